@@ -1,0 +1,112 @@
+-- The tables of releasectl (contract section 2), for SQLite 3.26 and PostgreSQL 13 or newer.
+--
+--   sqlite3 new.db < schema.sql          works as it stands
+--   python releasectl.py migrate         does the same for either engine, and brings an older
+--                                        database up to date, one transaction a step
+--
+-- It grows by steps: never edit a step that was released, append the next one. A step begins at
+-- its "-- step N" line and ends with the row that says it was done. Two things are SQLite's and
+-- are put into PostgreSQL's words by releasectl.py (PostgresEngine.ddl): the id column and the
+-- default of a time. A statement ends with a semicolon at the end of a line.
+
+-- step 1: nodes, releases, their nodes, their history
+
+CREATE TABLE schema_version (
+    version    INTEGER NOT NULL PRIMARY KEY,
+    applied_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
+);
+
+CREATE TABLE nodes (
+    id             INTEGER PRIMARY KEY AUTOINCREMENT,
+    name           TEXT NOT NULL UNIQUE,
+    main_ip        TEXT NOT NULL,
+    agent_port     INTEGER NOT NULL DEFAULT 8443 CHECK (agent_port BETWEEN 1 AND 65535),
+    agent_protocol TEXT NOT NULL DEFAULT 'tasks' CHECK (agent_protocol IN ('tasks', 'execute')),
+    labels         TEXT NOT NULL DEFAULT '{}',
+    enabled        INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)),
+    status         TEXT NOT NULL DEFAULT 'online' CHECK (status IN ('online', 'offline', 'maintenance')),
+    created_at     TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    updated_at     TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
+);
+
+CREATE TABLE release_tasks (
+    id               INTEGER PRIMARY KEY AUTOINCREMENT,
+    type             TEXT NOT NULL DEFAULT 'apply_config',
+    target           TEXT NOT NULL DEFAULT 'cdn',
+    version          BIGINT NOT NULL UNIQUE CHECK (version BETWEEN 1 AND 9007199254740992),
+    status           TEXT NOT NULL DEFAULT 'pending' CHECK (status IN
+                     ('pending', 'running', 'paused', 'cancelling', 'success', 'partial', 'failed', 'cancelled')),
+    status_reason    TEXT NOT NULL DEFAULT '',
+    reason           TEXT NOT NULL DEFAULT '',
+    payload          TEXT NOT NULL DEFAULT '{}',
+    strategy         TEXT NOT NULL DEFAULT '{}',
+    retry_of         BIGINT REFERENCES release_tasks (id),
+    rollback_of      BIGINT REFERENCES release_tasks (id),
+    total_nodes      INTEGER NOT NULL DEFAULT 0,
+    success_nodes    INTEGER NOT NULL DEFAULT 0,
+    failed_nodes     INTEGER NOT NULL DEFAULT 0,
+    error_msg        TEXT NOT NULL DEFAULT '' CHECK (length(error_msg) <= 255),
+    -- The claim: who works on the release, the number that grows with every take-over, and
+    -- until when the silent owner keeps it. Without an expiry nobody has it.
+    claim_owner      TEXT NOT NULL DEFAULT '',
+    claim_fence      BIGINT NOT NULL DEFAULT 0,
+    claim_expires_at TEXT,
+    created_at       TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    started_at       TEXT,
+    finished_at      TEXT,
+    updated_at       TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
+);
+
+-- The list by status, and the look for work: what is not terminal.
+CREATE INDEX release_tasks_by_status ON release_tasks (status, id);
+
+CREATE TABLE release_task_nodes (
+    id              INTEGER PRIMARY KEY AUTOINCREMENT,
+    release_task_id BIGINT NOT NULL REFERENCES release_tasks (id),
+    node_id         BIGINT NOT NULL REFERENCES nodes (id),
+    batch           INTEGER NOT NULL CHECK (batch >= 1),
+    status          TEXT NOT NULL DEFAULT 'pending' CHECK (status IN
+                    ('pending', 'running', 'success', 'failed', 'skipped')),
+    task_id         TEXT NOT NULL DEFAULT '',
+    attempts        INTEGER NOT NULL DEFAULT 0,
+    error_kind      TEXT NOT NULL DEFAULT '' CHECK (error_kind IN
+                    ('', 'unreachable', 'tls', 'timeout', 'http', 'protocol', 'rejected', 'agent_failed',
+                     'verify', 'deadline', 'abandoned')),
+    error_msg       TEXT NOT NULL DEFAULT '' CHECK (length(error_msg) <= 255),
+    -- An execute agent may be busy with our last request until then: send it nothing before.
+    hold_until      TEXT,
+    started_at      TEXT,
+    finished_at     TEXT,
+    created_at      TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    updated_at      TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    UNIQUE (release_task_id, node_id)
+);
+
+-- The counters, the current batch, the running nodes of one release.
+CREATE INDEX release_task_nodes_by_status ON release_task_nodes (release_task_id, status, batch);
+
+-- Is a node named by a release (so that it can't be deleted).
+CREATE INDEX release_task_nodes_by_node ON release_task_nodes (node_id, release_task_id);
+
+-- Rule 2: no node has tasks of two releases in flight, whoever writes.
+CREATE UNIQUE INDEX release_task_nodes_one_running ON release_task_nodes (node_id) WHERE status = 'running';
+
+-- Which nodes may still be busy with a request whose answer was lost.
+CREATE INDEX release_task_nodes_held ON release_task_nodes (node_id) WHERE hold_until IS NOT NULL;
+
+CREATE TABLE release_events (
+    id              INTEGER PRIMARY KEY AUTOINCREMENT,
+    release_task_id BIGINT NOT NULL REFERENCES release_tasks (id),
+    node_id         BIGINT REFERENCES nodes (id),
+    at              TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    actor           TEXT NOT NULL DEFAULT '',
+    event           TEXT NOT NULL,
+    from_status     TEXT NOT NULL DEFAULT '',
+    to_status       TEXT NOT NULL DEFAULT '',
+    detail          TEXT NOT NULL DEFAULT ''
+);
+
+-- The history of one release, in order.
+CREATE INDEX release_events_by_release ON release_events (release_task_id, id);
+
+INSERT INTO schema_version (version) VALUES (1);

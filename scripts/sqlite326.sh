@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Builds SQLite 3.26, the oldest that releasectl supports (RHEL 8), as DIR/libsqlite3.so.0.
+#
+#   export LD_LIBRARY_PATH=$(scripts/sqlite326.sh DIR)
+#   python3.9 -c 'import sqlite3; print(sqlite3.sqlite_version)'        # 3.26.0
+#
+# The source is the one that the npm package sqlite3 4.0.6 carries. Prints DIR's full path.
+# Exit codes: 0 done, 1 failed, 2 wrong usage, 3 npm or gcc is missing.
+set -euo pipefail
+
+SOURCE=sqlite-autoconf-3260000
+SOURCE_SHA256=5daa6a3fb7d1e8c767cd59c4ded8da6e4b00c61d3b466d0685e35c4dd6d7bf5d
+
+say() { printf 'sqlite326.sh: %s\n' "$*" >&2; }
+
+[[ $# == 1 && $1 != -* ]] || { say "usage: scripts/sqlite326.sh DIR"; exit 2; }
+for tool in npm gcc tar sha256sum; do
+    command -v "$tool" >/dev/null || { say "$tool is missing: apt-get install npm gcc tar coreutils"; exit 3; }
+done
+mkdir -p "$1"
+dir=$(readlink -f "$1")
+
+if [[ ! -f $dir/libsqlite3.so.0 ]]; then
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    cd "$work"
+    npm pack --silent sqlite3@4.0.6 >/dev/null || { say "npm could not fetch the package sqlite3 4.0.6"; exit 1; }
+    tar -xzf sqlite3-4.0.6.tgz "package/deps/$SOURCE.tar.gz"
+    echo "$SOURCE_SHA256  package/deps/$SOURCE.tar.gz" | sha256sum --check --quiet >&2
+    tar -xzf "package/deps/$SOURCE.tar.gz" "$SOURCE/sqlite3.c"
+    gcc -O1 -w -shared -fPIC -Wl,-soname,libsqlite3.so.0 \
+        -DSQLITE_THREADSAFE=1 -DSQLITE_ENABLE_COLUMN_METADATA \
+        -o libsqlite3.so.0 "$SOURCE/sqlite3.c" -ldl -lpthread -lm
+    mv libsqlite3.so.0 "$dir/"
+fi
+echo "$dir"
