@@ -1,0 +1,353 @@
+"""The executor end to end: real agents over mutual TLS, both engines (contract section 3)."""
+from __future__ import annotations
+
+import threading
+
+import pytest
+from conftest import assert_books_balance, eventually, new_release, statuses
+
+import releasectl as rc
+
+
+def test_rule_1_the_first_node_is_batch_1_and_all_others_batch_2(world):
+    world.nodes(3)
+    release, batches = world.store.create_release(rc.ReleaseRequest(), "test")
+    assert [len(batch) for batch in batches] == [1, 2]
+    assert (release.version, release.total_nodes, release.status) == (1, 3, "pending")
+
+
+def test_rule_4_batches_follow_one_another_in_one_tick(world):
+    world.nodes(3)
+    release = new_release(world.store)
+    tick = world.executor().run_once()
+    assert [r.status for r in tick.worked_on] == ["success"]
+    assert statuses(world.store, release.id) == ["success"] * 3
+    assert world.runs() == [1, 1, 1]
+    assert_books_balance(world.store, release.id)
+
+
+def test_rule_4_batch_2_starts_after_batch_1_succeeded(world):
+    world.nodes(3, task_ms=150)
+    release = new_release(world.store)
+    world.drain()
+    _, nodes = world.store.release_with_nodes(release.id)
+    assert all(node.started_at >= nodes[0].finished_at for node in nodes[1:])
+    assert world.agent(2).runs[0]["startedAt"] >= world.agent(1).runs[0]["finishedAt"]
+
+
+def test_rule_5_a_failed_node_skips_the_batches_after_it(world):
+    world.nodes(3)
+    world.agent(1).set(outcome="failed", message="nginx -t failed\nline 2")
+    release = new_release(world.store)
+    world.drain()
+    release = world.store.release(release.id)
+    assert statuses(world.store, release.id) == ["failed", "skipped", "skipped"]
+    assert (release.status, release.failed_nodes, release.skipped_nodes) == ("failed", 1, 2)
+    assert release.error_msg == "node edge-1: nginx -t failed line 2"
+    assert world.runs() == [1, 0, 0]
+    assert_books_balance(world.store, release.id)
+
+
+def test_rule_5_nodes_that_run_already_are_polled_to_their_own_end(world):
+    world.nodes(4, task_ms=400)
+    world.agent(2).set(outcome="failed", task_ms=10)
+    release = new_release(world.store)
+    world.drain()
+    assert statuses(world.store, release.id) == ["success", "failed", "success", "success"]
+    assert world.store.release(release.id).status == "failed"
+    assert_books_balance(world.store, release.id)
+
+
+def test_rule_3_dispatches_leave_at_the_same_time(world):
+    world.nodes(5, task_ms=300)
+    new_release(world.store)
+    world.drain()
+    runs = [world.agent(n).runs[0] for n in range(2, 6)]
+    assert max(run["startedAt"] for run in runs) < min(run["finishedAt"] for run in runs)
+
+
+def test_rule_3_no_more_than_agent_concurrency_requests_are_in_flight(world):
+    world.nodes(6, protocol="execute", task_ms=100)
+    new_release(world.store)
+    world.drain(AGENT_CONCURRENCY=2)
+    edges = [(run["startedAt"], 1) for n in range(1, 7) for run in world.agent(n).runs]
+    edges += [(run["finishedAt"], -1) for n in range(1, 7) for run in world.agent(n).runs]
+    peak = depth = 0
+    for _, step in sorted(edges):
+        depth += step
+        peak = max(peak, depth)
+    assert peak == 2
+
+
+def test_rule_8_a_request_that_never_reached_the_agent_is_tried_again(world):
+    world.nodes(1)
+    world.agent(1).set(mode="refuse")
+    release = new_release(world.store)
+    executor = world.executor(AGENT_RETRIES=5)
+    tick = threading.Thread(target=executor.run_once, args=(True,))
+    tick.start()
+    eventually(lambda: world.store.release_with_nodes(release.id)[1][0].attempts >= 2)
+    world.agent(1).set(mode="normal")
+    tick.join()
+    assert world.store.release(release.id).status == "success"
+    assert world.runs() == [1]
+
+
+def test_rule_8_retries_are_bounded(world):
+    world.nodes(2)
+    world.agent(1).set(mode="refuse")
+    release = new_release(world.store)
+    world.drain(AGENT_RETRIES=1)
+    _, nodes = world.store.release_with_nodes(release.id)
+    assert (nodes[0].status, nodes[0].error_kind, nodes[0].attempts) == ("failed", "unreachable", 2)
+    assert nodes[0].error_msg.endswith("connection refused (tried 2 times)")
+
+
+def test_rule_8_a_lost_answer_is_asked_for_before_anything_is_sent_again(world):
+    world.nodes(1)
+    world.agent(1).set(mode="cut", times=1, only="dispatch")
+    release = new_release(world.store)
+    world.drain()
+    assert world.store.release(release.id).status == "success"
+    agent = world.agent(1)
+    assert (agent.dispatches, len(agent.runs)) == (1, 1)
+    assert agent.requests[1].startswith("GET /tasks/")
+
+
+def test_rule_8_404_after_a_lost_answer_means_send_the_same_id_again(world):
+    world.nodes(1)
+    world.agent(1).set(mode="drop", times=1, only="dispatch")
+    release = new_release(world.store)
+    world.drain()
+    assert world.store.release(release.id).status == "success"
+    assert world.agent(1).dispatches == 2
+    assert list(world.agent(1).run_counts.values()) == [1]
+
+
+def test_rule_8_an_agent_that_was_restarted_gets_the_same_id_again(world):
+    world.nodes(1, task_ms=600)
+    release = new_release(world.store)
+    executor = world.executor()
+    tick = threading.Thread(target=executor.run_once, args=(True,))
+    tick.start()
+    eventually(lambda: world.agent(1).queries >= 1)
+    world.agent(1).restart()
+    tick.join()
+    assert world.store.release(release.id).status == "success"
+    assert [run["taskId"] for run in world.agent(1).runs] == ["apply_config_127.0.1.1_1"] * 2
+
+
+@pytest.mark.parametrize(("mode", "kind"), [
+    ({"mode": "status", "http_status": 503}, "http"),
+    ({"mode": "status", "http_status": 429}, "http"),
+    ({"mode": "notJson"}, "protocol"),
+    ({"mode": "wrongShape"}, "protocol"),
+    ({"mode": "tooBig"}, "protocol"),
+    ({"mode": "redirect"}, "http"),
+])
+def test_rule_8_an_unusable_answer_is_tried_again_then_failed(sqlite_world, mode, kind):
+    sqlite_world.nodes(1)
+    sqlite_world.agent(1).set(**mode)
+    release = new_release(sqlite_world.store)
+    sqlite_world.drain(AGENT_RETRIES=1)
+    node = sqlite_world.store.release_with_nodes(release.id)[1][0]
+    assert (node.status, node.error_kind) == ("failed", kind)
+    assert "tried 2 times" in node.error_msg
+
+
+@pytest.mark.parametrize("mode", [{"mode": "status", "http_status": 400}, {"mode": "code", "business_code": 2001}])
+def test_rule_8_an_agent_that_refuses_is_believed_at_once(sqlite_world, mode):
+    sqlite_world.nodes(1)
+    sqlite_world.agent(1).set(**mode)
+    release = new_release(sqlite_world.store)
+    sqlite_world.drain()
+    node = sqlite_world.store.release_with_nodes(release.id)[1][0]
+    assert (node.status, node.error_kind, node.attempts) == ("failed", "rejected", 1)
+
+
+def test_rule_8_past_its_deadline_a_node_is_failed(world):
+    world.nodes(2, task_ms=60_000)
+    release = new_release(world.store)
+    world.drain(NODE_DEADLINE_SEC=1)
+    _, nodes = world.store.release_with_nodes(release.id)
+    assert [(n.status, n.error_kind) for n in nodes] == [("failed", "deadline"), ("skipped", "")]
+    assert world.store.release(release.id).error_msg.startswith("node edge-1: not done 1 s after its dispatch")
+
+
+def test_section_1_an_execute_agent_succeeds_in_one_request(world):
+    world.nodes(3, protocol="execute")
+    release = new_release(world.store, payload={"websites": ["a.example"]})
+    world.drain()
+    assert world.store.release(release.id).status == "success"
+    assert [world.agent(n).applied_version for n in (1, 2, 3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("message", "status", "kind"), [
+    ("Version 1 applied but reload failed: nginx", "failed", "agent_failed"),
+    ("Version 1 already applied (current: 1)", "success", ""),
+    ("Version 1 already applied (current: 9)", "failed", "rejected"),
+])
+def test_section_1_the_message_of_an_execute_agent_is_believed(sqlite_world, message, status, kind):
+    sqlite_world.nodes(1, protocol="execute")
+    sqlite_world.agent(1).set(message=message)
+    release = new_release(sqlite_world.store)
+    sqlite_world.drain()
+    node = sqlite_world.store.release_with_nodes(release.id)[1][0]
+    assert (node.status, node.error_kind) == (status, kind)
+
+
+@pytest.mark.slow
+def test_section_1_an_execute_request_that_was_cut_is_repeated_no_sooner_than_5_s(sqlite_world):
+    sqlite_world.nodes(1, protocol="execute", task_ms=1500)
+    sqlite_world.agent(1).set(mode="cutEarly", times=1)
+    release = new_release(sqlite_world.store)
+    sqlite_world.drain()
+    agent = sqlite_world.agent(1)
+    assert sqlite_world.store.release(release.id).status == "success"
+    assert agent.overlaps == 0
+    assert agent.dispatches == 2
+    assert len(agent.runs) == 1  # the repetition found the version applied
+
+
+def test_rule_2_two_releases_of_one_target_go_one_after_the_other(world):
+    world.nodes(2, task_ms=50)
+    first, second = new_release(world.store), new_release(world.store)
+    world.drain()
+    assert world.store.release(second.id).started_at >= world.store.release(first.id).finished_at
+    assert world.store.release(second.id).status == "success"
+
+
+def test_rule_2_no_node_has_tasks_of_two_releases_in_flight(world):
+    world.nodes(2, task_ms=300)
+    ids = [new_release(world.store, target=target).id for target in ("cdn", "dns")]
+    world.drain()
+    assert [world.store.release(i).status for i in ids] == ["success", "success"]
+    for number in (1, 2):
+        assert world.agent(number).overlaps == 0
+
+
+def test_rule_9_a_tick_carries_on_where_another_stopped(world):
+    world.nodes(2, task_ms=500)
+    release = new_release(world.store)
+    first = world.executor()
+    tick = threading.Thread(target=first.run_once)
+    tick.start()
+    eventually(lambda: world.agent(1).runs)
+    first.stop()
+    first.nudge()
+    tick.join()
+    assert world.store.release(release.id).claim_expires_at is None
+    world.drain()
+    assert world.store.release(release.id).status == "success"
+    assert world.runs() == [1, 1]
+
+
+def test_section_4_a_tick_lets_go_when_an_interval_brought_nothing_new(world):
+    world.nodes(1, task_ms=60_000)
+    release = new_release(world.store)
+    world.executor().run_once()
+    release = world.store.release(release.id)
+    assert (release.status, release.claim_expires_at) == ("running", None)
+    assert statuses(world.store, release.id) == ["running"]
+
+
+def test_section_4_a_tick_that_finds_a_release_in_other_hands_leaves_it(world):
+    world.nodes(1)
+    release = new_release(world.store)
+    world.store.claim(release.id, "another", 30)
+    tick = world.executor().run_once()
+    assert (tick.worked_on, tick.in_other_hands) == ([], 1)
+    assert world.runs() == [0]
+
+
+def test_pause_lets_nothing_new_be_dispatched_and_resume_goes_on(world):
+    world.nodes(2, task_ms=300)
+    release = new_release(world.store)
+    executor = world.executor()
+    loop = threading.Thread(target=executor.run_loop)
+    loop.start()
+    eventually(lambda: world.agent(1).runs)
+    world.store.act("pause", release.id, "test")
+    eventually(lambda: statuses(world.store, release.id)[0] == "success")
+    eventually(lambda: world.store.release(release.id).claim_expires_at is None)
+    assert statuses(world.store, release.id) == ["success", "pending"]
+    world.store.act("resume", release.id, "test")
+    eventually(lambda: world.store.release(release.id).status == "success")
+    executor.stop()
+    loop.join()
+    assert world.runs() == [1, 1]
+
+
+def test_cancel_waits_for_what_is_in_flight_and_skips_the_rest(world):
+    world.nodes(2, task_ms=300)
+    release = new_release(world.store)
+    executor = world.executor()
+    tick = threading.Thread(target=executor.run_once, args=(True,))
+    tick.start()
+    eventually(lambda: world.agent(1).runs)
+    assert world.store.act("cancel", release.id, "test").status == "cancelling"
+    tick.join()
+    assert world.store.release(release.id).status == "cancelled"
+    assert statuses(world.store, release.id) == ["success", "skipped"]
+    assert_books_balance(world.store, release.id)
+
+
+def test_rule_8_in_a_cancelled_release_an_unknown_task_is_abandoned(world):
+    world.nodes(2, task_ms=60_000)
+    release = new_release(world.store)
+    executor = world.executor()
+    tick = threading.Thread(target=executor.run_once, args=(True,))
+    tick.start()
+    eventually(lambda: world.agent(1).queries)
+    world.store.act("cancel", release.id, "test")
+    world.agent(1).restart()
+    tick.join()
+    node = world.store.release_with_nodes(release.id)[1][0]
+    assert (node.status, node.error_kind) == ("failed", "abandoned")
+    assert "outcome unknown" in node.error_msg
+    assert world.store.release(release.id).status == "cancelled"
+    assert world.agent(1).dispatches == 1
+
+
+def test_a_payload_written_by_hand_that_is_no_object_ends_the_release(world):
+    world.nodes(1)
+    release = new_release(world.store)
+    with world.store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_tasks SET payload = ? WHERE id = ?", "[1]", release.id)
+    world.drain()
+    release = world.store.release(release.id)
+    assert release.status == "failed"
+    assert "payload" in release.error_msg
+    assert statuses(world.store, release.id) == ["skipped"]
+
+
+def test_a_release_written_by_hand_without_nodes_is_failed(world):
+    with world.store.database.transaction(write=True) as tx:
+        tx.execute("INSERT INTO release_tasks (version) VALUES (?)", 7)
+    world.nodes(1).drain()
+    assert world.store.release(1).error_msg == "the release has no nodes"
+    assert world.store.release(1).status == "failed"
+
+
+def test_without_certificates_nothing_is_claimed(sqlite_world, new_executor):
+    sqlite_world.nodes(1)
+    release = new_release(sqlite_world.store)
+    executor = sqlite_world.executor(CONTROL_CERT="")
+    with pytest.raises(rc.ConfigError, match="CONTROL_CERT is not set"):
+        executor.run_once()
+    assert sqlite_world.store.release(release.id).status == "pending"
+
+
+def test_a_clean_stop_finishes_requests_in_flight_and_lets_go(world):
+    world.nodes(1, protocol="execute", task_ms=800)
+    release = new_release(world.store)
+    executor = world.executor()
+    loop = threading.Thread(target=executor.run_loop)
+    loop.start()
+    eventually(lambda: world.agent(1).in_flight)
+    executor.stop()
+    loop.join()
+    executor.close()
+    release = world.store.release(release.id)
+    assert release.claim_expires_at is None
+    assert statuses(world.store, release.id) == ["success"]
