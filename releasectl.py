@@ -1168,7 +1168,8 @@ def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Pol
         return dataclasses.replace(node, verdict=Verdict(
             FAILED, outcome.error_kind, one_line(outcome.message, MAX_MESSAGE_CHARS - len(tries)) + tries,
             detail_text(outcome.detail), outcome.hold_s))
-    wait_s = max(backoff_s(node.errors, node.node_id), outcome.hold_s)
+    held_s = outcome.hold_s if node.agent_protocol == EXECUTE else 0.0
+    wait_s = max(backoff_s(node.errors, node.node_id), held_s)
     return dataclasses.replace(node, due=now.elapsed + wait_s,
                                next_op=AFTER_ERROR[node.agent_protocol, outcome.op, outcome.result])
 

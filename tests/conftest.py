@@ -20,8 +20,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-import releasectl as rc  # noqa: E402
 from fake_agent import AgentSpec, Fleet  # noqa: E402
+
+import releasectl as rc  # noqa: E402
 
 REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
 ADDRESSES = [f"127.0.1.{n}" for n in range(1, 21)]

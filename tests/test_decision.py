@@ -1,0 +1,384 @@
+"""The decision, pure: every transition, every outcome, every verb in every state (section 3)."""
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+
+import releasectl as rc
+
+NOW = rc.Moment(wall=1_790_000_000.0, elapsed=1_000.0)
+POLICY = rc.Policy(retries=2, node_deadline_s=600.0, request_timeout_s=60.0, interval_s=2.0)
+
+
+def later(seconds: float) -> rc.Moment:
+    return rc.Moment(NOW.wall + seconds, NOW.elapsed + seconds)
+
+
+def release(status: str = "running", **fields) -> rc.Release:
+    values = {field.name: "" for field in dataclasses.fields(rc.Release)}
+    values.update(id=1, version=42, status=status, started_at=NOW.text, claim_fence=1)
+    return rc.Release(**{**values, **fields})
+
+
+def node(node_id: int, status: str = "pending", batch: int = 1, protocol: str = "tasks", **fields) -> rc.ReleaseNode:
+    made = rc.ReleaseNode(node_id, f"edge-{node_id}", f"10.0.0.{node_id}", 8443, protocol, batch, status,
+                          "", 0, "", "", None, None, None)
+    if status == "running":
+        made = dataclasses.replace(made, attempts=1, started_at=NOW.text, next_op=rc.QUERY, due=NOW.elapsed,
+                                   deadline=NOW.elapsed + 600)
+    if status in rc.AT_REST:
+        made = dataclasses.replace(made, finished_at=NOW.text)
+    return dataclasses.replace(made, **fields)
+
+
+def failed_verdict(kind: str = "agent_failed", message: str = "boom") -> rc.Verdict:
+    return rc.Verdict("failed", kind, message, message)
+
+
+def decide(nodes, status="running", now=NOW, slots=64, **more) -> rc.Decision:
+    return rc.decide(release(status), nodes, now, POLICY, slots=slots, **more)
+
+
+def moves(decision: rc.Decision) -> dict[int, tuple[str, str]]:
+    return {c.after.node_id: (c.before.status, c.after.status) for c in decision.changes}
+
+
+def sends(decision: rc.Decision) -> list[tuple[str, int]]:
+    return [(send.op, send.node.node_id) for send in decision.sends]
+
+
+# -- rule 3 and 4: batches ---------------------------------------------------------------------
+
+def test_rule_3_the_pending_nodes_of_the_current_batch_are_dispatched_together():
+    decision = decide([node(1, "success"), node(2, batch=2), node(3, batch=2), node(4, batch=3)])
+    assert sends(decision) == [("dispatch", 2), ("dispatch", 3)]
+    assert moves(decision) == {2: ("pending", "running"), 3: ("pending", "running")}
+
+
+def test_rule_3_what_is_sent_was_written_before_with_start_attempt_and_deadline():
+    after = decide([node(1)]).changes[0].after
+    assert (after.status, after.attempts, after.started_at) == ("running", 1, NOW.text)
+    assert (after.deadline, after.in_flight) == (NOW.elapsed + 600, True)
+
+
+def test_rule_3_no_more_requests_leave_than_there_is_room_for():
+    assert len(decide([node(n) for n in range(1, 10)], slots=4).sends) == 4
+    assert decide([node(1), node(2, "running")], slots=0).sends == ()
+
+
+def test_rule_3_a_batch_waits_for_every_node_of_the_one_before():
+    assert sends(decide([node(1, "running", in_flight=True), node(2, batch=2)])) == []
+
+
+def test_rule_4_the_next_batch_leaves_in_the_same_decision_that_ends_the_last():
+    decision = decide([node(1, "running", verdict=rc.Verdict("success")), node(2, batch=2)])
+    assert moves(decision) == {1: ("running", "success"), 2: ("pending", "running")}
+
+
+def test_rule_2_a_node_that_is_busy_with_another_release_is_not_dispatched():
+    decision = decide([node(1), node(2)], busy=frozenset([1]))
+    assert sends(decision) == [("dispatch", 2)]
+    assert decision.status_reason == \
+        "batch 1 of 1: waiting for 2 of 2 nodes; edge-1 busy with an earlier request"
+
+
+# -- rule 5 and 6: how a release ends ------------------------------------------------------------
+
+def test_rule_5_a_failed_node_skips_every_pending_node_in_the_same_commit():
+    decision = decide([node(1, "running", verdict=failed_verdict()), node(2), node(3, batch=2)])
+    assert moves(decision) == {1: ("running", "failed"), 2: ("pending", "skipped"), 3: ("pending", "skipped")}
+    assert (decision.status, decision.sends) == ("failed", ())
+    assert decision.error_msg == "node edge-1: boom"
+
+
+def test_rule_5_nodes_that_run_are_polled_to_their_end_first():
+    decision = decide([node(1, "failed", error_msg="boom"), node(2, "running")])
+    assert (decision.status, sends(decision)) == ("running", [("query", 2)])
+    assert decision.status_reason == "stopping, node edge-1 failed: waiting for edge-2 to end"
+
+
+def test_rule_5_error_msg_names_the_node_that_failed_first():
+    nodes = [node(1, "failed", error_msg="late", finished_at=later(5).text),
+             node(2, "failed", error_msg="early", finished_at=later(1).text)]
+    assert decide(nodes).error_msg == "node edge-2: early"
+
+
+def test_rule_5_failures_beyond_what_is_tolerated_end_the_release():
+    nodes = [node(1, "failed"), node(2, "failed"), node(3, batch=2)]
+    tolerant = decide(nodes, strategy=rc.Strategy(max_failed=2))
+    assert sends(tolerant) == [("dispatch", 3)]
+    assert decide(nodes, strategy=rc.Strategy(max_failed=1)).status == "failed"
+
+
+def test_rule_6_all_success_is_success():
+    decision = decide([node(1, "success"), node(2, "success", batch=2)])
+    assert (decision.status, decision.status_reason) == ("success", "all 2 nodes succeeded")
+
+
+def test_rule_6_failures_within_what_was_tolerated_make_it_partial():
+    decision = decide([node(1, "success"), node(2, "failed")], strategy=rc.Strategy(max_failed=1))
+    assert decision.status == "partial"
+
+
+STATUS_TABLE = [
+    # release, statuses of its nodes, next
+    ("running", ("running",), "running"),
+    ("running", ("success", "running"), "running"),
+    ("running", ("failed", "running"), "running"),
+    ("running", ("failed",), "failed"),
+    ("running", ("failed", "skipped"), "failed"),
+    ("running", ("success",), "success"),
+    ("running", (), "failed"),
+    ("paused", ("success",), "paused"),
+    ("paused", ("failed", "pending"), "paused"),
+    ("paused", ("running", "pending"), "paused"),
+    ("cancelling", ("running", "pending"), "cancelling"),
+    ("cancelling", ("success", "pending"), "cancelled"),
+    ("cancelling", ("failed", "pending"), "cancelled"),
+    ("cancelling", (), "cancelled"),
+]
+
+
+@pytest.mark.parametrize(("status", "found", "expected"), STATUS_TABLE)
+def test_the_next_status_follows_from_the_nodes(status, found, expected):
+    nodes = [node(n, s, in_flight=s == "running") for n, s in enumerate(found, 1)]
+    assert decide(nodes, status).status == expected
+
+
+@pytest.mark.parametrize("status", rc.RELEASE_STATUSES)
+@pytest.mark.parametrize("found", list(itertools.product(
+    ["pending", "running", "success", "failed", "skipped"], repeat=2)))
+def test_rule_7_a_release_that_ends_has_all_its_nodes_at_rest(status, found):
+    nodes = [node(n, s, in_flight=s == "running") for n, s in enumerate(found, 1)]
+    decision = decide(nodes, status)
+    after = {n.node_id: n for n in nodes} | {c.after.node_id: c.after for c in decision.changes}
+    if decision.status in rc.TERMINAL and status not in rc.TERMINAL:
+        assert {n.status for n in after.values()} <= rc.AT_REST
+    allowed = {"running": {"running", "success", "partial", "failed"}, "cancelling": {"cancelling", "cancelled"}}
+    assert decision.status in allowed.get(status, {status})
+
+
+@pytest.mark.parametrize("status", [s for s in rc.RELEASE_STATUSES if s != "running"])
+def test_nothing_is_dispatched_but_in_a_running_release(status):
+    nodes = [node(1), node(2, "running", next_op=rc.DISPATCH, attempts=1), node(3, "running")]
+    assert all(op == rc.QUERY for op, _ in sends(decide(nodes, status)))
+
+
+def test_paused_nodes_in_flight_are_polled_and_a_failure_waits_for_a_person():
+    decision = decide([node(1, "running", verdict=failed_verdict()), node(2, "running"), node(3)], "paused")
+    assert moves(decision) == {1: ("running", "failed"), 3: ("pending", "skipped")}
+    assert (decision.status, sends(decision)) == ("paused", [("query", 2)])
+    assert "node edge-1 failed: resume to end the release" in decision.status_reason
+
+
+def test_a_broken_row_ends_the_release_and_dispatches_nothing():
+    decision = decide([node(1)], broken="payload can't be used")
+    assert (decision.status, decision.error_msg) == ("failed", "payload can't be used")
+    assert moves(decision) == {1: ("pending", "skipped")}
+
+
+# -- rule 8: what an agent's answer means ---------------------------------------------------------
+
+def outcome(result: str, op: str = "dispatch", **fields) -> rc.Outcome:
+    return rc.Outcome(1, op, result, **{"error_kind": "timeout", "message": "no answer", **fields})
+
+
+def running(protocol: str = "tasks", **fields) -> rc.ReleaseNode:
+    return node(1, "running", protocol=protocol, **{"in_flight": True, **fields})
+
+
+ANSWERS = [
+    # dialect, asked, result, next request
+    ("tasks", "dispatch", rc.ACCEPTED, "query"),
+    ("tasks", "dispatch", rc.UNSENT, "dispatch"),
+    ("tasks", "dispatch", rc.LOST, "query"),
+    ("tasks", "dispatch", rc.UNCLEAR, "query"),
+    ("tasks", "query", rc.WORKING, "query"),
+    ("tasks", "query", rc.UNKNOWN, "dispatch"),
+    ("tasks", "query", rc.UNSENT, "query"),
+    ("tasks", "query", rc.LOST, "query"),
+    ("tasks", "query", rc.UNCLEAR, "query"),
+    ("execute", "dispatch", rc.UNSENT, "dispatch"),
+    ("execute", "dispatch", rc.LOST, "dispatch"),
+    ("execute", "dispatch", rc.UNCLEAR, "dispatch"),
+]
+
+
+@pytest.mark.parametrize(("protocol", "op", "result", "then"), ANSWERS)
+def test_rule_8_what_follows_an_answer(protocol, op, result, then):
+    seen = rc.observe(running(protocol, next_op=op), outcome(result, op), NOW, POLICY)
+    assert (seen.next_op, seen.in_flight, seen.verdict) == (then, False, None)
+    assert seen.due > NOW.elapsed or result == rc.UNKNOWN
+
+
+@pytest.mark.parametrize(("protocol", "op", "result"), [row[:3] for row in ANSWERS
+                                                        if row[2] in (rc.UNSENT, rc.LOST, rc.UNCLEAR)])
+def test_rule_8_more_failures_in_a_row_than_retries_fail_the_node(protocol, op, result):
+    seen = running(protocol)
+    for _ in range(3):
+        assert seen.verdict is None
+        seen = rc.observe(seen, outcome(result, op), NOW, POLICY)
+    assert seen.verdict[:3] == ("failed", "timeout", "no answer (tried 3 times)")
+
+
+def test_rule_8_an_answer_ends_the_row_of_failures():
+    seen = running()
+    for result in (rc.LOST, rc.LOST, rc.WORKING, rc.LOST, rc.LOST):
+        seen = rc.observe(seen, outcome(result, "query"), NOW, POLICY)
+    assert seen.verdict is None
+
+
+@pytest.mark.parametrize("kind", ["agent_failed", "rejected"])
+def test_rule_8_an_agent_that_fails_or_refuses_is_believed_at_once(kind):
+    seen = rc.observe(running(), outcome(rc.FAILED, error_kind=kind, message="a\nb"), NOW, POLICY)
+    assert seen.verdict[:3] == ("failed", kind, "a b")
+
+
+def test_the_id_to_poll_is_the_one_that_the_answer_names():
+    assert rc.observe(running(), outcome(rc.ACCEPTED, task_id="other"), NOW, POLICY).task_id == "other"
+
+
+@pytest.mark.parametrize(("hold_s", "protocol", "least"), [(5, "execute", 5), (60, "execute", 60), (5, "tasks", 0)])
+def test_section_1_only_an_execute_agent_is_left_alone_after_a_lost_answer(hold_s, protocol, least):
+    seen = rc.observe(running(protocol), outcome(rc.LOST, hold_s=hold_s), NOW, POLICY)
+    assert seen.due - NOW.elapsed >= least
+    assert protocol == "execute" or seen.due - NOW.elapsed <= rc.BACKOFF_FIRST_S
+
+
+def test_polling_starts_quick_and_slows_down_to_the_interval():
+    delays = [rc.poll_delay_s(n, 2.0) for n in range(20)]
+    assert delays[0] <= 0.1
+    assert delays == sorted(delays)
+    assert delays[-1] == 2.0
+
+
+def test_the_backoff_doubles_spreads_over_the_nodes_and_is_bounded():
+    waits = [rc.backoff_s(n, 1) for n in range(1, 30)]
+    assert all(0.25 <= wait <= rc.BACKOFF_MAX_S for wait in waits)
+    assert len({rc.backoff_s(1, node_id) for node_id in range(100)}) > 50
+
+
+@pytest.mark.parametrize("status", ["running", "cancelling"])
+@pytest.mark.parametrize(("protocol", "result", "op", "kind"), [
+    ("tasks", rc.UNKNOWN, "query", "abandoned"),
+    ("execute", rc.LOST, "dispatch", "abandoned"),
+    ("execute", rc.UNSENT, "dispatch", "timeout"),
+    ("tasks", rc.UNSENT, "dispatch", "timeout"),
+])
+def test_rule_8_in_a_release_that_ends_nothing_is_sent_again(status, protocol, result, op, kind):
+    first = rc.observe(running(protocol), outcome(result, op), NOW, POLICY)
+    nodes = [first, node(2, "failed" if status == "running" else "success", finished_at=NOW.text)]
+    decision = decide(nodes, status, now=later(100))
+    assert sends(decision) == []
+    assert decision.changes[0].after.error_kind == kind
+    assert decision.status == ("failed" if status == "running" else "cancelled")
+
+
+def test_rule_8_a_lost_dispatch_of_a_tasks_agent_is_still_asked_for_while_the_release_ends():
+    first = rc.observe(running(), outcome(rc.LOST), NOW, POLICY)
+    assert sends(decide([first], "cancelling", now=later(100))) == [("query", 1)]
+
+
+def test_rule_8_past_its_deadline_a_node_is_failed_but_not_under_a_request():
+    late = later(601)
+    in_flight = node(1, "running", in_flight=True)
+    assert decide([in_flight], now=late).changes == ()
+    change = decide([dataclasses.replace(in_flight, in_flight=False, last_error="no answer")], now=late).changes[0]
+    assert (change.after.status, change.after.error_kind) == ("failed", "deadline")
+    assert change.after.error_msg == "not done 600 s after its dispatch; last: no answer"
+
+
+# -- section 1: the hold of an execute agent --------------------------------------------------------
+
+def test_section_1_the_hold_is_written_with_the_intent_and_ends_with_an_answer():
+    begun = decide([node(1, protocol="execute")]).changes[0].after
+    assert begun.hold_until == later(60).text
+    done = dataclasses.replace(begun, in_flight=False, verdict=rc.Verdict("success"))
+    assert decide([done]).changes[0].after.hold_until is None
+
+
+@pytest.mark.parametrize(("hold_s", "expected"), [(5.0, later(5).text), (60.0, later(60).text), (0.0, None)])
+def test_section_1_a_node_given_up_after_a_lost_answer_stays_held_for_other_releases(hold_s, expected):
+    given_up = node(1, "running", protocol="execute", hold_until=later(1).text,
+                    verdict=rc.Verdict("failed", "timeout", "x", "x", hold_s))
+    assert decide([given_up]).changes[0].after.hold_until == expected
+
+
+# -- rule 9: what a new owner makes of a node -------------------------------------------------------
+
+def test_rule_9_a_tasks_agent_is_asked_first():
+    adopted = rc.adopt(node(1, "running", next_op="", attempts=1), later(10), POLICY)
+    assert (adopted.next_op, adopted.due, adopted.deadline) == ("query", later(10).elapsed, later(600).elapsed)
+
+
+@pytest.mark.parametrize(("hold_until", "wait_s"), [(None, 0), (later(45).text, 35), (later(5).text, 0),
+                                                    (later(9999).text, 60)])
+def test_rule_9_an_execute_agent_is_left_alone_until_the_hold_is_over(hold_until, wait_s):
+    found = node(1, "running", protocol="execute", hold_until=hold_until)
+    adopted = rc.adopt(found, later(10), POLICY)
+    assert (adopted.next_op, adopted.due - later(10).elapsed) == ("dispatch", pytest.approx(wait_s, abs=0.01))
+
+
+@pytest.mark.parametrize("status", ["pending", "success", "failed", "skipped"])
+def test_rule_9_other_nodes_are_what_their_row_says(status):
+    assert rc.adopt(node(1, status), NOW, POLICY) == node(1, status)
+
+
+# -- when to look again -----------------------------------------------------------------------------
+
+def test_the_next_look_is_at_the_first_poll_or_deadline():
+    nodes = [node(1, "running", due=NOW.elapsed + 3), node(2, "running", due=NOW.elapsed + 7)]
+    assert decide(nodes).wake_at == NOW.elapsed + 3
+    assert decide([node(1, "running", in_flight=True)]).wake_at == float("inf")
+
+
+# -- verbs ------------------------------------------------------------------------------------------
+
+ALLOWED = {
+    "pause": {"pending", "running"},
+    "resume": {"paused"},
+    "cancel": {"pending", "running", "paused"},
+    "retry": {"partial", "failed", "cancelled"},
+    "rollback": {"success", "partial", "failed", "cancelled"},
+}
+
+
+@pytest.mark.parametrize("status", rc.RELEASE_STATUSES)
+@pytest.mark.parametrize("verb", ALLOWED)
+def test_every_verb_in_every_state_works_or_says_which_states_allow_it(verb, status):
+    if status in ALLOWED[verb]:
+        rc.check_verb(verb, release(status))
+        return
+    with pytest.raises(rc.AppError, match=f"release 1 is {status}: {verb} needs ") as refused:
+        rc.check_verb(verb, release(status))
+    assert refused.value.code == 3003
+
+
+@pytest.mark.parametrize(("verb", "started_at", "status"), [
+    ("pause", None, "paused"), ("cancel", None, "cancelling"),
+    ("resume", None, "pending"), ("resume", NOW.text, "running")])
+def test_the_status_that_a_verb_brings(verb, started_at, status):
+    assert rc.status_after_verb(verb, release("paused", started_at=started_at)) == status
+
+
+# -- rule 2: which releases may be claimed ------------------------------------------------------------
+
+def candidates(*rows):
+    return [rc.Candidate(n, target, n, status, running, claimed)
+            for n, (target, status, running, claimed) in enumerate(rows, 1)]
+
+
+@pytest.mark.parametrize(("rows", "free", "taken"), [
+    ([("cdn", "pending", 0, False), ("cdn", "pending", 0, False)], [1], []),
+    ([("cdn", "pending", 0, False), ("dns", "pending", 0, False)], [1, 2], []),
+    ([("cdn", "running", 1, False), ("cdn", "pending", 0, False)], [1], []),
+    ([("cdn", "running", 1, True), ("cdn", "pending", 0, False)], [], [1]),
+    ([("cdn", "paused", 0, False), ("cdn", "pending", 0, False)], [], []),
+    ([("cdn", "paused", 2, False)], [1], []),
+    ([("cdn", "cancelling", 0, False)], [1], []),
+    ([("cdn", "pending", 0, False), ("cdn", "running", 0, False)], [2], []),
+])
+def test_rule_2_one_release_of_a_target_is_active_the_lowest_version_first(rows, free, taken):
+    assert rc.runnable(candidates(*rows)) == (free, taken)

@@ -1,0 +1,532 @@
+"""The tables, on both engines: creation, the claim and its fence, conditional writes, migrations."""
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sqlite3
+import subprocess
+import threading
+
+import pytest
+from conftest import ROOT, add_nodes, assert_books_balance, eventually, new_release, statuses
+
+import releasectl as rc
+
+POLICY = rc.Policy(2, 600.0, 60.0, 2.0)
+
+
+def now_of(store: rc.Store) -> rc.Moment:
+    return rc.Moment(store.clock.wall(), store.clock.elapsed())
+
+
+def step(store: rc.Store, claim: rc.Claim, **more) -> rc.Decision:
+    """Reads, decides and commits once, as a driver does."""
+    now = now_of(store)
+    release, nodes = store.claimed_release_with_nodes(claim)
+    decision = rc.decide(release, [rc.adopt(n, now, POLICY) for n in nodes], now, POLICY, slots=100, **more)
+    store.commit(claim, release, decision, now, "test")
+    return decision
+
+
+def finish(store: rc.Store, claim: rc.Claim, node_id: int, verdict: rc.Verdict = rc.Verdict("success")) -> None:  # noqa: B008
+    """Commits the end of one running node."""
+    now = now_of(store)
+    release, nodes = store.claimed_release_with_nodes(claim)
+    nodes = [dataclasses.replace(rc.adopt(n, now, POLICY), verdict=verdict if n.node_id == node_id else None)
+             for n in nodes]
+    store.commit(claim, release, rc.decide(release, nodes, now, POLICY, slots=100), now, "test")
+
+
+def sql(store: rc.Store, statement: str, *params) -> int:
+    with store.database.transaction(write=True) as tx:
+        return tx.execute(statement, *params)
+
+
+# -- rule 1: creation --------------------------------------------------------------------------
+
+def test_rule_1_versions_grow_and_the_nodes_are_those_enabled_and_online_by_id(store):
+    nodes = add_nodes(store, 5)
+    store.update_node(nodes[1].id, {"enabled": 0})
+    store.update_node(nodes[2].id, {"status": "maintenance"})
+    first, batches = store.create_release(rc.ReleaseRequest(reason="why"), "anna")
+    second = new_release(store)
+    assert (first.version, second.version) == (1, 2)
+    assert batches == [[nodes[0].id], [nodes[3].id, nodes[4].id]]
+    assert (first.status, first.total_nodes, first.reason) == ("pending", 3, "why")
+    assert [(e.event, e.actor, e.to_status) for e in store.events(first.id)] == [("created", "anna", "pending")]
+
+
+def test_rule_1_the_next_version_is_one_above_the_highest_also_of_rows_by_hand(store):
+    add_nodes(store, 1)
+    sql(store, "INSERT INTO release_tasks (version) VALUES (?)", 2**53 - 1)
+    assert new_release(store).version == 2**53
+    with pytest.raises(rc.AppError, match="versions are used up"):
+        new_release(store)
+
+
+def test_rule_1_without_an_online_node_nothing_is_written(store):
+    with pytest.raises(rc.AppError, match="no online nodes") as refused:
+        new_release(store)
+    assert refused.value.code == 3003
+    assert store.releases().total == 0
+
+
+def test_rule_1_a_payload_of_another_version_leaves_nothing_half_written(store):
+    add_nodes(store, 1)
+    with pytest.raises(rc.AppError, match="the release is version 1"):
+        new_release(store, payload={"version": 7})
+    assert store.releases().total == 0
+
+
+def test_rule_1_releases_created_at_once_get_versions_of_their_own(store, database_url, open_store):
+    add_nodes(store, 2)
+    stores = [open_store(database_url) for _ in range(4)]
+    threads = [threading.Thread(target=lambda s=s: [new_release(s) for _ in range(5)]) for s in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(r.version for r in store.releases(size=100).items) == list(range(1, 21))
+
+
+def test_section_2_an_insert_that_names_only_columns_without_default_works(store):
+    sql(store, "INSERT INTO nodes (name, main_ip) VALUES ('by-hand', '10.0.0.9')")
+    sql(store, "INSERT INTO release_tasks (version) VALUES (5)")
+    node, release = store.node_named("by-hand"), store.releases().items[0]
+    sql(store, "INSERT INTO release_task_nodes (release_task_id, node_id, batch) VALUES (?, ?, 1)", release.id, node.id)
+    sql(store, "INSERT INTO release_events (release_task_id, event) VALUES (?, 'note')", release.id)
+    assert (node.agent_port, node.agent_protocol, node.enabled, node.status) == (8443, "tasks", 1, "online")
+    assert (release.type, release.target, release.status, release.payload) == ("apply_config", "cdn", "pending", "{}")
+    assert rc.epoch_of(node.created_at) == pytest.approx(rc.epoch_of(release.created_at), abs=60)
+    store.claim(release.id, "a", 30)
+    assert store.release(release.id).total_nodes == 1
+
+
+@pytest.mark.parametrize("statement", [
+    "UPDATE release_tasks SET status = 'done'", "UPDATE release_task_nodes SET status = 'ok'",
+    "UPDATE nodes SET agent_port = 0", "UPDATE nodes SET agent_protocol = 'ssh'", "UPDATE nodes SET status = 'up'",
+    "UPDATE release_task_nodes SET error_kind = 'odd'", "UPDATE release_tasks SET version = 0",
+    "UPDATE release_task_nodes SET node_id = 999", "UPDATE release_tasks SET retry_of = 999",
+    "DELETE FROM nodes", "UPDATE release_task_nodes SET batch = 0"])
+def test_section_2_the_tables_refuse_words_and_references_that_are_not_the_contracts(store, statement):
+    add_nodes(store, 1)
+    new_release(store)
+    with pytest.raises(rc.DatabaseError):
+        sql(store, statement)
+
+
+# -- the claim ---------------------------------------------------------------------------------
+
+def test_rule_2_whoever_claims_second_leaves_it_alone(store):
+    add_nodes(store, 1)
+    release = new_release(store)
+    assert store.claim(release.id, "a", 30) is not None
+    assert store.claim(release.id, "b", 30) is None
+    assert store.release(release.id).claim_owner == "a"
+
+
+def test_rule_2_many_that_claim_at_once_only_one_has_it(store, database_url, open_store):
+    add_nodes(store, 1)
+    stores = [open_store(database_url) for _ in range(6)]
+    for _ in range(5):
+        release = new_release(store)
+        won = []
+        threads = [threading.Thread(target=lambda s=s, r=release, w=won: w.append(s.claim(r.id, "x", 30)))
+                   for s in stores]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len([claim for claim in won if claim]) == 1
+        store.act("cancel", release.id, "test")
+
+
+def test_rule_2_the_lowest_version_of_a_target_goes_first(store):
+    add_nodes(store, 1)
+    first, second = new_release(store), new_release(store)
+    other = new_release(store, target="dns")
+    assert store.look() == ([first.id, other.id], [])
+    assert store.claim(second.id, "a", 30) is None
+
+
+def test_rule_2_no_node_has_tasks_of_two_releases_in_flight(store):
+    add_nodes(store, 1)
+    ids = [new_release(store, target=target).id for target in ("cdn", "dns")]
+    claims = [store.claim(i, "a", 30) for i in ids]
+    step(store, claims[0])
+    assert store.busy_nodes(ids[1]) == frozenset([1])
+    with pytest.raises(rc.StateMoved):
+        step(store, claims[1])
+    assert statuses(store, ids[1]) == ["pending"]
+    assert step(store, claims[1], busy=store.busy_nodes(ids[1])).sends == ()
+
+
+def test_rule_2_a_node_held_by_a_lost_request_of_another_release_is_busy(store):
+    add_nodes(store, 1, protocol="execute")
+    ids = [new_release(store, target=target).id for target in ("cdn", "dns")]
+    claim = store.claim(ids[0], "a", 30)
+    step(store, claim)
+    finish(store, claim, 1, rc.Verdict("failed", "timeout", "no answer", "no answer", 30.0))
+    assert store.busy_nodes(ids[1]) == frozenset([1])
+
+
+def test_rule_9_a_claim_that_ran_out_is_taken_over_under_a_higher_number(store):
+    add_nodes(store, 1)
+    release = new_release(store)
+    first = store.claim(release.id, "a", 0.05)
+    second = eventually(lambda: store.claim(release.id, "b", 30))
+    assert second.fence > first.fence
+    assert not store.renew(first, 30)
+    assert store.renew(second, 30)
+
+
+def test_rule_9_a_process_that_wakes_up_late_changes_nothing(store):
+    add_nodes(store, 2)
+    release = new_release(store)
+    old = store.claim(release.id, "a", 0.05)
+    stale, nodes = store.claimed_release_with_nodes(old)
+    new = eventually(lambda: store.claim(release.id, "b", 30))
+    now = now_of(store)
+    with pytest.raises(rc.ClaimLost):
+        store.commit(old, stale, rc.decide(stale, nodes, now, POLICY), now, "a")
+    store.let_go(old)
+    assert statuses(store, release.id) == ["pending", "pending"]
+    assert store.release(release.id).claim_fence == new.fence
+    assert store.release(release.id).claim_expires_at is not None
+
+
+def test_a_claim_that_was_handed_back_is_free_at_once_and_can_t_be_used(store):
+    add_nodes(store, 1)
+    release = new_release(store)
+    claim = store.claim(release.id, "a", 30)
+    store.let_go(claim)
+    assert not store.renew(claim, 30)
+    with pytest.raises(rc.ClaimLost):
+        store.claimed_release(claim)
+    assert store.claim(release.id, "b", 30) is not None
+
+
+# -- writing -----------------------------------------------------------------------------------
+
+def test_rule_7_counters_equal_the_rows_at_every_commit(store):
+    nodes = add_nodes(store, 3)
+    release = new_release(store)
+    claim = store.claim(release.id, "a", 30)
+    for node in nodes:
+        step(store, claim)
+        assert_books_balance(store, release.id)
+        finish(store, claim, node.id)
+        assert_books_balance(store, release.id)
+    assert store.release(release.id).status == "success"
+    assert store.release(release.id).claim_expires_at is None
+
+
+def test_one_event_for_each_change_in_order_with_who_did_it(store):
+    add_nodes(store, 2)
+    release = new_release(store)
+    claim = store.claim(release.id, "owner", 30)
+    step(store, claim)
+    finish(store, claim, 1, rc.Verdict("failed", "agent_failed", "boom", "boom\nwhole text"))
+    found = [(e.node_name, e.from_status, e.to_status, e.actor, e.detail) for e in store.events(release.id)]
+    assert found == [
+        ("", "", "pending", "test", ""), ("", "pending", "running", "owner", ""),
+        ("edge-1", "pending", "running", "test", ""), ("edge-1", "running", "failed", "test", "boom\nwhole text"),
+        ("edge-2", "pending", "skipped", "test", ""), ("", "running", "failed", "test", "node edge-1: boom")]
+
+
+def test_events_come_in_pages(store):
+    add_nodes(store, 1)
+    release = new_release(store)
+    store.act("pause", release.id, "test")
+    events = store.events(release.id)
+    assert [e.event for e in events] == ["created", "paused"]
+    assert store.events(release.id, after=events[0].id) == events[1:]
+    assert store.events(release.id, limit=1) == events[:1]
+
+
+def test_a_commit_on_a_release_that_was_paused_meanwhile_writes_nothing(store):
+    add_nodes(store, 1)
+    release = new_release(store)
+    claim = store.claim(release.id, "a", 30)
+    read, nodes = store.claimed_release_with_nodes(claim)
+    store.act("pause", release.id, "anna")
+    now = now_of(store)
+    with pytest.raises(rc.StateMoved):
+        store.commit(claim, read, rc.decide(read, nodes, now, POLICY), now, "a")
+    assert statuses(store, release.id) == ["pending"]
+
+
+@pytest.mark.parametrize("table", ["release_task_nodes", "release_tasks", "release_events"])
+def test_a_commit_that_fails_halfway_leaves_nothing(store, table):
+    add_nodes(store, 1)
+    release = new_release(store)
+    claim = store.claim(release.id, "a", 30)
+    read, nodes = store.claimed_release_with_nodes(claim)
+    now = now_of(store)
+    decision = rc.decide(read, nodes, now, POLICY)
+    bad = {"release_task_nodes": {"error_kind": "odd"}, "release_tasks": {}, "release_events": {}}[table]
+    changes = tuple(c._replace(after=dataclasses.replace(c.after, **bad)) for c in decision.changes)
+    decision = decision._replace(changes=changes, error_msg="x" * (300 if table == "release_tasks" else 5))
+    actor = None if table == "release_events" else "a"
+    with pytest.raises(rc.DatabaseError):
+        store.commit(claim, read, decision, now, actor)
+    assert statuses(store, release.id) == ["pending"]
+    assert len(store.events(release.id)) == 2
+
+
+def test_thousands_of_nodes_are_written_in_one_transaction(store):
+    rows = [(f"n-{n}", f"10.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}", 8443, "tasks", "{}", 1, "online")
+            for n in range(2500)]
+    store.add_nodes(rows)
+    release = new_release(store)
+    claim = store.claim(release.id, "a", 60)
+    step(store, claim)
+    store.act("cancel", release.id, "test")
+    finish(store, claim, 1)
+    assert store.release(release.id).skipped_nodes == 2499
+    assert_books_balance(store, release.id)
+
+
+# -- verbs ---------------------------------------------------------------------------------------
+
+def test_a_pending_release_that_is_cancelled_is_at_its_end_at_once(store):
+    add_nodes(store, 2)
+    release = new_release(store)
+    assert store.act("cancel", release.id, "anna", "wrong one").status == "cancelled"
+    assert statuses(store, release.id) == ["skipped", "skipped"]
+    assert [(e.event, e.detail) for e in store.events(release.id) if e.node_id is None] == [
+        ("created", ""), ("cancelling", "wrong one"), ("cancelled", "")]
+    assert_books_balance(store, release.id)
+
+
+def test_a_release_that_was_paused_before_it_started_waits_again_after_resume(store):
+    add_nodes(store, 1)
+    release = new_release(store)
+    store.act("pause", release.id, "test")
+    assert store.look() == ([], [])
+    assert store.act("resume", release.id, "test").status == "pending"
+    assert store.look() == ([release.id], [])
+
+
+def fail_first(store: rc.Store, **fields) -> rc.Release:
+    """Runs a release whose first node fails."""
+    release = new_release(store, **fields)
+    claim = store.claim(release.id, "a", 30)
+    step(store, claim)
+    finish(store, claim, 1, rc.Verdict("failed", "agent_failed", "boom", "boom"))
+    return store.release(release.id)
+
+
+def succeed(store: rc.Store, **fields) -> rc.Release:
+    """Runs a release whose nodes all succeed."""
+    release = new_release(store, **fields)
+    claim = store.claim(release.id, "a", 30)
+    step(store, claim)
+    while not store.release(release.id).is_terminal:
+        running = [n.node_id for n in store.release_with_nodes(release.id)[1] if n.status == "running"]
+        finish(store, claim, running[0])
+    return store.release(release.id)
+
+
+def test_rule_10_retry_makes_a_new_release_for_what_was_failed_or_skipped(store):
+    add_nodes(store, 3)
+    old = fail_first(store, payload={"a": 1, "version": 1})
+    new, batches = store.retry(old.id, "anna")
+    assert (new.version, new.retry_of, new.total_nodes) == (2, old.id, 3)
+    assert new.payload == '{"a":1,"version":2}'
+    assert batches == [[1], [2, 3]]
+    assert store.release(old.id) == old
+
+
+def test_rule_10_retry_leaves_out_what_succeeded_and_what_is_not_online(store):
+    add_nodes(store, 4)
+    release = new_release(store)
+    claim = store.claim(release.id, "a", 30)
+    step(store, claim)
+    finish(store, claim, 1)
+    finish(store, claim, 2, rc.Verdict("failed", "agent_failed", "boom", "boom"))
+    finish(store, claim, 3)
+    finish(store, claim, 4, rc.Verdict("failed", "agent_failed", "boom", "boom"))
+    store.update_node(4, {"status": "maintenance"})
+    assert store.retry(release.id, "anna")[1] == [[2]]
+
+
+def test_rule_10_rollback_sends_the_newest_successful_payload_to_the_nodes_it_touched(store):
+    add_nodes(store, 3)
+    succeed(store, payload={"old": 0})
+    good = succeed(store, payload={"good": 1})
+    succeed(store, payload={"else": 1}, target="dns")
+    bad = fail_first(store, payload={"bad": 1})
+    new, batches = store.rollback(bad.id, "anna")
+    assert (new.version, new.rollback_of, new.payload) == (5, bad.id, good.payload)
+    assert batches == [[1]]
+    assert store.release(bad.id) == bad
+
+
+def test_rule_10_rollback_without_an_older_success_says_so(store):
+    add_nodes(store, 1)
+    with pytest.raises(rc.AppError, match="nothing to go back to"):
+        store.rollback(fail_first(store).id, "anna")
+
+
+@pytest.mark.parametrize("verb", ["retry", "rollback"])
+def test_rule_10_only_for_a_release_that_is_at_its_end(store, verb):
+    add_nodes(store, 1)
+    with pytest.raises(rc.AppError, match=f"is pending: {verb} needs"):
+        getattr(store, verb)(new_release(store).id, "anna")
+
+
+# -- the database itself ---------------------------------------------------------------------------
+
+def test_the_schema_is_made_once_by_whoever_comes_first(database_url, open_store):
+    made = []
+    threads = [threading.Thread(target=lambda: made.append(open_store(database_url))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [store.database.schema_version() for store in made] == [len(rc.schema_steps())] * 4
+
+
+def test_an_older_database_is_brought_up_to_date_step_by_step(store, monkeypatch):
+    add_nodes(store, 1)
+    steps = (*rc.schema_steps(), ("CREATE TABLE extra (id INTEGER PRIMARY KEY AUTOINCREMENT, a TEXT)",
+                                  "INSERT INTO schema_version (version) VALUES (2)"))
+    monkeypatch.setattr(rc, "schema_steps", lambda: steps)
+    with pytest.raises(rc.DatabaseError, match="has schema 1, this program needs 2: run `releasectl.py migrate`"):
+        store.database.require_schema()
+    assert store.database.migrate() == (1, 2)
+    assert store.database.migrate() == (2, 2)
+    assert store.node(1).name == "edge-1"
+
+
+def test_a_step_that_fails_leaves_the_database_as_it_was(store, monkeypatch):
+    steps = (*rc.schema_steps(), ("CREATE TABLE extra (a TEXT)", "CREATE TABLE nodes (a TEXT)"))
+    monkeypatch.setattr(rc, "schema_steps", lambda: steps)
+    for _ in range(2):
+        with pytest.raises(rc.DatabaseError, match="nodes"):
+            store.database.migrate()
+    assert store.database.schema_version() == 1
+
+
+def test_a_database_newer_than_the_program_is_refused(store):
+    sql(store, "INSERT INTO schema_version (version) VALUES (99)")
+    for call in (store.database.require_schema, store.database.migrate):
+        with pytest.raises(rc.DatabaseError, match="schema 99, newer than this program's"):
+            call()
+
+
+def test_a_database_of_another_program_is_refused(database_url, open_store):
+    database = rc.Database(database_url)
+    with database.transaction(write=True, create=True) as tx:
+        tx.execute("CREATE TABLE customers (id INTEGER)")
+    with pytest.raises(rc.DatabaseError, match="holds other tables"):
+        database.migrate()
+    database.close()
+
+
+def test_schema_sql_works_as_it_stands_in_the_sqlite3_shell(tmp_path):
+    if not shutil.which("sqlite3"):
+        pytest.skip("left out: the sqlite3 shell")
+    with open(ROOT / "schema.sql", "rb") as schema:
+        subprocess.run(["sqlite3", str(tmp_path / "new.db")], stdin=schema, check=True)
+    database = rc.Database(f"sqlite:///{tmp_path}/new.db")
+    database.require_schema()
+    database.close()
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda path: path.write_bytes(b"this is not a database, whatever its name says" * 20), "is not an SQLite file"),
+    (lambda path: path.mkdir(), "can't be opened"),
+])
+def test_a_file_that_is_no_database_is_told(tmp_path, make, message):
+    path = tmp_path / "x.db"
+    make(path)
+    database = rc.Database(f"sqlite:///{path}")
+    with pytest.raises(rc.DatabaseError, match=message):
+        database.migrate()
+
+
+def test_a_folder_that_does_not_exist_is_told(tmp_path):
+    with pytest.raises(rc.DatabaseError, match="folder .*/nowhere does not exist"):
+        rc.Database(f"sqlite:///{tmp_path}/nowhere/x.db").migrate()
+
+
+def test_a_deleted_sqlite_file_takes_no_writes_unseen(sqlite_url, open_store, tmp_path):
+    store = open_store(sqlite_url)
+    add_nodes(store, 1)
+    (tmp_path / "test.db").unlink()
+    with pytest.raises(rc.DatabaseError, match="does not exist"):
+        store.nodes()
+
+
+def test_a_lock_that_lasts_is_told_in_one_line(sqlite_url, open_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(rc, "BUSY_TIMEOUT_S", 0.1)
+    store = open_store(sqlite_url)
+    other = sqlite3.connect(tmp_path / "test.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(rc.DatabaseError, match="is locked by another process"):
+        add_nodes(store, 1)
+    other.close()
+    add_nodes(store, 1)
+
+
+def test_sqlite_is_set_so_that_what_was_committed_survives_a_power_cut(sqlite_url, open_store):
+    store = open_store(sqlite_url)
+    with store.database.transaction() as tx:
+        assert [tx.value(f"PRAGMA {name}") for name in ("journal_mode", "synchronous", "foreign_keys")] == ["wal", 2, 1]
+
+
+def test_no_statement_of_a_tick_scans_all_node_rows(sqlite_url, open_store):
+    """Looks at the plan of every statement that runs between a claim and the end of a release."""
+    store = open_store(sqlite_url)
+    add_nodes(store, 3)
+    asked = {}
+    execute = rc.Transaction.execute
+
+    def spy(self, statement, *params):
+        asked[statement] = params
+        return execute(self, statement, *params)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rc.Transaction, "execute", spy)
+        store.look()
+        release = succeed(store)
+        store.busy_nodes(release.id)
+        store.releases()
+        store.act("cancel", new_release(store).id, "test")
+    assert len(asked) > 20
+    with store.database.transaction() as tx:
+        for statement, params in asked.items():
+            if statement.lstrip().startswith(("SELECT", "UPDATE", "DELETE")):
+                plan = "\n".join(row[3] for row in tx.rows("EXPLAIN QUERY PLAN " + statement, *params))
+                scans = [line for line in plan.splitlines() if line.startswith("SCAN") and "USING" not in line]
+                assert not [line for line in scans if line.split()[-1] in ("n", "release_task_nodes")], plan
+
+
+def test_postgresql_cuts_a_connection_and_the_next_transaction_takes_a_new_one(new_postgres_url, open_store):
+    url = new_postgres_url()
+    store, other = open_store(url), open_store(url)
+    add_nodes(store, 1)
+    with other.database.transaction() as tx:
+        tx.rows("SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()")
+    assert store.nodes().total == 1
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "pg8000"])
+def test_every_driver_does_the_same(new_postgres_url, open_store, monkeypatch, driver):
+    pytest.importorskip(driver)
+    monkeypatch.setenv("RELEASECTL_PG_DRIVER", driver)
+    store = open_store(new_postgres_url())
+    assert store.database.engine.driver.__name__.startswith(driver)
+    add_nodes(store, 2)
+    release = new_release(store, reason="100 % sure? yes")
+    claim = store.claim(release.id, "a", 30)
+    step(store, claim)
+    finish(store, claim, 1)
+    finish(store, claim, 2)
+    assert store.release(release.id).status == "success"
+    with pytest.raises(rc.DatabaseError, match="agent_port"):
+        sql(store, "UPDATE nodes SET agent_port = 0")
+    assert store.nodes().total == 2
