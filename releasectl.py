@@ -911,6 +911,8 @@ class ReleaseNode:
     due: float = 0.0
     deadline: float = 0.0
     in_flight: bool = False
+    # Whether the agent gave the task another id than the one that was written.
+    is_renamed: bool = False
     # Whether a request of ours may have reached the agent.
     reached: bool = False
     polls: int = 0
@@ -1147,8 +1149,8 @@ def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) ->
         return dataclasses.replace(node, verdict=Verdict(
             FAILED, outcome.error_kind, one_line(outcome.message), detail_text(outcome.detail)))
     if outcome.result == ACCEPTED:
-        return dataclasses.replace(node, task_id=outcome.task_id or node.task_id, next_op=QUERY, polls=0,
-                                   due=now.elapsed + FIRST_POLL_S, reached=True)
+        return dataclasses.replace(node, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
+                                   next_op=QUERY, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True)
     if outcome.result == WORKING:
         return dataclasses.replace(node, errors=0, polls=node.polls + 1,
                                    due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
@@ -1232,17 +1234,20 @@ def decide(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: 
                      for change in [_close_node(n, now)] if change)
     left = [ended[n.node_id].after if n.node_id in ended else n for n in nodes]
     status = _next_status(release.status, left, failing)
-    begun = _dispatches(left, now, policy, slots, busy) if status == RUNNING and not failing else []
-    by_id = {change.after.node_id: change.after for change in begun}
+    renamed = [NodeChange(n, dataclasses.replace(n, is_renamed=False)) for n in left
+               if n.is_renamed and n.status == RUNNING]
+    begun = _dispatches(release, left, now, policy, slots, busy) if status == RUNNING and not failing else []
+    by_id = {change.after.node_id: change.after for change in (*renamed, *begun)}
     after = [by_id.get(n.node_id, n) for n in left]
     polls = [n for n in after if _is_due(n, QUERY, now)][: max(0, slots - len(begun))]
     asked = {n.node_id for n in polls}
     return Decision(
-        changes=(*ended.values(), *begun),
+        changes=(*ended.values(), *renamed, *begun),
         status=status,
         status_reason=describe(status, after, failing, busy, broken),
         error_msg=_error_msg(after, failing, release, broken),
-        sends=(*(Send(DISPATCH, change.after) for change in begun), *(Send(QUERY, n) for n in polls)),
+        sends=(*(Send(DISPATCH, change.after) for change in begun),
+               *(Send(QUERY, dataclasses.replace(n, in_flight=True)) for n in polls)),
         wake_at=min((w for n in after if n.status == RUNNING and n.node_id not in asked
                      for w in [_wake(n, now)]), default=now.elapsed + policy.interval_s))
 
@@ -1327,20 +1332,21 @@ def _next_status(status: str, nodes: Sequence[ReleaseNode], failing: bool) -> st
     return PARTIAL if any(n.status != SUCCESS for n in nodes) else SUCCESS
 
 
-def _dispatches(nodes: Sequence[ReleaseNode], now: Moment, policy: Policy, slots: int,
+def _dispatches(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: Policy, slots: int,
                 busy: frozenset[int]) -> list[NodeChange]:
     """Gives the intents of the dispatches that leave now: the current batch's, and repetitions."""
     batch = min((n.batch for n in nodes if n.status in (PENDING, RUNNING)), default=0)
     ready = [n for n in nodes if (n.status == PENDING and n.batch == batch and n.node_id not in busy)
              or _is_due(n, DISPATCH, now)]
-    return [_intent(n, now, policy) for n in ready[:max(0, slots)]]
+    return [_intent(release, n, now, policy) for n in ready[:max(0, slots)]]
 
 
-def _intent(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange:
+def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange:
     """Gives what is written before a dispatch leaves; started_at and the deadline are the first try's."""
     hold_until = utc_text(now.wall + policy.request_timeout_s) if node.agent_protocol == EXECUTE else None
-    after = dataclasses.replace(node, status=RUNNING, attempts=node.attempts + 1, hold_until=hold_until,
-                                in_flight=True, next_op=DISPATCH)
+    task_id = node.task_id or task_id_for(release.type, node.main_ip, release.version)
+    after = dataclasses.replace(node, status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
+                                hold_until=hold_until, in_flight=True, next_op=DISPATCH)
     if node.status == PENDING:
         after = dataclasses.replace(after, started_at=now.text, deadline=now.elapsed + policy.node_deadline_s)
     return NodeChange(node, after)
@@ -1908,6 +1914,22 @@ class Store:
                 raise StateMoved(f"another release has a node of {release} in flight")
             self._write(tx, release, decision, now, actor, claim.fence)
 
+    def was_written(self, claim: Claim, decision: Decision) -> bool:
+        """Reads back, after an error at COMMIT, whether it took place; ClaimLost when that is another's now.
+
+        As a writer, which waits for a transaction of ours that the server may still be at: what is
+        found is the end of it.
+        """
+        with self.database.transaction(write=True) as tx:
+            release = self._release(tx, claim.release_id)
+            if release.claim_fence != claim.fence:
+                raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
+            found = {n.node_id: n for n in self._release_nodes(tx, claim.release_id)}
+        return release.status == decision.status if not decision.changes else all(
+            (after.status, after.attempts, after.finished_at, after.task_id)
+            == (row.status, row.attempts, row.finished_at, row.task_id)
+            for _, after, _ in decision.changes for row in [found[after.node_id]])
+
     def _write(self, tx: Transaction, release: Release, decision: Decision, now: Moment, actor: str,
                fence: int | None = None) -> None:
         self._write_nodes(tx, release.id, decision.changes, now)
@@ -2021,6 +2043,7 @@ class _TimedSocket:
         self.sock = sock
         self.ends_at = ends_at
         self.received = 0
+        self.at_end = False
 
     def _arm(self) -> None:
         left_s = self.ends_at - time.monotonic()
@@ -2038,6 +2061,7 @@ class _TimedSocket:
         self._arm()
         count = self.sock.recv_into(buffer)
         self.received += count
+        self.at_end = count == 0
         if self.received > MAX_BODY_BYTES + MAX_HEAD_BYTES:
             raise _TooBig
         return count
@@ -2101,7 +2125,8 @@ def _file_stamp(path: str) -> object:
         found = os.stat(path)
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    # the ctime also tells a file that was made readable, or written with its old time
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 def _no_passphrase() -> str:
@@ -2170,6 +2195,7 @@ class AgentClient:
         # kept-alive connections, the oldest first: (address, socket, its context, since)
         self._idle: list[tuple[Address, socket.socket, object, float]] = []
         self._active: set[socket.socket] = set()
+        self._is_closed = False
 
     def prepare(self) -> None:
         """Raises ConfigError when no agent could be called with these settings."""
@@ -2177,12 +2203,14 @@ class AgentClient:
             self._tls.context()
 
     def close(self) -> None:
-        """Ends every connection, also under requests in flight: they fail at once."""
+        """Ends every connection, also under requests in flight: they and all later ones fail at once."""
         with self._guard:
+            self._is_closed = True
             idle, self._idle = self._idle, []
             for sock in self._active:
                 with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+                    # not SSLSocket.shutdown: it takes the encryption away from under the other thread
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
         for _, sock, _, _ in idle:
             _close(sock)
 
@@ -2223,7 +2251,7 @@ class AgentClient:
     def ping(self, address: Address) -> str:
         """Asks an agent for a task that it can't know; gives a line when it answers. AgentError else."""
         started = time.monotonic()
-        status, _ = self._exchange(address, "GET", "/tasks/releasectl-ping", None, started + self._request_s)
+        status, _ = self._exchange(address, "GET", "/tasks/releasectl-ping", None, self._request_s)
         return f"answers (HTTP {status}) in {(time.monotonic() - started) * 1000:.0f} ms"
 
     def _read_execution(self, address: Address, task: AgentTask, data: Mapping[str, Any]) -> Answer:
@@ -2253,9 +2281,8 @@ class AgentClient:
     def _call(self, address: Address, method: str, path: str, within_s: float,
               body: Mapping[str, Any] | None = None, may_be_unknown: bool = False) -> Any:
         """Gives the data of the agent's envelope, an object."""
-        ends_at = time.monotonic() + min(self._request_s, max(within_s, 0.0))
         raw = to_json(body).encode() if body is not None else None
-        status, answer = self._exchange(address, method, path, raw, ends_at)
+        status, answer = self._exchange(address, method, path, raw, min(self._request_s, max(within_s, 0.0)))
         if status == 404 and may_be_unknown:
             return UNKNOWN_TASK
         if status != 200:
@@ -2298,17 +2325,18 @@ class AgentClient:
     # -- connections ---------------------------------------------------------------------
 
     def _exchange(self, address: Address, method: str, path: str, body: bytes | None,
-                  ends_at: float) -> tuple[int, bytes]:
+                  limit_s: float) -> tuple[int, bytes]:
         """Gives status and body of one request; on a new connection where a kept one was stale."""
+        ends_at = time.monotonic() + limit_s
         context = self._tls.context() if self._tls else None
         if address.protocol == TASKS:
             sock = self._take_idle(address, context)
             if sock is not None:
                 with contextlib.suppress(_Stale):
-                    return self._request(address, sock, context, method, path, body, ends_at, reused=True)
+                    return self._request(address, sock, context, method, path, body, ends_at, limit_s, reused=True)
         # an execute agent would run a repeated request twice, so its connections are never kept
         sock = self._connect(address, context, ends_at)
-        return self._request(address, sock, context, method, path, body, ends_at, reused=False)
+        return self._request(address, sock, context, method, path, body, ends_at, limit_s, reused=False)
 
     def _take_idle(self, address: Address, context: object) -> socket.socket | None:
         oldest = time.monotonic() - MAX_IDLE_AGENT_CONNECTION_S
@@ -2330,15 +2358,29 @@ class AgentClient:
     def _keep_idle(self, address: Address, sock: socket.socket, context: object) -> None:
         with self._guard:
             self._idle.append((address, sock, context, time.monotonic()))
-            surplus = self._idle.pop(0)[1] if len(self._idle) > MAX_IDLE_AGENT_CONNECTIONS else None
+            bound = 0 if self._is_closed else MAX_IDLE_AGENT_CONNECTIONS
+            surplus = self._idle.pop(0)[1] if len(self._idle) > bound else None
         if surplus is not None:
             _close(surplus)
 
+    @contextlib.contextmanager
+    def _in_flight(self, sock: socket.socket) -> Iterator[None]:
+        """Lets close() end what waits on a connection; OSError when it was called before."""
+        with self._guard:
+            if self._is_closed:
+                raise ConnectionAbortedError("releasectl is stopping")
+            self._active.add(sock)
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._active.discard(sock)
+
     def _connect(self, address: Address, context: ssl.SSLContext | None, ends_at: float) -> socket.socket:
-        connect_s = min(self._connect_s, ends_at - time.monotonic())
+        connect_s = max(0.0, min(self._connect_s, ends_at - time.monotonic()))
         connect_by = time.monotonic() + connect_s
         try:
-            sock = _open_socket(address, connect_by)
+            sock = self._open_socket(address, connect_by)
         except socket.timeout:
             raise AgentError(UNREACHABLE, f"{address} did not take a connection within {connect_s:.3g} s",
                              reached=False) from None
@@ -2351,11 +2393,29 @@ class AgentClient:
                                            do_handshake_on_connect=False)
             sock = tls_sock  # the plain one is detached from now on
             sock.settimeout(max(connect_by - time.monotonic(), 0.001))
-            tls_sock.do_handshake()
+            with self._in_flight(sock):
+                tls_sock.do_handshake()
             return sock
         except (OSError, ValueError) as error:
             _close(sock)
             raise self._handshake_error(address, error, connect_s) from None
+
+    def _open_socket(self, address: Address, connect_by: float) -> socket.socket:
+        """Connects to the first address that answers; all tries together end at connect_by."""
+        error: OSError = OSError("no address found")
+        for family, kind, number, _, target in socket.getaddrinfo(address.host, address.port,
+                                                                  type=socket.SOCK_STREAM):
+            sock = socket.socket(family, kind, number)
+            try:
+                sock.settimeout(max(connect_by - time.monotonic(), 0.001))
+                with self._in_flight(sock):
+                    sock.connect(target)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return sock
+            except OSError as failed:
+                sock.close()
+                error = failed
+        raise error
 
     def _handshake_error(self, address: Address, error: Exception, connect_s: float) -> AgentError:
         if isinstance(error, ssl.SSLCertVerificationError):
@@ -2374,76 +2434,65 @@ class AgentClient:
             return AgentError(TLS, f"{address} does not speak TLS on this port", reached=False)
         if "PROTOCOL_VERSION" in reason or reason == "UNSUPPORTED_PROTOCOL":
             return AgentError(TLS, f"{address} speaks no TLS 1.2 or newer", reached=False)
-        said = _tls_reason(error) if isinstance(error, ssl.SSLError) and reason else "it closed the connection"
+        if isinstance(error, OSError) and (not reason or isinstance(error, ssl.SSLEOFError)):
+            said = "it closed the connection"
+        else:
+            said = _tls_reason(error) if isinstance(error, ssl.SSLError) else str(error)
         return AgentError(TLS, f"{address}: the TLS handshake failed: {said}", reached=False)
 
     def _request(self, address: Address, sock: socket.socket, context: object, method: str, path: str,
-                 body: bytes | None, ends_at: float, reused: bool) -> tuple[int, bytes]:
+                 body: bytes | None, ends_at: float, limit_s: float, reused: bool) -> tuple[int, bytes]:
         timed = _TimedSocket(sock, ends_at)
         connection = http.client.HTTPConnection(address.host, address.port)
         connection.sock = timed
         keep = False
-        with self._guard:
-            self._active.add(sock)
         try:
-            headers = {"Content-Type": "application/json"} if body is not None else {}
-            if address.protocol != TASKS:
-                headers["Connection"] = "close"
-            connection.request(method, path, body, headers)
-            response = connection.getresponse()
-            answer = response.read(MAX_BODY_BYTES + 1)
+            with self._in_flight(sock):
+                headers = {"Content-Type": "application/json"} if body is not None else {}
+                if address.protocol != TASKS:
+                    headers["Connection"] = "close"
+                connection.request(method, path, body, headers)
+                response = connection.getresponse()
+                # http.client takes the end of the connection for the end of a head, and of a body
+                cut_in_head = timed.at_end
+                answer = response.read(MAX_BODY_BYTES + 1)
             if len(answer) > MAX_BODY_BYTES:
                 raise _TooBig
+            if cut_in_head or response.length:
+                raise http.client.IncompleteRead(answer)
             keep = address.protocol == TASKS and not response.will_close and response.isclosed()
             return response.status, answer
         except _TooBig:
             raise AgentError(PROTOCOL, f"{address} answered more than {MAX_BODY_BYTES >> 20} MiB",
                              reached=True) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            refusal = _refusal(error) or (_late_alert(timed) if timed.received == 0 else "")
+            is_late = isinstance(error, socket.timeout)  # a reading that waited has seen the alert
+            refusal = _refusal(error) or (_late_alert(timed) if timed.received == 0 and not is_late else "")
             if refusal:
                 raise AgentError(TLS, f"{address} refused our client certificate ({refusal})",
                                  reached=False) from None
-            if reused and timed.received == 0 and not isinstance(error, socket.timeout):
+            if reused and timed.received == 0 and not is_late and not self._is_closed:
                 raise _Stale from None
-            raise self._exchange_error(address, error, timed.received) from None
+            raise self._exchange_error(address, error, timed, limit_s) from None
         finally:
-            with self._guard:
-                self._active.discard(sock)
             if keep:
                 self._keep_idle(address, sock, context)
             else:
                 _close(sock)
 
-    def _exchange_error(self, address: Address, error: Exception, received: int) -> AgentError:
+    def _exchange_error(self, address: Address, error: Exception, timed: _TimedSocket, limit_s: float) -> AgentError:
         if isinstance(error, socket.timeout):
-            text = "drips: no whole answer" if received else "did not answer"
-            return AgentError(TIMEOUT, f"{address} {text} within {self._request_s:.3g} s", reached=True,
+            text = "drips: no whole answer" if timed.received else "did not answer"
+            return AgentError(TIMEOUT, f"{address} {text} within {limit_s:.3g} s", reached=True,
                               hold_s=self._request_s)
-        if isinstance(error, (OSError, http.client.IncompleteRead)):
-            when = "in the middle of its answer" if received else "before it answered"
+        if isinstance(error, (OSError, http.client.IncompleteRead)) or timed.at_end:
+            when = "in the middle of its answer" if timed.received else "before it answered"
             return AgentError(UNREACHABLE, f"{address} cut the connection {when}", reached=True, hold_s=CUT_HOLD_S)
         return AgentError(PROTOCOL, f"{address} answered what is not HTTP: {type(error).__name__}", reached=True)
 
 
 # What _call gives for a 404 to a query.
 UNKNOWN_TASK: dict[str, Any] = {}
-
-
-def _open_socket(address: Address, connect_by: float) -> socket.socket:
-    """Connects to the first address that answers; all tries together end at connect_by."""
-    error: OSError = OSError("no address found")
-    for family, kind, number, _, target in socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM):
-        sock = socket.socket(family, kind, number)
-        try:
-            sock.settimeout(max(connect_by - time.monotonic(), 0.001))
-            sock.connect(target)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-        except OSError as failed:
-            sock.close()
-            error = failed
-    raise error
 
 
 def _is_readable(sock: socket.socket) -> bool:
@@ -2514,7 +2563,7 @@ class Executor:
         self.stopping = threading.Event()
         self._wake = threading.Event()
         self._guard = threading.Lock()
-        self._drivers: dict[int, _Driver] = {}
+        self._drivers: dict[int, Driver] = {}
         self._pool = ThreadPoolExecutor(settings.agent_concurrency, thread_name_prefix="agent")
         self._lease_thread: threading.Thread | None = None
         self._closed = threading.Event()
@@ -2579,7 +2628,7 @@ class Executor:
 
     # -- claims --------------------------------------------------------------------------
 
-    def _look(self, is_tick: bool) -> tuple[list[_Driver], int]:
+    def _look(self, is_tick: bool) -> tuple[list[Driver], int]:
         """Claims what is runnable and starts a driver for each; gives them, and how many others hold."""
         free, taken = self.store.look()
         mine = {driver.lease.claim.release_id for driver in self._active_drivers()}
@@ -2593,7 +2642,7 @@ class Executor:
             claim = self.store.claim(release_id, self.owner, self.settings.claim_ttl_sec)
             if claim is not None:
                 lease = Lease(claim, asked_at + self.settings.claim_ttl_sec)
-                driver = _Driver(self, lease, is_tick)
+                driver = Driver(self, lease, is_tick)
                 with self._guard:
                     self._drivers[release_id] = driver
                 started.append(driver)
@@ -2622,13 +2671,13 @@ class Executor:
         except Exception:  # the lease thread must outlive everything
             log.exception("release %d: its claim could not be renewed", lease.claim.release_id)
 
-    def _active_drivers(self) -> list[_Driver]:
+    def _active_drivers(self) -> list[Driver]:
         with self._guard:
             return list(self._drivers.values())
 
     # -- what drivers call ---------------------------------------------------------------
 
-    def ended(self, driver: _Driver) -> None:
+    def ended(self, driver: Driver) -> None:
         """Forgets a driver at its end; the next release of its target may go now."""
         with self._guard:
             self._drivers.pop(driver.lease.claim.release_id, None)
@@ -2644,7 +2693,15 @@ class Executor:
         self._pool.submit(work)
 
 
-class _Driver:
+def outcome_of(node_id: int, op: str, answer: Answer | AgentError) -> Outcome:
+    """Gives what an agent's answer or failure means to the decision."""
+    if isinstance(answer, Answer):
+        return Outcome(node_id, op, answer.state, answer.task_id)
+    result = FAILED if answer.final else UNSENT if not answer.reached else LOST if answer.hold_s else UNCLEAR
+    return Outcome(node_id, op, result, "", answer.kind, answer.message, answer.detail, answer.hold_s)
+
+
+class Driver:
     """Drives one claimed release, in a thread of its own: read, decide, commit, send, wait."""
 
     def __init__(self, executor: Executor, lease: Lease, is_tick: bool):
@@ -2661,6 +2718,8 @@ class _Driver:
         self._strategy = NO_STRATEGY
         self._in_flight = 0
         self._news_at = self._now().elapsed
+        self._said = ""
+        self._unclear: Decision | None = None
         self._thread = threading.Thread(target=self._run, name=f"release-{lease.claim.release_id}", daemon=True)
 
     def start(self) -> None:
@@ -2677,8 +2736,11 @@ class _Driver:
     def _run(self) -> None:
         release_id = self.lease.claim.release_id
         try:
-            while self._turn():
-                pass
+            while True:
+                wait_s = self.turn()
+                if wait_s is None:
+                    break
+                self.collect(wait_s)
             if not self.lease.is_lost:
                 self._store.let_go(self.lease.claim)
         except ClaimLost as error:
@@ -2691,9 +2753,8 @@ class _Driver:
             self.lease.is_lost = True
             self._executor.ended(self)
 
-    def _turn(self) -> bool:
-        """Read, decide, commit, send, wait; False when there is nothing more to do here."""
-        wait_s = self._policy.interval_s
+    def turn(self) -> float | None:
+        """Read, decide, commit, send; gives how many seconds to wait for outcomes, None at the end."""
         try:
             release = self._read()
             now = self._now()
@@ -2702,27 +2763,35 @@ class _Driver:
                 self._commit(release, decision, now)
             if decision.status in TERMINAL:
                 self.lease.is_lost = True  # the commit handed the claim back
-                return False
+                return None
             self._send(release, decision, now)
             if self._may_leave(decision, now):
-                return False
-            if self._room() > 0:
-                wait_s = min(max(decision.wake_at - self._now().elapsed, 0.0), wait_s)
+                return None
+            if self._room() <= 0:
+                return self._policy.interval_s
+            return min(max(decision.wake_at - self._now().elapsed, 0.0), self._policy.interval_s)
         except StateMoved as error:
             log.info("%s: read again", error)
-            self._is_stale = True
-            return True
+            self._is_stale, self._unclear = True, None  # rolled back for certain
+            return 0.0
         except DatabaseError as error:
-            if self.lease.is_lost:
+            # what agents said stays in memory, and is written when the database is back
+            if self.lease.is_lost or self._executor.stopping.is_set():
                 raise
-            log.error("release %d: %s; trying again", self.lease.claim.release_id, error)
+            self._say(str(error))
             self._is_stale = True
-            wait_s = min(wait_s, 1.0)
-        self._collect(wait_s)
-        return True
+            return min(self._policy.interval_s, 1.0)
+
+    def _say(self, error: str) -> None:
+        """Logs an error of the database when it is another one than the last."""
+        if error != self._said:
+            log.error("release %d: %s; trying again", self.lease.claim.release_id, error)
+        self._said = error
 
     def _read(self) -> Release:
         """Gives the release as it stands; the nodes too when what is known of them may be old."""
+        if self._unclear is not None:
+            self._settle(self._unclear)
         if not self._is_stale:
             return self._store.claimed_release(self.lease.claim)
         release, rows = self._store.claimed_release_with_nodes(self.lease.claim)
@@ -2752,7 +2821,10 @@ class _Driver:
         return self._executor.share() - self._in_flight
 
     def _commit(self, release: Release, decision: Decision, now: Moment) -> None:
+        self._unclear = decision
         self._store.commit(self.lease.claim, release, decision, now, self._executor.owner)
+        self._unclear = None
+        self._said = ""
         self._news_at = now.elapsed
         for change in decision.changes:
             self._nodes[change.after.node_id] = change.after
@@ -2761,6 +2833,19 @@ class _Driver:
         if decision.status != release.status:
             log.log(logging.INFO if decision.status == SUCCESS else logging.WARNING, "%s: %s, %s", release,
                     decision.status, decision.status_reason)
+
+    def _settle(self, decision: Decision) -> None:
+        """Finds out whether a commit that ended in an error took place, before anything is repeated.
+
+        Where it did, its requests did not leave: they are due now, as repetitions.
+        """
+        if self._store.was_written(self.lease.claim, decision):
+            for change in decision.changes:
+                self._nodes[change.after.node_id] = dataclasses.replace(change.after, in_flight=False)
+            if decision.status in TERMINAL:
+                self.lease.is_lost = True
+                raise ClaimLost("the release is at its end: the commit that seemed to fail took place")
+        self._unclear = None
 
     def _send(self, release: Release, decision: Decision, now: Moment) -> None:
         for op, node in decision.sends:
@@ -2786,17 +2871,14 @@ class _Driver:
         address = Address(node.main_ip, node.agent_port, node.agent_protocol)
         try:
             if op == DISPATCH:
-                answer = self._executor.agents.dispatch(address, task, within_s)
-            else:
-                answer = self._executor.agents.query(address, task.id, within_s)
+                return outcome_of(node.node_id, op, self._executor.agents.dispatch(address, task, within_s))
+            return outcome_of(node.node_id, op, self._executor.agents.query(address, task.id, within_s))
         except AgentError as error:
-            result = FAILED if error.final else UNSENT if not error.reached else LOST if error.hold_s else UNCLEAR
-            return Outcome(node.node_id, op, result, "", error.kind, error.message, error.detail, error.hold_s)
+            return outcome_of(node.node_id, op, error)
         except ConfigError as error:  # the certificate went away under us
             return Outcome(node.node_id, op, UNSENT, "", TLS, error.message)
-        return Outcome(node.node_id, op, answer.state, answer.task_id)
 
-    def _collect(self, wait_s: float) -> None:
+    def collect(self, wait_s: float) -> None:
         """Waits for an outcome or a nudge, then folds in all that came."""
         with contextlib.suppress(queue.Empty):
             outcome = self.results.get(timeout=wait_s)
