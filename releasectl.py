@@ -296,10 +296,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def _number(low: float, high: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high:
-            raise ValueError(f"must be from {low:g} to {high:g}")
-        return value
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not low <= float(text) <= high:
+            raise ValueError(f"must be a number from {low:g} to {high:g}")
+        return float(text)
     return parse
 
 
@@ -338,15 +337,16 @@ def _database_url(text: str) -> str:
 
 
 def _host_port(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
-        raise ValueError("must be ADDRESS:PORT")
-    return host.strip("[]") or "0.0.0.0", int(port)
+    match = re.fullmatch(r"(\[[^\[\]]+\]|[^\[\]:]*):([0-9]{1,5})", text)
+    if not match or int(match[2]) > 65535:
+        raise ValueError("must be ADDRESS:PORT, or [ADDRESS]:PORT for IPv6")
+    return match[1].strip("[]") or "0.0.0.0", int(match[2])
 
 
 def safe_url(url: str) -> str:
-    """Gives a database URL without its password."""
-    return re.sub(r"(?<=://)([^/@:]*):.*@", r"\1:***@", re.sub(r"(password=)[^&\s]*", r"\1***", url))
+    """Gives a database URL without its password, also one that is mistyped or within a sentence."""
+    url = re.sub(r"(password\s*=\s*)('[^']*'|[^&\s]*)", r"\1***", url)
+    return re.sub(r"((?:://|(?<!\S))[^/@:\s]*):(?!//).*@", r"\1:***@", url)
 
 
 class Setting(NamedTuple):
@@ -421,7 +421,7 @@ class Settings:
             try:
                 values[setting.name.lower()] = setting.parse(text or setting.default)
             except ValueError as error:
-                shown = safe_url(one_line(text, 80))
+                shown = one_line(safe_url(text), 80)
                 raise ConfigError(f"{setting.name}={shown} can't be used: {error}") from None
         settings = cls(**values)
         if bool(settings.http_cert) != bool(settings.http_key):
@@ -433,10 +433,11 @@ class Settings:
 
 def _read_config_file(path: str) -> Iterator[tuple[str, str]]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"--config {path} can't be read: {_os_reason(error)}") from None
     names = [s.name for s in SETTINGS]
+    seen = set()
     for number, line in enumerate(lines, 1):
         line = line.strip()
         if not line or line.startswith("#"):
@@ -447,6 +448,11 @@ def _read_config_file(path: str) -> Iterator[tuple[str, str]]:
             raise ConfigError(f"{path}:{number}: not KEY=VALUE")
         if name not in names:
             raise ConfigError(f"{path}:{number}: {one_line(name, 60)} is not a setting{did_you_mean(name, names)}")
+        if name in seen:
+            raise ConfigError(f"{path}:{number}: {name} stands twice")
+        if not value.isprintable():
+            raise ConfigError(f"{path}:{number}: {name} holds a control character")
+        seen.add(name)
         if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
             value = value[1:-1]
         yield name, value
@@ -454,6 +460,8 @@ def _read_config_file(path: str) -> Iterator[tuple[str, str]]:
 
 def _os_reason(error: Exception) -> str:
     """Gives the system's words for an error, without its number and file name."""
+    if isinstance(error, UnicodeError):
+        return "not UTF-8"
     return (error.strerror or str(error)).lower() if isinstance(error, OSError) else one_line(error)
 
 
@@ -1089,6 +1097,13 @@ class Policy(NamedTuple):
     node_deadline_s: float
     request_timeout_s: float
     interval_s: float
+    # A dispatch leaves so soon after it was written down, or not at all.
+    leave_within_s: float = 0.0
+
+    @property
+    def hold_s(self) -> float:
+        """How long an execute agent may be at a request, reckoned from when it was written down."""
+        return self.leave_within_s + self.request_timeout_s
 
 
 # What came back from an agent.
@@ -1189,7 +1204,7 @@ def adopt(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
         return dataclasses.replace(node, next_op=QUERY, due=now.elapsed, deadline=deadline, reached=True)
     held_s = epoch_of(node.hold_until) - now.wall if node.hold_until else 0.0
     # a clock that was set back must not hold a node for longer than a hold can be
-    due = now.elapsed + min(max(held_s, 0.0), policy.request_timeout_s)
+    due = now.elapsed + min(max(held_s, 0.0), policy.hold_s)
     return dataclasses.replace(node, next_op=DISPATCH, due=due, deadline=deadline, reached=True)
 
 
@@ -1343,7 +1358,7 @@ def _dispatches(release: Release, nodes: Sequence[ReleaseNode], now: Moment, pol
 
 def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange:
     """Gives what is written before a dispatch leaves; started_at and the deadline are the first try's."""
-    hold_until = utc_text(now.wall + policy.request_timeout_s) if node.agent_protocol == EXECUTE else None
+    hold_until = utc_text(now.wall + policy.hold_s) if node.agent_protocol == EXECUTE else None
     task_id = node.task_id or task_id_for(release.type, node.main_ip, release.version)
     after = dataclasses.replace(node, status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
                                 hold_until=hold_until, in_flight=True, next_op=DISPATCH)
@@ -2027,6 +2042,17 @@ class AgentTask(NamedTuple):
     payload: Mapping[str, Any]
 
 
+class _Call(NamedTuple):
+    """One request: what is asked of whom, until when, and what is asked before it leaves."""
+    address: Address
+    method: str
+    path: str
+    body: bytes | None
+    limit_s: float
+    ends_at: float
+    gate: Callable[[], bool]
+
+
 class Answer(NamedTuple):
     """What an agent said: ACCEPTED, WORKING, SUCCESS or UNKNOWN, and the task's id."""
     state: str
@@ -2214,20 +2240,22 @@ class AgentClient:
         for _, sock, _, _ in idle:
             _close(sock)
 
-    def dispatch(self, address: Address, task: AgentTask, within_s: float = 3600.0) -> Answer:
+    def dispatch(self, address: Address, task: AgentTask, within_s: float = 3600.0,
+                 gate: Callable[[], bool] = lambda: True) -> Answer:
         """Sends a task; gives ACCEPTED with the id to poll, or SUCCESS from an execute agent.
 
-        within_s shortens the request timeout. Raises AgentError.
+        within_s shortens the request timeout; gate is asked just before the first byte leaves.
+        Raises AgentError.
         """
         if address.protocol == TASKS:
             data = self._call(address, "POST", "/tasks/dispatch", within_s, {
-                "taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload})
+                "taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload}, gate)
             named = data.get("taskId")
             if not isinstance(named, str) or not named or one_line(named) != named:
                 raise self._nonsense(address, "names no task id", data)
             return Answer(ACCEPTED, named)
         data = self._call(address, "POST", "/agent/v1/tasks/execute", within_s, {
-            "requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}})
+            "requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}}, gate)
         return self._read_execution(address, task, data)
 
     def query(self, address: Address, task_id: str, within_s: float = 3600.0) -> Answer:
@@ -2251,7 +2279,8 @@ class AgentClient:
     def ping(self, address: Address) -> str:
         """Asks an agent for a task that it can't know; gives a line when it answers. AgentError else."""
         started = time.monotonic()
-        status, _ = self._exchange(address, "GET", "/tasks/releasectl-ping", None, self._request_s)
+        status, _ = self._exchange(_Call(address, "GET", "/tasks/releasectl-ping", None, self._request_s,
+                                         started + self._request_s, lambda: True))
         return f"answers (HTTP {status}) in {(time.monotonic() - started) * 1000:.0f} ms"
 
     def _read_execution(self, address: Address, task: AgentTask, data: Mapping[str, Any]) -> Answer:
@@ -2279,10 +2308,12 @@ class AgentClient:
         return AgentError(PROTOCOL, f"{address} {what}", reached=True, detail=f"{address} {what}: {data!r}")
 
     def _call(self, address: Address, method: str, path: str, within_s: float,
-              body: Mapping[str, Any] | None = None, may_be_unknown: bool = False) -> Any:
+              body: Mapping[str, Any] | None = None, gate: Callable[[], bool] = lambda: True,
+              may_be_unknown: bool = False) -> Any:
         """Gives the data of the agent's envelope, an object."""
         raw = to_json(body).encode() if body is not None else None
-        status, answer = self._exchange(address, method, path, raw, min(self._request_s, max(within_s, 0.0)))
+        limit_s = min(self._request_s, max(within_s, 0.0))
+        status, answer = self._exchange(_Call(address, method, path, raw, limit_s, time.monotonic() + limit_s, gate))
         if status == 404 and may_be_unknown:
             return UNKNOWN_TASK
         if status != 200:
@@ -2324,19 +2355,17 @@ class AgentClient:
 
     # -- connections ---------------------------------------------------------------------
 
-    def _exchange(self, address: Address, method: str, path: str, body: bytes | None,
-                  limit_s: float) -> tuple[int, bytes]:
+    def _exchange(self, call: _Call) -> tuple[int, bytes]:
         """Gives status and body of one request; on a new connection where a kept one was stale."""
-        ends_at = time.monotonic() + limit_s
         context = self._tls.context() if self._tls else None
-        if address.protocol == TASKS:
-            sock = self._take_idle(address, context)
+        if call.address.protocol == TASKS:
+            sock = self._take_idle(call.address, context)
             if sock is not None:
                 with contextlib.suppress(_Stale):
-                    return self._request(address, sock, context, method, path, body, ends_at, limit_s, reused=True)
+                    return self._request(call, sock, context, reused=True)
         # an execute agent would run a repeated request twice, so its connections are never kept
-        sock = self._connect(address, context, ends_at)
-        return self._request(address, sock, context, method, path, body, ends_at, limit_s, reused=False)
+        sock = self._connect(call.address, context, call.ends_at)
+        return self._request(call, sock, context, reused=False)
 
     def _take_idle(self, address: Address, context: object) -> socket.socket | None:
         oldest = time.monotonic() - MAX_IDLE_AGENT_CONNECTION_S
@@ -2434,24 +2463,25 @@ class AgentClient:
             return AgentError(TLS, f"{address} does not speak TLS on this port", reached=False)
         if "PROTOCOL_VERSION" in reason or reason == "UNSUPPORTED_PROTOCOL":
             return AgentError(TLS, f"{address} speaks no TLS 1.2 or newer", reached=False)
-        if isinstance(error, OSError) and (not reason or isinstance(error, ssl.SSLEOFError)):
-            said = "it closed the connection"
-        else:
-            said = _tls_reason(error) if isinstance(error, ssl.SSLError) else str(error)
+        says_why = isinstance(error, ssl.SSLError) and reason and not isinstance(error, ssl.SSLEOFError)
+        said = reason.replace("_", " ").lower() if says_why else "it closed the connection"
         return AgentError(TLS, f"{address}: the TLS handshake failed: {said}", reached=False)
 
-    def _request(self, address: Address, sock: socket.socket, context: object, method: str, path: str,
-                 body: bytes | None, ends_at: float, limit_s: float, reused: bool) -> tuple[int, bytes]:
-        timed = _TimedSocket(sock, ends_at)
+    def _request(self, call: _Call, sock: socket.socket, context: object, reused: bool) -> tuple[int, bytes]:
+        address = call.address
+        timed = _TimedSocket(sock, call.ends_at)
         connection = http.client.HTTPConnection(address.host, address.port)
         connection.sock = timed
         keep = False
         try:
             with self._in_flight(sock):
-                headers = {"Content-Type": "application/json"} if body is not None else {}
+                headers = {"Content-Type": "application/json"} if call.body is not None else {}
                 if address.protocol != TASKS:
                     headers["Connection"] = "close"
-                connection.request(method, path, body, headers)
+                if not call.gate():
+                    raise AgentError(UNREACHABLE, f"{address}: not sent, it became too late while connecting",
+                                     reached=False)
+                connection.request(call.method, call.path, call.body, headers)
                 response = connection.getresponse()
                 # http.client takes the end of the connection for the end of a head, and of a body
                 cut_in_head = timed.at_end
@@ -2473,7 +2503,7 @@ class AgentClient:
                                  reached=False) from None
             if reused and timed.received == 0 and not is_late and not self._is_closed:
                 raise _Stale from None
-            raise self._exchange_error(address, error, timed, limit_s) from None
+            raise self._exchange_error(address, error, timed, call.limit_s) from None
         finally:
             if keep:
                 self._keep_idle(address, sock, context)
@@ -2558,8 +2588,8 @@ class Executor:
         self.agents = agents
         self.clock = store.clock
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-        self.policy = Policy(settings.agent_retries, settings.node_deadline_sec,
-                             settings.agent_request_timeout_sec, settings.release_executor_interval_sec)
+        self.policy = Policy(settings.agent_retries, settings.node_deadline_sec, settings.agent_request_timeout_sec,
+                             settings.release_executor_interval_sec, settings.agent_connect_timeout_sec)
         self.stopping = threading.Event()
         self._wake = threading.Event()
         self._guard = threading.Lock()
@@ -2734,24 +2764,30 @@ class Driver:
         return Moment(self._executor.clock.wall(), self._executor.clock.elapsed())
 
     def _run(self) -> None:
+        try:
+            wait_s = self.step()
+            while wait_s is not None:
+                self.collect(wait_s)
+                wait_s = self.step()
+        finally:
+            self.lease.is_lost = True
+            self._executor.ended(self)
+
+    def step(self) -> float | None:
+        """Takes one turn, and lets go after the last; gives how many seconds to wait, None at the end."""
         release_id = self.lease.claim.release_id
         try:
-            while True:
-                wait_s = self.turn()
-                if wait_s is None:
-                    break
-                self.collect(wait_s)
-            if not self.lease.is_lost:
+            wait_s = self.turn()
+            if wait_s is None and not self.lease.is_lost:
                 self._store.let_go(self.lease.claim)
+            return wait_s
         except ClaimLost as error:
             log.warning("release %d: let go, %s", release_id, error)
         except DatabaseError as error:
             log.error("release %d: let go without a word to the database: %s", release_id, error)
         except Exception:  # the edge of a driver: the release goes on when the claim has run out
             log.exception("release %d: its driver failed", release_id)
-        finally:
-            self.lease.is_lost = True
-            self._executor.ended(self)
+        return None
 
     def turn(self) -> float | None:
         """Read, decide, commit, send; gives how many seconds to wait for outcomes, None at the end."""
@@ -2854,25 +2890,35 @@ class Driver:
             self._nodes[node.node_id] = node
             self._in_flight += 1
             task = AgentTask(task_id, release.type, release.version, self._payload)
-            self._executor.submit(functools.partial(self._work, op, node, task, node.deadline - now.elapsed))
+            self._executor.submit(functools.partial(self._work, op, node, task, now))
 
-    def _work(self, op: str, node: ReleaseNode, task: AgentTask, within_s: float) -> None:
+    def may_dispatch(self, written_at: Moment) -> bool:
+        """Says whether a dispatch may leave this instant: the claim holds, and it is not too late.
+
+        Asked on a worker after connecting, just before the first byte. A take-over reckons with a
+        request that left soon after it was written down, and waits for that one only.
+        """
+        elapsed = self._executor.clock.elapsed()
+        return self.lease.is_valid(elapsed) and elapsed <= written_at.elapsed + self._policy.leave_within_s
+
+    def _work(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> None:
         """Runs on a worker: one request, one outcome, whatever happens."""
         try:
-            outcome = self._ask(op, node, task, within_s)
+            outcome = self._ask(op, node, task, written_at)
         except Exception:  # the edge of a worker: a node must never be forgotten
             log.exception("node %s: %s failed within releasectl", node.name, op)
             outcome = Outcome(node.node_id, op, LOST, "", PROTOCOL, "releasectl itself failed: see its log")
         self.results.put(outcome)
 
-    def _ask(self, op: str, node: ReleaseNode, task: AgentTask, within_s: float) -> Outcome:
-        if op == DISPATCH and not self.lease.is_valid(self._executor.clock.elapsed()):
-            return Outcome(node.node_id, op, UNSENT, "", UNREACHABLE, "not sent: our claim had run out")
+    def _ask(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> Outcome:
         address = Address(node.main_ip, node.agent_port, node.agent_protocol)
+        within_s = node.deadline - written_at.elapsed
+        agents = self._executor.agents
         try:
             if op == DISPATCH:
-                return outcome_of(node.node_id, op, self._executor.agents.dispatch(address, task, within_s))
-            return outcome_of(node.node_id, op, self._executor.agents.query(address, task.id, within_s))
+                gate = functools.partial(self.may_dispatch, written_at)
+                return outcome_of(node.node_id, op, agents.dispatch(address, task, within_s, gate))
+            return outcome_of(node.node_id, op, agents.query(address, task.id, within_s))
         except AgentError as error:
             return outcome_of(node.node_id, op, error)
         except ConfigError as error:  # the certificate went away under us

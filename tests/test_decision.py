@@ -9,7 +9,7 @@ import pytest
 import releasectl as rc
 
 NOW = rc.Moment(wall=1_790_000_000.0, elapsed=1_000.0)
-POLICY = rc.Policy(retries=2, node_deadline_s=600.0, request_timeout_s=60.0, interval_s=2.0)
+POLICY = rc.Policy(retries=2, node_deadline_s=600.0, request_timeout_s=60.0, interval_s=2.0, leave_within_s=15.0)
 
 
 def later(seconds: float) -> rc.Moment:
@@ -294,7 +294,7 @@ def test_rule_8_past_its_deadline_a_node_is_failed_but_not_under_a_request():
 
 def test_section_1_the_hold_is_written_with_the_intent_and_ends_with_an_answer():
     begun = decide([node(1, protocol="execute")]).changes[0].after
-    assert begun.hold_until == later(60).text
+    assert begun.hold_until == later(75).text
     done = dataclasses.replace(begun, in_flight=False, verdict=rc.Verdict("success"))
     assert decide([done]).changes[0].after.hold_until is None
 
@@ -314,7 +314,7 @@ def test_rule_9_a_tasks_agent_is_asked_first():
 
 
 @pytest.mark.parametrize(("hold_until", "wait_s"), [(None, 0), (later(45).text, 35), (later(5).text, 0),
-                                                    (later(9999).text, 60)])
+                                                    (later(9999).text, 75)])
 def test_rule_9_an_execute_agent_is_left_alone_until_the_hold_is_over(hold_until, wait_s):
     found = node(1, "running", protocol="execute", hold_until=hold_until)
     adopted = rc.adopt(found, later(10), POLICY)
