@@ -924,6 +924,8 @@ class ReleaseNode:
     # Whether a request of ours may have reached the agent.
     reached: bool = False
     polls: int = 0
+    # How often the agent did not know the task.
+    forgotten: int = 0
     # Tries in a row that failed, and what the last one said.
     errors: int = 0
     last_kind: str = ""
@@ -1170,10 +1172,10 @@ def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) ->
         return dataclasses.replace(node, errors=0, polls=node.polls + 1,
                                    due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
     if outcome.result == UNKNOWN:
-        return dataclasses.replace(node, next_op=DISPATCH, reached=True,
-                                   last_error="the agent does not know the task",
-                                   due=now.elapsed + (backoff_s(node.attempts - 1, node.node_id)
-                                                      if node.attempts > 1 else 0.0))
+        # at once the first time: a tick that only waited here would end before it sent anything
+        wait_s = backoff_s(node.forgotten, node.node_id) if node.forgotten else 0.0
+        return dataclasses.replace(node, next_op=DISPATCH, reached=True, forgotten=node.forgotten + 1,
+                                   last_error="the agent does not know the task", due=now.elapsed + wait_s)
     return _observe_error(node, outcome, now, policy)
 
 
@@ -2664,6 +2666,7 @@ class Executor:
         mine = {driver.lease.claim.release_id for driver in self._active_drivers()}
         if free:
             self.agents.prepare()  # raises before anything is claimed that could not be dispatched
+            self._start_lease_thread()
         started = []
         for release_id in free:
             if release_id in mine or self.stopping.is_set():
@@ -2671,17 +2674,21 @@ class Executor:
             asked_at = self.clock.elapsed()
             claim = self.store.claim(release_id, self.owner, self.settings.claim_ttl_sec)
             if claim is not None:
-                lease = Lease(claim, asked_at + self.settings.claim_ttl_sec)
-                driver = Driver(self, lease, is_tick)
-                with self._guard:
-                    self._drivers[release_id] = driver
-                started.append(driver)
-        if started and self._lease_thread is None:
+                # started at once: an error at the next claim must not leave a claim without its driver
+                started.append(self._drive(Lease(claim, asked_at + self.settings.claim_ttl_sec), is_tick))
+        return started, len([release_id for release_id in taken if release_id not in mine])
+
+    def _drive(self, lease: Lease, is_tick: bool) -> Driver:
+        driver = Driver(self, lease, is_tick)
+        with self._guard:
+            self._drivers[lease.claim.release_id] = driver
+        driver.start()
+        return driver
+
+    def _start_lease_thread(self) -> None:
+        if self._lease_thread is None:
             self._lease_thread = threading.Thread(target=self._keep_leases, name="lease", daemon=True)
             self._lease_thread.start()
-        for driver in started:
-            driver.start()
-        return started, len([release_id for release_id in taken if release_id not in mine])
 
     def _keep_leases(self) -> None:
         """Renews every claim three times in its life, apart from the work."""
@@ -2961,6 +2968,8 @@ class Driver:
 
 VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
 IDLE_CONNECTION_S = 30.0
+# Before a connection is closed, what its client still sends is dropped for so long.
+LINGER_S, MAX_LINGER_BYTES = 1.0, 16 << 20
 
 
 class Request(NamedTuple):
@@ -2973,7 +2982,7 @@ class Request(NamedTuple):
     def integer(self, name: str, default: int, low: int, high: int) -> int:
         """Gives a number of the query; AppError 2002 for what is none, 2003 out of range."""
         text = self.query.get(name, str(default))
-        if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        if not re.fullmatch(r"-?[0-9]{1,4000}", text):  # int() itself has a limit of 4300 digits
             raise AppError(2002, f"{name} {one_line(text, 40)!r} is not a number")
         if not low <= int(text) <= high:
             raise AppError(2003, f"{name} must be from {low} to {high}")
@@ -3231,7 +3240,6 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/metrics", "metrics", VIEWER, "Gauges for Prometheus", "text"),
     Route("GET", "/openapi.json", "openapi", VIEWER, "This document", "json"),
 )
-METHODS = ("GET", "POST", "PATCH", "DELETE", "PUT", "HEAD", "OPTIONS")
 _PATTERNS = [(re.compile(re.escape(r.path).replace(r"\{id\}", "([^/]+)")), r) for r in ROUTES]
 
 
@@ -3247,12 +3255,12 @@ def find_route(method: str, path: str) -> tuple[Route, tuple[int, ...]]:
             return route, tuple(parse_id(text) for text in texts)
     allowed = [route.method for route, _ in found]
     allow = ", ".join(allowed + (["HEAD"] if "GET" in allowed else []))
-    raise AppError(4005, f"{method} is not for {one_line(path, 100)}: it takes {allow}", allow=allow)
+    raise AppError(4005, f"{one_line(method, 20)} is not for {one_line(path, 100)}: it takes {allow}", allow=allow)
 
 
 def parse_id(text: str) -> int:
     """Gives the id of a release or node; AppError 2002 when it is not a number."""
-    if not re.fullmatch(r"[0-9]{1,30}", text):
+    if not re.fullmatch(r"[0-9]{1,4000}", text):
         raise AppError(2002, f"id {one_line(text, 40)!r} is not a number")
     return int(text)
 
@@ -3277,25 +3285,34 @@ class Tokens:
 
     def _read(self) -> list[tuple[str, str, str]]:
         require_private("API_TOKENS_FILE", self._path)
+        try:
+            lines = Path(self._path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"API_TOKENS_FILE {self._path} can't be read: {_os_reason(error)}") from None
         entries = []
-        for number, line in enumerate(Path(self._path).read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip() or line.startswith("#"):
+        for number, line in enumerate(map(str.strip, lines), 1):
+            if not line or line.startswith("#"):
                 continue
-            name, role, digest = (line.strip().split(":") + ["", ""])[:3]
-            if not name or role not in (VIEWER, OPERATOR) or not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
-                raise ConfigError(f"API_TOKENS_FILE {self._path}:{number}: must be name:viewer or operator:"
-                                  "sha256 of the token in hexadecimal")
-            entries.append((one_line(name, 100), role, digest.lower()))
+            match = re.fullmatch(f"([^:]+):({VIEWER}|{OPERATOR}):([0-9a-fA-F]{{64}})", line)
+            if not match:
+                raise ConfigError(f"API_TOKENS_FILE {self._path}:{number}: must be NAME:viewer:SHA256 or "
+                                  "NAME:operator:SHA256, with the token's SHA-256 in hexadecimal")
+            entries.append((one_line(match[1], 100), match[2], match[3].lower()))
         return entries
 
     def who(self, authorization: str | None) -> tuple[str, str]:
-        """Gives name and role for an Authorization header; AppError 1001 or 1002."""
+        """Gives name and role for an Authorization header; AppError 1001, 1002, or 5001 without a good file."""
         scheme, _, token = (authorization or "").partition(" ")
         if not authorization or scheme.lower() != "bearer" or not token.strip():
             raise AppError(1001, "no token: send the header Authorization: Bearer TOKEN")
+        try:
+            entries = self.load()
+        except ConfigError as error:
+            log.error("nobody is let in: %s", error)
+            raise AppError(5001, "the tokens can't be read: see the log of releasectl") from None
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
         found = None
-        for name, role, known in self.load():
+        for name, role, known in entries:
             if hmac.compare_digest(known, digest):
                 found = name, role
         if found is None:
@@ -3324,6 +3341,32 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             self.request = self.server.tls.wrap_socket(self.request, server_side=True)
         super().setup()
 
+    def finish(self) -> None:
+        """Says goodbye, then drops what still comes: a reset would take our answer away (RFC 9112, 9.6)."""
+        super().finish()
+        self.request.settimeout(LINGER_S)
+        with contextlib.suppress(OSError, ValueError):
+            if self.server.tls:
+                self.request.unwrap()
+        with contextlib.suppress(OSError):
+            self.request.shutdown(socket.SHUT_WR)
+            left = MAX_LINGER_BYTES
+            while left > 0:
+                left -= len(self.request.recv(65536)) or left
+        self.request.close()
+
+    def handle_expect_100(self) -> bool:
+        """Sends the 100 at once: the client waits for it."""
+        super().handle_expect_100()
+        self.wfile.flush()
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        """Gives one do_METHOD for every method: the table of routes knows which are taken."""
+        if name.startswith("do_"):
+            return self._serve
+        raise AttributeError(name)
+
     def _serve(self) -> None:
         try:
             self._reply(self._handle())
@@ -3335,11 +3378,12 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             log.exception("%s %s failed", self.command, one_line(self.path, 200))
             self._refuse(AppError(5001, "releasectl itself failed: see its log"))
 
-    do_GET = do_POST = do_PATCH = do_DELETE = do_PUT = do_HEAD = do_OPTIONS = _serve
-
     def _handle(self) -> Reply:
         raw_body = self._read_body()
-        target = urllib.parse.urlsplit(self.path)
+        try:
+            target = urllib.parse.urlsplit(self.path)
+        except ValueError:
+            raise AppError(2002, f"{one_line(self.path, 100)} is not an address") from None
         route, ids = find_route(self.command, urllib.parse.unquote(target.path))
         actor, role = "", OPERATOR
         if route.role != ANYONE:
@@ -3435,7 +3479,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         if self.request_version == "HTTP/0.9":
             self.request_version = "HTTP/1.0"  # else the library would leave out the head
         text = message or http.HTTPStatus(code).phrase
-        self._refuse(AppError(4005 if code == 501 else 2002, one_line(text, 150)), http_status=code)
+        self._refuse(AppError(2002, one_line(text, 150)), http_status=code)
 
     def version_string(self) -> str:
         return "releasectl"
