@@ -1,0 +1,770 @@
+"""The agent client against real TLS sockets that misbehave (contract section 1)."""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from conftest import ADDRESSES, eventually, leave_out, make_certs, settings_for
+
+import releasectl as rc
+
+HOST = ADDRESSES[0]
+TASK = rc.AgentTask("apply_config_10.0.0.7_42", "apply_config", 42, {"a": 1})
+LIMIT_S, MARGIN_S = 0.6, 0.8
+DRIP_S = 0.05
+
+
+# -- agents that misbehave -------------------------------------------------------------------
+
+class Peer:
+    """A listening thread: on each connection, one after the other, it does what a test says."""
+
+    def __init__(self, talk: Callable[[Peer, Any], None], tls: ssl.SSLContext | None, host: str = HOST):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.listener = socket.create_server((host, 0), family=family)
+        self.host, self.port = host, self.listener.getsockname()[1]
+        self.talk, self.tls = talk, tls
+        self.accepted = self.handshakes = 0
+        self.requests: list[tuple[str, bytes]] = []  # the head, the body
+        self.serials: list[str] = []  # of the client certificates
+        self.stopped = threading.Event()
+        self._current: socket.socket | None = None
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while not self.stopped.is_set():
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            self.accepted += 1
+            with contextlib.suppress(OSError), contextlib.closing(sock):
+                self._meet(sock)
+
+    def _meet(self, sock: socket.socket) -> None:
+        if self.tls is None:
+            self._current = sock
+            self.talk(self, sock)
+            return
+        with self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False,
+                                  suppress_ragged_eofs=False) as tls_sock:
+            self._current = tls_sock
+            tls_sock.do_handshake()
+            self.handshakes += 1
+            self.serials.append((tls_sock.getpeercert() or {}).get("serialNumber", ""))
+            self.talk(self, tls_sock)
+
+    def read_request(self, sock: socket.socket) -> None:
+        """Reads one request with its body; OSError when the client ends the connection."""
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += self._read(sock)
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = re.search(rb"Content-Length: (\d+)", head)
+        while length and len(body) < int(length.group(1)):
+            body += self._read(sock)
+        self.requests.append((head.decode(), body))
+
+    @staticmethod
+    def _read(sock: socket.socket) -> bytes:
+        data = sock.recv(65536)
+        if not data:
+            raise ConnectionError("the client went away")
+        return data
+
+    def address(self, protocol: str = "tasks", host: str = "") -> rc.Address:
+        return rc.Address(host or self.host, self.port, protocol)
+
+    def stop(self) -> None:
+        self.stopped.set()
+        for sock in (self.listener, self._current):
+            with contextlib.suppress(OSError):
+                if sock is not None:
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        self._thread.join(5)
+        self.listener.close()
+        assert not self._thread.is_alive(), "the thread of a peer does not end"
+
+
+def hang(peer: Peer, sock: socket.socket) -> None:
+    """Takes what comes, says nothing."""
+    peer.stopped.wait(30)
+
+
+def hang_after_request(peer: Peer, sock: socket.socket) -> None:
+    peer.read_request(sock)
+    hang(peer, sock)
+
+
+def drip(start: bytes, more: bytes) -> Callable[[Peer, Any], None]:
+    """Answers start at once, and more byte by byte, over and over, for 5 s."""
+    def talk(peer: Peer, sock: socket.socket) -> None:
+        if peer.tls is not None:
+            peer.read_request(sock)
+        sock.sendall(start)
+        give_up_at = time.monotonic() + 5
+        while time.monotonic() < give_up_at:
+            for byte in more:
+                sock.sendall(bytes([byte]))
+                if peer.stopped.wait(DRIP_S):
+                    return
+    return talk
+
+
+def says(*answers: bytes, forever: bytes = b"", reset: bool = False) -> Callable[[Peer, Any], None]:
+    """Gives each request of a connection its answer, the last one also endlessly, then closes."""
+    def talk(peer: Peer, sock: socket.socket) -> None:
+        for answer in answers:
+            peer.read_request(sock)
+            sock.sendall(answer)
+        while forever and not peer.stopped.is_set():
+            sock.sendall(forever)
+        if reset:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return talk
+
+
+def http(body: object, status: str = "200 OK", headers: str = "") -> bytes:
+    """Gives a whole answer; a body that is not bytes goes as JSON."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(raw)}\r\n{headers}\r\n".encode() + raw
+
+
+def envelope(data: object, code: object = 0, message: str = "success") -> dict[str, object]:
+    return {"code": code, "message": message, "data": data}
+
+
+def accepted(task_id: str = TASK.id) -> bytes:
+    return http(envelope({"taskId": task_id, "status": "pending"}))
+
+
+def task(status: str, task_id: str = TASK.id, **fields: object) -> bytes:
+    return http(envelope({"taskId": task_id, "status": status, **fields}))
+
+
+def executed(status: str, message: object = "", request_id: str = TASK.id) -> bytes:
+    return http(envelope({"requestId": request_id, "status": status, "message": message}))
+
+
+# -- arrangement -----------------------------------------------------------------------------
+
+def server_context(folder: Path, ca: Path | None = None, version: str = "") -> ssl.SSLContext:
+    """Gives an agent's context with the folder's one certificate; it demands ours of the CA."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate = next((folder / "agents").glob("*.crt"))
+    context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+    context.load_verify_locations((ca or folder) / "ca.crt")
+    context.verify_mode = ssl.CERT_REQUIRED
+    if version:
+        context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    return context
+
+
+@pytest.fixture(scope="module")
+def same_ca(certs, tmp_path_factory) -> Callable[..., Path]:
+    """A function that makes a folder with a new client certificate and an agent's of the same CA."""
+    def make(names: str, **environment: str) -> Path:
+        folder = tmp_path_factory.mktemp("same_ca")
+        for name in ("ca.crt", "ca.key"):
+            shutil.copy(certs / name, folder / name)
+        return make_certs(folder, names, **environment)
+    return make
+
+
+@pytest.fixture(scope="module")
+def local(same_ca) -> Path:
+    """Certificates for the names of this machine itself."""
+    return same_ca("localhost,::1")
+
+
+@pytest.fixture(scope="module")
+def expired(same_ca) -> Path:
+    return same_ca(HOST, DAYS="-1")
+
+
+@pytest.fixture
+def new_peer(certs):
+    """A function that starts a misbehaving agent; all are stopped at the end."""
+    peers = []
+
+    def start(talk, tls: ssl.SSLContext | None | bool = True, host: str = HOST) -> Peer:
+        peers.append(Peer(talk, server_context(certs) if tls is True else tls or None, host))
+        return peers[-1]
+
+    yield start
+    for peer in peers:
+        peer.stop()
+
+
+@pytest.fixture
+def new_client(certs):
+    """A function that makes a client; all are closed at the end."""
+    clients = []
+
+    def make(folder: Path | None = certs, **settings: object) -> rc.AgentClient:
+        clients.append(rc.AgentClient(settings_for("sqlite:///unused.db", folder, **settings)))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def client(new_client) -> rc.AgentClient:
+    return new_client()
+
+
+@contextlib.contextmanager
+def full_listener():
+    """Gives the address of a listener whose queue is full: it takes no connection, and refuses none."""
+    with socket.create_server((HOST, 0), backlog=0) as listener, contextlib.ExitStack() as crowd:
+        for _ in range(3):
+            sock = crowd.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        yield rc.Address(HOST, listener.getsockname()[1], "tasks")
+
+
+def error_of(call: Callable[..., object], *arguments: object) -> rc.AgentError:
+    with pytest.raises(rc.AgentError) as caught:
+        call(*arguments)
+    return caught.value
+
+
+def assert_tells(error: rc.AgentError, kind: str, message: str, reached: bool = True, hold_s: float = 0.0,
+                 final: bool = False) -> None:
+    """The error as it is stored; A stands for "agent ADDRESS:PORT"."""
+    told = re.sub(r"^agent (\[.*\]|[^ :]*):\d+", "A", rc.one_line(error.message))
+    assert (error.kind, told, error.reached, error.hold_s, error.final) == (kind, message, reached, hold_s, final)
+
+
+# -- limits ----------------------------------------------------------------------------------
+
+def test_a_refused_connection_is_told_as_such(client):
+    with socket.create_server((HOST, 0)) as listener:
+        address = rc.Address(HOST, listener.getsockname()[1], "tasks")
+    assert_tells(error_of(client.dispatch, address, TASK), "unreachable", "A can't be reached: connection refused",
+                 reached=False)
+
+
+def test_an_agent_that_takes_no_connection_ends_at_the_connect_limit(new_client):
+    client = new_client(AGENT_CONNECT_TIMEOUT_SEC=LIMIT_S)
+    with full_listener() as address:
+        started = time.monotonic()
+        error = error_of(client.dispatch, address, TASK)
+    assert LIMIT_S <= time.monotonic() - started < LIMIT_S + MARGIN_S
+    assert_tells(error, "unreachable", "A did not take a connection within 0.6 s", reached=False)
+
+
+@pytest.mark.parametrize("talk", [hang, drip(b"\x16\x03\x03\x40\x00", b"\x02")], ids=["hangs", "drips"])
+def test_a_handshake_ends_at_the_connect_limit_also_when_it_drips(new_client, new_peer, talk):
+    client, peer = new_client(AGENT_CONNECT_TIMEOUT_SEC=LIMIT_S), new_peer(talk, tls=False)
+    started = time.monotonic()
+    error = error_of(client.dispatch, peer.address(), TASK)
+    assert LIMIT_S <= time.monotonic() - started < LIMIT_S + MARGIN_S
+    assert_tells(error, "timeout", "A did not finish the TLS handshake within 0.6 s", reached=False)
+
+
+LATE = {
+    "hangs after the request": (hang_after_request, "A did not answer within 0.6 s"),
+    "drips in the head": (drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), "A drips: no whole answer within 0.6 s"),
+    "drips in the body": (drip(b"HTTP/1.1 200 OK\r\n\r\n", b" "), "A drips: no whole answer within 0.6 s"),
+    "drips in a chunk": (drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+                         "A drips: no whole answer within 0.6 s"),
+    "reads no request": (hang, "A did not answer within 0.6 s"),
+}
+
+
+@pytest.mark.parametrize("protocol", rc.PROTOCOLS)
+@pytest.mark.parametrize("case", LATE)
+def test_a_request_ends_at_the_request_limit_however_slowly_it_drips(new_client, new_peer, case, protocol):
+    talk, message = LATE[case]
+    client, peer = new_client(AGENT_REQUEST_TIMEOUT_SEC=LIMIT_S), new_peer(talk)
+    payload = {"a": "x" * (8 << 20)} if case == "reads no request" else {}
+    started = time.monotonic()
+    error = error_of(client.dispatch, peer.address(protocol), TASK._replace(payload=payload))
+    assert LIMIT_S <= time.monotonic() - started < LIMIT_S + MARGIN_S
+    assert_tells(error, "timeout", message, hold_s=LIMIT_S)
+
+
+def test_within_s_shortens_the_request_limit_and_the_message_says_so(client, new_peer):
+    peer = new_peer(hang_after_request)
+    started = time.monotonic()
+    error = error_of(client.dispatch, peer.address("execute"), TASK, 0.3)
+    assert 0.3 <= time.monotonic() - started < 0.3 + MARGIN_S
+    # the agent may go on working for as long as a whole request may take
+    assert_tells(error, "timeout", "A did not answer within 0.3 s", hold_s=3.0)
+
+
+# -- certificates ----------------------------------------------------------------------------
+
+def test_an_agent_of_another_ca_is_not_spoken_with(client, certs, new_peer):
+    peer = new_peer(hang, server_context(certs / "other", ca=certs))
+    assert_tells(error_of(client.dispatch, peer.address(), TASK), "tls",
+                 "A presented a certificate of another CA than ours (CONTROL_CA)", reached=False)
+
+
+def test_an_agent_whose_certificate_names_another_address_is_not_spoken_with(client, new_peer):
+    peer = new_peer(hang, host="127.0.1.99")
+    assert_tells(error_of(client.dispatch, peer.address(), TASK), "tls",
+                 "A presented a certificate for another address", reached=False)
+
+
+def test_an_expired_certificate_of_an_agent_is_told_as_such(client, expired, new_peer):
+    peer = new_peer(hang, server_context(expired))
+    assert_tells(error_of(client.dispatch, peer.address(), TASK), "tls",
+                 "A presented a certificate that has expired", reached=False)
+
+
+def test_agent_tls_server_name_is_verified_instead_of_the_address(new_client, new_peer):
+    peer = new_peer(says(accepted()), host="127.0.1.99")
+    assert new_client(AGENT_TLS_SERVER_NAME="agent.test").dispatch(peer.address(), TASK).state == rc.ACCEPTED
+    error = error_of(new_client(AGENT_TLS_SERVER_NAME="wrong.test").dispatch, peer.address(), TASK)
+    assert_tells(error, "tls", "A presented a certificate for another name than wrong.test (AGENT_TLS_SERVER_NAME)",
+                 reached=False)
+
+
+@pytest.mark.parametrize("body_bytes", [10, 8 << 20], ids=["small body", "large body"])
+@pytest.mark.parametrize("protocol", rc.PROTOCOLS)
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+@pytest.mark.parametrize(("ours", "alerts"), [
+    ("of another CA", {"unknown ca"}), ("expired", {"certificate expired"}),
+    ("none", {"certificate required", "handshake failure"})])
+def test_an_agent_that_refuses_our_certificate_is_told_as_such(new_client, new_peer, certs, expired, monkeypatch,
+                                                               ours, alerts, version, protocol, body_bytes):
+    folder = {"of another CA": certs / "other", "expired": expired, "none": certs}[ours]
+    if ours == "none":
+        monkeypatch.setattr(rc, "load_pair", lambda *_: None)
+    client = new_client(folder, CONTROL_CA=certs / "ca.crt")
+    peer = new_peer(hang, server_context(certs, version=version))
+    error = error_of(client.dispatch, peer.address(protocol), TASK._replace(payload={"a": "x" * body_bytes}))
+    alert = re.sub(r".*\((.*)\)", r"\1", error.message)
+    assert alert in alerts
+    assert_tells(error, "tls", f"A refused our client certificate ({alert})", reached=False)
+
+
+def test_a_port_without_tls_is_told_as_such(client, new_peer):
+    def plain(peer: Peer, sock: socket.socket) -> None:
+        sock.recv(65536)
+        sock.sendall(http(b"Client sent an HTTP request", "400 Bad Request"))
+    assert_tells(error_of(client.dispatch, new_peer(plain, tls=False).address(), TASK), "tls",
+                 "A does not speak TLS on this port", reached=False)
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_a_handshake_that_the_agent_cuts_is_told_as_such(client, new_peer, reset):
+    def cut(peer: Peer, sock: socket.socket) -> None:
+        sock.recv(65536)
+        if reset:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert_tells(error_of(client.dispatch, new_peer(cut, tls=False).address(), TASK), "tls",
+                 "A: the TLS handshake failed: it closed the connection", reached=False)
+
+
+def test_tls_older_than_1_2_is_refused(client, certs, new_peer):
+    if not ssl.HAS_TLSv1_1:
+        leave_out("TLS 1.1 in the local OpenSSL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context = server_context(certs, version="TLSv1_1")
+        context.set_ciphers("ALL:@SECLEVEL=0")
+    assert_tells(error_of(client.dispatch, new_peer(hang, context).address(), TASK), "tls",
+                 "A speaks no TLS 1.2 or newer", reached=False)
+
+
+# -- answers that make no sense --------------------------------------------------------------
+
+CHUNKED = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+NOT_JSON = "A answered what is not JSON: "
+TOO_BIG = ("protocol", "A answered more than 1 MiB", False)
+BROKEN: dict[str, tuple[Callable[[Peer, Any], None], str, str, bool]] = {
+    "not JSON": (says(http(b"hello")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
+    "no body": (says(http(b"")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
+    "a list": (says(http([1])), "protocol", "A answered JSON that is no object", False),
+    "no code": (says(http({"data": {}})), "protocol", "A answers without a code", False),
+    "code true": (says(http(envelope({}, True))), "protocol", "A answers without a code", False),
+    "code false": (says(http(envelope({}, False))), "protocol", "A answers without a code", False),
+    "code text": (says(http(envelope({}, "0"))), "protocol", "A answers without a code", False),
+    "code 0.0": (says(http(envelope({}, 0.0))), "protocol", "A answers without a code", False),
+    "code 5001": (says(http(envelope(None, 5001, "disk full"))), "rejected", "A refused: disk full (code 5001)", True),
+    "no data": (says(http(envelope(None))), "protocol", "A answers without data", False),
+    "no id": (says(http(envelope({}))), "protocol", "A names no task id", False),
+    "an id with a newline": (says(accepted("a\nb")), "protocol", "A names no task id", False),
+    "400": (says(http(envelope(None, 2001, "invalid request body"), "400 Bad Request")),
+            "rejected", "A answered HTTP 400: invalid request body", True),
+    "404 to a dispatch": (says(http(b"404 page not found\n", "404 Not Found", "Content-Type: text/plain\r\n")),
+                          "rejected", "A answered HTTP 404: 404 page not found", True),
+    "429": (says(http(b"", "429 Too Many Requests")), "http", "A answered HTTP 429", False),
+    "500": (says(http(envelope(None, 5001, "oops"), "500 Internal")), "http", "A answered HTTP 500: oops", False),
+    "204": (says(b"HTTP/1.1 204 No Content\r\n\r\n"), "http", "A answered HTTP 204", False),
+    "too big, with its length": (says(http(b" " * ((1 << 20) + 1))), *TOO_BIG),
+    "too big, without length": (says(b"HTTP/1.1 200 OK\r\n\r\n", forever=b" " * 65536), *TOO_BIG),
+    "too big, chunked": (says(CHUNKED.encode(), forever=b"10000\r\n" + b" " * 65536 + b"\r\n"), *TOO_BIG),
+    "too big, tiny chunks": (says(CHUNKED.encode(), forever=b"1;" + b"x" * 60_000 + b"\r\n \r\n"), *TOO_BIG),
+    "endless 100 Continue": (says(b"", forever=b"HTTP/1.1 100 Continue\r\n\r\n" * 999), *TOO_BIG),
+    "endless header": (says(b"HTTP/1.1 200 OK\r\nX: ", forever=b"x" * 65536),
+                       "protocol", "A answered what is not HTTP: LineTooLong", False),
+    "endless status line": (says(b"HTTP/1.1 200 ", forever=b"x" * 65536),
+                            "protocol", "A answered what is not HTTP: LineTooLong", False),
+    "endless headers": (says(b"HTTP/1.1 200 OK\r\n", forever=b"X: y\r\n" * 999),
+                        "protocol", "A answered what is not HTTP: HTTPException", False),
+    "no HTTP": (says(b"hello, who are you?\r\n"), "protocol", "A answered what is not HTTP: BadStatusLine", False),
+    "a key twice": (says(http(b'{"code":5,"code":0,"data":{}}')), "protocol",
+                    NOT_JSON + "key 'code' stands twice", False),
+    "NaN": (says(http(b'{"code":0,"data":{"x":NaN}}')), "protocol", NOT_JSON + "NaN is not JSON", False),
+    "deep nesting": (says(http(b"[" * 100_000)), "protocol", NOT_JSON + "nested too deep", False),
+    "invalid UTF-8": (says(http(b'{"code":0,"message":"\xff"}')), "protocol", NOT_JSON + "not UTF-8", False),
+    "a lone surrogate": (says(http(b'{"code":0,"data":{"taskId":"\\ud800"}}')), "protocol",
+                         NOT_JSON + "not UTF-8", False),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_answer_that_is_not_the_json_of_the_contract_is_an_error_that_says_which(client, new_peer, case):
+    talk, kind, message, final = BROKEN[case]
+    error = error_of(client.dispatch, new_peer(talk).address(), TASK)
+    assert_tells(error, kind, message, final=final)
+
+
+@pytest.mark.parametrize("status", ["301 Moved Permanently", "307 Temporary Redirect"])
+def test_a_redirect_is_an_error_and_is_never_followed(client, new_peer, status):
+    target = new_peer(says(accepted()))
+    peer = new_peer(says(http(b"", status, f"Location: https://{HOST}:{target.port}/tasks/dispatch\r\n")))
+    error = error_of(client.dispatch, peer.address(), TASK)
+    assert_tells(error, "http", f"A answered a redirect (HTTP {status[:3]}), which is not followed")
+    assert (len(peer.requests), target.accepted) == (1, 0)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n"
+CUT = {
+    "before the answer": b"", "in the status line": b"HTTP/1.1 2", "after the status": b"HTTP/1.1 404",
+    "after the status line": b"HTTP/1.1 200 OK\r\n", "in a header": b"HTTP/1.1 200 OK\r\nContent-Le",
+    "before the end of the head": HEAD, "before the body": HEAD + b"\r\n", "in the body": HEAD + b"\r\n{",
+    "in a chunk": CHUNKED.encode() + b"99\r\n{", "between chunks": CHUNKED.encode() + b"1\r\n{\r\n",
+}
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+@pytest.mark.parametrize("protocol", rc.PROTOCOLS)
+@pytest.mark.parametrize("case", CUT)
+def test_a_cut_connection_holds_the_next_request_for_5_s(client, new_peer, case, protocol, reset):
+    peer = new_peer(says(CUT[case], reset=reset))
+    error = error_of(client.dispatch, peer.address(protocol), TASK)
+    if reset:  # what was sent before may be lost with it
+        when = re.sub(".* connection ", "", error.message)
+        assert when in ("before it answered", "in the middle of its answer")
+    else:
+        when = "in the middle of its answer" if CUT[case] else "before it answered"
+    assert_tells(error, "unreachable", f"A cut the connection {when}", hold_s=rc.CUT_HOLD_S)
+    assert len(peer.requests) == 1, "a request whose answer was lost is not repeated at once"
+
+
+def test_a_cut_404_is_no_word_that_the_task_is_unknown(client, new_peer):
+    peer = new_peer(says(b"HTTP/1.1 404 Not Found\r\nContent-Ty"))
+    assert_tells(error_of(client.query, peer.address(), TASK.id), "unreachable",
+                 "A cut the connection in the middle of its answer", hold_s=rc.CUT_HOLD_S)
+
+
+# -- the tasks dialect -----------------------------------------------------------------------
+
+def test_the_task_that_the_answer_names_is_the_one_to_poll_and_its_id_is_quoted(client, new_peer):
+    odd = "a/b?c#d e%:\u00fc"
+    peer = new_peer(says(accepted(odd), task("running", odd)))
+    assert client.dispatch(peer.address(), TASK) == rc.Answer(rc.ACCEPTED, odd)
+    assert client.query(peer.address(), odd) == rc.Answer(rc.WORKING, odd)
+    (post, body), (get, _) = peer.requests
+    assert post.startswith("POST /tasks/dispatch HTTP/1.1\r\n")
+    assert json.loads(body) == {"taskId": TASK.id, "type": "apply_config", "version": 42, "payload": {"a": 1}}
+    assert get.startswith("GET /tasks/a%2Fb%3Fc%23d%20e%25:%C3%BC HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize(("answer", "state"), [
+    (task("pending"), rc.WORKING), (task("running"), rc.WORKING), (task("success"), rc.SUCCESS),
+    (http(b"404 page not found", "404 Not Found"), rc.UNKNOWN)], ids=["pending", "running", "success", "404"])
+def test_a_poll_gives_what_the_agent_knows(client, new_peer, answer, state):
+    assert client.query(new_peer(says(answer)).address(), TASK.id) == rc.Answer(state, TASK.id)
+
+
+@pytest.mark.parametrize(("answer", "kind", "message", "final"), [
+    (task("success", "apply_config_10.0.0.8_42"), "protocol", "A answers for another task", False),
+    (task("done"), "protocol", "A gives no known status", False),
+    (task("failed", lastError="no space"), "agent_failed", "no space", True),
+    (task("failed", lastError=None), "agent_failed", "the agent gave no reason", True),
+    (task("failed", lastError=["odd"]), "agent_failed", "['odd']", True),
+    (task("failed", lastError="a\x00\r\nb\x1b[31m\u202e c"), "agent_failed", "a b [31m c", True),
+    (task("failed", lastError="x" * 100_000), "agent_failed", "x" * 252 + "...", True),
+], ids=["another task", "unknown status", "failed", "no reason", "a list", "control characters", "100 kB"])
+def test_a_poll_that_tells_no_success_says_why(client, new_peer, answer, kind, message, final):
+    error = error_of(client.query, new_peer(says(answer)).address(), TASK.id)
+    assert_tells(error, kind, message, final=final)
+    assert len(rc.detail_text(error.detail).encode()) <= rc.MAX_DETAIL_BYTES
+
+
+# -- the execute dialect ---------------------------------------------------------------------
+
+def test_an_execute_agent_is_sent_the_version_within_the_payload(client, new_peer):
+    peer = new_peer(says(executed("success", "applied")))
+    assert client.dispatch(peer.address("execute"), TASK) == rc.Answer(rc.SUCCESS, TASK.id)
+    (head, body), = peer.requests
+    assert head.startswith("POST /agent/v1/tasks/execute HTTP/1.1\r\n")
+    assert json.loads(body) == {"requestId": TASK.id, "type": "apply_config", "payload": {"a": 1, "version": 42}}
+    assert TASK.payload == {"a": 1}
+
+
+def test_version_already_applied_is_a_success_where_it_is_the_releases_version(client, new_peer):
+    peer = new_peer(says(executed("success", "Version 42 already applied (current: 42)")))
+    assert client.dispatch(peer.address("execute"), TASK).state == rc.SUCCESS
+
+
+@pytest.mark.parametrize(("answer", "kind", "message", "final"), [
+    (executed("success", "Version 42 already applied (current: 43)"), "rejected",
+     "the agent is already at version 43", True),
+    (executed("success", "Version 0 already applied (current: 41)"), "protocol",
+     "A has version 41 and calls it applied", False),
+    (executed("success", "Version 42 applied but reload failed: nginx: [emerg]"), "agent_failed",
+     "Version 42 applied but reload failed: nginx: [emerg]", True),
+    (executed("failed", "no space"), "agent_failed", "no space", True),
+    (executed("failed", None), "agent_failed", "the agent gave no reason", True),
+    (executed("success", request_id="apply_config_10.0.0.8_42"), "protocol", "A answers for another request", False),
+    (executed("running"), "protocol", "A gives no known status", False),
+    (http(envelope(None, 2001, "invalid request body"), "400 Bad Request"), "rejected",
+     "A answered HTTP 400: invalid request body", True),
+], ids=["above", "below", "reload failed", "failed", "no reason", "another request", "unknown status", "400"])
+def test_an_execute_agent_is_believed_by_its_message(client, new_peer, answer, kind, message, final):
+    assert_tells(error_of(client.dispatch, new_peer(says(answer)).address("execute"), TASK), kind, message,
+                 final=final)
+
+
+# -- connections -----------------------------------------------------------------------------
+
+def test_kept_alive_connections_are_used_again(client, new_fleet):
+    agent = new_fleet(1).agent(HOST)
+    address = rc.Address(HOST, agent.port, "tasks")
+    assert client.dispatch(address, TASK).state == rc.ACCEPTED
+    states = [client.query(address, "unknown").state for _ in range(5)]
+    assert (states, agent.handshakes) == ([rc.UNKNOWN] * 5, 1)
+
+
+def test_a_kept_connection_that_the_agent_closed_meanwhile_is_replaced(client, new_fleet):
+    fleet = new_fleet(1)
+    agent = fleet.agent(HOST)
+    address = rc.Address(HOST, agent.port, "tasks")
+    client.query(address, "unknown")
+    fleet.call(agent.close_connections)
+    assert client.query(address, "unknown").state == rc.UNKNOWN
+    assert agent.handshakes == 2
+
+
+def test_a_kept_connection_that_ends_under_the_request_is_replaced(client, new_peer):
+    def talk(peer: Peer, sock: socket.socket) -> None:
+        peer.read_request(sock)
+        sock.sendall(task("running"))
+        if peer.handshakes == 1:
+            peer.read_request(sock)  # and no answer
+    peer = new_peer(talk)
+    assert [client.query(peer.address(), TASK.id).state for _ in range(2)] == [rc.WORKING] * 2
+    assert (peer.handshakes, len(peer.requests)) == (2, 3)
+
+
+def answer_then_hang(peer: Peer, sock: socket.socket) -> None:
+    peer.read_request(sock)
+    sock.sendall(task("running"))
+    hang_after_request(peer, sock)
+
+
+def test_a_kept_connection_that_hangs_is_a_timeout_and_not_replaced(new_client, new_peer):
+    client, peer = new_client(AGENT_REQUEST_TIMEOUT_SEC=LIMIT_S), new_peer(answer_then_hang)
+    client.query(peer.address(), TASK.id)
+    error = error_of(client.query, peer.address(), TASK.id)
+    assert_tells(error, "timeout", "A did not answer within 0.6 s", hold_s=LIMIT_S)
+    assert peer.accepted == 1
+
+
+def test_an_answer_that_says_close_is_not_kept(client, new_peer):
+    peer = new_peer(says(http(b"", "404 Not Found", "Connection: close\r\n")))
+    assert [client.query(peer.address(), TASK.id).state for _ in range(2)] == [rc.UNKNOWN] * 2
+    assert peer.handshakes == 2
+
+
+def test_connections_of_execute_agents_are_never_used_again(client, new_peer):
+    peer = new_peer(says(executed("success")))
+    for _ in range(2):
+        client.dispatch(peer.address("execute"), TASK)
+    assert peer.handshakes == 2
+    assert all("Connection: close" in head for head, _ in peer.requests)
+
+
+def test_the_bound_on_idle_connections_holds(client, new_fleet, monkeypatch):
+    monkeypatch.setattr(rc, "MAX_IDLE_AGENT_CONNECTIONS", 2)
+    fleet = new_fleet(5)
+    for agent in fleet.agents:
+        client.query(rc.Address(agent.address, agent.port, "tasks"), "unknown")
+    eventually(lambda: [agent.open_connections for agent in fleet.agents] == [0, 0, 0, 1, 1],
+               message="the oldest connections are not closed")
+
+
+def test_an_idle_connection_is_not_kept_for_ever(client, new_fleet, monkeypatch):
+    monkeypatch.setattr(rc, "MAX_IDLE_AGENT_CONNECTION_S", 0.0)
+    agent = new_fleet(1).agent(HOST)
+    for _ in range(2):
+        client.query(rc.Address(HOST, agent.port, "tasks"), "unknown")
+    assert agent.handshakes == 2
+    eventually(lambda: agent.open_connections == 1)
+
+
+def test_proxies_of_the_environment_are_not_used(client, new_peer, monkeypatch):
+    proxy, peer = new_peer(hang, tls=False, host="127.0.1.2"), new_peer(says(accepted()))
+    for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://{proxy.host}:{proxy.port}")
+        monkeypatch.setenv(name.lower(), f"http://{proxy.host}:{proxy.port}")
+    assert client.dispatch(peer.address(), TASK).state == rc.ACCEPTED
+    assert (peer.accepted, proxy.accepted) == (1, 0)
+
+
+def test_an_ipv6_address_is_called_and_verified(client, local, new_peer):
+    try:
+        peer = new_peer(says(accepted(), http(b"", "500 Internal")), server_context(local), host="::1")
+    except OSError:
+        leave_out("IPv6 on loopback")
+    assert client.dispatch(peer.address(), TASK).state == rc.ACCEPTED
+    assert error_of(client.query, peer.address(), "x").message == f"agent [::1]:{peer.port} answered HTTP 500"
+
+
+def test_a_host_name_is_called_and_verified(client, local, new_peer):
+    peer = new_peer(says(accepted()), server_context(local), host="127.0.0.1")
+    assert client.dispatch(peer.address(host="localhost"), TASK).state == rc.ACCEPTED
+
+
+def test_a_host_name_that_nobody_knows_can_not_be_reached(client):
+    error = error_of(client.dispatch, rc.Address("no-such-host.invalid", 8443, "tasks"), TASK)
+    assert (error.kind, error.reached) == ("unreachable", False)
+    assert error.message.startswith("agent no-such-host.invalid:8443 can't be reached: ")
+
+
+# -- the end ---------------------------------------------------------------------------------
+
+@pytest.fixture
+def fail_by_close(new_client):
+    """A function that has a request under way, calls close(), and gives the error that the request ends with."""
+    def fail(client: rc.AgentClient, address: rc.Address, is_under_way: Callable[[], object]) -> rc.AgentError:
+        errors: list[rc.AgentError] = []
+        caller = threading.Thread(target=lambda: errors.append(error_of(client.query, address, TASK.id)))
+        caller.start()
+        eventually(is_under_way)
+        closed_at = time.monotonic()
+        client.close()
+        caller.join(25)
+        assert time.monotonic() - closed_at < 2, "close() does not end the request"
+        return errors[0]
+    return fail
+
+
+@pytest.mark.parametrize(("talk", "reached"), [
+    (hang, False), (hang_after_request, True), (answer_then_hang, True), (LATE["drips in the head"][0], True)],
+    ids=["handshake", "answer", "kept connection", "drip"])
+def test_close_ends_requests_in_flight_at_once(new_client, new_peer, fail_by_close, talk, reached):
+    client = new_client(AGENT_CONNECT_TIMEOUT_SEC=20, AGENT_REQUEST_TIMEOUT_SEC=20)
+    peer = new_peer(talk, tls=talk is not hang)
+    if talk is answer_then_hang:
+        client.query(peer.address(), TASK.id)
+    before = len(peer.requests)
+    error = fail_by_close(client, peer.address(), lambda: len(peer.requests) > before or not reached and peer.accepted)
+    assert (error.reached, peer.accepted) == (reached, 1)
+
+
+def test_close_ends_a_connection_attempt_and_nothing_leaves_later(new_client, new_peer, fail_by_close):
+    client, peer = new_client(AGENT_CONNECT_TIMEOUT_SEC=20), new_peer(says(accepted()))
+    with full_listener() as address:
+        error = fail_by_close(client, address, lambda: client._active)
+    assert (error.kind, error.reached) == ("unreachable", False)
+    assert_tells(error_of(client.dispatch, peer.address(), TASK), "unreachable",
+                 "A can't be reached: releasectl is stopping", reached=False)
+    assert not peer.requests
+
+
+# -- our certificate -------------------------------------------------------------------------
+
+def our_files(certs: Path, folder: Path) -> dict[str, str]:
+    """Copies our certificate and key; gives the settings that name them."""
+    for name in ("control.crt", "control.key"):
+        shutil.copy(certs / name, folder / name)
+    return {"CONTROL_CERT": f"{folder}/control.crt", "CONTROL_KEY": f"{folder}/control.key"}
+
+
+def test_certificates_renewed_on_disk_are_used_without_a_restart(new_client, new_peer, certs, local, tmp_path):
+    client = new_client(**our_files(certs, tmp_path))
+    peer = new_peer(says(http(b"", "404 Not Found", "Connection: close\r\n")))
+    for name in ("", "control.crt", "control.key"):  # half done in between: the key is the old one
+        if name:
+            shutil.copy(local / name, tmp_path / name)
+        assert client.query(peer.address(), TASK.id).state == rc.UNKNOWN
+    first, half_done, renewed = peer.serials
+    assert first == half_done != renewed
+
+
+def test_a_connection_made_with_the_old_certificate_is_not_kept(new_client, new_fleet, certs, local, tmp_path):
+    client, agent = new_client(**our_files(certs, tmp_path)), new_fleet(1).agent(HOST)
+    for folder in (certs, local):
+        our_files(folder, tmp_path)
+        client.query(rc.Address(HOST, agent.port, "tasks"), "unknown")
+    assert agent.handshakes == 2
+    eventually(lambda: agent.open_connections == 1)
+
+
+def test_a_renewal_is_noticed_that_keeps_size_and_time_of_the_files(new_client, certs, tmp_path):
+    ours = our_files(certs, tmp_path)
+    key = tmp_path / "control.key"
+    good, times = key.read_bytes(), (key.stat().st_atime_ns, key.stat().st_mtime_ns)
+    client = new_client(**ours)
+    client.prepare()
+    first = client._tls.context()
+    for content in (b"x" * len(good), good):
+        assert client._tls.context() is first  # the pair that fitted goes on serving
+        key.write_bytes(content)
+        os.utime(key, ns=times)
+    assert client._tls.context() is not first, "the mended key was not looked at"
+
+
+def test_prepare_tells_what_is_wrong_with_our_certificate(certs, tmp_path):
+    files = {"CONTROL_CERT": certs / "control.crt", "CONTROL_KEY": certs / "control.key",
+             "CONTROL_CA": certs / "ca.crt"}
+    locked, text = tmp_path / "locked.key", tmp_path / "text"
+    subprocess.run(["openssl", "pkey", "-in", str(certs / "control.key"), "-aes256", "-passout", "pass:secret",
+                    "-out", str(locked)], check=True, capture_output=True)
+    text.write_text("hello\n")
+    other_key, gone = certs / "other" / "control.key", tmp_path / "gone"
+    wrong = {
+        ("CONTROL_CERT", ""): "CONTROL_CERT is not set",
+        ("CONTROL_CERT", gone): f"CONTROL_CERT {gone} can't be read: no such file or directory",
+        ("CONTROL_KEY", gone): f"CONTROL_KEY {gone} can't be read: no such file or directory",
+        ("CONTROL_CA", gone): f"CONTROL_CA {gone} can't be read: no such file or directory",
+        ("CONTROL_CA", tmp_path): f"CONTROL_CA {tmp_path} can't be read: is a directory",
+        ("CONTROL_KEY", other_key): f"CONTROL_CERT {files['CONTROL_CERT']} does not fit CONTROL_KEY {other_key}: "
+                                    "they are not of one pair",
+        ("CONTROL_KEY", locked): f"CONTROL_KEY {locked}: the key is protected by a passphrase: "
+                                 "releasectl needs it without one",
+        ("CONTROL_CERT", text): f"CONTROL_CERT {text} or CONTROL_KEY {files['CONTROL_KEY']} is not PEM: *",
+        ("CONTROL_KEY", text): f"CONTROL_CERT {files['CONTROL_CERT']} or CONTROL_KEY {text} is not PEM: *",
+        ("CONTROL_CA", text): f"CONTROL_CA {text} holds no PEM certificate: *",
+    }
+    for (name, path), message in wrong.items():
+        client = rc.AgentClient(settings_for("sqlite:///unused.db", None, MTLS_ENABLED=1, **{**files, name: path}))
+        with pytest.raises(rc.ConfigError) as caught:
+            client.prepare()
+        told = caught.value.message
+        assert told.startswith(message[:-1]) if message.endswith("*") else told == message

@@ -1,0 +1,115 @@
+"""Never twice, never lost: the real driver and store under a fake clock, with faults by a seed.
+
+TEST_LONG=1 runs 10,000 schedules; one alone, with its schedule: python tests/simulation.py SEED
+"""
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+
+import pytest
+import simulation
+from simulation import Violation, run_seed
+
+import releasectl as rc
+
+SCHEDULES = 10_000 if os.environ.get("TEST_LONG") == "1" else 300
+PER_TEST = 50
+# A mutant that survives so many schedules would survive for ever.
+ENOUGH = 400
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    rc.log.disabled = True
+    yield
+    rc.log.disabled = False
+
+
+@pytest.mark.parametrize("first", range(1, SCHEDULES + 1, PER_TEST))
+def test_rule_9_whatever_fails_nothing_runs_twice_and_nothing_is_lost(first):
+    for seed in range(first, first + PER_TEST):
+        run_seed(seed)
+
+
+def test_the_schedules_contain_every_fault():
+    figures = [run_seed(seed).figures for seed in range(1, 31)]
+    for name in figures[0]:
+        assert sum(one[name] for one in figures) > 10, name
+
+
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_an_owner_that_nothing_disturbs_keeps_its_release_to_the_end(seed):
+    assert run_seed(seed, owners=3, faults=False).figures["take-overs"] == 0
+
+
+def test_the_same_seed_gives_the_same_schedule():
+    assert run_seed(7).schedule == run_seed(7).schedule
+
+
+# -- the mutants: each breaks one line of the claim, and must be found ------------------------
+
+def without_fence(patch):
+    """A write goes through whoever the owner is."""
+    def commit(self, claim, release, decision, now, actor):
+        with self.database.transaction(write=True) as tx:
+            self._write(tx, release, decision, now, actor, self._release(tx, claim.release_id).claim_fence)
+    patch.setattr(rc.Store, "commit", commit)
+    patch.setattr(rc.Store, "_refuse_lost", staticmethod(lambda release, claim: None))
+
+
+def with_a_new_task_id_after_a_take_over(patch):
+    """The new owner names the task anew, so the agent does not know it again."""
+    numbers, adopt = itertools.count(), rc.adopt
+    patch.setattr(rc, "task_id_for", lambda *parts: f"{parts}-{next(numbers)}")
+    patch.setattr(rc, "adopt", lambda node, now, policy: dataclasses.replace(adopt(node, now, policy), task_id=""))
+
+
+def with_the_intent_after_the_request(patch):
+    """The request leaves, then its commit may fail or never come."""
+    commit, send = rc.Driver._commit, rc.Driver._send
+
+    def commit_late(self, release, decision, now):
+        send(self, release, decision, now)
+        commit(self, release, decision, now)
+    patch.setattr(rc.Driver, "_commit", commit_late)
+    patch.setattr(rc.Driver, "_send", lambda *_: None)
+    patch.setattr(simulation.Simulation, "at_once", True, raising=False)
+
+
+def with_the_expiry_compared_the_wrong_way_round(patch):
+    """A claim that holds may be taken, one that ran out may not."""
+    execute, candidates = rc.Transaction.execute, rc.Store._candidates
+    patch.setattr(rc.Transaction, "execute", lambda self, statement, *params: execute(
+        self, statement.replace("claim_expires_at <= ?", "claim_expires_at > ?"), *params))
+    patch.setattr(rc.Store, "_candidates", staticmethod(
+        lambda tx: [c._replace(claimed=False) for c in candidates(tx)]))
+
+
+def without_a_look_at_the_lease_before_a_dispatch(patch):
+    """A process that was suspended past its lease sends what it had written before."""
+    patch.setattr(rc.Driver, "may_dispatch", lambda *_: True)
+
+
+def without_the_hold_of_an_execute_agent(patch):
+    """The new owner repeats a request that may still be at the agent."""
+    adopt = rc.adopt
+    patch.setattr(rc, "adopt", lambda node, now, policy: adopt(
+        dataclasses.replace(node, hold_until=None), now, policy))
+
+
+@pytest.mark.parametrize("mutate", [
+    without_fence, with_a_new_task_id_after_a_take_over, with_the_intent_after_the_request,
+    with_the_expiry_compared_the_wrong_way_round, without_a_look_at_the_lease_before_a_dispatch,
+    without_the_hold_of_an_execute_agent], ids=lambda mutate: mutate.__name__)
+def test_the_schedules_find_a_claim(mutate, monkeypatch):
+    mutate(monkeypatch)
+    with pytest.raises(Violation):
+        for seed in range(1, ENOUGH):
+            run_seed(seed)
+
+
+def test_the_schedules_find_a_lease_that_is_not_renewed(monkeypatch):
+    monkeypatch.setattr(rc.Executor, "_renew", lambda *_: None)
+    assert any(run_seed(seed, owners=3, faults=False).figures["take-overs"] for seed in range(1, 11))
