@@ -1196,14 +1196,16 @@ def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Pol
 def adopt(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
     """Gives a node as a new owner of its release finds it (rule 9): ask first, or wait and repeat.
 
-    Deadline and hold were stored by the wall clock, and go on from there.
+    Deadline and hold were stored by the wall clock, and go on from there. A deadline that passed
+    while nobody looked leaves time for one question: the task may have ended well before it.
     """
     if node.status != RUNNING:
         return node
     started = epoch_of(node.started_at) if node.started_at else now.wall
     deadline = now.elapsed + started + policy.node_deadline_s - now.wall
     if node.agent_protocol == TASKS:
-        return dataclasses.replace(node, next_op=QUERY, due=now.elapsed, deadline=deadline, reached=True)
+        return dataclasses.replace(node, next_op=QUERY, due=now.elapsed, reached=True,
+                                   deadline=max(deadline, now.elapsed + policy.interval_s))
     held_s = epoch_of(node.hold_until) - now.wall if node.hold_until else 0.0
     # a clock that was set back must not hold a node for longer than a hold can be
     due = now.elapsed + min(max(held_s, 0.0), policy.hold_s)
@@ -1392,7 +1394,7 @@ def describe(status: str, nodes: Sequence[ReleaseNode], failing: bool, busy: fro
     """Gives status_reason: what the release is doing or waiting for, in one sentence."""
     running = [n for n in nodes if n.status == RUNNING]
     if status == SUCCESS:
-        return f"all {_count(len(nodes))} succeeded"
+        return f"{_count(len(nodes))} succeeded"
     if status == PARTIAL:
         return f"{_tally(nodes, FAILED)} of {_count(len(nodes))} failed, within what was tolerated"
     if status == FAILED:
@@ -1400,7 +1402,7 @@ def describe(status: str, nodes: Sequence[ReleaseNode], failing: bool, busy: fro
         return one_line(f"stopped by node {first.name} in batch {first.batch}: {first.error_msg}"
                         if first and not broken else broken or NO_NODES)
     if status == CANCELLED:
-        return f"cancelled: {_tally(nodes, SUCCESS)} of {_count(len(nodes))} had succeeded"
+        return f"cancelled with {_tally(nodes, SUCCESS)} of {_count(len(nodes))} done"
     waiting = f"waiting for {_names(running)} to end" if running else ""
     if status == CANCELLING:
         return "cancelling: " + (waiting or "nothing is in flight")
@@ -1456,7 +1458,8 @@ def check_verb(verb: str, release: Release) -> None:
     """Raises AppError 3003 saying which states allow the verb, where this one does not."""
     allowed = VERBS[verb].states
     if release.status not in allowed:
-        raise AppError(3003, f"release {release.id} is {release.status}: {verb} needs " + " or ".join(allowed))
+        states = " or ".join(filter(None, (", ".join(allowed[:-1]), allowed[-1])))
+        raise AppError(3003, f"release {release.id} is {release.status}: {verb} needs {states}")
 
 
 def status_after_verb(verb: str, release: Release) -> str:
@@ -2593,6 +2596,8 @@ class Executor:
         self.policy = Policy(settings.agent_retries, settings.node_deadline_sec, settings.agent_request_timeout_sec,
                              settings.release_executor_interval_sec, settings.agent_connect_timeout_sec)
         self.stopping = threading.Event()
+        # Requests were cut by ourselves: what they bring says nothing of an agent.
+        self.has_cut = False
         self._wake = threading.Event()
         self._guard = threading.Lock()
         self._drivers: dict[int, Driver] = {}
@@ -2612,7 +2617,10 @@ class Executor:
             started, taken = self._look(is_tick=not drain)
             worked_on.update((driver.lease.claim.release_id, None) for driver in started)
             for driver in started:
-                driver.join()
+                while driver.is_running() and not self.stopping.is_set():
+                    driver.join(0.2)
+            if self.stopping.is_set():
+                self.close()
             if not drain or not started or self.stopping.is_set():
                 return Tick([self.store.release(release_id) for release_id in worked_on], taken)
 
@@ -2650,6 +2658,7 @@ class Executor:
         give_up_at = time.monotonic() + STOP_GRACE_S
         for driver in self._active_drivers():
             driver.join(max(give_up_at - time.monotonic(), 0.0))
+        self.has_cut = True
         self.agents.close()
         for driver in self._active_drivers():
             driver.join(STOP_GRACE_S)
@@ -2763,9 +2772,13 @@ class Driver:
         """Starts the thread."""
         self._thread.start()
 
-    def join(self, timeout_s: float | None = None) -> None:
-        """Waits for the thread's end."""
+    def join(self, timeout_s: float) -> None:
+        """Waits for the thread's end, for so long."""
         self._thread.join(timeout_s)
+
+    def is_running(self) -> bool:
+        """Says whether the thread has not come to its end."""
+        return self._thread.is_alive()
 
     def _now(self) -> Moment:
         return Moment(self._executor.clock.wall(), self._executor.clock.elapsed())
@@ -2942,6 +2955,8 @@ class Driver:
 
     def _fold(self, outcome: Outcome) -> None:
         self._in_flight -= 1
+        if self._executor.has_cut:
+            return
         now = self._now()
         if outcome.result != WORKING:
             self._news_at = now.elapsed

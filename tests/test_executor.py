@@ -351,3 +351,19 @@ def test_a_clean_stop_finishes_requests_in_flight_and_lets_go(world):
     release = world.store.release(release.id)
     assert release.claim_expires_at is None
     assert statuses(world.store, release.id) == ["success"]
+
+
+@pytest.mark.parametrize("call", ["run_loop", "run_once"])
+def test_a_stop_that_cuts_a_request_itself_fails_no_node(world, monkeypatch, call):
+    monkeypatch.setattr(rc, "STOP_GRACE_S", 0.2)
+    world.nodes(1, protocol="execute", task_ms=2000)
+    release = new_release(world.store)
+    executor = world.executor(AGENT_RETRIES=0)
+    thread = threading.Thread(target=getattr(executor, call))
+    thread.start()
+    eventually(lambda: world.agent(1).in_flight)
+    executor.stop()
+    thread.join()
+    executor.close()
+    assert statuses(world.store, release.id) == ["running"]
+    assert world.store.release(release.id).claim_expires_at is None

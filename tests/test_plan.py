@@ -16,8 +16,8 @@ def test_rule_1_default_batches_are_the_first_node_then_all_others(count, sizes)
 
 
 @pytest.mark.parametrize(("text", "plain"), [
-    ("10.0.0.7", "10.0.0.7"), ("::1", "::1"), ("2001:DB8::0001", "2001:db8::1"), ("edge-1.Example.com", "edge-1.example.com"),
-    ("localhost", "localhost")])
+    ("10.0.0.7", "10.0.0.7"), ("::1", "::1"), ("2001:DB8::0001", "2001:db8::1"),
+    ("edge-1.Example.com", "edge-1.example.com"), ("localhost", "localhost")])
 def test_an_address_is_an_ip_address_or_a_host_name(text, plain):
     assert rc.parse_address(text) == plain
 
@@ -60,7 +60,8 @@ def test_section_7_an_unknown_strategy_key_is_refused_by_name():
 
 # -- texts, times, JSON --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text", ["a\nb", "a\x00b", "a\x1b[31mb", "a\u202eb", "a\u2028b", "a\ud800b", "a\x85b", "a \t b"])
+@pytest.mark.parametrize("text", ["a\nb", "a\x00b", "a\x1b[31mb", "a\u202eb", "a\u2028b", "a\ud800b", "a\x85b",
+                                  "a \t b"])
 def test_a_message_is_one_line_without_control_characters(text):
     line = rc.one_line(text)
     assert line.replace(" [31m", " ") == "a b"

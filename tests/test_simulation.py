@@ -27,10 +27,14 @@ def _quiet():
     rc.log.disabled = False
 
 
+def run_seeds(first: int, end: int) -> None:
+    for seed in range(first, end):
+        run_seed(seed)
+
+
 @pytest.mark.parametrize("first", range(1, SCHEDULES + 1, PER_TEST))
 def test_rule_9_whatever_fails_nothing_runs_twice_and_nothing_is_lost(first):
-    for seed in range(first, first + PER_TEST):
-        run_seed(seed)
+    run_seeds(first, first + PER_TEST)
 
 
 def test_the_schedules_contain_every_fault():
@@ -56,7 +60,7 @@ def without_fence(patch):
         with self.database.transaction(write=True) as tx:
             self._write(tx, release, decision, now, actor, self._release(tx, claim.release_id).claim_fence)
     patch.setattr(rc.Store, "commit", commit)
-    patch.setattr(rc.Store, "_refuse_lost", staticmethod(lambda release, claim: None))
+    patch.setattr(rc.Store, "_refuse_lost", staticmethod(lambda *_: None))
 
 
 def with_a_new_task_id_after_a_take_over(patch):
@@ -106,8 +110,7 @@ def without_the_hold_of_an_execute_agent(patch):
 def test_the_schedules_find_a_claim(mutate, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(Violation):
-        for seed in range(1, ENOUGH):
-            run_seed(seed)
+        run_seeds(1, ENOUGH)
 
 
 def test_the_schedules_find_a_lease_that_is_not_renewed(monkeypatch):
