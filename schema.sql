@@ -109,4 +109,12 @@ CREATE TABLE release_events (
 -- The history of one release, in order.
 CREATE INDEX release_events_by_release ON release_events (release_task_id, id);
 
+-- One row that a look at the health of the database writes: only a commit shows that it can.
+CREATE TABLE health_probe (
+    id INTEGER NOT NULL PRIMARY KEY CHECK (id = 1),
+    at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
+);
+
+INSERT INTO health_probe (id) VALUES (1);
+
 INSERT INTO schema_version (version) VALUES (1);

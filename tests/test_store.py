@@ -530,3 +530,38 @@ def test_every_driver_does_the_same(new_postgres_url, open_store, monkeypatch, d
     with pytest.raises(rc.DatabaseError, match="agent_port"):
         sql(store, "UPDATE nodes SET agent_port = 0")
     assert store.nodes().total == 2
+
+
+def test_health_is_a_real_committed_write(store):
+    store.probe()
+    with store.database.transaction() as tx:
+        assert rc.epoch_of(tx.value("SELECT at FROM health_probe")) == pytest.approx(store.clock.wall(), abs=60)
+
+
+@pytest.mark.parametrize(("pragma", "message"), [("PRAGMA query_only = ON", "read-only"),
+                                                 ("PRAGMA max_page_count = 1", "disk is full")])
+def test_a_full_disk_or_a_read_only_file_is_told_and_nothing_is_half_written(
+        sqlite_url, open_store, monkeypatch, pragma, message):
+    store = open_store(sqlite_url)
+    add_nodes(store, 20)
+    store.database.close()
+    connect = rc.SqliteEngine.connect
+
+    def limited(engine, create):
+        connection = connect(engine, create)
+        connection.execute(pragma)
+        return connection
+
+    def write_until_it_fails():
+        while True:
+            new_release(store)
+            store.probe()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rc.SqliteEngine, "connect", limited)
+        with pytest.raises(rc.DatabaseError, match=message):
+            write_until_it_fails()
+        store.database.close()
+    for release in store.releases(size=100).items:
+        assert statuses(store, release.id) == ["pending"] * 20
+        assert len(store.events(release.id)) == 1
