@@ -1,0 +1,989 @@
+"""The API over real HTTP: routes, shapes, codes, tokens, limits, hostile requests (contract section 5)."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import re
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import ADDRESSES, add_nodes, admin, eventually, new_release, settings_for
+
+import releasectl as rc
+
+RELEASE_KEYS = {"id", "type", "target", "version", "status", "statusReason", "reason", "totalNodes", "successNodes",
+                "failedNodes", "skippedNodes", "currentBatch", "errorMsg", "strategy", "retryOf", "rollbackOf",
+                "createdAt", "startedAt", "finishedAt", "updatedAt"}
+RELEASE_NODE_KEYS = {"nodeId", "nodeName", "mainIp", "status", "taskId", "attempts", "errorKind", "errorMsg",
+                     "startedAt", "finishedAt"}
+NODE_KEYS = {"id", "name", "mainIp", "agentPort", "agentProtocol", "labels", "enabled", "status", "createdAt",
+             "updatedAt"}
+CREATED_KEYS = {"releaseId", "version", "totalNodes", "batches"}
+ROUTES = {
+    ("POST", "/api/v1/releases"), ("GET", "/api/v1/releases"), ("GET", "/api/v1/releases/{id}"),
+    ("POST", "/api/v1/releases/{id}/pause"), ("POST", "/api/v1/releases/{id}/resume"),
+    ("POST", "/api/v1/releases/{id}/cancel"), ("POST", "/api/v1/releases/{id}/retry"),
+    ("POST", "/api/v1/releases/{id}/rollback"), ("GET", "/api/v1/releases/{id}/events"),
+    ("GET", "/api/v1/nodes"), ("POST", "/api/v1/nodes"), ("GET", "/api/v1/nodes/{id}"),
+    ("PATCH", "/api/v1/nodes/{id}"), ("DELETE", "/api/v1/nodes/{id}"),
+    ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"), ("GET", "/openapi.json"),
+}
+HTTP_STATUS = {0: (200, 201), 1001: (401,), 1002: (401,), 1004: (403,), 2001: (400,), 2002: (400,), 2003: (400,),
+               3001: (404,), 3002: (409,), 3003: (409,), 4005: (405,), 4013: (413,), 4015: (415,), 5001: (500,),
+               5002: (503,)}
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+JSON = {"Content-Type": "application/json"}
+
+
+class Answer(NamedTuple):
+    """What the server answered; code is None for a document that is not the envelope."""
+    status: int
+    headers: Any
+    text: str
+    code: int | None
+    message: str
+    data: Any
+
+
+def read_answer(response: http.client.HTTPResponse, method: str = "GET") -> Answer:
+    """Reads an answer, and holds it to what is promised of every answer."""
+    text = response.read().decode()
+    assert "Traceback" not in text
+    assert ".py" not in text or "releasectl.py" in text
+    if method == "HEAD":
+        assert text == ""
+        return Answer(response.status, response.headers, text, None, "", None)
+    assert int(response.headers["Content-Length"]) == len(text.encode())
+    if response.headers["Content-Type"] != "application/json":
+        return Answer(response.status, response.headers, text, None, "", None)
+    document = json.loads(text)
+    if "openapi" in document:
+        return Answer(response.status, response.headers, text, None, "", document)
+    assert set(document) == {"code", "message", "data"}
+    if document["code"]:
+        assert document["data"] is None
+        assert 0 < len(document["message"]) <= 255
+        assert document["message"] == rc.one_line(document["message"])
+    else:
+        assert document["message"] == "success"
+    return Answer(response.status, response.headers, text, document["code"], document["message"], document["data"])
+
+
+class Client:
+    """Calls one server; each call is a connection of its own."""
+
+    def __init__(self, server: rc.ApiServer, store: rc.Store):
+        self.server, self.store = server, store
+        self.address = server.server_address[:2]
+        self.token, self.context = "", None
+
+    def connect(self) -> http.client.HTTPConnection:
+        host, port = self.address
+        if self.context:
+            return http.client.HTTPSConnection(host, port, timeout=10, context=self.context)
+        return http.client.HTTPConnection(host, port, timeout=10)
+
+    def __call__(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+        """Sends a body as JSON when it is not bytes already; checks that the code has its HTTP status."""
+        sent = dict(headers if headers is not None else JSON if body is not None else {})
+        if self.token:
+            sent["Authorization"] = f"Bearer {self.token}"
+        raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection = self.connect()
+        try:
+            connection.request(method, path, raw, sent)
+            answer = read_answer(connection.getresponse(), method)
+        finally:
+            connection.close()
+        assert answer.code is None or answer.status in HTTP_STATUS[answer.code]
+        return answer
+
+    def ok(self, method: str, path: str, body: Any = None, status: int = 200) -> Any:
+        """Gives the data of an answer that must be a success."""
+        answer = self(method, path, body)
+        assert (answer.code, answer.status) == (0, status), answer.text
+        return answer.data
+
+    def code(self, method: str, path: str, body: Any = None) -> int | None:
+        return self(method, path, body).code
+
+    def raw(self, request: bytes) -> bytes:
+        """Sends bytes as they are, and gives all that comes until the server closes."""
+        with socket.create_connection(self.address, timeout=10) as connection:
+            connection.sendall(request)
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@contextlib.contextmanager
+def serving(store: rc.Store, **settings: Any) -> Iterator[Client]:
+    """Gives a client of a server over a store; at the end nothing of it is left."""
+    server = rc.ApiServer(settings_for("sqlite:///unused.db", **settings), rc.Api(store))
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield Client(server, store)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        eventually(lambda: not [t for t in threading.enumerate() if "process_request" in t.name],
+                   message="a connection's thread did not end")
+
+
+@pytest.fixture
+def new_client():
+    """A function that starts a server over a store and gives a client of it."""
+    with contextlib.ExitStack() as stack:
+        yield lambda store, **settings: stack.enter_context(serving(store, **settings))
+
+
+@pytest.fixture
+def client(new_client, store):
+    """A client of a server over an empty database, on both engines."""
+    return new_client(store)
+
+
+@pytest.fixture
+def lite(new_client, open_store, sqlite_url):
+    """The same on SQLite alone, for what has nothing to do with the engine."""
+    return new_client(open_store(sqlite_url))
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory):
+    """A client of one server with one node, for requests that are refused and so change nothing."""
+    database = rc.Database(f"sqlite:///{tmp_path_factory.mktemp('api')}/test.db")
+    database.migrate()
+    store = rc.Store(database)
+    add_nodes(store, 1)
+    with serving(store) as client:
+        yield client
+        assert (client.ok("GET", "/api/v1/releases")["total"], client.ok("GET", "/api/v1/nodes")["total"]) == (0, 1)
+    database.close()
+
+
+@pytest.fixture
+def new_tokens(tmp_path):
+    """A function that writes a tokens file, by default of vera (viewer) and oskar (operator)."""
+    def write(content: str | bytes = "", mode: int = 0o600) -> str:
+        text = content or f"# ours\n\nvera:viewer:{sha256('viewer-secret')}\n" \
+            f"oskar:operator:{sha256('operator-secret').upper()}\n"
+        path = tmp_path / "tokens"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        path.chmod(mode)
+        return str(path)
+    return write
+
+
+def sha256(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def ended(store: rc.Store, *statuses: str) -> int:
+    """Creates a release, and lets it have ended with its nodes in these statuses; gives its id."""
+    release, batches = store.create_release(rc.ReleaseRequest(payload={"sites": ["a"]}), "test")
+    with store.database.transaction(write=True) as tx:
+        for node_id, status in zip([node_id for batch in batches for node_id in batch], statuses):
+            tx.execute("UPDATE release_task_nodes SET status = ? WHERE release_task_id = ? AND node_id = ?",
+                       status, release.id, node_id)
+        tx.execute("UPDATE release_tasks SET status = ?, finished_at = updated_at WHERE id = ?",
+                   "success" if set(statuses) == {"success"} else "failed", release.id)
+    return release.id
+
+
+# -- releases ----------------------------------------------------------------------------------
+
+def test_post_of_a_release_answers_its_id_version_and_batches(client):
+    add_nodes(client.store, 3)
+    body = {"target": "cdn", "reason": "weekly", "payload": {"sites": []}, "strategy": {}}
+    data = client.ok("POST", "/api/v1/releases", body, 201)
+    assert data == {"releaseId": 1, "version": 1, "totalNodes": 3,
+                    "batches": [{"batch": 1, "nodeIds": [1]}, {"batch": 2, "nodeIds": [2, 3]}]}
+    assert client.ok("POST", "/api/v1/releases", status=201)["version"] == 2
+
+
+def test_a_release_has_the_keys_of_the_contract_and_null_for_what_has_not_come(client):
+    add_nodes(client.store, 3)
+    client.ok("POST", "/api/v1/releases", {"reason": "weekly"}, 201)
+    release = client.ok("GET", "/api/v1/releases/1")["release"]
+    assert set(release) == RELEASE_KEYS
+    assert TIME.fullmatch(release.pop("createdAt"))
+    assert TIME.fullmatch(release.pop("updatedAt"))
+    assert release.pop("statusReason")
+    assert release == {
+        "id": 1, "type": "apply_config", "target": "cdn", "version": 1, "status": "pending", "reason": "weekly",
+        "totalNodes": 3, "successNodes": 0, "failedNodes": 0, "skippedNodes": 0, "currentBatch": 1, "errorMsg": "",
+        "strategy": {}, "retryOf": None, "rollbackOf": None, "startedAt": None, "finishedAt": None}
+
+
+def test_a_release_is_answered_with_its_nodes_by_batch(client):
+    add_nodes(client.store, 3)
+    new_release(client.store)
+    data = client.ok("GET", "/api/v1/releases/1")
+    assert set(data) == {"release", "batches"}
+    assert [(batch["batch"], [node["nodeId"] for node in batch["nodes"]]) for batch in data["batches"]] \
+        == [(1, [1]), (2, [2, 3])]
+    assert data["batches"][0] == {"batch": 1, "nodes": [{
+        "nodeId": 1, "nodeName": "edge-1", "mainIp": ADDRESSES[0], "status": "pending", "taskId": "", "attempts": 0,
+        "errorKind": "", "errorMsg": "", "startedAt": None, "finishedAt": None}]}
+
+
+def test_view_summary_leaves_the_nodes_out(client):
+    add_nodes(client.store, 2)
+    new_release(client.store)
+    summary = client.ok("GET", "/api/v1/releases/1?view=summary")
+    assert set(summary) == {"release"}
+    assert summary["release"] == client.ok("GET", "/api/v1/releases/1?view=full")["release"]
+    assert client.code("GET", "/api/v1/releases/1?view=short") == 2003
+
+
+def test_a_release_that_ran_tells_its_times_counts_and_errors(world, new_client):
+    world.nodes(3)
+    world.agent(1).set(outcome="failed", message="nginx -t failed")
+    new_release(world.store)
+    world.drain()
+    data = new_client(world.store).ok("GET", "/api/v1/releases/1")
+    release, first = data["release"], data["batches"][0]["nodes"][0]
+    assert (release["status"], release["failedNodes"], release["skippedNodes"]) == ("failed", 1, 2)
+    assert (release["errorMsg"], release["currentBatch"]) == ("node edge-1: nginx -t failed", 1)
+    assert (first["errorKind"], first["errorMsg"], first["attempts"]) == ("agent_failed", "nginx -t failed", 1)
+    assert first["taskId"] == f"apply_config_{ADDRESSES[0]}_1"
+    assert all(TIME.fullmatch(row[key]) for row in (release, first) for key in ("startedAt", "finishedAt"))
+    assert data["batches"][1]["nodes"][0]["startedAt"] is None
+
+
+def test_current_batch_is_0_when_no_node_is_pending_running_or_failed(lite):
+    add_nodes(lite.store, 2)
+    release_id = ended(lite.store, "success", "success")
+    assert lite.ok("GET", f"/api/v1/releases/{release_id}")["release"]["currentBatch"] == 0
+
+
+def test_releases_are_listed_newest_first_by_page(client):
+    add_nodes(client.store, 1)
+    for _ in range(3):
+        new_release(client.store)
+    data = client.ok("GET", "/api/v1/releases?page=1&pageSize=2")
+    assert set(data) == {"items", "total", "page", "pageSize"}
+    assert ([item["id"] for item in data["items"]], data["total"]) == ([3, 2], 3)
+    assert set(data["items"][0]) == RELEASE_KEYS
+    second = client.ok("GET", "/api/v1/releases?page=2&pageSize=2")
+    assert ([item["id"] for item in second["items"]], second["page"], second["pageSize"]) == ([1], 2, 2)
+    assert client.ok("GET", "/api/v1/releases?page=1000000000&pageSize=100")["items"] == []
+    defaults = client.ok("GET", "/api/v1/releases")
+    assert (defaults["page"], defaults["pageSize"]) == (1, 20)
+
+
+def test_the_list_is_filtered_by_status(client):
+    add_nodes(client.store, 1)
+    for _ in range(3):
+        new_release(client.store)
+    client.ok("POST", "/api/v1/releases/2/pause")
+    for status, ids in (("paused", [2]), ("pending", [3, 1]), ("failed", []), ("", [3, 2, 1])):
+        data = client.ok("GET", f"/api/v1/releases?status={status}")
+        assert ([item["id"] for item in data["items"]], data["total"]) == (ids, len(ids))
+
+
+@pytest.mark.parametrize(("query", "code"), [
+    ("pageSize=0", 2003), ("pageSize=101", 2003), ("pageSize=-1", 2003), ("pageSize=ten", 2002), ("pageSize=", 2002),
+    ("page=0", 2003), ("page=1000000001", 2003), ("page=" + "9" * 30, 2003), ("page=1.0", 2002),
+    ("status=done", 2003), ("sort=id", 2003), ("page=1&page=2", 2002), ("page=%ff", 2002),
+    ("&".join(f"k{n}=1" for n in range(30)), 2002),
+])
+def test_a_number_or_word_of_a_query_that_is_out_of_range_is_an_error(refusing, query, code):
+    assert refusing.code("GET", f"/api/v1/releases?{query}") == code
+
+
+def test_pause_resume_and_cancel_answer_the_release(client):
+    add_nodes(client.store, 2)
+    new_release(client.store)
+    for verb, status in (("pause", "paused"), ("resume", "pending"), ("cancel", "cancelled")):
+        release = client.ok("POST", f"/api/v1/releases/1/{verb}", {"reason": "because"})
+        assert set(release) == RELEASE_KEYS
+        assert release["status"] == status
+    assert release["skippedNodes"] == 2
+    assert TIME.fullmatch(release["finishedAt"])
+
+
+def test_a_verb_in_the_wrong_state_is_3003_and_changes_nothing(client):
+    add_nodes(client.store, 1)
+    ended(client.store, "success")
+    before = client.ok("GET", "/api/v1/releases/1")
+    for verb in ("pause", "resume", "cancel", "retry"):
+        answer = client("POST", f"/api/v1/releases/1/{verb}")
+        assert (answer.code, answer.message.startswith(f"release 1 is success: {verb} needs ")) == (3003, True)
+    answer = client("POST", "/api/v1/releases/1/rollback")
+    assert (answer.code, "nothing to go back to" in answer.message) == (3003, True)
+    assert client.ok("GET", "/api/v1/releases/1") == before
+
+
+def test_retry_and_rollback_answer_like_the_post_of_a_release(client):
+    add_nodes(client.store, 3)
+    ended(client.store, "success", "success", "success")
+    failed = ended(client.store, "success", "failed", "skipped")
+    again = client.ok("POST", f"/api/v1/releases/{failed}/retry", status=201)
+    assert again == {"releaseId": 3, "version": 3, "totalNodes": 2,
+                     "batches": [{"batch": 1, "nodeIds": [2]}, {"batch": 2, "nodeIds": [3]}]}
+    back = client.ok("POST", f"/api/v1/releases/{failed}/rollback", {}, 201)
+    assert (set(back), back["releaseId"], back["totalNodes"]) == (CREATED_KEYS, 4, 2)
+    links = {item["id"]: (item["retryOf"], item["rollbackOf"])
+             for item in client.ok("GET", "/api/v1/releases")["items"]}
+    assert links == {4: (None, failed), 3: (failed, None), 2: (None, None), 1: (None, None)}
+
+
+def test_events_come_in_order_from_an_id_on_and_name_the_actor(client):
+    add_nodes(client.store, 1)
+    client.ok("POST", "/api/v1/releases", {"reason": "weekly"}, 201)
+    client.ok("POST", "/api/v1/releases/1/pause", {"reason": "lunch"})
+    client.ok("POST", "/api/v1/releases/1/cancel")
+    events = client.ok("GET", "/api/v1/releases/1/events")["items"]
+    assert set(events[0]) == {"id", "releaseId", "nodeId", "nodeName", "at", "actor", "event", "fromStatus",
+                              "toStatus", "detail"}
+    assert [(e["event"], e["fromStatus"], e["toStatus"], e["detail"]) for e in events][:2] == [
+        ("created", "", "pending", "weekly"), ("paused", "pending", "paused", "lunch")]
+    assert (events[0]["nodeId"], events[0]["nodeName"], events[0]["actor"]) == (None, "", "api")
+    assert any((e["nodeId"], e["nodeName"], e["toStatus"]) == (1, "edge-1", "skipped") for e in events)
+    after = client.ok("GET", f"/api/v1/releases/1/events?after={events[0]['id']}&limit=2")["items"]
+    assert after == events[1:3]
+    assert client.ok("GET", f"/api/v1/releases/1/events?after={2**63 - 1}")["items"] == []
+
+
+@pytest.mark.parametrize(("query", "code"), [("limit=0", 2003), ("limit=1001", 2003), ("after=-1", 2003),
+                                             ("after=x", 2002), (f"after={2**63}", 2003)])
+def test_the_limits_of_events_are_kept(refusing, query, code):
+    assert refusing.code("GET", f"/api/v1/releases/1/events?{query}") == code
+
+
+@pytest.mark.parametrize(("body", "word"), [
+    ({"payload": []}, "payload"), ({"payload": None}, "payload"), ({"payload": "{}"}, "payload"),
+    ({"payload": {"version": 7}}, "version"), ({"payload": {"version": "1"}}, "version"),
+    ({"payload": {"version": True}}, "version"), ({"strategy": []}, "strategy"), ({"strategy": {"x": 1}}, "x"),
+    ({"reason": 5}, "reason"), ({"reason": "x" * 501}, "reason"), ({"target": ""}, "target"),
+    ({"target": "a b"}, "target"), ({"target": None}, "target"), ({"payloads": {}}, "did you mean payload"),
+])
+def test_a_release_with_a_value_that_is_not_allowed_is_refused_and_nothing_is_written(refusing, body, word):
+    answer = refusing("POST", "/api/v1/releases", body)
+    assert answer.code == 2003
+    assert word in answer.message
+    assert refusing.ok("GET", "/api/v1/releases")["total"] == 0
+
+
+def test_no_online_nodes_is_3003_and_nothing_is_written(client):
+    client.ok("POST", "/api/v1/nodes", {"name": "a", "mainIp": "10.0.0.1", "enabled": False}, 201)
+    client.ok("POST", "/api/v1/nodes", {"name": "b", "mainIp": "10.0.0.2", "status": "offline"}, 201)
+    answer = client("POST", "/api/v1/releases", {})
+    assert (answer.code, answer.status) == (3003, 409)
+    assert "no online nodes" in answer.message
+    assert client.ok("GET", "/api/v1/releases")["total"] == 0
+
+
+def test_releases_that_are_posted_at_the_same_time_get_versions_of_their_own(client):
+    add_nodes(client.store, 2)
+    versions: list[int] = []
+
+    def post() -> None:
+        versions.append(client("POST", "/api/v1/releases", {}).data["version"])
+
+    threads = [threading.Thread(target=post) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(versions) == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_executor_in_the_same_process_is_told_of_every_act(open_store, sqlite_url, new_client):
+    lite = new_client(open_store(sqlite_url))
+    add_nodes(lite.store, 1)
+    nudged: list[int] = []
+    lite.server.api = rc.Api(lite.store, lambda: nudged.append(1))
+    ended(lite.store, "failed")
+    for path in ("", "/2/pause", "/2/resume", "/2/cancel", "/1/retry"):
+        assert lite.code("POST", f"/api/v1/releases{path}") == 0
+    assert len(nudged) == 5
+    assert lite.code("POST", "/api/v1/releases/2/pause") == 3003
+    assert len(nudged) == 5
+
+
+# -- nodes -------------------------------------------------------------------------------------
+
+def test_a_node_is_added_read_listed_changed_and_deleted(client):
+    node = client.ok("POST", "/api/v1/nodes", {"name": "edge-1", "mainIp": "10.0.0.1"}, 201)
+    assert set(node) == NODE_KEYS
+    assert TIME.fullmatch(node["createdAt"])
+    assert {key: node[key] for key in NODE_KEYS - {"createdAt", "updatedAt"}} == {
+        "id": 1, "name": "edge-1", "mainIp": "10.0.0.1", "agentPort": 8443, "agentProtocol": "tasks", "labels": {},
+        "enabled": True, "status": "online"}
+    assert client.ok("GET", "/api/v1/nodes/1") == node
+    assert client.ok("GET", "/api/v1/nodes") == {"items": [node], "total": 1, "page": 1, "pageSize": 20}
+    change = {"name": "edge-one", "mainIp": "Edge.Example.ORG", "agentPort": 9090, "agentProtocol": "execute",
+              "labels": {"region": "eu"}, "enabled": False, "status": "maintenance"}
+    changed = client.ok("PATCH", "/api/v1/nodes/1", change)
+    assert changed == {**node, **change, "mainIp": "edge.example.org", "updatedAt": changed["updatedAt"]}
+    assert client.ok("PATCH", "/api/v1/nodes/1", {}) == changed
+    assert client.ok("DELETE", "/api/v1/nodes/1") is None
+    assert client.code("GET", "/api/v1/nodes/1") == 3001
+    assert client.code("DELETE", "/api/v1/nodes/1") == 3001
+
+
+def test_nodes_are_listed_by_page(lite):
+    add_nodes(lite.store, 3)
+    data = lite.ok("GET", "/api/v1/nodes?page=2&pageSize=2")
+    assert ([item["name"] for item in data["items"]], data["total"], data["page"]) == (["edge-3"], 3, 2)
+    assert lite.code("GET", "/api/v1/nodes?pageSize=101") == 2003
+
+
+@pytest.mark.parametrize("missing", ["name", "mainIp"])
+def test_post_of_a_node_needs_name_and_main_ip(refusing, missing):
+    body = {"name": "a", "mainIp": "10.0.0.1"}
+    del body[missing]
+    answer = refusing("POST", "/api/v1/nodes", body)
+    assert (answer.code, missing in answer.message) == (2001, True)
+    assert refusing.code("POST", "/api/v1/nodes") == 2001
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("name", ""), ("name", None), ("name", "x" * 101), ("name", " a"), ("name", "a\nb"), ("name", "a\u202eb"),
+    ("mainIp", ""), ("mainIp", "10.0.0.256"), ("mainIp", "10.0.0"), ("mainIp", "a b"), ("mainIp", "-a"),
+    ("mainIp", "http://a"), ("mainIp", "10.0.0.1:8443"), ("mainIp", 7), ("mainIp", "fe80::1%eth0"),
+    ("agentPort", 0), ("agentPort", 65536), ("agentPort", -1), ("agentPort", "8443"), ("agentPort", 8443.5),
+    ("agentPort", True), ("agentPort", None), ("agentProtocol", "http"), ("agentProtocol", None),
+    ("labels", []), ("labels", {"a": 1}), ("enabled", 1), ("enabled", "true"), ("status", "busy"),
+    ("id", 5), ("agentport", 8443), ("main_ip", "10.0.0.1"),
+])
+def test_a_node_with_a_value_that_is_not_allowed_is_refused_by_name(refusing, field, value):
+    before = refusing.ok("GET", "/api/v1/nodes/1")
+    posted = refusing("POST", "/api/v1/nodes", {"name": "b", "mainIp": "10.0.0.9", field: value})
+    patched = refusing("PATCH", "/api/v1/nodes/1", {field: value})
+    assert (posted.code, patched.code) == (2003, 2003)
+    assert field in posted.message
+    assert field in patched.message
+    assert refusing.ok("GET", "/api/v1/nodes")["items"] == [before]
+
+
+def test_names_of_nodes_are_unique(client):
+    add_nodes(client.store, 2)
+    for answer in (client("POST", "/api/v1/nodes", {"name": "edge-1", "mainIp": "10.0.0.9"}),
+                   client("PATCH", "/api/v1/nodes/2", {"name": "edge-1"})):
+        assert (answer.code, answer.message) == (3002, "node edge-1 exists already")
+    assert client.code("PATCH", "/api/v1/nodes/1", {"name": "edge-1"}) == 0
+
+
+def test_a_node_that_a_release_names_cant_be_deleted(client):
+    add_nodes(client.store, 1)
+    release_id = ended(client.store, "success")
+    answer = client("DELETE", "/api/v1/nodes/1")
+    assert answer.code == 3003
+    assert f"release {release_id}" in answer.message
+    assert "disable" in answer.message
+
+
+@pytest.mark.parametrize("change", [{"mainIp": "10.9.9.9"}, {"agentPort": 1}, {"agentProtocol": "execute"}])
+def test_address_port_and_protocol_stay_until_the_release_is_terminal(client, change):
+    add_nodes(client.store, 1)
+    ended(client.store, "success")
+    release = new_release(client.store)
+    answer = client("PATCH", "/api/v1/nodes/1", {"name": "renamed", **change})
+    assert answer.code == 3003
+    assert f"release {release.id}" in answer.message
+    assert client.ok("GET", "/api/v1/nodes/1")["name"] == "edge-1"
+    assert client.ok("PATCH", "/api/v1/nodes/1", {"name": "renamed", "labels": {"a": "b"}})["name"] == "renamed"
+    client.ok("POST", f"/api/v1/releases/{release.id}/cancel")
+    assert client.code("PATCH", "/api/v1/nodes/1", change) == 0
+
+
+# -- errors ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("thing", ["releases", "nodes"])
+def test_an_id_that_is_no_number_is_malformed_and_a_huge_one_not_found(client, thing):
+    for text in ("x", "-1", "1.0", "%20", "1e3", "%d9%a1", "%00"):
+        assert (text, client.code("GET", f"/api/v1/{thing}/{text}")) == (text, 2002)
+    for text in ("0", "99", str(2**31), str(2**63 - 1), str(2**63), "9" * 4000):
+        assert (text, client.code("GET", f"/api/v1/{thing}/{text}")) == (text, 3001)
+
+
+def test_what_does_not_exist_is_3001(refusing):
+    for verb in ("pause", "resume", "cancel", "retry", "rollback", "events"):
+        answer = refusing("GET" if verb == "events" else "POST", f"/api/v1/releases/7/{verb}")
+        assert (answer.code, answer.message) == (3001, "release 7 does not exist")
+
+
+@pytest.mark.parametrize("path", ["/", "/api", "/api/v1", "/api/v1/releases/", "/api/v2/releases", "/healthz/x",
+                                  "/api/v1/releases/1/destroy", "/%00", "/%ff", "/..%2f",
+                                  "/index.html", "*"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_an_unknown_path_is_3001(refusing, method, path):
+    assert refusing.code(method, path) == 3001
+
+
+@pytest.mark.parametrize(("method", "path", "allow"), [
+    ("DELETE", "/api/v1/releases", {"GET", "HEAD", "POST"}),
+    ("PUT", "/api/v1/releases/1", {"GET", "HEAD"}),
+    ("GET", "/api/v1/releases/1/pause", {"POST"}),
+    ("HEAD", "/api/v1/releases/1/cancel", {"POST"}),
+    ("POST", "/api/v1/nodes/1", {"GET", "HEAD", "PATCH", "DELETE"}),
+    ("OPTIONS", "/api/v1/nodes", {"GET", "HEAD", "POST"}),
+    ("POST", "/healthz", {"GET", "HEAD"}),
+    ("TRACE", "/healthz", {"GET", "HEAD"}),
+    ("CONNECT", "/healthz", {"GET", "HEAD"}),
+    ("BREW", "/metrics", {"GET", "HEAD"}),
+    ("get", "/healthz", {"GET", "HEAD"}),
+])
+def test_a_method_that_a_path_does_not_take_is_405_with_allow(refusing, method, path, allow):
+    answer = refusing(method, path)
+    assert answer.status == 405
+    assert answer.code in (4005, None if method == "HEAD" else 4005)
+    assert set(answer.headers["Allow"].split(", ")) == allow
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b'{"a":1,"a":2}', b'{"a":NaN}',
+                                  b'{"payload":' * 200 + b"{}" + b"}" * 200, b'{"a":"\\ud800"}', b"{} {}",
+                                  b"[" * 100_000])
+def test_a_body_that_is_not_a_json_object_is_2002(refusing, body):
+    answer = refusing("POST", "/api/v1/releases", body)
+    assert answer.code == 2002
+    assert "JSON" in answer.message
+
+
+@pytest.mark.parametrize("content_type", [None, "", "text/plain", "application/x-www-form-urlencoded",
+                                          "application/jsonp"])
+def test_a_body_that_does_not_say_json_is_4015(refusing, content_type):
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    assert refusing("POST", "/api/v1/releases", b"{}", headers).code == 4015
+
+
+def test_the_content_type_may_name_its_charset(refusing):
+    assert refusing("POST", "/api/v1/nodes", b"{}", {"Content-Type": "Application/JSON; charset=utf-8"}).code == 2001
+
+
+def test_a_body_where_none_belongs_is_2002(refusing):
+    assert refusing.code("GET", "/api/v1/nodes", {}) == 2002
+    assert refusing.code("POST", "/api/v1/releases/1/retry", {"x": 1}) == 2003
+
+
+@pytest.mark.parametrize("size", [rc.MAX_BODY_BYTES + 1, 8 * rc.MAX_BODY_BYTES])
+def test_a_body_over_1_mib_is_4013_also_for_who_sends_all_of_it_first(refusing, size):
+    for _ in range(5):
+        answer = refusing("POST", "/api/v1/releases", b"x" * size)
+        assert (answer.code, answer.headers["Connection"]) == (4013, "close")
+
+
+def test_a_body_of_1_mib_is_read(lite):
+    add_nodes(lite.store, 1)
+    body = json.dumps({"payload": {"x": ""}}).encode()
+    body = body.replace(b'""', b'"' + b"y" * (rc.MAX_BODY_BYTES - len(body)) + b'"')
+    assert len(body) == rc.MAX_BODY_BYTES
+    assert lite.code("POST", "/api/v1/releases", body) == 0
+
+
+def test_a_failure_of_our_own_is_5001_without_a_stack_trace(refusing, monkeypatch, caplog):
+    def explode(_request: rc.Request) -> rc.Reply:
+        raise RuntimeError("hunter2")
+
+    monkeypatch.setattr(refusing.server.api, "list_nodes", explode)
+    monkeypatch.setattr(rc.log, "propagate", True)
+    answer = refusing("GET", "/api/v1/nodes")
+    assert (answer.code, "hunter2" in answer.text) == (5001, False)
+    assert "RuntimeError: hunter2" in caplog.text
+    assert refusing.code("GET", "/healthz") == 0
+
+
+def test_a_database_that_is_gone_is_503_with_retry_after_and_health_stays(client, database_url, request):
+    add_nodes(client.store, 1)
+    if database_url.startswith("sqlite"):
+        os.rename(client.store.database.engine.path, client.store.database.engine.path + ".away")
+    else:
+        server_url, name = request.getfixturevalue("postgres_server"), database_url.rsplit("/", 1)[1]
+        admin(server_url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        admin(server_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+    for method, path in (("GET", "/api/v1/nodes"), ("POST", "/api/v1/releases"), ("GET", "/readyz"),
+                         ("GET", "/metrics"), ("DELETE", "/api/v1/nodes/1")):
+        answer = client(method, path)
+        assert (answer.code, answer.status) == (5002, 503)
+        assert int(answer.headers["Retry-After"]) >= 1
+    assert client.ok("GET", "/healthz") == {"status": "ok"}
+
+
+def test_readyz_says_when_the_schema_is_not_ours(client):
+    assert client.ok("GET", "/readyz") == {"status": "ready"}
+    with client.store.database.transaction(write=True) as tx:
+        tx.execute("INSERT INTO schema_version (version) VALUES (99)")
+    assert client("GET", "/readyz").code == 5002
+
+
+# -- HTTP itself -------------------------------------------------------------------------------
+
+def split_answer(raw: bytes) -> tuple[int, dict[str, Any]]:
+    """Gives the status and the envelope of a whole answer."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    match = re.match(rb"HTTP/1\.[01] (\d{3}) ", head)
+    assert match, raw
+    assert b"application/json" in head
+    assert b"Traceback" not in raw
+    document = json.loads(body)
+    assert set(document) == {"code", "message", "data"}
+    return int(match[1]), document
+
+
+@pytest.mark.parametrize("request_bytes", [
+    b"nonsense\r\n\r\n",
+    b"GET /healthz HTTP/1.1 more\r\n\r\n",
+    b"GET /healthz HTTP/x\r\n\r\n",
+    b"GET /healthz HTTP/9.9\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    b"POST /healthz\r\n\r\n",
+    b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(150)) + b"\r\n",
+    b"GET /healthz HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
+    b"GET http://[x/healthz HTTP/1.1\r\n\r\n",
+    b"POST /api/v1/releases HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+    b"POST /api/v1/releases HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+    b"POST /api/v1/releases HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+    b"POST /api/v1/releases HTTP/1.1\r\nContent-Length: 9\r\n\r\n{}",
+    b"POST /api/v1/releases HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+])
+def test_what_the_parser_refuses_is_answered_in_the_envelope(refusing, request_bytes):
+    status, document = split_answer(refusing.raw(request_bytes))
+    assert 400 <= status <= 505
+    assert (document["code"], document["data"]) == (2002, None)
+    assert refusing.ok("GET", "/healthz") == {"status": "ok"}
+
+
+def test_http_0_9_is_answered_too(refusing):
+    assert json.loads(refusing.raw(b"GET /healthz\r\n\r\n").partition(b"\r\n\r\n")[2] or
+                      refusing.raw(b"GET /healthz\r\n\r\n"))["data"] == {"status": "ok"}
+
+
+def test_a_refusal_after_a_good_request_on_one_connection_is_answered_too(refusing):
+    raw = refusing.raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nnonsense\r\n\r\n")
+    first, _, second = raw.partition(b"}}")
+    assert first.startswith(b"HTTP/1.1 200 ")
+    assert split_answer(second)[1]["code"] == 2002
+
+
+def test_a_connection_is_kept_over_many_requests_also_refused_ones(lite):
+    add_nodes(lite.store, 1)
+    connection = lite.connect()
+    try:
+        sockets = set()
+        for method, path, body, code in (
+                ("GET", "/healthz", None, 0), ("POST", "/api/v1/releases", b'{"x":1}', 2003),
+                ("POST", "/nowhere", b"x" * 1000, 3001), ("DELETE", "/api/v1/releases", None, 4005),
+                ("POST", "/api/v1/releases", b"{", 2002), ("POST", "/api/v1/releases", b"{}", 0),
+                ("GET", "/api/v1/releases/1", None, 0)):
+            connection.request(method, path, body, JSON)
+            sockets.add(connection.sock)
+            assert read_answer(connection.getresponse()).code == code
+        assert len(sockets) == 1
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/metrics", "/openapi.json", "/api/v1/releases", "/api/v1/nodes/7"])
+def test_head_answers_as_get_does_without_the_body(refusing, path):
+    head, get = refusing("HEAD", path), refusing("GET", path)
+    assert head.status == get.status
+    assert {name: head.headers[name] for name in ("Content-Type", "Content-Length")} == {
+        name: get.headers[name] for name in ("Content-Type", "Content-Length")}
+
+
+def test_a_client_that_waits_for_100_continue_gets_it(lite):
+    add_nodes(lite.store, 1)
+    with socket.create_connection(lite.address, timeout=10) as connection:
+        connection.sendall(b"POST /api/v1/releases HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                           b"Content-Length: 2\r\nExpect: 100-continue\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(b"{}")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 201 ")
+
+
+def test_no_answer_is_stored_by_a_cache(refusing):
+    assert refusing("GET", "/api/v1/nodes").headers["Cache-Control"] == "no-store"
+
+
+# -- tokens ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def guarded(new_client, open_store, sqlite_url, new_tokens):
+    """A client of a server that asks for tokens; it has none yet."""
+    guarded = new_client(open_store(sqlite_url), API_TOKENS_FILE=new_tokens())
+    add_nodes(guarded.store, 1)
+    return guarded
+
+
+def test_a_token_is_needed_for_all_but_healthz_and_readyz(guarded):
+    open_to_all = {path for method, path in ROUTES if guarded(method, path.replace("{id}", "1")).code == 0}
+    assert open_to_all == {"/healthz", "/readyz"}
+    for method, path in ROUTES:
+        answer = guarded(method, path.replace("{id}", "1"))
+        assert path in open_to_all or (answer.code, answer.headers["WWW-Authenticate"]) == (1001, "Bearer")
+
+
+def test_a_token_is_known_by_its_sha256(guarded):
+    for authorization, code in (
+            ("Bearer wrong", 1002), ("Bearer viewer-secret2", 1002), ("Bearer viewer-secret", 0),
+            ("bearer   viewer-secret ", 0), ("Bearer", 1001), ("Bearer ", 1001), ("Basic dmVyYTp4", 1001),
+            ("viewer-secret", 1001), ("Bearer \xff", 1002), (f"Bearer {sha256('viewer-secret')}", 1002)):
+        answer = guarded("GET", "/api/v1/nodes", headers={"Authorization": authorization})
+        assert (authorization, answer.code) == (authorization, code)
+        assert "secret" not in answer.text
+
+
+def test_a_viewer_reads_and_only_an_operator_changes(guarded):
+    guarded.token = "viewer-secret"
+    refused = {(method, path) for method, path in ROUTES if guarded(method, path.replace("{id}", "99")).code == 1004}
+    assert refused == {(method, path) for method, path in ROUTES if method != "GET"}
+    guarded.token = "operator-secret"
+    for method, path in ROUTES:
+        assert guarded(method, path.replace("{id}", "99")).code not in (1001, 1002, 1004)
+
+
+def test_the_history_names_who_acted(guarded):
+    guarded.token = "operator-secret"
+    guarded.ok("POST", "/api/v1/releases", {}, 201)
+    guarded.ok("POST", "/api/v1/releases/1/cancel")
+    with guarded.store.database.transaction() as tx:
+        assert {row[0] for row in tx.rows("SELECT actor FROM release_events")} == {"oskar"}
+
+
+def test_the_tokens_file_is_read_again_when_it_changes(guarded, new_tokens):
+    guarded.token = "new-secret"
+    assert guarded.code("GET", "/api/v1/nodes") == 1002
+    new_tokens(f"nina:viewer:{sha256('new-secret')}\n")
+    assert guarded.code("GET", "/api/v1/nodes") == 0
+    guarded.token = "viewer-secret"
+    assert guarded.code("GET", "/api/v1/nodes") == 1002
+
+
+@pytest.mark.parametrize("harm", ["readable", "removed", "broken", "not UTF-8"])
+def test_a_tokens_file_that_went_bad_lets_nobody_in_and_tells_only_the_log(guarded, new_tokens, harm, caplog,
+                                                                          monkeypatch):
+    monkeypatch.setattr(rc.log, "propagate", True)
+    guarded.token = "operator-secret"
+    assert guarded.code("GET", "/api/v1/nodes") == 0
+    path = new_tokens()
+    if harm == "readable":
+        os.chmod(path, 0o644)
+    elif harm == "removed":
+        os.remove(path)
+    else:
+        new_tokens("nonsense\n" if harm == "broken" else b"\xff:viewer:x\n")
+    answer = guarded("GET", "/api/v1/nodes")
+    assert (answer.code, "tokens" in answer.message, path in answer.text) == (5001, True, False)
+    assert path in caplog.text
+    assert "Traceback" not in caplog.text
+    new_tokens()
+    assert guarded.code("GET", "/api/v1/nodes") == 0
+
+
+@pytest.mark.parametrize(("content", "mode", "message"), [
+    ("", 0o604, "chmod"), ("nina:admin:" + "0" * 64, 0o600, ":1: must be"), ("nina:viewer:abc", 0o600, ":1: must be"),
+    ("\n:viewer:" + "0" * 64, 0o600, ":2: must be"), ("nina:viewer:" + "0" * 64 + ":x", 0o600, ":1: must be"),
+    (b"\xff", 0o600, "not UTF-8"),
+])
+def test_a_tokens_file_that_cant_be_used_stops_the_start(new_client, open_store, sqlite_url, new_tokens, content, mode,
+                                                          message):
+    with pytest.raises(rc.ConfigError, match="API_TOKENS_FILE") as caught:
+        new_client(open_store(sqlite_url), API_TOKENS_FILE=new_tokens(content, mode))
+    assert message in str(caught.value)
+
+
+def test_a_token_in_the_tokens_file_itself_is_never_told(new_client, open_store, sqlite_url, new_tokens):
+    with pytest.raises(rc.ConfigError) as caught:
+        new_client(open_store(sqlite_url), API_TOKENS_FILE=new_tokens("nina:viewer:hunter2"))
+    assert "hunter2" not in str(caught.value)
+
+
+# -- where it listens --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", ":0"])
+def test_without_tokens_only_loopback_is_bound(new_client, open_store, sqlite_url, address):
+    with pytest.raises(rc.ConfigError, match="API_TOKENS_FILE"):
+        new_client(open_store(sqlite_url), HTTP_ADDR=address)
+
+
+def test_with_tokens_any_address_may_be_bound(new_client, open_store, sqlite_url, new_tokens):
+    client = new_client(open_store(sqlite_url), HTTP_ADDR="0.0.0.0:0", API_TOKENS_FILE=new_tokens())
+    client.address = ("127.0.0.1", client.address[1])
+    assert client.code("GET", "/healthz") == 0
+    assert client.code("GET", "/api/v1/nodes") == 1001
+
+
+@pytest.mark.parametrize("address", ["203.0.113.1:0", "no-such-host.invalid:0"])
+def test_an_address_that_cant_be_bound_is_told_by_name(new_client, open_store, sqlite_url, new_tokens, address):
+    with pytest.raises(rc.ConfigError, match="HTTP_ADDR .* can't be listened on"):
+        new_client(open_store(sqlite_url), HTTP_ADDR=address, API_TOKENS_FILE=new_tokens())
+
+
+# -- HTTPS -------------------------------------------------------------------------------------
+
+@pytest.fixture
+def new_https(new_client, open_store, sqlite_url, certs):
+    """A function that starts an HTTPS server on 127.0.1.1 and gives a client that trusts its CA."""
+    def start(**settings: Any) -> Client:
+        pair = f"{certs}/agents/{ADDRESSES[0]}"
+        client = new_client(open_store(sqlite_url), HTTP_ADDR=f"{ADDRESSES[0]}:0", HTTP_CERT=f"{pair}.crt",
+                            HTTP_KEY=f"{pair}.key", **settings)
+        client.context = ssl.create_default_context(cafile=f"{certs}/ca.crt")
+        return client
+    return start
+
+
+def test_with_a_certificate_the_api_speaks_https(new_https):
+    client = new_https()
+    assert client.ok("GET", "/healthz") == {"status": "ok"}
+    connection = client.connect()
+    try:
+        for _ in range(3):
+            connection.request("GET", "/api/v1/nodes")
+            assert read_answer(connection.getresponse()).code == 0
+        assert connection.sock.version() in ("TLSv1.2", "TLSv1.3")
+    finally:
+        connection.close()
+
+
+def test_an_https_answer_ends_with_the_goodbye_of_tls(new_https):
+    client = new_https()
+    with socket.create_connection(client.address, timeout=10) as plain, \
+            client.context.wrap_socket(plain, server_hostname=ADDRESSES[0], suppress_ragged_eofs=False) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        raw = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert split_answer(raw)[0] == 200
+
+
+def test_who_does_not_speak_tls_holds_up_nobody(new_https):
+    client = new_https()
+    with socket.create_connection(client.address, timeout=10), \
+            socket.create_connection(client.address, timeout=10) as plain:
+        plain.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+        assert client.code("GET", "/healthz") == 0
+
+
+def test_with_a_client_ca_only_its_certificates_are_let_in(new_https, certs):
+    client = new_https(HTTP_CLIENT_CA=f"{certs}/ca.crt")
+    with pytest.raises((OSError, http.client.RemoteDisconnected)):
+        client("GET", "/healthz")
+    client.context.load_cert_chain(f"{certs}/other/control.crt", f"{certs}/other/control.key")
+    with pytest.raises((OSError, http.client.RemoteDisconnected)):
+        client("GET", "/healthz")
+    client.context = ssl.create_default_context(cafile=f"{certs}/ca.crt")
+    client.context.load_cert_chain(f"{certs}/control.crt", f"{certs}/control.key")
+    assert client.code("GET", "/healthz") == 0
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"HTTP_KEY": "control.key"}, "HTTP_CERT .* does not fit HTTP_KEY"),
+    ({"HTTP_CERT": "none.crt"}, "HTTP_CERT .*none.crt can't be read: no such file"),
+    ({"HTTP_CERT": "control.key"}, "HTTP_CERT"),
+    ({"HTTP_CLIENT_CA": "control.key"}, "HTTP_CLIENT_CA .* holds no PEM certificate"),
+])
+def test_certificates_that_cant_be_used_stop_the_start(new_client, open_store, sqlite_url, certs, settings, message):
+    pair = f"{certs}/agents/{ADDRESSES[0]}"
+    given = {"HTTP_CERT": f"{pair}.crt", "HTTP_KEY": f"{pair}.key",
+             **{name: f"{certs}/{file}" for name, file in settings.items()}}
+    with pytest.raises(rc.ConfigError, match=message):
+        new_client(open_store(sqlite_url), **given)
+
+
+# -- documents ---------------------------------------------------------------------------------
+
+def misfit(value: Any, schema: dict[str, Any], root: dict[str, Any], place: str = "$") -> str:
+    """Gives where a value does not fit a JSON Schema, as far as ours use it; '' when it does."""
+    if "$ref" in schema:
+        return misfit(value, root["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]], root, place)
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None)}
+    words = schema.get("type", [])
+    allowed = [words] if isinstance(words, str) else words
+    if allowed and not any(isinstance(value, kinds[w]) and (w == "boolean" or not isinstance(value, bool))
+                           for w in allowed):
+        return f"{place}: {value!r} is not of {allowed}"
+    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
+        return f"{place}: {value!r} is not allowed"
+    if isinstance(value, int) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        return f"{place}: {value} is out of range"
+    if isinstance(value, list):
+        return next(filter(None, (misfit(item, schema["items"], root, f"{place}[]") for item in value)), "")
+    if isinstance(value, dict) and "properties" in schema:
+        known = schema["properties"]
+        if not set(schema["required"]) <= set(value) <= set(known):
+            return f"{place}: keys {sorted(value)}, wanted {sorted(known)}"
+        return next(filter(None, (misfit(value[k], known[k], root, f"{place}.{k}") for k in value)), "")
+    return ""
+
+
+def test_openapi_lists_exactly_the_routes_that_are_served(refusing):
+    document = refusing("GET", "/openapi.json").data
+    assert document["openapi"].startswith("3.")
+    listed = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert listed == ROUTES
+    for method, path in listed:
+        assert refusing.code(method, path.replace("{id}", "1"), []) == 2002  # and neither 3001 nor 4005
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert references <= set(document["components"]["schemas"])
+    assert not set(document["components"]["schemas"]) - references, "a schema that nothing uses"
+
+
+def test_the_schemas_of_openapi_fit_real_answers(client):
+    document = client("GET", "/openapi.json").data
+    add_nodes(client.store, 2)
+    ended(client.store, "success", "success")
+    ended(client.store, "failed", "skipped")
+    fitted = set()
+    for method, path, number, body in (
+            ("POST", "/api/v1/releases", 0, {"reason": "x", "payload": {}, "strategy": {}, "target": "dns"}),
+            ("GET", "/api/v1/releases", 0, None), ("GET", "/api/v1/releases/{id}", 3, None),
+            ("GET", "/api/v1/releases/{id}", "3?view=summary", None), ("GET", "/api/v1/releases/{id}", 2, None),
+            ("POST", "/api/v1/releases/{id}/pause", 3, {"reason": "x"}),
+            ("POST", "/api/v1/releases/{id}/resume", 3, {}), ("POST", "/api/v1/releases/{id}/cancel", 3, None),
+            ("POST", "/api/v1/releases/{id}/retry", 2, {}), ("POST", "/api/v1/releases/{id}/rollback", 2, None),
+            ("GET", "/api/v1/releases/{id}/events", 3, None), ("GET", "/api/v1/nodes", 0, None),
+            ("POST", "/api/v1/nodes", 0, {"name": "n", "mainIp": "::1", "agentPort": 1, "labels": {"a": "b"}}),
+            ("PATCH", "/api/v1/nodes/{id}", 3, {"status": "offline", "enabled": False}),
+            ("GET", "/api/v1/nodes/{id}", 3, None), ("DELETE", "/api/v1/nodes/{id}", 3, None),
+            ("GET", "/healthz", 0, None), ("GET", "/readyz", 0, None)):
+        operation = document["paths"][path][method.lower()]
+        answer = client(method, path.replace("{id}", str(number)), body)
+        schema = operation["responses"][str(answer.status)]["content"]["application/json"]["schema"]
+        assert misfit(json.loads(answer.text), schema, document) == ""
+        if body is not None:
+            wanted = operation["requestBody"]["content"]["application/json"]["schema"]
+            assert misfit(body, wanted, document) == ""
+        fitted.add((method, path))
+    assert ROUTES - fitted == {("GET", "/metrics"), ("GET", "/openapi.json")}
+    error = document["paths"]["/healthz"]["get"]["responses"]["default"]["content"]["application/json"]["schema"]
+    assert misfit(json.loads(client("GET", "/nowhere").text), error, document) == ""
+
+
+def test_metrics_can_be_read_by_prometheus_and_hold_no_ids(client):
+    add_nodes(client.store, 3)
+    client.store.update_node(3, {"status": "offline"})
+    client.store.update_node(2, {"enabled": 0})
+    new_release(client.store)
+    ended(client.store, "failed")
+    answer = client("GET", "/metrics")
+    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    values, kinds = {}, {}
+    for line in answer.text.splitlines():
+        comment = re.fullmatch(r"# (HELP|TYPE) (\w+) (.+)", line)
+        sample = re.fullmatch(r'(\w+)((?:\{(?:\w+="[^"]*",?)+\})?) (\S+)', line)
+        assert comment or sample, line
+        if comment and comment[1] == "TYPE":
+            kinds[comment[2]] = comment[3]
+        elif sample:
+            assert sample[1] in kinds
+            values[sample[1] + sample[2]] = float(sample[3])
+    assert answer.text.endswith("\n")
+    assert set(kinds.values()) <= {"gauge", "counter"}
+    assert values['releasectl_releases{status="pending"}'] == 1
+    assert values['releasectl_releases{status="failed"}'] == 1
+    assert values['releasectl_nodes{status="online"}'] == 1
+    assert values['releasectl_nodes{status="offline"}'] == 1
+    assert not re.search(r"edge-|127\.0\.1\.", answer.text)
+    assert set(re.findall(r'(\w+)="', answer.text)) <= {"status", "version"}

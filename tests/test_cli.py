@@ -1,0 +1,722 @@
+"""The command line: real processes, what they print, how they end (contract section 4; issue 3, "Bad input")."""
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import (
+    ADDRESSES,
+    DRIVERS,
+    ROOT,
+    add_nodes,
+    assert_books_balance,
+    eventually,
+    leave_out,
+    make_certs,
+    new_release,
+)
+
+import releasectl as rc
+
+PROGRAM = str(ROOT / "releasectl.py")
+TIMEOUT_S = 60
+# Root may write and read everywhere; without these two abilities it obeys permissions as others do.
+AS_OTHERS = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-all")
+
+
+class Result(NamedTuple):
+    """How a process ended."""
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Gives the one JSON document on standard output."""
+        assert self.out.endswith("\n")
+        assert self.out.count("\n") == 1
+        return json.loads(self.out)
+
+
+class Cli:
+    """Runs releasectl.py in a folder, with a database in it unless --db or a setting names another."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.settings = {"RELEASE_EXECUTOR_INTERVAL_SEC": "0.2"}
+        self.prefix: tuple[str, ...] = ()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        inherited = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
+        return {**inherited, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(self.folder), **self.settings}
+
+    def start(self, *arguments: object, **streams: Any) -> subprocess.Popen[str]:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+        return subprocess.Popen([*self.prefix, sys.executable, PROGRAM, *map(str, arguments)], text=True,
+                                cwd=self.folder, env=self.environment, **pipes)
+
+    def __call__(self, *arguments: object, stdin: str | None = None) -> Result:
+        """Runs a command to its end; whatever happens, it shows no stack trace."""
+        process = self.start(*arguments, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
+        return self.end(process, stdin)
+
+    @staticmethod
+    def end(process: subprocess.Popen[str], stdin: str | None = None) -> Result:
+        out, err = process.communicate(stdin, timeout=TIMEOUT_S)
+        assert "Traceback" not in err + out
+        assert "Exception ignored" not in err
+        return Result(process.returncode, out, err)
+
+    def ok(self, *arguments: object, stdin: str | None = None) -> Result:
+        result = self(*arguments, stdin=stdin)
+        assert result.code == 0, result.err
+        return result
+
+    def refused(self, code: int, *arguments: object, stdin: str | None = None) -> str:
+        """Gives the one line on standard error of a command that must fail with nothing on standard output."""
+        result = self(*arguments, stdin=stdin)
+        lines = [line for line in result.err.splitlines() if not re.match(r"\S+Z (warning|info): ", line)]
+        assert (result.code, result.out, len(lines)) == (code, "", 1), result
+        assert lines[0].startswith("releasectl: ")
+        return lines[0]
+
+    def file(self, name: str, content: str | bytes) -> str:
+        """Writes a file into the folder; gives its path."""
+        path = self.folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+
+class Quick(Cli):
+    """The same without a process of its own, for the many cases of one kind: it starts in no time."""
+
+    def __call__(self, *arguments: object, stdin: str | None = None) -> Result:
+        assert stdin is None
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
+        handlers, propagate = rc.log.handlers, rc.log.propagate
+        signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(streams[0]), \
+                contextlib.redirect_stderr(streams[1]):
+            patch.chdir(self.folder)
+            patch.setattr(os, "environ", self.environment)
+            code = rc.main([str(argument) for argument in arguments])
+        rc.log.handlers, rc.log.propagate = handlers, propagate
+        for number, handler in signals.items():
+            signal.signal(number, handler)
+        return Result(code, *(stream.buffer.getvalue().decode() for stream in streams))
+
+
+@pytest.fixture
+def cli(tmp_path):
+    return Cli(tmp_path)
+
+
+@pytest.fixture
+def quick(tmp_path):
+    return Quick(tmp_path)
+
+
+@pytest.fixture
+def filled(cli, open_store):
+    return fill(cli, open_store)
+
+
+@pytest.fixture
+def filled_quick(quick, open_store):
+    return fill(quick, open_store)
+
+
+def fill(cli: Cli, open_store) -> Cli:
+    """Gives a command line over nodes edge-1 and edge-2, and releases: 1 success, 2 failed, 3 pending."""
+    store = open_store(f"sqlite:///{cli.folder}/releasectl.db")
+    add_nodes(store, 2)
+    for status in ("success", "failed", "pending"):
+        release = new_release(store, reason=f"for {status}")
+        with store.database.transaction(write=True) as tx:
+            tx.execute("UPDATE release_tasks SET status = ? WHERE id = ?", status, release.id)
+            if status != "pending":
+                tx.execute("UPDATE release_task_nodes SET status = ? WHERE release_task_id = ?", status, release.id)
+    cli.store = store
+    return cli
+
+
+def mtls(certs: Path) -> dict[str, str]:
+    return {"CONTROL_CERT": f"{certs}/control.crt", "CONTROL_KEY": f"{certs}/control.key",
+            "CONTROL_CA": f"{certs}/ca.crt"}
+
+
+@pytest.fixture
+def fleet_cli(cli, sqlite_world):
+    """A command line over three agents that listen, on SQLite."""
+    cli.world = sqlite_world.nodes(3)
+    cli.settings.update(mtls(sqlite_world.certs), DATABASE_URL=sqlite_world.url)
+    return cli
+
+
+# -- every command, with and without --json ----------------------------------------------------
+
+RELEASE = {"id", "version", "status", "statusReason", "totalNodes", "currentBatch"}
+CREATED = {"releaseId", "version", "totalNodes", "batches"}
+PAGE = {"items", "total"}
+COMMANDS = [
+    (("migrate",), {"before", "after"}, "schema"),
+    (("node", "add", "edge-3", "10.0.0.3", "--label", "region=eu"), {"id", "name", "mainIp", "labels"}, "edge-3"),
+    (("node", "list"), PAGE, "edge-2"),
+    (("node", "set", "edge-2", "--status", "offline"), {"id", "name", "status"}, "offline"),
+    (("node", "import", "new-nodes"), {"items"}, "nodes added: 1"),
+    (("create", "--reason", "weekly"), CREATED, "created, 2 nodes in batches of 1, 1"),
+    (("list",), {*PAGE, "page", "pageSize"}, "failed"),
+    (("status", "2"), {"release", "batches"}, "edge-2"),
+    (("watch", "1"), {"release"}, "success"),
+    (("events", "3"), {"items"}, "created"),
+    (("pause", "3"), RELEASE, "paused"),
+    (("cancel", "3", "--reason", "no"), RELEASE, "cancelled"),
+    (("retry", "2"), CREATED, "created, 2 nodes"),
+    (("rollback", "2"), CREATED, "created, 2 nodes"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "keys", "word"), COMMANDS, ids=[" ".join(c[0][:2]) for c in COMMANDS])
+def test_a_command_prints_text_for_people_and_one_document_with_json(filled, arguments, keys, word):
+    filled.file("new-nodes", "edge-9 10.0.0.9\n")
+    with contextlib.closing(sqlite3.connect(filled.folder / "releasectl.db")) as source, \
+            contextlib.closing(sqlite3.connect(filled.folder / "copy.db")) as target:
+        source.backup(target)
+    text = Quick(filled.folder).ok(*arguments).out
+    assert word in text
+    assert not text.startswith("{")
+    assert keys <= set(filled.ok("--db", "sqlite:///copy.db", *arguments, "--json").json)
+
+
+def test_json_db_and_config_stand_before_or_behind_the_command(filled):
+    url = f"sqlite:///{filled.folder}/releasectl.db"
+    config = filled.file("ours.conf", f"DATABASE_URL={url}\n")
+    filled.settings["DATABASE_URL"] = "sqlite:///none.db"
+    wanted = filled.ok("--db", url, "--json", "node", "list").json
+    assert wanted["total"] == 2
+    assert filled.ok("node", "list", "--json", "--db", url).json == wanted
+    assert filled.ok("node", "--json", "list", f"--db={url}").json == wanted
+    del filled.settings["DATABASE_URL"]
+    assert filled.ok("--config", config, "node", "list", "--json").json == wanted
+    assert filled.ok("node", "--json", "list", "--config", config).json == wanted
+
+
+def test_the_text_for_people_is_in_columns(filled_quick):
+    lines = filled_quick.ok("status", "3").out.splitlines()
+    assert lines[0].startswith("release 3 (v3): pending, ")
+    assert lines[1].split()[:3] == ["BATCH", "NODE", "STATUS"]
+    assert [line.split()[:3] for line in lines[2:]] == [["1", "edge-1", "pending"], ["2", "edge-2", "pending"]]
+
+
+def test_the_list_is_filtered_and_paged(filled_quick):
+    assert [r["id"] for r in filled_quick.ok("list", "--json").json["items"]] == [3, 2, 1]
+    assert [r["id"] for r in filled_quick.ok("list", "--status", "failed", "--json").json["items"]] == [2]
+    second = filled_quick.ok("list", "--page", "2", "--page-size", "2", "--json").json
+    assert ([r["id"] for r in second["items"]], second["total"]) == ([1], 3)
+
+
+def test_help_names_every_command_and_every_setting(cli):
+    text = cli.ok("--help").out
+    words = {command.name.split()[0] for command in rc.COMMANDS} | {s.name for s in rc.SETTINGS}
+    assert [word for word in words if word not in text] == []
+    assert cli.ok("--version").out == f"releasectl {rc.__version__}\n"
+    assert "--drain" in cli.ok("run-once", "--help").out
+
+
+def test_the_actor_in_the_history_is_the_user(filled_quick):
+    filled_quick.ok("pause", "3", "--reason", "lunch\nbreak")
+    event = filled_quick.ok("events", "3", "--json").json["items"][-1]
+    assert event["actor"].startswith("cli:")
+    assert (event["event"], event["detail"]) == ("paused", "lunch break")
+
+
+# -- exit codes --------------------------------------------------------------------------------
+
+def test_0_when_the_release_succeeded_and_nothing_is_printed_with_nothing_to_do(fleet_cli):
+    assert fleet_cli("run-once") == Result(0, "", "")
+    new_release(fleet_cli.world.store)
+    result = fleet_cli.ok("run-once")
+    assert result.out.startswith("release 1 (v1): success")
+    assert fleet_cli("run-once") == Result(0, "", "")
+    assert fleet_cli("run-once", "--drain") == Result(0, "", "")
+    assert fleet_cli("run-once", "--json").json == {"releases": [], "inOtherHands": 0}
+
+
+def test_1_when_the_release_ended_other_than_success(fleet_cli):
+    fleet_cli.world.agent(1).set(outcome="failed", message="no disk space")
+    new_release(fleet_cli.world.store)
+    result = fleet_cli("run-once", "--json")
+    assert (result.code, result.json["releases"][0]["status"]) == (1, "failed")
+    assert fleet_cli("watch", 1).code == 1
+
+
+@pytest.mark.parametrize("arguments", [
+    ("stats",), ("node",), ("node", "ad"), ("status",), ("status", "x"), ("status", "-1"), ("status", "9" * 40),
+    ("list", "--page-size", "101"), ("list", "--page", "0"), ("list", "--status", "done"), ("create", "--colour"),
+    ("node", "add", "a"), ("node", "add", "a", "10.0.0.1", "--port", "0"), ("status", "1", "2"), ("list", "--jso"),
+    ("node", "add", "a", "10.0.0.1", "--protocol", "http"), ("events", "1", "--limit", "0"), ("list", "--db"),
+])
+def test_2_when_the_command_line_is_wrong_in_one_line_that_says_where_help_is(quick, arguments):
+    assert "--help" in quick.refused(2, *arguments)
+    assert os.listdir(quick.folder) == []
+
+
+def test_2_when_there_is_no_command(cli):
+    assert cli.refused(2) == "releasectl: the following arguments are required: COMMAND (see `releasectl.py --help`)"
+
+
+def test_3_when_it_is_not_found_or_in_the_wrong_state(filled_quick):
+    assert Cli(filled_quick.folder).refused(3, "status", 99) == "releasectl: release 99 does not exist"
+    assert "resume needs paused" in filled_quick.refused(3, "resume", 1)
+    assert "release 3 is pending: retry needs" in filled_quick.refused(3, "retry", 3)
+    assert "node edge-7 does not exist" in filled_quick.refused(3, "node", "set", "edge-7", "--disable")
+    assert filled_quick.refused(3, "watch", 2**63 - 1).endswith("does not exist")
+
+
+def test_69_when_the_database_or_an_agent_is_out_of_reach(fleet_cli):
+    fleet_cli.world.agent(2).set(mode="refuse")
+    result = fleet_cli("node", "ping", "--json")
+    assert result.code == 69
+    assert [(item["name"], item["ok"], item["errorKind"]) for item in result.json["items"]] == [
+        ("edge-1", True, ""), ("edge-2", False, "unreachable"), ("edge-3", True, "")]
+    assert fleet_cli.ok("node", "ping", "edge-1").out.splitlines()[1].split()[:2] == ["edge-1", "ok"]
+    assert "does not exist" in fleet_cli.refused(69, "list", "--db", "sqlite:///none.db")
+
+
+def test_75_when_another_process_holds_every_runnable_release(fleet_cli):
+    release = new_release(fleet_cli.world.store)
+    claim = fleet_cli.world.store.claim(release.id, "another", 60)
+    result = fleet_cli("run-once")
+    assert (result.code, result.out) == (75, "")
+    assert "in other hands" in result.err
+    fleet_cli.world.store.let_go(claim)
+    assert fleet_cli("run-once").code == 0
+
+
+def test_an_executor_that_is_switched_off_says_so_and_dispatches_nothing(fleet_cli):
+    release = new_release(fleet_cli.world.store)
+    fleet_cli.settings["RELEASE_EXECUTOR_ENABLED"] = "0"
+    result = fleet_cli("run-once", "--json")
+    assert (result.code, "RELEASE_EXECUTOR_ENABLED=0" in result.err) == (0, True)
+    assert result.json == {"releases": [], "inOtherHands": 0}
+    assert fleet_cli.world.store.release(release.id).status == "pending"
+
+
+# -- bad input ---------------------------------------------------------------------------------
+
+def test_no_online_node_is_refused_and_nothing_is_written(filled_quick):
+    assert "no online nodes" in filled_quick.refused(3, "create", "--db", "sqlite:///new.db")
+    filled_quick.ok("node", "set", "edge-1", "--disable")
+    filled_quick.ok("node", "set", "edge-2", "--status", "maintenance")
+    assert "no online nodes" in filled_quick.refused(3, "create")
+    assert filled_quick.store.releases().total == 3
+
+
+@pytest.mark.parametrize(("payload", "message"), [
+    (b"[]", "payload must be a JSON object"), (b'{"version": 9}', "payload names version 9"),
+    (b'{"a": 1,}', "is not JSON"), (b"", "is not JSON"), (b"\xff", "not UTF-8"), (b'{"a": NaN}', "NaN is not JSON"),
+    (b'{"a": 1, "a": 2}', "'a' stands twice"), (b"[" * 100_000, "nested too deep"), (None, "no such file"),
+])
+def test_a_payload_that_cant_be_used_is_refused_and_nothing_is_written(filled_quick, payload, message):
+    path = f"{filled_quick.folder}/none.json" if payload is None else filled_quick.file("payload.json", payload)
+    assert message in filled_quick.refused(2, "create", "--payload", path)
+    assert filled_quick.store.releases().total == 3
+
+
+def test_a_payload_comes_from_a_file_or_standard_input(filled):
+    filled.ok("create", "--payload", filled.file("payload.json", '{"sites": ["\u00e9"]}'))
+    filled.ok("create", "--payload", "-", stdin='{"version": 5}')
+    assert [release.payload for release in filled.store.releases().items[:2]] == [
+        '{"version":5}', '{"sites":["\u00e9"]}']
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    (("node", "add", "a", "10.0.0.300"), 2, "'10.0.0.300' is neither an IP address nor a host name"),
+    (("node", "add", "a", "10.0.0.1:8443"), 2, "is neither an IP address nor a host name"),
+    (("node", "add", "a", "10.0.0.1", "--port", "65536"), 2, "'65536' is not a number from 1 to 65535"),
+    (("node", "add", "edge-1", "10.0.0.9"), 3, "node edge-1 exists already"),
+    (("node", "add", "", "10.0.0.9"), 2, "name '' must be 1 to 100"),
+    (("node", "add", "a", "10.0.0.9", "--label", "eu"), 2, "--label eu must be K=V"),
+    (("node", "add", "a", "10.0.0.9", "--label", b"k=\xff"), 2, "not UTF-8"),
+    (("node", "set", b"\xff", "--disable"), 2, "not UTF-8"),
+    (("node", "set", "edge-1"), 2, "nothing to change"),
+    (("node", "set", "edge-1", "--rename", "edge-2"), 3, "node edge-2 exists already"),
+    (("node", "set", "edge-1", "--ip", "10.9.9.9"), 3, "node edge-1 is part of release 3"),
+    (("status", "seven"), 2, "'seven' is not a number"),
+    (("create", "--target", "a b"), 2, "target must be"),
+    (("create", "--reason", "x" * 501), 2, "reason must be a text of at most 500"),
+])
+def test_a_value_that_cant_be_used_is_refused_in_one_line(filled_quick, arguments, code, message):
+    before = filled_quick.store.nodes()
+    assert message in filled_quick.refused(code, *(os.fsdecode(a) if isinstance(a, bytes) else a for a in arguments))
+    assert (filled_quick.store.nodes(), filled_quick.store.releases().total) == (before, 3)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("new-1 10.0.0.1\nedge-1 10.0.0.2\n", "node edge-1 exists already"),
+    ("new-1 10.0.0.1\nnew-1 10.0.0.2\n", "node new-1 exists already"),
+    ("new-1 10.0.0.1\nnew-2 nowhere!\n", "node 2: mainIp"),
+    ("new-1 10.0.0.1 70000\n", "node 1: agentPort 70000"),
+    ("new-1 10.0.0.1 \u00b2\n", "is not NAME IP [PORT [PROTOCOL]]"),
+    ("new-1 10.0.0.1 " + "9" * 5000, "is not NAME IP [PORT [PROTOCOL]]"),
+    ("new-1 10.0.0.1 80 http\n", "node 1: agentProtocol 'http' must be one of tasks, execute"),
+    ("new-1\n", "'new-1' is not NAME IP [PORT [PROTOCOL]]"),
+    ('[{"name": "new-1", "mainIp": "10.0.0.1"}, {"name": "new-2"}]', "node 2: mainIp is missing"),
+    ('[{"name": "new-1", "mainIp": "10.0.0.1", "ip": "x"}]', "node 1: ip is not a known key"),
+    ('[{"name": "new-1", "mainIp": "10.0.0.1"}, 5]', "must be an array of objects"),
+    ('{"name": "new-1", "mainIp": "10.0.0.1"}', "must be an array of objects"),
+    ('[{"name": ', "is not JSON"), (b"\xff\xfe", "not UTF-8"),
+])
+def test_an_import_that_cant_be_used_adds_no_node_at_all(filled_quick, content, message):
+    code = 3 if "exists" in message else 2
+    assert message in filled_quick.refused(code, "node", "import", filled_quick.file("nodes", content))
+    assert filled_quick.store.nodes().total == 2
+
+
+def test_nodes_are_imported_from_lines_or_json(quick):
+    lines = "\ufeff# name ip port protocol\n\nedge-1 10.0.0.1\r\nedge-2,10.0.0.2,9090,execute # old\n"
+    assert quick.ok("node", "import", quick.file("nodes.txt", lines)).out == "nodes added: 2\n"
+    document = json.dumps([{"name": "edge-3", "mainIp": "::1", "labels": {"region": "eu"}, "enabled": False}])
+    quick.ok("node", "import", quick.file("nodes.json", "\ufeff" + document))
+    nodes = [(n["name"], n["mainIp"], n["agentPort"], n["agentProtocol"], n["labels"], n["enabled"])
+             for n in quick.ok("node", "list", "--json").json["items"]]
+    assert nodes == [("edge-1", "10.0.0.1", 8443, "tasks", {}, True),
+                     ("edge-2", "10.0.0.2", 9090, "execute", {}, True),
+                     ("edge-3", "::1", 8443, "tasks", {"region": "eu"}, False)]
+
+
+def harm_database(cli: Cli, how: str) -> str:
+    """Makes a database that can't be used; gives its URL."""
+    path = f"{cli.folder}/bad.db"
+    if how == "not a database":
+        cli.file("bad.db", "plain text, and more of it than a page header needs\n" * 20)
+    elif how == "a folder":
+        os.mkdir(path)
+    elif how == "no folder":
+        path = f"{cli.folder}/none/bad.db"
+    elif how == "newer schema":
+        with contextlib.closing(rc.Database(f"sqlite:///{path}")) as database:
+            database.migrate()
+            with database.transaction(write=True) as tx:
+                tx.execute("INSERT INTO schema_version (version) VALUES (99)")
+    elif how == "other tables":
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("CREATE TABLE customers (id INTEGER)")
+    return f"sqlite:///{path}"
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ("not a database", "is not an SQLite file"), ("a folder", "can't be opened"),
+    ("no folder", "none does not exist"), ("newer schema", "has schema 99, newer than this program's"),
+    ("other tables", "holds other tables"),
+])
+def test_a_database_that_cant_be_used_is_told_in_one_line_by_every_way_in(quick, how, message):
+    url = harm_database(quick, how)
+    assert message in Cli(quick.folder).refused(69, "--db", url, "list")
+    for arguments in (("list",), ("node", "add", "a", "10.0.0.1"), ("run-once",), ("migrate",), ("serve",)):
+        assert message in quick.refused(69, "--db", url, *arguments)
+    check = quick("check", "--db", url, "--json")
+    assert check.code in (2, 69)
+    assert any(message in item["message"] and not item["ok"] for item in check.json["items"])
+
+
+def test_a_database_that_is_read_only_says_what_it_needs(filled):
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv") or subprocess.run([*AS_OTHERS, "true"], check=False).returncode:
+            leave_out("setpriv, to obey permissions as root")
+        filled.prefix = AS_OTHERS
+    filled.store.database.close()
+    path = filled.folder / "releasectl.db"
+    path.chmod(0o444)
+    filled.folder.chmod(0o555)
+    try:
+        for arguments in (("pause", 3), ("node", "add", "a", "10.0.0.1"), ("run-once",)):
+            message = filled.refused(69, *arguments)
+            assert "read-only: give this user write permission" in message
+        path.chmod(0)
+        assert "can't be opened: look at the permissions" in filled.refused(69, "list")
+    finally:
+        filled.folder.chmod(0o755)
+        path.chmod(0o644)
+
+
+@pytest.mark.parametrize(("setting", "value", "message"), [
+    ("AGENT_RETRIES", "two", "AGENT_RETRIES=two can't be used: must be a whole number from 0 to 100"),
+    ("DATABASE_URL", "mysql://u:hunter2@h/d", "DATABASE_URL=mysql://u:***@h/d can't be used: must be"),
+    ("HTTP_ADDR", "8080", "HTTP_ADDR=8080 can't be used: must be ADDRESS:PORT"),
+    ("HTTP_CERT", "/etc/x.crt", "HTTP_CERT and HTTP_KEY go together"),
+])
+def test_a_config_value_that_cant_be_used_stops_the_start_with_one_line(quick, setting, value, message):
+    quick.settings[setting] = value
+    for command in ("list", "serve", "run-once", "check"):
+        assert message in quick.refused(2, command)
+
+
+def test_a_config_file_that_cant_be_used_stops_the_start_with_its_line(quick):
+    path = quick.file("ours.conf", "AGENT_RETRIES=1\nAGENT_RETRYS=1\n")
+    assert f"{path}:2: AGENT_RETRYS is not a setting (did you mean AGENT_RETRIES?)" in quick.refused(
+        2, "list", "--config", path)
+    assert "can't be read: no such file" in quick.refused(2, "--config", "none.conf", "list")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"CONTROL_KEY": "agents/" + ADDRESSES[0] + ".key"}, "does not fit CONTROL_KEY"),
+    ({"CONTROL_CERT": "none.crt"}, "CONTROL_CERT .*none.crt can't be read: no such file"),
+    ({"CONTROL_CA": "control.key"}, "CONTROL_CA .* holds no PEM certificate"),
+    ({"CONTROL_CERT": ""}, "CONTROL_CERT is not set"),
+])
+def test_certificates_that_cant_be_used_dispatch_nothing(fleet_cli, change, message):
+    release = new_release(fleet_cli.world.store)
+    fleet_cli.settings.update({k: v and f"{fleet_cli.world.certs}/{v}" for k, v in change.items()})
+    assert re.search(message, Quick.refused(fleet_cli, 2, "run-once"))
+    assert fleet_cli.world.store.release(release.id).status == "pending"
+    assert fleet_cli.world.runs() == [0, 0, 0]
+
+
+def test_a_password_in_the_url_never_shows(quick):
+    url = "postgresql://rele:hun%24ter2@127.0.0.1:1/none?connect_timeout=2"
+    if not DRIVERS:
+        leave_out("a PostgreSQL driver")
+    quick.settings.update(DATABASE_URL=url, LOG_FORMAT="json", RELEASE_EXECUTOR_ENABLED="0")
+    shown = [quick(*arguments) for arguments in (
+        ("list",), ("migrate", "--json"), ("check",), ("serve",), ("node", "list", url), ("status", url),
+        ("--db", url + "&password=hun$ter2", "list"))]
+    assert {result.code for result in shown} == {2, 69}
+    for result in shown:
+        assert "ter2" not in result.out + result.err
+        assert "Traceback" not in result.err
+
+
+# -- following a release to its end ------------------------------------------------------------
+
+@pytest.mark.parametrize(("outcome", "code"), [("success", 0), ("failed", 1)])
+def test_watch_and_create_wait_follow_a_release_to_its_end(fleet_cli, outcome, code):
+    fleet_cli.world.agent(1).set(outcome=outcome)
+    executor = fleet_cli.world.executor()
+    create = fleet_cli.start("create", "--wait", "--json")
+    eventually(lambda: fleet_cli.world.store.releases().total)
+    watch = fleet_cli.start("watch", 1)
+    assert "release 1 (v1): created" in create.stderr.readline()
+    assert "release 1 (v1): pending" in watch.stderr.readline()
+    executor.run_once(drain=True)
+    created, watched = Cli.end(create), Cli.end(watch)
+    assert (created.code, created.json["release"]["status"]) == (code, outcome)
+    assert (watched.code, watched.out.startswith(f"release 1 (v1): {outcome}")) == (code, True)
+
+
+def test_retry_wait_follows_the_new_release(fleet_cli):
+    fleet_cli.world.agent(1).set(outcome="failed")
+    new_release(fleet_cli.world.store)
+    fleet_cli.world.drain()
+    fleet_cli.world.agent(1).set(outcome="success")
+    retry = fleet_cli.start("retry", 1, "--wait", "--json")
+    eventually(lambda: fleet_cli.world.store.releases().total == 2)
+    fleet_cli.world.drain()
+    result = Cli.end(retry)
+    assert (result.code, result.json["release"]["retryOf"], result.json["release"]["totalNodes"]) == (0, 1, 3)
+
+
+def test_an_interrupted_watch_ends_without_a_stack_trace(filled):
+    watch = filled.start("watch", 3)
+    assert "pending" in watch.stderr.readline()
+    watch.send_signal(signal.SIGINT)
+    assert Cli.end(watch).code == 130
+
+
+# -- standard output that goes away ------------------------------------------------------------
+
+def test_a_reader_that_goes_away_is_no_error(filled):
+    with filled.store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_tasks SET status_reason = ?", "x" * 100_000)
+    process = filled.start("list", "--json")
+    assert process.stdout.read(1) == "{"
+    process.stdout.close()
+    assert (process.wait(TIMEOUT_S), process.stderr.read()) == (0, "")
+    process.stderr.close()
+
+
+def test_a_full_disk_under_standard_output_is_told_in_one_line(filled):
+    if not os.path.exists("/dev/full"):
+        leave_out("/dev/full")
+    with open("/dev/full", "w") as full:
+        _, err = filled.start("list", stdout=full).communicate(timeout=TIMEOUT_S)
+    assert err == "releasectl: standard output can't be written: no space left on device\n"
+
+
+def test_names_of_all_the_world_are_printed_in_utf_8_under_any_locale(filled):
+    filled.settings.update(PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    process = subprocess.run([sys.executable, PROGRAM, "node", "add", "\u043a\u0440\u0430\u0439", "10.0.0.1", "--json"],
+                             cwd=filled.folder, env={**filled.environment, "LC_ALL": "C.UTF-8"},
+                             capture_output=True, check=False, timeout=TIMEOUT_S)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout.decode("utf-8"))["name"] == "\u043a\u0440\u0430\u0439"
+
+
+# -- check -------------------------------------------------------------------------------------
+
+def findings(result: Result) -> dict[str, tuple[bool, str]]:
+    return {item["subject"]: (item["ok"], item["message"]) for item in result.json["items"]}
+
+
+def test_check_finds_nothing_wrong_where_all_is_well(fleet_cli):
+    result = fleet_cli.ok("check", "--json")
+    found = findings(result)
+    assert all(ok for ok, _ in found.values()), found
+    assert "is good until 20" in found["CONTROL_CERT"][1]
+    assert {"settings", "CONTROL_KEY", "DATABASE_URL", "node edge-1", "node edge-3"} <= set(found)
+    assert "WRONG" not in fleet_cli.ok("check").out
+
+
+def test_check_says_what_is_wrong_and_how_to_mend_it(fleet_cli, tmp_path):
+    certs = Path(shutil.copytree(fleet_cli.world.certs, tmp_path / "copy"))
+    (certs / "control.key").chmod(0o644)
+    fleet_cli.settings.update(mtls(certs), API_TOKENS_FILE=fleet_cli.file("tokens", "x"))
+    os.chmod(tmp_path / "tokens", 0o644)
+    fleet_cli.world.agent(2).set(mode="refuse")
+    result = fleet_cli("check", "--json")
+    found = findings(result)
+    assert result.code == 2
+    for subject, words in (("CONTROL_KEY", "chmod o-rwx"), ("API_TOKENS_FILE", "chmod o-rwx"),
+                           ("node edge-2", "connection refused")):
+        assert (found[subject][0], words in found[subject][1]) == (False, True)
+    assert found["CONTROL_CERT"][0]
+    assert found["node edge-1"][0]
+
+
+@pytest.mark.parametrize(("days", "is_ok", "words"), [("-1", False, "expired"), ("5", True, "renew it now")])
+def test_check_tells_a_certificate_that_expired_or_soon_will(quick, tmp_path, days, is_ok, words):
+    if not shutil.which("openssl"):
+        leave_out("openssl")
+    certs = make_certs(tmp_path / "certs", "127.0.0.1", DAYS=days)
+    pair = certs / "agents" / "127.0.0.1"
+    quick.settings.update(mtls(certs), HTTP_CERT=f"{pair}.crt", HTTP_KEY=f"{pair}.key")
+    quick.ok("migrate")
+    found = findings(quick("check", "--json"))
+    for subject in ("CONTROL_CERT", "HTTP_CERT"):
+        assert (subject, found[subject][0], words in found[subject][1]) == (subject, is_ok, True), found
+
+
+def test_check_without_a_database_says_how_to_make_one(quick, certs):
+    quick.settings.update(mtls(certs))
+    result = quick("check", "--json")
+    assert result.code == 69
+    assert "releasectl.py migrate" in findings(result)["DATABASE_URL"][1]
+    quick.settings.update(CONTROL_CA=f"{certs}/other/ca.crt")
+    assert findings(quick("check", "--json"))["CONTROL_CERT"][0] is False
+
+
+# -- serve -------------------------------------------------------------------------------------
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_runs_releases_until_it_is_told_to_end_and_ends_cleanly(fleet_cli, number):
+    port = free_port()
+    fleet_cli.settings["HTTP_ADDR"] = f"127.0.0.1:{port}"
+    serve = fleet_cli.start("serve")
+    try:
+        eventually(lambda: answers(port), message="serve does not answer")
+        fleet_cli.ok("create")
+        store = fleet_cli.world.store
+        eventually(lambda: store.release(1).is_terminal)
+        fleet_cli.world.agent(1).set(task_ms=60_000)
+        release = new_release(store)
+        eventually(lambda: store.release_with_nodes(release.id)[1][0].status == "running")
+        told = time.monotonic()
+        serve.send_signal(number)
+        result = Cli.end(serve)
+    finally:
+        serve.kill()
+    assert time.monotonic() - told < 8
+    assert (result.code, result.out) == (0, "")
+    assert result.err.splitlines()[-1].endswith("info: stopped")
+    assert store.release(1).status == "success"
+    assert store.release(release.id).claim_expires_at is None
+    assert store.look()[0] == [release.id]
+
+
+def test_serve_with_the_executor_off_serves_the_api_only(fleet_cli):
+    port = free_port()
+    fleet_cli.settings.update(HTTP_ADDR=f"127.0.0.1:{port}", RELEASE_EXECUTOR_ENABLED="0", LOG_FORMAT="json")
+    new_release(fleet_cli.world.store)
+    serve = fleet_cli.start("serve")
+    try:
+        eventually(lambda: answers(port), message="serve does not answer")
+        serve.terminate()
+        result = Cli.end(serve)
+    finally:
+        serve.kill()
+    lines = [json.loads(line) for line in result.err.splitlines()]
+    assert "executor off (RELEASE_EXECUTOR_ENABLED=0)" in lines[0]["message"]
+    assert set(lines[0]) == {"at", "level", "thread", "message"}
+    assert (result.code, fleet_cli.world.store.release(1).status) == (0, "pending")
+
+
+def test_serve_refuses_a_port_that_is_taken_and_an_address_open_to_others(cli):
+    cli.settings["MTLS_ENABLED"] = "0"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        cli.settings["HTTP_ADDR"] = f"127.0.0.1:{other.getsockname()[1]}"
+        assert "can't be listened on: address already in use" in cli.refused(2, "serve")
+    cli.settings["HTTP_ADDR"] = "0.0.0.0:0"
+    assert "set API_TOKENS_FILE, or listen on 127.0.0.1" in cli.refused(2, "serve")
+
+
+def test_without_mutual_tls_every_start_warns(cli):
+    cli.settings["MTLS_ENABLED"] = "0"
+    result = cli.ok("run-once")
+    assert (result.out, "warning: MTLS_ENABLED=0" in result.err) == ("", True)
+
+
+# -- two at once -------------------------------------------------------------------------------
+
+def test_two_processes_at_the_same_time_run_each_task_once(cli, world):
+    world.nodes(4, task_ms=100)
+    cli.settings.update(mtls(world.certs), DATABASE_URL=world.url)
+    releases = [new_release(world.store) for _ in range(2)]
+    first, second = cli.start("run-once", "--drain"), cli.start("run-once", "--drain")
+    codes = {Cli.end(first).code, Cli.end(second).code}
+    assert codes <= {0, 75}
+    assert 0 in codes
+    cli.ok("run-once", "--drain")
+    for release in releases:
+        assert world.store.release(release.id).status == "success"
+        assert_books_balance(world.store, release.id)
+    assert world.runs() == [2, 2, 2, 2]
+    for number in range(1, 5):
+        agent = world.agent(number)
+        assert (agent.overlaps, set(agent.run_counts.values())) == (0, {1})
+
+
+def test_a_new_database_may_be_made_by_many_at_the_same_time(cli, database_url):
+    several = [cli.start("node", "add", f"edge-{n}", f"10.0.0.{n}", "--db", database_url) for n in range(1, 5)]
+    assert [Cli.end(process).code for process in several] == [0, 0, 0, 0]
+    assert cli.ok("node", "list", "--db", database_url, "--json").json["total"] == 4
+    before_and_after = cli.ok("migrate", "--db", database_url, "--json").json
+    assert before_and_after == {"before": len(rc.schema_steps()), "after": len(rc.schema_steps())}
