@@ -17,8 +17,10 @@ The floors, in order; each uses only the ones above it:
      7 Store           every SQL statement of the domain
      8 Agent client    mutual TLS, deadlines, the two dialects
      9 Executor        claim, lease, and the loop that joins 6, 7 and 8
-    10 API             routes, tokens, the HTTP server
-    11 Command line    a table of commands
+    10 Shapes          the JSON of the API and the command line
+    11 API             routes, tokens, the HTTP server
+    12 Check           what is wrong with an installation
+    13 Command line    a table of commands
 
 How a release flows through them is drawn in docs/ARCHITECTURE.md.
 """
@@ -1420,15 +1422,15 @@ def describe(status: str, nodes: Sequence[ReleaseNode], failing: bool, busy: fro
     """Gives status_reason: what the release is doing or waiting for, in one sentence."""
     running = [n for n in nodes if n.status == RUNNING]
     if status == SUCCESS:
-        return f"{_count(len(nodes))} succeeded"
+        return f"{count_of_nodes(len(nodes))} succeeded"
     if status == PARTIAL:
-        return f"{_tally(nodes, FAILED)} of {_count(len(nodes))} failed, within what was tolerated"
+        return f"{_tally(nodes, FAILED)} of {count_of_nodes(len(nodes))} failed, within what was tolerated"
     if status == FAILED:
         first = first_failed(nodes)
         return one_line(f"stopped by node {first.name} in batch {first.batch}: {first.error_msg}"
                         if first and not broken else broken or NO_NODES)
     if status == CANCELLED:
-        return f"cancelled with {_tally(nodes, SUCCESS)} of {_count(len(nodes))} done"
+        return f"cancelled with {_tally(nodes, SUCCESS)} of {count_of_nodes(len(nodes))} done"
     waiting = f"waiting for {_names(running)} to end" if running else ""
     if status == CANCELLING:
         return "cancelling: " + (waiting or "nothing is in flight")
@@ -1448,11 +1450,12 @@ def _progress(nodes: Sequence[ReleaseNode], busy: frozenset[int]) -> str:
     members = [n for n in nodes if n.batch == batch]
     held = [n for n in members if n.status == PENDING and n.node_id in busy]
     sentence = (f"batch {batch} of {max(n.batch for n in nodes)}: waiting for "
-                f"{sum(n.status in (PENDING, RUNNING) for n in members)} of {_count(len(members))}")
+                f"{sum(n.status in (PENDING, RUNNING) for n in members)} of {count_of_nodes(len(members))}")
     return sentence + (f"; {_names(held)} busy with an earlier request" if held else "")
 
 
-def _count(number: int) -> str:
+def count_of_nodes(number: int) -> str:
+    """Gives '1 node', '2 nodes'."""
     return f"{number} node" + ("" if number == 1 else "s")
 
 
@@ -3011,39 +3014,9 @@ class Driver:
 
 
 # ======================================================================================
-# 10 API: routes as a table, handlers, tokens, the HTTP server and its limits (contract
-#    section 5). Uses 1 to 9.
+# 10 Shapes: the JSON of section 5 of the contract, for the API and the command line, and
+#    its schemas. Pure; uses 1, 2, 5, 6 and the rows of 7.
 # ======================================================================================
-
-VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
-IDLE_CONNECTION_S = 30.0
-# Before a connection is closed, what its client still sends is dropped for so long.
-LINGER_S, MAX_LINGER_BYTES = 1.0, 16 << 20
-
-
-class Request(NamedTuple):
-    """A request as a handler sees it: checked, and with who asks."""
-    ids: tuple[int, ...]
-    query: Mapping[str, str]
-    body: Mapping[str, Any]
-    actor: str
-
-    def integer(self, name: str, default: int, low: int, high: int) -> int:
-        """Gives a number of the query; AppError 2002 for what is none, 2003 out of range."""
-        text = self.query.get(name, str(default))
-        if not re.fullmatch(r"-?[0-9]{1,4000}", text):  # int() itself has a limit of 4300 digits
-            raise AppError(2002, f"{name} {one_line(text, 40)!r} is not a number")
-        if not low <= int(text) <= high:
-            raise AppError(2003, f"{name} must be from {low} to {high}")
-        return int(text)
-
-
-class Reply(NamedTuple):
-    """A status, and what goes into the envelope's data; with a content type a whole document."""
-    status: int
-    data: Any
-    content_type: str = ""
-
 
 def release_json(release: Release) -> dict[str, Any]:
     """Gives RELEASE of the contract."""
@@ -3137,6 +3110,107 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
     parse_strategy(body.get("strategy", {}))
     return ReleaseRequest(parse_target(body.get("target", "cdn")), parse_text("reason", body.get("reason", "")),
                           parse_payload(body.get("payload", {})))
+
+
+# The schemas, for /openapi.json.
+
+_TIME = {"type": ["string", "null"], "format": "date-time"}
+_ID = {"type": "integer", "minimum": 1}
+_COUNT = {"type": "integer", "minimum": 0}
+_TEXT = {"type": "string"}
+
+
+def _object(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
+    return {"type": "object", "properties": dict(properties), "additionalProperties": False,
+            "required": list(properties if required is None else required)}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _list_of(item: str, paged: bool = True) -> dict[str, Any]:
+    page = {"total": _COUNT, "page": _ID, "pageSize": _ID} if paged else {}
+    return _object({"items": {"type": "array", "items": _ref(item)}, **page})
+
+
+def openapi_schemas() -> dict[str, Any]:
+    """Gives the shapes of section 5 of the contract as JSON Schema."""
+    node = {name: schema for name, (_, _, schema) in NODE_FIELDS.items()}
+    batch = {"batch": _ID}
+    return {
+        "Release": _object({
+            "id": _ID, "type": _TEXT, "target": _TEXT, "version": _ID,
+            "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": _TEXT, "reason": _TEXT,
+            "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
+            "currentBatch": _COUNT, "errorMsg": _TEXT, "strategy": {"type": "object"},
+            "retryOf": {"type": ["integer", "null"]}, "rollbackOf": {"type": ["integer", "null"]},
+            "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME}),
+        "ReleaseNode": _object({
+            "nodeId": _ID, "nodeName": _TEXT, "mainIp": _TEXT,
+            "status": {"type": "string", "enum": [PENDING, RUNNING, SUCCESS, FAILED, SKIPPED]}, "taskId": _TEXT,
+            "attempts": _COUNT, "errorKind": _TEXT, "errorMsg": _TEXT, "startedAt": _TIME, "finishedAt": _TIME}),
+        "ReleaseWithNodes": _object({
+            "release": _ref("Release"),
+            "batches": {"type": "array", "items": _object({
+                **batch, "nodes": {"type": "array", "items": _ref("ReleaseNode")}})}}, required=["release"]),
+        "ReleaseList": _list_of("Release"),
+        "Created": _object({
+            "releaseId": _ID, "version": _ID, "totalNodes": _COUNT,
+            "batches": {"type": "array", "items": _object({
+                **batch, "nodeIds": {"type": "array", "items": _ID}})}}),
+        "Event": _object({
+            "id": _ID, "releaseId": _ID, "nodeId": {"type": ["integer", "null"]}, "nodeName": _TEXT, "at": _TIME,
+            "actor": _TEXT, "event": _TEXT, "fromStatus": _TEXT, "toStatus": _TEXT, "detail": _TEXT}),
+        "EventList": _list_of("Event", paged=False),
+        "Node": _object({"id": _ID, **node, "createdAt": _TIME, "updatedAt": _TIME}),
+        "NodeList": _list_of("Node"),
+        "NewNode": _object(node, required=["name", "mainIp"]),
+        "NodeChange": _object(node, required=[]),
+        "NewRelease": _object({"target": _TEXT, "reason": _TEXT, "payload": {"type": "object"},
+                               "strategy": {"type": "object"}}, required=[]),
+        "Act": _object({"reason": _TEXT}, required=[]),
+        "Nothing": _object({}),
+        "Status": _object({"status": _TEXT}),
+        "Null": {"type": "null"},
+        "Error": _object({"code": {"type": "integer", "enum": sorted(ERROR_CODES)}, "message": _TEXT,
+                          "data": {"type": "null"}}),
+    }
+
+
+# ======================================================================================
+# 11 API: routes as a table, handlers, tokens, the HTTP server and its limits (contract
+#    section 5). Uses 1 to 10.
+# ======================================================================================
+
+VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
+IDLE_CONNECTION_S = 30.0
+# Before a connection is closed, what its client still sends is dropped for so long.
+LINGER_S, MAX_LINGER_BYTES = 1.0, 16 << 20
+
+
+class Request(NamedTuple):
+    """A request as a handler sees it: checked, and with who asks."""
+    ids: tuple[int, ...]
+    query: Mapping[str, str]
+    body: Mapping[str, Any]
+    actor: str
+
+    def integer(self, name: str, default: int, low: int, high: int) -> int:
+        """Gives a number of the query; AppError 2002 for what is none, 2003 out of range."""
+        text = self.query.get(name, str(default))
+        if not re.fullmatch(r"-?[0-9]{1,4000}", text):  # int() itself has a limit of 4300 digits
+            raise AppError(2002, f"{name} {one_line(text, 40)!r} is not a number")
+        if not low <= int(text) <= high:
+            raise AppError(2003, f"{name} must be from {low} to {high}")
+        return int(text)
+
+
+class Reply(NamedTuple):
+    """A status, and what goes into the envelope's data; with a content type a whole document."""
+    status: int
+    data: Any
+    content_type: str = ""
 
 
 class Api:
@@ -3587,71 +3661,7 @@ def server_context(settings: Settings) -> ssl.SSLContext:
     return context
 
 
-# -- /openapi.json: made from ROUTES and these, so that it can't drift ----------------------
-
-_TIME = {"type": ["string", "null"], "format": "date-time"}
-_ID = {"type": "integer", "minimum": 1}
-_COUNT = {"type": "integer", "minimum": 0}
-_TEXT = {"type": "string"}
-
-
-def _object(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
-    return {"type": "object", "properties": dict(properties), "additionalProperties": False,
-            "required": list(properties if required is None else required)}
-
-
-def _ref(name: str) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _list_of(item: str, paged: bool = True) -> dict[str, Any]:
-    page = {"total": _COUNT, "page": _ID, "pageSize": _ID} if paged else {}
-    return _object({"items": {"type": "array", "items": _ref(item)}, **page})
-
-
-def openapi_schemas() -> dict[str, Any]:
-    """Gives the shapes of section 5 of the contract as JSON Schema."""
-    node = {name: schema for name, (_, _, schema) in NODE_FIELDS.items()}
-    batch = {"batch": _ID}
-    return {
-        "Release": _object({
-            "id": _ID, "type": _TEXT, "target": _TEXT, "version": _ID,
-            "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": _TEXT, "reason": _TEXT,
-            "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
-            "currentBatch": _COUNT, "errorMsg": _TEXT, "strategy": {"type": "object"},
-            "retryOf": {"type": ["integer", "null"]}, "rollbackOf": {"type": ["integer", "null"]},
-            "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME}),
-        "ReleaseNode": _object({
-            "nodeId": _ID, "nodeName": _TEXT, "mainIp": _TEXT,
-            "status": {"type": "string", "enum": [PENDING, RUNNING, SUCCESS, FAILED, SKIPPED]}, "taskId": _TEXT,
-            "attempts": _COUNT, "errorKind": _TEXT, "errorMsg": _TEXT, "startedAt": _TIME, "finishedAt": _TIME}),
-        "ReleaseWithNodes": _object({
-            "release": _ref("Release"),
-            "batches": {"type": "array", "items": _object({
-                **batch, "nodes": {"type": "array", "items": _ref("ReleaseNode")}})}}, required=["release"]),
-        "ReleaseList": _list_of("Release"),
-        "Created": _object({
-            "releaseId": _ID, "version": _ID, "totalNodes": _COUNT,
-            "batches": {"type": "array", "items": _object({
-                **batch, "nodeIds": {"type": "array", "items": _ID}})}}),
-        "Event": _object({
-            "id": _ID, "releaseId": _ID, "nodeId": {"type": ["integer", "null"]}, "nodeName": _TEXT, "at": _TIME,
-            "actor": _TEXT, "event": _TEXT, "fromStatus": _TEXT, "toStatus": _TEXT, "detail": _TEXT}),
-        "EventList": _list_of("Event", paged=False),
-        "Node": _object({"id": _ID, **node, "createdAt": _TIME, "updatedAt": _TIME}),
-        "NodeList": _list_of("Node"),
-        "NewNode": _object(node, required=["name", "mainIp"]),
-        "NodeChange": _object(node, required=[]),
-        "NewRelease": _object({"target": _TEXT, "reason": _TEXT, "payload": {"type": "object"},
-                               "strategy": {"type": "object"}}, required=[]),
-        "Act": _object({"reason": _TEXT}, required=[]),
-        "Nothing": _object({}),
-        "Status": _object({"status": _TEXT}),
-        "Null": {"type": "null"},
-        "Error": _object({"code": {"type": "integer", "enum": sorted(ERROR_CODES)}, "message": _TEXT,
-                          "data": {"type": "null"}}),
-    }
-
+# -- /openapi.json: made from ROUTES and the shapes, so that it can't drift ------------------
 
 # Parameter of a query: its schema.
 QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
@@ -3696,7 +3706,148 @@ def openapi_document() -> dict[str, Any]:
 
 
 # ======================================================================================
-# 11 Command line: a table of commands (contract section 4). Uses 1 to 10.
+# 12 Check: what is wrong with this installation, and what would mend it. Uses 1 to 11.
+# ======================================================================================
+
+class Ping(NamedTuple):
+    """What one agent answered to a ping."""
+    node: Node
+    is_ok: bool
+    error_kind: str
+    text: str
+
+
+def ping_nodes(settings: Settings, nodes: Sequence[Node]) -> list[Ping]:
+    """Asks agents all at once whether they answer. Raises ConfigError without certificates."""
+    agents = AgentClient(settings)
+    agents.prepare()
+
+    def ping(node: Node) -> Ping:
+        try:
+            return Ping(node, True, "", agents.ping(Address(node.main_ip, node.agent_port, node.agent_protocol)))
+        except AgentError as error:
+            return Ping(node, False, error.kind, one_line(error.message))
+
+    with ThreadPoolExecutor(settings.agent_concurrency) as pool:
+        pings = list(pool.map(ping, nodes))
+    agents.close()
+    return pings
+
+
+class Finding(NamedTuple):
+    """One thing that check looked at: exit code 0 when it is well, and a sentence."""
+    subject: str
+    exit_code: int
+    text: str
+
+
+def _meet(client: ssl.SSLContext, server: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
+    """Gives both sides after a handshake in memory; ssl.SSLCertVerificationError where one refuses the other."""
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = client.wrap_bio(down, up), server.wrap_bio(up, down, server_side=True)
+    for _ in range(4):
+        for side in sides:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+    return sides
+
+
+def control_certificate(settings: Settings) -> Mapping[str, Any]:
+    """Gives our certificate as an agent sees it; ConfigError when the CA does not vouch for it."""
+    cert, key, ca = settings.control_cert, settings.control_key, settings.control_ca
+    ours = client_context(cert, key, ca)
+    ours.check_hostname = False
+    ours.verify_mode = ssl.CERT_NONE
+    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    theirs.load_cert_chain(cert, key, password=_no_passphrase)
+    theirs.load_verify_locations(ca)
+    theirs.verify_mode = ssl.CERT_REQUIRED
+    try:
+        return dict(_meet(ours, theirs)[1].getpeercert() or {})
+    except ssl.SSLCertVerificationError as error:
+        raise ConfigError(f"CONTROL_CERT {cert}: {error.verify_message}; agents will refuse it") from None
+
+
+def api_certificate(settings: Settings) -> Mapping[str, Any]:
+    """Gives the API's certificate as a client sees it that trusts just this one; ConfigError."""
+    ours = server_context(settings)
+    ours.verify_mode = ssl.CERT_NONE
+    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    theirs.check_hostname = False
+    theirs.load_verify_locations(settings.http_cert)
+    theirs.verify_flags |= 0x80000  # ssl.VERIFY_X509_PARTIAL_CHAIN, which Python 3.9 does not name
+    try:
+        return dict(_meet(theirs, ours)[0].getpeercert() or {})
+    except ssl.SSLCertVerificationError as error:
+        raise ConfigError(f"HTTP_CERT {settings.http_cert}: {error.verify_message}; clients will refuse it") from None
+
+
+def check_certificate(name: str, path: str, look: Callable[[], Mapping[str, Any]]) -> Finding:
+    """Says until when a certificate is good, or why it is not."""
+    try:
+        expires = ssl.cert_time_to_seconds(str(look()["notAfter"]))
+    except ConfigError as error:
+        return Finding(name, EXIT_USAGE, error.message)
+    days = (expires - time.time()) / 86400
+    renew = ": renew it now" if days < 14 else ""
+    return Finding(name, EXIT_DONE, f"{path} is good until {utc_text(expires)}, {days:.0f} days{renew}")
+
+
+def check_private(name: str, path: str) -> Finding:
+    """Says whether a key can be read by everybody."""
+    try:
+        require_private(name, path)
+    except ConfigError as error:
+        return Finding(name, EXIT_USAGE, error.message)
+    return Finding(name, EXIT_DONE, f"{path} is not readable by everybody")
+
+
+def check_agents(settings: Settings) -> Iterator[Finding]:
+    """Looks at what mutual TLS with the agents needs."""
+    if not settings.mtls_enabled:
+        yield Finding("MTLS_ENABLED", EXIT_DONE, "0: agents are called by plain HTTP, for a laboratory only")
+        return
+    missing = [name for name, path in (("CONTROL_CERT", settings.control_cert), ("CONTROL_KEY", settings.control_key),
+                                       ("CONTROL_CA", settings.control_ca)) if not path]
+    for name in missing:
+        yield Finding(name, EXIT_USAGE, "not set: no agent can be called without it")
+    if not missing:
+        yield check_certificate("CONTROL_CERT", settings.control_cert, lambda: control_certificate(settings))
+    if settings.control_key:
+        yield check_private("CONTROL_KEY", settings.control_key)
+
+
+def check_api(settings: Settings) -> Iterator[Finding]:
+    """Looks at what the API needs."""
+    if settings.api_tokens_file:
+        try:
+            yield Finding("API_TOKENS_FILE", EXIT_DONE, f"{len(Tokens(settings.api_tokens_file).load())} tokens")
+        except ConfigError as error:
+            yield Finding("API_TOKENS_FILE", EXIT_USAGE, error.message)
+    else:
+        yield Finding("API_TOKENS_FILE", EXIT_DONE, "not set: the API listens on loopback, for everybody on this host")
+    if settings.http_cert:
+        yield check_certificate("HTTP_CERT", settings.http_cert, lambda: api_certificate(settings))
+        yield check_private("HTTP_KEY", settings.http_key)
+
+
+def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
+    """Looks at the database, and asks the agents of its enabled, online nodes."""
+    try:
+        store.database.require_schema()
+        store.probe()
+        yield Finding("DATABASE_URL", EXIT_DONE, f"{store.database}: schema {len(schema_steps())}, takes writes")
+        nodes = [node for node in store.nodes(size=0).items if node.enabled and node.status == "online"]
+        for ping in ping_nodes(settings, nodes) if nodes else []:
+            yield Finding(f"node {ping.node.name}", EXIT_DONE if ping.is_ok else EXIT_UNAVAILABLE, ping.text)
+    except DatabaseError as error:
+        yield Finding("DATABASE_URL", EXIT_UNAVAILABLE, error.message)
+    except ConfigError:
+        yield Finding("nodes", EXIT_USAGE, "not asked: without good certificates no agent answers")
+
+
+# ======================================================================================
+# 13 Command line: a table of commands (contract section 4). Uses 1 to 12.
 # ======================================================================================
 
 class Context:
@@ -3746,7 +3897,9 @@ def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
 
 def release_line(release: Release) -> str:
     """Gives a release in one line."""
-    return f"{release}: {release.status}, {release.status_reason}"
+    says_it = release.status_reason.startswith(release.status) or not release.status_reason
+    return f"{release}: " + (release.status_reason or release.status if says_it
+                             else f"{release.status}, {release.status_reason}")
 
 
 def exit_code_of(release: Release) -> int:
@@ -3926,31 +4079,6 @@ def _read_text(path: str) -> str:
         raise AppError(2002, f"{path} can't be read: {_os_reason(error)}") from None
 
 
-class Ping(NamedTuple):
-    """What one agent answered to a ping."""
-    node: Node
-    is_ok: bool
-    error_kind: str
-    text: str
-
-
-def ping_nodes(settings: Settings, nodes: Sequence[Node]) -> list[Ping]:
-    """Asks agents all at once whether they answer. Raises ConfigError without certificates."""
-    agents = AgentClient(settings)
-    agents.prepare()
-
-    def ping(node: Node) -> Ping:
-        try:
-            return Ping(node, True, "", agents.ping(Address(node.main_ip, node.agent_port, node.agent_protocol)))
-        except AgentError as error:
-            return Ping(node, False, error.kind, one_line(error.message))
-
-    with ThreadPoolExecutor(settings.agent_concurrency) as pool:
-        pings = list(pool.map(ping, nodes))
-    agents.close()
-    return pings
-
-
 def command_node_ping(context: Context) -> int:
     store = context.open()
     nodes = [store.node_named(name) for name in context.options.names] or \
@@ -3983,7 +4111,7 @@ def _show_created(context: Context, release: Release, batches: Sequence[Sequence
         return _watch(context, release.id)
     sizes = ", ".join(str(len(batch)) for batch in batches)
     context.show(created_json(release, batches),
-                 f"{release}: created, {release.total_nodes} nodes in batches of {sizes}")
+                 f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of {sizes}")
     return EXIT_DONE
 
 
@@ -4050,109 +4178,10 @@ def command_again(context: Context) -> int:
     return _show_created(context, *make(context.open(), context.options.id, context.actor))
 
 
-# -- check -----------------------------------------------------------------------------------
-
-class Finding(NamedTuple):
-    """One thing that check looked at: exit code 0 when it is well, and a sentence."""
-    subject: str
-    exit_code: int
-    text: str
-
-
-def _meet(client: ssl.SSLContext, server: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
-    """Gives both sides after a handshake in memory; ssl.SSLCertVerificationError where one refuses the other."""
-    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
-    sides = client.wrap_bio(down, up), server.wrap_bio(up, down, server_side=True)
-    for _ in range(4):
-        for side in sides:
-            with contextlib.suppress(ssl.SSLWantReadError):
-                side.do_handshake()
-    return sides
-
-
-def control_certificate(settings: Settings) -> Mapping[str, Any]:
-    """Gives our certificate as an agent sees it; ConfigError when the CA does not vouch for it."""
-    cert, key, ca = settings.control_cert, settings.control_key, settings.control_ca
-    ours = client_context(cert, key, ca)
-    ours.check_hostname = False
-    ours.verify_mode = ssl.CERT_NONE
-    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    theirs.load_cert_chain(cert, key, password=_no_passphrase)
-    theirs.load_verify_locations(ca)
-    theirs.verify_mode = ssl.CERT_REQUIRED
-    try:
-        return dict(_meet(ours, theirs)[1].getpeercert() or {})
-    except ssl.SSLCertVerificationError as error:
-        raise ConfigError(f"CONTROL_CERT {cert}: {error.verify_message}; agents will refuse it") from None
-
-
-def api_certificate(settings: Settings) -> Mapping[str, Any]:
-    """Gives the API's certificate as a client sees it that trusts just this one; ConfigError."""
-    ours = server_context(settings)
-    ours.verify_mode = ssl.CERT_NONE
-    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    theirs.check_hostname = False
-    theirs.load_verify_locations(settings.http_cert)
-    theirs.verify_flags |= 0x80000  # ssl.VERIFY_X509_PARTIAL_CHAIN, which Python 3.9 does not name
-    try:
-        return dict(_meet(theirs, ours)[0].getpeercert() or {})
-    except ssl.SSLCertVerificationError as error:
-        raise ConfigError(f"HTTP_CERT {settings.http_cert}: {error.verify_message}; clients will refuse it") from None
-
-
-def check_certificate(name: str, path: str, look: Callable[[], Mapping[str, Any]]) -> Finding:
-    """Says until when a certificate is good, or why it is not."""
-    try:
-        expires = ssl.cert_time_to_seconds(str(look()["notAfter"]))
-    except ConfigError as error:
-        return Finding(name, EXIT_USAGE, error.message)
-    days = (expires - time.time()) / 86400
-    renew = ": renew it now" if days < 14 else ""
-    return Finding(name, EXIT_DONE, f"{path} is good until {utc_text(expires)}, {days:.0f} days{renew}")
-
-
-def check_certificates(settings: Settings) -> Iterator[Finding]:
-    """Looks at what mutual TLS needs."""
-    if not settings.mtls_enabled:
-        yield Finding("MTLS_ENABLED", EXIT_DONE, "0: agents are called by plain HTTP, for a laboratory only")
-        return
-    yield check_certificate("CONTROL_CERT", settings.control_cert, lambda: control_certificate(settings))
-    for name, path in (("CONTROL_KEY", settings.control_key), ("HTTP_KEY", settings.http_key)):
-        if path:
-            try:
-                require_private(name, path)
-                yield Finding(name, EXIT_DONE, f"{path} is not readable by everybody")
-            except ConfigError as error:
-                yield Finding(name, EXIT_USAGE, error.message)
-
-
-def check_api(settings: Settings) -> Iterator[Finding]:
-    """Looks at what the API needs."""
-    if settings.api_tokens_file:
-        try:
-            yield Finding("API_TOKENS_FILE", EXIT_DONE, f"{len(Tokens(settings.api_tokens_file).load())} tokens")
-        except ConfigError as error:
-            yield Finding("API_TOKENS_FILE", EXIT_USAGE, error.message)
-    else:
-        yield Finding("API_TOKENS_FILE", EXIT_DONE, "not set: the API listens on loopback, for everybody on this host")
-    if settings.http_cert:
-        yield check_certificate("HTTP_CERT", settings.http_cert, lambda: api_certificate(settings))
-
-
 def command_check(context: Context) -> int:
     settings = context.settings
-    findings = [Finding("settings", EXIT_DONE, "every value can be used")]
-    findings += [*check_certificates(settings), *check_api(settings)]
-    try:
-        store = context.open()
-        findings.append(Finding("DATABASE_URL", EXIT_DONE, f"{store.database}: schema {len(schema_steps())}"))
-        nodes = [node for node in store.nodes(size=0).items if node.enabled and node.status == "online"]
-        findings += [Finding(f"node {p.node.name}", EXIT_DONE if p.is_ok else EXIT_UNAVAILABLE, p.text)
-                     for p in (ping_nodes(settings, nodes) if nodes else [])]
-    except DatabaseError as error:
-        findings.append(Finding("DATABASE_URL", EXIT_UNAVAILABLE, error.message))
-    except ConfigError:
-        findings.append(Finding("nodes", EXIT_USAGE, "not asked: without good certificates no agent answers"))
+    findings = [Finding("settings", EXIT_DONE, "every value can be used"), *check_agents(settings),
+                *check_api(settings), *check_database(settings, context.store)]
     context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
                             for f in findings]},
                  table([("ok" if f.exit_code == EXIT_DONE else "WRONG", f.subject, f.text) for f in findings],
