@@ -1,0 +1,71 @@
+"""Killed anywhere, by anyone: short runs of scripts/torture.py, real processes on both engines.
+
+TEST_LONG=1 makes the long ones: at least 1,000 kills and 200 suspensions on each engine.
+"""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import DRIVERS, ROOT, leave_out
+
+TORTURE = str(ROOT / "scripts" / "torture.py")
+IS_LONG = os.environ.get("TEST_LONG") == "1"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def engine(request):
+    """The arguments for a run on each engine; the server is one of torture's own, to be restarted."""
+    if request.param == "postgresql":
+        if not DRIVERS:
+            leave_out("a PostgreSQL driver (psycopg, psycopg2 or pg8000)")
+        request.getfixturevalue("postgres_server")  # leaves the test out where there is no server
+    return ["--engine", request.param]
+
+
+def torture(*arguments: str, limit_s: float = 300.0) -> dict:
+    """Runs torture.py; gives its figures, and fails when one that must be zero is not."""
+    command = [sys.executable, TORTURE, "--json", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            output, errors = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it ends what it started
+            output, errors = process.communicate(timeout=60)
+            pytest.fail(f"torture.py was not done within {limit_s} s: {errors[-3000:]}")
+    assert process.returncode == 0, f"{output[-6000:]}\n{errors[-3000:]}"
+    figures = json.loads(output)
+    assert set(figures["zeros"].values()) == {0}
+    return figures
+
+
+def test_rule_9_a_process_that_dies_at_any_named_point_loses_nothing(engine):
+    whens = ["before", "after", "unanswered", "lost"]
+    figures = torture(*engine, "--phases", "points", "--whens", ",".join(whens), "--depth", "1", "--seed", "9")
+    for name in ("claim", "commit", "renew", "let_go", "create_release", "act", "dispatch", "query"):
+        assert set(figures["points"][name]) == set(whens)
+
+
+def test_rule_9_a_database_call_that_fails_loses_nothing(engine):
+    figures = torture(*engine, "--phases", "faults", "--faults", "40", "--seed", "9")
+    assert sum(figures["faults"].values()) >= 30
+
+
+def test_rule_9_kills_and_suspensions_at_random_moments_lose_nothing(engine):
+    figures = torture(*engine, "--phases", "random", "--kills", "25", "--suspends", "6", "--restarts", "1",
+                      "--seed", "9")
+    assert figures["counts"]["kills"] >= 25
+    assert figures["counts"]["take-overs"] > 0
+
+
+@pytest.mark.skipif(not IS_LONG, reason="TEST_LONG=1: a quarter of an hour on each engine")
+def test_rule_9_a_thousand_kills_and_two_hundred_suspensions_lose_nothing(engine):
+    figures = torture(*engine, "--kills", "1000", "--suspends", "200", "--every-kind", limit_s=3600)
+    assert figures["counts"]["kills"] >= 1000
+    assert figures["counts"]["suspensions"] >= 200
+    print(json.dumps(figures, indent=1))
