@@ -2789,7 +2789,8 @@ class Driver:
 
     def __init__(self, executor: Executor, lease: Lease, is_tick: bool):
         self.lease = lease
-        self.results: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        # not SimpleQueue: on Python 3.9 its get() may wait for ever when the timeout is very short
+        self.results: queue.Queue[Outcome | None] = queue.Queue()
         self._executor = executor
         self._store = executor.store
         self._policy = executor.policy
