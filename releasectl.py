@@ -46,6 +46,7 @@ import queue
 import re
 import secrets
 import select
+import shutil
 import signal
 import socket
 import socketserver
@@ -57,7 +58,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import (
@@ -65,6 +66,7 @@ from typing import (
     Callable,
     NamedTuple,
     NoReturn,
+    TextIO,
 )
 
 # ======================================================================================
@@ -83,8 +85,8 @@ AT_REST = frozenset((SUCCESS, FAILED, SKIPPED))
 NODE_STATUSES = ("online", "offline", "maintenance")
 PROTOCOLS = (TASKS, EXECUTE) = ("tasks", "execute")
 
-# The operations that go to an agent.
-DISPATCH, QUERY, PING = "dispatch", "query", "ping"
+# The operations that go to an agent; a probe goes to what the node serves (verify).
+DISPATCH, QUERY, PING, PROBE = "dispatch", "query", "ping", "probe"
 
 UNREACHABLE, TLS, TIMEOUT, HTTP, PROTOCOL = "unreachable", "tls", "timeout", "http", "protocol"
 REJECTED, AGENT_FAILED, VERIFY, DEADLINE, ABANDONED = "rejected", "agent_failed", "verify", "deadline", "abandoned"
@@ -116,6 +118,8 @@ MAX_MESSAGE_CHARS = 255
 MAX_DETAIL_BYTES = 4096
 MAX_BODY_BYTES = 1 << 20
 MAX_PAGE_SIZE = 100
+MAX_NODES = 1_000_000
+MAX_BATCHES = 1000
 MAX_JSON_DEPTH = 64
 
 # How soon a running task is asked for first, and by what the wait grows until the interval.
@@ -124,6 +128,8 @@ FIRST_POLL_S, POLL_GROWTH = 0.05, 1.6
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 10.0
 # An execute agent whose connection was cut is sent nothing for so long (contract section 1).
 CUT_HOLD_S = 5.0
+# Between two probes of a row of successes.
+PROBE_AGAIN_S = 1.0
 # A clean stop waits so long for requests in flight.
 STOP_GRACE_S = 5.0
 
@@ -888,6 +894,22 @@ class Node:
     created_at: str
     updated_at: str
 
+    @property
+    def gets_releases(self) -> bool:
+        return bool(self.enabled) and self.status == "online"
+
+    @property
+    def condition(self) -> str:
+        """Why it gets no release, or online."""
+        return "disabled" if not self.enabled else f"in {self.status}" if self.status == "maintenance" else self.status
+
+    @property
+    def label_items(self) -> Set[tuple[str, Any]]:
+        """Gives its labels as pairs; none when a person wrote what can't be read."""
+        with contextlib.suppress(ValueError, AttributeError, TypeError):
+            return frozenset(parse_json(self.labels).items())
+        return frozenset()
+
 
 @dataclasses.dataclass(frozen=True)
 class Release:
@@ -914,6 +936,10 @@ class Release:
     started_at: str | None
     finished_at: str | None
     updated_at: str
+    # Up to which batch all is behind it: soaked, looked at again, and resumed where it pauses.
+    passed_batch: int
+    soak_until: str | None
+    paused_by: str
     skipped_nodes: int
     current_batch: int
 
@@ -942,6 +968,8 @@ class ReleaseNode:
     hold_until: str | None
     started_at: str | None
     finished_at: str | None
+    # Whether a person accepted this failure: it counts against no limit any more.
+    accepted: int = 0
     # The next request and when it is due, in the seconds of Clock.elapsed().
     next_op: str = ""
     due: float = 0.0
@@ -954,6 +982,9 @@ class ReleaseNode:
     polls: int = 0
     # How often the agent did not know the task.
     forgotten: int = 0
+    # Probes in a row that passed; whether the look at the end of the soak is done.
+    passes: int = 0
+    is_looked_at: bool = False
     # Tries in a row that failed, and what the last one said.
     errors: int = 0
     last_kind: str = ""
@@ -974,21 +1005,75 @@ class Verdict(NamedTuple):
     hold_s: float | None = 0.0
 
 
+FAIL, PAUSE = "fail", "pause"
+EACH = "each"
+
+
+class Verify(NamedTuple):
+    """How a node's success is verified: a GET of url, this status, so often in a row."""
+    url: str
+    status: int = 200
+    timeout_s: float = 5.0
+    successes: int = 1
+
+    def url_for(self, node: ReleaseNode) -> str:
+        """Gives the address to probe on a node."""
+        host = f"[{node.main_ip}]" if ":" in node.main_ip else node.main_ip
+        return self.url.replace("{main_ip}", host).replace("{name}", urllib.parse.quote(node.name, safe=""))
+
+
 class Strategy(NamedTuple):
-    """The limits that a release was created with (contract section 7)."""
-    max_failed: int = 0
+    """How a release goes out, as it was asked for (contract section 7). A text like "10%" is a share."""
+    batches: tuple[int | str, ...] = (1,)
+    max_failed: int | str = 0
+    max_failed_total: int | str | None = None
+    max_parallel: int = 0
+    soak_s: float = 0.0
+    pause_after: tuple[int, ...] | str = ()
+    on_exceed: str = FAIL
+    node_deadline_s: float | None = None
+    retries: int | None = None
+    start_at: str = ""
+    verify: Verify | None = None
+
+    def pauses_after(self, batch: int) -> bool:
+        """Says whether someone must resume after a batch."""
+        return self.pause_after == EACH or batch in self.pause_after
 
 
 NO_STRATEGY = Strategy()
 
 
 class ReleaseRequest(NamedTuple):
-    """What a release is asked to be: see POST /api/v1/releases."""
+    """What a release is asked to be: see POST /api/v1/releases. None: no choice among the nodes."""
     target: str = "cdn"
     reason: str = ""
     payload: Mapping[str, Any] = {}
     retry_of: int | None = None
     rollback_of: int | None = None
+    strategy: Mapping[str, Any] = {}
+    node_ids: Sequence[int] | None = None
+    labels: Mapping[str, str] | None = None
+
+
+class Plan(NamedTuple):
+    """What a release will do, in whole numbers: node ids by batch, limits, and the nodes left out."""
+    strategy: Strategy
+    batches: list[list[int]]
+    max_failed: list[int]
+    max_failed_total: int | None
+    left_out: list[Node]
+
+    def __str__(self) -> str:
+        """Gives the plan as a line for the history."""
+        limits = f"at most {_words(self.max_failed)} failed" + (
+            "" if self.max_failed_total is None else f", {self.max_failed_total} in all")
+        return f"batches of {_words([len(batch) for batch in self.batches])}; {limits}"
+
+
+def _words(numbers: Sequence[int]) -> str:
+    """Gives '1, 5, 44'; a long list is cut."""
+    return ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
 
 
 HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
@@ -1062,13 +1147,204 @@ def parse_payload(value: object) -> dict[str, Any]:
     return value
 
 
+def _whole(value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"must be a whole number from {low} to {high}")
+    return value
+
+
+def _seconds(low: float, high: float) -> Callable[[Any], float]:
+    def parse(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(f"must be a number of seconds from {low:g} to {high:g}")
+        return float(value)
+    return parse
+
+
+def _share(low: int) -> Callable[[Any], int | str]:
+    """Gives a parser of a number from low on, or of a share of "1%" to "100%" (of "0%" when low is 0)."""
+    def parse(value: Any) -> int | str:
+        if isinstance(value, str) and re.fullmatch(r"(0|[1-9][0-9]?|100)%", value) and int(value[:-1]) >= low:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_NODES:
+            raise ValueError(f'must be a whole number from {low} to {MAX_NODES}, or "{low}%" to "100%"')
+        return value
+    return parse
+
+
+def _batch_sizes(value: Any) -> tuple[int | str, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_BATCHES:
+        raise ValueError(f"must be a list of 1 to {MAX_BATCHES} sizes")
+    return tuple(map(_share(1), value))
+
+
+def _batch_numbers(value: Any) -> tuple[int, ...] | str:
+    if value == EACH:
+        return EACH
+    if not isinstance(value, list) or len(value) > MAX_BATCHES:
+        raise ValueError(f'must be a list of batch numbers, or "{EACH}"')
+    return tuple(_whole(number, 1, MAX_NODES) for number in value)
+
+
+def _end_of_failing(value: Any) -> str:
+    if value not in (FAIL, PAUSE):
+        raise ValueError(f'must be "{FAIL}" or "{PAUSE}"')
+    return str(value)
+
+
+def parse_time(value: Any) -> str:
+    """Gives an RFC 3339 time as it is stored, in UTC; ValueError for anything else."""
+    match = isinstance(value, str) and re.fullmatch(
+        r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", value, re.ASCII)
+    if not match:
+        raise ValueError("must be a time with its zone, like 2026-01-31T22:00:00Z")
+    try:
+        return utc_text(epoch_of(match[1] + match[3]) + float(match[2] or 0))
+    except (ValueError, OverflowError):
+        raise ValueError("must be a time that exists, like 2026-01-31T22:00:00Z") from None
+
+
+def _verify_url(value: Any) -> str:
+    """Gives the address of a probe. Its host is the node itself: a probe goes nowhere else."""
+    if not isinstance(value, str) or len(value) > 500 or not re.fullmatch(
+            r"https?://(\{main_ip\}|\{name\})(:[0-9]{1,5})?([/?][!$-;=?-Z_a-z~%{}]*)?", value):
+        raise ValueError("must be http:// or https:// with the host {main_ip} or {name}, "
+                         "like http://{main_ip}:8080/health")
+    port = re.match(r"https?://[^/?:]*:([0-9]+)", value)
+    if port and not 1 <= int(port[1]) <= 65535:
+        raise ValueError("has a port that is not from 1 to 65535")
+    if re.search(r"[{}]", value.replace("{main_ip}", "").replace("{name}", "")):
+        raise ValueError("takes no other {...} than {main_ip} and {name}")
+    return value
+
+
+# Key of verify: field, how it is read, schema.
+VERIFY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
+    "url": ("url", _verify_url, {"type": "string", "maxLength": 500}),
+    "status": ("status", lambda v: _whole(v, 100, 599), {"type": "integer", "minimum": 100, "maximum": 599}),
+    "timeoutSec": ("timeout_s", _seconds(0.1, 60), {"type": "number", "minimum": 0.1, "maximum": 60}),
+    "successes": ("successes", lambda v: _whole(v, 1, 100), {"type": "integer", "minimum": 1, "maximum": 100}),
+}
+
+
+def _verify(value: Any) -> Verify:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object with a url")
+    fields = _fields(value, VERIFY_KEYS)
+    if "url" not in fields:
+        raise ValueError("needs a url")
+    return Verify(**fields)
+
+
+def _share_schema(low: int) -> dict[str, Any]:
+    return {"oneOf": [{"type": "integer", "minimum": low, "maximum": MAX_NODES},
+                      {"type": "string", "pattern": "^(0|[1-9][0-9]?|100)%$" if low == 0 else "^([1-9][0-9]?|100)%$"}]}
+
+
+# Key of a strategy (contract section 7): field, how it is read, schema for /openapi.json.
+STRATEGY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
+    "batches": ("batches", _batch_sizes,
+                {"type": "array", "minItems": 1, "maxItems": MAX_BATCHES, "items": _share_schema(1)}),
+    "maxFailed": ("max_failed", _share(0), _share_schema(0)),
+    "maxFailedTotal": ("max_failed_total", _share(0), _share_schema(0)),
+    "maxParallel": ("max_parallel", lambda v: _whole(v, 0, MAX_NODES),
+                    {"type": "integer", "minimum": 0, "maximum": MAX_NODES}),
+    "soakSec": ("soak_s", _seconds(0, 604800), {"type": "number", "minimum": 0, "maximum": 604800}),
+    "pauseAfter": ("pause_after", _batch_numbers, {"oneOf": [
+        {"type": "array", "maxItems": MAX_BATCHES, "items": {"type": "integer", "minimum": 1, "maximum": MAX_NODES}},
+        {"const": EACH}]}),
+    "onExceed": ("on_exceed", _end_of_failing, {"type": "string", "enum": [FAIL, PAUSE]}),
+    "nodeDeadlineSec": ("node_deadline_s", _seconds(1, 604800), {"type": "number", "minimum": 1, "maximum": 604800}),
+    "retries": ("retries", lambda v: _whole(v, 0, 100), {"type": "integer", "minimum": 0, "maximum": 100}),
+    "startAt": ("start_at", parse_time, {"type": "string", "format": "date-time"}),
+    "verify": ("verify", _verify, {
+        "type": "object", "properties": {key: schema for key, (_, _, schema) in VERIFY_KEYS.items()},
+        "required": ["url"], "additionalProperties": False}),
+}
+
+
+def _fields(value: Mapping[str, Any], keys: Mapping[str, tuple[str, Callable[[Any], Any], Any]]) -> dict[str, Any]:
+    """Gives the fields of an object by its table of keys; ValueError naming the key that is wrong."""
+    fields = {}
+    for key, member in value.items():
+        if key not in keys:
+            raise ValueError(f"{one_line(key, 60)} is not a known key{did_you_mean(key, keys)}")
+        field, parse, _ = keys[key]
+        try:
+            fields[field] = parse(member)
+        except ValueError as error:
+            raise ValueError(f"{key} {one_line(to_json(member), 60)} {error}") from None
+    return fields
+
+
 def parse_strategy(value: object) -> Strategy:
-    """Gives the limits of a strategy; AppError 2003 naming a key that is not known."""
+    """Gives a strategy from its JSON; AppError 2003 naming the key that is unknown or can't be meant."""
     if not isinstance(value, dict):
         raise AppError(2003, "strategy must be a JSON object")
-    for key in value:
-        raise AppError(2003, f"strategy: {one_line(key, 60)} is not a known key")
-    return NO_STRATEGY
+    try:
+        return Strategy(**_fields(value, STRATEGY_KEYS))
+    except ValueError as error:
+        raise AppError(2003, f"strategy: {error}") from None
+
+
+def in_numbers(share: int | str, whole: int) -> int:
+    """Gives a number as it is, and "N%" as that share of a whole, rounded down: "10%" of 19 is 1."""
+    return share if isinstance(share, int) else whole * int(share[:-1]) // 100
+
+
+def plan_batches(node_ids: Sequence[int], sizes: Sequence[int | str] = NO_STRATEGY.batches) -> list[list[int]]:
+    """Gives the nodes by batch: shares are of all nodes and at least 1; what is left is the last batch.
+
+    Of 50 nodes [1, "10%", "25%"] makes batches of 1, 5, 12 and 32.
+    """
+    batches, start = [], 0
+    for size in (*sizes, len(node_ids)):
+        end = start + max(1, in_numbers(size, len(node_ids)))
+        batches.append(list(node_ids[start:end]))
+        start = end
+    return [batch for batch in batches if batch]
+
+
+def make_plan(strategy: Strategy, node_ids: Sequence[int], left_out: Sequence[Node] = ()) -> Plan:
+    """Gives a strategy in whole numbers for these nodes; AppError 2003 when it names a batch that is not there."""
+    batches = plan_batches(node_ids, strategy.batches)
+    beyond = [] if strategy.pause_after == EACH else [n for n in strategy.pause_after if int(n) > len(batches)]
+    if beyond:
+        raise AppError(2003, f"strategy: pauseAfter names batch {beyond[0]}, and there are {len(batches)}")
+    total = None if strategy.max_failed_total is None else in_numbers(strategy.max_failed_total, len(node_ids))
+    return Plan(strategy, batches, [in_numbers(strategy.max_failed, len(batch)) for batch in batches], total,
+                list(left_out))
+
+
+def choose_nodes(nodes: Sequence[Node], request: ReleaseRequest) -> tuple[list[int], list[Node]]:
+    """Gives the ids of the nodes that a release goes to, by id, and those that are left out of it.
+
+    Raises AppError 2003 for an id that is not among the enabled, online nodes, 3003 when none is left.
+    """
+    if request.node_ids is not None:
+        by_id = {node.id: node for node in nodes}
+        for number in request.node_ids:
+            if number not in by_id:
+                raise AppError(2003, f"nodeIds: node {number} does not exist")
+            if not by_id[number].gets_releases:
+                raise AppError(2003, f"nodeIds: node {by_id[number].name} is {by_id[number].condition}")
+        return sorted(request.node_ids), []
+    if request.labels is not None:
+        wanted = request.labels.items()
+        nodes = [node for node in nodes if wanted <= node.label_items]
+    chosen = [node.id for node in nodes if node.gets_releases]
+    if not chosen:
+        among = "" if request.labels is None else f" with the labels {to_json(dict(request.labels))}"
+        raise AppError(3003, f"no online nodes{among}: add one, or enable one and set it online")
+    return chosen, [node for node in nodes if not node.gets_releases]
+
+
+def parse_node_ids(value: object) -> list[int]:
+    """Gives the ids of a choice of nodes; AppError 2003 when it is no list of different ids."""
+    if (not isinstance(value, list) or not value or len(set(map(str, value))) != len(value)
+            or not all(isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= MAX_ID for v in value)):
+        raise AppError(2003, "nodeIds must be a list of different ids of nodes")
+    return value
 
 
 def known_keys(body: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -1089,11 +1365,6 @@ def check_payload_version(payload: Mapping[str, Any], version: int) -> None:
 def payload_for_version(payload: Mapping[str, Any], version: int) -> dict[str, Any]:
     """Gives an older release's payload for a new version (contract rule 10)."""
     return {**payload, "version": version} if "version" in payload else dict(payload)
-
-
-def plan_batches(node_ids: Sequence[int]) -> list[list[int]]:
-    """Gives the default batches: the first node, then all others (contract rule 1)."""
-    return [list(part) for part in (node_ids[:1], node_ids[1:]) if part]
 
 
 def task_id_for(release_type: str, main_ip: str, version: int) -> str:
@@ -1129,11 +1400,20 @@ class Policy(NamedTuple):
     interval_s: float
     # A dispatch leaves so soon after it was written down, or not at all.
     leave_within_s: float = 0.0
+    # So many probes in a row verify a node; 0: the agent's word is enough.
+    probes: int = 0
 
     @property
     def hold_s(self) -> float:
         """How long an execute agent may be at a request, reckoned from when it was written down."""
         return self.leave_within_s + self.request_timeout_s
+
+    def under(self, strategy: Strategy) -> Policy:
+        """Gives the numbers for a release, whose strategy may have its own."""
+        return self._replace(
+            retries=self.retries if strategy.retries is None else strategy.retries,
+            node_deadline_s=strategy.node_deadline_s or self.node_deadline_s,
+            probes=strategy.verify.successes if strategy.verify else 0)
 
 
 # What came back from an agent.
@@ -1170,6 +1450,8 @@ AFTER_ERROR: Mapping[tuple[str, str, str], str] = {
     (EXECUTE, DISPATCH, UNSENT): DISPATCH,
     (EXECUTE, DISPATCH, LOST): DISPATCH,
     (EXECUTE, DISPATCH, UNCLEAR): DISPATCH,
+    (TASKS, PROBE, UNCLEAR): PROBE,
+    (EXECUTE, PROBE, UNCLEAR): PROBE,
 }
 
 
@@ -1186,8 +1468,12 @@ def poll_delay_s(polls: int, interval_s: float) -> float:
 
 
 def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
-    """Folds what an agent answered into what the driver knows of a running node."""
+    """Folds what an agent or a probe answered into what the driver knows of a node."""
     node = dataclasses.replace(node, in_flight=False)
+    if outcome.op == PROBE and outcome.result == SUCCESS:
+        return _observe_pass(node, now, policy)
+    if outcome.result == SUCCESS and policy.probes:
+        return dataclasses.replace(node, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True)
     if outcome.result == SUCCESS:
         return dataclasses.replace(node, verdict=Verdict(SUCCESS))
     if outcome.result == FAILED:
@@ -1207,8 +1493,17 @@ def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) ->
     return _observe_error(node, outcome, now, policy)
 
 
+def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
+    node = dataclasses.replace(node, errors=0, passes=node.passes + 1)
+    if node.passes < policy.probes:
+        return dataclasses.replace(node, due=now.elapsed + PROBE_AGAIN_S)
+    if node.status == SUCCESS:
+        return dataclasses.replace(node, next_op="", is_looked_at=True)
+    return dataclasses.replace(node, verdict=Verdict(SUCCESS))
+
+
 def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
-    node = dataclasses.replace(node, errors=node.errors + 1, last_kind=outcome.error_kind,
+    node = dataclasses.replace(node, errors=node.errors + 1, passes=0, last_kind=outcome.error_kind,
                                last_error=outcome.message, reached=node.reached or outcome.result == LOST)
     if node.errors > policy.retries:
         tries = f" (tried {node.errors} times)" if node.errors > 1 else ""
@@ -1254,19 +1549,76 @@ class Send(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What to commit, then what to send, and when to look again if nothing happens."""
+    """What to commit, then what to send, and when to look again if nothing happens.
+
+    passed_batch and soak_until are the release's own from then on.
+    """
     changes: tuple[NodeChange, ...]
     status: str
     status_reason: str
     error_msg: str
     sends: tuple[Send, ...]
     wake_at: float
+    passed_batch: int = 0
+    soak_until: str | None = None
+
+    def changes_more_than_words(self, release: Release) -> bool:
+        """Says whether something is to be committed at once; a new sentence alone can wait."""
+        return bool(self.changes) or (self.status, self.passed_batch, self.soak_until) != (
+            release.status, release.passed_batch, release.soak_until)
+
+
+class Freeze(NamedTuple):
+    """The switch that lets nothing new be dispatched, by any process; who set it, when and why."""
+    frozen: bool = False
+    reason: str = ""
+    actor: str = ""
+    at: str = ""
+
+
+NO_FREEZE = Freeze()
+
+
+class Stage(NamedTuple):
+    """Where a running release stands between its batches.
+
+    batch: whose pending nodes may go now, 0 for none. passed_batch, soak_until: as in Decision.
+    pauses: whether someone must resume first. looks_at: the batch whose second look is on, or 0.
+    """
+    batch: int
+    passed_batch: int
+    soak_until: str | None = None
+    pauses: bool = False
+    looks_at: int = 0
+
+
+def stage_of(release: Release, nodes: Sequence[ReleaseNode], now: Moment, strategy: Strategy) -> Stage:
+    """Gives what lies between the batch that is done and the next one (contract section 7).
+
+        a batch is at rest  ->  soak until a moment  ->  second look (verify)  ->  pause  ->  next batch
+
+    Each step is left out where the strategy has none. Nothing follows the last batch. What is
+    over is kept as passed_batch, so that nobody soaks or pauses twice.
+    """
+    batch = min((n.batch for n in nodes if n.status in (PENDING, RUNNING)), default=0)
+    before = max((n.batch for n in nodes if n.batch < batch), default=0)
+    if before <= release.passed_batch:
+        return Stage(batch, release.passed_batch)
+    if strategy.soak_s:
+        soak_until = release.soak_until or utc_text(now.wall + strategy.soak_s)
+        if now.wall < epoch_of(soak_until):
+            return Stage(0, release.passed_batch, soak_until)
+        if strategy.verify and any(n.batch == before and n.status == SUCCESS and not n.is_looked_at for n in nodes):
+            return Stage(0, release.passed_batch, soak_until, looks_at=before)
+    if strategy.pauses_after(before):
+        return Stage(0, before, pauses=True)
+    return Stage(batch, before)
 
 
 def decide(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: Policy,
            strategy: Strategy = NO_STRATEGY, slots: int = 1, busy: frozenset[int] = frozenset(),
-           broken: str = "") -> Decision:
-    """Gives what follows from a release and its nodes (contract section 3, rules 3 to 8).
+           broken: str = "", freeze: Freeze = NO_FREEZE) -> Decision:
+    """Gives what follows from a release and its nodes (contract section 3, rules 3 to 8; section 7).
 
     nodes: all of the release's, by batch and id. slots: how many requests may leave now.
     busy: ids of nodes that another release has in flight, or that may still be at our last
@@ -1274,50 +1626,78 @@ def decide(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: 
     slot is no reason to wake: a result will come and free one.
     """
     ended = {n.node_id: change for n in nodes for change in [_end_node(n, now, policy)] if change}
-    failing = bool(broken) or _is_failing(
-        [ended[n.node_id].after if n.node_id in ended else n for n in nodes], strategy)
+    left = [ended[n.node_id].after if n.node_id in ended else n for n in nodes]
+    exceeded = exceeded_limit(left, strategy)
+    failing = bool(broken) or (bool(exceeded) and strategy.on_exceed == FAIL)
     if failing or release.status == CANCELLING:
         ended.update((n.node_id, change) for n in nodes if n.node_id not in ended
                      for change in [_close_node(n, now)] if change)
-    left = [ended[n.node_id].after if n.node_id in ended else n for n in nodes]
-    status = _next_status(release.status, left, failing)
+        left = [ended[n.node_id].after if n.node_id in ended else n for n in nodes]
+    stage = Stage(0, release.passed_batch, release.soak_until)
+    if release.status == RUNNING and not failing and not exceeded:
+        stage = stage_of(release, left, now, strategy)
+    pauses = stage.pauses or (bool(exceeded) and not failing)
+    status = PAUSED if release.status == RUNNING and pauses else _next_status(release.status, left, failing)
     renamed = [NodeChange(n, dataclasses.replace(n, is_renamed=False)) for n in left
                if n.is_renamed and n.status == RUNNING]
-    begun = _dispatches(release, left, now, policy, slots, busy) if status == RUNNING and not failing else []
+    is_going = status == RUNNING and not failing and not freeze.frozen
+    begun = _dispatches(release, left, now, policy, strategy, stage.batch, slots, busy) if is_going else []
     by_id = {change.after.node_id: change.after for change in (*renamed, *begun)}
     after = [by_id.get(n.node_id, n) for n in left]
-    polls = [n for n in after if _is_due(n, QUERY, now)][: max(0, slots - len(begun))]
-    asked = {n.node_id for n in polls}
+    asked = _requests(after, stage, now)[: max(0, slots - len(begun))]
+    asked_ids = {n.node_id for n in asked}
+    soak_ends = [now.elapsed + epoch_of(stage.soak_until) - now.wall] if stage.soak_until and not stage.looks_at else []
     return Decision(
         changes=(*ended.values(), *renamed, *begun),
         status=status,
-        status_reason=describe(status, after, failing, busy, broken),
+        status_reason=describe(status, after, now, Situation(release, strategy, policy, stage, exceeded, broken,
+                                                             busy, freeze)),
         error_msg=_error_msg(after, failing, release, broken),
         sends=(*(Send(DISPATCH, change.after) for change in begun),
-               *(Send(QUERY, dataclasses.replace(n, in_flight=True)) for n in polls)),
-        wake_at=min((w for n in after if n.status == RUNNING and n.node_id not in asked
-                     for w in [_wake(n, now)]), default=now.elapsed + policy.interval_s))
+               *(Send(n.next_op, dataclasses.replace(n, in_flight=True)) for n in asked)),
+        wake_at=min((*soak_ends, *(_wake(n, now) for n in after
+                                   if n.node_id not in asked_ids and _is_awaited(n, stage))),
+                    default=now.elapsed + policy.interval_s),
+        passed_batch=stage.passed_batch,
+        soak_until=None if status in TERMINAL else stage.soak_until)
+
+
+def _is_awaited(node: ReleaseNode, stage: Stage) -> bool:
+    """Says whether something is to come of a node without anything new being dispatched."""
+    return node.status == RUNNING or (node.status == SUCCESS and node.batch == stage.looks_at
+                                      and not node.is_looked_at)
+
+
+def _requests(nodes: Sequence[ReleaseNode], stage: Stage, now: Moment) -> list[ReleaseNode]:
+    """Gives the nodes to ask or to probe now."""
+    awaited = (n if n.status == RUNNING else dataclasses.replace(n, next_op=PROBE)
+               for n in nodes if _is_awaited(n, stage))
+    return [n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)]
 
 
 def _is_due(node: ReleaseNode, op: str, now: Moment) -> bool:
-    return (node.status == RUNNING and not node.in_flight and node.verdict is None and node.next_op == op
-            and node.due <= now.elapsed)
+    return (node.next_op == op and not node.in_flight and node.due <= now.elapsed and node.verdict is None
+            and (node.status == RUNNING or (node.status == SUCCESS and op == PROBE)))
 
 
 def _wake(node: ReleaseNode, now: Moment) -> float:
-    """Gives when a running node needs a look: never for one in flight or waiting for a slot."""
+    """Gives when an awaited node needs a look: never for one in flight or waiting for a slot."""
+    ends_at = node.deadline if node.status == RUNNING else float("inf")
     if node.in_flight:
         return float("inf")
-    return node.due if now.elapsed < node.due < node.deadline else node.deadline
+    return node.due if now.elapsed < node.due < ends_at else ends_at
 
 
 def _end_node(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange | None:
-    """Gives the end of a running node: its agent's word, or the deadline."""
-    if node.status != RUNNING or node.in_flight:
+    """Gives the end of a running node: its agent's word, a probe's, or the deadline.
+
+    A success that a probe takes back at the end of the soak is an end too.
+    """
+    if node.in_flight or node.status not in (RUNNING, SUCCESS):
         return None
     if node.verdict is not None:
         return _at_rest(node, node.verdict, now)
-    if now.elapsed < node.deadline:
+    if node.status == SUCCESS or now.elapsed < node.deadline:
         return None
     last = f"; last: {node.last_error}" if node.last_error else ""
     message = f"not done {policy.node_deadline_s:g} s after its dispatch{last}"
@@ -1331,10 +1711,21 @@ def _close_node(node: ReleaseNode, now: Moment) -> NodeChange | None:
     if node.status != RUNNING or node.in_flight or node.next_op != DISPATCH:
         return None
     if node.reached:
-        message = "outcome unknown: " + (node.last_error or "the answer was lost with the process that asked")
-        return _at_rest(node, Verdict(FAILED, ABANDONED, one_line(message), detail_text(message), None), now)
+        return _abandon(node, node.last_error or "the answer was lost with the process that asked", now)
     message = f"{node.last_error} (not tried again: the release ends)"
     return _at_rest(node, Verdict(FAILED, node.last_kind, one_line(message), detail_text(message)), now)
+
+
+def _abandon(node: ReleaseNode, why: str, now: Moment) -> NodeChange:
+    message = f"outcome unknown: {why}"
+    return _at_rest(node, Verdict(FAILED, ABANDONED, one_line(message), detail_text(message), None), now)
+
+
+def force_end(nodes: Sequence[ReleaseNode], now: Moment) -> list[NodeChange]:
+    """Gives how the nodes end of a release that is cancelled by force: at once, whatever they are at."""
+    changes = [_abandon(n, "cancelled by force while it was in flight", now) if n.status == RUNNING
+               else _close_node(n, now) for n in nodes]
+    return [change for change in changes if change]
 
 
 def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
@@ -1344,16 +1735,27 @@ def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
         hold_until = utc_text(now.wall + verdict.hold_s) if is_busy else None
     return NodeChange(node, dataclasses.replace(
         node, status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg,
-        finished_at=now.text, hold_until=hold_until), verdict.detail)
+        finished_at=now.text, hold_until=hold_until, verdict=None), verdict.detail)
 
 
-def _is_failing(nodes: Sequence[ReleaseNode], strategy: Strategy) -> bool:
-    """Says whether more nodes of one batch failed than the strategy tolerates (rule 5)."""
+def exceeded_limit(nodes: Sequence[ReleaseNode], strategy: Strategy) -> str:
+    """Gives which limit the failures are beyond, "" when they are tolerated (rule 5, section 7).
+
+    A share is of the batch's planned size, which is its number of rows, and is rounded down.
+    """
     failed: dict[int, int] = {}
     for node in nodes:
-        if node.status == FAILED:
+        if node.status == FAILED and not node.accepted:
             failed[node.batch] = failed.get(node.batch, 0) + 1
-    return any(count > strategy.max_failed for count in failed.values())
+    for batch, count in sorted(failed.items()):
+        most = in_numbers(strategy.max_failed, sum(n.batch == batch for n in nodes))
+        if count > most:
+            return f"{count_of_nodes(count)} of batch {batch} failed, at most {most} may"
+    if failed and strategy.max_failed_total is not None:
+        count, most = sum(failed.values()), in_numbers(strategy.max_failed_total, len(nodes))
+        if count > most:
+            return f"{count_of_nodes(count)} failed in all, at most {most} may"
+    return ""
 
 
 def _next_status(status: str, nodes: Sequence[ReleaseNode], failing: bool) -> str:
@@ -1379,13 +1781,14 @@ def _next_status(status: str, nodes: Sequence[ReleaseNode], failing: bool) -> st
     return PARTIAL if any(n.status != SUCCESS for n in nodes) else SUCCESS
 
 
-def _dispatches(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: Policy, slots: int,
-                busy: frozenset[int]) -> list[NodeChange]:
-    """Gives the intents of the dispatches that leave now: the current batch's, and repetitions."""
-    batch = min((n.batch for n in nodes if n.status in (PENDING, RUNNING)), default=0)
-    ready = [n for n in nodes if (n.status == PENDING and n.batch == batch and n.node_id not in busy)
-             or _is_due(n, DISPATCH, now)]
-    return [_intent(release, n, now, policy) for n in ready[:max(0, slots)]]
+def _dispatches(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: Policy, strategy: Strategy,
+                batch: int, slots: int, busy: frozenset[int]) -> list[NodeChange]:
+    """Gives the intents of the dispatches that leave now: repetitions, then the current batch's."""
+    ready = [n for n in nodes if _is_due(n, DISPATCH, now)]
+    fresh = [n for n in nodes if n.status == PENDING and n.batch == batch and n.node_id not in busy]
+    if strategy.max_parallel:
+        fresh = fresh[:max(0, strategy.max_parallel - sum(n.status == RUNNING for n in nodes))]
+    return [_intent(release, n, now, policy) for n in (*ready, *fresh)[:max(0, slots)]]
 
 
 def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange:
@@ -1415,43 +1818,104 @@ def _error_msg(nodes: Sequence[ReleaseNode], failing: bool, release: Release, br
 
 REASON_PENDING = "waiting for the executor"
 NO_NODES = "the release has no nodes"
+# A node that runs for less is not worth a word.
+SLOW_S = 1.0
 
 
-def describe(status: str, nodes: Sequence[ReleaseNode], failing: bool, busy: frozenset[int] = frozenset(),
-             broken: str = "") -> str:
-    """Gives status_reason: what the release is doing or waiting for, in one sentence."""
-    running = [n for n in nodes if n.status == RUNNING]
+class Situation(NamedTuple):
+    """What a sentence needs to know beside the nodes."""
+    release: Release
+    strategy: Strategy
+    policy: Policy
+    stage: Stage
+    # Which limit the failures are beyond, and why the release's own row can't be used.
+    exceeded: str = ""
+    broken: str = ""
+    busy: frozenset[int] = frozenset()
+    freeze: Freeze = NO_FREEZE
+
+    @property
+    def failing(self) -> bool:
+        return bool(self.broken or (self.exceeded and self.strategy.on_exceed == FAIL))
+
+
+def describe(status: str, nodes: Sequence[ReleaseNode], now: Moment, situation: Situation) -> str:
+    """Gives status_reason: what the release is doing or waiting for, on whom, until when."""
     if status == SUCCESS:
         return f"{count_of_nodes(len(nodes))} succeeded"
     if status == PARTIAL:
-        return f"{_tally(nodes, FAILED)} of {count_of_nodes(len(nodes))} failed, within what was tolerated"
+        return one_line(f"{_tally(nodes, FAILED)} of {count_of_nodes(len(nodes))} failed, within what was tolerated: "
+                        + _names([n for n in nodes if n.status == FAILED]))
     if status == FAILED:
-        first = first_failed(nodes)
-        return one_line(f"stopped by node {first.name} in batch {first.batch}: {first.error_msg}"
-                        if first and not broken else broken or NO_NODES)
+        return one_line(_cause(nodes, situation))
     if status == CANCELLED:
         return f"cancelled with {_tally(nodes, SUCCESS)} of {count_of_nodes(len(nodes))} done"
+    running = [n for n in nodes if n.status == RUNNING]
     waiting = f"waiting for {_names(running)} to end" if running else ""
     if status == CANCELLING:
-        return "cancelling: " + (waiting or "nothing is in flight")
+        return one_line("cancelling: " + (waiting or "nothing is in flight"))
     if status == PAUSED:
-        first = first_failed(nodes) if failing else None
-        failed = f"node {first.name} failed: resume to end the release" if first else "resume to go on"
-        return "paused: " + (f"{waiting}; " if waiting else "") + failed
-    if failing:
+        return one_line(_paused(nodes, situation, waiting))
+    if situation.failing:
         first = first_failed(nodes)
-        cause = f"node {first.name} failed" if first else broken
-        return one_line(f"stopping, {cause}: {waiting}")
-    return _progress(nodes, busy)
+        return one_line(f"stopping, {f'node {first.name} failed' if first else situation.broken}: {waiting}")
+    return one_line(_progress(nodes, now, situation, waiting))
 
 
-def _progress(nodes: Sequence[ReleaseNode], busy: frozenset[int]) -> str:
+def _cause(nodes: Sequence[ReleaseNode], situation: Situation) -> str:
+    first = first_failed(nodes)
+    if situation.broken or first is None:
+        return situation.broken or NO_NODES
+    node = f"node {first.name} in batch {first.batch}: {first.error_msg}"
+    tolerates = situation.strategy.max_failed not in (0, "0%") or situation.strategy.max_failed_total
+    return f"stopped, {situation.exceeded}; first {node}" if tolerates else f"stopped by {node}"
+
+
+def _paused(nodes: Sequence[ReleaseNode], situation: Situation, waiting: str) -> str:
+    """Gives who paused it, where it stands, what it waits for, and what sets it going again."""
+    by = f" by {situation.release.paused_by}" if situation.release.paused_by else ""
+    begun = max((n.batch for n in nodes if n.status not in (PENDING, SKIPPED)), default=0)
+    is_amid = any(n.batch == begun and n.status in (PENDING, RUNNING) for n in nodes)
+    where = f" {'in' if is_amid else 'after'} batch {begun}" if begun else ""
+    then = "resume to go on"
+    if situation.failing:
+        first = first_failed(nodes)
+        then = f"{f'node {first.name} failed' if first else situation.broken}: resume to end the release"
+    elif situation.exceeded:
+        then = f"{situation.exceeded}: resume and accept the failures, or cancel"
+    return f"paused{by}{where}: " + (f"{waiting}; " if waiting else "") + then
+
+
+def _progress(nodes: Sequence[ReleaseNode], now: Moment, situation: Situation, waiting: str) -> str:
+    """Gives what a running release is at: frozen, soaking, verifying, or a batch."""
+    stage, freeze = situation.stage, situation.freeze
+    if stage.soak_until and not stage.looks_at:
+        before = max((n.batch for n in nodes if n.status not in (PENDING, SKIPPED)), default=0)
+        return f"soaking batch {before} until {stage.soak_until}" + (
+            f"; frozen: {freeze.reason}" if freeze.frozen else "")
+    if stage.looks_at:
+        left = [n for n in nodes if n.batch == stage.looks_at and n.status == SUCCESS and not n.is_looked_at]
+        return f"verifying batch {stage.looks_at} after its soak: waiting for {_names(left)}"
+    if freeze.frozen:
+        return f"frozen: {freeze.reason}" + (f"; {waiting}" if waiting else "")
     batch = min((n.batch for n in nodes if n.status in (PENDING, RUNNING)), default=0)
     members = [n for n in nodes if n.batch == batch]
-    held = [n for n in members if n.status == PENDING and n.node_id in busy]
+    held = [n for n in members if n.status == PENDING and n.node_id in situation.busy]
     sentence = (f"batch {batch} of {max(n.batch for n in nodes)}: waiting for "
                 f"{sum(n.status in (PENDING, RUNNING) for n in members)} of {count_of_nodes(len(members))}")
-    return sentence + (f"; {_names(held)} busy with an earlier request" if held else "")
+    return (sentence + _slowest(members, now, situation.policy)
+            + (f"; {_names(held)} busy with an earlier request" if held else ""))
+
+
+def _slowest(nodes: Sequence[ReleaseNode], now: Moment, policy: Policy) -> str:
+    slowest = min((n for n in nodes if n.status == RUNNING), key=lambda n: n.deadline, default=None)
+    if slowest is None:
+        return ""
+    ran_s = now.elapsed + policy.node_deadline_s - slowest.deadline
+    if ran_s < SLOW_S:
+        return ""
+    verified = ", which is verified" if slowest.next_op == PROBE else ""
+    return f", slowest {slowest.name}{verified} for {ran_s:.0f} s of {policy.node_deadline_s:.0f} s"
 
 
 def count_of_nodes(number: int) -> str:
@@ -1464,20 +1928,25 @@ def _tally(nodes: Sequence[ReleaseNode], status: str) -> int:
 
 
 def _names(nodes: Sequence[ReleaseNode]) -> str:
-    return nodes[0].name if len(nodes) == 1 else f"{nodes[0].name} and {len(nodes) - 1} more"
+    if len(nodes) < 2:
+        return nodes[0].name if nodes else "no node"
+    return f"{nodes[0].name} and {len(nodes) - 1} more"
 
 
 class Verb(NamedTuple):
-    """What an operator may do to a release: from which states, the event, and its sentence."""
+    """What an operator may do to a release: from which states, and the event that tells of it."""
     name: str
     states: tuple[str, ...]
     event: str
 
 
+CANCEL_BY_FORCE = "cancel --force"
+
 VERBS: Mapping[str, Verb] = {verb.name: verb for verb in (
     Verb("pause", (PENDING, RUNNING), "paused"),
     Verb("resume", (PAUSED,), "resumed"),
     Verb("cancel", (PENDING, RUNNING, PAUSED), "cancelling"),
+    Verb(CANCEL_BY_FORCE, (PENDING, RUNNING, PAUSED, CANCELLING), "cancelling"),
     Verb("retry", (PARTIAL, FAILED, CANCELLED), "created"),
     Verb("rollback", (SUCCESS, PARTIAL, FAILED, CANCELLED), "created"),
 )}
@@ -1491,11 +1960,22 @@ def check_verb(verb: str, release: Release) -> None:
         raise AppError(3003, f"release {release.id} is {release.status}: {verb} needs {states}")
 
 
+def check_resume(release: Release, nodes: Sequence[ReleaseNode], strategy: Strategy, accepts: bool) -> None:
+    """Raises AppError 3003 where resume can't go on: failures that must be accepted first, or can't be."""
+    exceeded = exceeded_limit(nodes, strategy)
+    if exceeded and strategy.on_exceed == PAUSE and not accepts:
+        raise AppError(3003, f"release {release.id}: {exceeded}: resume it with acceptFailures "
+                             "(--accept-failures), or cancel it")
+    if exceeded and strategy.on_exceed == FAIL and accepts:
+        raise AppError(3003, f"release {release.id}: {exceeded}, and its strategy (onExceed) ends it then: "
+                             "resume without accepting, then retry")
+
+
 def status_after_verb(verb: str, release: Release) -> str:
-    """Gives the status that pause, resume or cancel brings; one that never started waits again."""
+    """Gives the status that a verb brings; a release that never started waits again."""
     if verb == "resume":
         return RUNNING if release.started_at else PENDING
-    return {"pause": PAUSED, "cancel": CANCELLING}[verb]
+    return {"pause": PAUSED}.get(verb, CANCELLING)
 
 
 class Candidate(NamedTuple):
@@ -1506,23 +1986,54 @@ class Candidate(NamedTuple):
     status: str
     running_nodes: int
     claimed: bool
+    start_at: str = ""
+    paused_by: str = ""
+    status_reason: str = ""
 
 
-def runnable(candidates: Iterable[Candidate]) -> tuple[list[int], list[int]]:
+def _in_turn(candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, Candidate | None]]:
+    """Gives each release and the one of its target that is before it: the active one, or a lower version."""
+    ahead: dict[str, Candidate] = {}
+    for c in sorted(candidates, key=lambda c: (c.status == PENDING, c.version)):
+        yield c, ahead.get(c.target)
+        ahead.setdefault(c.target, c)
+
+
+def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE) -> tuple[list[int], list[int]]:
     """Gives which releases may be claimed now, and which are in other hands (rule 2).
 
-    A pending one waits for the active one of its target and for lower versions; a paused one
-    needs an owner only while nodes of it are in flight.
+    A pending one waits for the active one of its target, for lower versions, for its time and
+    for the end of a freeze; one that is paused or frozen needs an owner only while nodes of it
+    are in flight.
     """
     free: list[int] = []
     taken: list[int] = []
-    blocked = set()
-    for c in sorted(candidates, key=lambda c: (c.status == PENDING, c.version)):
-        wanted = c.target not in blocked if c.status == PENDING else c.status != PAUSED or c.running_nodes > 0
-        blocked.add(c.target)
+    for c, before in _in_turn(candidates):
+        if c.status == PENDING:
+            wanted = before is None and c.start_at <= now and not freeze.frozen
+        else:
+            waits = c.status == PAUSED or (c.status == RUNNING and freeze.frozen)
+            wanted = c.running_nodes > 0 or not waits
         if wanted:
             (taken if c.claimed else free).append(c.id)
     return free, taken
+
+
+def waiting_reasons(candidates: Iterable[Candidate], freeze: Freeze = NO_FREEZE) -> dict[int, str]:
+    """Gives the sentence of each pending release: whom or what it waits for."""
+    reasons = {}
+    for c, before in _in_turn(candidates):
+        if c.status != PENDING:
+            continue
+        if before is not None:
+            by = f"which {before.paused_by} paused" if before.paused_by else f"which is {before.status}"
+            reason = f"waiting for release {before.id}, {by}"
+        elif freeze.frozen:
+            reason = f"frozen: {freeze.reason}"
+        else:
+            reason = f"starts no earlier than {c.start_at}" if c.start_at else REASON_PENDING
+        reasons[c.id] = one_line(reason)
+    return reasons
 
 
 # ======================================================================================
@@ -1558,18 +2069,42 @@ class Page(NamedTuple):
     size: int
 
 
+class BatchProgress(NamedTuple):
+    """How many nodes of a batch are in each status."""
+    number: int
+    counts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def count(self, *statuses: str) -> int:
+        """Gives how many nodes are in one of the statuses."""
+        return sum(self.counts.get(status, 0) for status in statuses)
+
+
+class Progress(NamedTuple):
+    """Where a release stands: its batches in order, and name and error of the first nodes that failed."""
+    release: Release
+    batches: list[BatchProgress]
+    failures: list[tuple[str, str]]
+
+
 NODE_COLUMNS = """id, name, main_ip, agent_port, agent_protocol, labels, enabled, status, created_at, updated_at"""
 
 # The index release_task_nodes_by_status serves the two that are counted.
 RELEASE_COLUMNS = """r.id, r.type, r.target, r.version, r.status, r.status_reason, r.reason, r.payload, r.strategy,
     r.retry_of, r.rollback_of, r.total_nodes, r.success_nodes, r.failed_nodes, r.error_msg, r.claim_owner,
     r.claim_fence, r.claim_expires_at, r.created_at, r.started_at, r.finished_at, r.updated_at,
+    r.passed_batch, r.soak_until, r.paused_by,
     (SELECT COUNT(*) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'skipped'),
     COALESCE((SELECT MIN(n.batch) FROM release_task_nodes n
-              WHERE n.release_task_id = r.id AND n.status IN ('pending', 'running', 'failed')), 0)"""
+              WHERE n.release_task_id = r.id AND n.status IN ('pending', 'running')),
+             (SELECT MIN(n.batch) FROM release_task_nodes n
+              WHERE n.release_task_id = r.id AND n.status = 'failed'), 0)"""
 
 RELEASE_NODE_COLUMNS = """n.node_id, h.name, h.main_ip, h.agent_port, h.agent_protocol, n.batch, n.status, n.task_id,
-    n.attempts, n.error_kind, n.error_msg, n.hold_until, n.started_at, n.finished_at"""
+    n.attempts, n.error_kind, n.error_msg, n.hold_until, n.started_at, n.finished_at, n.accepted"""
 
 # The counters, made from the rows themselves in the transaction that changes them (rule 7).
 COUNTERS = """success_nodes = (SELECT COUNT(*) FROM release_task_nodes n
@@ -1687,27 +2222,36 @@ class Store:
 
     # -- releases ------------------------------------------------------------------------
 
-    def create_release(self, request: ReleaseRequest, actor: str) -> tuple[Release, list[list[int]]]:
-        """Creates a release for the enabled, online nodes; gives it and its batches (rule 1).
+    def plan_release(self, request: ReleaseRequest) -> Plan:
+        """Gives what create_release() would make, and raises what it would; writes nothing."""
+        with self.database.transaction() as tx:
+            check_payload_version(request.payload, self._next_version(tx))
+            return self._plan(tx, request)
 
-        Raises AppError 3003 without such a node, 2003 when the payload names another version.
+    def create_release(self, request: ReleaseRequest, actor: str) -> tuple[Release, list[list[int]]]:
+        """Creates a release for the nodes it asks for; gives it and its batches (rule 1).
+
+        Raises AppError 3003 without an enabled, online node, 2003 when the strategy, the choice
+        of nodes or the payload's version can't be meant.
         """
         with self.database.transaction(write=True) as tx:
-            node_ids = [row[0] for row in tx.rows(
-                "SELECT id FROM nodes WHERE enabled = 1 AND status = 'online' ORDER BY id")]
-            return self._create(tx, request, node_ids, actor)
+            return self._create(tx, request, self._plan(tx, request), actor)
 
-    def retry(self, release_id: int, actor: str) -> tuple[Release, list[list[int]]]:
+    def retry(self, release_id: int, actor: str, reason: str = "") -> tuple[Release, list[list[int]]]:
         """Creates a release of the same payload for what was failed or skipped (rule 10)."""
         with self.database.transaction(write=True) as tx:
             old = self._release(tx, release_id)
             check_verb("retry", old)
-            request = ReleaseRequest(old.target, f"retry of release {old.id}",
-                                     self._stored_payload(old), retry_of=old.id)
-            return self._create(tx, request, self._touched(tx, old, (FAILED, SKIPPED)), actor)
+            request = ReleaseRequest(old.target, reason or f"retry of release {old.id}", self._payload_of(old),
+                                     retry_of=old.id, strategy=self._strategy_again(old, ("startAt",)))
+            return self._create_again(tx, request, old, (FAILED, SKIPPED), actor)
 
-    def rollback(self, release_id: int, actor: str) -> tuple[Release, list[list[int]]]:
-        """Creates a release of the newest successful payload before it, for the nodes it touched."""
+    def rollback(self, release_id: int, actor: str, reason: str = "") -> tuple[Release, list[list[int]]]:
+        """Creates a release of the newest successful payload before it, for the nodes it touched.
+
+        It goes out in the old batches under the old limits, but waits for nothing and nobody.
+        Raises AppError 3003 when there is no such payload, or it is the one to be left.
+        """
         with self.database.transaction(write=True) as tx:
             old = self._release(tx, release_id)
             check_verb("rollback", old)
@@ -1721,55 +2265,90 @@ class Store:
                 raise AppError(3003, f"no release of {old.target} before {old.id} was a success: "
                                      "nothing to go back to")
             good = Release(*row)
-            request = ReleaseRequest(old.target, f"rollback of release {old.id} to the payload of version "
-                                     f"{good.version}", self._stored_payload(good), rollback_of=old.id)
-            return self._create(tx, request, self._touched(tx, old, (SUCCESS, FAILED)), actor)
+            payload = self._payload_of(good)
+            if {**payload, "version": 0} == {**self._payload_of(old), "version": 0}:
+                raise AppError(3003, f"release {good.id}, the newest success before {old.id}, has the same payload: "
+                                     "nothing would change")
+            request = ReleaseRequest(
+                old.target, reason or f"rollback of release {old.id} to the payload of version {good.version}",
+                payload, rollback_of=old.id,
+                strategy=self._strategy_again(old, ("startAt", "soakSec", "pauseAfter")))
+            return self._create_again(tx, request, old, (SUCCESS, FAILED), actor)
 
     @staticmethod
-    def _stored_payload(release: Release) -> dict[str, Any]:
+    def _payload_of(release: Release) -> dict[str, Any]:
         try:
             return parse_payload(parse_json(release.payload))
         except (ValueError, AppError) as error:
             raise AppError(3003, f"the payload of release {release.id} can't be used: {one_line(error)}") from None
 
     @staticmethod
-    def _touched(tx: Transaction, release: Release, statuses: Sequence[str]) -> list[int]:
+    def _strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
+        """Gives the strategy of an old release for a new one, without some of its keys."""
+        try:
+            strategy = parse_json(release.strategy)
+            parse_strategy(strategy)
+        except (ValueError, AppError) as error:
+            raise AppError(3003, f"the strategy of release {release.id} can't be used: {one_line(error)}") from None
+        return {key: value for key, value in strategy.items() if key not in without}
+
+    def _create_again(self, tx: Transaction, request: ReleaseRequest, old: Release, statuses: Sequence[str],
+                      actor: str) -> tuple[Release, list[list[int]]]:
+        """Creates a release for the nodes that were in one of the statuses in an old one."""
         rows = tx.rows(f"""
             SELECT n.node_id
             FROM release_task_nodes n
             JOIN nodes h ON h.id = n.node_id
             WHERE n.release_task_id = ? AND n.status IN ({', '.join('?' * len(statuses))})
               AND h.enabled = 1 AND h.status = 'online'
-            ORDER BY n.node_id""", release.id, *statuses)
+            ORDER BY n.node_id""", old.id, *statuses)
         if not rows:
-            raise AppError(3003, f"release {release.id} has no online nodes that were {' or '.join(statuses)}")
-        return [row[0] for row in rows]
+            raise AppError(3003, f"release {old.id} has no online nodes that were {' or '.join(statuses)}")
+        node_ids = [row[0] for row in rows]
+        strategy = dict(request.strategy)
+        if isinstance(strategy.get("pauseAfter"), list):
+            # there may be fewer batches now
+            last = len(plan_batches(node_ids, parse_strategy(strategy).batches))
+            strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
+        request = request._replace(strategy=strategy)
+        return self._create(tx, request, make_plan(parse_strategy(strategy), node_ids), actor)
 
-    def _create(self, tx: Transaction, request: ReleaseRequest, node_ids: Sequence[int],
-                actor: str) -> tuple[Release, list[list[int]]]:
-        if not node_ids:
-            raise AppError(3003, "no online nodes: add one, or enable one and set it online")
-        version = tx.value("SELECT COALESCE(MAX(version), 0) + 1 FROM release_tasks")
+    @staticmethod
+    def _plan(tx: Transaction, request: ReleaseRequest) -> Plan:
+        strategy = parse_strategy(request.strategy)
+        nodes = [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")]
+        return make_plan(strategy, *choose_nodes(nodes, request))
+
+    @staticmethod
+    def _next_version(tx: Transaction) -> int:
+        version = int(tx.value("SELECT COALESCE(MAX(version), 0) + 1 FROM release_tasks"))
         if version > MAX_VERSION:
             raise AppError(3003, f"the versions are used up: the newest is {MAX_VERSION}")
+        return version
+
+    def _create(self, tx: Transaction, request: ReleaseRequest, plan: Plan,
+                actor: str) -> tuple[Release, list[list[int]]]:
+        version = self._next_version(tx)
         payload = dict(request.payload)
         if request.retry_of or request.rollback_of:
             payload = payload_for_version(payload, version)
         check_payload_version(payload, version)
         now = self._now()
         tx.execute("""
-            INSERT INTO release_tasks (target, version, status_reason, reason, payload, retry_of, rollback_of,
-                                       total_nodes, created_at, updated_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-                   request.target, version, REASON_PENDING, request.reason, to_json(payload), request.retry_of,
-                   request.rollback_of, len(node_ids), now, now)
+            INSERT INTO release_tasks (target, version, status_reason, reason, payload, strategy, retry_of,
+                                       rollback_of, total_nodes, created_at, updated_at)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+                   request.target, version, REASON_PENDING, request.reason, to_json(payload),
+                   to_json(request.strategy), request.retry_of, request.rollback_of,
+                   sum(map(len, plan.batches)), now, now)
         release_id = tx.value("SELECT id FROM release_tasks WHERE version = ?", version)
-        batches = plan_batches(node_ids)
         tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, created_at, updated_at) "
                        "VALUES ", 5, [(release_id, node_id, number, now, now)
-                                      for number, batch in enumerate(batches, 1) for node_id in batch])
-        tx.insert_many(INSERT_EVENTS, 8, [(release_id, None, now, actor, "created", "", PENDING, request.reason)])
-        return self._release(tx, release_id), batches
+                                      for number, batch in enumerate(plan.batches, 1) for node_id in batch])
+        detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "")))
+        tx.insert_many(INSERT_EVENTS, 8, [(release_id, None, now, actor, "created", "", PENDING, detail)])
+        self._explain_waiting(tx)
+        return self._release(tx, release_id), plan.batches
 
     def release(self, release_id: int) -> Release:
         """Gives a release; AppError 3001 when there is none."""
@@ -1780,6 +2359,28 @@ class Store:
         """Gives a release and its nodes by batch and id, of one moment; AppError 3001."""
         with self.database.transaction() as tx:
             return self._release(tx, release_id), self._release_nodes(tx, release_id)
+
+    def progress(self, release_id: int, failures: int = 10) -> Progress:
+        """Gives a release with its nodes counted by batch, and so many of its failures; AppError 3001."""
+        with self.database.transaction() as tx:
+            release = self._release(tx, release_id)
+            batches: dict[int, dict[str, int]] = {}
+            for batch, status, count in tx.rows("""
+                    SELECT batch, status, COUNT(*)
+                    FROM release_task_nodes
+                    WHERE release_task_id = ?
+                    GROUP BY batch, status
+                    ORDER BY batch""", release_id):
+                batches.setdefault(batch, {})[status] = count
+            failed = tx.rows("""
+                SELECT h.name, n.error_msg
+                FROM release_task_nodes n
+                JOIN nodes h ON h.id = n.node_id
+                WHERE n.release_task_id = ? AND n.status = 'failed'
+                ORDER BY n.finished_at, n.node_id
+                LIMIT ?""", release_id, failures)
+            return Progress(release, [BatchProgress(*item) for item in batches.items()],
+                            [(name, text) for name, text in failed])
 
     def releases(self, status: str = "", page: int = 1, size: int = 20) -> Page:
         """Gives a page of the releases, newest first; of one status when it is given."""
@@ -1823,27 +2424,89 @@ class Store:
         with self.database.transaction(write=True) as tx:
             tx.execute("UPDATE health_probe SET at = ? WHERE id = 1", self._now())
 
-    def act(self, verb: str, release_id: int, actor: str, reason: str = "") -> Release:
-        """Does pause, resume or cancel; gives the release after it. AppError 3001, or 3003.
+    def act(self, verb: str, release_id: int, actor: str, reason: str = "", accept_failures: bool = False) -> Release:
+        """Does pause, resume, cancel or cancel --force; gives the release after it. AppError 3001, or 3003.
 
-        A cancelled release with nothing in flight is at its end at once; else its executor ends it.
+        A cancelled release with nothing in flight is at its end at once; else its executor ends
+        it, or force does. accept_failures goes with resume: what failed counts no more.
         """
         with self.database.transaction(write=True) as tx:
             release = self._release(tx, release_id)
             check_verb(verb, release)
-            status = status_after_verb(verb, release)
             now = Moment(self.clock.wall(), self.clock.elapsed())
+            if verb == "resume":
+                reason = self._accept(tx, release, accept_failures, reason)
+            if status_after_verb(verb, release) != release.status:
+                self._turn(tx, release, VERBS[verb], now, actor, reason)
+            release = self._release(tx, release_id)
             nodes = self._release_nodes(tx, release_id)
-            sentence = REASON_PENDING if status == PENDING else describe(
-                status, nodes, any(n.status == FAILED for n in nodes))
-            tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, updated_at = ?, {COUNTERS} "
-                       "WHERE id = ?", status, sentence, now.text, release_id)
-            tx.insert_many(INSERT_EVENTS, 8, [(release_id, None, now.text, actor, VERBS[verb].event, release.status,
-                                               status, detail_text(reason))])
-            if status == CANCELLING and not any(n.status == RUNNING for n in nodes):
-                release = self._release(tx, release_id)
-                self._write(tx, release, decide(release, nodes, now, Policy(0, 0.0, 0.0, 0.0)), now, actor)
+            ends_now = verb == CANCEL_BY_FORCE or not any(n.status == RUNNING for n in nodes)
+            if release.status == CANCELLING and ends_now:
+                changes = force_end(nodes, now)
+                ended = {change.after.node_id: change.after for change in changes}
+                decision = decide(release, [ended.get(n.node_id, n) for n in nodes], now, Policy(0, 0.0, 0.0, 0.0))
+                self._write(tx, release, decision._replace(changes=tuple(changes)), now, actor)
+            self._explain_waiting(tx)
             return self._release(tx, release_id)
+
+    def _accept(self, tx: Transaction, release: Release, accept_failures: bool, reason: str) -> str:
+        """Lets the failures of a release count no more, where that is asked for; gives the event's reason."""
+        nodes = self._release_nodes(tx, release.id)
+        check_resume(release, nodes, self._strategy_of(release), accept_failures)
+        if not accept_failures:
+            return reason
+        count = tx.execute("UPDATE release_task_nodes SET accepted = 1 "
+                           "WHERE release_task_id = ? AND status = 'failed' AND accepted = 0", release.id)
+        return "; ".join(filter(None, (reason, f"failures accepted: {count}")))
+
+    def _turn(self, tx: Transaction, release: Release, verb: Verb, now: Moment, actor: str, reason: str) -> None:
+        """Writes the status that a verb brings, with its sentence and its event."""
+        status = status_after_verb(verb.name, release)
+        turned = dataclasses.replace(release, status=status, paused_by=actor if status == PAUSED else "")
+        nodes, strategy = self._release_nodes(tx, release.id), self._strategy_of(release)
+        sentence = describe(status, nodes, now, Situation(
+            turned, strategy, Policy(0, 0.0, 0.0, 0.0), Stage(0, release.passed_batch, release.soak_until),
+            exceeded_limit(nodes, strategy)))
+        tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, {COUNTERS} "
+                   "WHERE id = ?", status, sentence, turned.paused_by, now.text, release.id)
+        tx.insert_many(INSERT_EVENTS, 8, [(release.id, None, now.text, actor, verb.event, release.status, status,
+                                           detail_text(reason))])
+
+    @staticmethod
+    def _strategy_of(release: Release) -> Strategy:
+        """Gives a release's strategy; none for one that can't be used, which the executor ends."""
+        with contextlib.suppress(ValueError, AppError):
+            return parse_strategy(parse_json(release.strategy))
+        return NO_STRATEGY
+
+    def freeze(self) -> Freeze:
+        """Gives the switch that lets nothing new be dispatched."""
+        with self.database.transaction() as tx:
+            return self._freeze(tx)
+
+    def set_freeze(self, frozen: bool, actor: str, reason: str = "") -> Freeze:
+        """Sets or lifts the freeze, for every process; gives it as it is then."""
+        with self.database.transaction(write=True) as tx:
+            tx.execute("UPDATE release_freeze SET frozen = ?, reason = ?, actor = ?, at = ? WHERE id = 1",
+                       int(frozen), reason, actor, self._now())
+            log.warning("%s by %s%s", "frozen" if frozen else "the freeze was lifted", actor,
+                        f": {reason}" if reason else "")
+            self._explain_waiting(tx)
+            return self._freeze(tx)
+
+    @staticmethod
+    def _freeze(tx: Transaction) -> Freeze:
+        row = tx.row("SELECT frozen, reason, actor, at FROM release_freeze WHERE id = 1")
+        return Freeze(bool(row[0]), *row[1:]) if row else NO_FREEZE
+
+    def _explain_waiting(self, tx: Transaction) -> None:
+        """Brings the sentences of pending releases up to date, after whatever may have changed them."""
+        candidates = self._candidates(tx)
+        said = {c.id: c.status_reason for c in candidates}
+        for release_id, reason in waiting_reasons(candidates, self._freeze(tx)).items():
+            if said[release_id] != reason:
+                tx.execute("UPDATE release_tasks SET status_reason = ?, updated_at = ? WHERE id = ?",
+                           reason, self._now(), release_id)
 
     @staticmethod
     def _release(tx: Transaction, release_id: int) -> Release:
@@ -1870,20 +2533,31 @@ class Store:
     def look(self) -> tuple[list[int], list[int]]:
         """Gives the ids of the releases that may be claimed now, and of those in other hands."""
         with self.database.transaction() as tx:
-            return runnable(self._candidates(tx))
+            return self._runnable(tx)
 
-    @staticmethod
-    def _candidates(tx: Transaction) -> list[Candidate]:
+    def _runnable(self, tx: Transaction) -> tuple[list[int], list[int]]:
+        return runnable(self._candidates(tx), tx.now(), self._freeze(tx))
+
+    @classmethod
+    def _candidates(cls, tx: Transaction) -> list[Candidate]:
         now = tx.now()
         # the index release_tasks_by_status finds what is not terminal
-        return [Candidate(id_, target, version, status, running, expires is not None and expires > now)
-                for id_, target, version, status, running, expires in tx.rows("""
+        return [Candidate(id_, target, version, status, running, expires is not None and expires > now,
+                          cls._start_at(strategy), paused_by, said)
+                for id_, target, version, status, running, expires, strategy, paused_by, said in tx.rows("""
             SELECT r.id, r.target, r.version, r.status,
                    (SELECT COUNT(*) FROM release_task_nodes n
                     WHERE n.release_task_id = r.id AND n.status = 'running'),
-                   r.claim_expires_at
+                   r.claim_expires_at, r.strategy, r.paused_by, r.status_reason
             FROM release_tasks r
             WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')""")]
+
+    @staticmethod
+    def _start_at(strategy: str) -> str:
+        """Gives the startAt of a stored strategy; "" where there is none, or none that can be read."""
+        with contextlib.suppress(ValueError, AppError):
+            return parse_strategy(parse_json(strategy)).start_at if "startAt" in strategy else ""
+        return ""
 
     def claim(self, release_id: int, owner: str, ttl_s: float) -> Claim | None:
         """Takes a release for ttl_s seconds; None when somebody else was first or it must wait.
@@ -1891,7 +2565,7 @@ class Store:
         Every claim raises the fence, so what an earlier owner still wants to write changes nothing.
         """
         with self.database.transaction(write=True) as tx:
-            if release_id not in runnable(self._candidates(tx))[0]:
+            if release_id not in self._runnable(tx)[0]:
                 return None
             now, expires = tx.now(), self._expiry(tx, ttl_s)
             started = tx.execute(f"""
@@ -1910,6 +2584,7 @@ class Store:
                   AND (claim_expires_at IS NULL OR claim_expires_at <= ?)""", owner, expires, release_id, now)
             if not changed:
                 raise StateMoved(f"release {release_id} was claimed by a writer outside of the lock")
+            self._explain_waiting(tx)
             return Claim(release_id, tx.value("SELECT claim_fence FROM release_tasks WHERE id = ?", release_id))
 
     def renew(self, claim: Claim, ttl_s: float) -> bool:
@@ -1944,10 +2619,10 @@ class Store:
         if release.claim_fence != claim.fence or release.claim_expires_at is None:
             raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
 
-    def busy_nodes(self, release_id: int) -> frozenset[int]:
-        """Gives the nodes that another release has in flight, or that may be at a lost request."""
+    def obstacles(self, release_id: int) -> tuple[frozenset[int], Freeze]:
+        """Gives the nodes that another release has in flight or that may be at a lost request, and the freeze."""
         with self.database.transaction() as tx:
-            return self._busy_nodes(tx, release_id)
+            return self._busy_nodes(tx, release_id), self._freeze(tx)
 
     def _busy_nodes(self, tx: Transaction, release_id: int) -> frozenset[int]:
         # the partial indexes release_task_nodes_one_running and _held hold few rows
@@ -1969,6 +2644,8 @@ class Store:
                      and c.after.status == RUNNING}
             if begun and begun & self._busy_nodes(tx, claim.release_id):
                 raise StateMoved(f"another release has a node of {release} in flight")
+            if any(send.op == DISPATCH for send in decision.sends) and self._freeze(tx).frozen:
+                raise StateMoved(f"a freeze came before a dispatch of {release}")
             self._write(tx, release, decision, now, actor, claim.fence)
 
     def was_written(self, claim: Claim, decision: Decision) -> bool:
@@ -1982,7 +2659,8 @@ class Store:
             if release.claim_fence != claim.fence:
                 raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
             found = {n.node_id: n for n in self._release_nodes(tx, claim.release_id)}
-        return release.status == decision.status if not decision.changes else all(
+        return (release.status, release.passed_batch, release.soak_until) == (
+            decision.status, decision.passed_batch, decision.soak_until) if not decision.changes else all(
             (after.status, after.attempts, after.finished_at, after.task_id)
             == (row.status, row.attempts, row.finished_at, row.task_id)
             for _, after, _ in decision.changes for row in [found[after.node_id]])
@@ -1994,12 +2672,13 @@ class Store:
         changed = tx.execute(f"""
             UPDATE release_tasks
             SET status = ?, status_reason = ?, error_msg = ?, updated_at = ?, {COUNTERS},
-                finished_at = ?,
+                finished_at = ?, passed_batch = ?, soak_until = ?,
                 claim_owner = CASE WHEN ? = 1 THEN '' ELSE claim_owner END,
                 claim_expires_at = CASE WHEN ? = 1 THEN NULL ELSE claim_expires_at END
             WHERE id = ? AND status = ? AND claim_fence = ?""",
                              decision.status, decision.status_reason, decision.error_msg, now.text,
-                             now.text if ends else None, int(ends), int(ends), release.id, release.status,
+                             now.text if ends else None, decision.passed_batch, decision.soak_until,
+                             int(ends), int(ends), release.id, release.status,
                              release.claim_fence if fence is None else fence)
         if changed != 1:
             raise StateMoved(f"{release} is no longer {release.status}")
@@ -2009,8 +2688,10 @@ class Store:
             for c in decision.changes if c.before.status != c.after.status]
         if decision.status != release.status:
             events.append((release.id, None, now.text, actor, RELEASE_EVENTS[decision.status], release.status,
-                           decision.status, detail_text(decision.error_msg)))
+                           decision.status, detail_text(decision.error_msg or decision.status_reason)))
         tx.insert_many(INSERT_EVENTS, 8, events)
+        if decision.status != release.status:
+            self._explain_waiting(tx)
 
     @staticmethod
     def _write_nodes(tx: Transaction, release_id: int, changes: Sequence[NodeChange], now: Moment) -> None:
@@ -2563,6 +3244,46 @@ class AgentClient:
         return AgentError(PROTOCOL, f"{address} answered what is not HTTP: {type(error).__name__}", reached=True)
 
 
+def probe(url: str, status: int, timeout_s: float) -> str:
+    """Gets an address once, in timeout_s seconds in all; gives "" when it answers this status, else what it did.
+
+    Redirects are not followed. A certificate is not verified, as it is made out for what the node
+    serves and not for its address; what comes back is a status, and no secret goes out.
+    """
+    parts = urllib.parse.urlsplit(url)
+    ends_at = time.monotonic() + timeout_s
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    connection = http.client.HTTPConnection(parts.hostname or "", port)
+    sock: socket.socket | None = None
+    try:
+        sock = socket.create_connection((connection.host, connection.port), timeout_s)
+        if parts.scheme == "https":
+            sock.settimeout(max(ends_at - time.monotonic(), 0.001))
+            sock = _unverified_context().wrap_socket(sock, server_hostname=connection.host)
+        connection.sock = _TimedSocket(sock, ends_at)
+        connection.request("GET", path, headers={"User-Agent": "releasectl", "Connection": "close"})
+        found = connection.getresponse().status
+        return "" if found == status else f"{url} answered HTTP {found} instead of {status}"
+    except socket.timeout:
+        return f"{url} did not answer within {timeout_s:.3g} s"
+    except (OSError, http.client.HTTPException, _TooBig, ValueError) as error:
+        reason = _os_reason(error) if isinstance(error, OSError) else f"not HTTP: {type(error).__name__}"
+        return f"{url} can't be had: {reason}"
+    finally:
+        if sock is not None:
+            _close(sock)
+
+
+@functools.lru_cache(maxsize=1)
+def _unverified_context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 # What _call gives for a 404 to a query.
 UNKNOWN_TASK: dict[str, Any] = {}
 
@@ -2797,11 +3518,13 @@ class Driver:
         self._is_tick = is_tick
         self._nodes: dict[int, ReleaseNode] = {}
         self._is_stale = True
+        self._status = ""
+        self._freeze = NO_FREEZE
         self._broken = ""
         self._payload: dict[str, Any] = {}
         self._strategy = NO_STRATEGY
         self._in_flight = 0
-        self._news_at = self._now().elapsed
+        self._news_at = self._spoke_at = self._now().elapsed
         self._said = ""
         self._unclear: Decision | None = None
         self._thread = threading.Thread(target=self._run, name=f"release-{lease.claim.release_id}", daemon=True)
@@ -2853,13 +3576,18 @@ class Driver:
             release = self._read()
             now = self._now()
             decision = self._decide(release, now)
-            if decision.changes or decision.status != release.status:
+            is_news = decision.changes_more_than_words(release)
+            if is_news or self._is_due_to_speak(release, decision, now):
                 self._commit(release, decision, now)
+            if is_news:
+                self._news_at = now.elapsed
             if decision.status in TERMINAL:
                 self.lease.is_lost = True  # the commit handed the claim back
                 return None
             self._send(release, decision, now)
             if self._may_leave(decision, now):
+                if not is_news and decision.status_reason != release.status_reason:
+                    self._commit(release, decision, now)  # what is true while nobody works on it
                 return None
             if self._room() <= 0:
                 return self._policy.interval_s
@@ -2876,6 +3604,11 @@ class Driver:
             self._is_stale = True
             return min(self._policy.interval_s, 1.0)
 
+    def _is_due_to_speak(self, release: Release, decision: Decision, now: Moment) -> bool:
+        """Says whether a new sentence alone is worth a commit: the last one is an interval old."""
+        return (decision.status_reason != release.status_reason
+                and now.elapsed >= self._spoke_at + max(self._policy.interval_s, 1.0))
+
     def _say(self, error: str) -> None:
         """Logs an error of the database when it is another one than the last."""
         if error != self._said:
@@ -2887,26 +3620,34 @@ class Driver:
         if self._unclear is not None:
             self._settle(self._unclear)
         if not self._is_stale:
-            return self._store.claimed_release(self.lease.claim)
+            release = self._store.claimed_release(self.lease.claim)
+            if release.status == self._status:
+                return release
+            # a person turned it, who may have accepted failures too
         release, rows = self._store.claimed_release_with_nodes(self.lease.claim)
+        try:
+            self._payload = parse_payload(parse_json(release.payload))
+            self._strategy = parse_strategy(parse_json(release.strategy))
+            self._policy = self._executor.policy.under(self._strategy)
+        except (ValueError, AppError) as error:
+            self._broken = f"payload or strategy can't be used: {one_line(error, 200)}"
         now = self._now()
         for row in rows:
             known = self._nodes.get(row.node_id)
             if known is None or (known.status, known.attempts) != (row.status, row.attempts):
                 self._nodes[row.node_id] = adopt(row, now, self._policy)
-        try:
-            self._payload = parse_payload(parse_json(release.payload))
-            self._strategy = parse_strategy(parse_json(release.strategy))
-        except (ValueError, AppError) as error:
-            self._broken = f"payload or strategy can't be used: {one_line(error, 200)}"
-        self._is_stale = False
+            elif known.accepted != row.accepted:
+                self._nodes[row.node_id] = dataclasses.replace(known, accepted=row.accepted)
+        self._is_stale, self._status = False, release.status
         return release
 
     def _decide(self, release: Release, now: Moment) -> Decision:
         nodes = list(self._nodes.values())
-        is_starting = release.status == RUNNING and any(n.status == PENDING for n in nodes)
-        busy = self._store.busy_nodes(release.id) if is_starting else frozenset()
-        return decide(release, nodes, now, self._policy, self._strategy, self._room(), busy, self._broken)
+        busy: frozenset[int] = frozenset()
+        if release.status == RUNNING and any(n.status in (PENDING, RUNNING) for n in nodes):
+            busy, self._freeze = self._store.obstacles(release.id)
+        return decide(release, nodes, now, self._policy, self._strategy, self._room(), busy, self._broken,
+                      self._freeze)
 
     def _room(self) -> int:
         """Gives how many requests may leave now."""
@@ -2918,8 +3659,9 @@ class Driver:
         self._unclear = decision
         self._store.commit(self.lease.claim, release, decision, now, self._executor.owner)
         self._unclear = None
+        self._status = decision.status
         self._said = ""
-        self._news_at = now.elapsed
+        self._spoke_at = now.elapsed
         for change in decision.changes:
             self._nodes[change.after.node_id] = change.after
             if change.after.status == FAILED:
@@ -2970,9 +3712,12 @@ class Driver:
 
     def _ask(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> Outcome:
         address = Address(node.main_ip, node.agent_port, node.agent_protocol)
-        within_s = node.deadline - written_at.elapsed
+        within_s = node.deadline - written_at.elapsed if node.status == RUNNING else float("inf")
         agents = self._executor.agents
         try:
+            if op == PROBE:
+                assert self._strategy.verify is not None
+                return self._probe(node, self._strategy.verify, within_s)
             if op == DISPATCH:
                 gate = functools.partial(self.may_dispatch, written_at)
                 return outcome_of(node.node_id, op, agents.dispatch(address, task, within_s, gate))
@@ -2981,6 +3726,11 @@ class Driver:
             return outcome_of(node.node_id, op, error)
         except ConfigError as error:  # the certificate went away under us
             return Outcome(node.node_id, op, UNSENT, "", TLS, error.message)
+
+    @staticmethod
+    def _probe(node: ReleaseNode, verify: Verify, within_s: float) -> Outcome:
+        said = probe(verify.url_for(node), verify.status, min(verify.timeout_s, max(within_s, 0.0)))
+        return Outcome(node.node_id, PROBE, UNCLEAR if said else SUCCESS, "", VERIFY if said else "", said, said)
 
     def collect(self, wait_s: float) -> None:
         """Waits for an outcome or a nudge, then folds in all that came."""
@@ -3009,7 +3759,8 @@ class Driver:
             return False
         if self._executor.stopping.is_set():
             return True
-        if decision.status == PAUSED and not any(n.status == RUNNING for n in self._nodes.values()):
+        waits = decision.status == PAUSED or (decision.status == RUNNING and self._freeze.frozen)
+        if waits and not any(n.status == RUNNING for n in self._nodes.values()):
             return True
         return self._is_tick and now.elapsed - self._news_at >= self._policy.interval_s
 
@@ -3073,6 +3824,20 @@ def created_json(release: Release, batches: Sequence[Sequence[int]]) -> dict[str
             "batches": [{"batch": number, "nodeIds": list(ids)} for number, ids in enumerate(batches, 1)]}
 
 
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """Gives what a release would do: the answer to dryRun."""
+    return {"totalNodes": sum(map(len, plan.batches)),
+            "batches": [{"batch": number, "nodeIds": ids, "maxFailed": most}
+                        for number, (ids, most) in enumerate(zip(plan.batches, plan.max_failed), 1)],
+            "maxFailedTotal": plan.max_failed_total, "maxParallel": plan.strategy.max_parallel,
+            "leftOut": [{"nodeId": node.id, "nodeName": node.name, "why": node.condition} for node in plan.left_out]}
+
+
+def freeze_json(freeze: Freeze) -> dict[str, Any]:
+    """Gives the switch that lets nothing new be dispatched."""
+    return {"frozen": freeze.frozen, "reason": freeze.reason, "actor": freeze.actor, "at": freeze.at}
+
+
 def release_with_nodes_json(release: Release, nodes: Sequence[ReleaseNode]) -> dict[str, Any]:
     """Gives a release with its nodes by batch."""
     batches: dict[int, list[dict[str, Any]]] = {}
@@ -3106,11 +3871,17 @@ def parse_node_fields(body: Mapping[str, Any], required: Sequence[str] = ()) -> 
 
 
 def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
-    """Gives what a release is asked to be from its JSON; AppError 2003."""
-    known_keys(body, ("target", "reason", "payload", "strategy"))
-    parse_strategy(body.get("strategy", {}))
-    return ReleaseRequest(parse_target(body.get("target", "cdn")), parse_text("reason", body.get("reason", "")),
-                          parse_payload(body.get("payload", {})))
+    """Gives what a release is asked to be from its JSON; AppError 2003. The Store reads the strategy."""
+    known_keys(body, ("target", "reason", "payload", "strategy", "nodeIds", "labels", "dryRun"))
+    if "nodeIds" in body and "labels" in body:
+        raise AppError(2003, "nodeIds and labels exclude each other: name one of them")
+    if not isinstance(body.get("strategy", {}), dict):
+        raise AppError(2003, "strategy must be a JSON object")
+    return ReleaseRequest(
+        parse_target(body.get("target", "cdn")), parse_text("reason", body.get("reason", "")),
+        parse_payload(body.get("payload", {})), strategy=body.get("strategy", {}),
+        node_ids=parse_node_ids(body["nodeIds"]) if "nodeIds" in body else None,
+        labels=parse_json(parse_labels(body["labels"])) if "labels" in body else None)
 
 
 # The schemas, for /openapi.json.
@@ -3119,6 +3890,7 @@ _TIME = {"type": ["string", "null"], "format": "date-time"}
 _ID = {"type": "integer", "minimum": 1}
 _COUNT = {"type": "integer", "minimum": 0}
 _TEXT = {"type": "string"}
+_REASON = {"type": "string", "maxLength": 500}
 
 
 def _object(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
@@ -3168,10 +3940,21 @@ def openapi_schemas() -> dict[str, Any]:
         "NodeList": _list_of("Node"),
         "NewNode": _object(node, required=["name", "mainIp"]),
         "NodeChange": _object(node, required=[]),
-        "NewRelease": _object({"target": _TEXT, "reason": _TEXT, "payload": {"type": "object"},
-                               "strategy": {"type": "object"}}, required=[]),
-        "Act": _object({"reason": _TEXT}, required=[]),
-        "Nothing": _object({}),
+        "Plan": _object({
+            "totalNodes": _COUNT, "batches": {"type": "array", "items": _object({
+                **batch, "nodeIds": {"type": "array", "items": _ID}, "maxFailed": _COUNT})},
+            "maxFailedTotal": {"type": ["integer", "null"]}, "maxParallel": _COUNT,
+            "leftOut": {"type": "array", "items": _object({"nodeId": _ID, "nodeName": _TEXT, "why": _TEXT})}}),
+        "Strategy": _object({key: schema for key, (_, _, schema) in STRATEGY_KEYS.items()}, required=[]),
+        "NewRelease": _object({
+            "target": _TEXT, "reason": _REASON, "payload": {"type": "object"}, "strategy": _ref("Strategy"),
+            "nodeIds": {"type": "array", "minItems": 1, "uniqueItems": True, "items": _ID},
+            "labels": {"type": "object", "additionalProperties": _TEXT}, "dryRun": {"type": "boolean"}}, required=[]),
+        "Act": _object({"reason": _REASON}, required=[]),
+        "Resume": _object({"reason": _REASON, "acceptFailures": {"type": "boolean"}}, required=[]),
+        "Cancel": _object({"reason": _REASON, "force": {"type": "boolean"}}, required=[]),
+        "Freeze": _object({"frozen": {"type": "boolean"}, "reason": _TEXT, "actor": _TEXT, "at": _TEXT}),
+        "SetFreeze": _object({"frozen": {"type": "boolean"}, "reason": _REASON}, required=["frozen"]),
         "Status": _object({"status": _TEXT}),
         "Null": {"type": "null"},
         "Error": _object({"code": {"type": "integer", "enum": sorted(ERROR_CODES)}, "message": _TEXT,
@@ -3224,8 +4007,10 @@ class Api:
         self.started_at = time.time()
 
     def create_release(self, request: Request) -> Reply:
-        reply = Reply(201, created_json(*self.store.create_release(parse_release_request(request.body),
-                                                                   request.actor)))
+        wanted = parse_release_request(request.body)
+        if parse_flag("dryRun", request.body.get("dryRun", False)):
+            return Reply(200, plan_json(self.store.plan_release(wanted)))
+        reply = Reply(201, created_json(*self.store.create_release(wanted, request.actor)))
         self._nudge()
         return reply
 
@@ -3247,15 +4032,16 @@ class Api:
         return self._act("pause", request)
 
     def resume(self, request: Request) -> Reply:
-        return self._act("resume", request)
+        accepts = parse_flag("acceptFailures", request.body.get("acceptFailures", False))
+        return self._act("resume", request, "acceptFailures", accept_failures=accepts)
 
     def cancel(self, request: Request) -> Reply:
-        return self._act("cancel", request)
+        force = parse_flag("force", request.body.get("force", False))
+        return self._act(CANCEL_BY_FORCE if force else "cancel", request, "force")
 
-    def _act(self, verb: str, request: Request) -> Reply:
-        known_keys(request.body, ("reason",))
-        reason = parse_text("reason", request.body.get("reason", ""))
-        release = self.store.act(verb, request.ids[0], request.actor, reason)
+    def _act(self, verb: str, request: Request, *keys: str, **more: bool) -> Reply:
+        reason = self._reason(request, *keys)
+        release = self.store.act(verb, request.ids[0], request.actor, reason, **more)
         self._nudge()
         return Reply(200, release_json(release))
 
@@ -3265,11 +4051,26 @@ class Api:
     def rollback(self, request: Request) -> Reply:
         return self._again(self.store.rollback, request)
 
-    def _again(self, make: Callable[[int, str], tuple[Release, list[list[int]]]], request: Request) -> Reply:
-        known_keys(request.body, ())
-        reply = Reply(201, created_json(*make(request.ids[0], request.actor)))
+    def _again(self, make: Callable[[int, str, str], tuple[Release, list[list[int]]]], request: Request) -> Reply:
+        reply = Reply(201, created_json(*make(request.ids[0], request.actor, self._reason(request))))
         self._nudge()
         return reply
+
+    @staticmethod
+    def _reason(request: Request, *more_keys: str) -> str:
+        known_keys(request.body, ("reason", *more_keys))
+        return parse_text("reason", request.body.get("reason", ""))
+
+    def get_freeze(self, _request: Request) -> Reply:
+        return Reply(200, freeze_json(self.store.freeze()))
+
+    def set_freeze(self, request: Request) -> Reply:
+        reason = self._reason(request, "frozen")
+        if "frozen" not in request.body:
+            raise AppError(2001, "frozen is missing")
+        freeze = self.store.set_freeze(parse_flag("frozen", request.body["frozen"]), request.actor, reason)
+        self._nudge()
+        return Reply(200, freeze_json(freeze))
 
     def list_events(self, request: Request) -> Reply:
         events = self.store.events(request.ids[0], request.integer("after", 0, 0, MAX_ID),
@@ -3335,24 +4136,26 @@ class Route(NamedTuple):
     answers: str
     query: tuple[str, ...] = ()
     body: str = ""
+    # What it answers with 200 in place of 201.
+    dry_run: str = ""
 
 
 ROUTES: tuple[Route, ...] = (
     Route("POST", "/api/v1/releases", "create_release", OPERATOR, "Create a release for the online nodes",
-          "Created", body="NewRelease"),
+          "Created", body="NewRelease", dry_run="Plan"),
     Route("GET", "/api/v1/releases", "list_releases", VIEWER, "List releases, newest first", "ReleaseList",
           ("status", "page", "pageSize")),
     Route("GET", "/api/v1/releases/{id}", "get_release", VIEWER, "A release and its nodes by batch",
           "ReleaseWithNodes", ("view",)),
     Route("POST", "/api/v1/releases/{id}/pause", "pause", OPERATOR, "Dispatch nothing more until resume", "Release",
           body="Act"),
-    Route("POST", "/api/v1/releases/{id}/resume", "resume", OPERATOR, "Go on", "Release", body="Act"),
+    Route("POST", "/api/v1/releases/{id}/resume", "resume", OPERATOR, "Go on", "Release", body="Resume"),
     Route("POST", "/api/v1/releases/{id}/cancel", "cancel", OPERATOR, "End it: what is in flight is waited for",
-          "Release", body="Act"),
+          "Release", body="Cancel"),
     Route("POST", "/api/v1/releases/{id}/retry", "retry", OPERATOR,
-          "A new release of its payload for its failed and skipped nodes", "Created", body="Nothing"),
+          "A new release of its payload for its failed and skipped nodes", "Created", body="Act"),
     Route("POST", "/api/v1/releases/{id}/rollback", "rollback", OPERATOR,
-          "A new release of the newest successful payload before it", "Created", body="Nothing"),
+          "A new release of the newest successful payload before it", "Created", body="Act"),
     Route("GET", "/api/v1/releases/{id}/events", "list_events", VIEWER, "Its history, oldest first", "EventList",
           ("after", "limit")),
     Route("GET", "/api/v1/nodes", "list_nodes", VIEWER, "List nodes", "NodeList", ("page", "pageSize")),
@@ -3360,6 +4163,9 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/api/v1/nodes/{id}", "get_node", VIEWER, "A node", "Node"),
     Route("PATCH", "/api/v1/nodes/{id}", "update_node", OPERATOR, "Change a node", "Node", body="NodeChange"),
     Route("DELETE", "/api/v1/nodes/{id}", "delete_node", OPERATOR, "Delete a node that no release names", "Null"),
+    Route("GET", "/api/v1/freeze", "get_freeze", VIEWER, "Is anything new dispatched", "Freeze"),
+    Route("PUT", "/api/v1/freeze", "set_freeze", OPERATOR, "Let nothing new be dispatched, or again", "Freeze",
+          body="SetFreeze"),
     Route("GET", "/healthz", "health", ANYONE, "The process serves", "Status"),
     Route("GET", "/readyz", "ready", ANYONE, "The database can be used", "Status"),
     Route("GET", "/metrics", "metrics", VIEWER, "Gauges for Prometheus", "text"),
@@ -3675,9 +4481,13 @@ QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
 }
 
 
+def _envelope(data: str) -> dict[str, Any]:
+    return _object({"code": {"const": 0}, "message": {"const": "success"}, "data": _ref(data)})
+
+
 def _operation(route: Route) -> dict[str, Any]:
     error = {"description": "an error, in the envelope", "content": {"application/json": {"schema": _ref("Error")}}}
-    envelope = _object({"code": {"const": 0}, "message": {"const": "success"}, "data": _ref(route.answers)})
+    envelope = _envelope(route.answers)
     documents: dict[str, dict[str, Any]] = {
         "text": {"text/plain": {"schema": _TEXT}}, "json": {"application/json": {}}}
     content = documents.get(route.answers, {"application/json": {"schema": envelope}})
@@ -3690,8 +4500,11 @@ def _operation(route: Route) -> dict[str, Any]:
         "security": [{"token": []}] if route.role else [],
         "responses": {"201" if route.answers == "Created" or route.body == "NewNode" else "200":
                       {"description": route.summary, "content": content}, "default": error}}
+    if route.dry_run:
+        operation["responses"]["200"] = {"description": "what it would do", "content": {
+            "application/json": {"schema": _envelope(route.dry_run)}}}
     if route.body:
-        operation["requestBody"] = {"required": route.body == "NewNode",
+        operation["requestBody"] = {"required": route.body in ("NewNode", "SetFreeze"),
                                     "content": {"application/json": {"schema": _ref(route.body)}}}
     return operation
 
@@ -4094,25 +4907,95 @@ def command_node_ping(context: Context) -> int:
 
 # -- releases --------------------------------------------------------------------------------
 
+def _duration_s(text: str) -> float:
+    """Reads 90, 90s, 5m, 2h or 1d as seconds; argparse.ArgumentTypeError else."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90, 90s, 5m, 2h or 1d")
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    return int(seconds) if seconds == int(seconds) else seconds
+
+
+def _number_or_text(text: str) -> int | str:
+    """Gives a number of digits as one, all else as it is: the Store says what is wrong with it."""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
+
+
+def _list_of_numbers(text: str) -> list[int | str]:
+    return [_number_or_text(part.strip()) for part in text.split(",")]
+
+
+# Option of create: key of the strategy, how its text is read, placeholder, sentence.
+STRATEGY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
+    ("--batches", "batches", _list_of_numbers, "SPEC", "sizes: 1,10%%,25%%; what is left is the last batch (1)"),
+    ("--max-failed", "maxFailed", _number_or_text, "N", "failed nodes that a batch may have: a number or N%% (0)"),
+    ("--max-failed-total", "maxFailedTotal", _number_or_text, "N", "the same over the whole release (no limit)"),
+    ("--max-parallel", "maxParallel", _number_or_text, "N", "nodes in flight at once; 0: the whole batch (0)"),
+    ("--soak", "soakSec", _duration_s, "TIME", "wait after a batch before the next one: 90, 5m, 2h (0)"),
+    ("--pause-after", "pauseAfter", lambda text: text if text == EACH else _list_of_numbers(text), "LIST",
+     "batch numbers, or each: wait there for resume"),
+    ("--on-exceed", "onExceed", str, "WHAT", "too many failures: fail, or pause and wait for a person (fail)"),
+    ("--node-deadline", "nodeDeadlineSec", _duration_s, "TIME", "from a node's dispatch to its end"),
+    ("--retries", "retries", _number_or_text, "N", "tries after the first"),
+    ("--start-at", "startAt", str, "TIME", "not before, like 2026-01-31T22:00:00Z"),
+)
+VERIFY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
+    ("--verify-url", "url", str, "URL", "probe after success, like http://{main_ip}:8080/health"),
+    ("--verify-status", "status", _number_or_text, "N", "its status (200)"),
+    ("--verify-timeout", "timeoutSec", _duration_s, "TIME", "for one probe (5)"),
+    ("--verify-successes", "successes", _number_or_text, "N", "so many in a row (1)"),
+)
+
+
+def _given(options: argparse.Namespace,
+           known: Iterable[tuple[str, str, Callable[[str], Any], str, str]]) -> dict[str, Any]:
+    """Gives the keys whose options were given."""
+    values = {key: getattr(options, flag[2:].replace("-", "_")) for flag, key, *_ in known}
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def command_create(context: Context) -> int:
     options = context.options
-    payload: object = {}
+    body: dict[str, Any] = {"target": options.target, "reason": options.reason, "payload": {},
+                            "strategy": _given(options, STRATEGY_OPTIONS)}
     if options.payload:
         try:
-            payload = parse_json(_read_text(options.payload))
+            body["payload"] = parse_json(_read_text(options.payload))
         except ValueError as error:
             raise AppError(2002, f"--payload {options.payload} is not JSON: {one_line(error, 150)}") from None
-    request = parse_release_request({"target": options.target, "reason": options.reason, "payload": payload})
-    return _show_created(context, *context.open(create=True).create_release(request, context.actor))
+    verify = _given(options, VERIFY_OPTIONS)
+    if verify:
+        body["strategy"]["verify"] = verify
+    if options.label:
+        body["labels"] = _labels_option(options.label)
+    store = context.open(create=True)
+    if options.node:
+        body["nodeIds"] = [store.node_named(name).id for name in options.node]
+    request = parse_release_request(body)
+    if options.plan:
+        return _show_plan(context, store.plan_release(request))
+    return _show_created(context, *store.create_release(request, context.actor))
+
+
+def _show_plan(context: Context, plan: Plan) -> int:
+    """Prints what a release would do, and whom it would leave out."""
+    limits = [("nodes", sum(map(len, plan.batches))), ("failed in all, at most", plan.max_failed_total),
+              ("in flight at once, at most", plan.strategy.max_parallel or None)]
+    text = table([(number, len(ids), most, _words(ids)) for number, (ids, most) in enumerate(
+        zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "ids of nodes"))
+    left_out = [f"left out: {node.name} is {node.condition}" for node in plan.left_out]
+    context.show(plan_json(plan), "\n".join(
+        [text, *(f"{name}: {value}" for name, value in limits if value is not None), *left_out]))
+    return EXIT_DONE
 
 
 def _show_created(context: Context, release: Release, batches: Sequence[Sequence[int]]) -> int:
     if context.options.wait:
         print(f"{release}: created", file=sys.stderr)
         return _watch(context, release.id)
-    sizes = ", ".join(str(len(batch)) for batch in batches)
     context.show(created_json(release, batches),
-                 f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of {sizes}")
+                 f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
+                 f"{_words([len(batch) for batch in batches])}")
     return EXIT_DONE
 
 
@@ -4135,27 +5018,137 @@ def command_status(context: Context) -> int:
 
 
 def command_watch(context: Context) -> int:
-    return _watch(context, context.options.id)
+    if context.options.id != LATEST:
+        return _watch(context, int(context.options.id))
+    page = context.open().releases(size=1)
+    if not page.items:
+        raise AppError(3001, "there is no release yet")
+    return _watch(context, page.items[0].id)
+
+
+WATCH_EVERY_S = 0.5
+
+
+class Until(NamedTuple):
+    """What watch waits for: the end, a pause, or the end of a batch."""
+    paused: bool = False
+    batch: int = 0
+
+    def is_reached(self, progress: Progress) -> bool:
+        """Says whether watch may end; a release that is at its end always does."""
+        at = min((b.number for b in progress.batches if b.count(PENDING, RUNNING)), default=MAX_NODES)
+        return (progress.release.is_terminal or (self.paused and progress.release.status == PAUSED)
+                or 0 < self.batch < at)
+
+
+def _until(text: str) -> Until:
+    """Reads terminal, paused or batch=N."""
+    match = re.fullmatch(r"batch=([1-9][0-9]{0,6})", text)
+    if match:
+        return Until(batch=int(match[1]))
+    if text not in ("terminal", PAUSED):
+        raise argparse.ArgumentTypeError(f"{text!r} is not terminal, paused or batch=N")
+    return Until(paused=text == PAUSED)
 
 
 def _watch(context: Context, release_id: int) -> int:
-    """Follows a release to its end: a line on standard error when its sentence changes."""
-    store, said = context.open(), ""
+    """Follows a release on standard error until what --until names, whatever becomes of the database.
+
+    Gives EXIT_BUSY when --timeout is over first.
+    """
+    options, store, screen = context.options, context.open(), Screen(sys.stderr)
+    ends_at = time.monotonic() + (options.timeout or float("inf"))
     while True:
         try:
-            release = store.release(release_id)
+            progress = store.progress(release_id)
+            screen.show(progress)
         except DatabaseError as error:
-            line = str(error)
+            screen.say(str(error))
         else:
-            line = release_line(release)
-            if release.is_terminal:
+            if options.until.is_reached(progress):
                 break
-        if line != said:
-            print(line, file=sys.stderr, flush=True)
-        said = line
-        time.sleep(min(0.5, context.settings.release_executor_interval_sec))
+        left_s = ends_at - time.monotonic()
+        if left_s <= 0:
+            print(f"release {release_id}: not there within {options.timeout:g} s", file=sys.stderr)
+            return EXIT_BUSY
+        time.sleep(min(WATCH_EVERY_S, left_s))
+    release = progress.release
     context.show({"release": release_json(release)}, release_line(release))
     return exit_code_of(release)
+
+
+class Screen:
+    """Shows the progress of a release: drawn anew in a terminal, else a line for each step."""
+
+    MARKS = ((SUCCESS, "#", "32"), (FAILED, "x", "31"), (RUNNING, ">", "36"), (SKIPPED, "-", "90"),
+             (PENDING, ".", "0"))
+    MAX_BATCHES, MAX_FAILURES = 12, 8
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._has_colours = self._is_terminal and not os.environ.get("NO_COLOR")
+        self._drawn = 0
+        self._said = ""
+
+    def show(self, progress: Progress) -> None:
+        """Shows where a release stands."""
+        if self._is_terminal:
+            self._draw(self._lines(progress))
+            return
+        release = progress.release
+        # a sentence that only counts seconds is no step
+        self._say(release_line(release), f"{release.status} {release.status_reason.partition(', slowest')[0]}")
+
+    def say(self, line: str) -> None:
+        """Shows what is wrong, once."""
+        if self._is_terminal:
+            self._draw([line])
+        else:
+            self._say(line, line)
+
+    def _say(self, line: str, step: str) -> None:
+        if step != self._said:
+            print(line, file=self._stream, flush=True)
+        self._said = step
+
+    def _draw(self, lines: Sequence[str]) -> None:
+        """Puts lines in the place of the last ones."""
+        up = f"\x1b[{self._drawn}A" if self._drawn else ""
+        print(up + "".join(f"\r\x1b[K{line}\n" for line in lines) + "\x1b[J", end="", file=self._stream, flush=True)
+        self._drawn = len(lines)
+
+    def _lines(self, progress: Progress) -> list[str]:
+        width = max(40, shutil.get_terminal_size((100, 24)).columns - 1)
+        release, batches = progress.release, progress.batches
+        at = max(release.current_batch or len(batches), 1)
+        # the batches around the current one, where there are too many for the screen
+        first = max(0, min(at - self.MAX_BATCHES // 2, len(batches) - self.MAX_BATCHES))
+        lines = [release_line(release)[:width]]
+        lines += [self._batch_line(batch, width) for batch in batches[first:first + self.MAX_BATCHES]]
+        if len(batches) > self.MAX_BATCHES:
+            lines.append(f"({len(batches)} batches in all)")
+        lines.append(f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
+                     f"{release.skipped_nodes} skipped of {release.total_nodes}")
+        shown = progress.failures[:self.MAX_FAILURES]
+        lines += [self._paint(f"  {name}: {text}"[:width], "31") for name, text in shown]
+        if release.failed_nodes > len(shown):
+            lines.append(f"  and {release.failed_nodes - len(shown)} more")
+        return lines
+
+    def _batch_line(self, batch: BatchProgress, width: int) -> str:
+        """Gives one batch as a bar whose parts are as long as their share, rounded, and at least one mark."""
+        room = min(40, width - 30)
+        parts = [(mark, colour, batch.count(status)) for status, mark, colour in self.MARKS]
+        bar = ""
+        for mark, colour, count in parts:
+            length = max(1, round(room * count / batch.total)) if count else 0
+            bar += self._paint(mark * length, colour) if length else ""
+        done = batch.count(SUCCESS)
+        return f"batch {batch.number:>3} {done:>6} of {batch.total:<6} {bar}"
+
+    def _paint(self, text: str, colour: str) -> str:
+        return f"\x1b[{colour}m{text}\x1b[0m" if self._has_colours else text
 
 
 def command_events(context: Context) -> int:
@@ -4169,14 +5162,29 @@ def command_events(context: Context) -> int:
 
 def command_act(context: Context) -> int:
     options = context.options
-    release = context.open().act(options.command, options.id, context.actor, parse_text("--reason", options.reason))
+    verb = CANCEL_BY_FORCE if options.command == "cancel" and options.force else options.command
+    more = {"accept_failures": options.accept_failures} if verb == "resume" else {}
+    release = context.open().act(verb, options.id, context.actor, parse_text("--reason", options.reason), **more)
     context.show(release_json(release), release_line(release))
     return EXIT_DONE
 
 
 def command_again(context: Context) -> int:
-    make = {"retry": Store.retry, "rollback": Store.rollback}[context.options.command]
-    return _show_created(context, *make(context.open(), context.options.id, context.actor))
+    options = context.options
+    make = {"retry": Store.retry, "rollback": Store.rollback}[options.command]
+    return _show_created(context, *make(context.open(), options.id, context.actor,
+                                        parse_text("--reason", options.reason)))
+
+
+def command_freeze(context: Context) -> int:
+    options, store = context.options, context.open()
+    if options.switch == "on" and not options.reason:
+        raise AppError(2001, "--reason is missing: say why, for whoever waits")
+    freeze = store.freeze() if options.switch is None else store.set_freeze(
+        options.switch == "on", context.actor, parse_text("--reason", options.reason))
+    context.show(freeze_json(freeze), f"frozen by {freeze.actor} at {freeze.at}: {freeze.reason}" if freeze.frozen
+                 else "not frozen")
+    return EXIT_DONE
 
 
 def command_check(context: Context) -> int:
@@ -4213,9 +5221,20 @@ def _number_option(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+LATEST = "latest"
+
+
+def _id_or_latest(text: str) -> int | str:
+    return text if text == LATEST else _number_option(0, MAX_ID)(text)
+
+
 _ID_OPTION = _option("id", metavar="ID", type=_number_option(0, MAX_ID), help="id of the release")
 _REASON_OPTION = _option("--reason", default="", metavar="TEXT", help="why, for the history")
-_WAIT_OPTION = _option("--wait", action="store_true", help="follow it to its end; exit 0 on success, 1 else")
+_WATCH_OPTIONS = (
+    _option("--until", type=_until, default=Until(), metavar="WHAT", help="terminal, paused or batch=N (terminal)"),
+    _option("--timeout", type=_duration_s, metavar="TIME", help="exit 75 when it is over: 90, 5m"))
+_WAIT_OPTIONS = (
+    _option("--wait", action="store_true", help="follow it to its end; exit 0 on success, 1 else"), *_WATCH_OPTIONS)
 _NODE_OPTIONS = (
     _option("--port", type=_number_option(1, 65535), help="the agent's port (8443)"),
     _option("--protocol", choices=PROTOCOLS, help="the agent's dialect (tasks)"),
@@ -4241,23 +5260,36 @@ COMMANDS: tuple[Command, ...] = (
         _option("names", nargs="*", metavar="NAME", help="none: every enabled node"),)),
     Command("create", "create a release for the enabled, online nodes", command_create, (
         _option("--payload", metavar="FILE", help="JSON object for the agents; - for standard input"),
-        _REASON_OPTION, _option("--target", default="cdn"), _WAIT_OPTION)),
+        _REASON_OPTION, _option("--target", default="cdn"),
+        _option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
+        _option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
+        *(_option(flag, type=parse, metavar=metavar, help=text)
+          for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS)),
+        _option("--plan", action="store_true", help="show what it would do, and create nothing"), *_WAIT_OPTIONS)),
     Command("list", "list releases, newest first", command_list, (
         _option("--status", choices=RELEASE_STATUSES),
         _option("--page", type=_number_option(1, 10**9), default=1),
         _option("--page-size", type=_number_option(1, MAX_PAGE_SIZE), default=20))),
     Command("status", "a release and its nodes", command_status, (_ID_OPTION,)),
-    Command("watch", "follow a release to its end", command_watch, (_ID_OPTION,)),
+    Command("watch", "follow a release to its end", command_watch, (
+        _option("id", metavar="ID", nargs="?", default=LATEST, type=_id_or_latest,
+                help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
     Command("events", "the history of a release", command_events, (
         _ID_OPTION, _option("--after", type=_number_option(0, MAX_ID), default=0, help="only ids above this one"),
         _option("--limit", type=_number_option(1, 100000), default=1000))),
     Command("pause", "dispatch nothing more until resume", command_act, (_ID_OPTION, _REASON_OPTION)),
-    Command("resume", "go on with a paused release", command_act, (_ID_OPTION, _REASON_OPTION)),
-    Command("cancel", "end a release: what is in flight is waited for", command_act, (_ID_OPTION, _REASON_OPTION)),
+    Command("resume", "go on with a paused release", command_act, (
+        _ID_OPTION, _REASON_OPTION,
+        _option("--accept-failures", action="store_true", help="what failed so far counts no more"))),
+    Command("cancel", "end a release: what is in flight is waited for", command_act, (
+        _ID_OPTION, _REASON_OPTION,
+        _option("--force", action="store_true", help="at once: what is in flight is given up, its outcome unknown"))),
     Command("retry", "a new release for the failed and skipped nodes of one", command_again,
-            (_ID_OPTION, _WAIT_OPTION)),
+            (_ID_OPTION, _REASON_OPTION, *_WAIT_OPTIONS)),
     Command("rollback", "a new release of the newest successful payload before one", command_again,
-            (_ID_OPTION, _WAIT_OPTION)),
+            (_ID_OPTION, _REASON_OPTION, *_WAIT_OPTIONS)),
+    Command("freeze", "let nothing new be dispatched, by any process (on), or again (off); without a word: say which",
+            command_freeze, (_option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),
     Command("check", "configuration, certificates, database, agents: what is wrong and how to mend it",
             command_check),
 )

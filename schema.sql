@@ -118,3 +118,29 @@ CREATE TABLE health_probe (
 INSERT INTO health_probe (id) VALUES (1);
 
 INSERT INTO schema_version (version) VALUES (1);
+
+-- step 2: what a strategy has reached, failures that a person accepted, and the freeze
+
+-- Up to which batch all is over (soak, second look, pause), until when a batch soaks, and who
+-- paused the release.
+ALTER TABLE release_tasks ADD COLUMN passed_batch INTEGER NOT NULL DEFAULT 0;
+
+ALTER TABLE release_tasks ADD COLUMN soak_until TEXT;
+
+ALTER TABLE release_tasks ADD COLUMN paused_by TEXT NOT NULL DEFAULT '';
+
+-- 1: counts against no limit any more.
+ALTER TABLE release_task_nodes ADD COLUMN accepted INTEGER NOT NULL DEFAULT 0 CHECK (accepted IN (0, 1));
+
+-- One row: while frozen is 1 nothing new is dispatched, by any process.
+CREATE TABLE release_freeze (
+    id     INTEGER NOT NULL PRIMARY KEY CHECK (id = 1),
+    frozen INTEGER NOT NULL DEFAULT 0 CHECK (frozen IN (0, 1)),
+    reason TEXT NOT NULL DEFAULT '',
+    actor  TEXT NOT NULL DEFAULT '',
+    at     TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
+);
+
+INSERT INTO release_freeze (id) VALUES (1);
+
+INSERT INTO schema_version (version) VALUES (2);

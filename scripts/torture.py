@@ -1082,7 +1082,7 @@ NO_SCENE = {"add_node", "add_nodes", "node", "node_named", "nodes", "update_node
 LONG = Scene(("run-once", "--drain"), ("tasks", "tasks"), 2200, outcome="failed")
 LONG_POINTS = ("commit", "dispatch", "query", "claim", "renew")
 # Points that change nothing.
-READING = {"look", "busy_nodes", "claimed_release", "claimed_release_with_nodes", "release"}
+READING = {"look", "obstacles", "claimed_release", "claimed_release_with_nodes", "release"}
 
 
 class Trial:

@@ -33,6 +33,7 @@ ROUTES = {
     ("POST", "/api/v1/releases/{id}/rollback"), ("GET", "/api/v1/releases/{id}/events"),
     ("GET", "/api/v1/nodes"), ("POST", "/api/v1/nodes"), ("GET", "/api/v1/nodes/{id}"),
     ("PATCH", "/api/v1/nodes/{id}"), ("DELETE", "/api/v1/nodes/{id}"),
+    ("GET", "/api/v1/freeze"), ("PUT", "/api/v1/freeze"),
     ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"), ("GET", "/openapi.json"),
 }
 HTTP_STATUS = {0: (200, 201), 1001: (401,), 1002: (401,), 1004: (403,), 2001: (400,), 2002: (400,), 2003: (400,),
@@ -189,7 +190,7 @@ def sha256(token: str) -> str:
 
 def ended(store: rc.Store, *statuses: str) -> int:
     """Creates a release, and lets it have ended with its nodes in these statuses; gives its id."""
-    release, batches = store.create_release(rc.ReleaseRequest(payload={"sites": ["a"]}), "test")
+    release, batches = store.create_release(rc.ReleaseRequest(payload={"for": list(statuses)}), "test")
     with store.database.transaction(write=True) as tx:
         for node_id, status in zip([node_id for batch in batches for node_id in batch], statuses):
             tx.execute("UPDATE release_task_nodes SET status = ? WHERE release_task_id = ? AND node_id = ?",
@@ -947,6 +948,7 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
             ("POST", "/api/v1/nodes", 0, {"name": "n", "mainIp": "::1", "agentPort": 1, "labels": {"a": "b"}}),
             ("PATCH", "/api/v1/nodes/{id}", 3, {"status": "offline", "enabled": False}),
             ("GET", "/api/v1/nodes/{id}", 3, None), ("DELETE", "/api/v1/nodes/{id}", 3, None),
+            ("PUT", "/api/v1/freeze", 0, {"frozen": True, "reason": "x"}), ("GET", "/api/v1/freeze", 0, None),
             ("GET", "/healthz", 0, None), ("GET", "/readyz", 0, None)):
         operation = document["paths"][path][method.lower()]
         answer = client(method, path.replace("{id}", str(number)), body)

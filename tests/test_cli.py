@@ -146,7 +146,7 @@ def fill(cli: Cli, open_store) -> Cli:
     store = open_store(f"sqlite:///{cli.folder}/releasectl.db")
     add_nodes(store, 2)
     for status in ("success", "failed", "pending"):
-        release = new_release(store, reason=f"for {status}")
+        release = new_release(store, reason=f"for {status}", payload={"for": status})
         with store.database.transaction(write=True) as tx:
             tx.execute("UPDATE release_tasks SET status = ? WHERE id = ?", status, release.id)
             if status != "pending":

@@ -1,0 +1,654 @@
+"""The operator steers: strategies, gates, verbs, freeze (contract section 7), pure and on both engines."""
+from __future__ import annotations
+
+import http.server
+import itertools
+import threading
+
+import pytest
+from conftest import ADDRESSES, add_nodes, assert_books_balance, eventually, new_release, statuses
+from test_decision import NOW, POLICY, decide, failed_verdict, later, moves, node, outcome, release, running, sends
+
+import releasectl as rc
+
+VERIFY = rc.Verify("http://{main_ip}/health")
+SOAK = rc.Strategy(soak_s=60)
+
+
+def lines_of(*found: str, batch: int = 1) -> list[rc.ReleaseNode]:
+    """Gives nodes 1, 2, ... of one batch in these statuses, and one pending node of the next."""
+    return [*(node(n, s, batch) for n, s in enumerate(found, 1)), node(len(found) + 1, batch=batch + 1)]
+
+
+# -- what a strategy means, in whole numbers -----------------------------------------------------
+
+@pytest.mark.parametrize(("sizes", "count", "expected"), [
+    ([1], 50, [1, 49]), ([1, "10%", "25%"], 50, [1, 5, 12, 32]), (["10%"], 19, [1, 18]), (["1%"], 3, [1, 2]),
+    (["100%"], 3, [3]), ([5, 5], 3, [3]), ([1, 1, 1], 3, [1, 1, 1]), (["50%", "50%"], 5, [2, 2, 1]), ([2], 1, [1])])
+def test_batches_are_sizes_or_shares_of_all_nodes_rounded_down_at_least_one_and_the_rest(sizes, count, expected):
+    batches = rc.plan_batches(range(1, count + 1), rc.parse_strategy({"batches": sizes}).batches)
+    assert [len(batch) for batch in batches] == expected
+    assert sum(batches, []) == list(range(1, count + 1))
+
+
+@pytest.mark.parametrize(("limit", "sizes", "expected"), [
+    (0, [1], [0, 0]), (2, [1], [2, 2]), ("5%", [20, 39], [1, 1, 2]), ("100%", [1], [1, 99]), ("0%", [1], [0, 0])])
+def test_a_share_of_failures_is_of_the_batchs_planned_size_rounded_down(limit, sizes, expected):
+    strategy = rc.parse_strategy({"maxFailed": limit, "batches": sizes, "maxFailedTotal": "3%"})
+    plan = rc.make_plan(strategy, range(1, 101))
+    assert plan.max_failed == expected
+    assert plan.max_failed_total == 3
+
+
+BAD_STRATEGIES = [
+    ({"bachtes": [1]}, "bachtes is not a known key (did you mean batches?)"), ({"batches": []}, "batches"),
+    ({"batches": [0]}, "batches"), ({"batches": ["0%"]}, "batches"), ({"batches": ["101%"]}, "batches"),
+    ({"batches": [True]}, "batches"), ({"batches": [1.5]}, "batches"), ({"batches": 3}, "batches"),
+    ({"batches": ["10 %"]}, "batches"), ({"maxFailed": -1}, "maxFailed"), ({"maxFailed": "a few"}, "maxFailed"),
+    ({"maxFailed": None}, "maxFailed"), ({"maxFailedTotal": "200%"}, "maxFailedTotal"),
+    ({"maxParallel": "10%"}, "maxParallel"), ({"maxParallel": -1}, "maxParallel"), ({"soakSec": -1}, "soakSec"),
+    ({"soakSec": "5m"}, "soakSec"), ({"soakSec": True}, "soakSec"), ({"pauseAfter": [0]}, "pauseAfter"),
+    ({"pauseAfter": "all"}, "pauseAfter"), ({"pauseAfter": [3]}, "pauseAfter names batch 3, and there are 2"),
+    ({"onExceed": "stop"}, "onExceed"), ({"nodeDeadlineSec": 0}, "nodeDeadlineSec"), ({"retries": 101}, "retries"),
+    ({"startAt": "tomorrow"}, "startAt"), ({"startAt": "2026-02-30T00:00:00Z"}, "startAt"),
+    ({"startAt": "2026-01-31T22:00:00"}, "startAt"), ({"verify": {}}, "verify"), ({"verify": "http://x"}, "verify"),
+    ({"verify": {"url": "http://evil.example/"}}, "url"), ({"verify": {"url": "file://{main_ip}/x"}}, "url"),
+    ({"verify": {"url": "http://{main_ip}.evil.example/"}}, "url"),
+    ({"verify": {"url": "http://{main_ip}@evil.example/"}}, "url"),
+    ({"verify": {"url": "http://{main_ip}:99999/"}}, "port"), ({"verify": {"url": "http://{main_ip}/{id}"}}, "{...}"),
+    ({"verify": {"url": "http://{main_ip}/a b"}}, "url"), ({"verify": {"url": "http://{main_ip}/\r\nX: y"}}, "url"),
+    ({"verify": {"url": "http://{main_ip}/", "stauts": 200}}, "stauts is not a known key (did you mean status?)"),
+    ({"verify": {"url": "http://{main_ip}/", "status": 99}}, "status"),
+    ({"verify": {"url": "http://{main_ip}/", "successes": 0}}, "successes"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "named"), BAD_STRATEGIES)
+def test_what_can_not_be_meant_is_refused_at_creation_by_name(store, strategy, named):
+    add_nodes(store, 2)
+    with pytest.raises(rc.AppError) as error:
+        new_release(store, strategy=strategy)
+    assert error.value.code == 2003
+    assert named in error.value.message
+    assert store.releases().total == 0
+
+
+@pytest.mark.parametrize(("url", "address", "expected"), [
+    ("http://{main_ip}:8080/health", "10.0.0.1", "http://10.0.0.1:8080/health"),
+    ("https://{main_ip}/?n={name}", "::1", "https://[::1]/?n=edge%201%2F%3F"),
+    ("http://{name}", "10.0.0.1", "http://edge%201%2F%3F")])
+def test_a_probe_goes_to_the_node_itself(url, address, expected):
+    verify = rc.parse_strategy({"verify": {"url": url}}).verify
+    assert verify.url_for(node(1, name="edge 1/?", main_ip=address)) == expected
+
+
+@pytest.mark.parametrize(("text", "stored"), [
+    ("2026-01-31T22:00:00Z", "2026-01-31T22:00:00.000Z"), ("2026-01-31T22:00:00.25+02:00", "2026-01-31T20:00:00.250Z")])
+def test_a_time_is_kept_in_utc(text, stored):
+    assert rc.parse_strategy({"startAt": text}).start_at == stored
+
+
+# -- who gets it ----------------------------------------------------------------------------------
+
+def test_the_nodes_are_chosen_by_id_or_label_and_those_left_out_are_named(store):
+    nodes = [store.add_node(f"edge-{n}", f"10.0.0.{n}", labels=rc.to_json({"region": region}))
+             for n, region in enumerate(["eu", "eu", "us", "eu"], 1)]
+    store.update_node(2, {"status": "maintenance"})
+    store.update_node(3, {"enabled": 0})
+    plan = store.plan_release(rc.ReleaseRequest(labels={"region": "eu"}))
+    assert plan.batches == [[1], [4]]
+    assert [(n.name, n.condition) for n in plan.left_out] == [("edge-2", "in maintenance")]
+    assert store.plan_release(rc.ReleaseRequest(node_ids=[4, 1])).batches == [[1], [4]]
+    assert [n.name for n in store.plan_release(rc.ReleaseRequest()).left_out] == ["edge-2", "edge-3"]
+    for ids, message in (([2], "node edge-2 is in maintenance"), ([1, 3], "node edge-3 is disabled"),
+                         ([9], "node 9 does not exist")):
+        with pytest.raises(rc.AppError, match=message):
+            store.create_release(rc.ReleaseRequest(node_ids=ids), "test")
+    with pytest.raises(rc.AppError, match='no online nodes with the labels {"region":"us"}') as error:
+        store.create_release(rc.ReleaseRequest(labels={"region": "us"}), "test")
+    assert error.value.code == 3003
+    assert store.releases().total == 0
+    assert len(nodes) == 4
+
+
+def test_a_plan_writes_nothing_and_is_what_the_release_then_does(store):
+    add_nodes(store, 20)
+    request = rc.ReleaseRequest(strategy={"batches": [1, "50%"], "maxFailed": "20%"}, reason="nightly")
+    plan = store.plan_release(request)
+    assert store.releases().total == 0
+    made, batches = store.create_release(request, "test")
+    assert batches == plan.batches
+    assert plan.max_failed == [0, 2, 1]
+    assert rc.parse_json(made.strategy) == request.strategy
+    assert store.events(made.id)[0].detail == "nightly; batches of 1, 10, 9; at most 0, 2, 1 failed"
+
+
+# -- failures ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3])
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_exactly_the_promised_number_of_failures_ends_a_release(most, count):
+    found = ["failed"] * count + ["success"] * (4 - count)
+    decision = decide(lines_of(*found), strategy=rc.Strategy(max_failed=most))
+    assert (decision.status == "failed") == (count > most)
+    assert bool(sends(decision)) == (count <= most)
+
+
+def test_a_share_of_failures_counts_the_batchs_own_nodes():
+    nodes = [*(node(n, "failed" if n < 3 else "success") for n in range(1, 11)), node(11, batch=2)]
+    assert sends(decide(nodes, strategy=rc.Strategy(max_failed="20%"))) == [("dispatch", 11)]
+    stopped = decide(nodes, strategy=rc.Strategy(max_failed="19%"))
+    assert stopped.status == "failed"
+    assert stopped.status_reason == ("stopped, 2 nodes of batch 1 failed, at most 1 may; "
+                                     "first node edge-1 in batch 1:")
+
+
+def test_failures_of_all_batches_count_against_the_total():
+    nodes = [node(1, "failed"), node(2, "failed", 2), node(3, batch=3)]
+    assert sends(decide(nodes, strategy=rc.Strategy(max_failed=1, max_failed_total=2))) == [("dispatch", 3)]
+    assert decide(nodes, strategy=rc.Strategy(max_failed=1, max_failed_total=1)).status == "failed"
+
+
+def test_on_exceed_pause_keeps_what_is_pending_and_waits_for_a_person():
+    nodes = [node(1, "running", verdict=failed_verdict()), node(2, "running"), node(3), node(4, batch=2)]
+    decision = decide(nodes, strategy=rc.Strategy(on_exceed="pause"))
+    assert moves(decision) == {1: ("running", "failed")}
+    assert (decision.status, sends(decision)) == ("paused", [("query", 2)])
+    assert decision.status_reason == ("paused in batch 1: waiting for edge-2 to end; 1 node of batch 1 failed, "
+                                      "at most 0 may: resume and accept the failures, or cancel")
+
+
+def test_accepted_failures_count_no_more_and_the_result_is_partial():
+    nodes = [node(1, "failed", accepted=1), node(2, "success"), node(3, batch=2)]
+    assert sends(decide(nodes, strategy=rc.Strategy(on_exceed="pause"))) == [("dispatch", 3)]
+    done = decide(nodes[:2], strategy=rc.Strategy(on_exceed="pause"))
+    assert (done.status, done.status_reason) == ("partial", "1 of 2 nodes failed, within what was tolerated: edge-1")
+
+
+# -- how many at once ---------------------------------------------------------------------------------
+
+def test_no_more_than_max_parallel_are_in_flight_and_a_hanging_node_keeps_its_slot():
+    nodes = [node(1, "running", in_flight=True), node(2, "running", due=NOW.elapsed + 9), *map(node, range(3, 9))]
+    assert sends(decide(nodes, strategy=rc.Strategy(max_parallel=2))) == []
+    assert sends(decide(nodes, strategy=rc.Strategy(max_parallel=4))) == [("dispatch", 3), ("dispatch", 4)]
+
+
+# -- between two batches: soak, second look, pause -------------------------------------------------------
+
+def test_a_batch_soaks_before_the_next_one_and_the_moment_is_written_down():
+    decision = decide(lines_of("success"), strategy=SOAK)
+    assert (sends(decision), decision.soak_until) == ([], later(60).text)
+    assert decision.status_reason == f"soaking batch 1 until {later(60).text}"
+    assert decision.wake_at == pytest.approx(NOW.elapsed + 60, abs=0.01)
+    assert decision.changes_more_than_words(release(soak_until=None))
+
+
+def test_a_soak_goes_on_where_it_was_after_a_take_over_and_then_the_next_batch_leaves():
+    soaking = release(soak_until=later(60).text)
+    before = rc.decide(soaking, lines_of("success"), later(59.9), POLICY, SOAK)
+    assert (before.sends, before.soak_until) == ((), later(60).text)
+    after = rc.decide(soaking, lines_of("success"), later(60), POLICY, SOAK)
+    assert (sends(after), after.soak_until, after.passed_batch) == ([("dispatch", 2)], None, 1)
+
+
+def test_nothing_follows_the_last_batch():
+    every = rc.Strategy(soak_s=60, pause_after="each", verify=VERIFY)
+    assert decide([node(1, "success"), node(2, "success", 2)], strategy=every).status == "success"
+
+
+@pytest.mark.parametrize("pause_after", ["each", (1,)])
+def test_a_release_pauses_after_a_batch_until_someone_resumes(pause_after):
+    gated = rc.Strategy(pause_after=pause_after)
+    decision = decide(lines_of("success"), strategy=gated)
+    assert (decision.status, decision.passed_batch, sends(decision)) == ("paused", 1, [])
+    assert decision.status_reason == "paused after batch 1: resume to go on"
+    resumed = rc.decide(release(passed_batch=1), lines_of("success"), NOW, POLICY, gated)
+    assert sends(resumed) == [("dispatch", 2)]
+
+
+def test_a_batch_that_is_not_named_brings_no_pause():
+    assert sends(decide(lines_of("success"), strategy=rc.Strategy(pause_after=(2,)))) == [("dispatch", 2)]
+
+
+def test_the_pause_comes_after_the_soak():
+    both = rc.Strategy(soak_s=60, pause_after="each")
+    assert decide(lines_of("success"), strategy=both).status == "running"
+    over = rc.decide(release(soak_until=NOW.text), lines_of("success"), NOW, POLICY, both)
+    assert (over.status, over.soak_until, over.passed_batch) == ("paused", None, 1)
+
+
+# -- verify ------------------------------------------------------------------------------------------------
+
+VERIFIED = POLICY._replace(probes=2)
+
+
+def test_an_agents_success_is_probed_before_it_counts():
+    seen = rc.observe(running(next_op=rc.QUERY), rc.Outcome(1, "query", rc.SUCCESS), NOW, VERIFIED)
+    assert (seen.verdict, seen.next_op) == (None, rc.PROBE)
+    assert sends(decide([seen])) == [("probe", 1)]
+
+
+def test_so_many_probes_must_pass_in_a_row():
+    seen, passed = running(next_op=rc.PROBE), rc.Outcome(1, "probe", rc.SUCCESS)
+    broken = outcome(rc.UNCLEAR, "probe", error_kind="verify")
+    for step, verdict in ((passed, None), (broken, None), (passed, None), (passed, ("success",))):
+        assert seen.verdict is None
+        seen = rc.observe(seen, step, NOW, VERIFIED)
+        assert (seen.verdict and seen.verdict[:1]) == verdict
+
+
+def test_a_node_that_does_not_pass_is_failed_with_error_kind_verify():
+    seen = running(next_op=rc.PROBE)
+    for _ in range(3):
+        seen = rc.observe(seen, outcome(rc.UNCLEAR, "probe", error_kind="verify", message="HTTP 500"), NOW, VERIFIED)
+    assert seen.verdict[:3] == ("failed", "verify", "HTTP 500 (tried 3 times)")
+
+
+def test_at_the_end_of_its_soak_a_batch_is_probed_again():
+    soaked = rc.Strategy(soak_s=60, verify=VERIFY)
+    nodes = [node(1, "success"), node(2, "failed", accepted=1), node(3, batch=2)]
+    look = rc.decide(release(soak_until=NOW.text), nodes, NOW, POLICY, soaked, slots=8)
+    assert sends(look) == [("probe", 1)]
+    assert look.status_reason == "verifying batch 1 after its soak: waiting for edge-1"
+    passed = rc.observe(look.sends[0].node, rc.Outcome(1, "probe", rc.SUCCESS), NOW, POLICY._replace(probes=1))
+    assert passed.is_looked_at
+    then = rc.decide(release(soak_until=NOW.text), [passed, *nodes[1:]], NOW, POLICY, soaked, slots=8)
+    assert sends(then) == [("dispatch", 3)]
+
+
+def test_a_success_that_the_second_look_takes_back_is_a_failure_of_the_release():
+    soaked = rc.Strategy(soak_s=60, verify=VERIFY)
+    taken_back = node(1, "success", verdict=failed_verdict("verify", "HTTP 500"))
+    decision = rc.decide(release(soak_until=NOW.text), [taken_back, node(2, batch=2)], NOW, POLICY, soaked)
+    assert moves(decision) == {1: ("success", "failed"), 2: ("pending", "skipped")}
+    assert (decision.status, decision.error_msg) == ("failed", "node edge-1: HTTP 500")
+
+
+# -- freeze --------------------------------------------------------------------------------------------------
+
+FROZEN = rc.Freeze(True, "change freeze for the holidays", "anna", NOW.text)
+
+
+def test_a_freeze_lets_nothing_be_dispatched_not_even_again_and_polls_go_on():
+    nodes = [node(1, "running"), node(2, "running", next_op=rc.DISPATCH), node(3)]
+    decision = decide(nodes, freeze=FROZEN)
+    assert sends(decision) == [("query", 1)]
+    assert decision.status_reason == ("frozen: change freeze for the holidays; "
+                                      "waiting for edge-1 and 1 more to end")
+
+
+def test_a_frozen_commit_of_a_dispatch_changes_nothing(store):
+    add_nodes(store, 1)
+    made = new_release(store)
+    claim = store.claim(made.id, "a", 30)
+    read, nodes = store.claimed_release_with_nodes(claim)
+    store.set_freeze(True, "anna", "holidays")
+    now = rc.Moment(store.clock.wall(), store.clock.elapsed())
+    with pytest.raises(rc.StateMoved, match="a freeze came before"):
+        store.commit(claim, read, rc.decide(read, nodes, now, POLICY), now, "a")
+    assert statuses(store, made.id) == ["pending"]
+
+
+# -- what a pending release waits for --------------------------------------------------------------------------
+
+def test_a_pending_release_says_whom_or_what_it_waits_for(store):
+    add_nodes(store, 1)
+    first, second = new_release(store), new_release(store)
+    other = new_release(store, target="dns", strategy={"startAt": "2999-01-01T00:00:00Z"})
+
+    def said(number: int) -> str:
+        return store.release(number).status_reason
+
+    assert said(first.id) == "waiting for the executor"
+    assert said(second.id) == f"waiting for release {first.id}, which is pending"
+    assert said(other.id) == "starts no earlier than 2999-01-01T00:00:00.000Z"
+    store.act("pause", first.id, "ops-anna")
+    assert said(first.id) == "paused by ops-anna: resume to go on"
+    assert said(second.id) == f"waiting for release {first.id}, which ops-anna paused"
+    store.set_freeze(True, "anna", "change freeze for the holidays")
+    store.act("resume", first.id, "ops-anna")
+    assert said(first.id) == said(other.id) == "frozen: change freeze for the holidays"
+    assert store.look() == ([], [])
+    store.set_freeze(False, "anna")
+    assert store.look() == ([first.id], [])
+    store.act("cancel", first.id, "anna")
+    assert said(second.id) == "waiting for the executor"
+    assert store.look() == ([second.id], [])
+
+
+def test_a_running_release_says_on_whom_it_waits_and_until_when():
+    slow = [node(17, "running", name="edge-17", deadline=NOW.elapsed + 559, due=NOW.elapsed + 1),
+            node(18, "running", due=NOW.elapsed + 1, deadline=NOW.elapsed + 590),
+            *(node(n, "success") for n in range(19, 67)), node(99, batch=2)]
+    assert decide(slow).status_reason == \
+        "batch 1 of 2: waiting for 2 of 50 nodes, slowest edge-17 for 41 s of 600 s"
+
+
+# -- verbs: every pair of verb and state ------------------------------------------------------------------------
+
+ALLOWED = {
+    "pause": {"pending": "paused", "running": "paused"},
+    "resume": {"paused": "running"},
+    "cancel": {"pending": "cancelling", "running": "cancelling", "paused": "cancelling"},
+    "cancel --force": dict.fromkeys(("pending", "running", "paused", "cancelling"), "cancelled"),
+}
+
+
+def in_state(store: rc.Store, status: str) -> rc.Release:
+    """Gives a release in a status, with a node that is success, one in flight and one pending."""
+    add_nodes(store, 3)
+    made = new_release(store)
+    found = ("success", "failed", "skipped") if status in rc.TERMINAL else ("success", "running", "pending")
+    with store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_tasks SET status = ?, started_at = created_at WHERE id = ?", status, made.id)
+        for number, one in enumerate(found, 1):
+            tx.execute("UPDATE release_task_nodes SET status = ?, attempts = 1, started_at = created_at "
+                       "WHERE release_task_id = ? AND node_id = ?", one, made.id, number)
+    return store.release(made.id)
+
+
+@pytest.mark.parametrize(("verb", "status"), list(itertools.product(ALLOWED, rc.RELEASE_STATUSES)))
+def test_every_verb_in_every_state_works_or_says_which_states_allow_it(store, verb, status):
+    made = in_state(store, status)
+    expected = ALLOWED[verb].get(status)
+    if expected is None:
+        with pytest.raises(rc.AppError, match=f"release 1 is {status}: {verb} needs ") as error:
+            store.act(verb, made.id, "anna")
+        assert error.value.code == 3003
+        assert store.release(made.id) == made
+        return
+    after = store.act(verb, made.id, "anna", "because")
+    assert after.status == expected
+    events = [e for e in store.events(made.id) if e.actor == "anna" and e.node_id is None]
+    if (verb, status) != ("cancel --force", "cancelling"):
+        assert events[0].detail == "because"
+    assert_books_balance(store, made.id)
+
+
+@pytest.mark.parametrize(("verb", "status"), list(itertools.product(("retry", "rollback"), rc.RELEASE_STATUSES)))
+def test_retry_and_rollback_in_every_state(store, verb, status):
+    add_nodes(store, 3)
+    good = new_release(store, payload={"a": 1})
+    with store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_tasks SET status = 'success' WHERE id = ?", good.id)
+    made = new_release(store, payload={"a": 2})
+    with store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_tasks SET status = ? WHERE id = ?", status, made.id)
+        tx.execute("UPDATE release_task_nodes SET status = 'failed' WHERE release_task_id = ?", made.id)
+    if status in rc.VERBS[verb].states:
+        new, _ = getattr(store, verb)(made.id, "anna", "because")
+        assert new.reason == "because"
+        assert rc.parse_json(new.payload) == {"a": 2 if verb == "retry" else 1}
+    else:
+        with pytest.raises(rc.AppError, match=f"release 2 is {status}: {verb} needs "):
+            getattr(store, verb)(made.id, "anna")
+
+
+def test_a_cancel_by_force_ends_at_once_and_the_nodes_in_flight_are_abandoned(store):
+    made = in_state(store, "running")
+    claim_of_another = store.claim(made.id, "executor", 30)
+    after = store.act("cancel --force", made.id, "anna")
+    assert (after.status, after.claim_expires_at) == ("cancelled", None)
+    nodes = store.release_with_nodes(made.id)[1]
+    assert [(n.status, n.error_kind) for n in nodes] == [("success", ""), ("failed", "abandoned"), ("skipped", "")]
+    assert "outcome unknown" in nodes[1].error_msg
+    with pytest.raises(rc.ClaimLost):
+        store.claimed_release(claim_of_another)
+
+
+def test_resume_of_too_many_failures_needs_them_accepted(store):
+    add_nodes(store, 3)
+    made = new_release(store, strategy={"onExceed": "pause"})
+    with store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_tasks SET status = 'paused', started_at = created_at")
+        tx.execute("UPDATE release_task_nodes SET status = 'failed' WHERE node_id = 1")
+    with pytest.raises(rc.AppError, match="1 node of batch 1 failed, at most 0 may: resume it with acceptFailures"):
+        store.act("resume", made.id, "anna")
+    assert store.act("resume", made.id, "anna", accept_failures=True).status == "running"
+    assert store.events(made.id)[-1].detail == "failures accepted: 1"
+    assert [n.accepted for n in store.release_with_nodes(made.id)[1]] == [1, 0, 0]
+
+
+def test_failures_that_end_a_release_can_not_be_accepted(store):
+    add_nodes(store, 3)
+    made = new_release(store)
+    with store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_tasks SET status = 'paused', started_at = created_at")
+        tx.execute("UPDATE release_task_nodes SET status = 'failed' WHERE node_id = 1")
+    with pytest.raises(rc.AppError, match="onExceed"):
+        store.act("resume", made.id, "anna", accept_failures=True)
+    assert store.act("resume", made.id, "anna").status == "running"
+
+
+def test_rule_10_a_rollback_to_the_same_payload_is_refused(store):
+    add_nodes(store, 1)
+    for _ in range(2):
+        new_release(store, payload={"sites": ["a"]})
+    with store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_tasks SET status = 'success'")
+        tx.execute("UPDATE release_task_nodes SET status = 'success'")
+    with pytest.raises(rc.AppError, match="release 1, the newest success before 2, has the same payload"):
+        store.rollback(2, "anna")
+
+
+def test_rule_10_a_retry_keeps_the_strategy_and_a_rollback_waits_for_nothing(store):
+    add_nodes(store, 4)
+    strategy = {"batches": [1, 1, 1], "maxFailed": 1, "soakSec": 60, "pauseAfter": [1, 3],
+                "startAt": "2020-01-01T00:00:00Z"}
+    good, bad = new_release(store, payload={"a": 1}), new_release(store, payload={"a": 2}, strategy=strategy)
+    with store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_tasks SET status = CASE WHEN id = ? THEN 'success' ELSE 'failed' END", good.id)
+        tx.execute("UPDATE release_task_nodes SET status = 'failed' WHERE node_id < 3")
+    again, back = store.retry(bad.id, "anna")[0], store.rollback(bad.id, "anna")[0]
+    assert rc.parse_json(again.strategy) == {"batches": [1, 1, 1], "maxFailed": 1, "soakSec": 60, "pauseAfter": [1]}
+    assert rc.parse_json(back.strategy) == {"batches": [1, 1, 1], "maxFailed": 1}
+
+
+# -- over real agents ------------------------------------------------------------------------------------------
+
+def drained(world, status: str, **fields) -> rc.Release:
+    """Runs a release until nothing is left to do; gives it in the status that it must have."""
+    made = new_release(world.store, **fields)
+    world.drain()
+    after = world.store.release(made.id)
+    assert after.status == status, after.status_reason
+    assert_books_balance(world.store, made.id)
+    return after
+
+
+def test_max_failed_tolerates_and_the_result_is_called_partial(world):
+    world.nodes(4)
+    world.agent(2).set(outcome="failed")
+    after = drained(world, "partial", strategy={"batches": [1, 2], "maxFailed": 1})
+    assert statuses(world.store, after.id) == ["success", "failed", "success", "success"]
+    assert (after.success_nodes, after.failed_nodes) == (3, 1)
+
+
+def test_on_exceed_pause_then_accept_goes_on_to_partial(world):
+    world.nodes(3)
+    world.agent(1).set(outcome="failed")
+    made = drained(world, "paused", strategy={"onExceed": "pause"})
+    assert statuses(world.store, made.id) == ["failed", "pending", "pending"]
+    world.store.act("resume", made.id, "anna", accept_failures=True)
+    world.drain()
+    assert world.store.release(made.id).status == "partial"
+
+
+def test_on_exceed_pause_then_accept_while_its_executor_still_follows_nodes(world):
+    world.nodes(3, task_ms=1500)
+    world.agent(1).set(outcome="failed", task_ms=10)
+    made = new_release(world.store, strategy={"batches": [2], "onExceed": "pause"})
+    executor = world.executor()
+    executor._look(is_tick=False)
+    eventually(lambda: world.store.release(made.id).status == "paused")
+    world.store.act("resume", made.id, "anna", accept_failures=True)
+    executor.nudge()
+    assert eventually(lambda: world.store.release(made.id).is_terminal)
+    assert statuses(world.store, made.id) == ["failed", "success", "success"]
+
+
+def test_max_parallel_is_a_true_limit(world):
+    world.nodes(6, task_ms=100)
+    made = drained(world, "success", strategy={"batches": [6], "maxParallel": 2})
+    changes = [(e.to_status, e.node_id) for e in world.store.events(made.id) if e.node_id]
+    in_flight, most = set(), 0
+    for status, node_id in changes:
+        (in_flight.add if status == "running" else in_flight.discard)(node_id)
+        most = max(most, len(in_flight))
+    assert most == 2
+
+
+def test_pause_after_each_batch_waits_for_a_person_each_time(world):
+    world.nodes(3)
+    made = drained(world, "paused", strategy={"batches": [1, 1], "pauseAfter": "each"})
+    for expected in (["success", "success", "pending"], ["success"] * 3):
+        world.store.act("resume", made.id, "anna")
+        world.drain()
+        assert statuses(world.store, made.id) == expected
+    assert world.store.release(made.id).status == "success"
+
+
+def test_a_soak_lies_between_the_batches_also_over_ticks(world):
+    world.nodes(2)
+    made = new_release(world.store, strategy={"soakSec": 1})
+    world.executor().run_once()
+    between = world.store.release(made.id)
+    assert between.status_reason == f"soaking batch 1 until {between.soak_until}"
+    eventually(lambda: world.executor().run_once() and world.store.release(made.id).is_terminal)
+    nodes = world.store.release_with_nodes(made.id)[1]
+    assert rc.epoch_of(nodes[1].started_at) >= rc.epoch_of(nodes[0].finished_at) + 0.99
+
+
+def test_retries_and_deadline_of_a_strategy_are_the_releases_own(world):
+    world.nodes(1, task_ms=60_000)
+    made = drained(world, "failed", strategy={"nodeDeadlineSec": 1, "retries": 0})
+    assert world.store.release_with_nodes(made.id)[1][0].error_kind == "deadline"
+
+
+def test_a_release_does_not_start_before_its_time(world):
+    world.nodes(1)
+    start = rc.utc_text(world.store.clock.wall() + 1.5)
+    made = new_release(world.store, strategy={"startAt": start})
+    world.executor().run_once(drain=True)
+    assert world.store.release(made.id).status == "pending"
+    eventually(lambda: world.executor().run_once(drain=True) and world.store.release(made.id).is_terminal)
+    assert world.store.release(made.id).started_at >= start
+
+
+def test_a_freeze_in_the_middle_of_a_release_stops_it_and_its_end_sets_it_going(world):
+    world.nodes(2, task_ms=300)
+    made = new_release(world.store)
+    executor = world.executor()
+    executor._look(is_tick=False)
+    eventually(lambda: statuses(world.store, made.id)[0] == "running")
+    world.store.set_freeze(True, "anna", "holidays")
+    eventually(lambda: world.store.release(made.id).status_reason == "frozen: holidays"
+               and world.store.release(made.id).claim_expires_at is None)
+    assert statuses(world.store, made.id) == ["success", "pending"]
+    assert executor.run_once(drain=True).worked_on == []
+    world.store.set_freeze(False, "anna")
+    world.drain()
+    assert world.store.release(made.id).status == "success"
+
+
+def test_pause_lets_nothing_be_dispatched_after_it_was_answered(world):
+    world.nodes(8, task_ms=50)
+    made = new_release(world.store, strategy={"batches": [8], "maxParallel": 1})
+    executor = world.executor()
+    executor._look(is_tick=False)
+    eventually(lambda: world.store.release(made.id).success_nodes >= 2)
+    world.store.act("pause", made.id, "anna")
+    begun = [n.node_id for n in world.store.release_with_nodes(made.id)[1] if n.status != "pending"]
+    eventually(lambda: world.store.release(made.id).claim_expires_at is None)
+    assert [n.node_id for n in world.store.release_with_nodes(made.id)[1] if n.status != "pending"] == begun
+    assert sum(world.runs()) == len(begun)
+
+
+# -- verify over real sockets -------------------------------------------------------------------------------------
+
+@pytest.fixture
+def web():
+    """Servers of health pages on the nodes' addresses: a status each, and how often each was asked."""
+    servers = []
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.asked.append(self.path)
+            status = self.server.statuses.pop(0) if len(self.server.statuses) > 1 else self.server.statuses[0]
+            self.send_response(status)
+            self.send_header("Location", "http://127.0.0.1:1/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    class Web:
+        port = 0
+
+        def serve(self, *statuses_of_each):
+            for address, found in zip(ADDRESSES, statuses_of_each):
+                server = http.server.ThreadingHTTPServer((address, self.port), Page)
+                Web.port = self.port = server.server_address[1]
+                server.asked, server.statuses = [], list(found)
+                thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+                thread.start()
+                servers.append((server, thread))
+            return self
+
+        def asked(self, number):
+            return servers[number - 1][0].asked
+
+        def strategy(self, **more):
+            verify = {"url": f"http://{{main_ip}}:{self.port}/health?n={{name}}", **more.pop("verify", {})}
+            return {"verify": verify, "retries": 1, **more}
+
+    yield Web()
+    for server, thread in servers:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_verify_probes_after_success_and_a_status_that_is_not_the_expected_one_fails(world, web):
+    world.nodes(2)
+    web.serve([200], [200, 503])
+    made = drained(world, "failed", strategy=web.strategy(verify={"successes": 2}))
+    nodes = world.store.release_with_nodes(made.id)[1]
+    assert [n.status for n in nodes] == ["success", "failed"]
+    assert nodes[1].error_kind == "verify"
+    assert "answered HTTP 503 instead of 200 (tried 2 times)" in nodes[1].error_msg
+    assert web.asked(1) == ["/health?n=edge-1"] * 2
+
+
+def test_verify_follows_no_redirect(world, web):
+    world.nodes(1)
+    web.serve([302])
+    assert drained(world, "success", strategy=web.strategy(verify={"status": 302})).status == "success"
+    assert web.asked(1) == ["/health?n=edge-1"]
+
+
+def test_verify_looks_again_at_the_end_of_the_soak(world, web):
+    world.nodes(2)
+    web.serve([200, 500], [200])
+    made = drained(world, "failed", strategy=web.strategy(soakSec=0.5))
+    nodes = world.store.release_with_nodes(made.id)[1]
+    assert [(n.status, n.error_kind) for n in nodes] == [("failed", "verify"), ("skipped", "")]
+    assert [(e.from_status, e.to_status) for e in world.store.events(made.id) if e.node_id == 1] == [
+        ("pending", "running"), ("running", "success"), ("success", "failed")]
+
+
+def test_a_probe_that_nobody_answers_fails_within_its_time(world):
+    world.nodes(1)
+    made = drained(world, "failed", strategy={"retries": 0, "verify": {
+        "url": "http://{main_ip}:9/", "timeoutSec": 0.5}})
+    first = world.store.release_with_nodes(made.id)[1][0]
+    assert first.error_kind == "verify"
+    assert "connection refused" in first.error_msg
+
+
+def test_a_policy_under_a_strategy_has_its_numbers():
+    assert POLICY.under(rc.NO_STRATEGY) == POLICY
+    own = POLICY.under(rc.Strategy(retries=0, node_deadline_s=5.0, verify=VERIFY._replace(successes=3)))
+    assert (own.retries, own.node_deadline_s, own.probes) == (0, 5.0, 3)
+
