@@ -1074,7 +1074,8 @@ SCENES = {
 }
 # Points that no executor passes, and that no command of one release does either.
 NO_SCENE = {"add_node", "add_nodes", "node", "node_named", "nodes", "update_node", "delete_node", "rollback",
-            "release_with_nodes", "releases", "events", "counts"}
+            "release_with_nodes", "releases", "events", "counts", "probe", "plan_release", "progress", "freeze",
+            "set_freeze"}
 
 
 # Points that are tried once more with tasks that a new owner finds still running, and that end as failed:

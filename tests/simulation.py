@@ -7,9 +7,11 @@ gives. Transactions are atomic here, as both engines promise; what happens betwe
 after them is what this explores.
 
 After every commit and every event the invariants of section 3 of the contract are checked; a
-violation raises Violation with the seed and the schedule that led to it. Run one seed alone:
+violation raises Violation with the seed and the schedule that led to it. With steering the
+releases have random strategies and people use every verb and the freeze; what those promise is
+checked too. Run one seed alone:
 
-    python tests/simulation.py SEED
+    python tests/simulation.py SEED [steering]
 """
 from __future__ import annotations
 
@@ -30,15 +32,16 @@ TTL_S, INTERVAL_S, CONNECT_S, REQUEST_S, DEADLINE_S = 6.0, 1.0, 1.0, 6.0, 300.0
 FAULTS_UNTIL_S, END_S = 60.0, 2000.0
 EPOCH_S = 1_790_000_000.0
 
-LEGAL_NODE = {("pending", "running"), ("running", "success"), ("running", "failed"), ("pending", "skipped")}
+LEGAL_NODE = {("pending", "running"), ("running", "success"), ("running", "failed"), ("pending", "skipped"),
+              ("success", "failed")}  # the last one: the look at the end of a soak
 LEGAL_RELEASE = {
     ("", "pending"), ("pending", "running"), ("running", "success"), ("running", "partial"), ("running", "failed"),
     ("pending", "paused"), ("running", "paused"), ("paused", "pending"), ("paused", "running"),
     ("pending", "cancelling"), ("running", "cancelling"), ("paused", "cancelling"), ("cancelling", "cancelled")}
 
 
-class Violation(AssertionError):
-    """A promise was broken."""
+class Violation(BaseException):
+    """A promise was broken. No edge of releasectl's catches it."""
 
 
 class Crash(BaseException):
@@ -175,8 +178,8 @@ class Simulation:
 
     at_once = False
 
-    def __init__(self, seed: int, owners: int = 0, faults: bool = True):
-        self.seed = seed
+    def __init__(self, seed: int, owners: int = 0, faults: bool = True, steering: bool = False):
+        self.seed, self.steering = seed, steering
         self.random = random.Random(seed)
         self.now = 0.0
         self.numbers = itertools.count()
@@ -187,8 +190,11 @@ class Simulation:
         self.seen_events = 0
         self.statuses: dict[object, str] = {}
         self.holders: dict[int, str] = {}
+        # When the last node of a batch was at rest, and the batches after which somebody resumed.
+        self.rested: dict[tuple[int, int], float] = {}
+        self.resumed: set[tuple[int, int]] = set()
         self.figures = dict.fromkeys(("runs", "crashes", "suspensions", "take-overs", "lost answers", "restarts",
-                                      "database faults", "commits"), 0)
+                                      "database faults", "commits", "verbs"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
         self.database = SimDatabase(self)
         self.is_set_up = False
@@ -218,10 +224,49 @@ class Simulation:
             self.agents[agent.address] = agent
             self.store.add_node(f"edge-{number}", agent.address, agent_protocol=protocol)
         for target in self.random.choices(["cdn", "dns"], k=self.random.randint(1, 3)):
-            self.store.create_release(rc.ReleaseRequest(target), "test")
-        if self.faults and self.random.random() < 0.4:
+            self.store.create_release(rc.ReleaseRequest(target, strategy=self._strategy()), "test")
+        if self.steering:
+            self.at(self.random.uniform(0, 5), self._steer)
+        elif self.faults and self.random.random() < 0.4:
             verb = self.random.choice(["pause", "cancel"])
             self.at(self.random.uniform(0, 20), lambda: self._act(verb))
+
+    def _strategy(self) -> dict[str, object]:
+        """Gives what a release may be asked to be, each key now and then."""
+        if not self.steering:
+            return {}
+        choices = {
+            "batches": [[1, 1], ["50%"], [2], ["1%", "1%", "1%"]], "maxFailed": [1, "50%", "100%"],
+            "maxFailedTotal": [0, 1, "50%"], "maxParallel": [1, 2], "soakSec": [0.5, 8], "pauseAfter": ["each", [1]],
+            "onExceed": ["pause", "fail"], "retries": [0, 5],
+            "startAt": [rc.utc_text(EPOCH_S + self.random.uniform(0, 20))],
+            "verify": [{"url": "http://{main_ip}/", "successes": self.random.choice([1, 3])}]}
+        return {key: self.random.choice(values) for key, values in choices.items() if self.random.random() < 0.4}
+
+    def _steer(self) -> None:
+        """Uses a verb or the freeze; once the faults are over only what lets everything end."""
+        is_late = self.now > FAULTS_UNTIL_S
+        self.at(5.0 if is_late else self.random.expovariate(1 / 3), self._steer)
+        verb = self.random.choice(["pause", "resume", "resume", "resume", "cancel", rc.CANCEL_BY_FORCE, "freeze"])
+        if not is_late and verb in ("cancel", rc.CANCEL_BY_FORCE) and self.random.random() < 0.7:
+            return
+        with contextlib.suppress(rc.AppError):
+            if is_late or verb == "freeze":
+                self.store.set_freeze(not is_late and self.random.random() < 0.4, "anna", "holidays")
+            for release_id in self.versions if is_late else [self.random.choice(list(self.versions))]:
+                self._use("resume" if is_late else verb, release_id)
+
+    def _use(self, verb: str, release_id: int) -> None:
+        if verb == "freeze":
+            return
+        before = self.store.release(release_id)
+        for accepts in (False, True):
+            with contextlib.suppress(rc.AppError):
+                self.store.act(verb, release_id, "anna", **({"accept_failures": accepts} if verb == "resume" else {}))
+                self.note(f"{verb} release {release_id}")
+                self.figures["verbs"] += 1
+                self.resumed.add((release_id, before.passed_batch))
+                return
 
     def _act(self, verb: str) -> None:
         release_id = self.random.choice(list(self.versions))
@@ -355,17 +400,19 @@ class Simulation:
         driver = next(d for d in owner._active_drivers() if node.node_id in d._nodes
                       and task.version == self.store_version(d))
 
-        def answer(value: rc.Answer | rc.AgentError) -> None:
-            driver.results.put(rc.outcome_of(node.node_id, op, value))
+        def answer(value: rc.Answer | rc.AgentError | rc.Outcome) -> None:
+            driver.results.put(value if isinstance(value, rc.Outcome) else rc.outcome_of(node.node_id, op, value))
             self.turn(owner, driver)
 
         def leave() -> None:
             if op == rc.DISPATCH and not driver.may_dispatch(written_at):
                 answer(rc.AgentError(rc.UNREACHABLE, "too late", reached=False))
                 return
-            holder = self.database.look_in("SELECT claim_owner, claim_expires_at FROM release_tasks WHERE version = ?",
-                                           task.version)[0]
-            if op == rc.DISPATCH and (holder[0] != owner.owner or holder[1] <= rc.utc_text(EPOCH_S + self.now)):
+            *holder, status = self.database.look_in("SELECT claim_owner, claim_expires_at, status FROM release_tasks "
+                                                    "WHERE version = ?", task.version)[0]
+            # what was written down before a cancel by force may still leave: its outcome is unknown
+            if op == rc.DISPATCH and status != "cancelled" and (
+                    holder[0] != owner.owner or holder[1] <= rc.utc_text(EPOCH_S + self.now)):
                 self.fail(f"rule 9: {owner.owner} sent v{task.version} to {node.main_ip}, and {holder} held it")
             self._travel(owner, op, node, task, answer)
         if self.at_once:  # a mutant's
@@ -382,6 +429,12 @@ class Simulation:
 
     def _travel(self, owner, op, node, task, answer) -> None:
         agent = self.agents[node.main_ip]
+        if op == rc.PROBE:
+            passes = self.random.random() > 0.1
+            said = rc.Outcome(node.node_id, op, rc.SUCCESS if passes else rc.UNCLEAR, "", "" if passes else rc.VERIFY,
+                              "" if passes else "HTTP 500")
+            self.at(0.01, lambda: answer(said), owner)
+            return
         is_bad = self.faults and self.now < FAULTS_UNTIL_S
         fate = self.random.random() if is_bad else 1.0
         if fate < 0.08:
@@ -503,6 +556,9 @@ class Simulation:
             holders = dict(tx.rows("SELECT id, claim_owner FROM release_tasks"))
             events = tx.rows("SELECT id, release_task_id, node_id, from_status, to_status, actor FROM release_events "
                              "WHERE id > ? ORDER BY id", self.seen_events)
+        if self.steering:
+            begun = {(e[1], e[2]) for e in events if e[2] is not None and e[4] == "running"}
+            self._check_strategies(begun)
         for number, release_id, node_id, before, after, actor in events:
             self.seen_events = number
             subject = (release_id, node_id)
@@ -515,6 +571,71 @@ class Simulation:
             if actor.startswith("owner") and actor not in (self.holders.get(release_id), holders[release_id]):
                 self.fail(f"rule 9: {actor} wrote on release {release_id}, which is {holders[release_id]}'s")
         self.holders = holders
+
+    def _check_strategies(self, begun: set[tuple[int, int]]) -> None:
+        """Checks section 7 of the contract: begun are the nodes whose first dispatch was just committed."""
+        with rc.Database.transaction(self.database) as tx:
+            frozen = tx.value("SELECT frozen FROM release_freeze")
+            releases = tx.rows("SELECT id, status, strategy, passed_batch, soak_until FROM release_tasks")
+            rows = tx.rows("SELECT release_task_id, node_id, batch, status, accepted, finished_at "
+                           "FROM release_task_nodes")
+        for release_id, status, text, passed, _ in releases:
+            strategy = rc.parse_json(text)
+            nodes = [row[1:] for row in rows if row[0] == release_id]
+            mine = [(node_id, batch) for node_id, batch, *_ in nodes if (release_id, node_id) in begun]
+            self._note_rest(release_id, nodes)
+            exceeded = self._is_exceeded(strategy, nodes)
+            is_partial = any(node[2] == "failed" for node in nodes)
+            if status == "failed" and not (exceeded and strategy.get("onExceed", "fail") == "fail"):
+                self.fail(f"section 7: release {release_id} failed within its limits: {strategy} {nodes}")
+            if status in ("partial", "success") and (exceeded or is_partial != (status == "partial")):
+                self.fail(f"section 7: release {release_id} is {status}: {strategy} {nodes}")
+            if not mine:
+                continue
+            name = f"section 7: release {release_id} dispatched {mine}"
+            if frozen or status != "running" or exceeded:
+                self.fail(f"{name} while {status}, frozen {frozen}, exceeded {exceeded}")
+            if strategy.get("startAt", "") > rc.utc_text(EPOCH_S + self.now):
+                self.fail(f"{name} before {strategy['startAt']}")
+            parallel = sum(node[2] == "running" for node in nodes)
+            if parallel > strategy.get("maxParallel", 0) > 0:
+                self.fail(f"{name}: {parallel} in flight")
+            self._check_between(release_id, strategy, min(batch for _, batch in mine), passed, name)
+
+    def _note_rest(self, release_id: int, nodes: list[tuple]) -> None:
+        for number in {node[1] for node in nodes}:
+            members = [node for node in nodes if node[1] == number]
+            if all(node[2] in rc.AT_REST for node in members):
+                last = max(rc.epoch_of(node[4]) for node in members) - EPOCH_S
+                self.rested.setdefault((release_id, number), last)
+
+    def _check_between(self, release_id: int, strategy: dict, batch: int, passed: int, name: str) -> None:
+        """Checks what lies between the batch before and this one."""
+        if batch == 1:
+            return
+        before = (release_id, batch - 1)
+        # what is stored has milliseconds
+        if before not in self.rested or self.now < self.rested[before] + strategy.get("soakSec", 0) - 0.002:
+            self.fail(f"{name} before the soak of batch {batch - 1} was over")
+        gates = strategy.get("pauseAfter", [])
+        if (gates == "each" or batch - 1 in gates) and before not in self.resumed:
+            self.fail(f"{name}, and nobody resumed after batch {batch - 1}")
+        if passed < batch - 1:
+            self.fail(f"{name} with batch {passed} the last one that is over")
+
+    @staticmethod
+    def _is_exceeded(strategy: dict, nodes: list[tuple]) -> bool:
+        """Counts failures against the limits, by another way than releasectl's."""
+        def number(limit, whole):
+            return limit if isinstance(limit, int) else int(limit.rstrip("%")) * whole // 100
+
+        counted = [node for node in nodes if node[2] == "failed" and not node[3]]
+        for batch in {node[1] for node in nodes}:
+            size = len([node for node in nodes if node[1] == batch])
+            if len([node for node in counted if node[1] == batch]) > number(strategy.get("maxFailed", 0), size):
+                return True
+        total = strategy.get("maxFailedTotal")
+        return total is not None and len(counted) > number(total, len(nodes))
 
     def _check_leases(self) -> None:
         """At no time do two processes believe that they may act for one release."""
@@ -557,6 +678,6 @@ def run_seed(seed: int, **options) -> Simulation:
 
 if __name__ == "__main__":
     rc.log.disabled = True
-    done = run_seed(int(sys.argv[1]))
+    done = run_seed(int(sys.argv[1]), steering="steering" in sys.argv)
     print("\n".join(done.schedule))
     print(done.figures)
