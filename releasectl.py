@@ -124,6 +124,8 @@ FIRST_POLL_S, POLL_GROWTH = 0.05, 1.6
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 10.0
 # An execute agent whose connection was cut is sent nothing for so long (contract section 1).
 CUT_HOLD_S = 5.0
+# How long outcomes are gathered for one commit, while many requests are in flight.
+GATHER_S = 0.02
 # A clean stop waits so long for requests in flight.
 STOP_GRACE_S = 5.0
 
@@ -1283,7 +1285,10 @@ def decide(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: 
     status = _next_status(release.status, left, failing)
     renamed = [NodeChange(n, dataclasses.replace(n, is_renamed=False)) for n in left
                if n.is_renamed and n.status == RUNNING]
-    begun = _dispatches(release, left, now, policy, slots, busy) if status == RUNNING and not failing else []
+    # half of the slots are for nodes to be asked: else their kept connections would be gone by then
+    waiting = sum(_is_due(n, QUERY, now) for n in left)
+    begun = _dispatches(release, left, now, policy, slots - min(waiting, slots // 2),
+                        busy) if status == RUNNING and not failing else []
     by_id = {change.after.node_id: change.after for change in (*renamed, *begun)}
     after = [by_id.get(n.node_id, n) for n in left]
     polls = [n for n in after if _is_due(n, QUERY, now)][: max(0, slots - len(begun))]
@@ -2982,14 +2987,19 @@ class Driver:
             return Outcome(node.node_id, op, UNSENT, "", TLS, error.message)
 
     def collect(self, wait_s: float) -> None:
-        """Waits for an outcome or a nudge, then folds in all that came."""
+        """Waits for an outcome or a nudge, then folds in all that came.
+
+        With many requests in flight it gathers a little: a turn for each outcome would cost more
+        than the requests themselves, and fill the disk with commits. Half of the slots go on meanwhile.
+        """
         with contextlib.suppress(queue.Empty):
             outcome = self.results.get(timeout=wait_s)
+            enough, gather_until = self._in_flight // 2, time.monotonic() + min(GATHER_S, wait_s)
             while True:
                 if outcome is not None:
                     self._fold(outcome)
-                outcome = self.results.get_nowait()
-
+                left_s = gather_until - time.monotonic() if self._in_flight > enough else 0.0
+                outcome = self.results.get(timeout=max(left_s, 0.0))
     def _fold(self, outcome: Outcome) -> None:
         self._in_flight -= 1
         if self._executor.has_cut:
