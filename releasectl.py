@@ -1286,23 +1286,24 @@ def decide(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: 
     request. broken: why the release's own row can't be used, which ends it. Waiting for a
     slot is no reason to wake: a result will come and free one.
     """
-    ended = {n.node_id: change for n in nodes for change in [_end_node(n, now, policy)] if change}
-    failing = bool(broken) or _is_failing(
-        [ended[n.node_id].after if n.node_id in ended else n for n in nodes], strategy)
+    # each pass over thousands of nodes counts: calls and copies are for the few that are running
+    ended = {n.node_id: change for n in nodes if n.status == RUNNING
+             for change in [_end_node(n, now, policy)] if change}
+    failing = bool(broken) or _is_failing(_after(nodes, ended), strategy)
     if failing or release.status == CANCELLING:
         ended.update((n.node_id, change) for n in nodes if n.node_id not in ended
                      for change in [_close_node(n, now)] if change)
-    left = [ended[n.node_id].after if n.node_id in ended else n for n in nodes]
+    left = _after(nodes, ended)
     status = _next_status(release.status, left, failing)
-    renamed = [NodeChange(n, replaced(n, is_renamed=False)) for n in left
-               if n.is_renamed and n.status == RUNNING]
+    running = [n for n in left if n.status == RUNNING]
+    renamed = [NodeChange(n, replaced(n, is_renamed=False)) for n in running if n.is_renamed]
     # half of the slots are for nodes to be asked: else their kept connections would be gone by then
-    waiting = sum(_is_due(n, QUERY, now) for n in left)
-    begun = _dispatches(release, left, now, policy, slots - min(waiting, slots // 2),
+    waiting = sum(_is_due(n, QUERY, now) for n in running)
+    begun = _dispatches(release, left, running, now, policy, slots - min(waiting, slots // 2),
                         busy) if status == RUNNING and not failing else []
-    by_id = {change.after.node_id: change.after for change in (*renamed, *begun)}
-    after = [by_id.get(n.node_id, n) for n in left]
-    polls = [n for n in after if _is_due(n, QUERY, now)][: max(0, slots - len(begun))]
+    after = _after(left, {change.after.node_id: change for change in (*renamed, *begun)})
+    running = [n for n in after if n.status == RUNNING]
+    polls = [n for n in running if _is_due(n, QUERY, now)][: max(0, slots - len(begun))]
     asked = {n.node_id for n in polls}
     return Decision(
         changes=(*ended.values(), *renamed, *begun),
@@ -1311,8 +1312,13 @@ def decide(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: 
         error_msg=_error_msg(after, failing, release, broken),
         sends=(*(Send(DISPATCH, change.after) for change in begun),
                *(Send(QUERY, replaced(n, in_flight=True)) for n in polls)),
-        wake_at=min((w for n in after if n.status == RUNNING and n.node_id not in asked
-                     for w in [_wake(n, now)]), default=now.elapsed + policy.interval_s))
+        wake_at=min((_wake(n, now) for n in running if n.node_id not in asked),
+                    default=now.elapsed + policy.interval_s))
+
+
+def _after(nodes: Sequence[ReleaseNode], changes: Mapping[int, NodeChange]) -> Sequence[ReleaseNode]:
+    """Gives the nodes as the changes, by node id, leave them."""
+    return [changes[n.node_id].after if n.node_id in changes else n for n in nodes] if changes else nodes
 
 
 def _is_due(node: ReleaseNode, op: str, now: Moment) -> bool:
@@ -1365,11 +1371,8 @@ def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
 
 def _is_failing(nodes: Sequence[ReleaseNode], strategy: Strategy) -> bool:
     """Says whether more nodes of one batch failed than the strategy tolerates (rule 5)."""
-    failed: dict[int, int] = {}
-    for node in nodes:
-        if node.status == FAILED:
-            failed[node.batch] = failed.get(node.batch, 0) + 1
-    return any(count > strategy.max_failed for count in failed.values())
+    failed = [n.batch for n in nodes if n.status == FAILED]
+    return any(failed.count(batch) > strategy.max_failed for batch in set(failed))
 
 
 def _next_status(status: str, nodes: Sequence[ReleaseNode], failing: bool) -> str:
@@ -1395,12 +1398,13 @@ def _next_status(status: str, nodes: Sequence[ReleaseNode], failing: bool) -> st
     return PARTIAL if any(n.status != SUCCESS for n in nodes) else SUCCESS
 
 
-def _dispatches(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: Policy, slots: int,
-                busy: frozenset[int]) -> list[NodeChange]:
-    """Gives the intents of the dispatches that leave now: the current batch's, and repetitions."""
-    batch = min((n.batch for n in nodes if n.status in (PENDING, RUNNING)), default=0)
-    ready = [n for n in nodes if (n.status == PENDING and n.batch == batch and n.node_id not in busy)
-             or _is_due(n, DISPATCH, now)]
+def _dispatches(release: Release, nodes: Sequence[ReleaseNode], running: Sequence[ReleaseNode], now: Moment,
+                policy: Policy, slots: int, busy: frozenset[int]) -> list[NodeChange]:
+    """Gives the intents of the dispatches that leave now: repetitions, and the current batch's."""
+    pending = [n for n in nodes if n.status == PENDING]
+    batch = min((n.batch for n in (*running, *pending)), default=0)
+    ready = [n for n in running if _is_due(n, DISPATCH, now)]
+    ready += [n for n in pending if n.batch == batch and n.node_id not in busy]
     return [_intent(release, n, now, policy) for n in ready[:max(0, slots)]]
 
 
@@ -1462,11 +1466,12 @@ def describe(status: str, nodes: Sequence[ReleaseNode], failing: bool, busy: fro
 
 
 def _progress(nodes: Sequence[ReleaseNode], busy: frozenset[int]) -> str:
-    batch = min((n.batch for n in nodes if n.status in (PENDING, RUNNING)), default=0)
-    members = [n for n in nodes if n.batch == batch]
-    held = [n for n in members if n.status == PENDING and n.node_id in busy]
-    sentence = (f"batch {batch} of {max(n.batch for n in nodes)}: waiting for "
-                f"{sum(n.status in (PENDING, RUNNING) for n in members)} of {count_of_nodes(len(members))}")
+    waiting = [n for n in nodes if n.status in (PENDING, RUNNING)]
+    batch = min([n.batch for n in waiting], default=0)
+    held = [n for n in waiting if n.batch == batch and n.status == PENDING and n.node_id in busy] if busy else []
+    sentence = (f"batch {batch} of {max([n.batch for n in nodes])}: waiting for "
+                f"{sum(n.batch == batch for n in waiting)} of "
+                f"{count_of_nodes(len([n for n in nodes if n.batch == batch]))}")
     return sentence + (f"; {_names(held)} busy with an earlier request" if held else "")
 
 
