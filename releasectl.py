@@ -1607,8 +1607,8 @@ RELEASE_EVENTS = {PENDING: "created", RUNNING: "started", PAUSED: "paused", CANC
                   SUCCESS: "finished", PARTIAL: "finished", FAILED: "finished", CANCELLED: "cancelled"}
 NODE_EVENTS = {RUNNING: "dispatched", SUCCESS: "succeeded", FAILED: "failed", SKIPPED: "skipped"}
 
-# Node ids in one statement: SQLite 3.26 takes 999 parameters.
-IDS_PER_STATEMENT = 500
+# Nodes in one statement, up to three parameters each: SQLite 3.26 takes 999.
+NODES_PER_STATEMENT = 320
 
 
 class Store:
@@ -2035,24 +2035,29 @@ class Store:
 
     @staticmethod
     def _write_nodes(tx: Transaction, release_id: int, changes: Sequence[NodeChange], now: Moment) -> None:
-        """Updates nodes, those that become alike in one statement."""
-        alike: dict[tuple[object, ...], list[int]] = {}
-        for before, after, _ in changes:
-            key: tuple[object, ...] = (after.status, after.task_id, after.attempts, after.error_kind, after.error_msg,
+        """Updates nodes, those that become alike in all but the task's id in one statement."""
+        alike: dict[tuple[object, ...], list[NodeChange]] = {}
+        for change in changes:
+            before, after, _ = change
+            key: tuple[object, ...] = (after.status, after.attempts, after.error_kind, after.error_msg,
                    after.hold_until, after.started_at, after.finished_at, before.status, before.attempts)
-            alike.setdefault(key, []).append(after.node_id)
-        for key, ids in alike.items():
-            for start in range(0, len(ids), IDS_PER_STATEMENT):
-                part = ids[start:start + IDS_PER_STATEMENT]
+            alike.setdefault(key, []).append(change)
+        for key, group in alike.items():
+            for start in range(0, len(group), NODES_PER_STATEMENT):
+                part = [change.after for change in group[start:start + NODES_PER_STATEMENT]]
+                named = [c.after for c in group[start:start + NODES_PER_STATEMENT]
+                         if c.after.task_id != c.before.task_id]
+                task_id = f"CASE node_id {'WHEN ? THEN ? ' * len(named)}ELSE task_id END" if named else "task_id"
                 changed = tx.execute(f"""
                     UPDATE release_task_nodes
-                    SET status = ?, task_id = ?, attempts = ?, error_kind = ?, error_msg = ?, hold_until = ?,
-                        started_at = ?, finished_at = ?, updated_at = ?
+                    SET status = ?, attempts = ?, error_kind = ?, error_msg = ?, hold_until = ?, started_at = ?,
+                        finished_at = ?, updated_at = ?, task_id = {task_id}
                     WHERE release_task_id = ? AND status = ? AND attempts = ?
                       AND node_id IN ({', '.join('?' * len(part))})""",
-                                     *key[:8], now.text, release_id, *key[8:], *part)
+                                     *key[:7], now.text, *(v for n in named for v in (n.node_id, n.task_id)),
+                                     release_id, *key[7:], *(n.node_id for n in part))
                 if changed != len(part):
-                    raise StateMoved(f"a node of release {release_id} is no longer {key[8]}")
+                    raise StateMoved(f"a node of release {release_id} is no longer {key[7]}")
 
     @staticmethod
     def _expiry(tx: Transaction, ttl_s: float) -> str:
