@@ -15,7 +15,7 @@ VENV_STAMP := $(VENV)/stamp-python-$(PYTHON_VERSION)
 TESTS_STAMP := $(VENV)/stamp-tests
 LINT_STAMP := $(VENV)/stamp-lint
 
-.PHONY: help demo test test-long acceptance lint format clean
+.PHONY: help demo test test-long acceptance bench lint format clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test-long: $(TESTS_STAMP) ## the same with many more generated cases (TEST_LONG=
 
 acceptance: $(TESTS_STAMP) ## a real serve process, stand-in agents, SQL and curl; DATABASE_URL=postgresql://... for PostgreSQL
 	@PYTHON="$$(cat $(TESTS_STAMP))" bash scripts/test_release_executor.sh
+
+bench: $(TESTS_STAMP) ## how fast it is, beside bare scripts; ARGS="makespan --runs 3" for a part
+	@$$(cat $(TESTS_STAMP)) scripts/bench.py $(ARGS)
 
 lint: $(LINT_STAMP) ## ruff and mypy
 	$(VENV_PYTHON) -m ruff check .

@@ -27,9 +27,9 @@ def _quiet():
     rc.log.disabled = False
 
 
-def run_seeds(first: int, end: int) -> None:
+def run_seeds(first: int, end: int, **options) -> None:
     for seed in range(first, end):
-        run_seed(seed)
+        run_seed(seed, **options)
 
 
 @pytest.mark.parametrize("first", range(1, SCHEDULES + 1, PER_TEST))
@@ -39,8 +39,7 @@ def test_rule_9_whatever_fails_nothing_runs_twice_and_nothing_is_lost(first):
 
 @pytest.mark.parametrize("first", range(1, SCHEDULES // 2 + 1, PER_TEST))
 def test_section_7_whatever_fails_and_whoever_steers_every_strategy_keeps_its_promise(first):
-    for seed in range(first, first + PER_TEST):
-        run_seed(seed, steering=True)
+    run_seeds(first, first + PER_TEST, steering=True)
 
 
 def test_the_schedules_contain_every_fault():
@@ -156,5 +155,4 @@ def without(**fields):
 def test_the_schedules_find_a_promise_that_is_not_kept(mutate, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(Violation):
-        for seed in range(1, ENOUGH):
-            run_seed(seed, steering=True)
+        run_seeds(1, ENOUGH, steering=True)

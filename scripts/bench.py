@@ -1,0 +1,810 @@
+#!/usr/bin/env python3
+"""bench: how fast releasectl is, beside bare scripts that do less, against the same stand-in agents.
+
+    make bench                                        everything, as docs/PERFORMANCE.md has it
+    python scripts/bench.py makespan idle             these goals only; --help lists them
+    python scripts/bench.py makespan --runs 3 --json result.json
+
+All figures of a goal come from one run: its contenders take turns, and the table gives medians and
+their ratios. So a machine that others use too, or another machine, changes the times but hardly the
+ratios. Every turn of releasectl is a new process with a new database (SQLite: WAL, synchronous=FULL).
+
+The agents are processes of fake_agent.py, with mutual TLS. Their share of the CPU is measured in
+every turn: while each of them is well under one core, they are not what is waited for.
+
+Floors: the laboratory (agents, servers), the bare scripts, the goals, the table.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import platform
+import queue
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import releasectl as rc  # noqa: E402
+
+IN_FLIGHT = 64
+SERVER_NAME = "agents.bench"
+AGENT_PORT = 8443
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+BENCH_TIMEOUT_S = 600.0
+
+
+# ---------------------------------------------------------------------------
+# The laboratory: certificates, agents, databases, servers.
+# ---------------------------------------------------------------------------
+
+
+def cpu_s(pid: int) -> float:
+    """Gives the CPU seconds that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
+
+
+def peak_mib(pid: int) -> float:
+    """Gives the peak of a process's resident memory (VmHWM)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("no VmHWM: this needs Linux")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class Agents:
+    """So many stand-in agents, spread over a few processes, node after node."""
+
+    def __init__(self, certs: Path, count: int, processes: int):
+        self.count = count
+        self._processes: list[subprocess.Popen[str]] = []
+        self._controls: list[int] = []
+        shares = [len(range(number, count, processes)) for number in range(processes)]
+        for number, share in enumerate(shares):
+            control, first = free_port(), f"127.{20 + number}.0.1"
+            last = f"127.{20 + number}.{share >> 8}.{share & 255}"
+            self._controls.append(control)
+            self._processes.append(subprocess.Popen(
+                [sys.executable, str(ROOT / "scripts" / "fake_agent.py"), "--certs", str(certs), "--quiet",
+                 "--listen", f"{first}-{last}:{AGENT_PORT}", "--control", f"127.0.0.1:{control}", "--task-ms", "0"],
+                stdout=subprocess.PIPE, text=True))
+        for process in self._processes:
+            assert process.stdout is not None
+            if not process.stdout.readline().startswith("ready"):
+                raise SystemExit("bench: the agents did not start")
+        self.addresses = [f"127.{20 + n % processes}.{(n // processes + 1) >> 8}.{(n // processes + 1) & 255}"
+                          for n in range(count)]
+
+    def reset(self, task_ms: int) -> None:
+        """Makes all agents forget, close their connections, and take so long for a task."""
+        for control in self._controls:
+            for method, path, body in (("POST", "/agents/*/restart", None), ("DELETE", "/log", None),
+                                       ("PUT", "/agents/*", {"taskMs": task_ms, "appliedVersion": 0})):
+                request = urllib.request.Request(f"http://127.0.0.1:{control}{path}", method=method,
+                                                 data=json.dumps(body).encode() if body else None)
+                urllib.request.urlopen(request, timeout=60).close()
+
+    def cpu_s(self) -> list[float]:
+        return [cpu_s(process.pid) for process in self._processes]
+
+    def close(self) -> None:
+        for process in self._processes:
+            end(process)
+
+
+class Turn(NamedTuple):
+    """What one turn of a contender took: seconds, its CPU and the busiest agent process's share of a core."""
+    seconds: float
+    cpu_s: float = 0.0
+    agent_share: float = 0.0
+    peak_mib: float = 0.0
+    extra: dict[str, float] = {}
+
+
+class Server:
+    """A `serve` process with a database of its own."""
+
+    def __init__(self, lab: Lab, url: str, nodes: Sequence[str], executor: bool = True, **settings: str):
+        self.database = rc.Database(url)
+        self.database.migrate()
+        self.store = rc.Store(self.database)
+        if nodes:
+            fill_nodes(self.store, nodes)
+        self.port = free_port()
+        self.log = open(lab.folder / "serve.log", "a")  # noqa: SIM115 - closed with the server
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "releasectl.py"), "--db", url, "serve"], stderr=self.log,
+            env=lab.environment(HTTP_ADDR=f"127.0.0.1:{self.port}", RELEASE_EXECUTOR_ENABLED=str(int(executor)),
+                                **settings))
+        give_up_at = time.monotonic() + 30
+        while True:
+            with contextlib.suppress(OSError):
+                self.call("GET", "/healthz")
+                return
+            if time.monotonic() > give_up_at or self.process.poll() is not None:
+                raise SystemExit(f"bench: serve did not start: see {self.log.name}")
+            time.sleep(0.02)
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """Gives the data of one call of the API, on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, json.dumps(body) if body is not None else None,
+                               {"Content-Type": "application/json"} if body is not None else {})
+            answer = json.loads(connection.getresponse().read())
+        finally:
+            connection.close()
+        if answer["code"] != 0:
+            raise RuntimeError(f"{method} {path}: {answer['message']}")
+        return answer["data"]
+
+    def wait_for_end(self, release_id: int) -> None:
+        """Waits for success, looking into the database itself: a look through the API would cost the server."""
+        give_up_at = time.monotonic() + BENCH_TIMEOUT_S
+        while True:
+            with self.database.transaction() as tx:
+                status = tx.value("SELECT status FROM release_tasks WHERE id = ?", release_id)
+            if status == rc.SUCCESS:
+                return
+            if status in rc.TERMINAL or time.monotonic() > give_up_at or self.process.poll() is not None:
+                raise RuntimeError(f"release {release_id} is {status}: see {self.log.name}")
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        end(self.process)
+        self.log.close()
+        self.database.close()
+
+
+def fill_nodes(store: rc.Store, addresses: Sequence[str]) -> None:
+    now = rc.utc_text(time.time())
+    with store.database.transaction(write=True) as tx:
+        tx.insert_many("INSERT INTO nodes (name, main_ip, agent_port, created_at, updated_at) VALUES ", 5,
+                       [(f"edge-{n}", address, AGENT_PORT, now, now) for n, address in enumerate(addresses, 1)])
+
+
+class Lab:
+    """A folder with certificates, and what is started in it."""
+
+    def __init__(self, folder: Path, processes: int):
+        self.folder = folder
+        self.certs = folder / "certs"
+        self.processes = processes
+        self._numbers = iter(range(1, 1 << 30))
+        self._postgres = ""
+        self._agents: Agents | None = None
+        subprocess.run(["bash", str(ROOT / "scripts" / "make_certs.sh"), str(self.certs), SERVER_NAME], check=True,
+                       stdout=subprocess.DEVNULL)
+
+    def environment(self, **settings: str) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if name not in {s.name for s in rc.SETTINGS}}
+        return {**kept, "CONTROL_CERT": str(self.certs / "control.crt"), "CONTROL_KEY": str(self.certs / "control.key"),
+                "CONTROL_CA": str(self.certs / "ca.crt"), "AGENT_TLS_SERVER_NAME": SERVER_NAME,
+                "AGENT_CONCURRENCY": str(IN_FLIGHT), **settings}
+
+    def agents(self, count: int) -> Agents:
+        """Gives the agents, started anew when there are too few."""
+        if self._agents is None or self._agents.count != count:
+            if self._agents is not None:
+                self._agents.close()
+            self._agents = Agents(self.certs, count, self.processes)
+        return self._agents
+
+    def sqlite_url(self) -> str:
+        return f"sqlite:///{self.folder}/bench-{next(self._numbers)}.db"
+
+    def postgres_url(self) -> str:
+        """Gives the URL of an empty database on a durable throwaway server; '' where there is none."""
+        if not self._postgres:
+            started = subprocess.run(["bash", str(ROOT / "scripts" / "postgres.sh"), "start", "--durable",
+                                      str(self.folder / "postgres")], capture_output=True, text=True, check=False)
+            self._postgres = started.stdout.strip() if started.returncode == 0 else "missing"
+        if self._postgres == "missing":
+            return ""
+        name = f"bench_{next(self._numbers)}"
+        connection = rc.PostgresEngine(self._postgres).connect(create=False)
+        connection.cursor().execute(f"CREATE DATABASE {name}")
+        connection.close()
+        return f"{self._postgres.rsplit('/', 1)[0]}/{name}"
+
+    def close(self) -> None:
+        if self._agents is not None:
+            self._agents.close()
+        if self._postgres not in ("", "missing"):
+            subprocess.run(["bash", str(ROOT / "scripts" / "postgres.sh"), "remove", str(self.folder / "postgres")],
+                           check=False, stdout=subprocess.DEVNULL)
+
+
+class Usage:
+    """Seconds, and the CPU of a process and of the agents, from here to there."""
+
+    def __init__(self, agents: Agents, pid: int):
+        self._agents, self._pid = agents, pid
+        self._cpu_s, self._agent_s, self._at = cpu_s(pid), agents.cpu_s(), time.monotonic()
+
+    def turn(self, **extra: float) -> Turn:
+        seconds = time.monotonic() - self._at
+        busiest = max(after - before for after, before in zip(self._agents.cpu_s(), self._agent_s))
+        return Turn(seconds, cpu_s(self._pid) - self._cpu_s, busiest / seconds, peak_mib(self._pid), extra)
+
+
+def take_turns(runs: int, contenders: dict[str, Callable[[], Turn]]) -> dict[str, list[Turn]]:
+    """Runs every contender so many times, one after the other."""
+    turns: dict[str, list[Turn]] = {name: [] for name in contenders}
+    for number in range(runs):
+        for name, run in contenders.items():
+            turns[name].append(run())
+            print(f"  {number + 1}/{runs} {name}: {turns[name][-1].seconds:.3f} s", file=sys.stderr, flush=True)
+    return turns
+
+
+def median(turns: Sequence[Turn], field: str = "seconds") -> float:
+    return statistics.median(getattr(turn, field) for turn in turns)
+
+
+# ---------------------------------------------------------------------------
+# The bare scripts: dispatch to every node and poll until it is done, and remember nothing.
+# They run in a process of their own: bench.py --script NAME, the addresses on standard input.
+# ---------------------------------------------------------------------------
+
+
+def script_context() -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=os.environ["CONTROL_CA"])
+    context.load_cert_chain(os.environ["CONTROL_CERT"], os.environ["CONTROL_KEY"])
+    return context
+
+
+def dispatch_body(address: str) -> tuple[str, bytes]:
+    task_id = f"apply_config_{address}_1"
+    return task_id, json.dumps({"taskId": task_id, "type": "apply_config", "version": 1, "payload": {}}).encode()
+
+
+class NamedHttpsConnection(http.client.HTTPSConnection):
+    """One that verifies the name of all agents, as AGENT_TLS_SERVER_NAME does."""
+
+    def connect(self) -> None:
+        http.client.HTTPConnection.connect(self)
+        self.sock = self._context.wrap_socket(self.sock, server_hostname=SERVER_NAME)  # type: ignore[attr-defined]
+
+
+def http_client_node(context: ssl.SSLContext, address: str) -> None:
+    """One connection a node, kept for the polls."""
+    connection = NamedHttpsConnection(address, AGENT_PORT, timeout=60, context=context)
+    task_id, body = dispatch_body(address)
+    connection.request("POST", "/tasks/dispatch", body, {"Content-Type": "application/json"})
+    json.loads(connection.getresponse().read())
+    while True:
+        connection.request("GET", f"/tasks/{task_id}")
+        if json.loads(connection.getresponse().read())["data"]["status"] == "success":
+            break
+        time.sleep(0.02)
+    connection.close()
+
+
+class NamedHttpsHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(NamedHttpsConnection, request, context=self._context)  # type: ignore[attr-defined]
+
+
+def urllib_node(opener: urllib.request.OpenerDirector, address: str) -> None:
+    """A connection for each request: urllib keeps none."""
+    task_id, body = dispatch_body(address)
+    base = f"https://{address}:{AGENT_PORT}/tasks/"
+    with opener.open(urllib.request.Request(f"{base}dispatch", body, {"Content-Type": "application/json"})) as answer:
+        json.load(answer)
+    while True:
+        with opener.open(f"{base}{task_id}") as answer:
+            if json.load(answer)["data"]["status"] == "success":
+                return
+        time.sleep(0.02)
+
+
+def run_threads(work: Callable[[str], None], addresses: Sequence[str]) -> None:
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for address in addresses:
+        waiting.put(address)
+
+    def drain() -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                work(waiting.get_nowait())
+
+    threads = [threading.Thread(target=drain) for _ in range(IN_FLIGHT)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def script_http_client(addresses: Sequence[str]) -> None:
+    context = script_context()
+    run_threads(lambda address: http_client_node(context, address), addresses)
+
+
+def script_urllib(addresses: Sequence[str]) -> None:
+    opener = urllib.request.build_opener(NamedHttpsHandler(context=script_context()))
+    run_threads(lambda address: urllib_node(opener, address), addresses)
+
+
+def script_aiohttp(addresses: Sequence[str]) -> None:
+    import asyncio
+
+    import aiohttp
+
+    async def node(session: aiohttp.ClientSession, slots: asyncio.Semaphore, address: str) -> None:
+        task_id, body = dispatch_body(address)
+        base = f"https://{address}:{AGENT_PORT}/tasks/"
+        async with slots:
+            async with session.post(f"{base}dispatch", data=body, server_hostname=SERVER_NAME,
+                                    headers={"Content-Type": "application/json"}) as answer:
+                await answer.json()
+            while True:
+                async with session.get(f"{base}{task_id}", server_hostname=SERVER_NAME) as answer:
+                    if (await answer.json())["data"]["status"] == "success":
+                        return
+                await asyncio.sleep(0.02)
+
+    async def everything() -> None:
+        slots = asyncio.Semaphore(IN_FLIGHT)
+        connector = aiohttp.TCPConnector(ssl=script_context(), limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            await asyncio.gather(*(node(session, slots, address) for address in addresses))
+
+    asyncio.run(everything())
+
+
+SCRIPTS: dict[str, Callable[[Sequence[str]], None]] = {
+    "http.client": script_http_client, "urllib": script_urllib, "aiohttp": script_aiohttp}
+
+
+def run_script(name: str) -> None:
+    """The process of one bare script: says that it is ready, and at the end the seconds that it took."""
+    addresses = json.loads(sys.stdin.readline())
+    if name == "aiohttp":
+        import aiohttp  # noqa: F401 - the imports of releasectl are not counted either
+    print("ready", flush=True)
+    started = time.monotonic()
+    SCRIPTS[name](addresses)
+    print(time.monotonic() - started, flush=True)
+    sys.stdin.readline()
+
+
+def turn_of_script(lab: Lab, name: str, count: int) -> Turn:
+    agents = lab.agents(count)
+    agents.reset(0)
+    process = subprocess.Popen([sys.executable, __file__, "--script", name], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True, env=lab.environment())
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(agents.addresses) + "\n")
+    process.stdin.flush()
+    process.stdout.readline()
+    usage = Usage(agents, process.pid)
+    seconds = float(process.stdout.readline())
+    turn = usage.turn()
+    process.communicate("\n")
+    return turn._replace(seconds=seconds)
+
+
+def turn_of_releasectl(lab: Lab, url: str, count: int) -> Turn:
+    """From POST to success, with serve running."""
+    agents = lab.agents(count)
+    agents.reset(0)
+    server = Server(lab, url, agents.addresses)
+    try:
+        usage = Usage(agents, server.process.pid)
+        release_id = server.call("POST", "/api/v1/releases", {"reason": "bench"})["releaseId"]
+        server.wait_for_end(release_id)
+        return usage.turn()
+    finally:
+        server.close()
+        drop(url)
+
+
+def drop(url: str) -> None:
+    if url.startswith("sqlite:///"):
+        for suffix in ("", "-wal", "-shm"):
+            Path(url[len("sqlite:///"):] + suffix).unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------
+# The goals. Each gives rows of the table: what, measured, goal, as a number with its limit.
+# ---------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A line of the table; limit None: for information."""
+    goal: str
+    what: str
+    value: float
+    unit: str
+    limit: float | None = None
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        return "" if self.limit is None else "ok" if self.value <= self.limit else "MISSED"
+
+
+def usage_note(turns: Sequence[Turn]) -> str:
+    return f"CPU {median(turns, 'cpu_s'):.2f} s, busiest agent process {median(turns, 'agent_share'):.0%} of a core"
+
+
+def goal_makespan(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """1,000 nodes, tasks of 0 ms: from POST to success, beside the bare scripts"""
+    contenders: dict[str, Callable[[], Turn]] = {
+        "releasectl": lambda: turn_of_releasectl(lab, lab.sqlite_url(), options.nodes)}
+    for name in SCRIPTS:
+        if name != "aiohttp" or _has("aiohttp"):
+            contenders[name] = lambda name=name: turn_of_script(lab, name, options.nodes)  # type: ignore[misc]
+    turns = take_turns(options.runs, contenders)
+    for name, taken in turns.items():
+        yield Row("makespan", f"{options.nodes} nodes: {name}", median(taken), "s", note=usage_note(taken))
+    for name in list(turns)[1:]:
+        yield Row("makespan", f"releasectl / {name}", median(turns["releasectl"]) / median(turns[name]), "x",
+                  0.8 if name == "http.client" else 1.0)
+
+
+def goal_scale(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """10,000 nodes beside 1,000: makespan and memory"""
+    many = 10 * options.nodes
+    taken: dict[int, list[Turn]] = {options.nodes: [], many: []}
+    for count, runs in ((options.nodes, options.runs), (many, options.runs)):
+        # not in turns: 10,000 agents cost many seconds to start
+        taken[count] = take_turns(runs, {
+            f"releasectl, {count} nodes": lambda count=count: turn_of_releasectl(  # type: ignore[misc]
+                lab, lab.sqlite_url(), count)})[f"releasectl, {count} nodes"]
+    few_s, many_s = (median(taken[count]) for count in (options.nodes, many))
+    for count, limit in ((options.nodes, 64.0), (many, 200.0)):
+        yield Row("scale", f"{count} nodes", median(taken[count]), "s", note=usage_note(taken[count]))
+        yield Row("scale", f"{count} nodes: peak memory of serve", median(taken[count], "peak_mib"), "MiB", limit)
+    yield Row("scale", f"{many} / {options.nodes} nodes", many_s / few_s, "x", 11.0)
+
+
+def insert_release(store: rc.Store, version: int, batches: Sequence[Sequence[int]]) -> int:
+    """Writes a release by hand, as the contract allows; gives its id."""
+    with store.database.transaction(write=True) as tx:
+        tx.execute("INSERT INTO release_tasks (version) VALUES (?)", version)
+        release_id = int(tx.value("SELECT id FROM release_tasks WHERE version = ?", version))
+        tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch) VALUES ", 3,
+                       [(release_id, node_id, number) for number, batch in enumerate(batches, 1)
+                        for node_id in batch])
+    return release_id
+
+
+def turn_in_batches(lab: Lab, task_ms: int, count: int) -> Turn:
+    """Three batches alike; the seconds from the claim to the end, and the longest gap between two batches."""
+    agents = lab.agents(count)
+    agents.reset(task_ms)
+    url = lab.sqlite_url()
+    server = Server(lab, url, agents.addresses, RELEASE_EXECUTOR_INTERVAL_SEC="1")
+    try:
+        third = count // 3
+        usage = Usage(agents, server.process.pid)
+        release_id = insert_release(server.store, 1, [range(1 + part * third, 1 + (part + 1) * third)
+                                                      for part in range(3)])
+        server.wait_for_end(release_id)
+        release, nodes = server.store.release_with_nodes(release_id)
+        gaps = [min(rc.epoch_of(n.started_at or "") for n in nodes if n.batch == number + 1)
+                - max(rc.epoch_of(n.finished_at or "") for n in nodes if n.batch == number) for number in (1, 2)]
+        return usage.turn(gap_ms=max(gaps) * 1000)._replace(
+            seconds=rc.epoch_of(release.finished_at or "") - rc.epoch_of(release.started_at or ""))
+    finally:
+        server.close()
+        drop(url)
+
+
+def goal_batches(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """3 batches of 300 nodes, tasks of 500 ms beside tasks of 0 ms"""
+    count = 3 * (options.nodes * 3 // 10)
+    turns = take_turns(options.runs, {
+        "tasks of 0 ms": lambda: turn_in_batches(lab, 0, count),
+        "tasks of 500 ms": lambda: turn_in_batches(lab, 500, count)})
+    fast_s, slow_s = median(turns["tasks of 0 ms"]), median(turns["tasks of 500 ms"])
+    yield Row("batches", f"3 x {count // 3} nodes: tasks of 0 ms", fast_s, "s")
+    yield Row("batches", f"3 x {count // 3} nodes: tasks of 500 ms", slow_s, "s")
+    yield Row("batches", "500 ms / (1.5 s + that of 0 ms)", slow_s / (1.5 + fast_s), "x", 1.1)
+    for name, taken in turns.items():
+        yield Row("batches", f"{name}: longest gap between two batches",
+                  statistics.median(turn.extra["gap_ms"] for turn in taken), "ms", 50.0)
+
+
+def seconds_of(command: Sequence[str], environment: dict[str, str]) -> float:
+    started = time.monotonic()
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.monotonic() - started
+
+
+def goal_idle(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """serve and run-once with nothing to do"""
+    url = lab.sqlite_url()
+    server = Server(lab, url, [])
+    try:
+        time.sleep(3)
+        before, at = cpu_s(server.process.pid), time.monotonic()
+        time.sleep(options.idle_s)
+        share = (cpu_s(server.process.pid) - before) / (time.monotonic() - at)
+    finally:
+        server.close()
+    yield Row("idle", f"CPU of serve with nothing to do, over {options.idle_s:g} s", share * 100, "%", 0.5)
+    tick = [sys.executable, str(ROOT / "releasectl.py"), "--db", url, "run-once"]
+    bare = [sys.executable, "-c", "import sqlite3, ssl, http.client"]
+    turns = take_turns(4 * options.runs, {"run-once": lambda: Turn(seconds_of(tick, lab.environment())),
+                                          "imports": lambda: Turn(seconds_of(bare, lab.environment()))})
+    yield Row("idle", "run-once with nothing to do", median(turns["run-once"]) * 1000, "ms")
+    yield Row("idle", 'python -c "import sqlite3, ssl, http.client"', median(turns["imports"]) * 1000, "ms")
+    yield Row("idle", "run-once / imports", median(turns["run-once"]) / median(turns["imports"]), "x", 1.5)
+
+
+class Reader:
+    """A client that reads paths in a loop, on one connection, in a process of its own."""
+
+    def __init__(self, port: int, paths: Sequence[str], pause_s: float):
+        self._process = subprocess.Popen([sys.executable, __file__, "--reader", str(port), str(pause_s), *paths],
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def stop(self) -> dict[str, list[float]]:
+        """Gives the seconds of every read, by path."""
+        return dict(json.loads(self._process.communicate("\n")[0]))
+
+
+def run_reader(port: int, pause_s: float, paths: Sequence[str]) -> None:
+    stop = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.readline(), stop.set()), daemon=True).start()
+    taken: dict[str, list[float]] = {path: [] for path in paths}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=BENCH_TIMEOUT_S)
+    while not stop.is_set():
+        for path in paths:
+            started = time.monotonic()
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            size = len(answer.read())
+            if answer.status != 200 or not size:
+                raise SystemExit(f"GET {path}: {answer.status}")
+            taken[path].append(time.monotonic() - started)
+            stop.wait(pause_s)
+    print(json.dumps(taken))
+
+
+def turn_with_readers(lab: Lab, count: int, readers: int, paths: Sequence[str], pause_s: float) -> Turn:
+    agents = lab.agents(count)
+    agents.reset(0)
+    url = lab.sqlite_url()
+    server = Server(lab, url, agents.addresses)
+    try:
+        usage = Usage(agents, server.process.pid)
+        release_id = server.call("POST", "/api/v1/releases", {})["releaseId"]
+        clients = [Reader(server.port, [path.format(id=release_id) for path in paths], pause_s)
+                   for _ in range(readers)]
+        server.wait_for_end(release_id)
+        turn = usage.turn()
+        extra: dict[str, float] = {}
+        for path, seconds in [(path, seconds) for client in clients for path, seconds in client.stop().items()]:
+            kind = "whole" if "view" not in path and path.count("/") == 4 else "summary" if "view" in path else "list"
+            extra[f"{kind} p99 ms"] = max(extra.get(f"{kind} p99 ms", 0.0), percentile(seconds, 0.99) * 1000)
+            extra[f"{kind} reads"] = extra.get(f"{kind} reads", 0.0) + len(seconds)
+        return turn._replace(extra=extra)
+    finally:
+        server.close()
+        drop(url)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else 0.0
+
+
+def goal_api(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """Reading while a release of 10,000 nodes runs"""
+    many = 10 * options.nodes
+    turns = take_turns(options.runs, {
+        "nobody reads": lambda: turn_with_readers(lab, many, 0, [], 0.0),
+        "one reads summary and list": lambda: turn_with_readers(
+            lab, many, 1, ["/api/v1/releases/{id}?view=summary", "/api/v1/releases"], 0.05),
+        "four read the whole in a loop": lambda: turn_with_readers(lab, many, 4, ["/api/v1/releases/{id}"], 0.0)})
+    alone_s = median(turns["nobody reads"])
+    for name, taken in turns.items():
+        yield Row("api", f"{many} nodes: {name}", median(taken), "s", note=usage_note(taken))
+    for kind in ("summary", "list"):
+        slowest = statistics.median(turn.extra[f"{kind} p99 ms"] for turn in turns["one reads summary and list"])
+        yield Row("api", f"GET of the {kind}, 99th percentile", slowest, "ms", 50.0)
+    whole = turns["four read the whole in a loop"]
+    yield Row("api", "makespan with four readers / alone", median(whole) / alone_s, "x", 1.1,
+              note=f"{statistics.median(turn.extra['whole reads'] for turn in whole):.0f} reads")
+
+
+def fill_history(path: str, releases: int, nodes: int) -> None:
+    """Writes finished releases with their nodes and a few events straight into SQLite: history by the million."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA synchronous = OFF")
+    connection.execute("BEGIN")
+    connection.execute("""
+        WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
+        INSERT INTO release_tasks (version, status, total_nodes, success_nodes, started_at, finished_at)
+        SELECT i, 'success', ?, ?, '2026-01-01T00:00:00.000Z', '2026-01-01T00:00:01.000Z' FROM n""",
+                       (releases, nodes, nodes))
+    connection.execute("""
+        INSERT INTO release_task_nodes (release_task_id, node_id, batch, status, task_id, attempts,
+                                        started_at, finished_at)
+        SELECT r.id, h.id, 1 + (h.id > 1), 'success', 'apply_config_' || h.main_ip || '_' || r.version, 1,
+               '2026-01-01T00:00:00.000Z', '2026-01-01T00:00:01.000Z'
+        FROM release_tasks r CROSS JOIN nodes h""")
+    connection.execute("""
+        INSERT INTO release_events (release_task_id, event, to_status) SELECT id, 'created', 'pending'
+        FROM release_tasks UNION ALL SELECT id, 'finished', 'success' FROM release_tasks""")
+    connection.execute("COMMIT")
+    connection.close()
+
+
+def goal_history(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """10,000 releases and 5 million rows of nodes in the database, beside an empty one"""
+    releases, nodes = 10 * options.nodes, options.nodes // 2
+    servers: dict[str, Server] = {}
+    urls = {"empty": lab.sqlite_url(), "full": lab.sqlite_url()}
+    try:
+        for name, url in urls.items():
+            # enabled for the create: as many as every release of the history has
+            database = rc.Database(url)
+            database.migrate()
+            fill_nodes(rc.Store(database), [f"127.90.{n >> 8}.{n & 255}" for n in range(1, nodes + 1)])
+            if name == "full":
+                print(f"  filling {releases} releases of {nodes} nodes", file=sys.stderr, flush=True)
+                fill_history(url[len("sqlite:///"):], releases, nodes)
+            database.close()
+            servers[name] = Server(lab, url, [], executor=False)
+        looks: dict[str, Callable[[Server], Any]] = {
+            "tick (a look for work)": lambda server: server.store.look(),
+            "list": lambda server: server.call("GET", "/api/v1/releases?pageSize=20"),
+            "summary": lambda server: server.call("GET", "/api/v1/releases/1?view=summary"),
+            # last: what it leaves behind is the same in both
+            "create": lambda server: server.call("POST", "/api/v1/releases", {}),
+        }
+        for server in servers.values():
+            server.call("POST", "/api/v1/releases", {})
+        for what, look in looks.items():
+            taken: dict[str, list[float]] = {name: [] for name in servers}
+            for _ in range(10 * options.runs):
+                for name, server in servers.items():
+                    started = time.monotonic()
+                    look(server)
+                    taken[name].append(time.monotonic() - started)
+            empty, full = (statistics.median(taken[name]) for name in ("empty", "full"))
+            yield Row("history", f"{what}: full / empty", full / empty, "x", 2.0,
+                      note=f"{full * 1000:.2f} ms / {empty * 1000:.2f} ms")
+        ticks = {name: [sys.executable, str(ROOT / "releasectl.py"), "--db", url, "list", "--json"]
+                 for name, url in urls.items()}
+        turns = take_turns(options.runs, {
+            name: lambda name=name: Turn(seconds_of(ticks[name], lab.environment()))  # type: ignore[misc]
+            for name in ticks})
+        yield Row("history", "`releasectl list`: full / empty", median(turns["full"]) / median(turns["empty"]), "x",
+                  2.0)
+    finally:
+        for server in servers.values():
+            server.close()
+        for url in urls.values():
+            drop(url)
+
+
+def goal_postgres(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """The same release on PostgreSQL and on SQLite"""
+    if not lab.postgres_url():
+        print("  left out: PostgreSQL is not installed", file=sys.stderr)
+        return
+    turns = take_turns(options.runs, {
+        "SQLite": lambda: turn_of_releasectl(lab, lab.sqlite_url(), options.nodes),
+        "PostgreSQL": lambda: turn_of_releasectl(lab, lab.postgres_url(), options.nodes)})
+    for name, taken in turns.items():
+        yield Row("postgres", f"{options.nodes} nodes: {name}", median(taken), "s", note=usage_note(taken))
+    yield Row("postgres", "PostgreSQL / SQLite", median(turns["PostgreSQL"]) / median(turns["SQLite"]), "x", 1.3)
+
+
+GOALS: dict[str, Callable[[Lab, argparse.Namespace], Iterator[Row]]] = {
+    "makespan": goal_makespan, "batches": goal_batches, "postgres": goal_postgres, "scale": goal_scale,
+    "api": goal_api, "idle": goal_idle, "history": goal_history}
+
+
+def _has(module: str) -> bool:
+    try:
+        __import__(module)
+    except ImportError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------
+# The table and the command line.
+# ---------------------------------------------------------------------------
+
+
+def machine() -> str:
+    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")), platform.machine())
+    return (f"{os.cpu_count()} x {model}, Python {platform.python_version()}, {ssl.OPENSSL_VERSION}, "
+            f"SQLite {sqlite3.sqlite_version}, load {os.getloadavg()[0]:.1f} at the start")
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    print("| goal | what | measured | limit | |\n|---|---|---|---|---|")
+    for row in rows:
+        limit = "" if row.limit is None else f"{row.limit:g} {row.unit}"
+        print(f"| {row.goal} | {row.what} | {row.value:.3g} {row.unit} | {limit} | "
+              f"{' '.join(filter(None, (row.verdict, row.note)))} |")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench.py", description="How fast releasectl is.", epilog="; ".join(
+        f"{name}: {run.__doc__}" for name, run in GOALS.items()))
+    parser.add_argument("goals", nargs="*", metavar="GOAL", help=f"{', '.join(GOALS)}; all without any")
+    parser.add_argument("--runs", type=int, default=5, help="turns of each contender (5)")
+    parser.add_argument("--nodes", type=int, default=1000, help="the small release; the large has ten times as many")
+    parser.add_argument("--agent-processes", type=int, default=2, help="the agents are spread over so many (2)")
+    parser.add_argument("--idle-s", type=float, default=30.0, help="how long an idle serve is watched (30)")
+    parser.add_argument("--json", metavar="FILE", help="write machine and rows into a file too")
+    options = parser.parse_args()
+    unknown = [name for name in options.goals if name not in GOALS]
+    if unknown:
+        parser.error(f"unknown goal {unknown[0]}: known are {', '.join(GOALS)}")
+    return options
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--script"]:
+        run_script(sys.argv[2])
+        return 0
+    if sys.argv[1:2] == ["--reader"]:
+        run_reader(int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])
+        return 0
+    options = parse_arguments()
+    on = machine()
+    print(on, file=sys.stderr)
+    folder = Path(tempfile.mkdtemp(prefix="releasectl-bench-"))
+    lab = Lab(folder, options.agent_processes)
+    rows: list[Row] = []
+    try:
+        for name in options.goals or GOALS:
+            print(f"{name}: {GOALS[name].__doc__}", file=sys.stderr, flush=True)
+            rows += GOALS[name](lab, options)
+    finally:
+        lab.close()
+        shutil.rmtree(folder, ignore_errors=True)
+    print_rows(rows)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"machine": on, "rows": [
+            {**row._asdict(), "verdict": row.verdict} for row in rows]}, indent=1) + "\n")
+    return int(any(row.verdict == "MISSED" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
