@@ -42,6 +42,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -840,7 +841,10 @@ class Database:
         return 0
 
     def migrate(self) -> tuple[int, int]:
-        """Brings the schema up to date, one transaction a step; gives the versions before and after."""
+        """Brings the schema up to date, one transaction a step; gives the versions before and after.
+
+        An empty database gets all steps in one: nobody sees it half made, and takes it for an old one.
+        """
         steps = schema_steps()
         before = None
         while True:
@@ -850,9 +854,10 @@ class Database:
                 self._refuse_newer(version, len(steps))
                 if version == len(steps):
                     return before, version
-                for statement in steps[version]:
+                done = version + 1 if version else len(steps)
+                for statement in itertools.chain(*steps[version:done]):
                     tx.execute(self.engine.ddl(statement))
-            log.info("%s: schema step %d done", self, version + 1)
+            log.info("%s: schema step %d done", self, done)
 
     def require_schema(self, create: bool = False) -> None:
         """Raises DatabaseError when the schema is not this program's; create makes an empty one."""
