@@ -57,7 +57,7 @@ def read_answer(response: http.client.HTTPResponse, method: str = "GET") -> Answ
     text = response.read().decode()
     assert "Traceback" not in text
     assert ".py" not in text or "releasectl.py" in text
-    if method == "HEAD":
+    if method == "HEAD" or response.status == 304:
         assert text == ""
         return Answer(response.status, response.headers, text, None, "", None)
     assert int(response.headers["Content-Length"]) == len(text.encode())
