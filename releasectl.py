@@ -18,19 +18,22 @@ The floors, in order; each uses only the ones above it:
      8 Agent client    mutual TLS, deadlines, the two dialects
      9 Executor        claim, lease, and the loop that joins 6, 7 and 8
     10 Shapes          the JSON of the API and the command line
-    11 API             routes, tokens, the HTTP server
-    12 Check           what is wrong with an installation
-    13 Command line    a table of commands
+    11 HTTP            one connection's bytes against limits and deadlines, and who may stay
+    12 API             routes, tokens, the server, /openapi.json
+    13 Check           what is wrong with an installation
+    14 Command line    a table of commands
 
 How a release flows through them is drawn in docs/ARCHITECTURE.md.
 """
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import datetime
 import difflib
+import fcntl
 import functools
 import getpass
 import hashlib
@@ -39,6 +42,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -54,6 +58,7 @@ import sqlite3
 import ssl
 import stat
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -105,11 +110,17 @@ ERROR_CODES: Mapping[int, tuple[int, int]] = {
     3002: (409, EXIT_STATE),        # exists
     3003: (409, EXIT_STATE),        # wrong state
     4005: (405, EXIT_USAGE),        # method not allowed
+    4008: (408, EXIT_UNAVAILABLE),  # the request did not come in time
     4013: (413, EXIT_USAGE),        # body too large
+    4014: (414, EXIT_USAGE),        # address too long
     4015: (415, EXIT_USAGE),        # not JSON
     4029: (429, EXIT_BUSY),         # too many requests
+    4031: (431, EXIT_USAGE),        # head too large
     5001: (500, EXIT_UNAVAILABLE),  # internal
     5002: (503, EXIT_UNAVAILABLE),  # database
+    5003: (503, EXIT_BUSY),         # every connection is taken
+    5004: (501, EXIT_USAGE),        # not implemented: Transfer-Encoding
+    5005: (505, EXIT_USAGE),        # another version of HTTP
 }
 
 MAX_VERSION = 2**53
@@ -281,7 +292,8 @@ def parse_json(data: bytes | str) -> Any:
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate can't be stored
+        # a lone surrogate can't be stored, nor can 1e999, which json reads as Infinity
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except RecursionError:
         raise ValueError("nested too deep") from None
     except UnicodeError:
@@ -374,7 +386,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("HTTP_ADDR", "127.0.0.1:8080", _host_port, "address and port of the API"),
     Setting("HTTP_CERT", "", _text, "certificate of the API (with HTTP_KEY: HTTPS)"),
     Setting("HTTP_KEY", "", _text, "key of the API's certificate"),
-    Setting("HTTP_CLIENT_CA", "", _text, "CA: client certificates are demanded"),
+    Setting("HTTP_CLIENT_CA", "", _text, "CA: client certificates are demanded, and name who acts"),
+    Setting("HTTP_MAX_CONNECTIONS", "128", _integer(4, 1024), "connections to the API at a time"),
+    Setting("HTTP_MAX_CONNECTIONS_PER_ADDRESS", "32", _integer(1, 1024), "of these, from one address"),
+    Setting("HTTP_MAX_BODY_BYTES", "1048576", _integer(1024, 16 << 20), "largest body of a request"),
     Setting("API_TOKENS_FILE", "", _text, "one name:role:sha256-of-token a line"),
     Setting("RELEASE_EXECUTOR_ENABLED", "1", _switch, "0: nothing is dispatched"),
     Setting("RELEASE_EXECUTOR_INTERVAL_SEC", "2", _number(0.1, 60), "seconds between looks for work"),
@@ -401,6 +416,9 @@ class Settings:
     http_cert: str
     http_key: str
     http_client_ca: str
+    http_max_connections: int
+    http_max_connections_per_address: int
+    http_max_body_bytes: int
     api_tokens_file: str
     release_executor_enabled: bool
     release_executor_interval_sec: float
@@ -832,7 +850,10 @@ class Database:
         return 0
 
     def migrate(self) -> tuple[int, int]:
-        """Brings the schema up to date, one transaction a step; gives the versions before and after."""
+        """Brings the schema up to date, one transaction a step; gives the versions before and after.
+
+        An empty database gets all steps in one: nobody sees it half made, and takes it for an old one.
+        """
         steps = schema_steps()
         before = None
         while True:
@@ -842,9 +863,10 @@ class Database:
                 self._refuse_newer(version, len(steps))
                 if version == len(steps):
                     return before, version
-                for statement in steps[version]:
+                done = version + 1 if version else len(steps)
+                for statement in itertools.chain(*steps[version:done]):
                     tx.execute(self.engine.ddl(statement))
-            log.info("%s: schema step %d done", self, version + 1)
+            log.info("%s: schema step %d done", self, done)
 
     def require_schema(self, create: bool = False) -> None:
         """Raises DatabaseError when the schema is not this program's; create makes an empty one."""
@@ -2077,6 +2099,13 @@ class Event(NamedTuple):
     detail: str
 
 
+class Once(NamedTuple):
+    """A caller's Idempotency-Key, and the SHA-256 of what was asked with it."""
+    actor: str
+    key: str
+    request_sha256: str
+
+
 class Page(NamedTuple):
     """A part of a list, and how many there are in all."""
     items: list[Any]
@@ -2136,6 +2165,9 @@ INSERT_EVENTS = """
 RELEASE_EVENTS = {PENDING: "created", RUNNING: "started", PAUSED: "paused", CANCELLING: "cancelling",
                   SUCCESS: "finished", PARTIAL: "finished", FAILED: "finished", CANCELLED: "cancelled"}
 NODE_EVENTS = {RUNNING: "dispatched", SUCCESS: "succeeded", FAILED: "failed", SKIPPED: "skipped"}
+
+# An Idempotency-Key is kept for so long.
+ONCE_S = 86400.0
 
 # Nodes in one statement, up to three parameters each: SQLite 3.26 takes 999.
 NODES_PER_STATEMENT = 320
@@ -2244,14 +2276,39 @@ class Store:
             check_payload_version(request.payload, self._next_version(tx))
             return self._plan(tx, request)
 
-    def create_release(self, request: ReleaseRequest, actor: str) -> tuple[Release, list[list[int]]]:
+    def create_release(self, request: ReleaseRequest, actor: str,
+                       once: Once | None = None) -> tuple[Release, list[list[int]]]:
         """Creates a release for the nodes it asks for; gives it and its batches (rule 1).
 
-        Raises AppError 3003 without an enabled, online node, 2003 when the strategy, the choice
-        of nodes or the payload's version can't be meant.
+        With once, what the key's first request made is given again. Raises AppError 3003 without an
+        enabled, online node, 2003 when the strategy, the choice of nodes or the payload's version
+        can't be meant, 3002 when the key was for another request.
         """
         with self.database.transaction(write=True) as tx:
-            return self._create(tx, request, self._plan(tx, request), actor)
+            made = self._made_before(tx, once) if once else None
+            if made:
+                return made
+            made = self._create(tx, request, self._plan(tx, request), actor)
+            if once:
+                tx.execute("INSERT INTO idempotency_keys (actor, idempotency_key, request_sha256, release_task_id, "
+                           "created_at) VALUES (?, ?, ?, ?, ?)", *once, made[0].id, self._now())
+            return made
+
+    def _made_before(self, tx: Transaction, once: Once) -> tuple[Release, list[list[int]]] | None:
+        # the index idempotency_keys_by_age
+        tx.execute("DELETE FROM idempotency_keys WHERE created_at < ?", utc_text(self.clock.wall() - ONCE_S))
+        row = tx.row("SELECT request_sha256, release_task_id FROM idempotency_keys "
+                     "WHERE actor = ? AND idempotency_key = ?", once.actor, once.key)
+        if row is None:
+            return None
+        if row[0] != once.request_sha256:
+            raise AppError(3002, f"Idempotency-Key {once.key} was used for another request, which made release "
+                                 f"{row[1]}: take a new key")
+        batches: dict[int, list[int]] = {}
+        for batch, node_id in tx.rows("SELECT batch, node_id FROM release_task_nodes WHERE release_task_id = ? "
+                                      "ORDER BY batch, id", row[1]):
+            batches.setdefault(batch, []).append(node_id)
+        return self._release(tx, row[1]), list(batches.values())
 
     def retry(self, release_id: int, actor: str, reason: str = "") -> tuple[Release, list[list[int]]]:
         """Creates a release of the same payload for what was failed or skipped (rule 10)."""
@@ -2862,11 +2919,11 @@ class _Stale(Exception):
     """A kept-alive connection that the agent had closed before it saw the request."""
 
 
-class ClientTls:
-    """Our client certificate as an ssl context, made anew when the files change."""
+class TlsFiles:
+    """Certificates as an ssl context, made anew when their files change; for both of our sides."""
 
-    def __init__(self, cert: str, key: str, ca: str):
-        self._files = (cert, key, ca)
+    def __init__(self, make: Callable[..., ssl.SSLContext], *files: str):
+        self._make, self._files = make, files
         self._guard = threading.Lock()
         self._stamp: object = None
         self._context: ssl.SSLContext | None = None
@@ -2880,7 +2937,7 @@ class ClientTls:
             stamp = tuple(map(_file_stamp, self._files))
             if stamp != self._stamp:
                 try:
-                    self._context = client_context(*self._files)
+                    self._context = self._make(*self._files)
                 except ConfigError as error:
                     if self._context is None:
                         raise
@@ -2959,8 +3016,8 @@ class AgentClient:
         self._connect_s = settings.agent_connect_timeout_sec
         self._request_s = settings.agent_request_timeout_sec
         self._server_name = settings.agent_tls_server_name
-        self._tls = ClientTls(settings.control_cert, settings.control_key,
-                              settings.control_ca) if settings.mtls_enabled else None
+        self._tls = TlsFiles(client_context, settings.control_cert, settings.control_key,
+                             settings.control_ca) if settings.mtls_enabled else None
         self._guard = threading.Lock()
         # kept-alive connections, the oldest first: (address, socket, its context, since)
         self._idle: list[tuple[Address, socket.socket, object, float]] = []
@@ -3309,11 +3366,11 @@ def _unverified_context() -> ssl.SSLContext:
 UNKNOWN_TASK: dict[str, Any] = {}
 
 
-def _is_readable(sock: socket.socket) -> bool:
+def _is_readable(sock: socket.socket, within_s: float = 0.0) -> bool:
     """Says whether an idle connection has something to say: its end, as nothing was asked."""
     poller = select.poll()
     poller.register(sock, select.POLLIN)
-    return bool(poller.poll(0))
+    return bool(poller.poll(round(within_s * 1000)))
 
 
 def _refusal(error: Exception) -> str:
@@ -3989,22 +4046,306 @@ def openapi_schemas() -> dict[str, Any]:
 
 
 # ======================================================================================
-# 11 API: routes as a table, handlers, tokens, the HTTP server and its limits (contract
-#    section 5). Uses 1 to 10.
+# 11 HTTP: one connection's bytes against limits and deadlines, and who may stay when the house
+#    is full (docs/SECURITY.md tells why). Uses 1, 2 and 8; knows no route and no database.
+#
+#    The library's own parser is not used: it takes two lengths, a space before a colon, bare
+#    line feeds, and so runs requests that a proxy before us never saw.
+# ======================================================================================
+
+MAX_TARGET_BYTES, MAX_REQUEST_HEAD_BYTES, MAX_HEADERS = 8 << 10, 16 << 10, 64
+# All deadlines are of the whole thing: dripping does not stretch them. Who has not shown a good
+# token has PROVE_S, from the connection or the last answer to the end of the (TLS handshake and)
+# head; who has, may be idle for IDLE_S and then has HEAD_S. For the body BODY_S, for our answer
+# WRITE_S; then the rest of what the client still sends is dropped for LINGER_S.
+PROVE_S, HEAD_S, BODY_S, WRITE_S, IDLE_S, LINGER_S = 5.0, 5.0, 20.0, 20.0, 60.0, 1.0
+MAX_LINGER_BYTES = 16 << 20
+# Nobody loses a connection to a newcomer before it was silent for so long.
+GRACE_S = 0.25
+# Answered before the connection is closed without a thread, so many at a time.
+MAX_TURNED_AWAY = 64
+# A bad token is answered the later the more of them came from an address; forgotten after a while.
+FREE_ATTEMPTS, FIRST_DELAY_S, MAX_DELAY_S = 3, 0.1, 3.0
+FORGET_ATTEMPTS_S, MAX_ATTEMPT_ADDRESSES = 60.0, 1024
+
+_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
+# RFC 9112, 3 and 5, without what it allows for old times' sake: no folding, no bare CR or LF.
+REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])".encode())
+HEADER_LINE = re.compile(rf"({_TOKEN}+):[ \t]*([\t -~\x80-\xff]*)".encode("latin-1"))
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{0,5})?")
+# Headers that we act on: two of one kind are two meanings.
+READ_ONCE = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect",
+                       "idempotency-key", "if-none-match", "origin", "x-request-id"))
+
+
+class Head(NamedTuple):
+    """The head of a request; names of headers are in lower case."""
+    method: str = "GET"
+    target: str = ""
+    is_http_1_0: bool = False
+    headers: Mapping[str, str] = {}
+
+    @property
+    def is_last(self) -> bool:
+        """Says whether the client wants the connection closed after this one."""
+        words = self.headers.get("connection", "").lower().split(",")
+        return self.is_http_1_0 or "close" in map(str.strip, words)
+
+
+class Wire:
+    """The bytes of one connection; every wait ends at a moment of the monotonic clock."""
+
+    def __init__(self, sock: socket.socket):
+        self._timed = _TimedSocket(sock, 0.0)
+        self.buffer = bytearray()
+
+    def fill(self, ends_at: float) -> bool:
+        """Waits for bytes; False when the client has ended. AppError 4008 when time is up."""
+        chunk = bytearray(65536)
+        self._timed.ends_at, self._timed.received = ends_at, 0
+        try:
+            count = self._timed.recv_into(chunk)
+        except socket.timeout:
+            raise AppError(4008, "the request did not come in time") from None
+        except OSError:
+            return False
+        self.buffer += chunk[:count]
+        return count > 0
+
+    def line(self, ends_at: float, max_bytes: int, too_long: int) -> bytes | None:
+        """Gives the next line without its CRLF, None at the client's end; AppError 2002, 4008, too_long."""
+        while True:
+            end = self.buffer.find(b"\n") + 1
+            line = bytes(self.buffer[:end or len(self.buffer)])
+            text = line[:-2] if end else line[:-1]  # without its end, the last byte may be a CR before a LF
+            if b"\r" in text or b"\0" in line or (end and not line.endswith(b"\r\n")):
+                raise AppError(2002, "a line of the head holds a bare CR, a bare LF or a NUL")
+            if len(line) > max_bytes:
+                raise AppError(too_long, f"the request's head is too large: at most {MAX_TARGET_BYTES >> 10} KiB for "
+                               f"its first line, {MAX_REQUEST_HEAD_BYTES >> 10} KiB and {MAX_HEADERS} headers in all")
+            if end:
+                del self.buffer[:end]
+                return text
+            if not self.fill(ends_at):
+                if line:
+                    raise AppError(2002, "the request ends within its head")
+                return None
+
+    def take(self, count: int, ends_at: float) -> bytes:
+        """Gives so many bytes; AppError 2002 when the client ends before them, 4008."""
+        while len(self.buffer) < count:
+            if not self.fill(ends_at):
+                raise AppError(2002, "the body is shorter than its Content-Length")
+        taken = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return taken
+
+    def send(self, data: bytes) -> None:
+        """Sends all of it within WRITE_S; OSError else."""
+        self._timed.ends_at = time.monotonic() + WRITE_S
+        self._timed.sendall(data)
+
+
+def read_head(wire: Wire, ends_at: float) -> Head | None:
+    """Reads the head of a request, None at the client's end; AppError 2002, 4008, 4014, 4031, 5005."""
+    line = wire.line(ends_at, MAX_TARGET_BYTES, 4014)
+    if line is None:
+        return None
+    first = REQUEST_LINE.fullmatch(line)
+    if not first:
+        raise AppError(2002, "the first line of the request is not METHOD ADDRESS HTTP/1.1")
+    if first[3] != b"1" or first[4] not in b"01":
+        raise AppError(5005, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    left, headers = MAX_REQUEST_HEAD_BYTES - len(line), dict[str, str]()
+    for number in range(MAX_HEADERS + 1):
+        line = wire.line(ends_at, left if number < MAX_HEADERS else 2, 4031)
+        if line is None:
+            raise AppError(2002, "the request ends within its head")
+        if not line:
+            break
+        left -= len(line) + 2
+        _add_header(headers, line)
+    head = Head(first[1].decode(), first[2].decode(), first[4] == b"0", headers)
+    if not HOST.fullmatch(headers.get("host", "" if head.is_http_1_0 else " ")):
+        raise AppError(2002, "the request needs one header Host, a name or an address")
+    return head
+
+
+def _add_header(headers: dict[str, str], line: bytes) -> None:
+    match = HEADER_LINE.fullmatch(line)
+    if not match:
+        raise AppError(2002, f"the header {one_line(line.decode('latin-1'), 40)!r} is not NAME: VALUE in one line")
+    name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
+    if name in headers and name in READ_ONCE:
+        raise AppError(2002, f"the header {name} stands twice")
+    headers[name] = f"{headers[name]}, {value}" if name in headers else value
+
+
+def body_length(head: Head, max_bytes: int) -> int:
+    """Gives the length of the body that follows a head; AppError 2002, 4013, 5004 when that is not plain."""
+    text = head.headers.get("content-length", "0")
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise AppError(2002, "Content-Length must be a number")
+    if "transfer-encoding" in head.headers:
+        if "content-length" in head.headers:
+            raise AppError(2002, "Content-Length and Transfer-Encoding exclude each other")
+        raise AppError(5004, "Transfer-Encoding is not taken: send Content-Length")
+    if int(text) > max_bytes:
+        raise AppError(4013, f"the body is over {max_bytes} bytes (HTTP_MAX_BODY_BYTES)")
+    return int(text)
+
+
+def network_of(host: str) -> str:
+    """Gives what counts as one address: IPv4 as it is, of IPv6 the network of 64 bits."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
+
+
+@dataclasses.dataclass(eq=False)
+class Seat:
+    """One connection that has a thread. At rest it waits for its client; at work it is never taken."""
+    sock: socket.socket
+    address: str
+    since: float
+    is_new: bool = True
+    is_proven: bool = False
+    is_at_work: bool = False
+
+
+class Seats:
+    """Who is connected: so many in all, so many of one address.
+
+    When these are used up a newcomer takes the seat of who rests longest, first of those that have
+    shown no good token, first of the address that has most. So silence holds nobody out, and there
+    is room for /healthz and for tokens. Where all are at work, there is none.
+    """
+
+    def __init__(self, limit: int, limit_per_address: int, farewell: bytes):
+        """farewell is sent to a connection that loses its seat before it said anything."""
+        self._limit, self._limit_per_address, self._farewell = limit, limit_per_address, farewell
+        self._guard = threading.Lock()
+        self._seats: set[Seat] = set()
+
+    def take(self, sock: socket.socket, host: str) -> Seat | None:
+        """Gives a seat, if need be another's; None when there is none to take."""
+        address, now = network_of(host), time.monotonic()
+        with self._guard:
+            held = collections.Counter(seat.address for seat in self._seats)
+            is_crowd = held[address] >= self._limit_per_address
+            if is_crowd or len(self._seats) >= self._limit:
+                rivals = [s for s in self._seats if not s.is_at_work and now - s.since > GRACE_S
+                          and (s.address == address or not is_crowd)]
+                if not rivals:
+                    return None
+                self._cut(min(rivals, key=lambda s: (s.is_proven, -held[s.address], s.since)))
+            seat = Seat(sock, address, now)
+            self._seats.add(seat)
+            return seat
+
+    def _cut(self, seat: Seat) -> None:
+        self._seats.discard(seat)
+        with contextlib.suppress(OSError):
+            if seat.is_new and self._farewell:
+                seat.sock.send(self._farewell)  # nothing was sent before: it fits, and does not wait
+            # not SSLSocket.shutdown: it takes the encryption away from under the other thread
+            socket.socket.shutdown(seat.sock, socket.SHUT_RDWR)
+
+    def encrypt(self, seat: Seat, context: ssl.SSLContext) -> None:
+        """Puts TLS on a seat's connection; the handshake is not done yet."""
+        with self._guard:
+            seat.sock = context.wrap_socket(seat.sock, server_side=True, do_handshake_on_connect=False)
+
+    def work(self, seat: Seat) -> bool:
+        """Notes that a seat's request is here; False when the seat was taken before."""
+        with self._guard:
+            seat.is_at_work, seat.is_new = True, False
+            return seat in self._seats
+
+    def rest(self, seat: Seat) -> None:
+        """Notes that a seat waits for its client."""
+        with self._guard:
+            seat.is_at_work, seat.since = False, time.monotonic()
+
+    def leave(self, seat: Seat) -> None:
+        """Closes a seat's connection."""
+        with self._guard:
+            self._seats.discard(seat)
+            _close(seat.sock)
+
+    def end_all(self) -> None:
+        """Ends the connections at rest; those at work may still send their answer."""
+        with self._guard:
+            for seat in self._seats:
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(seat.sock, socket.SHUT_RD if seat.is_at_work else socket.SHUT_RDWR)
+
+
+def say_goodbye(sock: socket.socket) -> None:
+    """Ends a connection, and drops what still comes: a reset would take our answer away (RFC 9112, 9.6)."""
+    ends_at, dropped = time.monotonic() + LINGER_S, 0
+    with contextlib.suppress(OSError, ValueError):
+        sock.settimeout(LINGER_S)
+        if isinstance(sock, ssl.SSLSocket):
+            sock.unwrap()
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        while dropped < MAX_LINGER_BYTES and time.monotonic() < ends_at:
+            sock.settimeout(max(0.001, ends_at - time.monotonic()))
+            count = len(socket.socket.recv(sock, 65536))  # below TLS, if there is any
+            if not count:
+                return
+            dropped += count
+
+
+class Attempts:
+    """Bad tokens by address: how many came, and so how late the next is answered."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._seen: collections.OrderedDict[str, tuple[int, float]] = collections.OrderedDict()
+
+    def note(self, address: str) -> tuple[int, float]:
+        """Counts one more; gives the count and the seconds to wait before the answer."""
+        now = time.monotonic()
+        with self._guard:
+            count, last = self._seen.pop(address, (0, now))
+            count = count + 1 if now - last < FORGET_ATTEMPTS_S else 1
+            self._seen[address] = (count, now)
+            if len(self._seen) > MAX_ATTEMPT_ADDRESSES:
+                self._seen.popitem(last=False)
+        doublings = min(count - FREE_ATTEMPTS - 1, 10)
+        return count, min(FIRST_DELAY_S * 2.0**doublings, MAX_DELAY_S) if doublings >= 0 else 0.0
+
+
+# ======================================================================================
+# 12 API: routes as a table, handlers, tokens, the server, /openapi.json (contract section 5).
+#    Uses 1 to 11.
 # ======================================================================================
 
 VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
-IDLE_CONNECTION_S = 30.0
-# Before a connection is closed, what its client still sends is dropped for so long.
-LINGER_S, MAX_LINGER_BYTES = 1.0, 16 << 20
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,128}")
+# Who waits for events looks so often, for this process may not have made them.
+EVENTS_LOOK_S, MAX_EVENTS_WAIT_S = 0.5, 30
+# A look whether the database takes writes is a write: not more often, whoever asks.
+READY_LOOK_S = 1.0
 
 
 class Request(NamedTuple):
-    """A request as a handler sees it: checked, and with who asks."""
+    """A request as a handler sees it: checked, and with who asks.
+
+    is_over waits so many seconds, and says whether nobody waits for the answer any more.
+    """
     ids: tuple[int, ...]
     query: Mapping[str, str]
     body: Mapping[str, Any]
     actor: str
+    key: str
+    is_over: Callable[[float], bool]
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
         """Gives a number of the query; AppError 2002 for what is none, 2003 out of range."""
@@ -4026,19 +4367,31 @@ class Reply(NamedTuple):
 class Api:
     """The handlers of the routes: a Request in, a Reply out, AppError for everything else."""
 
-    def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None):
-        """nudge is called after every act, so that an executor in this process looks at once."""
+    def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32):
+        """nudge is called after every act, so that an executor in this process looks at once.
+
+        max_waiting: how many may wait for events; further ones are answered at once.
+        """
         self.store = store
         self._nudge = nudge
+        self._waiters = threading.BoundedSemaphore(max_waiting)
+        self._ready_guard = threading.Lock()
+        self._ready: tuple[float, AppError | None] = (-READY_LOOK_S, None)
         self.started_at = time.time()
 
     def create_release(self, request: Request) -> Reply:
         wanted = parse_release_request(request.body)
         if parse_flag("dryRun", request.body.get("dryRun", False)):
             return Reply(200, plan_json(self.store.plan_release(wanted)))
-        reply = Reply(201, created_json(*self.store.create_release(wanted, request.actor)))
+        once = None
+        if request.key:
+            if not IDEMPOTENCY_KEY.fullmatch(request.key):
+                raise AppError(2003, "Idempotency-Key must be 1 to 128 printable characters without a space")
+            asked = json.dumps(request.body, sort_keys=True).encode()
+            once = Once(request.actor, request.key, hashlib.sha256(asked).hexdigest())
+        made = self.store.create_release(wanted, request.actor, once)
         self._nudge()
-        return reply
+        return Reply(201, created_json(*made))
 
     def list_releases(self, request: Request) -> Reply:
         status = request.query.get("status", "")
@@ -4099,9 +4452,19 @@ class Api:
         return Reply(200, freeze_json(freeze))
 
     def list_events(self, request: Request) -> Reply:
-        events = self.store.events(request.ids[0], request.integer("after", 0, 0, MAX_ID),
-                                   request.integer("limit", 100, 1, 1000))
-        return Reply(200, {"items": [event_json(event) for event in events]})
+        after, limit = request.integer("after", 0, 0, MAX_ID), request.integer("limit", 100, 1, 1000)
+        wait_s = request.integer("wait", 0, 0, MAX_EVENTS_WAIT_S)
+        ends_at = time.monotonic() + wait_s
+        may_wait = wait_s > 0 and self._waiters.acquire(blocking=False)
+        try:
+            while True:
+                events = self.store.events(request.ids[0], after, limit)
+                left_s = ends_at - time.monotonic()
+                if events or not may_wait or left_s <= 0 or request.is_over(min(EVENTS_LOOK_S, left_s)):
+                    return Reply(200, {"items": [event_json(event) for event in events]})
+        finally:
+            if may_wait:
+                self._waiters.release()
 
     def list_nodes(self, request: Request) -> Reply:
         page = self.store.nodes(request.integer("page", 1, 1, 10**9),
@@ -4125,9 +4488,23 @@ class Api:
         return Reply(200, {"status": "ok"})
 
     def ready(self, _request: Request) -> Reply:
-        self.store.database.require_schema()
-        self.store.probe()
+        if self._ready_guard.acquire(blocking=False):  # else somebody is looking: what was seen last holds
+            try:
+                if time.monotonic() - self._ready[0] >= READY_LOOK_S:
+                    self._ready = (time.monotonic(), self._look_whether_ready())
+            finally:
+                self._ready_guard.release()
+        if self._ready[1]:
+            raise self._ready[1]
         return Reply(200, {"status": "ready"})
+
+    def _look_whether_ready(self) -> AppError | None:
+        try:
+            self.store.database.require_schema()
+            self.store.probe()
+            return None
+        except AppError as error:
+            return error
 
     def metrics(self, _request: Request) -> Reply:
         return Reply(200, metrics_text(self.store.counts(), self.started_at),
@@ -4153,7 +4530,7 @@ def metrics_text(counts: Mapping[str, Mapping[str, int]], started_at: float) -> 
 
 
 class Route(NamedTuple):
-    """One row of the API: {id} in the path is a number."""
+    """One row of the API: {id} in the path is a number; headers are those that it heeds."""
     method: str
     path: str
     handler: str
@@ -4164,15 +4541,21 @@ class Route(NamedTuple):
     body: str = ""
     # What it answers with 200 in place of 201.
     dry_run: str = ""
+    headers: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> int:
+        """The HTTP status of its success."""
+        return 201 if self.answers == "Created" or self.body == "NewNode" else 200
 
 
 ROUTES: tuple[Route, ...] = (
     Route("POST", "/api/v1/releases", "create_release", OPERATOR, "Create a release for the online nodes",
-          "Created", body="NewRelease", dry_run="Plan"),
+          "Created", body="NewRelease", headers=("Idempotency-Key",), dry_run="Plan"),
     Route("GET", "/api/v1/releases", "list_releases", VIEWER, "List releases, newest first", "ReleaseList",
-          ("status", "page", "pageSize")),
+          ("status", "page", "pageSize"), headers=("If-None-Match",)),
     Route("GET", "/api/v1/releases/{id}", "get_release", VIEWER, "A release and its nodes by batch",
-          "ReleaseWithNodes", ("view",)),
+          "ReleaseWithNodes", ("view",), headers=("If-None-Match",)),
     Route("POST", "/api/v1/releases/{id}/pause", "pause", OPERATOR, "Dispatch nothing more until resume", "Release",
           body="Act"),
     Route("POST", "/api/v1/releases/{id}/resume", "resume", OPERATOR, "Go on", "Release", body="Resume"),
@@ -4183,7 +4566,7 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/api/v1/releases/{id}/rollback", "rollback", OPERATOR,
           "A new release of the newest successful payload before it", "Created", body="Act"),
     Route("GET", "/api/v1/releases/{id}/events", "list_events", VIEWER, "Its history, oldest first", "EventList",
-          ("after", "limit")),
+          ("after", "limit", "wait")),
     Route("GET", "/api/v1/nodes", "list_nodes", VIEWER, "List nodes", "NodeList", ("page", "pageSize")),
     Route("POST", "/api/v1/nodes", "add_node", OPERATOR, "Add a node", "Node", body="NewNode"),
     Route("GET", "/api/v1/nodes/{id}", "get_node", VIEWER, "A node", "Node"),
@@ -4278,98 +4661,215 @@ class Tokens:
 
 
 def require_private(name: str, path: str) -> None:
-    """Raises ConfigError when a file can't be read, or can be read by others than owner and group."""
+    """Raises ConfigError when a file can't be read, can be read by others than owner and group, or
+    can be written by others than its owner."""
     require_file(name, path)
-    if os.stat(path).st_mode & stat.S_IROTH:
-        raise ConfigError(f"{name} {path} can be read by everybody: chmod o-rwx it")
+    if os.stat(path).st_mode & (stat.S_IRWXO | stat.S_IWGRP):
+        raise ConfigError(f"{name} {path} is open to others: chmod o-rwx,g-w it (its group may read it)")
+
+
+def add_token(path: str, name: str, role: str) -> str:
+    """Adds a token to a file of tokens, all of it or nothing; gives the token, which is stored nowhere.
+
+    Raises AppError 3002 when the name has one, ConfigError for a file that can't be read or written.
+    """
+    if ":" in name or name.startswith("#"):
+        raise AppError(2003, f"name {one_line(name, 60)!r} must not hold a colon or begin with #")
+    token = secrets.token_hex(32)
+    line = f"{parse_name(name)}:{role}:{hashlib.sha256(token.encode()).hexdigest()}\n"
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        guard = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX)  # of two at a time the second sees the first one's line
+            before = os.stat(path) if os.path.exists(path) else None
+            if before and name in [entry[0] for entry in Tokens(path).load()]:
+                raise AppError(3002, f"{name} has a token in {path} already: delete its line first, or take a new name")
+            text = Path(path).read_text(encoding="utf-8") if before else ""
+            _replace(path, text + ("\n" if text and not text.endswith("\n") else "") + line, before)
+            os.fsync(guard)
+        finally:
+            os.close(guard)
+    except OSError as error:
+        raise ConfigError(f"API_TOKENS_FILE {path} can't be written: {_os_reason(error)}") from None
+    return token
+
+
+def _replace(path: str, text: str, before: os.stat_result | None) -> None:
+    """Puts a file in the place of another, with its owner, group and mode; a new one has mode 0600."""
+    descriptor, temporary = tempfile.mkstemp(prefix=".tokens-", dir=os.path.dirname(os.path.abspath(path)))
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            if before:
+                os.fchown(descriptor, before.st_uid, before.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+class Identity(NamedTuple):
+    """Who asks, as the history names them, and what they may do."""
+    actor: str
+    role: str
+
+
+class HttpAnswer(NamedTuple):
+    """What is sent: status, headers, body."""
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def answer_of(reply: Reply, route: Route, head: Head) -> HttpAnswer:
+    """Gives the answer to a request that went well: 304 where the client has it already."""
+    text = reply.data if reply.content_type else to_json({"code": 0, "message": "success", "data": reply.data})
+    body = text.encode()
+    headers = {"Content-Type": reply.content_type or "application/json"}
+    if "If-None-Match" in route.headers:
+        headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+        known = [tag.strip().replace("W/", "", 1) for tag in head.headers.get("if-none-match", "").split(",")]
+        if headers["ETag"] in known or "*" in known:
+            return HttpAnswer(304, {"ETag": headers["ETag"]}, b"")
+    return HttpAnswer(reply.status, headers, body)
+
+
+def refusal_of(error: AppError) -> HttpAnswer:
+    """Gives the answer to a request that did not go well."""
+    headers = {"Content-Type": "application/json"}
+    if error.allow:
+        headers["Allow"] = error.allow
+    if error.retry_after_s:
+        headers["Retry-After"] = str(error.retry_after_s)
+    if error.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    text = to_json({"code": error.code, "message": one_line(error.message), "data": None})
+    return HttpAnswer(error.http_status, headers, text.encode())
 
 
 class ApiHandler(http.server.BaseHTTPRequestHandler):
-    """One connection. Whatever the library's parser thinks, the answer is the JSON envelope."""
+    """One connection: the library writes the heads of answers, floor 11 reads requests."""
 
-    protocol_version = "HTTP/1.1"
-    timeout = IDLE_CONNECTION_S
-    wbufsize = -1  # head and body leave in one packet
+    protocol_version = request_version = "HTTP/1.1"
     server: ApiServer
 
+    def __init__(self, seat: Seat, client_address: Any, server: ApiServer):
+        self.seat, self.certificate_name = seat, ""
+        super().__init__(seat.sock, client_address, server)
+
     def setup(self) -> None:
+        # else an answer waits for the acknowledgement of TLS 1.3's tickets, 40 ms
+        self.seat.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.server.tls:
-            self.request.settimeout(self.timeout)
-            self.request = self.server.tls.wrap_socket(self.request, server_side=True)
-        super().setup()
+            self.server.seats.encrypt(self.seat, self.server.tls.context())
+            sock = self.seat.sock
+            assert isinstance(sock, ssl.SSLSocket)
+            sock.settimeout(PROVE_S)  # which OpenSSL's handshake takes as a whole
+            sock.do_handshake()
+            self.certificate_name = _name_in(sock.getpeercert() or {})
+        self.wire = Wire(self.seat.sock)
+
+    def handle(self) -> None:
+        while self._serve_one():
+            pass
 
     def finish(self) -> None:
-        """Says goodbye, then drops what still comes: a reset would take our answer away (RFC 9112, 9.6)."""
-        super().finish()
-        self.request.settimeout(LINGER_S)
-        with contextlib.suppress(OSError, ValueError):
-            if self.server.tls:
-                self.request.unwrap()
-        with contextlib.suppress(OSError):
-            self.request.shutdown(socket.SHUT_WR)
-            left = MAX_LINGER_BYTES
-            while left > 0:
-                left -= len(self.request.recv(65536)) or left
-        self.request.close()
+        """Leaves the goodbye to the server, which says it also after a handshake that failed."""
 
-    def handle_expect_100(self) -> bool:
-        """Sends the 100 at once: the client waits for it."""
-        super().handle_expect_100()
-        self.wfile.flush()
+    def _serve_one(self) -> bool:
+        """Serves one request; says whether the connection stays."""
+        self.close_connection = True  # until a request was understood to its end
+        self.head, self.actor, self.request_id = Head(), "", secrets.token_hex(8)
+        try:
+            if not self._read_head():
+                return False
+            answer = self._answer()
+        except AppError as error:
+            if error.code == 1002 and not self._is_patient():
+                return False
+            answer = refusal_of(error)
+        except Exception:  # the edge of a request
+            log.exception("%s %s failed, request %s", self.head.method, self._path, self.request_id)
+            answer = refusal_of(AppError(5001, "releasectl itself failed: see its log"))
+        self.close_connection |= self.server.is_stopping
+        self._send(answer)
+        self._tell(answer)
+        self.server.seats.rest(self.seat)
+        return not self.close_connection
+
+    @property
+    def _path(self) -> str:
+        return one_line(self.head.target.partition("?")[0], 200)
+
+    def _read_head(self) -> bool:
+        """Waits for the next request; False when none comes, or the seat is another's."""
+        seat = self.seat
+        ends_at = time.monotonic() + IDLE_S if seat.is_proven else seat.since + PROVE_S
+        with contextlib.suppress(AppError):  # who says nothing is told nothing
+            while not self.wire.buffer and self.wire.fill(ends_at):
+                pass
+        if not self.wire.buffer:
+            return False
+        head = read_head(self.wire, time.monotonic() + HEAD_S if seat.is_proven else ends_at)
+        if head is None or not self.server.seats.work(seat):
+            return False
+        self.head = head
+        asked_id = head.headers.get("x-request-id", "")
+        if REQUEST_ID.fullmatch(asked_id):
+            self.request_id = asked_id
         return True
 
-    def __getattr__(self, name: str) -> Any:
-        """Gives one do_METHOD for every method: the table of routes knows which are taken."""
-        if name.startswith("do_"):
-            return self._serve
-        raise AttributeError(name)
+    def _answer(self) -> HttpAnswer:
+        head, server = self.head, self.server
+        length = body_length(head, server.max_body_bytes)
+        identity, refusal = server.who(head.headers.get("authorization"), self.certificate_name)
+        self.seat.is_proven = identity is not None
+        if refusal and length:
+            raise refusal  # nobody's body is read without a good token
+        raw_body = self._read_body(length)
+        self.close_connection = head.is_last
+        path, _, query = head.target.partition("?")
+        route, ids = find_route(head.method, path)
+        if route.role:
+            if identity is None:
+                raise refusal or AppError(1001, "no token")
+            self._require_role(identity, route.role)
+        request = Request(ids, self._query(query, route), self._body(raw_body, route), self.actor,
+                          head.headers.get("idempotency-key", ""), self._is_over)
+        return answer_of(getattr(server.api, route.handler)(request), route, head)
 
-    def _serve(self) -> None:
-        try:
-            self._reply(self._handle())
-        except AppError as error:
-            self._refuse(error)
-        except (BrokenPipeError, ConnectionResetError, socket.timeout, ssl.SSLError):
-            raise
-        except Exception:  # the edge of a request
-            log.exception("%s %s failed", self.command, one_line(self.path, 200))
-            self._refuse(AppError(5001, "releasectl itself failed: see its log"))
+    def _require_role(self, identity: Identity, role: str) -> None:
+        if not self.server.tokens:
+            _refuse_foreign_page(self.head)
+        self.actor = identity.actor
+        if role == OPERATOR and identity.role != OPERATOR:
+            raise AppError(1004, f"{identity.actor} has the role {identity.role}: this needs {OPERATOR}")
 
-    def _handle(self) -> Reply:
-        raw_body = self._read_body()
-        try:
-            target = urllib.parse.urlsplit(self.path)
-        except ValueError:
-            raise AppError(2002, f"{one_line(self.path, 100)} is not an address") from None
-        route, ids = find_route(self.command, urllib.parse.unquote(target.path))
-        actor, role = "", OPERATOR
-        if route.role != ANYONE:
-            actor, role = self.server.who(self.headers.get("Authorization"))
-        if route.role == OPERATOR and role != OPERATOR:
-            raise AppError(1004, f"{actor} has the role {role}: this needs {OPERATOR}")
-        query = self._query(target.query, route)
-        request = Request(ids, query, self._body(raw_body, route), actor)
-        return getattr(self.server.api, route.handler)(request)  # type: ignore[no-any-return]
+    def _is_over(self, within_s: float) -> bool:
+        return _is_readable(self.seat.sock, within_s) or self.server.is_stopping
 
-    def _read_body(self) -> bytes:
-        """Reads the body before anything is answered, so that the next request is found."""
-        if "Transfer-Encoding" in self.headers:
-            self.close_connection = True
-            raise AppError(2002, "Transfer-Encoding is not taken: send Content-Length")
-        lengths = self.headers.get_all("Content-Length", ["0"])
-        if len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
-            self.close_connection = True
-            raise AppError(2002, "Content-Length must be one number")
-        if int(lengths[0]) > MAX_BODY_BYTES:
-            self.close_connection = True
-            raise AppError(4013, f"the body is over {MAX_BODY_BYTES >> 20} MiB")
-        body = self.rfile.read(int(lengths[0]))
-        if len(body) < int(lengths[0]):
-            self.close_connection = True
-            raise AppError(2002, "the body is shorter than its Content-Length")
-        return body
+    def _is_patient(self) -> bool:
+        """Lets who sent a bad token wait, at rest; says whether they are still there then."""
+        count, delay_s = self.server.attempts.note(self.seat.address)
+        if count & (count - 1) == 0:  # the 1st, 2nd, 4th, ...: an attacker does not fill the log
+            log.warning("bad token from %s, the %d. in a row, request %s", self.client_address[0], count,
+                        self.request_id)
+        self.server.seats.rest(self.seat)
+        return not _is_readable(self.seat.sock, delay_s) if delay_s else True
 
-    def _query(self, text: str, route: Route) -> dict[str, str]:
+    def _read_body(self, length: int) -> bytes:
+        ends_at = time.monotonic() + BODY_S
+        if length and self.head.headers.get("expect", "").lower() == "100-continue":
+            with contextlib.suppress(OSError):
+                self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return self.wire.take(length, ends_at)
+
+    @staticmethod
+    def _query(text: str, route: Route) -> dict[str, str]:
         try:
             pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=20, errors="strict")
         except ValueError:
@@ -4384,7 +4884,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             return {}
         if not route.body:
             raise AppError(2002, f"{route.method} {route.path} takes no body")
-        content_type = self.headers.get("Content-Type", "").split(";")[0].strip().lower()
+        content_type = self.head.headers.get("content-type", "").split(";")[0].strip().lower()
         if content_type != "application/json":
             raise AppError(4015, "the body must be JSON: send Content-Type: application/json")
         try:
@@ -4395,71 +4895,70 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             raise AppError(2002, "the body must be a JSON object")
         return body
 
-    def _reply(self, reply: Reply) -> None:
-        if reply.content_type:
-            self._write(reply.status, reply.data, reply.content_type, {})
-        else:
-            envelope = {"code": 0, "message": "success", "data": reply.data}
-            self._write(reply.status, to_json(envelope), "application/json", {})
-
-    def _refuse(self, error: AppError, http_status: int = 0) -> None:
-        headers = {}
-        if error.allow:
-            headers["Allow"] = error.allow
-        if error.retry_after_s:
-            headers["Retry-After"] = str(error.retry_after_s)
-        if error.http_status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        text = to_json({"code": error.code, "message": one_line(error.message), "data": None})
-        self._write(http_status or error.http_status, text, "application/json", headers)
-
-    def _write(self, status: int, text: str, content_type: str, headers: Mapping[str, str]) -> None:
-        body = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")
-        for name, value in headers.items():
+    def _send(self, answer: HttpAnswer) -> None:
+        self.wfile = io.BytesIO()  # head and body leave together, within one deadline
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
             self.send_header(name, value)
+        if answer.status != http.HTTPStatus.NOT_MODIFIED:
+            self.send_header("Content-Length", str(len(answer.body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("X-Request-Id", self.request_id)
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.head.method != "HEAD":
+            self.wfile.write(answer.body)
+        self.wire.send(self.wfile.getvalue())
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
-        """Answers what the library's parser refuses: in the envelope, then closes."""
-        self.close_connection = True
-        if not hasattr(self, "headers"):
-            self.headers = http.client.HTTPMessage()
-        self.command = self.command or "GET"
-        if self.request_version == "HTTP/0.9":
-            self.request_version = "HTTP/1.0"  # else the library would leave out the head
-        text = message or http.HTTPStatus(code).phrase
-        self._refuse(AppError(2002, one_line(text, 150)), http_status=code)
+    def _tell(self, answer: HttpAnswer) -> None:
+        """Logs what a known caller changed or asked to be changed; all else is for debugging."""
+        level = logging.INFO if self.actor and self.head.method not in ("GET", "HEAD") else logging.DEBUG
+        log.log(level, "%s %s: %d, by %s at %s, request %s", self.head.method, self._path, answer.status,
+                self.actor or "-", self.client_address[0], self.request_id)
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Does nothing: see _tell()."""
 
     def version_string(self) -> str:
         return "releasectl"
 
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug("%s %s", self.address_string(), one_line(format % args))
+
+def _name_in(certificate: Mapping[str, Any]) -> str:
+    """Gives the common name of a verified client certificate, else its first other name."""
+    names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+    names += [value for _, value in certificate.get("subjectAltName", ())]
+    return one_line(names[0], 100) if names else ""
 
 
 class ApiServer(http.server.ThreadingHTTPServer):
-    """The listener: a thread a connection, TLS in that thread and never in the accept loop."""
+    """The listener: it only gives seats to connections; a seat's thread does all the rest, TLS too.
 
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 128
+    The threads are a bounded pool's, in place of one made for each connection without a limit.
+    """
+
+    request_queue_size = 1024
 
     def __init__(self, settings: Settings, api: Api):
         """Binds the address; ConfigError when it can't be, or is open to others without tokens."""
         host, port = settings.http_addr
         self.api = api
+        self.max_body_bytes = settings.http_max_body_bytes
+        self.attempts = Attempts()
+        self.is_stopping = False
         self.tokens = Tokens(settings.api_tokens_file) if settings.api_tokens_file else None
         if self.tokens:
             self.tokens.load()
-        self.tls = server_context(settings) if settings.http_cert else None
+        self.tls = TlsFiles(server_context, settings.http_cert, settings.http_key,
+                            settings.http_client_ca) if settings.http_cert else None
+        if self.tls:
+            self.tls.context()
+        self._farewell = b"" if self.tls else _canned(
+            AppError(5003, "every connection is taken: come back in a moment", retry_after_s=1))
+        self.seats = Seats(settings.http_max_connections, settings.http_max_connections_per_address, self._farewell)
+        self._workers = ThreadPoolExecutor(settings.http_max_connections, "api")
+        self._turned_away: collections.deque[tuple[float, socket.socket]] = collections.deque()
         try:
             family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             if not self.tokens and not ipaddress.ip_address(str(target[0])).is_loopback:
@@ -4475,21 +4974,103 @@ class ApiServer(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
-    def who(self, authorization: str | None) -> tuple[str, str]:
-        """Gives name and role of who asks; without a token file everybody on this host is an operator."""
-        return self.tokens.who(authorization) if self.tokens else ("api", OPERATOR)
+    # -- in the accept thread: nothing here waits ------------------------------------------
 
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        log.debug("%s: connection ended: %s", client_address[0], one_line(sys.exc_info()[1]))
+    def process_request(self, request: Any, client_address: Any) -> None:
+        seat = self.seats.take(request, client_address[0])
+        if seat is None:
+            self._turn_away(request)
+            return
+        try:
+            self._workers.submit(self._serve, seat, client_address)
+        except RuntimeError as error:  # the system gives no more threads
+            log.error("no thread for a connection: %s", error)
+            self.seats.leave(seat)
+
+    def _turn_away(self, sock: socket.socket) -> None:
+        """Answers 503 at once; over TLS, which would need a handshake first, it just closes."""
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            sock.send(self._farewell)
+            sock.shutdown(socket.SHUT_WR)
+        self._turned_away.append((time.monotonic() + LINGER_S, sock))
+
+    def service_actions(self) -> None:
+        """Closes those that were turned away once they had the time to read why."""
+        while self._turned_away and (len(self._turned_away) > MAX_TURNED_AWAY
+                                     or self._turned_away[0][0] < time.monotonic()):
+            sock = self._turned_away.popleft()[1]
+            with contextlib.suppress(OSError):
+                sock.recv(65536)  # what was not read would make a reset of the close
+            _close(sock)
+
+    # -- in a seat's thread ----------------------------------------------------------------
+
+    def _serve(self, seat: Seat, client_address: Any) -> None:
+        try:
+            ApiHandler(seat, client_address, self)
+        except (OSError, ConfigError) as error:
+            log.debug("%s: connection ended: %s", client_address[0], one_line(error))
+        except Exception:  # the edge of a connection
+            log.exception("connection of %s failed", client_address[0])
+        finally:
+            self.seats.rest(seat)
+            say_goodbye(seat.sock)
+            self.seats.leave(seat)
+
+    def who(self, authorization: str | None, certificate_name: str) -> tuple[Identity, None] | tuple[None, AppError]:
+        """Gives who asks, or why that can't be said: what needs no token is served all the same.
+
+        Without a token file everybody who gets in is an operator. A client certificate names the
+        actor; the role is the token's.
+        """
+        try:
+            name, role = self.tokens.who(authorization) if self.tokens else ("api", OPERATOR)
+        except AppError as error:
+            return None, error
+        return Identity(certificate_name or name, role), None
+
+    def server_close(self) -> None:
+        """Stops listening, lets the requests at work be answered, and ends all connections."""
+        super().server_close()
+        self.is_stopping = True
+        self.seats.end_all()
+        self._workers.shutdown()
+        while self._turned_away:
+            _close(self._turned_away.popleft()[1])
 
 
-def server_context(settings: Settings) -> ssl.SSLContext:
+def _canned(error: AppError) -> bytes:
+    """Gives a whole answer for who gets no thread."""
+    status, headers, body = refusal_of(error)
+    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *(f"{k}: {v}" for k, v in headers.items()),
+             f"Content-Length: {len(body)}", "Connection: close", "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def _refuse_foreign_page(head: Head) -> None:
+    """Raises AppError 1004 for a browser that another site's page sent here: without tokens nothing
+    else would tell it from the person before it."""
+    host = head.headers.get("host", "")
+    name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
+    with contextlib.suppress(ValueError):
+        if name not in ("", "localhost"):
+            ipaddress.ip_address(name.strip("[]"))
+        if head.headers.get("origin", f"http://{host}") in (f"http://{host}", f"https://{host}"):
+            return
+    raise AppError(1004, "without API_TOKENS_FILE only this host's own address is served, and no other site's page")
+
+
+def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
     """Gives the API's TLS context; ConfigError naming what is wrong with the files."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    load_pair(context, settings.http_cert, settings.http_key, ("HTTP_CERT", "HTTP_KEY"))
-    if settings.http_client_ca:
-        load_ca(context, settings.http_client_ca, "HTTP_CLIENT_CA")
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; those of 1.3 are all sound
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    load_pair(context, cert, key, ("HTTP_CERT", "HTTP_KEY"))
+    require_private("HTTP_KEY", key)
+    if client_ca:
+        load_ca(context, client_ca, "HTTP_CLIENT_CA")
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
@@ -4498,37 +5079,74 @@ def server_context(settings: Settings) -> ssl.SSLContext:
 
 # Parameter of a query: its schema.
 QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
-    "status": {"type": "string", "enum": list(RELEASE_STATUSES)},
+    "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
     "page": {"type": "integer", "minimum": 1, "maximum": 10**9, "default": 1},
     "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
     "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
-    "after": {"type": "integer", "minimum": 0, "default": 0},
+    "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
     "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
+    "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
+             "description": "seconds to wait for an event when there is none yet"},
 }
+# Header of a request: its schema.
+HEADER_PARAMETERS: Mapping[str, dict[str, Any]] = {
+    "X-Request-Id": {"type": "string", "description": "taken over when it is 1 to 64 letters, digits or . _ -"},
+    "If-None-Match": {"type": "string", "description": "an ETag that the client has"},
+    "Idempotency-Key": {"type": "string", "pattern": "^[!-~]{1,128}$", "description":
+                        "the same key and body again within a day give the first answer again"},
+}
+# Header of an answer: the HTTP statuses that carry it, and its schema.
+ANSWER_HEADERS: Mapping[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "Allow": ((405,), _TEXT),
+    "Retry-After": ((503,), _TEXT),
+    "WWW-Authenticate": ((401,), _TEXT),
+    "ETag": ((304,), _TEXT),
+}
+# What every request may be answered, whatever it asks: see floor 11.
+ANY_STATUS = (400, 405, 408, 413, 414, 431, 500, 501, 503, 505)
 
 
-def _envelope(data: str) -> dict[str, Any]:
-    return _object({"code": {"const": 0}, "message": {"const": "success"}, "data": _ref(data)})
+def _statuses(route: Route) -> list[int]:
+    """Gives the HTTP statuses of errors of a route."""
+    found = [*ANY_STATUS]
+    found += [401, 403] if route.role else []
+    found += [404] if "{id}" in route.path else []
+    found += [409] if route.role == OPERATOR else []
+    found += [415] if route.body else []
+    return sorted(found)
+
+
+def _answer_headers(status: int) -> dict[str, Any]:
+    names = ["X-Request-Id", *(name for name, (statuses, _) in ANSWER_HEADERS.items() if status in statuses)]
+    return {name: {"schema": ANSWER_HEADERS[name][1] if name in ANSWER_HEADERS else _TEXT,
+                   "required": name != "X-Request-Id"} for name in names}
+
+
+def _success(answers: str, description: str, headers: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    envelope = _object({"code": {"const": 0}, "message": {"const": "success"}, "data": _ref(answers)})
+    documents: dict[str, dict[str, Any]] = {
+        "text": {"text/plain": {"schema": _TEXT}}, "json": {"application/json": {"schema": {"type": "object"}}}}
+    return {"description": description, "headers": headers or _answer_headers(200),
+            "content": documents.get(answers, {"application/json": {"schema": envelope}})}
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    error = {"description": "an error, in the envelope", "content": {"application/json": {"schema": _ref("Error")}}}
-    envelope = _envelope(route.answers)
-    documents: dict[str, dict[str, Any]] = {
-        "text": {"text/plain": {"schema": _TEXT}}, "json": {"application/json": {}}}
-    content = documents.get(route.answers, {"application/json": {"schema": envelope}})
-    parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "query", "schema": QUERY_PARAMETERS[name]} for name in route.query]
-    if "{id}" in route.path:
-        parameters.insert(0, {"name": "id", "in": "path", "required": True, "schema": _ID})
+    parameters: list[dict[str, Any]] = [{"name": "id", "in": "path", "required": True, "schema": _ID}] \
+        if "{id}" in route.path else []
+    parameters += [{"name": name, "in": "query", "schema": QUERY_PARAMETERS[name]} for name in route.query]
+    parameters += [{"name": name, "in": "header", "schema": HEADER_PARAMETERS[name]}
+                   for name in ("X-Request-Id", *route.headers)]
+    responses: dict[str, Any] = {
+        str(status): {"$ref": f"#/components/responses/{status}"} for status in _statuses(route)}
+    responses[str(route.status)] = _success(route.answers, route.summary, _answer_headers(
+        304 if "If-None-Match" in route.headers else route.status))
+    if "If-None-Match" in route.headers:
+        responses["304"] = {"description": "the client has it already", "headers": _answer_headers(304)}
     operation: dict[str, Any] = {
         "operationId": route.handler, "summary": route.summary, "parameters": parameters,
-        "security": [{"token": []}] if route.role else [],
-        "responses": {"201" if route.answers == "Created" or route.body == "NewNode" else "200":
-                      {"description": route.summary, "content": content}, "default": error}}
+        "security": [{"token": []}] if route.role else [], "responses": dict(sorted(responses.items()))}
     if route.dry_run:
-        operation["responses"]["200"] = {"description": "what it would do", "content": {
-            "application/json": {"schema": _envelope(route.dry_run)}}}
+        operation["responses"]["200"] = _success(route.dry_run, "what it would do")
     if route.body:
         operation["requestBody"] = {"required": route.body in ("NewNode", "SetFreeze"),
                                     "content": {"application/json": {"schema": _ref(route.body)}}}
@@ -4540,13 +5158,17 @@ def openapi_document() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    statuses = sorted({status for route in ROUTES for status in _statuses(route)})
+    error = {"application/json": {"schema": _ref("Error")}}
     return {"openapi": "3.1.0", "info": {"title": "releasectl", "version": __version__}, "paths": paths,
             "components": {"schemas": openapi_schemas(),
+                           "responses": {str(status): {"description": http.HTTPStatus(status).phrase, "content": error,
+                                                       "headers": _answer_headers(status)} for status in statuses},
                            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}}
 
 
 # ======================================================================================
-# 12 Check: what is wrong with this installation, and what would mend it. Uses 1 to 11.
+# 13 Check: what is wrong with this installation, and what would mend it. Uses 1 to 12.
 # ======================================================================================
 
 class Ping(NamedTuple):
@@ -4610,7 +5232,7 @@ def control_certificate(settings: Settings) -> Mapping[str, Any]:
 
 def api_certificate(settings: Settings) -> Mapping[str, Any]:
     """Gives the API's certificate as a client sees it that trusts just this one; ConfigError."""
-    ours = server_context(settings)
+    ours = server_context(settings.http_cert, settings.http_key, "")
     ours.verify_mode = ssl.CERT_NONE
     theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     theirs.check_hostname = False
@@ -4634,12 +5256,12 @@ def check_certificate(name: str, path: str, look: Callable[[], Mapping[str, Any]
 
 
 def check_private(name: str, path: str) -> Finding:
-    """Says whether a key can be read by everybody."""
+    """Says whether a key is closed to others."""
     try:
         require_private(name, path)
     except ConfigError as error:
         return Finding(name, EXIT_USAGE, error.message)
-    return Finding(name, EXIT_DONE, f"{path} is not readable by everybody")
+    return Finding(name, EXIT_DONE, f"{path} is closed to others")
 
 
 def check_agents(settings: Settings) -> Iterator[Finding]:
@@ -4687,7 +5309,7 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
 
 
 # ======================================================================================
-# 13 Command line: a table of commands (contract section 4). Uses 1 to 12.
+# 14 Command line: a table of commands (contract section 4). Uses 1 to 13.
 # ======================================================================================
 
 class Context:
@@ -4757,7 +5379,7 @@ def command_serve(context: Context) -> int:
     if settings.release_executor_enabled and (settings.control_cert or not settings.mtls_enabled):
         agents.prepare()
     executor = Executor(settings, context.store, agents)
-    server = ApiServer(settings, Api(context.store, executor.nudge))
+    server = ApiServer(settings, Api(context.store, executor.nudge, settings.http_max_connections // 4))
     _stop_on_signal(executor.stop)
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     accept.start()
@@ -4798,7 +5420,9 @@ def command_run_once(context: Context) -> int:
 
 
 def warn_of_settings(settings: Settings) -> None:
-    """Says at every start what a laboratory may do and production may not."""
+    """Says at every start what a laboratory may do and production may not; ConfigError for an open key."""
+    if settings.mtls_enabled and settings.control_key:
+        require_private("CONTROL_KEY", settings.control_key)
     if not settings.mtls_enabled:
         log.warning("MTLS_ENABLED=0: agents are called by plain HTTP, unprotected; for a laboratory only")
     elif not settings.control_cert and settings.release_executor_enabled:
@@ -4814,6 +5438,19 @@ def command_migrate(context: Context) -> int:
     before, after = context.store.database.migrate()
     context.show({"before": before, "after": after},
                  f"{context.store.database}: schema {after}" + (f", was {before}" if before != after else ""))
+    return EXIT_DONE
+
+
+# -- tokens ----------------------------------------------------------------------------------
+
+def command_token_add(context: Context) -> int:
+    options, path = context.options, context.settings.api_tokens_file
+    if not path:
+        raise ConfigError("API_TOKENS_FILE is not set: name the file that holds the tokens of the API")
+    token = add_token(path, options.name, options.role)
+    print(f"{options.name} may act as {options.role} with this token, which is shown once and stored nowhere",
+          file=sys.stderr)
+    context.show({"name": options.name, "role": options.role, "token": token}, token)
     return EXIT_DONE
 
 
@@ -5284,6 +5921,9 @@ COMMANDS: tuple[Command, ...] = (
             command_node_import, (_option("file", metavar="FILE", help="- for standard input"),)),
     Command("node ping", "ask agents whether they answer", command_node_ping, (
         _option("names", nargs="*", metavar="NAME", help="none: every enabled node"),)),
+    Command("token add", "make a token for the API, and print it once", command_token_add, (
+        _option("name", metavar="NAME", help="whom the history names"),
+        _option("--role", choices=(VIEWER, OPERATOR), required=True, help="viewer reads, operator acts"))),
     Command("create", "create a release for the enabled, online nodes", command_create, (
         _option("--payload", metavar="FILE", help="JSON object for the agents; - for standard input"),
         _REASON_OPTION, _option("--target", default="cdn"),
@@ -5348,8 +5988,9 @@ def build_parser() -> argparse.ArgumentParser:
         place = commands
         if group:
             if group[0] not in groups:
+                words = [c.name.split()[1] for c in COMMANDS if c.name.startswith(f"{group[0]} ")]
                 group_parser = commands.add_parser(
-                    group[0], parents=[common], allow_abbrev=False, help="add, list, set, import, ping")
+                    group[0], parents=[common], allow_abbrev=False, help=", ".join(words))
                 groups[group[0]] = group_parser.add_subparsers(metavar="COMMAND", required=True)
             place = groups[group[0]]
         sub = place.add_parser(word, parents=[common], allow_abbrev=False, help=command.help,

@@ -119,7 +119,23 @@ INSERT INTO health_probe (id) VALUES (1);
 
 INSERT INTO schema_version (version) VALUES (1);
 
--- step 2: what a strategy has reached, failures that a person accepted, and the freeze
+-- step 2: what an Idempotency-Key made, kept for a day
+
+CREATE TABLE idempotency_keys (
+    actor           TEXT NOT NULL,
+    idempotency_key TEXT NOT NULL,
+    request_sha256  TEXT NOT NULL,
+    release_task_id BIGINT NOT NULL REFERENCES release_tasks (id),
+    created_at      TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    PRIMARY KEY (actor, idempotency_key)
+);
+
+-- Those that are older than a day.
+CREATE INDEX idempotency_keys_by_age ON idempotency_keys (created_at);
+
+INSERT INTO schema_version (version) VALUES (2);
+
+-- step 3: what a strategy has reached, failures that a person accepted, and the freeze
 
 -- Up to which batch all is over (soak, second look, pause), until when a batch soaks, and who
 -- paused the release.
@@ -143,4 +159,4 @@ CREATE TABLE release_freeze (
 
 INSERT INTO release_freeze (id) VALUES (1);
 
-INSERT INTO schema_version (version) VALUES (2);
+INSERT INTO schema_version (version) VALUES (3);

@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+"""A flood of one address against `releasectl.py serve`, and what a healthy client at another notices.
+
+    python scripts/flood.py [--plain] [--seconds N] [--again S] [--json]
+
+From 127.0.0.2: 500 connections that say nothing, 200 that drip a head byte by byte, 50 that stop in
+the TLS handshake; whoever is closed comes again after --again seconds. Meanwhile 127.0.0.3 asks in
+turn for /healthz and for a release with a token, each on a connection of its own. Then the flood
+stops coming again, and its connections must be gone within the deadline. Prints figures; exit 1
+when a healthy request failed or an attacker stayed.
+"""
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import http.client
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import releasectl as rc  # noqa: E402
+
+SERVER, ATTACKER, HEALTHY = "127.0.1.1", "127.0.0.2", "127.0.0.3"
+IDLE, DRIPPING, STALLED = 500, 200, 50
+TOKEN = "flood"  # noqa: S105 - of a server that lives for seconds
+
+
+# -- the attackers, in a process of their own ----------------------------------------------------
+
+class Flood:
+    """All attackers; open_now counts the connections that the server has not closed."""
+
+    def __init__(self, port: int, context: ssl.SSLContext | None, again_s: float):
+        self.port, self.context, self.again_s = port, context, again_s
+        self.open_now = self.connects = 0
+        self.is_over = False
+
+    async def attacker(self, kind: str) -> None:
+        while not self.is_over:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                await self.visit(kind)
+            await asyncio.sleep(self.again_s)
+
+    async def visit(self, kind: str) -> None:
+        self.connects += 1
+        tls = self.context if kind == "dripping" else None
+        reader, writer = await asyncio.open_connection(
+            SERVER, self.port, local_addr=(ATTACKER, 0), ssl=tls, server_hostname=SERVER if tls else None)
+        self.open_now += 1
+        try:
+            if kind == "stalled":
+                writer.write(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+            dripping = asyncio.ensure_future(self.drip(writer)) if kind == "dripping" else None
+            while await reader.read(65536):
+                pass
+            if dripping:
+                dripping.cancel()
+        finally:
+            self.open_now -= 1
+            writer.close()
+
+    @staticmethod
+    async def drip(writer: asyncio.StreamWriter) -> None:
+        for byte in b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 10000:
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0.2)
+
+    async def run(self, pipe: Any) -> None:
+        kinds = ["idle"] * IDLE + ["dripping"] * DRIPPING + ["stalled"] * STALLED
+        tasks = [asyncio.ensure_future(self.attacker(kind)) for kind in kinds]
+        while not pipe.poll():
+            await asyncio.sleep(0.05)
+        pipe.recv()
+        self.is_over = True
+        ends_at = time.monotonic() + 2 * rc.PROVE_S
+        started = time.monotonic()
+        while self.open_now and time.monotonic() < ends_at:
+            await asyncio.sleep(0.05)
+        pipe.send((self.connects, self.open_now, time.monotonic() - started))
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def attack(port: int, ca: str, again_s: float, pipe: Any) -> None:
+    """The body of the attackers' process."""
+    context = ssl.create_default_context(cafile=ca) if ca else None
+    asyncio.run(Flood(port, context, again_s).run(pipe))
+
+
+# -- the healthy client ---------------------------------------------------------------------------
+
+def ask(port: int, context: ssl.SSLContext | None, path: str) -> float:
+    """Makes one request on a connection of its own; gives the ms that it took. Raises on anything but 200."""
+    started = time.monotonic()
+    source = (HEALTHY, 0)
+    connection = http.client.HTTPSConnection(SERVER, port, timeout=10, source_address=source, context=context) \
+        if context else http.client.HTTPConnection(SERVER, port, timeout=10, source_address=source)
+    try:
+        connection.request("GET", path, headers={} if path == "/healthz" else {"Authorization": f"Bearer {TOKEN}"})
+        answer = connection.getresponse()
+        answer.read()
+        if answer.status != 200:
+            raise RuntimeError(f"{path}: {answer.status}")
+        return (time.monotonic() - started) * 1000
+    finally:
+        connection.close()
+
+
+def percentile(values: list[float], part: float) -> float:
+    return sorted(values)[min(len(values) - 1, math.ceil(part * len(values)) - 1)] if values else math.nan
+
+
+def usage(pid: int) -> dict[str, int]:
+    """Gives memory in KiB and threads of a process."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {"rss_kib": int(lines["VmRSS"].split()[0]), "peak_kib": int(lines["VmHWM"].split()[0]),
+            "threads": int(lines["Threads"])}
+
+
+# -- the server -----------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def serving(folder: Path, is_plain: bool) -> Any:
+    """Runs `serve` with one release; gives its process, port and CA."""
+    with socket.socket() as probe:
+        probe.bind((SERVER, 0))
+        port = probe.getsockname()[1]
+    tokens, database = folder / "tokens", f"sqlite:///{folder}/flood.db"
+    tokens.touch(0o600)
+    tokens.write_text(f"flood:viewer:{hashlib.sha256(TOKEN.encode()).hexdigest()}\n")
+    values = {"DATABASE_URL": database, "HTTP_ADDR": f"{SERVER}:{port}", "API_TOKENS_FILE": str(tokens),
+              "RELEASE_EXECUTOR_ENABLED": "0", "MTLS_ENABLED": "0"}
+    ca = ""
+    if not is_plain:
+        subprocess.run(["bash", str(ROOT / "scripts/make_certs.sh"), str(folder / "certs"), SERVER], check=True,
+                       stdout=subprocess.DEVNULL)
+        ca, pair = f"{folder}/certs/ca.crt", f"{folder}/certs/agents/{SERVER}"
+        values.update(HTTP_CERT=f"{pair}.crt", HTTP_KEY=f"{pair}.key")
+    store = rc.Store(rc.Database(database))
+    store.database.migrate()
+    store.add_node("edge-1", "127.0.1.1")
+    store.create_release(rc.ReleaseRequest(), "flood")
+    store.database.close()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("HTTP_", "API_", "CONTROL_"))}
+    process = subprocess.Popen([sys.executable, str(ROOT / "releasectl.py"), "serve"], env={**environ, **values},
+                               stderr=subprocess.DEVNULL)
+    try:
+        yield process, port, ca
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plain", action="store_true", help="HTTP in place of HTTPS")
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long the flood lasts")
+    parser.add_argument("--again", type=float, default=1.0, help="seconds until an attacker who was closed comes again")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="releasectl-flood."))
+    try:
+        with serving(folder, options.plain) as (process, port, ca):
+            figures = measure(process.pid, port, ca, options)
+    finally:
+        shutil.rmtree(folder)
+    print(json.dumps(figures) if options.json else "\n".join(f"{k:<16} {v}" for k, v in figures.items()))
+    return 1 if figures["failures"] or figures["attackers_left"] else 0
+
+
+def measure(pid: int, port: int, ca: str, options: argparse.Namespace) -> dict[str, Any]:
+    context = ssl.create_default_context(cafile=ca) if ca else None
+    give_up_at = time.monotonic() + 30
+    while True:
+        try:
+            ask(port, context, "/healthz")
+            break
+        except OSError:
+            if time.monotonic() > give_up_at:
+                raise
+            time.sleep(0.05)
+    paths = ("/healthz", "/api/v1/releases/1")
+    quiet = [ask(port, context, paths[n % 2]) for n in range(200)]
+    before = usage(pid)
+    ours, theirs = multiprocessing.Pipe()
+    attackers = multiprocessing.get_context("spawn").Process(target=attack, args=(port, ca, options.again, theirs))
+    attackers.start()
+    took: list[float] = []
+    failures: list[str] = []
+    most = before
+    until = time.monotonic() + options.seconds
+    number = 0
+    while time.monotonic() < until:
+        number += 1
+        try:
+            took.append(ask(port, context, paths[number % 2]))
+        except (OSError, http.client.HTTPException, RuntimeError) as error:
+            failures.append(f"{type(error).__name__}: {error}")
+        if number % 20 == 0:
+            now = usage(pid)
+            most = {key: max(most[key], now[key]) for key in most}
+        time.sleep(0.005)
+    ours.send("over")
+    connects, left, gone_s = ours.recv()
+    attackers.join(30)
+    return {"scheme": "https" if ca else "http", "seconds": options.seconds, "attackers": IDLE + DRIPPING + STALLED,
+            "attacks": connects, "requests": len(took), "failures": failures[:10],
+            "quiet_p50_ms": round(percentile(quiet, 0.5), 1), "quiet_p99_ms": round(percentile(quiet, 0.99), 1),
+            "p50_ms": round(percentile(took, 0.5), 1), "p99_ms": round(percentile(took, 0.99), 1),
+            "max_ms": round(max(took, default=math.nan), 1), "threads": most["threads"],
+            "rss_before_mib": round(before["rss_kib"] / 1024, 1), "rss_peak_mib": round(most["peak_kib"] / 1024, 1),
+            "attackers_left": left, "gone_after_s": round(gone_s, 1)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
