@@ -985,3 +985,61 @@ def test_metrics_can_be_read_by_prometheus_and_hold_no_ids(client):
     assert values['releasectl_nodes{status="offline"}'] == 1
     assert not re.search(r"edge-|127\.0\.1\.", answer.text)
     assert set(re.findall(r'(\w+)="', answer.text)) <= {"status", "version"}
+
+
+# -- steering (contract section 7) -------------------------------------------------------------------
+
+def test_dry_run_answers_the_plan_with_200_and_writes_nothing(client):
+    add_nodes(client.store, 20)
+    client.store.update_node(3, {"status": "maintenance"})
+    body = {"strategy": {"batches": [1, "50%"], "maxFailed": "20%", "maxFailedTotal": 1}, "dryRun": True}
+    plan = client.ok("POST", "/api/v1/releases", body)
+    assert [(len(b["nodeIds"]), b["maxFailed"]) for b in plan["batches"]] == [(1, 0), (9, 1), (9, 1)]
+    assert plan["leftOut"] == [{"nodeId": 3, "nodeName": "edge-3", "why": "in maintenance"}]
+    assert (plan["totalNodes"], plan["maxFailedTotal"], plan["maxParallel"]) == (19, 1, 0)
+    assert client.ok("GET", "/api/v1/releases")["total"] == 0
+    created = client.ok("POST", "/api/v1/releases", {**body, "dryRun": False}, 201)
+    assert [b["nodeIds"] for b in created["batches"]] == [b["nodeIds"] for b in plan["batches"]]
+    assert client.ok("GET", "/api/v1/releases/1?view=summary")["release"]["strategy"] == body["strategy"]
+
+
+@pytest.mark.parametrize(("body", "code", "named"), [
+    ({"nodeIds": []}, 2003, "nodeIds"), ({"nodeIds": [1, 1]}, 2003, "nodeIds"), ({"nodeIds": ["1"]}, 2003, "nodeIds"),
+    ({"nodeIds": [2]}, 2003, "edge-2"), ({"nodeIds": [7]}, 2003, "node 7"), ({"labels": {"a": 1}}, 2003, "labels"),
+    ({"labels": {"region": "nowhere"}}, 3003, "region"), ({"nodeIds": [1], "labels": {}}, 2003, "exclude"),
+    ({"dryRun": "yes"}, 2003, "dryRun"), ({"strategy": {"soakSec": "1"}}, 2003, "soakSec"),
+    ({"strategy": {"verify": {"url": "http://169.254.169.254/"}}}, 2003, "url"),
+    ({"dryRun": True, "strategy": {"pauseAfter": [9]}}, 2003, "pauseAfter")])
+def test_a_choice_or_strategy_that_can_not_be_meant_is_refused_by_name(client, body, code, named):
+    add_nodes(client.store, 2)
+    client.store.update_node(2, {"enabled": 0})
+    answer = client("POST", "/api/v1/releases", body)
+    assert (answer.code, named in answer.message) == (code, True), answer.message
+    assert client.ok("GET", "/api/v1/releases")["total"] == 0
+
+
+def test_the_freeze_is_set_seen_and_lifted_with_who_did_it(client):
+    assert client.ok("GET", "/api/v1/freeze")["frozen"] is False
+    frozen = client.ok("PUT", "/api/v1/freeze", {"frozen": True, "reason": "holidays"})
+    assert (frozen["frozen"], frozen["reason"], frozen["actor"]) == (True, "holidays", "api")
+    add_nodes(client.store, 1)
+    client.ok("POST", "/api/v1/releases", {}, 201)
+    assert client.ok("GET", "/api/v1/releases/1")["release"]["statusReason"] == "frozen: holidays"
+    assert client.ok("PUT", "/api/v1/freeze", {"frozen": False})["frozen"] is False
+    assert client.code("PUT", "/api/v1/freeze", {}) == 2001
+    assert client.code("PUT", "/api/v1/freeze", {"frozen": 1}) == 2003
+
+
+def test_cancel_by_force_and_resume_that_accepts_failures(client):
+    add_nodes(client.store, 2)
+    client.ok("POST", "/api/v1/releases", {"strategy": {"onExceed": "pause"}}, 201)
+    with client.store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_tasks SET status = 'paused', started_at = created_at")
+        tx.execute("UPDATE release_task_nodes SET status = 'failed' WHERE node_id = 1")
+    assert client.code("POST", "/api/v1/releases/1/resume", {}) == 3003
+    assert client.code("POST", "/api/v1/releases/1/resume", {"acceptFailures": "yes"}) == 2003
+    resumed = client.ok("POST", "/api/v1/releases/1/resume", {"acceptFailures": True, "reason": "known"})
+    assert (resumed["status"], resumed["failedNodes"]) == ("running", 1)
+    ended = client.ok("POST", "/api/v1/releases/1/cancel", {"force": True, "reason": "enough"})
+    assert (ended["status"], ended["skippedNodes"]) == ("cancelled", 1)
+    assert "enough" in [e["detail"] for e in client.ok("GET", "/api/v1/releases/1/events")["items"]]

@@ -720,3 +720,149 @@ def test_a_new_database_may_be_made_by_many_at_the_same_time(cli, database_url):
     assert cli.ok("node", "list", "--db", database_url, "--json").json["total"] == 4
     before_and_after = cli.ok("migrate", "--db", database_url, "--json").json
     assert before_and_after == {"before": len(rc.schema_steps()), "after": len(rc.schema_steps())}
+
+
+# -- steering (contract section 7) -------------------------------------------------------------------
+
+def test_create_takes_a_strategy_by_options_and_plan_shows_it_before(filled_quick):
+    options = ("--batches", "1,50%", "--max-failed", "10%", "--max-failed-total", "1", "--max-parallel", "2",
+               "--soak", "5m", "--pause-after", "1", "--on-exceed", "pause", "--node-deadline", "1h", "--retries", "0",
+               "--start-at", "2999-01-01T00:00:00Z", "--verify-url", "http://{main_ip}:8080/health",
+               "--verify-successes", "2")
+    plan = filled_quick.ok("create", *options, "--plan", "--json").json
+    assert plan == {"totalNodes": 2, "maxFailedTotal": 1, "maxParallel": 2, "leftOut": [],
+                    "batches": [{"batch": 1, "nodeIds": [1], "maxFailed": 0},
+                                {"batch": 2, "nodeIds": [2], "maxFailed": 0}]}
+    assert filled_quick.store.releases().total == 3
+    filled_quick.ok("create", *options)
+    assert rc.parse_json(filled_quick.store.release(4).strategy) == {
+        "batches": [1, "50%"], "maxFailed": "10%", "maxFailedTotal": 1, "maxParallel": 2, "soakSec": 300,
+        "pauseAfter": [1], "onExceed": "pause", "nodeDeadlineSec": 3600, "retries": 0,
+        "startAt": "2999-01-01T00:00:00Z",
+        "verify": {"url": "http://{main_ip}:8080/health", "successes": 2}}
+
+
+def test_create_goes_to_the_nodes_that_are_named_or_labelled(filled_quick):
+    filled_quick.ok("node", "set", "edge-2", "--label", "region=eu")
+    assert filled_quick.ok("create", "--label", "region=eu", "--json").json["batches"] == [
+        {"batch": 1, "nodeIds": [2]}]
+    assert filled_quick.ok("create", "--node", "edge-1", "--json").json["totalNodes"] == 1
+    filled_quick.ok("node", "set", "edge-2", "--status", "maintenance")
+    assert "left out: edge-2 is in maintenance" in filled_quick.ok("create", "--plan").out
+    refused = filled_quick("create", "--node", "edge-2")
+    assert (refused.code, "node edge-2 is in maintenance" in refused.err) == (2, True)
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    (("--batches", "1,x"), "batches"), (("--max-failed", "many"), "maxFailed"), (("--soak", "5 minutes"), "--soak"),
+    (("--verify-status", "200"), "verify"), (("--on-exceed", "stop"), "onExceed"), (("--start-at", "now"), "startAt")])
+def test_an_option_that_can_not_be_meant_is_refused_by_name(filled_quick, options, named):
+    refused = filled_quick("create", *options)
+    assert (refused.code, named in refused.err) == (2, True), refused.err
+    assert filled_quick.store.releases().total == 3
+
+
+def test_the_freeze_can_be_set_seen_and_lifted(filled_quick):
+    assert filled_quick("freeze", "on").code == 2  # without a reason
+    filled_quick.ok("freeze", "on", "--reason", "holidays")
+    assert "holidays" in filled_quick.ok("freeze").out
+    assert "frozen: holidays" in filled_quick.ok("list").out
+    assert filled_quick.ok("run-once").out == ""
+    assert filled_quick.ok("freeze", "off", "--json").json["frozen"] is False
+    assert filled_quick.ok("freeze").out.strip() == "not frozen"
+
+
+def test_verbs_take_a_reason_force_and_accepted_failures(filled_quick):
+    filled_quick.ok("cancel", "3", "--force", "--reason", "wrong payload")
+    assert "wrong payload" in filled_quick.ok("events", "3").out
+    filled_quick.ok("retry", "3", "--reason", "again")
+    assert filled_quick.store.release(4).reason == "again"
+    filled_quick.ok("pause", "4")
+    filled_quick.ok("resume", "4", "--accept-failures")
+
+
+# -- watch ----------------------------------------------------------------------------------------------
+
+def test_watch_without_an_id_follows_the_newest_and_ends_at_its_end(filled_quick):
+    filled_quick.ok("cancel", "3")
+    ended = filled_quick("watch")
+    assert (ended.code, "release 3 (v3): cancelled" in ended.out) == (1, True)
+    assert filled_quick("watch", "latest").code == 1
+    assert filled_quick("watch", "1").code == 0
+
+
+def test_watch_gives_up_with_75_when_its_time_is_over(filled_quick):
+    over = filled_quick("watch", "3", "--timeout", "0.2")
+    assert (over.code, over.out) == (75, "")
+    assert "waiting for the executor" in over.err
+
+
+def test_watch_until_paused_or_until_a_batch_is_done(filled_quick):
+    filled_quick.ok("pause", "3")
+    assert filled_quick("watch", "3", "--until", "paused").code == 0
+    with filled_quick.store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = 3 AND batch = 1")
+    assert filled_quick("watch", "3", "--until", "batch=1").code == 0
+    assert filled_quick("watch", "3", "--until", "batch=2", "--timeout", "0.2").code == 75
+    assert filled_quick("watch", "3", "--until", "lunch").code == 2
+
+
+class Terminal:
+    """A stream that says it is a terminal, and keeps what was written."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("no_colour", ["", "1"])
+def test_watch_draws_batches_counts_and_failures_in_a_terminal(filled_quick, monkeypatch, no_colour):
+    monkeypatch.setenv("NO_COLOR", no_colour)
+    monkeypatch.setenv("TERM", "xterm")
+    store, stream = filled_quick.store, Terminal()
+    with store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_task_nodes SET status = 'failed', error_msg = 'boom' "
+                   "WHERE release_task_id = 2 AND node_id = 1")
+        tx.execute("UPDATE release_tasks SET failed_nodes = 1 WHERE id = 2")
+    screen = rc.Screen(stream)
+    screen.show(store.progress(2))
+    screen.show(store.progress(2))
+    assert "batch   1      0 of 1" in stream.text
+    assert "edge-1: boom" in stream.text
+    assert ("\x1b[31m" in stream.text) == (no_colour == "")
+    height = stream.text.split("\x1b[J")[0].count("\n")
+    assert f"\x1b[{height}A" in stream.text  # the second picture is drawn over the first
+
+
+def test_watch_survives_a_database_that_is_away_for_a_while(filled_quick, monkeypatch):
+    filled_quick.ok("cancel", "3")
+    real, calls = rc.Store.progress, []
+
+    def progress(self, *arguments):
+        calls.append(1)
+        if len(calls) < 3:
+            raise rc.DatabaseError("database x is locked")
+        return real(self, *arguments)
+    monkeypatch.setattr(rc.Store, "progress", progress)
+    ended = filled_quick("watch", "3")
+    assert (ended.code, ended.err.count("is locked")) == (1, 1)
+
+
+def test_create_wait_follows_a_release_over_real_agents(fleet_cli):
+    watching = fleet_cli.start("create", "--wait", "--timeout", "60", "--batches", "1,1")
+    try:
+        eventually(lambda: fleet_cli.world.store.releases().total)
+        fleet_cli.ok("run-once", "--drain")
+        done = Cli.end(watching)
+    finally:
+        watching.kill()
+    assert (done.code, "3 nodes succeeded" in done.out) == (0, True), done.err
+    assert "created" in done.err
