@@ -3289,6 +3289,7 @@ pre { white-space: pre-wrap; background: var(--page); border: 1px solid var(--li
 .between { justify-content: space-between; }
 .stack { display: grid; grid-template-columns: minmax(0, 1fr); gap: .6rem; }
 .stack.wide { gap: 1.1rem; }
+.stack > .stack + .stack { margin-top: .5rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1.1rem; }
 .tiles > .card { align-content: start; }
@@ -3399,6 +3400,7 @@ dialog#node { margin: 0 0 0 auto; width: min(36rem, 100vw); height: 100vh; max-h
   #pulse { display: contents; }
   #pulse .chip, #age { margin-left: auto; }
   #age { order: 2; font-size: .87rem; }
+  #age .word { display: none; }
   .card { padding: .85rem; }
   thead { display: none; }
   table, tbody, td { display: block; }
@@ -3894,7 +3896,8 @@ function failureGroup(r, nodes) {
 function lane(r, batch, last, opened, open, find) {
   const counts = tally(batch.nodes), done = counts.success || 0, total = batch.nodes.length;
   const status = done === total ? 'success' : NODE_ORDER.find(s => counts[s]);
-  const found = batch.nodes.filter(n => n.nodeName.toLowerCase().includes(find) || n.mainIp.includes(find));
+  const isFound = n => n.nodeName.toLowerCase().includes(find) || n.mainIp.includes(find);
+  const found = find ? batch.nodes.filter(isFound) : batch.nodes;
   const isOfInterest = batch.batch === r.currentBatch || status === 'failed' || (last <= 2 && done < total);
   const isOpen = find ? found.length > 0 : opened.has(batch.batch) ? opened.get(batch.batch) : isOfInterest;
   const onclick = event => {
@@ -3909,8 +3912,8 @@ function lane(r, batch, last, opened, open, find) {
 }
 
 function cells(r, batch, nodes) {
-  const isCapped = nodes.length > CELLS_PER_LANE, rank = n => NODE_ORDER.indexOf(n.status);
-  const ordered = isCapped ? [...nodes].sort((a, b) => rank(a) - rank(b)) : nodes; // what is cut off is calm
+  const isCapped = nodes.length > CELLS_PER_LANE; // then what is cut off is the calm end
+  const ordered = isCapped ? NODE_ORDER.flatMap(status => nodes.filter(n => n.status === status)) : nodes;
   const left = ordered.slice(CELLS_PER_LANE);
   return h('div', null,
     h('div', {class: 'cells', role: 'group', 'aria-label': `Nodes of batch ${batch}`, onkeydown: walkCells},
