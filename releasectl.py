@@ -18,16 +18,18 @@ The floors, in order; each uses only the ones above it:
      8 Agent client    mutual TLS, deadlines, the two dialects
      9 Executor        claim, lease, and the loop that joins 6, 7 and 8
     10 Shapes          the JSON of the API and the command line
-    11 HTTP            one connection's bytes against limits and deadlines, and who may stay
-    12 API             routes, tokens, the server, /openapi.json
-    13 Check           what is wrong with an installation
-    14 Command line    a table of commands
+    11 Page            the dashboard's document, one raw string
+    12 HTTP            one connection's bytes against limits and deadlines, and who may stay
+    13 API             routes, tokens, the server, /openapi.json
+    14 Check           what is wrong with an installation
+    15 Command line    a table of commands
 
 How a release flows through them is drawn in docs/ARCHITECTURE.md.
 """
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import contextlib
 import dataclasses
@@ -2218,6 +2220,19 @@ class Store:
                            size or total, (page - 1) * size)
             return Page([Node(*row) for row in rows], total, page, size)
 
+    def last_releases(self, node_ids: Sequence[int]) -> dict[int, tuple[int, str]]:
+        """Gives for each of some nodes the newest release that names it, and what it is there."""
+        if not node_ids:
+            return {}
+        with self.database.transaction() as tx:
+            # the index release_task_nodes_by_node finds the newest of each
+            return {node_id: (release_id, status) for node_id, release_id, status in tx.rows(f"""
+                SELECT n.node_id, n.release_task_id, n.status
+                FROM release_task_nodes n
+                WHERE n.node_id IN ({', '.join('?' * len(node_ids))})
+                  AND n.release_task_id = (SELECT MAX(m.release_task_id) FROM release_task_nodes m
+                                           WHERE m.node_id = n.node_id)""", *node_ids)}
+
     def update_node(self, node_id: int, changes: Mapping[str, object]) -> Node:
         """Changes columns of a node, checked by floor 5; 3001, 3002, or 3003 while a release needs it."""
         with self.database.transaction(write=True) as tx:
@@ -2464,6 +2479,18 @@ class Store:
             rows = tx.rows(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r {where} ORDER BY r.id DESC "
                            "LIMIT ? OFFSET ?", *params, size, (page - 1) * size)
             return Page([Release(*row) for row in rows], total, page, size)
+
+    def open_releases(self, limit: int = MAX_PAGE_SIZE) -> list[tuple[Release, int]]:
+        """Gives the releases that are not at their end, oldest first, each with its number of batches."""
+        with self.database.transaction() as tx:
+            rows = tx.rows(f"""
+                SELECT {RELEASE_COLUMNS},
+                       COALESCE((SELECT MAX(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id), 0)
+                FROM release_tasks r
+                WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')
+                ORDER BY r.id
+                LIMIT ?""", limit)
+            return [(Release(*row[:-1]), row[-1]) for row in rows]
 
     def events(self, release_id: int, after: int = 0, limit: int = 100) -> list[Event]:
         """Gives the events of a release with an id above after, oldest first; AppError 3001."""
@@ -3432,6 +3459,8 @@ class Executor:
         self.policy = Policy(settings.agent_retries, settings.node_deadline_sec, settings.agent_request_timeout_sec,
                              settings.release_executor_interval_sec, settings.agent_connect_timeout_sec)
         self.stopping = threading.Event()
+        # When run_loop() last looked for work and could, for people.
+        self.looked_at: float | None = None
         # Requests were cut by ourselves: what they bring says nothing of an agent.
         self.has_cut = False
         self._wake = threading.Event()
@@ -3467,6 +3496,7 @@ class Executor:
             self._wake.clear()
             try:
                 self._look(is_tick=False)
+                self.looked_at = self.clock.wall()
                 said = ""
             except (AppError, StateMoved) as error:
                 if str(error) != said:
@@ -3888,11 +3918,24 @@ def node_json(node: Node) -> dict[str, Any]:
             "updatedAt": node.updated_at}
 
 
+def listed_node_json(node: Node, last_release: tuple[int, str] | None) -> dict[str, Any]:
+    """Gives a node with the newest release that names it, and what it is there."""
+    last = {"releaseId": last_release[0], "status": last_release[1]} if last_release else None
+    return {**node_json(node), "lastRelease": last}
+
+
 def event_json(event: Event) -> dict[str, Any]:
     """Gives one row of a release's history."""
     return {"id": event.id, "releaseId": event.release_id, "nodeId": event.node_id, "nodeName": event.node_name,
             "at": event.at, "actor": event.actor, "event": event.event, "fromStatus": event.from_status,
             "toStatus": event.to_status, "detail": event.detail}
+
+
+def open_releases_json(releases: Sequence[tuple[Release, int]]) -> dict[str, Any]:
+    """Gives the releases that are not at their end, each with its number of batches, and who works on them."""
+    return {"releases": [{**release_json(release), "batches": batches} for release, batches in releases],
+            "claims": [{"releaseId": release.id, "owner": release.claim_owner, "expiresAt": release.claim_expires_at}
+                       for release, _ in releases if release.claim_expires_at]}
 
 
 def page_json(page: Page, item_json: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -3994,14 +4037,15 @@ def openapi_schemas() -> dict[str, Any]:
     """Gives the shapes of section 5 of the contract as JSON Schema."""
     node = {name: schema for name, (_, _, schema) in NODE_FIELDS.items()}
     batch = {"batch": _ID}
+    release = {
+        "id": _ID, "type": _TEXT, "target": _TEXT, "version": _ID,
+        "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": _TEXT, "reason": _TEXT,
+        "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
+        "currentBatch": _COUNT, "errorMsg": _TEXT, "strategy": {"type": "object"},
+        "retryOf": {"type": ["integer", "null"]}, "rollbackOf": {"type": ["integer", "null"]},
+        "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME}
     return {
-        "Release": _object({
-            "id": _ID, "type": _TEXT, "target": _TEXT, "version": _ID,
-            "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": _TEXT, "reason": _TEXT,
-            "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
-            "currentBatch": _COUNT, "errorMsg": _TEXT, "strategy": {"type": "object"},
-            "retryOf": {"type": ["integer", "null"]}, "rollbackOf": {"type": ["integer", "null"]},
-            "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME}),
+        "Release": _object(release),
         "ReleaseNode": _object({
             "nodeId": _ID, "nodeName": _TEXT, "mainIp": _TEXT,
             "status": {"type": "string", "enum": [PENDING, RUNNING, SUCCESS, FAILED, SKIPPED]}, "taskId": _TEXT,
@@ -4020,7 +4064,11 @@ def openapi_schemas() -> dict[str, Any]:
             "actor": _TEXT, "event": _TEXT, "fromStatus": _TEXT, "toStatus": _TEXT, "detail": _TEXT}),
         "EventList": _list_of("Event", paged=False),
         "Node": _object({"id": _ID, **node, "createdAt": _TIME, "updatedAt": _TIME}),
-        "NodeList": _list_of("Node"),
+        "ListedNode": _object({
+            "id": _ID, **node, "createdAt": _TIME, "updatedAt": _TIME,
+            "lastRelease": {"type": ["object", "null"], "properties": {"releaseId": _ID, "status": _TEXT}}},
+            required=["id", *node, "createdAt", "updatedAt"]),
+        "NodeList": _list_of("ListedNode"),
         "NewNode": _object(node, required=["name", "mainIp"]),
         "NodeChange": _object(node, required=[]),
         "Plan": _object({
@@ -4038,6 +4086,14 @@ def openapi_schemas() -> dict[str, Any]:
         "Cancel": _object({"reason": _REASON, "force": {"type": "boolean"}}, required=[]),
         "Freeze": _object({"frozen": {"type": "boolean"}, "reason": _TEXT, "actor": _TEXT, "at": _TEXT}),
         "SetFreeze": _object({"frozen": {"type": "boolean"}, "reason": _REASON}, required=["frozen"]),
+        "Health": _object({
+            "version": _TEXT, "startedAt": _TIME,
+            "database": _object({"engine": _TEXT, "ok": {"type": "boolean"}, "schema": _COUNT, "message": _TEXT}),
+            "executor": _object({"enabled": {"type": "boolean"}, "owner": _TEXT, "lastLookAt": _TIME}),
+            "releases": {"type": "array", "items": _object({**release, "batches": _COUNT})},
+            "claims": {"type": "array", "items": _object({"releaseId": _ID, "owner": _TEXT, "expiresAt": _TIME})},
+            "certificates": {"type": "array", "items": _object({
+                "name": _TEXT, "notAfter": _TIME, "daysLeft": {"type": ["number", "null"]}, "message": _TEXT})}}),
         "Status": _object({"status": _TEXT}),
         "Null": {"type": "null"},
         "Error": _object({"code": {"type": "integer", "enum": sorted(ERROR_CODES)}, "message": _TEXT,
@@ -4046,7 +4102,1076 @@ def openapi_schemas() -> dict[str, Any]:
 
 
 # ======================================================================================
-# 11 HTTP: one connection's bytes against limits and deadlines, and who may stay when the house
+# 11 Page: the dashboard's document, one raw string that loads nothing else; it knows the
+#    daemon by section 5 of the contract alone. Uses nothing.
+# ======================================================================================
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>releasectl</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  --page: #f5f6f8; --card: #fff; --line: #d8dde4; --ink: #1b2129; --soft: #54606f; --link: #0a55c4;
+  --ok: #1a7038; --ok-soft: #e3f3e8; --bad: #ba1b23; --bad-soft: #fde9ea; --busy: #0a55c4; --busy-soft: #e5eefc;
+  --warn: #855000; --warn-soft: #fcf0d9; --rest: #566171; --rest-soft: #ebeef2;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #0f1318; --card: #171c23; --line: #2b333d; --ink: #e3e8ee; --soft: #9ca8b6; --link: #82b6ff;
+    --ok: #5cc777; --ok-soft: #14301e; --bad: #ff8a82; --bad-soft: #3d1a1c; --busy: #82b6ff; --busy-soft: #172b48;
+    --warn: #e8b95a; --warn-soft: #352811; --rest: #a0abb9; --rest-soft: #252c35;
+  }
+}
+.ok, .success, .online { --tone: var(--ok); --tone-soft: var(--ok-soft); }
+.bad, .failed { --tone: var(--bad); --tone-soft: var(--bad-soft); }
+.busy, .running { --tone: var(--busy); --tone-soft: var(--busy-soft); }
+.warn, .paused, .partial, .cancelling, .maintenance { --tone: var(--warn); --tone-soft: var(--warn-soft); }
+.unknown, .pending, .skipped, .cancelled, .offline, .disabled { --tone: var(--rest); --tone-soft: var(--rest-soft); }
+
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
+  Roboto, "Noto Sans", "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
+a { color: var(--link); text-underline-offset: .2em; text-decoration-thickness: 1px; }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+h1, h2, h3, p, dl, dd, ul, ol, pre { margin: 0; padding: 0; }
+h1 { font-size: 1.5rem; line-height: 1.25; letter-spacing: -.01em; }
+h1:focus, main:focus { outline: none; }
+h2 { font-size: 1.02rem; line-height: 1.35; }
+ul, ol { list-style: none; }
+time, .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.mono, pre { font: .87em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+pre { white-space: pre-wrap; background: var(--page); border: 1px solid var(--line); border-radius: 6px;
+  padding: .6rem .7rem; }
+.soft { color: var(--soft); }
+.small { font-size: .87rem; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+[hidden] { display: none !important; }
+
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .75rem; }
+.between { justify-content: space-between; }
+.stack { display: grid; grid-template-columns: minmax(0, 1fr); gap: .6rem; }
+.stack.wide { gap: 1.1rem; }
+.stack > .stack + .stack { margin-top: .5rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1.1rem; }
+.tiles > .card { align-content: start; }
+.card.toned { border-left: 4px solid var(--tone); }
+
+body > header { position: sticky; top: 0; z-index: 1; background: var(--card); border-bottom: 1px solid var(--line); }
+body > header > div, main { max-width: 1120px; margin: 0 auto; padding: .6rem 1.2rem; }
+body > header > div { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem 1.4rem; }
+main { padding-top: 1.3rem; padding-bottom: 4rem; }
+.brand { font-weight: 650; color: var(--ink); text-decoration: none; letter-spacing: -.01em; }
+nav { display: flex; flex-wrap: wrap; gap: .15rem; }
+nav a { color: var(--soft); text-decoration: none; padding: .2rem .65rem; border-radius: 6px; }
+nav a:hover { background: var(--rest-soft); color: var(--ink); }
+nav a[aria-current] { color: var(--ink); font-weight: 600; background: var(--rest-soft); }
+#pulse { margin-left: auto; display: flex; align-items: center; gap: .6rem; font-size: .87rem; }
+#pulse .chip { text-decoration: none; }
+#trouble { background: var(--bad-soft); color: var(--bad); border-bottom: 1px solid var(--bad); padding: .5rem 1.2rem;
+  text-align: center; }
+.stale main { opacity: .62; }
+
+/* A status is always a shape, a word and a colour. */
+.mark { display: inline-block; flex: none; width: .78em; height: .78em; background: var(--tone);
+  forced-color-adjust: none; }
+.mark.success, .mark.ok, .mark.online
+  { clip-path: polygon(0 52%, 15% 37%, 38% 60%, 85% 10%, 100% 25%, 38% 90%); }
+.mark.failed, .mark.bad
+  { clip-path: polygon(16% 0, 50% 34%, 84% 0, 100% 16%, 66% 50%, 100% 84%, 84% 100%, 50% 66%, 16% 100%, 0 84%,
+    34% 50%, 0 16%); }
+.mark.running, .mark.busy { clip-path: polygon(10% 0, 100% 50%, 10% 100%); }
+.mark.paused { clip-path: polygon(8% 0, 38% 0, 38% 100%, 62% 100%, 62% 0, 92% 0, 92% 100%, 8% 100%); }
+.mark.partial, .mark.warn, .mark.maintenance { clip-path: polygon(50% 4%, 100% 96%, 0 96%); }
+.mark.cancelling { clip-path: inset(8%); }
+.mark.cancelled { background: none; border: 2px solid var(--tone); }
+.mark.skipped, .mark.disabled, .mark.offline { clip-path: inset(36% 0); }
+.mark.pending, .mark.unknown { background: none; border: 2px solid var(--tone); border-radius: 50%; }
+.chip { display: inline-flex; align-items: center; gap: .4em; padding: .08rem .6rem; border-radius: 99px;
+  font-size: .87rem; font-weight: 600; background: var(--tone-soft); color: var(--tone); white-space: nowrap; }
+
+.verdict { display: flex; gap: 1rem; align-items: flex-start; background: var(--tone-soft); border-color: transparent; }
+.verdict > .mark { font-size: 1.9rem; margin-top: .25rem; }
+.verdict h1 { color: var(--tone); }
+.fact { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .25rem 1.1rem; }
+.fact dt { color: var(--soft); }
+
+.bar { display: flex; gap: 2px; height: 10px; border-radius: 5px; overflow: hidden; background: var(--rest-soft); }
+.bar span { background: var(--tone); min-width: 3px; flex-basis: 0; forced-color-adjust: none; }
+.bar .pending { background: transparent; }
+.bar .skipped { opacity: .5; }
+.bar .running { background: repeating-linear-gradient(115deg, var(--busy) 0 5px, transparent 5px 8px); }
+.legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; font-size: .87rem; }
+.legend li { display: flex; align-items: center; gap: .4em; }
+
+.cells { display: flex; flex-wrap: wrap; gap: 4px; margin-top: .7rem; }
+.cell { display: grid; place-items: center; width: 22px; height: 22px; border-radius: 5px; background: var(--tone-soft);
+  font-size: 14px; }
+.cell:hover { box-shadow: 0 0 0 2px var(--tone); }
+.cell.failed { background: var(--bad); }
+.cell.failed .mark { background: var(--card); }
+.cell.running .mark { animation: breathe 1.6s ease-in-out infinite; }
+@keyframes breathe { 50% { opacity: .35; } }
+@media (prefers-reduced-motion: reduce) { .cell.running .mark { animation: none; } }
+summary { cursor: pointer; list-style: none; }
+summary::-webkit-details-marker { display: none; }
+summary h3 { display: inline; font-size: 1rem; }
+summary .turn { width: .55em; height: .55em; border: solid var(--soft); border-width: 0 2px 2px 0; flex: none;
+  transform: rotate(-45deg); }
+details[open] > summary .turn { transform: rotate(45deg); }
+.lane { border-top: 1px solid var(--line); padding: .75rem 0 .15rem; }
+.lane .bar { flex: 1 1 10rem; }
+.names { display: flex; flex-wrap: wrap; gap: .1rem .9rem; }
+
+table { border-collapse: collapse; width: 100%; }
+caption { text-align: left; }
+th, td { text-align: left; padding: .5rem .8rem .5rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-size: .87rem; font-weight: 500; }
+tbody tr:last-child td { border-bottom: 0; }
+td .row { gap: 0; margin: -.35rem -.45rem; }
+td .bar { min-width: 7rem; margin-top: .4rem; }
+.timeline li { display: grid; grid-template-columns: 10rem minmax(0, 1fr); gap: .1rem .9rem; padding: .35rem 0; }
+.timeline li + li { border-top: 1px solid var(--line); }
+
+button, input, select, textarea { font: inherit; color: inherit; }
+button { border: 1px solid var(--line); background: var(--card); border-radius: 7px; padding: .3rem .8rem;
+  cursor: pointer; min-height: 2.1rem; }
+button:hover { border-color: var(--soft); }
+button.main { background: var(--link); border-color: var(--link); color: var(--card); font-weight: 600; }
+button.main.danger { background: var(--bad); border-color: var(--bad); }
+button.plain { border-color: transparent; background: none; color: var(--link); padding: .3rem .45rem; }
+button[aria-disabled=true] { color: var(--soft); border-style: dashed; cursor: not-allowed; background: none; }
+input:not([type=checkbox]), select, textarea { width: 100%; border: 1px solid var(--soft); border-radius: 7px;
+  padding: .35rem .6rem; background: var(--page); min-height: 2.1rem; }
+::placeholder { color: var(--soft); opacity: 1; }
+textarea { min-height: 5.5rem; font: .87rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+label { display: block; }
+label.check { display: flex; gap: .6rem; align-items: baseline; }
+input.find { width: 13rem; }
+dialog { width: min(34rem, calc(100vw - 1.5rem)); max-height: calc(100vh - 2rem); overflow: auto;
+  border: 1px solid var(--line); border-radius: 12px; background: var(--card); color: var(--ink); padding: 1.2rem; }
+dialog::backdrop { background: rgb(8 12 18 / .45); }
+dialog#node { margin: 0 0 0 auto; width: min(36rem, 100vw); height: 100vh; max-height: none; border-width: 0 0 0 1px;
+  border-radius: 0; }
+.refused { color: var(--bad); }
+
+@media (max-width: 680px) {
+  body > header > div, main { padding-left: .8rem; padding-right: .8rem; }
+  nav a { padding: .2rem .5rem; }
+  header nav { order: 1; margin-left: -.5rem; }
+  #pulse { display: contents; }
+  #pulse .chip, #age { margin-left: auto; }
+  #age { order: 2; font-size: .87rem; }
+  #age .word { display: none; }
+  .card { padding: .85rem; }
+  thead { display: none; }
+  table, tbody, td { display: block; }
+  td { border: 0; padding: .1rem 0; }
+  td:nth-child(n+3) { grid-column: 1 / -1; }
+  tbody tr { display: grid; grid-template-columns: minmax(0, 1fr) auto; padding: .6rem 0;
+    border-bottom: 1px solid var(--line); }
+  .timeline li { grid-template-columns: minmax(0, 1fr); }
+  .fact { grid-template-columns: minmax(0, 1fr); }
+  .fact dd { margin-bottom: .35rem; }
+}
+</style>
+</head>
+<body>
+<header><div>
+  <a class="brand" href="#/releases">releasectl</a>
+  <nav aria-label="Views" id="nav"></nav>
+  <div id="pulse"></div>
+</div></header>
+<div id="trouble" role="alert" hidden></div>
+<main id="main" tabindex="-1"></main>
+<dialog id="node" aria-labelledby="node-title"></dialog>
+<dialog id="ask" aria-labelledby="ask-title"></dialog>
+<p id="said" class="unseen" role="status"></p>
+<noscript>This page needs JavaScript. The command line does all the same: releasectl.py --help</noscript>
+<script>
+'use strict';
+
+// -- words: the API's own, and what they mean to a person -----------------------------------
+
+const TERMINAL = ['success', 'partial', 'failed', 'cancelled'];
+const RELEASE_STATUSES = ['pending', 'running', 'paused', 'cancelling', ...TERMINAL];
+const NODE_ORDER = ['failed', 'running', 'pending', 'success', 'skipped'];
+const VIEWS = [['releases', 'Releases'], ['nodes', 'Nodes'], ['health', 'Health']];
+const CELLS_PER_LANE = 300, NAMES_PER_FAILURE = 12, SMALL_RELEASE = 300, EVENTS_PER_PAGE = 1000, RENEW_DAYS = 14;
+const BUSY_MS = 2000, IDLE_MS = 10000, HIDDEN_MS = 30000, SILENT_MS = 120000;
+
+// What each verb does, said before it is done; option: one more choice, and when it is offered.
+const VERBS = {
+  pause: {
+    label: 'Pause', states: ['pending', 'running'],
+    effect: r => `No further node gets version ${r.version} until someone resumes. Nodes that are in flight are `
+      + `followed to their end. Waiting: ${count(leftOf(r), 'node')}.`,
+  },
+  resume: {
+    label: 'Resume', states: ['paused'],
+    effect: r => `Goes on from where it stands.${r.failedNodes ? ` ${count(r.failedNodes, 'node')} failed: where that `
+      + 'is more than the strategy tolerates, the release ends as failed unless the failures are accepted.' : ''}`,
+    option: ['acceptFailures', r => r.failedNodes > 0, 'Accept the failures so far and go on with the rest'],
+  },
+  cancel: {
+    label: 'Cancel', states: ['pending', 'running', 'paused', 'cancelling'], danger: true,
+    effect: r => `Ends the release. Nodes that wait are skipped, nodes in flight are followed to their end, and the `
+      + `${count(r.successNodes, 'node')} that succeeded keep version ${r.version}. It can't be undone.`,
+    option: ['force', r => r.status !== 'pending', 'End at once: nodes in flight become failed, their outcome unknown'],
+  },
+  retry: {
+    label: 'Retry', states: ['partial', 'failed', 'cancelled'],
+    effect: r => `Makes a new release with a new version and the same payload, for the `
+      + `${count(r.failedNodes + r.skippedNodes, 'node')} that failed or were skipped.`,
+  },
+  rollback: {
+    label: 'Roll back', states: TERMINAL, danger: true,
+    effect: () => 'Makes a new release with a new version and the payload of the newest successful release before '
+      + 'this one, for the nodes that this one touched.',
+  },
+};
+
+// What to do about each error_kind.
+const HINTS = {
+  unreachable: 'Nothing answers at the address. Is the host up, the agent running, its port open to us?',
+  tls: 'The secure connection was refused. Look at both certificates: releasectl.py check, and the agent\'s log.',
+  timeout: 'The agent took the connection but did not answer in time. Look at its load and its log.',
+  http: 'The agent answered with an HTTP error. Is this the right port, and is the agent well?',
+  protocol: 'The answer makes no sense. Does the node\'s protocol (tasks or execute) fit its agent?',
+  rejected: 'The agent refused this version. Its message says why; a new release brings a new version.',
+  agent_failed: 'The agent tried and failed. Mend what its message names on the host, then retry the release.',
+  verify: 'The agent succeeded, but the probe of the service did not. Look at the service on the host.',
+  deadline: 'The task did not end in time. See what the agent is at, then retry the release.',
+  abandoned: 'The outcome is not known: the release ended first. Look at the host, then retry.',
+};
+
+// -- the document: h() builds, morph() changes what is there so that focus and scrolling stay --
+
+const HANDLERS = ['onclick', 'oninput', 'onkeydown'];
+const $ = id => document.getElementById(id);
+
+function h(tag, props, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(props || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith('on')) element[name] = value;
+    else if (name === 'grow') element.style.flexGrow = value;
+    else element.setAttribute(name, value === true ? '' : value);
+  }
+  element.append(...children.flat(Infinity).filter(c => c !== null && c !== undefined && c !== false && c !== ''));
+  return element;
+}
+
+function morph(old, fresh) {
+  if (old.nodeName !== fresh.nodeName || old.id !== fresh.id) return old.replaceWith(fresh);
+  if (old.nodeType === Node.TEXT_NODE) {
+    if (old.data !== fresh.data) old.data = fresh.data;
+    return undefined;
+  }
+  for (const {name} of [...old.attributes]) {
+    if (name !== 'style' && !fresh.hasAttribute(name)) old.removeAttribute(name);
+  }
+  for (const {name, value} of fresh.attributes) {
+    if (name !== 'style' && old.getAttribute(name) !== value) old.setAttribute(name, value);
+  }
+  if (old.style.flexGrow !== fresh.style.flexGrow) old.style.flexGrow = fresh.style.flexGrow;
+  for (const name of HANDLERS) old[name] = fresh[name];
+  return fill(old, [...fresh.childNodes]);
+}
+
+// Makes children the children of element; one with an id is found again wherever it stands.
+function fill(element, children) {
+  children.forEach((child, place) => {
+    const known = child.id && $(child.id);
+    if (known && known.parentNode === element && element.childNodes[place] !== known) {
+      element.insertBefore(known, element.childNodes[place]);
+    }
+    if (element.childNodes[place]) morph(element.childNodes[place], child);
+    else element.append(child);
+  });
+  while (element.childNodes.length > children.length) element.lastChild.remove();
+}
+
+// -- small parts ------------------------------------------------------------------------------
+
+const count = (number, noun) => `${number.toLocaleString('en')} ${noun}${number === 1 ? '' : 's'}`;
+const either = words => words.join(', ').replace(/, ([^,]*)$/, ' or $1');
+const leftOf = r => r.totalNodes - r.successNodes - r.failedNodes - r.skippedNodes;
+const mark = status => h('span', {class: `mark ${status}`, 'aria-hidden': 'true'});
+const chip = (status, word) => h('span', {class: `chip ${status}`}, mark(status), word || status);
+const soft = (...words) => h('span', {class: 'soft'}, words);
+const mono = text => h('span', {class: 'mono'}, text);
+const row = (...children) => h('div', {class: 'row'}, children);
+const title = text => h('h1', {tabindex: '-1'}, text);
+const button = (label, onclick, kind) => h('button', {type: 'button', class: kind, onclick}, label);
+const card = (name, ...children) => h('section', {class: 'card stack'}, h('h2', null, name), children);
+const releaseLink = id => h('a', {href: `#/releases/${id}`}, `Release ${id}`);
+const facts = pairs => h('dl', {class: 'fact'}, pairs.filter(([, value]) => value !== null && value !== '')
+  .map(([name, value]) => [h('dt', null, name), h('dd', null, value)]));
+
+function table(names, rows) {
+  return h('table', null, h('thead', null, h('tr', null, names.map(name => h('th', {scope: 'col'}, name)))),
+    h('tbody', null, rows.map(([id, ...cells]) => h('tr', {id}, cells.map(cell => h('td', null, cell))))));
+}
+
+let clockSkewMs = 0; // the daemon's clock minus ours, by the Date of its answers
+const nowMs = () => Date.now() + clockSkewMs;
+const sinceMs = text => nowMs() - Date.parse(text);
+
+function span(ms) {
+  const s = Math.max(0, Math.round(ms / 1000)), min = Math.floor(s / 60), hours = Math.floor(min / 60);
+  if (s < 60) return `${s} s`;
+  if (min < 60) return min < 10 && s % 60 ? `${min} min ${s % 60} s` : `${min} min`;
+  if (hours < 48) return hours < 10 && min % 60 ? `${hours} h ${min % 60} min` : `${hours} h`;
+  return `${Math.floor(hours / 24)} days`;
+}
+
+function clock(text) {
+  const at = new Date(text), isToday = at.toDateString() === new Date(nowMs()).toDateString();
+  const day = isToday ? '' : `${at.toLocaleDateString('sv')} `; // Sweden writes its dates as ISO 8601 does
+  return h('time', {datetime: text, title: text}, day + at.toLocaleTimeString('en-GB'));
+}
+
+function ago(text) {
+  if (!text) return null;
+  const ms = sinceMs(text);
+  return h('time', {datetime: text, title: text}, ms < -1000 ? `in ${span(-ms)}` : `${span(ms)} ago`);
+}
+
+const countsOf = r => ({success: r.successNodes, failed: r.failedNodes, skipped: r.skippedNodes, pending: leftOf(r)});
+
+function tally(nodes) {
+  const counts = {};
+  for (const node of nodes) counts[node.status] = (counts[node.status] || 0) + 1;
+  return counts;
+}
+
+const wordsOf = counts => NODE_ORDER.filter(s => counts[s]).map(s => `${counts[s].toLocaleString('en')} ${s}`);
+
+function bar(counts, label) {
+  const segments = ['success', 'failed', 'running', 'skipped', 'pending'].filter(s => counts[s]);
+  return h('div', {class: 'bar', role: 'img', 'aria-label': `${label}: ${wordsOf(counts).join(', ') || 'no nodes'}`},
+    segments.map(s => h('span', {class: s, grow: counts[s]})));
+}
+
+function legend(counts) {
+  return h('ul', {class: 'legend'}, NODE_ORDER.filter(s => counts[s])
+    .map(s => h('li', {class: s}, mark(s), h('span', null, wordsOf({[s]: counts[s]})))));
+}
+
+function address(place, query) {
+  const kept = Object.entries(query).filter(([name, value]) => value && !(name === 'page' && value === '1'));
+  return `#/${place}${kept.length ? `?${new URLSearchParams(kept)}` : ''}`;
+}
+
+function pager(place, query, page) {
+  const last = Math.ceil(page.total / page.pageSize);
+  const to = (number, word) => number < 1 || number > last ? soft(word)
+    : h('a', {href: address(place, {...query, page: String(number)})}, word);
+  return last > 1 && h('nav', {'aria-label': 'Pages', class: 'row'}, to(page.page - 1, 'Back'),
+    soft(`page ${page.page} of ${last}`), to(page.page + 1, 'Next'));
+}
+
+// -- the API ----------------------------------------------------------------------------------
+
+class Refusal extends Error {
+  constructor(httpStatus, message) {
+    super(message);
+    this.httpStatus = httpStatus;
+  }
+}
+
+let token = sessionStorage.getItem('releasectl-token') || '';
+let known = new Map(); // what GET answered, by address, with its ETag
+
+async function call(method, path, body, headers) {
+  const sent = {...headers}, before = method === 'GET' && known.get(path);
+  if (token) sent.Authorization = `Bearer ${token}`;
+  if (before) sent['If-None-Match'] = before.etag;
+  if (body) sent['Content-Type'] = 'application/json';
+  const answer = await fetch(path, {method, headers: sent, body: body && JSON.stringify(body), cache: 'no-store',
+    signal: AbortSignal.timeout(15000)});
+  const date = Date.parse(answer.headers.get('Date'));
+  if (date) clockSkewMs = Math.abs(date - Date.now()) < 2000 ? 0 : date - Date.now();
+  if (answer.status === 304 && before) return before.data;
+  const envelope = await answer.json();
+  if (envelope.code) throw new Refusal(answer.status, envelope.message);
+  const etag = answer.headers.get('ETag');
+  if (method === 'GET' && etag) known.set(path, {etag, data: envelope.data});
+  return envelope.data;
+}
+
+const get = path => call('GET', path);
+
+function plain(error) {
+  if (error.name === 'TimeoutError') return 'The daemon did not answer in time.';
+  return error instanceof TypeError ? 'The daemon can\'t be reached.' : error.message;
+}
+
+// -- what holds for every view: the pulse and the verdict ----------------------------------------
+
+let pulse = null;       // /api/v1/health, the newest releases, the freeze
+let hasFreeze = true;   // until the API says that it knows none
+
+async function loadPulse() {
+  const health = await get('api/v1/health');
+  const [newest, freeze] = health.database.ok ? await Promise.all([
+    get('api/v1/releases?page=1&pageSize=20'), hasFreeze ? loadFreeze() : null]) : [{items: []}, null];
+  pulse = {health, newest, freeze};
+}
+
+async function loadFreeze() {
+  try {
+    return await get('api/v1/freeze');
+  } catch (error) {
+    if (error.httpStatus !== 404) throw error;
+    hasFreeze = false;
+    return null;
+  }
+}
+
+// The one sentence, of the first rule that holds: [tone, headline, what stands behind it, address].
+function verdict() {
+  if (!pulse || trouble) return ['unknown', trouble ? 'No contact' : 'Looking', trouble, 'health'];
+  const {health: {executor, database, certificates, releases, startedAt}, newest, freeze} = pulse;
+  const active = status => releases.find(r => r.status === status), underWay = new Set(releases.map(r => r.target));
+  const lastOf = new Map(newest.items.filter(r => TERMINAL.includes(r.status)).reverse().map(r => [r.target, r]));
+  const ended = status => [...lastOf.values()].find(r => r.status === status && !underWay.has(r.target));
+  const silentMs = executor.enabled ? sinceMs(executor.lastLookAt || startedAt) : 0;
+  const rules = [
+    [!database.ok, 'bad', () => 'The database is out of reach', () => database.message, 'health'],
+    [silentMs > SILENT_MS, 'bad', () => 'The executor does not look for work', () =>
+      `Its last look: ${span(silentMs)} ago. Its log says why.`, 'health'],
+    [ended('failed'), 'bad', r => `Release ${r.id} failed`, r => r.errorMsg || r.statusReason],
+    [certificates.find(c => !c.notAfter), 'bad', c => `${c.name} can't be used`, c => c.message, 'health'],
+    [freeze && freeze.frozen, 'warn', () => 'Frozen: nothing is dispatched', () => freeze.reason, 'health'],
+    [releases.find(r => r.failedNodes), 'warn', r => `Release ${r.id} has failures`, r => r.statusReason],
+    [active('paused'), 'warn', r => `Release ${r.id} waits for a person`, r => r.statusReason],
+    [ended('partial') || ended('cancelled'), 'warn', r => `Release ${r.id} ended ${r.status}`, r => r.statusReason],
+    [certificates.find(c => c.daysLeft < RENEW_DAYS), 'warn', c => `${c.name} ends soon`,
+      c => `It is good for ${count(Math.floor(c.daysLeft), 'day')} more: renew it.`, 'health'],
+    [active('running') || active('cancelling') || releases[0], 'busy', r => `Release ${r.id} is ${r.status}`, r =>
+      r.startedAt ? `${r.successNodes} of ${count(r.totalNodes, 'node')} done after ${span(sinceMs(r.startedAt))}.`
+        : r.statusReason],
+    [ended('success'), 'ok', () => 'All is well', r => `Nothing is running. The last release, ${r.id} (version `
+      + `${r.version}), succeeded ${span(sinceMs(r.finishedAt))} ago.`],
+    [true, 'ok', () => 'All is well', () => 'There is no release yet.'],
+  ];
+  const [about, tone, headline, text, place] = rules.find(([holds]) => holds);
+  return [tone, headline(about), text(about), place || (about.id ? `releases/${about.id}` : 'releases')];
+}
+
+function verdictCard(heading) {
+  const [tone, headline, text] = verdict();
+  return h('section', {class: `card verdict ${tone}`, 'aria-label': 'At a glance'}, mark(tone),
+    h('div', null, heading(headline), h('p', null, text)));
+}
+
+// -- releases -------------------------------------------------------------------------------------
+
+function releasesView() {
+  let page = null, shown = '';
+  return {
+    name: 'Releases',
+    async load(query) {
+      const asked = new URLSearchParams({page: query.page || '1', pageSize: '20'});
+      if (query.status) asked.set('status', query.status);
+      page = query.status || query.page ? await get(`api/v1/releases?${asked}`) : pulse.newest;
+      shown = address('releases', query);
+    },
+    draw(query) {
+      const active = pulse.health.releases, nothing = query.status ? `No release is ${query.status}.` : 'None yet.';
+      return h('div', {class: 'stack wide'}, verdictCard(title),
+        active.length > 0 && h('section', {class: 'stack', 'aria-label': 'Under way'},
+          h('h2', null, `Under way: ${active.length}`), active.map(activeCard)),
+        h('section', {class: 'card stack'},
+          h('div', {class: 'row between'}, h('h2', null, 'History'), button('New release', askForRelease)),
+          h('nav', {'aria-label': 'Filter by status'}, ['', ...RELEASE_STATUSES].map(status => h('a', {
+            href: address('releases', {status}), 'aria-current': (query.status || '') === status && 'true',
+          }, status || 'all'))),
+          shown !== address('releases', query) ? soft('Looking')
+            : [page.items.length ? releaseTable(page.items) : soft(nothing), pager('releases', query, page)]));
+    },
+  };
+}
+
+function activeCard(r) {
+  return h('article', {class: `card stack toned ${r.status}`, id: `active-${r.id}`},
+    row(h('h3', null, releaseLink(r.id)), chip(r.status), soft(`version ${r.version}, ${r.target}`),
+      r.currentBatch > 0 && soft(`batch ${r.currentBatch} of ${r.batches}`)),
+    h('p', null, r.statusReason),
+    bar(countsOf(r), `Nodes of release ${r.id}`),
+    h('p', {class: 'soft small'}, done(r), r.reason && `; ${r.reason}`));
+}
+
+const done = r => `${r.successNodes} of ${r.totalNodes} done${r.failedNodes ? `, ${r.failedNodes} failed` : ''}`;
+
+function releaseTable(items) {
+  return table(['Release', 'Status', 'Nodes', 'What for', 'When'], items.map(r => [`release-${r.id}`,
+    [releaseLink(r.id), h('div', {class: 'soft small number'}, `version ${r.version}, ${r.target}`)],
+    chip(r.status),
+    [h('span', {class: 'small'}, done(r)), bar(countsOf(r), `Nodes of release ${r.id}`)],
+    [r.reason, r.errorMsg && h('div', {class: 'soft small'}, r.errorMsg)],
+    [ago(r.finishedAt || r.startedAt || r.createdAt), h('div', {class: 'soft small'}, lasted(r))],
+  ]));
+}
+
+function lasted(r) {
+  if (!r.startedAt) return 'not started';
+  return r.finishedAt ? `took ${span(Date.parse(r.finishedAt) - Date.parse(r.startedAt))}` : 'not at its end';
+}
+
+// -- one release ----------------------------------------------------------------------------------
+
+// The nodes are read once, whole; then the events say what changed. They are read whole again
+// where that is cheap, and when a failure brings more than an event tells.
+function releaseView(place) {
+  const id = Number(place.split('/')[1]), opened = new Map();
+  let release = null, nodes = new Map(), batches = [], events = [], lastEvent = 0, followed = '', find = '';
+  let isCaughtUp = false, mustReadAll = true;
+
+  async function loadNodes() {
+    ({release, batches} = await get(`api/v1/releases/${id}`));
+    nodes = new Map(batches.flatMap(batch => batch.nodes.map(node => [node.nodeId, node])));
+    mustReadAll = false;
+  }
+
+  async function loadEvents() {
+    for (let part; !part || part.length === EVENTS_PER_PAGE;) {
+      part = (await get(`api/v1/releases/${id}/events?after=${lastEvent}&limit=${EVENTS_PER_PAGE}`)).items;
+      for (const event of part.filter(e => e.id > lastEvent)) { // two looks may be at it at once
+        events.push(event);
+        lastEvent = event.id;
+        if (isCaughtUp) follow(event);
+      }
+    }
+    mustReadAll = mustReadAll || (!isCaughtUp && !TERMINAL.includes(release.status)); // they moved on meanwhile
+    isCaughtUp = true;
+  }
+
+  function follow(event) {
+    const node = nodes.get(event.nodeId);
+    if (!node) return;
+    node.status = event.toStatus;
+    node[event.toStatus === 'running' ? 'startedAt' : 'finishedAt'] = event.at;
+    if (event.toStatus === 'failed') mustReadAll = true;
+  }
+
+  function open(batch, isOpen) {
+    opened.set(batch, isOpen);
+    render();
+  }
+
+  function search(event) {
+    find = event.target.value.trim().toLowerCase();
+    render();
+  }
+
+  return {
+    name: `Release ${id}`,
+    async load() {
+      const isFirst = !release;
+      if (mustReadAll) await loadNodes();
+      else ({release} = await get(`api/v1/releases/${id}?view=summary`));
+      const now = JSON.stringify(release);
+      if (now === followed) return;
+      if (isFirst) {
+        this.isLoaded = true;
+        render(); // a long history takes a moment, the nodes are there
+      }
+      await loadEvents();
+      followed = now; // not what is read below: its events are still to come
+      if (mustReadAll || (!isFirst && nodes.size <= SMALL_RELEASE)) await loadNodes();
+    },
+    draw() {
+      const all = [...nodes.values()], failures = all.filter(n => n.status === 'failed');
+      const finder = h('input', {class: 'find', type: 'search', placeholder: 'Find a node',
+        'aria-label': 'Find a node by name or address', oninput: search});
+      return h('div', {class: 'stack wide'},
+        releaseHead(release, tally(all), events),
+        failures.length > 0 && failureCard(release, failures),
+        h('section', {class: 'card stack'},
+          h('div', {class: 'row between'}, h('h2', null, `Batches: ${batches.length}`), finder),
+          batches.map(batch => lane(release, batch, batches.length, opened, open, find))),
+        card('What happened', h('ol', {class: 'timeline', id: 'timeline'},
+          events.filter(e => e.nodeId === null).reverse().map(e => eventLine(e, 'release')))));
+    },
+    drawNode(nodeId) {
+      const node = nodes.get(nodeId), batch = node && batches.find(b => b.nodes.includes(node));
+      return node && nodeDetail(release, node, batch.batch, events.filter(e => e.nodeId === nodeId));
+    },
+  };
+}
+
+function releaseHead(r, counts, events) {
+  const created = events.find(e => e.event === 'created'), unfit = Object.values(VERBS).filter(v => !isFit(v, r));
+  return h('section', {class: `card stack toned ${r.status}`},
+    row(title(`Release ${r.id}`), chip(r.status), soft(`version ${r.version}, ${r.target}`)),
+    h('p', null, r.statusReason),
+    bar(counts, 'Nodes'), legend(counts),
+    h('div', {class: 'row', role: 'group', 'aria-label': 'What can be done'},
+      Object.keys(VERBS).map(name => verbButton(name, r))),
+    h('p', {class: 'soft small', id: 'why'}, 'Not now: ',
+      unfit.map(v => `${v.label.toLowerCase()} needs ${either(v.states)}`).join('; ')),
+    facts([
+      ['What for', r.reason],
+      ['Created', [clock(r.createdAt), created ? ` by ${created.actor}` : '']],
+      ['Started', r.startedAt ? [clock(r.startedAt), ', ', ago(r.startedAt)] : 'not yet'],
+      ['Ended', r.finishedAt && [clock(r.finishedAt), `, ${lasted(r)}`]],
+      ['Retry of', r.retryOf && releaseLink(r.retryOf)],
+      ['Rollback of', r.rollbackOf && releaseLink(r.rollbackOf)],
+      ['Strategy', Object.keys(r.strategy).length ? mono(JSON.stringify(r.strategy)) : null],
+    ]));
+}
+
+const isFit = (verb, r) => verb.states.includes(r.status);
+
+function verbButton(name, r) {
+  const verb = VERBS[name], unfit = !isFit(verb, r);
+  return h('button', {type: 'button', id: `verb-${name}`, 'aria-disabled': unfit && 'true',
+    'aria-describedby': unfit && 'why', onclick: () => unfit || askForVerb(verb, name, r)}, verb.label);
+}
+
+function failureCard(r, failures) {
+  const groups = new Map();
+  for (const node of failures) {
+    const key = `${node.errorKind} ${node.errorMsg}`;
+    groups.set(key, [...groups.get(key) || [], node]);
+  }
+  const largest = [...groups.values()].sort((a, b) => b.length - a.length);
+  return h('section', {class: 'card stack toned failed', id: 'failures'},
+    h('h2', null, `${count(failures.length, 'node')} failed`, groups.size > 1 && `, for ${groups.size} reasons`),
+    largest.map(nodes => failureGroup(r, nodes)));
+}
+
+function failureGroup(r, nodes) {
+  const {errorKind, errorMsg} = nodes[0], more = nodes.length - NAMES_PER_FAILURE;
+  return h('div', {class: 'stack'},
+    row(chip('failed', errorKind), soft(count(nodes.length, 'node'))),
+    h('pre', null, errorMsg || 'no message'),
+    h('p', {class: 'small'}, HINTS[errorKind]),
+    h('ul', {class: 'names'}, nodes.slice(0, NAMES_PER_FAILURE).map(n => h('li', null,
+      h('a', {href: address(`releases/${r.id}`, {node: n.nodeId})}, n.nodeName))),
+    more > 0 && h('li', {class: 'soft'}, `and ${more.toLocaleString('en')} more`)));
+}
+
+function lane(r, batch, last, opened, open, find) {
+  const counts = tally(batch.nodes), done = counts.success || 0, total = batch.nodes.length;
+  const status = done === total ? 'success' : NODE_ORDER.find(s => counts[s]);
+  const isFound = n => n.nodeName.toLowerCase().includes(find) || n.mainIp.includes(find);
+  const found = find ? batch.nodes.filter(isFound) : batch.nodes;
+  const isOfInterest = batch.batch === r.currentBatch || status === 'failed' || (last <= 2 && done < total);
+  const isOpen = find ? found.length > 0 : opened.has(batch.batch) ? opened.get(batch.batch) : isOfInterest;
+  const onclick = event => {
+    event.preventDefault(); // whether it is open is ours to say at the next drawing
+    open(batch.batch, !isOpen);
+  };
+  return h('details', {class: 'lane', open: isOpen, id: `batch-${batch.batch}`},
+    h('summary', {onclick}, row(h('span', {class: 'turn', 'aria-hidden': 'true'}),
+      h('h3', null, `Batch ${batch.batch} of ${last}`), chip(status),
+      h('span', {class: 'soft small number'}, `${done} of ${total} done`), bar(counts, `Batch ${batch.batch}`))),
+    isOpen && cells(r, batch.batch, found));
+}
+
+function cells(r, batch, nodes) {
+  const isCapped = nodes.length > CELLS_PER_LANE; // then what is cut off is the calm end
+  const ordered = isCapped ? NODE_ORDER.flatMap(status => nodes.filter(n => n.status === status)) : nodes;
+  const left = ordered.slice(CELLS_PER_LANE);
+  return h('div', null,
+    h('div', {class: 'cells', role: 'group', 'aria-label': `Nodes of batch ${batch}`, onkeydown: walkCells},
+      ordered.slice(0, CELLS_PER_LANE).map((n, i) => h('a', {id: `cell-${n.nodeId}`, class: `cell ${n.status}`,
+        tabindex: i ? '-1' : '0', href: `#/releases/${r.id}?node=${n.nodeId}`,
+        'aria-label': `${n.nodeName}: ${n.status}`,
+        title: `${n.nodeName}: ${n.status}${n.errorMsg && `, ${n.errorMsg}`}`}, mark(n.status)))),
+    isCapped && h('p', {class: 'soft small'}, `and ${count(left.length, 'more node')}: `,
+      wordsOf(tally(left)).join(', ')));
+}
+
+// One stop of the tab key for a whole lane; the arrows walk within it.
+function walkCells(event) {
+  const step = {ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity}[event.key];
+  if (!step) return;
+  const all = [...event.currentTarget.children];
+  const at = Math.min(all.length - 1, Math.max(0, all.indexOf(document.activeElement) + step));
+  all.forEach((cell, i) => { cell.tabIndex = i === at ? 0 : -1; });
+  all[at].focus();
+  event.preventDefault();
+}
+
+function eventLine(e, list) {
+  return h('li', {id: `event-${list}-${e.id}`}, h('div', null, clock(e.at)), h('div', null,
+    row(e.toStatus && chip(e.toStatus), h('span', null, e.event), e.actor && soft(`by ${e.actor}`)),
+    e.detail && h('div', {class: 'small'}, e.detail)));
+}
+
+function nodeDetail(r, node, batch, events) {
+  const failed = [...events].reverse().find(e => e.toStatus === 'failed');
+  const close = button('Close', () => $('node').close());
+  return h('div', {class: 'stack wide'},
+    h('div', {class: 'row between'}, h('h2', {id: 'node-title'}, node.nodeName), close),
+    row(chip(node.status), soft(`batch ${batch} of release ${r.id}, version ${r.version}`)),
+    node.errorMsg && h('section', {class: 'stack'}, h('h3', null, node.errorKind || 'error'),
+      h('pre', null, (failed && failed.detail) || node.errorMsg), h('p', {class: 'small'}, HINTS[node.errorKind])),
+    facts([
+      ['Address', mono(node.mainIp)], ['Attempts', String(node.attempts)],
+      ['Task', node.taskId ? mono(node.taskId) : 'none yet'],
+      ['Started', node.startedAt ? [clock(node.startedAt), ', ', ago(node.startedAt)] : 'not yet'],
+      ['Ended', node.finishedAt && [clock(node.finishedAt), node.startedAt && `, ${lasted(node)}`]],
+    ]),
+    h('section', null, h('h3', null, 'Its events'), events.length
+      ? h('ol', {class: 'timeline'}, events.map(e => eventLine(e, 'node'))) : soft('Nothing yet.')));
+}
+
+// -- nodes ------------------------------------------------------------------------------------------
+
+function nodesView() {
+  let page = null, shown = '';
+  return {
+    name: 'Nodes',
+    async load(query) {
+      page = await get(`api/v1/nodes?page=${query.page || 1}&pageSize=50&lastRelease=1`);
+      shown = address('nodes', query);
+    },
+    draw(query) {
+      return h('div', {class: 'stack wide'},
+        h('div', {class: 'row between'}, title('Nodes'), button('Add a node', () => askForNode(null))),
+        h('section', {class: 'card stack'}, shown !== address('nodes', query) ? soft('Looking')
+          : [page.total ? nodeTable(page.items) : soft('There is no node yet.'), pager('nodes', query, page)]),
+        h('p', {class: 'soft small'}, 'A new release goes to the nodes that are enabled and online.'));
+    },
+  };
+}
+
+function nodeTable(items) {
+  return table(['Node', 'State', 'Agent', 'Labels', 'Last release', 'Change'], items.map(n => [`row-${n.id}`,
+    [n.name, h('div', {class: 'soft small mono'}, n.mainIp)],
+    n.enabled ? chip(n.status) : chip('disabled', n.status === 'online' ? '' : `disabled, ${n.status}`),
+    h('span', {class: 'small'}, `${n.agentProtocol}, port ${n.agentPort}`),
+    h('span', {class: 'small'}, labelsText(n.labels)),
+    n.lastRelease && [releaseLink(n.lastRelease.releaseId), ' ', chip(n.lastRelease.status)],
+    row(button(n.status === 'maintenance' ? 'End maintenance' : 'Maintenance', () => askToChange(n,
+      {status: n.status === 'maintenance' ? 'online' : 'maintenance'}), 'plain'),
+    button(n.enabled ? 'Disable' : 'Enable', () => askToChange(n, {enabled: !n.enabled}), 'plain'),
+    button('Edit', () => askForNode(n), 'plain')),
+  ]));
+}
+
+function askToChange(node, change) {
+  const isBack = change.enabled || change.status === 'online';
+  ask({
+    name: `${node.name}: ${change.status || (change.enabled ? 'enable' : 'disable')}`, action: 'Change',
+    text: isBack ? 'New releases include it again, where it is both enabled and online.'
+      : 'New releases leave it out. A release that already names it goes on as it is.',
+    submit: () => call('PATCH', `api/v1/nodes/${node.id}`, change),
+  });
+}
+
+function askForNode(node) {
+  const n = node || {agentPort: 8443, agentProtocol: 'tasks', labels: {}, enabled: true, status: 'online'};
+  ask({
+    name: node ? `Edit ${n.name}` : 'Add a node', action: node ? 'Save' : 'Add',
+    fields: [
+      {key: 'name', label: 'Name', value: n.name},
+      {key: 'mainIp', label: 'Address', value: n.mainIp},
+      {key: 'agentPort', label: 'Agent port', kind: 'number', value: n.agentPort},
+      {key: 'agentProtocol', label: 'Agent protocol', kind: 'select', value: n.agentProtocol,
+        choices: ['tasks', 'execute']},
+      {key: 'status', label: 'State', kind: 'select', value: n.status, choices: ['online', 'offline', 'maintenance']},
+      {key: 'labels', label: 'Labels, as name=value, name=value', value: labelsText(n.labels)},
+      {key: 'enabled', label: 'Enabled', kind: 'check', value: n.enabled},
+    ],
+    submit: values => call(node ? 'PATCH' : 'POST', node ? `api/v1/nodes/${n.id}` : 'api/v1/nodes',
+      {...values, agentPort: Number(values.agentPort), labels: labelsOf(values.labels)}),
+  });
+}
+
+const labelsText = labels => Object.entries(labels).map(([name, value]) => `${name}=${value}`).join(', ');
+const labelsOf = text => Object.fromEntries(text.split(',').map(part => part.trim()).filter(Boolean).map(part => {
+  const [name, ...value] = part.split('=');
+  return [name.trim(), value.join('=').trim()];
+}));
+
+// -- health -----------------------------------------------------------------------------------------
+
+function healthView() {
+  let takesWrites = false;
+  return {
+    name: 'Health',
+    async load() {
+      takesWrites = (await fetch('readyz', {cache: 'no-store', signal: AbortSignal.timeout(15000)})).ok;
+    },
+    draw() {
+      const {executor, database, certificates, claims, version, startedAt} = pulse.health;
+      return h('div', {class: 'stack wide'}, title('Health'), verdictCard(text => h('h2', null, text)),
+        h('div', {class: 'tiles'},
+          card('Executor', row(executor.enabled ? chip('ok', 'on') : chip('disabled', 'off in this process')), facts([
+            ['Last look for work', executor.enabled ? ago(executor.lastLookAt) || 'none yet' : null],
+            ['Name', executor.owner && mono(executor.owner)]])),
+          card('Who is at work', claims.map(claimLine), !claims.length && soft('Nobody: no release is claimed.')),
+          card('Database', row(database.ok ? chip('ok', 'answers') : chip('bad', 'out of reach'),
+            takesWrites ? chip('ok', 'takes writes') : chip('bad', 'takes no writes')),
+          facts([['Engine', database.engine], ['Schema', String(database.schema)], ['Says', database.message]])),
+          card('Certificates', certificates.map(certificateLine), !certificates.length && soft('None is in use.')),
+          pulse.freeze && freezeCard(pulse.freeze),
+          card('Process', facts([['Version', version], ['Started', [clock(startedAt), ', ', ago(startedAt)]]]))));
+    },
+  };
+}
+
+const claimLine = c => row(releaseLink(c.releaseId), mono(c.owner),
+  soft('its claim ends ', ago(c.expiresAt), ' unless renewed'));
+
+function certificateLine(c) {
+  const tone = !c.notAfter ? 'bad' : c.daysLeft < RENEW_DAYS ? 'warn' : 'ok';
+  return row(chip(tone, c.name), h('span', null, c.notAfter
+    ? [`${count(Math.floor(c.daysLeft), 'day')} left, until `, clock(c.notAfter)] : c.message));
+}
+
+function freezeCard(freeze) {
+  return card('Freeze', row(freeze.frozen ? chip('paused', 'frozen') : chip('ok', 'not frozen'), freeze.reason),
+    soft('While frozen, no process dispatches anything new.'),
+    row(button(freeze.frozen ? 'Lift the freeze' : 'Freeze', () => askForFreeze(!freeze.frozen))));
+}
+
+function askForFreeze(frozen) {
+  ask({
+    name: frozen ? 'Freeze?' : 'Lift the freeze?', action: frozen ? 'Freeze' : 'Lift the freeze',
+    text: frozen ? 'Nothing new is dispatched, by any process, until the freeze is lifted. What is in flight is '
+      + 'followed to its end.' : 'Releases go on from where they stand.',
+    fields: [{key: 'reason', label: 'Reason'}],
+    submit: ({reason}) => call('PUT', 'api/v1/freeze', {frozen, reason}),
+  });
+}
+
+// -- dialogs: one form for all of them ------------------------------------------------------------------
+
+function askForVerb(verb, name, r) {
+  const [key, isOffered, label] = verb.option || ['', () => false];
+  const option = isOffered(r) ? [{key, label, kind: 'check', value: r.status === 'cancelling'}] : [];
+  ask({
+    name: `${verb.label} release ${r.id}?`, text: verb.effect(r), action: `${verb.label} release ${r.id}`,
+    danger: verb.danger, fields: [...option, {key: 'reason', label: 'Reason, for the record'}],
+    async submit(values) {
+      const body = {};
+      if (values[key]) body[key] = true;
+      if (values.reason) body.reason = values.reason;
+      const data = await call('POST', `api/v1/releases/${r.id}/${name}`, body);
+      if (data.releaseId) location.hash = `#/releases/${data.releaseId}`;
+    },
+  });
+}
+
+function askForRelease() {
+  const key = Array.from(crypto.getRandomValues(new Uint8Array(16)), b => b.toString(16).padStart(2, '0')).join('');
+  const bodyOf = ({target, reason, payload, strategy, labels}) => ({target, reason, payload: parse('payload', payload),
+    ...strategy && {strategy: parse('strategy', strategy)}, ...labels && {labels: labelsOf(labels)}});
+  ask({
+    name: 'New release', action: 'Create',
+    text: 'Goes to the nodes that are enabled and online: by default to one, then to all others.',
+    fields: [
+      {key: 'target', label: 'Target', value: 'cdn'},
+      {key: 'reason', label: 'What for'},
+      {key: 'payload', label: 'Payload, a JSON object', kind: 'area', value: '{}'},
+      {key: 'strategy', label: 'Strategy, a JSON object; empty for the default', kind: 'area', value: ''},
+      {key: 'labels', label: 'Only nodes with these labels, as name=value'},
+    ],
+    extra: ['Show the plan', async values => {
+      const plan = await call('POST', 'api/v1/releases', {...bodyOf(values), dryRun: true});
+      const sizes = plan.batches.map(batch => batch.nodeIds.length).join(', then ');
+      return `It would go to ${count(plan.totalNodes, 'node')}, in batches of ${sizes}.`;
+    }],
+    async submit(values) {
+      const data = await call('POST', 'api/v1/releases', bodyOf(values), {'Idempotency-Key': key});
+      location.hash = `#/releases/${data.releaseId}`;
+    },
+  });
+}
+
+function parse(name, text) {
+  try {
+    return JSON.parse(text || '{}');
+  } catch (error) {
+    throw new Error(`The ${name} is not JSON: ${error.message}`);
+  }
+}
+
+function askForToken(message) {
+  const again = () => ask({
+    name: 'Who is there?', action: 'Go on', text: token ? `${message}.` : 'The daemon asks for a token. It is kept '
+      + 'until this tab is closed, and sent to this daemon alone.',
+    fields: [{key: 'token', label: 'Token', kind: 'password'}],
+    async submit(values) {
+      token = values.token;
+      sessionStorage.setItem('releasectl-token', token);
+    },
+  });
+  fill($('main'), [h('div', {class: 'stack'}, title('A token is needed'), row(button('Give a token', again)))]);
+  again();
+}
+
+function field({key, label, kind, value, choices}) {
+  const props = {name: key, id: `field-${key}`, autocomplete: 'off', spellcheck: 'false'};
+  if (kind === 'check') {
+    return h('label', {class: 'check'}, h('input', {...props, type: 'checkbox', checked: value}), label);
+  }
+  return h('label', null, label,
+    kind === 'select' ? h('select', props, choices.map(choice => h('option', {selected: choice === value}, choice)))
+      : kind === 'area' ? h('textarea', props, value) : h('input', {...props, type: kind || 'text', value}));
+}
+
+// extra: one more button, [its label, what it does with the values], which says what came of it.
+function ask({name, text, fields = [], action, danger, extra, submit}) {
+  const dialog = $('ask'), said = h('p', {role: 'alert'}), main = h('button', {class: `main ${danger ? 'danger' : ''}`},
+    action);
+  const valuesOf = () => Object.fromEntries(fields.map(({key, kind}) => {
+    const input = form.elements[key];
+    return [key, kind === 'check' ? input.checked : input.value.trim()];
+  }));
+  async function run(work, then) {
+    main.disabled = true;
+    said.className = said.textContent = '';
+    try {
+      then(await work(valuesOf()));
+    } catch (error) {
+      said.className = 'refused';
+      said.textContent = plain(error);
+    }
+    main.disabled = false;
+  }
+  const form = h('form', {class: 'stack', novalidate: true}, h('h2', {id: 'ask-title'}, name),
+    text && h('p', null, text), fields.map(field), said, row(main,
+      extra && button(extra[0], () => run(extra[1], words => { said.textContent = words; })),
+      button('Close', () => dialog.close())));
+  form.onsubmit = event => {
+    event.preventDefault();
+    run(submit, () => {
+      dialog.close();
+      $('said').textContent = `${action}: done`;
+      poll();
+    });
+  };
+  dialog.replaceChildren(form);
+  if (!dialog.open) dialog.showModal();
+  (form.querySelector('input:not([type=checkbox]), textarea') || main).focus();
+}
+
+// -- the loop: look, draw, wait; and the addresses -------------------------------------------------------
+
+const ROUTES = [[/^releases$/, releasesView], [/^releases\/\d+$/, releaseView], [/^nodes$/, nodesView],
+  [/^health$/, healthView]];
+let view = null, place = '', query = {}, turn = 0, timer = 0, freshAt = 0;
+let trouble = '', missing = '', isShutOut = false;
+
+function route() {
+  const [asked, rest] = (location.hash.replace(/^#\/?/, '') || 'releases').split('?'), before = place;
+  query = Object.fromEntries(new URLSearchParams(rest || ''));
+  if (asked !== before) {
+    const found = ROUTES.find(([pattern]) => pattern.test(asked));
+    place = asked;
+    known = new Map();
+    missing = found ? '' : `There is no page ${asked}.`;
+    view = found ? found[1](asked) : {name: 'Not here', load: async () => {}};
+    fill($('main'), [soft('Looking')]);
+    window.scrollTo(0, 0);
+    if (before) $('main').focus();
+  }
+  poll();
+}
+
+async function poll() {
+  clearTimeout(timer);
+  if (isShutOut && $('ask').open) return; // somebody is at the token: let them
+  const mine = ++turn, shown = view;
+  try {
+    await loadPulse();
+    await shown.load(query);
+    if (mine !== turn) return;
+    shown.isLoaded = true;
+    freshAt = Date.now();
+    trouble = '';
+    isShutOut = false;
+  } catch (error) {
+    if (mine !== turn) return;
+    isShutOut = error.httpStatus === 401;
+    if (isShutOut) return void askForToken(error.message);
+    if (error.httpStatus === 404) missing = error.message;
+    else trouble = plain(error);
+  }
+  render();
+  const isBusy = trouble || !pulse || pulse.health.releases.length > 0;
+  timer = setTimeout(poll, document.hidden ? HIDDEN_MS : isBusy ? BUSY_MS : IDLE_MS);
+}
+
+function render() {
+  const [tone, headline, , about] = verdict();
+  fill($('nav'), VIEWS.map(([path, word]) => h('a', {href: `#/${path}`,
+    'aria-current': place.startsWith(path) && 'page'}, word)));
+  fill($('pulse'), [h('a', {class: `chip ${tone}`, href: `#/${about}`}, mark(tone), headline),
+    h('span', {class: 'soft number', id: 'age'}, ageParts())]);
+  const heading = `${headline} | ${view.name}`;
+  if (document.title !== heading) {
+    document.title = $('said').textContent = heading;
+    document.querySelector('link[rel=icon]').href = icon(tone);
+  }
+  document.body.className = trouble ? 'stale' : '';
+  $('trouble').hidden = !trouble;
+  $('trouble').textContent = trouble && `${trouble} Trying again`;
+  if (missing) fill($('main'), [title('Not here'), h('p', null, missing)]);
+  else if (view.isLoaded && pulse) fill($('main'), [view.draw(query)]);
+  drawNode();
+}
+
+function drawNode() {
+  const dialog = $('node'), isAsked = query.node && view.drawNode && view.isLoaded;
+  const detail = isAsked && view.drawNode(Number(query.node));
+  if (detail) fill(dialog, [detail]);
+  if (!detail) dialog.close();
+  else if (!dialog.open) dialog.showModal();
+}
+
+const ageParts = () => freshAt ? [h('span', {class: 'word'}, 'updated '), `${span(Date.now() - freshAt)} ago`] : [];
+
+function icon(tone) {
+  const [colour, shape] = {
+    ok: ['1a7038', 'M4 8.5l3 3 5-7'], bad: ['ba1b23', 'M5 5l6 6M11 5l-6 6'], busy: ['0a55c4', 'M6 4.5l5 3.5-5 3.5z'],
+    warn: ['855000', 'M8 4v5M8 11.2v.6'], unknown: ['566171', 'M5 8h6'],
+  }[tone];
+  return 'data:image/svg+xml,' + encodeURIComponent('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">'
+    + `<rect width="16" height="16" rx="4" fill="#${colour}"/>`
+    + `<path d="${shape}" stroke="white" stroke-width="2" fill="none"/></svg>`);
+}
+
+$('node').onclose = () => { if (query.node) location.hash = `#/${place}`; };
+window.onhashchange = route;
+window.ononline = poll;
+document.onvisibilitychange = () => { if (!document.hidden) poll(); };
+setInterval(() => { if ($('age')) $('age').replaceChildren(...ageParts()); }, 1000);
+route();
+</script>
+</body>
+</html>
+"""
+
+
+def page_headers() -> dict[str, str]:
+    """Gives the headers of PAGE: its own script and style by their hashes, its own origin, nothing else."""
+    script, style = (hashlib.sha256(PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()).digest()
+                     for tag in ("script", "style"))
+    return {
+        "Content-Security-Policy": "; ".join((
+            "default-src 'none'", f"script-src 'sha256-{base64.b64encode(script).decode()}'",
+            f"style-src 'sha256-{base64.b64encode(style).decode()}'", "connect-src 'self'", "img-src data:",
+            "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'")),
+        "Referrer-Policy": "no-referrer"}
+
+
+# ======================================================================================
+# 12 HTTP: one connection's bytes against limits and deadlines, and who may stay when the house
 #    is full (docs/SECURITY.md tells why). Uses 1, 2 and 8; knows no route and no database.
 #
 #    The library's own parser is not used: it takes two lengths, a space before a colon, bare
@@ -4322,8 +5447,8 @@ class Attempts:
 
 
 # ======================================================================================
-# 12 API: routes as a table, handlers, tokens, the server, /openapi.json (contract section 5).
-#    Uses 1 to 11.
+# 13 API: routes as a table, handlers, tokens, the server, /openapi.json (contract section 5).
+#    Uses 1 to 12.
 # ======================================================================================
 
 VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
@@ -4344,8 +5469,8 @@ class Request(NamedTuple):
     query: Mapping[str, str]
     body: Mapping[str, Any]
     actor: str
-    key: str
-    is_over: Callable[[float], bool]
+    key: str = ""
+    is_over: Callable[[float], bool] = lambda _within_s: True
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
         """Gives a number of the query; AppError 2002 for what is none, 2003 out of range."""
@@ -4362,18 +5487,26 @@ class Reply(NamedTuple):
     status: int
     data: Any
     content_type: str = ""
+    headers: Mapping[str, str] = {}
+
+
+# What a process without an executor knows of its health.
+NO_PROCESS: Mapping[str, Any] = {"executor": {"enabled": False, "owner": "", "lastLookAt": None}, "certificates": []}
 
 
 class Api:
     """The handlers of the routes: a Request in, a Reply out, AppError for everything else."""
 
-    def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32):
+    def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32,
+                 process: Callable[[], Mapping[str, Any]] = lambda: NO_PROCESS):
         """nudge is called after every act, so that an executor in this process looks at once.
 
+        process gives what only the process knows of its health: executor and certificates.
         max_waiting: how many may wait for events; further ones are answered at once.
         """
         self.store = store
         self._nudge = nudge
+        self._process = process
         self._waiters = threading.BoundedSemaphore(max_waiting)
         self._ready_guard = threading.Lock()
         self._ready: tuple[float, AppError | None] = (-READY_LOOK_S, None)
@@ -4469,7 +5602,10 @@ class Api:
     def list_nodes(self, request: Request) -> Reply:
         page = self.store.nodes(request.integer("page", 1, 1, 10**9),
                                 request.integer("pageSize", 20, 1, MAX_PAGE_SIZE))
-        return Reply(200, page_json(page, node_json))
+        if parse_choice("lastRelease", request.query.get("lastRelease", "0"), ("0", "1")) == "0":
+            return Reply(200, page_json(page, node_json))
+        last = self.store.last_releases([node.id for node in page.items])
+        return Reply(200, page_json(page, lambda node: listed_node_json(node, last.get(node.id))))
 
     def add_node(self, request: Request) -> Reply:
         return Reply(201, node_json(self.store.add_node(**parse_node_fields(request.body, ("name", "mainIp")))))
@@ -4483,6 +5619,19 @@ class Api:
     def delete_node(self, request: Request) -> Reply:
         self.store.delete_node(request.ids[0])
         return Reply(200, None)
+
+    def page(self, _request: Request) -> Reply:
+        return Reply(200, PAGE, "text/html; charset=utf-8", page_headers())
+
+    def overview(self, _request: Request) -> Reply:
+        message, schema, releases = "", 0, []
+        try:
+            schema, releases = self.store.database.schema_version(), self.store.open_releases()
+        except DatabaseError as error:
+            message = error.message
+        database = {"engine": self.store.database.engine.name, "ok": not message, "schema": schema, "message": message}
+        return Reply(200, {"version": __version__, "startedAt": utc_text(self.started_at), "database": database,
+                           **open_releases_json(releases), **self._process()})
 
     def health(self, _request: Request) -> Reply:
         return Reply(200, {"status": "ok"})
@@ -4567,7 +5716,8 @@ ROUTES: tuple[Route, ...] = (
           "A new release of the newest successful payload before it", "Created", body="Act"),
     Route("GET", "/api/v1/releases/{id}/events", "list_events", VIEWER, "Its history, oldest first", "EventList",
           ("after", "limit", "wait")),
-    Route("GET", "/api/v1/nodes", "list_nodes", VIEWER, "List nodes", "NodeList", ("page", "pageSize")),
+    Route("GET", "/api/v1/nodes", "list_nodes", VIEWER, "List nodes", "NodeList",
+          ("page", "pageSize", "lastRelease")),
     Route("POST", "/api/v1/nodes", "add_node", OPERATOR, "Add a node", "Node", body="NewNode"),
     Route("GET", "/api/v1/nodes/{id}", "get_node", VIEWER, "A node", "Node"),
     Route("PATCH", "/api/v1/nodes/{id}", "update_node", OPERATOR, "Change a node", "Node", body="NodeChange"),
@@ -4575,6 +5725,8 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/api/v1/freeze", "get_freeze", VIEWER, "Is anything new dispatched", "Freeze"),
     Route("PUT", "/api/v1/freeze", "set_freeze", OPERATOR, "Let nothing new be dispatched, or again", "Freeze",
           body="SetFreeze"),
+    Route("GET", "/api/v1/health", "overview", VIEWER, "What this process and its releases are at", "Health"),
+    Route("GET", "/", "page", ANYONE, "The dashboard", "html"),
     Route("GET", "/healthz", "health", ANYONE, "The process serves", "Status"),
     Route("GET", "/readyz", "ready", ANYONE, "The database can be used", "Status"),
     Route("GET", "/metrics", "metrics", VIEWER, "Gauges for Prometheus", "text"),
@@ -4729,7 +5881,7 @@ def answer_of(reply: Reply, route: Route, head: Head) -> HttpAnswer:
     """Gives the answer to a request that went well: 304 where the client has it already."""
     text = reply.data if reply.content_type else to_json({"code": 0, "message": "success", "data": reply.data})
     body = text.encode()
-    headers = {"Content-Type": reply.content_type or "application/json"}
+    headers = {"Content-Type": reply.content_type or "application/json", **reply.headers}
     if "If-None-Match" in route.headers:
         headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
         known = [tag.strip().replace("W/", "", 1) for tag in head.headers.get("if-none-match", "").split(",")]
@@ -5083,6 +6235,7 @@ QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "page": {"type": "integer", "minimum": 1, "maximum": 10**9, "default": 1},
     "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
     "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
+    "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
     "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
     "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
     "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
@@ -5125,7 +6278,8 @@ def _answer_headers(status: int) -> dict[str, Any]:
 def _success(answers: str, description: str, headers: Mapping[str, Any] | None = None) -> dict[str, Any]:
     envelope = _object({"code": {"const": 0}, "message": {"const": "success"}, "data": _ref(answers)})
     documents: dict[str, dict[str, Any]] = {
-        "text": {"text/plain": {"schema": _TEXT}}, "json": {"application/json": {"schema": {"type": "object"}}}}
+        "text": {"text/plain": {"schema": _TEXT}}, "html": {"text/html": {"schema": _TEXT}},
+        "json": {"application/json": {"schema": {"type": "object"}}}}
     return {"description": description, "headers": headers or _answer_headers(200),
             "content": documents.get(answers, {"application/json": {"schema": envelope}})}
 
@@ -5168,7 +6322,7 @@ def openapi_document() -> dict[str, Any]:
 
 
 # ======================================================================================
-# 13 Check: what is wrong with this installation, and what would mend it. Uses 1 to 12.
+# 14 Check: what is wrong with this installation, and what would mend it. Uses 1 to 13.
 # ======================================================================================
 
 class Ping(NamedTuple):
@@ -5244,15 +6398,20 @@ def api_certificate(settings: Settings) -> Mapping[str, Any]:
         raise ConfigError(f"HTTP_CERT {settings.http_cert}: {error.verify_message}; clients will refuse it") from None
 
 
+def certificate_end(certificate: Mapping[str, Any]) -> tuple[str, float]:
+    """Gives until when a certificate is good, and how many days that is from now."""
+    expires = ssl.cert_time_to_seconds(str(certificate["notAfter"]))
+    return utc_text(expires), (expires - time.time()) / 86400
+
+
 def check_certificate(name: str, path: str, look: Callable[[], Mapping[str, Any]]) -> Finding:
     """Says until when a certificate is good, or why it is not."""
     try:
-        expires = ssl.cert_time_to_seconds(str(look()["notAfter"]))
+        expires, days = certificate_end(look())
     except ConfigError as error:
         return Finding(name, EXIT_USAGE, error.message)
-    days = (expires - time.time()) / 86400
     renew = ": renew it now" if days < 14 else ""
-    return Finding(name, EXIT_DONE, f"{path} is good until {utc_text(expires)}, {days:.0f} days{renew}")
+    return Finding(name, EXIT_DONE, f"{path} is good until {expires}, {days:.0f} days{renew}")
 
 
 def check_private(name: str, path: str) -> Finding:
@@ -5293,6 +6452,27 @@ def check_api(settings: Settings) -> Iterator[Finding]:
         yield check_private("HTTP_KEY", settings.http_key)
 
 
+def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
+    """Gives what /api/v1/health tells of this process itself."""
+    certificates = []
+    if settings.mtls_enabled and settings.control_cert:
+        certificates.append(certificate_json("CONTROL_CERT", lambda: control_certificate(settings)))
+    if settings.http_cert:
+        certificates.append(certificate_json("HTTP_CERT", lambda: api_certificate(settings)))
+    return {"certificates": certificates, "executor": {
+        "enabled": settings.release_executor_enabled, "owner": executor.owner,
+        "lastLookAt": utc_text(executor.looked_at) if executor.looked_at else None}}
+
+
+def certificate_json(name: str, look: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Gives until when a certificate is good; what is wrong with it is for who may read its files."""
+    try:
+        expires, days = certificate_end(look())
+    except ConfigError:
+        return {"name": name, "notAfter": None, "daysLeft": None, "message": "run releasectl.py check to see why"}
+    return {"name": name, "notAfter": expires, "daysLeft": round(days, 2), "message": ""}
+
+
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
     """Looks at the database, and asks the agents of its enabled, online nodes."""
     try:
@@ -5309,7 +6489,7 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
 
 
 # ======================================================================================
-# 14 Command line: a table of commands (contract section 4). Uses 1 to 13.
+# 15 Command line: a table of commands (contract section 4). Uses 1 to 14.
 # ======================================================================================
 
 class Context:
@@ -5379,7 +6559,8 @@ def command_serve(context: Context) -> int:
     if settings.release_executor_enabled and (settings.control_cert or not settings.mtls_enabled):
         agents.prepare()
     executor = Executor(settings, context.store, agents)
-    server = ApiServer(settings, Api(context.store, executor.nudge, settings.http_max_connections // 4))
+    server = ApiServer(settings, Api(context.store, executor.nudge, settings.http_max_connections // 4,
+                                     lambda: process_json(settings, executor)))
     _stop_on_signal(executor.stop)
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     accept.start()

@@ -35,6 +35,7 @@ ROUTES = {
     ("PATCH", "/api/v1/nodes/{id}"), ("DELETE", "/api/v1/nodes/{id}"),
     ("GET", "/api/v1/freeze"), ("PUT", "/api/v1/freeze"),
     ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"), ("GET", "/openapi.json"),
+    ("GET", "/"), ("GET", "/api/v1/health"),
 }
 HTTP_STATUS = {0: (200, 201), 1001: (401,), 1002: (401,), 1004: (403,), 2001: (400,), 2002: (400,), 2003: (400,),
                3001: (404,), 3002: (409,), 3003: (409,), 4005: (405,), 4008: (408,), 4013: (413,), 4014: (414,),
@@ -514,7 +515,7 @@ def test_what_does_not_exist_is_3001(refusing):
         assert (answer.code, answer.message) == (3001, "release 7 does not exist")
 
 
-@pytest.mark.parametrize("path", ["/", "/api", "/api/v1", "/api/v1/releases/", "/api/v2/releases", "/healthz/x",
+@pytest.mark.parametrize("path", ["/api", "/api/v1", "/api/v1/releases/", "/api/v2/releases", "/healthz/x",
                                   "/api/v1/releases/1/destroy", "/%00", "/%ff", "/..%2f",
                                   "/index.html", "*"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -714,9 +715,9 @@ def guarded(new_client, open_store, sqlite_url, new_tokens):
     return guarded
 
 
-def test_a_token_is_needed_for_all_but_healthz_and_readyz(guarded):
-    open_to_all = {path for method, path in ROUTES if guarded(method, path.replace("{id}", "1")).code == 0}
-    assert open_to_all == {"/healthz", "/readyz"}
+def test_a_token_is_needed_for_all_but_the_page_healthz_and_readyz(guarded):
+    open_to_all = {path for method, path in ROUTES if guarded(method, path.replace("{id}", "1")).status == 200}
+    assert open_to_all == {"/", "/healthz", "/readyz"}
     for method, path in ROUTES:
         answer = guarded(method, path.replace("{id}", "1"))
         assert path in open_to_all or (answer.code, answer.headers["WWW-Authenticate"]) == (1001, "Bearer")
@@ -944,7 +945,7 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
             ("PATCH", "/api/v1/nodes/{id}", 3, {"status": "offline", "enabled": False}),
             ("GET", "/api/v1/nodes/{id}", 3, None), ("DELETE", "/api/v1/nodes/{id}", 3, None),
             ("PUT", "/api/v1/freeze", 0, {"frozen": True, "reason": "x"}), ("GET", "/api/v1/freeze", 0, None),
-            ("GET", "/healthz", 0, None), ("GET", "/readyz", 0, None)):
+            ("GET", "/api/v1/health", 0, None), ("GET", "/healthz", 0, None), ("GET", "/readyz", 0, None)):
         operation = document["paths"][path][method.lower()]
         answer = client(method, path.replace("{id}", str(number)), body)
         schema = operation["responses"][str(answer.status)]["content"]["application/json"]["schema"]
@@ -953,7 +954,7 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
             wanted = operation["requestBody"]["content"]["application/json"]["schema"]
             assert misfit(body, wanted, document) == ""
         fitted.add((method, path))
-    assert ROUTES - fitted == {("GET", "/metrics"), ("GET", "/openapi.json")}
+    assert ROUTES - fitted == {("GET", "/"), ("GET", "/metrics"), ("GET", "/openapi.json")}
     assert document["paths"]["/healthz"]["get"]["responses"]["400"] == {"$ref": "#/components/responses/400"}
     error = document["components"]["responses"]["400"]["content"]["application/json"]["schema"]
     assert misfit(json.loads(client("GET", "/nowhere").text), error, document) == ""

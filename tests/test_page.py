@@ -1,0 +1,523 @@
+"""The dashboard in a real headless Chromium, over a real API, executor and agents (issue 8).
+
+Whatever a test does with the page, it must log no error and ask nobody but its own daemon.
+"""
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+from browser import PROGRAM, Browser
+from conftest import ADDRESSES, ROOT, World, add_nodes, eventually, leave_out, new_release, settings_for
+
+import releasectl as rc
+
+AXE = "axe-core@4.14.1"
+MARKUP = "<img src=x onerror=alert(1)> & <b>bold</b>"
+
+
+class Daemon:
+    """What `serve` runs, in this process: the API, and an executor where one is wanted."""
+
+    def __init__(self, store: rc.Store, settings: rc.Settings, executor: rc.Executor | None = None):
+        self.store, self.executor = store, executor
+        api = rc.Api(store, executor.nudge,
+                     process=lambda: rc.process_json(settings, executor)) if executor else rc.Api(store)
+        self._server = rc.ApiServer(settings, api)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/"
+        self._threads = [threading.Thread(target=self._server.serve_forever, args=(0.02,))]
+        if executor:
+            self._threads.append(threading.Thread(target=executor.run_loop))
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        if self.executor:
+            self.executor.stop()
+        for thread in self._threads:
+            thread.join()
+
+
+class ServeProcess:
+    """A real `serve` without an executor, to be killed."""
+
+    def __init__(self, url: str, port: int = 0):
+        if not port:
+            with socket.create_server(("127.0.0.1", 0)) as taken:
+                port = taken.getsockname()[1]
+        self.port, self.url = port, f"http://127.0.0.1:{port}/"
+        environment = {"PATH": os.environ["PATH"], "DATABASE_URL": url, "HTTP_ADDR": f"127.0.0.1:{port}",
+                       "RELEASE_EXECUTOR_ENABLED": "0"}
+        self._process = subprocess.Popen([sys.executable, str(ROOT / "releasectl.py"), "serve"], env=environment,
+                                         stderr=subprocess.DEVNULL)
+        eventually(self._answers, message="serve did not come up")
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class Page:
+    """A person before the browser: looks for words, presses what bears a name."""
+
+    def __init__(self, browser: Browser, daemon: Daemon | ServeProcess):
+        self.browser, self.daemon = browser, daemon
+
+    def open(self, place: str = "#/releases") -> Page:
+        self.browser.open(self.daemon.url + place)
+        return self.see(None)
+
+    def run(self, expression: str) -> Any:
+        return self.browser.run(expression)
+
+    def text(self, selector: str = "body") -> str:
+        """Gives what is to be read in an element, '' when it is not there."""
+        return self.run(f"(document.querySelector({json.dumps(selector)}) || {{innerText: ''}}).innerText")
+
+    def see(self, words: str | None, selector: str = "body", within_s: float = 20.0) -> Page:
+        """Waits until words can be read; without words until a view is drawn."""
+        if words is None:
+            eventually(lambda: self.run("document.querySelector('main h1') !== null"), within_s, "no view was drawn")
+            return self
+        text = ""
+
+        def has_words() -> bool:
+            nonlocal text
+            text = self.text(selector)
+            return words in text
+
+        try:
+            eventually(has_words, within_s)
+        except pytest.fail.Exception:
+            pytest.fail(f"{words!r} did not come within {within_s} s into {selector}, which said:\n{text}")
+        return self
+
+    def count(self, selector: str) -> int:
+        return self.run(f"document.querySelectorAll({json.dumps(selector)}).length")
+
+    def press(self, name: str) -> Page:
+        """Clicks the button or link of that name, as soon as it is there; in a dialog if one is open."""
+        find = ("[...(document.querySelector('dialog[open]') || document).querySelectorAll('button, a, summary')]"
+                f".find(e => e.textContent === {json.dumps(name)})")
+        eventually(lambda: self.run(f"Boolean({find})"), message=f"nothing is called {name!r}")
+        self.run(f"{find}.click()")
+        return self
+
+    def fill(self, **fields: str) -> Page:
+        for name, value in fields.items():
+            self.run(f"document.querySelector('dialog[open] [name={name}]').value = {json.dumps(value)}")
+        return self
+
+    def address(self) -> str:
+        return self.run("location.hash")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if PROGRAM is None:
+        leave_out("Chromium (Debian: apt-get install chromium)")
+    with Browser(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def new_page(browser):
+    """A function that gives a page before a daemon; no error, and no request to others, at the end."""
+    daemons = []
+
+    def make(daemon: Daemon | ServeProcess) -> Page:
+        daemons.append(daemon)
+        return Page(browser, daemon)
+
+    browser.look()
+    yield make
+    browser.run("document.title")  # whatever was logged has come in
+    errors, requests = list(browser.errors), list(browser.requests)
+    browser.open("about:blank")
+    for seen in (browser.errors, browser.requests, browser.answers):
+        seen.clear()
+    for daemon in daemons:
+        daemon.stop()
+    assert errors == []
+    ours = tuple(daemon.url for daemon in daemons)
+    assert [url for url in requests if not url.startswith((*ours, "data:", "about:"))] == []
+
+
+@pytest.fixture
+def page(new_page, sqlite_world) -> Page:
+    """A page over a daemon without an executor, with an empty database."""
+    return new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url)))
+
+
+@pytest.fixture
+def live(new_page, sqlite_world):
+    """A function that starts agents and a daemon with an executor, and gives a page before it."""
+    def start(count: int, **settings: Any) -> tuple[Page, World]:
+        sqlite_world.nodes(count)
+        executor = sqlite_world.executor(**settings)
+        return new_page(Daemon(sqlite_world.store, executor.settings, executor)), sqlite_world
+    return start
+
+
+def big_release(store: rc.Store, nodes: int) -> None:
+    """Makes release 1 with so many nodes, all but the first running, with an event each."""
+    with store.database.transaction(write=True) as tx:
+        tx.insert_many("INSERT INTO nodes (name, main_ip) VALUES ", 2,
+                       [(f"edge-{n}", f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}") for n in range(1, nodes + 1)])
+    new_release(store)
+    with store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_task_nodes SET status = 'success' WHERE batch = 1")
+        tx.execute("UPDATE release_task_nodes SET status = 'running' WHERE batch = 2")
+        tx.execute("UPDATE release_tasks SET status = 'running', started_at = created_at, success_nodes = 1")
+        tx.insert_many(rc.INSERT_EVENTS, 8, [(1, n, rc.utc_text(0), "test", "dispatched", "pending", "running", "")
+                                             for n in range(2, nodes + 1)])
+
+
+def succeed(store: rc.Store, first: int, last: int) -> None:
+    """Lets nodes of release 1 succeed, as an executor would write it."""
+    with store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_task_nodes SET status = 'success' WHERE node_id BETWEEN ? AND ?", first, last)
+        tx.execute(f"UPDATE release_tasks SET updated_at = ?, {rc.COUNTERS}", store._now())
+        tx.insert_many(rc.INSERT_EVENTS, 8, [(1, n, store._now(), "test", "succeeded", "running", "success", "")
+                                             for n in range(first, last + 1)])
+
+
+# -- what is served ----------------------------------------------------------------------------
+
+def test_the_page_is_one_document_whose_policy_allows_its_own_script_and_style_alone():
+    headers = rc.page_headers()
+    policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
+    for tag in ("script", "style"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", rc.PAGE, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert policy.pop(f"{tag}-src") == f"'sha256-{digest}'"
+    assert policy == {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'",
+                      "form-action": "'none'", "frame-ancestors": "'none'"}
+    assert headers["Referrer-Policy"] == "no-referrer"
+
+
+def test_the_page_writes_text_only_and_names_no_other_host():
+    assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Function\(", rc.PAGE) == []
+    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)", rc.PAGE) == []
+    assert " style=" not in rc.PAGE
+
+
+# -- health, which the page reads ------------------------------------------------------------------
+
+def test_health_tells_executor_claims_releases_database_and_certificates(world):
+    world.nodes(3)
+    executor = world.executor()
+    release = new_release(world.store)
+    claim = world.store.claim(release.id, "someone:1", 30)
+    api = rc.Api(world.store, process=lambda: rc.process_json(executor.settings, executor))
+    health = api.overview(rc.Request((), {}, {}, "test")).data
+    assert health["database"] == {"engine": world.store.database.engine.name, "ok": True,
+                                  "schema": len(rc.schema_steps()), "message": ""}
+    assert health["executor"] == {"enabled": True, "owner": executor.owner, "lastLookAt": None}
+    assert [(r["id"], r["status"], r["batches"]) for r in health["releases"]] == [(1, "running", 2)]
+    assert [(c["releaseId"], c["owner"]) for c in health["claims"]] == [(claim.release_id, "someone:1")]
+    (certificate,) = health["certificates"]
+    assert (certificate["name"], certificate["message"]) == ("CONTROL_CERT", "")
+    assert certificate["daysLeft"] > 1
+    assert str(world.certs) not in json.dumps(health)
+
+
+def test_the_list_of_nodes_tells_the_newest_release_that_names_each(store):
+    add_nodes(store, 2)
+    new_release(store)
+    store.update_node(2, {"enabled": 0})
+    new_release(store)
+    store.act("cancel", 2, "test")
+    add_nodes(store, 1, first=3)
+    listed = rc.Api(store).list_nodes(rc.Request((), {"lastRelease": "1"}, {}, "test")).data["items"]
+    assert [node["lastRelease"] for node in listed] == [
+        {"releaseId": 2, "status": "skipped"}, {"releaseId": 1, "status": "pending"}, None]
+
+
+def test_health_answers_without_a_database_and_with_certificates_that_are_no_good(sqlite_world, tmp_path):
+    executor = sqlite_world.executor(CONTROL_CERT=tmp_path / "none.crt")
+    store = rc.Store(rc.Database(f"sqlite:///{tmp_path}/missing/test.db"))
+    api = rc.Api(store, process=lambda: rc.process_json(executor.settings, executor))
+    health = api.overview(rc.Request((), {}, {}, "test")).data
+    assert (health["database"]["ok"], health["releases"], health["claims"]) == (False, [], [])
+    assert health["database"]["message"]
+    assert health["certificates"] == [{"name": "CONTROL_CERT", "notAfter": None, "daysLeft": None,
+                                       "message": "run releasectl.py check to see why"}]
+
+
+# -- releases ------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_a_release_is_followed_from_its_creation_to_success(live):
+    page, world = live(3)
+    page.open().see("There is no release yet")
+    page.press("New release").fill(reason="weekly", payload='{"sites": []}').press("Create")
+    page.see("3 nodes succeeded", "main")
+    assert page.address() == "#/releases/1"
+    for words in ("success", "weekly", "Batch 2 of 2", "2 of 2 done", "created", "by api", "finished"):
+        page.see(words, "main")
+    assert world.runs() == [1, 1, 1]
+    page.press("releasectl").see("All is well", "main h1").see("took", "#release-1")
+    assert page.run("document.title") == "All is well | Releases"
+
+
+@pytest.mark.slow
+def test_a_release_is_followed_to_failure_and_says_why_in_text_and_is_retried(live):
+    page, world = live(3)
+    world.agent(1).set(outcome="failed", message=MARKUP)
+    page.open().press("New release").press("Create")
+    page.see("1 node failed", "#failures").see(MARKUP, "#failures pre").see("Mend what its message names", "#failures")
+    assert page.count("main img") + page.count("main b") == 0
+    page.see("Release 1 failed", "#pulse")
+    page.run("document.querySelector('#failures ul a').click()")
+    page.see(MARKUP, "#node pre")
+    assert page.address() == "#/releases/1?node=1"
+    for words in ("edge-1", "agent_failed", f"apply_config_{ADDRESSES[0]}_1", "Attempts\n1", "dispatched"):
+        page.see(words, "#node")
+    page.press("Close")
+    eventually(lambda: page.address() == "#/releases/1")
+    world.agent(1).set(outcome="success", message="")
+    page.press("Retry").see("for the 3 nodes that failed or were skipped", "#ask").press("Retry release 1")
+    eventually(lambda: page.address() == "#/releases/2")
+    page.see("3 nodes succeeded", "main").see("release 1", "main dl")
+
+
+@pytest.mark.slow
+def test_a_release_is_paused_and_resumed_from_the_page(live):
+    page, world = live(2, AGENT_RETRIES=100)
+    world.agent(1).set(mode="status", only="query")  # it has the task, and does not tell how it goes
+    new_release(world.store)
+    page.open("#/releases/1").see("running", "main .chip")
+    page.press("Pause").see("until someone resumes", "#ask").fill(reason="look first").press("Pause release 1")
+    page.see("paused", "main .chip").see("look first", "#timeline").see("waits for a person", "#pulse")
+    world.agent(1).set(mode="normal")
+    page.see("1 of 1 done", "#batch-1")
+    assert world.runs() == [1, 0]
+    page.press("Resume").press("Resume release 1").see("2 nodes succeeded", "main")
+
+
+@pytest.mark.slow
+def test_a_verb_that_can_not_be_used_now_says_what_it_needs(page):
+    add_nodes(page.daemon.store, 1)
+    new_release(page.daemon.store)
+    page.open("#/releases/1").see("resume needs paused; retry needs partial, failed or cancelled", "#why")
+    assert page.run("[...document.querySelectorAll('button[aria-disabled]')].map(b => b.textContent)") \
+        == ["Resume", "Retry", "Roll back"]
+    page.press("Retry")
+    assert page.count("dialog[open]") == 0
+    page.press("Cancel").press("Cancel release 1").see("cancelled", "main .chip")
+
+
+@pytest.mark.slow
+def test_what_the_daemon_refuses_is_said_in_the_dialog(page):
+    page.open().press("New release").press("Create").see("no online nodes", "#ask")
+    page.fill(payload="{").press("Create").see("The payload is not JSON", "#ask")
+    assert page.count("dialog[open]") == 1
+
+
+@pytest.mark.slow
+def test_the_filter_is_in_the_address_and_the_way_back_leads_back(page):
+    store = page.daemon.store
+    add_nodes(store, 1)
+    for _ in range(25):
+        new_release(store)
+    store.act("pause", 3, "test")
+    page.open("#/releases?status=paused").see("Release 3", "#release-3")
+    assert page.count("tbody tr") == 1
+    page.press("pending").see("Release 25", "tbody").see("page 1 of 2", "main")
+    assert page.address() == "#/releases?status=pending"
+    page.press("Next").see("Release 1", "tbody")
+    assert page.address() == "#/releases?status=pending&page=2"
+    page.press("failed").see("No release is failed", "main")
+    page.run("history.back()")
+    page.see("Release 1", "tbody")
+    page.open("#/releases/99").see("release 99 does not exist", "main")
+    page.open("#/nothing").see("There is no page nothing", "main")
+
+
+@pytest.mark.slow
+def test_a_daemon_that_is_lost_and_comes_back_is_noticed_and_what_was_seen_stays(new_page, sqlite_world):
+    add_nodes(sqlite_world.store, 2)
+    new_release(sqlite_world.store)
+    first = ServeProcess(sqlite_world.url)
+    page = new_page(first).open("#/releases/1").see("pending", "main .chip")
+    first.stop()
+    page.see("The daemon can't be reached. Trying again", "#trouble").see("No contact", "#pulse")
+    page.see("Release 1", "main h1")
+    sqlite_world.store.act("pause", 1, "test")
+    second = ServeProcess(sqlite_world.url, first.port)
+    try:
+        page.see("paused", "main .chip")
+        assert page.text("#trouble") == ""
+    finally:
+        second.stop()
+
+
+@pytest.mark.slow
+def test_a_node_is_found_walked_to_and_opened_by_keyboard(page):
+    add_nodes(page.daemon.store, 4)
+    new_release(page.daemon.store)
+    page.open("#/releases/1")
+    eventually(lambda: page.count(".cell") == 4)
+    page.run("document.querySelector('#batch-2 .cell').focus()")
+    page.browser.key("ArrowRight")
+    assert page.run("document.activeElement.getAttribute('aria-label')") == "edge-3: pending"
+    page.browser.key("Enter", "\r")
+    page.see("edge-3", "#node")
+    page.browser.key("Escape")
+    eventually(lambda: page.address() == "#/releases/1")
+    assert page.run("document.activeElement.id") == "cell-3"
+    page.run("const f = document.querySelector('.find'); f.value = 'edge-4'; f.oninput({target: f})")
+    eventually(lambda: page.count(".cell") == 1)
+
+
+@pytest.mark.slow
+def test_ten_thousand_nodes_are_capped_summed_up_and_followed_by_events_alone(page):
+    big_release(page.daemon.store, 10_000)
+    page.open("#/releases/1").see("and 9,699 more nodes: 9,699 running", "#batch-2", 60)
+    assert page.count(".cell") == 300  # and none of batch 1, which is done and folded
+    assert page.count("*") < 1500
+
+    def whole_reads() -> int:
+        page.run("0")  # what was asked for since has come in
+        return len([url for url in page.browser.requests if url.endswith("/api/v1/releases/1")])
+
+    eventually(lambda: whole_reads() == 2)  # once more after the history came in, and never again
+    for last in (4000, 9999):
+        succeed(page.daemon.store, 2, last)
+        page.see(f"{last - 1} of 9999 done", "#batch-2", 60)
+    assert whole_reads() == 2
+    page.run("location.hash = '#/releases/1?node=9998'")
+    page.see("edge-9998", "#node").see("succeeded", "#node")
+
+
+# -- who may, nodes, health -------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_a_token_is_asked_for_kept_for_the_session_and_sent(new_page, sqlite_world, tmp_path):
+    file = tmp_path / "tokens"
+    file.write_text(f"vera:viewer:{hashlib.sha256(b'open sesame').hexdigest()}\n")
+    file.chmod(0o600)
+    add_nodes(sqlite_world.store, 1)
+    new_release(sqlite_world.store)
+    page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url, API_TOKENS_FILE=file)))
+    page.open("#/releases/1").see("asks for a token", "#ask").fill(token="wrong").press("Go on")
+    page.see("this token is not known", "#ask").fill(token="open sesame").press("Go on").see("pending", "main .chip")
+    assert page.run("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
+    page.press("Pause").press("Pause release 1").see("vera has the role viewer: this needs operator", "#ask")
+    page.press("Close").run("location.reload()")
+    page.see("pending", "main .chip")
+
+
+@pytest.mark.slow
+def test_nodes_are_added_edited_and_taken_out(page):
+    page.open("#/nodes").see("There is no node yet", "main")
+    page.press("Add a node").fill(name="edge-1", mainIp="bad address").press("Add").see("mainIp", "#ask .refused")
+    page.fill(mainIp="10.0.0.7", labels="region=eu, site=ams").press("Add").see("region=eu, site=ams", "#row-1")
+    page.press("Edit").fill(agentPort="9090", agentProtocol="execute").press("Save").see("execute, port 9090", "#row-1")
+    page.press("Maintenance").press("Change").see("End maintenance", "#row-1")
+    page.press("Disable").see("New releases leave it out", "#ask").press("Change").see("disabled", "#row-1")
+    node = page.daemon.store.node(1)
+    assert (node.agent_port, node.status, node.enabled) == (9090, "maintenance", 0)
+
+
+@pytest.mark.slow
+def test_health_shows_executor_database_certificates_and_claims(live):
+    page, world = live(1, AGENT_RETRIES=100)
+    world.agent(1).set(mode="refuse")
+    new_release(world.store)
+    page.open("#/health")
+    for words in ("Last look for work", "takes writes", "CONTROL_CERT", "days left", "claim ends in", rc.__version__):
+        page.see(words, "main")
+    assert "Freeze" in page.text("main") or (404, f"{page.daemon.url}api/v1/freeze") in page.browser.answers
+    world.agent(1).set(mode="normal")
+    page.see("Nobody", "main")
+
+
+# -- for everybody -----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory) -> str:
+    """The source of axe-core."""
+    folder = tmp_path_factory.mktemp("axe")
+    if not shutil.which("npm"):
+        leave_out("npm, for axe-core")
+    packed = subprocess.run(["npm", "pack", "--silent", AXE], cwd=folder, capture_output=True, text=True, timeout=120,
+                            check=False)
+    if packed.returncode:
+        leave_out(f"{AXE} by npm: {packed.stderr.strip()[:200]}")
+    shutil.unpack_archive(folder / packed.stdout.strip(), folder, "gztar")
+    return (folder / "package" / "axe.min.js").read_text()
+
+
+@pytest.fixture
+def full(new_page, sqlite_world) -> Page:
+    """A page with something of everything: 1 failed, 2 success, 3 running, 4 pending; nodes in each state."""
+    store = sqlite_world.store
+    for n in range(1, 13):
+        store.add_node(f"edge-with-a-rather-long-name-{n}", f"10.0.0.{n}", labels='{"region":"eu","site":"ams-2"}')
+    mixes = (("success", "failed", "skipped"), ("success",), ("success", "running", "pending"), ("pending",))
+    for number, statuses in enumerate(mixes, 1):
+        new_release(store, reason="a reason that somebody gave")
+        with store.database.transaction(write=True) as tx:
+            for node in range(1, 13):
+                status = statuses[(node - 1) % len(statuses)]
+                message = f"nginx -t failed: {'x' * 120}" if status == "failed" else ""
+                tx.execute("UPDATE release_task_nodes SET status = ?, error_kind = ?, error_msg = ?, started_at = ? "
+                           "WHERE release_task_id = ? AND node_id = ?", status,
+                           "agent_failed" if message else "", message, store._now(), number, node)
+            status = ("failed", "success", "running", "pending")[number - 1]
+            tx.execute(f"UPDATE release_tasks SET status = ?, started_at = created_at, finished_at = ?, {rc.COUNTERS} "
+                       "WHERE id = ?", status, store._now() if status in rc.TERMINAL else None, number)
+    store.update_node(11, {"enabled": 0})
+    store.update_node(12, {"status": "maintenance"})
+    return new_page(Daemon(store, settings_for(sqlite_world.url)))
+
+
+PLACES = ("#/releases", "#/releases?status=failed", "#/releases/1", "#/releases/3", "#/releases/1?node=2", "#/nodes",
+          "#/health")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_that_keeps_a_person_out(full, axe, scheme):
+    full.browser.look(scheme=scheme)
+    for place in PLACES:
+        full.open(place)
+        if "node=" in place:
+            full.see("Attempts", "#node")
+        assert (place, violations(full, axe)) == (place, [])
+    for place, name in (("#/releases/3", "Cancel"), ("#/releases", "New release"), ("#/nodes", "Add a node")):
+        full.open(place).press(name)
+        assert (name, violations(full, axe)) == (name, [])
+
+
+def violations(page: Page, axe: str) -> list[Any]:
+    page.run(axe)
+    return page.run("axe.run().then(found => found.violations.map(v => [v.id, ...v.nodes.map(n => n.html)]))")
+
+
+@pytest.mark.slow
+def test_nothing_scrolls_sideways_at_360_pixels(full):
+    full.browser.look(360, 780)
+    for place in PLACES:
+        full.open(place)
+        wide = full.run("[document.documentElement.scrollWidth, ...[...document.querySelectorAll('dialog[open]')]"
+                        ".map(d => d.scrollWidth)]")
+        assert (place, [width for width in wide if width > 360]) == (place, [])
