@@ -237,7 +237,10 @@ def _printable(char: str, keep_lines: bool) -> str:
 def one_line(text: object, max_chars: int = MAX_MESSAGE_CHARS) -> str:
     """Gives any text as one printable line of at most max_chars characters (contract section 3)."""
     # what can't be in the result is cut off before it is looked at: an agent's text may be long
-    line = " ".join("".join(_printable(c, False) for c in str(text)[: 16 * max_chars]).split())
+    line = str(text)[: 16 * max_chars]
+    if not line.isprintable():
+        line = "".join(_printable(c, False) for c in line)
+    line = " ".join(line.split())
     return line if len(line) <= max_chars else line[: max_chars - 3].rstrip() + "..."
 
 
@@ -1582,13 +1585,18 @@ class Page(NamedTuple):
 
 NODE_COLUMNS = """id, name, main_ip, agent_port, agent_protocol, labels, enabled, status, created_at, updated_at"""
 
-# The index release_task_nodes_by_status serves the two that are counted.
+# The index release_task_nodes_by_status serves the two that are counted: the lowest batch of one
+# status is its first entry, while IN would go through all of them.
 RELEASE_COLUMNS = """r.id, r.type, r.target, r.version, r.status, r.status_reason, r.reason, r.payload, r.strategy,
     r.retry_of, r.rollback_of, r.total_nodes, r.success_nodes, r.failed_nodes, r.error_msg, r.claim_owner,
     r.claim_fence, r.claim_expires_at, r.created_at, r.started_at, r.finished_at, r.updated_at,
     (SELECT COUNT(*) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'skipped'),
-    COALESCE((SELECT MIN(n.batch) FROM release_task_nodes n
-              WHERE n.release_task_id = r.id AND n.status IN ('pending', 'running', 'failed')), 0)"""
+    COALESCE((SELECT MIN(w.batch) FROM (
+        SELECT MIN(n.batch) AS batch FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'pending'
+        UNION ALL
+        SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'running'
+        UNION ALL
+        SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'failed') w), 0)"""
 
 RELEASE_NODE_COLUMNS = """n.node_id, h.name, h.main_ip, h.agent_port, h.agent_protocol, n.batch, n.status, n.task_id,
     n.attempts, n.error_kind, n.error_msg, n.hold_until, n.started_at, n.finished_at"""
