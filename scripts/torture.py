@@ -313,17 +313,17 @@ def install(torment: Torment) -> None:
         setattr(engine, "connect", _tormented_connect(torment, connect))  # noqa: B010 - it is a method
     for name, (owner, method) in named_points().items():
         setattr(owner, method, _tormented_method(torment, name, getattr(owner, method)))
-    receive = rc._TimedSocket.recv_into
+    receive = rc._TimedSocket.recv
 
-    def recv_into(self: Any, buffer: Any) -> int:
+    def recv(self: Any, max_bytes: int) -> bytes:
         point = torment.point()  # the request has left, its answer is about to be read
         if point in REQUESTS and self.received == 0:
             torment.pass_by(point, "unanswered")
             if torment.is_due(point, "lost"):
                 raise ConnectionResetError("torture: the answer was lost")
-        return int(receive(self, buffer))
+        return bytes(receive(self, max_bytes))
 
-    rc._TimedSocket.recv_into = recv_into
+    rc._TimedSocket.recv = recv
 
 
 def _tormented_connect(torment: Torment, connect: Callable[..., Any]) -> Callable[..., Any]:
@@ -1075,7 +1075,7 @@ SCENES = {
 # Points that no executor passes, and that no command of one release does either.
 NO_SCENE = {"add_node", "add_nodes", "node", "node_named", "nodes", "update_node", "delete_node", "rollback",
             "release_with_nodes", "releases", "events", "counts", "probe", "plan_release", "progress", "freeze",
-            "set_freeze"}
+            "set_freeze", "last_releases", "open_releases"}
 
 
 # Points that are tried once more with tasks that a new owner finds still running, and that end as failed:
@@ -1735,6 +1735,7 @@ class Chaos:
         self._crew.fleet.set(mode="normal", outcome="success", delay_ms=0)
         patiently(self._creator.resume_all)
         self._wait_for_owners()
+        self._reap()  # also who was killed last
         self._take_overs.stop()
         time.sleep(max([0.0, *(one.started_at + YOUNG_S - time.monotonic() for one in self._victims)]))
         for victim in self._victims:
