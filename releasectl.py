@@ -1070,9 +1070,12 @@ def parse_text(field: str, value: object, max_chars: int = 500) -> str:
     return one_line(value, max_chars)
 
 
+TARGET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+
 def parse_target(value: object) -> str:
     """Gives a release's target: a word of letters, digits and ._-; AppError 2003 else."""
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+    if not isinstance(value, str) or not TARGET.fullmatch(value):
         raise AppError(2003, "target must be 1 to 64 letters, digits or . _ -")
     return value
 
@@ -2624,11 +2627,11 @@ class AgentClient:
 UNKNOWN_TASK: dict[str, Any] = {}
 
 
-def _is_readable(sock: socket.socket, within_s: float = 0.0) -> bool:
+def _is_readable(sock: socket.socket) -> bool:
     """Says whether an idle connection has something to say: its end, as nothing was asked."""
     poller = select.poll()
     poller.register(sock, select.POLLIN)
-    return bool(poller.poll(round(within_s * 1000)))
+    return bool(poller.poll(0))
 
 
 def _refusal(error: Exception) -> str:
@@ -3140,9 +3143,13 @@ def release_with_nodes_json(release: Release, nodes: Sequence[ReleaseNode]) -> d
 
 # Field of a node in JSON: column, how it is read, schema for /openapi.json.
 NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
-    "name": ("name", parse_name, {"type": "string", "minLength": 1, "maxLength": 100}),
-    "mainIp": ("main_ip", parse_address, {"type": "string", "description": "IP address or host name"}),
-    "agentPort": ("agent_port", parse_port, {"type": "integer", "minimum": 1, "maximum": 65535}),
+    "name": ("name", parse_name, {"type": "string", "minLength": 1, "maxLength": 100, "format": "line",
+                                  "description": "printable, single spaces within"}),
+    "mainIp": ("main_ip", parse_address, {"type": "string", "minLength": 1, "maxLength": 253, "format": "address",
+                                          "description": "IP address or host name"}),
+    # to JSON 8443.0 is the same number as 8443
+    "agentPort": ("agent_port", lambda v: parse_port(int(v) if isinstance(v, float) and v.is_integer() else v),
+                  {"type": "integer", "minimum": 1, "maximum": 65535}),
     "agentProtocol": ("agent_protocol", lambda v: parse_choice("agentProtocol", v, PROTOCOLS),
                       {"type": "string", "enum": list(PROTOCOLS)}),
     "labels": ("labels", parse_labels, {"type": "object", "additionalProperties": {"type": "string"}}),
@@ -3175,6 +3182,7 @@ _TIME = {"type": ["string", "null"], "format": "date-time"}
 _ID = {"type": "integer", "minimum": 1}
 _COUNT = {"type": "integer", "minimum": 0}
 _TEXT = {"type": "string"}
+_REASON = {"type": "string", "maxLength": 500}
 
 
 def _object(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
@@ -3224,9 +3232,9 @@ def openapi_schemas() -> dict[str, Any]:
         "NodeList": _list_of("Node"),
         "NewNode": _object(node, required=["name", "mainIp"]),
         "NodeChange": _object(node, required=[]),
-        "NewRelease": _object({"target": _TEXT, "reason": _TEXT, "payload": {"type": "object"},
-                               "strategy": {"type": "object"}}, required=[]),
-        "Act": _object({"reason": _TEXT}, required=[]),
+        "NewRelease": _object({"target": {"type": "string", "pattern": TARGET.pattern}, "reason": _REASON,
+                               "payload": {"type": "object"}, "strategy": _object({})}, required=[]),
+        "Act": _object({"reason": _REASON}, required=[]),
         "Nothing": _object({}),
         "Status": _object({"status": _TEXT}),
         "Null": {"type": "null"},
@@ -3474,6 +3482,13 @@ class Seats:
                     socket.socket.shutdown(seat.sock, socket.SHUT_RD if seat.is_at_work else socket.SHUT_RDWR)
 
 
+def has_hung_up(sock: socket.socket, within_s: float) -> bool:
+    """Waits so many seconds, less when the client ends its side or loses its seat; says whether it did."""
+    poller = select.poll()
+    poller.register(sock, select.POLLRDHUP)  # not POLLIN: what it sends meanwhile means nothing
+    return bool(poller.poll(round(within_s * 1000)))
+
+
 def say_goodbye(sock: socket.socket) -> None:
     """Ends a connection, and drops what still comes: a reset would take our answer away (RFC 9112, 9.6)."""
     ends_at, dropped = time.monotonic() + LINGER_S, 0
@@ -3534,7 +3549,7 @@ class Request(NamedTuple):
     query: Mapping[str, str]
     body: Mapping[str, Any]
     actor: str
-    key: str
+    key: str | None
     is_over: Callable[[float], bool]
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
@@ -3571,7 +3586,7 @@ class Api:
 
     def create_release(self, request: Request) -> Reply:
         once = None
-        if request.key:
+        if request.key is not None:
             if not IDEMPOTENCY_KEY.fullmatch(request.key):
                 raise AppError(2003, "Idempotency-Key must be 1 to 128 printable characters without a space")
             asked = json.dumps(request.body, sort_keys=True).encode()
@@ -4005,7 +4020,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
                 raise refusal or AppError(1001, "no token")
             self._require_role(identity, route.role)
         request = Request(ids, self._query(query, route), self._body(raw_body, route), self.actor,
-                          head.headers.get("idempotency-key", ""), self._is_over)
+                          head.headers.get("idempotency-key"), self._is_over)
         return answer_of(getattr(server.api, route.handler)(request), route, head)
 
     def _require_role(self, identity: Identity, role: str) -> None:
@@ -4016,7 +4031,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             raise AppError(1004, f"{identity.actor} has the role {identity.role}: this needs {OPERATOR}")
 
     def _is_over(self, within_s: float) -> bool:
-        return _is_readable(self.seat.sock, within_s) or self.server.is_stopping
+        return has_hung_up(self.seat.sock, within_s) or self.server.is_stopping
 
     def _is_patient(self) -> bool:
         """Lets who sent a bad token wait, at rest; says whether they are still there then."""
@@ -4025,7 +4040,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             log.warning("bad token from %s, the %d. in a row, request %s", self.client_address[0], count,
                         self.request_id)
         self.server.seats.rest(self.seat)
-        return not _is_readable(self.seat.sock, delay_s) if delay_s else True
+        return not delay_s or not has_hung_up(self.seat.sock, delay_s)
 
     def _read_body(self, length: int) -> bytes:
         ends_at = time.monotonic() + BODY_S
