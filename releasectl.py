@@ -19,9 +19,10 @@ The floors, in order; each uses only the ones above it:
      9 Executor        claim, lease, and the loop that joins 6, 7 and 8
     10 Shapes          the JSON of the API and the command line
     11 HTTP            one connection's bytes against limits and deadlines, and who may stay
-    12 API             routes, tokens, the server, /openapi.json
-    13 Check           what is wrong with an installation
-    14 Command line    a table of commands
+    12 API             routes and their handlers, tokens, /openapi.json
+    13 Server          a request from its first byte to its answer, TLS, the listener
+    14 Check           what is wrong with an installation
+    15 Command line    a table of commands
 
 How a release flows through them is drawn in docs/ARCHITECTURE.md.
 """
@@ -3527,8 +3528,8 @@ class Attempts:
 
 
 # ======================================================================================
-# 12 API: routes as a table, handlers, tokens, the server, /openapi.json (contract section 5).
-#    Uses 1 to 11.
+# 12 API: routes as a table, handlers, tokens, /openapi.json (contract section 5). Uses 1 to 11;
+#    knows no socket.
 # ======================================================================================
 
 VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
@@ -3581,7 +3582,7 @@ class Api:
         self._nudge = nudge
         self._waiters = threading.BoundedSemaphore(max_waiting)
         self._ready_guard = threading.Lock()
-        self._ready: tuple[float, AppError | None] = (-READY_LOOK_S, None)
+        self._ready = (-READY_LOOK_S, "the database was not looked at yet")
         self.started_at = time.time()
 
     def create_release(self, request: Request) -> Reply:
@@ -3681,16 +3682,16 @@ class Api:
             finally:
                 self._ready_guard.release()
         if self._ready[1]:
-            raise self._ready[1]
+            raise DatabaseError(self._ready[1])
         return Reply(200, {"status": "ready"})
 
-    def _look_whether_ready(self) -> AppError | None:
+    def _look_whether_ready(self) -> str:
         try:
             self.store.database.require_schema()
             self.store.probe()
-            return None
+            return ""
         except AppError as error:
-            return error
+            return error.message
 
     def metrics(self, _request: Request) -> Reply:
         return Reply(200, metrics_text(self.store.counts(), self.started_at),
@@ -3893,6 +3894,101 @@ def _replace(path: str, text: str, before: os.stat_result | None) -> None:
         raise
 
 
+# -- /openapi.json: made from ROUTES and the shapes, so that it can't drift ------------------
+
+# Parameter of a query: its schema.
+QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
+    "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
+    "page": {"type": "integer", "minimum": 1, "maximum": 10**9, "default": 1},
+    "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
+    "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
+    "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
+    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
+    "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
+             "description": "seconds to wait for an event when there is none yet"},
+}
+# Header of a request: its schema.
+HEADER_PARAMETERS: Mapping[str, dict[str, Any]] = {
+    "X-Request-Id": {"type": "string", "description": "taken over when it is 1 to 64 letters, digits or . _ -"},
+    "If-None-Match": {"type": "string", "description": "an ETag that the client has"},
+    "Idempotency-Key": {"type": "string", "pattern": "^[!-~]{1,128}$", "description":
+                        "the same key and body again within a day give the first answer again"},
+}
+# Header of an answer: the HTTP statuses that carry it, and its schema.
+ANSWER_HEADERS: Mapping[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "Allow": ((405,), _TEXT),
+    "Retry-After": ((503,), _TEXT),
+    "WWW-Authenticate": ((401,), _TEXT),
+    "ETag": ((304,), _TEXT),
+}
+# What every request may be answered, whatever it asks: see floor 11.
+ANY_STATUS = (400, 405, 408, 413, 414, 431, 500, 501, 503, 505)
+
+
+def _statuses(route: Route) -> list[int]:
+    """Gives the HTTP statuses of errors of a route."""
+    found = [*ANY_STATUS]
+    found += [401, 403] if route.role else []
+    found += [404] if "{id}" in route.path else []
+    found += [409] if route.role == OPERATOR else []
+    found += [415] if route.body else []
+    return sorted(found)
+
+
+def _answer_headers(status: int) -> dict[str, Any]:
+    names = ["X-Request-Id", *(name for name, (statuses, _) in ANSWER_HEADERS.items() if status in statuses)]
+    return {name: {"schema": ANSWER_HEADERS[name][1] if name in ANSWER_HEADERS else _TEXT,
+                   "required": name != "X-Request-Id"} for name in names}
+
+
+def _success(route: Route) -> dict[str, Any]:
+    envelope = _object({"code": {"const": 0}, "message": {"const": "success"}, "data": _ref(route.answers)})
+    documents: dict[str, dict[str, Any]] = {
+        "text": {"text/plain": {"schema": _TEXT}}, "json": {"application/json": {"schema": {"type": "object"}}}}
+    headers = _answer_headers(304 if "If-None-Match" in route.headers else route.status)
+    return {"description": route.summary, "headers": headers,
+            "content": documents.get(route.answers, {"application/json": {"schema": envelope}})}
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    parameters: list[dict[str, Any]] = [{"name": "id", "in": "path", "required": True, "schema": _ID}] \
+        if "{id}" in route.path else []
+    parameters += [{"name": name, "in": "query", "schema": QUERY_PARAMETERS[name]} for name in route.query]
+    parameters += [{"name": name, "in": "header", "schema": HEADER_PARAMETERS[name]}
+                   for name in ("X-Request-Id", *route.headers)]
+    responses: dict[str, Any] = {
+        str(status): {"$ref": f"#/components/responses/{status}"} for status in _statuses(route)}
+    responses[str(route.status)] = _success(route)
+    if "If-None-Match" in route.headers:
+        responses["304"] = {"description": "the client has it already", "headers": _answer_headers(304)}
+    operation: dict[str, Any] = {
+        "operationId": route.handler, "summary": route.summary, "parameters": parameters,
+        "security": [{"token": []}] if route.role else [], "responses": dict(sorted(responses.items()))}
+    if route.body:
+        operation["requestBody"] = {"required": route.body == "NewNode",
+                                    "content": {"application/json": {"schema": _ref(route.body)}}}
+    return operation
+
+
+def openapi_document() -> dict[str, Any]:
+    """Gives the OpenAPI 3.1 description of ROUTES."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    statuses = sorted({status for route in ROUTES for status in _statuses(route)})
+    error = {"application/json": {"schema": _ref("Error")}}
+    return {"openapi": "3.1.0", "info": {"title": "releasectl", "version": __version__}, "paths": paths,
+            "components": {"schemas": openapi_schemas(),
+                           "responses": {str(status): {"description": http.HTTPStatus(status).phrase, "content": error,
+                                                       "headers": _answer_headers(status)} for status in statuses},
+                           "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}}
+
+
+# ======================================================================================
+# 13 Server: a request from its first byte to its answer, who asks, TLS, the listener and its
+#    threads. Uses 1 to 12.
+# ======================================================================================
+
 class Identity(NamedTuple):
     """Who asks, as the history names them, and what they may do."""
     actor: str
@@ -3977,8 +4073,8 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             log.exception("%s %s failed, request %s", self.head.method, self._path, self.request_id)
             answer = refusal_of(AppError(5001, "releasectl itself failed: see its log"))
         self.close_connection |= self.server.is_stopping
-        self._send(answer)
         self._tell(answer)
+        self._send(answer)
         self.server.seats.rest(self.seat)
         return not self.close_connection
 
@@ -4154,6 +4250,16 @@ class ApiServer(http.server.HTTPServer):
 
     # -- in the accept thread: nothing here waits ------------------------------------------
 
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.05)  # no file descriptor is left: the loop would spin, as the listener stays ready
+            raise
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        log.exception("connection of %s could not be taken", client_address[0])
+
     def process_request(self, request: Any, client_address: Any) -> None:
         seat = self.seats.take(request, client_address[0])
         if seat is None:
@@ -4253,98 +4359,8 @@ def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
     return context
 
 
-# -- /openapi.json: made from ROUTES and the shapes, so that it can't drift ------------------
-
-# Parameter of a query: its schema.
-QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
-    "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
-    "page": {"type": "integer", "minimum": 1, "maximum": 10**9, "default": 1},
-    "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
-    "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
-    "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
-    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
-    "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
-             "description": "seconds to wait for an event when there is none yet"},
-}
-# Header of a request: its schema.
-HEADER_PARAMETERS: Mapping[str, dict[str, Any]] = {
-    "X-Request-Id": {"type": "string", "description": "taken over when it is 1 to 64 letters, digits or . _ -"},
-    "If-None-Match": {"type": "string", "description": "an ETag that the client has"},
-    "Idempotency-Key": {"type": "string", "pattern": "^[!-~]{1,128}$", "description":
-                        "the same key and body again within a day give the first answer again"},
-}
-# Header of an answer: the HTTP statuses that carry it, and its schema.
-ANSWER_HEADERS: Mapping[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "Allow": ((405,), _TEXT),
-    "Retry-After": ((503,), _TEXT),
-    "WWW-Authenticate": ((401,), _TEXT),
-    "ETag": ((304,), _TEXT),
-}
-# What every request may be answered, whatever it asks: see floor 11.
-ANY_STATUS = (400, 405, 408, 413, 414, 431, 500, 501, 503, 505)
-
-
-def _statuses(route: Route) -> list[int]:
-    """Gives the HTTP statuses of errors of a route."""
-    found = [*ANY_STATUS]
-    found += [401, 403] if route.role else []
-    found += [404] if "{id}" in route.path else []
-    found += [409] if route.role == OPERATOR else []
-    found += [415] if route.body else []
-    return sorted(found)
-
-
-def _answer_headers(status: int) -> dict[str, Any]:
-    names = ["X-Request-Id", *(name for name, (statuses, _) in ANSWER_HEADERS.items() if status in statuses)]
-    return {name: {"schema": ANSWER_HEADERS[name][1] if name in ANSWER_HEADERS else _TEXT,
-                   "required": name != "X-Request-Id"} for name in names}
-
-
-def _success(route: Route) -> dict[str, Any]:
-    envelope = _object({"code": {"const": 0}, "message": {"const": "success"}, "data": _ref(route.answers)})
-    documents: dict[str, dict[str, Any]] = {
-        "text": {"text/plain": {"schema": _TEXT}}, "json": {"application/json": {"schema": {"type": "object"}}}}
-    headers = _answer_headers(304 if "If-None-Match" in route.headers else route.status)
-    return {"description": route.summary, "headers": headers,
-            "content": documents.get(route.answers, {"application/json": {"schema": envelope}})}
-
-
-def _operation(route: Route) -> dict[str, Any]:
-    parameters: list[dict[str, Any]] = [{"name": "id", "in": "path", "required": True, "schema": _ID}] \
-        if "{id}" in route.path else []
-    parameters += [{"name": name, "in": "query", "schema": QUERY_PARAMETERS[name]} for name in route.query]
-    parameters += [{"name": name, "in": "header", "schema": HEADER_PARAMETERS[name]}
-                   for name in ("X-Request-Id", *route.headers)]
-    responses: dict[str, Any] = {
-        str(status): {"$ref": f"#/components/responses/{status}"} for status in _statuses(route)}
-    responses[str(route.status)] = _success(route)
-    if "If-None-Match" in route.headers:
-        responses["304"] = {"description": "the client has it already", "headers": _answer_headers(304)}
-    operation: dict[str, Any] = {
-        "operationId": route.handler, "summary": route.summary, "parameters": parameters,
-        "security": [{"token": []}] if route.role else [], "responses": dict(sorted(responses.items()))}
-    if route.body:
-        operation["requestBody"] = {"required": route.body == "NewNode",
-                                    "content": {"application/json": {"schema": _ref(route.body)}}}
-    return operation
-
-
-def openapi_document() -> dict[str, Any]:
-    """Gives the OpenAPI 3.1 description of ROUTES."""
-    paths: dict[str, dict[str, Any]] = {}
-    for route in ROUTES:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
-    statuses = sorted({status for route in ROUTES for status in _statuses(route)})
-    error = {"application/json": {"schema": _ref("Error")}}
-    return {"openapi": "3.1.0", "info": {"title": "releasectl", "version": __version__}, "paths": paths,
-            "components": {"schemas": openapi_schemas(),
-                           "responses": {str(status): {"description": http.HTTPStatus(status).phrase, "content": error,
-                                                       "headers": _answer_headers(status)} for status in statuses},
-                           "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}}
-
-
 # ======================================================================================
-# 13 Check: what is wrong with this installation, and what would mend it. Uses 1 to 12.
+# 14 Check: what is wrong with this installation, and what would mend it. Uses 1 to 13.
 # ======================================================================================
 
 class Ping(NamedTuple):
@@ -4485,7 +4501,7 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
 
 
 # ======================================================================================
-# 14 Command line: a table of commands (contract section 4). Uses 1 to 13.
+# 15 Command line: a table of commands (contract section 4). Uses 1 to 14.
 # ======================================================================================
 
 class Context:
@@ -4562,13 +4578,15 @@ def command_serve(context: Context) -> int:
     scheme = "https" if server.tls else "http"
     log.info("serving %s://%s:%d, %s, executor %s", scheme, *server.server_address[:2], context.store.database,
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
-    if settings.release_executor_enabled:
-        executor.run_loop()
-    else:
-        executor.stopping.wait()
-    server.shutdown()
-    server.server_close()
-    executor.close()
+    try:
+        if settings.release_executor_enabled:
+            executor.run_loop()
+        else:
+            executor.stopping.wait()
+    finally:
+        server.shutdown()
+        server.server_close()
+        executor.close()
     log.info("stopped")
     return EXIT_DONE
 

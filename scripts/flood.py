@@ -158,7 +158,7 @@ def serving(folder: Path, is_plain: bool, before: str = "") -> Any:
     store.create_release(rc.ReleaseRequest(), "flood")
     store.database.close()
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("HTTP_", "API_", "CONTROL_"))}
-    program = f"import sys, releasectl as rc; {before}; sys.exit(rc.main(['serve']))"
+    program = f"import sys, releasectl as rc\n{before}\nsys.exit(rc.main(['serve']))"
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-c", program], env={**environ, **values}, cwd=ROOT, stderr=log)
     try:
