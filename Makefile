@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+FUZZ_EXAMPLES ?= 300
+FUZZ_SECONDS ?= 60
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
@@ -14,8 +16,9 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check --retries 1 --time
 VENV_STAMP := $(VENV)/stamp-python-$(PYTHON_VERSION)
 TESTS_STAMP := $(VENV)/stamp-tests
 LINT_STAMP := $(VENV)/stamp-lint
+FUZZ_STAMP := $(VENV)/stamp-fuzz
 
-.PHONY: help demo test test-long acceptance bench lint format clean
+.PHONY: help demo test test-long acceptance fuzz bench lint format clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +40,11 @@ acceptance: $(TESTS_STAMP) ## a real serve process, stand-in agents, SQL and cur
 
 bench: $(TESTS_STAMP) ## how fast it is, beside bare scripts; ARGS="makespan --runs 3" for a part
 	@$$(cat $(TESTS_STAMP)) scripts/bench.py $(ARGS)
+
+fuzz: $(FUZZ_STAMP) ## generated requests against a running API: from /openapi.json, and of mutated bytes; a TLS scanner
+	$(VENV_PYTHON) scripts/fuzz_http.py --seconds $(FUZZ_SECONDS)
+	$(VENV_PYTHON) scripts/fuzz_api.py --examples $(FUZZ_EXAMPLES)
+	$(VENV_PYTHON) -m pytest -q tests/test_api_hostile.py -k scanner
 
 lint: $(LINT_STAMP) ## ruff and mypy
 	$(VENV_PYTHON) -m ruff check .
@@ -69,6 +77,11 @@ $(TESTS_STAMP): tests/requirements.txt $(VENV_STAMP)
 
 $(LINT_STAMP): tests/requirements-lint.txt $(VENV_STAMP)
 	@echo "installing tests/requirements-lint.txt into $(VENV)" >&2
+	@$(VENV_PYTHON) $(PIP_INSTALL) -r $<
+	@touch $@
+
+$(FUZZ_STAMP): tests/requirements-fuzz.txt $(TESTS_STAMP)
+	@echo "installing tests/requirements-fuzz.txt into $(VENV)" >&2
 	@$(VENV_PYTHON) $(PIP_INSTALL) -r $<
 	@touch $@
 

@@ -20,9 +20,10 @@ The floors, in order; each uses only the ones above it:
     10 Shapes          the JSON of the API and the command line
     11 Page            the dashboard's document, one raw string
     12 HTTP            one connection's bytes against limits and deadlines, and who may stay
-    13 API             routes, tokens, the server, /openapi.json
-    14 Check           what is wrong with an installation
-    15 Command line    a table of commands
+    13 API             routes and their handlers, tokens, /openapi.json
+    14 Server          a request from its first byte to its answer, TLS, the listener
+    15 Check           what is wrong with an installation
+    16 Command line    a table of commands
 
 How a release flows through them is drawn in docs/ARCHITECTURE.md.
 """
@@ -1181,9 +1182,12 @@ def parse_text(field: str, value: object, max_chars: int = 500) -> str:
     return one_line(value, max_chars)
 
 
+TARGET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+
 def parse_target(value: object) -> str:
     """Gives a release's target: a word of letters, digits and ._-; AppError 2003 else."""
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+    if not isinstance(value, str) or not TARGET.fullmatch(value):
         raise AppError(2003, "target must be 1 to 64 letters, digits or . _ -")
     return value
 
@@ -3485,11 +3489,11 @@ def _any_answer(timed: _TimedSocket, call: _Call) -> tuple[int, bytes, bool]:
 UNKNOWN_TASK: dict[str, Any] = {}
 
 
-def _is_readable(sock: socket.socket, within_s: float = 0.0) -> bool:
+def _is_readable(sock: socket.socket) -> bool:
     """Says whether an idle connection has something to say: its end, as nothing was asked."""
     poller = select.poll()
     poller.register(sock, select.POLLIN)
-    return bool(poller.poll(round(within_s * 1000)))
+    return bool(poller.poll(0))
 
 
 def _refusal(error: Exception) -> str:
@@ -4067,9 +4071,13 @@ def release_with_nodes_json(release: Release, nodes: Sequence[ReleaseNode]) -> d
 
 # Field of a node in JSON: column, how it is read, schema for /openapi.json.
 NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
-    "name": ("name", parse_name, {"type": "string", "minLength": 1, "maxLength": 100}),
-    "mainIp": ("main_ip", parse_address, {"type": "string", "description": "IP address or host name"}),
-    "agentPort": ("agent_port", parse_port, {"type": "integer", "minimum": 1, "maximum": 65535}),
+    "name": ("name", parse_name, {"type": "string", "minLength": 1, "maxLength": 100, "format": "line",
+                                  "description": "printable, single spaces within"}),
+    "mainIp": ("main_ip", parse_address, {"type": "string", "minLength": 1, "maxLength": 253, "format": "address",
+                                          "description": "IP address or host name"}),
+    # to JSON 8443.0 is the same number as 8443
+    "agentPort": ("agent_port", lambda v: parse_port(int(v) if isinstance(v, float) and v.is_integer() else v),
+                  {"type": "integer", "minimum": 1, "maximum": 65535}),
     "agentProtocol": ("agent_protocol", lambda v: parse_choice("agentProtocol", v, PROTOCOLS),
                       {"type": "string", "enum": list(PROTOCOLS)}),
     "labels": ("labels", parse_labels, {"type": "object", "additionalProperties": {"type": "string"}}),
@@ -4170,7 +4178,8 @@ def openapi_schemas() -> dict[str, Any]:
             "leftOut": {"type": "array", "items": _object({"nodeId": _ID, "nodeName": _TEXT, "why": _TEXT})}}),
         "Strategy": _object({key: schema for key, (_, _, schema) in STRATEGY_KEYS.items()}, required=[]),
         "NewRelease": _object({
-            "target": _TEXT, "reason": _REASON, "payload": {"type": "object"}, "strategy": _ref("Strategy"),
+            "target": {"type": "string", "pattern": TARGET.pattern}, "reason": _REASON,
+            "payload": {"type": "object"}, "strategy": _ref("Strategy"),
             "nodeIds": {"type": "array", "minItems": 1, "uniqueItems": True, "items": _ID},
             "labels": {"type": "object", "additionalProperties": _TEXT}, "dryRun": {"type": "boolean"}}, required=[]),
         "Act": _object({"reason": _REASON}, required=[]),
@@ -5500,6 +5509,13 @@ class Seats:
                     socket.socket.shutdown(seat.sock, socket.SHUT_RD if seat.is_at_work else socket.SHUT_RDWR)
 
 
+def has_hung_up(sock: socket.socket, within_s: float) -> bool:
+    """Waits so many seconds, less when the client ends its side or loses its seat; says whether it did."""
+    poller = select.poll()
+    poller.register(sock, select.POLLRDHUP)  # not POLLIN: what it sends meanwhile means nothing
+    return bool(poller.poll(round(within_s * 1000)))
+
+
 def say_goodbye(sock: socket.socket) -> None:
     """Ends a connection, and drops what still comes: a reset would take our answer away (RFC 9112, 9.6)."""
     ends_at, dropped = time.monotonic() + LINGER_S, 0
@@ -5538,8 +5554,8 @@ class Attempts:
 
 
 # ======================================================================================
-# 13 API: routes as a table, handlers, tokens, the server, /openapi.json (contract section 5).
-#    Uses 1 to 12.
+# 13 API: routes as a table, handlers, tokens, /openapi.json (contract section 5). Uses 1 to 12;
+#    knows no socket.
 # ======================================================================================
 
 VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
@@ -5560,7 +5576,7 @@ class Request(NamedTuple):
     query: Mapping[str, str]
     body: Mapping[str, Any]
     actor: str
-    key: str = ""
+    key: str | None = None
     is_over: Callable[[float], bool] = lambda _within_s: True
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
@@ -5600,7 +5616,7 @@ class Api:
         self._process = process
         self._waiters = threading.BoundedSemaphore(max_waiting)
         self._ready_guard = threading.Lock()
-        self._ready: tuple[float, AppError | None] = (-READY_LOOK_S, None)
+        self._ready = (-READY_LOOK_S, "the database was not looked at yet")
         self.started_at = time.time()
 
     def create_release(self, request: Request) -> Reply:
@@ -5608,7 +5624,7 @@ class Api:
         if parse_flag("dryRun", request.body.get("dryRun", False)):
             return Reply(200, plan_json(self.store.plan_release(wanted)))
         once = None
-        if request.key:
+        if request.key is not None:
             if not IDEMPOTENCY_KEY.fullmatch(request.key):
                 raise AppError(2003, "Idempotency-Key must be 1 to 128 printable characters without a space")
             asked = json.dumps(request.body, sort_keys=True).encode()
@@ -5735,16 +5751,16 @@ class Api:
             finally:
                 self._ready_guard.release()
         if self._ready[1]:
-            raise self._ready[1]
+            raise DatabaseError(self._ready[1])
         return Reply(200, {"status": "ready"})
 
-    def _look_whether_ready(self) -> AppError | None:
+    def _look_whether_ready(self) -> str:
         try:
             self.store.database.require_schema()
             self.store.probe()
-            return None
+            return ""
         except AppError as error:
-            return error
+            return error.message
 
     def metrics(self, _request: Request) -> Reply:
         return Reply(200, metrics_text(self.store.counts(), self.started_at),
@@ -5955,6 +5971,105 @@ def _replace(path: str, text: str, before: os.stat_result | None) -> None:
         raise
 
 
+# -- /openapi.json: made from ROUTES and the shapes, so that it can't drift ------------------
+
+# Parameter of a query: its schema.
+QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
+    "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
+    "page": {"type": "integer", "minimum": 1, "maximum": 10**9, "default": 1},
+    "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
+    "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
+    "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
+    "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
+    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
+    "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
+             "description": "seconds to wait for an event when there is none yet"},
+}
+# Header of a request: its schema.
+HEADER_PARAMETERS: Mapping[str, dict[str, Any]] = {
+    "X-Request-Id": {"type": "string", "description": "taken over when it is 1 to 64 letters, digits or . _ -"},
+    "If-None-Match": {"type": "string", "description": "an ETag that the client has"},
+    "Idempotency-Key": {"type": "string", "pattern": "^[!-~]{1,128}$", "description":
+                        "the same key and body again within a day give the first answer again"},
+}
+# Header of an answer: the HTTP statuses that carry it, and its schema.
+ANSWER_HEADERS: Mapping[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "Allow": ((405,), _TEXT),
+    "Retry-After": ((503,), _TEXT),
+    "WWW-Authenticate": ((401,), _TEXT),
+    "ETag": ((304,), _TEXT),
+}
+# What every request may be answered, whatever it asks: see floor 12.
+ANY_STATUS = (400, 405, 408, 413, 414, 431, 500, 501, 503, 505)
+
+
+def _statuses(route: Route) -> list[int]:
+    """Gives the HTTP statuses of errors of a route."""
+    found = [*ANY_STATUS]
+    found += [401, 403] if route.role else []
+    found += [404] if "{id}" in route.path else []
+    found += [409] if route.role == OPERATOR else []
+    found += [415] if route.body else []
+    return sorted(found)
+
+
+def _answer_headers(status: int) -> dict[str, Any]:
+    names = ["X-Request-Id", *(name for name, (statuses, _) in ANSWER_HEADERS.items() if status in statuses)]
+    return {name: {"schema": ANSWER_HEADERS[name][1] if name in ANSWER_HEADERS else _TEXT,
+                   "required": name != "X-Request-Id"} for name in names}
+
+
+def _success(answers: str, description: str, headers: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    envelope = _object({"code": {"const": 0}, "message": {"const": "success"}, "data": _ref(answers)})
+    documents: dict[str, dict[str, Any]] = {
+        "text": {"text/plain": {"schema": _TEXT}}, "html": {"text/html": {"schema": _TEXT}},
+        "json": {"application/json": {"schema": {"type": "object"}}}}
+    return {"description": description, "headers": headers or _answer_headers(200),
+            "content": documents.get(answers, {"application/json": {"schema": envelope}})}
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    parameters: list[dict[str, Any]] = [{"name": "id", "in": "path", "required": True, "schema": _ID}] \
+        if "{id}" in route.path else []
+    parameters += [{"name": name, "in": "query", "schema": QUERY_PARAMETERS[name]} for name in route.query]
+    parameters += [{"name": name, "in": "header", "schema": HEADER_PARAMETERS[name]}
+                   for name in ("X-Request-Id", *route.headers)]
+    responses: dict[str, Any] = {
+        str(status): {"$ref": f"#/components/responses/{status}"} for status in _statuses(route)}
+    responses[str(route.status)] = _success(route.answers, route.summary, _answer_headers(
+        304 if "If-None-Match" in route.headers else route.status))
+    if "If-None-Match" in route.headers:
+        responses["304"] = {"description": "the client has it already", "headers": _answer_headers(304)}
+    operation: dict[str, Any] = {
+        "operationId": route.handler, "summary": route.summary, "parameters": parameters,
+        "security": [{"token": []}] if route.role else [], "responses": dict(sorted(responses.items()))}
+    if route.dry_run:
+        operation["responses"]["200"] = _success(route.dry_run, "what it would do")
+    if route.body:
+        operation["requestBody"] = {"required": route.body in ("NewNode", "SetFreeze"),
+                                    "content": {"application/json": {"schema": _ref(route.body)}}}
+    return operation
+
+
+def openapi_document() -> dict[str, Any]:
+    """Gives the OpenAPI 3.1 description of ROUTES."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    statuses = sorted({status for route in ROUTES for status in _statuses(route)})
+    error = {"application/json": {"schema": _ref("Error")}}
+    return {"openapi": "3.1.0", "info": {"title": "releasectl", "version": __version__}, "paths": paths,
+            "components": {"schemas": openapi_schemas(),
+                           "responses": {str(status): {"description": http.HTTPStatus(status).phrase, "content": error,
+                                                       "headers": _answer_headers(status)} for status in statuses},
+                           "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}}
+
+
+# ======================================================================================
+# 14 Server: a request from its first byte to its answer, who asks, TLS, the listener and its
+#    threads. Uses 1 to 13.
+# ======================================================================================
+
 class Identity(NamedTuple):
     """Who asks, as the history names them, and what they may do."""
     actor: str
@@ -5995,7 +6110,7 @@ def refusal_of(error: AppError) -> HttpAnswer:
 
 
 class ApiHandler(http.server.BaseHTTPRequestHandler):
-    """One connection: the library writes the heads of answers, floor 11 reads requests."""
+    """One connection: the library writes the heads of answers, floor 12 reads requests."""
 
     protocol_version = request_version = "HTTP/1.1"
     server: ApiServer
@@ -6039,8 +6154,8 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             log.exception("%s %s failed, request %s", self.head.method, self._path, self.request_id)
             answer = refusal_of(AppError(5001, "releasectl itself failed: see its log"))
         self.close_connection |= self.server.is_stopping
-        self._send(answer)
         self._tell(answer)
+        self._send(answer)
         self.server.seats.rest(self.seat)
         return not self.close_connection
 
@@ -6082,7 +6197,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
                 raise refusal or AppError(1001, "no token")
             self._require_role(identity, route.role)
         request = Request(ids, self._query(query, route), self._body(raw_body, route), self.actor,
-                          head.headers.get("idempotency-key", ""), self._is_over)
+                          head.headers.get("idempotency-key"), self._is_over)
         return answer_of(getattr(server.api, route.handler)(request), route, head)
 
     def _require_role(self, identity: Identity, role: str) -> None:
@@ -6093,7 +6208,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             raise AppError(1004, f"{identity.actor} has the role {identity.role}: this needs {OPERATOR}")
 
     def _is_over(self, within_s: float) -> bool:
-        return _is_readable(self.seat.sock, within_s) or self.server.is_stopping
+        return has_hung_up(self.seat.sock, within_s) or self.server.is_stopping
 
     def _is_patient(self) -> bool:
         """Lets who sent a bad token wait, at rest; says whether they are still there then."""
@@ -6102,7 +6217,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             log.warning("bad token from %s, the %d. in a row, request %s", self.client_address[0], count,
                         self.request_id)
         self.server.seats.rest(self.seat)
-        return not _is_readable(self.seat.sock, delay_s) if delay_s else True
+        return not delay_s or not has_hung_up(self.seat.sock, delay_s)
 
     def _read_body(self, length: int) -> bytes:
         ends_at = time.monotonic() + BODY_S
@@ -6219,6 +6334,16 @@ class ApiServer(http.server.ThreadingHTTPServer):
 
     # -- in the accept thread: nothing here waits ------------------------------------------
 
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.05)  # no file descriptor is left: the loop would spin, as the listener stays ready
+            raise
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        log.exception("connection of %s could not be taken", client_address[0])
+
     def process_request(self, request: Any, client_address: Any) -> None:
         seat = self.seats.take(request, client_address[0])
         if seat is None:
@@ -6318,102 +6443,8 @@ def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
     return context
 
 
-# -- /openapi.json: made from ROUTES and the shapes, so that it can't drift ------------------
-
-# Parameter of a query: its schema.
-QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
-    "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
-    "page": {"type": "integer", "minimum": 1, "maximum": 10**9, "default": 1},
-    "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
-    "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
-    "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
-    "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
-    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
-    "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
-             "description": "seconds to wait for an event when there is none yet"},
-}
-# Header of a request: its schema.
-HEADER_PARAMETERS: Mapping[str, dict[str, Any]] = {
-    "X-Request-Id": {"type": "string", "description": "taken over when it is 1 to 64 letters, digits or . _ -"},
-    "If-None-Match": {"type": "string", "description": "an ETag that the client has"},
-    "Idempotency-Key": {"type": "string", "pattern": "^[!-~]{1,128}$", "description":
-                        "the same key and body again within a day give the first answer again"},
-}
-# Header of an answer: the HTTP statuses that carry it, and its schema.
-ANSWER_HEADERS: Mapping[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "Allow": ((405,), _TEXT),
-    "Retry-After": ((503,), _TEXT),
-    "WWW-Authenticate": ((401,), _TEXT),
-    "ETag": ((304,), _TEXT),
-}
-# What every request may be answered, whatever it asks: see floor 11.
-ANY_STATUS = (400, 405, 408, 413, 414, 431, 500, 501, 503, 505)
-
-
-def _statuses(route: Route) -> list[int]:
-    """Gives the HTTP statuses of errors of a route."""
-    found = [*ANY_STATUS]
-    found += [401, 403] if route.role else []
-    found += [404] if "{id}" in route.path else []
-    found += [409] if route.role == OPERATOR else []
-    found += [415] if route.body else []
-    return sorted(found)
-
-
-def _answer_headers(status: int) -> dict[str, Any]:
-    names = ["X-Request-Id", *(name for name, (statuses, _) in ANSWER_HEADERS.items() if status in statuses)]
-    return {name: {"schema": ANSWER_HEADERS[name][1] if name in ANSWER_HEADERS else _TEXT,
-                   "required": name != "X-Request-Id"} for name in names}
-
-
-def _success(answers: str, description: str, headers: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    envelope = _object({"code": {"const": 0}, "message": {"const": "success"}, "data": _ref(answers)})
-    documents: dict[str, dict[str, Any]] = {
-        "text": {"text/plain": {"schema": _TEXT}}, "html": {"text/html": {"schema": _TEXT}},
-        "json": {"application/json": {"schema": {"type": "object"}}}}
-    return {"description": description, "headers": headers or _answer_headers(200),
-            "content": documents.get(answers, {"application/json": {"schema": envelope}})}
-
-
-def _operation(route: Route) -> dict[str, Any]:
-    parameters: list[dict[str, Any]] = [{"name": "id", "in": "path", "required": True, "schema": _ID}] \
-        if "{id}" in route.path else []
-    parameters += [{"name": name, "in": "query", "schema": QUERY_PARAMETERS[name]} for name in route.query]
-    parameters += [{"name": name, "in": "header", "schema": HEADER_PARAMETERS[name]}
-                   for name in ("X-Request-Id", *route.headers)]
-    responses: dict[str, Any] = {
-        str(status): {"$ref": f"#/components/responses/{status}"} for status in _statuses(route)}
-    responses[str(route.status)] = _success(route.answers, route.summary, _answer_headers(
-        304 if "If-None-Match" in route.headers else route.status))
-    if "If-None-Match" in route.headers:
-        responses["304"] = {"description": "the client has it already", "headers": _answer_headers(304)}
-    operation: dict[str, Any] = {
-        "operationId": route.handler, "summary": route.summary, "parameters": parameters,
-        "security": [{"token": []}] if route.role else [], "responses": dict(sorted(responses.items()))}
-    if route.dry_run:
-        operation["responses"]["200"] = _success(route.dry_run, "what it would do")
-    if route.body:
-        operation["requestBody"] = {"required": route.body in ("NewNode", "SetFreeze"),
-                                    "content": {"application/json": {"schema": _ref(route.body)}}}
-    return operation
-
-
-def openapi_document() -> dict[str, Any]:
-    """Gives the OpenAPI 3.1 description of ROUTES."""
-    paths: dict[str, dict[str, Any]] = {}
-    for route in ROUTES:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
-    statuses = sorted({status for route in ROUTES for status in _statuses(route)})
-    error = {"application/json": {"schema": _ref("Error")}}
-    return {"openapi": "3.1.0", "info": {"title": "releasectl", "version": __version__}, "paths": paths,
-            "components": {"schemas": openapi_schemas(),
-                           "responses": {str(status): {"description": http.HTTPStatus(status).phrase, "content": error,
-                                                       "headers": _answer_headers(status)} for status in statuses},
-                           "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}}
-
-
 # ======================================================================================
-# 14 Check: what is wrong with this installation, and what would mend it. Uses 1 to 13.
+# 15 Check: what is wrong with this installation, and what would mend it. Uses 1 to 14.
 # ======================================================================================
 
 class Ping(NamedTuple):
@@ -6580,7 +6611,7 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
 
 
 # ======================================================================================
-# 15 Command line: a table of commands (contract section 4). Uses 1 to 14.
+# 16 Command line: a table of commands (contract section 4). Uses 1 to 15.
 # ======================================================================================
 
 class Context:
@@ -6658,13 +6689,15 @@ def command_serve(context: Context) -> int:
     scheme = "https" if server.tls else "http"
     log.info("serving %s://%s:%d, %s, executor %s", scheme, *server.server_address[:2], context.store.database,
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
-    if settings.release_executor_enabled:
-        executor.run_loop()
-    else:
-        executor.stopping.wait()
-    server.shutdown()
-    server.server_close()
-    executor.close()
+    try:
+        if settings.release_executor_enabled:
+            executor.run_loop()
+        else:
+            executor.stopping.wait()
+    finally:
+        server.shutdown()
+        server.server_close()
+        executor.close()
     log.info("stopped")
     return EXIT_DONE
 

@@ -136,14 +136,14 @@ def usage(pid: int) -> dict[str, int]:
 # -- the server -----------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def serving(folder: Path, is_plain: bool) -> Any:
-    """Runs `serve` with one release; gives its process, port and CA."""
+def serving(folder: Path, is_plain: bool, before: str = "") -> Any:
+    """Runs `serve` with one release, after some lines of Python; gives its process, port and CA."""
     with socket.socket() as probe:
         probe.bind((SERVER, 0))
         port = probe.getsockname()[1]
     tokens, database = folder / "tokens", f"sqlite:///{folder}/flood.db"
     tokens.touch(0o600)
-    tokens.write_text(f"flood:viewer:{hashlib.sha256(TOKEN.encode()).hexdigest()}\n")
+    tokens.write_text(f"flood:operator:{hashlib.sha256(TOKEN.encode()).hexdigest()}\n")
     values = {"DATABASE_URL": database, "HTTP_ADDR": f"{SERVER}:{port}", "API_TOKENS_FILE": str(tokens),
               "RELEASE_EXECUTOR_ENABLED": "0", "MTLS_ENABLED": "0"}
     ca = ""
@@ -158,13 +158,27 @@ def serving(folder: Path, is_plain: bool) -> Any:
     store.create_release(rc.ReleaseRequest(), "flood")
     store.database.close()
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("HTTP_", "API_", "CONTROL_"))}
-    process = subprocess.Popen([sys.executable, str(ROOT / "releasectl.py"), "serve"], env={**environ, **values},
-                               stderr=subprocess.DEVNULL)
+    program = f"import sys, releasectl as rc\n{before}\nsys.exit(rc.main(['serve']))"
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-c", program], env={**environ, **values}, cwd=ROOT, stderr=log)
     try:
+        await_health(port, ca)
         yield process, port, ca
     finally:
         process.terminate()
         process.wait(30)
+
+
+def await_health(port: int, ca: str) -> None:
+    give_up_at = time.monotonic() + 30
+    while True:
+        try:
+            ask(port, ssl.create_default_context(cafile=ca) if ca else None, "/healthz")
+            return
+        except OSError:
+            if time.monotonic() > give_up_at:
+                raise
+            time.sleep(0.05)
 
 
 def main() -> int:
@@ -186,15 +200,6 @@ def main() -> int:
 
 def measure(pid: int, port: int, ca: str, options: argparse.Namespace) -> dict[str, Any]:
     context = ssl.create_default_context(cafile=ca) if ca else None
-    give_up_at = time.monotonic() + 30
-    while True:
-        try:
-            ask(port, context, "/healthz")
-            break
-        except OSError:
-            if time.monotonic() > give_up_at:
-                raise
-            time.sleep(0.05)
     paths = ("/healthz", "/api/v1/releases/1")
     quiet = [ask(port, context, paths[n % 2]) for n in range(200)]
     before = usage(pid)

@@ -1,0 +1,9 @@
+"""What the formats of /openapi.json mean, for schemathesis (see fuzz_api.py)."""
+import schemathesis
+from hypothesis import strategies as st
+
+LABEL = r"[A-Za-z_]([A-Za-z0-9_-]{0,20}[A-Za-z0-9_])?"
+
+schemathesis.openapi.format("line", st.from_regex(r"[!-~\u00e0-\u00f6]{1,20}( [!-~]{1,20}){0,3}", fullmatch=True))
+schemathesis.openapi.format("address", st.one_of(
+    st.ip_addresses().map(str), st.from_regex(rf"{LABEL}(\.{LABEL}){{0,3}}", fullmatch=True)))
