@@ -1071,12 +1071,9 @@ def parse_text(field: str, value: object, max_chars: int = 500) -> str:
     return one_line(value, max_chars)
 
 
-TARGET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-
-
 def parse_target(value: object) -> str:
     """Gives a release's target: a word of letters, digits and ._-; AppError 2003 else."""
-    if not isinstance(value, str) or not TARGET.fullmatch(value):
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
         raise AppError(2003, "target must be 1 to 64 letters, digits or . _ -")
     return value
 
@@ -3233,7 +3230,8 @@ def openapi_schemas() -> dict[str, Any]:
         "NodeList": _list_of("Node"),
         "NewNode": _object(node, required=["name", "mainIp"]),
         "NodeChange": _object(node, required=[]),
-        "NewRelease": _object({"target": {"type": "string", "pattern": TARGET.pattern}, "reason": _REASON,
+        "NewRelease": _object({"target": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"},
+                               "reason": _REASON,
                                "payload": {"type": "object"}, "strategy": _object({})}, required=[]),
         "Act": _object({"reason": _REASON}, required=[]),
         "Nothing": _object({}),
