@@ -1182,12 +1182,9 @@ def parse_text(field: str, value: object, max_chars: int = 500) -> str:
     return one_line(value, max_chars)
 
 
-TARGET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-
-
 def parse_target(value: object) -> str:
     """Gives a release's target: a word of letters, digits and ._-; AppError 2003 else."""
-    if not isinstance(value, str) or not TARGET.fullmatch(value):
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
         raise AppError(2003, "target must be 1 to 64 letters, digits or . _ -")
     return value
 
@@ -4178,7 +4175,7 @@ def openapi_schemas() -> dict[str, Any]:
             "leftOut": {"type": "array", "items": _object({"nodeId": _ID, "nodeName": _TEXT, "why": _TEXT})}}),
         "Strategy": _object({key: schema for key, (_, _, schema) in STRATEGY_KEYS.items()}, required=[]),
         "NewRelease": _object({
-            "target": {"type": "string", "pattern": TARGET.pattern}, "reason": _REASON,
+            "target": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}, "reason": _REASON,
             "payload": {"type": "object"}, "strategy": _ref("Strategy"),
             "nodeIds": {"type": "array", "minItems": 1, "uniqueItems": True, "items": _ID},
             "labels": {"type": "object", "additionalProperties": _TEXT}, "dryRun": {"type": "boolean"}}, required=[]),
