@@ -1253,23 +1253,23 @@ def parse_time(value: Any) -> str:
         raise ValueError("must be a time that exists, like 2026-01-31T22:00:00Z") from None
 
 
+VERIFY_URL = r"https?://(\{main_ip\}|\{name\})(:[0-9]{1,5})?([/?]([!$-;=?-Z_a-z~%]|\{main_ip\}|\{name\})*)?"
+
+
 def _verify_url(value: Any) -> str:
     """Gives the address of a probe. Its host is the node itself: a probe goes nowhere else."""
-    if not isinstance(value, str) or len(value) > 500 or not re.fullmatch(
-            r"https?://(\{main_ip\}|\{name\})(:[0-9]{1,5})?([/?][!$-;=?-Z_a-z~%{}]*)?", value):
+    if not isinstance(value, str) or len(value) > 500 or not re.fullmatch(VERIFY_URL, value):
         raise ValueError("must be http:// or https:// with the host {main_ip} or {name}, "
-                         "like http://{main_ip}:8080/health")
+                         "like http://{main_ip}:8080/health, and no other {...} in it")
     port = re.match(r"https?://[^/?:]*:([0-9]+)", value)
     if port and not 1 <= int(port[1]) <= 65535:
         raise ValueError("has a port that is not from 1 to 65535")
-    if re.search(r"[{}]", value.replace("{main_ip}", "").replace("{name}", "")):
-        raise ValueError("takes no other {...} than {main_ip} and {name}")
     return value
 
 
 # Key of verify: field, how it is read, schema.
 VERIFY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
-    "url": ("url", _verify_url, {"type": "string", "maxLength": 500}),
+    "url": ("url", _verify_url, {"type": "string", "maxLength": 500, "pattern": f"^{VERIFY_URL}$"}),
     "status": ("status", lambda v: _whole(v, 100, 599), {"type": "integer", "minimum": 100, "maximum": 599}),
     "timeoutSec": ("timeout_s", _seconds(0.1, 60), {"type": "number", "minimum": 0.1, "maximum": 60}),
     "successes": ("successes", lambda v: _whole(v, 1, 100), {"type": "integer", "minimum": 1, "maximum": 100}),
@@ -4178,7 +4178,8 @@ def openapi_schemas() -> dict[str, Any]:
             "target": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}, "reason": _REASON,
             "payload": {"type": "object"}, "strategy": _ref("Strategy"),
             "nodeIds": {"type": "array", "minItems": 1, "uniqueItems": True, "items": _ID},
-            "labels": {"type": "object", "additionalProperties": _TEXT}, "dryRun": {"type": "boolean"}}, required=[]),
+            "labels": {"type": "object", "additionalProperties": _TEXT}, "dryRun": {"type": "boolean"}}, required=[])
+        | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": _object({"reason": _REASON}, required=[]),
         "Resume": _object({"reason": _REASON, "acceptFailures": {"type": "boolean"}}, required=[]),
         "Cancel": _object({"reason": _REASON, "force": {"type": "boolean"}}, required=[]),
