@@ -313,17 +313,17 @@ def install(torment: Torment) -> None:
         setattr(engine, "connect", _tormented_connect(torment, connect))  # noqa: B010 - it is a method
     for name, (owner, method) in named_points().items():
         setattr(owner, method, _tormented_method(torment, name, getattr(owner, method)))
-    receive = rc._TimedSocket.recv_into
+    receive = rc._TimedSocket.recv
 
-    def recv_into(self: Any, buffer: Any) -> int:
+    def recv(self: Any, max_bytes: int) -> bytes:
         point = torment.point()  # the request has left, its answer is about to be read
         if point in REQUESTS and self.received == 0:
             torment.pass_by(point, "unanswered")
             if torment.is_due(point, "lost"):
                 raise ConnectionResetError("torture: the answer was lost")
-        return int(receive(self, buffer))
+        return bytes(receive(self, max_bytes))
 
-    rc._TimedSocket.recv_into = recv_into
+    rc._TimedSocket.recv = recv
 
 
 def _tormented_connect(torment: Torment, connect: Callable[..., Any]) -> Callable[..., Any]:
