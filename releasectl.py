@@ -534,8 +534,9 @@ class SqliteEngine:
             raise DatabaseError(f"{self} does not exist: make it with `releasectl.py migrate`")
         connection = None
         try:
+            # statements differ by the number of rows: more of them kept would be megabytes, and not used again
             connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None,
-                                         check_same_thread=False)
+                                         check_same_thread=False, cached_statements=16)
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA foreign_keys = ON")
@@ -2082,10 +2083,6 @@ class Store:
 
 MAX_IDLE_AGENT_CONNECTIONS = 256
 MAX_IDLE_AGENT_CONNECTION_S = 60.0
-# TLS sessions of agents, some 12 KiB each: a handshake that resumes one costs half on both sides.
-MAX_AGENT_SESSIONS = 1024
-# An agent's certificate is looked at again so long after it was verified, whatever its session allows.
-MAX_AGENT_SESSION_S = 3600.0
 # The head of an answer may be this long on top of the body.
 MAX_HEAD_BYTES = 64 << 10
 
@@ -2309,8 +2306,6 @@ class AgentClient:
         self._guard = threading.Lock()
         # kept-alive connections, the oldest first: socket, its context, since
         self._idle: dict[Address, tuple[socket.socket, object, float]] = {}
-        # TLS sessions, the oldest first: session, its context, since when the agent's certificate is verified
-        self._sessions: dict[Address, tuple[ssl.SSLSession, object, float]] = {}
         self._active: set[socket.socket] = set()
         self._is_closed = False
 
@@ -2481,22 +2476,6 @@ class AgentClient:
         for dropped, _, _ in surplus:
             _close(dropped)
 
-    def _session(self, address: Address, context: object) -> ssl.SSLSession | None:
-        """Gives the TLS session to resume with an agent."""
-        session, made_with, since = self._sessions.get(address, (None, None, 0.0))
-        is_good = made_with is context and since > time.monotonic() - MAX_AGENT_SESSION_S
-        return session if is_good else None
-
-    def _keep_session(self, address: Address, sock: ssl.SSLSocket, context: object) -> None:
-        """Remembers the session of a full handshake, after an answer: with TLS 1.3 it comes with that."""
-        session, now = sock.session, time.monotonic()  # a copy, and costs like one
-        with self._guard:
-            self._sessions.pop(address, None)
-            if self._sessions and next(iter(self._sessions.values()))[2] < now - MAX_AGENT_SESSION_S:
-                self._sessions.pop(next(iter(self._sessions)))
-            if session is not None and len(self._sessions) < MAX_AGENT_SESSIONS:
-                self._sessions[address] = (session, context, now)
-
     @contextlib.contextmanager
     def _in_flight(self, sock: socket.socket) -> Iterator[None]:
         """Lets close() end what waits on a connection; OSError when it was called before."""
@@ -2513,7 +2492,6 @@ class AgentClient:
     def _connect(self, address: Address, context: ssl.SSLContext | None, ends_at: float) -> socket.socket:
         connect_s = max(0.0, min(self._connect_s, ends_at - time.monotonic()))
         connect_by = time.monotonic() + connect_s
-        session = self._session(address, context)
         try:
             sock = self._open_socket(address, connect_by)
         except socket.timeout:
@@ -2525,7 +2503,7 @@ class AgentClient:
             return sock
         try:
             tls_sock = context.wrap_socket(sock, server_hostname=self._server_name or address.host,
-                                           do_handshake_on_connect=False, session=session)
+                                           do_handshake_on_connect=False)
             sock = tls_sock  # the plain one is detached from now on
             sock.settimeout(max(connect_by - time.monotonic(), 0.001))
             with self._in_flight(sock):
@@ -2533,9 +2511,6 @@ class AgentClient:
             return sock
         except (OSError, ValueError) as error:
             _close(sock)
-            if session is not None and not isinstance(error, socket.timeout) and not self._is_closed:
-                self._sessions.pop(address, None)  # what stands in the way may be the session itself
-                return self._connect(address, context, ends_at)
             raise self._handshake_error(address, error, connect_s) from None
 
     def _open_socket(self, address: Address, connect_by: float) -> socket.socket:
@@ -2589,8 +2564,6 @@ class AgentClient:
                 plain = _plain_answer(timed)
                 status, answer, keep = plain if plain else _any_answer(timed, call)
             keep = keep and address.protocol == TASKS
-            if isinstance(sock, ssl.SSLSocket) and not reused and not sock.session_reused:
-                self._keep_session(address, sock, context)
             return status, answer
         except _TooBig:
             raise AgentError(PROTOCOL, f"{address} answered more than {MAX_BODY_BYTES >> 20} MiB",
