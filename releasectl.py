@@ -972,16 +972,6 @@ class ReleaseNode:
     verdict: Verdict | None = None
 
 
-def replaced(node: ReleaseNode, **changes: Any) -> ReleaseNode:
-    """Gives a node with other values, as dataclasses.replace does.
-
-    It takes a tenth of the time, and every node passes here ten times on its way through a release.
-    """
-    after = object.__new__(ReleaseNode)
-    after.__dict__.update(node.__dict__, **changes)
-    return after
-
-
 class Verdict(NamedTuple):
     """How a node ended: SUCCESS, or FAILED with an error_kind, a message and its whole text.
 
@@ -1207,37 +1197,37 @@ def poll_delay_s(polls: int, interval_s: float) -> float:
 
 def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
     """Folds what an agent answered into what the driver knows of a running node."""
-    node = replaced(node, in_flight=False)
+    node = dataclasses.replace(node, in_flight=False)
     if outcome.result == SUCCESS:
-        return replaced(node, verdict=Verdict(SUCCESS))
+        return dataclasses.replace(node, verdict=Verdict(SUCCESS))
     if outcome.result == FAILED:
-        return replaced(node, verdict=Verdict(
+        return dataclasses.replace(node, verdict=Verdict(
             FAILED, outcome.error_kind, one_line(outcome.message), detail_text(outcome.detail)))
     if outcome.result == ACCEPTED:
-        return replaced(node, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
+        return dataclasses.replace(node, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
                                    next_op=QUERY, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True)
     if outcome.result == WORKING:
-        return replaced(node, errors=0, polls=node.polls + 1,
+        return dataclasses.replace(node, errors=0, polls=node.polls + 1,
                                    due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
     if outcome.result == UNKNOWN:
         # at once the first time: a tick that only waited here would end before it sent anything
         wait_s = backoff_s(node.forgotten, node.node_id) if node.forgotten else 0.0
-        return replaced(node, next_op=DISPATCH, reached=True, forgotten=node.forgotten + 1,
+        return dataclasses.replace(node, next_op=DISPATCH, reached=True, forgotten=node.forgotten + 1,
                                    last_error="the agent does not know the task", due=now.elapsed + wait_s)
     return _observe_error(node, outcome, now, policy)
 
 
 def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
-    node = replaced(node, errors=node.errors + 1, last_kind=outcome.error_kind,
+    node = dataclasses.replace(node, errors=node.errors + 1, last_kind=outcome.error_kind,
                                last_error=outcome.message, reached=node.reached or outcome.result == LOST)
     if node.errors > policy.retries:
         tries = f" (tried {node.errors} times)" if node.errors > 1 else ""
-        return replaced(node, verdict=Verdict(
+        return dataclasses.replace(node, verdict=Verdict(
             FAILED, outcome.error_kind, one_line(outcome.message, MAX_MESSAGE_CHARS - len(tries)) + tries,
             detail_text(outcome.detail), outcome.hold_s))
     held_s = outcome.hold_s if node.agent_protocol == EXECUTE else 0.0
     wait_s = max(backoff_s(node.errors, node.node_id), held_s)
-    return replaced(node, due=now.elapsed + wait_s,
+    return dataclasses.replace(node, due=now.elapsed + wait_s,
                                next_op=AFTER_ERROR[node.agent_protocol, outcome.op, outcome.result])
 
 
@@ -1252,12 +1242,12 @@ def adopt(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
     started = epoch_of(node.started_at) if node.started_at else now.wall
     deadline = now.elapsed + started + policy.node_deadline_s - now.wall
     if node.agent_protocol == TASKS:
-        return replaced(node, next_op=QUERY, due=now.elapsed, reached=True,
+        return dataclasses.replace(node, next_op=QUERY, due=now.elapsed, reached=True,
                                    deadline=max(deadline, now.elapsed + policy.interval_s))
     held_s = epoch_of(node.hold_until) - now.wall if node.hold_until else 0.0
     # a clock that was set back must not hold a node for longer than a hold can be
     due = now.elapsed + min(max(held_s, 0.0), policy.hold_s)
-    return replaced(node, next_op=DISPATCH, due=due, deadline=deadline, reached=True)
+    return dataclasses.replace(node, next_op=DISPATCH, due=due, deadline=deadline, reached=True)
 
 
 class NodeChange(NamedTuple):
@@ -1303,7 +1293,7 @@ def decide(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: 
     left = _after(nodes, ended)
     status = _next_status(release.status, left, failing)
     running = [n for n in left if n.status == RUNNING]
-    renamed = [NodeChange(n, replaced(n, is_renamed=False)) for n in running if n.is_renamed]
+    renamed = [NodeChange(n, dataclasses.replace(n, is_renamed=False)) for n in running if n.is_renamed]
     # half of the slots are for nodes to be asked: else their kept connections would be gone by then
     waiting = sum(_is_due(n, QUERY, now) for n in running)
     begun = _dispatches(release, left, running, now, policy, slots - min(waiting, slots // 2),
@@ -1318,7 +1308,7 @@ def decide(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: 
         status_reason=describe(status, after, failing, busy, broken),
         error_msg=_error_msg(after, failing, release, broken),
         sends=(*(Send(DISPATCH, change.after) for change in begun),
-               *(Send(QUERY, replaced(n, in_flight=True)) for n in polls)),
+               *(Send(QUERY, dataclasses.replace(n, in_flight=True)) for n in polls)),
         wake_at=min((_wake(n, now) for n in running if n.node_id not in asked),
                     default=now.elapsed + policy.interval_s))
 
@@ -1356,7 +1346,7 @@ def _end_node(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange | No
 def _close_node(node: ReleaseNode, now: Moment) -> NodeChange | None:
     """Gives the end of a node in a release that sends nothing any more (rules 5 and 8)."""
     if node.status == PENDING:
-        return NodeChange(node, replaced(node, status=SKIPPED, finished_at=now.text))
+        return NodeChange(node, dataclasses.replace(node, status=SKIPPED, finished_at=now.text))
     if node.status != RUNNING or node.in_flight or node.next_op != DISPATCH:
         return None
     if node.reached:
@@ -1371,7 +1361,7 @@ def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
     if verdict.hold_s is not None:
         is_busy = verdict.hold_s > 0 and node.agent_protocol == EXECUTE
         hold_until = utc_text(now.wall + verdict.hold_s) if is_busy else None
-    return NodeChange(node, replaced(
+    return NodeChange(node, dataclasses.replace(
         node, status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg,
         finished_at=now.text, hold_until=hold_until), verdict.detail)
 
@@ -1419,10 +1409,10 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy) ->
     """Gives what is written before a dispatch leaves; started_at and the deadline are the first try's."""
     hold_until = utc_text(now.wall + policy.hold_s) if node.agent_protocol == EXECUTE else None
     task_id = node.task_id or task_id_for(release.type, node.main_ip, release.version)
-    after = replaced(node, status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
+    after = dataclasses.replace(node, status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
                                 hold_until=hold_until, in_flight=True, next_op=DISPATCH)
     if node.status == PENDING:
-        after = replaced(after, started_at=now.text, deadline=now.elapsed + policy.node_deadline_s)
+        after = dataclasses.replace(after, started_at=now.text, deadline=now.elapsed + policy.node_deadline_s)
     return NodeChange(node, after)
 
 
@@ -3023,7 +3013,7 @@ class Driver:
         """
         if self._store.was_written(self.lease.claim, decision):
             for change in decision.changes:
-                self._nodes[change.after.node_id] = replaced(change.after, in_flight=False)
+                self._nodes[change.after.node_id] = dataclasses.replace(change.after, in_flight=False)
             if decision.status in TERMINAL:
                 self.lease.is_lost = True
                 raise ClaimLost("the release is at its end: the commit that seemed to fail took place")
@@ -3032,7 +3022,7 @@ class Driver:
     def _send(self, release: Release, decision: Decision, now: Moment) -> None:
         for op, node in decision.sends:
             task_id = node.task_id or task_id_for(release.type, node.main_ip, release.version)
-            node = replaced(node, in_flight=True)
+            node = dataclasses.replace(node, in_flight=True)
             self._nodes[node.node_id] = node
             self._in_flight += 1
             task = AgentTask(task_id, release.type, release.version, self._payload)
