@@ -2762,6 +2762,10 @@ class Executor:
         for driver in self._active_drivers():
             driver.results.put(None)
 
+    def is_busy(self) -> bool:
+        """Says whether a release is driven now."""
+        return bool(self._drivers)
+
     def stop(self) -> None:
         """Asks for a clean end; safe in a signal handler, returns at once."""
         self.stopping.set()
@@ -3285,6 +3289,8 @@ def openapi_schemas() -> dict[str, Any]:
 
 VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
 IDLE_CONNECTION_S = 30.0
+# While a release runs, whoever reads a whole one rests so many times as long as the reading took.
+WHOLE_READ_REST, WHOLE_READ_WAIT_S = 15, 20.0
 # Before a connection is closed, what its client still sends is dropped for so long.
 LINGER_S, MAX_LINGER_BYTES = 1.0, 16 << 20
 
@@ -3316,10 +3322,16 @@ class Reply(NamedTuple):
 class Api:
     """The handlers of the routes: a Request in, a Reply out, AppError for everything else."""
 
-    def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None):
-        """nudge is called after every act, so that an executor in this process looks at once."""
+    def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None,
+                 is_busy: Callable[[], bool] = lambda: False):
+        """nudge is called after every act, so that an executor in this process looks at once.
+
+        is_busy says whether it drives a release now, which a reading of whole releases must not slow down.
+        """
         self.store = store
         self._nudge = nudge
+        self._is_busy = is_busy
+        self._whole_read = threading.Lock()
         self.started_at = time.time()
 
     def create_release(self, request: Request) -> Reply:
@@ -3340,7 +3352,23 @@ class Api:
         view = parse_choice("view", request.query.get("view", "full"), ("full", "summary"))
         if view == "summary":
             return Reply(200, {"release": release_json(self.store.release(request.ids[0]))})
-        return Reply(200, release_with_nodes_json(*self.store.release_with_nodes(request.ids[0])))
+        return Reply(200, self._whole_release(request.ids[0]))
+
+    def _whole_release(self, release_id: int) -> dict[str, Any]:
+        """Gives a release with its nodes; of thousands only one at a time, with a rest while a release runs.
+
+        All threads of this process share one interpreter: clients that read in a loop would take most of it.
+        """
+        if not self._whole_read.acquire(timeout=WHOLE_READ_WAIT_S):
+            raise AppError(4029, "too many read whole releases: ask for ?view=summary", retry_after_s=5)
+        try:
+            began = time.thread_time()
+            data = release_with_nodes_json(*self.store.release_with_nodes(release_id))
+            if self._is_busy():
+                time.sleep(WHOLE_READ_REST * (time.thread_time() - began))
+            return data
+        finally:
+            self._whole_read.release()
 
     def pause(self, request: Request) -> Reply:
         return self._act("pause", request)
@@ -4017,7 +4045,7 @@ def command_serve(context: Context) -> int:
     if settings.release_executor_enabled and (settings.control_cert or not settings.mtls_enabled):
         agents.prepare()
     executor = Executor(settings, context.store, agents)
-    server = ApiServer(settings, Api(context.store, executor.nudge))
+    server = ApiServer(settings, Api(context.store, executor.nudge, executor.is_busy))
     _stop_on_signal(executor.stop)
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     accept.start()
