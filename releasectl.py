@@ -4044,6 +4044,8 @@ def command_serve(context: Context) -> int:
     agents = AgentClient(settings)
     if settings.release_executor_enabled and (settings.control_cert or not settings.mtls_enabled):
         agents.prepare()
+    # an answer of the API needs the interpreter a dozen times: with 64 busy workers each waited up to 5 ms
+    sys.setswitchinterval(0.001)
     executor = Executor(settings, context.store, agents)
     server = ApiServer(settings, Api(context.store, executor.nudge, executor.is_busy))
     _stop_on_signal(executor.stop)
