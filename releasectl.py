@@ -541,6 +541,8 @@ class SqliteEngine:
                 connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA synchronous = FULL")
+            # with much history a release touches a page for each node: 16 MiB of WAL write it back less often
+            connection.execute("PRAGMA wal_autocheckpoint = 4000")
             return connection
         except sqlite3.Error as error:
             if connection:
