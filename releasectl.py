@@ -138,6 +138,8 @@ MAX_JSON_DEPTH = 64
 
 # How soon a running task is asked for first, and by what the wait grows until the interval.
 FIRST_POLL_S, POLL_GROWTH = 0.05, 1.6
+# The look that follows a dispatch at once ends so soon: it holds up the word that the task was taken.
+FIRST_LOOK_S = 1.0
 # Waits between tries of a request that failed.
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 10.0
 # An execute agent whose connection was cut is sent nothing for so long (contract section 1).
@@ -566,12 +568,15 @@ class SqliteEngine:
             raise DatabaseError(f"{self} does not exist: make it with `releasectl.py migrate`")
         connection = None
         try:
+            # statements differ by the number of rows: more of them kept would be megabytes, and not used again
             connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None,
-                                         check_same_thread=False)
+                                         check_same_thread=False, cached_statements=16)
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA synchronous = FULL")
+            # with much history a release touches a page for each node: 16 MiB of WAL write it back less often
+            connection.execute("PRAGMA wal_autocheckpoint = 4000")
             return connection
         except sqlite3.Error as error:
             if connection:
@@ -1030,16 +1035,6 @@ class ReleaseNode:
     last_error: str = ""
     # How the agent's answers ended it, not written yet.
     verdict: Verdict | None = None
-
-
-def replaced(node: ReleaseNode, **changes: Any) -> ReleaseNode:
-    """Gives a node with other values, as dataclasses.replace does.
-
-    It takes a tenth of the time, and every node passes here ten times on its way through a release.
-    """
-    after = object.__new__(ReleaseNode)
-    after.__dict__.update(node.__dict__, **changes)
-    return after
 
 
 class Verdict(NamedTuple):
@@ -1518,50 +1513,50 @@ def poll_delay_s(polls: int, interval_s: float) -> float:
 
 def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
     """Folds what an agent or a probe answered into what the driver knows of a node."""
-    node = replaced(node, in_flight=False)
+    node = dataclasses.replace(node, in_flight=False)
     if outcome.op == PROBE and outcome.result == SUCCESS:
         return _observe_pass(node, now, policy)
     if outcome.result == SUCCESS and policy.probes:
-        return replaced(node, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True)
+        return dataclasses.replace(node, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True)
     if outcome.result == SUCCESS:
-        return replaced(node, verdict=Verdict(SUCCESS))
+        return dataclasses.replace(node, verdict=Verdict(SUCCESS))
     if outcome.result == FAILED:
-        return replaced(node, verdict=Verdict(
+        return dataclasses.replace(node, verdict=Verdict(
             FAILED, outcome.error_kind, one_line(outcome.message), detail_text(outcome.detail)))
     if outcome.result == ACCEPTED:
-        return replaced(node, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
+        return dataclasses.replace(node, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
                                    next_op=QUERY, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True)
     if outcome.result == WORKING:
-        return replaced(node, errors=0, polls=node.polls + 1,
+        return dataclasses.replace(node, errors=0, polls=node.polls + 1,
                                    due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
     if outcome.result == UNKNOWN:
         # at once the first time: a tick that only waited here would end before it sent anything
         wait_s = backoff_s(node.forgotten, node.node_id) if node.forgotten else 0.0
-        return replaced(node, next_op=DISPATCH, reached=True, forgotten=node.forgotten + 1,
+        return dataclasses.replace(node, next_op=DISPATCH, reached=True, forgotten=node.forgotten + 1,
                                    last_error="the agent does not know the task", due=now.elapsed + wait_s)
     return _observe_error(node, outcome, now, policy)
 
 
 def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
-    node = replaced(node, errors=0, passes=node.passes + 1)
+    node = dataclasses.replace(node, errors=0, passes=node.passes + 1)
     if node.passes < policy.probes:
-        return replaced(node, due=now.elapsed + PROBE_AGAIN_S)
+        return dataclasses.replace(node, due=now.elapsed + PROBE_AGAIN_S)
     if node.status == SUCCESS:
-        return replaced(node, next_op="", is_looked_at=True)
-    return replaced(node, verdict=Verdict(SUCCESS))
+        return dataclasses.replace(node, next_op="", is_looked_at=True)
+    return dataclasses.replace(node, verdict=Verdict(SUCCESS))
 
 
 def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
-    node = replaced(node, errors=node.errors + 1, passes=0, last_kind=outcome.error_kind,
+    node = dataclasses.replace(node, errors=node.errors + 1, passes=0, last_kind=outcome.error_kind,
                                last_error=outcome.message, reached=node.reached or outcome.result == LOST)
     if node.errors > policy.retries:
         tries = f" (tried {node.errors} times)" if node.errors > 1 else ""
-        return replaced(node, verdict=Verdict(
+        return dataclasses.replace(node, verdict=Verdict(
             FAILED, outcome.error_kind, one_line(outcome.message, MAX_MESSAGE_CHARS - len(tries)) + tries,
             detail_text(outcome.detail), outcome.hold_s))
     held_s = outcome.hold_s if node.agent_protocol == EXECUTE else 0.0
     wait_s = max(backoff_s(node.errors, node.node_id), held_s)
-    return replaced(node, due=now.elapsed + wait_s,
+    return dataclasses.replace(node, due=now.elapsed + wait_s,
                                next_op=AFTER_ERROR[node.agent_protocol, outcome.op, outcome.result])
 
 
@@ -1576,12 +1571,12 @@ def adopt(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
     started = epoch_of(node.started_at) if node.started_at else now.wall
     deadline = now.elapsed + started + policy.node_deadline_s - now.wall
     if node.agent_protocol == TASKS:
-        return replaced(node, next_op=QUERY, due=now.elapsed, reached=True,
+        return dataclasses.replace(node, next_op=QUERY, due=now.elapsed, reached=True,
                                    deadline=max(deadline, now.elapsed + policy.interval_s))
     held_s = epoch_of(node.hold_until) - now.wall if node.hold_until else 0.0
     # a clock that was set back must not hold a node for longer than a hold can be
     due = now.elapsed + min(max(held_s, 0.0), policy.hold_s)
-    return replaced(node, next_op=DISPATCH, due=due, deadline=deadline, reached=True)
+    return dataclasses.replace(node, next_op=DISPATCH, due=due, deadline=deadline, reached=True)
 
 
 class NodeChange(NamedTuple):
@@ -1690,7 +1685,7 @@ def decide(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: 
     pauses = stage.pauses or (bool(exceeded) and not failing)
     status = PAUSED if release.status == RUNNING and pauses else _next_status(release.status, left, failing)
     running = [n for n in left if n.status == RUNNING]
-    renamed = [NodeChange(n, replaced(n, is_renamed=False)) for n in running if n.is_renamed]
+    renamed = [NodeChange(n, dataclasses.replace(n, is_renamed=False)) for n in running if n.is_renamed]
     # half of the slots are for nodes to be asked: else their kept connections would be gone by then
     waiting = sum(_is_due(n, QUERY, now) for n in running)
     is_going = status == RUNNING and not failing and not freeze.frozen
@@ -1708,7 +1703,7 @@ def decide(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: 
                                                              busy, freeze)),
         error_msg=_error_msg(after, failing, release, broken),
         sends=(*(Send(DISPATCH, change.after) for change in begun),
-               *(Send(n.next_op, replaced(n, in_flight=True)) for n in asked)),
+               *(Send(n.next_op, dataclasses.replace(n, in_flight=True)) for n in asked)),
         wake_at=min((*soak_ends, *(_wake(n, now) for n in awaited if n.node_id not in asked_ids)),
                     default=now.elapsed + policy.interval_s),
         passed_batch=stage.passed_batch,
@@ -1725,7 +1720,7 @@ def _awaited(nodes: Sequence[ReleaseNode], stage: Stage) -> list[ReleaseNode]:
     running = [n for n in nodes if n.status == RUNNING]
     if not stage.looks_at:
         return running
-    return running + [replaced(n, next_op=PROBE) for n in nodes
+    return running + [dataclasses.replace(n, next_op=PROBE) for n in nodes
                       if n.status == SUCCESS and n.batch == stage.looks_at and not n.is_looked_at]
 
 
@@ -1761,7 +1756,7 @@ def _end_node(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange | No
 def _close_node(node: ReleaseNode, now: Moment) -> NodeChange | None:
     """Gives the end of a node in a release that sends nothing any more (rules 5 and 8)."""
     if node.status == PENDING:
-        return NodeChange(node, replaced(node, status=SKIPPED, finished_at=now.text))
+        return NodeChange(node, dataclasses.replace(node, status=SKIPPED, finished_at=now.text))
     if node.status != RUNNING or node.in_flight or node.next_op != DISPATCH:
         return None
     if node.reached:
@@ -1787,7 +1782,7 @@ def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
     if verdict.hold_s is not None:
         is_busy = verdict.hold_s > 0 and node.agent_protocol == EXECUTE
         hold_until = utc_text(now.wall + verdict.hold_s) if is_busy else None
-    return NodeChange(node, replaced(
+    return NodeChange(node, dataclasses.replace(
         node, status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg,
         finished_at=now.text, hold_until=hold_until, verdict=None), verdict.detail)
 
@@ -1847,10 +1842,10 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy) ->
     """Gives what is written before a dispatch leaves; started_at and the deadline are the first try's."""
     hold_until = utc_text(now.wall + policy.hold_s) if node.agent_protocol == EXECUTE else None
     task_id = node.task_id or task_id_for(release.type, node.main_ip, release.version)
-    after = replaced(node, status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
+    after = dataclasses.replace(node, status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
                                 hold_until=hold_until, in_flight=True, next_op=DISPATCH)
     if node.status == PENDING:
-        after = replaced(after, started_at=now.text, deadline=now.elapsed + policy.node_deadline_s)
+        after = dataclasses.replace(after, started_at=now.text, deadline=now.elapsed + policy.node_deadline_s)
     return NodeChange(node, after)
 
 
@@ -2845,10 +2840,6 @@ class Store:
 
 MAX_IDLE_AGENT_CONNECTIONS = 256
 MAX_IDLE_AGENT_CONNECTION_S = 60.0
-# TLS sessions of agents, some 12 KiB each: a handshake that resumes one costs half on both sides.
-MAX_AGENT_SESSIONS = 1024
-# An agent's certificate is looked at again so long after it was verified, whatever its session allows.
-MAX_AGENT_SESSION_S = 3600.0
 # The head of an answer may be this long on top of the body.
 MAX_HEAD_BYTES = 64 << 10
 
@@ -3072,8 +3063,6 @@ class AgentClient:
         self._guard = threading.Lock()
         # kept-alive connections, the oldest first: socket, its context, since
         self._idle: dict[Address, tuple[socket.socket, object, float]] = {}
-        # TLS sessions, the oldest first: session, its context, since when the agent's certificate is verified
-        self._sessions: dict[Address, tuple[ssl.SSLSession, object, float]] = {}
         self._active: set[socket.socket] = set()
         self._is_closed = False
 
@@ -3244,22 +3233,6 @@ class AgentClient:
         for dropped, _, _ in surplus:
             _close(dropped)
 
-    def _session(self, address: Address, context: object) -> ssl.SSLSession | None:
-        """Gives the TLS session to resume with an agent."""
-        session, made_with, since = self._sessions.get(address, (None, None, 0.0))
-        is_good = made_with is context and since > time.monotonic() - MAX_AGENT_SESSION_S
-        return session if is_good else None
-
-    def _keep_session(self, address: Address, sock: ssl.SSLSocket, context: object) -> None:
-        """Remembers the session of a full handshake, after an answer: with TLS 1.3 it comes with that."""
-        session, now = sock.session, time.monotonic()  # a copy, and costs like one
-        with self._guard:
-            self._sessions.pop(address, None)
-            if self._sessions and next(iter(self._sessions.values()))[2] < now - MAX_AGENT_SESSION_S:
-                self._sessions.pop(next(iter(self._sessions)))
-            if session is not None and len(self._sessions) < MAX_AGENT_SESSIONS:
-                self._sessions[address] = (session, context, now)
-
     @contextlib.contextmanager
     def _in_flight(self, sock: socket.socket) -> Iterator[None]:
         """Lets close() end what waits on a connection; OSError when it was called before."""
@@ -3276,7 +3249,6 @@ class AgentClient:
     def _connect(self, address: Address, context: ssl.SSLContext | None, ends_at: float) -> socket.socket:
         connect_s = max(0.0, min(self._connect_s, ends_at - time.monotonic()))
         connect_by = time.monotonic() + connect_s
-        session = self._session(address, context)
         try:
             sock = self._open_socket(address, connect_by)
         except socket.timeout:
@@ -3288,7 +3260,7 @@ class AgentClient:
             return sock
         try:
             tls_sock = context.wrap_socket(sock, server_hostname=self._server_name or address.host,
-                                           do_handshake_on_connect=False, session=session)
+                                           do_handshake_on_connect=False)
             sock = tls_sock  # the plain one is detached from now on
             sock.settimeout(max(connect_by - time.monotonic(), 0.001))
             with self._in_flight(sock):
@@ -3296,9 +3268,6 @@ class AgentClient:
             return sock
         except (OSError, ValueError) as error:
             _close(sock)
-            if session is not None and not isinstance(error, socket.timeout) and not self._is_closed:
-                self._sessions.pop(address, None)  # what stands in the way may be the session itself
-                return self._connect(address, context, ends_at)
             raise self._handshake_error(address, error, connect_s) from None
 
     def _open_socket(self, address: Address, connect_by: float) -> socket.socket:
@@ -3352,8 +3321,6 @@ class AgentClient:
                 plain = _plain_answer(timed)
                 status, answer, keep = plain if plain else _any_answer(timed, call)
             keep = keep and address.protocol == TASKS
-            if isinstance(sock, ssl.SSLSocket) and not reused and not sock.session_reused:
-                self._keep_session(address, sock, context)
             return status, answer
         except _TooBig:
             raise AgentError(PROTOCOL, f"{address} answered more than {MAX_BODY_BYTES >> 20} MiB",
@@ -3605,6 +3572,10 @@ class Executor:
         for driver in self._active_drivers():
             driver.results.put(None)
 
+    def is_busy(self) -> bool:
+        """Says whether a release is driven now."""
+        return bool(self._drivers)
+
     def stop(self) -> None:
         """Asks for a clean end; safe in a signal handler, returns at once."""
         self.stopping.set()
@@ -3838,7 +3809,7 @@ class Driver:
             if known is None or (known.status, known.attempts) != (row.status, row.attempts):
                 self._nodes[row.node_id] = adopt(row, now, self._policy)
             elif known.accepted != row.accepted:
-                self._nodes[row.node_id] = replaced(known, accepted=row.accepted)
+                self._nodes[row.node_id] = dataclasses.replace(known, accepted=row.accepted)
         self._is_stale, self._status = False, release.status
         return release
 
@@ -3878,7 +3849,7 @@ class Driver:
         """
         if self._store.was_written(self.lease.claim, decision):
             for change in decision.changes:
-                self._nodes[change.after.node_id] = replaced(change.after, in_flight=False)
+                self._nodes[change.after.node_id] = dataclasses.replace(change.after, in_flight=False)
             if decision.status in TERMINAL:
                 self.lease.is_lost = True
                 raise ClaimLost("the release is at its end: the commit that seemed to fail took place")
@@ -3887,7 +3858,7 @@ class Driver:
     def _send(self, release: Release, decision: Decision, now: Moment) -> None:
         for op, node in decision.sends:
             task_id = node.task_id or task_id_for(release.type, node.main_ip, release.version)
-            node = replaced(node, in_flight=True)
+            node = dataclasses.replace(node, in_flight=True)
             self._nodes[node.node_id] = node
             self._in_flight += 1
             task = AgentTask(task_id, release.type, release.version, self._payload)
@@ -3921,7 +3892,10 @@ class Driver:
                 return self._probe(node, self._strategy.verify, within_s)
             if op == DISPATCH:
                 gate = functools.partial(self.may_dispatch, written_at)
-                return outcome_of(node.node_id, op, agents.dispatch(address, task, within_s, gate))
+                answer = agents.dispatch(address, task, within_s, gate)
+                if answer == Answer(ACCEPTED, task.id):
+                    answer = self._look_at_once(address, answer, within_s)
+                return outcome_of(node.node_id, op, answer)
             return outcome_of(node.node_id, op, agents.query(address, task.id, within_s))
         except AgentError as error:
             return outcome_of(node.node_id, op, error)
@@ -3932,6 +3906,19 @@ class Driver:
     def _probe(node: ReleaseNode, verify: Verify, within_s: float) -> Outcome:
         said = probe(verify.url_for(node), verify.status, min(verify.timeout_s, max(within_s, 0.0)))
         return Outcome(node.node_id, PROBE, UNCLEAR if said else SUCCESS, "", VERIFY if said else "", said, said)
+
+    def _look_at_once(self, address: Address, accepted: Answer, within_s: float) -> Answer:
+        """Asks for a task just dispatched, on the same connection: a quick one is at its end by then.
+
+        That saves it a turn of the driver. Whatever else is said now, a poll will hear again.
+        """
+        try:
+            answer = self._executor.agents.query(address, accepted.task_id, min(within_s, FIRST_LOOK_S))
+        except AgentError as error:
+            if error.kind == AGENT_FAILED:
+                raise
+            return accepted
+        return answer if answer.state == SUCCESS else accepted
 
     def collect(self, wait_s: float) -> None:
         """Waits for an outcome or a nudge, then folds in all that came.
@@ -5563,6 +5550,8 @@ IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,128}")
 EVENTS_LOOK_S, MAX_EVENTS_WAIT_S = 0.5, 30
 # A look whether the database takes writes is a write: not more often, whoever asks.
 READY_LOOK_S = 1.0
+# While a release runs, whoever reads a whole one rests so many times as long as the reading took.
+WHOLE_READ_REST, WHOLE_READ_WAIT_S = 15, 20.0
 
 
 class Request(NamedTuple):
@@ -5603,15 +5592,19 @@ class Api:
     """The handlers of the routes: a Request in, a Reply out, AppError for everything else."""
 
     def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32,
-                 process: Callable[[], Mapping[str, Any]] = lambda: NO_PROCESS):
+                 process: Callable[[], Mapping[str, Any]] = lambda: NO_PROCESS,
+                 is_busy: Callable[[], bool] = lambda: False):
         """nudge is called after every act, so that an executor in this process looks at once.
 
         process gives what only the process knows of its health: executor and certificates.
+        is_busy says whether it drives a release now, which a reading of whole releases must not slow down.
         max_waiting: how many may wait for events; further ones are answered at once.
         """
         self.store = store
         self._nudge = nudge
         self._process = process
+        self._is_busy = is_busy
+        self._whole_read = threading.Lock()
         self._waiters = threading.BoundedSemaphore(max_waiting)
         self._ready_guard = threading.Lock()
         self._ready = (-READY_LOOK_S, "the database was not looked at yet")
@@ -5643,7 +5636,23 @@ class Api:
         view = parse_choice("view", request.query.get("view", "full"), ("full", "summary"))
         if view == "summary":
             return Reply(200, {"release": release_json(self.store.release(request.ids[0]))})
-        return Reply(200, release_with_nodes_json(*self.store.release_with_nodes(request.ids[0])))
+        return Reply(200, self._whole_release(request.ids[0]))
+
+    def _whole_release(self, release_id: int) -> dict[str, Any]:
+        """Gives a release with its nodes; of thousands only one at a time, with a rest while a release runs.
+
+        All threads of this process share one interpreter: clients that read in a loop would take most of it.
+        """
+        if not self._whole_read.acquire(timeout=WHOLE_READ_WAIT_S):
+            raise AppError(4029, "too many read whole releases: ask for ?view=summary", retry_after_s=5)
+        try:
+            began = time.thread_time()
+            data = release_with_nodes_json(*self.store.release_with_nodes(release_id))
+            if self._is_busy():
+                time.sleep(WHOLE_READ_REST * (time.thread_time() - began))
+            return data
+        finally:
+            self._whole_read.release()
 
     def pause(self, request: Request) -> Reply:
         return self._act("pause", request)
@@ -6008,6 +6017,7 @@ def _statuses(route: Route) -> list[int]:
     found += [404] if "{id}" in route.path else []
     found += [409] if route.role == OPERATOR else []
     found += [415] if route.body else []
+    found += [429] if "view" in route.query else []
     return sorted(found)
 
 
@@ -6678,9 +6688,11 @@ def command_serve(context: Context) -> int:
     agents = AgentClient(settings)
     if settings.release_executor_enabled and (settings.control_cert or not settings.mtls_enabled):
         agents.prepare()
+    # an answer of the API needs the interpreter a dozen times: with 64 busy workers each waited up to 5 ms
+    sys.setswitchinterval(0.001)
     executor = Executor(settings, context.store, agents)
     server = ApiServer(settings, Api(context.store, executor.nudge, settings.http_max_connections // 4,
-                                     lambda: process_json(settings, executor)))
+                                     lambda: process_json(settings, executor), executor.is_busy))
     _stop_on_signal(executor.stop)
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     accept.start()

@@ -579,6 +579,13 @@ class Reader:
     def __init__(self, port: int, paths: Sequence[str], pause_s: float):
         self._process = subprocess.Popen([sys.executable, __file__, "--reader", str(port), str(pause_s), *paths],
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self._process.stdout.readline()  # it has started, which costs more than reading
+
+    def go(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
 
     def stop(self) -> dict[str, list[float]]:
         """Gives the seconds of every read, by path."""
@@ -586,6 +593,8 @@ class Reader:
 
 
 def run_reader(port: int, pause_s: float, paths: Sequence[str]) -> None:
+    print("ready", flush=True)
+    sys.stdin.readline()
     stop = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.readline(), stop.set()), daemon=True).start()
     taken: dict[str, list[float]] = {path: [] for path in paths}
@@ -609,10 +618,11 @@ def turn_with_readers(lab: Lab, count: int, readers: int, paths: Sequence[str], 
     url = lab.sqlite_url()
     server = Server(lab, url, agents.addresses)
     try:
+        clients = [Reader(server.port, [path.format(id=1) for path in paths], pause_s) for _ in range(readers)]
         usage = Usage(agents, server.process.pid)
         release_id = server.call("POST", "/api/v1/releases", {})["releaseId"]
-        clients = [Reader(server.port, [path.format(id=release_id) for path in paths], pause_s)
-                   for _ in range(readers)]
+        for client in clients:
+            client.go()
         server.wait_for_end(release_id)
         turn = usage.turn()
         extra: dict[str, float] = {}

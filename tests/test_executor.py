@@ -130,7 +130,7 @@ def test_rule_8_an_agent_that_was_restarted_gets_the_same_id_again(world):
     executor = world.executor()
     tick = threading.Thread(target=executor.run_once, args=(True,))
     tick.start()
-    eventually(lambda: world.agent(1).queries >= 1)
+    eventually(lambda: world.agent(1).runs)
     world.agent(1).restart()
     tick.join()
     assert world.store.release(release.id).status == "success"
