@@ -200,16 +200,18 @@ class AgentError(Exception):
 
     kind: the error_kind of the contract. reached: whether the agent may have got the request.
     hold_s: how long an execute agent may still be busy with it. final: no further try helps.
+    is_held: the request was kept back by ourselves, so the agent is not to blame.
     """
 
     def __init__(self, kind: str, message: str, reached: bool, hold_s: float = 0.0, final: bool = False,
-                 detail: str = ""):
+                 detail: str = "", is_held: bool = False):
         super().__init__(message)
         self.kind = kind
         self.message = message
         self.reached = reached
         self.hold_s = hold_s
         self.final = final
+        self.is_held = is_held
         self.detail = detail or message
 
 
@@ -270,6 +272,14 @@ def detail_text(text: object) -> str:
     """Gives any text as an event's detail: printable, lines kept, at most 4 KiB of UTF-8."""
     clean = "".join(_printable(c, True) for c in str(text)[:MAX_DETAIL_BYTES]).strip()
     return clean.encode()[:MAX_DETAIL_BYTES].decode(errors="ignore")
+
+
+def epoch_or(text: str | None, otherwise: float) -> float:
+    """Gives the seconds since 1970 of a stored time; another value where there is none that can be read."""
+    try:
+        return epoch_of(text) if text else otherwise
+    except ValueError:  # written by hand
+        return otherwise
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -1467,6 +1477,7 @@ UNKNOWN = "unknown"     # it does not know the task
 UNSENT = "unsent"       # the request never reached it
 LOST = "lost"           # the request may have reached it, no answer came
 UNCLEAR = "unclear"     # it answered what can't be used: 429, 5xx, nonsense
+HELD = "held"           # we kept it back ourselves: it says nothing of the agent
 # ... and SUCCESS and FAILED, which are believed.
 
 
@@ -1494,8 +1505,7 @@ AFTER_ERROR: Mapping[tuple[str, str, str], str] = {
     (EXECUTE, DISPATCH, UNSENT): DISPATCH,
     (EXECUTE, DISPATCH, LOST): DISPATCH,
     (EXECUTE, DISPATCH, UNCLEAR): DISPATCH,
-    (TASKS, PROBE, UNCLEAR): PROBE,
-    (EXECUTE, PROBE, UNCLEAR): PROBE,
+    **{(protocol, PROBE, result): PROBE for protocol in PROTOCOLS for result in (UNCLEAR, LOST)},
 }
 
 
@@ -1514,6 +1524,8 @@ def poll_delay_s(polls: int, interval_s: float) -> float:
 def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
     """Folds what an agent or a probe answered into what the driver knows of a node."""
     node = dataclasses.replace(node, in_flight=False)
+    if outcome.result == HELD:
+        return dataclasses.replace(node, due=now.elapsed)
     if outcome.op == PROBE and outcome.result == SUCCESS:
         return _observe_pass(node, now, policy)
     if outcome.result == SUCCESS and policy.probes:
@@ -1525,7 +1537,7 @@ def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) ->
             FAILED, outcome.error_kind, one_line(outcome.message), detail_text(outcome.detail)))
     if outcome.result == ACCEPTED:
         return dataclasses.replace(node, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
-                                   next_op=QUERY, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True)
+                                   next_op=QUERY, errors=0, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True)
     if outcome.result == WORKING:
         return dataclasses.replace(node, errors=0, polls=node.polls + 1,
                                    due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
@@ -1568,15 +1580,24 @@ def adopt(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
     """
     if node.status != RUNNING:
         return node
-    started = epoch_of(node.started_at) if node.started_at else now.wall
+    started = epoch_or(node.started_at, now.wall)
     deadline = now.elapsed + started + policy.node_deadline_s - now.wall
     if node.agent_protocol == TASKS:
         return dataclasses.replace(node, next_op=QUERY, due=now.elapsed, reached=True,
                                    deadline=max(deadline, now.elapsed + policy.interval_s))
-    held_s = epoch_of(node.hold_until) - now.wall if node.hold_until else 0.0
+    held_s = epoch_or(node.hold_until, now.wall) - now.wall
     # a clock that was set back must not hold a node for longer than a hold can be
     due = now.elapsed + min(max(held_s, 0.0), policy.hold_s)
     return dataclasses.replace(node, next_op=DISPATCH, due=due, deadline=deadline, reached=True)
+
+
+def kept_from_dispatch(nodes: Iterable[ReleaseNode], passed_s: float) -> list[ReleaseNode]:
+    """Gives the nodes whose deadline moves along while a pause or a freeze keeps them from their dispatch.
+
+    What is at an agent keeps its own deadline (contract section 7).
+    """
+    return [dataclasses.replace(n, deadline=n.deadline + passed_s) for n in nodes
+            if n.status == RUNNING and n.next_op == DISPATCH and not n.in_flight and not n.reached]
 
 
 class NodeChange(NamedTuple):
@@ -1650,7 +1671,7 @@ def stage_of(release: Release, nodes: Sequence[ReleaseNode], now: Moment, strate
         return Stage(batch, release.passed_batch)
     if strategy.soak_s:
         soak_until = release.soak_until or utc_text(now.wall + strategy.soak_s)
-        if now.wall < epoch_of(soak_until):
+        if now.wall < epoch_or(soak_until, 0.0):
             return Stage(0, release.passed_batch, soak_until)
         if strategy.verify and any(n.batch == before and n.status == SUCCESS and not n.is_looked_at for n in nodes):
             return Stage(0, release.passed_batch, soak_until, looks_at=before)
@@ -1695,7 +1716,8 @@ def decide(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: 
     awaited = _awaited(after, stage)
     asked = [n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)][: max(0, slots - len(begun))]
     asked_ids = {n.node_id for n in asked}
-    soak_ends = [now.elapsed + epoch_of(stage.soak_until) - now.wall] if stage.soak_until and not stage.looks_at else []
+    soak_left_s = epoch_or(stage.soak_until, 0.0) - now.wall
+    soak_ends = [now.elapsed + soak_left_s] if status == RUNNING and soak_left_s > 0 else []
     return Decision(
         changes=(*ended.values(), *renamed, *begun),
         status=status,
@@ -1761,8 +1783,8 @@ def _close_node(node: ReleaseNode, now: Moment) -> NodeChange | None:
         return None
     if node.reached:
         return _abandon(node, node.last_error or "the answer was lost with the process that asked", now)
-    message = f"{node.last_error} (not tried again: the release ends)"
-    return _at_rest(node, Verdict(FAILED, node.last_kind, one_line(message), detail_text(message)), now)
+    message = f"{node.last_error or 'it was never sent'} (not tried again: the release ends)"
+    return _at_rest(node, Verdict(FAILED, node.last_kind or ABANDONED, one_line(message), detail_text(message)), now)
 
 
 def _abandon(node: ReleaseNode, why: str, now: Moment) -> NodeChange:
@@ -1784,7 +1806,7 @@ def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
         hold_until = utc_text(now.wall + verdict.hold_s) if is_busy else None
     return NodeChange(node, dataclasses.replace(
         node, status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg,
-        finished_at=now.text, hold_until=hold_until, verdict=None), verdict.detail)
+        finished_at=now.text, hold_until=hold_until, verdict=None, errors=0, passes=0, due=now.elapsed), verdict.detail)
 
 
 def exceeded_limit(nodes: Sequence[ReleaseNode], strategy: Strategy) -> str:
@@ -1793,9 +1815,9 @@ def exceeded_limit(nodes: Sequence[ReleaseNode], strategy: Strategy) -> str:
     A share is of the batch's planned size, which is its number of rows, and is rounded down.
     """
     failed = [n.batch for n in nodes if n.status == FAILED and not n.accepted]
-    for batch in sorted(set(failed)):
-        count = failed.count(batch)
-        most = in_numbers(strategy.max_failed, sum(n.batch == batch for n in nodes))
+    sizes = collections.Counter(n.batch for n in nodes) if failed else {}
+    for batch, count in sorted(collections.Counter(failed).items()):
+        most = in_numbers(strategy.max_failed, sizes[batch])
         if count > most:
             return f"{count_of_nodes(count)} of batch {batch} failed, at most {most} may"
     if failed and strategy.max_failed_total is not None:
@@ -1936,15 +1958,15 @@ def _paused(nodes: Sequence[ReleaseNode], situation: Situation, waiting: str) ->
 def _progress(nodes: Sequence[ReleaseNode], now: Moment, situation: Situation, waiting: str) -> str:
     """Gives what a running release is at: frozen, soaking, verifying, or a batch."""
     stage, freeze = situation.stage, situation.freeze
-    if stage.soak_until and not stage.looks_at:
-        before = max((n.batch for n in nodes if n.status not in (PENDING, SKIPPED)), default=0)
-        return f"soaking batch {before} until {stage.soak_until}" + (
-            f"; frozen: {freeze.reason}" if freeze.frozen else "")
+    if not nodes:
+        return NO_NODES
+    if freeze.frozen:
+        return f"frozen: {freeze.reason}" + (f"; {waiting}" if waiting else "")
     if stage.looks_at:
         left = [n for n in nodes if n.batch == stage.looks_at and n.status == SUCCESS and not n.is_looked_at]
         return f"verifying batch {stage.looks_at} after its soak: waiting for {_names(left)}"
-    if freeze.frozen:
-        return f"frozen: {freeze.reason}" + (f"; {waiting}" if waiting else "")
+    if stage.soak_until:
+        return f"soaking batch {max(n.batch for n in nodes if n.status != PENDING)} until {stage.soak_until}"
     batch = min((n.batch for n in nodes if n.status in (PENDING, RUNNING)), default=0)
     members = [n for n in nodes if n.batch == batch]
     held = [n for n in members if n.status == PENDING and n.node_id in situation.busy]
@@ -1981,21 +2003,23 @@ def _names(nodes: Sequence[ReleaseNode]) -> str:
 
 
 class Verb(NamedTuple):
-    """What an operator may do to a release: from which states, and the event that tells of it."""
+    """What an operator may do to a release: from which states, to which, and the event that tells of it."""
     name: str
     states: tuple[str, ...]
+    status: str
     event: str
 
 
 CANCEL_BY_FORCE = "cancel --force"
 
 VERBS: Mapping[str, Verb] = {verb.name: verb for verb in (
-    Verb("pause", (PENDING, RUNNING), "paused"),
-    Verb("resume", (PAUSED,), "resumed"),
-    Verb("cancel", (PENDING, RUNNING, PAUSED), "cancelling"),
-    Verb(CANCEL_BY_FORCE, (PENDING, RUNNING, PAUSED, CANCELLING), "cancelling"),
-    Verb("retry", (PARTIAL, FAILED, CANCELLED), "created"),
-    Verb("rollback", (SUCCESS, PARTIAL, FAILED, CANCELLED), "created"),
+    Verb("pause", (PENDING, RUNNING), PAUSED, "paused"),
+    Verb("resume", (PAUSED,), RUNNING, "resumed"),
+    Verb("cancel", (PENDING, RUNNING, PAUSED), CANCELLING, "cancelling"),
+    Verb(CANCEL_BY_FORCE, (PENDING, RUNNING, PAUSED, CANCELLING), CANCELLING, "cancelling"),
+    # these make a new release
+    Verb("retry", (PARTIAL, FAILED, CANCELLED), PENDING, "created"),
+    Verb("rollback", (SUCCESS, PARTIAL, FAILED, CANCELLED), PENDING, "created"),
 )}
 
 
@@ -2019,10 +2043,8 @@ def check_resume(release: Release, nodes: Sequence[ReleaseNode], strategy: Strat
 
 
 def status_after_verb(verb: str, release: Release) -> str:
-    """Gives the status that a verb brings; a release that never started waits again."""
-    if verb == "resume":
-        return RUNNING if release.started_at else PENDING
-    return {"pause": PAUSED}.get(verb, CANCELLING)
+    """Gives the status that a verb brings; a release that never started waits again after resume."""
+    return PENDING if verb == "resume" and not release.started_at else VERBS[verb].status
 
 
 class Candidate(NamedTuple):
@@ -2036,12 +2058,14 @@ class Candidate(NamedTuple):
     start_at: str = ""
     paused_by: str = ""
     status_reason: str = ""
+    has_started: bool = True
+    has_pending: bool = True
 
 
 def _in_turn(candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, Candidate | None]]:
-    """Gives each release and the one of its target that is before it: the active one, or a lower version."""
+    """Gives each release and the one of its target that is before it: one that has started, or a lower version."""
     ahead: dict[str, Candidate] = {}
-    for c in sorted(candidates, key=lambda c: (c.status == PENDING, c.version)):
+    for c in sorted(candidates, key=lambda c: (c.status == PENDING or not c.has_started, c.version)):
         yield c, ahead.get(c.target)
         ahead.setdefault(c.target, c)
 
@@ -2050,8 +2074,8 @@ def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO
     """Gives which releases may be claimed now, and which are in other hands (rule 2).
 
     A pending one waits for the active one of its target, for lower versions, for its time and
-    for the end of a freeze; one that is paused or frozen needs an owner only while nodes of it
-    are in flight.
+    for the end of a freeze; one that is paused or kept by a freeze needs an owner only while
+    nodes of it are in flight.
     """
     free: list[int] = []
     taken: list[int] = []
@@ -2059,7 +2083,7 @@ def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO
         if c.status == PENDING:
             wanted = before is None and c.start_at <= now and not freeze.frozen
         else:
-            waits = c.status == PAUSED or (c.status == RUNNING and freeze.frozen)
+            waits = c.status == PAUSED or (c.status == RUNNING and freeze.frozen and c.has_pending)
             wanted = c.running_nodes > 0 or not waits
         if wanted:
             (taken if c.claimed else free).append(c.id)
@@ -2067,16 +2091,20 @@ def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO
 
 
 def waiting_reasons(candidates: Iterable[Candidate], freeze: Freeze = NO_FREEZE) -> dict[int, str]:
-    """Gives the sentence of each pending release: whom or what it waits for."""
+    """Gives the sentences of releases that nobody works on: whom or what they wait for."""
     reasons = {}
     for c, before in _in_turn(candidates):
+        frozen = f"frozen: {freeze.reason}"
+        if c.status == RUNNING and not c.claimed and c.running_nodes == 0 and (
+                freeze.frozen or c.status_reason.startswith("frozen: ")):
+            reasons[c.id] = one_line(frozen if freeze.frozen else REASON_PENDING)
         if c.status != PENDING:
             continue
         if before is not None:
             by = f"which {before.paused_by} paused" if before.paused_by else f"which is {before.status}"
             reason = f"waiting for release {before.id}, {by}"
         elif freeze.frozen:
-            reason = f"frozen: {freeze.reason}"
+            reason = frozen
         else:
             reason = f"starts no earlier than {c.start_at}" if c.start_at else REASON_PENDING
         reasons[c.id] = one_line(reason)
@@ -2363,7 +2391,7 @@ class Store:
                                      "nothing to go back to")
             good = Release(*row)
             payload = self._payload_of(good)
-            if {**payload, "version": 0} == {**self._payload_of(old), "version": 0}:
+            if self._is_same(payload, self._payload_of(old)):
                 raise AppError(3003, f"release {good.id}, the newest success before {old.id}, has the same payload: "
                                      "nothing would change")
             request = ReleaseRequest(
@@ -2371,6 +2399,11 @@ class Store:
                 payload, rollback_of=old.id,
                 strategy=self._strategy_again(old, ("startAt", "soakSec", "pauseAfter")))
             return self._create_again(tx, request, old, (SUCCESS, FAILED), actor)
+
+    @staticmethod
+    def _is_same(*payloads: Mapping[str, Any]) -> bool:
+        """Says whether payloads differ by their version at most."""
+        return len({json.dumps({**payload, "version": 0}, sort_keys=True) for payload in payloads}) == 1
 
     @staticmethod
     def _payload_of(release: Release) -> dict[str, Any]:
@@ -2392,23 +2425,23 @@ class Store:
     def _create_again(self, tx: Transaction, request: ReleaseRequest, old: Release, statuses: Sequence[str],
                       actor: str) -> tuple[Release, list[list[int]]]:
         """Creates a release for the nodes that were in one of the statuses in an old one."""
-        rows = tx.rows(f"""
-            SELECT n.node_id
-            FROM release_task_nodes n
-            JOIN nodes h ON h.id = n.node_id
-            WHERE n.release_task_id = ? AND n.status IN ({', '.join('?' * len(statuses))})
-              AND h.enabled = 1 AND h.status = 'online'
-            ORDER BY n.node_id""", old.id, *statuses)
-        if not rows:
+        nodes = [Node(*row) for row in tx.rows(f"""
+            SELECT {NODE_COLUMNS}
+            FROM nodes
+            WHERE id IN (SELECT node_id FROM release_task_nodes
+                         WHERE release_task_id = ? AND status IN ({', '.join('?' * len(statuses))}))
+            ORDER BY id""", old.id, *statuses)]
+        node_ids = [node.id for node in nodes if node.gets_releases]
+        if not node_ids:
             raise AppError(3003, f"release {old.id} has no online nodes that were {' or '.join(statuses)}")
-        node_ids = [row[0] for row in rows]
         strategy = dict(request.strategy)
         if isinstance(strategy.get("pauseAfter"), list):
             # there may be fewer batches now
             last = len(plan_batches(node_ids, parse_strategy(strategy).batches))
             strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
         request = request._replace(strategy=strategy)
-        return self._create(tx, request, make_plan(parse_strategy(strategy), node_ids), actor)
+        left_out = [node for node in nodes if not node.gets_releases]
+        return self._create(tx, request, make_plan(parse_strategy(strategy), node_ids, left_out), actor)
 
     @staticmethod
     def _plan(tx: Transaction, request: ReleaseRequest) -> Plan:
@@ -2442,8 +2475,11 @@ class Store:
         tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, created_at, updated_at) "
                        "VALUES ", 5, [(release_id, node_id, number, now, now)
                                       for number, batch in enumerate(plan.batches, 1) for node_id in batch])
-        detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "")))
-        tx.insert_many(INSERT_EVENTS, 8, [(release_id, None, now, actor, "created", "", PENDING, detail)])
+        left_out = [f"left out: {node.name} is {node.condition}" for node in plan.left_out[:20]
+                    if request.retry_of or request.rollback_of]
+        detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "", *left_out)))
+        tx.insert_many(INSERT_EVENTS, 8, [
+            (release_id, None, now, actor, "created", "", PENDING, detail_text(detail))])
         self._explain_waiting(tx)
         return self._release(tx, release_id), plan.batches
 
@@ -2540,42 +2576,41 @@ class Store:
         it, or force does. accept_failures goes with resume: what failed counts no more.
         """
         with self.database.transaction(write=True) as tx:
-            release = self._release(tx, release_id)
+            release, nodes = self._release(tx, release_id), self._release_nodes(tx, release_id)
             check_verb(verb, release)
-            now = Moment(self.clock.wall(), self.clock.elapsed())
+            now, strategy = Moment(self.clock.wall(), self.clock.elapsed()), self._strategy_of(release)
             if verb == "resume":
-                reason = self._accept(tx, release, accept_failures, reason)
+                check_resume(release, nodes, strategy, accept_failures)
+                if accept_failures:
+                    reason = self._accept(tx, release, reason)
             if status_after_verb(verb, release) != release.status:
-                self._turn(tx, release, VERBS[verb], now, actor, reason)
-            release = self._release(tx, release_id)
-            nodes = self._release_nodes(tx, release_id)
+                self._turn(tx, release, nodes, VERBS[verb], now, actor, reason)
+                release, reason = self._release(tx, release_id), ""
             ends_now = verb == CANCEL_BY_FORCE or not any(n.status == RUNNING for n in nodes)
             if release.status == CANCELLING and ends_now:
                 changes = force_end(nodes, now)
                 ended = {change.after.node_id: change.after for change in changes}
-                decision = decide(release, [ended.get(n.node_id, n) for n in nodes], now, Policy(0, 0.0, 0.0, 0.0))
-                self._write(tx, release, decision._replace(changes=tuple(changes)), now, actor)
+                decision = decide(release, [ended.get(n.node_id, n) for n in nodes], now, Policy(0, 0.0, 0.0, 0.0),
+                                  strategy)
+                self._write(tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=reason)
             self._explain_waiting(tx)
             return self._release(tx, release_id)
 
-    def _accept(self, tx: Transaction, release: Release, accept_failures: bool, reason: str) -> str:
-        """Lets the failures of a release count no more, where that is asked for; gives the event's reason."""
-        nodes = self._release_nodes(tx, release.id)
-        check_resume(release, nodes, self._strategy_of(release), accept_failures)
-        if not accept_failures:
-            return reason
+    @staticmethod
+    def _accept(tx: Transaction, release: Release, reason: str) -> str:
+        """Lets the failures of a release count no more; gives the event's reason."""
         count = tx.execute("UPDATE release_task_nodes SET accepted = 1 "
                            "WHERE release_task_id = ? AND status = 'failed' AND accepted = 0", release.id)
         return "; ".join(filter(None, (reason, f"failures accepted: {count}")))
 
-    def _turn(self, tx: Transaction, release: Release, verb: Verb, now: Moment, actor: str, reason: str) -> None:
+    def _turn(self, tx: Transaction, release: Release, nodes: Sequence[ReleaseNode], verb: Verb, now: Moment,
+              actor: str, reason: str) -> None:
         """Writes the status that a verb brings, with its sentence and its event."""
-        status = status_after_verb(verb.name, release)
+        status, strategy = status_after_verb(verb.name, release), self._strategy_of(release)
         turned = dataclasses.replace(release, status=status, paused_by=actor if status == PAUSED else "")
-        nodes, strategy = self._release_nodes(tx, release.id), self._strategy_of(release)
-        sentence = describe(status, nodes, now, Situation(
-            turned, strategy, Policy(0, 0.0, 0.0, 0.0), Stage(0, release.passed_batch, release.soak_until),
-            exceeded_limit(nodes, strategy)))
+        sentence = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
+            status, nodes, now, Situation(turned, strategy, Policy(0, 0.0, 0.0, 0.0), Stage(0, release.passed_batch),
+                                          exceeded_limit(nodes, strategy)))
         tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, {COUNTERS} "
                    "WHERE id = ?", status, sentence, turned.paused_by, now.text, release.id)
         tx.insert_many(INSERT_EVENTS, 8, [(release.id, None, now.text, actor, verb.event, release.status, status,
@@ -2594,10 +2629,18 @@ class Store:
             return self._freeze(tx)
 
     def set_freeze(self, frozen: bool, actor: str, reason: str = "") -> Freeze:
-        """Sets or lifts the freeze, for every process; gives it as it is then."""
+        """Sets or lifts the freeze, for every process; gives it as it is then.
+
+        Each release that is not at its end has an event of it. AppError 2001 without a reason to set it.
+        """
+        if frozen and not reason:
+            raise AppError(2001, "reason is missing: say why, for whoever waits")
         with self.database.transaction(write=True) as tx:
             tx.execute("UPDATE release_freeze SET frozen = ?, reason = ?, actor = ?, at = ? WHERE id = 1",
                        int(frozen), reason, actor, self._now())
+            event = "frozen" if frozen else "unfrozen"
+            tx.insert_many(INSERT_EVENTS, 8, [(c.id, None, self._now(), actor, event, c.status, c.status, reason)
+                                              for c in self._candidates(tx)])
             log.warning("%s by %s%s", "frozen" if frozen else "the freeze was lifted", actor,
                         f": {reason}" if reason else "")
             self._explain_waiting(tx)
@@ -2652,12 +2695,15 @@ class Store:
         now = tx.now()
         # the index release_tasks_by_status finds what is not terminal
         return [Candidate(id_, target, version, status, running, expires is not None and expires > now,
-                          cls._start_at(strategy), paused_by, said)
-                for id_, target, version, status, running, expires, strategy, paused_by, said in tx.rows("""
+                          cls._start_at(strategy), paused_by, said, started is not None, bool(pending))
+                for id_, target, version, status, running, expires, strategy, paused_by, said, started, pending
+                in tx.rows("""
             SELECT r.id, r.target, r.version, r.status,
                    (SELECT COUNT(*) FROM release_task_nodes n
                     WHERE n.release_task_id = r.id AND n.status = 'running'),
-                   r.claim_expires_at, r.strategy, r.paused_by, r.status_reason
+                   r.claim_expires_at, r.strategy, r.paused_by, r.status_reason, r.started_at,
+                   (SELECT MIN(n.batch) FROM release_task_nodes n
+                    WHERE n.release_task_id = r.id AND n.status = 'pending')
             FROM release_tasks r
             WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')""")]
 
@@ -2775,7 +2821,7 @@ class Store:
             for _, after, _ in decision.changes for row in [found[after.node_id]])
 
     def _write(self, tx: Transaction, release: Release, decision: Decision, now: Moment, actor: str,
-               fence: int | None = None) -> None:
+               fence: int | None = None, detail: str = "") -> None:
         self._write_nodes(tx, release.id, decision.changes, now)
         ends = decision.status in TERMINAL
         changed = tx.execute(f"""
@@ -2784,20 +2830,20 @@ class Store:
                 finished_at = ?, passed_batch = ?, soak_until = ?,
                 claim_owner = CASE WHEN ? = 1 THEN '' ELSE claim_owner END,
                 claim_expires_at = CASE WHEN ? = 1 THEN NULL ELSE claim_expires_at END
-            WHERE id = ? AND status = ? AND claim_fence = ?""",
+            WHERE id = ? AND status = ? AND updated_at = ? AND claim_fence = ?""",
                              decision.status, decision.status_reason, decision.error_msg, now.text,
                              now.text if ends else None, decision.passed_batch, decision.soak_until,
-                             int(ends), int(ends), release.id, release.status,
+                             int(ends), int(ends), release.id, release.status, release.updated_at,
                              release.claim_fence if fence is None else fence)
         if changed != 1:
-            raise StateMoved(f"{release} is no longer {release.status}")
+            raise StateMoved(f"{release} is no longer as it was read")
         events: list[tuple[object, ...]] = [
             (release.id, c.after.node_id, now.text, actor, NODE_EVENTS[c.after.status], c.before.status,
              c.after.status, detail_text(c.detail or c.after.error_msg))
             for c in decision.changes if c.before.status != c.after.status]
         if decision.status != release.status:
             events.append((release.id, None, now.text, actor, RELEASE_EVENTS[decision.status], release.status,
-                           decision.status, detail_text(decision.error_msg or decision.status_reason)))
+                           decision.status, detail_text(detail or decision.error_msg or decision.status_reason)))
         tx.insert_many(INSERT_EVENTS, 8, events)
         if decision.status != release.status:
             self._explain_waiting(tx)
@@ -2888,6 +2934,8 @@ class _Call(NamedTuple):
     limit_s: float
     ends_at: float
     gate: Callable[[], bool]
+    # The Host header, where it is not the address.
+    host: str = ""
 
 
 class Answer(NamedTuple):
@@ -3126,6 +3174,25 @@ class AgentClient:
                                          started + self._request_s, lambda: True))
         return f"answers (HTTP {status}) in {(time.monotonic() - started) * 1000:.0f} ms"
 
+    def probe(self, host: str, url: str, status: int, timeout_s: float) -> str:
+        """Gets a url from a node, in timeout_s seconds in all; gives "" when it answers this status, else what it did.
+
+        It goes to the node's own address, whatever name the url has. Redirects are not followed. A
+        certificate is not verified, as it is made out for what the node serves and not for its
+        address; what comes back is a status, and no secret goes out.
+        """
+        parts, ends_at = urllib.parse.urlsplit(url), time.monotonic() + timeout_s
+        address = Address(host, parts.port or (443 if parts.scheme == "https" else 80), PROBE)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        call = _Call(address, "GET", path, None, timeout_s, ends_at, lambda: True, parts.netloc)
+        context = _unverified_context() if parts.scheme == "https" else None
+        try:
+            sock = self._connect(address, context, ends_at, parts.hostname or host)
+            found, _ = self._request(call, sock, context, reused=False)
+        except AgentError as error:
+            return f"{url}: {error.message.replace(str(address), 'it', 1)}"
+        return "" if found == status else f"{url} answered HTTP {found} instead of {status}"
+
     def _read_execution(self, address: Address, task: AgentTask, data: Mapping[str, Any]) -> Answer:
         status, message = data.get("status"), data.get("message")
         text = message if isinstance(message, str) else ""
@@ -3246,7 +3313,8 @@ class AgentClient:
             with self._guard:
                 self._active.discard(sock)
 
-    def _connect(self, address: Address, context: ssl.SSLContext | None, ends_at: float) -> socket.socket:
+    def _connect(self, address: Address, context: ssl.SSLContext | None, ends_at: float,
+                 name: str = "") -> socket.socket:
         connect_s = max(0.0, min(self._connect_s, ends_at - time.monotonic()))
         connect_by = time.monotonic() + connect_s
         try:
@@ -3259,7 +3327,7 @@ class AgentClient:
         if context is None:
             return sock
         try:
-            tls_sock = context.wrap_socket(sock, server_hostname=self._server_name or address.host,
+            tls_sock = context.wrap_socket(sock, server_hostname=name or self._server_name or address.host,
                                            do_handshake_on_connect=False)
             sock = tls_sock  # the plain one is detached from now on
             sock.settimeout(max(connect_by - time.monotonic(), 0.001))
@@ -3315,8 +3383,8 @@ class AgentClient:
         try:
             with self._in_flight(sock):
                 if not call.gate():
-                    raise AgentError(UNREACHABLE, f"{address}: not sent, it became too late while connecting",
-                                     reached=False)
+                    raise AgentError(UNREACHABLE, f"{address}: not sent, as it may not or is too late",
+                                     reached=False, is_held=True)
                 timed.sendall(_request_bytes(call))
                 plain = _plain_answer(timed)
                 status, answer, keep = plain if plain else _any_answer(timed, call)
@@ -3351,37 +3419,6 @@ class AgentClient:
         return AgentError(PROTOCOL, f"{address} answered what is not HTTP: {type(error).__name__}", reached=True)
 
 
-def probe(url: str, status: int, timeout_s: float) -> str:
-    """Gets an address once, in timeout_s seconds in all; gives "" when it answers this status, else what it did.
-
-    Redirects are not followed. A certificate is not verified, as it is made out for what the node
-    serves and not for its address; what comes back is a status, and no secret goes out.
-    """
-    parts = urllib.parse.urlsplit(url)
-    ends_at = time.monotonic() + timeout_s
-    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    connection = http.client.HTTPConnection(parts.hostname or "", port)
-    sock: socket.socket | None = None
-    try:
-        sock = socket.create_connection((connection.host, connection.port), timeout_s)
-        if parts.scheme == "https":
-            sock.settimeout(max(ends_at - time.monotonic(), 0.001))
-            sock = _unverified_context().wrap_socket(sock, server_hostname=connection.host)
-        connection.sock = _TimedSocket(sock, ends_at)
-        connection.request("GET", path, headers={"User-Agent": "releasectl", "Connection": "close"})
-        found = connection.getresponse().status
-        return "" if found == status else f"{url} answered HTTP {found} instead of {status}"
-    except socket.timeout:
-        return f"{url} did not answer within {timeout_s:.3g} s"
-    except (OSError, http.client.HTTPException, _TooBig, ValueError) as error:
-        reason = _os_reason(error) if isinstance(error, OSError) else f"not HTTP: {type(error).__name__}"
-        return f"{url} can't be had: {reason}"
-    finally:
-        if sock is not None:
-            _close(sock)
-
-
 @functools.lru_cache(maxsize=1)
 def _unverified_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -3394,7 +3431,7 @@ def _unverified_context() -> ssl.SSLContext:
 def _request_bytes(call: _Call) -> bytes:
     """Gives a request as it leaves: head and body in one piece."""
     host = f"[{call.address.host}]" if ":" in call.address.host else call.address.host
-    head = f"{call.method} {call.path} HTTP/1.1\r\nHost: {host}:{call.address.port}\r\n"
+    head = f"{call.method} {call.path} HTTP/1.1\r\nHost: {call.host or f'{host}:{call.address.port}'}\r\n"
     if call.address.protocol != TASKS:
         head += "Connection: close\r\n"
     if call.body is not None:
@@ -3673,6 +3710,8 @@ def outcome_of(node_id: int, op: str, answer: Answer | AgentError) -> Outcome:
     """Gives what an agent's answer or failure means to the decision."""
     if isinstance(answer, Answer):
         return Outcome(node_id, op, answer.state, answer.task_id)
+    if answer.is_held:
+        return Outcome(node_id, op, HELD)
     result = FAILED if answer.final else UNSENT if not answer.reached else LOST if answer.hold_s else UNCLEAR
     return Outcome(node_id, op, result, "", answer.kind, answer.message, answer.detail, answer.hold_s)
 
@@ -3690,13 +3729,17 @@ class Driver:
         self._is_tick = is_tick
         self._nodes: dict[int, ReleaseNode] = {}
         self._is_stale = True
-        self._status = ""
+        # What the row said when it was last read or written by us: else somebody turned it.
+        self._seen_at = ""
         self._freeze = NO_FREEZE
+        # Nothing may be dispatched, as far as this driver knows: paused, cancelling, frozen.
+        self._is_halted = False
+        self._moved = 0
         self._broken = ""
         self._payload: dict[str, Any] = {}
         self._strategy = NO_STRATEGY
         self._in_flight = 0
-        self._news_at = self._spoke_at = self._now().elapsed
+        self._news_at = self._spoke_at = self._decided_at = self._now().elapsed
         self._said = ""
         self._unclear: Decision | None = None
         self._thread = threading.Thread(target=self._run, name=f"release-{lease.claim.release_id}", daemon=True)
@@ -3767,7 +3810,8 @@ class Driver:
         except StateMoved as error:
             log.info("%s: read again", error)
             self._is_stale, self._unclear = True, None  # rolled back for certain
-            return 0.0
+            self._moved += 1
+            return 0.0 if self._moved == 1 else min(0.01 * 2.0**min(self._moved, 10), self._policy.interval_s)
         except DatabaseError as error:
             # what agents said stays in memory, and is written when the database is back
             if self.lease.is_lost or self._executor.stopping.is_set():
@@ -3793,31 +3837,38 @@ class Driver:
             self._settle(self._unclear)
         if not self._is_stale:
             release = self._store.claimed_release(self.lease.claim)
-            if release.status == self._status:
+            if release.updated_at == self._seen_at:
                 return release
             # a person turned it, who may have accepted failures too
         release, rows = self._store.claimed_release_with_nodes(self.lease.claim)
+        self._broken = ""
         try:
             self._payload = parse_payload(parse_json(release.payload))
             self._strategy = parse_strategy(parse_json(release.strategy))
             self._policy = self._executor.policy.under(self._strategy)
         except (ValueError, AppError) as error:
             self._broken = f"payload or strategy can't be used: {one_line(error, 200)}"
-        now = self._now()
+        now, known_nodes = self._now(), self._nodes
+        self._nodes = {}
         for row in rows:
-            known = self._nodes.get(row.node_id)
+            known = known_nodes.get(row.node_id)
             if known is None or (known.status, known.attempts) != (row.status, row.attempts):
                 self._nodes[row.node_id] = adopt(row, now, self._policy)
-            elif known.accepted != row.accepted:
+            else:
                 self._nodes[row.node_id] = dataclasses.replace(known, accepted=row.accepted)
-        self._is_stale, self._status = False, release.status
+        self._is_stale, self._seen_at = False, release.updated_at
         return release
 
     def _decide(self, release: Release, now: Moment) -> Decision:
-        nodes = list(self._nodes.values())
         busy: frozenset[int] = frozenset()
-        if release.status == RUNNING and any(n.status in (PENDING, RUNNING) for n in nodes):
+        if release.status == RUNNING and any(n.status in (PENDING, RUNNING) for n in self._nodes.values()):
             busy, self._freeze = self._store.obstacles(release.id)
+        self._is_halted = release.status != RUNNING or self._freeze.frozen
+        if self._is_halted:
+            self._nodes.update((n.node_id, n) for n in kept_from_dispatch(
+                self._nodes.values(), now.elapsed - self._decided_at))
+        self._decided_at = now.elapsed
+        nodes = list(self._nodes.values())
         return decide(release, nodes, now, self._policy, self._strategy, self._room(), busy, self._broken,
                       self._freeze)
 
@@ -3831,7 +3882,8 @@ class Driver:
         self._unclear = decision
         self._store.commit(self.lease.claim, release, decision, now, self._executor.owner)
         self._unclear = None
-        self._status = decision.status
+        self._seen_at = now.text
+        self._moved = 0
         self._said = ""
         self._spoke_at = now.elapsed
         for change in decision.changes:
@@ -3865,13 +3917,14 @@ class Driver:
             self._executor.submit(functools.partial(self._work, op, node, task, now))
 
     def may_dispatch(self, written_at: Moment) -> bool:
-        """Says whether a dispatch may leave this instant: the claim holds, and it is not too late.
+        """Says whether a dispatch may leave this instant: the claim holds, it is not too late, nobody paused.
 
         Asked on a worker after connecting, just before the first byte. A take-over reckons with a
         request that left soon after it was written down, and waits for that one only.
         """
         elapsed = self._executor.clock.elapsed()
-        return self.lease.is_valid(elapsed) and elapsed <= written_at.elapsed + self._policy.leave_within_s
+        is_soon = elapsed <= written_at.elapsed + self._policy.leave_within_s
+        return is_soon and not self._is_halted and self.lease.is_valid(elapsed)
 
     def _work(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> None:
         """Runs on a worker: one request, one outcome, whatever happens."""
@@ -3879,7 +3932,8 @@ class Driver:
             outcome = self._ask(op, node, task, written_at)
         except Exception:  # the edge of a worker: a node must never be forgotten
             log.exception("node %s: %s failed within releasectl", node.name, op)
-            outcome = Outcome(node.node_id, op, LOST, "", PROTOCOL, "releasectl itself failed: see its log")
+            outcome = Outcome(node.node_id, op, LOST, "", PROTOCOL, "releasectl itself failed: see its log",
+                              hold_s=self._policy.request_timeout_s)
         self.results.put(outcome)
 
     def _ask(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> Outcome:
@@ -3888,8 +3942,7 @@ class Driver:
         agents = self._executor.agents
         try:
             if op == PROBE:
-                assert self._strategy.verify is not None
-                return self._probe(node, self._strategy.verify, within_s)
+                return self._probe(node, within_s)
             if op == DISPATCH:
                 gate = functools.partial(self.may_dispatch, written_at)
                 answer = agents.dispatch(address, task, within_s, gate)
@@ -3902,9 +3955,10 @@ class Driver:
         except ConfigError as error:  # the certificate went away under us
             return Outcome(node.node_id, op, UNSENT, "", TLS, error.message)
 
-    @staticmethod
-    def _probe(node: ReleaseNode, verify: Verify, within_s: float) -> Outcome:
-        said = probe(verify.url_for(node), verify.status, min(verify.timeout_s, max(within_s, 0.0)))
+    def _probe(self, node: ReleaseNode, within_s: float) -> Outcome:
+        verify = self._strategy.verify or Verify("http://{main_ip}/")  # it was there when the probe was decided on
+        said = self._executor.agents.probe(node.main_ip, verify.url_for(node), verify.status,
+                                           min(verify.timeout_s, max(within_s, 0.0)))
         return Outcome(node.node_id, PROBE, UNCLEAR if said else SUCCESS, "", VERIFY if said else "", said, said)
 
     def _look_at_once(self, address: Address, accepted: Answer, within_s: float) -> Answer:
@@ -3955,7 +4009,9 @@ class Driver:
         waits = decision.status == PAUSED or (decision.status == RUNNING and self._freeze.frozen)
         if waits and not any(n.status == RUNNING for n in self._nodes.values()):
             return True
-        return self._is_tick and now.elapsed - self._news_at >= self._policy.interval_s
+        # a row of tries or probes is not torn apart: the next tick would begin it anew
+        is_amid = any((n.errors or n.passes) and n.due <= now.elapsed + BACKOFF_MAX_S for n in self._nodes.values())
+        return self._is_tick and not is_amid and now.elapsed - self._news_at >= self._policy.interval_s
 
 
 # ======================================================================================
@@ -4171,7 +4227,9 @@ def openapi_schemas() -> dict[str, Any]:
         "Resume": _object({"reason": _REASON, "acceptFailures": {"type": "boolean"}}, required=[]),
         "Cancel": _object({"reason": _REASON, "force": {"type": "boolean"}}, required=[]),
         "Freeze": _object({"frozen": {"type": "boolean"}, "reason": _TEXT, "actor": _TEXT, "at": _TEXT}),
-        "SetFreeze": _object({"frozen": {"type": "boolean"}, "reason": _REASON}, required=["frozen"]),
+        "SetFreeze": _object({"frozen": {"type": "boolean"}, "reason": _REASON}, required=["frozen"])
+        | {"anyOf": [{"properties": {"frozen": {"const": False}}},
+                     {"properties": {"reason": {"pattern": "[!-~]"}}, "required": ["reason"]}]},
         "Health": _object({
             "version": _TEXT, "startedAt": _TIME,
             "database": _object({"engine": _TEXT, "ok": {"type": "boolean"}, "schema": _COUNT, "message": _TEXT}),
@@ -6002,7 +6060,7 @@ HEADER_PARAMETERS: Mapping[str, dict[str, Any]] = {
 # Header of an answer: the HTTP statuses that carry it, and its schema.
 ANSWER_HEADERS: Mapping[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "Allow": ((405,), _TEXT),
-    "Retry-After": ((503,), _TEXT),
+    "Retry-After": ((429, 503), _TEXT),
     "WWW-Authenticate": ((401,), _TEXT),
     "ETag": ((304,), _TEXT),
 }
@@ -6934,6 +6992,7 @@ def _given(options: argparse.Namespace,
 
 def command_create(context: Context) -> int:
     options = context.options
+    _check_wait(options)
     body: dict[str, Any] = {"target": options.target, "reason": options.reason, "payload": {},
                             "strategy": _given(options, STRATEGY_OPTIONS)}
     if options.payload:
@@ -6965,6 +7024,11 @@ def _show_plan(context: Context, plan: Plan) -> int:
     context.show(plan_json(plan), "\n".join(
         [text, *(f"{name}: {value}" for name, value in limits if value is not None), *left_out]))
     return EXIT_DONE
+
+
+def _check_wait(options: argparse.Namespace) -> None:
+    if not options.wait and (options.timeout is not None or options.until != Until()):
+        raise AppError(2001, "--timeout and --until go with --wait")
 
 
 def _show_created(context: Context, release: Release, batches: Sequence[Sequence[int]]) -> int:
@@ -7035,7 +7099,7 @@ def _watch(context: Context, release_id: int) -> int:
     Gives EXIT_BUSY when --timeout is over first.
     """
     options, store, screen = context.options, context.open(), Screen(sys.stderr)
-    ends_at = time.monotonic() + (options.timeout or float("inf"))
+    ends_at = float("inf") if options.timeout is None else time.monotonic() + options.timeout
     while True:
         try:
             progress = store.progress(release_id)
@@ -7048,6 +7112,8 @@ def _watch(context: Context, release_id: int) -> int:
         left_s = ends_at - time.monotonic()
         if left_s <= 0:
             print(f"release {release_id}: not there within {options.timeout:g} s", file=sys.stderr)
+            if options.json:
+                context.show({"release": release_json(store.release(release_id))}, "")
             return EXIT_BUSY
         time.sleep(min(WATCH_EVERY_S, left_s))
     release = progress.release
@@ -7081,7 +7147,7 @@ class Screen:
     def say(self, line: str) -> None:
         """Shows what is wrong, once."""
         if self._is_terminal:
-            self._draw([line])
+            self._draw([line[:shutil.get_terminal_size((100, 24)).columns - 1]])
         else:
             self._say(line, line)
 
@@ -7091,7 +7157,8 @@ class Screen:
         self._said = step
 
     def _draw(self, lines: Sequence[str]) -> None:
-        """Puts lines in the place of the last ones."""
+        """Puts lines in the place of the last ones, as many as the screen has."""
+        lines = lines[:max(shutil.get_terminal_size((100, 24)).lines - 1, 1)]
         up = f"\x1b[{self._drawn}A" if self._drawn else ""
         print(up + "".join(f"\r\x1b[K{line}\n" for line in lines) + "\x1b[J", end="", file=self._stream, flush=True)
         self._drawn = len(lines)
@@ -7109,7 +7176,7 @@ class Screen:
         lines.append(f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
                      f"{release.skipped_nodes} skipped of {release.total_nodes}")
         shown = progress.failures[:self.MAX_FAILURES]
-        lines += [self._paint(f"  {name}: {text}"[:width], "31") for name, text in shown]
+        lines += [self._paint(one_line(f"  {name}: {text}")[:width], "31") for name, text in shown]
         if release.failed_nodes > len(shown):
             lines.append(f"  and {release.failed_nodes - len(shown)} more")
         return lines
@@ -7149,6 +7216,7 @@ def command_act(context: Context) -> int:
 
 def command_again(context: Context) -> int:
     options = context.options
+    _check_wait(options)
     make = {"retry": Store.retry, "rollback": Store.rollback}[options.command]
     return _show_created(context, *make(context.open(), options.id, context.actor,
                                         parse_text("--reason", options.reason)))
@@ -7156,8 +7224,8 @@ def command_again(context: Context) -> int:
 
 def command_freeze(context: Context) -> int:
     options, store = context.options, context.open()
-    if options.switch == "on" and not options.reason:
-        raise AppError(2001, "--reason is missing: say why, for whoever waits")
+    if options.switch is None and options.reason:
+        raise AppError(2001, "--reason goes with on or off")
     freeze = store.freeze() if options.switch is None else store.set_freeze(
         options.switch == "on", context.actor, parse_text("--reason", options.reason))
     context.show(freeze_json(freeze), f"frozen by {freeze.actor} at {freeze.at}: {freeze.reason}" if freeze.frozen

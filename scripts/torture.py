@@ -886,6 +886,8 @@ def check_histories(books: Books) -> Iterator[Finding]:
         key: "" if key[1] is None else "pending" for key in now}
     for event in books.events:
         key = (event.release_id, event.node_id)
+        if event.from_status == event.to_status:
+            continue  # the freeze, which changes no status
         allowed = (NEXT_OF_RELEASE if event.node_id is None else NEXT_OF_NODE).get(event.from_status, set())
         if event.from_status != seen.get(key):
             yield Finding("history", f"{event} does not follow {seen.get(key)!r}")

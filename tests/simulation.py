@@ -31,6 +31,8 @@ TTL_S, INTERVAL_S, CONNECT_S, REQUEST_S, DEADLINE_S = 6.0, 1.0, 1.0, 6.0, 300.0
 # After this the faults stop, and everything must come to its end before the second.
 FAULTS_UNTIL_S, END_S = 60.0, 2000.0
 EPOCH_S = 1_790_000_000.0
+# So many things at one moment are no schedule any more.
+STANDSTILL = 5000
 
 LEGAL_NODE = {("pending", "running"), ("running", "success"), ("running", "failed"), ("pending", "skipped"),
               ("success", "failed")}  # the last one: the look at the end of a soak
@@ -193,6 +195,10 @@ class Simulation:
         # When the last node of a batch was at rest, and the batches after which somebody resumed.
         self.rested: dict[tuple[int, int], float] = {}
         self.resumed: set[tuple[int, int]] = set()
+        # How many probes of a release on a node passed in a row, and when as many did as its strategy wants.
+        self.streaks: dict[tuple[int, str], int] = {}
+        self.verified: dict[tuple[int, str], list[float]] = {}
+        self.at_one_moment = 0
         self.figures = dict.fromkeys(("runs", "crashes", "suspensions", "take-overs", "lost answers", "restarts",
                                       "database faults", "commits", "verbs"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
@@ -313,6 +319,9 @@ class Simulation:
     def _next(self) -> None:
         """Lets the next thing happen."""
         at, number, owner, deed = heapq.heappop(self.events)
+        self.at_one_moment = self.at_one_moment + 1 if at <= self.now else 0
+        if self.at_one_moment > STANDSTILL:
+            self.fail("time stands still: somebody turns without an end")
         self.now = max(self.now, at)
         if owner is not None and owner.is_dead:
             return
@@ -406,7 +415,7 @@ class Simulation:
 
         def leave() -> None:
             if op == rc.DISPATCH and not driver.may_dispatch(written_at):
-                answer(rc.AgentError(rc.UNREACHABLE, "too late", reached=False))
+                answer(rc.AgentError(rc.UNREACHABLE, "too late", reached=False, is_held=True))
                 return
             *holder, status = self.database.look_in("SELECT claim_owner, claim_expires_at, status FROM release_tasks "
                                                     "WHERE version = ?", task.version)[0]
@@ -427,10 +436,19 @@ class Simulation:
     def versions(self) -> dict[int, int]:
         return dict(self.database.look_in("SELECT id, version FROM release_tasks"))
 
+    def _note_probe(self, version: int, address: str, passes: bool) -> None:
+        strategy = rc.parse_strategy(rc.parse_json(self.database.look_in(
+            "SELECT strategy FROM release_tasks WHERE version = ?", version)[0][0]))
+        key = (version, address)
+        self.streaks[key] = self.streaks.get(key, 0) + 1 if passes else 0
+        if self.streaks[key] and self.streaks[key] % strategy.verify.successes == 0:
+            self.verified.setdefault(key, []).append(self.now)
+
     def _travel(self, owner, op, node, task, answer) -> None:
         agent = self.agents[node.main_ip]
         if op == rc.PROBE:
             passes = self.random.random() > 0.1
+            self._note_probe(task.version, node.main_ip, passes)
             said = rc.Outcome(node.node_id, op, rc.SUCCESS if passes else rc.UNCLEAR, "", "" if passes else rc.VERIFY,
                               "" if passes else "HTTP 500")
             self.at(0.01, lambda: answer(said), owner)
@@ -565,6 +583,8 @@ class Simulation:
             self.schedule.append(f"{self.now:8.3f} {actor:<8} release {release_id} node {node_id}: {before} -> {after}")
             legal = LEGAL_RELEASE if node_id is None else LEGAL_NODE
             known = self.statuses.get(subject, "" if node_id is None else "pending")
+            if before == after == known:
+                continue  # the freeze, which changes no status
             if (before, after) not in legal or before != known:
                 self.fail(f"section 3: {subject} went from {before} to {after}, and was {known}")
             self.statuses[subject] = after
@@ -576,14 +596,18 @@ class Simulation:
         """Checks section 7 of the contract: begun are the nodes whose first dispatch was just committed."""
         with rc.Database.transaction(self.database) as tx:
             frozen = tx.value("SELECT frozen FROM release_freeze")
-            releases = tx.rows("SELECT id, status, strategy, passed_batch, soak_until FROM release_tasks")
-            rows = tx.rows("SELECT release_task_id, node_id, batch, status, accepted, finished_at "
-                           "FROM release_task_nodes")
-        for release_id, status, text, passed, _ in releases:
+            releases = tx.rows("SELECT id, status, strategy, passed_batch, version FROM release_tasks")
+            rows = tx.rows("SELECT n.release_task_id, n.node_id, n.batch, n.status, n.accepted, n.finished_at, "
+                           "h.main_ip FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id")
+        for release_id, status, text, passed, version in releases:
             strategy = rc.parse_json(text)
             nodes = [row[1:] for row in rows if row[0] == release_id]
             mine = [(node_id, batch) for node_id, batch, *_ in nodes if (release_id, node_id) in begun]
             self._note_rest(release_id, nodes)
+            if "verify" in strategy:
+                unseen = [node for node in nodes if node[2] == "success" and (version, node[5]) not in self.verified]
+                if unseen:
+                    self.fail(f"section 7: release {release_id} calls nodes a success that no probes passed: {unseen}")
             exceeded = self._is_exceeded(strategy, nodes)
             is_partial = any(node[2] == "failed" for node in nodes)
             if status == "failed" and not (exceeded and strategy.get("onExceed", "fail") == "fail"):
@@ -600,7 +624,14 @@ class Simulation:
             parallel = sum(node[2] == "running" for node in nodes)
             if parallel > strategy.get("maxParallel", 0) > 0:
                 self.fail(f"{name}: {parallel} in flight")
-            self._check_between(release_id, strategy, min(batch for _, batch in mine), passed, name)
+            batch = min(batch for _, batch in mine)
+            self._check_between(release_id, strategy, batch, passed, name)
+            if "verify" in strategy and "soakSec" in strategy and batch > 1:
+                over = self.rested[release_id, batch - 1] + strategy["soakSec"]
+                for node in nodes:
+                    if node[1] == batch - 1 and node[2] == "success" and max(
+                            self.verified[version, node[5]]) < over - 0.002:
+                        self.fail(f"{name}, and {node} was not looked at again after its soak")
 
     def _note_rest(self, release_id: int, nodes: list[tuple]) -> None:
         for number in {node[1] for node in nodes}:

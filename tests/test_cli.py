@@ -764,6 +764,7 @@ def test_an_option_that_can_not_be_meant_is_refused_by_name(filled_quick, option
 
 def test_the_freeze_can_be_set_seen_and_lifted(filled_quick):
     assert filled_quick("freeze", "on").code == 2  # without a reason
+    assert filled_quick("freeze", "--reason", "x").code == 2
     filled_quick.ok("freeze", "on", "--reason", "holidays")
     assert "holidays" in filled_quick.ok("freeze").out
     assert "frozen: holidays" in filled_quick.ok("list").out
@@ -794,6 +795,8 @@ def test_watch_without_an_id_follows_the_newest_and_ends_at_its_end(filled_quick
 def test_watch_gives_up_with_75_when_its_time_is_over(filled_quick):
     over = filled_quick("watch", "3", "--timeout", "0.2")
     assert (over.code, over.out) == (75, "")
+    assert filled_quick("watch", "3", "--timeout", "0", "--json").json["release"]["id"] == 3
+    assert filled_quick("create", "--timeout", "1").code == 2
     assert "waiting for the executor" in over.err
 
 

@@ -149,9 +149,23 @@ def without(**fields):
     return mutate
 
 
+def without_probes(patch):
+    """The agent's word is enough."""
+    under = rc.Policy.under
+    patch.setattr(rc.Policy, "under", lambda self, strategy: under(self, strategy)._replace(probes=0))
+
+
+def without_the_second_look(patch):
+    """What was verified once is verified."""
+    stage_of = rc.stage_of
+    patch.setattr(rc, "stage_of", lambda release, nodes, now, strategy: stage_of(
+        release, [dataclasses.replace(n, is_looked_at=True) for n in nodes], now, strategy))
+
+
 @pytest.mark.parametrize("mutate", [
-    without_a_look_at_the_freeze_in_the_commit, without(soak_s=0.0), without(pause_after=()),
-    without(max_parallel=0)], ids=["freeze", "soak", "pause", "parallel"])
+    without_a_look_at_the_freeze_in_the_commit, without_probes, without_the_second_look, without(soak_s=0.0),
+    without(pause_after=()), without(max_parallel=0)],
+    ids=["freeze", "probes", "second look", "soak", "pause", "parallel"])
 def test_the_schedules_find_a_promise_that_is_not_kept(mutate, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(Violation):

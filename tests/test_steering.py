@@ -1,6 +1,7 @@
 """The operator steers: strategies, gates, verbs, freeze (contract section 7), pure and on both engines."""
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import itertools
 import threading
@@ -256,6 +257,23 @@ def test_at_the_end_of_its_soak_a_batch_is_probed_again():
     assert sends(then) == [("dispatch", 3)]
 
 
+def test_the_second_look_wants_as_many_probes_in_a_row_as_the_first():
+    passed = rc.Outcome(1, "probe", rc.SUCCESS)
+    seen = running(next_op=rc.PROBE, in_flight=False, verdict=rc.Verdict("success"), passes=2)
+    seen = decide([seen]).changes[0].after
+    for passes in range(2):
+        assert (seen.status, seen.is_looked_at) == ("success", False), passes
+        seen = rc.observe(dataclasses.replace(seen, next_op=rc.PROBE), passed, NOW, VERIFIED)
+    assert seen.is_looked_at
+
+
+@pytest.mark.parametrize("protocol", rc.PROTOCOLS)
+@pytest.mark.parametrize("result", [rc.UNCLEAR, rc.LOST])
+def test_a_probe_that_fails_in_any_way_is_tried_again(protocol, result):
+    seen = rc.observe(running(protocol, next_op=rc.PROBE), outcome(result, "probe", error_kind="verify"), NOW, VERIFIED)
+    assert (seen.next_op, seen.passes, seen.verdict) == (rc.PROBE, 0, None)
+
+
 def test_a_success_that_the_second_look_takes_back_is_a_failure_of_the_release():
     soaked = rc.Strategy(soak_s=60, verify=VERIFY)
     taken_back = node(1, "success", verdict=failed_verdict("verify", "HTTP 500"))
@@ -265,6 +283,21 @@ def test_a_success_that_the_second_look_takes_back_is_a_failure_of_the_release()
 
 
 # -- freeze --------------------------------------------------------------------------------------------------
+
+def test_a_dispatch_that_is_kept_back_uses_up_nobodys_deadline_and_no_try():
+    held = rc.observe(running(next_op=rc.DISPATCH, deadline=NOW.elapsed + 5), rc.Outcome(1, "dispatch", rc.HELD), NOW,
+                      POLICY)
+    assert (held.errors, held.next_op, held.verdict) == (0, rc.DISPATCH, None)
+    moved = rc.kept_from_dispatch([held, running(next_op=rc.QUERY), node(3)], 60.0)
+    assert [(n.node_id, n.deadline) for n in moved] == [(1, NOW.elapsed + 65)]
+
+
+def test_a_cancel_ends_a_node_that_was_never_sent_anything():
+    held = rc.observe(running(next_op=rc.DISPATCH), rc.Outcome(1, "dispatch", rc.HELD), NOW, POLICY)
+    ended = decide([held], "cancelling")
+    assert ended.status == "cancelled"
+    assert ended.changes[0].after.error_msg == "it was never sent (not tried again: the release ends)"
+
 
 FROZEN = rc.Freeze(True, "change freeze for the holidays", "anna", NOW.text)
 
@@ -549,6 +582,34 @@ def test_a_freeze_in_the_middle_of_a_release_stops_it_and_its_end_sets_it_going(
     world.store.set_freeze(False, "anna")
     world.drain()
     assert world.store.release(made.id).status == "success"
+
+
+def test_a_freeze_fails_no_node_that_waits_to_be_sent_its_task_again(world):
+    world.nodes(1, task_ms=10)
+    world.store.update_node(1, {"agent_port": 1})
+    made = new_release(world.store, strategy={"nodeDeadlineSec": 1.5, "retries": 100})
+    executor = world.executor()
+    executor._look(is_tick=False)
+    eventually(lambda: world.store.release_with_nodes(made.id)[1][0].status == "running")
+    world.store.set_freeze(True, "anna", "holidays")
+    since = world.store.clock.elapsed()
+    eventually(lambda: world.store.clock.elapsed() > since + 2.5)
+    assert world.store.release(made.id).status == "running"
+    world.store.act("cancel --force", made.id, "anna")
+
+
+def test_failures_accepted_between_two_looks_of_an_executor_elsewhere_are_noticed(world):
+    world.nodes(3, task_ms=400)
+    world.agent(1).set(outcome="failed", task_ms=10)
+    made = new_release(world.store, strategy={"batches": [3], "maxFailed": 1, "maxParallel": 2, "onExceed": "pause"})
+    executor = world.executor(RELEASE_EXECUTOR_INTERVAL_SEC=0.5)
+    executor._look(is_tick=False)
+    eventually(lambda: world.store.release(made.id).failed_nodes == 1)
+    world.store.act("pause", made.id, "anna")
+    world.store.act("resume", made.id, "anna", accept_failures=True)
+    world.agent(3).set(outcome="failed", task_ms=10)
+    assert eventually(lambda: world.store.release(made.id).is_terminal)
+    assert world.store.release(made.id).status == "partial"
 
 
 def test_pause_lets_nothing_be_dispatched_after_it_was_answered(world):
