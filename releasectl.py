@@ -35,6 +35,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import faulthandler
 import fcntl
 import functools
 import getpass
@@ -147,6 +148,8 @@ PROBE_AGAIN_S = 1.0
 GATHER_S = 0.02
 # A clean stop waits so long for requests in flight.
 STOP_GRACE_S = 5.0
+# A thread that has not turned for so long, beyond its own wait, hangs: longer than the database may take.
+HUNG_AFTER_S = 180.0
 
 log = logging.getLogger("releasectl")
 
@@ -3468,6 +3471,7 @@ class Executor:
         self._drivers: dict[int, Driver] = {}
         self._pool = ThreadPoolExecutor(settings.agent_concurrency, thread_name_prefix="agent")
         self._lease_thread: threading.Thread | None = None
+        self._renewed_at = self.clock.elapsed()
         self._closed = threading.Event()
 
     # -- what others call ----------------------------------------------------------------
@@ -3489,8 +3493,11 @@ class Executor:
             if not drain or not started or self.stopping.is_set():
                 return Tick([self.store.release(release_id) for release_id in worked_on], taken)
 
-    def run_loop(self) -> None:
-        """Looks for work every interval, and at once when nudged, until stop(). Survives the database."""
+    def run_loop(self, beat: Callable[[str], None] = lambda _: None) -> None:
+        """Looks for work every interval, and at once when nudged, until stop(). Survives the database.
+
+        beat is called at each turn, with a sentence on what it is at, as long as no thread of ours hangs.
+        """
         said = ""
         while not self.stopping.is_set():
             self._wake.clear()
@@ -3504,7 +3511,31 @@ class Executor:
                 said = str(error)
             except Exception:  # the edge of a tick: the loop goes on
                 log.exception("executor: a look for work failed")
+            hung = self.hung()
+            if hung:
+                log.error("executor: %s", hung)
+            else:
+                beat(said or self.at_work())
             self._wake.wait(self.settings.release_executor_interval_sec)
+
+    def at_work(self) -> str:
+        """Gives a sentence on what is being done now."""
+        with self._guard:
+            ids = sorted(self._drivers)
+        return f"at work on release {', '.join(map(str, ids))}" if ids else "nothing to do"
+
+    def hung(self) -> str:
+        """Gives a sentence on the thread that hangs; "" when all turn.
+
+        The lease thread would keep the release of a driver that hangs, and no driver goes on without it.
+        """
+        late = self.clock.elapsed() - HUNG_AFTER_S
+        for driver in self._active_drivers():
+            if driver.turned_at < late - self.settings.release_executor_interval_sec:
+                return f"the driver of release {driver.lease.claim.release_id} hangs"
+        if self._lease_thread and self._renewed_at < late - self.settings.claim_ttl_sec / 3:
+            return "the lease thread hangs"
+        return ""
 
     def nudge(self) -> None:
         """Says that something changed: looks for work now, and each driver at its release."""
@@ -3562,14 +3593,17 @@ class Executor:
 
     def _start_lease_thread(self) -> None:
         if self._lease_thread is None:
+            self._renewed_at = self.clock.elapsed()
             self._lease_thread = threading.Thread(target=self._keep_leases, name="lease", daemon=True)
             self._lease_thread.start()
 
     def _keep_leases(self) -> None:
         """Renews every claim three times in its life, apart from the work."""
         while not self._closed.wait(self.settings.claim_ttl_sec / 3):
+            self._renewed_at = self.clock.elapsed()
             for driver in self._active_drivers():
                 self._renew(driver.lease)
+                self._renewed_at = self.clock.elapsed()
 
     def _renew(self, lease: Lease) -> None:
         asked_at = self.clock.elapsed()
@@ -3632,7 +3666,7 @@ class Driver:
         self._payload: dict[str, Any] = {}
         self._strategy = NO_STRATEGY
         self._in_flight = 0
-        self._news_at = self._spoke_at = self._now().elapsed
+        self.turned_at = self._news_at = self._spoke_at = self._now().elapsed
         self._said = ""
         self._unclear: Decision | None = None
         self._thread = threading.Thread(target=self._run, name=f"release-{lease.claim.release_id}", daemon=True)
@@ -3665,6 +3699,7 @@ class Driver:
     def step(self) -> float | None:
         """Takes one turn, and lets go after the last; gives how many seconds to wait, None at the end."""
         release_id = self.lease.claim.release_id
+        self.turned_at = self._now().elapsed
         try:
             wait_s = self.turn()
             if wait_s is None and not self.lease.is_lost:
@@ -6567,10 +6602,19 @@ def command_serve(context: Context) -> int:
     scheme = "https" if server.tls else "http"
     log.info("serving %s://%s:%d, %s, executor %s", scheme, *server.server_address[:2], context.store.database,
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
+
+    def beat(sentence: str) -> None:
+        if accept.is_alive():
+            notify_systemd("WATCHDOG=1", f"STATUS={one_line(sentence)}")
+
+    faulthandler.enable()  # the watchdog ends who hangs by SIGABRT: the log then tells where each thread was
+    notify_systemd("READY=1")  # the database answered migrate(), and the API listens
     if settings.release_executor_enabled:
-        executor.run_loop()
-    else:
-        executor.stopping.wait()
+        executor.run_loop(beat)
+    while not executor.stopping.is_set():
+        beat("API only, nothing is dispatched: RELEASE_EXECUTOR_ENABLED=0")
+        executor.stopping.wait(settings.release_executor_interval_sec)
+    notify_systemd("STOPPING=1")
     server.shutdown()
     server.server_close()
     executor.close()
@@ -6608,6 +6652,20 @@ def warn_of_settings(settings: Settings) -> None:
         log.warning("MTLS_ENABLED=0: agents are called by plain HTTP, unprotected; for a laboratory only")
     elif not settings.control_cert and settings.release_executor_enabled:
         log.warning("CONTROL_CERT is not set: nothing can be dispatched until it is, with CONTROL_KEY and CONTROL_CA")
+
+
+def notify_systemd(*lines: str) -> None:
+    """Tells the service manager, where there is one, how we are (sd_notify(3)); no reason to fail."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(1.0)
+            # @ is how the environment writes the NUL of an abstract name
+            sock.sendto("\n".join(lines).encode(), "\0" + address[1:] if address.startswith("@") else address)
+    except OSError as error:
+        log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], address, _os_reason(error))
 
 
 def _stop_on_signal(stop: Callable[[], None]) -> None:
