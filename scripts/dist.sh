@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export LC_ALL=C TZ=UTC
 
-readonly FILES=(releasectl.py schema.sql docs Makefile README.md CHANGELOG.md CONTRIBUTING.md LICENSE
+readonly FILES=(releasectl.py schema.sql docs Makefile README.md README.zh-CN.md CHANGELOG.md CONTRIBUTING.md LICENSE
     scripts/demo.sh scripts/fake_agent.py scripts/make_certs.sh)
 
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' releasectl.py)

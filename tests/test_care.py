@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import os
 import pty
+import re
 import select
 import shutil
 import sqlite3
@@ -487,11 +488,49 @@ def test_the_archive_holds_all_that_it_needs_and_nothing_is_missing_in_its_docs(
     folder = tmp_path / f"releasectl-{rc.__version__}"
     run("sha256sum", "-c", "--quiet", "SHA256SUMS", cwd=folder)
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert {"releasectl.py", "schema.sql", "Makefile", "LICENSE", "README.md", "docs/releasectl.1",
+    assert {"releasectl.py", "schema.sql", "Makefile", "LICENSE", "README.md", "README.zh-CN.md", "docs/releasectl.1",
             "docs/systemd/releasectl.service", "scripts/demo.sh"} <= found
     clean = {"PATH": os.environ["PATH"]}
     version = run(sys.executable, "-I", folder / "releasectl.py", "version", cwd=tmp_path, env=clean)
     assert hashlib.sha256(Path(PROGRAM).read_bytes()).hexdigest() in version
     for page in folder.rglob("*.md"):
-        for link in rc.re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.relative_to(folder)} links to {link}"
+
+
+# -- the docs ----------------------------------------------------------------------------------
+
+def headings(path: Path) -> list[str]:
+    return [line.strip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+
+
+ALERTS = ("ReleasectlCertificateExpiring", "ReleasectlReleaseFailed", "ReleasectlReleaseStuck",
+          "ReleasectlExecutorNotTicking", "ReleasectlDatabaseErrors", "ReleasectlFrozenForLong")
+
+
+def test_the_runbook_tells_what_to_do_for_every_error_kind_and_every_alert():
+    text = (ROOT / "docs" / "RUNBOOK.md").read_text(encoding="utf-8")
+    kinds = (rc.UNREACHABLE, rc.TLS, rc.TIMEOUT, rc.HTTP, rc.PROTOCOL, rc.REJECTED, rc.AGENT_FAILED, rc.VERIFY,
+             rc.DEADLINE, rc.ABANDONED)
+    assert [kind for kind in kinds if f"\n| `{kind}` | " not in text] == []
+    assert set(ALERTS) <= set(headings(ROOT / "docs" / "RUNBOOK.md"))
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_readme_names_every_command_in_both_languages(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert [c.name for c in rc.COMMANDS if f"`{c.name}" not in text] == []
+
+
+def test_the_chinese_readme_has_the_sections_the_commands_and_the_links_of_the_english_one():
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
+
+    def links(text: str) -> list[str]:
+        return sorted(set(re.findall(r"\]\(([^)]+)\)", text)) - {"README.md", "README.zh-CN.md"})
+
+    def first_cells(text: str) -> list[str]:
+        return [line.split(" | ")[0].replace("、", ", ") for line in text.splitlines() if line.startswith("| `")]
+
+    assert links(chinese) == links(english)
+    assert first_cells(chinese) == first_cells(english)
+    assert len(headings(ROOT / "README.md")) == len(headings(ROOT / "README.zh-CN.md"))
