@@ -185,7 +185,9 @@ class Past:
 
     def prune(self, older_than_days: float = 90, keep: int = 1) -> list[int]:
         """Deletes what prune would, in one go; gives the ids that are left."""
-        self.store.forget([r.id for r in self.store.old_releases(older_than_days * DAY_S, keep)])
+        found = [r.id for r in self.store.old_releases(older_than_days * DAY_S, keep)]
+        assert found == sorted(found, reverse=True)
+        assert self.store.forget(found) == found[::-1]
         return self.ids()
 
 
