@@ -18,7 +18,7 @@ TESTS_STAMP := $(VENV)/stamp-tests
 LINT_STAMP := $(VENV)/stamp-lint
 FUZZ_STAMP := $(VENV)/stamp-fuzz
 
-.PHONY: help demo test test-long acceptance fuzz bench lint format clean
+.PHONY: help demo test test-long acceptance fuzz bench lint format man dist clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,8 +54,14 @@ format: $(LINT_STAMP) ## mend what ruff can mend, sort the imports
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff check --select I --fix .
 
+man: ## docs/releasectl.1 out of the tables of releasectl.py
+	$(PYTHON) scripts/man_page.py >docs/releasectl.1.new && mv docs/releasectl.1.new docs/releasectl.1
+
+dist: ## dist/releasectl-VERSION.tar.gz, all that a host without internet needs, and its SHA256SUMS
+	@bash scripts/dist.sh
+
 clean: ## remove the environment and all caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV_STAMP):

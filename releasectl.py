@@ -36,6 +36,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import faulthandler
 import fcntl
 import functools
 import getpass
@@ -49,6 +50,7 @@ import itertools
 import json
 import logging
 import os
+import platform
 import queue
 import re
 import secrets
@@ -150,6 +152,8 @@ PROBE_AGAIN_S = 1.0
 GATHER_S = 0.02
 # A clean stop waits so long for requests in flight.
 STOP_GRACE_S = 5.0
+# A thread that has not turned for so long, beyond its own wait, hangs: longer than the database may take.
+HUNG_AFTER_S = 180.0
 
 log = logging.getLogger("releasectl")
 
@@ -537,6 +541,15 @@ MAX_IDLE_DB_CONNECTIONS = 8
 PG_LOCK_KEY = 7235419
 
 
+def sync_folder(folder: str) -> None:
+    """Brings the names in a folder to the disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _close(connection: Any) -> None:
     with contextlib.suppress(Exception):  # a broken connection may refuse even that
         connection.close()
@@ -607,6 +620,44 @@ class SqliteEngine:
         if "full" in text:
             return f"{self}: the disk is full"
         return f"{self}: {one_line(text)}"
+
+    def backup(self, path: str) -> int:
+        """Writes a copy of one moment to a new file, mode 0600, checked; gives its size in bytes.
+
+        Others read and write meanwhile. The file has its name only when it is whole and on the disk.
+        """
+        if os.path.lexists(path):
+            raise AppError(3002, f"{path} exists already: name another file")
+        folder, temporary = os.path.dirname(os.path.abspath(path)), ""
+        source = self.connect(create=False)
+        try:
+            handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=folder)
+            with open(handle, "rb") as file:
+                self._copy(source, temporary)
+                os.fsync(file.fileno())
+            os.rename(temporary, path)
+            sync_folder(folder)
+        except (sqlite3.Error, OSError) as error:
+            raise DatabaseError(f"{self} could not be copied to {path}: {_os_reason(error)}") from None
+        finally:
+            _close(source)
+            with contextlib.suppress(OSError):  # it has its name by now
+                os.unlink(temporary)
+        return os.path.getsize(path)
+
+    @staticmethod
+    def _copy(source: sqlite3.Connection, path: str) -> None:
+        """Copies a database into an empty file, and checks the copy; raises sqlite3.Error."""
+        target = sqlite3.connect(path, isolation_level=None)
+        try:
+            # In one step: in several it would begin anew after each commit of another process.
+            source.backup(target)
+            target.execute("PRAGMA journal_mode = DELETE")  # one file, that needs no -wal beside it
+            found = target.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            if found != "ok":
+                raise sqlite3.DatabaseError(f"the copy is not sound: {one_line(found)}")
+        finally:
+            _close(target)
 
     @staticmethod
     def is_stale(_error: Exception) -> bool:
@@ -877,6 +928,15 @@ class Database:
         if tx.value(self.engine.has_any_table_sql):
             raise DatabaseError(f"{self} holds other tables, and not those of releasectl: name another one")
         return 0
+
+    def backup(self, path: str) -> tuple[int, int]:
+        """Writes a checked copy to a new file; gives its schema and its size in bytes.
+
+        Raises AppError 3002 when the file exists, ConfigError on PostgreSQL, DatabaseError.
+        """
+        if isinstance(self.engine, PostgresEngine):
+            raise ConfigError("backup is for SQLite; on PostgreSQL take pg_dump -Fc -f FILE \"$DATABASE_URL\"")
+        return self.schema_version(), self.engine.backup(path)
 
     def migrate(self) -> tuple[int, int]:
         """Brings the schema up to date, one transaction a step; gives the versions before and after.
@@ -2151,6 +2211,44 @@ class Page(NamedTuple):
     size: int
 
 
+class OldRelease(NamedTuple):
+    """A release as prune looks at it; ended_at is "" while it is not terminal."""
+    id: int
+    target: str
+    version: int
+    status: str
+    retry_of: int | None
+    rollback_of: int | None
+    total_nodes: int
+    ended_at: str
+
+
+def prunable(releases: Iterable[OldRelease], before: str, keep: int) -> list[OldRelease]:
+    """Gives those that nobody needs any more, newest first, out of all releases.
+
+    Of each target stay the newest keep, what ended later than before or not yet, and the newest
+    success before these: a rollback brings its payload back. And what a release that stays is a
+    retry or a rollback of. So the highest version stays too, and none is ever used again.
+    """
+    goes = []
+    seen: dict[str, int] = {}
+    named: set[int | None] = set()
+    wants_success = set()
+    for release in sorted(releases, key=lambda r: -r.version):
+        seen[release.target] = seen.get(release.target, 0) + 1
+        stays = seen[release.target] <= keep or not release.ended_at or release.ended_at >= before
+        if stays:
+            wants_success.add(release.target)
+        elif release.status == SUCCESS and release.target in wants_success:
+            wants_success.remove(release.target)
+            stays = True
+        if stays or release.id in named:
+            named |= {release.retry_of, release.rollback_of}
+        else:
+            goes.append(release)
+    return goes
+
+
 class BatchProgress(NamedTuple):
     """How many nodes of a batch are in each status."""
     number: int
@@ -2679,6 +2777,41 @@ class Store:
 
     def _now(self) -> str:
         return utc_text(self.clock.wall())
+
+    # -- what nobody needs any more --------------------------------------------------------
+
+    def old_releases(self, older_than_s: float, keep: int) -> list[OldRelease]:
+        """Gives the releases that prunable() finds, ended longer ago than that, newest first."""
+        before = utc_text(self.clock.wall() - older_than_s)
+        with self.database.transaction() as tx:
+            return prunable((OldRelease(*row) for row in tx.rows("""
+                SELECT id, target, version, status, retry_of, rollback_of, total_nodes,
+                       CASE WHEN status IN ('success', 'partial', 'failed', 'cancelled')
+                            THEN COALESCE(finished_at, updated_at) ELSE '' END
+                FROM release_tasks""")), before, keep)
+
+    def forget(self, release_ids: Sequence[int]) -> list[int]:
+        """Deletes terminal releases with all that belongs to them; gives the ids of those that are gone.
+
+        At most NODES_PER_STATEMENT of them. One of which somebody made a retry or a rollback meanwhile stays.
+        """
+        with self.database.transaction(write=True) as tx:
+            going = set(release_ids)
+            while going:
+                marks = ", ".join("?" * len(going))
+                # the indexes release_tasks_by_retry_of and release_tasks_by_rollback_of
+                named = {id_ for row in tx.rows(f"""
+                    SELECT retry_of, rollback_of
+                    FROM release_tasks
+                    WHERE (retry_of IN ({marks}) OR rollback_of IN ({marks})) AND id NOT IN ({marks})""",
+                                                *going, *going, *going) for id_ in row}
+                if not named & going:
+                    for table_name in ("idempotency_keys", "release_events", "release_task_nodes"):
+                        tx.execute(f"DELETE FROM {table_name} WHERE release_task_id IN ({marks})", *going)
+                    tx.execute(f"DELETE FROM release_tasks WHERE id IN ({marks})", *going)
+                    break
+                going -= named
+            return sorted(going)
 
     # -- the claim -----------------------------------------------------------------------
 
@@ -3565,6 +3698,7 @@ class Executor:
         self._drivers: dict[int, Driver] = {}
         self._pool = ThreadPoolExecutor(settings.agent_concurrency, thread_name_prefix="agent")
         self._lease_thread: threading.Thread | None = None
+        self._renewed_at = self.clock.elapsed()
         self._closed = threading.Event()
 
     # -- what others call ----------------------------------------------------------------
@@ -3586,8 +3720,11 @@ class Executor:
             if not drain or not started or self.stopping.is_set():
                 return Tick([self.store.release(release_id) for release_id in worked_on], taken)
 
-    def run_loop(self) -> None:
-        """Looks for work every interval, and at once when nudged, until stop(). Survives the database."""
+    def run_loop(self, beat: Callable[[str], None] = lambda _: None) -> None:
+        """Looks for work every interval, and at once when nudged, until stop(). Survives the database.
+
+        beat is called at each turn, with a sentence on what it is at, as long as no thread of ours hangs.
+        """
         said = ""
         while not self.stopping.is_set():
             self._wake.clear()
@@ -3601,7 +3738,31 @@ class Executor:
                 said = str(error)
             except Exception:  # the edge of a tick: the loop goes on
                 log.exception("executor: a look for work failed")
+            hung = self.hung()
+            if hung:
+                log.error("executor: %s", hung)
+            else:
+                beat(said or self.at_work())
             self._wake.wait(self.settings.release_executor_interval_sec)
+
+    def at_work(self) -> str:
+        """Gives a sentence on what is being done now."""
+        with self._guard:
+            ids = sorted(self._drivers)
+        return f"at work on release {', '.join(map(str, ids))}" if ids else "nothing to do"
+
+    def hung(self) -> str:
+        """Gives a sentence on the thread that hangs; "" when all turn.
+
+        The lease thread would keep the release of a driver that hangs, and no driver goes on without it.
+        """
+        late = self.clock.elapsed() - HUNG_AFTER_S
+        for driver in self._active_drivers():
+            if driver.turned_at < late - self.settings.release_executor_interval_sec:
+                return f"the driver of release {driver.lease.claim.release_id} hangs"
+        if self._lease_thread and self._renewed_at < late - self.settings.claim_ttl_sec / 3:
+            return "the lease thread hangs"
+        return ""
 
     def nudge(self) -> None:
         """Says that something changed: looks for work now, and each driver at its release."""
@@ -3663,14 +3824,17 @@ class Executor:
 
     def _start_lease_thread(self) -> None:
         if self._lease_thread is None:
+            self._renewed_at = self.clock.elapsed()
             self._lease_thread = threading.Thread(target=self._keep_leases, name="lease", daemon=True)
             self._lease_thread.start()
 
     def _keep_leases(self) -> None:
         """Renews every claim three times in its life, apart from the work."""
         while not self._closed.wait(self.settings.claim_ttl_sec / 3):
+            self._renewed_at = self.clock.elapsed()
             for driver in self._active_drivers():
                 self._renew(driver.lease)
+                self._renewed_at = self.clock.elapsed()
 
     def _renew(self, lease: Lease) -> None:
         asked_at = self.clock.elapsed()
@@ -3739,7 +3903,7 @@ class Driver:
         self._payload: dict[str, Any] = {}
         self._strategy = NO_STRATEGY
         self._in_flight = 0
-        self._news_at = self._spoke_at = self._decided_at = self._now().elapsed
+        self.turned_at = self._news_at = self._spoke_at = self._decided_at = self._now().elapsed
         self._said = ""
         self._unclear: Decision | None = None
         self._thread = threading.Thread(target=self._run, name=f"release-{lease.claim.release_id}", daemon=True)
@@ -3772,6 +3936,7 @@ class Driver:
     def step(self) -> float | None:
         """Takes one turn, and lets go after the last; gives how many seconds to wait, None at the end."""
         release_id = self.lease.claim.release_id
+        self.turned_at = self._now().elapsed
         try:
             wait_s = self.turn()
             if wait_s is None and not self.lease.is_lost:
@@ -6685,7 +6850,9 @@ class Context:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.settings = Settings.load(os.environ, options.config, options.db)
+        # what needs no settings runs with a broken file too
+        self.settings = Settings.load(os.environ, options.config, options.db) if options.needs_settings \
+            else Settings.load({})
         self.store = Store(Database(self.settings.database_url))
         self.actor = "cli:" + one_line(_user_name(), 60)
 
@@ -6757,12 +6924,21 @@ def command_serve(context: Context) -> int:
     scheme = "https" if server.tls else "http"
     log.info("serving %s://%s:%d, %s, executor %s", scheme, *server.server_address[:2], context.store.database,
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
+
+    def beat(sentence: str) -> None:
+        if accept.is_alive():
+            notify_systemd("WATCHDOG=1", f"STATUS={one_line(sentence)}")
+
+    faulthandler.enable()  # the watchdog ends who hangs by SIGABRT: the log then tells where each thread was
+    notify_systemd("READY=1")  # the database answered migrate(), and the API listens
     try:
         if settings.release_executor_enabled:
-            executor.run_loop()
-        else:
-            executor.stopping.wait()
+            executor.run_loop(beat)
+        while not executor.stopping.is_set():
+            beat("API only, nothing is dispatched: RELEASE_EXECUTOR_ENABLED=0")
+            executor.stopping.wait(settings.release_executor_interval_sec)
     finally:
+        notify_systemd("STOPPING=1")
         server.shutdown()
         server.server_close()
         executor.close()
@@ -6800,6 +6976,20 @@ def warn_of_settings(settings: Settings) -> None:
         log.warning("MTLS_ENABLED=0: agents are called by plain HTTP, unprotected; for a laboratory only")
     elif not settings.control_cert and settings.release_executor_enabled:
         log.warning("CONTROL_CERT is not set: nothing can be dispatched until it is, with CONTROL_KEY and CONTROL_CA")
+
+
+def notify_systemd(*lines: str) -> None:
+    """Tells the service manager, where there is one, how we are (sd_notify(3)); no reason to fail."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(1.0)
+            # @ is how the environment writes the NUL of an abstract name
+            sock.sendto("\n".join(lines).encode(), "\0" + address[1:] if address.startswith("@") else address)
+    except OSError as error:
+        log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], address, _os_reason(error))
 
 
 def _stop_on_signal(stop: Callable[[], None]) -> None:
@@ -7245,6 +7435,78 @@ def command_check(context: Context) -> int:
     return EXIT_USAGE if EXIT_USAGE in codes else max(codes)
 
 
+# -- care ------------------------------------------------------------------------------------
+
+def command_backup(context: Context) -> int:
+    path = context.options.file
+    schema, size = context.store.database.backup(path)
+    context.show({"file": path, "bytes": size, "schema": schema},
+                 f"{path}: {size} bytes, schema {schema}, checked")
+    return EXIT_DONE
+
+
+# Between two transactions of prune: others, who look for the lock now and then, get it.
+PRUNE_PAUSE_S = 0.1
+# Nodes of releases in one transaction of prune; each has some events too.
+PRUNE_NODES = 500
+
+
+def command_prune(context: Context) -> int:
+    options, store = context.options, context.open()
+    found = store.old_releases(options.older_than, options.keep)
+    if options.dry_run:
+        return _show_pruned(context, found)
+    gone: set[int] = set()
+    for chunk in _chunks(found):
+        gone.update(store.forget([release.id for release in chunk]))
+        time.sleep(PRUNE_PAUSE_S)
+    return _show_pruned(context, [release for release in found if release.id in gone])
+
+
+def _chunks(releases: Iterable[OldRelease]) -> Iterator[list[OldRelease]]:
+    """Parts a list so that each part is soon deleted; a release stays whole."""
+    chunk: list[OldRelease] = []
+    for release in releases:
+        if chunk and (len(chunk) == NODES_PER_STATEMENT
+                      or sum(r.total_nodes for r in chunk) + release.total_nodes > PRUNE_NODES):
+            yield chunk
+            chunk = []
+        chunk.append(release)
+    if chunk:
+        yield chunk
+
+
+def _show_pruned(context: Context, releases: Sequence[OldRelease]) -> int:
+    is_dry = context.options.dry_run
+    rows = table([(r.id, f"v{r.version}", r.target, r.status, r.total_nodes, r.ended_at) for r in releases],
+                 ("id", "version", "target", "status", "nodes", "ended")) if is_dry else ""
+    context.show({"dryRun": is_dry, "total": len(releases), "items": [
+        {"id": r.id, "version": r.version, "target": r.target, "status": r.status, "totalNodes": r.total_nodes,
+         "endedAt": r.ended_at} for r in releases]},
+        "\n".join(filter(None, [rows, f"releases {'to be ' if is_dry else ''}deleted: {len(releases)}"])))
+    return EXIT_DONE
+
+
+def command_version(context: Context) -> int:
+    driver = ""
+    with contextlib.suppress(ConfigError):
+        name = _load_postgres_driver().__name__.partition(".")[0]
+        driver = f"{name} {sys.modules[name].__version__}"
+    found = {"version": __version__, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+             "schema": len(schema_steps()), "python": platform.python_version(),
+             "sqlite": sqlite3.sqlite_version, "openssl": ssl.OPENSSL_VERSION, "postgresDriver": driver or None}
+    context.show(found, "\n".join([f"releasectl {__version__}", *(
+        f"{name:<15} {value or 'none'}" for name, value in found.items() if name != "version")]))
+    return EXIT_DONE
+
+
+def command_completion(context: Context) -> int:
+    shell = context.options.shell
+    script = COMPLETIONS[shell]()
+    context.show({"shell": shell, "script": script}, script)
+    return EXIT_DONE
+
+
 # -- the table of commands -------------------------------------------------------------------
 
 class Command(NamedTuple):
@@ -7253,6 +7515,7 @@ class Command(NamedTuple):
     help: str
     run: Callable[[Context], int]
     options: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = ()
+    needs_settings: bool = True
 
 
 def _option(*flags: str, **keywords: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -7265,6 +7528,14 @@ def _number_option(low: int, high: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
         return int(text)
     return parse
+
+
+def _age_s(text: str) -> float:
+    """Reads a time from a day on: an Idempotency-Key is kept for so long, with its release."""
+    seconds = _duration_s(text)
+    if not ONCE_S <= seconds <= 36500 * ONCE_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time from 1d to 36500d")
+    return seconds
 
 
 LATEST = "latest"
@@ -7341,6 +7612,24 @@ COMMANDS: tuple[Command, ...] = (
             command_freeze, (_option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),
     Command("check", "configuration, certificates, database, agents: what is wrong and how to mend it",
             command_check),
+    Command("backup", "a checked copy of an SQLite database, also while it is in use", command_backup, (
+        _option("file", metavar="FILE", help="a new file; it gets mode 0600"),)),
+    Command("prune", "delete old releases with their history; what a rollback needs stays", command_prune, (
+        _option("--older-than", type=_age_s, required=True, metavar="TIME", help="ended longer ago than that: 90d"),
+        _option("--keep", type=_number_option(1, 10**9), default=10, metavar="N",
+                help="of each target the newest N stay (10)"),
+        _option("--dry-run", action="store_true", help="show what would be deleted, and delete nothing"))),
+    Command("version", "version and SHA-256 of this file, and what it runs on", command_version,
+            needs_settings=False),
+    Command("completion", "a script for the shell that completes these commands", command_completion, (
+        _option("shell", choices=("bash", "zsh")),), needs_settings=False),
+)
+
+# They stand before or behind every command.
+COMMON_OPTIONS = (
+    _option("--db", metavar="URL", help="overrides DATABASE_URL"),
+    _option("--config", metavar="FILE", help="settings as KEY=VALUE lines; the environment wins"),
+    _option("--json", action="store_true", help="one JSON document on standard output"),
 )
 
 
@@ -7355,9 +7644,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Gives the parser of COMMANDS; --db, --config and --json stand before or behind the command."""
     # no abbreviations: one in somebody's script would break with the next option that we add
     common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--db", metavar="URL", help="overrides DATABASE_URL")
-    common.add_argument("--config", metavar="FILE", help="settings as KEY=VALUE lines; the environment wins")
-    common.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    for flags, keywords in COMMON_OPTIONS:
+        common.add_argument(*flags, **keywords)
     parser = _Parser(
         "releasectl.py", parents=[common], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Brings configuration versions to edge nodes, batch by batch, over mutual TLS.",
@@ -7380,8 +7668,124 @@ def build_parser() -> argparse.ArgumentParser:
                                description=command.help)
         for flags, keywords in command.options:
             sub.add_argument(*flags, **keywords)
-        sub.set_defaults(run=command.run, command=command.name)
+        sub.set_defaults(run=command.run, command=command.name, needs_settings=command.needs_settings)
     return parser
+
+
+# -- completion in shells ----------------------------------------------------------------------
+
+# What may be called so.
+_PROGRAMS = "releasectl releasectl.py"
+_HELP_OPTION = _option("--help", action="store_true", help="show what it takes")
+
+
+def _takes_value(keywords: Mapping[str, Any]) -> bool:
+    return "action" not in keywords or keywords["action"] == "append"
+
+
+def _sub_commands(group: str = "") -> dict[str, str]:
+    """Gives the words that may follow a group's name, each with its help."""
+    parts = [(c.name[len(group):].split(), c.help) for c in COMMANDS if c.name.startswith(group)]
+    return {words[0]: text if len(words) == 1 else ", ".join(p[1] for p, _ in parts if p[0] == words[0] and p[1:])
+            for words, text in parts}
+
+
+def bash_completion() -> str:
+    """Gives the script for bash: all words that may stand at the cursor, or file names where none is known."""
+    valued = sorted({flag for command in COMMANDS for flags, keywords in (*command.options, *COMMON_OPTIONS)
+                     for flag in flags if flag.startswith("-") and _takes_value(keywords)})
+    groups = sorted({c.name.split()[0] for c in COMMANDS if " " in c.name})
+    # a value that is not known beforehand is completed as a file name
+    lines = [
+        f"# bash completion of releasectl {__version__}, made by `releasectl.py completion bash`",
+        "_releasectl() {",
+        '    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} command="" words="" i',
+        '    [[ $word != "=" ]] || word=""',
+        '    [[ $before != "=" ]] || before=${COMP_WORDS[COMP_CWORD - 2]}',
+        "    COMPREPLY=()",
+        "    for ((i = 1; i < COMP_CWORD; i++)); do",
+        "        case ${COMP_WORDS[i]} in",
+        f"            {' | '.join(valued)})",
+        '                i=$((i + 1)); [[ ${COMP_WORDS[i]} != "=" ]] || i=$((i + 1)) ;;',
+        "            -*) ;;",
+        '            *) command+="${command:+ }${COMP_WORDS[i]}" ;;',
+        "        esac",
+        "    done",
+        "    case $before in --config | --db) return ;; esac",
+        "    case $command in"]
+    for group in ("", *groups):
+        words = [*_sub_commands(f"{group} " if group else ""), *_flags(COMMON_OPTIONS), "--help"]
+        lines.append(f'        "{group}") words="{" ".join(words + ["--version"] * (not group))}" ;;')
+    for command in COMMANDS:
+        words = [*_flags(command.options), *_flags(COMMON_OPTIONS), "--help"]
+        lines += [f'        "{command.name}" | "{command.name} "*)', "            case $before in"]
+        takes_file = False
+        for flags, keywords in command.options:
+            known = keywords.get("choices", ())
+            if not flags[0].startswith("-"):
+                words = [*known, *words]
+                takes_file |= keywords.get("metavar") == "FILE"
+            elif known:
+                lines.append(f'                {flags[0]}) words="{" ".join(known)}" ;;')
+        look = '[[ $word != -* ]] || ' if takes_file else ""
+        lines += [f"                {' | '.join(valued)}) ;;",
+                  f'                *) {look}words="{" ".join(words)}" ;;', "            esac ;;"]
+    return "\n".join([
+        *lines, "    esac", '    COMPREPLY=($(compgen -W "$words" -- "$word"))', "}",
+        f"complete -o default -F _releasectl {_PROGRAMS}"])
+
+
+def _flags(options: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]) -> list[str]:
+    return [flag for flags, _ in options for flag in flags if flag.startswith("-")]
+
+
+def zsh_completion() -> str:
+    """Gives the script for zsh, with the help of each command and option."""
+    lines = [f"#compdef {_PROGRAMS}",
+             f"# zsh completion of releasectl {__version__}, made by `releasectl.py completion zsh`"]
+    groups = sorted({c.name.split()[0] for c in COMMANDS if " " in c.name})
+    for group in ("", *groups):
+        name = f"_releasectl{'_' if group else ''}{group}"
+        commands = _sub_commands(f"{group} " if group else "")
+        lines += [f"{name}() {{", "    local context state state_descr line", "    typeset -A opt_args",
+                  "    local -a commands", "    commands=(",
+                  *(f"        {_zsh_quoted(word + ':' + text)}" for word, text in commands.items()), "    )",
+                  f"    _arguments -C {_zsh_options((*COMMON_OPTIONS, _HELP_OPTION))} \\",
+                  "        '1:command:->command' '*::argument:->arguments'",
+                  "    case $state in", "        command) _describe command commands ;;",
+                  "        arguments)", "            case $words[1] in"]
+        for word in commands:
+            known = [c for c in COMMANDS if c.name == f"{group} {word}".strip()]
+            call = f"_releasectl_{word}" if not known else \
+                f"_arguments {_zsh_options((*known[0].options, *COMMON_OPTIONS, _HELP_OPTION))}"
+            lines.append(f"                {word}) {call} ;;")
+        lines += ["            esac ;;", "    esac", "}"]
+    # as a file of fpath it is the function's body at the first call; else it is sourced
+    return "\n".join([*lines, 'if [[ $funcstack[1] == _releasectl ]]; then _releasectl "$@"; '
+                              f"else compdef _releasectl {_PROGRAMS}; fi"])
+
+
+def _zsh_options(options: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]) -> str:
+    """Gives options as the arguments of zsh's _arguments."""
+    specs = []
+    for flags, keywords in options:
+        metavar = str(keywords.get("metavar", flags[0].lstrip("-")))
+        values = f":{metavar}:" + (f"({' '.join(keywords['choices'])})" if keywords.get("choices")
+                                   else "_files" if metavar == "FILE" else " ") if _takes_value(keywords) else ""
+        if not flags[0].startswith("-"):
+            specs.append({"*": "*", "?": ":"}.get(str(keywords.get("nargs")), "") + values)
+            continue
+        text = re.sub(r"([\[\]:\\])", r"\\\1", str(keywords.get("help", "")) % {})
+        text = f"[{text}]" if text else ""
+        specs += [f"{'*' if keywords.get('action') == 'append' else ''}{flag}{text}{values}" for flag in flags]
+    return " ".join(map(_zsh_quoted, specs))
+
+
+def _zsh_quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+COMPLETIONS: Mapping[str, Callable[[], str]] = {"bash": bash_completion, "zsh": zsh_completion}
 
 
 class JsonFormatter(logging.Formatter):

@@ -160,3 +160,11 @@ CREATE TABLE release_freeze (
 INSERT INTO release_freeze (id) VALUES (1);
 
 INSERT INTO schema_version (version) VALUES (3);
+
+-- step 4: prune asks of what a release is a retry or a rollback
+
+CREATE INDEX release_tasks_by_retry_of ON release_tasks (retry_of);
+
+CREATE INDEX release_tasks_by_rollback_of ON release_tasks (rollback_of);
+
+INSERT INTO schema_version (version) VALUES (4);
