@@ -1,11 +1,13 @@
 """The log: one line an event, a release to be followed by its id, in text, JSON and the journal."""
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 from conftest import add_nodes, eventually, new_release
@@ -29,7 +31,7 @@ class Listener(logging.Handler):
 
 
 @pytest.fixture
-def records(monkeypatch):
+def records(monkeypatch) -> Iterator[list[logging.LogRecord]]:
     """Every record of the log from now on, those for debugging too."""
     listener = Listener()
     monkeypatch.setattr(rc.log, "handlers", [listener])
@@ -126,13 +128,31 @@ def test_a_takeover_says_from_whom(store, records):
         "release 1 (v1): taken over by second from first, whose claim had run out"]
 
 
-def test_what_was_not_committed_is_not_told(store, records, monkeypatch):
+@contextlib.contextmanager
+def nothing_committed(store: rc.Store) -> Iterator[None]:
+    """Lets every transaction fail at its end."""
+    transaction = store.database.transaction
+
+    @contextlib.contextmanager
+    def failing(write: bool = False, create: bool = False) -> Iterator[rc.Transaction]:
+        with transaction(write, create) as tx:
+            yield tx
+            raise rc.DatabaseError("not committed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store.database, "transaction", failing)
+        yield
+
+
+def test_what_was_not_committed_is_not_told(store, records):
     add_nodes(store, 1)
     new_release(store)
     before = len(records)
-    monkeypatch.setattr(store, "_explain_waiting", lambda _tx: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        store.act("pause", 1, "test")
+    with nothing_committed(store):
+        for deed in (lambda: store.act("pause", 1, "test"), lambda: store.claim(1, "owner", 30),
+                     lambda: new_release(store), lambda: store.set_freeze(True, "test")):
+            with pytest.raises(rc.DatabaseError):
+                deed()
     assert said(records)[before:] == []
 
 
