@@ -96,7 +96,7 @@ define say_left_out
 	python=$$(cat $(TESTS_STAMP)); \
 	if [ "$$python" != "$(VENV_PYTHON)" ]; then \
 		echo "no package index was in reach: testing with $$python; left out is what needs: $$( \
-			for name in hypothesis psycopg psycopg2 pg8000; do \
+			for name in hypothesis prometheus_client psycopg psycopg2 pg8000; do \
 				$$python -c "import $$name" 2>/dev/null || printf '%s ' $$name; \
 			done)(make clean: try the index again)"; \
 	fi

@@ -9,7 +9,7 @@ One file, standard library only; a PostgreSQL driver is loaded for a postgresql:
 The floors, in order; each uses only the ones above it:
 
      1 Vocabulary      status words, error kinds, codes, limits, the exceptions
-     2 Helpers         time, one-line text, strict JSON
+     2 Helpers         time, one-line text, strict JSON, figures for /metrics
      3 Settings        one table of the configuration
      4 Database        connection factory, transactions, migrations; where the engines differ
      5 Plan            what a release will do: batches, node addresses, payloads; pure
@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -100,6 +101,10 @@ DISPATCH, QUERY, PING, PROBE = "dispatch", "query", "ping", "probe"
 
 UNREACHABLE, TLS, TIMEOUT, HTTP, PROTOCOL = "unreachable", "tls", "timeout", "http", "protocol"
 REJECTED, AGENT_FAILED, VERIFY, DEADLINE, ABANDONED = "rejected", "agent_failed", "verify", "deadline", "abandoned"
+ERROR_KINDS = (UNREACHABLE, TLS, TIMEOUT, HTTP, PROTOCOL, REJECTED, AGENT_FAILED, VERIFY, DEADLINE, ABANDONED)
+
+# What a look for work found (metrics).
+IDLE, WORKED, BUSY, ERROR = "idle", "worked", "busy", "error"
 
 EXIT_DONE, EXIT_NOT_SUCCESS, EXIT_USAGE, EXIT_STATE, EXIT_UNAVAILABLE, EXIT_BUSY = 0, 1, 2, 3, 69, 75
 
@@ -220,7 +225,7 @@ class AgentError(Exception):
 
 
 # ======================================================================================
-# 2 Helpers: time, one-line text, strict JSON; nothing that knows a release.
+# 2 Helpers: time, one-line text, strict JSON, figures for /metrics; nothing that knows a release.
 # ======================================================================================
 
 class Clock:
@@ -344,6 +349,127 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
+GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
+# Name of a metric and the values of its labels: its figure.
+Figures = Mapping[tuple[str, ...], float]
+
+
+class Metric(NamedTuple):
+    """One metric of /metrics. words: for each label all its values, where they are known before."""
+    name: str
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+    words: tuple[tuple[str, ...], ...] = ()
+
+
+# No label holds an id or a name of a node: the number of series must not grow with the use.
+METRICS: tuple[Metric, ...] = (
+    Metric("releasectl_build_info", GAUGE, "Version of releasectl and of its Python, always 1.", ("version", "python")),
+    Metric("releasectl_database_up", GAUGE, "Whether the database answered when this was asked for (1), or not (0)."),
+    Metric("releasectl_database_errors_total", COUNTER, "Transactions that failed at the database."),
+    Metric("releasectl_releases", GAUGE, "Releases in the database.", ("target", "status")),
+    Metric("releasectl_release_nodes", GAUGE, "Nodes of the active releases.", ("target", "status")),
+    Metric("releasectl_release_last_event_timestamp_seconds", GAUGE,
+           "When the status of an active release or of one of its nodes changed last.", ("target", "status")),
+    Metric("releasectl_nodes", GAUGE, "Enabled nodes.", ("status",)),
+    Metric("releasectl_frozen", GAUGE, "Whether the freeze is on (1), or not (0)."),
+    Metric("releasectl_ticks_total", COUNTER, "Looks for work, by what they found.", ("outcome",),
+           ((IDLE, WORKED, BUSY, ERROR),)),
+    Metric("releasectl_last_tick_timestamp_seconds", GAUGE,
+           "When work was last looked for without an error, 0 for not yet. Only where the executor is on."),
+    Metric("releasectl_takeovers_total", COUNTER, "Releases taken over from a process whose claim had run out."),
+    Metric("releasectl_node_failures_total", COUNTER, "Nodes of releases that failed.", ("error_kind",),
+           (ERROR_KINDS,)),
+    Metric("releasectl_agent_requests_total", COUNTER, "Requests to agents and probes of nodes, by how they ended.",
+           ("operation", "outcome"), ((DISPATCH, QUERY, PROBE), (SUCCESS, *ERROR_KINDS[:-2]))),
+    Metric("releasectl_agent_request_duration_seconds", HISTOGRAM, "How long they took, with connecting.",
+           ("operation",)),
+    Metric("releasectl_api_requests_total", COUNTER, "Requests that the API answered.", ("route", "method", "status")),
+    Metric("releasectl_certificate_expiry_timestamp_seconds", GAUGE,
+           "Until when a certificate is good; of several in a file the first to end.", ("certificate",)),
+    Metric("process_start_time_seconds", GAUGE, "When this process started."),
+    Metric("process_cpu_seconds_total", COUNTER, "Processor time that it used."),
+    Metric("process_resident_memory_bytes", GAUGE, "Memory that it has in use."),
+    Metric("process_open_fds", GAUGE, "File descriptors that it has open."),
+    Metric("process_threads", GAUGE, "Threads that it has."),
+)
+# Upper ends of the histogram's buckets, seconds: an agent's word takes milliseconds, its work a minute.
+BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """What a process counts, from many threads."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        # a counter stands at 0 from the start where its labels are known: its first event is then seen as a rise
+        self._figures: dict[tuple[str, ...], float] = {
+            (m.name, *words): 0.0 for m in METRICS if m.kind == COUNTER and m.name.startswith("releasectl_")
+            and len(m.words) == len(m.labels) for words in itertools.product(*m.words)}
+        # for each histogram its buckets, one for what is above them, and the sum
+        self._times: dict[tuple[str, ...], list[float]] = {}
+
+    def count(self, name: str, *labels: str) -> None:
+        """Adds one to a counter."""
+        key = (name, *labels)
+        with self._guard:
+            self._figures[key] = self._figures.get(key, 0.0) + 1.0
+
+    def put(self, name: str, figure: float, *labels: str) -> None:
+        """Sets a gauge."""
+        key = (name, *labels)
+        with self._guard:
+            self._figures[key] = figure
+
+    def count_request(self, operation: str, outcome: str, since: float) -> None:
+        """Counts a request to an agent, which began at since, a time.monotonic()."""
+        took_s = time.monotonic() - since
+        key = ("releasectl_agent_requests_total", operation, outcome)
+        with self._guard:
+            self._figures[key] = self._figures.get(key, 0.0) + 1.0
+            times = self._times.setdefault(("releasectl_agent_request_duration_seconds", operation),
+                                           [0.0] * (len(BUCKETS_S) + 2))
+            times[bisect.bisect_left(BUCKETS_S, took_s)] += 1.0
+            times[-1] += took_s
+
+    def text(self, more: Figures) -> str:
+        """Gives what was counted, and more, in the Prometheus text format 0.0.4, in the order of METRICS."""
+        with self._guard:
+            figures = {**self._figures, **more}
+            times = {key: list(values) for key, values in self._times.items()}
+        lines: dict[str, list[str]] = {metric.name: [] for metric in METRICS}
+        labels = {metric.name: metric.labels for metric in METRICS}
+        for (name, *values), figure in sorted(figures.items()):
+            lines[name].append(_sample(name, zip(labels[name], values), figure))
+        for (name, *values), (*buckets, total) in sorted(times.items()):
+            pairs, counts = list(zip(labels[name], values)), list(itertools.accumulate(buckets))
+            for end, count in zip((*map(str, BUCKETS_S), "+Inf"), counts):
+                lines[name].append(_sample(f"{name}_bucket", (*pairs, ("le", end)), count))
+            lines[name] += [_sample(f"{name}_sum", pairs, total), _sample(f"{name}_count", pairs, counts[-1])]
+        return "".join(f"# HELP {m.name} {m.help}\n# TYPE {m.name} {m.kind}\n" + "".join(lines[m.name])
+                       for m in METRICS if lines[m.name])
+
+
+def _sample(name: str, labels: Iterable[tuple[str, str]], figure: float) -> str:
+    pairs = ",".join('{}="{}"'.format(label, value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\""))
+                     for label, value in labels)
+    shown = str(int(figure)) if figure == int(figure) else repr(figure)
+    return f"{name}{{{pairs}}} {shown}\n" if pairs else f"{name} {shown}\n"
+
+
+def process_figures(started_at: float) -> dict[tuple[str, ...], float]:
+    """Gives what the system knows of this process; what it does not tell (no /proc) is left out."""
+    figures: dict[tuple[str, ...], float] = {
+        ("process_start_time_seconds",): started_at, ("process_cpu_seconds_total",): time.process_time(),
+        ("process_threads",): threading.active_count()}
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        figures["process_resident_memory_bytes",] = pages * os.sysconf("SC_PAGE_SIZE")
+        figures["process_open_fds",] = len(os.listdir("/proc/self/fd"))
+    return figures
+
+
 # ======================================================================================
 # 3 Settings: one table of the configuration (contract section 6). Uses 1 and 2.
 # ======================================================================================
@@ -435,6 +561,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("NODE_DEADLINE_SEC", "600", _number(1, 604800), "seconds from a node's dispatch to its end"),
     Setting("CLAIM_TTL_SEC", "30", _number(1, 3600), "seconds that a silent process keeps a release"),
     Setting("LOG_FORMAT", "text", _one_of("text", "json"), "text or json"),
+    Setting("LOG_LEVEL", "info", _one_of("debug", "info", "warning"), "debug: single nodes too"),
 )
 
 
@@ -464,6 +591,7 @@ class Settings:
     node_deadline_sec: float
     claim_ttl_sec: float
     log_format: str
+    log_level: str
 
     @classmethod
     def load(cls, environ: Mapping[str, str], config_file: str = "", database_url: str = "") -> Settings:
@@ -807,6 +935,8 @@ class Transaction:
     def __init__(self, engine: SqliteEngine | PostgresEngine, connection: Any):
         self._engine = engine
         self._cursor = connection.cursor()
+        # What to do once it is certain that this took place: log lines and counters tell no more than is true.
+        self.afterwards: list[Callable[[], None]] = []
 
     def execute(self, statement: str, *params: object) -> int:
         """Runs a statement; gives the number of rows that it changed."""
@@ -852,6 +982,8 @@ class Database:
         self.engine = SqliteEngine(url) if url.startswith("sqlite:") else PostgresEngine(url)
         self._idle: list[tuple[Any, object]] = []
         self._guard = threading.Lock()
+        # Of the whole process: whoever counts has a database at hand.
+        self.metrics = Metrics()
 
     def __str__(self) -> str:
         return str(self.engine)
@@ -869,12 +1001,18 @@ class Database:
 
         Raises DatabaseError where the engine fails; an exception of the caller rolls back.
         """
-        connection, identity = self._begin(write, create)
         try:
-            yield Transaction(self.engine, connection)
+            connection, identity = self._begin(write, create)
+        except DatabaseError:
+            self.metrics.count("releasectl_database_errors_total")
+            raise
+        tx = Transaction(self.engine, connection)
+        try:
+            yield tx
             connection.cursor().execute("COMMIT")
         except self.engine.error as error:
             _close(connection)  # which rolls back, if there is anything left to roll back
+            self.metrics.count("releasectl_database_errors_total")
             raise DatabaseError(self.engine.explain(error)) from error
         except BaseException as error:
             try:
@@ -886,6 +1024,8 @@ class Database:
                 raise AppError(2003, "a number is too large for the database") from None
             raise
         self._give_back(connection, identity)
+        for deed in tx.afterwards:
+            deed()
 
     def _begin(self, write: bool, create: bool) -> tuple[Any, object]:
         statement = self.engine.begin_write if write else self.engine.begin_read
@@ -2180,6 +2320,21 @@ class Claim(NamedTuple):
     """The right to work on a release: every write of its owner is conditional on the fence."""
     release_id: int
     fence: int
+    version: int
+
+    def __str__(self) -> str:
+        return f"release {self.release_id} (v{self.version})"
+
+
+def about(release: Release | Claim | None = None, /, **more: object) -> dict[str, Any]:
+    """Gives logging's `extra`: what a record is about, as keys of their own in a line of JSON.
+
+    The keys: release (its id), version, node (its name), actor, event, request_id.
+    """
+    if release is None:
+        return {"about": more}
+    release_id = release.release_id if isinstance(release, Claim) else release.id
+    return {"about": {"release": release_id, "version": release.version, **more}}
 
 
 class Event(NamedTuple):
@@ -2302,6 +2457,9 @@ INSERT_EVENTS = """
 RELEASE_EVENTS = {PENDING: "created", RUNNING: "started", PAUSED: "paused", CANCELLING: "cancelling",
                   SUCCESS: "finished", PARTIAL: "finished", FAILED: "finished", CANCELLED: "cancelled"}
 NODE_EVENTS = {RUNNING: "dispatched", SUCCESS: "succeeded", FAILED: "failed", SKIPPED: "skipped"}
+
+# So many targets have figures of their own, the oldest ones; the others' are summed up.
+MAX_TARGETS_COUNTED, OTHER = 50, "other"
 
 # An Idempotency-Key is kept for so long.
 ONCE_S = 86400.0
@@ -2579,7 +2737,12 @@ class Store:
         tx.insert_many(INSERT_EVENTS, 8, [
             (release_id, None, now, actor, "created", "", PENDING, detail_text(detail))])
         self._explain_waiting(tx)
-        return self._release(tx, release_id), plan.batches
+        release = self._release(tx, release_id)
+        tx.afterwards.append(lambda: log.info(
+            "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
+            _words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
+            extra=about(release, actor=actor, event="created")))
+        return release, plan.batches
 
     def release(self, release_id: int) -> Release:
         """Gives a release; AppError 3001 when there is none."""
@@ -2648,16 +2811,45 @@ class Store:
                 ORDER BY e.id
                 LIMIT ?""", release_id, after, limit)]
 
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Gives how many releases and nodes there are in each status, and how many are in flight."""
+    def counts(self) -> dict[tuple[str, ...], float]:
+        """Gives the figures of METRICS that are in the database.
+
+        Nothing here reads the nodes or events of a release that is over: there may be millions.
+        """
         with self.database.transaction() as tx:
-            return {
-                "releases": dict(tx.rows("SELECT status, COUNT(*) FROM release_tasks GROUP BY status")),
-                "nodes": dict(tx.rows("SELECT status, COUNT(*) FROM nodes WHERE enabled = 1 GROUP BY status")),
-                # the index release_task_nodes_one_running holds just these
-                "in_flight": {"running": tx.value(
-                    "SELECT COUNT(*) FROM release_task_nodes WHERE status = 'running'")},
-            }
+            releases = tx.rows("SELECT target, status, COUNT(*), MIN(id) FROM release_tasks GROUP BY target, status")
+            # the indexes release_tasks_by_status, then release_task_nodes_by_status and release_events_by_release
+            nodes = tx.rows("""
+                SELECT r.target, n.status, COUNT(*)
+                FROM release_tasks r
+                JOIN release_task_nodes n ON n.release_task_id = r.id
+                WHERE r.status IN ('running', 'paused', 'cancelling')
+                GROUP BY r.target, n.status""")
+            changed = tx.rows("""
+                SELECT r.target, r.status,
+                       (SELECT e.at FROM release_events e WHERE e.release_task_id = r.id ORDER BY e.id DESC LIMIT 1)
+                FROM release_tasks r
+                WHERE r.status IN ('running', 'paused', 'cancelling')""")
+            fleet = dict(tx.rows("SELECT status, COUNT(*) FROM nodes WHERE enabled = 1 GROUP BY status"))
+            frozen = self._freeze(tx).frozen
+        oldest = {target: first for target, _, _, first in sorted(releases, key=lambda row: -row[3])}
+        labels = {target: target if place < MAX_TARGETS_COUNTED else OTHER
+                  for place, target in enumerate(sorted(oldest, key=oldest.__getitem__))}
+        figures: dict[tuple[str, ...], float] = {
+            **{("releasectl_nodes", status): fleet.get(status, 0) for status in NODE_STATUSES},
+            **{("releasectl_releases", label, status): 0 for label in labels.values() for status in RELEASE_STATUSES},
+            **{("releasectl_release_nodes", labels[target], status): 0 for target, _, _ in nodes
+               for status in (PENDING, RUNNING, SUCCESS, FAILED, SKIPPED)},
+            ("releasectl_frozen",): float(frozen)}
+        for target, status, count, _ in releases:
+            figures["releasectl_releases", labels[target], status] += count
+        for target, status, count in nodes:
+            figures["releasectl_release_nodes", labels[target], status] += count
+        for target, status, at in changed:
+            key = ("releasectl_release_last_event_timestamp_seconds", labels[target], status)
+            with contextlib.suppress(ValueError, TypeError):  # a person wrote the row, and no event or another time
+                figures[key] = min(epoch_of(at), figures.get(key, epoch_of(at)))
+        return figures
 
     def probe(self) -> None:
         """Commits a write; DatabaseError when that can't be done now.
@@ -2713,6 +2905,9 @@ class Store:
                    "WHERE id = ?", status, sentence, turned.paused_by, now.text, release.id)
         tx.insert_many(INSERT_EVENTS, 8, [(release.id, None, now.text, actor, verb.event, release.status, status,
                                            detail_text(reason))])
+        tx.afterwards.append(lambda: log.info("%s: %s by %s%s", release, verb.event, actor,
+                                              f": {reason}" if reason else "",
+                                              extra=about(release, actor=actor, event=verb.event)))
 
     @staticmethod
     def _strategy_of(release: Release) -> Strategy:
@@ -2739,8 +2934,9 @@ class Store:
             event = "frozen" if frozen else "unfrozen"
             tx.insert_many(INSERT_EVENTS, 8, [(c.id, None, self._now(), actor, event, c.status, c.status, reason)
                                               for c in self._candidates(tx)])
-            log.warning("%s by %s%s", "frozen" if frozen else "the freeze was lifted", actor,
-                        f": {reason}" if reason else "")
+            tx.afterwards.append(lambda: log.warning(
+                "%s by %s%s", "frozen" if frozen else "the freeze was lifted", actor, f": {reason}" if reason else "",
+                extra=about(actor=actor, event=event)))
             self._explain_waiting(tx)
             return self._freeze(tx)
 
@@ -2855,6 +3051,7 @@ class Store:
         with self.database.transaction(write=True) as tx:
             if release_id not in self._runnable(tx)[0]:
                 return None
+            before = self._release(tx, release_id)
             now, expires = tx.now(), self._expiry(tx, ttl_s)
             started = tx.execute(f"""
                 UPDATE release_tasks
@@ -2873,7 +3070,19 @@ class Store:
             if not changed:
                 raise StateMoved(f"release {release_id} was claimed by a writer outside of the lock")
             self._explain_waiting(tx)
-            return Claim(release_id, tx.value("SELECT claim_fence FROM release_tasks WHERE id = ?", release_id))
+            tx.afterwards.append(lambda: self._tell_claim(before, owner))
+            return Claim(release_id, before.claim_fence + 1, before.version)
+
+    def _tell_claim(self, before: Release, owner: str) -> None:
+        """Logs and counts that a release was taken."""
+        if before.status == PENDING:
+            log.info("%s: started, taken by %s", before, owner, extra=about(before, actor=owner, event="started"))
+        elif before.claim_expires_at is not None:
+            self.database.metrics.count("releasectl_takeovers_total")
+            log.warning("%s: taken over by %s from %s, whose claim had run out", before, owner, before.claim_owner,
+                        extra=about(before, actor=owner, event="taken_over"))
+        else:
+            log.debug("%s: taken by %s", before, owner, extra=about(before, actor=owner, event="taken"))
 
     def renew(self, claim: Claim, ttl_s: float) -> bool:
         """Keeps a claim for ttl_s seconds more; False when it is lost."""
@@ -2980,6 +3189,37 @@ class Store:
         tx.insert_many(INSERT_EVENTS, 8, events)
         if decision.status != release.status:
             self._explain_waiting(tx)
+        tx.afterwards.append(lambda: self.tell(release, decision, actor))
+
+    def tell(self, release: Release, decision: Decision, actor: str) -> None:
+        """Logs and counts what a commit changed, once it is certain: a line for each change of a status.
+
+        Of single nodes only failures are for everybody: ten thousand successes would bury all else.
+        """
+        for change in decision.changes:
+            node, event = change.after, NODE_EVENTS.get(change.after.status, "")
+            if node.status == change.before.status:
+                continue
+            if node.status == FAILED:
+                self.database.metrics.count("releasectl_node_failures_total", node.error_kind)
+                log.warning("%s: node %s failed: %s", release, node.name, node.error_msg,
+                            extra=about(release, node=node.name, actor=actor, event=event))
+            elif log.isEnabledFor(logging.DEBUG):
+                log.debug("%s: node %s %s", release, node.name, event,
+                          extra=about(release, node=node.name, actor=actor, event=event))
+        skipped = sum(c.before.status != SKIPPED and c.after.status == SKIPPED for c in decision.changes)
+        if skipped:
+            log.info("%s: %s skipped", release, count_of_nodes(skipped),
+                     extra=about(release, actor=actor, event=NODE_EVENTS[SKIPPED]))
+        done = decision.passed_batch if decision.passed_batch > release.passed_batch else 0
+        if decision.status in (SUCCESS, PARTIAL):
+            done = release.current_batch
+        if done:
+            log.info("%s: batch %d done", release, done, extra=about(release, actor=actor, event="batch_done"))
+        if decision.status != release.status:
+            log.log(logging.INFO if decision.status == SUCCESS else logging.WARNING, "%s: %s, %s", release,
+                    decision.status, decision.status_reason,
+                    extra=about(release, actor=actor, event=RELEASE_EVENTS[decision.status]))
 
     @staticmethod
     def _write_nodes(tx: Transaction, release_id: int, changes: Sequence[NodeChange], now: Moment) -> None:
@@ -3234,8 +3474,9 @@ def _tls_reason(error: ssl.SSLError) -> str:
 class AgentClient:
     """Speaks with agents, from many threads at once: dispatch(), query(), ping()."""
 
-    def __init__(self, settings: Settings):
-        """Takes the settings; reads no file yet: see prepare()."""
+    def __init__(self, settings: Settings, metrics: Metrics | None = None):
+        """Takes the settings, and where to count; reads no file yet: see prepare()."""
+        self.metrics = metrics or Metrics()
         self._connect_s = settings.agent_connect_timeout_sec
         self._request_s = settings.agent_request_timeout_sec
         self._server_name = settings.agent_tls_server_name
@@ -3271,6 +3512,9 @@ class AgentClient:
         within_s shortens the request timeout; gate is asked just before the first byte leaves.
         Raises AgentError.
         """
+        return self._counted(DISPATCH, lambda: self._dispatch(address, task, within_s, gate))
+
+    def _dispatch(self, address: Address, task: AgentTask, within_s: float, gate: Callable[[], bool]) -> Answer:
         if address.protocol == TASKS:
             data = self._call(address, "POST", "/tasks/dispatch", within_s, {
                 "taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload}, gate)
@@ -3284,6 +3528,21 @@ class AgentClient:
 
     def query(self, address: Address, task_id: str, within_s: float = 3600.0) -> Answer:
         """Asks a tasks agent for a task; gives WORKING, SUCCESS or UNKNOWN. Raises AgentError."""
+        return self._counted(QUERY, lambda: self._query(address, task_id, within_s))
+
+    def _counted(self, operation: str, ask: Callable[[], Answer]) -> Answer:
+        """Gives what ask() gives, counted; not what close() cut, which says nothing of an agent."""
+        since = time.monotonic()
+        try:
+            answer = ask()
+        except AgentError as error:
+            if not self._is_closed:
+                self.metrics.count_request(operation, error.kind, since)
+            raise
+        self.metrics.count_request(operation, SUCCESS, since)
+        return answer
+
+    def _query(self, address: Address, task_id: str, within_s: float) -> Answer:
         path = "/tasks/" + urllib.parse.quote(task_id, safe=":")
         data = self._call(address, "GET", path, within_s, may_be_unknown=True)
         if data is UNKNOWN_TASK:
@@ -3700,6 +3959,8 @@ class Executor:
         self._lease_thread: threading.Thread | None = None
         self._renewed_at = self.clock.elapsed()
         self._closed = threading.Event()
+        if settings.release_executor_enabled:
+            store.database.metrics.put("releasectl_last_tick_timestamp_seconds", 0.0)
 
     # -- what others call ----------------------------------------------------------------
 
@@ -3710,7 +3971,7 @@ class Executor:
         """
         worked_on: dict[int, None] = {}
         while True:
-            started, taken = self._look(is_tick=not drain)
+            started, taken = self._counted_look(is_tick=not drain)
             worked_on.update((driver.lease.claim.release_id, None) for driver in started)
             for driver in started:
                 while driver.is_running() and not self.stopping.is_set():
@@ -3729,7 +3990,7 @@ class Executor:
         while not self.stopping.is_set():
             self._wake.clear()
             try:
-                self._look(is_tick=False)
+                self._counted_look(is_tick=False)
                 self.looked_at = self.clock.wall()
                 said = ""
             except (AppError, StateMoved) as error:
@@ -3797,6 +4058,16 @@ class Executor:
 
     # -- claims --------------------------------------------------------------------------
 
+    def _counted_look(self, is_tick: bool) -> tuple[list[Driver], int]:
+        metrics, outcome = self.store.database.metrics, ERROR
+        try:
+            started, taken = self._look(is_tick)
+            outcome = WORKED if started or self._active_drivers() else BUSY if taken else IDLE
+            metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
+            return started, taken
+        finally:
+            metrics.count("releasectl_ticks_total", outcome)
+
     def _look(self, is_tick: bool) -> tuple[list[Driver], int]:
         """Claims what is runnable and starts a driver for each; gives them, and how many others hold."""
         free, taken = self.store.look()
@@ -3844,9 +4115,9 @@ class Executor:
             else:
                 lease.is_lost = True
         except DatabaseError as error:
-            log.error("release %d: its claim could not be renewed: %s", lease.claim.release_id, error)
+            log.error("%s: its claim could not be renewed: %s", lease.claim, error, extra=about(lease.claim))
         except Exception:  # the lease thread must outlive everything
-            log.exception("release %d: its claim could not be renewed", lease.claim.release_id)
+            log.exception("%s: its claim could not be renewed", lease.claim, extra=about(lease.claim))
 
     def _active_drivers(self) -> list[Driver]:
         with self._guard:
@@ -3905,7 +4176,7 @@ class Driver:
         self._in_flight = 0
         self.turned_at = self._news_at = self._spoke_at = self._decided_at = self._now().elapsed
         self._said = ""
-        self._unclear: Decision | None = None
+        self._unclear: tuple[Release, Decision] | None = None
         self._thread = threading.Thread(target=self._run, name=f"release-{lease.claim.release_id}", daemon=True)
 
     def start(self) -> None:
@@ -3935,19 +4206,19 @@ class Driver:
 
     def step(self) -> float | None:
         """Takes one turn, and lets go after the last; gives how many seconds to wait, None at the end."""
-        release_id = self.lease.claim.release_id
+        claim = self.lease.claim
         self.turned_at = self._now().elapsed
         try:
             wait_s = self.turn()
             if wait_s is None and not self.lease.is_lost:
-                self._store.let_go(self.lease.claim)
+                self._store.let_go(claim)
             return wait_s
         except ClaimLost as error:
-            log.warning("release %d: let go, %s", release_id, error)
+            log.warning("%s: let go, %s", claim, error, extra=about(claim))
         except DatabaseError as error:
-            log.error("release %d: let go without a word to the database: %s", release_id, error)
+            log.error("%s: let go without a word to the database: %s", claim, error, extra=about(claim))
         except Exception:  # the edge of a driver: the release goes on when the claim has run out
-            log.exception("release %d: its driver failed", release_id)
+            log.exception("%s: its driver failed", claim, extra=about(claim))
         return None
 
     def turn(self) -> float | None:
@@ -3973,7 +4244,7 @@ class Driver:
                 return self._policy.interval_s
             return min(max(decision.wake_at - self._now().elapsed, 0.0), self._policy.interval_s)
         except StateMoved as error:
-            log.info("%s: read again", error)
+            log.info("%s: read again, as %s", self.lease.claim, error, extra=about(self.lease.claim))
             self._is_stale, self._unclear = True, None  # rolled back for certain
             self._moved += 1
             return 0.0 if self._moved == 1 else min(0.01 * 2.0**min(self._moved, 10), self._policy.interval_s)
@@ -3993,13 +4264,13 @@ class Driver:
     def _say(self, error: str) -> None:
         """Logs an error of the database when it is another one than the last."""
         if error != self._said:
-            log.error("release %d: %s; trying again", self.lease.claim.release_id, error)
+            log.error("%s: %s; trying again", self.lease.claim, error, extra=about(self.lease.claim))
         self._said = error
 
     def _read(self) -> Release:
         """Gives the release as it stands; the nodes too when what is known of them may be old."""
         if self._unclear is not None:
-            self._settle(self._unclear)
+            self._settle(*self._unclear)
         if not self._is_stale:
             release = self._store.claimed_release(self.lease.claim)
             if release.updated_at == self._seen_at:
@@ -4044,7 +4315,7 @@ class Driver:
         return self._executor.share() - self._in_flight
 
     def _commit(self, release: Release, decision: Decision, now: Moment) -> None:
-        self._unclear = decision
+        self._unclear = release, decision
         self._store.commit(self.lease.claim, release, decision, now, self._executor.owner)
         self._unclear = None
         self._seen_at = now.text
@@ -4053,18 +4324,14 @@ class Driver:
         self._spoke_at = now.elapsed
         for change in decision.changes:
             self._nodes[change.after.node_id] = change.after
-            if change.after.status == FAILED:
-                log.warning("%s: node %s failed: %s", release, change.after.name, change.after.error_msg)
-        if decision.status != release.status:
-            log.log(logging.INFO if decision.status == SUCCESS else logging.WARNING, "%s: %s, %s", release,
-                    decision.status, decision.status_reason)
 
-    def _settle(self, decision: Decision) -> None:
+    def _settle(self, release: Release, decision: Decision) -> None:
         """Finds out whether a commit that ended in an error took place, before anything is repeated.
 
         Where it did, its requests did not leave: they are due now, as repetitions.
         """
         if self._store.was_written(self.lease.claim, decision):
+            self._store.tell(release, decision, self._executor.owner)
             for change in decision.changes:
                 self._nodes[change.after.node_id] = dataclasses.replace(change.after, in_flight=False)
             if decision.status in TERMINAL:
@@ -4096,7 +4363,9 @@ class Driver:
         try:
             outcome = self._ask(op, node, task, written_at)
         except Exception:  # the edge of a worker: a node must never be forgotten
-            log.exception("node %s: %s failed within releasectl", node.name, op)
+            claim = self.lease.claim
+            log.exception("%s: node %s: %s failed within releasectl", claim, node.name, op,
+                          extra=about(claim, node=node.name))
             outcome = Outcome(node.node_id, op, LOST, "", PROTOCOL, "releasectl itself failed: see its log",
                               hold_s=self._policy.request_timeout_s)
         self.results.put(outcome)
@@ -4122,8 +4391,10 @@ class Driver:
 
     def _probe(self, node: ReleaseNode, within_s: float) -> Outcome:
         verify = self._strategy.verify or Verify("http://{main_ip}/")  # it was there when the probe was decided on
+        since = time.monotonic()
         said = self._executor.agents.probe(node.main_ip, verify.url_for(node), verify.status,
                                            min(verify.timeout_s, max(within_s, 0.0)))
+        self._executor.agents.metrics.count_request(PROBE, VERIFY if said else SUCCESS, since)
         return Outcome(node.node_id, PROBE, UNCLEAR if said else SUCCESS, "", VERIFY if said else "", said, said)
 
     def _look_at_once(self, address: Address, accepted: Answer, within_s: float) -> Answer:
@@ -4161,8 +4432,9 @@ class Driver:
         if outcome.result != WORKING:
             self._news_at = now.elapsed
         if outcome.error_kind and outcome.result != FAILED:
-            log.info("release %d: node %s: %s failed, %s", self.lease.claim.release_id,
-                     self._nodes[outcome.node_id].name, outcome.op, outcome.message)
+            claim, name = self.lease.claim, self._nodes[outcome.node_id].name
+            log.info("%s: node %s: %s failed, %s", claim, name, outcome.op, outcome.message,
+                     extra=about(claim, node=name))
         self._nodes[outcome.node_id] = observe(self._nodes[outcome.node_id], outcome, now, self._policy)
 
     def _may_leave(self, decision: Decision, now: Moment) -> bool:
@@ -5816,10 +6088,12 @@ class Api:
 
     def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32,
                  process: Callable[[], Mapping[str, Any]] = lambda: NO_PROCESS,
-                 is_busy: Callable[[], bool] = lambda: False):
+                 is_busy: Callable[[], bool] = lambda: False,
+                 figures: Callable[[], Figures] = lambda: {}):
         """nudge is called after every act, so that an executor in this process looks at once.
 
-        process gives what only the process knows of its health: executor and certificates.
+        process gives what only the process knows of its health: executor and certificates;
+        figures what of that is for /metrics.
         is_busy says whether it drives a release now, which a reading of whole releases must not slow down.
         max_waiting: how many may wait for events; further ones are answered at once.
         """
@@ -5828,6 +6102,7 @@ class Api:
         self._process = process
         self._is_busy = is_busy
         self._whole_read = threading.Lock()
+        self._figures = figures
         self._waiters = threading.BoundedSemaphore(max_waiting)
         self._ready_guard = threading.Lock()
         self._ready = (-READY_LOOK_S, "the database was not looked at yet")
@@ -5993,26 +6268,22 @@ class Api:
             return error.message
 
     def metrics(self, _request: Request) -> Reply:
-        return Reply(200, metrics_text(self.store.counts(), self.started_at),
+        return Reply(200, metrics_text(self.store, {**process_figures(self.started_at), **self._figures()}),
                      "text/plain; version=0.0.4; charset=utf-8")
 
     def openapi(self, _request: Request) -> Reply:
         return Reply(200, to_json(openapi_document()), "application/json")
 
 
-def metrics_text(counts: Mapping[str, Mapping[str, int]], started_at: float) -> str:
-    """Gives the gauges in the Prometheus text format."""
-    lines = ["# HELP releasectl_build_info What runs here.", "# TYPE releasectl_build_info gauge",
-             f'releasectl_build_info{{version="{__version__}"}} 1',
-             "# HELP releasectl_start_time_seconds When this process started, in seconds since 1970.",
-             "# TYPE releasectl_start_time_seconds gauge", f"releasectl_start_time_seconds {started_at:.3f}"]
-    for name, help_text, key, words in (
-            ("releasectl_releases", "Releases in the database.", "releases", RELEASE_STATUSES),
-            ("releasectl_nodes", "Enabled nodes.", "nodes", NODE_STATUSES),
-            ("releasectl_release_nodes", "Nodes of releases that are in flight.", "in_flight", (RUNNING,))):
-        lines += [f"# HELP {name} {help_text}", f"# TYPE {name} gauge"]
-        lines += [f'{name}{{status="{word}"}} {counts[key].get(word, 0)}' for word in words]
-    return "\n".join(lines) + "\n"
+def metrics_text(store: Store, more: Figures) -> str:
+    """Gives /metrics: what the process counted, what the database has where it answers, and more."""
+    figures = {("releasectl_build_info", __version__, ".".join(map(str, sys.version_info[:3]))): 1.0, **more}
+    try:
+        figures.update(store.counts())
+        figures["releasectl_database_up",] = 1.0
+    except DatabaseError:  # counted where it came up; what only this process knows is wanted all the more
+        figures["releasectl_database_up",] = 0.0
+    return store.database.metrics.text(figures)
 
 
 class Route(NamedTuple):
@@ -6066,9 +6337,10 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/", "page", ANYONE, "The dashboard", "html"),
     Route("GET", "/healthz", "health", ANYONE, "The process serves", "Status"),
     Route("GET", "/readyz", "ready", ANYONE, "The database can be used", "Status"),
-    Route("GET", "/metrics", "metrics", VIEWER, "Gauges for Prometheus", "text"),
+    Route("GET", "/metrics", "metrics", VIEWER, "Figures for Prometheus", "text"),
     Route("GET", "/openapi.json", "openapi", VIEWER, "This document", "json"),
 )
+METHODS = frozenset(("HEAD", *(route.method for route in ROUTES)))
 _PATTERNS = [(re.compile(re.escape(r.path).replace(r"\{id\}", "([^/]+)")), r) for r in ROUTES]
 
 
@@ -6184,14 +6456,14 @@ def add_token(path: str, name: str, role: str) -> str:
     return token
 
 
-def _replace(path: str, text: str, before: os.stat_result | None) -> None:
-    """Puts a file in the place of another, with its owner, group and mode; a new one has mode 0600."""
-    descriptor, temporary = tempfile.mkstemp(prefix=".tokens-", dir=os.path.dirname(os.path.abspath(path)))
+def _replace(path: str, text: str, before: os.stat_result | None, mode: int = 0o600) -> None:
+    """Puts a file in the place of another, with its owner, group and mode; one without before has the mode given."""
+    descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=os.path.dirname(os.path.abspath(path)))
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
             if before:
                 os.fchown(descriptor, before.st_uid, before.st_gid)
-                os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
+            os.fchmod(descriptor, stat.S_IMODE(before.st_mode) if before else mode)
             file.write(text)
             file.flush()
             os.fsync(descriptor)
@@ -6373,6 +6645,8 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         """Serves one request; says whether the connection stays."""
         self.close_connection = True  # until a request was understood to its end
         self.head, self.actor, self.request_id = Head(), "", secrets.token_hex(8)
+        self.route: Route | None = None
+        self.ids: tuple[int, ...] = ()
         try:
             if not self._read_head():
                 return False
@@ -6423,6 +6697,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = head.is_last
         path, _, query = head.target.partition("?")
         route, ids = find_route(head.method, path)
+        self.route, self.ids = route, ids
         if route.role:
             if identity is None:
                 raise refusal or AppError(1001, "no token")
@@ -6502,10 +6777,15 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         self.wire.send(self.wfile.getvalue())
 
     def _tell(self, answer: HttpAnswer) -> None:
-        """Logs what a known caller changed or asked to be changed; all else is for debugging."""
-        level = logging.INFO if self.actor and self.head.method not in ("GET", "HEAD") else logging.DEBUG
-        log.log(level, "%s %s: %d, by %s at %s, request %s", self.head.method, self._path, answer.status,
-                self.actor or "-", self.client_address[0], self.request_id)
+        """Counts a request; logs what a known caller changed or asked to be changed, all else for debugging."""
+        path, method = self.route.path if self.route else OTHER, self.head.method
+        self.server.api.store.database.metrics.count("releasectl_api_requests_total", path,
+                                                     method if method in METHODS else OTHER, str(answer.status))
+        level = logging.INFO if self.actor and method not in ("GET", "HEAD") else logging.DEBUG
+        release = self.ids[0] if path.startswith("/api/v1/releases/{id}") else None
+        log.log(level, "%s %s: %d, by %s at %s, request %s", method, self._path, answer.status,
+                self.actor or "-", self.client_address[0], self.request_id,
+                extra=about(release=release, actor=self.actor, request_id=self.request_id))
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Does nothing: see _tell()."""
@@ -6826,6 +7106,38 @@ def certificate_json(name: str, look: Callable[[], Mapping[str, Any]]) -> dict[s
     return {"name": name, "notAfter": expires, "daysLeft": round(days, 2), "message": ""}
 
 
+VALIDITY = re.compile(rb"(?:\x17\x0d\d{12}Z|\x18\x0f\d{14}Z)(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)")
+
+
+def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:
+    """Gives the ends of our certificates for /metrics; of files that can't be read check tells more.
+
+    Read from the files and not off a handshake, which an expired certificate does not pass.
+    """
+    figures: dict[tuple[str, ...], float] = {}
+    agents = settings.mtls_enabled
+    for name, path in (("CONTROL_CERT", settings.control_cert if agents else ""),
+                       ("CONTROL_CA", settings.control_ca if agents else ""), ("HTTP_CERT", settings.http_cert)):
+        with contextlib.suppress(OSError, ValueError):
+            ends = certificate_ends(Path(path).read_text(encoding="latin-1")) if path else []
+            if ends:
+                figures["releasectl_certificate_expiry_timestamp_seconds", name] = min(ends)
+    return figures
+
+
+def certificate_ends(pem: str) -> list[float]:
+    """Gives notAfter of each certificate of a PEM file, in seconds since 1970; ValueError for a broken one."""
+    ends = []
+    for block in re.findall("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", pem, re.DOTALL):
+        # a certificate's validity is the only place of two times in a row (RFC 5280, 4.1.2.5)
+        found = VALIDITY.search(ssl.PEM_cert_to_DER_cert(block))
+        if found:
+            text = (found[1] or found[2]).decode()
+            moment = datetime.datetime.strptime(text, "%y%m%d%H%M%S" if found[1] else "%Y%m%d%H%M%S")
+            ends.append(moment.replace(tzinfo=datetime.timezone.utc).timestamp())
+    return ends
+
+
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
     """Looks at the database, and asks the agents of its enabled, online nodes."""
     try:
@@ -6910,14 +7222,15 @@ def command_serve(context: Context) -> int:
     settings = context.settings
     warn_of_settings(settings)
     context.store.database.migrate()
-    agents = AgentClient(settings)
+    agents = AgentClient(settings, context.store.database.metrics)
     if settings.release_executor_enabled and (settings.control_cert or not settings.mtls_enabled):
         agents.prepare()
     # an answer of the API needs the interpreter a dozen times: with 64 busy workers each waited up to 5 ms
     sys.setswitchinterval(0.001)
     executor = Executor(settings, context.store, agents)
     server = ApiServer(settings, Api(context.store, executor.nudge, settings.http_max_connections // 4,
-                                     lambda: process_json(settings, executor), executor.is_busy))
+                                     lambda: process_json(settings, executor), executor.is_busy,
+                                     lambda: certificate_figures(settings)))
     _stop_on_signal(executor.stop)
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     accept.start()
@@ -6947,6 +7260,31 @@ def command_serve(context: Context) -> int:
 
 
 def command_run_once(context: Context) -> int:
+    path = context.options.metrics_file
+    try:
+        code = _run_once(context)
+    except BaseException:
+        with contextlib.suppress(ConfigError):  # what went wrong first is what is to be told
+            _write_metrics(context, path)
+        raise
+    _write_metrics(context, path)
+    return code
+
+
+def _write_metrics(context: Context, path: str) -> None:
+    """Writes /metrics for node_exporter's textfile collector, all at once; ConfigError when that can't be done.
+
+    Without the figures of the process, which is over then: node_exporter has its own of these names.
+    """
+    if path:
+        text = metrics_text(context.store, certificate_figures(context.settings))
+        try:
+            _replace(path, text, None, 0o644)
+        except OSError as error:
+            raise ConfigError(f"--metrics-file {path} can't be written: {_os_reason(error)}") from None
+
+
+def _run_once(context: Context) -> int:
     settings = context.settings
     if not settings.release_executor_enabled:
         print("nothing is dispatched: RELEASE_EXECUTOR_ENABLED=0", file=sys.stderr)
@@ -6954,7 +7292,7 @@ def command_run_once(context: Context) -> int:
         return EXIT_DONE
     warn_of_settings(settings)
     context.store.database.migrate()
-    executor = Executor(settings, context.store, AgentClient(settings))
+    executor = Executor(settings, context.store, AgentClient(settings, context.store.database.metrics))
     _stop_on_signal(executor.stop)
     try:
         tick = executor.run_once(context.options.drain)
@@ -7564,7 +7902,9 @@ _NODE_OPTIONS = (
 COMMANDS: tuple[Command, ...] = (
     Command("serve", "API and executor in one process, until SIGTERM or SIGINT", command_serve),
     Command("run-once", "one tick of the executor, then exit", command_run_once, (
-        _option("--drain", action="store_true", help="go on until nothing is left to do"),)),
+        _option("--drain", action="store_true", help="go on until nothing is left to do"),
+        _option("--metrics-file", default="", metavar="FILE",
+                help="write figures there for node_exporter's textfile collector: a name that ends with .prom"))),
     Command("migrate", "bring the database to this schema.sql", command_migrate),
     Command("node add", "add a node", command_node_add, (
         _option("name", metavar="NAME"), _option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
@@ -7788,31 +8128,73 @@ def _zsh_quoted(text: str) -> str:
 COMPLETIONS: Mapping[str, Callable[[], str]] = {"bash": bash_completion, "zsh": zsh_completion}
 
 
+# Longer than any line of ours: what is cut came from outside.
+MAX_LOG_CHARS = 4096
+
+
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """One JSON object a line, with what the record is about as keys of their own: see about()."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"at": utc_text(record.created), "level": record.levelname.lower(),
-                "thread": record.threadName, "message": record.getMessage()}
+        line = {"at": utc_text(record.created), "level": record.levelname.lower(), "thread": record.threadName,
+                "message": one_line(record.getMessage(), MAX_LOG_CHARS),
+                **{key: one_line(value) if isinstance(value, str) else value
+                   for key, value in getattr(record, "about", {}).items() if value not in ("", None)}}
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = "\n".join(_trace(self, record))
         return to_json(line)
 
 
 class TextFormatter(logging.Formatter):
-    """One line an event, for people."""
+    """One line an event, for people; a stack trace stands below its line, indented, so that it can't pass for one."""
+
+    def __init__(self, in_journal: bool):
+        """in_journal: who reads the log has time and level of each line already."""
+        super().__init__()
+        self._in_journal = in_journal
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{utc_text(record.created)} {record.levelname.lower()}: {record.getMessage()}"
-        return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+        stamp = "" if self._in_journal else f"{utc_text(record.created)} {record.levelname.lower()}: "
+        return "\n    ".join((stamp + one_line(record.getMessage(), MAX_LOG_CHARS), *_trace(self, record)))
 
 
-def set_up_log(log_format: str) -> None:
-    """Sends the log to standard error."""
+class JournalFormatter(logging.Formatter):
+    """What another formatter gives, each line with its priority before it (sd-daemon(3))."""
+
+    PRIORITIES: Mapping[str, int] = {"DEBUG": 7, "INFO": 6, "WARNING": 4}
+
+    def __init__(self, inner: logging.Formatter):
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = self.PRIORITIES.get(record.levelname, 3)
+        return "\n".join(f"<{priority}>{line}" for line in self._inner.format(record).split("\n"))
+
+
+def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> list[str]:
+    """Gives the lines of a record's stack trace; none without one."""
+    text = formatter.formatException(record.exc_info) if record.exc_info else ""
+    return "".join(_printable(char, True) for char in text).splitlines()
+
+
+def is_journal() -> bool:
+    """Says whether standard error is the journal itself, and not a pipe or file of somebody below a service."""
+    try:
+        found = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def set_up_log(settings: Settings, command: str) -> None:
+    """Sends the log to standard error; a command for people prints what it did, and warns there only."""
+    in_journal = is_journal()
+    formatter = JsonFormatter() if settings.log_format == "json" else TextFormatter(in_journal)
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    handler.setFormatter(JournalFormatter(formatter) if in_journal else formatter)
     log.handlers = [handler]
-    log.setLevel(logging.INFO)
+    log.setLevel(settings.log_level.upper() if command in ("serve", "run-once") else logging.WARNING)
     log.propagate = False
 
 
@@ -7827,12 +8209,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise AppError(2002, f"the argument {one_line(word, 60)!r} is not UTF-8")
         options = build_parser().parse_args(words, argparse.Namespace(db="", config="", json=False))
         context = Context(options)
-        set_up_log(context.settings.log_format)
+        set_up_log(context.settings, options.command)
         with contextlib.closing(context.store.database):
             code: int = options.run(context)
         return code
     except AppError as error:
-        print(f"releasectl: {one_line(error.message, 500)}", file=sys.stderr)
+        print(f"{'<3>' if is_journal() else ''}releasectl: {one_line(error.message, 500)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -604,7 +604,7 @@ def test_a_database_that_is_gone_is_503_with_retry_after_and_health_stays(client
         admin(server_url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
         admin(server_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
     for method, path in (("GET", "/api/v1/nodes"), ("POST", "/api/v1/releases"), ("GET", "/readyz"),
-                         ("GET", "/metrics"), ("DELETE", "/api/v1/nodes/1")):
+                         ("DELETE", "/api/v1/nodes/1")):
         answer = client(method, path)
         assert (answer.code, answer.status) == (5002, 503)
         assert int(answer.headers["Retry-After"]) >= 1
@@ -683,7 +683,7 @@ def test_a_connection_is_kept_over_many_requests_also_refused_ones(lite):
         connection.close()
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/metrics", "/openapi.json", "/api/v1/releases", "/api/v1/nodes/7"])
+@pytest.mark.parametrize("path", ["/healthz", "/openapi.json", "/api/v1/releases", "/api/v1/nodes/7"])
 def test_head_answers_as_get_does_without_the_body(refusing, path):
     head, get = refusing("HEAD", path), refusing("GET", path)
     assert head.status == get.status
@@ -958,34 +958,6 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
     assert document["paths"]["/healthz"]["get"]["responses"]["400"] == {"$ref": "#/components/responses/400"}
     error = document["components"]["responses"]["400"]["content"]["application/json"]["schema"]
     assert misfit(json.loads(client("GET", "/nowhere").text), error, document) == ""
-
-
-def test_metrics_can_be_read_by_prometheus_and_hold_no_ids(client):
-    add_nodes(client.store, 3)
-    client.store.update_node(3, {"status": "offline"})
-    client.store.update_node(2, {"enabled": 0})
-    new_release(client.store)
-    ended(client.store, "failed")
-    answer = client("GET", "/metrics")
-    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    values, kinds = {}, {}
-    for line in answer.text.splitlines():
-        comment = re.fullmatch(r"# (HELP|TYPE) (\w+) (.+)", line)
-        sample = re.fullmatch(r'(\w+)((?:\{(?:\w+="[^"]*",?)+\})?) (\S+)', line)
-        assert comment or sample, line
-        if comment and comment[1] == "TYPE":
-            kinds[comment[2]] = comment[3]
-        elif sample:
-            assert sample[1] in kinds
-            values[sample[1] + sample[2]] = float(sample[3])
-    assert answer.text.endswith("\n")
-    assert set(kinds.values()) <= {"gauge", "counter"}
-    assert values['releasectl_releases{status="pending"}'] == 1
-    assert values['releasectl_releases{status="failed"}'] == 1
-    assert values['releasectl_nodes{status="online"}'] == 1
-    assert values['releasectl_nodes{status="offline"}'] == 1
-    assert not re.search(r"edge-|127\.0\.1\.", answer.text)
-    assert set(re.findall(r'(\w+)="', answer.text)) <= {"status", "version"}
 
 
 # -- steering (contract section 7) -------------------------------------------------------------------

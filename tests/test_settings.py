@@ -15,6 +15,7 @@ DEFAULTS = {
     "CONTROL_CA": "", "AGENT_TLS_SERVER_NAME": "", "AGENT_CONCURRENCY": 64, "AGENT_CONNECT_TIMEOUT_SEC": 15.0,
     "AGENT_REQUEST_TIMEOUT_SEC": 60.0, "AGENT_RETRIES": 2, "NODE_DEADLINE_SEC": 600.0, "CLAIM_TTL_SEC": 30.0,
     "LOG_FORMAT": "text",
+    "LOG_LEVEL": "info",
 }
 # A file name is taken as it is here; what the file holds is judged where it is used.
 FILES = ("HTTP_CERT", "HTTP_KEY", "HTTP_CLIENT_CA", "API_TOKENS_FILE", "CONTROL_CERT", "CONTROL_KEY", "CONTROL_CA",
@@ -42,6 +43,7 @@ GOOD = [
     ("NODE_DEADLINE_SEC", "86400", 86400.0),
     ("CLAIM_TTL_SEC", "5", 5.0),
     ("LOG_FORMAT", "json", "json"),
+    ("LOG_LEVEL", "debug", "debug"),
 ]
 BAD = [
     ("DATABASE_URL", ("sqlite://", "sqlite:///", "mysql://h/d", "releasectl.db"), "must be sqlite:///FILE"),
@@ -61,6 +63,7 @@ BAD = [
     ("NODE_DEADLINE_SEC", ("0", "604801"), "must be a number from 1 to 604800"),
     ("CLAIM_TTL_SEC", ("0.5", "3601"), "must be a number from 1 to 3600"),
     ("LOG_FORMAT", ("xml", "JSON"), "must be text or json"),
+    ("LOG_LEVEL", ("trace", "INFO"), "must be debug or info or warning"),
 ]
 
 
