@@ -23,7 +23,9 @@ The floors, in order; each uses only the ones above it:
     13 API             routes and their handlers, tokens, /openapi.json
     14 Server          a request from its first byte to its answer, TLS, the listener
     15 Check           what is wrong with an installation
-    16 Command line    a table of commands
+    16 Screen          what a person sees in a terminal
+    17 Commands        what each command does
+    18 Command line    the table of commands, the parser, completion, main()
 
 How a release flows through them is drawn in docs/ARCHITECTURE.md.
 """
@@ -7154,7 +7156,104 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
 
 
 # ======================================================================================
-# 16 Command line: a table of commands (contract section 4). Uses 1 to 15.
+# 16 Screen: what a person sees in a terminal: columns, a release in one line, its progress
+#   as it goes. Uses 1 to 15.
+# ======================================================================================
+
+def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
+    """Gives rows as text in columns, or '' when there are none."""
+    cells = [[one_line(cell) if cell is not None else "" for cell in row] for row in rows]
+    if not cells:
+        return ""
+    widths = [max(len(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+                     for row in [[h.upper() for h in head], *cells])
+
+
+def release_line(release: Release) -> str:
+    """Gives a release in one line."""
+    says_it = release.status_reason.startswith(release.status) or not release.status_reason
+    return f"{release}: " + (release.status_reason or release.status if says_it
+                             else f"{release.status}, {release.status_reason}")
+
+
+class Screen:
+    """Shows the progress of a release: drawn anew in a terminal, else a line for each step."""
+
+    MARKS = ((SUCCESS, "#", "32"), (FAILED, "x", "31"), (RUNNING, ">", "36"), (SKIPPED, "-", "90"),
+             (PENDING, ".", "0"))
+    MAX_BATCHES, MAX_FAILURES = 12, 8
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._has_colours = self._is_terminal and not os.environ.get("NO_COLOR")
+        self._drawn = 0
+        self._said = ""
+
+    def show(self, progress: Progress) -> None:
+        """Shows where a release stands."""
+        if self._is_terminal:
+            self._draw(self._lines(progress))
+            return
+        release = progress.release
+        # a sentence that only counts seconds is no step
+        self._say(release_line(release), f"{release.status} {release.status_reason.partition(', slowest')[0]}")
+
+    def say(self, line: str) -> None:
+        """Shows what is wrong, once."""
+        if self._is_terminal:
+            self._draw([line[:shutil.get_terminal_size((100, 24)).columns - 1]])
+        else:
+            self._say(line, line)
+
+    def _say(self, line: str, step: str) -> None:
+        if step != self._said:
+            print(line, file=self._stream, flush=True)
+        self._said = step
+
+    def _draw(self, lines: Sequence[str]) -> None:
+        """Puts lines in the place of the last ones, as many as the screen has."""
+        lines = lines[:max(shutil.get_terminal_size((100, 24)).lines - 1, 1)]
+        up = f"\x1b[{self._drawn}A" if self._drawn else ""
+        print(up + "".join(f"\r\x1b[K{line}\n" for line in lines) + "\x1b[J", end="", file=self._stream, flush=True)
+        self._drawn = len(lines)
+
+    def _lines(self, progress: Progress) -> list[str]:
+        width = max(40, shutil.get_terminal_size((100, 24)).columns - 1)
+        release, batches = progress.release, progress.batches
+        at = max(release.current_batch or len(batches), 1)
+        # the batches around the current one, where there are too many for the screen
+        first = max(0, min(at - self.MAX_BATCHES // 2, len(batches) - self.MAX_BATCHES))
+        lines = [release_line(release)[:width]]
+        lines += [self._batch_line(batch, width) for batch in batches[first:first + self.MAX_BATCHES]]
+        if len(batches) > self.MAX_BATCHES:
+            lines.append(f"({len(batches)} batches in all)")
+        lines.append(f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
+                     f"{release.skipped_nodes} skipped of {release.total_nodes}")
+        shown = progress.failures[:self.MAX_FAILURES]
+        lines += [self._paint(one_line(f"  {name}: {text}")[:width], "31") for name, text in shown]
+        if release.failed_nodes > len(shown):
+            lines.append(f"  and {release.failed_nodes - len(shown)} more")
+        return lines
+
+    def _batch_line(self, batch: BatchProgress, width: int) -> str:
+        """Gives one batch as a bar whose parts are as long as their share, rounded, and at least one mark."""
+        room = min(40, width - 30)
+        parts = [(mark, colour, batch.count(status)) for status, mark, colour in self.MARKS]
+        bar = ""
+        for mark, colour, count in parts:
+            length = max(1, round(room * count / batch.total)) if count else 0
+            bar += self._paint(mark * length, colour) if length else ""
+        done = batch.count(SUCCESS)
+        return f"batch {batch.number:>3} {done:>6} of {batch.total:<6} {bar}"
+
+    def _paint(self, text: str, colour: str) -> str:
+        return f"\x1b[{colour}m{text}\x1b[0m" if self._has_colours else text
+
+
+# ======================================================================================
+# 17 Commands: what each command does (contract section 4). Uses 1 to 16.
 # ======================================================================================
 
 class Context:
@@ -7192,23 +7291,6 @@ def _user_name() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return str(os.getuid())
-
-
-def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
-    """Gives rows as text in columns, or '' when there are none."""
-    cells = [[one_line(cell) if cell is not None else "" for cell in row] for row in rows]
-    if not cells:
-        return ""
-    widths = [max(len(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-                     for row in [[h.upper() for h in head], *cells])
-
-
-def release_line(release: Release) -> str:
-    """Gives a release in one line."""
-    says_it = release.status_reason.startswith(release.status) or not release.status_reason
-    return f"{release}: " + (release.status_reason or release.status if says_it
-                             else f"{release.status}, {release.status_reason}")
 
 
 def exit_code_of(release: Release) -> int:
@@ -7649,81 +7731,6 @@ def _watch(context: Context, release_id: int) -> int:
     return exit_code_of(release)
 
 
-class Screen:
-    """Shows the progress of a release: drawn anew in a terminal, else a line for each step."""
-
-    MARKS = ((SUCCESS, "#", "32"), (FAILED, "x", "31"), (RUNNING, ">", "36"), (SKIPPED, "-", "90"),
-             (PENDING, ".", "0"))
-    MAX_BATCHES, MAX_FAILURES = 12, 8
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-        self._is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._has_colours = self._is_terminal and not os.environ.get("NO_COLOR")
-        self._drawn = 0
-        self._said = ""
-
-    def show(self, progress: Progress) -> None:
-        """Shows where a release stands."""
-        if self._is_terminal:
-            self._draw(self._lines(progress))
-            return
-        release = progress.release
-        # a sentence that only counts seconds is no step
-        self._say(release_line(release), f"{release.status} {release.status_reason.partition(', slowest')[0]}")
-
-    def say(self, line: str) -> None:
-        """Shows what is wrong, once."""
-        if self._is_terminal:
-            self._draw([line[:shutil.get_terminal_size((100, 24)).columns - 1]])
-        else:
-            self._say(line, line)
-
-    def _say(self, line: str, step: str) -> None:
-        if step != self._said:
-            print(line, file=self._stream, flush=True)
-        self._said = step
-
-    def _draw(self, lines: Sequence[str]) -> None:
-        """Puts lines in the place of the last ones, as many as the screen has."""
-        lines = lines[:max(shutil.get_terminal_size((100, 24)).lines - 1, 1)]
-        up = f"\x1b[{self._drawn}A" if self._drawn else ""
-        print(up + "".join(f"\r\x1b[K{line}\n" for line in lines) + "\x1b[J", end="", file=self._stream, flush=True)
-        self._drawn = len(lines)
-
-    def _lines(self, progress: Progress) -> list[str]:
-        width = max(40, shutil.get_terminal_size((100, 24)).columns - 1)
-        release, batches = progress.release, progress.batches
-        at = max(release.current_batch or len(batches), 1)
-        # the batches around the current one, where there are too many for the screen
-        first = max(0, min(at - self.MAX_BATCHES // 2, len(batches) - self.MAX_BATCHES))
-        lines = [release_line(release)[:width]]
-        lines += [self._batch_line(batch, width) for batch in batches[first:first + self.MAX_BATCHES]]
-        if len(batches) > self.MAX_BATCHES:
-            lines.append(f"({len(batches)} batches in all)")
-        lines.append(f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
-                     f"{release.skipped_nodes} skipped of {release.total_nodes}")
-        shown = progress.failures[:self.MAX_FAILURES]
-        lines += [self._paint(one_line(f"  {name}: {text}")[:width], "31") for name, text in shown]
-        if release.failed_nodes > len(shown):
-            lines.append(f"  and {release.failed_nodes - len(shown)} more")
-        return lines
-
-    def _batch_line(self, batch: BatchProgress, width: int) -> str:
-        """Gives one batch as a bar whose parts are as long as their share, rounded, and at least one mark."""
-        room = min(40, width - 30)
-        parts = [(mark, colour, batch.count(status)) for status, mark, colour in self.MARKS]
-        bar = ""
-        for mark, colour, count in parts:
-            length = max(1, round(room * count / batch.total)) if count else 0
-            bar += self._paint(mark * length, colour) if length else ""
-        done = batch.count(SUCCESS)
-        return f"batch {batch.number:>3} {done:>6} of {batch.total:<6} {bar}"
-
-    def _paint(self, text: str, colour: str) -> str:
-        return f"\x1b[{colour}m{text}\x1b[0m" if self._has_colours else text
-
-
 def command_events(context: Context) -> int:
     options = context.options
     events = context.open().events(options.id, options.after, options.limit)
@@ -7838,14 +7845,10 @@ def command_version(context: Context) -> int:
     return EXIT_DONE
 
 
-def command_completion(context: Context) -> int:
-    shell = context.options.shell
-    script = COMPLETIONS[shell]()
-    context.show({"shell": shell, "script": script}, script)
-    return EXIT_DONE
-
-
-# -- the table of commands -------------------------------------------------------------------
+# ======================================================================================
+# 18 Command line: the table of commands, and what is made of it: the parser, completion in
+#   shells; the log, and main(). Uses 1 to 17.
+# ======================================================================================
 
 class Command(NamedTuple):
     """One command: its words, help, options as (flags, keywords) of argparse, and what runs it."""
@@ -7898,6 +7901,13 @@ _NODE_OPTIONS = (
     _option("--enable", dest="enabled", action="store_true", default=None, help="it may get releases"),
     _option("--disable", dest="enabled", action="store_false", default=None, help="it gets no releases"),
 )
+
+def command_completion(context: Context) -> int:
+    shell = context.options.shell
+    script = COMPLETIONS[shell]()
+    context.show({"shell": shell, "script": script}, script)
+    return EXIT_DONE
+
 
 COMMANDS: tuple[Command, ...] = (
     Command("serve", "API and executor in one process, until SIGTERM or SIGINT", command_serve),
