@@ -150,7 +150,7 @@ def test_what_was_not_committed_is_not_told(store, records):
     before = len(records)
     with nothing_committed(store):
         for deed in (lambda: store.act("pause", 1, "test"), lambda: store.claim(1, "owner", 30),
-                     lambda: new_release(store), lambda: store.set_freeze(True, "test")):
+                     lambda: new_release(store), lambda: store.set_freeze(True, "test", "holidays")):
             with pytest.raises(rc.DatabaseError):
                 deed()
     assert said(records)[before:] == []

@@ -130,7 +130,7 @@ def test_releases_are_counted_by_target_and_status_and_active_ones_by_their_node
     write(store, "UPDATE release_tasks SET status = 'running' WHERE id = 2")
     write(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = 2 AND node_id = 1")
     write(store, "UPDATE release_task_nodes SET status = 'running' WHERE release_task_id = 2 AND node_id = 2")
-    store.set_freeze(True, "test")
+    store.set_freeze(True, "test", "holidays")
     seen = look(store)
     assert {key[1:]: value for key, value in seen.items() if key[0] == "releasectl_releases" and value} == {
         ("cdn", "failed"): 1, ("cdn", "running"): 1, ("dns", "pending"): 1, ("web", "pending"): 1}
