@@ -3966,10 +3966,11 @@ class Executor:
 
     # -- what others call ----------------------------------------------------------------
 
-    def run_once(self, drain: bool = False) -> Tick:
+    def run_once(self, drain: bool = False, beat: Callable[[], None] = lambda: None) -> Tick:
         """One tick (contract section 4); with drain one after the other until nothing is left to do.
 
-        Raises DatabaseError, and ConfigError when there is work and no way to call an agent.
+        beat is called several times a second meanwhile. Raises DatabaseError, and ConfigError when
+        there is work and no way to call an agent.
         """
         worked_on: dict[int, None] = {}
         while True:
@@ -3978,6 +3979,8 @@ class Executor:
             for driver in started:
                 while driver.is_running() and not self.stopping.is_set():
                     driver.join(0.2)
+                    self.store.database.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
+                    beat()
             if self.stopping.is_set():
                 self.close()
             if not drain or not started or self.stopping.is_set():
@@ -4668,7 +4671,7 @@ def openapi_schemas() -> dict[str, Any]:
         "Freeze": _object({"frozen": {"type": "boolean"}, "reason": _TEXT, "actor": _TEXT, "at": _TEXT}),
         "SetFreeze": _object({"frozen": {"type": "boolean"}, "reason": _REASON}, required=["frozen"])
         | {"anyOf": [{"properties": {"frozen": {"const": False}}},
-                     {"properties": {"reason": {"pattern": "[!-~]"}}, "required": ["reason"]}]},
+                     {"properties": {"reason": {"pattern": r"[^\s\x00-\x1f\x7f-\x9f]"}}, "required": ["reason"]}]},
         "Health": _object({
             "version": _TEXT, "startedAt": _TIME,
             "database": _object({"engine": _TEXT, "ok": {"type": "boolean"}, "schema": _COUNT, "message": _TEXT}),
@@ -5469,7 +5472,9 @@ function askForNode(node) {
       {key: 'enabled', label: 'Enabled', kind: 'check', value: n.enabled},
     ],
     submit: values => call(node ? 'PATCH' : 'POST', node ? `api/v1/nodes/${n.id}` : 'api/v1/nodes',
-      {...values, agentPort: Number(values.agentPort), labels: labelsOf(values.labels)}),
+      {...values, agentPort: Number(values.agentPort),
+        // as text they may lose a comma or a space: what nobody touched is left as it is
+        labels: node && values.labels === labelsText(n.labels) ? n.labels : labelsOf(values.labels)}),
   });
 }
 
@@ -5921,6 +5926,7 @@ class Seat:
     is_new: bool = True
     is_proven: bool = False
     is_at_work: bool = False
+    is_sending: bool = False
 
 
 class Seats:
@@ -5972,10 +5978,10 @@ class Seats:
             seat.is_at_work, seat.is_new = True, False
             return seat in self._seats
 
-    def rest(self, seat: Seat) -> None:
-        """Notes that a seat waits for its client."""
+    def rest(self, seat: Seat, is_sending: bool = False) -> None:
+        """Notes that a seat waits for its client: to ask, or to take its answer."""
         with self._guard:
-            seat.is_at_work, seat.since = False, time.monotonic()
+            seat.is_at_work, seat.is_sending, seat.since = False, is_sending, time.monotonic()
 
     def leave(self, seat: Seat) -> None:
         """Closes a seat's connection."""
@@ -5983,12 +5989,19 @@ class Seats:
             self._seats.discard(seat)
             _close(seat.sock)
 
-    def end_all(self) -> None:
-        """Ends the connections at rest; those at work may still send their answer."""
+    def end_all(self, within_s: float) -> None:
+        """Ends the connections at rest at once; those that answer have so many seconds to do it."""
+        ends_at = time.monotonic() + within_s
+        self._shut(lambda seat: socket.SHUT_RD if seat.is_at_work or seat.is_sending else socket.SHUT_RDWR)
+        while self._seats and time.monotonic() < ends_at:
+            time.sleep(0.02)
+        self._shut(lambda _seat: socket.SHUT_RDWR)
+
+    def _shut(self, how: Callable[[Seat], int]) -> None:
         with self._guard:
             for seat in self._seats:
                 with contextlib.suppress(OSError):
-                    socket.socket.shutdown(seat.sock, socket.SHUT_RD if seat.is_at_work else socket.SHUT_RDWR)
+                    socket.socket.shutdown(seat.sock, how(seat))
 
 
 def has_hung_up(sock: socket.socket, within_s: float) -> bool:
@@ -6047,8 +6060,9 @@ IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,128}")
 EVENTS_LOOK_S, MAX_EVENTS_WAIT_S = 0.5, 30
 # A look whether the database takes writes is a write: not more often, whoever asks.
 READY_LOOK_S = 1.0
-# While a release runs, whoever reads a whole one rests so many times as long as the reading took.
-WHOLE_READ_REST, WHOLE_READ_WAIT_S = 15, 20.0
+# A release of more nodes is read whole by one client at a time. While one runs, who has read rests so many
+# times as long as the reading took; others wait so long for their turn, then they are told to come again.
+MAX_FREE_READ_NODES, WHOLE_READ_REST, MAX_WHOLE_READ_REST_S, WHOLE_READ_WAIT_S = 500, 15, 3.0, 7.0
 
 
 class Request(NamedTuple):
@@ -6112,11 +6126,12 @@ class Api:
 
     def create_release(self, request: Request) -> Reply:
         wanted = parse_release_request(request.body)
-        if parse_flag("dryRun", request.body.get("dryRun", False)):
+        is_bad_key = request.key is not None and not IDEMPOTENCY_KEY.fullmatch(request.key)
+        if not is_bad_key and parse_flag("dryRun", request.body.get("dryRun", False)):
             return Reply(200, plan_json(self.store.plan_release(wanted)))
         once = None
         if request.key is not None:
-            if not IDEMPOTENCY_KEY.fullmatch(request.key):
+            if is_bad_key:
                 raise AppError(2003, "Idempotency-Key must be 1 to 128 printable characters without a space")
             asked = json.dumps(request.body, sort_keys=True).encode()
             once = Once(request.actor, request.key, hashlib.sha256(asked).hexdigest())
@@ -6139,17 +6154,19 @@ class Api:
         return Reply(200, self._whole_release(request.ids[0]))
 
     def _whole_release(self, release_id: int) -> dict[str, Any]:
-        """Gives a release with its nodes; of thousands only one at a time, with a rest while a release runs.
+        """Gives a release with its nodes; a large one only one at a time, with a rest while a release runs.
 
         All threads of this process share one interpreter: clients that read in a loop would take most of it.
         """
+        if self.store.release(release_id).total_nodes <= MAX_FREE_READ_NODES:
+            return release_with_nodes_json(*self.store.release_with_nodes(release_id))
         if not self._whole_read.acquire(timeout=WHOLE_READ_WAIT_S):
             raise AppError(4029, "too many read whole releases: ask for ?view=summary", retry_after_s=5)
         try:
             began = time.thread_time()
             data = release_with_nodes_json(*self.store.release_with_nodes(release_id))
             if self._is_busy():
-                time.sleep(WHOLE_READ_REST * (time.thread_time() - began))
+                time.sleep(min(WHOLE_READ_REST * (time.thread_time() - began), MAX_WHOLE_READ_REST_S))
             return data
         finally:
             self._whole_read.release()
@@ -6662,6 +6679,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             answer = refusal_of(AppError(5001, "releasectl itself failed: see its log"))
         self.close_connection |= self.server.is_stopping
         self._tell(answer)
+        self.server.seats.rest(self.seat, is_sending=True)  # who does not read may lose the seat
         self._send(answer)
         self.server.seats.rest(self.seat)
         return not self.close_connection
@@ -6915,7 +6933,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         """Stops listening, lets the requests at work be answered, and ends all connections."""
         super().server_close()
         self.is_stopping = True
-        self.seats.end_all()
+        self.seats.end_all(STOP_GRACE_S)
         self._workers.shutdown()
         while self._turned_away:
             _close(self._turned_away.popleft()[1])
@@ -7334,9 +7352,9 @@ def command_serve(context: Context) -> int:
             executor.stopping.wait(settings.release_executor_interval_sec)
     finally:
         notify_systemd("STOPPING=1")
+        executor.close()  # first: what clients do must not keep a claim
         server.shutdown()
         server.server_close()
-        executor.close()
     log.info("stopped")
     return EXIT_DONE
 
@@ -7351,6 +7369,10 @@ def command_run_once(context: Context) -> int:
         raise
     _write_metrics(context, path)
     return code
+
+
+# While a drain goes on, its figures are written so often.
+METRICS_EVERY_S = 10.0
 
 
 def _write_metrics(context: Context, path: str) -> None:
@@ -7376,8 +7398,17 @@ def _run_once(context: Context) -> int:
     context.store.database.migrate()
     executor = Executor(settings, context.store, AgentClient(settings, context.store.database.metrics))
     _stop_on_signal(executor.stop)
+    written_at = time.monotonic()
+
+    def beat() -> None:
+        nonlocal written_at
+        if time.monotonic() >= written_at + METRICS_EVERY_S:
+            written_at = time.monotonic()
+            with contextlib.suppress(AppError):  # told at the end, if it is still so
+                _write_metrics(context, context.options.metrics_file)
+
     try:
-        tick = executor.run_once(context.options.drain)
+        tick = executor.run_once(context.options.drain, beat)
     finally:
         executor.close()
     context.show({"releases": [release_json(release) for release in tick.worked_on],
