@@ -146,7 +146,7 @@ MAX_BATCHES = 1000
 MAX_JSON_DEPTH = 64
 
 # How soon a running task is asked for first, and by what the wait grows until the interval.
-FIRST_POLL_S, POLL_GROWTH = 0.05, 1.6
+FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
 # The look that follows a dispatch at once ends so soon: it holds up the word that the task was taken.
 FIRST_LOOK_S = 1.0
 # Waits between tries of a request that failed.
