@@ -245,6 +245,16 @@ def test_a_client_that_does_not_read_its_answer_holds_its_thread_until_the_deadl
         eventually(lambda: not seats(client))
 
 
+def test_clients_that_do_not_read_their_answers_hold_nobody_out(new_server, monkeypatch):
+    client = new_server(HTTP_MAX_CONNECTIONS=4, HTTP_MAX_CONNECTIONS_PER_ADDRESS=4)
+    monkeypatch.setattr(client.server.api, "page", lambda _request: rc.Reply(200, "x" * (64 << 20), "text/html"))
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(connected(client, "127.0.0.2", sent=b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"))
+        eventually(lambda: sum(seat.is_sending for seat in seats(client)) == 4)
+        assert eventually(lambda: healthy(client, "127.0.0.9"))
+
+
 def test_a_client_that_drips_after_its_answer_holds_its_thread_until_the_deadline(new_server, quick):
     client = new_server()
     with connected(client, sent=b"nonsense\r\n\r\n") as sock:
