@@ -4673,7 +4673,7 @@ def openapi_schemas() -> dict[str, Any]:
         | {"anyOf": [{"properties": {"frozen": {"const": False}}},
                      {"properties": {"reason": {"pattern": r"[^\s\x00-\x1f\x7f-\x9f]"}}, "required": ["reason"]}]},
         "Health": _object({
-            "version": _TEXT, "startedAt": _TIME,
+            "version": _TEXT, "startedAt": _TIME, "role": _TEXT,
             "database": _object({"engine": _TEXT, "ok": {"type": "boolean"}, "schema": _COUNT, "message": _TEXT}),
             "executor": _object({"enabled": {"type": "boolean"}, "owner": _TEXT, "lastLookAt": _TIME}),
             "releases": {"type": "array", "items": _object({**release, "batches": _COUNT})},
@@ -5123,7 +5123,8 @@ async function loadFreeze() {
 
 // The one sentence, of the first rule that holds: [tone, headline, what stands behind it, address].
 function verdict() {
-  if (!pulse || trouble) return ['unknown', trouble ? 'No contact' : 'Looking', trouble, 'health'];
+  const isBlind = !pulse || trouble && pulse.health.database.ok;
+  if (isBlind) return ['unknown', trouble ? 'No contact' : 'Looking', trouble, 'health'];
   const {health: {executor, database, certificates, releases, startedAt}, newest, freeze} = pulse;
   const active = status => releases.find(r => r.status === status), underWay = new Set(releases.map(r => r.target));
   const lastOf = new Map(newest.items.filter(r => TERMINAL.includes(r.status)).reverse().map(r => [r.target, r]));
@@ -5171,7 +5172,8 @@ function releasesView() {
       shown = address('releases', query);
     },
     draw(query) {
-      const active = pulse.health.releases, nothing = query.status ? `No release is ${query.status}.` : 'None yet.';
+      const active = pulse.health.releases, nothing = !pulse.health.database.ok ? 'Not known now.'
+        : query.status ? `No release is ${query.status}.` : 'None yet.';
       return h('div', {class: 'stack wide'}, verdictCard(title),
         active.length > 0 && h('section', {class: 'stack', 'aria-label': 'Under way'},
           h('h2', null, `Under way: ${active.length}`), active.map(activeCard)),
@@ -5302,8 +5304,8 @@ function releaseHead(r, counts, events) {
     bar(counts, 'Nodes'), legend(counts),
     h('div', {class: 'row', role: 'group', 'aria-label': 'What can be done'},
       Object.keys(VERBS).map(name => verbButton(name, r))),
-    h('p', {class: 'soft small', id: 'why'}, 'Not now: ',
-      unfit.map(v => `${v.label.toLowerCase()} needs ${either(v.states)}`).join('; ')),
+    h('p', {class: 'soft small', id: 'why'}, mayAct() ? 'Not now: ' : 'Your token only reads (viewer).',
+      mayAct() && unfit.map(v => `${v.label.toLowerCase()} needs ${either(v.states)}`).join('; ')),
     facts([
       ['What for', r.reason],
       ['Created', [clock(r.createdAt), created ? ` by ${created.actor}` : '']],
@@ -5315,7 +5317,8 @@ function releaseHead(r, counts, events) {
     ]));
 }
 
-const isFit = (verb, r) => verb.states.includes(r.status);
+const mayAct = () => pulse.health.role !== 'viewer';
+const isFit = (verb, r) => mayAct() && verb.states.includes(r.status);
 
 function verbButton(name, r) {
   const verb = VERBS[name], unfit = !isFit(verb, r);
@@ -6076,6 +6079,7 @@ class Request(NamedTuple):
     actor: str
     key: str | None = None
     is_over: Callable[[float], bool] = lambda _within_s: True
+    role: str = OPERATOR
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
         """Gives a number of the query; AppError 2002 for what is none, 2003 out of range."""
@@ -6254,14 +6258,15 @@ class Api:
     def page(self, _request: Request) -> Reply:
         return Reply(200, PAGE, "text/html; charset=utf-8", page_headers())
 
-    def overview(self, _request: Request) -> Reply:
+    def overview(self, request: Request) -> Reply:
         message, schema, releases = "", 0, []
         try:
             schema, releases = self.store.database.schema_version(), self.store.open_releases()
         except DatabaseError as error:
             message = error.message
         database = {"engine": self.store.database.engine.name, "ok": not message, "schema": schema, "message": message}
-        return Reply(200, {"version": __version__, "startedAt": utc_text(self.started_at), "database": database,
+        return Reply(200, {"version": __version__, "startedAt": utc_text(self.started_at), "role": request.role,
+                           "database": database,
                            **open_releases_json(releases), **self._process()})
 
     def health(self, _request: Request) -> Reply:
@@ -6723,7 +6728,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
                 raise refusal or AppError(1001, "no token")
             self._require_role(identity, route.role)
         request = Request(ids, self._query(query, route), self._body(raw_body, route), self.actor,
-                          head.headers.get("idempotency-key"), self._is_over)
+                          head.headers.get("idempotency-key"), self._is_over, identity.role if identity else VIEWER)
         return answer_of(getattr(server.api, route.handler)(request), route, head)
 
     def _require_role(self, identity: Identity, role: str) -> None:
