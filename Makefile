@@ -42,8 +42,8 @@ bench: $(TESTS_STAMP) ## how fast it is, beside bare scripts; ARGS="makespan --r
 	@$$(cat $(TESTS_STAMP)) scripts/bench.py $(ARGS)
 
 fuzz: $(FUZZ_STAMP) ## generated requests against a running API: from /openapi.json, and of mutated bytes; a TLS scanner
-	$(VENV_PYTHON) scripts/fuzz_http.py --seconds $(FUZZ_SECONDS)
-	$(VENV_PYTHON) scripts/fuzz_api.py --examples $(FUZZ_EXAMPLES)
+	$(VENV_PYTHON) scripts/fuzz_http.py --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
+	$(VENV_PYTHON) scripts/fuzz_api.py --examples $(FUZZ_EXAMPLES) $(FUZZ_ARGS)
 	$(VENV_PYTHON) -m pytest -q tests/test_api_hostile.py -k scanner
 
 lint: $(LINT_STAMP) ## ruff and mypy
