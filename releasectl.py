@@ -71,7 +71,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import (
@@ -94,6 +94,7 @@ RELEASE_STATUSES = (PENDING, RUNNING, PAUSED, CANCELLING, SUCCESS, PARTIAL, FAIL
 TERMINAL = frozenset((SUCCESS, PARTIAL, FAILED, CANCELLED))
 ACTIVE = frozenset((RUNNING, PAUSED, CANCELLING))
 AT_REST = frozenset((SUCCESS, FAILED, SKIPPED))
+OPEN = frozenset((PENDING, RUNNING))
 
 NODE_STATUSES = ("online", "offline", "maintenance")
 PROTOCOLS = (TASKS, EXECUTE) = ("tasks", "execute")
@@ -1207,8 +1208,7 @@ class Release:
         return f"release {self.id} (v{self.version})"
 
 
-@dataclasses.dataclass(frozen=True)
-class ReleaseNode:
+class ReleaseNode(NamedTuple):
     """A node of a release: its row, and below what only the driver of the release knows."""
     node_id: int
     name: str
@@ -1725,53 +1725,52 @@ def poll_delay_s(polls: int, interval_s: float) -> float:
 
 def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
     """Folds what an agent or a probe answered into what the driver knows of a node."""
-    node = dataclasses.replace(node, in_flight=False)
     if outcome.result == HELD:
-        return dataclasses.replace(node, due=now.elapsed)
+        return node._replace(in_flight=False, due=now.elapsed)
     if outcome.op == PROBE and outcome.result == SUCCESS:
         return _observe_pass(node, now, policy)
     if outcome.result == SUCCESS and policy.probes:
-        return dataclasses.replace(node, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True)
+        return node._replace(in_flight=False, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True)
     if outcome.result == SUCCESS:
-        return dataclasses.replace(node, verdict=Verdict(SUCCESS))
+        return node._replace(in_flight=False, verdict=Verdict(SUCCESS))
     if outcome.result == FAILED:
-        return dataclasses.replace(node, verdict=Verdict(
+        return node._replace(in_flight=False, verdict=Verdict(
             FAILED, outcome.error_kind, one_line(outcome.message), detail_text(outcome.detail)))
     if outcome.result == ACCEPTED:
-        return dataclasses.replace(node, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
-                                   next_op=QUERY, errors=0, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True)
+        return node._replace(in_flight=False, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
+                             next_op=QUERY, errors=0, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True)
     if outcome.result == WORKING:
-        return dataclasses.replace(node, errors=0, polls=node.polls + 1,
-                                   due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
+        return node._replace(in_flight=False, errors=0, polls=node.polls + 1,
+                             due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
     if outcome.result == UNKNOWN:
         # at once the first time: a tick that only waited here would end before it sent anything
         wait_s = backoff_s(node.forgotten, node.node_id) if node.forgotten else 0.0
-        return dataclasses.replace(node, next_op=DISPATCH, reached=True, forgotten=node.forgotten + 1,
-                                   last_error="the agent does not know the task", due=now.elapsed + wait_s)
+        return node._replace(in_flight=False, next_op=DISPATCH, reached=True, forgotten=node.forgotten + 1,
+                             last_error="the agent does not know the task", due=now.elapsed + wait_s)
     return _observe_error(node, outcome, now, policy)
 
 
 def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
-    node = dataclasses.replace(node, errors=0, passes=node.passes + 1)
+    node = node._replace(in_flight=False, errors=0, passes=node.passes + 1)
     if node.passes < policy.probes:
-        return dataclasses.replace(node, due=now.elapsed + PROBE_AGAIN_S)
+        return node._replace(due=now.elapsed + PROBE_AGAIN_S)
     if node.status == SUCCESS:
-        return dataclasses.replace(node, next_op="", is_looked_at=True)
-    return dataclasses.replace(node, verdict=Verdict(SUCCESS))
+        return node._replace(next_op="", is_looked_at=True)
+    return node._replace(verdict=Verdict(SUCCESS))
 
 
 def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
-    node = dataclasses.replace(node, errors=node.errors + 1, passes=0, last_kind=outcome.error_kind,
-                               last_error=outcome.message, reached=node.reached or outcome.result == LOST)
+    node = node._replace(in_flight=False, errors=node.errors + 1, passes=0, last_kind=outcome.error_kind,
+                         last_error=outcome.message, reached=node.reached or outcome.result == LOST)
     if node.errors > policy.retries:
         tries = f" (tried {node.errors} times)" if node.errors > 1 else ""
-        return dataclasses.replace(node, verdict=Verdict(
+        return node._replace(verdict=Verdict(
             FAILED, outcome.error_kind, one_line(outcome.message, MAX_MESSAGE_CHARS - len(tries)) + tries,
             detail_text(outcome.detail), outcome.hold_s))
     held_s = outcome.hold_s if node.agent_protocol == EXECUTE else 0.0
     wait_s = max(backoff_s(node.errors, node.node_id), held_s)
-    return dataclasses.replace(node, due=now.elapsed + wait_s,
-                               next_op=AFTER_ERROR[node.agent_protocol, outcome.op, outcome.result])
+    return node._replace(due=now.elapsed + wait_s,
+                         next_op=AFTER_ERROR[node.agent_protocol, outcome.op, outcome.result])
 
 
 def adopt(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
@@ -1785,21 +1784,99 @@ def adopt(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
     started = epoch_or(node.started_at, now.wall)
     deadline = now.elapsed + started + policy.node_deadline_s - now.wall
     if node.agent_protocol == TASKS:
-        return dataclasses.replace(node, next_op=QUERY, due=now.elapsed, reached=True,
-                                   deadline=max(deadline, now.elapsed + policy.interval_s))
+        return node._replace(next_op=QUERY, due=now.elapsed, reached=True,
+                             deadline=max(deadline, now.elapsed + policy.interval_s))
     held_s = epoch_or(node.hold_until, now.wall) - now.wall
     # a clock that was set back must not hold a node for longer than a hold can be
     due = now.elapsed + min(max(held_s, 0.0), policy.hold_s)
-    return dataclasses.replace(node, next_op=DISPATCH, due=due, deadline=deadline, reached=True)
+    return node._replace(next_op=DISPATCH, due=due, deadline=deadline, reached=True)
 
 
-def kept_from_dispatch(nodes: Iterable[ReleaseNode], passed_s: float) -> list[ReleaseNode]:
+class Roster:
+    """The nodes of a release, and what a decision asks of them without a walk through all.
+
+    A release of ten thousand is decided on a thousand times: only those count that are at work.
+    """
+
+    def __init__(self, nodes: Iterable[ReleaseNode] = ()):
+        """Takes all nodes, by batch and id."""
+        self._nodes = {n.node_id: n for n in nodes}
+        # The nodes in each status, as they came into it; the pending ones by batch and id.
+        self.of: dict[str, dict[int, ReleaseNode]] = {status: {} for status in (*OPEN, *AT_REST)}
+        # How many rows each batch has, and how many of them are pending or running.
+        self.sizes: dict[int, int] = {}
+        self._open: dict[int, int] = {}
+        for n in self._nodes.values():
+            self.of[n.status][n.node_id] = n
+            self.sizes[n.batch] = self.sizes.get(n.batch, 0) + 1
+            self._open[n.batch] = self._open.get(n.batch, 0) + (n.status in OPEN)
+        self._batches = sorted(self.sizes)
+
+    def __iter__(self) -> Iterator[ReleaseNode]:
+        return iter(self._nodes.values())
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __getitem__(self, node_id: int) -> ReleaseNode:
+        return self._nodes[node_id]
+
+    def get(self, node_id: int) -> ReleaseNode | None:
+        """Gives a node by its id, None for one that is not of the release."""
+        return self._nodes.get(node_id)
+
+    def copy(self) -> Roster:
+        """Gives one that can be changed apart."""
+        other = Roster.__new__(Roster)
+        other._nodes, other.sizes, other._open = self._nodes.copy(), self.sizes, self._open.copy()
+        other.of, other._batches = {status: found.copy() for status, found in self.of.items()}, self._batches
+        return other
+
+    def put(self, node: ReleaseNode) -> None:
+        """Puts a node in the place of what was known of it."""
+        before = self._nodes[node.node_id]
+        if before.status != node.status:
+            del self.of[before.status][node.node_id]
+            self._open[node.batch] += (node.status in OPEN) - (before.status in OPEN)
+        self.of[node.status][node.node_id] = self._nodes[node.node_id] = node
+
+    @property
+    def open(self) -> list[ReleaseNode]:
+        """The nodes that have not come to their end."""
+        return [*self.of[RUNNING].values(), *self.of[PENDING].values()]
+
+    @property
+    def batch(self) -> int:
+        """The lowest batch with a pending or running node, 0 for none."""
+        first = next(iter(self.of[PENDING].values()), None)
+        batches = [n.batch for n in self.of[RUNNING].values()] + ([first.batch] if first else [])
+        return min(batches, default=0)
+
+    @property
+    def last_batch(self) -> int:
+        return self._batches[-1] if self._batches else 0
+
+    def open_in(self, batch: int) -> int:
+        """Gives how many nodes of a batch are pending or running."""
+        return self._open.get(batch, 0)
+
+    def batch_before(self, batch: int) -> int:
+        """Gives the batch before one, 0 for none."""
+        found = bisect.bisect_left(self._batches, batch)
+        return self._batches[found - 1] if found else 0
+
+    def looked_at_again(self, batch: int) -> list[ReleaseNode]:
+        """Gives the nodes of a batch that wait for the look at the end of its soak."""
+        return [n for n in self.of[SUCCESS].values() if n.batch == batch and not n.is_looked_at]
+
+
+def kept_from_dispatch(nodes: Roster, passed_s: float) -> list[ReleaseNode]:
     """Gives the nodes whose deadline moves along while a pause or a freeze keeps them from their dispatch.
 
     What is at an agent keeps its own deadline (contract section 7).
     """
-    return [dataclasses.replace(n, deadline=n.deadline + passed_s) for n in nodes
-            if n.status == RUNNING and n.next_op == DISPATCH and not n.in_flight and not n.reached]
+    return [n._replace(deadline=n.deadline + passed_s) for n in nodes.of[RUNNING].values()
+            if n.next_op == DISPATCH and not n.in_flight and not n.reached]
 
 
 class NodeChange(NamedTuple):
@@ -1818,7 +1895,7 @@ class Send(NamedTuple):
 class Decision(NamedTuple):
     """What to commit, then what to send, and when to look again if nothing happens.
 
-    passed_batch and soak_until are the release's own from then on.
+    passed_batch and soak_until are the release's own from then on, and nodes what is known of them.
     """
     changes: tuple[NodeChange, ...]
     status: str
@@ -1826,6 +1903,7 @@ class Decision(NamedTuple):
     error_msg: str
     sends: tuple[Send, ...]
     wake_at: float
+    nodes: Roster
     passed_batch: int = 0
     soak_until: str | None = None
 
@@ -1859,7 +1937,7 @@ class Stage(NamedTuple):
     looks_at: int = 0
 
 
-def stage_of(release: Release, nodes: Sequence[ReleaseNode], now: Moment, strategy: Strategy) -> Stage:
+def stage_of(release: Release, nodes: Roster, now: Moment, strategy: Strategy) -> Stage:
     """Gives what lies between the batch that is done and the next one (contract section 7).
 
         a batch is at rest  ->  soak until a moment  ->  second look (verify)  ->  pause  ->  next batch
@@ -1867,85 +1945,88 @@ def stage_of(release: Release, nodes: Sequence[ReleaseNode], now: Moment, strate
     Each step is left out where the strategy has none. Nothing follows the last batch. What is
     over is kept as passed_batch, so that nobody soaks or pauses twice.
     """
-    batch = min((n.batch for n in nodes if n.status in (PENDING, RUNNING)), default=0)
-    before = max((n.batch for n in nodes if n.batch < batch), default=0)
+    batch = nodes.batch
+    before = nodes.batch_before(batch)
     if before <= release.passed_batch:
         return Stage(batch, release.passed_batch)
     if strategy.soak_s:
         soak_until = release.soak_until or utc_text(now.wall + strategy.soak_s)
         if now.wall < epoch_or(soak_until, 0.0):
             return Stage(0, release.passed_batch, soak_until)
-        if strategy.verify and any(n.batch == before and n.status == SUCCESS and not n.is_looked_at for n in nodes):
+        if strategy.verify and nodes.looked_at_again(before):
             return Stage(0, release.passed_batch, soak_until, looks_at=before)
     if strategy.pauses_after(before):
         return Stage(0, before, pauses=True)
     return Stage(batch, before)
 
 
-def decide(release: Release, nodes: Sequence[ReleaseNode], now: Moment, policy: Policy,
+def decide(release: Release, nodes: Roster, now: Moment, policy: Policy,
            strategy: Strategy = NO_STRATEGY, slots: int = 1, busy: frozenset[int] = frozenset(),
            broken: str = "", freeze: Freeze = NO_FREEZE) -> Decision:
     """Gives what follows from a release and its nodes (contract section 3, rules 3 to 8; section 7).
 
-    nodes: all of the release's, by batch and id. slots: how many requests may leave now.
+    nodes: all of the release's; they are left as they are. slots: how many requests may leave now.
     busy: ids of nodes that another release has in flight, or that may still be at our last
     request. broken: why the release's own row can't be used, which ends it. Waiting for a
     slot is no reason to wake: a result will come and free one.
     """
-    # each pass over thousands of nodes counts: calls and copies are for the few that are not at rest
-    ended = {n.node_id: change for n in nodes if n.status == RUNNING or n.verdict is not None
-             for change in [_end_node(n, now, policy)] if change}
-    left = _after(nodes, ended)
-    exceeded = exceeded_limit(left, strategy)
+    after = nodes.copy()
+    ended = _ended(nodes, now, policy, strategy)
+    exceeded = exceeded_limit(_with(after, ended), strategy)
     failing = bool(broken) or (bool(exceeded) and strategy.on_exceed == FAIL)
     if failing or release.status == CANCELLING:
-        ended.update((n.node_id, change) for n in nodes if n.node_id not in ended
-                     for change in [_close_node(n, now)] if change)
-        left = _after(nodes, ended)
+        closed = [change for n in after.open for change in [_close_node(n, now)] if change]
+        ended += closed
+        _with(after, closed)
     stage = Stage(0, release.passed_batch, release.soak_until)
     if release.status == RUNNING and not failing and not exceeded:
-        stage = stage_of(release, left, now, strategy)
+        stage = stage_of(release, after, now, strategy)
     pauses = stage.pauses or (bool(exceeded) and not failing)
-    status = PAUSED if release.status == RUNNING and pauses else _next_status(release.status, left, failing)
-    running = [n for n in left if n.status == RUNNING]
-    renamed = [NodeChange(n, dataclasses.replace(n, is_renamed=False)) for n in running if n.is_renamed]
+    status = PAUSED if release.status == RUNNING and pauses else _next_status(release.status, after, failing)
+    renamed = [NodeChange(n, n._replace(is_renamed=False)) for n in after.of[RUNNING].values() if n.is_renamed]
     # half of the slots are for nodes to be asked: else their kept connections would be gone by then
-    waiting = sum(_is_due(n, QUERY, now) for n in running)
+    waiting = sum(_is_due(n, QUERY, now) for n in after.of[RUNNING].values())
     is_going = status == RUNNING and not failing and not freeze.frozen
-    begun = _dispatches(release, left, running, now, policy, strategy, stage.batch,
+    begun = _dispatches(release, after, now, policy, strategy, stage.batch,
                         slots - min(waiting, slots // 2), busy) if is_going else []
-    after = _after(left, {change.after.node_id: change for change in (*renamed, *begun)})
+    _with(after, [*renamed, *begun])
     awaited = _awaited(after, stage)
     asked = [n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)][: max(0, slots - len(begun))]
     asked_ids = {n.node_id for n in asked}
     soak_left_s = epoch_or(stage.soak_until, 0.0) - now.wall
     soak_ends = [now.elapsed + soak_left_s] if status == RUNNING and soak_left_s > 0 else []
     return Decision(
-        changes=(*ended.values(), *renamed, *begun),
+        changes=(*ended, *renamed, *begun),
         status=status,
         status_reason=describe(status, after, now, Situation(release, strategy, policy, stage, exceeded, broken,
                                                              busy, freeze)),
         error_msg=_error_msg(after, failing, release, broken),
         sends=(*(Send(DISPATCH, change.after) for change in begun),
-               *(Send(n.next_op, dataclasses.replace(n, in_flight=True)) for n in asked)),
+               *(Send(n.next_op, n._replace(in_flight=True)) for n in asked)),
         wake_at=min((*soak_ends, *(_wake(n, now) for n in awaited if n.node_id not in asked_ids)),
                     default=now.elapsed + policy.interval_s),
+        nodes=after,
         passed_batch=stage.passed_batch,
         soak_until=None if status in TERMINAL else stage.soak_until)
 
 
-def _after(nodes: Sequence[ReleaseNode], changes: Mapping[int, NodeChange]) -> Sequence[ReleaseNode]:
-    """Gives the nodes as the changes, by node id, leave them."""
-    return [changes[n.node_id].after if n.node_id in changes else n for n in nodes] if changes else nodes
+def _with(nodes: Roster, changes: Iterable[NodeChange]) -> Roster:
+    """Gives the roster, with the changes in it."""
+    for change in changes:
+        nodes.put(change.after)
+    return nodes
 
 
-def _awaited(nodes: Sequence[ReleaseNode], stage: Stage) -> list[ReleaseNode]:
+def _ended(nodes: Roster, now: Moment, policy: Policy, strategy: Strategy) -> list[NodeChange]:
+    """Gives the ends of the nodes that run, or that are looked at again after their success."""
+    again = nodes.of[SUCCESS].values() if strategy.verify else ()
+    return [change for n in (*nodes.of[RUNNING].values(), *again) for change in [_end_node(n, now, policy)] if change]
+
+
+def _awaited(nodes: Roster, stage: Stage) -> list[ReleaseNode]:
     """Gives the nodes of which something is to come: those that run, and those to be looked at again."""
-    running = [n for n in nodes if n.status == RUNNING]
-    if not stage.looks_at:
-        return running
-    return running + [dataclasses.replace(n, next_op=PROBE) for n in nodes
-                      if n.status == SUCCESS and n.batch == stage.looks_at and not n.is_looked_at]
+    again = nodes.looked_at_again(stage.looks_at) if stage.looks_at else ()
+    return [*nodes.of[RUNNING].values(), *(n._replace(next_op=PROBE) for n in again)]
 
 
 def _is_due(node: ReleaseNode, op: str, now: Moment) -> bool:
@@ -1980,7 +2061,7 @@ def _end_node(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange | No
 def _close_node(node: ReleaseNode, now: Moment) -> NodeChange | None:
     """Gives the end of a node in a release that sends nothing any more (rules 5 and 8)."""
     if node.status == PENDING:
-        return NodeChange(node, dataclasses.replace(node, status=SKIPPED, finished_at=now.text))
+        return NodeChange(node, node._replace(status=SKIPPED, finished_at=now.text))
     if node.status != RUNNING or node.in_flight or node.next_op != DISPATCH:
         return None
     if node.reached:
@@ -1994,10 +2075,10 @@ def _abandon(node: ReleaseNode, why: str, now: Moment) -> NodeChange:
     return _at_rest(node, Verdict(FAILED, ABANDONED, one_line(message), detail_text(message), None), now)
 
 
-def force_end(nodes: Sequence[ReleaseNode], now: Moment) -> list[NodeChange]:
+def force_end(nodes: Roster, now: Moment) -> list[NodeChange]:
     """Gives how the nodes end of a release that is cancelled by force: at once, whatever they are at."""
     changes = [_abandon(n, "cancelled by force while it was in flight", now) if n.status == RUNNING
-               else _close_node(n, now) for n in nodes]
+               else _close_node(n, now) for n in nodes.open]
     return [change for change in changes if change]
 
 
@@ -2006,20 +2087,19 @@ def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
     if verdict.hold_s is not None:
         is_busy = verdict.hold_s > 0 and node.agent_protocol == EXECUTE
         hold_until = utc_text(now.wall + verdict.hold_s) if is_busy else None
-    return NodeChange(node, dataclasses.replace(
-        node, status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg,
-        finished_at=now.text, hold_until=hold_until, verdict=None, errors=0, passes=0, due=now.elapsed), verdict.detail)
+    return NodeChange(node, node._replace(
+        status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg, finished_at=now.text,
+        hold_until=hold_until, verdict=None, errors=0, passes=0, due=now.elapsed), verdict.detail)
 
 
-def exceeded_limit(nodes: Sequence[ReleaseNode], strategy: Strategy) -> str:
+def exceeded_limit(nodes: Roster, strategy: Strategy) -> str:
     """Gives which limit the failures are beyond, "" when they are tolerated (rule 5, section 7).
 
     A share is of the batch's planned size, which is its number of rows, and is rounded down.
     """
-    failed = [n.batch for n in nodes if n.status == FAILED and not n.accepted]
-    sizes = collections.Counter(n.batch for n in nodes) if failed else {}
+    failed = [n.batch for n in nodes.of[FAILED].values() if not n.accepted]
     for batch, count in sorted(collections.Counter(failed).items()):
-        most = in_numbers(strategy.max_failed, sizes[batch])
+        most = in_numbers(strategy.max_failed, nodes.sizes[batch])
         if count > most:
             return f"{count_of_nodes(count)} of batch {batch} failed, at most {most} may"
     if failed and strategy.max_failed_total is not None:
@@ -2029,7 +2109,7 @@ def exceeded_limit(nodes: Sequence[ReleaseNode], strategy: Strategy) -> str:
     return ""
 
 
-def _next_status(status: str, nodes: Sequence[ReleaseNode], failing: bool) -> str:
+def _next_status(status: str, nodes: Roster, failing: bool) -> str:
     """Gives the release's status after the changes; a paused one waits for a person whatever comes.
 
         status      nodes running or pending   failing   next
@@ -2040,25 +2120,25 @@ def _next_status(status: str, nodes: Sequence[ReleaseNode], failing: bool) -> st
         cancelling  running                    any       cancelling
         cancelling  none running               any       cancelled
     """
-    running = any(n.status == RUNNING for n in nodes)
-    if status not in (RUNNING, CANCELLING) or running:
+    if status not in (RUNNING, CANCELLING) or nodes.of[RUNNING]:
         return status
     if status == CANCELLING:
         return CANCELLED
     if failing or not nodes:
         return FAILED
-    if any(n.status == PENDING for n in nodes):
+    if nodes.of[PENDING]:
         return RUNNING
-    return PARTIAL if any(n.status != SUCCESS for n in nodes) else SUCCESS
+    return SUCCESS if len(nodes.of[SUCCESS]) == len(nodes) else PARTIAL
 
 
-def _dispatches(release: Release, nodes: Sequence[ReleaseNode], running: Sequence[ReleaseNode], now: Moment,
-                policy: Policy, strategy: Strategy, batch: int, slots: int, busy: frozenset[int]) -> list[NodeChange]:
+def _dispatches(release: Release, nodes: Roster, now: Moment, policy: Policy, strategy: Strategy, batch: int,
+                slots: int, busy: frozenset[int]) -> list[NodeChange]:
     """Gives the intents of the dispatches that leave now: repetitions, then the current batch's."""
+    running = nodes.of[RUNNING].values()
     ready = [n for n in running if _is_due(n, DISPATCH, now)]
-    fresh = [n for n in nodes if n.status == PENDING and n.batch == batch and n.node_id not in busy]
-    if strategy.max_parallel:
-        fresh = fresh[:max(0, strategy.max_parallel - len(running))]
+    members = itertools.takewhile(lambda n: n.batch == batch, nodes.of[PENDING].values())
+    room = min(slots, strategy.max_parallel - len(running)) if strategy.max_parallel else slots
+    fresh = itertools.islice((n for n in members if n.node_id not in busy), max(0, room))
     return [_intent(release, n, now, policy) for n in (*ready, *fresh)[:max(0, slots)]]
 
 
@@ -2066,19 +2146,19 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy) ->
     """Gives what is written before a dispatch leaves; started_at and the deadline are the first try's."""
     hold_until = utc_text(now.wall + policy.hold_s) if node.agent_protocol == EXECUTE else None
     task_id = node.task_id or task_id_for(release.type, node.main_ip, release.version)
-    after = dataclasses.replace(node, status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
-                                hold_until=hold_until, in_flight=True, next_op=DISPATCH)
-    if node.status == PENDING:
-        after = dataclasses.replace(after, started_at=now.text, deadline=now.elapsed + policy.node_deadline_s)
-    return NodeChange(node, after)
+    is_first = node.status == PENDING
+    return NodeChange(node, node._replace(
+        status=RUNNING, task_id=task_id, attempts=node.attempts + 1, hold_until=hold_until, in_flight=True,
+        next_op=DISPATCH, started_at=now.text if is_first else node.started_at,
+        deadline=now.elapsed + policy.node_deadline_s if is_first else node.deadline))
 
 
-def first_failed(nodes: Iterable[ReleaseNode]) -> ReleaseNode | None:
+def first_failed(nodes: Roster) -> ReleaseNode | None:
     """Gives the node that failed first, the lower id of two at once."""
-    return min((n for n in nodes if n.status == FAILED), key=lambda n: (n.finished_at or "", n.node_id), default=None)
+    return min(nodes.of[FAILED].values(), key=lambda n: (n.finished_at or "", n.node_id), default=None)
 
 
-def _error_msg(nodes: Sequence[ReleaseNode], failing: bool, release: Release, broken: str) -> str:
+def _error_msg(nodes: Roster, failing: bool, release: Release, broken: str) -> str:
     if broken or not nodes:
         return one_line(broken or NO_NODES)
     first = first_failed(nodes) if failing else None
@@ -2110,18 +2190,18 @@ class Situation(NamedTuple):
         return bool(self.broken or (self.exceeded and self.strategy.on_exceed == FAIL))
 
 
-def describe(status: str, nodes: Sequence[ReleaseNode], now: Moment, situation: Situation) -> str:
+def describe(status: str, nodes: Roster, now: Moment, situation: Situation) -> str:
     """Gives status_reason: what the release is doing or waiting for, on whom, until when."""
     if status == SUCCESS:
         return f"{count_of_nodes(len(nodes))} succeeded"
     if status == PARTIAL:
-        return one_line(f"{_tally(nodes, FAILED)} of {count_of_nodes(len(nodes))} failed, within what was tolerated: "
-                        + _names([n for n in nodes if n.status == FAILED]))
+        return one_line(f"{len(nodes.of[FAILED])} of {count_of_nodes(len(nodes))} failed, within what was tolerated: "
+                        + _names(nodes.of[FAILED].values()))
     if status == FAILED:
         return one_line(_cause(nodes, situation))
     if status == CANCELLED:
-        return f"cancelled with {_tally(nodes, SUCCESS)} of {count_of_nodes(len(nodes))} done"
-    running = [n for n in nodes if n.status == RUNNING]
+        return f"cancelled with {len(nodes.of[SUCCESS])} of {count_of_nodes(len(nodes))} done"
+    running = nodes.of[RUNNING].values()
     waiting = f"waiting for {_names(running)} to end" if running else ""
     if status == CANCELLING:
         return one_line("cancelling: " + (waiting or "nothing is in flight"))
@@ -2133,7 +2213,7 @@ def describe(status: str, nodes: Sequence[ReleaseNode], now: Moment, situation: 
     return one_line(_progress(nodes, now, situation, waiting))
 
 
-def _cause(nodes: Sequence[ReleaseNode], situation: Situation) -> str:
+def _cause(nodes: Roster, situation: Situation) -> str:
     first = first_failed(nodes)
     if situation.broken or first is None:
         return situation.broken or NO_NODES
@@ -2142,12 +2222,11 @@ def _cause(nodes: Sequence[ReleaseNode], situation: Situation) -> str:
     return f"stopped, {situation.exceeded}; first {node}" if tolerates else f"stopped by {node}"
 
 
-def _paused(nodes: Sequence[ReleaseNode], situation: Situation, waiting: str) -> str:
+def _paused(nodes: Roster, situation: Situation, waiting: str) -> str:
     """Gives who paused it, where it stands, what it waits for, and what sets it going again."""
     by = f" by {situation.release.paused_by}" if situation.release.paused_by else ""
     begun = max((n.batch for n in nodes if n.status not in (PENDING, SKIPPED)), default=0)
-    is_amid = any(n.batch == begun and n.status in (PENDING, RUNNING) for n in nodes)
-    where = f" {'in' if is_amid else 'after'} batch {begun}" if begun else ""
+    where = f" {'in' if nodes.open_in(begun) else 'after'} batch {begun}" if begun else ""
     then = "resume to go on"
     if situation.failing:
         first = first_failed(nodes)
@@ -2157,7 +2236,7 @@ def _paused(nodes: Sequence[ReleaseNode], situation: Situation, waiting: str) ->
     return f"paused{by}{where}: " + (f"{waiting}; " if waiting else "") + then
 
 
-def _progress(nodes: Sequence[ReleaseNode], now: Moment, situation: Situation, waiting: str) -> str:
+def _progress(nodes: Roster, now: Moment, situation: Situation, waiting: str) -> str:
     """Gives what a running release is at: frozen, soaking, verifying, or a batch."""
     stage, freeze = situation.stage, situation.freeze
     if not nodes:
@@ -2165,21 +2244,21 @@ def _progress(nodes: Sequence[ReleaseNode], now: Moment, situation: Situation, w
     if freeze.frozen:
         return f"frozen: {freeze.reason}" + (f"; {waiting}" if waiting else "")
     if stage.looks_at:
-        left = [n for n in nodes if n.batch == stage.looks_at and n.status == SUCCESS and not n.is_looked_at]
-        return f"verifying batch {stage.looks_at} after its soak: waiting for {_names(left)}"
+        return (f"verifying batch {stage.looks_at} after its soak: waiting for "
+                + _names(nodes.looked_at_again(stage.looks_at)))
+    batch = nodes.batch
     if stage.soak_until:
-        return f"soaking batch {max(n.batch for n in nodes if n.status != PENDING)} until {stage.soak_until}"
-    batch = min((n.batch for n in nodes if n.status in (PENDING, RUNNING)), default=0)
-    members = [n for n in nodes if n.batch == batch]
-    held = [n for n in members if n.status == PENDING and n.node_id in situation.busy]
-    sentence = (f"batch {batch} of {max(n.batch for n in nodes)}: waiting for "
-                f"{sum(n.status in (PENDING, RUNNING) for n in members)} of {count_of_nodes(len(members))}")
-    return (sentence + _slowest(members, now, situation.policy)
+        return f"soaking batch {nodes.batch_before(batch)} until {stage.soak_until}"
+    pending = nodes.of[PENDING]
+    held = [pending[node_id] for node_id in sorted(situation.busy & pending.keys()) if pending[node_id].batch == batch]
+    sentence = (f"batch {batch} of {nodes.last_batch}: waiting for {nodes.open_in(batch)} of "
+                + count_of_nodes(nodes.sizes.get(batch, 0)))
+    return (sentence + _slowest([n for n in nodes.of[RUNNING].values() if n.batch == batch], now, situation.policy)
             + (f"; {_names(held)} busy with an earlier request" if held else ""))
 
 
-def _slowest(nodes: Sequence[ReleaseNode], now: Moment, policy: Policy) -> str:
-    slowest = min((n for n in nodes if n.status == RUNNING), key=lambda n: n.deadline, default=None)
+def _slowest(running: Sequence[ReleaseNode], now: Moment, policy: Policy) -> str:
+    slowest = min(running, key=lambda n: n.deadline, default=None)
     if slowest is None:
         return ""
     ran_s = now.elapsed + policy.node_deadline_s - slowest.deadline
@@ -2194,14 +2273,9 @@ def count_of_nodes(number: int) -> str:
     return f"{number} node" + ("" if number == 1 else "s")
 
 
-def _tally(nodes: Sequence[ReleaseNode], status: str) -> int:
-    return sum(n.status == status for n in nodes)
-
-
-def _names(nodes: Sequence[ReleaseNode]) -> str:
-    if len(nodes) < 2:
-        return nodes[0].name if nodes else "no node"
-    return f"{nodes[0].name} and {len(nodes) - 1} more"
+def _names(nodes: Collection[ReleaseNode]) -> str:
+    first = next(iter(nodes)).name if nodes else "no node"
+    return f"{first} and {len(nodes) - 1} more" if len(nodes) > 1 else first
 
 
 class Verb(NamedTuple):
@@ -2233,7 +2307,7 @@ def check_verb(verb: str, release: Release) -> None:
         raise AppError(3003, f"release {release.id} is {release.status}: {verb} needs {states}")
 
 
-def check_resume(release: Release, nodes: Sequence[ReleaseNode], strategy: Strategy, accepts: bool) -> None:
+def check_resume(release: Release, nodes: Roster, strategy: Strategy, accepts: bool) -> None:
     """Raises AppError 3003 where resume can't go on: failures that must be accepted first, or can't be."""
     exceeded = exceeded_limit(nodes, strategy)
     if exceeded and strategy.on_exceed == PAUSE and not accepts:
@@ -2868,7 +2942,7 @@ class Store:
         it, or force does. accept_failures goes with resume: what failed counts no more.
         """
         with self.database.transaction(write=True) as tx:
-            release, nodes = self._release(tx, release_id), self._release_nodes(tx, release_id)
+            release, nodes = self._release(tx, release_id), Roster(self._release_nodes(tx, release_id))
             check_verb(verb, release)
             now, strategy = Moment(self.clock.wall(), self.clock.elapsed()), self._strategy_of(release)
             if verb == "resume":
@@ -2878,12 +2952,12 @@ class Store:
             if status_after_verb(verb, release) != release.status:
                 self._turn(tx, release, nodes, VERBS[verb], now, actor, reason)
                 release, reason = self._release(tx, release_id), ""
-            ends_now = verb == CANCEL_BY_FORCE or not any(n.status == RUNNING for n in nodes)
+            ends_now = verb == CANCEL_BY_FORCE or not nodes.of[RUNNING]
             if release.status == CANCELLING and ends_now:
                 changes = force_end(nodes, now)
-                ended = {change.after.node_id: change.after for change in changes}
-                decision = decide(release, [ended.get(n.node_id, n) for n in nodes], now, Policy(0, 0.0, 0.0, 0.0),
-                                  strategy)
+                for change in changes:
+                    nodes.put(change.after)
+                decision = decide(release, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy)
                 self._write(tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=reason)
             self._explain_waiting(tx)
             return self._release(tx, release_id)
@@ -2895,7 +2969,7 @@ class Store:
                            "WHERE release_task_id = ? AND status = 'failed' AND accepted = 0", release.id)
         return "; ".join(filter(None, (reason, f"failures accepted: {count}")))
 
-    def _turn(self, tx: Transaction, release: Release, nodes: Sequence[ReleaseNode], verb: Verb, now: Moment,
+    def _turn(self, tx: Transaction, release: Release, nodes: Roster, verb: Verb, now: Moment,
               actor: str, reason: str) -> None:
         """Writes the status that a verb brings, with its sentence and its event."""
         status, strategy = status_after_verb(verb.name, release), self._strategy_of(release)
@@ -4167,7 +4241,7 @@ class Driver:
         self._store = executor.store
         self._policy = executor.policy
         self._is_tick = is_tick
-        self._nodes: dict[int, ReleaseNode] = {}
+        self._nodes = Roster()
         self._is_stale = True
         # What the row said when it was last read or written by us: else somebody turned it.
         self._seen_at = ""
@@ -4289,28 +4363,27 @@ class Driver:
             self._policy = self._executor.policy.under(self._strategy)
         except (ValueError, AppError) as error:
             self._broken = f"payload or strategy can't be used: {one_line(error, 200)}"
-        now, known_nodes = self._now(), self._nodes
-        self._nodes = {}
+        now, nodes = self._now(), []
         for row in rows:
-            known = known_nodes.get(row.node_id)
+            known = self._nodes.get(row.node_id)
             if known is None or (known.status, known.attempts) != (row.status, row.attempts):
-                self._nodes[row.node_id] = adopt(row, now, self._policy)
+                nodes.append(adopt(row, now, self._policy))
             else:
-                self._nodes[row.node_id] = dataclasses.replace(known, accepted=row.accepted)
+                nodes.append(known._replace(accepted=row.accepted))
+        self._nodes = Roster(nodes)
         self._is_stale, self._seen_at = False, release.updated_at
         return release
 
     def _decide(self, release: Release, now: Moment) -> Decision:
         busy: frozenset[int] = frozenset()
-        if release.status == RUNNING and any(n.status in (PENDING, RUNNING) for n in self._nodes.values()):
+        if release.status == RUNNING and (self._nodes.of[RUNNING] or self._nodes.of[PENDING]):
             busy, self._freeze = self._store.obstacles(release.id)
         self._is_halted = release.status != RUNNING or self._freeze.frozen
         if self._is_halted:
-            self._nodes.update((n.node_id, n) for n in kept_from_dispatch(
-                self._nodes.values(), now.elapsed - self._decided_at))
+            for node in kept_from_dispatch(self._nodes, now.elapsed - self._decided_at):
+                self._nodes.put(node)
         self._decided_at = now.elapsed
-        nodes = list(self._nodes.values())
-        return decide(release, nodes, now, self._policy, self._strategy, self._room(), busy, self._broken,
+        return decide(release, self._nodes, now, self._policy, self._strategy, self._room(), busy, self._broken,
                       self._freeze)
 
     def _room(self) -> int:
@@ -4327,8 +4400,7 @@ class Driver:
         self._moved = 0
         self._said = ""
         self._spoke_at = now.elapsed
-        for change in decision.changes:
-            self._nodes[change.after.node_id] = change.after
+        self._nodes = decision.nodes
 
     def _settle(self, release: Release, decision: Decision) -> None:
         """Finds out whether a commit that ended in an error took place, before anything is repeated.
@@ -4338,7 +4410,7 @@ class Driver:
         if self._store.was_written(self.lease.claim, decision):
             self._store.tell(release, decision, self._executor.owner)
             for change in decision.changes:
-                self._nodes[change.after.node_id] = dataclasses.replace(change.after, in_flight=False)
+                self._nodes.put(change.after._replace(in_flight=False))
             if decision.status in TERMINAL:
                 self.lease.is_lost = True
                 raise ClaimLost("the release is at its end: the commit that seemed to fail took place")
@@ -4347,8 +4419,7 @@ class Driver:
     def _send(self, release: Release, decision: Decision, now: Moment) -> None:
         for op, node in decision.sends:
             task_id = node.task_id or task_id_for(release.type, node.main_ip, release.version)
-            node = dataclasses.replace(node, in_flight=True)
-            self._nodes[node.node_id] = node
+            self._nodes.put(node)
             self._in_flight += 1
             task = AgentTask(task_id, release.type, release.version, self._payload)
             self._executor.submit(functools.partial(self._work, op, node, task, now))
@@ -4440,7 +4511,7 @@ class Driver:
             claim, name = self.lease.claim, self._nodes[outcome.node_id].name
             log.info("%s: node %s: %s failed, %s", claim, name, outcome.op, outcome.message,
                      extra=about(claim, node=name))
-        self._nodes[outcome.node_id] = observe(self._nodes[outcome.node_id], outcome, now, self._policy)
+        self._nodes.put(observe(self._nodes[outcome.node_id], outcome, now, self._policy))
 
     def _may_leave(self, decision: Decision, now: Moment) -> bool:
         """Says whether the claim can be handed back: nothing in flight, and no reason to stay."""
@@ -4449,11 +4520,12 @@ class Driver:
         if self._executor.stopping.is_set():
             return True
         waits = decision.status == PAUSED or (decision.status == RUNNING and self._freeze.frozen)
-        if waits and not any(n.status == RUNNING for n in self._nodes.values()):
+        if waits and not self._nodes.of[RUNNING]:
             return True
+        if not self._is_tick or now.elapsed - self._news_at < self._policy.interval_s:
+            return False
         # a row of tries or probes is not torn apart: the next tick would begin it anew
-        is_amid = any((n.errors or n.passes) and n.due <= now.elapsed + BACKOFF_MAX_S for n in self._nodes.values())
-        return self._is_tick and not is_amid and now.elapsed - self._news_at >= self._policy.interval_s
+        return not any((n.errors or n.passes) and n.due <= now.elapsed + BACKOFF_MAX_S for n in self._nodes)
 
 
 # ======================================================================================

@@ -553,6 +553,7 @@ class Agent:
                 self._wait_for_files()
                 return
             client.setblocking(False)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio only does it where proto is set
             self._fleet.adopt(client, self._new_connection())
 
     def _wait_for_files(self) -> None:
@@ -728,13 +729,18 @@ class Agent:
                 task.status, task.started_at, task.finished_at = "success", wall_clock(), wall_clock()
             else:
                 self._schedule(task)
+                return envelope({"taskId": task_id, "status": "pending"})
         return envelope({"taskId": task_id, "status": task.status})
 
     def _schedule(self, task: Task) -> None:
         task_s = self.behaviour.task_ms / 1000
         pending_s = min(MAX_PENDING_S, task_s / 4)
         self._live.add(task)
-        task.timer = self._fleet.loop.call_later(pending_s, self._begin, task, task_s - pending_s)
+        if task_s > 0:
+            task.timer = self._fleet.loop.call_later(pending_s, self._begin, task, task_s - pending_s)
+        else:  # it is done before anybody can ask
+            self._begin(task)
+            self._finish(task)
 
     # the dialect "execute"
 
@@ -753,7 +759,7 @@ class Agent:
 
     # a run, in either dialect
 
-    def _begin(self, task: Task, duration_s: float) -> None:
+    def _begin(self, task: Task, duration_s: float | None = None) -> None:
         running = [other for other in self._live if other.status == "running"]
         if running:
             self.overlaps += 1
@@ -766,7 +772,8 @@ class Agent:
         self._runs.append(task.run)
         self._run_counts[task.task_id] = self._run_counts.get(task.task_id, 0) + 1
         self._live.add(task)
-        task.timer = self._fleet.loop.call_later(duration_s, self._finish, task)
+        if duration_s is not None:
+            task.timer = self._fleet.loop.call_later(duration_s, self._finish, task)
 
     def _finish(self, task: Task) -> None:
         behaviour = self.behaviour

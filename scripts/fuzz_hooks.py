@@ -11,7 +11,7 @@ schemathesis.openapi.format("address", st.one_of(
 
 
 @schemathesis.hook
-def before_call(context, case, kwargs):
+def before_call(context, case, kwargs):  # noqa: ARG001 - as schemathesis calls it
     """Lets a link that leads nowhere (an event's nodeId, a release's retryOf: they may be null) lead to nothing."""
     for name, value in (case.path_parameters or {}).items():
         if value in (None, "None"):

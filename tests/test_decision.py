@@ -26,11 +26,11 @@ def node(node_id: int, status: str = "pending", batch: int = 1, protocol: str = 
     made = rc.ReleaseNode(node_id, f"edge-{node_id}", f"10.0.0.{node_id}", 8443, protocol, batch, status,
                           "", 0, "", "", None, None, None)
     if status == "running":
-        made = dataclasses.replace(made, attempts=1, started_at=NOW.text, next_op=rc.QUERY, due=NOW.elapsed,
+        made = made._replace(attempts=1, started_at=NOW.text, next_op=rc.QUERY, due=NOW.elapsed,
                                    deadline=NOW.elapsed + 600)
     if status in rc.AT_REST:
-        made = dataclasses.replace(made, finished_at=NOW.text)
-    return dataclasses.replace(made, **fields)
+        made = made._replace(finished_at=NOW.text)
+    return made._replace(**fields)
 
 
 def failed_verdict(kind: str = "agent_failed", message: str = "boom") -> rc.Verdict:
@@ -38,7 +38,7 @@ def failed_verdict(kind: str = "agent_failed", message: str = "boom") -> rc.Verd
 
 
 def decide(nodes, status="running", now=NOW, slots=64, **more) -> rc.Decision:
-    return rc.decide(release(status), nodes, now, POLICY, slots=slots, **more)
+    return rc.decide(release(status), rc.Roster(nodes), now, POLICY, slots=slots, **more)
 
 
 def moves(decision: rc.Decision) -> dict[int, tuple[str, str]]:
@@ -285,7 +285,7 @@ def test_rule_8_past_its_deadline_a_node_is_failed_but_not_under_a_request():
     late = later(601)
     in_flight = node(1, "running", in_flight=True)
     assert decide([in_flight], now=late).changes == ()
-    change = decide([dataclasses.replace(in_flight, in_flight=False, last_error="no answer")], now=late).changes[0]
+    change = decide([in_flight._replace(in_flight=False, last_error="no answer")], now=late).changes[0]
     assert (change.after.status, change.after.error_kind) == ("failed", "deadline")
     assert change.after.error_msg == "not done 600 s after its dispatch; last: no answer"
 
@@ -295,7 +295,7 @@ def test_rule_8_past_its_deadline_a_node_is_failed_but_not_under_a_request():
 def test_section_1_the_hold_is_written_with_the_intent_and_ends_with_an_answer():
     begun = decide([node(1, protocol="execute")]).changes[0].after
     assert begun.hold_until == later(75).text
-    done = dataclasses.replace(begun, in_flight=False, verdict=rc.Verdict("success"))
+    done = begun._replace(in_flight=False, verdict=rc.Verdict("success"))
     assert decide([done]).changes[0].after.hold_until is None
 
 

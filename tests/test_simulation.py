@@ -4,7 +4,6 @@ TEST_LONG=1 runs 10,000 schedules; one alone, with its schedule: python tests/si
 """
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 
@@ -72,7 +71,7 @@ def with_a_new_task_id_after_a_take_over(patch):
     """The new owner names the task anew, so the agent does not know it again."""
     numbers, adopt = itertools.count(), rc.adopt
     patch.setattr(rc, "task_id_for", lambda *parts: f"{parts}-{next(numbers)}")
-    patch.setattr(rc, "adopt", lambda node, now, policy: dataclasses.replace(adopt(node, now, policy), task_id=""))
+    patch.setattr(rc, "adopt", lambda node, now, policy: adopt(node, now, policy)._replace(task_id=""))
 
 
 def with_the_intent_after_the_request(patch):
@@ -105,7 +104,7 @@ def without_the_hold_of_an_execute_agent(patch):
     """The new owner repeats a request that may still be at the agent."""
     adopt = rc.adopt
     patch.setattr(rc, "adopt", lambda node, now, policy: adopt(
-        dataclasses.replace(node, hold_until=None), now, policy))
+        node._replace(hold_until=None), now, policy))
 
 
 @pytest.mark.parametrize("mutate", [
@@ -159,7 +158,7 @@ def without_the_second_look(patch):
     """What was verified once is verified."""
     stage_of = rc.stage_of
     patch.setattr(rc, "stage_of", lambda release, nodes, now, strategy: stage_of(
-        release, [dataclasses.replace(n, is_looked_at=True) for n in nodes], now, strategy))
+        release, rc.Roster(n._replace(is_looked_at=True) for n in nodes), now, strategy))
 
 
 @pytest.mark.parametrize("mutate", [

@@ -1,7 +1,6 @@
 """The operator steers: strategies, gates, verbs, freeze (contract section 7), pure and on both engines."""
 from __future__ import annotations
 
-import dataclasses
 import http.server
 import itertools
 import threading
@@ -186,9 +185,9 @@ def test_a_batch_soaks_before_the_next_one_and_the_moment_is_written_down():
 
 def test_a_soak_goes_on_where_it_was_after_a_take_over_and_then_the_next_batch_leaves():
     soaking = release(soak_until=later(60).text)
-    before = rc.decide(soaking, lines_of("success"), later(59.9), POLICY, SOAK)
+    before = rc.decide(soaking, rc.Roster(lines_of("success")), later(59.9), POLICY, SOAK)
     assert (before.sends, before.soak_until) == ((), later(60).text)
-    after = rc.decide(soaking, lines_of("success"), later(60), POLICY, SOAK)
+    after = rc.decide(soaking, rc.Roster(lines_of("success")), later(60), POLICY, SOAK)
     assert (sends(after), after.soak_until, after.passed_batch) == ([("dispatch", 2)], None, 1)
 
 
@@ -203,7 +202,7 @@ def test_a_release_pauses_after_a_batch_until_someone_resumes(pause_after):
     decision = decide(lines_of("success"), strategy=gated)
     assert (decision.status, decision.passed_batch, sends(decision)) == ("paused", 1, [])
     assert decision.status_reason == "paused after batch 1: resume to go on"
-    resumed = rc.decide(release(passed_batch=1), lines_of("success"), NOW, POLICY, gated)
+    resumed = rc.decide(release(passed_batch=1), rc.Roster(lines_of("success")), NOW, POLICY, gated)
     assert sends(resumed) == [("dispatch", 2)]
 
 
@@ -214,7 +213,7 @@ def test_a_batch_that_is_not_named_brings_no_pause():
 def test_the_pause_comes_after_the_soak():
     both = rc.Strategy(soak_s=60, pause_after="each")
     assert decide(lines_of("success"), strategy=both).status == "running"
-    over = rc.decide(release(soak_until=NOW.text), lines_of("success"), NOW, POLICY, both)
+    over = rc.decide(release(soak_until=NOW.text), rc.Roster(lines_of("success")), NOW, POLICY, both)
     assert (over.status, over.soak_until, over.passed_batch) == ("paused", None, 1)
 
 
@@ -248,12 +247,12 @@ def test_a_node_that_does_not_pass_is_failed_with_error_kind_verify():
 def test_at_the_end_of_its_soak_a_batch_is_probed_again():
     soaked = rc.Strategy(soak_s=60, verify=VERIFY)
     nodes = [node(1, "success"), node(2, "failed", accepted=1), node(3, batch=2)]
-    look = rc.decide(release(soak_until=NOW.text), nodes, NOW, POLICY, soaked, slots=8)
+    look = rc.decide(release(soak_until=NOW.text), rc.Roster(nodes), NOW, POLICY, soaked, slots=8)
     assert sends(look) == [("probe", 1)]
     assert look.status_reason == "verifying batch 1 after its soak: waiting for edge-1"
     passed = rc.observe(look.sends[0].node, rc.Outcome(1, "probe", rc.SUCCESS), NOW, POLICY._replace(probes=1))
     assert passed.is_looked_at
-    then = rc.decide(release(soak_until=NOW.text), [passed, *nodes[1:]], NOW, POLICY, soaked, slots=8)
+    then = rc.decide(release(soak_until=NOW.text), rc.Roster([passed, *nodes[1:]]), NOW, POLICY, soaked, slots=8)
     assert sends(then) == [("dispatch", 3)]
 
 
@@ -263,7 +262,7 @@ def test_the_second_look_wants_as_many_probes_in_a_row_as_the_first():
     seen = decide([seen]).changes[0].after
     for passes in range(2):
         assert (seen.status, seen.is_looked_at) == ("success", False), passes
-        seen = rc.observe(dataclasses.replace(seen, next_op=rc.PROBE), passed, NOW, VERIFIED)
+        seen = rc.observe(seen._replace(next_op=rc.PROBE), passed, NOW, VERIFIED)
     assert seen.is_looked_at
 
 
@@ -277,7 +276,7 @@ def test_a_probe_that_fails_in_any_way_is_tried_again(protocol, result):
 def test_a_success_that_the_second_look_takes_back_is_a_failure_of_the_release():
     soaked = rc.Strategy(soak_s=60, verify=VERIFY)
     taken_back = node(1, "success", verdict=failed_verdict("verify", "HTTP 500"))
-    decision = rc.decide(release(soak_until=NOW.text), [taken_back, node(2, batch=2)], NOW, POLICY, soaked)
+    decision = rc.decide(release(soak_until=NOW.text), rc.Roster([taken_back, node(2, batch=2)]), NOW, POLICY, soaked)
     assert moves(decision) == {1: ("success", "failed"), 2: ("pending", "skipped")}
     assert (decision.status, decision.error_msg) == ("failed", "node edge-1: HTTP 500")
 
@@ -288,7 +287,7 @@ def test_a_dispatch_that_is_kept_back_uses_up_nobodys_deadline_and_no_try():
     held = rc.observe(running(next_op=rc.DISPATCH, deadline=NOW.elapsed + 5), rc.Outcome(1, "dispatch", rc.HELD), NOW,
                       POLICY)
     assert (held.errors, held.next_op, held.verdict) == (0, rc.DISPATCH, None)
-    moved = rc.kept_from_dispatch([held, running(next_op=rc.QUERY), node(3)], 60.0)
+    moved = rc.kept_from_dispatch(rc.Roster([held, running(next_op=rc.QUERY)._replace(node_id=2), node(3)]), 60.0)
     assert [(n.node_id, n.deadline) for n in moved] == [(1, NOW.elapsed + 65)]
 
 
@@ -318,7 +317,7 @@ def test_a_frozen_commit_of_a_dispatch_changes_nothing(store):
     store.set_freeze(True, "anna", "holidays")
     now = rc.Moment(store.clock.wall(), store.clock.elapsed())
     with pytest.raises(rc.StateMoved, match="a freeze came before"):
-        store.commit(claim, read, rc.decide(read, nodes, now, POLICY), now, "a")
+        store.commit(claim, read, rc.decide(read, rc.Roster(nodes), now, POLICY), now, "a")
     assert statuses(store, made.id) == ["pending"]
 
 
