@@ -13,19 +13,21 @@ The floors, in order; each uses only the ones above it:
      3 Settings        one table of the configuration
      4 Database        connection factory, transactions, migrations; where the engines differ
      5 Plan            what a release will do: batches, node addresses, payloads; pure
-     6 Decision        what to write and what to send next; pure
-     7 Store           every SQL statement of the domain
-     8 Agent client    mutual TLS, deadlines, the two dialects
-     9 Executor        claim, lease, and the loop that joins 6, 7 and 8
-    10 Shapes          the JSON of the API and the command line
-    11 Page            the dashboard's document, one raw string
-    12 HTTP            one connection's bytes against limits and deadlines, and who may stay
-    13 API             routes and their handlers, tokens, /openapi.json
-    14 Server          a request from its first byte to its answer, TLS, the listener
-    15 Check           what is wrong with an installation
-    16 Screen          what a person sees in a terminal
-    17 Commands        what each command does
-    18 Command line    the table of commands, the parser, completion, main()
+     6 Sentences       what a release is doing or waiting for; pure
+     7 Decision        what to write and what to send next; pure
+     8 Store           every SQL statement of the domain
+     9 Conversations   waiting for many sockets in one thread
+    10 Agent client    mutual TLS, deadlines, the two dialects
+    11 Executor        claim, lease, and the loop that joins 7, 8 and 10
+    12 Shapes          the JSON of the API and the command line
+    13 Page            the dashboard's document, one raw string
+    14 HTTP            one connection's bytes against limits and deadlines, and who may stay
+    15 API             routes and their handlers, tokens, /openapi.json
+    16 Server          a request from its first byte to its answer, TLS, the listener
+    17 Check           what is wrong with an installation
+    18 Screen          what a person sees in a terminal
+    19 Commands        what each command does
+    20 Command line    the table of commands, the parser, completion, main()
 
 How a release flows through them is drawn in docs/ARCHITECTURE.md.
 """
@@ -39,6 +41,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import errno
 import faulthandler
 import fcntl
 import functools
@@ -71,7 +74,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import (
@@ -80,6 +83,8 @@ from typing import (
     NamedTuple,
     NoReturn,
     TextIO,
+    TypeVar,
+    cast,
 )
 
 # ======================================================================================
@@ -324,12 +329,16 @@ def _nesting(value: object) -> int:
     return depth
 
 
+# Made once: json.loads() makes one for each text, which takes longer than a short text.
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def parse_json(data: bytes | str) -> Any:
     """Reads JSON strictly: UTF-8, no duplicate keys, no NaN, bounded nesting; ValueError else."""
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant,
-                           parse_float=_finite)
+        value = _DECODER.decode(text)
         if "\\u" in text or not isinstance(data, bytes):
             json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate can't be stored
     except RecursionError:
@@ -343,7 +352,7 @@ def parse_json(data: bytes | str) -> Any:
 
 def to_json(value: object) -> str:
     """Gives a value as compact JSON in one line."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -1628,16 +1637,6 @@ def task_id_for(release_type: str, main_ip: str, version: int) -> str:
     return f"{release_type}_{main_ip}_{version}"
 
 
-# ======================================================================================
-# 6 Decision: what to write and what to send next. Pure: no clock, no socket, no disk, no
-#   thread. Uses 1, 2 and 5.
-#
-#   A driver folds what the agents said into its nodes with observe(), asks decide() what
-#   follows, commits that, and only then sends. decide() compares what is with what should
-#   be, so a restart needs no path of its own: adopt() says what a row found running means.
-#   Everything that moves a status lives here: change it here and nowhere else.
-# ======================================================================================
-
 class Moment(NamedTuple):
     """One instant on both clocks, in seconds."""
     wall: float
@@ -1671,6 +1670,239 @@ class Policy(NamedTuple):
             node_deadline_s=strategy.node_deadline_s or self.node_deadline_s,
             probes=strategy.verify.successes if strategy.verify else 0)
 
+
+class Roster:
+    """The nodes of a release, and what a decision asks of them without a walk through all.
+
+    A release of ten thousand is decided on a thousand times: only those count that are at work.
+    """
+
+    def __init__(self, nodes: Iterable[ReleaseNode] = ()):
+        """Takes all nodes, by batch and id."""
+        self._nodes = {n.node_id: n for n in nodes}
+        # The nodes in each status, as they came into it; the pending ones by batch and id.
+        self.of: dict[str, dict[int, ReleaseNode]] = {status: {} for status in (*OPEN, *AT_REST)}
+        # How many rows each batch has, and how many of them are pending or running.
+        self.sizes: dict[int, int] = {}
+        self._open: dict[int, int] = {}
+        for n in self._nodes.values():
+            self.of[n.status][n.node_id] = n
+            self.sizes[n.batch] = self.sizes.get(n.batch, 0) + 1
+            self._open[n.batch] = self._open.get(n.batch, 0) + (n.status in OPEN)
+        self._batches = sorted(self.sizes)
+
+    def __iter__(self) -> Iterator[ReleaseNode]:
+        return iter(self._nodes.values())
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __getitem__(self, node_id: int) -> ReleaseNode:
+        return self._nodes[node_id]
+
+    def get(self, node_id: int) -> ReleaseNode | None:
+        """Gives a node by its id, None for one that is not of the release."""
+        return self._nodes.get(node_id)
+
+    def copy(self) -> Roster:
+        """Gives one that can be changed apart."""
+        other = Roster.__new__(Roster)
+        other._nodes, other.sizes, other._open = self._nodes.copy(), self.sizes, self._open.copy()
+        other.of, other._batches = {status: found.copy() for status, found in self.of.items()}, self._batches
+        return other
+
+    def put(self, node: ReleaseNode) -> None:
+        """Puts a node in the place of what was known of it."""
+        before = self._nodes[node.node_id]
+        if before.status != node.status:
+            del self.of[before.status][node.node_id]
+            self._open[node.batch] += (node.status in OPEN) - (before.status in OPEN)
+        self.of[node.status][node.node_id] = self._nodes[node.node_id] = node
+
+    @property
+    def open(self) -> list[ReleaseNode]:
+        """The nodes that have not come to their end."""
+        return [*self.of[RUNNING].values(), *self.of[PENDING].values()]
+
+    @property
+    def batch(self) -> int:
+        """The lowest batch with a pending or running node, 0 for none."""
+        first = next(iter(self.of[PENDING].values()), None)
+        batches = [n.batch for n in self.of[RUNNING].values()] + ([first.batch] if first else [])
+        return min(batches, default=0)
+
+    @property
+    def last_batch(self) -> int:
+        return self._batches[-1] if self._batches else 0
+
+    def open_in(self, batch: int) -> int:
+        """Gives how many nodes of a batch are pending or running."""
+        return self._open.get(batch, 0)
+
+    def batch_before(self, batch: int) -> int:
+        """Gives the batch before one, 0 for none."""
+        found = bisect.bisect_left(self._batches, batch)
+        return self._batches[found - 1] if found else 0
+
+    def looked_at_again(self, batch: int) -> list[ReleaseNode]:
+        """Gives the nodes of a batch that wait for the look at the end of its soak."""
+        return [n for n in self.of[SUCCESS].values() if n.batch == batch and not n.is_looked_at]
+
+
+class Freeze(NamedTuple):
+    """The switch that lets nothing new be dispatched, by any process; who set it, when and why."""
+    frozen: bool = False
+    reason: str = ""
+    actor: str = ""
+    at: str = ""
+
+
+NO_FREEZE = Freeze()
+
+
+class Stage(NamedTuple):
+    """Where a running release stands between its batches.
+
+    batch: whose pending nodes may go now, 0 for none. passed_batch, soak_until: as in Decision.
+    pauses: whether someone must resume first. looks_at: the batch whose second look is on, or 0.
+    """
+    batch: int
+    passed_batch: int
+    soak_until: str | None = None
+    pauses: bool = False
+    looks_at: int = 0
+
+
+# ======================================================================================
+# 6 Sentences: status_reason, what a release is doing or waiting for, on whom and until when.
+#   Pure; uses 1, 2 and 5.
+# ======================================================================================
+
+def first_failed(nodes: Roster) -> ReleaseNode | None:
+    """Gives the node that failed first, the lower id of two at once."""
+    return min(nodes.of[FAILED].values(), key=lambda n: (n.finished_at or "", n.node_id), default=None)
+
+
+REASON_PENDING = "waiting for the executor"
+NO_NODES = "the release has no nodes"
+# A node that runs for less is not worth a word.
+SLOW_S = 1.0
+
+
+class Situation(NamedTuple):
+    """What a sentence needs to know beside the nodes."""
+    release: Release
+    strategy: Strategy
+    policy: Policy
+    stage: Stage
+    # Which limit the failures are beyond, and why the release's own row can't be used.
+    exceeded: str = ""
+    broken: str = ""
+    busy: frozenset[int] = frozenset()
+    freeze: Freeze = NO_FREEZE
+
+    @property
+    def failing(self) -> bool:
+        return bool(self.broken or (self.exceeded and self.strategy.on_exceed == FAIL))
+
+
+def describe(status: str, nodes: Roster, now: Moment, situation: Situation) -> str:
+    """Gives status_reason: what the release is doing or waiting for, on whom, until when."""
+    if status == SUCCESS:
+        return f"{count_of_nodes(len(nodes))} succeeded"
+    if status == PARTIAL:
+        return one_line(f"{len(nodes.of[FAILED])} of {count_of_nodes(len(nodes))} failed, within what was tolerated: "
+                        + _names(nodes.of[FAILED].values()))
+    if status == FAILED:
+        return one_line(_cause(nodes, situation))
+    if status == CANCELLED:
+        return f"cancelled with {len(nodes.of[SUCCESS])} of {count_of_nodes(len(nodes))} done"
+    running = nodes.of[RUNNING].values()
+    waiting = f"waiting for {_names(running)} to end" if running else ""
+    if status == CANCELLING:
+        return one_line("cancelling: " + (waiting or "nothing is in flight"))
+    if status == PAUSED:
+        return one_line(_paused(nodes, situation, waiting))
+    if situation.failing:
+        first = first_failed(nodes)
+        return one_line(f"stopping, {f'node {first.name} failed' if first else situation.broken}: {waiting}")
+    return one_line(_progress(nodes, now, situation, waiting))
+
+
+def _cause(nodes: Roster, situation: Situation) -> str:
+    first = first_failed(nodes)
+    if situation.broken or first is None:
+        return situation.broken or NO_NODES
+    node = f"node {first.name} in batch {first.batch}: {first.error_msg}"
+    tolerates = situation.strategy.max_failed not in (0, "0%") or situation.strategy.max_failed_total
+    return f"stopped, {situation.exceeded}; first {node}" if tolerates else f"stopped by {node}"
+
+
+def _paused(nodes: Roster, situation: Situation, waiting: str) -> str:
+    """Gives who paused it, where it stands, what it waits for, and what sets it going again."""
+    by = f" by {situation.release.paused_by}" if situation.release.paused_by else ""
+    begun = max((n.batch for n in nodes if n.status not in (PENDING, SKIPPED)), default=0)
+    where = f" {'in' if nodes.open_in(begun) else 'after'} batch {begun}" if begun else ""
+    then = "resume to go on"
+    if situation.failing:
+        first = first_failed(nodes)
+        then = f"{f'node {first.name} failed' if first else situation.broken}: resume to end the release"
+    elif situation.exceeded:
+        then = f"{situation.exceeded}: resume and accept the failures, or cancel"
+    return f"paused{by}{where}: " + (f"{waiting}; " if waiting else "") + then
+
+
+def _progress(nodes: Roster, now: Moment, situation: Situation, waiting: str) -> str:
+    """Gives what a running release is at: frozen, soaking, verifying, or a batch."""
+    stage, freeze = situation.stage, situation.freeze
+    if not nodes:
+        return NO_NODES
+    if freeze.frozen:
+        return f"frozen: {freeze.reason}" + (f"; {waiting}" if waiting else "")
+    if stage.looks_at:
+        return (f"verifying batch {stage.looks_at} after its soak: waiting for "
+                + _names(nodes.looked_at_again(stage.looks_at)))
+    batch = nodes.batch
+    if stage.soak_until:
+        return f"soaking batch {nodes.batch_before(batch)} until {stage.soak_until}"
+    pending = nodes.of[PENDING]
+    held = [pending[node_id] for node_id in sorted(situation.busy & pending.keys()) if pending[node_id].batch == batch]
+    sentence = (f"batch {batch} of {nodes.last_batch}: waiting for {nodes.open_in(batch)} of "
+                + count_of_nodes(nodes.sizes.get(batch, 0)))
+    return (sentence + _slowest([n for n in nodes.of[RUNNING].values() if n.batch == batch], now, situation.policy)
+            + (f"; {_names(held)} busy with an earlier request" if held else ""))
+
+
+def _slowest(running: Sequence[ReleaseNode], now: Moment, policy: Policy) -> str:
+    slowest = min(running, key=lambda n: n.deadline, default=None)
+    if slowest is None:
+        return ""
+    ran_s = now.elapsed + policy.node_deadline_s - slowest.deadline
+    if ran_s < SLOW_S:
+        return ""
+    verified = ", which is verified" if slowest.next_op == PROBE else ""
+    return f", slowest {slowest.name}{verified} for {ran_s:.0f} s of {policy.node_deadline_s:.0f} s"
+
+
+def count_of_nodes(number: int) -> str:
+    """Gives '1 node', '2 nodes'."""
+    return f"{number} node" + ("" if number == 1 else "s")
+
+
+def _names(nodes: Collection[ReleaseNode]) -> str:
+    first = next(iter(nodes)).name if nodes else "no node"
+    return f"{first} and {len(nodes) - 1} more" if len(nodes) > 1 else first
+
+
+# ======================================================================================
+# 7 Decision: what to write and what to send next. Pure: no clock, no socket, no disk, no
+#   thread. Uses 1, 2, 5 and 6.
+#
+#   A driver folds what the agents said into its nodes with observe(), asks decide() what
+#   follows, commits that, and only then sends. decide() compares what is with what should
+#   be, so a restart needs no path of its own: adopt() says what a row found running means.
+#   Everything that moves a status lives here: change it here and nowhere else.
+# ======================================================================================
 
 # What came back from an agent.
 ACCEPTED = "accepted"   # it has the task
@@ -1792,84 +2024,6 @@ def adopt(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
     return node._replace(next_op=DISPATCH, due=due, deadline=deadline, reached=True)
 
 
-class Roster:
-    """The nodes of a release, and what a decision asks of them without a walk through all.
-
-    A release of ten thousand is decided on a thousand times: only those count that are at work.
-    """
-
-    def __init__(self, nodes: Iterable[ReleaseNode] = ()):
-        """Takes all nodes, by batch and id."""
-        self._nodes = {n.node_id: n for n in nodes}
-        # The nodes in each status, as they came into it; the pending ones by batch and id.
-        self.of: dict[str, dict[int, ReleaseNode]] = {status: {} for status in (*OPEN, *AT_REST)}
-        # How many rows each batch has, and how many of them are pending or running.
-        self.sizes: dict[int, int] = {}
-        self._open: dict[int, int] = {}
-        for n in self._nodes.values():
-            self.of[n.status][n.node_id] = n
-            self.sizes[n.batch] = self.sizes.get(n.batch, 0) + 1
-            self._open[n.batch] = self._open.get(n.batch, 0) + (n.status in OPEN)
-        self._batches = sorted(self.sizes)
-
-    def __iter__(self) -> Iterator[ReleaseNode]:
-        return iter(self._nodes.values())
-
-    def __len__(self) -> int:
-        return len(self._nodes)
-
-    def __getitem__(self, node_id: int) -> ReleaseNode:
-        return self._nodes[node_id]
-
-    def get(self, node_id: int) -> ReleaseNode | None:
-        """Gives a node by its id, None for one that is not of the release."""
-        return self._nodes.get(node_id)
-
-    def copy(self) -> Roster:
-        """Gives one that can be changed apart."""
-        other = Roster.__new__(Roster)
-        other._nodes, other.sizes, other._open = self._nodes.copy(), self.sizes, self._open.copy()
-        other.of, other._batches = {status: found.copy() for status, found in self.of.items()}, self._batches
-        return other
-
-    def put(self, node: ReleaseNode) -> None:
-        """Puts a node in the place of what was known of it."""
-        before = self._nodes[node.node_id]
-        if before.status != node.status:
-            del self.of[before.status][node.node_id]
-            self._open[node.batch] += (node.status in OPEN) - (before.status in OPEN)
-        self.of[node.status][node.node_id] = self._nodes[node.node_id] = node
-
-    @property
-    def open(self) -> list[ReleaseNode]:
-        """The nodes that have not come to their end."""
-        return [*self.of[RUNNING].values(), *self.of[PENDING].values()]
-
-    @property
-    def batch(self) -> int:
-        """The lowest batch with a pending or running node, 0 for none."""
-        first = next(iter(self.of[PENDING].values()), None)
-        batches = [n.batch for n in self.of[RUNNING].values()] + ([first.batch] if first else [])
-        return min(batches, default=0)
-
-    @property
-    def last_batch(self) -> int:
-        return self._batches[-1] if self._batches else 0
-
-    def open_in(self, batch: int) -> int:
-        """Gives how many nodes of a batch are pending or running."""
-        return self._open.get(batch, 0)
-
-    def batch_before(self, batch: int) -> int:
-        """Gives the batch before one, 0 for none."""
-        found = bisect.bisect_left(self._batches, batch)
-        return self._batches[found - 1] if found else 0
-
-    def looked_at_again(self, batch: int) -> list[ReleaseNode]:
-        """Gives the nodes of a batch that wait for the look at the end of its soak."""
-        return [n for n in self.of[SUCCESS].values() if n.batch == batch and not n.is_looked_at]
-
-
 def kept_from_dispatch(nodes: Roster, passed_s: float) -> list[ReleaseNode]:
     """Gives the nodes whose deadline moves along while a pause or a freeze keeps them from their dispatch.
 
@@ -1911,30 +2065,6 @@ class Decision(NamedTuple):
         """Says whether something is to be committed at once; a new sentence alone can wait."""
         return bool(self.changes) or (self.status, self.passed_batch, self.soak_until) != (
             release.status, release.passed_batch, release.soak_until)
-
-
-class Freeze(NamedTuple):
-    """The switch that lets nothing new be dispatched, by any process; who set it, when and why."""
-    frozen: bool = False
-    reason: str = ""
-    actor: str = ""
-    at: str = ""
-
-
-NO_FREEZE = Freeze()
-
-
-class Stage(NamedTuple):
-    """Where a running release stands between its batches.
-
-    batch: whose pending nodes may go now, 0 for none. passed_batch, soak_until: as in Decision.
-    pauses: whether someone must resume first. looks_at: the batch whose second look is on, or 0.
-    """
-    batch: int
-    passed_batch: int
-    soak_until: str | None = None
-    pauses: bool = False
-    looks_at: int = 0
 
 
 def stage_of(release: Release, nodes: Roster, now: Moment, strategy: Strategy) -> Stage:
@@ -2153,129 +2283,11 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy) ->
         deadline=now.elapsed + policy.node_deadline_s if is_first else node.deadline))
 
 
-def first_failed(nodes: Roster) -> ReleaseNode | None:
-    """Gives the node that failed first, the lower id of two at once."""
-    return min(nodes.of[FAILED].values(), key=lambda n: (n.finished_at or "", n.node_id), default=None)
-
-
 def _error_msg(nodes: Roster, failing: bool, release: Release, broken: str) -> str:
     if broken or not nodes:
         return one_line(broken or NO_NODES)
     first = first_failed(nodes) if failing else None
     return one_line(f"node {first.name}: {first.error_msg}") if first else release.error_msg
-
-
-# Every sentence of status_reason.
-
-REASON_PENDING = "waiting for the executor"
-NO_NODES = "the release has no nodes"
-# A node that runs for less is not worth a word.
-SLOW_S = 1.0
-
-
-class Situation(NamedTuple):
-    """What a sentence needs to know beside the nodes."""
-    release: Release
-    strategy: Strategy
-    policy: Policy
-    stage: Stage
-    # Which limit the failures are beyond, and why the release's own row can't be used.
-    exceeded: str = ""
-    broken: str = ""
-    busy: frozenset[int] = frozenset()
-    freeze: Freeze = NO_FREEZE
-
-    @property
-    def failing(self) -> bool:
-        return bool(self.broken or (self.exceeded and self.strategy.on_exceed == FAIL))
-
-
-def describe(status: str, nodes: Roster, now: Moment, situation: Situation) -> str:
-    """Gives status_reason: what the release is doing or waiting for, on whom, until when."""
-    if status == SUCCESS:
-        return f"{count_of_nodes(len(nodes))} succeeded"
-    if status == PARTIAL:
-        return one_line(f"{len(nodes.of[FAILED])} of {count_of_nodes(len(nodes))} failed, within what was tolerated: "
-                        + _names(nodes.of[FAILED].values()))
-    if status == FAILED:
-        return one_line(_cause(nodes, situation))
-    if status == CANCELLED:
-        return f"cancelled with {len(nodes.of[SUCCESS])} of {count_of_nodes(len(nodes))} done"
-    running = nodes.of[RUNNING].values()
-    waiting = f"waiting for {_names(running)} to end" if running else ""
-    if status == CANCELLING:
-        return one_line("cancelling: " + (waiting or "nothing is in flight"))
-    if status == PAUSED:
-        return one_line(_paused(nodes, situation, waiting))
-    if situation.failing:
-        first = first_failed(nodes)
-        return one_line(f"stopping, {f'node {first.name} failed' if first else situation.broken}: {waiting}")
-    return one_line(_progress(nodes, now, situation, waiting))
-
-
-def _cause(nodes: Roster, situation: Situation) -> str:
-    first = first_failed(nodes)
-    if situation.broken or first is None:
-        return situation.broken or NO_NODES
-    node = f"node {first.name} in batch {first.batch}: {first.error_msg}"
-    tolerates = situation.strategy.max_failed not in (0, "0%") or situation.strategy.max_failed_total
-    return f"stopped, {situation.exceeded}; first {node}" if tolerates else f"stopped by {node}"
-
-
-def _paused(nodes: Roster, situation: Situation, waiting: str) -> str:
-    """Gives who paused it, where it stands, what it waits for, and what sets it going again."""
-    by = f" by {situation.release.paused_by}" if situation.release.paused_by else ""
-    begun = max((n.batch for n in nodes if n.status not in (PENDING, SKIPPED)), default=0)
-    where = f" {'in' if nodes.open_in(begun) else 'after'} batch {begun}" if begun else ""
-    then = "resume to go on"
-    if situation.failing:
-        first = first_failed(nodes)
-        then = f"{f'node {first.name} failed' if first else situation.broken}: resume to end the release"
-    elif situation.exceeded:
-        then = f"{situation.exceeded}: resume and accept the failures, or cancel"
-    return f"paused{by}{where}: " + (f"{waiting}; " if waiting else "") + then
-
-
-def _progress(nodes: Roster, now: Moment, situation: Situation, waiting: str) -> str:
-    """Gives what a running release is at: frozen, soaking, verifying, or a batch."""
-    stage, freeze = situation.stage, situation.freeze
-    if not nodes:
-        return NO_NODES
-    if freeze.frozen:
-        return f"frozen: {freeze.reason}" + (f"; {waiting}" if waiting else "")
-    if stage.looks_at:
-        return (f"verifying batch {stage.looks_at} after its soak: waiting for "
-                + _names(nodes.looked_at_again(stage.looks_at)))
-    batch = nodes.batch
-    if stage.soak_until:
-        return f"soaking batch {nodes.batch_before(batch)} until {stage.soak_until}"
-    pending = nodes.of[PENDING]
-    held = [pending[node_id] for node_id in sorted(situation.busy & pending.keys()) if pending[node_id].batch == batch]
-    sentence = (f"batch {batch} of {nodes.last_batch}: waiting for {nodes.open_in(batch)} of "
-                + count_of_nodes(nodes.sizes.get(batch, 0)))
-    return (sentence + _slowest([n for n in nodes.of[RUNNING].values() if n.batch == batch], now, situation.policy)
-            + (f"; {_names(held)} busy with an earlier request" if held else ""))
-
-
-def _slowest(running: Sequence[ReleaseNode], now: Moment, policy: Policy) -> str:
-    slowest = min(running, key=lambda n: n.deadline, default=None)
-    if slowest is None:
-        return ""
-    ran_s = now.elapsed + policy.node_deadline_s - slowest.deadline
-    if ran_s < SLOW_S:
-        return ""
-    verified = ", which is verified" if slowest.next_op == PROBE else ""
-    return f", slowest {slowest.name}{verified} for {ran_s:.0f} s of {policy.node_deadline_s:.0f} s"
-
-
-def count_of_nodes(number: int) -> str:
-    """Gives '1 node', '2 nodes'."""
-    return f"{number} node" + ("" if number == 1 else "s")
-
-
-def _names(nodes: Collection[ReleaseNode]) -> str:
-    first = next(iter(nodes)).name if nodes else "no node"
-    return f"{first} and {len(nodes) - 1} more" if len(nodes) > 1 else first
 
 
 class Verb(NamedTuple):
@@ -2388,7 +2400,7 @@ def waiting_reasons(candidates: Iterable[Candidate], freeze: Freeze = NO_FREEZE)
 
 
 # ======================================================================================
-# 7 Store: every SQL statement of the domain; a method is one transaction. Uses 1 to 6.
+# 8 Store: every SQL statement of the domain; a method is one transaction. Uses 1 to 7.
 #   Rows become dataclasses here and nowhere else.
 # ======================================================================================
 
@@ -3329,8 +3341,214 @@ class Store:
 
 
 # ======================================================================================
-# 8 Agent client: mutual TLS, connections, deadlines, the two dialects (contract section 1).
-#   Uses 1 to 3, and the words of 6; knows no database and no release.
+# 9 Conversations: coroutines that wait for sockets, many in one thread, or one in the caller's.
+#   Uses 1 and 2; knows no agent.
+#
+#   A thread for each of 64 requests costs a third more CPU: they wake at once, and fight for the
+#   interpreter. asyncio is not used, as its TLS needs twice the CPU of a plain SSLSocket.
+# ======================================================================================
+
+# So often it is looked whose time is over, while there is somebody who waits.
+LATE_CHECK_S = 0.05
+
+T = TypeVar("T")
+
+
+class Wait(NamedTuple):
+    """What a conversation waits for: that a socket can be read or written (POLLIN, POLLOUT), until a moment.
+
+    The moment is one of time.monotonic(); socket.timeout is raised then.
+    """
+    sock: socket.socket | None
+    event: int
+    ends_at: float
+
+    def __await__(self) -> Generator[Wait, None, None]:
+        yield self
+
+
+# Awaited before what blocks its thread: among many, a conversation goes on in a thread of its own then.
+BLOCKS = Wait(None, 0, 0.0)
+
+
+def converse(talk: Coroutine[Wait, None, T]) -> T:
+    """Holds a conversation to its end in this thread; gives what it returns, raises what it raises."""
+    error: Exception | None = None
+    try:
+        while True:
+            wait = talk.throw(error) if error else talk.send(None)
+            error = None
+            if wait.sock is not None:
+                left_s = wait.ends_at - time.monotonic()
+                poller = select.poll()
+                poller.register(wait.sock, wait.event)
+                if not poller.poll(max(left_s, 0.0) * 1000):
+                    error = socket.timeout("deadline")
+    except StopIteration as end:
+        return cast(T, end.value)
+
+
+class Conversations:
+    """Holds many conversations at once, in one thread; in more only those that block."""
+
+    def __init__(self, max_blocked: int):
+        """Takes how many may block at once; starts its thread with the first conversation."""
+        self._blocked = ThreadPoolExecutor(max_blocked, thread_name_prefix="agent")
+        self._new: collections.deque[Coroutine[Wait, None, None]] = collections.deque()
+        self._waiting: dict[int, tuple[Coroutine[Wait, None, None], Wait]] = {}
+        self._poller = select.poll()
+        self._wakers: tuple[socket.socket, socket.socket] | None = None
+        self._is_woken = False
+        self._is_closed = False
+        self._turned_at = 0.0
+        self._guard = threading.Lock()
+
+    def submit(self, talk: Coroutine[Wait, None, None]) -> None:
+        """Begins a conversation; it must tell its outcome itself, and raise nothing. After close() it is let go."""
+        with self._guard:
+            if self._is_closed:
+                talk.close()
+                return
+            if self._wakers is None:
+                self._turned_at = time.monotonic()
+                self._wakers = socket.socketpair()
+                self._poller.register(self._wakers[0], select.POLLIN)
+                threading.Thread(target=self._run, args=self._wakers, name="agents", daemon=True).start()
+            self._new.append(talk)
+            self._wake()
+
+    def is_hung(self, since: float) -> bool:
+        """Says whether somebody waits, and nobody was looked at since a moment of time.monotonic()."""
+        return bool(self._waiting or self._new) and self._turned_at < since
+
+    def close(self) -> None:
+        """Lets go of what is under way, without a word to it."""
+        with self._guard:
+            self._is_closed = True
+            self._wake()
+        self._blocked.shutdown(wait=False)
+
+    def _wake(self) -> None:
+        if self._wakers and not self._is_woken:
+            self._is_woken = True
+            self._wakers[1].send(b"\0")
+
+    def _run(self, woken: socket.socket, waker: socket.socket) -> None:
+        check_at = 0.0
+        while not self._is_closed:
+            for descriptor, _ in self._poller.poll(LATE_CHECK_S * 1000 if self._waiting else None):
+                if descriptor == woken.fileno():
+                    woken.recv(1)
+                    self._is_woken = False  # before the new ones are taken: whoever comes later wakes again
+                else:
+                    self._go_on(self._stop_waiting(descriptor))
+            while self._new:
+                self._go_on(self._new.popleft())
+            self._turned_at = now = time.monotonic()
+            if now >= check_at:
+                check_at = now + LATE_CHECK_S
+                for descriptor in [d for d, (_, wait) in self._waiting.items() if wait.ends_at <= now]:
+                    self._go_on(self._stop_waiting(descriptor), socket.timeout("deadline"))
+        for talk in (*self._new, *(talk for talk, _ in self._waiting.values())):
+            talk.close()
+        with self._guard:
+            self._wakers = None
+            woken.close()
+            waker.close()
+
+    def _stop_waiting(self, descriptor: int) -> Coroutine[Wait, None, None]:
+        self._poller.unregister(descriptor)
+        return self._waiting.pop(descriptor)[0]
+
+    def _go_on(self, talk: Coroutine[Wait, None, None], error: Exception | None = None) -> None:
+        """Lets a conversation go on until it waits again, or ends."""
+        try:
+            wait = talk.throw(error) if error else talk.send(None)
+            if wait.sock is None:
+                self._blocked.submit(converse, talk)
+            else:
+                descriptor = wait.sock.fileno()
+                self._waiting[descriptor] = talk, wait
+                self._poller.register(descriptor, wait.event)
+        except StopIteration:
+            pass
+        except Exception:  # one conversation must not end all others
+            log.exception("a conversation with an agent failed within releasectl")
+
+
+class TimedSocket:
+    """A connected socket, plain or TLS, whose every wait ends at one moment, also under a peer that drips."""
+
+    def __init__(self, sock: socket.socket, ends_at: float, max_bytes: int):
+        """Takes a socket that does not block, a moment of time.monotonic(), and how much may be read in all."""
+        self.sock = sock
+        self.ends_at = ends_at
+        self.received = 0
+        self.unread = b""
+        self.at_end = False
+        self._max_bytes = max_bytes
+
+    async def when_ready(self, act: Callable[[], T], event: int) -> T:
+        """Gives what act() gives as soon as the socket lets it; socket.timeout at the end of the time."""
+        while True:
+            if time.monotonic() >= self.ends_at:
+                raise socket.timeout("deadline")
+            try:
+                return act()
+            except ssl.SSLWantReadError:
+                event = select.POLLIN
+            except ssl.SSLWantWriteError:
+                event = select.POLLOUT
+            except BlockingIOError:
+                pass
+            await Wait(self.sock, event, self.ends_at)
+
+    async def sendall(self, data: bytes) -> None:
+        """Sends all of it."""
+        view = memoryview(data)
+        while view:
+            view = view[await self.when_ready(functools.partial(self.sock.send, view), select.POLLOUT):]
+
+    async def recv(self, max_bytes: int) -> bytes:
+        """Gives what is there, b"" at the end; TooBig when it is more than may be read."""
+        if self.unread:
+            data, self.unread = self.unread[:max_bytes], self.unread[max_bytes:]
+            return data
+        data = await self.when_ready(functools.partial(self.sock.recv, max_bytes), select.POLLIN)
+        self.received += len(data)
+        self.at_end = not data
+        if self.received > self._max_bytes:
+            raise TooBig
+        return data
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """Gives it as http.client wants it, which blocks."""
+        return io.BufferedReader(_SocketReader(self), 16384)
+
+    def close(self) -> None:
+        """Does nothing: who opened the socket closes it, after the last byte was read."""
+
+
+class _SocketReader(io.RawIOBase):
+    def __init__(self, source: TimedSocket):
+        self._source = source
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = converse(self._source.recv(len(buffer)))
+        buffer[:len(data)] = data
+        return len(data)
+
+
+class TooBig(Exception):
+    """More came than may be read."""
+
+
+# ======================================================================================
+# 10 Agent client: mutual TLS, connections, deadlines, the two dialects (contract section 1).
+#   Uses 1 to 3, 9, and the words of 7; knows no database and no release.
 # ======================================================================================
 
 MAX_IDLE_AGENT_CONNECTIONS = 256
@@ -3391,67 +3609,6 @@ class Answer(NamedTuple):
     """What an agent said: ACCEPTED, WORKING, SUCCESS or UNKNOWN, and the task's id."""
     state: str
     task_id: str = ""
-
-
-class _TimedSocket:
-    """A connected socket whose every wait ends at one moment, as http.client wants it.
-
-    A socket's own timeout starts anew with each byte; a peer that drips would never end.
-    """
-
-    def __init__(self, sock: socket.socket, ends_at: float):
-        self.sock = sock
-        self.ends_at = ends_at
-        self.received = 0
-        self.unread = b""
-        self.at_end = False
-
-    def _arm(self) -> None:
-        left_s = self.ends_at - time.monotonic()
-        if left_s <= 0:
-            raise socket.timeout("deadline")
-        self.sock.settimeout(left_s)
-
-    def sendall(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            self._arm()
-            view = view[self.sock.send(view):]
-
-    def recv(self, max_bytes: int) -> bytes:
-        if self.unread:
-            data, self.unread = self.unread[:max_bytes], self.unread[max_bytes:]
-            return data
-        self._arm()
-        data = self.sock.recv(max_bytes)
-        self.received += len(data)
-        self.at_end = not data
-        if self.received > MAX_BODY_BYTES + MAX_HEAD_BYTES:
-            raise _TooBig
-        return data
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_SocketReader(self), 16384)
-
-    def close(self) -> None:
-        """Does nothing: AgentClient closes, after the last byte was read."""
-
-
-class _SocketReader(io.RawIOBase):
-    def __init__(self, source: _TimedSocket):
-        self._source = source
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._source.recv(len(buffer))
-        buffer[:len(data)] = data
-        return len(data)
-
-
-class _TooBig(Exception):
-    """An answer over MAX_BODY_BYTES."""
 
 
 class _Stale(Exception):
@@ -3548,7 +3705,7 @@ def _tls_reason(error: ssl.SSLError) -> str:
 
 
 class AgentClient:
-    """Speaks with agents, from many threads at once: dispatch(), query(), ping()."""
+    """Speaks with agents: dispatching() and querying() are conversations; dispatch(), query(), ping() wait for one."""
 
     def __init__(self, settings: Settings, metrics: Metrics | None = None):
         """Takes the settings, and where to count; reads no file yet: see prepare()."""
@@ -3574,43 +3731,40 @@ class AgentClient:
         with self._guard:
             self._is_closed = True
             idle, self._idle = self._idle, {}
-            for sock in self._active:
-                with contextlib.suppress(OSError):
-                    # not SSLSocket.shutdown: it takes the encryption away from under the other thread
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        for sock in list(self._active):
+            with contextlib.suppress(OSError):
+                # not SSLSocket.shutdown: it takes the encryption away from under the other thread
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
         for sock, _, _ in idle.values():
             _close(sock)
 
-    def dispatch(self, address: Address, task: AgentTask, within_s: float = 3600.0,
-                 gate: Callable[[], bool] = lambda: True) -> Answer:
+    async def dispatching(self, address: Address, task: AgentTask, within_s: float = 3600.0,
+                          gate: Callable[[], bool] = lambda: True) -> Answer:
         """Sends a task; gives ACCEPTED with the id to poll, or SUCCESS from an execute agent.
 
         within_s shortens the request timeout; gate is asked just before the first byte leaves.
         Raises AgentError.
         """
-        return self._counted(DISPATCH, lambda: self._dispatch(address, task, within_s, gate))
+        return await self._counted(DISPATCH, self._dispatch(address, task, within_s, gate))
 
-    def _dispatch(self, address: Address, task: AgentTask, within_s: float, gate: Callable[[], bool]) -> Answer:
-        if address.protocol == TASKS:
-            data = self._call(address, "POST", "/tasks/dispatch", within_s, {
-                "taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload}, gate)
-            named = data.get("taskId")
-            if not isinstance(named, str) or not named or one_line(named) != named:
-                raise self._nonsense(address, "names no task id", data)
-            return Answer(ACCEPTED, named)
-        data = self._call(address, "POST", "/agent/v1/tasks/execute", within_s, {
-            "requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}}, gate)
-        return self._read_execution(address, task, data)
+    async def querying(self, address: Address, task_id: str, within_s: float = 3600.0) -> Answer:
+        """Asks a tasks agent for a task; gives WORKING, SUCCESS or UNKNOWN. Raises AgentError."""
+        return await self._counted(QUERY, self._query(address, task_id, within_s))
+
+    def dispatch(self, address: Address, task: AgentTask, within_s: float = 3600.0,
+                 gate: Callable[[], bool] = lambda: True) -> Answer:
+        """Does dispatching() in the caller's thread."""
+        return converse(self.dispatching(address, task, within_s, gate))
 
     def query(self, address: Address, task_id: str, within_s: float = 3600.0) -> Answer:
-        """Asks a tasks agent for a task; gives WORKING, SUCCESS or UNKNOWN. Raises AgentError."""
-        return self._counted(QUERY, lambda: self._query(address, task_id, within_s))
+        """Does querying() in the caller's thread."""
+        return converse(self.querying(address, task_id, within_s))
 
-    def _counted(self, operation: str, ask: Callable[[], Answer]) -> Answer:
-        """Gives what ask() gives, counted; not what close() cut, which says nothing of an agent."""
+    async def _counted(self, operation: str, talk: Coroutine[Wait, None, Answer]) -> Answer:
+        """Gives what a conversation gives, counted; not what close() cut, which says nothing of an agent."""
         since = time.monotonic()
         try:
-            answer = ask()
+            answer = await talk
         except AgentError as error:
             if not self._is_closed:
                 self.metrics.count_request(operation, error.kind, since)
@@ -3618,9 +3772,22 @@ class AgentClient:
         self.metrics.count_request(operation, SUCCESS, since)
         return answer
 
-    def _query(self, address: Address, task_id: str, within_s: float) -> Answer:
+    async def _dispatch(self, address: Address, task: AgentTask, within_s: float,
+                        gate: Callable[[], bool]) -> Answer:
+        if address.protocol == TASKS:
+            data = await self._call(address, "POST", "/tasks/dispatch", within_s, {
+                "taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload}, gate)
+            named = data.get("taskId")
+            if not isinstance(named, str) or not named or one_line(named) != named:
+                raise self._nonsense(address, "names no task id", data)
+            return Answer(ACCEPTED, named)
+        data = await self._call(address, "POST", "/agent/v1/tasks/execute", within_s, {
+            "requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}}, gate)
+        return self._read_execution(address, task, data)
+
+    async def _query(self, address: Address, task_id: str, within_s: float) -> Answer:
         path = "/tasks/" + urllib.parse.quote(task_id, safe=":")
-        data = self._call(address, "GET", path, within_s, may_be_unknown=True)
+        data = await self._call(address, "GET", path, within_s, may_be_unknown=True)
         if data is UNKNOWN_TASK:
             return Answer(UNKNOWN, task_id)
         status, last_error = data.get("status"), data.get("lastError")
@@ -3638,11 +3805,11 @@ class AgentClient:
     def ping(self, address: Address) -> str:
         """Asks an agent for a task that it can't know; gives a line when it answers. AgentError else."""
         started = time.monotonic()
-        status, _ = self._exchange(_Call(address, "GET", "/tasks/releasectl-ping", None, self._request_s,
-                                         started + self._request_s, lambda: True))
+        status, _ = converse(self._exchange(_Call(address, "GET", "/tasks/releasectl-ping", None, self._request_s,
+                                                  started + self._request_s, lambda: True)))
         return f"answers (HTTP {status}) in {(time.monotonic() - started) * 1000:.0f} ms"
 
-    def probe(self, host: str, url: str, status: int, timeout_s: float) -> str:
+    async def probing(self, host: str, url: str, status: int, timeout_s: float) -> str:
         """Gets a url from a node, in timeout_s seconds in all; gives "" when it answers this status, else what it did.
 
         It goes to the node's own address, whatever name the url has. Redirects are not followed. A
@@ -3655,8 +3822,8 @@ class AgentClient:
         call = _Call(address, "GET", path, None, timeout_s, ends_at, lambda: True, parts.netloc)
         context = _unverified_context() if parts.scheme == "https" else None
         try:
-            sock = self._connect(address, context, ends_at, parts.hostname or host)
-            found, _ = self._request(call, sock, context, reused=False)
+            sock = await self._connect(address, context, ends_at, parts.hostname or host)
+            found, _ = await self._request(call, sock, context, reused=False)
         except AgentError as error:
             return f"{url}: {error.message.replace(str(address), 'it', 1)}"
         return "" if found == status else f"{url} answered HTTP {found} instead of {status}"
@@ -3685,13 +3852,14 @@ class AgentClient:
     def _nonsense(address: Address, what: str, data: object) -> AgentError:
         return AgentError(PROTOCOL, f"{address} {what}", reached=True, detail=f"{address} {what}: {data!r}")
 
-    def _call(self, address: Address, method: str, path: str, within_s: float,
-              body: Mapping[str, Any] | None = None, gate: Callable[[], bool] = lambda: True,
-              may_be_unknown: bool = False) -> Any:
+    async def _call(self, address: Address, method: str, path: str, within_s: float,
+                    body: Mapping[str, Any] | None = None, gate: Callable[[], bool] = lambda: True,
+                    may_be_unknown: bool = False) -> Any:
         """Gives the data of the agent's envelope, an object."""
         raw = to_json(body).encode() if body is not None else None
         limit_s = min(self._request_s, max(within_s, 0.0))
-        status, answer = self._exchange(_Call(address, method, path, raw, limit_s, time.monotonic() + limit_s, gate))
+        status, answer = await self._exchange(
+            _Call(address, method, path, raw, limit_s, time.monotonic() + limit_s, gate))
         if status == 404 and may_be_unknown:
             return UNKNOWN_TASK
         if status != 200:
@@ -3733,17 +3901,17 @@ class AgentClient:
 
     # -- connections ---------------------------------------------------------------------
 
-    def _exchange(self, call: _Call) -> tuple[int, bytes]:
+    async def _exchange(self, call: _Call) -> tuple[int, bytes]:
         """Gives status and body of one request; on a new connection where a kept one was stale."""
         context = self._tls.context() if self._tls else None
         if call.address.protocol == TASKS:
             sock = self._take_idle(call.address, context)
             if sock is not None:
                 with contextlib.suppress(_Stale):
-                    return self._request(call, sock, context, reused=True)
+                    return await self._request(call, sock, context, reused=True)
         # an execute agent would run a repeated request twice, so its connections are never kept
-        sock = self._connect(call.address, context, call.ends_at)
-        return self._request(call, sock, context, reused=False)
+        sock = await self._connect(call.address, context, call.ends_at)
+        return await self._request(call, sock, context, reused=False)
 
     def _take_idle(self, address: Address, context: object) -> socket.socket | None:
         oldest = time.monotonic() - MAX_IDLE_AGENT_CONNECTION_S
@@ -3771,22 +3939,20 @@ class AgentClient:
     @contextlib.contextmanager
     def _in_flight(self, sock: socket.socket) -> Iterator[None]:
         """Lets close() end what waits on a connection; OSError when it was called before."""
-        with self._guard:
-            if self._is_closed:
-                raise ConnectionAbortedError("releasectl is stopping")
-            self._active.add(sock)
+        self._active.add(sock)
         try:
+            if self._is_closed:  # looked at after the addition: close() looks at what is there after it said so
+                raise ConnectionAbortedError("releasectl is stopping")
             yield
         finally:
-            with self._guard:
-                self._active.discard(sock)
+            self._active.discard(sock)
 
-    def _connect(self, address: Address, context: ssl.SSLContext | None, ends_at: float,
-                 name: str = "") -> socket.socket:
+    async def _connect(self, address: Address, context: ssl.SSLContext | None, ends_at: float,
+                       name: str = "") -> socket.socket:
         connect_s = max(0.0, min(self._connect_s, ends_at - time.monotonic()))
         connect_by = time.monotonic() + connect_s
         try:
-            sock = self._open_socket(address, connect_by)
+            sock = await self._open_socket(address, connect_by)
         except socket.timeout:
             raise AgentError(UNREACHABLE, f"{address} did not take a connection within {connect_s:.3g} s",
                              reached=False) from None
@@ -3798,30 +3964,41 @@ class AgentClient:
             tls_sock = context.wrap_socket(sock, server_hostname=name or self._server_name or address.host,
                                            do_handshake_on_connect=False)
             sock = tls_sock  # the plain one is detached from now on
-            sock.settimeout(max(connect_by - time.monotonic(), 0.001))
             with self._in_flight(sock):
-                tls_sock.do_handshake()
+                await TimedSocket(sock, connect_by, 0).when_ready(tls_sock.do_handshake, select.POLLIN)
             return sock
         except (OSError, ValueError) as error:
             _close(sock)
             raise self._handshake_error(address, error, connect_s) from None
 
-    def _open_socket(self, address: Address, connect_by: float) -> socket.socket:
+    async def _open_socket(self, address: Address, connect_by: float) -> socket.socket:
         """Connects to the first address that answers; all tries together end at connect_by."""
         error: OSError = OSError("no address found")
-        for family, kind, number, _, target in socket.getaddrinfo(address.host, address.port,
-                                                                  type=socket.SOCK_STREAM):
+        for family, kind, number, _, target in await self._look_up(address):
             sock = socket.socket(family, kind, number)
             try:
-                sock.settimeout(max(connect_by - time.monotonic(), 0.001))
-                with self._in_flight(sock):
-                    sock.connect(target)
+                sock.setblocking(False)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with self._in_flight(sock):
+                    code = sock.connect_ex(target)
+                    if code == errno.EINPROGRESS:
+                        await Wait(sock, select.POLLOUT, connect_by)
+                        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if code:
+                    raise OSError(code, os.strerror(code))
                 return sock
             except OSError as failed:
                 sock.close()
                 error = failed
         raise error
+
+    @staticmethod
+    async def _look_up(address: Address) -> list[tuple[Any, ...]]:
+        """Gives what getaddrinfo() gives: at once for an IP address, while a name may take its time."""
+        with contextlib.suppress(socket.gaierror):
+            return socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        await BLOCKS
+        return socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
 
     def _handshake_error(self, address: Address, error: Exception, connect_s: float) -> AgentError:
         if isinstance(error, ssl.SSLCertVerificationError):
@@ -3844,26 +4021,26 @@ class AgentClient:
         said = reason.replace("_", " ").lower() if says_why else "it closed the connection"
         return AgentError(TLS, f"{address}: the TLS handshake failed: {said}", reached=False)
 
-    def _request(self, call: _Call, sock: socket.socket, context: object, reused: bool) -> tuple[int, bytes]:
+    async def _request(self, call: _Call, sock: socket.socket, context: object, reused: bool) -> tuple[int, bytes]:
         address = call.address
-        timed = _TimedSocket(sock, call.ends_at)
+        timed = TimedSocket(sock, call.ends_at, MAX_BODY_BYTES + MAX_HEAD_BYTES)
         keep = False
         try:
             with self._in_flight(sock):
                 if not call.gate():
                     raise AgentError(UNREACHABLE, f"{address}: not sent, as it may not or is too late",
                                      reached=False, is_held=True)
-                timed.sendall(_request_bytes(call))
-                plain = _plain_answer(timed)
-                status, answer, keep = plain if plain else _any_answer(timed, call)
+                await timed.sendall(_request_bytes(call))
+                plain = await _plain_answer(timed)
+                status, answer, keep = plain if plain else await _any_answer(timed, call)
             keep = keep and address.protocol == TASKS
             return status, answer
-        except _TooBig:
+        except TooBig:
             raise AgentError(PROTOCOL, f"{address} answered more than {MAX_BODY_BYTES >> 20} MiB",
                              reached=True) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             is_late = isinstance(error, socket.timeout)  # a reading that waited has seen the alert
-            refusal = _refusal(error) or (_late_alert(timed) if timed.received == 0 and not is_late else "")
+            refusal = _refusal(error) or (await _late_alert(timed) if timed.received == 0 and not is_late else "")
             if refusal:
                 raise AgentError(TLS, f"{address} refused our client certificate ({refusal})",
                                  reached=False) from None
@@ -3876,7 +4053,7 @@ class AgentClient:
             else:
                 _close(sock)
 
-    def _exchange_error(self, address: Address, error: Exception, timed: _TimedSocket, limit_s: float) -> AgentError:
+    def _exchange_error(self, address: Address, error: Exception, timed: TimedSocket, limit_s: float) -> AgentError:
         if isinstance(error, socket.timeout):
             text = "drips: no whole answer" if timed.received else "did not answer"
             return AgentError(TIMEOUT, f"{address} {text} within {limit_s:.3g} s", reached=True,
@@ -3910,14 +4087,14 @@ def _request_bytes(call: _Call) -> bytes:
 PLAIN_HEAD = re.compile(rb"HTTP/1\.1 ([2-5]\d\d) [^\r\n]*(?:\r\n[!#-9;-~]+:[^\r\n]*)+")
 
 
-def _plain_answer(timed: _TimedSocket) -> tuple[int, bytes, bool] | None:
+async def _plain_answer(timed: TimedSocket) -> tuple[int, bytes, bool] | None:
     """Reads an answer of the usual shape: one Content-Length, and no word on the connection.
 
     Gives status, body and True: to be kept. Any other shape is left unread for http.client, which
     takes 0.2 ms for each: a fifth of the time of a release.
     """
     data = b""
-    while part := timed.recv(16384):
+    while part := await timed.recv(16384):
         data += part
         head, end, body = data.partition(b"\r\n\r\n")
         if not end and len(data) < 16384:
@@ -3928,7 +4105,7 @@ def _plain_answer(timed: _TimedSocket) -> tuple[int, bytes, bool] | None:
                 rb"\n(connection|transfer-encoding):", fields) or int(lengths[0]) > MAX_BODY_BYTES:
             break
         parts, missing = [body], int(lengths[0]) - len(body)
-        while missing > 0 and (part := timed.recv(min(missing, 65536))):
+        while missing > 0 and (part := await timed.recv(min(missing, 65536))):
             parts.append(part)
             missing -= len(part)
         if missing > 0:
@@ -3940,15 +4117,16 @@ def _plain_answer(timed: _TimedSocket) -> tuple[int, bytes, bool] | None:
     return None
 
 
-def _any_answer(timed: _TimedSocket, call: _Call) -> tuple[int, bytes, bool]:
+async def _any_answer(timed: TimedSocket, call: _Call) -> tuple[int, bytes, bool]:
     """Reads an answer by http.client; gives status, body, and whether the connection can be kept."""
+    await BLOCKS
     response = http.client.HTTPResponse(timed, method=call.method)  # type: ignore[arg-type]
     response.begin()
     # http.client takes the end of the connection for the end of a head, and of a body
     cut_in_head = timed.at_end
     answer = response.read(MAX_BODY_BYTES + 1)
     if len(answer) > MAX_BODY_BYTES:
-        raise _TooBig
+        raise TooBig
     if cut_in_head or response.length:
         raise http.client.IncompleteRead(answer)
     return response.status, answer, not response.will_close and response.isclosed()
@@ -3973,12 +4151,12 @@ def _refusal(error: Exception) -> str:
     return ""
 
 
-def _late_alert(timed: _TimedSocket) -> str:
+async def _late_alert(timed: TimedSocket) -> str:
     """Reads once more where a request failed: with TLS 1.3 the refusal comes after the handshake."""
     for _ in range(2):
         try:
             timed.ends_at = time.monotonic() + 0.5
-            if not timed.recv(1):
+            if not await timed.recv(1):
                 return ""
         except Exception as error:  # whatever it is, only an alert is of use
             if _refusal(error):
@@ -3987,11 +4165,15 @@ def _late_alert(timed: _TimedSocket) -> str:
 
 
 # ======================================================================================
-# 9 Executor: claim, lease, and the loop that joins decision, store and agents. Uses 1 to 8.
+# 11 Executor: claim, lease, and the loop that joins decision, store and agents. Uses 1 to 10.
 #
-#   One driver thread a claimed release alone reads and writes its rows. Workers only talk to
-#   agents and put outcomes on the driver's queue. One lease thread renews. Persist, then send.
+#   One driver thread a claimed release alone reads and writes its rows. Conversations only talk
+#   to agents and put outcomes on its queue. One lease thread renews. Persist, then send.
 # ======================================================================================
+
+# While one is at the mathematics of a TLS handshake, which leave the interpreter free, the other goes on.
+TALKING_THREADS = 2
+
 
 class Lease:
     """A claim, and until when this process may rely on it by its own clock."""
@@ -4031,7 +4213,8 @@ class Executor:
         self._wake = threading.Event()
         self._guard = threading.Lock()
         self._drivers: dict[int, Driver] = {}
-        self._pool = ThreadPoolExecutor(settings.agent_concurrency, thread_name_prefix="agent")
+        self._conversations = [Conversations(settings.agent_concurrency) for _ in range(TALKING_THREADS)]
+        self._in_turn = itertools.cycle(self._conversations)
         self._lease_thread: threading.Thread | None = None
         self._renewed_at = self.clock.elapsed()
         self._closed = threading.Event()
@@ -4100,6 +4283,8 @@ class Executor:
         for driver in self._active_drivers():
             if driver.turned_at < late - self.settings.release_executor_interval_sec:
                 return f"the driver of release {driver.lease.claim.release_id} hangs"
+        if any(conversations.is_hung(time.monotonic() - HUNG_AFTER_S) for conversations in self._conversations):
+            return "a thread that talks to agents hangs"
         if self._lease_thread and self._renewed_at < late - self.settings.claim_ttl_sec / 3:
             return "the lease thread hangs"
         return ""
@@ -4133,7 +4318,8 @@ class Executor:
         self._closed.set()
         if self._lease_thread:
             self._lease_thread.join(STOP_GRACE_S)
-        self._pool.shutdown(wait=False)
+        for conversations in self._conversations:
+            conversations.close()
 
     # -- claims --------------------------------------------------------------------------
 
@@ -4215,9 +4401,9 @@ class Executor:
         with self._guard:
             return max(1, self.settings.agent_concurrency // max(1, len(self._drivers)))
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Runs work on a worker."""
-        self._pool.submit(work)
+    def submit(self, work: Callable[[], Coroutine[Wait, None, None]]) -> None:
+        """Begins a conversation with an agent."""
+        next(self._in_turn).submit(work())
 
 
 def outcome_of(node_id: int, op: str, answer: Answer | AgentError) -> Outcome:
@@ -4427,18 +4613,18 @@ class Driver:
     def may_dispatch(self, written_at: Moment) -> bool:
         """Says whether a dispatch may leave this instant: the claim holds, it is not too late, nobody paused.
 
-        Asked on a worker after connecting, just before the first byte. A take-over reckons with a
+        Asked after connecting, just before the first byte. A take-over reckons with a
         request that left soon after it was written down, and waits for that one only.
         """
         elapsed = self._executor.clock.elapsed()
         is_soon = elapsed <= written_at.elapsed + self._policy.leave_within_s
         return is_soon and not self._is_halted and self.lease.is_valid(elapsed)
 
-    def _work(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> None:
-        """Runs on a worker: one request, one outcome, whatever happens."""
+    async def _work(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> None:
+        """A conversation: one request, one outcome, whatever happens."""
         try:
-            outcome = self._ask(op, node, task, written_at)
-        except Exception:  # the edge of a worker: a node must never be forgotten
+            outcome = await self._ask(op, node, task, written_at)
+        except Exception:  # the edge of a conversation: a node must never be forgotten
             claim = self.lease.claim
             log.exception("%s: node %s: %s failed within releasectl", claim, node.name, op,
                           extra=about(claim, node=node.name))
@@ -4446,40 +4632,40 @@ class Driver:
                               hold_s=self._policy.request_timeout_s)
         self.results.put(outcome)
 
-    def _ask(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> Outcome:
+    async def _ask(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> Outcome:
         address = Address(node.main_ip, node.agent_port, node.agent_protocol)
         within_s = node.deadline - written_at.elapsed if node.status == RUNNING else float("inf")
         agents = self._executor.agents
         try:
             if op == PROBE:
-                return self._probe(node, within_s)
+                return await self._probe(node, within_s)
             if op == DISPATCH:
                 gate = functools.partial(self.may_dispatch, written_at)
-                answer = agents.dispatch(address, task, within_s, gate)
+                answer = await agents.dispatching(address, task, within_s, gate)
                 if answer == Answer(ACCEPTED, task.id):
-                    answer = self._look_at_once(address, answer, within_s)
+                    answer = await self._look_at_once(address, answer, within_s)
                 return outcome_of(node.node_id, op, answer)
-            return outcome_of(node.node_id, op, agents.query(address, task.id, within_s))
+            return outcome_of(node.node_id, op, await agents.querying(address, task.id, within_s))
         except AgentError as error:
             return outcome_of(node.node_id, op, error)
         except ConfigError as error:  # the certificate went away under us
             return Outcome(node.node_id, op, UNSENT, "", TLS, error.message)
 
-    def _probe(self, node: ReleaseNode, within_s: float) -> Outcome:
+    async def _probe(self, node: ReleaseNode, within_s: float) -> Outcome:
         verify = self._strategy.verify or Verify("http://{main_ip}/")  # it was there when the probe was decided on
         since = time.monotonic()
-        said = self._executor.agents.probe(node.main_ip, verify.url_for(node), verify.status,
-                                           min(verify.timeout_s, max(within_s, 0.0)))
+        said = await self._executor.agents.probing(node.main_ip, verify.url_for(node), verify.status,
+                                                   min(verify.timeout_s, max(within_s, 0.0)))
         self._executor.agents.metrics.count_request(PROBE, VERIFY if said else SUCCESS, since)
         return Outcome(node.node_id, PROBE, UNCLEAR if said else SUCCESS, "", VERIFY if said else "", said, said)
 
-    def _look_at_once(self, address: Address, accepted: Answer, within_s: float) -> Answer:
+    async def _look_at_once(self, address: Address, accepted: Answer, within_s: float) -> Answer:
         """Asks for a task just dispatched, on the same connection: a quick one is at its end by then.
 
         That saves it a turn of the driver. Whatever else is said now, a poll will hear again.
         """
         try:
-            answer = self._executor.agents.query(address, accepted.task_id, min(within_s, FIRST_LOOK_S))
+            answer = await self._executor.agents.querying(address, accepted.task_id, min(within_s, FIRST_LOOK_S))
         except AgentError as error:
             if error.kind == AGENT_FAILED:
                 raise
@@ -4529,8 +4715,8 @@ class Driver:
 
 
 # ======================================================================================
-# 10 Shapes: the JSON of section 5 of the contract, for the API and the command line, and
-#    its schemas. Pure; uses 1, 2, 5, 6 and the rows of 7.
+# 12 Shapes: the JSON of section 5 of the contract, for the API and the command line, and
+#    its schemas. Pure; uses 1, 2, 5 to 7 and the rows of 8.
 # ======================================================================================
 
 def release_json(release: Release) -> dict[str, Any]:
@@ -4760,7 +4946,7 @@ def openapi_schemas() -> dict[str, Any]:
 
 
 # ======================================================================================
-# 11 Page: the dashboard's document, one raw string that loads nothing else; it knows the
+# 13 Page: the dashboard's document, one raw string that loads nothing else; it knows the
 #    daemon by section 5 of the contract alone. Uses nothing.
 # ======================================================================================
 
@@ -5834,8 +6020,8 @@ def page_headers() -> dict[str, str]:
 
 
 # ======================================================================================
-# 12 HTTP: one connection's bytes against limits and deadlines, and who may stay when the house
-#    is full (docs/SECURITY.md tells why). Uses 1, 2 and 8; knows no route and no database.
+# 14 HTTP: one connection's bytes against limits and deadlines, and who may stay when the house
+#    is full (docs/SECURITY.md tells why). Uses 1, 2, 9 and 10; knows no route and no database.
 #
 #    The library's own parser is not used: it takes two lengths, a space before a colon, bare
 #    line feeds, and so runs requests that a proxy before us never saw.
@@ -5884,14 +6070,15 @@ class Wire:
     """The bytes of one connection; every wait ends at a moment of the monotonic clock."""
 
     def __init__(self, sock: socket.socket):
-        self._timed = _TimedSocket(sock, 0.0)
+        sock.setblocking(False)
+        self._timed = TimedSocket(sock, 0.0, MAX_BODY_BYTES)
         self.buffer = bytearray()
 
     def fill(self, ends_at: float) -> bool:
         """Waits for bytes; False when the client has ended. AppError 4008 when time is up."""
         self._timed.ends_at, self._timed.received = ends_at, 0
         try:
-            data = self._timed.recv(65536)
+            data = converse(self._timed.recv(65536))
         except socket.timeout:
             raise AppError(4008, "the request did not come in time") from None
         except OSError:
@@ -5930,7 +6117,7 @@ class Wire:
     def send(self, data: bytes) -> None:
         """Sends all of it within WRITE_S; OSError else."""
         self._timed.ends_at = time.monotonic() + WRITE_S
-        self._timed.sendall(data)
+        converse(self._timed.sendall(data))
 
 
 def read_head(wire: Wire, ends_at: float) -> Head | None:
@@ -6124,7 +6311,7 @@ class Attempts:
 
 
 # ======================================================================================
-# 13 API: routes as a table, handlers, tokens, /openapi.json (contract section 5). Uses 1 to 12;
+# 15 API: routes as a table, handlers, tokens, /openapi.json (contract section 5). Uses 1 to 14;
 #    knows no socket.
 # ======================================================================================
 
@@ -6597,7 +6784,7 @@ ANSWER_HEADERS: Mapping[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "WWW-Authenticate": ((401,), _TEXT),
     "ETag": ((304,), _TEXT),
 }
-# What every request may be answered, whatever it asks: see floor 12.
+# What every request may be answered, whatever it asks: see floor 14.
 ANY_STATUS = (400, 405, 408, 413, 414, 431, 500, 501, 503, 505)
 
 
@@ -6665,8 +6852,8 @@ def openapi_document() -> dict[str, Any]:
 
 
 # ======================================================================================
-# 14 Server: a request from its first byte to its answer, who asks, TLS, the listener and its
-#    threads. Uses 1 to 13.
+# 16 Server: a request from its first byte to its answer, who asks, TLS, the listener and its
+#    threads. Uses 1 to 15.
 # ======================================================================================
 
 class Identity(NamedTuple):
@@ -6709,7 +6896,7 @@ def refusal_of(error: AppError) -> HttpAnswer:
 
 
 class ApiHandler(http.server.BaseHTTPRequestHandler):
-    """One connection: the library writes the heads of answers, floor 12 reads requests."""
+    """One connection: the library writes the heads of answers, floor 14 reads requests."""
 
     protocol_version = request_version = "HTTP/1.1"
     server: ApiServer
@@ -7052,7 +7239,7 @@ def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
 
 
 # ======================================================================================
-# 15 Check: what is wrong with this installation, and what would mend it. Uses 1 to 14.
+# 17 Check: what is wrong with this installation, and what would mend it. Uses 1 to 16.
 # ======================================================================================
 
 class Ping(NamedTuple):
@@ -7251,8 +7438,8 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
 
 
 # ======================================================================================
-# 16 Screen: what a person sees in a terminal: columns, a release in one line, its progress
-#   as it goes. Uses 1 to 15.
+# 18 Screen: what a person sees in a terminal: columns, a release in one line, its progress
+#   as it goes. Uses 1 to 17.
 # ======================================================================================
 
 def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
@@ -7348,7 +7535,7 @@ class Screen:
 
 
 # ======================================================================================
-# 17 Commands: what each command does (contract section 4). Uses 1 to 16.
+# 19 Commands: what each command does (contract section 4). Uses 1 to 18.
 # ======================================================================================
 
 class Context:
@@ -7402,8 +7589,6 @@ def command_serve(context: Context) -> int:
     agents = AgentClient(settings, context.store.database.metrics)
     if settings.release_executor_enabled and (settings.control_cert or not settings.mtls_enabled):
         agents.prepare()
-    # an answer of the API needs the interpreter a dozen times: with 64 busy workers each waited up to 5 ms
-    sys.setswitchinterval(0.001)
     executor = Executor(settings, context.store, agents)
     server = ApiServer(settings, Api(context.store, executor.nudge, settings.http_max_connections // 4,
                                      lambda: process_json(settings, executor), executor.is_busy,
@@ -7954,8 +8139,8 @@ def command_version(context: Context) -> int:
 
 
 # ======================================================================================
-# 18 Command line: the table of commands, and what is made of it: the parser, completion in
-#   shells; the log, and main(). Uses 1 to 17.
+# 20 Command line: the table of commands, and what is made of it: the parser, completion in
+#   shells; the log, and main(). Uses 1 to 19.
 # ======================================================================================
 
 class Command(NamedTuple):

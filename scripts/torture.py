@@ -73,7 +73,7 @@ WHENS = {
     "stop-after": "suspended as in after",
     "stop-unanswered": "suspended as in unanswered",
 }
-REQUESTS = ("dispatch", "query")
+REQUESTS = {"dispatch": "dispatching", "query": "querying"}
 COUNTING = "count"
 CALL = "call"
 
@@ -171,7 +171,8 @@ class Torment:
 
     def __init__(self, specs: Sequence[Spec]):
         self.specs = specs
-        self.here = threading.local()  # .point: the method or request that this thread is in
+        self.here = threading.local()  # .point: the method that this thread is in
+        self.requests: dict[int, str] = {}  # which request a socket's conversation is at, by its id()
         self.passings: Counter[str] = Counter()
         self.strikes: Counter[Spec] = Counter()
         self.commits: list[int] = []  # numbers of the calls that were a COMMIT
@@ -303,7 +304,7 @@ def named_points() -> dict[str, tuple[type, str]]:
     methods = [name for name, value in vars(rc.Store).items() if callable(value) and not name.startswith("_")]
     points: dict[str, tuple[type, str]] = {name: (rc.Store, name) for name in methods}
     points["migrate"] = (rc.Database, "migrate")
-    points.update({name: (rc.AgentClient, name) for name in REQUESTS})
+    points.update({name: (rc.AgentClient, method) for name, method in REQUESTS.items()})
     return points
 
 
@@ -312,18 +313,26 @@ def install(torment: Torment) -> None:
     for engine, connect in _original_connects.items():
         setattr(engine, "connect", _tormented_connect(torment, connect))  # noqa: B010 - it is a method
     for name, (owner, method) in named_points().items():
-        setattr(owner, method, _tormented_method(torment, name, getattr(owner, method)))
-    receive = rc._TimedSocket.recv
+        torment_it = _tormented_request if name in REQUESTS else _tormented_method
+        setattr(owner, method, torment_it(torment, name, getattr(owner, method)))
+    request, receive = rc.AgentClient._request, rc.TimedSocket.recv
 
-    def recv(self: Any, max_bytes: int) -> bytes:
-        point = torment.point()  # the request has left, its answer is about to be read
-        if point in REQUESTS and self.received == 0:
+    async def noted(self: Any, call: Any, sock: Any, *more: Any, **keywords: Any) -> Any:
+        torment.requests[id(sock)] = "dispatch" if call.method == "POST" else "query"
+        try:
+            return await request(self, call, sock, *more, **keywords)
+        finally:
+            torment.requests.pop(id(sock))
+
+    async def recv(self: Any, max_bytes: int) -> bytes:
+        point = torment.requests.get(id(self.sock), "")  # it has left, its answer is about to be read
+        if point and self.received == 0:
             torment.pass_by(point, "unanswered")
             if torment.is_due(point, "lost"):
                 raise ConnectionResetError("torture: the answer was lost")
-        return bytes(receive(self, max_bytes))
+        return bytes(await receive(self, max_bytes))
 
-    rc._TimedSocket.recv = recv
+    rc.AgentClient._request, rc.TimedSocket.recv = noted, recv
 
 
 def _tormented_connect(torment: Torment, connect: Callable[..., Any]) -> Callable[..., Any]:
@@ -340,12 +349,19 @@ def _tormented_method(torment: Torment, name: str, method: Callable[..., Any]) -
         if torment.point():  # within another one, which counts
             return method(*args, **keywords)
         torment.here.point = name
-        if name in REQUESTS:
-            torment.pass_by(name, "before")
         try:
             result = method(*args, **keywords)
         finally:
             torment.here.point = ""
+        torment.pass_by(name, "after")
+        return result
+    return wrapped
+
+
+def _tormented_request(torment: Torment, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    async def wrapped(*args: Any, **keywords: Any) -> Any:
+        torment.pass_by(name, "before")
+        result = await method(*args, **keywords)
         torment.pass_by(name, "after")
         return result
     return wrapped

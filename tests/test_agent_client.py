@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import re
 import shutil
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import threading
 import time
 import warnings
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Callable
 
@@ -210,10 +212,35 @@ def new_peer(certs):
         peer.stop()
 
 
-@pytest.fixture
-def new_client(certs):
-    """A function that makes a client; all are closed at the end."""
+def among_others(method: Callable[..., Coroutine[rc.Wait, None, object]]) -> Callable[..., object]:
+    """Gives the method as the executor holds it: a conversation among others."""
+    def hold(*arguments: object) -> object:
+        outcome: queue.SimpleQueue[tuple[object, Exception | None]] = queue.SimpleQueue()
+
+        async def talk() -> None:
+            try:
+                outcome.put((await method(*arguments), None))
+            except Exception as error:
+                outcome.put((None, error))
+        others = rc.Conversations(4)
+        others.submit(talk())
+        try:
+            answer, error = outcome.get(timeout=25)
+        finally:
+            others.close()
+        if error:
+            raise error
+        return answer
+    return hold
+
+
+@pytest.fixture(params=["alone", "among others"])
+def new_client(certs, request, monkeypatch):
+    """A function that makes a client; all are closed at the end. What it says is the same in either way to wait."""
     clients = []
+    if request.param == "among others":
+        monkeypatch.setattr(rc.AgentClient, "dispatch", among_others(rc.AgentClient.dispatching))
+        monkeypatch.setattr(rc.AgentClient, "query", among_others(rc.AgentClient.querying))
 
     def make(folder: Path | None = certs, **settings: object) -> rc.AgentClient:
         clients.append(rc.AgentClient(settings_for("sqlite:///unused.db", folder, **settings)))

@@ -1,0 +1,144 @@
+"""Conversations: many wait in one thread, nobody holds up anybody, every wait ends at its moment."""
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+
+import pytest
+from conftest import eventually
+
+import releasectl as rc
+
+
+@pytest.fixture
+def others():
+    """Conversations, closed at the end."""
+    made = rc.Conversations(2)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def new_pair():
+    """A function that gives a socket which does not block, and its peer."""
+    sockets = []
+
+    def make() -> tuple[socket.socket, socket.socket]:
+        pair = socket.socketpair()
+        sockets.extend(pair)
+        pair[0].setblocking(False)
+        return pair
+
+    yield make
+    for sock in sockets:
+        sock.close()
+
+
+async def told(outcomes: queue.SimpleQueue, sock: socket.socket, limit_s: float) -> None:
+    """Reads once, and tells what came: bytes or the error."""
+    try:
+        outcomes.put(await rc.TimedSocket(sock, time.monotonic() + limit_s, 1 << 20).recv(100))
+    except OSError as error:
+        outcomes.put(error)
+
+
+def test_who_is_silent_holds_up_nobody_and_all_are_held_in_one_thread(others, new_pair):
+    pairs, outcomes, before = [new_pair() for _ in range(200)], queue.SimpleQueue(), threading.active_count()
+    for near, _ in pairs:
+        others.submit(told(outcomes, near, 30))
+    for number, (_, far) in reversed(list(enumerate(pairs))):
+        if number:  # the first one says nothing
+            far.sendall(b"%d" % number)
+    assert {int(outcomes.get(timeout=10)) for _ in range(199)} == set(range(1, 200))
+    assert threading.active_count() == before + 1
+    assert outcomes.empty()
+
+
+@pytest.mark.parametrize("is_among_others", [False, True])
+def test_a_wait_ends_at_its_moment(others, new_pair, is_among_others):
+    outcomes, started = queue.SimpleQueue(), time.monotonic()
+    talk = told(outcomes, new_pair()[0], 0.3)
+    if is_among_others:
+        others.submit(talk)
+    else:
+        rc.converse(talk)
+    assert isinstance(outcomes.get(timeout=10), socket.timeout)
+    assert 0.3 <= time.monotonic() - started < 1.5
+
+
+def test_what_blocks_goes_on_in_a_thread_of_its_own_and_holds_up_nobody(others, new_pair):
+    (near, far), outcomes, released = new_pair(), queue.SimpleQueue(), threading.Event()
+
+    async def blocking() -> None:
+        await rc.BLOCKS
+        outcomes.put(released.wait(20))
+        await told(outcomes, near, 10)  # and from there on it waits in that thread
+    others.submit(blocking())
+    quick, peer = new_pair()
+    others.submit(told(outcomes, quick, 10))
+    peer.sendall(b"quick")
+    assert outcomes.get(timeout=10) == b"quick"
+    released.set()
+    assert outcomes.get(timeout=10) is True
+    far.sendall(b"slow")
+    assert outcomes.get(timeout=10) == b"slow"
+
+
+def test_one_that_fails_within_releasectl_is_logged_and_ends_no_other(others, new_pair, caplog):
+    async def broken() -> None:
+        raise KeyError("oops")
+    (near, far), outcomes = new_pair(), queue.SimpleQueue()
+    others.submit(told(outcomes, near, 10))
+    others.submit(broken())
+    eventually(lambda: "a conversation with an agent failed within releasectl" in caplog.text)
+    far.sendall(b"still here")
+    assert outcomes.get(timeout=10) == b"still here"
+
+
+def test_one_thread_that_stands_still_while_somebody_waits_is_hung(others, new_pair):
+    released, outcomes = threading.Event(), queue.SimpleQueue()
+
+    async def stuck() -> None:
+        outcomes.put("stuck")
+        released.wait(20)
+    others.submit(told(outcomes, new_pair()[0], 20))
+    others.submit(stuck())
+    assert outcomes.get(timeout=10) == "stuck"
+    eventually(lambda: others.is_hung(time.monotonic() - 0.2))
+    released.set()
+    eventually(lambda: not others.is_hung(time.monotonic() - 0.2))
+
+
+def test_nobody_who_waits_is_no_hang(others):
+    outcomes = queue.SimpleQueue()
+
+    async def short() -> None:
+        outcomes.put("done")
+    others.submit(short())
+    assert outcomes.get(timeout=10) == "done"
+    eventually(lambda: not others._new)
+    assert not others.is_hung(time.monotonic() + 100)
+
+
+def test_what_was_put_back_unread_is_read_first(new_pair):
+    near, far = new_pair()
+    timed = rc.TimedSocket(near, time.monotonic() + 5, 1 << 20)
+    far.sendall(b"later")
+    timed.unread = b"xyz"
+    assert [rc.converse(timed.recv(2)) for _ in range(3)] == [b"xy", b"z", b"la"]
+
+
+def test_more_than_may_be_read_is_refused(new_pair):
+    near, far = new_pair()
+    timed = rc.TimedSocket(near, time.monotonic() + 5, 3)
+    far.sendall(b"four")
+    with pytest.raises(rc.TooBig):
+        rc.converse(timed.recv(100))
+
+
+def test_a_peer_that_does_not_read_ends_a_sending_at_its_moment(new_pair):
+    near, _ = new_pair()
+    with pytest.raises(socket.timeout):
+        rc.converse(rc.TimedSocket(near, time.monotonic() + 0.3, 0).sendall(b"x" * (8 << 20)))
