@@ -1672,9 +1672,9 @@ class Policy(NamedTuple):
 
 
 class Roster:
-    """The nodes of a release, and what a decision asks of them without a walk through all.
+    """The nodes of a release, indexed by what a decision asks of them.
 
-    A release of ten thousand is decided on a thousand times: only those count that are at work.
+    A release of ten thousand is decided on a thousand times: only those that are at work are looked at.
     """
 
     def __init__(self, nodes: Iterable[ReleaseNode] = ()):
@@ -1890,7 +1890,7 @@ def count_of_nodes(number: int) -> str:
 
 
 def _names(nodes: Collection[ReleaseNode]) -> str:
-    first = next(iter(nodes)).name if nodes else "no node"
+    first = min(nodes, key=lambda n: (n.batch, n.node_id)).name if nodes else "no node"
     return f"{first} and {len(nodes) - 1} more" if len(nodes) > 1 else first
 
 
@@ -3379,10 +3379,13 @@ def converse(talk: Coroutine[Wait, None, T]) -> T:
             wait = talk.throw(error) if error else talk.send(None)
             error = None
             if wait.sock is not None:
-                left_s = wait.ends_at - time.monotonic()
                 poller = select.poll()
-                poller.register(wait.sock, wait.event)
-                if not poller.poll(max(left_s, 0.0) * 1000):
+                try:
+                    poller.register(wait.sock, wait.event)
+                except ValueError:
+                    error = ConnectionAbortedError("the socket was closed")
+                    continue
+                if not poller.poll(max(wait.ends_at - time.monotonic(), 0.0) * 1000):
                     error = socket.timeout("deadline")
     except StopIteration as end:
         return cast(T, end.value)
@@ -3400,22 +3403,35 @@ class Conversations:
         self._wakers: tuple[socket.socket, socket.socket] | None = None
         self._is_woken = False
         self._is_closed = False
-        self._turned_at = 0.0
+        self._turned_at = self._check_at = 0.0
         self._guard = threading.Lock()
 
     def submit(self, talk: Coroutine[Wait, None, None]) -> None:
-        """Begins a conversation; it must tell its outcome itself, and raise nothing. After close() it is let go."""
+        """Begins a conversation, which must tell its outcome itself, and raise nothing; after close() it is let go.
+
+        RuntimeError when no thread can be started.
+        """
         with self._guard:
             if self._is_closed:
                 talk.close()
                 return
+            if not self._waiting and not self._new:
+                self._turned_at = time.monotonic()  # a thread that nobody needed did not turn
             if self._wakers is None:
-                self._turned_at = time.monotonic()
-                self._wakers = socket.socketpair()
-                self._poller.register(self._wakers[0], select.POLLIN)
-                threading.Thread(target=self._run, args=self._wakers, name="agents", daemon=True).start()
+                self._start(talk)
             self._new.append(talk)
             self._wake()
+
+    def _start(self, first: Coroutine[Wait, None, None]) -> None:
+        wakers = socket.socketpair()
+        try:
+            threading.Thread(target=self._run, args=wakers, name="agents", daemon=True).start()
+        except RuntimeError:
+            for sock in wakers:
+                sock.close()
+            first.close()
+            raise
+        self._wakers = wakers
 
     def is_hung(self, since: float) -> bool:
         """Says whether somebody waits, and nobody was looked at since a moment of time.monotonic()."""
@@ -3426,7 +3442,8 @@ class Conversations:
         with self._guard:
             self._is_closed = True
             self._wake()
-        self._blocked.shutdown(wait=False)
+            if self._wakers is None:
+                self._blocked.shutdown(wait=False)
 
     def _wake(self) -> None:
         if self._wakers and not self._is_woken:
@@ -3434,27 +3451,36 @@ class Conversations:
             self._wakers[1].send(b"\0")
 
     def _run(self, woken: socket.socket, waker: socket.socket) -> None:
-        check_at = 0.0
+        self._poller.register(woken, select.POLLIN)
         while not self._is_closed:
-            for descriptor, _ in self._poller.poll(LATE_CHECK_S * 1000 if self._waiting else None):
+            limit_ms = 0 if self._new else LATE_CHECK_S * 1000 if self._waiting else None
+            for descriptor, _ in self._poller.poll(limit_ms):
                 if descriptor == woken.fileno():
                     woken.recv(1)
                     self._is_woken = False  # before the new ones are taken: whoever comes later wakes again
                 else:
                     self._go_on(self._stop_waiting(descriptor))
-            while self._new:
+            if self._new:  # one at a time: a large payload must not keep the others' answers waiting
                 self._go_on(self._new.popleft())
-            self._turned_at = now = time.monotonic()
-            if now >= check_at:
-                check_at = now + LATE_CHECK_S
-                for descriptor in [d for d, (_, wait) in self._waiting.items() if wait.ends_at <= now]:
-                    self._go_on(self._stop_waiting(descriptor), socket.timeout("deadline"))
+            self._end_late()
         for talk in (*self._new, *(talk for talk, _ in self._waiting.values())):
             talk.close()
+        self._blocked.shutdown(wait=False)
         with self._guard:
             self._wakers = None
             woken.close()
             waker.close()
+
+    def _end_late(self) -> None:
+        """Ends the waits whose time is over, now and then; not where the answer is there, and we are late."""
+        self._turned_at = now = time.monotonic()
+        if now >= self._check_at:
+            self._check_at = now + LATE_CHECK_S
+            late = [descriptor for descriptor, (_, wait) in self._waiting.items() if wait.ends_at <= now]
+            ready = {descriptor for descriptor, _ in self._poller.poll(0)} if late else set()
+            for descriptor in late:
+                if descriptor not in ready:
+                    self._go_on(self._stop_waiting(descriptor), socket.timeout("deadline"))
 
     def _stop_waiting(self, descriptor: int) -> Coroutine[Wait, None, None]:
         self._poller.unregister(descriptor)
@@ -3464,15 +3490,27 @@ class Conversations:
         """Lets a conversation go on until it waits again, or ends."""
         try:
             wait = talk.throw(error) if error else talk.send(None)
+        except StopIteration:
+            return
+        except Exception:  # one conversation must not end all others
+            log.exception("a conversation with an agent failed within releasectl")
+            return
+        try:
             if wait.sock is None:
-                self._blocked.submit(converse, talk)
+                self._blocked.submit(self._hold, talk)
             else:
                 descriptor = wait.sock.fileno()
-                self._waiting[descriptor] = talk, wait
                 self._poller.register(descriptor, wait.event)
-        except StopIteration:
-            pass
-        except Exception:  # one conversation must not end all others
+                self._waiting[descriptor] = talk, wait
+        except Exception as failed:  # no thread can be started, say: the conversation itself tells what it lost
+            self._go_on(talk, failed)
+
+    @staticmethod
+    def _hold(talk: Coroutine[Wait, None, None]) -> None:
+        """Holds the rest of a conversation that blocks."""
+        try:
+            converse(talk)
+        except Exception:
             log.exception("a conversation with an agent failed within releasectl")
 
 
@@ -3489,10 +3527,11 @@ class TimedSocket:
         self._max_bytes = max_bytes
 
     async def when_ready(self, act: Callable[[], T], event: int) -> T:
-        """Gives what act() gives as soon as the socket lets it; socket.timeout at the end of the time."""
+        """Gives what act() gives as soon as the socket lets it; socket.timeout when the time is over by then.
+
+        What is there is taken without a look at the clock: it may be we who are late.
+        """
         while True:
-            if time.monotonic() >= self.ends_at:
-                raise socket.timeout("deadline")
             try:
                 return act()
             except ssl.SSLWantReadError:
@@ -3501,10 +3540,14 @@ class TimedSocket:
                 event = select.POLLOUT
             except BlockingIOError:
                 pass
+            if time.monotonic() >= self.ends_at:
+                raise socket.timeout("deadline")
             await Wait(self.sock, event, self.ends_at)
 
     async def sendall(self, data: bytes) -> None:
-        """Sends all of it."""
+        """Sends all of it; nothing when the time is over."""
+        if time.monotonic() >= self.ends_at:
+            raise socket.timeout("deadline")
         view = memoryview(data)
         while view:
             view = view[await self.when_ready(functools.partial(self.sock.send, view), select.POLLOUT):]
@@ -3555,6 +3598,8 @@ MAX_IDLE_AGENT_CONNECTIONS = 256
 MAX_IDLE_AGENT_CONNECTION_S = 60.0
 # The head of an answer may be this long on top of the body.
 MAX_HEAD_BYTES = 64 << 10
+# To read a longer JSON takes so long that other conversations would notice.
+MAX_QUICK_BYTES = 64 << 10
 
 # X509_V_ERR_...: what OpenSSL found wrong with an agent's certificate, for a person on call.
 CERTIFICATE_FAULTS: Mapping[int, str] = {
@@ -3840,7 +3885,7 @@ class AgentClient:
         # an execute agent says success where its message tells otherwise (contract section 1)
         if "but reload failed:" in text:
             raise AgentError(AGENT_FAILED, text, reached=True, final=True)
-        applied = re.search(r"Version (\d+) already applied \(current: (\d+)\)", text)
+        applied = re.search(r"Version (\d{1,4000}) already applied \(current: (\d{1,4000})\)", text)
         if applied and int(applied.group(2)) > task.version:
             raise AgentError(REJECTED, f"the agent is already at version {int(applied.group(2))}", reached=True,
                              final=True, detail=text)
@@ -3860,6 +3905,8 @@ class AgentClient:
         limit_s = min(self._request_s, max(within_s, 0.0))
         status, answer = await self._exchange(
             _Call(address, method, path, raw, limit_s, time.monotonic() + limit_s, gate))
+        if len(answer) > MAX_QUICK_BYTES:
+            await BLOCKS
         if status == 404 and may_be_unknown:
             return UNKNOWN_TASK
         if status != 200:
@@ -4088,9 +4135,9 @@ PLAIN_HEAD = re.compile(rb"HTTP/1\.1 ([2-5]\d\d) [^\r\n]*(?:\r\n[!#-9;-~]+:[^\r\
 
 
 async def _plain_answer(timed: TimedSocket) -> tuple[int, bytes, bool] | None:
-    """Reads an answer of the usual shape: one Content-Length, and no word on the connection.
+    """Reads an answer of the usual shape: one Content-Length, and no word on the connection but close.
 
-    Gives status, body and True: to be kept. Any other shape is left unread for http.client, which
+    Gives status, body, and whether the connection can be kept. Any other shape is left unread for http.client, which
     takes 0.2 ms for each: a fifth of the time of a release.
     """
     data = b""
@@ -4101,8 +4148,9 @@ async def _plain_answer(timed: TimedSocket) -> tuple[int, bytes, bool] | None:
             continue
         plain, fields = PLAIN_HEAD.fullmatch(head), head.lower()
         lengths = re.findall(rb"\ncontent-length: *(\d{1,7})(?=\r|$)", fields)
-        if not plain or len(lengths) != 1 or fields.count(b"\ncontent-length") != 1 or re.search(
-                rb"\n(connection|transfer-encoding):", fields) or int(lengths[0]) > MAX_BODY_BYTES:
+        words = re.findall(rb"\nconnection: *([^\r]*)", fields)
+        if not plain or len(lengths) != 1 or fields.count(b"\ncontent-length") != 1 or set(words) - {b"close"} or (
+                b"\ntransfer-encoding:" in fields) or int(lengths[0]) > MAX_BODY_BYTES:
             break
         parts, missing = [body], int(lengths[0]) - len(body)
         while missing > 0 and (part := await timed.recv(min(missing, 65536))):
@@ -4112,7 +4160,7 @@ async def _plain_answer(timed: TimedSocket) -> tuple[int, bytes, bool] | None:
             raise http.client.IncompleteRead(body)
         if missing < 0:
             break
-        return int(plain.group(1)), b"".join(parts), True
+        return int(plain.group(1)), b"".join(parts), not words
     timed.unread, timed.at_end = data, False
     return None
 
@@ -4686,6 +4734,7 @@ class Driver:
                     self._fold(outcome)
                 left_s = gather_until - time.monotonic() if self._in_flight > enough else 0.0
                 outcome = self.results.get(timeout=max(left_s, 0.0))
+
     def _fold(self, outcome: Outcome) -> None:
         self._in_flight -= 1
         if self._executor.has_cut:

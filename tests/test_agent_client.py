@@ -636,6 +636,12 @@ def test_connections_of_execute_agents_are_never_used_again(client, new_peer):
     assert all("Connection: close" in head for head, _ in peer.requests)
 
 
+def test_an_answer_after_which_the_agent_closes_takes_no_thread(client, new_peer, monkeypatch):
+    monkeypatch.setattr(rc, "_any_answer", None)
+    answer = executed("success").replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+    assert client.dispatch(new_peer(says(answer)).address("execute"), TASK).state == rc.SUCCESS
+
+
 def test_the_bound_on_idle_connections_holds(client, new_fleet, monkeypatch):
     monkeypatch.setattr(rc, "MAX_IDLE_AGENT_CONNECTIONS", 2)
     fleet = new_fleet(5)

@@ -122,6 +122,75 @@ def test_nobody_who_waits_is_no_hang(others):
     assert not others.is_hung(time.monotonic() + 100)
 
 
+def test_a_quiet_time_is_no_hang(others, new_pair):
+    (near, far), outcomes = new_pair(), queue.SimpleQueue()
+    others.submit(told(outcomes, near, 10))
+    far.sendall(b"once")
+    assert outcomes.get(timeout=10) == b"once"
+    eventually(lambda: not others._waiting)
+    others._turned_at -= 1000  # nobody needed it for so long
+    others.submit(told(outcomes, near, 10))
+    assert not others.is_hung(time.monotonic() - 500)
+
+
+def test_an_answer_that_came_in_time_counts_also_when_we_are_late(others, new_pair):
+    (near, far), outcomes = new_pair(), queue.SimpleQueue()
+
+    async def busy() -> None:
+        far.sendall(b"in time")
+        threading.Event().wait(0.6)  # the thread itself is kept
+    others.submit(told(outcomes, near, 0.3))
+    others.submit(busy())
+    assert outcomes.get(timeout=10) == b"in time"
+
+
+class NoMoreThreads(threading.Thread):
+    def start(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+def test_where_no_thread_can_be_started_to_block_in_the_conversation_tells_it(others, monkeypatch):
+    outcomes = queue.SimpleQueue()
+
+    async def blocking() -> None:
+        try:
+            await rc.BLOCKS
+        except RuntimeError as error:
+            outcomes.put(str(error))
+
+    async def first() -> None:
+        monkeypatch.setattr(threading, "Thread", NoMoreThreads)
+        outcomes.put("first")
+    others.submit(first())
+    assert outcomes.get(timeout=10) == "first"
+    others.submit(blocking())
+    assert outcomes.get(timeout=10) == "can't start new thread"
+
+
+def test_where_its_own_thread_can_not_be_started_it_says_so_each_time(others, new_pair, monkeypatch):
+    outcomes = queue.SimpleQueue()
+    near, far = new_pair()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Thread", NoMoreThreads)
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                others.submit(told(outcomes, near, 10))
+    others.submit(told(outcomes, near, 10))
+    far.sendall(b"better now")
+    assert outcomes.get(timeout=10) == b"better now"
+
+
+def test_what_is_under_way_or_comes_later_is_let_go_by_close(others, new_pair):
+    (near, far), outcomes = new_pair(), queue.SimpleQueue()
+    others.submit(told(outcomes, near, 30))
+    eventually(lambda: others._waiting)
+    others.close()
+    others.submit(told(outcomes, near, 30))
+    eventually(lambda: others._wakers is None)
+    far.sendall(b"too late")
+    assert outcomes.empty()
+
+
 def test_what_was_put_back_unread_is_read_first(new_pair):
     near, far = new_pair()
     timed = rc.TimedSocket(near, time.monotonic() + 5, 1 << 20)
