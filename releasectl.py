@@ -3350,6 +3350,8 @@ class Store:
 
 # So often it is looked whose time is over, while there is somebody who waits.
 LATE_CHECK_S = 0.05
+# So many begin before others are looked at: with large payloads each takes its time.
+NEW_AT_ONCE = 8
 
 T = TypeVar("T")
 
@@ -3460,7 +3462,7 @@ class Conversations:
                     self._is_woken = False  # before the new ones are taken: whoever comes later wakes again
                 else:
                     self._go_on(self._stop_waiting(descriptor))
-            if self._new:  # one at a time: a large payload must not keep the others' answers waiting
+            for _ in range(min(len(self._new), NEW_AT_ONCE)):
                 self._go_on(self._new.popleft())
             self._end_late()
         for talk in (*self._new, *(talk for talk, _ in self._waiting.values())):

@@ -22,6 +22,7 @@ import http.client
 import json
 import os
 import platform
+import py_compile
 import queue
 import shutil
 import signal
@@ -560,9 +561,10 @@ def goal_batches(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
                   statistics.median(turn.extra["gap_ms"] for turn in taken), "ms", 50.0)
 
 
-def seconds_of(command: Sequence[str], environment: dict[str, str]) -> float:
+def seconds_of(command: Sequence[str], environment: dict[str, str], folder: Path = ROOT) -> float:
     started = time.monotonic()
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command, env=environment, cwd=folder, check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
     return time.monotonic() - started
 
 
@@ -581,9 +583,13 @@ def goal_idle(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     tick = [sys.executable, str(ROOT / "releasectl.py"), "--db", url, "run-once"]
     bare = [sys.executable, "-c", "import sqlite3, ssl, http.client"]
     module = [sys.executable, "-m", "releasectl", "--db", url, "run-once"]
-    compiled = lab.environment(PYTHONPATH=str(ROOT), PYTHONPYCACHEPREFIX=str(lab.folder / "pycache"))
+    installed = lab.folder / "installed"
+    installed.mkdir()
+    for name in ("releasectl.py", "schema.sql"):
+        shutil.copy(ROOT / name, installed)
+    py_compile.compile(str(installed / "releasectl.py"))
     turns = take_turns(4 * options.runs, {"run-once": lambda: Turn(seconds_of(tick, lab.environment())),
-                                          "as a module": lambda: Turn(seconds_of(module, compiled)),
+                                          "as a module": lambda: Turn(seconds_of(module, lab.environment(), installed)),
                                           "imports": lambda: Turn(seconds_of(bare, lab.environment()))})
     yield Row("idle", "run-once with nothing to do", median(turns["run-once"]) * 1000, "ms")
     yield Row("idle", "the same, as python -m releasectl, compiled before", median(turns["as a module"]) * 1000, "ms")

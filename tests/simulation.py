@@ -405,7 +405,7 @@ class Simulation:
 
     def request(self, owner: SimExecutor, op: str, node: rc.ReleaseNode, task: rc.AgentTask,
                 written_at: rc.Moment) -> None:
-        """Takes what a worker would do: leave, arrive, and bring an outcome, each at its own time."""
+        """Takes what a conversation would do: leave, arrive, and bring an outcome, each at its own time."""
         driver = next(d for d in owner._active_drivers() if d._nodes.get(node.node_id)
                       and task.version == self.store_version(d))
 
