@@ -4279,18 +4279,29 @@ class Executor:
         beat is called several times a second meanwhile. Raises DatabaseError, and ConfigError when
         there is work and no way to call an agent.
         """
-        worked_on: dict[int, None] = {}
+        mine: list[Driver] = []
+        running: list[Driver] = []
+        taken = 0
         while True:
-            started, taken = self._counted_look(is_tick=not drain)
-            worked_on.update((driver.lease.claim.release_id, None) for driver in started)
-            for driver in started:
-                while driver.is_running() and not self.stopping.is_set():
-                    driver.join(0.2)
-                    self.store.database.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
-                    beat()
+            try:
+                started, taken = self._counted_look(is_tick=not drain)
+            except AppError as error:
+                if not running:
+                    raise
+                log.error("executor: %s; trying again", error)
+                started = []
+            mine += started
+            # a drain looks again meanwhile: ours may wait for a node of one whose owner died
+            look_at = self.clock.elapsed() + (self.settings.release_executor_interval_sec if drain else float("inf"))
+            while ((running := [driver for driver in mine if driver.is_running()]) and not self.stopping.is_set()
+                   and self.clock.elapsed() < look_at):
+                running[0].join(0.2)
+                self.store.database.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
+                beat()
             if self.stopping.is_set():
                 self.close()
-            if not drain or not started or self.stopping.is_set():
+            if not drain or not (started or running) or self.stopping.is_set():
+                worked_on = dict.fromkeys(driver.lease.claim.release_id for driver in mine)
                 return Tick([self.store.release(release_id) for release_id in worked_on], taken)
 
     def run_loop(self, beat: Callable[[str], None] = lambda _: None) -> None:

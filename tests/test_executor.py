@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 from conftest import assert_books_balance, eventually, new_release, statuses
@@ -224,6 +225,20 @@ def test_rule_2_no_node_has_tasks_of_two_releases_in_flight(world):
     assert [world.store.release(i).status for i in ids] == ["success", "success"]
     for number in (1, 2):
         assert world.agent(number).overlaps == 0
+
+
+def test_rule_9_a_drain_takes_over_the_release_that_its_own_one_waits_for(world):
+    world.nodes(1)
+    ids = [new_release(world.store, target=target).id for target in ("cdn", "dns")]
+    assert world.store.claim(ids[0], "dead", 1.0)
+    with world.store.database.transaction(write=True) as tx:  # it died after it had written the intent
+        tx.execute("UPDATE release_task_nodes SET status = 'running', attempts = 1, task_id = 'apply_config_1', "
+                   "started_at = ? WHERE release_task_id = ?", rc.utc_text(time.time()), ids[0])
+    drain = threading.Thread(target=world.drain, daemon=True)
+    drain.start()
+    drain.join(20)
+    assert not drain.is_alive(), "it waits for the node that the dead one has in flight"
+    assert [world.store.release(i).status for i in ids] == ["success", "success"]
 
 
 def test_rule_9_a_tick_carries_on_where_another_stopped(world):
