@@ -4285,7 +4285,7 @@ class Executor:
         while True:
             try:
                 started, taken = self._counted_look(is_tick=not drain)
-            except AppError as error:
+            except (AppError, StateMoved) as error:
                 if not running:
                     raise
                 log.error("executor: %s; trying again", error)
