@@ -4283,10 +4283,11 @@ class Executor:
         running: list[Driver] = []
         taken = 0
         while True:
+            had_running = bool(running)
             try:
                 started, taken = self._counted_look(is_tick=not drain)
             except (AppError, StateMoved) as error:
-                if not running:
+                if not had_running:
                     raise
                 log.error("executor: %s; trying again", error)
                 started = []
@@ -4300,7 +4301,8 @@ class Executor:
                 beat()
             if self.stopping.is_set():
                 self.close()
-            if not drain or not (started or running) or self.stopping.is_set():
+            # what ran during the look may have ended since, and made way for a release that it did not find
+            if not drain or not (started or had_running) or self.stopping.is_set():
                 worked_on = dict.fromkeys(driver.lease.claim.release_id for driver in mine)
                 return Tick([self.store.release(release_id) for release_id in worked_on], taken)
 

@@ -241,6 +241,32 @@ def test_rule_9_a_drain_takes_over_the_release_that_its_own_one_waits_for(world)
     assert [world.store.release(i).status for i in ids] == ["success", "success"]
 
 
+def test_a_drain_also_runs_what_waited_for_a_release_that_took_longer_than_an_interval(world):
+    world.nodes(1, task_ms=700)  # an interval is 200 ms
+    ids = [new_release(world.store).id for _ in range(2)]  # of one target: the second waits for the first
+    world.drain()
+    assert [world.store.release(i).status for i in ids] == ["success", "success"]
+
+
+@pytest.mark.parametrize("error", [rc.StateMoved("another writer was quicker"), rc.DatabaseError("it is away")],
+                         ids=["a_quicker_writer", "no_database"])
+def test_a_drain_goes_on_when_a_look_for_work_fails_while_its_release_runs(world, monkeypatch, error):
+    world.nodes(1, task_ms=700)
+    release = new_release(world.store)
+    looks, look = [], world.store.look
+
+    def look_that_fails_once():
+        looks.append(world.store.release(release.id).status)
+        if len(looks) == 2:
+            raise error
+        return look()
+
+    monkeypatch.setattr(world.store, "look", look_that_fails_once)
+    world.drain()
+    assert looks[:2] == ["pending", "running"]
+    assert world.store.release(release.id).status == "success"
+
+
 def test_rule_9_a_tick_carries_on_where_another_stopped(world):
     world.nodes(2, task_ms=500)
     release = new_release(world.store)
