@@ -59,6 +59,7 @@ import os
 import platform
 import queue
 import re
+import resource
 import secrets
 import select
 import shutil
@@ -3394,11 +3395,9 @@ def converse(talk: Coroutine[Wait, None, T]) -> T:
 
 
 class Conversations:
-    """Holds many conversations at once, in one thread; in more only those that block."""
+    """Holds many conversations at once, in one thread; each that blocks in one more."""
 
-    def __init__(self, max_blocked: int):
-        """Takes how many may block at once; starts its thread with the first conversation."""
-        self._blocked = ThreadPoolExecutor(max_blocked, thread_name_prefix="agent")
+    def __init__(self) -> None:
         self._new: collections.deque[Coroutine[Wait, None, None]] = collections.deque()
         self._waiting: dict[int, tuple[Coroutine[Wait, None, None], Wait]] = {}
         self._poller = select.poll()
@@ -3408,10 +3407,24 @@ class Conversations:
         self._turned_at = self._check_at = 0.0
         self._guard = threading.Lock()
 
+    def start(self) -> None:
+        """Starts the thread where it does not run; RuntimeError or OSError when there is no room for it."""
+        with self._guard:
+            if self._wakers is not None or self._is_closed:
+                return
+            wakers = socket.socketpair()
+            try:
+                threading.Thread(target=self._run, args=wakers, name="agents", daemon=True).start()
+            except RuntimeError:
+                for sock in wakers:
+                    sock.close()
+                raise
+            self._wakers = wakers
+
     def submit(self, talk: Coroutine[Wait, None, None]) -> None:
         """Begins a conversation, which must tell its outcome itself, and raise nothing; after close() it is let go.
 
-        RuntimeError when no thread can be started.
+        It waits for start().
         """
         with self._guard:
             if self._is_closed:
@@ -3419,21 +3432,8 @@ class Conversations:
                 return
             if not self._waiting and not self._new:
                 self._turned_at = time.monotonic()  # a thread that nobody needed did not turn
-            if self._wakers is None:
-                self._start(talk)
             self._new.append(talk)
             self._wake()
-
-    def _start(self, first: Coroutine[Wait, None, None]) -> None:
-        wakers = socket.socketpair()
-        try:
-            threading.Thread(target=self._run, args=wakers, name="agents", daemon=True).start()
-        except RuntimeError:
-            for sock in wakers:
-                sock.close()
-            first.close()
-            raise
-        self._wakers = wakers
 
     def is_hung(self, since: float) -> bool:
         """Says whether somebody waits, and nobody was looked at since a moment of time.monotonic()."""
@@ -3444,8 +3444,6 @@ class Conversations:
         with self._guard:
             self._is_closed = True
             self._wake()
-            if self._wakers is None:
-                self._blocked.shutdown(wait=False)
 
     def _wake(self) -> None:
         if self._wakers and not self._is_woken:
@@ -3467,7 +3465,6 @@ class Conversations:
             self._end_late()
         for talk in (*self._new, *(talk for talk, _ in self._waiting.values())):
             talk.close()
-        self._blocked.shutdown(wait=False)
         with self._guard:
             self._wakers = None
             woken.close()
@@ -3499,7 +3496,8 @@ class Conversations:
             return
         try:
             if wait.sock is None:
-                self._blocked.submit(self._hold, talk)
+                # a daemon, not a pool's, which the end of the process would wait for: a name may take long to look up
+                threading.Thread(target=self._hold, args=(talk,), name="agent", daemon=True).start()
             else:
                 descriptor = wait.sock.fileno()
                 self._poller.register(descriptor, wait.event)
@@ -4163,6 +4161,8 @@ async def _plain_answer(timed: TimedSocket) -> tuple[int, bytes, bool] | None:
         if missing < 0:
             break
         return int(plain.group(1)), b"".join(parts), not words
+    if not data:
+        raise http.client.RemoteDisconnected("no answer")
     timed.unread, timed.at_end = data, False
     return None
 
@@ -4225,6 +4225,9 @@ async def _late_alert(timed: TimedSocket) -> str:
 TALKING_THREADS = 2
 
 
+NO_THREAD = "no thread can be started ({}): this process needs more of `ulimit -u` (TasksMax) or `ulimit -n`"
+
+
 class Lease:
     """A claim, and until when this process may rely on it by its own clock."""
 
@@ -4239,9 +4242,10 @@ class Lease:
 
 
 class Tick(NamedTuple):
-    """What run_once did: releases that it worked on as they are now, and how many others hold."""
+    """What run_once did: releases that it worked on as they are now, how many others hold, whether stop() ended it."""
     worked_on: list[Release]
     in_other_hands: int
+    was_stopped: bool
 
 
 class Executor:
@@ -4263,8 +4267,11 @@ class Executor:
         self._wake = threading.Event()
         self._guard = threading.Lock()
         self._drivers: dict[int, Driver] = {}
-        self._conversations = [Conversations(settings.agent_concurrency) for _ in range(TALKING_THREADS)]
+        self._conversations = [Conversations() for _ in range(TALKING_THREADS)]
         self._in_turn = itertools.cycle(self._conversations)
+        # What was submitted and has not begun, and how many conversations are under way.
+        self._backlog: collections.deque[Callable[[], Coroutine[Wait, None, None]]] = collections.deque()
+        self._under_way = 0
         self._lease_thread: threading.Thread | None = None
         self._renewed_at = self.clock.elapsed()
         self._closed = threading.Event()
@@ -4279,22 +4286,24 @@ class Executor:
         beat is called several times a second meanwhile. Raises DatabaseError, and ConfigError when
         there is work and no way to call an agent.
         """
-        mine: list[Driver] = []
+        worked_on: dict[int, None] = {}
         running: list[Driver] = []
-        taken = 0
+        said = ""
         while True:
-            had_running = bool(running)
+            had_running, taken = bool(running), 0
+            started: list[Driver] = []
             try:
-                started, taken = self._counted_look(is_tick=not drain)
-            except (AppError, StateMoved) as error:
-                if not had_running:
+                taken = self._counted_look(started, is_tick=not drain)
+                said = ""
+            except AppError as error:
+                if not had_running and not started:
                     raise
-                log.error("executor: %s; trying again", error)
-                started = []
-            mine += started
+                said = self._say(error, said)
+            running += started
+            worked_on.update(dict.fromkeys(driver.lease.claim.release_id for driver in started))
             # a drain looks again meanwhile: ours may wait for a node of one whose owner died
             look_at = self.clock.elapsed() + (self.settings.release_executor_interval_sec if drain else float("inf"))
-            while ((running := [driver for driver in mine if driver.is_running()]) and not self.stopping.is_set()
+            while ((running := [driver for driver in running if driver.is_running()]) and not self.stopping.is_set()
                    and self.clock.elapsed() < look_at):
                 running[0].join(0.2)
                 self.store.database.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
@@ -4303,8 +4312,15 @@ class Executor:
                 self.close()
             # what ran during the look may have ended since, and made way for a release that it did not find
             if not drain or not (started or had_running) or self.stopping.is_set():
-                worked_on = dict.fromkeys(driver.lease.claim.release_id for driver in mine)
-                return Tick([self.store.release(release_id) for release_id in worked_on], taken)
+                return Tick([self.store.release(release_id) for release_id in worked_on], taken,
+                            self.stopping.is_set())
+
+    @staticmethod
+    def _say(error: AppError, said: str) -> str:
+        """Logs an error of a look for work when it is another one than the last; gives it."""
+        if str(error) != said:
+            log.error("executor: %s; trying again", error)
+        return str(error)
 
     def run_loop(self, beat: Callable[[str], None] = lambda _: None) -> None:
         """Looks for work every interval, and at once when nudged, until stop(). Survives the database.
@@ -4315,13 +4331,11 @@ class Executor:
         while not self.stopping.is_set():
             self._wake.clear()
             try:
-                self._counted_look(is_tick=False)
+                self._counted_look([], is_tick=False)
                 self.looked_at = self.clock.wall()
                 said = ""
-            except (AppError, StateMoved) as error:
-                if str(error) != said:
-                    log.error("executor: %s; trying again", error)
-                said = str(error)
+            except AppError as error:
+                said = self._say(error, said)
             except Exception:  # the edge of a tick: the loop goes on
                 log.exception("executor: a look for work failed")
             hung = self.hung()
@@ -4363,7 +4377,7 @@ class Executor:
         return bool(self._drivers)
 
     def stop(self) -> None:
-        """Asks for a clean end; safe in a signal handler, returns at once."""
+        """Asks for a clean end, from any thread; returns at once. Not in a signal handler: it takes locks."""
         self.stopping.set()
         self._wake.set()
 
@@ -4386,46 +4400,61 @@ class Executor:
 
     # -- claims --------------------------------------------------------------------------
 
-    def _counted_look(self, is_tick: bool) -> tuple[list[Driver], int]:
+    def _counted_look(self, started: list[Driver], is_tick: bool) -> int:
         metrics, outcome = self.store.database.metrics, ERROR
         try:
-            started, taken = self._look(is_tick)
+            taken = self._look(started, is_tick)
             outcome = WORKED if started or self._active_drivers() else BUSY if taken else IDLE
             metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
-            return started, taken
+            return taken
         finally:
             metrics.count("releasectl_ticks_total", outcome)
 
-    def _look(self, is_tick: bool) -> tuple[list[Driver], int]:
-        """Claims what is runnable and starts a driver for each; gives them, and how many others hold."""
+    def _look(self, started: list[Driver], is_tick: bool) -> int:
+        """Claims what is runnable and starts a driver for each, also added to started; gives how many others hold."""
         free, taken = self.store.look()
         mine = {driver.lease.claim.release_id for driver in self._active_drivers()}
         if free:
             self.agents.prepare()  # raises before anything is claimed that could not be dispatched
-            self._start_lease_thread()
-        started = []
+            self._start_threads()
         for release_id in free:
             if release_id in mine or self.stopping.is_set():
                 continue
             asked_at = self.clock.elapsed()
-            claim = self.store.claim(release_id, self.owner, self.settings.claim_ttl_sec)
+            try:
+                claim = self.store.claim(release_id, self.owner, self.settings.claim_ttl_sec)
+            except StateMoved:  # another was quicker
+                taken.append(release_id)
+                continue
             if claim is not None:
                 # started at once: an error at the next claim must not leave a claim without its driver
                 started.append(self._drive(Lease(claim, asked_at + self.settings.claim_ttl_sec), is_tick))
-        return started, len([release_id for release_id in taken if release_id not in mine])
+        return len([release_id for release_id in taken if release_id not in mine])
 
     def _drive(self, lease: Lease, is_tick: bool) -> Driver:
         driver = Driver(self, lease, is_tick)
         with self._guard:
             self._drivers[lease.claim.release_id] = driver
-        driver.start()
+        try:
+            driver.start()
+        except RuntimeError as error:
+            self.ended(driver)
+            self.store.let_go(lease.claim)
+            raise ConfigError(NO_THREAD.format(error)) from None
         return driver
 
-    def _start_lease_thread(self) -> None:
-        if self._lease_thread is None:
-            self._renewed_at = self.clock.elapsed()
-            self._lease_thread = threading.Thread(target=self._keep_leases, name="lease", daemon=True)
-            self._lease_thread.start()
+    def _start_threads(self) -> None:
+        """Starts what all drivers need, where it does not run; ConfigError when there is no room for it."""
+        try:
+            for conversations in self._conversations:
+                conversations.start()
+            if self._lease_thread is None:
+                self._renewed_at = self.clock.elapsed()
+                thread = threading.Thread(target=self._keep_leases, name="lease", daemon=True)
+                thread.start()
+                self._lease_thread = thread
+        except (RuntimeError, OSError) as error:
+            raise ConfigError(NO_THREAD.format(error)) from None
 
     def _keep_leases(self) -> None:
         """Renews every claim three times in its life, apart from the work."""
@@ -4465,8 +4494,27 @@ class Executor:
             return max(1, self.settings.agent_concurrency // max(1, len(self._drivers)))
 
     def submit(self, work: Callable[[], Coroutine[Wait, None, None]]) -> None:
-        """Begins a conversation with an agent."""
-        next(self._in_turn).submit(work())
+        """Begins a conversation with an agent, as soon as fewer than AGENT_CONCURRENCY are under way."""
+        with self._guard:
+            self._backlog.append(work)
+        self._begin()
+
+    def _begin(self) -> None:
+        while True:
+            with self._guard:
+                if not self._backlog or self._under_way >= self.settings.agent_concurrency or self._closed.is_set():
+                    return
+                self._under_way += 1
+                work = self._backlog.popleft()
+            next(self._in_turn).submit(self._counted(work))
+
+    async def _counted(self, work: Callable[[], Coroutine[Wait, None, None]]) -> None:
+        try:
+            await work()
+        finally:
+            with self._guard:
+                self._under_way -= 1
+            self._begin()
 
 
 def outcome_of(node_id: int, op: str, answer: Answer | AgentError) -> Outcome:
@@ -4528,6 +4576,8 @@ class Driver:
             while wait_s is not None:
                 self.collect(wait_s)
                 wait_s = self.step()
+        except Exception:  # the edge of a driver, as in step()
+            log.exception("%s: its driver failed", self.lease.claim, extra=about(self.lease.claim))
         finally:
             self.lease.is_lost = True
             self._executor.ended(self)
@@ -4578,7 +4628,8 @@ class Driver:
             return 0.0 if self._moved == 1 else min(0.01 * 2.0**min(self._moved, 10), self._policy.interval_s)
         except DatabaseError as error:
             # what agents said stays in memory, and is written when the database is back
-            if self.lease.is_lost or self._executor.stopping.is_set():
+            is_over = self._is_tick and not self.lease.is_valid(self._now().elapsed)  # others may go on then
+            if self.lease.is_lost or self._executor.stopping.is_set() or is_over:
                 raise
             self._say(str(error))
             self._is_stale = True
@@ -4752,16 +4803,17 @@ class Driver:
 
     def _fold(self, outcome: Outcome) -> None:
         self._in_flight -= 1
-        if self._executor.has_cut:
+        node = self._nodes.get(outcome.node_id)
+        if self._executor.has_cut or node is None:  # its row was deleted by hand
             return
         now = self._now()
         if outcome.result != WORKING:
             self._news_at = now.elapsed
         if outcome.error_kind and outcome.result != FAILED:
-            claim, name = self.lease.claim, self._nodes[outcome.node_id].name
+            claim, name = self.lease.claim, node.name
             log.info("%s: node %s: %s failed, %s", claim, name, outcome.op, outcome.message,
                      extra=about(claim, node=name))
-        self._nodes.put(observe(self._nodes[outcome.node_id], outcome, now, self._policy))
+        self._nodes.put(observe(node, outcome, now, self._policy))
 
     def _may_leave(self, decision: Decision, now: Moment) -> bool:
         """Says whether the claim can be handed back: nothing in flight, and no reason to stay."""
@@ -7649,6 +7701,7 @@ def exit_code_of(release: Release) -> int:
 def command_serve(context: Context) -> int:
     settings = context.settings
     warn_of_settings(settings)
+    _raise_descriptor_limit()
     context.store.database.migrate()
     agents = AgentClient(settings, context.store.database.metrics)
     if settings.release_executor_enabled and (settings.control_cert or not settings.mtls_enabled):
@@ -7724,6 +7777,7 @@ def _run_once(context: Context) -> int:
     context.store.database.migrate()
     executor = Executor(settings, context.store, AgentClient(settings, context.store.database.metrics))
     _stop_on_signal(executor.stop)
+    _raise_descriptor_limit()
     written_at = time.monotonic()
 
     def beat() -> None:
@@ -7742,7 +7796,12 @@ def _run_once(context: Context) -> int:
     if not tick.worked_on and tick.in_other_hands:
         print(f"{tick.in_other_hands} releases to work on, all in other hands: try later", file=sys.stderr)
         return EXIT_BUSY
-    return max(map(exit_code_of, tick.worked_on), default=EXIT_DONE)
+    code = max(map(exit_code_of, tick.worked_on), default=EXIT_DONE)
+    unended = [release for release in tick.worked_on if release.status in (PENDING, RUNNING, CANCELLING)]
+    if code == EXIT_DONE and context.options.drain and unended and (tick.in_other_hands or tick.was_stopped):
+        print(f"releases that are not at their end: {len(unended)}: try later", file=sys.stderr)
+        return EXIT_BUSY
+    return code
 
 
 def warn_of_settings(settings: Settings) -> None:
@@ -7770,8 +7829,24 @@ def notify_systemd(*lines: str) -> None:
 
 
 def _stop_on_signal(stop: Callable[[], None]) -> None:
+    """Lets SIGTERM and SIGINT call stop(), in a thread: a handler may interrupt who holds a lock that stop() takes."""
+    signals: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def listen() -> None:
+        while True:
+            signals.get()
+            stop()
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop())
+        signal.signal(number, lambda *_: signals.put(None))
+
+
+def _raise_descriptor_limit() -> None:
+    """Takes as many descriptors as the host allows: an agent costs one, and the usual soft limit is 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def command_migrate(context: Context) -> int:

@@ -169,7 +169,9 @@ class SimExecutor(rc.Executor):
         self.is_tick = world.faults and world.random.random() < 0.3
         self.is_dead = False
         self.suspended_until = 0.0
-        self._lease_thread = True  # type: ignore[assignment] - the world renews
+
+    def _start_threads(self) -> None:
+        """Starts none: the world renews and talks."""
 
     def submit(self, work: Callable[[], None]) -> None:
         self.world.request(self, *work.args)  # type: ignore[attr-defined]
@@ -368,7 +370,7 @@ class Simulation:
     def _look(self, owner: SimExecutor) -> None:
         self.at(INTERVAL_S, lambda: self._look(owner), owner)
         with contextlib.suppress(rc.AppError, rc.StateMoved):
-            owner._look(owner.is_tick)
+            owner._look([], owner.is_tick)
 
     def _renew(self, owner: SimExecutor) -> None:
         self.at(TTL_S / 3, lambda: self._renew(owner), owner)

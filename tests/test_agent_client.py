@@ -222,7 +222,8 @@ def among_others(method: Callable[..., Coroutine[rc.Wait, None, object]]) -> Cal
                 outcome.put((await method(*arguments), None))
             except Exception as error:
                 outcome.put((None, error))
-        others = rc.Conversations(4)
+        others = rc.Conversations()
+        others.start()
         others.submit(talk())
         try:
             answer, error = outcome.get(timeout=25)

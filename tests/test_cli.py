@@ -6,12 +6,14 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -28,6 +30,7 @@ from conftest import (
     leave_out,
     make_certs,
     new_release,
+    statuses,
 )
 
 import releasectl as rc
@@ -634,6 +637,51 @@ def answers(port: int) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
+
+
+def test_75_when_a_drain_was_told_to_end_before_its_release_was_at_its_end(fleet_cli):
+    fleet_cli.world.agent(1).set(task_ms=60_000)
+    release = new_release(fleet_cli.world.store)
+    drain = fleet_cli.start("run-once", "--drain")
+    eventually(lambda: statuses(fleet_cli.world.store, release.id)[0] == "running")
+    drain.send_signal(signal.SIGTERM)
+    _, said = drain.communicate(timeout=30)
+    assert drain.returncode == 75
+    assert "releases that are not at their end: 1: try later" in said
+    assert fleet_cli.world.store.release(release.id).claim_expires_at is None
+
+
+def test_a_signal_that_interrupts_who_holds_a_lock_still_stops(monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    lock, stopped = threading.Lock(), threading.Event()
+
+    def stop():
+        if lock.acquire(timeout=3):
+            stopped.set()
+
+    try:
+        rc._stop_on_signal(stop)
+        with lock:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped.wait(10)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_process_takes_as_many_descriptors_as_the_host_allows(fleet_cli):
+    fleet_cli.world.agent(1).set(task_ms=60_000)
+    release = new_release(fleet_cli.world.store)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        drain = fleet_cli.start("run-once", "--drain")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    eventually(lambda: statuses(fleet_cli.world.store, release.id)[0] == "running")
+    assert resource.prlimit(drain.pid, resource.RLIMIT_NOFILE) == (before[1], before[1])
+    drain.terminate()
+    drain.communicate(timeout=30)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -15,7 +15,8 @@ import releasectl as rc
 @pytest.fixture
 def others():
     """Conversations, closed at the end."""
-    made = rc.Conversations(2)
+    made = rc.Conversations()
+    made.start()
     yield made
     made.close()
 
@@ -52,7 +53,7 @@ def test_who_is_silent_holds_up_nobody_and_all_are_held_in_one_thread(others, ne
         if number:  # the first one says nothing
             far.sendall(b"%d" % number)
     assert {int(outcomes.get(timeout=10)) for _ in range(199)} == set(range(1, 200))
-    assert threading.active_count() == before + 1
+    assert threading.active_count() == before
     assert outcomes.empty()
 
 
@@ -167,17 +168,19 @@ def test_where_no_thread_can_be_started_to_block_in_the_conversation_tells_it(ot
     assert outcomes.get(timeout=10) == "can't start new thread"
 
 
-def test_where_its_own_thread_can_not_be_started_it_says_so_each_time(others, new_pair, monkeypatch):
-    outcomes = queue.SimpleQueue()
+def test_where_its_own_thread_can_not_be_started_it_says_so_each_time(new_pair, monkeypatch):
+    others, outcomes = rc.Conversations(), queue.SimpleQueue()
     near, far = new_pair()
+    others.submit(told(outcomes, near, 10))  # waits for the thread
     with monkeypatch.context() as patch:
         patch.setattr(threading, "Thread", NoMoreThreads)
         for _ in range(2):
             with pytest.raises(RuntimeError):
-                others.submit(told(outcomes, near, 10))
-    others.submit(told(outcomes, near, 10))
+                others.start()
+    others.start()
     far.sendall(b"better now")
     assert outcomes.get(timeout=10) == b"better now"
+    others.close()
 
 
 def test_what_is_under_way_or_comes_later_is_let_go_by_close(others, new_pair):

@@ -1,6 +1,8 @@
 """The executor end to end: real agents over mutual TLS, both engines (contract section 3)."""
 from __future__ import annotations
 
+import itertools
+import queue
 import threading
 import time
 
@@ -248,23 +250,116 @@ def test_a_drain_also_runs_what_waited_for_a_release_that_took_longer_than_an_in
     assert [world.store.release(i).status for i in ids] == ["success", "success"]
 
 
-@pytest.mark.parametrize("error", [rc.StateMoved("another writer was quicker"), rc.DatabaseError("it is away")],
-                         ids=["a_quicker_writer", "no_database"])
-def test_a_drain_goes_on_when_a_look_for_work_fails_while_its_release_runs(world, monkeypatch, error):
-    world.nodes(1, task_ms=700)
+def test_a_drain_goes_on_when_a_look_for_work_fails_while_its_release_runs(world, monkeypatch, caplog):
+    world.nodes(1, task_ms=900)
     release = new_release(world.store)
     looks, look = [], world.store.look
 
-    def look_that_fails_once():
+    def look_that_fails_twice():
         looks.append(world.store.release(release.id).status)
-        if len(looks) == 2:
-            raise error
+        if len(looks) in (2, 3):
+            raise rc.DatabaseError("it is away")
         return look()
 
-    monkeypatch.setattr(world.store, "look", look_that_fails_once)
+    monkeypatch.setattr(world.store, "look", look_that_fails_twice)
     world.drain()
-    assert looks[:2] == ["pending", "running"]
+    assert looks[:3] == ["pending", "running", "running"]
     assert world.store.release(release.id).status == "success"
+    assert caplog.text.count("it is away; trying again") == 1
+
+
+def claim_that_fails_once(world, monkeypatch, of: int, error: Exception) -> None:
+    claim, failures = world.store.claim, [error]
+
+    def failing(release_id, owner, ttl_s):
+        if release_id == of and failures:
+            raise failures.pop()
+        return claim(release_id, owner, ttl_s)
+
+    monkeypatch.setattr(world.store, "claim", failing)
+
+
+def test_a_drain_follows_what_a_look_began_before_it_failed(world, monkeypatch):
+    world.nodes(2)
+    world.agent(1).set(task_ms=900)
+    ids = [new_release(world.store, target=f"t{node.id}", node_ids=[node.id]).id for node in world.store.nodes().items]
+    claim_that_fails_once(world, monkeypatch, ids[1], rc.DatabaseError("database is locked"))
+    tick = world.executor().run_once(drain=True)
+    assert {release.id: release.status for release in tick.worked_on} == dict.fromkeys(ids, "success")
+
+
+def test_a_claim_that_another_writer_was_quicker_at_is_in_other_hands(world, monkeypatch):
+    world.nodes(1)
+    release = new_release(world.store)
+    claim_that_fails_once(world, monkeypatch, release.id, rc.StateMoved("another was quicker"))
+    assert world.executor().run_once() == rc.Tick([], 1, False)
+
+
+def test_rule_3_all_releases_together_have_at_most_so_many_requests_in_flight(world):
+    world.nodes(6, protocol="execute", task_ms=300)
+    nodes = world.store.nodes().items
+    ids = [new_release(world.store, target=f"t{node.id}", node_ids=[node.id]).id for node in nodes]
+    world.drain(AGENT_CONCURRENCY=2)
+    assert {world.store.release(i).status for i in ids} == {"success"}
+    edges = sorted((run[edge], step) for node in nodes for run in world.agent(node.id).runs
+                   for edge, step in (("startedAt", 1), ("finishedAt", -1)))
+    assert max(itertools.accumulate(step for _, step in edges)) == 2
+
+
+@pytest.mark.parametrize("name", ["release-1", "lease", "agents"])
+def test_where_no_thread_can_be_started_the_release_stays_free_for_others(world, monkeypatch, name):
+    world.nodes(1)
+    release, start = new_release(world.store), threading.Thread.start
+
+    def start_others(thread):
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    executor = world.executor()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_others)
+        with pytest.raises(rc.ConfigError, match="no thread can be started .*ulimit -u"):
+            executor.run_once()
+    assert world.store.release(release.id).claim_expires_at is None
+    executor.run_once(drain=True)
+    assert world.store.release(release.id).status == "success"
+
+
+def test_an_answer_for_a_row_that_was_deleted_by_hand_is_dropped(world, caplog):
+    world.nodes(2, protocol="execute", task_ms=1000)
+    release = new_release(world.store, strategy={"batches": [2]})
+    drain = threading.Thread(target=world.drain)
+    drain.start()
+    eventually(lambda: statuses(world.store, release.id) == ["running", "running"])
+    with world.store.database.transaction(write=True) as tx:
+        tx.execute("DELETE FROM release_task_nodes WHERE node_id = 1")
+    world.store.act("pause", release.id, "somebody")
+    drain.join(20)
+    assert statuses(world.store, release.id) == ["success"]
+    assert "its driver failed" not in caplog.text
+    assert world.store.release(release.id).claim_expires_at is None
+
+
+def test_a_tick_ends_when_the_database_is_away_for_longer_than_its_claim_holds(world, monkeypatch):
+    world.nodes(1, task_ms=60_000)
+    release = new_release(world.store)
+    errors = queue.SimpleQueue()
+
+    def tick():
+        try:
+            world.executor(CLAIM_TTL_SEC=2, RELEASE_EXECUTOR_INTERVAL_SEC=30).run_once()
+        except rc.DatabaseError as error:
+            errors.put(str(error))
+
+    threading.Thread(target=tick, daemon=True).start()
+    eventually(lambda: statuses(world.store, release.id) == ["running"])
+
+    def away(*_args, **_options):
+        raise rc.DatabaseError("it is away")
+
+    monkeypatch.setattr(world.store.database, "transaction", away)
+    assert "it is away" in errors.get(timeout=20)
 
 
 def test_rule_9_a_tick_carries_on_where_another_stopped(world):
