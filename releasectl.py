@@ -4269,9 +4269,8 @@ class Executor:
         self._drivers: dict[int, Driver] = {}
         self._conversations = [Conversations() for _ in range(TALKING_THREADS)]
         self._in_turn = itertools.cycle(self._conversations)
-        # What was submitted and has not begun, and how many conversations are under way.
-        self._backlog: collections.deque[Callable[[], Coroutine[Wait, None, None]]] = collections.deque()
-        self._under_way = 0
+        # Drivers that found fewer slots than they may have: told when one is free.
+        self._short_of_slots: dict[Driver, None] = {}
         self._lease_thread: threading.Thread | None = None
         self._renewed_at = self.clock.elapsed()
         self._closed = threading.Event()
@@ -4287,10 +4286,11 @@ class Executor:
         there is work and no way to call an agent.
         """
         worked_on: dict[int, None] = {}
+        failure: AppError | None
         running: list[Driver] = []
         said = ""
         while True:
-            had_running, taken = bool(running), 0
+            had_running, taken, failure = bool(running), 0, None
             started: list[Driver] = []
             try:
                 taken = self._counted_look(started, is_tick=not drain)
@@ -4299,6 +4299,7 @@ class Executor:
                 if not had_running and not started:
                     raise
                 said = self._say(error, said)
+                failure = error
             running += started
             worked_on.update(dict.fromkeys(driver.lease.claim.release_id for driver in started))
             # a drain looks again meanwhile: ours may wait for a node of one whose owner died
@@ -4312,6 +4313,8 @@ class Executor:
                 self.close()
             # what ran during the look may have ended since, and made way for a release that it did not find
             if not drain or not (started or had_running) or self.stopping.is_set():
+                if failure is not None and not drain:
+                    raise failure
                 return Tick([self.store.release(release_id) for release_id in worked_on], taken,
                             self.stopping.is_set())
 
@@ -4438,7 +4441,8 @@ class Executor:
         try:
             driver.start()
         except RuntimeError as error:
-            self.ended(driver)
+            with self._guard:  # not ended(): that would make the loop look again at once
+                self._drivers.pop(lease.claim.release_id, None)
             self.store.let_go(lease.claim)
             raise ConfigError(NO_THREAD.format(error)) from None
         return driver
@@ -4486,35 +4490,38 @@ class Executor:
         """Forgets a driver at its end; the next release of its target may go now."""
         with self._guard:
             self._drivers.pop(driver.lease.claim.release_id, None)
+        self.give_back(driver, driver.slots)
         self._wake.set()
 
-    def share(self) -> int:
-        """Gives how many requests a driver may have in flight: AGENT_CONCURRENCY is for all."""
+    def take_slots(self, driver: Driver) -> int:
+        """Gives how many more requests a driver may send: AGENT_CONCURRENCY is for all, in equal shares.
+
+        They are taken before what is sent is written down: a dispatch that had to queue would be late.
+        """
         with self._guard:
-            return max(1, self.settings.agent_concurrency // max(1, len(self._drivers)))
+            limit, held = self.settings.agent_concurrency, sum(d.slots for d in self._drivers.values())
+            may_have = max(1, limit // max(1, len(self._drivers))) - driver.slots
+            count = max(0, min(may_have, limit - held))
+            driver.slots += count
+            if count < may_have:
+                self._short_of_slots[driver] = None
+            return count
+
+    def give_back(self, driver: Driver, count: int, had_enough: bool = False) -> None:
+        """Takes slots back from a driver, and tells those that found too few."""
+        if not count:
+            return
+        with self._guard:
+            driver.slots -= count
+            if had_enough:
+                self._short_of_slots.pop(driver, None)
+            told, self._short_of_slots = self._short_of_slots, {}
+        for other in told:
+            other.results.put(None)
 
     def submit(self, work: Callable[[], Coroutine[Wait, None, None]]) -> None:
-        """Begins a conversation with an agent, as soon as fewer than AGENT_CONCURRENCY are under way."""
-        with self._guard:
-            self._backlog.append(work)
-        self._begin()
-
-    def _begin(self) -> None:
-        while True:
-            with self._guard:
-                if not self._backlog or self._under_way >= self.settings.agent_concurrency or self._closed.is_set():
-                    return
-                self._under_way += 1
-                work = self._backlog.popleft()
-            next(self._in_turn).submit(self._counted(work))
-
-    async def _counted(self, work: Callable[[], Coroutine[Wait, None, None]]) -> None:
-        try:
-            await work()
-        finally:
-            with self._guard:
-                self._under_way -= 1
-            self._begin()
+        """Begins a conversation with an agent."""
+        next(self._in_turn).submit(work())
 
 
 def outcome_of(node_id: int, op: str, answer: Answer | AgentError) -> Outcome:
@@ -4550,6 +4557,8 @@ class Driver:
         self._payload: dict[str, Any] = {}
         self._strategy = NO_STRATEGY
         self._in_flight = 0
+        # Of AGENT_CONCURRENCY: those in flight, and within a turn those that may be sent.
+        self.slots = 0
         self.turned_at = self._news_at = self._spoke_at = self._decided_at = self._now().elapsed
         self._said = ""
         self._unclear: tuple[Release, Decision] | None = None
@@ -4618,7 +4627,7 @@ class Driver:
                 if not is_news and decision.status_reason != release.status_reason:
                     self._commit(release, decision, now)  # what is true while nobody works on it
                 return None
-            if self._room() <= 0:
+            if self.slots <= self._in_flight:
                 return self._policy.interval_s
             return min(max(decision.wake_at - self._now().elapsed, 0.0), self._policy.interval_s)
         except StateMoved as error:
@@ -4634,6 +4643,8 @@ class Driver:
             self._say(str(error))
             self._is_stale = True
             return min(self._policy.interval_s, 1.0)
+        finally:
+            self._executor.give_back(self, self.slots - self._in_flight, had_enough=True)
 
     def _is_due_to_speak(self, release: Release, decision: Decision, now: Moment) -> bool:
         """Says whether a new sentence alone is worth a commit: the last one is an interval old."""
@@ -4683,14 +4694,14 @@ class Driver:
             for node in kept_from_dispatch(self._nodes, now.elapsed - self._decided_at):
                 self._nodes.put(node)
         self._decided_at = now.elapsed
-        return decide(release, self._nodes, now, self._policy, self._strategy, self._room(), busy, self._broken,
+        return decide(release, self._nodes, now, self._policy, self._strategy, self._take_slots(), busy, self._broken,
                       self._freeze)
 
-    def _room(self) -> int:
-        """Gives how many requests may leave now."""
+    def _take_slots(self) -> int:
+        """Gives how many requests may leave now; what is not used is given back at the end of the turn."""
         if self._executor.stopping.is_set() or not self.lease.is_valid(self._executor.clock.elapsed()):
             return 0
-        return self._executor.share() - self._in_flight
+        return self._executor.take_slots(self)
 
     def _commit(self, release: Release, decision: Decision, now: Moment) -> None:
         self._unclear = release, decision
@@ -4803,6 +4814,7 @@ class Driver:
 
     def _fold(self, outcome: Outcome) -> None:
         self._in_flight -= 1
+        self._executor.give_back(self, 1)
         node = self._nodes.get(outcome.node_id)
         if self._executor.has_cut or node is None:  # its row was deleted by hand
             return
@@ -7798,7 +7810,8 @@ def _run_once(context: Context) -> int:
         return EXIT_BUSY
     code = max(map(exit_code_of, tick.worked_on), default=EXIT_DONE)
     unended = [release for release in tick.worked_on if release.status in (PENDING, RUNNING, CANCELLING)]
-    if code == EXIT_DONE and context.options.drain and unended and (tick.in_other_hands or tick.was_stopped):
+    is_held = any(release.claim_expires_at for release in unended)
+    if code == EXIT_DONE and context.options.drain and (is_held or (tick.was_stopped and unended)):
         print(f"releases that are not at their end: {len(unended)}: try later", file=sys.stderr)
         return EXIT_BUSY
     return code
@@ -7837,7 +7850,10 @@ def _stop_on_signal(stop: Callable[[], None]) -> None:
             signals.get()
             stop()
 
-    threading.Thread(target=listen, name="signals", daemon=True).start()
+    try:
+        threading.Thread(target=listen, name="signals", daemon=True).start()
+    except RuntimeError as error:
+        raise ConfigError(NO_THREAD.format(error)) from None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: signals.put(None))
 
