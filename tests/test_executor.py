@@ -296,14 +296,38 @@ def test_a_claim_that_another_writer_was_quicker_at_is_in_other_hands(world, mon
 
 
 def test_rule_3_all_releases_together_have_at_most_so_many_requests_in_flight(world):
-    world.nodes(6, protocol="execute", task_ms=300)
+    world.nodes(6, protocol="execute", task_ms=700)
     nodes = world.store.nodes().items
     ids = [new_release(world.store, target=f"t{node.id}", node_ids=[node.id]).id for node in nodes]
-    world.drain(AGENT_CONCURRENCY=2)
+    # who waits for a slot is not written down as dispatched: it would be late, and its deadline would pass
+    world.drain(AGENT_CONCURRENCY=2, AGENT_CONNECT_TIMEOUT_SEC="0.5", NODE_DEADLINE_SEC=2)
     assert {world.store.release(i).status for i in ids} == {"success"}
     edges = sorted((run[edge], step) for node in nodes for run in world.agent(node.id).runs
                    for edge, step in (("startedAt", 1), ("finishedAt", -1)))
     assert max(itertools.accumulate(step for _, step in edges)) == 2
+
+
+def test_a_loop_that_can_start_no_driver_looks_again_after_an_interval_only(world, monkeypatch, caplog):
+    world.nodes(1)
+    new_release(world.store)
+    looks, look, start = [], world.store.look, threading.Thread.start
+
+    def start_others(thread):
+        if thread.name == "release-1":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(world.store, "look", lambda: looks.append(1) or look())
+    executor = world.executor(RELEASE_EXECUTOR_INTERVAL_SEC=60)
+    loop = threading.Thread(target=executor.run_loop)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_others)
+        start(loop)
+        eventually(lambda: "no thread can be started" in caplog.text)
+        loop.join(0.5)
+    executor.stop()
+    loop.join(10)
+    assert len(looks) == 1
 
 
 @pytest.mark.parametrize("name", ["release-1", "lease", "agents"])
