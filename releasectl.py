@@ -4225,7 +4225,14 @@ async def _late_alert(timed: TimedSocket) -> str:
 TALKING_THREADS = 2
 
 
-NO_THREAD = "no thread can be started ({}): this process needs more of `ulimit -u` (TasksMax) or `ulimit -n`"
+@contextlib.contextmanager
+def starting_threads() -> Iterator[None]:
+    """Raises ConfigError where a thread within can't be started, or gets no descriptors."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"no thread can be started ({error}): this process needs more of `ulimit -u` (TasksMax) "
+                          "or `ulimit -n`") from None
 
 
 class Lease:
@@ -4439,17 +4446,18 @@ class Executor:
         with self._guard:
             self._drivers[lease.claim.release_id] = driver
         try:
-            driver.start()
-        except RuntimeError as error:
+            with starting_threads():
+                driver.start()
+        except ConfigError:
             with self._guard:  # not ended(): that would make the loop look again at once
                 self._drivers.pop(lease.claim.release_id, None)
             self.store.let_go(lease.claim)
-            raise ConfigError(NO_THREAD.format(error)) from None
+            raise
         return driver
 
     def _start_threads(self) -> None:
         """Starts what all drivers need, where it does not run; ConfigError when there is no room for it."""
-        try:
+        with starting_threads():
             for conversations in self._conversations:
                 conversations.start()
             if self._lease_thread is None:
@@ -4457,8 +4465,6 @@ class Executor:
                 thread = threading.Thread(target=self._keep_leases, name="lease", daemon=True)
                 thread.start()
                 self._lease_thread = thread
-        except (RuntimeError, OSError) as error:
-            raise ConfigError(NO_THREAD.format(error)) from None
 
     def _keep_leases(self) -> None:
         """Renews every claim three times in its life, apart from the work."""
@@ -7724,7 +7730,8 @@ def command_serve(context: Context) -> int:
                                      lambda: certificate_figures(settings)))
     _stop_on_signal(executor.stop)
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
-    accept.start()
+    with starting_threads():
+        accept.start()
     scheme = "https" if server.tls else "http"
     log.info("serving %s://%s:%d, %s, executor %s", scheme, *server.server_address[:2], context.store.database,
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
@@ -7850,10 +7857,8 @@ def _stop_on_signal(stop: Callable[[], None]) -> None:
             signals.get()
             stop()
 
-    try:
+    with starting_threads():
         threading.Thread(target=listen, name="signals", daemon=True).start()
-    except RuntimeError as error:
-        raise ConfigError(NO_THREAD.format(error)) from None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: signals.put(None))
 

@@ -651,7 +651,7 @@ def test_75_when_a_drain_was_told_to_end_before_its_release_was_at_its_end(fleet
     assert fleet_cli.world.store.release(release.id).claim_expires_at is None
 
 
-def test_a_signal_that_interrupts_who_holds_a_lock_still_stops(monkeypatch):
+def test_a_signal_that_interrupts_who_holds_a_lock_still_stops():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     lock, stopped = threading.Lock(), threading.Event()
 
