@@ -48,7 +48,7 @@ STANDSTILL = 5000
 # How much later than it happened a process may notice a pause, a resume or a freeze.
 NOTICE_S = 3 * INTERVAL_S
 # A soak, with all that is not its own, is over so long after its time.
-LATE_SOAK_S = 60.0
+LATE_SOAK_S = 120.0
 WORLDS = PLAIN, STEERING, SHARED = "plain", "steering", "shared"
 
 LEGAL_NODE = {("pending", "running"), ("running", "success"), ("running", "failed"), ("pending", "skipped"),
@@ -80,7 +80,7 @@ class SimClock(rc.Clock):
     def elapsed(self) -> float:
         return self._world.up_s + self._world.now
 
-    def boot_id(self) -> str:
+    def boot(self) -> str:
         return "the-only-boot"
 
 
@@ -377,6 +377,7 @@ class Simulation:
         self.verified: dict[tuple[str, str], list[float]] = {}
         self.sends: list[Send] = []
         self.restores = 0
+        self.clock_set_at = -1.0
         # Until then leases may overlap: the clock was set, or the claims are those of an older database.
         self.leases_clash_until = 0.0
         self.at_one_moment = 0
@@ -749,13 +750,18 @@ class Simulation:
                  deliver) -> None:
         run = agent.execute(send, task.id, duration_s, is_good)
         if run is None:
-            text = f"Version {send.version} already applied (current: {agent.applied})"
-            more = {"message": text, "applied": agent.applied} if "applied" in rc.Answer._fields else {}
-            deliver(rc.Answer(rc.SUCCESS, task.id, **more))
+            deliver(self._already(send.version, agent.applied, task.id))
             return
         cut = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_HOLD_S)
         self.at(max(0.0, run.ends - self.now), lambda: deliver(
             self._word(run, task.id) if run.killed is None else cut))
+
+    @staticmethod
+    def _already(version: int, applied: int, task_id: str) -> rc.Answer | rc.AgentError:
+        """Gives what the client makes of "already applied"."""
+        if applied > version:
+            return rc.AgentError(rc.REJECTED, f"the agent is already at version {applied}", reached=True, final=True)
+        return rc.Answer(rc.SUCCESS, task_id, f"Version {version} already applied (current: {applied})", applied)
 
     @staticmethod
     def _word(run: Run | None, task_id: str) -> rc.Answer | rc.AgentError:
@@ -907,8 +913,8 @@ class Simulation:
                              SELECT g.main_ip FROM release_task_nodes m JOIN nodes g ON g.id = m.node_id
                              WHERE m.release_task_id = ?)))""", release_id, target, release_id):
             other_id, other_version, status, started_at, other_strategy, _ = other
-            waits = status == rc.PENDING and self._start_at(other_strategy) > now
-            if (status != rc.PENDING and started_at) or (other_version < version and not waits):
+            # one that has a startAt takes a later version when it starts
+            if (status != rc.PENDING and started_at) or (other_version < version and not self._start_at(other_strategy)):
                 self.fail(f"rule 2: release {release_id} ({target}, v{version}) started before {other}")
 
     @staticmethod
@@ -947,8 +953,11 @@ class Simulation:
         self.figures["deadlines"] = self.figures.get("deadlines", 0) + 1
         deadline_s = rc.parse_json(strategy).get("nodeDeadlineSec", self.deadline_s)
         since, held_before_s = self.ledger.begun[release_id, node_id]
-        held_s = self.ledger.held_so_far(release_id, self.now) - held_before_s
         mark = rc.parse_json(payload)["mark"]
+        # a new owner knows of its start by the wall clock only; and probes go on in a pause
+        if self.clock_set_at >= since or self.agents[address].ran(mark):
+            return
+        held_s = self.ledger.held_so_far(release_id, self.now) - held_before_s
         at_work_s = sum(run.seconds_since(since, self.now) for run in self.agents[address].runs
                         if run.send.mark == mark)
         if self.now - since - held_s + at_work_s < deadline_s - NOTICE_S:
@@ -973,7 +982,7 @@ class Simulation:
                     self.fail(f"section 7: release {release_id} calls nodes a success that no probes passed: {unseen}")
             exceeded = self._is_exceeded(strategy, nodes)
             is_partial = any(node[2] == "failed" for node in nodes)
-            if status == "failed" and mark and not (exceeded and strategy.get("onExceed", "fail") == "fail"):
+            if status == "failed" and mark and nodes and not (exceeded and strategy.get("onExceed", "fail") == "fail"):
                 self.fail(f"section 7: release {release_id} failed within its limits: {strategy} {nodes}")
             if status in ("partial", "success") and (exceeded or is_partial != (status == "partial")):
                 self.fail(f"section 7: release {release_id} is {status}: {strategy} {nodes}")
@@ -986,7 +995,7 @@ class Simulation:
             if parallel > strategy.get("maxParallel", 0) > 0:
                 self.fail(f"{name}: {parallel} in flight")
             batch = min(batch for _, batch in mine)
-            self._check_between(release_id, strategy, batch, passed, name)
+            self._check_between(release_id, strategy, batch, {n[1] for n in nodes if n[1] < batch}, passed, name)
             if "verify" in strategy and "soakSec" in strategy and batch > 1:
                 over = self.ledger.rested[release_id, batch - 1] + strategy["soakSec"]
                 for node in nodes:
@@ -1001,11 +1010,12 @@ class Simulation:
                 self.ledger.rested.setdefault((release_id, number),
                                               self.now if self.decided_at is None else self.decided_at)
 
-    def _check_between(self, release_id: int, strategy: dict, batch: int, passed: int, name: str) -> None:
+    def _check_between(self, release_id: int, strategy: dict, batch: int, before_it: set[int], passed: int,
+                       name: str) -> None:
         """Checks what lies between the batch before and this one."""
-        if batch == 1:
+        if batch == 1 or not before_it:
             return
-        before = (release_id, batch - 1)
+        before = (release_id, max(before_it))
         # what is stored has milliseconds
         over = self.ledger.rested.get(before, float("inf")) + strategy.get("soakSec", 0)
         if self.now < over - 0.002:
@@ -1212,7 +1222,7 @@ class SharedSimulation(Simulation):
 
     def _set_wall(self, set_s: float) -> None:
         self.note(f"the clock is set by {set_s - self.set_s:.1f} s")
-        self.set_s = set_s
+        self.set_s, self.clock_set_at = set_s, self.now
         self.ahead_s = max(self.ahead_s, set_s)
         self.figures["clocks set"] += 1
         self.leases_clash_until = self.now + TTL_S + CONNECT_S
@@ -1287,8 +1297,8 @@ class SharedSimulation(Simulation):
     def _set_first_version(self) -> None:
         """Does what the runbook says after a restore: new versions begin above all that agents have."""
         first = max((send.version for send in self.sends), default=0) + 1
-        if self.database.look_in("SELECT name FROM sqlite_master WHERE name = 'release_ground'"):
-            self.database.write_by_hand(("UPDATE release_ground SET first_version = ? WHERE id = 1", first))
+        with contextlib.suppress(rc.DatabaseError):
+            rc.Store(self.database, SimClock(self)).set_first_version(first)
             self.ledger.first_version = first
 
 
