@@ -202,6 +202,7 @@ class SimAgent:
         self.renames = False
         # Until when it answers 503.
         self.is_bad_until = 0.0
+        self.started = 0.0
         self.names: dict[str, str] = {}
         # What it knows of, by its own ids; None: a version that it had already.
         self.tasks: dict[str, Run | None] = {}
@@ -209,6 +210,7 @@ class SimAgent:
 
     def restart(self) -> None:
         """Forgets all ids, and breaks off what it is at."""
+        self.started = self.world.now
         self.names.clear()
         self.tasks.clear()
         for run in self.live():
@@ -237,11 +239,11 @@ class SimAgent:
     def start(self, send: Send, task_id: str, duration_s: float, is_good: bool) -> Run:
         """Runs a task; an execute agent does not notice that it runs already."""
         run = Run(send, task_id, self.world.now, self.world.now + duration_s, is_good)
-        for other in self.runs:
-            if other.task_id == task_id and task_id in self.tasks:
-                self.world.fail(f"{self.address} ran {task_id} twice in one lifetime")
         for other in self.live():
             self.world.check_together(self, other, send)
+        for other in self.runs:
+            if other.send.mark == send.mark and other.began >= self.started and not other.send.lost_in:
+                self.world.fail(f"{self.address} ran {send.mark} twice in one lifetime, as {other.task_id} and {task_id}")
         self.runs.append(run)
         self.world.figures["runs"] += 1
         return run
@@ -923,8 +925,8 @@ class Simulation:
 
     def _check_success(self, release_id: int, node_id: int) -> None:
         """Checks that a node that is called a success ran just this payload, and to a good end."""
-        (payload, version, address, attempts), = self.database.look_in("""
-            SELECT r.payload, r.version, h.main_ip, n.attempts
+        (payload, version, address), = self.database.look_in("""
+            SELECT r.payload, r.version, h.main_ip
             FROM release_task_nodes n
             JOIN release_tasks r ON r.id = n.release_task_id
             JOIN nodes h ON h.id = n.node_id
@@ -932,10 +934,12 @@ class Simulation:
         mark, agent = rc.parse_json(payload)["mark"], self.agents[address]
         if agent.ran(mark):
             return
-        lost = max((s.version for s in self.sends if s.address == address and s.lost_in and s.has_left), default=0)
+        sends = [s for s in self.sends if s.address == address and s.has_left]
+        lost = max((s.version for s in sends if s.lost_in), default=0)
+        tries = sum(s.mark == mark for s in sends)
         # A database that went back, and nobody who saw more: an agent of `tasks` does not tell its
-        # version, and one of `execute` only when it is another.
-        if lost >= version if agent.protocol == "tasks" else (lost == version and attempts > 1):
+        # version, and one of `execute` can't be told from one that an earlier try has reached.
+        if lost >= version if agent.protocol == "tasks" else (lost == version and tries > 1):
             self.figures["unknowable"] = self.figures.get("unknowable", 0) + 1
             return
         self.fail(f"section 8: release {release_id} (v{version}) calls {address} a success, which never ran {mark}")
