@@ -39,7 +39,7 @@ import releasectl as rc  # noqa: E402
 
 TTL_S, INTERVAL_S, CONNECT_S, REQUEST_S, DEADLINE_S = 6.0, 1.0, 1.0, 6.0, 300.0
 # In the shared world people pause for longer than this.
-SHORT_DEADLINE_S = 40.0
+SHORT_DEADLINE_S = 20.0
 # After this the faults stop, and everything must come to its end before the second.
 FAULTS_UNTIL_S, END_S = 60.0, 2000.0
 EPOCH_S = 1_790_000_000.0
@@ -92,6 +92,9 @@ class SimEngine(rc.SqliteEngine):
     def __init__(self, world: Simulation):
         super().__init__("sqlite:///:memory:")
         self._world = world
+
+    def identity(self) -> object:
+        return None
 
     def connect(self, create: bool):
         connection = super().connect(create)
@@ -298,6 +301,7 @@ class SimDriver(rc.Driver):
     """The driver without its thread: the world turns it."""
 
     turns = 0
+    is_turning = False
 
     def start(self) -> None:
         self._executor.world.turn(self._executor, self)
@@ -359,6 +363,8 @@ class Simulation:
 
     at_once = False
     deadline_s = DEADLINE_S
+    # So many times as long a run takes in an agent of `tasks`.
+    slowness = 4
 
     def __init__(self, seed: int, owners: int = 0, faults: bool = True, world: str = PLAIN):
         self.seed, self.steering = seed, world != PLAIN
@@ -374,8 +380,9 @@ class Simulation:
         self.ledger = Ledger()
         # The moment of the decision that is being committed.
         self.decided_at: float | None = None
-        # How many probes of a payload on a node passed in a row, and when as many did as its strategy wants.
-        self.streaks: dict[tuple[str, str], int] = {}
+        # How many probes of a payload on a node passed in a row, by who probes, and when as many did
+        # as its strategy wants.
+        self.streaks: dict[tuple[str, str, SimExecutor], int] = {}
         self.verified: dict[tuple[str, str], list[float]] = {}
         self.sends: list[Send] = []
         self.restores = 0
@@ -383,6 +390,7 @@ class Simulation:
         # Until then leases may overlap: the clock was set, or the claims are those of an older database.
         self.leases_clash_until = 0.0
         self.at_one_moment = 0
+        self.looks_at_the_end_at = FAULTS_UNTIL_S
         self.figures = dict.fromkeys(("runs", "crashes", "suspensions", "take-overs", "lost answers", "restarts",
                                       "database faults", "commits", "verbs"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
@@ -508,8 +516,10 @@ class Simulation:
         """Runs the schedule to its end; raises Violation."""
         while self.events:
             self._next()
-            if self.now > FAULTS_UNTIL_S and self._is_over():
-                break
+            if self.now > self.looks_at_the_end_at:
+                if self._is_over():
+                    break
+                self.looks_at_the_end_at = self.now + INTERVAL_S
             if self.now > END_S:
                 self.fail(f"releases that never ended: {self._open()}")
         self._check_end()
@@ -584,10 +594,17 @@ class Simulation:
         """Lets a driver take its turn, now and whenever its wait is over or an outcome came."""
         if owner._drivers.get(driver.lease.claim.release_id) is not driver:
             return
+        if driver.is_turning:  # it is suspended in the middle of a turn
+            self.at(0.1, lambda: self.turn(owner, driver), owner)
+            return
         driver.turns += 1
         number = driver.turns
         driver.collect(0.0)
-        wait_s = driver.step()
+        driver.is_turning = True
+        try:
+            wait_s = driver.step()
+        finally:
+            driver.is_turning = False
         if wait_s is None:
             driver.lease.is_lost = True
             owner.ended(driver)
@@ -683,11 +700,11 @@ class Simulation:
     def _probe(self, send: Send) -> bool:
         """Gives whether what a node serves passes a probe, and keeps count."""
         passes = self._passes(send)
-        key = (send.mark, send.address)
+        key = (send.mark, send.address, send.owner)
         self.streaks[key] = self.streaks.get(key, 0) + 1 if passes else 0
         verify = self._strategy_of(send.release_id).verify
         if verify and self.streaks[key] and self.streaks[key] % verify.successes == 0:
-            self.verified.setdefault(key, []).append(self.now)
+            self.verified.setdefault((send.mark, send.address), []).append(self.now)
         return passes
 
     def _passes(self, send: Send) -> bool:
@@ -738,7 +755,7 @@ class Simulation:
         if agent.protocol == "execute":
             self._execute(agent, send, task, duration_s, is_good, deliver)
         elif op == rc.DISPATCH:
-            deliver(rc.Answer(rc.ACCEPTED, agent.take(send, task.id, duration_s * 4, is_good)))
+            deliver(rc.Answer(rc.ACCEPTED, agent.take(send, task.id, duration_s * self.slowness, is_good)))
         elif task.id not in agent.tasks:
             deliver(rc.Answer(rc.UNKNOWN, task.id))
         else:
@@ -878,7 +895,8 @@ class Simulation:
             if (before, after) == ("pending", "running"):
                 self._check_turn(release_id)
         elif after == "running":
-            self.ledger.begun[release_id, node_id] = (self.now, self.ledger.held_so_far(release_id, self.now))
+            since = self.now if self.decided_at is None else self.decided_at
+            self.ledger.begun[release_id, node_id] = (since, self.ledger.held_so_far(release_id, self.now))
         elif after == "success":
             self._check_success(release_id, node_id)
         elif (before, after) == ("running", "failed"):
@@ -1055,7 +1073,8 @@ class Simulation:
             if owner.is_dead:
                 continue
             for driver in owner._active_drivers():
-                if driver.lease.is_valid(owner.clock.elapsed()):
+                # what is stored has milliseconds
+                if driver.lease.is_valid(owner.clock.elapsed() + 0.001):
                     release_id = driver.lease.claim.release_id
                     if release_id in holders:
                         self.fail(f"{holders[release_id]} and {owner.owner} both hold release {release_id}")
@@ -1084,6 +1103,7 @@ class SharedSimulation(Simulation):
     """The world in which releases share nodes, databases go back, and clocks are set."""
 
     deadline_s = SHORT_DEADLINE_S
+    slowness = 2
     kinds = (*Simulation.kinds, "restart", "clock", "clock", "restore", "bad agent", "long pause", "long freeze")
 
     def _people(self) -> None:
@@ -1144,7 +1164,7 @@ class SharedSimulation(Simulation):
             return super()._passes(send)
         if len(self.verified[key]) == 1 and self.random.random() < 0.3:
             self.fickle.add(key)
-        return not self.streaks.get(key) if key in self.fickle else super()._passes(send)
+        return not self.streaks.get((*key, send.owner)) if key in self.fickle else super()._passes(send)
 
     # -- releases ----------------------------------------------------------------------------
 
@@ -1237,6 +1257,7 @@ class SharedSimulation(Simulation):
         """Sets the clock to what nothing in the database lies ahead of, or leaves it."""
         if self.random.random() < 0.5:
             self._set_wall(self.ahead_s)
+        self.hands_off_until = min(self.hands_off_until, self.now + 10)
 
     def _cancel_what_never_comes(self) -> None:
         """Ends what is to start in a time that is not to come, as the clock was set back."""
@@ -1262,7 +1283,7 @@ class SharedSimulation(Simulation):
 
     def _steer(self) -> None:
         if self.now < self.hands_off_until:
-            self.at(self.hands_off_until - self.now, self._steer)
+            self.at(min(5.0, self.hands_off_until - self.now), self._steer)
             return
         super()._steer()
         if self.now > FAULTS_UNTIL_S:

@@ -77,18 +77,20 @@ def test_the_same_seed_gives_the_same_schedule(world):
 
 def without_fence(patch):
     """A write goes through whoever the owner is."""
-    def commit(self, claim, release, decision, now, actor):
-        with self.database.transaction(write=True) as tx:
-            self._write(tx, release, decision, now, actor, self._release(tx, claim.release_id).claim_fence)
-    patch.setattr(rc.Store, "commit", commit)
-    patch.setattr(rc.Store, "_refuse_lost", staticmethod(lambda *_: None))
+    write = rc.Store._write
+
+    def write_blindly(self, tx, release, decision, now, actor, claim=None, **more):
+        row = self._release(tx, release.id)
+        write(self, tx, release, decision, now, actor,
+              claim and claim._replace(fence=row.claim_fence, owner=row.claim_owner), **more)
+    patch.setattr(rc.Store, "_write", write_blindly)
+    patch.setattr(rc.Store, "_claimed", lambda self, tx, claim: self._release(tx, claim.release_id))
 
 
 def with_a_new_task_id_after_a_take_over(patch):
     """The new owner names the task anew, so the agent does not know it again."""
-    numbers, adopt = itertools.count(), rc.adopt
-    patch.setattr(rc, "task_id_for", lambda *parts: f"{parts}-{next(numbers)}")
-    patch.setattr(rc, "adopt", lambda node, now, policy: adopt(node, now, policy)._replace(task_id=""))
+    numbers, name = itertools.count(), rc.task_id_for
+    patch.setattr(rc, "task_id_for", lambda *parts: f"{name(*parts)}-{next(numbers)}")
 
 
 def with_the_intent_after_the_request(patch):
@@ -105,7 +107,7 @@ def with_the_intent_after_the_request(patch):
 
 def with_the_expiry_compared_the_wrong_way_round(patch):
     """A claim that holds may be taken, one that ran out may not."""
-    execute, candidates = rc.Transaction.execute, rc.Store._candidates
+    execute, candidates = rc.Transaction.execute, rc.Store._candidates  # bound to the class
     patch.setattr(rc.Transaction, "execute", lambda self, statement, *params: execute(
         self, statement.replace("claim_expires_at <= ?", "claim_expires_at > ?"), *params))
     patch.setattr(rc.Store, "_candidates", staticmethod(
@@ -120,8 +122,7 @@ def without_a_look_at_the_lease_before_a_dispatch(patch):
 def without_the_hold_of_an_execute_agent(patch):
     """The new owner repeats a request that may still be at the agent."""
     adopt = rc.adopt
-    patch.setattr(rc, "adopt", lambda node, now, policy: adopt(
-        node._replace(hold_until=None), now, policy))
+    patch.setattr(rc, "adopt", lambda node, *rest: adopt(node._replace(hold_until=None, hold_clock=""), *rest))
 
 
 @pytest.mark.parametrize("mutate", [
@@ -186,3 +187,113 @@ def test_the_schedules_find_a_promise_that_is_not_kept(mutate, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(Violation):
         run_seeds(1, ENOUGH, world="steering")
+
+
+# -- the mutants of what goes back, and of what is shared --------------------------------------
+
+def with_ids_without_a_tag(patch):
+    """What one database gave out, another gives out again."""
+    patch.setattr(rc, "new_tag", lambda: "")
+
+
+def with_already_applied_believed_at_a_first_try(patch):
+    """A version that only has the same number is taken for this one."""
+    observe = rc.observe
+    patch.setattr(rc, "observe", lambda node, outcome, *rest: observe(node, outcome._replace(applied=0), *rest))
+
+
+def with_order_by_target_alone(patch):
+    """Two releases go to one node at the same time, the later one first."""
+    runnable = rc.runnable
+    patch.setattr(rc, "runnable", lambda candidates, now="", freeze=rc.NO_FREEZE, shares=None: runnable(
+        candidates, now, freeze))
+
+
+def without_the_last_version(patch):
+    """A node is sent whatever the release has."""
+    patch.setattr(rc, "_surpassed", lambda *_: [])
+    patch.setattr(rc.Store, "_raise_last_versions", staticmethod(lambda *_: None))
+
+
+def with_the_agents_id_sent_again(patch):
+    """After a 404 the id goes out that the agent gave the task."""
+    intent = rc._intent
+
+    def intent_again(release, node, *rest):
+        change = intent(release, node, *rest)
+        return change._replace(after=change.after._replace(task_id=node.task_id or change.after.task_id))
+    patch.setattr(rc, "_intent", intent_again)
+
+
+def with_rows_busy_in_place_of_addresses(patch):
+    """Two rows of one host have nothing to do with each other."""
+    def busy(self, tx, release_id):
+        rows = tx.rows("SELECT node_id FROM release_task_nodes WHERE release_task_id <> ? AND (status = 'running' "
+                       "OR hold_until > ?)", release_id, self._now())
+        return frozenset((f"row {node_id}", 0) for node_id, in rows)
+    patch.setattr(rc.Store, "_busy", busy)
+    patch.setattr(rc.ReleaseNode, "endpoint", property(lambda self: (f"row {self.node_id}", 0)))
+
+
+def with_deadlines_that_run_in_a_pause(patch):
+    """Whoever waits in a pause or a freeze fails at its end."""
+    patch.setattr(rc, "kept_from_dispatch", lambda *_: [])
+    patch.setattr(rc, "holds_of", lambda _: [])
+
+
+def with_a_second_look_that_never_ends(patch):
+    """Probes that alternate keep a release for ever."""
+    awaited = rc._awaited
+    patch.setattr(rc, "_awaited", lambda nodes, stage, now, policy: awaited(
+        nodes, stage, now, policy._replace(node_deadline_s=float("inf"))))
+
+
+def with_the_clock_on_the_wall_alone(patch):
+    """A soak, or a hold, is over when somebody sets the clock."""
+    patch.setattr(rc.Moment, "clock_mark", lambda *_: "")
+
+
+def with_claims_by_their_number_alone(patch):
+    """A database that went back gives a claim's number to another owner, and the first one writes on."""
+    def claimed(self, tx, claim):
+        release = self._release(tx, claim.release_id)
+        if release.claim_fence != claim.fence or release.claim_expires_at is None:
+            raise rc.ClaimLost("another number")
+        return release
+
+    def by_number(method):
+        def ask(self, claim, *rest):
+            with self.database.transaction() as tx:
+                row = tx.row("SELECT claim_owner FROM release_tasks WHERE id = ?", claim.release_id)
+            return method(self, claim._replace(owner=row[0] if row else ""), *rest)
+        return ask
+    write = rc.Store._write
+    patch.setattr(rc.Store, "_claimed", claimed)
+    patch.setattr(rc.Store, "renew", by_number(rc.Store.renew))
+    patch.setattr(rc.Store, "let_go", by_number(rc.Store.let_go))
+    patch.setattr(rc.Store, "_write", lambda self, tx, release, decision, now, actor, claim=None, **more: write(
+        self, tx, release, decision, now, actor,
+        claim and claim._replace(owner=self._release(tx, release.id).claim_owner), **more))
+
+
+def with_versions_that_are_forgotten(patch):
+    """What a process saw of a lost release counts for nothing."""
+    patch.setattr(rc.Seen, "version", property(lambda _: 0, lambda *_: None), raising=False)
+
+
+def without_a_wait_after_a_database_went_back(patch):
+    """An execute agent may be at a request that the database has lost, and gets the next."""
+    obstacles = rc.Store.obstacles
+    patch.setattr(rc.Store, "obstacles", lambda *arguments: obstacles(*arguments)._replace(moved_s=float("inf")))
+
+
+@pytest.mark.parametrize("mutate", [
+    with_ids_without_a_tag, with_already_applied_believed_at_a_first_try, with_order_by_target_alone,
+    without_the_last_version, with_the_agents_id_sent_again, with_rows_busy_in_place_of_addresses,
+    with_deadlines_that_run_in_a_pause, with_a_second_look_that_never_ends, with_the_clock_on_the_wall_alone,
+    with_claims_by_their_number_alone, with_versions_that_are_forgotten,
+    without_a_wait_after_a_database_went_back], ids=lambda mutate: mutate.__name__)
+def test_the_schedules_find_a_success_that_is_none(mutate, monkeypatch):
+    mutate(monkeypatch)
+    with pytest.raises(Violation):
+        run_seeds(1, ENOUGH, world="shared")
