@@ -5286,7 +5286,8 @@ const VIEWS = [['releases', 'Releases'], ['nodes', 'Nodes'], ['health', 'Health'
 const CELLS_PER_LANE = 300, NAMES_SHOWN = 12, BATCHES_SHOWN = 8, SMALL_RELEASE = 300, EVENTS_PER_PAGE = 1000;
 const RENEW_DAYS = 14, BUSY_MS = 2000, IDLE_MS = 10000, HIDDEN_MS = 30000, SILENT_MS = 120000;
 
-// What each verb does, said before it is done; option: one more choice, and when it is offered.
+// What each verb does, said before it is done; option: one more choice, and when it is offered;
+// planned: it makes a release, whose plan is shown before.
 const VERBS = {
   pause: {
     label: 'Pause', states: ['pending', 'running'],
@@ -5306,14 +5307,15 @@ const VERBS = {
     option: ['force', r => r.status !== 'pending', 'End at once: nodes in flight become failed, their outcome unknown'],
   },
   retry: {
-    label: 'Retry', states: ['partial', 'failed', 'cancelled'],
+    label: 'Retry', states: ['partial', 'failed', 'cancelled'], planned: true,
     effect: r => `Makes a new release with a new version and the same payload, for the `
       + `${count(r.failedNodes + r.skippedNodes, 'node')} that failed or were skipped.`,
   },
   rollback: {
-    label: 'Roll back', states: TERMINAL, danger: true,
-    effect: () => 'Makes a new release with a new version and the payload of the newest successful release before '
-      + 'this one, for the nodes that this one touched.',
+    label: 'Roll back', states: TERMINAL, danger: true, planned: true,
+    effect: () => 'Makes a new release with a new version, for the nodes that this one touched. Its payload is the one '
+      + 'that succeeded on them before, or that of the release that you name.',
+    fields: [{key: 'toRelease', label: 'To release, by its number; empty for the newest before that succeeded'}],
   },
 };
 
@@ -5948,19 +5950,28 @@ const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), b =>
   .join('');
 
 function askForVerb(verb, name, r) {
-  const [key, isOffered, label] = verb.option || ['', () => false];
+  const [key, isOffered, label] = verb.option || ['', () => false], path = `api/v1/releases/${r.id}/${name}`;
+  const once = verb.planned && {'Idempotency-Key': newKey()};
   const option = isOffered(r) ? [{key, label, kind: 'check', value: r.status === 'cancelling'}] : [];
+  const overNewer = {key: 'overNewer', label: 'Go over newer releases', kind: 'check',
+    offeredAt: error => error.code === 3003 && /newer/i.test(error.message)};
+  const bodyOf = values => ({...values[key] && {[key]: true}, ...values.overNewer && {overNewer: true},
+    ...values.toRelease && {toRelease: releaseNumber('toRelease', values.toRelease)}});
   ask({
     name: `${verb.label} release ${r.id}?`, text: verb.effect(r), action: `${verb.label} release ${r.id}`,
-    danger: verb.danger, fields: [...option, {key: 'reason', label: 'Reason, for the record'}],
+    danger: verb.danger, fields: [...option, ...verb.fields || [],
+      {key: 'reason', label: 'Reason, for the record', keepsPlan: true}, ...verb.planned ? [overNewer] : []],
+    plan: verb.planned && (values => call('POST', path, {...bodyOf(values), dryRun: true})), plansAtOnce: true,
     async submit(values) {
-      const body = {};
-      if (values[key]) body[key] = true;
-      if (values.reason) body.reason = values.reason;
-      const data = await call('POST', `api/v1/releases/${r.id}/${name}`, body);
-      if (data.releaseId) location.hash = `#/releases/${data.releaseId}`;
+      const data = await call('POST', path, {...bodyOf(values), ...values.reason && {reason: values.reason}}, once);
+      return data.releaseId && created(data);
     },
   });
+}
+
+function releaseNumber(key, text) {
+  if (!/^[1-9]\d{0,14}$/.test(text)) throw new FieldError(key, 'Write the number of a release, for example 4');
+  return Number(text);
 }
 
 function askForRelease() {

@@ -27,6 +27,8 @@ MARKUP = "<img src=x onerror=alert(1)> & <b>bold</b>"
 PAYLOAD = '{"websites": []}'
 PLAN = {"totalNodes": 40, "batches": [{"batch": 1, "nodeIds": [1], "maxFailed": 0},
                                       {"batch": 2, "nodeIds": [*range(2, 41)], "maxFailed": 0}], "leftOut": []}
+NEWER = {"code": 3003, "data": None, "message": "release 5 (v5) succeeded later on edge-1: retry of release 1 would "
+                                                "replace its payload; overNewer (--over-newer) says so"}
 
 
 class Daemon:
@@ -335,7 +337,8 @@ def test_a_release_is_followed_to_failure_and_says_why_in_text_and_is_retried(li
     page.press("Close")
     eventually(lambda: page.address() == "#/releases/1")
     world.agent(1).set(outcome="success", message="")
-    page.press("Retry").see("for the 3 nodes that failed or were skipped", "#ask").press("Retry release 1")
+    page.press("Retry").see("for the 3 nodes that failed or were skipped", "#ask").see("to 3 nodes", "#plan")
+    page.press("Retry release 1")
     eventually(lambda: page.address() == "#/releases/2")
     page.see("3 nodes succeeded", "main").see("release 1", "main dl")
 
@@ -593,11 +596,51 @@ def failed_release(store: rc.Store) -> None:
 
 
 @pytest.mark.slow
+def test_a_retry_shows_its_plan_and_goes_over_newer_releases_only_when_told(page):
+    failed_release(page.daemon.store)
+    plan = {**PLAN, "version": 6, "payloadOf": {"releaseId": 1, "version": 1},
+            "leftOut": [{"nodeId": 2, "nodeName": "edge-2", "why": "disabled"}]}
+    page.open("#/releases/1").see("failed", "main .chip").answers(
+        ("1/retry", "dryRun", NEWER), ("1/retry", "overNewer", plan), ("1/retry", "overNewer", {
+            "releaseId": 1, "version": 6, "totalNodes": 40, "batches": [], "leftOut": []}))
+    page.press("Retry").see(NEWER["message"], "#ask .refused").press("Retry release 1").settle()
+    page.see("Go over newer releases", "#ask")
+    page.run("document.querySelector('[name=overNewer]').click()")
+    page.see("Sends the payload of release 1 (v1) to 40 nodes as version 6", "#plan").see("disabled: edge-2", "#plan")
+    page.fill(reason="again")  # says nothing of what goes out: the plan stays
+    page.enter("#ask [name=reason]").settle().press("Retry release 1")
+    eventually(lambda: page.count("dialog[open]") == 0)
+    assert page.sent() == [("retry", {"dryRun": True}), ("retry", {"overNewer": True, "dryRun": True}),
+                           ("retry", {"overNewer": True, "reason": "again"})]
+    assert "Idempotency-Key" in page.run("window.sent[2][2]")
+
+
+@pytest.mark.slow
+def test_a_rollback_shows_which_release_it_goes_back_to_and_takes_another(page):
+    failed_release(page.daemon.store)
+    page.open("#/releases/1").see("failed", "main .chip").answers(
+        ("1/rollback", "dryRun", {"code": 3003, "message": "nothing to roll back to", "data": None}),
+        ("1/rollback", "toRelease", {**PLAN, "payloadOf": {"releaseId": 4, "version": 4}}),
+        ("1/rollback", "toRelease", PLAN),
+        ("1/rollback", "toRelease", {"releaseId": 1, "version": 6, "totalNodes": 40, "batches": []}))
+    page.press("Roll back").see("nothing to roll back to", "#ask .refused")
+    assert "Go over newer releases" not in page.text("#ask")
+    page.fill(toRelease="four").press("Show the plan").see("Write the number of a release", "#wrong-toRelease")
+    page.fill(toRelease="4").enter("[name=toRelease]").settle().press("Roll back release 1").settle()
+    assert len(page.sent()) == 1
+    page.plan().see("Sends the payload of release 4 (v4) to 40 nodes, in batches of 1, then 39.", "#plan")
+    page.fill(toRelease="3").plan().see("Goes to 40 nodes, in", "#plan").press("Roll back release 1")
+    eventually(lambda: page.count("dialog[open]") == 0)
+    assert page.sent()[1:] == [("rollback", {"toRelease": 4, "dryRun": True}),
+                               ("rollback", {"toRelease": 3, "dryRun": True}), ("rollback", {"toRelease": 3})]
+
+
+@pytest.mark.slow
 def test_enter_changes_nothing_in_any_dialog(page):
     store = page.daemon.store
     failed_release(store)
     new_release(store)
-    for place, name, field in (("#/releases/1", "Retry", "reason"), ("#/releases/1", "Roll back", "reason"),
+    for place, name, field in (("#/releases/1", "Retry", "reason"), ("#/releases/1", "Roll back", "toRelease"),
                                ("#/releases/2", "Pause", "reason"), ("#/releases/2", "Cancel", "reason"),
                                ("#/nodes", "Add a node", "mainIp"), ("#/nodes", "Edit", "name"),
                                ("#/health", "Freeze", "reason")):
@@ -713,6 +756,12 @@ def test_axe_finds_nothing_that_keeps_a_person_out(full, axe, scheme):
         full.open(place).press(name)
         assert (name, violations(full, axe)) == (name, [])
     full.open("#/releases").press("New release").press("Show the plan").see("Write the payload", "#ask")
+    assert violations(full, axe) == []
+    full.open("#/releases/1").see("failed", "main .chip").answers(("retry", "", NEWER), ("retry", "", {
+        **PLAN, "emptied": ["edge-1"], "leftOut": [{"nodeId": 1, "nodeName": "edge-2", "why": "disabled"}]}))
+    full.press("Retry").see(NEWER["message"], "#ask")
+    assert violations(full, axe) == []
+    full.plan()
     assert violations(full, axe) == []
 
 
