@@ -5477,8 +5477,8 @@ async function call(method, path, body, headers) {
   if (token) sent.Authorization = `Bearer ${token}`;
   if (before) sent['If-None-Match'] = before.etag;
   if (body) sent['Content-Type'] = 'application/json';
-  const answer = await fetch(path, {method, headers: sent, body: body && JSON.stringify(body), cache: 'no-store',
-    signal: AbortSignal.timeout(15000)});
+  const answer = await fetch(path, {method, headers: sent, cache: 'no-store',
+    body: typeof body === 'object' ? JSON.stringify(body) : body, signal: AbortSignal.timeout(15000)});
   const date = Date.parse(answer.headers.get('Date'));
   if (date) clockSkewMs = Math.abs(date - Date.now()) < 2000 ? 0 : date - Date.now();
   if (answer.status === 304 && before) return before.data;
@@ -5879,10 +5879,16 @@ function askForNode(node) {
 }
 
 const labelsText = labels => Object.entries(labels).map(([name, value]) => `${name}=${value}`).join(', ');
-const labelsOf = text => Object.fromEntries(text.split(',').map(part => part.trim()).filter(Boolean).map(part => {
-  const [name, ...value] = part.split('=');
-  return [name.trim(), value.join('=').trim()];
-}));
+
+function labelsOf(text) {
+  const labels = new Map();
+  for (const part of text.split(',').map(one => one.trim()).filter(Boolean)) {
+    const [name, ...value] = part.split('=');
+    if (labels.has(name.trim())) throw new FieldError('labels', `The label ${name.trim()} is there twice`);
+    labels.set(name.trim(), value.join('=').trim());
+  }
+  return Object.fromEntries(labels);
+}
 
 // -- health -----------------------------------------------------------------------------------------
 
@@ -5976,10 +5982,12 @@ function releaseNumber(key, text) {
 
 function askForRelease() {
   const once = {'Idempotency-Key': newKey()};
-  const bodyOf = ({target, reason, payload, strategy, labels}) => {
+  // JSON goes out as it was written: read and written anew, a number may lose digits and an object a key.
+  const bodyOf = ({target, reason, payload, strategy, labels}, more) => {
     if (!payload) throw new FieldError('payload', 'Write the payload, for example {"websites": []}');
-    return {target, reason, payload: parse('payload', payload), ...strategy && {strategy: parse('strategy', strategy)},
-      ...labels && {labels: labelsOf(labels)}};
+    const rest = JSON.stringify({target, reason, ...labels && {labels: labelsOf(labels)}, ...more});
+    const written = [['payload', payload], ...strategy ? [['strategy', strategy]] : []];
+    return `{${written.map(([key, text]) => `"${key}": ${checkedJson(key, text)}`)}, ${rest.slice(1)}`;
   };
   ask({
     name: 'New release', action: 'Create',
@@ -5991,7 +5999,7 @@ function askForRelease() {
       {key: 'strategy', label: 'Strategy, a JSON object; empty for the default', kind: 'area', value: ''},
       {key: 'labels', label: 'Only nodes with these labels, as name=value'},
     ],
-    plan: values => call('POST', 'api/v1/releases', {...bodyOf(values), dryRun: true}),
+    plan: values => call('POST', 'api/v1/releases', bodyOf(values, {dryRun: true})),
     submit: async values => created(await call('POST', 'api/v1/releases', bodyOf(values), once)),
   });
 }
@@ -6027,12 +6035,13 @@ function leftOutParts(leftOut) {
 const named = names => names.slice(0, NAMES_SHOWN).join(', ') + (names.length > NAMES_SHOWN
   ? ` and ${(names.length - NAMES_SHOWN).toLocaleString('en')} more` : '');
 
-function parse(key, text) {
+function checkedJson(key, text) {
   try {
-    return JSON.parse(text);
+    JSON.parse(text);
   } catch (error) {
     throw new FieldError(key, `The ${key} is not JSON: ${error.message}`);
   }
+  return text;
 }
 
 function askForToken(message) {
