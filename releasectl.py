@@ -6139,9 +6139,8 @@ function ask({name, text, fields = [], action, danger, plan, plansAtOnce, byEnte
     const asked = decisive();
     planned = '';
     run(plan, answer => {
-      if (asked !== decisive()) return; // a field was changed meanwhile
       shown.replaceChildren(...h('div', null, planParts(answer)).childNodes);
-      planned = asked;
+      planned = asked; // where a field was changed meanwhile, update() takes it back
       main.scrollIntoView({block: 'nearest'});
     });
   }

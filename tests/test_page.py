@@ -649,6 +649,36 @@ def test_a_rollback_shows_which_release_it_goes_back_to_and_takes_another(page):
 
 
 @pytest.mark.slow
+def test_what_the_daemon_plans_refuses_and_leaves_out_is_what_the_page_says(live):
+    page, world = live(3)
+    store = world.store
+    store.add_node("edge-9", "10.9.9.9", agent_protocol="execute")
+    page.open().press("New release").fill(payload="{}").press("Show the plan").see("websites", "#ask .refused")
+    page.fill(payload=PAYLOAD).plan().see("Goes to 4 nodes as version 1", "#plan")
+    page.see("1 node would be left without any site: edge-9", "#plan .notice")
+    store.update_node(4, {"enabled": 0})
+    page.fill(reason="first").plan().see("Goes to 3 nodes", "#plan").press("Create")
+    eventually(lambda: page.address() == "#/releases/1")
+    page.open("#/releases/1").see("3 nodes succeeded", "main")
+    world.agent(1).set(outcome="failed", message="no")
+    new_release(store, payload={"websites": [2]})
+    page.open("#/releases/2").see("1 node failed", "#failures")
+    world.agent(1).set(outcome="success", message="")
+    new_release(store, payload={"websites": [3]})
+    page.open("#/releases/3").see("3 nodes succeeded", "main")
+    page.open("#/releases/2").press("Retry").see("release 3 (v3) succeeded later on", "#ask .refused")
+    page.run("document.querySelector('[name=overNewer]').click()")
+    page.see("Sends the payload of release 2 (v2) to 3 nodes as version 4", "#plan").press("Close")
+    page.open("#/releases/3").press("Roll back").see("Sends the payload of release 1 (v1) to 3 nodes", "#plan")
+    page.fill(toRelease="9").press("Show the plan").see("9", "#ask .refused")
+    store.update_node(3, {"enabled": 0})
+    page.fill(toRelease="1").plan().see("Left out: 1 node.", "#plan").see("edge-3", "#plan")
+    page.press("Roll back release 3").see("Release 4 is created", "#ask h2").see("edge-3", "#ask").press("Close")
+    page.see("2 nodes succeeded", "main").see("Release 3", "main dl")
+    assert page.address() == "#/releases/4"
+
+
+@pytest.mark.slow
 def test_enter_changes_nothing_in_any_dialog(page):
     store = page.daemon.store
     failed_release(store)
