@@ -6126,7 +6126,7 @@ a { color: var(--link); text-underline-offset: .2em; text-decoration-thickness: 
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 h1, h2, h3, p, dl, dd, ul, ol, pre { margin: 0; padding: 0; }
 h1 { font-size: 1.5rem; line-height: 1.25; letter-spacing: -.01em; }
-h1:focus, main:focus { outline: none; }
+h1:focus, h2:focus, main:focus { outline: none; }
 h2 { font-size: 1.02rem; line-height: 1.35; }
 ul, ol { list-style: none; }
 time, .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -6245,6 +6245,9 @@ dialog::backdrop { background: rgb(8 12 18 / .45); }
 dialog#node { margin: 0 0 0 auto; width: min(36rem, 100vw); height: 100vh; max-height: none; border-width: 0 0 0 1px;
   border-radius: 0; }
 .refused { color: var(--bad); }
+[aria-invalid=true] { border-color: var(--bad) !important; }
+#plan h3 { font-size: 1rem; }
+.notice { background: var(--tone-soft); color: var(--tone); border-radius: 7px; padding: .4rem .7rem; }
 
 @media (max-width: 680px) {
   body > header > div, main { padding-left: .8rem; padding-right: .8rem; }
@@ -6288,10 +6291,11 @@ const TERMINAL = ['success', 'partial', 'failed', 'cancelled'];
 const RELEASE_STATUSES = ['pending', 'running', 'paused', 'cancelling', ...TERMINAL];
 const NODE_ORDER = ['failed', 'running', 'pending', 'success', 'skipped'];
 const VIEWS = [['releases', 'Releases'], ['nodes', 'Nodes'], ['health', 'Health']];
-const CELLS_PER_LANE = 300, NAMES_PER_FAILURE = 12, SMALL_RELEASE = 300, EVENTS_PER_PAGE = 1000, RENEW_DAYS = 14;
-const BUSY_MS = 2000, IDLE_MS = 10000, HIDDEN_MS = 30000, SILENT_MS = 120000;
+const CELLS_PER_LANE = 300, NAMES_SHOWN = 12, BATCHES_SHOWN = 8, SMALL_RELEASE = 300, EVENTS_PER_PAGE = 1000;
+const RENEW_DAYS = 14, BUSY_MS = 2000, IDLE_MS = 10000, HIDDEN_MS = 30000, SILENT_MS = 120000;
 
-// What each verb does, said before it is done; option: one more choice, and when it is offered.
+// What each verb does, said before it is done; option: one more choice, and when it is offered;
+// planned: it makes a release, whose plan is shown before.
 const VERBS = {
   pause: {
     label: 'Pause', states: ['pending', 'running'],
@@ -6311,14 +6315,15 @@ const VERBS = {
     option: ['force', r => r.status !== 'pending', 'End at once: nodes in flight become failed, their outcome unknown'],
   },
   retry: {
-    label: 'Retry', states: ['partial', 'failed', 'cancelled'],
+    label: 'Retry', states: ['partial', 'failed', 'cancelled'], planned: true,
     effect: r => `Makes a new release with a new version and the same payload, for the `
       + `${count(r.failedNodes + r.skippedNodes, 'node')} that failed or were skipped.`,
   },
   rollback: {
-    label: 'Roll back', states: TERMINAL, danger: true,
-    effect: () => 'Makes a new release with a new version and the payload of the newest successful release before '
-      + 'this one, for the nodes that this one touched.',
+    label: 'Roll back', states: TERMINAL, danger: true, planned: true,
+    effect: () => 'Makes a new release with a new version, for the nodes that this one touched. Its payload is the one '
+      + 'that succeeded on them before, or that of the release that you name.',
+    fields: [{key: 'toRelease', label: 'To release, by its number; empty for the newest before that succeeded'}],
   },
 };
 
@@ -6466,9 +6471,9 @@ function pager(place, query, page) {
 // -- the API ----------------------------------------------------------------------------------
 
 class Refusal extends Error {
-  constructor(httpStatus, message) {
+  constructor(httpStatus, {code, message}) {
     super(message);
-    this.httpStatus = httpStatus;
+    Object.assign(this, {httpStatus, code});
   }
 }
 
@@ -6480,13 +6485,13 @@ async function call(method, path, body, headers) {
   if (token) sent.Authorization = `Bearer ${token}`;
   if (before) sent['If-None-Match'] = before.etag;
   if (body) sent['Content-Type'] = 'application/json';
-  const answer = await fetch(path, {method, headers: sent, body: body && JSON.stringify(body), cache: 'no-store',
-    signal: AbortSignal.timeout(15000)});
+  const answer = await fetch(path, {method, headers: sent, cache: 'no-store',
+    body: typeof body === 'object' ? JSON.stringify(body) : body, signal: AbortSignal.timeout(15000)});
   const date = Date.parse(answer.headers.get('Date'));
   if (date) clockSkewMs = Math.abs(date - Date.now()) < 2000 ? 0 : date - Date.now();
   if (answer.status === 304 && before) return before.data;
   const envelope = await answer.json();
-  if (envelope.code) throw new Refusal(answer.status, envelope.message);
+  if (envelope.code) throw new Refusal(answer.status, envelope);
   const etag = answer.headers.get('ETag');
   if (method === 'GET' && etag) known.set(path, {etag, data: envelope.data});
   return envelope.data;
@@ -6739,12 +6744,12 @@ function failureCard(r, failures) {
 }
 
 function failureGroup(r, nodes) {
-  const {errorKind, errorMsg} = nodes[0], more = nodes.length - NAMES_PER_FAILURE;
+  const {errorKind, errorMsg} = nodes[0], more = nodes.length - NAMES_SHOWN;
   return h('div', {class: 'stack'},
     row(chip('failed', errorKind), soft(count(nodes.length, 'node'))),
     h('pre', null, errorMsg || 'no message'),
     h('p', {class: 'small'}, HINTS[errorKind]),
-    h('ul', {class: 'names'}, nodes.slice(0, NAMES_PER_FAILURE).map(n => h('li', null,
+    h('ul', {class: 'names'}, nodes.slice(0, NAMES_SHOWN).map(n => h('li', null,
       h('a', {href: address(`releases/${r.id}`, {node: n.nodeId})}, n.nodeName))),
     more > 0 && h('li', {class: 'soft'}, `and ${more.toLocaleString('en')} more`)));
 }
@@ -6882,10 +6887,16 @@ function askForNode(node) {
 }
 
 const labelsText = labels => Object.entries(labels).map(([name, value]) => `${name}=${value}`).join(', ');
-const labelsOf = text => Object.fromEntries(text.split(',').map(part => part.trim()).filter(Boolean).map(part => {
-  const [name, ...value] = part.split('=');
-  return [name.trim(), value.join('=').trim()];
-}));
+
+function labelsOf(text) {
+  const labels = new Map();
+  for (const part of text.split(',').map(one => one.trim()).filter(Boolean)) {
+    const [name, ...value] = part.split('=');
+    if (labels.has(name.trim())) throw new FieldError('labels', `The label ${name.trim()} is there twice`);
+    labels.set(name.trim(), value.join('=').trim());
+  }
+  return Object.fromEntries(labels);
+}
 
 // -- health -----------------------------------------------------------------------------------------
 
@@ -6941,61 +6952,111 @@ function askForFreeze(frozen) {
 
 // -- dialogs: one form for all of them ------------------------------------------------------------------
 
+// What is wrong with one field of a form, to be said beside it.
+class FieldError extends Error {
+  constructor(key, message) {
+    super(message);
+    this.key = key;
+  }
+}
+
+const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), b => b.toString(16).padStart(2, '0'))
+  .join('');
+
 function askForVerb(verb, name, r) {
-  const [key, isOffered, label] = verb.option || ['', () => false];
+  const [key, isOffered, label] = verb.option || ['', () => false], path = `api/v1/releases/${r.id}/${name}`;
+  const once = verb.planned && {'Idempotency-Key': newKey()};
   const option = isOffered(r) ? [{key, label, kind: 'check', value: r.status === 'cancelling'}] : [];
+  const overNewer = {key: 'overNewer', label: 'Go over newer releases', kind: 'check',
+    offeredAt: error => error.code === 3003 && /newer/i.test(error.message)};
+  const bodyOf = values => ({...values[key] && {[key]: true}, ...values.overNewer && {overNewer: true},
+    ...values.toRelease && {toRelease: releaseNumber('toRelease', values.toRelease)}});
   ask({
     name: `${verb.label} release ${r.id}?`, text: verb.effect(r), action: `${verb.label} release ${r.id}`,
-    danger: verb.danger, fields: [...option, {key: 'reason', label: 'Reason, for the record'}],
+    danger: verb.danger, fields: [...option, ...verb.fields || [],
+      {key: 'reason', label: 'Reason, for the record', keepsPlan: true}, ...verb.planned ? [overNewer] : []],
+    plan: verb.planned && (values => call('POST', path, {...bodyOf(values), dryRun: true})), plansAtOnce: true,
     async submit(values) {
-      const body = {};
-      if (values[key]) body[key] = true;
-      if (values.reason) body.reason = values.reason;
-      const data = await call('POST', `api/v1/releases/${r.id}/${name}`, body);
-      if (data.releaseId) location.hash = `#/releases/${data.releaseId}`;
+      const data = await call('POST', path, {...bodyOf(values), ...values.reason && {reason: values.reason}}, once);
+      return data.releaseId && created(data);
     },
   });
 }
 
+function releaseNumber(key, text) {
+  if (!/^[1-9]\d{0,14}$/.test(text)) throw new FieldError(key, 'Write the number of a release, for example 4');
+  return Number(text);
+}
+
 function askForRelease() {
-  const key = Array.from(crypto.getRandomValues(new Uint8Array(16)), b => b.toString(16).padStart(2, '0')).join('');
-  const bodyOf = ({target, reason, payload, strategy, labels}) => ({target, reason, payload: parse('payload', payload),
-    ...strategy && {strategy: parse('strategy', strategy)}, ...labels && {labels: labelsOf(labels)}});
+  const once = {'Idempotency-Key': newKey()};
+  // JSON goes out as it was written: read and written anew, a number may lose digits and an object a key.
+  const bodyOf = ({target, reason, payload, strategy, labels}, more) => {
+    if (!payload) throw new FieldError('payload', 'Write the payload, for example {"websites": []}');
+    const rest = JSON.stringify({target, reason, ...labels && {labels: labelsOf(labels)}, ...more});
+    const written = [['payload', payload], ...strategy ? [['strategy', strategy]] : []];
+    return `{${written.map(([key, text]) => `"${key}": ${checkedJson(key, text)}`)}, ${rest.slice(1)}`;
+  };
   ask({
     name: 'New release', action: 'Create',
     text: 'Goes to the nodes that are enabled and online: by default to one, then to all others.',
     fields: [
       {key: 'target', label: 'Target', value: 'cdn'},
       {key: 'reason', label: 'What for'},
-      {key: 'payload', label: 'Payload, a JSON object', kind: 'area', value: '{}'},
+      {key: 'payload', label: 'Payload, a JSON object', kind: 'area', value: ''},
       {key: 'strategy', label: 'Strategy, a JSON object; empty for the default', kind: 'area', value: ''},
       {key: 'labels', label: 'Only nodes with these labels, as name=value'},
     ],
-    extra: ['Show the plan', async values => {
-      const plan = await call('POST', 'api/v1/releases', {...bodyOf(values), dryRun: true});
-      const sizes = plan.batches.map(batch => batch.nodeIds.length).join(', then ');
-      return `It would go to ${count(plan.totalNodes, 'node')}, in batches of ${sizes}.`;
-    }],
-    async submit(values) {
-      const data = await call('POST', 'api/v1/releases', bodyOf(values), {'Idempotency-Key': key});
-      location.hash = `#/releases/${data.releaseId}`;
-    },
+    plan: values => call('POST', 'api/v1/releases', bodyOf(values, {dryRun: true})),
+    submit: async values => created(await call('POST', 'api/v1/releases', bodyOf(values), once)),
   });
 }
 
-function parse(name, text) {
+// Goes to a release that was made; gives what has to be told of it: [heading, words], or null.
+function created({releaseId, version, totalNodes, leftOut}) {
+  location.hash = `#/releases/${releaseId}`;
+  return leftOut && leftOut.length > 0 ? [`Release ${releaseId} is created`,
+    h('p', null, `Version ${version} goes to ${count(totalNodes, 'node')}.`), leftOutParts(leftOut)] : null;
+}
+
+// What a release would do, from the answer to dryRun.
+function planParts({totalNodes, batches = [], version, payloadOf, leftOut = [], emptied = []}) {
+  const sizes = batches.slice(0, BATCHES_SHOWN).map(batch => batch.nodeIds.length.toLocaleString('en')).join(', then ');
+  const more = batches.length - BATCHES_SHOWN, nodes = count(totalNodes, 'node');
+  const what = payloadOf ? `Sends the payload of release ${payloadOf.releaseId} (v${payloadOf.version}) to ${nodes}`
+    : `Goes to ${nodes}`;
+  return [h('h3', null, 'Plan'),
+    h('p', null, what, version && ` as version ${version}`, batches.length > 1 ? `, in batches of ${sizes}` : '',
+      more > 0 && ` and ${more.toLocaleString('en')} more`, '.'),
+    emptied.length > 0 && h('p', {class: 'notice warn'}, mark('warn'), ` Warning: ${count(emptied.length, 'node')} `
+      + `would be left without any site: ${named(emptied)}`),
+    leftOut.length > 0 && leftOutParts(leftOut)];
+}
+
+function leftOutParts(leftOut) {
+  const reasons = new Map();
+  for (const {nodeName, why} of leftOut) reasons.set(why, [...reasons.get(why) || [], nodeName]);
+  return h('div', null, h('p', null, `Left out: ${count(leftOut.length, 'node')}.`),
+    h('ul', {class: 'small'}, [...reasons].map(([why, names]) => h('li', null, soft(`${why}: `), named(names)))));
+}
+
+const named = names => names.slice(0, NAMES_SHOWN).join(', ') + (names.length > NAMES_SHOWN
+  ? ` and ${(names.length - NAMES_SHOWN).toLocaleString('en')} more` : '');
+
+function checkedJson(key, text) {
   try {
-    return JSON.parse(text || '{}');
+    JSON.parse(text);
   } catch (error) {
-    throw new Error(`The ${name} is not JSON: ${error.message}`);
+    throw new FieldError(key, `The ${key} is not JSON: ${error.message}`);
   }
+  return text;
 }
 
 function askForToken(message) {
   const again = () => ask({
     name: 'Who is there?', action: 'Go on', text: token ? `${message}.` : 'The daemon asks for a token. It is kept '
       + 'until this tab is closed, and sent to this daemon alone.',
-    fields: [{key: 'token', label: 'Token', kind: 'password'}],
+    fields: [{key: 'token', label: 'Token', kind: 'password'}], byEnter: true,
     async submit(values) {
       token = values.token;
       sessionStorage.setItem('releasectl-token', token);
@@ -7005,50 +7066,128 @@ function askForToken(message) {
   again();
 }
 
-function field({key, label, kind, value, choices}) {
+function field({key, label, kind, value, choices, offeredAt}) {
   const props = {name: key, id: `field-${key}`, autocomplete: 'off', spellcheck: 'false'};
   if (kind === 'check') {
-    return h('label', {class: 'check'}, h('input', {...props, type: 'checkbox', checked: value}), label);
+    return h('label', {class: 'check', hidden: Boolean(offeredAt)}, h('input', {...props, type: 'checkbox',
+      checked: value}), label);
   }
-  return h('label', null, label,
+  props['aria-describedby'] = `wrong-${key}`;
+  return h('div', null, h('label', null, label,
     kind === 'select' ? h('select', props, choices.map(choice => h('option', {selected: choice === value}, choice)))
-      : kind === 'area' ? h('textarea', props, value) : h('input', {...props, type: kind || 'text', value}));
+      : kind === 'area' ? h('textarea', props, value) : h('input', {...props, type: kind || 'text', value})),
+  h('p', {class: 'small', id: `wrong-${key}`, role: 'alert'}));
 }
 
-// extra: one more button, [its label, what it does with the values], which says what came of it.
-function ask({name, text, fields = [], action, danger, extra, submit}) {
-  const dialog = $('ask'), said = h('p', {role: 'alert'}), main = h('button', {class: `main ${danger ? 'danger' : ''}`},
-    action);
-  const valuesOf = () => Object.fromEntries(fields.map(({key, kind}) => {
-    const input = form.elements[key];
-    return [key, kind === 'check' ? input.checked : input.value.trim()];
-  }));
+// byEnter: Enter in a field does it too; without, as for all that changes something, only the button.
+// plan: asks what would come of the values; its answer is shown before the button can be used, and taken
+// back when a field is changed that does not keep it; plansAtOnce: shown without being asked for.
+// submit gives nothing, or what is to be told: [heading, words].
+function ask({name, text, fields = [], action, danger, plan, plansAtOnce, byEnter, submit}) {
+  const dialog = $('ask'), said = h('p', {role: 'alert'}), shown = h('div', {class: 'stack', id: 'plan',
+    'aria-live': 'polite', hidden: !plan});
+  const main = h('button', {type: byEnter ? 'submit' : 'button', onclick: byEnter ? null : act,
+    'aria-describedby': plan && 'plan'}, action);
+  const planner = plan && button('Show the plan', showPlan);
+  let isBusy = false, planned = ''; // what the plan that is shown was asked with
+  const valueOf = ({key, kind}) => kind === 'check' ? form.elements[key].checked : form.elements[key].value.trim();
+  const valuesOf = () => Object.fromEntries(fields.map(one => [one.key, valueOf(one)]));
+  const decisive = () => JSON.stringify(fields.filter(one => !one.keepsPlan).map(valueOf));
+  const isReady = () => !isBusy && (!plan || planned === decisive());
+
+  // Shows what can be pressed now, and takes back a plan that does not fit the fields.
+  function update() {
+    const isPlanned = planned === decisive();
+    if (plan && !isPlanned) {
+      planned = '';
+      shown.replaceChildren(soft(isBusy ? 'Loading the plan' : `${action} can be used once the plan is shown.`));
+      planner.className = 'main';
+    } else if (plan) planner.className = '';
+    if (isReady()) main.removeAttribute('aria-disabled');
+    else main.setAttribute('aria-disabled', 'true');
+    main.className = plan && !isPlanned ? '' : `main ${danger ? 'danger' : ''}`;
+  }
+
   async function run(work, then) {
-    main.disabled = true;
+    isBusy = true;
     said.className = said.textContent = '';
+    form.querySelectorAll('[id^=wrong-]').forEach(wrong => {
+      wrong.className = 'small';
+      wrong.textContent = '';
+    });
+    form.querySelectorAll('[aria-invalid]').forEach(input => input.removeAttribute('aria-invalid'));
+    update();
     try {
       then(await work(valuesOf()));
     } catch (error) {
-      said.className = 'refused';
-      said.textContent = plain(error);
+      refuse(error);
     }
-    main.disabled = false;
+    isBusy = false;
+    update();
   }
-  const form = h('form', {class: 'stack', novalidate: true}, h('h2', {id: 'ask-title'}, name),
-    text && h('p', null, text), fields.map(field), said, row(main,
-      extra && button(extra[0], () => run(extra[1], words => { said.textContent = words; })),
-      button('Close', () => dialog.close())));
-  form.onsubmit = event => {
-    event.preventDefault();
-    run(submit, () => {
-      dialog.close();
+
+  function refuse(error) {
+    const input = form.elements[error.key], wrong = $(`wrong-${error.key}`);
+    if (input && wrong) {
+      input.setAttribute('aria-invalid', 'true');
+      wrong.className = 'refused small';
+      wrong.textContent = error.message;
+      return input.focus();
+    }
+    said.className = 'refused';
+    said.textContent = plain(error);
+    for (const {key, offeredAt} of fields) {
+      if (offeredAt && offeredAt(error)) form.elements[key].parentNode.hidden = false;
+    }
+    return said.scrollIntoView({block: 'nearest'});
+  }
+
+  function showPlan() {
+    if (isBusy) return;
+    const asked = decisive();
+    planned = '';
+    run(plan, answer => {
+      shown.replaceChildren(...h('div', null, planParts(answer)).childNodes);
+      planned = asked; // where a field was changed meanwhile, update() takes it back
+      main.scrollIntoView({block: 'nearest'});
+    });
+  }
+
+  function act() {
+    if (!isReady()) return update();
+    return run(submit, news => {
       $('said').textContent = `${action}: done`;
+      if (form.isConnected) dialog.close();
+      if (form.isConnected && news) tell(...news);
       poll();
     });
-  };
-  dialog.replaceChildren(form);
+  }
+
+  const form = h('form', {class: 'stack', novalidate: true, oninput: event => {
+    update();
+    if (plan && event.target.type === 'checkbox') showPlan();
+  }, onsubmit: event => {
+    event.preventDefault();
+    if (byEnter) act();
+  }}, h('h2', {id: 'ask-title', tabindex: '-1'}, name), text && h('p', null, text), fields.map(field), said, shown,
+  row(planner, main, button('Close', () => dialog.close())));
+  show(form);
+  update();
+  if (plan && plansAtOnce) showPlan();
+}
+
+// Says in a dialog what came of something.
+function tell(name, ...words) {
+  show(h('div', {class: 'stack'}, h('h2', {id: 'ask-title', tabindex: '-1'}, name), words,
+    row(button('Close', () => $('ask').close()))));
+}
+
+// The focus goes to the first field, else to the heading: never to a button that does something.
+function show(content) {
+  const dialog = $('ask');
+  dialog.replaceChildren(content);
   if (!dialog.open) dialog.showModal();
-  (form.querySelector('input:not([type=checkbox]), textarea') || main).focus();
+  (content.querySelector('input:not([type=checkbox]), textarea') || content.querySelector('h2')).focus();
 }
 
 // -- the loop: look, draw, wait; and the addresses -------------------------------------------------------
