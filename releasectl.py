@@ -1306,10 +1306,12 @@ class ReleaseNode(NamedTuple):
     finished_at: str | None
     # Whether a failure of it counts against no limit: a person accepted it, or a rollback tries it all the same.
     accepted: int = 0
-    # The highest version that was ever sent to the node, by any release.
+    # The highest version that was ever sent to its address, by any release.
     last_version: int = 0
     # hold_until by the clock that nobody sets: see clock_mark().
     hold_clock: str = ""
+    # started_at by the same clock.
+    started_clock: str = ""
     # For how long pauses and freezes kept it from its dispatch, in seconds: no part of its deadline.
     waited_s: float = 0.0
     # The next request and when it is due, in the seconds of Clock.elapsed().
@@ -2283,24 +2285,27 @@ def holds_of(history: Iterable[tuple[str, str, str]]) -> list[Hold]:
     return holds if began is None else [*holds, Hold(began, float("inf"))]
 
 
-def adopt(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = ()) -> ReleaseNode:
+def adopt(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = (),
+          quiet_s: float = 0.0) -> ReleaseNode:
     """Return a node as a new owner of its release finds it (rule 9): ask first, or wait and repeat.
 
     Deadline and hold were stored, and go on from there. What pauses and freezes took is no part of the
     deadline (contract section 7), unless the agent turns out to be at work. A deadline that passed while
-    nobody looked leaves time for one question: the task may have ended well before it.
+    nobody looked leaves time for one question: the task may have ended well before it. quiet_s: so long no
+    execute agent is sent anything, as one may be at a request that the database does not know.
     """
     if node.status != RUNNING:
         return node
     # a clock that was ahead must not keep a node for longer than a deadline can be
-    started = min(epoch_or(node.started_at, now.wall), now.wall)
+    age_s = max(0.0, -now.until_s(node.started_at, node.started_clock))
+    started = now.wall - age_s
     held_s = sum(max(0.0, min(hold.until, now.wall) - max(hold.since, started)) for hold in holds)
-    credit_s = max(0.0, held_s - node.waited_s)
-    deadline = now.elapsed + started - now.wall + policy.node_deadline_s + node.waited_s + credit_s
+    credit_s = max(0.0, min(held_s, age_s) - node.waited_s)
+    deadline = now.elapsed - age_s + policy.node_deadline_s + node.waited_s + credit_s
     node = node._replace(reached=True, is_unknown=True, credit_s=credit_s, deadline=deadline)
     if node.agent_protocol == TASKS:
         return node._replace(next_op=QUERY, due=now.elapsed, deadline=max(deadline, now.elapsed + policy.interval_s))
-    hold_s = now.left_s(node.hold_until, node.hold_clock, policy.hold_s)
+    hold_s = max(quiet_s, now.left_s(node.hold_until, node.hold_clock, policy.hold_s))
     return node._replace(next_op=DISPATCH, due=now.elapsed + hold_s)
 
 
@@ -2629,6 +2634,7 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy) ->
         status=RUNNING, task_id=task_id, attempts=node.attempts + 1, hold_until=hold_until, hold_clock=hold_clock,
         in_flight=True, verdict=None, waited_s=node.waited_s + node.credit_s, credit_s=0.0,
         next_op=DISPATCH, started_at=now.text if is_first else node.started_at,
+        started_clock=now.clock_mark(0.0) if is_first else node.started_clock,
         deadline=now.elapsed + policy.node_deadline_s if is_first else node.deadline))
 
 
@@ -3015,8 +3021,9 @@ NAME_THEN, ADDRESS_THEN = "COALESCE(NULLIF(n.node_name, ''), h.name)", """COALES
     COALESCE(NULLIF(n.agent_port, 0), h.agent_port)"""
 
 RELEASE_NODE_COLUMNS = f"""n.node_id, {NAME_THEN}, {ADDRESS_THEN}, h.agent_protocol, n.batch, n.status, n.task_id,
-    n.attempts, n.error_kind, n.error_msg, n.hold_until, n.started_at, n.finished_at, n.accepted, h.last_version,
-    n.hold_clock, n.waited_sec"""
+    n.attempts, n.error_kind, n.error_msg, n.hold_until, n.started_at, n.finished_at, n.accepted,
+    (SELECT MAX(a.last_version) FROM nodes a WHERE a.main_ip = h.main_ip AND a.agent_port = h.agent_port),
+    n.hold_clock, n.started_clock, n.waited_sec"""
 
 # The counters, made from the rows themselves in the transaction that changes them (rule 7).
 COUNTERS = """success_nodes = (SELECT COUNT(*) FROM release_task_nodes n
@@ -3688,6 +3695,9 @@ class Store:
         with self.database.transaction(write=True) as tx:
             release, nodes = self._release(tx, release_id), Roster(self._release_nodes(tx, release_id))
             check_verb(verb, release)
+            # a person who wrote the rows left that to the claim, which may never come
+            tx.execute("UPDATE release_tasks SET total_nodes = ? WHERE id = ? AND total_nodes <> ?",
+                       len(nodes), release_id, len(nodes))
             now, strategy = self.moment(), self._strategy_of(release)
             if verb == "resume":
                 check_resume(release, nodes, strategy, accept_failures)
@@ -3916,7 +3926,11 @@ class Store:
             self._note_timeline(tx)
             before = self._release(tx, release_id)
             if before.status == PENDING:
-                before = self._renumber(tx, before, owner)
+                renumbered = self._renumber(tx, before, owner)
+                if renumbered != before and release_id not in self._runnable(tx)[0]:
+                    self._explain_waiting(tx)
+                    return None  # with its new number others come before it
+                before = renumbered
             self._complete(tx, before)
             now, expires = tx.now(), self._expiry(tx, ttl_s)
             started = tx.execute(f"""
@@ -4098,9 +4112,15 @@ class Store:
         """Note that nodes are sent a version, where the dispatch is written; StateMoved where one has a higher one."""
         for start in range(0, len(node_ids), NODES_PER_STATEMENT):
             part = node_ids[start:start + NODES_PER_STATEMENT]
-            changed = tx.execute(f"UPDATE nodes SET last_version = ? WHERE last_version <= ? "
-                                 f"AND id IN ({', '.join('?' * len(part))})", release.version, release.version, *part)
-            if changed != len(part):
+            marks = ", ".join("?" * len(part))
+            tx.execute(f"UPDATE nodes SET last_version = ? WHERE last_version < ? AND id IN ({marks})",
+                       release.version, release.version, *part)
+            # the index nodes_by_address: a host that was entered anew has two rows
+            if tx.value(f"""
+                    SELECT COUNT(*)
+                    FROM nodes h
+                    JOIN nodes a ON a.main_ip = h.main_ip AND a.agent_port = h.agent_port
+                    WHERE h.id IN ({marks}) AND a.last_version > ?""", *part, release.version):
                 raise StateMoved(f"a node of {release} was sent a higher version")
 
     def was_written(self, claim: Claim, decision: Decision) -> bool:
@@ -4189,7 +4209,8 @@ class Store:
             before, after, _ = change
             key: tuple[object, ...] = (
                 after.status, after.attempts, after.error_kind, after.error_msg, after.hold_until, after.hold_clock,
-                round(after.waited_s, 3), after.started_at, after.finished_at, before.status, before.attempts)
+                after.started_clock, round(after.waited_s, 3), after.started_at, after.finished_at,
+                before.status, before.attempts)
             alike.setdefault(key, []).append(change)
         for key, group in alike.items():
             for start in range(0, len(group), NODES_PER_STATEMENT):
@@ -4200,7 +4221,8 @@ class Store:
                 changed = tx.execute(f"""
                     UPDATE release_task_nodes
                     SET status = ?, attempts = ?, error_kind = ?, error_msg = ?, hold_until = ?, hold_clock = ?,
-                        waited_sec = ?, started_at = ?, finished_at = ?, updated_at = ?, task_id = {task_id}
+                        started_clock = ?, waited_sec = ?, started_at = ?, finished_at = ?, updated_at = ?,
+                        task_id = {task_id}
                     WHERE release_task_id = ? AND status = ? AND attempts = ?
                       AND node_id IN ({', '.join('?' * len(part))})""",
                                      *key[:-2], now.text, *(v for n in named for v in (n.node_id, n.task_id)),
@@ -5649,7 +5671,7 @@ class Driver:
                 return release
             # a person turned it, who may have accepted failures too
         release, rows = self._store.claimed_release_with_nodes(self.lease.claim)
-        holds = self._store.holds(release.id)
+        holds, moved_s = self._store.holds(release.id), self._store.obstacles(release.id).moved_s
         self._broken = ""
         try:
             self._payload = parse_payload(parse_json(release.payload))
@@ -5663,16 +5685,17 @@ class Driver:
         for row in rows:
             known = self._nodes.get(row.node_id)
             if known is None or went_back or (known.status, known.attempts) != (row.status, row.attempts):
-                nodes.append(self._adopt(row, known, now, holds))
+                nodes.append(self._adopt(row, known, now, holds, max(0.0, self._policy.hold_s - moved_s)))
             else:
                 nodes.append(known._replace(accepted=row.accepted, last_version=row.last_version))
         self._nodes = Roster(nodes)
         self._is_stale, self._seen_at = False, release.updated_at
         return release
 
-    def _adopt(self, row: ReleaseNode, known: ReleaseNode | None, now: Moment, holds: Sequence[Hold]) -> ReleaseNode:
+    def _adopt(self, row: ReleaseNode, known: ReleaseNode | None, now: Moment, holds: Sequence[Hold],
+               quiet_s: float) -> ReleaseNode:
         """Return a node as its row says, asked before it is sent anything; a request of ours under way still is."""
-        node = adopt(row, now, self._policy, holds)
+        node = adopt(row, now, self._policy, holds, quiet_s)
         if known is None or not known.in_flight:
             return node
         # its outcome is to come, and until then nobody else may ask

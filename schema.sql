@@ -177,10 +177,12 @@ ALTER TABLE nodes ADD COLUMN last_version BIGINT NOT NULL DEFAULT 0;
 -- Eight hex digits of each release in its tasks' ids. '': a person wrote the row, and the claim draws it.
 ALTER TABLE release_tasks ADD COLUMN tag TEXT NOT NULL DEFAULT '';
 
--- soak_until by the clock that nobody sets: BOOT-ID SECONDS. The same for hold_until.
+-- soak_until by the clock that nobody sets: BOOT-ID SECONDS. The same for hold_until and started_at of a node.
 ALTER TABLE release_tasks ADD COLUMN soak_clock TEXT NOT NULL DEFAULT '';
 
 ALTER TABLE release_task_nodes ADD COLUMN hold_clock TEXT NOT NULL DEFAULT '';
+
+ALTER TABLE release_task_nodes ADD COLUMN started_clock TEXT NOT NULL DEFAULT '';
 
 -- For how long pauses and freezes kept the node from its dispatch: no part of its deadline.
 ALTER TABLE release_task_nodes ADD COLUMN waited_sec DOUBLE PRECISION NOT NULL DEFAULT 0;
@@ -219,6 +221,9 @@ SET last_version = COALESCE((SELECT MAX(r.version)
 
 -- The next version is above every one that a node was sent.
 CREATE INDEX nodes_by_last_version ON nodes (last_version);
+
+-- What was sent to an address, whatever rows name it.
+CREATE INDEX nodes_by_address ON nodes (main_ip, agent_port);
 
 -- The pauses and freezes of one release, among the events of its nodes.
 CREATE INDEX release_events_of_releases ON release_events (release_task_id, id) WHERE node_id IS NULL;

@@ -248,6 +248,38 @@ def test_rule_2_a_release_that_may_not_start_yet_holds_nobody_up_and_takes_a_lat
         ("renumbered", "pending", "pending"), ("started", "pending", "running")]
 
 
+def test_rule_2_a_release_that_was_given_a_later_version_goes_behind_those_that_have_lower_ones(store):
+    add_nodes(store, 1)
+    late, first, second = (new_release(store, strategy={"startAt": at} if at else {})
+                           for at in ("2999-01-01T00:00:00Z", "", ""))
+    assert store.claim(first.id, "a", 30)
+    sql(store, "UPDATE release_tasks SET strategy = ? WHERE id = ?", '{"startAt":"2020-01-01T00:00:00Z"}', late.id)
+    sql(store, "UPDATE release_tasks SET status = 'success', claim_expires_at = NULL WHERE id = ?", first.id)
+    assert store.claim(late.id, "a", 30) is None
+    assert (store.release(late.id).version, store.look()) == (4, ([second.id], []))
+    assert store.release(late.id).status_reason == "waiting for release 3, which is pending"
+
+
+def test_rule_2_what_an_address_was_sent_counts_for_every_row_that_names_it(world):
+    world.nodes(1)
+    port = world.agent(1).port
+    sql(world.store, "INSERT INTO nodes (name, main_ip, agent_port, enabled, last_version) VALUES ('old', ?, ?, 0, 8)",
+        ADDRESSES[0], port)
+    sql(world.store, "INSERT INTO release_tasks (version) VALUES (7)")
+    sql(world.store, "INSERT INTO release_task_nodes (release_task_id, node_id, batch) VALUES (1, 1, 1)")
+    world.drain()
+    assert outcomes(world.store, world.store.release(1)) == [("failed", "rejected", "node has version 8 already")]
+    assert world.agent(1).dispatches == 0
+
+
+def test_rule_7_a_release_that_a_person_wrote_and_cancelled_before_its_claim_counts_its_nodes(store):
+    add_nodes(store, 1)
+    sql(store, "INSERT INTO release_tasks (version) VALUES (7)")
+    sql(store, "INSERT INTO release_task_nodes (release_task_id, node_id, batch) VALUES (1, 1, 1)")
+    after = store.act("cancel", 1, "anna")
+    assert (after.status, after.total_nodes, after.skipped_nodes) == ("cancelled", 1, 1)
+
+
 def test_rule_2_a_release_whose_time_came_first_keeps_its_version(store):
     add_nodes(store, 1)
     first = new_release(store, strategy={"startAt": "2020-01-01T00:00:00Z"})
@@ -543,6 +575,12 @@ def test_rule_9_a_claim_or_hold_that_lies_further_ahead_than_any_setting_allows_
     assert store.obstacles(release.id + 1).busy == set()
 
 
+@pytest.mark.parametrize("clock_set_s", [4 * 3600.0, -4 * 3600.0])
+def test_rule_8_a_deadline_goes_on_in_a_new_owner_whatever_is_done_to_the_wall_clock(clock_set_s):
+    sent = rc.decide(release_row(), rc.Roster([node(1, "pending")]), NOW, POLICY).changes[0].after
+    assert rc.adopt(sent, later(30, clock_set_s), POLICY).deadline == NOW.elapsed + 600
+
+
 def test_rule_9_a_node_whose_start_lies_ahead_has_no_longer_a_deadline_than_others():
     assert rc.adopt(node(started_at=later(86400).text), NOW, POLICY).deadline == NOW.elapsed + 600
 
@@ -669,6 +707,11 @@ def test_rule_1_a_failover_skips_the_versions_that_lost_releases_may_have_had(ne
     sql(store, "UPDATE database_state SET timeline = ?", timeline + 1)  # as a standby that was promoted sees it
     assert new_release(store).version > 1000
     assert store.obstacles(1).moved_s < 60
+
+
+def test_rule_9_an_execute_agent_is_sent_nothing_for_a_while_after_the_database_went_back():
+    sent = node(1, "running", "execute", hold_until=later(-5).text)
+    assert rc.adopt(sent, NOW, POLICY, quiet_s=40.0).due == NOW.elapsed + 40
 
 
 # -- what agents say ---------------------------------------------------------------------------------------
