@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import releasectl as rc  # noqa: E402
 
-TTL_S, INTERVAL_S, CONNECT_S, REQUEST_S, DEADLINE_S = 6.0, 1.0, 1.0, 6.0, 300.0
+TTL_S, INTERVAL_S, CONNECT_S, REQUEST_S, DEADLINE_S = 4.0, 1.0, 1.0, 6.0, 300.0
 # In the shared world people pause for longer than this.
 SHORT_DEADLINE_S = 20.0
 # After this the faults stop, and everything must come to its end before the second.
@@ -467,6 +467,15 @@ class Simulation:
             for release_id in releases if is_late else releases and [self.random.choice(releases)]:
                 self._use("resume" if is_late else verb, release_id)
 
+    def _interfere(self) -> None:
+        """Freezes or pauses while somebody is between two transactions."""
+        running = [row[0] for row in self.database.look_in("SELECT id FROM release_tasks WHERE status = 'running'")]
+        with contextlib.suppress(rc.AppError):
+            if running and self.random.random() < 0.5:
+                self._use("pause", self.random.choice(running))
+            else:
+                self._set_freeze(True)
+
     def _set_freeze(self, is_on: bool) -> None:
         self.store.set_freeze(is_on, "anna", "holidays")
         self.note(f"freeze {'on' if is_on else 'off'}")
@@ -550,6 +559,8 @@ class Simulation:
         self.figures["suspensions"] += 1
         until = owner.suspended_until = self.now + self.random.uniform(0, 3 * TTL_S)
         self.note("is suspended between two transactions")
+        if self.steering and self.random.random() < 0.3:
+            self.at(self.random.uniform(0, until - self.now), self._interfere)
         decided_at, self.decided_at = self.decided_at, None
         while self.events and self.events[0][0] < until:
             self._next()
@@ -1107,12 +1118,13 @@ class SharedSimulation(Simulation):
 
     deadline_s = SHORT_DEADLINE_S
     slowness = 2
-    kinds = (*Simulation.kinds, "restart", "clock", "clock", "restore", "bad agent", "long pause", "long freeze")
+    kinds = (*Simulation.kinds, "restart", "clock", "clock", "restore", "bad agent", "long hold",
+             "long hold")
 
     def _people(self) -> None:
         """Adds nodes, one of them entered twice now and then, and releases for some of them, now and later."""
         self.figures.update(dict.fromkeys((
-            "restores", "new databases", "clocks set", "long pauses", "refused twins", "by hand", "unknowable",
+            "restores", "new databases", "clocks set", "long holds", "refused twins", "by hand", "unknowable",
             "deadlines", "later", "renamed"), 0))
         self.fickle: set[tuple[str, str]] = set()
         self.snapshots: list[Snapshot] = []
@@ -1239,8 +1251,8 @@ class SharedSimulation(Simulation):
                 self._restore()
         elif kind == "bad agent":
             self.random.choice(list(self.agents.values())).is_bad_until = self.now + self.random.uniform(1, 10)
-        elif kind.startswith("long"):
-            self._hold_long(kind == "long freeze")
+        elif kind == "long hold":
+            self._hold_long()
         else:
             super()._break(kind, owner)
 
@@ -1271,15 +1283,10 @@ class SharedSimulation(Simulation):
                 with contextlib.suppress(rc.AppError):
                     self.store.act("cancel", release_id, "anna")
 
-    def _hold_long(self, is_freeze: bool) -> None:
+    def _hold_long(self) -> None:
         """Pauses a release or freezes all for longer than a node may take; somebody restarts an agent meanwhile."""
-        self.figures["long pauses"] += 1
-        running = [row[0] for row in self.database.look_in("SELECT id FROM release_tasks WHERE status = 'running'")]
-        with contextlib.suppress(rc.AppError):
-            if is_freeze:
-                self._set_freeze(True)
-            elif running:
-                self._use("pause", self.random.choice(running))
+        self.figures["long holds"] += 1
+        self._interfere()
         self.hands_off_until = self.now + SHORT_DEADLINE_S * self.random.uniform(1, 1.5)
         if self.random.random() < 0.5:
             self.at(self.random.uniform(0, 5), self.random.choice(list(self.agents.values())).restart)

@@ -228,9 +228,10 @@ def with_the_agents_id_sent_again(patch):
 def with_rows_busy_in_place_of_addresses(patch):
     """Two rows of one host have nothing to do with each other."""
     def busy(self, tx, release_id):
-        rows = tx.rows("SELECT node_id FROM release_task_nodes WHERE release_task_id <> ? AND (status = 'running' "
-                       "OR hold_until > ?)", release_id, self._now())
-        return frozenset((f"row {node_id}", 0) for node_id, in rows)
+        rows = tx.rows("SELECT node_id, status, hold_until, hold_clock FROM release_task_nodes "
+                       "WHERE release_task_id <> ?", release_id)
+        return frozenset((f"row {node_id}", 0) for node_id, status, *hold in rows
+                         if status == "running" or self.moment().until_s(*hold) > 0)
     patch.setattr(rc.Store, "_busy", busy)
     patch.setattr(rc.ReleaseNode, "endpoint", property(lambda self: (f"row {self.node_id}", 0)))
 
