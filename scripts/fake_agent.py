@@ -10,10 +10,14 @@ As a module (every method may be called from any thread):
     with Fleet("certs", [AgentSpec("127.0.1.1", 0)], task_ms=20) as fleet:
         agent = fleet.agent("127.0.1.1")
         agent.set(mode="status", http_status=503, times=2, only="dispatch")
-        ... agent.port, agent.runs, agent.overlaps ...
+        ... agent.port, agent.runs, agent.overlaps, agent.content, agent.sites ...
 
-The two dialects are those of the contract, section 1. What an agent does wrong
-on request is its Behaviour. Never imported by releasectl.py.
+The two dialects are those of the contract, section 1, in the order of the real
+agents: an agent looks for a known id first and only then at the version, so a
+stored outcome is the answer whatever the version. What ran, and what is on the
+node now, is told by the SHA-256 of the payload (payload_sha256): a success that
+was not is seen by comparing it with the release's. What an agent does wrong on
+request is its Behaviour. Never imported by releasectl.py.
 
 Floors: vocabulary, HTTP and TLS on one connection, the agent, the fleet, the
 control server, the command line. Everything but the fleet's public methods runs
@@ -30,6 +34,7 @@ import dataclasses
 import datetime
 import errno
 import functools
+import hashlib
 import ipaddress
 import json
 import re
@@ -98,6 +103,7 @@ class Behaviour:
     business_code: int = 5001
     delay_ms: int = 0  # before each answer
     forget: bool = False  # once: restart after the answer to the next dispatch
+    rename: bool = False  # tasks only: a new task gets an id of the agent's own, "agent-" and the id sent
 
 
 _CHOICES = {"mode": MODES, "outcome": ("success", "failed"), "only": ("", "dispatch", "query")}
@@ -135,6 +141,17 @@ def _parse_value(name: str, value: Any, kind: type) -> Any:
     if isinstance(value, int) and not low <= value <= high:
         raise ValueError(f"{camel_case(name)}: {value} is out of range")
     return value
+
+
+def payload_sha256(payload: dict[str, Any]) -> str:
+    """Return the SHA-256 of a payload as canonical JSON, without its key "version".
+
+    An execute agent is sent the version within the payload and a tasks agent beside it, and a
+    rollback sends old content with a new version: without it the same content has the same digest.
+    """
+    content = {key: value for key, value in payload.items() if key != "version"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()  # any JSON, a lone surrogate too
 
 
 def wall_clock() -> str:
@@ -407,9 +424,11 @@ class Connection(asyncio.Protocol):
 class Task:
     """What an agent remembers of one task, of either dialect."""
 
-    task_id: str
+    task_id: str  # as it was sent; a repeated dispatch is known by it
     type: str
     version: int
+    payload: dataclasses.InitVar[Any] = None
+    name: str = ""  # what the agent calls it: the same, or an id of its own
     status: str = "pending"
     message: str = ""
     created_at: str = dataclasses.field(default_factory=wall_clock)
@@ -419,6 +438,16 @@ class Task:
     timer: asyncio.TimerHandle | None = None
     run: dict[str, Any] = dataclasses.field(default_factory=dict)
     exchange: Exchange | None = None  # of an "execute" agent: who waits for the outcome
+    content: str = ""  # the payload's SHA-256
+    websites: int = 0
+
+    def __post_init__(self, payload: Any) -> None:
+        # The payload itself is not kept: thousands of agents may get a large one.
+        content = payload if isinstance(payload, dict) else {}
+        websites = content.get("websites")
+        self.name = self.name or self.task_id
+        self.content = payload_sha256(content)
+        self.websites = len(websites) if isinstance(websites, list) else 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -441,12 +470,15 @@ class Agent:
         self.protocol = spec.protocol
         self.behaviour = Behaviour(task_ms=task_ms)
         self.applied_version = 0
+        self.content = ""  # payload_sha256 of the last run that ended in success
+        self.sites = 0  # what an "execute" agent serves now
         self._fleet = fleet
         self._context = context
         self._listener: socket.socket | None = None
         self._connections: set[Connection] = set()
         self._open: set[Exchange] = set()
-        self._tasks: dict[str, Task] = {}
+        self._tasks: dict[str, Task] = {}  # by the id that was sent
+        self._renamed: dict[str, Task] = {}  # by the agent's own id, where it gave one
         self._live: set[Task] = set()  # pending or running
         self.reset_log()
 
@@ -465,7 +497,7 @@ class Agent:
         self._fleet.call(lambda: self.apply_behaviour(parsed))
 
     def restart(self) -> None:
-        """This forgets the tasks, kills what runs and closes the connections; the applied version stays."""
+        """Forget the tasks, kill what runs, close the connections; applied version, content and sites stay."""
         self._fleet.call(self.apply_restart)
 
     def clear_log(self) -> None:
@@ -482,7 +514,10 @@ class Agent:
 
     @property
     def runs(self) -> list[dict[str, Any]]:
-        """What was run, in order of start; times are monotonic, finishedAt and outcome None at first."""
+        """What was run, in order of start; times are monotonic, finishedAt and outcome None at first.
+
+        payloadSha256 is the payload's content; websites, of an "execute" agent, how many it named.
+        """
         return [dict(run) for run in self._runs[:]]
 
     @property
@@ -496,9 +531,9 @@ class Agent:
 
     def snapshot(self) -> dict[str, Any]:
         """This gives everything of the agent as one JSON object."""
-        names = ("address", "port", "protocol", "applied_version", "connections", "open_connections",
-                 "handshakes", "handshake_errors", "resumed", "dispatches", "queries", "overlaps",
-                 "restarts", "in_flight", "max_concurrent", "run_counts", "runs", "requests")
+        names = ("address", "port", "protocol", "applied_version", "content", "sites", "connections",
+                 "open_connections", "handshakes", "handshake_errors", "resumed", "dispatches", "queries",
+                 "overlaps", "restarts", "in_flight", "max_concurrent", "run_counts", "runs", "requests")
         document = {camel_case(name): getattr(self, name) for name in names}
         behaviour = dataclasses.asdict(self.behaviour)
         document["behaviour"] = {camel_case(name): value for name, value in behaviour.items()}
@@ -711,10 +746,10 @@ class Agent:
     # the dialect "tasks"
 
     def _query(self, task_id: str) -> Answer:
-        task = self._tasks.get(task_id)
+        task = self._tasks.get(task_id) or self._renamed.get(task_id)
         if task is None:
             return envelope(None, 3001, f"task not found: {task_id}", 404)
-        return envelope({"taskId": task.task_id, "type": task.type, "status": task.status,
+        return envelope({"taskId": task_id, "type": task.type, "status": task.status,
                          "lastError": task.message, "createdAt": task.created_at,
                          "startedAt": task.started_at, "finishedAt": task.finished_at})
 
@@ -724,13 +759,17 @@ class Agent:
             return INVALID_BODY
         task = self._tasks.get(task_id)
         if task is None:
-            task = self._tasks[task_id] = Task(task_id, str(document.get("type", "")), version)
+            task = Task(task_id, str(document.get("type", "")), version, document.get("payload"))
+            self._tasks[task_id] = task
+            if self.behaviour.rename:
+                task.name = f"agent-{task_id}"
+                self._renamed[task.name] = task
             if version <= self.applied_version:
                 task.status, task.started_at, task.finished_at = "success", wall_clock(), wall_clock()
             else:
                 self._schedule(task)
-                return envelope({"taskId": task_id, "status": "pending"})
-        return envelope({"taskId": task_id, "status": task.status})
+                return envelope({"taskId": task.name, "status": "pending"})
+        return envelope({"taskId": task.name, "status": task.status})
 
     def _schedule(self, task: Task) -> None:
         task_s = self.behaviour.task_ms / 1000
@@ -745,16 +784,19 @@ class Agent:
     # the dialect "execute"
 
     def _execute(self, exchange: Exchange, document: dict[str, Any]) -> None:
-        task_id = str(document.get("requestId", ""))
-        version = _execute_version(document.get("payload"))
-        known = self._tasks.get(task_id)
-        if version <= self.applied_version:
+        task_id, kind, payload = document.get("requestId"), document.get("type"), document.get("payload")
+        if not isinstance(task_id, str) or not task_id or not isinstance(kind, str) or not kind:
+            self._reply(exchange, INVALID_BODY)
+            return
+        version = _execute_version(payload)
+        known = self._tasks.get(task_id)  # only once its run has ended: a repetition before that runs too
+        if known is not None:
+            self._reply(exchange, _outcome(task_id, known.status, known.message))
+        elif version <= self.applied_version:
             text = f"Version {version} already applied (current: {self.applied_version})"
             self._reply(exchange, _outcome(task_id, "success", text))
-        elif known is not None:
-            self._reply(exchange, _outcome(task_id, known.status, known.message))
         else:
-            task = Task(task_id, str(document.get("type", "")), version, exchange=exchange)
+            task = Task(task_id, kind, version, payload, exchange=exchange)
             self._begin(task, self.behaviour.task_ms / 1000)
 
     # a run, in either dialect
@@ -767,8 +809,10 @@ class Agent:
             for one in (task, *running):
                 one.broken = True
         task.status, task.started_at = "running", wall_clock()
-        task.run = {"taskId": task.task_id, "version": task.version, "startedAt": time.monotonic(),
-                    "finishedAt": None, "outcome": None}
+        task.run = {"taskId": task.task_id, "version": task.version, "payloadSha256": task.content,
+                    "startedAt": time.monotonic(), "finishedAt": None, "outcome": None}
+        if self.protocol == "execute":
+            task.run["websites"] = task.websites
         self._runs.append(task.run)
         self._run_counts[task.task_id] = self._run_counts.get(task.task_id, 0) + 1
         self._live.add(task)
@@ -787,8 +831,10 @@ class Agent:
             task.message = behaviour.message or f"Version {task.version} applied"
         if task.status == "success":
             self.applied_version = max(self.applied_version, task.version)
-        if task.task_id:
-            self._tasks[task.task_id] = task
+            self.content = task.content
+            if self.protocol == "execute":
+                self.sites = task.websites
+        self._tasks[task.task_id] = task
         self._end_run(task, task.status)
         if task.exchange is not None:
             self._reply(task.exchange, _outcome(task.task_id, task.status, task.message))
@@ -822,6 +868,7 @@ class Agent:
             self._end_run(task, "killed")
         self.restarts += 1
         self._tasks.clear()
+        self._renamed.clear()
         self._open.clear()
         self.close_connections()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
@@ -21,7 +22,7 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from fake_agent import Agent, AgentSpec, Fleet  # noqa: E402
+from fake_agent import Agent, AgentSpec, Fleet, payload_sha256  # noqa: E402
 
 HOST = "127.0.0.1"
 WAIT_S = 10.0
@@ -102,12 +103,13 @@ def once(agent: Agent, certs: Path, method: str, path: str, body: Any = None,
         connection.close()
 
 
-def dispatch(agent: Agent, certs: Path, version: int, task_id: str = "", timeout: float = WAIT_S) -> Reply:
-    task_id = task_id or f"apply_config_{HOST}_{version}"
+def dispatch(agent: Agent, certs: Path, version: int, task_id: str = "", timeout: float = WAIT_S,
+             payload: dict[str, Any] | None = None) -> Reply:
+    task_id, payload = task_id or f"apply_config_{HOST}_{version}", payload or {}
     if agent.protocol == "execute":
-        body = {"requestId": task_id, "type": "apply_config", "payload": {"version": version}}
+        body = {"requestId": task_id, "type": "apply_config", "payload": {**payload, "version": version}}
         return once(agent, certs, "POST", "/agent/v1/tasks/execute", body, timeout)
-    body = {"taskId": task_id, "type": "apply_config", "version": version, "payload": {}}
+    body = {"taskId": task_id, "type": "apply_config", "version": version, "payload": payload}
     return once(agent, certs, "POST", "/tasks/dispatch", body, timeout)
 
 
@@ -164,18 +166,40 @@ def test_an_execute_agent_answers_with_the_outcome(execute: Agent, certs: Path) 
     reply = dispatch(execute, certs, 42)
     assert reply.data == {"requestId": f"apply_config_{HOST}_42", "status": "success",
                           "message": "Version 42 applied"}
-    assert dispatch(execute, certs, 42).data["message"] == "Version 42 already applied (current: 42)"
-    body = {"requestId": "x", "payload": {}}
-    without_version = once(execute, certs, "POST", "/agent/v1/tasks/execute", body)
-    assert without_version.data["message"] == "Version 0 already applied (current: 42)"
+    assert dispatch(execute, certs, 42, "another").data["message"] == "Version 42 already applied (current: 42)"
+    for body in ({"requestId": "x", "type": "apply_config", "payload": {}}, {"requestId": "y", "type": "apply_config"}):
+        without_version = once(execute, certs, "POST", "/agent/v1/tasks/execute", body)
+        assert without_version.data["message"] == "Version 0 already applied (current: 42)"
     assert len(execute.runs) == 1
 
 
-def test_an_execute_agent_refuses_what_is_no_json_object(execute: Agent, certs: Path) -> None:
-    for body in (b"[]", b"{", b""):
+@pytest.mark.parametrize("version", [1, 42, 43])
+def test_an_execute_agent_answers_a_known_id_with_its_outcome_whatever_the_version(
+        execute: Agent, certs: Path, version: int) -> None:
+    dispatch(execute, certs, 42, "known")
+    reply = dispatch(execute, certs, version, "known")
+    assert reply.data == {"requestId": "known", "status": "success", "message": "Version 42 applied"}
+    assert (execute.run_counts, execute.applied_version) == ({"known": 1}, 42)
+
+
+def test_an_execute_agent_remembers_a_failure_though_a_newer_version_was_applied(execute: Agent, certs: Path) -> None:
+    execute.set(outcome="failed", message="no disk space")
+    dispatch(execute, certs, 42, "known")
+    execute.set(outcome="success", message="")
+    dispatch(execute, certs, 43)
+    assert dispatch(execute, certs, 42, "known").data == {
+        "requestId": "known", "status": "failed", "message": "no disk space"}
+    execute.restart()
+    assert dispatch(execute, certs, 42, "known").data["message"] == "Version 42 already applied (current: 43)"
+
+
+def test_an_execute_agent_refuses_what_is_no_request(execute: Agent, certs: Path) -> None:
+    no_id, no_type = b'{"type":"apply_config","payload":{"version":1}}', b'{"requestId":"x","payload":{"version":1}}'
+    for body in (b"[]", b"{", b"", b"{}", no_id, no_type, no_type[:-1] + b',"type":""}'):
         reply = once(execute, certs, "POST", "/agent/v1/tasks/execute", body)
         assert (reply.status, json.loads(reply.body)) == (
             400, {"code": 2001, "data": None, "message": "invalid request body"})
+    assert (execute.runs, execute.applied_version) == ([], 0)
     assert once(execute, certs, "POST", "/agent/v1/tasks/execute/", b"{}").status == 301
     reply = once(execute, certs, "GET", "/elsewhere")
     assert (reply.status, reply.headers["Content-Type"][:10]) == (404, "text/plain")
@@ -191,6 +215,71 @@ def test_an_execute_agent_breaks_both_of_two_requests_at_the_same_time(execute: 
     first.join(WAIT_S)
     assert [reply.data["status"] for reply in replies] == ["failed", "failed"]
     assert (execute.overlaps, execute.max_concurrent, execute.applied_version) == (1, 2, 0)
+
+
+def test_a_payload_is_known_by_its_content_and_not_by_its_version_or_order() -> None:
+    assert payload_sha256({"version": 1, "b": [1.5, None], "a": "\u00e9"}) == hashlib.sha256(
+        '{"a":"\u00e9","b":[1.5,null]}'.encode()).hexdigest()
+    assert payload_sha256({"version": 2, "a": {"y": 1, "x": 2}}) == payload_sha256({"a": {"x": 2, "y": 1}})
+    assert payload_sha256({"a": {"version": 1}}) != payload_sha256({"a": {"version": 2}})
+    assert len(payload_sha256({"a": "\ud800"})) == 64  # an agent gets what others may send, and does not die of it
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["tasks", "execute"])
+def test_an_agent_tells_which_payload_it_ran_and_which_it_has(fleet: Fleet, certs: Path, number: int) -> None:
+    agent = fleet.agents[number]
+    good, bad = {"websites": [], "rev": 1}, {"websites": [], "rev": 2}
+    assert (agent.content, agent.snapshot()["content"]) == ("", "")
+
+    def send(version: int, payload: dict[str, Any]) -> None:
+        dispatch(agent, certs, version, payload=payload)
+        until(lambda: [run for run in agent.runs if run["version"] == version and run["outcome"]], agent.snapshot)
+
+    send(1, good)
+    agent.set(outcome="failed")
+    send(2, bad)
+    assert [run["payloadSha256"] for run in agent.runs] == [payload_sha256(good), payload_sha256(bad)]
+    agent.restart()
+    agent.clear_log()  # what is on the node outlives both
+    assert (agent.content, agent.snapshot()["content"]) == (payload_sha256(good), payload_sha256(good))
+    agent.set(outcome="success")
+    send(3, bad)
+    dispatch(agent, certs, 2, "older", payload=good)  # already applied: nothing is done
+    assert agent.content == payload_sha256(bad)
+
+
+def test_an_execute_agent_drops_its_sites_for_a_payload_without_websites(execute: Agent, certs: Path) -> None:
+    dispatch(execute, certs, 1, payload={"websites": [{"name": "a"}, {"name": "b"}]})
+    assert (execute.sites, execute.snapshot()["sites"]) == (2, 2)
+    execute.set(outcome="failed")
+    dispatch(execute, certs, 2, payload={"websites": [{"name": "a"}]})
+    assert execute.sites == 2
+    execute.set(outcome="success")
+    assert dispatch(execute, certs, 3, payload={}).data["status"] == "success"
+    assert execute.sites == 0
+    assert [run["websites"] for run in execute.runs] == [2, 1, 0]
+
+
+def test_a_tasks_agent_serves_no_sites(tasks: Agent, certs: Path) -> None:
+    dispatch(tasks, certs, 42, payload={"websites": [{"name": "a"}]})
+    end_of(tasks, certs, 42)
+    assert (tasks.sites, "websites" in tasks.runs[0]) == (0, False)
+
+
+def test_a_tasks_agent_may_name_a_task_by_an_id_of_its_own(tasks: Agent, certs: Path) -> None:
+    tasks.set(rename=True)
+    assert dispatch(tasks, certs, 42, "sent").data == {"taskId": "agent-sent", "status": "pending"}
+    until(lambda: tasks.applied_version == 42, tasks.snapshot)
+    for task_id in ("sent", "agent-sent"):
+        data = once(tasks, certs, "GET", f"/tasks/{task_id}").data
+        assert (data["taskId"], data["status"]) == (task_id, "success")
+    assert dispatch(tasks, certs, 42, "sent").data == {"taskId": "agent-sent", "status": "success"}
+    assert tasks.run_counts == {"sent": 1}
+    dispatch(tasks, certs, 43, "agent-sent")  # not an id that it was sent: it runs, which is what tests look for
+    until(lambda: tasks.applied_version == 43, tasks.snapshot)
+    assert tasks.run_counts == {"sent": 1, "agent-sent": 1}
+    tasks.restart()
+    assert once(tasks, certs, "GET", "/tasks/agent-sent").status == 404
 
 
 def test_a_client_that_leaves_does_not_stop_the_run(execute: Agent, certs: Path) -> None:
