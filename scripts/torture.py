@@ -1266,12 +1266,15 @@ class NodeCheck:
                 yield Finding("late", f"{self._name}, and the agent began {late} after {self.release.finished_at}")
 
     def _higher(self) -> list[Sent]:
-        return [one for one in self._crew.sent(self.agent) if one.version > self.release.version]
+        """Gives the higher versions that the agent was sent before this release for the last time."""
+        sent = self._crew.sent(self.agent)
+        last = max((one.at for one in sent if one.content == self.release.content), default=float("inf"))
+        return [one for one in sent if one.version > self.release.version and one.at < last]
 
     def _is_blind(self) -> bool:
-        """Says whether the agent had a higher version that only a lost commit knew of, and told nobody."""
+        """Says whether the agent had a higher version that only lost commits knew of, and told nobody."""
         higher = self._higher()
-        return self.agent.protocol == "tasks" and bool(higher) and any(
+        return self.agent.protocol == "tasks" and bool(higher) and all(
             self._losses.forgot(one.content, self.node.main_ip, one.at) for one in higher)
 
     def _is_explained(self) -> bool:
