@@ -1842,6 +1842,7 @@ class Creator:
         self._url, self._crew, self._figures, self._random = url, crew, figures, random.Random(seed)
         self.store = rc.Store(rc.Database(url))
         self.created: list[str] = []  # the contents of those that were confirmed
+        self.refusal = ""  # the last one
         self._marks = itertools.count(1)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="creator", daemon=True)
@@ -1875,8 +1876,9 @@ class Creator:
         while not self._stopped.wait(0.1):
             try:
                 self._step()
-            except (rc.AppError, rc.StateMoved):  # the database is away, or the release went on: both will pass
+            except (rc.AppError, rc.StateMoved) as error:  # the database is away, or the release went on
                 self._figures.count("operator's requests refused")
+                self.refusal = str(error)
             except Exception:
                 logging.exception("the creator of releases")
 
@@ -2286,6 +2288,9 @@ class Chaos:
         self._figures.count("dispatches read by agents", sum(len(self._crew.sent(a)) for a in self._crew.agents))
         findings = [*check_books(books), *check_agents(books, self._crew), *check_audit(self._database),
                     *check_created(books, self._crew, self._creator.created)]
+        if not any(release.status == "success" for release in books.releases):
+            findings.append(Finding("process", f"no release came to a success; refused at last: "
+                                               f"{self._creator.refusal or 'nothing'}"))
         if self._figures.find(findings, "random phase"):
             folder = self._world.folder / "random"
             folder.mkdir()
