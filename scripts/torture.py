@@ -1836,7 +1836,7 @@ class Creator:
     """
 
     TARGETS = ("cdn", "cdn", "dns", "dns", "waf")
-    AT_ONCE = 6
+    AT_ONCE = 5
 
     def __init__(self, url: str, crew: Crew, figures: Figures, seed: int):
         self._url, self._crew, self._figures, self._random = url, crew, figures, random.Random(seed)
@@ -1901,8 +1901,9 @@ class Creator:
             self._swap_twins()
         with self.store.database.transaction() as tx:
             nodes = [row[0] for row in tx.rows("SELECT id FROM nodes WHERE enabled = 1 ORDER BY id")]
-        chosen = None if self._random.random() < 0.3 else self._random.sample(
-            nodes, self._random.randint(1, max(len(nodes) // 2, 1)))
+        # mostly a few, so that some releases go side by side
+        chosen = None if self._random.random() < 0.15 else self._random.sample(
+            nodes, self._random.randint(1, max(len(nodes) // 3, 1)))
         strategy = {"startAt": rc.utc_text(time.time() + self._random.uniform(0.5, 4.0))} if (
             self._random.random() < 0.1) else {}
         mark = next(self._marks)
@@ -1942,7 +1943,7 @@ class Failovers:
     """
 
     ENOUGH = 6  # lost events of nodes
-    PATIENCE_S = 12.0  # for a lost release that an agent ran already
+    PATIENCE_S = 8.0  # for a lost release that an agent ran already
 
     def __init__(self, world: World, url: str, crew: Crew, wanted: int):
         self._farm, self._figures, self._crew, self._wanted = world.farm, world.figures, crew, wanted
@@ -2158,6 +2159,8 @@ class Chaos:
         self._take_overs.disturbed()
         if self._random.random() < 0.5:
             self._creator.forget()
+        # who saw it happen is left alive for a while
+        self._due["kill"] = time.monotonic() + self._random.uniform(0.0, 3 * CHAOS_TTL_S)
 
     def _is_due(self, what: str, every_s: float) -> bool:
         now = time.monotonic()
