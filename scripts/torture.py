@@ -622,7 +622,8 @@ def knows_many_hosts() -> bool:
 Farm = SqliteFarm  # either; both have the same methods
 
 
-# Who had the claim when an event was written, noted by the database itself, in order.
+# Who had the claim when an event was written, noted by the database itself, in order. What comes
+# with the first claim is written before it.
 AUDIT_TABLE = {
     "sqlite": "CREATE TABLE torture_audit (id INTEGER PRIMARY KEY AUTOINCREMENT, release_id INTEGER, "
               "owner TEXT, fence INTEGER, event TEXT)",
@@ -636,7 +637,7 @@ AUDIT_TRIGGERS = {
                INSERT INTO torture_audit (release_id, owner, fence, event)
                VALUES (NEW.id, NEW.claim_owner, NEW.claim_fence, ''); END""",
         """CREATE TRIGGER torture_events AFTER INSERT ON release_events
-           WHEN NEW.event <> 'started' BEGIN
+           WHEN NEW.event NOT IN ('started', 'renumbered') BEGIN
                INSERT INTO torture_audit (release_id, owner, fence, event)
                VALUES (NEW.release_task_id, NEW.actor, 0, NEW.event || ' ' || NEW.id); END"""),
     "postgresql": (
@@ -649,7 +650,7 @@ AUDIT_TRIGGERS = {
         """CREATE TRIGGER torture_claims AFTER UPDATE OF claim_fence ON release_tasks FOR EACH ROW
            WHEN (NEW.claim_fence <> OLD.claim_fence) EXECUTE FUNCTION torture_claim()""",
         """CREATE TRIGGER torture_events AFTER INSERT ON release_events FOR EACH ROW
-           WHEN (NEW.event <> 'started') EXECUTE FUNCTION torture_event()"""),
+           WHEN (NEW.event NOT IN ('started', 'renumbered')) EXECUTE FUNCTION torture_event()"""),
 }
 
 
@@ -1983,8 +1984,22 @@ class Failovers:
         is_late = time.monotonic() > self._lag.since + self.PATIENCE_S
         return bool(created and dispatched and ((ended and dispatched >= self.ENOUGH) or is_late))
 
-    def fail_over(self) -> None:
-        """Kills the primary, promotes the standby, notes what was lost, and makes a new standby."""
+    def is_moment(self) -> bool:
+        """Says whether an execute agent is at a request that the standby does not know of: best to fail now."""
+        assert self._lag is not None
+        with self._primary.transaction() as tx:
+            return bool(tx.value("""
+                SELECT COUNT(*)
+                FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id JOIN release_events e
+                     ON e.release_task_id = n.release_task_id AND e.node_id = n.node_id
+                WHERE n.status = 'running' AND h.agent_protocol = 'execute' AND e.to_status = 'running'
+                  AND e.id > ?""", self._lag.event_id))
+
+    def fail_over(self, meanwhile: Callable[[], None]) -> None:
+        """Kills the primary, promotes the standby, notes what was lost, and makes a new standby.
+
+        meanwhile is called when there is no database to ask.
+        """
         assert self._lag is not None
         losses = self._crew.losses
         losses.blind_until = float("inf")
@@ -1992,6 +2007,7 @@ class Failovers:
             self._count_lost(tx)
         self._farm.crash()
         dead_at = time.monotonic()
+        meanwhile()
         standby = rc.Database(self._farm.url_on_standby(self._url))
         books = read_books(standby)
         standby.close()
@@ -2044,6 +2060,7 @@ class Chaos:
         self._victims: list[Victim] = []
         self._suspended: list[Victim] = []
         self._due: dict[str, float] = {}
+        self._calm_since = 0.0  # before a failover
         self._points = [name for name in named_points() if name not in NO_SCENE and name not in (
             "create_release", "act", "retry")]
 
@@ -2124,12 +2141,12 @@ class Chaos:
         for victim in [one for one in self._suspended if one.stopped_until < now]:
             self._wake(victim)
         counts = self._figures.counts
-        if counts["kills"] < self._wanted.kills and self._is_due("kill", self.KILL_EVERY_S):
+        if counts["kills"] < self._wanted.kills and not self._calm_since and self._is_due("kill", self.KILL_EVERY_S):
             self._kill()
         if (counts["suspensions"] < self._wanted.suspends and len(self._suspended) < self.SUSPENDED
                 and self._is_due("suspend", self.SUSPEND_EVERY_S)):
             self._suspend()
-        if self._is_due("agents", 0.15):
+        if not self._calm_since and self._is_due("agents", 0.15):
             self._upset_an_agent()
         if self._world.farm.can_cut and self._is_due("cut", self.CUT_EVERY_S):
             with contextlib.suppress(rc.DatabaseError, *rc.PostgresEngine(self._url).error):
@@ -2147,18 +2164,30 @@ class Chaos:
             if self._comes_now("failovers", self._wanted.failovers):
                 self._failovers.begin()
             return
-        if not self._is_due("failover", 0.3):
-            return
-        try:
-            if not self._failovers.is_ripe():
-                return
-        except rc.DatabaseError:
-            return
+        with contextlib.suppress(rc.DatabaseError):
+            if self._calm_since:
+                calm_s = time.monotonic() - self._calm_since
+                if calm_s > CHAOS_TTL_S and (self._failovers.is_moment() or calm_s > 4 * CHAOS_TTL_S):
+                    self._end_calm()
+            elif self._is_due("failover", 0.3) and self._failovers.is_ripe():
+                self._begin_calm()
+
+    def _begin_calm(self) -> None:
+        """Kills nobody for a while, so that releases have owners that live, and agents work longer."""
+        self._calm_since = time.monotonic()
+        if self._random.random() < 0.7:
+            for agent in self._crew.agents:
+                agent.set(outcome="success", task_ms=self._random.randint(1000, 1500), mode="normal")
+
+    def _end_calm(self) -> None:
+        """Fails over: an owner may sleep meanwhile, and whoever makes releases may be a new process after it."""
+        self._calm_since = 0.0
+        if self._random.random() < 0.4:
+            self._suspend()
+        forget = self._creator.forget if self._random.random() < 0.5 else lambda: None
         self._take_overs.disturbed()
-        self._failovers.fail_over()
+        self._failovers.fail_over(meanwhile=forget)
         self._take_overs.disturbed()
-        if self._random.random() < 0.5:
-            self._creator.forget()
         # who saw it happen is left alive for a while
         self._due["kill"] = time.monotonic() + self._random.uniform(0.0, 3 * CHAOS_TTL_S)
 
