@@ -1,6 +1,7 @@
 """Killed anywhere, by anyone: short runs of scripts/torture.py, real processes on both engines.
 
-On PostgreSQL a standby that lacks the last commits takes over as well. TEST_LONG=1 makes the long ones: at least 1,000 kills and 200 suspensions on each engine.
+On PostgreSQL a standby that lacks the last commits takes over as well.
+TEST_LONG=1 makes the long ones: at least 1,000 kills and 200 suspensions on each engine.
 """
 from __future__ import annotations
 
