@@ -1975,8 +1975,8 @@ class Failovers:
                             tx.value("SELECT COALESCE(MAX(id), 0) FROM release_tasks"))
         standby.close()
 
-    def is_ripe(self) -> bool:
-        """Says whether enough was committed that the standby does not have."""
+    def is_ripe(self, is_short: bool) -> bool:
+        """Says whether enough was committed that the standby does not have; a short lag is content with little."""
         assert self._lag is not None
         with self._primary.transaction() as tx:
             created = tx.value("SELECT COUNT(*) FROM release_tasks WHERE id > ?", self._lag.release_id)
@@ -1984,7 +1984,7 @@ class Failovers:
                                   "AND node_id IS NOT NULL", self._lag.event_id)
             ended = tx.value("SELECT COUNT(*) FROM release_events WHERE release_task_id > ? AND node_id IS NOT NULL "
                              "AND to_status = 'success'", self._lag.release_id)
-        is_late = time.monotonic() > self._lag.since + self.PATIENCE_S
+        is_late = is_short or time.monotonic() > self._lag.since + self.PATIENCE_S
         return bool(created and dispatched and ((ended and dispatched >= self.ENOUGH) or is_late))
 
     def is_moment(self) -> bool:
@@ -2166,13 +2166,16 @@ class Chaos:
         if not self._failovers.is_lagging:
             if self._comes_now("failovers", self._wanted.failovers):
                 self._failovers.begin()
+                if self._random.random() < 0.4:  # the lag is short: claims that are lost, and given again, count alike
+                    self._begin_calm()
             return
         with contextlib.suppress(rc.DatabaseError):
             if self._calm_since:
                 calm_s = time.monotonic() - self._calm_since
-                if calm_s > CHAOS_TTL_S and (self._failovers.is_moment() or calm_s > 4 * CHAOS_TTL_S):
+                if calm_s > CHAOS_TTL_S and (self._failovers.is_moment() or calm_s > 4 * CHAOS_TTL_S) and (
+                        self._failovers.is_ripe(is_short=True)):
                     self._end_calm()
-            elif self._is_due("failover", 0.3) and self._failovers.is_ripe():
+            elif self._is_due("failover", 0.3) and self._failovers.is_ripe(is_short=False):
                 self._begin_calm()
 
     def _begin_calm(self) -> None:
@@ -2185,7 +2188,7 @@ class Chaos:
     def _end_calm(self) -> None:
         """Fails over: an owner may sleep meanwhile, and whoever makes releases may be a new process after it."""
         self._calm_since = 0.0
-        if self._random.random() < 0.4:
+        if self._random.random() < 0.6:
             self._suspend()
         forget = self._creator.forget if self._random.random() < 0.5 else lambda: None
         self._take_overs.disturbed()
