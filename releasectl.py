@@ -168,6 +168,12 @@ GATHER_S = 0.02
 STOP_GRACE_S = 5.0
 # A thread that has not turned for so long, beyond its own wait, hangs: longer than the database may take.
 HUNG_AFTER_S = 180.0
+# The largest values of the settings that decide how long a claim and an execute agent's hold may last. A stored
+# time that lies further ahead was written by a clock that was wrong, and counts as over.
+MAX_CLAIM_TTL_S, MAX_CONNECT_TIMEOUT_S, MAX_REQUEST_TIMEOUT_S = 3600, 600, 3600
+MAX_HOLD_S = float(MAX_CONNECT_TIMEOUT_S + MAX_REQUEST_TIMEOUT_S)
+# After a failover that may have lost releases, new ones are numbered from so much further on.
+VERSIONS_SKIPPED = 1000
 
 log = logging.getLogger("releasectl")
 
@@ -252,13 +258,27 @@ class Clock:
             return time.clock_gettime(time.CLOCK_BOOTTIME)
         return time.monotonic()
 
+    @staticmethod
+    def boot() -> str:
+        """Return what elapsed() counts from: equal for all processes that may compare their elapsed times."""
+        return _boot_id()
+
+
+@functools.lru_cache(maxsize=1)
+def _boot_id() -> str:
+    with contextlib.suppress(OSError):
+        if hasattr(time, "CLOCK_BOOTTIME"):
+            return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return secrets.token_hex(8)  # of this process alone
+
 
 @functools.lru_cache(maxsize=64)  # all rows of one commit have one time
 def utc_text(epoch_s: float) -> str:
     """Gives seconds since 1970 as RFC 3339, UTC, milliseconds, Z (contract section 2)."""
     whole_ms = round(epoch_s * 1000)
     moment = datetime.datetime.fromtimestamp(whole_ms // 1000, datetime.timezone.utc)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{whole_ms % 1000:03d}Z"
+    # not %Y: it writes the year 999 as 999, and stored times are compared as text
+    return f"{moment.year:04d}-{moment:%m-%dT%H:%M:%S}.{whole_ms % 1000:03d}Z"
 
 
 def epoch_of(text: str) -> float:
@@ -381,6 +401,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("releasectl_build_info", GAUGE, "Version of releasectl and of its Python, always 1.", ("version", "python")),
     Metric("releasectl_database_up", GAUGE, "Whether the database answered when this was asked for (1), or not (0)."),
     Metric("releasectl_database_errors_total", COUNTER, "Transactions that failed at the database."),
+    Metric("releasectl_database_went_back_total", COUNTER,
+           "How often the database was found in an earlier state than this process had seen: a restore, or a failover "
+           "that lost commits."),
     Metric("releasectl_releases", GAUGE, "Releases in the database.", ("target", "status")),
     Metric("releasectl_release_nodes", GAUGE, "Nodes of the active releases.", ("target", "status")),
     Metric("releasectl_release_last_event_timestamp_seconds", GAUGE,
@@ -568,11 +591,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("CONTROL_CA", "", _text, "the CA that signed the agents' certificates"),
     Setting("AGENT_TLS_SERVER_NAME", "", _text, "verify this name, not the dialled address"),
     Setting("AGENT_CONCURRENCY", "64", _integer(1, 1024), "requests to agents in flight"),
-    Setting("AGENT_CONNECT_TIMEOUT_SEC", "15", _number(0.1, 600), "seconds for TCP and TLS"),
-    Setting("AGENT_REQUEST_TIMEOUT_SEC", "60", _number(0.1, 3600), "seconds for a request and its answer"),
+    Setting("AGENT_CONNECT_TIMEOUT_SEC", "15", _number(0.1, MAX_CONNECT_TIMEOUT_S), "seconds for TCP and TLS"),
+    Setting("AGENT_REQUEST_TIMEOUT_SEC", "60", _number(0.1, MAX_REQUEST_TIMEOUT_S),
+            "seconds for a request and its answer"),
     Setting("AGENT_RETRIES", "2", _integer(0, 100), "tries after the first"),
     Setting("NODE_DEADLINE_SEC", "600", _number(1, 604800), "seconds from a node's dispatch to its end"),
-    Setting("CLAIM_TTL_SEC", "30", _number(1, 3600), "seconds that a silent process keeps a release"),
+    Setting("CLAIM_TTL_SEC", "30", _number(1, MAX_CLAIM_TTL_S), "seconds that a silent process keeps a release"),
     Setting("LOG_FORMAT", "text", _one_of("text", "json"), "text or json"),
     Setting("LOG_LEVEL", "info", _one_of("debug", "info", "warning"), "debug: single nodes too"),
 )
@@ -705,6 +729,11 @@ class SqliteEngine:
     now_sql = "SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
     has_table_sql = "SELECT COUNT(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
     has_any_table_sql = "SELECT COUNT(*) FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+    # The id of the next release: to look at it, and to take it.
+    next_release_id_sql = take_release_id_sql = \
+        "SELECT COALESCE(MAX(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'release_tasks'"
+    # A number that grows with each failover.
+    timeline_sql = "SELECT 0"
     error: tuple[type[Exception], ...] = (sqlite3.Error,)
 
     def __init__(self, url: str):
@@ -826,6 +855,17 @@ class PostgresEngine:
     has_table_sql = """SELECT COUNT(*) FROM information_schema.tables
         WHERE table_schema = current_schema() AND table_name = ?"""
     has_any_table_sql = "SELECT COUNT(*) FROM information_schema.tables WHERE table_schema = current_schema()"
+    # A person may have written a row with an id of their own, which the sequence does not know.
+    next_release_id_sql = """
+        SELECT GREATEST(COALESCE(pg_sequence_last_value(pg_get_serial_sequence('release_tasks', 'id')::regclass), 0),
+                        COALESCE(MAX(id), 0)) + 1
+        FROM release_tasks"""
+    take_release_id_sql = """
+        SELECT GREATEST(nextval(pg_get_serial_sequence('release_tasks', 'id')), COALESCE(MAX(id), 0) + 1)
+        FROM release_tasks"""
+    timeline_sql = """
+        SELECT CASE WHEN pg_is_in_recovery() THEN 0
+                    ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int END"""
     # A stopped client holds its locks until the server gives up on it.
     session_sql = """
         SET idle_in_transaction_session_timeout = '5s'; SET lock_timeout = '10s';
@@ -1147,6 +1187,25 @@ def schema_steps() -> tuple[tuple[str, ...], ...]:
 # 5 Plan: what a release is and will do: nodes, batches, payloads. Pure; uses 1 and 2.
 # ======================================================================================
 
+# A host and a port: what can have one task at a time, whatever rows name it.
+Endpoint = tuple[str, int]
+
+
+def endpoint_of(main_ip: str, port: int) -> Endpoint:
+    """Return where an agent listens; two spellings of one address give the same."""
+    if ":" in main_ip:
+        with contextlib.suppress(ValueError):
+            return str(plain_address(ipaddress.ip_address(main_ip))), port
+    return main_ip.lower(), port
+
+
+def plain_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> (
+        ipaddress.IPv4Address | ipaddress.IPv6Address):
+    """Return an IPv4 address for one that is mapped into IPv6 (::ffff:10.0.0.7), else the address."""
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
 @dataclasses.dataclass(frozen=True)
 class Node:
     """A host that runs an agent: a row of nodes."""
@@ -1160,10 +1219,17 @@ class Node:
     status: str
     created_at: str
     updated_at: str
+    # The highest version that was ever sent to it.
+    last_version: int = 0
 
     @property
     def gets_releases(self) -> bool:
         return bool(self.enabled) and self.status == "online"
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Return where its agent listens."""
+        return endpoint_of(self.main_ip, self.agent_port)
 
     @property
     def condition(self) -> str:
@@ -1207,6 +1273,10 @@ class Release:
     passed_batch: int
     soak_until: str | None
     paused_by: str
+    # Part of its tasks' ids; "" until the claim where a person wrote the row.
+    tag: str
+    # soak_until by the clock that nobody sets: see clock_mark().
+    soak_clock: str
     skipped_nodes: int
     current_batch: int
 
@@ -1234,17 +1304,31 @@ class ReleaseNode(NamedTuple):
     hold_until: str | None
     started_at: str | None
     finished_at: str | None
-    # Whether a person accepted this failure: it counts against no limit any more.
+    # Whether a failure of it counts against no limit: a person accepted it, or a rollback tries it all the same.
     accepted: int = 0
+    # The highest version that was ever sent to its address, by any release.
+    last_version: int = 0
+    # hold_until by the clock that nobody sets: see clock_mark().
+    hold_clock: str = ""
+    # started_at by the same clock.
+    started_clock: str = ""
+    # For how long pauses and freezes kept it from its dispatch, in seconds: no part of its deadline.
+    waited_s: float = 0.0
     # The next request and when it is due, in the seconds of Clock.elapsed().
     next_op: str = ""
     due: float = 0.0
     deadline: float = 0.0
     in_flight: bool = False
+    # Seconds in its deadline for pauses before a take-over: taken back when its agent turns out to be at work.
+    credit_s: float = 0.0
     # Whether the agent gave the task another id than the one that was written.
     is_renamed: bool = False
-    # Whether a request of ours may have reached the agent.
+    # Whether a try of this release may have reached the agent: then "already applied" may be our own doing.
     reached: bool = False
+    # Whether the agent may have run the task, as nothing is known of the last try.
+    is_unknown: bool = False
+    # What the agent said of its success, while that is verified.
+    agent_said: str = ""
     polls: int = 0
     # How often the agent did not know the task.
     forgotten: int = 0
@@ -1257,6 +1341,11 @@ class ReleaseNode(NamedTuple):
     last_error: str = ""
     # How the agent's answers ended it, not written yet.
     verdict: Verdict | None = None
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Return where its agent listens."""
+        return endpoint_of(self.main_ip, self.agent_port)
 
 
 class Verdict(NamedTuple):
@@ -1281,6 +1370,10 @@ class Verify(NamedTuple):
     status: int = 200
     timeout_s: float = 5.0
     successes: int = 1
+    # The site to ask for: the Host header, and with https the name in the handshake.
+    host: str = ""
+    # A text that the answer's body must hold.
+    contains: str = ""
 
     def url_for(self, node: ReleaseNode) -> str:
         """Gives the address to probe on a node."""
@@ -1320,6 +1413,14 @@ class ReleaseRequest(NamedTuple):
     strategy: Mapping[str, Any] = {}
     node_ids: Sequence[int] | None = None
     labels: Mapping[str, str] | None = None
+    version: int | None = None
+
+
+class LeftOut(NamedTuple):
+    """A node that was meant and does not get the release, and why."""
+    node_id: int
+    name: str
+    why: str
 
 
 class Plan(NamedTuple):
@@ -1328,7 +1429,15 @@ class Plan(NamedTuple):
     batches: list[list[int]]
     max_failed: list[int]
     max_failed_total: int | None
-    left_out: list[Node]
+    left_out: Sequence[LeftOut]
+    # Names of execute nodes that will serve no site, as the payload says.
+    emptied: Sequence[str] = ()
+    # Nodes whose failure counts against no limit.
+    tolerated: frozenset[int] = frozenset()
+    # The release whose payload goes out again: its id and version.
+    payload_of: tuple[int, int] | None = None
+    # The version that it would get now.
+    version: int = 0
 
     def __str__(self) -> str:
         """Gives the plan as a line for the history."""
@@ -1346,15 +1455,28 @@ HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 
 
 def parse_address(text: object) -> str:
-    """Gives an IP address or host name in its plain form; AppError 2003 for anything else."""
+    """Return an IP address or host name in its plain form; raise AppError 2003 for what is no host's."""
     if isinstance(text, str):
         with contextlib.suppress(ValueError):
             if "%" not in text:
-                return str(ipaddress.ip_address(text))
+                return str(_host_address(plain_address(ipaddress.ip_address(text))))
         labels = text.split(".")
         if len(text) <= 253 and all(map(HOST_LABEL.fullmatch, labels)) and not labels[-1].isdigit():
             return text.lower()
     raise AppError(2003, f"mainIp {one_line(text, 60)!r} is neither an IP address nor a host name")
+
+
+def _host_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> (
+        ipaddress.IPv4Address | ipaddress.IPv6Address):
+    """Return an address that a host may have; raise AppError 2003 for one that means many hosts or none."""
+    is_broadcast = address.version == 4 and (int(address) == 0xFFFFFFFF or int(address) >> 24 == 0)
+    kinds = ((address.is_unspecified, "stands for any address"), (address.is_multicast, "is a multicast address"),
+             (address.is_link_local, "is link-local (cloud metadata lives there)"),
+             (is_broadcast, "is no address of a host"))
+    for is_it, what in kinds:
+        if is_it:
+            raise AppError(2003, f"mainIp {address} {what}: name the node's own address")
+    return address
 
 
 def parse_port(value: object) -> int:
@@ -1403,6 +1525,13 @@ def parse_target(value: object) -> str:
     """Gives a release's target: a word of letters, digits and ._-; AppError 2003 else."""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
         raise AppError(2003, "target must be 1 to 64 letters, digits or . _ -")
+    return value
+
+
+def parse_version(field: str, value: object) -> int:
+    """Return a version that a person names; raise AppError 2003 for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
+        raise AppError(2003, f"{field} {one_line(value, 40)} must be a whole number from 1 to {MAX_VERSION}")
     return value
 
 
@@ -1460,12 +1589,13 @@ def _end_of_failing(value: Any) -> str:
 
 def parse_time(value: Any) -> str:
     """Gives an RFC 3339 time as it is stored, in UTC; ValueError for anything else."""
+    # RFC 3339, 5.6: t and z may be small, and a second may have any number of digits; milliseconds are kept
     match = isinstance(value, str) and re.fullmatch(
-        r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", value, re.ASCII)
+        r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(\.\d{1,30})?(Z|[+-]\d\d:\d\d)", value, re.ASCII | re.IGNORECASE)
     if not match:
         raise ValueError("must be a time with its zone, like 2026-01-31T22:00:00Z")
     try:
-        return utc_text(epoch_of(match[1] + match[3]) + float(match[2] or 0))
+        return utc_text(epoch_of(f"{match[1]}T{match[2]}{match[4].upper()}") + float(match[3] or 0))
     except (ValueError, OverflowError):
         raise ValueError("must be a time that exists, like 2026-01-31T22:00:00Z") from None
 
@@ -1484,12 +1614,30 @@ def _verify_url(value: Any) -> str:
     return value
 
 
+VERIFY_HOST = r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*"
+
+
+def _verify_host(value: Any) -> str:
+    """Return the name of a site. It decides what is asked for, not where: a probe goes to the node alone."""
+    if not isinstance(value, str) or len(value) > 253 or not re.fullmatch(f"({VERIFY_HOST})?", value):
+        raise ValueError("must be a host name, like www.example.com")
+    return value
+
+
+def _verify_text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 500:
+        raise ValueError("must be a text of at most 500 characters")
+    return value
+
+
 # Key of verify: field, how it is read, schema.
 VERIFY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
     "url": ("url", _verify_url, {"type": "string", "maxLength": 500, "pattern": f"^{VERIFY_URL}$"}),
     "status": ("status", lambda v: _whole(v, 100, 599), {"type": "integer", "minimum": 100, "maximum": 599}),
     "timeoutSec": ("timeout_s", _seconds(0.1, 60), {"type": "number", "minimum": 0.1, "maximum": 60}),
     "successes": ("successes", lambda v: _whole(v, 1, 100), {"type": "integer", "minimum": 1, "maximum": 100}),
+    "host": ("host", _verify_host, {"type": "string", "maxLength": 253, "pattern": f"^({VERIFY_HOST})?$"}),
+    "contains": ("contains", _verify_text, {"type": "string", "maxLength": 500}),
 }
 
 
@@ -1571,21 +1719,26 @@ def plan_batches(node_ids: Sequence[int], sizes: Sequence[int | str] = NO_STRATE
     return [batch for batch in batches if batch]
 
 
-def make_plan(strategy: Strategy, node_ids: Sequence[int], left_out: Sequence[Node] = ()) -> Plan:
-    """Gives a strategy in whole numbers for these nodes; AppError 2003 when it names a batch that is not there."""
-    batches = plan_batches(node_ids, strategy.batches)
+def make_plan(strategy: Strategy, node_ids: Sequence[int], left_out: Sequence[LeftOut] = (),
+              batches: list[list[int]] | None = None, tolerated: frozenset[int] = frozenset()) -> Plan:
+    """Return a strategy in whole numbers for these nodes; raise AppError 2003 when it names a batch too many.
+
+    batches: they are settled already. tolerated: nodes whose failure counts against no limit.
+    """
+    batches = plan_batches(node_ids, strategy.batches) if batches is None else batches
     beyond = [] if strategy.pause_after == EACH else [n for n in strategy.pause_after if int(n) > len(batches)]
     if beyond:
         raise AppError(2003, f"strategy: pauseAfter names batch {beyond[0]}, and there are {len(batches)}")
     total = None if strategy.max_failed_total is None else in_numbers(strategy.max_failed_total, len(node_ids))
-    return Plan(strategy, batches, [in_numbers(strategy.max_failed, len(batch)) for batch in batches], total,
-                list(left_out))
+    limits = [in_numbers(strategy.max_failed, len(batch)) + len(tolerated.intersection(batch))
+              for batch in batches]
+    return Plan(strategy, batches, limits, total, list(left_out), tolerated=tolerated)
 
 
-def choose_nodes(nodes: Sequence[Node], request: ReleaseRequest) -> tuple[list[int], list[Node]]:
-    """Gives the ids of the nodes that a release goes to, by id, and those that are left out of it.
+def choose_nodes(nodes: Sequence[Node], request: ReleaseRequest) -> tuple[list[Node], list[LeftOut]]:
+    """Return the nodes that a release goes to, by id, and those that are left out of it.
 
-    Raises AppError 2003 for an id that is not among the enabled, online nodes, 3003 when none is left.
+    Raise AppError 2003 for an id that is not among the enabled, online nodes, 3003 when none is left.
     """
     if request.node_ids is not None:
         by_id = {node.id: node for node in nodes}
@@ -1594,15 +1747,60 @@ def choose_nodes(nodes: Sequence[Node], request: ReleaseRequest) -> tuple[list[i
                 raise AppError(2003, f"nodeIds: node {number} does not exist")
             if not by_id[number].gets_releases:
                 raise AppError(2003, f"nodeIds: node {by_id[number].name} is {by_id[number].condition}")
-        return sorted(request.node_ids), []
+        return [by_id[number] for number in sorted(request.node_ids)], []
     if request.labels is not None:
         wanted = request.labels.items()
         nodes = [node for node in nodes if wanted <= node.label_items]
-    chosen = [node.id for node in nodes if node.gets_releases]
+    chosen = [node for node in nodes if node.gets_releases]
     if not chosen:
         among = "" if request.labels is None else f" with the labels {to_json(dict(request.labels))}"
         raise AppError(3003, f"no online nodes{among}: add one, or enable one and set it online")
-    return chosen, [node for node in nodes if not node.gets_releases]
+    return chosen, who_is_left_out(nodes)
+
+
+def who_is_left_out(nodes: Iterable[Node]) -> list[LeftOut]:
+    """Return those of some nodes that get no releases now, and why."""
+    return [LeftOut(node.id, node.name, node.condition) for node in nodes if not node.gets_releases]
+
+
+def refuse_twins(nodes: Iterable[Node]) -> None:
+    """Raise AppError 3003 naming two nodes with one address: it would get the same task twice at once (section 2)."""
+    seen: dict[Endpoint, Node] = {}
+    for node in nodes:
+        twin = seen.setdefault(node.endpoint, node)
+        if twin is not node:
+            raise AppError(3003, f"nodes {twin.name} and {node.name} have one address, "
+                                 f"{node.main_ip}:{node.agent_port}: disable one of them")
+
+
+# The key of a payload that an execute agent needs: without it, it drops all its sites (contract section 1).
+WEBSITES = "websites"
+
+
+def drops_sites(payload: Mapping[str, Any]) -> bool:
+    """Say whether an execute agent would drop all its sites without having been asked to."""
+    return not isinstance(payload.get(WEBSITES), list)
+
+
+def refuse_dropping_sites(payload: Mapping[str, Any], nodes: Iterable[Node | ReleaseNode], code: int = 2003,
+                          what: str = "the payload") -> None:
+    """Raise AppError where an execute agent among the nodes would drop all its sites without having been asked to."""
+    served = [node.name for node in nodes if node.agent_protocol == EXECUTE]
+    if served and drops_sites(payload):
+        raise AppError(code, f"{what} has no list {WEBSITES}, and {names_of(served)} would drop all sites without it "
+                             f'(protocol execute): name the sites, or "{WEBSITES}": [] where none is meant')
+
+
+def names_of(names: Sequence[str]) -> str:
+    """Return 'edge-1', or 'edge-1 and 3 more'."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def parse_release_id(field: str, value: object) -> int:
+    """Return the id of a release; raise AppError 2003 for what can be none."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_ID:
+        raise AppError(2003, f"{field} {one_line(value, 40)} must be the id of a release")
+    return value
 
 
 def parse_node_ids(value: object) -> list[int]:
@@ -1633,19 +1831,49 @@ def payload_for_version(payload: Mapping[str, Any], version: int) -> dict[str, A
     return {**payload, "version": version} if "version" in payload else dict(payload)
 
 
-def task_id_for(release_type: str, main_ip: str, version: int) -> str:
-    """Gives the agent's task id: the same for every try of a release on a node (section 1)."""
-    return f"{release_type}_{main_ip}_{version}"
+def new_tag() -> str:
+    """Return what tells a release's tasks from those of any other, in any database: eight hex digits."""
+    return secrets.token_hex(4)
+
+
+def task_id_for(release_type: str, main_ip: str, version: int, tag: str) -> str:
+    """Return the agent's task id: the same for every try of a release on a node, and no other's (section 1).
+
+    Without a tag: of a release that was under way when tags came; its agents know the id in that form.
+    """
+    return f"{release_type}_{main_ip}_{version}" + (f"_{tag}" if tag else "")
 
 
 class Moment(NamedTuple):
-    """One instant on both clocks, in seconds."""
+    """One instant on both clocks, in seconds. boot: what elapsed counts from, see Clock.boot()."""
     wall: float
     elapsed: float
+    boot: str = ""
 
     @property
     def text(self) -> str:
         return utc_text(self.wall)
+
+    def clock_mark(self, seconds: float) -> str:
+        """Return the moment so many seconds from now, for left_s(): by a clock that nobody sets."""
+        return f"{self.boot} {self.elapsed + seconds:.3f}"
+
+    def left_s(self, until: str | None, mark: str, at_most_s: float) -> float:
+        """Return the seconds until a stored moment, 0 when it is over; never more than it can have been for.
+
+        """
+        return min(max(self.until_s(until, mark), 0.0), at_most_s)
+
+    def until_s(self, until: str | None, mark: str) -> float:
+        """Return the seconds until a stored moment, below 0 when it is over.
+
+        By the mark where this host wrote it since it was started, else by the wall clock.
+        """
+        boot, _, elapsed = mark.rpartition(" ")
+        if elapsed and boot == self.boot:
+            with contextlib.suppress(ValueError):  # written by hand
+                return float(elapsed) - self.elapsed
+        return epoch_or(until, self.wall) - self.wall
 
 
 class Policy(NamedTuple):
@@ -1686,6 +1914,10 @@ class Roster:
         # How many rows each batch has, and how many of them are pending or running.
         self.sizes: dict[int, int] = {}
         self._open: dict[int, int] = {}
+        # Addresses that several rows name: a person wrote them. And the highest version that a node was sent.
+        named = collections.Counter(n.endpoint for n in self._nodes.values())
+        self.twins = frozenset(endpoint for endpoint, count in named.items() if count > 1)
+        self.highest_sent = max((n.last_version for n in self._nodes.values()), default=0)
         for n in self._nodes.values():
             self.of[n.status][n.node_id] = n
             self.sizes[n.batch] = self.sizes.get(n.batch, 0) + 1
@@ -1710,6 +1942,7 @@ class Roster:
         other = Roster.__new__(Roster)
         other._nodes, other.sizes, other._open = self._nodes.copy(), self.sizes, self._open.copy()
         other.of, other._batches = {status: found.copy() for status, found in self.of.items()}, self._batches
+        other.twins, other.highest_sent = self.twins, self.highest_sent
         return other
 
     def put(self, node: ReleaseNode) -> None:
@@ -1764,12 +1997,15 @@ NO_FREEZE = Freeze()
 class Stage(NamedTuple):
     """Where a running release stands between its batches.
 
-    batch: whose pending nodes may go now, 0 for none. passed_batch, soak_until: as in Decision.
-    pauses: whether someone must resume first. looks_at: the batch whose second look is on, or 0.
+    batch: whose pending nodes may go now, 0 for none. passed_batch, soak_until, soak_clock: as in Decision.
+    soak_left_s: how many seconds of the soak are left. pauses: whether someone must resume first.
+    looks_at: the batch whose second look is on, or 0.
     """
     batch: int
     passed_batch: int
     soak_until: str | None = None
+    soak_clock: str = ""
+    soak_left_s: float = 0.0
     pauses: bool = False
     looks_at: int = 0
 
@@ -1799,7 +2035,7 @@ class Situation(NamedTuple):
     # Which limit the failures are beyond, and why the release's own row can't be used.
     exceeded: str = ""
     broken: str = ""
-    busy: frozenset[int] = frozenset()
+    busy: frozenset[Endpoint] = frozenset()
     freeze: Freeze = NO_FREEZE
 
     @property
@@ -1864,10 +2100,10 @@ def _progress(nodes: Roster, now: Moment, situation: Situation, waiting: str) ->
         return (f"verifying batch {stage.looks_at} after its soak: waiting for "
                 + _names(nodes.looked_at_again(stage.looks_at)))
     batch = nodes.batch
-    if stage.soak_until:
+    if stage.soak_left_s:
         return f"soaking batch {nodes.batch_before(batch)} until {stage.soak_until}"
-    pending = nodes.of[PENDING]
-    held = [pending[node_id] for node_id in sorted(situation.busy & pending.keys()) if pending[node_id].batch == batch]
+    members = itertools.takewhile(lambda n: n.batch == batch, nodes.of[PENDING].values())
+    held = [n for n in members if n.endpoint in situation.busy] if situation.busy else []
     sentence = (f"batch {batch} of {nodes.last_batch}: waiting for {nodes.open_in(batch)} of "
                 + count_of_nodes(nodes.sizes.get(batch, 0)))
     return (sentence + _slowest([n for n in nodes.of[RUNNING].values() if n.batch == batch], now, situation.policy)
@@ -1926,6 +2162,12 @@ class Outcome(NamedTuple):
     message: str = ""
     detail: str = ""
     hold_s: float = 0.0
+    # The version that an agent says it has already applied; 0 where it says nothing of the kind.
+    applied: int = 0
+
+
+# What an agent is taken to have said where its text is empty.
+NO_REASON_GIVEN = "the agent gave no reason"
 
 
 # What to do next when a request failed (rule 8): a tasks agent is asked before it is sent
@@ -1962,25 +2204,37 @@ def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) ->
         return node._replace(in_flight=False, due=now.elapsed)
     if outcome.op == PROBE and outcome.result == SUCCESS:
         return _observe_pass(node, now, policy)
+    if outcome.result == SUCCESS and outcome.applied and not node.reached:
+        # no try of ours can have done it: somebody else's version, which only has the same number
+        return node._replace(in_flight=False, verdict=Verdict(
+            FAILED, REJECTED, f"the agent is already at version {outcome.applied}", detail_text(outcome.detail)))
     if outcome.result == SUCCESS and policy.probes:
-        return node._replace(in_flight=False, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True)
+        return node._replace(in_flight=False, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True,
+                             agent_said=detail_text(outcome.detail))
     if outcome.result == SUCCESS:
-        return node._replace(in_flight=False, verdict=Verdict(SUCCESS))
+        return node._replace(in_flight=False, verdict=Verdict(SUCCESS, detail=detail_text(outcome.detail)))
     if outcome.result == FAILED:
         return node._replace(in_flight=False, verdict=Verdict(
-            FAILED, outcome.error_kind, one_line(outcome.message), detail_text(outcome.detail)))
+            FAILED, outcome.error_kind, one_line(outcome.message) or NO_REASON_GIVEN, detail_text(outcome.detail)))
     if outcome.result == ACCEPTED:
         return node._replace(in_flight=False, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
-                             next_op=QUERY, errors=0, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True)
+                             next_op=QUERY, errors=0, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True,
+                             is_unknown=True)
     if outcome.result == WORKING:
-        return node._replace(in_flight=False, errors=0, polls=node.polls + 1,
-                             due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
+        return _without_credit(node)._replace(in_flight=False, errors=0, polls=node.polls + 1,
+                                              due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
     if outcome.result == UNKNOWN:
         # at once the first time: a tick that only waited here would end before it sent anything
         wait_s = backoff_s(node.forgotten, node.node_id) if node.forgotten else 0.0
-        return node._replace(in_flight=False, next_op=DISPATCH, reached=True, forgotten=node.forgotten + 1,
-                             last_error="the agent does not know the task", due=now.elapsed + wait_s)
+        return node._replace(in_flight=False, next_op=DISPATCH, reached=True, is_unknown=True,
+                             forgotten=node.forgotten + 1, last_error="the agent does not know the task",
+                             due=now.elapsed + wait_s)
     return _observe_error(node, outcome, now, policy)
+
+
+def _without_credit(node: ReleaseNode) -> ReleaseNode:
+    """Return a node whose agent is at work: it keeps its own deadline, whatever pauses there were."""
+    return node._replace(deadline=node.deadline - node.credit_s, credit_s=0.0)
 
 
 def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
@@ -1989,12 +2243,14 @@ def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode
         return node._replace(due=now.elapsed + PROBE_AGAIN_S)
     if node.status == SUCCESS:
         return node._replace(next_op="", is_looked_at=True)
-    return node._replace(verdict=Verdict(SUCCESS))
+    return node._replace(verdict=Verdict(SUCCESS, detail=node.agent_said))
 
 
 def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
+    is_lost, is_tried = outcome.result == LOST, outcome.result in (LOST, UNCLEAR)
     node = node._replace(in_flight=False, errors=node.errors + 1, passes=0, last_kind=outcome.error_kind,
-                         last_error=outcome.message, reached=node.reached or outcome.result == LOST)
+                         last_error=outcome.message, reached=node.reached or is_tried,
+                         is_unknown=node.is_unknown or is_lost)
     if node.errors > policy.retries:
         tries = f" (tried {node.errors} times)" if node.errors > 1 else ""
         return node._replace(verdict=Verdict(
@@ -2006,32 +2262,60 @@ def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Pol
                          next_op=AFTER_ERROR[node.agent_protocol, outcome.op, outcome.result])
 
 
-def adopt(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
-    """Gives a node as a new owner of its release finds it (rule 9): ask first, or wait and repeat.
+class Hold(NamedTuple):
+    """A time in which a pause or a freeze let a release dispatch nothing; by the wall clock, inf: it goes on."""
+    since: float
+    until: float
 
-    Deadline and hold were stored by the wall clock, and go on from there. A deadline that passed
-    while nobody looked leaves time for one question: the task may have ended well before it.
+
+def holds_of(history: Iterable[tuple[str, str, str]]) -> list[Hold]:
+    """Return the holds of a release from its own events in order: time, event, and the status after it."""
+    holds: list[Hold] = []
+    is_paused = is_frozen = False
+    began: float | None = None
+    for at, event, status in history:
+        is_paused = status == PAUSED
+        is_frozen = event == "frozen" or (is_frozen and event != "unfrozen")
+        moment = epoch_or(at, 0.0)
+        if (is_paused or is_frozen) and began is None:
+            began = moment
+        elif not (is_paused or is_frozen) and began is not None:
+            holds.append(Hold(began, moment))
+            began = None
+    return holds if began is None else [*holds, Hold(began, float("inf"))]
+
+
+def adopt(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = (),
+          quiet_s: float = 0.0) -> ReleaseNode:
+    """Return a node as a new owner of its release finds it (rule 9): ask first, or wait and repeat.
+
+    Deadline and hold were stored, and go on from there. What pauses and freezes took is no part of the
+    deadline (contract section 7), unless the agent turns out to be at work. A deadline that passed while
+    nobody looked leaves time for one question: the task may have ended well before it. quiet_s: so long no
+    execute agent is sent anything, as one may be at a request that the database does not know.
     """
     if node.status != RUNNING:
         return node
-    started = epoch_or(node.started_at, now.wall)
-    deadline = now.elapsed + started + policy.node_deadline_s - now.wall
+    # a clock that was ahead must not keep a node for longer than a deadline can be
+    age_s = max(0.0, -now.until_s(node.started_at, node.started_clock))
+    started = now.wall - age_s
+    held_s = sum(max(0.0, min(hold.until, now.wall) - max(hold.since, started)) for hold in holds)
+    credit_s = max(0.0, min(held_s, age_s) - node.waited_s)
+    deadline = now.elapsed - age_s + policy.node_deadline_s + node.waited_s + credit_s
+    node = node._replace(reached=True, is_unknown=True, credit_s=credit_s, deadline=deadline)
     if node.agent_protocol == TASKS:
-        return node._replace(next_op=QUERY, due=now.elapsed, reached=True,
-                             deadline=max(deadline, now.elapsed + policy.interval_s))
-    held_s = epoch_or(node.hold_until, now.wall) - now.wall
-    # a clock that was set back must not hold a node for longer than a hold can be
-    due = now.elapsed + min(max(held_s, 0.0), policy.hold_s)
-    return node._replace(next_op=DISPATCH, due=due, deadline=deadline, reached=True)
+        return node._replace(next_op=QUERY, due=now.elapsed, deadline=max(deadline, now.elapsed + policy.interval_s))
+    hold_s = max(quiet_s, now.left_s(node.hold_until, node.hold_clock, policy.hold_s))
+    return node._replace(next_op=DISPATCH, due=now.elapsed + hold_s)
 
 
 def kept_from_dispatch(nodes: Roster, passed_s: float) -> list[ReleaseNode]:
-    """Gives the nodes whose deadline moves along while a pause or a freeze keeps them from their dispatch.
+    """Return the nodes whose deadline moves along while a pause or a freeze keeps them from their dispatch.
 
-    What is at an agent keeps its own deadline (contract section 7).
+    Whatever a node was at before, its agent is not at work now; one that is keeps its own deadline (section 7).
     """
-    return [n._replace(deadline=n.deadline + passed_s) for n in nodes.of[RUNNING].values()
-            if n.next_op == DISPATCH and not n.in_flight and not n.reached]
+    return [n._replace(deadline=n.deadline + passed_s, waited_s=n.waited_s + passed_s)
+            for n in nodes.of[RUNNING].values() if n.next_op == DISPATCH and not n.in_flight]
 
 
 class NodeChange(NamedTuple):
@@ -2050,7 +2334,7 @@ class Send(NamedTuple):
 class Decision(NamedTuple):
     """What to commit, then what to send, and when to look again if nothing happens.
 
-    passed_batch and soak_until are the release's own from then on, and nodes what is known of them.
+    passed_batch, soak_until and soak_clock are the release's own from then on, and nodes what is known of them.
     """
     changes: tuple[NodeChange, ...]
     status: str
@@ -2061,11 +2345,12 @@ class Decision(NamedTuple):
     nodes: Roster
     passed_batch: int = 0
     soak_until: str | None = None
+    soak_clock: str = ""
 
     def changes_more_than_words(self, release: Release) -> bool:
         """Says whether something is to be committed at once; a new sentence alone can wait."""
-        return bool(self.changes) or (self.status, self.passed_batch, self.soak_until) != (
-            release.status, release.passed_batch, release.soak_until)
+        return bool(self.changes) or (self.status, self.passed_batch, self.soak_clock) != (
+            release.status, release.passed_batch, release.soak_clock)
 
 
 def stage_of(release: Release, nodes: Roster, now: Moment, strategy: Strategy) -> Stage:
@@ -2081,51 +2366,70 @@ def stage_of(release: Release, nodes: Roster, now: Moment, strategy: Strategy) -
     if before <= release.passed_batch:
         return Stage(batch, release.passed_batch)
     if strategy.soak_s:
-        soak_until = release.soak_until or utc_text(now.wall + strategy.soak_s)
-        if now.wall < epoch_or(soak_until, 0.0):
-            return Stage(0, release.passed_batch, soak_until)
+        soak = _soak_of(release, now, strategy)
+        if soak.soak_left_s:
+            return soak
         if strategy.verify and nodes.looked_at_again(before):
-            return Stage(0, release.passed_batch, soak_until, looks_at=before)
+            return soak._replace(looks_at=before)
     if strategy.pauses_after(before):
         return Stage(0, before, pauses=True)
     return Stage(batch, before)
 
 
+def _soak_of(release: Release, now: Moment, strategy: Strategy) -> Stage:
+    """Return what is left of a soak, which begins now where the release has none; it lasts by elapsed time.
+
+    A new owner on another host, or after a start of this one, goes on by the wall clock and makes a mark of its own.
+    """
+    left_s = strategy.soak_s
+    if release.soak_until:
+        left_s = now.left_s(release.soak_until, release.soak_clock, strategy.soak_s)
+        if release.soak_clock.rpartition(" ")[0] == now.boot and release.soak_clock:
+            return Stage(0, release.passed_batch, release.soak_until, release.soak_clock, left_s)
+    return Stage(0, release.passed_batch, utc_text(now.wall + left_s), now.clock_mark(left_s), left_s)
+
+
 def decide(release: Release, nodes: Roster, now: Moment, policy: Policy,
-           strategy: Strategy = NO_STRATEGY, slots: int = 1, busy: frozenset[int] = frozenset(),
+           strategy: Strategy = NO_STRATEGY, slots: int = 1, busy: frozenset[Endpoint] = frozenset(),
            broken: str = "", freeze: Freeze = NO_FREEZE) -> Decision:
     """Gives what follows from a release and its nodes (contract section 3, rules 3 to 8; section 7).
 
     nodes: all of the release's; they are left as they are. slots: how many requests may leave now.
-    busy: ids of nodes that another release has in flight, or that may still be at our last
+    busy: addresses that another release has in flight, or that may still be at our last
     request. broken: why the release's own row can't be used, which ends it. Waiting for a
     slot is no reason to wake: a result will come and free one.
     """
     after = nodes.copy()
     ended = _ended(nodes, now, policy, strategy)
-    exceeded = exceeded_limit(_with(after, ended), strategy)
+    _with(after, ended)
+    if release.status == RUNNING and not freeze.frozen and not broken:
+        surpassed = _surpassed(release, after, now)
+        ended += surpassed
+        _with(after, surpassed)
+    exceeded = exceeded_limit(after, strategy)
     failing = bool(broken) or (bool(exceeded) and strategy.on_exceed == FAIL)
     if failing or release.status == CANCELLING:
         closed = [change for n in after.open for change in [_close_node(n, now)] if change]
         ended += closed
         _with(after, closed)
-    stage = Stage(0, release.passed_batch, release.soak_until)
+    stage = Stage(0, release.passed_batch, release.soak_until, release.soak_clock)
     if release.status == RUNNING and not failing and not exceeded:
         stage = stage_of(release, after, now, strategy)
     pauses = stage.pauses or (bool(exceeded) and not failing)
     status = PAUSED if release.status == RUNNING and pauses else _next_status(release.status, after, failing)
-    renamed = [NodeChange(n, n._replace(is_renamed=False)) for n in after.of[RUNNING].values() if n.is_renamed]
+    # before it the row has our own id
+    renamed = [NodeChange(n._replace(task_id=""), n._replace(is_renamed=False))
+               for n in after.of[RUNNING].values() if n.is_renamed]
     # half of the slots are for nodes to be asked: else their kept connections would be gone by then
     waiting = sum(_is_due(n, QUERY, now) for n in after.of[RUNNING].values())
     is_going = status == RUNNING and not failing and not freeze.frozen
     begun = _dispatches(release, after, now, policy, strategy, stage.batch,
                         slots - min(waiting, slots // 2), busy) if is_going else []
     _with(after, [*renamed, *begun])
-    awaited = _awaited(after, stage)
+    awaited = _awaited(after, stage, now, policy)
     asked = [n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)][: max(0, slots - len(begun))]
     asked_ids = {n.node_id for n in asked}
-    soak_left_s = epoch_or(stage.soak_until, 0.0) - now.wall
-    soak_ends = [now.elapsed + soak_left_s] if status == RUNNING and soak_left_s > 0 else []
+    soak_ends = [now.elapsed + stage.soak_left_s] if status == RUNNING and stage.soak_left_s else []
     return Decision(
         changes=(*ended, *renamed, *begun),
         status=status,
@@ -2138,7 +2442,8 @@ def decide(release: Release, nodes: Roster, now: Moment, policy: Policy,
                     default=now.elapsed + policy.interval_s),
         nodes=after,
         passed_batch=stage.passed_batch,
-        soak_until=None if status in TERMINAL else stage.soak_until)
+        soak_until=None if status in TERMINAL else stage.soak_until,
+        soak_clock="" if status in TERMINAL else stage.soak_clock)
 
 
 def _with(nodes: Roster, changes: Iterable[NodeChange]) -> Roster:
@@ -2154,10 +2459,29 @@ def _ended(nodes: Roster, now: Moment, policy: Policy, strategy: Strategy) -> li
     return [change for n in (*nodes.of[RUNNING].values(), *again) for change in [_end_node(n, now, policy)] if change]
 
 
-def _awaited(nodes: Roster, stage: Stage) -> list[ReleaseNode]:
-    """Gives the nodes of which something is to come: those that run, and those to be looked at again."""
+def _surpassed(release: Release, nodes: Roster, now: Moment) -> list[NodeChange]:
+    """Return the ends of nodes that are to be sent something and have a higher version already (rule 2).
+
+    Their agents would answer "success" and do nothing.
+    """
+    if nodes.highest_sent <= release.version:
+        return []
+    batch = nodes.batch
+    due = [n for n in nodes.open if n.last_version > release.version and not n.in_flight and (
+        n.next_op == DISPATCH if n.status == RUNNING else n.batch == batch)]
+    return [_at_rest(n, Verdict(FAILED, REJECTED, f"node has version {n.last_version} already", hold_s=None), now)
+            for n in due]
+
+
+def _awaited(nodes: Roster, stage: Stage, now: Moment, policy: Policy) -> list[ReleaseNode]:
+    """Return the nodes of which something is to come: those that run, and those to be verified again.
+
+    A node's second look may last as long as its way to the first one: from its first probe on.
+    """
     again = nodes.looked_at_again(stage.looks_at) if stage.looks_at else ()
-    return [*nodes.of[RUNNING].values(), *(n._replace(next_op=PROBE) for n in again)]
+    return [*nodes.of[RUNNING].values(), *(
+        n if n.next_op == PROBE else n._replace(next_op=PROBE, deadline=now.elapsed + policy.node_deadline_s)
+        for n in again)]
 
 
 def _is_due(node: ReleaseNode, op: str, now: Moment) -> bool:
@@ -2167,10 +2491,9 @@ def _is_due(node: ReleaseNode, op: str, now: Moment) -> bool:
 
 def _wake(node: ReleaseNode, now: Moment) -> float:
     """Gives when an awaited node needs a look: never for one in flight or waiting for a slot."""
-    ends_at = node.deadline if node.status == RUNNING else float("inf")
     if node.in_flight:
         return float("inf")
-    return node.due if now.elapsed < node.due < ends_at else ends_at
+    return node.due if now.elapsed < node.due < node.deadline else node.deadline
 
 
 def _end_node(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange | None:
@@ -2182,9 +2505,13 @@ def _end_node(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange | No
         return None
     if node.verdict is not None:
         return _at_rest(node, node.verdict, now)
-    if node.status == SUCCESS or now.elapsed < node.deadline:
+    is_second = node.status == SUCCESS
+    if now.elapsed < node.deadline or (is_second and node.next_op != PROBE):
         return None
     last = f"; last: {node.last_error}" if node.last_error else ""
+    if is_second:
+        message = f"not verified {policy.node_deadline_s:g} s after the end of its soak{last}"
+        return _at_rest(node, Verdict(FAILED, VERIFY, one_line(message), detail_text(message)), now)
     message = f"not done {policy.node_deadline_s:g} s after its dispatch{last}"
     return _at_rest(node, Verdict(FAILED, DEADLINE, one_line(message), detail_text(message), None), now)
 
@@ -2195,7 +2522,7 @@ def _close_node(node: ReleaseNode, now: Moment) -> NodeChange | None:
         return NodeChange(node, node._replace(status=SKIPPED, finished_at=now.text))
     if node.status != RUNNING or node.in_flight or node.next_op != DISPATCH:
         return None
-    if node.reached:
+    if node.is_unknown:
         return _abandon(node, node.last_error or "the answer was lost with the process that asked", now)
     message = f"{node.last_error or 'it was never sent'} (not tried again: the release ends)"
     return _at_rest(node, Verdict(FAILED, node.last_kind or ABANDONED, one_line(message), detail_text(message)), now)
@@ -2214,13 +2541,19 @@ def force_end(nodes: Roster, now: Moment) -> list[NodeChange]:
 
 
 def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
-    hold_until = node.hold_until
+    hold_until, hold_clock = node.hold_until, node.hold_clock
     if verdict.hold_s is not None:
         is_busy = verdict.hold_s > 0 and node.agent_protocol == EXECUTE
-        hold_until = utc_text(now.wall + verdict.hold_s) if is_busy else None
+        hold_until, hold_clock = _hold_for(verdict.hold_s, now) if is_busy else (None, "")
     return NodeChange(node, node._replace(
         status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg, finished_at=now.text,
-        hold_until=hold_until, verdict=None, errors=0, passes=0, due=now.elapsed), verdict.detail)
+        hold_until=hold_until, hold_clock=hold_clock, verdict=None, next_op="", errors=0, passes=0, due=now.elapsed),
+        verdict.detail)
+
+
+def _hold_for(seconds: float, now: Moment) -> tuple[str, str]:
+    """Return until when an execute agent may be busy, by both clocks."""
+    return utc_text(now.wall + seconds), now.clock_mark(seconds)
 
 
 def exceeded_limit(nodes: Roster, strategy: Strategy) -> str:
@@ -2263,24 +2596,45 @@ def _next_status(status: str, nodes: Roster, failing: bool) -> str:
 
 
 def _dispatches(release: Release, nodes: Roster, now: Moment, policy: Policy, strategy: Strategy, batch: int,
-                slots: int, busy: frozenset[int]) -> list[NodeChange]:
+                slots: int, busy: frozenset[Endpoint]) -> list[NodeChange]:
     """Gives the intents of the dispatches that leave now: repetitions, then the current batch's."""
     running = nodes.of[RUNNING].values()
     ready = [n for n in running if _is_due(n, DISPATCH, now)]
+    # one that is pending and in flight was sent by a commit that the database has lost: its outcome is to come
     members = itertools.takewhile(lambda n: n.batch == batch, nodes.of[PENDING].values())
     room = min(slots, strategy.max_parallel - len(running)) if strategy.max_parallel else slots
-    fresh = itertools.islice((n for n in members if n.node_id not in busy), max(0, room))
+    fresh = itertools.islice(_free((n for n in members if not n.in_flight), nodes, busy), max(0, room))
     return [_intent(release, n, now, policy) for n in (*ready, *fresh)[:max(0, slots)]]
 
 
+def _free(members: Iterable[ReleaseNode], nodes: Roster, busy: frozenset[Endpoint]) -> Iterator[ReleaseNode]:
+    """Return those whose address has no task: of another release, or of this one by another row."""
+    if not busy and not nodes.twins:
+        yield from members
+        return
+    taken = set(busy)
+    if nodes.twins:
+        taken.update(n.endpoint for n in nodes.of[RUNNING].values())
+    for node in members:
+        if node.endpoint not in taken:
+            if node.endpoint in nodes.twins:
+                taken.add(node.endpoint)
+            yield node
+
+
 def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange:
-    """Gives what is written before a dispatch leaves; started_at and the deadline are the first try's."""
-    hold_until = utc_text(now.wall + policy.hold_s) if node.agent_protocol == EXECUTE else None
-    task_id = node.task_id or task_id_for(release.type, node.main_ip, release.version)
+    """Return what is written before a dispatch leaves; started_at and the deadline are the first try's.
+
+    What is sent is our own id, whatever the agent called its task before.
+    """
+    hold_until, hold_clock = _hold_for(policy.hold_s, now) if node.agent_protocol == EXECUTE else (None, "")
+    task_id = task_id_for(release.type, node.main_ip, release.version, release.tag)
     is_first = node.status == PENDING
     return NodeChange(node, node._replace(
-        status=RUNNING, task_id=task_id, attempts=node.attempts + 1, hold_until=hold_until, in_flight=True,
+        status=RUNNING, task_id=task_id, attempts=node.attempts + 1, hold_until=hold_until, hold_clock=hold_clock,
+        in_flight=True, verdict=None, waited_s=node.waited_s + node.credit_s, credit_s=0.0,
         next_op=DISPATCH, started_at=now.text if is_first else node.started_at,
+        started_clock=now.clock_mark(0.0) if is_first else node.started_clock,
         deadline=now.elapsed + policy.node_deadline_s if is_first else node.deadline))
 
 
@@ -2350,27 +2704,47 @@ class Candidate(NamedTuple):
     has_started: bool = True
     has_pending: bool = True
 
+    def may_start(self, now: str) -> bool:
+        """Say whether its own time has come; before that it holds nobody up."""
+        return self.status != PENDING or self.start_at <= now
 
-def _in_turn(candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, Candidate | None]]:
-    """Gives each release and the one of its target that is before it: one that has started, or a lower version."""
-    ahead: dict[str, Candidate] = {}
+
+# Whether two releases share a node.
+Shares = Callable[[Candidate, Candidate], bool]
+
+
+def share_nothing(_one: Candidate, _other: Candidate) -> bool:
+    """Say that two releases have no node in common."""
+    return False
+
+
+def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Iterator[tuple[Candidate, Candidate | None]]:
+    """Return each release and the one that goes before it, of its target or with a node of it.
+
+    That is one that has started, or a lower version: a node that was sent a higher one is never sent a lower.
+    """
+    ahead: list[Candidate] = []
     for c in sorted(candidates, key=lambda c: (c.status == PENDING or not c.has_started, c.version)):
-        yield c, ahead.get(c.target)
-        ahead.setdefault(c.target, c)
+        # by target first: what nodes a release has is read only where it matters
+        yield c, (next((a for a in ahead if a.target == c.target), None)
+                  or next((a for a in ahead if shares(a, c)), None))
+        if c.may_start(now):
+            ahead.append(c)
 
 
-def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE) -> tuple[list[int], list[int]]:
-    """Gives which releases may be claimed now, and which are in other hands (rule 2).
+def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE,
+             shares: Shares = share_nothing) -> tuple[list[int], list[int]]:
+    """Return which releases may be claimed now, and which are in other hands (rule 2).
 
-    A pending one waits for the active one of its target, for lower versions, for its time and
-    for the end of a freeze; one that is paused or kept by a freeze needs an owner only while
-    nodes of it are in flight.
+    A pending one waits for active ones and lower versions of its target or with a node of it, for its time
+    and for the end of a freeze; one that is paused or kept by a freeze needs an owner only while nodes of it
+    are in flight.
     """
     free: list[int] = []
     taken: list[int] = []
-    for c, before in _in_turn(candidates):
+    for c, before in _in_turn(candidates, now, shares):
         if c.status == PENDING:
-            wanted = before is None and c.start_at <= now and not freeze.frozen
+            wanted = before is None and c.may_start(now) and not freeze.frozen
         else:
             waits = c.status == PAUSED or (c.status == RUNNING and freeze.frozen and c.has_pending)
             wanted = c.running_nodes > 0 or not waits
@@ -2379,23 +2753,24 @@ def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO
     return free, taken
 
 
-def waiting_reasons(candidates: Iterable[Candidate], freeze: Freeze = NO_FREEZE) -> dict[int, str]:
-    """Gives the sentences of releases that nobody works on: whom or what they wait for."""
+def waiting_reasons(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE,
+                    shares: Shares = share_nothing) -> dict[int, str]:
+    """Return the sentences of releases that nobody works on: whom or what they wait for."""
     reasons = {}
-    for c, before in _in_turn(candidates):
+    for c, before in _in_turn(candidates, now, shares):
         frozen = f"frozen: {freeze.reason}"
         if c.status == RUNNING and not c.claimed and c.running_nodes == 0 and (
                 freeze.frozen or c.status_reason.startswith("frozen: ")):
             reasons[c.id] = one_line(frozen if freeze.frozen else REASON_PENDING)
         if c.status != PENDING:
             continue
-        if before is not None:
+        if before is not None and c.may_start(now):
             by = f"which {before.paused_by} paused" if before.paused_by else f"which is {before.status}"
             reason = f"waiting for release {before.id}, {by}"
         elif freeze.frozen:
             reason = frozen
         else:
-            reason = f"starts no earlier than {c.start_at}" if c.start_at else REASON_PENDING
+            reason = REASON_PENDING if c.may_start(now) else f"starts no earlier than {c.start_at}"
         reasons[c.id] = one_line(reason)
     return reasons
 
@@ -2406,10 +2781,14 @@ def waiting_reasons(candidates: Iterable[Candidate], freeze: Freeze = NO_FREEZE)
 # ======================================================================================
 
 class Claim(NamedTuple):
-    """The right to work on a release: every write of its owner is conditional on the fence."""
+    """The right to work on a release: every write of its owner is conditional on owner and fence.
+
+    On both: a database that went back gives the same fence again, to another owner.
+    """
     release_id: int
     fence: int
     version: int
+    owner: str
 
     def __str__(self) -> str:
         return f"release {self.release_id} (v{self.version})"
@@ -2447,6 +2826,86 @@ class Once(NamedTuple):
     request_sha256: str
 
 
+class Again(NamedTuple):
+    """What a retry or rollback is asked to be.
+
+    over_newer: also where a node has a newer success of the target. to_release: whose payload a rollback brings back.
+    """
+    reason: str = ""
+    over_newer: bool = False
+    to_release: int | None = None
+
+
+class Made(NamedTuple):
+    """A release that was created, its nodes by batch, and who was left out."""
+    release: Release
+    batches: list[list[int]]
+    left_out: Sequence[LeftOut] = ()
+
+
+class Obstacles(NamedTuple):
+    """What may keep a release from its dispatches.
+
+    busy: addresses that another release has in flight, or that may be at a lost request. moved_s: how many seconds
+    ago the database went back or moved to another server, which may not know of the last dispatches.
+    """
+    busy: frozenset[Endpoint]
+    freeze: Freeze
+    moved_s: float
+
+
+class Numbers(NamedTuple):
+    """What a database has reached; none of it ever falls but where it goes back to an earlier state.
+
+    generation counts how often that was seen.
+    """
+    generation: int = 0
+    version: int = 0
+    event_id: int = 0
+    timeline: int = 0
+
+
+class Seen:
+    """The numbers that this process has read, to notice a database that goes back: a restore, a failover."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self.numbers = Numbers()
+        # The highest version of any release that this process knew, also of one that is lost.
+        self.version = 0
+
+    def use_version(self, version: int) -> None:
+        """Note a version that is given out: never again, whatever becomes of its release."""
+        with self._guard:
+            self.version = max(self.version, version)
+
+    def note(self, before: Numbers, version: int, event_id: int, timeline: int) -> tuple[str, bool]:
+        """Note what a transaction read that began when `before` was known.
+
+        Return what fell, "" for nothing, and whether the database moved to another server without that. It is
+        compared with what was known when it began: its snapshot may be older than what others have read since.
+        """
+        found = Numbers(before.generation, version, event_id, timeline)
+        fell = [f"{name} {now} after {was}" for name, now, was in (
+            ("version", version, before.version), ("event", event_id, before.event_id),
+            ("timeline", timeline, before.timeline)) if now < was]
+        with self._guard:
+            if before.generation != self.numbers.generation:
+                return "", False  # another transaction has told of it
+            self.version = max(self.version, version)
+            has_moved = bool(before.timeline) and timeline != before.timeline
+            if fell or has_moved:
+                self.numbers = found._replace(generation=before.generation + 1)
+            else:
+                self.numbers = Numbers(*map(max, self.numbers, found))
+        return ", ".join(fell), has_moved and not fell
+
+    def note_fall(self) -> None:
+        """Note that the database went back, as another number of it told."""
+        with self._guard:
+            self.numbers = self.numbers._replace(generation=self.numbers.generation + 1, version=0, event_id=0)
+
+
 class Page(NamedTuple):
     """A part of a list, and how many there are in all."""
     items: list[Any]
@@ -2467,29 +2926,56 @@ class OldRelease(NamedTuple):
     ended_at: str
 
 
-def prunable(releases: Iterable[OldRelease], before: str, keep: int) -> list[OldRelease]:
-    """Gives those that nobody needs any more, newest first, out of all releases.
+class Content(NamedTuple):
+    """What a release brought: its payload as a digest, the nodes that it touched and those where it succeeded.
 
-    Of each target stay the newest keep, what ended later than before or not yet, and the newest
-    success before these: a rollback brings its payload back. And what a release that stays is a
-    retry or a rollback of. So the highest version stays too, and none is ever used again.
+    is_bad: somebody rolled it back, or the same payload later on.
+    """
+    digest: str
+    touched: frozenset[int]
+    succeeded: frozenset[int]
+    is_bad: bool = False
+
+
+def digest_of(payload: Mapping[str, Any]) -> str:
+    """Return what is equal for two payloads that differ by their version at most."""
+    return hashlib.sha256(json.dumps({**payload, "version": 0}, sort_keys=True).encode()).hexdigest()
+
+
+def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of: Callable[[OldRelease], Content],
+             newest: int = 0) -> list[OldRelease]:
+    """Return those that nobody needs any more, newest first, out of all releases.
+
+    Of each target stay the newest keep, and what ended later than before or not yet. Of each node's releases
+    of the target stays the newest success, and what a rollback of one that stays would bring back to it: the
+    newest success before it with another payload that nobody rolled back. And what a release that stays is a
+    retry or a rollback of, and the one of the newest event. So the highest version and event stay, and none
+    is ever used again.
     """
     goes = []
     seen: dict[str, int] = {}
     named: set[int | None] = set()
-    wants_success = set()
+    # The nodes of each target whose newest success was found; and for each node the payloads of releases that stay
+    # and could not be rolled back on it yet.
+    known: set[tuple[str, int]] = set()
+    wanting: dict[tuple[str, int], set[str]] = {}
     for release in sorted(releases, key=lambda r: -r.version):
         seen[release.target] = seen.get(release.target, 0) + 1
-        stays = seen[release.target] <= keep or not release.ended_at or release.ended_at >= before
-        if stays:
-            wants_success.add(release.target)
-        elif release.status == SUCCESS and release.target in wants_success:
-            wants_success.remove(release.target)
-            stays = True
-        if stays or release.id in named:
-            named |= {release.retry_of, release.rollback_of}
-        else:
+        stays = (seen[release.target] <= keep or not release.ended_at or release.ended_at >= before
+                 or release.id == newest)
+        content, target = content_of(release), release.target
+        served = [node for node in content.succeeded if (target, node) not in known or (
+            not content.is_bad and wanting.get((target, node), set()) - {content.digest})]
+        if not stays and not served and release.id not in named:
             goes.append(release)
+            continue
+        named |= {release.retry_of, release.rollback_of}
+        for node in content.succeeded:
+            known.add((target, node))
+            if not content.is_bad:
+                wanting[target, node] = wanting.get((target, node), set()) & {content.digest}
+        for node in content.touched if stays else ():
+            wanting.setdefault((target, node), set()).add(content.digest)
     return goes
 
 
@@ -2514,14 +3000,15 @@ class Progress(NamedTuple):
     failures: list[tuple[str, str]]
 
 
-NODE_COLUMNS = """id, name, main_ip, agent_port, agent_protocol, labels, enabled, status, created_at, updated_at"""
+NODE_COLUMNS = """id, name, main_ip, agent_port, agent_protocol, labels, enabled, status, created_at, updated_at,
+    last_version"""
 
 # The index release_task_nodes_by_status serves the two that are counted: the lowest batch of one
 # status is its first entry, while IN would go through all of them.
 RELEASE_COLUMNS = """r.id, r.type, r.target, r.version, r.status, r.status_reason, r.reason, r.payload, r.strategy,
     r.retry_of, r.rollback_of, r.total_nodes, r.success_nodes, r.failed_nodes, r.error_msg, r.claim_owner,
     r.claim_fence, r.claim_expires_at, r.created_at, r.started_at, r.finished_at, r.updated_at,
-    r.passed_batch, r.soak_until, r.paused_by,
+    r.passed_batch, r.soak_until, r.paused_by, r.tag, r.soak_clock,
     (SELECT COUNT(*) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'skipped'),
     COALESCE((SELECT MIN(w.batch) FROM (
          SELECT MIN(n.batch) AS batch FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'pending'
@@ -2529,8 +3016,14 @@ RELEASE_COLUMNS = """r.id, r.type, r.target, r.version, r.status, r.status_reaso
          SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'running') w),
         (SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'failed'), 0)"""
 
-RELEASE_NODE_COLUMNS = """n.node_id, h.name, h.main_ip, h.agent_port, h.agent_protocol, n.batch, n.status, n.task_id,
-    n.attempts, n.error_kind, n.error_msg, n.hold_until, n.started_at, n.finished_at, n.accepted"""
+# A node of a release n as it was when the release was made; as it is in nodes h where a person wrote the row.
+NAME_THEN, ADDRESS_THEN = "COALESCE(NULLIF(n.node_name, ''), h.name)", """COALESCE(NULLIF(n.main_ip, ''), h.main_ip),
+    COALESCE(NULLIF(n.agent_port, 0), h.agent_port)"""
+
+RELEASE_NODE_COLUMNS = f"""n.node_id, {NAME_THEN}, {ADDRESS_THEN}, h.agent_protocol, n.batch, n.status, n.task_id,
+    n.attempts, n.error_kind, n.error_msg, n.hold_until, n.started_at, n.finished_at, n.accepted,
+    (SELECT MAX(a.last_version) FROM nodes a WHERE a.main_ip = h.main_ip AND a.agent_port = h.agent_port),
+    n.hold_clock, n.started_clock, n.waited_sec"""
 
 # The counters, made from the rows themselves in the transaction that changes them (rule 7).
 COUNTERS = """success_nodes = (SELECT COUNT(*) FROM release_task_nodes n
@@ -2556,6 +3049,9 @@ ONCE_S = 86400.0
 # Nodes in one statement, up to three parameters each: SQLite 3.26 takes 999.
 NODES_PER_STATEMENT = 320
 
+# Of so many releases it is kept which addresses they have.
+MAX_MASKS = 1000
+
 
 class Store:
     """The tables of the contract as verbs. Every method is one transaction."""
@@ -2563,6 +3059,50 @@ class Store:
     def __init__(self, database: Database, clock: Clock = Clock()):  # noqa: B008 - it has no state
         self.database = database
         self.clock = clock
+        self._seen = Seen()
+        # The addresses of open releases as bits of one number, by id and version, in one generation of the database.
+        self._masks: dict[tuple[int, int], int] = {}
+        self._bits: dict[Endpoint, int] = {}
+        self._masks_guard = threading.Lock()
+        # When the generation grew last, by elapsed time.
+        self._changed_at = float("-inf")
+
+    @property
+    def generation(self) -> int:
+        """How often the database went back, or moved to another server, as far as this process saw."""
+        return self._seen.numbers.generation
+
+    def moment(self) -> Moment:
+        """Return this instant."""
+        return Moment(self.clock.wall(), self.clock.elapsed(), self.clock.boot())
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[Transaction]:
+        """Give a transaction that reads, and notice where the database went back since the last one."""
+        before = self._seen.numbers
+        with self.database.transaction() as tx:
+            version, event_id = tx.row("SELECT (SELECT COALESCE(MAX(version), 0) FROM release_tasks), "
+                                       "(SELECT COALESCE(MAX(id), 0) FROM release_events)") or (0, 0)
+            fell, has_moved = self._seen.note(before, version, event_id, tx.value(self.database.engine.timeline_sql))
+            if fell:
+                self._tell_went_back(fell)
+            elif has_moved:
+                self._begin_anew()
+                log.warning("%s moved to another server (failover): everything is read anew, and agents are asked "
+                            "before anything is sent", self.database)
+            yield tx
+
+    def _begin_anew(self) -> None:
+        """Drop what was derived from a state of the database that is gone."""
+        self._masks.clear()
+        self._changed_at = self.clock.elapsed()
+
+    def _tell_went_back(self, fell: str) -> None:
+        self._begin_anew()
+        self.database.metrics.count("releasectl_database_went_back_total")
+        log.error("%s went back to an earlier state (%s): a backup was restored, or a failover lost commits; "
+                  "everything is read anew, and agents are asked before anything is sent. See the runbook, "
+                  "ReleasectlDatabaseWentBack", self.database, fell)
 
     # -- nodes ---------------------------------------------------------------------------
 
@@ -2574,10 +3114,12 @@ class Store:
     def add_nodes(self, rows: Sequence[tuple[str, str, int, str, str, int, str]]) -> list[Node]:
         """Adds nodes, all or none; AppError 3002 naming the first whose name is taken."""
         with self.database.transaction(write=True) as tx:
-            now = self._now()
+            now, owners = self._now(), self._endpoints(tx)
             for row in rows:
                 if tx.value("SELECT COUNT(*) FROM nodes WHERE name = ?", row[0]):
                     raise AppError(3002, f"node {row[0]} exists already")
+                if row[5]:
+                    self._refuse_twin(owners, row[0], row[1], row[2])
                 tx.execute("""
                     INSERT INTO nodes (name, main_ip, agent_port, agent_protocol, labels, enabled, status,
                                        created_at, updated_at)
@@ -2625,11 +3167,27 @@ class Store:
             if any(changes.get(c, getattr(node, c)) != getattr(node, c)
                    for c in ("main_ip", "agent_port", "agent_protocol")):
                 self._refuse_in_use(tx, node)
+            after = dataclasses.replace(node, **dict(changes))  # type: ignore[arg-type]
+            if after.enabled and (after.endpoint != node.endpoint or not node.enabled):
+                self._refuse_twin(self._endpoints(tx), after.name, after.main_ip, after.agent_port, node.name)
             for column in ("name", "main_ip", "agent_port", "agent_protocol", "labels", "enabled", "status"):
                 if column in changes:
                     tx.execute(f"UPDATE nodes SET {column} = ?, updated_at = ? WHERE id = ?",
                                changes[column], self._now(), node_id)
             return self._node(tx, node_id)
+
+    @staticmethod
+    def _endpoints(tx: Transaction) -> dict[Endpoint, str]:
+        """Return which enabled node has which address."""
+        return {endpoint_of(main_ip, port): name for name, main_ip, port in tx.rows(
+            "SELECT name, main_ip, agent_port FROM nodes WHERE enabled = 1")}
+
+    @staticmethod
+    def _refuse_twin(owners: dict[Endpoint, str], name: str, main_ip: str, port: int, known_as: str = "") -> None:
+        """Raise AppError 3002 where another enabled node has this address; else note that it is taken now."""
+        twin = owners.setdefault(endpoint_of(main_ip, port), name)
+        if twin not in (name, known_as):
+            raise AppError(3002, f"node {twin} has the address {main_ip}:{port} already: one agent is one node")
 
     def delete_node(self, node_id: int) -> None:
         """Deletes a node; AppError 3003 when a release names it (the history is kept)."""
@@ -2670,31 +3228,35 @@ class Store:
     def plan_release(self, request: ReleaseRequest) -> Plan:
         """Gives what create_release() would make, and raises what it would; writes nothing."""
         with self.database.transaction() as tx:
-            check_payload_version(request.payload, self._next_version(tx))
-            return self._plan(tx, request)
+            version = self._version_for(tx, request, tx.value(self.database.engine.next_release_id_sql))
+            check_payload_version(request.payload, version)
+            return self._plan(tx, request)._replace(version=version)
 
-    def create_release(self, request: ReleaseRequest, actor: str,
-                       once: Once | None = None) -> tuple[Release, list[list[int]]]:
-        """Creates a release for the nodes it asks for; gives it and its batches (rule 1).
+    def create_release(self, request: ReleaseRequest, actor: str, once: Once | None = None) -> Made:
+        """Create a release for the nodes it asks for; return it, its batches and who is left out (rule 1).
 
-        With once, what the key's first request made is given again. Raises AppError 3003 without an
-        enabled, online node, 2003 when the strategy, the choice of nodes or the payload's version
-        can't be meant, 3002 when the key was for another request.
+        With once, what the key's first request made is returned again. Raise AppError 3003 without an
+        enabled, online node or where two have one address, 2003 when the strategy, the choice of nodes,
+        the version or the payload can't be meant, 3002 when the key was for another request.
         """
         with self.database.transaction(write=True) as tx:
-            made = self._made_before(tx, once) if once else None
-            if made:
-                return made
-            made = self._create(tx, request, self._plan(tx, request), actor)
-            if once:
-                tx.execute("INSERT INTO idempotency_keys (actor, idempotency_key, request_sha256, release_task_id, "
-                           "created_at) VALUES (?, ?, ?, ?, ?)", *once, made[0].id, self._now())
-            return made
+            return self._made_before(tx, once) or self._remember(
+                tx, once, self._create(tx, request, self._plan(tx, request), actor))
 
-    def _made_before(self, tx: Transaction, once: Once) -> tuple[Release, list[list[int]]] | None:
+    def _remember(self, tx: Transaction, once: Once | None, made: Made) -> Made:
+        """Keep what a key made, for a day."""
+        if once:
+            tx.execute("INSERT INTO idempotency_keys (actor, idempotency_key, request_sha256, release_task_id, "
+                       "created_at, left_out) VALUES (?, ?, ?, ?, ?, ?)", *once, made.release.id, self._now(),
+                       to_json(made.left_out))
+        return made
+
+    def _made_before(self, tx: Transaction, once: Once | None) -> Made | None:
+        if once is None:
+            return None
         # the index idempotency_keys_by_age
         tx.execute("DELETE FROM idempotency_keys WHERE created_at < ?", utc_text(self.clock.wall() - ONCE_S))
-        row = tx.row("SELECT request_sha256, release_task_id FROM idempotency_keys "
+        row = tx.row("SELECT request_sha256, release_task_id, left_out FROM idempotency_keys "
                      "WHERE actor = ? AND idempotency_key = ?", once.actor, once.key)
         if row is None:
             return None
@@ -2705,50 +3267,184 @@ class Store:
         for batch, node_id in tx.rows("SELECT batch, node_id FROM release_task_nodes WHERE release_task_id = ? "
                                       "ORDER BY batch, id", row[1]):
             batches.setdefault(batch, []).append(node_id)
-        return self._release(tx, row[1]), list(batches.values())
+        return Made(self._release(tx, row[1]), list(batches.values()), [LeftOut(*one) for one in parse_json(row[2])])
 
-    def retry(self, release_id: int, actor: str, reason: str = "") -> tuple[Release, list[list[int]]]:
-        """Creates a release of the same payload for what was failed or skipped (rule 10)."""
-        with self.database.transaction(write=True) as tx:
-            old = self._release(tx, release_id)
-            check_verb("retry", old)
-            request = ReleaseRequest(old.target, reason or f"retry of release {old.id}", self._payload_of(old),
-                                     retry_of=old.id, strategy=self._strategy_again(old, ("startAt",)))
-            return self._create_again(tx, request, old, (FAILED, SKIPPED), actor)
+    def retry(self, release_id: int, actor: str, wish: Again = Again(), once: Once | None = None) -> Made:  # noqa: B008
+        """Create a release of the same payload for the nodes that were failed or skipped (rule 10).
 
-    def rollback(self, release_id: int, actor: str, reason: str = "") -> tuple[Release, list[list[int]]]:
-        """Creates a release of the newest successful payload before it, for the nodes it touched.
-
-        It goes out in the old batches under the old limits, but waits for nothing and nobody.
-        Raises AppError 3003 when there is no such payload, or it is the one to be left.
+        Raise AppError 3003 where the release's state, its payload or a newer success stands against it.
         """
+        return self._make_again("retry", release_id, actor, wish, once)
+
+    def rollback(self, release_id: int, actor: str, wish: Again = Again(),  # noqa: B008 - it has no state
+                 once: Once | None = None) -> Made:
+        """Create a release that brings back, to the nodes that a release touched, what they had before (rule 10).
+
+        It goes out in the old batches under the old limits, but waits for nothing and nobody; nodes that had
+        failed come last, and never stop it. Raise AppError 3003 where there is nothing to bring back, or a
+        newer success stands against it, 2003 for a toRelease that can't be meant.
+        """
+        return self._make_again("rollback", release_id, actor, wish, once)
+
+    def plan_again(self, verb: str, release_id: int, wish: Again = Again()) -> Plan:  # noqa: B008 - it has no state
+        """Return what a retry or rollback would make, and raise what it would; write nothing."""
+        with self.database.transaction() as tx:
+            _, plan = self._plan_again(tx, verb, release_id, wish)
+            return plan._replace(version=self._next_version(tx, tx.value(self.database.engine.next_release_id_sql)))
+
+    def _make_again(self, verb: str, release_id: int, actor: str, wish: Again, once: Once | None) -> Made:
         with self.database.transaction(write=True) as tx:
-            old = self._release(tx, release_id)
-            check_verb("rollback", old)
-            row = tx.row(f"""
-                SELECT {RELEASE_COLUMNS}
-                FROM release_tasks r
-                WHERE r.target = ? AND r.status = 'success' AND r.version < ?
-                ORDER BY r.version DESC
-                LIMIT 1""", old.target, old.version)
-            if row is None:
-                raise AppError(3003, f"no release of {old.target} before {old.id} was a success: "
-                                     "nothing to go back to")
-            good = Release(*row)
-            payload = self._payload_of(good)
-            if self._is_same(payload, self._payload_of(old)):
-                raise AppError(3003, f"release {good.id}, the newest success before {old.id}, has the same payload: "
-                                     "nothing would change")
-            request = ReleaseRequest(
-                old.target, reason or f"rollback of release {old.id} to the payload of version {good.version}",
-                payload, rollback_of=old.id,
-                strategy=self._strategy_again(old, ("startAt", "soakSec", "pauseAfter")))
-            return self._create_again(tx, request, old, (SUCCESS, FAILED), actor)
+            made = self._made_before(tx, once)
+            return made or self._remember(tx, once, self._create(
+                tx, *self._plan_again(tx, verb, release_id, wish), actor))
+
+    def _plan_again(self, tx: Transaction, verb: str, release_id: int, wish: Again) -> tuple[ReleaseRequest, Plan]:
+        """Return what a retry or rollback asks for, and how it would go out."""
+        old = self._release(tx, release_id)
+        check_verb(verb, old)
+        request, plan, nodes = (self._plan_retry if verb == "retry" else self._plan_rollback)(tx, old, wish)
+        if not wish.over_newer:
+            self._refuse_over_newer(tx, verb, old, nodes)
+        refuse_twins(nodes)
+        source = plan.payload_of[0] if plan.payload_of else old.id
+        refuse_dropping_sites(request.payload, nodes, 3003, f"the payload of release {source}")
+        return request, plan._replace(emptied=self._emptied(request.payload, nodes))
+
+    def _plan_retry(self, tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
+        found = self._nodes_of(tx, old, "n.status IN ('failed', 'skipped')")
+        nodes = self._online(old, found, "failed or skipped")
+        strategy = self._strategy_again(old, ("startAt",))
+        node_ids = [node.id for node in nodes]
+        if isinstance(strategy.get("pauseAfter"), list):
+            # there may be fewer batches now
+            last = len(plan_batches(node_ids, parse_strategy(strategy).batches))
+            strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
+        request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", self._payload_of(old),
+                                 retry_of=old.id, strategy=strategy)
+        plan = make_plan(parse_strategy(strategy), node_ids, who_is_left_out(found))
+        return request, plan._replace(payload_of=(old.id, old.version)), nodes
+
+    def _plan_rollback(self, tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
+        # what was rejected before anything was sent to it has nothing to be rolled back
+        found = self._nodes_of(tx, old, "(n.status = 'success' OR (n.status = 'failed' AND NOT "
+                                        "(n.error_kind = 'rejected' AND n.attempts = 0)))")
+        nodes = self._online(old, found, "touched by it")
+        where = {node_id: (status, batch) for node_id, status, batch in tx.rows(
+            "SELECT node_id, status, batch FROM release_task_nodes WHERE release_task_id = ?", old.id)}
+        failed = [node.id for node in nodes if where[node.id][0] == FAILED]
+        batches: dict[int, list[int]] = {}
+        for node in sorted(nodes, key=lambda node: (where[node.id][1], node.id)):
+            if where[node.id][0] == SUCCESS:
+                batches.setdefault(where[node.id][1], []).append(node.id)
+        good = self._payload_to_bring_back(tx, old, [node.id for node in nodes], wish.to_release)
+        planned = [*batches.values(), *([failed] if failed else [])]
+        strategy = {**self._strategy_again(old, ("startAt", "soakSec", "pauseAfter")),
+                    "batches": [len(batch) for batch in planned[:-1]] or [len(planned[0])]}
+        request = ReleaseRequest(
+            old.target, wish.reason or f"rollback of release {old.id} to the payload of version {good.version}",
+            self._payload_of(good), rollback_of=old.id, strategy=strategy)
+        plan = make_plan(parse_strategy(strategy), [node.id for node in nodes], who_is_left_out(found), planned,
+                         frozenset(failed))
+        return request, plan._replace(payload_of=(good.id, good.version)), nodes
 
     @staticmethod
-    def _is_same(*payloads: Mapping[str, Any]) -> bool:
-        """Says whether payloads differ by their version at most."""
-        return len({json.dumps({**payload, "version": 0}, sort_keys=True) for payload in payloads}) == 1
+    def _nodes_of(tx: Transaction, old: Release, where: str) -> list[Node]:
+        return [Node(*row) for row in tx.rows(f"""
+            SELECT {NODE_COLUMNS}
+            FROM nodes
+            WHERE id IN (SELECT n.node_id FROM release_task_nodes n WHERE n.release_task_id = ? AND {where})
+            ORDER BY id""", old.id)]
+
+    @staticmethod
+    def _online(old: Release, found: Sequence[Node], what: str) -> list[Node]:
+        nodes = [node for node in found if node.gets_releases]
+        if not nodes:
+            raise AppError(3003, f"release {old.id} has no online nodes that were {what}")
+        return nodes
+
+    def _refuse_over_newer(self, tx: Transaction, verb: str, old: Release, nodes: Sequence[Node]) -> None:
+        """Raise AppError 3003 where one of the nodes has a newer success of the target (rule 10)."""
+        names = {node.id: node.name for node in nodes}
+        for release_id, version in tx.rows("""
+                SELECT id, version
+                FROM release_tasks
+                WHERE target = ? AND version > ?
+                ORDER BY version DESC""", old.target, old.version):
+            over = [names[node_id] for node_id in sorted(self._succeeded(tx, release_id) & names.keys())]
+            if over:
+                raise AppError(3003, f"release {release_id} (v{version}) succeeded later on {names_of(over)}: {verb} "
+                                     f"of release {old.id} would replace its payload; overNewer (--over-newer) if "
+                                     "that is meant")
+
+    @staticmethod
+    def _succeeded(tx: Transaction, release_id: int) -> set[int]:
+        return {row[0] for row in tx.rows(
+            "SELECT node_id FROM release_task_nodes WHERE release_task_id = ? AND status = 'success'", release_id)}
+
+    def _payload_to_bring_back(self, tx: Transaction, old: Release, node_ids: Sequence[int],
+                               to_release: int | None) -> Release:
+        """Return the release whose payload a rollback brings back (rule 10).
+
+        Of each node the newest before it that succeeded there, with another payload, and that nobody rolled
+        back; the payload that most of the nodes had wins, the newer one of two.
+        """
+        unwanted = digest_of(self._payload_of(old))
+        if to_release is not None:
+            row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ? AND r.target = ?",
+                         min(to_release, MAX_ID), old.target)
+            if row is None:
+                raise AppError(2003, f"toRelease {to_release} is no release of target {old.target}")
+            if digest_of(self._payload_of(Release(*row))) == unwanted:
+                raise AppError(3003, f"release {to_release} has the same payload as release {old.id}: "
+                                     "nothing would change")
+            return Release(*row)
+        bad = self._rolled_back(tx, old.target)
+        missing, votes = set(node_ids), collections.Counter[str]()
+        newest: dict[str, tuple[int, int]] = {}
+        for release_id, version in tx.rows("""
+                SELECT id, version
+                FROM release_tasks
+                WHERE target = ? AND version < ?
+                ORDER BY version DESC""", old.target, old.version):
+            digest = self._digest(tx, release_id)
+            if not missing or digest == unwanted or version <= bad.get(digest, 0):
+                continue
+            found = self._succeeded(tx, release_id) & missing
+            if found:
+                votes[digest] += len(found)
+                newest.setdefault(digest, (version, release_id))
+                missing -= found
+        if not votes:
+            raise AppError(3003, f"nothing to roll back to: no release of target {old.target} before {old.id} "
+                                 "succeeded on its nodes with another payload; toRelease (--to) names one")
+        return self._release(tx, newest[max(votes, key=lambda digest: (votes[digest], newest[digest]))][1])
+
+    def _rolled_back(self, tx: Transaction, target: str) -> dict[str, int]:
+        """Return payloads of a target that somebody rolled back, each with the highest version of which that was done.
+
+        The same payload under a lower version is as bad; under a higher one somebody wanted it again.
+        """
+        bad: dict[str, int] = {}
+        for release_id, version in tx.rows("""
+                SELECT id, version
+                FROM release_tasks
+                WHERE target = ? AND id IN (SELECT rollback_of FROM release_tasks WHERE rollback_of IS NOT NULL)""",
+                                           target):
+            digest = self._digest(tx, release_id)
+            bad[digest] = max(bad.get(digest, 0), version)
+        return bad
+
+    def _digest(self, tx: Transaction, release_id: int) -> str:
+        """Return the digest of a release's payload; one of its own for a payload that can't be read."""
+        text = tx.value("SELECT payload FROM release_tasks WHERE id = ?", release_id)
+        with contextlib.suppress(ValueError, AppError):
+            return digest_of(parse_payload(parse_json(text)))
+        return f"release {release_id}"
+
+    @staticmethod
+    def _emptied(payload: Mapping[str, Any], nodes: Iterable[Node]) -> list[str]:
+        """Return the names of execute nodes that are told to serve no site."""
+        return [node.name for node in nodes if node.agent_protocol == EXECUTE and payload.get(WEBSITES) == []]
 
     @staticmethod
     def _payload_of(release: Release) -> dict[str, Any]:
@@ -2767,60 +3463,78 @@ class Store:
             raise AppError(3003, f"the strategy of release {release.id} can't be used: {one_line(error)}") from None
         return {key: value for key, value in strategy.items() if key not in without}
 
-    def _create_again(self, tx: Transaction, request: ReleaseRequest, old: Release, statuses: Sequence[str],
-                      actor: str) -> tuple[Release, list[list[int]]]:
-        """Creates a release for the nodes that were in one of the statuses in an old one."""
-        nodes = [Node(*row) for row in tx.rows(f"""
-            SELECT {NODE_COLUMNS}
-            FROM nodes
-            WHERE id IN (SELECT node_id FROM release_task_nodes
-                         WHERE release_task_id = ? AND status IN ({', '.join('?' * len(statuses))}))
-            ORDER BY id""", old.id, *statuses)]
-        node_ids = [node.id for node in nodes if node.gets_releases]
-        if not node_ids:
-            raise AppError(3003, f"release {old.id} has no online nodes that were {' or '.join(statuses)}")
-        strategy = dict(request.strategy)
-        if isinstance(strategy.get("pauseAfter"), list):
-            # there may be fewer batches now
-            last = len(plan_batches(node_ids, parse_strategy(strategy).batches))
-            strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
-        request = request._replace(strategy=strategy)
-        left_out = [node for node in nodes if not node.gets_releases]
-        return self._create(tx, request, make_plan(parse_strategy(strategy), node_ids, left_out), actor)
-
-    @staticmethod
-    def _plan(tx: Transaction, request: ReleaseRequest) -> Plan:
+    def _plan(self, tx: Transaction, request: ReleaseRequest) -> Plan:
         strategy = parse_strategy(request.strategy)
-        nodes = [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")]
-        return make_plan(strategy, *choose_nodes(nodes, request))
+        nodes, left_out = choose_nodes(
+            [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")], request)
+        refuse_twins(nodes)
+        refuse_dropping_sites(request.payload, nodes)
+        plan = make_plan(strategy, [node.id for node in nodes], left_out)
+        return plan._replace(emptied=self._emptied(request.payload, nodes))
 
-    @staticmethod
-    def _next_version(tx: Transaction) -> int:
-        version = int(tx.value("SELECT COALESCE(MAX(version), 0) + 1 FROM release_tasks"))
+    def _next_version(self, tx: Transaction, release_id: int) -> int:
+        """Return the version for the release of an id: above every one that may ever have been used (rule 1)."""
+        # the unique index of version, and nodes_by_last_version
+        highest = tx.value("""
+            SELECT MAX(v)
+            FROM (SELECT MAX(version) AS v FROM release_tasks
+                  UNION ALL SELECT MAX(last_version) FROM nodes
+                  UNION ALL SELECT first_version - 1 FROM database_state) used""")
+        version = int(max(highest or 0, release_id - 1, self._seen.version)) + 1
         if version > MAX_VERSION:
             raise AppError(3003, f"the versions are used up: the newest is {MAX_VERSION}")
         return version
 
-    def _create(self, tx: Transaction, request: ReleaseRequest, plan: Plan,
-                actor: str) -> tuple[Release, list[list[int]]]:
-        version = self._next_version(tx)
+    def _version_for(self, tx: Transaction, request: ReleaseRequest, release_id: int) -> int:
+        version = self._next_version(tx, release_id)
+        if request.version is not None and request.version < version:
+            raise AppError(2003, f"version {request.version} may have been used already: leave it out, or name one "
+                                 f"from {version} on")
+        return request.version or version
+
+    def set_first_version(self, version: int) -> int:
+        """Let new releases be numbered from a version on; return the version of the next one (rule 1).
+
+        For a database that was restored or begins beside agents that are further on.
+        """
+        with self.database.transaction(write=True) as tx:
+            tx.execute("UPDATE database_state SET first_version = ? WHERE id = 1 AND first_version < ?",
+                       version, version)
+            return self._next_version(tx, tx.value(self.database.engine.next_release_id_sql))
+
+    def _note_timeline(self, tx: Transaction) -> None:
+        """Note the server that a writer has; after a failover leave out the numbers that lost releases may have had."""
+        timeline = tx.value(self.database.engine.timeline_sql)
+        known = tx.value("SELECT timeline FROM database_state WHERE id = 1")
+        if known == 0 != timeline:
+            tx.execute("UPDATE database_state SET timeline = ? WHERE id = 1", timeline)
+        elif known != timeline:
+            tx.execute("UPDATE database_state SET timeline = ?, moved_at = ?, first_version = ? WHERE id = 1",
+                       timeline, tx.now(), min(self._next_version(tx, 0) + VERSIONS_SKIPPED, MAX_VERSION))
+
+    def _create(self, tx: Transaction, request: ReleaseRequest, plan: Plan, actor: str) -> Made:
+        self._note_timeline(tx)
+        release_id = tx.value(self.database.engine.take_release_id_sql)
+        version = self._version_for(tx, request, release_id)
+        self._seen.use_version(version)
         payload = dict(request.payload)
         if request.retry_of or request.rollback_of:
             payload = payload_for_version(payload, version)
         check_payload_version(payload, version)
         now = self._now()
         tx.execute("""
-            INSERT INTO release_tasks (target, version, status_reason, reason, payload, strategy, retry_of,
+            INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, strategy, retry_of,
                                        rollback_of, total_nodes, created_at, updated_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-                   request.target, version, REASON_PENDING, request.reason, to_json(payload),
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+                   release_id, request.target, version, new_tag(), REASON_PENDING, request.reason, to_json(payload),
                    to_json(request.strategy), request.retry_of, request.rollback_of,
                    sum(map(len, plan.batches)), now, now)
-        release_id = tx.value("SELECT id FROM release_tasks WHERE version = ?", version)
-        tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, created_at, updated_at) "
-                       "VALUES ", 5, [(release_id, node_id, number, now, now)
-                                      for number, batch in enumerate(plan.batches, 1) for node_id in batch])
-        left_out = [f"left out: {node.name} is {node.condition}" for node in plan.left_out[:20]
+        tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, accepted, created_at, "
+                       "updated_at) VALUES ", 6, [
+                           (release_id, node_id, number, int(node_id in plan.tolerated), now, now)
+                           for number, batch in enumerate(plan.batches, 1) for node_id in batch])
+        self._keep_as_they_are(tx, release_id)
+        left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20]
                     if request.retry_of or request.rollback_of]
         detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "", *left_out)))
         tx.insert_many(INSERT_EVENTS, 8, [
@@ -2831,12 +3545,35 @@ class Store:
             "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
             _words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
             extra=about(release, actor=actor, event="created")))
-        return release, plan.batches
+        return Made(release, plan.batches, plan.left_out)
+
+    @staticmethod
+    def _keep_as_they_are(tx: Transaction, release_id: int) -> None:
+        """Write names and addresses of a release's nodes into its rows: a rename or a move changes no history."""
+        tx.execute("""
+            UPDATE release_task_nodes
+            SET (node_name, main_ip, agent_port) =
+                (SELECT h.name, h.main_ip, h.agent_port FROM nodes h WHERE h.id = release_task_nodes.node_id)
+            WHERE release_task_id = ? AND main_ip = '' AND node_id IN (SELECT id FROM nodes)""", release_id)
 
     def release(self, release_id: int) -> Release:
         """Gives a release; AppError 3001 when there is none."""
         with self.database.transaction() as tx:
             return self._release(tx, release_id)
+
+    def find_release(self, release_id: int) -> Release | None:
+        """Return a release, None when there is none."""
+        try:
+            return self.release(release_id)
+        except DatabaseError:
+            raise
+        except AppError:
+            return None
+
+    def exceeded(self, release_id: int) -> str:
+        """Return which limit the failures of a release are beyond, "" for none; raise AppError 3001."""
+        release, nodes = self.release_with_nodes(release_id)
+        return exceeded_limit(Roster(nodes), self._strategy_of(release))
 
     def release_with_nodes(self, release_id: int) -> tuple[Release, list[ReleaseNode]]:
         """Gives a release and its nodes by batch and id, of one moment; AppError 3001."""
@@ -2855,8 +3592,8 @@ class Store:
                     GROUP BY batch, status
                     ORDER BY batch""", release_id):
                 batches.setdefault(batch, {})[status] = count
-            failed = tx.rows("""
-                SELECT h.name, n.error_msg
+            failed = tx.rows(f"""
+                SELECT {NAME_THEN}, n.error_msg
                 FROM release_task_nodes n
                 JOIN nodes h ON h.id = n.node_id
                 WHERE n.release_task_id = ? AND n.status = 'failed'
@@ -2891,10 +3628,11 @@ class Store:
         """Gives the events of a release with an id above after, oldest first; AppError 3001."""
         with self.database.transaction() as tx:
             self._release(tx, release_id)
-            return [Event(*row) for row in tx.rows("""
-                SELECT e.id, e.release_task_id, e.node_id, COALESCE(h.name, ''), e.at, e.actor, e.event,
+            return [Event(*row) for row in tx.rows(f"""
+                SELECT e.id, e.release_task_id, e.node_id, COALESCE({NAME_THEN}, ''), e.at, e.actor, e.event,
                        e.from_status, e.to_status, e.detail
                 FROM release_events e
+                LEFT JOIN release_task_nodes n ON n.release_task_id = e.release_task_id AND n.node_id = e.node_id
                 LEFT JOIN nodes h ON h.id = e.node_id
                 WHERE e.release_task_id = ? AND e.id > ?
                 ORDER BY e.id
@@ -2957,7 +3695,10 @@ class Store:
         with self.database.transaction(write=True) as tx:
             release, nodes = self._release(tx, release_id), Roster(self._release_nodes(tx, release_id))
             check_verb(verb, release)
-            now, strategy = Moment(self.clock.wall(), self.clock.elapsed()), self._strategy_of(release)
+            # a person who wrote the rows left that to the claim, which may never come
+            tx.execute("UPDATE release_tasks SET total_nodes = ? WHERE id = ? AND total_nodes <> ?",
+                       len(nodes), release_id, len(nodes))
+            now, strategy = self.moment(), self._strategy_of(release)
             if verb == "resume":
                 check_resume(release, nodes, strategy, accept_failures)
                 if accept_failures:
@@ -3018,6 +3759,8 @@ class Store:
         if frozen and not reason:
             raise AppError(2001, "reason is missing: say why, for whoever waits")
         with self.database.transaction(write=True) as tx:
+            if not frozen and not self._freeze(tx).frozen:
+                return self._freeze(tx)
             tx.execute("UPDATE release_freeze SET frozen = ?, reason = ?, actor = ?, at = ? WHERE id = 1",
                        int(frozen), reason, actor, self._now())
             event = "frozen" if frozen else "unfrozen"
@@ -3038,7 +3781,7 @@ class Store:
         """Brings the sentences of pending releases up to date, after whatever may have changed them."""
         candidates = self._candidates(tx)
         said = {c.id: c.status_reason for c in candidates}
-        for release_id, reason in waiting_reasons(candidates, self._freeze(tx)).items():
+        for release_id, reason in waiting_reasons(candidates, tx.now(), self._freeze(tx), self._shares(tx)).items():
             if said[release_id] != reason:
                 tx.execute("UPDATE release_tasks SET status_reason = ?, updated_at = ? WHERE id = ?",
                            reason, self._now(), release_id)
@@ -3069,11 +3812,23 @@ class Store:
         """Gives the releases that prunable() finds, ended longer ago than that, newest first."""
         before = utc_text(self.clock.wall() - older_than_s)
         with self.database.transaction() as tx:
-            return prunable((OldRelease(*row) for row in tx.rows("""
+            releases = [OldRelease(*row) for row in tx.rows("""
                 SELECT id, target, version, status, retry_of, rollback_of, total_nodes,
                        CASE WHEN status IN ('success', 'partial', 'failed', 'cancelled')
                             THEN COALESCE(finished_at, updated_at) ELSE '' END
-                FROM release_tasks""")), before, keep)
+                FROM release_tasks""")]
+            bad = {target: self._rolled_back(tx, target) for target in {release.target for release in releases}}
+            newest = tx.value("SELECT release_task_id FROM release_events ORDER BY id DESC LIMIT 1") or 0
+
+            def content_of(release: OldRelease) -> Content:
+                digest = self._digest(tx, release.id)
+                rows = tx.rows("SELECT node_id, status FROM release_task_nodes "
+                               "WHERE release_task_id = ? AND status IN ('success', 'failed', 'running')", release.id)
+                return Content(digest, frozenset(node_id for node_id, _ in rows),
+                               frozenset(node_id for node_id, status in rows if status == SUCCESS),
+                               release.version <= bad[release.target].get(digest, 0))
+
+            return prunable(releases, before, keep, content_of, newest)
 
     def forget(self, release_ids: Sequence[int]) -> list[int]:
         """Deletes terminal releases with all that belongs to them; gives the ids of those that are gone.
@@ -3102,17 +3857,45 @@ class Store:
 
     def look(self) -> tuple[list[int], list[int]]:
         """Gives the ids of the releases that may be claimed now, and of those in other hands."""
-        with self.database.transaction() as tx:
+        with self._watching() as tx:
             return self._runnable(tx)
 
     def _runnable(self, tx: Transaction) -> tuple[list[int], list[int]]:
-        return runnable(self._candidates(tx), tx.now(), self._freeze(tx))
+        return runnable(self._candidates(tx), tx.now(), self._freeze(tx), self._shares(tx))
+
+    def _shares(self, tx: Transaction) -> Shares:
+        """Return how to tell whether two open releases have an address in common.
+
+        What nodes a release has is read once: with fifty of ten thousand each look would read half a million rows.
+        """
+        return lambda one, other: bool(self._mask(tx, one) & self._mask(tx, other))
+
+    def _mask(self, tx: Transaction, c: Candidate) -> int:
+        """Return the addresses of a release, a bit for each."""
+        known = self._masks.get((c.id, c.version))
+        if known is not None:
+            return known
+        endpoints = {endpoint_of(*row) for row in tx.rows(f"""
+            SELECT {ADDRESS_THEN}
+            FROM release_task_nodes n
+            JOIN nodes h ON h.id = n.node_id
+            WHERE n.release_task_id = ?""", c.id)}
+        with self._masks_guard:
+            if len(self._masks) >= MAX_MASKS:
+                self._masks.clear()
+            bits = bytearray(len(self._bits) // 8 + len(endpoints) // 8 + 2)
+            for endpoint in endpoints:
+                bit = self._bits.setdefault(endpoint, len(self._bits))
+                bits[bit >> 3] |= 1 << (bit & 7)
+            mask = self._masks[c.id, c.version] = int.from_bytes(bits, "little")
+        return mask
 
     @classmethod
     def _candidates(cls, tx: Transaction) -> list[Candidate]:
         now = tx.now()
         # the index release_tasks_by_status finds what is not terminal
-        return [Candidate(id_, target, version, status, running, expires is not None and expires > now,
+        return [Candidate(id_, target, version, status, running,
+                          expires is not None and now < expires <= cls._latest_expiry(now),
                           cls._start_at(strategy), paused_by, said, started is not None, bool(pending))
                 for id_, target, version, status, running, expires, strategy, paused_by, said, started, pending
                 in tx.rows("""
@@ -3140,7 +3923,15 @@ class Store:
         with self.database.transaction(write=True) as tx:
             if release_id not in self._runnable(tx)[0]:
                 return None
+            self._note_timeline(tx)
             before = self._release(tx, release_id)
+            if before.status == PENDING:
+                renumbered = self._renumber(tx, before, owner)
+                if renumbered != before and release_id not in self._runnable(tx)[0]:
+                    self._explain_waiting(tx)
+                    return None  # with its new number others come before it
+                before = renumbered
+            self._complete(tx, before)
             now, expires = tx.now(), self._expiry(tx, ttl_s)
             started = tx.execute(f"""
                 UPDATE release_tasks
@@ -3155,12 +3946,46 @@ class Store:
                 UPDATE release_tasks
                 SET claim_owner = ?, claim_fence = claim_fence + 1, claim_expires_at = ?
                 WHERE id = ? AND status IN ('running', 'paused', 'cancelling')
-                  AND (claim_expires_at IS NULL OR claim_expires_at <= ?)""", owner, expires, release_id, now)
+                  AND (claim_expires_at IS NULL OR claim_expires_at <= ? OR claim_expires_at > ?)""",
+                                 owner, expires, release_id, now, self._latest_expiry(now))
             if not changed:
                 raise StateMoved(f"release {release_id} was claimed by a writer outside of the lock")
             self._explain_waiting(tx)
             tx.afterwards.append(lambda: self._tell_claim(before, owner))
-            return Claim(release_id, before.claim_fence + 1, before.version)
+            return Claim(release_id, before.claim_fence + 1, before.version, owner)
+
+    def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
+        """Give a release that had to wait for its time the next version, where later ones have started meanwhile.
+
+        Their nodes have higher versions than it has (rule 2).
+        """
+        if not self._start_at(release.strategy) or not tx.value(
+                "SELECT COUNT(*) FROM release_tasks WHERE version > ? AND started_at IS NOT NULL", release.version):
+            return release
+        version = self._next_version(tx, release.id)
+        self._seen.use_version(version)
+        payload = release.payload
+        with contextlib.suppress(ValueError, AppError):  # what can't be used ends the release, a little later
+            payload = to_json(payload_for_version(parse_payload(parse_json(payload)), version))
+        tx.execute("UPDATE release_tasks SET version = ?, payload = ? WHERE id = ?", version, payload, release.id)
+        text = f"version {release.version} became {version}: later ones went out while it waited for its time"
+        tx.insert_many(INSERT_EVENTS, 8, [(release.id, None, self._now(), owner, "renumbered", PENDING, PENDING, text)])
+        tx.afterwards.append(lambda: log.info("%s: %s", release, text,
+                                              extra=about(release, actor=owner, event="renumbered")))
+        return self._release(tx, release.id)
+
+    def _complete(self, tx: Transaction, release: Release) -> None:
+        """Fill what a person who wrote the rows of a release left to us."""
+        if release.tag:
+            return
+        # tasks that agents know already, from before there were tags, keep their ids
+        tx.execute("""
+            UPDATE release_tasks
+            SET tag = ?
+            WHERE id = ? AND NOT EXISTS (SELECT 1 FROM release_task_nodes n
+                                         WHERE n.release_task_id = release_tasks.id AND n.task_id <> '')""",
+                   new_tag(), release.id)
+        self._keep_as_they_are(tx, release.id)
 
     def _tell_claim(self, before: Release, owner: str) -> None:
         """Logs and counts that a release was taken."""
@@ -3177,46 +4002,92 @@ class Store:
         """Keeps a claim for ttl_s seconds more; False when it is lost."""
         with self.database.transaction(write=True) as tx:
             return tx.execute("UPDATE release_tasks SET claim_expires_at = ? WHERE id = ? AND claim_fence = ? "
-                              "AND claim_expires_at IS NOT NULL",
-                              self._expiry(tx, ttl_s), claim.release_id, claim.fence) == 1
+                              "AND claim_owner = ? AND claim_expires_at IS NOT NULL",
+                              self._expiry(tx, ttl_s), claim.release_id, claim.fence, claim.owner) == 1
 
     def let_go(self, claim: Claim) -> None:
         """Hands a claim back, so that anyone may take the release at once."""
         with self.database.transaction(write=True) as tx:
             tx.execute("UPDATE release_tasks SET claim_owner = '', claim_expires_at = NULL "
-                       "WHERE id = ? AND claim_fence = ?", claim.release_id, claim.fence)
+                       "WHERE id = ? AND claim_fence = ? AND claim_owner = ?",
+                       claim.release_id, claim.fence, claim.owner)
 
     def claimed_release(self, claim: Claim) -> Release:
-        """Gives the release of a claim; ClaimLost when it has another owner or none."""
-        with self.database.transaction() as tx:
-            release = self._release(tx, claim.release_id)
-            self._refuse_lost(release, claim)
-            return release
+        """Return the release of a claim; raise ClaimLost when it has another owner or none, or is gone."""
+        with self._watching() as tx:
+            return self._claimed(tx, claim)
 
     def claimed_release_with_nodes(self, claim: Claim) -> tuple[Release, list[ReleaseNode]]:
-        """Gives the release of a claim and its nodes, of one moment; ClaimLost."""
-        with self.database.transaction() as tx:
-            release = self._release(tx, claim.release_id)
-            self._refuse_lost(release, claim)
-            return release, self._release_nodes(tx, claim.release_id)
+        """Return the release of a claim and its nodes, of one moment; raise ClaimLost."""
+        with self._watching() as tx:
+            return self._claimed(tx, claim), self._release_nodes(tx, claim.release_id)
 
-    @staticmethod
-    def _refuse_lost(release: Release, claim: Claim) -> None:
-        if release.claim_fence != claim.fence or release.claim_expires_at is None:
+    def holds(self, release_id: int) -> list[Hold]:
+        """Return when pauses and freezes held a release."""
+        with self.database.transaction() as tx:
+            # the index release_events_of_releases
+            return holds_of((at, event, status) for at, event, status in tx.rows(
+                "SELECT at, event, to_status FROM release_events WHERE release_task_id = ? AND node_id IS NULL "
+                "ORDER BY id", release_id))
+
+    def _claimed(self, tx: Transaction, claim: Claim) -> Release:
+        row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ?", claim.release_id)
+        if row is None or Release(*row).version != claim.version:
+            self._note_fall(f"{claim} is gone")
+            raise ClaimLost("it is no longer in the database")
+        release = Release(*row)
+        if release.claim_fence < claim.fence:
+            self._note_fall(f"the claim number of {claim} is {release.claim_fence} after {claim.fence}")
+        if (release.claim_fence, release.claim_owner) != (claim.fence, claim.owner) or release.claim_expires_at is None:
             raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
+        return release
 
-    def obstacles(self, release_id: int) -> tuple[frozenset[int], Freeze]:
-        """Gives the nodes that another release has in flight or that may be at a lost request, and the freeze."""
+    def _note_fall(self, fell: str) -> None:
+        self._seen.note_fall()
+        self._tell_went_back(fell)
+
+    def obstacles(self, release_id: int) -> Obstacles:
+        """Return what may keep a release from its dispatches."""
         with self.database.transaction() as tx:
-            return self._busy_nodes(tx, release_id), self._freeze(tx)
+            moved_at = tx.value("SELECT moved_at FROM database_state WHERE id = 1")
+            moved_s = epoch_of(tx.now()) - epoch_or(moved_at, 0.0) if moved_at else float("inf")
+            return Obstacles(self._busy(tx, release_id), self._freeze(tx),
+                             min(moved_s, self.clock.elapsed() - self._changed_at))
 
-    def _busy_nodes(self, tx: Transaction, release_id: int) -> frozenset[int]:
-        # the partial indexes release_task_nodes_one_running and _held hold few rows
-        return frozenset(row[0] for row in tx.rows("""
-            SELECT node_id FROM release_task_nodes WHERE status = 'running' AND release_task_id <> ?
-            UNION
-            SELECT node_id FROM release_task_nodes WHERE hold_until IS NOT NULL AND hold_until > ?
-               AND release_task_id <> ?""", release_id, self._now(), release_id))
+    def _busy(self, tx: Transaction, release_id: int) -> frozenset[Endpoint]:
+        """Return the addresses that another release has in flight or that may be at a lost request."""
+        now = self.moment()
+        # the partial indexes release_task_nodes_one_running and _held hold few rows; the wall clock may have been
+        # set since, by no more than a week
+        rows = tx.rows(f"""
+            SELECT {ADDRESS_THEN}, n.status, n.hold_until, n.hold_clock
+            FROM release_task_nodes n
+            JOIN nodes h ON h.id = n.node_id
+            WHERE n.status = 'running' AND n.release_task_id <> ?
+            UNION ALL
+            SELECT {ADDRESS_THEN}, n.status, n.hold_until, n.hold_clock
+            FROM release_task_nodes n
+            JOIN nodes h ON h.id = n.node_id
+            WHERE n.hold_until IS NOT NULL AND n.hold_until > ? AND n.release_task_id <> ?""",
+                       release_id, utc_text(now.wall - 7 * 86400), release_id)
+        return frozenset(endpoint_of(main_ip, port) for main_ip, port, status, until, mark in rows
+                         if status == RUNNING or 0 < now.until_s(until, mark) <= MAX_HOLD_S)
+
+    def times_ahead(self) -> list[str]:
+        """Return a sentence for each claim and hold that lies further ahead than any setting allows.
+
+        A process whose clock was ahead wrote it; it counts as over.
+        """
+        with self.database.transaction() as tx:
+            now = tx.now()
+            claims = tx.rows("SELECT id, claim_owner, claim_expires_at FROM release_tasks WHERE status IN "
+                             "('pending', 'running', 'paused', 'cancelling') AND claim_expires_at > ?",
+                             self._latest_expiry(now))
+            holds = tx.rows(f"SELECT {NAME_THEN}, n.hold_until FROM release_task_nodes n "
+                            "JOIN nodes h ON h.id = n.node_id WHERE n.hold_until IS NOT NULL AND n.hold_until > ?",
+                            utc_text(self.clock.wall() + MAX_HOLD_S))
+        return [*(f"release {id_} is claimed by {owner} until {until}" for id_, owner, until in claims),
+                *(f"node {name} is kept free until {until}" for name, until in holds)]
 
     def commit(self, claim: Claim, release: Release, decision: Decision, now: Moment, actor: str) -> None:
         """Writes a decision on the release as it was read, or nothing.
@@ -3225,14 +4096,32 @@ class Store:
         DatabaseError whether it was written is not known: read again.
         """
         with self.database.transaction(write=True) as tx:
-            self._refuse_lost(self._release(tx, claim.release_id), claim)
-            begun = {c.after.node_id for c in decision.changes if c.before.status == PENDING
-                     and c.after.status == RUNNING}
-            if begun and begun & self._busy_nodes(tx, claim.release_id):
+            self._claimed(tx, claim)
+            begun = [c.after for c in decision.changes if c.after.attempts > c.before.attempts]
+            first = {c.after.endpoint for c in decision.changes
+                     if (c.before.status, c.after.status) == (PENDING, RUNNING)}
+            if first and first & self._busy(tx, claim.release_id):
                 raise StateMoved(f"another release has a node of {release} in flight")
+            self._raise_last_versions(tx, release, [node.node_id for node in begun])
             if any(send.op == DISPATCH for send in decision.sends) and self._freeze(tx).frozen:
                 raise StateMoved(f"a freeze came before a dispatch of {release}")
-            self._write(tx, release, decision, now, actor, claim.fence)
+            self._write(tx, release, decision, now, actor, claim)
+
+    @staticmethod
+    def _raise_last_versions(tx: Transaction, release: Release, node_ids: Sequence[int]) -> None:
+        """Note that nodes are sent a version, where the dispatch is written; StateMoved where one has a higher one."""
+        for start in range(0, len(node_ids), NODES_PER_STATEMENT):
+            part = node_ids[start:start + NODES_PER_STATEMENT]
+            marks = ", ".join("?" * len(part))
+            tx.execute(f"UPDATE nodes SET last_version = ? WHERE last_version < ? AND id IN ({marks})",
+                       release.version, release.version, *part)
+            # the index nodes_by_address: a host that was entered anew has two rows
+            if tx.value(f"""
+                    SELECT COUNT(*)
+                    FROM nodes h
+                    JOIN nodes a ON a.main_ip = h.main_ip AND a.agent_port = h.agent_port
+                    WHERE h.id IN ({marks}) AND a.last_version > ?""", *part, release.version):
+                raise StateMoved(f"a node of {release} was sent a higher version")
 
     def was_written(self, claim: Claim, decision: Decision) -> bool:
         """Reads back, after an error at COMMIT, whether it took place; ClaimLost when that is another's now.
@@ -3241,31 +4130,33 @@ class Store:
         found is the end of it.
         """
         with self.database.transaction(write=True) as tx:
+            # not _claimed(): the commit may have handed the claim back
             release = self._release(tx, claim.release_id)
-            if release.claim_fence != claim.fence:
+            if release.claim_fence != claim.fence or release.claim_owner not in ("", claim.owner):
                 raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
             found = {n.node_id: n for n in self._release_nodes(tx, claim.release_id)}
-        return (release.status, release.passed_batch, release.soak_until) == (
-            decision.status, decision.passed_batch, decision.soak_until) if not decision.changes else all(
+        return (release.status, release.passed_batch, release.soak_clock) == (
+            decision.status, decision.passed_batch, decision.soak_clock) if not decision.changes else all(
             (after.status, after.attempts, after.finished_at, after.task_id)
             == (row.status, row.attempts, row.finished_at, row.task_id)
             for _, after, _ in decision.changes for row in [found[after.node_id]])
 
     def _write(self, tx: Transaction, release: Release, decision: Decision, now: Moment, actor: str,
-               fence: int | None = None, detail: str = "") -> None:
+               claim: Claim | None = None, detail: str = "") -> None:
         self._write_nodes(tx, release.id, decision.changes, now)
         ends = decision.status in TERMINAL
         changed = tx.execute(f"""
             UPDATE release_tasks
             SET status = ?, status_reason = ?, error_msg = ?, updated_at = ?, {COUNTERS},
-                finished_at = ?, passed_batch = ?, soak_until = ?,
+                finished_at = ?, passed_batch = ?, soak_until = ?, soak_clock = ?,
                 claim_owner = CASE WHEN ? = 1 THEN '' ELSE claim_owner END,
                 claim_expires_at = CASE WHEN ? = 1 THEN NULL ELSE claim_expires_at END
-            WHERE id = ? AND status = ? AND updated_at = ? AND claim_fence = ?""",
+            WHERE id = ? AND status = ? AND updated_at = ? AND claim_fence = ? AND claim_owner = ?""",
                              decision.status, decision.status_reason, decision.error_msg, now.text,
                              now.text if ends else None, decision.passed_batch, decision.soak_until,
-                             int(ends), int(ends), release.id, release.status, release.updated_at,
-                             release.claim_fence if fence is None else fence)
+                             decision.soak_clock, int(ends), int(ends), release.id, release.status, release.updated_at,
+                             claim.fence if claim else release.claim_fence,
+                             claim.owner if claim else release.claim_owner)
         if changed != 1:
             raise StateMoved(f"{release} is no longer as it was read")
         events: list[tuple[object, ...]] = [
@@ -3316,8 +4207,10 @@ class Store:
         alike: dict[tuple[object, ...], list[NodeChange]] = {}
         for change in changes:
             before, after, _ = change
-            key: tuple[object, ...] = (after.status, after.attempts, after.error_kind, after.error_msg,
-                   after.hold_until, after.started_at, after.finished_at, before.status, before.attempts)
+            key: tuple[object, ...] = (
+                after.status, after.attempts, after.error_kind, after.error_msg, after.hold_until, after.hold_clock,
+                after.started_clock, round(after.waited_s, 3), after.started_at, after.finished_at,
+                before.status, before.attempts)
             alike.setdefault(key, []).append(change)
         for key, group in alike.items():
             for start in range(0, len(group), NODES_PER_STATEMENT):
@@ -3327,18 +4220,24 @@ class Store:
                 task_id = f"CASE node_id {'WHEN ? THEN ? ' * len(named)}ELSE task_id END" if named else "task_id"
                 changed = tx.execute(f"""
                     UPDATE release_task_nodes
-                    SET status = ?, attempts = ?, error_kind = ?, error_msg = ?, hold_until = ?, started_at = ?,
-                        finished_at = ?, updated_at = ?, task_id = {task_id}
+                    SET status = ?, attempts = ?, error_kind = ?, error_msg = ?, hold_until = ?, hold_clock = ?,
+                        started_clock = ?, waited_sec = ?, started_at = ?, finished_at = ?, updated_at = ?,
+                        task_id = {task_id}
                     WHERE release_task_id = ? AND status = ? AND attempts = ?
                       AND node_id IN ({', '.join('?' * len(part))})""",
-                                     *key[:7], now.text, *(v for n in named for v in (n.node_id, n.task_id)),
-                                     release_id, *key[7:], *(n.node_id for n in part))
+                                     *key[:-2], now.text, *(v for n in named for v in (n.node_id, n.task_id)),
+                                     release_id, *key[-2:], *(n.node_id for n in part))
                 if changed != len(part):
-                    raise StateMoved(f"a node of release {release_id} is no longer {key[7]}")
+                    raise StateMoved(f"a node of release {release_id} is no longer {key[-2]}")
 
     @staticmethod
     def _expiry(tx: Transaction, ttl_s: float) -> str:
         return utc_text(epoch_of(tx.now()) + ttl_s)
+
+    @staticmethod
+    def _latest_expiry(now: str) -> str:
+        """Return until when a claim may last at the most."""
+        return utc_text(epoch_of(now) + MAX_CLAIM_TTL_S)
 
 
 # ======================================================================================
@@ -3651,9 +4550,14 @@ class _Call(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What an agent said: ACCEPTED, WORKING, SUCCESS or UNKNOWN, and the task's id."""
+    """What an agent said: ACCEPTED, WORKING, SUCCESS or UNKNOWN, and the task's id.
+
+    message: its own words, where it had some. applied: the version that it says it has already; 0 for none.
+    """
     state: str
     task_id: str = ""
+    message: str = ""
+    applied: int = 0
 
 
 class _Stale(Exception):
@@ -3664,28 +4568,70 @@ class TlsFiles:
     """Certificates as an ssl context, made anew when their files change; for both of our sides."""
 
     def __init__(self, make: Callable[..., ssl.SSLContext], *files: str):
+        """make: gives a context of the files, the first of which is our certificate."""
         self._make, self._files = make, files
         self._guard = threading.Lock()
         self._stamp: object = None
         self._context: ssl.SSLContext | None = None
+        # When a renewed certificate that is not valid yet will be.
+        self._valid_from = float("inf")
 
     def context(self) -> ssl.SSLContext:
-        """Gives the context of the files as they are; ConfigError when there is none that works.
+        """Return the context of the files as they are; raise ConfigError when there is none that works.
 
-        While a renewal is half done, the last pair that fitted goes on serving.
+        While a renewal is half done, or brought a certificate that nobody accepts now, the last pair goes on.
         """
         with self._guard:
             stamp = tuple(map(_file_stamp, self._files))
-            if stamp != self._stamp:
+            if stamp != self._stamp or time.time() >= self._valid_from:
                 try:
-                    self._context = self._make(*self._files)
+                    self._valid_from = float("inf")
+                    made = self._make(*self._files)
+                    if self._context is not None:
+                        self._refuse_invalid(self._files[0])
+                    self._context = made
                 except ConfigError as error:
                     if self._context is None:
                         raise
-                    log.warning("renewed certificate not taken yet: %s", error)
+                    log.warning("renewed certificate not taken yet, the one before goes on: %s", error)
                 self._stamp = stamp
             assert self._context is not None
             return self._context
+
+    def _refuse_invalid(self, path: str) -> None:
+        """Raise ConfigError when a certificate has expired or is not valid yet."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            since, until = certificate_times(Path(path).read_text(encoding="latin-1"))[0]
+            if time.time() > until:
+                raise ConfigError(f"{path} expired {utc_text(until)}: put a valid one there")
+            if time.time() < since:
+                self._valid_from = since
+                raise ConfigError(f"{path} is not valid before {utc_text(since)}")
+
+
+VALIDITY = re.compile(rb"(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)")
+
+
+def certificate_times(pem: str) -> list[tuple[float, float]]:
+    """Return notBefore and notAfter of each certificate of a PEM file, in seconds since 1970.
+
+    Raise ValueError for a broken file. Read from the bytes and not off a handshake, which an expired certificate
+    does not pass.
+    """
+    times = []
+    for block in re.findall("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", pem, re.DOTALL):
+        # a certificate's validity is the only place of two times in a row (RFC 5280, 4.1.2.5)
+        found = VALIDITY.search(ssl.PEM_cert_to_DER_cert(block))
+        if found:
+            short_since, long_since, short_until, long_until = found.groups()
+            times.append((_asn1_time(short_since, long_since), _asn1_time(short_until, long_until)))
+    return times
+
+
+def _asn1_time(short: bytes | None, long: bytes | None) -> float:
+    """Return seconds since 1970 of a UTCTime or a GeneralizedTime."""
+    moment = datetime.datetime.strptime((short or long or b"").decode(), "%y%m%d%H%M%S" if short else "%Y%m%d%H%M%S")
+    return moment.replace(tzinfo=datetime.timezone.utc).timestamp()
 
 
 def _file_stamp(path: str) -> object:
@@ -3826,7 +4772,7 @@ class AgentClient:
             if not isinstance(named, str) or not named or one_line(named) != named:
                 raise self._nonsense(address, "names no task id", data)
             return Answer(ACCEPTED, named)
-        data = await self._call(address, "POST", "/agent/v1/tasks/execute", within_s, {
+        data = await self._call(address, "POST", EXECUTE_PATH, within_s, {
             "requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}}, gate)
         return self._read_execution(address, task, data)
 
@@ -3841,57 +4787,72 @@ class AgentClient:
         if status in ("pending", "running"):
             return Answer(WORKING, task_id)
         if status == "success":
-            return Answer(SUCCESS, task_id)
+            return Answer(SUCCESS, task_id, text_of(last_error))
         if status == "failed":
-            text = str(last_error or "the agent gave no reason")
-            raise AgentError(AGENT_FAILED, text, reached=True, final=True)
-        raise self._nonsense(address, "gives no known status", data)
+            raise AgentError(AGENT_FAILED, text_of(last_error) or NO_REASON_GIVEN, reached=True, final=True)
+        raise self._nonsense(address, _unknown_status(status), data)
 
     def ping(self, address: Address) -> str:
-        """Asks an agent for a task that it can't know; gives a line when it answers. AgentError else."""
+        """Ask an agent what only one of its dialect answers so (section 1); return a line. Raise AgentError else."""
         started = time.monotonic()
-        status, _ = converse(self._exchange(_Call(address, "GET", "/tasks/releasectl-ping", None, self._request_s,
-                                                  started + self._request_s, lambda: True)))
-        return f"answers (HTTP {status}) in {(time.monotonic() - started) * 1000:.0f} ms"
+        call = _Call(address, "GET", "/tasks/releasectl-ping", None, self._request_s, started + self._request_s,
+                     lambda: True)
+        if address.protocol == EXECUTE:
+            call = call._replace(method="POST", path=EXECUTE_PATH, body=b"{}")
+        status, answer = converse(self._exchange(call))
+        if not _is_of_dialect(address.protocol, status, answer):
+            said = answer[:2000].decode("utf-8", "replace").strip()
+            text = f"it answered HTTP {status}" + (f", {one_line(said, 80)}" if said else "")
+            raise AgentError(PROTOCOL, f"{address} is no {address.protocol} agent: {text} "
+                                       "(wrong --protocol or --port?)", reached=True)
+        return f"answers as a {address.protocol} agent in {(time.monotonic() - started) * 1000:.0f} ms"
 
-    async def probing(self, host: str, url: str, status: int, timeout_s: float) -> str:
-        """Gets a url from a node, in timeout_s seconds in all; gives "" when it answers this status, else what it did.
+    async def probing(self, host: str, verify: Verify, url: str, timeout_s: float) -> str:
+        """Get a url from a node, in timeout_s seconds in all; return "" when it answers as verify says, else why not.
 
-        It goes to the node's own address, whatever name the url has. Redirects are not followed. A
+        It goes to the node's own address, whatever name the url or verify.host has. Redirects are not followed. A
         certificate is not verified, as it is made out for what the node serves and not for its
-        address; what comes back is a status, and no secret goes out.
+        address; what comes back is a status and a yes or no, and no secret goes out.
         """
         parts, ends_at = urllib.parse.urlsplit(url), time.monotonic() + timeout_s
         address = Address(host, parts.port or (443 if parts.scheme == "https" else 80), PROBE)
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        call = _Call(address, "GET", path, None, timeout_s, ends_at, lambda: True, parts.netloc)
+        call = _Call(address, "GET", path, None, timeout_s, ends_at, lambda: True, verify.host or parts.netloc)
         context = _unverified_context() if parts.scheme == "https" else None
         try:
-            sock = await self._connect(address, context, ends_at, parts.hostname or host)
-            found, _ = await self._request(call, sock, context, reused=False)
+            sock = await self._connect(address, context, ends_at, verify.host or parts.hostname or host)
+            found, answer = await self._request(call, sock, context, reused=False)
         except AgentError as error:
             return f"{url}: {error.message.replace(str(address), 'it', 1)}"
-        return "" if found == status else f"{url} answered HTTP {found} instead of {status}"
+        if found != verify.status:
+            return f"{url} answered HTTP {found} instead of {verify.status}"
+        if verify.contains.encode() not in answer:
+            return f"{url} answered without {one_line(verify.contains, 60)!r} in it"
+        return ""
 
     def _read_execution(self, address: Address, task: AgentTask, data: Mapping[str, Any]) -> Answer:
-        status, message = data.get("status"), data.get("message")
-        text = message if isinstance(message, str) else ""
+        status, text = data.get("status"), text_of(data.get("message"))
         if data.get("requestId") != task.id:
             raise self._nonsense(address, "answers for another request", data)
         if status == "failed":
-            raise AgentError(AGENT_FAILED, text or "the agent gave no reason", reached=True, final=True)
+            raise AgentError(AGENT_FAILED, text or NO_REASON_GIVEN, reached=True, final=True)
         if status != "success":
-            raise self._nonsense(address, "gives no known status", data)
+            raise self._nonsense(address, _unknown_status(status), data)
         # an execute agent says success where its message tells otherwise (contract section 1)
         if "but reload failed:" in text:
             raise AgentError(AGENT_FAILED, text, reached=True, final=True)
-        applied = re.search(r"Version (\d{1,4000}) already applied \(current: (\d{1,4000})\)", text)
-        if applied and int(applied.group(2)) > task.version:
-            raise AgentError(REJECTED, f"the agent is already at version {int(applied.group(2))}", reached=True,
-                             final=True, detail=text)
-        if applied and int(applied.group(2)) != task.version:
-            raise self._nonsense(address, f"has version {int(applied.group(2))} and calls it applied", data)
-        return Answer(SUCCESS, task.id)
+        found = re.search(r"Version (\d{1,4000}) already applied \(current: (\d{1,4000})\)", text)
+        if found is None:
+            return Answer(SUCCESS, task.id, text)
+        asked, applied = int(found.group(1)), int(found.group(2))
+        if applied > task.version:
+            raise AgentError(REJECTED, f"the agent is already at version {applied}", reached=True, final=True,
+                             detail=text)
+        if applied != task.version:
+            raise self._nonsense(address, f"has version {applied} and calls it applied", data)
+        if asked != task.version:
+            raise self._nonsense(address, f"calls version {asked} applied, and was sent {task.version}", data)
+        return Answer(SUCCESS, task.id, text, applied)
 
     @staticmethod
     def _nonsense(address: Address, what: str, data: object) -> AgentError:
@@ -3916,7 +4877,7 @@ class AgentClient:
         if isinstance(code, bool) or not isinstance(code, int):
             raise self._nonsense(address, "answers without a code", envelope)
         if code != 0:
-            text = f"{address} refused: {envelope.get('message') or 'no reason given'} (code {code})"
+            text = f"{address} refused: {text_of(envelope.get('message')) or 'no reason given'} (code {code})"
             raise AgentError(REJECTED, text, reached=True, final=True)
         if not isinstance(envelope.get("data"), dict):
             raise self._nonsense(address, "answers without data", envelope)
@@ -3938,8 +4899,9 @@ class AgentClient:
     def _bad_status(address: Address, status: int, answer: bytes) -> AgentError:
         said = answer[:2000].decode("utf-8", "replace")
         with contextlib.suppress(ValueError, AttributeError):
-            said = str(parse_json(answer).get("message") or said)
-        text = f"{address} answered HTTP {status}" + (f": {said}" if said.strip() else "")
+            said = text_of(parse_json(answer).get("message")) or said
+        text = f"{address} answered HTTP {status}" + (f": {said.strip()}" if text_of(said) else "") + (
+            " (wrong --protocol?)" if status == 404 else "")
         if 300 <= status < 400:
             return AgentError(HTTP, f"{address} answered a redirect (HTTP {status}), which is not followed", True)
         if 400 <= status < 500 and status != 429:
@@ -4182,6 +5144,32 @@ async def _any_answer(timed: TimedSocket, call: _Call) -> tuple[int, bytes, bool
     return response.status, answer, not response.will_close and response.isclosed()
 
 
+EXECUTE_PATH = "/agent/v1/tasks/execute"
+
+
+def text_of(value: object) -> str:
+    """Return an agent's text, "" for one that shows nothing: blanks, control characters, no text at all."""
+    text = "" if value is None else str(value)
+    return text if one_line(text) else ""
+
+
+def _unknown_status(status: object) -> str:
+    return f"gives the unknown status {one_line(to_json(status), 60)}"
+
+
+def _is_of_dialect(protocol: str, status: int, answer: bytes) -> bool:
+    """Say whether an answer to a ping is that of an agent of this dialect (contract section 1)."""
+    try:
+        envelope = parse_json(answer)
+    except ValueError:
+        return False
+    if not isinstance(envelope, dict):
+        return False
+    code = envelope.get("code")
+    is_code = isinstance(code, int) and not isinstance(code, bool)
+    return is_code and ((status, code) == (400, 2001) if protocol == EXECUTE else status == 404 and code != 0)
+
+
 # What _call gives for a 404 to a query.
 UNKNOWN_TASK: dict[str, Any] = {}
 
@@ -4249,10 +5237,14 @@ class Lease:
 
 
 class Tick(NamedTuple):
-    """What run_once did: releases that it worked on as they are now, how many others hold, whether stop() ended it."""
+    """What run_once did: releases that it worked on as they are now, how many others hold, whether stop() ended it.
+
+    vanished: ids of those that are no longer in the database.
+    """
     worked_on: list[Release]
     in_other_hands: int
     was_stopped: bool
+    vanished: Sequence[int] = ()
 
 
 class Executor:
@@ -4322,8 +5314,9 @@ class Executor:
             if not drain or not (started or had_running) or self.stopping.is_set():
                 if failure is not None and not drain:
                     raise failure
-                return Tick([self.store.release(release_id) for release_id in worked_on], taken,
-                            self.stopping.is_set())
+                found = {release_id: self.store.find_release(release_id) for release_id in worked_on}
+                return Tick([release for release in found.values() if release], taken, self.stopping.is_set(),
+                            tuple(release_id for release_id, release in found.items() if release is None))
 
     @staticmethod
     def _say(error: AppError, said: str) -> str:
@@ -4533,7 +5526,8 @@ class Executor:
 def outcome_of(node_id: int, op: str, answer: Answer | AgentError) -> Outcome:
     """Gives what an agent's answer or failure means to the decision."""
     if isinstance(answer, Answer):
-        return Outcome(node_id, op, answer.state, answer.task_id)
+        return Outcome(node_id, op, answer.state, answer.task_id, message=answer.message, detail=answer.message,
+                       applied=answer.applied)
     if answer.is_held:
         return Outcome(node_id, op, HELD)
     result = FAILED if answer.final else UNSENT if not answer.reached else LOST if answer.hold_s else UNCLEAR
@@ -4556,6 +5550,8 @@ class Driver:
         # What the row said when it was last read or written by us: else somebody turned it.
         self._seen_at = ""
         self._freeze = NO_FREEZE
+        # Which state of the database the nodes were read from.
+        self._generation = executor.store.generation
         # Nothing may be dispatched, as far as this driver knows: paused, cancelling, frozen.
         self._is_halted = False
         self._moved = 0
@@ -4583,7 +5579,7 @@ class Driver:
         return self._thread.is_alive()
 
     def _now(self) -> Moment:
-        return Moment(self._executor.clock.wall(), self._executor.clock.elapsed())
+        return self._store.moment()
 
     def _run(self) -> None:
         try:
@@ -4610,6 +5606,8 @@ class Driver:
             log.warning("%s: let go, %s", claim, error, extra=about(claim))
         except DatabaseError as error:
             log.error("%s: let go without a word to the database: %s", claim, error, extra=about(claim))
+        except AppError as error:
+            log.error("%s: let go: %s", claim, error, extra=about(claim))
         except Exception:  # the edge of a driver: the release goes on when the claim has run out
             log.exception("%s: its driver failed", claim, extra=about(claim))
         return None
@@ -4669,32 +5667,47 @@ class Driver:
             self._settle(*self._unclear)
         if not self._is_stale:
             release = self._store.claimed_release(self.lease.claim)
-            if release.updated_at == self._seen_at:
+            if release.updated_at == self._seen_at and self._store.generation == self._generation:
                 return release
             # a person turned it, who may have accepted failures too
         release, rows = self._store.claimed_release_with_nodes(self.lease.claim)
+        holds, moved_s = self._store.holds(release.id), self._store.obstacles(release.id).moved_s
         self._broken = ""
         try:
             self._payload = parse_payload(parse_json(release.payload))
             self._strategy = parse_strategy(parse_json(release.strategy))
             self._policy = self._executor.policy.under(self._strategy)
+            refuse_dropping_sites(self._payload, (row for row in rows if row.status in OPEN))
         except (ValueError, AppError) as error:
             self._broken = f"payload or strategy can't be used: {one_line(error, 200)}"
         now, nodes = self._now(), []
+        went_back, self._generation = self._store.generation != self._generation, self._store.generation
         for row in rows:
             known = self._nodes.get(row.node_id)
-            if known is None or (known.status, known.attempts) != (row.status, row.attempts):
-                nodes.append(adopt(row, now, self._policy))
+            if known is None or went_back or (known.status, known.attempts) != (row.status, row.attempts):
+                nodes.append(self._adopt(row, known, now, holds, max(0.0, self._policy.hold_s - moved_s)))
             else:
-                nodes.append(known._replace(accepted=row.accepted))
+                nodes.append(known._replace(accepted=row.accepted, last_version=row.last_version))
         self._nodes = Roster(nodes)
         self._is_stale, self._seen_at = False, release.updated_at
         return release
 
+    def _adopt(self, row: ReleaseNode, known: ReleaseNode | None, now: Moment, holds: Sequence[Hold],
+               quiet_s: float) -> ReleaseNode:
+        """Return a node as its row says, asked before it is sent anything; a request of ours under way still is."""
+        node = adopt(row, now, self._policy, holds, quiet_s)
+        if known is None or not known.in_flight:
+            return node
+        # its outcome is to come, and until then nobody else may ask
+        return node._replace(in_flight=True) if node.status in OPEN else node
+
     def _decide(self, release: Release, now: Moment) -> Decision:
-        busy: frozenset[int] = frozenset()
+        busy: frozenset[Endpoint] = frozenset()
         if release.status == RUNNING and (self._nodes.of[RUNNING] or self._nodes.of[PENDING]):
-            busy, self._freeze = self._store.obstacles(release.id)
+            busy, self._freeze, moved_s = self._store.obstacles(release.id)
+            if moved_s < self._policy.hold_s:
+                # one may be under way of which the database that is there now does not know
+                busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if n.agent_protocol == EXECUTE}
         self._is_halted = release.status != RUNNING or self._freeze.frozen
         if self._is_halted:
             for node in kept_from_dispatch(self._nodes, now.elapsed - self._decided_at):
@@ -4735,10 +5748,9 @@ class Driver:
 
     def _send(self, release: Release, decision: Decision, now: Moment) -> None:
         for op, node in decision.sends:
-            task_id = node.task_id or task_id_for(release.type, node.main_ip, release.version)
             self._nodes.put(node)
             self._in_flight += 1
-            task = AgentTask(task_id, release.type, release.version, self._payload)
+            task = AgentTask(node.task_id, release.type, release.version, self._payload)
             self._executor.submit(functools.partial(self._work, op, node, task, now))
 
     def may_dispatch(self, written_at: Moment) -> bool:
@@ -4785,7 +5797,7 @@ class Driver:
     async def _probe(self, node: ReleaseNode, within_s: float) -> Outcome:
         verify = self._strategy.verify or Verify("http://{main_ip}/")  # it was there when the probe was decided on
         since = time.monotonic()
-        said = await self._executor.agents.probing(node.main_ip, verify.url_for(node), verify.status,
+        said = await self._executor.agents.probing(node.main_ip, verify, verify.url_for(node),
                                                    min(verify.timeout_s, max(within_s, 0.0)))
         self._executor.agents.metrics.count_request(PROBE, VERIFY if said else SUCCESS, since)
         return Outcome(node.node_id, PROBE, UNCLEAR if said else SUCCESS, "", VERIFY if said else "", said, said)
@@ -4914,19 +5926,31 @@ def page_json(page: Page, item_json: Callable[[Any], dict[str, Any]]) -> dict[st
             "pageSize": page.size}
 
 
-def created_json(release: Release, batches: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Gives the answer to the creation of a release."""
+def created_json(made: Made) -> dict[str, Any]:
+    """Return the answer to the creation of a release."""
+    release = made.release
     return {"releaseId": release.id, "version": release.version, "totalNodes": release.total_nodes,
-            "batches": [{"batch": number, "nodeIds": list(ids)} for number, ids in enumerate(batches, 1)]}
+            "batches": [{"batch": number, "nodeIds": list(ids)} for number, ids in enumerate(made.batches, 1)]}
+
+
+def created_again_json(made: Made) -> dict[str, Any]:
+    """Return the answer to a retry or rollback: that to a creation, and who is left out."""
+    return {**created_json(made), "leftOut": left_out_json(made.left_out)}
+
+
+def left_out_json(left_out: Iterable[LeftOut]) -> list[dict[str, Any]]:
+    """Return the nodes that were meant and do not get a release."""
+    return [{"nodeId": one.node_id, "nodeName": one.name, "why": one.why} for one in left_out]
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """Gives what a release would do: the answer to dryRun."""
-    return {"totalNodes": sum(map(len, plan.batches)),
+    """Return what a release would do: the answer to dryRun."""
+    payload_of = {"releaseId": plan.payload_of[0], "version": plan.payload_of[1]} if plan.payload_of else None
+    return {"version": plan.version, "totalNodes": sum(map(len, plan.batches)),
             "batches": [{"batch": number, "nodeIds": ids, "maxFailed": most}
                         for number, (ids, most) in enumerate(zip(plan.batches, plan.max_failed), 1)],
             "maxFailedTotal": plan.max_failed_total, "maxParallel": plan.strategy.max_parallel,
-            "leftOut": [{"nodeId": node.id, "nodeName": node.name, "why": node.condition} for node in plan.left_out]}
+            "leftOut": left_out_json(plan.left_out), "emptied": list(plan.emptied), "payloadOf": payload_of}
 
 
 def freeze_json(freeze: Freeze) -> dict[str, Any]:
@@ -4972,7 +5996,7 @@ def parse_node_fields(body: Mapping[str, Any], required: Sequence[str] = ()) -> 
 
 def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
     """Gives what a release is asked to be from its JSON; AppError 2003. The Store reads the strategy."""
-    known_keys(body, ("target", "reason", "payload", "strategy", "nodeIds", "labels", "dryRun"))
+    known_keys(body, ("target", "reason", "payload", "strategy", "nodeIds", "labels", "dryRun", "version"))
     if "nodeIds" in body and "labels" in body:
         raise AppError(2003, "nodeIds and labels exclude each other: name one of them")
     if not isinstance(body.get("strategy", {}), dict):
@@ -4981,7 +6005,8 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
         parse_target(body.get("target", "cdn")), parse_text("reason", body.get("reason", "")),
         parse_payload(body.get("payload", {})), strategy=body.get("strategy", {}),
         node_ids=parse_node_ids(body["nodeIds"]) if "nodeIds" in body else None,
-        labels=parse_json(parse_labels(body["labels"])) if "labels" in body else None)
+        labels=parse_json(parse_labels(body["labels"])) if "labels" in body else None,
+        version=parse_version("version", body["version"]) if "version" in body else None)
 
 
 # The schemas, for /openapi.json.
@@ -5011,6 +6036,10 @@ def openapi_schemas() -> dict[str, Any]:
     """Gives the shapes of section 5 of the contract as JSON Schema."""
     node = {name: schema for name, (_, _, schema) in NODE_FIELDS.items()}
     batch = {"batch": _ID}
+    left_out = {"type": "array", "items": _object({"nodeId": _ID, "nodeName": _TEXT, "why": _TEXT})}
+    created = {"releaseId": _ID, "version": _ID, "totalNodes": _COUNT, "batches": {"type": "array", "items": _object({
+        **batch, "nodeIds": {"type": "array", "items": _ID}})}}
+    again = {"reason": _REASON, "overNewer": {"type": "boolean"}, "dryRun": {"type": "boolean"}}
     release = {
         "id": _ID, "type": _TEXT, "target": _TEXT, "version": _ID,
         "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": _TEXT, "reason": _TEXT,
@@ -5029,10 +6058,8 @@ def openapi_schemas() -> dict[str, Any]:
             "batches": {"type": "array", "items": _object({
                 **batch, "nodes": {"type": "array", "items": _ref("ReleaseNode")}})}}, required=["release"]),
         "ReleaseList": _list_of("Release"),
-        "Created": _object({
-            "releaseId": _ID, "version": _ID, "totalNodes": _COUNT,
-            "batches": {"type": "array", "items": _object({
-                **batch, "nodeIds": {"type": "array", "items": _ID}})}}),
+        "Created": _object(created),
+        "CreatedAgain": _object({**created, "leftOut": left_out}),
         "Event": _object({
             "id": _ID, "releaseId": _ID, "nodeId": {"type": ["integer", "null"]}, "nodeName": _TEXT, "at": _TIME,
             "actor": _TEXT, "event": _TEXT, "fromStatus": _TEXT, "toStatus": _TEXT, "detail": _TEXT}),
@@ -5046,18 +6073,22 @@ def openapi_schemas() -> dict[str, Any]:
         "NewNode": _object(node, required=["name", "mainIp"]),
         "NodeChange": _object(node, required=[]),
         "Plan": _object({
-            "totalNodes": _COUNT, "batches": {"type": "array", "items": _object({
+            "version": _ID, "totalNodes": _COUNT, "batches": {"type": "array", "items": _object({
                 **batch, "nodeIds": {"type": "array", "items": _ID}, "maxFailed": _COUNT})},
             "maxFailedTotal": {"type": ["integer", "null"]}, "maxParallel": _COUNT,
-            "leftOut": {"type": "array", "items": _object({"nodeId": _ID, "nodeName": _TEXT, "why": _TEXT})}}),
+            "leftOut": left_out, "emptied": {"type": "array", "items": _TEXT},
+            "payloadOf": {"type": ["object", "null"], "properties": {"releaseId": _ID, "version": _ID}}}),
         "Strategy": _object({key: schema for key, (_, _, schema) in STRATEGY_KEYS.items()}, required=[]),
         "NewRelease": _object({
             "target": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}, "reason": _REASON,
             "payload": {"type": "object"}, "strategy": _ref("Strategy"),
             "nodeIds": {"type": "array", "minItems": 1, "uniqueItems": True, "items": _ID},
-            "labels": {"type": "object", "additionalProperties": _TEXT}, "dryRun": {"type": "boolean"}}, required=[])
+            "labels": {"type": "object", "additionalProperties": _TEXT}, "dryRun": {"type": "boolean"},
+            "version": {"type": "integer", "minimum": 1, "maximum": MAX_VERSION}}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": _object({"reason": _REASON}, required=[]),
+        "Retry": _object(again, required=[]),
+        "Rollback": _object({**again, "toRelease": _ID}, required=[]),
         "Resume": _object({"reason": _REASON, "acceptFailures": {"type": "boolean"}}, required=[]),
         "Cancel": _object({"reason": _REASON, "force": {"type": "boolean"}}, required=[]),
         "Freeze": _object({"frozen": {"type": "boolean"}, "reason": _TEXT, "actor": _TEXT, "at": _TEXT}),
@@ -5118,7 +6149,7 @@ a { color: var(--link); text-underline-offset: .2em; text-decoration-thickness: 
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 h1, h2, h3, p, dl, dd, ul, ol, pre { margin: 0; padding: 0; }
 h1 { font-size: 1.5rem; line-height: 1.25; letter-spacing: -.01em; }
-h1:focus, main:focus { outline: none; }
+h1:focus, h2:focus, main:focus { outline: none; }
 h2 { font-size: 1.02rem; line-height: 1.35; }
 ul, ol { list-style: none; }
 time, .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -5237,6 +6268,9 @@ dialog::backdrop { background: rgb(8 12 18 / .45); }
 dialog#node { margin: 0 0 0 auto; width: min(36rem, 100vw); height: 100vh; max-height: none; border-width: 0 0 0 1px;
   border-radius: 0; }
 .refused { color: var(--bad); }
+[aria-invalid=true] { border-color: var(--bad) !important; }
+#plan h3 { font-size: 1rem; }
+.notice { background: var(--tone-soft); color: var(--tone); border-radius: 7px; padding: .4rem .7rem; }
 
 @media (max-width: 680px) {
   body > header > div, main { padding-left: .8rem; padding-right: .8rem; }
@@ -5280,10 +6314,11 @@ const TERMINAL = ['success', 'partial', 'failed', 'cancelled'];
 const RELEASE_STATUSES = ['pending', 'running', 'paused', 'cancelling', ...TERMINAL];
 const NODE_ORDER = ['failed', 'running', 'pending', 'success', 'skipped'];
 const VIEWS = [['releases', 'Releases'], ['nodes', 'Nodes'], ['health', 'Health']];
-const CELLS_PER_LANE = 300, NAMES_PER_FAILURE = 12, SMALL_RELEASE = 300, EVENTS_PER_PAGE = 1000, RENEW_DAYS = 14;
-const BUSY_MS = 2000, IDLE_MS = 10000, HIDDEN_MS = 30000, SILENT_MS = 120000;
+const CELLS_PER_LANE = 300, NAMES_SHOWN = 12, BATCHES_SHOWN = 8, SMALL_RELEASE = 300, EVENTS_PER_PAGE = 1000;
+const RENEW_DAYS = 14, BUSY_MS = 2000, IDLE_MS = 10000, HIDDEN_MS = 30000, SILENT_MS = 120000;
 
-// What each verb does, said before it is done; option: one more choice, and when it is offered.
+// What each verb does, said before it is done; option: one more choice, and when it is offered;
+// planned: it makes a release, whose plan is shown before.
 const VERBS = {
   pause: {
     label: 'Pause', states: ['pending', 'running'],
@@ -5303,14 +6338,15 @@ const VERBS = {
     option: ['force', r => r.status !== 'pending', 'End at once: nodes in flight become failed, their outcome unknown'],
   },
   retry: {
-    label: 'Retry', states: ['partial', 'failed', 'cancelled'],
+    label: 'Retry', states: ['partial', 'failed', 'cancelled'], planned: true,
     effect: r => `Makes a new release with a new version and the same payload, for the `
       + `${count(r.failedNodes + r.skippedNodes, 'node')} that failed or were skipped.`,
   },
   rollback: {
-    label: 'Roll back', states: TERMINAL, danger: true,
-    effect: () => 'Makes a new release with a new version and the payload of the newest successful release before '
-      + 'this one, for the nodes that this one touched.',
+    label: 'Roll back', states: TERMINAL, danger: true, planned: true,
+    effect: () => 'Makes a new release with a new version, for the nodes that this one touched. Its payload is the one '
+      + 'that succeeded on them before, or that of the release that you name.',
+    fields: [{key: 'toRelease', label: 'To release, by its number; empty for the newest before that succeeded'}],
   },
 };
 
@@ -5458,9 +6494,9 @@ function pager(place, query, page) {
 // -- the API ----------------------------------------------------------------------------------
 
 class Refusal extends Error {
-  constructor(httpStatus, message) {
+  constructor(httpStatus, {code, message}) {
     super(message);
-    this.httpStatus = httpStatus;
+    Object.assign(this, {httpStatus, code});
   }
 }
 
@@ -5472,13 +6508,13 @@ async function call(method, path, body, headers) {
   if (token) sent.Authorization = `Bearer ${token}`;
   if (before) sent['If-None-Match'] = before.etag;
   if (body) sent['Content-Type'] = 'application/json';
-  const answer = await fetch(path, {method, headers: sent, body: body && JSON.stringify(body), cache: 'no-store',
-    signal: AbortSignal.timeout(15000)});
+  const answer = await fetch(path, {method, headers: sent, cache: 'no-store',
+    body: typeof body === 'object' ? JSON.stringify(body) : body, signal: AbortSignal.timeout(15000)});
   const date = Date.parse(answer.headers.get('Date'));
   if (date) clockSkewMs = Math.abs(date - Date.now()) < 2000 ? 0 : date - Date.now();
   if (answer.status === 304 && before) return before.data;
   const envelope = await answer.json();
-  if (envelope.code) throw new Refusal(answer.status, envelope.message);
+  if (envelope.code) throw new Refusal(answer.status, envelope);
   const etag = answer.headers.get('ETag');
   if (method === 'GET' && etag) known.set(path, {etag, data: envelope.data});
   return envelope.data;
@@ -5731,12 +6767,12 @@ function failureCard(r, failures) {
 }
 
 function failureGroup(r, nodes) {
-  const {errorKind, errorMsg} = nodes[0], more = nodes.length - NAMES_PER_FAILURE;
+  const {errorKind, errorMsg} = nodes[0], more = nodes.length - NAMES_SHOWN;
   return h('div', {class: 'stack'},
     row(chip('failed', errorKind), soft(count(nodes.length, 'node'))),
     h('pre', null, errorMsg || 'no message'),
     h('p', {class: 'small'}, HINTS[errorKind]),
-    h('ul', {class: 'names'}, nodes.slice(0, NAMES_PER_FAILURE).map(n => h('li', null,
+    h('ul', {class: 'names'}, nodes.slice(0, NAMES_SHOWN).map(n => h('li', null,
       h('a', {href: address(`releases/${r.id}`, {node: n.nodeId})}, n.nodeName))),
     more > 0 && h('li', {class: 'soft'}, `and ${more.toLocaleString('en')} more`)));
 }
@@ -5874,10 +6910,16 @@ function askForNode(node) {
 }
 
 const labelsText = labels => Object.entries(labels).map(([name, value]) => `${name}=${value}`).join(', ');
-const labelsOf = text => Object.fromEntries(text.split(',').map(part => part.trim()).filter(Boolean).map(part => {
-  const [name, ...value] = part.split('=');
-  return [name.trim(), value.join('=').trim()];
-}));
+
+function labelsOf(text) {
+  const labels = new Map();
+  for (const part of text.split(',').map(one => one.trim()).filter(Boolean)) {
+    const [name, ...value] = part.split('=');
+    if (labels.has(name.trim())) throw new FieldError('labels', `The label ${name.trim()} is there twice`);
+    labels.set(name.trim(), value.join('=').trim());
+  }
+  return Object.fromEntries(labels);
+}
 
 // -- health -----------------------------------------------------------------------------------------
 
@@ -5933,61 +6975,111 @@ function askForFreeze(frozen) {
 
 // -- dialogs: one form for all of them ------------------------------------------------------------------
 
+// What is wrong with one field of a form, to be said beside it.
+class FieldError extends Error {
+  constructor(key, message) {
+    super(message);
+    this.key = key;
+  }
+}
+
+const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), b => b.toString(16).padStart(2, '0'))
+  .join('');
+
 function askForVerb(verb, name, r) {
-  const [key, isOffered, label] = verb.option || ['', () => false];
+  const [key, isOffered, label] = verb.option || ['', () => false], path = `api/v1/releases/${r.id}/${name}`;
+  const once = verb.planned && {'Idempotency-Key': newKey()};
   const option = isOffered(r) ? [{key, label, kind: 'check', value: r.status === 'cancelling'}] : [];
+  const overNewer = {key: 'overNewer', label: 'Go over newer releases', kind: 'check',
+    offeredAt: error => error.code === 3003 && /newer/i.test(error.message)};
+  const bodyOf = values => ({...values[key] && {[key]: true}, ...values.overNewer && {overNewer: true},
+    ...values.toRelease && {toRelease: releaseNumber('toRelease', values.toRelease)}});
   ask({
     name: `${verb.label} release ${r.id}?`, text: verb.effect(r), action: `${verb.label} release ${r.id}`,
-    danger: verb.danger, fields: [...option, {key: 'reason', label: 'Reason, for the record'}],
+    danger: verb.danger, fields: [...option, ...verb.fields || [],
+      {key: 'reason', label: 'Reason, for the record', keepsPlan: true}, ...verb.planned ? [overNewer] : []],
+    plan: verb.planned && (values => call('POST', path, {...bodyOf(values), dryRun: true})), plansAtOnce: true,
     async submit(values) {
-      const body = {};
-      if (values[key]) body[key] = true;
-      if (values.reason) body.reason = values.reason;
-      const data = await call('POST', `api/v1/releases/${r.id}/${name}`, body);
-      if (data.releaseId) location.hash = `#/releases/${data.releaseId}`;
+      const data = await call('POST', path, {...bodyOf(values), ...values.reason && {reason: values.reason}}, once);
+      return data.releaseId && created(data);
     },
   });
 }
 
+function releaseNumber(key, text) {
+  if (!/^[1-9]\d{0,14}$/.test(text)) throw new FieldError(key, 'Write the number of a release, for example 4');
+  return Number(text);
+}
+
 function askForRelease() {
-  const key = Array.from(crypto.getRandomValues(new Uint8Array(16)), b => b.toString(16).padStart(2, '0')).join('');
-  const bodyOf = ({target, reason, payload, strategy, labels}) => ({target, reason, payload: parse('payload', payload),
-    ...strategy && {strategy: parse('strategy', strategy)}, ...labels && {labels: labelsOf(labels)}});
+  const once = {'Idempotency-Key': newKey()};
+  // JSON goes out as it was written: read and written anew, a number may lose digits and an object a key.
+  const bodyOf = ({target, reason, payload, strategy, labels}, more) => {
+    if (!payload) throw new FieldError('payload', 'Write the payload, for example {"websites": []}');
+    const rest = JSON.stringify({target, reason, ...labels && {labels: labelsOf(labels)}, ...more});
+    const written = [['payload', payload], ...strategy ? [['strategy', strategy]] : []];
+    return `{${written.map(([key, text]) => `"${key}": ${checkedJson(key, text)}`)}, ${rest.slice(1)}`;
+  };
   ask({
     name: 'New release', action: 'Create',
     text: 'Goes to the nodes that are enabled and online: by default to one, then to all others.',
     fields: [
       {key: 'target', label: 'Target', value: 'cdn'},
       {key: 'reason', label: 'What for'},
-      {key: 'payload', label: 'Payload, a JSON object', kind: 'area', value: '{}'},
+      {key: 'payload', label: 'Payload, a JSON object', kind: 'area', value: ''},
       {key: 'strategy', label: 'Strategy, a JSON object; empty for the default', kind: 'area', value: ''},
       {key: 'labels', label: 'Only nodes with these labels, as name=value'},
     ],
-    extra: ['Show the plan', async values => {
-      const plan = await call('POST', 'api/v1/releases', {...bodyOf(values), dryRun: true});
-      const sizes = plan.batches.map(batch => batch.nodeIds.length).join(', then ');
-      return `It would go to ${count(plan.totalNodes, 'node')}, in batches of ${sizes}.`;
-    }],
-    async submit(values) {
-      const data = await call('POST', 'api/v1/releases', bodyOf(values), {'Idempotency-Key': key});
-      location.hash = `#/releases/${data.releaseId}`;
-    },
+    plan: values => call('POST', 'api/v1/releases', bodyOf(values, {dryRun: true})),
+    submit: async values => created(await call('POST', 'api/v1/releases', bodyOf(values), once)),
   });
 }
 
-function parse(name, text) {
+// Goes to a release that was made; gives what has to be told of it: [heading, words], or null.
+function created({releaseId, version, totalNodes, leftOut}) {
+  location.hash = `#/releases/${releaseId}`;
+  return leftOut && leftOut.length > 0 ? [`Release ${releaseId} is created`,
+    h('p', null, `Version ${version} goes to ${count(totalNodes, 'node')}.`), leftOutParts(leftOut)] : null;
+}
+
+// What a release would do, from the answer to dryRun.
+function planParts({totalNodes, batches = [], version, payloadOf, leftOut = [], emptied = []}) {
+  const sizes = batches.slice(0, BATCHES_SHOWN).map(batch => batch.nodeIds.length.toLocaleString('en')).join(', then ');
+  const more = batches.length - BATCHES_SHOWN, nodes = count(totalNodes, 'node');
+  const what = payloadOf ? `Sends the payload of release ${payloadOf.releaseId} (v${payloadOf.version}) to ${nodes}`
+    : `Goes to ${nodes}`;
+  return [h('h3', null, 'Plan'),
+    h('p', null, what, version && ` as version ${version}`, batches.length > 1 ? `, in batches of ${sizes}` : '',
+      more > 0 && ` and ${more.toLocaleString('en')} more`, '.'),
+    emptied.length > 0 && h('p', {class: 'notice warn'}, mark('warn'), ` Warning: ${count(emptied.length, 'node')} `
+      + `would be left without any site: ${named(emptied)}`),
+    leftOut.length > 0 && leftOutParts(leftOut)];
+}
+
+function leftOutParts(leftOut) {
+  const reasons = new Map();
+  for (const {nodeName, why} of leftOut) reasons.set(why, [...reasons.get(why) || [], nodeName]);
+  return h('div', null, h('p', null, `Left out: ${count(leftOut.length, 'node')}.`),
+    h('ul', {class: 'small'}, [...reasons].map(([why, names]) => h('li', null, soft(`${why}: `), named(names)))));
+}
+
+const named = names => names.slice(0, NAMES_SHOWN).join(', ') + (names.length > NAMES_SHOWN
+  ? ` and ${(names.length - NAMES_SHOWN).toLocaleString('en')} more` : '');
+
+function checkedJson(key, text) {
   try {
-    return JSON.parse(text || '{}');
+    JSON.parse(text);
   } catch (error) {
-    throw new Error(`The ${name} is not JSON: ${error.message}`);
+    throw new FieldError(key, `The ${key} is not JSON: ${error.message}`);
   }
+  return text;
 }
 
 function askForToken(message) {
   const again = () => ask({
     name: 'Who is there?', action: 'Go on', text: token ? `${message}.` : 'The daemon asks for a token. It is kept '
       + 'until this tab is closed, and sent to this daemon alone.',
-    fields: [{key: 'token', label: 'Token', kind: 'password'}],
+    fields: [{key: 'token', label: 'Token', kind: 'password'}], byEnter: true,
     async submit(values) {
       token = values.token;
       sessionStorage.setItem('releasectl-token', token);
@@ -5997,50 +7089,128 @@ function askForToken(message) {
   again();
 }
 
-function field({key, label, kind, value, choices}) {
+function field({key, label, kind, value, choices, offeredAt}) {
   const props = {name: key, id: `field-${key}`, autocomplete: 'off', spellcheck: 'false'};
   if (kind === 'check') {
-    return h('label', {class: 'check'}, h('input', {...props, type: 'checkbox', checked: value}), label);
+    return h('label', {class: 'check', hidden: Boolean(offeredAt)}, h('input', {...props, type: 'checkbox',
+      checked: value}), label);
   }
-  return h('label', null, label,
+  props['aria-describedby'] = `wrong-${key}`;
+  return h('div', null, h('label', null, label,
     kind === 'select' ? h('select', props, choices.map(choice => h('option', {selected: choice === value}, choice)))
-      : kind === 'area' ? h('textarea', props, value) : h('input', {...props, type: kind || 'text', value}));
+      : kind === 'area' ? h('textarea', props, value) : h('input', {...props, type: kind || 'text', value})),
+  h('p', {class: 'small', id: `wrong-${key}`, role: 'alert'}));
 }
 
-// extra: one more button, [its label, what it does with the values], which says what came of it.
-function ask({name, text, fields = [], action, danger, extra, submit}) {
-  const dialog = $('ask'), said = h('p', {role: 'alert'}), main = h('button', {class: `main ${danger ? 'danger' : ''}`},
-    action);
-  const valuesOf = () => Object.fromEntries(fields.map(({key, kind}) => {
-    const input = form.elements[key];
-    return [key, kind === 'check' ? input.checked : input.value.trim()];
-  }));
+// byEnter: Enter in a field does it too; without, as for all that changes something, only the button.
+// plan: asks what would come of the values; its answer is shown before the button can be used, and taken
+// back when a field is changed that does not keep it; plansAtOnce: shown without being asked for.
+// submit gives nothing, or what is to be told: [heading, words].
+function ask({name, text, fields = [], action, danger, plan, plansAtOnce, byEnter, submit}) {
+  const dialog = $('ask'), said = h('p', {role: 'alert'}), shown = h('div', {class: 'stack', id: 'plan',
+    'aria-live': 'polite', hidden: !plan});
+  const main = h('button', {type: byEnter ? 'submit' : 'button', onclick: byEnter ? null : act,
+    'aria-describedby': plan && 'plan'}, action);
+  const planner = plan && button('Show the plan', showPlan);
+  let isBusy = false, planned = ''; // what the plan that is shown was asked with
+  const valueOf = ({key, kind}) => kind === 'check' ? form.elements[key].checked : form.elements[key].value.trim();
+  const valuesOf = () => Object.fromEntries(fields.map(one => [one.key, valueOf(one)]));
+  const decisive = () => JSON.stringify(fields.filter(one => !one.keepsPlan).map(valueOf));
+  const isReady = () => !isBusy && (!plan || planned === decisive());
+
+  // Shows what can be pressed now, and takes back a plan that does not fit the fields.
+  function update() {
+    const isPlanned = planned === decisive();
+    if (plan && !isPlanned) {
+      planned = '';
+      shown.replaceChildren(soft(isBusy ? 'Loading the plan' : `${action} can be used once the plan is shown.`));
+      planner.className = 'main';
+    } else if (plan) planner.className = '';
+    if (isReady()) main.removeAttribute('aria-disabled');
+    else main.setAttribute('aria-disabled', 'true');
+    main.className = plan && !isPlanned ? '' : `main ${danger ? 'danger' : ''}`;
+  }
+
   async function run(work, then) {
-    main.disabled = true;
+    isBusy = true;
     said.className = said.textContent = '';
+    form.querySelectorAll('[id^=wrong-]').forEach(wrong => {
+      wrong.className = 'small';
+      wrong.textContent = '';
+    });
+    form.querySelectorAll('[aria-invalid]').forEach(input => input.removeAttribute('aria-invalid'));
+    update();
     try {
       then(await work(valuesOf()));
     } catch (error) {
-      said.className = 'refused';
-      said.textContent = plain(error);
+      refuse(error);
     }
-    main.disabled = false;
+    isBusy = false;
+    update();
   }
-  const form = h('form', {class: 'stack', novalidate: true}, h('h2', {id: 'ask-title'}, name),
-    text && h('p', null, text), fields.map(field), said, row(main,
-      extra && button(extra[0], () => run(extra[1], words => { said.textContent = words; })),
-      button('Close', () => dialog.close())));
-  form.onsubmit = event => {
-    event.preventDefault();
-    run(submit, () => {
-      dialog.close();
+
+  function refuse(error) {
+    const input = form.elements[error.key], wrong = $(`wrong-${error.key}`);
+    if (input && wrong) {
+      input.setAttribute('aria-invalid', 'true');
+      wrong.className = 'refused small';
+      wrong.textContent = error.message;
+      return input.focus();
+    }
+    said.className = 'refused';
+    said.textContent = plain(error);
+    for (const {key, offeredAt} of fields) {
+      if (offeredAt && offeredAt(error)) form.elements[key].parentNode.hidden = false;
+    }
+    return said.scrollIntoView({block: 'nearest'});
+  }
+
+  function showPlan() {
+    if (isBusy) return;
+    const asked = decisive();
+    planned = '';
+    run(plan, answer => {
+      shown.replaceChildren(...h('div', null, planParts(answer)).childNodes);
+      planned = asked; // where a field was changed meanwhile, update() takes it back
+      main.scrollIntoView({block: 'nearest'});
+    });
+  }
+
+  function act() {
+    if (!isReady()) return update();
+    return run(submit, news => {
       $('said').textContent = `${action}: done`;
+      if (form.isConnected) dialog.close();
+      if (form.isConnected && news) tell(...news);
       poll();
     });
-  };
-  dialog.replaceChildren(form);
+  }
+
+  const form = h('form', {class: 'stack', novalidate: true, oninput: event => {
+    update();
+    if (plan && event.target.type === 'checkbox') showPlan();
+  }, onsubmit: event => {
+    event.preventDefault();
+    if (byEnter) act();
+  }}, h('h2', {id: 'ask-title', tabindex: '-1'}, name), text && h('p', null, text), fields.map(field), said, shown,
+  row(planner, main, button('Close', () => dialog.close())));
+  show(form);
+  update();
+  if (plan && plansAtOnce) showPlan();
+}
+
+// Says in a dialog what came of something.
+function tell(name, ...words) {
+  show(h('div', {class: 'stack'}, h('h2', {id: 'ask-title', tabindex: '-1'}, name), words,
+    row(button('Close', () => $('ask').close()))));
+}
+
+// The focus goes to the first field, else to the heading: never to a button that does something.
+function show(content) {
+  const dialog = $('ask');
+  dialog.replaceChildren(content);
   if (!dialog.open) dialog.showModal();
-  (form.querySelector('input:not([type=checkbox]), textarea') || main).focus();
+  (content.querySelector('input:not([type=checkbox]), textarea') || content.querySelector('h2')).focus();
 }
 
 // -- the loop: look, draw, wait; and the addresses -------------------------------------------------------
@@ -6523,18 +7693,22 @@ class Api:
 
     def create_release(self, request: Request) -> Reply:
         wanted = parse_release_request(request.body)
-        is_bad_key = request.key is not None and not IDEMPOTENCY_KEY.fullmatch(request.key)
-        if not is_bad_key and parse_flag("dryRun", request.body.get("dryRun", False)):
+        self._once(request)  # a key that can't be used is told in any case
+        if parse_flag("dryRun", request.body.get("dryRun", False)):
             return Reply(200, plan_json(self.store.plan_release(wanted)))
-        once = None
-        if request.key is not None:
-            if is_bad_key:
-                raise AppError(2003, "Idempotency-Key must be 1 to 128 printable characters without a space")
-            asked = json.dumps(request.body, sort_keys=True).encode()
-            once = Once(request.actor, request.key, hashlib.sha256(asked).hexdigest())
-        made = self.store.create_release(wanted, request.actor, once)
+        made = self.store.create_release(wanted, request.actor, self._once(request))
         self._nudge()
-        return Reply(201, created_json(*made))
+        return Reply(201, created_json(made))
+
+    @staticmethod
+    def _once(request: Request, what: str = "") -> Once | None:
+        """Return a request's Idempotency-Key with what was asked: `what` tells apart what takes the same body."""
+        if request.key is None:
+            return None
+        if not IDEMPOTENCY_KEY.fullmatch(request.key):
+            raise AppError(2003, "Idempotency-Key must be 1 to 128 printable characters without a space")
+        asked = (what + json.dumps(request.body, sort_keys=True)).encode()
+        return Once(request.actor, request.key, hashlib.sha256(asked).hexdigest())
 
     def list_releases(self, request: Request) -> Reply:
         status = request.query.get("status", "")
@@ -6586,13 +7760,21 @@ class Api:
         return Reply(200, release_json(release))
 
     def retry(self, request: Request) -> Reply:
-        return self._again(self.store.retry, request)
+        return self._again("retry", self.store.retry, request)
 
     def rollback(self, request: Request) -> Reply:
-        return self._again(self.store.rollback, request)
+        return self._again("rollback", self.store.rollback, request, "toRelease")
 
-    def _again(self, make: Callable[[int, str, str], tuple[Release, list[list[int]]]], request: Request) -> Reply:
-        reply = Reply(201, created_json(*make(request.ids[0], request.actor, self._reason(request))))
+    def _again(self, verb: str, make: Callable[[int, str, Again, Once | None], Made], request: Request,
+               *keys: str) -> Reply:
+        body, release_id = request.body, request.ids[0]
+        wish = Again(self._reason(request, "overNewer", "dryRun", *keys),
+                     parse_flag("overNewer", body.get("overNewer", False)),
+                     parse_release_id("toRelease", body["toRelease"]) if "toRelease" in body else None)
+        once = self._once(request, f"{verb} {release_id} ")
+        if parse_flag("dryRun", body.get("dryRun", False)):
+            return Reply(200, plan_json(self.store.plan_again(verb, release_id, wish)))
+        reply = Reply(201, created_again_json(make(release_id, request.actor, wish, once)))
         self._nudge()
         return reply
 
@@ -6720,7 +7902,7 @@ class Route(NamedTuple):
     @property
     def status(self) -> int:
         """The HTTP status of its success."""
-        return 201 if self.answers == "Created" or self.body == "NewNode" else 200
+        return 201 if self.answers in ("Created", "CreatedAgain") or self.body == "NewNode" else 200
 
 
 ROUTES: tuple[Route, ...] = (
@@ -6736,9 +7918,11 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/api/v1/releases/{id}/cancel", "cancel", OPERATOR, "End it: what is in flight is waited for",
           "Release", body="Cancel"),
     Route("POST", "/api/v1/releases/{id}/retry", "retry", OPERATOR,
-          "A new release of its payload for its failed and skipped nodes", "Created", body="Act"),
+          "A new release of its payload for its failed and skipped nodes", "CreatedAgain", body="Retry",
+          headers=("Idempotency-Key",), dry_run="Plan"),
     Route("POST", "/api/v1/releases/{id}/rollback", "rollback", OPERATOR,
-          "A new release of the newest successful payload before it", "Created", body="Act"),
+          "A new release that brings back what the nodes that it touched had before", "CreatedAgain", body="Rollback",
+          headers=("Idempotency-Key",), dry_run="Plan"),
     Route("GET", "/api/v1/releases/{id}/events", "list_events", VIEWER, "Its history, oldest first", "EventList",
           ("after", "limit", "wait")),
     Route("GET", "/api/v1/nodes", "list_nodes", VIEWER, "List nodes", "NodeList",
@@ -7524,36 +8708,17 @@ def certificate_json(name: str, look: Callable[[], Mapping[str, Any]]) -> dict[s
     return {"name": name, "notAfter": expires, "daysLeft": round(days, 2), "message": ""}
 
 
-VALIDITY = re.compile(rb"(?:\x17\x0d\d{12}Z|\x18\x0f\d{14}Z)(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)")
-
-
 def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:
-    """Gives the ends of our certificates for /metrics; of files that can't be read check tells more.
-
-    Read from the files and not off a handshake, which an expired certificate does not pass.
-    """
+    """Gives the ends of our certificates for /metrics; of files that can't be read check tells more."""
     figures: dict[tuple[str, ...], float] = {}
     agents = settings.mtls_enabled
     for name, path in (("CONTROL_CERT", settings.control_cert if agents else ""),
                        ("CONTROL_CA", settings.control_ca if agents else ""), ("HTTP_CERT", settings.http_cert)):
         with contextlib.suppress(OSError, ValueError):
-            ends = certificate_ends(Path(path).read_text(encoding="latin-1")) if path else []
-            if ends:
-                figures["releasectl_certificate_expiry_timestamp_seconds", name] = min(ends)
+            times = certificate_times(Path(path).read_text(encoding="latin-1")) if path else []
+            if times:
+                figures["releasectl_certificate_expiry_timestamp_seconds", name] = min(until for _, until in times)
     return figures
-
-
-def certificate_ends(pem: str) -> list[float]:
-    """Gives notAfter of each certificate of a PEM file, in seconds since 1970; ValueError for a broken one."""
-    ends = []
-    for block in re.findall("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", pem, re.DOTALL):
-        # a certificate's validity is the only place of two times in a row (RFC 5280, 4.1.2.5)
-        found = VALIDITY.search(ssl.PEM_cert_to_DER_cert(block))
-        if found:
-            text = (found[1] or found[2]).decode()
-            moment = datetime.datetime.strptime(text, "%y%m%d%H%M%S" if found[1] else "%Y%m%d%H%M%S")
-            ends.append(moment.replace(tzinfo=datetime.timezone.utc).timestamp())
-    return ends
 
 
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
@@ -7562,6 +8727,9 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
         store.database.require_schema()
         store.probe()
         yield Finding("DATABASE_URL", EXIT_DONE, f"{store.database}: schema {len(schema_steps())}, takes writes")
+        for sentence in store.times_ahead():
+            yield Finding("clock", EXIT_UNAVAILABLE, f"{sentence}, further ahead than any setting allows: a clock was "
+                                                     "ahead. It counts as over; look at the clocks of all hosts (NTP)")
         nodes = [node for node in store.nodes(size=0).items if node.enabled and node.status == "online"]
         for ping in ping_nodes(settings, nodes) if nodes else []:
             yield Finding(f"node {ping.node.name}", EXIT_DONE if ping.is_ok else EXIT_UNAVAILABLE, ping.text)
@@ -7709,9 +8877,12 @@ def _user_name() -> str:
         return str(os.getuid())
 
 
-def exit_code_of(release: Release) -> int:
-    """Gives the exit code for how a release ended; 0 while it has not."""
-    return EXIT_NOT_SUCCESS if release.is_terminal and release.status != SUCCESS else EXIT_DONE
+def exit_code_of(store: Store, release: Release) -> int:
+    """Return the exit code for how a release ended; 0 while it has not, 1 where too many failures paused it."""
+    if release.is_terminal:
+        return EXIT_DONE if release.status == SUCCESS else EXIT_NOT_SUCCESS
+    is_exceeded = release.status == PAUSED and release.failed_nodes > 0 and store.exceeded(release.id)
+    return EXIT_NOT_SUCCESS if is_exceeded else EXIT_DONE
 
 
 # -- the processes ---------------------------------------------------------------------------
@@ -7815,7 +8986,11 @@ def _run_once(context: Context) -> int:
     if not tick.worked_on and tick.in_other_hands:
         print(f"{tick.in_other_hands} releases to work on, all in other hands: try later", file=sys.stderr)
         return EXIT_BUSY
-    code = max(map(exit_code_of, tick.worked_on), default=EXIT_DONE)
+    code = max((exit_code_of(context.store, release) for release in tick.worked_on), default=EXIT_DONE)
+    for release_id in tick.vanished:
+        print(f"release {release_id} is no longer in the database, which went back to an earlier state",
+              file=sys.stderr)
+        code = EXIT_NOT_SUCCESS
     unended = [release for release in tick.worked_on if release.status in (PENDING, RUNNING, CANCELLING)]
     is_held = any(release.claim_expires_at for release in unended)
     if code == EXIT_DONE and context.options.drain and (is_held or (tick.was_stopped and unended)):
@@ -7872,8 +9047,12 @@ def _raise_descriptor_limit() -> None:
 
 def command_migrate(context: Context) -> int:
     before, after = context.store.database.migrate()
-    context.show({"before": before, "after": after},
-                 f"{context.store.database}: schema {after}" + (f", was {before}" if before != after else ""))
+    document: dict[str, Any] = {"before": before, "after": after}
+    text = f"{context.store.database}: schema {after}" + (f", was {before}" if before != after else "")
+    if context.options.first_version is not None:
+        document["nextVersion"] = context.store.set_first_version(context.options.first_version)
+        text += f"; the next release is version {document['nextVersion']}"
+    context.show(document, text)
     return EXIT_DONE
 
 
@@ -7898,6 +9077,8 @@ def _labels_option(pairs: Sequence[str]) -> dict[str, str]:
         key, equals, value = pair.partition("=")
         if not key or not equals:
             raise AppError(2003, f"--label {one_line(pair, 60)} must be K=V")
+        if key in labels:
+            raise AppError(2003, f"--label {one_line(key, 60)} is given twice: a node has one value of each label")
         labels[key] = value
     return labels
 
@@ -8043,6 +9224,8 @@ VERIFY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
     ("--verify-status", "status", _number_or_text, "N", "its status (200)"),
     ("--verify-timeout", "timeoutSec", _duration_s, "TIME", "for one probe (5)"),
     ("--verify-successes", "successes", _number_or_text, "N", "so many in a row (1)"),
+    ("--verify-host", "host", str, "NAME", "the site to ask for: the Host header, and the name in TLS"),
+    ("--verify-contains", "contains", str, "TEXT", "a text that the answer must hold"),
 )
 
 
@@ -8068,25 +9251,34 @@ def command_create(context: Context) -> int:
         body["strategy"]["verify"] = verify
     if options.label:
         body["labels"] = _labels_option(options.label)
+    if options.version is not None:
+        body["version"] = options.version
     store = context.open(create=True)
     if options.node:
         body["nodeIds"] = [store.node_named(name).id for name in options.node]
     request = parse_release_request(body)
     if options.plan:
         return _show_plan(context, store.plan_release(request))
-    return _show_created(context, *store.create_release(request, context.actor))
+    return _show_created(context, store.create_release(request, context.actor))
 
 
 def _show_plan(context: Context, plan: Plan) -> int:
     """Prints what a release would do, and whom it would leave out."""
-    limits = [("nodes", sum(map(len, plan.batches))), ("failed in all, at most", plan.max_failed_total),
+    payload = "payload of release {} (v{})".format(*plan.payload_of) if plan.payload_of else None
+    limits = [("version", plan.version), ("sends", payload), ("nodes", sum(map(len, plan.batches))),
+              ("failed in all, at most", plan.max_failed_total),
               ("in flight at once, at most", plan.strategy.max_parallel or None)]
     text = table([(number, len(ids), most, _words(ids)) for number, (ids, most) in enumerate(
         zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "ids of nodes"))
-    left_out = [f"left out: {node.name} is {node.condition}" for node in plan.left_out]
+    emptied = [f"left without any site: {', '.join(plan.emptied)}"] if plan.emptied else []
     context.show(plan_json(plan), "\n".join(
-        [text, *(f"{name}: {value}" for name, value in limits if value is not None), *left_out]))
+        [text, *(f"{name}: {value}" for name, value in limits if value is not None), *_left_out_lines(plan.left_out),
+         *emptied]))
     return EXIT_DONE
+
+
+def _left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
+    return [f"left out: {one.name} is {one.why}" for one in left_out]
 
 
 def _check_wait(options: argparse.Namespace) -> None:
@@ -8094,13 +9286,16 @@ def _check_wait(options: argparse.Namespace) -> None:
         raise AppError(2001, "--timeout and --until go with --wait")
 
 
-def _show_created(context: Context, release: Release, batches: Sequence[Sequence[int]]) -> int:
+def _show_created(context: Context, made: Made) -> int:
+    release = made.release
+    left_out = _left_out_lines(made.left_out) if release.retry_of or release.rollback_of else []
     if context.options.wait:
-        print(f"{release}: created", file=sys.stderr)
+        print("\n".join([f"{release}: created", *left_out]), file=sys.stderr)
         return _watch(context, release.id)
-    context.show(created_json(release, batches),
-                 f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
-                 f"{_words([len(batch) for batch in batches])}")
+    as_json = created_again_json if release.retry_of or release.rollback_of else created_json
+    context.show(as_json(made), "\n".join([
+        f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
+        f"{_words([len(batch) for batch in made.batches])}", *left_out]))
     return EXIT_DONE
 
 
@@ -8181,7 +9376,7 @@ def _watch(context: Context, release_id: int) -> int:
         time.sleep(min(WATCH_EVERY_S, left_s))
     release = progress.release
     context.show({"release": release_json(release)}, release_line(release))
-    return exit_code_of(release)
+    return exit_code_of(store, release)
 
 
 def command_events(context: Context) -> int:
@@ -8205,9 +9400,12 @@ def command_act(context: Context) -> int:
 def command_again(context: Context) -> int:
     options = context.options
     _check_wait(options)
-    make = {"retry": Store.retry, "rollback": Store.rollback}[options.command]
-    return _show_created(context, *make(context.open(), options.id, context.actor,
-                                        parse_text("--reason", options.reason)))
+    wish = Again(parse_text("--reason", options.reason), options.over_newer, getattr(options, "to", None))
+    store = context.open()
+    if options.plan:
+        return _show_plan(context, store.plan_again(options.command, options.id, wish))
+    make = {"retry": store.retry, "rollback": store.rollback}[options.command]
+    return _show_created(context, make(options.id, context.actor, wish))
 
 
 def command_freeze(context: Context) -> int:
@@ -8341,6 +9539,10 @@ def _id_or_latest(text: str) -> int | str:
 
 _ID_OPTION = _option("id", metavar="ID", type=_number_option(0, MAX_ID), help="id of the release")
 _REASON_OPTION = _option("--reason", default="", metavar="TEXT", help="why, for the history")
+_AGAIN_OPTIONS = (
+    _REASON_OPTION,
+    _option("--over-newer", action="store_true", help="also where a node has a newer success"),
+    _option("--plan", action="store_true", help="show what it would do, and create nothing"))
 _WATCH_OPTIONS = (
     _option("--until", type=_until, default=Until(), metavar="WHAT", help="terminal, paused or batch=N (terminal)"),
     _option("--timeout", type=_duration_s, metavar="TIME", help="exit 75 when it is over: 90, 5m"))
@@ -8368,7 +9570,9 @@ COMMANDS: tuple[Command, ...] = (
         _option("--drain", action="store_true", help="go on until nothing is left to do"),
         _option("--metrics-file", default="", metavar="FILE",
                 help="write figures there for node_exporter's textfile collector: a name that ends with .prom"))),
-    Command("migrate", "bring the database to this schema.sql", command_migrate),
+    Command("migrate", "bring the database to this schema.sql", command_migrate, (
+        _option("--first-version", type=_number_option(1, MAX_VERSION), metavar="N",
+                help="number new releases from N on: after a restore, or beside agents that are further on"),)),
     Command("node add", "add a node", command_node_add, (
         _option("name", metavar="NAME"), _option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
     Command("node list", "list the nodes", command_node_list),
@@ -8386,6 +9590,8 @@ COMMANDS: tuple[Command, ...] = (
         _REASON_OPTION, _option("--target", default="cdn"),
         _option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
         _option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
+        _option("--version", type=_number_option(1, MAX_VERSION), metavar="N",
+                help="a higher version than the next one"),
         *(_option(flag, type=parse, metavar=metavar, help=text)
           for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS)),
         _option("--plan", action="store_true", help="show what it would do, and create nothing"), *_WAIT_OPTIONS)),
@@ -8408,9 +9614,11 @@ COMMANDS: tuple[Command, ...] = (
         _ID_OPTION, _REASON_OPTION,
         _option("--force", action="store_true", help="at once: what is in flight is given up, its outcome unknown"))),
     Command("retry", "a new release for the failed and skipped nodes of one", command_again,
-            (_ID_OPTION, _REASON_OPTION, *_WAIT_OPTIONS)),
-    Command("rollback", "a new release of the newest successful payload before one", command_again,
-            (_ID_OPTION, _REASON_OPTION, *_WAIT_OPTIONS)),
+            (_ID_OPTION, *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
+    Command("rollback", "a new release that brings back what the nodes of one had before", command_again,
+            (_ID_OPTION, _option("--to", type=_number_option(1, MAX_ID), metavar="ID",
+                                 help="the payload of this release (what most of the nodes had before)"),
+             *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("freeze", "let nothing new be dispatched, by any process (on), or again (off); without a word: say which",
             command_freeze, (_option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),
     Command("check", "configuration, certificates, database, agents: what is wrong and how to mend it",
@@ -8436,8 +9644,41 @@ COMMON_OPTIONS = (
 )
 
 
+class _StoreOnce(argparse.Action):
+    """Store a value; an option that takes one is refused a second, which would silently win."""
+
+    is_given = False
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        if self.is_given and option_string:
+            parser.error(f"{option_string} is given twice")
+        self.is_given = True
+        setattr(namespace, self.dest, values)
+
+
+class _StoreSwitch(argparse.Action):
+    """Store True or False; the same again is no harm, the opposite is."""
+
+    def __init__(self, const: bool, **keywords: Any):
+        super().__init__(nargs=0, const=const, **keywords)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, _values: Any,
+                 option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest, None) is (not self.const) and self.default is None:
+            parser.error(f"{option_string} says the opposite of another option")
+        setattr(namespace, self.dest, self.const)
+
+
 class _Parser(argparse.ArgumentParser):
     """Tells wrong usage as every other error is told: one line, no secret in it."""
+
+    def __init__(self, *args: Any, **keywords: Any):
+        super().__init__(*args, **keywords)
+        for name in (None, "store"):
+            self.register("action", name, _StoreOnce)
+        self.register("action", "store_true", functools.partial(_StoreSwitch, const=True))
+        self.register("action", "store_false", functools.partial(_StoreSwitch, const=False))
 
     def error(self, message: str) -> NoReturn:
         raise AppError(2002, f"{safe_url(message)} (see `{self.prog} --help`)")

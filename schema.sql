@@ -168,3 +168,64 @@ CREATE INDEX release_tasks_by_retry_of ON release_tasks (retry_of);
 CREATE INDEX release_tasks_by_rollback_of ON release_tasks (rollback_of);
 
 INSERT INTO schema_version (version) VALUES (4);
+
+-- step 5: what is said of a node is what happened there
+
+-- The highest version that was ever sent to a node: raised in the transaction that writes a dispatch down.
+ALTER TABLE nodes ADD COLUMN last_version BIGINT NOT NULL DEFAULT 0;
+
+-- Eight hex digits of each release in its tasks' ids. '': a person wrote the row, and the claim draws it.
+ALTER TABLE release_tasks ADD COLUMN tag TEXT NOT NULL DEFAULT '';
+
+-- soak_until by the clock that nobody sets: BOOT-ID SECONDS. The same for hold_until and started_at of a node.
+ALTER TABLE release_tasks ADD COLUMN soak_clock TEXT NOT NULL DEFAULT '';
+
+ALTER TABLE release_task_nodes ADD COLUMN hold_clock TEXT NOT NULL DEFAULT '';
+
+ALTER TABLE release_task_nodes ADD COLUMN started_clock TEXT NOT NULL DEFAULT '';
+
+-- For how long pauses and freezes kept the node from its dispatch: no part of its deadline.
+ALTER TABLE release_task_nodes ADD COLUMN waited_sec DOUBLE PRECISION NOT NULL DEFAULT 0;
+
+-- The node as it was when the release was made. '' and 0: a person wrote the row, and the claim fills it.
+ALTER TABLE release_task_nodes ADD COLUMN node_name TEXT NOT NULL DEFAULT '';
+
+ALTER TABLE release_task_nodes ADD COLUMN main_ip TEXT NOT NULL DEFAULT '';
+
+ALTER TABLE release_task_nodes ADD COLUMN agent_port INTEGER NOT NULL DEFAULT 0;
+
+-- Who was left out of what the key made, as JSON.
+ALTER TABLE idempotency_keys ADD COLUMN left_out TEXT NOT NULL DEFAULT '[]';
+
+-- One row: from which version on releases are numbered (migrate --first-version), and which timeline of the
+-- server was seen by a writer, and since when (PostgreSQL: a failover begins a new one).
+CREATE TABLE database_state (
+    id            INTEGER NOT NULL PRIMARY KEY CHECK (id = 1),
+    first_version BIGINT NOT NULL DEFAULT 1 CHECK (first_version BETWEEN 1 AND 9007199254740992),
+    timeline      BIGINT NOT NULL DEFAULT 0,
+    moved_at      TEXT
+);
+
+INSERT INTO database_state (id) VALUES (1);
+
+UPDATE release_task_nodes
+SET (node_name, main_ip, agent_port) =
+    (SELECT h.name, h.main_ip, h.agent_port FROM nodes h WHERE h.id = release_task_nodes.node_id)
+WHERE node_id IN (SELECT id FROM nodes);
+
+UPDATE nodes
+SET last_version = COALESCE((SELECT MAX(r.version)
+                             FROM release_task_nodes n
+                             JOIN release_tasks r ON r.id = n.release_task_id
+                             WHERE n.node_id = nodes.id AND n.attempts > 0), 0);
+
+-- The next version is above every one that a node was sent.
+CREATE INDEX nodes_by_last_version ON nodes (last_version);
+
+-- What was sent to an address, whatever rows name it.
+CREATE INDEX nodes_by_address ON nodes (main_ip, agent_port);
+
+-- The pauses and freezes of one release, among the events of its nodes.
+CREATE INDEX release_events_of_releases ON release_events (release_task_id, id) WHERE node_id IS NULL;
+
+INSERT INTO schema_version (version) VALUES (5);

@@ -5,7 +5,8 @@
         assert browser.run("document.title") == "..."
 
 The pipe carries the Chrome DevTools Protocol: JSON messages, each ended by a NUL, in on descriptor
-3 and out on 4. What the page logs, throws and asks for is kept in `errors` and `requests`.
+3 and out on 4. What the page logs, throws and asks for is kept in `errors` and `requests`; what it
+asks for other than by GET also in `changes`, with its body.
 """
 from __future__ import annotations
 
@@ -42,6 +43,7 @@ class Browser:
         self._numbers, self._read, self._session = itertools.count(1), b"", ""
         self.errors: list[str] = []
         self.requests: list[str] = []
+        self.changes: list[tuple[str, str, Any]] = []
         self.answers: list[tuple[int, str]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -76,10 +78,11 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def key(self, key: str, text: str = "") -> None:
-        """Presses a key for real."""
-        for kind in ("keyDown", "keyUp"):
+    def key(self, key: str, text: str = "", held: int = 0) -> None:
+        """Presses a key for real; held: so often it comes again before it is let go."""
+        for turn, kind in enumerate(["keyDown"] * (1 + held) + ["keyUp"]):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, text=text if kind == "keyDown" else "",
+                      autoRepeat=kind == "keyDown" and turn > 0,
                       windowsVirtualKeyCode={"Enter": 13, "Tab": 9, "Escape": 27, "ArrowRight": 39, " ": 32}[key])
 
     def look(self, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
@@ -125,7 +128,11 @@ class Browser:
 
     def _note(self, event: str, params: dict[str, Any]) -> None:
         if event == "Network.requestWillBeSent":
-            self.requests.append(params["request"]["url"])
+            request = params["request"]
+            self.requests.append(request["url"])
+            if request["method"] != "GET":
+                path = "/" + request["url"].split("/", 3)[3]
+                self.changes.append((request["method"], path, json.loads(request.get("postData") or "null")))
         elif event == "Network.responseReceived":
             self.answers.append((params["response"]["status"], params["response"]["url"]))
         elif event == "Runtime.exceptionThrown":

@@ -155,6 +155,10 @@ def add_nodes(store: rc.Store, count: int, protocol: str = "tasks", first: int =
             for n in range(first, first + count)]
 
 
+# What a release to execute agents needs at least: they would drop all their sites without it.
+SITES = {"websites": []}
+
+
 def new_release(store: rc.Store, **fields) -> rc.Release:
     """Creates a release for the nodes there are."""
     return store.create_release(rc.ReleaseRequest(**fields), "test")[0]

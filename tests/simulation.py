@@ -6,20 +6,30 @@ processes, which crash, are suspended and lose the database, each at the moments
 gives. Transactions are atomic here, as both engines promise; what happens between, before and
 after them is what this explores.
 
-After every commit and every event the invariants of section 3 of the contract are checked; a
-violation raises Violation with the seed and the schedule that led to it. With steering the
-releases have random strategies and people use every verb and the freeze; what those promise is
-checked too. Run one seed alone:
+After every commit and every event the invariants of sections 1 and 3 of the contract are
+checked; a violation raises Violation with the seed and the schedule that led to it. There are
+three worlds, each with all that the one before has:
 
-    python tests/simulation.py SEED [steering]
+    plain     releases of two targets on the same nodes, and every fault of a process
+    steering  random strategies; people use every verb and the freeze
+    shared    releases that share some nodes and come later, also by hand; databases that go
+              back, clocks that are set, two nodes at one address, pauses longer than deadlines
+
+Run one seed alone:
+
+    python tests/simulation.py SEED [plain|steering|shared]
 """
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import heapq
 import itertools
 import random
+import sqlite3
 import sys
+import typing
 from pathlib import Path
 from typing import Callable
 
@@ -28,14 +38,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import releasectl as rc  # noqa: E402
 
 TTL_S, INTERVAL_S, CONNECT_S, REQUEST_S, DEADLINE_S = 6.0, 1.0, 1.0, 6.0, 300.0
+# In the shared world people pause for longer than this.
+SHORT_DEADLINE_S = 20.0
 # After this the faults stop, and everything must come to its end before the second.
 FAULTS_UNTIL_S, END_S = 60.0, 2000.0
 EPOCH_S = 1_790_000_000.0
 # So many things at one moment are no schedule any more.
 STANDSTILL = 5000
+# How much later than it happened a process may notice a pause, a resume or a freeze.
+NOTICE_S = 3 * INTERVAL_S
+# A soak, with all that is not its own, is over so long after its time.
+LATE_SOAK_S = 120.0
+WORLDS = PLAIN, STEERING, SHARED = "plain", "steering", "shared"
 
 LEGAL_NODE = {("pending", "running"), ("running", "success"), ("running", "failed"), ("pending", "skipped"),
-              ("success", "failed")}  # the last one: the look at the end of a soak
+              ("pending", "failed"),   # it was sent a higher version meanwhile
+              ("success", "failed")}   # the look at the end of a soak
 LEGAL_RELEASE = {
     ("", "pending"), ("pending", "running"), ("running", "success"), ("running", "partial"), ("running", "failed"),
     ("pending", "paused"), ("running", "paused"), ("paused", "pending"), ("paused", "running"),
@@ -51,16 +69,19 @@ class Crash(BaseException):
 
 
 class SimClock(rc.Clock):
-    """The wall is the database's for all; each process has its own zero of elapsed time."""
+    """The clocks of the one host: the wall, which people set, and the time since its boot, which nobody sets."""
 
-    def __init__(self, world: Simulation, offset: float):
-        self._world, self._offset = world, offset
+    def __init__(self, world: Simulation):
+        self._world = world
 
     def wall(self) -> float:
-        return EPOCH_S + self._world.now
+        return self._world.wall
 
     def elapsed(self) -> float:
-        return self._offset + self._world.now
+        return self._world.up_s + self._world.now
+
+    def boot(self) -> str:
+        return "the-only-boot"
 
 
 class SimEngine(rc.SqliteEngine):
@@ -72,9 +93,12 @@ class SimEngine(rc.SqliteEngine):
         super().__init__("sqlite:///:memory:")
         self._world = world
 
+    def identity(self) -> object:
+        return None
+
     def connect(self, create: bool):
         connection = super().connect(create)
-        connection.create_function("world_now", 0, lambda: rc.utc_text(EPOCH_S + self._world.now))
+        connection.create_function("world_now", 0, lambda: rc.utc_text(self._world.wall))
         return connection
 
 
@@ -91,6 +115,29 @@ class SimDatabase(rc.Database):
         """Gives the rows of a query from outside of the world."""
         with rc.Database.transaction(self) as tx:
             return tx.rows(statement, *params)
+
+    def write_by_hand(self, *statements: tuple) -> None:
+        """Does what a person types into sqlite3, in one transaction."""
+        if self.is_out:
+            raise rc.DatabaseError("simulated: out of reach")
+        with rc.Database.transaction(self, write=True) as tx:
+            for statement, *params in statements:
+                tx.execute(statement, *params)
+        self._world.check()
+
+    def saved(self) -> sqlite3.Connection:
+        """Gives a copy of all that is in it."""
+        copied = sqlite3.connect(":memory:", check_same_thread=False)
+        connection, identity, _ = self._take(False)
+        connection.backup(copied)
+        self._give_back(connection, identity)
+        return copied
+
+    def put_back(self, saved: sqlite3.Connection) -> None:
+        """Puts a copy in the place of all that is in it."""
+        connection, identity, _ = self._take(False)
+        saved.backup(connection)
+        self._give_back(connection, identity)
 
     @contextlib.contextmanager
     def transaction(self, write: bool = False, create: bool = False):
@@ -112,44 +159,149 @@ class SimDatabase(rc.Database):
             raise rc.DatabaseError("simulated: committed, and the answer was lost")
 
 
+@dataclasses.dataclass(eq=False)
+class Send:
+    """A dispatch, from the moment that its intent was committed."""
+    number: int
+    owner: SimExecutor
+    release_id: int
+    node_id: int
+    address: str
+    version: int
+    mark: str
+    has_left: bool = False
+    # Which restore took its intent out of the database, 0 for none.
+    lost_in: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class Run:
+    """What an agent really did: only this makes a success true."""
+    send: Send
+    task_id: str
+    began: float
+    ends: float
+    is_good: bool
+    killed: float | None = None
+
+    def is_live(self, now: float) -> bool:
+        return self.killed is None and now < self.ends
+
+    def ended_well(self, now: float) -> bool:
+        return self.is_good and self.killed is None and self.ends <= now
+
+    def seconds_since(self, since: float, now: float) -> float:
+        """Gives how long it was at work between two moments."""
+        ends = self.ends if self.killed is None else self.killed
+        return max(0.0, min(ends, now) - max(self.began, since))
+
+
 class SimAgent:
-    """An agent of either dialect, with the memory that the contract gives it."""
+    """An agent of either dialect, as section 1 of the contract has it: ids in memory, the version on its disk."""
 
     def __init__(self, world: Simulation, address: str, protocol: str):
         self.world, self.address, self.protocol = world, address, protocol
-        self.lifetime = 0
-        self.tasks: dict[str, tuple[float, bool]] = {}
-        self.runs: dict[tuple[int, int], int] = {}
-        self.busy: dict[int, int] = {}
-        self.applied: set[int] = set()
+        # Whether it gives tasks ids of its own.
+        self.renames = False
+        # Until when it answers 503.
+        self.is_bad_until = 0.0
+        self.started = 0.0
+        self.names: dict[str, str] = {}
+        # What it knows of, by its own ids; None: a version that it had already.
+        self.tasks: dict[str, Run | None] = {}
+        self.runs: list[Run] = []
 
     def restart(self) -> None:
-        self.lifetime += 1
+        """Forgets all ids, and breaks off what it is at."""
+        self.started = self.world.now
+        self.names.clear()
         self.tasks.clear()
-        self.busy.clear()
+        for run in self.live():
+            run.killed = self.world.now
 
-    def start(self, task_id: str, version: int, duration_s: float, is_good: bool) -> None:
+    def live(self) -> list[Run]:
+        return [run for run in self.runs if run.is_live(self.world.now)]
+
+    @property
+    def applied(self) -> int:
+        """The version that it has."""
+        return max((run.send.version for run in self.runs if run.ended_well(self.world.now)), default=0)
+
+    def ran(self, mark: str) -> bool:
+        """Says whether it ever applied the payload with this mark."""
+        return any(run.send.mark == mark and run.ended_well(self.world.now) for run in self.runs)
+
+    def take(self, send: Send, task_id: str, duration_s: float, is_good: bool) -> str:
+        """Takes a dispatch of the dialect `tasks`; gives the id to ask for."""
+        name = self.names.setdefault(task_id, f"agent-{next(self.world.numbers)}" if self.renames else task_id)
+        if name not in self.tasks:
+            is_old = send.version <= self.applied
+            self.tasks[name] = None if is_old else self.start(send, task_id, duration_s, is_good)
+        return name
+
+    def start(self, send: Send, task_id: str, duration_s: float, is_good: bool) -> Run:
         """Runs a task; an execute agent does not notice that it runs already."""
-        self.runs[self.lifetime, version] = self.runs.get((self.lifetime, version), 0) + 1
+        run = Run(send, task_id, self.world.now, self.world.now + duration_s, is_good)
+        for other in self.live():
+            self.world.check_together(self, other, send)
+        for other in self.runs:
+            if other.send.mark == send.mark and other.began >= self.started and not other.send.lost_in:
+                self.world.fail(f"{self.address} ran {send.mark} twice in one lifetime, as {other.task_id} and {task_id}")
+        self.runs.append(run)
         self.world.figures["runs"] += 1
-        if self.protocol == "tasks" and self.runs[self.lifetime, version] > 1:
-            self.world.fail(f"{self.address} ran v{version} twice in one lifetime")
-        if self.protocol == "execute" and self.busy:
-            self.world.fail(f"{self.address} has v{version} and v{next(iter(self.busy.values()))} under way at once")
-        lifetime, number = self.lifetime, next(self.world.numbers)
-        self.busy[number] = version
-        self.tasks[task_id] = (self.world.now + duration_s, is_good)
+        return run
 
-        def finish() -> None:
-            if self.lifetime == lifetime:
-                self.busy.pop(number)
-                if is_good:
-                    self.applied.add(version)
-        self.world.at(duration_s, finish)
+    def execute(self, send: Send, task_id: str, duration_s: float, is_good: bool) -> Run | None:
+        """Takes a request of the dialect `execute`; gives the run that answers it, None for an old version."""
+        known = self.tasks.get(task_id)
+        if known is not None and not known.is_live(self.world.now):
+            return known
+        if known is None and send.version <= self.applied:
+            return None
+        run = self.tasks[task_id] = self.start(send, task_id, duration_s, is_good)
+        return run
+
+
+@dataclasses.dataclass
+class Ledger:
+    """What the world remembers of a database, saved and put back with it."""
+    seen_events: int = 0
+    statuses: dict[object, str] = dataclasses.field(default_factory=dict)
+    holders: dict[int, tuple[str, int]] = dataclasses.field(default_factory=dict)
+    # When the last node of a batch was at rest, and the batches after which somebody resumed.
+    rested: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)
+    resumed: set[tuple[int, int]] = dataclasses.field(default_factory=set)
+    # How long a pause or a freeze held a release, and since when one does.
+    held_s: dict[int, float] = dataclasses.field(default_factory=dict)
+    held_since: dict[int, float] = dataclasses.field(default_factory=dict)
+    # When a node's first dispatch was written down, and how long its release had been held by then.
+    begun: dict[tuple[int, int], tuple[float, float]] = dataclasses.field(default_factory=dict)
+    first_version: int = 0
+
+    def note_held(self, release_id: int, is_held: bool, now: float) -> None:
+        """Takes down whether a pause or a freeze holds a release from now on."""
+        if is_held:
+            self.held_since.setdefault(release_id, now)
+        elif release_id in self.held_since:
+            self.held_s[release_id] = self.held_so_far(release_id, now)
+            del self.held_since[release_id]
+
+    def held_so_far(self, release_id: int, now: float) -> float:
+        return self.held_s.get(release_id, 0.0) + now - self.held_since.get(release_id, now)
+
+
+class Snapshot(typing.NamedTuple):
+    """A copy of the database, and where the world stood."""
+    number: int
+    saved: sqlite3.Connection
+    ledger: Ledger
 
 
 class SimDriver(rc.Driver):
     """The driver without its thread: the world turns it."""
+
+    turns = 0
+    is_turning = False
 
     def start(self) -> None:
         self._executor.world.turn(self._executor, self)
@@ -158,49 +310,87 @@ class SimDriver(rc.Driver):
         pass
 
 
+class SimStore(rc.Store):
+    """The store of one process, which the world asks what it saw."""
+
+    owner: SimExecutor
+
+    def look(self):
+        found = super().look()
+        self.owner.saw_events(self.owner.world.ledger.seen_events)
+        return found
+
+    def commit(self, claim, release, decision, now, actor) -> None:
+        world = self.owner.world
+        world.decided_at = now.elapsed - world.up_s
+        try:
+            super().commit(claim, release, decision, now, actor)
+            self.owner.saw_events(world.ledger.seen_events)
+        finally:
+            world.decided_at = None
+
+
 class SimExecutor(rc.Executor):
     """A process: alive, suspended until some time, or dead."""
 
     def __init__(self, world: Simulation, settings: rc.Settings, number: int):
-        clock = SimClock(world, world.random.uniform(0, 1e5))
-        super().__init__(settings, rc.Store(world.database, clock), world.agents_stub)
+        store = SimStore(world.database, SimClock(world))
+        super().__init__(settings, store, world.agents_stub)
+        store.owner = self
         self.world = world
         self.owner = f"owner-{number}"
         self.is_tick = world.faults and world.random.random() < 0.3
         self.is_dead = False
         self.suspended_until = 0.0
+        # The highest version that it made, claimed or sent, the newest event at its last look or
+        # commit, and the restores that it can notice by that.
+        self.seen_version = 0
+        self.seen_event = 0
+        self.can_notice: set[int] = set()
+
+    def saw_events(self, newest: int) -> None:
+        self.seen_event = max(self.seen_event, newest)
 
     def _start_threads(self) -> None:
         """Starts none: the world renews and talks."""
 
     def submit(self, work: Callable[[], None]) -> None:
-        self.world.request(self, *work.args)  # type: ignore[attr-defined]
+        self.world.request(self, work.func.__self__, *work.args)  # type: ignore[attr-defined]
 
 
 class Simulation:
     """One schedule, made of one seed."""
 
     at_once = False
+    deadline_s = DEADLINE_S
+    # So many times as long a run takes in an agent of `tasks`.
+    slowness = 4
 
-    def __init__(self, seed: int, owners: int = 0, faults: bool = True, steering: bool = False):
-        self.seed, self.steering = seed, steering
+    def __init__(self, seed: int, owners: int = 0, faults: bool = True, world: str = PLAIN):
+        self.seed, self.steering = seed, world != PLAIN
         self.random = random.Random(seed)
         self.now = 0.0
-        self.numbers = itertools.count()
+        # Since the boot of the host until the schedule began, and how far people set its clock.
+        self.up_s, self.set_s = self.random.uniform(0, 1e5), 0.0
+        self.numbers = itertools.count(1)
         self.events: list[tuple[float, int, SimExecutor | None, Callable[[], None]]] = []
         self.schedule: list[str] = []
         self.faults = faults
         self.running: SimExecutor | None = None
-        self.seen_events = 0
-        self.statuses: dict[object, str] = {}
-        self.holders: dict[int, str] = {}
-        # When the last node of a batch was at rest, and the batches after which somebody resumed.
-        self.rested: dict[tuple[int, int], float] = {}
-        self.resumed: set[tuple[int, int]] = set()
-        # How many probes of a release on a node passed in a row, and when as many did as its strategy wants.
-        self.streaks: dict[tuple[int, str], int] = {}
-        self.verified: dict[tuple[int, str], list[float]] = {}
+        self.ledger = Ledger()
+        # The moment of the decision that is being committed.
+        self.decided_at: float | None = None
+        # How many probes of a payload on a node passed in a row, by who probes, and when as many did
+        # as its strategy wants.
+        self.streaks: dict[tuple[str, str, SimExecutor], int] = {}
+        self.verified: dict[tuple[str, str], list[float]] = {}
+        self.sends: list[Send] = []
+        self.restores = 0
+        self.clock_set_at = -1.0
+        # Until then leases may overlap: the clock was set, or the claims are those of an older database.
+        self.leases_clash_until = 0.0
         self.at_one_moment = 0
+        self.looks_at_the_end_at = FAULTS_UNTIL_S
         self.figures = dict.fromkeys(("runs", "crashes", "suspensions", "take-overs", "lost answers", "restarts",
                                       "database faults", "commits", "verbs"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
@@ -210,17 +400,23 @@ class Simulation:
         self.settings = rc.Settings.load({
             "RELEASE_EXECUTOR_INTERVAL_SEC": str(INTERVAL_S), "CLAIM_TTL_SEC": str(TTL_S), "MTLS_ENABLED": "0",
             "AGENT_CONNECT_TIMEOUT_SEC": str(CONNECT_S), "AGENT_REQUEST_TIMEOUT_SEC": str(REQUEST_S),
-            "AGENT_RETRIES": self.random.choice(["2", "100"]), "NODE_DEADLINE_SEC": str(DEADLINE_S),
+            "AGENT_RETRIES": self.random.choice(["2", "100"]), "NODE_DEADLINE_SEC": str(self.deadline_s),
             "AGENT_CONCURRENCY": self.random.choice(["1", "2", "16"])})
-        self.store = rc.Store(self.database, SimClock(self, 0.0))
+        self.store = rc.Store(self.database, SimClock(self))
         self.agents: dict[str, SimAgent] = {}
-        self._people()
         self.is_set_up = True
-        self.owners = [SimExecutor(self, self.settings, n) for n in range(owners or self.random.randint(1, 3))]
+        self.owners: list[SimExecutor] = []
+        self._people()
+        self.owners += [SimExecutor(self, self.settings, n) for n in range(owners or self.random.randint(1, 3))]
         for owner in self.owners:
             self._boot(owner)
         if faults:
             self.at(self.random.uniform(0, 5), self._fault)
+
+    @property
+    def wall(self) -> float:
+        """What the clock on the wall of the host shows, which is the database's too."""
+        return EPOCH_S + self.now + self.set_s
 
     # -- the world ---------------------------------------------------------------------------
 
@@ -232,12 +428,17 @@ class Simulation:
             self.agents[agent.address] = agent
             self.store.add_node(f"edge-{number}", agent.address, agent_protocol=protocol)
         for target in self.random.choices(["cdn", "dns"], k=self.random.randint(1, 3)):
-            self.store.create_release(rc.ReleaseRequest(target, strategy=self._strategy()), "test")
+            self.store.create_release(rc.ReleaseRequest(target, payload=self._payload(), strategy=self._strategy()),
+                                      "test")
         if self.steering:
             self.at(self.random.uniform(0, 5), self._steer)
         elif self.faults and self.random.random() < 0.4:
             verb = self.random.choice(["pause", "cancel"])
             self.at(self.random.uniform(0, 20), lambda: self._act(verb))
+
+    def _payload(self) -> dict[str, object]:
+        """Gives a payload that no other release has."""
+        return {"websites": [], "mark": f"mark-{next(self.numbers)}"}
 
     def _strategy(self) -> dict[str, object]:
         """Gives what a release may be asked to be, each key now and then."""
@@ -247,7 +448,7 @@ class Simulation:
             "batches": [[1, 1], ["50%"], [2], ["1%", "1%", "1%"]], "maxFailed": [1, "50%", "100%"],
             "maxFailedTotal": [0, 1, "50%"], "maxParallel": [1, 2], "soakSec": [0.5, 8], "pauseAfter": ["each", [1]],
             "onExceed": ["pause", "fail"], "retries": [0, 5],
-            "startAt": [rc.utc_text(EPOCH_S + self.random.uniform(0, 20))],
+            "startAt": [rc.utc_text(self.wall + self.random.uniform(0, 20))],
             "verify": [{"url": "http://{main_ip}/", "successes": self.random.choice([1, 3])}]}
         return {key: self.random.choice(values) for key, values in choices.items() if self.random.random() < 0.4}
 
@@ -259,10 +460,15 @@ class Simulation:
         if not is_late and verb in ("cancel", rc.CANCEL_BY_FORCE) and self.random.random() < 0.7:
             return
         with contextlib.suppress(rc.AppError):
-            if is_late or verb == "freeze":
-                self.store.set_freeze(not is_late and self.random.random() < 0.4, "anna", "holidays")
-            for release_id in self.versions if is_late else [self.random.choice(list(self.versions))]:
+            if verb == "freeze" or (is_late and self.store.freeze().frozen):
+                self._set_freeze(not is_late and self.random.random() < 0.4)
+            releases = list(self.versions)
+            for release_id in releases if is_late else releases and [self.random.choice(releases)]:
                 self._use("resume" if is_late else verb, release_id)
+
+    def _set_freeze(self, is_on: bool) -> None:
+        self.store.set_freeze(is_on, "anna", "holidays")
+        self.note(f"freeze {'on' if is_on else 'off'}")
 
     def _use(self, verb: str, release_id: int) -> None:
         if verb == "freeze":
@@ -273,7 +479,7 @@ class Simulation:
                 self.store.act(verb, release_id, "anna", **({"accept_failures": accepts} if verb == "resume" else {}))
                 self.note(f"{verb} release {release_id}")
                 self.figures["verbs"] += 1
-                self.resumed.add((release_id, before.passed_batch))
+                self.ledger.resumed.add((release_id, before.passed_batch))
                 return
 
     def _act(self, verb: str) -> None:
@@ -310,10 +516,12 @@ class Simulation:
         """Runs the schedule to its end; raises Violation."""
         while self.events:
             self._next()
-            if self.now > FAULTS_UNTIL_S and self._is_over():
-                break
+            if self.now > self.looks_at_the_end_at:
+                if self._is_over():
+                    break
+                self.looks_at_the_end_at = self.now + INTERVAL_S
             if self.now > END_S:
-                self.fail(f"releases that never ended: {self.database.look_in('SELECT * FROM release_tasks')}")
+                self.fail(f"releases that never ended: {self._open()}")
         self._check_end()
         self.database.close()
         return self
@@ -341,9 +549,10 @@ class Simulation:
         self.figures["suspensions"] += 1
         until = owner.suspended_until = self.now + self.random.uniform(0, 3 * TTL_S)
         self.note("is suspended between two transactions")
+        decided_at, self.decided_at = self.decided_at, None
         while self.events and self.events[0][0] < until:
             self._next()
-        self.now, self.running = max(self.now, until), owner
+        self.now, self.running, self.decided_at = max(self.now, until), owner, decided_at
         if owner.is_dead:
             raise Crash
         self.note("wakes up")
@@ -359,7 +568,11 @@ class Simulation:
             self.running = before
 
     def _is_over(self) -> bool:
-        return all(row[0] in rc.TERMINAL for row in self.database.look_in("SELECT status FROM release_tasks"))
+        return not self._open()
+
+    def _open(self) -> list[tuple]:
+        return self.database.look_in("SELECT id, status, status_reason, claim_owner, claim_expires_at "
+                                     "FROM release_tasks WHERE status IN ('pending', 'running', 'paused', 'cancelling')")
 
     # -- processes ---------------------------------------------------------------------------
 
@@ -379,19 +592,24 @@ class Simulation:
 
     def turn(self, owner: SimExecutor, driver: SimDriver) -> None:
         """Lets a driver take its turn, now and whenever its wait is over or an outcome came."""
-        if driver.lease.claim.release_id not in owner._drivers or owner._drivers[
-                driver.lease.claim.release_id] is not driver:
+        if owner._drivers.get(driver.lease.claim.release_id) is not driver:
             return
-        driver.turns = getattr(driver, "turns", 0) + 1  # type: ignore[attr-defined]
-        number = driver.turns  # type: ignore[attr-defined]
+        if driver.is_turning:  # it is suspended in the middle of a turn
+            self.at(0.1, lambda: self.turn(owner, driver), owner)
+            return
+        driver.turns += 1
+        number = driver.turns
         driver.collect(0.0)
-        wait_s = driver.step()
+        driver.is_turning = True
+        try:
+            wait_s = driver.step()
+        finally:
+            driver.is_turning = False
         if wait_s is None:
             driver.lease.is_lost = True
             owner.ended(driver)
             return
-        self.at(wait_s, lambda: self.turn(owner, driver) if driver.turns == number else None,  # type: ignore[attr-defined]
-                owner)
+        self.at(wait_s, lambda: self.turn(owner, driver) if driver.turns == number else None, owner)
 
     def _crash(self, owner: SimExecutor) -> None:
         if owner.is_dead:
@@ -405,53 +623,99 @@ class Simulation:
 
     # -- the network -------------------------------------------------------------------------
 
-    def request(self, owner: SimExecutor, op: str, node: rc.ReleaseNode, task: rc.AgentTask,
+    def request(self, owner: SimExecutor, driver: SimDriver, op: str, node: rc.ReleaseNode, task: rc.AgentTask,
                 written_at: rc.Moment) -> None:
         """Takes what a conversation would do: leave, arrive, and bring an outcome, each at its own time."""
-        driver = next(d for d in owner._active_drivers() if d._nodes.get(node.node_id)
-                      and task.version == self.store_version(d))
-
         def answer(value: rc.Answer | rc.AgentError | rc.Outcome) -> None:
             driver.results.put(value if isinstance(value, rc.Outcome) else rc.outcome_of(node.node_id, op, value))
             self.turn(owner, driver)
+
+        send = Send(next(self.numbers), owner, driver.lease.claim.release_id, node.node_id, node.main_ip,
+                    task.version, str(task.payload.get("mark", "")))
 
         def leave() -> None:
             if op == rc.DISPATCH and not driver.may_dispatch(written_at):
                 answer(rc.AgentError(rc.UNREACHABLE, "too late", reached=False, is_held=True))
                 return
-            *holder, status = self.database.look_in("SELECT claim_owner, claim_expires_at, status FROM release_tasks "
-                                                    "WHERE version = ?", task.version)[0]
-            # what was written down before a cancel by force may still leave: its outcome is unknown
-            if op == rc.DISPATCH and status != "cancelled" and (
-                    holder[0] != owner.owner or holder[1] <= rc.utc_text(EPOCH_S + self.now)):
-                self.fail(f"rule 9: {owner.owner} sent v{task.version} to {node.main_ip}, and {holder} held it")
-            self._travel(owner, op, node, task, answer)
+            if op == rc.DISPATCH:
+                self._check_dispatch(send, task)
+            self._travel(send, op, task, answer)
+        if op == rc.DISPATCH:
+            self.sends.append(send)
         if self.at_once:  # a mutant's
-            self._travel(owner, op, node, task, answer)
+            self._travel(send, op, task, answer)
         else:
             self.at(self.random.choice([0.0, 0.0, 0.01, CONNECT_S * 0.9]), leave, owner)
 
-    def store_version(self, driver: SimDriver) -> int:
-        return self.versions[driver.lease.claim.release_id]
+    def _check_dispatch(self, send: Send, task: rc.AgentTask) -> None:
+        """Checks what leaves for an agent: whose it is, its id, its payload and its version."""
+        owner, agent = send.owner, self.agents[send.address]
+        owner.seen_version = max(owner.seen_version, send.version)
+        send.has_left = True
+        name = f"{owner.owner} sent v{send.version} to {send.address}"
+        if not task.id.startswith(f"apply_config_{send.address}_{send.version}"):
+            self.fail(f"section 1: {name} as {task.id}")
+        if agent.protocol == "execute" and not isinstance(task.payload.get("websites"), list):
+            self.fail(f"section 1: {name} with {task.payload}, which empties it")
+        if send.lost_in:
+            return  # the database went back meanwhile, and can't have told
+        known = max((s.version for s in self.sends if s.address == send.address and s.has_left and not s.lost_in))
+        if send.version < known:
+            self.fail(f"section 1: {name}, which was sent v{known} before")
+        if self.now < self.leases_clash_until:
+            return
+        rows = self.database.look_in("SELECT claim_owner, claim_expires_at, status FROM release_tasks WHERE id = ?",
+                                     send.release_id)
+        *holder, status = rows[0] if rows else ("nobody", "", "gone")
+        # what was written down before a cancel by force may still leave: its outcome is unknown
+        if status != "cancelled" and (holder[0] != owner.owner or holder[1] <= rc.utc_text(self.wall)):
+            self.fail(f"rule 9: {name}, and {holder} held it")
+
+    def check_together(self, agent: SimAgent, live: Run, send: Send) -> None:
+        """Checks that what an agent is at allows what begins now: no address has two tasks at once."""
+        first, second = sorted((live.send, send), key=lambda s: s.number)
+        is_lost = first.lost_in != second.lost_in and first.lost_in > 0
+        if agent.protocol == "execute":
+            # who can see that the database went back leaves such an agent alone for a while
+            if is_lost and first.lost_in not in second.owner.can_notice:
+                return
+        elif is_lost or second.lost_in or not self._is_running(live.send):
+            return  # of which nobody can know, or nobody waits for any more
+        self.fail(f"rule 2: {agent.address} has {live.send.mark} (v{live.send.version}) of {live.send.owner.owner} and "
+                  f"{send.mark} (v{send.version}) of {send.owner.owner} under way at once")
+
+    def _is_running(self, send: Send) -> bool:
+        rows = self.database.look_in("SELECT status FROM release_task_nodes WHERE release_task_id = ? AND node_id = ?",
+                                     send.release_id, send.node_id)
+        return rows == [("running",)]
 
     @property
     def versions(self) -> dict[int, int]:
         return dict(self.database.look_in("SELECT id, version FROM release_tasks"))
 
-    def _note_probe(self, version: int, address: str, passes: bool) -> None:
-        strategy = rc.parse_strategy(rc.parse_json(self.database.look_in(
-            "SELECT strategy FROM release_tasks WHERE version = ?", version)[0][0]))
-        key = (version, address)
-        self.streaks[key] = self.streaks.get(key, 0) + 1 if passes else 0
-        if self.streaks[key] and self.streaks[key] % strategy.verify.successes == 0:
-            self.verified.setdefault(key, []).append(self.now)
+    def _strategy_of(self, release_id: int) -> rc.Strategy:
+        rows = self.database.look_in("SELECT strategy FROM release_tasks WHERE id = ?", release_id)
+        return rc.parse_strategy(rc.parse_json(rows[0][0])) if rows else rc.NO_STRATEGY
 
-    def _travel(self, owner, op, node, task, answer) -> None:
-        agent = self.agents[node.main_ip]
+    def _probe(self, send: Send) -> bool:
+        """Gives whether what a node serves passes a probe, and keeps count."""
+        passes = self._passes(send)
+        key = (send.mark, send.address, send.owner)
+        self.streaks[key] = self.streaks.get(key, 0) + 1 if passes else 0
+        verify = self._strategy_of(send.release_id).verify
+        if verify and self.streaks[key] and self.streaks[key] % verify.successes == 0:
+            self.verified.setdefault((send.mark, send.address), []).append(self.now)
+        return passes
+
+    def _passes(self, send: Send) -> bool:
+        return self.random.random() > 0.1
+
+    def _travel(self, send: Send, op: str, task: rc.AgentTask, answer) -> None:
+        """Takes a request there, or not, and its answer back, or not."""
+        agent, owner = self.agents[send.address], send.owner
         if op == rc.PROBE:
-            passes = self.random.random() > 0.1
-            self._note_probe(task.version, node.main_ip, passes)
-            said = rc.Outcome(node.node_id, op, rc.SUCCESS if passes else rc.UNCLEAR, "", "" if passes else rc.VERIFY,
+            passes = self._probe(send)
+            said = rc.Outcome(send.node_id, op, rc.SUCCESS if passes else rc.UNCLEAR, "", "" if passes else rc.VERIFY,
                               "" if passes else "HTTP 500")
             self.at(0.01, lambda: answer(said), owner)
             return
@@ -478,41 +742,56 @@ class Simulation:
         def arrive() -> None:
             if fate < 0.12:
                 deliver(None)  # cut before the agent saw it
+            elif self.now < agent.is_bad_until or 0.25 <= fate < 0.28:
+                deliver(rc.AgentError(rc.HTTP, "HTTP 503", reached=True))
             else:
-                self._serve(agent, op, node, task, deliver)
+                self._serve(agent, op, send, task, deliver)
         self.at(self.random.choice([0.0, 0.01, 0.3]), arrive)
 
-    def _serve(self, agent: SimAgent, op: str, node: rc.ReleaseNode, task: rc.AgentTask, deliver) -> None:
+    def _serve(self, agent: SimAgent, op: str, send: Send, task: rc.AgentTask, deliver) -> None:
         # the longest run that arrives late still ends before a hold of CONNECT_S + REQUEST_S does
         duration_s = self.random.choice([0.0, 0.1, 1.0, 3.0, 5.5])
         is_good = self.random.random() > 0.03
         if agent.protocol == "execute":
-            if task.version in agent.applied:
-                deliver(rc.Answer(rc.SUCCESS, task.id))
-                return
-            agent.start(task.id, task.version, duration_s, is_good)
-            said = rc.Answer(rc.SUCCESS, task.id) if is_good else rc.AgentError(
-                rc.AGENT_FAILED, "boom", reached=True, final=True)
-            lifetime, cut = agent.lifetime, rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_HOLD_S)
-            self.at(duration_s, lambda: deliver(said if agent.lifetime == lifetime else cut))
-            return
-        if op == rc.DISPATCH:
-            if task.id not in agent.tasks:
-                agent.start(task.id, task.version, duration_s * 4, is_good)
-            deliver(rc.Answer(rc.ACCEPTED, task.id))
+            self._execute(agent, send, task, duration_s, is_good, deliver)
+        elif op == rc.DISPATCH:
+            deliver(rc.Answer(rc.ACCEPTED, agent.take(send, task.id, duration_s * self.slowness, is_good)))
         elif task.id not in agent.tasks:
             deliver(rc.Answer(rc.UNKNOWN, task.id))
         else:
-            done_at, was_good = agent.tasks[task.id]
-            if self.now < done_at:
+            run = agent.tasks[task.id]
+            if run is not None and run.is_live(self.now):
                 deliver(rc.Answer(rc.WORKING, task.id))
-            elif was_good:
-                agent.applied.add(task.version)  # a slow disk may have kept its finish waiting
-                deliver(rc.Answer(rc.SUCCESS, task.id))
             else:
-                deliver(rc.AgentError(rc.AGENT_FAILED, "boom", reached=True, final=True))
+                deliver(self._word(run, task.id))
+
+    def _execute(self, agent: SimAgent, send: Send, task: rc.AgentTask, duration_s: float, is_good: bool,
+                 deliver) -> None:
+        run = agent.execute(send, task.id, duration_s, is_good)
+        if run is None:
+            deliver(self._already(send.version, agent.applied, task.id))
+            return
+        cut = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_HOLD_S)
+        self.at(max(0.0, run.ends - self.now), lambda: deliver(
+            self._word(run, task.id) if run.killed is None else cut))
+
+    @staticmethod
+    def _already(version: int, applied: int, task_id: str) -> rc.Answer | rc.AgentError:
+        """Gives what the client makes of "already applied"."""
+        if applied > version:
+            return rc.AgentError(rc.REJECTED, f"the agent is already at version {applied}", reached=True, final=True)
+        return rc.Answer(rc.SUCCESS, task_id, f"Version {version} already applied (current: {applied})", applied)
+
+    @staticmethod
+    def _word(run: Run | None, task_id: str) -> rc.Answer | rc.AgentError:
+        """Gives what an agent says of a task that is at its end; it takes what it has already for a success."""
+        if run is None or run.is_good:
+            return rc.Answer(rc.SUCCESS, task_id)
+        return rc.AgentError(rc.AGENT_FAILED, "boom", reached=True, final=True)
 
     # -- faults ------------------------------------------------------------------------------
+
+    kinds = ("crash", "suspend", "suspend long", "restart", "database")
 
     def _fault(self) -> None:
         """Does one thing to somebody, and plans the next."""
@@ -520,8 +799,11 @@ class Simulation:
             return
         self.at(self.random.expovariate(1 / 4), self._fault)
         owner = self.random.choice([o for o in self.owners if not o.is_dead])
-        kind = self.random.choice(["crash", "suspend", "suspend long", "restart", "database"])
+        kind = self.random.choice(self.kinds)
         self.note(f"{kind} {owner.owner}")
+        self._break(kind, owner)
+
+    def _break(self, kind: str, owner: SimExecutor) -> None:
         if kind == "crash":
             self._crash(owner)
         elif kind.startswith("suspend"):
@@ -555,7 +837,7 @@ class Simulation:
     # -- what must hold ----------------------------------------------------------------------
 
     def check(self) -> None:
-        """Checks section 3 of the contract on what was just committed."""
+        """Checks sections 1, 3 and 7 of the contract on what was just committed."""
         if not self.is_set_up:
             return
         self.figures["commits"] += 1
@@ -563,9 +845,10 @@ class Simulation:
             for row in tx.rows("""
                     SELECT r.id, r.status, r.total_nodes, r.success_nodes, r.failed_nodes,
                            SUM(n.status = 'success'), SUM(n.status = 'failed'), SUM(n.status = 'skipped'), COUNT(*)
-                    FROM release_tasks r JOIN release_task_nodes n ON n.release_task_id = r.id GROUP BY r.id"""):
+                    FROM release_tasks r JOIN release_task_nodes n ON n.release_task_id = r.id
+                    WHERE r.status <> 'pending' GROUP BY r.id"""):  # what was written by hand is counted at its claim
                 number, status, total, success, failed, successes, failures, skipped, count = row
-                if (total, success, failed) != (count, successes, failures):
+                if (success, failed) != (successes, failures) or (total != count and status != rc.PAUSED):
                     self.fail(f"rule 7: release {number} counts {row}")
                 if status in rc.TERMINAL and success + failed + skipped != total:
                     self.fail(f"rule 7: release {number} is {status} with nodes not at rest")
@@ -573,46 +856,155 @@ class Simulation:
                              "AND started_at IS NOT NULL GROUP BY target HAVING COUNT(*) > 1")
             if active:
                 self.fail(f"rule 2: two releases of one target are active: {active}")
-            holders = dict(tx.rows("SELECT id, claim_owner FROM release_tasks"))
-            events = tx.rows("SELECT id, release_task_id, node_id, from_status, to_status, actor FROM release_events "
-                             "WHERE id > ? ORDER BY id", self.seen_events)
+            holders = {id_: (owner, fence) for id_, owner, fence in tx.rows(
+                "SELECT id, claim_owner, claim_fence FROM release_tasks")}
+            frozen = tx.value("SELECT frozen FROM release_freeze")
+            for release_id, status in tx.rows("SELECT id, status FROM release_tasks"):
+                self.ledger.note_held(release_id, status in (rc.PAUSED, rc.PENDING) or bool(
+                    frozen and status == rc.RUNNING), self.now)
+            events = tx.rows("SELECT id, release_task_id, node_id, from_status, to_status, actor, event "
+                             "FROM release_events WHERE id > ? ORDER BY id", self.ledger.seen_events)
         if self.steering:
             begun = {(e[1], e[2]) for e in events if e[2] is not None and e[4] == "running"}
             self._check_strategies(begun)
-        for number, release_id, node_id, before, after, actor in events:
-            self.seen_events = number
-            subject = (release_id, node_id)
-            self.schedule.append(f"{self.now:8.3f} {actor:<8} release {release_id} node {node_id}: {before} -> {after}")
-            legal = LEGAL_RELEASE if node_id is None else LEGAL_NODE
-            known = self.statuses.get(subject, "" if node_id is None else "pending")
-            if before == after == known:
-                continue  # the freeze, which changes no status
-            if (before, after) not in legal or before != known:
-                self.fail(f"section 3: {subject} went from {before} to {after}, and was {known}")
-            self.statuses[subject] = after
-            if actor.startswith("owner") and actor not in (self.holders.get(release_id), holders[release_id]):
-                self.fail(f"rule 9: {actor} wrote on release {release_id}, which is {holders[release_id]}'s")
-        self.holders = holders
+        for number, *event in events:
+            self.ledger.seen_events = number
+            self._check_event(*event, holders)
+        self.ledger.holders = holders
+
+    def _check_event(self, release_id: int, node_id: int | None, before: str, after: str, actor: str, event: str,
+                     holders: dict[int, tuple[str, int]]) -> None:
+        """Checks one change of a status: that it is legal, by whom, and that what it says is so."""
+        subject = (release_id, node_id)
+        self.schedule.append(f"{self.now:8.3f} {actor:<8} release {release_id} node {node_id}: {before} -> {after} "
+                             f"({event})")
+        legal = LEGAL_RELEASE if node_id is None else LEGAL_NODE
+        known = self.ledger.statuses.get(subject, "" if node_id is None else "pending")
+        if node_id is None and (event == "renumbered" or not before):
+            self._check_number(release_id)
+        if before == after == known:
+            return  # the freeze, which changes no status
+        if (before, after) not in legal or before != known:
+            self.fail(f"section 3: {subject} went from {before} to {after}, and was {known}")
+        self.ledger.statuses[subject] = after
+        if actor.startswith("owner"):
+            held_by = (self.ledger.holders.get(release_id, ("", 0))[0], holders[release_id][0])
+            if actor not in held_by:
+                self.fail(f"rule 9: {actor} wrote on release {release_id}, which is {held_by}'s")
+        if node_id is None:
+            if (before, after) == ("pending", "running"):
+                self._check_turn(release_id)
+        elif after == "running":
+            since = self.now if self.decided_at is None else self.decided_at
+            self.ledger.begun[release_id, node_id] = (since, self.ledger.held_so_far(release_id, self.now))
+        elif after == "success":
+            self._check_success(release_id, node_id)
+        elif (before, after) == ("running", "failed"):
+            self._check_deadline(release_id, node_id)
+
+    def _check_number(self, release_id: int) -> None:
+        """Checks that who gave a release its version saw no higher one (rule 1)."""
+        version = self.versions[release_id]
+        if version < self.ledger.first_version:
+            self.fail(f"rule 1: release {release_id} is v{version}, and versions begin at {self.ledger.first_version}")
+        if self.running is None:
+            return
+        if version <= self.running.seen_version:
+            self.fail(f"rule 1: release {release_id} is v{version}, and {self.running.owner} saw "
+                      f"v{self.running.seen_version}")
+        self.running.seen_version = version
+
+    def _check_turn(self, release_id: int) -> None:
+        """Checks that a release that starts waits for no other (rule 2)."""
+        if self.running is not None:
+            self.running.seen_version = max(self.running.seen_version, self.versions[release_id])
+        (target, version, strategy), = self.database.look_in(
+            "SELECT target, version, strategy FROM release_tasks WHERE id = ?", release_id)
+        now = rc.utc_text(self.wall)
+        if self._start_at(strategy) > now:
+            self.fail(f"section 7: release {release_id} started before {self._start_at(strategy)}")
+        for other in self.database.look_in("""
+                SELECT DISTINCT r.id, r.version, r.status, r.started_at, r.strategy, r.target
+                FROM release_tasks r
+                WHERE r.status IN ('pending', 'running', 'paused', 'cancelling') AND r.id <> ?
+                  AND (r.target = ? OR EXISTS (
+                       SELECT 1 FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id
+                       WHERE n.release_task_id = r.id AND h.main_ip IN (
+                             SELECT g.main_ip FROM release_task_nodes m JOIN nodes g ON g.id = m.node_id
+                             WHERE m.release_task_id = ?)))""", release_id, target, release_id):
+            other_id, other_version, status, started_at, other_strategy, _ = other
+            # one that has a startAt takes a later version when it starts
+            if (status != rc.PENDING and started_at) or (other_version < version and not self._start_at(other_strategy)):
+                self.fail(f"rule 2: release {release_id} ({target}, v{version}) started before {other}")
+
+    @staticmethod
+    def _start_at(strategy: str) -> str:
+        return str(rc.parse_json(strategy).get("startAt", ""))
+
+    def _check_success(self, release_id: int, node_id: int) -> None:
+        """Checks that a node that is called a success ran just this payload, and to a good end."""
+        (payload, version, address), = self.database.look_in("""
+            SELECT r.payload, r.version, h.main_ip
+            FROM release_task_nodes n
+            JOIN release_tasks r ON r.id = n.release_task_id
+            JOIN nodes h ON h.id = n.node_id
+            WHERE n.release_task_id = ? AND n.node_id = ?""", release_id, node_id)
+        mark, agent = rc.parse_json(payload)["mark"], self.agents[address]
+        if agent.ran(mark):
+            return
+        sends = [s for s in self.sends if s.address == address and s.has_left]
+        lost = max((s.version for s in sends if s.lost_in), default=0)
+        tries = sum(s.mark == mark for s in sends)
+        # A database that went back, and nobody who saw more: an agent of `tasks` does not tell its
+        # version, and one of `execute` can't be told from one that an earlier try has reached.
+        if lost >= version if agent.protocol == "tasks" else (lost == version and tries > 1):
+            self.figures["unknowable"] = self.figures.get("unknowable", 0) + 1
+            return
+        self.fail(f"section 8: release {release_id} (v{version}) calls {address} a success, which never ran {mark}")
+
+    def _check_deadline(self, release_id: int, node_id: int) -> None:
+        """Checks that a node that ran out of time had that time."""
+        (kind, address, payload, strategy), = self.database.look_in("""
+            SELECT n.error_kind, h.main_ip, r.payload, r.strategy
+            FROM release_task_nodes n
+            JOIN release_tasks r ON r.id = n.release_task_id
+            JOIN nodes h ON h.id = n.node_id
+            WHERE n.release_task_id = ? AND n.node_id = ?""", release_id, node_id)
+        if kind != rc.DEADLINE:
+            return
+        self.figures["deadlines"] = self.figures.get("deadlines", 0) + 1
+        deadline_s = rc.parse_json(strategy).get("nodeDeadlineSec", self.deadline_s)
+        since, held_before_s = self.ledger.begun[release_id, node_id]
+        mark = rc.parse_json(payload)["mark"]
+        # a new owner knows of its start by the wall clock only; and probes go on in a pause
+        if self.clock_set_at >= since or self.agents[address].ran(mark):
+            return
+        held_s = self.ledger.held_so_far(release_id, self.now) - held_before_s
+        at_work_s = sum(run.seconds_since(since, self.now) for run in self.agents[address].runs
+                        if run.send.mark == mark)
+        if self.now - since - held_s + at_work_s < deadline_s - NOTICE_S:
+            self.fail(f"section 7: release {release_id}, node {node_id}: deadline {self.now - since:.1f} s after its "
+                      f"dispatch, held for {held_s:.1f} s, its agent at work for {at_work_s:.1f} s")
 
     def _check_strategies(self, begun: set[tuple[int, int]]) -> None:
         """Checks section 7 of the contract: begun are the nodes whose first dispatch was just committed."""
         with rc.Database.transaction(self.database) as tx:
             frozen = tx.value("SELECT frozen FROM release_freeze")
-            releases = tx.rows("SELECT id, status, strategy, passed_batch, version FROM release_tasks")
-            rows = tx.rows("SELECT n.release_task_id, n.node_id, n.batch, n.status, n.accepted, n.finished_at, "
-                           "h.main_ip FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id")
-        for release_id, status, text, passed, version in releases:
-            strategy = rc.parse_json(text)
+            releases = tx.rows("SELECT id, status, strategy, passed_batch, payload FROM release_tasks")
+            rows = tx.rows("SELECT n.release_task_id, n.node_id, n.batch, n.status, n.accepted, h.main_ip "
+                           "FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id")
+        for release_id, status, text, passed, payload in releases:
+            strategy, mark = rc.parse_json(text), rc.parse_json(payload).get("mark")
             nodes = [row[1:] for row in rows if row[0] == release_id]
             mine = [(node_id, batch) for node_id, batch, *_ in nodes if (release_id, node_id) in begun]
             self._note_rest(release_id, nodes)
             if "verify" in strategy:
-                unseen = [node for node in nodes if node[2] == "success" and (version, node[5]) not in self.verified]
+                unseen = [node for node in nodes if node[2] == "success" and (mark, node[4]) not in self.verified]
                 if unseen:
                     self.fail(f"section 7: release {release_id} calls nodes a success that no probes passed: {unseen}")
             exceeded = self._is_exceeded(strategy, nodes)
             is_partial = any(node[2] == "failed" for node in nodes)
-            if status == "failed" and not (exceeded and strategy.get("onExceed", "fail") == "fail"):
+            if status == "failed" and mark and nodes and not (exceeded and strategy.get("onExceed", "fail") == "fail"):
                 self.fail(f"section 7: release {release_id} failed within its limits: {strategy} {nodes}")
             if status in ("partial", "success") and (exceeded or is_partial != (status == "partial")):
                 self.fail(f"section 7: release {release_id} is {status}: {strategy} {nodes}")
@@ -621,37 +1013,39 @@ class Simulation:
             name = f"section 7: release {release_id} dispatched {mine}"
             if frozen or status != "running" or exceeded:
                 self.fail(f"{name} while {status}, frozen {frozen}, exceeded {exceeded}")
-            if strategy.get("startAt", "") > rc.utc_text(EPOCH_S + self.now):
-                self.fail(f"{name} before {strategy['startAt']}")
             parallel = sum(node[2] == "running" for node in nodes)
             if parallel > strategy.get("maxParallel", 0) > 0:
                 self.fail(f"{name}: {parallel} in flight")
             batch = min(batch for _, batch in mine)
-            self._check_between(release_id, strategy, batch, passed, name)
+            self._check_between(release_id, strategy, batch, {n[1] for n in nodes if n[1] < batch}, passed, name)
             if "verify" in strategy and "soakSec" in strategy and batch > 1:
-                over = self.rested[release_id, batch - 1] + strategy["soakSec"]
+                over = self.ledger.rested[release_id, batch - 1] + strategy["soakSec"]
                 for node in nodes:
                     if node[1] == batch - 1 and node[2] == "success" and max(
-                            self.verified[version, node[5]]) < over - 0.002:
+                            self.verified[mark, node[4]]) < over - 0.002:
                         self.fail(f"{name}, and {node} was not looked at again after its soak")
 
     def _note_rest(self, release_id: int, nodes: list[tuple]) -> None:
+        """Takes down which batches are at rest, by the moment of the decision that is being committed."""
         for number in {node[1] for node in nodes}:
-            members = [node for node in nodes if node[1] == number]
-            if all(node[2] in rc.AT_REST for node in members):
-                last = max(rc.epoch_of(node[4]) for node in members) - EPOCH_S
-                self.rested.setdefault((release_id, number), last)
+            if all(node[2] in rc.AT_REST for node in nodes if node[1] == number):
+                self.ledger.rested.setdefault((release_id, number),
+                                              self.now if self.decided_at is None else self.decided_at)
 
-    def _check_between(self, release_id: int, strategy: dict, batch: int, passed: int, name: str) -> None:
+    def _check_between(self, release_id: int, strategy: dict, batch: int, before_it: set[int], passed: int,
+                       name: str) -> None:
         """Checks what lies between the batch before and this one."""
-        if batch == 1:
+        if batch == 1 or not before_it:
             return
-        before = (release_id, batch - 1)
+        before = (release_id, max(before_it))
         # what is stored has milliseconds
-        if before not in self.rested or self.now < self.rested[before] + strategy.get("soakSec", 0) - 0.002:
-            self.fail(f"{name} before the soak of batch {batch - 1} was over")
+        over = self.ledger.rested.get(before, float("inf")) + strategy.get("soakSec", 0)
+        if self.now < over - 0.002:
+            self.fail(f"{name} before the soak of batch {batch - 1} was over, at {over:.3f}")
+        if self.now > max(over, FAULTS_UNTIL_S) + LATE_SOAK_S + self.deadline_s:
+            self.fail(f"{name} long after the soak of batch {batch - 1} was over, at {over:.3f}")
         gates = strategy.get("pauseAfter", [])
-        if (gates == "each" or batch - 1 in gates) and before not in self.resumed:
+        if (gates == "each" or batch - 1 in gates) and before not in self.ledger.resumed:
             self.fail(f"{name}, and nobody resumed after batch {batch - 1}")
         if passed < batch - 1:
             self.fail(f"{name} with batch {passed} the last one that is over")
@@ -672,12 +1066,15 @@ class Simulation:
 
     def _check_leases(self) -> None:
         """At no time do two processes believe that they may act for one release."""
+        if self.now < self.leases_clash_until:
+            return
         holders: dict[int, str] = {}
         for owner in self.owners:
             if owner.is_dead:
                 continue
             for driver in owner._active_drivers():
-                if driver.lease.is_valid(owner.clock.elapsed()):
+                # what is stored has milliseconds
+                if driver.lease.is_valid(owner.clock.elapsed() + 0.001):
                     release_id = driver.lease.claim.release_id
                     if release_id in holders:
                         self.fail(f"{holders[release_id]} and {owner.owner} both hold release {release_id}")
@@ -685,32 +1082,263 @@ class Simulation:
 
     def _check_end(self) -> None:
         rows = self.database.look_in("""
-            SELECT r.version, h.main_ip, n.status, n.error_kind, r.claim_fence
+            SELECT r.payload, h.main_ip, n.status, n.error_kind, r.claim_fence
             FROM release_task_nodes n JOIN release_tasks r ON r.id = n.release_task_id
             JOIN nodes h ON h.id = n.node_id""")
-        for version, address, status, kind, fence in rows:
-            agent = self.agents[address]
+        for payload, address, status, kind, fence in rows:
+            mark, agent = rc.parse_json(payload).get("mark"), self.agents[address]
             self.figures["take-overs"] = max(self.figures["take-overs"], fence - 1)
-            if status == "success" and version not in agent.applied:
-                self.fail(f"{address} is success for v{version}, and never applied it")
-            if status == "skipped" and any(v == version for _, v in agent.runs):
-                self.fail(f"{address} is skipped for v{version}, and ran it")
-            if kind == "deadline":
+            ran = any(run.send.mark == mark and not run.send.lost_in for run in agent.runs)
+            if status == "skipped" and ran and self._is_alone(mark, address):
+                self.fail(f"{address} is skipped for {mark}, and ran it")
+            if kind == "deadline" and not self.steering:
                 self.fail(f"{address} was forgotten until its deadline")
 
+    def _is_alone(self, mark: str, address: str) -> bool:
+        """Says whether no other row of the release is for the same address."""
+        return True
 
-def run_seed(seed: int, **options) -> Simulation:
+
+class SharedSimulation(Simulation):
+    """The world in which releases share nodes, databases go back, and clocks are set."""
+
+    deadline_s = SHORT_DEADLINE_S
+    slowness = 2
+    kinds = (*Simulation.kinds, "restart", "clock", "clock", "restore", "bad agent", "long pause", "long freeze")
+
+    def _people(self) -> None:
+        """Adds nodes, one of them entered twice now and then, and releases for some of them, now and later."""
+        self.figures.update(dict.fromkeys((
+            "restores", "new databases", "clocks set", "long pauses", "refused twins", "by hand", "unknowable",
+            "deadlines", "later", "renamed"), 0))
+        self.fickle: set[tuple[str, str]] = set()
+        self.snapshots: list[Snapshot] = []
+        self.twin = ""
+        for number in range(1, self.random.randint(3, 5)):
+            self._add_agent(f"edge-{number}", f"10.0.0.{number}")
+        if self.random.random() < 0.4:
+            self._enter_twice()
+        self.snapshots.append(self._snapshot())
+        for _ in range(self.random.randint(1, 3)):
+            self._create()
+        for _ in range(self.random.randint(0, 4)):
+            self.at(self.random.uniform(1, FAULTS_UNTIL_S), self._create_later)
+        if self.random.random() < 0.3:
+            self.at(self.random.uniform(1, FAULTS_UNTIL_S), self._create_by_hand)
+        self.at(self.random.uniform(0, 5), self._steer)
+        if self.faults:
+            self.at(self.random.uniform(0, 5), self._save)
+            self.at(FAULTS_UNTIL_S, self._calm_down)
+
+    def _add_agent(self, name: str, address: str) -> None:
+        agent = SimAgent(self, address, self.random.choice(["tasks", "execute"]))
+        agent.renames = agent.protocol == "tasks" and self.random.random() < 0.3
+        self.figures["renamed"] += agent.renames
+        self.agents[address] = agent
+        self.store.add_node(name, address, agent_protocol=agent.protocol)
+
+    def _enter_twice(self) -> None:
+        """Enters a host once more, as a person does with SQL; enabled now, or later."""
+        self.twin = self.random.choice(list(self.agents))
+        enabled = int(self.random.random() < 0.3)
+        self.database.write_by_hand((
+            "INSERT INTO nodes (name, main_ip, agent_protocol, enabled) VALUES ('twin', ?, ?, ?)",
+            self.twin, self.agents[self.twin].protocol, enabled))
+        if not enabled:
+            self.at(self.random.uniform(0, FAULTS_UNTIL_S), self._enable_twin)
+
+    def _enable_twin(self) -> None:
+        with contextlib.suppress(rc.DatabaseError):
+            self.database.write_by_hand(("UPDATE nodes SET enabled = 1 WHERE name = 'twin'",))
+
+    def _strategy(self) -> dict[str, object]:
+        strategy = super()._strategy()
+        if "verify" in strategy and self.random.random() < 0.5:
+            strategy.update(verify={"url": "http://{main_ip}/", "successes": 2}, soakSec=8, retries=100)
+        return strategy
+
+    def _passes(self, send: Send) -> bool:
+        """Passes mostly; some nodes only every other time, once their agent has been believed."""
+        key = (send.mark, send.address)
+        if key not in self.verified:
+            return super()._passes(send)
+        if len(self.verified[key]) == 1 and self.random.random() < 0.3:
+            self.fickle.add(key)
+        return not self.streaks.get((*key, send.owner)) if key in self.fickle else super()._passes(send)
+
+    # -- releases ----------------------------------------------------------------------------
+
+    def _create_later(self) -> None:
+        """Creates a release through a process that runs, as its API does, or through one of its own."""
+        owners = [o for o in self.owners if not o.is_dead and o.suspended_until <= self.now]
+        self.figures["later"] += 1
+        if owners and self.random.random() < 0.7:
+            owner = self.random.choice(owners)
+            self._do(owner, lambda: self._create(owner.store))
+        else:
+            self._create()
+
+    def _create(self, store: rc.Store | None = None) -> None:
+        """Creates a release for some nodes or all; a refusal is an answer too."""
+        ids = [row[0] for row in self.database.look_in("SELECT id FROM nodes WHERE enabled = 1 ORDER BY id")]
+        chosen = self.random.sample(ids, self.random.randint(1, len(ids))) if self.random.random() < 0.7 else None
+        request = rc.ReleaseRequest(self.random.choice(["cdn", "dns"]), payload=self._payload(),
+                                    strategy=self._strategy(), node_ids=chosen)
+        is_twice = self.is_twice(chosen or ids)
+        try:
+            (store or rc.Store(self.database, SimClock(self))).create_release(request, "test")
+        except rc.AppError as error:
+            self.note(f"no release: {error}")
+            self.figures["refused twins"] += is_twice and error.code == 3003
+        else:
+            if is_twice:
+                self.fail(f"section 2: a release was made for two nodes at {self.twin}")
+
+    def is_twice(self, node_ids: list[int]) -> bool:
+        """Says whether two of these enabled nodes have one address."""
+        rows = self.database.look_in("SELECT id FROM nodes WHERE main_ip = ?", self.twin)
+        return len({row[0] for row in rows} & set(node_ids)) > 1
+
+    def _create_by_hand(self) -> None:
+        """Writes a release as people do: some columns, any nodes, a version that was left out, a bare payload."""
+        versions = set(self.versions.values())
+        gaps = [v for v in range(1, max(versions, default=0)) if v not in versions]
+        version = self.random.choice([*gaps, max(versions, default=0) + self.random.choice([1, 3])])
+        ids = [row[0] for row in self.database.look_in("SELECT id FROM nodes ORDER BY id")]
+        payload = rc.to_json(self._payload() if self.random.random() < 0.9 else {})
+        release_id = max(self.versions, default=0) + 1
+        try:
+            self.database.write_by_hand(
+                ("INSERT INTO release_tasks (id, target, version, payload) VALUES (?, ?, ?, ?)",
+                 release_id, self.random.choice(["cdn", "dns"]), version, payload),
+                *[("INSERT INTO release_task_nodes (release_task_id, node_id, batch) VALUES (?, ?, ?)",
+                   release_id, node_id, self.random.randint(1, 2)) for node_id in ids if self.random.random() < 0.8])
+        except rc.DatabaseError:
+            return
+        self.note(f"release {release_id} (v{version}) is written by hand")
+        self.ledger.statuses[release_id, None] = "pending"
+        self.figures["by hand"] += 1
+        if self.random.random() < 0.5 and self.now < FAULTS_UNTIL_S:
+            self.at(self.random.uniform(1, 20), self._create_by_hand)
+
+    def _is_alone(self, mark: str, address: str) -> bool:
+        return address != self.twin
+
+    # -- what goes back, and what is set -------------------------------------------------------
+
+    def _break(self, kind: str, owner: SimExecutor) -> None:
+        if kind == "clock":
+            self._set_clock()
+        elif kind == "restore":
+            if self.restores < 2:
+                self._restore()
+        elif kind == "bad agent":
+            self.random.choice(list(self.agents.values())).is_bad_until = self.now + self.random.uniform(1, 10)
+        elif kind.startswith("long"):
+            self._hold_long(kind == "long freeze")
+        else:
+            super()._break(kind, owner)
+
+    def _set_clock(self) -> None:
+        """Sets the wall's clock, by a minute or by hours: to what no setting explains."""
+        by_s = self.random.choice([self.random.uniform(1, 60), 7200.0, 14400.0]) * self.random.choice([-1, 1])
+        self._set_wall(self.set_s + by_s)
+
+    def _set_wall(self, set_s: float) -> None:
+        self.note(f"the clock is set by {set_s - self.set_s:.1f} s")
+        self.set_s, self.clock_set_at = set_s, self.now
+        self.ahead_s = max(self.ahead_s, set_s)
+        self.figures["clocks set"] += 1
+        self.leases_clash_until = self.now + TTL_S + CONNECT_S
+
+    ahead_s = 0.0
+
+    def _calm_down(self) -> None:
+        """Sets the clock to what nothing in the database lies ahead of, or leaves it."""
+        if self.random.random() < 0.5:
+            self._set_wall(self.ahead_s)
+        self.hands_off_until = min(self.hands_off_until, self.now + 10)
+
+    def _cancel_what_never_comes(self) -> None:
+        """Ends what is to start in a time that is not to come, as the clock was set back."""
+        for release_id, status, strategy in self.database.look_in("SELECT id, status, strategy FROM release_tasks"):
+            if status in (rc.PENDING, rc.PAUSED) and self._start_at(strategy) > rc.utc_text(self.wall + 60):
+                with contextlib.suppress(rc.AppError):
+                    self.store.act("cancel", release_id, "anna")
+
+    def _hold_long(self, is_freeze: bool) -> None:
+        """Pauses a release or freezes all for longer than a node may take; somebody restarts an agent meanwhile."""
+        self.figures["long pauses"] += 1
+        running = [row[0] for row in self.database.look_in("SELECT id FROM release_tasks WHERE status = 'running'")]
+        with contextlib.suppress(rc.AppError):
+            if is_freeze:
+                self._set_freeze(True)
+            elif running:
+                self._use("pause", self.random.choice(running))
+        self.hands_off_until = self.now + SHORT_DEADLINE_S * self.random.uniform(1, 1.5)
+        if self.random.random() < 0.5:
+            self.at(self.random.uniform(0, 5), self.random.choice(list(self.agents.values())).restart)
+
+    hands_off_until = 0.0
+
+    def _steer(self) -> None:
+        if self.now < self.hands_off_until:
+            self.at(min(5.0, self.hands_off_until - self.now), self._steer)
+            return
+        super()._steer()
+        if self.now > FAULTS_UNTIL_S:
+            self._cancel_what_never_comes()
+
+    def _save(self) -> None:
+        """Takes a backup, and plans the next."""
+        if self.now < FAULTS_UNTIL_S:
+            self.at(self.random.expovariate(1 / 6), self._save)
+            self.snapshots.append(self._snapshot())
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(next(self.numbers), self.database.saved(), copy.deepcopy(self.ledger))
+
+    def _restore(self) -> None:
+        """Puts an earlier database in the place of this one, or a new one with the same nodes."""
+        self.restores += 1
+        is_new = self.random.random() < 0.2
+        place = 0 if is_new else self.random.randrange(max(0, len(self.snapshots) - 3), len(self.snapshots))
+        del self.snapshots[place + 1:]
+        snapshot = self.snapshots[place]
+        self.figures["new databases" if is_new else "restores"] += 1
+        self.database.put_back(snapshot.saved)
+        self.ledger = copy.deepcopy(snapshot.ledger)
+        self.leases_clash_until = self.now + TTL_S + CONNECT_S
+        for owner in self.owners:
+            if not owner.is_dead and owner.seen_event > self.ledger.seen_events:
+                owner.can_notice.add(self.restores)
+        for send in self.sends:
+            if send.number > snapshot.number and not send.lost_in:
+                send.lost_in = self.restores
+        self.note(f"the database is as it was before number {snapshot.number}, event {self.ledger.seen_events}")
+        if self.random.random() < 0.4:
+            self._set_first_version()
+
+    def _set_first_version(self) -> None:
+        """Does what the runbook says after a restore: new versions begin above all that agents have."""
+        first = max((send.version for send in self.sends), default=0) + 1
+        with contextlib.suppress(rc.DatabaseError):
+            rc.Store(self.database, SimClock(self)).set_first_version(first)
+            self.ledger.first_version = first
+
+
+def run_seed(seed: int, world: str = PLAIN, **options) -> Simulation:
     """Runs one schedule; raises Violation, with the schedule, when a promise is broken."""
     real_driver = rc.Driver
     rc.Driver = SimDriver  # type: ignore[misc]
     try:
-        return Simulation(seed, **options).run()
+        return (SharedSimulation if world == SHARED else Simulation)(seed, world=world, **options).run()
     finally:
         rc.Driver = real_driver  # type: ignore[misc]
 
 
 if __name__ == "__main__":
     rc.log.disabled = True
-    done = run_seed(int(sys.argv[1]), steering="steering" in sys.argv)
+    done = run_seed(int(sys.argv[1]), *sys.argv[2:3])
     print("\n".join(done.schedule))
     print(done.figures)

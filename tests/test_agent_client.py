@@ -436,7 +436,7 @@ BROKEN: dict[str, tuple[Callable[[Peer, Any], None], str, str, bool]] = {
     "400": (says(http(envelope(None, 2001, "invalid request body"), "400 Bad Request")),
             "rejected", "A answered HTTP 400: invalid request body", True),
     "404 to a dispatch": (says(http(b"404 page not found\n", "404 Not Found", "Content-Type: text/plain\r\n")),
-                          "rejected", "A answered HTTP 404: 404 page not found", True),
+                          "rejected", "A answered HTTP 404: 404 page not found (wrong --protocol?)", True),
     "429": (says(http(b"", "429 Too Many Requests")), "http", "A answered HTTP 429", False),
     "500": (says(http(envelope(None, 5001, "oops"), "500 Internal")), "http", "A answered HTTP 500: oops", False),
     "204": (says(b"HTTP/1.1 204 No Content\r\n\r\n"), "http", "A answered HTTP 204", False),
@@ -530,7 +530,7 @@ def test_a_poll_gives_what_the_agent_knows(client, new_peer, answer, state):
 
 @pytest.mark.parametrize(("answer", "kind", "message", "final"), [
     (task("success", "apply_config_10.0.0.8_42"), "protocol", "A answers for another task", False),
-    (task("done"), "protocol", "A gives no known status", False),
+    (task("done"), "protocol", 'A gives the unknown status "done"', False),
     (task("failed", lastError="no space"), "agent_failed", "no space", True),
     (task("failed", lastError=None), "agent_failed", "the agent gave no reason", True),
     (task("failed", lastError=["odd"]), "agent_failed", "['odd']", True),
@@ -547,7 +547,7 @@ def test_a_poll_that_tells_no_success_says_why(client, new_peer, answer, kind, m
 
 def test_an_execute_agent_is_sent_the_version_within_the_payload(client, new_peer):
     peer = new_peer(says(executed("success", "applied")))
-    assert client.dispatch(peer.address("execute"), TASK) == rc.Answer(rc.SUCCESS, TASK.id)
+    assert client.dispatch(peer.address("execute"), TASK) == rc.Answer(rc.SUCCESS, TASK.id, "applied")
     (head, body), = peer.requests
     assert head.startswith("POST /agent/v1/tasks/execute HTTP/1.1\r\n")
     assert json.loads(body) == {"requestId": TASK.id, "type": "apply_config", "payload": {"a": 1, "version": 42}}
@@ -569,7 +569,7 @@ def test_version_already_applied_is_a_success_where_it_is_the_releases_version(c
     (executed("failed", "no space"), "agent_failed", "no space", True),
     (executed("failed", None), "agent_failed", "the agent gave no reason", True),
     (executed("success", request_id="apply_config_10.0.0.8_42"), "protocol", "A answers for another request", False),
-    (executed("running"), "protocol", "A gives no known status", False),
+    (executed("running"), "protocol", 'A gives the unknown status "running"', False),
     (http(envelope(None, 2001, "invalid request body"), "400 Bad Request"), "rejected",
      "A answered HTTP 400: invalid request body", True),
 ], ids=["above", "below", "reload failed", "failed", "no reason", "another request", "unknown status", "400"])

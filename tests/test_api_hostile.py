@@ -595,8 +595,8 @@ def test_a_key_holds_across_processes_and_among_requests_of_one_moment(database_
     once = rc.Once("oskar", "k1", "0" * 64)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda n: stores[n % 4].create_release(rc.ReleaseRequest(), "oskar", once), range(8)))
-    assert {release.id for release, _ in made} == {1}
-    assert all(batches == [[1], [2]] for _, batches in made)
+    assert {one.release.id for one in made} == {1}
+    assert all(one.batches == [[1], [2]] for one in made)
     assert stores[0].create_release(rc.ReleaseRequest(), "vera", once._replace(actor="vera"))[0].id == 2
 
 

@@ -212,7 +212,7 @@ def test_a_rollback_of_whatever_stays_has_what_it_had_before(past):
     for number, days in enumerate((400, 300, 200, 50, 10)):
         past.release("success", days, payload={"site": number})
     assert past.prune(keep=1) == [3, 4, 5]  # 4 and 5 are not older, 3 is what a rollback of 4 brings back
-    assert rc.parse_json(past.store.rollback(4, "test")[0].payload)["site"] == 2
+    assert rc.parse_json(past.store.rollback(4, "test", rc.Again(over_newer=True))[0].payload)["site"] == 2
 
 
 @pytest.mark.parametrize("status", ["pending", "running", "paused", "cancelling"])
@@ -248,7 +248,7 @@ def test_a_release_that_somebody_retried_meanwhile_stays(past):
     past.many(("success", 400), ("failed", 400))
     found = [r.id for r in past.store.old_releases(90 * DAY_S, 1)]
     assert found == [2, 1]
-    past.store.retry(2, "test")
+    past.store.retry(2, "test", rc.Again(over_newer=True))
     assert past.store.forget(found) == []
     assert past.ids() == [1, 2, 3, 4, 5]
 

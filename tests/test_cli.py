@@ -778,7 +778,8 @@ def test_create_takes_a_strategy_by_options_and_plan_shows_it_before(filled_quic
                "--start-at", "2999-01-01T00:00:00Z", "--verify-url", "http://{main_ip}:8080/health",
                "--verify-successes", "2")
     plan = filled_quick.ok("create", *options, "--plan", "--json").json
-    assert plan == {"totalNodes": 2, "maxFailedTotal": 1, "maxParallel": 2, "leftOut": [],
+    assert plan == {"version": 4, "totalNodes": 2, "maxFailedTotal": 1, "maxParallel": 2, "leftOut": [], "emptied": [],
+                    "payloadOf": None,
                     "batches": [{"batch": 1, "nodeIds": [1], "maxFailed": 0},
                                 {"batch": 2, "nodeIds": [2], "maxFailed": 0}]}
     assert filled_quick.store.releases().total == 3

@@ -78,7 +78,7 @@ def test_rule_4_the_next_batch_leaves_in_the_same_decision_that_ends_the_last():
 
 
 def test_rule_2_a_node_that_is_busy_with_another_release_is_not_dispatched():
-    decision = decide([node(1), node(2)], busy=frozenset([1]))
+    decision = decide([node(1), node(2)], busy=frozenset([node(1).endpoint]))
     assert sends(decision) == [("dispatch", 2)]
     assert decision.status_reason == \
         "batch 1 of 1: waiting for 2 of 2 nodes; edge-1 busy with an earlier request"

@@ -7,14 +7,14 @@ import threading
 import time
 
 import pytest
-from conftest import assert_books_balance, eventually, new_release, statuses
+from conftest import SITES, assert_books_balance, eventually, new_release, statuses
 
 import releasectl as rc
 
 
 def test_rule_1_the_first_node_is_batch_1_and_all_others_batch_2(world):
     world.nodes(3)
-    release, batches = world.store.create_release(rc.ReleaseRequest(), "test")
+    release, batches, _ = world.store.create_release(rc.ReleaseRequest(), "test")
     assert [len(batch) for batch in batches] == [1, 2]
     assert (release.version, release.total_nodes, release.status) == (1, 3, "pending")
 
@@ -71,7 +71,7 @@ def test_rule_3_dispatches_leave_at_the_same_time(world):
 
 def test_rule_3_no_more_than_agent_concurrency_requests_are_in_flight(world):
     world.nodes(6, protocol="execute", task_ms=100)
-    new_release(world.store)
+    new_release(world.store, payload=SITES)
     world.drain(AGENT_CONCURRENCY=2)
     edges = [(run["startedAt"], 1) for n in range(1, 7) for run in world.agent(n).runs]
     edges += [(run["finishedAt"], -1) for n in range(1, 7) for run in world.agent(n).runs]
@@ -137,7 +137,7 @@ def test_rule_8_an_agent_that_was_restarted_gets_the_same_id_again(world):
     world.agent(1).restart()
     tick.join()
     assert world.store.release(release.id).status == "success"
-    assert [run["taskId"] for run in world.agent(1).runs] == ["apply_config_127.0.1.1_1"] * 2
+    assert [run["taskId"] for run in world.agent(1).runs] == [f"apply_config_127.0.1.1_1_{release.tag}"] * 2
 
 
 @pytest.mark.parametrize(("mode", "kind"), [
@@ -187,13 +187,13 @@ def test_section_1_an_execute_agent_succeeds_in_one_request(world):
 
 @pytest.mark.parametrize(("message", "status", "kind"), [
     ("Version 1 applied but reload failed: nginx", "failed", "agent_failed"),
-    ("Version 1 already applied (current: 1)", "success", ""),
+    ("Version 1 already applied (current: 1)", "failed", "rejected"),
     ("Version 1 already applied (current: 9)", "failed", "rejected"),
 ])
 def test_section_1_the_message_of_an_execute_agent_is_believed(sqlite_world, message, status, kind):
     sqlite_world.nodes(1, protocol="execute")
     sqlite_world.agent(1).set(message=message)
-    release = new_release(sqlite_world.store)
+    release = new_release(sqlite_world.store, payload=SITES)
     sqlite_world.drain()
     node = sqlite_world.store.release_with_nodes(release.id)[1][0]
     assert (node.status, node.error_kind) == (status, kind)
@@ -203,7 +203,7 @@ def test_section_1_the_message_of_an_execute_agent_is_believed(sqlite_world, mes
 def test_section_1_an_execute_request_that_was_cut_is_repeated_no_sooner_than_5_s(sqlite_world):
     sqlite_world.nodes(1, protocol="execute", task_ms=1500)
     sqlite_world.agent(1).set(mode="cutEarly", times=1)
-    release = new_release(sqlite_world.store)
+    release = new_release(sqlite_world.store, payload=SITES)
     sqlite_world.drain()
     agent = sqlite_world.agent(1)
     assert sqlite_world.store.release(release.id).status == "success"
@@ -229,9 +229,10 @@ def test_rule_2_no_node_has_tasks_of_two_releases_in_flight(world):
         assert world.agent(number).overlaps == 0
 
 
-def test_rule_9_a_drain_takes_over_the_release_that_its_own_one_waits_for(world):
-    world.nodes(1)
-    ids = [new_release(world.store, target=target).id for target in ("cdn", "dns")]
+def test_rule_9_a_drain_takes_over_a_release_whose_owner_died_while_its_own_one_runs(world):
+    world.nodes(2, task_ms=2500)
+    ids = [new_release(world.store, target=target, node_ids=[number]).id
+           for number, target in enumerate(("cdn", "dns"), 1)]
     assert world.store.claim(ids[0], "dead", 1.0)
     with world.store.database.transaction(write=True) as tx:  # it died after it had written the intent
         tx.execute("UPDATE release_task_nodes SET status = 'running', attempts = 1, task_id = 'apply_config_1', "
@@ -239,7 +240,7 @@ def test_rule_9_a_drain_takes_over_the_release_that_its_own_one_waits_for(world)
     drain = threading.Thread(target=world.drain, daemon=True)
     drain.start()
     drain.join(20)
-    assert not drain.is_alive(), "it waits for the node that the dead one has in flight"
+    assert not drain.is_alive()
     assert [world.store.release(i).status for i in ids] == ["success", "success"]
 
 
@@ -298,7 +299,7 @@ def test_a_claim_that_another_writer_was_quicker_at_is_in_other_hands(world, mon
 def test_rule_3_all_releases_together_have_at_most_so_many_requests_in_flight(world):
     world.nodes(6, protocol="execute", task_ms=700)
     nodes = world.store.nodes().items
-    ids = [new_release(world.store, target=f"t{node.id}", node_ids=[node.id]).id for node in nodes]
+    ids = [new_release(world.store, target=f"t{node.id}", node_ids=[node.id], payload=SITES).id for node in nodes]
     # who waits for a slot is not written down as dispatched: it would be late, and its deadline would pass
     world.drain(AGENT_CONCURRENCY=2, AGENT_CONNECT_TIMEOUT_SEC="0.5", NODE_DEADLINE_SEC=2)
     assert {world.store.release(i).status for i in ids} == {"success"}
@@ -352,7 +353,7 @@ def test_where_no_thread_can_be_started_the_release_stays_free_for_others(world,
 
 def test_an_answer_for_a_row_that_was_deleted_by_hand_is_dropped(world, caplog):
     world.nodes(2, protocol="execute", task_ms=1000)
-    release = new_release(world.store, strategy={"batches": [2]})
+    release = new_release(world.store, strategy={"batches": [2]}, payload=SITES)
     drain = threading.Thread(target=world.drain)
     drain.start()
     eventually(lambda: statuses(world.store, release.id) == ["running", "running"])
@@ -500,7 +501,7 @@ def test_without_certificates_nothing_is_claimed(sqlite_world, new_executor):
 
 def test_a_clean_stop_finishes_requests_in_flight_and_lets_go(world):
     world.nodes(1, protocol="execute", task_ms=800)
-    release = new_release(world.store)
+    release = new_release(world.store, payload=SITES)
     executor = world.executor()
     loop = threading.Thread(target=executor.run_loop)
     loop.start()
@@ -517,7 +518,7 @@ def test_a_clean_stop_finishes_requests_in_flight_and_lets_go(world):
 def test_a_stop_that_cuts_a_request_itself_fails_no_node(world, monkeypatch, call):
     monkeypatch.setattr(rc, "STOP_GRACE_S", 0.2)
     world.nodes(1, protocol="execute", task_ms=2000)
-    release = new_release(world.store)
+    release = new_release(world.store, payload=SITES)
     executor = world.executor(AGENT_RETRIES=0)
     thread = threading.Thread(target=getattr(executor, call))
     thread.start()

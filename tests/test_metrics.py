@@ -333,6 +333,10 @@ def end_of(path: Path) -> float:
     return rc.ssl.cert_time_to_seconds(shown.strip().partition("=")[2])
 
 
+def ends_in(path: Path) -> list[float]:
+    return [until for _, until in rc.certificate_times(path.read_text())]
+
+
 def test_the_end_of_each_certificate_is_told(certs, sqlite_url):
     agents = next((certs / "agents").glob("*.crt"))
     settings = settings_for(sqlite_url, certs, HTTP_CERT=agents, HTTP_KEY=agents.with_suffix(".key"))
@@ -344,9 +348,9 @@ def test_the_end_of_each_certificate_is_told(certs, sqlite_url):
 def test_an_expired_certificate_and_one_past_2049_are_told_all_the_same(certs, tmp_path, sqlite_url):
     expired = make_certs(tmp_path / "expired", "127.0.1.1", DAYS="-1")
     late = make_certs(tmp_path / "late", "127.0.1.1", DAYS="20000")
-    assert rc.certificate_ends((expired / "control.crt").read_text()) == [end_of(expired / "control.crt")]
+    assert ends_in(expired / "control.crt") == [end_of(expired / "control.crt")]
     assert end_of(expired / "control.crt") < time.time()
-    assert rc.certificate_ends((late / "control.crt").read_text()) == [end_of(late / "control.crt")]
+    assert ends_in(late / "control.crt") == [end_of(late / "control.crt")]
     assert end_of(late / "control.crt") > 2524608000  # 2050: another kind of time in the certificate
     both = tmp_path / "both.crt"
     both.write_text((late / "control.crt").read_text() + "a comment\n" + (expired / "control.crt").read_text())
@@ -482,6 +486,7 @@ ALERTS = [
      [('releasectl_release_last_event_timestamp_seconds{target="cdn",status="running"}', "0x90")], "80m"),
     ("ReleasectlDatabaseErrors", [("releasectl_database_up", "0x30")], "10m"),
     ("ReleasectlDatabaseErrors", [("releasectl_database_errors_total", "0+1x30")], "20m"),
+    ("ReleasectlDatabaseWentBack", [("releasectl_database_went_back_total", "0x5 1x30")], "10m"),
     ("ReleasectlFrozen", [("releasectl_frozen", "1x400")], "5h"),
     ("ReleasectlCertificateExpiring",
      [('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CERT"}', f"{10 * DAY}x200")], "2h"),
@@ -490,6 +495,7 @@ ALERTS = [
 ]
 WELL = [("releasectl_last_tick_timestamp_seconds", "0+60x400"), ("releasectl_frozen", "0x400"),
         ("releasectl_database_up", "1x400"), ("releasectl_database_errors_total", "0x400"),
+        ("releasectl_database_went_back_total", "0x400"),
         ('releasectl_releases{target="cdn",status="failed"}', "9x20 3x380"),  # pruned: no failure
         ('releasectl_release_last_event_timestamp_seconds{target="cdn",status="running"}', "0+60x400"),
         ('releasectl_release_last_event_timestamp_seconds{target="dns",status="paused"}', "0x400"),

@@ -24,6 +24,11 @@ import releasectl as rc
 
 AXE = "axe-core@4.14.1"
 MARKUP = "<img src=x onerror=alert(1)> & <b>bold</b>"
+PAYLOAD = '{"websites": []}'
+PLAN = {"totalNodes": 40, "batches": [{"batch": 1, "nodeIds": [1], "maxFailed": 0},
+                                      {"batch": 2, "nodeIds": [*range(2, 41)], "maxFailed": 0}], "leftOut": []}
+NEWER = {"code": 3003, "data": None, "message": "release 5 (v5) succeeded later on edge-1: retry of release 1 would "
+                                                "replace its payload; overNewer (--over-newer) says so"}
 
 
 class Daemon:
@@ -121,7 +126,46 @@ class Page:
 
     def fill(self, **fields: str) -> Page:
         for name, value in fields.items():
-            self.run(f"document.querySelector('dialog[open] [name={name}]').value = {json.dumps(value)}")
+            self.run(f"{{ const f = document.querySelector('dialog[open] [name={name}]');"
+                     f" f.value = {json.dumps(value)}; f.dispatchEvent(new Event('input', {{bubbles: true}})); }}")
+        return self
+
+    def enter(self, place: str, key: str = "Enter", held: int = 0) -> Page:
+        """Presses Enter (or the space bar) where a selector leads, as often as it comes while it is held."""
+        self.run(f"document.querySelector({json.dumps(place)}).focus()")
+        assert self.run(f"document.activeElement === document.querySelector({json.dumps(place)})"), place
+        self.browser.key(key, "\r" if key == "Enter" else key, held)
+        return self
+
+    def plan(self) -> Page:
+        """Asks for the plan and waits until it is there."""
+        return self.press("Show the plan").see("Plan", "#plan h3")
+
+    def answers(self, *answers: tuple[str, str, Any]) -> Page:
+        """Lets the page's own fetch give these, in their order, to what changes something, instead of the daemon:
+
+        the end of the address, what must be in the body, and the envelope (or only its data).
+        """
+        made = [(path, part, data if "code" in data else {"code": 0, "message": "success", "data": data})
+                for path, part, data in answers]
+        self.run("window.sent = []; window.left = " + json.dumps(made) + """;
+            window.asDaemon = window.asDaemon || window.fetch;
+            window.fetch = async (path, options) => {
+              if (options.method === 'GET' || !options.method) return window.asDaemon(path, options);
+              window.sent.push([path, JSON.parse(options.body), options.headers]);
+              const [end, part, envelope] = window.left.shift() || ['?'];
+              if (!path.endsWith(end) || !options.body.includes(part)) throw new Error(`unexpected: ${path}`);
+              return new Response(JSON.stringify(envelope), {status: envelope.code ? 409 : 200});
+            }; null""")
+        return self
+
+    def sent(self) -> list[tuple[str, Any]]:
+        """What was sent to answers()."""
+        return [(path.rpartition("/")[2], body) for path, body, _ in self.run("window.sent")]
+
+    def settle(self) -> Page:
+        """Waits as long as it takes for a click to become a release."""
+        self.run("new Promise(then => setTimeout(then, 400))")
         return self
 
     def address(self) -> str:
@@ -150,7 +194,7 @@ def new_page(browser):
     browser.run("document.title")  # whatever was logged has come in
     errors, requests = list(browser.errors), list(browser.requests)
     browser.open("about:blank")
-    for seen in (browser.errors, browser.requests, browser.answers):
+    for seen in (browser.errors, browser.requests, browser.answers, browser.changes):
         seen.clear()
     for daemon in daemons:
         daemon.stop()
@@ -267,7 +311,7 @@ def test_health_answers_without_a_database_and_with_certificates_that_are_no_goo
 def test_a_release_is_followed_from_its_creation_to_success(live):
     page, world = live(3)
     page.open().see("There is no release yet")
-    page.press("New release").fill(reason="weekly", payload='{"sites": []}').press("Create")
+    page.press("New release").fill(reason="weekly", payload=PAYLOAD).plan().press("Create")
     page.see("3 nodes succeeded", "main")
     assert page.address() == "#/releases/1"
     for words in ("success", "weekly", "Batch 2 of 2", "2 of 2 done", "created", "by api", "finished"):
@@ -281,7 +325,7 @@ def test_a_release_is_followed_from_its_creation_to_success(live):
 def test_a_release_is_followed_to_failure_and_says_why_in_text_and_is_retried(live):
     page, world = live(3)
     world.agent(1).set(outcome="failed", message=MARKUP)
-    page.open().press("New release").press("Create")
+    page.open().press("New release").fill(payload=PAYLOAD).plan().press("Create")
     page.see("1 node failed", "#failures").see(MARKUP, "#failures pre").see("Mend what its message names", "#failures")
     assert page.count("main img") + page.count("main b") == 0
     page.see("Release 1 failed", "#pulse")
@@ -293,7 +337,8 @@ def test_a_release_is_followed_to_failure_and_says_why_in_text_and_is_retried(li
     page.press("Close")
     eventually(lambda: page.address() == "#/releases/1")
     world.agent(1).set(outcome="success", message="")
-    page.press("Retry").see("for the 3 nodes that failed or were skipped", "#ask").press("Retry release 1")
+    page.press("Retry").see("for the 3 nodes that failed or were skipped", "#ask").see("to 3 nodes", "#plan")
+    page.press("Retry release 1")
     eventually(lambda: page.address() == "#/releases/2")
     page.see("3 nodes succeeded", "main").see("release 1", "main dl")
 
@@ -326,8 +371,13 @@ def test_a_verb_that_can_not_be_used_now_says_what_it_needs(page):
 
 @pytest.mark.slow
 def test_what_the_daemon_refuses_is_said_in_the_dialog(page):
-    page.open().press("New release").press("Create").see("no online nodes", "#ask")
-    page.fill(payload="{").press("Create").see("The payload is not JSON", "#ask")
+    page.open().press("New release").fill(payload=PAYLOAD).press("Show the plan").see("no online nodes", "#ask")
+    page.fill(payload="{").press("Show the plan").see("The payload is not JSON", "#wrong-payload")
+    assert page.run("document.activeElement.name") == "payload"
+    page.fill(payload=PAYLOAD, strategy="[").press("Show the plan").see("The strategy is not JSON", "#wrong-strategy")
+    assert page.text("#wrong-payload") == ""
+    page.fill(strategy="", labels="region=eu, region=us").press("Show the plan")
+    page.see("The label region is there twice", "#wrong-labels")
     assert page.count("dialog[open]") == 1
 
 
@@ -407,6 +457,248 @@ def test_ten_thousand_nodes_are_capped_summed_up_and_followed_by_events_alone(pa
     page.see("edge-9998", "#node").see("succeeded", "#node")
 
 
+# -- nothing changes without a plan that was read and a button that was pressed ------------------------
+
+@pytest.mark.slow
+def test_enter_in_the_new_release_dialog_creates_nothing(page):
+    add_nodes(page.daemon.store, 2)
+    page.open().see("There is no release yet")
+    page.run("[...document.querySelectorAll('button')].find(b => b.textContent === 'New release').id = 'new'")
+    page.enter("#new", held=5).see("New release", "#ask h2")
+    for name in ("target", "reason", "labels"):
+        page.enter(f"#ask [name={name}]")
+    page.settle()
+    assert page.browser.changes == []
+    page.fill(payload=PAYLOAD)
+    for name in ("target", "reason", "labels"):
+        page.enter(f"#ask [name={name}]")
+    page.plan()
+    for name in ("target", "reason", "labels"):
+        page.enter(f"#ask [name={name}]")
+    page.settle()
+    assert [body["dryRun"] for _, _, body in page.browser.changes] == [True]
+    assert page.daemon.store.releases().total == 0
+
+
+@pytest.mark.slow
+def test_a_new_release_is_created_only_after_its_plan_was_shown(page):
+    store = page.daemon.store
+    add_nodes(store, 3)
+    page.open().press("New release").fill(payload=PAYLOAD).press("Create").settle()
+    assert page.browser.changes == []
+    page.plan().see("Goes to 3 nodes", "#plan").see("in batches of 1, then 2.", "#plan")
+    assert "undefined" not in page.text("#ask")
+    for change in ({"target": "dns"}, {"reason": "weekly"}, {"payload": '{"websites": [], "more": 1}'},
+                   {"strategy": '{"batches": [2]}'}):
+        page.fill(**change)
+        assert page.count("#plan h3") == 0, change
+        page.press("Create").settle()
+        assert page.count("dialog[open]") == 1
+        page.plan()
+    page.see("in batches of 2, then 1.", "#plan")
+    assert all(body["dryRun"] for _, _, body in page.browser.changes)
+    page.run("document.querySelector('[name=target]').value = 'silently'")  # as a browser's extension would
+    page.press("Create").settle()
+    assert page.count("#plan h3") == 0
+    assert store.releases().total == 0
+    page.fill(target="dns").plan().press("Create")
+    eventually(lambda: page.address() == "#/releases/1")
+    assert [(r.target, r.reason) for r in store.releases().items] == [("dns", "weekly")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["Enter", " "])
+def test_a_plan_that_was_read_is_created_by_the_keyboard_on_its_button(page, key):
+    add_nodes(page.daemon.store, 1)
+    page.open().press("New release").fill(payload=PAYLOAD)
+    page.run("[...document.querySelectorAll('#ask button')].forEach(b => { b.id = b.textContent.split(' ')[0]; })")
+    page.enter("#Show", key, held=3).see("Goes to 1 node", "#plan").settle()
+    assert page.daemon.store.releases().total == 0  # held down on the one button it does not reach the other
+    assert page.run("document.activeElement.id") == "Show"
+    assert page.run("document.querySelector('#plan').getAttribute('aria-live')") == "polite"
+    page.browser.key("Tab")
+    assert page.run("document.activeElement.id") == "Create"
+    page.enter("#Create", key)
+    eventually(lambda: page.address() == "#/releases/1")
+
+
+@pytest.mark.slow
+def test_a_plan_of_what_was_written_before_is_not_shown(page):
+    add_nodes(page.daemon.store, 1)
+    page.open().press("New release").fill(payload=PAYLOAD)
+    page.run("""const real = window.fetch; window.fetch = async (path, options) => {
+      const answer = await real(path, options);
+      if (options.method === 'POST') await new Promise(then => { window.goOn = then; });
+      return answer; }""")
+    page.press("Show the plan").see("Loading the plan", "#plan").fill(reason="changed")
+    eventually(lambda: page.run("Boolean(window.goOn)"))
+    page.run("window.goOn()")
+    page.see("can be used once the plan is shown", "#plan").press("Create").settle()
+    assert page.daemon.store.releases().total == 0
+
+
+@pytest.mark.slow
+def test_an_empty_payload_is_an_error_beside_its_field(page):
+    add_nodes(page.daemon.store, 1)
+    page.open().press("New release")
+    assert page.run("document.querySelector('[name=payload]').value") == ""
+    page.press("Show the plan").see('Write the payload, for example {"websites": []}', "#wrong-payload")
+    assert page.run("[document.activeElement.name, document.activeElement.getAttribute('aria-invalid'), "
+                    "document.activeElement.getAttribute('aria-describedby')]") == ["payload", "true", "wrong-payload"]
+    assert page.browser.changes == []
+    page.fill(payload=PAYLOAD).plan()
+    assert page.text("#wrong-payload") == ""
+    assert page.count("[aria-invalid]") == 0
+
+
+@pytest.mark.slow
+def test_the_payload_goes_out_as_it_was_written(page):
+    add_nodes(page.daemon.store, 1)
+    page.open().press("New release").fill(payload='{"websites": [], "websites": [1]}').press("Show the plan")
+    page.see("websites", "#ask .refused")  # the daemon takes no key twice: which of the two would be meant?
+    page.fill(payload='{"websites": [12345678901234567891]}', strategy='{"batches": [1]}').plan().press("Create")
+    eventually(lambda: page.address() == "#/releases/1")
+    with page.daemon.store.database.transaction() as tx:
+        assert "12345678901234567891" in tx.value("SELECT payload FROM release_tasks")
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_new_release_warns_of_nodes_that_would_lose_their_sites(page):
+    refusal = {"code": 2003, "message": "payload has no websites, which edge-1 needs", "data": None}
+    page.open().press("New release").fill(payload="{}").answers(
+        ("releases", "dryRun", refusal),
+        ("releases", "dryRun", {**PLAN, "version": 7, "emptied": [f"edge-{n}" for n in range(1, 16)]}),
+        ("releases", "dryRun", {**PLAN, "version": 7, "emptied": []}))
+    page.press("Show the plan").see(refusal["message"], "#ask .refused")
+    assert page.count("#plan h3") == 0
+    page.plan().see("Goes to 40 nodes as version 7, in batches of 1, then 39.", "#plan")
+    page.see("15 nodes would be left without any site: edge-1, edge-2, ", "#plan .notice")
+    page.see(" and 3 more", "#plan .notice")
+    page.fill(payload='{"websites": [1]}').plan()
+    assert "without any site" not in page.text("#ask")
+
+
+@pytest.mark.slow
+def test_what_a_new_release_leaves_out_is_told_before_and_after_its_creation(page):
+    left_out = [{"nodeId": 3, "nodeName": "edge-3", "why": "maintenance"},
+                {"nodeId": 4, "nodeName": MARKUP, "why": "disabled"},
+                {"nodeId": 5, "nodeName": "edge-5", "why": "maintenance"}]
+    add_nodes(page.daemon.store, 1)
+    new_release(page.daemon.store)
+    page.open().press("New release").fill(payload=PAYLOAD).answers(
+        ("releases", "dryRun", {**PLAN, "leftOut": left_out}),
+        ("releases", "websites", {"releaseId": 1, "version": 1, "totalNodes": 40, "batches": [], "leftOut": left_out}))
+    page.plan()
+    for words in ("Left out: 3 nodes.", "maintenance: edge-3, edge-5", f"disabled: {MARKUP}"):
+        page.see(words, "#plan")
+    page.press("Create").see("Release 1 is created", "#ask h2").see("Version 1 goes to 40 nodes.", "#ask")
+    page.see("maintenance: edge-3, edge-5", "#ask")
+    assert page.address() == "#/releases/1"
+    page.press("Close").see("pending", "main .chip")
+    assert page.count("dialog[open]") == 0
+
+
+def failed_release(store: rc.Store) -> None:
+    """Makes release 1 of 3 nodes: one success, one failed, one skipped."""
+    add_nodes(store, 3)
+    new_release(store)
+    with store.database.transaction(write=True) as tx:
+        for node, status in enumerate(("success", "failed", "skipped"), 1):
+            tx.execute("UPDATE release_task_nodes SET status = ? WHERE node_id = ?", status, node)
+        tx.execute("UPDATE release_tasks SET status = 'failed', success_nodes = 1, failed_nodes = 1, started_at = "
+                   "created_at, finished_at = created_at, error_msg = 'edge-2: no'")
+
+
+@pytest.mark.slow
+def test_a_retry_shows_its_plan_and_goes_over_newer_releases_only_when_told(page):
+    failed_release(page.daemon.store)
+    plan = {**PLAN, "version": 6, "payloadOf": {"releaseId": 1, "version": 1},
+            "leftOut": [{"nodeId": 2, "nodeName": "edge-2", "why": "disabled"}]}
+    page.open("#/releases/1").see("failed", "main .chip").answers(
+        ("1/retry", "dryRun", NEWER), ("1/retry", "overNewer", plan), ("1/retry", "overNewer", {
+            "releaseId": 1, "version": 6, "totalNodes": 40, "batches": [], "leftOut": []}))
+    page.press("Retry").see(NEWER["message"], "#ask .refused").press("Retry release 1").settle()
+    page.see("Go over newer releases", "#ask")
+    page.run("document.querySelector('[name=overNewer]').click()")
+    page.see("Sends the payload of release 1 (v1) to 40 nodes as version 6", "#plan").see("disabled: edge-2", "#plan")
+    page.fill(reason="again")  # says nothing of what goes out: the plan stays
+    page.enter("#ask [name=reason]").settle().press("Retry release 1")
+    eventually(lambda: page.count("dialog[open]") == 0)
+    assert page.sent() == [("retry", {"dryRun": True}), ("retry", {"overNewer": True, "dryRun": True}),
+                           ("retry", {"overNewer": True, "reason": "again"})]
+    assert "Idempotency-Key" in page.run("window.sent[2][2]")
+
+
+@pytest.mark.slow
+def test_a_rollback_shows_which_release_it_goes_back_to_and_takes_another(page):
+    failed_release(page.daemon.store)
+    page.open("#/releases/1").see("failed", "main .chip").answers(
+        ("1/rollback", "dryRun", {"code": 3003, "message": "nothing to roll back to", "data": None}),
+        ("1/rollback", "toRelease", {**PLAN, "payloadOf": {"releaseId": 4, "version": 4}}),
+        ("1/rollback", "toRelease", PLAN),
+        ("1/rollback", "toRelease", {"releaseId": 1, "version": 6, "totalNodes": 40, "batches": []}))
+    page.press("Roll back").see("nothing to roll back to", "#ask .refused")
+    assert "Go over newer releases" not in page.text("#ask")
+    page.fill(toRelease="four").press("Show the plan").see("Write the number of a release", "#wrong-toRelease")
+    page.fill(toRelease="4").enter("[name=toRelease]").settle().press("Roll back release 1").settle()
+    assert len(page.sent()) == 1
+    page.plan().see("Sends the payload of release 4 (v4) to 40 nodes, in batches of 1, then 39.", "#plan")
+    page.fill(toRelease="3").plan().see("Goes to 40 nodes, in", "#plan").press("Roll back release 1")
+    eventually(lambda: page.count("dialog[open]") == 0)
+    assert page.sent()[1:] == [("rollback", {"toRelease": 4, "dryRun": True}),
+                               ("rollback", {"toRelease": 3, "dryRun": True}), ("rollback", {"toRelease": 3})]
+
+
+@pytest.mark.slow
+def test_what_the_daemon_plans_refuses_and_leaves_out_is_what_the_page_says(live):
+    page, world = live(3)
+    store = world.store
+    store.add_node("edge-9", "10.9.9.9", agent_protocol="execute")
+    page.open().press("New release").fill(payload="{}").press("Show the plan").see("websites", "#ask .refused")
+    page.fill(payload=PAYLOAD).plan().see("Goes to 4 nodes as version 1", "#plan")
+    page.see("1 node would be left without any site: edge-9", "#plan .notice")
+    store.update_node(4, {"enabled": 0})
+    page.fill(reason="first").plan().see("Goes to 3 nodes", "#plan").press("Create")
+    eventually(lambda: page.address() == "#/releases/1")
+    page.open("#/releases/1").see("3 nodes succeeded", "main")
+    world.agent(1).set(outcome="failed", message="no")
+    new_release(store, payload={"websites": [2]})
+    page.open("#/releases/2").see("1 node failed", "#failures")
+    world.agent(1).set(outcome="success", message="")
+    new_release(store, payload={"websites": [3]})
+    page.open("#/releases/3").see("3 nodes succeeded", "main")
+    page.open("#/releases/2").press("Retry").see("release 3 (v3) succeeded later on", "#ask .refused")
+    page.run("document.querySelector('[name=overNewer]').click()")
+    page.see("Sends the payload of release 2 (v2) to 3 nodes as version 4", "#plan").press("Close")
+    page.open("#/releases/3").press("Roll back").see("Sends the payload of release 1 (v1) to 3 nodes", "#plan")
+    page.fill(toRelease="9").press("Show the plan").see("9", "#ask .refused")
+    store.update_node(3, {"enabled": 0})
+    page.fill(toRelease="1").plan().see("Left out: 1 node.", "#plan").see("edge-3", "#plan")
+    page.press("Roll back release 3").see("Release 4 is created", "#ask h2").see("edge-3", "#ask").press("Close")
+    page.see("2 nodes succeeded", "main").see("Release 3", "main dl")
+    assert page.address() == "#/releases/4"
+
+
+@pytest.mark.slow
+def test_enter_changes_nothing_in_any_dialog(page):
+    store = page.daemon.store
+    failed_release(store)
+    new_release(store)
+    for place, name, field in (("#/releases/1", "Retry", "reason"), ("#/releases/1", "Roll back", "toRelease"),
+                               ("#/releases/2", "Pause", "reason"), ("#/releases/2", "Cancel", "reason"),
+                               ("#/nodes", "Add a node", "mainIp"), ("#/nodes", "Edit", "name"),
+                               ("#/health", "Freeze", "reason")):
+        page.open(place).press(name).fill(**{field: "edge-9"}).enter(f"#ask [name={field}]", held=3).settle()
+        assert page.count("dialog[open]") == 1, name
+        page.press("Close")
+    page.open("#/nodes").press("Maintenance")
+    page.browser.key("Enter", "\r", held=3)  # whoever held it on the button before
+    page.settle()
+    assert [(path, body) for _, path, body in page.browser.changes if not body.get("dryRun")] == []
+    assert store.release(2).status == "pending"
+    page.press("Change").see("End maintenance", "#row-1")
+
+
 # -- who may, nodes, health -------------------------------------------------------------------------
 
 @pytest.mark.slow
@@ -417,7 +709,7 @@ def test_a_token_is_asked_for_kept_for_the_session_and_sent(new_page, sqlite_wor
     add_nodes(sqlite_world.store, 1)
     new_release(sqlite_world.store)
     page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url, API_TOKENS_FILE=file)))
-    page.open("#/releases/1").see("asks for a token", "#ask").fill(token="wrong").press("Go on")
+    page.open("#/releases/1").see("asks for a token", "#ask").fill(token="wrong").enter("[name=token]")
     page.see("this token is not known", "#ask").fill(token="open sesame").press("Go on").see("pending", "main .chip")
     assert page.run("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
     page.see("Your token only reads (viewer).", "#why")
@@ -507,6 +799,14 @@ def test_axe_finds_nothing_that_keeps_a_person_out(full, axe, scheme):
     for place, name in (("#/releases/3", "Cancel"), ("#/releases", "New release"), ("#/nodes", "Add a node")):
         full.open(place).press(name)
         assert (name, violations(full, axe)) == (name, [])
+    full.open("#/releases").press("New release").press("Show the plan").see("Write the payload", "#ask")
+    assert violations(full, axe) == []
+    full.open("#/releases/1").see("failed", "main .chip").answers(("retry", "", NEWER), ("retry", "", {
+        **PLAN, "emptied": ["edge-1"], "leftOut": [{"nodeId": 1, "nodeName": "edge-2", "why": "disabled"}]}))
+    full.press("Retry").see(NEWER["message"], "#ask")
+    assert violations(full, axe) == []
+    full.plan()
+    assert violations(full, axe) == []
 
 
 def violations(page: Page, axe: str) -> list[Any]:

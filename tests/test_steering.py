@@ -97,7 +97,7 @@ def test_the_nodes_are_chosen_by_id_or_label_and_those_left_out_are_named(store)
     store.update_node(3, {"enabled": 0})
     plan = store.plan_release(rc.ReleaseRequest(labels={"region": "eu"}))
     assert plan.batches == [[1], [4]]
-    assert [(n.name, n.condition) for n in plan.left_out] == [("edge-2", "in maintenance")]
+    assert [(n.name, n.why) for n in plan.left_out] == [("edge-2", "in maintenance")]
     assert store.plan_release(rc.ReleaseRequest(node_ids=[4, 1])).batches == [[1], [4]]
     assert [n.name for n in store.plan_release(rc.ReleaseRequest()).left_out] == ["edge-2", "edge-3"]
     for ids, message in (([2], "node edge-2 is in maintenance"), ([1, 3], "node edge-3 is disabled"),
@@ -116,7 +116,7 @@ def test_a_plan_writes_nothing_and_is_what_the_release_then_does(store):
     request = rc.ReleaseRequest(strategy={"batches": [1, "50%"], "maxFailed": "20%"}, reason="nightly")
     plan = store.plan_release(request)
     assert store.releases().total == 0
-    made, batches = store.create_release(request, "test")
+    made, batches, _ = store.create_release(request, "test")
     assert batches == plan.batches
     assert plan.max_failed == [0, 2, 1]
     assert rc.parse_json(made.strategy) == request.strategy
@@ -403,12 +403,13 @@ def test_retry_and_rollback_in_every_state(store, verb, status):
     good = new_release(store, payload={"a": 1})
     with store.database.transaction(write=True) as tx:
         tx.execute("UPDATE release_tasks SET status = 'success' WHERE id = ?", good.id)
+        tx.execute("UPDATE release_task_nodes SET status = 'success'")
     made = new_release(store, payload={"a": 2})
     with store.database.transaction(write=True) as tx:
         tx.execute("UPDATE release_tasks SET status = ? WHERE id = ?", status, made.id)
         tx.execute("UPDATE release_task_nodes SET status = 'failed' WHERE release_task_id = ?", made.id)
     if status in rc.VERBS[verb].states:
-        new, _ = getattr(store, verb)(made.id, "anna", "because")
+        new = getattr(store, verb)(made.id, "anna", rc.Again("because")).release
         assert new.reason == "because"
         assert rc.parse_json(new.payload) == {"a": 2 if verb == "retry" else 1}
     else:
@@ -459,7 +460,7 @@ def test_rule_10_a_rollback_to_the_same_payload_is_refused(store):
     with store.database.transaction(write=True) as tx:
         tx.execute("UPDATE release_tasks SET status = 'success'")
         tx.execute("UPDATE release_task_nodes SET status = 'success'")
-    with pytest.raises(rc.AppError, match="release 1, the newest success before 2, has the same payload"):
+    with pytest.raises(rc.AppError, match="no release of target cdn before 2 succeeded on its nodes with another"):
         store.rollback(2, "anna")
 
 
@@ -470,10 +471,11 @@ def test_rule_10_a_retry_keeps_the_strategy_and_a_rollback_waits_for_nothing(sto
     good, bad = new_release(store, payload={"a": 1}), new_release(store, payload={"a": 2}, strategy=strategy)
     with store.database.transaction(write=True) as tx:
         tx.execute("UPDATE release_tasks SET status = CASE WHEN id = ? THEN 'success' ELSE 'failed' END", good.id)
-        tx.execute("UPDATE release_task_nodes SET status = 'failed' WHERE node_id < 3")
-    again, back = store.retry(bad.id, "anna")[0], store.rollback(bad.id, "anna")[0]
+        tx.execute("UPDATE release_task_nodes SET status = CASE WHEN release_task_id = ? THEN 'success' "
+                   "WHEN node_id < 3 THEN 'failed' ELSE status END", good.id)
+    again, back = store.retry(bad.id, "anna").release, store.rollback(bad.id, "anna").release
     assert rc.parse_json(again.strategy) == {"batches": [1, 1, 1], "maxFailed": 1, "soakSec": 60, "pauseAfter": [1]}
-    assert rc.parse_json(back.strategy) == {"batches": [1, 1, 1], "maxFailed": 1}
+    assert rc.parse_json(back.strategy) == {"batches": [2], "maxFailed": 1}
 
 
 # -- over real agents ------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def test_rule_1_versions_grow_and_the_nodes_are_those_enabled_and_online_by_id(s
     nodes = add_nodes(store, 5)
     store.update_node(nodes[1].id, {"enabled": 0})
     store.update_node(nodes[2].id, {"status": "maintenance"})
-    first, batches = store.create_release(rc.ReleaseRequest(reason="why"), "anna")
+    first, batches, _ = store.create_release(rc.ReleaseRequest(reason="why"), "anna")
     second = new_release(store)
     assert (first.version, second.version) == (1, 2)
     assert batches == [[nodes[0].id], [nodes[3].id, nodes[4].id]]
@@ -142,32 +142,40 @@ def test_rule_2_many_that_claim_at_once_only_one_has_it(store, database_url, ope
 
 
 def test_rule_2_the_lowest_version_of_a_target_goes_first(store):
-    add_nodes(store, 1)
-    first, second = new_release(store), new_release(store)
-    other = new_release(store, target="dns")
+    add_nodes(store, 2)
+    first, second = new_release(store, node_ids=[1]), new_release(store, node_ids=[1])
+    other = new_release(store, target="dns", node_ids=[2])
     assert store.look() == ([first.id, other.id], [])
     assert store.claim(second.id, "a", 30) is None
 
 
-def test_rule_2_no_node_has_tasks_of_two_releases_in_flight(store):
-    add_nodes(store, 1)
-    ids = [new_release(store, target=target).id for target in ("cdn", "dns")]
+def two_on_one_address(store, protocol: str = "tasks") -> list[int]:
+    """Gives two releases for nodes of their own, the second of which a person moved to the first one's address."""
+    add_nodes(store, 2, protocol)
+    ids = [new_release(store, target=target, node_ids=[number], payload={"websites": []}).id
+           for number, target in enumerate(("cdn", "dns"), 1)]
+    assert store.look() == (ids, [])
+    sql(store, "UPDATE release_task_nodes SET main_ip = ? WHERE release_task_id = ?", "::ffff:127.0.1.1", ids[1])
+    return ids
+
+
+def test_rule_2_no_address_has_tasks_of_two_releases_in_flight(store):
+    ids = two_on_one_address(store)
     claims = [store.claim(i, "a", 30) for i in ids]
     step(store, claims[0])
-    assert store.obstacles(ids[1])[0] == frozenset([1])
+    assert store.obstacles(ids[1]).busy == frozenset([("127.0.1.1", 8443)])
     with pytest.raises(rc.StateMoved):
         step(store, claims[1])
     assert statuses(store, ids[1]) == ["pending"]
-    assert step(store, claims[1], busy=store.obstacles(ids[1])[0]).sends == ()
+    assert step(store, claims[1], busy=store.obstacles(ids[1]).busy).sends == ()
 
 
-def test_rule_2_a_node_held_by_a_lost_request_of_another_release_is_busy(store):
-    add_nodes(store, 1, protocol="execute")
-    ids = [new_release(store, target=target).id for target in ("cdn", "dns")]
+def test_rule_2_an_address_held_by_a_lost_request_of_another_release_is_busy(store):
+    ids = two_on_one_address(store, "execute")
     claim = store.claim(ids[0], "a", 30)
     step(store, claim)
     finish(store, claim, 1, rc.Verdict("failed", "timeout", "no answer", "no answer", 30.0))
-    assert store.obstacles(ids[1])[0] == frozenset([1])
+    assert store.obstacles(ids[1]).busy == frozenset([("127.0.1.1", 8443)])
 
 
 def test_rule_9_a_claim_that_ran_out_is_taken_over_under_a_higher_number(store):
@@ -331,7 +339,7 @@ def succeed(store: rc.Store, **fields) -> rc.Release:
 def test_rule_10_retry_makes_a_new_release_for_what_was_failed_or_skipped(store):
     add_nodes(store, 3)
     old = fail_first(store, payload={"a": 1, "version": 1})
-    new, batches = store.retry(old.id, "anna")
+    new, batches, _ = store.retry(old.id, "anna")
     assert (new.version, new.retry_of, new.total_nodes) == (2, old.id, 3)
     assert new.payload == '{"a":1,"version":2}'
     assert batches == [[1], [2, 3]]
@@ -357,7 +365,7 @@ def test_rule_10_rollback_sends_the_newest_successful_payload_to_the_nodes_it_to
     good = succeed(store, payload={"good": 1})
     succeed(store, payload={"else": 1}, target="dns")
     bad = fail_first(store, payload={"bad": 1})
-    new, batches = store.rollback(bad.id, "anna")
+    new, batches, _ = store.rollback(bad.id, "anna")
     assert (new.version, new.rollback_of, new.payload) == (5, bad.id, good.payload)
     assert batches == [[1]]
     assert store.release(bad.id) == bad
@@ -365,7 +373,7 @@ def test_rule_10_rollback_sends_the_newest_successful_payload_to_the_nodes_it_to
 
 def test_rule_10_rollback_without_an_older_success_says_so(store):
     add_nodes(store, 1)
-    with pytest.raises(rc.AppError, match="nothing to go back to"):
+    with pytest.raises(rc.AppError, match="nothing to roll back to"):
         store.rollback(fail_first(store).id, "anna")
 
 
