@@ -1423,11 +1423,13 @@ SCENES = {
     "was_written": Scene(("run-once", "--drain"), also="commit:lost:1"),
     "act": Scene(("cancel", "1")),
     "retry": Scene(("retry", "1"), before="cancelled"),
+    "set_first_version": Scene(("migrate", "--first-version", "50")),
 }
 # Points that no executor passes, and that no command of one release does either.
 NO_SCENE = {"add_node", "add_nodes", "node", "node_named", "nodes", "update_node", "delete_node", "rollback",
             "release_with_nodes", "releases", "events", "counts", "probe", "plan_release", "progress", "freeze",
-            "set_freeze", "last_releases", "open_releases"}
+            "set_freeze", "last_releases", "open_releases", "release", "moment", "tell", "exceeded", "plan_again",
+            "times_ahead", "old_releases", "forget"}
 
 
 # Points that are tried once more with tasks that a new owner finds still running, and that end as failed:
@@ -1435,7 +1437,7 @@ NO_SCENE = {"add_node", "add_nodes", "node", "node_named", "nodes", "update_node
 LONG = Scene(("run-once", "--drain"), ("tasks", "tasks"), 2200, outcome="failed")
 LONG_POINTS = ("commit", "dispatch", "query", "claim", "renew")
 # Points that change nothing.
-READING = {"look", "obstacles", "claimed_release", "claimed_release_with_nodes", "release"}
+READING = {"look", "obstacles", "holds", "claimed_release", "claimed_release_with_nodes", "find_release"}
 
 
 class Trial:
