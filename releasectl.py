@@ -2789,6 +2789,8 @@ class Claim(NamedTuple):
     fence: int
     version: int
     owner: str
+    # Which state of the database it was taken in: see Store.generation.
+    generation: int = 0
 
     def __str__(self) -> str:
         return f"release {self.release_id} (v{self.version})"
@@ -3952,7 +3954,7 @@ class Store:
                 raise StateMoved(f"release {release_id} was claimed by a writer outside of the lock")
             self._explain_waiting(tx)
             tx.afterwards.append(lambda: self._tell_claim(before, owner))
-            return Claim(release_id, before.claim_fence + 1, before.version, owner)
+            return Claim(release_id, before.claim_fence + 1, before.version, owner, self.generation)
 
     def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
         """Give a release that had to wait for its time the next version, where later ones have started meanwhile.
@@ -4033,18 +4035,20 @@ class Store:
     def _claimed(self, tx: Transaction, claim: Claim) -> Release:
         row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ?", claim.release_id)
         if row is None or Release(*row).version != claim.version:
-            self._note_fall(f"{claim} is gone")
+            self._note_fall(claim, f"{claim} is gone")
             raise ClaimLost("it is no longer in the database")
         release = Release(*row)
         if release.claim_fence < claim.fence:
-            self._note_fall(f"the claim number of {claim} is {release.claim_fence} after {claim.fence}")
+            self._note_fall(claim, f"the claim number of {claim} is {release.claim_fence} after {claim.fence}")
         if (release.claim_fence, release.claim_owner) != (claim.fence, claim.owner) or release.claim_expires_at is None:
             raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
         return release
 
-    def _note_fall(self, fell: str) -> None:
-        self._seen.note_fall()
-        self._tell_went_back(fell)
+    def _note_fall(self, claim: Claim, fell: str) -> None:
+        """Tell that the database went back, where that was not noticed since the claim was taken."""
+        if self.generation == claim.generation:
+            self._seen.note_fall()
+            self._tell_went_back(fell)
 
     def obstacles(self, release_id: int) -> Obstacles:
         """Return what may keep a release from its dispatches."""
@@ -5415,14 +5419,25 @@ class Executor:
 
     def _look(self, started: list[Driver], is_tick: bool) -> int:
         """Claims what is runnable and starts a driver for each, also added to started; gives how many others hold."""
-        free, taken = self.store.look()
-        mine = {driver.lease.claim.release_id for driver in self._active_drivers()}
-        if free:
-            self.agents.prepare()  # raises before anything is claimed that could not be dispatched
-            self._start_threads()
-        for release_id in free:
-            if release_id in mine or self.stopping.is_set():
-                continue
+        tried: set[int] = set()
+        while True:
+            mine = {driver.lease.claim.release_id for driver in self._active_drivers()}
+            free, taken = self.store.look()
+            new = [release_id for release_id in free if release_id not in mine | tried]
+            tried.update(new)
+            if new:
+                self.agents.prepare()  # raises before anything is claimed that could not be dispatched
+                self._start_threads()
+            # one that could not be claimed after all may have let others go first
+            if self._claim_all(new, taken, started, is_tick) or self.stopping.is_set():
+                return len([release_id for release_id in taken if release_id not in mine])
+
+    def _claim_all(self, release_ids: Iterable[int], taken: list[int], started: list[Driver], is_tick: bool) -> bool:
+        """Claim releases and start their drivers; say whether none turned out to have to wait."""
+        is_settled = True
+        for release_id in release_ids:
+            if self.stopping.is_set():
+                break
             asked_at = self.clock.elapsed()
             try:
                 claim = self.store.claim(release_id, self.owner, self.settings.claim_ttl_sec)
@@ -5432,7 +5447,8 @@ class Executor:
             if claim is not None:
                 # started at once: an error at the next claim must not leave a claim without its driver
                 started.append(self._drive(Lease(claim, asked_at + self.settings.claim_ttl_sec), is_tick))
-        return len([release_id for release_id in taken if release_id not in mine])
+            is_settled &= claim is not None
+        return is_settled
 
     def _drive(self, lease: Lease, is_tick: bool) -> Driver:
         driver = Driver(self, lease, is_tick)

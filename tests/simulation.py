@@ -659,7 +659,7 @@ class Simulation:
             self.fail(f"section 1: {name} with {task.payload}, which empties it")
         if send.lost_in:
             return  # the database went back meanwhile, and can't have told
-        known = max((s.version for s in self.sends if s.address == send.address and s.has_left and not s.lost_in))
+        known = max(s.version for s in self.sends if s.address == send.address and s.has_left and not s.lost_in)
         if send.version < known:
             self.fail(f"section 1: {name}, which was sent v{known} before")
         if self.now < self.leases_clash_until:

@@ -260,6 +260,15 @@ def test_rule_2_a_release_that_was_given_a_later_version_goes_behind_those_that_
     assert store.release(late.id).status_reason == "waiting for release 3, which is pending"
 
 
+def test_rule_2_a_drain_runs_a_release_that_was_given_a_later_version_after_the_others(world):
+    world.nodes(1, task_ms=1200)
+    soon = rc.utc_text(time.time() + 0.6)
+    ids = [new_release(world.store, strategy={"startAt": at} if at else {}).id for at in (soon, "", "")]
+    world.drain()
+    assert [world.store.release(i).status for i in ids] == ["success"] * 3
+    assert [run["version"] for run in world.agent(1).runs] == [2, 3, 4]
+
+
 def test_rule_2_what_an_address_was_sent_counts_for_every_row_that_names_it(world):
     world.nodes(1)
     port = world.agent(1).port
