@@ -3957,12 +3957,18 @@ class Store:
             return Claim(release_id, before.claim_fence + 1, before.version, owner, self.generation)
 
     def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
-        """Give a release that had to wait for its time the next version, where later ones have started meanwhile.
+        """Give a release the next version when it starts, where nodes may have higher ones than it has (rule 2).
 
-        Their nodes have higher versions than it has (rule 2).
+        That is one that had to wait for its time while later ones started, and one that is numbered below what a
+        restore or a failover left out: a release that is lost may have had a higher version.
         """
-        if not self._start_at(release.strategy) or not tx.value(
+        first_version = tx.value("SELECT first_version FROM database_state WHERE id = 1")
+        if release.version < first_version:
+            why = f"versions below {first_version} may be those of releases that are lost"
+        elif self._start_at(release.strategy) and tx.value(
                 "SELECT COUNT(*) FROM release_tasks WHERE version > ? AND started_at IS NOT NULL", release.version):
+            why = "later ones went out while it waited for its time"
+        else:
             return release
         version = self._next_version(tx, release.id)
         self._seen.use_version(version)
@@ -3970,7 +3976,7 @@ class Store:
         with contextlib.suppress(ValueError, AppError):  # what can't be used ends the release, a little later
             payload = to_json(payload_for_version(parse_payload(parse_json(payload)), version))
         tx.execute("UPDATE release_tasks SET version = ?, payload = ? WHERE id = ?", version, payload, release.id)
-        text = f"version {release.version} became {version}: later ones went out while it waited for its time"
+        text = f"version {release.version} became {version}: {why}"
         tx.insert_many(INSERT_EVENTS, 8, [(release.id, None, self._now(), owner, "renumbered", PENDING, PENDING, text)])
         tx.afterwards.append(lambda: log.info("%s: %s", release, text,
                                               extra=about(release, actor=owner, event="renumbered")))
@@ -5419,16 +5425,14 @@ class Executor:
 
     def _look(self, started: list[Driver], is_tick: bool) -> int:
         """Claims what is runnable and starts a driver for each, also added to started; gives how many others hold."""
-        tried: set[int] = set()
         while True:
             mine = {driver.lease.claim.release_id for driver in self._active_drivers()}
             free, taken = self.store.look()
-            new = [release_id for release_id in free if release_id not in mine | tried]
-            tried.update(new)
+            new = [release_id for release_id in free if release_id not in mine]
             if new:
                 self.agents.prepare()  # raises before anything is claimed that could not be dispatched
                 self._start_threads()
-            # one that could not be claimed after all may have let others go first
+            # one that could not be claimed after all may have let others go first: it has a later version now
             if self._claim_all(new, taken, started, is_tick) or self.stopping.is_set():
                 return len([release_id for release_id in taken if release_id not in mine])
 
