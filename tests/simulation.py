@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import heapq
 import itertools
 import random
@@ -170,6 +171,9 @@ class Send:
     version: int
     mark: str
     has_left: bool = False
+    # Whether its process heard that it never reached the agent, and lived to write anything after that.
+    is_unsent: bool = False
+    is_known_unsent: bool = False
     # Which restore took its intent out of the database, 0 for none.
     lost_in: int = 0
 
@@ -204,8 +208,8 @@ class SimAgent:
         self.world, self.address, self.protocol = world, address, protocol
         # Whether it gives tasks ids of its own.
         self.renames = False
-        # Until when it answers 503.
-        self.is_bad_until = 0.0
+        # Until when it answers 503, and until when it refuses connections.
+        self.is_bad_until = self.is_down_until = 0.0
         self.lifetime = 0
         self.names: dict[str, str] = {}
         # What it knows of, by its own ids; None: a version that it had already.
@@ -277,7 +281,9 @@ class Ledger:
     held_since: dict[int, float] = dataclasses.field(default_factory=dict)
     # When a node's first dispatch was written down, and how long its release had been held by then.
     begun: dict[tuple[int, int], tuple[float, float]] = dataclasses.field(default_factory=dict)
+    # From which version on releases are numbered, and when somebody said so.
     first_version: int = 0
+    first_set: int = 0
 
     def note_held(self, release_id: int, is_held: bool, now: float) -> None:
         """Takes down whether a pause or a freeze holds a release from now on."""
@@ -327,8 +333,14 @@ class SimStore(rc.Store):
         try:
             super().commit(claim, release, decision, now, actor)
             self.owner.saw_events(world.ledger.seen_events)
+            world.note_known(self.owner, claim.release_id)
         finally:
             world.decided_at = None
+
+
+    def let_go(self, claim) -> None:
+        super().let_go(claim)
+        self.owner.world.note_known(self.owner, claim.release_id)
 
 
 class SimExecutor(rc.Executor):
@@ -392,7 +404,7 @@ class Simulation:
         self.leases_clash_until = 0.0
         self.at_one_moment = 0
         self.looks_at_the_end_at = FAULTS_UNTIL_S
-        self.figures = dict.fromkeys(("runs", "crashes", "suspensions", "take-overs", "lost answers", "restarts",
+        self.figures = dict.fromkeys(("runs", "crashes", "stops", "suspensions", "take-overs", "lost answers", "restarts",
                                       "database faults", "commits", "verbs"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
         self.database = SimDatabase(self)
@@ -629,9 +641,25 @@ class Simulation:
         self.note(f"{owner.owner} dies")
         self.figures["crashes"] += 1
         owner.is_dead = True
+        self._start_another()
+
+    def _start_another(self) -> None:
         again = SimExecutor(self, self.settings, len(self.owners))
         self.owners.append(again)
         self.at(self.random.uniform(0, 3), lambda: self._boot(again))
+
+    def _stop(self, owner: SimExecutor) -> None:
+        """Asks a process for a clean end, as a deploy does; another one begins."""
+        self.figures["stops"] += 1
+        owner.stopping.set()
+        for driver in owner._active_drivers():
+            self.at(0.0, functools.partial(self.turn, owner, driver), owner)
+        self.at(rc.STOP_GRACE_S, lambda: self._end(owner))
+
+    def _end(self, owner: SimExecutor) -> None:
+        if not owner.is_dead:
+            owner.is_dead = True
+            self._start_another()
 
     # -- the network -------------------------------------------------------------------------
 
@@ -639,6 +667,7 @@ class Simulation:
                 written_at: rc.Moment) -> None:
         """Takes what a conversation would do: leave, arrive, and bring an outcome, each at its own time."""
         def answer(value: rc.Answer | rc.AgentError | rc.Outcome) -> None:
+            send.is_unsent = isinstance(value, rc.AgentError) and not value.reached
             driver.results.put(value if isinstance(value, rc.Outcome) else rc.outcome_of(node.node_id, op, value))
             self.turn(owner, driver)
 
@@ -658,6 +687,12 @@ class Simulation:
             self._travel(send, op, task, answer)
         else:
             self.at(self.random.choice([0.0, 0.0, 0.01, CONNECT_S * 0.9]), leave, owner)
+
+    def note_known(self, owner: SimExecutor, release_id: int) -> None:
+        """Takes down that a process wrote to a release: what it had heard by then is known from now on."""
+        for send in self.sends:
+            if send.owner is owner and send.release_id == release_id and send.is_unsent:
+                send.is_known_unsent = True
 
     def _check_dispatch(self, send: Send, task: rc.AgentTask) -> None:
         """Checks what leaves for an agent: whose it is, its id, its payload and its version."""
@@ -733,7 +768,7 @@ class Simulation:
             return
         is_bad = self.faults and self.now < FAULTS_UNTIL_S
         fate = self.random.random() if is_bad else 1.0
-        if fate < 0.08:
+        if fate < 0.08 or self.now < agent.is_down_until:
             self.at(0.01, lambda: answer(rc.AgentError(rc.UNREACHABLE, "refused", reached=False)), owner)
             return
         is_lost = fate < 0.25
@@ -803,7 +838,7 @@ class Simulation:
 
     # -- faults ------------------------------------------------------------------------------
 
-    kinds = ("crash", "suspend", "suspend long", "restart", "database")
+    kinds = ("crash", "stop", "suspend", "suspend long", "restart", "database")
 
     def _fault(self) -> None:
         """Does one thing to somebody, and plans the next."""
@@ -818,6 +853,8 @@ class Simulation:
     def _break(self, kind: str, owner: SimExecutor) -> None:
         if kind == "crash":
             self._crash(owner)
+        elif kind == "stop":
+            self._stop(owner)
         elif kind.startswith("suspend"):
             self.figures["suspensions"] += 1
             owner.suspended_until = self.now + self.random.uniform(0, 2 if kind == "suspend" else 3 * TTL_S)
@@ -966,10 +1003,11 @@ class Simulation:
             return
         sends = [s for s in self.sends if s.address == address and s.has_left]
         lost = {s.version for s in sends if s.lost_in}
-        tries = sum(s.mark == mark for s in sends)
+        earlier = [s for s in self.sends if s.address == address and s.mark == mark][:-1]
+        was_tried = any(not s.is_known_unsent for s in earlier)
         # A database that went back, and nobody who saw more: an agent of `tasks` does not tell its
         # version, and one of `execute` can't be told from one that an earlier try has reached.
-        if max(lost, default=0) >= version if agent.protocol == "tasks" else (version in lost and tries > 1):
+        if max(lost, default=0) >= version if agent.protocol == "tasks" else (version in lost and was_tried):
             self.figures["unknowable"] = self.figures.get("unknowable", 0) + 1
             return
         self.fail(f"section 8: release {release_id} (v{version}) calls {address} a success, which never ran {mark}")
@@ -1250,7 +1288,8 @@ class SharedSimulation(Simulation):
             if self.restores < 2:
                 self._restore()
         elif kind == "bad agent":
-            self.random.choice(list(self.agents.values())).is_bad_until = self.now + self.random.uniform(1, 10)
+            agent = self.random.choice(list(self.agents.values()))
+            setattr(agent, self.random.choice(["is_bad_until", "is_down_until"]), self.now + self.random.uniform(1, 10))
         elif kind == "long hold":
             self._hold_long()
         else:
@@ -1313,7 +1352,7 @@ class SharedSimulation(Simulation):
     def _restore(self) -> None:
         """Puts an earlier database in the place of this one, or a new one with the same nodes."""
         self.restores += 1
-        is_new = self.random.random() < 0.2
+        is_new = self.random.random() < 0.3
         place = 0 if is_new else self.random.randrange(max(0, len(self.snapshots) - 3), len(self.snapshots))
         del self.snapshots[place + 1:]
         snapshot = self.snapshots[place]
@@ -1336,7 +1375,7 @@ class SharedSimulation(Simulation):
         first = max((send.version for send in self.sends), default=0) + 1
         with contextlib.suppress(rc.DatabaseError):
             rc.Store(self.database, SimClock(self)).set_first_version(first)
-            self.ledger.first_version = first
+            self.ledger.first_version, self.ledger.first_set = first, next(self.numbers)
 
 
 def run_seed(seed: int, world: str = PLAIN, **options) -> Simulation:
