@@ -4,6 +4,7 @@
     make bench                                        everything, as docs/PERFORMANCE.md has it
     python scripts/bench.py makespan idle             these goals only; --help lists them
     python scripts/bench.py makespan --runs 3 --json result.json
+    python scripts/bench.py queue --beside COMMIT     beside releasectl.py as it was then
 
 All figures of a goal come from one run: its contenders take turns, and the table gives medians and
 their ratios. So a machine that others use too, or another machine, changes the times but hardly the
@@ -41,7 +42,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, os.environ.get("BENCH_PROGRAM", str(ROOT)))
 
 import releasectl as rc  # noqa: E402
 
@@ -288,7 +289,7 @@ def script_context() -> ssl.SSLContext:
 
 
 def dispatch_body(address: str) -> tuple[str, bytes]:
-    task_id = f"apply_config_{address}_1"
+    task_id = f"apply_config_{address}_1_9f3a61c0"
     return task_id, json.dumps({"taskId": task_id, "type": "apply_config", "version": 1, "payload": {}}).encode()
 
 
@@ -756,6 +757,109 @@ def goal_history(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
             drop(url)
 
 
+# How 50 queued releases lie to each other: targets, and whether each has nodes of its own.
+QUEUES = {"one target": (1, False), "50 targets, the same nodes": (50, False),
+          "50 targets, no node in common": (50, True)}
+QUEUED = 50
+LOOKS = 50
+
+
+def fill_queue(path: str, targets: int, is_disjoint: bool, nodes: int) -> None:
+    """Writes pending releases straight into SQLite, as create does it in this schema."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA synchronous = OFF")
+    columns = {row[1] for row in connection.execute("PRAGMA table_info(release_task_nodes)")}
+    connection.execute("BEGIN")
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
+    connection.execute(f"""
+        {numbers}
+        INSERT INTO nodes (name, main_ip)
+        SELECT 'edge-' || i, '10.' || (i / 65536) || '.' || (i / 256 % 256) || '.' || (i % 256) FROM n""",
+                       (nodes * (QUEUED if is_disjoint else 1),))
+    connection.execute(f"{numbers} INSERT INTO release_tasks (version, target, total_nodes) "
+                       "SELECT i, 'target-' || (i % ?), ? FROM n", (QUEUED, targets, nodes))
+    as_they_are = ("node_name, main_ip, agent_port", "h.name, h.main_ip, h.agent_port") \
+        if "node_name" in columns else ("error_kind", "''")
+    connection.execute(f"""
+        INSERT INTO release_task_nodes (release_task_id, node_id, batch, {as_they_are[0]})
+        SELECT r.id, h.id, 1 + (h.id % ? <> 1), {as_they_are[1]}
+        FROM release_tasks r CROSS JOIN nodes h WHERE ? = 0 OR (h.id - 1) / ? = r.id - 1""",
+                       (nodes, int(is_disjoint), nodes))
+    if "tag" in {row[1] for row in connection.execute("PRAGMA table_info(release_tasks)")}:
+        connection.execute("UPDATE release_tasks SET tag = printf('%08x', id)")
+    # so that a tick looks and starts nothing
+    connection.execute("UPDATE release_freeze SET frozen = 1, reason = 'bench'")
+    connection.execute("COMMIT")
+    connection.execute("ANALYZE")
+    connection.close()
+
+
+def run_looks(url: str) -> None:
+    """The process of the looks: seconds and CPU seconds of each, with the releasectl.py in its path."""
+    store = rc.Store(rc.Database(url))
+    taken = []
+    for _ in range(1 + LOOKS):
+        started, cpu = time.monotonic(), time.process_time()
+        store.look()
+        taken.append((time.monotonic() - started, time.process_time() - cpu))
+    print(json.dumps(taken))
+
+
+def turn_of_looks(lab: Lab, program: Path, url: str) -> Turn:
+    found = subprocess.run([sys.executable, __file__, "--looks", url], check=True, capture_output=True, text=True,
+                           env={**lab.environment(), "BENCH_PROGRAM": str(program)})
+    first, *later = json.loads(found.stdout)
+    return Turn(first[0], first[1], extra={"later_s": statistics.median(seconds for seconds, _ in later)})
+
+
+def goal_queue(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """A look for work with 50 queued releases of 10,000 nodes each"""
+    many = 10 * options.nodes
+    programs = {"": ROOT}
+    if options.beside:
+        programs[options.beside] = lab.folder / "beside"
+        programs[options.beside].mkdir()
+        for name in ("releasectl.py", "schema.sql"):
+            text = subprocess.run(["git", "show", f"{options.beside}:{name}"], cwd=ROOT, check=True,
+                                  capture_output=True).stdout
+            (programs[options.beside] / name).write_bytes(text)
+    for queue_name, (targets, is_disjoint) in QUEUES.items():
+        contenders: dict[str, Callable[[], Turn]] = {}
+        urls = []
+        for name, program in programs.items():
+            url, empty = lab.sqlite_url(), lab.sqlite_url()
+            urls += [url, empty]
+            tick = [sys.executable, str(program / "releasectl.py"), "--db"]
+            for made in (url, empty):
+                subprocess.run([*tick, made, "migrate"], check=True, env=lab.environment(), stdout=subprocess.DEVNULL)
+            fill_queue(url[len("sqlite:///"):], targets, is_disjoint, many)
+            contenders |= {
+                f"{name} looks": lambda program=program, url=url: turn_of_looks(lab, program, url),
+                f"{name} tick": lambda tick=tick, url=url: Turn(
+                    seconds_of([*tick, url, "run-once"], lab.environment())),
+                f"{name} empty": lambda tick=tick, url=empty: Turn(
+                    seconds_of([*tick, url, "run-once"], lab.environment()))}  # type: ignore[misc]
+        turns = take_turns(options.runs, contenders)
+        for url in urls:
+            drop(url)
+
+        then = turns.get(f"{options.beside} looks", [])
+        for what, now_s, then_s, limit_ms, note in (
+                ("first look of a process", median(turns[" looks"]), median(then) if then else 0.0, 1000.0,
+                 f"CPU {median(turns[' looks'], 'cpu_s') * 1000:.0f} ms"),
+                ("each later look", later_s(turns[" looks"]), later_s(then) if then else 0.0, None, "")):
+            yield Row("queue", f"{queue_name}: {what}", now_s * 1000, "ms", limit_ms, note)
+            if then:
+                yield Row("queue", f"{queue_name}: {what}, now / {options.beside}", now_s / then_s, "x",
+                          1.5 if targets == 1 and not limit_ms else None, f"{then_s * 1000:.2f} ms")
+        yield Row("queue", f"{queue_name}: run-once that only looks", median(turns[" tick"]), "s",
+                  note=f"{median(turns[' empty']):.2f} s with an empty database")
+
+
+def later_s(turns: Sequence[Turn]) -> float:
+    return statistics.median(turn.extra["later_s"] for turn in turns)
+
+
 def goal_postgres(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     """The same release on PostgreSQL and on SQLite"""
     if not lab.postgres_url():
@@ -771,7 +875,7 @@ def goal_postgres(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 
 GOALS: dict[str, Callable[[Lab, argparse.Namespace], Iterator[Row]]] = {
     "makespan": goal_makespan, "batches": goal_batches, "postgres": goal_postgres, "scale": goal_scale,
-    "api": goal_api, "idle": goal_idle, "history": goal_history}
+    "api": goal_api, "idle": goal_idle, "history": goal_history, "queue": goal_queue}
 
 
 def _has(module: str) -> bool:
@@ -810,6 +914,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1000, help="the small release; the large has ten times as many")
     parser.add_argument("--agent-processes", type=int, default=2, help="the agents are spread over so many (2)")
     parser.add_argument("--idle-s", type=float, default=30.0, help="how long an idle serve is watched (30)")
+    parser.add_argument("--beside", metavar="COMMIT", default="", help="queue: compare with releasectl.py of a commit")
     parser.add_argument("--json", metavar="FILE", help="write machine and rows into a file too")
     options = parser.parse_args()
     unknown = [name for name in options.goals if name not in GOALS]
@@ -821,6 +926,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     if sys.argv[1:2] == ["--script"]:
         run_script(sys.argv[2])
+        return 0
+    if sys.argv[1:2] == ["--looks"]:
+        run_looks(sys.argv[2])
         return 0
     if sys.argv[1:2] == ["--reader"]:
         run_reader(int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])
