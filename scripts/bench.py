@@ -764,34 +764,30 @@ QUEUED = 50
 LOOKS = 50
 
 
-def fill_queue(path: str, targets: int, is_disjoint: bool, nodes: int) -> None:
-    """Writes pending releases straight into SQLite, as create does it in this schema."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("PRAGMA synchronous = OFF")
-    columns = {row[1] for row in connection.execute("PRAGMA table_info(release_task_nodes)")}
-    connection.execute("BEGIN")
-    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
-    connection.execute(f"""
-        {numbers}
-        INSERT INTO nodes (name, main_ip)
-        SELECT 'edge-' || i, '10.' || (i / 65536) || '.' || (i / 256 % 256) || '.' || (i % 256) FROM n""",
-                       (nodes * (QUEUED if is_disjoint else 1),))
-    connection.execute(f"{numbers} INSERT INTO release_tasks (version, target, total_nodes) "
-                       "SELECT i, 'target-' || (i % ?), ? FROM n", (QUEUED, targets, nodes))
-    as_they_are = ("node_name, main_ip, agent_port", "h.name, h.main_ip, h.agent_port") \
-        if "node_name" in columns else ("error_kind", "''")
-    connection.execute(f"""
-        INSERT INTO release_task_nodes (release_task_id, node_id, batch, {as_they_are[0]})
-        SELECT r.id, h.id, 1 + (h.id % ? <> 1), {as_they_are[1]}
-        FROM release_tasks r CROSS JOIN nodes h WHERE ? = 0 OR (h.id - 1) / ? = r.id - 1""",
-                       (nodes, int(is_disjoint), nodes))
-    if "tag" in {row[1] for row in connection.execute("PRAGMA table_info(release_tasks)")}:
-        connection.execute("UPDATE release_tasks SET tag = printf('%08x', id)")
-    # so that a tick looks and starts nothing
-    connection.execute("UPDATE release_freeze SET frozen = 1, reason = 'bench'")
-    connection.execute("COMMIT")
-    connection.execute("ANALYZE")
-    connection.close()
+def fill_queue(url: str, targets: int, is_disjoint: bool, nodes: int) -> None:
+    """Writes pending releases by SQL, as create does it in this schema."""
+    database = rc.Database(url)
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {})"
+    with database.transaction(write=True) as tx:
+        has_names = tx.value("SELECT MAX(version) FROM schema_version") >= 5
+        tx.execute(f"""
+            {numbers.format(nodes * (QUEUED if is_disjoint else 1))}
+            INSERT INTO nodes (name, main_ip)
+            SELECT 'edge-' || i, '10.' || (i / 65536) || '.' || (i / 256 % 256) || '.' || (i % 256) FROM n""")
+        tx.execute(f"""
+            {numbers.format(QUEUED)}
+            INSERT INTO release_tasks (version, target, total_nodes{", tag" if has_names else ""})
+            SELECT i, 'target-' || (i % {targets}), {nodes}{", '5eed00' || (i + 9)" if has_names else ""} FROM n""")
+        tx.execute(f"""
+            INSERT INTO release_task_nodes (release_task_id, node_id, batch
+                                            {", node_name, main_ip, agent_port" if has_names else ""})
+            SELECT r.id, h.id, CASE h.id % {nodes} WHEN 1 THEN 1 ELSE 2 END
+                   {", h.name, h.main_ip, h.agent_port" if has_names else ""}
+            FROM release_tasks r CROSS JOIN nodes h
+            WHERE {int(not is_disjoint)} = 1 OR (h.id - 1) / {nodes} = r.id - 1""")
+        # so that a tick looks and starts nothing
+        tx.execute("UPDATE release_freeze SET frozen = 1, reason = 'bench'")
+    database.close()
 
 
 def run_looks(url: str) -> None:
@@ -814,7 +810,6 @@ def turn_of_looks(lab: Lab, program: Path, url: str) -> Turn:
 
 def goal_queue(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     """A look for work with 50 queued releases of 10,000 nodes each"""
-    many = 10 * options.nodes
     programs = {"": ROOT}
     if options.beside:
         programs[options.beside] = lab.folder / "beside"
@@ -823,37 +818,44 @@ def goal_queue(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
             text = subprocess.run(["git", "show", f"{options.beside}:{name}"], cwd=ROOT, check=True,
                                   capture_output=True).stdout
             (programs[options.beside] / name).write_bytes(text)
-    for queue_name, (targets, is_disjoint) in QUEUES.items():
-        contenders: dict[str, Callable[[], Turn]] = {}
-        urls = []
-        for name, program in programs.items():
-            url, empty = lab.sqlite_url(), lab.sqlite_url()
-            urls += [url, empty]
-            tick = [sys.executable, str(program / "releasectl.py"), "--db"]
-            for made in (url, empty):
-                subprocess.run([*tick, made, "migrate"], check=True, env=lab.environment(), stdout=subprocess.DEVNULL)
-            fill_queue(url[len("sqlite:///"):], targets, is_disjoint, many)
-            contenders |= {
-                f"{name} looks": lambda program=program, url=url: turn_of_looks(lab, program, url),
-                f"{name} tick": lambda tick=tick, url=url: Turn(
-                    seconds_of([*tick, url, "run-once"], lab.environment())),
-                f"{name} empty": lambda tick=tick, url=empty: Turn(
-                    seconds_of([*tick, url, "run-once"], lab.environment()))}  # type: ignore[misc]
-        turns = take_turns(options.runs, contenders)
-        for url in urls:
-            drop(url)
+    engines: dict[str, Callable[[], str]] = {"SQLite": lab.sqlite_url, "PostgreSQL": lab.postgres_url}
+    for engine, queue_name in [(engine, name) for engine in engines for name in QUEUES]:
+        if engine == "PostgreSQL" and not lab.postgres_url():
+            print("  left out: PostgreSQL is not installed", file=sys.stderr)
+            continue
+        yield from queue_rows(lab, options, queue_name, f"{engine}, {queue_name}", engines[engine], programs)
 
-        then = turns.get(f"{options.beside} looks", [])
-        for what, now_s, then_s, limit_ms, note in (
-                ("first look of a process", median(turns[" looks"]), median(then) if then else 0.0, 1000.0,
-                 f"CPU {median(turns[' looks'], 'cpu_s') * 1000:.0f} ms"),
-                ("each later look", later_s(turns[" looks"]), later_s(then) if then else 0.0, None, "")):
-            yield Row("queue", f"{queue_name}: {what}", now_s * 1000, "ms", limit_ms, note)
-            if then:
-                yield Row("queue", f"{queue_name}: {what}, now / {options.beside}", now_s / then_s, "x",
-                          1.5 if targets == 1 and not limit_ms else None, f"{then_s * 1000:.2f} ms")
-        yield Row("queue", f"{queue_name}: run-once that only looks", median(turns[" tick"]), "s",
-                  note=f"{median(turns[' empty']):.2f} s with an empty database")
+
+def queue_rows(lab: Lab, options: argparse.Namespace, queue_name: str, what: str, new_url: Callable[[], str],
+               programs: dict[str, Path]) -> Iterator[Row]:
+    """One queue on one engine, a new database for each program."""
+    contenders: dict[str, Callable[[], Turn]] = {}
+    urls = []
+    for name, program in programs.items():
+        url, empty = new_url(), new_url()
+        urls += [url, empty]
+        tick = [sys.executable, str(program / "releasectl.py"), "--db"]
+        for made in (url, empty):
+            subprocess.run([*tick, made, "migrate"], check=True, env=lab.environment(), stdout=subprocess.DEVNULL)
+        fill_queue(url, *QUEUES[queue_name], 10 * options.nodes)
+        contenders[f"{name} looks"] = lambda program=program, url=url: turn_of_looks(  # type: ignore[misc]
+            lab, program, url)
+        for kind, one in (("tick", url), ("empty", empty)):
+            contenders[f"{name} {kind}"] = lambda tick=tick, one=one: Turn(  # type: ignore[misc]
+                seconds_of([*tick, one, "run-once"], lab.environment()))
+    turns = take_turns(options.runs, contenders)
+    for url in urls:
+        drop(url)
+    now, then = turns[" looks"], turns[f"{options.beside} looks"] if options.beside else []
+    before = f"; {options.beside}: {median(then) * 1000:.1f} ms" if then else ""
+    yield Row("queue", f"{what}: first look of a process", median(now) * 1000, "ms", 1000.0,
+              f"CPU {median(now, 'cpu_s') * 1000:.0f} ms{before}")
+    yield Row("queue", f"{what}: each later look", later_s(now) * 1000, "ms")
+    if then:
+        yield Row("queue", f"{what}: each later look, now / {options.beside}", later_s(now) / later_s(then), "x",
+                  1.5 if queue_name == "one target" else None)
+    yield Row("queue", f"{what}: run-once that only looks", median(turns[" tick"]), "s",
+              note=f"{median(turns[' empty']):.2f} s with an empty database")
 
 
 def later_s(turns: Sequence[Turn]) -> float:
