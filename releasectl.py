@@ -4542,6 +4542,11 @@ class _Stale(Exception):
     """A kept-alive connection that the agent had closed before it saw the request."""
 
 
+# A renewed certificate that was not valid yet is taken so long after its time: the clocks of those who look at it,
+# OpenSSL's own among them, may be behind ours.
+CLOCKS_APART_S = 1.0
+
+
 class TlsFiles:
     """Certificates as an ssl context, made anew when their files change; for both of our sides."""
 
@@ -4583,7 +4588,7 @@ class TlsFiles:
             if time.time() > until:
                 raise ConfigError(f"{path} expired {utc_text(until)}: put a valid one there")
             if time.time() < since:
-                self._valid_from = since
+                self._valid_from = since + CLOCKS_APART_S
                 raise ConfigError(f"{path} is not valid before {utc_text(since)}")
 
 

@@ -616,3 +616,15 @@ def test_the_apis_certificate_is_taken_when_its_time_has_come(https, certs, tmp_
     eventually(lambda: served_serial(https) != before)
     assert time.time() >= rc.certificate_times(pair[0].read_text())[0][0]
     assert len(not_taken(told)) == 1
+
+
+def test_a_renewed_certificate_is_taken_a_little_after_its_time_for_clocks_that_are_behind(certs, tmp_path, monkeypatch):
+    ours = our_files(certs, tmp_path)
+    files = rc.TlsFiles(rc.client_context, *ours.values(), f"{certs}/ca.crt")
+    pair = issue(certs, tmp_path / "later", "control", 60, DAY_S)
+    valid_from = rc.certificate_times(pair[0].read_text())[0][0]
+    first = files.context()
+    put(pair, *ours.values())
+    for after_s, is_taken in ((-1.0, False), (0.0, False), (0.5, False), (rc.CLOCKS_APART_S, True)):
+        monkeypatch.setattr(rc.time, "time", lambda after_s=after_s: valid_from + after_s)
+        assert (files.context() is not first) == is_taken, after_s
