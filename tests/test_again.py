@@ -5,6 +5,7 @@ Each test is a way in which a rollback brought back the wrong thing, or stopped 
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import SITES, add_nodes, new_release, statuses
@@ -428,6 +429,16 @@ def test_rule_10_the_same_key_and_body_again_gives_the_same_answer_and_makes_not
         again = client("POST", path, {"reason": "again"}, key)
         assert (again.status, again.data) == (201, first.data)
     assert everything(client.store) == before
+
+
+def test_rule_10_one_key_makes_one_release_also_for_many_who_ask_at_the_same_time(client, verb):
+    old = left_two_out(client.store)
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: client("POST", f"/api/v1/releases/{old.id}/{verb}", {}, {
+            **JSON, "Idempotency-Key": "k-1"}), range(6)))
+    assert [answer.status for answer in answers] == [201] * 6
+    assert all(answer.data == answers[0].data for answer in answers)
+    assert client.store.releases().total == 3
 
 
 def test_rule_10_a_key_that_was_for_something_else_is_refused(client):

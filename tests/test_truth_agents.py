@@ -618,7 +618,8 @@ def test_the_apis_certificate_is_taken_when_its_time_has_come(https, certs, tmp_
     assert len(not_taken(told)) == 1
 
 
-def test_a_renewed_certificate_is_taken_a_little_after_its_time_for_clocks_that_are_behind(certs, tmp_path, monkeypatch):
+def test_a_renewed_certificate_is_taken_a_little_after_its_time_for_clocks_that_are_behind(
+        certs, tmp_path, monkeypatch):
     ours = our_files(certs, tmp_path)
     files = rc.TlsFiles(rc.client_context, *ours.values(), f"{certs}/ca.crt")
     pair = issue(certs, tmp_path / "later", "control", 60, DAY_S)
