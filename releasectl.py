@@ -1450,6 +1450,8 @@ def _words(numbers: Sequence[int]) -> str:
 
 
 HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+# The end of what the system's resolver may read as an IPv4 address of another spelling: 0xA9FEA9FE, 10.7, 010.0.0.7.
+NUMBER_LABEL = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
 
 def parse_address(text: object) -> str:
@@ -1459,7 +1461,7 @@ def parse_address(text: object) -> str:
             if "%" not in text:
                 return str(_host_address(plain_address(ipaddress.ip_address(text))))
         labels = text.split(".")
-        if len(text) <= 253 and all(map(HOST_LABEL.fullmatch, labels)) and not labels[-1].isdigit():
+        if len(text) <= 253 and all(map(HOST_LABEL.fullmatch, labels)) and not NUMBER_LABEL.fullmatch(labels[-1]):
             return text.lower()
     raise AppError(2003, f"mainIp {one_line(text, 60)!r} is neither an IP address nor a host name")
 

@@ -1040,7 +1040,7 @@ def test_a_release_may_name_a_higher_version_and_no_other(client):
 
 @pytest.mark.parametrize("address", [
     "0.0.0.0", "::", "224.0.0.1", "ff02::1", "255.255.255.255", "169.254.169.254", "fe80::1", "0.0.0.1",
-    "::ffff:169.254.169.254", "::ffff:0.0.0.0"])
+    "::ffff:169.254.169.254", "::ffff:0.0.0.0", "0x0", "0xA9FEA9FE"])
 def test_an_address_that_is_no_hosts_is_refused_as_a_node(refusing, address):
     before = refusing.ok("GET", "/api/v1/nodes")
     for answer in (refusing("POST", "/api/v1/nodes", {"name": "b", "mainIp": address}),
@@ -1049,7 +1049,8 @@ def test_an_address_that_is_no_hosts_is_refused_as_a_node(refusing, address):
     assert refusing.ok("GET", "/api/v1/nodes") == before
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "10.0.0.7", "192.0.2.7", "fd00::7", "2001:db8::7", "edge-7.example.com"])
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "10.0.0.7", "192.0.2.7", "fd00::7", "2001:db8::7",
+                                     "edge-7.example.com", "0xcafe.example.com", "10x"])
 def test_an_address_or_name_of_a_host_is_taken(lite, address):
     assert lite.ok("POST", "/api/v1/nodes", {"name": "b", "mainIp": address}, 201)["mainIp"] == address
 

@@ -987,7 +987,8 @@ def test_enable_and_disable_exclude_each_other_in_either_order(filled_quick, wor
 
 
 NO_HOSTS = ("0.0.0.0", "::", "224.0.0.1", "239.255.255.255", "ff02::1", "255.255.255.255", "169.254.169.254", "fe80::1",
-            "0.0.0.1", "::ffff:169.254.169.254", "::ffff:0.0.0.0", "::ffff:224.0.0.1", "0")
+            "0.0.0.1", "::ffff:169.254.169.254", "::ffff:0.0.0.0", "::ffff:224.0.0.1", "0", "0x0", "0xA9FEA9FE",
+            "169.254.43518", "0xa9.0xfe.0xa9.0xfe", "0251.0376.0251.0376", "10.0.0.0x7")
 
 
 @pytest.mark.parametrize("address", NO_HOSTS)
