@@ -3333,8 +3333,9 @@ class Store:
                 batches.setdefault(where[node.id][1], []).append(node.id)
         good = self._payload_to_bring_back(tx, old, [node.id for node in nodes], wish.to_release)
         planned = [*batches.values(), *([failed] if failed else [])]
-        strategy = {**self._strategy_again(old, ("startAt", "soakSec", "pauseAfter")),
-                    "batches": [len(batch) for batch in planned[:-1]] or [len(planned[0])]}
+        sizes = [len(batch) for batch in planned[:-1]] or [len(planned[0])]
+        # planned is what counts; it may have a batch more than can be asked for, and any number by hand
+        strategy = {**self._strategy_again(old, ("startAt", "soakSec", "pauseAfter")), "batches": sizes[:MAX_BATCHES]}
         request = ReleaseRequest(
             old.target, wish.reason or f"rollback of release {old.id} to the payload of version {good.version}",
             self._payload_of(good), rollback_of=old.id, strategy=strategy)

@@ -216,6 +216,24 @@ def test_rule_10_a_release_that_failed_everywhere_is_rolled_back_in_one_batch(st
     assert store.rollback(bad.id, "anna").batches == [[1, 2]]
 
 
+@pytest.mark.parametrize("failed", [False, True])
+def test_rule_10_a_release_of_as_many_batches_as_there_may_be_can_be_rolled_back(store, failed):
+    count = rc.MAX_BATCHES + 2
+    store.add_nodes([(f"edge-{n}", f"10.1.{n >> 8}.{n & 255}", 8443, "tasks", "{}", 1, "online")
+                     for n in range(1, count + 1)])
+    good(store, "A")
+    bad = ended(store, "B", *["success"] * (count - 1), "failed" if failed else "success",
+                strategy={"batches": [1] * rc.MAX_BATCHES})
+    made = store.rollback(bad.id, "anna")
+    assert [len(batch) for batch in made.batches] == [1] * rc.MAX_BATCHES + ([1, 1] if failed else [2])
+    by_hand = ended(store, "C", *["success"] * count)
+    sql(store, "UPDATE release_task_nodes SET batch = node_id WHERE release_task_id = ?", by_hand.id)
+    made = store.rollback(by_hand.id, "anna")
+    assert [len(batch) for batch in made.batches] == [1] * count
+    settle(store, made.release, *["failed"] * count)
+    assert store.retry(made.release.id, "anna").release.total_nodes == count
+
+
 def test_rule_10_a_dead_node_does_not_keep_the_others_from_what_they_had_before(world):
     world.nodes(4)
     strategy = {"batches": [1, 2], "retries": 0, "maxFailedTotal": 0, "onExceed": "pause"}
