@@ -1455,6 +1455,8 @@ def _words(numbers: Sequence[int]) -> str:
 
 
 HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+# The end of what the system's resolver may read as an IPv4 address of another spelling: 0xA9FEA9FE, 10.7, 010.0.0.7.
+NUMBER_LABEL = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
 
 def parse_address(text: object) -> str:
@@ -1464,7 +1466,7 @@ def parse_address(text: object) -> str:
             if "%" not in text:
                 return str(_host_address(plain_address(ipaddress.ip_address(text))))
         labels = text.split(".")
-        if len(text) <= 253 and all(map(HOST_LABEL.fullmatch, labels)) and not labels[-1].isdigit():
+        if len(text) <= 253 and all(map(HOST_LABEL.fullmatch, labels)) and not NUMBER_LABEL.fullmatch(labels[-1]):
             return text.lower()
     raise AppError(2003, f"mainIp {one_line(text, 60)!r} is neither an IP address nor a host name")
 
@@ -3343,8 +3345,10 @@ class Store:
                 batches.setdefault(where[node.id][1], []).append(node.id)
         good = self._payload_to_bring_back(tx, old, [node.id for node in nodes], wish.to_release)
         planned = [*batches.values(), *([failed] if failed else [])]
+        sizes = [len(batch) for batch in planned[:-1]] or [len(planned[0])]
+        # planned is what counts; it may have a batch more than can be asked for, and any number by hand
         strategy = {**self._strategy_again(old, ("startAt", "soakSec", "pauseAfter", "verify")),
-                    "batches": [len(batch) for batch in planned[:-1]] or [len(planned[0])]}
+                    "batches": sizes[:MAX_BATCHES]}
         with contextlib.suppress(AppError):  # what is looked for belongs to the content that goes out
             strategy.update({key: value for key, value in self._strategy_again(good, ()).items() if key == "verify"})
         request = ReleaseRequest(
@@ -4588,6 +4592,11 @@ class _Stale(Exception):
     """A kept-alive connection that the agent had closed before it saw the request."""
 
 
+# A renewed certificate that was not valid yet is taken so long after its time: the clocks of those who look at it,
+# OpenSSL's own among them, may be behind ours.
+CLOCKS_APART_S = 1.0
+
+
 class TlsFiles:
     """Certificates as an ssl context, made anew when their files change; for both of our sides."""
 
@@ -4629,7 +4638,7 @@ class TlsFiles:
             if time.time() > until:
                 raise ConfigError(f"{path} expired {utc_text(until)}: put a valid one there")
             if time.time() < since:
-                self._valid_from = since
+                self._valid_from = since + CLOCKS_APART_S
                 raise ConfigError(f"{path} is not valid before {utc_text(since)}")
 
 
