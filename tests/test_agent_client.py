@@ -419,7 +419,7 @@ def test_tls_older_than_1_2_is_refused(client, certs, new_peer):
 
 CHUNKED = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 NOT_JSON = "A answered what is not JSON: "
-TOO_BIG = ("protocol", "A answered more than 1 MiB", False)
+TOO_BIG = ("protocol", "A answered more than 64 KiB", False)
 BROKEN: dict[str, tuple[Callable[[Peer, Any], None], str, str, bool]] = {
     "not JSON": (says(http(b"hello")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
     "no body": (says(http(b"")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
