@@ -4838,7 +4838,8 @@ class AgentClient:
             text = f"it answered HTTP {status}" + (f", {one_line(said, 80)}" if said else "")
             raise AgentError(PROTOCOL, f"{address} is no {address.protocol} agent: {text} "
                                        "(wrong --protocol or --port?)", reached=True)
-        return f"answers as {'an' if address.protocol == EXECUTE else 'a'} {address.protocol} agent in {(time.monotonic() - started) * 1000:.0f} ms"
+        article, took_ms = "an" if address.protocol == EXECUTE else "a", (time.monotonic() - started) * 1000
+        return f"answers as {article} {address.protocol} agent in {took_ms:.0f} ms"
 
     async def probing(self, host: str, verify: Verify, url: str, timeout_s: float) -> str:
         """Get a url from a node, in timeout_s seconds in all; return "" when it answers as verify says, else why not.
@@ -8771,7 +8772,11 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
         for sentence in store.times_ahead():
             yield Finding("clock", EXIT_UNAVAILABLE, f"{sentence}, further ahead than any setting allows: a clock was "
                                                      "ahead. It counts as over; look at the clocks of all hosts (NTP)")
-        nodes = [node for node in store.nodes(size=0).items if node.enabled and node.status == "online"]
+        nodes = [node for node in store.nodes(size=0).items if node.gets_releases]
+        try:
+            refuse_twins(nodes)
+        except AppError as error:
+            yield Finding("nodes", EXIT_USAGE, error.message)
         for ping in ping_nodes(settings, nodes) if nodes else []:
             yield Finding(f"node {ping.node.name}", EXIT_DONE if ping.is_ok else EXIT_UNAVAILABLE, ping.text)
     except DatabaseError as error:
