@@ -50,6 +50,7 @@ STANDSTILL = 5000
 NOTICE_S = 3 * INTERVAL_S
 # A soak, with all that is not its own, is over so long after its time.
 LATE_SOAK_S = 120.0
+NOTHING_DONE, DONE_AT_ONCE = "nothing done", "done at once"
 WORLDS = PLAIN, STEERING, SHARED = "plain", "steering", "shared"
 
 LEGAL_NODE = {("pending", "running"), ("running", "success"), ("running", "failed"), ("pending", "skipped"),
@@ -171,9 +172,9 @@ class Send:
     version: int
     mark: str
     has_left: bool = False
-    # Whether its process heard that it never reached the agent, and lived to write anything after that.
-    is_unsent: bool = False
-    is_known_unsent: bool = False
+    # What its process heard of it, and what it heard and lived to write anything after that.
+    heard: str = ""
+    known: str = ""
     # Which restore took its intent out of the database, 0 for none.
     lost_in: int = 0
 
@@ -251,7 +252,8 @@ class SimAgent:
             self.world.check_together(self, other, send)
         for other in self.runs:
             if other.send.mark == send.mark and other.lifetime == self.lifetime and not other.send.lost_in:
-                self.world.fail(f"{self.address} ran {send.mark} twice in one lifetime, as {other.task_id} and {task_id}")
+                self.world.fail(f"{self.address} ran {send.mark} twice in one lifetime, as {other.task_id} and "
+                                f"{task_id}")
         self.runs.append(run)
         self.world.figures["runs"] += 1
         return run
@@ -284,6 +286,8 @@ class Ledger:
     # From which version on releases are numbered, and when somebody said so.
     first_version: int = 0
     first_set: int = 0
+    # The highest version of a process that saw the database go back, and wrote to it since.
+    told: int = 0
 
     def note_held(self, release_id: int, is_held: bool, now: float) -> None:
         """Takes down whether a pause or a freeze holds a release from now on."""
@@ -334,6 +338,11 @@ class SimStore(rc.Store):
             super().commit(claim, release, decision, now, actor)
             self.owner.saw_events(world.ledger.seen_events)
             world.note_known(self.owner, claim.release_id)
+        except (Crash, rc.DatabaseError):
+            # it may be written, and nothing left: who finds it must think that something may have
+            world.orphans.update((rc.parse_json(release.payload)["mark"], send.node.main_ip)
+                                 for send in decision.sends if send.op == rc.DISPATCH)
+            raise
         finally:
             world.decided_at = None
 
@@ -398,14 +407,17 @@ class Simulation:
         self.streaks: dict[tuple[str, str, SimExecutor], int] = {}
         self.verified: dict[tuple[str, str], list[float]] = {}
         self.sends: list[Send] = []
+        # Payloads and addresses of dispatches that were written down, perhaps, and never left.
+        self.orphans: set[tuple[str, str]] = set()
         self.restores = 0
         self.clock_set_at = -1.0
         # Until then leases may overlap: the clock was set, or the claims are those of an older database.
         self.leases_clash_until = 0.0
         self.at_one_moment = 0
         self.looks_at_the_end_at = FAULTS_UNTIL_S
-        self.figures = dict.fromkeys(("runs", "crashes", "stops", "suspensions", "take-overs", "lost answers", "restarts",
-                                      "database faults", "commits", "verbs"), 0)
+        self.figures = dict.fromkeys((
+            "runs", "crashes", "stops", "suspensions", "take-overs", "lost answers", "restarts", "database faults",
+            "commits", "verbs"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
         self.database = SimDatabase(self)
         self.is_set_up = False
@@ -595,8 +607,10 @@ class Simulation:
         return not self._open()
 
     def _open(self) -> list[tuple]:
-        return self.database.look_in("SELECT id, status, status_reason, claim_owner, claim_expires_at "
-                                     "FROM release_tasks WHERE status IN ('pending', 'running', 'paused', 'cancelling')")
+        return self.database.look_in("""
+            SELECT id, status, status_reason, claim_owner, claim_expires_at
+            FROM release_tasks
+            WHERE status IN ('pending', 'running', 'paused', 'cancelling')""")
 
     # -- processes ---------------------------------------------------------------------------
 
@@ -667,7 +681,7 @@ class Simulation:
                 written_at: rc.Moment) -> None:
         """Takes what a conversation would do: leave, arrive, and bring an outcome, each at its own time."""
         def answer(value: rc.Answer | rc.AgentError | rc.Outcome) -> None:
-            send.is_unsent = isinstance(value, rc.AgentError) and not value.reached
+            send.heard = _heard(value)
             driver.results.put(value if isinstance(value, rc.Outcome) else rc.outcome_of(node.node_id, op, value))
             self.turn(owner, driver)
 
@@ -690,9 +704,11 @@ class Simulation:
 
     def note_known(self, owner: SimExecutor, release_id: int) -> None:
         """Takes down that a process wrote to a release: what it had heard by then is known from now on."""
+        if self.restores and self.restores in owner.can_notice:
+            self.ledger.told = max(self.ledger.told, owner.seen_version)
         for send in self.sends:
-            if send.owner is owner and send.release_id == release_id and send.is_unsent:
-                send.is_known_unsent = True
+            if send.owner is owner and send.release_id == release_id:
+                send.known = send.heard
 
     def _check_dispatch(self, send: Send, task: rc.AgentTask) -> None:
         """Checks what leaves for an agent: whose it is, its id, its payload and its version."""
@@ -793,7 +809,7 @@ class Simulation:
             if fate < 0.12:
                 deliver(None)  # cut before the agent saw it
             elif self.now < agent.is_bad_until or 0.25 <= fate < 0.28:
-                deliver(rc.AgentError(rc.HTTP, "HTTP 503", reached=True))
+                deliver(rc.AgentError(rc.HTTP, "HTTP 503", reached=True, is_refusal=True))
             else:
                 self._serve(agent, op, send, task, deliver)
         self.at(self.random.choice([0.0, 0.01, 0.3]), arrive)
@@ -805,7 +821,10 @@ class Simulation:
         if agent.protocol == "execute":
             self._execute(agent, send, task, duration_s, is_good, deliver)
         elif op == rc.DISPATCH:
-            deliver(rc.Answer(rc.ACCEPTED, agent.take(send, task.id, duration_s * self.slowness, is_good)))
+            name = agent.take(send, task.id, duration_s * self.slowness, is_good)
+            run = agent.tasks[name]
+            is_done = run is None or (run.is_good and not run.is_live(self.now))
+            deliver(rc.Answer(rc.ACCEPTED, name, applied=send.version if is_done else 0))
         elif task.id not in agent.tasks:
             deliver(rc.Answer(rc.UNKNOWN, task.id))
         else:
@@ -959,6 +978,9 @@ class Simulation:
         version = self.versions[release_id]
         if version < self.ledger.first_version:
             self.fail(f"rule 1: release {release_id} is v{version}, and versions begin at {self.ledger.first_version}")
+        if version <= self.ledger.told:
+            self.fail(f"rule 1: release {release_id} is v{version}, and who saw the database go back saw "
+                      f"v{self.ledger.told}")
         if self.running is None:
             return
         if version <= self.running.seen_version:
@@ -984,9 +1006,10 @@ class Simulation:
                        WHERE n.release_task_id = r.id AND h.main_ip IN (
                              SELECT g.main_ip FROM release_task_nodes m JOIN nodes g ON g.id = m.node_id
                              WHERE m.release_task_id = ?)))""", release_id, target, release_id):
-            other_id, other_version, status, started_at, other_strategy, _ = other
+            _, other_version, status, started_at, other_strategy, _ = other
             # one that has a startAt takes a later version when it starts
-            if (status != rc.PENDING and started_at) or (other_version < version and not self._start_at(other_strategy)):
+            is_lower = other_version < version and not self._start_at(other_strategy)
+            if is_lower or (status != rc.PENDING and started_at):
                 self.fail(f"rule 2: release {release_id} ({target}, v{version}) started before {other}")
 
     @staticmethod
@@ -1006,11 +1029,15 @@ class Simulation:
             return
         sends = [s for s in self.sends if s.address == address and s.has_left]
         lost = {s.version for s in sends if s.lost_in}
-        earlier = [s for s in self.sends if s.address == address and s.mark == mark][:-1]
-        was_tried = any(not s.is_known_unsent for s in earlier)
-        # A database that went back, and nobody who saw more: an agent of `tasks` does not tell its
-        # version, and one of `execute` can't be told from one that an earlier try has reached.
-        if max(lost, default=0) >= version if agent.protocol == "tasks" else (version in lost and was_tried):
+        *earlier, last = [s for s in self.sends if s.address == address and s.mark == mark]
+        was_tried = (mark, address) in self.orphans or any(s.known != NOTHING_DONE for s in earlier)
+        # A database that went back: the version of a release that it has lost can't be told from what
+        # an earlier try has done. An agent of `tasks` says the same of a higher one, and only at once.
+        if agent.protocol == "tasks":
+            is_unknowable = max(lost, default=0) >= version and (was_tried or last.known != DONE_AT_ONCE)
+        else:
+            is_unknowable = version in lost and was_tried
+        if is_unknowable:
             self.figures["unknowable"] = self.figures.get("unknowable", 0) + 1
             return
         self.fail(f"section 8: release {release_id} (v{version}) calls {address} a success, which never ran {mark}")
@@ -1059,7 +1086,8 @@ class Simulation:
                     self.fail(f"section 7: release {release_id} calls nodes a success that no probes passed: {unseen}")
             exceeded = self._is_exceeded(strategy, nodes)
             is_partial = any(node[2] == "failed" for node in nodes)
-            if status == "failed" and nodes and not is_broken and not (exceeded and strategy.get("onExceed", "fail") == "fail"):
+            may_fail = is_broken or not nodes or (exceeded and strategy.get("onExceed", "fail") == "fail")
+            if status == "failed" and not may_fail:
                 self.fail(f"section 7: release {release_id} failed within its limits: {strategy} {nodes}")
             if status in ("partial", "success") and (exceeded or is_partial != (status == "partial")):
                 self.fail(f"section 7: release {release_id} is {status}: {strategy} {nodes}")
@@ -1288,8 +1316,7 @@ class SharedSimulation(Simulation):
         if kind == "clock":
             self._set_clock()
         elif kind == "restore":
-            if self.restores < 2:
-                self._restore()
+            self._restore()
         elif kind == "bad agent":
             agent = self.random.choice(list(self.agents.values()))
             setattr(agent, self.random.choice(["is_bad_until", "is_down_until"]), self.now + self.random.uniform(1, 10))
@@ -1297,6 +1324,12 @@ class SharedSimulation(Simulation):
             self._hold_long()
         else:
             super()._break(kind, owner)
+
+    def _execute(self, agent: SimAgent, *rest) -> None:
+        """Lets the database go back now and then just when an agent is at work that can't be asked."""
+        super()._execute(agent, *rest)
+        if self.faults and agent.live() and self.random.random() < 0.3:
+            self.at(self.random.uniform(0, 1), self._restore)
 
     def _set_clock(self) -> None:
         """Sets the wall's clock, by a minute or by hours: to what no setting explains."""
@@ -1353,7 +1386,9 @@ class SharedSimulation(Simulation):
         return Snapshot(next(self.numbers), self.database.saved(), copy.deepcopy(self.ledger))
 
     def _restore(self) -> None:
-        """Puts an earlier database in the place of this one, or a new one with the same nodes."""
+        """Puts an earlier database in the place of this one, or a new one with the same nodes; twice at most."""
+        if self.restores == 2 or self.now > FAULTS_UNTIL_S:
+            return
         self.restores += 1
         is_new = self.random.random() < 0.2
         place = 0 if is_new else self.random.randrange(len(self.snapshots))
@@ -1379,6 +1414,13 @@ class SharedSimulation(Simulation):
         with contextlib.suppress(rc.DatabaseError):
             rc.Store(self.database, SimClock(self)).set_first_version(first)
             self.ledger.first_version, self.ledger.first_set = first, next(self.numbers)
+
+
+def _heard(value: rc.Answer | rc.AgentError | rc.Outcome) -> str:
+    """Gives what an answer to a dispatch says of what it did: nothing, done at once, or no word of that."""
+    if isinstance(value, rc.AgentError):
+        return NOTHING_DONE if not value.reached or value.is_refusal else ""
+    return DONE_AT_ONCE if isinstance(value, rc.Answer) and value.applied else ""
 
 
 def run_seed(seed: int, world: str = PLAIN, **options) -> Simulation:
