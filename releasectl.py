@@ -687,14 +687,15 @@ def _read_config_file(path: str) -> Iterator[tuple[str, str]]:
             raise ConfigError(f"{path}:{number}: {one_line(name, 60)} is not a setting{did_you_mean(name, names)}")
         if name in seen:
             raise ConfigError(f"{path}:{number}: {name} stands twice")
+        is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+        if not is_quoted and re.search(r"(^|\s)#", value):
+            raise ConfigError(f"{path}:{number}: {name}: put the comment on a line of its own "
+                              "(or the whole value in quotes, if # belongs to it)")
         if not value.isprintable():
             raise ConfigError(f"{path}:{number}: {name} holds a control character")
         seen.add(name)
-        if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        if is_quoted:
             value = value[1:-1]
-        elif re.search(r"(^|\s)#", value):
-            raise ConfigError(f"{path}:{number}: {name}: put the comment on a line of its own "
-                              "(or the whole value in quotes, if # belongs to it)")
         yield name, value
 
 
