@@ -760,7 +760,7 @@ class SqliteEngine:
             raise ConfigError(f"SQLite {sqlite3.sqlite_version} is too old: 3.26 or newer is needed")
 
     def __str__(self) -> str:
-        return f"database {self.path}"
+        return "database " + self.path.encode("utf-8", "backslashreplace").decode()  # a path may be any bytes
 
     def identity(self) -> object:
         """Gives what the path names now: a deleted file would go on taking writes unseen."""
@@ -8384,7 +8384,7 @@ class HttpAnswer(NamedTuple):
 def answer_of(reply: Reply, route: Route, head: Head) -> HttpAnswer:
     """Gives the answer to a request that went well: 304 where the client has it already."""
     text = reply.data if reply.content_type else to_json({"code": 0, "message": "success", "data": reply.data})
-    body = text.encode()
+    body = text.encode(errors="backslashreplace")  # the path of a database may be any bytes
     headers = {"Content-Type": reply.content_type or "application/json", **reply.headers}
     if "If-None-Match" in route.headers:
         headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
