@@ -8165,6 +8165,8 @@ class Tokens:
         self._guard = threading.Lock()
         self._stamp: object = None
         self._entries: list[tuple[str, str, str]] = []
+        # Why they could not be read, as it was told last.
+        self._said = ""
 
     def load(self) -> list[tuple[str, str, str]]:
         """Gives name, role and hash of each token; ConfigError naming the line that is wrong."""
@@ -8206,8 +8208,11 @@ class Tokens:
         try:
             entries = self.load()
         except ConfigError as error:
-            log.error("nobody is let in: %s", error)
+            if str(error) != self._said:  # not at each request
+                log.error("nobody is let in: %s", error)
+            self._said = str(error)
             raise AppError(5001, "the tokens can't be read: see the log of releasectl") from None
+        self._said = ""
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
         found = None
         for name, role, known in entries:

@@ -156,6 +156,34 @@ def test_a_key_that_is_opened_under_a_running_serve_begins_nothing_and_is_told(f
     assert f"CONTROL_KEY {key} is as it should be again" in result.err
 
 
+def test_with_tokens_that_are_opened_under_a_running_serve_nobody_is_let_in(cli):
+    token = "t" * 40
+    tokens = cli.file("tokens", f"vera:viewer:{sha256(token)}\n")
+    os.chmod(tokens, 0o600)
+    cli.port = free_port()
+    cli.settings.update(MTLS_ENABLED="0", API_TOKENS_FILE=tokens, HTTP_ADDR=f"127.0.0.1:{cli.port}")
+
+    def status() -> int:
+        request = urllib.request.Request(f"http://127.0.0.1:{cli.port}/api/v1/nodes",
+                                         headers={"Authorization": f"Bearer {token}"})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+
+    with serving(cli) as serve:
+        assert status() == 200
+        os.chmod(tokens, 0o604)
+        assert [status() for _ in range(3)] == [500] * 3
+        os.chmod(tokens, 0o600)
+        assert status() == 200
+        serve.terminate()
+        result = Cli.end(serve)
+    assert result.err.count("nobody is let in: API_TOKENS_FILE") == 1
+
+
 def test_a_release_under_way_is_followed_to_its_end_with_a_key_that_was_opened(fleet_cli):
     fleet_cli.world.agent(1).set(task_ms=1500)
     store = fleet_cli.world.store
