@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import base64
 import bisect
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -310,6 +311,11 @@ def one_line(text: object, max_chars: int = MAX_MESSAGE_CHARS) -> str:
     return line if len(line) <= max_chars else line[: max_chars - 3].rstrip() + "..."
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether a text from outside was UTF-8: bytes that are not come in as lone surrogates (PEP 383)."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
 def detail_text(text: object) -> str:
     """Gives any text as an event's detail: printable, lines kept, at most 4 KiB of UTF-8."""
     clean = "".join(_printable(c, True) for c in str(text)[:MAX_DETAIL_BYTES]).strip()
@@ -540,6 +546,10 @@ def _text(text: str) -> str:
     return text
 
 
+def _server_name(text: str) -> str:
+    return text
+
+
 def _one_of(*words: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in words:
@@ -593,7 +603,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("CONTROL_CERT", "", _text, "our client certificate for the agents"),
     Setting("CONTROL_KEY", "", _text, "its key"),
     Setting("CONTROL_CA", "", _text, "the CA that signed the agents' certificates"),
-    Setting("AGENT_TLS_SERVER_NAME", "", _text, "verify this name, not the dialled address"),
+    Setting("AGENT_TLS_SERVER_NAME", "", _server_name, "verify this name, not the dialled address"),
     Setting("AGENT_CONCURRENCY", "64", _integer(1, 1024), "requests to agents in flight"),
     Setting("AGENT_CONNECT_TIMEOUT_SEC", "15", _number(0.1, MAX_CONNECT_TIMEOUT_S), "seconds for TCP and TLS"),
     Setting("AGENT_REQUEST_TIMEOUT_SEC", "60", _number(0.1, MAX_REQUEST_TIMEOUT_S),
@@ -648,6 +658,8 @@ class Settings:
         for setting in SETTINGS:
             text = given.get(setting.name, setting.default).strip()
             try:
+                if setting.parse not in (_text, _database_url) and not is_utf8(text):  # those may be paths
+                    raise ValueError("must be UTF-8")
                 values[setting.name.lower()] = setting.parse(text or setting.default)
             except ValueError as error:
                 shown = one_line(safe_url(text), 80)
@@ -679,10 +691,14 @@ def _read_config_file(path: str) -> Iterator[tuple[str, str]]:
             raise ConfigError(f"{path}:{number}: {one_line(name, 60)} is not a setting{did_you_mean(name, names)}")
         if name in seen:
             raise ConfigError(f"{path}:{number}: {name} stands twice")
+        is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+        if not is_quoted and re.search(r"(^|\s)#", value):
+            raise ConfigError(f"{path}:{number}: {name}: put the comment on a line of its own "
+                              "(or the whole value in quotes, if # belongs to it)")
         if not value.isprintable():
             raise ConfigError(f"{path}:{number}: {name} holds a control character")
         seen.add(name)
-        if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        if is_quoted:
             value = value[1:-1]
         yield name, value
 
@@ -750,7 +766,7 @@ class SqliteEngine:
             raise ConfigError(f"SQLite {sqlite3.sqlite_version} is too old: 3.26 or newer is needed")
 
     def __str__(self) -> str:
-        return f"database {self.path}"
+        return "database " + self.path.encode("utf-8", "backslashreplace").decode()  # a path may be any bytes
 
     def identity(self) -> object:
         """Gives what the path names now: a deleted file would go on taking writes unseen."""
@@ -769,6 +785,8 @@ class SqliteEngine:
             raise DatabaseError(f"{self} does not exist: make it with `releasectl.py migrate`")
         connection = None
         try:
+            if create:
+                self._make_file()
             # statements differ by the number of rows: more of them kept would be megabytes, and not used again
             connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None,
                                          check_same_thread=False, cached_statements=16)
@@ -779,13 +797,27 @@ class SqliteEngine:
             # with much history a release touches a page for each node: 16 MiB of WAL write it back less often
             connection.execute("PRAGMA wal_autocheckpoint = 4000")
             return connection
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             if connection:
                 _close(connection)
             raise DatabaseError(self.explain(error)) from None
 
+    def _make_file(self) -> None:
+        """Make the file, empty and closed to others whatever the umask, where there is none.
+
+        SQLite gives its -wal and -shm the mode of the file.
+        """
+        with contextlib.suppress(FileExistsError):
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.fchmod(handle, 0o600)
+            finally:
+                os.close(handle)
+
     def explain(self, error: Exception) -> str:
         """Gives one line: what is wrong with the file and what would mend it."""
+        if isinstance(error, OSError):
+            return f"{self} can't be made: {_os_reason(error)}"
         text = str(error)
         if "not a database" in text:
             return f"{self} is not an SQLite file"
@@ -811,6 +843,7 @@ class SqliteEngine:
         try:
             handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=folder)
             with open(handle, "rb") as file:
+                os.fchmod(handle, 0o600)  # whatever the umask
                 self._copy(source, temporary)
                 os.fsync(file.fileno())
             os.rename(temporary, path)
@@ -4358,7 +4391,7 @@ class Wait(NamedTuple):
 
     The moment is one of time.monotonic(); socket.timeout is raised then.
     """
-    sock: socket.socket | None
+    sock: socket.socket | select.epoll | None
     event: int
     ends_at: float
 
@@ -4592,6 +4625,8 @@ class TooBig(Exception):
 
 MAX_IDLE_AGENT_CONNECTIONS = 256
 MAX_IDLE_AGENT_CONNECTION_S = 60.0
+# Of a name's several addresses the next is tried beside the ones before after so long (RFC 8305, 5).
+NEXT_ADDRESS_S = 0.25
 # The head of an answer may be this long on top of the body.
 MAX_HEAD_BYTES = 64 << 10
 # The body of an agent's answer (contract section 1), and of what a probe gets: a page that a node serves.
@@ -4607,6 +4642,16 @@ CERTIFICATE_FAULTS: Mapping[int, str] = {
     21: "presented a certificate of another CA than ours (CONTROL_CA)",
     62: "presented a certificate for another name",
     64: "presented a certificate for another address",
+    66: "presented a certificate whose key is too weak: it needs RSA of 2048 bits or more, or EC",
+    67: "presented a certificate of a CA whose key is too weak: it needs RSA of 2048 bits or more, or EC",
+    68: "presented a certificate signed with a digest that is too weak: it needs SHA-256 or better",
+}
+# What OpenSSL's security level refuses in our own files, and what would do.
+WEAK_REASONS: Mapping[str, str] = {
+    "EE_KEY_TOO_SMALL": "its key is too weak: make one of RSA with 2048 bits or more, or of EC",
+    "CA_KEY_TOO_SMALL": "the key of its CA is too weak: it needs RSA of 2048 bits or more, or EC",
+    "CA_MD_TOO_WEAK": "it is signed with a digest that is too weak: it needs SHA-256 or better",
+    "DH_KEY_TOO_SMALL": "its key is too weak: make one of RSA with 2048 bits or more, or of EC",
 }
 # Alerts by which an agent says that it does not like our certificate; their prefixes differ
 # between versions of TLS and of OpenSSL.
@@ -4680,6 +4725,8 @@ class TlsFiles:
         self._guard = threading.Lock()
         self._stamp: object = None
         self._context: ssl.SSLContext | None = None
+        # Why the files as they are were not taken.
+        self._fault = ""
         # When a renewed certificate that is not valid yet will be.
         self._valid_from = float("inf")
 
@@ -4697,13 +4744,23 @@ class TlsFiles:
                     if self._context is not None:
                         self._refuse_invalid(self._files[0])
                     self._context = made
+                    self._fault = ""
                 except ConfigError as error:
                     if self._context is None:
                         raise
+                    self._fault = str(error)
                     log.warning("renewed certificate not taken yet, the one before goes on: %s", error)
                 self._stamp = stamp
             assert self._context is not None
             return self._context
+
+    def reload(self) -> None:
+        """Read the files anew, whether they changed or not; raise ConfigError when they can't be used."""
+        with self._guard:
+            self._stamp = None
+        self.context()
+        if self._fault:
+            raise ConfigError(f"{self._fault} (the one before goes on)")
 
     def _refuse_invalid(self, path: str) -> None:
         """Raise ConfigError when a certificate has expired or is not valid yet."""
@@ -4757,35 +4814,54 @@ def _no_passphrase() -> str:
 def load_pair(context: ssl.SSLContext, cert: str, key: str, names: tuple[str, str]) -> None:
     """Loads a certificate and its key; ConfigError naming the setting and what is wrong."""
     for name, path in zip(names, (cert, key)):
-        require_file(name, path)
+        require_pem(name, path)
     try:
         context.load_cert_chain(cert, key, password=_no_passphrase)
     except ssl.SSLError as error:
         if "MISMATCH" in (error.reason or ""):
             raise ConfigError(f"{names[0]} {cert} does not fit {names[1]} {key}: "
                               "they are not of one pair") from None
+        if error.reason in WEAK_REASONS:
+            raise ConfigError(f"{names[0]} {cert} is weak: {WEAK_REASONS[error.reason]}") from None
         raise ConfigError(f"{names[0]} {cert} or {names[1]} {key} is not PEM: {_tls_reason(error)}") from None
     except ConfigError as error:
         raise ConfigError(f"{names[1]} {key}: {error}") from None
 
 
-def require_file(name: str, path: str) -> None:
-    """Raises ConfigError naming the setting, when its file can't be read."""
+def require_file(name: str, path: str) -> bytes:
+    """Return how a file begins; raise ConfigError naming the setting when it can't be read."""
     if not path:
         raise ConfigError(f"{name} is not set")
     try:
-        with open(path, "rb"):
-            pass
+        with open(path, "rb") as file:
+            return file.read(3)
     except OSError as error:
         raise ConfigError(f"{name} {path} can't be read: {_os_reason(error)}") from None
 
 
+def require_pem(name: str, path: str) -> None:
+    """Raise ConfigError for a file that can't be read, or whose first certificate OpenSSL would leave out unseen."""
+    if require_file(name, path) == codecs.BOM_UTF8:
+        raise ConfigError(f"{name} {path} begins with a byte order mark: save it without one (`sed -i '1s/^\\xEF\\xBB"
+                          "\\xBF//'`)")
+
+
+def require_private(name: str, path: str) -> None:
+    """Raise ConfigError for a file that can't be read, that others than owner and group can read, or that anybody
+    but its owner can write."""
+    require_file(name, path)
+    if os.stat(path).st_mode & (stat.S_IRWXO | stat.S_IWGRP):
+        raise ConfigError(f"{name} {path} is open to others: chmod o-rwx,g-w it (its group may read it)")
+
+
 def load_ca(context: ssl.SSLContext, ca: str, name: str) -> None:
     """Loads the CA to verify peers by; ConfigError naming the setting."""
-    require_file(name, ca)
+    require_pem(name, ca)
     try:
         context.load_verify_locations(ca)
     except ssl.SSLError as error:
+        if error.reason in WEAK_REASONS:
+            raise ConfigError(f"{name} {ca} is weak: {WEAK_REASONS[error.reason]}") from None
         raise ConfigError(f"{name} {ca} holds no PEM certificate: {_tls_reason(error)}") from None
 
 
@@ -4811,6 +4887,7 @@ class AgentClient:
         self._connect_s = settings.agent_connect_timeout_sec
         self._request_s = settings.agent_request_timeout_sec
         self._server_name = settings.agent_tls_server_name
+        self._key = settings.control_key
         self._tls = TlsFiles(client_context, settings.control_cert, settings.control_key,
                              settings.control_ca) if settings.mtls_enabled else None
         self._guard = threading.Lock()
@@ -4819,10 +4896,20 @@ class AgentClient:
         self._active: set[socket.socket] = set()
         self._is_closed = False
 
-    def prepare(self) -> None:
-        """Raises ConfigError when no agent could be called with these settings."""
+    def prepare(self, key_may_be_open: bool = False) -> None:
+        """Raise ConfigError when no agent could be called with these settings, or others can read our key.
+
+        For who is about to begin something; what is under way goes on with a key that was opened meanwhile.
+        """
         if self._tls:
             self._tls.context()
+            if not key_may_be_open:
+                require_private("CONTROL_KEY", self._key)
+
+    def reload(self) -> None:
+        """Read the certificates anew; raise ConfigError when they can't be used."""
+        if self._tls:
+            self._tls.reload()
 
     def close(self) -> None:
         """Ends every connection, also under requests in flight: they and all later ones fail at once."""
@@ -5089,24 +5176,73 @@ class AgentClient:
             raise self._handshake_error(address, error, connect_s) from None
 
     async def _open_socket(self, address: Address, connect_by: float) -> socket.socket:
-        """Connects to the first address that answers; all tries together end at connect_by."""
-        error: OSError = OSError("no address found")
-        for family, kind, number, _, target in await self._look_up(address):
-            sock = socket.socket(family, kind, number)
-            try:
-                sock.setblocking(False)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                with self._in_flight(sock):
-                    code = sock.connect_ex(target)
-                    if code == errno.EINPROGRESS:
-                        await Wait(sock, select.POLLOUT, connect_by)
-                        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if code:
-                    raise OSError(code, os.strerror(code))
-                return sock
-            except OSError as failed:
-                sock.close()
-                error = failed
+        """Connect to the address, until connect_by; of a name's several to the one that answers first."""
+        found = await self._look_up(address)
+        if len(found) > 1:
+            return await self._open_first(found, connect_by)
+        sock = self._begin_connect(found[0])
+        try:
+            with self._in_flight(sock):
+                await Wait(sock, select.POLLOUT, connect_by)
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code))
+            return sock
+        except BaseException:
+            sock.close()
+            raise
+
+    @staticmethod
+    def _begin_connect(found: tuple[Any, ...]) -> socket.socket:
+        """Return a socket that connects to one result of getaddrinfo(): it can be written at the end, well or not."""
+        family, kind, number, _, target = found
+        sock = socket.socket(family, kind, number)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            code = sock.connect_ex(target)
+            if code not in (0, errno.EINPROGRESS):
+                raise OSError(code, os.strerror(code))
+            return sock
+        except BaseException:
+            sock.close()
+            raise
+
+    async def _open_first(self, found: Sequence[tuple[Any, ...]], connect_by: float) -> socket.socket:
+        """Connect to several addresses, one more every NEXT_ADDRESS_S (RFC 8305); return the first that answers.
+
+        In the system's order; when one fails, the next is begun at once.
+        """
+        error = OSError("no address found")
+        left = collections.deque(found)
+        trying: dict[int, socket.socket] = {}
+        with contextlib.ExitStack() as stack:
+            poller = stack.enter_context(select.epoll())
+            stack.callback(lambda: collections.deque(map(_close, trying.values()), 0))
+            while left or trying:
+                if left:
+                    try:
+                        sock = self._begin_connect(left.popleft())
+                    except OSError as failed:
+                        error = failed
+                        continue
+                    trying[sock.fileno()] = sock
+                    stack.enter_context(self._in_flight(sock))
+                    poller.register(sock, select.EPOLLOUT)
+                next_at = time.monotonic() + NEXT_ADDRESS_S
+                try:
+                    await Wait(poller, select.POLLIN, min(next_at, connect_by) if left else connect_by)
+                except socket.timeout:
+                    if not left or time.monotonic() >= connect_by:
+                        raise
+                for descriptor, _ in poller.poll(0):
+                    poller.unregister(descriptor)
+                    sock = trying.pop(descriptor)
+                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if not code:
+                        return sock
+                    sock.close()
+                    error = OSError(code, os.strerror(code))
         raise error
 
     @staticmethod
@@ -7752,6 +7888,9 @@ IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,128}")
 EVENTS_LOOK_S, MAX_EVENTS_WAIT_S = 0.5, 30
 # A look whether the database takes writes is a write: not more often, whoever asks.
 READY_LOOK_S = 1.0
+# What a claim or hold means that lies further ahead than any setting allows (Store.times_ahead).
+CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
+                   "all hosts (NTP)")
 # A release of more nodes is read whole by one client at a time. While one runs, who has read rests so many
 # times as long as the reading took; others wait so long for their turn, then they are told to come again.
 MAX_FREE_READ_NODES, WHOLE_READ_REST, MAX_WHOLE_READ_REST_S, WHOLE_READ_WAIT_S = 500, 15, 3.0, 7.0
@@ -7815,6 +7954,7 @@ class Api:
         self._waiters = threading.BoundedSemaphore(max_waiting)
         self._ready_guard = threading.Lock()
         self._ready = (-READY_LOOK_S, "the database was not looked at yet")
+        self._ahead: set[str] = set()
         self.started_at = time.time()
 
     def create_release(self, request: Request) -> Reply:
@@ -7988,9 +8128,17 @@ class Api:
         try:
             self.store.database.require_schema()
             self.store.probe()
+            self._tell_times_ahead()
             return ""
         except AppError as error:
             return error.message
+
+    def _tell_times_ahead(self) -> None:
+        """Log claims and holds that a clock that was ahead left, each once: they count as over, so all is ready."""
+        ahead = set(self.store.times_ahead())
+        for sentence in sorted(ahead - self._ahead):
+            log.warning("%s, %s", sentence, CLOCK_WAS_AHEAD)
+        self._ahead = ahead
 
     def metrics(self, _request: Request) -> Reply:
         return Reply(200, metrics_text(self.store, {**process_figures(self.started_at), **self._figures()}),
@@ -8101,6 +8249,8 @@ class Tokens:
         self._guard = threading.Lock()
         self._stamp: object = None
         self._entries: list[tuple[str, str, str]] = []
+        # Why they could not be read, as it was told last.
+        self._said = ""
 
     def load(self) -> list[tuple[str, str, str]]:
         """Gives name, role and hash of each token; ConfigError naming the line that is wrong."""
@@ -8111,10 +8261,16 @@ class Tokens:
                 self._stamp = stamp
             return self._entries
 
+    def reload(self) -> int:
+        """Read the file anew; return how many tokens it has. Raise ConfigError as load() does."""
+        with self._guard:
+            self._stamp = None
+        return len(self.load())
+
     def _read(self) -> list[tuple[str, str, str]]:
         require_private("API_TOKENS_FILE", self._path)
         try:
-            lines = Path(self._path).read_text(encoding="utf-8").splitlines()
+            lines = Path(self._path).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeError) as error:
             raise ConfigError(f"API_TOKENS_FILE {self._path} can't be read: {_os_reason(error)}") from None
         entries = []
@@ -8136,8 +8292,11 @@ class Tokens:
         try:
             entries = self.load()
         except ConfigError as error:
-            log.error("nobody is let in: %s", error)
+            if str(error) != self._said:  # not at each request
+                log.error("nobody is let in: %s", error)
+            self._said = str(error)
             raise AppError(5001, "the tokens can't be read: see the log of releasectl") from None
+        self._said = ""
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
         found = None
         for name, role, known in entries:
@@ -8146,14 +8305,6 @@ class Tokens:
         if found is None:
             raise AppError(1002, "this token is not known")
         return found
-
-
-def require_private(name: str, path: str) -> None:
-    """Raises ConfigError when a file can't be read, can be read by others than owner and group, or
-    can be written by others than its owner."""
-    require_file(name, path)
-    if os.stat(path).st_mode & (stat.S_IRWXO | stat.S_IWGRP):
-        raise ConfigError(f"{name} {path} is open to others: chmod o-rwx,g-w it (its group may read it)")
 
 
 def add_token(path: str, name: str, role: str) -> str:
@@ -8165,7 +8316,7 @@ def add_token(path: str, name: str, role: str) -> str:
         raise AppError(2003, f"name {one_line(name, 60)!r} must not hold a colon or begin with #")
     token = secrets.token_hex(32)
     line = f"{parse_name(name)}:{role}:{hashlib.sha256(token.encode()).hexdigest()}\n"
-    folder = os.path.dirname(os.path.abspath(path))
+    folder = os.path.dirname(os.path.realpath(path))
     try:
         guard = os.open(folder, os.O_RDONLY)
         try:
@@ -8184,8 +8335,14 @@ def add_token(path: str, name: str, role: str) -> str:
 
 
 def _replace(path: str, text: str, before: os.stat_result | None, mode: int = 0o600) -> None:
-    """Puts a file in the place of another, with its owner, group and mode; one without before has the mode given."""
-    descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=os.path.dirname(os.path.abspath(path)))
+    """Put a file in the place of another, with its owner, group and mode; one without before has the mode given.
+
+    A symbolic link stays one: what it leads to is replaced.
+    """
+    path = os.path.realpath(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a regular file")  # a device, say, which a rename would take away
+    descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=os.path.dirname(path))
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
             if before:
@@ -8316,7 +8473,7 @@ class HttpAnswer(NamedTuple):
 def answer_of(reply: Reply, route: Route, head: Head) -> HttpAnswer:
     """Gives the answer to a request that went well: 304 where the client has it already."""
     text = reply.data if reply.content_type else to_json({"code": 0, "message": "success", "data": reply.data})
-    body = text.encode()
+    body = text.encode(errors="backslashreplace")  # the path of a database may be any bytes
     headers = {"Content-Type": reply.content_type or "application/json", **reply.headers}
     if "If-None-Match" in route.headers:
         headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
@@ -8565,6 +8722,8 @@ class ApiServer(http.server.ThreadingHTTPServer):
             super().__init__((str(target[0]), port), ApiHandler)
         except OSError as error:
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: {_os_reason(error)}") from None
+        except UnicodeError:  # an empty label, or one of more than 63 characters
+            raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: that is no host name") from None
 
     def server_bind(self) -> None:
         """Binds without the look-up of a name, which may take long on a host without DNS."""
@@ -8658,12 +8817,12 @@ def _canned(error: AppError) -> bytes:
 def _refuse_foreign_page(head: Head) -> None:
     """Raises AppError 1004 for a browser that another site's page sent here: without tokens nothing
     else would tell it from the person before it."""
-    host = head.headers.get("host", "")
+    host = head.headers.get("host", "").lower()  # names know no case (RFC 9110, 4.2.3), and browsers no capitals
     name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
     with contextlib.suppress(ValueError):
         if name not in ("", "localhost"):
             ipaddress.ip_address(name.strip("[]"))
-        if head.headers.get("origin", f"http://{host}") in (f"http://{host}", f"https://{host}"):
+        if head.headers.get("origin", f"http://{host}").lower() in (f"http://{host}", f"https://{host}"):
             return
     raise AppError(1004, "without API_TOKENS_FILE only this host's own address is served, and no other site's page")
 
@@ -8694,10 +8853,10 @@ class Ping(NamedTuple):
     text: str
 
 
-def ping_nodes(settings: Settings, nodes: Sequence[Node]) -> list[Ping]:
-    """Asks agents all at once whether they answer. Raises ConfigError without certificates."""
+def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool = False) -> list[Ping]:
+    """Ask agents all at once whether they answer. Raise ConfigError without certificates, or with an open key."""
     agents = AgentClient(settings)
-    agents.prepare()
+    agents.prepare(key_may_be_open)
 
     def ping(node: Node) -> Ping:
         try:
@@ -8784,6 +8943,39 @@ def check_private(name: str, path: str) -> Finding:
     return Finding(name, EXIT_DONE, f"{path} is closed to others")
 
 
+def _is_in_reach(path: str, of: int) -> bool:
+    """Return whether a file has one of the modes, and its folders let everybody through to it."""
+    found = os.path.realpath(path)
+    if not os.stat(found).st_mode & of:
+        return False
+    return all(os.stat(folder).st_mode & stat.S_IXOTH for folder in Path(found).parents)
+
+
+def check_config(settings: Settings, path: str) -> Iterator[Finding]:
+    """Look at who may read and write the file of the settings: whoever writes it decides what goes out."""
+    if not path:
+        return
+    has_secret = safe_url(settings.database_url) != settings.database_url
+    if os.stat(path).st_mode & (stat.S_IWOTH | stat.S_IWGRP):
+        yield Finding("--config", EXIT_USAGE, f"{path} is open to others, who may write it: chmod o-rwx,g-w it")
+    elif has_secret and _is_in_reach(path, stat.S_IROTH):
+        yield Finding("--config", EXIT_USAGE, f"{path} is open to others, and the database's password may be in it: "
+                                              "chmod o-rwx it (its group may read it)")
+    else:
+        yield Finding("--config", EXIT_DONE, f"{path} is closed to others" if has_secret else
+                      f"{path} can be written by its owner alone")
+
+
+def check_database_file(engine: SqliteEngine | PostgresEngine) -> Iterator[Finding]:
+    """Look at who else may read or write the files of an SQLite database: the payloads are in them."""
+    if not isinstance(engine, SqliteEngine):
+        return
+    for path in (engine.path, engine.path + "-wal", engine.path + "-shm"):
+        with contextlib.suppress(OSError):  # not there; the database itself is told of
+            if _is_in_reach(path, stat.S_IRWXO):
+                yield Finding("DATABASE_URL", EXIT_USAGE, f"{path} is open to others: chmod o-rwx it")
+
+
 def check_agents(settings: Settings) -> Iterator[Finding]:
     """Looks at what mutual TLS with the agents needs."""
     if not settings.mtls_enabled:
@@ -8853,15 +9045,15 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
         store.database.require_schema()
         store.probe()
         yield Finding("DATABASE_URL", EXIT_DONE, f"{store.database}: schema {len(schema_steps())}, takes writes")
+        yield from check_database_file(store.database.engine)
         for sentence in store.times_ahead():
-            yield Finding("clock", EXIT_UNAVAILABLE, f"{sentence}, further ahead than any setting allows: a clock was "
-                                                     "ahead. It counts as over; look at the clocks of all hosts (NTP)")
+            yield Finding("clock", EXIT_UNAVAILABLE, f"{sentence}, {CLOCK_WAS_AHEAD}")
         nodes = [node for node in store.nodes(size=0).items if node.gets_releases]
         try:
             refuse_twins(nodes)
         except AppError as error:
             yield Finding("nodes", EXIT_USAGE, error.message)
-        for ping in ping_nodes(settings, nodes) if nodes else []:
+        for ping in ping_nodes(settings, nodes, key_may_be_open=True) if nodes else []:  # that is told of itself
             yield Finding(f"node {ping.node.name}", EXIT_DONE if ping.is_ok else EXIT_UNAVAILABLE, ping.text)
     except DatabaseError as error:
         yield Finding("DATABASE_URL", EXIT_UNAVAILABLE, error.message)
@@ -8874,13 +9066,29 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
 #   as it goes. Uses 1 to 17.
 # ======================================================================================
 
+def columns_of(text: str) -> int:
+    """Return how many columns a printable text takes in a terminal: a Chinese letter two, an accent of its own none."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.category(char) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(char) in "WF"
+               else 1 for char in text)
+
+
+def cut_to(text: str, columns: int) -> str:
+    """Return as much of a printable text as fits into so many columns."""
+    if columns_of(text) <= columns:
+        return text
+    ends = itertools.accumulate(columns_of(char) for char in text)
+    return text[:sum(1 for end in ends if end <= columns)]
+
+
 def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
     """Gives rows as text in columns, or '' when there are none."""
     cells = [[one_line(cell) if cell is not None else "" for cell in row] for row in rows]
     if not cells:
         return ""
-    widths = [max(len(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+    widths = [max(columns_of(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
+    return "\n".join("  ".join(cell + " " * (width - columns_of(cell)) for cell, width in zip(row, widths)).rstrip()
                      for row in [[h.upper() for h in head], *cells])
 
 
@@ -8917,7 +9125,7 @@ class Screen:
     def say(self, line: str) -> None:
         """Shows what is wrong, once."""
         if self._is_terminal:
-            self._draw([line[:shutil.get_terminal_size((100, 24)).columns - 1]])
+            self._draw([cut_to(one_line(line), self._size().columns - 1)])
         else:
             self._say(line, line)
 
@@ -8926,41 +9134,51 @@ class Screen:
             print(line, file=self._stream, flush=True)
         self._said = step
 
+    def _size(self) -> os.terminal_size:
+        """Return the size of the terminal that is drawn in, which standard output may not be."""
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            found = os.get_terminal_size(self._stream.fileno())
+            if found.columns > 0 and found.lines > 0:
+                return found
+        return shutil.get_terminal_size((100, 24))
+
     def _draw(self, lines: Sequence[str]) -> None:
         """Puts lines in the place of the last ones, as many as the screen has."""
-        lines = lines[:max(shutil.get_terminal_size((100, 24)).lines - 1, 1)]
+        lines = lines[:max(self._size().lines - 1, 1)]
         up = f"\x1b[{self._drawn}A" if self._drawn else ""
         print(up + "".join(f"\r\x1b[K{line}\n" for line in lines) + "\x1b[J", end="", file=self._stream, flush=True)
         self._drawn = len(lines)
 
     def _lines(self, progress: Progress) -> list[str]:
-        width = max(40, shutil.get_terminal_size((100, 24)).columns - 1)
+        width = max(self._size().columns - 1, 1)
         release, batches = progress.release, progress.batches
         at = max(release.current_batch or len(batches), 1)
         # the batches around the current one, where there are too many for the screen
         first = max(0, min(at - self.MAX_BATCHES // 2, len(batches) - self.MAX_BATCHES))
-        lines = [release_line(release)[:width]]
+        lines = [cut_to(one_line(release_line(release), 2 * MAX_MESSAGE_CHARS), width)]
         lines += [self._batch_line(batch, width) for batch in batches[first:first + self.MAX_BATCHES]]
         if len(batches) > self.MAX_BATCHES:
-            lines.append(f"({len(batches)} batches in all)")
-        lines.append(f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
-                     f"{release.skipped_nodes} skipped of {release.total_nodes}")
+            lines.append(cut_to(f"({len(batches)} batches in all)", width))
+        lines.append(cut_to(f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
+                            f"{release.skipped_nodes} skipped of {release.total_nodes}", width))
         shown = progress.failures[:self.MAX_FAILURES]
-        lines += [self._paint(one_line(f"  {name}: {text}")[:width], "31") for name, text in shown]
+        lines += [self._paint(cut_to("  " + one_line(f"{name}: {text}"), width), "31") for name, text in shown]
         if release.failed_nodes > len(shown):
-            lines.append(f"  and {release.failed_nodes - len(shown)} more")
+            lines.append(cut_to(f"  and {release.failed_nodes - len(shown)} more", width))
         return lines
 
     def _batch_line(self, batch: BatchProgress, width: int) -> str:
         """Gives one batch as a bar whose parts are as long as their share, rounded, and at least one mark."""
-        room = min(40, width - 30)
+        done = f"batch {batch.number:>3} {batch.count(SUCCESS):>6} of {batch.total:<6} "
+        room = min(40, width - len(done) - len(self.MARKS))  # rounding up makes each part longer by less than one
+        if room < 1:
+            return cut_to(done, width)
         parts = [(mark, colour, batch.count(status)) for status, mark, colour in self.MARKS]
         bar = ""
         for mark, colour, count in parts:
             length = max(1, round(room * count / batch.total)) if count else 0
             bar += self._paint(mark * length, colour) if length else ""
-        done = batch.count(SUCCESS)
-        return f"batch {batch.number:>3} {done:>6} of {batch.total:<6} {bar}"
+        return done + bar
 
     def _paint(self, text: str, colour: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self._has_colours else text
@@ -8987,17 +9205,10 @@ class Context:
         return self.store
 
     def show(self, document: Any, text: str) -> None:
-        """Prints one JSON document with --json, else text for people; no error when its reader went away."""
+        """Print one JSON document with --json, else text for people."""
         out = to_json(document) if self.options.json else text
-        if not out:
-            return
-        try:
+        if out:
             print(out, flush=True)
-        except OSError as error:
-            # the interpreter would flush it once more at its end, and say so
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if not isinstance(error, BrokenPipeError):
-                raise AppError(5001, f"standard output can't be written: {_os_reason(error)}") from None
 
 
 def _user_name() -> str:
@@ -9019,6 +9230,7 @@ def exit_code_of(store: Store, release: Release) -> int:
 
 def command_serve(context: Context) -> int:
     settings = context.settings
+    _survive_signals()
     warn_of_settings(settings)
     _raise_descriptor_limit()
     context.store.database.migrate()
@@ -9029,7 +9241,8 @@ def command_serve(context: Context) -> int:
     server = ApiServer(settings, Api(context.store, executor.nudge, settings.http_max_connections // 4,
                                      lambda: process_json(settings, executor), executor.is_busy,
                                      lambda: certificate_figures(settings)))
-    _stop_on_signal(executor.stop)
+    _handle_signals(executor.stop, lambda: _reload(settings, agents, server))
+    manager, secret_files = ServiceManager(os.environ.get("NOTIFY_SOCKET", "")), SecretFiles(settings)
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     with starting_threads():
         accept.start()
@@ -9038,11 +9251,12 @@ def command_serve(context: Context) -> int:
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
 
     def beat(sentence: str) -> None:
+        secret_files.look()
         if accept.is_alive():
-            notify_systemd("WATCHDOG=1", f"STATUS={one_line(sentence)}")
+            manager.tell("WATCHDOG=1", f"STATUS={one_line(sentence)}")
 
     faulthandler.enable()  # the watchdog ends who hangs by SIGABRT: the log then tells where each thread was
-    notify_systemd("READY=1")  # the database answered migrate(), and the API listens
+    manager.tell("READY=1")  # the database answered migrate(), and the API listens
     try:
         if settings.release_executor_enabled:
             executor.run_loop(beat)
@@ -9050,7 +9264,7 @@ def command_serve(context: Context) -> int:
             beat("API only, nothing is dispatched: RELEASE_EXECUTOR_ENABLED=0")
             executor.stopping.wait(settings.release_executor_interval_sec)
     finally:
-        notify_systemd("STOPPING=1")
+        manager.tell("STOPPING=1")
         executor.close()  # first: what clients do must not keep a claim
         server.shutdown()
         server.server_close()
@@ -9059,6 +9273,7 @@ def command_serve(context: Context) -> int:
 
 
 def command_run_once(context: Context) -> int:
+    _survive_signals()
     path = context.options.metrics_file
     try:
         code = _run_once(context)
@@ -9096,12 +9311,14 @@ def _run_once(context: Context) -> int:
     warn_of_settings(settings)
     context.store.database.migrate()
     executor = Executor(settings, context.store, AgentClient(settings, context.store.database.metrics))
-    _stop_on_signal(executor.stop)
+    _handle_signals(executor.stop, lambda: _reload(settings, executor.agents))
     _raise_descriptor_limit()
+    secret_files = SecretFiles(settings)
     written_at = time.monotonic()
 
     def beat() -> None:
         nonlocal written_at
+        secret_files.look()
         if time.monotonic() >= written_at + METRICS_EVERY_S:
             written_at = time.monotonic()
             with contextlib.suppress(AppError):  # told at the end, if it is still so
@@ -9139,33 +9356,113 @@ def warn_of_settings(settings: Settings) -> None:
         log.warning("CONTROL_CERT is not set: nothing can be dispatched until it is, with CONTROL_KEY and CONTROL_CA")
 
 
-def notify_systemd(*lines: str) -> None:
-    """Tells the service manager, where there is one, how we are (sd_notify(3)); no reason to fail."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(1.0)
-            # @ is how the environment writes the NUL of an abstract name
-            sock.sendto("\n".join(lines).encode(), "\0" + address[1:] if address.startswith("@") else address)
-    except OSError as error:
-        log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], address, _os_reason(error))
+class ServiceManager:
+    """systemd, or who else stands behind NOTIFY_SOCKET (sd_notify(3)); that it can't be told is no reason to fail."""
+
+    def __init__(self, address: str):
+        """address: of the socket, "" for none."""
+        self._address = address
+        self._said = ""
+
+    def tell(self, *lines: str) -> None:
+        """Say how we are."""
+        if not self._address:
+            return
+        said = ""
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(1.0)
+                # @ is how the environment writes the NUL of an abstract name
+                sock.sendto("\n".join(lines).encode(),
+                            "\0" + self._address[1:] if self._address.startswith("@") else self._address)
+        except OSError as error:
+            said = _os_reason(error)
+        if said and said != self._said:  # at each sign of life it would be a flood
+            log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], self._address, said)
+        self._said = said
 
 
-def _stop_on_signal(stop: Callable[[], None]) -> None:
-    """Lets SIGTERM and SIGINT call stop(), in a thread: a handler may interrupt who holds a lock that stop() takes."""
-    signals: queue.SimpleQueue[None] = queue.SimpleQueue()
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
+# They would end a process by default, and mean nothing to us; SIGPWR and SIGSTKFLT are Linux's.
+IGNORED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO,
+                   *(getattr(signal, name) for name in ("SIGPWR", "SIGSTKFLT") if hasattr(signal, name)),
+                   *range(signal.SIGRTMIN, signal.SIGRTMAX + 1))
+
+
+def _survive_signals() -> None:
+    """Let no signal but one to stop end this process, also before there is something to reload."""
+    for number in (signal.SIGHUP, *IGNORED_SIGNALS):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which a child would inherit
+
+
+def _handle_signals(stop: Callable[[], None], reload: Callable[[], None]) -> None:
+    """Let signals call stop() or reload(), in a thread: a handler may interrupt who holds a lock that they take."""
+    acts: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def listen() -> None:
         while True:
-            signals.get()
-            stop()
+            try:
+                acts.get()()
+            except Exception:  # the next signal must find somebody
+                log.exception("a signal could not be followed")
 
     with starting_threads():
         threading.Thread(target=listen, name="signals", daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: signals.put(None))
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: acts.put(stop))
+    signal.signal(signal.SIGHUP, lambda *_: acts.put(reload))
+
+
+def _reload(settings: Settings, agents: AgentClient, server: ApiServer | None = None) -> None:
+    """Read anew what can be without a restart, and log in one line what became of it (SIGHUP)."""
+    parts: list[tuple[str, Callable[[], int | None]]] = []
+    if settings.mtls_enabled and settings.control_cert:
+        parts.append(("certificate for agents", agents.reload))
+    if server and server.tls:
+        parts.append(("certificate of the API", server.tls.reload))
+    if server and server.tokens:
+        parts.append(("tokens", server.tokens.reload))
+    said, is_wrong = [], False
+    for name, act in parts:
+        try:
+            count = act()
+            said.append(name if count is None else f"{count} {name}")
+        except ConfigError as error:
+            is_wrong = True
+            said.append(f"not the {name}: {error}")
+    log.log(logging.ERROR if is_wrong else logging.INFO,
+            "SIGHUP: read anew: %s; other settings need a restart, and the log, on standard error, has no file of ours "
+            "to open anew", ", ".join(said) or "nothing")
+
+
+class SecretFiles:
+    """The files that others may not read: says once when one of them becomes open while a process runs."""
+
+    LOOK_EVERY_S = 2.0
+
+    def __init__(self, settings: Settings):
+        self._files = [(name, path) for name, path in (
+            ("CONTROL_KEY", settings.control_key if settings.mtls_enabled else ""), ("HTTP_KEY", settings.http_key),
+            ("API_TOKENS_FILE", settings.api_tokens_file)) if path]
+        self._open: dict[str, str] = {}
+        self._look_at = 0.0
+
+    def look(self) -> None:
+        """Log what has changed since the last look."""
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + self.LOOK_EVERY_S
+        for name, path in self._files:
+            said = ""
+            try:
+                require_private(name, path)
+            except (ConfigError, OSError) as error:
+                said = one_line(error)
+            if said and said != self._open.get(name):
+                log.error("%s", said)
+            elif not said and self._open.get(name):
+                log.info("%s %s is as it should be again", name, path)
+            self._open[name] = said
 
 
 def _raise_descriptor_limit() -> None:
@@ -9551,7 +9848,8 @@ def command_freeze(context: Context) -> int:
 
 def command_check(context: Context) -> int:
     settings = context.settings
-    findings = [Finding("settings", EXIT_DONE, "every value can be used"), *check_agents(settings),
+    findings = [Finding("settings", EXIT_DONE, "every value can be used"),
+                *check_config(settings, context.options.config), *check_agents(settings),
                 *check_api(settings), *check_database(settings, context.store)]
     context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
                             for f in findings]},
@@ -10032,16 +10330,89 @@ def set_up_log(settings: Settings, command: str) -> None:
     log.propagate = False
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; gives its exit code. Errors are one line on standard error."""
-    words = sys.argv[1:] if arguments is None else arguments
+class StandardStream:
+    """A standard stream on which no print fails: what can't be written (nobody reads, the disk is full) is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        # The first error, for who wants to tell it.
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it; return its length."""
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError) as error:  # ValueError: somebody closed it
+            self.error = self.error or error
+            return len(text)
+
+    def flush(self) -> None:
+        """Bring out what was written; no error when that can't be done."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self.error = self.error or error
+
+    def end(self) -> None:
+        """Drop what could not be written: the interpreter would try once more, and end with 120."""
+        self.flush()
+        if self.error is not None:
+            with contextlib.suppress(OSError, ValueError):  # it has no descriptor
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
+
+@contextlib.contextmanager
+def standard_streams() -> Iterator[None]:
+    """Let nothing depend on the standard streams: one that is closed becomes /dev/null, and no print fails.
+
+    A file that is opened later, the database say, would get the number of a closed one.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each open() takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - to the end of the process
+    before = sys.stdout, sys.stderr
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says: JSON is UTF-8
+        # whatever the locale says: JSON is UTF-8, and a path that is none becomes an escape of JSON
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    out, err = StandardStream(sys.stdout), StandardStream(sys.stderr)
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
     try:
-        for word in words:
-            if re.search("[\ud800-\udfff]", word):
-                raise AppError(2002, f"the argument {one_line(word, 60)!r} is not UTF-8")
+        yield
+    finally:
+        out.end()
+        if out.error is not None and not isinstance(out.error, BrokenPipeError):
+            print(f"releasectl: standard output can't be written: {_os_reason(out.error)}", file=sys.stderr)
+        err.end()
+        sys.stdout, sys.stderr = before
+
+
+# Options that name a file: any bytes but NUL are a path on Linux.
+PATH_OPTIONS = frozenset(("config", "db", "payload", "file", "metrics_file"))
+
+
+def _refuse_not_utf8(options: argparse.Namespace) -> None:
+    """Raise AppError for an option that is not UTF-8, unless it names a file."""
+    for name, value in vars(options).items():
+        for text in value if isinstance(value, list) else [value]:
+            if name not in PATH_OPTIONS and isinstance(text, str) and not is_utf8(text):
+                raise AppError(2002, f"the argument {one_line(text, 60)!r} is not UTF-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code. Errors are one line on standard error."""
+    with standard_streams():
+        return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(words: Sequence[str]) -> int:
+    try:
         options = build_parser().parse_args(words, argparse.Namespace(db="", config="", json=False))
+        _refuse_not_utf8(options)
         context = Context(options)
         set_up_log(context.settings, options.command)
         with contextlib.closing(context.store.database):
