@@ -214,6 +214,13 @@ class DatabaseError(AppError):
         super().__init__(5002, message, retry_after_s=2)
 
 
+class UnstorableValue(AppError):
+    """A value that the database can't hold: no later try would store it."""
+
+    def __init__(self, message: str):
+        super().__init__(2003, message)
+
+
 class ClaimLost(Exception):
     """The release has another owner now, or none: whatever was to be written was not."""
 
@@ -559,11 +566,52 @@ def _one_of(*words: str) -> Callable[[str], str]:
 
 
 def _database_url(text: str) -> str:
+    if text.startswith("sqlite:///:memory:") or text.startswith("sqlite:///file:"):
+        raise ValueError("a database in memory is gone with its process: name a file")
     if text.startswith("sqlite:///") and len(text) > len("sqlite:///"):
         return text
     if text.startswith(("postgresql://", "postgres://")):
+        parse_postgres_url(text)
         return text
     raise ValueError("must be sqlite:///FILE, sqlite:////ABSOLUTE/FILE or postgresql://USER@HOST/NAME")
+
+
+class PostgresUrl(NamedTuple):
+    """The parts of a postgresql:// URL, decoded. hosts: with their ports, as they stand; query: libpq's options."""
+    user: str
+    password: str
+    hosts: tuple[tuple[str, int], ...]
+    name: str
+    query: Mapping[str, str]
+
+
+# As libpq reads it: a user and a password end at the first "@", if no "/" comes before; "?" and "#" are letters there.
+_POSTGRES_URL = re.compile(r"postgres(?:ql)?://(?:(?P<user>[^:@/]*)(?::(?P<password>[^@/]*))?@)?"
+                           r"(?P<hosts>[^@/?#]*)(?:/(?P<name>[^@/?#]*))?(?:\?(?P<query>[^@#]*))?")
+_POSTGRES_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%25[^\[\]:]+)?\]|[^\[\]:]*)(?::([0-9]{1,5})?)?")
+
+
+def parse_postgres_url(url: str) -> PostgresUrl:
+    """Return the parts of a URL that every driver reads in the same way; raise ValueError without a part of it."""
+    match = _POSTGRES_URL.fullmatch(url)
+    hosts = [_POSTGRES_HOST.fullmatch(host) for host in match["hosts"].split(",")] if match else []
+    is_whole = match and all(h and int(h[2] or 0) <= 65535 for h in hosts) and not re.search(r"\s|[^ -~]", url)
+    options = [option.partition("=") for option in (match["query"] or "").split("&") if option] if match else []
+    if not (match and is_whole and all(re.fullmatch(r"[a-z_]+", key) and equals for key, equals, _ in options)):
+        raise ValueError("it does not read as postgresql://USER:PASSWORD@HOST:PORT/NAME?OPTION=VALUE: percent-encode "
+                         "the special characters of each part (@ is %40, / is %2F, a space %20)")
+    return PostgresUrl(_percent_decoded(match["user"] or ""), _percent_decoded(match["password"] or ""),
+                       tuple((_percent_decoded(h[1].strip("[]")), int(h[2] or 5432)) for h in hosts if h),
+                       _percent_decoded(match["name"] or ""), {key: _percent_decoded(v) for key, _, v in options})
+
+
+def _percent_decoded(text: str) -> str:
+    if re.search(r"%(?![0-9A-Fa-f]{2})|%00", text):
+        raise ValueError("a % without two hex digits behind it, or %00, stands in it: percent-encode a % as %25")
+    try:
+        return urllib.parse.unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise ValueError("what is percent-encoded in it is not UTF-8") from None
 
 
 def _host_port(text: str) -> tuple[str, int]:
@@ -574,9 +622,16 @@ def _host_port(text: str) -> tuple[str, int]:
 
 
 def safe_url(url: str) -> str:
-    """Gives a database URL without its password, also one that is mistyped or within a sentence."""
-    url = re.sub(r"(password\s*=\s*)('[^']*'|[^&\s]*)", r"\1***", url)
-    return re.sub(r"((?:://|(?<!\S))[^/@:\s]*):(?!//|\s).*@", r"\1:***@", url)
+    """Return a text without the password of a database URL in it, also of one that is mistyped or within a sentence.
+
+    By patterns alone, which can't fail: of what reads as nothing in particular rather too much is left out.
+    """
+    # a password by name, in a URL or in libpq's words, in quotes or not
+    url = re.sub(r"((?:pass|password|passwd)\s*=\s*)('(?:[^'\\]|\\.)*'?|[^&\s]*)", r"\1***", url, flags=re.IGNORECASE)
+    # from a user's colon to the last @
+    url = re.sub(r"(://[^:@\s]*|(?<!\S)[^:/@\s]+(?=:(?!//|\s))):[\s\S]*@", r"\1:***@", url)
+    # no @ behind it, and no port either
+    return re.sub(r"(postgres(?:ql)?://[^:@\[\s]*:)(?!\*\*\*@|[0-9]{0,5}(?:[/?,]|\s|$))\S*", r"\1***", url)
 
 
 class Setting(NamedTuple):
@@ -589,6 +644,7 @@ class Setting(NamedTuple):
 
 SETTINGS: tuple[Setting, ...] = (
     Setting("DATABASE_URL", "sqlite:///releasectl.db", _database_url, "sqlite:///FILE or postgresql://..."),
+    Setting("DATABASE_URL_FILE", "", _text, "a file that holds it, so that the password is in no environment"),
     Setting("HTTP_ADDR", "127.0.0.1:8080", _host_port, "address and port of the API"),
     Setting("HTTP_CERT", "", _text, "certificate of the API (with HTTP_KEY: HTTPS)"),
     Setting("HTTP_KEY", "", _text, "key of the API's certificate"),
@@ -620,6 +676,7 @@ SETTINGS: tuple[Setting, ...] = (
 class Settings:
     """The configuration of one process; see SETTINGS for the meaning of each field."""
     database_url: str
+    database_url_file: str
     http_addr: tuple[str, int]
     http_cert: str
     http_key: str
@@ -650,10 +707,18 @@ class Settings:
 
         Raises ConfigError naming the value that can't be used and what would do.
         """
-        given = dict(_read_config_file(config_file)) if config_file else {}
-        given.update((s.name, environ[s.name]) for s in SETTINGS if s.name in environ)
-        if database_url:
-            given["DATABASE_URL"] = database_url
+        given: dict[str, str] = {}
+        for source in (dict(_read_config_file(config_file)) if config_file else {},
+                       {s.name: environ[s.name] for s in SETTINGS if s.name in environ},
+                       {"DATABASE_URL": database_url} if database_url else {}):
+            if source.get("DATABASE_URL", "").strip() or source.get("DATABASE_URL_FILE", "").strip():
+                # the two are one setting: whoever wins with one of them wins over the other
+                given = {name: text for name, text in given.items() if not name.startswith("DATABASE_URL")}
+            given.update(source)
+        if given.get("DATABASE_URL", "").strip() and given.get("DATABASE_URL_FILE", "").strip():
+            raise ConfigError("DATABASE_URL and DATABASE_URL_FILE are both set: set one of them")
+        if given.get("DATABASE_URL_FILE", "").strip():
+            given["DATABASE_URL"] = _read_database_url(given["DATABASE_URL_FILE"].strip())
         values = {}
         for setting in SETTINGS:
             text = given.get(setting.name, setting.default).strip()
@@ -670,6 +735,20 @@ class Settings:
         if settings.http_client_ca and not settings.http_cert:
             raise ConfigError("HTTP_CLIENT_CA needs HTTP_CERT and HTTP_KEY")
         return settings
+
+
+def _read_database_url(path: str) -> str:
+    """Return the one line of DATABASE_URL_FILE; raise ConfigError without a part of it."""
+    try:
+        mode = os.stat(path).st_mode
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"DATABASE_URL_FILE={path} can't be read: {_os_reason(error)}") from None
+    if mode & (stat.S_IRWXO | stat.S_IWGRP):
+        raise ConfigError(f"DATABASE_URL_FILE={path} is open to others: chmod o-rwx,g-w it (its group may read it)")
+    if not text or not text.isprintable():
+        raise ConfigError(f"DATABASE_URL_FILE={path} must hold one line: a URL as for DATABASE_URL, and nothing else")
+    return text
 
 
 def _read_config_file(path: str) -> Iterator[tuple[str, str]]:
@@ -722,8 +801,20 @@ def _os_reason(error: Exception) -> str:
 SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
 BUSY_TIMEOUT_S = 5.0
 MAX_IDLE_DB_CONNECTIONS = 8
+# To PostgreSQL, of one process; further ones wait in turn, for so long.
+MAX_DB_CONNECTIONS, CONNECTION_WAIT_S = 16, 30.0
+# What the server's own limits allow a transaction: 10 s for the lock, 30 s for a statement. Older ones are cut off.
+MAX_TRANSACTION_S = 45.0
+# A migration may have much to rewrite.
+MAX_MIGRATION_S = 3600.0
+# While the process ends, a new transaction may take so long.
+LAST_TRANSACTION_S = 2.0
 # "releasectl" in numbers; the key of PostgreSQL's advisory lock
 PG_LOCK_KEY = 7235419
+LOCK_NOT_AVAILABLE = "55P03"
+# What speaks PostgreSQL's protocol and is another thing, by its version().
+OTHER_SERVERS = re.compile(
+    r"CockroachDB|-YB-|Redshift|Greenplum|Materialize|RisingWave|CrateDB|GaussDB|QuestDB|openGauss", re.IGNORECASE)
 
 
 def sync_folder(folder: str) -> None:
@@ -738,6 +829,136 @@ def sync_folder(folder: str) -> None:
 def _close(connection: Any) -> None:
     with contextlib.suppress(Exception):  # a broken connection may refuse even that
         connection.close()
+
+
+class _Watch:
+    """A transaction that is open: a second handle of its socket, since and until when it may be, whether cut off."""
+    __slots__ = ("is_cut", "since", "sock", "until")
+
+    def __init__(self, sock: socket.socket | None, limit_s: float):
+        self.sock = sock
+        self.since = time.monotonic()
+        self.until = self.since + limit_s
+        self.is_cut = False
+
+
+class _Guard:
+    """Shuts down the sockets of transactions that are open for too long: a driver may wait for ever for a server
+    that hangs. Whoever waits gets an error then, and does not know whether a COMMIT took place."""
+
+    EVERY_S, IDLE_ROUNDS = 0.25, 40
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watches: set[_Watch] = set()
+        self._thread: threading.Thread | None = None
+        self._end_at = float("inf")
+
+    def begin(self, connection: Any, limit_s: float) -> _Watch:
+        """Watch over a connection until end()."""
+        sock = None
+        with contextlib.suppress(Exception):  # one that is closed already fails by itself
+            handle = connection._usock if hasattr(connection, "_usock") else connection  # noqa: SLF001 - pg8000
+            sock = socket.fromfd(handle.fileno(), socket.AF_INET, socket.SOCK_STREAM)
+        watch = _Watch(sock, limit_s)
+        with self._lock:
+            self._watches.add(watch)
+            if self._thread is None:
+                with contextlib.suppress(RuntimeError):  # no room for a thread: the next one tries again
+                    thread = threading.Thread(target=self._run, name="database-guard", daemon=True)
+                    thread.start()
+                    self._thread = thread
+        return watch
+
+    def end(self, watch: _Watch) -> None:
+        """Watch no longer."""
+        with self._lock:
+            self._watches.discard(watch)
+        if watch.sock is not None:
+            watch.sock.close()
+
+    def end_within(self, seconds: float) -> None:
+        """Cut off what is open then, and from then on what takes longer than LAST_TRANSACTION_S."""
+        with self._lock:
+            self._end_at = min(self._end_at, time.monotonic() + seconds)
+
+    @property
+    def is_ending(self) -> bool:
+        """Say whether end_within() was called."""
+        return self._end_at != float("inf")
+
+    def _run(self) -> None:
+        rounds = 0
+        while rounds < self.IDLE_ROUNDS:
+            time.sleep(self.EVERY_S)
+            now = time.monotonic()
+            with self._lock:
+                rounds = 0 if self._watches else rounds + 1
+                for watch in self._watches:
+                    until = min(watch.until, max(self._end_at, watch.since + LAST_TRANSACTION_S))
+                    if now >= until and not watch.is_cut and watch.sock is not None:
+                        watch.is_cut = True
+                        with contextlib.suppress(OSError):
+                            watch.sock.shutdown(socket.SHUT_RDWR)
+                if rounds >= self.IDLE_ROUNDS:
+                    self._thread = None
+
+
+class _Turns:
+    """So many at a time; who comes later waits in turn."""
+
+    def __init__(self, count: int):
+        self._free = count
+        self._queue: collections.deque[threading.Event] = collections.deque()
+        self._lock = threading.Lock()
+
+    def take(self, timeout_s: float) -> bool:
+        """Wait for a turn; say whether it came within the time."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return True
+            mine = threading.Event()
+            self._queue.append(mine)
+        if mine.wait(timeout_s):
+            return True
+        with self._lock:
+            if not mine.is_set():
+                self._queue.remove(mine)
+            return mine.is_set()
+
+    def give_back(self) -> None:
+        """Let the next one go."""
+        with self._lock:
+            if self._queue:
+                self._queue.popleft().set()
+            else:
+                self._free += 1
+
+
+def _inode(path: str) -> int:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return 0
+
+
+def _who_has_locked(file: os.stat_result) -> int:
+    """Return the id of another process that has an SQLite file open, 0 for none that can be seen.
+
+    Not by asking for the lock: to close a handle of the file would drop all locks of this process.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            kind, _, _, pid, place, first = line.replace("->", "").split()[1:7]
+            # SQLite's range of shared locks
+            if kind != "POSIX" or int(first) < 0x40000000 or int(place.split(":")[2]) != file.st_ino:
+                continue
+            with contextlib.suppress(OSError):
+                if int(pid) != os.getpid() and any(os.path.samestat(os.stat(f"/proc/{pid}/fd/{handle}"), file)
+                                                   for handle in os.listdir(f"/proc/{pid}/fd")):
+                    return int(pid)
+    return 0
 
 
 class SqliteEngine:
@@ -759,6 +980,7 @@ class SqliteEngine:
     # A number that grows with each failover; 0 for a server that only follows another one.
     timeline_sql = "SELECT 1"
     error: tuple[type[Exception], ...] = (sqlite3.Error,)
+    max_connections = 1 << 20  # readers wait for nobody
 
     def __init__(self, url: str):
         self.path = url[len("sqlite:///"):]
@@ -769,12 +991,49 @@ class SqliteEngine:
         return "database " + self.path.encode("utf-8", "backslashreplace").decode()  # a path may be any bytes
 
     def identity(self) -> object:
-        """Gives what the path names now: a deleted file would go on taking writes unseen."""
+        """Return what the path, its -wal and its -shm name now: a deleted file would go on taking writes unseen."""
         try:
             found = os.stat(self.path)
         except OSError:
             return None
-        return found.st_dev, found.st_ino
+        return (found.st_dev, found.st_ino, found.st_nlink > 1, *map(_inode, self._side_files()))
+
+    def _side_files(self) -> tuple[str, str]:
+        path = os.path.realpath(self.path)
+        return f"{path}-wal", f"{path}-shm"
+
+    def keep_aside(self) -> str:
+        """Give a new -wal that others have begun a second name, before our last connection takes it away.
+
+        Return what was found, for the log.
+        """
+        wal = self._side_files()[0]
+        said = f"{self}: {wal} or its -shm was removed or replaced while this process worked with it"
+        with contextlib.suppress(OSError):
+            if os.path.getsize(wal):
+                kept = f"{wal}.{int(time.time())}"
+                os.link(wal, kept)
+                return f"{said}; what others wrote into a new one is kept as {kept}"
+        return said
+
+    def _refuse_torn(self) -> None:
+        """Raise DatabaseError where the file has a second name, or is open elsewhere without its -wal."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return
+        if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+            raise DatabaseError(f"{self} has a second name (hard link), under which it would have another -wal: "
+                                f"remove all but one (find / -xdev -inum {found.st_ino})")
+        give_up_at = time.monotonic() + 1.0  # somebody may just begin or end
+        while not all(map(os.path.exists, self._side_files())):
+            pid = _who_has_locked(found)
+            if not pid:
+                return
+            if time.monotonic() > give_up_at:
+                raise DatabaseError(f"{self}: its -wal or -shm was removed while process {pid} works with it: "
+                                    "stop that process, which then saves what it has, and try again")
+            time.sleep(0.05)
 
     def connect(self, create: bool) -> sqlite3.Connection:
         """Opens the file, made when create says so; raises DatabaseError with one line."""
@@ -783,6 +1042,7 @@ class SqliteEngine:
             raise DatabaseError(f"{self}: the folder {folder} does not exist")
         if not create and not os.path.exists(self.path):
             raise DatabaseError(f"{self} does not exist: make it with `releasectl.py migrate`")
+        self._refuse_torn()
         connection = None
         try:
             if create:
@@ -796,6 +1056,7 @@ class SqliteEngine:
             connection.execute("PRAGMA synchronous = FULL")
             # with much history a release touches a page for each node: 16 MiB of WAL write it back less often
             connection.execute("PRAGMA wal_autocheckpoint = 4000")
+            connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()  # now its -wal and -shm are there
             return connection
         except (sqlite3.Error, OSError) as error:
             if connection:
@@ -813,6 +1074,12 @@ class SqliteEngine:
                 os.fchmod(handle, 0o600)
             finally:
                 os.close(handle)
+
+    @staticmethod
+    def is_data_error(error: Exception) -> bool:
+        """Say whether a value was refused, whatever the state of the file."""
+        return isinstance(error, (sqlite3.DataError, OverflowError, ValueError)) or (
+            isinstance(error, (sqlite3.InterfaceError, sqlite3.ProgrammingError)) and "binding parameter" in str(error))
 
     def explain(self, error: Exception) -> str:
         """Gives one line: what is wrong with the file and what would mend it."""
@@ -890,12 +1157,26 @@ class PostgresEngine:
     """The words of PostgreSQL, and the drivers that can reach it."""
 
     name = "postgresql"
-    begin_read = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
-    begin_write = f"BEGIN; SELECT pg_advisory_xact_lock({PG_LOCK_KEY})"
+    # For each transaction: behind a pooler the next one may be on another connection, and what was set for a session
+    # would be another program's. A stopped client holds its locks until the server gives up on it.
+    _limits_sql = """
+        SET LOCAL idle_in_transaction_session_timeout = '5s'; SET LOCAL lock_timeout = '10s';
+        SET LOCAL statement_timeout = '30s'; SET LOCAL synchronous_commit = on; SET LOCAL tcp_user_timeout = '15s';
+        SET LOCAL tcp_keepalives_idle = 10; SET LOCAL tcp_keepalives_interval = 5; SET LOCAL tcp_keepalives_count = 3"""
+    begin_read = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {_limits_sql}"
+    begin_write = (f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {_limits_sql}; "
+                   f"SELECT pg_advisory_xact_lock({PG_LOCK_KEY})")
     now_sql = """SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')"""
     has_table_sql = """SELECT COUNT(*) FROM information_schema.tables
         WHERE table_schema = current_schema() AND table_name = ?"""
-    has_any_table_sql = "SELECT COUNT(*) FROM information_schema.tables WHERE table_schema = current_schema()"
+    # Not what belongs to an extension that the provider has put there.
+    has_any_table_sql = """
+        SELECT COUNT(*)
+        FROM pg_class c
+        JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE n.nspname = current_schema() AND c.relkind IN ('r', 'p', 'f')
+          AND NOT EXISTS (SELECT 1 FROM pg_depend d
+                          WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')"""
     # A person may have written a row with an id of their own, which the sequence does not know.
     next_release_id_sql = """
         SELECT GREATEST(COALESCE(pg_sequence_last_value(pg_get_serial_sequence('release_tasks', 'id')::regclass), 0),
@@ -910,17 +1191,33 @@ class PostgresEngine:
     timeline_sql = """
         SELECT CASE WHEN pg_is_in_recovery() THEN 0
                     ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int END"""
-    # A stopped client holds its locks until the server gives up on it.
-    session_sql = """
-        SET idle_in_transaction_session_timeout = '5s'; SET lock_timeout = '10s';
-        SET statement_timeout = '30s'; SET tcp_user_timeout = '15s';
-        SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3;
-        SET synchronous_commit = on; SET client_encoding = 'UTF8'"""
+    # Who has the writers' lock, and what for.
+    holder_sql = f"""
+        SELECT a.application_name || ' (pid ' || a.pid || ', ' || COALESCE(host(a.client_addr), 'local') || ')',
+               COALESCE(a.wait_event, '')
+        FROM pg_locks l
+        JOIN pg_stat_activity a ON a.pid = l.pid
+        WHERE l.locktype = 'advisory' AND l.objid = {PG_LOCK_KEY} AND l.granted"""
+    max_connections = MAX_DB_CONNECTIONS
 
     def __init__(self, url: str):
         self.url = url
         self.driver = _load_postgres_driver()
         self.error = (self.driver.Error, OSError)  # pg8000 lets the socket's errors through
+        try:
+            self.parts = parse_postgres_url(url)
+        except ValueError as error:
+            raise ConfigError(f"DATABASE_URL={one_line(safe_url(url), 80)} can't be used: {error}") from None
+        raw = re.search(r":([^:@/]*)@", url)
+        secrets_ = {self.parts.password, raw[1] if raw else "", *(
+            value for key, value in self.parts.query.items() if "password" in key)}
+        self._secrets = sorted(filter(None, secrets_), key=len, reverse=True)
+        self.is_pg8000 = self.driver.__name__ == "pg8000.dbapi"
+        if self.is_pg8000:
+            if len(self.parts.hosts) > 1:
+                raise ConfigError("DATABASE_URL: pg8000 takes one host only: install psycopg, or name one")
+            _pg8000_options(self.parts.query)
+        self.guard = _Guard()
 
     def __str__(self) -> str:
         return f"database {safe_url(self.url)}"
@@ -934,44 +1231,97 @@ class PostgresEngine:
         connection = None
         try:
             connection = self._open()
-            connection.autocommit = True
-            cursor = connection.cursor()
-            cursor.execute("SHOW server_version_num")
-            number = int(cursor.fetchone()[0])
-            if number < 130000:
-                raise DatabaseError(f"{self}: PostgreSQL {number // 10000} is too old: 13 or newer is needed")
-            cursor.execute(self.session_sql)
+            watch = self.guard.begin(connection, MAX_TRANSACTION_S)
+            try:
+                connection.autocommit = True
+                cursor = connection.cursor()
+                if self.is_pg8000:  # which takes what it is told; the others send theirs as they connect
+                    cursor.execute("SET client_encoding = 'UTF8'")
+                cursor.execute("SELECT version(), current_setting('server_encoding')")
+                self.refuse_server(*cursor.fetchone())
+            finally:
+                self.guard.end(watch)
             return connection
         except AppError:
+            if connection is not None:
+                _close(connection)
             raise
         except Exception as error:  # a driver raises its own errors, OSError and ssl.SSLError here
             if connection is not None:
                 _close(connection)
             raise DatabaseError(self.explain(error)) from None
 
+    def refuse_server(self, version: str, encoding: str) -> None:
+        """Raise DatabaseError for a server or a database that can't do what is needed, from what version() says."""
+        match, other = re.match(r"PostgreSQL (\d+)", version), OTHER_SERVERS.search(version)
+        if other or not match:
+            name = {"-YB-": "YugabyteDB"}.get(other[0].upper(), other[0]) if other else one_line(version, 60)
+            raise DatabaseError(f"{self} is {name}, whose advisory locks are not those of PostgreSQL: two processes "
+                                "would write at once. Use PostgreSQL 13 or newer")
+        if int(match[1]) < 13:
+            raise DatabaseError(f"{self}: PostgreSQL {match[1]} is too old: 13 or newer is needed")
+        if encoding != "UTF8":
+            raise DatabaseError(f"{self} stores text as {encoding}, which can't hold what agents and people write: "
+                                "make one with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0, and name it")
+
     def _open(self) -> Any:
-        if self.driver.__name__ != "pg8000.dbapi":
-            return self.driver.connect(self.url, connect_timeout=5, keepalives_idle=10, keepalives_interval=5,
-                                       keepalives_count=3, tcp_user_timeout=15000)
-        parts = urllib.parse.urlsplit(self.url)
-        return self.driver.connect(
-            user=urllib.parse.unquote(parts.username or "") or getpass.getuser(),
-            password=urllib.parse.unquote(parts.password) if parts.password else os.environ.get("PGPASSWORD"),
-            host=parts.hostname or "localhost", port=parts.port or 5432,
-            database=urllib.parse.unquote(parts.path.lstrip("/")) or None, timeout=40,
-            ssl_context=_pg8000_tls(urllib.parse.parse_qs(parts.query)))
+        timeout_s = int(LAST_TRANSACTION_S) if self.guard.is_ending else 5
+        if not self.is_pg8000:
+            more: dict[str, Any] = {"fallback_application_name": "releasectl"}
+            if self.driver.__name__ == "psycopg":
+                more["prepare_threshold"] = None  # behind a pooler the name of a statement may be another connection's
+            connection = self.driver.connect(
+                self.url, connect_timeout=timeout_s, keepalives_idle=10, keepalives_interval=5, keepalives_count=3,
+                tcp_user_timeout=15000, client_encoding="UTF8", **more)
+            if self.driver.__name__ == "psycopg2":
+                connection.set_client_encoding("UTF8")
+            return connection
+        user, password, [(host, port)], name, query = self.parts
+        place: dict[str, Any] = {"unix_sock": f"{host}/.s.PGSQL.{port}"} if host.startswith("/") else {
+            "host": host or "localhost", "port": port}
+        connection = self.driver.connect(
+            user=user or getpass.getuser(), password=password or os.environ.get("PGPASSWORD"), database=name or None,
+            timeout=timeout_s, ssl_context=_pg8000_tls(query),
+            application_name=query.get("application_name", "releasectl"), **place)
+        connection._usock.settimeout(40)  # noqa: SLF001 - it has one for connecting and for all that follows
+        return connection
+
+    def tls_text(self) -> str:
+        """Return how the way to the server is protected, with the driver that is there."""
+        mode = self.parts.query.get("sslmode") or (not self.is_pg8000 and os.environ.get("PGSSLMODE")) or "prefer"
+        host = self.parts.query.get("host") or self.parts.hosts[0][0]
+        if host.startswith("/") or (not host and not self.is_pg8000):
+            return "a local socket"
+        name = self.driver.__name__.partition(".")[0]
+        if mode == "disable" or (self.is_pg8000 and mode in ("allow", "prefer")):
+            return f"plain text ({name} with sslmode={mode}): add sslmode=verify-full"
+        return f"{name} with sslmode={mode}: " + {
+            "require": "TLS, whoever answers", "verify-ca": "TLS, the CA is verified, not the host's name",
+            "verify-full": "TLS, verified"}.get(mode, "TLS if the server offers it, whoever answers")
 
     def explain(self, error: Exception) -> str:
         """Gives one line: what the server or the driver said, without the password."""
-        text = one_line(_pg8000_fields(error).get("M", error))
-        password = urllib.parse.unquote(urllib.parse.urlsplit(self.url).password or "")
-        return f"{self}: {text.replace(password, '***') if password else text}"
+        state = _sqlstate(error)
+        if state in ("25006", "0A000"):
+            return (f"{self} is a standby, or read-only: put all hosts into DATABASE_URL and add "
+                    "target_session_attrs=read-write (psycopg or psycopg2)")
+        return f"{self}: {self.without_password(one_line(_pg8000_fields(error).get('M', error)))}"
+
+    def without_password(self, text: str) -> str:
+        """Return a text without the password, as it stands in the URL or decoded."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    def is_data_error(self, error: Exception) -> bool:
+        """Say whether a value was refused, whatever the state of the server: SQLSTATE 22 and 54, or the driver."""
+        return isinstance(error, (ValueError, OverflowError)) or _sqlstate(error)[:2] in ("22", "54") or (
+            isinstance(error, self.driver.DataError) and not _sqlstate(error))
 
     @staticmethod
     def is_stale(error: Exception) -> bool:
         """Says whether BEGIN failed for the connection's sake, and not after waiting for a lock."""
-        state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None) or _pg8000_fields(error).get("C")
-        return state != "55P03"
+        return _sqlstate(error) != LOCK_NOT_AVAILABLE
 
     @staticmethod
     @functools.lru_cache(maxsize=512)
@@ -993,15 +1343,25 @@ def _pg8000_fields(error: Exception) -> Mapping[str, str]:
     return error.args[0] if error.args and isinstance(error.args[0], dict) else {}
 
 
-def _pg8000_tls(query: Mapping[str, list[str]]) -> ssl.SSLContext | None:
-    """Gives what libpq's sslmode and sslrootcert mean, for the driver that does not know them."""
-    unknown = sorted(set(query) - {"sslmode", "sslrootcert"})
+def _sqlstate(error: Exception) -> str:
+    """Return the SQLSTATE of an error of any driver, "" for none."""
+    return str(getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+               or _pg8000_fields(error).get("C") or "")
+
+
+def _pg8000_options(query: Mapping[str, str]) -> None:
+    """Raise ConfigError for an option that pg8000 does not know."""
+    unknown = sorted(set(query) - {"sslmode", "sslrootcert", "application_name"})
     if unknown:
         raise ConfigError(f"DATABASE_URL: pg8000 does not take {unknown[0]}: install psycopg, or leave it out")
-    mode = query.get("sslmode", ["prefer"])[0]
+
+
+def _pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
+    """Gives what libpq's sslmode and sslrootcert mean, for the driver that does not know them."""
+    mode = query.get("sslmode", "prefer")
     if mode in ("disable", "allow", "prefer"):
         return None
-    context = ssl.create_default_context(cafile=query.get("sslrootcert", [None])[0])
+    context = ssl.create_default_context(cafile=query.get("sslrootcert"))
     context.check_hostname = mode == "verify-full"
     if mode == "require":
         context.verify_mode = ssl.CERT_NONE
@@ -1038,8 +1398,14 @@ class Transaction:
     def execute(self, statement: str, *params: object) -> int:
         """Runs a statement; gives the number of rows that it changed."""
         sql = self._engine.sql(statement)
-        # without parameters a driver would not undo the doubling of %
-        self._cursor.execute(sql, params) if params else self._cursor.execute(statement)
+        try:
+            # without parameters a driver would not undo the doubling of %
+            self._cursor.execute(sql, params) if params else self._cursor.execute(statement)
+        except (*self._engine.error, ValueError, OverflowError) as error:
+            if not self._engine.is_data_error(error):
+                raise
+            raise UnstorableValue("a number is too large for the database" if isinstance(error, OverflowError)
+                                  else f"a value can't be stored: {self._engine.explain(error)}") from None
         return int(self._cursor.rowcount)
 
     def rows(self, statement: str, *params: object) -> list[tuple[Any, ...]]:
@@ -1077,8 +1443,12 @@ class Database:
     def __init__(self, url: str):
         """Takes a sqlite:/// or postgresql:// URL; connects to nothing yet."""
         self.engine = SqliteEngine(url) if url.startswith("sqlite:") else PostgresEngine(url)
-        self._idle: list[tuple[Any, object]] = []
-        self._guard = threading.Lock()
+        self._turns = _Turns(self.engine.max_connections)
+        # All connections that are open are to what had this identity; changed tells of one that was given back.
+        self._idle: list[Any] = []
+        self._in_use = 0
+        self._identity: object = None
+        self._changed = threading.Condition()
         # Of the whole process: whoever counts has a database at hand.
         self.metrics = Metrics()
 
@@ -1087,19 +1457,25 @@ class Database:
 
     def close(self) -> None:
         """Closes the idle connections."""
-        with self._guard:
-            idle, self._idle = self._idle, []
-        for connection, _ in idle:
-            _close(connection)
+        with self._changed:
+            while self._idle:
+                _close(self._idle.pop())
+
+    def end_within(self, seconds: float) -> None:
+        """Cut off what is open after so many seconds, also in a server that hangs: the process ends."""
+        if isinstance(self.engine, PostgresEngine):
+            self.engine.guard.end_within(seconds)
 
     @contextlib.contextmanager
-    def transaction(self, write: bool = False, create: bool = False) -> Iterator[Transaction]:
+    def transaction(self, write: bool = False, create: bool = False,
+                    limit_s: float = MAX_TRANSACTION_S) -> Iterator[Transaction]:
         """Gives one transaction: a snapshot to read, or the only writer; committed at the end.
 
-        Raises DatabaseError where the engine fails; an exception of the caller rolls back.
+        Raises DatabaseError where the engine fails or takes longer than limit_s, UnstorableValue for a value that
+        it can't hold; an exception of the caller rolls back.
         """
         try:
-            connection, identity = self._begin(write, create)
+            connection, watch = self._begin(write, create, limit_s)
         except DatabaseError:
             self.metrics.count("releasectl_database_errors_total")
             raise
@@ -1108,51 +1484,139 @@ class Database:
             yield tx
             connection.cursor().execute("COMMIT")
         except self.engine.error as error:
-            _close(connection)  # which rolls back, if there is anything left to roll back
+            self._give_up(connection)  # which rolls back, if there is anything left to roll back
             self.metrics.count("releasectl_database_errors_total")
-            raise DatabaseError(self.engine.explain(error)) from error
+            raise DatabaseError(self._explain(error, watch)) from error
         except BaseException as error:
+            if watch is not None and watch.is_cut:  # pg8000 stumbles over that in several ways
+                self._give_up(connection)
+                raise DatabaseError(self._explain(error, watch)) from error
+            if isinstance(error, UnstorableValue):  # pg8000 may have sent half of it
+                self._give_up(connection)
+                raise
             try:
                 connection.cursor().execute("ROLLBACK")
-                self._give_back(connection, identity)
+                self._give_back(connection)
             except self.engine.error:
-                _close(connection)
-            if isinstance(error, OverflowError):
-                raise AppError(2003, "a number is too large for the database") from None
+                self._give_up(connection)
             raise
-        self._give_back(connection, identity)
+        else:
+            self._give_back(connection)
+        finally:
+            self._unwatch(watch)
         for deed in tx.afterwards:
             deed()
 
-    def _begin(self, write: bool, create: bool) -> tuple[Any, object]:
+    def _explain(self, error: BaseException, watch: _Watch | None) -> str:
+        if watch is not None and watch.is_cut:
+            return (f"{self}: no answer for {time.monotonic() - watch.since:.0f} s, so the connection was cut: the "
+                    "server hangs, or a commit waits for a synchronous standby")
+        return self.engine.explain(cast(Exception, error))
+
+    def _unwatch(self, watch: _Watch | None) -> None:
+        if watch is not None and isinstance(self.engine, PostgresEngine):
+            self.engine.guard.end(watch)
+
+    def _begin(self, write: bool, create: bool, limit_s: float) -> tuple[Any, _Watch | None]:
         statement = self.engine.begin_write if write else self.engine.begin_read
         while True:
-            connection, identity, pooled = self._take(create)
+            connection, pooled = self._take(create)
+            watch = self.engine.guard.begin(connection, limit_s) if isinstance(self.engine, PostgresEngine) else None
             try:
                 connection.cursor().execute(statement)
-                return connection, identity
+                return connection, watch
             except self.engine.error as error:
-                _close(connection)
-                if not (pooled and self.engine.is_stale(error)):
-                    raise DatabaseError(self.engine.explain(error)) from error
+                self._give_up(connection)
+                is_cut = watch is not None and watch.is_cut
+                self._unwatch(watch)
+                if is_cut or not (pooled and self.engine.is_stale(error)):
+                    raise DatabaseError(self._explain(error, watch) + self._lock_holder(error)) from error
+            except BaseException as error:
+                self._give_up(connection)
+                self._unwatch(watch)
+                if watch is not None and watch.is_cut:
+                    raise DatabaseError(self._explain(error, watch)) from error
+                raise
 
-    def _take(self, create: bool) -> tuple[Any, object, bool]:
-        now = self.engine.identity()
-        with self._guard:
-            while self._idle:
-                connection, identity = self._idle.pop()
-                if identity == now:
-                    return connection, identity, True
-                _close(connection)
-        connection = self.engine.connect(create)
-        return connection, self.engine.identity(), False
+    def _lock_holder(self, error: Exception) -> str:
+        """Return who holds the writers' lock, after an error of waiting for it; "" where that can't be told."""
+        if not isinstance(self.engine, PostgresEngine) or _sqlstate(error) != LOCK_NOT_AVAILABLE:
+            return ""
+        with contextlib.suppress(Exception), self.transaction() as tx:
+            found = tx.row(self.engine.holder_sql)
+            if found:
+                return f"; {found[0]} holds the lock" + (
+                    ", whose commit waits for a synchronous standby" if found[1] == "SyncRep" else "")
+        return ""
 
-    def _give_back(self, connection: Any, identity: object) -> None:
-        with self._guard:
-            if len(self._idle) < MAX_IDLE_DB_CONNECTIONS:
-                self._idle.append((connection, identity))
-                return
-        _close(connection)
+    def _take(self, create: bool) -> tuple[Any, bool]:
+        """Return a connection in autocommit mode, and whether it was in use before."""
+        if not self._turns.take(CONNECTION_WAIT_S):
+            raise DatabaseError(f"{self}: all {self.engine.max_connections} connections of this process are in use for "
+                                f"more than {CONNECTION_WAIT_S:g} s")
+        try:
+            with self._changed:
+                self._leave_what_is_gone()
+                self._in_use += 1
+                if self._idle:
+                    return self._idle.pop(), True
+            connection = None
+            try:
+                connection = self.engine.connect(create)
+            finally:
+                if connection is None:
+                    self._left()
+            with self._changed:
+                if self._identity is None:
+                    self._identity = self.engine.identity()
+            return connection, False
+        except BaseException:
+            self._turns.give_back()
+            raise
+
+    def _leave_what_is_gone(self) -> None:
+        """Close all connections where the files are others than they were; raise DatabaseError while some are in use.
+
+        The last one brings into the file what was written into a -wal that is removed. None must be open when the
+        next one begins: SQLite would have both share what it keeps of a file.
+        """
+        if not self._in_use and not self._idle:
+            self._identity = None  # whoever was last has taken -wal and -shm away
+        known, found = self._identity, self.engine.identity()
+        if known in (None, found):
+            return
+        if isinstance(self.engine, SqliteEngine) and found and tuple(found)[:3] == tuple(known)[:3]:  # type: ignore
+            self.metrics.count("releasectl_database_errors_total")
+            log.error("%s; everything is read anew. Nothing but releasectl may touch these files",
+                      self.engine.keep_aside())
+            self._identity = "left"  # told once
+        while self._idle:
+            _close(self._idle.pop())
+        if not self._changed.wait_for(lambda: not self._in_use or self._identity == self.engine.identity(),
+                                      BUSY_TIMEOUT_S):
+            raise DatabaseError(f"{self}: its files were removed or replaced while a transaction is open")
+        if not self._in_use and not self._idle:
+            self._identity = None
+
+    def _left(self) -> None:
+        with self._changed:
+            self._in_use -= 1
+            self._changed.notify_all()
+
+    def _give_back(self, connection: Any) -> None:
+        with self._changed:
+            if self._identity == self.engine.identity() and len(self._idle) < MAX_IDLE_DB_CONNECTIONS:
+                self._idle.append(connection)
+            else:
+                _close(connection)  # within: who looks at the files then finds them as the last one has left them
+            self._left()
+        self._turns.give_back()
+
+    def _give_up(self, connection: Any) -> None:
+        with self._changed:
+            _close(connection)
+            self._left()
+        self._turns.give_back()
 
     def schema_version(self) -> int:
         """Gives the version of the schema in the database; 0 for an empty one."""
@@ -1183,7 +1647,7 @@ class Database:
         steps = schema_steps()
         before = None
         while True:
-            with self.transaction(write=True, create=True) as tx:
+            with self.transaction(write=True, create=True, limit_s=MAX_MIGRATION_S) as tx:
                 version = self._schema_version(tx)
                 before = version if before is None else before
                 self._refuse_newer(version, len(steps))
@@ -1225,6 +1689,8 @@ def schema_steps() -> tuple[tuple[str, ...], ...]:
                           "it belongs beside releasectl.py") from None
     text = re.sub(r"^\s*--(?! step ).*$", "", text, flags=re.MULTILINE)
     steps = re.split(r"^-- step \d+.*$", text, flags=re.MULTILINE)[1:]
+    if not steps or not all(map(str.strip, steps)):
+        raise ConfigError(f"{SCHEMA_FILE} is empty or cut off: copy the one that came with this releasectl.py")
     return tuple(tuple(s.strip() for s in re.split(r";\s*$", step, flags=re.MULTILINE) if s.strip())
                  for step in steps)
 
@@ -2410,10 +2876,21 @@ class Decision(NamedTuple):
     soak_until: str | None = None
     soak_clock: str = ""
 
+    def in_ascii(self) -> Decision:
+        """Return the same with every text of it in ASCII, for a database that can't hold what an agent said."""
+        changes = tuple(c._replace(after=c.after._replace(error_msg=_in_ascii(c.after.error_msg)),
+                                   detail=_in_ascii(c.detail, MAX_DETAIL_BYTES)) for c in self.changes)
+        return self._replace(changes=changes, status_reason=_in_ascii(self.status_reason),
+                             error_msg=_in_ascii(self.error_msg), nodes=_with(self.nodes, changes))
+
     def changes_more_than_words(self, release: Release) -> bool:
         """Says whether something is to be committed at once; a new sentence alone can wait."""
         return bool(self.changes) or (self.status, self.passed_batch, self.soak_clock) != (
             release.status, release.passed_batch, release.soak_clock)
+
+
+def _in_ascii(text: str, max_chars: int = MAX_MESSAGE_CHARS) -> str:
+    return one_line(text.encode("ascii", "backslashreplace").decode(), max_chars)
 
 
 def stage_of(release: Release, nodes: Roster, now: Moment, strategy: Strategy) -> Stage:
@@ -5626,6 +6103,7 @@ class Executor:
     def stop(self) -> None:
         """Asks for a clean end, from any thread; returns at once. Not in a signal handler: it takes locks."""
         self.stopping.set()
+        self.store.database.end_within(STOP_GRACE_S)
         self._wake.set()
 
     def close(self) -> None:
@@ -5986,7 +6464,13 @@ class Driver:
 
     def _commit(self, release: Release, decision: Decision, now: Moment) -> None:
         self._unclear = release, decision
-        self._store.commit(self.lease.claim, release, decision, now, self._executor.owner)
+        try:
+            self._store.commit(self.lease.claim, release, decision, now, self._executor.owner)
+        except UnstorableValue as error:
+            log.error("%s: %s; written in ASCII instead", self.lease.claim, error, extra=about(self.lease.claim))
+            decision = decision.in_ascii()
+            self._unclear = release, decision
+            self._store.commit(self.lease.claim, release, decision, now, self._executor.owner)
         self._unclear = None
         self._seen_at = now.text
         self._moved = 0
@@ -7891,6 +8375,8 @@ READY_LOOK_S = 1.0
 # What a claim or hold means that lies further ahead than any setting allows (Store.times_ahead).
 CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
                    "all hosts (NTP)")
+# A look that lasts longer makes the answer "not ready", whatever was seen last.
+READY_WAIT_S = 10.0
 # A release of more nodes is read whole by one client at a time. While one runs, who has read rests so many
 # times as long as the reading took; others wait so long for their turn, then they are told to come again.
 MAX_FREE_READ_NODES, WHOLE_READ_REST, MAX_WHOLE_READ_REST_S, WHOLE_READ_WAIT_S = 500, 15, 3.0, 7.0
@@ -7937,12 +8423,13 @@ class Api:
     def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32,
                  process: Callable[[], Mapping[str, Any]] = lambda: NO_PROCESS,
                  is_busy: Callable[[], bool] = lambda: False,
-                 figures: Callable[[], Figures] = lambda: {}):
+                 figures: Callable[[], Figures] = lambda: {}, hung: Callable[[], str] = lambda: ""):
         """nudge is called after every act, so that an executor in this process looks at once.
 
         process gives what only the process knows of its health: executor and certificates;
         figures what of that is for /metrics.
         is_busy says whether it drives a release now, which a reading of whole releases must not slow down.
+        hung gives a sentence on a thread of this process that hangs, "" for none.
         max_waiting: how many may wait for events; further ones are answered at once.
         """
         self.store = store
@@ -7951,10 +8438,13 @@ class Api:
         self._is_busy = is_busy
         self._whole_read = threading.Lock()
         self._figures = figures
+        self._hung = hung
         self._waiters = threading.BoundedSemaphore(max_waiting)
         self._ready_guard = threading.Lock()
         self._ready = (-READY_LOOK_S, "the database was not looked at yet")
         self._ahead: set[str] = set()
+        # Since when somebody waits for the database, to find out.
+        self._looking_since = float("inf")
         self.started_at = time.time()
 
     def create_release(self, request: Request) -> Reply:
@@ -8117,11 +8607,17 @@ class Api:
         if self._ready_guard.acquire(blocking=False):  # else somebody is looking: what was seen last holds
             try:
                 if time.monotonic() - self._ready[0] >= READY_LOOK_S:
+                    self._looking_since = time.monotonic()
                     self._ready = (time.monotonic(), self._look_whether_ready())
             finally:
+                self._looking_since = float("inf")
                 self._ready_guard.release()
-        if self._ready[1]:
-            raise DatabaseError(self._ready[1])
+        waited_s = time.monotonic() - self._looking_since
+        trouble = self._ready[1] or self._hung()
+        if waited_s > READY_WAIT_S:
+            trouble = f"the database has not answered for {waited_s:.0f} s"
+        if trouble:
+            raise DatabaseError(trouble)
         return Reply(200, {"status": "ready"})
 
     def _look_whether_ready(self) -> str:
@@ -9041,10 +9537,12 @@ def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:
 
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
     """Looks at the database, and asks the agents of its enabled, online nodes."""
+    engine = store.database.engine
+    tls = f"; {engine.tls_text()}" if isinstance(engine, PostgresEngine) else ""
     try:
         store.database.require_schema()
         store.probe()
-        yield Finding("DATABASE_URL", EXIT_DONE, f"{store.database}: schema {len(schema_steps())}, takes writes")
+        yield Finding("DATABASE_URL", EXIT_DONE, f"{store.database}: schema {len(schema_steps())}, takes writes{tls}")
         yield from check_database_file(store.database.engine)
         for sentence in store.times_ahead():
             yield Finding("clock", EXIT_UNAVAILABLE, f"{sentence}, {CLOCK_WAS_AHEAD}")
@@ -9240,7 +9738,7 @@ def command_serve(context: Context) -> int:
     executor = Executor(settings, context.store, agents)
     server = ApiServer(settings, Api(context.store, executor.nudge, settings.http_max_connections // 4,
                                      lambda: process_json(settings, executor), executor.is_busy,
-                                     lambda: certificate_figures(settings)))
+                                     lambda: certificate_figures(settings), executor.hung))
     _handle_signals(executor.stop, lambda: _reload(settings, agents, server))
     manager, secret_files = ServiceManager(os.environ.get("NOTIFY_SOCKET", "")), SecretFiles(settings)
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
@@ -9396,21 +9894,29 @@ def _survive_signals() -> None:
 
 
 def _handle_signals(stop: Callable[[], None], reload: Callable[[], None]) -> None:
-    """Let signals call stop() or reload(), in a thread: a handler may interrupt who holds a lock that they take."""
-    acts: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    """Let signals call stop() or reload(), in a thread: a handler may interrupt who holds a lock that they take.
+
+    The thread is told by a descriptor: a handler would not run while the main thread waits within a driver's C code.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
 
     def listen() -> None:
         while True:
+            numbers = set(ours.recv(64))
             try:
-                acts.get()()
+                if numbers & set(STOP_SIGNALS):
+                    stop()
+                elif signal.SIGHUP in numbers:
+                    reload()
             except Exception:  # the next signal must find somebody
                 log.exception("a signal could not be followed")
 
     with starting_threads():
         threading.Thread(target=listen, name="signals", daemon=True).start()
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: acts.put(stop))
-    signal.signal(signal.SIGHUP, lambda *_: acts.put(reload))
+    for number in (*STOP_SIGNALS, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
 
 
 def _reload(settings: Settings, agents: AgentClient, server: ApiServer | None = None) -> None:
