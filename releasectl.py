@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import base64
 import bisect
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -174,6 +175,8 @@ MAX_CLAIM_TTL_S, MAX_CONNECT_TIMEOUT_S, MAX_REQUEST_TIMEOUT_S = 3600, 600, 3600
 MAX_HOLD_S = float(MAX_CONNECT_TIMEOUT_S + MAX_REQUEST_TIMEOUT_S)
 # After a failover that may have lost releases, new ones are numbered from so much further on.
 VERSIONS_SKIPPED = 1000
+# What a person may name leaves so many versions: one slip must not use them up.
+MAX_NAMED_VERSION = 2**53 - 1_000_000
 
 log = logging.getLogger("releasectl")
 
@@ -211,6 +214,13 @@ class DatabaseError(AppError):
         super().__init__(5002, message, retry_after_s=2)
 
 
+class UnstorableValue(AppError):
+    """A value that the database can't hold: no later try would store it."""
+
+    def __init__(self, message: str):
+        super().__init__(2003, message)
+
+
 class ClaimLost(Exception):
     """The release has another owner now, or none: whatever was to be written was not."""
 
@@ -224,11 +234,12 @@ class AgentError(Exception):
 
     kind: the error_kind of the contract. reached: whether the agent may have got the request.
     hold_s: how long an execute agent may still be busy with it. final: no further try helps.
-    is_held: the request was kept back by ourselves, so the agent is not to blame.
+    is_held: the request was kept back by ourselves, so the agent is not to blame. is_refusal: the answer says
+    that nothing was done (429, 503, a redirect).
     """
 
     def __init__(self, kind: str, message: str, reached: bool, hold_s: float = 0.0, final: bool = False,
-                 detail: str = "", is_held: bool = False):
+                 detail: str = "", is_held: bool = False, is_refusal: bool = False):
         super().__init__(message)
         self.kind = kind
         self.message = message
@@ -236,6 +247,7 @@ class AgentError(Exception):
         self.hold_s = hold_s
         self.final = final
         self.is_held = is_held
+        self.is_refusal = is_refusal
         self.detail = detail or message
 
 
@@ -304,6 +316,11 @@ def one_line(text: object, max_chars: int = MAX_MESSAGE_CHARS) -> str:
         line = "".join(_printable(c, False) for c in line)
     line = " ".join(line.split())
     return line if len(line) <= max_chars else line[: max_chars - 3].rstrip() + "..."
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text from outside was UTF-8: bytes that are not come in as lone surrogates (PEP 383)."""
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def detail_text(text: object) -> str:
@@ -536,6 +553,10 @@ def _text(text: str) -> str:
     return text
 
 
+def _server_name(text: str) -> str:
+    return text
+
+
 def _one_of(*words: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in words:
@@ -545,11 +566,52 @@ def _one_of(*words: str) -> Callable[[str], str]:
 
 
 def _database_url(text: str) -> str:
+    if text.startswith("sqlite:///:memory:") or text.startswith("sqlite:///file:"):
+        raise ValueError("a database in memory is gone with its process: name a file")
     if text.startswith("sqlite:///") and len(text) > len("sqlite:///"):
         return text
     if text.startswith(("postgresql://", "postgres://")):
+        parse_postgres_url(text)
         return text
     raise ValueError("must be sqlite:///FILE, sqlite:////ABSOLUTE/FILE or postgresql://USER@HOST/NAME")
+
+
+class PostgresUrl(NamedTuple):
+    """The parts of a postgresql:// URL, decoded. hosts: with their ports, as they stand; query: libpq's options."""
+    user: str
+    password: str
+    hosts: tuple[tuple[str, int], ...]
+    name: str
+    query: Mapping[str, str]
+
+
+# As libpq reads it: a user and a password end at the first "@", if no "/" comes before; "?" and "#" are letters there.
+_POSTGRES_URL = re.compile(r"postgres(?:ql)?://(?:(?P<user>[^:@/]*)(?::(?P<password>[^@/]*))?@)?"
+                           r"(?P<hosts>[^@/?#]*)(?:/(?P<name>[^@/?#]*))?(?:\?(?P<query>[^@#]*))?")
+_POSTGRES_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%25[^\[\]:]+)?\]|[^\[\]:]*)(?::([0-9]{1,5})?)?")
+
+
+def parse_postgres_url(url: str) -> PostgresUrl:
+    """Return the parts of a URL that every driver reads in the same way; raise ValueError without a part of it."""
+    match = _POSTGRES_URL.fullmatch(url)
+    hosts = [_POSTGRES_HOST.fullmatch(host) for host in match["hosts"].split(",")] if match else []
+    is_whole = match and all(h and int(h[2] or 0) <= 65535 for h in hosts) and not re.search(r"\s|[^ -~]", url)
+    options = [option.partition("=") for option in (match["query"] or "").split("&") if option] if match else []
+    if not (match and is_whole and all(re.fullmatch(r"[a-z_]+", key) and equals for key, equals, _ in options)):
+        raise ValueError("it does not read as postgresql://USER:PASSWORD@HOST:PORT/NAME?OPTION=VALUE: percent-encode "
+                         "the special characters of each part (@ is %40, / is %2F, a space %20)")
+    return PostgresUrl(_percent_decoded(match["user"] or ""), _percent_decoded(match["password"] or ""),
+                       tuple((_percent_decoded(h[1].strip("[]")), int(h[2] or 5432)) for h in hosts if h),
+                       _percent_decoded(match["name"] or ""), {key: _percent_decoded(v) for key, _, v in options})
+
+
+def _percent_decoded(text: str) -> str:
+    if re.search(r"%(?![0-9A-Fa-f]{2})|%00", text):
+        raise ValueError("a % without two hex digits behind it, or %00, stands in it: percent-encode a % as %25")
+    try:
+        return urllib.parse.unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise ValueError("what is percent-encoded in it is not UTF-8") from None
 
 
 def _host_port(text: str) -> tuple[str, int]:
@@ -560,9 +622,16 @@ def _host_port(text: str) -> tuple[str, int]:
 
 
 def safe_url(url: str) -> str:
-    """Gives a database URL without its password, also one that is mistyped or within a sentence."""
-    url = re.sub(r"(password\s*=\s*)('[^']*'|[^&\s]*)", r"\1***", url)
-    return re.sub(r"((?:://|(?<!\S))[^/@:\s]*):(?!//|\s).*@", r"\1:***@", url)
+    """Return a text without the password of a database URL in it, also of one that is mistyped or within a sentence.
+
+    By patterns alone, which can't fail: of what reads as nothing in particular rather too much is left out.
+    """
+    # a password by name, in a URL or in libpq's words, in quotes or not
+    url = re.sub(r"((?:pass|password|passwd)\s*=\s*)('(?:[^'\\]|\\.)*'?|[^&\s]*)", r"\1***", url, flags=re.IGNORECASE)
+    # from a user's colon to the last @
+    url = re.sub(r"(://[^:@\s]*|(?<!\S)[^:/@\s]+(?=:(?!//|\s))):[\s\S]*@", r"\1:***@", url)
+    # no @ behind it, and no port either
+    return re.sub(r"(postgres(?:ql)?://[^:@\[\s]*:)(?!\*\*\*@|[0-9]{0,5}(?:[/?,]|\s|$))\S*", r"\1***", url)
 
 
 class Setting(NamedTuple):
@@ -575,6 +644,7 @@ class Setting(NamedTuple):
 
 SETTINGS: tuple[Setting, ...] = (
     Setting("DATABASE_URL", "sqlite:///releasectl.db", _database_url, "sqlite:///FILE or postgresql://..."),
+    Setting("DATABASE_URL_FILE", "", _text, "a file that holds it, so that the password is in no environment"),
     Setting("HTTP_ADDR", "127.0.0.1:8080", _host_port, "address and port of the API"),
     Setting("HTTP_CERT", "", _text, "certificate of the API (with HTTP_KEY: HTTPS)"),
     Setting("HTTP_KEY", "", _text, "key of the API's certificate"),
@@ -589,7 +659,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("CONTROL_CERT", "", _text, "our client certificate for the agents"),
     Setting("CONTROL_KEY", "", _text, "its key"),
     Setting("CONTROL_CA", "", _text, "the CA that signed the agents' certificates"),
-    Setting("AGENT_TLS_SERVER_NAME", "", _text, "verify this name, not the dialled address"),
+    Setting("AGENT_TLS_SERVER_NAME", "", _server_name, "verify this name, not the dialled address"),
     Setting("AGENT_CONCURRENCY", "64", _integer(1, 1024), "requests to agents in flight"),
     Setting("AGENT_CONNECT_TIMEOUT_SEC", "15", _number(0.1, MAX_CONNECT_TIMEOUT_S), "seconds for TCP and TLS"),
     Setting("AGENT_REQUEST_TIMEOUT_SEC", "60", _number(0.1, MAX_REQUEST_TIMEOUT_S),
@@ -606,6 +676,7 @@ SETTINGS: tuple[Setting, ...] = (
 class Settings:
     """The configuration of one process; see SETTINGS for the meaning of each field."""
     database_url: str
+    database_url_file: str
     http_addr: tuple[str, int]
     http_cert: str
     http_key: str
@@ -636,14 +707,24 @@ class Settings:
 
         Raises ConfigError naming the value that can't be used and what would do.
         """
-        given = dict(_read_config_file(config_file)) if config_file else {}
-        given.update((s.name, environ[s.name]) for s in SETTINGS if s.name in environ)
-        if database_url:
-            given["DATABASE_URL"] = database_url
+        given: dict[str, str] = {}
+        for source in (dict(_read_config_file(config_file)) if config_file else {},
+                       {s.name: environ[s.name] for s in SETTINGS if s.name in environ},
+                       {"DATABASE_URL": database_url} if database_url else {}):
+            if source.get("DATABASE_URL", "").strip() or source.get("DATABASE_URL_FILE", "").strip():
+                # the two are one setting: whoever wins with one of them wins over the other
+                given = {name: text for name, text in given.items() if not name.startswith("DATABASE_URL")}
+            given.update(source)
+        if given.get("DATABASE_URL", "").strip() and given.get("DATABASE_URL_FILE", "").strip():
+            raise ConfigError("DATABASE_URL and DATABASE_URL_FILE are both set: set one of them")
+        if given.get("DATABASE_URL_FILE", "").strip():
+            given["DATABASE_URL"] = _read_database_url(given["DATABASE_URL_FILE"].strip())
         values = {}
         for setting in SETTINGS:
             text = given.get(setting.name, setting.default).strip()
             try:
+                if setting.parse not in (_text, _database_url) and not is_utf8(text):  # those may be paths
+                    raise ValueError("must be UTF-8")
                 values[setting.name.lower()] = setting.parse(text or setting.default)
             except ValueError as error:
                 shown = one_line(safe_url(text), 80)
@@ -654,6 +735,20 @@ class Settings:
         if settings.http_client_ca and not settings.http_cert:
             raise ConfigError("HTTP_CLIENT_CA needs HTTP_CERT and HTTP_KEY")
         return settings
+
+
+def _read_database_url(path: str) -> str:
+    """Return the one line of DATABASE_URL_FILE; raise ConfigError without a part of it."""
+    try:
+        mode = os.stat(path).st_mode
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"DATABASE_URL_FILE={path} can't be read: {_os_reason(error)}") from None
+    if mode & (stat.S_IRWXO | stat.S_IWGRP):
+        raise ConfigError(f"DATABASE_URL_FILE={path} is open to others: chmod o-rwx,g-w it (its group may read it)")
+    if not text or not text.isprintable():
+        raise ConfigError(f"DATABASE_URL_FILE={path} must hold one line: a URL as for DATABASE_URL, and nothing else")
+    return text
 
 
 def _read_config_file(path: str) -> Iterator[tuple[str, str]]:
@@ -675,10 +770,14 @@ def _read_config_file(path: str) -> Iterator[tuple[str, str]]:
             raise ConfigError(f"{path}:{number}: {one_line(name, 60)} is not a setting{did_you_mean(name, names)}")
         if name in seen:
             raise ConfigError(f"{path}:{number}: {name} stands twice")
+        is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+        if not is_quoted and re.search(r"(^|\s)#", value):
+            raise ConfigError(f"{path}:{number}: {name}: put the comment on a line of its own "
+                              "(or the whole value in quotes, if # belongs to it)")
         if not value.isprintable():
             raise ConfigError(f"{path}:{number}: {name} holds a control character")
         seen.add(name)
-        if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        if is_quoted:
             value = value[1:-1]
         yield name, value
 
@@ -702,8 +801,20 @@ def _os_reason(error: Exception) -> str:
 SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
 BUSY_TIMEOUT_S = 5.0
 MAX_IDLE_DB_CONNECTIONS = 8
+# To PostgreSQL, of one process; further ones wait in turn, for so long.
+MAX_DB_CONNECTIONS, CONNECTION_WAIT_S = 16, 30.0
+# What the server's own limits allow a transaction: 10 s for the lock, 30 s for a statement. Older ones are cut off.
+MAX_TRANSACTION_S = 45.0
+# A migration may have much to rewrite.
+MAX_MIGRATION_S = 3600.0
+# While the process ends, a new transaction may take so long.
+LAST_TRANSACTION_S = 2.0
 # "releasectl" in numbers; the key of PostgreSQL's advisory lock
 PG_LOCK_KEY = 7235419
+LOCK_NOT_AVAILABLE = "55P03"
+# What speaks PostgreSQL's protocol and is another thing, by its version().
+OTHER_SERVERS = re.compile(
+    r"CockroachDB|-YB-|Redshift|Greenplum|Materialize|RisingWave|CrateDB|GaussDB|QuestDB|openGauss", re.IGNORECASE)
 
 
 def sync_folder(folder: str) -> None:
@@ -720,6 +831,136 @@ def _close(connection: Any) -> None:
         connection.close()
 
 
+class _Watch:
+    """A transaction that is open: a second handle of its socket, since and until when it may be, whether cut off."""
+    __slots__ = ("is_cut", "since", "sock", "until")
+
+    def __init__(self, sock: socket.socket | None, limit_s: float):
+        self.sock = sock
+        self.since = time.monotonic()
+        self.until = self.since + limit_s
+        self.is_cut = False
+
+
+class _Guard:
+    """Shuts down the sockets of transactions that are open for too long: a driver may wait for ever for a server
+    that hangs. Whoever waits gets an error then, and does not know whether a COMMIT took place."""
+
+    EVERY_S, IDLE_ROUNDS = 0.25, 40
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watches: set[_Watch] = set()
+        self._thread: threading.Thread | None = None
+        self._end_at = float("inf")
+
+    def begin(self, connection: Any, limit_s: float) -> _Watch:
+        """Watch over a connection until end()."""
+        sock = None
+        with contextlib.suppress(Exception):  # one that is closed already fails by itself
+            handle = connection._usock if hasattr(connection, "_usock") else connection  # noqa: SLF001 - pg8000
+            sock = socket.fromfd(handle.fileno(), socket.AF_INET, socket.SOCK_STREAM)
+        watch = _Watch(sock, limit_s)
+        with self._lock:
+            self._watches.add(watch)
+            if self._thread is None:
+                with contextlib.suppress(RuntimeError):  # no room for a thread: the next one tries again
+                    thread = threading.Thread(target=self._run, name="database-guard", daemon=True)
+                    thread.start()
+                    self._thread = thread
+        return watch
+
+    def end(self, watch: _Watch) -> None:
+        """Watch no longer."""
+        with self._lock:
+            self._watches.discard(watch)
+        if watch.sock is not None:
+            watch.sock.close()
+
+    def end_within(self, seconds: float) -> None:
+        """Cut off what is open then, and from then on what takes longer than LAST_TRANSACTION_S."""
+        with self._lock:
+            self._end_at = min(self._end_at, time.monotonic() + seconds)
+
+    @property
+    def is_ending(self) -> bool:
+        """Say whether end_within() was called."""
+        return self._end_at != float("inf")
+
+    def _run(self) -> None:
+        rounds = 0
+        while rounds < self.IDLE_ROUNDS:
+            time.sleep(self.EVERY_S)
+            now = time.monotonic()
+            with self._lock:
+                rounds = 0 if self._watches else rounds + 1
+                for watch in self._watches:
+                    until = min(watch.until, max(self._end_at, watch.since + LAST_TRANSACTION_S))
+                    if now >= until and not watch.is_cut and watch.sock is not None:
+                        watch.is_cut = True
+                        with contextlib.suppress(OSError):
+                            watch.sock.shutdown(socket.SHUT_RDWR)
+                if rounds >= self.IDLE_ROUNDS:
+                    self._thread = None
+
+
+class _Turns:
+    """So many at a time; who comes later waits in turn."""
+
+    def __init__(self, count: int):
+        self._free = count
+        self._queue: collections.deque[threading.Event] = collections.deque()
+        self._lock = threading.Lock()
+
+    def take(self, timeout_s: float) -> bool:
+        """Wait for a turn; say whether it came within the time."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return True
+            mine = threading.Event()
+            self._queue.append(mine)
+        if mine.wait(timeout_s):
+            return True
+        with self._lock:
+            if not mine.is_set():
+                self._queue.remove(mine)
+            return mine.is_set()
+
+    def give_back(self) -> None:
+        """Let the next one go."""
+        with self._lock:
+            if self._queue:
+                self._queue.popleft().set()
+            else:
+                self._free += 1
+
+
+def _inode(path: str) -> int:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return 0
+
+
+def _who_has_locked(file: os.stat_result) -> int:
+    """Return the id of another process that has an SQLite file open, 0 for none that can be seen.
+
+    Not by asking for the lock: to close a handle of the file would drop all locks of this process.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            kind, _, _, pid, place, first = line.replace("->", "").split()[1:7]
+            # SQLite's range of shared locks
+            if kind != "POSIX" or int(first) < 0x40000000 or int(place.split(":")[2]) != file.st_ino:
+                continue
+            with contextlib.suppress(OSError):
+                if int(pid) != os.getpid() and any(os.path.samestat(os.stat(f"/proc/{pid}/fd/{handle}"), file)
+                                                   for handle in os.listdir(f"/proc/{pid}/fd")):
+                    return int(pid)
+    return 0
+
+
 class SqliteEngine:
     """The words of SQLite, and how to reach one file."""
 
@@ -734,9 +975,12 @@ class SqliteEngine:
         "SELECT COALESCE(MAX(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'release_tasks'"
     # The nodes of a release as one text.
     joined_sql = "group_concat(node_id)"
-    # A number that grows with each failover.
-    timeline_sql = "SELECT 0"
+    # What lets a transaction take as long as it needs.
+    patience_sql: tuple[str, ...] = ()
+    # A number that grows with each failover; 0 for a server that only follows another one.
+    timeline_sql = "SELECT 1"
     error: tuple[type[Exception], ...] = (sqlite3.Error,)
+    max_connections = 1 << 20  # readers wait for nobody
 
     def __init__(self, url: str):
         self.path = url[len("sqlite:///"):]
@@ -744,15 +988,52 @@ class SqliteEngine:
             raise ConfigError(f"SQLite {sqlite3.sqlite_version} is too old: 3.26 or newer is needed")
 
     def __str__(self) -> str:
-        return f"database {self.path}"
+        return "database " + self.path.encode("utf-8", "backslashreplace").decode()  # a path may be any bytes
 
     def identity(self) -> object:
-        """Gives what the path names now: a deleted file would go on taking writes unseen."""
+        """Return what the path, its -wal and its -shm name now: a deleted file would go on taking writes unseen."""
         try:
             found = os.stat(self.path)
         except OSError:
             return None
-        return found.st_dev, found.st_ino
+        return (found.st_dev, found.st_ino, found.st_nlink > 1, *map(_inode, self._side_files()))
+
+    def _side_files(self) -> tuple[str, str]:
+        path = os.path.realpath(self.path)
+        return f"{path}-wal", f"{path}-shm"
+
+    def keep_aside(self) -> str:
+        """Give a new -wal that others have begun a second name, before our last connection takes it away.
+
+        Return what was found, for the log.
+        """
+        wal = self._side_files()[0]
+        said = f"{self}: {wal} or its -shm was removed or replaced while this process worked with it"
+        with contextlib.suppress(OSError):
+            if os.path.getsize(wal):
+                kept = f"{wal}.{int(time.time())}"
+                os.link(wal, kept)
+                return f"{said}; what others wrote into a new one is kept as {kept}"
+        return said
+
+    def _refuse_torn(self) -> None:
+        """Raise DatabaseError where the file has a second name, or is open elsewhere without its -wal."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return
+        if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+            raise DatabaseError(f"{self} has a second name (hard link), under which it would have another -wal: "
+                                f"remove all but one (find / -xdev -inum {found.st_ino})")
+        give_up_at = time.monotonic() + 1.0  # somebody may just begin or end
+        while not all(map(os.path.exists, self._side_files())):
+            pid = _who_has_locked(found)
+            if not pid:
+                return
+            if time.monotonic() > give_up_at:
+                raise DatabaseError(f"{self}: its -wal or -shm was removed while process {pid} works with it: "
+                                    "stop that process, which then saves what it has, and try again")
+            time.sleep(0.05)
 
     def connect(self, create: bool) -> sqlite3.Connection:
         """Opens the file, made when create says so; raises DatabaseError with one line."""
@@ -761,8 +1042,11 @@ class SqliteEngine:
             raise DatabaseError(f"{self}: the folder {folder} does not exist")
         if not create and not os.path.exists(self.path):
             raise DatabaseError(f"{self} does not exist: make it with `releasectl.py migrate`")
+        self._refuse_torn()
         connection = None
         try:
+            if create:
+                self._make_file()
             # statements differ by the number of rows: more of them kept would be megabytes, and not used again
             connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None,
                                          check_same_thread=False, cached_statements=16)
@@ -772,14 +1056,35 @@ class SqliteEngine:
             connection.execute("PRAGMA synchronous = FULL")
             # with much history a release touches a page for each node: 16 MiB of WAL write it back less often
             connection.execute("PRAGMA wal_autocheckpoint = 4000")
+            connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()  # now its -wal and -shm are there
             return connection
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             if connection:
                 _close(connection)
             raise DatabaseError(self.explain(error)) from None
 
+    def _make_file(self) -> None:
+        """Make the file, empty and closed to others whatever the umask, where there is none.
+
+        SQLite gives its -wal and -shm the mode of the file.
+        """
+        with contextlib.suppress(FileExistsError):
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.fchmod(handle, 0o600)
+            finally:
+                os.close(handle)
+
+    @staticmethod
+    def is_data_error(error: Exception) -> bool:
+        """Say whether a value was refused, whatever the state of the file."""
+        return isinstance(error, (sqlite3.DataError, OverflowError, ValueError)) or (
+            isinstance(error, (sqlite3.InterfaceError, sqlite3.ProgrammingError)) and "binding parameter" in str(error))
+
     def explain(self, error: Exception) -> str:
         """Gives one line: what is wrong with the file and what would mend it."""
+        if isinstance(error, OSError):
+            return f"{self} can't be made: {_os_reason(error)}"
         text = str(error)
         if "not a database" in text:
             return f"{self} is not an SQLite file"
@@ -805,6 +1110,7 @@ class SqliteEngine:
         try:
             handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=folder)
             with open(handle, "rb") as file:
+                os.fchmod(handle, 0o600)  # whatever the umask
                 self._copy(source, temporary)
                 os.fsync(file.fileno())
             os.rename(temporary, path)
@@ -851,35 +1157,67 @@ class PostgresEngine:
     """The words of PostgreSQL, and the drivers that can reach it."""
 
     name = "postgresql"
-    begin_read = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
-    begin_write = f"BEGIN; SELECT pg_advisory_xact_lock({PG_LOCK_KEY})"
+    # For each transaction: behind a pooler the next one may be on another connection, and what was set for a session
+    # would be another program's. A stopped client holds its locks until the server gives up on it.
+    _limits_sql = """
+        SET LOCAL idle_in_transaction_session_timeout = '5s'; SET LOCAL lock_timeout = '10s';
+        SET LOCAL statement_timeout = '30s'; SET LOCAL synchronous_commit = on; SET LOCAL tcp_user_timeout = '15s';
+        SET LOCAL tcp_keepalives_idle = 10; SET LOCAL tcp_keepalives_interval = 5; SET LOCAL tcp_keepalives_count = 3"""
+    begin_read = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {_limits_sql}"
+    begin_write = (f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {_limits_sql}; "
+                   f"SELECT pg_advisory_xact_lock({PG_LOCK_KEY})")
     now_sql = """SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')"""
     has_table_sql = """SELECT COUNT(*) FROM information_schema.tables
         WHERE table_schema = current_schema() AND table_name = ?"""
-    has_any_table_sql = "SELECT COUNT(*) FROM information_schema.tables WHERE table_schema = current_schema()"
+    # Not what belongs to an extension that the provider has put there.
+    has_any_table_sql = """
+        SELECT COUNT(*)
+        FROM pg_class c
+        JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE n.nspname = current_schema() AND c.relkind IN ('r', 'p', 'f')
+          AND NOT EXISTS (SELECT 1 FROM pg_depend d
+                          WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')"""
     # A person may have written a row with an id of their own, which the sequence does not know.
     next_release_id_sql = """
         SELECT GREATEST(COALESCE(pg_sequence_last_value(pg_get_serial_sequence('release_tasks', 'id')::regclass), 0),
                         COALESCE(MAX(id), 0)) + 1
         FROM release_tasks"""
     take_release_id_sql = """
-        SELECT GREATEST(nextval(pg_get_serial_sequence('release_tasks', 'id')), COALESCE(MAX(id), 0) + 1)
+        SELECT setval(pg_get_serial_sequence('release_tasks', 'id'),
+                      GREATEST(nextval(pg_get_serial_sequence('release_tasks', 'id')), COALESCE(MAX(id), 0) + 1))
         FROM release_tasks"""
     joined_sql = "string_agg(node_id::text, ',')"
+    patience_sql = ("SET LOCAL statement_timeout = 0", "SET LOCAL idle_in_transaction_session_timeout = 0")
     timeline_sql = """
         SELECT CASE WHEN pg_is_in_recovery() THEN 0
                     ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int END"""
-    # A stopped client holds its locks until the server gives up on it.
-    session_sql = """
-        SET idle_in_transaction_session_timeout = '5s'; SET lock_timeout = '10s';
-        SET statement_timeout = '30s'; SET tcp_user_timeout = '15s';
-        SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3;
-        SET synchronous_commit = on; SET client_encoding = 'UTF8'"""
+    # Who has the writers' lock, and what for.
+    holder_sql = f"""
+        SELECT a.application_name || ' (pid ' || a.pid || ', ' || COALESCE(host(a.client_addr), 'local') || ')',
+               COALESCE(a.wait_event, '')
+        FROM pg_locks l
+        JOIN pg_stat_activity a ON a.pid = l.pid
+        WHERE l.locktype = 'advisory' AND l.objid = {PG_LOCK_KEY} AND l.granted"""
+    max_connections = MAX_DB_CONNECTIONS
 
     def __init__(self, url: str):
         self.url = url
         self.driver = _load_postgres_driver()
         self.error = (self.driver.Error, OSError)  # pg8000 lets the socket's errors through
+        try:
+            self.parts = parse_postgres_url(url)
+        except ValueError as error:
+            raise ConfigError(f"DATABASE_URL={one_line(safe_url(url), 80)} can't be used: {error}") from None
+        raw = re.search(r":([^:@/]*)@", url)
+        secrets_ = {self.parts.password, raw[1] if raw else "", *(
+            value for key, value in self.parts.query.items() if "password" in key)}
+        self._secrets = sorted(filter(None, secrets_), key=len, reverse=True)
+        self.is_pg8000 = self.driver.__name__ == "pg8000.dbapi"
+        if self.is_pg8000:
+            if len(self.parts.hosts) > 1:
+                raise ConfigError("DATABASE_URL: pg8000 takes one host only: install psycopg, or name one")
+            _pg8000_options(self.parts.query)
+        self.guard = _Guard()
 
     def __str__(self) -> str:
         return f"database {safe_url(self.url)}"
@@ -893,44 +1231,97 @@ class PostgresEngine:
         connection = None
         try:
             connection = self._open()
-            connection.autocommit = True
-            cursor = connection.cursor()
-            cursor.execute("SHOW server_version_num")
-            number = int(cursor.fetchone()[0])
-            if number < 130000:
-                raise DatabaseError(f"{self}: PostgreSQL {number // 10000} is too old: 13 or newer is needed")
-            cursor.execute(self.session_sql)
+            watch = self.guard.begin(connection, MAX_TRANSACTION_S)
+            try:
+                connection.autocommit = True
+                cursor = connection.cursor()
+                if self.is_pg8000:  # which takes what it is told; the others send theirs as they connect
+                    cursor.execute("SET client_encoding = 'UTF8'")
+                cursor.execute("SELECT version(), current_setting('server_encoding')")
+                self.refuse_server(*cursor.fetchone())
+            finally:
+                self.guard.end(watch)
             return connection
         except AppError:
+            if connection is not None:
+                _close(connection)
             raise
         except Exception as error:  # a driver raises its own errors, OSError and ssl.SSLError here
             if connection is not None:
                 _close(connection)
             raise DatabaseError(self.explain(error)) from None
 
+    def refuse_server(self, version: str, encoding: str) -> None:
+        """Raise DatabaseError for a server or a database that can't do what is needed, from what version() says."""
+        match, other = re.match(r"PostgreSQL (\d+)", version), OTHER_SERVERS.search(version)
+        if other or not match:
+            name = {"-YB-": "YugabyteDB"}.get(other[0].upper(), other[0]) if other else one_line(version, 60)
+            raise DatabaseError(f"{self} is {name}, whose advisory locks are not those of PostgreSQL: two processes "
+                                "would write at once. Use PostgreSQL 13 or newer")
+        if int(match[1]) < 13:
+            raise DatabaseError(f"{self}: PostgreSQL {match[1]} is too old: 13 or newer is needed")
+        if encoding != "UTF8":
+            raise DatabaseError(f"{self} stores text as {encoding}, which can't hold what agents and people write: "
+                                "make one with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0, and name it")
+
     def _open(self) -> Any:
-        if self.driver.__name__ != "pg8000.dbapi":
-            return self.driver.connect(self.url, connect_timeout=5, keepalives_idle=10, keepalives_interval=5,
-                                       keepalives_count=3, tcp_user_timeout=15000)
-        parts = urllib.parse.urlsplit(self.url)
-        return self.driver.connect(
-            user=urllib.parse.unquote(parts.username or "") or getpass.getuser(),
-            password=urllib.parse.unquote(parts.password) if parts.password else os.environ.get("PGPASSWORD"),
-            host=parts.hostname or "localhost", port=parts.port or 5432,
-            database=urllib.parse.unquote(parts.path.lstrip("/")) or None, timeout=40,
-            ssl_context=_pg8000_tls(urllib.parse.parse_qs(parts.query)))
+        timeout_s = int(LAST_TRANSACTION_S) if self.guard.is_ending else 5
+        if not self.is_pg8000:
+            more: dict[str, Any] = {"fallback_application_name": "releasectl"}
+            if self.driver.__name__ == "psycopg":
+                more["prepare_threshold"] = None  # behind a pooler the name of a statement may be another connection's
+            connection = self.driver.connect(
+                self.url, connect_timeout=timeout_s, keepalives_idle=10, keepalives_interval=5, keepalives_count=3,
+                tcp_user_timeout=15000, client_encoding="UTF8", **more)
+            if self.driver.__name__ == "psycopg2":
+                connection.set_client_encoding("UTF8")
+            return connection
+        user, password, [(host, port)], name, query = self.parts
+        place: dict[str, Any] = {"unix_sock": f"{host}/.s.PGSQL.{port}"} if host.startswith("/") else {
+            "host": host or "localhost", "port": port}
+        connection = self.driver.connect(
+            user=user or getpass.getuser(), password=password or os.environ.get("PGPASSWORD"), database=name or None,
+            timeout=timeout_s, ssl_context=_pg8000_tls(query),
+            application_name=query.get("application_name", "releasectl"), **place)
+        connection._usock.settimeout(40)  # noqa: SLF001 - it has one for connecting and for all that follows
+        return connection
+
+    def tls_text(self) -> str:
+        """Return how the way to the server is protected, with the driver that is there."""
+        mode = self.parts.query.get("sslmode") or (not self.is_pg8000 and os.environ.get("PGSSLMODE")) or "prefer"
+        host = self.parts.query.get("host") or self.parts.hosts[0][0]
+        if host.startswith("/") or (not host and not self.is_pg8000):
+            return "a local socket"
+        name = self.driver.__name__.partition(".")[0]
+        if mode == "disable" or (self.is_pg8000 and mode in ("allow", "prefer")):
+            return f"plain text ({name} with sslmode={mode}): add sslmode=verify-full"
+        return f"{name} with sslmode={mode}: " + {
+            "require": "TLS, whoever answers", "verify-ca": "TLS, the CA is verified, not the host's name",
+            "verify-full": "TLS, verified"}.get(mode, "TLS if the server offers it, whoever answers")
 
     def explain(self, error: Exception) -> str:
         """Gives one line: what the server or the driver said, without the password."""
-        text = one_line(_pg8000_fields(error).get("M", error))
-        password = urllib.parse.unquote(urllib.parse.urlsplit(self.url).password or "")
-        return f"{self}: {text.replace(password, '***') if password else text}"
+        state = _sqlstate(error)
+        if state in ("25006", "0A000"):
+            return (f"{self} is a standby, or read-only: put all hosts into DATABASE_URL and add "
+                    "target_session_attrs=read-write (psycopg or psycopg2)")
+        return f"{self}: {self.without_password(one_line(_pg8000_fields(error).get('M', error)))}"
+
+    def without_password(self, text: str) -> str:
+        """Return a text without the password, as it stands in the URL or decoded."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    def is_data_error(self, error: Exception) -> bool:
+        """Say whether a value was refused, whatever the state of the server: SQLSTATE 22 and 54, or the driver."""
+        return isinstance(error, (ValueError, OverflowError)) or _sqlstate(error)[:2] in ("22", "54") or (
+            isinstance(error, self.driver.DataError) and not _sqlstate(error))
 
     @staticmethod
     def is_stale(error: Exception) -> bool:
         """Says whether BEGIN failed for the connection's sake, and not after waiting for a lock."""
-        state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None) or _pg8000_fields(error).get("C")
-        return state != "55P03"
+        return _sqlstate(error) != LOCK_NOT_AVAILABLE
 
     @staticmethod
     @functools.lru_cache(maxsize=512)
@@ -952,15 +1343,25 @@ def _pg8000_fields(error: Exception) -> Mapping[str, str]:
     return error.args[0] if error.args and isinstance(error.args[0], dict) else {}
 
 
-def _pg8000_tls(query: Mapping[str, list[str]]) -> ssl.SSLContext | None:
-    """Gives what libpq's sslmode and sslrootcert mean, for the driver that does not know them."""
-    unknown = sorted(set(query) - {"sslmode", "sslrootcert"})
+def _sqlstate(error: Exception) -> str:
+    """Return the SQLSTATE of an error of any driver, "" for none."""
+    return str(getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+               or _pg8000_fields(error).get("C") or "")
+
+
+def _pg8000_options(query: Mapping[str, str]) -> None:
+    """Raise ConfigError for an option that pg8000 does not know."""
+    unknown = sorted(set(query) - {"sslmode", "sslrootcert", "application_name"})
     if unknown:
         raise ConfigError(f"DATABASE_URL: pg8000 does not take {unknown[0]}: install psycopg, or leave it out")
-    mode = query.get("sslmode", ["prefer"])[0]
+
+
+def _pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
+    """Gives what libpq's sslmode and sslrootcert mean, for the driver that does not know them."""
+    mode = query.get("sslmode", "prefer")
     if mode in ("disable", "allow", "prefer"):
         return None
-    context = ssl.create_default_context(cafile=query.get("sslrootcert", [None])[0])
+    context = ssl.create_default_context(cafile=query.get("sslrootcert"))
     context.check_hostname = mode == "verify-full"
     if mode == "require":
         context.verify_mode = ssl.CERT_NONE
@@ -997,8 +1398,14 @@ class Transaction:
     def execute(self, statement: str, *params: object) -> int:
         """Runs a statement; gives the number of rows that it changed."""
         sql = self._engine.sql(statement)
-        # without parameters a driver would not undo the doubling of %
-        self._cursor.execute(sql, params) if params else self._cursor.execute(statement)
+        try:
+            # without parameters a driver would not undo the doubling of %
+            self._cursor.execute(sql, params) if params else self._cursor.execute(statement)
+        except (*self._engine.error, ValueError, OverflowError) as error:
+            if not self._engine.is_data_error(error):
+                raise
+            raise UnstorableValue("a number is too large for the database" if isinstance(error, OverflowError)
+                                  else f"a value can't be stored: {self._engine.explain(error)}") from None
         return int(self._cursor.rowcount)
 
     def rows(self, statement: str, *params: object) -> list[tuple[Any, ...]]:
@@ -1036,8 +1443,12 @@ class Database:
     def __init__(self, url: str):
         """Takes a sqlite:/// or postgresql:// URL; connects to nothing yet."""
         self.engine = SqliteEngine(url) if url.startswith("sqlite:") else PostgresEngine(url)
-        self._idle: list[tuple[Any, object]] = []
-        self._guard = threading.Lock()
+        self._turns = _Turns(self.engine.max_connections)
+        # All connections that are open are to what had this identity; changed tells of one that was given back.
+        self._idle: list[Any] = []
+        self._in_use = 0
+        self._identity: object = None
+        self._changed = threading.Condition()
         # Of the whole process: whoever counts has a database at hand.
         self.metrics = Metrics()
 
@@ -1046,19 +1457,25 @@ class Database:
 
     def close(self) -> None:
         """Closes the idle connections."""
-        with self._guard:
-            idle, self._idle = self._idle, []
-        for connection, _ in idle:
-            _close(connection)
+        with self._changed:
+            while self._idle:
+                _close(self._idle.pop())
+
+    def end_within(self, seconds: float) -> None:
+        """Cut off what is open after so many seconds, also in a server that hangs: the process ends."""
+        if isinstance(self.engine, PostgresEngine):
+            self.engine.guard.end_within(seconds)
 
     @contextlib.contextmanager
-    def transaction(self, write: bool = False, create: bool = False) -> Iterator[Transaction]:
+    def transaction(self, write: bool = False, create: bool = False,
+                    limit_s: float = MAX_TRANSACTION_S) -> Iterator[Transaction]:
         """Gives one transaction: a snapshot to read, or the only writer; committed at the end.
 
-        Raises DatabaseError where the engine fails; an exception of the caller rolls back.
+        Raises DatabaseError where the engine fails or takes longer than limit_s, UnstorableValue for a value that
+        it can't hold; an exception of the caller rolls back.
         """
         try:
-            connection, identity = self._begin(write, create)
+            connection, watch = self._begin(write, create, limit_s)
         except DatabaseError:
             self.metrics.count("releasectl_database_errors_total")
             raise
@@ -1067,51 +1484,139 @@ class Database:
             yield tx
             connection.cursor().execute("COMMIT")
         except self.engine.error as error:
-            _close(connection)  # which rolls back, if there is anything left to roll back
+            self._give_up(connection)  # which rolls back, if there is anything left to roll back
             self.metrics.count("releasectl_database_errors_total")
-            raise DatabaseError(self.engine.explain(error)) from error
+            raise DatabaseError(self._explain(error, watch)) from error
         except BaseException as error:
+            if watch is not None and watch.is_cut:  # pg8000 stumbles over that in several ways
+                self._give_up(connection)
+                raise DatabaseError(self._explain(error, watch)) from error
+            if isinstance(error, UnstorableValue):  # pg8000 may have sent half of it
+                self._give_up(connection)
+                raise
             try:
                 connection.cursor().execute("ROLLBACK")
-                self._give_back(connection, identity)
+                self._give_back(connection)
             except self.engine.error:
-                _close(connection)
-            if isinstance(error, OverflowError):
-                raise AppError(2003, "a number is too large for the database") from None
+                self._give_up(connection)
             raise
-        self._give_back(connection, identity)
+        else:
+            self._give_back(connection)
+        finally:
+            self._unwatch(watch)
         for deed in tx.afterwards:
             deed()
 
-    def _begin(self, write: bool, create: bool) -> tuple[Any, object]:
+    def _explain(self, error: BaseException, watch: _Watch | None) -> str:
+        if watch is not None and watch.is_cut:
+            return (f"{self}: no answer for {time.monotonic() - watch.since:.0f} s, so the connection was cut: the "
+                    "server hangs, or a commit waits for a synchronous standby")
+        return self.engine.explain(cast(Exception, error))
+
+    def _unwatch(self, watch: _Watch | None) -> None:
+        if watch is not None and isinstance(self.engine, PostgresEngine):
+            self.engine.guard.end(watch)
+
+    def _begin(self, write: bool, create: bool, limit_s: float) -> tuple[Any, _Watch | None]:
         statement = self.engine.begin_write if write else self.engine.begin_read
         while True:
-            connection, identity, pooled = self._take(create)
+            connection, pooled = self._take(create)
+            watch = self.engine.guard.begin(connection, limit_s) if isinstance(self.engine, PostgresEngine) else None
             try:
                 connection.cursor().execute(statement)
-                return connection, identity
+                return connection, watch
             except self.engine.error as error:
-                _close(connection)
-                if not (pooled and self.engine.is_stale(error)):
-                    raise DatabaseError(self.engine.explain(error)) from error
+                self._give_up(connection)
+                is_cut = watch is not None and watch.is_cut
+                self._unwatch(watch)
+                if is_cut or not (pooled and self.engine.is_stale(error)):
+                    raise DatabaseError(self._explain(error, watch) + self._lock_holder(error)) from error
+            except BaseException as error:
+                self._give_up(connection)
+                self._unwatch(watch)
+                if watch is not None and watch.is_cut:
+                    raise DatabaseError(self._explain(error, watch)) from error
+                raise
 
-    def _take(self, create: bool) -> tuple[Any, object, bool]:
-        now = self.engine.identity()
-        with self._guard:
-            while self._idle:
-                connection, identity = self._idle.pop()
-                if identity == now:
-                    return connection, identity, True
-                _close(connection)
-        connection = self.engine.connect(create)
-        return connection, self.engine.identity(), False
+    def _lock_holder(self, error: Exception) -> str:
+        """Return who holds the writers' lock, after an error of waiting for it; "" where that can't be told."""
+        if not isinstance(self.engine, PostgresEngine) or _sqlstate(error) != LOCK_NOT_AVAILABLE:
+            return ""
+        with contextlib.suppress(Exception), self.transaction() as tx:
+            found = tx.row(self.engine.holder_sql)
+            if found:
+                return f"; {found[0]} holds the lock" + (
+                    ", whose commit waits for a synchronous standby" if found[1] == "SyncRep" else "")
+        return ""
 
-    def _give_back(self, connection: Any, identity: object) -> None:
-        with self._guard:
-            if len(self._idle) < MAX_IDLE_DB_CONNECTIONS:
-                self._idle.append((connection, identity))
-                return
-        _close(connection)
+    def _take(self, create: bool) -> tuple[Any, bool]:
+        """Return a connection in autocommit mode, and whether it was in use before."""
+        if not self._turns.take(CONNECTION_WAIT_S):
+            raise DatabaseError(f"{self}: all {self.engine.max_connections} connections of this process are in use for "
+                                f"more than {CONNECTION_WAIT_S:g} s")
+        try:
+            with self._changed:
+                self._leave_what_is_gone()
+                self._in_use += 1
+                if self._idle:
+                    return self._idle.pop(), True
+            connection = None
+            try:
+                connection = self.engine.connect(create)
+            finally:
+                if connection is None:
+                    self._left()
+            with self._changed:
+                if self._identity is None:
+                    self._identity = self.engine.identity()
+            return connection, False
+        except BaseException:
+            self._turns.give_back()
+            raise
+
+    def _leave_what_is_gone(self) -> None:
+        """Close all connections where the files are others than they were; raise DatabaseError while some are in use.
+
+        The last one brings into the file what was written into a -wal that is removed. None must be open when the
+        next one begins: SQLite would have both share what it keeps of a file.
+        """
+        if not self._in_use and not self._idle:
+            self._identity = None  # whoever was last has taken -wal and -shm away
+        known, found = self._identity, self.engine.identity()
+        if known in (None, found):
+            return
+        if isinstance(self.engine, SqliteEngine) and found and tuple(found)[:3] == tuple(known)[:3]:  # type: ignore
+            self.metrics.count("releasectl_database_errors_total")
+            log.error("%s; everything is read anew. Nothing but releasectl may touch these files",
+                      self.engine.keep_aside())
+            self._identity = "left"  # told once
+        while self._idle:
+            _close(self._idle.pop())
+        if not self._changed.wait_for(lambda: not self._in_use or self._identity == self.engine.identity(),
+                                      BUSY_TIMEOUT_S):
+            raise DatabaseError(f"{self}: its files were removed or replaced while a transaction is open")
+        if not self._in_use and not self._idle:
+            self._identity = None
+
+    def _left(self) -> None:
+        with self._changed:
+            self._in_use -= 1
+            self._changed.notify_all()
+
+    def _give_back(self, connection: Any) -> None:
+        with self._changed:
+            if self._identity == self.engine.identity() and len(self._idle) < MAX_IDLE_DB_CONNECTIONS:
+                self._idle.append(connection)
+            else:
+                _close(connection)  # within: who looks at the files then finds them as the last one has left them
+            self._left()
+        self._turns.give_back()
+
+    def _give_up(self, connection: Any) -> None:
+        with self._changed:
+            _close(connection)
+            self._left()
+        self._turns.give_back()
 
     def schema_version(self) -> int:
         """Gives the version of the schema in the database; 0 for an empty one."""
@@ -1142,13 +1647,15 @@ class Database:
         steps = schema_steps()
         before = None
         while True:
-            with self.transaction(write=True, create=True) as tx:
+            with self.transaction(write=True, create=True, limit_s=MAX_MIGRATION_S) as tx:
                 version = self._schema_version(tx)
                 before = version if before is None else before
                 self._refuse_newer(version, len(steps))
                 if version == len(steps):
                     return before, version
                 done = version + 1 if version else len(steps)
+                for statement in self.engine.patience_sql:
+                    tx.execute(statement)
                 for statement in itertools.chain(*steps[version:done]):
                     tx.execute(self.engine.ddl(statement))
             log.info("%s: schema step %d done", self, done)
@@ -1182,6 +1689,8 @@ def schema_steps() -> tuple[tuple[str, ...], ...]:
                           "it belongs beside releasectl.py") from None
     text = re.sub(r"^\s*--(?! step ).*$", "", text, flags=re.MULTILINE)
     steps = re.split(r"^-- step \d+.*$", text, flags=re.MULTILINE)[1:]
+    if not steps or not all(map(str.strip, steps)):
+        raise ConfigError(f"{SCHEMA_FILE} is empty or cut off: copy the one that came with this releasectl.py")
     return tuple(tuple(s.strip() for s in re.split(r";\s*$", step, flags=re.MULTILINE) if s.strip())
                  for step in steps)
 
@@ -1317,6 +1826,8 @@ class ReleaseNode(NamedTuple):
     started_clock: str = ""
     # For how long pauses and freezes kept it from its dispatch, in seconds: no part of its deadline.
     waited_s: float = 0.0
+    # Whether a try of this release may have reached the agent, as the row says: see reached.
+    stored_reached: int = 1
     # The next request and when it is due, in the seconds of Clock.elapsed().
     next_op: str = ""
     due: float = 0.0
@@ -1330,6 +1841,8 @@ class ReleaseNode(NamedTuple):
     reached: bool = False
     # Whether the agent may have run the task, as nothing is known of the last try.
     is_unknown: bool = False
+    # Whether the agent has said that it has the task, and not said otherwise since.
+    is_at_work: bool = False
     # What the agent said of its success, while that is verified.
     agent_said: str = ""
     polls: int = 0
@@ -1535,8 +2048,8 @@ def parse_target(value: object) -> str:
 
 def parse_version(field: str, value: object) -> int:
     """Return a version that a person names; raise AppError 2003 for what is none."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
-        raise AppError(2003, f"{field} {one_line(value, 40)} must be a whole number from 1 to {MAX_VERSION}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_NAMED_VERSION:
+        raise AppError(2003, f"{field} {one_line(value, 40)} must be a whole number from 1 to {MAX_NAMED_VERSION}")
     return value
 
 
@@ -2169,6 +2682,8 @@ class Outcome(NamedTuple):
     hold_s: float = 0.0
     # The version that an agent says it has already applied; 0 where it says nothing of the kind.
     applied: int = 0
+    # Whether an answer that can't be used says that nothing was done.
+    is_refusal: bool = False
 
 
 # What an agent is taken to have said where its text is empty.
@@ -2209,7 +2724,7 @@ def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) ->
         return node._replace(in_flight=False, due=now.elapsed)
     if outcome.op == PROBE and outcome.result == SUCCESS:
         return _observe_pass(node, now, policy)
-    if outcome.result == SUCCESS and outcome.applied and not node.reached:
+    if outcome.result in (SUCCESS, ACCEPTED) and outcome.applied and not node.reached:
         # no try of ours can have done it: somebody else's version, which only has the same number
         return node._replace(in_flight=False, verdict=Verdict(
             FAILED, REJECTED, f"the agent is already at version {outcome.applied}", detail_text(outcome.detail)))
@@ -2224,16 +2739,16 @@ def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) ->
     if outcome.result == ACCEPTED:
         return node._replace(in_flight=False, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
                              next_op=QUERY, errors=0, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True,
-                             is_unknown=True)
+                             is_unknown=True, is_at_work=True)
     if outcome.result == WORKING:
-        return _without_credit(node)._replace(in_flight=False, errors=0, polls=node.polls + 1,
+        return _without_credit(node)._replace(in_flight=False, errors=0, polls=node.polls + 1, is_at_work=True,
                                               due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
     if outcome.result == UNKNOWN:
         # at once the first time: a tick that only waited here would end before it sent anything
         wait_s = backoff_s(node.forgotten, node.node_id) if node.forgotten else 0.0
-        return node._replace(in_flight=False, next_op=DISPATCH, reached=True, is_unknown=True,
-                             forgotten=node.forgotten + 1, last_error="the agent does not know the task",
-                             due=now.elapsed + wait_s)
+        return node._replace(in_flight=False, next_op=DISPATCH, forgotten=node.forgotten + 1, is_at_work=False,
+                             is_unknown=node.is_unknown or node.reached,
+                             last_error="the agent does not know the task", due=now.elapsed + wait_s)
     return _observe_error(node, outcome, now, policy)
 
 
@@ -2252,7 +2767,8 @@ def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode
 
 
 def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
-    is_lost, is_tried = outcome.result == LOST, outcome.result in (LOST, UNCLEAR)
+    is_lost = outcome.result == LOST and (outcome.op == DISPATCH or node.reached)
+    is_tried = is_lost or (outcome.op == DISPATCH and outcome.result == UNCLEAR and not outcome.is_refusal)
     node = node._replace(in_flight=False, errors=node.errors + 1, passes=0, last_kind=outcome.error_kind,
                          last_error=outcome.message, reached=node.reached or is_tried,
                          is_unknown=node.is_unknown or is_lost)
@@ -2290,6 +2806,11 @@ def holds_of(history: Iterable[tuple[str, str, str]]) -> list[Hold]:
     return holds if began is None else [*holds, Hold(began, float("inf"))]
 
 
+def held_s(holds: Iterable[Hold], since: float, until: float) -> float:
+    """Return for how many seconds between two times holds were on."""
+    return sum(max(0.0, min(hold.until, until) - max(hold.since, since)) for hold in holds)
+
+
 def adopt(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = (),
           quiet_s: float = 0.0) -> ReleaseNode:
     """Return a node as a new owner of its release finds it (rule 9): ask first, or wait and repeat.
@@ -2303,24 +2824,27 @@ def adopt(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] 
         return node
     # a clock that was ahead must not keep a node for longer than a deadline can be
     age_s = max(0.0, -now.until_s(node.started_at, node.started_clock))
-    started = now.wall - age_s
-    held_s = sum(max(0.0, min(hold.until, now.wall) - max(hold.since, started)) for hold in holds)
-    credit_s = max(0.0, min(held_s, age_s) - node.waited_s)
+    credit_s = max(0.0, min(held_s(holds, now.wall - age_s, now.wall), age_s) - node.waited_s)
     deadline = now.elapsed - age_s + policy.node_deadline_s + node.waited_s + credit_s
-    node = node._replace(reached=True, is_unknown=True, credit_s=credit_s, deadline=deadline)
+    reached = bool(node.stored_reached)
+    node = node._replace(reached=reached, is_unknown=reached, credit_s=credit_s, deadline=deadline)
     if node.agent_protocol == TASKS:
         return node._replace(next_op=QUERY, due=now.elapsed, deadline=max(deadline, now.elapsed + policy.interval_s))
-    hold_s = max(quiet_s, now.left_s(node.hold_until, node.hold_clock, policy.hold_s))
-    return node._replace(next_op=DISPATCH, due=now.elapsed + hold_s)
+    busy_s = max(quiet_s, now.left_s(node.hold_until, node.hold_clock, policy.hold_s))
+    return node._replace(next_op=DISPATCH, due=now.elapsed + busy_s)
 
 
 def kept_from_dispatch(nodes: Roster, passed_s: float) -> list[ReleaseNode]:
     """Return the nodes whose deadline moves along while a pause or a freeze keeps them from their dispatch.
 
     Whatever a node was at before, its agent is not at work now; one that is keeps its own deadline (section 7).
+    That is known once it says so: until then a node that is being asked has the time as credit.
     """
-    return [n._replace(deadline=n.deadline + passed_s, waited_s=n.waited_s + passed_s)
-            for n in nodes.of[RUNNING].values() if n.next_op == DISPATCH and not n.in_flight]
+    running = nodes.of[RUNNING].values()
+    return [*(n._replace(deadline=n.deadline + passed_s, waited_s=n.waited_s + passed_s)
+              for n in running if n.next_op == DISPATCH and not n.in_flight),
+            *(n._replace(deadline=n.deadline + passed_s, credit_s=n.credit_s + passed_s)
+              for n in running if n.next_op == QUERY and not n.is_at_work)]
 
 
 class NodeChange(NamedTuple):
@@ -2352,10 +2876,21 @@ class Decision(NamedTuple):
     soak_until: str | None = None
     soak_clock: str = ""
 
+    def in_ascii(self) -> Decision:
+        """Return the same with every text of it in ASCII, for a database that can't hold what an agent said."""
+        changes = tuple(c._replace(after=c.after._replace(error_msg=_in_ascii(c.after.error_msg)),
+                                   detail=_in_ascii(c.detail, MAX_DETAIL_BYTES)) for c in self.changes)
+        return self._replace(changes=changes, status_reason=_in_ascii(self.status_reason),
+                             error_msg=_in_ascii(self.error_msg), nodes=_with(self.nodes, changes))
+
     def changes_more_than_words(self, release: Release) -> bool:
         """Says whether something is to be committed at once; a new sentence alone can wait."""
         return bool(self.changes) or (self.status, self.passed_batch, self.soak_clock) != (
             release.status, release.passed_batch, release.soak_clock)
+
+
+def _in_ascii(text: str, max_chars: int = MAX_MESSAGE_CHARS) -> str:
+    return one_line(text.encode("ascii", "backslashreplace").decode(), max_chars)
 
 
 def stage_of(release: Release, nodes: Roster, now: Moment, strategy: Strategy) -> Stage:
@@ -2389,19 +2924,21 @@ def _soak_of(release: Release, now: Moment, strategy: Strategy) -> Stage:
     left_s = strategy.soak_s
     if release.soak_until:
         left_s = now.left_s(release.soak_until, release.soak_clock, strategy.soak_s)
-        if release.soak_clock.rpartition(" ")[0] == now.boot and release.soak_clock:
+        is_ours = release.soak_clock.rpartition(" ")[0] == now.boot and release.soak_clock
+        if is_ours and now.until_s(release.soak_until, release.soak_clock) <= strategy.soak_s:
             return Stage(0, release.passed_batch, release.soak_until, release.soak_clock, left_s)
     return Stage(0, release.passed_batch, utc_text(now.wall + left_s), now.clock_mark(left_s), left_s)
 
 
 def decide(release: Release, nodes: Roster, now: Moment, policy: Policy,
            strategy: Strategy = NO_STRATEGY, slots: int = 1, busy: frozenset[Endpoint] = frozenset(),
-           broken: str = "", freeze: Freeze = NO_FREEZE) -> Decision:
+           broken: str = "", freeze: Freeze = NO_FREEZE, asks_first: bool = False) -> Decision:
     """Gives what follows from a release and its nodes (contract section 3, rules 3 to 8; section 7).
 
     nodes: all of the release's; they are left as they are. slots: how many requests may leave now.
     busy: addresses that another release has in flight, or that may still be at our last
-    request. broken: why the release's own row can't be used, which ends it. Waiting for a
+    request. broken: why the release's own row can't be used, which ends it. asks_first: the database went back,
+    so tasks agents are asked whether they know the task before they are sent it. Waiting for a
     slot is no reason to wake: a result will come and free one.
     """
     after = nodes.copy()
@@ -2427,21 +2964,25 @@ def decide(release: Release, nodes: Roster, now: Moment, policy: Policy,
                for n in after.of[RUNNING].values() if n.is_renamed]
     # half of the slots are for nodes to be asked: else their kept connections would be gone by then
     waiting = sum(_is_due(n, QUERY, now) for n in after.of[RUNNING].values())
+    # what is known not to have reached its agent is written down: a new owner would have to think that it may have
+    unsent = [NodeChange(n, n._replace(stored_reached=0)) for n in after.of[RUNNING].values()
+              if n.stored_reached and not n.reached and not n.in_flight]
+    _with(after, unsent)
     is_going = status == RUNNING and not failing and not freeze.frozen
     begun = _dispatches(release, after, now, policy, strategy, stage.batch,
-                        slots - min(waiting, slots // 2), busy) if is_going else []
+                        slots - min(waiting, slots // 2), busy, asks_first) if is_going else []
     _with(after, [*renamed, *begun])
     awaited = _awaited(after, stage, now, policy)
     asked = [n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)][: max(0, slots - len(begun))]
     asked_ids = {n.node_id for n in asked}
     soak_ends = [now.elapsed + stage.soak_left_s] if status == RUNNING and stage.soak_left_s else []
     return Decision(
-        changes=(*ended, *renamed, *begun),
+        changes=(*ended, *renamed, *_without(unsent, begun), *begun),
         status=status,
         status_reason=describe(status, after, now, Situation(release, strategy, policy, stage, exceeded, broken,
                                                              busy, freeze)),
         error_msg=_error_msg(after, failing, release, broken),
-        sends=(*(Send(DISPATCH, change.after) for change in begun),
+        sends=(*(Send(change.after.next_op, change.after) for change in begun),
                *(Send(n.next_op, n._replace(in_flight=True)) for n in asked)),
         wake_at=min((*soak_ends, *(_wake(n, now) for n in awaited if n.node_id not in asked_ids)),
                     default=now.elapsed + policy.interval_s),
@@ -2601,18 +3142,19 @@ def _next_status(status: str, nodes: Roster, failing: bool) -> str:
 
 
 def _dispatches(release: Release, nodes: Roster, now: Moment, policy: Policy, strategy: Strategy, batch: int,
-                slots: int, busy: frozenset[Endpoint]) -> list[NodeChange]:
+                slots: int, busy: frozenset[Endpoint], asks_first: bool = False) -> list[NodeChange]:
     """Gives the intents of the dispatches that leave now: repetitions, then the current batch's."""
     running = nodes.of[RUNNING].values()
     ready = [n for n in running if _is_due(n, DISPATCH, now)]
     # one that is pending and in flight was sent by a commit that the database has lost: its outcome is to come
     members = itertools.takewhile(lambda n: n.batch == batch, nodes.of[PENDING].values())
     room = min(slots, strategy.max_parallel - len(running)) if strategy.max_parallel else slots
-    fresh = itertools.islice(_free((n for n in members if not n.in_flight), nodes, busy), max(0, room))
-    return [_intent(release, n, now, policy) for n in (*ready, *fresh)[:max(0, slots)]]
+    fresh = itertools.islice(_free((n for n in members if not n.in_flight), nodes, busy, now), max(0, room))
+    return [_intent(release, n, now, policy, asks_first) for n in (*ready, *fresh)[:max(0, slots)]]
 
 
-def _free(members: Iterable[ReleaseNode], nodes: Roster, busy: frozenset[Endpoint]) -> Iterator[ReleaseNode]:
+def _free(members: Iterable[ReleaseNode], nodes: Roster, busy: frozenset[Endpoint],
+          now: Moment) -> Iterator[ReleaseNode]:
     """Return those whose address has no task: of another release, or of this one by another row."""
     if not busy and not nodes.twins:
         yield from members
@@ -2620,6 +3162,7 @@ def _free(members: Iterable[ReleaseNode], nodes: Roster, busy: frozenset[Endpoin
     taken = set(busy)
     if nodes.twins:
         taken.update(n.endpoint for n in nodes.of[RUNNING].values())
+        taken.update(n.endpoint for n in nodes.of[FAILED].values() if now.until_s(n.hold_until, n.hold_clock) > 0)
     for node in members:
         if node.endpoint not in taken:
             if node.endpoint in nodes.twins:
@@ -2627,7 +3170,13 @@ def _free(members: Iterable[ReleaseNode], nodes: Roster, busy: frozenset[Endpoin
             yield node
 
 
-def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange:
+def _without(changes: Iterable[NodeChange], others: Iterable[NodeChange]) -> list[NodeChange]:
+    """Return changes but those of nodes that other changes are for."""
+    ids = {change.after.node_id for change in others}
+    return [change for change in changes if change.after.node_id not in ids]
+
+
+def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy, asks_first: bool = False) -> NodeChange:
     """Return what is written before a dispatch leaves; started_at and the deadline are the first try's.
 
     What is sent is our own id, whatever the agent called its task before.
@@ -2635,10 +3184,12 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy) ->
     hold_until, hold_clock = _hold_for(policy.hold_s, now) if node.agent_protocol == EXECUTE else (None, "")
     task_id = task_id_for(release.type, node.main_ip, release.version, release.tag)
     is_first = node.status == PENDING
+    asks = asks_first and is_first and node.agent_protocol == TASKS
     return NodeChange(node, node._replace(
-        status=RUNNING, task_id=task_id, attempts=node.attempts + 1, hold_until=hold_until, hold_clock=hold_clock,
-        in_flight=True, verdict=None, waited_s=node.waited_s + node.credit_s, credit_s=0.0,
-        next_op=DISPATCH, started_at=now.text if is_first else node.started_at,
+        stored_reached=int(node.reached or not asks), status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
+        hold_until=hold_until, hold_clock=hold_clock, in_flight=True, verdict=None,
+        waited_s=node.waited_s + node.credit_s, credit_s=0.0,
+        next_op=QUERY if asks else DISPATCH, started_at=now.text if is_first else node.started_at,
         started_clock=now.clock_mark(0.0) if is_first else node.started_clock,
         deadline=now.elapsed + policy.node_deadline_s if is_first else node.deadline))
 
@@ -2708,6 +3259,8 @@ class Candidate(NamedTuple):
     status_reason: str = ""
     has_started: bool = True
     has_pending: bool = True
+    # "": a person wrote the row, and may be at it still.
+    tag: str = ""
 
     def may_start(self, now: str) -> bool:
         """Say whether its own time has come; before that it holds nobody up."""
@@ -2775,7 +3328,8 @@ def waiting_reasons(candidates: Iterable[Candidate], now: str = "", freeze: Free
         elif freeze.frozen:
             reason = frozen
         else:
-            reason = REASON_PENDING if c.may_start(now) else f"starts no earlier than {c.start_at}"
+            reason = REASON_PENDING if c.may_start(now) else f"starts no earlier than {c.start_at}" + (
+                f", and after release {before.id}" if before else "")
         reasons[c.id] = one_line(reason)
     return reasons
 
@@ -2962,28 +3516,30 @@ def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of:
     goes = []
     seen: dict[str, int] = {}
     named: set[int | None] = set()
-    # The nodes of each target whose newest success was found; and for each node the payloads of releases that stay
-    # and could not be rolled back on it yet.
-    known: set[tuple[str, int]] = set()
+    # The nodes of each target whose newest success was found, and whose newest one that was not bad; and for each node
+    # the payloads of releases that stay and could not be rolled back on it yet.
+    known: dict[bool, set[tuple[str, int]]] = {False: set(), True: set()}
     wanting: dict[tuple[str, int], set[str]] = {}
     for release in sorted(releases, key=lambda r: -r.version):
         seen[release.target] = seen.get(release.target, 0) + 1
         stays = (seen[release.target] <= keep or not release.ended_at or release.ended_at >= before
                  or release.id == newest)
         content, target = content_of(release), release.target
-        served = [node for node in content.succeeded if (target, node) not in known or (
+        served = [node for node in content.succeeded if (target, node) not in known[content.is_bad] | known[False] or (
             not content.is_bad and wanting.get((target, node), set()) - {content.digest})]
         if not stays and not served and release.id not in named:
             goes.append(release)
             continue
         named |= {release.retry_of, release.rollback_of}
         for node in content.succeeded:
-            known.add((target, node))
+            known[content.is_bad].add((target, node))
             if not content.is_bad:
                 wanting[target, node] = wanting.get((target, node), set()) & {content.digest}
         for node in content.touched if stays else ():
             wanting.setdefault((target, node), set()).add(content.digest)
-    return goes
+    # a rollback of what stays tells that that was bad
+    gone = {release.id for release in goes}
+    return [release for release in goes if release.rollback_of is None or release.rollback_of in gone]
 
 
 class BatchProgress(NamedTuple):
@@ -3030,7 +3586,7 @@ NAME_THEN, ADDRESS_THEN = "COALESCE(NULLIF(n.node_name, ''), h.name)", """COALES
 RELEASE_NODE_COLUMNS = f"""n.node_id, {NAME_THEN}, {ADDRESS_THEN}, h.agent_protocol, n.batch, n.status, n.task_id,
     n.attempts, n.error_kind, n.error_msg, n.hold_until, n.started_at, n.finished_at, n.accepted,
     (SELECT MAX(a.last_version) FROM nodes a WHERE a.main_ip = h.main_ip AND a.agent_port = h.agent_port),
-    n.hold_clock, n.started_clock, n.waited_sec"""
+    n.hold_clock, n.started_clock, n.waited_sec, n.reached"""
 
 # The counters, made from the rows themselves in the transaction that changes them (rule 7).
 COUNTERS = """success_nodes = (SELECT COUNT(*) FROM release_task_nodes n
@@ -3071,8 +3627,9 @@ class Store:
         self._masks: dict[tuple[int, int], int] = {}
         self._bits: dict[Endpoint, int] = {}
         self._masks_guard = threading.Lock()
-        # When the generation grew last, by elapsed time.
+        # When the generation grew last, by elapsed time; whether a fall is not written down yet.
         self._changed_at = float("-inf")
+        self._has_fallen = False
 
     @property
     def generation(self) -> int:
@@ -3090,7 +3647,9 @@ class Store:
         with self.database.transaction() as tx:
             version, event_id = tx.row("SELECT (SELECT COALESCE(MAX(version), 0) FROM release_tasks), "
                                        "(SELECT COALESCE(MAX(id), 0) FROM release_events)") or (0, 0)
-            fell, has_moved = self._seen.note(before, version, event_id, tx.value(self.database.engine.timeline_sql))
+            timeline = tx.value(self.database.engine.timeline_sql)
+            # a standby that is behind is no database that went back
+            fell, has_moved = self._seen.note(before, version, event_id, timeline) if timeline else ("", False)
             if fell:
                 self._tell_went_back(fell)
             elif has_moved:
@@ -3106,6 +3665,7 @@ class Store:
 
     def _tell_went_back(self, fell: str) -> None:
         self._begin_anew()
+        self._has_fallen = True
         self.database.metrics.count("releasectl_database_went_back_total")
         log.error("%s went back to an earlier state (%s): a backup was restored, or a failover lost commits; "
                   "everything is read anew, and agents are asked before anything is sent. See the runbook, "
@@ -3237,7 +3797,7 @@ class Store:
         with self.database.transaction() as tx:
             version = self._version_for(tx, request, tx.value(self.database.engine.next_release_id_sql))
             check_payload_version(request.payload, version)
-            return self._plan(tx, request)._replace(version=version)
+            return self._plan(tx, request)[0]._replace(version=version)
 
     def create_release(self, request: ReleaseRequest, actor: str, once: Once | None = None) -> Made:
         """Create a release for the nodes it asks for; return it, its batches and who is left out (rule 1).
@@ -3248,7 +3808,7 @@ class Store:
         """
         with self.database.transaction(write=True) as tx:
             return self._made_before(tx, once) or self._remember(
-                tx, once, self._create(tx, request, self._plan(tx, request), actor))
+                tx, once, self._create(tx, actor, request, *self._plan(tx, request)))
 
     def _remember(self, tx: Transaction, once: Once | None, made: Made) -> Made:
         """Keep what a key made, for a day."""
@@ -3296,17 +3856,18 @@ class Store:
     def plan_again(self, verb: str, release_id: int, wish: Again = Again()) -> Plan:  # noqa: B008 - it has no state
         """Return what a retry or rollback would make, and raise what it would; write nothing."""
         with self.database.transaction() as tx:
-            _, plan = self._plan_again(tx, verb, release_id, wish)
+            _, plan, _ = self._plan_again(tx, verb, release_id, wish)
             return plan._replace(version=self._next_version(tx, tx.value(self.database.engine.next_release_id_sql)))
 
     def _make_again(self, verb: str, release_id: int, actor: str, wish: Again, once: Once | None) -> Made:
         with self.database.transaction(write=True) as tx:
             made = self._made_before(tx, once)
             return made or self._remember(tx, once, self._create(
-                tx, *self._plan_again(tx, verb, release_id, wish), actor))
+                tx, actor, *self._plan_again(tx, verb, release_id, wish)))
 
-    def _plan_again(self, tx: Transaction, verb: str, release_id: int, wish: Again) -> tuple[ReleaseRequest, Plan]:
-        """Return what a retry or rollback asks for, and how it would go out."""
+    def _plan_again(self, tx: Transaction, verb: str, release_id: int,
+                    wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
+        """Return what a retry or rollback asks for, how it would go out, and its nodes."""
         old = self._release(tx, release_id)
         check_verb(verb, old)
         request, plan, nodes = (self._plan_retry if verb == "retry" else self._plan_rollback)(tx, old, wish)
@@ -3315,7 +3876,7 @@ class Store:
         refuse_twins(nodes)
         source = plan.payload_of[0] if plan.payload_of else old.id
         refuse_dropping_sites(request.payload, nodes, 3003, f"the payload of release {source}")
-        return request, plan._replace(emptied=self._emptied(request.payload, nodes))
+        return request, plan._replace(emptied=self._emptied(request.payload, nodes)), nodes
 
     def _plan_retry(self, tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
         found = self._nodes_of(tx, old, "n.status IN ('failed', 'skipped')")
@@ -3417,14 +3978,14 @@ class Store:
                 FROM release_tasks
                 WHERE target = ? AND version < ?
                 ORDER BY version DESC""", old.target, old.version):
-            digest = self._digest(tx, release_id)
-            if not missing or digest == unwanted or version <= bad.get(digest, 0):
-                continue
             found = self._succeeded(tx, release_id) & missing
-            if found:
+            digest = self._digest(tx, release_id) if found else unwanted
+            if digest != unwanted and version > bad.get(digest, 0):
                 votes[digest] += len(found)
                 newest.setdefault(digest, (version, release_id))
                 missing -= found
+            if not missing:
+                break
         if not votes:
             raise AppError(3003, f"nothing to roll back to: no release of target {old.target} before {old.id} "
                                  "succeeded on its nodes with another payload; toRelease (--to) names one")
@@ -3474,14 +4035,14 @@ class Store:
             raise AppError(3003, f"the strategy of release {release.id} can't be used: {one_line(error)}") from None
         return {key: value for key, value in strategy.items() if key not in without}
 
-    def _plan(self, tx: Transaction, request: ReleaseRequest) -> Plan:
+    def _plan(self, tx: Transaction, request: ReleaseRequest) -> tuple[Plan, list[Node]]:
         strategy = parse_strategy(request.strategy)
         nodes, left_out = choose_nodes(
             [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")], request)
         refuse_twins(nodes)
         refuse_dropping_sites(request.payload, nodes)
         plan = make_plan(strategy, [node.id for node in nodes], left_out)
-        return plan._replace(emptied=self._emptied(request.payload, nodes))
+        return plan._replace(emptied=self._emptied(request.payload, nodes)), nodes
 
     def _next_version(self, tx: Transaction, release_id: int) -> int:
         """Return the version for the release of an id: above every one that may ever have been used (rule 1)."""
@@ -3490,7 +4051,8 @@ class Store:
             SELECT MAX(v)
             FROM (SELECT MAX(version) AS v FROM release_tasks
                   UNION ALL SELECT MAX(last_version) FROM nodes
-                  UNION ALL SELECT first_version - 1 FROM database_state) used""")
+                  UNION ALL SELECT first_version - 1 FROM database_state
+                  UNION ALL SELECT lost_version FROM database_state) used""")
         version = int(max(highest or 0, release_id - 1, self._seen.version)) + 1
         if version > MAX_VERSION:
             raise AppError(3003, f"the versions are used up: the newest is {MAX_VERSION}")
@@ -3511,27 +4073,40 @@ class Store:
         with self.database.transaction(write=True) as tx:
             tx.execute("UPDATE database_state SET first_version = ? WHERE id = 1 AND first_version < ?",
                        version, version)
+            # what is half done has a lower version than agents may have: its nodes are sent nothing more
+            tx.execute("UPDATE nodes SET last_version = ? WHERE last_version < ?", version - 1, version - 1)
             return self._next_version(tx, tx.value(self.database.engine.next_release_id_sql))
+
+    def _write_fall(self, tx: Transaction) -> None:
+        """Write down that the database went back, where this process saw it: others saw no lost version."""
+        if self._has_fallen:
+            tx.execute("""
+                UPDATE database_state
+                SET moved_at = ?, lost_version = CASE WHEN lost_version > ? THEN lost_version ELSE ? END
+                WHERE id = 1""", tx.now(), self._seen.version, self._seen.version)
+            tx.afterwards.append(functools.partial(setattr, self, "_has_fallen", False))
 
     def _note_timeline(self, tx: Transaction) -> None:
         """Note the server that a writer has; after a failover leave out the numbers that lost releases may have had."""
+        self._write_fall(tx)
         timeline = tx.value(self.database.engine.timeline_sql)
         known = tx.value("SELECT timeline FROM database_state WHERE id = 1")
         if known == 0 != timeline:
             tx.execute("UPDATE database_state SET timeline = ? WHERE id = 1", timeline)
         elif known != timeline:
-            tx.execute("UPDATE database_state SET timeline = ?, moved_at = ?, first_version = ? WHERE id = 1",
-                       timeline, tx.now(), min(self._next_version(tx, 0) + VERSIONS_SKIPPED, MAX_VERSION))
+            tx.execute("UPDATE database_state SET timeline = ?, moved_at = ?, lost_version = ? WHERE id = 1",
+                       timeline, tx.now(), min(self._next_version(tx, 0) + VERSIONS_SKIPPED - 1, MAX_VERSION))
 
-    def _create(self, tx: Transaction, request: ReleaseRequest, plan: Plan, actor: str) -> Made:
+    def _create(self, tx: Transaction, actor: str, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node]) -> Made:
         self._note_timeline(tx)
+        if not (request.retry_of or request.rollback_of):
+            # before a number is used up: the next try would have to name another
+            check_payload_version(request.payload, self._version_for(
+                tx, request, tx.value(self.database.engine.next_release_id_sql)))
         release_id = tx.value(self.database.engine.take_release_id_sql)
         version = self._version_for(tx, request, release_id)
+        payload = payload_for_version(request.payload, version)
         self._seen.use_version(version)
-        payload = dict(request.payload)
-        if request.retry_of or request.rollback_of:
-            payload = payload_for_version(payload, version)
-        check_payload_version(payload, version)
         now = self._now()
         tx.execute("""
             INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, strategy, retry_of,
@@ -3540,11 +4115,11 @@ class Store:
                    release_id, request.target, version, new_tag(), REASON_PENDING, request.reason, to_json(payload),
                    to_json(request.strategy), request.retry_of, request.rollback_of,
                    sum(map(len, plan.batches)), now, now)
+        as_it_is = {node.id: (node.name, node.main_ip, node.agent_port) for node in nodes}
         tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, accepted, created_at, "
-                       "updated_at) VALUES ", 6, [
-                           (release_id, node_id, number, int(node_id in plan.tolerated), now, now)
+                       "updated_at, node_name, main_ip, agent_port) VALUES ", 9, [
+                           (release_id, node_id, number, int(node_id in plan.tolerated), now, now, *as_it_is[node_id])
                            for number, batch in enumerate(plan.batches, 1) for node_id in batch])
-        self._keep_as_they_are(tx, release_id)
         left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20]
                     if request.retry_of or request.rollback_of]
         detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "", *left_out)))
@@ -3869,7 +4444,12 @@ class Store:
     def look(self) -> tuple[list[int], list[int]]:
         """Gives the ids of the releases that may be claimed now, and of those in other hands."""
         with self._watching() as tx:
-            return self._runnable(tx)
+            found = self._runnable(tx)
+        if self._has_fallen:
+            with self.database.transaction(write=True) as tx:
+                self._write_fall(tx)
+                found = self._runnable(tx)
+        return found
 
     def _runnable(self, tx: Transaction) -> tuple[list[int], list[int]]:
         return runnable(self._candidates(tx), tx.now(), self._freeze(tx), self._shares(tx))
@@ -3882,7 +4462,7 @@ class Store:
         bit_of: dict[int, int] = {}
 
         def mask(c: Candidate) -> int:
-            known = self._masks.get((c.id, c.version))
+            known = self._masks.get((c.id, c.version)) if c.tag else None
             if known is None:
                 bit_of.update(() if bit_of else self._bit_of(tx).items())
                 # as one text: ten thousand rows take five times as long
@@ -3911,15 +4491,15 @@ class Store:
         # the index release_tasks_by_status finds what is not terminal
         return [Candidate(id_, target, version, status, running,
                           expires is not None and now < expires <= cls._latest_expiry(now),
-                          cls._start_at(strategy), paused_by, said, started is not None, bool(pending))
-                for id_, target, version, status, running, expires, strategy, paused_by, said, started, pending
+                          cls._start_at(strategy), paused_by, said, started is not None, bool(pending), tag)
+                for id_, target, version, status, running, expires, strategy, paused_by, said, started, pending, tag
                 in tx.rows("""
             SELECT r.id, r.target, r.version, r.status,
                    (SELECT COUNT(*) FROM release_task_nodes n
                     WHERE n.release_task_id = r.id AND n.status = 'running'),
                    r.claim_expires_at, r.strategy, r.paused_by, r.status_reason, r.started_at,
                    (SELECT MIN(n.batch) FROM release_task_nodes n
-                    WHERE n.release_task_id = r.id AND n.status = 'pending')
+                    WHERE n.release_task_id = r.id AND n.status = 'pending'), r.tag
             FROM release_tasks r
             WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')""")]
 
@@ -3972,12 +4552,13 @@ class Store:
     def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
         """Give a release the next version when it starts, where nodes may have higher ones than it has (rule 2).
 
-        That is one that had to wait for its time while later ones started, and one that is numbered below what a
-        restore or a failover left out: a release that is lost may have had a higher version.
+        That is one that had to wait for its time while later ones started, and one that is numbered below the first
+        version that a person named: agents are further on. Not after a failover: it may be at its agents already,
+        under this number, and they know it by that.
         """
         first_version = tx.value("SELECT first_version FROM database_state WHERE id = 1")
         if release.version < first_version:
-            why = f"versions below {first_version} may be those of releases that are lost"
+            why = f"agents may have versions below {first_version} (migrate --first-version)"
         elif self._start_at(release.strategy) and tx.value(
                 "SELECT COUNT(*) FROM release_tasks WHERE version > ? AND started_at IS NOT NULL", release.version):
             why = "later ones went out while it waited for its time"
@@ -4074,6 +4655,8 @@ class Store:
         with self.database.transaction() as tx:
             moved_at = tx.value("SELECT moved_at FROM database_state WHERE id = 1")
             moved_s = epoch_of(tx.now()) - epoch_or(moved_at, 0.0) if moved_at else float("inf")
+            if moved_s < 0:  # the clock of the server before was ahead
+                moved_s = float("inf")
             return Obstacles(self._busy(tx, release_id), self._freeze(tx),
                              min(moved_s, self.clock.elapsed() - self._changed_at))
 
@@ -4091,7 +4674,8 @@ class Store:
             SELECT {ADDRESS_THEN}, n.status, n.hold_until, n.hold_clock
             FROM release_task_nodes n
             JOIN nodes h ON h.id = n.node_id
-            WHERE n.hold_until IS NOT NULL AND n.hold_until > ? AND n.release_task_id <> ?""",
+            WHERE n.hold_until IS NOT NULL AND n.hold_until > ?
+              AND (n.release_task_id <> ? OR n.status IN ('success', 'failed'))""",
                        release_id, utc_text(now.wall - 7 * 86400), release_id)
         return frozenset(endpoint_of(main_ip, port) for main_ip, port, status, until, mark in rows
                          if status == RUNNING or 0 < now.until_s(until, mark) <= MAX_HOLD_S)
@@ -4232,8 +4816,8 @@ class Store:
             before, after, _ = change
             key: tuple[object, ...] = (
                 after.status, after.attempts, after.error_kind, after.error_msg, after.hold_until, after.hold_clock,
-                after.started_clock, round(after.waited_s, 3), after.started_at, after.finished_at,
-                before.status, before.attempts)
+                after.started_clock, round(after.waited_s, 3), after.stored_reached, after.started_at,
+                after.finished_at, before.status, before.attempts)
             alike.setdefault(key, []).append(change)
         for key, group in alike.items():
             for start in range(0, len(group), NODES_PER_STATEMENT):
@@ -4244,7 +4828,7 @@ class Store:
                 changed = tx.execute(f"""
                     UPDATE release_task_nodes
                     SET status = ?, attempts = ?, error_kind = ?, error_msg = ?, hold_until = ?, hold_clock = ?,
-                        started_clock = ?, waited_sec = ?, started_at = ?, finished_at = ?, updated_at = ?,
+                        started_clock = ?, waited_sec = ?, reached = ?, started_at = ?, finished_at = ?, updated_at = ?,
                         task_id = {task_id}
                     WHERE release_task_id = ? AND status = ? AND attempts = ?
                       AND node_id IN ({', '.join('?' * len(part))})""",
@@ -4284,7 +4868,7 @@ class Wait(NamedTuple):
 
     The moment is one of time.monotonic(); socket.timeout is raised then.
     """
-    sock: socket.socket | None
+    sock: socket.socket | select.epoll | None
     event: int
     ends_at: float
 
@@ -4518,6 +5102,8 @@ class TooBig(Exception):
 
 MAX_IDLE_AGENT_CONNECTIONS = 256
 MAX_IDLE_AGENT_CONNECTION_S = 60.0
+# Of a name's several addresses the next is tried beside the ones before after so long (RFC 8305, 5).
+NEXT_ADDRESS_S = 0.25
 # The head of an answer may be this long on top of the body.
 MAX_HEAD_BYTES = 64 << 10
 # The body of an agent's answer (contract section 1), and of what a probe gets: a page that a node serves.
@@ -4533,6 +5119,16 @@ CERTIFICATE_FAULTS: Mapping[int, str] = {
     21: "presented a certificate of another CA than ours (CONTROL_CA)",
     62: "presented a certificate for another name",
     64: "presented a certificate for another address",
+    66: "presented a certificate whose key is too weak: it needs RSA of 2048 bits or more, or EC",
+    67: "presented a certificate of a CA whose key is too weak: it needs RSA of 2048 bits or more, or EC",
+    68: "presented a certificate signed with a digest that is too weak: it needs SHA-256 or better",
+}
+# What OpenSSL's security level refuses in our own files, and what would do.
+WEAK_REASONS: Mapping[str, str] = {
+    "EE_KEY_TOO_SMALL": "its key is too weak: make one of RSA with 2048 bits or more, or of EC",
+    "CA_KEY_TOO_SMALL": "the key of its CA is too weak: it needs RSA of 2048 bits or more, or EC",
+    "CA_MD_TOO_WEAK": "it is signed with a digest that is too weak: it needs SHA-256 or better",
+    "DH_KEY_TOO_SMALL": "its key is too weak: make one of RSA with 2048 bits or more, or of EC",
 }
 # Alerts by which an agent says that it does not like our certificate; their prefixes differ
 # between versions of TLS and of OpenSSL.
@@ -4606,6 +5202,8 @@ class TlsFiles:
         self._guard = threading.Lock()
         self._stamp: object = None
         self._context: ssl.SSLContext | None = None
+        # Why the files as they are were not taken.
+        self._fault = ""
         # When a renewed certificate that is not valid yet will be.
         self._valid_from = float("inf")
 
@@ -4623,13 +5221,23 @@ class TlsFiles:
                     if self._context is not None:
                         self._refuse_invalid(self._files[0])
                     self._context = made
+                    self._fault = ""
                 except ConfigError as error:
                     if self._context is None:
                         raise
+                    self._fault = str(error)
                     log.warning("renewed certificate not taken yet, the one before goes on: %s", error)
                 self._stamp = stamp
             assert self._context is not None
             return self._context
+
+    def reload(self) -> None:
+        """Read the files anew, whether they changed or not; raise ConfigError when they can't be used."""
+        with self._guard:
+            self._stamp = None
+        self.context()
+        if self._fault:
+            raise ConfigError(f"{self._fault} (the one before goes on)")
 
     def _refuse_invalid(self, path: str) -> None:
         """Raise ConfigError when a certificate has expired or is not valid yet."""
@@ -4683,35 +5291,54 @@ def _no_passphrase() -> str:
 def load_pair(context: ssl.SSLContext, cert: str, key: str, names: tuple[str, str]) -> None:
     """Loads a certificate and its key; ConfigError naming the setting and what is wrong."""
     for name, path in zip(names, (cert, key)):
-        require_file(name, path)
+        require_pem(name, path)
     try:
         context.load_cert_chain(cert, key, password=_no_passphrase)
     except ssl.SSLError as error:
         if "MISMATCH" in (error.reason or ""):
             raise ConfigError(f"{names[0]} {cert} does not fit {names[1]} {key}: "
                               "they are not of one pair") from None
+        if error.reason in WEAK_REASONS:
+            raise ConfigError(f"{names[0]} {cert} is weak: {WEAK_REASONS[error.reason]}") from None
         raise ConfigError(f"{names[0]} {cert} or {names[1]} {key} is not PEM: {_tls_reason(error)}") from None
     except ConfigError as error:
         raise ConfigError(f"{names[1]} {key}: {error}") from None
 
 
-def require_file(name: str, path: str) -> None:
-    """Raises ConfigError naming the setting, when its file can't be read."""
+def require_file(name: str, path: str) -> bytes:
+    """Return how a file begins; raise ConfigError naming the setting when it can't be read."""
     if not path:
         raise ConfigError(f"{name} is not set")
     try:
-        with open(path, "rb"):
-            pass
+        with open(path, "rb") as file:
+            return file.read(3)
     except OSError as error:
         raise ConfigError(f"{name} {path} can't be read: {_os_reason(error)}") from None
 
 
+def require_pem(name: str, path: str) -> None:
+    """Raise ConfigError for a file that can't be read, or whose first certificate OpenSSL would leave out unseen."""
+    if require_file(name, path) == codecs.BOM_UTF8:
+        raise ConfigError(f"{name} {path} begins with a byte order mark: save it without one (`sed -i '1s/^\\xEF\\xBB"
+                          "\\xBF//'`)")
+
+
+def require_private(name: str, path: str) -> None:
+    """Raise ConfigError for a file that can't be read, that others than owner and group can read, or that anybody
+    but its owner can write."""
+    require_file(name, path)
+    if os.stat(path).st_mode & (stat.S_IRWXO | stat.S_IWGRP):
+        raise ConfigError(f"{name} {path} is open to others: chmod o-rwx,g-w it (its group may read it)")
+
+
 def load_ca(context: ssl.SSLContext, ca: str, name: str) -> None:
     """Loads the CA to verify peers by; ConfigError naming the setting."""
-    require_file(name, ca)
+    require_pem(name, ca)
     try:
         context.load_verify_locations(ca)
     except ssl.SSLError as error:
+        if error.reason in WEAK_REASONS:
+            raise ConfigError(f"{name} {ca} is weak: {WEAK_REASONS[error.reason]}") from None
         raise ConfigError(f"{name} {ca} holds no PEM certificate: {_tls_reason(error)}") from None
 
 
@@ -4737,6 +5364,7 @@ class AgentClient:
         self._connect_s = settings.agent_connect_timeout_sec
         self._request_s = settings.agent_request_timeout_sec
         self._server_name = settings.agent_tls_server_name
+        self._key = settings.control_key
         self._tls = TlsFiles(client_context, settings.control_cert, settings.control_key,
                              settings.control_ca) if settings.mtls_enabled else None
         self._guard = threading.Lock()
@@ -4745,10 +5373,20 @@ class AgentClient:
         self._active: set[socket.socket] = set()
         self._is_closed = False
 
-    def prepare(self) -> None:
-        """Raises ConfigError when no agent could be called with these settings."""
+    def prepare(self, key_may_be_open: bool = False) -> None:
+        """Raise ConfigError when no agent could be called with these settings, or others can read our key.
+
+        For who is about to begin something; what is under way goes on with a key that was opened meanwhile.
+        """
         if self._tls:
             self._tls.context()
+            if not key_may_be_open:
+                require_private("CONTROL_KEY", self._key)
+
+    def reload(self) -> None:
+        """Read the certificates anew; raise ConfigError when they can't be used."""
+        if self._tls:
+            self._tls.reload()
 
     def close(self) -> None:
         """Ends every connection, also under requests in flight: they and all later ones fail at once."""
@@ -4804,7 +5442,8 @@ class AgentClient:
             named = data.get("taskId")
             if not isinstance(named, str) or not named or one_line(named) != named:
                 raise self._nonsense(address, "names no task id", data)
-            return Answer(ACCEPTED, named)
+            # what is going to run is pending; a version that the agent has already is done at once
+            return Answer(ACCEPTED, named, applied=task.version if data.get("status") == "success" else 0)
         data = await self._call(address, "POST", EXECUTE_PATH, within_s, {
             "requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}}, gate)
         return self._read_execution(address, task, data)
@@ -4935,10 +5574,11 @@ class AgentClient:
         text = f"{address} answered HTTP {status}" + (f": {said.strip()}" if text_of(said) else "") + (
             " (wrong --protocol?)" if status == 404 else "")
         if 300 <= status < 400:
-            return AgentError(HTTP, f"{address} answered a redirect (HTTP {status}), which is not followed", True)
+            return AgentError(HTTP, f"{address} answered a redirect (HTTP {status}), which is not followed", True,
+                              is_refusal=True)
         if 400 <= status < 500 and status != 429:
             return AgentError(REJECTED, text, reached=True, final=True)
-        return AgentError(HTTP, text, reached=True)
+        return AgentError(HTTP, text, reached=True, is_refusal=status in (429, 503))
 
     # -- connections ---------------------------------------------------------------------
 
@@ -5013,24 +5653,73 @@ class AgentClient:
             raise self._handshake_error(address, error, connect_s) from None
 
     async def _open_socket(self, address: Address, connect_by: float) -> socket.socket:
-        """Connects to the first address that answers; all tries together end at connect_by."""
-        error: OSError = OSError("no address found")
-        for family, kind, number, _, target in await self._look_up(address):
-            sock = socket.socket(family, kind, number)
-            try:
-                sock.setblocking(False)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                with self._in_flight(sock):
-                    code = sock.connect_ex(target)
-                    if code == errno.EINPROGRESS:
-                        await Wait(sock, select.POLLOUT, connect_by)
-                        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if code:
-                    raise OSError(code, os.strerror(code))
-                return sock
-            except OSError as failed:
-                sock.close()
-                error = failed
+        """Connect to the address, until connect_by; of a name's several to the one that answers first."""
+        found = await self._look_up(address)
+        if len(found) > 1:
+            return await self._open_first(found, connect_by)
+        sock = self._begin_connect(found[0])
+        try:
+            with self._in_flight(sock):
+                await Wait(sock, select.POLLOUT, connect_by)
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code))
+            return sock
+        except BaseException:
+            sock.close()
+            raise
+
+    @staticmethod
+    def _begin_connect(found: tuple[Any, ...]) -> socket.socket:
+        """Return a socket that connects to one result of getaddrinfo(): it can be written at the end, well or not."""
+        family, kind, number, _, target = found
+        sock = socket.socket(family, kind, number)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            code = sock.connect_ex(target)
+            if code not in (0, errno.EINPROGRESS):
+                raise OSError(code, os.strerror(code))
+            return sock
+        except BaseException:
+            sock.close()
+            raise
+
+    async def _open_first(self, found: Sequence[tuple[Any, ...]], connect_by: float) -> socket.socket:
+        """Connect to several addresses, one more every NEXT_ADDRESS_S (RFC 8305); return the first that answers.
+
+        In the system's order; when one fails, the next is begun at once.
+        """
+        error = OSError("no address found")
+        left = collections.deque(found)
+        trying: dict[int, socket.socket] = {}
+        with contextlib.ExitStack() as stack:
+            poller = stack.enter_context(select.epoll())
+            stack.callback(lambda: collections.deque(map(_close, trying.values()), 0))
+            while left or trying:
+                if left:
+                    try:
+                        sock = self._begin_connect(left.popleft())
+                    except OSError as failed:
+                        error = failed
+                        continue
+                    trying[sock.fileno()] = sock
+                    stack.enter_context(self._in_flight(sock))
+                    poller.register(sock, select.EPOLLOUT)
+                next_at = time.monotonic() + NEXT_ADDRESS_S
+                try:
+                    await Wait(poller, select.POLLIN, min(next_at, connect_by) if left else connect_by)
+                except socket.timeout:
+                    if not left or time.monotonic() >= connect_by:
+                        raise
+                for descriptor, _ in poller.poll(0):
+                    poller.unregister(descriptor)
+                    sock = trying.pop(descriptor)
+                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if not code:
+                        return sock
+                    sock.close()
+                    error = OSError(code, os.strerror(code))
         raise error
 
     @staticmethod
@@ -5414,6 +6103,7 @@ class Executor:
     def stop(self) -> None:
         """Asks for a clean end, from any thread; returns at once. Not in a signal handler: it takes locks."""
         self.stopping.set()
+        self.store.database.end_within(STOP_GRACE_S)
         self._wake.set()
 
     def close(self) -> None:
@@ -5573,7 +6263,8 @@ def outcome_of(node_id: int, op: str, answer: Answer | AgentError) -> Outcome:
     if answer.is_held:
         return Outcome(node_id, op, HELD)
     result = FAILED if answer.final else UNSENT if not answer.reached else LOST if answer.hold_s else UNCLEAR
-    return Outcome(node_id, op, result, "", answer.kind, answer.message, answer.detail, answer.hold_s)
+    return Outcome(node_id, op, result, "", answer.kind, answer.message, answer.detail, answer.hold_s,
+                   is_refusal=answer.is_refusal)
 
 
 class Driver:
@@ -5719,7 +6410,7 @@ class Driver:
             self._payload = parse_payload(parse_json(release.payload))
             self._strategy = parse_strategy(parse_json(release.strategy))
             self._policy = self._executor.policy.under(self._strategy)
-            refuse_dropping_sites(self._payload, (row for row in rows if row.status in OPEN))
+            refuse_dropping_sites(self._payload, (row for row in rows if row.status != SUCCESS))
         except (ValueError, AppError) as error:
             self._broken = f"payload or strategy can't be used: {one_line(error, 200)}"
         now, nodes = self._now(), []
@@ -5745,18 +6436,25 @@ class Driver:
 
     def _decide(self, release: Release, now: Moment) -> Decision:
         busy: frozenset[Endpoint] = frozenset()
+        asks_first = False
         if release.status == RUNNING and (self._nodes.of[RUNNING] or self._nodes.of[PENDING]):
             busy, self._freeze, moved_s = self._store.obstacles(release.id)
             if moved_s < self._policy.hold_s:
                 # one may be under way of which the database that is there now does not know
                 busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if n.agent_protocol == EXECUTE}
+            # a release from before that may have been dispatched there (an hour: for clocks that differ)
+            asks_first = moved_s < now.wall - epoch_or(release.created_at, now.wall) + 3600
         self._is_halted = release.status != RUNNING or self._freeze.frozen
-        if self._is_halted:
-            for node in kept_from_dispatch(self._nodes, now.elapsed - self._decided_at):
-                self._nodes.put(node)
+        passed_s = now.elapsed - self._decided_at
+        if passed_s > self._executor.settings.claim_ttl_sec:  # suspended: what was on and off meanwhile it did not see
+            passed_s = held_s(self._store.holds(release.id), now.wall - passed_s, now.wall)
+        elif not self._is_halted:
+            passed_s = 0.0
+        for node in kept_from_dispatch(self._nodes, passed_s) if passed_s else ():
+            self._nodes.put(node)
         self._decided_at = now.elapsed
         return decide(release, self._nodes, now, self._policy, self._strategy, self._take_slots(), busy, self._broken,
-                      self._freeze)
+                      self._freeze, asks_first)
 
     def _take_slots(self) -> int:
         """Gives how many requests may leave now; what is not used is given back at the end of the turn."""
@@ -5766,7 +6464,13 @@ class Driver:
 
     def _commit(self, release: Release, decision: Decision, now: Moment) -> None:
         self._unclear = release, decision
-        self._store.commit(self.lease.claim, release, decision, now, self._executor.owner)
+        try:
+            self._store.commit(self.lease.claim, release, decision, now, self._executor.owner)
+        except UnstorableValue as error:
+            log.error("%s: %s; written in ASCII instead", self.lease.claim, error, extra=about(self.lease.claim))
+            decision = decision.in_ascii()
+            self._unclear = release, decision
+            self._store.commit(self.lease.claim, release, decision, now, self._executor.owner)
         self._unclear = None
         self._seen_at = now.text
         self._moved = 0
@@ -6126,7 +6830,7 @@ def openapi_schemas() -> dict[str, Any]:
             "payload": {"type": "object"}, "strategy": _ref("Strategy"),
             "nodeIds": {"type": "array", "minItems": 1, "uniqueItems": True, "items": _ID},
             "labels": {"type": "object", "additionalProperties": _TEXT}, "dryRun": {"type": "boolean"},
-            "version": {"type": "integer", "minimum": 1, "maximum": MAX_VERSION}}, required=[])
+            "version": {"type": "integer", "minimum": 1, "maximum": MAX_NAMED_VERSION}}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": _object({"reason": _REASON}, required=[]),
         "Retry": _object(again, required=[]),
@@ -7668,6 +8372,11 @@ IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,128}")
 EVENTS_LOOK_S, MAX_EVENTS_WAIT_S = 0.5, 30
 # A look whether the database takes writes is a write: not more often, whoever asks.
 READY_LOOK_S = 1.0
+# What a claim or hold means that lies further ahead than any setting allows (Store.times_ahead).
+CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
+                   "all hosts (NTP)")
+# A look that lasts longer makes the answer "not ready", whatever was seen last.
+READY_WAIT_S = 10.0
 # A release of more nodes is read whole by one client at a time. While one runs, who has read rests so many
 # times as long as the reading took; others wait so long for their turn, then they are told to come again.
 MAX_FREE_READ_NODES, WHOLE_READ_REST, MAX_WHOLE_READ_REST_S, WHOLE_READ_WAIT_S = 500, 15, 3.0, 7.0
@@ -7714,12 +8423,13 @@ class Api:
     def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32,
                  process: Callable[[], Mapping[str, Any]] = lambda: NO_PROCESS,
                  is_busy: Callable[[], bool] = lambda: False,
-                 figures: Callable[[], Figures] = lambda: {}):
+                 figures: Callable[[], Figures] = lambda: {}, hung: Callable[[], str] = lambda: ""):
         """nudge is called after every act, so that an executor in this process looks at once.
 
         process gives what only the process knows of its health: executor and certificates;
         figures what of that is for /metrics.
         is_busy says whether it drives a release now, which a reading of whole releases must not slow down.
+        hung gives a sentence on a thread of this process that hangs, "" for none.
         max_waiting: how many may wait for events; further ones are answered at once.
         """
         self.store = store
@@ -7728,9 +8438,13 @@ class Api:
         self._is_busy = is_busy
         self._whole_read = threading.Lock()
         self._figures = figures
+        self._hung = hung
         self._waiters = threading.BoundedSemaphore(max_waiting)
         self._ready_guard = threading.Lock()
         self._ready = (-READY_LOOK_S, "the database was not looked at yet")
+        self._ahead: set[str] = set()
+        # Since when somebody waits for the database, to find out.
+        self._looking_since = float("inf")
         self.started_at = time.time()
 
     def create_release(self, request: Request) -> Reply:
@@ -7893,20 +8607,34 @@ class Api:
         if self._ready_guard.acquire(blocking=False):  # else somebody is looking: what was seen last holds
             try:
                 if time.monotonic() - self._ready[0] >= READY_LOOK_S:
+                    self._looking_since = time.monotonic()
                     self._ready = (time.monotonic(), self._look_whether_ready())
             finally:
+                self._looking_since = float("inf")
                 self._ready_guard.release()
-        if self._ready[1]:
-            raise DatabaseError(self._ready[1])
+        waited_s = time.monotonic() - self._looking_since
+        trouble = self._ready[1] or self._hung()
+        if waited_s > READY_WAIT_S:
+            trouble = f"the database has not answered for {waited_s:.0f} s"
+        if trouble:
+            raise DatabaseError(trouble)
         return Reply(200, {"status": "ready"})
 
     def _look_whether_ready(self) -> str:
         try:
             self.store.database.require_schema()
             self.store.probe()
+            self._tell_times_ahead()
             return ""
         except AppError as error:
             return error.message
+
+    def _tell_times_ahead(self) -> None:
+        """Log claims and holds that a clock that was ahead left, each once: they count as over, so all is ready."""
+        ahead = set(self.store.times_ahead())
+        for sentence in sorted(ahead - self._ahead):
+            log.warning("%s, %s", sentence, CLOCK_WAS_AHEAD)
+        self._ahead = ahead
 
     def metrics(self, _request: Request) -> Reply:
         return Reply(200, metrics_text(self.store, {**process_figures(self.started_at), **self._figures()}),
@@ -8017,6 +8745,8 @@ class Tokens:
         self._guard = threading.Lock()
         self._stamp: object = None
         self._entries: list[tuple[str, str, str]] = []
+        # Why they could not be read, as it was told last.
+        self._said = ""
 
     def load(self) -> list[tuple[str, str, str]]:
         """Gives name, role and hash of each token; ConfigError naming the line that is wrong."""
@@ -8027,10 +8757,16 @@ class Tokens:
                 self._stamp = stamp
             return self._entries
 
+    def reload(self) -> int:
+        """Read the file anew; return how many tokens it has. Raise ConfigError as load() does."""
+        with self._guard:
+            self._stamp = None
+        return len(self.load())
+
     def _read(self) -> list[tuple[str, str, str]]:
         require_private("API_TOKENS_FILE", self._path)
         try:
-            lines = Path(self._path).read_text(encoding="utf-8").splitlines()
+            lines = Path(self._path).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeError) as error:
             raise ConfigError(f"API_TOKENS_FILE {self._path} can't be read: {_os_reason(error)}") from None
         entries = []
@@ -8052,8 +8788,11 @@ class Tokens:
         try:
             entries = self.load()
         except ConfigError as error:
-            log.error("nobody is let in: %s", error)
+            if str(error) != self._said:  # not at each request
+                log.error("nobody is let in: %s", error)
+            self._said = str(error)
             raise AppError(5001, "the tokens can't be read: see the log of releasectl") from None
+        self._said = ""
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
         found = None
         for name, role, known in entries:
@@ -8062,14 +8801,6 @@ class Tokens:
         if found is None:
             raise AppError(1002, "this token is not known")
         return found
-
-
-def require_private(name: str, path: str) -> None:
-    """Raises ConfigError when a file can't be read, can be read by others than owner and group, or
-    can be written by others than its owner."""
-    require_file(name, path)
-    if os.stat(path).st_mode & (stat.S_IRWXO | stat.S_IWGRP):
-        raise ConfigError(f"{name} {path} is open to others: chmod o-rwx,g-w it (its group may read it)")
 
 
 def add_token(path: str, name: str, role: str) -> str:
@@ -8081,7 +8812,7 @@ def add_token(path: str, name: str, role: str) -> str:
         raise AppError(2003, f"name {one_line(name, 60)!r} must not hold a colon or begin with #")
     token = secrets.token_hex(32)
     line = f"{parse_name(name)}:{role}:{hashlib.sha256(token.encode()).hexdigest()}\n"
-    folder = os.path.dirname(os.path.abspath(path))
+    folder = os.path.dirname(os.path.realpath(path))
     try:
         guard = os.open(folder, os.O_RDONLY)
         try:
@@ -8100,8 +8831,14 @@ def add_token(path: str, name: str, role: str) -> str:
 
 
 def _replace(path: str, text: str, before: os.stat_result | None, mode: int = 0o600) -> None:
-    """Puts a file in the place of another, with its owner, group and mode; one without before has the mode given."""
-    descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=os.path.dirname(os.path.abspath(path)))
+    """Put a file in the place of another, with its owner, group and mode; one without before has the mode given.
+
+    A symbolic link stays one: what it leads to is replaced.
+    """
+    path = os.path.realpath(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a regular file")  # a device, say, which a rename would take away
+    descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=os.path.dirname(path))
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
             if before:
@@ -8232,7 +8969,7 @@ class HttpAnswer(NamedTuple):
 def answer_of(reply: Reply, route: Route, head: Head) -> HttpAnswer:
     """Gives the answer to a request that went well: 304 where the client has it already."""
     text = reply.data if reply.content_type else to_json({"code": 0, "message": "success", "data": reply.data})
-    body = text.encode()
+    body = text.encode(errors="backslashreplace")  # the path of a database may be any bytes
     headers = {"Content-Type": reply.content_type or "application/json", **reply.headers}
     if "If-None-Match" in route.headers:
         headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
@@ -8481,6 +9218,8 @@ class ApiServer(http.server.ThreadingHTTPServer):
             super().__init__((str(target[0]), port), ApiHandler)
         except OSError as error:
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: {_os_reason(error)}") from None
+        except UnicodeError:  # an empty label, or one of more than 63 characters
+            raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: that is no host name") from None
 
     def server_bind(self) -> None:
         """Binds without the look-up of a name, which may take long on a host without DNS."""
@@ -8574,12 +9313,12 @@ def _canned(error: AppError) -> bytes:
 def _refuse_foreign_page(head: Head) -> None:
     """Raises AppError 1004 for a browser that another site's page sent here: without tokens nothing
     else would tell it from the person before it."""
-    host = head.headers.get("host", "")
+    host = head.headers.get("host", "").lower()  # names know no case (RFC 9110, 4.2.3), and browsers no capitals
     name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
     with contextlib.suppress(ValueError):
         if name not in ("", "localhost"):
             ipaddress.ip_address(name.strip("[]"))
-        if head.headers.get("origin", f"http://{host}") in (f"http://{host}", f"https://{host}"):
+        if head.headers.get("origin", f"http://{host}").lower() in (f"http://{host}", f"https://{host}"):
             return
     raise AppError(1004, "without API_TOKENS_FILE only this host's own address is served, and no other site's page")
 
@@ -8610,10 +9349,10 @@ class Ping(NamedTuple):
     text: str
 
 
-def ping_nodes(settings: Settings, nodes: Sequence[Node]) -> list[Ping]:
-    """Asks agents all at once whether they answer. Raises ConfigError without certificates."""
+def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool = False) -> list[Ping]:
+    """Ask agents all at once whether they answer. Raise ConfigError without certificates, or with an open key."""
     agents = AgentClient(settings)
-    agents.prepare()
+    agents.prepare(key_may_be_open)
 
     def ping(node: Node) -> Ping:
         try:
@@ -8700,6 +9439,39 @@ def check_private(name: str, path: str) -> Finding:
     return Finding(name, EXIT_DONE, f"{path} is closed to others")
 
 
+def _is_in_reach(path: str, of: int) -> bool:
+    """Return whether a file has one of the modes, and its folders let everybody through to it."""
+    found = os.path.realpath(path)
+    if not os.stat(found).st_mode & of:
+        return False
+    return all(os.stat(folder).st_mode & stat.S_IXOTH for folder in Path(found).parents)
+
+
+def check_config(settings: Settings, path: str) -> Iterator[Finding]:
+    """Look at who may read and write the file of the settings: whoever writes it decides what goes out."""
+    if not path:
+        return
+    has_secret = safe_url(settings.database_url) != settings.database_url
+    if os.stat(path).st_mode & (stat.S_IWOTH | stat.S_IWGRP):
+        yield Finding("--config", EXIT_USAGE, f"{path} is open to others, who may write it: chmod o-rwx,g-w it")
+    elif has_secret and _is_in_reach(path, stat.S_IROTH):
+        yield Finding("--config", EXIT_USAGE, f"{path} is open to others, and the database's password may be in it: "
+                                              "chmod o-rwx it (its group may read it)")
+    else:
+        yield Finding("--config", EXIT_DONE, f"{path} is closed to others" if has_secret else
+                      f"{path} can be written by its owner alone")
+
+
+def check_database_file(engine: SqliteEngine | PostgresEngine) -> Iterator[Finding]:
+    """Look at who else may read or write the files of an SQLite database: the payloads are in them."""
+    if not isinstance(engine, SqliteEngine):
+        return
+    for path in (engine.path, engine.path + "-wal", engine.path + "-shm"):
+        with contextlib.suppress(OSError):  # not there; the database itself is told of
+            if _is_in_reach(path, stat.S_IRWXO):
+                yield Finding("DATABASE_URL", EXIT_USAGE, f"{path} is open to others: chmod o-rwx it")
+
+
 def check_agents(settings: Settings) -> Iterator[Finding]:
     """Looks at what mutual TLS with the agents needs."""
     if not settings.mtls_enabled:
@@ -8765,19 +9537,21 @@ def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:
 
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
     """Looks at the database, and asks the agents of its enabled, online nodes."""
+    engine = store.database.engine
+    tls = f"; {engine.tls_text()}" if isinstance(engine, PostgresEngine) else ""
     try:
         store.database.require_schema()
         store.probe()
-        yield Finding("DATABASE_URL", EXIT_DONE, f"{store.database}: schema {len(schema_steps())}, takes writes")
+        yield Finding("DATABASE_URL", EXIT_DONE, f"{store.database}: schema {len(schema_steps())}, takes writes{tls}")
+        yield from check_database_file(store.database.engine)
         for sentence in store.times_ahead():
-            yield Finding("clock", EXIT_UNAVAILABLE, f"{sentence}, further ahead than any setting allows: a clock was "
-                                                     "ahead. It counts as over; look at the clocks of all hosts (NTP)")
+            yield Finding("clock", EXIT_UNAVAILABLE, f"{sentence}, {CLOCK_WAS_AHEAD}")
         nodes = [node for node in store.nodes(size=0).items if node.gets_releases]
         try:
             refuse_twins(nodes)
         except AppError as error:
             yield Finding("nodes", EXIT_USAGE, error.message)
-        for ping in ping_nodes(settings, nodes) if nodes else []:
+        for ping in ping_nodes(settings, nodes, key_may_be_open=True) if nodes else []:  # that is told of itself
             yield Finding(f"node {ping.node.name}", EXIT_DONE if ping.is_ok else EXIT_UNAVAILABLE, ping.text)
     except DatabaseError as error:
         yield Finding("DATABASE_URL", EXIT_UNAVAILABLE, error.message)
@@ -8790,13 +9564,29 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
 #   as it goes. Uses 1 to 17.
 # ======================================================================================
 
+def columns_of(text: str) -> int:
+    """Return how many columns a printable text takes in a terminal: a Chinese letter two, an accent of its own none."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.category(char) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(char) in "WF"
+               else 1 for char in text)
+
+
+def cut_to(text: str, columns: int) -> str:
+    """Return as much of a printable text as fits into so many columns."""
+    if columns_of(text) <= columns:
+        return text
+    ends = itertools.accumulate(columns_of(char) for char in text)
+    return text[:sum(1 for end in ends if end <= columns)]
+
+
 def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
     """Gives rows as text in columns, or '' when there are none."""
     cells = [[one_line(cell) if cell is not None else "" for cell in row] for row in rows]
     if not cells:
         return ""
-    widths = [max(len(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+    widths = [max(columns_of(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
+    return "\n".join("  ".join(cell + " " * (width - columns_of(cell)) for cell, width in zip(row, widths)).rstrip()
                      for row in [[h.upper() for h in head], *cells])
 
 
@@ -8833,7 +9623,7 @@ class Screen:
     def say(self, line: str) -> None:
         """Shows what is wrong, once."""
         if self._is_terminal:
-            self._draw([line[:shutil.get_terminal_size((100, 24)).columns - 1]])
+            self._draw([cut_to(one_line(line), self._size().columns - 1)])
         else:
             self._say(line, line)
 
@@ -8842,41 +9632,51 @@ class Screen:
             print(line, file=self._stream, flush=True)
         self._said = step
 
+    def _size(self) -> os.terminal_size:
+        """Return the size of the terminal that is drawn in, which standard output may not be."""
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            found = os.get_terminal_size(self._stream.fileno())
+            if found.columns > 0 and found.lines > 0:
+                return found
+        return shutil.get_terminal_size((100, 24))
+
     def _draw(self, lines: Sequence[str]) -> None:
         """Puts lines in the place of the last ones, as many as the screen has."""
-        lines = lines[:max(shutil.get_terminal_size((100, 24)).lines - 1, 1)]
+        lines = lines[:max(self._size().lines - 1, 1)]
         up = f"\x1b[{self._drawn}A" if self._drawn else ""
         print(up + "".join(f"\r\x1b[K{line}\n" for line in lines) + "\x1b[J", end="", file=self._stream, flush=True)
         self._drawn = len(lines)
 
     def _lines(self, progress: Progress) -> list[str]:
-        width = max(40, shutil.get_terminal_size((100, 24)).columns - 1)
+        width = max(self._size().columns - 1, 1)
         release, batches = progress.release, progress.batches
         at = max(release.current_batch or len(batches), 1)
         # the batches around the current one, where there are too many for the screen
         first = max(0, min(at - self.MAX_BATCHES // 2, len(batches) - self.MAX_BATCHES))
-        lines = [release_line(release)[:width]]
+        lines = [cut_to(one_line(release_line(release), 2 * MAX_MESSAGE_CHARS), width)]
         lines += [self._batch_line(batch, width) for batch in batches[first:first + self.MAX_BATCHES]]
         if len(batches) > self.MAX_BATCHES:
-            lines.append(f"({len(batches)} batches in all)")
-        lines.append(f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
-                     f"{release.skipped_nodes} skipped of {release.total_nodes}")
+            lines.append(cut_to(f"({len(batches)} batches in all)", width))
+        lines.append(cut_to(f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
+                            f"{release.skipped_nodes} skipped of {release.total_nodes}", width))
         shown = progress.failures[:self.MAX_FAILURES]
-        lines += [self._paint(one_line(f"  {name}: {text}")[:width], "31") for name, text in shown]
+        lines += [self._paint(cut_to("  " + one_line(f"{name}: {text}"), width), "31") for name, text in shown]
         if release.failed_nodes > len(shown):
-            lines.append(f"  and {release.failed_nodes - len(shown)} more")
+            lines.append(cut_to(f"  and {release.failed_nodes - len(shown)} more", width))
         return lines
 
     def _batch_line(self, batch: BatchProgress, width: int) -> str:
         """Gives one batch as a bar whose parts are as long as their share, rounded, and at least one mark."""
-        room = min(40, width - 30)
+        done = f"batch {batch.number:>3} {batch.count(SUCCESS):>6} of {batch.total:<6} "
+        room = min(40, width - len(done) - len(self.MARKS))  # rounding up makes each part longer by less than one
+        if room < 1:
+            return cut_to(done, width)
         parts = [(mark, colour, batch.count(status)) for status, mark, colour in self.MARKS]
         bar = ""
         for mark, colour, count in parts:
             length = max(1, round(room * count / batch.total)) if count else 0
             bar += self._paint(mark * length, colour) if length else ""
-        done = batch.count(SUCCESS)
-        return f"batch {batch.number:>3} {done:>6} of {batch.total:<6} {bar}"
+        return done + bar
 
     def _paint(self, text: str, colour: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self._has_colours else text
@@ -8903,17 +9703,10 @@ class Context:
         return self.store
 
     def show(self, document: Any, text: str) -> None:
-        """Prints one JSON document with --json, else text for people; no error when its reader went away."""
+        """Print one JSON document with --json, else text for people."""
         out = to_json(document) if self.options.json else text
-        if not out:
-            return
-        try:
+        if out:
             print(out, flush=True)
-        except OSError as error:
-            # the interpreter would flush it once more at its end, and say so
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if not isinstance(error, BrokenPipeError):
-                raise AppError(5001, f"standard output can't be written: {_os_reason(error)}") from None
 
 
 def _user_name() -> str:
@@ -8935,6 +9728,7 @@ def exit_code_of(store: Store, release: Release) -> int:
 
 def command_serve(context: Context) -> int:
     settings = context.settings
+    _survive_signals()
     warn_of_settings(settings)
     _raise_descriptor_limit()
     context.store.database.migrate()
@@ -8944,8 +9738,9 @@ def command_serve(context: Context) -> int:
     executor = Executor(settings, context.store, agents)
     server = ApiServer(settings, Api(context.store, executor.nudge, settings.http_max_connections // 4,
                                      lambda: process_json(settings, executor), executor.is_busy,
-                                     lambda: certificate_figures(settings)))
-    _stop_on_signal(executor.stop)
+                                     lambda: certificate_figures(settings), executor.hung))
+    _handle_signals(executor.stop, lambda: _reload(settings, agents, server))
+    manager, secret_files = ServiceManager(os.environ.get("NOTIFY_SOCKET", "")), SecretFiles(settings)
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     with starting_threads():
         accept.start()
@@ -8954,11 +9749,12 @@ def command_serve(context: Context) -> int:
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
 
     def beat(sentence: str) -> None:
+        secret_files.look()
         if accept.is_alive():
-            notify_systemd("WATCHDOG=1", f"STATUS={one_line(sentence)}")
+            manager.tell("WATCHDOG=1", f"STATUS={one_line(sentence)}")
 
     faulthandler.enable()  # the watchdog ends who hangs by SIGABRT: the log then tells where each thread was
-    notify_systemd("READY=1")  # the database answered migrate(), and the API listens
+    manager.tell("READY=1")  # the database answered migrate(), and the API listens
     try:
         if settings.release_executor_enabled:
             executor.run_loop(beat)
@@ -8966,7 +9762,7 @@ def command_serve(context: Context) -> int:
             beat("API only, nothing is dispatched: RELEASE_EXECUTOR_ENABLED=0")
             executor.stopping.wait(settings.release_executor_interval_sec)
     finally:
-        notify_systemd("STOPPING=1")
+        manager.tell("STOPPING=1")
         executor.close()  # first: what clients do must not keep a claim
         server.shutdown()
         server.server_close()
@@ -8975,6 +9771,7 @@ def command_serve(context: Context) -> int:
 
 
 def command_run_once(context: Context) -> int:
+    _survive_signals()
     path = context.options.metrics_file
     try:
         code = _run_once(context)
@@ -9012,12 +9809,14 @@ def _run_once(context: Context) -> int:
     warn_of_settings(settings)
     context.store.database.migrate()
     executor = Executor(settings, context.store, AgentClient(settings, context.store.database.metrics))
-    _stop_on_signal(executor.stop)
+    _handle_signals(executor.stop, lambda: _reload(settings, executor.agents))
     _raise_descriptor_limit()
+    secret_files = SecretFiles(settings)
     written_at = time.monotonic()
 
     def beat() -> None:
         nonlocal written_at
+        secret_files.look()
         if time.monotonic() >= written_at + METRICS_EVERY_S:
             written_at = time.monotonic()
             with contextlib.suppress(AppError):  # told at the end, if it is still so
@@ -9055,33 +9854,121 @@ def warn_of_settings(settings: Settings) -> None:
         log.warning("CONTROL_CERT is not set: nothing can be dispatched until it is, with CONTROL_KEY and CONTROL_CA")
 
 
-def notify_systemd(*lines: str) -> None:
-    """Tells the service manager, where there is one, how we are (sd_notify(3)); no reason to fail."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(1.0)
-            # @ is how the environment writes the NUL of an abstract name
-            sock.sendto("\n".join(lines).encode(), "\0" + address[1:] if address.startswith("@") else address)
-    except OSError as error:
-        log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], address, _os_reason(error))
+class ServiceManager:
+    """systemd, or who else stands behind NOTIFY_SOCKET (sd_notify(3)); that it can't be told is no reason to fail."""
+
+    def __init__(self, address: str):
+        """address: of the socket, "" for none."""
+        self._address = address
+        self._said = ""
+
+    def tell(self, *lines: str) -> None:
+        """Say how we are."""
+        if not self._address:
+            return
+        said = ""
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(1.0)
+                # @ is how the environment writes the NUL of an abstract name
+                sock.sendto("\n".join(lines).encode(),
+                            "\0" + self._address[1:] if self._address.startswith("@") else self._address)
+        except OSError as error:
+            said = _os_reason(error)
+        if said and said != self._said:  # at each sign of life it would be a flood
+            log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], self._address, said)
+        self._said = said
 
 
-def _stop_on_signal(stop: Callable[[], None]) -> None:
-    """Lets SIGTERM and SIGINT call stop(), in a thread: a handler may interrupt who holds a lock that stop() takes."""
-    signals: queue.SimpleQueue[None] = queue.SimpleQueue()
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
+# They would end a process by default, and mean nothing to us; SIGPWR and SIGSTKFLT are Linux's.
+IGNORED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO,
+                   *(getattr(signal, name) for name in ("SIGPWR", "SIGSTKFLT") if hasattr(signal, name)),
+                   *range(signal.SIGRTMIN, signal.SIGRTMAX + 1))
+
+
+def _survive_signals() -> None:
+    """Let no signal but one to stop end this process, also before there is something to reload."""
+    for number in (signal.SIGHUP, *IGNORED_SIGNALS):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which a child would inherit
+
+
+def _handle_signals(stop: Callable[[], None], reload: Callable[[], None]) -> None:
+    """Let signals call stop() or reload(), in a thread: a handler may interrupt who holds a lock that they take.
+
+    The thread is told by a descriptor: a handler would not run while the main thread waits within a driver's C code.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
 
     def listen() -> None:
         while True:
-            signals.get()
-            stop()
+            numbers = set(ours.recv(64))
+            try:
+                if numbers & set(STOP_SIGNALS):
+                    stop()
+                elif signal.SIGHUP in numbers:
+                    reload()
+            except Exception:  # the next signal must find somebody
+                log.exception("a signal could not be followed")
 
     with starting_threads():
         threading.Thread(target=listen, name="signals", daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: signals.put(None))
+    for number in (*STOP_SIGNALS, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
+
+
+def _reload(settings: Settings, agents: AgentClient, server: ApiServer | None = None) -> None:
+    """Read anew what can be without a restart, and log in one line what became of it (SIGHUP)."""
+    parts: list[tuple[str, Callable[[], int | None]]] = []
+    if settings.mtls_enabled and settings.control_cert:
+        parts.append(("certificate for agents", agents.reload))
+    if server and server.tls:
+        parts.append(("certificate of the API", server.tls.reload))
+    if server and server.tokens:
+        parts.append(("tokens", server.tokens.reload))
+    said, is_wrong = [], False
+    for name, act in parts:
+        try:
+            count = act()
+            said.append(name if count is None else f"{count} {name}")
+        except ConfigError as error:
+            is_wrong = True
+            said.append(f"not the {name}: {error}")
+    log.log(logging.ERROR if is_wrong else logging.INFO,
+            "SIGHUP: read anew: %s; other settings need a restart, and the log, on standard error, has no file of ours "
+            "to open anew", ", ".join(said) or "nothing")
+
+
+class SecretFiles:
+    """The files that others may not read: says once when one of them becomes open while a process runs."""
+
+    LOOK_EVERY_S = 2.0
+
+    def __init__(self, settings: Settings):
+        self._files = [(name, path) for name, path in (
+            ("CONTROL_KEY", settings.control_key if settings.mtls_enabled else ""), ("HTTP_KEY", settings.http_key),
+            ("API_TOKENS_FILE", settings.api_tokens_file)) if path]
+        self._open: dict[str, str] = {}
+        self._look_at = 0.0
+
+    def look(self) -> None:
+        """Log what has changed since the last look."""
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + self.LOOK_EVERY_S
+        for name, path in self._files:
+            said = ""
+            try:
+                require_private(name, path)
+            except (ConfigError, OSError) as error:
+                said = one_line(error)
+            if said and said != self._open.get(name):
+                log.error("%s", said)
+            elif not said and self._open.get(name):
+                log.info("%s %s is as it should be again", name, path)
+            self._open[name] = said
 
 
 def _raise_descriptor_limit() -> None:
@@ -9467,7 +10354,8 @@ def command_freeze(context: Context) -> int:
 
 def command_check(context: Context) -> int:
     settings = context.settings
-    findings = [Finding("settings", EXIT_DONE, "every value can be used"), *check_agents(settings),
+    findings = [Finding("settings", EXIT_DONE, "every value can be used"),
+                *check_config(settings, context.options.config), *check_agents(settings),
                 *check_api(settings), *check_database(settings, context.store)]
     context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
                             for f in findings]},
@@ -9617,7 +10505,7 @@ COMMANDS: tuple[Command, ...] = (
         _option("--metrics-file", default="", metavar="FILE",
                 help="write figures there for node_exporter's textfile collector: a name that ends with .prom"))),
     Command("migrate", "bring the database to this schema.sql", command_migrate, (
-        _option("--first-version", type=_number_option(1, MAX_VERSION), metavar="N",
+        _option("--first-version", type=_number_option(1, MAX_NAMED_VERSION), metavar="N",
                 help="number new releases from N on: after a restore, or beside agents that are further on"),)),
     Command("node add", "add a node", command_node_add, (
         _option("name", metavar="NAME"), _option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
@@ -9636,7 +10524,7 @@ COMMANDS: tuple[Command, ...] = (
         _REASON_OPTION, _option("--target", default="cdn"),
         _option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
         _option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
-        _option("--version", type=_number_option(1, MAX_VERSION), metavar="N",
+        _option("--version", type=_number_option(1, MAX_NAMED_VERSION), metavar="N",
                 help="a higher version than the next one"),
         *(_option(flag, type=parse, metavar=metavar, help=text)
           for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS)),
@@ -9948,16 +10836,89 @@ def set_up_log(settings: Settings, command: str) -> None:
     log.propagate = False
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; gives its exit code. Errors are one line on standard error."""
-    words = sys.argv[1:] if arguments is None else arguments
+class StandardStream:
+    """A standard stream on which no print fails: what can't be written (nobody reads, the disk is full) is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        # The first error, for who wants to tell it.
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it; return its length."""
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError) as error:  # ValueError: somebody closed it
+            self.error = self.error or error
+            return len(text)
+
+    def flush(self) -> None:
+        """Bring out what was written; no error when that can't be done."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self.error = self.error or error
+
+    def end(self) -> None:
+        """Drop what could not be written: the interpreter would try once more, and end with 120."""
+        self.flush()
+        if self.error is not None:
+            with contextlib.suppress(OSError, ValueError):  # it has no descriptor
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
+
+@contextlib.contextmanager
+def standard_streams() -> Iterator[None]:
+    """Let nothing depend on the standard streams: one that is closed becomes /dev/null, and no print fails.
+
+    A file that is opened later, the database say, would get the number of a closed one.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each open() takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - to the end of the process
+    before = sys.stdout, sys.stderr
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says: JSON is UTF-8
+        # whatever the locale says: JSON is UTF-8, and a path that is none becomes an escape of JSON
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    out, err = StandardStream(sys.stdout), StandardStream(sys.stderr)
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
     try:
-        for word in words:
-            if re.search("[\ud800-\udfff]", word):
-                raise AppError(2002, f"the argument {one_line(word, 60)!r} is not UTF-8")
+        yield
+    finally:
+        out.end()
+        if out.error is not None and not isinstance(out.error, BrokenPipeError):
+            print(f"releasectl: standard output can't be written: {_os_reason(out.error)}", file=sys.stderr)
+        err.end()
+        sys.stdout, sys.stderr = before
+
+
+# Options that name a file: any bytes but NUL are a path on Linux.
+PATH_OPTIONS = frozenset(("config", "db", "payload", "file", "metrics_file"))
+
+
+def _refuse_not_utf8(options: argparse.Namespace) -> None:
+    """Raise AppError for an option that is not UTF-8, unless it names a file."""
+    for name, value in vars(options).items():
+        for text in value if isinstance(value, list) else [value]:
+            if name not in PATH_OPTIONS and isinstance(text, str) and not is_utf8(text):
+                raise AppError(2002, f"the argument {one_line(text, 60)!r} is not UTF-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code. Errors are one line on standard error."""
+    with standard_streams():
+        return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(words: Sequence[str]) -> int:
+    try:
         options = build_parser().parse_args(words, argparse.Namespace(db="", config="", json=False))
+        _refuse_not_utf8(options)
         context = Context(options)
         set_up_log(context.settings, options.command)
         with contextlib.closing(context.store.database):

@@ -130,24 +130,24 @@ class SimDatabase(rc.Database):
     def saved(self) -> sqlite3.Connection:
         """Gives a copy of all that is in it."""
         copied = sqlite3.connect(":memory:", check_same_thread=False)
-        connection, identity, _ = self._take(False)
+        connection, _ = self._take(False)
         connection.backup(copied)
-        self._give_back(connection, identity)
+        self._give_back(connection)
         return copied
 
     def put_back(self, saved: sqlite3.Connection) -> None:
         """Puts a copy in the place of all that is in it."""
-        connection, identity, _ = self._take(False)
+        connection, _ = self._take(False)
         saved.backup(connection)
-        self._give_back(connection, identity)
+        self._give_back(connection)
 
     @contextlib.contextmanager
-    def transaction(self, write: bool = False, create: bool = False):
+    def transaction(self, write: bool = False, create: bool = False, **more: float):
         self._world.stall()
         fate = self._world.database_fate(write)
         if self.is_out or fate == "refused":
             raise rc.DatabaseError("simulated: out of reach")
-        with super().transaction(write, create) as tx:
+        with super().transaction(write, create, **more) as tx:
             yield tx
             if fate == "crash before":
                 raise Crash

@@ -112,7 +112,8 @@ class Quick(Cli):
         assert stdin is None
         streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
         handlers, propagate = rc.log.handlers, rc.log.propagate
-        signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        signals = {number: signal.getsignal(number)
+                   for number in (signal.SIGHUP, *rc.STOP_SIGNALS, *rc.IGNORED_SIGNALS)}
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(streams[0]), \
                 contextlib.redirect_stderr(streams[1]):
             patch.chdir(self.folder)
@@ -652,7 +653,7 @@ def test_75_when_a_drain_was_told_to_end_before_its_release_was_at_its_end(fleet
 
 
 def test_a_signal_that_interrupts_who_holds_a_lock_still_stops():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, *rc.STOP_SIGNALS)}
     lock, stopped = threading.Lock(), threading.Event()
 
     def stop():
@@ -660,7 +661,7 @@ def test_a_signal_that_interrupts_who_holds_a_lock_still_stops():
             stopped.set()
 
     try:
-        rc._stop_on_signal(stop)
+        rc._handle_signals(stop, lambda: None)
         with lock:
             os.kill(os.getpid(), signal.SIGTERM)
         assert stopped.wait(10)

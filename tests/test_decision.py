@@ -27,7 +27,7 @@ def node(node_id: int, status: str = "pending", batch: int = 1, protocol: str = 
                           "", 0, "", "", None, None, None)
     if status == "running":
         made = made._replace(attempts=1, started_at=NOW.text, next_op=rc.QUERY, due=NOW.elapsed,
-                                   deadline=NOW.elapsed + 600)
+                             deadline=NOW.elapsed + 600, reached=True)
     if status in rc.AT_REST:
         made = made._replace(finished_at=NOW.text)
     return made._replace(**fields)
