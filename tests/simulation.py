@@ -98,6 +98,9 @@ class SimEngine(rc.SqliteEngine):
     def identity(self) -> object:
         return None
 
+    def _make_file(self) -> None:
+        """Makes none."""
+
     def connect(self, create: bool):
         connection = super().connect(create)
         connection.create_function("world_now", 0, lambda: rc.utc_text(self._world.wall))
