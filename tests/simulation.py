@@ -331,7 +331,7 @@ class SimStore(rc.Store):
 
     def look(self):
         found = super().look()
-        self.owner.saw_events(self.owner.world.ledger.seen_events)
+        self.owner.seen_event = self.owner.world.ledger.seen_events
         return found
 
     def commit(self, claim, release, decision, now, actor) -> None:
@@ -339,7 +339,7 @@ class SimStore(rc.Store):
         world.decided_at = now.elapsed - world.up_s
         try:
             super().commit(claim, release, decision, now, actor)
-            self.owner.saw_events(world.ledger.seen_events)
+            self.owner.seen_event = world.ledger.seen_events
             world.note_known(self.owner, claim.release_id)
         except (Crash, rc.DatabaseError):
             # it may be written, and nothing left: who finds it must think that something may have
@@ -372,9 +372,6 @@ class SimExecutor(rc.Executor):
         self.seen_version = 0
         self.seen_event = 0
         self.can_notice: set[int] = set()
-
-    def saw_events(self, newest: int) -> None:
-        self.seen_event = max(self.seen_event, newest)
 
     def _start_threads(self) -> None:
         """Starts none: the world renews and talks."""
@@ -1059,11 +1056,11 @@ class Simulation:
         deadline_s = rc.parse_json(strategy).get("nodeDeadlineSec", self.deadline_s)
         since, held_before_s = self.ledger.begun[release_id, node_id]
         mark = rc.parse_json(payload)["mark"]
-        if self.agents[address].ran(mark):
-            return  # it was being verified, which goes on in a pause
+        runs = [run for run in self.agents[address].runs if run.send.mark == mark]
+        if any(run.killed is None and run.ends <= self.now for run in runs):
+            return  # it was asked for its end, or verified, which goes on in a pause
         held_s = self.ledger.held_so_far(release_id, self.now) - held_before_s
-        at_work_s = sum(run.seconds_since(since, self.now) for run in self.agents[address].runs
-                        if run.send.mark == mark)
+        at_work_s = sum(run.seconds_since(since, self.now) for run in runs)
         if held_s > 0 and self.clock_set_at >= since:
             return  # a new owner knows of pauses by the times of their events
         if self.now - since - held_s + at_work_s < deadline_s - NOTICE_S:
@@ -1210,7 +1207,7 @@ class SharedSimulation(Simulation):
             self._create()
         for _ in range(self.random.randint(0, 4)):
             self.at(self.random.uniform(1, FAULTS_UNTIL_S), self._create_later)
-        if self.random.random() < 0.3:
+        if self.random.random() < (0.6 if self.twin else 0.2):
             self.at(self.random.uniform(1, FAULTS_UNTIL_S), self._create_by_hand)
         self.at(self.random.uniform(0, 5), self._steer)
         if self.faults:
@@ -1321,8 +1318,7 @@ class SharedSimulation(Simulation):
         elif kind == "restore":
             self._restore()
         elif kind == "bad agent":
-            agent = self.random.choice(list(self.agents.values()))
-            setattr(agent, self.random.choice(["is_bad_until", "is_down_until"]), self.now + self.random.uniform(1, 10))
+            self._trouble_an_agent()
         elif kind == "long hold":
             self._hold_long()
         else:
@@ -1408,8 +1404,22 @@ class SharedSimulation(Simulation):
             if send.number > snapshot.number and not send.lost_in:
                 send.lost_in = self.restores
         self.note(f"the database is as it was before number {snapshot.number}, event {self.ledger.seen_events}")
+        self._after_a_restore()
+
+    def _after_a_restore(self) -> None:
+        """Does what goes with such a day: an agent is down, a process is stopped, and people write rows by hand."""
         if self.random.random() < 0.4:
             self._set_first_version()
+        if self.random.random() < 0.4:
+            self.at(self.random.uniform(1, 5), self._create_by_hand)
+        if self.random.random() < 0.5:
+            self._trouble_an_agent()
+            self.at(self.random.uniform(2, 8), lambda: self._break("stop", self.random.choice(
+                [o for o in self.owners if not o.is_dead])))
+
+    def _trouble_an_agent(self) -> None:
+        agent = self.random.choice(list(self.agents.values()))
+        setattr(agent, self.random.choice(["is_bad_until", "is_down_until"]), self.now + self.random.uniform(1, 10))
 
     def _set_first_version(self) -> None:
         """Does what the runbook says after a restore: new versions begin above all that agents have."""
