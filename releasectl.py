@@ -151,6 +151,10 @@ MAX_PAGE_SIZE = 100
 MAX_NODES = 1_000_000
 MAX_BATCHES = 1000
 MAX_JSON_DEPTH = 64
+# Of a whole number in JSON. Python 3.9 and 3.10.0 to 3.10.6 have no limit of their own.
+MAX_INTEGER_DIGITS = 4000
+# Of a node: how many labels, and characters of a key and of a value.
+MAX_LABELS, MAX_LABEL_KEY_CHARS, MAX_LABEL_CHARS = 64, 63, 255
 
 # How soon a running task is asked for first, and by what the wait grows until the interval.
 FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
@@ -312,6 +316,29 @@ def detail_text(text: object) -> str:
     return clean.encode()[:MAX_DETAIL_BYTES].decode(errors="ignore")
 
 
+# Letters and marks that are drawn as nothing, beside the format characters (Cf): grapheme joiner, Hangul fillers,
+# Khmer inherent vowels, variation selectors, the empty Braille pattern.
+INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+_LOOK_ALIKE_SCRIPTS = frozenset(("LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE"))
+# What is_plain() takes, for whoever is refused.
+PLAIN_TEXT = ("printable characters, none of them invisible or changing the direction, without space around, in "
+              "composed form (NFC), and no word that mixes Latin letters with Greek or Cyrillic ones")
+
+
+def is_plain(text: str) -> bool:
+    """Return whether a text reads as what it is, so that no two look the same: see PLAIN_TEXT."""
+    if text.isascii():
+        return text.isprintable() and one_line(text, len(text) + 1) == text
+    return (one_line(text, len(text) + 1) == text and not INVISIBLE.search(text)
+            and unicodedata.is_normalized("NFC", text)
+            and all(len(_scripts(word)) < 2 for word in re.findall(r"[^\W_]+", text)))
+
+
+def _scripts(word: str) -> set[str]:
+    """Return the scripts of a word, as far as their letters are taken for one another's."""
+    return {unicodedata.name(char, "").split(" ")[0] for char in word} & _LOOK_ALIKE_SCRIPTS
+
+
 def epoch_or(text: str | None, otherwise: float) -> float:
     """Gives the seconds since 1970 of a stored time; another value where there is none that can be read."""
     try:
@@ -333,6 +360,13 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _bounded_integer(digits: str) -> int:
+    """Return a number; raise ValueError for one whose reading would take a while, for int() is quadratic."""
+    if len(digits) > MAX_INTEGER_DIGITS:
+        raise ValueError(f"{one_line(digits, 40)} is too long a number: at most {MAX_INTEGER_DIGITS} digits")
+    return int(digits)
+
+
 def _finite(digits: str) -> float:
     number = float(digits)
     if number - number != 0:  # 1e999
@@ -351,7 +385,8 @@ def _nesting(value: object) -> int:
 
 
 # Made once: json.loads() makes one for each text, which takes longer than a short text.
-_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite,
+                            parse_int=_bounded_integer)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -1487,9 +1522,9 @@ def parse_port(value: object) -> int:
 
 
 def parse_name(text: object) -> str:
-    """Gives a node's name: 1 to 100 printable characters, no space around; AppError 2003 else."""
-    if not isinstance(text, str) or not 1 <= len(text) <= 100 or one_line(text) != text:
-        raise AppError(2003, f"name {one_line(text, 60)!r} must be 1 to 100 printable characters")
+    """Return a node's or a token's name; raise AppError 2003 unless it is 1 to 100 plain characters."""
+    if not isinstance(text, str) or not 1 <= len(text) <= 100 or not is_plain(text):
+        raise AppError(2003, f"name {one_line(ascii(text), 50)} must be 1 to 100 {PLAIN_TEXT}")
     return text
 
 
@@ -1508,9 +1543,18 @@ def parse_flag(field: str, value: object) -> bool:
 
 
 def parse_labels(value: object) -> str:
-    """Gives labels as stored: a JSON object of strings; AppError 2003 else."""
+    """Return labels as they are stored, a JSON object; raise AppError 2003 for what contract section 2 forbids."""
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise AppError(2003, "labels must be an object whose values are strings")
+    if len(value) > MAX_LABELS:
+        raise AppError(2003, f"labels must be at most {MAX_LABELS}, not {len(value)}")
+    for key, text in value.items():
+        if not 1 <= len(key) <= MAX_LABEL_KEY_CHARS or not is_plain(key):
+            raise AppError(2003, f"labels: the key {one_line(ascii(key), 40)} must be 1 to {MAX_LABEL_KEY_CHARS} "
+                                 f"{PLAIN_TEXT}")
+        if len(text) > MAX_LABEL_CHARS or not is_plain(text):
+            raise AppError(2003, f"labels: the value of {one_line(key, 30)} must be at most {MAX_LABEL_CHARS} "
+                                 f"{PLAIN_TEXT}")
     return to_json(value)
 
 
@@ -5994,7 +6038,10 @@ NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
                   {"type": "integer", "minimum": 1, "maximum": 65535}),
     "agentProtocol": ("agent_protocol", lambda v: parse_choice("agentProtocol", v, PROTOCOLS),
                       {"type": "string", "enum": list(PROTOCOLS)}),
-    "labels": ("labels", parse_labels, {"type": "object", "additionalProperties": {"type": "string"}}),
+    "labels": ("labels", parse_labels, {
+        "type": "object", "maxProperties": MAX_LABELS,
+        "propertyNames": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_KEY_CHARS},
+        "additionalProperties": {"type": "string", "maxLength": MAX_LABEL_CHARS}}),
     "enabled": ("enabled", lambda v: int(parse_flag("enabled", v)), {"type": "boolean"}),
     "status": ("status", lambda v: parse_choice("status", v, NODE_STATUSES),
                {"type": "string", "enum": list(NODE_STATUSES)}),
