@@ -1,4 +1,4 @@
-"""What an attacker with a viewer's token, without one, or on another site can't do (docs/SECURITY.md), over real sockets."""
+"""What an attacker with a viewer's token, without one, or on another site can't do: docs/SECURITY.md, on sockets."""
 from __future__ import annotations
 
 import concurrent.futures
@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import ADDRESSES, ROOT, add_nodes, eventually, make_certs, new_release, settings_for
@@ -144,8 +143,9 @@ def test_without_tokens_nothing_is_served_that_a_proxy_or_another_page_sent(open
     assert open_house("GET", "/healthz", headers=header).code == 0
 
 
-@pytest.mark.parametrize("header", [{"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {"Host": "LOCALHOST"},
-                                    {"Host": "LocalHost:8080", "Origin": "http://localhost:8080"}], ids=str)
+@pytest.mark.parametrize("header", [
+    {"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {"Host": "LOCALHOST"},
+    {"Host": "LocalHost:8080", "Origin": "http://localhost:8080"}], ids=str)
 def test_without_tokens_ones_own_page_is_served(open_house, header):
     assert open_house("GET", "/api/v1/releases", headers=header).code == 0
 
@@ -570,9 +570,9 @@ def test_check_and_metrics_tell_how_long_a_crl_is_good(authority, tmp_path):
 
 def other_ca(folder: Path) -> str:
     """Return a CA of another name."""
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj",
-                    "/CN=another", "-keyout", f"{folder}/other.key", "-out", f"{folder}/other.crt"], check=True,
-                   capture_output=True)
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                    "-subj", "/CN=another", "-keyout", f"{folder}/other.key", "-out", f"{folder}/other.crt"],
+                   check=True, capture_output=True)
     return (folder / "other.crt").read_text()
 
 
