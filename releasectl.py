@@ -770,6 +770,8 @@ class SqliteEngine:
     # The id of the next release: to look at it, and to take it.
     next_release_id_sql = take_release_id_sql = \
         "SELECT COALESCE(MAX(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'release_tasks'"
+    # The nodes of a release as one text.
+    joined_sql = "group_concat(node_id)"
     # A number that grows with each failover.
     timeline_sql = "SELECT 0"
     error: tuple[type[Exception], ...] = (sqlite3.Error,)
@@ -901,6 +903,7 @@ class PostgresEngine:
     take_release_id_sql = """
         SELECT GREATEST(nextval(pg_get_serial_sequence('release_tasks', 'id')), COALESCE(MAX(id), 0) + 1)
         FROM release_tasks"""
+    joined_sql = "string_agg(node_id::text, ',')"
     timeline_sql = """
         SELECT CASE WHEN pg_is_in_recovery() THEN 0
                     ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int END"""
@@ -1490,6 +1493,8 @@ def _words(numbers: Sequence[int]) -> str:
 
 
 HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+# The end of what the system's resolver may read as an IPv4 address of another spelling: 0xA9FEA9FE, 10.7, 010.0.0.7.
+NUMBER_LABEL = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
 
 def parse_address(text: object) -> str:
@@ -1499,7 +1504,7 @@ def parse_address(text: object) -> str:
             if "%" not in text:
                 return str(_host_address(plain_address(ipaddress.ip_address(text))))
         labels = text.split(".")
-        if len(text) <= 253 and all(map(HOST_LABEL.fullmatch, labels)) and not labels[-1].isdigit():
+        if len(text) <= 253 and all(map(HOST_LABEL.fullmatch, labels)) and not NUMBER_LABEL.fullmatch(labels[-1]):
             return text.lower()
     raise AppError(2003, f"mainIp {one_line(text, 60)!r} is neither an IP address nor a host name")
 
@@ -3387,8 +3392,12 @@ class Store:
                 batches.setdefault(where[node.id][1], []).append(node.id)
         good = self._payload_to_bring_back(tx, old, [node.id for node in nodes], wish.to_release)
         planned = [*batches.values(), *([failed] if failed else [])]
-        strategy = {**self._strategy_again(old, ("startAt", "soakSec", "pauseAfter")),
-                    "batches": [len(batch) for batch in planned[:-1]] or [len(planned[0])]}
+        sizes = [len(batch) for batch in planned[:-1]] or [len(planned[0])]
+        # planned is what counts; it may have a batch more than can be asked for, and any number by hand
+        strategy = {**self._strategy_again(old, ("startAt", "soakSec", "pauseAfter", "verify")),
+                    "batches": sizes[:MAX_BATCHES]}
+        with contextlib.suppress(AppError):  # what is looked for belongs to the content that goes out
+            strategy.update({key: value for key, value in self._strategy_again(good, ()).items() if key == "verify"})
         request = ReleaseRequest(
             old.target, wish.reason or f"rollback of release {old.id} to the payload of version {good.version}",
             self._payload_of(good), rollback_of=old.id, strategy=strategy)
@@ -3917,27 +3926,31 @@ class Store:
 
         What nodes a release has is read once: with fifty of ten thousand each look would read half a million rows.
         """
-        return lambda one, other: bool(self._mask(tx, one) & self._mask(tx, other))
+        bit_of: dict[int, int] = {}
 
-    def _mask(self, tx: Transaction, c: Candidate) -> int:
-        """Return the addresses of a release, a bit for each."""
-        known = self._masks.get((c.id, c.version))
-        if known is not None:
+        def mask(c: Candidate) -> int:
+            known = self._masks.get((c.id, c.version))
+            if known is None:
+                bit_of.update(() if bit_of else self._bit_of(tx).items())
+                # as one text: ten thousand rows take five times as long
+                text = tx.value(f"SELECT {self.database.engine.joined_sql} FROM release_task_nodes "
+                                "WHERE release_task_id = ?", c.id)
+                bits = bytearray(len(self._bits) // 8 + 1)
+                for bit in {bit_of[int(node_id)] for node_id in text.split(",")} if text else ():
+                    bits[bit >> 3] |= 1 << (bit & 7)
+                if len(self._masks) >= MAX_MASKS:
+                    self._masks.clear()
+                known = self._masks[c.id, c.version] = int.from_bytes(bits, "little")
             return known
-        endpoints = {endpoint_of(*row) for row in tx.rows(f"""
-            SELECT {ADDRESS_THEN}
-            FROM release_task_nodes n
-            JOIN nodes h ON h.id = n.node_id
-            WHERE n.release_task_id = ?""", c.id)}
+
+        return lambda one, other: bool(mask(one) & mask(other))
+
+    def _bit_of(self, tx: Transaction) -> dict[int, int]:
+        """Return for each node which bit its address is in the masks of releases."""
+        rows = tx.rows("SELECT id, main_ip, agent_port FROM nodes")
         with self._masks_guard:
-            if len(self._masks) >= MAX_MASKS:
-                self._masks.clear()
-            bits = bytearray(len(self._bits) // 8 + len(endpoints) // 8 + 2)
-            for endpoint in endpoints:
-                bit = self._bits.setdefault(endpoint, len(self._bits))
-                bits[bit >> 3] |= 1 << (bit & 7)
-            mask = self._masks[c.id, c.version] = int.from_bytes(bits, "little")
-        return mask
+            return {node_id: self._bits.setdefault(endpoint_of(main_ip, port), len(self._bits))
+                    for node_id, main_ip, port in rows}
 
     @classmethod
     def _candidates(cls, tx: Transaction) -> list[Candidate]:
@@ -4004,12 +4017,18 @@ class Store:
             return Claim(release_id, before.claim_fence + 1, before.version, owner, self.generation)
 
     def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
-        """Give a release that had to wait for its time the next version, where later ones have started meanwhile.
+        """Give a release the next version when it starts, where nodes may have higher ones than it has (rule 2).
 
-        Their nodes have higher versions than it has (rule 2).
+        That is one that had to wait for its time while later ones started, and one that is numbered below what a
+        restore or a failover left out: a release that is lost may have had a higher version.
         """
-        if not self._start_at(release.strategy) or not tx.value(
+        first_version = tx.value("SELECT first_version FROM database_state WHERE id = 1")
+        if release.version < first_version:
+            why = f"versions below {first_version} may be those of releases that are lost"
+        elif self._start_at(release.strategy) and tx.value(
                 "SELECT COUNT(*) FROM release_tasks WHERE version > ? AND started_at IS NOT NULL", release.version):
+            why = "later ones went out while it waited for its time"
+        else:
             return release
         version = self._next_version(tx, release.id)
         self._seen.use_version(version)
@@ -4017,7 +4036,7 @@ class Store:
         with contextlib.suppress(ValueError, AppError):  # what can't be used ends the release, a little later
             payload = to_json(payload_for_version(parse_payload(parse_json(payload)), version))
         tx.execute("UPDATE release_tasks SET version = ?, payload = ? WHERE id = ?", version, payload, release.id)
-        text = f"version {release.version} became {version}: later ones went out while it waited for its time"
+        text = f"version {release.version} became {version}: {why}"
         tx.insert_many(INSERT_EVENTS, 8, [(release.id, None, self._now(), owner, "renumbered", PENDING, PENDING, text)])
         tx.afterwards.append(lambda: log.info("%s: %s", release, text,
                                               extra=about(release, actor=owner, event="renumbered")))
@@ -4548,8 +4567,8 @@ MAX_IDLE_AGENT_CONNECTIONS = 256
 MAX_IDLE_AGENT_CONNECTION_S = 60.0
 # The head of an answer may be this long on top of the body.
 MAX_HEAD_BYTES = 64 << 10
-# To read a longer JSON takes so long that other conversations would notice.
-MAX_QUICK_BYTES = 64 << 10
+# The body of an agent's answer (contract section 1), and of what a probe gets: a page that a node serves.
+MAX_ANSWER_BYTES, MAX_PROBED_BYTES = 64 << 10, 1 << 20
 
 # X509_V_ERR_...: what OpenSSL found wrong with an agent's certificate, for a person on call.
 CERTIFICATE_FAULTS: Mapping[int, str] = {
@@ -4604,6 +4623,11 @@ class _Call(NamedTuple):
     # The Host header, where it is not the address.
     host: str = ""
 
+    @property
+    def max_bytes(self) -> int:
+        """How long the answer's body may be."""
+        return MAX_PROBED_BYTES if self.address.protocol == PROBE else MAX_ANSWER_BYTES
+
 
 class Answer(NamedTuple):
     """What an agent said: ACCEPTED, WORKING, SUCCESS or UNKNOWN, and the task's id.
@@ -4618,6 +4642,11 @@ class Answer(NamedTuple):
 
 class _Stale(Exception):
     """A kept-alive connection that the agent had closed before it saw the request."""
+
+
+# A renewed certificate that was not valid yet is taken so long after its time: the clocks of those who look at it,
+# OpenSSL's own among them, may be behind ours.
+CLOCKS_APART_S = 1.0
 
 
 class TlsFiles:
@@ -4668,7 +4697,7 @@ class TlsFiles:
             if time.time() > until:
                 raise ConfigError(f"{path} expired {utc_text(until)}: put a valid one there")
             if time.time() < since:
-                self._valid_from = since
+                self._valid_from = since + CLOCKS_APART_S
                 raise ConfigError(f"{path} is not valid before {utc_text(since)}")
 
 
@@ -4931,7 +4960,8 @@ class AgentClient:
             text = f"it answered HTTP {status}" + (f", {one_line(said, 80)}" if said else "")
             raise AgentError(PROTOCOL, f"{address} is no {address.protocol} agent: {text} "
                                        "(wrong --protocol or --port?)", reached=True)
-        return f"answers as a {address.protocol} agent in {(time.monotonic() - started) * 1000:.0f} ms"
+        article, took_ms = "an" if address.protocol == EXECUTE else "a", (time.monotonic() - started) * 1000
+        return f"answers as {article} {address.protocol} agent in {took_ms:.0f} ms"
 
     async def probing(self, host: str, verify: Verify, url: str, timeout_s: float) -> str:
         """Get a url from a node, in timeout_s seconds in all; return "" when it answers as verify says, else why not.
@@ -4992,8 +5022,6 @@ class AgentClient:
         limit_s = min(self._request_s, max(within_s, 0.0))
         status, answer = await self._exchange(
             _Call(address, method, path, raw, limit_s, time.monotonic() + limit_s, gate))
-        if len(answer) > MAX_QUICK_BYTES:
-            await BLOCKS
         if status == 404 and may_be_unknown:
             return UNKNOWN_TASK
         if status != 200:
@@ -5158,7 +5186,7 @@ class AgentClient:
 
     async def _request(self, call: _Call, sock: socket.socket, context: object, reused: bool) -> tuple[int, bytes]:
         address = call.address
-        timed = TimedSocket(sock, call.ends_at, MAX_BODY_BYTES + MAX_HEAD_BYTES)
+        timed = TimedSocket(sock, call.ends_at, call.max_bytes + MAX_HEAD_BYTES)
         keep = False
         try:
             with self._in_flight(sock):
@@ -5166,12 +5194,12 @@ class AgentClient:
                     raise AgentError(UNREACHABLE, f"{address}: not sent, as it may not or is too late",
                                      reached=False, is_held=True)
                 await timed.sendall(_request_bytes(call))
-                plain = await _plain_answer(timed)
+                plain = await _plain_answer(timed, call.max_bytes)
                 status, answer, keep = plain if plain else await _any_answer(timed, call)
             keep = keep and address.protocol == TASKS
             return status, answer
         except TooBig:
-            raise AgentError(PROTOCOL, f"{address} answered more than {MAX_BODY_BYTES >> 20} MiB",
+            raise AgentError(PROTOCOL, f"{address} answered more than {call.max_bytes >> 10} KiB",
                              reached=True) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             is_late = isinstance(error, socket.timeout)  # a reading that waited has seen the alert
@@ -5222,7 +5250,7 @@ def _request_bytes(call: _Call) -> bytes:
 PLAIN_HEAD = re.compile(rb"HTTP/1\.1 ([2-5]\d\d) [^\r\n]*(?:\r\n[!#-9;-~]+:[^\r\n]*)+")
 
 
-async def _plain_answer(timed: TimedSocket) -> tuple[int, bytes, bool] | None:
+async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes, bool] | None:
     """Reads an answer of the usual shape: one Content-Length, and no word on the connection but close.
 
     Gives status, body, and whether the connection can be kept. Any other shape is left unread for http.client, which
@@ -5238,7 +5266,7 @@ async def _plain_answer(timed: TimedSocket) -> tuple[int, bytes, bool] | None:
         lengths = re.findall(rb"\ncontent-length: *(\d{1,7})(?=\r|$)", fields)
         words = re.findall(rb"\nconnection: *([^\r]*)", fields)
         if not plain or len(lengths) != 1 or fields.count(b"\ncontent-length") != 1 or set(words) - {b"close"} or (
-                b"\ntransfer-encoding:" in fields) or int(lengths[0]) > MAX_BODY_BYTES:
+                b"\ntransfer-encoding:" in fields) or int(lengths[0]) > max_bytes:
             break
         parts, missing = [body], int(lengths[0]) - len(body)
         while missing > 0 and (part := await timed.recv(min(missing, 65536))):
@@ -5262,8 +5290,8 @@ async def _any_answer(timed: TimedSocket, call: _Call) -> tuple[int, bytes, bool
     response.begin()
     # http.client takes the end of the connection for the end of a head, and of a body
     cut_in_head = timed.at_end
-    answer = response.read(MAX_BODY_BYTES + 1)
-    if len(answer) > MAX_BODY_BYTES:
+    answer = response.read(call.max_bytes + 1)
+    if len(answer) > call.max_bytes:
         raise TooBig
     if cut_in_head or response.length:
         raise http.client.IncompleteRead(answer)
@@ -5541,16 +5569,14 @@ class Executor:
 
     def _look(self, started: list[Driver], is_tick: bool) -> int:
         """Claims what is runnable and starts a driver for each, also added to started; gives how many others hold."""
-        tried: set[int] = set()
         while True:
             mine = {driver.lease.claim.release_id for driver in self._active_drivers()}
             free, taken = self.store.look()
-            new = [release_id for release_id in free if release_id not in mine | tried]
-            tried.update(new)
+            new = [release_id for release_id in free if release_id not in mine]
             if new:
                 self.agents.prepare()  # raises before anything is claimed that could not be dispatched
                 self._start_threads()
-            # one that could not be claimed after all may have let others go first
+            # one that could not be claimed after all may have let others go first: it has a later version now
             if self._claim_all(new, taken, started, is_tick) or self.stopping.is_set():
                 return len([release_id for release_id in taken if release_id not in mine])
 
@@ -9185,7 +9211,11 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
         for sentence in store.times_ahead():
             yield Finding("clock", EXIT_UNAVAILABLE, f"{sentence}, further ahead than any setting allows: a clock was "
                                                      "ahead. It counts as over; look at the clocks of all hosts (NTP)")
-        nodes = [node for node in store.nodes(size=0).items if node.enabled and node.status == "online"]
+        nodes = [node for node in store.nodes(size=0).items if node.gets_releases]
+        try:
+            refuse_twins(nodes)
+        except AppError as error:
+            yield Finding("nodes", EXIT_USAGE, error.message)
         for ping in ping_nodes(settings, nodes) if nodes else []:
             yield Finding(f"node {ping.node.name}", EXIT_DONE if ping.is_ok else EXIT_UNAVAILABLE, ping.text)
     except DatabaseError as error:

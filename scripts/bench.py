@@ -4,6 +4,7 @@
     make bench                                        everything, as docs/PERFORMANCE.md has it
     python scripts/bench.py makespan idle             these goals only; --help lists them
     python scripts/bench.py makespan --runs 3 --json result.json
+    python scripts/bench.py queue --beside COMMIT     beside releasectl.py as it was then
 
 All figures of a goal come from one run: its contenders take turns, and the table gives medians and
 their ratios. So a machine that others use too, or another machine, changes the times but hardly the
@@ -41,7 +42,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, os.environ.get("BENCH_PROGRAM", str(ROOT)))
 
 import releasectl as rc  # noqa: E402
 
@@ -288,7 +289,7 @@ def script_context() -> ssl.SSLContext:
 
 
 def dispatch_body(address: str) -> tuple[str, bytes]:
-    task_id = f"apply_config_{address}_1"
+    task_id = f"apply_config_{address}_1_9f3a61c0"
     return task_id, json.dumps({"taskId": task_id, "type": "apply_config", "version": 1, "payload": {}}).encode()
 
 
@@ -756,6 +757,111 @@ def goal_history(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
             drop(url)
 
 
+# How 50 queued releases lie to each other: targets, and whether each has nodes of its own.
+QUEUES = {"one target": (1, False), "50 targets, the same nodes": (50, False),
+          "50 targets, no node in common": (50, True)}
+QUEUED = 50
+LOOKS = 50
+
+
+def fill_queue(url: str, targets: int, is_disjoint: bool, nodes: int) -> None:
+    """Writes pending releases by SQL, as create does it in this schema."""
+    database = rc.Database(url)
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {})"
+    with database.transaction(write=True) as tx:
+        has_names = tx.value("SELECT MAX(version) FROM schema_version") >= 5
+        tx.execute(f"""
+            {numbers.format(nodes * (QUEUED if is_disjoint else 1))}
+            INSERT INTO nodes (name, main_ip)
+            SELECT 'edge-' || i, '10.' || (i / 65536) || '.' || (i / 256 % 256) || '.' || (i % 256) FROM n""")
+        tx.execute(f"""
+            {numbers.format(QUEUED)}
+            INSERT INTO release_tasks (version, target, total_nodes{", tag" if has_names else ""})
+            SELECT i, 'target-' || (i % {targets}), {nodes}{", '5eed00' || (i + 9)" if has_names else ""} FROM n""")
+        tx.execute(f"""
+            INSERT INTO release_task_nodes (release_task_id, node_id, batch
+                                            {", node_name, main_ip, agent_port" if has_names else ""})
+            SELECT r.id, h.id, CASE h.id % {nodes} WHEN 1 THEN 1 ELSE 2 END
+                   {", h.name, h.main_ip, h.agent_port" if has_names else ""}
+            FROM release_tasks r CROSS JOIN nodes h
+            WHERE {int(not is_disjoint)} = 1 OR (h.id - 1) / {nodes} = r.id - 1""")
+        # so that a tick looks and starts nothing
+        tx.execute("UPDATE release_freeze SET frozen = 1, reason = 'bench'")
+    database.close()
+
+
+def run_looks(url: str) -> None:
+    """The process of the looks: seconds and CPU seconds of each, with the releasectl.py in its path."""
+    store = rc.Store(rc.Database(url))
+    taken = []
+    for _ in range(1 + LOOKS):
+        started, cpu = time.monotonic(), time.process_time()
+        store.look()
+        taken.append((time.monotonic() - started, time.process_time() - cpu))
+    print(json.dumps(taken))
+
+
+def turn_of_looks(lab: Lab, program: Path, url: str) -> Turn:
+    found = subprocess.run([sys.executable, __file__, "--looks", url], check=True, capture_output=True, text=True,
+                           env={**lab.environment(), "BENCH_PROGRAM": str(program)})
+    first, *later = json.loads(found.stdout)
+    return Turn(first[0], first[1], extra={"later_s": statistics.median(seconds for seconds, _ in later)})
+
+
+def goal_queue(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """A look for work with 50 queued releases of 10,000 nodes each"""
+    programs = {"": ROOT}
+    if options.beside:
+        programs[options.beside] = lab.folder / "beside"
+        programs[options.beside].mkdir()
+        for name in ("releasectl.py", "schema.sql"):
+            text = subprocess.run(["git", "show", f"{options.beside}:{name}"], cwd=ROOT, check=True,
+                                  capture_output=True).stdout
+            (programs[options.beside] / name).write_bytes(text)
+    engines: dict[str, Callable[[], str]] = {"SQLite": lab.sqlite_url, "PostgreSQL": lab.postgres_url}
+    for engine, queue_name in [(engine, name) for engine in engines for name in QUEUES]:
+        if engine == "PostgreSQL" and not lab.postgres_url():
+            print("  left out: PostgreSQL is not installed", file=sys.stderr)
+            continue
+        yield from queue_rows(lab, options, queue_name, f"{engine}, {queue_name}", engines[engine], programs)
+
+
+def queue_rows(lab: Lab, options: argparse.Namespace, queue_name: str, what: str, new_url: Callable[[], str],
+               programs: dict[str, Path]) -> Iterator[Row]:
+    """One queue on one engine, a new database for each program."""
+    contenders: dict[str, Callable[[], Turn]] = {}
+    urls = []
+    for name, program in programs.items():
+        url, empty = new_url(), new_url()
+        urls += [url, empty]
+        tick = [sys.executable, str(program / "releasectl.py"), "--db"]
+        for made in (url, empty):
+            subprocess.run([*tick, made, "migrate"], check=True, env=lab.environment(), stdout=subprocess.DEVNULL)
+        fill_queue(url, *QUEUES[queue_name], 10 * options.nodes)
+        contenders[f"{name} looks"] = lambda program=program, url=url: turn_of_looks(  # type: ignore[misc]
+            lab, program, url)
+        for kind, one in (("tick", url), ("empty", empty)):
+            contenders[f"{name} {kind}"] = lambda tick=tick, one=one: Turn(  # type: ignore[misc]
+                seconds_of([*tick, one, "run-once"], lab.environment()))
+    turns = take_turns(options.runs, contenders)
+    for url in urls:
+        drop(url)
+    now, then = turns[" looks"], turns[f"{options.beside} looks"] if options.beside else []
+    before = f"; {options.beside}: {median(then) * 1000:.1f} ms" if then else ""
+    yield Row("queue", f"{what}: first look of a process", median(now) * 1000, "ms", 1000.0,
+              f"CPU {median(now, 'cpu_s') * 1000:.0f} ms{before}")
+    yield Row("queue", f"{what}: each later look", later_s(now) * 1000, "ms")
+    if then:
+        yield Row("queue", f"{what}: each later look, now / {options.beside}", later_s(now) / later_s(then), "x",
+                  1.5 if queue_name == "one target" else None)
+    yield Row("queue", f"{what}: run-once that only looks", median(turns[" tick"]), "s",
+              note=f"{median(turns[' empty']):.2f} s with an empty database")
+
+
+def later_s(turns: Sequence[Turn]) -> float:
+    return statistics.median(turn.extra["later_s"] for turn in turns)
+
+
 def goal_postgres(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     """The same release on PostgreSQL and on SQLite"""
     if not lab.postgres_url():
@@ -771,7 +877,7 @@ def goal_postgres(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 
 GOALS: dict[str, Callable[[Lab, argparse.Namespace], Iterator[Row]]] = {
     "makespan": goal_makespan, "batches": goal_batches, "postgres": goal_postgres, "scale": goal_scale,
-    "api": goal_api, "idle": goal_idle, "history": goal_history}
+    "api": goal_api, "idle": goal_idle, "history": goal_history, "queue": goal_queue}
 
 
 def _has(module: str) -> bool:
@@ -810,6 +916,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1000, help="the small release; the large has ten times as many")
     parser.add_argument("--agent-processes", type=int, default=2, help="the agents are spread over so many (2)")
     parser.add_argument("--idle-s", type=float, default=30.0, help="how long an idle serve is watched (30)")
+    parser.add_argument("--beside", metavar="COMMIT", default="", help="queue: compare with releasectl.py of a commit")
     parser.add_argument("--json", metavar="FILE", help="write machine and rows into a file too")
     options = parser.parse_args()
     unknown = [name for name in options.goals if name not in GOALS]
@@ -821,6 +928,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     if sys.argv[1:2] == ["--script"]:
         run_script(sys.argv[2])
+        return 0
+    if sys.argv[1:2] == ["--looks"]:
+        run_looks(sys.argv[2])
         return 0
     if sys.argv[1:2] == ["--reader"]:
         run_reader(int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])

@@ -164,14 +164,16 @@ wait_for "serve to be ready" serving
 echo "It listens on http://$HTTP_ADDR and looks for work every second."
 
 say "4. The first release: edge-1 alone is batch 1; when it has succeeded, the other five are batch 2."
-show create --reason "a good version" --wait
+echo '{"websites": [{"name": "www.example.com"}]}' >site.json
+echo "The payload, site.json: $(cat site.json)"
+show create --payload site.json --reason "a good version" --wait
 [[ $CODE == 0 ]] || fail "create --wait ended with exit code $CODE instead of 0"
 show status 1
 ended_as 1 "success 6 0 0"
 
 say "5. Now edge-1 is told to fail its next task. The same again: what happens to the other five?"
 set_agent 1 '{"outcome":"failed","message":"nginx: configuration test failed"}'
-show create --reason "a bad version" --wait
+show create --payload site.json --reason "a bad version" --wait
 [[ $CODE == 1 ]] || fail "create --wait ended with exit code $CODE instead of 1"
 show status 2
 echo "The release stopped at batch 1. No request went to the five nodes of batch 2. Its history:"

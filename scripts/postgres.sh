@@ -15,6 +15,10 @@ usage() {
 usage: scripts/postgres.sh start [--durable] DIR   start a server, print its URL (again: the same server)
        scripts/postgres.sh url DIR                 print the URL
        scripts/postgres.sh restart DIR             stop it if it runs, start it on the same port
+       scripts/postgres.sh standby [--port N] PRIMARYDIR DIR
+                                                   start a standby of it (asynchronous), print its URL
+       scripts/postgres.sh promote DIR             make a primary of a standby, print its URL
+       scripts/postgres.sh crash DIR               stop it as a loss of power would, keep its data
        scripts/postgres.sh stop DIR                stop it, keep its data
        scripts/postgres.sh remove DIR              stop it, delete its data
        scripts/postgres.sh install                 install PostgreSQL from Debian's packages if missing
@@ -66,12 +70,14 @@ make_home() {
     echo "$home"
 }
 
+is_free() { ! (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
 # Below the range that the kernel gives to clients, so that nobody takes the port during a restart.
 free_port() {
     local port
     while :; do
         port=$((RANDOM % 16000 + 16000))
-        (: </dev/tcp/127.0.0.1/$port) 2>/dev/null || { echo "$port"; return; }
+        is_free "$port" && { echo "$port"; return; }
     done
 }
 
@@ -95,7 +101,9 @@ control() {
 
 is_running() { "${RUN_AS[@]}" "$BIN/pg_ctl" -D "$DATA" status >/dev/null 2>&1; }
 
-url() { echo "postgresql://releasectl@127.0.0.1:$(sed -n 's/^port = //p' "$DATA/port.conf")/releasectl"; }
+port() { sed -n 's/^port = //p' "$DATA/port.conf"; }
+
+url() { echo "postgresql://releasectl@127.0.0.1:$(port)/releasectl"; }
 
 # Sets DIR, LOG, HOME_DIR and DATA of an existing server.
 open_dir() {
@@ -149,6 +157,15 @@ start() {
         url
         return
     fi
+    new_dir "$1"
+    create_cluster "$durable"
+    start_on_free_port
+    echo "$HOME_DIR" >"$DIR/cluster"
+    url
+}
+
+# Sets DIR, LOG, HOME_DIR and DATA of a server that is to be; what fails from here on is undone.
+new_dir() {
     mkdir -p "$1"
     DIR=$(readlink -f "$1") LOG=$(readlink -f "$1")/log
     : >"$LOG"
@@ -157,10 +174,56 @@ start() {
     trap undo_start EXIT
     trap 'exit 130' INT TERM HUP
     cd /
-    create_cluster "$durable"
-    start_on_free_port
+}
+
+# Copies a running server to DATA; the copy will ask it for all that comes later.
+copy_cluster() ( # PRIMARY_PORT; a subshell, so that undo_start still speaks to our caller
+    exec >>"$LOG" 2>&1
+    "${RUN_AS[@]}" "$BIN/pg_basebackup" -D "$DATA" -c fast -X stream -R --no-sync \
+        -d "host=127.0.0.1 port=$1 user=releasectl"
+    cat >>"$DATA/postgresql.conf" <<TEXT
+
+# scripts/postgres.sh standby
+unix_socket_directories = '$HOME_DIR'
+wal_retrieve_retry_interval = '200ms'
+TEXT
+)
+
+standby() {
+    local port="" primary_port
+    [[ ${1:-} != --port ]] || { port=${2:-}; shift 2; }
+    [[ $# == 2 && $port =~ ^[0-9]*$ ]] || { usage >&2; exit 2; }
+    if [[ -f $2/cluster ]]; then
+        say "$2 holds a server already"
+        exit 1
+    fi
+    open_dir "$1"
+    primary_port=$(port)
+    cd - >/dev/null # the second folder may be named relative to where we were
+    new_dir "$2"
+    copy_cluster "$primary_port"
+    if [[ -n $port ]]; then
+        is_free "$port" || say "port $port is taken"
+        echo "port = $port" >"$DATA/port.conf"
+        control start
+    else
+        start_on_free_port
+    fi
     echo "$HOME_DIR" >"$DIR/cluster"
     url
+}
+
+promote() {
+    open_dir "$1"
+    [[ -f $DATA/standby.signal ]] || { say "$1 is no standby"; exit 1; }
+    control promote || { say "could not promote; see $LOG"; exit 1; }
+    url
+}
+
+crash() {
+    open_dir "$1"
+    is_running || return 0
+    control stop -m immediate || { say "could not stop; see $LOG"; exit 1; }
 }
 
 restart() {
@@ -203,7 +266,12 @@ command=${1:-}
 case $command in
     start) start "$@" ;;
     install) install_package ;;
-    url | restart | stop | remove)
+    standby)
+        need_binaries
+        choose_owner
+        standby "$@"
+        ;;
+    url | restart | promote | crash | stop | remove)
         [[ $# == 1 ]] || { usage >&2; exit 2; }
         need_binaries
         choose_owner

@@ -66,6 +66,7 @@ clean_up() {
         for _ in {1..100}; do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
         kill -KILL "$pid" 2>/dev/null || true
     done
+    [[ -z ${second_database:-} ]] || sql "DROP DATABASE IF EXISTS $second_database" >/dev/null 2>&1 || true
     rm -rf "$work"
 }
 trap clean_up EXIT
@@ -110,17 +111,17 @@ in_background() { # LOG COMMAND...; sets PID
 
 releasectl() { "$python" "$root/releasectl.py" "$@"; }
 
-# --- Agents: .1 to .3 for the part by SQL, .4 to .6 for the part by curl ---------------------
+# --- Agents: .1 to .3 for the part by SQL, .4 to .6 for the part by curl, .7 (execute) for a second database ---
 
 start_agents() {
     local try address addresses
     for try in 1 2 3 4 5; do
         subnet=127.$((RANDOM % 253 + 1)).$((RANDOM % 254 + 1)) control=127.0.0.1:$(free_port) addresses=()
-        for address in 1 2 3 4 5 6; do addresses+=("$subnet.$address"); done
+        for address in 1 2 3 4 5 6 7; do addresses+=("$subnet.$address"); done
         bash "$root/scripts/make_certs.sh" "$work/certs" "${addresses[@]}" >"$work/certs.log" 2>&1 ||
             give_up "scripts/make_certs.sh failed"
         in_background "$work/agents.log" "$python" "$root/scripts/fake_agent.py" --certs "$work/certs" \
-            --listen "$subnet.1-$subnet.6:8443" --task-ms "$TASK_MS" --control "$control"
+            --listen "$subnet.1-$subnet.6:8443" --listen "$subnet.7:9090,execute" --task-ms "$TASK_MS" --control "$control"
         wait_for "the agents" agents_settled
         if grep -q '^ready:' "$work/agents.log"; then return; fi
         unset "alive[$PID]"
@@ -135,14 +136,22 @@ set_agent() { # LAST-PART-OF-ADDRESS JSON
         give_up "could not change the agent $subnet.$1"
 }
 
-# Which agents ran this version's task, each as LAST-PART-OF-ADDRESS:TIMES.
-runs_of() { # VERSION
+# Which agents ran a release's task, each as LAST-PART-OF-ADDRESS:TIMES.
+runs_of() { # RELEASE
     curl -sS --noproxy '*' -m 10 -f "http://$control/agents" | "$python" -c '
 import json, sys
 for address, agent in sorted(json.load(sys.stdin).items()):
     times = agent["runCounts"].get("apply_config_%s_%s" % (address, sys.argv[1]))
     if times:
-        print("%s:%s" % (address.rpartition(".")[2], times))' "$1" | lines
+        print("%s:%s" % (address.rpartition(".")[2], times))' \
+        "$(sql "SELECT version || '_' || tag FROM release_tasks WHERE id = $1")" | lines
+}
+
+# All that an agent ever ran, of any database.
+all_runs_of() { # LAST-PART-OF-ADDRESS
+    curl -sS --noproxy '*' -m 10 -f "http://$control/agents" | "$python" -c '
+import json, sys
+print(sum(json.load(sys.stdin)[sys.argv[1]]["runCounts"].values()))' "$subnet.$1"
 }
 
 # --- What is looked at by SQL ---------------------------------------------------------------
@@ -291,8 +300,10 @@ part_by_sql_success() {
     equals "final status of release_tasks: success, by way of running" "success pending|running running|success" \
         "$(sql "SELECT status FROM release_tasks WHERE id = $release") $(release_changes "$release")"
     equals "success_nodes: 3, as many as rows in that status" "success|3|3|0 3" "$(release_row "$release") $(counted "$release" success)"
-    equals "each agent ran its task exactly once" "1:1 2:1 3:1" "$(runs_of "$version")"
-    first=$release first_version=$version
+    equals "each agent ran its task exactly once" "1:1 2:1 3:1" "$(runs_of "$release")"
+    matches "a task's id: apply_config, address, version, tag" "apply_config_$subnet.1_1_[0-9a-f]{8}" \
+        "$(sql "SELECT task_id FROM release_task_nodes WHERE release_task_id = $release AND batch = 1")"
+    first=$release
 }
 
 part_by_sql_failure() {
@@ -312,14 +323,14 @@ part_by_sql_failure() {
         "$(release_row "$release") $(counted "$release" success) $(counted "$release" failed) $(counted "$release" skipped)"
     equals "the history tells it" "pending|running running|failed; pending|running|1 running|failed|1; pending|skipped|2" \
         "$(release_changes "$release"); $(node_changes "$release" 1); $(node_changes "$release" 2)"
-    equals "only the failing agent got the task, exactly once" "1:1" "$(runs_of "$version")"
+    equals "only the failing agent got the task, exactly once" "1:1" "$(runs_of "$release")"
 
     set_agent 1 '{"outcome":"success","message":""}'
     local before
     before=$(frozen_rows "$first, $release")
     finish
     equals "run-once again: terminal releases stay as they are" "$before" "$(frozen_rows "$first, $release")"
-    equals "run-once again: no agent runs anything" "1:1 2:1 3:1; 1:1" "$(runs_of "$first_version"); $(runs_of "$version")"
+    equals "run-once again: no agent runs anything" "1:1 2:1 3:1; 1:1" "$(runs_of "$first"); $(runs_of "$release")"
 }
 
 # --- Part 2: serve, by curl -----------------------------------------------------------------
@@ -352,7 +363,7 @@ part_by_curl_success() {
     RELEASE_EXECUTOR_ENABLED=0 releasectl run-once >"$work/disabled.log" 2>&1 || code=$?
     equals "run-once with the executor switched off: exits 0 and says so" "0 1" \
         "$code $([[ -s $work/disabled.log ]] && echo 1 || echo 0)"
-    equals "GET: pending, and nothing dispatched" "pending 1:pending 2:pending,pending; " "$(picture "$release"); $(runs_of "$version")"
+    equals "GET: pending, and nothing dispatched" "pending 1:pending 2:pending,pending; " "$(picture "$release"); $(runs_of "$release")"
     stop "$serve"
     equals "serve: a clean end after SIGTERM" 0 "$CODE"
 
@@ -366,8 +377,8 @@ part_by_curl_success() {
     api GET "/api/v1/releases/$release"
     equals "GET: successNodes 3, failedNodes 0, skippedNodes 0, currentBatch 0" "3 0 0 0" \
         "$(json '" ".join(str(d["data"]["release"][k]) for k in ("successNodes", "failedNodes", "skippedNodes", "currentBatch"))')"
-    equals "each agent ran its task exactly once" "4:1 5:1 6:1" "$(runs_of "$version")"
-    success=$release success_version=$version
+    equals "each agent ran its task exactly once" "4:1 5:1 6:1" "$(runs_of "$release")"
+    success=$release
 }
 
 part_by_curl_unreachable() {
@@ -381,10 +392,57 @@ part_by_curl_unreachable() {
     matches "GET: the node's error is told" "unreachable .+" "$(json '(lambda n: n["errorKind"] + " " + n["errorMsg"])(d["data"]["batches"][0]["nodes"][0])')"
     equals "GET: failedNodes 1, skippedNodes 2" "1 2" \
         "$(json '" ".join(str(d["data"]["release"][k]) for k in ("failedNodes", "skippedNodes"))')"
-    equals "no agent ran it" "" "$(runs_of "$version")"
+    equals "no agent ran it" "" "$(runs_of "$release")"
     api GET "/api/v1/releases?pageSize=2"
     equals "GET the list: newest first" "$release $success 4" "$(json '" ".join(str(i["id"]) for i in d["data"]["items"]) + " " + str(d["data"]["total"])')"
-    unreachable=$release unreachable_version=$version
+    unreachable=$release
+}
+
+# Two releases of two targets, both waiting before an executor is there.
+part_shared_nodes() {
+    local cdn dns
+    releasectl freeze on --reason "acceptance: two targets" >/dev/null 2>&1
+    post_release "acceptance, the first of two targets"
+    cdn=$release
+    api POST /api/v1/releases '{"target":"dns","reason":"acceptance, the second of two targets","payload":{}}'
+    dns=$(json 'd["data"]["releaseId"]')
+    releasectl freeze off >/dev/null 2>&1
+    api GET "/api/v1/releases/$dns?view=summary"
+    matches "a release that shares nodes with one of another target: waits for it" "waiting for release $cdn, .*" \
+        "$(json 'd["data"]["release"]["statusReason"]')"
+    watch_release "$dns" "$work/seen-shared"
+    equals "both: success" "success 1:success 2:success,success; success 1:success 2:success,success" "$(picture "$cdn"); $(picture "$dns")"
+    equals "the second began when the first had ended" 1 \
+        "$(sql "SELECT COUNT(*) FROM release_tasks a JOIN release_tasks b ON b.started_at >= a.finished_at WHERE a.id = $cdn AND b.id = $dns")"
+    equals "each agent ran both, each once" "4:1 5:1 6:1; 4:1 5:1 6:1" "$(runs_of "$cdn"); $(runs_of "$dns")"
+}
+
+part_plans() {
+    local before
+    before=$(sql "SELECT COUNT(*) FROM release_tasks")
+    api POST "/api/v1/releases/$unreachable/retry" '{"dryRun":true}'
+    equals "plan of a retry where a newer success is: 409, code 3003" "409 3003" "$STATUS $(json 'd["code"]')"
+    api POST "/api/v1/releases/$unreachable/retry" '{"dryRun":true,"overNewer":true}'
+    equals "the same with overNewer: 200, the old payload, for all three nodes" "200 $unreachable 3 []" \
+        "$STATUS $(json 'd["data"]["payloadOf"]["releaseId"]') $(json 'd["data"]["totalNodes"]') $(json 'd["data"]["leftOut"]')"
+    sql "UPDATE nodes SET status = 'maintenance' WHERE name = 'curl-6'"
+    api POST /api/v1/releases '{"reason":"acceptance, other content","payload":{"websites":["b.example"]}}'
+    release=$(json 'd["data"]["releaseId"]')
+    watch_release "$release" "$work/seen-content"
+    sql "UPDATE nodes SET status = 'online' WHERE name = 'curl-6'"
+    equals "a release of other content to two nodes: success" "success 1:success 2:success" "$(picture "$release")"
+    api POST "/api/v1/releases/$release/rollback" '{"dryRun":true}'
+    equals "plan of its rollback: 200, the two nodes that it touched, one batch each" "200 2 [1, 1]" \
+        "$STATUS $(json 'd["data"]["totalNodes"]') $(json '[len(b["nodeIds"]) for b in d["data"]["batches"]]')"
+    equals "plan of its rollback: the payload that they had before" "{}" \
+        "$(sql "SELECT payload FROM release_tasks WHERE id = $(json 'd["data"]["payloadOf"]["releaseId"]')")"
+    CODE=0
+    releasectl rollback "$release" --plan >"$work/plan.log" 2>&1 || CODE=$?
+    equals "the same by rollback --plan: exits 0, says whose payload" "0 1" \
+        "$CODE $(grep -c '^sends: payload of release ' "$work/plan.log")"
+    equals "plans write nothing" "$((before + 1))" "$(sql "SELECT COUNT(*) FROM release_tasks")"
+    api POST /api/v1/nodes "{\"name\":\"twin\",\"mainIp\":\"::ffff:$subnet.4\"}"
+    equals "one agent as a second node: 409, code 3002" "409 3002" "$STATUS $(json 'd["code"]')"
 }
 
 # That the executors looked is known without a guess at the time: both are there while one more
@@ -408,15 +466,66 @@ part_two_executors() {
     unset "alive[$beside]"
     matches "run-once beside two executors: done, or told to try later" "0|75" "$CODE"
     equals "a release with three executors there: success" "success 1:success 2:success,success" "$(picture "$release")"
-    equals "each agent ran its task exactly once" "4:1 5:1 6:1" "$(runs_of "$version")"
+    equals "each agent ran its task exactly once" "4:1 5:1 6:1" "$(runs_of "$release")"
     equals "releases that were terminal: not touched" "$before" "$(frozen_rows "$success, $unreachable")"
-    equals "releases that were terminal: not run again" "4:1 5:1 6:1; " "$(runs_of "$success_version"); $(runs_of "$unreachable_version")"
+    equals "releases that were terminal: not run again" "4:1 5:1 6:1; " "$(runs_of "$success"); $(runs_of "$unreachable")"
+    part_shared_nodes
+    part_plans
     stop "$executor"
     equals "the first executor: a clean end" 0 "$CODE"
     stop "$second"
     equals "the second executor: a clean end" 0 "$CODE"
     equals "no node of any release is left on its way" 0 \
         "$(sql "SELECT COUNT(*) FROM release_task_nodes WHERE status IN ('pending', 'running')")"
+}
+
+# --- Part 3: a second, empty database beside the same agents ---------------------------------
+
+# Makes it on the same engine; sets second_url.
+make_second_database() {
+    if is_postgres; then
+        second_database=acceptance_second_$RANDOM$RANDOM
+        local server=${DATABASE_URL%%\?*} options=""
+        [[ $DATABASE_URL != *\?* ]] || options="?${DATABASE_URL#*\?}"
+        sql "CREATE DATABASE $second_database"
+        second_url=${server%/*}/$second_database$options
+    else
+        second_url=sqlite:///$work/second.db
+    fi
+}
+
+part_second_database() {
+    local next ran url=$DATABASE_URL
+    sql "UPDATE nodes SET enabled = 0"
+    releasectl node add exec-7 "$subnet.7" --port 9090 --protocol execute >/dev/null 2>&1 || give_up "node add failed"
+    CODE=0
+    releasectl create --reason "acceptance, no payload" >"$work/refused.log" 2>&1 || CODE=$?
+    equals "create for an execute node without websites: refused, exits 2" "2 1" "$CODE $(grep -c 'no list websites' "$work/refused.log")"
+    echo '{"websites": ["a.example"]}' >"$work/site.json"
+    releasectl create --payload "$work/site.json" >/dev/null 2>&1 || give_up "create failed"
+    release=$(sql "SELECT MAX(id) FROM release_tasks")
+    finish
+    equals "the execute node of the first database: success" "success|1|1|0; 7:1" "$(release_row "$release"); $(runs_of "$release")"
+    next=$(($(sql "SELECT version FROM release_tasks WHERE id = $release") + 1))
+
+    make_second_database
+    DATABASE_URL=$second_url
+    releasectl migrate >/dev/null 2>&1 || give_up "migrate failed"
+    releasectl node add exec-7 "$subnet.7" --port 9090 --protocol execute >/dev/null 2>&1 || give_up "node add failed"
+    ran=$(all_runs_of 7)
+    releasectl create --payload "$work/site.json" >/dev/null 2>&1 || give_up "create failed"
+    finish
+    equals "the first release of an empty database beside the same agent: no success" "failed|1|0|1" "$(release_row 1)"
+    equals "it is told why" "rejected|the agent is already at version $((next - 1))" \
+        "$(sql "SELECT error_kind, error_msg FROM release_task_nodes WHERE release_task_id = 1")"
+    equals "the agent ran nothing for it" "$ran" "$(all_runs_of 7)"
+    matches "migrate --first-version: the next release is that version" ".*; the next release is version $next" \
+        "$(releasectl migrate --first-version "$next" 2>&1)"
+    releasectl create --payload "$work/site.json" >/dev/null 2>&1 || give_up "create failed"
+    finish
+    equals "then a release really runs" "success|1|1|0 $next; 7:1" \
+        "$(release_row 2) $(sql "SELECT version FROM release_tasks WHERE id = 2"); $(runs_of 2)"
+    DATABASE_URL=$url
 }
 
 # --- The run --------------------------------------------------------------------------------
@@ -443,6 +552,7 @@ part_by_sql_failure
 part_by_curl_success
 part_by_curl_unreachable
 part_two_executors
+part_second_database
 
 echo "$passed passed, $failed failed"
 [[ $failed == 0 ]]

@@ -419,7 +419,7 @@ def test_tls_older_than_1_2_is_refused(client, certs, new_peer):
 
 CHUNKED = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 NOT_JSON = "A answered what is not JSON: "
-TOO_BIG = ("protocol", "A answered more than 1 MiB", False)
+TOO_BIG = ("protocol", "A answered more than 64 KiB", False)
 BROKEN: dict[str, tuple[Callable[[Peer, Any], None], str, str, bool]] = {
     "not JSON": (says(http(b"hello")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
     "no body": (says(http(b"")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
@@ -455,7 +455,7 @@ BROKEN: dict[str, tuple[Callable[[Peer, Any], None], str, str, bool]] = {
     "a key twice": (says(http(b'{"code":5,"code":0,"data":{}}')), "protocol",
                     NOT_JSON + "key 'code' stands twice", False),
     "NaN": (says(http(b'{"code":0,"data":{"x":NaN}}')), "protocol", NOT_JSON + "NaN is not JSON", False),
-    "deep nesting": (says(http(b"[" * 100_000)), "protocol", NOT_JSON + "nested too deep", False),
+    "deep nesting": (says(http(b"[" * 60_000)), "protocol", NOT_JSON + "nested too deep", False),
     "invalid UTF-8": (says(http(b'{"code":0,"message":"\xff"}')), "protocol", NOT_JSON + "not UTF-8", False),
     "a lone surrogate": (says(http(b'{"code":0,"data":{"taskId":"\\ud800"}}')), "protocol",
                          NOT_JSON + "not UTF-8", False),
@@ -535,8 +535,8 @@ def test_a_poll_gives_what_the_agent_knows(client, new_peer, answer, state):
     (task("failed", lastError=None), "agent_failed", "the agent gave no reason", True),
     (task("failed", lastError=["odd"]), "agent_failed", "['odd']", True),
     (task("failed", lastError="a\x00\r\nb\x1b[31m\u202e c"), "agent_failed", "a b [31m c", True),
-    (task("failed", lastError="x" * 100_000), "agent_failed", "x" * 252 + "...", True),
-], ids=["another task", "unknown status", "failed", "no reason", "a list", "control characters", "100 kB"])
+    (task("failed", lastError="x" * 60_000), "agent_failed", "x" * 252 + "...", True),
+], ids=["another task", "unknown status", "failed", "no reason", "a list", "control characters", "60 kB"])
 def test_a_poll_that_tells_no_success_says_why(client, new_peer, answer, kind, message, final):
     error = error_of(client.query, new_peer(says(answer)).address(), TASK.id)
     assert_tells(error, kind, message, final=final)

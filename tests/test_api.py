@@ -1017,3 +1017,73 @@ def test_cancel_by_force_and_resume_that_accepts_failures(client):
     ended = client.ok("POST", "/api/v1/releases/1/cancel", {"force": True, "reason": "enough"})
     assert (ended["status"], ended["skippedNodes"]) == ("cancelled", 1)
     assert "enough" in [e["detail"] for e in client.ok("GET", "/api/v1/releases/1/events")["items"]]
+
+
+# -- a success is a success (issue 12) ------------------------------------------------------------------
+
+def test_a_release_may_name_a_higher_version_and_no_other(client):
+    add_nodes(client.store, 1)
+    assert client.ok("POST", "/api/v1/releases", {"version": 10, "dryRun": True})["version"] == 10
+    assert client.ok("POST", "/api/v1/releases", {"version": 10}, 201)["version"] == 10
+    for dry in (False, True):
+        for used in (1, 9, 10):
+            answer = client("POST", "/api/v1/releases", {"version": used, "dryRun": dry})
+            assert (answer.code, "name one from 11 on" in answer.message) == (2003, True)
+    for wrong in (0, -1, 11.5, "11", True, None, [11], 2**53 + 1, 10**400):
+        answer = client("POST", "/api/v1/releases", {"version": wrong})
+        assert (answer.code, "version" in answer.message) == (2003, True), wrong
+    assert client.code("POST", "/api/v1/releases", {"version": 12, "payload": {"version": 13}}) == 2003
+    assert client.ok("POST", "/api/v1/releases", {"version": 13, "payload": {"version": 13}}, 201)["version"] == 13
+    assert client.ok("POST", "/api/v1/releases", {}, 201)["version"] == 14
+    document = client("GET", "/openapi.json").data
+    assert document["components"]["schemas"]["NewRelease"]["properties"]["version"]["minimum"] == 1
+
+
+@pytest.mark.parametrize("address", [
+    "0.0.0.0", "::", "224.0.0.1", "ff02::1", "255.255.255.255", "169.254.169.254", "fe80::1", "0.0.0.1",
+    "::ffff:169.254.169.254", "::ffff:0.0.0.0", "0x0", "0xA9FEA9FE"])
+def test_an_address_that_is_no_hosts_is_refused_as_a_node(refusing, address):
+    before = refusing.ok("GET", "/api/v1/nodes")
+    for answer in (refusing("POST", "/api/v1/nodes", {"name": "b", "mainIp": address}),
+                   refusing("PATCH", "/api/v1/nodes/1", {"mainIp": address})):
+        assert (answer.code, "mainIp" in answer.message) == (2003, True)
+    assert refusing.ok("GET", "/api/v1/nodes") == before
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "10.0.0.7", "192.0.2.7", "fd00::7", "2001:db8::7",
+                                     "edge-7.example.com", "0xcafe.example.com", "10x"])
+def test_an_address_or_name_of_a_host_is_taken(lite, address):
+    assert lite.ok("POST", "/api/v1/nodes", {"name": "b", "mainIp": address}, 201)["mainIp"] == address
+
+
+def test_an_ipv4_address_within_ipv6_is_stored_as_what_it_is(client):
+    assert client.ok("POST", "/api/v1/nodes", {"name": "a", "mainIp": "::ffff:10.0.0.7"}, 201)["mainIp"] == "10.0.0.7"
+    client.ok("POST", "/api/v1/nodes", {"name": "b", "mainIp": "10.0.0.8"}, 201)
+    for again in ("10.0.0.7", "::ffff:a00:7"):
+        assert client.code("POST", "/api/v1/nodes", {"name": "c", "mainIp": again}) == 3002
+        assert client.code("PATCH", "/api/v1/nodes/2", {"mainIp": again}) == 3002
+    assert client.ok("PATCH", "/api/v1/nodes/2", {"mainIp": "::ffff:10.0.0.9"})["mainIp"] == "10.0.0.9"
+
+
+@pytest.mark.parametrize("text", [
+    "2026-01-31T22:00:00", "2026-01-31", "2026-01-31 22:00:00Z", "2026-02-30T00:00:00Z", "2026-01-31T22:00Z",
+    "2026-01-31T22:00:00.Z", "2026-01-31T22:00:00+2", "0000-01-01T00:00:00Z", "0001-01-01T00:00:00+14:00",
+    "99999-01-01T00:00:00Z", "9999-12-31T23:59:59.9999Z", "2026-01-31T22:00:00\u0660Z", "now", 1790000000, None])
+def test_a_start_time_that_is_none_is_refused_by_name(refusing, text):
+    answer = refusing("POST", "/api/v1/releases", {"strategy": {"startAt": text}})
+    assert (answer.code, answer.message.startswith("strategy: startAt ")) == (2003, True), answer.message
+    assert "must be a time" in answer.message
+
+
+def test_what_is_given_twice_in_a_request_is_refused(lite):
+    add_nodes(lite.store, 1)
+    for answer in (lite("GET", "/api/v1/releases?page=1&page=1"), lite("GET", "/api/v1/nodes?pageSize=1&pageSize=2"),
+                   lite("POST", "/api/v1/releases", b'{"target":"cdn","target":"dns"}'),
+                   lite("POST", "/api/v1/releases", b'{"labels":{"region":"eu","region":"us"}}'),
+                   lite("POST", "/api/v1/nodes", b'{"name":"b","mainIp":"10.0.0.7","mainIp":"10.0.0.8"}')):
+        assert (answer.code, "twice" in answer.message) == (2002, True), answer.message
+    for header in (b"Idempotency-Key", b"Authorization", b"Content-Type", b"Host"):
+        raw = lite.raw(b"POST /api/v1/releases HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                       b"%s: a\r\n%s: a\r\nContent-Length: 2\r\n\r\n{}" % (header, header))
+        assert split_answer(raw)[0] == 400, header
+    assert (lite.store.releases().total, lite.store.nodes().total) == (0, 1)

@@ -918,3 +918,257 @@ def test_create_wait_follows_a_release_over_real_agents(fleet_cli):
         watching.kill()
     assert (done.code, "3 nodes succeeded" in done.out) == (0, True), done.err
     assert "created" in done.err
+
+
+# -- a success is a success (issue 12) ------------------------------------------------------------------
+
+SAMPLES = ("terminal", "5m", "90d", "1", "1,2", "edge-1")
+
+
+def sample_of(keywords: dict[str, Any]) -> str:
+    """Gives a value that an option takes."""
+    if "choices" in keywords:
+        return keywords["choices"][0]
+    for text in SAMPLES:
+        with contextlib.suppress(Exception):
+            keywords.get("type", str)(text)
+            return text
+    raise AssertionError(f"no sample for {keywords}")
+
+
+SINGLE_OPTIONS = [(command.name, flags[0], sample_of(keywords)) for command in rc.COMMANDS
+                  for flags, keywords in (*command.options, *rc.COMMON_OPTIONS)
+                  if flags[0].startswith("--") and "action" not in keywords]
+
+
+def test_an_option_of_one_value_is_refused_a_second_in_every_command(quick):
+    """The last one would win silently: another target, file or host than meant."""
+    assert len(SINGLE_OPTIONS) > 60
+    for command, flag, value in SINGLE_OPTIONS:
+        for twice in ((flag, value, flag, value), (f"{flag}={value}", flag, value)):
+            refused = quick(*command.split(), *twice)
+            assert (refused.code, refused.out) == (2, ""), (command, twice)
+            assert f"{flag} is given twice" in refused.err, (command, twice, refused.err)
+    assert os.listdir(quick.folder) == []
+
+
+@pytest.mark.parametrize("flag", ["--db", "--config"])
+def test_neither_may_a_common_option_stand_before_and_behind_the_command(cli, flag):
+    value = "sqlite:///a.db" if flag == "--db" else cli.file("a.conf", "LOG_LEVEL=info\n")
+    for arguments in ((flag, value, "node", flag, value, "list"), (flag, value, "node", "list", flag, value),
+                      (flag, value, flag, value, "migrate"), (flag, value, "migrate", f"{flag}={value}")):
+        assert f"{flag} is given twice" in cli.refused(2, *arguments)
+    cli.ok(flag, value, "migrate")
+    cli.ok("--json", "migrate", "--json")  # it says the same twice
+
+
+@pytest.mark.parametrize("labels", [("region=eu", "region=us"), ("region=eu", "rack=1", "region=eu")])
+@pytest.mark.parametrize("words", ["create", "create --plan", "node add edge-9 10.0.0.9", "node set edge-1"])
+def test_a_label_that_is_given_twice_is_refused_and_nothing_is_written(filled_quick, words, labels):
+    filled_quick.store.update_node(1, {"labels": '{"region":"us","rack":"1"}'})
+    before = filled_quick.store.nodes()
+    options = [option for label in labels for option in ("--label", label)]
+    assert "--label region is given twice" in filled_quick.refused(2, *words.split(), *options)
+    assert (filled_quick.store.nodes(), filled_quick.store.releases().total) == (before, 3)
+
+
+def test_other_options_that_may_be_repeated_are_refused_the_same_twice(filled_quick):
+    assert "different" in filled_quick.refused(2, "create", "--node", "edge-1", "--node", "edge-1")
+    assert filled_quick.store.releases().total == 3
+
+
+@pytest.mark.parametrize("words", ["node add edge-9 10.0.0.9", "node set edge-1"])
+def test_enable_and_disable_exclude_each_other_in_either_order(filled_quick, words):
+    before = filled_quick.store.nodes()
+    for options in (("--enable", "--disable"), ("--disable", "--enable"), ("--enable", "--enable", "--disable")):
+        assert f"{options[-1]} says the opposite of another option" in filled_quick.refused(2, *words.split(), *options)
+    assert filled_quick.store.nodes() == before
+    filled_quick.ok(*words.split(), "--disable", "--disable")
+
+
+NO_HOSTS = ("0.0.0.0", "::", "224.0.0.1", "239.255.255.255", "ff02::1", "255.255.255.255", "169.254.169.254", "fe80::1",
+            "0.0.0.1", "::ffff:169.254.169.254", "::ffff:0.0.0.0", "::ffff:224.0.0.1", "0", "0x0", "0xA9FEA9FE",
+            "169.254.43518", "0xa9.0xfe.0xa9.0xfe", "0251.0376.0251.0376", "10.0.0.0x7")
+
+
+@pytest.mark.parametrize("address", NO_HOSTS)
+def test_an_address_that_is_no_hosts_is_refused_as_a_node(filled_quick, address):
+    before = filled_quick.store.nodes()
+    document = json.dumps([{"name": "edge-8", "mainIp": "10.0.0.8"}, {"name": "edge-9", "mainIp": address}])
+    filled_quick.ok("cancel", "3")
+    for arguments in (("node", "add", "edge-9", address), ("node", "set", "edge-1", "--ip", address),
+                      ("node", "import", filled_quick.file("lines", f"edge-8 10.0.0.8\nedge-9 {address}\n")),
+                      ("node", "import", filled_quick.file("json", document))):
+        assert "mainIp" in filled_quick.refused(2, *arguments)
+    assert filled_quick.store.nodes() == before
+
+
+def test_an_ipv4_address_within_ipv6_is_stored_as_what_it_is(filled_quick):
+    filled_quick.ok("cancel", "3")
+    filled_quick.ok("node", "add", "edge-8", "::ffff:10.0.0.8")
+    filled_quick.ok("node", "import", filled_quick.file("lines", "edge-9 ::FFFF:0a00:0009\n"))
+    filled_quick.ok("node", "set", "edge-1", "--ip", "::ffff:a00:1")
+    assert [n.main_ip for n in filled_quick.store.nodes().items] == ["10.0.0.1", ADDRESSES[1], "10.0.0.8", "10.0.0.9"]
+    assert "edge-8 has the address 10.0.0.8:8443" in filled_quick.refused(3, "node", "add", "x", "10.0.0.8")
+
+
+# -- exit 1 where too many failed, though nobody has ended the release ------------------------------------------
+
+@pytest.mark.parametrize("command", [("run-once",), ("run-once", "--drain")])
+def test_1_where_too_many_failures_paused_the_release(fleet_cli, command):
+    fleet_cli.world.agent(1).set(outcome="failed", message="no disk space")
+    release = new_release(fleet_cli.world.store, strategy={"onExceed": "pause", "retries": 0})
+    result = fleet_cli(*command, "--json")
+    assert (result.code, result.json["releases"][0]["status"]) == (1, "paused")
+    for until in ("paused", "batch=1"):
+        watched = fleet_cli("watch", release.id, "--until", until, "--timeout", "20", "--json")
+        assert (watched.code, watched.json["release"]["status"]) == (1, "paused"), until
+    fleet_cli.world.store.act("resume", release.id, "anna", accept_failures=True)
+    assert fleet_cli("run-once", "--drain").code == 1  # partial
+
+
+def test_1_from_a_wait_that_was_there_when_too_many_failed(fleet_cli):
+    fleet_cli.world.agent(1).set(outcome="failed")
+    waits = [fleet_cli.start("create", "--on-exceed", "pause", "--retries", "0", "--wait", "--until", "paused",
+                             "--timeout", "40")]
+    eventually(lambda: fleet_cli.world.store.releases().total)
+    waits.append(fleet_cli.start("watch", "1", "--until", "batch=1", "--timeout", "40"))
+    assert fleet_cli("run-once", "--drain").code == 1
+    assert [Cli.end(wait).code for wait in waits] == [1, 1]
+
+
+def test_0_at_a_gate_that_was_planned_also_with_failures_that_are_tolerated(fleet_cli):
+    fleet_cli.world.agent(1).set(outcome="failed")
+    strategy = {"pauseAfter": [1], "maxFailed": 1, "retries": 0, "onExceed": "pause"}
+    release = new_release(fleet_cli.world.store, strategy=strategy)
+    for command in (("run-once", "--drain"), ("watch", release.id, "--until", "paused"),
+                    ("watch", release.id, "--until", "batch=1")):
+        result = fleet_cli(*command)
+        assert (result.code, "paused" in result.out) == (0, True), command
+    assert fleet_cli.world.store.release(release.id).failed_nodes == 1
+    fleet_cli.ok("resume", release.id)
+    assert fleet_cli("run-once", "--drain").code == 1  # partial: not a success
+    assert fleet_cli("watch", release.id).code == 1
+
+
+def test_0_where_a_person_paused_a_release_with_nothing_wrong(fleet_cli):
+    release = new_release(fleet_cli.world.store, strategy={"onExceed": "pause"})
+    fleet_cli.ok("pause", release.id)
+    assert fleet_cli("watch", release.id, "--until", "paused").code == 0
+    assert fleet_cli("run-once", "--drain").code == 0
+
+
+# -- retry and rollback ------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def past_cli(quick, open_store, database_url):
+    """A command line over three nodes and releases 1 good, 2 failed, 3 good, 4 failed; edge-3 is in maintenance."""
+    quick.store = store = open_store(database_url)
+    quick.settings["DATABASE_URL"] = database_url
+    add_nodes(store, 3)
+    for content, status in (("A", "success"), ("B", "failed"), ("C", "success"), ("D", "failed")):
+        release = new_release(store, payload={"content": content})
+        with store.database.transaction(write=True) as tx:
+            tx.execute("UPDATE release_tasks SET status = ? WHERE id = ?", status, release.id)
+            tx.execute("UPDATE release_task_nodes SET status = ?, attempts = 1 WHERE release_task_id = ?", status,
+                       release.id)
+    store.update_node(3, {"status": "maintenance"})
+    return quick
+
+
+@pytest.mark.parametrize(("verb", "source", "content"), [("retry", 4, "D"), ("rollback", 3, "C")])
+def test_retry_and_rollback_tell_their_plan_and_who_is_left_out(past_cli, verb, source, content):
+    text = past_cli.ok(verb, 4, "--plan").out
+    assert f"sends: payload of release {source} (v{source})" in text
+    assert "version: 5" in text
+    assert "left out: edge-3 is in maintenance" in text
+    plan = past_cli.ok(verb, 4, "--plan", "--json").json
+    left_out = [{"nodeId": 3, "nodeName": "edge-3", "why": "in maintenance"}]
+    assert (plan["payloadOf"], plan["leftOut"], plan["totalNodes"]) == (
+        {"releaseId": source, "version": source}, left_out, 2)
+    assert past_cli.store.releases().total == 4
+    made = past_cli.ok(verb, 4, "--json").json
+    assert (made["leftOut"], made["version"], made["batches"]) == (
+        left_out, 5, [{key: batch[key] for key in ("batch", "nodeIds")} for batch in plan["batches"]])
+    assert "left out: edge-3 is in maintenance" in past_cli.ok(verb, 4).out
+    waited = past_cli(verb, 4, "--wait", "--timeout", "0")
+    assert (waited.code, "left out: edge-3 is in maintenance" in waited.err) == (75, True)
+    assert rc.parse_json(past_cli.store.release(5).payload) == {"content": content}
+
+
+@pytest.mark.parametrize("verb", ["retry", "rollback"])
+def test_retry_and_rollback_go_over_what_is_newer_only_when_told(past_cli, verb):
+    for options in ((), ("--plan",)):
+        refused = past_cli.refused(3, verb, 2, *options)
+        assert "release 3 (v3) succeeded later on edge-1 and 1 more" in refused
+        assert "--over-newer" in refused
+    assert past_cli.ok(verb, 2, "--over-newer", "--plan", "--json").json["totalNodes"] == 2
+    assert past_cli.store.releases().total == 4
+    past_cli.ok(verb, 2, "--over-newer")
+    release = past_cli.store.release(5)
+    assert (release.retry_of, release.rollback_of) == ((2, None) if verb == "retry" else (None, 2))
+
+
+def test_rollback_goes_to_the_release_that_is_named(past_cli):
+    assert "payload of release 1 (v1)" in past_cli.ok("rollback", 4, "--to", 1, "--plan").out
+    past_cli.ok("rollback", 4, "--to", 1)
+    assert rc.parse_json(past_cli.store.release(5).payload) == {"content": "A"}
+    assert "toRelease 99 is no release of target cdn" in past_cli.refused(2, "rollback", 4, "--to", 99)
+    assert "nothing would change" in past_cli.refused(3, "rollback", 4, "--to", 4)
+    assert "--to" in past_cli.refused(2, "retry", 4, "--to", 1)
+    assert "is not a number" in past_cli.refused(2, "rollback", 4, "--to", 0)
+    assert past_cli.store.releases().total == 5
+
+
+# -- a database beside agents that are further on ------------------------------------------------------------------
+
+def test_migrate_leads_the_versions_past_what_agents_have(cli, database_url):
+    db = ("--db", database_url)
+    made = cli.ok("migrate", *db, "--first-version", "42", "--json").json
+    assert made == {"before": 0, "after": len(rc.schema_steps()), "nextVersion": 42}
+    assert cli.ok("migrate", *db, "--first-version", "7").out.endswith("; the next release is version 42\n")
+    assert "nextVersion" not in cli.ok("migrate", *db, "--json").json
+    cli.ok("node", "add", "edge-1", "10.0.0.1", *db)
+    assert cli.ok("create", *db, "--plan", "--json").json["version"] == 42
+    assert cli.ok("create", *db, "--json").json["version"] == 42
+    assert cli.ok("migrate", *db, "--first-version", "43", "--json").json["nextVersion"] == 43
+    assert cli.ok("migrate", *db, "--first-version", str(2**53 - 1), "--json").json["nextVersion"] == 2**53 - 1
+    for number in ("0", "-1", "x", str(2**53 + 1), "1.5", ""):
+        assert "--first-version" in cli.refused(2, "migrate", *db, f"--first-version={number}")
+
+
+def test_create_takes_a_higher_version_and_no_other(cli, database_url):
+    db = ("--db", database_url)
+    cli.ok("node", "add", "edge-1", "10.0.0.1", *db)
+    assert cli.ok("create", *db, "--version", "10", "--plan").out.splitlines()[2] == "version: 10"
+    assert cli.ok("create", *db, "--version", "10", "--json").json["version"] == 10
+    for used in ("1", "9", "10"):
+        for options in ((), ("--plan",)):
+            refused = cli.refused(2, "create", *db, "--version", used, *options)
+            assert f"version {used} may have been used already: leave it out, or name one from 11 on" in refused
+    payload = cli.file("payload", '{"version": 20}')
+    assert "leave the version out" in cli.refused(2, "create", *db, "--version", "12", "--payload", payload)
+    assert cli.ok("create", *db, "--version", "20", "--payload", payload, "--json").json["version"] == 20
+    assert cli.ok("create", *db, "--json").json["version"] == 21
+    for number in ("0", "-1", "x", str(2**53 + 1)):
+        assert "--version" in cli.refused(2, "create", *db, f"--version={number}")
+
+
+def test_check_names_claims_and_holds_that_lie_further_ahead_than_any_setting_allows(cli, world):
+    world.nodes(1, "execute")
+    cli.settings.update(mtls(world.certs), DATABASE_URL=world.url)
+    release = new_release(world.store, payload={"websites": []})
+    assert world.store.claim(release.id, "host-a:17", 30)
+    assert "clock" not in findings(cli.ok("check", "--json"))
+    ahead = rc.utc_text(time.time() + 2 * 86400)
+    with world.store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_tasks SET claim_expires_at = ?", ahead)
+        tx.execute("UPDATE release_task_nodes SET status = 'failed', hold_until = ?", ahead)
+    result = cli("check", "--json")
+    said = [(item["ok"], item["message"].split(", further")[0]) for item in result.json["items"]
+            if item["subject"] == "clock"]
+    assert said == [(False, f"release 1 is claimed by host-a:17 until {ahead}"),
+                    (False, f"node edge-1 is kept free until {ahead}")]
+    assert result.code == 69
+    text = cli("check").out
+    assert (text.count("WRONG  clock"), "NTP" in text) == (2, True), text

@@ -1,5 +1,6 @@
 """Killed anywhere, by anyone: short runs of scripts/torture.py, real processes on both engines.
 
+On PostgreSQL a standby that lacks the last commits takes over as well.
 TEST_LONG=1 makes the long ones: at least 1,000 kills and 200 suspensions on each engine.
 """
 from __future__ import annotations
@@ -58,9 +59,20 @@ def test_rule_9_a_database_call_that_fails_loses_nothing(engine):
 
 def test_rule_9_kills_and_suspensions_at_random_moments_lose_nothing(engine):
     figures = torture(*engine, "--phases", "random", "--kills", "25", "--suspends", "6", "--restarts", "1",
-                      "--seed", "9")
+                      "--failovers", "0", "--seed", "9")
     assert figures["counts"]["kills"] >= 25
     assert figures["counts"]["take-overs"] > 0
+
+
+def test_a_failover_that_loses_commits_makes_no_success_untrue(request):
+    if not {"psycopg", "psycopg2"} & set(DRIVERS):
+        leave_out("a PostgreSQL driver that knows several hosts (psycopg or psycopg2)")
+    request.getfixturevalue("postgres_server")  # leaves the test out where there is no server
+    counts = torture("--engine", "postgresql", "--phases", "random", "--kills", "12", "--suspends", "3",
+                     "--restarts", "0", "--failovers", "1", "--seed", "9")["counts"]
+    assert counts["failovers"] == 1
+    assert counts["release_tasks lost by failovers"] >= 1
+    assert counts["release_events lost by failovers"] >= 2
 
 
 @pytest.mark.skipif(not IS_LONG, reason="TEST_LONG=1: a quarter of an hour on each engine")

@@ -83,7 +83,12 @@ def test_a_probe_goes_to_the_node_itself(url, address, expected):
 
 
 @pytest.mark.parametrize(("text", "stored"), [
-    ("2026-01-31T22:00:00Z", "2026-01-31T22:00:00.000Z"), ("2026-01-31T22:00:00.25+02:00", "2026-01-31T20:00:00.250Z")])
+    ("2026-01-31T22:00:00Z", "2026-01-31T22:00:00.000Z"), ("2026-01-31T22:00:00.25+02:00", "2026-01-31T20:00:00.250Z"),
+    ("2026-01-31t22:00:00z", "2026-01-31T22:00:00.000Z"), ("2026-01-31T22:00:00.5z", "2026-01-31T22:00:00.500Z"),
+    ("2026-01-31t22:00:00.123456789-01:30", "2026-01-31T23:30:00.123Z"),
+    ("2026-01-31T22:00:00.999999999Z", "2026-01-31T22:00:01.000Z"),
+    ("0999-06-01T00:00:00Z", "0999-06-01T00:00:00.000Z"), ("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z"),
+    ("9999-12-31T23:59:59Z", "9999-12-31T23:59:59.000Z")])
 def test_a_time_is_kept_in_utc(text, stored):
     assert rc.parse_strategy({"startAt": text}).start_at == stored
 
@@ -567,6 +572,15 @@ def test_a_release_does_not_start_before_its_time(world):
     assert world.store.release(made.id).status == "pending"
     eventually(lambda: world.executor().run_once(drain=True) and world.store.release(made.id).is_terminal)
     assert world.store.release(made.id).started_at >= start
+
+
+@pytest.mark.parametrize("start_at", [
+    "0999-01-01T00:00:00Z", "0001-01-01T00:00:00Z", "2020-01-31t22:00:00.123456789z", "1969-12-31T23:59:59.9-12:00"])
+def test_a_start_time_in_the_past_starts_at_once_and_holds_nobody_up(world, start_at):
+    world.nodes(2)
+    first = drained(world, "success", strategy={"startAt": start_at})
+    assert drained(world, "success").version == first.version + 1
+    assert world.runs() == [2, 2]
 
 
 def test_a_freeze_in_the_middle_of_a_release_stops_it_and_its_end_sets_it_going(world):

@@ -269,6 +269,18 @@ def test_rule_2_a_drain_runs_a_release_that_was_given_a_later_version_after_the_
     assert [run["version"] for run in world.agent(1).runs] == [2, 3, 4]
 
 
+def test_rule_1_what_was_to_go_out_in_a_restored_database_gets_versions_that_no_agent_has(world):
+    world.nodes(1)
+    ids = [new_release(world.store, payload={"version": number}).id for number in (1, 2)]
+    world.agent(1).set(applied_version=40)
+    assert world.store.set_first_version(41) == 41
+    world.drain()
+    assert [world.store.release(i).status for i in ids] == ["success", "success"]
+    assert [run["version"] for run in world.agent(1).runs] == [41, 42]
+    assert [world.store.release(i).payload for i in ids] == ['{"version":41}', '{"version":42}']
+    assert "version 1 became 41: versions below 41 may be" in world.store.events(ids[0])[1].detail
+
+
 def test_rule_2_what_an_address_was_sent_counts_for_every_row_that_names_it(world):
     world.nodes(1)
     port = world.agent(1).port
