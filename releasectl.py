@@ -6144,8 +6144,8 @@ NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
                       {"type": "string", "enum": list(PROTOCOLS)}),
     "labels": ("labels", parse_labels, {
         "type": "object", "maxProperties": MAX_LABELS,
-        "propertyNames": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_KEY_CHARS},
-        "additionalProperties": {"type": "string", "maxLength": MAX_LABEL_CHARS}}),
+        "propertyNames": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_KEY_CHARS, "format": "line"},
+        "additionalProperties": {"type": "string", "maxLength": MAX_LABEL_CHARS, "format": "line"}}),
     "enabled": ("enabled", lambda v: int(parse_flag("enabled", v)), {"type": "boolean"}),
     "status": ("status", lambda v: parse_choice("status", v, NODE_STATUSES),
                {"type": "string", "enum": list(NODE_STATUSES)}),
@@ -6250,7 +6250,7 @@ def openapi_schemas() -> dict[str, Any]:
             "target": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}, "reason": _REASON,
             "payload": {"type": "object"}, "strategy": _ref("Strategy"),
             "nodeIds": {"type": "array", "minItems": 1, "uniqueItems": True, "items": _ID},
-            "labels": {"type": "object", "additionalProperties": _TEXT}, "dryRun": {"type": "boolean"},
+            "labels": NODE_FIELDS["labels"][2], "dryRun": {"type": "boolean"},
             "version": {"type": "integer", "minimum": 1, "maximum": MAX_VERSION}}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": _object({"reason": _REASON}, required=[]),
@@ -8580,7 +8580,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         self.head, self.actor, self.request_id = Head(), "", secrets.token_hex(8)
         self.route: Route | None = None
         self.ids: tuple[int, ...] = ()
-        self.unread_bytes = 0
+        self.unread_bytes, self.is_ending = 0, False  # ending: whatever becomes of the request, its connection closes
         try:
             if not self._read_head():
                 return False
@@ -8593,7 +8593,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         except Exception:  # the edge of a request
             log.exception("%s %s failed, request %s", self.head.method, self._path, self.request_id)
             answer = refusal_of(AppError(5001, "releasectl itself failed: see its log"))
-        self.close_connection |= self.server.is_stopping
+        self.close_connection |= self.server.is_stopping or self.is_ending
         self._tell(answer)
         self.server.seats.rest(self.seat, is_owed=True)  # who does not read may lose the seat
         self._send(answer)
@@ -8647,7 +8647,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             server.seats.identify(seat, False)
             return None
         if self._is_distrusted():
-            self.close_connection = True
+            self.is_ending = True
             raise AppError(5003, "what client certificates are verified by has changed: connect again", retry_after_s=1)
         authorization = self.head.headers.get("authorization", "")
         if server.tokens and authorization:
@@ -8658,12 +8658,12 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         elif identity and server.tokens:
             server.throttle.note_good(seat.address, authorization)
         if identity and not server.seats.identify(seat, True, identity.token, identity.role == VIEWER):
-            self.close_connection = True
+            self.is_ending = True
             refusal = AppError(4029, f"{identity.token} has as many connections at work as one token, or all viewers "
                                      "here, may have: come back in a moment", retry_after_s=1)
             identity = None
         elif not identity:
-            self.close_connection |= seat.is_proven  # its token is gone
+            self.is_ending = seat.is_proven  # its token is gone
             server.seats.identify(seat, False)
         if refusal and route.role:
             raise refusal
