@@ -9229,13 +9229,29 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
 #   as it goes. Uses 1 to 17.
 # ======================================================================================
 
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a printable line takes: two for a wide character, none for a mark."""
+    if text.isascii():
+        return len(text)
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 0 if unicodedata.category(char) in ("Mn", "Me")
+               else 1 for char in text)
+
+
+def cut_to(text: str, columns: int) -> str:
+    """Return the start of a printable line that fits into so many columns."""
+    if columns_of(text) <= columns:
+        return text
+    ends = itertools.accumulate(map(columns_of, text))
+    return text[:sum(1 for end in ends if end <= columns)]
+
+
 def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
     """Gives rows as text in columns, or '' when there are none."""
     cells = [[one_line(cell) if cell is not None else "" for cell in row] for row in rows]
     if not cells:
         return ""
-    widths = [max(len(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+    widths = [max(columns_of(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
+    return "\n".join("  ".join(cell + " " * (width - columns_of(cell)) for cell, width in zip(row, widths)).rstrip()
                      for row in [[h.upper() for h in head], *cells])
 
 
@@ -9272,7 +9288,7 @@ class Screen:
     def say(self, line: str) -> None:
         """Shows what is wrong, once."""
         if self._is_terminal:
-            self._draw([line[:shutil.get_terminal_size((100, 24)).columns - 1]])
+            self._draw([cut_to(line, self._width())])
         else:
             self._say(line, line)
 
@@ -9288,34 +9304,41 @@ class Screen:
         print(up + "".join(f"\r\x1b[K{line}\n" for line in lines) + "\x1b[J", end="", file=self._stream, flush=True)
         self._drawn = len(lines)
 
+    @staticmethod
+    def _width() -> int:
+        """Return how long a line may be: one that wraps would leave a part of itself behind at the next drawing."""
+        return max(1, shutil.get_terminal_size((100, 24)).columns - 1)
+
     def _lines(self, progress: Progress) -> list[str]:
-        width = max(40, shutil.get_terminal_size((100, 24)).columns - 1)
+        width = self._width()
         release, batches = progress.release, progress.batches
         at = max(release.current_batch or len(batches), 1)
         # the batches around the current one, where there are too many for the screen
         first = max(0, min(at - self.MAX_BATCHES // 2, len(batches) - self.MAX_BATCHES))
-        lines = [release_line(release)[:width]]
+        lines = [cut_to(release_line(release), width)]
         lines += [self._batch_line(batch, width) for batch in batches[first:first + self.MAX_BATCHES]]
         if len(batches) > self.MAX_BATCHES:
-            lines.append(f"({len(batches)} batches in all)")
-        lines.append(f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
-                     f"{release.skipped_nodes} skipped of {release.total_nodes}")
+            lines.append(cut_to(f"({len(batches)} batches in all)", width))
+        lines.append(cut_to(f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
+                            f"{release.skipped_nodes} skipped of {release.total_nodes}", width))
         shown = progress.failures[:self.MAX_FAILURES]
-        lines += [self._paint(one_line(f"  {name}: {text}")[:width], "31") for name, text in shown]
+        lines += [self._paint("  " + cut_to(one_line(f"{name}: {text}"), width - 2), "31") for name, text in shown]
         if release.failed_nodes > len(shown):
-            lines.append(f"  and {release.failed_nodes - len(shown)} more")
+            lines.append(cut_to(f"  and {release.failed_nodes - len(shown)} more", width))
         return lines
 
     def _batch_line(self, batch: BatchProgress, width: int) -> str:
         """Gives one batch as a bar whose parts are as long as their share, rounded, and at least one mark."""
-        room = min(40, width - 30)
+        done = batch.count(SUCCESS)
+        label = cut_to(f"batch {batch.number:>3} {done:>6} of {batch.total:<6} ", width)
+        room = left = min(40, width - len(label))
         parts = [(mark, colour, batch.count(status)) for status, mark, colour in self.MARKS]
         bar = ""
         for mark, colour, count in parts:
-            length = max(1, round(room * count / batch.total)) if count else 0
+            length = min(left, max(1, round(room * count / batch.total))) if count else 0
             bar += self._paint(mark * length, colour) if length else ""
-        done = batch.count(SUCCESS)
-        return f"batch {batch.number:>3} {done:>6} of {batch.total:<6} {bar}"
+            left -= length
+        return label + bar
 
     def _paint(self, text: str, colour: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self._has_colours else text
