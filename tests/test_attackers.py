@@ -601,3 +601,40 @@ def test_a_crl_that_is_broken_is_told_and_never_a_traceback(authority, harm):
     assert list(rc.check_crl("CONTROL_CA", str(crl)))[0].exit_code == 2
     with pytest.raises(rc.ConfigError):
         rc.client_context(f"{authority.certs}/control.crt", f"{authority.certs}/control.key", str(crl))
+
+
+def test_with_a_crl_of_every_ca_a_revoked_intermediate_is_refused(tmp_path):
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], check=True, capture_output=True, cwd=tmp_path)
+
+    def issue(name: str, issuer: str, extensions: str) -> None:
+        (tmp_path / "ext").write_text(extensions)
+        openssl("req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}",
+                "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        signer = ["-signkey", "root.key"] if name == issuer else ["-CA", f"{issuer}.crt", "-CAkey", f"{issuer}.key",
+                                                                  "-CAcreateserial"]
+        openssl("x509", "-req", "-in", f"{name}.csr", *signer, "-days", "9", "-extfile", "ext", "-out", f"{name}.crt")
+
+    def crl(issuer: str, revoked: str = "") -> str:
+        (tmp_path / "index").write_text("")
+        (tmp_path / "cnf").write_text(f"[ca]\ndefault_ca=d\n[d]\ndatabase=index\ncertificate={issuer}.crt\n"
+                                      f"private_key={issuer}.key\ndefault_md=sha256\ndefault_crl_days=9\n")
+        if revoked:
+            openssl("ca", "-config", "cnf", "-revoke", f"{revoked}.crt")
+        openssl("ca", "-config", "cnf", "-gencrl", "-out", "crl")
+        return (tmp_path / "crl").read_text()
+
+    issue("root", "root", "basicConstraints=critical,CA:TRUE")
+    issue("between", "root", "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign")
+    issue("agent", "between", "subjectAltName=DNS:agent.test")
+    cas = "".join((tmp_path / f"{name}.crt").read_text() for name in ("root", "between"))
+    agent = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    agent.load_cert_chain(tmp_path / "agent.crt", tmp_path / "agent.key")
+    for crls, is_good in ((crl("between"), True), (crl("between") + crl("root"), True),
+                          (crl("between") + crl("root", "between"), False), (crl("between", "agent"), False)):
+        (tmp_path / "ca.pem").write_text(cas + crls)
+        ours = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        ours.check_hostname = False
+        rc.load_ca(ours, str(tmp_path / "ca.pem"), "CONTROL_CA")
+        with contextlib.nullcontext() if is_good else pytest.raises(ssl.SSLError, match="(?i)revoked"):
+            rc._meet(ours, agent)
