@@ -178,6 +178,8 @@ MAX_CLAIM_TTL_S, MAX_CONNECT_TIMEOUT_S, MAX_REQUEST_TIMEOUT_S = 3600, 600, 3600
 MAX_HOLD_S = float(MAX_CONNECT_TIMEOUT_S + MAX_REQUEST_TIMEOUT_S)
 # After a failover that may have lost releases, new ones are numbered from so much further on.
 VERSIONS_SKIPPED = 1000
+# What a person may name leaves so many versions: one slip must not use them up.
+MAX_NAMED_VERSION = 2**53 - 1_000_000
 
 log = logging.getLogger("releasectl")
 
@@ -228,11 +230,12 @@ class AgentError(Exception):
 
     kind: the error_kind of the contract. reached: whether the agent may have got the request.
     hold_s: how long an execute agent may still be busy with it. final: no further try helps.
-    is_held: the request was kept back by ourselves, so the agent is not to blame.
+    is_held: the request was kept back by ourselves, so the agent is not to blame. is_refusal: the answer says
+    that nothing was done (429, 503, a redirect).
     """
 
     def __init__(self, kind: str, message: str, reached: bool, hold_s: float = 0.0, final: bool = False,
-                 detail: str = "", is_held: bool = False):
+                 detail: str = "", is_held: bool = False, is_refusal: bool = False):
         super().__init__(message)
         self.kind = kind
         self.message = message
@@ -240,6 +243,7 @@ class AgentError(Exception):
         self.hold_s = hold_s
         self.final = final
         self.is_held = is_held
+        self.is_refusal = is_refusal
         self.detail = detail or message
 
 
@@ -772,8 +776,10 @@ class SqliteEngine:
         "SELECT COALESCE(MAX(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'release_tasks'"
     # The nodes of a release as one text.
     joined_sql = "group_concat(node_id)"
-    # A number that grows with each failover.
-    timeline_sql = "SELECT 0"
+    # What lets a transaction take as long as it needs.
+    patience_sql: tuple[str, ...] = ()
+    # A number that grows with each failover; 0 for a server that only follows another one.
+    timeline_sql = "SELECT 1"
     error: tuple[type[Exception], ...] = (sqlite3.Error,)
 
     def __init__(self, url: str):
@@ -901,9 +907,11 @@ class PostgresEngine:
                         COALESCE(MAX(id), 0)) + 1
         FROM release_tasks"""
     take_release_id_sql = """
-        SELECT GREATEST(nextval(pg_get_serial_sequence('release_tasks', 'id')), COALESCE(MAX(id), 0) + 1)
+        SELECT setval(pg_get_serial_sequence('release_tasks', 'id'),
+                      GREATEST(nextval(pg_get_serial_sequence('release_tasks', 'id')), COALESCE(MAX(id), 0) + 1))
         FROM release_tasks"""
     joined_sql = "string_agg(node_id::text, ',')"
+    patience_sql = ("SET LOCAL statement_timeout = 0", "SET LOCAL idle_in_transaction_session_timeout = 0")
     timeline_sql = """
         SELECT CASE WHEN pg_is_in_recovery() THEN 0
                     ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int END"""
@@ -1187,6 +1195,8 @@ class Database:
                 if version == len(steps):
                     return before, version
                 done = version + 1 if version else len(steps)
+                for statement in self.engine.patience_sql:
+                    tx.execute(statement)
                 for statement in itertools.chain(*steps[version:done]):
                     tx.execute(self.engine.ddl(statement))
             log.info("%s: schema step %d done", self, done)
@@ -1355,6 +1365,8 @@ class ReleaseNode(NamedTuple):
     started_clock: str = ""
     # For how long pauses and freezes kept it from its dispatch, in seconds: no part of its deadline.
     waited_s: float = 0.0
+    # Whether a try of this release may have reached the agent, as the row says: see reached.
+    stored_reached: int = 1
     # The next request and when it is due, in the seconds of Clock.elapsed().
     next_op: str = ""
     due: float = 0.0
@@ -1368,6 +1380,8 @@ class ReleaseNode(NamedTuple):
     reached: bool = False
     # Whether the agent may have run the task, as nothing is known of the last try.
     is_unknown: bool = False
+    # Whether the agent has said that it has the task, and not said otherwise since.
+    is_at_work: bool = False
     # What the agent said of its success, while that is verified.
     agent_said: str = ""
     polls: int = 0
@@ -1582,8 +1596,8 @@ def parse_target(value: object) -> str:
 
 def parse_version(field: str, value: object) -> int:
     """Return a version that a person names; raise AppError 2003 for what is none."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VERSION:
-        raise AppError(2003, f"{field} {one_line(value, 40)} must be a whole number from 1 to {MAX_VERSION}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_NAMED_VERSION:
+        raise AppError(2003, f"{field} {one_line(value, 40)} must be a whole number from 1 to {MAX_NAMED_VERSION}")
     return value
 
 
@@ -2216,6 +2230,8 @@ class Outcome(NamedTuple):
     hold_s: float = 0.0
     # The version that an agent says it has already applied; 0 where it says nothing of the kind.
     applied: int = 0
+    # Whether an answer that can't be used says that nothing was done.
+    is_refusal: bool = False
 
 
 # What an agent is taken to have said where its text is empty.
@@ -2256,7 +2272,7 @@ def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) ->
         return node._replace(in_flight=False, due=now.elapsed)
     if outcome.op == PROBE and outcome.result == SUCCESS:
         return _observe_pass(node, now, policy)
-    if outcome.result == SUCCESS and outcome.applied and not node.reached:
+    if outcome.result in (SUCCESS, ACCEPTED) and outcome.applied and not node.reached:
         # no try of ours can have done it: somebody else's version, which only has the same number
         return node._replace(in_flight=False, verdict=Verdict(
             FAILED, REJECTED, f"the agent is already at version {outcome.applied}", detail_text(outcome.detail)))
@@ -2271,16 +2287,16 @@ def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) ->
     if outcome.result == ACCEPTED:
         return node._replace(in_flight=False, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
                              next_op=QUERY, errors=0, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True,
-                             is_unknown=True)
+                             is_unknown=True, is_at_work=True)
     if outcome.result == WORKING:
-        return _without_credit(node)._replace(in_flight=False, errors=0, polls=node.polls + 1,
+        return _without_credit(node)._replace(in_flight=False, errors=0, polls=node.polls + 1, is_at_work=True,
                                               due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
     if outcome.result == UNKNOWN:
         # at once the first time: a tick that only waited here would end before it sent anything
         wait_s = backoff_s(node.forgotten, node.node_id) if node.forgotten else 0.0
-        return node._replace(in_flight=False, next_op=DISPATCH, reached=True, is_unknown=True,
-                             forgotten=node.forgotten + 1, last_error="the agent does not know the task",
-                             due=now.elapsed + wait_s)
+        return node._replace(in_flight=False, next_op=DISPATCH, forgotten=node.forgotten + 1, is_at_work=False,
+                             is_unknown=node.is_unknown or node.reached,
+                             last_error="the agent does not know the task", due=now.elapsed + wait_s)
     return _observe_error(node, outcome, now, policy)
 
 
@@ -2299,7 +2315,8 @@ def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode
 
 
 def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
-    is_lost, is_tried = outcome.result == LOST, outcome.result in (LOST, UNCLEAR)
+    is_lost = outcome.result == LOST and (outcome.op == DISPATCH or node.reached)
+    is_tried = is_lost or (outcome.op == DISPATCH and outcome.result == UNCLEAR and not outcome.is_refusal)
     node = node._replace(in_flight=False, errors=node.errors + 1, passes=0, last_kind=outcome.error_kind,
                          last_error=outcome.message, reached=node.reached or is_tried,
                          is_unknown=node.is_unknown or is_lost)
@@ -2337,6 +2354,11 @@ def holds_of(history: Iterable[tuple[str, str, str]]) -> list[Hold]:
     return holds if began is None else [*holds, Hold(began, float("inf"))]
 
 
+def held_s(holds: Iterable[Hold], since: float, until: float) -> float:
+    """Return for how many seconds between two times holds were on."""
+    return sum(max(0.0, min(hold.until, until) - max(hold.since, since)) for hold in holds)
+
+
 def adopt(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = (),
           quiet_s: float = 0.0) -> ReleaseNode:
     """Return a node as a new owner of its release finds it (rule 9): ask first, or wait and repeat.
@@ -2350,24 +2372,27 @@ def adopt(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] 
         return node
     # a clock that was ahead must not keep a node for longer than a deadline can be
     age_s = max(0.0, -now.until_s(node.started_at, node.started_clock))
-    started = now.wall - age_s
-    held_s = sum(max(0.0, min(hold.until, now.wall) - max(hold.since, started)) for hold in holds)
-    credit_s = max(0.0, min(held_s, age_s) - node.waited_s)
+    credit_s = max(0.0, min(held_s(holds, now.wall - age_s, now.wall), age_s) - node.waited_s)
     deadline = now.elapsed - age_s + policy.node_deadline_s + node.waited_s + credit_s
-    node = node._replace(reached=True, is_unknown=True, credit_s=credit_s, deadline=deadline)
+    reached = bool(node.stored_reached)
+    node = node._replace(reached=reached, is_unknown=reached, credit_s=credit_s, deadline=deadline)
     if node.agent_protocol == TASKS:
         return node._replace(next_op=QUERY, due=now.elapsed, deadline=max(deadline, now.elapsed + policy.interval_s))
-    hold_s = max(quiet_s, now.left_s(node.hold_until, node.hold_clock, policy.hold_s))
-    return node._replace(next_op=DISPATCH, due=now.elapsed + hold_s)
+    busy_s = max(quiet_s, now.left_s(node.hold_until, node.hold_clock, policy.hold_s))
+    return node._replace(next_op=DISPATCH, due=now.elapsed + busy_s)
 
 
 def kept_from_dispatch(nodes: Roster, passed_s: float) -> list[ReleaseNode]:
     """Return the nodes whose deadline moves along while a pause or a freeze keeps them from their dispatch.
 
     Whatever a node was at before, its agent is not at work now; one that is keeps its own deadline (section 7).
+    That is known once it says so: until then a node that is being asked has the time as credit.
     """
-    return [n._replace(deadline=n.deadline + passed_s, waited_s=n.waited_s + passed_s)
-            for n in nodes.of[RUNNING].values() if n.next_op == DISPATCH and not n.in_flight]
+    running = nodes.of[RUNNING].values()
+    return [*(n._replace(deadline=n.deadline + passed_s, waited_s=n.waited_s + passed_s)
+              for n in running if n.next_op == DISPATCH and not n.in_flight),
+            *(n._replace(deadline=n.deadline + passed_s, credit_s=n.credit_s + passed_s)
+              for n in running if n.next_op == QUERY and not n.is_at_work)]
 
 
 class NodeChange(NamedTuple):
@@ -2436,19 +2461,21 @@ def _soak_of(release: Release, now: Moment, strategy: Strategy) -> Stage:
     left_s = strategy.soak_s
     if release.soak_until:
         left_s = now.left_s(release.soak_until, release.soak_clock, strategy.soak_s)
-        if release.soak_clock.rpartition(" ")[0] == now.boot and release.soak_clock:
+        is_ours = release.soak_clock.rpartition(" ")[0] == now.boot and release.soak_clock
+        if is_ours and now.until_s(release.soak_until, release.soak_clock) <= strategy.soak_s:
             return Stage(0, release.passed_batch, release.soak_until, release.soak_clock, left_s)
     return Stage(0, release.passed_batch, utc_text(now.wall + left_s), now.clock_mark(left_s), left_s)
 
 
 def decide(release: Release, nodes: Roster, now: Moment, policy: Policy,
            strategy: Strategy = NO_STRATEGY, slots: int = 1, busy: frozenset[Endpoint] = frozenset(),
-           broken: str = "", freeze: Freeze = NO_FREEZE) -> Decision:
+           broken: str = "", freeze: Freeze = NO_FREEZE, asks_first: bool = False) -> Decision:
     """Gives what follows from a release and its nodes (contract section 3, rules 3 to 8; section 7).
 
     nodes: all of the release's; they are left as they are. slots: how many requests may leave now.
     busy: addresses that another release has in flight, or that may still be at our last
-    request. broken: why the release's own row can't be used, which ends it. Waiting for a
+    request. broken: why the release's own row can't be used, which ends it. asks_first: the database went back,
+    so tasks agents are asked whether they know the task before they are sent it. Waiting for a
     slot is no reason to wake: a result will come and free one.
     """
     after = nodes.copy()
@@ -2474,21 +2501,25 @@ def decide(release: Release, nodes: Roster, now: Moment, policy: Policy,
                for n in after.of[RUNNING].values() if n.is_renamed]
     # half of the slots are for nodes to be asked: else their kept connections would be gone by then
     waiting = sum(_is_due(n, QUERY, now) for n in after.of[RUNNING].values())
+    # what is known not to have reached its agent is written down: a new owner would have to think that it may have
+    unsent = [NodeChange(n, n._replace(stored_reached=0)) for n in after.of[RUNNING].values()
+              if n.stored_reached and not n.reached and not n.in_flight]
+    _with(after, unsent)
     is_going = status == RUNNING and not failing and not freeze.frozen
     begun = _dispatches(release, after, now, policy, strategy, stage.batch,
-                        slots - min(waiting, slots // 2), busy) if is_going else []
+                        slots - min(waiting, slots // 2), busy, asks_first) if is_going else []
     _with(after, [*renamed, *begun])
     awaited = _awaited(after, stage, now, policy)
     asked = [n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)][: max(0, slots - len(begun))]
     asked_ids = {n.node_id for n in asked}
     soak_ends = [now.elapsed + stage.soak_left_s] if status == RUNNING and stage.soak_left_s else []
     return Decision(
-        changes=(*ended, *renamed, *begun),
+        changes=(*ended, *renamed, *_without(unsent, begun), *begun),
         status=status,
         status_reason=describe(status, after, now, Situation(release, strategy, policy, stage, exceeded, broken,
                                                              busy, freeze)),
         error_msg=_error_msg(after, failing, release, broken),
-        sends=(*(Send(DISPATCH, change.after) for change in begun),
+        sends=(*(Send(change.after.next_op, change.after) for change in begun),
                *(Send(n.next_op, n._replace(in_flight=True)) for n in asked)),
         wake_at=min((*soak_ends, *(_wake(n, now) for n in awaited if n.node_id not in asked_ids)),
                     default=now.elapsed + policy.interval_s),
@@ -2648,18 +2679,19 @@ def _next_status(status: str, nodes: Roster, failing: bool) -> str:
 
 
 def _dispatches(release: Release, nodes: Roster, now: Moment, policy: Policy, strategy: Strategy, batch: int,
-                slots: int, busy: frozenset[Endpoint]) -> list[NodeChange]:
+                slots: int, busy: frozenset[Endpoint], asks_first: bool = False) -> list[NodeChange]:
     """Gives the intents of the dispatches that leave now: repetitions, then the current batch's."""
     running = nodes.of[RUNNING].values()
     ready = [n for n in running if _is_due(n, DISPATCH, now)]
     # one that is pending and in flight was sent by a commit that the database has lost: its outcome is to come
     members = itertools.takewhile(lambda n: n.batch == batch, nodes.of[PENDING].values())
     room = min(slots, strategy.max_parallel - len(running)) if strategy.max_parallel else slots
-    fresh = itertools.islice(_free((n for n in members if not n.in_flight), nodes, busy), max(0, room))
-    return [_intent(release, n, now, policy) for n in (*ready, *fresh)[:max(0, slots)]]
+    fresh = itertools.islice(_free((n for n in members if not n.in_flight), nodes, busy, now), max(0, room))
+    return [_intent(release, n, now, policy, asks_first) for n in (*ready, *fresh)[:max(0, slots)]]
 
 
-def _free(members: Iterable[ReleaseNode], nodes: Roster, busy: frozenset[Endpoint]) -> Iterator[ReleaseNode]:
+def _free(members: Iterable[ReleaseNode], nodes: Roster, busy: frozenset[Endpoint],
+          now: Moment) -> Iterator[ReleaseNode]:
     """Return those whose address has no task: of another release, or of this one by another row."""
     if not busy and not nodes.twins:
         yield from members
@@ -2667,6 +2699,7 @@ def _free(members: Iterable[ReleaseNode], nodes: Roster, busy: frozenset[Endpoin
     taken = set(busy)
     if nodes.twins:
         taken.update(n.endpoint for n in nodes.of[RUNNING].values())
+        taken.update(n.endpoint for n in nodes.of[FAILED].values() if now.until_s(n.hold_until, n.hold_clock) > 0)
     for node in members:
         if node.endpoint not in taken:
             if node.endpoint in nodes.twins:
@@ -2674,7 +2707,13 @@ def _free(members: Iterable[ReleaseNode], nodes: Roster, busy: frozenset[Endpoin
             yield node
 
 
-def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange:
+def _without(changes: Iterable[NodeChange], others: Iterable[NodeChange]) -> list[NodeChange]:
+    """Return changes but those of nodes that other changes are for."""
+    ids = {change.after.node_id for change in others}
+    return [change for change in changes if change.after.node_id not in ids]
+
+
+def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy, asks_first: bool = False) -> NodeChange:
     """Return what is written before a dispatch leaves; started_at and the deadline are the first try's.
 
     What is sent is our own id, whatever the agent called its task before.
@@ -2682,10 +2721,12 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy) ->
     hold_until, hold_clock = _hold_for(policy.hold_s, now) if node.agent_protocol == EXECUTE else (None, "")
     task_id = task_id_for(release.type, node.main_ip, release.version, release.tag)
     is_first = node.status == PENDING
+    asks = asks_first and is_first and node.agent_protocol == TASKS
     return NodeChange(node, node._replace(
-        status=RUNNING, task_id=task_id, attempts=node.attempts + 1, hold_until=hold_until, hold_clock=hold_clock,
-        in_flight=True, verdict=None, waited_s=node.waited_s + node.credit_s, credit_s=0.0,
-        next_op=DISPATCH, started_at=now.text if is_first else node.started_at,
+        stored_reached=int(node.reached or not asks), status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
+        hold_until=hold_until, hold_clock=hold_clock, in_flight=True, verdict=None,
+        waited_s=node.waited_s + node.credit_s, credit_s=0.0,
+        next_op=QUERY if asks else DISPATCH, started_at=now.text if is_first else node.started_at,
         started_clock=now.clock_mark(0.0) if is_first else node.started_clock,
         deadline=now.elapsed + policy.node_deadline_s if is_first else node.deadline))
 
@@ -2755,6 +2796,8 @@ class Candidate(NamedTuple):
     status_reason: str = ""
     has_started: bool = True
     has_pending: bool = True
+    # "": a person wrote the row, and may be at it still.
+    tag: str = ""
 
     def may_start(self, now: str) -> bool:
         """Say whether its own time has come; before that it holds nobody up."""
@@ -2822,7 +2865,8 @@ def waiting_reasons(candidates: Iterable[Candidate], now: str = "", freeze: Free
         elif freeze.frozen:
             reason = frozen
         else:
-            reason = REASON_PENDING if c.may_start(now) else f"starts no earlier than {c.start_at}"
+            reason = REASON_PENDING if c.may_start(now) else f"starts no earlier than {c.start_at}" + (
+                f", and after release {before.id}" if before else "")
         reasons[c.id] = one_line(reason)
     return reasons
 
@@ -3009,28 +3053,30 @@ def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of:
     goes = []
     seen: dict[str, int] = {}
     named: set[int | None] = set()
-    # The nodes of each target whose newest success was found; and for each node the payloads of releases that stay
-    # and could not be rolled back on it yet.
-    known: set[tuple[str, int]] = set()
+    # The nodes of each target whose newest success was found, and whose newest one that was not bad; and for each node
+    # the payloads of releases that stay and could not be rolled back on it yet.
+    known: dict[bool, set[tuple[str, int]]] = {False: set(), True: set()}
     wanting: dict[tuple[str, int], set[str]] = {}
     for release in sorted(releases, key=lambda r: -r.version):
         seen[release.target] = seen.get(release.target, 0) + 1
         stays = (seen[release.target] <= keep or not release.ended_at or release.ended_at >= before
                  or release.id == newest)
         content, target = content_of(release), release.target
-        served = [node for node in content.succeeded if (target, node) not in known or (
+        served = [node for node in content.succeeded if (target, node) not in known[content.is_bad] | known[False] or (
             not content.is_bad and wanting.get((target, node), set()) - {content.digest})]
         if not stays and not served and release.id not in named:
             goes.append(release)
             continue
         named |= {release.retry_of, release.rollback_of}
         for node in content.succeeded:
-            known.add((target, node))
+            known[content.is_bad].add((target, node))
             if not content.is_bad:
                 wanting[target, node] = wanting.get((target, node), set()) & {content.digest}
         for node in content.touched if stays else ():
             wanting.setdefault((target, node), set()).add(content.digest)
-    return goes
+    # a rollback of what stays tells that that was bad
+    gone = {release.id for release in goes}
+    return [release for release in goes if release.rollback_of is None or release.rollback_of in gone]
 
 
 class BatchProgress(NamedTuple):
@@ -3077,7 +3123,7 @@ NAME_THEN, ADDRESS_THEN = "COALESCE(NULLIF(n.node_name, ''), h.name)", """COALES
 RELEASE_NODE_COLUMNS = f"""n.node_id, {NAME_THEN}, {ADDRESS_THEN}, h.agent_protocol, n.batch, n.status, n.task_id,
     n.attempts, n.error_kind, n.error_msg, n.hold_until, n.started_at, n.finished_at, n.accepted,
     (SELECT MAX(a.last_version) FROM nodes a WHERE a.main_ip = h.main_ip AND a.agent_port = h.agent_port),
-    n.hold_clock, n.started_clock, n.waited_sec"""
+    n.hold_clock, n.started_clock, n.waited_sec, n.reached"""
 
 # The counters, made from the rows themselves in the transaction that changes them (rule 7).
 COUNTERS = """success_nodes = (SELECT COUNT(*) FROM release_task_nodes n
@@ -3118,8 +3164,9 @@ class Store:
         self._masks: dict[tuple[int, int], int] = {}
         self._bits: dict[Endpoint, int] = {}
         self._masks_guard = threading.Lock()
-        # When the generation grew last, by elapsed time.
+        # When the generation grew last, by elapsed time; whether a fall is not written down yet.
         self._changed_at = float("-inf")
+        self._has_fallen = False
 
     @property
     def generation(self) -> int:
@@ -3137,7 +3184,9 @@ class Store:
         with self.database.transaction() as tx:
             version, event_id = tx.row("SELECT (SELECT COALESCE(MAX(version), 0) FROM release_tasks), "
                                        "(SELECT COALESCE(MAX(id), 0) FROM release_events)") or (0, 0)
-            fell, has_moved = self._seen.note(before, version, event_id, tx.value(self.database.engine.timeline_sql))
+            timeline = tx.value(self.database.engine.timeline_sql)
+            # a standby that is behind is no database that went back
+            fell, has_moved = self._seen.note(before, version, event_id, timeline) if timeline else ("", False)
             if fell:
                 self._tell_went_back(fell)
             elif has_moved:
@@ -3153,6 +3202,7 @@ class Store:
 
     def _tell_went_back(self, fell: str) -> None:
         self._begin_anew()
+        self._has_fallen = True
         self.database.metrics.count("releasectl_database_went_back_total")
         log.error("%s went back to an earlier state (%s): a backup was restored, or a failover lost commits; "
                   "everything is read anew, and agents are asked before anything is sent. See the runbook, "
@@ -3284,7 +3334,7 @@ class Store:
         with self.database.transaction() as tx:
             version = self._version_for(tx, request, tx.value(self.database.engine.next_release_id_sql))
             check_payload_version(request.payload, version)
-            return self._plan(tx, request)._replace(version=version)
+            return self._plan(tx, request)[0]._replace(version=version)
 
     def create_release(self, request: ReleaseRequest, actor: str, once: Once | None = None) -> Made:
         """Create a release for the nodes it asks for; return it, its batches and who is left out (rule 1).
@@ -3295,7 +3345,7 @@ class Store:
         """
         with self.database.transaction(write=True) as tx:
             return self._made_before(tx, once) or self._remember(
-                tx, once, self._create(tx, request, self._plan(tx, request), actor))
+                tx, once, self._create(tx, actor, request, *self._plan(tx, request)))
 
     def _remember(self, tx: Transaction, once: Once | None, made: Made) -> Made:
         """Keep what a key made, for a day."""
@@ -3343,17 +3393,18 @@ class Store:
     def plan_again(self, verb: str, release_id: int, wish: Again = Again()) -> Plan:  # noqa: B008 - it has no state
         """Return what a retry or rollback would make, and raise what it would; write nothing."""
         with self.database.transaction() as tx:
-            _, plan = self._plan_again(tx, verb, release_id, wish)
+            _, plan, _ = self._plan_again(tx, verb, release_id, wish)
             return plan._replace(version=self._next_version(tx, tx.value(self.database.engine.next_release_id_sql)))
 
     def _make_again(self, verb: str, release_id: int, actor: str, wish: Again, once: Once | None) -> Made:
         with self.database.transaction(write=True) as tx:
             made = self._made_before(tx, once)
             return made or self._remember(tx, once, self._create(
-                tx, *self._plan_again(tx, verb, release_id, wish), actor))
+                tx, actor, *self._plan_again(tx, verb, release_id, wish)))
 
-    def _plan_again(self, tx: Transaction, verb: str, release_id: int, wish: Again) -> tuple[ReleaseRequest, Plan]:
-        """Return what a retry or rollback asks for, and how it would go out."""
+    def _plan_again(self, tx: Transaction, verb: str, release_id: int,
+                    wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
+        """Return what a retry or rollback asks for, how it would go out, and its nodes."""
         old = self._release(tx, release_id)
         check_verb(verb, old)
         request, plan, nodes = (self._plan_retry if verb == "retry" else self._plan_rollback)(tx, old, wish)
@@ -3362,7 +3413,7 @@ class Store:
         refuse_twins(nodes)
         source = plan.payload_of[0] if plan.payload_of else old.id
         refuse_dropping_sites(request.payload, nodes, 3003, f"the payload of release {source}")
-        return request, plan._replace(emptied=self._emptied(request.payload, nodes))
+        return request, plan._replace(emptied=self._emptied(request.payload, nodes)), nodes
 
     def _plan_retry(self, tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
         found = self._nodes_of(tx, old, "n.status IN ('failed', 'skipped')")
@@ -3464,14 +3515,14 @@ class Store:
                 FROM release_tasks
                 WHERE target = ? AND version < ?
                 ORDER BY version DESC""", old.target, old.version):
-            digest = self._digest(tx, release_id)
-            if not missing or digest == unwanted or version <= bad.get(digest, 0):
-                continue
             found = self._succeeded(tx, release_id) & missing
-            if found:
+            digest = self._digest(tx, release_id) if found else unwanted
+            if digest != unwanted and version > bad.get(digest, 0):
                 votes[digest] += len(found)
                 newest.setdefault(digest, (version, release_id))
                 missing -= found
+            if not missing:
+                break
         if not votes:
             raise AppError(3003, f"nothing to roll back to: no release of target {old.target} before {old.id} "
                                  "succeeded on its nodes with another payload; toRelease (--to) names one")
@@ -3521,14 +3572,14 @@ class Store:
             raise AppError(3003, f"the strategy of release {release.id} can't be used: {one_line(error)}") from None
         return {key: value for key, value in strategy.items() if key not in without}
 
-    def _plan(self, tx: Transaction, request: ReleaseRequest) -> Plan:
+    def _plan(self, tx: Transaction, request: ReleaseRequest) -> tuple[Plan, list[Node]]:
         strategy = parse_strategy(request.strategy)
         nodes, left_out = choose_nodes(
             [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")], request)
         refuse_twins(nodes)
         refuse_dropping_sites(request.payload, nodes)
         plan = make_plan(strategy, [node.id for node in nodes], left_out)
-        return plan._replace(emptied=self._emptied(request.payload, nodes))
+        return plan._replace(emptied=self._emptied(request.payload, nodes)), nodes
 
     def _next_version(self, tx: Transaction, release_id: int) -> int:
         """Return the version for the release of an id: above every one that may ever have been used (rule 1)."""
@@ -3537,7 +3588,8 @@ class Store:
             SELECT MAX(v)
             FROM (SELECT MAX(version) AS v FROM release_tasks
                   UNION ALL SELECT MAX(last_version) FROM nodes
-                  UNION ALL SELECT first_version - 1 FROM database_state) used""")
+                  UNION ALL SELECT first_version - 1 FROM database_state
+                  UNION ALL SELECT lost_version FROM database_state) used""")
         version = int(max(highest or 0, release_id - 1, self._seen.version)) + 1
         if version > MAX_VERSION:
             raise AppError(3003, f"the versions are used up: the newest is {MAX_VERSION}")
@@ -3558,27 +3610,40 @@ class Store:
         with self.database.transaction(write=True) as tx:
             tx.execute("UPDATE database_state SET first_version = ? WHERE id = 1 AND first_version < ?",
                        version, version)
+            # what is half done has a lower version than agents may have: its nodes are sent nothing more
+            tx.execute("UPDATE nodes SET last_version = ? WHERE last_version < ?", version - 1, version - 1)
             return self._next_version(tx, tx.value(self.database.engine.next_release_id_sql))
+
+    def _write_fall(self, tx: Transaction) -> None:
+        """Write down that the database went back, where this process saw it: others saw no lost version."""
+        if self._has_fallen:
+            tx.execute("""
+                UPDATE database_state
+                SET moved_at = ?, lost_version = CASE WHEN lost_version > ? THEN lost_version ELSE ? END
+                WHERE id = 1""", tx.now(), self._seen.version, self._seen.version)
+            tx.afterwards.append(functools.partial(setattr, self, "_has_fallen", False))
 
     def _note_timeline(self, tx: Transaction) -> None:
         """Note the server that a writer has; after a failover leave out the numbers that lost releases may have had."""
+        self._write_fall(tx)
         timeline = tx.value(self.database.engine.timeline_sql)
         known = tx.value("SELECT timeline FROM database_state WHERE id = 1")
         if known == 0 != timeline:
             tx.execute("UPDATE database_state SET timeline = ? WHERE id = 1", timeline)
         elif known != timeline:
-            tx.execute("UPDATE database_state SET timeline = ?, moved_at = ?, first_version = ? WHERE id = 1",
-                       timeline, tx.now(), min(self._next_version(tx, 0) + VERSIONS_SKIPPED, MAX_VERSION))
+            tx.execute("UPDATE database_state SET timeline = ?, moved_at = ?, lost_version = ? WHERE id = 1",
+                       timeline, tx.now(), min(self._next_version(tx, 0) + VERSIONS_SKIPPED - 1, MAX_VERSION))
 
-    def _create(self, tx: Transaction, request: ReleaseRequest, plan: Plan, actor: str) -> Made:
+    def _create(self, tx: Transaction, actor: str, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node]) -> Made:
         self._note_timeline(tx)
+        if not (request.retry_of or request.rollback_of):
+            # before a number is used up: the next try would have to name another
+            check_payload_version(request.payload, self._version_for(
+                tx, request, tx.value(self.database.engine.next_release_id_sql)))
         release_id = tx.value(self.database.engine.take_release_id_sql)
         version = self._version_for(tx, request, release_id)
+        payload = payload_for_version(request.payload, version)
         self._seen.use_version(version)
-        payload = dict(request.payload)
-        if request.retry_of or request.rollback_of:
-            payload = payload_for_version(payload, version)
-        check_payload_version(payload, version)
         now = self._now()
         tx.execute("""
             INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, strategy, retry_of,
@@ -3587,11 +3652,11 @@ class Store:
                    release_id, request.target, version, new_tag(), REASON_PENDING, request.reason, to_json(payload),
                    to_json(request.strategy), request.retry_of, request.rollback_of,
                    sum(map(len, plan.batches)), now, now)
+        as_it_is = {node.id: (node.name, node.main_ip, node.agent_port) for node in nodes}
         tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, accepted, created_at, "
-                       "updated_at) VALUES ", 6, [
-                           (release_id, node_id, number, int(node_id in plan.tolerated), now, now)
+                       "updated_at, node_name, main_ip, agent_port) VALUES ", 9, [
+                           (release_id, node_id, number, int(node_id in plan.tolerated), now, now, *as_it_is[node_id])
                            for number, batch in enumerate(plan.batches, 1) for node_id in batch])
-        self._keep_as_they_are(tx, release_id)
         left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20]
                     if request.retry_of or request.rollback_of]
         detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "", *left_out)))
@@ -3916,7 +3981,12 @@ class Store:
     def look(self) -> tuple[list[int], list[int]]:
         """Gives the ids of the releases that may be claimed now, and of those in other hands."""
         with self._watching() as tx:
-            return self._runnable(tx)
+            found = self._runnable(tx)
+        if self._has_fallen:
+            with self.database.transaction(write=True) as tx:
+                self._write_fall(tx)
+                found = self._runnable(tx)
+        return found
 
     def _runnable(self, tx: Transaction) -> tuple[list[int], list[int]]:
         return runnable(self._candidates(tx), tx.now(), self._freeze(tx), self._shares(tx))
@@ -3929,7 +3999,7 @@ class Store:
         bit_of: dict[int, int] = {}
 
         def mask(c: Candidate) -> int:
-            known = self._masks.get((c.id, c.version))
+            known = self._masks.get((c.id, c.version)) if c.tag else None
             if known is None:
                 bit_of.update(() if bit_of else self._bit_of(tx).items())
                 # as one text: ten thousand rows take five times as long
@@ -3958,15 +4028,15 @@ class Store:
         # the index release_tasks_by_status finds what is not terminal
         return [Candidate(id_, target, version, status, running,
                           expires is not None and now < expires <= cls._latest_expiry(now),
-                          cls._start_at(strategy), paused_by, said, started is not None, bool(pending))
-                for id_, target, version, status, running, expires, strategy, paused_by, said, started, pending
+                          cls._start_at(strategy), paused_by, said, started is not None, bool(pending), tag)
+                for id_, target, version, status, running, expires, strategy, paused_by, said, started, pending, tag
                 in tx.rows("""
             SELECT r.id, r.target, r.version, r.status,
                    (SELECT COUNT(*) FROM release_task_nodes n
                     WHERE n.release_task_id = r.id AND n.status = 'running'),
                    r.claim_expires_at, r.strategy, r.paused_by, r.status_reason, r.started_at,
                    (SELECT MIN(n.batch) FROM release_task_nodes n
-                    WHERE n.release_task_id = r.id AND n.status = 'pending')
+                    WHERE n.release_task_id = r.id AND n.status = 'pending'), r.tag
             FROM release_tasks r
             WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')""")]
 
@@ -4019,12 +4089,13 @@ class Store:
     def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
         """Give a release the next version when it starts, where nodes may have higher ones than it has (rule 2).
 
-        That is one that had to wait for its time while later ones started, and one that is numbered below what a
-        restore or a failover left out: a release that is lost may have had a higher version.
+        That is one that had to wait for its time while later ones started, and one that is numbered below the first
+        version that a person named: agents are further on. Not after a failover: it may be at its agents already,
+        under this number, and they know it by that.
         """
         first_version = tx.value("SELECT first_version FROM database_state WHERE id = 1")
         if release.version < first_version:
-            why = f"versions below {first_version} may be those of releases that are lost"
+            why = f"agents may have versions below {first_version} (migrate --first-version)"
         elif self._start_at(release.strategy) and tx.value(
                 "SELECT COUNT(*) FROM release_tasks WHERE version > ? AND started_at IS NOT NULL", release.version):
             why = "later ones went out while it waited for its time"
@@ -4121,6 +4192,8 @@ class Store:
         with self.database.transaction() as tx:
             moved_at = tx.value("SELECT moved_at FROM database_state WHERE id = 1")
             moved_s = epoch_of(tx.now()) - epoch_or(moved_at, 0.0) if moved_at else float("inf")
+            if moved_s < 0:  # the clock of the server before was ahead
+                moved_s = float("inf")
             return Obstacles(self._busy(tx, release_id), self._freeze(tx),
                              min(moved_s, self.clock.elapsed() - self._changed_at))
 
@@ -4138,7 +4211,8 @@ class Store:
             SELECT {ADDRESS_THEN}, n.status, n.hold_until, n.hold_clock
             FROM release_task_nodes n
             JOIN nodes h ON h.id = n.node_id
-            WHERE n.hold_until IS NOT NULL AND n.hold_until > ? AND n.release_task_id <> ?""",
+            WHERE n.hold_until IS NOT NULL AND n.hold_until > ?
+              AND (n.release_task_id <> ? OR n.status IN ('success', 'failed'))""",
                        release_id, utc_text(now.wall - 7 * 86400), release_id)
         return frozenset(endpoint_of(main_ip, port) for main_ip, port, status, until, mark in rows
                          if status == RUNNING or 0 < now.until_s(until, mark) <= MAX_HOLD_S)
@@ -4279,8 +4353,8 @@ class Store:
             before, after, _ = change
             key: tuple[object, ...] = (
                 after.status, after.attempts, after.error_kind, after.error_msg, after.hold_until, after.hold_clock,
-                after.started_clock, round(after.waited_s, 3), after.started_at, after.finished_at,
-                before.status, before.attempts)
+                after.started_clock, round(after.waited_s, 3), after.stored_reached, after.started_at,
+                after.finished_at, before.status, before.attempts)
             alike.setdefault(key, []).append(change)
         for key, group in alike.items():
             for start in range(0, len(group), NODES_PER_STATEMENT):
@@ -4291,7 +4365,7 @@ class Store:
                 changed = tx.execute(f"""
                     UPDATE release_task_nodes
                     SET status = ?, attempts = ?, error_kind = ?, error_msg = ?, hold_until = ?, hold_clock = ?,
-                        started_clock = ?, waited_sec = ?, started_at = ?, finished_at = ?, updated_at = ?,
+                        started_clock = ?, waited_sec = ?, reached = ?, started_at = ?, finished_at = ?, updated_at = ?,
                         task_id = {task_id}
                     WHERE release_task_id = ? AND status = ? AND attempts = ?
                       AND node_id IN ({', '.join('?' * len(part))})""",
@@ -4926,7 +5000,8 @@ class AgentClient:
             named = data.get("taskId")
             if not isinstance(named, str) or not named or one_line(named) != named:
                 raise self._nonsense(address, "names no task id", data)
-            return Answer(ACCEPTED, named)
+            # what is going to run is pending; a version that the agent has already is done at once
+            return Answer(ACCEPTED, named, applied=task.version if data.get("status") == "success" else 0)
         data = await self._call(address, "POST", EXECUTE_PATH, within_s, {
             "requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}}, gate)
         return self._read_execution(address, task, data)
@@ -5057,10 +5132,11 @@ class AgentClient:
         text = f"{address} answered HTTP {status}" + (f": {said.strip()}" if text_of(said) else "") + (
             " (wrong --protocol?)" if status == 404 else "")
         if 300 <= status < 400:
-            return AgentError(HTTP, f"{address} answered a redirect (HTTP {status}), which is not followed", True)
+            return AgentError(HTTP, f"{address} answered a redirect (HTTP {status}), which is not followed", True,
+                              is_refusal=True)
         if 400 <= status < 500 and status != 429:
             return AgentError(REJECTED, text, reached=True, final=True)
-        return AgentError(HTTP, text, reached=True)
+        return AgentError(HTTP, text, reached=True, is_refusal=status in (429, 503))
 
     # -- connections ---------------------------------------------------------------------
 
@@ -5695,7 +5771,8 @@ def outcome_of(node_id: int, op: str, answer: Answer | AgentError) -> Outcome:
     if answer.is_held:
         return Outcome(node_id, op, HELD)
     result = FAILED if answer.final else UNSENT if not answer.reached else LOST if answer.hold_s else UNCLEAR
-    return Outcome(node_id, op, result, "", answer.kind, answer.message, answer.detail, answer.hold_s)
+    return Outcome(node_id, op, result, "", answer.kind, answer.message, answer.detail, answer.hold_s,
+                   is_refusal=answer.is_refusal)
 
 
 class Driver:
@@ -5841,7 +5918,7 @@ class Driver:
             self._payload = parse_payload(parse_json(release.payload))
             self._strategy = parse_strategy(parse_json(release.strategy))
             self._policy = self._executor.policy.under(self._strategy)
-            refuse_dropping_sites(self._payload, (row for row in rows if row.status in OPEN))
+            refuse_dropping_sites(self._payload, (row for row in rows if row.status != SUCCESS))
         except (ValueError, AppError) as error:
             self._broken = f"payload or strategy can't be used: {one_line(error, 200)}"
         now, nodes = self._now(), []
@@ -5867,18 +5944,25 @@ class Driver:
 
     def _decide(self, release: Release, now: Moment) -> Decision:
         busy: frozenset[Endpoint] = frozenset()
+        asks_first = False
         if release.status == RUNNING and (self._nodes.of[RUNNING] or self._nodes.of[PENDING]):
             busy, self._freeze, moved_s = self._store.obstacles(release.id)
             if moved_s < self._policy.hold_s:
                 # one may be under way of which the database that is there now does not know
                 busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if n.agent_protocol == EXECUTE}
+            # a release from before that may have been dispatched there (an hour: for clocks that differ)
+            asks_first = moved_s < now.wall - epoch_or(release.created_at, now.wall) + 3600
         self._is_halted = release.status != RUNNING or self._freeze.frozen
-        if self._is_halted:
-            for node in kept_from_dispatch(self._nodes, now.elapsed - self._decided_at):
-                self._nodes.put(node)
+        passed_s = now.elapsed - self._decided_at
+        if passed_s > self._executor.settings.claim_ttl_sec:  # suspended: what was on and off meanwhile it did not see
+            passed_s = held_s(self._store.holds(release.id), now.wall - passed_s, now.wall)
+        elif not self._is_halted:
+            passed_s = 0.0
+        for node in kept_from_dispatch(self._nodes, passed_s) if passed_s else ():
+            self._nodes.put(node)
         self._decided_at = now.elapsed
         return decide(release, self._nodes, now, self._policy, self._strategy, self._take_slots(), busy, self._broken,
-                      self._freeze)
+                      self._freeze, asks_first)
 
     def _take_slots(self) -> int:
         """Gives how many requests may leave now; what is not used is given back at the end of the turn."""
@@ -6251,7 +6335,7 @@ def openapi_schemas() -> dict[str, Any]:
             "payload": {"type": "object"}, "strategy": _ref("Strategy"),
             "nodeIds": {"type": "array", "minItems": 1, "uniqueItems": True, "items": _ID},
             "labels": NODE_FIELDS["labels"][2], "dryRun": {"type": "boolean"},
-            "version": {"type": "integer", "minimum": 1, "maximum": MAX_VERSION}}, required=[])
+            "version": {"type": "integer", "minimum": 1, "maximum": MAX_NAMED_VERSION}}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": _object({"reason": _REASON}, required=[]),
         "Retry": _object(again, required=[]),
@@ -10079,7 +10163,7 @@ COMMANDS: tuple[Command, ...] = (
         _option("--metrics-file", default="", metavar="FILE",
                 help="write figures there for node_exporter's textfile collector: a name that ends with .prom"))),
     Command("migrate", "bring the database to this schema.sql", command_migrate, (
-        _option("--first-version", type=_number_option(1, MAX_VERSION), metavar="N",
+        _option("--first-version", type=_number_option(1, MAX_NAMED_VERSION), metavar="N",
                 help="number new releases from N on: after a restore, or beside agents that are further on"),)),
     Command("node add", "add a node", command_node_add, (
         _option("name", metavar="NAME"), _option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
@@ -10098,7 +10182,7 @@ COMMANDS: tuple[Command, ...] = (
         _REASON_OPTION, _option("--target", default="cdn"),
         _option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
         _option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
-        _option("--version", type=_number_option(1, MAX_VERSION), metavar="N",
+        _option("--version", type=_number_option(1, MAX_NAMED_VERSION), metavar="N",
                 help="a higher version than the next one"),
         *(_option(flag, type=parse, metavar=metavar, help=text)
           for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS)),

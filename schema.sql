@@ -184,6 +184,9 @@ ALTER TABLE release_task_nodes ADD COLUMN hold_clock TEXT NOT NULL DEFAULT '';
 
 ALTER TABLE release_task_nodes ADD COLUMN started_clock TEXT NOT NULL DEFAULT '';
 
+-- 0: no try of the release has reached the agent, as far as is known.
+ALTER TABLE release_task_nodes ADD COLUMN reached INTEGER NOT NULL DEFAULT 1 CHECK (reached IN (0, 1));
+
 -- For how long pauses and freezes kept the node from its dispatch: no part of its deadline.
 ALTER TABLE release_task_nodes ADD COLUMN waited_sec DOUBLE PRECISION NOT NULL DEFAULT 0;
 
@@ -197,11 +200,13 @@ ALTER TABLE release_task_nodes ADD COLUMN agent_port INTEGER NOT NULL DEFAULT 0;
 -- Who was left out of what the key made, as JSON.
 ALTER TABLE idempotency_keys ADD COLUMN left_out TEXT NOT NULL DEFAULT '[]';
 
--- One row: from which version on releases are numbered (migrate --first-version), and which timeline of the
--- server was seen by a writer, and since when (PostgreSQL: a failover begins a new one).
+-- One row: from which version on releases are numbered (migrate --first-version); the highest version that a
+-- release may have had that is lost; which timeline of the server a writer saw (PostgreSQL: a failover begins a
+-- new one); and when it was found last that the database went back or moved to another server.
 CREATE TABLE database_state (
     id            INTEGER NOT NULL PRIMARY KEY CHECK (id = 1),
     first_version BIGINT NOT NULL DEFAULT 1 CHECK (first_version BETWEEN 1 AND 9007199254740992),
+    lost_version  BIGINT NOT NULL DEFAULT 0 CHECK (lost_version BETWEEN 0 AND 9007199254740992),
     timeline      BIGINT NOT NULL DEFAULT 0,
     moved_at      TEXT
 );

@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import heapq
 import itertools
 import random
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import releasectl as rc  # noqa: E402
 
-TTL_S, INTERVAL_S, CONNECT_S, REQUEST_S, DEADLINE_S = 6.0, 1.0, 1.0, 6.0, 300.0
+TTL_S, INTERVAL_S, CONNECT_S, REQUEST_S, DEADLINE_S = 4.0, 1.0, 1.0, 6.0, 300.0
 # In the shared world people pause for longer than this.
 SHORT_DEADLINE_S = 20.0
 # After this the faults stop, and everything must come to its end before the second.
@@ -170,6 +171,9 @@ class Send:
     version: int
     mark: str
     has_left: bool = False
+    # Whether its process heard that it never reached the agent, and lived to write anything after that.
+    is_unsent: bool = False
+    is_known_unsent: bool = False
     # Which restore took its intent out of the database, 0 for none.
     lost_in: int = 0
 
@@ -182,6 +186,7 @@ class Run:
     began: float
     ends: float
     is_good: bool
+    lifetime: int
     killed: float | None = None
 
     def is_live(self, now: float) -> bool:
@@ -203,9 +208,9 @@ class SimAgent:
         self.world, self.address, self.protocol = world, address, protocol
         # Whether it gives tasks ids of its own.
         self.renames = False
-        # Until when it answers 503.
-        self.is_bad_until = 0.0
-        self.started = 0.0
+        # Until when it answers 503, and until when it refuses connections.
+        self.is_bad_until = self.is_down_until = 0.0
+        self.lifetime = 0
         self.names: dict[str, str] = {}
         # What it knows of, by its own ids; None: a version that it had already.
         self.tasks: dict[str, Run | None] = {}
@@ -213,7 +218,7 @@ class SimAgent:
 
     def restart(self) -> None:
         """Forgets all ids, and breaks off what it is at."""
-        self.started = self.world.now
+        self.lifetime += 1
         self.names.clear()
         self.tasks.clear()
         for run in self.live():
@@ -241,11 +246,11 @@ class SimAgent:
 
     def start(self, send: Send, task_id: str, duration_s: float, is_good: bool) -> Run:
         """Runs a task; an execute agent does not notice that it runs already."""
-        run = Run(send, task_id, self.world.now, self.world.now + duration_s, is_good)
+        run = Run(send, task_id, self.world.now, self.world.now + duration_s, is_good, self.lifetime)
         for other in self.live():
             self.world.check_together(self, other, send)
         for other in self.runs:
-            if other.send.mark == send.mark and other.began >= self.started and not other.send.lost_in:
+            if other.send.mark == send.mark and other.lifetime == self.lifetime and not other.send.lost_in:
                 self.world.fail(f"{self.address} ran {send.mark} twice in one lifetime, as {other.task_id} and {task_id}")
         self.runs.append(run)
         self.world.figures["runs"] += 1
@@ -276,7 +281,9 @@ class Ledger:
     held_since: dict[int, float] = dataclasses.field(default_factory=dict)
     # When a node's first dispatch was written down, and how long its release had been held by then.
     begun: dict[tuple[int, int], tuple[float, float]] = dataclasses.field(default_factory=dict)
+    # From which version on releases are numbered, and when somebody said so.
     first_version: int = 0
+    first_set: int = 0
 
     def note_held(self, release_id: int, is_held: bool, now: float) -> None:
         """Takes down whether a pause or a freeze holds a release from now on."""
@@ -326,8 +333,14 @@ class SimStore(rc.Store):
         try:
             super().commit(claim, release, decision, now, actor)
             self.owner.saw_events(world.ledger.seen_events)
+            world.note_known(self.owner, claim.release_id)
         finally:
             world.decided_at = None
+
+
+    def let_go(self, claim) -> None:
+        super().let_go(claim)
+        self.owner.world.note_known(self.owner, claim.release_id)
 
 
 class SimExecutor(rc.Executor):
@@ -391,7 +404,7 @@ class Simulation:
         self.leases_clash_until = 0.0
         self.at_one_moment = 0
         self.looks_at_the_end_at = FAULTS_UNTIL_S
-        self.figures = dict.fromkeys(("runs", "crashes", "suspensions", "take-overs", "lost answers", "restarts",
+        self.figures = dict.fromkeys(("runs", "crashes", "stops", "suspensions", "take-overs", "lost answers", "restarts",
                                       "database faults", "commits", "verbs"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
         self.database = SimDatabase(self)
@@ -465,6 +478,15 @@ class Simulation:
             releases = list(self.versions)
             for release_id in releases if is_late else releases and [self.random.choice(releases)]:
                 self._use("resume" if is_late else verb, release_id)
+
+    def _interfere(self) -> None:
+        """Freezes or pauses while somebody is between two transactions."""
+        running = [row[0] for row in self.database.look_in("SELECT id FROM release_tasks WHERE status = 'running'")]
+        with contextlib.suppress(rc.AppError):
+            if running and self.random.random() < 0.5:
+                self._use("pause", self.random.choice(running))
+            else:
+                self._set_freeze(True)
 
     def _set_freeze(self, is_on: bool) -> None:
         self.store.set_freeze(is_on, "anna", "holidays")
@@ -549,6 +571,8 @@ class Simulation:
         self.figures["suspensions"] += 1
         until = owner.suspended_until = self.now + self.random.uniform(0, 3 * TTL_S)
         self.note("is suspended between two transactions")
+        if self.steering and self.random.random() < 0.3:
+            self.at(self.random.uniform(0, until - self.now), self._interfere)
         decided_at, self.decided_at = self.decided_at, None
         while self.events and self.events[0][0] < until:
             self._next()
@@ -617,9 +641,25 @@ class Simulation:
         self.note(f"{owner.owner} dies")
         self.figures["crashes"] += 1
         owner.is_dead = True
+        self._start_another()
+
+    def _start_another(self) -> None:
         again = SimExecutor(self, self.settings, len(self.owners))
         self.owners.append(again)
         self.at(self.random.uniform(0, 3), lambda: self._boot(again))
+
+    def _stop(self, owner: SimExecutor) -> None:
+        """Asks a process for a clean end, as a deploy does; another one begins."""
+        self.figures["stops"] += 1
+        owner.stopping.set()
+        for driver in owner._active_drivers():
+            self.at(0.0, functools.partial(self.turn, owner, driver), owner)
+        self.at(rc.STOP_GRACE_S, lambda: self._end(owner))
+
+    def _end(self, owner: SimExecutor) -> None:
+        if not owner.is_dead:
+            owner.is_dead = True
+            self._start_another()
 
     # -- the network -------------------------------------------------------------------------
 
@@ -627,6 +667,7 @@ class Simulation:
                 written_at: rc.Moment) -> None:
         """Takes what a conversation would do: leave, arrive, and bring an outcome, each at its own time."""
         def answer(value: rc.Answer | rc.AgentError | rc.Outcome) -> None:
+            send.is_unsent = isinstance(value, rc.AgentError) and not value.reached
             driver.results.put(value if isinstance(value, rc.Outcome) else rc.outcome_of(node.node_id, op, value))
             self.turn(owner, driver)
 
@@ -647,6 +688,12 @@ class Simulation:
         else:
             self.at(self.random.choice([0.0, 0.0, 0.01, CONNECT_S * 0.9]), leave, owner)
 
+    def note_known(self, owner: SimExecutor, release_id: int) -> None:
+        """Takes down that a process wrote to a release: what it had heard by then is known from now on."""
+        for send in self.sends:
+            if send.owner is owner and send.release_id == release_id and send.is_unsent:
+                send.is_known_unsent = True
+
     def _check_dispatch(self, send: Send, task: rc.AgentTask) -> None:
         """Checks what leaves for an agent: whose it is, its id, its payload and its version."""
         owner, agent = send.owner, self.agents[send.address]
@@ -659,7 +706,10 @@ class Simulation:
             self.fail(f"section 1: {name} with {task.payload}, which empties it")
         if send.lost_in:
             return  # the database went back meanwhile, and can't have told
-        known = max(s.version for s in self.sends if s.address == send.address and s.has_left and not s.lost_in)
+        # of what the database has lost it knows where somebody said which version that was
+        is_told = send.number > self.ledger.first_set > 0
+        known = max(s.version for s in self.sends if s.address == send.address and s.has_left and (
+            not s.lost_in or (is_told and s.version < self.ledger.first_version)))
         if send.version < known:
             self.fail(f"section 1: {name}, which was sent v{known} before")
         if self.now < self.leases_clash_until:
@@ -721,7 +771,7 @@ class Simulation:
             return
         is_bad = self.faults and self.now < FAULTS_UNTIL_S
         fate = self.random.random() if is_bad else 1.0
-        if fate < 0.08:
+        if fate < 0.08 or self.now < agent.is_down_until:
             self.at(0.01, lambda: answer(rc.AgentError(rc.UNREACHABLE, "refused", reached=False)), owner)
             return
         is_lost = fate < 0.25
@@ -791,7 +841,7 @@ class Simulation:
 
     # -- faults ------------------------------------------------------------------------------
 
-    kinds = ("crash", "suspend", "suspend long", "restart", "database")
+    kinds = ("crash", "stop", "suspend", "suspend long", "restart", "database")
 
     def _fault(self) -> None:
         """Does one thing to somebody, and plans the next."""
@@ -806,6 +856,8 @@ class Simulation:
     def _break(self, kind: str, owner: SimExecutor) -> None:
         if kind == "crash":
             self._crash(owner)
+        elif kind == "stop":
+            self._stop(owner)
         elif kind.startswith("suspend"):
             self.figures["suspensions"] += 1
             owner.suspended_until = self.now + self.random.uniform(0, 2 if kind == "suspend" else 3 * TTL_S)
@@ -953,11 +1005,12 @@ class Simulation:
         if agent.ran(mark):
             return
         sends = [s for s in self.sends if s.address == address and s.has_left]
-        lost = max((s.version for s in sends if s.lost_in), default=0)
-        tries = sum(s.mark == mark for s in sends)
+        lost = {s.version for s in sends if s.lost_in}
+        earlier = [s for s in self.sends if s.address == address and s.mark == mark][:-1]
+        was_tried = any(not s.is_known_unsent for s in earlier)
         # A database that went back, and nobody who saw more: an agent of `tasks` does not tell its
         # version, and one of `execute` can't be told from one that an earlier try has reached.
-        if lost >= version if agent.protocol == "tasks" else (lost == version and tries > 1):
+        if max(lost, default=0) >= version if agent.protocol == "tasks" else (version in lost and was_tried):
             self.figures["unknowable"] = self.figures.get("unknowable", 0) + 1
             return
         self.fail(f"section 8: release {release_id} (v{version}) calls {address} a success, which never ran {mark}")
@@ -976,12 +1029,13 @@ class Simulation:
         deadline_s = rc.parse_json(strategy).get("nodeDeadlineSec", self.deadline_s)
         since, held_before_s = self.ledger.begun[release_id, node_id]
         mark = rc.parse_json(payload)["mark"]
-        # a new owner knows of its start by the wall clock only; and probes go on in a pause
-        if self.clock_set_at >= since or self.agents[address].ran(mark):
-            return
+        if self.agents[address].ran(mark):
+            return  # it was being verified, which goes on in a pause
         held_s = self.ledger.held_so_far(release_id, self.now) - held_before_s
         at_work_s = sum(run.seconds_since(since, self.now) for run in self.agents[address].runs
                         if run.send.mark == mark)
+        if held_s > 0 and self.clock_set_at >= since:
+            return  # a new owner knows of pauses by the times of their events
         if self.now - since - held_s + at_work_s < deadline_s - NOTICE_S:
             self.fail(f"section 7: release {release_id}, node {node_id}: deadline {self.now - since:.1f} s after its "
                       f"dispatch, held for {held_s:.1f} s, its agent at work for {at_work_s:.1f} s")
@@ -994,7 +1048,8 @@ class Simulation:
             rows = tx.rows("SELECT n.release_task_id, n.node_id, n.batch, n.status, n.accepted, h.main_ip "
                            "FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id")
         for release_id, status, text, passed, payload in releases:
-            strategy, mark = rc.parse_json(text), rc.parse_json(payload).get("mark")
+            strategy, content = rc.parse_json(text), rc.parse_json(payload)
+            mark, is_broken = content["mark"], "websites" not in content
             nodes = [row[1:] for row in rows if row[0] == release_id]
             mine = [(node_id, batch) for node_id, batch, *_ in nodes if (release_id, node_id) in begun]
             self._note_rest(release_id, nodes)
@@ -1004,7 +1059,7 @@ class Simulation:
                     self.fail(f"section 7: release {release_id} calls nodes a success that no probes passed: {unseen}")
             exceeded = self._is_exceeded(strategy, nodes)
             is_partial = any(node[2] == "failed" for node in nodes)
-            if status == "failed" and mark and nodes and not (exceeded and strategy.get("onExceed", "fail") == "fail"):
+            if status == "failed" and nodes and not is_broken and not (exceeded and strategy.get("onExceed", "fail") == "fail"):
                 self.fail(f"section 7: release {release_id} failed within its limits: {strategy} {nodes}")
             if status in ("partial", "success") and (exceeded or is_partial != (status == "partial")):
                 self.fail(f"section 7: release {release_id} is {status}: {strategy} {nodes}")
@@ -1086,7 +1141,7 @@ class Simulation:
             FROM release_task_nodes n JOIN release_tasks r ON r.id = n.release_task_id
             JOIN nodes h ON h.id = n.node_id""")
         for payload, address, status, kind, fence in rows:
-            mark, agent = rc.parse_json(payload).get("mark"), self.agents[address]
+            mark, agent = rc.parse_json(payload)["mark"], self.agents[address]
             self.figures["take-overs"] = max(self.figures["take-overs"], fence - 1)
             ran = any(run.send.mark == mark and not run.send.lost_in for run in agent.runs)
             if status == "skipped" and ran and self._is_alone(mark, address):
@@ -1104,12 +1159,13 @@ class SharedSimulation(Simulation):
 
     deadline_s = SHORT_DEADLINE_S
     slowness = 2
-    kinds = (*Simulation.kinds, "restart", "clock", "clock", "restore", "bad agent", "long pause", "long freeze")
+    kinds = (*Simulation.kinds, "restart", "clock", "clock", "restore", "bad agent", "long hold",
+             "long hold")
 
     def _people(self) -> None:
         """Adds nodes, one of them entered twice now and then, and releases for some of them, now and later."""
         self.figures.update(dict.fromkeys((
-            "restores", "new databases", "clocks set", "long pauses", "refused twins", "by hand", "unknowable",
+            "restores", "new databases", "clocks set", "long holds", "refused twins", "by hand", "unknowable",
             "deadlines", "later", "renamed"), 0))
         self.fickle: set[tuple[str, str]] = set()
         self.snapshots: list[Snapshot] = []
@@ -1205,12 +1261,14 @@ class SharedSimulation(Simulation):
         gaps = [v for v in range(1, max(versions, default=0)) if v not in versions]
         version = self.random.choice([*gaps, max(versions, default=0) + self.random.choice([1, 3])])
         ids = [row[0] for row in self.database.look_in("SELECT id FROM nodes ORDER BY id")]
-        payload = rc.to_json(self._payload() if self.random.random() < 0.9 else {})
+        payload = self._payload()
+        if self.random.random() < 0.1:
+            del payload["websites"]
         release_id = max(self.versions, default=0) + 1
         try:
             self.database.write_by_hand(
                 ("INSERT INTO release_tasks (id, target, version, payload) VALUES (?, ?, ?, ?)",
-                 release_id, self.random.choice(["cdn", "dns"]), version, payload),
+                 release_id, self.random.choice(["cdn", "dns"]), version, rc.to_json(payload)),
                 *[("INSERT INTO release_task_nodes (release_task_id, node_id, batch) VALUES (?, ?, ?)",
                    release_id, node_id, self.random.randint(1, 2)) for node_id in ids if self.random.random() < 0.8])
         except rc.DatabaseError:
@@ -1233,9 +1291,10 @@ class SharedSimulation(Simulation):
             if self.restores < 2:
                 self._restore()
         elif kind == "bad agent":
-            self.random.choice(list(self.agents.values())).is_bad_until = self.now + self.random.uniform(1, 10)
-        elif kind.startswith("long"):
-            self._hold_long(kind == "long freeze")
+            agent = self.random.choice(list(self.agents.values()))
+            setattr(agent, self.random.choice(["is_bad_until", "is_down_until"]), self.now + self.random.uniform(1, 10))
+        elif kind == "long hold":
+            self._hold_long()
         else:
             super()._break(kind, owner)
 
@@ -1266,15 +1325,10 @@ class SharedSimulation(Simulation):
                 with contextlib.suppress(rc.AppError):
                     self.store.act("cancel", release_id, "anna")
 
-    def _hold_long(self, is_freeze: bool) -> None:
+    def _hold_long(self) -> None:
         """Pauses a release or freezes all for longer than a node may take; somebody restarts an agent meanwhile."""
-        self.figures["long pauses"] += 1
-        running = [row[0] for row in self.database.look_in("SELECT id FROM release_tasks WHERE status = 'running'")]
-        with contextlib.suppress(rc.AppError):
-            if is_freeze:
-                self._set_freeze(True)
-            elif running:
-                self._use("pause", self.random.choice(running))
+        self.figures["long holds"] += 1
+        self._interfere()
         self.hands_off_until = self.now + SHORT_DEADLINE_S * self.random.uniform(1, 1.5)
         if self.random.random() < 0.5:
             self.at(self.random.uniform(0, 5), self.random.choice(list(self.agents.values())).restart)
@@ -1302,7 +1356,7 @@ class SharedSimulation(Simulation):
         """Puts an earlier database in the place of this one, or a new one with the same nodes."""
         self.restores += 1
         is_new = self.random.random() < 0.2
-        place = 0 if is_new else self.random.randrange(max(0, len(self.snapshots) - 3), len(self.snapshots))
+        place = 0 if is_new else self.random.randrange(len(self.snapshots))
         del self.snapshots[place + 1:]
         snapshot = self.snapshots[place]
         self.figures["new databases" if is_new else "restores"] += 1
@@ -1324,7 +1378,7 @@ class SharedSimulation(Simulation):
         first = max((send.version for send in self.sends), default=0) + 1
         with contextlib.suppress(rc.DatabaseError):
             rc.Store(self.database, SimClock(self)).set_first_version(first)
-            self.ledger.first_version = first
+            self.ledger.first_version, self.ledger.first_set = first, next(self.numbers)
 
 
 def run_seed(seed: int, world: str = PLAIN, **options) -> Simulation:

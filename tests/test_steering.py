@@ -292,7 +292,8 @@ def test_a_dispatch_that_is_kept_back_uses_up_nobodys_deadline_and_no_try():
     held = rc.observe(running(next_op=rc.DISPATCH, deadline=NOW.elapsed + 5), rc.Outcome(1, "dispatch", rc.HELD), NOW,
                       POLICY)
     assert (held.errors, held.next_op, held.verdict) == (0, rc.DISPATCH, None)
-    moved = rc.kept_from_dispatch(rc.Roster([held, running(next_op=rc.QUERY)._replace(node_id=2), node(3)]), 60.0)
+    at_work = running(next_op=rc.QUERY, is_at_work=True)._replace(node_id=2)
+    moved = rc.kept_from_dispatch(rc.Roster([held, at_work, node(3)]), 60.0)
     assert [(n.node_id, n.deadline) for n in moved] == [(1, NOW.elapsed + 65)]
 
 
@@ -338,7 +339,7 @@ def test_a_pending_release_says_whom_or_what_it_waits_for(store):
 
     assert said(first.id) == "waiting for the executor"
     assert said(second.id) == f"waiting for release {first.id}, which is pending"
-    assert said(other.id) == "starts no earlier than 2999-01-01T00:00:00.000Z"
+    assert said(other.id) == "starts no earlier than 2999-01-01T00:00:00.000Z, and after release 1"
     store.act("pause", first.id, "ops-anna")
     assert said(first.id) == "paused by ops-anna: resume to go on"
     assert said(second.id) == f"waiting for release {first.id}, which ops-anna paused"

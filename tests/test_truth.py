@@ -157,6 +157,72 @@ def test_section_1_tasks_that_agents_know_from_before_there_were_tags_keep_their
     assert rc.task_id_for("apply_config", "127.0.1.1", 1, "") == "apply_config_127.0.1.1_1"
 
 
+@pytest.mark.parametrize("protocol", ["tasks", "execute"])
+def test_rule_1_agents_that_are_further_on_than_a_new_database_are_no_success(world, protocol):
+    world.nodes(2, protocol)
+    world.fleet.set(applied_version=57)
+    release = new_release(world.store, payload=SITES)
+    world.drain()
+    assert [n.status for n in nodes_of(world.store, release)] == ["failed", "skipped"]
+    assert outcomes(world.store, release)[0][1] == "rejected"
+    assert world.runs() == [0, 0]
+
+
+def test_section_1_a_task_that_was_done_by_an_earlier_try_is_a_success(sqlite_world):
+    sqlite_world.nodes(1, task_ms=0)
+    sqlite_world.agent(1).set(mode="cut", times=1, only="dispatch")  # it runs the task, and cuts the connection
+    release = new_release(sqlite_world.store)
+    sqlite_world.drain()
+    assert sqlite_world.store.release(release.id).status == "success"
+    assert sqlite_world.runs() == [1]
+
+
+@pytest.mark.parametrize("first_try", [
+    {"mode": "refuse"}, {"mode": "status", "http_status": 429, "only": "dispatch"},
+    {"mode": "status", "http_status": 503, "only": "dispatch"}, {"mode": "redirect", "only": "dispatch"}])
+@pytest.mark.parametrize("protocol", ["tasks", "execute"])
+def test_section_1_already_applied_is_not_believed_after_a_try_that_reached_no_agent(world, protocol, first_try):
+    world.nodes(1, protocol)
+    agent = world.agent(1)
+    agent.set(applied_version=1)  # another database brought it there
+    agent.set(**first_try)
+    release = new_release(world.store, payload=SITES)
+    executor = world.executor(AGENT_RETRIES=50)
+    loop = threading.Thread(target=executor.run_loop)
+    loop.start()
+    eventually(lambda: nodes_of(world.store, release)[0].attempts > 1)
+    executor.close()  # and another process takes the release over
+    loop.join(20)
+    agent.set(mode="normal")
+    world.drain(AGENT_RETRIES=50)
+    assert outcomes(world.store, release)[0][:2] == ("failed", "rejected")
+    assert world.runs() == [0]
+
+
+def test_rule_1_what_is_half_done_in_a_restored_database_is_sent_nothing_below_the_first_version(world):
+    world.nodes(2)
+    release = new_release(world.store, strategy={"pauseAfter": [1]})
+    world.drain()
+    world.agent(2).set(applied_version=5)  # the world went on, then this state was restored
+    world.store.set_first_version(6)
+    world.store.act("resume", release.id, "anna")
+    world.drain()
+    assert outcomes(world.store, release) == [("success", "", ""), ("failed", "rejected", "node has version 5 already")]
+
+
+def test_rule_1_a_version_that_was_refused_for_its_payload_is_not_used_up(store):
+    add_nodes(store, 1)
+    for _ in range(3):
+        with pytest.raises(rc.AppError, match="the release is version 1"):
+            new_release(store, payload={"version": 99})
+    assert new_release(store, payload={"version": 1}).version == 1
+
+
+def test_rule_1_a_named_version_leaves_room_for_others(store):
+    with pytest.raises(rc.AppError, match="must be a whole number from 1 to"):
+        rc.parse_version("version", rc.MAX_VERSION)
+
+
 def test_an_execute_agent_that_was_restarted_after_a_cut_is_believed_and_its_words_are_kept(sqlite_world):
     sqlite_world.nodes(1, "execute", task_ms=0)
     agent = sqlite_world.agent(1)
@@ -198,6 +264,17 @@ def test_rule_2_two_names_of_one_address_are_one_node(store):
     second = new_release(store, target="dns")
     assert store.look() == ([first.id], [])
     assert store.release(second.id).status_reason == "waiting for release 1, which is pending"
+
+
+def test_rule_2_a_release_that_a_person_writes_in_pieces_is_looked_at_each_time(store):
+    add_nodes(store, 1)
+    first = new_release(store)
+    assert store.claim(first.id, "a", 30)
+    sql(store, "INSERT INTO release_tasks (target, version, status) VALUES ('dns', 2, 'paused')")
+    store.look()
+    sql(store, "INSERT INTO release_task_nodes (release_task_id, node_id, batch) VALUES (2, 1, 1)")
+    sql(store, "UPDATE release_tasks SET status = 'pending' WHERE id = 2")
+    assert store.look() == ([], [first.id])
 
 
 def test_rule_2_while_a_release_soaks_no_later_one_reaches_its_nodes(world):
@@ -278,7 +355,7 @@ def test_rule_1_what_was_to_go_out_in_a_restored_database_gets_versions_that_no_
     assert [world.store.release(i).status for i in ids] == ["success", "success"]
     assert [run["version"] for run in world.agent(1).runs] == [41, 42]
     assert [world.store.release(i).payload for i in ids] == ['{"version":41}', '{"version":42}']
-    assert "version 1 became 41: versions below 41 may be" in world.store.events(ids[0])[1].detail
+    assert "version 1 became 41: agents may have versions below 41" in world.store.events(ids[0])[1].detail
 
 
 def test_rule_2_what_an_address_was_sent_counts_for_every_row_that_names_it(world):
@@ -366,6 +443,18 @@ def test_section_2_two_rows_of_a_release_at_one_address_never_run_at_once(sqlite
     assert sqlite_world.agent(1).overlaps == 0
     assert sqlite_world.runs() == [1, 0]
     assert nodes_of(store, release)[0].status == "success"
+
+
+def test_section_2_an_address_is_held_for_the_other_rows_of_its_release_too():
+    rows = rc.Roster([node(n, "pending", "execute", main_ip="10.0.0.1") for n in (1, 2)])
+    strategy = rc.Strategy(max_failed=2, retries=0)
+    begun = rc.decide(release_row(), rows, NOW, POLICY.under(strategy), strategy, slots=8)
+    lost = rc.Outcome(1, "dispatch", rc.LOST, "", "timeout", "no answer", "", 60.0)
+    begun.nodes.put(rc.observe(begun.nodes[1], lost, later(60), POLICY.under(strategy)))
+    after = rc.decide(release_row(), begun.nodes, later(60), POLICY.under(strategy), strategy, slots=8)
+    assert [(c.after.node_id, c.after.status) for c in after.changes] == [(1, "failed")]
+    then = rc.decide(release_row(), after.nodes, later(120), POLICY.under(strategy), strategy, slots=8)
+    assert [send.node.node_id for send in then.sends] == [2]
 
 
 # -- no payload empties the fleet ----------------------------------------------------------------------------------
@@ -497,6 +586,13 @@ def test_section_7_whatever_a_node_was_at_before_a_hold_moves_its_deadline_along
         held._replace(deadline=held.deadline + 60.0, waited_s=60.0)]
 
 
+def test_section_7_a_node_that_is_being_asked_has_the_time_of_a_hold_until_its_agent_says_that_it_is_at_work():
+    asked = rc.kept_from_dispatch(rc.Roster([node(next_op=rc.QUERY)]), 60.0)[0]
+    assert asked.deadline == NOW.elapsed + 660
+    assert rc.observe(asked, rc.Outcome(1, "query", rc.WORKING), NOW, POLICY).deadline == NOW.elapsed + 600
+    assert rc.kept_from_dispatch(rc.Roster([node(next_op=rc.QUERY, is_at_work=True)]), 60.0) == []
+
+
 # -- no wait without an end ----------------------------------------------------------------------------------------
 
 def test_section_7_a_second_look_that_passes_and_fails_in_turn_ends():
@@ -548,6 +644,12 @@ def test_section_7_a_soak_read_on_another_host_is_never_longer_than_it_was_meant
     decision = rc.decide(far, nodes, NOW, POLICY, SOAK)
     assert decision.soak_clock == f"boot {NOW.elapsed + 600:.3f}"
     assert decision.changes_more_than_words(far)  # from now on by our own clock
+
+
+def test_section_7_a_soak_whose_mark_lies_further_ahead_than_it_is_long_is_not_longer():
+    nodes = rc.Roster([node(1, "success"), node(2, "pending", batch=2)])
+    far = release_row(soak_until=later(5000).text, soak_clock=NOW.clock_mark(5000))
+    assert rc.decide(far, nodes, NOW, POLICY, SOAK).soak_clock == NOW.clock_mark(600)
 
 
 @pytest.mark.parametrize("clock_set_s", [3600.0, -3600.0])
@@ -637,6 +739,32 @@ def test_rule_1_a_database_that_went_back_is_told_once_and_its_versions_are_not_
     assert went_back(store) == 1
     assert told.text.count("went back to an earlier state (version 1 after 2, event 1 after 2)") == 1
     assert new_release(store).version == 3
+
+
+def test_rule_1_what_one_process_saw_fall_all_of_them_know(store, database_url, open_store):
+    add_nodes(store, 1)
+    new_release(store), new_release(store)
+    store.look()
+    lose_newest_release(store)
+    store.look()
+    other = open_store(database_url)  # a command, which has seen nothing
+    assert new_release(other).version == 3
+    assert other.obstacles(1).moved_s < 60
+
+
+def test_a_move_that_lies_ahead_holds_nobody_up(store):
+    sql(store, "UPDATE database_state SET moved_at = ?", rc.utc_text(time.time() + 86400))
+    assert store.obstacles(1).moved_s == float("inf")
+
+
+def test_after_a_fall_tasks_agents_are_asked_before_they_are_sent_anything():
+    asked = rc.decide(release_row(tag="9f3a61c0", type="apply_config"), rc.Roster([node(1, "pending")]), NOW, POLICY,
+                      asks_first=True)
+    assert [(send.op, send.node.task_id) for send in asked.sends] == [("query", "apply_config_10.0.0.1_42_9f3a61c0")]
+    unknown = rc.observe(asked.nodes[1], rc.Outcome(1, "query", rc.UNKNOWN), NOW, POLICY)
+    assert (unknown.next_op, unknown.reached) == (rc.DISPATCH, False)
+    known = rc.observe(asked.nodes[1], rc.Outcome(1, "query", rc.SUCCESS), NOW, POLICY)
+    assert known.verdict.status == "success"
 
 
 def test_what_another_thread_read_meanwhile_is_no_database_that_went_back(store, told):
@@ -751,6 +879,33 @@ def test_section_1_what_an_agent_says_of_its_success_is_kept(sqlite_world):
     sqlite_world.drain()
     assert [e.detail for e in sqlite_world.store.events(release.id) if e.event == "succeeded"] == [
         "Version 1 applied, 3 warnings"]
+
+
+def test_a_rollback_of_what_stays_is_not_pruned_as_it_tells_that_that_was_bad(store):
+    add_nodes(store, 3)
+
+    def old(**fields) -> rc.Release:
+        made = succeed(store, **fields)
+        sql(store, "UPDATE release_tasks SET finished_at = '2020-01-01T00:00:00.000Z' WHERE id = ?", made.id)
+        return made
+
+    old(payload={"is": "good"})
+    bad = old(payload={"is": "bad"})
+    for node_id in (2, 3):
+        store.update_node(node_id, {"status": "offline"})
+    back = store.rollback(bad.id, "anna").release
+    sql(store, "UPDATE release_tasks SET status = 'success', finished_at = '2020-01-01T00:00:00.000Z' WHERE id = ?",
+        back.id)
+    sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = ?", back.id)
+    for number in range(3):
+        old(payload={"is": number}, node_ids=[1])
+    gone = store.old_releases(86400.0, 1)
+    for node_id in (2, 3):
+        store.update_node(node_id, {"status": "online"})
+    last = succeed(store, payload={"is": "new"})
+    before = store.plan_again("rollback", last.id).payload_of
+    store.forget([release.id for release in gone])
+    assert store.plan_again("rollback", last.id).payload_of == before == (1, 1)
 
 
 def test_history_is_of_its_time(store):
