@@ -152,6 +152,10 @@ MAX_PAGE_SIZE = 100
 MAX_NODES = 1_000_000
 MAX_BATCHES = 1000
 MAX_JSON_DEPTH = 64
+# Of a whole number in JSON. Python 3.9 and 3.10.0 to 3.10.6 have no limit of their own.
+MAX_INTEGER_DIGITS = 4000
+# Of a node: how many labels, and characters of a key and of a value.
+MAX_LABELS, MAX_LABEL_KEY_CHARS, MAX_LABEL_CHARS = 64, 63, 255
 
 # How soon a running task is asked for first, and by what the wait grows until the interval.
 FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
@@ -329,6 +333,30 @@ def detail_text(text: object) -> str:
     return clean.encode()[:MAX_DETAIL_BYTES].decode(errors="ignore")
 
 
+# Letters and marks that are drawn as nothing, beside the format characters (Cf): grapheme joiner, Hangul fillers,
+# Khmer inherent vowels, variation selectors, the empty Braille pattern.
+INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+                       "\U000e0100-\U000e01ef]")
+_LOOK_ALIKE_SCRIPTS = frozenset(("LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE"))
+# What is_plain() takes, for whoever is refused.
+PLAIN_TEXT = ("printable characters, none of them invisible or changing the direction, without space around, in "
+              "composed form (NFC), and no word that mixes Latin letters with Greek or Cyrillic ones")
+
+
+def is_plain(text: str) -> bool:
+    """Return whether a text reads as what it is, so that no two look the same: see PLAIN_TEXT."""
+    if text.isascii():
+        return text.isprintable() and one_line(text, len(text) + 1) == text
+    return (one_line(text, len(text) + 1) == text and not INVISIBLE.search(text)
+            and unicodedata.is_normalized("NFC", text)
+            and all(len(_scripts(word)) < 2 for word in re.findall(r"[^\W_]+", text)))
+
+
+def _scripts(word: str) -> set[str]:
+    """Return the scripts of a word, as far as their letters are taken for one another's."""
+    return {unicodedata.name(char, "").split(" ")[0] for char in word} & _LOOK_ALIKE_SCRIPTS
+
+
 def epoch_or(text: str | None, otherwise: float) -> float:
     """Gives the seconds since 1970 of a stored time; another value where there is none that can be read."""
     try:
@@ -350,6 +378,13 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _bounded_integer(digits: str) -> int:
+    """Return a number; raise ValueError for one whose reading would take a while, for int() is quadratic."""
+    if len(digits) > MAX_INTEGER_DIGITS:
+        raise ValueError(f"{one_line(digits, 40)} is too long a number: at most {MAX_INTEGER_DIGITS} digits")
+    return int(digits)
+
+
 def _finite(digits: str) -> float:
     number = float(digits)
     if number - number != 0:  # 1e999
@@ -368,7 +403,8 @@ def _nesting(value: object) -> int:
 
 
 # Made once: json.loads() makes one for each text, which takes longer than a short text.
-_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite,
+                            parse_int=_bounded_integer)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -646,6 +682,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("DATABASE_URL", "sqlite:///releasectl.db", _database_url, "sqlite:///FILE or postgresql://..."),
     Setting("DATABASE_URL_FILE", "", _text, "a file that holds it, so that the password is in no environment"),
     Setting("HTTP_ADDR", "127.0.0.1:8080", _host_port, "address and port of the API"),
+    Setting("HTTP_PLAIN", "0", _switch, "1: tokens over plain HTTP beyond loopback, behind a TLS proxy"),
     Setting("HTTP_CERT", "", _text, "certificate of the API (with HTTP_KEY: HTTPS)"),
     Setting("HTTP_KEY", "", _text, "key of the API's certificate"),
     Setting("HTTP_CLIENT_CA", "", _text, "CA: client certificates are demanded, and name who acts"),
@@ -678,6 +715,7 @@ class Settings:
     database_url: str
     database_url_file: str
     http_addr: tuple[str, int]
+    http_plain: bool
     http_cert: str
     http_key: str
     http_client_ca: str
@@ -2005,9 +2043,9 @@ def parse_port(value: object) -> int:
 
 
 def parse_name(text: object) -> str:
-    """Gives a node's name: 1 to 100 printable characters, no space around; AppError 2003 else."""
-    if not isinstance(text, str) or not 1 <= len(text) <= 100 or one_line(text) != text:
-        raise AppError(2003, f"name {one_line(text, 60)!r} must be 1 to 100 printable characters")
+    """Return a node's or a token's name; raise AppError 2003 unless it is 1 to 100 plain characters."""
+    if not isinstance(text, str) or not 1 <= len(text) <= 100 or not is_plain(text):
+        raise AppError(2003, f"name {one_line(ascii(text), 50)} must be 1 to 100 {PLAIN_TEXT}")
     return text
 
 
@@ -2026,9 +2064,18 @@ def parse_flag(field: str, value: object) -> bool:
 
 
 def parse_labels(value: object) -> str:
-    """Gives labels as stored: a JSON object of strings; AppError 2003 else."""
+    """Return labels as they are stored, a JSON object; raise AppError 2003 for what contract section 2 forbids."""
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise AppError(2003, "labels must be an object whose values are strings")
+    if len(value) > MAX_LABELS:
+        raise AppError(2003, f"labels must be at most {MAX_LABELS}, not {len(value)}")
+    for key, text in value.items():
+        if not 1 <= len(key) <= MAX_LABEL_KEY_CHARS or not is_plain(key):
+            raise AppError(2003, f"labels: the key {one_line(ascii(key), 40)} must be 1 to {MAX_LABEL_KEY_CHARS} "
+                                 f"{PLAIN_TEXT}")
+        if len(text) > MAX_LABEL_CHARS or not is_plain(text):
+            raise AppError(2003, f"labels: the value of {one_line(key, 30)} must be at most {MAX_LABEL_CHARS} "
+                                 f"{PLAIN_TEXT}")
     return to_json(value)
 
 
@@ -5111,6 +5158,11 @@ MAX_ANSWER_BYTES, MAX_PROBED_BYTES = 64 << 10, 1 << 20
 
 # X509_V_ERR_...: what OpenSSL found wrong with an agent's certificate, for a person on call.
 CERTIFICATE_FAULTS: Mapping[int, str] = {
+    3: "presented a certificate of a CA that has no CRL in CONTROL_CA, while others have one there",
+    8: "presented a certificate whose CA did not sign its CRL (CONTROL_CA)",
+    11: "can't be verified: the CRL in CONTROL_CA is not valid yet (look at the clock)",
+    12: "can't be verified: the CRL in CONTROL_CA has expired; put a newer one there",
+    23: "presented a certificate that was revoked (the CRL in CONTROL_CA)",
     9: "presented a certificate that is not valid yet (look at both clocks)",
     10: "presented a certificate that has expired",
     18: "presented a self-signed certificate: it is not of our CA (CONTROL_CA)",
@@ -5197,10 +5249,13 @@ class TlsFiles:
     """Certificates as an ssl context, made anew when their files change; for both of our sides."""
 
     def __init__(self, make: Callable[..., ssl.SSLContext], *files: str):
-        """make: gives a context of the files, the first of which is our certificate."""
+        """make: gives a context of the files: our certificate, its key, and the CA's, which may have no name."""
         self._make, self._files = make, files
         self._guard = threading.Lock()
-        self._stamp: object = None
+        self._stamp: tuple[object, ...] = ()
+        # Of the certificate and key in use, and a digest of the CA and the CRLs that others are verified by.
+        self._pair_stamp: tuple[object, ...] = ()
+        self._trust = ""
         self._context: ssl.SSLContext | None = None
         # Why the files as they are were not taken.
         self._fault = ""
@@ -5212,15 +5267,19 @@ class TlsFiles:
 
         While a renewal is half done, or brought a certificate that nobody accepts now, the last pair goes on.
         """
+        return self.current()[0]
+
+    def current(self) -> tuple[ssl.SSLContext, str]:
+        """Do context(); return also what tells whether the CA or its CRLs are others than they were."""
         with self._guard:
             stamp = tuple(map(_file_stamp, self._files))
             if stamp != self._stamp or time.time() >= self._valid_from:
                 try:
                     self._valid_from = float("inf")
                     made = self._make(*self._files)
-                    if self._context is not None:
+                    if self._context is not None and stamp[:2] != self._pair_stamp:  # a new CA or CRL is always taken
                         self._refuse_invalid(self._files[0])
-                    self._context = made
+                    self._context, self._pair_stamp, self._trust = made, stamp[:2], _digest_of_file(self._files[-1])
                     self._fault = ""
                 except ConfigError as error:
                     if self._context is None:
@@ -5229,12 +5288,12 @@ class TlsFiles:
                     log.warning("renewed certificate not taken yet, the one before goes on: %s", error)
                 self._stamp = stamp
             assert self._context is not None
-            return self._context
+            return self._context, self._trust
 
     def reload(self) -> None:
         """Read the files anew, whether they changed or not; raise ConfigError when they can't be used."""
         with self._guard:
-            self._stamp = None
+            self._stamp = ()
         self.context()
         if self._fault:
             raise ConfigError(f"{self._fault} (the one before goes on)")
@@ -5250,6 +5309,12 @@ class TlsFiles:
                 raise ConfigError(f"{path} is not valid before {utc_text(since)}")
 
 
+def _digest_of_file(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    return ""
+
+
 VALIDITY = re.compile(rb"(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)")
 
 
@@ -5259,14 +5324,63 @@ def certificate_times(pem: str) -> list[tuple[float, float]]:
     Raise ValueError for a broken file. Read from the bytes and not off a handshake, which an expired certificate
     does not pass.
     """
-    times = []
-    for block in re.findall("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", pem, re.DOTALL):
-        # a certificate's validity is the only place of two times in a row (RFC 5280, 4.1.2.5)
-        found = VALIDITY.search(ssl.PEM_cert_to_DER_cert(block))
-        if found:
-            short_since, long_since, short_until, long_until = found.groups()
-            times.append((_asn1_time(short_since, long_since), _asn1_time(short_until, long_until)))
-    return times
+    return [times for der in pem_blocks(pem, "CERTIFICATE") for times in _validity(der)]
+
+
+def crl_ends(pem: str) -> list[float]:
+    """Return nextUpdate of each CRL of a PEM file that names one, in seconds since 1970; raise ValueError."""
+    return [until for der in pem_blocks(pem, "X509 CRL") for _, until in _validity(der)]
+
+
+def certificate_end(certificate: Mapping[str, Any]) -> float:
+    """Return until when a certificate of getpeercert() is good, in seconds since 1970."""
+    return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
+
+
+def cas_without_crl(pem: str) -> int:
+    """Return how many of the CAs of a PEM file have no CRL there; raise ValueError for a broken file."""
+    issuers = {_der_name(der, 2, 0x02) for der in pem_blocks(pem, "X509 CRL")}
+    return len({_der_name(der, 5, 0xA0) for der in pem_blocks(pem, "CERTIFICATE")} - issuers)
+
+
+def pem_blocks(pem: str, label: str) -> list[bytes]:
+    """Return the blocks of one kind of a PEM file; raise ValueError for one that is not base64."""
+    return [base64.b64decode("".join(text.split()), validate=True)
+            for text in re.findall(f"-----BEGIN {label}-----(.*?)-----END {label}-----", pem, re.DOTALL)]
+
+
+def _validity(der: bytes) -> Iterator[tuple[float, float]]:
+    # a certificate's validity and a CRL's updates are the only places of two times in a row (RFC 5280, 4.1.2.5, 5.1.2)
+    found = VALIDITY.search(der)
+    if found:
+        short_since, long_since, short_until, long_until = found.groups()
+        yield _asn1_time(short_since, long_since), _asn1_time(short_until, long_until)
+
+
+def _der_name(der: bytes, place: int, version_tag: int) -> bytes:
+    """Return a field of what is signed: a certificate's subject or a CRL's issuer; raise ValueError.
+
+    place counts from the version, which may be left out: it is known by its tag.
+    """
+    outer = next(_der_items(der), (0, b""))[1]
+    fields = list(_der_items(next(_der_items(outer), (0, b""))[1]))
+    place -= 0 if fields and fields[0][0] == version_tag else 1
+    if place >= len(fields):
+        raise ValueError("neither a certificate nor a CRL")
+    return fields[place][1]
+
+
+def _der_items(der: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield tag and content of the items that follow one another; raise ValueError for what is no DER."""
+    while der:
+        start, length = 2, der[1] if len(der) > 1 else 0x80
+        if length >= 0x80:
+            start += length - 0x80
+            length = int.from_bytes(der[2:start], "big")
+        if length == 0 and start > len(der) or start + length > len(der):
+            raise ValueError("no DER")
+        yield der[0], der[start:start + length]
+        der = der[start + length:]
 
 
 def _asn1_time(short: bytes | None, long: bytes | None) -> float:
@@ -5332,20 +5446,28 @@ def require_private(name: str, path: str) -> None:
 
 
 def load_ca(context: ssl.SSLContext, ca: str, name: str) -> None:
-    """Loads the CA to verify peers by; ConfigError naming the setting."""
+    """Load the CA to verify peers by, with its CRLs where the file holds some; raise ConfigError naming the setting."""
     require_pem(name, ca)
     try:
         context.load_verify_locations(ca)
+        if context.cert_store_stats()["crl"]:
+            # every CA of the chain must have a CRL then; else it is asked of the one that signed the peer's own
+            is_whole = not cas_without_crl(Path(ca).read_text(encoding="latin-1"))
+            context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN if is_whole else ssl.VERIFY_CRL_CHECK_LEAF
     except ssl.SSLError as error:
         if error.reason in WEAK_REASONS:
             raise ConfigError(f"{name} {ca} is weak: {WEAK_REASONS[error.reason]}") from None
         raise ConfigError(f"{name} {ca} holds no PEM certificate: {_tls_reason(error)}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name} {ca} can't be read: {one_line(error, 100)}") from None
 
 
 def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
     """Gives the context for calls to agents: TLS 1.2 or newer, both sides verified (section 1)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if ssl.HAS_NEVER_CHECK_COMMON_NAME:
+        context.hostname_checks_common_name = False
     load_ca(context, ca, "CONTROL_CA")
     load_pair(context, cert, key, ("CONTROL_CERT", "CONTROL_KEY"))
     return context
@@ -6724,7 +6846,10 @@ NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
                   {"type": "integer", "minimum": 1, "maximum": 65535}),
     "agentProtocol": ("agent_protocol", lambda v: parse_choice("agentProtocol", v, PROTOCOLS),
                       {"type": "string", "enum": list(PROTOCOLS)}),
-    "labels": ("labels", parse_labels, {"type": "object", "additionalProperties": {"type": "string"}}),
+    "labels": ("labels", parse_labels, {
+        "type": "object", "maxProperties": MAX_LABELS,
+        "propertyNames": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_KEY_CHARS, "format": "line"},
+        "additionalProperties": {"type": "string", "maxLength": MAX_LABEL_CHARS, "format": "line"}}),
     "enabled": ("enabled", lambda v: int(parse_flag("enabled", v)), {"type": "boolean"}),
     "status": ("status", lambda v: parse_choice("status", v, NODE_STATUSES),
                {"type": "string", "enum": list(NODE_STATUSES)}),
@@ -6829,7 +6954,7 @@ def openapi_schemas() -> dict[str, Any]:
             "target": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}, "reason": _REASON,
             "payload": {"type": "object"}, "strategy": _ref("Strategy"),
             "nodeIds": {"type": "array", "minItems": 1, "uniqueItems": True, "items": _ID},
-            "labels": {"type": "object", "additionalProperties": _TEXT}, "dryRun": {"type": "boolean"},
+            "labels": NODE_FIELDS["labels"][2], "dryRun": {"type": "boolean"},
             "version": {"type": "integer", "minimum": 1, "maximum": MAX_NAMED_VERSION}}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": _object({"reason": _REASON}, required=[]),
@@ -8084,13 +8209,17 @@ MAX_TARGET_BYTES, MAX_REQUEST_HEAD_BYTES, MAX_HEADERS = 8 << 10, 16 << 10, 64
 # WRITE_S; then the rest of what the client still sends is dropped for LINGER_S.
 PROVE_S, HEAD_S, BODY_S, WRITE_S, IDLE_S, LINGER_S = 5.0, 5.0, 20.0, 20.0, 60.0, 1.0
 MAX_LINGER_BYTES = 16 << 20
+# After a refused request with a longer body the connection is closed.
+MAX_SKIPPED_BYTES = 64 << 10
 # Nobody loses a connection to a newcomer before it was silent for so long.
 GRACE_S = 0.25
 # Answered before the connection is closed without a thread, so many at a time.
 MAX_TURNED_AWAY = 64
-# A bad token is answered the later the more of them came from an address; forgotten after a while.
-FREE_ATTEMPTS, FIRST_DELAY_S, MAX_DELAY_S = 3, 0.1, 3.0
-FORGET_ATTEMPTS_S, MAX_ATTEMPT_ADDRESSES = 60.0, 1024
+# The more bad tokens came from an address, or from the network around it, the later the next token is looked at;
+# forgotten after a while. A token that was good at the address within KNOWN_TOKEN_S is looked at without delay.
+FREE_ATTEMPTS, FREE_ATTEMPTS_OF_NETWORK, FIRST_DELAY_S, MAX_DELAY_S = 3, 24, 0.1, 3.0
+FORGET_S, MAX_STREAKS = 60.0, 2048
+KNOWN_TOKEN_S, MAX_KNOWN_TOKENS = 86400.0, 4096
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 # RFC 9112, 3 and 5, without what it allows for old times' sake: no folding, no bare CR or LF.
@@ -8229,24 +8358,38 @@ def network_of(host: str) -> str:
     return str(address)
 
 
+def wide_network_of(address: str) -> str:
+    """Return the network around what network_of() gives: of IPv4 24 bits, of IPv6 48."""
+    network = ipaddress.ip_network(address)
+    return str(network.supernet(new_prefix=24 if network.version == 4 else 48))
+
+
 @dataclasses.dataclass(eq=False)
 class Seat:
-    """One connection that has a thread. At rest it waits for its client; at work it is never taken."""
+    """One connection that has a thread. At rest it waits for something; at work it is never taken."""
     sock: socket.socket
     address: str
     since: float
     is_new: bool = True
     is_proven: bool = False
+    # Whose token it has shown, and whether that is a viewer's; "" where there are no tokens.
+    token: str = ""
+    is_viewer: bool = False
     is_at_work: bool = False
-    is_sending: bool = False
+    # A request of it is under way, or its answer: a clean stop lets it be answered.
+    is_owed: bool = False
 
 
 class Seats:
-    """Who is connected: so many in all, so many of one address.
+    """Who is connected: so many in all, so many of one address, so many with one token.
 
     When these are used up a newcomer takes the seat of who rests longest, first of those that have
     shown no good token, first of the address that has most. So silence holds nobody out, and there
-    is room for /healthz and for tokens. Where all are at work, there is none.
+    is room for /healthz and for tokens. Where all are at work, there is none. At work is only who
+    keeps the interpreter busy: who waits for a body, an event or a turn is at rest.
+
+    Viewers have at most half of all, and half of what an address may have, so that they leave an
+    operator room everywhere. A viewer's token has a quarter of all, an operator's half.
     """
 
     def __init__(self, limit: int, limit_per_address: int, farewell: bytes):
@@ -8284,16 +8427,46 @@ class Seats:
         with self._guard:
             seat.sock = context.wrap_socket(seat.sock, server_side=True, do_handshake_on_connect=False)
 
+    def identify(self, seat: Seat, is_proven: bool, token: str = "", is_viewer: bool = False) -> bool:
+        """Note whose token a seat has shown; return False when they have too many, and all of them are at work.
+
+        Too many: the one of them that rests longest is closed in favour of this one.
+        """
+        with self._guard:
+            if token and not self._make_room(seat, self._quotas(seat, token, is_viewer)):
+                is_proven, token = False, ""
+            seat.is_proven, seat.token, seat.is_viewer = is_proven, token, is_viewer and bool(token)
+            return is_proven
+
+    def _make_room(self, seat: Seat, quotas: Iterable[tuple[int, Callable[[Seat], bool]]]) -> bool:
+        for limit, is_peer in quotas:
+            peers = [s for s in self._seats if s is not seat and is_peer(s)]
+            if len(peers) >= limit:
+                resting = [s for s in peers if not s.is_at_work and time.monotonic() - s.since > GRACE_S]
+                if not resting:
+                    return False
+                self._cut(min(resting, key=lambda s: s.since))
+        return True
+
+    def _quotas(self, seat: Seat, token: str, is_viewer: bool) -> list[tuple[int, Callable[[Seat], bool]]]:
+        quotas: list[tuple[int, Callable[[Seat], bool]]] = [
+            (max(1, self._limit // (4 if is_viewer else 2)), lambda s: s.token == token)]
+        if is_viewer:
+            quotas += [(max(1, self._limit // 2), lambda s: s.is_viewer),
+                       (max(1, self._limit_per_address // 2), lambda s: s.is_viewer and s.address == seat.address)]
+        return quotas
+
     def work(self, seat: Seat) -> bool:
         """Notes that a seat's request is here; False when the seat was taken before."""
         with self._guard:
-            seat.is_at_work, seat.is_new = True, False
+            seat.is_at_work, seat.is_owed, seat.is_new = True, True, False
             return seat in self._seats
 
-    def rest(self, seat: Seat, is_sending: bool = False) -> None:
-        """Notes that a seat waits for its client: to ask, or to take its answer."""
+    def rest(self, seat: Seat, is_owed: bool = False, since: float | None = None) -> None:
+        """Note that a seat waits: for its client to ask or to take its answer, for a body, an event or its turn."""
         with self._guard:
-            seat.is_at_work, seat.is_sending, seat.since = False, is_sending, time.monotonic()
+            seat.is_at_work, seat.is_owed = False, is_owed
+            seat.since = time.monotonic() if since is None else since
 
     def leave(self, seat: Seat) -> None:
         """Closes a seat's connection."""
@@ -8304,7 +8477,7 @@ class Seats:
     def end_all(self, within_s: float) -> None:
         """Ends the connections at rest at once; those that answer have so many seconds to do it."""
         ends_at = time.monotonic() + within_s
-        self._shut(lambda seat: socket.SHUT_RD if seat.is_at_work or seat.is_sending else socket.SHUT_RDWR)
+        self._shut(lambda seat: socket.SHUT_RD if seat.is_owed else socket.SHUT_RDWR)
         while self._seats and time.monotonic() < ends_at:
             time.sleep(0.02)
         self._shut(lambda _seat: socket.SHUT_RDWR)
@@ -8340,24 +8513,76 @@ def say_goodbye(sock: socket.socket) -> None:
             dropped += count
 
 
-class Attempts:
-    """Bad tokens by address: how many came, and so how late the next is answered."""
+class Streaks:
+    """How often something came in a row, by a key; forgotten after FORGET_S without it."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._seen: collections.OrderedDict[str, tuple[int, float]] = collections.OrderedDict()
+        self._seen: collections.OrderedDict[tuple[str, ...], tuple[int, float]] = collections.OrderedDict()
 
-    def note(self, address: str) -> tuple[int, float]:
-        """Counts one more; gives the count and the seconds to wait before the answer."""
-        now = time.monotonic()
+    def add(self, *key: str) -> int:
+        """Count one more; return how many there are."""
         with self._guard:
-            count, last = self._seen.pop(address, (0, now))
-            count = count + 1 if now - last < FORGET_ATTEMPTS_S else 1
-            self._seen[address] = (count, now)
-            if len(self._seen) > MAX_ATTEMPT_ADDRESSES:
+            count = self._count(key) + 1
+            self._seen.pop(key, None)
+            self._seen[key] = (count, time.monotonic())
+            if len(self._seen) > MAX_STREAKS:
                 self._seen.popitem(last=False)
-        doublings = min(count - FREE_ATTEMPTS - 1, 10)
-        return count, min(FIRST_DELAY_S * 2.0**doublings, MAX_DELAY_S) if doublings >= 0 else 0.0
+            return count
+
+    def count(self, *key: str) -> int:
+        """Return how many there are."""
+        with self._guard:
+            return self._count(key)
+
+    def _count(self, key: tuple[str, ...]) -> int:
+        count, last = self._seen.get(key, (0, 0.0))
+        return count if time.monotonic() - last < FORGET_S else 0
+
+
+def is_logged(count: int) -> bool:
+    """Return whether one of a streak is logged: the 1st, 2nd, 4th, 8th, ..., so that nobody fills the log."""
+    return count & (count - 1) == 0
+
+
+class AuthThrottle:
+    """Bad tokens, by address and by the network around it: how late the next token is looked at.
+
+    The wait comes before the look: who hangs up meanwhile has learnt nothing, and so gains nothing. A token that was
+    good at the address before does not wait, so that nobody is slowed down by another's bad tokens but once a day.
+    """
+
+    def __init__(self) -> None:
+        self._bad = Streaks()
+        self._guard = threading.Lock()
+        self._good: collections.OrderedDict[tuple[str, bytes], float] = collections.OrderedDict()
+
+    def delay_s(self, address: str, authorization: str) -> float:
+        """Return the seconds from a request's arrival to the look at its token."""
+        with self._guard:
+            if time.monotonic() - self._good.get(self._key(address, authorization), -KNOWN_TOKEN_S) < KNOWN_TOKEN_S:
+                return 0.0
+        beyond = max(self._bad.count(address) - FREE_ATTEMPTS,
+                     self._bad.count(wide_network_of(address)) - FREE_ATTEMPTS_OF_NETWORK)
+        return min(FIRST_DELAY_S * 2.0**min(beyond, 10), MAX_DELAY_S) if beyond >= 0 else 0.0
+
+    def note_good(self, address: str, authorization: str) -> None:
+        """Remember a good token."""
+        key = self._key(address, authorization)
+        with self._guard:
+            self._good.pop(key, None)
+            self._good[key] = time.monotonic()
+            if len(self._good) > MAX_KNOWN_TOKENS:
+                self._good.popitem(last=False)
+
+    def note_bad(self, address: str) -> tuple[int, bool]:
+        """Count a bad token; return the how manieth of its address it is, and whether that is to be logged."""
+        count, of_network = self._bad.add(address), self._bad.add(wide_network_of(address))
+        return count, is_logged(count) and (of_network <= FREE_ATTEMPTS_OF_NETWORK or is_logged(of_network))
+
+    @staticmethod
+    def _key(address: str, authorization: str) -> tuple[str, bytes]:
+        return address, hashlib.sha256(authorization.encode("utf-8", "surrogateescape")).digest()
 
 
 # ======================================================================================
@@ -8377,15 +8602,20 @@ CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It
                    "all hosts (NTP)")
 # A look that lasts longer makes the answer "not ready", whatever was seen last.
 READY_WAIT_S = 10.0
-# A release of more nodes is read whole by one client at a time. While one runs, who has read rests so many
-# times as long as the reading took; others wait so long for their turn, then they are told to come again.
-MAX_FREE_READ_NODES, WHOLE_READ_REST, MAX_WHOLE_READ_REST_S, WHOLE_READ_WAIT_S = 500, 15, 3.0, 7.0
+# While it is not ready, the log says why so often.
+READY_TOLD_S = 60.0
+# A release of more nodes is read whole by one client at a time. While one runs, the next one is read only after so
+# many times as long as the reading took. Of each role so few wait for their turn, and so long: then they are told to
+# come again.
+MAX_FREE_READ_NODES, WHOLE_READ_REST, MAX_WHOLE_READ_REST_S = 500, 15, 3.0
+MAX_WHOLE_READ_QUEUE, WHOLE_READ_WAIT_S, WHOLE_READ_LOOK_S = 4, 7.0, 0.05
 
 
 class Request(NamedTuple):
     """A request as a handler sees it: checked, and with who asks.
 
-    is_over waits so many seconds, and says whether nobody waits for the answer any more.
+    is_over waits so many seconds, and says whether nobody waits for the answer any more; its connection is at rest
+    meanwhile. role is ANYONE for who has shown no good token.
     """
     ids: tuple[int, ...]
     query: Mapping[str, str]
@@ -8413,6 +8643,45 @@ class Reply(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
+class Turns:
+    """Who reads a whole release: one at a time, operators first; few wait, at rest (see Seats)."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._is_taken = False
+        self._free_at = 0.0
+        self._waiting = collections.Counter[str]()
+
+    def take(self, request: Request) -> bool:
+        """Wait for the turn of a request, up to WHOLE_READ_WAIT_S; return whether it came."""
+        with self._guard:
+            if self._is_free(request.role):
+                self._is_taken = True
+                return True
+            if self._waiting[request.role] >= MAX_WHOLE_READ_QUEUE:
+                return False
+            self._waiting[request.role] += 1
+        ends_at, is_mine = time.monotonic() + WHOLE_READ_WAIT_S, False
+        try:
+            while not is_mine and time.monotonic() < ends_at and not request.is_over(WHOLE_READ_LOOK_S):
+                with self._guard:
+                    is_mine = self._is_free(request.role)
+                    self._is_taken |= is_mine
+            return is_mine
+        finally:
+            with self._guard:
+                self._waiting[request.role] -= 1
+
+    def _is_free(self, role: str) -> bool:
+        is_first = role == OPERATOR or not self._waiting[OPERATOR]
+        return not self._is_taken and is_first and time.monotonic() >= self._free_at
+
+    def leave(self, rest_s: float) -> None:
+        """End a turn; the next one begins after so many seconds."""
+        with self._guard:
+            self._is_taken, self._free_at = False, time.monotonic() + rest_s
+
+
 # What a process without an executor knows of its health.
 NO_PROCESS: Mapping[str, Any] = {"executor": {"enabled": False, "owner": "", "lastLookAt": None}, "certificates": []}
 
@@ -8436,7 +8705,7 @@ class Api:
         self._nudge = nudge
         self._process = process
         self._is_busy = is_busy
-        self._whole_read = threading.Lock()
+        self._whole_reads = Turns()
         self._figures = figures
         self._hung = hung
         self._waiters = threading.BoundedSemaphore(max_waiting)
@@ -8445,6 +8714,7 @@ class Api:
         self._ahead: set[str] = set()
         # Since when somebody waits for the database, to find out.
         self._looking_since = float("inf")
+        self._ready_told = -READY_TOLD_S
         self.started_at = time.time()
 
     def create_release(self, request: Request) -> Reply:
@@ -8478,25 +8748,26 @@ class Api:
         view = parse_choice("view", request.query.get("view", "full"), ("full", "summary"))
         if view == "summary":
             return Reply(200, {"release": release_json(self.store.release(request.ids[0]))})
-        return Reply(200, self._whole_release(request.ids[0]))
+        return Reply(200, self._whole_release(request))
 
-    def _whole_release(self, release_id: int) -> dict[str, Any]:
-        """Gives a release with its nodes; a large one only one at a time, with a rest while a release runs.
+    def _whole_release(self, request: Request) -> dict[str, Any]:
+        """Return a release with its nodes; a large one only one at a time, with a rest while a release runs.
 
         All threads of this process share one interpreter: clients that read in a loop would take most of it.
         """
+        release_id = request.ids[0]
         if self.store.release(release_id).total_nodes <= MAX_FREE_READ_NODES:
             return release_with_nodes_json(*self.store.release_with_nodes(release_id))
-        if not self._whole_read.acquire(timeout=WHOLE_READ_WAIT_S):
+        if not self._whole_reads.take(request):
             raise AppError(4029, "too many read whole releases: ask for ?view=summary", retry_after_s=5)
+        began, rest_s = time.thread_time(), 0.0
         try:
-            began = time.thread_time()
             data = release_with_nodes_json(*self.store.release_with_nodes(release_id))
             if self._is_busy():
-                time.sleep(min(WHOLE_READ_REST * (time.thread_time() - began), MAX_WHOLE_READ_REST_S))
+                rest_s = min(WHOLE_READ_REST * (time.thread_time() - began), MAX_WHOLE_READ_REST_S)
             return data
         finally:
-            self._whole_read.release()
+            self._whole_reads.leave(rest_s)
 
     def pause(self, request: Request) -> Reply:
         return self._act("pause", request)
@@ -8603,7 +8874,7 @@ class Api:
     def health(self, _request: Request) -> Reply:
         return Reply(200, {"status": "ok"})
 
-    def ready(self, _request: Request) -> Reply:
+    def ready(self, request: Request) -> Reply:
         if self._ready_guard.acquire(blocking=False):  # else somebody is looking: what was seen last holds
             try:
                 if time.monotonic() - self._ready[0] >= READY_LOOK_S:
@@ -8616,8 +8887,9 @@ class Api:
         trouble = self._ready[1] or self._hung()
         if waited_s > READY_WAIT_S:
             trouble = f"the database has not answered for {waited_s:.0f} s"
+        self._tell_ready(trouble)
         if trouble:
-            raise DatabaseError(trouble)
+            raise DatabaseError(trouble if request.role else "not ready: the log of releasectl says why")
         return Reply(200, {"status": "ready"})
 
     def _look_whether_ready(self) -> str:
@@ -8628,6 +8900,15 @@ class Api:
             return ""
         except AppError as error:
             return error.message
+
+    def _tell_ready(self, trouble: str) -> None:
+        """Log now and then why we are not ready, and once that we are again: strangers are told neither."""
+        if trouble and time.monotonic() - self._ready_told >= READY_TOLD_S:
+            self._ready_told = time.monotonic()
+            log.warning("not ready: %s", trouble)
+        elif not trouble and self._ready_told > -READY_TOLD_S:
+            self._ready_told = -READY_TOLD_S
+            log.info("ready again")
 
     def _tell_times_ahead(self) -> None:
         """Log claims and holds that a clock that was ahead left, each once: they count as over, so all is ready."""
@@ -8668,6 +8949,8 @@ class Route(NamedTuple):
     # What it answers with 200 in place of 201.
     dry_run: str = ""
     headers: tuple[str, ...] = ()
+    # For ANYONE, and tells more to who shows a good token.
+    tells_more: bool = False
 
     @property
     def status(self) -> int:
@@ -8707,7 +8990,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/api/v1/health", "overview", VIEWER, "What this process and its releases are at", "Health"),
     Route("GET", "/", "page", ANYONE, "The dashboard", "html"),
     Route("GET", "/healthz", "health", ANYONE, "The process serves", "Status"),
-    Route("GET", "/readyz", "ready", ANYONE, "The database can be used", "Status"),
+    Route("GET", "/readyz", "ready", ANYONE, "The database can be used", "Status", tells_more=True),
     Route("GET", "/metrics", "metrics", VIEWER, "Figures for Prometheus", "text"),
     Route("GET", "/openapi.json", "openapi", VIEWER, "This document", "json"),
 )
@@ -8888,11 +9171,10 @@ ANY_STATUS = (400, 405, 408, 413, 414, 431, 500, 501, 503, 505)
 def _statuses(route: Route) -> list[int]:
     """Gives the HTTP statuses of errors of a route."""
     found = [*ANY_STATUS]
-    found += [401, 403] if route.role else []
+    found += [401, 403, 429] if route.role else []
     found += [404] if "{id}" in route.path else []
     found += [409] if route.role == OPERATOR else []
     found += [415] if route.body else []
-    found += [429] if "view" in route.query else []
     return sorted(found)
 
 
@@ -8957,6 +9239,12 @@ class Identity(NamedTuple):
     """Who asks, as the history names them, and what they may do."""
     actor: str
     role: str
+    # The token's name, "" where there are no tokens.
+    token: str = ""
+
+
+class ClientGone(Exception):
+    """Nobody waits for an answer: the client has hung up, or its connection was closed in favour of another."""
 
 
 class HttpAnswer(NamedTuple):
@@ -9000,18 +9288,24 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
 
     def __init__(self, seat: Seat, client_address: Any, server: ApiServer):
         self.seat, self.certificate_name = seat, ""
+        # What the handshake's client certificate was verified by, and until when it is good.
+        self.trust, self.trusted_until = "", float("inf")
         super().__init__(seat.sock, client_address, server)
 
     def setup(self) -> None:
         # else an answer waits for the acknowledgement of TLS 1.3's tickets, 40 ms
         self.seat.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.server.tls:
-            self.server.seats.encrypt(self.seat, self.server.tls.context())
+            context, self.trust = self.server.tls.current()
+            self.server.seats.encrypt(self.seat, context)
             sock = self.seat.sock
             assert isinstance(sock, ssl.SSLSocket)
             sock.settimeout(PROVE_S)  # which OpenSSL's handshake takes as a whole
             sock.do_handshake()
-            self.certificate_name = _name_in(sock.getpeercert() or {})
+            certificate = sock.getpeercert() or {}
+            self.certificate_name = _name_in(certificate)
+            if certificate:
+                self.trusted_until = certificate_end(certificate)
         self.wire = Wire(self.seat.sock)
 
     def handle(self) -> None:
@@ -9027,23 +9321,25 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         self.head, self.actor, self.request_id = Head(), "", secrets.token_hex(8)
         self.route: Route | None = None
         self.ids: tuple[int, ...] = ()
+        self.unread_bytes, self.is_ending = 0, False  # ending: whatever becomes of the request, its connection closes
         try:
             if not self._read_head():
                 return False
             answer = self._answer()
+        except ClientGone:
+            return False
         except AppError as error:
-            if error.code == 1002 and not self._is_patient():
-                return False
+            self._keep_connection()
             answer = refusal_of(error)
         except Exception:  # the edge of a request
             log.exception("%s %s failed, request %s", self.head.method, self._path, self.request_id)
             answer = refusal_of(AppError(5001, "releasectl itself failed: see its log"))
-        self.close_connection |= self.server.is_stopping
+        self.close_connection |= self.server.is_stopping or self.is_ending
         self._tell(answer)
-        self.server.seats.rest(self.seat, is_sending=True)  # who does not read may lose the seat
+        self.server.seats.rest(self.seat, is_owed=True)  # who does not read may lose the seat
         self._send(answer)
         self.server.seats.rest(self.seat)
-        return not self.close_connection
+        return not self.close_connection and self._skip_body()
 
     @property
     def _path(self) -> str:
@@ -9061,57 +9357,130 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         head = read_head(self.wire, time.monotonic() + HEAD_S if seat.is_proven else ends_at)
         if head is None or not self.server.seats.work(seat):
             return False
-        self.head = head
+        self.head, self.began = head, time.monotonic()
         asked_id = head.headers.get("x-request-id", "")
         if REQUEST_ID.fullmatch(asked_id):
             self.request_id = asked_id
         return True
 
     def _answer(self) -> HttpAnswer:
-        head, server = self.head, self.server
-        length = body_length(head, server.max_body_bytes)
-        identity, refusal = server.who(head.headers.get("authorization"), self.certificate_name)
-        self.seat.is_proven = identity is not None
-        if refusal and length:
-            raise refusal  # nobody's body is read without a good token
-        raw_body = self._read_body(length)
-        self.close_connection = head.is_last
+        head = self.head
+        self.unread_bytes = body_length(head, self.server.max_body_bytes)
+        self.close_connection = head.is_last or self.unread_bytes > 0  # until the body was read, too
         path, _, query = head.target.partition("?")
-        route, ids = find_route(head.method, path)
-        self.route, self.ids = route, ids
+        self.route, self.ids = route, ids = find_route(head.method, path)
+        identity = self._identify(route)
         if route.role:
-            if identity is None:
-                raise refusal or AppError(1001, "no token")
+            assert identity is not None
             self._require_role(identity, route.role)
-        request = Request(ids, self._query(query, route), self._body(raw_body, route), self.actor,
-                          head.headers.get("idempotency-key"), self._is_over, identity.role if identity else VIEWER)
-        return answer_of(getattr(server.api, route.handler)(request), route, head)
+        fields = self._query(query, route)
+        body = self._body(self._read_body(route))
+        request = Request(ids, fields, body, self.actor, head.headers.get("idempotency-key"), self._is_over,
+                          identity.role if identity else ANYONE)
+        return answer_of(getattr(self.server.api, route.handler)(request), route, head)
+
+    # -- who asks: all of this before a byte of the body is waited for ---------------------
+
+    def _identify(self, route: Route) -> Identity | None:
+        """Return who asks, None where that does not matter; raise AppError 1001, 1002, 1004, 4029, 5001, 5003."""
+        server, seat = self.server, self.seat
+        if not route.role and not route.tells_more:
+            server.seats.identify(seat, False)
+            return None
+        if self._is_distrusted():
+            self.is_ending = True
+            raise AppError(5003, "what client certificates are verified by has changed: connect again", retry_after_s=1)
+        authorization = self.head.headers.get("authorization", "")
+        if server.tokens and authorization:
+            self._wait_for_token(authorization)
+        identity, refusal = server.who(self.head, self.certificate_name)
+        if refusal and refusal.code == 1002:
+            self._note_bad_token()
+        elif identity and server.tokens:
+            server.throttle.note_good(seat.address, authorization)
+        if identity and not server.seats.identify(seat, True, identity.token, identity.role == VIEWER):
+            self.is_ending = True
+            refusal = AppError(4029, f"{identity.token} has as many connections at work as one token, or all viewers "
+                                     "here, may have: come back in a moment", retry_after_s=1)
+            identity = None
+        elif not identity:
+            self.is_ending = seat.is_proven  # its token is gone
+            server.seats.identify(seat, False)
+        if refusal and route.role:
+            raise refusal
+        return identity
+
+    def _is_distrusted(self) -> bool:
+        """Return whether the connection's client certificate has expired, or its CA or CRL is another since."""
+        tls = self.server.tls
+        return tls is not None and (time.time() > self.trusted_until or tls.current()[1] != self.trust)
+
+    def _wait_for_token(self, authorization: str) -> None:
+        """Wait at rest while the address has sent too many bad tokens; raise ClientGone when the client does not."""
+        throttle, address = self.server.throttle, self.seat.address
+        while (left_s := self.began + throttle.delay_s(address, authorization) - time.monotonic()) > 0:
+            if self._rest(left_s):
+                raise ClientGone
+
+    def _note_bad_token(self) -> None:
+        count, is_to_be_logged = self.server.throttle.note_bad(self.seat.address)
+        if is_to_be_logged:
+            log.warning("bad token from %s, the %d. in a row, request %s", self.client_address[0], count,
+                        self.request_id)
 
     def _require_role(self, identity: Identity, role: str) -> None:
-        if not self.server.tokens:
-            _refuse_foreign_page(self.head)
         self.actor = identity.actor
         if role == OPERATOR and identity.role != OPERATOR:
             raise AppError(1004, f"{identity.actor} has the role {identity.role}: this needs {OPERATOR}")
 
+    # -- waiting: at rest, so that the seat is there for whoever needs it ------------------
+
+    def _rest(self, within_s: float) -> bool:
+        """Wait so many seconds; return whether there is nobody to answer any more: it hung up, or lost its seat."""
+        self.server.seats.rest(self.seat, is_owed=True, since=self.began)
+        has_gone = has_hung_up(self.seat.sock, within_s)
+        return not self.server.seats.work(self.seat) or has_gone
+
     def _is_over(self, within_s: float) -> bool:
-        return has_hung_up(self.seat.sock, within_s) or self.server.is_stopping
+        """Do _rest(); return whether the wait is to end: also when we stop, or who asks is let in no more."""
+        return self._rest(within_s) or self.server.is_stopping or self._is_distrusted() or (
+            self.server.who(self.head, self.certificate_name)[0] is None)
 
-    def _is_patient(self) -> bool:
-        """Lets who sent a bad token wait, at rest; says whether they are still there then."""
-        count, delay_s = self.server.attempts.note(self.seat.address)
-        if count & (count - 1) == 0:  # the 1st, 2nd, 4th, ...: an attacker does not fill the log
-            log.warning("bad token from %s, the %d. in a row, request %s", self.client_address[0], count,
-                        self.request_id)
-        self.server.seats.rest(self.seat)
-        return not delay_s or not has_hung_up(self.seat.sock, delay_s)
+    def _read_body(self, route: Route) -> bytes:
+        """Return the body; wait for it at rest. Raise AppError 2002, 4008, 4015, before it where that can be said."""
+        length, wire, seats = self.unread_bytes, self.wire, self.server.seats
+        if not length:
+            return b""
+        if not route.body:
+            raise AppError(2002, f"{route.method} {route.path} takes no body")
+        content_type = self.head.headers.get("content-type", "").split(";")[0].strip().lower()
+        if content_type != "application/json":
+            raise AppError(4015, "the body must be JSON: send Content-Type: application/json")
+        if len(wire.buffer) < length:
+            seats.rest(self.seat, is_owed=True)
+            if self.head.headers.get("expect", "").lower() == "100-continue":
+                with contextlib.suppress(OSError):
+                    wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.unread_bytes = 0  # from here on nobody else takes it: an error in the middle of it ends the connection
+        raw = wire.take(length, time.monotonic() + BODY_S)
+        if not seats.work(self.seat):
+            raise ClientGone
+        self.close_connection = self.head.is_last
+        return raw
 
-    def _read_body(self, length: int) -> bytes:
-        ends_at = time.monotonic() + BODY_S
-        if length and self.head.headers.get("expect", "").lower() == "100-continue":
-            with contextlib.suppress(OSError):
-                self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return self.wire.take(length, ends_at)
+    def _keep_connection(self) -> None:
+        """Let the connection stay after a refusal where the body is there, or is small, and somebody's whom we know."""
+        is_short = (bool(self.actor) or self.seat.is_proven) and "expect" not in self.head.headers and (
+            self.unread_bytes <= MAX_SKIPPED_BYTES)
+        if self.unread_bytes and (is_short or self.unread_bytes <= len(self.wire.buffer)):
+            self.close_connection = self.head.is_last
+
+    def _skip_body(self) -> bool:
+        """Drop the body of a refused request; return whether it came to its end soon."""
+        with contextlib.suppress(AppError):
+            self.wire.take(self.unread_bytes, time.monotonic() + LINGER_S)
+            return True
+        return False
 
     @staticmethod
     def _query(text: str, route: Route) -> dict[str, str]:
@@ -9124,14 +9493,10 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             raise AppError(2002, "a parameter of the query stands twice")
         return dict(pairs)
 
-    def _body(self, raw: bytes, route: Route) -> Mapping[str, Any]:
+    @staticmethod
+    def _body(raw: bytes) -> Mapping[str, Any]:
         if not raw:
             return {}
-        if not route.body:
-            raise AppError(2002, f"{route.method} {route.path} takes no body")
-        content_type = self.head.headers.get("content-type", "").split(";")[0].strip().lower()
-        if content_type != "application/json":
-            raise AppError(4015, "the body must be JSON: send Content-Type: application/json")
         try:
             body = parse_json(raw)
         except ValueError as error:
@@ -9158,14 +9523,21 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         self.wire.send(self.wfile.getvalue())
 
     def _tell(self, answer: HttpAnswer) -> None:
-        """Counts a request; logs what a known caller changed or asked to be changed, all else for debugging."""
+        """Count a request; log what a known caller changed, or asked to be changed, all else for debugging.
+
+        Of requests in a row that one caller was refused only the 1st, 2nd, 4th, ... is logged.
+        """
         path, method = self.route.path if self.route else OTHER, self.head.method
         self.server.api.store.database.metrics.count("releasectl_api_requests_total", path,
                                                      method if method in METHODS else OTHER, str(answer.status))
-        level = logging.INFO if self.actor and method not in ("GET", "HEAD") else logging.DEBUG
+        level, in_a_row = logging.INFO if self.actor and method not in ("GET", "HEAD") else logging.DEBUG, ""
+        if level == logging.INFO and answer.status >= http.HTTPStatus.BAD_REQUEST:
+            count = self.server.refused.add(self.actor, str(answer.status))
+            level = level if is_logged(count) else logging.DEBUG
+            in_a_row = f", the {count}. in a row" if count > 1 else ""
         release = self.ids[0] if path.startswith("/api/v1/releases/{id}") else None
-        log.log(level, "%s %s: %d, by %s at %s, request %s", method, self._path, answer.status,
-                self.actor or "-", self.client_address[0], self.request_id,
+        log.log(level, "%s %s: %d, by %s at %s, request %s%s", method, self._path, answer.status,
+                self.actor or "-", self.client_address[0], self.request_id, in_a_row,
                 extra=about(release=release, actor=self.actor, request_id=self.request_id))
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
@@ -9191,11 +9563,11 @@ class ApiServer(http.server.ThreadingHTTPServer):
     request_queue_size = 1024
 
     def __init__(self, settings: Settings, api: Api):
-        """Binds the address; ConfigError when it can't be, or is open to others without tokens."""
+        """Bind the address; raise ConfigError when it can't be, or is open to others without tokens or TLS."""
         host, port = settings.http_addr
         self.api = api
         self.max_body_bytes = settings.http_max_body_bytes
-        self.attempts = Attempts()
+        self.throttle, self.refused = AuthThrottle(), Streaks()
         self.is_stopping = False
         self.tokens = Tokens(settings.api_tokens_file) if settings.api_tokens_file else None
         if self.tokens:
@@ -9210,12 +9582,11 @@ class ApiServer(http.server.ThreadingHTTPServer):
         self._workers = ThreadPoolExecutor(settings.http_max_connections, "api")
         self._turned_away: collections.deque[tuple[float, socket.socket]] = collections.deque()
         try:
-            family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            if not self.tokens and not ipaddress.ip_address(str(target[0])).is_loopback:
-                raise ConfigError(f"HTTP_ADDR {host}:{port} is open to others: set API_TOKENS_FILE, "
-                                  "or listen on 127.0.0.1")
-            self.address_family = family
-            super().__init__((str(target[0]), port), ApiHandler)
+            self.address_family, address = listening_address(settings)
+            exposure = exposure_of(settings, address)
+            if exposure:
+                log.warning("%s", exposure)
+            super().__init__((address, port), ApiHandler)
         except OSError as error:
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: {_os_reason(error)}") from None
         except UnicodeError:  # an empty label, or one of more than 63 characters
@@ -9276,21 +9647,24 @@ class ApiServer(http.server.ThreadingHTTPServer):
         except Exception:  # the edge of a connection
             log.exception("connection of %s failed", client_address[0])
         finally:
-            self.seats.rest(seat)
+            self.seats.rest(seat, since=0.0)  # it was answered: whoever needs the seat has it
             say_goodbye(seat.sock)
             self.seats.leave(seat)
 
-    def who(self, authorization: str | None, certificate_name: str) -> tuple[Identity, None] | tuple[None, AppError]:
-        """Gives who asks, or why that can't be said: what needs no token is served all the same.
+    def who(self, head: Head, certificate_name: str) -> tuple[Identity, None] | tuple[None, AppError]:
+        """Return who asks, or why that can't be said: what needs no token is served all the same.
 
-        Without a token file everybody who gets in is an operator. A client certificate names the
+        Without a token file everybody on this host is an operator. A client certificate names the
         actor; the role is the token's.
         """
         try:
-            name, role = self.tokens.who(authorization) if self.tokens else ("api", OPERATOR)
+            if not self.tokens:
+                _refuse_strangers(head)
+                return Identity(certificate_name or "api", OPERATOR), None
+            name, role = self.tokens.who(head.headers.get("authorization"))
         except AppError as error:
             return None, error
-        return Identity(certificate_name or name, role), None
+        return Identity(certificate_name or name, role, name), None
 
     def server_close(self) -> None:
         """Stops listening, lets the requests at work be answered, and ends all connections."""
@@ -9310,15 +9684,48 @@ def _canned(error: AppError) -> bytes:
     return "\r\n".join(lines).encode() + body
 
 
-def _refuse_foreign_page(head: Head) -> None:
-    """Raises AppError 1004 for a browser that another site's page sent here: without tokens nothing
-    else would tell it from the person before it."""
-    host = head.headers.get("host", "").lower()  # names know no case (RFC 9110, 4.2.3), and browsers no capitals
+def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
+    """Return the address that HTTP_ADDR means; raise OSError when it means none."""
+    host, port = settings.http_addr
+    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return family, str(target[0])
+
+
+def exposure_of(settings: Settings, address: str) -> str:
+    """Return what to warn of when the API listens on an address, "" for nothing; raise ConfigError where it may not."""
+    found, shown = ipaddress.ip_address(address.partition("%")[0]), "HTTP_ADDR {}:{}".format(*settings.http_addr)
+    if (getattr(found, "ipv4_mapped", None) or found).is_loopback:
+        return ""
+    if not settings.api_tokens_file:
+        raise ConfigError(f"{shown} is open to others: set API_TOKENS_FILE, or listen on 127.0.0.1")
+    if settings.http_cert:
+        return ""
+    if not settings.http_plain:
+        raise ConfigError(f"{shown} is open to others, and tokens would cross the network in plain text: set HTTP_CERT "
+                          "and HTTP_KEY, listen on 127.0.0.1, or set HTTP_PLAIN=1 behind a proxy that does TLS")
+    return f"HTTP_PLAIN=1: {shown} is plain HTTP: whoever is on the way to the TLS proxy can read the tokens"
+
+
+# By what a proxy shows itself; and X-Forwarded-anything.
+PROXY_HEADERS = frozenset(("forwarded", "via", "x-real-ip"))
+
+
+def _refuse_strangers(head: Head) -> None:
+    """Raise AppError 1004 for what a browser sent for another site's page, or a proxy for another host.
+
+    Without tokens nothing else would tell them from the person at this host.
+    """
+    host = head.headers.get("host", "").lower()
     name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
+    for header in head.headers:
+        if header in PROXY_HEADERS or header.startswith("x-forwarded"):
+            raise AppError(1004, f"without API_TOKENS_FILE nothing is served through a proxy ({one_line(header, 40)})")
+    is_foreign = head.headers.get("sec-fetch-site", "none").lower() not in ("same-origin", "none")
     with contextlib.suppress(ValueError):
         if name not in ("", "localhost"):
             ipaddress.ip_address(name.strip("[]"))
-        if head.headers.get("origin", f"http://{host}").lower() in (f"http://{host}", f"https://{host}"):
+        origin = head.headers.get("origin", f"http://{host}").lower()
+        if not is_foreign and origin in (f"http://{host}", f"https://{host}"):
             return
     raise AppError(1004, "without API_TOKENS_FILE only this host's own address is served, and no other site's page")
 
@@ -9414,20 +9821,41 @@ def api_certificate(settings: Settings) -> Mapping[str, Any]:
         raise ConfigError(f"HTTP_CERT {settings.http_cert}: {error.verify_message}; clients will refuse it") from None
 
 
-def certificate_end(certificate: Mapping[str, Any]) -> tuple[str, float]:
-    """Gives until when a certificate is good, and how many days that is from now."""
-    expires = ssl.cert_time_to_seconds(str(certificate["notAfter"]))
-    return utc_text(expires), (expires - time.time()) / 86400
+def _days_until(moment: float) -> float:
+    return (moment - time.time()) / 86400
 
 
 def check_certificate(name: str, path: str, look: Callable[[], Mapping[str, Any]]) -> Finding:
     """Says until when a certificate is good, or why it is not."""
     try:
-        expires, days = certificate_end(look())
+        expires = certificate_end(look())
     except ConfigError as error:
         return Finding(name, EXIT_USAGE, error.message)
+    days = _days_until(expires)
     renew = ": renew it now" if days < 14 else ""
-    return Finding(name, EXIT_DONE, f"{path} is good until {expires}, {days:.0f} days{renew}")
+    return Finding(name, EXIT_DONE, f"{path} is good until {utc_text(expires)}, {days:.0f} days{renew}")
+
+
+def check_crl(name: str, path: str) -> Iterator[Finding]:
+    """Say until when the CRLs beside a CA are good, and which CAs have none; nothing where there is none."""
+    try:
+        pem = Path(path).read_text(encoding="latin-1")
+        count, ends, bare = len(pem_blocks(pem, "X509 CRL")), crl_ends(pem), cas_without_crl(pem)
+    except (OSError, ValueError) as error:
+        yield Finding(f"{name} CRL", EXIT_USAGE, f"{path} can't be read: {one_line(error, 100)}")
+        return
+    if not count:
+        return
+    text, days = f"{path} holds {count} CRL{'s' if count > 1 else ''}", _days_until(min(ends, default=float("inf")))
+    if days < 0:
+        yield Finding(f"{name} CRL", EXIT_USAGE, f"{text}, expired since {utc_text(min(ends))}: every certificate of "
+                                                 "its CA is refused; put a newer one there")
+        return
+    if ends:
+        text += f", good until {utc_text(min(ends))}, {days:.0f} days" + (": fetch a newer one now" if days < 1 else "")
+    if bare:
+        text += f"; {bare} of its CAs have none: what these signed for a peer is refused"
+    yield Finding(f"{name} CRL", EXIT_DONE, text)
 
 
 def check_private(name: str, path: str) -> Finding:
@@ -9483,6 +9911,8 @@ def check_agents(settings: Settings) -> Iterator[Finding]:
         yield Finding(name, EXIT_USAGE, "not set: no agent can be called without it")
     if not missing:
         yield check_certificate("CONTROL_CERT", settings.control_cert, lambda: control_certificate(settings))
+    if settings.control_ca:
+        yield from check_crl("CONTROL_CA", settings.control_ca)
     if settings.control_key:
         yield check_private("CONTROL_KEY", settings.control_key)
 
@@ -9496,6 +9926,17 @@ def check_api(settings: Settings) -> Iterator[Finding]:
             yield Finding("API_TOKENS_FILE", EXIT_USAGE, error.message)
     else:
         yield Finding("API_TOKENS_FILE", EXIT_DONE, "not set: the API listens on loopback, for everybody on this host")
+    try:
+        exposure = exposure_of(settings, listening_address(settings)[1])
+        if exposure:
+            yield Finding("HTTP_ADDR", EXIT_DONE, exposure)
+    except ConfigError as error:
+        yield Finding("HTTP_ADDR", EXIT_USAGE, error.message)
+    except OSError as error:
+        yield Finding("HTTP_ADDR", EXIT_USAGE, "{}:{} can't be listened on: {}".format(*settings.http_addr,
+                                                                                   _os_reason(error)))
+    if settings.http_client_ca:
+        yield from check_crl("HTTP_CLIENT_CA", settings.http_client_ca)
     if settings.http_cert:
         yield check_certificate("HTTP_CERT", settings.http_cert, lambda: api_certificate(settings))
         yield check_private("HTTP_KEY", settings.http_key)
@@ -9516,22 +9957,24 @@ def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
 def certificate_json(name: str, look: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """Gives until when a certificate is good; what is wrong with it is for who may read its files."""
     try:
-        expires, days = certificate_end(look())
+        expires = certificate_end(look())
     except ConfigError:
         return {"name": name, "notAfter": None, "daysLeft": None, "message": "run releasectl.py check to see why"}
-    return {"name": name, "notAfter": expires, "daysLeft": round(days, 2), "message": ""}
+    return {"name": name, "notAfter": utc_text(expires), "daysLeft": round(_days_until(expires), 2), "message": ""}
 
 
 def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:
-    """Gives the ends of our certificates for /metrics; of files that can't be read check tells more."""
+    """Return the ends of our certificates and CRLs for /metrics; of files that can't be read check tells more."""
     figures: dict[tuple[str, ...], float] = {}
     agents = settings.mtls_enabled
     for name, path in (("CONTROL_CERT", settings.control_cert if agents else ""),
-                       ("CONTROL_CA", settings.control_ca if agents else ""), ("HTTP_CERT", settings.http_cert)):
+                       ("CONTROL_CA", settings.control_ca if agents else ""), ("HTTP_CERT", settings.http_cert),
+                       ("HTTP_CLIENT_CA", settings.http_client_ca)):
         with contextlib.suppress(OSError, ValueError):
-            times = certificate_times(Path(path).read_text(encoding="latin-1")) if path else []
-            if times:
-                figures["releasectl_certificate_expiry_timestamp_seconds", name] = min(until for _, until in times)
+            pem = Path(path).read_text(encoding="latin-1") if path else ""
+            for label, ends in ((name, [until for _, until in certificate_times(pem)]), (f"{name}_CRL", crl_ends(pem))):
+                if ends:
+                    figures["releasectl_certificate_expiry_timestamp_seconds", label] = min(ends)
     return figures
 
 

@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """A flood of one address against `releasectl.py serve`, and what a healthy client at another notices.
 
-    python scripts/flood.py [--plain] [--seconds N] [--again S] [--json]
+    python scripts/flood.py [--plain] [--viewer] [--seconds N] [--again S] [--json]
 
 From 127.0.0.2: 500 connections that say nothing, 200 that drip a head byte by byte, 50 that stop in
 the TLS handshake; whoever is closed comes again after --again seconds. Meanwhile 127.0.0.3 asks in
-turn for /healthz and for a release with a token, each on a connection of its own. Then the flood
-stops coming again, and its connections must be gone within the deadline. Prints figures; exit 1
-when a healthy request failed or an attacker stayed.
+turn for /healthz, for a release with a token, and to cancel a release as an operator, each on a
+connection of its own. Then the flood stops coming again, and its connections must be gone within the
+deadline. Prints figures; exit 1 when a healthy request failed or an attacker stayed.
+
+--viewer: the attackers have a viewer's token instead, and come from four addresses, of which one is
+the operator's own: 128 send a head whose body never comes, 64 wait for events, 64 read a release of
+2000 nodes again and again, and 64 list nodes, all of them on kept connections.
 """
 from __future__ import annotations
 
@@ -36,8 +40,16 @@ sys.path.insert(0, str(ROOT))
 import releasectl as rc  # noqa: E402
 
 SERVER, ATTACKER, HEALTHY = "127.0.1.1", "127.0.0.2", "127.0.0.3"
-IDLE, DRIPPING, STALLED = 500, 200, 50
-TOKEN = "flood"  # noqa: S105 - of a server that lives for seconds
+FROM_OUTSIDE = {"idle": 500, "dripping": 200, "stalled": 50}
+OF_A_VIEWER = {"unsent": 128, "waiting": 64, "reading": 64, "listing": 64}
+VIEWERS_SOURCES = (ATTACKER, "127.0.0.4", "127.0.0.5", HEALTHY)
+TOKEN, VIEWERS_TOKEN = "flood", "viewer"  # of a server that lives for seconds
+NODES_TO_READ = 2000
+# The healthy client comes again so often, and for so long, when it is turned away.
+COME_AGAIN_S, COME_AGAIN_FOR_S = 0.25, 30.0
+ASKED = {"unsent": ("POST", "/api/v1/nodes", "Content-Type: application/json\r\nContent-Length: 9\r\n"),
+         "waiting": ("GET", "/api/v1/releases/1/events?after=1000000&wait=30", ""),
+         "reading": ("GET", "/api/v1/releases/1", ""), "listing": ("GET", "/api/v1/nodes?pageSize=100", "")}
 
 
 # -- the attackers, in a process of their own ----------------------------------------------------
@@ -45,27 +57,31 @@ TOKEN = "flood"  # noqa: S105 - of a server that lives for seconds
 class Flood:
     """All attackers; open_now counts the connections that the server has not closed."""
 
-    def __init__(self, port: int, context: ssl.SSLContext | None, again_s: float):
-        self.port, self.context, self.again_s = port, context, again_s
+    def __init__(self, port: int, context: ssl.SSLContext | None, again_s: float, kinds: dict[str, int]):
+        self.port, self.context, self.again_s, self.kinds = port, context, again_s, kinds
         self.open_now = self.connects = 0
         self.is_over = False
 
-    async def attacker(self, kind: str) -> None:
+    async def attacker(self, kind: str, number: int) -> None:
+        source = VIEWERS_SOURCES[number % len(VIEWERS_SOURCES)] if kind in ASKED else ATTACKER
         while not self.is_over:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                await self.visit(kind)
+                await self.visit(kind, source)
             await asyncio.sleep(self.again_s)
 
-    async def visit(self, kind: str) -> None:
+    async def visit(self, kind: str, source: str) -> None:
+        """Make one connection, and stay until the server closes it."""
         self.connects += 1
-        tls = self.context if kind == "dripping" else None
+        tls = None if kind in ("idle", "stalled") else self.context
         reader, writer = await asyncio.open_connection(
-            SERVER, self.port, local_addr=(ATTACKER, 0), ssl=tls, server_hostname=SERVER if tls else None)
+            SERVER, self.port, local_addr=(source, 0), ssl=tls, server_hostname=SERVER if tls else None)
         self.open_now += 1
         try:
             if kind == "stalled":
                 writer.write(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
             dripping = asyncio.ensure_future(self.drip(writer)) if kind == "dripping" else None
+            if kind in ASKED:
+                return await self.ask_again_and_again(reader, writer, *ASKED[kind])
             while await reader.read(65536):
                 pass
             if dripping:
@@ -74,6 +90,14 @@ class Flood:
             self.open_now -= 1
             writer.close()
 
+    async def ask_again_and_again(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, method: str,
+                                  path: str, headers: str) -> None:
+        while not self.is_over:
+            writer.write(f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {VIEWERS_TOKEN}\r\n{headers}"
+                         "\r\n".encode())
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
+
     @staticmethod
     async def drip(writer: asyncio.StreamWriter) -> None:
         for byte in b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 10000:
@@ -81,12 +105,15 @@ class Flood:
             await asyncio.sleep(0.2)
 
     async def run(self, pipe: Any) -> None:
-        kinds = ["idle"] * IDLE + ["dripping"] * DRIPPING + ["stalled"] * STALLED
-        tasks = [asyncio.ensure_future(self.attacker(kind)) for kind in kinds]
+        tasks = [asyncio.ensure_future(self.attacker(kind, number))
+                 for kind, count in self.kinds.items() for number in range(count)]
         while not pipe.poll():
             await asyncio.sleep(0.05)
         pipe.recv()
         self.is_over = True
+        for task, kind in zip(tasks, (kind for kind, count in self.kinds.items() for _ in range(count))):
+            if kind in ASKED:  # whoever has shown a token may stay for longer
+                task.cancel()
         ends_at = time.monotonic() + 2 * rc.PROVE_S
         started = time.monotonic()
         while self.open_now and time.monotonic() < ends_at:
@@ -97,25 +124,29 @@ class Flood:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def attack(port: int, ca: str, again_s: float, pipe: Any) -> None:
+def attack(port: int, ca: str, again_s: float, kinds: dict[str, int], pipe: Any) -> None:
     """The body of the attackers' process."""
     context = ssl.create_default_context(cafile=ca) if ca else None
-    asyncio.run(Flood(port, context, again_s).run(pipe))
+    asyncio.run(Flood(port, context, again_s, kinds).run(pipe))
 
 
 # -- the healthy client ---------------------------------------------------------------------------
 
+HEALTH, RELEASE, ACT = "/healthz", "/api/v1/releases/1?view=summary", "/api/v1/releases/999/cancel"
+
+
 def ask(port: int, context: ssl.SSLContext | None, path: str) -> float:
-    """Makes one request on a connection of its own; gives the ms that it took. Raises on anything but 200."""
+    """Make one request on a connection of its own; return the ms that it took. Raise on a wrong answer."""
     started = time.monotonic()
     source = (HEALTHY, 0)
     connection = http.client.HTTPSConnection(SERVER, port, timeout=10, source_address=source, context=context) \
         if context else http.client.HTTPConnection(SERVER, port, timeout=10, source_address=source)
     try:
-        connection.request("GET", path, headers={} if path == "/healthz" else {"Authorization": f"Bearer {TOKEN}"})
+        connection.request("POST" if path == ACT else "GET", path,
+                           headers={} if path == HEALTH else {"Authorization": f"Bearer {TOKEN}"})
         answer = connection.getresponse()
         answer.read()
-        if answer.status != 200:
+        if answer.status != (404 if path == ACT else 200):  # there is no such release: the act was looked at
             raise RuntimeError(f"{path}: {answer.status}")
         return (time.monotonic() - started) * 1000
     finally:
@@ -136,14 +167,15 @@ def usage(pid: int) -> dict[str, int]:
 # -- the server -----------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def serving(folder: Path, is_plain: bool, before: str = "") -> Any:
+def serving(folder: Path, is_plain: bool, before: str = "", nodes: int = 1) -> Any:
     """Runs `serve` with one release, after some lines of Python; gives its process, port and CA."""
     with socket.socket() as probe:
         probe.bind((SERVER, 0))
         port = probe.getsockname()[1]
     tokens, database = folder / "tokens", f"sqlite:///{folder}/flood.db"
     tokens.touch(0o600)
-    tokens.write_text(f"flood:operator:{hashlib.sha256(TOKEN.encode()).hexdigest()}\n")
+    tokens.write_text(f"flood:operator:{hashlib.sha256(TOKEN.encode()).hexdigest()}\n"
+                      f"vera:viewer:{hashlib.sha256(VIEWERS_TOKEN.encode()).hexdigest()}\n")
     values = {"DATABASE_URL": database, "HTTP_ADDR": f"{SERVER}:{port}", "API_TOKENS_FILE": str(tokens),
               "RELEASE_EXECUTOR_ENABLED": "0", "MTLS_ENABLED": "0"}
     ca = ""
@@ -154,7 +186,8 @@ def serving(folder: Path, is_plain: bool, before: str = "") -> Any:
         values.update(HTTP_CERT=f"{pair}.crt", HTTP_KEY=f"{pair}.key")
     store = rc.Store(rc.Database(database))
     store.database.migrate()
-    store.add_node("edge-1", "127.0.1.1")
+    for number in range(nodes):
+        store.add_node(f"edge-{number}", f"10.1.{number // 250}.{number % 250 + 1}")
     store.create_release(rc.ReleaseRequest(), "flood")
     store.database.close()
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("HTTP_", "API_", "CONTROL_"))}
@@ -184,39 +217,50 @@ def await_health(port: int, ca: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plain", action="store_true", help="HTTP in place of HTTPS")
+    parser.add_argument("--viewer", action="store_true", help="attackers with a viewer's token")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long the flood lasts")
     parser.add_argument("--again", type=float, default=1.0, help="seconds until an attacker who was closed comes again")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="releasectl-flood."))
     try:
-        with serving(folder, options.plain) as (process, port, ca):
+        with serving(folder, options.plain, nodes=NODES_TO_READ if options.viewer else 1) as (process, port, ca):
             figures = measure(process.pid, port, ca, options)
     finally:
         shutil.rmtree(folder)
     print(json.dumps(figures) if options.json else "\n".join(f"{k:<16} {v}" for k, v in figures.items()))
-    return 1 if figures["failures"] or figures["attackers_left"] else 0
+    may_be_turned_away = options.viewer and figures["worst_wait_ms"] < 1000 * COME_AGAIN_FOR_S
+    return 1 if (figures["failures"] and not may_be_turned_away) or figures["attackers_left"] else 0
 
 
 def measure(pid: int, port: int, ca: str, options: argparse.Namespace) -> dict[str, Any]:
     context = ssl.create_default_context(cafile=ca) if ca else None
-    paths = ("/healthz", "/api/v1/releases/1")
-    quiet = [ask(port, context, paths[n % 2]) for n in range(200)]
+    paths, kinds = (HEALTH, RELEASE, ACT), OF_A_VIEWER if options.viewer else FROM_OUTSIDE
+    quiet = [ask(port, context, paths[n % 3]) for n in range(200)]
     before = usage(pid)
     ours, theirs = multiprocessing.Pipe()
-    attackers = multiprocessing.get_context("spawn").Process(target=attack, args=(port, ca, options.again, theirs))
+    attackers = multiprocessing.get_context("spawn").Process(target=attack, args=(
+        port, ca, options.again, kinds, theirs))
     attackers.start()
     took: list[float] = []
+    waits: list[float] = []
     failures: list[str] = []
     most = before
     until = time.monotonic() + options.seconds
     number = 0
     while time.monotonic() < until:
         number += 1
-        try:
-            took.append(ask(port, context, paths[number % 2]))
-        except (OSError, http.client.HTTPException, RuntimeError) as error:
-            failures.append(f"{type(error).__name__}: {error}")
+        path, began = paths[number % 3], time.monotonic()
+        while True:
+            try:
+                took.append(ask(port, context, path))
+                break
+            except (OSError, http.client.HTTPException, RuntimeError) as error:
+                failures.append(f"{type(error).__name__}: {error}")
+                if time.monotonic() - began > COME_AGAIN_FOR_S:
+                    break
+                time.sleep(COME_AGAIN_S)
+        waits.append((time.monotonic() - began) * 1000)
         if number % 20 == 0:
             now = usage(pid)
             most = {key: max(most[key], now[key]) for key in most}
@@ -224,11 +268,13 @@ def measure(pid: int, port: int, ca: str, options: argparse.Namespace) -> dict[s
     ours.send("over")
     connects, left, gone_s = ours.recv()
     attackers.join(30)
-    return {"scheme": "https" if ca else "http", "seconds": options.seconds, "attackers": IDLE + DRIPPING + STALLED,
-            "attacks": connects, "requests": len(took), "failures": failures[:10],
+    return {"scheme": "https" if ca else "http", "seconds": options.seconds, "attackers": sum(kinds.values()),
+            "attacks": connects, "requests": len(took), "turned_away": len(failures),
+            "failures": failures[:10],
             "quiet_p50_ms": round(percentile(quiet, 0.5), 1), "quiet_p99_ms": round(percentile(quiet, 0.99), 1),
             "p50_ms": round(percentile(took, 0.5), 1), "p99_ms": round(percentile(took, 0.99), 1),
-            "max_ms": round(max(took, default=math.nan), 1), "threads": most["threads"],
+            "max_ms": round(max(took, default=math.nan), 1),
+            "worst_wait_ms": round(max(waits, default=math.nan), 1), "threads": most["threads"],
             "rss_before_mib": round(before["rss_kib"] / 1024, 1), "rss_peak_mib": round(most["peak_kib"] / 1024, 1),
             "attackers_left": left, "gone_after_s": round(gone_s, 1)}
 

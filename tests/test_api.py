@@ -39,7 +39,8 @@ ROUTES = {
 }
 HTTP_STATUS = {0: (200, 201), 1001: (401,), 1002: (401,), 1004: (403,), 2001: (400,), 2002: (400,), 2003: (400,),
                3001: (404,), 3002: (409,), 3003: (409,), 4005: (405,), 4008: (408,), 4013: (413,), 4014: (414,),
-               4015: (415,), 4031: (431,), 5001: (500,), 5002: (503,), 5003: (503,), 5004: (501,), 5005: (505,)}
+               4015: (415,), 4029: (429,), 4031: (431,), 5001: (500,), 5002: (503,), 5003: (503,),
+               5004: (501,), 5005: (505,)}
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 JSON = {"Content-Type": "application/json"}
 
@@ -807,7 +808,7 @@ def test_without_tokens_only_loopback_is_bound(new_client, open_store, sqlite_ur
 
 
 def test_with_tokens_any_address_may_be_bound(new_client, open_store, sqlite_url, new_tokens):
-    client = new_client(open_store(sqlite_url), HTTP_ADDR="0.0.0.0:0", API_TOKENS_FILE=new_tokens())
+    client = new_client(open_store(sqlite_url), HTTP_ADDR="0.0.0.0:0", API_TOKENS_FILE=new_tokens(), HTTP_PLAIN=1)
     client.address = ("127.0.0.1", client.address[1])
     assert client.code("GET", "/healthz") == 0
     assert client.code("GET", "/api/v1/nodes") == 1001
@@ -816,7 +817,7 @@ def test_with_tokens_any_address_may_be_bound(new_client, open_store, sqlite_url
 @pytest.mark.parametrize("address", ["203.0.113.1:0", "no-such-host.invalid:0"])
 def test_an_address_that_cant_be_bound_is_told_by_name(new_client, open_store, sqlite_url, new_tokens, address):
     with pytest.raises(rc.ConfigError, match="HTTP_ADDR .* can't be listened on"):
-        new_client(open_store(sqlite_url), HTTP_ADDR=address, API_TOKENS_FILE=new_tokens())
+        new_client(open_store(sqlite_url), HTTP_ADDR=address, API_TOKENS_FILE=new_tokens(), HTTP_PLAIN=1)
 
 
 # -- HTTPS -------------------------------------------------------------------------------------

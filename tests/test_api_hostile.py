@@ -33,7 +33,8 @@ from test_api import Client, read_answer, serving, sha256, split_answer
 import releasectl as rc
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
-TOKENS = f"vera:viewer:{sha256('viewer-secret')}\noskar:operator:{sha256('operator-secret')}\n"
+TOKENS = f"vera:viewer:{sha256('viewer-secret')}\noskar:operator:{sha256('operator-secret')}\n" \
+         f"olga:operator:{sha256('another-secret')}\n"
 OPERATOR = {"Authorization": "Bearer operator-secret"}
 HOSTILE = sorted((Path(__file__).parent / "hostile").glob("*.http"))
 
@@ -222,7 +223,8 @@ def test_an_idle_connection_with_a_token_is_gone_after_its_time(new_server, quic
 def test_a_body_that_drips_is_408_at_its_deadline(new_server, quick):
     client = new_server()
     with connected(client, sent=b"POST /api/v1/nodes HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
-                                b"Authorization: Bearer operator-secret\r\n\r\n") as sock:
+                                b"Content-Type: application/json\r\nAuthorization: Bearer operator-secret\r\n\r\n"
+                   ) as sock:
         assert drip(sock) < 2
         assert split_answer(read_all(sock))[0] == 408
 
@@ -251,7 +253,7 @@ def test_clients_that_do_not_read_their_answers_hold_nobody_out(new_server, monk
     with contextlib.ExitStack() as stack:
         for _ in range(4):
             stack.enter_context(connected(client, "127.0.0.2", sent=b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"))
-        eventually(lambda: sum(seat.is_sending for seat in seats(client)) == 4)
+        eventually(lambda: sum(seat.is_owed and not seat.is_at_work for seat in seats(client)) == 4)
         assert eventually(lambda: healthy(client, "127.0.0.9"))
 
 
@@ -318,12 +320,13 @@ def hold(monkeypatch):
         event.set()
 
 
-def busy(client: Client, stack: contextlib.ExitStack, source: str, count: int) -> None:
+def busy(client: Client, stack: contextlib.ExitStack, source: str, count: int,
+         token: bytes = b"operator-secret") -> None:
     """Makes connections of an address that are all at work."""
     before = sum(seat.is_at_work for seat in seats(client))
     for _ in range(count):
         stack.enter_context(connected(client, source, b"GET /api/v1/nodes HTTP/1.1\r\nHost: localhost\r\n"
-                                                      b"Authorization: Bearer viewer-secret\r\n\r\n"))
+                                                      b"Authorization: Bearer " + token + b"\r\n\r\n"))
     eventually(lambda: sum(seat.is_at_work for seat in seats(client)) == before + count)
 
 
@@ -355,7 +358,7 @@ def test_a_full_house_answers_503_at_once_and_serves_again_when_there_is_room(ne
     release = hold(client)
     with contextlib.ExitStack() as stack:
         busy(client, stack, "127.0.0.2", 2)
-        busy(client, stack, "127.0.0.3", 2)
+        busy(client, stack, "127.0.0.3", 2, b"another-secret")
         assert_turned_away(client, "127.0.0.4")
         release()
         eventually(lambda: healthy(client, "127.0.0.4"))
@@ -454,13 +457,13 @@ def test_a_stop_lets_the_request_at_work_be_answered_and_ends_the_idle_ones(new_
 
 # -- tokens ------------------------------------------------------------------------------------
 
-def test_bad_tokens_are_answered_late_and_a_good_one_of_the_same_address_at_once(new_server, monkeypatch):
+def test_bad_tokens_are_answered_late_and_one_that_was_good_at_the_same_address_at_once(new_server, monkeypatch):
     monkeypatch.setattr(rc, "FIRST_DELAY_S", 8.0)
     monkeypatch.setattr(rc, "MAX_DELAY_S", 8.0)
     client = new_server()
-    client.token = "wrong"
-    for _ in range(rc.FREE_ATTEMPTS):
-        assert client.code("GET", "/api/v1/nodes") == 1002
+    for token, code in (("operator-secret", 0), *[("wrong", 1002)] * rc.FREE_ATTEMPTS):
+        client.token = token
+        assert client.code("GET", "/api/v1/nodes") == code
     with connected(client, sent=b"GET /api/v1/nodes HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer wrong\r\n"
                                 b"\r\n") as sock:
         sock.settimeout(0.5)
@@ -479,17 +482,20 @@ def test_bad_tokens_are_answered_late_and_a_good_one_of_the_same_address_at_once
 
 
 def test_bad_tokens_are_counted_by_address_and_forgotten(monkeypatch):
-    attempts = rc.Attempts()
-    waits = [attempts.note("192.0.2.1")[1] for _ in range(12)]
+    throttle = rc.AuthThrottle()
+    waits = []
+    for number in range(1, 13):
+        waits.append(throttle.delay_s("192.0.2.1", "x"))
+        assert throttle.note_bad("192.0.2.1") == (number, number in (1, 2, 4, 8))
     assert waits[:3] == [0.0, 0.0, 0.0]
     assert waits[3:6] == [0.1, 0.2, 0.4]
     assert waits[-1] == rc.MAX_DELAY_S
-    assert attempts.note("192.0.2.2") == (1, 0.0)
-    for number in range(2 * rc.MAX_ATTEMPT_ADDRESSES):
-        attempts.note(f"10.0.{number // 250}.{number % 250}")
-    assert len(attempts._seen) == rc.MAX_ATTEMPT_ADDRESSES
-    monkeypatch.setattr(rc, "FORGET_ATTEMPTS_S", 0.0)
-    assert attempts.note("10.0.8.40") == (1, 0.0)
+    assert throttle.delay_s("192.0.2.2", "x") == 0.0
+    for number in range(rc.MAX_STREAKS):
+        throttle.note_bad(f"10.0.{number // 250}.{number % 250}")
+    assert len(throttle._bad._seen) == rc.MAX_STREAKS
+    monkeypatch.setattr(rc, "FORGET_S", 0.0)
+    assert throttle.note_bad("10.0.8.40") == (1, True)
 
 
 def test_bad_tokens_are_logged_without_the_token_and_do_not_fill_the_log(new_server, caplog, monkeypatch):
@@ -643,7 +649,7 @@ def test_who_waits_for_events_gets_them_also_those_of_another_process(client, da
     path = "/api/v1/releases/1/events?after=1&wait=30"
     waiting = threading.Thread(target=lambda: answers.append(client.ok("GET", path)))
     waiting.start()
-    eventually(lambda: any(seat.is_at_work for seat in seats(client)))
+    eventually(lambda: any(seat.is_owed for seat in seats(client)))
     other.act("pause", 1, "somebody")
     waiting.join(10)
     assert [event["event"] for event in answers[0]["items"]] == ["paused"]
@@ -666,7 +672,7 @@ def test_only_so_many_may_wait_for_events_and_the_next_is_answered_at_once(clien
         for _ in range(2):
             stack.enter_context(connected(client, sent=b"GET /api/v1/releases/1/events?after=1&wait=30 HTTP/1.1\r\n"
                                                        b"Host: localhost\r\n\r\n"))
-        eventually(lambda: sum(seat.is_at_work for seat in seats(client)) == 2)
+        eventually(lambda: sum(seat.is_owed for seat in seats(client)) == 2)
         eventually(lambda: client.server.api._waiters._value == 0)
         assert client.ok("GET", "/api/v1/releases/1/events?after=1&wait=30")["items"] == []
     eventually(lambda: client.server.api._waiters._value == 2, message="who hung up is waited with")
@@ -677,7 +683,7 @@ def test_a_stop_ends_the_wait_for_events(store):
     new_release(store)
     with serving(store) as client, connected(
             client, sent=b"GET /api/v1/releases/1/events?after=1&wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n") as sock:
-        eventually(lambda: any(seat.is_at_work for seat in seats(client)))
+        eventually(lambda: any(seat.is_owed for seat in seats(client)))
         client.server.shutdown()
         client.server.server_close()
         assert split_answer(read_all(sock))[0] == 200

@@ -895,6 +895,29 @@ def test_watch_draws_batches_counts_and_failures_in_a_terminal(filled_quick, mon
     assert f"\x1b[{height}A" in stream.text  # the second picture is drawn over the first
 
 
+@pytest.mark.parametrize("columns", [10, 30, 80, 200])
+def test_no_line_of_watch_is_wider_than_the_terminal(filled_quick, monkeypatch, columns):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    store, stream = filled_quick.store, Terminal()
+    with store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_task_nodes SET status = 'failed', error_msg = ? WHERE release_task_id = 2",
+                   "\u8fb9\u7f18\u8282\u70b9" * 30)
+        tx.execute("UPDATE release_tasks SET failed_nodes = total_nodes, status_reason = ? WHERE id = 2",
+                   "waiting for \u8fb9\u7f18" + "e\u0301" * 100)
+    screen = rc.Screen(stream)
+    screen.show(store.progress(2))
+    screen.say("the database is away " * 20)
+    lines = re.sub(r"\x1b\[[0-9]*[A-Z]|\r", "", stream.text).splitlines()
+    assert max(map(rc.columns_of, lines)) in range(columns - 2, columns)
+
+
+def test_columns_of_a_table_line_up_under_wide_characters():
+    lines = rc.table([("\u8fb9\u7f18", "x"), ("edge-1", "y")], ("name", "is")).splitlines()
+    assert {rc.columns_of(line[:re.search("[xy]$|IS$", line).start()]) for line in lines} == {8}
+
+
 def test_watch_survives_a_database_that_is_away_for_a_while(filled_quick, monkeypatch):
     filled_quick.ok("cancel", "3")
     real, calls = rc.Store.progress, []

@@ -9,7 +9,7 @@ import releasectl as rc
 
 DEFAULTS = {
     "DATABASE_URL": "sqlite:///releasectl.db", "DATABASE_URL_FILE": "",
-    "HTTP_ADDR": ("127.0.0.1", 8080), "HTTP_CERT": "", "HTTP_KEY": "",
+    "HTTP_ADDR": ("127.0.0.1", 8080), "HTTP_PLAIN": False, "HTTP_CERT": "", "HTTP_KEY": "",
     "HTTP_CLIENT_CA": "", "HTTP_MAX_CONNECTIONS": 128, "HTTP_MAX_CONNECTIONS_PER_ADDRESS": 32,
     "HTTP_MAX_BODY_BYTES": 1 << 20, "API_TOKENS_FILE": "", "RELEASE_EXECUTOR_ENABLED": True,
     "RELEASE_EXECUTOR_INTERVAL_SEC": 2.0, "MTLS_ENABLED": True, "CONTROL_CERT": "", "CONTROL_KEY": "",
@@ -27,6 +27,7 @@ GOOD = [
     ("DATABASE_URL", "postgres://h/d", "postgres://h/d"),
     ("HTTP_ADDR", "0.0.0.0:443", ("0.0.0.0", 443)),
     ("HTTP_ADDR", "[::1]:0", ("::1", 0)),
+    ("HTTP_PLAIN", "1", True),
     ("HTTP_ADDR", "localhost:65535", ("localhost", 65535)),
     ("HTTP_ADDR", ":8080", ("0.0.0.0", 8080)),
     ("HTTP_MAX_CONNECTIONS", "4", 4),
