@@ -132,8 +132,8 @@ def without_the_hold_of_an_execute_agent(patch):
 
 
 @mutants(
-    (without_fence, 30), (with_a_new_task_id_after_a_take_over, 310), (with_the_intent_after_the_request, 1),
-    (with_the_expiry_compared_the_wrong_way_round, 1), (without_a_look_at_the_lease_before_a_dispatch, 60),
+    (without_fence, 30), (with_a_new_task_id_after_a_take_over, 140), (with_the_intent_after_the_request, 1),
+    (with_the_expiry_compared_the_wrong_way_round, 1), (without_a_look_at_the_lease_before_a_dispatch, 70),
     (without_the_hold_of_an_execute_agent, 40))
 def test_the_schedules_find_a_claim(mutate, first, monkeypatch):
     mutate(monkeypatch)
@@ -196,7 +196,7 @@ def without_the_second_look(patch):
 
 
 @mutants(
-    (without_a_look_at_the_freeze_in_the_commit, 430), (without_probes, 1), (without_the_second_look, 15),
+    (without_a_look_at_the_freeze_in_the_commit, 440), (without_probes, 1), (without_the_second_look, 1),
     (without_a_soak, 1), (without_a_pause, 1), (without_a_limit_in_flight, 1))
 def test_the_schedules_find_a_promise_that_is_not_kept(mutate, first, monkeypatch):
     mutate(monkeypatch)
@@ -316,20 +316,21 @@ def with_a_first_version_for_new_releases_alone(patch):
     patch.setattr(rc.Store, "set_first_version", set_first_version)
 
 
-def with_tries_that_did_nothing_taken_for_more(patch):
-    """A try that the agent never saw makes "already applied" a success."""
-    adopt = rc.adopt
-    patch.setattr(rc, "adopt", lambda node, *rest: adopt(node._replace(stored_reached=1), *rest))
+def with_a_refusal_taken_for_a_try(patch):
+    """A first try that was answered 503 makes "already applied" a success."""
+    observe = rc.observe
+    patch.setattr(rc, "observe", lambda node, outcome, *rest: observe(
+        node, outcome._replace(is_refusal=False), *rest))
 
 
 @mutants(
-    (with_ids_without_a_tag, 100), (with_already_applied_believed_at_a_first_try, 80), (with_order_by_target_alone, 1),
-    (without_the_last_version, 40), (with_the_agents_id_sent_again, 1), (with_rows_busy_in_place_of_addresses, 40),
-    (with_deadlines_that_run_in_a_pause, 70), (with_a_second_look_that_never_ends, 1),
-    (with_the_clock_on_the_wall_alone, 60), (with_claims_by_their_number_alone, 1),
-    (with_versions_that_are_forgotten, 80), (without_a_wait_after_a_database_went_back, 1),
-    (with_lost_versions_that_are_kept_to_oneself, 1), (with_a_first_version_for_new_releases_alone, 1),
-    (with_tries_that_did_nothing_taken_for_more, 1))
+    (with_ids_without_a_tag, 1), (with_already_applied_believed_at_a_first_try, 1), (with_order_by_target_alone, 1),
+    (without_the_last_version, 1), (with_the_agents_id_sent_again, 40), (with_rows_busy_in_place_of_addresses, 110),
+    (with_deadlines_that_run_in_a_pause, 90), (with_a_second_look_that_never_ends, 1),
+    (with_the_clock_on_the_wall_alone, 1), (with_claims_by_their_number_alone, 170),
+    (with_versions_that_are_forgotten, 1), (without_a_wait_after_a_database_went_back, 80),
+    (with_lost_versions_that_are_kept_to_oneself, 80), (with_a_first_version_for_new_releases_alone, 180),
+    (with_a_refusal_taken_for_a_try, 70))
 def test_the_schedules_find_a_success_that_is_none(mutate, first, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(Violation):
