@@ -4757,7 +4757,7 @@ class Store:
             if first and first & self._busy(tx, claim.release_id):
                 raise StateMoved(f"another release has a node of {release} in flight")
             self._raise_last_versions(tx, release, [node.node_id for node in begun])
-            if any(send.op == DISPATCH for send in decision.sends) and self._freeze(tx).frozen:
+            if begun and self._freeze(tx).frozen:
                 raise StateMoved(f"a freeze came before a dispatch of {release}")
             self._write(tx, release, decision, now, actor, claim)
 
