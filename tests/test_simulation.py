@@ -15,7 +15,7 @@ from simulation import Violation, run_seed
 import releasectl as rc
 
 # How many schedules of each world.
-SCHEDULES = {"plain": 200, "steering": 100, "shared": 150}
+SCHEDULES = {"plain": 150, "steering": 100, "shared": 100}
 if os.environ.get("TEST_LONG") == "1":
     SCHEDULES = {"plain": 10_000, "steering": 5_000, "shared": 10_000}
 PER_TEST = 50
