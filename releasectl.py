@@ -3196,7 +3196,9 @@ def _dispatches(release: Release, nodes: Roster, now: Moment, policy: Policy, st
     # one that is pending and in flight was sent by a commit that the database has lost: its outcome is to come
     members = itertools.takewhile(lambda n: n.batch == batch, nodes.of[PENDING].values())
     room = min(slots, strategy.max_parallel - len(running)) if strategy.max_parallel else slots
-    fresh = itertools.islice(_free((n for n in members if not n.in_flight), nodes, busy, now), max(0, room))
+    # and one that has a higher version fails in the next turn
+    fresh = itertools.islice(_free((n for n in members if not n.in_flight and n.last_version <= release.version),
+                                   nodes, busy, now), max(0, room))
     return [_intent(release, n, now, policy, asks_first) for n in (*ready, *fresh)[:max(0, slots)]]
 
 

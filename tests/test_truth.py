@@ -298,6 +298,14 @@ def test_rule_2_a_node_that_was_sent_a_higher_version_is_sent_nothing_and_failed
     assert world.agent(1).dispatches == 0
 
 
+def test_rule_2_nodes_with_a_higher_version_fail_one_batch_after_the_other(world):
+    world.nodes(2)
+    release = new_release(world.store, strategy={"maxFailed": 1})
+    sql(world.store, "UPDATE nodes SET last_version = 9")
+    world.drain()
+    assert outcomes(world.store, release) == [("failed", "rejected", "node has version 9 already")] * 2
+
+
 def test_rule_2_what_a_node_was_sent_is_noted_before_it_is_sent(world):
     world.nodes(2)
     world.agent(2).set(outcome="failed")
