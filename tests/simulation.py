@@ -94,6 +94,7 @@ class SimEngine(rc.SqliteEngine):
     def __init__(self, world: Simulation):
         super().__init__("sqlite:///:memory:")
         self._world = world
+        self.opened: list[sqlite3.Connection] = []
 
     def identity(self) -> object:
         return None
@@ -104,6 +105,7 @@ class SimEngine(rc.SqliteEngine):
     def connect(self, create: bool):
         connection = super().connect(create)
         connection.create_function("world_now", 0, lambda: rc.utc_text(self._world.wall))
+        self.opened.append(connection)
         return connection
 
 
@@ -115,6 +117,12 @@ class SimDatabase(rc.Database):
         self.engine = SimEngine(world)
         self._world = world
         self.is_out = False
+
+    def close(self) -> None:
+        """Closes every connection, also one that a violation left open."""
+        super().close()
+        for connection in self.engine.opened:
+            connection.close()
 
     def look_in(self, statement: str, *params: object) -> list[tuple]:
         """Gives the rows of a query from outside of the world."""
@@ -136,6 +144,7 @@ class SimDatabase(rc.Database):
         connection, _ = self._take(False)
         connection.backup(copied)
         self._give_back(connection)
+        self.engine.opened.append(copied)
         return copied
 
     def put_back(self, saved: sqlite3.Connection) -> None:
@@ -1443,7 +1452,9 @@ def run_seed(seed: int, world: str = PLAIN, **options) -> Simulation:
     real_driver = rc.Driver
     rc.Driver = SimDriver  # type: ignore[misc]
     try:
-        return (SharedSimulation if world == SHARED else Simulation)(seed, world=world, **options).run()
+        simulation = (SharedSimulation if world == SHARED else Simulation)(seed, world=world, **options)
+        with contextlib.closing(simulation.database):
+            return simulation.run()
     finally:
         rc.Driver = real_driver  # type: ignore[misc]
 
