@@ -5220,6 +5220,8 @@ class _Call(NamedTuple):
     gate: Callable[[], bool]
     # The Host header, where it is not the address.
     host: str = ""
+    # Gets an entry when the request was sent once more, as a kept connection ended before it was answered.
+    resent: list[bool] | None = None
 
     @property
     def max_bytes(self) -> int:
@@ -5561,13 +5563,16 @@ class AgentClient:
     async def _dispatch(self, address: Address, task: AgentTask, within_s: float,
                         gate: Callable[[], bool]) -> Answer:
         if address.protocol == TASKS:
+            resent: list[bool] = []
             data = await self._call(address, "POST", "/tasks/dispatch", within_s, {
-                "taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload}, gate)
+                "taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload}, gate,
+                resent=resent)
             named = data.get("taskId")
             if not isinstance(named, str) or not named or one_line(named) != named:
                 raise self._nonsense(address, "names no task id", data)
             # what is going to run is pending; a version that the agent has already is done at once
-            return Answer(ACCEPTED, named, applied=task.version if data.get("status") == "success" else 0)
+            is_done = data.get("status") == "success" and not resent
+            return Answer(ACCEPTED, named, applied=task.version if is_done else 0)
         data = await self._call(address, "POST", EXECUTE_PATH, within_s, {
             "requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}}, gate)
         return self._read_execution(address, task, data)
@@ -5657,12 +5662,12 @@ class AgentClient:
 
     async def _call(self, address: Address, method: str, path: str, within_s: float,
                     body: Mapping[str, Any] | None = None, gate: Callable[[], bool] = lambda: True,
-                    may_be_unknown: bool = False) -> Any:
+                    may_be_unknown: bool = False, resent: list[bool] | None = None) -> Any:
         """Gives the data of the agent's envelope, an object."""
         raw = to_json(body).encode() if body is not None else None
         limit_s = min(self._request_s, max(within_s, 0.0))
         status, answer = await self._exchange(
-            _Call(address, method, path, raw, limit_s, time.monotonic() + limit_s, gate))
+            _Call(address, method, path, raw, limit_s, time.monotonic() + limit_s, gate, resent=resent))
         if status == 404 and may_be_unknown:
             return UNKNOWN_TASK
         if status != 200:
@@ -5714,6 +5719,8 @@ class AgentClient:
             if sock is not None:
                 with contextlib.suppress(_Stale):
                     return await self._request(call, sock, context, reused=True)
+                if call.resent is not None:
+                    call.resent.append(True)
         # an execute agent would run a repeated request twice, so its connections are never kept
         sock = await self._connect(call.address, context, call.ends_at)
         return await self._request(call, sock, context, reused=False)
