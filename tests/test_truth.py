@@ -177,6 +177,17 @@ def test_section_1_a_task_that_was_done_by_an_earlier_try_is_a_success(sqlite_wo
     assert sqlite_world.runs() == [1]
 
 
+def test_section_1_a_dispatch_that_was_sent_again_on_a_new_connection_may_be_done_by_itself(sqlite_world):
+    sqlite_world.nodes(1, task_ms=0)
+    agent, client = sqlite_world.agent(1), rc.AgentClient(sqlite_world.settings())
+    address = rc.Address(ADDRESSES[0], agent.port, "tasks")
+    client.query(address, "unknown")  # its connection is kept
+    agent.set(mode="cutEarly", times=1, only="dispatch")  # it runs the task, and ends the connection
+    answer = client.dispatch(address, rc.AgentTask("apply_config_1", "apply_config", 1, {}))
+    client.close()
+    assert (answer.state, answer.applied, agent.dispatches, len(agent.runs)) == (rc.ACCEPTED, 0, 2, 1)
+
+
 @pytest.mark.parametrize("first_try", [
     {"mode": "refuse"}, {"mode": "status", "http_status": 429, "only": "dispatch"},
     {"mode": "status", "http_status": 503, "only": "dispatch"}, {"mode": "redirect", "only": "dispatch"}])
