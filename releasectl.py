@@ -2424,9 +2424,7 @@ class Moment(NamedTuple):
         return f"{self.boot} {self.elapsed + seconds:.3f}"
 
     def left_s(self, until: str | None, mark: str, at_most_s: float) -> float:
-        """Return the seconds until a stored moment, 0 when it is over; never more than it can have been for.
-
-        """
+        """Return the seconds until a stored moment, 0 when it is over; never more than it can have been for."""
         return min(max(self.until_s(until, mark), 0.0), at_most_s)
 
     def until_s(self, until: str | None, mark: str) -> float:
