@@ -1284,6 +1284,8 @@ class NodeCheck:
         if self.node.error_kind == "rejected":  # a higher version, or one that it has before anybody knew of it
             return bool(self._higher()) or any(
                 self._losses.forgot(run.content, self.node.main_ip, run.began_at) for run in self._mine)
+        if self.node.error_msg.endswith("(not tried again: the release ends)"):  # no answer yet, and none waited for
+            return self.release.status in ("failed", "cancelled") and not self._mine
         return {"agent_failed": any(run.outcome == "failed" for run in self._mine),
                 "abandoned": self.release.status in ("failed", "cancelled")}.get(self.node.error_kind, False)
 
