@@ -48,7 +48,7 @@ ADDRESSES = [f"127.0.1.{n}" for n in range(1, 21)]
 HOST = ADDRESSES[0]
 DRIVERS = [name for name in ("psycopg", "psycopg2", "pg8000") if importlib.util.find_spec(name)]
 # What a release to execute agents needs at least: they would drop all their sites without it.
-SITES = {"websites": []}
+SITES: dict[str, Any] = {"websites": []}
 # Root may write and read everywhere; without these two abilities it obeys permissions as others do.
 AS_OTHERS = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-all")
 # Below what the kernel gives to clients, and what postgres.sh takes: nobody gets it between our look and our use.
@@ -75,10 +75,10 @@ class FakeClock(rc.Clock):
     def __init__(self, wall: float = 1_790_000_000.0, elapsed: float = 1_000.0):
         self.now_wall, self.now_elapsed = wall, elapsed
 
-    def wall(self) -> float:
+    def wall(self) -> float:  # type: ignore[override]
         return self.now_wall
 
-    def elapsed(self) -> float:
+    def elapsed(self) -> float:  # type: ignore[override]
         return self.now_elapsed
 
     def advance(self, seconds: float) -> None:
@@ -293,7 +293,7 @@ class Peer:
             self._current = tls_sock
             tls_sock.do_handshake()
             self.handshakes += 1
-            self.serials.append((tls_sock.getpeercert() or {}).get("serialNumber", ""))
+            self.serials.append(str((tls_sock.getpeercert() or {}).get("serialNumber", "")))
             self.talk(self, tls_sock)
 
     def read_request(self, sock: socket.socket) -> None:
@@ -366,7 +366,7 @@ def says(*answers: bytes, forever: bytes = b"", reset: bool = False) -> Callable
     return talk
 
 
-def http(body: object, status: str = "200 OK", headers: str = "") -> bytes:
+def reply(body: object, status: str = "200 OK", headers: str = "") -> bytes:
     """Return a whole answer; a body that is not bytes goes as JSON."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(raw)}\r\n{headers}\r\n".encode() + raw
@@ -377,15 +377,15 @@ def envelope(data: object, code: object = 0, message: str = "success") -> dict[s
 
 
 def accepted(task_id: str = TASK.id) -> bytes:
-    return http(envelope({"taskId": task_id, "status": "pending"}))
+    return reply(envelope({"taskId": task_id, "status": "pending"}))
 
 
 def task(status: str, task_id: str = TASK.id, **fields: object) -> bytes:
-    return http(envelope({"taskId": task_id, "status": status, **fields}))
+    return reply(envelope({"taskId": task_id, "status": status, **fields}))
 
 
 def executed(status: str, message: object = "", request_id: str = TASK.id) -> bytes:
-    return http(envelope({"requestId": request_id, "status": status, "message": message}))
+    return reply(envelope({"requestId": request_id, "status": status, "message": message}))
 
 
 # -- a world ------------------------------------------------------------------------------------
@@ -518,7 +518,7 @@ class Quick(Cli):
         rc.log.handlers, rc.log.propagate = handlers, propagate
         for number, handler in signals.items():
             signal.signal(number, handler)
-        out, err = (stream.detach().getvalue().decode() for stream in streams)  # type: ignore[attr-defined]
+        out, err = (stream.detach().getvalue().decode() for stream in streams)
         return Result(code, out, err)
 
 
@@ -533,6 +533,14 @@ def fill(cli: Cli, open_store: Callable[[str], rc.Store]) -> Cli:
             sql(store, "UPDATE release_task_nodes SET status = ? WHERE release_task_id = ?", status, release.id)
     cli.store = store
     return cli
+
+
+def run(*command: object, **more: Any) -> str:
+    """Run a program that must succeed; return what it printed."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, timeout=300,
+                          **more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return str(done.stdout)
 
 
 def findings(result: Result) -> dict[str, tuple[bool, str]]:
@@ -665,7 +673,7 @@ class Client:
 
     def __init__(self, server: rc.ApiServer, store: rc.Store):
         self.server, self.store = server, store
-        self.address = server.server_address[:2]
+        self.address = (str(server.server_address[0]), server.server_address[1])
         self.token = ""
         self.context: ssl.SSLContext | None = None
 

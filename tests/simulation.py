@@ -321,7 +321,7 @@ class SimDriver(rc.Driver):
     is_turning = False
 
     def start(self) -> None:
-        self._executor.world.turn(self._executor, self)
+        self._executor.world.turn(self._executor, self)  # type: ignore[attr-defined]
 
     def join(self, timeout_s: float | None = None) -> None:
         pass
@@ -472,7 +472,7 @@ class Simulation:
         """Gives what a release may be asked to be, each key now and then."""
         if not self.steering:
             return {}
-        choices = {
+        choices: dict[str, list[typing.Any]] = {
             "batches": [[1, 1], ["50%"], [2], ["1%", "1%", "1%"]], "maxFailed": [1, "50%", "100%"],
             "maxFailedTotal": [0, 1, "50%"], "maxParallel": [1, 2], "soakSec": [0.5, 8], "pauseAfter": ["each", [1]],
             "onExceed": ["pause", "fail"], "retries": [0, 5],
@@ -512,8 +512,9 @@ class Simulation:
             return
         before = self.store.release(release_id)
         for accepts in (False, True):
+            more: typing.Any = {"accept_failures": accepts} if verb == "resume" else {}
             with contextlib.suppress(rc.AppError):
-                self.store.act(verb, release_id, "anna", **({"accept_failures": accepts} if verb == "resume" else {}))
+                self.store.act(verb, release_id, "anna", **more)
                 self.note(f"{verb} release {release_id}")
                 self.figures["verbs"] += 1
                 self.ledger.resumed.add((release_id, before.passed_batch))
@@ -631,7 +632,7 @@ class Simulation:
         for driver in owner._active_drivers():
             owner._renew(driver.lease)
 
-    def turn(self, owner: SimExecutor, driver: SimDriver) -> None:
+    def turn(self, owner: SimExecutor, driver: typing.Any) -> None:
         """Lets a driver take its turn, now and whenever its wait is over or an outcome came."""
         if owner._drivers.get(driver.lease.claim.release_id) is not driver:
             return
@@ -863,7 +864,7 @@ class Simulation:
 
     # -- faults ------------------------------------------------------------------------------
 
-    kinds = ("crash", "stop", "suspend", "suspend long", "restart", "database")
+    kinds: tuple[str, ...] = ("crash", "stop", "suspend", "suspend long", "restart", "database")
 
     def _fault(self) -> None:
         """Does one thing to somebody, and plans the next."""
@@ -943,7 +944,7 @@ class Simulation:
             self._check_strategies(begun)
         for number, *event in events:
             self.ledger.seen_events = number
-            self._check_event(*event, holders)
+            self._check_event(*event, holders)  # type: ignore[call-arg]
         self.ledger.holders = holders
 
     def _check_event(self, release_id: int, node_id: int | None, before: str, after: str, actor: str, event: str,
@@ -1443,13 +1444,13 @@ def _heard(value: rc.Answer | rc.AgentError | rc.Outcome) -> str:
 def run_seed(seed: int, world: str = PLAIN, **options) -> Simulation:
     """Runs one schedule; raises Violation, with the schedule, when a promise is broken."""
     real_driver = rc.Driver
-    rc.Driver = SimDriver  # type: ignore[misc]
+    rc.Driver = SimDriver
     try:
         simulation = (SharedSimulation if world == SHARED else Simulation)(seed, world=world, **options)
         with contextlib.closing(simulation.database):
             return simulation.run()
     finally:
-        rc.Driver = real_driver  # type: ignore[misc]
+        rc.Driver = real_driver
 
 
 if __name__ == "__main__":

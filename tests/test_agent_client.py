@@ -31,9 +31,9 @@ from lab import (
     executed,
     hang,
     hang_after_request,
-    http,
     make_certs,
     our_files,
+    reply,
     says,
     server_context,
     settings_for,
@@ -246,7 +246,7 @@ def test_an_agent_that_refuses_our_certificate_is_told_as_such(new_client, new_p
 def test_a_port_without_tls_is_told_as_such(client, new_peer):
     def plain(peer: Peer, sock: socket.socket) -> None:
         sock.recv(65536)
-        sock.sendall(http(b"Client sent an HTTP request", "400 Bad Request"))
+        sock.sendall(reply(b"Client sent an HTTP request", "400 Bad Request"))
     assert_tells(error_of(client.dispatch, new_peer(plain, tls=False).address(), TASK), "tls",
                  "A does not speak TLS on this port", reached=False)
 
@@ -278,26 +278,26 @@ CHUNKED = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 NOT_JSON = "A answered what is not JSON: "
 TOO_BIG = ("protocol", "A answered more than 64 KiB", False)
 BROKEN: dict[str, tuple[Callable[[Peer, Any], None], str, str, bool]] = {
-    "not JSON": (says(http(b"hello")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
-    "no body": (says(http(b"")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
-    "a list": (says(http([1])), "protocol", "A answered JSON that is no object", False),
-    "no code": (says(http({"data": {}})), "protocol", "A answers without a code", False),
-    "code true": (says(http(envelope({}, True))), "protocol", "A answers without a code", False),
-    "code false": (says(http(envelope({}, False))), "protocol", "A answers without a code", False),
-    "code text": (says(http(envelope({}, "0"))), "protocol", "A answers without a code", False),
-    "code 0.0": (says(http(envelope({}, 0.0))), "protocol", "A answers without a code", False),
-    "code 5001": (says(http(envelope(None, 5001, "disk full"))), "rejected", "A refused: disk full (code 5001)", True),
-    "no data": (says(http(envelope(None))), "protocol", "A answers without data", False),
-    "no id": (says(http(envelope({}))), "protocol", "A names no task id", False),
+    "not JSON": (says(reply(b"hello")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
+    "no body": (says(reply(b"")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
+    "a list": (says(reply([1])), "protocol", "A answered JSON that is no object", False),
+    "no code": (says(reply({"data": {}})), "protocol", "A answers without a code", False),
+    "code true": (says(reply(envelope({}, True))), "protocol", "A answers without a code", False),
+    "code false": (says(reply(envelope({}, False))), "protocol", "A answers without a code", False),
+    "code text": (says(reply(envelope({}, "0"))), "protocol", "A answers without a code", False),
+    "code 0.0": (says(reply(envelope({}, 0.0))), "protocol", "A answers without a code", False),
+    "code 5001": (says(reply(envelope(None, 5001, "disk full"))), "rejected", "A refused: disk full (code 5001)", True),
+    "no data": (says(reply(envelope(None))), "protocol", "A answers without data", False),
+    "no id": (says(reply(envelope({}))), "protocol", "A names no task id", False),
     "an id with a newline": (says(accepted("a\nb")), "protocol", "A names no task id", False),
-    "400": (says(http(envelope(None, 2001, "invalid request body"), "400 Bad Request")),
+    "400": (says(reply(envelope(None, 2001, "invalid request body"), "400 Bad Request")),
             "rejected", "A answered HTTP 400: invalid request body", True),
-    "404 to a dispatch": (says(http(b"404 page not found\n", "404 Not Found", "Content-Type: text/plain\r\n")),
+    "404 to a dispatch": (says(reply(b"404 page not found\n", "404 Not Found", "Content-Type: text/plain\r\n")),
                           "rejected", "A answered HTTP 404: 404 page not found (wrong --protocol?)", True),
-    "429": (says(http(b"", "429 Too Many Requests")), "http", "A answered HTTP 429", False),
-    "500": (says(http(envelope(None, 5001, "oops"), "500 Internal")), "http", "A answered HTTP 500: oops", False),
+    "429": (says(reply(b"", "429 Too Many Requests")), "http", "A answered HTTP 429", False),
+    "500": (says(reply(envelope(None, 5001, "oops"), "500 Internal")), "http", "A answered HTTP 500: oops", False),
     "204": (says(b"HTTP/1.1 204 No Content\r\n\r\n"), "http", "A answered HTTP 204", False),
-    "too big, with its length": (says(http(b" " * ((1 << 20) + 1))), *TOO_BIG),
+    "too big, with its length": (says(reply(b" " * ((1 << 20) + 1))), *TOO_BIG),
     "too big, without length": (says(b"HTTP/1.1 200 OK\r\n\r\n", forever=b" " * 65536), *TOO_BIG),
     "too big, chunked": (says(CHUNKED.encode(), forever=b"10000\r\n" + b" " * 65536 + b"\r\n"), *TOO_BIG),
     "too big, tiny chunks": (says(CHUNKED.encode(), forever=b"1;" + b"x" * 60_000 + b"\r\n \r\n"), *TOO_BIG),
@@ -309,12 +309,12 @@ BROKEN: dict[str, tuple[Callable[[Peer, Any], None], str, str, bool]] = {
     "endless headers": (says(b"HTTP/1.1 200 OK\r\n", forever=b"X: y\r\n" * 999),
                         "protocol", "A answered what is not HTTP: HTTPException", False),
     "no HTTP": (says(b"hello, who are you?\r\n"), "protocol", "A answered what is not HTTP: BadStatusLine", False),
-    "a key twice": (says(http(b'{"code":5,"code":0,"data":{}}')), "protocol",
+    "a key twice": (says(reply(b'{"code":5,"code":0,"data":{}}')), "protocol",
                     NOT_JSON + "key 'code' stands twice", False),
-    "NaN": (says(http(b'{"code":0,"data":{"x":NaN}}')), "protocol", NOT_JSON + "NaN is not JSON", False),
-    "deep nesting": (says(http(b"[" * 60_000)), "protocol", NOT_JSON + "nested too deep", False),
-    "invalid UTF-8": (says(http(b'{"code":0,"message":"\xff"}')), "protocol", NOT_JSON + "not UTF-8", False),
-    "a lone surrogate": (says(http(b'{"code":0,"data":{"taskId":"\\ud800"}}')), "protocol",
+    "NaN": (says(reply(b'{"code":0,"data":{"x":NaN}}')), "protocol", NOT_JSON + "NaN is not JSON", False),
+    "deep nesting": (says(reply(b"[" * 60_000)), "protocol", NOT_JSON + "nested too deep", False),
+    "invalid UTF-8": (says(reply(b'{"code":0,"message":"\xff"}')), "protocol", NOT_JSON + "not UTF-8", False),
+    "a lone surrogate": (says(reply(b'{"code":0,"data":{"taskId":"\\ud800"}}')), "protocol",
                          NOT_JSON + "not UTF-8", False),
 }
 
@@ -329,7 +329,7 @@ def test_an_answer_that_is_not_the_json_of_the_contract_is_an_error_that_says_wh
 @pytest.mark.parametrize("status", ["301 Moved Permanently", "307 Temporary Redirect"])
 def test_a_redirect_is_an_error_and_is_never_followed(client, new_peer, status):
     target = new_peer(says(accepted()))
-    peer = new_peer(says(http(b"", status, f"Location: https://{HOST}:{target.port}/tasks/dispatch\r\n")))
+    peer = new_peer(says(reply(b"", status, f"Location: https://{HOST}:{target.port}/tasks/dispatch\r\n")))
     error = error_of(client.dispatch, peer.address(), TASK)
     assert_tells(error, "http", f"A answered a redirect (HTTP {status[:3]}), which is not followed")
     assert (len(peer.requests), target.accepted) == (1, 0)
@@ -380,7 +380,7 @@ def test_the_task_that_the_answer_names_is_the_one_to_poll_and_its_id_is_quoted(
 
 @pytest.mark.parametrize(("answer", "state"), [
     (task("pending"), rc.WORKING), (task("running"), rc.WORKING), (task("success"), rc.SUCCESS),
-    (http(b"404 page not found", "404 Not Found"), rc.UNKNOWN)], ids=["pending", "running", "success", "404"])
+    (reply(b"404 page not found", "404 Not Found"), rc.UNKNOWN)], ids=["pending", "running", "success", "404"])
 def test_a_poll_gives_what_the_agent_knows(client, new_peer, answer, state):
     assert client.query(new_peer(says(answer)).address(), TASK.id) == rc.Answer(state, TASK.id)
 
@@ -427,7 +427,7 @@ def test_version_already_applied_is_a_success_where_it_is_the_releases_version(c
     (executed("failed", None), "agent_failed", "the agent gave no reason", True),
     (executed("success", request_id="apply_config_10.0.0.8_42"), "protocol", "A answers for another request", False),
     (executed("running"), "protocol", 'A gives the unknown status "running"', False),
-    (http(envelope(None, 2001, "invalid request body"), "400 Bad Request"), "rejected",
+    (reply(envelope(None, 2001, "invalid request body"), "400 Bad Request"), "rejected",
      "A answered HTTP 400: invalid request body", True),
 ], ids=["above", "below", "reload failed", "failed", "no reason", "another request", "unknown status", "400"])
 def test_an_execute_agent_is_believed_by_its_message(client, new_peer, answer, kind, message, final):
@@ -481,7 +481,7 @@ def test_a_kept_connection_that_hangs_is_a_timeout_and_not_replaced(new_client, 
 
 
 def test_an_answer_that_says_close_is_not_kept(client, new_peer):
-    peer = new_peer(says(http(b"", "404 Not Found", "Connection: close\r\n")))
+    peer = new_peer(says(reply(b"", "404 Not Found", "Connection: close\r\n")))
     assert [client.query(peer.address(), TASK.id).state for _ in range(2)] == [rc.UNKNOWN] * 2
     assert peer.handshakes == 2
 
@@ -529,7 +529,7 @@ def test_proxies_of_the_environment_are_not_used(client, new_peer, monkeypatch):
 
 def test_an_ipv6_address_is_called_and_verified(client, local, new_peer):
     try:
-        peer = new_peer(says(accepted(), http(b"", "500 Internal")), server_context(local), host="::1")
+        peer = new_peer(says(accepted(), reply(b"", "500 Internal")), server_context(local), host="::1")
     except OSError:
         leave_out("IPv6 on loopback")
     assert client.dispatch(peer.address(), TASK).state == rc.ACCEPTED
@@ -592,7 +592,7 @@ def test_close_ends_a_connection_attempt_and_nothing_leaves_later(new_client, ne
 
 def test_certificates_renewed_on_disk_are_used_without_a_restart(new_client, new_peer, certs, local, tmp_path):
     client = new_client(**our_files(certs, tmp_path))
-    peer = new_peer(says(http(b"", "404 Not Found", "Connection: close\r\n")))
+    peer = new_peer(says(reply(b"", "404 Not Found", "Connection: close\r\n")))
     for name in ("", "control.crt", "control.key"):  # half done in between: the key is the old one
         if name:
             shutil.copy(local / name, tmp_path / name)

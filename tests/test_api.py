@@ -19,7 +19,6 @@ from lab import (
     add_nodes,
     admin,
     eventually,
-    http,
     misfit,
     new_release,
     read_answer,

@@ -35,7 +35,6 @@ from lab import (
     connected,
     copy_pair,
     eventually,
-    http,
     make_certs,
     new_release,
     read_all,

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -712,10 +713,11 @@ def test_watch_until_paused_or_until_a_batch_is_done(filled_quick):
     assert filled_quick("watch", "3", "--until", "lunch").code == 2
 
 
-class Terminal:
+class Terminal(io.StringIO):
     """A stream that says it is a terminal, and keeps what was written."""
 
     def __init__(self):
+        super().__init__()
         self.text = ""
 
     def write(self, text):

@@ -90,7 +90,7 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection((self._to.hostname, self._to.port))
+                far = socket.create_connection((self._to.hostname, self._to.port or 5432))
                 self._socks += [near, far]
                 for one, other in ((near, far), (far, near)):
                     threading.Thread(target=self._carry, args=(one, other), daemon=True).start()
@@ -175,7 +175,7 @@ def test_sqlite_refuses_such_a_value_too(sqlite_url, open_store, value):
 
 def test_an_agents_words_that_cant_be_stored_are_told_once_and_the_release_ends(
         new_postgres_url, open_store, certs, new_fleet, new_executor, errors, driver):
-    from conftest import World
+    from lab import World
     url = new_postgres_url()
     world = World(open_store(url), url, certs, new_fleet, new_executor).nodes(1)
     # as a database of another encoding would

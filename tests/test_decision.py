@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ def later(seconds: float) -> rc.Moment:
 
 
 def release(status: str = "running", **fields) -> rc.Release:
-    values = {field.name: "" for field in dataclasses.fields(rc.Release)}
+    values: dict[str, Any] = {field.name: "" for field in dataclasses.fields(rc.Release)}
     values.update(id=1, version=42, status=status, started_at=NOW.text, claim_fence=1, passed_batch=0, soak_until=None)
     return rc.Release(**{**values, **fields})
 
@@ -324,7 +325,7 @@ def test_rule_9_a_deadline_that_passed_while_nobody_looked_leaves_time_for_one_q
 def test_rule_9_an_execute_agent_is_left_alone_until_the_hold_is_over(hold_until, wait_s):
     found = node(1, "running", protocol="execute", hold_until=hold_until)
     adopted = rc.adopt(found, later(10), POLICY)
-    assert (adopted.next_op, adopted.due - later(10).elapsed) == ("dispatch", pytest.approx(wait_s, abs=0.01))
+    assert (adopted.next_op, adopted.due - later(10).elapsed) == ("dispatch", pytest.approx(wait_s, abs=0.01))  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.parametrize("status", ["pending", "success", "failed", "skipped"])

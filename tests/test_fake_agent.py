@@ -90,8 +90,8 @@ def dispatch(agent: Agent, certs: Path, version: int, task_id: str = "", timeout
              payload: dict[str, Any] | None = None) -> Reply:
     task_id, payload = task_id or f"apply_config_{HOST}_{version}", payload or {}
     if agent.protocol == "execute":
-        body = {"requestId": task_id, "type": "apply_config", "payload": {**payload, "version": version}}
-        return once(agent, certs, "POST", "/agent/v1/tasks/execute", body, timeout)
+        asked = {"requestId": task_id, "type": "apply_config", "payload": {**payload, "version": version}}
+        return once(agent, certs, "POST", "/agent/v1/tasks/execute", asked, timeout)
     body = {"taskId": task_id, "type": "apply_config", "version": version, "payload": payload}
     return once(agent, certs, "POST", "/tasks/dispatch", body, timeout)
 

@@ -307,6 +307,7 @@ def test_a_probe_too_goes_to_the_address_that_answers(sqlite_url, dead, name_of)
         thread = threading.Thread(target=answer)
         thread.start()
         began = time.monotonic()
+        assert verify
         assert rc.converse(client.probing("edge.test", verify, "http://edge.test:80/", 5.0)) == ""
         thread.join()
         assert time.monotonic() - began < 1

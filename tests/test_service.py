@@ -212,7 +212,7 @@ def systemd_analyze(*arguments: str) -> str:
 def unit(name: str) -> configparser.ConfigParser:
     """Gives the last value of each key of a unit."""
     parser = configparser.ConfigParser(interpolation=None, strict=False, comment_prefixes="#")
-    parser.optionxform = str
+    parser.optionxform = str  # type: ignore[assignment]
     parser.read(UNITS / name)
     return parser
 

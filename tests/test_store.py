@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import subprocess
 import threading
+from typing import Any
 
 import pytest
 from lab import ROOT, add_nodes, assert_books_balance, eventually, new_release, sql, statuses
@@ -267,7 +268,7 @@ def test_a_commit_that_fails_halfway_leaves_nothing(store, table):
     read, nodes = store.claimed_release_with_nodes(claim)
     now = now_of(store)
     decision = rc.decide(read, rc.Roster(nodes), now, POLICY)
-    bad = {"release_task_nodes": {"error_kind": "odd"}, "release_tasks": {}, "release_events": {}}[table]
+    bad: dict[str, Any] = {"error_kind": "odd"} if table == "release_task_nodes" else {}
     changes = tuple(c._replace(after=c.after._replace(**bad)) for c in decision.changes)
     decision = decision._replace(changes=changes, error_msg="x" * (300 if table == "release_tasks" else 5))
     actor = None if table == "release_events" else "a"
@@ -315,6 +316,7 @@ def fail_first(store: rc.Store, **fields) -> rc.Release:
     """Runs a release whose first node fails."""
     release = new_release(store, **fields)
     claim = store.claim(release.id, "a", 30)
+    assert claim
     step(store, claim)
     finish(store, claim, 1, rc.Verdict("failed", "agent_failed", "boom", "boom"))
     return store.release(release.id)
@@ -324,6 +326,7 @@ def succeed(store: rc.Store, **fields) -> rc.Release:
     """Runs a release whose nodes all succeed."""
     release = new_release(store, **fields)
     claim = store.claim(release.id, "a", 30)
+    assert claim
     step(store, claim)
     while not store.release(release.id).is_terminal:
         running = [n.node_id for n in store.release_with_nodes(release.id)[1] if n.status == "running"]
@@ -345,6 +348,7 @@ def test_rule_10_retry_leaves_out_what_succeeded_and_what_is_not_online(store):
     add_nodes(store, 4)
     release = new_release(store)
     claim = store.claim(release.id, "a", 30)
+    assert claim
     step(store, claim)
     finish(store, claim, 1)
     finish(store, claim, 2, rc.Verdict("failed", "agent_failed", "boom", "boom"))
@@ -531,6 +535,7 @@ def test_every_driver_does_the_same(new_postgres_url, open_store, monkeypatch, d
     add_nodes(store, 2)
     release = new_release(store, reason="100 % sure? yes")
     claim = store.claim(release.id, "a", 30)
+    assert claim
     step(store, claim)
     finish(store, claim, 1)
     finish(store, claim, 2)

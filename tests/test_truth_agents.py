@@ -31,12 +31,12 @@ from lab import (
     eventually,
     executed,
     findings,
-    http,
     misfit,
     mtls,
     new_release,
     our_files,
     outcomes,
+    reply,
     says,
     serving,
     settings_for,
@@ -154,17 +154,17 @@ def test_section_1_ping_and_check_know_an_agent_of_the_other_dialect(cli, sqlite
 
 
 OTHERS = {
-    "a plain web server": http(b"<html>It works!</html>", "200 OK", "Content-Type: text/html\r\n"),
-    "a web server without that page": http(b"<h1>Not Found</h1>", "404 Not Found", "Content-Type: text/html\r\n"),
-    "another service with JSON": http({"detail": "Not Found"}, "404 Not Found"),
-    "one with a code that is a text": http({"code": "404", "message": "not found"}, "404 Not Found"),
-    "one that finds everything": http(envelope({"taskId": "releasectl-ping", "status": "running"})),
-    "a list": http([], "404 Not Found"),
-    "nothing in it": http(b"", "404 Not Found"),
-    "one that wants a token": http(envelope(None, 1001, "no token"), "401 Unauthorized"),
-    "one that is broken": http(envelope(None, 5001, "internal"), "500 Internal Server Error"),
-    "a redirect": http(b"", "301 Moved Permanently", "Location: /elsewhere\r\n"),
-    "a bad request of another kind": http(envelope(None, 2002, "malformed"), "400 Bad Request"),
+    "a plain web server": reply(b"<html>It works!</html>", "200 OK", "Content-Type: text/html\r\n"),
+    "a web server without that page": reply(b"<h1>Not Found</h1>", "404 Not Found", "Content-Type: text/html\r\n"),
+    "another service with JSON": reply({"detail": "Not Found"}, "404 Not Found"),
+    "one with a code that is a text": reply({"code": "404", "message": "not found"}, "404 Not Found"),
+    "one that finds everything": reply(envelope({"taskId": "releasectl-ping", "status": "running"})),
+    "a list": reply([], "404 Not Found"),
+    "nothing in it": reply(b"", "404 Not Found"),
+    "one that wants a token": reply(envelope(None, 1001, "no token"), "401 Unauthorized"),
+    "one that is broken": reply(envelope(None, 5001, "internal"), "500 Internal Server Error"),
+    "a redirect": reply(b"", "301 Moved Permanently", "Location: /elsewhere\r\n"),
+    "a bad request of another kind": reply(envelope(None, 2002, "malformed"), "400 Bad Request"),
 }
 
 
@@ -190,7 +190,7 @@ def test_section_1_ping_tells_plain_http_from_tls_in_both_directions(cli, sqlite
 
     def talk(_peer: Peer, sock: socket.socket) -> None:
         is_tls = sock.recv(65536).startswith(b"\x16")
-        sock.sendall(http(b"", "400 Bad Request") if is_tls else http(envelope(None, code, "plain"), status))
+        sock.sendall(reply(b"", "400 Bad Request") if is_tls else reply(envelope(None, code, "plain"), status))
 
     plain = new_peer(talk, tls=False, host=ADDRESSES[1])
     sqlite_world.store.add_node("edge-2", plain.host, plain.port, protocol)
@@ -508,7 +508,7 @@ def test_a_renewed_certificate_that_nobody_accepts_now_does_not_replace_the_good
     pair, said = bad_pair
     ours = our_files(certs, tmp_path)
     client = rc.AgentClient(settings_for("sqlite:///unused.db", certs, **ours))
-    peer = new_peer(says(http(b"", "404 Not Found", "Connection: close\r\n")))
+    peer = new_peer(says(reply(b"", "404 Not Found", "Connection: close\r\n")))
     try:
         assert client.query(peer.address(), "x").state == rc.UNKNOWN
         put(pair, *ours.values())
@@ -529,7 +529,7 @@ def test_a_renewed_certificate_that_nobody_accepts_now_does_not_replace_the_good
 def test_a_renewed_certificate_is_taken_when_its_time_has_come(new_peer, certs, tmp_path, told):
     ours = our_files(certs, tmp_path)
     client = rc.AgentClient(settings_for("sqlite:///unused.db", certs, **ours))
-    peer = new_peer(says(http(b"", "404 Not Found", "Connection: close\r\n")))
+    peer = new_peer(says(reply(b"", "404 Not Found", "Connection: close\r\n")))
     try:
         client.query(peer.address(), "x")
         pair = issue(certs, tmp_path / "soon", "control", 3, DAY_S)
@@ -565,14 +565,18 @@ def test_a_running_release_goes_on_with_the_good_certificate(world, certs, tmp_p
 
 
 @pytest.fixture
-def https(certs, tmp_path, open_store, sqlite_url):
+def api_files(tmp_path) -> dict[str, str]:
+    """The settings for a certificate of the API that a test renews."""
+    return {"HTTP_CERT": f"{tmp_path}/served.crt", "HTTP_KEY": f"{tmp_path}/served.key"}
+
+
+@pytest.fixture
+def https(certs, tmp_path, open_store, sqlite_url, api_files):
     """A client of an API with a certificate of its own, and the files of that."""
     pair = issue(certs, tmp_path / "api", "api", -60, 5 * DAY_S)
-    files = {"HTTP_CERT": f"{tmp_path}/served.crt", "HTTP_KEY": f"{tmp_path}/served.key"}
-    put(pair, *files.values())
-    with serving(open_store(sqlite_url), HTTP_ADDR=f"{HOST}:0", **files) as client:
+    put(pair, *api_files.values())
+    with serving(open_store(sqlite_url), HTTP_ADDR=f"{HOST}:0", **api_files) as client:
         client.context = ssl.create_default_context(cafile=f"{certs}/ca.crt")
-        client.files = files
         yield client
 
 
@@ -585,22 +589,23 @@ def served_serial(client) -> str:
         return serial
 
 
-def test_the_apis_certificate_is_not_replaced_by_one_that_nobody_accepts_now(https, certs, tmp_path, told, bad_pair):
+def test_the_apis_certificate_is_not_replaced_by_one_that_nobody_accepts_now(https, api_files, certs, tmp_path, told,
+                                                                                  bad_pair):
     pair, said = bad_pair
     before = served_serial(https)
-    put(pair, *https.files.values())
+    put(pair, *api_files.values())
     assert [served_serial(https) for _ in range(3)] == [before] * 3
     message, = not_taken(told)
     assert said in message
-    assert https.files["HTTP_CERT"] in message
-    put(issue(certs, tmp_path / "good", "api", -60, DAY_S), *https.files.values())
+    assert api_files["HTTP_CERT"] in message
+    put(issue(certs, tmp_path / "good", "api", -60, DAY_S), *api_files.values())
     assert served_serial(https) != before
 
 
-def test_the_apis_certificate_is_taken_when_its_time_has_come(https, certs, tmp_path, told):
+def test_the_apis_certificate_is_taken_when_its_time_has_come(https, api_files, certs, tmp_path, told):
     before = served_serial(https)
     pair = issue(certs, tmp_path / "soon", "api", 3, DAY_S)
-    put(pair, *https.files.values())
+    put(pair, *api_files.values())
     assert served_serial(https) == before
     eventually(lambda: served_serial(https) != before)
     assert time.time() >= rc.certificate_times(pair[0].read_text())[0][0]
