@@ -32,8 +32,6 @@ from .workers import CLEAN_EXITS, CLEAN_STOP_S, Worker, settings_for
 
 CLAIM_TTL_S = 2.0
 END_LIMIT_S = 180.0
-# A younger process may not listen to SIGTERM yet.
-YOUNG_S = 3.0
 
 
 class Amounts(NamedTuple):
@@ -297,8 +295,8 @@ class Chaos:
         self._wait_for_take_overs()
         self._remove_ended()  # also who was killed last
         self._stop_watching()
-        time.sleep(max([0.0, *(one.started_at + YOUNG_S - time.monotonic() for one in self._workers)]))
         for worker in self._workers:
+            worker.wait_for_handler(signal.SIGTERM, CLEAN_STOP_S)
             worker.send(signal.SIGTERM)
         for worker in self._workers:
             if worker.wait(CLEAN_STOP_S) not in CLEAN_EXITS and not worker.fired():

@@ -58,6 +58,20 @@ class Worker:
             time.sleep(0.01)
         return self.exit_code()
 
+    def wait_for_handler(self, number: int, limit_s: float) -> None:
+        """Wait until the process catches a signal, or has ended: at its very start it can't stop cleanly."""
+        give_up_at = time.monotonic() + limit_s
+        while self.exit_code() is None and not self._catches(number) and time.monotonic() < give_up_at:
+            time.sleep(0.01)
+
+    def _catches(self, number: int) -> bool:
+        status = Path(f"/proc/{self.pid}/status")
+        with contextlib.suppress(FileNotFoundError):
+            for line in status.read_text().splitlines():
+                if line.startswith("SigCgt:"):
+                    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+        return False
+
     def reports(self, kind: str) -> list[str]:
         """Return what the injector inside reported, without its prefix."""
         prefix = REPORT_PREFIX + kind
