@@ -140,7 +140,7 @@ class _NodeCheck:
         return [one for one in self._sent if one.version > self.release.version and one.at < last]
 
     def _is_blind(self) -> bool:
-        """Return whether the agent had a higher version that only lost commits knew of, and told nobody."""
+        """Return whether the agent had a higher version that only lost commits knew of, and did not report it."""
         higher = self._higher()
         return self.agent.protocol == "tasks" and bool(higher) and all(
             self._losses.took_dispatch(one.content, self.node.main_ip, one.at) for one in higher)

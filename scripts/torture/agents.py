@@ -31,7 +31,7 @@ class Run(NamedTuple):
 
     task_id: str
     version: int
-    content: str  # payload_sha256: it tells the release
+    content: str  # payload_sha256; each release has its own
     began_at: float
     ended_at: float | None
     outcome: str | None

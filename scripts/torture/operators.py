@@ -22,7 +22,7 @@ from .tables import read_open_releases
 class Operator:
     """Works in a thread of its own.
 
-    Each release has a payload of its own, by which agents and tables are compared, and a target by lot:
+    Each release has a payload of its own, by which agents and tables are compared, and a random target:
     any target's releases may go to any node.
     """
 

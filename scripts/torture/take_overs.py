@@ -1,7 +1,7 @@
 """How long a claim stays without an owner that can act.
 
 A process that is suspended within a transaction keeps all others from writing: on SQLite until it is
-woken, on PostgreSQL until the server ends its session. Take-overs that waited for it are told apart.
+woken, on PostgreSQL until the server ends its session. Take-overs that waited for it are counted apart.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TakeOvers:
         self._database, self._figures = database, figures
         self._orphans: dict[int, Orphan] = {}  # by release
         self._lock = threading.Lock()
-        self._looked_at = time.monotonic()
+        self._updated_at = time.monotonic()
         self._lock_check: sqlite3.Connection | None = None
 
     @property
@@ -72,8 +72,8 @@ class TakeOvers:
         with self._lock:
             self._orphans = {}
 
-    def look(self) -> None:
-        """See which claims were taken over. Call this often."""
+    def update(self) -> None:
+        """Count the claims that were taken over since the last call. To be called often."""
         self._note_lock()
         with self._database.transaction() as tx:
             claims = tx.rows("SELECT id, claim_fence, claim_expires_at IS NULL FROM release_tasks "
@@ -95,9 +95,9 @@ class TakeOvers:
             self._lock_check.close()
 
     def _note_lock(self) -> None:
-        """Add the time since the last look to every orphan's, if somebody keeps the write lock."""
+        """Add the time since the last call to every orphan's, if somebody keeps the write lock."""
         now = time.monotonic()
-        passed_s, self._looked_at = now - self._looked_at, now
+        passed_s, self._updated_at = now - self._updated_at, now
         if self._orphans and self._is_locked():
             with self._lock:
                 self._orphans = {key: orphan._replace(locked_s=orphan.locked_s + passed_s)

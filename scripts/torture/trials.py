@@ -112,7 +112,7 @@ class Trial:
             if self.injection.suspends and self.injection in worker.fired():
                 return
             if is_server and self._is_over():
-                worker.send(signal.SIGTERM)
+                worker.terminate()
                 worker.wait(CLEAN_STOP_S)
                 return
             time.sleep(0.02)
@@ -218,7 +218,7 @@ def count_undisturbed(lab: Laboratory, scenarios: Iterable[Scenario]) -> dict[Sc
 
 
 def run_points(lab: Laboratory, depth: int, whens: Sequence[str], at_once: int, ends_at: float) -> None:
-    """Try every point and moment; a moment that its lot did not meet is tried once more, at the first hit."""
+    """Try every point and moment; a moment that did not come is tried once more, at the first hit."""
     trials = plan_points(lab, depth, whens)
     run_trials(lab, trials, at_once, ends_at)
 
@@ -232,7 +232,7 @@ def run_points(lab: Laboratory, depth: int, whens: Sequence[str], at_once: int, 
 
 
 def plan_points(lab: Laboratory, depth: int, whens: Sequence[str]) -> list[Planned]:
-    """Return the trials of all points: every moment, up to the hit number `depth`; with 1, a hit by lot."""
+    """Return the trials of all points: every moment, up to the hit number `depth`; with 1, a random hit."""
     counted = count_undisturbed(lab, set(SCENARIOS.values()))
     trials = [(LONG, Injection(point, when, 1 if point != "commit" else lab.random.randint(1, 2)))
               for point, when in itertools.product(LONG_POINTS, whens)]
@@ -248,7 +248,7 @@ def plan_points(lab: Laboratory, depth: int, whens: Sequence[str]) -> list[Plann
 
 
 def plan_faults(lab: Laboratory, every_kind: bool, at_most: int) -> list[Planned]:
-    """Return the trials of calls of the database that fail: each call, with every kind of fault or one by lot."""
+    """Return the trials of calls of the database that fail: each call, with every kind of fault or a random one."""
     counted = count_undisturbed(lab, FAULT_SCENARIOS)
     trials = []
     for scenario in FAULT_SCENARIOS:

@@ -27,7 +27,6 @@ class Worker:
 
     def __init__(self, name: str, log: Path, process: subprocess.Popen[bytes] | Forked):
         self.name, self.log = name, log
-        self.started_at = time.monotonic()
         self.suspended_until = 0.0
         self.is_killed_by_us = False
         self._process = process
@@ -58,19 +57,20 @@ class Worker:
             time.sleep(0.01)
         return self.exit_code()
 
-    def wait_for_handler(self, number: int, limit_s: float) -> None:
-        """Wait until the process catches a signal, or has ended: at its very start it can't stop cleanly."""
-        give_up_at = time.monotonic() + limit_s
-        while self.exit_code() is None and not self._catches(number) and time.monotonic() < give_up_at:
-            time.sleep(0.01)
-
-    def _catches(self, number: int) -> bool:
-        status = Path(f"/proc/{self.pid}/status")
-        with contextlib.suppress(FileNotFoundError):
-            for line in status.read_text().splitlines():
-                if line.startswith("SigCgt:"):
-                    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    def has_begun(self) -> bool:
+        """Return whether the process handles SIGTERM, which releasectl prepares before all else."""
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            status = Path(f"/proc/{self.pid}/status").read_text()
+            caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+            return bool(caught & 1 << signal.SIGTERM - 1)
         return False
+
+    def terminate(self) -> None:
+        """Ask the process to stop, as soon as it has begun: before, it can't stop cleanly."""
+        give_up_at = time.monotonic() + CLEAN_STOP_S
+        while self.exit_code() is None and not self.has_begun() and time.monotonic() < give_up_at:
+            time.sleep(0.01)
+        self.send(signal.SIGTERM)
 
     def reports(self, kind: str) -> list[str]:
         """Return what the injector inside reported, without its prefix."""
