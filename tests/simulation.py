@@ -36,6 +36,8 @@ from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import contract  # noqa: E402
+
 import releasectl as rc  # noqa: E402
 
 TTL_S, INTERVAL_S, CONNECT_S, REQUEST_S, DEADLINE_S = 4.0, 1.0, 1.0, 6.0, 300.0
@@ -52,14 +54,6 @@ NOTICE_S = 3 * INTERVAL_S
 LATE_SOAK_S = 120.0
 NOTHING_DONE, DONE_AT_ONCE = "nothing done", "done at once"
 WORLDS = PLAIN, STEERING, SHARED = "plain", "steering", "shared"
-
-LEGAL_NODE = {("pending", "running"), ("running", "success"), ("running", "failed"), ("pending", "skipped"),
-              ("pending", "failed"),   # it was sent a higher version meanwhile
-              ("success", "failed")}   # the look at the end of a soak
-LEGAL_RELEASE = {
-    ("", "pending"), ("pending", "running"), ("running", "success"), ("running", "partial"), ("running", "failed"),
-    ("pending", "paused"), ("running", "paused"), ("paused", "pending"), ("paused", "running"),
-    ("pending", "cancelling"), ("running", "cancelling"), ("paused", "cancelling"), ("cancelling", "cancelled")}
 
 
 class Violation(BaseException):
@@ -958,13 +952,12 @@ class Simulation:
         subject = (release_id, node_id)
         self.schedule.append(f"{self.now:8.3f} {actor:<8} release {release_id} node {node_id}: {before} -> {after} "
                              f"({event})")
-        legal = LEGAL_RELEASE if node_id is None else LEGAL_NODE
         known = self.ledger.statuses.get(subject, "" if node_id is None else "pending")
         if node_id is None and (event == "renumbered" or not before):
             self._check_number(release_id)
         if before == after == known:
             return  # the freeze, which changes no status
-        if (before, after) not in legal or before != known:
+        if before != known or not contract.may_follow(node_id, before, after):
             self.fail(f"section 3: {subject} went from {before} to {after}, and was {known}")
         self.ledger.statuses[subject] = after
         if actor.startswith("owner"):

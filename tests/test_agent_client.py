@@ -19,162 +19,33 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import ADDRESSES, eventually, leave_out, make_certs, settings_for
+from conftest import leave_out
+from lab import (
+    HOST,
+    TASK,
+    Peer,
+    accepted,
+    drip,
+    envelope,
+    eventually,
+    executed,
+    hang,
+    hang_after_request,
+    http,
+    make_certs,
+    our_files,
+    says,
+    server_context,
+    settings_for,
+    task,
+)
 
 import releasectl as rc
 
-HOST = ADDRESSES[0]
-TASK = rc.AgentTask("apply_config_10.0.0.7_42", "apply_config", 42, {"a": 1})
 LIMIT_S, MARGIN_S = 0.6, 0.8
-DRIP_S = 0.05
-
-
 # -- agents that misbehave -------------------------------------------------------------------
 
-class Peer:
-    """A listening thread: on each connection, one after the other, it does what a test says."""
-
-    def __init__(self, talk: Callable[[Peer, Any], None], tls: ssl.SSLContext | None, host: str = HOST):
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.listener = socket.create_server((host, 0), family=family)
-        self.host, self.port = host, self.listener.getsockname()[1]
-        self.talk, self.tls = talk, tls
-        self.accepted = self.handshakes = 0
-        self.requests: list[tuple[str, bytes]] = []  # the head, the body
-        self.serials: list[str] = []  # of the client certificates
-        self.stopped = threading.Event()
-        self._current: socket.socket | None = None
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while not self.stopped.is_set():
-            try:
-                sock, _ = self.listener.accept()
-            except OSError:
-                return
-            self.accepted += 1
-            with contextlib.suppress(OSError), contextlib.closing(sock):
-                self._meet(sock)
-
-    def _meet(self, sock: socket.socket) -> None:
-        if self.tls is None:
-            self._current = sock
-            self.talk(self, sock)
-            return
-        with self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False,
-                                  suppress_ragged_eofs=False) as tls_sock:
-            self._current = tls_sock
-            tls_sock.do_handshake()
-            self.handshakes += 1
-            self.serials.append((tls_sock.getpeercert() or {}).get("serialNumber", ""))
-            self.talk(self, tls_sock)
-
-    def read_request(self, sock: socket.socket) -> None:
-        """Reads one request with its body; OSError when the client ends the connection."""
-        data = b""
-        while b"\r\n\r\n" not in data:
-            data += self._read(sock)
-        head, _, body = data.partition(b"\r\n\r\n")
-        length = re.search(rb"Content-Length: (\d+)", head)
-        while length and len(body) < int(length.group(1)):
-            body += self._read(sock)
-        self.requests.append((head.decode(), body))
-
-    @staticmethod
-    def _read(sock: socket.socket) -> bytes:
-        data = sock.recv(65536)
-        if not data:
-            raise ConnectionError("the client went away")
-        return data
-
-    def address(self, protocol: str = "tasks", host: str = "") -> rc.Address:
-        return rc.Address(host or self.host, self.port, protocol)
-
-    def stop(self) -> None:
-        self.stopped.set()
-        for sock in (self.listener, self._current):
-            with contextlib.suppress(OSError):
-                if sock is not None:
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        self._thread.join(5)
-        self.listener.close()
-        assert not self._thread.is_alive(), "the thread of a peer does not end"
-
-
-def hang(peer: Peer, sock: socket.socket) -> None:
-    """Takes what comes, says nothing."""
-    peer.stopped.wait(30)
-
-
-def hang_after_request(peer: Peer, sock: socket.socket) -> None:
-    peer.read_request(sock)
-    hang(peer, sock)
-
-
-def drip(start: bytes, more: bytes) -> Callable[[Peer, Any], None]:
-    """Answers start at once, and more byte by byte, over and over, for 5 s."""
-    def talk(peer: Peer, sock: socket.socket) -> None:
-        if peer.tls is not None:
-            peer.read_request(sock)
-        sock.sendall(start)
-        give_up_at = time.monotonic() + 5
-        while time.monotonic() < give_up_at:
-            for byte in more:
-                sock.sendall(bytes([byte]))
-                if peer.stopped.wait(DRIP_S):
-                    return
-    return talk
-
-
-def says(*answers: bytes, forever: bytes = b"", reset: bool = False) -> Callable[[Peer, Any], None]:
-    """Gives each request of a connection its answer, the last one also endlessly, then closes."""
-    def talk(peer: Peer, sock: socket.socket) -> None:
-        for answer in answers:
-            peer.read_request(sock)
-            sock.sendall(answer)
-        while forever and not peer.stopped.is_set():
-            sock.sendall(forever)
-        if reset:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    return talk
-
-
-def http(body: object, status: str = "200 OK", headers: str = "") -> bytes:
-    """Gives a whole answer; a body that is not bytes goes as JSON."""
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return f"HTTP/1.1 {status}\r\nContent-Length: {len(raw)}\r\n{headers}\r\n".encode() + raw
-
-
-def envelope(data: object, code: object = 0, message: str = "success") -> dict[str, object]:
-    return {"code": code, "message": message, "data": data}
-
-
-def accepted(task_id: str = TASK.id) -> bytes:
-    return http(envelope({"taskId": task_id, "status": "pending"}))
-
-
-def task(status: str, task_id: str = TASK.id, **fields: object) -> bytes:
-    return http(envelope({"taskId": task_id, "status": status, **fields}))
-
-
-def executed(status: str, message: object = "", request_id: str = TASK.id) -> bytes:
-    return http(envelope({"requestId": request_id, "status": status, "message": message}))
-
-
 # -- arrangement -----------------------------------------------------------------------------
-
-def server_context(folder: Path, ca: Path | None = None, version: str = "") -> ssl.SSLContext:
-    """Gives an agent's context with the folder's one certificate; it demands ours of the CA."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    certificate = next((folder / "agents").glob("*.crt"))
-    context.load_cert_chain(certificate, certificate.with_suffix(".key"))
-    context.load_verify_locations((ca or folder) / "ca.crt")
-    context.verify_mode = ssl.CERT_REQUIRED
-    if version:
-        context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
-    return context
-
 
 @pytest.fixture(scope="module")
 def same_ca(certs, tmp_path_factory) -> Callable[..., Path]:
@@ -196,20 +67,6 @@ def local(same_ca) -> Path:
 @pytest.fixture(scope="module")
 def expired(same_ca) -> Path:
     return same_ca(HOST, DAYS="-1")
-
-
-@pytest.fixture
-def new_peer(certs):
-    """A function that starts a misbehaving agent; all are stopped at the end."""
-    peers = []
-
-    def start(talk, tls: ssl.SSLContext | None | bool = True, host: str = HOST) -> Peer:
-        peers.append(Peer(talk, server_context(certs) if tls is True else tls or None, host))
-        return peers[-1]
-
-    yield start
-    for peer in peers:
-        peer.stop()
 
 
 def among_others(method: Callable[..., Coroutine[rc.Wait, None, object]]) -> Callable[..., object]:
@@ -732,13 +589,6 @@ def test_close_ends_a_connection_attempt_and_nothing_leaves_later(new_client, ne
 
 
 # -- our certificate -------------------------------------------------------------------------
-
-def our_files(certs: Path, folder: Path) -> dict[str, str]:
-    """Copies our certificate and key; gives the settings that name them."""
-    for name in ("control.crt", "control.key"):
-        shutil.copy(certs / name, folder / name)
-    return {"CONTROL_CERT": f"{folder}/control.crt", "CONTROL_KEY": f"{folder}/control.key"}
-
 
 def test_certificates_renewed_on_disk_are_used_without_a_restart(new_client, new_peer, certs, local, tmp_path):
     client = new_client(**our_files(certs, tmp_path))

@@ -18,22 +18,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, add_nodes, eventually, leave_out, new_release, statuses
-from test_cli import AS_OTHERS, PROGRAM, Cli, Quick
+from conftest import leave_out
+from lab import AS_OTHERS, PROGRAM, ROOT, Quick, add_nodes, eventually, new_release, statuses
 
 import releasectl as rc
 
 DAY_S = 86400.0
-
-
-@pytest.fixture
-def cli(tmp_path):
-    return Cli(tmp_path)
-
-
-@pytest.fixture
-def quick(tmp_path):
-    return Quick(tmp_path)
 
 
 def run(*command: object, **more) -> str:

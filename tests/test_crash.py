@@ -11,7 +11,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DRIVERS, ROOT, leave_out
+from conftest import leave_out
+from lab import DRIVERS, ROOT
 
 TORTURE = str(ROOT / "scripts" / "torture")
 IS_LONG = os.environ.get("TEST_LONG") == "1"

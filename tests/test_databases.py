@@ -18,9 +18,8 @@ import urllib.parse
 import urllib.request
 
 import pytest
-from conftest import DRIVERS, ROOT, add_nodes, admin, eventually, leave_out, new_release
-from test_cli import Cli, answers, free_port
-from test_logs import Listener
+from conftest import leave_out
+from lab import DRIVERS, ROOT, Cli, Listener, add_nodes, admin, answers, eventually, free_port, new_release
 
 import releasectl as rc
 
@@ -47,11 +46,6 @@ def errors(monkeypatch):
     monkeypatch.setattr(rc.log, "disabled", False)
     listener.setLevel(logging.ERROR)
     return listener.records
-
-
-@pytest.fixture
-def cli(tmp_path):
-    return Cli(tmp_path)
 
 
 @pytest.fixture

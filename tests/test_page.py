@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 from browser import PROGRAM, Browser
-from conftest import ADDRESSES, ROOT, World, add_nodes, eventually, leave_out, new_release, settings_for
+from conftest import leave_out
+from lab import ADDRESSES, ROOT, World, add_nodes, eventually, new_release, settings_for
 
 import releasectl as rc
 
@@ -109,7 +110,7 @@ class Page:
 
         try:
             eventually(has_words, within_s)
-        except pytest.fail.Exception:
+        except AssertionError:
             pytest.fail(f"{words!r} did not come within {within_s} s into {selector}, which said:\n{text}")
         return self
 

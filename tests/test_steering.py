@@ -6,7 +6,7 @@ import itertools
 import threading
 
 import pytest
-from conftest import ADDRESSES, add_nodes, assert_books_balance, eventually, new_release, statuses
+from lab import ADDRESSES, add_nodes, assert_books_balance, eventually, http, new_release, statuses
 from test_decision import NOW, POLICY, decide, failed_verdict, later, moves, node, outcome, release, running, sends
 
 import releasectl as rc

@@ -8,7 +8,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import ROOT, add_nodes, assert_books_balance, eventually, new_release, statuses
+from lab import ROOT, add_nodes, assert_books_balance, eventually, new_release, sql, statuses
 
 import releasectl as rc
 
@@ -35,11 +35,6 @@ def finish(store: rc.Store, claim: rc.Claim, node_id: int, verdict: rc.Verdict =
     nodes = [rc.adopt(n, now, POLICY)._replace(verdict=verdict if n.node_id == node_id else None)
              for n in nodes]
     store.commit(claim, release, rc.decide(release, rc.Roster(nodes), now, POLICY, slots=100), now, "test")
-
-
-def sql(store: rc.Store, statement: str, *params) -> int:
-    with store.database.transaction(write=True) as tx:
-        return tx.execute(statement, *params)
 
 
 # -- rule 1: creation --------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import logging
 import re
 import shutil
 import socket
@@ -20,55 +19,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ADDRESSES, SITES, add_nodes, eventually, new_release, settings_for, statuses
-from test_agent_client import Peer, accepted, envelope, executed, http, our_files, says, server_context, task
-from test_api import misfit, serving
-from test_cli import Cli, findings, mtls
+from lab import (
+    ADDRESSES,
+    HOST,
+    SITES,
+    Cli,
+    Peer,
+    accepted,
+    add_nodes,
+    envelope,
+    eventually,
+    executed,
+    findings,
+    http,
+    misfit,
+    mtls,
+    new_release,
+    our_files,
+    outcomes,
+    says,
+    serving,
+    settings_for,
+    statuses,
+    task,
+)
 
 import releasectl as rc
-
-HOST = ADDRESSES[0]
-
-
-def sql(store: rc.Store, statement: str, *params: object) -> None:
-    """Does what a person with a database client may do."""
-    with store.database.transaction(write=True) as tx:
-        tx.execute(statement, *params)
-
-
-def outcomes(store: rc.Store, release: rc.Release) -> list[tuple[str, str, str]]:
-    return [(n.status, n.error_kind, n.error_msg) for n in store.release_with_nodes(release.id)[1]]
 
 
 def details(store: rc.Store, release: rc.Release, event: str) -> list[str]:
     return [e.detail for e in store.events(release.id) if e.event == event]
-
-
-@pytest.fixture
-def cli(tmp_path):
-    return Cli(tmp_path)
-
-
-@pytest.fixture
-def new_peer(certs):
-    """A function that starts an agent which answers as a test says; all are stopped at the end."""
-    peers = []
-
-    def start(talk, tls: ssl.SSLContext | None | bool = True, host: str = HOST) -> Peer:
-        peers.append(Peer(talk, server_context(certs) if tls is True else tls or None, host))
-        return peers[-1]
-
-    yield start
-    for peer in peers:
-        peer.stop()
-
-
-@pytest.fixture
-def told(caplog, monkeypatch):
-    """What was logged."""
-    monkeypatch.setattr(rc.log, "propagate", True)
-    caplog.set_level(logging.INFO)
-    return caplog
 
 
 # -- the agent's words -------------------------------------------------------------------------------------------
