@@ -98,7 +98,7 @@ node_changes() { # RELEASE BATCH
 check_histories() {
     local found
     found=$(sql "SELECT release_task_id, node_id, from_status, to_status FROM release_events ORDER BY id" |
-        "$python" "$root/tests/contract.py") || true
+        "$python" "$lab_root/tests/contract.py") || true
     matches "no history has a change that the contract does not know" "[1-9][0-9]* events" "$found"
 }
 

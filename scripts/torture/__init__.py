@@ -9,7 +9,7 @@
     databases      SQLite files; a PostgreSQL server with a standby
     agents         stand-in agents, and a record of what each was sent and ran
     figures        what was counted and found; which figures must be zero
-    tables         reads the tables, and checks them against the contract
+    tables         reads the tables, and checks them against the contract (tests/contract.py)
     agent_checks   checks the tables against what the agents were sent and ran
     claim_trail    the database's own record of who wrote under whose claim
     laboratory     what every phase works with
@@ -31,4 +31,4 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Where releasectl.py and schema.sql are; for a process that we start, the copy that the run began with.
 PROGRAM = Path(os.environ.get("TORTURE_PROGRAM", ROOT))
-sys.path[:0] = [str(PROGRAM), str(ROOT / "scripts")]
+sys.path[:0] = [str(PROGRAM), str(ROOT / "scripts"), str(ROOT / "tests")]

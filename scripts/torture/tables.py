@@ -8,23 +8,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from contract import AT_REST, TERMINAL, Change, Histories, Subject
 from fake_agent import payload_sha256
 
 import releasectl as rc
 
 from .figures import Finding
-
-# The statuses that may follow each; "" is the beginning.
-NEXT_OF_RELEASE = {
-    "": {"pending"}, "pending": {"running", "paused", "cancelling"},
-    "running": {"success", "partial", "failed", "paused", "cancelling"},
-    "paused": {"pending", "running", "cancelling"}, "cancelling": {"cancelled"},
-}
-# pending to failed: it was sent a higher version meanwhile; success to failed: the re-verification after the soak.
-NEXT_OF_NODE = {"": {"pending"}, "pending": {"running", "skipped", "failed"}, "running": {"success", "failed"},
-                "success": {"failed"}}
-TERMINAL = {"success", "partial", "failed", "cancelled"}
-AT_REST = {"success", "failed", "skipped"}
 
 
 class ReleaseRow(NamedTuple):
@@ -121,25 +110,17 @@ def _check_release(release: ReleaseRow, nodes: list[NodeRow]) -> Iterator[Findin
 
 def _check_histories(tables: Tables) -> Iterator[Finding]:
     """Yield every break in a chain of events: one event for each change, each change allowed."""
-    rows: dict[tuple[int, int | None], str] = {(release.id, None): release.status for release in tables.releases}
-    rows.update({(node.release_id, node.node_id): node.status for node in tables.nodes})
-    seen = {key: "" if key[1] is None else "pending" for key in rows}
+    histories = Histories()
     for event in tables.events:
-        key = (event.release_id, event.node_id)
-        if event.from_status == event.to_status:
-            continue  # the freeze, which changes no status
-        allowed = (NEXT_OF_RELEASE if event.node_id is None else NEXT_OF_NODE).get(event.from_status, set())
-        if event.from_status != seen.get(key):
-            yield Finding("history", f"{event} does not follow {seen.get(key)!r}")
-        elif event.to_status not in allowed:
-            yield Finding("history", f"{event} is no change that the contract knows")
-        if event.node_id is not None and seen.get((event.release_id, None)) in TERMINAL:
-            yield Finding("late", f"{event} is after the end of its release")
-        seen[key] = event.to_status
-    for key, status in rows.items():
-        if seen[key] != status:
-            yield Finding("history", f"release {key[0]}, node {key[1]}: its events end at {seen[key]!r}, "
-                                     f"its row is {status}")
+        for broken in histories.follow(Change(event.release_id, event.node_id, event.from_status, event.to_status)):
+            yield Finding("late" if broken.is_late else "history", f"{event}: {broken.what}")
+    ends: dict[Subject, str] = {(release.id, None): release.status for release in tables.releases}
+    ends.update({(node.release_id, node.node_id): node.status for node in tables.nodes})
+    for (release_id, node_id), status in ends.items():
+        known = histories.status_of(release_id, node_id)
+        if status != known:
+            yield Finding("history", f"release {release_id}, node {node_id}: its events end at {known!r}, its row is "
+                                     f"{status}")
 
 
 def _check_order(tables: Tables) -> Iterator[Finding]:
