@@ -49,9 +49,11 @@ fuzz: $(FUZZ_STAMP) ## generated requests against a running API: from /openapi.j
 	$(VENV_PYTHON) scripts/fuzz_api.py --examples $(FUZZ_EXAMPLES) $(FUZZ_ARGS)
 	$(VENV_PYTHON) -m pytest -q tests/test_api_hostile.py -k scanner
 
-lint: $(LINT_STAMP) ## ruff and mypy
+lint: $(LINT_STAMP) ## ruff, mypy and, where it is installed, shellcheck
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m mypy
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; else \
+		echo "shellcheck is missing: the shell scripts were not checked (Debian: apt-get install shellcheck)" >&2; fi
 
 format: $(LINT_STAMP) ## mend what ruff can mend, sort the imports
 	$(VENV_PYTHON) -m ruff check --fix .

@@ -273,7 +273,7 @@ def take_turns(runs: int, contenders: dict[str, Callable[[], Turn]]) -> dict[str
 
 
 def median(turns: Sequence[Turn], field: str = "seconds") -> float:
-    return statistics.median(getattr(turn, field) for turn in turns)
+    return float(statistics.median(getattr(turn, field) for turn in turns))
 
 
 # ---------------------------------------------------------------------------
@@ -621,7 +621,12 @@ def run_reader(port: int, pause_s: float, paths: Sequence[str]) -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     stop = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.readline(), stop.set()), daemon=True).start()
+
+    def wait_for_stop() -> None:
+        sys.stdin.readline()
+        stop.set()
+
+    threading.Thread(target=wait_for_stop, daemon=True).start()
     taken: dict[str, list[float]] = {path: [] for path in paths}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=BENCH_TIMEOUT_S)
     while not stop.is_set():

@@ -649,7 +649,7 @@ class Simulation:
             driver.is_turning = False
         if wait_s is None:
             driver.lease.is_lost = True
-            owner.ended(driver)
+            owner.ended(driver)  # type: ignore[arg-type]
             return
         self.at(wait_s, lambda: self.turn(owner, driver) if driver.turns == number else None, owner)
 

@@ -1,4 +1,4 @@
-"""Killed anywhere, by anyone: short runs of scripts/torture.py, real processes on both engines.
+"""Killed anywhere, by anyone: short runs of scripts/torture, real processes on both engines.
 
 On PostgreSQL a standby that lacks the last commits takes over as well.
 TEST_LONG=1 makes the long ones: at least 1,000 kills and 200 suspensions on each engine.
@@ -14,7 +14,7 @@ import pytest
 from conftest import leave_out
 from lab import DRIVERS, ROOT
 
-TORTURE = str(ROOT / "scripts" / "torture.py")
+TORTURE = str(ROOT / "scripts" / "torture")
 IS_LONG = os.environ.get("TEST_LONG") == "1"
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def engine(request):
 
 
 def torture(*arguments: str, limit_s: float = 300.0) -> dict:
-    """Runs torture.py; gives its figures, and fails when one that must be zero is not."""
+    """Runs it; gives its figures, and fails when one that must be zero is not."""
     command = [sys.executable, TORTURE, "--json", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -39,7 +39,7 @@ def torture(*arguments: str, limit_s: float = 300.0) -> dict:
         except subprocess.TimeoutExpired:
             process.terminate()  # it ends what it started
             output, errors = process.communicate(timeout=60)
-            pytest.fail(f"torture.py was not done within {limit_s} s: {errors[-3000:]}")
+            pytest.fail(f"torture was not done within {limit_s} s: {errors[-3000:]}")
     assert process.returncode == 0, f"{output[-6000:]}\n{errors[-3000:]}"
     figures = json.loads(output)
     assert set(figures["zeros"].values()) == {0}

@@ -325,7 +325,7 @@ def test_rule_9_a_deadline_that_passed_while_nobody_looked_leaves_time_for_one_q
 def test_rule_9_an_execute_agent_is_left_alone_until_the_hold_is_over(hold_until, wait_s):
     found = node(1, "running", protocol="execute", hold_until=hold_until)
     adopted = rc.adopt(found, later(10), POLICY)
-    assert (adopted.next_op, adopted.due - later(10).elapsed) == ("dispatch", pytest.approx(wait_s, abs=0.01))  # type: ignore[comparison-overlap]
+    assert (adopted.next_op, adopted.due - later(10).elapsed) == ("dispatch", pytest.approx(wait_s, abs=0.01))
 
 
 @pytest.mark.parametrize("status", ["pending", "success", "failed", "skipped"])

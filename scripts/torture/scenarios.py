@@ -1,0 +1,52 @@
+"""Which command passes which point, and what it finds when it starts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .injector import POINTS
+
+PAYLOAD_FILE = "PAYLOAD_FILE"  # in a command: the path of a file that holds PAYLOAD
+
+
+class Scenario(NamedTuple):
+    """A command of releasectl, and what it works on."""
+
+    command: tuple[str, ...]
+    protocols: tuple[str, ...] = ("tasks", "tasks", "execute")  # of the agents, one a node
+    task_ms: int = 80
+    before: str = "created"  # what is there: "" an empty database, "nodes", a "created" or a "cancelled" release
+    settings: tuple[tuple[str, object], ...] = ()
+    first: str = ""  # an injection that comes before the one that is tried
+    outcome: str = "success"  # of the agents' tasks, and so of the release
+
+
+DRAIN = Scenario(("run-once", "--drain"))
+SERVE = Scenario(("serve",))
+# Tasks that last longer than a third of the claim, so that it is renewed.
+SLOW = DRAIN._replace(task_ms=700)
+# A tick that leaves while tasks are in flight, so that it lets its claim go.
+TICK = Scenario(("run-once",), ("tasks", "tasks"), 900, settings=(("RELEASE_EXECUTOR_INTERVAL_SEC", 0.1),))
+# Where a point is passed, if not by DRAIN.
+OTHER_SCENARIOS = {
+    "migrate": DRAIN._replace(before=""),
+    "renew": SLOW,
+    "let_go": TICK,
+    "create_release": Scenario(("create", "--reason", "torture", "--payload", PAYLOAD_FILE), before="nodes"),
+    "was_written": DRAIN._replace(first="commit:lost:1"),
+    "act": Scenario(("cancel", "1")),
+    "retry": Scenario(("retry", "1"), before="cancelled"),
+    "set_first_version": Scenario(("migrate", "--first-version", "50")),
+}
+SCENARIOS = {point: OTHER_SCENARIOS.get(point, DRAIN) for point in POINTS}
+# Those that an executor passes.
+EXECUTOR_POINTS = [point for point, scenario in SCENARIOS.items() if scenario.command[0] == "run-once"]
+# Those that change nothing: a suspension there is no more than slowness.
+READING_POINTS = {"look", "obstacles", "holds", "claimed_release", "claimed_release_with_nodes", "find_release"}
+
+# Tasks that a new owner finds still running, and that fail: an agent would run them again under another id.
+LONG = DRAIN._replace(protocols=("tasks", "tasks"), task_ms=2200, outcome="failed")
+LONG_POINTS = ("commit", "dispatch", "query", "claim", "renew")
+
+# Small, for the phase that tries every call of the database.
+FAULT_SCENARIOS = [scenario._replace(protocols=("tasks", "execute"), task_ms=30) for scenario in (DRAIN, SERVE)]
