@@ -253,7 +253,7 @@ def fleets(certs: Path) -> Iterator[Callable[..., Fleet]]:
         yield start
 
 
-TASK = rc.AgentTask("apply_config_10.0.0.7_42", "apply_config", 42, {"a": 1})
+TASK_ID = "apply_config_10.0.0.7_42"
 DRIP_S = 0.05
 
 
@@ -376,15 +376,15 @@ def envelope(data: object, code: object = 0, message: str = "success") -> dict[s
     return {"code": code, "message": message, "data": data}
 
 
-def accepted(task_id: str = TASK.id) -> bytes:
+def accepted(task_id: str = TASK_ID) -> bytes:
     return reply(envelope({"taskId": task_id, "status": "pending"}))
 
 
-def task(status: str, task_id: str = TASK.id, **fields: object) -> bytes:
+def task(status: str, task_id: str = TASK_ID, **fields: object) -> bytes:
     return reply(envelope({"taskId": task_id, "status": status, **fields}))
 
 
-def executed(status: str, message: object = "", request_id: str = TASK.id) -> bytes:
+def executed(status: str, message: object = "", request_id: str = TASK_ID) -> bytes:
     return reply(envelope({"requestId": request_id, "status": status, "message": message}))
 
 
