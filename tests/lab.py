@@ -123,6 +123,17 @@ def admin(server_url: str, statement: str) -> None:
         connection.close()
 
 
+def take_away(url: str) -> None:
+    """Make a database unreachable, for those connected to it too."""
+    if url.startswith("sqlite:///"):
+        path = url[len("sqlite:///"):]
+        os.rename(path, path + ".away")
+        return
+    server, name = database_on(url, "postgres"), url.rsplit("/", 1)[1]
+    admin(server, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    admin(server, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+
+
 def add_nodes(store: rc.Store, count: int, protocol: str = "tasks", first: int = 1) -> list[rc.Node]:
     """Add nodes edge-1, edge-2, ... whose agents nobody calls."""
     return [store.add_node(f"edge-{n}", ADDRESSES[n - 1], agent_protocol=protocol)
@@ -731,6 +742,17 @@ def serving(store: rc.Store, **settings: Any) -> Iterator[Client]:
 
 def sha256(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def serving_one_node(folder: Path) -> Iterator[Client]:
+    """Give a client of a server over a new SQLite database with one node."""
+    migrate(f"sqlite:///{folder}/test.db")
+    store = rc.Store(rc.Database(f"sqlite:///{folder}/test.db"))
+    add_nodes(store, 1)
+    with serving(store) as client:
+        yield client
+    store.database.close()
 
 
 # A tokens file, and the header of its operator.
