@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints the man page of releasectl, made from its tables of commands and settings: `make man`."""
+"""Print the man page of releasectl, made from its tables of commands and settings: `make man`."""
 from __future__ import annotations
 
 import sys
@@ -42,7 +42,7 @@ installing and running it; what to do when something is wrong"""
 
 
 def text(words: object) -> str:
-    """Gives text that roff shows as it is; a line may not begin with one of its control characters."""
+    """Return text that roff shows as it is; a line may not begin with one of its control characters."""
     escaped = str(words).replace("\\", r"\e").replace("-", r"\-").replace("'", r"\(aq").replace("~", r"\(ti")
     return r"\&" + escaped if escaped.startswith(".") else escaped
 
@@ -52,7 +52,7 @@ def bold(words: str) -> str:
 
 
 def option(flags: tuple[str, ...], keywords: Mapping[str, Any]) -> str:
-    """Gives an option, or a word of the command, as it is written."""
+    """Return an option, or a word of the command, as it is written."""
     values = "|".join(keywords.get("choices", ()))
     if not flags[0].startswith("-"):
         word = rf"\fI{text(keywords.get('metavar') or values or flags[0].upper())}\fR"
@@ -81,7 +81,7 @@ def table(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def page() -> str:
-    """Gives the whole page."""
+    """Return the whole page."""
     lines = [HEAD.format(version=text(rc.__version__)), ".SH OPTIONS", "These stand before or behind every command:",
              *options(rc.COMMON_OPTIONS), ".SH COMMANDS"]
     for one in rc.COMMANDS:

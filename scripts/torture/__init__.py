@@ -24,11 +24,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-# Where releasectl.py and schema.sql are; for a process that we start, the copy that the run began with.
-PROGRAM = Path(os.environ.get("TORTURE_PROGRAM", ROOT))
-sys.path[:0] = [str(PROGRAM), str(ROOT / "scripts"), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tests"))
+
+import lab  # noqa: E402, F401 - with it releasectl and fake_agent are found as well

@@ -69,7 +69,7 @@ class Chaos:
         self._operator = Operator(self._url, self._agents, self._figures, self._random.randrange(2**32))
         self._take_overs = TakeOvers(self._database, self._figures)
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
-        self._is_watched = threading.Event()
+        self._stop_watch = threading.Event()
         self._workers: list[Worker] = []
         self._suspended: list[Worker] = []
         self._due: dict[str, float] = {}  # when something of a kind happens next
@@ -110,7 +110,7 @@ class Chaos:
     # -- what may be wrong at no moment ------------------------------------------------------
 
     def _watch(self) -> None:
-        while not self._is_watched.wait(0.025):
+        while not self._stop_watch.wait(0.025):
             try:
                 self._take_overs.update()
                 self._figures.add(check_intents(self._database, self._agents), "meanwhile")
@@ -120,7 +120,7 @@ class Chaos:
         self._take_overs.close()
 
     def _stop_watching(self) -> None:
-        self._is_watched.set()
+        self._stop_watch.set()
         self._watcher.join(30)
 
     # -- workers -------------------------------------------------------------------------------

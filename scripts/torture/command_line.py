@@ -20,7 +20,7 @@ exits with 1 when a figure that must be zero is not; the folder with the evidenc
 The seed settles what is tried and when, not how the machine schedules it.
 
 releasectl.py and schema.sql are copied first, so that nobody's editing disturbs a run;
-TORTURE_PROGRAM names another folder to take them from.
+LAB_PROGRAM names another folder to take them from.
 """
 
 from __future__ import annotations

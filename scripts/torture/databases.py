@@ -13,9 +13,9 @@ import urllib.parse
 from pathlib import Path
 from typing import Any, Callable, TypeVar, Union
 
-import releasectl as rc
+from lab import SCRIPTS, database_on
 
-from . import ROOT
+import releasectl as rc
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ class PostgresServer:
             name = f"torture_{os.getpid()}_{next(self._numbers)}"
             self._made.append(name)
         self._run(f"CREATE DATABASE {name}")
-        return _with_database(self._url, name)
+        return database_on(self._url, name)
 
     def free(self, url: str) -> None:
         """Empty a database, for whoever asks for one next."""
@@ -132,7 +132,7 @@ class PostgresServer:
                 "&target_session_attrs=read-write")
 
     def url_of_standby(self, url: str) -> str:
-        return _with_database(self._standby_url, _name_of(url))
+        return database_on(self._standby_url, _name_of(url))
 
     def cut_off_standby(self) -> None:
         """Let the standby receive nothing more; return when it has applied what it had."""
@@ -174,18 +174,14 @@ class PostgresServer:
 
     @staticmethod
     def _control(*words: str) -> str:
-        script = str(ROOT / "scripts" / "postgres.sh")
-        done = subprocess.run(["bash", script, *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(["bash", str(SCRIPTS / "postgres.sh"), *words], capture_output=True, text=True,
+                              check=False)
         if done.returncode:
             raise OSError(f"postgres.sh {words[0]}: {done.stderr.strip()}")
         return done.stdout.strip()
 
 
 Databases = Union[SqliteFiles, PostgresServer]
-
-
-def _with_database(url: str, name: str) -> str:
-    return f"{url.rsplit('/', 1)[0]}/{name}"
 
 
 def _name_of(url: str) -> str:

@@ -6,17 +6,16 @@ import json
 import os
 import random
 import shutil
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from . import PROGRAM, ROOT
+from lab import SITES, make_certs
+
+import releasectl as rc
+
 from .databases import Databases, PostgresServer, SqliteFiles
 from .figures import Figures
 from .workers import Workers
-
-# An execute agent would drop all its sites without "websites", so such a release is refused.
-PAYLOAD: dict[str, object] = {"websites": []}
 
 
 class Laboratory(NamedTuple):
@@ -52,11 +51,12 @@ def set_up(folder: Path, figures: Figures, database_url: str = "", tls_agents: i
     program = folder / "program"
     program.mkdir()
     for name in ("releasectl.py", "schema.sql"):
-        shutil.copy(PROGRAM / name, program)
-    os.environ["TORTURE_PROGRAM"] = str(program)
+        shutil.copy(Path(rc.__file__).with_name(name), program)
+    os.environ["LAB_PROGRAM"] = str(program)
     (folder / "logs").mkdir()
-    (folder / "payload.json").write_text(json.dumps(PAYLOAD))
-    certs = _make_certs(folder / "certs", tls_agents) if tls_agents else None
+    (folder / "payload.json").write_text(json.dumps(SITES))
+    names = ",".join(f"127.0.1.{number}" for number in range(1, tls_agents + 1))
+    certs = make_certs(folder / "certs", names) if names else None
     databases: Databases
     if figures.engine == "postgresql":
         databases = PostgresServer(folder, database_url)
@@ -64,10 +64,3 @@ def set_up(folder: Path, figures: Figures, database_url: str = "", tls_agents: i
         databases = SqliteFiles(Path(database_url[len("sqlite:///"):]).parent if database_url else folder)
     return Laboratory(databases, certs, Workers(folder / "logs", program), figures, folder,
                       random.Random(figures.seed))
-
-
-def _make_certs(folder: Path, agents: int) -> Path:
-    names = ",".join(f"127.0.1.{number}" for number in range(1, agents + 1))
-    subprocess.run(["bash", str(ROOT / "scripts" / "make_certs.sh"), str(folder), names], check=True,
-                   stdout=subprocess.DEVNULL)
-    return folder

@@ -10,12 +10,12 @@ import threading
 import time
 
 from fake_agent import payload_sha256
+from lab import SITES
 
 import releasectl as rc
 
 from .agents import RecordedAgents
 from .figures import Figures
-from .laboratory import PAYLOAD
 from .tables import read_open_releases
 
 
@@ -94,7 +94,7 @@ class Operator:
         strategy = {"startAt": rc.utc_text(time.time() + self._random.uniform(0.5, 4.0))} if (
             self._random.random() < 0.1) else {}
         mark = next(self._marks)
-        payload = {**PAYLOAD, "mark": mark}
+        payload = {**SITES, "mark": mark}
         content = payload_sha256(payload)
         self._agents.losses.created_at[content] = time.monotonic()
         self._store.create_release(rc.ReleaseRequest(

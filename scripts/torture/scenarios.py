@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .injector import POINTS
 
-PAYLOAD_FILE = "PAYLOAD_FILE"  # in a command: the path of a file that holds PAYLOAD
+PAYLOAD_FILE = "PAYLOAD_FILE"  # in a command: the path of the file that a laboratory has
 
 
 class Scenario(NamedTuple):

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from lab import SITES
+
 import releasectl as rc
 
 from .agent_checks import check_agents, check_intents
@@ -22,7 +24,7 @@ from .claim_trail import begin_trail, check_trail
 from .databases import retry
 from .figures import Finding
 from .injections import CALL, COUNTED, COUNTING, FAULTS, Injection
-from .laboratory import PAYLOAD, Laboratory
+from .laboratory import Laboratory
 from .scenarios import FAULT_SCENARIOS, LONG, LONG_POINTS, PAYLOAD_FILE, READING_POINTS, SCENARIOS, Scenario
 from .tables import Tables, check_tables, read_open_releases, read_tables
 from .workers import CLEAN_EXITS, CLEAN_STOP_S, TRACE, Worker, settings_for
@@ -77,7 +79,7 @@ class Trial:
         retry(lambda: begin_trail(self._store.database))
         self._agents.add_nodes(self._store)
         if self.scenario.before != "nodes":
-            retry(lambda: self._store.create_release(rc.ReleaseRequest(reason="torture", payload=PAYLOAD), "torture"))
+            retry(lambda: self._store.create_release(rc.ReleaseRequest(reason="torture", payload=SITES), "torture"))
         self._agents.fleet.set(outcome=self.scenario.outcome)
         if self.scenario.before == "cancelled":
             self._store.act("cancel", 1, "torture")

@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lab import mtls
+
 from .fork_server import PACKAGE, Forked, ForkServer
 from .injections import FIRED, REPORT_PREFIX, Injection, parse_injection
 
@@ -143,6 +145,5 @@ def settings_for(url: str, certs: Path | None, claim_ttl_s: float, **more: objec
     if certs is None:
         values["MTLS_ENABLED"] = 0
     else:
-        values.update(CONTROL_CERT=certs / "control.crt", CONTROL_KEY=certs / "control.key",
-                      CONTROL_CA=certs / "ca.crt")
+        values.update(mtls(certs))
     return {name: str(value) for name, value in {**values, **more}.items()}
