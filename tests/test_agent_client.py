@@ -43,7 +43,8 @@ from lab import (
 import releasectl as rc
 
 TASK = rc.AgentTask(TASK_ID, "apply_config", 42, {"a": 1})
-LIMIT_S, MARGIN_S = 0.6, 0.8
+# Others may be at work beside us; who misbehaves does so for 5 s or longer.
+LIMIT_S, MARGIN_S = 0.6, 1.5
 # -- agents that misbehave -------------------------------------------------------------------
 
 # -- arrangement -----------------------------------------------------------------------------
