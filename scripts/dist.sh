@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export LC_ALL=C TZ=UTC
 umask 022
 
-readonly FILES=(releasectl.py schema.sql docs Makefile README.md README.zh-CN.md CHANGELOG.md CONTRIBUTING.md LICENSE
+readonly FILES=(releasectl.py schema.sql dashboard.html docs Makefile README.md README.zh-CN.md CHANGELOG.md CONTRIBUTING.md LICENSE
     scripts/demo.sh scripts/dist.sh scripts/fake_agent.py scripts/make_certs.sh)
 
 work=$(mktemp -d)

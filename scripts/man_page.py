@@ -35,6 +35,9 @@ TAIL = r""".SH FILES
 .I schema.sql
 the tables; it belongs beside releasectl.py
 .TP
+.I dashboard.html
+the dashboard; it belongs beside releasectl.py, and without it everything else works
+.TP
 .I docs/OPERATIONS.md, docs/RUNBOOK.md
 installing and running it; what to do when something is wrong"""
 

@@ -336,7 +336,7 @@ def test_the_units_take_modules_from_pythons_own_folders_alone(name):
 
 
 def test_isolated_it_takes_no_module_from_its_folder_or_the_environment(tmp_path):
-    for name in ("releasectl.py", "schema.sql"):
+    for name in ("releasectl.py", "schema.sql", "dashboard.html"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "codecs.py").write_text("raise SystemExit('taken from the folder')")
     (tmp_path / "json.py").write_text("raise SystemExit('taken from the folder')")

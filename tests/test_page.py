@@ -14,6 +14,8 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from typing import Any
 
 import pytest
@@ -245,10 +247,10 @@ def succeed(store: rc.Store, first: int, last: int) -> None:
 # -- what is served ----------------------------------------------------------------------------
 
 def test_the_page_is_one_document_whose_policy_allows_its_own_script_and_style_alone():
-    headers = rc.page_headers()
+    text, headers = rc.dashboard()
     policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
     for tag in ("script", "style"):
-        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", rc.PAGE, re.DOTALL)
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert policy.pop(f"{tag}-src") == f"'sha256-{digest}'"
     assert policy == {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'",
@@ -257,9 +259,55 @@ def test_the_page_is_one_document_whose_policy_allows_its_own_script_and_style_a
 
 
 def test_the_page_writes_text_only_and_names_no_other_host():
-    assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Function\(", rc.PAGE) == []
-    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)", rc.PAGE) == []
-    assert " style=" not in rc.PAGE
+    text = rc.dashboard().text
+    assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Function\(", text) == []
+    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text) == []
+    assert " style=" not in text
+
+
+@pytest.fixture
+def dashboard_file(tmp_path, monkeypatch):
+    """Where dashboard.html would have to stand; nothing is there yet, and nothing was read."""
+    monkeypatch.setattr(rc, "DASHBOARD_FILE", tmp_path / "dashboard.html")
+    rc.dashboard.cache_clear()
+    yield tmp_path / "dashboard.html"
+    rc.dashboard.cache_clear()
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    (None, "dashboard.html can't be read (no such file or directory): it belongs beside releasectl.py"),
+    (b"", "dashboard.html is empty or cut off: copy the one that came with this releasectl.py"),
+    (b"<!doctype html><p>half", "dashboard.html is empty or cut off: copy the one that came with this releasectl.py"),
+    (b"\xff", "dashboard.html can't be read (not UTF-8): it belongs beside releasectl.py")])
+def test_without_its_file_the_page_is_404_with_what_is_missing_and_all_else_works(
+        dashboard_file, sqlite_world, content, reason):
+    if content is not None:
+        dashboard_file.write_bytes(content)
+    daemon = Daemon(sqlite_world.store, settings_for(sqlite_world.url))
+    try:
+        with pytest.raises(urllib.error.HTTPError) as refused, urllib.request.urlopen(daemon.url, timeout=10):
+            pass
+        assert (refused.value.code, refused.value.headers["Content-Type"]) == (404, "application/json")
+        assert json.load(refused.value) == {"code": 3001, "message": f"no dashboard: {reason}", "data": None}
+        refused.value.close()
+        for path in ("readyz", "api/v1/health", "openapi.json"):
+            with urllib.request.urlopen(daemon.url + path, timeout=10) as answer:
+                assert answer.status == 200, path
+    finally:
+        daemon.stop()
+
+
+def test_the_page_is_read_at_the_first_request_and_kept_when_its_file_changes(dashboard_file):
+    api = rc.Api(rc.Store(rc.Database("sqlite://")))
+    request = rc.Request((), {}, {}, "test")
+    with pytest.raises(rc.AppError):
+        api.page(request)
+    dashboard_file.write_text("<style>a</style><script>b</script></html>\n")
+    first = api.page(request)  # a file that was forgotten needs no restart
+    dashboard_file.write_text("<style>c</style><script>d</script></html>\n")
+    assert api.page(request) == first
+    assert hashlib.sha256(b"b").digest() == base64.b64decode(
+        re.findall(r"script-src 'sha256-([^']+)'", first.headers["Content-Security-Policy"])[0])
 
 
 # -- health, which the page reads ------------------------------------------------------------------
@@ -326,7 +374,7 @@ def test_a_release_is_followed_to_failure_and_says_why_in_text_and_is_retried(li
     page, world = live(3)
     world.agent(1).set(outcome="failed", message=MARKUP)
     page.open().press("New release").fill(payload=PAYLOAD).plan().press("Create")
-    page.see("1 node failed", "#failures").see(MARKUP, "#failures pre").see("Mend what its message names", "#failures")
+    page.see("1 node failed", "#failures").see(MARKUP, "#failures pre").see("Fix what its message names", "#failures")
     assert page.count("main img") + page.count("main b") == 0
     page.see("Release 1 failed", "#pulse")
     page.run("document.querySelector('#failures ul a').click()")
@@ -350,11 +398,12 @@ def test_a_release_is_paused_and_resumed_from_the_page(live):
     new_release(world.store)
     page.open("#/releases/1").see("running", "main .chip")
     page.press("Pause").see("until someone resumes", "#ask").fill(reason="look first").press("Pause release 1")
-    page.see("paused", "main .chip").see("look first", "#timeline").see("waits for a person", "#pulse")
+    page.see("paused", "main .chip").see("look first", "#timeline").see("needs you: paused at batch ", "#pulse")
     world.agent(1).set(mode="normal")
     page.see("1 of 1 done", "#batch-1")
     assert world.runs() == [1, 0]
-    page.press("Resume").press("Resume release 1").see("2 nodes succeeded", "main")
+    page.press("Resume").see("Continues with batch 2 (1 node).", "#ask")
+    page.press("Resume release 1").see("2 nodes succeeded", "main")
 
 
 @pytest.mark.slow
@@ -398,7 +447,8 @@ def test_the_filter_is_in_the_address_and_the_way_back_leads_back(page):
     page.run("history.back()")
     page.see("Release 1", "tbody")
     page.open("#/releases/99").see("release 99 does not exist", "main")
-    page.open("#/nothing").see("There is no page nothing", "main")
+    page.open("#/nothing").see("There is no page nothing", "main").see("Page not found", "main h1")
+    page.press("Releases").see("History", "main")
 
 
 @pytest.mark.slow
@@ -406,9 +456,10 @@ def test_a_daemon_that_is_lost_and_comes_back_is_noticed_and_what_was_seen_stays
     add_nodes(sqlite_world.store, 2)
     new_release(sqlite_world.store)
     first = ServeProcess(sqlite_world.url)
-    page = new_page(first).open("#/releases/1").see("pending", "main .chip")
+    page = new_page(first).open("#/releases/1").see("pending", "main .chip").see("updated", "#age")
     first.stop()
-    page.see("The daemon can't be reached. Trying again", "#trouble").see("No contact", "#pulse")
+    page.see("The daemon can't be reached. Retrying.", "#trouble").see("Connection lost", "#pulse")
+    assert re.fullmatch(r"\d+ s ago, showing \d\d:\d\d:\d\d", page.text("#age"))
     page.see("Release 1", "main h1")
     sqlite_world.store.act("pause", 1, "test")
     second = ServeProcess(sqlite_world.url, first.port)
@@ -591,7 +642,7 @@ def test_what_a_new_release_leaves_out_is_told_before_and_after_its_creation(pag
     page.plan()
     for words in ("Left out: 3 nodes.", "maintenance: edge-3, edge-5", f"disabled: {MARKUP}"):
         page.see(words, "#plan")
-    page.press("Create").see("Release 1 is created", "#ask h2").see("Version 1 goes to 40 nodes.", "#ask")
+    page.press("Create").see("Release 1 created", "#ask h2").see("Version 1 goes to 40 nodes.", "#ask")
     page.see("maintenance: edge-3, edge-5", "#ask")
     assert page.address() == "#/releases/1"
     page.press("Close").see("pending", "main .chip")
@@ -674,7 +725,7 @@ def test_what_the_daemon_plans_refuses_and_leaves_out_is_what_the_page_says(live
     page.fill(toRelease="9").press("Show the plan").see("9", "#ask .refused")
     store.update_node(3, {"enabled": 0})
     page.fill(toRelease="1").plan().see("Left out: 1 node.", "#plan").see("edge-3", "#plan")
-    page.press("Roll back release 3").see("Release 4 is created", "#ask h2").see("edge-3", "#ask").press("Close")
+    page.press("Roll back release 3").see("Release 4 created", "#ask h2").see("edge-3", "#ask").press("Close")
     page.see("2 nodes succeeded", "main").see("Release 3", "main dl")
     assert page.address() == "#/releases/4"
 
@@ -709,10 +760,12 @@ def test_a_token_is_asked_for_kept_for_the_session_and_sent(new_page, sqlite_wor
     add_nodes(sqlite_world.store, 1)
     new_release(sqlite_world.store)
     page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url, API_TOKENS_FILE=file)))
-    page.open("#/releases/1").see("asks for a token", "#ask").fill(token="wrong").enter("[name=token]")
-    page.see("this token is not known", "#ask").fill(token="open sesame").press("Go on").see("pending", "main .chip")
+    page.open("#/releases/1").see("Enter your API token", "#ask").see("Signed out", "main h1")
+    page.fill(token="wrong").enter("[name=token]")
+    page.see("This token isn't valid: mistyped, or removed on the server.", "#ask").fill(token="open sesame")
+    page.press("Sign in").see("pending", "main .chip")
     assert page.run("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
-    page.see("Your token only reads (viewer).", "#why")
+    page.see("Read only: your token is a viewer's.", "#why")
     assert page.run("document.querySelector('#verb-pause').getAttribute('aria-disabled')") == "true"
     page.run("location.reload()")
     page.see("pending", "main .chip")
@@ -736,11 +789,11 @@ def test_health_shows_executor_database_certificates_and_claims(live):
     world.agent(1).set(mode="refuse")
     new_release(world.store)
     page.open("#/health")
-    for words in ("Last look for work", "takes writes", "CONTROL_CERT", "days left", "claim ends in", rc.__version__):
+    for words in ("Last tick", "writable", "CONTROL_CERT", "days left", "expires in", rc.__version__):
         page.see(words, "main")
     assert "Freeze" in page.text("main") or (404, f"{page.daemon.url}api/v1/freeze") in page.browser.answers
     world.agent(1).set(mode="normal")
-    page.see("Nobody", "main")
+    page.see("No release is claimed", "main")
 
 
 # -- for everybody -----------------------------------------------------------------------------------
