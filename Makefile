@@ -56,7 +56,7 @@ lint: $(LINT_STAMP) ## ruff and mypy
 lint-page: $(PAGE_LINT_STAMP) ## html-validate, ESLint and stylelint on dashboard.html (needs npm)
 	$(PAGE_LINT)/node_modules/.bin/html-validate --config $(PAGE_LINT)/.htmlvalidate.json dashboard.html
 	$(PAGE_LINT)/node_modules/.bin/eslint --config $(PAGE_LINT)/eslint.config.mjs dashboard.html
-	$(PAGE_LINT)/node_modules/.bin/stylelint --config $(PAGE_LINT)/.stylelintrc.json dashboard.html
+	$(PAGE_LINT)/node_modules/.bin/stylelint --config $(PAGE_LINT)/stylelint.config.mjs dashboard.html
 
 format: $(LINT_STAMP) ## mend what ruff can mend, sort the imports
 	$(VENV_PYTHON) -m ruff check --fix .
