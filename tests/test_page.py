@@ -36,10 +36,11 @@ NEWER = {"code": 3003, "data": None, "message": "release 5 (v5) succeeded later 
 class Daemon:
     """What `serve` runs, in this process: the API, and an executor where one is wanted."""
 
-    def __init__(self, store: rc.Store, settings: rc.Settings, executor: rc.Executor | None = None):
+    def __init__(self, store: rc.Store, settings: rc.Settings, executor: rc.Executor | None = None,
+                 api: rc.Api | None = None):
         self.store, self.executor = store, executor
-        api = rc.Api(store, executor.nudge,
-                     process=lambda: rc.process_json(settings, executor)) if executor else rc.Api(store)
+        api = api or (rc.Api(store, executor.nudge, process=lambda: rc.process_json(settings, executor)) if executor
+                      else rc.Api(store))
         self._server = rc.ApiServer(settings, api)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/"
         self._threads = [threading.Thread(target=self._server.serve_forever, args=(0.02,))]
@@ -794,6 +795,19 @@ def test_health_shows_executor_database_certificates_and_claims(live):
     assert "Freeze" in page.text("main") or (404, f"{page.daemon.url}api/v1/freeze") in page.browser.answers
     world.agent(1).set(mode="normal")
     page.see("No release is claimed", "main")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("last_at", "words"), [("2026-01-02T03:04:05.000Z", "Last tick 2026-01-02 "),
+                                                (None, "No tick since its start on host-a.")])
+def test_an_executor_that_is_stalled_is_told_with_its_host_and_where_to_look(
+        new_page, sqlite_world, last_at, words):
+    api = rc.Api(sqlite_world.store, process=lambda: {"certificates": [], "executor": {
+        "enabled": True, "owner": "host-a:1:9f3a61c0", "lastLookAt": last_at}})
+    api.started_at -= 600
+    page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url), api=api)).open()
+    page.see("Executor stalled", "#pulse").see(words, "main .verdict")
+    page.see("on host-a. See journalctl -u releasectl -n 50 there.", "main .verdict")
 
 
 # -- for everybody -----------------------------------------------------------------------------------
