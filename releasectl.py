@@ -76,7 +76,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from collections.abc import Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Coroutine, Generator, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import (
@@ -485,6 +485,24 @@ METRICS: tuple[Metric, ...] = (
 )
 # Upper ends of the histogram's buckets, seconds: an agent's word takes milliseconds, its work a minute.
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Outage:
+    """An error that lasts: one line when it begins or changes, not one for each try."""
+
+    def __init__(self) -> None:
+        # "" while all is well.
+        self.error = ""
+
+    def log(self, subject: object, error: object, extra: dict[str, Any] | None = None) -> None:
+        """Log an error unless it is the one that lasts already."""
+        if str(error) != self.error:
+            log.error("%s: %s; trying again", subject, error, extra=extra)
+        self.error = str(error)
+
+    def end(self) -> None:
+        """Log the next error, whatever it is."""
+        self.error = ""
 
 
 class Metrics:
@@ -6058,23 +6076,9 @@ async def _late_alert(timed: TimedSocket) -> str:
 # ======================================================================================
 # 11 Executor: claim, lease, and the loop that joins decision, store and agents. Uses 1 to 10.
 #
-#   One driver thread a claimed release alone reads and writes its rows. Conversations only talk
-#   to agents and put outcomes on its queue. One lease thread renews. Persist, then send.
+#   One driver thread a claimed release alone reads and writes its rows. Coroutines only talk to
+#   agents and put outcomes on its queue. One lease thread renews all claims. Persist, then send.
 # ======================================================================================
-
-# While one is at the mathematics of a TLS handshake, which leave the interpreter free, the other goes on.
-TALKING_THREADS = 2
-
-
-@contextlib.contextmanager
-def starting_threads() -> Iterator[None]:
-    """Raises ConfigError where a thread within can't be started, or gets no descriptors."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        raise ConfigError(f"no thread can be started ({error}): this process needs more of `ulimit -u` (TasksMax) "
-                          "or `ulimit -n`") from None
-
 
 class Lease:
     """A claim, and until when this process may rely on it by its own clock."""
@@ -6085,23 +6089,483 @@ class Lease:
         self.is_lost = False
 
     def is_valid(self, elapsed: float) -> bool:
-        """Says whether a request may leave now."""
+        """Return whether a request may leave at this moment of the elapsed clock."""
         return not self.is_lost and elapsed < self.valid_until
 
 
-class Tick(NamedTuple):
-    """What run_once did: releases that it worked on as they are now, how many others hold, whether stop() ended it.
+class Slots:
+    """AGENT_CONCURRENCY, in equal shares for the drivers of this process.
 
-    vanished: ids of those that are no longer in the database.
+    A driver takes slots before it commits a dispatch: one that is written down and then queued would leave too late.
     """
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._guard = threading.Lock()
+        # Slots of each driver that runs.
+        self._held: dict[Hashable, int] = {}
+        # Drivers that got less than their share, and how each is woken when a slot is free.
+        self._short: dict[Hashable, Callable[[], None]] = {}
+
+    def join(self, driver: Hashable) -> None:
+        """Count a driver in: the shares of the others get smaller."""
+        with self._guard:
+            self._held[driver] = 0
+
+    def held(self, driver: Hashable) -> int:
+        """Return how many slots a driver has."""
+        return self._held.get(driver, 0)
+
+    def take(self, driver: Hashable, wake: Callable[[], None]) -> int:
+        """Give a driver what is free of its share and return how many slots that is; wake it later if it was less."""
+        with self._guard:
+            share = max(1, self._limit // max(1, len(self._held))) - self.held(driver)
+            count = max(0, min(share, self._limit - sum(self._held.values())))
+            self._held[driver] = self.held(driver) + count
+            if count < share:
+                self._short[driver] = wake
+            return count
+
+    def give_back(self, driver: Hashable, count: int, had_enough: bool = False) -> None:
+        """Take slots back from a driver and wake those that are short of some; had_enough: it is not one of them."""
+        if count:
+            with self._guard:
+                self._held[driver] -= count
+                if had_enough:
+                    self._short.pop(driver, None)
+                woken, self._short = self._short, {}
+            for wake in woken.values():
+                wake()
+
+    def leave(self, driver: Hashable) -> None:
+        """Count a driver out at its end."""
+        self.give_back(driver, self.held(driver), had_enough=True)
+        with self._guard:
+            self._held.pop(driver, None)
+            self._short.pop(driver, None)
+
+
+@dataclasses.dataclass
+class DriverContext:
+    """What the drivers of one executor share."""
+    settings: Settings
+    store: Store
+    agents: AgentClient
+    owner: str
+    policy: Policy
+    slots: Slots
+    # Set when the process is to end.
+    stopping: threading.Event
+    # Start a coroutine that talks to an agent.
+    submit: Callable[[Callable[[], Coroutine[Wait, None, None]]], None]
+    # Called by a driver's thread at its end.
+    ended: Callable[[Driver], None]
+
+
+def outcome_of(node_id: int, op: str, answer: Answer | AgentError) -> Outcome:
+    """Return what an agent's answer or failure means to the decision."""
+    if isinstance(answer, Answer):
+        return Outcome(node_id, op, answer.state, answer.task_id, message=answer.message, detail=answer.message,
+                       applied=answer.applied)
+    if answer.is_held:
+        return Outcome(node_id, op, HELD)
+    result = FAILED if answer.final else UNSENT if not answer.reached else LOST if answer.hold_s else UNCLEAR
+    return Outcome(node_id, op, result, "", answer.kind, answer.message, answer.detail, answer.hold_s,
+                   is_refusal=answer.is_refusal)
+
+
+class Driver:
+    """Drive one claimed release, in a thread of its own: read, decide, commit, send, collect."""
+
+    def __init__(self, context: DriverContext, lease: Lease, is_tick: bool):
+        self.lease = lease
+        # Outcomes of requests; None only wakes the driver. Not SimpleQueue: on Python 3.9 its get() may wait for ever
+        # when the timeout is very short.
+        self.results: queue.Queue[Outcome | None] = queue.Queue()
+        # When the last cycle began, by the elapsed clock.
+        self.cycled_at = 0.0
+        # The process cuts its own connections now: what they bring says nothing of an agent.
+        self.ignores_outcomes = False
+        self._context = context
+        self._store = context.store
+        self._is_tick = is_tick
+        self._thread = threading.Thread(target=self._run, name=f"release-{lease.claim.release_id}", daemon=True)
+
+        # -- what is known of the release ------------------------------------------------
+        self._nodes = Roster()
+        # The nodes must be read again before the next decision.
+        self._is_stale = True
+        # updated_at of the last row that we read or wrote; a difference means that somebody changed the release.
+        self._seen_at = ""
+        # Generation of the database that the nodes were read from (Store.generation).
+        self._generation = context.store.generation
+        self._payload: dict[str, Any] = {}
+        self._strategy = NO_STRATEGY
+        self._policy = context.policy
+        # Why payload or strategy can't be used, "" where they can.
+        self._broken = ""
+        self._freeze = NO_FREEZE
+        # Paused, cancelling or frozen: nothing may be dispatched.
+        self._is_halted = False
+
+        # -- where the cycle is ----------------------------------------------------------
+        self._in_flight = 0
+        # A commit that ended in an error: whether it took place is not known.
+        self._unclear: tuple[Release, Decision] | None = None
+        # Cycles in a row that were rolled back because somebody else changed the release.
+        self._moved = 0
+        self._outage = Outage()
+        self._news_at = self._reason_written_at = self._decided_at = self._now().elapsed
+
+    def start(self) -> None:
+        """Start the thread."""
+        self.cycled_at = self._now().elapsed
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the thread's end, at most timeout_s."""
+        self._thread.join(timeout_s)
+
+    def is_running(self) -> bool:
+        """Return whether the thread has not ended."""
+        return self._thread.is_alive()
+
+    def wake(self) -> None:
+        """Start the next cycle now."""
+        self.results.put(None)
+
+    def _now(self) -> Moment:
+        return self._store.moment()
+
+    def _run(self) -> None:
+        try:
+            wait_s = self.step()
+            while wait_s is not None:
+                self.collect(wait_s)
+                wait_s = self.step()
+        except Exception:  # the edge of a driver, as in step()
+            log.exception("%s: its driver failed", self.lease.claim, extra=about(self.lease.claim))
+        finally:
+            self.lease.is_lost = True
+            self._context.ended(self)
+
+    def step(self) -> float | None:
+        """Run one cycle and release the claim after the last; return how many seconds to wait, None at the end."""
+        claim = self.lease.claim
+        self.cycled_at = self._now().elapsed
+        try:
+            wait_s = self.cycle()
+            if wait_s is None and not self.lease.is_lost:
+                self._store.let_go(claim)
+            return wait_s
+        except ClaimLost as error:
+            log.warning("%s: stopped working on it: %s", claim, error, extra=about(claim))
+        except DatabaseError as error:
+            log.error("%s: stopped working on it, and its claim could not be released: %s", claim, error,
+                      extra=about(claim))
+        except AppError as error:
+            log.error("%s: stopped working on it: %s", claim, error, extra=about(claim))
+        except Exception:  # the edge of a driver: the release goes on when the claim has run out
+            log.exception("%s: its driver failed", claim, extra=about(claim))
+        return None
+
+    def cycle(self) -> float | None:
+        """Read, decide, commit, send; return how many seconds to wait for outcomes, None at the end."""
+        try:
+            release = self._read()
+            now = self._now()
+            decision = self._decide(release, now)
+            is_news = decision.changes_more_than_words(release)
+            if is_news or self._is_reason_due(release, decision, now):
+                self._commit(release, decision, now)
+            if is_news:
+                self._news_at = now.elapsed
+            if decision.status in TERMINAL:
+                self.lease.is_lost = True  # the commit released the claim
+                return None
+            self._send(release, decision, now)
+            if self._may_leave(decision, now):
+                if not is_news and decision.status_reason != release.status_reason:
+                    self._commit(release, decision, now)  # what is true while nobody works on it
+                return None
+            if self._context.slots.held(self) <= self._in_flight:
+                return self._policy.interval_s
+            return min(max(decision.wake_at - self._now().elapsed, 0.0), self._policy.interval_s)
+        except StateMoved as error:
+            log.info("%s: read again, as %s", self.lease.claim, error, extra=about(self.lease.claim))
+            self._is_stale, self._unclear = True, None  # rolled back for certain
+            self._moved += 1
+            return 0.0 if self._moved == 1 else min(0.01 * 2.0**min(self._moved, 10), self._policy.interval_s)
+        except DatabaseError as error:
+            # what agents answered stays in memory, and is written when the database is back
+            is_over = self._is_tick and not self.lease.is_valid(self._now().elapsed)  # others may go on then
+            if self.lease.is_lost or self._context.stopping.is_set() or is_over:
+                raise
+            self._outage.log(self.lease.claim, error, about(self.lease.claim))
+            self._is_stale = True
+            return min(self._policy.interval_s, 1.0)
+        finally:
+            self._give_back_slots()
+
+    def _give_back_slots(self) -> None:
+        unused = self._context.slots.held(self) - self._in_flight
+        self._context.slots.give_back(self, unused, had_enough=True)
+
+    def _is_reason_due(self, release: Release, decision: Decision, now: Moment) -> bool:
+        """Return whether a new status_reason alone is worth a commit: the last one is an interval old."""
+        return (decision.status_reason != release.status_reason
+                and now.elapsed >= self._reason_written_at + max(self._policy.interval_s, 1.0))
+
+    # -- read ----------------------------------------------------------------------------
+
+    def _read(self) -> Release:
+        """Return the release as it is now; read its nodes again where what is known of them may be old."""
+        if self._unclear is not None:
+            self._settle(*self._unclear)
+        if not self._is_stale:
+            release = self._store.claimed_release(self.lease.claim)
+            if release.updated_at == self._seen_at and self._store.generation == self._generation:
+                return release
+            # an operator changed it, and may have accepted failures too
+        release, rows = self._store.claimed_release_with_nodes(self.lease.claim)
+        holds, moved_s = self._store.holds(release.id), self._store.obstacles(release.id).moved_s
+        self._broken = ""
+        try:
+            self._payload = parse_payload(parse_json(release.payload))
+            self._strategy = parse_strategy(parse_json(release.strategy))
+            self._policy = self._context.policy.under(self._strategy)
+            refuse_dropping_sites(self._payload, (row for row in rows if row.status != SUCCESS))
+        except (ValueError, AppError) as error:
+            self._broken = f"payload or strategy can't be used: {one_line(error, 200)}"
+        now, nodes = self._now(), []
+        went_back, self._generation = self._store.generation != self._generation, self._store.generation
+        for row in rows:
+            known = self._nodes.get(row.node_id)
+            if known is None or went_back or (known.status, known.attempts) != (row.status, row.attempts):
+                nodes.append(self._recover(row, known, now, holds, max(0.0, self._policy.hold_s - moved_s)))
+            else:
+                nodes.append(known._replace(accepted=row.accepted, last_version=row.last_version))
+        self._nodes = Roster(nodes)
+        self._is_stale, self._seen_at = False, release.updated_at
+        return release
+
+    def _recover(self, row: ReleaseNode, known: ReleaseNode | None, now: Moment, holds: Sequence[Hold],
+                 quiet_s: float) -> ReleaseNode:
+        """Return a node as its row tells, to be asked before it is sent anything; what is in flight stays so."""
+        node = adopt(row, now, self._policy, holds, quiet_s)
+        if known is None or not known.in_flight:
+            return node
+        # its outcome is to come, and until then nobody else may ask
+        return node._replace(in_flight=True) if node.status in OPEN else node
+
+    def _settle(self, release: Release, decision: Decision) -> None:
+        """Find out whether a commit that ended in an error took place, before anything is repeated.
+
+        Where it did, its requests did not leave: they are due now, as repetitions.
+        """
+        if self._store.was_written(self.lease.claim, decision):
+            self._store.tell(release, decision, self._context.owner)
+            for change in decision.changes:
+                self._nodes.put(change.after._replace(in_flight=False))
+            if decision.status in TERMINAL:
+                self.lease.is_lost = True
+                raise ClaimLost("the release has ended: the commit that seemed to fail took place")
+        self._unclear = None
+
+    # -- decide --------------------------------------------------------------------------
+
+    def _decide(self, release: Release, now: Moment) -> Decision:
+        busy: frozenset[Endpoint] = frozenset()
+        asks_first = False
+        if release.status == RUNNING and (self._nodes.of[RUNNING] or self._nodes.of[PENDING]):
+            busy, self._freeze, moved_s = self._store.obstacles(release.id)
+            if moved_s < self._policy.hold_s:
+                # one may be under way of which the database that is there now does not know
+                busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if n.agent_protocol == EXECUTE}
+            # a release from before that may have been dispatched there (an hour: for clocks that differ)
+            asks_first = moved_s < now.wall - epoch_or(release.created_at, now.wall) + 3600
+        self._is_halted = release.status != RUNNING or self._freeze.frozen
+        passed_s = now.elapsed - self._decided_at
+        if passed_s > self._context.settings.claim_ttl_sec:  # suspended: pauses that came and went it did not see
+            passed_s = held_s(self._store.holds(release.id), now.wall - passed_s, now.wall)
+        elif not self._is_halted:
+            passed_s = 0.0
+        for node in kept_from_dispatch(self._nodes, passed_s) if passed_s else ():
+            self._nodes.put(node)
+        self._decided_at = now.elapsed
+        return decide(release, self._nodes, now, self._policy, self._strategy, self._take_slots(), busy, self._broken,
+                      self._freeze, asks_first)
+
+    def _take_slots(self) -> int:
+        """Return how many requests may leave now; what is not used is given back at the end of the cycle."""
+        if self._context.stopping.is_set() or not self.lease.is_valid(self._store.clock.elapsed()):
+            return 0
+        return self._context.slots.take(self, self.wake)
+
+    # -- commit --------------------------------------------------------------------------
+
+    def _commit(self, release: Release, decision: Decision, now: Moment) -> None:
+        self._unclear = release, decision
+        try:
+            self._store.commit(self.lease.claim, release, decision, now, self._context.owner)
+        except UnstorableValue as error:
+            log.error("%s: %s; written in ASCII instead", self.lease.claim, error, extra=about(self.lease.claim))
+            decision = decision.in_ascii()
+            self._unclear = release, decision
+            self._store.commit(self.lease.claim, release, decision, now, self._context.owner)
+        self._unclear = None
+        self._seen_at = now.text
+        self._moved = 0
+        self._outage.end()
+        self._reason_written_at = now.elapsed
+        self._nodes = decision.nodes
+
+    # -- send ----------------------------------------------------------------------------
+
+    def _send(self, release: Release, decision: Decision, now: Moment) -> None:
+        for op, node in decision.sends:
+            self._nodes.put(node)
+            self._in_flight += 1
+            task = AgentTask(node.task_id, release.type, release.version, self._payload)
+            self._context.submit(functools.partial(self._request, op, node, task, now))
+
+    def may_dispatch(self, written_at: Moment) -> bool:
+        """Return whether a dispatch may leave this instant: the claim holds, it is not too late, nobody paused.
+
+        Asked after connecting, just before the first byte. Whoever takes the release over waits for a request that
+        left soon after it was written down, and for no other.
+        """
+        elapsed = self._store.clock.elapsed()
+        is_soon = elapsed <= written_at.elapsed + self._policy.leave_within_s
+        return is_soon and not self._is_halted and self.lease.is_valid(elapsed)
+
+    async def _request(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> None:
+        """Run one request in an event loop, and queue exactly one outcome, whatever happens."""
+        try:
+            outcome = await self._ask(op, node, task, written_at)
+        except Exception:  # the edge of a coroutine: a node must never be forgotten
+            claim = self.lease.claim
+            log.exception("%s: node %s: %s failed within releasectl", claim, node.name, op,
+                          extra=about(claim, node=node.name))
+            outcome = Outcome(node.node_id, op, LOST, "", PROTOCOL, "releasectl itself failed: see its log",
+                              hold_s=self._policy.request_timeout_s)
+        self.results.put(outcome)
+
+    async def _ask(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> Outcome:
+        address = Address(node.main_ip, node.agent_port, node.agent_protocol)
+        within_s = node.deadline - written_at.elapsed if node.status == RUNNING else float("inf")
+        agents = self._context.agents
+        try:
+            if op == PROBE:
+                return await self._probe(node, within_s)
+            if op == DISPATCH:
+                gate = functools.partial(self.may_dispatch, written_at)
+                answer = await agents.dispatching(address, task, within_s, gate)
+                if answer == Answer(ACCEPTED, task.id):
+                    answer = await self._poll_at_once(address, answer, within_s)
+                return outcome_of(node.node_id, op, answer)
+            return outcome_of(node.node_id, op, await agents.querying(address, task.id, within_s))
+        except AgentError as error:
+            return outcome_of(node.node_id, op, error)
+        except ConfigError as error:  # the certificate went away under us
+            return Outcome(node.node_id, op, UNSENT, "", TLS, error.message)
+
+    async def _probe(self, node: ReleaseNode, within_s: float) -> Outcome:
+        verify = self._strategy.verify or Verify("http://{main_ip}/")  # it was there when the probe was decided on
+        since = time.monotonic()
+        fault = await self._context.agents.probing(node.main_ip, verify, verify.url_for(node),
+                                                   min(verify.timeout_s, max(within_s, 0.0)))
+        self._context.agents.metrics.count_request(PROBE, VERIFY if fault else SUCCESS, since)
+        return Outcome(node.node_id, PROBE, UNCLEAR if fault else SUCCESS, "", VERIFY if fault else "", fault, fault)
+
+    async def _poll_at_once(self, address: Address, accepted: Answer, within_s: float) -> Answer:
+        """Poll a task just dispatched, on the same connection: a quick one has ended by then.
+
+        That saves a cycle of the driver. Any answer but success is heard again by a later poll.
+        """
+        try:
+            answer = await self._context.agents.querying(address, accepted.task_id, min(within_s, FIRST_LOOK_S))
+        except AgentError as error:
+            if error.kind == AGENT_FAILED:
+                raise
+            return accepted
+        return answer if answer.state == SUCCESS else accepted
+
+    # -- collect -------------------------------------------------------------------------
+
+    def collect(self, wait_s: float) -> None:
+        """Wait at most wait_s for an outcome or a wake(), then fold in all outcomes that are there.
+
+        With many requests in flight it gathers for GATHER_S: a commit for each outcome would cost more than the
+        requests themselves. It stops gathering when half of the slots are free again.
+        """
+        with contextlib.suppress(queue.Empty):
+            outcome = self.results.get(timeout=wait_s)
+            enough, gather_until = self._in_flight // 2, time.monotonic() + min(GATHER_S, wait_s)
+            while True:
+                if outcome is not None:
+                    self._fold(outcome)
+                left_s = gather_until - time.monotonic() if self._in_flight > enough else 0.0
+                outcome = self.results.get(timeout=max(left_s, 0.0))
+
+    def _fold(self, outcome: Outcome) -> None:
+        self._in_flight -= 1
+        self._context.slots.give_back(self, 1)
+        node = self._nodes.get(outcome.node_id)
+        if self.ignores_outcomes or node is None:  # its row was deleted by hand
+            return
+        now = self._now()
+        if outcome.result != WORKING:
+            self._news_at = now.elapsed
+        if outcome.error_kind and outcome.result != FAILED:
+            claim, name = self.lease.claim, node.name
+            log.info("%s: node %s: %s failed, %s", claim, name, outcome.op, outcome.message,
+                     extra=about(claim, node=name))
+        self._nodes.put(observe(node, outcome, now, self._policy))
+
+    def _may_leave(self, decision: Decision, now: Moment) -> bool:
+        """Return whether the claim can be released: nothing is in flight, and there is no reason to stay."""
+        if self._in_flight:
+            return False
+        if self._context.stopping.is_set():
+            return True
+        waits = decision.status == PAUSED or (decision.status == RUNNING and self._freeze.frozen)
+        if waits and not self._nodes.of[RUNNING]:
+            return True
+        if not self._is_tick or now.elapsed - self._news_at < self._policy.interval_s:
+            return False
+        # do not end the tick between retries or probes: their counters are in memory only
+        return not any((n.errors or n.passes) and n.due <= now.elapsed + BACKOFF_MAX_S for n in self._nodes)
+
+
+# Two event loops: a TLS handshake releases the GIL, so the other one runs meanwhile.
+EVENT_LOOPS = 2
+
+
+@contextlib.contextmanager
+def starting_threads() -> Iterator[None]:
+    """Raise ConfigError where a thread within can't be started, or gets no descriptors."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"no thread can be started ({error}): this process needs more of `ulimit -u` (TasksMax) "
+                          "or `ulimit -n`") from None
+
+
+class Tick(NamedTuple):
+    """What a tick or a drain did."""
+    # The releases that it worked on, as they are now.
     worked_on: list[Release]
+    # How many releases others hold.
     in_other_hands: int
+    # Whether stop() ended it.
     was_stopped: bool
+    # Ids of releases that it worked on and that are no longer in the database.
     vanished: Sequence[int] = ()
 
 
 class Executor:
-    """Claims releases and drives each to its end, or in a tick as far as it goes."""
+    """Claim releases and drive each to its end, or in a tick as far as it goes."""
 
     def __init__(self, settings: Settings, store: Store, agents: AgentClient):
         self.settings = settings
@@ -6109,166 +6573,180 @@ class Executor:
         self.agents = agents
         self.clock = store.clock
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-        self.policy = Policy(settings.agent_retries, settings.node_deadline_sec, settings.agent_request_timeout_sec,
-                             settings.release_executor_interval_sec, settings.agent_connect_timeout_sec)
         self.stopping = threading.Event()
-        # When run_loop() last looked for work and could, for people.
+        # When run_loop() last scanned for work and could, by the wall clock; for people.
         self.looked_at: float | None = None
-        # Requests were cut by ourselves: what they bring says nothing of an agent.
-        self.has_cut = False
+        policy = Policy(settings.agent_retries, settings.node_deadline_sec, settings.agent_request_timeout_sec,
+                        settings.release_executor_interval_sec, settings.agent_connect_timeout_sec)
+        self.context = DriverContext(settings, store, agents, self.owner, policy, Slots(settings.agent_concurrency),
+                                     self.stopping, self.submit, self.ended)
         self._wake = threading.Event()
         self._guard = threading.Lock()
         self._drivers: dict[int, Driver] = {}
-        self._conversations = [Conversations() for _ in range(TALKING_THREADS)]
-        self._in_turn = itertools.cycle(self._conversations)
-        # Drivers that found fewer slots than they may have: told when one is free.
-        self._short_of_slots: dict[Driver, None] = {}
+        self._loops = [Conversations() for _ in range(EVENT_LOOPS)]
+        self._next_loop = itertools.cycle(self._loops)
         self._lease_thread: threading.Thread | None = None
         self._renewed_at = self.clock.elapsed()
         self._closed = threading.Event()
         if settings.release_executor_enabled:
             store.database.metrics.put("releasectl_last_tick_timestamp_seconds", 0.0)
 
-    # -- what others call ----------------------------------------------------------------
+    # -- tick, drain, loop ---------------------------------------------------------------
 
-    def run_once(self, drain: bool = False, beat: Callable[[], None] = lambda: None) -> Tick:
-        """One tick (contract section 4); with drain one after the other until nothing is left to do.
+    def tick(self, beat: Callable[[], None] = lambda: None) -> Tick:
+        """Work on what is runnable, as far as it goes now (contract section 4); return what was done.
 
-        beat is called several times a second meanwhile. Raises DatabaseError, and ConfigError when
-        there is work and no way to call an agent.
+        beat is called several times a second meanwhile. Raise DatabaseError, and ConfigError when there is work and
+        no way to call an agent; but not before what was started has come to its end.
+        """
+        started: list[Driver] = []
+        taken, failure = 0, None
+        try:
+            taken = self._scan(started, is_tick=True)
+        except AppError as error:
+            if started:
+                log.error("executor: %s", error)
+            failure = error
+        self._wait_for(started, float("inf"), beat)
+        if failure is not None:
+            raise failure
+        return self._summary([driver.lease.claim.release_id for driver in started], taken)
+
+    def drain(self, beat: Callable[[], None] = lambda: None) -> Tick:
+        """Work until nothing is left to do; return what was done.
+
+        beat is called several times a second meanwhile. Raise what tick() raises, where nothing is being worked on.
         """
         worked_on: dict[int, None] = {}
-        failure: AppError | None
         running: list[Driver] = []
-        said = ""
+        outage = Outage()
         while True:
-            had_running, taken, failure = bool(running), 0, None
             started: list[Driver] = []
+            had_running, taken = bool(running), 0
             try:
-                taken = self._counted_look(started, is_tick=not drain)
-                said = ""
+                taken = self._scan(started, is_tick=False)
+                outage.end()
             except AppError as error:
                 if not had_running and not started:
                     raise
-                said = self._say(error, said)
-                failure = error
-            running += started
+                outage.log("executor", error)
             worked_on.update(dict.fromkeys(driver.lease.claim.release_id for driver in started))
-            # a drain looks again meanwhile: ours may wait for a node of one whose owner died
-            look_at = self.clock.elapsed() + (self.settings.release_executor_interval_sec if drain else float("inf"))
-            while ((running := [driver for driver in running if driver.is_running()]) and not self.stopping.is_set()
-                   and self.clock.elapsed() < look_at):
-                running[0].join(0.2)
-                self.store.database.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
-                beat()
-            if self.stopping.is_set():
-                self.close()
-            # what ran during the look may have ended since, and made way for a release that it did not find
-            if not drain or not (started or had_running) or self.stopping.is_set():
-                if failure is not None and not drain:
-                    raise failure
-                found = {release_id: self.store.find_release(release_id) for release_id in worked_on}
-                return Tick([release for release in found.values() if release], taken, self.stopping.is_set(),
-                            tuple(release_id for release_id, release in found.items() if release is None))
+            # it scans again meanwhile: a release of ours may wait for a node of one whose owner died
+            until = self.clock.elapsed() + self.settings.release_executor_interval_sec
+            running = self._wait_for(running + started, until, beat)
+            # what ran during the scan may have ended since, and made way for a release that it did not find
+            if not (started or had_running) or self.stopping.is_set():
+                return self._summary(worked_on, taken)
 
-    @staticmethod
-    def _say(error: AppError, said: str) -> str:
-        """Logs an error of a look for work when it is another one than the last; gives it."""
-        if str(error) != said:
-            log.error("executor: %s; trying again", error)
-        return str(error)
+    def _wait_for(self, drivers: list[Driver], until: float, beat: Callable[[], None]) -> list[Driver]:
+        """Wait for drivers to end, until a moment of the elapsed clock or stop(); return those that still run."""
+        while ((drivers := [driver for driver in drivers if driver.is_running()]) and not self.stopping.is_set()
+               and self.clock.elapsed() < until):
+            drivers[0].join(0.2)
+            self.store.database.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
+            beat()
+        if self.stopping.is_set():
+            self.close()
+        return drivers
+
+    def _summary(self, worked_on: Iterable[int], taken: int) -> Tick:
+        found = {release_id: self.store.find_release(release_id) for release_id in worked_on}
+        return Tick([release for release in found.values() if release], taken, self.stopping.is_set(),
+                    tuple(release_id for release_id, release in found.items() if release is None))
 
     def run_loop(self, beat: Callable[[str], None] = lambda _: None) -> None:
-        """Looks for work every interval, and at once when nudged, until stop(). Survives the database.
+        """Scan for work every interval, and at once when nudged, until stop(). Survive the database.
 
-        beat is called at each turn, with a sentence on what it is at, as long as no thread of ours hangs.
+        beat is called after each scan, with a sentence on what is being done, as long as no thread of ours hangs.
         """
-        said = ""
+        outage = Outage()
         while not self.stopping.is_set():
             self._wake.clear()
             try:
-                self._counted_look([], is_tick=False)
+                self._scan([], is_tick=False)
                 self.looked_at = self.clock.wall()
-                said = ""
+                outage.end()
             except AppError as error:
-                said = self._say(error, said)
-            except Exception:  # the edge of a tick: the loop goes on
-                log.exception("executor: a look for work failed")
+                outage.log("executor", error)
+            except Exception:  # the edge of a scan: the loop goes on
+                log.exception("executor: a scan for work failed")
             hung = self.hung()
             if hung:
                 log.error("executor: %s", hung)
             else:
-                beat(said or self.at_work())
+                beat(outage.error or self.at_work())
             self._wake.wait(self.settings.release_executor_interval_sec)
 
     def at_work(self) -> str:
-        """Gives a sentence on what is being done now."""
+        """Return a sentence on what is being done now."""
         with self._guard:
             ids = sorted(self._drivers)
         return f"at work on release {', '.join(map(str, ids))}" if ids else "nothing to do"
 
     def hung(self) -> str:
-        """Gives a sentence on the thread that hangs; "" when all turn.
+        """Return a sentence on the thread that hangs, "" when none does.
 
         The lease thread would keep the release of a driver that hangs, and no driver goes on without it.
         """
         late = self.clock.elapsed() - HUNG_AFTER_S
         for driver in self._active_drivers():
-            if driver.turned_at < late - self.settings.release_executor_interval_sec:
+            if driver.cycled_at < late - self.settings.release_executor_interval_sec:
                 return f"the driver of release {driver.lease.claim.release_id} hangs"
-        if any(conversations.is_hung(time.monotonic() - HUNG_AFTER_S) for conversations in self._conversations):
+        if any(loop.is_hung(time.monotonic() - HUNG_AFTER_S) for loop in self._loops):
             return "a thread that talks to agents hangs"
         if self._lease_thread and self._renewed_at < late - self.settings.claim_ttl_sec / 3:
             return "the lease thread hangs"
         return ""
 
     def nudge(self) -> None:
-        """Says that something changed: looks for work now, and each driver at its release."""
+        """Scan for work now, and start a cycle of each driver: something changed."""
         self._wake.set()
         for driver in self._active_drivers():
-            driver.results.put(None)
+            driver.wake()
 
     def is_busy(self) -> bool:
-        """Says whether a release is driven now."""
+        """Return whether a release is being driven now."""
         return bool(self._drivers)
 
     def stop(self) -> None:
-        """Asks for a clean end, from any thread; returns at once. Not in a signal handler: it takes locks."""
+        """Ask for a clean end, from any thread; return at once. Not for a signal handler: it takes locks."""
         self.stopping.set()
         self.store.database.end_within(STOP_GRACE_S)
         self._wake.set()
 
     def close(self) -> None:
-        """Ends cleanly: requests in flight get STOP_GRACE_S, their answers are written, claims let go."""
+        """End cleanly: requests in flight get STOP_GRACE_S, their answers are written, claims released."""
         self.stop()
         self.nudge()
         give_up_at = time.monotonic() + STOP_GRACE_S
         for driver in self._active_drivers():
             driver.join(max(give_up_at - time.monotonic(), 0.0))
-        self.has_cut = True
+        for driver in self._active_drivers():
+            driver.ignores_outcomes = True
         self.agents.close()
         for driver in self._active_drivers():
             driver.join(STOP_GRACE_S)
         self._closed.set()
         if self._lease_thread:
             self._lease_thread.join(STOP_GRACE_S)
-        for conversations in self._conversations:
-            conversations.close()
+        for loop in self._loops:
+            loop.close()
 
-    # -- claims --------------------------------------------------------------------------
+    # -- scan and claim ------------------------------------------------------------------
 
-    def _counted_look(self, started: list[Driver], is_tick: bool) -> int:
+    def _scan(self, started: list[Driver], is_tick: bool) -> int:
+        """Scan for work, and count the scan; parameters and result as claim_runnable()."""
         metrics, outcome = self.store.database.metrics, ERROR
         try:
-            taken = self._look(started, is_tick)
+            taken = self.claim_runnable(started, is_tick)
             outcome = WORKED if started or self._active_drivers() else BUSY if taken else IDLE
             metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
             return taken
         finally:
             metrics.count("releasectl_ticks_total", outcome)
 
-    def _look(self, started: list[Driver], is_tick: bool) -> int:
-        """Claims what is runnable and starts a driver for each, also added to started; gives how many others hold."""
+    def claim_runnable(self, started: list[Driver], is_tick: bool) -> int:
+        """Claim what is runnable and start a driver for each, added to started; return how many others hold."""
         while True:
             mine = {driver.lease.claim.release_id for driver in self._active_drivers()}
             free, taken = self.store.look()
@@ -6281,7 +6759,7 @@ class Executor:
                 return len([release_id for release_id in taken if release_id not in mine])
 
     def _claim_all(self, release_ids: Iterable[int], taken: list[int], started: list[Driver], is_tick: bool) -> bool:
-        """Claim releases and start their drivers; say whether none turned out to have to wait."""
+        """Claim releases and start their drivers; return whether none turned out to have to wait."""
         is_settled = True
         for release_id in release_ids:
             if self.stopping.is_set():
@@ -6299,24 +6777,44 @@ class Executor:
         return is_settled
 
     def _drive(self, lease: Lease, is_tick: bool) -> Driver:
-        driver = Driver(self, lease, is_tick)
+        driver = Driver(self.context, lease, is_tick)
+        self.context.slots.join(driver)
         with self._guard:
             self._drivers[lease.claim.release_id] = driver
         try:
             with starting_threads():
                 driver.start()
         except ConfigError:
-            with self._guard:  # not ended(): that would make the loop look again at once
-                self._drivers.pop(lease.claim.release_id, None)
+            self._forget(driver)  # not ended(): that would make the loop scan again at once
             self.store.let_go(lease.claim)
             raise
         return driver
 
+    def _forget(self, driver: Driver) -> None:
+        with self._guard:
+            self._drivers.pop(driver.lease.claim.release_id, None)
+        self.context.slots.leave(driver)
+
+    def ended(self, driver: Driver) -> None:
+        """Forget a driver at its end, and scan: the next release of its target may go now."""
+        self._forget(driver)
+        self._wake.set()
+
+    def submit(self, request: Callable[[], Coroutine[Wait, None, None]]) -> None:
+        """Start a coroutine that talks to an agent, in the event loop whose turn it is."""
+        next(self._next_loop).submit(request())
+
+    def _active_drivers(self) -> list[Driver]:
+        with self._guard:
+            return list(self._drivers.values())
+
+    # -- threads and leases --------------------------------------------------------------
+
     def _start_threads(self) -> None:
-        """Starts what all drivers need, where it does not run; ConfigError when there is no room for it."""
+        """Start what all drivers need, where it does not run; raise ConfigError when there is no room for it."""
         with starting_threads():
-            for conversations in self._conversations:
-                conversations.start()
+            for loop in self._loops:
+                loop.start()
             if self._lease_thread is None:
                 self._renewed_at = self.clock.elapsed()
                 thread = threading.Thread(target=self._keep_leases, name="lease", daemon=True)
@@ -6324,7 +6822,7 @@ class Executor:
                 self._lease_thread = thread
 
     def _keep_leases(self) -> None:
-        """Renews every claim three times in its life, apart from the work."""
+        """Renew every claim three times in its life, apart from the work."""
         while not self._closed.wait(self.settings.claim_ttl_sec / 3):
             self._renewed_at = self.clock.elapsed()
             for driver in self._active_drivers():
@@ -6342,400 +6840,6 @@ class Executor:
             log.error("%s: its claim could not be renewed: %s", lease.claim, error, extra=about(lease.claim))
         except Exception:  # the lease thread must outlive everything
             log.exception("%s: its claim could not be renewed", lease.claim, extra=about(lease.claim))
-
-    def _active_drivers(self) -> list[Driver]:
-        with self._guard:
-            return list(self._drivers.values())
-
-    # -- what drivers call ---------------------------------------------------------------
-
-    def ended(self, driver: Driver) -> None:
-        """Forgets a driver at its end; the next release of its target may go now."""
-        with self._guard:
-            self._drivers.pop(driver.lease.claim.release_id, None)
-        self.give_back(driver, driver.slots)
-        self._wake.set()
-
-    def take_slots(self, driver: Driver) -> int:
-        """Gives how many more requests a driver may send: AGENT_CONCURRENCY is for all, in equal shares.
-
-        They are taken before what is sent is written down: a dispatch that had to queue would be late.
-        """
-        with self._guard:
-            limit, held = self.settings.agent_concurrency, sum(d.slots for d in self._drivers.values())
-            may_have = max(1, limit // max(1, len(self._drivers))) - driver.slots
-            count = max(0, min(may_have, limit - held))
-            driver.slots += count
-            if count < may_have:
-                self._short_of_slots[driver] = None
-            return count
-
-    def give_back(self, driver: Driver, count: int, had_enough: bool = False) -> None:
-        """Takes slots back from a driver, and tells those that found too few."""
-        if not count:
-            return
-        with self._guard:
-            driver.slots -= count
-            if had_enough:
-                self._short_of_slots.pop(driver, None)
-            told, self._short_of_slots = self._short_of_slots, {}
-        for other in told:
-            other.results.put(None)
-
-    def submit(self, work: Callable[[], Coroutine[Wait, None, None]]) -> None:
-        """Begins a conversation with an agent."""
-        next(self._in_turn).submit(work())
-
-
-def outcome_of(node_id: int, op: str, answer: Answer | AgentError) -> Outcome:
-    """Gives what an agent's answer or failure means to the decision."""
-    if isinstance(answer, Answer):
-        return Outcome(node_id, op, answer.state, answer.task_id, message=answer.message, detail=answer.message,
-                       applied=answer.applied)
-    if answer.is_held:
-        return Outcome(node_id, op, HELD)
-    result = FAILED if answer.final else UNSENT if not answer.reached else LOST if answer.hold_s else UNCLEAR
-    return Outcome(node_id, op, result, "", answer.kind, answer.message, answer.detail, answer.hold_s,
-                   is_refusal=answer.is_refusal)
-
-
-class Driver:
-    """Drives one claimed release, in a thread of its own: read, decide, commit, send, wait."""
-
-    def __init__(self, executor: Executor, lease: Lease, is_tick: bool):
-        self.lease = lease
-        # not SimpleQueue: on Python 3.9 its get() may wait for ever when the timeout is very short
-        self.results: queue.Queue[Outcome | None] = queue.Queue()
-        self._executor = executor
-        self._store = executor.store
-        self._policy = executor.policy
-        self._is_tick = is_tick
-        self._nodes = Roster()
-        self._is_stale = True
-        # What the row said when it was last read or written by us: else somebody turned it.
-        self._seen_at = ""
-        self._freeze = NO_FREEZE
-        # Which state of the database the nodes were read from.
-        self._generation = executor.store.generation
-        # Nothing may be dispatched, as far as this driver knows: paused, cancelling, frozen.
-        self._is_halted = False
-        self._moved = 0
-        self._broken = ""
-        self._payload: dict[str, Any] = {}
-        self._strategy = NO_STRATEGY
-        self._in_flight = 0
-        # Of AGENT_CONCURRENCY: those in flight, and within a turn those that may be sent.
-        self.slots = 0
-        self.turned_at = self._news_at = self._spoke_at = self._decided_at = self._now().elapsed
-        self._said = ""
-        self._unclear: tuple[Release, Decision] | None = None
-        self._thread = threading.Thread(target=self._run, name=f"release-{lease.claim.release_id}", daemon=True)
-
-    def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
-
-    def join(self, timeout_s: float) -> None:
-        """Waits for the thread's end, for so long."""
-        self._thread.join(timeout_s)
-
-    def is_running(self) -> bool:
-        """Says whether the thread has not come to its end."""
-        return self._thread.is_alive()
-
-    def _now(self) -> Moment:
-        return self._store.moment()
-
-    def _run(self) -> None:
-        try:
-            wait_s = self.step()
-            while wait_s is not None:
-                self.collect(wait_s)
-                wait_s = self.step()
-        except Exception:  # the edge of a driver, as in step()
-            log.exception("%s: its driver failed", self.lease.claim, extra=about(self.lease.claim))
-        finally:
-            self.lease.is_lost = True
-            self._executor.ended(self)
-
-    def step(self) -> float | None:
-        """Takes one turn, and lets go after the last; gives how many seconds to wait, None at the end."""
-        claim = self.lease.claim
-        self.turned_at = self._now().elapsed
-        try:
-            wait_s = self.turn()
-            if wait_s is None and not self.lease.is_lost:
-                self._store.let_go(claim)
-            return wait_s
-        except ClaimLost as error:
-            log.warning("%s: let go, %s", claim, error, extra=about(claim))
-        except DatabaseError as error:
-            log.error("%s: let go without a word to the database: %s", claim, error, extra=about(claim))
-        except AppError as error:
-            log.error("%s: let go: %s", claim, error, extra=about(claim))
-        except Exception:  # the edge of a driver: the release goes on when the claim has run out
-            log.exception("%s: its driver failed", claim, extra=about(claim))
-        return None
-
-    def turn(self) -> float | None:
-        """Read, decide, commit, send; gives how many seconds to wait for outcomes, None at the end."""
-        try:
-            release = self._read()
-            now = self._now()
-            decision = self._decide(release, now)
-            is_news = decision.changes_more_than_words(release)
-            if is_news or self._is_due_to_speak(release, decision, now):
-                self._commit(release, decision, now)
-            if is_news:
-                self._news_at = now.elapsed
-            if decision.status in TERMINAL:
-                self.lease.is_lost = True  # the commit handed the claim back
-                return None
-            self._send(release, decision, now)
-            if self._may_leave(decision, now):
-                if not is_news and decision.status_reason != release.status_reason:
-                    self._commit(release, decision, now)  # what is true while nobody works on it
-                return None
-            if self.slots <= self._in_flight:
-                return self._policy.interval_s
-            return min(max(decision.wake_at - self._now().elapsed, 0.0), self._policy.interval_s)
-        except StateMoved as error:
-            log.info("%s: read again, as %s", self.lease.claim, error, extra=about(self.lease.claim))
-            self._is_stale, self._unclear = True, None  # rolled back for certain
-            self._moved += 1
-            return 0.0 if self._moved == 1 else min(0.01 * 2.0**min(self._moved, 10), self._policy.interval_s)
-        except DatabaseError as error:
-            # what agents said stays in memory, and is written when the database is back
-            is_over = self._is_tick and not self.lease.is_valid(self._now().elapsed)  # others may go on then
-            if self.lease.is_lost or self._executor.stopping.is_set() or is_over:
-                raise
-            self._say(str(error))
-            self._is_stale = True
-            return min(self._policy.interval_s, 1.0)
-        finally:
-            self._executor.give_back(self, self.slots - self._in_flight, had_enough=True)
-
-    def _is_due_to_speak(self, release: Release, decision: Decision, now: Moment) -> bool:
-        """Says whether a new sentence alone is worth a commit: the last one is an interval old."""
-        return (decision.status_reason != release.status_reason
-                and now.elapsed >= self._spoke_at + max(self._policy.interval_s, 1.0))
-
-    def _say(self, error: str) -> None:
-        """Logs an error of the database when it is another one than the last."""
-        if error != self._said:
-            log.error("%s: %s; trying again", self.lease.claim, error, extra=about(self.lease.claim))
-        self._said = error
-
-    def _read(self) -> Release:
-        """Gives the release as it stands; the nodes too when what is known of them may be old."""
-        if self._unclear is not None:
-            self._settle(*self._unclear)
-        if not self._is_stale:
-            release = self._store.claimed_release(self.lease.claim)
-            if release.updated_at == self._seen_at and self._store.generation == self._generation:
-                return release
-            # a person turned it, who may have accepted failures too
-        release, rows = self._store.claimed_release_with_nodes(self.lease.claim)
-        holds, moved_s = self._store.holds(release.id), self._store.obstacles(release.id).moved_s
-        self._broken = ""
-        try:
-            self._payload = parse_payload(parse_json(release.payload))
-            self._strategy = parse_strategy(parse_json(release.strategy))
-            self._policy = self._executor.policy.under(self._strategy)
-            refuse_dropping_sites(self._payload, (row for row in rows if row.status != SUCCESS))
-        except (ValueError, AppError) as error:
-            self._broken = f"payload or strategy can't be used: {one_line(error, 200)}"
-        now, nodes = self._now(), []
-        went_back, self._generation = self._store.generation != self._generation, self._store.generation
-        for row in rows:
-            known = self._nodes.get(row.node_id)
-            if known is None or went_back or (known.status, known.attempts) != (row.status, row.attempts):
-                nodes.append(self._adopt(row, known, now, holds, max(0.0, self._policy.hold_s - moved_s)))
-            else:
-                nodes.append(known._replace(accepted=row.accepted, last_version=row.last_version))
-        self._nodes = Roster(nodes)
-        self._is_stale, self._seen_at = False, release.updated_at
-        return release
-
-    def _adopt(self, row: ReleaseNode, known: ReleaseNode | None, now: Moment, holds: Sequence[Hold],
-               quiet_s: float) -> ReleaseNode:
-        """Return a node as its row says, asked before it is sent anything; a request of ours under way still is."""
-        node = adopt(row, now, self._policy, holds, quiet_s)
-        if known is None or not known.in_flight:
-            return node
-        # its outcome is to come, and until then nobody else may ask
-        return node._replace(in_flight=True) if node.status in OPEN else node
-
-    def _decide(self, release: Release, now: Moment) -> Decision:
-        busy: frozenset[Endpoint] = frozenset()
-        asks_first = False
-        if release.status == RUNNING and (self._nodes.of[RUNNING] or self._nodes.of[PENDING]):
-            busy, self._freeze, moved_s = self._store.obstacles(release.id)
-            if moved_s < self._policy.hold_s:
-                # one may be under way of which the database that is there now does not know
-                busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if n.agent_protocol == EXECUTE}
-            # a release from before that may have been dispatched there (an hour: for clocks that differ)
-            asks_first = moved_s < now.wall - epoch_or(release.created_at, now.wall) + 3600
-        self._is_halted = release.status != RUNNING or self._freeze.frozen
-        passed_s = now.elapsed - self._decided_at
-        if passed_s > self._executor.settings.claim_ttl_sec:  # suspended: what was on and off meanwhile it did not see
-            passed_s = held_s(self._store.holds(release.id), now.wall - passed_s, now.wall)
-        elif not self._is_halted:
-            passed_s = 0.0
-        for node in kept_from_dispatch(self._nodes, passed_s) if passed_s else ():
-            self._nodes.put(node)
-        self._decided_at = now.elapsed
-        return decide(release, self._nodes, now, self._policy, self._strategy, self._take_slots(), busy, self._broken,
-                      self._freeze, asks_first)
-
-    def _take_slots(self) -> int:
-        """Gives how many requests may leave now; what is not used is given back at the end of the turn."""
-        if self._executor.stopping.is_set() or not self.lease.is_valid(self._executor.clock.elapsed()):
-            return 0
-        return self._executor.take_slots(self)
-
-    def _commit(self, release: Release, decision: Decision, now: Moment) -> None:
-        self._unclear = release, decision
-        try:
-            self._store.commit(self.lease.claim, release, decision, now, self._executor.owner)
-        except UnstorableValue as error:
-            log.error("%s: %s; written in ASCII instead", self.lease.claim, error, extra=about(self.lease.claim))
-            decision = decision.in_ascii()
-            self._unclear = release, decision
-            self._store.commit(self.lease.claim, release, decision, now, self._executor.owner)
-        self._unclear = None
-        self._seen_at = now.text
-        self._moved = 0
-        self._said = ""
-        self._spoke_at = now.elapsed
-        self._nodes = decision.nodes
-
-    def _settle(self, release: Release, decision: Decision) -> None:
-        """Finds out whether a commit that ended in an error took place, before anything is repeated.
-
-        Where it did, its requests did not leave: they are due now, as repetitions.
-        """
-        if self._store.was_written(self.lease.claim, decision):
-            self._store.tell(release, decision, self._executor.owner)
-            for change in decision.changes:
-                self._nodes.put(change.after._replace(in_flight=False))
-            if decision.status in TERMINAL:
-                self.lease.is_lost = True
-                raise ClaimLost("the release is at its end: the commit that seemed to fail took place")
-        self._unclear = None
-
-    def _send(self, release: Release, decision: Decision, now: Moment) -> None:
-        for op, node in decision.sends:
-            self._nodes.put(node)
-            self._in_flight += 1
-            task = AgentTask(node.task_id, release.type, release.version, self._payload)
-            self._executor.submit(functools.partial(self._work, op, node, task, now))
-
-    def may_dispatch(self, written_at: Moment) -> bool:
-        """Says whether a dispatch may leave this instant: the claim holds, it is not too late, nobody paused.
-
-        Asked after connecting, just before the first byte. A take-over reckons with a
-        request that left soon after it was written down, and waits for that one only.
-        """
-        elapsed = self._executor.clock.elapsed()
-        is_soon = elapsed <= written_at.elapsed + self._policy.leave_within_s
-        return is_soon and not self._is_halted and self.lease.is_valid(elapsed)
-
-    async def _work(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> None:
-        """A conversation: one request, one outcome, whatever happens."""
-        try:
-            outcome = await self._ask(op, node, task, written_at)
-        except Exception:  # the edge of a conversation: a node must never be forgotten
-            claim = self.lease.claim
-            log.exception("%s: node %s: %s failed within releasectl", claim, node.name, op,
-                          extra=about(claim, node=node.name))
-            outcome = Outcome(node.node_id, op, LOST, "", PROTOCOL, "releasectl itself failed: see its log",
-                              hold_s=self._policy.request_timeout_s)
-        self.results.put(outcome)
-
-    async def _ask(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> Outcome:
-        address = Address(node.main_ip, node.agent_port, node.agent_protocol)
-        within_s = node.deadline - written_at.elapsed if node.status == RUNNING else float("inf")
-        agents = self._executor.agents
-        try:
-            if op == PROBE:
-                return await self._probe(node, within_s)
-            if op == DISPATCH:
-                gate = functools.partial(self.may_dispatch, written_at)
-                answer = await agents.dispatching(address, task, within_s, gate)
-                if answer == Answer(ACCEPTED, task.id):
-                    answer = await self._look_at_once(address, answer, within_s)
-                return outcome_of(node.node_id, op, answer)
-            return outcome_of(node.node_id, op, await agents.querying(address, task.id, within_s))
-        except AgentError as error:
-            return outcome_of(node.node_id, op, error)
-        except ConfigError as error:  # the certificate went away under us
-            return Outcome(node.node_id, op, UNSENT, "", TLS, error.message)
-
-    async def _probe(self, node: ReleaseNode, within_s: float) -> Outcome:
-        verify = self._strategy.verify or Verify("http://{main_ip}/")  # it was there when the probe was decided on
-        since = time.monotonic()
-        said = await self._executor.agents.probing(node.main_ip, verify, verify.url_for(node),
-                                                   min(verify.timeout_s, max(within_s, 0.0)))
-        self._executor.agents.metrics.count_request(PROBE, VERIFY if said else SUCCESS, since)
-        return Outcome(node.node_id, PROBE, UNCLEAR if said else SUCCESS, "", VERIFY if said else "", said, said)
-
-    async def _look_at_once(self, address: Address, accepted: Answer, within_s: float) -> Answer:
-        """Asks for a task just dispatched, on the same connection: a quick one is at its end by then.
-
-        That saves it a turn of the driver. Whatever else is said now, a poll will hear again.
-        """
-        try:
-            answer = await self._executor.agents.querying(address, accepted.task_id, min(within_s, FIRST_LOOK_S))
-        except AgentError as error:
-            if error.kind == AGENT_FAILED:
-                raise
-            return accepted
-        return answer if answer.state == SUCCESS else accepted
-
-    def collect(self, wait_s: float) -> None:
-        """Waits for an outcome or a nudge, then folds in all that came.
-
-        With many requests in flight it gathers a little: a turn for each outcome would cost more
-        than the requests themselves, and fill the disk with commits. Half of the slots go on meanwhile.
-        """
-        with contextlib.suppress(queue.Empty):
-            outcome = self.results.get(timeout=wait_s)
-            enough, gather_until = self._in_flight // 2, time.monotonic() + min(GATHER_S, wait_s)
-            while True:
-                if outcome is not None:
-                    self._fold(outcome)
-                left_s = gather_until - time.monotonic() if self._in_flight > enough else 0.0
-                outcome = self.results.get(timeout=max(left_s, 0.0))
-
-    def _fold(self, outcome: Outcome) -> None:
-        self._in_flight -= 1
-        self._executor.give_back(self, 1)
-        node = self._nodes.get(outcome.node_id)
-        if self._executor.has_cut or node is None:  # its row was deleted by hand
-            return
-        now = self._now()
-        if outcome.result != WORKING:
-            self._news_at = now.elapsed
-        if outcome.error_kind and outcome.result != FAILED:
-            claim, name = self.lease.claim, node.name
-            log.info("%s: node %s: %s failed, %s", claim, name, outcome.op, outcome.message,
-                     extra=about(claim, node=name))
-        self._nodes.put(observe(node, outcome, now, self._policy))
-
-    def _may_leave(self, decision: Decision, now: Moment) -> bool:
-        """Says whether the claim can be handed back: nothing in flight, and no reason to stay."""
-        if self._in_flight:
-            return False
-        if self._executor.stopping.is_set():
-            return True
-        waits = decision.status == PAUSED or (decision.status == RUNNING and self._freeze.frozen)
-        if waits and not self._nodes.of[RUNNING]:
-            return True
-        if not self._is_tick or now.elapsed - self._news_at < self._policy.interval_s:
-            return False
-        # a row of tries or probes is not torn apart: the next tick would begin it anew
-        return not any((n.errors or n.passes) and n.due <= now.elapsed + BACKOFF_MAX_S for n in self._nodes)
 
 
 # ======================================================================================
@@ -9103,7 +9207,7 @@ def _run_once(context: Context) -> int:
                 _write_metrics(context, context.options.metrics_file)
 
     try:
-        tick = executor.run_once(context.options.drain, beat)
+        tick = executor.drain(beat) if context.options.drain else executor.tick(beat)
     finally:
         executor.close()
     context.show({"releases": [release_json(release) for release in tick.worked_on],

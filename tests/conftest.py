@@ -267,7 +267,7 @@ class World:
 
     def drain(self, **overrides) -> None:
         """Runs an executor until nothing is left to do."""
-        self.executor(**overrides).run_once(drain=True)
+        self.executor(**overrides).drain()
 
     def runs(self) -> list[int]:
         """Gives how many tasks each agent ran."""

@@ -320,6 +320,12 @@ class Snapshot(typing.NamedTuple):
     ledger: Ledger
 
 
+@dataclasses.dataclass
+class SimContext(rc.DriverContext):
+    """What the drivers of a process share, and the process itself."""
+    executor: SimExecutor
+
+
 class SimDriver(rc.Driver):
     """The driver without its thread: the world turns it."""
 
@@ -327,7 +333,7 @@ class SimDriver(rc.Driver):
     is_turning = False
 
     def start(self) -> None:
-        self._executor.world.turn(self._executor, self)
+        self._context.executor.world.turn(self._context.executor, self)
 
     def join(self, timeout_s: float | None = None) -> None:
         pass
@@ -373,6 +379,7 @@ class SimExecutor(rc.Executor):
         store.owner = self
         self.world = world
         self.owner = f"owner-{number}"
+        self.context = SimContext(**{**vars(self.context), "owner": self.owner}, executor=self)
         self.is_tick = world.faults and world.random.random() < 0.3
         self.is_dead = False
         self.suspended_until = 0.0
@@ -630,7 +637,7 @@ class Simulation:
     def _look(self, owner: SimExecutor) -> None:
         self.at(INTERVAL_S, lambda: self._look(owner), owner)
         with contextlib.suppress(rc.AppError, rc.StateMoved):
-            owner._look([], owner.is_tick)
+            owner.claim_runnable([], owner.is_tick)
 
     def _renew(self, owner: SimExecutor) -> None:
         self.at(TTL_S / 3, lambda: self._renew(owner), owner)

@@ -517,7 +517,7 @@ def test_watch_and_create_wait_follow_a_release_to_its_end(fleet_cli, outcome, c
     watch = fleet_cli.start("watch", 1)
     assert "release 1 (v1): created" in create.stderr.readline()
     assert "release 1 (v1): pending" in watch.stderr.readline()
-    executor.run_once(drain=True)
+    executor.drain()
     created, watched = Cli.end(create), Cli.end(watch)
     assert (created.code, created.json["release"]["status"]) == (code, outcome)
     assert (watched.code, watched.out.startswith(f"release 1 (v1): {outcome}")) == (code, True)

@@ -193,7 +193,7 @@ def test_an_agents_words_that_cant_be_stored_are_told_once_and_the_release_ends(
     world.agent(1).set(outcome="failed", message="磁盘已满")
     new_release(world.store)
     executor = world.executor()
-    thread = threading.Thread(target=executor.run_once, args=(True,), daemon=True)
+    thread = threading.Thread(target=executor.drain, daemon=True)
     thread.start()
     eventually(lambda: world.store.release(1).status == "failed", 8)
     thread.join(8)

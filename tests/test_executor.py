@@ -22,7 +22,7 @@ def test_rule_1_the_first_node_is_batch_1_and_all_others_batch_2(world):
 def test_rule_4_batches_follow_one_another_in_one_tick(world):
     world.nodes(3)
     release = new_release(world.store)
-    tick = world.executor().run_once()
+    tick = world.executor().tick()
     assert [r.status for r in tick.worked_on] == ["success"]
     assert statuses(world.store, release.id) == ["success"] * 3
     assert world.runs() == [1, 1, 1]
@@ -87,7 +87,7 @@ def test_rule_8_a_request_that_never_reached_the_agent_is_tried_again(world):
     world.agent(1).set(mode="refuse")
     release = new_release(world.store)
     executor = world.executor(AGENT_RETRIES=5)
-    tick = threading.Thread(target=executor.run_once, args=(True,))
+    tick = threading.Thread(target=executor.drain)
     tick.start()
     eventually(lambda: world.store.release_with_nodes(release.id)[1][0].attempts >= 2)
     world.agent(1).set(mode="normal")
@@ -131,7 +131,7 @@ def test_rule_8_an_agent_that_was_restarted_gets_the_same_id_again(world):
     world.nodes(1, task_ms=600)
     release = new_release(world.store)
     executor = world.executor()
-    tick = threading.Thread(target=executor.run_once, args=(True,))
+    tick = threading.Thread(target=executor.drain)
     tick.start()
     eventually(lambda: world.agent(1).runs)
     world.agent(1).restart()
@@ -285,7 +285,7 @@ def test_a_drain_follows_what_a_look_began_before_it_failed(world, monkeypatch):
     world.agent(1).set(task_ms=900)
     ids = [new_release(world.store, target=f"t{node.id}", node_ids=[node.id]).id for node in world.store.nodes().items]
     claim_that_fails_once(world, monkeypatch, ids[1], rc.DatabaseError("database is locked"))
-    tick = world.executor().run_once(drain=True)
+    tick = world.executor().drain()
     assert {release.id: release.status for release in tick.worked_on} == dict.fromkeys(ids, "success")
 
 
@@ -293,7 +293,7 @@ def test_a_claim_that_another_writer_was_quicker_at_is_in_other_hands(world, mon
     world.nodes(1)
     release = new_release(world.store)
     claim_that_fails_once(world, monkeypatch, release.id, rc.StateMoved("another was quicker"))
-    assert world.executor().run_once() == rc.Tick([], 1, False)
+    assert world.executor().tick() == rc.Tick([], 1, False)
 
 
 def test_rule_3_all_releases_together_have_at_most_so_many_requests_in_flight(world):
@@ -345,9 +345,9 @@ def test_where_no_thread_can_be_started_the_release_stays_free_for_others(world,
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start_others)
         with pytest.raises(rc.ConfigError, match="no thread can be started .*ulimit -u"):
-            executor.run_once()
+            executor.tick()
     assert world.store.release(release.id).claim_expires_at is None
-    executor.run_once(drain=True)
+    executor.drain()
     assert world.store.release(release.id).status == "success"
 
 
@@ -373,7 +373,7 @@ def test_a_tick_ends_when_the_database_is_away_for_longer_than_its_claim_holds(w
 
     def tick():
         try:
-            world.executor(CLAIM_TTL_SEC=2, RELEASE_EXECUTOR_INTERVAL_SEC=30).run_once()
+            world.executor(CLAIM_TTL_SEC=2, RELEASE_EXECUTOR_INTERVAL_SEC=30).tick()
         except rc.DatabaseError as error:
             errors.put(str(error))
 
@@ -391,7 +391,7 @@ def test_rule_9_a_tick_carries_on_where_another_stopped(world):
     world.nodes(2, task_ms=500)
     release = new_release(world.store)
     first = world.executor()
-    tick = threading.Thread(target=first.run_once)
+    tick = threading.Thread(target=first.tick)
     tick.start()
     eventually(lambda: world.agent(1).runs)
     first.stop()
@@ -406,7 +406,7 @@ def test_rule_9_a_tick_carries_on_where_another_stopped(world):
 def test_section_4_a_tick_lets_go_when_an_interval_brought_nothing_new(world):
     world.nodes(1, task_ms=60_000)
     release = new_release(world.store)
-    world.executor().run_once()
+    world.executor().tick()
     release = world.store.release(release.id)
     assert (release.status, release.claim_expires_at) == ("running", None)
     assert statuses(world.store, release.id) == ["running"]
@@ -416,7 +416,7 @@ def test_section_4_a_tick_that_finds_a_release_in_other_hands_leaves_it(world):
     world.nodes(1)
     release = new_release(world.store)
     world.store.claim(release.id, "another", 30)
-    tick = world.executor().run_once()
+    tick = world.executor().tick()
     assert (tick.worked_on, tick.in_other_hands) == ([], 1)
     assert world.runs() == [0]
 
@@ -443,7 +443,7 @@ def test_cancel_waits_for_what_is_in_flight_and_skips_the_rest(world):
     world.nodes(2, task_ms=300)
     release = new_release(world.store)
     executor = world.executor()
-    tick = threading.Thread(target=executor.run_once, args=(True,))
+    tick = threading.Thread(target=executor.drain)
     tick.start()
     eventually(lambda: world.agent(1).runs)
     assert world.store.act("cancel", release.id, "test").status == "cancelling"
@@ -457,7 +457,7 @@ def test_rule_8_in_a_cancelled_release_an_unknown_task_is_abandoned(world):
     world.nodes(2, task_ms=60_000)
     release = new_release(world.store)
     executor = world.executor()
-    tick = threading.Thread(target=executor.run_once, args=(True,))
+    tick = threading.Thread(target=executor.drain)
     tick.start()
     eventually(lambda: world.agent(1).queries)
     world.store.act("cancel", release.id, "test")
@@ -495,7 +495,7 @@ def test_without_certificates_nothing_is_claimed(sqlite_world, new_executor):
     release = new_release(sqlite_world.store)
     executor = sqlite_world.executor(CONTROL_CERT="")
     with pytest.raises(rc.ConfigError, match="CONTROL_CERT is not set"):
-        executor.run_once()
+        executor.tick()
     assert sqlite_world.store.release(release.id).status == "pending"
 
 
@@ -514,7 +514,7 @@ def test_a_clean_stop_finishes_requests_in_flight_and_lets_go(world):
     assert statuses(world.store, release.id) == ["success"]
 
 
-@pytest.mark.parametrize("call", ["run_loop", "run_once"])
+@pytest.mark.parametrize("call", ["run_loop", "tick"])
 def test_a_stop_that_cuts_a_request_itself_fails_no_node(world, monkeypatch, call):
     monkeypatch.setattr(rc, "STOP_GRACE_S", 0.2)
     world.nodes(1, protocol="execute", task_ms=2000)
@@ -528,3 +528,46 @@ def test_a_stop_that_cuts_a_request_itself_fails_no_node(world, monkeypatch, cal
     executor.close()
     assert statuses(world.store, release.id) == ["running"]
     assert world.store.release(release.id).claim_expires_at is None
+
+
+# -- AGENT_CONCURRENCY ----------------------------------------------------------------------------
+
+
+def test_slots_are_divided_equally_among_the_drivers_that_run():
+    slots = rc.Slots(10)
+    for driver in "ab":
+        slots.join(driver)
+    assert [slots.take(driver, lambda: None) for driver in "aab"] == [5, 0, 5]
+    slots.leave("b")
+    assert (slots.take("a", lambda: None), slots.held("a")) == (5, 10)
+
+
+def test_each_driver_may_have_one_slot_but_all_together_never_more_than_the_limit():
+    slots = rc.Slots(2)
+    for driver in "abc":
+        slots.join(driver)
+    assert [slots.take(driver, lambda: None) for driver in "abc"] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("free", [lambda slots: slots.give_back("a", 1), lambda slots: slots.leave("a")])
+def test_a_driver_that_got_less_than_its_share_is_woken_once_when_a_slot_is_free(free):
+    slots, woken = rc.Slots(1), []
+    for driver in "ab":
+        slots.join(driver)
+    assert slots.take("a", lambda: woken.append("a")) == 1
+    assert slots.take("b", lambda: woken.append("b")) == 0
+    free(slots)
+    assert woken == ["b"]
+    assert slots.take("b", lambda: None) == 1
+
+
+@pytest.mark.parametrize(("had_enough", "who"), [(True, []), (False, ["a"])])
+def test_a_driver_that_gives_back_what_it_did_not_need_is_not_woken(had_enough, who):
+    slots, woken = rc.Slots(4), []
+    slots.join("b")
+    slots.take("b", lambda: None)
+    slots.give_back("b", 1)
+    slots.join("a")
+    assert slots.take("a", lambda: woken.append("a")) == 1
+    slots.give_back("a", 1, had_enough)
+    assert woken == who

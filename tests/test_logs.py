@@ -67,7 +67,7 @@ def test_each_change_of_a_status_is_one_line_with_the_events_words(world, record
     new_release(store, strategy={"batches": [1, 1, 1]})
     store.act("pause", 1, "anna", "lunch")
     store.act("resume", 1, "anna")
-    world.executor().run_once(drain=True)
+    world.executor().drain()
     store.retry(1, "bert")
     store.act("cancel", 2, "bert", "no more")
     for release_id in (1, 2):
@@ -84,7 +84,7 @@ def test_a_release_can_be_followed_by_its_id(world, records):
     world.nodes(3)
     world.agent(2).set(outcome="failed", message="nginx -t failed")
     new_release(world.store, reason="new site")
-    world.executor().run_once(drain=True)
+    world.executor().drain()
     lines = [line for line in said(records, logging.INFO) if "release 1" in line]
     assert all(line.startswith("release 1 (v1): ") for line in lines)
     assert lines[0] == "release 1 (v1): created by test, 3 nodes in batches of 1, 2: new site"
@@ -99,7 +99,7 @@ def test_a_release_can_be_followed_by_its_id(world, records):
 def test_single_nodes_that_do_well_are_told_only_for_debugging(world, records):
     world.nodes(3)
     new_release(world.store)
-    world.executor().run_once(drain=True)
+    world.executor().drain()
     nodes = [record for record in records if "node" in about(record) and "event" in about(record)]
     assert {record.levelno for record in nodes} == {logging.DEBUG}
     assert {about(record)["node"] for record in nodes} == {"edge-1", "edge-2", "edge-3"}
@@ -111,7 +111,7 @@ def test_skipped_nodes_are_summed_up_in_one_line(world, records):
     world.nodes(5)
     world.agent(1).set(outcome="failed", message="no")
     new_release(world.store)
-    world.executor().run_once(drain=True)
+    world.executor().drain()
     assert [line for line in said(records, logging.INFO) if "skipped" in line and "batch" not in line][0] == (
         "release 1 (v1): 4 nodes skipped")
 
@@ -175,7 +175,7 @@ def test_a_commit_whose_answer_was_lost_is_told_once_it_is_known(sqlite_world, r
         commit(store, claim, release, decision, now, actor)
 
     monkeypatch.setattr(rc.Store, "commit", lose_once)
-    world.executor().run_once(drain=True)
+    world.executor().drain()
     assert lost
     assert world.store.release(1).status == "failed"
     lines = said(records)
@@ -244,7 +244,7 @@ def test_an_agents_words_stay_in_their_line(sqlite_world, records):
     world = sqlite_world.nodes(1)
     world.agent(1).set(outcome="failed", message=FORGED)
     new_release(world.store)
-    world.executor().run_once(drain=True)
+    world.executor().drain()
     formatter = rc.TextFormatter(False)
     lines = "\n".join(map(formatter.format, records)).splitlines()
     assert [line for line in lines if "forged" in line]

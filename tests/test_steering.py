@@ -519,7 +519,7 @@ def test_on_exceed_pause_then_accept_while_its_executor_still_follows_nodes(worl
     world.agent(1).set(outcome="failed", task_ms=10)
     made = new_release(world.store, strategy={"batches": [2], "onExceed": "pause"})
     executor = world.executor()
-    executor._look([], is_tick=False)
+    executor.claim_runnable([], is_tick=False)
     eventually(lambda: world.store.release(made.id).status == "paused")
     world.store.act("resume", made.id, "anna", accept_failures=True)
     executor.nudge()
@@ -551,10 +551,10 @@ def test_pause_after_each_batch_waits_for_a_person_each_time(world):
 def test_a_soak_lies_between_the_batches_also_over_ticks(world):
     world.nodes(2)
     made = new_release(world.store, strategy={"soakSec": 1})
-    world.executor().run_once()
+    world.executor().tick()
     between = world.store.release(made.id)
     assert between.status_reason == f"soaking batch 1 until {between.soak_until}"
-    eventually(lambda: world.executor().run_once() and world.store.release(made.id).is_terminal)
+    eventually(lambda: world.executor().tick() and world.store.release(made.id).is_terminal)
     nodes = world.store.release_with_nodes(made.id)[1]
     assert rc.epoch_of(nodes[1].started_at) >= rc.epoch_of(nodes[0].finished_at) + 0.99
 
@@ -569,9 +569,9 @@ def test_a_release_does_not_start_before_its_time(world):
     world.nodes(1)
     start = rc.utc_text(world.store.clock.wall() + 1.5)
     made = new_release(world.store, strategy={"startAt": start})
-    world.executor().run_once(drain=True)
+    world.executor().drain()
     assert world.store.release(made.id).status == "pending"
-    eventually(lambda: world.executor().run_once(drain=True) and world.store.release(made.id).is_terminal)
+    eventually(lambda: world.executor().drain() and world.store.release(made.id).is_terminal)
     assert world.store.release(made.id).started_at >= start
 
 
@@ -588,13 +588,13 @@ def test_a_freeze_in_the_middle_of_a_release_stops_it_and_its_end_sets_it_going(
     world.nodes(2, task_ms=300)
     made = new_release(world.store)
     executor = world.executor()
-    executor._look([], is_tick=False)
+    executor.claim_runnable([], is_tick=False)
     eventually(lambda: statuses(world.store, made.id)[0] == "running")
     world.store.set_freeze(True, "anna", "holidays")
     eventually(lambda: world.store.release(made.id).status_reason == "frozen: holidays"
                and world.store.release(made.id).claim_expires_at is None)
     assert statuses(world.store, made.id) == ["success", "pending"]
-    assert executor.run_once(drain=True).worked_on == []
+    assert executor.drain().worked_on == []
     world.store.set_freeze(False, "anna")
     world.drain()
     assert world.store.release(made.id).status == "success"
@@ -605,7 +605,7 @@ def test_a_freeze_fails_no_node_that_waits_to_be_sent_its_task_again(world):
     world.store.update_node(1, {"agent_port": 1})
     made = new_release(world.store, strategy={"nodeDeadlineSec": 1.5, "retries": 100})
     executor = world.executor()
-    executor._look([], is_tick=False)
+    executor.claim_runnable([], is_tick=False)
     eventually(lambda: world.store.release_with_nodes(made.id)[1][0].status == "running")
     world.store.set_freeze(True, "anna", "holidays")
     since = world.store.clock.elapsed()
@@ -619,7 +619,7 @@ def test_failures_accepted_between_two_looks_of_an_executor_elsewhere_are_notice
     world.agent(1).set(outcome="failed", task_ms=10)
     made = new_release(world.store, strategy={"batches": [3], "maxFailed": 1, "maxParallel": 2, "onExceed": "pause"})
     executor = world.executor(RELEASE_EXECUTOR_INTERVAL_SEC=0.5)
-    executor._look([], is_tick=False)
+    executor.claim_runnable([], is_tick=False)
     eventually(lambda: world.store.release(made.id).failed_nodes == 1)
     world.store.act("pause", made.id, "anna")
     world.store.act("resume", made.id, "anna", accept_failures=True)
@@ -632,7 +632,7 @@ def test_pause_lets_nothing_be_dispatched_after_it_was_answered(world):
     world.nodes(8, task_ms=50)
     made = new_release(world.store, strategy={"batches": [8], "maxParallel": 1})
     executor = world.executor()
-    executor._look([], is_tick=False)
+    executor.claim_runnable([], is_tick=False)
     eventually(lambda: world.store.release(made.id).success_nodes >= 2)
     world.store.act("pause", made.id, "anna")
     begun = [n.node_id for n in world.store.release_with_nodes(made.id)[1] if n.status != "pending"]

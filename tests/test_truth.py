@@ -54,7 +54,7 @@ def another_database(world, tmp_path, open_store):
 
 
 def drain(world, store: rc.Store, **overrides) -> None:
-    world._new_executor(store, world.settings(**overrides)).run_once(drain=True)
+    world._new_executor(store, world.settings(**overrides)).drain()
 
 
 def test_rule_1_the_first_release_of_a_new_database_is_no_success_by_what_an_agent_remembers(world, another_database):
@@ -836,14 +836,14 @@ def test_a_release_that_vanished_is_told_as_that_and_a_drain_goes_on_with_the_re
     keep = new_release(world.store, node_ids=[1])
     lost = new_release(world.store, target="dns", node_ids=[2])
     ticks: list[rc.Tick] = []
-    runner = threading.Thread(target=lambda: ticks.append(world.executor().run_once(drain=True)))
+    runner = threading.Thread(target=lambda: ticks.append(world.executor().drain()))
     runner.start()
     eventually(lambda: statuses(world.store, lost.id) == ["running"])
     lose_newest_release(world.store)
     runner.join(20)
     assert ([r.id for r in ticks[0].worked_on], list(ticks[0].vanished)) == ([keep.id], [lost.id])
     assert world.store.release(keep.id).status == "success"
-    assert "release 2 (v2): let go, it is no longer in the database" in told.text
+    assert "release 2 (v2): stopped working on it: it is no longer in the database" in told.text
     assert "Traceback" not in told.text
 
 
