@@ -5072,13 +5072,13 @@ class Store:
             done = release.current_batch
         if done:
             log.info("%s: batch %d done", release, done, extra=about(release, actor=actor, event="batch_done"))
-        if decision.status != release.status:
-            log.log(logging.INFO if decision.status == SUCCESS else logging.WARNING, "%s: %s, %s", release,
-                    decision.status, decision.status_reason,
-                    extra=about(release, actor=actor, event=RELEASE_EVENTS[decision.status]))
+        level = logging.INFO if decision.status == SUCCESS else logging.WARNING
         if decision.status in TERMINAL:
-            # the journal has a copy of the head, which whoever writes to the database can't change
-            log.info("%s: the audit log is at %d:%s", release, *(head or self.audit_head()), extra=about(release))
+            # a copy of the head in the journal: whoever writes to the database can't change that
+            log.log(level, "%s: the audit log is at %d:%s", release, *(head or self.audit_head()), extra=about(release))
+        if decision.status != release.status:
+            log.log(level, "%s: %s, %s", release, decision.status, decision.status_reason,
+                    extra=about(release, actor=actor, event=RELEASE_EVENTS[decision.status]))
 
     @staticmethod
     def _write_nodes(tx: Transaction, release_id: int, changes: Sequence[NodeChange], now: Moment) -> None:
