@@ -152,6 +152,8 @@ MAX_VERSION = 2**53
 MAX_ID = 2**63 - 1
 MAX_MESSAGE_CHARS = 255
 MAX_DETAIL_BYTES = 4096
+# Of a row of audit_log in a log line.
+MAX_TRAIL_CHARS = 1000
 # Of what a row of audit_log says of before and after, each; longer values become their SHA-256.
 MAX_AUDIT_BYTES = 8192
 MAX_BODY_BYTES = 1 << 20
@@ -190,6 +192,8 @@ VERSIONS_SKIPPED = 1000
 MAX_NAMED_VERSION = 2**53 - 1_000_000
 
 log = logging.getLogger("releasectl")
+# Who acted, and the head of the audit log: serve and run-once log that whatever LOG_LEVEL is.
+trail = logging.getLogger("releasectl.trail")
 
 T = TypeVar("T")
 
@@ -3454,6 +3458,8 @@ class Act:
     certificate: str = ""
     address: str = ""
     request_id: str = ""
+    # The rows that it left, as far as they are committed.
+    rows: list[AuditRow] = dataclasses.field(default_factory=list, compare=False)
 
     def __str__(self) -> str:
         return self.actor
@@ -3481,6 +3487,10 @@ class AuditRow(NamedTuple):
     before: str
     after: str
     hash: str
+
+    def __str__(self) -> str:
+        return one_line(" ".join(filter(None, (self.action, self.object, " -> ".join(
+            filter(None, (self.before, self.after)))))), MAX_TRAIL_CHARS)
 
 
 class AuditFilter(NamedTuple):
@@ -5072,12 +5082,12 @@ class Store:
             done = release.current_batch
         if done:
             log.info("%s: batch %d done", release, done, extra=about(release, actor=actor, event="batch_done"))
-        level = logging.INFO if decision.status == SUCCESS else logging.WARNING
         if decision.status in TERMINAL:
             # a copy of the head in the journal: whoever writes to the database can't change that
-            log.log(level, "%s: the audit log is at %d:%s", release, *(head or self.audit_head()), extra=about(release))
+            trail.info("%s: the audit log is at %d:%s", release, *(head or self.audit_head()), extra=about(release))
         if decision.status != release.status:
-            log.log(level, "%s: %s, %s", release, decision.status, decision.status_reason,
+            log.log(logging.INFO if decision.status == SUCCESS else logging.WARNING, "%s: %s, %s", release,
+                    decision.status, decision.status_reason,
                     extra=about(release, actor=actor, event=RELEASE_EVENTS[decision.status]))
 
     @staticmethod
@@ -5124,6 +5134,7 @@ class Store:
         row = row._replace(hash=audit_hash(row, hash_before))
         tx.execute(f"INSERT INTO audit_log ({AUDIT_COLUMNS}) VALUES ({self.database.engine.audit_id_sql}"
                    f"{', ?' * (len(row) - 1)})", *row)
+        tx.afterwards.append(lambda: act.rows.append(row))
         return row.id, row.hash
 
     def _audit_end(self, tx: Transaction, who: Who, release: Release, status: str) -> tuple[int, str]:
@@ -9903,6 +9914,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
     def _tell(self, answer: HttpAnswer) -> None:
         """Count a request; log what a known caller changed, or asked to be changed, all else for debugging.
 
+        What was changed is logged as the audit log has it, whatever LOG_LEVEL is.
         Of requests in a row that one caller was refused only the 1st, 2nd, 4th, ... is logged.
         """
         path, method = self.route.path if self.route else OTHER, self.head.method
@@ -9914,8 +9926,10 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             level = level if is_logged(count) else logging.DEBUG
             in_a_row = f", the {count}. in a row" if count > 1 else ""
         release = self.ids[0] if path.startswith("/api/v1/releases/{id}") else None
-        log.log(level, "%s %s: %d, by %s at %s, request %s%s", method, self._path, answer.status,
-                self.actor or "-", self.client_address[0], self.request_id, in_a_row,
+        rows = self.actor.rows if self.actor else []
+        (trail if rows else log).log(
+                level, "%s %s: %d, by %s at %s, request %s%s%s", method, self._path, answer.status, self.actor or "-",
+                self.client_address[0], self.request_id, in_a_row, "".join(f": {row}" for row in rows),
                 extra=about(release=release, actor=str(self.actor or ""), request_id=self.request_id))
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
@@ -11736,7 +11750,9 @@ def set_up_log(settings: Settings, command: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JournalFormatter(formatter) if in_journal else formatter)
     log.handlers = [handler]
-    log.setLevel(settings.log_level.upper() if command in ("serve", "run-once") else logging.WARNING)
+    is_executor = command in ("serve", "run-once")
+    log.setLevel(settings.log_level.upper() if is_executor else logging.WARNING)
+    trail.setLevel(logging.INFO if is_executor else logging.NOTSET)  # NOTSET: as log has it
     log.propagate = False
 
 
