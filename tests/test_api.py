@@ -946,7 +946,8 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
             ("PATCH", "/api/v1/nodes/{id}", 3, {"status": "offline", "enabled": False}),
             ("GET", "/api/v1/nodes/{id}", 3, None), ("DELETE", "/api/v1/nodes/{id}", 3, None),
             ("PUT", "/api/v1/freeze", 0, {"frozen": True, "reason": "x"}), ("GET", "/api/v1/freeze", 0, None),
-            ("GET", "/api/v1/health", 0, None), ("GET", "/healthz", 0, None), ("GET", "/readyz", 0, None)):
+            ("GET", "/api/v1/health", 0, None), ("GET", "/healthz", 0, None), ("GET", "/readyz", 0, None),
+                ("GET", "/api/v1/audit", 0, None)):
         operation = document["paths"][path][method.lower()]
         answer = client(method, path.replace("{id}", str(number)), body)
         schema = operation["responses"][str(answer.status)]["content"]["application/json"]["schema"]
