@@ -35,7 +35,7 @@ ROUTES = {
     ("PATCH", "/api/v1/nodes/{id}"), ("DELETE", "/api/v1/nodes/{id}"),
     ("GET", "/api/v1/freeze"), ("PUT", "/api/v1/freeze"),
     ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"), ("GET", "/openapi.json"),
-    ("GET", "/"), ("GET", "/api/v1/health"),
+    ("GET", "/"), ("GET", "/api/v1/health"), ("GET", "/api/v1/audit"),
 }
 HTTP_STATUS = {0: (200, 201), 1001: (401,), 1002: (401,), 1004: (403,), 2001: (400,), 2002: (400,), 2003: (400,),
                3001: (404,), 3002: (409,), 3003: (409,), 4005: (405,), 4008: (408,), 4013: (413,), 4014: (414,),
@@ -946,7 +946,8 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
             ("PATCH", "/api/v1/nodes/{id}", 3, {"status": "offline", "enabled": False}),
             ("GET", "/api/v1/nodes/{id}", 3, None), ("DELETE", "/api/v1/nodes/{id}", 3, None),
             ("PUT", "/api/v1/freeze", 0, {"frozen": True, "reason": "x"}), ("GET", "/api/v1/freeze", 0, None),
-            ("GET", "/api/v1/health", 0, None), ("GET", "/healthz", 0, None), ("GET", "/readyz", 0, None)):
+            ("GET", "/api/v1/health", 0, None), ("GET", "/healthz", 0, None), ("GET", "/readyz", 0, None),
+                ("GET", "/api/v1/audit", 0, None)):
         operation = document["paths"][path][method.lower()]
         answer = client(method, path.replace("{id}", str(number)), body)
         schema = operation["responses"][str(answer.status)]["content"]["application/json"]["schema"]

@@ -753,10 +753,10 @@ def test_a_client_certificate_names_the_actor_and_the_token_gives_the_role(new_s
     client.token = "viewer-secret"
     answer = client("POST", "/api/v1/releases", {})
     name = next(value for part in certificate(certs)["subject"] for key, value in part if key == "commonName")
-    assert (answer.code, answer.message.split()[0]) == (1004, name.split()[0])
+    assert (answer.code, answer.message.split()[0]) == (1004, f"cert:{name.split()[0]}")
     client.token = "operator-secret"
     client.ok("POST", "/api/v1/releases", {}, 201)
-    assert client.store.events(1)[0].actor == name
+    assert client.store.events(1)[0].actor == f"cert:{name}"
 
 
 def certificate(certs: Path) -> Any:

@@ -946,7 +946,7 @@ def test_create_wait_follows_a_release_over_real_agents(fleet_cli):
 
 # -- a success is a success (issue 12) ------------------------------------------------------------------
 
-SAMPLES = ("terminal", "5m", "90d", "1", "1,2", "edge-1")
+SAMPLES = ("terminal", "5m", "90d", "1", "1,2", "edge-1", f"1:{64 * '0'}")
 
 
 def sample_of(keywords: dict[str, Any]) -> str:
