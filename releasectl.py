@@ -689,8 +689,9 @@ class Setting(NamedTuple):
     help: str
 
 
-def _setting(default: str, parse: Callable[[str], Any], help_text: str) -> Any:
-    return dataclasses.field(metadata={"setting": (default, parse, help_text)})
+def _setting(default: str, parse: Range | Callable[[str], Any], help_text: str) -> Any:
+    parser = parse.from_text if isinstance(parse, Range) else parse
+    return dataclasses.field(metadata={"setting": (default, parser, help_text)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -703,28 +704,26 @@ class Settings:
     http_cert: str = _setting("", _path, "certificate of the API (with HTTP_KEY: HTTPS)")
     http_key: str = _setting("", _path, "key of the API's certificate")
     http_client_ca: str = _setting("", _path, "CA: client certificates are demanded, and name who acts")
-    http_max_connections: int = _setting("128", Range(4, 1024).from_text, "connections to the API at a time")
-    http_max_connections_per_address: int = _setting("32", Range(1, 1024).from_text, "of these, from one address")
-    http_max_body_bytes: int = _setting("1048576", Range(1024, 16 << 20).from_text, "largest body of a request")
+    http_max_connections: int = _setting("128", Range(4, 1024), "connections to the API at a time")
+    http_max_connections_per_address: int = _setting("32", Range(1, 1024), "of these, from one address")
+    http_max_body_bytes: int = _setting("1048576", Range(1024, 16 << 20), "largest body of a request")
     api_tokens_file: str = _setting("", _path, "one name:role:sha256-of-token a line")
     release_executor_enabled: bool = _setting("1", _switch, "0: nothing is dispatched")
-    release_executor_interval_sec: float = _setting(
-        "2", Range(0.1, 60, float).from_text, "seconds between scans for work")
+    release_executor_interval_sec: float = _setting("2", Range(0.1, 60, float), "seconds between scans for work")
     mtls_enabled: bool = _setting("1", _switch, "0: plain HTTP to agents, for a laboratory")
     control_cert: str = _setting("", _path, "our client certificate for the agents")
     control_key: str = _setting("", _path, "its key")
     control_ca: str = _setting("", _path, "the CA that signed the agents' certificates")
     agent_tls_server_name: str = _setting("", str, "verify this name, not the dialled address")
-    agent_concurrency: int = _setting("64", Range(1, 1024).from_text, "requests to agents in flight")
+    agent_concurrency: int = _setting("64", Range(1, 1024), "requests to agents in flight")
     agent_connect_timeout_sec: float = _setting(
-        "15", Range(0.1, MAX_CONNECT_TIMEOUT_S, float).from_text, "seconds for TCP and TLS")
+        "15", Range(0.1, MAX_CONNECT_TIMEOUT_S, float), "seconds for TCP and TLS")
     agent_request_timeout_sec: float = _setting(
-        "60", Range(0.1, MAX_REQUEST_TIMEOUT_S, float).from_text, "seconds for a request and its answer")
-    agent_retries: int = _setting("2", Range(0, 100).from_text, "tries after the first")
-    node_deadline_sec: float = _setting(
-        "600", Range(1, 604800, float).from_text, "seconds from a node's dispatch to its end")
+        "60", Range(0.1, MAX_REQUEST_TIMEOUT_S, float), "seconds for a request and its answer")
+    agent_retries: int = _setting("2", Range(0, 100), "tries after the first")
+    node_deadline_sec: float = _setting("600", Range(1, 604800, float), "seconds from a node's dispatch to its end")
     claim_ttl_sec: float = _setting(
-        "30", Range(1, MAX_CLAIM_TTL_S, float).from_text, "seconds that a silent process keeps a release")
+        "30", Range(1, MAX_CLAIM_TTL_S, float), "seconds that a silent process keeps a release")
     log_format: str = _setting("text", _one_of("text", "json"), "text or json")
     log_level: str = _setting("info", _one_of("debug", "info", "warning"), "debug: single nodes too")
 
@@ -1734,7 +1733,7 @@ Endpoint = tuple[str, int]
 
 
 def endpoint_of(main_ip: str, port: int) -> Endpoint:
-    """Return where an agent listens, the same for all spellings of an address."""
+    """Return where an agent listens, in one form for all spellings of an address."""
     if ":" in main_ip:
         with contextlib.suppress(ValueError):
             return str(plain_address(ipaddress.ip_address(main_ip))), port
@@ -1846,7 +1845,7 @@ class ReleaseNode(NamedTuple):
     hold_until: str | None
     started_at: str | None
     finished_at: str | None
-    # Its failure counts against no limit: a person accepted it, or a rollback includes it anyway.
+    # 1: its failure counts against no limit; a person accepted it, or a rollback includes it anyway.
     accepted: int = 0
     # Highest version ever sent to its address, by any release.
     last_version: int = 0
@@ -1996,7 +1995,7 @@ def _words(numbers: Sequence[int]) -> str:
 
 
 HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
-# Last label of a name that a resolver may read as an unusual spelling of an IPv4 address: 0xA9FEA9FE, 10.7, 010.0.0.7.
+# Last label of a name that a resolver may read as an IPv4 address: 0xA9FEA9FE, 10.7, 010.0.0.7.
 NUMBER_LABEL = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
 
@@ -2337,7 +2336,7 @@ def drops_sites(payload: Mapping[str, Any]) -> bool:
 
 def refuse_dropping_sites(payload: Mapping[str, Any], nodes: Iterable[Node | ReleaseNode], code: int = INVALID,
                           what: str = "the payload") -> None:
-    """Raise AppError where drops_sites() and there are execute nodes."""
+    """Raise AppError where execute nodes would drop all their sites: see drops_sites()."""
     served = [node.name for node in nodes if node.agent_protocol == EXECUTE]
     if served and drops_sites(payload):
         raise AppError(code, f"{what} has no list {WEBSITES}, and {names_of(served)} would drop all sites without it "
@@ -2580,34 +2579,44 @@ SLOW_S = 1.0
 
 
 class Situation(NamedTuple):
-    """What a status text depends on, apart from the nodes."""
+    """What a decision and a status text depend on."""
     release: Release
-    strategy: Strategy
+    # All nodes of the release.
+    nodes: Roster
+    now: Moment
     policy: Policy
-    stage: Stage
-    # The limit that the failures exceed: see exceeded_limit().
-    exceeded: str = ""
-    # Why the release's own row can't be used.
-    broken: str = ""
+    strategy: Strategy = NO_STRATEGY
+    # Number of requests that may be sent now.
+    slots: int = 1
+    # Addresses that another release has in flight, or that may still be busy with our last request.
     busy: frozenset[Endpoint] = frozenset()
+    # Why the release's own row can't be used, which ends it.
+    broken: str = ""
     freeze: Freeze = NO_FREEZE
+    # The database went back, so tasks agents are asked for a task before they are sent it.
+    asks_first: bool = False
+    # Computed by decide(); the second is that of exceeded_limit().
+    stage: Stage = Stage(0, 0)
+    exceeded: str = ""
 
     @property
-    def failing(self) -> bool:
+    def is_failing(self) -> bool:
+        """Return whether the release ends, failed."""
         return bool(self.broken or (self.exceeded and self.strategy.on_exceed == FAIL))
 
 
-def describe(status: str, nodes: Roster, now: Moment, situation: Situation) -> str:
+def describe(status: str, situation: Situation) -> str:
     """Return status_reason: what the release does or waits for, on whom, until when.
 
     It is stored, so times in it are in UTC: the reader's clock and zone are not known.
     """
+    nodes = situation.nodes
     if status == SUCCESS:
         return f"{count_of_nodes(len(nodes))} succeeded"
     if status == PARTIAL:
         return one_line(_failures(nodes, situation.strategy))
     if status == FAILED:
-        return one_line(_cause(nodes, situation))
+        return one_line(_cause(situation))
     if status == CANCELLED:
         return f"cancelled: {len(nodes.of[SUCCESS])} of {count_of_nodes(len(nodes))} were updated"
     running = nodes.of[RUNNING].values()
@@ -2615,11 +2624,11 @@ def describe(status: str, nodes: Roster, now: Moment, situation: Situation) -> s
     if status == CANCELLING:
         return one_line("cancelling: " + (waiting or "nothing is in flight"))
     if status == PAUSED:
-        return one_line(_paused(nodes, situation, waiting))
-    if situation.failing:
+        return one_line(_paused(situation, waiting))
+    if situation.is_failing:
         first = first_failed(nodes)
         return one_line(f"stopping, {f'node {first.name} failed' if first else situation.broken}: {waiting}")
-    return one_line(_progress(nodes, now, situation, waiting))
+    return one_line(_progress(situation, waiting))
 
 
 def _failures(nodes: Roster, strategy: Strategy) -> str:
@@ -2634,8 +2643,8 @@ def _failures(nodes: Roster, strategy: Strategy) -> str:
             + ", ".join(f"{count} {kind}" for kind, count in kinds))
 
 
-def _cause(nodes: Roster, situation: Situation) -> str:
-    first = first_failed(nodes)
+def _cause(situation: Situation) -> str:
+    first = first_failed(situation.nodes)
     if situation.broken or first is None:
         return situation.broken or NO_NODES
     node = f"node {first.name} in batch {first.batch}: {first.error_msg}"
@@ -2643,13 +2652,14 @@ def _cause(nodes: Roster, situation: Situation) -> str:
     return f"stopped, {situation.exceeded}; first {node}" if tolerates else f"stopped by {node}"
 
 
-def _paused(nodes: Roster, situation: Situation, waiting: str) -> str:
+def _paused(situation: Situation, waiting: str) -> str:
     """Return who paused it and after which batch, what it waits for, and what to do."""
+    nodes = situation.nodes
     by = f" by {situation.release.paused_by}" if situation.release.paused_by else ""
     begun = max((n.batch for n in nodes if n.status not in (PENDING, SKIPPED)), default=0)
     where = f" {'in' if nodes.open_in(begun) else 'after'} batch {begun}" if begun else ""
     then = "resume to go on"
-    if situation.failing:
+    if situation.is_failing:
         first = first_failed(nodes)
         then = f"{f'node {first.name} failed' if first else situation.broken}: resume to end the release"
     elif situation.exceeded:
@@ -2657,9 +2667,9 @@ def _paused(nodes: Roster, situation: Situation, waiting: str) -> str:
     return f"paused{by}{where}: " + (f"{waiting}; " if waiting else "") + then
 
 
-def _progress(nodes: Roster, now: Moment, situation: Situation, waiting: str) -> str:
+def _progress(situation: Situation, waiting: str) -> str:
     """Return what a running release does: frozen, re-verifying, soaking, or a batch."""
-    stage, freeze = situation.stage, situation.freeze
+    nodes, stage, freeze = situation.nodes, situation.stage, situation.freeze
     if not nodes:
         return NO_NODES
     if freeze.frozen:
@@ -2674,19 +2684,20 @@ def _progress(nodes: Roster, now: Moment, situation: Situation, waiting: str) ->
     held = [n for n in members if n.endpoint in situation.busy] if situation.busy else []
     sentence = (f"batch {batch} of {nodes.last_batch}: waiting for {nodes.open_in(batch)} of "
                 + count_of_nodes(nodes.sizes.get(batch, 0)))
-    return (sentence + _slowest([n for n in nodes.of[RUNNING].values() if n.batch == batch], now, situation.policy)
+    return (sentence + _slowest([n for n in nodes.of[RUNNING].values() if n.batch == batch], situation)
             + (f"; {_names(held)} busy with an earlier request" if held else ""))
 
 
-def _slowest(running: Sequence[ReleaseNode], now: Moment, policy: Policy) -> str:
+def _slowest(running: Sequence[ReleaseNode], situation: Situation) -> str:
     slowest = min(running, key=lambda n: n.deadline, default=None)
     if slowest is None:
         return ""
-    ran_s = now.elapsed + policy.node_deadline_s - slowest.deadline
+    deadline_s = situation.policy.node_deadline_s
+    ran_s = situation.now.elapsed + deadline_s - slowest.deadline
     if ran_s < SLOW_S:
         return ""
     verified = ", which is verified" if slowest.next_op == PROBE else ""
-    return f", slowest {slowest.name}{verified} for {ran_s:.0f} s of {policy.node_deadline_s:.0f} s"
+    return f", slowest {slowest.name}{verified} for {ran_s:.0f} s of {deadline_s:.0f} s"
 
 
 def count_of_nodes(number: int) -> str:
@@ -2741,7 +2752,7 @@ HELD = "held"           # releasectl did not send it; this says nothing about th
 
 
 class Outcome(NamedTuple):
-    """The result of one request to an agent, or of a probe."""
+    """The outcome of one request to an agent, or of a probe."""
     node_id: int
     op: str
     result: str
@@ -2795,8 +2806,10 @@ def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) ->
                              next_op=QUERY, errors=0, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True,
                              is_unknown=True, is_at_work=True)
     if outcome.result == WORKING:
-        return _without_credit(node)._replace(in_flight=False, errors=0, polls=node.polls + 1, is_at_work=True,
-                                              due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
+        # pauses do not extend the deadline of a node whose agent is at work
+        return node._replace(in_flight=False, errors=0, polls=node.polls + 1, is_at_work=True,
+                             deadline=node.deadline - node.credit_s, credit_s=0.0,
+                             due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
     if outcome.result == UNKNOWN:
         # the first time at once: else a tick would end before it sends anything
         wait_s = backoff_s(node.forgotten, node.node_id) if node.forgotten else 0.0
@@ -2804,11 +2817,6 @@ def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) ->
                              is_unknown=node.is_unknown or node.reached,
                              last_error="the agent does not know the task", due=now.elapsed + wait_s)
     return _observe_error(node, outcome, now, policy)
-
-
-def _without_credit(node: ReleaseNode) -> ReleaseNode:
-    """Return a node whose agent is at work: pauses do not extend its deadline."""
-    return node._replace(deadline=node.deadline - node.credit_s, credit_s=0.0)
 
 
 def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
@@ -2841,8 +2849,7 @@ def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Pol
 class Hold(NamedTuple):
     """A time in which a pause or a freeze stopped the dispatches of a release, by the wall clock."""
     since: float
-    # inf: it goes on.
-    until: float
+    until: float  # inf: it goes on
 
 
 def holds_of(history: Iterable[tuple[str, str, str]]) -> list[Hold]:
@@ -2988,56 +2995,51 @@ def _soak_of(release: Release, now: Moment, strategy: Strategy) -> Stage:
     return Stage(0, release.passed_batch, utc_text(now.wall + left_s), now.clock_mark(left_s), left_s)
 
 
-def decide(release: Release, nodes: Roster, now: Moment, policy: Policy,
-           strategy: Strategy = NO_STRATEGY, slots: int = 1, busy: frozenset[Endpoint] = frozenset(),
-           broken: str = "", freeze: Freeze = NO_FREEZE, asks_first: bool = False) -> Decision:
-    """Return what follows from a release and all its nodes (contract section 3, rules 3 to 8; section 7).
-
-    slots: number of requests that may be sent now.
-    busy: addresses that another release has in flight, or that may still be busy with our last request.
-    broken: why the release's own row can't be used, which ends it.
-    asks_first: the database went back, so tasks agents are asked for a task before they are sent it.
-    """
-    after = nodes.copy()
-    ended = _apply(after, _ended(nodes, now, policy, strategy))
-    if release.status == RUNNING and not freeze.frozen and not broken:
-        ended += _apply(after, _surpassed(release, after, now))
-    exceeded = exceeded_limit(after, strategy)
-    failing = bool(broken) or (bool(exceeded) and strategy.on_exceed == FAIL)
-    if failing or release.status == CANCELLING:
-        ended += _apply(after, filter(None, [_close_node(n, now) for n in after.open]))
+def decide(situation: Situation) -> Decision:
+    """Return what follows from a release and its nodes (contract section 3, rules 3 to 8; section 7)."""
+    release, before, now, policy, strategy = situation[:5]
+    nodes = before.copy()
+    ended = _apply(nodes, _ended(nodes, now, policy, strategy))
+    if release.status == RUNNING and not situation.freeze.frozen and not situation.broken:
+        ended += _apply(nodes, _surpassed(release, nodes, now))
     stage = Stage(0, release.passed_batch, release.soak_until, release.soak_clock)
-    if release.status == RUNNING and not failing and not exceeded:
-        stage = stage_of(release, after, now, strategy)
-    pauses = release.status == RUNNING and (stage.pauses or (bool(exceeded) and not failing))
-    status = check_transition(RELEASE_TRANSITIONS, release.status,
-                              PAUSED if pauses else _next_status(release.status, after, failing))
-    renamed, unsent = _renamed(after), _apply(after, _unsent(after))
-    is_going = status == RUNNING and not failing and not freeze.frozen
-    # half of the slots are for queries: else the connections kept for them would be closed by then
-    waiting = sum(_is_due(n, QUERY, now) for n in after.of[RUNNING].values())
-    begun = _dispatches(release, after, now, policy, strategy, stage.batch,
-                        slots - min(waiting, slots // 2), busy, asks_first) if is_going else []
-    _apply(after, [*renamed, *begun])
-    awaited = _awaited(after, stage, now, policy)
-    # a node that waits for a slot needs no wake_at: the outcome that frees one is followed by a decision
-    asked = [n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)][: max(0, slots - len(begun))]
+    situation = situation._replace(nodes=nodes, stage=stage, exceeded=exceeded_limit(nodes, strategy))
+    if situation.is_failing or release.status == CANCELLING:
+        ended += _apply(nodes, filter(None, [_close_node(n, now) for n in nodes.open]))
+    if release.status == RUNNING and not situation.is_failing and not situation.exceeded:
+        stage = stage_of(release, nodes, now, strategy)
+        situation = situation._replace(stage=stage)
+    status = check_transition(RELEASE_TRANSITIONS, release.status, _next_status(situation))
+    renamed, unsent = _renamed(nodes), _apply(nodes, _unsent(nodes))
+    is_going = status == RUNNING and not situation.is_failing and not situation.freeze.frozen
+    begun = _dispatches(release, nodes, now, policy, strategy, stage.batch, _slots_for_dispatches(situation),
+                        situation.busy, situation.asks_first) if is_going else []
+    _apply(nodes, [*renamed, *begun])
+    awaited = _awaited(nodes, stage, now, policy)
+    asked = [n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)][
+        : max(0, situation.slots - len(begun))]
     asked_ids = {n.node_id for n in asked}
     soak_ends = [now.elapsed + stage.soak_left_s] if status == RUNNING and stage.soak_left_s else []
     return Decision(
         changes=(*ended, *renamed, *_without(unsent, begun), *begun),
         status=status,
-        status_reason=describe(status, after, now, Situation(release, strategy, policy, stage, exceeded, broken,
-                                                             busy, freeze)),
-        error_msg=_error_msg(after, failing, release, broken),
+        status_reason=describe(status, situation),
+        error_msg=_error_msg(situation),
         sends=(*(Send(change.after.next_op, change.after) for change in begun),
                *(Send(n.next_op, n._replace(in_flight=True)) for n in asked)),
+        # nodes that wait for a slot don't count: the outcome that frees one is followed by a decision
         wake_at=min((*soak_ends, *(_wake(n, now) for n in awaited if n.node_id not in asked_ids)),
                     default=now.elapsed + policy.interval_s),
-        nodes=after,
+        nodes=nodes,
         passed_batch=stage.passed_batch,
         soak_until=None if status in TERMINAL else stage.soak_until,
         soak_clock="" if status in TERMINAL else stage.soak_clock)
+
+
+def _slots_for_dispatches(situation: Situation) -> int:
+    """Leave up to half of the slots for queries: else the connections kept for them would be closed by then."""
+    waiting = sum(_is_due(n, QUERY, situation.now) for n in situation.nodes.of[RUNNING].values())
+    return situation.slots - min(waiting, situation.slots // 2)
 
 
 def _apply(nodes: Roster, changes: Iterable[NodeChange]) -> list[NodeChange]:
@@ -3180,13 +3182,16 @@ def exceeded_limit(nodes: Roster, strategy: Strategy) -> str:
     return ""
 
 
-def _next_status(status: str, nodes: Roster, failing: bool) -> str:
+def _next_status(situation: Situation) -> str:
     """Return the release's status after the changes (a table in docs/ARCHITECTURE.md); a paused one stays paused."""
+    status, nodes = situation.release.status, situation.nodes
+    if status == RUNNING and (situation.stage.pauses or (situation.exceeded and not situation.is_failing)):
+        return PAUSED
     if status not in (RUNNING, CANCELLING) or nodes.of[RUNNING]:
         return status
     if status == CANCELLING:
         return CANCELLED
-    if failing or not nodes:
+    if situation.is_failing or not nodes:
         return FAILED
     if nodes.of[PENDING]:
         return RUNNING
@@ -3248,11 +3253,11 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy, as
         deadline=now.elapsed + policy.node_deadline_s if is_first else node.deadline))
 
 
-def _error_msg(nodes: Roster, failing: bool, release: Release, broken: str) -> str:
-    if broken or not nodes:
-        return one_line(broken or NO_NODES)
-    first = first_failed(nodes) if failing else None
-    return one_line(f"node {first.name}: {first.error_msg}") if first else release.error_msg
+def _error_msg(situation: Situation) -> str:
+    if situation.broken or not situation.nodes:
+        return one_line(situation.broken or NO_NODES)
+    first = first_failed(situation.nodes) if situation.is_failing else None
+    return one_line(f"node {first.name}: {first.error_msg}") if first else situation.release.error_msg
 
 
 class Verb(NamedTuple):
@@ -4355,7 +4360,7 @@ class Store:
                 changes = force_end(nodes, now)
                 for change in changes:
                     nodes.put(change.after)
-                decision = decide(release, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy)
+                decision = decide(Situation(release, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy))
                 self._write(tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=reason)
             self._explain_waiting(tx)
             return self._release(tx, release_id)
@@ -4373,8 +4378,8 @@ class Store:
         status, strategy = status_after_verb(verb.name, release), self._strategy_of(release)
         turned = dataclasses.replace(release, status=status, paused_by=actor if status == PAUSED else "")
         sentence = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
-            status, nodes, now, Situation(turned, strategy, Policy(0, 0.0, 0.0, 0.0), Stage(0, release.passed_batch),
-                                          exceeded_limit(nodes, strategy)))
+            status, Situation(turned, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy,
+                              stage=Stage(0, release.passed_batch), exceeded=exceeded_limit(nodes, strategy)))
         tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, {COUNTERS} "
                    "WHERE id = ?", status, sentence, turned.paused_by, now.text, release.id)
         tx.insert_many(INSERT_EVENTS, 8, [(release.id, None, now.text, actor, verb.event, release.status, status,
@@ -6593,8 +6598,8 @@ class Driver:
         for node in kept_from_dispatch(self._nodes, passed_s) if passed_s else ():
             self._nodes.put(node)
         self._decided_at = now.elapsed
-        return decide(release, self._nodes, now, self._policy, self._strategy, self._take_slots(), busy, self._broken,
-                      self._freeze, asks_first)
+        return decide(Situation(release, self._nodes, now, self._policy, self._strategy, self._take_slots(), busy,
+                                self._broken, self._freeze, asks_first))
 
     def _take_slots(self) -> int:
         """Gives how many requests may leave now; what is not used is given back at the end of the turn."""

@@ -40,7 +40,7 @@ def failed_verdict(kind: str = "agent_failed", message: str = "boom") -> rc.Verd
 
 
 def decide(nodes, status="running", now=NOW, slots=64, **more) -> rc.Decision:
-    return rc.decide(release(status), rc.Roster(nodes), now, POLICY, slots=slots, **more)
+    return rc.decide(rc.Situation(release(status), rc.Roster(nodes), now, POLICY, slots=slots, **more))
 
 
 def moves(decision: rc.Decision) -> dict[int, tuple[str, str]]:

@@ -193,9 +193,9 @@ def test_a_batch_soaks_before_the_next_one_and_the_moment_is_written_down():
 
 def test_a_soak_goes_on_where_it_was_after_a_take_over_and_then_the_next_batch_leaves():
     soaking = release(soak_until=later(60).text)
-    before = rc.decide(soaking, rc.Roster(lines_of("success")), later(59.9), POLICY, SOAK)
+    before = rc.decide(rc.Situation(soaking, rc.Roster(lines_of("success")), later(59.9), POLICY, SOAK))
     assert (before.sends, before.soak_until) == ((), later(60).text)
-    after = rc.decide(soaking, rc.Roster(lines_of("success")), later(60), POLICY, SOAK)
+    after = rc.decide(rc.Situation(soaking, rc.Roster(lines_of("success")), later(60), POLICY, SOAK))
     assert (sends(after), after.soak_until, after.passed_batch) == ([("dispatch", 2)], None, 1)
 
 
@@ -210,7 +210,7 @@ def test_a_release_pauses_after_a_batch_until_someone_resumes(pause_after):
     decision = decide(lines_of("success"), strategy=gated)
     assert (decision.status, decision.passed_batch, sends(decision)) == ("paused", 1, [])
     assert decision.status_reason == "paused after batch 1: resume to go on"
-    resumed = rc.decide(release(passed_batch=1), rc.Roster(lines_of("success")), NOW, POLICY, gated)
+    resumed = rc.decide(rc.Situation(release(passed_batch=1), rc.Roster(lines_of("success")), NOW, POLICY, gated))
     assert sends(resumed) == [("dispatch", 2)]
 
 
@@ -221,7 +221,7 @@ def test_a_batch_that_is_not_named_brings_no_pause():
 def test_the_pause_comes_after_the_soak():
     both = rc.Strategy(soak_s=60, pause_after="each")
     assert decide(lines_of("success"), strategy=both).status == "running"
-    over = rc.decide(release(soak_until=NOW.text), rc.Roster(lines_of("success")), NOW, POLICY, both)
+    over = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.Roster(lines_of("success")), NOW, POLICY, both))
     assert (over.status, over.soak_until, over.passed_batch) == ("paused", None, 1)
 
 
@@ -255,12 +255,13 @@ def test_a_node_that_does_not_pass_is_failed_with_error_kind_verify():
 def test_at_the_end_of_its_soak_a_batch_is_probed_again():
     soaked = rc.Strategy(soak_s=60, verify=VERIFY)
     nodes = [node(1, "success"), node(2, "failed", accepted=1), node(3, batch=2)]
-    look = rc.decide(release(soak_until=NOW.text), rc.Roster(nodes), NOW, POLICY, soaked, slots=8)
+    look = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.Roster(nodes), NOW, POLICY, soaked, slots=8))
     assert sends(look) == [("probe", 1)]
     assert look.status_reason == "verifying batch 1 after its soak: waiting for edge-1"
     passed = rc.observe(look.sends[0].node, rc.Outcome(1, "probe", rc.SUCCESS), NOW, POLICY._replace(probes=1))
     assert passed.is_looked_at
-    then = rc.decide(release(soak_until=NOW.text), rc.Roster([passed, *nodes[1:]]), NOW, POLICY, soaked, slots=8)
+    then = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.Roster([passed, *nodes[1:]]), NOW, POLICY, soaked,
+                                  slots=8))
     assert sends(then) == [("dispatch", 3)]
 
 
@@ -284,7 +285,8 @@ def test_a_probe_that_fails_in_any_way_is_tried_again(protocol, result):
 def test_a_success_that_the_second_look_takes_back_is_a_failure_of_the_release():
     soaked = rc.Strategy(soak_s=60, verify=VERIFY)
     taken_back = node(1, "success", verdict=failed_verdict("verify", "HTTP 500"))
-    decision = rc.decide(release(soak_until=NOW.text), rc.Roster([taken_back, node(2, batch=2)]), NOW, POLICY, soaked)
+    decision = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.Roster([taken_back, node(2, batch=2)]), NOW,
+                                      POLICY, soaked))
     assert moves(decision) == {1: ("success", "failed"), 2: ("pending", "skipped")}
     assert (decision.status, decision.error_msg) == ("failed", "node edge-1: HTTP 500")
 
@@ -326,7 +328,7 @@ def test_a_frozen_commit_of_a_dispatch_changes_nothing(store):
     store.set_freeze(True, "anna", "holidays")
     now = rc.Moment(store.clock.wall(), store.clock.elapsed())
     with pytest.raises(rc.StateMoved, match="a freeze came before"):
-        store.commit(claim, read, rc.decide(read, rc.Roster(nodes), now, POLICY), now, "a")
+        store.commit(claim, read, rc.decide(rc.Situation(read, rc.Roster(nodes), now, POLICY)), now, "a")
     assert statuses(store, made.id) == ["pending"]
 
 
@@ -393,7 +395,7 @@ def test_every_verb_in_every_state_works_or_says_which_states_allow_it(store, ve
     made = in_state(store, status)
     expected = ALLOWED[verb].get(status)
     if expected is None:
-        with pytest.raises(rc.AppError, match=f"release 1 is {status}: {verb} needs ") as error:
+        with pytest.raises(rc.AppError, match=r"release 1 (is [a-z]+|succeeded); only .* can be ") as error:
             store.act(verb, made.id, "anna")
         assert error.value.code == 3003
         assert store.release(made.id) == made
@@ -422,7 +424,7 @@ def test_retry_and_rollback_in_every_state(store, verb, status):
         assert new.reason == "because"
         assert rc.parse_json(new.payload) == {"a": 2 if verb == "retry" else 1}
     else:
-        with pytest.raises(rc.AppError, match=f"release 2 is {status}: {verb} needs "):
+        with pytest.raises(rc.AppError, match=r"release 2 (is [a-z]+|succeeded); only .* can be "):
             getattr(store, verb)(made.id, "anna")
 
 
