@@ -470,12 +470,13 @@ Figures = Mapping[tuple[str, ...], float]
 
 
 class Metric(NamedTuple):
-    """A metric of /metrics; words: all values of each label, where they are known in advance."""
+    """A metric of /metrics."""
     name: str
     kind: str
     help: str
     labels: tuple[str, ...] = ()
-    words: tuple[tuple[str, ...], ...] = ()
+    # All values of each label, where they are known in advance.
+    values: tuple[tuple[str, ...], ...] = ()
 
 
 # No label holds an id or a node's name: the number of series must not grow with use.
@@ -523,8 +524,8 @@ class Metrics:
         self._guard = threading.Lock()
         # a counter whose labels are known starts at 0, so that its first event shows as an increase
         self._figures: dict[tuple[str, ...], float] = {
-            (m.name, *words): 0.0 for m in METRICS if m.kind == COUNTER and m.name.startswith("releasectl_")
-            and len(m.words) == len(m.labels) for words in itertools.product(*m.words)}
+            (m.name, *values): 0.0 for m in METRICS if m.kind == COUNTER and m.name.startswith("releasectl_")
+            and len(m.values) == len(m.labels) for values in itertools.product(*m.values)}
         # of each histogram: its buckets, the one above them, and the sum
         self._times: dict[tuple[str, ...], list[float]] = {}
 
@@ -2839,8 +2840,7 @@ def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Pol
         return node._replace(verdict=Verdict(
             FAILED, outcome.error_kind, one_line(outcome.message, MAX_MESSAGE_CHARS - len(tries)) + tries,
             detail_text(outcome.detail), outcome.hold_s))
-    held_s = outcome.hold_s if node.agent_protocol == EXECUTE else 0.0
-    wait_s = max(backoff_s(node.errors, node.node_id), held_s)
+    wait_s = max(backoff_s(node.errors, node.node_id), outcome.hold_s if node.agent_protocol == EXECUTE else 0.0)
     # rule 8: a tasks agent is asked first; an execute agent can't be asked, but runs no version twice
     asks = node.agent_protocol == TASKS and outcome.op == DISPATCH and outcome.result != UNSENT
     return node._replace(due=now.elapsed + wait_s, next_op=QUERY if asks else outcome.op)
