@@ -101,7 +101,6 @@ PENDING, RUNNING, PAUSED, CANCELLING = "pending", "running", "paused", "cancelli
 SUCCESS, PARTIAL, FAILED, CANCELLED, SKIPPED = "success", "partial", "failed", "cancelled", "skipped"
 RELEASE_STATUSES = (PENDING, RUNNING, PAUSED, CANCELLING, SUCCESS, PARTIAL, FAILED, CANCELLED)
 TERMINAL = frozenset((SUCCESS, PARTIAL, FAILED, CANCELLED))
-ACTIVE = frozenset((RUNNING, PAUSED, CANCELLING))
 AT_REST = frozenset((SUCCESS, FAILED, SKIPPED))
 OPEN = frozenset((PENDING, RUNNING))
 
@@ -111,41 +110,36 @@ VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
 NODE_STATUSES = ("online", "offline", "maintenance")
 PROTOCOLS = (TASKS, EXECUTE) = ("tasks", "execute")
 
-# The operations that go to an agent; a probe goes to what the node serves (verify).
-DISPATCH, QUERY, PING, PROBE = "dispatch", "query", "ping", "probe"
+# Operations: a dispatch and a query go to the agent, a probe to what the node serves (verify).
+DISPATCH, QUERY, PROBE = "dispatch", "query", "probe"
 
 UNREACHABLE, TLS, TIMEOUT, HTTP, PROTOCOL = "unreachable", "tls", "timeout", "http", "protocol"
 REJECTED, AGENT_FAILED, VERIFY, DEADLINE, ABANDONED = "rejected", "agent_failed", "verify", "deadline", "abandoned"
 ERROR_KINDS = (UNREACHABLE, TLS, TIMEOUT, HTTP, PROTOCOL, REJECTED, AGENT_FAILED, VERIFY, DEADLINE, ABANDONED)
 
-# What a look for work found (metrics).
+# Outcomes of a scan for work (metrics).
 IDLE, WORKED, BUSY, ERROR = "idle", "worked", "busy", "error"
 
 EXIT_DONE, EXIT_NOT_SUCCESS, EXIT_USAGE, EXIT_STATE, EXIT_UNAVAILABLE, EXIT_BUSY = 0, 1, 2, 3, 69, 75
 
-# Error code of the API (contract section 5): HTTP status, exit code of the command line.
+# Error codes of the API (contract section 5).
+NO_TOKEN, BAD_TOKEN, NOT_ALLOWED = 1001, 1002, 1004
+MISSING, MALFORMED, INVALID = 2001, 2002, 2003
+NOT_FOUND, EXISTS, WRONG_STATE = 3001, 3002, 3003
+METHOD_NOT_ALLOWED, REQUEST_TIMEOUT, BODY_TOO_LARGE, ADDRESS_TOO_LONG = 4005, 4008, 4013, 4014
+NOT_JSON, TOO_MANY_REQUESTS, HEAD_TOO_LARGE = 4015, 4029, 4031
+INTERNAL, DATABASE_DOWN, NO_FREE_CONNECTION, NOT_IMPLEMENTED, UNKNOWN_HTTP_VERSION = 5001, 5002, 5003, 5004, 5005
+
+# HTTP status and exit code of each error code.
 ERROR_CODES: Mapping[int, tuple[int, int]] = {
-    1001: (401, EXIT_USAGE),        # no token
-    1002: (401, EXIT_USAGE),        # bad token
-    1004: (403, EXIT_USAGE),        # not allowed
-    2001: (400, EXIT_USAGE),        # missing parameter
-    2002: (400, EXIT_USAGE),        # malformed
-    2003: (400, EXIT_USAGE),        # value not allowed
-    3001: (404, EXIT_STATE),        # not found
-    3002: (409, EXIT_STATE),        # exists
-    3003: (409, EXIT_STATE),        # wrong state
-    4005: (405, EXIT_USAGE),        # method not allowed
-    4008: (408, EXIT_UNAVAILABLE),  # the request did not come in time
-    4013: (413, EXIT_USAGE),        # body too large
-    4014: (414, EXIT_USAGE),        # address too long
-    4015: (415, EXIT_USAGE),        # not JSON
-    4029: (429, EXIT_BUSY),         # too many requests
-    4031: (431, EXIT_USAGE),        # head too large
-    5001: (500, EXIT_UNAVAILABLE),  # internal
-    5002: (503, EXIT_UNAVAILABLE),  # database
-    5003: (503, EXIT_BUSY),         # every connection is taken
-    5004: (501, EXIT_USAGE),        # not implemented: Transfer-Encoding
-    5005: (505, EXIT_USAGE),        # another version of HTTP
+    NO_TOKEN: (401, EXIT_USAGE), BAD_TOKEN: (401, EXIT_USAGE), NOT_ALLOWED: (403, EXIT_USAGE),
+    MISSING: (400, EXIT_USAGE), MALFORMED: (400, EXIT_USAGE), INVALID: (400, EXIT_USAGE),
+    NOT_FOUND: (404, EXIT_STATE), EXISTS: (409, EXIT_STATE), WRONG_STATE: (409, EXIT_STATE),
+    METHOD_NOT_ALLOWED: (405, EXIT_USAGE), REQUEST_TIMEOUT: (408, EXIT_UNAVAILABLE),
+    BODY_TOO_LARGE: (413, EXIT_USAGE), ADDRESS_TOO_LONG: (414, EXIT_USAGE), NOT_JSON: (415, EXIT_USAGE),
+    TOO_MANY_REQUESTS: (429, EXIT_BUSY), HEAD_TOO_LARGE: (431, EXIT_USAGE),
+    INTERNAL: (500, EXIT_UNAVAILABLE), DATABASE_DOWN: (503, EXIT_UNAVAILABLE), NO_FREE_CONNECTION: (503, EXIT_BUSY),
+    NOT_IMPLEMENTED: (501, EXIT_USAGE), UNKNOWN_HTTP_VERSION: (505, EXIT_USAGE),
 }
 
 MAX_VERSION = 2**53
@@ -161,34 +155,34 @@ MAX_PAGE_SIZE = 100
 MAX_NODES = 1_000_000
 MAX_BATCHES = 1000
 MAX_JSON_DEPTH = 64
-# Of a whole number in JSON. Python 3.9 and 3.10.0 to 3.10.6 have no limit of their own.
+# Digits of an integer in JSON; Python 3.9 and 3.10.0 to 3.10.6 have no limit of their own.
 MAX_INTEGER_DIGITS = 4000
-# Of a node: how many labels, and characters of a key and of a value.
+# Labels of a node; characters of a key and of a value.
 MAX_LABELS, MAX_LABEL_KEY_CHARS, MAX_LABEL_CHARS = 64, 63, 255
 
-# How soon a running task is asked for first, and by what the wait grows until the interval.
+# Wait before the first poll of a running task, and its growth from poll to poll, up to the interval.
 FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
-# The look that follows a dispatch at once ends so soon: it holds up the word that the task was taken.
+# Timeout of the first poll: it follows the dispatch at once and delays the report that the task was accepted.
 FIRST_LOOK_S = 1.0
-# Waits between tries of a request that failed.
+# Shortest and longest wait before a failed request is tried again.
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 10.0
-# An execute agent whose connection was cut is sent nothing for so long (contract section 1).
+# Wait after a connection to an execute agent was cut: it may still be busy (contract section 1).
 CUT_HOLD_S = 5.0
-# Between two probes of a row of successes.
+# Seconds between successful probes of a node.
 PROBE_AGAIN_S = 1.0
-# How long outcomes are gathered for one commit, while many requests are in flight.
+# Time in which outcomes are gathered into one commit, while many requests are in flight.
 GATHER_S = 0.02
-# A clean stop waits so long for requests in flight.
+# Longest wait of a clean stop for requests in flight.
 STOP_GRACE_S = 5.0
-# A thread that has not turned for so long, beyond its own wait, hangs: longer than the database may take.
+# A thread without a sign of life for this long, beyond its own wait, hangs; longer than the database may take.
 HUNG_AFTER_S = 180.0
-# The largest values of the settings that decide how long a claim and an execute agent's hold may last. A stored
-# time that lies further ahead was written by a clock that was wrong, and counts as over.
+# Limits of the settings that bound a claim and an execute agent's hold. A stored time further ahead than that
+# comes from a clock that was wrong, and counts as over.
 MAX_CLAIM_TTL_S, MAX_CONNECT_TIMEOUT_S, MAX_REQUEST_TIMEOUT_S = 3600, 600, 3600
 MAX_HOLD_S = float(MAX_CONNECT_TIMEOUT_S + MAX_REQUEST_TIMEOUT_S)
-# After a failover that may have lost releases, new ones are numbered from so much further on.
+# Versions left out after a failover, which may have lost releases.
 VERSIONS_SKIPPED = 1000
-# What a person may name leaves so many versions: one slip must not use them up.
+# Highest version that a person may name: a slip must not use up all versions.
 MAX_NAMED_VERSION = 2**53 - 1_000_000
 
 log = logging.getLogger("releasectl")
@@ -199,7 +193,7 @@ T = TypeVar("T")
 
 
 class AppError(Exception):
-    """An error that an operator or a client can cause: one line, and a code of the API."""
+    """An error that an operator or a client can cause: one line, and a key of ERROR_CODES."""
 
     def __init__(self, code: int, message: str, retry_after_s: int = 0, allow: str = ""):
         super().__init__(message)
@@ -221,38 +215,40 @@ class ConfigError(AppError):
     """A setting that can't be used."""
 
     def __init__(self, message: str):
-        super().__init__(2003, message)
+        super().__init__(INVALID, message)
 
 
 class DatabaseError(AppError):
-    """The database refused or is out of reach. Whether a commit took place is not known."""
+    """The database refused or is out of reach; a commit may have taken place."""
 
     def __init__(self, message: str):
-        super().__init__(5002, message, retry_after_s=2)
+        super().__init__(DATABASE_DOWN, message, retry_after_s=2)
 
 
 class UnstorableValue(AppError):
-    """A value that the database can't hold: no later try would store it."""
+    """A value that the database can't hold; trying again does not help."""
 
     def __init__(self, message: str):
-        super().__init__(2003, message)
+        super().__init__(INVALID, message)
 
 
 class ClaimLost(Exception):
-    """The release has another owner now, or none: whatever was to be written was not."""
+    """The release has another owner now, or none; nothing was written."""
 
 
 class StateMoved(Exception):
-    """Somebody changed the release since it was read: nothing was written, read again."""
+    """The release was changed since it was read; nothing was written. Read again."""
 
 
 class AgentError(Exception):
-    """An agent that could not be spoken with, or said what can't be used.
+    """A request to an agent that failed, or an answer that can't be used.
 
-    kind: the error_kind of the contract. reached: whether the agent may have got the request.
-    hold_s: how long an execute agent may still be busy with it. final: no further try helps.
-    is_held: the request was kept back by ourselves, so the agent is not to blame. is_refusal: the answer says
-    that nothing was done (429, 503, a redirect).
+    kind: the contract's error_kind.
+    reached: the agent may have got the request.
+    hold_s: seconds for which an execute agent may still be busy with it.
+    final: trying again does not help.
+    is_held: releasectl did not send the request; this says nothing about the agent.
+    is_refusal: the answer says that nothing was done (429, 503, a redirect).
     """
 
     def __init__(self, kind: str, message: str, reached: bool, hold_s: float = 0.0, final: bool = False,
@@ -273,23 +269,23 @@ class AgentError(Exception):
 # ======================================================================================
 
 class Clock:
-    """The two clocks. Tests bring their own."""
+    """The two clocks; tests replace it."""
 
     @staticmethod
     def wall() -> float:
-        """Gives seconds since 1970: only for what is stored."""
+        """Return seconds since 1970, for stored times only."""
         return time.time()
 
     @staticmethod
     def elapsed() -> float:
-        """Gives seconds that also count while the machine sleeps: for durations and leases."""
+        """Return seconds that also count while the machine sleeps, for durations and leases."""
         if hasattr(time, "CLOCK_BOOTTIME"):
             return time.clock_gettime(time.CLOCK_BOOTTIME)
         return time.monotonic()
 
     @staticmethod
     def boot() -> str:
-        """Return what elapsed() counts from: equal for all processes that may compare their elapsed times."""
+        """Return an id of the origin of elapsed(); times of different origins can't be compared."""
         return _boot_id()
 
 
@@ -298,20 +294,20 @@ def _boot_id() -> str:
     with contextlib.suppress(OSError):
         if hasattr(time, "CLOCK_BOOTTIME"):
             return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return secrets.token_hex(8)  # of this process alone
+    return secrets.token_hex(8)  # comparable within this process only
 
 
 @functools.lru_cache(maxsize=64)  # all rows of one commit have one time
 def utc_text(epoch_s: float) -> str:
-    """Gives seconds since 1970 as RFC 3339, UTC, milliseconds, Z (contract section 2)."""
+    """Return seconds since 1970 as RFC 3339 in UTC, with milliseconds and Z (contract section 2)."""
     whole_ms = round(epoch_s * 1000)
     moment = datetime.datetime.fromtimestamp(whole_ms // 1000, datetime.timezone.utc)
-    # not %Y: it writes the year 999 as 999, and stored times are compared as text
+    # not %Y: it does not pad the year 999, and stored times are compared as text
     return f"{moment.year:04d}-{moment:%m-%dT%H:%M:%S}.{whole_ms % 1000:03d}Z"
 
 
 def epoch_of(text: str) -> float:
-    """Gives the seconds since 1970 of an RFC 3339 time; ValueError for anything else."""
+    """Return an RFC 3339 time as seconds since 1970; raise ValueError for anything else."""
     moment = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
     if moment.tzinfo is None:
         raise ValueError(f"{text!r} has no time zone")
@@ -326,8 +322,8 @@ def _printable(char: str, keep_lines: bool) -> str:
 
 
 def one_line(text: object, max_chars: int = MAX_MESSAGE_CHARS) -> str:
-    """Gives any text as one printable line of at most max_chars characters (contract section 3)."""
-    # what can't be in the result is cut off before it is looked at: an agent's text may be long
+    """Return any text as one printable line of at most max_chars characters (contract section 3)."""
+    # an agent's text may be long: examine only what can be part of the result
     line = str(text)[: 16 * max_chars]
     if not line.isprintable():
         line = "".join(_printable(c, False) for c in line)
@@ -336,28 +332,28 @@ def one_line(text: object, max_chars: int = MAX_MESSAGE_CHARS) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """Return whether a text from outside was UTF-8: bytes that are not come in as lone surrogates (PEP 383)."""
+    """Return whether a text from outside was UTF-8; other bytes become lone surrogates (PEP 383)."""
     return not re.search("[\ud800-\udfff]", text)
 
 
 def detail_text(text: object) -> str:
-    """Gives any text as an event's detail: printable, lines kept, at most 4 KiB of UTF-8."""
+    """Return any text as an event's detail: printable, lines kept, at most 4 KiB of UTF-8."""
     clean = "".join(_printable(c, True) for c in str(text)[:MAX_DETAIL_BYTES]).strip()
     return clean.encode()[:MAX_DETAIL_BYTES].decode(errors="ignore")
 
 
-# Letters and marks that are drawn as nothing, beside the format characters (Cf): grapheme joiner, Hangul fillers,
-# Khmer inherent vowels, variation selectors, the empty Braille pattern.
+# Invisible characters outside category Cf: grapheme joiner, Hangul fillers, Khmer inherent vowels, variation
+# selectors, the empty Braille pattern.
 INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
                        "\U000e0100-\U000e01ef]")
 _LOOK_ALIKE_SCRIPTS = frozenset(("LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE"))
-# What is_plain() takes, for whoever is refused.
+# What is_plain() accepts, for error messages.
 PLAIN_TEXT = ("printable characters, none of them invisible or changing the direction, without space around, in "
               "composed form (NFC), and no word that mixes Latin letters with Greek or Cyrillic ones")
 
 
 def is_plain(text: str) -> bool:
-    """Return whether a text reads as what it is, so that no two look the same: see PLAIN_TEXT."""
+    """Return whether a text is PLAIN_TEXT, so that no two different ones look the same."""
     if text.isascii():
         return text.isprintable() and one_line(text, len(text) + 1) == text
     return (one_line(text, len(text) + 1) == text and not INVISIBLE.search(text)
@@ -366,12 +362,12 @@ def is_plain(text: str) -> bool:
 
 
 def _scripts(word: str) -> set[str]:
-    """Return the scripts of a word, as far as their letters are taken for one another's."""
+    """Return those scripts of a word that have letters which look alike."""
     return {unicodedata.name(char, "").split(" ")[0] for char in word} & _LOOK_ALIKE_SCRIPTS
 
 
 def epoch_or(text: str | None, otherwise: float) -> float:
-    """Gives the seconds since 1970 of a stored time; another value where there is none that can be read."""
+    """Return a stored time as seconds since 1970, or otherwise where it is missing or unreadable."""
     try:
         return epoch_of(text) if text else otherwise
     except ValueError:  # written by hand
@@ -392,7 +388,7 @@ def _no_constant(name: str) -> Any:
 
 
 def _bounded_integer(digits: str) -> int:
-    """Return a number; raise ValueError for one whose reading would take a while, for int() is quadratic."""
+    """Return an integer; raise ValueError for one that is too long, as int() takes quadratic time."""
     if len(digits) > MAX_INTEGER_DIGITS:
         raise ValueError(f"{one_line(digits, 40)} is too long a number: at most {MAX_INTEGER_DIGITS} digits")
     return int(digits)
@@ -406,7 +402,7 @@ def _finite(digits: str) -> float:
 
 
 def _nesting(value: object) -> int:
-    """Gives the depth of a JSON value, without recursion."""
+    """Return the depth of a JSON value; not recursive."""
     depth, level = 0, [value]
     while level:
         depth += 1
@@ -415,14 +411,14 @@ def _nesting(value: object) -> int:
     return depth
 
 
-# Made once: json.loads() makes one for each text, which takes longer than a short text.
+# Made once: json.loads() with hooks makes a decoder for each text, which takes longer than to read a short one.
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite,
                             parse_int=_bounded_integer)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Reads JSON strictly: UTF-8, no duplicate keys, no NaN, bounded nesting; ValueError else."""
+    """Return the value of strict JSON; raise ValueError unless it is UTF-8, bounded, without duplicate keys and NaN."""
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         value = _DECODER.decode(text)
@@ -438,65 +434,99 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def to_json(value: object) -> str:
-    """Gives a value as compact JSON in one line."""
+    """Return a value as compact JSON on one line."""
     return _ENCODER.encode(value)
 
 
+class Range(NamedTuple):
+    """The integers, or with kind float the numbers, from low to high: parsers and JSON Schema."""
+    low: float
+    high: float
+    kind: type = int
+
+    def from_text(self, text: str) -> Any:
+        """Return the number in a text; raise ValueError saying what it must be."""
+        pattern = r"[0-9]{1,19}" if self.kind is int else r"[0-9]{1,9}(\.[0-9]{1,9})?"
+        return self.from_json(self.kind(text) if re.fullmatch(pattern, text) else None)
+
+    def from_json(self, value: Any) -> Any:
+        """Return a JSON number; raise ValueError saying what it must be."""
+        is_number = isinstance(value, (int, self.kind)) and not isinstance(value, bool)
+        if not is_number or not self.low <= value <= self.high:
+            what = "whole number" if self.kind is int else "number"
+            raise ValueError(f"must be a {what} from {self.low} to {self.high}")
+        return self.kind(value)
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "integer" if self.kind is int else "number", "minimum": self.low, "maximum": self.high}
+
+    @property
+    def json(self) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+        """Return parser and JSON Schema, for a table of keys."""
+        return self.from_json, self.schema
+
+
+PORTS = Range(1, 65535)
+IDS = Range(1, MAX_ID)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Gives ' (did you mean X?)' for a near miss, else ''."""
+    """Return ' (did you mean X?)' where a known word is similar, else ''."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
 GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
-# Name of a metric and the values of its labels: its figure.
+# From a metric's name and the values of its labels to its value.
 Figures = Mapping[tuple[str, ...], float]
 
 
 class Metric(NamedTuple):
-    """One metric of /metrics. words: for each label all its values, where they are known before."""
+    """A metric of /metrics."""
     name: str
     kind: str
     help: str
     labels: tuple[str, ...] = ()
-    words: tuple[tuple[str, ...], ...] = ()
+    # All values of each label, where they are known in advance.
+    values: tuple[tuple[str, ...], ...] = ()
 
 
-# No label holds an id or a name of a node: the number of series must not grow with the use.
+# No label holds an id or a node's name: the number of series must not grow with use.
 METRICS: tuple[Metric, ...] = (
     Metric("releasectl_build_info", GAUGE, "Version of releasectl and of its Python, always 1.", ("version", "python")),
-    Metric("releasectl_database_up", GAUGE, "Whether the database answered when this was asked for (1), or not (0)."),
+    Metric("releasectl_database_up", GAUGE, "Whether the database answers this request (1), or not (0)."),
     Metric("releasectl_database_errors_total", COUNTER, "Transactions that failed at the database."),
     Metric("releasectl_database_went_back_total", COUNTER,
-           "How often the database was found in an earlier state than this process had seen: a restore, or a failover "
-           "that lost commits."),
+           "How often the database was in an earlier state than this process had seen before: a restore, or a "
+           "failover that lost commits."),
     Metric("releasectl_releases", GAUGE, "Releases in the database.", ("target", "status")),
     Metric("releasectl_release_nodes", GAUGE, "Nodes of the active releases.", ("target", "status")),
     Metric("releasectl_release_last_event_timestamp_seconds", GAUGE,
-           "When the status of an active release or of one of its nodes changed last.", ("target", "status")),
+           "Last change of the status of an active release or of one of its nodes.", ("target", "status")),
     Metric("releasectl_nodes", GAUGE, "Enabled nodes.", ("status",)),
     Metric("releasectl_frozen", GAUGE, "Whether the freeze is on (1), or not (0)."),
-    Metric("releasectl_ticks_total", COUNTER, "Looks for work, by what they found.", ("outcome",),
+    Metric("releasectl_ticks_total", COUNTER, "Scans for work, by outcome.", ("outcome",),
            ((IDLE, WORKED, BUSY, ERROR),)),
     Metric("releasectl_last_tick_timestamp_seconds", GAUGE,
-           "When work was last looked for without an error, 0 for not yet. Only where the executor is on."),
-    Metric("releasectl_takeovers_total", COUNTER, "Releases taken over from a process whose claim had run out."),
-    Metric("releasectl_node_failures_total", COUNTER, "Nodes of releases that failed.", ("error_kind",),
+           "Last scan for work without an error, 0 for none yet. Only where the executor is enabled."),
+    Metric("releasectl_takeovers_total", COUNTER, "Releases taken over from a process whose claim had expired."),
+    Metric("releasectl_node_failures_total", COUNTER, "Nodes that failed in a release.", ("error_kind",),
            (ERROR_KINDS,)),
-    Metric("releasectl_agent_requests_total", COUNTER, "Requests to agents and probes of nodes, by how they ended.",
+    Metric("releasectl_agent_requests_total", COUNTER, "Requests to agents and probes of nodes, by outcome.",
            ("operation", "outcome"), ((DISPATCH, QUERY, PROBE), (SUCCESS, *ERROR_KINDS[:-2]))),
-    Metric("releasectl_agent_request_duration_seconds", HISTOGRAM, "How long they took, with connecting.",
+    Metric("releasectl_agent_request_duration_seconds", HISTOGRAM, "Duration of these, including connecting.",
            ("operation",)),
     Metric("releasectl_api_requests_total", COUNTER, "Requests that the API answered.", ("route", "method", "status")),
     Metric("releasectl_certificate_expiry_timestamp_seconds", GAUGE,
-           "Until when a certificate is good; of several in a file the first to end.", ("certificate",)),
-    Metric("process_start_time_seconds", GAUGE, "When this process started."),
-    Metric("process_cpu_seconds_total", COUNTER, "Processor time that it used."),
-    Metric("process_resident_memory_bytes", GAUGE, "Memory that it has in use."),
-    Metric("process_open_fds", GAUGE, "File descriptors that it has open."),
-    Metric("process_threads", GAUGE, "Threads that it has."),
+           "Expiry of a certificate; of several in a file, the first expiry.", ("certificate",)),
+    Metric("process_start_time_seconds", GAUGE, "Start time of the process."),
+    Metric("process_cpu_seconds_total", COUNTER, "User and system CPU time."),
+    Metric("process_resident_memory_bytes", GAUGE, "Resident memory."),
+    Metric("process_open_fds", GAUGE, "Open file descriptors."),
+    Metric("process_threads", GAUGE, "Threads."),
 )
-# Upper ends of the histogram's buckets, seconds: an agent's word takes milliseconds, its work a minute.
+# Upper bounds of the histogram's buckets: an agent answers within milliseconds, or works for a minute.
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -519,31 +549,31 @@ class Outage:
 
 
 class Metrics:
-    """What a process counts, from many threads."""
+    """The metrics of this process; thread-safe."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        # a counter stands at 0 from the start where its labels are known: its first event is then seen as a rise
+        # a counter whose labels are known starts at 0, so that its first event shows as an increase
         self._figures: dict[tuple[str, ...], float] = {
-            (m.name, *words): 0.0 for m in METRICS if m.kind == COUNTER and m.name.startswith("releasectl_")
-            and len(m.words) == len(m.labels) for words in itertools.product(*m.words)}
-        # for each histogram its buckets, one for what is above them, and the sum
+            (m.name, *values): 0.0 for m in METRICS if m.kind == COUNTER and m.name.startswith("releasectl_")
+            and len(m.values) == len(m.labels) for values in itertools.product(*m.values)}
+        # of each histogram: its buckets, the one above them, and the sum
         self._times: dict[tuple[str, ...], list[float]] = {}
 
     def count(self, name: str, *labels: str) -> None:
-        """Adds one to a counter."""
+        """Add one to a counter."""
         key = (name, *labels)
         with self._guard:
             self._figures[key] = self._figures.get(key, 0.0) + 1.0
 
     def put(self, name: str, figure: float, *labels: str) -> None:
-        """Sets a gauge."""
+        """Set a gauge."""
         key = (name, *labels)
         with self._guard:
             self._figures[key] = figure
 
     def count_request(self, operation: str, outcome: str, since: float) -> None:
-        """Counts a request to an agent, which began at since, a time.monotonic()."""
+        """Count a request to an agent that began at since (time.monotonic())."""
         took_s = time.monotonic() - since
         key = ("releasectl_agent_requests_total", operation, outcome)
         with self._guard:
@@ -554,7 +584,7 @@ class Metrics:
             times[-1] += took_s
 
     def text(self, more: Figures) -> str:
-        """Gives what was counted, and more, in the Prometheus text format 0.0.4, in the order of METRICS."""
+        """Return all metrics, and more, in the Prometheus text format 0.0.4, in the order of METRICS."""
         with self._guard:
             figures = {**self._figures, **more}
             times = {key: list(values) for key, values in self._times.items()}
@@ -579,7 +609,7 @@ def _sample(name: str, labels: Iterable[tuple[str, str]], figure: float) -> str:
 
 
 def process_figures(started_at: float) -> dict[tuple[str, ...], float]:
-    """Gives what the system knows of this process; what it does not tell (no /proc) is left out."""
+    """Return the metrics of this process, as far as the system has them (/proc)."""
     figures: dict[tuple[str, ...], float] = {
         ("process_start_time_seconds",): started_at, ("process_cpu_seconds_total",): time.process_time(),
         ("process_threads",): threading.active_count()}
@@ -594,33 +624,13 @@ def process_figures(started_at: float) -> dict[tuple[str, ...], float]:
 # 3 Settings: one table of the configuration (contract section 6). Uses 1 and 2.
 # ======================================================================================
 
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not low <= float(text) <= high:
-            raise ValueError(f"must be a number from {low:g} to {high:g}")
-        return float(text)
-    return parse
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return int(text)
-    return parse
-
-
 def _switch(text: str) -> bool:
     if text not in ("0", "1"):
         raise ValueError("must be 0 or 1")
     return text == "1"
 
 
-def _text(text: str) -> str:
-    return text
-
-
-def _server_name(text: str) -> str:
+def _path(text: str) -> str:
     return text
 
 
@@ -644,29 +654,31 @@ def _database_url(text: str) -> str:
 
 
 class PostgresUrl(NamedTuple):
-    """The parts of a postgresql:// URL, decoded. hosts: with their ports, as they stand; query: libpq's options."""
+    """The decoded parts of a postgresql:// URL."""
     user: str
     password: str
+    # Each with its port.
     hosts: tuple[tuple[str, int], ...]
     name: str
+    # Options of libpq.
     query: Mapping[str, str]
 
 
-# As libpq reads it: a user and a password end at the first "@", if no "/" comes before; "?" and "#" are letters there.
+# As libpq reads it: user and password end at the first "@" if no "/" comes before it, and may hold "?" and "#".
 _POSTGRES_URL = re.compile(r"postgres(?:ql)?://(?:(?P<user>[^:@/]*)(?::(?P<password>[^@/]*))?@)?"
                            r"(?P<hosts>[^@/?#]*)(?:/(?P<name>[^@/?#]*))?(?:\?(?P<query>[^@#]*))?")
 _POSTGRES_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%25[^\[\]:]+)?\]|[^\[\]:]*)(?::([0-9]{1,5})?)?")
 
 
 def parse_postgres_url(url: str) -> PostgresUrl:
-    """Return the parts of a URL that every driver reads in the same way; raise ValueError without a part of it."""
+    """Return the parts of a URL that all drivers read alike; raise a ValueError that quotes no part of it."""
     match = _POSTGRES_URL.fullmatch(url)
     hosts = [_POSTGRES_HOST.fullmatch(host) for host in match["hosts"].split(",")] if match else []
-    is_whole = match and all(h and int(h[2] or 0) <= 65535 for h in hosts) and not re.search(r"\s|[^ -~]", url)
+    is_whole = match and all(h and int(h[2] or 0) <= PORTS.high for h in hosts) and not re.search(r"\s|[^ -~]", url)
     options = [option.partition("=") for option in (match["query"] or "").split("&") if option] if match else []
     if not (match and is_whole and all(re.fullmatch(r"[a-z_]+", key) and equals for key, equals, _ in options)):
         raise ValueError("it does not read as postgresql://USER:PASSWORD@HOST:PORT/NAME?OPTION=VALUE: percent-encode "
-                         "the special characters of each part (@ is %40, / is %2F, a space %20)")
+                         "special characters (@ is %40, / is %2F, a space is %20)")
     return PostgresUrl(_percent_decoded(match["user"] or ""), _percent_decoded(match["password"] or ""),
                        tuple((_percent_decoded(h[1].strip("[]")), int(h[2] or 5432)) for h in hosts if h),
                        _percent_decoded(match["name"] or ""), {key: _percent_decoded(v) for key, _, v in options})
@@ -683,105 +695,82 @@ def _percent_decoded(text: str) -> str:
 
 def _host_port(text: str) -> tuple[str, int]:
     match = re.fullmatch(r"(\[[^\[\]]+\]|[^\[\]:]*):([0-9]{1,5})", text)
-    if not match or int(match[2]) > 65535:
+    if not match or int(match[2]) > PORTS.high:
         raise ValueError("must be ADDRESS:PORT, or [ADDRESS]:PORT for IPv6")
     return match[1].strip("[]") or "0.0.0.0", int(match[2])
 
 
 def safe_url(url: str) -> str:
-    """Return a text without the password of a database URL in it, also of one that is mistyped or within a sentence.
+    """Return a text without the passwords of database URLs in it, mistyped ones too.
 
-    By patterns alone, which can't fail: of what reads as nothing in particular rather too much is left out.
+    Patterns can't fail; in doubt they hide too much.
     """
-    # a password by name, in a URL or in libpq's words, in quotes or not
+    # password=... in a URL or a libpq connection string, quoted or not
     url = re.sub(r"((?:pass|password|passwd)\s*=\s*)('(?:[^'\\]|\\.)*'?|[^&\s]*)", r"\1***", url, flags=re.IGNORECASE)
-    # from a user's colon to the last @
+    # from the colon after the user to the last @
     url = re.sub(r"(://[^:@\s]*|(?<!\S)[^:/@\s]+(?=:(?!//|\s))):[\s\S]*@", r"\1:***@", url)
-    # no @ behind it, and no port either
+    # what follows a colon, without an @ after it, and is no port
     return re.sub(r"(postgres(?:ql)?://[^:@\[\s]*:)(?!\*\*\*@|[0-9]{0,5}(?:[/?,]|\s|$))\S*", r"\1***", url)
 
 
 class Setting(NamedTuple):
-    """One row of the configuration: the field is the name in lower case."""
+    """A setting; its field in Settings has its name in lower case."""
     name: str
     default: str
     parse: Callable[[str], Any]
     help: str
 
 
-SETTINGS: tuple[Setting, ...] = (
-    Setting("DATABASE_URL", "sqlite:///releasectl.db", _database_url, "sqlite:///FILE or postgresql://..."),
-    Setting("DATABASE_URL_FILE", "", _text, "a file that holds it, so that the password is in no environment"),
-    Setting("HTTP_ADDR", "127.0.0.1:8080", _host_port, "address and port of the API"),
-    Setting("HTTP_PLAIN", "0", _switch, "1: tokens over plain HTTP beyond loopback, behind a TLS proxy"),
-    Setting("HTTP_CERT", "", _text, "certificate of the API (with HTTP_KEY: HTTPS)"),
-    Setting("HTTP_KEY", "", _text, "key of the API's certificate"),
-    Setting("HTTP_CLIENT_CA", "", _text, "CA: client certificates are demanded, and name who acts"),
-    Setting("HTTP_MAX_CONNECTIONS", "128", _integer(4, 1024), "connections to the API at a time"),
-    Setting("HTTP_MAX_CONNECTIONS_PER_ADDRESS", "32", _integer(1, 1024), "of these, from one address"),
-    Setting("HTTP_MAX_BODY_BYTES", "1048576", _integer(1024, 16 << 20), "largest body of a request"),
-    Setting("API_TOKENS_FILE", "", _text, "one name:role:sha256-of-token a line"),
-    Setting("RELEASE_EXECUTOR_ENABLED", "1", _switch, "0: nothing is dispatched"),
-    Setting("RELEASE_EXECUTOR_INTERVAL_SEC", "2", _number(0.1, 60), "seconds between looks for work"),
-    Setting("MTLS_ENABLED", "1", _switch, "0: plain HTTP to agents, for a laboratory"),
-    Setting("CONTROL_CERT", "", _text, "our client certificate for the agents"),
-    Setting("CONTROL_KEY", "", _text, "its key"),
-    Setting("CONTROL_CA", "", _text, "the CA that signed the agents' certificates"),
-    Setting("AGENT_TLS_SERVER_NAME", "", _server_name, "verify this name, not the dialled address"),
-    Setting("AGENT_CONCURRENCY", "64", _integer(1, 1024), "requests to agents in flight"),
-    Setting("AGENT_CONNECT_TIMEOUT_SEC", "15", _number(0.1, MAX_CONNECT_TIMEOUT_S), "seconds for TCP and TLS"),
-    Setting("AGENT_REQUEST_TIMEOUT_SEC", "60", _number(0.1, MAX_REQUEST_TIMEOUT_S),
-            "seconds for a request and its answer"),
-    Setting("AGENT_RETRIES", "2", _integer(0, 100), "tries after the first"),
-    Setting("NODE_DEADLINE_SEC", "600", _number(1, 604800), "seconds from a node's dispatch to its end"),
-    Setting("CLAIM_TTL_SEC", "30", _number(1, MAX_CLAIM_TTL_S), "seconds that a silent process keeps a release"),
-    Setting("LOG_FORMAT", "text", _one_of("text", "json"), "text or json"),
-    Setting("LOG_LEVEL", "info", _one_of("debug", "info", "warning"), "debug: single nodes too"),
-)
+def _setting(default: str, parse: Range | Callable[[str], Any], help_text: str) -> Any:
+    parser = parse.from_text if isinstance(parse, Range) else parse
+    return dataclasses.field(metadata={"setting": (default, parser, help_text)})
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The configuration of one process; see SETTINGS for the meaning of each field."""
-    database_url: str
-    database_url_file: str
-    http_addr: tuple[str, int]
-    http_plain: bool
-    http_cert: str
-    http_key: str
-    http_client_ca: str
-    http_max_connections: int
-    http_max_connections_per_address: int
-    http_max_body_bytes: int
-    api_tokens_file: str
-    release_executor_enabled: bool
-    release_executor_interval_sec: float
-    mtls_enabled: bool
-    control_cert: str
-    control_key: str
-    control_ca: str
-    agent_tls_server_name: str
-    agent_concurrency: int
-    agent_connect_timeout_sec: float
-    agent_request_timeout_sec: float
-    agent_retries: int
-    node_deadline_sec: float
-    claim_ttl_sec: float
-    log_format: str
-    log_level: str
+    """The configuration of a process: default, parser and help of each setting."""
+    database_url: str = _setting("sqlite:///releasectl.db", _database_url, "sqlite:///FILE or postgresql://...")
+    database_url_file: str = _setting("", _path, "a file that holds it, so that the password is in no environment")
+    http_addr: tuple[str, int] = _setting("127.0.0.1:8080", _host_port, "address and port of the API")
+    http_plain: bool = _setting("0", _switch, "1: tokens over plain HTTP beyond loopback, behind a TLS proxy")
+    http_cert: str = _setting("", _path, "certificate of the API (with HTTP_KEY: HTTPS)")
+    http_key: str = _setting("", _path, "key of the API's certificate")
+    http_client_ca: str = _setting("", _path, "CA: client certificates are demanded, and name who acts")
+    http_max_connections: int = _setting("128", Range(4, 1024), "connections to the API at a time")
+    http_max_connections_per_address: int = _setting("32", Range(1, 1024), "of these, from one address")
+    http_max_body_bytes: int = _setting("1048576", Range(1024, 16 << 20), "largest body of a request")
+    api_tokens_file: str = _setting("", _path, "one name:role:sha256-of-token a line")
+    release_executor_enabled: bool = _setting("1", _switch, "0: nothing is dispatched")
+    release_executor_interval_sec: float = _setting("2", Range(0.1, 60, float), "seconds between scans for work")
+    mtls_enabled: bool = _setting("1", _switch, "0: plain HTTP to agents, for a laboratory")
+    control_cert: str = _setting("", _path, "our client certificate for the agents")
+    control_key: str = _setting("", _path, "its key")
+    control_ca: str = _setting("", _path, "the CA that signed the agents' certificates")
+    agent_tls_server_name: str = _setting("", str, "verify this name, not the dialled address")
+    agent_concurrency: int = _setting("64", Range(1, 1024), "requests to agents in flight")
+    agent_connect_timeout_sec: float = _setting(
+        "15", Range(0.1, MAX_CONNECT_TIMEOUT_S, float), "seconds for TCP and TLS")
+    agent_request_timeout_sec: float = _setting(
+        "60", Range(0.1, MAX_REQUEST_TIMEOUT_S, float), "seconds for a request and its answer")
+    agent_retries: int = _setting("2", Range(0, 100), "tries after the first")
+    node_deadline_sec: float = _setting("600", Range(1, 604800, float), "seconds from a node's dispatch to its end")
+    claim_ttl_sec: float = _setting(
+        "30", Range(1, MAX_CLAIM_TTL_S, float), "seconds that a silent process keeps a release")
+    log_format: str = _setting("text", _one_of("text", "json"), "text or json")
+    log_level: str = _setting("info", _one_of("debug", "info", "warning"), "debug: single nodes too")
 
     @classmethod
     def load(cls, environ: Mapping[str, str], config_file: str = "", database_url: str = "") -> Settings:
-        """Reads the environment, which wins over config_file; database_url (--db) wins over both.
+        """Return the settings of the environment, else of config_file; database_url (--db) overrides both.
 
-        Raises ConfigError naming the value that can't be used and what would do.
+        Raise ConfigError naming the value that can't be used and what would do.
         """
         given: dict[str, str] = {}
         for source in (dict(_read_config_file(config_file)) if config_file else {},
                        {s.name: environ[s.name] for s in SETTINGS if s.name in environ},
                        {"DATABASE_URL": database_url} if database_url else {}):
             if source.get("DATABASE_URL", "").strip() or source.get("DATABASE_URL_FILE", "").strip():
-                # the two are one setting: whoever wins with one of them wins over the other
+                # they are one setting: either of them overrides both of a weaker source
                 given = {name: text for name, text in given.items() if not name.startswith("DATABASE_URL")}
             given.update(source)
         if given.get("DATABASE_URL", "").strip() and given.get("DATABASE_URL_FILE", "").strip():
@@ -792,7 +781,7 @@ class Settings:
         for setting in SETTINGS:
             text = given.get(setting.name, setting.default).strip()
             try:
-                if setting.parse not in (_text, _database_url) and not is_utf8(text):  # those may be paths
+                if setting.parse not in (_path, _database_url) and not is_utf8(text):
                     raise ValueError("must be UTF-8")
                 values[setting.name.lower()] = setting.parse(text or setting.default)
             except ValueError as error:
@@ -806,8 +795,11 @@ class Settings:
         return settings
 
 
+SETTINGS = tuple(Setting(field.name.upper(), *field.metadata["setting"]) for field in dataclasses.fields(Settings))
+
+
 def _read_database_url(path: str) -> str:
-    """Return the one line of DATABASE_URL_FILE; raise ConfigError without a part of it."""
+    """Return the one line of DATABASE_URL_FILE; raise a ConfigError that quotes no part of it."""
     try:
         mode = os.stat(path).st_mode
         text = Path(path).read_text(encoding="utf-8-sig").strip()
@@ -852,7 +844,7 @@ def _read_config_file(path: str) -> Iterator[tuple[str, str]]:
 
 
 def _os_reason(error: Exception) -> str:
-    """Gives the system's words for an error, without its number and file name."""
+    """Return the system's text for an error, without number and file name."""
     if isinstance(error, UnicodeError):
         return "not UTF-8"
     return (error.strerror or str(error)).lower() if isinstance(error, OSError) else one_line(error)
@@ -1776,12 +1768,12 @@ def schema_steps() -> tuple[tuple[str, ...], ...]:
 # 5 Plan: what a release is and will do: nodes, batches, payloads. Pure; uses 1 and 2.
 # ======================================================================================
 
-# A host and a port: what can have one task at a time, whatever rows name it.
+# Host and port of an agent, which gets one task at a time, whatever rows name it.
 Endpoint = tuple[str, int]
 
 
 def endpoint_of(main_ip: str, port: int) -> Endpoint:
-    """Return where an agent listens; two spellings of one address give the same."""
+    """Return where an agent listens, in one form for all spellings of an address."""
     if ":" in main_ip:
         with contextlib.suppress(ValueError):
             return str(plain_address(ipaddress.ip_address(main_ip))), port
@@ -1790,7 +1782,7 @@ def endpoint_of(main_ip: str, port: int) -> Endpoint:
 
 def plain_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> (
         ipaddress.IPv4Address | ipaddress.IPv6Address):
-    """Return an IPv4 address for one that is mapped into IPv6 (::ffff:10.0.0.7), else the address."""
+    """Return the IPv4 address of one that is mapped into IPv6 (::ffff:10.0.0.7), else the address itself."""
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
 
@@ -1808,7 +1800,7 @@ class Node:
     status: str
     created_at: str
     updated_at: str
-    # The highest version that was ever sent to it.
+    # Highest version ever sent to it.
     last_version: int = 0
 
     @property
@@ -1822,20 +1814,20 @@ class Node:
 
     @property
     def condition(self) -> str:
-        """Why it gets no release, or online."""
+        """Return why it gets no releases, or online."""
         return "disabled" if not self.enabled else f"in {self.status}" if self.status == "maintenance" else self.status
 
     @property
     def label_items(self) -> Set[tuple[str, Any]]:
-        """Gives its labels as pairs; none when a person wrote what can't be read."""
-        with contextlib.suppress(ValueError, AttributeError, TypeError):
+        """Return its labels as pairs."""
+        with contextlib.suppress(ValueError, AttributeError, TypeError):  # written by hand
             return frozenset(parse_json(self.labels).items())
         return frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """A row of release_tasks, with two numbers that its nodes give."""
+    """A row of release_tasks, with two numbers that are computed from its nodes."""
     id: int
     type: str
     target: str
@@ -1858,13 +1850,13 @@ class Release:
     started_at: str | None
     finished_at: str | None
     updated_at: str
-    # Up to which batch all is behind it: soaked, looked at again, and resumed where it pauses.
+    # Highest batch whose soak, re-verification and pause are complete.
     passed_batch: int
     soak_until: str | None
     paused_by: str
     # Part of its tasks' ids; "" until the claim where a person wrote the row.
     tag: str
-    # soak_until by the clock that nobody sets: see clock_mark().
+    # soak_until by the elapsed clock: see Moment.clock_mark().
     soak_clock: str
     skipped_nodes: int
     current_batch: int
@@ -1878,7 +1870,7 @@ class Release:
 
 
 class ReleaseNode(NamedTuple):
-    """A node of a release: its row, and below what only the driver of the release knows."""
+    """A node of a release: its row, and from next_op on what only the driver of the release knows."""
     node_id: int
     name: str
     main_ip: str
@@ -1893,46 +1885,46 @@ class ReleaseNode(NamedTuple):
     hold_until: str | None
     started_at: str | None
     finished_at: str | None
-    # Whether a failure of it counts against no limit: a person accepted it, or a rollback tries it all the same.
+    # 1: its failure counts against no limit; a person accepted it, or a rollback includes it anyway.
     accepted: int = 0
-    # The highest version that was ever sent to its address, by any release.
+    # Highest version ever sent to its address, by any release.
     last_version: int = 0
-    # hold_until by the clock that nobody sets: see clock_mark().
+    # hold_until and started_at by the elapsed clock: see Moment.clock_mark().
     hold_clock: str = ""
-    # started_at by the same clock.
     started_clock: str = ""
-    # For how long pauses and freezes kept it from its dispatch, in seconds: no part of its deadline.
+    # Seconds for which pauses and freezes delayed its dispatch; they extend the deadline.
     waited_s: float = 0.0
-    # Whether a try of this release may have reached the agent, as the row says: see reached.
+    # The row's value of reached.
     stored_reached: int = 1
-    # The next request and when it is due, in the seconds of Clock.elapsed().
+    # The next request; due and deadline are times of Clock.elapsed().
     next_op: str = ""
     due: float = 0.0
     deadline: float = 0.0
     in_flight: bool = False
-    # Seconds in its deadline for pauses before a take-over: taken back when its agent turns out to be at work.
+    # Part of the deadline that stands for pauses before a take-over; revoked when its agent is at work.
     credit_s: float = 0.0
-    # Whether the agent gave the task another id than the one that was written.
+    # The agent named another task id than the one written.
     is_renamed: bool = False
-    # Whether a try of this release may have reached the agent: then "already applied" may be our own doing.
+    # A try of this release may have reached the agent, so "already applied" may be due to it.
     reached: bool = False
-    # Whether the agent may have run the task, as nothing is known of the last try.
+    # The agent may have run the task, with an unknown outcome.
     is_unknown: bool = False
-    # Whether the agent has said that it has the task, and not said otherwise since.
+    # The agent's last answer was that it has the task.
     is_at_work: bool = False
-    # What the agent said of its success, while that is verified.
+    # The agent's message of success, while that is verified.
     agent_said: str = ""
     polls: int = 0
     # How often the agent did not know the task.
     forgotten: int = 0
-    # Probes in a row that passed; whether the look at the end of the soak is done.
+    # Successful probes in a row.
     passes: int = 0
+    # The re-verification at the end of the soak is done.
     is_looked_at: bool = False
-    # Tries in a row that failed, and what the last one said.
+    # Failed tries in a row, with kind and message of the last one.
     errors: int = 0
     last_kind: str = ""
     last_error: str = ""
-    # How the agent's answers ended it, not written yet.
+    # Its end according to the agent, not yet written.
     verdict: Verdict | None = None
 
     @property
@@ -1942,14 +1934,12 @@ class ReleaseNode(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """How a node ended: SUCCESS, or FAILED with an error_kind, a message and its whole text.
-
-    hold_s: for how long an execute agent may still be at our last request; None: as stored.
-    """
+    """The end of a node: SUCCESS, or FAILED with an error_kind, a message and its whole text."""
     status: str
     error_kind: str = ""
     error_msg: str = ""
     detail: str = ""
+    # Seconds for which an execute agent may still be busy with the last request; None: as stored.
     hold_s: float | None = 0.0
 
 
@@ -1958,24 +1948,24 @@ EACH = "each"
 
 
 class Verify(NamedTuple):
-    """How a node's success is verified: a GET of url, this status, so often in a row."""
+    """How a node's success is verified: by GET requests for url, as many successes in a row."""
     url: str
     status: int = 200
     timeout_s: float = 5.0
     successes: int = 1
-    # The site to ask for: the Host header, and with https the name in the handshake.
+    # Host header, and with https the name in the handshake.
     host: str = ""
-    # A text that the answer's body must hold.
+    # A text that the body must contain.
     contains: str = ""
 
     def url_for(self, node: ReleaseNode) -> str:
-        """Gives the address to probe on a node."""
+        """Return the URL to probe on a node."""
         host = f"[{node.main_ip}]" if ":" in node.main_ip else node.main_ip
         return self.url.replace("{main_ip}", host).replace("{name}", urllib.parse.quote(node.name, safe=""))
 
 
 class Strategy(NamedTuple):
-    """How a release goes out, as it was asked for (contract section 7). A text like "10%" is a share."""
+    """How a release is to go out (contract section 7); a text like "10%" is a share."""
     batches: tuple[int | str, ...] = (1,)
     max_failed: int | str = 0
     max_failed_total: int | str | None = None
@@ -1989,7 +1979,7 @@ class Strategy(NamedTuple):
     verify: Verify | None = None
 
     def pauses_after(self, batch: int) -> bool:
-        """Says whether someone must resume after a batch."""
+        """Return whether the release pauses after a batch."""
         return self.pause_after == EACH or batch in self.pause_after
 
 
@@ -1997,7 +1987,7 @@ NO_STRATEGY = Strategy()
 
 
 class ReleaseRequest(NamedTuple):
-    """What a release is asked to be: see POST /api/v1/releases. None: no choice among the nodes."""
+    """The body of POST /api/v1/releases; node_ids and labels are None where they restrict nothing."""
     target: str = "cdn"
     reason: str = ""
     payload: Mapping[str, Any] = {}
@@ -2010,47 +2000,47 @@ class ReleaseRequest(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """A node that was meant and does not get the release, and why."""
+    """A selected node that does not get the release, and why."""
     node_id: int
     name: str
     why: str
 
 
 class Plan(NamedTuple):
-    """What a release will do, in whole numbers: node ids by batch, limits, and the nodes left out."""
+    """What a release will do, as integers: node ids and failure limit of each batch, and the nodes left out."""
     strategy: Strategy
     batches: list[list[int]]
     max_failed: list[int]
     max_failed_total: int | None
     left_out: Sequence[LeftOut]
-    # Names of execute nodes that will serve no site, as the payload says.
+    # Names of execute nodes whose sites the payload removes.
     emptied: Sequence[str] = ()
     # Nodes whose failure counts against no limit.
     tolerated: frozenset[int] = frozenset()
-    # The release whose payload goes out again: its id and version.
+    # Id and version of the release whose payload is used again.
     payload_of: tuple[int, int] | None = None
-    # The version that it would get now.
+    # The version that the release would get now.
     version: int = 0
 
     def __str__(self) -> str:
-        """Gives the plan as a line for the history."""
+        """Return the plan as a line for the event."""
         limits = f"at most {_words(self.max_failed)} failed" + (
             "" if self.max_failed_total is None else f", {self.max_failed_total} in all")
         return f"batches of {_words([len(batch) for batch in self.batches])}; {limits}"
 
 
 def _words(numbers: Sequence[int]) -> str:
-    """Gives '1, 5, 44'; a long list is cut."""
+    """Return '1, 5, 44', of a long list only the beginning."""
     return ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
 
 
 HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
-# The end of what the system's resolver may read as an IPv4 address of another spelling: 0xA9FEA9FE, 10.7, 010.0.0.7.
+# Last label of a name that a resolver may read as an IPv4 address: 0xA9FEA9FE, 10.7, 010.0.0.7.
 NUMBER_LABEL = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
 
 def parse_address(text: object) -> str:
-    """Return an IP address or host name in its plain form; raise AppError 2003 for what is no host's."""
+    """Return an IP address or host name in normal form; raise AppError(INVALID) for anything else."""
     if isinstance(text, str):
         with contextlib.suppress(ValueError):
             if "%" not in text:
@@ -2058,123 +2048,119 @@ def parse_address(text: object) -> str:
         labels = text.split(".")
         if len(text) <= 253 and all(map(HOST_LABEL.fullmatch, labels)) and not NUMBER_LABEL.fullmatch(labels[-1]):
             return text.lower()
-    raise AppError(2003, f"mainIp {one_line(text, 60)!r} is neither an IP address nor a host name")
+    raise AppError(INVALID, f"mainIp {one_line(text, 60)!r} is neither an IP address nor a host name")
 
 
 def _host_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> (
         ipaddress.IPv4Address | ipaddress.IPv6Address):
-    """Return an address that a host may have; raise AppError 2003 for one that means many hosts or none."""
+    """Return the address; raise AppError(INVALID) for one that no single host can have."""
     is_broadcast = address.version == 4 and (int(address) == 0xFFFFFFFF or int(address) >> 24 == 0)
     kinds = ((address.is_unspecified, "stands for any address"), (address.is_multicast, "is a multicast address"),
              (address.is_link_local, "is link-local (cloud metadata lives there)"),
              (is_broadcast, "is no address of a host"))
     for is_it, what in kinds:
         if is_it:
-            raise AppError(2003, f"mainIp {address} {what}: name the node's own address")
+            raise AppError(INVALID, f"mainIp {address} {what}: name the node's own address")
     return address
 
 
 def parse_port(value: object) -> int:
-    """Gives a TCP port; AppError 2003 when it is not a whole number from 1 to 65535."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65535:
-        raise AppError(2003, f"agentPort {one_line(value, 40)} must be a whole number from 1 to 65535")
-    return value
+    """Return a TCP port; raise AppError(INVALID) for anything else."""
+    return _parse_number("agentPort", value, PORTS)
+
+
+def _parse_number(field: str, value: object, numbers: Range) -> int:
+    try:
+        return int(numbers.from_json(value))
+    except ValueError as error:
+        raise AppError(INVALID, f"{field} {one_line(value, 40)} {error}") from None
 
 
 def parse_name(text: object) -> str:
-    """Return a node's or a token's name; raise AppError 2003 unless it is 1 to 100 plain characters."""
+    """Return a node's or a token's name; raise AppError(INVALID) unless it is 1 to 100 plain characters."""
     if not isinstance(text, str) or not 1 <= len(text) <= 100 or not is_plain(text):
-        raise AppError(2003, f"name {one_line(ascii(text), 50)} must be 1 to 100 {PLAIN_TEXT}")
+        raise AppError(INVALID, f"name {one_line(ascii(text), 50)} must be 1 to 100 {PLAIN_TEXT}")
     return text
 
 
 def parse_choice(field: str, value: object, choices: Sequence[str]) -> str:
-    """Gives value when it is one of the choices; AppError 2003 else."""
+    """Return value; raise AppError(INVALID) unless it is one of the choices."""
     if not isinstance(value, str) or value not in choices:
-        raise AppError(2003, f"{field} {one_line(value, 40)!r} must be one of {', '.join(choices)}")
+        raise AppError(INVALID, f"{field} {one_line(value, 40)!r} must be one of {', '.join(choices)}")
     return value
 
 
 def parse_flag(field: str, value: object) -> bool:
-    """Gives a JSON boolean; AppError 2003 else."""
+    """Return a JSON boolean; raise AppError(INVALID) for anything else."""
     if not isinstance(value, bool):
-        raise AppError(2003, f"{field} must be true or false")
+        raise AppError(INVALID, f"{field} must be true or false")
     return value
 
 
 def parse_labels(value: object) -> str:
-    """Return labels as they are stored, a JSON object; raise AppError 2003 for what contract section 2 forbids."""
+    """Return labels as stored, a JSON object; raise AppError(INVALID) for what contract section 2 forbids."""
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise AppError(2003, "labels must be an object whose values are strings")
+        raise AppError(INVALID, "labels must be an object whose values are strings")
     if len(value) > MAX_LABELS:
-        raise AppError(2003, f"labels must be at most {MAX_LABELS}, not {len(value)}")
+        raise AppError(INVALID, f"labels must be at most {MAX_LABELS}, not {len(value)}")
     for key, text in value.items():
         if not 1 <= len(key) <= MAX_LABEL_KEY_CHARS or not is_plain(key):
-            raise AppError(2003, f"labels: the key {one_line(ascii(key), 40)} must be 1 to {MAX_LABEL_KEY_CHARS} "
+            raise AppError(INVALID, f"labels: the key {one_line(ascii(key), 40)} must be 1 to {MAX_LABEL_KEY_CHARS} "
                                  f"{PLAIN_TEXT}")
         if len(text) > MAX_LABEL_CHARS or not is_plain(text):
-            raise AppError(2003, f"labels: the value of {one_line(key, 30)} must be at most {MAX_LABEL_CHARS} "
+            raise AppError(INVALID, f"labels: the value of {one_line(key, 30)} must be at most {MAX_LABEL_CHARS} "
                                  f"{PLAIN_TEXT}")
     return to_json(value)
 
 
 def parse_text(field: str, value: object, max_chars: int = 500) -> str:
-    """Gives a text of one line for people; AppError 2003 when it is none or too long."""
+    """Return a text on one line; raise AppError(INVALID) for anything else, or one that is too long."""
     if not isinstance(value, str) or len(value) > max_chars:
-        raise AppError(2003, f"{field} must be a text of at most {max_chars} characters")
+        raise AppError(INVALID, f"{field} must be a text of at most {max_chars} characters")
     return one_line(value, max_chars)
 
 
 def parse_target(value: object) -> str:
-    """Gives a release's target: a word of letters, digits and ._-; AppError 2003 else."""
+    """Return a release's target; raise AppError(INVALID) for anything but letters, digits and ._-"""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
-        raise AppError(2003, "target must be 1 to 64 letters, digits or . _ -")
+        raise AppError(INVALID, "target must be 1 to 64 letters, digits or . _ -")
     return value
 
 
 def parse_version(field: str, value: object) -> int:
-    """Return a version that a person names; raise AppError 2003 for what is none."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_NAMED_VERSION:
-        raise AppError(2003, f"{field} {one_line(value, 40)} must be a whole number from 1 to {MAX_NAMED_VERSION}")
-    return value
+    """Return a version that a person names; raise AppError(INVALID) for anything else."""
+    return _parse_number(field, value, Range(1, MAX_NAMED_VERSION))
 
 
 def parse_payload(value: object) -> dict[str, Any]:
-    """Gives a release's payload; AppError 2003 when it is not an object."""
+    """Return a release's payload; raise AppError(INVALID) unless it is an object."""
     if not isinstance(value, dict):
-        raise AppError(2003, "payload must be a JSON object")
+        raise AppError(INVALID, "payload must be a JSON object")
     return value
 
 
-def _whole(value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"must be a whole number from {low} to {high}")
-    return value
+def _share(low: int) -> tuple[Callable[[Any], int | str], dict[str, Any]]:
+    """Return parser and JSON Schema of a number of nodes, or a percentage of them, from low (0 or 1) on."""
+    numbers, percents = Range(low, MAX_NODES), "([1-9][0-9]?|100)%" if low else "(0|[1-9][0-9]?|100)%"
 
-
-def _seconds(low: float, high: float) -> Callable[[Any], float]:
-    def parse(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ValueError(f"must be a number of seconds from {low:g} to {high:g}")
-        return float(value)
-    return parse
-
-
-def _share(low: int) -> Callable[[Any], int | str]:
-    """Gives a parser of a number from low on, or of a share of "1%" to "100%" (of "0%" when low is 0)."""
     def parse(value: Any) -> int | str:
-        if isinstance(value, str) and re.fullmatch(r"(0|[1-9][0-9]?|100)%", value) and int(value[:-1]) >= low:
+        if isinstance(value, str) and re.fullmatch(percents, value):
             return value
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_NODES:
-            raise ValueError(f'must be a whole number from {low} to {MAX_NODES}, or "{low}%" to "100%"')
-        return value
-    return parse
+        try:
+            return int(numbers.from_json(value))
+        except ValueError as error:
+            raise ValueError(f'{error}, or "{low}%" to "100%"') from None
+    return parse, {"oneOf": [numbers.schema, {"type": "string", "pattern": f"^{percents}$"}]}
+
+
+_BATCH_SIZE, _BATCH_SIZE_SCHEMA = _share(1)
+_BATCH_NUMBERS = Range(1, MAX_NODES)
 
 
 def _batch_sizes(value: Any) -> tuple[int | str, ...]:
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_BATCHES:
         raise ValueError(f"must be a list of 1 to {MAX_BATCHES} sizes")
-    return tuple(map(_share(1), value))
+    return tuple(map(_BATCH_SIZE, value))
 
 
 def _batch_numbers(value: Any) -> tuple[int, ...] | str:
@@ -2182,7 +2168,7 @@ def _batch_numbers(value: Any) -> tuple[int, ...] | str:
         return EACH
     if not isinstance(value, list) or len(value) > MAX_BATCHES:
         raise ValueError(f'must be a list of batch numbers, or "{EACH}"')
-    return tuple(_whole(number, 1, MAX_NODES) for number in value)
+    return tuple(map(_BATCH_NUMBERS.from_json, value))
 
 
 def _end_of_failing(value: Any) -> str:
@@ -2192,8 +2178,8 @@ def _end_of_failing(value: Any) -> str:
 
 
 def parse_time(value: Any) -> str:
-    """Gives an RFC 3339 time as it is stored, in UTC; ValueError for anything else."""
-    # RFC 3339, 5.6: t and z may be small, and a second may have any number of digits; milliseconds are kept
+    """Return an RFC 3339 time as stored, in UTC; raise ValueError for anything else."""
+    # RFC 3339, 5.6: T and Z may be in lower case, a fraction of any length; it is rounded to milliseconds
     match = isinstance(value, str) and re.fullmatch(
         r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(\.\d{1,30})?(Z|[+-]\d\d:\d\d)", value, re.ASCII | re.IGNORECASE)
     if not match:
@@ -2208,12 +2194,12 @@ VERIFY_URL = r"https?://(\{main_ip\}|\{name\})(:[0-9]{1,5})?([/?]([!$-;=?-Z_a-z~
 
 
 def _verify_url(value: Any) -> str:
-    """Gives the address of a probe. Its host is the node itself: a probe goes nowhere else."""
+    """Return the URL of a probe, whose host is the node itself: a probe goes nowhere else."""
     if not isinstance(value, str) or len(value) > 500 or not re.fullmatch(VERIFY_URL, value):
         raise ValueError("must be http:// or https:// with the host {main_ip} or {name}, "
                          "like http://{main_ip}:8080/health, and no other {...} in it")
     port = re.match(r"https?://[^/?:]*:([0-9]+)", value)
-    if port and not 1 <= int(port[1]) <= 65535:
+    if port and not PORTS.low <= int(port[1]) <= PORTS.high:
         raise ValueError("has a port that is not from 1 to 65535")
     return value
 
@@ -2222,7 +2208,7 @@ VERIFY_HOST = r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z
 
 
 def _verify_host(value: Any) -> str:
-    """Return the name of a site. It decides what is asked for, not where: a probe goes to the node alone."""
+    """Return the name of a site; it has no influence on where a probe goes."""
     if not isinstance(value, str) or len(value) > 253 or not re.fullmatch(f"({VERIFY_HOST})?", value):
         raise ValueError("must be a host name, like www.example.com")
     return value
@@ -2234,12 +2220,12 @@ def _verify_text(value: Any) -> str:
     return value
 
 
-# Key of verify: field, how it is read, schema.
+# From a key of verify to its field, parser and JSON Schema.
 VERIFY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
     "url": ("url", _verify_url, {"type": "string", "maxLength": 500, "pattern": f"^{VERIFY_URL}$"}),
-    "status": ("status", lambda v: _whole(v, 100, 599), {"type": "integer", "minimum": 100, "maximum": 599}),
-    "timeoutSec": ("timeout_s", _seconds(0.1, 60), {"type": "number", "minimum": 0.1, "maximum": 60}),
-    "successes": ("successes", lambda v: _whole(v, 1, 100), {"type": "integer", "minimum": 1, "maximum": 100}),
+    "status": ("status", *Range(100, 599).json),
+    "timeoutSec": ("timeout_s", *Range(0.1, 60, float).json),
+    "successes": ("successes", *Range(1, 100).json),
     "host": ("host", _verify_host, {"type": "string", "maxLength": 253, "pattern": f"^({VERIFY_HOST})?$"}),
     "contains": ("contains", _verify_text, {"type": "string", "maxLength": 500}),
 }
@@ -2254,26 +2240,19 @@ def _verify(value: Any) -> Verify:
     return Verify(**fields)
 
 
-def _share_schema(low: int) -> dict[str, Any]:
-    return {"oneOf": [{"type": "integer", "minimum": low, "maximum": MAX_NODES},
-                      {"type": "string", "pattern": "^(0|[1-9][0-9]?|100)%$" if low == 0 else "^([1-9][0-9]?|100)%$"}]}
-
-
-# Key of a strategy (contract section 7): field, how it is read, schema for /openapi.json.
+# From a key of a strategy (contract section 7) to its field, parser and JSON Schema.
 STRATEGY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
     "batches": ("batches", _batch_sizes,
-                {"type": "array", "minItems": 1, "maxItems": MAX_BATCHES, "items": _share_schema(1)}),
-    "maxFailed": ("max_failed", _share(0), _share_schema(0)),
-    "maxFailedTotal": ("max_failed_total", _share(0), _share_schema(0)),
-    "maxParallel": ("max_parallel", lambda v: _whole(v, 0, MAX_NODES),
-                    {"type": "integer", "minimum": 0, "maximum": MAX_NODES}),
-    "soakSec": ("soak_s", _seconds(0, 604800), {"type": "number", "minimum": 0, "maximum": 604800}),
+                {"type": "array", "minItems": 1, "maxItems": MAX_BATCHES, "items": _BATCH_SIZE_SCHEMA}),
+    "maxFailed": ("max_failed", *_share(0)),
+    "maxFailedTotal": ("max_failed_total", *_share(0)),
+    "maxParallel": ("max_parallel", *Range(0, MAX_NODES).json),
+    "soakSec": ("soak_s", *Range(0, 604800, float).json),
     "pauseAfter": ("pause_after", _batch_numbers, {"oneOf": [
-        {"type": "array", "maxItems": MAX_BATCHES, "items": {"type": "integer", "minimum": 1, "maximum": MAX_NODES}},
-        {"const": EACH}]}),
+        {"type": "array", "maxItems": MAX_BATCHES, "items": _BATCH_NUMBERS.schema}, {"const": EACH}]}),
     "onExceed": ("on_exceed", _end_of_failing, {"type": "string", "enum": [FAIL, PAUSE]}),
-    "nodeDeadlineSec": ("node_deadline_s", _seconds(1, 604800), {"type": "number", "minimum": 1, "maximum": 604800}),
-    "retries": ("retries", lambda v: _whole(v, 0, 100), {"type": "integer", "minimum": 0, "maximum": 100}),
+    "nodeDeadlineSec": ("node_deadline_s", *Range(1, 604800, float).json),
+    "retries": ("retries", *Range(0, 100).json),
     "startAt": ("start_at", parse_time, {"type": "string", "format": "date-time"}),
     "verify": ("verify", _verify, {
         "type": "object", "properties": {key: schema for key, (_, _, schema) in VERIFY_KEYS.items()},
@@ -2282,7 +2261,7 @@ STRATEGY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = 
 
 
 def _fields(value: Mapping[str, Any], keys: Mapping[str, tuple[str, Callable[[Any], Any], Any]]) -> dict[str, Any]:
-    """Gives the fields of an object by its table of keys; ValueError naming the key that is wrong."""
+    """Return the fields of an object with a table of keys; raise ValueError naming the first bad key."""
     fields = {}
     for key, member in value.items():
         if key not in keys:
@@ -2296,24 +2275,24 @@ def _fields(value: Mapping[str, Any], keys: Mapping[str, tuple[str, Callable[[An
 
 
 def parse_strategy(value: object) -> Strategy:
-    """Gives a strategy from its JSON; AppError 2003 naming the key that is unknown or can't be meant."""
+    """Return a strategy from its JSON; raise AppError(INVALID) naming the first bad key."""
     if not isinstance(value, dict):
-        raise AppError(2003, "strategy must be a JSON object")
+        raise AppError(INVALID, "strategy must be a JSON object")
     try:
         return Strategy(**_fields(value, STRATEGY_KEYS))
     except ValueError as error:
-        raise AppError(2003, f"strategy: {error}") from None
+        raise AppError(INVALID, f"strategy: {error}") from None
 
 
 def in_numbers(share: int | str, whole: int) -> int:
-    """Gives a number as it is, and "N%" as that share of a whole, rounded down: "10%" of 19 is 1."""
+    """Return an integer as it is, "N%" as that share of whole, rounded down: "10%" of 19 is 1."""
     return share if isinstance(share, int) else whole * int(share[:-1]) // 100
 
 
 def plan_batches(node_ids: Sequence[int], sizes: Sequence[int | str] = NO_STRATEGY.batches) -> list[list[int]]:
-    """Gives the nodes by batch: shares are of all nodes and at least 1; what is left is the last batch.
+    """Return the nodes by batch; a share is at least 1, and the rest is the last batch.
 
-    Of 50 nodes [1, "10%", "25%"] makes batches of 1, 5, 12 and 32.
+    Sizes [1, "10%", "25%"] of 50 nodes are batches of 1, 5, 12 and 32.
     """
     batches, start = [], 0
     for size in (*sizes, len(node_ids)):
@@ -2325,14 +2304,14 @@ def plan_batches(node_ids: Sequence[int], sizes: Sequence[int | str] = NO_STRATE
 
 def make_plan(strategy: Strategy, node_ids: Sequence[int], left_out: Sequence[LeftOut] = (),
               batches: list[list[int]] | None = None, tolerated: frozenset[int] = frozenset()) -> Plan:
-    """Return a strategy in whole numbers for these nodes; raise AppError 2003 when it names a batch too many.
+    """Return the plan of a strategy; raise AppError(INVALID) where it pauses after a batch that does not exist.
 
-    batches: they are settled already. tolerated: nodes whose failure counts against no limit.
+    batches: given instead of computed. tolerated: nodes whose failure counts against no limit.
     """
     batches = plan_batches(node_ids, strategy.batches) if batches is None else batches
     beyond = [] if strategy.pause_after == EACH else [n for n in strategy.pause_after if int(n) > len(batches)]
     if beyond:
-        raise AppError(2003, f"strategy: pauseAfter names batch {beyond[0]}, and there are {len(batches)}")
+        raise AppError(INVALID, f"strategy: pauseAfter names batch {beyond[0]}, and there are {len(batches)}")
     total = None if strategy.max_failed_total is None else in_numbers(strategy.max_failed_total, len(node_ids))
     limits = [in_numbers(strategy.max_failed, len(batch)) + len(tolerated.intersection(batch))
               for batch in batches]
@@ -2340,55 +2319,64 @@ def make_plan(strategy: Strategy, node_ids: Sequence[int], left_out: Sequence[Le
 
 
 def choose_nodes(nodes: Sequence[Node], request: ReleaseRequest) -> tuple[list[Node], list[LeftOut]]:
-    """Return the nodes that a release goes to, by id, and those that are left out of it.
+    """Return the nodes that a release goes to, by id, and the selected ones that are left out.
 
-    Raise AppError 2003 for an id that is not among the enabled, online nodes, 3003 when none is left.
+    Raise AppError(INVALID) for an id that is not of an enabled, online node, AppError(WRONG_STATE) without nodes.
     """
     if request.node_ids is not None:
         by_id = {node.id: node for node in nodes}
         for number in request.node_ids:
             if number not in by_id:
-                raise AppError(2003, f"nodeIds: node {number} does not exist")
+                raise AppError(INVALID, f"nodeIds: node {number} does not exist")
             if not by_id[number].gets_releases:
-                raise AppError(2003, f"nodeIds: node {by_id[number].name} is {by_id[number].condition}")
+                raise AppError(INVALID, f"nodeIds: node {by_id[number].name} is {by_id[number].condition}")
         return [by_id[number] for number in sorted(request.node_ids)], []
+    everything = nodes
     if request.labels is not None:
         wanted = request.labels.items()
         nodes = [node for node in nodes if wanted <= node.label_items]
     chosen = [node for node in nodes if node.gets_releases]
     if not chosen:
-        among = "" if request.labels is None else f" with the labels {to_json(dict(request.labels))}"
-        raise AppError(3003, f"no online nodes{among}: add one, or enable one and set it online")
+        raise AppError(WRONG_STATE, _why_no_nodes(everything, nodes, request.labels or {}))
     return chosen, who_is_left_out(nodes)
 
 
+def _why_no_nodes(nodes: Sequence[Node], matching: Sequence[Node], labels: Mapping[str, str]) -> str:
+    wanted = ",".join(f"{key}={value}" for key, value in labels.items())
+    if matching or not labels:
+        return f"no online nodes{f' with {wanted}' if labels else ''}: add one, or enable one and set it online"
+    known = {key: sorted({str(v) for n in nodes for k, v in n.label_items if k == key})[:20] for key in labels}
+    values = "; ".join(f"{key}: {', '.join(known[key]) or 'none'}" for key in labels)
+    return f"no node matches {wanted} (values of {values})"
+
+
 def who_is_left_out(nodes: Iterable[Node]) -> list[LeftOut]:
-    """Return those of some nodes that get no releases now, and why."""
+    """Return those of the nodes that get no releases now, and why."""
     return [LeftOut(node.id, node.name, node.condition) for node in nodes if not node.gets_releases]
 
 
 def refuse_twins(nodes: Iterable[Node]) -> None:
-    """Raise AppError 3003 naming two nodes with one address: it would get the same task twice at once (section 2)."""
+    """Raise AppError(WRONG_STATE) for two nodes with one address, which would get a task twice at once (section 2)."""
     seen: dict[Endpoint, Node] = {}
     for node in nodes:
         twin = seen.setdefault(node.endpoint, node)
         if twin is not node:
-            raise AppError(3003, f"nodes {twin.name} and {node.name} have one address, "
+            raise AppError(WRONG_STATE, f"nodes {twin.name} and {node.name} have one address, "
                                  f"{node.main_ip}:{node.agent_port}: disable one of them")
 
 
-# The key of a payload that an execute agent needs: without it, it drops all its sites (contract section 1).
+# Without this key in the payload an execute agent drops all its sites (contract section 1).
 WEBSITES = "websites"
 
 
 def drops_sites(payload: Mapping[str, Any]) -> bool:
-    """Say whether an execute agent would drop all its sites without having been asked to."""
+    """Return whether an execute agent would drop all its sites though the payload does not say so."""
     return not isinstance(payload.get(WEBSITES), list)
 
 
-def refuse_dropping_sites(payload: Mapping[str, Any], nodes: Iterable[Node | ReleaseNode], code: int = 2003,
+def refuse_dropping_sites(payload: Mapping[str, Any], nodes: Iterable[Node | ReleaseNode], code: int = INVALID,
                           what: str = "the payload") -> None:
-    """Raise AppError where an execute agent among the nodes would drop all its sites without having been asked to."""
+    """Raise AppError where execute nodes would drop all their sites: see drops_sites()."""
     served = [node.name for node in nodes if node.agent_protocol == EXECUTE]
     if served and drops_sites(payload):
         raise AppError(code, f"{what} has no list {WEBSITES}, and {names_of(served)} would drop all sites without it "
@@ -2401,55 +2389,56 @@ def names_of(names: Sequence[str]) -> str:
 
 
 def parse_release_id(field: str, value: object) -> int:
-    """Return the id of a release; raise AppError 2003 for what can be none."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_ID:
-        raise AppError(2003, f"{field} {one_line(value, 40)} must be the id of a release")
-    return value
+    """Return the id of a release; raise AppError(INVALID) for what can't be one."""
+    with contextlib.suppress(ValueError):
+        return int(IDS.from_json(value))
+    raise AppError(INVALID, f"{field} {one_line(value, 40)} must be the id of a release")
 
 
 def parse_node_ids(value: object) -> list[int]:
-    """Gives the ids of a choice of nodes; AppError 2003 when it is no list of different ids."""
-    if (not isinstance(value, list) or not value or len(set(map(str, value))) != len(value)
-            or not all(isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= MAX_ID for v in value)):
-        raise AppError(2003, "nodeIds must be a list of different ids of nodes")
-    return value
+    """Return the ids of selected nodes; raise AppError(INVALID) unless it is a list of different ids."""
+    with contextlib.suppress(ValueError, TypeError):
+        ids = list(map(IDS.from_json, value if isinstance(value, list) else ()))
+        if ids and len(set(ids)) == len(ids):
+            return ids
+    raise AppError(INVALID, "nodeIds must be a list of different ids of nodes")
 
 
 def known_keys(body: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raises AppError 2003 naming the first key of body that is not known."""
+    """Raise AppError(INVALID) naming the first unknown key of body."""
     for key in body:
         if key not in known:
-            raise AppError(2003, f"{one_line(key, 60)} is not a known key{did_you_mean(key, known)}")
+            raise AppError(INVALID, f"{one_line(key, 60)} is not a known key{did_you_mean(key, known)}")
 
 
 def check_payload_version(payload: Mapping[str, Any], version: int) -> None:
-    """Raises AppError 2003 when the payload names another version than the release's."""
+    """Raise AppError(INVALID) where the payload names another version than the release's."""
     named = payload.get("version", version)
     if isinstance(named, bool) or named != version or not isinstance(named, int):
-        raise AppError(2003, f"payload names version {one_line(to_json(named), 40)}, the release is version {version}:"
-                             " leave the version out")
+        raise AppError(INVALID, f"payload names version {one_line(to_json(named), 40)}, the release is version "
+                                f"{version}: leave the version out")
 
 
 def payload_for_version(payload: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """Gives an older release's payload for a new version (contract rule 10)."""
+    """Return an older release's payload with a new version (contract 3, rule 10)."""
     return {**payload, "version": version} if "version" in payload else dict(payload)
 
 
 def new_tag() -> str:
-    """Return what tells a release's tasks from those of any other, in any database: eight hex digits."""
+    """Return eight hex digits that make the task ids of a release unique, over all databases."""
     return secrets.token_hex(4)
 
 
 def task_id_for(release_type: str, main_ip: str, version: int, tag: str) -> str:
-    """Return the agent's task id: the same for every try of a release on a node, and no other's (section 1).
+    """Return the agent's task id: one for all tries of a release on a node, and of no other (section 1).
 
-    Without a tag: of a release that was under way when tags came; its agents know the id in that form.
+    A release without a tag was under way when tags were introduced; agents know its ids without one.
     """
     return f"{release_type}_{main_ip}_{version}" + (f"_{tag}" if tag else "")
 
 
 class Moment(NamedTuple):
-    """One instant on both clocks, in seconds. boot: what elapsed counts from, see Clock.boot()."""
+    """A time by both clocks, in seconds; boot is Clock.boot()."""
     wall: float
     elapsed: float
     boot: str = ""
@@ -2459,17 +2448,17 @@ class Moment(NamedTuple):
         return utc_text(self.wall)
 
     def clock_mark(self, seconds: float) -> str:
-        """Return the moment so many seconds from now, for left_s(): by a clock that nobody sets."""
+        """Return the time in so many seconds, for left_s(), by the elapsed clock, which nobody can set."""
         return f"{self.boot} {self.elapsed + seconds:.3f}"
 
     def left_s(self, until: str | None, mark: str, at_most_s: float) -> float:
-        """Return the seconds until a stored moment, 0 when it is over; never more than it can have been for."""
+        """Return the seconds until a stored time, from 0 to at_most_s."""
         return min(max(self.until_s(until, mark), 0.0), at_most_s)
 
     def until_s(self, until: str | None, mark: str) -> float:
-        """Return the seconds until a stored moment, below 0 when it is over.
+        """Return the seconds until a stored time, below 0 when it is over.
 
-        By the mark where this host wrote it since it was started, else by the wall clock.
+        They are computed from the mark where this host wrote it since its boot, else by the wall clock.
         """
         boot, _, elapsed = mark.rpartition(" ")
         if elapsed and boot == self.boot:
@@ -2479,23 +2468,23 @@ class Moment(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """The numbers of the configuration that a decision needs, in seconds but for retries."""
+    """Settings that a decision needs."""
     retries: int
     node_deadline_s: float
     request_timeout_s: float
     interval_s: float
-    # A dispatch leaves so soon after it was written down, or not at all.
+    # A dispatch leaves within this time after it was written down, or not at all.
     leave_within_s: float = 0.0
-    # So many probes in a row verify a node; 0: the agent's word is enough.
+    # Successful probes in a row that verify a node; 0: not verified.
     probes: int = 0
 
     @property
     def hold_s(self) -> float:
-        """How long an execute agent may be at a request, reckoned from when it was written down."""
+        """Return for how long an execute agent may be busy with a request, from when it was written down."""
         return self.leave_within_s + self.request_timeout_s
 
     def under(self, strategy: Strategy) -> Policy:
-        """Gives the numbers for a release, whose strategy may have its own."""
+        """Return the policy with what a release's strategy overrides."""
         return self._replace(
             retries=self.retries if strategy.retries is None else strategy.retries,
             node_deadline_s=strategy.node_deadline_s or self.node_deadline_s,
@@ -2503,22 +2492,24 @@ class Policy(NamedTuple):
 
 
 class Roster:
-    """The nodes of a release, indexed by what a decision asks of them.
+    """The nodes of a release, indexed by what a decision needs.
 
-    A release of ten thousand is decided on a thousand times: only those that are at work are looked at.
+    A release of ten thousand nodes has a thousand decisions: each examines only the nodes at work.
     """
 
     def __init__(self, nodes: Iterable[ReleaseNode] = ()):
-        """Takes all nodes, by batch and id."""
+        """Take all nodes, ordered by batch and id."""
         self._nodes = {n.node_id: n for n in nodes}
-        # The nodes in each status, as they came into it; the pending ones by batch and id.
+        # By status, in the order in which they got it; the pending ones by batch and id.
         self.of: dict[str, dict[int, ReleaseNode]] = {status: {} for status in (*OPEN, *AT_REST)}
-        # How many rows each batch has, and how many of them are pending or running.
+        # Nodes of each batch.
         self.sizes: dict[int, int] = {}
+        # Pending and running nodes of each batch.
         self._open: dict[int, int] = {}
-        # Addresses that several rows name: a person wrote them. And the highest version that a node was sent.
         named = collections.Counter(n.endpoint for n in self._nodes.values())
+        # Addresses that several rows have; a person wrote them.
         self.twins = frozenset(endpoint for endpoint, count in named.items() if count > 1)
+        # Highest version that any of the nodes was ever sent.
         self.highest_sent = max((n.last_version for n in self._nodes.values()), default=0)
         for n in self._nodes.values():
             self.of[n.status][n.node_id] = n
@@ -2536,11 +2527,11 @@ class Roster:
         return self._nodes[node_id]
 
     def get(self, node_id: int) -> ReleaseNode | None:
-        """Gives a node by its id, None for one that is not of the release."""
+        """Return a node by its id, or None."""
         return self._nodes.get(node_id)
 
     def copy(self) -> Roster:
-        """Gives one that can be changed apart."""
+        """Return an independent copy."""
         other = Roster.__new__(Roster)
         other._nodes, other.sizes, other._open = self._nodes.copy(), self.sizes, self._open.copy()
         other.of, other._batches = {status: found.copy() for status, found in self.of.items()}, self._batches
@@ -2548,7 +2539,7 @@ class Roster:
         return other
 
     def put(self, node: ReleaseNode) -> None:
-        """Puts a node in the place of what was known of it."""
+        """Replace a node."""
         before = self._nodes[node.node_id]
         if before.status != node.status:
             del self.of[before.status][node.node_id]
@@ -2557,12 +2548,12 @@ class Roster:
 
     @property
     def open(self) -> list[ReleaseNode]:
-        """The nodes that have not come to their end."""
+        """Return the running and the pending nodes."""
         return [*self.of[RUNNING].values(), *self.of[PENDING].values()]
 
     @property
     def batch(self) -> int:
-        """The lowest batch with a pending or running node, 0 for none."""
+        """Return the lowest batch with a pending or running node, or 0."""
         first = next(iter(self.of[PENDING].values()), None)
         batches = [n.batch for n in self.of[RUNNING].values()] + ([first.batch] if first else [])
         return min(batches, default=0)
@@ -2572,21 +2563,21 @@ class Roster:
         return self._batches[-1] if self._batches else 0
 
     def open_in(self, batch: int) -> int:
-        """Gives how many nodes of a batch are pending or running."""
+        """Return the number of pending and running nodes of a batch."""
         return self._open.get(batch, 0)
 
     def batch_before(self, batch: int) -> int:
-        """Gives the batch before one, 0 for none."""
+        """Return the batch before a batch, or 0."""
         found = bisect.bisect_left(self._batches, batch)
         return self._batches[found - 1] if found else 0
 
     def looked_at_again(self, batch: int) -> list[ReleaseNode]:
-        """Gives the nodes of a batch that wait for the look at the end of its soak."""
+        """Return the nodes of a batch that are still to be re-verified at the end of its soak."""
         return [n for n in self.of[SUCCESS].values() if n.batch == batch and not n.is_looked_at]
 
 
 class Freeze(NamedTuple):
-    """The switch that lets nothing new be dispatched, by any process; who set it, when and why."""
+    """The switch that stops new dispatches of all processes; who set it, when and why."""
     frozen: bool = False
     reason: str = ""
     actor: str = ""
@@ -2597,18 +2588,17 @@ NO_FREEZE = Freeze()
 
 
 class Stage(NamedTuple):
-    """Where a running release stands between its batches.
-
-    batch: whose pending nodes may go now, 0 for none. passed_batch, soak_until, soak_clock: as in Decision.
-    soak_left_s: how many seconds of the soak are left. pauses: whether someone must resume first.
-    looks_at: the batch whose second look is on, or 0.
-    """
+    """Where a running release is between its batches."""
+    # The batch whose pending nodes may be dispatched now, or 0.
     batch: int
+    # As in Release.
     passed_batch: int
     soak_until: str | None = None
     soak_clock: str = ""
     soak_left_s: float = 0.0
+    # Somebody must resume it first.
     pauses: bool = False
+    # The batch that is re-verified now, or 0.
     looks_at: int = 0
 
 
@@ -2618,58 +2608,83 @@ class Stage(NamedTuple):
 # ======================================================================================
 
 def first_failed(nodes: Roster) -> ReleaseNode | None:
-    """Gives the node that failed first, the lower id of two at once."""
+    """Return the node that failed first; of two at once the lower id."""
     return min(nodes.of[FAILED].values(), key=lambda n: (n.finished_at or "", n.node_id), default=None)
 
 
-REASON_PENDING = "waiting for the executor"
+REASON_PENDING = "queued for an executor"
 NO_NODES = "the release has no nodes"
-# A node that runs for less is not worth a word.
+# A node that runs for less than this is not named.
 SLOW_S = 1.0
 
 
 class Situation(NamedTuple):
-    """What a sentence needs to know beside the nodes."""
+    """What a decision and a status text depend on."""
     release: Release
-    strategy: Strategy
+    # All nodes of the release.
+    nodes: Roster
+    now: Moment
     policy: Policy
-    stage: Stage
-    # Which limit the failures are beyond, and why the release's own row can't be used.
-    exceeded: str = ""
-    broken: str = ""
+    strategy: Strategy = NO_STRATEGY
+    # Number of requests that may be sent now.
+    slots: int = 1
+    # Addresses that another release has in flight, or that may still be busy with our last request.
     busy: frozenset[Endpoint] = frozenset()
+    # Why the release's own row can't be used, which ends it.
+    broken: str = ""
     freeze: Freeze = NO_FREEZE
+    # The database went back, so tasks agents are asked for a task before they are sent it.
+    asks_first: bool = False
+    # Computed by decide(); the second is that of exceeded_limit().
+    stage: Stage = Stage(0, 0)
+    exceeded: str = ""
 
     @property
-    def failing(self) -> bool:
+    def is_failing(self) -> bool:
+        """Return whether the release ends, failed."""
         return bool(self.broken or (self.exceeded and self.strategy.on_exceed == FAIL))
 
 
-def describe(status: str, nodes: Roster, now: Moment, situation: Situation) -> str:
-    """Gives status_reason: what the release is doing or waiting for, on whom, until when."""
+def describe(status: str, situation: Situation) -> str:
+    """Return status_reason: what the release does or waits for, on whom, until when.
+
+    It is stored, so times in it are in UTC: the reader's clock and zone are not known.
+    """
+    nodes = situation.nodes
     if status == SUCCESS:
         return f"{count_of_nodes(len(nodes))} succeeded"
     if status == PARTIAL:
-        return one_line(f"{len(nodes.of[FAILED])} of {count_of_nodes(len(nodes))} failed, within what was tolerated: "
-                        + _names(nodes.of[FAILED].values()))
+        return one_line(_failures(nodes, situation.strategy))
     if status == FAILED:
-        return one_line(_cause(nodes, situation))
+        return one_line(_cause(situation))
     if status == CANCELLED:
-        return f"cancelled with {len(nodes.of[SUCCESS])} of {count_of_nodes(len(nodes))} done"
+        return f"cancelled: {len(nodes.of[SUCCESS])} of {count_of_nodes(len(nodes))} were updated"
     running = nodes.of[RUNNING].values()
     waiting = f"waiting for {_names(running)} to end" if running else ""
     if status == CANCELLING:
         return one_line("cancelling: " + (waiting or "nothing is in flight"))
     if status == PAUSED:
-        return one_line(_paused(nodes, situation, waiting))
-    if situation.failing:
+        return one_line(_paused(situation, waiting))
+    if situation.is_failing:
         first = first_failed(nodes)
         return one_line(f"stopping, {f'node {first.name} failed' if first else situation.broken}: {waiting}")
-    return one_line(_progress(nodes, now, situation, waiting))
+    return one_line(_progress(situation, waiting))
 
 
-def _cause(nodes: Roster, situation: Situation) -> str:
-    first = first_failed(nodes)
+def _failures(nodes: Roster, strategy: Strategy) -> str:
+    """Return 'finished with 37 failures (limit 41): 17 agent_failed, 20 timeout'."""
+    failed = nodes.of[FAILED].values()
+    limit = (f"{strategy.max_failed} in a batch" if strategy.max_failed_total is None
+             else str(in_numbers(strategy.max_failed_total, len(nodes))))
+    accepted = sum(bool(n.accepted) for n in failed)
+    kinds = collections.Counter(n.error_kind or "other" for n in failed).most_common()
+    return (f"finished with {len(failed)} failure{'' if len(failed) == 1 else 's'} (limit {limit}"
+            + (f", {accepted} accepted" if accepted else "") + "): "
+            + ", ".join(f"{count} {kind}" for kind, count in kinds))
+
+
+def _cause(situation: Situation) -> str:
+    first = first_failed(situation.nodes)
     if situation.broken or first is None:
         return situation.broken or NO_NODES
     node = f"node {first.name} in batch {first.batch}: {first.error_msg}"
@@ -2677,13 +2692,14 @@ def _cause(nodes: Roster, situation: Situation) -> str:
     return f"stopped, {situation.exceeded}; first {node}" if tolerates else f"stopped by {node}"
 
 
-def _paused(nodes: Roster, situation: Situation, waiting: str) -> str:
-    """Gives who paused it, where it stands, what it waits for, and what sets it going again."""
+def _paused(situation: Situation, waiting: str) -> str:
+    """Return who paused it and after which batch, what it waits for, and what to do."""
+    nodes = situation.nodes
     by = f" by {situation.release.paused_by}" if situation.release.paused_by else ""
     begun = max((n.batch for n in nodes if n.status not in (PENDING, SKIPPED)), default=0)
     where = f" {'in' if nodes.open_in(begun) else 'after'} batch {begun}" if begun else ""
     then = "resume to go on"
-    if situation.failing:
+    if situation.is_failing:
         first = first_failed(nodes)
         then = f"{f'node {first.name} failed' if first else situation.broken}: resume to end the release"
     elif situation.exceeded:
@@ -2691,9 +2707,9 @@ def _paused(nodes: Roster, situation: Situation, waiting: str) -> str:
     return f"paused{by}{where}: " + (f"{waiting}; " if waiting else "") + then
 
 
-def _progress(nodes: Roster, now: Moment, situation: Situation, waiting: str) -> str:
-    """Gives what a running release is at: frozen, soaking, verifying, or a batch."""
-    stage, freeze = situation.stage, situation.freeze
+def _progress(situation: Situation, waiting: str) -> str:
+    """Return what a running release does: frozen, re-verifying, soaking, or a batch."""
+    nodes, stage, freeze = situation.nodes, situation.stage, situation.freeze
     if not nodes:
         return NO_NODES
     if freeze.frozen:
@@ -2703,28 +2719,29 @@ def _progress(nodes: Roster, now: Moment, situation: Situation, waiting: str) ->
                 + _names(nodes.looked_at_again(stage.looks_at)))
     batch = nodes.batch
     if stage.soak_left_s:
-        return f"soaking batch {nodes.batch_before(batch)} until {stage.soak_until}"
+        return f"soaking after batch {nodes.batch_before(batch)} until {stage.soak_until}"
     members = itertools.takewhile(lambda n: n.batch == batch, nodes.of[PENDING].values())
     held = [n for n in members if n.endpoint in situation.busy] if situation.busy else []
     sentence = (f"batch {batch} of {nodes.last_batch}: waiting for {nodes.open_in(batch)} of "
                 + count_of_nodes(nodes.sizes.get(batch, 0)))
-    return (sentence + _slowest([n for n in nodes.of[RUNNING].values() if n.batch == batch], now, situation.policy)
+    return (sentence + _slowest([n for n in nodes.of[RUNNING].values() if n.batch == batch], situation)
             + (f"; {_names(held)} busy with an earlier request" if held else ""))
 
 
-def _slowest(running: Sequence[ReleaseNode], now: Moment, policy: Policy) -> str:
+def _slowest(running: Sequence[ReleaseNode], situation: Situation) -> str:
     slowest = min(running, key=lambda n: n.deadline, default=None)
     if slowest is None:
         return ""
-    ran_s = now.elapsed + policy.node_deadline_s - slowest.deadline
+    deadline_s = situation.policy.node_deadline_s
+    ran_s = situation.now.elapsed + deadline_s - slowest.deadline
     if ran_s < SLOW_S:
         return ""
     verified = ", which is verified" if slowest.next_op == PROBE else ""
-    return f", slowest {slowest.name}{verified} for {ran_s:.0f} s of {policy.node_deadline_s:.0f} s"
+    return f", slowest {slowest.name}{verified} for {ran_s:.0f} s of {deadline_s:.0f} s"
 
 
 def count_of_nodes(number: int) -> str:
-    """Gives '1 node', '2 nodes'."""
+    """Return '1 node', '2 nodes'."""
     return f"{number} node" + ("" if number == 1 else "s")
 
 
@@ -2737,25 +2754,45 @@ def _names(nodes: Collection[ReleaseNode]) -> str:
 # 7 Decision: what to write and what to send next. Pure: no clock, no socket, no disk, no
 #   thread. Uses 1, 2, 5 and 6.
 #
-#   A driver folds what the agents said into its nodes with observe(), asks decide() what
-#   follows, commits that, and only then sends. decide() compares what is with what should
-#   be, so a restart needs no path of its own: adopt() says what a row found running means.
-#   Everything that moves a status lives here: change it here and nowhere else.
+#   A driver updates its nodes with outcomes by observe(), gets what follows from decide(),
+#   commits that, and only then sends. decide() compares what is with what should be, so a
+#   restart needs no path of its own: adopt() restores a node that was found running.
+#   Every change of a status is a row of RELEASE_TRANSITIONS or NODE_TRANSITIONS.
 # ======================================================================================
 
-# What came back from an agent.
-ACCEPTED = "accepted"   # it has the task
-WORKING = "working"     # the task is not at its end
-UNKNOWN = "unknown"     # it does not know the task
-UNSENT = "unsent"       # the request never reached it
-LOST = "lost"           # the request may have reached it, no answer came
-UNCLEAR = "unclear"     # it answered what can't be used: 429, 5xx, nonsense
-HELD = "held"           # we kept it back ourselves: it says nothing of the agent
-# ... and SUCCESS and FAILED, which are believed.
+# From a status to those that may follow it (contract section 3); statuses that are missing are final.
+RELEASE_TRANSITIONS: Mapping[str, tuple[str, ...]] = {
+    PENDING: (RUNNING, PAUSED, CANCELLING),
+    RUNNING: (PAUSED, CANCELLING, SUCCESS, PARTIAL, FAILED),
+    PAUSED: (PENDING, RUNNING, CANCELLING),
+    CANCELLING: (CANCELLED,),
+}
+NODE_TRANSITIONS: Mapping[str, tuple[str, ...]] = {
+    PENDING: (RUNNING, FAILED, SKIPPED),
+    RUNNING: (SUCCESS, FAILED),
+    SUCCESS: (FAILED,),
+}
+
+
+def check_transition(transitions: Mapping[str, tuple[str, ...]], before: str, after: str) -> str:
+    """Return after; raise RuntimeError where it may not follow before."""
+    if after != before and after not in transitions.get(before, ()):
+        raise RuntimeError(f"no status {after} after {before}")
+    return after
+
+
+# Results of a request, beside SUCCESS and FAILED, which are believed.
+ACCEPTED = "accepted"   # the agent has the task
+WORKING = "working"     # the task has not ended
+UNKNOWN = "unknown"     # the agent does not know the task
+UNSENT = "unsent"       # the request never reached the agent
+LOST = "lost"           # the request may have reached the agent, no answer came
+UNCLEAR = "unclear"     # an answer that can't be used: 429, 5xx, nonsense
+HELD = "held"           # releasectl did not send it; this says nothing about the agent
 
 
 class Outcome(NamedTuple):
-    """What one request to an agent brought."""
+    """The outcome of one request to an agent, or of a probe."""
     node_id: int
     op: str
     result: str
@@ -2764,52 +2801,36 @@ class Outcome(NamedTuple):
     message: str = ""
     detail: str = ""
     hold_s: float = 0.0
-    # The version that an agent says it has already applied; 0 where it says nothing of the kind.
+    # The version of an "already applied", else 0.
     applied: int = 0
-    # Whether an answer that can't be used says that nothing was done.
+    # The answer can't be used, but says that nothing was done.
     is_refusal: bool = False
 
 
-# What an agent is taken to have said where its text is empty.
+# Message of a failure whose text is empty.
 NO_REASON_GIVEN = "the agent gave no reason"
 
 
-# What to do next when a request failed (rule 8): a tasks agent is asked before it is sent
-# anything again; an execute agent can't be asked, but runs no version twice.
-AFTER_ERROR: Mapping[tuple[str, str, str], str] = {
-    (TASKS, DISPATCH, UNSENT): DISPATCH,
-    (TASKS, DISPATCH, LOST): QUERY,
-    (TASKS, DISPATCH, UNCLEAR): QUERY,
-    (TASKS, QUERY, UNSENT): QUERY,
-    (TASKS, QUERY, LOST): QUERY,
-    (TASKS, QUERY, UNCLEAR): QUERY,
-    (EXECUTE, DISPATCH, UNSENT): DISPATCH,
-    (EXECUTE, DISPATCH, LOST): DISPATCH,
-    (EXECUTE, DISPATCH, UNCLEAR): DISPATCH,
-    **{(protocol, PROBE, result): PROBE for protocol in PROTOCOLS for result in (UNCLEAR, LOST)},
-}
-
-
 def backoff_s(errors: int, node_id: int) -> float:
-    """Gives the wait before try errors + 1: doubling, half of it spread over the nodes."""
+    """Return the wait before try errors + 1; it doubles, half of it is spread over the nodes."""
     longest = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * (1 << min(errors - 1, 10)))
-    spread = (node_id * 2654435761 + errors * 40503) % 1024 / 1024  # jitter that a test can foretell
+    spread = (node_id * 2654435761 + errors * 40503) % 1024 / 1024  # deterministic jitter
     return longest * (0.5 + 0.5 * spread)
 
 
 def poll_delay_s(polls: int, interval_s: float) -> float:
-    """Gives the wait before poll number polls (from 0): quick at first, then the interval."""
+    """Return the wait before a poll, counted from 0; it grows up to the interval."""
     return min(interval_s, float(FIRST_POLL_S * POLL_GROWTH ** min(polls, 64)))
 
 
 def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
-    """Folds what an agent or a probe answered into what the driver knows of a node."""
+    """Return a node updated with the outcome of a request or a probe."""
     if outcome.result == HELD:
         return node._replace(in_flight=False, due=now.elapsed)
     if outcome.op == PROBE and outcome.result == SUCCESS:
         return _observe_pass(node, now, policy)
     if outcome.result in (SUCCESS, ACCEPTED) and outcome.applied and not node.reached:
-        # no try of ours can have done it: somebody else's version, which only has the same number
+        # none of our tries can have done it: another version that has the same number
         return node._replace(in_flight=False, verdict=Verdict(
             FAILED, REJECTED, f"the agent is already at version {outcome.applied}", detail_text(outcome.detail)))
     if outcome.result == SUCCESS and policy.probes:
@@ -2825,20 +2846,17 @@ def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) ->
                              next_op=QUERY, errors=0, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True,
                              is_unknown=True, is_at_work=True)
     if outcome.result == WORKING:
-        return _without_credit(node)._replace(in_flight=False, errors=0, polls=node.polls + 1, is_at_work=True,
-                                              due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
+        # pauses do not extend the deadline of a node whose agent is at work
+        return node._replace(in_flight=False, errors=0, polls=node.polls + 1, is_at_work=True,
+                             deadline=node.deadline - node.credit_s, credit_s=0.0,
+                             due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
     if outcome.result == UNKNOWN:
-        # at once the first time: a tick that only waited here would end before it sent anything
+        # the first time at once: else a tick would end before it sends anything
         wait_s = backoff_s(node.forgotten, node.node_id) if node.forgotten else 0.0
         return node._replace(in_flight=False, next_op=DISPATCH, forgotten=node.forgotten + 1, is_at_work=False,
                              is_unknown=node.is_unknown or node.reached,
                              last_error="the agent does not know the task", due=now.elapsed + wait_s)
     return _observe_error(node, outcome, now, policy)
-
-
-def _without_credit(node: ReleaseNode) -> ReleaseNode:
-    """Return a node whose agent is at work: it keeps its own deadline, whatever pauses there were."""
-    return node._replace(deadline=node.deadline - node.credit_s, credit_s=0.0)
 
 
 def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
@@ -2861,20 +2879,20 @@ def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Pol
         return node._replace(verdict=Verdict(
             FAILED, outcome.error_kind, one_line(outcome.message, MAX_MESSAGE_CHARS - len(tries)) + tries,
             detail_text(outcome.detail), outcome.hold_s))
-    held_s = outcome.hold_s if node.agent_protocol == EXECUTE else 0.0
-    wait_s = max(backoff_s(node.errors, node.node_id), held_s)
-    return node._replace(due=now.elapsed + wait_s,
-                         next_op=AFTER_ERROR[node.agent_protocol, outcome.op, outcome.result])
+    wait_s = max(backoff_s(node.errors, node.node_id), outcome.hold_s if node.agent_protocol == EXECUTE else 0.0)
+    # rule 8: a tasks agent is asked first; an execute agent can't be asked, but runs no version twice
+    asks = node.agent_protocol == TASKS and outcome.op == DISPATCH and outcome.result != UNSENT
+    return node._replace(due=now.elapsed + wait_s, next_op=QUERY if asks else outcome.op)
 
 
 class Hold(NamedTuple):
-    """A time in which a pause or a freeze let a release dispatch nothing; by the wall clock, inf: it goes on."""
+    """A time in which a pause or a freeze stopped the dispatches of a release, by the wall clock."""
     since: float
-    until: float
+    until: float  # inf: it goes on
 
 
 def holds_of(history: Iterable[tuple[str, str, str]]) -> list[Hold]:
-    """Return the holds of a release from its own events in order: time, event, and the status after it."""
+    """Return the holds of a release from its events in order, each with time, event and to_status."""
     holds: list[Hold] = []
     is_paused = is_frozen = False
     began: float | None = None
@@ -2891,22 +2909,22 @@ def holds_of(history: Iterable[tuple[str, str, str]]) -> list[Hold]:
 
 
 def held_s(holds: Iterable[Hold], since: float, until: float) -> float:
-    """Return for how many seconds between two times holds were on."""
+    """Return the seconds of holds between two times."""
     return sum(max(0.0, min(hold.until, until) - max(hold.since, since)) for hold in holds)
 
 
 def adopt(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = (),
           quiet_s: float = 0.0) -> ReleaseNode:
-    """Return a node as a new owner of its release finds it (rule 9): ask first, or wait and repeat.
+    """Return a node for a new owner of its release (rule 9): ask first, or wait and repeat.
 
-    Deadline and hold were stored, and go on from there. What pauses and freezes took is no part of the
-    deadline (contract section 7), unless the agent turns out to be at work. A deadline that passed while
-    nobody looked leaves time for one question: the task may have ended well before it. quiet_s: so long no
-    execute agent is sent anything, as one may be at a request that the database does not know.
+    Deadline and hold continue as stored. Pauses and freezes extend the deadline (contract section 7), unless the
+    agent is at work. Where the deadline is over, one query is still sent: the task may have ended before it.
+    quiet_s: time in which execute agents are sent nothing, as they may be busy with a request that the database
+    has lost.
     """
     if node.status != RUNNING:
         return node
-    # a clock that was ahead must not keep a node for longer than a deadline can be
+    # a clock that was ahead must not extend the deadline
     age_s = max(0.0, -now.until_s(node.started_at, node.started_clock))
     credit_s = max(0.0, min(held_s(holds, now.wall - age_s, now.wall), age_s) - node.waited_s)
     deadline = now.elapsed - age_s + policy.node_deadline_s + node.waited_s + credit_s
@@ -2919,10 +2937,10 @@ def adopt(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] 
 
 
 def kept_from_dispatch(nodes: Roster, passed_s: float) -> list[ReleaseNode]:
-    """Return the nodes whose deadline moves along while a pause or a freeze keeps them from their dispatch.
+    """Return the nodes whose deadline is extended because a pause or a freeze delayed their dispatch.
 
-    Whatever a node was at before, its agent is not at work now; one that is keeps its own deadline (section 7).
-    That is known once it says so: until then a node that is being asked has the time as credit.
+    A node whose agent is at work keeps its deadline (section 7). Until the agent says so, a node that is being asked
+    has the time as credit.
     """
     running = nodes.of[RUNNING].values()
     return [*(n._replace(deadline=n.deadline + passed_s, waited_s=n.waited_s + passed_s)
@@ -2932,43 +2950,45 @@ def kept_from_dispatch(nodes: Roster, passed_s: float) -> list[ReleaseNode]:
 
 
 class NodeChange(NamedTuple):
-    """One node before and after a commit; detail goes into its event."""
+    """A node before and after a commit, and the detail of its event."""
     before: ReleaseNode
     after: ReleaseNode
     detail: str = ""
 
 
 class Send(NamedTuple):
-    """One request to an agent, to leave after the commit."""
+    """A request to send after the commit."""
     op: str
     node: ReleaseNode
 
 
 class Decision(NamedTuple):
-    """What to commit, then what to send, and when to look again if nothing happens.
-
-    passed_batch, soak_until and soak_clock are the release's own from then on, and nodes what is known of them.
-    """
+    """What to commit, then what to send, and when to decide again."""
+    # Commit these, and the release's columns from status to error_msg and from passed_batch on.
     changes: tuple[NodeChange, ...]
     status: str
     status_reason: str
     error_msg: str
+    # Send these after the commit.
     sends: tuple[Send, ...]
+    # When to decide again without a new outcome, by Clock.elapsed().
     wake_at: float
+    # All nodes after the changes.
     nodes: Roster
     passed_batch: int = 0
     soak_until: str | None = None
     soak_clock: str = ""
 
     def in_ascii(self) -> Decision:
-        """Return the same with every text of it in ASCII, for a database that can't hold what an agent said."""
+        """Return the decision with its texts in ASCII, for a database that can't store an agent's text."""
         changes = tuple(c._replace(after=c.after._replace(error_msg=_in_ascii(c.after.error_msg)),
                                    detail=_in_ascii(c.detail, MAX_DETAIL_BYTES)) for c in self.changes)
+        _apply(self.nodes, changes)
         return self._replace(changes=changes, status_reason=_in_ascii(self.status_reason),
-                             error_msg=_in_ascii(self.error_msg), nodes=_with(self.nodes, changes))
+                             error_msg=_in_ascii(self.error_msg))
 
     def changes_more_than_words(self, release: Release) -> bool:
-        """Says whether something is to be committed at once; a new sentence alone can wait."""
+        """Return whether to commit at once; a new status_reason alone can wait."""
         return bool(self.changes) or (self.status, self.passed_batch, self.soak_clock) != (
             release.status, release.passed_batch, release.soak_clock)
 
@@ -2978,12 +2998,12 @@ def _in_ascii(text: str, max_chars: int = MAX_MESSAGE_CHARS) -> str:
 
 
 def stage_of(release: Release, nodes: Roster, now: Moment, strategy: Strategy) -> Stage:
-    """Gives what lies between the batch that is done and the next one (contract section 7).
+    """Return where a release is between the batch that is done and the next one (contract section 7).
 
-        a batch is at rest  ->  soak until a moment  ->  second look (verify)  ->  pause  ->  next batch
+        batch at rest  ->  soak  ->  re-verification  ->  pause  ->  next batch
 
-    Each step is left out where the strategy has none. Nothing follows the last batch. What is
-    over is kept as passed_batch, so that nobody soaks or pauses twice.
+    Steps that the strategy does not have are left out; nothing follows the last batch. passed_batch keeps
+    completed steps from being repeated after a take-over.
     """
     batch = nodes.batch
     before = nodes.batch_before(batch)
@@ -3001,9 +3021,9 @@ def stage_of(release: Release, nodes: Roster, now: Moment, strategy: Strategy) -
 
 
 def _soak_of(release: Release, now: Moment, strategy: Strategy) -> Stage:
-    """Return what is left of a soak, which begins now where the release has none; it lasts by elapsed time.
+    """Return the rest of a soak, which begins now where the release has none.
 
-    A new owner on another host, or after a start of this one, goes on by the wall clock and makes a mark of its own.
+    It lasts by the elapsed clock; a new owner on another host, or after a reboot, continues by the wall clock.
     """
     left_s = strategy.soak_s
     if release.soak_until:
@@ -3014,83 +3034,82 @@ def _soak_of(release: Release, now: Moment, strategy: Strategy) -> Stage:
     return Stage(0, release.passed_batch, utc_text(now.wall + left_s), now.clock_mark(left_s), left_s)
 
 
-def decide(release: Release, nodes: Roster, now: Moment, policy: Policy,
-           strategy: Strategy = NO_STRATEGY, slots: int = 1, busy: frozenset[Endpoint] = frozenset(),
-           broken: str = "", freeze: Freeze = NO_FREEZE, asks_first: bool = False) -> Decision:
-    """Gives what follows from a release and its nodes (contract section 3, rules 3 to 8; section 7).
-
-    nodes: all of the release's; they are left as they are. slots: how many requests may leave now.
-    busy: addresses that another release has in flight, or that may still be at our last
-    request. broken: why the release's own row can't be used, which ends it. asks_first: the database went back,
-    so tasks agents are asked whether they know the task before they are sent it. Waiting for a
-    slot is no reason to wake: a result will come and free one.
-    """
-    after = nodes.copy()
-    ended = _ended(nodes, now, policy, strategy)
-    _with(after, ended)
-    if release.status == RUNNING and not freeze.frozen and not broken:
-        surpassed = _surpassed(release, after, now)
-        ended += surpassed
-        _with(after, surpassed)
-    exceeded = exceeded_limit(after, strategy)
-    failing = bool(broken) or (bool(exceeded) and strategy.on_exceed == FAIL)
-    if failing or release.status == CANCELLING:
-        closed = [change for n in after.open for change in [_close_node(n, now)] if change]
-        ended += closed
-        _with(after, closed)
+def decide(situation: Situation) -> Decision:
+    """Return what follows from a release and its nodes (contract section 3, rules 3 to 8; section 7)."""
+    release, before, now, policy, strategy = situation[:5]
+    nodes = before.copy()
+    ended = _apply(nodes, _ended(nodes, now, policy, strategy))
+    if release.status == RUNNING and not situation.freeze.frozen and not situation.broken:
+        ended += _apply(nodes, _surpassed(release, nodes, now))
     stage = Stage(0, release.passed_batch, release.soak_until, release.soak_clock)
-    if release.status == RUNNING and not failing and not exceeded:
-        stage = stage_of(release, after, now, strategy)
-    pauses = stage.pauses or (bool(exceeded) and not failing)
-    status = PAUSED if release.status == RUNNING and pauses else _next_status(release.status, after, failing)
-    # before it the row has our own id
-    renamed = [NodeChange(n._replace(task_id=""), n._replace(is_renamed=False))
-               for n in after.of[RUNNING].values() if n.is_renamed]
-    # half of the slots are for nodes to be asked: else their kept connections would be gone by then
-    waiting = sum(_is_due(n, QUERY, now) for n in after.of[RUNNING].values())
-    # what is known not to have reached its agent is written down: a new owner would have to think that it may have
-    unsent = [NodeChange(n, n._replace(stored_reached=0)) for n in after.of[RUNNING].values()
-              if n.stored_reached and not n.reached and not n.in_flight]
-    _with(after, unsent)
-    is_going = status == RUNNING and not failing and not freeze.frozen
-    begun = _dispatches(release, after, now, policy, strategy, stage.batch,
-                        slots - min(waiting, slots // 2), busy, asks_first) if is_going else []
-    _with(after, [*renamed, *begun])
-    awaited = _awaited(after, stage, now, policy)
-    asked = [n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)][: max(0, slots - len(begun))]
+    situation = situation._replace(nodes=nodes, stage=stage, exceeded=exceeded_limit(nodes, strategy))
+    if situation.is_failing or release.status == CANCELLING:
+        ended += _apply(nodes, filter(None, [_close_node(n, now) for n in nodes.open]))
+    if release.status == RUNNING and not situation.is_failing and not situation.exceeded:
+        stage = stage_of(release, nodes, now, strategy)
+        situation = situation._replace(stage=stage)
+    status = check_transition(RELEASE_TRANSITIONS, release.status, _next_status(situation))
+    renamed, unsent = _renamed(nodes), _apply(nodes, _unsent(nodes))
+    is_going = status == RUNNING and not situation.is_failing and not situation.freeze.frozen
+    begun = _dispatches(release, nodes, now, policy, strategy, stage.batch, _slots_for_dispatches(situation),
+                        situation.busy, situation.asks_first) if is_going else []
+    _apply(nodes, [*renamed, *begun])
+    awaited = _awaited(nodes, stage, now, policy)
+    asked = [n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)][
+        : max(0, situation.slots - len(begun))]
     asked_ids = {n.node_id for n in asked}
     soak_ends = [now.elapsed + stage.soak_left_s] if status == RUNNING and stage.soak_left_s else []
     return Decision(
         changes=(*ended, *renamed, *_without(unsent, begun), *begun),
         status=status,
-        status_reason=describe(status, after, now, Situation(release, strategy, policy, stage, exceeded, broken,
-                                                             busy, freeze)),
-        error_msg=_error_msg(after, failing, release, broken),
+        status_reason=describe(status, situation),
+        error_msg=_error_msg(situation),
         sends=(*(Send(change.after.next_op, change.after) for change in begun),
                *(Send(n.next_op, n._replace(in_flight=True)) for n in asked)),
+        # nodes that wait for a slot don't count: the outcome that frees one is followed by a decision
         wake_at=min((*soak_ends, *(_wake(n, now) for n in awaited if n.node_id not in asked_ids)),
                     default=now.elapsed + policy.interval_s),
-        nodes=after,
+        nodes=nodes,
         passed_batch=stage.passed_batch,
         soak_until=None if status in TERMINAL else stage.soak_until,
         soak_clock="" if status in TERMINAL else stage.soak_clock)
 
 
-def _with(nodes: Roster, changes: Iterable[NodeChange]) -> Roster:
-    """Gives the roster, with the changes in it."""
-    for change in changes:
+def _slots_for_dispatches(situation: Situation) -> int:
+    """Leave up to half of the slots for queries: else the connections kept for them would be closed by then."""
+    waiting = sum(_is_due(n, QUERY, situation.now) for n in situation.nodes.of[RUNNING].values())
+    return situation.slots - min(waiting, situation.slots // 2)
+
+
+def _apply(nodes: Roster, changes: Iterable[NodeChange]) -> list[NodeChange]:
+    """Make the changes and return them."""
+    applied = list(changes)
+    for change in applied:
+        check_transition(NODE_TRANSITIONS, change.before.status, change.after.status)
         nodes.put(change.after)
-    return nodes
+    return applied
 
 
 def _ended(nodes: Roster, now: Moment, policy: Policy, strategy: Strategy) -> list[NodeChange]:
-    """Gives the ends of the nodes that run, or that are looked at again after their success."""
+    """Return the ends of running nodes, and of successful ones that are re-verified."""
     again = nodes.of[SUCCESS].values() if strategy.verify else ()
-    return [change for n in (*nodes.of[RUNNING].values(), *again) for change in [_end_node(n, now, policy)] if change]
+    return list(filter(None, [_end_node(n, now, policy) for n in (*nodes.of[RUNNING].values(), *again)]))
+
+
+def _renamed(nodes: Roster) -> list[NodeChange]:
+    """Return the nodes whose agent named another task id than ours, which the row has."""
+    return [NodeChange(n._replace(task_id=""), n._replace(is_renamed=False))
+            for n in nodes.of[RUNNING].values() if n.is_renamed]
+
+
+def _unsent(nodes: Roster) -> list[NodeChange]:
+    """Return the nodes whose request is known not to have reached the agent, for the next owner."""
+    return [NodeChange(n, n._replace(stored_reached=0)) for n in nodes.of[RUNNING].values()
+            if n.stored_reached and not n.reached and not n.in_flight]
 
 
 def _surpassed(release: Release, nodes: Roster, now: Moment) -> list[NodeChange]:
-    """Return the ends of nodes that are to be sent something and have a higher version already (rule 2).
+    """Return the ends of nodes to be dispatched that have a higher version already (rule 2).
 
     Their agents would answer "success" and do nothing.
     """
@@ -3104,9 +3123,9 @@ def _surpassed(release: Release, nodes: Roster, now: Moment) -> list[NodeChange]
 
 
 def _awaited(nodes: Roster, stage: Stage, now: Moment, policy: Policy) -> list[ReleaseNode]:
-    """Return the nodes of which something is to come: those that run, and those to be verified again.
+    """Return the running nodes, and those to be re-verified.
 
-    A node's second look may last as long as its way to the first one: from its first probe on.
+    A re-verification has the deadline of a node, from its first probe on.
     """
     again = nodes.looked_at_again(stage.looks_at) if stage.looks_at else ()
     return [*nodes.of[RUNNING].values(), *(
@@ -3120,17 +3139,14 @@ def _is_due(node: ReleaseNode, op: str, now: Moment) -> bool:
 
 
 def _wake(node: ReleaseNode, now: Moment) -> float:
-    """Gives when an awaited node needs a look: never for one in flight or waiting for a slot."""
+    """Return when to decide again for an awaited node; never for one in flight or waiting for a slot."""
     if node.in_flight:
         return float("inf")
     return node.due if now.elapsed < node.due < node.deadline else node.deadline
 
 
 def _end_node(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange | None:
-    """Gives the end of a running node: its agent's word, a probe's, or the deadline.
-
-    A success that a probe takes back at the end of the soak is an end too.
-    """
+    """Return the end of a running node, or of a success that fails its re-verification; None for no end."""
     if node.in_flight or node.status not in (RUNNING, SUCCESS):
         return None
     if node.verdict is not None:
@@ -3140,34 +3156,36 @@ def _end_node(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange | No
         return None
     last = f"; last: {node.last_error}" if node.last_error else ""
     if is_second:
-        message = f"not verified {policy.node_deadline_s:g} s after the end of its soak{last}"
-        return _at_rest(node, Verdict(FAILED, VERIFY, one_line(message), detail_text(message)), now)
-    message = f"not done {policy.node_deadline_s:g} s after its dispatch{last}"
-    return _at_rest(node, Verdict(FAILED, DEADLINE, one_line(message), detail_text(message), None), now)
+        return _fail(node, VERIFY, f"not verified {policy.node_deadline_s:g} s after the end of its soak{last}", now,
+                     0.0)
+    return _fail(node, DEADLINE, f"not done {policy.node_deadline_s:g} s after its dispatch{last}", now)
 
 
 def _close_node(node: ReleaseNode, now: Moment) -> NodeChange | None:
-    """Gives the end of a node in a release that sends nothing any more (rules 5 and 8)."""
+    """Return the end of a node in a release that sends nothing more (rules 5 and 8); None for no end."""
     if node.status == PENDING:
         return NodeChange(node, node._replace(status=SKIPPED, finished_at=now.text))
     if node.status != RUNNING or node.in_flight or node.next_op != DISPATCH:
         return None
     if node.is_unknown:
         return _abandon(node, node.last_error or "the answer was lost with the process that asked", now)
-    message = f"{node.last_error or 'it was never sent'} (not tried again: the release ends)"
-    return _at_rest(node, Verdict(FAILED, node.last_kind or ABANDONED, one_line(message), detail_text(message)), now)
+    return _fail(node, node.last_kind or ABANDONED,
+                 f"{node.last_error or 'it was never sent'} (not tried again: the release ends)", now, 0.0)
 
 
 def _abandon(node: ReleaseNode, why: str, now: Moment) -> NodeChange:
-    message = f"outcome unknown: {why}"
-    return _at_rest(node, Verdict(FAILED, ABANDONED, one_line(message), detail_text(message), None), now)
+    return _fail(node, ABANDONED, f"outcome unknown: {why}", now)
+
+
+def _fail(node: ReleaseNode, kind: str, message: str, now: Moment, hold_s: float | None = None) -> NodeChange:
+    return _at_rest(node, Verdict(FAILED, kind, one_line(message), detail_text(message), hold_s), now)
 
 
 def force_end(nodes: Roster, now: Moment) -> list[NodeChange]:
-    """Gives how the nodes end of a release that is cancelled by force: at once, whatever they are at."""
+    """End all nodes of a release that is cancelled by force, and return the changes."""
     changes = [_abandon(n, "cancelled by force while it was in flight", now) if n.status == RUNNING
                else _close_node(n, now) for n in nodes.open]
-    return [change for change in changes if change]
+    return _apply(nodes, filter(None, changes))
 
 
 def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
@@ -3182,14 +3200,14 @@ def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
 
 
 def _hold_for(seconds: float, now: Moment) -> tuple[str, str]:
-    """Return until when an execute agent may be busy, by both clocks."""
+    """Return hold_until and hold_clock for an execute agent that may be busy for some seconds."""
     return utc_text(now.wall + seconds), now.clock_mark(seconds)
 
 
 def exceeded_limit(nodes: Roster, strategy: Strategy) -> str:
-    """Gives which limit the failures are beyond, "" when they are tolerated (rule 5, section 7).
+    """Return the limit that the failures exceed, "" when they are tolerated (rule 5, section 7).
 
-    A share is of the batch's planned size, which is its number of rows, and is rounded down.
+    A share is of the batch's planned size, which is its number of rows.
     """
     failed = [n.batch for n in nodes.of[FAILED].values() if not n.accepted]
     for batch, count in sorted(collections.Counter(failed).items()):
@@ -3203,22 +3221,16 @@ def exceeded_limit(nodes: Roster, strategy: Strategy) -> str:
     return ""
 
 
-def _next_status(status: str, nodes: Roster, failing: bool) -> str:
-    """Gives the release's status after the changes; a paused one waits for a person whatever comes.
-
-        status      nodes running or pending   failing   next
-        running     running                    any       running
-        running     none running               yes       failed
-        running     pending only               no        running
-        running     none                       no        success, or partial when some failed
-        cancelling  running                    any       cancelling
-        cancelling  none running               any       cancelled
-    """
+def _next_status(situation: Situation) -> str:
+    """Return the release's status after the changes (a table in docs/ARCHITECTURE.md); a paused one stays paused."""
+    status, nodes = situation.release.status, situation.nodes
+    if status == RUNNING and (situation.stage.pauses or (situation.exceeded and not situation.is_failing)):
+        return PAUSED
     if status not in (RUNNING, CANCELLING) or nodes.of[RUNNING]:
         return status
     if status == CANCELLING:
         return CANCELLED
-    if failing or not nodes:
+    if situation.is_failing or not nodes:
         return FAILED
     if nodes.of[PENDING]:
         return RUNNING
@@ -3227,13 +3239,13 @@ def _next_status(status: str, nodes: Roster, failing: bool) -> str:
 
 def _dispatches(release: Release, nodes: Roster, now: Moment, policy: Policy, strategy: Strategy, batch: int,
                 slots: int, busy: frozenset[Endpoint], asks_first: bool = False) -> list[NodeChange]:
-    """Gives the intents of the dispatches that leave now: repetitions, then the current batch's."""
+    """Return the intents of the dispatches to send now: repetitions first, then the current batch."""
     running = nodes.of[RUNNING].values()
     ready = [n for n in running if _is_due(n, DISPATCH, now)]
-    # one that is pending and in flight was sent by a commit that the database has lost: its outcome is to come
+    # a pending node in flight was sent by a commit that the database has lost: its outcome is still to come
     members = itertools.takewhile(lambda n: n.batch == batch, nodes.of[PENDING].values())
     room = min(slots, strategy.max_parallel - len(running)) if strategy.max_parallel else slots
-    # and one that has a higher version fails in the next turn
+    # a node with a higher version fails in the next decision
     fresh = itertools.islice(_free((n for n in members if not n.in_flight and n.last_version <= release.version),
                                    nodes, busy, now), max(0, room))
     return [_intent(release, n, now, policy, asks_first) for n in (*ready, *fresh)[:max(0, slots)]]
@@ -3241,7 +3253,7 @@ def _dispatches(release: Release, nodes: Roster, now: Moment, policy: Policy, st
 
 def _free(members: Iterable[ReleaseNode], nodes: Roster, busy: frozenset[Endpoint],
           now: Moment) -> Iterator[ReleaseNode]:
-    """Return those whose address has no task: of another release, or of this one by another row."""
+    """Return the members whose address has no task, of another release or of another row of this one."""
     if not busy and not nodes.twins:
         yield from members
         return
@@ -3257,15 +3269,15 @@ def _free(members: Iterable[ReleaseNode], nodes: Roster, busy: frozenset[Endpoin
 
 
 def _without(changes: Iterable[NodeChange], others: Iterable[NodeChange]) -> list[NodeChange]:
-    """Return changes but those of nodes that other changes are for."""
+    """Return the changes of nodes that are not in others."""
     ids = {change.after.node_id for change in others}
     return [change for change in changes if change.after.node_id not in ids]
 
 
 def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy, asks_first: bool = False) -> NodeChange:
-    """Return what is written before a dispatch leaves; started_at and the deadline are the first try's.
+    """Return what is committed before a dispatch; started_at and deadline are those of the first try.
 
-    What is sent is our own id, whatever the agent called its task before.
+    The id sent is always ours, whatever id the agent named before.
     """
     hold_until, hold_clock = _hold_for(policy.hold_s, now) if node.agent_protocol == EXECUTE else (None, "")
     task_id = task_id_for(release.type, node.main_ip, release.version, release.tag)
@@ -3280,60 +3292,65 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy, as
         deadline=now.elapsed + policy.node_deadline_s if is_first else node.deadline))
 
 
-def _error_msg(nodes: Roster, failing: bool, release: Release, broken: str) -> str:
-    if broken or not nodes:
-        return one_line(broken or NO_NODES)
-    first = first_failed(nodes) if failing else None
-    return one_line(f"node {first.name}: {first.error_msg}") if first else release.error_msg
+def _error_msg(situation: Situation) -> str:
+    if situation.broken or not situation.nodes:
+        return one_line(situation.broken or NO_NODES)
+    first = first_failed(situation.nodes) if situation.is_failing else None
+    return one_line(f"node {first.name}: {first.error_msg}") if first else situation.release.error_msg
 
 
 class Verb(NamedTuple):
-    """What an operator may do to a release: from which states, to which, and the event that tells of it."""
+    """What an operator may do with a release."""
     name: str
+    # The statuses that allow it, and the one that follows.
     states: tuple[str, ...]
     status: str
     event: str
+    # "only ... releases can be PAST".
+    past: str
 
 
 CANCEL_BY_FORCE = "cancel --force"
 
 VERBS: Mapping[str, Verb] = {verb.name: verb for verb in (
-    Verb("pause", (PENDING, RUNNING), PAUSED, "paused"),
-    Verb("resume", (PAUSED,), RUNNING, "resumed"),
-    Verb("cancel", (PENDING, RUNNING, PAUSED), CANCELLING, "cancelling"),
-    Verb(CANCEL_BY_FORCE, (PENDING, RUNNING, PAUSED, CANCELLING), CANCELLING, "cancelling"),
-    # these make a new release
-    Verb("retry", (PARTIAL, FAILED, CANCELLED), PENDING, "created"),
-    Verb("rollback", (SUCCESS, PARTIAL, FAILED, CANCELLED), PENDING, "created"),
+    Verb("pause", (PENDING, RUNNING), PAUSED, "paused", "paused"),
+    Verb("resume", (PAUSED,), RUNNING, "resumed", "resumed"),
+    Verb("cancel", (PENDING, RUNNING, PAUSED), CANCELLING, "cancelling", "cancelled"),
+    Verb(CANCEL_BY_FORCE, (PENDING, RUNNING, PAUSED, CANCELLING), CANCELLING, "cancelling", "cancelled by force"),
+    # status and event of the new release
+    Verb("retry", (PARTIAL, FAILED, CANCELLED), PENDING, "created", "retried"),
+    Verb("rollback", (SUCCESS, PARTIAL, FAILED, CANCELLED), PENDING, "created", "rolled back"),
 )}
 
 
 def check_verb(verb: str, release: Release) -> None:
-    """Raises AppError 3003 saying which states allow the verb, where this one does not."""
+    """Raise AppError(WRONG_STATE) unless the release's status allows the verb."""
     allowed = VERBS[verb].states
     if release.status not in allowed:
         states = " or ".join(filter(None, (", ".join(allowed[:-1]), allowed[-1])))
-        raise AppError(3003, f"release {release.id} is {release.status}: {verb} needs {states}")
+        is_now = "succeeded" if release.status == SUCCESS else f"is {release.status}"
+        raise AppError(WRONG_STATE, f"release {release.id} {is_now}; only {states} releases can be {VERBS[verb].past}")
 
 
 def check_resume(release: Release, nodes: Roster, strategy: Strategy, accepts: bool) -> None:
-    """Raises AppError 3003 where resume can't go on: failures that must be accepted first, or can't be."""
+    """Raise AppError(WRONG_STATE) where failures must be accepted to resume, or can't be accepted."""
     exceeded = exceeded_limit(nodes, strategy)
     if exceeded and strategy.on_exceed == PAUSE and not accepts:
-        raise AppError(3003, f"release {release.id}: {exceeded}: resume it with acceptFailures "
+        raise AppError(WRONG_STATE, f"release {release.id}: {exceeded}: resume it with acceptFailures "
                              "(--accept-failures), or cancel it")
     if exceeded and strategy.on_exceed == FAIL and accepts:
-        raise AppError(3003, f"release {release.id}: {exceeded}, and its strategy (onExceed) ends it then: "
+        raise AppError(WRONG_STATE, f"release {release.id}: {exceeded}, and its strategy (onExceed) ends it then: "
                              "resume without accepting, then retry")
 
 
 def status_after_verb(verb: str, release: Release) -> str:
-    """Gives the status that a verb brings; a release that never started waits again after resume."""
-    return PENDING if verb == "resume" and not release.started_at else VERBS[verb].status
+    """Return the status after a verb; a release that never started is pending again after resume."""
+    after = PENDING if verb == "resume" and not release.started_at else VERBS[verb].status
+    return check_transition(RELEASE_TRANSITIONS, release.status, after)
 
 
 class Candidate(NamedTuple):
-    """A release that is not terminal, as the look for work sees it."""
+    """A release that is not terminal, as a scan for work reads it."""
     id: int
     target: str
     version: int
@@ -3345,11 +3362,11 @@ class Candidate(NamedTuple):
     status_reason: str = ""
     has_started: bool = True
     has_pending: bool = True
-    # "": a person wrote the row, and may be at it still.
+    # "": a person wrote the row, and may still be changing it.
     tag: str = ""
 
     def may_start(self, now: str) -> bool:
-        """Say whether its own time has come; before that it holds nobody up."""
+        """Return whether its start time has come; until then no release waits for it."""
         return self.status != PENDING or self.start_at <= now
 
 
@@ -3358,18 +3375,18 @@ Shares = Callable[[Candidate, Candidate], bool]
 
 
 def share_nothing(_one: Candidate, _other: Candidate) -> bool:
-    """Say that two releases have no node in common."""
+    """Return False, for releases that share no node."""
     return False
 
 
 def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Iterator[tuple[Candidate, Candidate | None]]:
-    """Return each release and the one that goes before it, of its target or with a node of it.
+    """Return each release with the one that it waits for, of the same target or with a node in common, or None.
 
-    That is one that has started, or a lower version: a node that was sent a higher one is never sent a lower.
+    Started releases go first, then lower versions: a node that was sent a higher version is never sent a lower one.
     """
     ahead: list[Candidate] = []
     for c in sorted(candidates, key=lambda c: (c.status == PENDING or not c.has_started, c.version)):
-        # by target first: what nodes a release has is read only where it matters
+        # by target first, as shares() may read the nodes of a release
         yield c, (next((a for a in ahead if a.target == c.target), None)
                   or next((a for a in ahead if shares(a, c)), None))
         if c.may_start(now):
@@ -3378,11 +3395,10 @@ def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Itera
 
 def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE,
              shares: Shares = share_nothing) -> tuple[list[int], list[int]]:
-    """Return which releases may be claimed now, and which are in other hands (rule 2).
+    """Return the ids of releases that may be claimed now, and of those that others have claimed (rule 2).
 
-    A pending one waits for active ones and lower versions of its target or with a node of it, for its time
-    and for the end of a freeze; one that is paused or kept by a freeze needs an owner only while nodes of it
-    are in flight.
+    A pending release waits for those before it, its start time and the end of a freeze; one that is paused or
+    frozen needs an owner only while its nodes are in flight.
     """
     free: list[int] = []
     taken: list[int] = []
@@ -3399,7 +3415,7 @@ def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO
 
 def waiting_reasons(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE,
                     shares: Shares = share_nothing) -> dict[int, str]:
-    """Return the sentences of releases that nobody works on: whom or what they wait for."""
+    """Return the status_reason of each release that is not being worked on."""
     reasons = {}
     for c, before in _in_turn(candidates, now, shares):
         frozen = f"frozen: {freeze.reason}"
@@ -3414,7 +3430,7 @@ def waiting_reasons(candidates: Iterable[Candidate], now: str = "", freeze: Free
         elif freeze.frozen:
             reason = frozen
         else:
-            reason = REASON_PENDING if c.may_start(now) else f"starts no earlier than {c.start_at}" + (
+            reason = REASON_PENDING if c.may_start(now) else f"scheduled for {c.start_at}" + (
                 f", and after release {before.id}" if before else "")
         reasons[c.id] = one_line(reason)
     return reasons
@@ -4591,7 +4607,7 @@ class Store:
                 changes = force_end(nodes, now)
                 for change in changes:
                     nodes.put(change.after)
-                decision = decide(release, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy)
+                decision = decide(Situation(release, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy))
                 self._write(tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=reason)
             self._explain_waiting(tx)
             return self._release(tx, release_id)
@@ -4609,8 +4625,8 @@ class Store:
         status, strategy = status_after_verb(verb.name, release), self._strategy_of(release)
         turned = dataclasses.replace(release, status=status, paused_by=str(actor) if status == PAUSED else "")
         sentence = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
-            status, nodes, now, Situation(turned, strategy, Policy(0, 0.0, 0.0, 0.0), Stage(0, release.passed_batch),
-                                          exceeded_limit(nodes, strategy)))
+            status, Situation(turned, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy,
+                              stage=Stage(0, release.passed_batch), exceeded=exceeded_limit(nodes, strategy)))
         tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, {COUNTERS} "
                    "WHERE id = ?", status, sentence, turned.paused_by, now.text, release.id)
         tx.insert_many(INSERT_EVENTS, 8, [(release.id, None, now.text, str(actor), verb.event, release.status,
@@ -6751,8 +6767,8 @@ class Driver:
         for node in kept_from_dispatch(self._nodes, passed_s) if passed_s else ():
             self._nodes.put(node)
         self._decided_at = now.elapsed
-        return decide(release, self._nodes, now, self._policy, self._strategy, self._take_slots(), busy, self._broken,
-                      self._freeze, asks_first)
+        return decide(Situation(release, self._nodes, now, self._policy, self._strategy, self._take_slots(), busy,
+                                self._broken, self._freeze, asks_first))
 
     def _take_slots(self) -> int:
         """Return how many requests may leave now; what is not used is given back at the end of the cycle."""

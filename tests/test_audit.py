@@ -222,7 +222,7 @@ def test_the_end_of_a_release_is_a_row_of_its_executor_with_the_digest_of_its_ev
     new_release(world.store, payload={"secret": "s3cr3t-payload"})
     executor = world.executor()
     with caplog.at_level("INFO", "releasectl"):
-        executor.run_once(drain=True)
+        executor.drain()
     row = rows_of(world.store)[-1]
     assert (row.actor, row.via, row.action, row.object) == (executor.owner, "executor", "release.end", "release 1")
     events = world.store.events(1)

@@ -286,8 +286,9 @@ def test_2_when_there_is_no_command(cli):
 
 def test_3_when_it_is_not_found_or_in_the_wrong_state(filled_quick):
     assert Cli(filled_quick.folder).refused(3, "status", 99) == "releasectl: release 99 does not exist"
-    assert "resume needs paused" in filled_quick.refused(3, "resume", 1)
-    assert "release 3 is pending: retry needs" in filled_quick.refused(3, "retry", 3)
+    assert "; only paused releases can be resumed" in filled_quick.refused(3, "resume", 1)
+    assert "release 3 is pending; only partial, failed or cancelled releases can be retried" in \
+        filled_quick.refused(3, "retry", 3)
     assert "node edge-7 does not exist" in filled_quick.refused(3, "node", "set", "edge-7", "--disable")
     assert filled_quick.refused(3, "watch", 2**63 - 1).endswith("does not exist")
 
@@ -847,7 +848,7 @@ def test_watch_gives_up_with_75_when_its_time_is_over(filled_quick):
     assert (over.code, over.out) == (75, "")
     assert filled_quick("watch", "3", "--timeout", "0", "--json").json["release"]["id"] == 3
     assert filled_quick("create", "--timeout", "1").code == 2
-    assert "waiting for the executor" in over.err
+    assert "queued for an executor" in over.err
 
 
 def test_watch_until_paused_or_until_a_batch_is_done(filled_quick):

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 
@@ -38,7 +40,7 @@ def failed_verdict(kind: str = "agent_failed", message: str = "boom") -> rc.Verd
 
 
 def decide(nodes, status="running", now=NOW, slots=64, **more) -> rc.Decision:
-    return rc.decide(release(status), rc.Roster(nodes), now, POLICY, slots=slots, **more)
+    return rc.decide(rc.Situation(release(status), rc.Roster(nodes), now, POLICY, slots=slots, **more))
 
 
 def moves(decision: rc.Decision) -> dict[int, tuple[str, str]]:
@@ -357,7 +359,7 @@ def test_every_verb_in_every_state_works_or_says_which_states_allow_it(verb, sta
     if status in ALLOWED[verb]:
         rc.check_verb(verb, release(status))
         return
-    with pytest.raises(rc.AppError, match=f"release 1 is {status}: {verb} needs ") as refused:
+    with pytest.raises(rc.AppError, match="release 1 (is [a-z]+|succeeded); only .* can be ") as refused:
         rc.check_verb(verb, release(status))
     assert refused.value.code == 3003
 
@@ -367,6 +369,31 @@ def test_every_verb_in_every_state_works_or_says_which_states_allow_it(verb, sta
     ("resume", None, "pending"), ("resume", NOW.text, "running")])
 def test_the_status_that_a_verb_brings(verb, started_at, status):
     assert rc.status_after_verb(verb, release("paused", started_at=started_at)) == status
+
+
+# -- every change of a status ---------------------------------------------------------------------------
+
+def test_the_transitions_are_those_of_the_documentation():
+    text = (Path(__file__).parent.parent / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (release|node): ([a-z]+) \| ([a-z, ]+) \|$", text, re.MULTILINE)
+    for thing, transitions in (("release", rc.RELEASE_TRANSITIONS), ("node", rc.NODE_TRANSITIONS)):
+        assert {status: tuple(after.split(", ")) for kind, status, after in rows if kind == thing} == transitions
+
+
+def test_no_terminal_release_changes_and_every_verb_is_a_transition():
+    assert set(rc.RELEASE_STATUSES) - set(rc.RELEASE_TRANSITIONS) == rc.TERMINAL
+    for verb in ("pause", "resume", "cancel", rc.CANCEL_BY_FORCE):
+        for status in rc.VERBS[verb].states:
+            assert rc.status_after_verb(verb, release(status)) in (status, *rc.RELEASE_TRANSITIONS[status])
+
+
+def test_a_change_that_is_no_transition_is_not_decided(monkeypatch):
+    monkeypatch.setitem(rc.NODE_TRANSITIONS, "pending", ("skipped",))
+    with pytest.raises(RuntimeError, match="no status running after pending"):
+        decide([node(1)])
+    monkeypatch.setitem(rc.RELEASE_TRANSITIONS, "running", ("paused",))
+    with pytest.raises(RuntimeError, match="no status success after running"):
+        decide([node(1, "success")])
 
 
 # -- rule 2: which releases may be claimed ------------------------------------------------------------

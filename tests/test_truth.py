@@ -467,12 +467,12 @@ def test_section_2_two_rows_of_a_release_at_one_address_never_run_at_once(sqlite
 def test_section_2_an_address_is_held_for_the_other_rows_of_its_release_too():
     rows = rc.Roster([node(n, "pending", "execute", main_ip="10.0.0.1") for n in (1, 2)])
     strategy = rc.Strategy(max_failed=2, retries=0)
-    begun = rc.decide(release_row(), rows, NOW, POLICY.under(strategy), strategy, slots=8)
+    begun = rc.decide(rc.Situation(release_row(), rows, NOW, POLICY.under(strategy), strategy, slots=8))
     lost = rc.Outcome(1, "dispatch", rc.LOST, "", "timeout", "no answer", "", 60.0)
     begun.nodes.put(rc.observe(begun.nodes[1], lost, later(60), POLICY.under(strategy)))
-    after = rc.decide(release_row(), begun.nodes, later(60), POLICY.under(strategy), strategy, slots=8)
+    after = rc.decide(rc.Situation(release_row(), begun.nodes, later(60), POLICY.under(strategy), strategy, slots=8))
     assert [(c.after.node_id, c.after.status) for c in after.changes] == [(1, "failed")]
-    then = rc.decide(release_row(), after.nodes, later(120), POLICY.under(strategy), strategy, slots=8)
+    then = rc.decide(rc.Situation(release_row(), after.nodes, later(120), POLICY.under(strategy), strategy, slots=8))
     assert [send.node.node_id for send in then.sends] == [2]
 
 
@@ -585,7 +585,7 @@ def test_section_7_a_new_owner_counts_no_hold_against_a_node_that_is_not_at_its_
     assert adopted.deadline - later(1000).elapsed == 200  # 600 s, of which 400 are used up
     unknown = rc.observe(adopted, rc.Outcome(1, "query", rc.UNKNOWN), later(1000), POLICY)
     assert unknown.deadline == adopted.deadline
-    sent = rc.decide(release_row(), rc.Roster([unknown]), later(1000), POLICY).changes[0].after
+    sent = rc.decide(rc.Situation(release_row(), rc.Roster([unknown]), later(1000), POLICY)).changes[0].after
     assert (sent.waited_s, sent.deadline) == (600, adopted.deadline)
     # the next owner reads that from the row, whatever the history says
     again = rc.adopt(sent._replace(credit_s=0.0), later(1010), POLICY, [])
@@ -620,7 +620,7 @@ def test_section_7_a_second_look_that_passes_and_fails_in_turn_ends():
     release = release_row(soak_until=NOW.text, soak_clock=NOW.clock_mark(0))
     nodes, passes = rc.Roster([node(1, "success"), node(2, "pending", batch=2)]), 0
     for seconds in range(2000):
-        decision = rc.decide(release, nodes, later(seconds), policy, strategy, slots=8)
+        decision = rc.decide(rc.Situation(release, nodes, later(seconds), policy, strategy, slots=8))
         nodes = decision.nodes
         if decision.status == "failed":
             break
@@ -636,8 +636,8 @@ def test_section_7_a_second_look_that_passes_and_fails_in_turn_ends():
 def test_section_7_a_second_look_keeps_its_deadline_as_long_as_something_is_to_come():
     strategy = rc.Strategy(soak_s=10.0, verify=rc.Verify("http://{main_ip}/"))
     release = release_row(soak_until=NOW.text, soak_clock=NOW.clock_mark(0))
-    first = rc.decide(release, rc.Roster([node(1, "success", deadline=0.0), node(2, "pending", batch=2)]), later(5000),
-                      POLICY.under(strategy), strategy, slots=8)
+    nodes = rc.Roster([node(1, "success", deadline=0.0), node(2, "pending", batch=2)])
+    first = rc.decide(rc.Situation(release, nodes, later(5000), POLICY.under(strategy), strategy, slots=8))
     assert [(send.op, send.node.deadline) for send in first.sends] == [("probe", later(5600).elapsed)]
 
 
@@ -649,18 +649,18 @@ SOAK = rc.Strategy(soak_s=600.0)
 @pytest.mark.parametrize("clock_set_s", [3600.0, -3600.0])
 def test_section_7_a_soak_lasts_as_long_as_it_says_whatever_is_done_to_the_wall_clock(clock_set_s):
     nodes = rc.Roster([node(1, "success"), node(2, "pending", batch=2)])
-    begun = rc.decide(release_row(), nodes, NOW, POLICY, SOAK)
+    begun = rc.decide(rc.Situation(release_row(), nodes, NOW, POLICY, SOAK))
     soaking = release_row(soak_until=begun.soak_until, soak_clock=begun.soak_clock)
     for seconds, is_over in ((1, False), (599, False), (600, True)):
         # the same process, or another one on this host
-        decision = rc.decide(soaking, nodes, later(seconds, clock_set_s), POLICY, SOAK, slots=8)
+        decision = rc.decide(rc.Situation(soaking, nodes, later(seconds, clock_set_s), POLICY, SOAK, slots=8))
         assert bool(decision.sends) == is_over, seconds
 
 
 def test_section_7_a_soak_read_on_another_host_is_never_longer_than_it_was_meant():
     nodes = rc.Roster([node(1, "success"), node(2, "pending", batch=2)])
     far = release_row(soak_until=later(86400 * 2).text, soak_clock="another-boot 17.000")
-    decision = rc.decide(far, nodes, NOW, POLICY, SOAK)
+    decision = rc.decide(rc.Situation(far, nodes, NOW, POLICY, SOAK))
     assert decision.soak_clock == f"boot {NOW.elapsed + 600:.3f}"
     assert decision.changes_more_than_words(far)  # from now on by our own clock
 
@@ -668,12 +668,13 @@ def test_section_7_a_soak_read_on_another_host_is_never_longer_than_it_was_meant
 def test_section_7_a_soak_whose_mark_lies_further_ahead_than_it_is_long_is_not_longer():
     nodes = rc.Roster([node(1, "success"), node(2, "pending", batch=2)])
     far = release_row(soak_until=later(5000).text, soak_clock=NOW.clock_mark(5000))
-    assert rc.decide(far, nodes, NOW, POLICY, SOAK).soak_clock == NOW.clock_mark(600)
+    assert rc.decide(rc.Situation(far, nodes, NOW, POLICY, SOAK)).soak_clock == NOW.clock_mark(600)
 
 
 @pytest.mark.parametrize("clock_set_s", [3600.0, -3600.0])
 def test_section_7_the_hold_of_an_execute_agent_lasts_whatever_is_done_to_the_wall_clock(clock_set_s):
-    sent = rc.decide(release_row(), rc.Roster([node(1, "pending", "execute")]), NOW, POLICY).changes[0].after
+    sent = rc.decide(rc.Situation(release_row(), rc.Roster([node(1, "pending", "execute")]), NOW,
+                                  POLICY)).changes[0].after
     adopted = rc.adopt(sent, later(30, clock_set_s), POLICY)
     assert adopted.due == NOW.elapsed + 75
 
@@ -719,7 +720,7 @@ def test_rule_9_a_claim_or_hold_that_lies_further_ahead_than_any_setting_allows_
 
 @pytest.mark.parametrize("clock_set_s", [4 * 3600.0, -4 * 3600.0])
 def test_rule_8_a_deadline_goes_on_in_a_new_owner_whatever_is_done_to_the_wall_clock(clock_set_s):
-    sent = rc.decide(release_row(), rc.Roster([node(1, "pending")]), NOW, POLICY).changes[0].after
+    sent = rc.decide(rc.Situation(release_row(), rc.Roster([node(1, "pending")]), NOW, POLICY)).changes[0].after
     assert rc.adopt(sent, later(30, clock_set_s), POLICY).deadline == NOW.elapsed + 600
 
 
@@ -777,8 +778,8 @@ def test_a_move_that_lies_ahead_holds_nobody_up(store):
 
 
 def test_after_a_fall_tasks_agents_are_asked_before_they_are_sent_anything():
-    asked = rc.decide(release_row(tag="9f3a61c0", type="apply_config"), rc.Roster([node(1, "pending")]), NOW, POLICY,
-                      asks_first=True)
+    release = release_row(tag="9f3a61c0", type="apply_config")
+    asked = rc.decide(rc.Situation(release, rc.Roster([node(1, "pending")]), NOW, POLICY, asks_first=True))
     assert [(send.op, send.node.task_id) for send in asked.sends] == [("query", "apply_config_10.0.0.1_42_9f3a61c0")]
     unknown = rc.observe(asked.nodes[1], rc.Outcome(1, "query", rc.UNKNOWN), NOW, POLICY)
     assert (unknown.next_op, unknown.reached) == (rc.DISPATCH, False)
@@ -827,7 +828,7 @@ def test_rule_9_an_owner_whose_claim_number_was_given_out_again_changes_nothing(
         now = store.moment()
         with pytest.raises(rc.ClaimLost):
             store.claimed_release(claim) if deed == "read" else store.commit(
-                claim, found, rc.decide(found, rc.Roster(nodes), now, POLICY), now, "first")
+                claim, found, rc.decide(rc.Situation(found, rc.Roster(nodes), now, POLICY)), now, "first")
     assert store.release(release.id) == before
 
 
