@@ -56,6 +56,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import operator
 import os
 import platform
 import queue
@@ -6740,17 +6741,47 @@ class Driver:
 #    its schemas. Pure; uses 1, 2, 5 to 7 and the rows of 8.
 # ======================================================================================
 
+_TIME = {"type": ["string", "null"], "format": "date-time"}
+_ID = {"type": "integer", "minimum": 1}
+_ID_OR_NULL = {"type": ["integer", "null"]}
+_COUNT = {"type": "integer", "minimum": 0}
+_TEXT = {"type": "string"}
+_FLAG = {"type": "boolean"}
+_OBJECT = {"type": "object"}
+_REASON = {"type": "string", "maxLength": 500}
+
+# Schema of each JSON field. The row has the same field, in snake case: see _row_json().
+RELEASE_SCHEMA: Mapping[str, Any] = {
+    "id": _ID, "type": _TEXT, "target": _TEXT, "version": _ID,
+    "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": _TEXT, "reason": _TEXT,
+    "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
+    "currentBatch": _COUNT, "errorMsg": _TEXT, "strategy": _OBJECT, "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL,
+    "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME}
+RELEASE_NODE_SCHEMA: Mapping[str, Any] = {
+    "nodeId": _ID, "nodeName": _TEXT, "mainIp": _TEXT,
+    "status": {"type": "string", "enum": [PENDING, RUNNING, SUCCESS, FAILED, SKIPPED]}, "taskId": _TEXT,
+    "attempts": _COUNT, "errorKind": _TEXT, "errorMsg": _TEXT, "startedAt": _TIME, "finishedAt": _TIME}
+EVENT_SCHEMA: Mapping[str, Any] = {
+    "id": _ID, "releaseId": _ID, "nodeId": _ID_OR_NULL, "nodeName": _TEXT, "at": _TIME,
+    "actor": _TEXT, "event": _TEXT, "fromStatus": _TEXT, "toStatus": _TEXT, "detail": _TEXT}
+
+
+def _row_json(schema: Iterable[str], **renamed: str) -> Callable[[Any], dict[str, Any]]:
+    """Return a function from a row to the JSON object of a schema; renamed: fields that the row calls otherwise."""
+    keys = tuple(schema)
+    values = operator.attrgetter(*(renamed.get(key) or re.sub("[A-Z]", lambda m: "_" + m[0].lower(), key)
+                                   for key in keys))
+    return lambda row: dict(zip(keys, values(row)))
+
+
+_release_fields = _row_json(RELEASE_SCHEMA)
+release_node_json = _row_json(RELEASE_NODE_SCHEMA, nodeName="name")
+event_json = _row_json(EVENT_SCHEMA)
+
+
 def release_json(release: Release) -> dict[str, Any]:
-    """Gives RELEASE of the contract."""
-    return {
-        "id": release.id, "type": release.type, "target": release.target, "version": release.version,
-        "status": release.status, "statusReason": release.status_reason, "reason": release.reason,
-        "totalNodes": release.total_nodes, "successNodes": release.success_nodes,
-        "failedNodes": release.failed_nodes, "skippedNodes": release.skipped_nodes,
-        "currentBatch": release.current_batch, "errorMsg": release.error_msg,
-        "strategy": _stored_json(release.strategy), "retryOf": release.retry_of,
-        "rollbackOf": release.rollback_of, "createdAt": release.created_at, "startedAt": release.started_at,
-        "finishedAt": release.finished_at, "updatedAt": release.updated_at}
+    """Return RELEASE of the contract."""
+    return {**_release_fields(release), "strategy": _stored_json(release.strategy)}
 
 
 def _stored_json(text: str) -> Any:
@@ -6760,43 +6791,15 @@ def _stored_json(text: str) -> Any:
         return {}  # written by hand; the executor refuses to run it
 
 
-def release_node_json(node: ReleaseNode) -> dict[str, Any]:
-    """Gives NODE of the contract."""
-    return {"nodeId": node.node_id, "nodeName": node.name, "mainIp": node.main_ip, "status": node.status,
-            "taskId": node.task_id, "attempts": node.attempts, "errorKind": node.error_kind,
-            "errorMsg": node.error_msg, "startedAt": node.started_at, "finishedAt": node.finished_at}
-
-
-def node_json(node: Node) -> dict[str, Any]:
-    """Gives a node as /api/v1/nodes shows it."""
-    return {"id": node.id, "name": node.name, "mainIp": node.main_ip, "agentPort": node.agent_port,
-            "agentProtocol": node.agent_protocol, "labels": _stored_json(node.labels),
-            "enabled": bool(node.enabled), "status": node.status, "createdAt": node.created_at,
-            "updatedAt": node.updated_at}
-
-
-def listed_node_json(node: Node, last_release: tuple[int, str] | None) -> dict[str, Any]:
-    """Gives a node with the newest release that names it, and what it is there."""
-    last = {"releaseId": last_release[0], "status": last_release[1]} if last_release else None
-    return {**node_json(node), "lastRelease": last}
-
-
-def event_json(event: Event) -> dict[str, Any]:
-    """Gives one row of a release's history."""
-    return {"id": event.id, "releaseId": event.release_id, "nodeId": event.node_id, "nodeName": event.node_name,
-            "at": event.at, "actor": event.actor, "event": event.event, "fromStatus": event.from_status,
-            "toStatus": event.to_status, "detail": event.detail}
-
-
 def open_releases_json(releases: Sequence[tuple[Release, int]]) -> dict[str, Any]:
-    """Gives the releases that are not at their end, each with its number of batches, and who works on them."""
+    """Return the releases that have not ended, each with its number of batches, and their claims."""
     return {"releases": [{**release_json(release), "batches": batches} for release, batches in releases],
             "claims": [{"releaseId": release.id, "owner": release.claim_owner, "expiresAt": release.claim_expires_at}
                        for release, _ in releases if release.claim_expires_at]}
 
 
 def page_json(page: Page, item_json: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """Gives a page of a list."""
+    """Return a page of a list."""
     return {"items": [item_json(item) for item in page.items], "total": page.total, "page": page.number,
             "pageSize": page.size}
 
@@ -6809,17 +6812,17 @@ def created_json(made: Made) -> dict[str, Any]:
 
 
 def created_again_json(made: Made) -> dict[str, Any]:
-    """Return the answer to a retry or rollback: that to a creation, and who is left out."""
+    """Return the answer to a retry or rollback: that to a creation, and the nodes left out."""
     return {**created_json(made), "leftOut": left_out_json(made.left_out)}
 
 
 def left_out_json(left_out: Iterable[LeftOut]) -> list[dict[str, Any]]:
-    """Return the nodes that were meant and do not get a release."""
+    """Return the nodes that were selected and do not get the release, and why."""
     return [{"nodeId": one.node_id, "nodeName": one.name, "why": one.why} for one in left_out]
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """Return what a release would do: the answer to dryRun."""
+    """Return the answer to dryRun: what a release would do."""
     payload_of = {"releaseId": plan.payload_of[0], "version": plan.payload_of[1]} if plan.payload_of else None
     return {"version": plan.version, "totalNodes": sum(map(len, plan.batches)),
             "batches": [{"batch": number, "nodeIds": ids, "maxFailed": most}
@@ -6829,12 +6832,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def freeze_json(freeze: Freeze) -> dict[str, Any]:
-    """Gives the switch that lets nothing new be dispatched."""
-    return {"frozen": freeze.frozen, "reason": freeze.reason, "actor": freeze.actor, "at": freeze.at}
+    """Return the switch that stops new dispatches."""
+    return freeze._asdict()
 
 
 def release_with_nodes_json(release: Release, nodes: Sequence[ReleaseNode]) -> dict[str, Any]:
-    """Gives a release with its nodes by batch."""
+    """Return a release with its nodes by batch."""
     batches: dict[int, list[dict[str, Any]]] = {}
     for node in nodes:
         batches.setdefault(node.batch, []).append(release_node_json(node))
@@ -6842,13 +6845,13 @@ def release_with_nodes_json(release: Release, nodes: Sequence[ReleaseNode]) -> d
             "batches": [{"batch": number, "nodes": members} for number, members in sorted(batches.items())]}
 
 
-# Field of a node in JSON: column, how it is read, schema for /openapi.json.
+# JSON field of a node: column, parser, JSON Schema.
 NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
     "name": ("name", parse_name, {"type": "string", "minLength": 1, "maxLength": 100, "format": "line",
                                   "description": "printable, single spaces within"}),
     "mainIp": ("main_ip", parse_address, {"type": "string", "minLength": 1, "maxLength": 253, "format": "address",
                                           "description": "IP address or host name"}),
-    # to JSON 8443.0 is the same number as 8443
+    # in JSON 8443.0 and 8443 are the same number
     "agentPort": ("agent_port", lambda v: parse_port(int(v) if isinstance(v, float) and v.is_integer() else v),
                   {"type": "integer", "minimum": 1, "maximum": 65535}),
     "agentProtocol": ("agent_protocol", lambda v: parse_choice("agentProtocol", v, PROTOCOLS),
@@ -6857,14 +6860,28 @@ NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
         "type": "object", "maxProperties": MAX_LABELS,
         "propertyNames": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_KEY_CHARS, "format": "line"},
         "additionalProperties": {"type": "string", "maxLength": MAX_LABEL_CHARS, "format": "line"}}),
-    "enabled": ("enabled", lambda v: int(parse_flag("enabled", v)), {"type": "boolean"}),
+    "enabled": ("enabled", lambda v: int(parse_flag("enabled", v)), _FLAG),
     "status": ("status", lambda v: parse_choice("status", v, NODE_STATUSES),
                {"type": "string", "enum": list(NODE_STATUSES)}),
 }
+_NODE_FIELD_SCHEMAS = {key: schema for key, (_, _, schema) in NODE_FIELDS.items()}
+NODE_SCHEMA: Mapping[str, Any] = {"id": _ID, **_NODE_FIELD_SCHEMAS, "createdAt": _TIME, "updatedAt": _TIME}
+_node_fields = _row_json(NODE_SCHEMA)
+
+
+def node_json(node: Node) -> dict[str, Any]:
+    """Return a node as /api/v1/nodes shows it."""
+    return {**_node_fields(node), "labels": _stored_json(node.labels), "enabled": bool(node.enabled)}
+
+
+def listed_node_json(node: Node, last_release: tuple[int, str] | None) -> dict[str, Any]:
+    """Return a node with id and status of the newest release that has it."""
+    last = {"releaseId": last_release[0], "status": last_release[1]} if last_release else None
+    return {**node_json(node), "lastRelease": last}
 
 
 def parse_node_fields(body: Mapping[str, Any], required: Sequence[str] = ()) -> dict[str, Any]:
-    """Gives the columns of a node from its JSON; AppError 2001 for what is missing, 2003 for the rest."""
+    """Return the columns of a node from its JSON; raise AppError 2001 for a missing field, 2003 for a bad one."""
     known_keys(body, list(NODE_FIELDS))
     for name in required:
         if name not in body:
@@ -6873,7 +6890,7 @@ def parse_node_fields(body: Mapping[str, Any], required: Sequence[str] = ()) -> 
 
 
 def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
-    """Gives what a release is asked to be from its JSON; AppError 2003. The Store reads the strategy."""
+    """Return the request for a release from its JSON, the strategy unparsed; raise AppError 2003."""
     known_keys(body, ("target", "reason", "payload", "strategy", "nodeIds", "labels", "dryRun", "version"))
     if "nodeIds" in body and "labels" in body:
         raise AppError(2003, "nodeIds and labels exclude each other: name one of them")
@@ -6887,14 +6904,7 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
         version=parse_version("version", body["version"]) if "version" in body else None)
 
 
-# The schemas, for /openapi.json.
-
-_TIME = {"type": ["string", "null"], "format": "date-time"}
-_ID = {"type": "integer", "minimum": 1}
-_COUNT = {"type": "integer", "minimum": 0}
-_TEXT = {"type": "string"}
-_REASON = {"type": "string", "maxLength": 500}
-
+# -- schemas for /openapi.json ---------------------------------------------------------------
 
 def _object(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
     return {"type": "object", "properties": dict(properties), "additionalProperties": False,
@@ -6905,82 +6915,70 @@ def _ref(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
+def _array(items: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
 def _list_of(item: str, paged: bool = True) -> dict[str, Any]:
     page = {"total": _COUNT, "page": _ID, "pageSize": _ID} if paged else {}
-    return _object({"items": {"type": "array", "items": _ref(item)}, **page})
+    return _object({"items": _array(_ref(item)), **page})
 
 
 def openapi_schemas() -> dict[str, Any]:
-    """Gives the shapes of section 5 of the contract as JSON Schema."""
-    node = {name: schema for name, (_, _, schema) in NODE_FIELDS.items()}
-    batch = {"batch": _ID}
-    left_out = {"type": "array", "items": _object({"nodeId": _ID, "nodeName": _TEXT, "why": _TEXT})}
-    created = {"releaseId": _ID, "version": _ID, "totalNodes": _COUNT, "batches": {"type": "array", "items": _object({
-        **batch, "nodeIds": {"type": "array", "items": _ID}})}}
-    again = {"reason": _REASON, "overNewer": {"type": "boolean"}, "dryRun": {"type": "boolean"}}
-    release = {
-        "id": _ID, "type": _TEXT, "target": _TEXT, "version": _ID,
-        "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": _TEXT, "reason": _TEXT,
-        "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
-        "currentBatch": _COUNT, "errorMsg": _TEXT, "strategy": {"type": "object"},
-        "retryOf": {"type": ["integer", "null"]}, "rollbackOf": {"type": ["integer", "null"]},
-        "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME}
+    """Return the shapes of section 5 of the contract as JSON Schema."""
+    left_out = _array(_object({"nodeId": _ID, "nodeName": _TEXT, "why": _TEXT}))
+    created = {"releaseId": _ID, "version": _ID, "totalNodes": _COUNT,
+               "batches": _array(_object({"batch": _ID, "nodeIds": _array(_ID)}))}
+    again = {"reason": _REASON, "overNewer": _FLAG, "dryRun": _FLAG}
     return {
-        "Release": _object(release),
-        "ReleaseNode": _object({
-            "nodeId": _ID, "nodeName": _TEXT, "mainIp": _TEXT,
-            "status": {"type": "string", "enum": [PENDING, RUNNING, SUCCESS, FAILED, SKIPPED]}, "taskId": _TEXT,
-            "attempts": _COUNT, "errorKind": _TEXT, "errorMsg": _TEXT, "startedAt": _TIME, "finishedAt": _TIME}),
+        "Release": _object(RELEASE_SCHEMA),
+        "ReleaseNode": _object(RELEASE_NODE_SCHEMA),
         "ReleaseWithNodes": _object({
             "release": _ref("Release"),
-            "batches": {"type": "array", "items": _object({
-                **batch, "nodes": {"type": "array", "items": _ref("ReleaseNode")}})}}, required=["release"]),
+            "batches": _array(_object({"batch": _ID, "nodes": _array(_ref("ReleaseNode"))}))}, required=["release"]),
         "ReleaseList": _list_of("Release"),
         "Created": _object(created),
         "CreatedAgain": _object({**created, "leftOut": left_out}),
-        "Event": _object({
-            "id": _ID, "releaseId": _ID, "nodeId": {"type": ["integer", "null"]}, "nodeName": _TEXT, "at": _TIME,
-            "actor": _TEXT, "event": _TEXT, "fromStatus": _TEXT, "toStatus": _TEXT, "detail": _TEXT}),
+        "Event": _object(EVENT_SCHEMA),
         "EventList": _list_of("Event", paged=False),
-        "Node": _object({"id": _ID, **node, "createdAt": _TIME, "updatedAt": _TIME}),
+        "Node": _object(NODE_SCHEMA),
         "ListedNode": _object({
-            "id": _ID, **node, "createdAt": _TIME, "updatedAt": _TIME,
+            **NODE_SCHEMA,
             "lastRelease": {"type": ["object", "null"], "properties": {"releaseId": _ID, "status": _TEXT}}},
-            required=["id", *node, "createdAt", "updatedAt"]),
+            required=list(NODE_SCHEMA)),
         "NodeList": _list_of("ListedNode"),
-        "NewNode": _object(node, required=["name", "mainIp"]),
-        "NodeChange": _object(node, required=[]),
+        "NewNode": _object(_NODE_FIELD_SCHEMAS, required=["name", "mainIp"]),
+        "NodeChange": _object(_NODE_FIELD_SCHEMAS, required=[]),
         "Plan": _object({
-            "version": _ID, "totalNodes": _COUNT, "batches": {"type": "array", "items": _object({
-                **batch, "nodeIds": {"type": "array", "items": _ID}, "maxFailed": _COUNT})},
-            "maxFailedTotal": {"type": ["integer", "null"]}, "maxParallel": _COUNT,
-            "leftOut": left_out, "emptied": {"type": "array", "items": _TEXT},
+            "version": _ID, "totalNodes": _COUNT,
+            "batches": _array(_object({"batch": _ID, "nodeIds": _array(_ID), "maxFailed": _COUNT})),
+            "maxFailedTotal": _ID_OR_NULL, "maxParallel": _COUNT, "leftOut": left_out, "emptied": _array(_TEXT),
             "payloadOf": {"type": ["object", "null"], "properties": {"releaseId": _ID, "version": _ID}}}),
         "Strategy": _object({key: schema for key, (_, _, schema) in STRATEGY_KEYS.items()}, required=[]),
         "NewRelease": _object({
             "target": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}, "reason": _REASON,
-            "payload": {"type": "object"}, "strategy": _ref("Strategy"),
-            "nodeIds": {"type": "array", "minItems": 1, "uniqueItems": True, "items": _ID},
-            "labels": NODE_FIELDS["labels"][2], "dryRun": {"type": "boolean"},
+            "payload": _OBJECT, "strategy": _ref("Strategy"),
+            "nodeIds": {**_array(_ID), "minItems": 1, "uniqueItems": True},
+            "labels": _NODE_FIELD_SCHEMAS["labels"], "dryRun": _FLAG,
             "version": {"type": "integer", "minimum": 1, "maximum": MAX_NAMED_VERSION}}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": _object({"reason": _REASON}, required=[]),
         "Retry": _object(again, required=[]),
         "Rollback": _object({**again, "toRelease": _ID}, required=[]),
-        "Resume": _object({"reason": _REASON, "acceptFailures": {"type": "boolean"}}, required=[]),
-        "Cancel": _object({"reason": _REASON, "force": {"type": "boolean"}}, required=[]),
-        "Freeze": _object({"frozen": {"type": "boolean"}, "reason": _TEXT, "actor": _TEXT, "at": _TEXT}),
-        "SetFreeze": _object({"frozen": {"type": "boolean"}, "reason": _REASON}, required=["frozen"])
+        "Resume": _object({"reason": _REASON, "acceptFailures": _FLAG}, required=[]),
+        "Cancel": _object({"reason": _REASON, "force": _FLAG}, required=[]),
+        "Freeze": _object({"frozen": _FLAG, "reason": _TEXT, "actor": _TEXT, "at": _TEXT}),
+        "SetFreeze": _object({"frozen": _FLAG, "reason": _REASON}, required=["frozen"])
         | {"anyOf": [{"properties": {"frozen": {"const": False}}},
                      {"properties": {"reason": {"pattern": r"[^\s\x00-\x1f\x7f-\x9f]"}}, "required": ["reason"]}]},
         "Health": _object({
             "version": _TEXT, "startedAt": _TIME, "role": _TEXT,
-            "database": _object({"engine": _TEXT, "ok": {"type": "boolean"}, "schema": _COUNT, "message": _TEXT}),
-            "executor": _object({"enabled": {"type": "boolean"}, "owner": _TEXT, "lastLookAt": _TIME}),
-            "releases": {"type": "array", "items": _object({**release, "batches": _COUNT})},
-            "claims": {"type": "array", "items": _object({"releaseId": _ID, "owner": _TEXT, "expiresAt": _TIME})},
-            "certificates": {"type": "array", "items": _object({
-                "name": _TEXT, "notAfter": _TIME, "daysLeft": {"type": ["number", "null"]}, "message": _TEXT})}}),
+            "database": _object({"engine": _TEXT, "ok": _FLAG, "schema": _COUNT, "message": _TEXT}),
+            "executor": _object({"enabled": _FLAG, "owner": _TEXT, "lastLookAt": _TIME}),
+            "releases": _array(_object({**RELEASE_SCHEMA, "batches": _COUNT})),
+            "claims": _array(_object({"releaseId": _ID, "owner": _TEXT, "expiresAt": _TIME})),
+            "certificates": _array(_object({
+                "name": _TEXT, "notAfter": _TIME, "daysLeft": {"type": ["number", "null"]}, "message": _TEXT}))}),
         "Status": _object({"status": _TEXT}),
         "Null": {"type": "null"},
         "Error": _object({"code": {"type": "integer", "enum": sorted(ERROR_CODES)}, "message": _TEXT,
@@ -8202,44 +8200,47 @@ def page_headers() -> dict[str, str]:
 
 
 # ======================================================================================
-# 14 HTTP: one connection's bytes against limits and deadlines, and who may stay when the house
-#    is full (docs/SECURITY.md tells why). Uses 1, 2, 9 and 10; knows no route and no database.
+# 14 HTTP: requests read against limits and deadlines, and admission control (docs/SECURITY.md
+#    says why). Uses 1, 2, 9 and 10; knows no route and no database.
 #
-#    The library's own parser is not used: it takes two lengths, a space before a colon, bare
-#    line feeds, and so runs requests that a proxy before us never saw.
+#    The standard library's parser is not used: it accepts two lengths, a space before a colon
+#    and bare line feeds, and so would run requests that a proxy in front of us never saw.
 # ======================================================================================
 
 MAX_TARGET_BYTES, MAX_REQUEST_HEAD_BYTES, MAX_HEADERS = 8 << 10, 16 << 10, 64
-# All deadlines are of the whole thing: dripping does not stretch them. Who has not shown a good
-# token has PROVE_S, from the connection or the last answer to the end of the (TLS handshake and)
-# head; who has, may be idle for IDLE_S and then has HEAD_S. For the body BODY_S, for our answer
-# WRITE_S; then the rest of what the client still sends is dropped for LINGER_S.
-PROVE_S, HEAD_S, BODY_S, WRITE_S, IDLE_S, LINGER_S = 5.0, 5.0, 20.0, 20.0, 60.0, 1.0
+# Each deadline is for the whole step, however slowly bytes arrive.
+# Without a good token: from the connection, or the last answer, to the end of the TLS handshake and head.
+PROVE_S = 5.0
+# With a good token: idle, and then for the head.
+IDLE_S, HEAD_S = 60.0, 5.0
+# For the body; for sending our answer; for discarding what the client still sends after it.
+BODY_S, WRITE_S, LINGER_S = 20.0, 20.0, 1.0
 MAX_LINGER_BYTES = 16 << 20
 # After a refused request with a longer body the connection is closed.
 MAX_SKIPPED_BYTES = 64 << 10
-# Nobody loses a connection to a newcomer before it was silent for so long.
+# Minimum idle time before a connection may be evicted.
 GRACE_S = 0.25
-# Answered before the connection is closed without a thread, so many at a time.
+# Rejected connections that stay open at a time, so that their clients can read the 503.
 MAX_TURNED_AWAY = 64
-# The more bad tokens came from an address, or from the network around it, the later the next token is looked at;
-# forgotten after a while. A token that was good at the address within KNOWN_TOKEN_S is looked at without delay.
+# Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
 FREE_ATTEMPTS, FREE_ATTEMPTS_OF_NETWORK, FIRST_DELAY_S, MAX_DELAY_S = 3, 24, 0.1, 3.0
+# A streak is forgotten this long after its last event.
 FORGET_S, MAX_STREAKS = 60.0, 2048
+# A token that was good at an address within this time is checked there without delay.
 KNOWN_TOKEN_S, MAX_KNOWN_TOKENS = 86400.0, 4096
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
-# RFC 9112, 3 and 5, without what it allows for old times' sake: no folding, no bare CR or LF.
+# RFC 9112, sections 3 and 5, without its concessions to old clients: no folding, no bare CR or LF.
 REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])".encode())
 HEADER_LINE = re.compile(rf"({_TOKEN}+):[ \t]*([\t -~\x80-\xff]*)".encode("latin-1"))
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{0,5})?")
-# Headers that we act on: two of one kind are two meanings.
+# Headers that we act on; a second one of a name is refused.
 READ_ONCE = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect",
                        "idempotency-key", "if-none-match", "origin", "x-request-id"))
 
 
 class Head(NamedTuple):
-    """The head of a request; names of headers are in lower case."""
+    """The head of a request; header names are in lower case."""
     method: str = "GET"
     target: str = ""
     is_http_1_0: bool = False
@@ -8247,13 +8248,13 @@ class Head(NamedTuple):
 
     @property
     def is_last(self) -> bool:
-        """Says whether the client wants the connection closed after this one."""
+        """Whether the client wants the connection closed after this request."""
         words = self.headers.get("connection", "").lower().split(",")
         return self.is_http_1_0 or "close" in map(str.strip, words)
 
 
 class Wire:
-    """The bytes of one connection; every wait ends at a moment of the monotonic clock."""
+    """The bytes of one connection; every wait has a deadline on the monotonic clock."""
 
     def __init__(self, sock: socket.socket):
         sock.setblocking(False)
@@ -8261,7 +8262,7 @@ class Wire:
         self.buffer = bytearray()
 
     def fill(self, ends_at: float) -> bool:
-        """Waits for bytes; False when the client has ended. AppError 4008 when time is up."""
+        """Wait for bytes; return False at the client's end. Raise AppError 4008 at the deadline."""
         self._timed.ends_at, self._timed.received = ends_at, 0
         try:
             data = converse(self._timed.recv(65536))
@@ -8273,11 +8274,11 @@ class Wire:
         return bool(data)
 
     def line(self, ends_at: float, max_bytes: int, too_long: int) -> bytes | None:
-        """Gives the next line without its CRLF, None at the client's end; AppError 2002, 4008, too_long."""
+        """Return the next line without its CRLF, None at the client's end; raise AppError 2002, 4008, too_long."""
         while True:
             end = self.buffer.find(b"\n") + 1
             line = bytes(self.buffer[:end or len(self.buffer)])
-            text = line[:-2] if end else line[:-1]  # without its end, the last byte may be a CR before a LF
+            text = line[:-2] if end else line[:-1]  # of an unfinished line the last byte may be the CR of its CRLF
             if b"\r" in text or b"\0" in line or (end and not line.endswith(b"\r\n")):
                 raise AppError(2002, "a line of the head holds a bare CR, a bare LF or a NUL")
             if len(line) > max_bytes:
@@ -8292,7 +8293,7 @@ class Wire:
                 return None
 
     def take(self, count: int, ends_at: float) -> bytes:
-        """Gives so many bytes; AppError 2002 when the client ends before them, 4008."""
+        """Return the next count bytes; raise AppError 2002 when the client ends first, 4008 at the deadline."""
         while len(self.buffer) < count:
             if not self.fill(ends_at):
                 raise AppError(2002, "the body is shorter than its Content-Length")
@@ -8301,13 +8302,13 @@ class Wire:
         return taken
 
     def send(self, data: bytes) -> None:
-        """Sends all of it within WRITE_S; OSError else."""
+        """Send all data within WRITE_S; raise OSError else."""
         self._timed.ends_at = time.monotonic() + WRITE_S
         converse(self._timed.sendall(data))
 
 
 def read_head(wire: Wire, ends_at: float) -> Head | None:
-    """Reads the head of a request, None at the client's end; AppError 2002, 4008, 4014, 4031, 5005."""
+    """Return the head of the next request, None at the client's end; raise AppError 2002, 4008, 4014, 4031, 5005."""
     line = wire.line(ends_at, MAX_TARGET_BYTES, 4014)
     if line is None:
         return None
@@ -8315,7 +8316,7 @@ def read_head(wire: Wire, ends_at: float) -> Head | None:
     if not first:
         raise AppError(2002, "the first line of the request is not METHOD ADDRESS HTTP/1.1")
     if first[3] != b"1" or first[4] not in b"01":
-        raise AppError(5005, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        raise AppError(5005, "only HTTP/1.1 and HTTP/1.0 are supported")
     left, headers = MAX_REQUEST_HEAD_BYTES - len(line), dict[str, str]()
     for number in range(MAX_HEADERS + 1):
         line = wire.line(ends_at, left if number < MAX_HEADERS else 2, 4031)
@@ -8337,26 +8338,26 @@ def _add_header(headers: dict[str, str], line: bytes) -> None:
         raise AppError(2002, f"the header {one_line(line.decode('latin-1'), 40)!r} is not NAME: VALUE in one line")
     name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
     if name in headers and name in READ_ONCE:
-        raise AppError(2002, f"the header {name} stands twice")
+        raise AppError(2002, f"the header {name} is given twice")
     headers[name] = f"{headers[name]}, {value}" if name in headers else value
 
 
 def body_length(head: Head, max_bytes: int) -> int:
-    """Gives the length of the body that follows a head; AppError 2002, 4013, 5004 when that is not plain."""
+    """Return the length of the body that follows a head; raise AppError 2002, 4013, 5004."""
     text = head.headers.get("content-length", "0")
     if not re.fullmatch("[0-9]{1,18}", text):
         raise AppError(2002, "Content-Length must be a number")
     if "transfer-encoding" in head.headers:
         if "content-length" in head.headers:
             raise AppError(2002, "Content-Length and Transfer-Encoding exclude each other")
-        raise AppError(5004, "Transfer-Encoding is not taken: send Content-Length")
+        raise AppError(5004, "Transfer-Encoding is not supported: send Content-Length")
     if int(text) > max_bytes:
         raise AppError(4013, f"the body is over {max_bytes} bytes (HTTP_MAX_BODY_BYTES)")
     return int(text)
 
 
 def network_of(host: str) -> str:
-    """Gives what counts as one address: IPv4 as it is, of IPv6 the network of 64 bits."""
+    """Return what counts as one address: an IPv4 address, or the /64 network of an IPv6 address."""
     address = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped:
@@ -8366,47 +8367,50 @@ def network_of(host: str) -> str:
 
 
 def wide_network_of(address: str) -> str:
-    """Return the network around what network_of() gives: of IPv4 24 bits, of IPv6 48."""
+    """Return the network around a result of network_of(): /24 for IPv4, /48 for IPv6."""
     network = ipaddress.ip_network(address)
     return str(network.supernet(new_prefix=24 if network.version == 4 else 48))
 
 
 @dataclasses.dataclass(eq=False)
 class Seat:
-    """One connection that has a thread. At rest it waits for something; at work it is never taken."""
+    """One admitted connection, which has a thread. A busy one is never evicted."""
     sock: socket.socket
     address: str
+    # Since when it is idle.
     since: float
+    # Nothing was read from it yet.
     is_new: bool = True
     is_proven: bool = False
-    # Whose token it has shown, and whether that is a viewer's; "" where there are no tokens.
+    # The name of the token that it authenticated with, "" where there are no tokens.
     token: str = ""
     is_viewer: bool = False
     is_at_work: bool = False
-    # A request of it is under way, or its answer: a clean stop lets it be answered.
+    # It has a request or answer under way, which a clean stop waits for.
     is_owed: bool = False
 
 
 class Seats:
-    """Who is connected: so many in all, so many of one address, so many with one token.
+    """Limits the connections: in all, of one address, with one token.
 
-    When these are used up a newcomer takes the seat of who rests longest, first of those that have
-    shown no good token, first of the address that has most. So silence holds nobody out, and there
-    is room for /healthz and for tokens. Where all are at work, there is none. At work is only who
-    keeps the interpreter busy: who waits for a body, an event or a turn is at rest.
+    At a limit a new connection evicts the one that is idle longest: unauthenticated ones first, and of
+    these the ones of the address that has most. So idle clients lock nobody out, and /healthz and
+    tokens always get in. Where all are busy, the new one is rejected. Busy means using the interpreter:
+    a connection that waits for a body, an event or its place in a queue is idle.
 
-    Viewers have at most half of all, and half of what an address may have, so that they leave an
-    operator room everywhere. A viewer's token has a quarter of all, an operator's half.
+    Viewers get at most half of all, and half of an address's limit, so that an operator always finds
+    room. One viewer's token gets a quarter of all, an operator's half.
     """
 
-    def __init__(self, limit: int, limit_per_address: int, farewell: bytes):
-        """farewell is sent to a connection that loses its seat before it said anything."""
-        self._limit, self._limit_per_address, self._farewell = limit, limit_per_address, farewell
+    def __init__(self, limit: int, limit_per_address: int, overload_response: bytes):
+        """overload_response is sent to a connection that is evicted before it sent anything."""
+        self._limit, self._limit_per_address = limit, limit_per_address
+        self._overload_response = overload_response
         self._guard = threading.Lock()
         self._seats: set[Seat] = set()
 
-    def take(self, sock: socket.socket, host: str) -> Seat | None:
-        """Gives a seat, if need be another's; None when there is none to take."""
+    def admit(self, sock: socket.socket, host: str) -> Seat | None:
+        """Admit a connection, if need be in place of an idle one; return None when all are busy."""
         address, now = network_of(host), time.monotonic()
         with self._guard:
             held = collections.Counter(seat.address for seat in self._seats)
@@ -8416,28 +8420,28 @@ class Seats:
                           and (s.address == address or not is_crowd)]
                 if not rivals:
                     return None
-                self._cut(min(rivals, key=lambda s: (s.is_proven, -held[s.address], s.since)))
+                self._evict(min(rivals, key=lambda s: (s.is_proven, -held[s.address], s.since)))
             seat = Seat(sock, address, now)
             self._seats.add(seat)
             return seat
 
-    def _cut(self, seat: Seat) -> None:
+    def _evict(self, seat: Seat) -> None:
         self._seats.discard(seat)
         with contextlib.suppress(OSError):
-            if seat.is_new and self._farewell:
-                seat.sock.send(self._farewell)  # nothing was sent before: it fits, and does not wait
-            # not SSLSocket.shutdown: it takes the encryption away from under the other thread
+            if seat.is_new and self._overload_response:
+                seat.sock.send(self._overload_response)  # the first bytes: they fit into the buffer
+            # not SSLSocket.shutdown: it would end the encryption that the connection's thread still uses
             socket.socket.shutdown(seat.sock, socket.SHUT_RDWR)
 
     def encrypt(self, seat: Seat, context: ssl.SSLContext) -> None:
-        """Puts TLS on a seat's connection; the handshake is not done yet."""
+        """Wrap a connection in TLS, without the handshake."""
         with self._guard:
             seat.sock = context.wrap_socket(seat.sock, server_side=True, do_handshake_on_connect=False)
 
     def identify(self, seat: Seat, is_proven: bool, token: str = "", is_viewer: bool = False) -> bool:
-        """Note whose token a seat has shown; return False when they have too many, and all of them are at work.
+        """Note how a connection authenticated; return False when its token's connections are at a limit and all busy.
 
-        Too many: the one of them that rests longest is closed in favour of this one.
+        At a limit, the one of them that is idle longest is evicted.
         """
         with self._guard:
             if token and not self._make_room(seat, self._quotas(seat, token, is_viewer)):
@@ -8449,10 +8453,10 @@ class Seats:
         for limit, is_peer in quotas:
             peers = [s for s in self._seats if s is not seat and is_peer(s)]
             if len(peers) >= limit:
-                resting = [s for s in peers if not s.is_at_work and time.monotonic() - s.since > GRACE_S]
-                if not resting:
+                idle = [s for s in peers if not s.is_at_work and time.monotonic() - s.since > GRACE_S]
+                if not idle:
                     return False
-                self._cut(min(resting, key=lambda s: s.since))
+                self._evict(min(idle, key=lambda s: s.since))
         return True
 
     def _quotas(self, seat: Seat, token: str, is_viewer: bool) -> list[tuple[int, Callable[[Seat], bool]]]:
@@ -8463,26 +8467,26 @@ class Seats:
                        (max(1, self._limit_per_address // 2), lambda s: s.is_viewer and s.address == seat.address)]
         return quotas
 
-    def work(self, seat: Seat) -> bool:
-        """Notes that a seat's request is here; False when the seat was taken before."""
+    def set_busy(self, seat: Seat) -> bool:
+        """Mark a connection as busy with a request; return False when it was evicted before."""
         with self._guard:
             seat.is_at_work, seat.is_owed, seat.is_new = True, True, False
             return seat in self._seats
 
-    def rest(self, seat: Seat, is_owed: bool = False, since: float | None = None) -> None:
-        """Note that a seat waits: for its client to ask or to take its answer, for a body, an event or its turn."""
+    def set_idle(self, seat: Seat, is_owed: bool = False, since: float | None = None) -> None:
+        """Mark a connection as waiting: for a request, a body, an event, a queue, or its client to read the answer."""
         with self._guard:
             seat.is_at_work, seat.is_owed = False, is_owed
             seat.since = time.monotonic() if since is None else since
 
-    def leave(self, seat: Seat) -> None:
-        """Closes a seat's connection."""
+    def close(self, seat: Seat) -> None:
+        """Close a connection."""
         with self._guard:
             self._seats.discard(seat)
             _close(seat.sock)
 
     def end_all(self, within_s: float) -> None:
-        """Ends the connections at rest at once; those that answer have so many seconds to do it."""
+        """End idle connections at once; the others may be answered within so many seconds."""
         ends_at = time.monotonic() + within_s
         self._shut(lambda seat: socket.SHUT_RD if seat.is_owed else socket.SHUT_RDWR)
         while self._seats and time.monotonic() < ends_at:
@@ -8497,14 +8501,14 @@ class Seats:
 
 
 def has_hung_up(sock: socket.socket, within_s: float) -> bool:
-    """Waits so many seconds, less when the client ends its side or loses its seat; says whether it did."""
+    """Wait up to so many seconds; return whether the client ended its side, or we shut the connection down."""
     poller = select.poll()
-    poller.register(sock, select.POLLRDHUP)  # not POLLIN: what it sends meanwhile means nothing
+    poller.register(sock, select.POLLRDHUP)  # not POLLIN: the client may send its next request meanwhile
     return bool(poller.poll(round(within_s * 1000)))
 
 
-def say_goodbye(sock: socket.socket) -> None:
-    """Ends a connection, and drops what still comes: a reset would take our answer away (RFC 9112, 9.6)."""
+def lingering_close(sock: socket.socket) -> None:
+    """End a connection and discard what still arrives: a reset could destroy our answer (RFC 9112, 9.6)."""
     ends_at, dropped = time.monotonic() + LINGER_S, 0
     with contextlib.suppress(OSError, ValueError):
         sock.settimeout(LINGER_S)
@@ -8521,14 +8525,14 @@ def say_goodbye(sock: socket.socket) -> None:
 
 
 class Streaks:
-    """How often something came in a row, by a key; forgotten after FORGET_S without it."""
+    """Counts events in a row by key; a count is forgotten FORGET_S after its last event."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._seen: collections.OrderedDict[tuple[str, ...], tuple[int, float]] = collections.OrderedDict()
 
     def add(self, *key: str) -> int:
-        """Count one more; return how many there are."""
+        """Count an event; return the new count."""
         with self._guard:
             count = self._count(key) + 1
             self._seen.pop(key, None)
@@ -8538,7 +8542,7 @@ class Streaks:
             return count
 
     def count(self, *key: str) -> int:
-        """Return how many there are."""
+        """Return the count of a key."""
         with self._guard:
             return self._count(key)
 
@@ -8548,15 +8552,15 @@ class Streaks:
 
 
 def is_logged(count: int) -> bool:
-    """Return whether one of a streak is logged: the 1st, 2nd, 4th, 8th, ..., so that nobody fills the log."""
+    """Return whether an event of a streak is logged: the 1st, 2nd, 4th, 8th, ..., so that nobody can flood the log."""
     return count & (count - 1) == 0
 
 
 class AuthThrottle:
-    """Bad tokens, by address and by the network around it: how late the next token is looked at.
+    """Delays the check of tokens after bad ones of an address, or of the network around it.
 
-    The wait comes before the look: who hangs up meanwhile has learnt nothing, and so gains nothing. A token that was
-    good at the address before does not wait, so that nobody is slowed down by another's bad tokens but once a day.
+    The delay comes before the check, so a client that hangs up meanwhile has learnt nothing. A token that was good at
+    the address is not delayed: another client's bad tokens slow it down once a day at most.
     """
 
     def __init__(self) -> None:
@@ -8565,7 +8569,7 @@ class AuthThrottle:
         self._good: collections.OrderedDict[tuple[str, bytes], float] = collections.OrderedDict()
 
     def delay_s(self, address: str, authorization: str) -> float:
-        """Return the seconds from a request's arrival to the look at its token."""
+        """Return the seconds from a request's arrival to the check of its token."""
         with self._guard:
             if time.monotonic() - self._good.get(self._key(address, authorization), -KNOWN_TOKEN_S) < KNOWN_TOKEN_S:
                 return 0.0
@@ -8583,7 +8587,7 @@ class AuthThrottle:
                 self._good.popitem(last=False)
 
     def note_bad(self, address: str) -> tuple[int, bool]:
-        """Count a bad token; return the how manieth of its address it is, and whether that is to be logged."""
+        """Count a bad token; return its address's count, and whether it is to be logged."""
         count, of_network = self._bad.add(address), self._bad.add(wide_network_of(address))
         return count, is_logged(count) and (of_network <= FREE_ATTEMPTS_OF_NETWORK or is_logged(of_network))
 
