@@ -42,6 +42,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import email.utils
 import errno
 import faulthandler
 import fcntl
@@ -8381,7 +8382,7 @@ class Seat:
     since: float
     # Nothing was read from it yet.
     is_new: bool = True
-    is_proven: bool = False
+    is_authenticated: bool = False
     # The name of the token that it authenticated with, "" where there are no tokens.
     token: str = ""
     is_viewer: bool = False
@@ -8420,7 +8421,7 @@ class Seats:
                           and (s.address == address or not is_crowd)]
                 if not rivals:
                     return None
-                self._evict(min(rivals, key=lambda s: (s.is_proven, -held[s.address], s.since)))
+                self._evict(min(rivals, key=lambda s: (s.is_authenticated, -held[s.address], s.since)))
             seat = Seat(sock, address, now)
             self._seats.add(seat)
             return seat
@@ -8438,16 +8439,16 @@ class Seats:
         with self._guard:
             seat.sock = context.wrap_socket(seat.sock, server_side=True, do_handshake_on_connect=False)
 
-    def identify(self, seat: Seat, is_proven: bool, token: str = "", is_viewer: bool = False) -> bool:
+    def identify(self, seat: Seat, is_authenticated: bool, token: str = "", is_viewer: bool = False) -> bool:
         """Note how a connection authenticated; return False when its token's connections are at a limit and all busy.
 
         At a limit, the one of them that is idle longest is evicted.
         """
         with self._guard:
             if token and not self._make_room(seat, self._quotas(seat, token, is_viewer)):
-                is_proven, token = False, ""
-            seat.is_proven, seat.token, seat.is_viewer = is_proven, token, is_viewer and bool(token)
-            return is_proven
+                is_authenticated, token = False, ""
+            seat.is_authenticated, seat.token, seat.is_viewer = is_authenticated, token, is_viewer and bool(token)
+            return is_authenticated
 
     def _make_room(self, seat: Seat, quotas: Iterable[tuple[int, Callable[[Seat], bool]]]) -> bool:
         for limit, is_peer in quotas:
@@ -8604,46 +8605,66 @@ class AuthThrottle:
 VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,128}")
-# Who waits for events looks so often, for this process may not have made them.
-EVENTS_LOOK_S, MAX_EVENTS_WAIT_S = 0.5, 30
-# A look whether the database takes writes is a write: not more often, whoever asks.
+# Seconds between polls of a client's wait for events: another process may write them.
+EVENTS_POLL_S, MAX_EVENTS_WAIT_S = 0.5, 30
+# Minimum seconds between write checks of the database, however many clients ask.
 READY_LOOK_S = 1.0
-# What a claim or hold means that lies further ahead than any setting allows (Store.times_ahead).
+# Added to what Store.times_ahead() returns: claims and holds that end later than any setting allows.
 CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
                    "all hosts (NTP)")
-# A look that lasts longer makes the answer "not ready", whatever was seen last.
+# A write check under way for longer than this makes the answer "not ready", whatever the last one found.
 READY_WAIT_S = 10.0
-# While it is not ready, the log says why so often.
-READY_TOLD_S = 60.0
-# A release of more nodes is read whole by one client at a time. While one runs, the next one is read only after so
-# many times as long as the reading took. Of each role so few wait for their turn, and so long: then they are told to
-# come again.
-MAX_FREE_READ_NODES, WHOLE_READ_REST, MAX_WHOLE_READ_REST_S = 500, 15, 3.0
-MAX_WHOLE_READ_QUEUE, WHOLE_READ_WAIT_S, WHOLE_READ_LOOK_S = 4, 7.0, 0.05
+# Seconds between log lines that say why we are not ready.
+READY_LOG_EVERY_S = 60.0
+# A release of more nodes is read whole by one client at a time.
+MAX_FREE_READ_NODES = 500
+# While a release runs, the next whole read starts after this many times the CPU time of the last one.
+WHOLE_READ_REST, MAX_WHOLE_READ_REST_S = 15, 3.0
+# Of each role so many clients wait for a whole read, up to WHOLE_READ_WAIT_S; others get 429.
+MAX_WHOLE_READ_QUEUE, WHOLE_READ_WAIT_S, WHOLE_READ_POLL_S = 4, 7.0, 0.05
+
+# Parameter of a query: its schema.
+QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
+    "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
+    "page": {"type": "integer", "minimum": 1, "maximum": 10**9, "default": 1},
+    "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
+    "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
+    "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
+    "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
+    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
+    "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
+             "description": "seconds to wait for an event when there is none yet"},
+}
 
 
 class Request(NamedTuple):
-    """A request as a handler sees it: checked, and with who asks.
-
-    is_over waits so many seconds, and says whether nobody waits for the answer any more; its connection is at rest
-    meanwhile. role is ANYONE for who has shown no good token.
-    """
+    """A checked request, as a handler gets it."""
     ids: tuple[int, ...]
     query: Mapping[str, str]
     body: Mapping[str, Any]
     actor: str
+    # Idempotency-Key
     key: str | None = None
+    # Wait so many seconds with an idle connection; return whether nobody waits for the answer any more.
     is_over: Callable[[float], bool] = lambda _within_s: True
+    # ANYONE for a client without a good token.
     role: str = OPERATOR
 
-    def integer(self, name: str, default: int, low: int, high: int) -> int:
-        """Gives a number of the query; AppError 2002 for what is none, 2003 out of range."""
-        text = self.query.get(name, str(default))
+    def integer(self, name: str) -> int:
+        """Return a number of the query; raise AppError 2002 when it is none, 2003 out of range."""
+        schema = QUERY_PARAMETERS[name]
+        text, low, high = self.query.get(name, str(schema["default"])), schema["minimum"], schema["maximum"]
         if not re.fullmatch(r"-?[0-9]{1,4000}", text):  # int() itself has a limit of 4300 digits
             raise AppError(2002, f"{name} {one_line(text, 40)!r} is not a number")
         if not low <= int(text) <= high:
             raise AppError(2003, f"{name} must be from {low} to {high}")
         return int(text)
+
+    def choice(self, name: str) -> str:
+        """Return a word of the query, "" without one; raise AppError 2003 when it is not one of the schema's."""
+        schema = QUERY_PARAMETERS[name]
+        text, words = self.query.get(name, schema.get("default", "")), schema["enum"]
+        return parse_choice(name, text, [word for word in words if word]) if text or text not in words else ""
 
 
 class Reply(NamedTuple):
@@ -8654,8 +8675,8 @@ class Reply(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-class Turns:
-    """Who reads a whole release: one at a time, operators first; few wait, at rest (see Seats)."""
+class ReadQueue:
+    """Admits one reader of a whole release at a time, operators first; a few wait, as idle connections (see Seats)."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -8663,8 +8684,8 @@ class Turns:
         self._free_at = 0.0
         self._waiting = collections.Counter[str]()
 
-    def take(self, request: Request) -> bool:
-        """Wait for the turn of a request, up to WHOLE_READ_WAIT_S; return whether it came."""
+    def acquire(self, request: Request) -> bool:
+        """Wait until a request may read, up to WHOLE_READ_WAIT_S; return whether it may."""
         with self._guard:
             if self._is_free(request.role):
                 self._is_taken = True
@@ -8674,7 +8695,7 @@ class Turns:
             self._waiting[request.role] += 1
         ends_at, is_mine = time.monotonic() + WHOLE_READ_WAIT_S, False
         try:
-            while not is_mine and time.monotonic() < ends_at and not request.is_over(WHOLE_READ_LOOK_S):
+            while not is_mine and time.monotonic() < ends_at and not request.is_over(WHOLE_READ_POLL_S):
                 with self._guard:
                     is_mine = self._is_free(request.role)
                     self._is_taken |= is_mine
@@ -8687,50 +8708,51 @@ class Turns:
         is_first = role == OPERATOR or not self._waiting[OPERATOR]
         return not self._is_taken and is_first and time.monotonic() >= self._free_at
 
-    def leave(self, rest_s: float) -> None:
-        """End a turn; the next one begins after so many seconds."""
+    def release(self, rest_s: float) -> None:
+        """End a read; the next one may begin after so many seconds."""
         with self._guard:
             self._is_taken, self._free_at = False, time.monotonic() + rest_s
 
 
-# What a process without an executor knows of its health.
+# The health of a process without an executor.
 NO_PROCESS: Mapping[str, Any] = {"executor": {"enabled": False, "owner": "", "lastLookAt": None}, "certificates": []}
 
 
 class Api:
-    """The handlers of the routes: a Request in, a Reply out, AppError for everything else."""
+    """The handlers of ROUTES: each takes a Request and returns a Reply, or raises AppError."""
 
     def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32,
                  process: Callable[[], Mapping[str, Any]] = lambda: NO_PROCESS,
                  is_busy: Callable[[], bool] = lambda: False,
                  figures: Callable[[], Figures] = lambda: {}, hung: Callable[[], str] = lambda: ""):
-        """nudge is called after every act, so that an executor in this process looks at once.
+        """Take what the handlers need of the process.
 
-        process gives what only the process knows of its health: executor and certificates;
-        figures what of that is for /metrics.
-        is_busy says whether it drives a release now, which a reading of whole releases must not slow down.
-        hung gives a sentence on a thread of this process that hangs, "" for none.
-        max_waiting: how many may wait for events; further ones are answered at once.
+        nudge: called after every change, so that an executor in this process scans at once.
+        max_waiting: how many clients may wait for events; further ones are answered at once.
+        process, figures: health of executor and certificates, for /api/v1/health and for /metrics.
+        is_busy: whether a release is driven here, which whole reads must not slow down.
+        hung: one sentence on a thread of this process that hangs, "" for none.
         """
         self.store = store
         self._nudge = nudge
         self._process = process
         self._is_busy = is_busy
-        self._whole_reads = Turns()
+        self._whole_reads = ReadQueue()
         self._figures = figures
         self._hung = hung
         self._waiters = threading.BoundedSemaphore(max_waiting)
         self._ready_guard = threading.Lock()
-        self._ready = (-READY_LOOK_S, "the database was not looked at yet")
+        # When the last write check ended, and why it failed, "" when it did not.
+        self._ready = (-READY_LOOK_S, "the database was not checked yet")
+        # Start of the write check under way.
+        self._checking_since = float("inf")
+        self._not_ready_logged_at = -READY_LOG_EVERY_S
         self._ahead: set[str] = set()
-        # Since when somebody waits for the database, to find out.
-        self._looking_since = float("inf")
-        self._ready_told = -READY_TOLD_S
         self.started_at = time.time()
 
     def create_release(self, request: Request) -> Reply:
         wanted = parse_release_request(request.body)
-        self._once(request)  # a key that can't be used is told in any case
+        self._once(request)  # a bad key is an error of a dry run too
         if parse_flag("dryRun", request.body.get("dryRun", False)):
             return Reply(200, plan_json(self.store.plan_release(wanted)))
         made = self.store.create_release(wanted, request.actor, self._once(request))
@@ -8739,7 +8761,7 @@ class Api:
 
     @staticmethod
     def _once(request: Request, what: str = "") -> Once | None:
-        """Return a request's Idempotency-Key with what was asked: `what` tells apart what takes the same body."""
+        """Return a request's Idempotency-Key with a digest of the request; what: operation and release."""
         if request.key is None:
             return None
         if not IDEMPOTENCY_KEY.fullmatch(request.key):
@@ -8748,29 +8770,24 @@ class Api:
         return Once(request.actor, request.key, hashlib.sha256(asked).hexdigest())
 
     def list_releases(self, request: Request) -> Reply:
-        status = request.query.get("status", "")
-        if status:
-            parse_choice("status", status, RELEASE_STATUSES)
-        page = self.store.releases(status, request.integer("page", 1, 1, 10**9),
-                                   request.integer("pageSize", 20, 1, MAX_PAGE_SIZE))
+        page = self.store.releases(request.choice("status"), request.integer("page"), request.integer("pageSize"))
         return Reply(200, page_json(page, release_json))
 
     def get_release(self, request: Request) -> Reply:
-        view = parse_choice("view", request.query.get("view", "full"), ("full", "summary"))
-        if view == "summary":
+        if request.choice("view") == "summary":
             return Reply(200, {"release": release_json(self.store.release(request.ids[0]))})
         return Reply(200, self._whole_release(request))
 
     def _whole_release(self, request: Request) -> dict[str, Any]:
-        """Return a release with its nodes; a large one only one at a time, with a rest while a release runs.
+        """Return a release with its nodes; large ones one at a time, with pauses while a release runs.
 
-        All threads of this process share one interpreter: clients that read in a loop would take most of it.
+        All threads share one interpreter: clients that read in a loop would take most of it.
         """
         release_id = request.ids[0]
         if self.store.release(release_id).total_nodes <= MAX_FREE_READ_NODES:
             return release_with_nodes_json(*self.store.release_with_nodes(release_id))
-        if not self._whole_reads.take(request):
-            raise AppError(4029, "too many read whole releases: ask for ?view=summary", retry_after_s=5)
+        if not self._whole_reads.acquire(request):
+            raise AppError(4029, "too many clients read whole releases: ask for ?view=summary", retry_after_s=5)
         began, rest_s = time.thread_time(), 0.0
         try:
             data = release_with_nodes_json(*self.store.release_with_nodes(release_id))
@@ -8778,7 +8795,7 @@ class Api:
                 rest_s = min(WHOLE_READ_REST * (time.thread_time() - began), MAX_WHOLE_READ_REST_S)
             return data
         finally:
-            self._whole_reads.leave(rest_s)
+            self._whole_reads.release(rest_s)
 
     def pause(self, request: Request) -> Reply:
         return self._act("pause", request)
@@ -8833,24 +8850,22 @@ class Api:
         return Reply(200, freeze_json(freeze))
 
     def list_events(self, request: Request) -> Reply:
-        after, limit = request.integer("after", 0, 0, MAX_ID), request.integer("limit", 100, 1, 1000)
-        wait_s = request.integer("wait", 0, 0, MAX_EVENTS_WAIT_S)
+        after, limit, wait_s = request.integer("after"), request.integer("limit"), request.integer("wait")
         ends_at = time.monotonic() + wait_s
         may_wait = wait_s > 0 and self._waiters.acquire(blocking=False)
         try:
             while True:
                 events = self.store.events(request.ids[0], after, limit)
                 left_s = ends_at - time.monotonic()
-                if events or not may_wait or left_s <= 0 or request.is_over(min(EVENTS_LOOK_S, left_s)):
+                if events or not may_wait or left_s <= 0 or request.is_over(min(EVENTS_POLL_S, left_s)):
                     return Reply(200, {"items": [event_json(event) for event in events]})
         finally:
             if may_wait:
                 self._waiters.release()
 
     def list_nodes(self, request: Request) -> Reply:
-        page = self.store.nodes(request.integer("page", 1, 1, 10**9),
-                                request.integer("pageSize", 20, 1, MAX_PAGE_SIZE))
-        if parse_choice("lastRelease", request.query.get("lastRelease", "0"), ("0", "1")) == "0":
+        page = self.store.nodes(request.integer("page"), request.integer("pageSize"))
+        if request.choice("lastRelease") == "0":
             return Reply(200, page_json(page, node_json))
         last = self.store.last_releases([node.id for node in page.items])
         return Reply(200, page_json(page, lambda node: listed_node_json(node, last.get(node.id))))
@@ -8886,43 +8901,44 @@ class Api:
         return Reply(200, {"status": "ok"})
 
     def ready(self, request: Request) -> Reply:
-        if self._ready_guard.acquire(blocking=False):  # else somebody is looking: what was seen last holds
+        if self._ready_guard.acquire(blocking=False):  # else a check is under way: the last result holds
             try:
                 if time.monotonic() - self._ready[0] >= READY_LOOK_S:
-                    self._looking_since = time.monotonic()
-                    self._ready = (time.monotonic(), self._look_whether_ready())
+                    self._checking_since = time.monotonic()
+                    self._ready = (time.monotonic(), self._check_database())
             finally:
-                self._looking_since = float("inf")
+                self._checking_since = float("inf")
                 self._ready_guard.release()
-        waited_s = time.monotonic() - self._looking_since
+        waited_s = time.monotonic() - self._checking_since
         trouble = self._ready[1] or self._hung()
         if waited_s > READY_WAIT_S:
             trouble = f"the database has not answered for {waited_s:.0f} s"
-        self._tell_ready(trouble)
+        self._log_readiness(trouble)
         if trouble:
             raise DatabaseError(trouble if request.role else "not ready: the log of releasectl says why")
         return Reply(200, {"status": "ready"})
 
-    def _look_whether_ready(self) -> str:
+    def _check_database(self) -> str:
+        """Return why the database can't be used, "" when it can."""
         try:
             self.store.database.require_schema()
             self.store.probe()
-            self._tell_times_ahead()
+            self._log_times_ahead()
             return ""
         except AppError as error:
             return error.message
 
-    def _tell_ready(self, trouble: str) -> None:
-        """Log now and then why we are not ready, and once that we are again: strangers are told neither."""
-        if trouble and time.monotonic() - self._ready_told >= READY_TOLD_S:
-            self._ready_told = time.monotonic()
+    def _log_readiness(self, trouble: str) -> None:
+        """Log now and then why we are not ready, and once that we are again: clients without a token learn neither."""
+        if trouble and time.monotonic() - self._not_ready_logged_at >= READY_LOG_EVERY_S:
+            self._not_ready_logged_at = time.monotonic()
             log.warning("not ready: %s", trouble)
-        elif not trouble and self._ready_told > -READY_TOLD_S:
-            self._ready_told = -READY_TOLD_S
+        elif not trouble and self._not_ready_logged_at > -READY_LOG_EVERY_S:
+            self._not_ready_logged_at = -READY_LOG_EVERY_S
             log.info("ready again")
 
-    def _tell_times_ahead(self) -> None:
-        """Log claims and holds that a clock that was ahead left, each once: they count as over, so all is ready."""
+    def _log_times_ahead(self) -> None:
+        """Log, each once, claims and holds of a clock that was ahead: they count as over, so we are ready."""
         ahead = set(self.store.times_ahead())
         for sentence in sorted(ahead - self._ahead):
             log.warning("%s, %s", sentence, CLOCK_WAS_AHEAD)
@@ -8937,80 +8953,83 @@ class Api:
 
 
 def metrics_text(store: Store, more: Figures) -> str:
-    """Gives /metrics: what the process counted, what the database has where it answers, and more."""
+    """Return /metrics: what this process counted, what the database holds if it answers, and more."""
     figures = {("releasectl_build_info", __version__, ".".join(map(str, sys.version_info[:3]))): 1.0, **more}
     try:
         figures.update(store.counts())
         figures["releasectl_database_up",] = 1.0
-    except DatabaseError:  # counted where it came up; what only this process knows is wanted all the more
+    except DatabaseError:  # already counted; the figures of this process are wanted all the more
         figures["releasectl_database_up",] = 0.0
     return store.database.metrics.text(figures)
 
 
 class Route(NamedTuple):
-    """One row of the API: {id} in the path is a number; headers are those that it heeds."""
+    """One row of the API; {id} in the path is a number."""
     method: str
     path: str
-    handler: str
+    handler: Callable[[Api, Request], Reply]
     role: str
     summary: str
+    # Name of the schema of the answer's data, or text, html, json for a whole document.
     answers: str
     query: tuple[str, ...] = ()
+    # Name of the schema of the body, "" where it takes none.
     body: str = ""
-    # What it answers with 200 in place of 201.
+    # Name of the schema of the data when dryRun is set; such an answer is 200 instead of 201.
     dry_run: str = ""
+    # Request headers that the route uses.
     headers: tuple[str, ...] = ()
-    # For ANYONE, and tells more to who shows a good token.
+    # A route for ANYONE whose answer says more to a client with a good token.
     tells_more: bool = False
 
     @property
     def status(self) -> int:
-        """The HTTP status of its success."""
+        """HTTP status of a success."""
         return 201 if self.answers in ("Created", "CreatedAgain") or self.body == "NewNode" else 200
 
 
 ROUTES: tuple[Route, ...] = (
-    Route("POST", "/api/v1/releases", "create_release", OPERATOR, "Create a release for the online nodes",
+    Route("POST", "/api/v1/releases", Api.create_release, OPERATOR, "Create a release for the online nodes",
           "Created", body="NewRelease", headers=("Idempotency-Key",), dry_run="Plan"),
-    Route("GET", "/api/v1/releases", "list_releases", VIEWER, "List releases, newest first", "ReleaseList",
+    Route("GET", "/api/v1/releases", Api.list_releases, VIEWER, "List releases, newest first", "ReleaseList",
           ("status", "page", "pageSize"), headers=("If-None-Match",)),
-    Route("GET", "/api/v1/releases/{id}", "get_release", VIEWER, "A release and its nodes by batch",
+    Route("GET", "/api/v1/releases/{id}", Api.get_release, VIEWER, "A release and its nodes by batch",
           "ReleaseWithNodes", ("view",), headers=("If-None-Match",)),
-    Route("POST", "/api/v1/releases/{id}/pause", "pause", OPERATOR, "Dispatch nothing more until resume", "Release",
+    Route("POST", "/api/v1/releases/{id}/pause", Api.pause, OPERATOR, "Dispatch nothing more until resume", "Release",
           body="Act"),
-    Route("POST", "/api/v1/releases/{id}/resume", "resume", OPERATOR, "Go on", "Release", body="Resume"),
-    Route("POST", "/api/v1/releases/{id}/cancel", "cancel", OPERATOR, "End it: what is in flight is waited for",
+    Route("POST", "/api/v1/releases/{id}/resume", Api.resume, OPERATOR, "Go on", "Release", body="Resume"),
+    Route("POST", "/api/v1/releases/{id}/cancel", Api.cancel, OPERATOR, "End it: what is in flight is waited for",
           "Release", body="Cancel"),
-    Route("POST", "/api/v1/releases/{id}/retry", "retry", OPERATOR,
+    Route("POST", "/api/v1/releases/{id}/retry", Api.retry, OPERATOR,
           "A new release of its payload for its failed and skipped nodes", "CreatedAgain", body="Retry",
           headers=("Idempotency-Key",), dry_run="Plan"),
-    Route("POST", "/api/v1/releases/{id}/rollback", "rollback", OPERATOR,
+    Route("POST", "/api/v1/releases/{id}/rollback", Api.rollback, OPERATOR,
           "A new release that brings back what the nodes that it touched had before", "CreatedAgain", body="Rollback",
           headers=("Idempotency-Key",), dry_run="Plan"),
-    Route("GET", "/api/v1/releases/{id}/events", "list_events", VIEWER, "Its history, oldest first", "EventList",
+    Route("GET", "/api/v1/releases/{id}/events", Api.list_events, VIEWER, "Its history, oldest first", "EventList",
           ("after", "limit", "wait")),
-    Route("GET", "/api/v1/nodes", "list_nodes", VIEWER, "List nodes", "NodeList",
+    Route("GET", "/api/v1/nodes", Api.list_nodes, VIEWER, "List nodes", "NodeList",
           ("page", "pageSize", "lastRelease")),
-    Route("POST", "/api/v1/nodes", "add_node", OPERATOR, "Add a node", "Node", body="NewNode"),
-    Route("GET", "/api/v1/nodes/{id}", "get_node", VIEWER, "A node", "Node"),
-    Route("PATCH", "/api/v1/nodes/{id}", "update_node", OPERATOR, "Change a node", "Node", body="NodeChange"),
-    Route("DELETE", "/api/v1/nodes/{id}", "delete_node", OPERATOR, "Delete a node that no release names", "Null"),
-    Route("GET", "/api/v1/freeze", "get_freeze", VIEWER, "Is anything new dispatched", "Freeze"),
-    Route("PUT", "/api/v1/freeze", "set_freeze", OPERATOR, "Let nothing new be dispatched, or again", "Freeze",
+    Route("POST", "/api/v1/nodes", Api.add_node, OPERATOR, "Add a node", "Node", body="NewNode"),
+    Route("GET", "/api/v1/nodes/{id}", Api.get_node, VIEWER, "A node", "Node"),
+    Route("PATCH", "/api/v1/nodes/{id}", Api.update_node, OPERATOR, "Change a node", "Node", body="NodeChange"),
+    Route("DELETE", "/api/v1/nodes/{id}", Api.delete_node, OPERATOR, "Delete a node that no release names", "Null"),
+    Route("GET", "/api/v1/freeze", Api.get_freeze, VIEWER, "Is anything new dispatched", "Freeze"),
+    Route("PUT", "/api/v1/freeze", Api.set_freeze, OPERATOR, "Let nothing new be dispatched, or again", "Freeze",
           body="SetFreeze"),
-    Route("GET", "/api/v1/health", "overview", VIEWER, "What this process and its releases are at", "Health"),
-    Route("GET", "/", "page", ANYONE, "The dashboard", "html"),
-    Route("GET", "/healthz", "health", ANYONE, "The process serves", "Status"),
-    Route("GET", "/readyz", "ready", ANYONE, "The database can be used", "Status", tells_more=True),
-    Route("GET", "/metrics", "metrics", VIEWER, "Figures for Prometheus", "text"),
-    Route("GET", "/openapi.json", "openapi", VIEWER, "This document", "json"),
+    Route("GET", "/api/v1/health", Api.overview, VIEWER, "What this process and its releases are at", "Health"),
+    Route("GET", "/", Api.page, ANYONE, "The dashboard", "html"),
+    Route("GET", "/healthz", Api.health, ANYONE, "The process serves", "Status"),
+    Route("GET", "/readyz", Api.ready, ANYONE, "The database can be used", "Status", tells_more=True),
+    Route("GET", "/metrics", Api.metrics, VIEWER, "Figures for Prometheus", "text"),
+    Route("GET", "/openapi.json", Api.openapi, VIEWER, "This document", "json"),
 )
 METHODS = frozenset(("HEAD", *(route.method for route in ROUTES)))
 _PATTERNS = [(re.compile(re.escape(r.path).replace(r"\{id\}", "([^/]+)")), r) for r in ROUTES]
 
 
 def find_route(method: str, path: str) -> tuple[Route, tuple[int, ...]]:
-    """Gives the route of a request and the numbers in its path; AppError 3001, 4005 or 2002."""
+    """Return the route of a request and the numbers in its path; raise AppError 2002, 3001 or 4005."""
     found = [(route, match.groups()) for pattern, route in _PATTERNS
              for match in [pattern.fullmatch(path)] if match]
     if not found:
@@ -9025,25 +9044,25 @@ def find_route(method: str, path: str) -> tuple[Route, tuple[int, ...]]:
 
 
 def parse_id(text: str) -> int:
-    """Gives the id of a release or node; AppError 2002 when it is not a number."""
+    """Return the id of a release or node; raise AppError 2002 when it is not a number."""
     if not re.fullmatch(r"[0-9]{1,4000}", text):
         raise AppError(2002, f"id {one_line(text, 40)!r} is not a number")
     return int(text)
 
 
 class Tokens:
-    """The API's tokens from a file of name:role:sha256 lines, read anew when it changes."""
+    """The API's tokens, from a file of NAME:ROLE:SHA256 lines that is read again when it changes."""
 
     def __init__(self, path: str):
         self._path = path
         self._guard = threading.Lock()
         self._stamp: object = None
         self._entries: list[tuple[str, str, str]] = []
-        # Why they could not be read, as it was told last.
-        self._said = ""
+        # Why the file can't be read, as logged last.
+        self._logged = ""
 
     def load(self) -> list[tuple[str, str, str]]:
-        """Gives name, role and hash of each token; ConfigError naming the line that is wrong."""
+        """Return name, role and hash of each token; raise ConfigError naming the line that is wrong."""
         with self._guard:
             stamp = _file_stamp(self._path)
             if stamp != self._stamp or stamp is None:
@@ -9052,7 +9071,7 @@ class Tokens:
             return self._entries
 
     def reload(self) -> int:
-        """Read the file anew; return how many tokens it has. Raise ConfigError as load() does."""
+        """Read the file again; return the number of tokens. Raise ConfigError as load() does."""
         with self._guard:
             self._stamp = None
         return len(self.load())
@@ -9075,32 +9094,32 @@ class Tokens:
         return entries
 
     def who(self, authorization: str | None) -> tuple[str, str]:
-        """Gives name and role for an Authorization header; AppError 1001, 1002, or 5001 without a good file."""
+        """Return name and role for an Authorization header; raise AppError 1001, 1002, or 5001 without a good file."""
         scheme, _, token = (authorization or "").partition(" ")
         if not authorization or scheme.lower() != "bearer" or not token.strip():
             raise AppError(1001, "no token: send the header Authorization: Bearer TOKEN")
         try:
             entries = self.load()
         except ConfigError as error:
-            if str(error) != self._said:  # not at each request
+            if str(error) != self._logged:  # not at each request
                 log.error("nobody is let in: %s", error)
-            self._said = str(error)
+            self._logged = str(error)
             raise AppError(5001, "the tokens can't be read: see the log of releasectl") from None
-        self._said = ""
+        self._logged = ""
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
         found = None
         for name, role, known in entries:
             if hmac.compare_digest(known, digest):
                 found = name, role
         if found is None:
-            raise AppError(1002, "this token is not known")
+            raise AppError(1002, "this token isn't valid: mistyped, or removed on the server")
         return found
 
 
 def add_token(path: str, name: str, role: str) -> str:
-    """Adds a token to a file of tokens, all of it or nothing; gives the token, which is stored nowhere.
+    """Add a token to a file of tokens, atomically; return the token, of which only the hash is stored.
 
-    Raises AppError 3002 when the name has one, ConfigError for a file that can't be read or written.
+    Raise AppError 3002 when the name has one, ConfigError when the file can't be read or written.
     """
     if ":" in name or name.startswith("#"):
         raise AppError(2003, f"name {one_line(name, 60)!r} must not hold a colon or begin with #")
@@ -9110,7 +9129,7 @@ def add_token(path: str, name: str, role: str) -> str:
     try:
         guard = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(guard, fcntl.LOCK_EX)  # of two at a time the second sees the first one's line
+            fcntl.flock(guard, fcntl.LOCK_EX)  # of two at a time the second one reads the first one's line
             before = os.stat(path) if os.path.exists(path) else None
             if before and name in [entry[0] for entry in Tokens(path).load()]:
                 raise AppError(3002, f"{name} has a token in {path} already: delete its line first, or take a new name")
@@ -9125,13 +9144,13 @@ def add_token(path: str, name: str, role: str) -> str:
 
 
 def _replace(path: str, text: str, before: os.stat_result | None, mode: int = 0o600) -> None:
-    """Put a file in the place of another, with its owner, group and mode; one without before has the mode given.
+    """Replace a file atomically, with owner, group and mode of before; mode is that of a new file.
 
-    A symbolic link stays one: what it leads to is replaced.
+    A symbolic link stays: the file that it leads to is replaced.
     """
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
-        raise OSError(errno.EINVAL, "not a regular file")  # a device, say, which a rename would take away
+        raise OSError(errno.EINVAL, "not a regular file")  # a device, say, which a rename would remove
     descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=os.path.dirname(path))
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
@@ -9147,40 +9166,24 @@ def _replace(path: str, text: str, before: os.stat_result | None, mode: int = 0o
         raise
 
 
-# -- /openapi.json: made from ROUTES and the shapes, so that it can't drift ------------------
+# -- /openapi.json: made from ROUTES and the schemas, so that it can't drift -----------------
 
-# Parameter of a query: its schema.
-QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
-    "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
-    "page": {"type": "integer", "minimum": 1, "maximum": 10**9, "default": 1},
-    "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
-    "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
-    "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
-    "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
-    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
-    "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
-             "description": "seconds to wait for an event when there is none yet"},
-}
 # Header of a request: its schema.
 HEADER_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "X-Request-Id": {"type": "string", "description": "taken over when it is 1 to 64 letters, digits or . _ -"},
     "If-None-Match": {"type": "string", "description": "an ETag that the client has"},
-    "Idempotency-Key": {"type": "string", "pattern": "^[!-~]{1,128}$", "description":
+    "Idempotency-Key": {"type": "string", "pattern": f"^{IDEMPOTENCY_KEY.pattern}$", "description":
                         "the same key and body again within a day give the first answer again"},
 }
-# Header of an answer: the HTTP statuses that carry it, and its schema.
-ANSWER_HEADERS: Mapping[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "Allow": ((405,), _TEXT),
-    "Retry-After": ((429, 503), _TEXT),
-    "WWW-Authenticate": ((401,), _TEXT),
-    "ETag": ((304,), _TEXT),
-}
-# What every request may be answered, whatever it asks: see floor 14.
+# Header of an answer beside X-Request-Id: the HTTP statuses that carry it.
+ANSWER_HEADERS: Mapping[str, tuple[int, ...]] = {
+    "Allow": (405,), "Retry-After": (429, 503), "WWW-Authenticate": (401,), "ETag": (304,)}
+# HTTP statuses of the errors that any request may get.
 ANY_STATUS = (400, 405, 408, 413, 414, 431, 500, 501, 503, 505)
 
 
 def _statuses(route: Route) -> list[int]:
-    """Gives the HTTP statuses of errors of a route."""
+    """Return the HTTP statuses of a route's errors."""
     found = [*ANY_STATUS]
     found += [401, 403, 429] if route.role else []
     found += [404] if "{id}" in route.path else []
@@ -9190,9 +9193,8 @@ def _statuses(route: Route) -> list[int]:
 
 
 def _answer_headers(status: int) -> dict[str, Any]:
-    names = ["X-Request-Id", *(name for name, (statuses, _) in ANSWER_HEADERS.items() if status in statuses)]
-    return {name: {"schema": ANSWER_HEADERS[name][1] if name in ANSWER_HEADERS else _TEXT,
-                   "required": name != "X-Request-Id"} for name in names}
+    names = [name for name, statuses in ANSWER_HEADERS.items() if status in statuses]
+    return {name: {"schema": _TEXT, "required": name in names} for name in ["X-Request-Id", *names]}
 
 
 def _success(answers: str, description: str, headers: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -9204,7 +9206,7 @@ def _success(answers: str, description: str, headers: Mapping[str, Any] | None =
             "content": documents.get(answers, {"application/json": {"schema": envelope}})}
 
 
-def _operation(route: Route) -> dict[str, Any]:
+def _operation(route: Route, schemas: Mapping[str, Any]) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [{"name": "id", "in": "path", "required": True, "schema": _ID}] \
         if "{id}" in route.path else []
     parameters += [{"name": name, "in": "query", "schema": QUERY_PARAMETERS[name]} for name in route.query]
@@ -9217,37 +9219,37 @@ def _operation(route: Route) -> dict[str, Any]:
     if "If-None-Match" in route.headers:
         responses["304"] = {"description": "the client has it already", "headers": _answer_headers(304)}
     operation: dict[str, Any] = {
-        "operationId": route.handler, "summary": route.summary, "parameters": parameters,
+        "operationId": route.handler.__name__, "summary": route.summary, "parameters": parameters,
         "security": [{"token": []}] if route.role else [], "responses": dict(sorted(responses.items()))}
     if route.dry_run:
         operation["responses"]["200"] = _success(route.dry_run, "what it would do")
     if route.body:
-        operation["requestBody"] = {"required": route.body in ("NewNode", "SetFreeze"),
+        operation["requestBody"] = {"required": bool(schemas[route.body]["required"]),
                                     "content": {"application/json": {"schema": _ref(route.body)}}}
     return operation
 
 
 def openapi_document() -> dict[str, Any]:
-    """Gives the OpenAPI 3.1 description of ROUTES."""
-    paths: dict[str, dict[str, Any]] = {}
+    """Return the OpenAPI 3.1 description of ROUTES."""
+    schemas, paths = openapi_schemas(), dict[str, dict[str, Any]]()
     for route in ROUTES:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schemas)
     statuses = sorted({status for route in ROUTES for status in _statuses(route)})
     error = {"application/json": {"schema": _ref("Error")}}
     return {"openapi": "3.1.0", "info": {"title": "releasectl", "version": __version__}, "paths": paths,
-            "components": {"schemas": openapi_schemas(),
+            "components": {"schemas": schemas,
                            "responses": {str(status): {"description": http.HTTPStatus(status).phrase, "content": error,
                                                        "headers": _answer_headers(status)} for status in statuses},
                            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}}
 
 
 # ======================================================================================
-# 16 Server: a request from its first byte to its answer, who asks, TLS, the listener and its
+# 16 Server: requests from first byte to answer, authentication, TLS, the listener and its
 #    threads. Uses 1 to 15.
 # ======================================================================================
 
 class Identity(NamedTuple):
-    """Who asks, as the history names them, and what they may do."""
+    """An authenticated client: its name for the history, and its role."""
     actor: str
     role: str
     # The token's name, "" where there are no tokens.
@@ -9255,18 +9257,27 @@ class Identity(NamedTuple):
 
 
 class ClientGone(Exception):
-    """Nobody waits for an answer: the client has hung up, or its connection was closed in favour of another."""
+    """Nobody waits for an answer: the client has hung up, or its connection was evicted."""
 
 
 class HttpAnswer(NamedTuple):
-    """What is sent: status, headers, body."""
+    """An answer before it is written out."""
     status: int
     headers: Mapping[str, str]
     body: bytes
 
 
+def encode_answer(answer: HttpAnswer, headers: Mapping[str, str], has_body: bool = True) -> bytes:
+    """Return the bytes of an answer with all its headers, so that they leave within one deadline."""
+    lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}",
+             *(f"{name}: {value}" for name, value in headers.items())]
+    if answer.status != http.HTTPStatus.NOT_MODIFIED:
+        lines.append(f"Content-Length: {len(answer.body)}")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + (answer.body if has_body else b"")
+
+
 def answer_of(reply: Reply, route: Route, head: Head) -> HttpAnswer:
-    """Gives the answer to a request that went well: 304 where the client has it already."""
+    """Return the answer to a request that succeeded: 304 where the client has it already."""
     text = reply.data if reply.content_type else to_json({"code": 0, "message": "success", "data": reply.data})
     body = text.encode(errors="backslashreplace")  # the path of a database may be any bytes
     headers = {"Content-Type": reply.content_type or "application/json", **reply.headers}
@@ -9279,7 +9290,7 @@ def answer_of(reply: Reply, route: Route, head: Head) -> HttpAnswer:
 
 
 def refusal_of(error: AppError) -> HttpAnswer:
-    """Gives the answer to a request that did not go well."""
+    """Return the answer to a request that failed."""
     headers = {"Content-Type": "application/json"}
     if error.allow:
         headers["Allow"] = error.allow
@@ -9291,48 +9302,63 @@ def refusal_of(error: AppError) -> HttpAnswer:
     return HttpAnswer(error.http_status, headers, text.encode())
 
 
-class ApiHandler(http.server.BaseHTTPRequestHandler):
-    """One connection: the library writes the heads of answers, floor 14 reads requests."""
+class ApiHandler:
+    """One connection, in its thread: the TLS handshake, then its requests one after the other."""
 
-    protocol_version = request_version = "HTTP/1.1"
-    server: ApiServer
-
-    def __init__(self, seat: Seat, client_address: Any, server: ApiServer):
-        self.seat, self.certificate_name = seat, ""
-        # What the handshake's client certificate was verified by, and until when it is good.
+    def __init__(self, server: ApiServer, seat: Seat, client_host: str):
+        self.server, self.seat, self.client_host = server, seat, client_host
+        self.certificate_name = ""
+        # What the client certificate was verified by, and when it expires.
         self.trust, self.trusted_until = "", float("inf")
-        super().__init__(seat.sock, client_address, server)
+        # else an answer waits 40 ms for the acknowledgement of TLS 1.3's tickets
+        seat.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if server.tls:
+            self._do_handshake(server.tls)
+        self.wire = Wire(seat.sock)
 
-    def setup(self) -> None:
-        # else an answer waits for the acknowledgement of TLS 1.3's tickets, 40 ms
-        self.seat.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.server.tls:
-            context, self.trust = self.server.tls.current()
-            self.server.seats.encrypt(self.seat, context)
-            sock = self.seat.sock
-            assert isinstance(sock, ssl.SSLSocket)
-            sock.settimeout(PROVE_S)  # which OpenSSL's handshake takes as a whole
-            sock.do_handshake()
-            certificate = sock.getpeercert() or {}
-            self.certificate_name = _name_in(certificate)
-            if certificate:
-                self.trusted_until = certificate_end(certificate)
-        self.wire = Wire(self.seat.sock)
+    def _do_handshake(self, tls: TlsFiles) -> None:
+        context, self.trust = tls.current()
+        self.server.seats.encrypt(self.seat, context)
+        sock = self.seat.sock
+        assert isinstance(sock, ssl.SSLSocket)
+        sock.settimeout(PROVE_S)  # OpenSSL takes it for the whole handshake
+        sock.do_handshake()
+        certificate = sock.getpeercert() or {}
+        self.certificate_name = _name_in(certificate)
+        if certificate:
+            self.trusted_until = certificate_end(certificate)
 
-    def handle(self) -> None:
-        while self._serve_one():
+    def serve(self) -> None:
+        """Answer requests until the connection ends."""
+        while Exchange(self).run():
             pass
 
-    def finish(self) -> None:
-        """Leaves the goodbye to the server, which says it also after a handshake that failed."""
+    def is_distrusted(self) -> bool:
+        """Return whether the client certificate has expired, or its CA or CRL changed since the handshake."""
+        tls = self.server.tls
+        return tls is not None and (time.time() > self.trusted_until or tls.current()[1] != self.trust)
 
-    def _serve_one(self) -> bool:
-        """Serves one request; says whether the connection stays."""
-        self.close_connection = True  # until a request was understood to its end
-        self.head, self.actor, self.request_id = Head(), "", secrets.token_hex(8)
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, handler: ApiHandler):
+        self.handler, self.server, self.seat, self.wire = handler, handler.server, handler.seat, handler.wire
+        self.head, self.began = Head(), 0.0
+        self.request_id = secrets.token_hex(8)
         self.route: Route | None = None
         self.ids: tuple[int, ...] = ()
-        self.unread_bytes, self.is_ending = 0, False  # ending: whatever becomes of the request, its connection closes
+        # "" until the client is known.
+        self.actor = ""
+        # Length of the body while nobody has read it.
+        self.unread_bytes = 0
+        # The connection closes after the answer: so until the request was read to its end.
+        self.closes = True
+        # The connection closes even where the request was read to its end.
+        self.must_close = False
+
+    def run(self) -> bool:
+        """Read a request and answer it; return whether the connection stays open."""
         try:
             if not self._read_head():
                 return False
@@ -9345,28 +9371,28 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         except Exception:  # the edge of a request
             log.exception("%s %s failed, request %s", self.head.method, self._path, self.request_id)
             answer = refusal_of(AppError(5001, "releasectl itself failed: see its log"))
-        self.close_connection |= self.server.is_stopping or self.is_ending
-        self._tell(answer)
-        self.server.seats.rest(self.seat, is_owed=True)  # who does not read may lose the seat
+        self.closes |= self.server.is_stopping or self.must_close
+        self._log(answer)
+        self.server.seats.set_idle(self.seat, is_owed=True)  # a client that does not read may be evicted
         self._send(answer)
-        self.server.seats.rest(self.seat)
-        return not self.close_connection and self._skip_body()
+        self.server.seats.set_idle(self.seat)
+        return not self.closes and self._skip_body()
 
     @property
     def _path(self) -> str:
         return one_line(self.head.target.partition("?")[0], 200)
 
     def _read_head(self) -> bool:
-        """Waits for the next request; False when none comes, or the seat is another's."""
+        """Wait for the next request; return False when none comes, or the connection was evicted."""
         seat = self.seat
-        ends_at = time.monotonic() + IDLE_S if seat.is_proven else seat.since + PROVE_S
-        with contextlib.suppress(AppError):  # who says nothing is told nothing
+        ends_at = time.monotonic() + IDLE_S if seat.is_authenticated else seat.since + PROVE_S
+        with contextlib.suppress(AppError):  # a client that sends nothing gets no answer
             while not self.wire.buffer and self.wire.fill(ends_at):
                 pass
         if not self.wire.buffer:
             return False
-        head = read_head(self.wire, time.monotonic() + HEAD_S if seat.is_proven else ends_at)
-        if head is None or not self.server.seats.work(seat):
+        head = read_head(self.wire, time.monotonic() + HEAD_S if seat.is_authenticated else ends_at)
+        if head is None or not self.server.seats.set_busy(seat):
             return False
         self.head, self.began = head, time.monotonic()
         asked_id = head.headers.get("x-request-id", "")
@@ -9377,7 +9403,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
     def _answer(self) -> HttpAnswer:
         head = self.head
         self.unread_bytes = body_length(head, self.server.max_body_bytes)
-        self.close_connection = head.is_last or self.unread_bytes > 0  # until the body was read, too
+        self.closes = head.is_last or self.unread_bytes > 0
         path, _, query = head.target.partition("?")
         self.route, self.ids = route, ids = find_route(head.method, path)
         identity = self._identify(route)
@@ -9388,9 +9414,9 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         body = self._body(self._read_body(route))
         request = Request(ids, fields, body, self.actor, head.headers.get("idempotency-key"), self._is_over,
                           identity.role if identity else ANYONE)
-        return answer_of(getattr(self.server.api, route.handler)(request), route, head)
+        return answer_of(route.handler(self.server.api, request), route, head)
 
-    # -- who asks: all of this before a byte of the body is waited for ---------------------
+    # -- authentication: done before a byte of the body is waited for -----------------------
 
     def _identify(self, route: Route) -> Identity | None:
         """Return who asks, None where that does not matter; raise AppError 1001, 1002, 1004, 4029, 5001, 5003."""
@@ -9398,45 +9424,40 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         if not route.role and not route.tells_more:
             server.seats.identify(seat, False)
             return None
-        if self._is_distrusted():
-            self.is_ending = True
-            raise AppError(5003, "what client certificates are verified by has changed: connect again", retry_after_s=1)
+        if self.handler.is_distrusted():
+            self.must_close = True
+            raise AppError(5003, "the CA or CRL for client certificates has changed: connect again", retry_after_s=1)
         authorization = self.head.headers.get("authorization", "")
         if server.tokens and authorization:
             self._wait_for_token(authorization)
-        identity, refusal = server.who(self.head, self.certificate_name)
+        identity, refusal = server.who(self.head, self.handler.certificate_name)
         if refusal and refusal.code == 1002:
             self._note_bad_token()
         elif identity and server.tokens:
             server.throttle.note_good(seat.address, authorization)
         if identity and not server.seats.identify(seat, True, identity.token, identity.role == VIEWER):
-            self.is_ending = True
-            refusal = AppError(4029, f"{identity.token} has as many connections at work as one token, or all viewers "
-                                     "here, may have: come back in a moment", retry_after_s=1)
+            self.must_close = True
+            refusal = AppError(4029, f"{identity.token} has as many busy connections as one token, or all viewers "
+                                     "here, may have: try again in a moment", retry_after_s=1)
             identity = None
         elif not identity:
-            self.is_ending = seat.is_proven  # its token is gone
+            self.must_close = seat.is_authenticated  # its token was removed
             server.seats.identify(seat, False)
         if refusal and route.role:
             raise refusal
         return identity
 
-    def _is_distrusted(self) -> bool:
-        """Return whether the connection's client certificate has expired, or its CA or CRL is another since."""
-        tls = self.server.tls
-        return tls is not None and (time.time() > self.trusted_until or tls.current()[1] != self.trust)
-
     def _wait_for_token(self, authorization: str) -> None:
-        """Wait at rest while the address has sent too many bad tokens; raise ClientGone when the client does not."""
+        """Wait while bad tokens of the address delay the check; raise ClientGone when the client hangs up."""
         throttle, address = self.server.throttle, self.seat.address
         while (left_s := self.began + throttle.delay_s(address, authorization) - time.monotonic()) > 0:
-            if self._rest(left_s):
+            if self._wait_idle(left_s):
                 raise ClientGone
 
     def _note_bad_token(self) -> None:
         count, is_to_be_logged = self.server.throttle.note_bad(self.seat.address)
         if is_to_be_logged:
-            log.warning("bad token from %s, the %d. in a row, request %s", self.client_address[0], count,
+            log.warning("bad token from %s, the %d. in a row, request %s", self.handler.client_host, count,
                         self.request_id)
 
     def _require_role(self, identity: Identity, role: str) -> None:
@@ -9444,21 +9465,21 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         if role == OPERATOR and identity.role != OPERATOR:
             raise AppError(1004, f"{identity.actor} has the role {identity.role}: this needs {OPERATOR}")
 
-    # -- waiting: at rest, so that the seat is there for whoever needs it ------------------
+    # -- waiting: the connection is idle meanwhile, so that it may be evicted ---------------
 
-    def _rest(self, within_s: float) -> bool:
-        """Wait so many seconds; return whether there is nobody to answer any more: it hung up, or lost its seat."""
-        self.server.seats.rest(self.seat, is_owed=True, since=self.began)
+    def _wait_idle(self, within_s: float) -> bool:
+        """Wait up to so many seconds; return whether the client hung up or the connection was evicted."""
+        self.server.seats.set_idle(self.seat, is_owed=True, since=self.began)
         has_gone = has_hung_up(self.seat.sock, within_s)
-        return not self.server.seats.work(self.seat) or has_gone
+        return not self.server.seats.set_busy(self.seat) or has_gone
 
     def _is_over(self, within_s: float) -> bool:
-        """Do _rest(); return whether the wait is to end: also when we stop, or who asks is let in no more."""
-        return self._rest(within_s) or self.server.is_stopping or self._is_distrusted() or (
-            self.server.who(self.head, self.certificate_name)[0] is None)
+        """Wait as _wait_idle() does; return True also when we stop, or the client is no longer authorized."""
+        return self._wait_idle(within_s) or self.server.is_stopping or self.handler.is_distrusted() or (
+            self.server.who(self.head, self.handler.certificate_name)[0] is None)
 
     def _read_body(self, route: Route) -> bytes:
-        """Return the body; wait for it at rest. Raise AppError 2002, 4008, 4015, before it where that can be said."""
+        """Return the body; raise AppError 2002 or 4015, if possible before it is waited for, or 4008."""
         length, wire, seats = self.unread_bytes, self.wire, self.server.seats
         if not length:
             return b""
@@ -9468,26 +9489,26 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         if content_type != "application/json":
             raise AppError(4015, "the body must be JSON: send Content-Type: application/json")
         if len(wire.buffer) < length:
-            seats.rest(self.seat, is_owed=True)
+            seats.set_idle(self.seat, is_owed=True)
             if self.head.headers.get("expect", "").lower() == "100-continue":
                 with contextlib.suppress(OSError):
                     wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.unread_bytes = 0  # from here on nobody else takes it: an error in the middle of it ends the connection
+        self.unread_bytes = 0  # an error in the middle of the body ends the connection
         raw = wire.take(length, time.monotonic() + BODY_S)
-        if not seats.work(self.seat):
+        if not seats.set_busy(self.seat):
             raise ClientGone
-        self.close_connection = self.head.is_last
+        self.closes = self.head.is_last
         return raw
 
     def _keep_connection(self) -> None:
-        """Let the connection stay after a refusal where the body is there, or is small, and somebody's whom we know."""
-        is_short = (bool(self.actor) or self.seat.is_proven) and "expect" not in self.head.headers and (
+        """Keep the connection after a refusal where the body is here, or is short and its client authenticated."""
+        is_short = (bool(self.actor) or self.seat.is_authenticated) and "expect" not in self.head.headers and (
             self.unread_bytes <= MAX_SKIPPED_BYTES)
         if self.unread_bytes and (is_short or self.unread_bytes <= len(self.wire.buffer)):
-            self.close_connection = self.head.is_last
+            self.closes = self.head.is_last
 
     def _skip_body(self) -> bool:
-        """Drop the body of a refused request; return whether it came to its end soon."""
+        """Discard the body of a refused request; return whether all of it came within LINGER_S."""
         with contextlib.suppress(AppError):
             self.wire.take(self.unread_bytes, time.monotonic() + LINGER_S)
             return True
@@ -9501,7 +9522,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             raise AppError(2002, "the query can't be read") from None
         known_keys(dict(pairs), route.query)
         if len(dict(pairs)) != len(pairs):
-            raise AppError(2002, "a parameter of the query stands twice")
+            raise AppError(2002, "a parameter of the query is given twice")
         return dict(pairs)
 
     @staticmethod
@@ -9517,26 +9538,15 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         return body
 
     def _send(self, answer: HttpAnswer) -> None:
-        self.wfile = io.BytesIO()  # head and body leave together, within one deadline
-        self.send_response(answer.status)
-        for name, value in answer.headers.items():
-            self.send_header(name, value)
-        if answer.status != http.HTTPStatus.NOT_MODIFIED:
-            self.send_header("Content-Length", str(len(answer.body)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("X-Request-Id", self.request_id)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        if self.head.method != "HEAD":
-            self.wfile.write(answer.body)
-        self.wire.send(self.wfile.getvalue())
+        self.wire.send(encode_answer(answer, {
+            "Server": "releasectl", "Date": email.utils.formatdate(usegmt=True), **answer.headers,
+            "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Request-Id": self.request_id,
+            **({"Connection": "close"} if self.closes else {})}, has_body=self.head.method != "HEAD"))
 
-    def _tell(self, answer: HttpAnswer) -> None:
-        """Count a request; log what a known caller changed, or asked to be changed, all else for debugging.
+    def _log(self, answer: HttpAnswer) -> None:
+        """Count a request; log what a known client changes, or tries to change, and all else for debugging.
 
-        Of requests in a row that one caller was refused only the 1st, 2nd, 4th, ... is logged.
+        Of refusals of one client in a row only the 1st, 2nd, 4th, ... is logged.
         """
         path, method = self.route.path if self.route else OTHER, self.head.method
         self.server.api.store.database.metrics.count("releasectl_api_requests_total", path,
@@ -9548,33 +9558,24 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             in_a_row = f", the {count}. in a row" if count > 1 else ""
         release = self.ids[0] if path.startswith("/api/v1/releases/{id}") else None
         log.log(level, "%s %s: %d, by %s at %s, request %s%s", method, self._path, answer.status,
-                self.actor or "-", self.client_address[0], self.request_id, in_a_row,
+                self.actor or "-", self.handler.client_host, self.request_id, in_a_row,
                 extra=about(release=release, actor=self.actor, request_id=self.request_id))
-
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Does nothing: see _tell()."""
-
-    def version_string(self) -> str:
-        return "releasectl"
 
 
 def _name_in(certificate: Mapping[str, Any]) -> str:
-    """Gives the common name of a verified client certificate, else its first other name."""
+    """Return the common name of a verified client certificate, else its first alternative name."""
     names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
     names += [value for _, value in certificate.get("subjectAltName", ())]
     return one_line(names[0], 100) if names else ""
 
 
 class ApiServer(http.server.ThreadingHTTPServer):
-    """The listener: it only gives seats to connections; a seat's thread does all the rest, TLS too.
-
-    The threads are a bounded pool's, in place of one made for each connection without a limit.
-    """
+    """The listener: it admits or rejects connections; threads of a bounded pool do everything else, TLS too."""
 
     request_queue_size = 1024
 
     def __init__(self, settings: Settings, api: Api):
-        """Bind the address; raise ConfigError when it can't be, or is open to others without tokens or TLS."""
+        """Bind the address; raise ConfigError when that fails, or it is open to others without tokens or TLS."""
         host, port = settings.http_addr
         self.api = api
         self.max_body_bytes = settings.http_max_body_bytes
@@ -9587,9 +9588,9 @@ class ApiServer(http.server.ThreadingHTTPServer):
                             settings.http_client_ca) if settings.http_cert else None
         if self.tls:
             self.tls.context()
-        self._farewell = b"" if self.tls else _canned(
-            AppError(5003, "every connection is taken: come back in a moment", retry_after_s=1))
-        self.seats = Seats(settings.http_max_connections, settings.http_max_connections_per_address, self._farewell)
+        self._overload_response = b"" if self.tls else _overload_response()
+        self.seats = Seats(settings.http_max_connections, settings.http_max_connections_per_address,
+                           self._overload_response)
         self._workers = ThreadPoolExecutor(settings.http_max_connections, "api")
         self._turned_away: collections.deque[tuple[float, socket.socket]] = collections.deque()
         try:
@@ -9597,14 +9598,14 @@ class ApiServer(http.server.ThreadingHTTPServer):
             exposure = exposure_of(settings, address)
             if exposure:
                 log.warning("%s", exposure)
-            super().__init__((address, port), ApiHandler)
+            super().__init__((address, port), socketserver.BaseRequestHandler)  # unused: see process_request()
         except OSError as error:
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: {_os_reason(error)}") from None
         except UnicodeError:  # an empty label, or one of more than 63 characters
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: that is no host name") from None
 
     def server_bind(self) -> None:
-        """Binds without the look-up of a name, which may take long on a host without DNS."""
+        """Bind without the reverse lookup of http.server, which may take long on a host without DNS."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
@@ -9614,56 +9615,56 @@ class ApiServer(http.server.ThreadingHTTPServer):
         try:
             return super().get_request()
         except OSError:
-            time.sleep(0.05)  # no file descriptor is left: the loop would spin, as the listener stays ready
+            time.sleep(0.05)  # no file descriptor is left: the listener stays ready, and the loop would spin
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        log.exception("connection of %s could not be taken", client_address[0])
+        log.exception("connection of %s could not be accepted", client_address[0])
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        seat = self.seats.take(request, client_address[0])
+        seat = self.seats.admit(request, client_address[0])
         if seat is None:
-            self._turn_away(request)
+            self._reject(request)
             return
         try:
-            self._workers.submit(self._serve, seat, client_address)
-        except RuntimeError as error:  # the system gives no more threads
+            self._workers.submit(self._serve, seat, client_address[0])
+        except RuntimeError as error:  # the system has no more threads
             log.error("no thread for a connection: %s", error)
-            self.seats.leave(seat)
+            self.seats.close(seat)
 
-    def _turn_away(self, sock: socket.socket) -> None:
-        """Answers 503 at once; over TLS, which would need a handshake first, it just closes."""
+    def _reject(self, sock: socket.socket) -> None:
+        """Answer 503 at once; over TLS, which would need a handshake first, only close."""
         sock.setblocking(False)
         with contextlib.suppress(OSError):
-            sock.send(self._farewell)
+            sock.send(self._overload_response)
             sock.shutdown(socket.SHUT_WR)
         self._turned_away.append((time.monotonic() + LINGER_S, sock))
 
     def service_actions(self) -> None:
-        """Closes those that were turned away once they had the time to read why."""
+        """Close rejected connections once their clients had time to read the answer."""
         while self._turned_away and (len(self._turned_away) > MAX_TURNED_AWAY
                                      or self._turned_away[0][0] < time.monotonic()):
             sock = self._turned_away.popleft()[1]
             with contextlib.suppress(OSError):
-                sock.recv(65536)  # what was not read would make a reset of the close
+                sock.recv(65536)  # unread bytes would turn the close into a reset
             _close(sock)
 
-    # -- in a seat's thread ----------------------------------------------------------------
+    # -- in a connection's thread ------------------------------------------------------------
 
-    def _serve(self, seat: Seat, client_address: Any) -> None:
+    def _serve(self, seat: Seat, client_host: str) -> None:
         try:
-            ApiHandler(seat, client_address, self)
+            ApiHandler(self, seat, client_host).serve()
         except (OSError, ConfigError) as error:
-            log.debug("%s: connection ended: %s", client_address[0], one_line(error))
+            log.debug("%s: connection ended: %s", client_host, one_line(error))
         except Exception:  # the edge of a connection
-            log.exception("connection of %s failed", client_address[0])
+            log.exception("connection of %s failed", client_host)
         finally:
-            self.seats.rest(seat, since=0.0)  # it was answered: whoever needs the seat has it
-            say_goodbye(seat.sock)
-            self.seats.leave(seat)
+            self.seats.set_idle(seat, since=0.0)  # it was answered: it is the first to be evicted
+            lingering_close(seat.sock)
+            self.seats.close(seat)
 
     def who(self, head: Head, certificate_name: str) -> tuple[Identity, None] | tuple[None, AppError]:
-        """Return who asks, or why that can't be said: what needs no token is served all the same.
+        """Return who asks, or why that is not known; not raised, as some routes need no token.
 
         Without a token file everybody on this host is an operator. A client certificate names the
         actor; the role is the token's.
@@ -9678,7 +9679,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         return Identity(certificate_name or name, role, name), None
 
     def server_close(self) -> None:
-        """Stops listening, lets the requests at work be answered, and ends all connections."""
+        """Stop listening, let requests under way be answered, and end all connections."""
         super().server_close()
         self.is_stopping = True
         self.seats.end_all(STOP_GRACE_S)
@@ -9687,12 +9688,10 @@ class ApiServer(http.server.ThreadingHTTPServer):
             _close(self._turned_away.popleft()[1])
 
 
-def _canned(error: AppError) -> bytes:
-    """Gives a whole answer for who gets no thread."""
-    status, headers, body = refusal_of(error)
-    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *(f"{k}: {v}" for k, v in headers.items()),
-             f"Content-Length: {len(body)}", "Connection: close", "", ""]
-    return "\r\n".join(lines).encode() + body
+def _overload_response() -> bytes:
+    """Return the whole answer for a connection that gets no thread."""
+    answer = refusal_of(AppError(5003, "every connection is taken: try again in a moment", retry_after_s=1))
+    return encode_answer(answer, {**answer.headers, "Connection": "close"})
 
 
 def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
@@ -9703,7 +9702,7 @@ def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
 
 
 def exposure_of(settings: Settings, address: str) -> str:
-    """Return what to warn of when the API listens on an address, "" for nothing; raise ConfigError where it may not."""
+    """Return the warning for an address that the API listens on, "" for none; raise ConfigError where it may not."""
     found, shown = ipaddress.ip_address(address.partition("%")[0]), "HTTP_ADDR {}:{}".format(*settings.http_addr)
     if (getattr(found, "ipv4_mapped", None) or found).is_loopback:
         return ""
@@ -9714,17 +9713,17 @@ def exposure_of(settings: Settings, address: str) -> str:
     if not settings.http_plain:
         raise ConfigError(f"{shown} is open to others, and tokens would cross the network in plain text: set HTTP_CERT "
                           "and HTTP_KEY, listen on 127.0.0.1, or set HTTP_PLAIN=1 behind a proxy that does TLS")
-    return f"HTTP_PLAIN=1: {shown} is plain HTTP: whoever is on the way to the TLS proxy can read the tokens"
+    return f"HTTP_PLAIN=1: {shown} is plain HTTP: anyone on the way to the TLS proxy can read the tokens"
 
 
-# By what a proxy shows itself; and X-Forwarded-anything.
+# Headers that proxies add, beside X-Forwarded-*.
 PROXY_HEADERS = frozenset(("forwarded", "via", "x-real-ip"))
 
 
 def _refuse_strangers(head: Head) -> None:
-    """Raise AppError 1004 for what a browser sent for another site's page, or a proxy for another host.
+    """Raise AppError 1004 for a request of another site's page in a browser, or through a proxy.
 
-    Without tokens nothing else would tell them from the person at this host.
+    Without tokens nothing else would tell it from a request of a person at this host.
     """
     host = head.headers.get("host", "").lower()
     name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
@@ -9742,10 +9741,10 @@ def _refuse_strangers(head: Head) -> None:
 
 
 def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
-    """Gives the API's TLS context; ConfigError naming what is wrong with the files."""
+    """Return the API's TLS context; raise ConfigError naming what is wrong with the files."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; those of 1.3 are all sound
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; all of TLS 1.3's are good
     context.options |= ssl.OP_NO_RENEGOTIATION
     load_pair(context, cert, key, ("HTTP_CERT", "HTTP_KEY"))
     require_private("HTTP_KEY", key)

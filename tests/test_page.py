@@ -710,7 +710,7 @@ def test_a_token_is_asked_for_kept_for_the_session_and_sent(new_page, sqlite_wor
     new_release(sqlite_world.store)
     page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url, API_TOKENS_FILE=file)))
     page.open("#/releases/1").see("asks for a token", "#ask").fill(token="wrong").enter("[name=token]")
-    page.see("this token is not known", "#ask").fill(token="open sesame").press("Go on").see("pending", "main .chip")
+    page.see("this token isn't valid", "#ask").fill(token="open sesame").press("Go on").see("pending", "main .chip")
     assert page.run("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
     page.see("Your token only reads (viewer).", "#why")
     assert page.run("document.querySelector('#verb-pause').getAttribute('aria-disabled')") == "true"
