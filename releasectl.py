@@ -8997,8 +8997,9 @@ ROUTES: tuple[Route, ...] = (
           "ReleaseWithNodes", ("view",), headers=("If-None-Match",)),
     Route("POST", "/api/v1/releases/{id}/pause", Api.pause, OPERATOR, "Dispatch nothing more until resume", "Release",
           body="Act"),
-    Route("POST", "/api/v1/releases/{id}/resume", Api.resume, OPERATOR, "Go on", "Release", body="Resume"),
-    Route("POST", "/api/v1/releases/{id}/cancel", Api.cancel, OPERATOR, "End it: what is in flight is waited for",
+    Route("POST", "/api/v1/releases/{id}/resume", Api.resume, OPERATOR, "Continue a paused release", "Release",
+          body="Resume"),
+    Route("POST", "/api/v1/releases/{id}/cancel", Api.cancel, OPERATOR, "End it; nodes in flight are waited for",
           "Release", body="Cancel"),
     Route("POST", "/api/v1/releases/{id}/retry", Api.retry, OPERATOR,
           "A new release of its payload for its failed and skipped nodes", "CreatedAgain", body="Retry",
@@ -9014,10 +9015,10 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/api/v1/nodes/{id}", Api.get_node, VIEWER, "A node", "Node"),
     Route("PATCH", "/api/v1/nodes/{id}", Api.update_node, OPERATOR, "Change a node", "Node", body="NodeChange"),
     Route("DELETE", "/api/v1/nodes/{id}", Api.delete_node, OPERATOR, "Delete a node that no release names", "Null"),
-    Route("GET", "/api/v1/freeze", Api.get_freeze, VIEWER, "Is anything new dispatched", "Freeze"),
-    Route("PUT", "/api/v1/freeze", Api.set_freeze, OPERATOR, "Let nothing new be dispatched, or again", "Freeze",
+    Route("GET", "/api/v1/freeze", Api.get_freeze, VIEWER, "Whether new dispatches are stopped", "Freeze"),
+    Route("PUT", "/api/v1/freeze", Api.set_freeze, OPERATOR, "Stop or allow new dispatches", "Freeze",
           body="SetFreeze"),
-    Route("GET", "/api/v1/health", Api.overview, VIEWER, "What this process and its releases are at", "Health"),
+    Route("GET", "/api/v1/health", Api.overview, VIEWER, "State of this process and of its open releases", "Health"),
     Route("GET", "/", Api.page, ANYONE, "The dashboard", "html"),
     Route("GET", "/healthz", Api.health, ANYONE, "The process serves", "Status"),
     Route("GET", "/readyz", Api.ready, ANYONE, "The database can be used", "Status", tells_more=True),
@@ -9755,7 +9756,7 @@ def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
 
 
 # ======================================================================================
-# 17 Check: what is wrong with this installation, and what would mend it. Uses 1 to 16.
+# 17 Check: what is wrong with this installation, and how to fix it. Uses 1 to 16.
 # ======================================================================================
 
 class Ping(NamedTuple):
@@ -9767,7 +9768,7 @@ class Ping(NamedTuple):
 
 
 def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool = False) -> list[Ping]:
-    """Ask agents all at once whether they answer. Raise ConfigError without certificates, or with an open key."""
+    """Ask agents in parallel whether they answer; raise ConfigError without certificates, or with an open key."""
     agents = AgentClient(settings)
     agents.prepare(key_may_be_open)
 
@@ -9784,14 +9785,14 @@ def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool 
 
 
 class Finding(NamedTuple):
-    """One thing that check looked at: exit code 0 when it is well, and a sentence."""
+    """One result of check: what it is about, an exit code, 0 when all is well, and a sentence."""
     subject: str
     exit_code: int
     text: str
 
 
 def _meet(client: ssl.SSLContext, server: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
-    """Gives both sides after a handshake in memory; ssl.SSLCertVerificationError where one refuses the other."""
+    """Return both sides after a handshake in memory; raise ssl.SSLCertVerificationError where one refuses the other."""
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
     sides = client.wrap_bio(down, up), server.wrap_bio(up, down, server_side=True)
     for _ in range(4):
@@ -9802,7 +9803,7 @@ def _meet(client: ssl.SSLContext, server: ssl.SSLContext) -> tuple[ssl.SSLObject
 
 
 def control_certificate(settings: Settings) -> Mapping[str, Any]:
-    """Gives our certificate as an agent sees it; ConfigError when the CA does not vouch for it."""
+    """Return our certificate as an agent sees it; raise ConfigError when the CA did not sign it."""
     cert, key, ca = settings.control_cert, settings.control_key, settings.control_ca
     ours = client_context(cert, key, ca)
     ours.check_hostname = False
@@ -9818,7 +9819,7 @@ def control_certificate(settings: Settings) -> Mapping[str, Any]:
 
 
 def api_certificate(settings: Settings) -> Mapping[str, Any]:
-    """Gives the API's certificate as a client sees it that trusts just this one; ConfigError."""
+    """Return the API's certificate as a client sees it that trusts only this one; raise ConfigError."""
     ours = server_context(settings.http_cert, settings.http_key, "")
     ours.verify_mode = ssl.CERT_NONE
     theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -9835,19 +9836,28 @@ def _days_until(moment: float) -> float:
     return (moment - time.time()) / 86400
 
 
-def check_certificate(name: str, path: str, look: Callable[[], Mapping[str, Any]]) -> Finding:
-    """Says until when a certificate is good, or why it is not."""
+def _finding(name: str, check: Callable[[], str]) -> Finding:
+    """Return the text of a check as a finding, or the ConfigError that it raises."""
     try:
-        expires = certificate_end(look())
+        return Finding(name, EXIT_DONE, check())
     except ConfigError as error:
         return Finding(name, EXIT_USAGE, error.message)
+
+
+def _certificate_text(path: str, certificate: Mapping[str, Any]) -> str:
+    expires = certificate_end(certificate)
     days = _days_until(expires)
     renew = ": renew it now" if days < 14 else ""
-    return Finding(name, EXIT_DONE, f"{path} is good until {utc_text(expires)}, {days:.0f} days{renew}")
+    return f"{path} is good until {utc_text(expires)}, {days:.0f} days{renew}"
+
+
+def _private_text(name: str, path: str) -> str:
+    require_private(name, path)
+    return f"{path} is closed to others"
 
 
 def check_crl(name: str, path: str) -> Iterator[Finding]:
-    """Say until when the CRLs beside a CA are good, and which CAs have none; nothing where there is none."""
+    """Yield until when the CRLs beside a CA are good, and how many CAs have none; nothing without CRLs."""
     try:
         pem = Path(path).read_text(encoding="latin-1")
         count, ends, bare = len(pem_blocks(pem, "X509 CRL")), crl_ends(pem), cas_without_crl(pem)
@@ -9859,40 +9869,31 @@ def check_crl(name: str, path: str) -> Iterator[Finding]:
     text, days = f"{path} holds {count} CRL{'s' if count > 1 else ''}", _days_until(min(ends, default=float("inf")))
     if days < 0:
         yield Finding(f"{name} CRL", EXIT_USAGE, f"{text}, expired since {utc_text(min(ends))}: every certificate of "
-                                                 "its CA is refused; put a newer one there")
+                                                 "its CA is refused; replace it by a newer one")
         return
     if ends:
         text += f", good until {utc_text(min(ends))}, {days:.0f} days" + (": fetch a newer one now" if days < 1 else "")
     if bare:
-        text += f"; {bare} of its CAs have none: what these signed for a peer is refused"
+        text += f"; {bare} of its CAs have none: certificates that these signed are refused"
     yield Finding(f"{name} CRL", EXIT_DONE, text)
 
 
-def check_private(name: str, path: str) -> Finding:
-    """Says whether a key is closed to others."""
-    try:
-        require_private(name, path)
-    except ConfigError as error:
-        return Finding(name, EXIT_USAGE, error.message)
-    return Finding(name, EXIT_DONE, f"{path} is closed to others")
-
-
-def _is_in_reach(path: str, of: int) -> bool:
-    """Return whether a file has one of the modes, and its folders let everybody through to it."""
+def _is_reachable(path: str, mode: int) -> bool:
+    """Return whether a file has one of the mode's bits, and everybody may pass all its folders."""
     found = os.path.realpath(path)
-    if not os.stat(found).st_mode & of:
+    if not os.stat(found).st_mode & mode:
         return False
     return all(os.stat(folder).st_mode & stat.S_IXOTH for folder in Path(found).parents)
 
 
 def check_config(settings: Settings, path: str) -> Iterator[Finding]:
-    """Look at who may read and write the file of the settings: whoever writes it decides what goes out."""
+    """Check who may read and write the settings file: its writers control what is sent to nodes."""
     if not path:
         return
     has_secret = safe_url(settings.database_url) != settings.database_url
     if os.stat(path).st_mode & (stat.S_IWOTH | stat.S_IWGRP):
         yield Finding("--config", EXIT_USAGE, f"{path} is open to others, who may write it: chmod o-rwx,g-w it")
-    elif has_secret and _is_in_reach(path, stat.S_IROTH):
+    elif has_secret and _is_reachable(path, stat.S_IROTH):
         yield Finding("--config", EXIT_USAGE, f"{path} is open to others, and the database's password may be in it: "
                                               "chmod o-rwx it (its group may read it)")
     else:
@@ -9901,59 +9902,53 @@ def check_config(settings: Settings, path: str) -> Iterator[Finding]:
 
 
 def check_database_file(engine: SqliteEngine | PostgresEngine) -> Iterator[Finding]:
-    """Look at who else may read or write the files of an SQLite database: the payloads are in them."""
+    """Check who else may read or write the files of an SQLite database, which hold the payloads."""
     if not isinstance(engine, SqliteEngine):
         return
     for path in (engine.path, engine.path + "-wal", engine.path + "-shm"):
-        with contextlib.suppress(OSError):  # not there; the database itself is told of
-            if _is_in_reach(path, stat.S_IRWXO):
+        with contextlib.suppress(OSError):  # a file that does not exist; check_database() reports the database
+            if _is_reachable(path, stat.S_IRWXO):
                 yield Finding("DATABASE_URL", EXIT_USAGE, f"{path} is open to others: chmod o-rwx it")
 
 
 def check_agents(settings: Settings) -> Iterator[Finding]:
-    """Looks at what mutual TLS with the agents needs."""
+    """Check what mutual TLS with the agents needs."""
     if not settings.mtls_enabled:
         yield Finding("MTLS_ENABLED", EXIT_DONE, "0: agents are called by plain HTTP, for a laboratory only")
         return
-    missing = [name for name, path in (("CONTROL_CERT", settings.control_cert), ("CONTROL_KEY", settings.control_key),
-                                       ("CONTROL_CA", settings.control_ca)) if not path]
-    for name in missing:
-        yield Finding(name, EXIT_USAGE, "not set: no agent can be called without it")
-    if not missing:
-        yield check_certificate("CONTROL_CERT", settings.control_cert, lambda: control_certificate(settings))
-    if settings.control_ca:
-        yield from check_crl("CONTROL_CA", settings.control_ca)
-    if settings.control_key:
-        yield check_private("CONTROL_KEY", settings.control_key)
+    cert, key, ca = settings.control_cert, settings.control_key, settings.control_ca
+    for name, path in (("CONTROL_CERT", cert), ("CONTROL_KEY", key), ("CONTROL_CA", ca)):
+        if not path:
+            yield Finding(name, EXIT_USAGE, "not set: agents can't be called without it")
+    if cert and key and ca:
+        yield _finding("CONTROL_CERT", lambda: _certificate_text(cert, control_certificate(settings)))
+    if ca:
+        yield from check_crl("CONTROL_CA", ca)
+    if key:
+        yield _finding("CONTROL_KEY", lambda: _private_text("CONTROL_KEY", key))
 
 
 def check_api(settings: Settings) -> Iterator[Finding]:
-    """Looks at what the API needs."""
-    if settings.api_tokens_file:
-        try:
-            yield Finding("API_TOKENS_FILE", EXIT_DONE, f"{len(Tokens(settings.api_tokens_file).load())} tokens")
-        except ConfigError as error:
-            yield Finding("API_TOKENS_FILE", EXIT_USAGE, error.message)
-    else:
-        yield Finding("API_TOKENS_FILE", EXIT_DONE, "not set: the API listens on loopback, for everybody on this host")
+    """Check what the API needs."""
+    tokens, cert = settings.api_tokens_file, settings.http_cert
+    yield _finding("API_TOKENS_FILE", lambda: f"{len(Tokens(tokens).load())} tokens" if tokens else
+                   "not set: the API listens on loopback, for everybody on this host")
     try:
-        exposure = exposure_of(settings, listening_address(settings)[1])
-        if exposure:
-            yield Finding("HTTP_ADDR", EXIT_DONE, exposure)
-    except ConfigError as error:
-        yield Finding("HTTP_ADDR", EXIT_USAGE, error.message)
+        exposure = _finding("HTTP_ADDR", lambda: exposure_of(settings, listening_address(settings)[1]))
+        if exposure.text:
+            yield exposure
     except OSError as error:
         yield Finding("HTTP_ADDR", EXIT_USAGE, "{}:{} can't be listened on: {}".format(*settings.http_addr,
                                                                                    _os_reason(error)))
     if settings.http_client_ca:
         yield from check_crl("HTTP_CLIENT_CA", settings.http_client_ca)
-    if settings.http_cert:
-        yield check_certificate("HTTP_CERT", settings.http_cert, lambda: api_certificate(settings))
-        yield check_private("HTTP_KEY", settings.http_key)
+    if cert:
+        yield _finding("HTTP_CERT", lambda: _certificate_text(cert, api_certificate(settings)))
+        yield _finding("HTTP_KEY", lambda: _private_text("HTTP_KEY", settings.http_key))
 
 
 def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
-    """Gives what /api/v1/health tells of this process itself."""
+    """Return the part of /api/v1/health that only this process knows."""
     certificates = []
     if settings.mtls_enabled and settings.control_cert:
         certificates.append(certificate_json("CONTROL_CERT", lambda: control_certificate(settings)))
@@ -9964,17 +9959,17 @@ def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
         "lastLookAt": utc_text(executor.looked_at) if executor.looked_at else None}}
 
 
-def certificate_json(name: str, look: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """Gives until when a certificate is good; what is wrong with it is for who may read its files."""
+def certificate_json(name: str, load: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return until when a certificate is good; not what is wrong with it, as that names files of the host."""
     try:
-        expires = certificate_end(look())
+        expires = certificate_end(load())
     except ConfigError:
         return {"name": name, "notAfter": None, "daysLeft": None, "message": "run releasectl.py check to see why"}
     return {"name": name, "notAfter": utc_text(expires), "daysLeft": round(_days_until(expires), 2), "message": ""}
 
 
 def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:
-    """Return the ends of our certificates and CRLs for /metrics; of files that can't be read check tells more."""
+    """Return when our certificates and CRLs expire, for /metrics; files that can't be read are left to check."""
     figures: dict[tuple[str, ...], float] = {}
     agents = settings.mtls_enabled
     for name, path in (("CONTROL_CERT", settings.control_cert if agents else ""),
@@ -9989,7 +9984,7 @@ def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:
 
 
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
-    """Looks at the database, and asks the agents of its enabled, online nodes."""
+    """Check the database, and ask the agents of its enabled, online nodes."""
     engine = store.database.engine
     tls = f"; {engine.tls_text()}" if isinstance(engine, PostgresEngine) else ""
     try:
@@ -10004,21 +9999,20 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
             refuse_twins(nodes)
         except AppError as error:
             yield Finding("nodes", EXIT_USAGE, error.message)
-        for ping in ping_nodes(settings, nodes, key_may_be_open=True) if nodes else []:  # that is told of itself
+        for ping in ping_nodes(settings, nodes, key_may_be_open=True) if nodes else []:  # reported by check_agents()
             yield Finding(f"node {ping.node.name}", EXIT_DONE if ping.is_ok else EXIT_UNAVAILABLE, ping.text)
     except DatabaseError as error:
         yield Finding("DATABASE_URL", EXIT_UNAVAILABLE, error.message)
     except ConfigError:
-        yield Finding("nodes", EXIT_USAGE, "not asked: without good certificates no agent answers")
+        yield Finding("nodes", EXIT_USAGE, "not asked: agents don't answer without good certificates")
 
 
 # ======================================================================================
-# 18 Screen: what a person sees in a terminal: columns, a release in one line, its progress
-#   as it goes. Uses 1 to 17.
+# 18 Screen: output for a terminal: tables, a release in one line, its progress. Uses 1 to 17.
 # ======================================================================================
 
 def columns_of(text: str) -> int:
-    """Return how many columns a printable text takes in a terminal: a Chinese letter two, an accent of its own none."""
+    """Return the columns of a printable text in a terminal: two for a Chinese letter, none for a combining accent."""
     if text.isascii():
         return len(text)
     return sum(0 if unicodedata.category(char) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(char) in "WF"
@@ -10026,7 +10020,7 @@ def columns_of(text: str) -> int:
 
 
 def cut_to(text: str, columns: int) -> str:
-    """Return as much of a printable text as fits into so many columns."""
+    """Return the start of a printable text that fits into so many columns."""
     if columns_of(text) <= columns:
         return text
     ends = itertools.accumulate(columns_of(char) for char in text)
@@ -10034,7 +10028,7 @@ def cut_to(text: str, columns: int) -> str:
 
 
 def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
-    """Gives rows as text in columns, or '' when there are none."""
+    """Return rows as text in columns, "" when there are none."""
     cells = [[one_line(cell) if cell is not None else "" for cell in row] for row in rows]
     if not cells:
         return ""
@@ -10044,14 +10038,13 @@ def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
 
 
 def release_line(release: Release) -> str:
-    """Gives a release in one line."""
-    says_it = release.status_reason.startswith(release.status) or not release.status_reason
-    return f"{release}: " + (release.status_reason or release.status if says_it
-                             else f"{release.status}, {release.status_reason}")
+    """Return a release in one line."""
+    status, reason = release.status, release.status_reason
+    return f"{release}: " + (reason if reason.startswith(status) else f"{status}, {reason}" if reason else status)
 
 
 class Screen:
-    """Shows the progress of a release: drawn anew in a terminal, else a line for each step."""
+    """Shows the progress of a release: redrawn in a terminal, else one line for each step."""
 
     MARKS = ((SUCCESS, "#", "32"), (FAILED, "x", "31"), (RUNNING, ">", "36"), (SKIPPED, "-", "90"),
              (PENDING, ".", "0"))
@@ -10061,32 +10054,33 @@ class Screen:
         self._stream = stream
         self._is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._has_colours = self._is_terminal and not os.environ.get("NO_COLOR")
+        # Lines on the screen that the next drawing replaces.
         self._drawn = 0
-        self._said = ""
+        self._last_step = ""
 
     def show(self, progress: Progress) -> None:
-        """Shows where a release stands."""
+        """Show the progress of a release."""
         if self._is_terminal:
             self._draw(self._lines(progress))
             return
         release = progress.release
-        # a sentence that only counts seconds is no step
-        self._say(release_line(release), f"{release.status} {release.status_reason.partition(', slowest')[0]}")
+        # a text that only counts seconds is no new step
+        self._print(release_line(release), f"{release.status} {release.status_reason.partition(', slowest')[0]}")
 
     def say(self, line: str) -> None:
-        """Shows what is wrong, once."""
+        """Show an error, once."""
         if self._is_terminal:
             self._draw([cut_to(one_line(line), self._size().columns - 1)])
         else:
-            self._say(line, line)
+            self._print(line, line)
 
-    def _say(self, line: str, step: str) -> None:
-        if step != self._said:
+    def _print(self, line: str, step: str) -> None:
+        if step != self._last_step:
             print(line, file=self._stream, flush=True)
-        self._said = step
+        self._last_step = step
 
     def _size(self) -> os.terminal_size:
-        """Return the size of the terminal that is drawn in, which standard output may not be."""
+        """Return the size of the stream's terminal; standard output may be another."""
         with contextlib.suppress(AttributeError, OSError, ValueError):
             found = os.get_terminal_size(self._stream.fileno())
             if found.columns > 0 and found.lines > 0:
@@ -10094,7 +10088,7 @@ class Screen:
         return shutil.get_terminal_size((100, 24))
 
     def _draw(self, lines: Sequence[str]) -> None:
-        """Puts lines in the place of the last ones, as many as the screen has."""
+        """Replace the last lines by new ones, as many as fit on the screen."""
         lines = lines[:max(self._size().lines - 1, 1)]
         up = f"\x1b[{self._drawn}A" if self._drawn else ""
         print(up + "".join(f"\r\x1b[K{line}\n" for line in lines) + "\x1b[J", end="", file=self._stream, flush=True)
@@ -10104,7 +10098,7 @@ class Screen:
         width = max(self._size().columns - 1, 1)
         release, batches = progress.release, progress.batches
         at = max(release.current_batch or len(batches), 1)
-        # the batches around the current one, where there are too many for the screen
+        # the batches around the current one, where there are too many
         first = max(0, min(at - self.MAX_BATCHES // 2, len(batches) - self.MAX_BATCHES))
         lines = [cut_to(one_line(release_line(release), 2 * MAX_MESSAGE_CHARS), width)]
         lines += [self._batch_line(batch, width) for batch in batches[first:first + self.MAX_BATCHES]]
@@ -10119,16 +10113,15 @@ class Screen:
         return lines
 
     def _batch_line(self, batch: BatchProgress, width: int) -> str:
-        """Gives one batch as a bar whose parts are as long as their share, rounded, and at least one mark."""
+        """Return a batch as a bar; each part is as long as its share, rounded, at least one mark."""
         done = f"batch {batch.number:>3} {batch.count(SUCCESS):>6} of {batch.total:<6} "
-        room = min(40, width - len(done) - len(self.MARKS))  # rounding up makes each part longer by less than one
+        room = min(40, width - len(done) - len(self.MARKS))  # rounding makes each part longer by less than one mark
         if room < 1:
             return cut_to(done, width)
-        parts = [(mark, colour, batch.count(status)) for status, mark, colour in self.MARKS]
         bar = ""
-        for mark, colour, count in parts:
-            length = max(1, round(room * count / batch.total)) if count else 0
-            bar += self._paint(mark * length, colour) if length else ""
+        for status, mark, colour in self.MARKS:
+            count = batch.count(status)
+            bar += self._paint(mark * max(1, round(room * count / batch.total)), colour) if count else ""
         return done + bar
 
     def _paint(self, text: str, colour: str) -> str:
@@ -10140,23 +10133,23 @@ class Screen:
 # ======================================================================================
 
 class Context:
-    """What a command works with: options, settings, and the store when it is first asked for."""
+    """What a command works with: options, settings and the store."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        # what needs no settings runs with a broken file too
+        # a command that needs no settings runs with a broken file too
         self.settings = Settings.load(os.environ, options.config, options.db) if options.needs_settings \
             else Settings.load({})
         self.store = Store(Database(self.settings.database_url))
         self.actor = "cli:" + one_line(_user_name(), 60)
 
     def open(self, create: bool = False) -> Store:
-        """Gives the store over a database of the right schema; create makes an empty one."""
+        """Return the store, after a check of the schema; create: make the database if it is empty."""
         self.store.database.require_schema(create)
         return self.store
 
     def show(self, document: Any, text: str) -> None:
-        """Print one JSON document with --json, else text for people."""
+        """Print a JSON document with --json, else text for people."""
         out = to_json(document) if self.options.json else text
         if out:
             print(out, flush=True)
@@ -10202,12 +10195,12 @@ def command_serve(context: Context) -> int:
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
 
     def beat(sentence: str) -> None:
-        secret_files.look()
+        secret_files.check()
         if accept.is_alive():
-            manager.tell("WATCHDOG=1", f"STATUS={one_line(sentence)}")
+            manager.notify("WATCHDOG=1", f"STATUS={one_line(sentence)}")
 
-    faulthandler.enable()  # the watchdog ends who hangs by SIGABRT: the log then tells where each thread was
-    manager.tell("READY=1")  # the database answered migrate(), and the API listens
+    faulthandler.enable()  # systemd's watchdog sends SIGABRT: the log then shows where each thread hangs
+    manager.notify("READY=1")  # the database answered migrate(), and the API listens
     try:
         if settings.release_executor_enabled:
             executor.run_loop(beat)
@@ -10215,8 +10208,8 @@ def command_serve(context: Context) -> int:
             beat("API only, nothing is dispatched: RELEASE_EXECUTOR_ENABLED=0")
             executor.stopping.wait(settings.release_executor_interval_sec)
     finally:
-        manager.tell("STOPPING=1")
-        executor.close()  # first: what clients do must not keep a claim
+        manager.notify("STOPPING=1")
+        executor.close()  # first: no client may delay the release of claims
         server.shutdown()
         server.server_close()
     log.info("stopped")
@@ -10229,21 +10222,21 @@ def command_run_once(context: Context) -> int:
     try:
         code = _run_once(context)
     except BaseException:
-        with contextlib.suppress(ConfigError):  # what went wrong first is what is to be told
+        with contextlib.suppress(ConfigError):  # the first error is the one to report
             _write_metrics(context, path)
         raise
     _write_metrics(context, path)
     return code
 
 
-# While a drain goes on, its figures are written so often.
+# Seconds between writes of --metrics-file during a drain.
 METRICS_EVERY_S = 10.0
 
 
 def _write_metrics(context: Context, path: str) -> None:
-    """Writes /metrics for node_exporter's textfile collector, all at once; ConfigError when that can't be done.
+    """Write /metrics for node_exporter's textfile collector, atomically; raise ConfigError when that fails.
 
-    Without the figures of the process, which is over then: node_exporter has its own of these names.
+    The figures of the process are left out: it ends, and node_exporter has figures of the same names.
     """
     if path:
         text = metrics_text(context.store, certificate_figures(context.settings))
@@ -10269,10 +10262,10 @@ def _run_once(context: Context) -> int:
 
     def beat() -> None:
         nonlocal written_at
-        secret_files.look()
+        secret_files.check()
         if time.monotonic() >= written_at + METRICS_EVERY_S:
             written_at = time.monotonic()
-            with contextlib.suppress(AppError):  # told at the end, if it is still so
+            with contextlib.suppress(AppError):  # reported at the end, if it still fails then
                 _write_metrics(context, context.options.metrics_file)
 
     try:
@@ -10282,7 +10275,9 @@ def _run_once(context: Context) -> int:
     context.show({"releases": [release_json(release) for release in tick.worked_on],
                   "inOtherHands": tick.in_other_hands}, "\n".join(map(release_line, tick.worked_on)))
     if not tick.worked_on and tick.in_other_hands:
-        print(f"{tick.in_other_hands} releases to work on, all in other hands: try later", file=sys.stderr)
+        count = tick.in_other_hands
+        print(("1 release is being worked on by another process" if count == 1 else
+               f"{count} releases are being worked on by other processes") + ": try later", file=sys.stderr)
         return EXIT_BUSY
     code = max((exit_code_of(context.store, release) for release in tick.worked_on), default=EXIT_DONE)
     for release_id in tick.vanished:
@@ -10292,13 +10287,13 @@ def _run_once(context: Context) -> int:
     unended = [release for release in tick.worked_on if release.status in (PENDING, RUNNING, CANCELLING)]
     is_held = any(release.claim_expires_at for release in unended)
     if code == EXIT_DONE and context.options.drain and (is_held or (tick.was_stopped and unended)):
-        print(f"releases that are not at their end: {len(unended)}: try later", file=sys.stderr)
+        print(f"releases that have not ended: {len(unended)}: try later", file=sys.stderr)
         return EXIT_BUSY
     return code
 
 
 def warn_of_settings(settings: Settings) -> None:
-    """Says at every start what a laboratory may do and production may not; ConfigError for an open key."""
+    """Log what is not fit for production; raise ConfigError for a key that others can read."""
     if settings.mtls_enabled and settings.control_key:
         require_private("CONTROL_KEY", settings.control_key)
     if not settings.mtls_enabled:
@@ -10308,48 +10303,49 @@ def warn_of_settings(settings: Settings) -> None:
 
 
 class ServiceManager:
-    """systemd, or who else stands behind NOTIFY_SOCKET (sd_notify(3)); that it can't be told is no reason to fail."""
+    """systemd, or whatever else listens on NOTIFY_SOCKET (sd_notify(3)); a failure is only logged."""
 
     def __init__(self, address: str):
         """address: of the socket, "" for none."""
         self._address = address
-        self._said = ""
+        # The last error, as it was logged.
+        self._logged = ""
 
-    def tell(self, *lines: str) -> None:
-        """Say how we are."""
+    def notify(self, *lines: str) -> None:
+        """Send lines of state."""
         if not self._address:
             return
-        said = ""
+        trouble = ""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.settimeout(1.0)
-                # @ is how the environment writes the NUL of an abstract name
+                # in the environment, @ stands for the NUL of an abstract name
                 sock.sendto("\n".join(lines).encode(),
                             "\0" + self._address[1:] if self._address.startswith("@") else self._address)
         except OSError as error:
-            said = _os_reason(error)
-        if said and said != self._said:  # at each sign of life it would be a flood
-            log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], self._address, said)
-        self._said = said
+            trouble = _os_reason(error)
+        if trouble and trouble != self._logged:  # not at each heartbeat
+            log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], self._address, trouble)
+        self._logged = trouble
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
-# They would end a process by default, and mean nothing to us; SIGPWR and SIGSTKFLT are Linux's.
+# Signals that mean nothing to us, and by default would end the process; only Linux has SIGPWR and SIGSTKFLT.
 IGNORED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO,
                    *(getattr(signal, name) for name in ("SIGPWR", "SIGSTKFLT") if hasattr(signal, name)),
                    *range(signal.SIGRTMIN, signal.SIGRTMAX + 1))
 
 
 def _survive_signals() -> None:
-    """Let no signal but one to stop end this process, also before there is something to reload."""
+    """Ignore all signals but STOP_SIGNALS, also before there is something to reload."""
     for number in (signal.SIGHUP, *IGNORED_SIGNALS):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which a child would inherit
 
 
 def _handle_signals(stop: Callable[[], None], reload: Callable[[], None]) -> None:
-    """Let signals call stop() or reload(), in a thread: a handler may interrupt who holds a lock that they take.
+    """Call stop() or reload() at a signal, in a thread: a signal handler could interrupt a holder of their locks.
 
-    The thread is told by a descriptor: a handler would not run while the main thread waits within a driver's C code.
+    A descriptor wakes the thread: Python runs no handler while the main thread waits in a driver's C code.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
@@ -10362,8 +10358,8 @@ def _handle_signals(stop: Callable[[], None], reload: Callable[[], None]) -> Non
                     stop()
                 elif signal.SIGHUP in numbers:
                     reload()
-            except Exception:  # the next signal must find somebody
-                log.exception("a signal could not be followed")
+            except Exception:  # the thread must survive for the next signal
+                log.exception("a signal could not be handled")
 
     with starting_threads():
         threading.Thread(target=listen, name="signals", daemon=True).start()
@@ -10373,7 +10369,7 @@ def _handle_signals(stop: Callable[[], None], reload: Callable[[], None]) -> Non
 
 
 def _reload(settings: Settings, agents: AgentClient, server: ApiServer | None = None) -> None:
-    """Read anew what can be without a restart, and log in one line what became of it (SIGHUP)."""
+    """Read again what needs no restart, and log the result in one line (SIGHUP)."""
     parts: list[tuple[str, Callable[[], int | None]]] = []
     if settings.mtls_enabled and settings.control_cert:
         parts.append(("certificate for agents", agents.reload))
@@ -10381,51 +10377,52 @@ def _reload(settings: Settings, agents: AgentClient, server: ApiServer | None = 
         parts.append(("certificate of the API", server.tls.reload))
     if server and server.tokens:
         parts.append(("tokens", server.tokens.reload))
-    said, is_wrong = [], False
+    results, is_wrong = [], False
     for name, act in parts:
         try:
             count = act()
-            said.append(name if count is None else f"{count} {name}")
+            results.append(name if count is None else f"{count} {name}")
         except ConfigError as error:
             is_wrong = True
-            said.append(f"not the {name}: {error}")
+            results.append(f"not the {name}: {error}")
     log.log(logging.ERROR if is_wrong else logging.INFO,
             "SIGHUP: read anew: %s; other settings need a restart, and the log, on standard error, has no file of ours "
-            "to open anew", ", ".join(said) or "nothing")
+            "to open anew", ", ".join(results) or "nothing")
 
 
 class SecretFiles:
-    """The files that others may not read: says once when one of them becomes open while a process runs."""
+    """Logs when a file that others may not read becomes readable for them while a process runs."""
 
-    LOOK_EVERY_S = 2.0
+    CHECK_EVERY_S = 2.0
 
     def __init__(self, settings: Settings):
         self._files = [(name, path) for name, path in (
             ("CONTROL_KEY", settings.control_key if settings.mtls_enabled else ""), ("HTTP_KEY", settings.http_key),
             ("API_TOKENS_FILE", settings.api_tokens_file)) if path]
-        self._open: dict[str, str] = {}
-        self._look_at = 0.0
+        # What is wrong with each file, as logged last.
+        self._logged: dict[str, str] = {}
+        self._next_check_at = 0.0
 
-    def look(self) -> None:
-        """Log what has changed since the last look."""
-        if time.monotonic() < self._look_at:
+    def check(self) -> None:
+        """Log what has changed since the last check."""
+        if time.monotonic() < self._next_check_at:
             return
-        self._look_at = time.monotonic() + self.LOOK_EVERY_S
+        self._next_check_at = time.monotonic() + self.CHECK_EVERY_S
         for name, path in self._files:
-            said = ""
+            trouble = ""
             try:
                 require_private(name, path)
             except (ConfigError, OSError) as error:
-                said = one_line(error)
-            if said and said != self._open.get(name):
-                log.error("%s", said)
-            elif not said and self._open.get(name):
+                trouble = one_line(error)
+            if trouble and trouble != self._logged.get(name):
+                log.error("%s", trouble)
+            elif not trouble and self._logged.get(name):
                 log.info("%s %s is as it should be again", name, path)
-            self._open[name] = said
+            self._logged[name] = trouble
 
 
 def _raise_descriptor_limit() -> None:
-    """Takes as many descriptors as the host allows: an agent costs one, and the usual soft limit is 1024."""
+    """Allow as many file descriptors as the host does: each agent takes one, and the usual limit is 1024."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -10449,8 +10446,7 @@ def command_token_add(context: Context) -> int:
     if not path:
         raise ConfigError("API_TOKENS_FILE is not set: name the file that holds the tokens of the API")
     token = add_token(path, options.name, options.role)
-    print(f"{options.name} may act as {options.role} with this token, which is shown once and stored nowhere",
-          file=sys.stderr)
+    print(f"Token for {options.name} ({options.role}). Copy it now: it can't be shown again.", file=sys.stderr)
     context.show({"name": options.name, "role": options.role, "token": token}, token)
     return EXIT_DONE
 
@@ -10470,7 +10466,7 @@ def _labels_option(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _node_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Gives the node that the options describe, as JSON fields."""
+    """Return the JSON fields of a node that the options give."""
     fields = {"name": options.name if options.command == "node add" else options.rename, "mainIp": options.ip,
               "agentPort": options.port, "agentProtocol": options.protocol, "status": options.status,
               "labels": _labels_option(options.label) if options.label else None, "enabled": options.enabled}
@@ -10526,7 +10522,7 @@ def command_node_import(context: Context) -> int:
 
 
 def _read_node_file(path: str) -> list[dict[str, Any]]:
-    """Gives the nodes of a JSON array, or of lines NAME IP [PORT [PROTOCOL]]."""
+    """Return the nodes of a JSON array, or of lines NAME IP [PORT [PROTOCOL]], as JSON fields."""
     text = _read_text(path)
     if text.lstrip().startswith(("[", "{")):
         try:
@@ -10543,11 +10539,9 @@ def _read_node_file(path: str) -> list[dict[str, Any]]:
             continue
         if len(words) < 2 or len(words) > 4 or (len(words) > 2 and not re.fullmatch("[0-9]{1,9}", words[2])):
             raise AppError(2002, f"{path}: {one_line(line, 60)!r} is not NAME IP [PORT [PROTOCOL]]")
-        node: dict[str, Any] = {"name": words[0], "mainIp": words[1]}
-        if len(words) > 2:
-            node["agentPort"] = int(words[2])
-        if len(words) > 3:
-            node["agentProtocol"] = words[3]
+        node: dict[str, Any] = dict(zip(("name", "mainIp", "agentPort", "agentProtocol"), words))
+        if "agentPort" in node:
+            node["agentPort"] = int(node["agentPort"])
         nodes.append(node)
     return nodes
 
@@ -10567,14 +10561,14 @@ def command_node_ping(context: Context) -> int:
     context.show({"items": [{"name": p.node.name, "ok": p.is_ok, "errorKind": p.error_kind, "message": p.text}
                             for p in pings]},
                  table([(p.node.name, "ok" if p.is_ok else p.error_kind, p.text) for p in pings],
-                       ("node", "result", "what it said")))
+                       ("node", "state", "result")))
     return EXIT_DONE if all(p.is_ok for p in pings) else EXIT_UNAVAILABLE
 
 
 # -- releases --------------------------------------------------------------------------------
 
 def _duration_s(text: str) -> float:
-    """Reads 90, 90s, 5m, 2h or 1d as seconds; argparse.ArgumentTypeError else."""
+    """Return 90, 90s, 5m, 2h or 1d in seconds; raise argparse.ArgumentTypeError else."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd]?)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90, 90s, 5m, 2h or 1d")
@@ -10583,7 +10577,7 @@ def _duration_s(text: str) -> float:
 
 
 def _number_or_text(text: str) -> int | str:
-    """Gives a number of digits as one, all else as it is: the Store says what is wrong with it."""
+    """Return digits as a number, all else as it is: the Store raises the error."""
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
 
 
@@ -10591,33 +10585,35 @@ def _list_of_numbers(text: str) -> list[int | str]:
     return [_number_or_text(part.strip()) for part in text.split(",")]
 
 
-# Option of create: key of the strategy, how its text is read, placeholder, sentence.
+# Options of create: flag, key of the strategy, parser, placeholder, help.
 STRATEGY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
-    ("--batches", "batches", _list_of_numbers, "SPEC", "sizes: 1,10%%,25%%; what is left is the last batch (1)"),
-    ("--max-failed", "maxFailed", _number_or_text, "N", "failed nodes that a batch may have: a number or N%% (0)"),
-    ("--max-failed-total", "maxFailedTotal", _number_or_text, "N", "the same over the whole release (no limit)"),
+    ("--batches", "batches", _list_of_numbers, "SPEC", "sizes: 1,10%%,25%%; all other nodes are the last batch (1)"),
+    ("--max-failed", "maxFailed", _number_or_text, "N",
+     "failures tolerated in a batch: N or N%% (default 0: stop at the first)"),
+    ("--max-failed-total", "maxFailedTotal", _number_or_text, "N",
+     "failures tolerated in the whole release: N or N%% (no limit)"),
     ("--max-parallel", "maxParallel", _number_or_text, "N", "nodes in flight at once; 0: the whole batch (0)"),
-    ("--soak", "soakSec", _duration_s, "TIME", "wait after a batch before the next one: 90, 5m, 2h (0)"),
+    ("--soak", "soakSec", _duration_s, "TIME", "wait between batches: 90, 5m, 2h (0)"),
     ("--pause-after", "pauseAfter", lambda text: text if text == EACH else _list_of_numbers(text), "LIST",
-     "batch numbers, or each: wait there for resume"),
-    ("--on-exceed", "onExceed", str, "WHAT", "too many failures: fail, or pause and wait for a person (fail)"),
-    ("--node-deadline", "nodeDeadlineSec", _duration_s, "TIME", "from a node's dispatch to its end"),
+     "pause after these batches until resume: numbers, or each"),
+    ("--on-exceed", "onExceed", str, "WHAT", "at more failures than tolerated: fail, or pause until resume (fail)"),
+    ("--node-deadline", "nodeDeadlineSec", _duration_s, "TIME", "most time for a node, from its dispatch"),
     ("--retries", "retries", _number_or_text, "N", "tries after the first"),
-    ("--start-at", "startAt", str, "TIME", "not before, like 2026-01-31T22:00:00Z"),
+    ("--start-at", "startAt", str, "TIME", "start no earlier than this, like 2026-01-31T22:00:00Z"),
 )
 VERIFY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
-    ("--verify-url", "url", str, "URL", "probe after success, like http://{main_ip}:8080/health"),
-    ("--verify-status", "status", _number_or_text, "N", "its status (200)"),
-    ("--verify-timeout", "timeoutSec", _duration_s, "TIME", "for one probe (5)"),
-    ("--verify-successes", "successes", _number_or_text, "N", "so many in a row (1)"),
-    ("--verify-host", "host", str, "NAME", "the site to ask for: the Host header, and the name in TLS"),
-    ("--verify-contains", "contains", str, "TEXT", "a text that the answer must hold"),
+    ("--verify-url", "url", str, "URL", "probe each node after its success, like http://{main_ip}:8080/health"),
+    ("--verify-status", "status", _number_or_text, "N", "HTTP status that a probe must get (200)"),
+    ("--verify-timeout", "timeoutSec", _duration_s, "TIME", "most time for one probe (5)"),
+    ("--verify-successes", "successes", _number_or_text, "N", "probes in a row that must pass (1)"),
+    ("--verify-host", "host", str, "NAME", "site to ask for: the Host header, and the name in TLS"),
+    ("--verify-contains", "contains", str, "TEXT", "text that the answer must contain"),
 )
 
 
 def _given(options: argparse.Namespace,
            known: Iterable[tuple[str, str, Callable[[str], Any], str, str]]) -> dict[str, Any]:
-    """Gives the keys whose options were given."""
+    """Return the keys whose options were given, with their values."""
     values = {key: getattr(options, flag[2:].replace("-", "_")) for flag, key, *_ in known}
     return {key: value for key, value in values.items() if value is not None}
 
@@ -10649,7 +10645,7 @@ def command_create(context: Context) -> int:
 
 
 def _show_plan(context: Context, plan: Plan) -> int:
-    """Prints what a release would do, and whom it would leave out."""
+    """Print what a release would do, and which nodes it would leave out."""
     payload = "payload of release {} (v{})".format(*plan.payload_of) if plan.payload_of else None
     limits = [("version", plan.version), ("sends", payload), ("nodes", sum(map(len, plan.batches))),
               ("failed in all, at most", plan.max_failed_total),
@@ -10691,7 +10687,7 @@ def command_list(context: Context) -> int:
     rows = [(r.id, f"v{r.version}", r.target, r.status, f"{r.success_nodes}/{r.total_nodes}", r.failed_nodes,
              r.created_at, r.status_reason) for r in page.items]
     context.show(page_json(page, release_json), table(
-        rows, ("id", "version", "target", "status", "done", "failed", "created", "what it does")) or "no releases")
+        rows, ("id", "version", "target", "status", "done", "failed", "created", "state")) or "no releases")
     return EXIT_DONE
 
 
@@ -10701,6 +10697,9 @@ def command_status(context: Context) -> int:
         [(n.batch, n.name, n.status, n.attempts, n.started_at, n.finished_at, n.error_kind, n.error_msg)
          for n in nodes], ("batch", "node", "status", "tries", "started", "finished", "error", "message"))]))
     return EXIT_DONE
+
+
+LATEST = "latest"
 
 
 def command_watch(context: Context) -> int:
@@ -10716,19 +10715,19 @@ WATCH_EVERY_S = 0.5
 
 
 class Until(NamedTuple):
-    """What watch waits for: the end, a pause, or the end of a batch."""
+    """What watch waits for beside the release's end: a pause, or the end of a batch."""
     paused: bool = False
     batch: int = 0
 
     def is_reached(self, progress: Progress) -> bool:
-        """Says whether watch may end; a release that is at its end always does."""
+        """Return whether watch may end."""
         at = min((b.number for b in progress.batches if b.count(PENDING, RUNNING)), default=MAX_NODES)
         return (progress.release.is_terminal or (self.paused and progress.release.status == PAUSED)
                 or 0 < self.batch < at)
 
 
 def _until(text: str) -> Until:
-    """Reads terminal, paused or batch=N."""
+    """Parse --until: terminal, paused or batch=N."""
     match = re.fullmatch(r"batch=([1-9][0-9]{0,6})", text)
     if match:
         return Until(batch=int(match[1]))
@@ -10738,12 +10737,13 @@ def _until(text: str) -> Until:
 
 
 def _watch(context: Context, release_id: int) -> int:
-    """Follows a release on standard error until what --until names, whatever becomes of the database.
+    """Show the progress of a release on standard error until --until is reached; return the exit code.
 
-    Gives EXIT_BUSY when --timeout is over first.
+    The database may be out of reach meanwhile. EXIT_BUSY: --timeout was over first.
     """
     options, store, screen = context.options, context.open(), Screen(sys.stderr)
     ends_at = float("inf") if options.timeout is None else time.monotonic() + options.timeout
+    state = "could not be read"
     while True:
         try:
             progress = store.progress(release_id)
@@ -10751,16 +10751,17 @@ def _watch(context: Context, release_id: int) -> int:
         except DatabaseError as error:
             screen.say(str(error))
         else:
+            release = progress.release
             if options.until.is_reached(progress):
                 break
+            state = f"is still {release.status}" + (f" ({release.status_reason})" if release.status_reason else "")
         left_s = ends_at - time.monotonic()
         if left_s <= 0:
-            print(f"release {release_id}: not there within {options.timeout:g} s", file=sys.stderr)
+            print(f"timed out after {options.timeout:g} s: release {release_id} {state}", file=sys.stderr)
             if options.json:
                 context.show({"release": release_json(store.release(release_id))}, "")
             return EXIT_BUSY
         time.sleep(min(WATCH_EVERY_S, left_s))
-    release = progress.release
     context.show({"release": release_json(release)}, release_line(release))
     return exit_code_of(store, release)
 
@@ -10770,7 +10771,7 @@ def command_events(context: Context) -> int:
     events = context.open().events(options.id, options.after, options.limit)
     context.show({"items": [event_json(event) for event in events]}, table(
         [(e.id, e.at, e.node_name or "release", e.event, f"{e.from_status} -> {e.to_status}", e.actor, e.detail)
-         for e in events], ("id", "at", "who", "event", "change", "by", "detail")))
+         for e in events], ("id", "at", "node", "event", "change", "actor", "detail")))
     return EXIT_DONE
 
 
@@ -10807,18 +10808,18 @@ def command_freeze(context: Context) -> int:
 
 def command_check(context: Context) -> int:
     settings = context.settings
-    findings = [Finding("settings", EXIT_DONE, "every value can be used"),
+    findings = [Finding("settings", EXIT_DONE, "valid"),
                 *check_config(settings, context.options.config), *check_agents(settings),
                 *check_api(settings), *check_database(settings, context.store)]
     context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
                             for f in findings]},
                  table([("ok" if f.exit_code == EXIT_DONE else "WRONG", f.subject, f.text) for f in findings],
-                       ("", "what", "found")))
+                       ("", "subject", "result")))
     codes = {f.exit_code for f in findings}
     return EXIT_USAGE if EXIT_USAGE in codes else max(codes)
 
 
-# -- care ------------------------------------------------------------------------------------
+# -- maintenance -----------------------------------------------------------------------------
 
 def command_backup(context: Context) -> int:
     path = context.options.file
@@ -10828,9 +10829,9 @@ def command_backup(context: Context) -> int:
     return EXIT_DONE
 
 
-# Between two transactions of prune: others, who look for the lock now and then, get it.
+# Seconds between two transactions of prune, so that other writers get the lock.
 PRUNE_PAUSE_S = 0.1
-# Nodes of releases in one transaction of prune; each has some events too.
+# Nodes of the releases that prune deletes in one transaction; each has some events too.
 PRUNE_NODES = 500
 
 
@@ -10847,7 +10848,7 @@ def command_prune(context: Context) -> int:
 
 
 def _chunks(releases: Iterable[OldRelease]) -> Iterator[list[OldRelease]]:
-    """Parts a list so that each part is soon deleted; a release stays whole."""
+    """Yield parts of a list that are each deleted in a short transaction; a release is in one part."""
     chunk: list[OldRelease] = []
     for release in releases:
         if chunk and (len(chunk) == NODES_PER_STATEMENT
@@ -10884,12 +10885,12 @@ def command_version(context: Context) -> int:
 
 
 # ======================================================================================
-# 20 Command line: the table of commands, and what is made of it: the parser, completion in
-#   shells; the log, and main(). Uses 1 to 19.
+# 20 Command line: the table of commands, and the parser and shell completion made from it;
+#   the log, and main(). Uses 1 to 19.
 # ======================================================================================
 
 class Command(NamedTuple):
-    """One command: its words, help, options as (flags, keywords) of argparse, and what runs it."""
+    """One command: its words, help, what runs it, and its options as (flags, keywords) of argparse."""
     name: str
     help: str
     run: Callable[[Context], int]
@@ -10901,43 +10902,45 @@ def _option(*flags: str, **keywords: Any) -> tuple[tuple[str, ...], dict[str, An
     return flags, keywords
 
 
-def _number_option(low: int, high: int) -> Callable[[str], int]:
+def _int_option(flag: str, low: int, high: int, **keywords: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return an option that takes a whole number from low to high."""
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
         return int(text)
-    return parse
+    return _option(flag, type=parse, **keywords)
 
 
 def _age_s(text: str) -> float:
-    """Reads a time from a day on: an Idempotency-Key is kept for so long, with its release."""
+    """Parse a time of a day or more: an Idempotency-Key is kept for a day, with its release."""
     seconds = _duration_s(text)
     if not ONCE_S <= seconds <= 36500 * ONCE_S:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time from 1d to 36500d")
     return seconds
 
 
-LATEST = "latest"
+def _release_id(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > MAX_ID:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a release: use a number from `releasectl.py list`")
+    return int(text)
 
 
-def _id_or_latest(text: str) -> int | str:
-    return text if text == LATEST else _number_option(0, MAX_ID)(text)
-
-
-_ID_OPTION = _option("id", metavar="ID", type=_number_option(0, MAX_ID), help="id of the release")
+_ID_OPTION = _option("id", metavar="ID", type=_release_id, help="id of the release")
 _REASON_OPTION = _option("--reason", default="", metavar="TEXT", help="why, for the history")
+_PLAN_OPTION = _option("--plan", action="store_true", help="show what it would do, and create nothing")
 _AGAIN_OPTIONS = (
-    _REASON_OPTION,
-    _option("--over-newer", action="store_true", help="also where a node has a newer success"),
-    _option("--plan", action="store_true", help="show what it would do, and create nothing"))
+    _REASON_OPTION, _option("--over-newer", action="store_true", help="also where a node has a newer success"),
+    _PLAN_OPTION)
 _WATCH_OPTIONS = (
-    _option("--until", type=_until, default=Until(), metavar="WHAT", help="terminal, paused or batch=N (terminal)"),
-    _option("--timeout", type=_duration_s, metavar="TIME", help="exit 75 when it is over: 90, 5m"))
+    _option("--until", type=_until, default=Until(), metavar="WHAT",
+            help="wait until the release has ended (terminal), is paused (paused), or batch N is done (batch=N)"),
+    _option("--timeout", type=_duration_s, metavar="TIME",
+            help="stop waiting after TIME (90, 5m) with exit 75; the release goes on"))
 _WAIT_OPTIONS = (
     _option("--wait", action="store_true", help="follow it to its end; exit 0 on success, 1 else"), *_WATCH_OPTIONS)
 _NODE_OPTIONS = (
-    _option("--port", type=_number_option(1, 65535), help="the agent's port (8443)"),
-    _option("--protocol", choices=PROTOCOLS, help="the agent's dialect (tasks)"),
+    _int_option("--port", 1, 65535, help="the agent's port (8443)"),
+    _option("--protocol", choices=PROTOCOLS, help="the agent's protocol (tasks)"),
     _option("--label", action="append", metavar="K=V", help="a label; may be repeated"),
     _option("--status", choices=NODE_STATUSES, help="only online nodes get releases"),
     _option("--enable", dest="enabled", action="store_true", default=None, help="it may get releases"),
@@ -10954,12 +10957,12 @@ def command_completion(context: Context) -> int:
 COMMANDS: tuple[Command, ...] = (
     Command("serve", "API and executor in one process, until SIGTERM or SIGINT", command_serve),
     Command("run-once", "one tick of the executor, then exit", command_run_once, (
-        _option("--drain", action="store_true", help="go on until nothing is left to do"),
+        _option("--drain", action="store_true", help="repeat until nothing is left to do"),
         _option("--metrics-file", default="", metavar="FILE",
                 help="write figures there for node_exporter's textfile collector: a name that ends with .prom"))),
     Command("migrate", "bring the database to this schema.sql", command_migrate, (
-        _option("--first-version", type=_number_option(1, MAX_NAMED_VERSION), metavar="N",
-                help="number new releases from N on: after a restore, or beside agents that are further on"),)),
+        _int_option("--first-version", 1, MAX_NAMED_VERSION, metavar="N",
+                help="number new releases from N on: after a restore, or where agents have higher versions"),)),
     Command("node add", "add a node", command_node_add, (
         _option("name", metavar="NAME"), _option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
     Command("node list", "list the nodes", command_node_list),
@@ -10970,60 +10973,59 @@ COMMANDS: tuple[Command, ...] = (
     Command("node ping", "ask agents whether they answer", command_node_ping, (
         _option("names", nargs="*", metavar="NAME", help="none: every enabled node"),)),
     Command("token add", "make a token for the API, and print it once", command_token_add, (
-        _option("name", metavar="NAME", help="whom the history names"),
+        _option("name", metavar="NAME", help="the name in the history"),
         _option("--role", choices=(VIEWER, OPERATOR), required=True, help="viewer reads, operator acts"))),
     Command("create", "create a release for the enabled, online nodes", command_create, (
         _option("--payload", metavar="FILE", help="JSON object for the agents; - for standard input"),
         _REASON_OPTION, _option("--target", default="cdn"),
         _option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
         _option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
-        _option("--version", type=_number_option(1, MAX_NAMED_VERSION), metavar="N",
-                help="a higher version than the next one"),
+        _int_option("--version", 1, MAX_NAMED_VERSION, metavar="N", help="a higher version than the next one"),
         *(_option(flag, type=parse, metavar=metavar, help=text)
           for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS)),
-        _option("--plan", action="store_true", help="show what it would do, and create nothing"), *_WAIT_OPTIONS)),
+        _PLAN_OPTION, *_WAIT_OPTIONS)),
     Command("list", "list releases, newest first", command_list, (
         _option("--status", choices=RELEASE_STATUSES),
-        _option("--page", type=_number_option(1, 10**9), default=1),
-        _option("--page-size", type=_number_option(1, MAX_PAGE_SIZE), default=20))),
+        _int_option("--page", 1, 10**9, default=1), _int_option("--page-size", 1, MAX_PAGE_SIZE, default=20))),
     Command("status", "a release and its nodes", command_status, (_ID_OPTION,)),
     Command("watch", "follow a release to its end", command_watch, (
-        _option("id", metavar="ID", nargs="?", default=LATEST, type=_id_or_latest,
+        _option("id", metavar="ID", nargs="?", default=LATEST,
+                type=lambda text: text if text == LATEST else _release_id(text),
                 help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
     Command("events", "the history of a release", command_events, (
-        _ID_OPTION, _option("--after", type=_number_option(0, MAX_ID), default=0, help="only ids above this one"),
-        _option("--limit", type=_number_option(1, 100000), default=1000))),
+        _ID_OPTION, _int_option("--after", 0, MAX_ID, default=0, help="only events with a higher id"),
+        _int_option("--limit", 1, 100000, default=1000))),
     Command("pause", "dispatch nothing more until resume", command_act, (_ID_OPTION, _REASON_OPTION)),
-    Command("resume", "go on with a paused release", command_act, (
+    Command("resume", "continue a paused release", command_act, (
         _ID_OPTION, _REASON_OPTION,
-        _option("--accept-failures", action="store_true", help="what failed so far counts no more"))),
-    Command("cancel", "end a release: what is in flight is waited for", command_act, (
+        _option("--accept-failures", action="store_true", help="failures so far no longer count"))),
+    Command("cancel", "end a release; nodes in flight are waited for", command_act, (
         _ID_OPTION, _REASON_OPTION,
-        _option("--force", action="store_true", help="at once: what is in flight is given up, its outcome unknown"))),
+        _option("--force", action="store_true",
+                help="do not wait for nodes in flight: their outcome stays unknown"))),
     Command("retry", "a new release for the failed and skipped nodes of one", command_again,
             (_ID_OPTION, *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("rollback", "a new release that brings back what the nodes of one had before", command_again,
-            (_ID_OPTION, _option("--to", type=_number_option(1, MAX_ID), metavar="ID",
+            (_ID_OPTION, _int_option("--to", 1, MAX_ID, metavar="ID",
                                  help="the payload of this release (what most of the nodes had before)"),
              *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
-    Command("freeze", "let nothing new be dispatched, by any process (on), or again (off); without a word: say which",
+    Command("freeze", "stop (on) or allow (off) new dispatches, of all processes; without argument: show",
             command_freeze, (_option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),
-    Command("check", "configuration, certificates, database, agents: what is wrong and how to mend it",
+    Command("check", "configuration, certificates, database, agents: what is wrong and how to fix it",
             command_check),
     Command("backup", "a checked copy of an SQLite database, also while it is in use", command_backup, (
         _option("file", metavar="FILE", help="a new file; it gets mode 0600"),)),
     Command("prune", "delete old releases with their history; what a rollback needs stays", command_prune, (
         _option("--older-than", type=_age_s, required=True, metavar="TIME", help="ended longer ago than that: 90d"),
-        _option("--keep", type=_number_option(1, 10**9), default=10, metavar="N",
-                help="of each target the newest N stay (10)"),
+        _int_option("--keep", 1, 10**9, default=10, metavar="N", help="keep the newest N of each target (10)"),
         _option("--dry-run", action="store_true", help="show what would be deleted, and delete nothing"))),
     Command("version", "version and SHA-256 of this file, and what it runs on", command_version,
             needs_settings=False),
-    Command("completion", "a script for the shell that completes these commands", command_completion, (
+    Command("completion", "print a script that completes these commands in a shell", command_completion, (
         _option("shell", choices=("bash", "zsh")),), needs_settings=False),
 )
 
-# They stand before or behind every command.
+# They may stand before or after every command.
 COMMON_OPTIONS = (
     _option("--db", metavar="URL", help="overrides DATABASE_URL"),
     _option("--config", metavar="FILE", help="settings as KEY=VALUE lines; the environment wins"),
@@ -11032,7 +11034,7 @@ COMMON_OPTIONS = (
 
 
 class _StoreOnce(argparse.Action):
-    """Store a value; an option that takes one is refused a second, which would silently win."""
+    """Store a value; refuse the option a second time, as the last value would silently win."""
 
     is_given = False
 
@@ -11045,7 +11047,7 @@ class _StoreOnce(argparse.Action):
 
 
 class _StoreSwitch(argparse.Action):
-    """Store True or False; the same again is no harm, the opposite is."""
+    """Store True or False; refuse the opposite of what was given before."""
 
     def __init__(self, const: bool, **keywords: Any):
         super().__init__(nargs=0, const=const, **keywords)
@@ -11053,12 +11055,12 @@ class _StoreSwitch(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, _values: Any,
                  option_string: str | None = None) -> None:
         if getattr(namespace, self.dest, None) is (not self.const) and self.default is None:
-            parser.error(f"{option_string} says the opposite of another option")
+            parser.error(f"{option_string} contradicts another option")
         setattr(namespace, self.dest, self.const)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells wrong usage as every other error is told: one line, no secret in it."""
+    """Reports wrong usage like every other error: in one line, without secrets."""
 
     def __init__(self, *args: Any, **keywords: Any):
         super().__init__(*args, **keywords)
@@ -11072,8 +11074,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Gives the parser of COMMANDS; --db, --config and --json stand before or behind the command."""
-    # no abbreviations: one in somebody's script would break with the next option that we add
+    """Return the parser of COMMANDS."""
+    # no abbreviations: in a script they would break with the next option that we add
     common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     for flags, keywords in COMMON_OPTIONS:
         common.add_argument(*flags, **keywords)
@@ -11105,7 +11107,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 # -- completion in shells ----------------------------------------------------------------------
 
-# What may be called so.
+# Names under which the program may be called.
 _PROGRAMS = "releasectl releasectl.py"
 _HELP_OPTION = _option("--help", action="store_true", help="show what it takes")
 
@@ -11114,19 +11116,21 @@ def _takes_value(keywords: Mapping[str, Any]) -> bool:
     return "action" not in keywords or keywords["action"] == "append"
 
 
+def _groups() -> list[str]:
+    return sorted({"", *(c.name.split()[0] for c in COMMANDS if " " in c.name)})
+
+
 def _sub_commands(group: str = "") -> dict[str, str]:
-    """Gives the words that may follow a group's name, each with its help."""
+    """Return the words that may follow a group's name, each with its help."""
     parts = [(c.name[len(group):].split(), c.help) for c in COMMANDS if c.name.startswith(group)]
     return {words[0]: text if len(words) == 1 else ", ".join(p[1] for p, _ in parts if p[0] == words[0] and p[1:])
             for words, text in parts}
 
 
 def bash_completion() -> str:
-    """Gives the script for bash: all words that may stand at the cursor, or file names where none is known."""
+    """Return the script for bash: it completes words, or file names where no words are known."""
     valued = sorted({flag for command in COMMANDS for flags, keywords in (*command.options, *COMMON_OPTIONS)
                      for flag in flags if flag.startswith("-") and _takes_value(keywords)})
-    groups = sorted({c.name.split()[0] for c in COMMANDS if " " in c.name})
-    # a value that is not known beforehand is completed as a file name
     lines = [
         f"# bash completion of releasectl {__version__}, made by `releasectl.py completion bash`",
         "_releasectl() {",
@@ -11144,7 +11148,7 @@ def bash_completion() -> str:
         "    done",
         "    case $before in --config | --db) return ;; esac",
         "    case $command in"]
-    for group in ("", *groups):
+    for group in _groups():
         words = [*_sub_commands(f"{group} " if group else ""), *_flags(COMMON_OPTIONS), "--help"]
         lines.append(f'        "{group}") words="{" ".join(words + ["--version"] * (not group))}" ;;')
     for command in COMMANDS:
@@ -11158,9 +11162,9 @@ def bash_completion() -> str:
                 takes_file |= keywords.get("metavar") == "FILE"
             elif known:
                 lines.append(f'                {flags[0]}) words="{" ".join(known)}" ;;')
-        look = '[[ $word != -* ]] || ' if takes_file else ""
+        unless_file = '[[ $word != -* ]] || ' if takes_file else ""
         lines += [f"                {' | '.join(valued)}) ;;",
-                  f'                *) {look}words="{" ".join(words)}" ;;', "            esac ;;"]
+                  f'                *) {unless_file}words="{" ".join(words)}" ;;', "            esac ;;"]
     return "\n".join([
         *lines, "    esac", '    COMPREPLY=($(compgen -W "$words" -- "$word"))', "}",
         f"complete -o default -F _releasectl {_PROGRAMS}"])
@@ -11171,11 +11175,10 @@ def _flags(options: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]) -> list
 
 
 def zsh_completion() -> str:
-    """Gives the script for zsh, with the help of each command and option."""
+    """Return the script for zsh, with the help of each command and option."""
     lines = [f"#compdef {_PROGRAMS}",
              f"# zsh completion of releasectl {__version__}, made by `releasectl.py completion zsh`"]
-    groups = sorted({c.name.split()[0] for c in COMMANDS if " " in c.name})
-    for group in ("", *groups):
+    for group in _groups():
         name = f"_releasectl{'_' if group else ''}{group}"
         commands = _sub_commands(f"{group} " if group else "")
         lines += [f"{name}() {{", "    local context state state_descr line", "    typeset -A opt_args",
@@ -11191,13 +11194,13 @@ def zsh_completion() -> str:
                 f"_arguments {_zsh_options((*known[0].options, *COMMON_OPTIONS, _HELP_OPTION))}"
             lines.append(f"                {word}) {call} ;;")
         lines += ["            esac ;;", "    esac", "}"]
-    # as a file of fpath it is the function's body at the first call; else it is sourced
+    # as a file in fpath, the script is the body of the function at its first call; else it is sourced
     return "\n".join([*lines, 'if [[ $funcstack[1] == _releasectl ]]; then _releasectl "$@"; '
                               f"else compdef _releasectl {_PROGRAMS}; fi"])
 
 
 def _zsh_options(options: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]) -> str:
-    """Gives options as the arguments of zsh's _arguments."""
+    """Return options as the arguments of zsh's _arguments."""
     specs = []
     for flags, keywords in options:
         metavar = str(keywords.get("metavar", flags[0].lstrip("-")))
@@ -11219,12 +11222,12 @@ def _zsh_quoted(text: str) -> str:
 COMPLETIONS: Mapping[str, Callable[[], str]] = {"bash": bash_completion, "zsh": zsh_completion}
 
 
-# Longer than any line of ours: what is cut came from outside.
+# Longer than any line of our own: only text from outside is cut.
 MAX_LOG_CHARS = 4096
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, with what the record is about as keys of their own: see about()."""
+    """One JSON object a line; the fields of about() are keys of their own."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {"at": utc_text(record.created), "level": record.levelname.lower(), "thread": record.threadName,
@@ -11237,10 +11240,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """One line an event, for people; a stack trace stands below its line, indented, so that it can't pass for one."""
+    """One line an event, for people; a stack trace follows, indented, so that it can't be taken for another event."""
 
     def __init__(self, in_journal: bool):
-        """in_journal: who reads the log has time and level of each line already."""
+        """in_journal: the journal adds time and level to each line itself."""
         super().__init__()
         self._in_journal = in_journal
 
@@ -11250,7 +11253,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JournalFormatter(logging.Formatter):
-    """What another formatter gives, each line with its priority before it (sd-daemon(3))."""
+    """The lines of another formatter, each with its priority in front (sd-daemon(3))."""
 
     PRIORITIES: Mapping[str, int] = {"DEBUG": 7, "INFO": 6, "WARNING": 4}
 
@@ -11264,13 +11267,13 @@ class JournalFormatter(logging.Formatter):
 
 
 def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> list[str]:
-    """Gives the lines of a record's stack trace; none without one."""
+    """Return the lines of a record's stack trace, none without one."""
     text = formatter.formatException(record.exc_info) if record.exc_info else ""
     return "".join(_printable(char, True) for char in text).splitlines()
 
 
 def is_journal() -> bool:
-    """Says whether standard error is the journal itself, and not a pipe or file of somebody below a service."""
+    """Return whether standard error is the journal, and not a pipe or file of another program in the service."""
     try:
         found = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -11279,7 +11282,7 @@ def is_journal() -> bool:
 
 
 def set_up_log(settings: Settings, command: str) -> None:
-    """Sends the log to standard error; a command for people prints what it did, and warns there only."""
+    """Log to standard error; commands for people, which print what they did, log only warnings."""
     in_journal = is_journal()
     formatter = JsonFormatter() if settings.log_format == "json" else TextFormatter(in_journal)
     handler = logging.StreamHandler()
@@ -11290,11 +11293,11 @@ def set_up_log(settings: Settings, command: str) -> None:
 
 
 class StandardStream:
-    """A standard stream on which no print fails: what can't be written (nobody reads, the disk is full) is dropped."""
+    """A standard stream on which print never fails: what can't be written (no reader, disk full) is dropped."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        # The first error, for who wants to tell it.
+        # The first error.
         self.error: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -11304,22 +11307,22 @@ class StandardStream:
         """Write a text, or drop it; return its length."""
         try:
             return self._stream.write(text)
-        except (OSError, ValueError) as error:  # ValueError: somebody closed it
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
             self.error = self.error or error
             return len(text)
 
     def flush(self) -> None:
-        """Bring out what was written; no error when that can't be done."""
+        """Flush the stream; keep an error instead of raising it."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
             self.error = self.error or error
 
     def end(self) -> None:
-        """Drop what could not be written: the interpreter would try once more, and end with 120."""
+        """Drop what could not be written: the interpreter would try again, and exit with 120."""
         self.flush()
         if self.error is not None:
-            with contextlib.suppress(OSError, ValueError):  # it has no descriptor
+            with contextlib.suppress(OSError, ValueError):  # the stream has no descriptor
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
@@ -11327,16 +11330,16 @@ class StandardStream:
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
-    """Let nothing depend on the standard streams: one that is closed becomes /dev/null, and no print fails.
+    """Run without failing on the standard streams: a closed one becomes /dev/null, and print never fails.
 
-    A file that is opened later, the database say, would get the number of a closed one.
+    Otherwise a file that is opened later, such as the database, would get the number of a closed stream.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each open() takes the lowest free number
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each open() gets the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - to the end of the process
     before = sys.stdout, sys.stderr
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # whatever the locale says: JSON is UTF-8, and a path that is none becomes an escape of JSON
+        # whatever the locale: JSON is UTF-8, and bytes of a path that are not UTF-8 become an escape
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     out, err = StandardStream(sys.stdout), StandardStream(sys.stderr)
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
@@ -11350,12 +11353,12 @@ def standard_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-# Options that name a file: any bytes but NUL are a path on Linux.
+# Options that hold a path, which on Linux may be any bytes but NUL.
 PATH_OPTIONS = frozenset(("config", "db", "payload", "file", "metrics_file"))
 
 
 def _refuse_not_utf8(options: argparse.Namespace) -> None:
-    """Raise AppError for an option that is not UTF-8, unless it names a file."""
+    """Raise AppError for an option that is not UTF-8, unless it holds a path."""
     for name, value in vars(options).items():
         for text in value if isinstance(value, list) else [value]:
             if name not in PATH_OPTIONS and isinstance(text, str) and not is_utf8(text):
