@@ -8439,18 +8439,25 @@ class Seats:
         with self._guard:
             seat.sock = context.wrap_socket(seat.sock, server_side=True, do_handshake_on_connect=False)
 
-    def identify(self, seat: Seat, is_authenticated: bool, token: str = "", is_viewer: bool = False) -> bool:
+    def identify(self, seat: Seat, is_good: bool, token: str = "", is_viewer: bool = False) -> bool:
         """Note how a connection authenticated; return False when its token's connections are at a limit and all busy.
 
         At a limit, the one of them that is idle longest is evicted.
         """
         with self._guard:
-            if token and not self._make_room(seat, self._quotas(seat, token, is_viewer)):
-                is_authenticated, token = False, ""
-            seat.is_authenticated, seat.token, seat.is_viewer = is_authenticated, token, is_viewer and bool(token)
-            return is_authenticated
+            if token and not self._make_room(seat, token, is_viewer):
+                is_good, token = False, ""
+            seat.is_authenticated, seat.token = is_good, token
+            seat.is_viewer = is_viewer and bool(token)
+            return is_good
 
-    def _make_room(self, seat: Seat, quotas: Iterable[tuple[int, Callable[[Seat], bool]]]) -> bool:
+    def _make_room(self, seat: Seat, token: str, is_viewer: bool) -> bool:
+        address = seat.address
+        quotas: list[tuple[int, Callable[[Seat], bool]]] = [
+            (max(1, self._limit // (4 if is_viewer else 2)), lambda s: s.token == token)]
+        if is_viewer:
+            quotas += [(max(1, self._limit // 2), lambda s: s.is_viewer),
+                       (max(1, self._limit_per_address // 2), lambda s: s.is_viewer and s.address == address)]
         for limit, is_peer in quotas:
             peers = [s for s in self._seats if s is not seat and is_peer(s)]
             if len(peers) >= limit:
@@ -8459,14 +8466,6 @@ class Seats:
                     return False
                 self._evict(min(idle, key=lambda s: s.since))
         return True
-
-    def _quotas(self, seat: Seat, token: str, is_viewer: bool) -> list[tuple[int, Callable[[Seat], bool]]]:
-        quotas: list[tuple[int, Callable[[Seat], bool]]] = [
-            (max(1, self._limit // (4 if is_viewer else 2)), lambda s: s.token == token)]
-        if is_viewer:
-            quotas += [(max(1, self._limit // 2), lambda s: s.is_viewer),
-                       (max(1, self._limit_per_address // 2), lambda s: s.is_viewer and s.address == seat.address)]
-        return quotas
 
     def set_busy(self, seat: Seat) -> bool:
         """Mark a connection as busy with a request; return False when it was evicted before."""
@@ -8492,7 +8491,7 @@ class Seats:
         self._shut(lambda seat: socket.SHUT_RD if seat.is_owed else socket.SHUT_RDWR)
         while self._seats and time.monotonic() < ends_at:
             time.sleep(0.02)
-        self._shut(lambda _seat: socket.SHUT_RDWR)
+        self._shut(lambda _: socket.SHUT_RDWR)
 
     def _shut(self, how: Callable[[Seat], int]) -> None:
         with self._guard:
@@ -8676,7 +8675,7 @@ class Reply(NamedTuple):
 
 
 class ReadQueue:
-    """Admits one reader of a whole release at a time, operators first; a few wait, as idle connections (see Seats)."""
+    """Admits one reader of a whole release at a time, operators first; a few wait, idle (see Seats)."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -8752,15 +8751,15 @@ class Api:
 
     def create_release(self, request: Request) -> Reply:
         wanted = parse_release_request(request.body)
-        self._once(request)  # a bad key is an error of a dry run too
+        self._idempotency_key(request)  # a bad key is an error of a dry run too
         if parse_flag("dryRun", request.body.get("dryRun", False)):
             return Reply(200, plan_json(self.store.plan_release(wanted)))
-        made = self.store.create_release(wanted, request.actor, self._once(request))
+        made = self.store.create_release(wanted, request.actor, self._idempotency_key(request))
         self._nudge()
         return Reply(201, created_json(made))
 
     @staticmethod
-    def _once(request: Request, what: str = "") -> Once | None:
+    def _idempotency_key(request: Request, what: str = "") -> Once | None:
         """Return a request's Idempotency-Key with a digest of the request; what: operation and release."""
         if request.key is None:
             return None
@@ -8826,7 +8825,7 @@ class Api:
         wish = Again(self._reason(request, "overNewer", "dryRun", *keys),
                      parse_flag("overNewer", body.get("overNewer", False)),
                      parse_release_id("toRelease", body["toRelease"]) if "toRelease" in body else None)
-        once = self._once(request, f"{verb} {release_id} ")
+        once = self._idempotency_key(request, f"{verb} {release_id} ")
         if parse_flag("dryRun", body.get("dryRun", False)):
             return Reply(200, plan_json(self.store.plan_again(verb, release_id, wish)))
         reply = Reply(201, created_again_json(make(release_id, request.actor, wish, once)))
@@ -9103,7 +9102,7 @@ class Tokens:
             entries = self.load()
         except ConfigError as error:
             if str(error) != self._logged:  # not at each request
-                log.error("nobody is let in: %s", error)
+                log.error("no token is accepted: %s", error)
             self._logged = str(error)
             raise AppError(5001, "the tokens can't be read: see the log of releasectl") from None
         self._logged = ""
@@ -9344,7 +9343,8 @@ class Exchange:
     """One request and its answer."""
 
     def __init__(self, handler: ApiHandler):
-        self.handler, self.server, self.seat, self.wire = handler, handler.server, handler.seat, handler.wire
+        self.handler, self.server = handler, handler.server
+        self.seat, self.wire = handler.seat, handler.wire
         self.head, self.began = Head(), 0.0
         self.request_id = secrets.token_hex(8)
         self.route: Route | None = None
@@ -10148,11 +10148,12 @@ class Context:
         self.store.database.require_schema(create)
         return self.store
 
-    def show(self, document: Any, text: str) -> None:
-        """Print a JSON document with --json, else text for people."""
+    def show(self, document: Any, text: str) -> int:
+        """Print a JSON document with --json, else text for people; return EXIT_DONE."""
         out = to_json(document) if self.options.json else text
         if out:
             print(out, flush=True)
+        return EXIT_DONE
 
 
 def _user_name() -> str:
@@ -10250,8 +10251,7 @@ def _run_once(context: Context) -> int:
     settings = context.settings
     if not settings.release_executor_enabled:
         print("nothing is dispatched: RELEASE_EXECUTOR_ENABLED=0", file=sys.stderr)
-        context.show({"releases": [], "inOtherHands": 0}, "")
-        return EXIT_DONE
+        return context.show({"releases": [], "inOtherHands": 0}, "")
     warn_of_settings(settings)
     context.store.database.migrate()
     executor = Executor(settings, context.store, AgentClient(settings, context.store.database.metrics))
@@ -10386,8 +10386,8 @@ def _reload(settings: Settings, agents: AgentClient, server: ApiServer | None = 
             is_wrong = True
             results.append(f"not the {name}: {error}")
     log.log(logging.ERROR if is_wrong else logging.INFO,
-            "SIGHUP: read anew: %s; other settings need a restart, and the log, on standard error, has no file of ours "
-            "to open anew", ", ".join(results) or "nothing")
+            "SIGHUP: read again: %s; other settings need a restart; the log goes to standard error, so no file is "
+            "reopened", ", ".join(results) or "nothing")
 
 
 class SecretFiles:
@@ -10435,8 +10435,7 @@ def command_migrate(context: Context) -> int:
     if context.options.first_version is not None:
         document["nextVersion"] = context.store.set_first_version(context.options.first_version)
         text += f"; the next release is version {document['nextVersion']}"
-    context.show(document, text)
-    return EXIT_DONE
+    return context.show(document, text)
 
 
 # -- tokens ----------------------------------------------------------------------------------
@@ -10447,8 +10446,7 @@ def command_token_add(context: Context) -> int:
         raise ConfigError("API_TOKENS_FILE is not set: name the file that holds the tokens of the API")
     token = add_token(path, options.name, options.role)
     print(f"Token for {options.name} ({options.role}). Copy it now: it can't be shown again.", file=sys.stderr)
-    context.show({"name": options.name, "role": options.role, "token": token}, token)
-    return EXIT_DONE
+    return context.show({"name": options.name, "role": options.role, "token": token}, token)
 
 
 # -- nodes -----------------------------------------------------------------------------------
@@ -10484,15 +10482,13 @@ def _node_row(node: Node) -> tuple[object, ...]:
 def command_node_add(context: Context) -> int:
     columns = parse_node_fields(_node_options(context.options), ("name", "mainIp"))
     node = context.open(create=True).add_node(**columns)
-    context.show(node_json(node), f"node {node.id}: {node.name} at {node.main_ip}:{node.agent_port}")
-    return EXIT_DONE
+    return context.show(node_json(node), f"node {node.id}: {node.name} at {node.main_ip}:{node.agent_port}")
 
 
 def command_node_list(context: Context) -> int:
     page = context.open().nodes(size=0)
-    context.show({"items": [node_json(node) for node in page.items], "total": page.total},
-                 table([_node_row(node) for node in page.items], NODE_HEAD) or "no nodes: add one with `node add`")
-    return EXIT_DONE
+    text = table([_node_row(node) for node in page.items], NODE_HEAD) or "no nodes: add one with `node add`"
+    return context.show({"items": [node_json(node) for node in page.items], "total": page.total}, text)
 
 
 def command_node_set(context: Context) -> int:
@@ -10501,8 +10497,7 @@ def command_node_set(context: Context) -> int:
         raise AppError(2001, "nothing to change: name an option, see `node set --help`")
     store = context.open()
     node = store.update_node(store.node_named(context.options.name).id, columns)
-    context.show(node_json(node), table([_node_row(node)], NODE_HEAD))
-    return EXIT_DONE
+    return context.show(node_json(node), table([_node_row(node)], NODE_HEAD))
 
 
 def command_node_import(context: Context) -> int:
@@ -10517,8 +10512,7 @@ def command_node_import(context: Context) -> int:
                      columns.get("agent_protocol", TASKS), columns.get("labels", "{}"),
                      columns.get("enabled", 1), columns.get("status", "online")))
     nodes = context.open(create=True).add_nodes(rows)
-    context.show({"items": [node_json(node) for node in nodes]}, f"nodes added: {len(nodes)}")
-    return EXIT_DONE
+    return context.show({"items": [node_json(node) for node in nodes]}, f"nodes added: {len(nodes)}")
 
 
 def _read_node_file(path: str) -> list[dict[str, Any]]:
@@ -10648,15 +10642,14 @@ def _show_plan(context: Context, plan: Plan) -> int:
     """Print what a release would do, and which nodes it would leave out."""
     payload = "payload of release {} (v{})".format(*plan.payload_of) if plan.payload_of else None
     limits = [("version", plan.version), ("sends", payload), ("nodes", sum(map(len, plan.batches))),
-              ("failed in all, at most", plan.max_failed_total),
-              ("in flight at once, at most", plan.strategy.max_parallel or None)]
+              ("failures tolerated in all", plan.max_failed_total),
+              ("nodes in flight at once, at most", plan.strategy.max_parallel or None)]
     text = table([(number, len(ids), most, _words(ids)) for number, (ids, most) in enumerate(
-        zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "ids of nodes"))
+        zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "node ids"))
     emptied = [f"left without any site: {', '.join(plan.emptied)}"] if plan.emptied else []
-    context.show(plan_json(plan), "\n".join(
+    return context.show(plan_json(plan), "\n".join(
         [text, *(f"{name}: {value}" for name, value in limits if value is not None), *_left_out_lines(plan.left_out),
          *emptied]))
-    return EXIT_DONE
 
 
 def _left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
@@ -10675,10 +10668,9 @@ def _show_created(context: Context, made: Made) -> int:
         print("\n".join([f"{release}: created", *left_out]), file=sys.stderr)
         return _watch(context, release.id)
     as_json = created_again_json if release.retry_of or release.rollback_of else created_json
-    context.show(as_json(made), "\n".join([
+    return context.show(as_json(made), "\n".join([
         f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
         f"{_words([len(batch) for batch in made.batches])}", *left_out]))
-    return EXIT_DONE
 
 
 def command_list(context: Context) -> int:
@@ -10686,17 +10678,15 @@ def command_list(context: Context) -> int:
     page = context.open().releases(options.status or "", options.page, options.page_size)
     rows = [(r.id, f"v{r.version}", r.target, r.status, f"{r.success_nodes}/{r.total_nodes}", r.failed_nodes,
              r.created_at, r.status_reason) for r in page.items]
-    context.show(page_json(page, release_json), table(
+    return context.show(page_json(page, release_json), table(
         rows, ("id", "version", "target", "status", "done", "failed", "created", "state")) or "no releases")
-    return EXIT_DONE
 
 
 def command_status(context: Context) -> int:
     release, nodes = context.open().release_with_nodes(context.options.id)
-    context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
+    return context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
         [(n.batch, n.name, n.status, n.attempts, n.started_at, n.finished_at, n.error_kind, n.error_msg)
          for n in nodes], ("batch", "node", "status", "tries", "started", "finished", "error", "message"))]))
-    return EXIT_DONE
 
 
 LATEST = "latest"
@@ -10769,10 +10759,9 @@ def _watch(context: Context, release_id: int) -> int:
 def command_events(context: Context) -> int:
     options = context.options
     events = context.open().events(options.id, options.after, options.limit)
-    context.show({"items": [event_json(event) for event in events]}, table(
+    return context.show({"items": [event_json(event) for event in events]}, table(
         [(e.id, e.at, e.node_name or "release", e.event, f"{e.from_status} -> {e.to_status}", e.actor, e.detail)
          for e in events], ("id", "at", "node", "event", "change", "actor", "detail")))
-    return EXIT_DONE
 
 
 def command_act(context: Context) -> int:
@@ -10780,8 +10769,7 @@ def command_act(context: Context) -> int:
     verb = CANCEL_BY_FORCE if options.command == "cancel" and options.force else options.command
     more = {"accept_failures": options.accept_failures} if verb == "resume" else {}
     release = context.open().act(verb, options.id, context.actor, parse_text("--reason", options.reason), **more)
-    context.show(release_json(release), release_line(release))
-    return EXIT_DONE
+    return context.show(release_json(release), release_line(release))
 
 
 def command_again(context: Context) -> int:
@@ -10801,9 +10789,8 @@ def command_freeze(context: Context) -> int:
         raise AppError(2001, "--reason goes with on or off")
     freeze = store.freeze() if options.switch is None else store.set_freeze(
         options.switch == "on", context.actor, parse_text("--reason", options.reason))
-    context.show(freeze_json(freeze), f"frozen by {freeze.actor} at {freeze.at}: {freeze.reason}" if freeze.frozen
-                 else "not frozen")
-    return EXIT_DONE
+    text = f"frozen by {freeze.actor} at {freeze.at}: {freeze.reason}" if freeze.frozen else "not frozen"
+    return context.show(freeze_json(freeze), text)
 
 
 def command_check(context: Context) -> int:
@@ -10824,9 +10811,8 @@ def command_check(context: Context) -> int:
 def command_backup(context: Context) -> int:
     path = context.options.file
     schema, size = context.store.database.backup(path)
-    context.show({"file": path, "bytes": size, "schema": schema},
-                 f"{path}: {size} bytes, schema {schema}, checked")
-    return EXIT_DONE
+    return context.show({"file": path, "bytes": size, "schema": schema},
+                        f"{path}: {size} bytes, schema {schema}, checked")
 
 
 # Seconds between two transactions of prune, so that other writers get the lock.
@@ -10864,11 +10850,10 @@ def _show_pruned(context: Context, releases: Sequence[OldRelease]) -> int:
     is_dry = context.options.dry_run
     rows = table([(r.id, f"v{r.version}", r.target, r.status, r.total_nodes, r.ended_at) for r in releases],
                  ("id", "version", "target", "status", "nodes", "ended")) if is_dry else ""
-    context.show({"dryRun": is_dry, "total": len(releases), "items": [
+    return context.show({"dryRun": is_dry, "total": len(releases), "items": [
         {"id": r.id, "version": r.version, "target": r.target, "status": r.status, "totalNodes": r.total_nodes,
          "endedAt": r.ended_at} for r in releases]},
         "\n".join(filter(None, [rows, f"releases {'to be ' if is_dry else ''}deleted: {len(releases)}"])))
-    return EXIT_DONE
 
 
 def command_version(context: Context) -> int:
@@ -10879,9 +10864,8 @@ def command_version(context: Context) -> int:
     found = {"version": __version__, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
              "schema": len(schema_steps()), "python": platform.python_version(),
              "sqlite": sqlite3.sqlite_version, "openssl": ssl.OPENSSL_VERSION, "postgresDriver": driver or None}
-    context.show(found, "\n".join([f"releasectl {__version__}", *(
+    return context.show(found, "\n".join([f"releasectl {__version__}", *(
         f"{name:<15} {value or 'none'}" for name, value in found.items() if name != "version")]))
-    return EXIT_DONE
 
 
 # ======================================================================================
@@ -10950,8 +10934,7 @@ _NODE_OPTIONS = (
 def command_completion(context: Context) -> int:
     shell = context.options.shell
     script = COMPLETIONS[shell]()
-    context.show({"shell": shell, "script": script}, script)
-    return EXIT_DONE
+    return context.show({"shell": shell, "script": script}, script)
 
 
 COMMANDS: tuple[Command, ...] = (

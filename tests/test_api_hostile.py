@@ -53,8 +53,8 @@ def new_server(open_store, sqlite_url, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Deadlines that a test can wait for."""
-    for name, seconds in (("PROVE_S", 0.4), ("HEAD_S", 0.4), ("BODY_S", 0.4), ("WRITE_S", 0.4), ("IDLE_S", 1.2),
-                          ("LINGER_S", 0.3), ("GRACE_S", 0.0)):
+    for name, seconds in (("PROVE_S", 0.4), ("HEAD_S", 0.4), ("BODY_S", 0.4), ("WRITE_S", 0.4),
+                          ("IDLE_S", 1.2), ("LINGER_S", 0.3), ("GRACE_S", 0.0)):
         monkeypatch.setattr(rc, name, seconds)
 
 
@@ -253,7 +253,8 @@ def test_clients_that_do_not_read_their_answers_hold_nobody_out(new_server, monk
     with contextlib.ExitStack() as stack:
         for _ in range(4):
             stack.enter_context(connected(client, "127.0.0.2", sent=b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"))
-        eventually(lambda: sum(seat.is_owed and not seat.is_at_work for seat in seats(client)) == 4)
+        eventually(lambda: sum(
+            seat.is_owed and not seat.is_at_work for seat in seats(client)) == 4)
         assert eventually(lambda: healthy(client, "127.0.0.9"))
 
 
