@@ -361,7 +361,7 @@ def test_a_payload_comes_from_a_file_or_standard_input(filled):
     (("node", "set", "edge-1"), 2, "nothing to change"),
     (("node", "set", "edge-1", "--rename", "edge-2"), 3, "node edge-2 exists already"),
     (("node", "set", "edge-1", "--ip", "10.9.9.9"), 3, "node edge-1 is part of release 3"),
-    (("status", "seven"), 2, "'seven' is not a number"),
+    (("status", "seven"), 2, "'seven' is not a release"),
     (("create", "--target", "a b"), 2, "target must be"),
     (("create", "--reason", "x" * 501), 2, "reason must be a text of at most 500"),
 ])
@@ -648,7 +648,7 @@ def test_75_when_a_drain_was_told_to_end_before_its_release_was_at_its_end(fleet
     drain.send_signal(signal.SIGTERM)
     _, said = drain.communicate(timeout=30)
     assert drain.returncode == 75
-    assert "releases that are not at their end: 1: try later" in said
+    assert "releases that have not ended: 1: try later" in said
     assert fleet_cli.world.store.release(release.id).claim_expires_at is None
 
 
