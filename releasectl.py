@@ -42,6 +42,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import email.utils
 import errno
 import faulthandler
 import fcntl
@@ -56,6 +57,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import operator
 import os
 import platform
 import pwd
@@ -7221,17 +7223,52 @@ class Executor:
 #    its schemas. Pure; uses 1, 2, 5 to 7 and the rows of 8.
 # ======================================================================================
 
+_TIME = {"type": ["string", "null"], "format": "date-time"}
+_ID = {"type": "integer", "minimum": 1}
+_ID_OR_NULL = {"type": ["integer", "null"]}
+_COUNT = {"type": "integer", "minimum": 0}
+_TEXT = {"type": "string"}
+_FLAG = {"type": "boolean"}
+_OBJECT = {"type": "object"}
+_REASON = {"type": "string", "maxLength": 500}
+
+# Schema of each JSON field. The row has the same field, in snake case: see _row_json().
+RELEASE_SCHEMA: Mapping[str, Any] = {
+    "id": _ID, "type": _TEXT, "target": _TEXT, "version": _ID,
+    "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": _TEXT, "reason": _TEXT,
+    "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
+    "currentBatch": _COUNT, "errorMsg": _TEXT, "strategy": _OBJECT, "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL,
+    "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME}
+RELEASE_NODE_SCHEMA: Mapping[str, Any] = {
+    "nodeId": _ID, "nodeName": _TEXT, "mainIp": _TEXT,
+    "status": {"type": "string", "enum": [PENDING, RUNNING, SUCCESS, FAILED, SKIPPED]}, "taskId": _TEXT,
+    "attempts": _COUNT, "errorKind": _TEXT, "errorMsg": _TEXT, "startedAt": _TIME, "finishedAt": _TIME}
+EVENT_SCHEMA: Mapping[str, Any] = {
+    "id": _ID, "releaseId": _ID, "nodeId": _ID_OR_NULL, "nodeName": _TEXT, "at": _TIME,
+    "actor": _TEXT, "event": _TEXT, "fromStatus": _TEXT, "toStatus": _TEXT, "detail": _TEXT}
+AUDIT_ROW_SCHEMA: Mapping[str, Any] = {
+    "id": _ID, "at": _TEXT, "actor": _TEXT, "via": {"type": "string", "enum": [VIA_CLI, VIA_API, VIA_EXECUTOR]},
+    "token": _TEXT, "certificate": _TEXT, "address": _TEXT, "requestId": _TEXT, "action": _TEXT, "object": _TEXT,
+    "before": {"type": ["object", "null"]}, "after": {"type": ["object", "null"]}, "hash": _TEXT}
+
+
+def _row_json(schema: Iterable[str], **renamed: str) -> Callable[[Any], dict[str, Any]]:
+    """Return a function from a row to the JSON object of a schema; renamed: fields that the row calls otherwise."""
+    keys = tuple(schema)
+    values = operator.attrgetter(*(renamed.get(key) or re.sub("[A-Z]", lambda m: "_" + m[0].lower(), key)
+                                   for key in keys))
+    return lambda row: dict(zip(keys, values(row)))
+
+
+_release_fields = _row_json(RELEASE_SCHEMA)
+release_node_json = _row_json(RELEASE_NODE_SCHEMA, nodeName="name")
+event_json = _row_json(EVENT_SCHEMA)
+_audit_fields = _row_json(AUDIT_ROW_SCHEMA)
+
+
 def release_json(release: Release) -> dict[str, Any]:
-    """Gives RELEASE of the contract."""
-    return {
-        "id": release.id, "type": release.type, "target": release.target, "version": release.version,
-        "status": release.status, "statusReason": release.status_reason, "reason": release.reason,
-        "totalNodes": release.total_nodes, "successNodes": release.success_nodes,
-        "failedNodes": release.failed_nodes, "skippedNodes": release.skipped_nodes,
-        "currentBatch": release.current_batch, "errorMsg": release.error_msg,
-        "strategy": _stored_json(release.strategy), "retryOf": release.retry_of,
-        "rollbackOf": release.rollback_of, "createdAt": release.created_at, "startedAt": release.started_at,
-        "finishedAt": release.finished_at, "updatedAt": release.updated_at}
+    """Return RELEASE of the contract."""
+    return {**_release_fields(release), "strategy": _stored_json(release.strategy)}
 
 
 def _stored_json(text: str) -> Any:
@@ -7241,51 +7278,21 @@ def _stored_json(text: str) -> Any:
         return {}  # written by hand; the executor refuses to run it
 
 
-def release_node_json(node: ReleaseNode) -> dict[str, Any]:
-    """Gives NODE of the contract."""
-    return {"nodeId": node.node_id, "nodeName": node.name, "mainIp": node.main_ip, "status": node.status,
-            "taskId": node.task_id, "attempts": node.attempts, "errorKind": node.error_kind,
-            "errorMsg": node.error_msg, "startedAt": node.started_at, "finishedAt": node.finished_at}
-
-
-def node_json(node: Node) -> dict[str, Any]:
-    """Gives a node as /api/v1/nodes shows it."""
-    return {"id": node.id, "name": node.name, "mainIp": node.main_ip, "agentPort": node.agent_port,
-            "agentProtocol": node.agent_protocol, "labels": _stored_json(node.labels),
-            "enabled": bool(node.enabled), "status": node.status, "createdAt": node.created_at,
-            "updatedAt": node.updated_at}
-
-
-def listed_node_json(node: Node, last_release: tuple[int, str] | None) -> dict[str, Any]:
-    """Gives a node with the newest release that names it, and what it is there."""
-    last = {"releaseId": last_release[0], "status": last_release[1]} if last_release else None
-    return {**node_json(node), "lastRelease": last}
-
-
-def event_json(event: Event) -> dict[str, Any]:
-    """Gives one row of a release's history."""
-    return {"id": event.id, "releaseId": event.release_id, "nodeId": event.node_id, "nodeName": event.node_name,
-            "at": event.at, "actor": event.actor, "event": event.event, "fromStatus": event.from_status,
-            "toStatus": event.to_status, "detail": event.detail}
-
-
 def audit_json(row: AuditRow) -> dict[str, Any]:
     """Return one row of audit_log."""
-    return {"id": row.id, "at": row.at, "actor": row.actor, "via": row.via, "token": row.token,
-            "certificate": row.certificate, "address": row.address, "requestId": row.request_id,
-            "action": row.action, "object": row.object, "before": _stored_json(row.before) if row.before else None,
-            "after": _stored_json(row.after) if row.after else None, "hash": row.hash}
+    return {**_audit_fields(row), "before": _stored_json(row.before) if row.before else None,
+            "after": _stored_json(row.after) if row.after else None}
 
 
 def open_releases_json(releases: Sequence[tuple[Release, int]]) -> dict[str, Any]:
-    """Gives the releases that are not at their end, each with its number of batches, and who works on them."""
+    """Return the releases that have not ended, each with its number of batches, and their claims."""
     return {"releases": [{**release_json(release), "batches": batches} for release, batches in releases],
             "claims": [{"releaseId": release.id, "owner": release.claim_owner, "expiresAt": release.claim_expires_at}
                        for release, _ in releases if release.claim_expires_at]}
 
 
 def page_json(page: Page, item_json: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """Gives a page of a list."""
+    """Return a page of a list."""
     return {"items": [item_json(item) for item in page.items], "total": page.total, "page": page.number,
             "pageSize": page.size}
 
@@ -7298,17 +7305,17 @@ def created_json(made: Made) -> dict[str, Any]:
 
 
 def created_again_json(made: Made) -> dict[str, Any]:
-    """Return the answer to a retry or rollback: that to a creation, and who is left out."""
+    """Return the answer to a retry or rollback: that to a creation, and the nodes left out."""
     return {**created_json(made), "leftOut": left_out_json(made.left_out)}
 
 
 def left_out_json(left_out: Iterable[LeftOut]) -> list[dict[str, Any]]:
-    """Return the nodes that were meant and do not get a release."""
+    """Return the nodes that were selected and do not get the release, and why."""
     return [{"nodeId": one.node_id, "nodeName": one.name, "why": one.why} for one in left_out]
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """Return what a release would do: the answer to dryRun."""
+    """Return the answer to dryRun: what a release would do."""
     payload_of = {"releaseId": plan.payload_of[0], "version": plan.payload_of[1]} if plan.payload_of else None
     return {"version": plan.version, "totalNodes": sum(map(len, plan.batches)),
             "batches": [{"batch": number, "nodeIds": ids, "maxFailed": most}
@@ -7318,12 +7325,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def freeze_json(freeze: Freeze) -> dict[str, Any]:
-    """Gives the switch that lets nothing new be dispatched."""
-    return {"frozen": freeze.frozen, "reason": freeze.reason, "actor": freeze.actor, "at": freeze.at}
+    """Return the switch that stops new dispatches."""
+    return freeze._asdict()
 
 
 def release_with_nodes_json(release: Release, nodes: Sequence[ReleaseNode]) -> dict[str, Any]:
-    """Gives a release with its nodes by batch."""
+    """Return a release with its nodes by batch."""
     batches: dict[int, list[dict[str, Any]]] = {}
     for node in nodes:
         batches.setdefault(node.batch, []).append(release_node_json(node))
@@ -7331,13 +7338,13 @@ def release_with_nodes_json(release: Release, nodes: Sequence[ReleaseNode]) -> d
             "batches": [{"batch": number, "nodes": members} for number, members in sorted(batches.items())]}
 
 
-# Field of a node in JSON: column, how it is read, schema for /openapi.json.
+# JSON field of a node: column, parser, JSON Schema.
 NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
     "name": ("name", parse_name, {"type": "string", "minLength": 1, "maxLength": 100, "format": "line",
                                   "description": "printable, single spaces within"}),
     "mainIp": ("main_ip", parse_address, {"type": "string", "minLength": 1, "maxLength": 253, "format": "address",
                                           "description": "IP address or host name"}),
-    # to JSON 8443.0 is the same number as 8443
+    # in JSON 8443.0 and 8443 are the same number
     "agentPort": ("agent_port", lambda v: parse_port(int(v) if isinstance(v, float) and v.is_integer() else v),
                   {"type": "integer", "minimum": 1, "maximum": 65535}),
     "agentProtocol": ("agent_protocol", lambda v: parse_choice("agentProtocol", v, PROTOCOLS),
@@ -7346,14 +7353,28 @@ NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
         "type": "object", "maxProperties": MAX_LABELS,
         "propertyNames": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_KEY_CHARS, "format": "line"},
         "additionalProperties": {"type": "string", "maxLength": MAX_LABEL_CHARS, "format": "line"}}),
-    "enabled": ("enabled", lambda v: int(parse_flag("enabled", v)), {"type": "boolean"}),
+    "enabled": ("enabled", lambda v: int(parse_flag("enabled", v)), _FLAG),
     "status": ("status", lambda v: parse_choice("status", v, NODE_STATUSES),
                {"type": "string", "enum": list(NODE_STATUSES)}),
 }
+_NODE_FIELD_SCHEMAS = {key: schema for key, (_, _, schema) in NODE_FIELDS.items()}
+NODE_SCHEMA: Mapping[str, Any] = {"id": _ID, **_NODE_FIELD_SCHEMAS, "createdAt": _TIME, "updatedAt": _TIME}
+_node_fields = _row_json(NODE_SCHEMA)
+
+
+def node_json(node: Node) -> dict[str, Any]:
+    """Return a node as /api/v1/nodes shows it."""
+    return {**_node_fields(node), "labels": _stored_json(node.labels), "enabled": bool(node.enabled)}
+
+
+def listed_node_json(node: Node, last_release: tuple[int, str] | None) -> dict[str, Any]:
+    """Return a node with id and status of the newest release that has it."""
+    last = {"releaseId": last_release[0], "status": last_release[1]} if last_release else None
+    return {**node_json(node), "lastRelease": last}
 
 
 def parse_node_fields(body: Mapping[str, Any], required: Sequence[str] = ()) -> dict[str, Any]:
-    """Gives the columns of a node from its JSON; AppError 2001 for what is missing, 2003 for the rest."""
+    """Return the columns of a node from its JSON; raise AppError 2001 for a missing field, 2003 for a bad one."""
     known_keys(body, list(NODE_FIELDS))
     for name in required:
         if name not in body:
@@ -7362,7 +7383,7 @@ def parse_node_fields(body: Mapping[str, Any], required: Sequence[str] = ()) -> 
 
 
 def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
-    """Gives what a release is asked to be from its JSON; AppError 2003. The Store reads the strategy."""
+    """Return the request for a release from its JSON, the strategy unparsed; raise AppError 2003."""
     known_keys(body, ("target", "reason", "payload", "strategy", "nodeIds", "labels", "dryRun", "version"))
     if "nodeIds" in body and "labels" in body:
         raise AppError(2003, "nodeIds and labels exclude each other: name one of them")
@@ -7376,14 +7397,7 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
         version=parse_version("version", body["version"]) if "version" in body else None)
 
 
-# The schemas, for /openapi.json.
-
-_TIME = {"type": ["string", "null"], "format": "date-time"}
-_ID = {"type": "integer", "minimum": 1}
-_COUNT = {"type": "integer", "minimum": 0}
-_TEXT = {"type": "string"}
-_REASON = {"type": "string", "maxLength": 500}
-
+# -- schemas for /openapi.json ---------------------------------------------------------------
 
 def _object(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
     return {"type": "object", "properties": dict(properties), "additionalProperties": False,
@@ -7394,88 +7408,72 @@ def _ref(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
+def _array(items: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
 def _list_of(item: str, paged: bool = True) -> dict[str, Any]:
     page = {"total": _COUNT, "page": _ID, "pageSize": _ID} if paged else {}
-    return _object({"items": {"type": "array", "items": _ref(item)}, **page})
+    return _object({"items": _array(_ref(item)), **page})
 
 
 def openapi_schemas() -> dict[str, Any]:
-    """Gives the shapes of section 5 of the contract as JSON Schema."""
-    node = {name: schema for name, (_, _, schema) in NODE_FIELDS.items()}
-    batch = {"batch": _ID}
-    left_out = {"type": "array", "items": _object({"nodeId": _ID, "nodeName": _TEXT, "why": _TEXT})}
-    created = {"releaseId": _ID, "version": _ID, "totalNodes": _COUNT, "batches": {"type": "array", "items": _object({
-        **batch, "nodeIds": {"type": "array", "items": _ID}})}}
-    again = {"reason": _REASON, "overNewer": {"type": "boolean"}, "dryRun": {"type": "boolean"}}
-    release = {
-        "id": _ID, "type": _TEXT, "target": _TEXT, "version": _ID,
-        "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": _TEXT, "reason": _TEXT,
-        "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
-        "currentBatch": _COUNT, "errorMsg": _TEXT, "strategy": {"type": "object"},
-        "retryOf": {"type": ["integer", "null"]}, "rollbackOf": {"type": ["integer", "null"]},
-        "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME}
+    """Return the shapes of section 5 of the contract as JSON Schema."""
+    left_out = _array(_object({"nodeId": _ID, "nodeName": _TEXT, "why": _TEXT}))
+    created = {"releaseId": _ID, "version": _ID, "totalNodes": _COUNT,
+               "batches": _array(_object({"batch": _ID, "nodeIds": _array(_ID)}))}
+    again = {"reason": _REASON, "overNewer": _FLAG, "dryRun": _FLAG}
     return {
-        "Release": _object(release),
-        "ReleaseNode": _object({
-            "nodeId": _ID, "nodeName": _TEXT, "mainIp": _TEXT,
-            "status": {"type": "string", "enum": [PENDING, RUNNING, SUCCESS, FAILED, SKIPPED]}, "taskId": _TEXT,
-            "attempts": _COUNT, "errorKind": _TEXT, "errorMsg": _TEXT, "startedAt": _TIME, "finishedAt": _TIME}),
+        "Release": _object(RELEASE_SCHEMA),
+        "ReleaseNode": _object(RELEASE_NODE_SCHEMA),
         "ReleaseWithNodes": _object({
             "release": _ref("Release"),
-            "batches": {"type": "array", "items": _object({
-                **batch, "nodes": {"type": "array", "items": _ref("ReleaseNode")}})}}, required=["release"]),
+            "batches": _array(_object({"batch": _ID, "nodes": _array(_ref("ReleaseNode"))}))}, required=["release"]),
         "ReleaseList": _list_of("Release"),
         "Created": _object(created),
         "CreatedAgain": _object({**created, "leftOut": left_out}),
-        "Event": _object({
-            "id": _ID, "releaseId": _ID, "nodeId": {"type": ["integer", "null"]}, "nodeName": _TEXT, "at": _TIME,
-            "actor": _TEXT, "event": _TEXT, "fromStatus": _TEXT, "toStatus": _TEXT, "detail": _TEXT}),
+        "Event": _object(EVENT_SCHEMA),
         "EventList": _list_of("Event", paged=False),
-        "AuditRow": _object({
-            "id": _ID, "at": _TEXT, "actor": _TEXT, "via": {"type": "string", "enum": [VIA_CLI, VIA_API, VIA_EXECUTOR]},
-            "token": _TEXT, "certificate": _TEXT, "address": _TEXT, "requestId": _TEXT, "action": _TEXT,
-            "object": _TEXT, "before": {"type": ["object", "null"]}, "after": {"type": ["object", "null"]},
-            "hash": _TEXT}),
+        "AuditRow": _object(AUDIT_ROW_SCHEMA),
         "AuditList": _list_of("AuditRow", paged=False),
-        "Node": _object({"id": _ID, **node, "createdAt": _TIME, "updatedAt": _TIME}),
+        "Node": _object(NODE_SCHEMA),
         "ListedNode": _object({
-            "id": _ID, **node, "createdAt": _TIME, "updatedAt": _TIME,
+            **NODE_SCHEMA,
             "lastRelease": {"type": ["object", "null"], "properties": {"releaseId": _ID, "status": _TEXT}}},
-            required=["id", *node, "createdAt", "updatedAt"]),
+            required=list(NODE_SCHEMA)),
         "NodeList": _list_of("ListedNode"),
-        "NewNode": _object(node, required=["name", "mainIp"]),
-        "NodeChange": _object(node, required=[]),
+        "NewNode": _object(_NODE_FIELD_SCHEMAS, required=["name", "mainIp"]),
+        "NodeChange": _object(_NODE_FIELD_SCHEMAS, required=[]),
         "Plan": _object({
-            "version": _ID, "totalNodes": _COUNT, "batches": {"type": "array", "items": _object({
-                **batch, "nodeIds": {"type": "array", "items": _ID}, "maxFailed": _COUNT})},
-            "maxFailedTotal": {"type": ["integer", "null"]}, "maxParallel": _COUNT,
-            "leftOut": left_out, "emptied": {"type": "array", "items": _TEXT},
+            "version": _ID, "totalNodes": _COUNT,
+            "batches": _array(_object({"batch": _ID, "nodeIds": _array(_ID), "maxFailed": _COUNT})),
+            "maxFailedTotal": _ID_OR_NULL, "maxParallel": _COUNT, "leftOut": left_out, "emptied": _array(_TEXT),
             "payloadOf": {"type": ["object", "null"], "properties": {"releaseId": _ID, "version": _ID}}}),
         "Strategy": _object({key: schema for key, (_, _, schema) in STRATEGY_KEYS.items()}, required=[]),
         "NewRelease": _object({
             "target": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}, "reason": _REASON,
-            "payload": {"type": "object"}, "strategy": _ref("Strategy"),
-            "nodeIds": {"type": "array", "minItems": 1, "uniqueItems": True, "items": _ID},
-            "labels": NODE_FIELDS["labels"][2], "dryRun": {"type": "boolean"},
+            "payload": _OBJECT, "strategy": _ref("Strategy"),
+            "nodeIds": {**_array(_ID), "minItems": 1, "uniqueItems": True},
+            "labels": _NODE_FIELD_SCHEMAS["labels"], "dryRun": _FLAG,
             "version": {"type": "integer", "minimum": 1, "maximum": MAX_NAMED_VERSION}}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": _object({"reason": _REASON}, required=[]),
         "Retry": _object(again, required=[]),
         "Rollback": _object({**again, "toRelease": _ID}, required=[]),
-        "Resume": _object({"reason": _REASON, "acceptFailures": {"type": "boolean"}}, required=[]),
-        "Cancel": _object({"reason": _REASON, "force": {"type": "boolean"}}, required=[]),
-        "Freeze": _object({"frozen": {"type": "boolean"}, "reason": _TEXT, "actor": _TEXT, "at": _TEXT}),
-        "SetFreeze": _object({"frozen": {"type": "boolean"}, "reason": _REASON}, required=["frozen"])
+        "Resume": _object({"reason": _REASON, "acceptFailures": _FLAG}, required=[]),
+        "Cancel": _object({"reason": _REASON, "force": _FLAG}, required=[]),
+        "Freeze": _object({"frozen": _FLAG, "reason": _TEXT, "actor": _TEXT, "at": _TEXT}),
+        "SetFreeze": _object({"frozen": _FLAG, "reason": _REASON}, required=["frozen"])
         | {"anyOf": [{"properties": {"frozen": {"const": False}}},
                      {"properties": {"reason": {"pattern": r"[^\s\x00-\x1f\x7f-\x9f]"}}, "required": ["reason"]}]},
         "Health": _object({
             "version": _TEXT, "startedAt": _TIME, "role": _TEXT,
-            "database": _object({"engine": _TEXT, "ok": {"type": "boolean"}, "schema": _COUNT, "message": _TEXT}),
-            "executor": _object({"enabled": {"type": "boolean"}, "owner": _TEXT, "lastLookAt": _TIME}),
-            "releases": {"type": "array", "items": _object({**release, "batches": _COUNT})},
-            "claims": {"type": "array", "items": _object({"releaseId": _ID, "owner": _TEXT, "expiresAt": _TIME})},
-            "certificates": {"type": "array", "items": _object({
-                "name": _TEXT, "notAfter": _TIME, "daysLeft": {"type": ["number", "null"]}, "message": _TEXT})}}),
+            "database": _object({"engine": _TEXT, "ok": _FLAG, "schema": _COUNT, "message": _TEXT}),
+            "executor": _object({"enabled": _FLAG, "owner": _TEXT, "lastLookAt": _TIME}),
+            "releases": _array(_object({**RELEASE_SCHEMA, "batches": _COUNT})),
+            "claims": _array(_object({"releaseId": _ID, "owner": _TEXT, "expiresAt": _TIME})),
+            "certificates": _array(_object({
+                "name": _TEXT, "notAfter": _TIME, "daysLeft": {"type": ["number", "null"]}, "message": _TEXT}))}),
         "Status": _object({"status": _TEXT}),
         "Null": {"type": "null"},
         "Error": _object({"code": {"type": "integer", "enum": sorted(ERROR_CODES)}, "message": _TEXT,
@@ -7519,44 +7517,47 @@ def page_headers(text: str) -> dict[str, str]:
 
 
 # ======================================================================================
-# 14 HTTP: one connection's bytes against limits and deadlines, and who may stay when the house
-#    is full (docs/SECURITY.md tells why). Uses 1, 2, 9 and 10; knows no route and no database.
+# 14 HTTP: requests read against limits and deadlines, and admission control (docs/SECURITY.md
+#    says why). Uses 1, 2, 9 and 10; knows no route and no database.
 #
-#    The library's own parser is not used: it takes two lengths, a space before a colon, bare
-#    line feeds, and so runs requests that a proxy before us never saw.
+#    The standard library's parser is not used: it accepts two lengths, a space before a colon
+#    and bare line feeds, and so would run requests that a proxy in front of us never saw.
 # ======================================================================================
 
 MAX_TARGET_BYTES, MAX_REQUEST_HEAD_BYTES, MAX_HEADERS = 8 << 10, 16 << 10, 64
-# All deadlines are of the whole thing: dripping does not stretch them. Who has not shown a good
-# token has PROVE_S, from the connection or the last answer to the end of the (TLS handshake and)
-# head; who has, may be idle for IDLE_S and then has HEAD_S. For the body BODY_S, for our answer
-# WRITE_S; then the rest of what the client still sends is dropped for LINGER_S.
-PROVE_S, HEAD_S, BODY_S, WRITE_S, IDLE_S, LINGER_S = 5.0, 5.0, 20.0, 20.0, 60.0, 1.0
+# Each deadline is for the whole step, however slowly bytes arrive.
+# Without a good token: from the connection, or the last answer, to the end of the TLS handshake and head.
+PROVE_S = 5.0
+# With a good token: idle, and then for the head.
+IDLE_S, HEAD_S = 60.0, 5.0
+# For the body; for sending our answer; for discarding what the client still sends after it.
+BODY_S, WRITE_S, LINGER_S = 20.0, 20.0, 1.0
 MAX_LINGER_BYTES = 16 << 20
 # After a refused request with a longer body the connection is closed.
 MAX_SKIPPED_BYTES = 64 << 10
-# Nobody loses a connection to a newcomer before it was silent for so long.
+# Minimum idle time before a connection may be evicted.
 GRACE_S = 0.25
-# Answered before the connection is closed without a thread, so many at a time.
+# Rejected connections that stay open at a time, so that their clients can read the 503.
 MAX_TURNED_AWAY = 64
-# The more bad tokens came from an address, or from the network around it, the later the next token is looked at;
-# forgotten after a while. A token that was good at the address within KNOWN_TOKEN_S is looked at without delay.
+# Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
 FREE_ATTEMPTS, FREE_ATTEMPTS_OF_NETWORK, FIRST_DELAY_S, MAX_DELAY_S = 3, 24, 0.1, 3.0
+# A streak is forgotten this long after its last event.
 FORGET_S, MAX_STREAKS = 60.0, 2048
+# A token that was good at an address within this time is checked there without delay.
 KNOWN_TOKEN_S, MAX_KNOWN_TOKENS = 86400.0, 4096
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
-# RFC 9112, 3 and 5, without what it allows for old times' sake: no folding, no bare CR or LF.
+# RFC 9112, sections 3 and 5, without its concessions to old clients: no folding, no bare CR or LF.
 REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])".encode())
 HEADER_LINE = re.compile(rf"({_TOKEN}+):[ \t]*([\t -~\x80-\xff]*)".encode("latin-1"))
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{0,5})?")
-# Headers that we act on: two of one kind are two meanings.
+# Headers that we act on; a second one of a name is refused.
 READ_ONCE = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect",
                        "idempotency-key", "if-none-match", "origin", "x-request-id"))
 
 
 class Head(NamedTuple):
-    """The head of a request; names of headers are in lower case."""
+    """The head of a request; header names are in lower case."""
     method: str = "GET"
     target: str = ""
     is_http_1_0: bool = False
@@ -7564,13 +7565,13 @@ class Head(NamedTuple):
 
     @property
     def is_last(self) -> bool:
-        """Says whether the client wants the connection closed after this one."""
+        """Whether the client wants the connection closed after this request."""
         words = self.headers.get("connection", "").lower().split(",")
         return self.is_http_1_0 or "close" in map(str.strip, words)
 
 
 class Wire:
-    """The bytes of one connection; every wait ends at a moment of the monotonic clock."""
+    """The bytes of one connection; every wait has a deadline on the monotonic clock."""
 
     def __init__(self, sock: socket.socket):
         sock.setblocking(False)
@@ -7578,7 +7579,7 @@ class Wire:
         self.buffer = bytearray()
 
     def fill(self, ends_at: float) -> bool:
-        """Waits for bytes; False when the client has ended. AppError 4008 when time is up."""
+        """Wait for bytes; return False at the client's end. Raise AppError 4008 at the deadline."""
         self._timed.ends_at, self._timed.received = ends_at, 0
         try:
             data = converse(self._timed.recv(65536))
@@ -7590,11 +7591,11 @@ class Wire:
         return bool(data)
 
     def line(self, ends_at: float, max_bytes: int, too_long: int) -> bytes | None:
-        """Gives the next line without its CRLF, None at the client's end; AppError 2002, 4008, too_long."""
+        """Return the next line without its CRLF, None at the client's end; raise AppError 2002, 4008, too_long."""
         while True:
             end = self.buffer.find(b"\n") + 1
             line = bytes(self.buffer[:end or len(self.buffer)])
-            text = line[:-2] if end else line[:-1]  # without its end, the last byte may be a CR before a LF
+            text = line[:-2] if end else line[:-1]  # of an unfinished line the last byte may be the CR of its CRLF
             if b"\r" in text or b"\0" in line or (end and not line.endswith(b"\r\n")):
                 raise AppError(2002, "a line of the head holds a bare CR, a bare LF or a NUL")
             if len(line) > max_bytes:
@@ -7609,7 +7610,7 @@ class Wire:
                 return None
 
     def take(self, count: int, ends_at: float) -> bytes:
-        """Gives so many bytes; AppError 2002 when the client ends before them, 4008."""
+        """Return the next count bytes; raise AppError 2002 when the client ends first, 4008 at the deadline."""
         while len(self.buffer) < count:
             if not self.fill(ends_at):
                 raise AppError(2002, "the body is shorter than its Content-Length")
@@ -7618,13 +7619,13 @@ class Wire:
         return taken
 
     def send(self, data: bytes) -> None:
-        """Sends all of it within WRITE_S; OSError else."""
+        """Send all data within WRITE_S; raise OSError else."""
         self._timed.ends_at = time.monotonic() + WRITE_S
         converse(self._timed.sendall(data))
 
 
 def read_head(wire: Wire, ends_at: float) -> Head | None:
-    """Reads the head of a request, None at the client's end; AppError 2002, 4008, 4014, 4031, 5005."""
+    """Return the head of the next request, None at the client's end; raise AppError 2002, 4008, 4014, 4031, 5005."""
     line = wire.line(ends_at, MAX_TARGET_BYTES, 4014)
     if line is None:
         return None
@@ -7632,7 +7633,7 @@ def read_head(wire: Wire, ends_at: float) -> Head | None:
     if not first:
         raise AppError(2002, "the first line of the request is not METHOD ADDRESS HTTP/1.1")
     if first[3] != b"1" or first[4] not in b"01":
-        raise AppError(5005, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        raise AppError(5005, "only HTTP/1.1 and HTTP/1.0 are supported")
     left, headers = MAX_REQUEST_HEAD_BYTES - len(line), dict[str, str]()
     for number in range(MAX_HEADERS + 1):
         line = wire.line(ends_at, left if number < MAX_HEADERS else 2, 4031)
@@ -7654,26 +7655,26 @@ def _add_header(headers: dict[str, str], line: bytes) -> None:
         raise AppError(2002, f"the header {one_line(line.decode('latin-1'), 40)!r} is not NAME: VALUE in one line")
     name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
     if name in headers and name in READ_ONCE:
-        raise AppError(2002, f"the header {name} stands twice")
+        raise AppError(2002, f"the header {name} is given twice")
     headers[name] = f"{headers[name]}, {value}" if name in headers else value
 
 
 def body_length(head: Head, max_bytes: int) -> int:
-    """Gives the length of the body that follows a head; AppError 2002, 4013, 5004 when that is not plain."""
+    """Return the length of the body that follows a head; raise AppError 2002, 4013, 5004."""
     text = head.headers.get("content-length", "0")
     if not re.fullmatch("[0-9]{1,18}", text):
         raise AppError(2002, "Content-Length must be a number")
     if "transfer-encoding" in head.headers:
         if "content-length" in head.headers:
             raise AppError(2002, "Content-Length and Transfer-Encoding exclude each other")
-        raise AppError(5004, "Transfer-Encoding is not taken: send Content-Length")
+        raise AppError(5004, "Transfer-Encoding is not supported: send Content-Length")
     if int(text) > max_bytes:
         raise AppError(4013, f"the body is over {max_bytes} bytes (HTTP_MAX_BODY_BYTES)")
     return int(text)
 
 
 def network_of(host: str) -> str:
-    """Gives what counts as one address: IPv4 as it is, of IPv6 the network of 64 bits."""
+    """Return what counts as one address: an IPv4 address, or the /64 network of an IPv6 address."""
     address = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped:
@@ -7683,47 +7684,50 @@ def network_of(host: str) -> str:
 
 
 def wide_network_of(address: str) -> str:
-    """Return the network around what network_of() gives: of IPv4 24 bits, of IPv6 48."""
+    """Return the network around a result of network_of(): /24 for IPv4, /48 for IPv6."""
     network = ipaddress.ip_network(address)
     return str(network.supernet(new_prefix=24 if network.version == 4 else 48))
 
 
 @dataclasses.dataclass(eq=False)
 class Seat:
-    """One connection that has a thread. At rest it waits for something; at work it is never taken."""
+    """One admitted connection, which has a thread. A busy one is never evicted."""
     sock: socket.socket
     address: str
+    # Since when it is idle.
     since: float
+    # Nothing was read from it yet.
     is_new: bool = True
-    is_proven: bool = False
-    # Whose token it has shown, and whether that is a viewer's; "" where there are no tokens.
+    is_authenticated: bool = False
+    # The name of the token that it authenticated with, "" where there are no tokens.
     token: str = ""
     is_viewer: bool = False
     is_at_work: bool = False
-    # A request of it is under way, or its answer: a clean stop lets it be answered.
+    # It has a request or answer under way, which a clean stop waits for.
     is_owed: bool = False
 
 
 class Seats:
-    """Who is connected: so many in all, so many of one address, so many with one token.
+    """Limits the connections: in all, of one address, with one token.
 
-    When these are used up a newcomer takes the seat of who rests longest, first of those that have
-    shown no good token, first of the address that has most. So silence holds nobody out, and there
-    is room for /healthz and for tokens. Where all are at work, there is none. At work is only who
-    keeps the interpreter busy: who waits for a body, an event or a turn is at rest.
+    At a limit a new connection evicts the one that is idle longest: unauthenticated ones first, and of
+    these the ones of the address that has most. So idle clients lock nobody out, and /healthz and
+    tokens always get in. Where all are busy, the new one is rejected. Busy means using the interpreter:
+    a connection that waits for a body, an event or its place in a queue is idle.
 
-    Viewers have at most half of all, and half of what an address may have, so that they leave an
-    operator room everywhere. A viewer's token has a quarter of all, an operator's half.
+    Viewers get at most half of all, and half of an address's limit, so that an operator always finds
+    room. One viewer's token gets a quarter of all, an operator's half.
     """
 
-    def __init__(self, limit: int, limit_per_address: int, farewell: bytes):
-        """farewell is sent to a connection that loses its seat before it said anything."""
-        self._limit, self._limit_per_address, self._farewell = limit, limit_per_address, farewell
+    def __init__(self, limit: int, limit_per_address: int, overload_response: bytes):
+        """overload_response is sent to a connection that is evicted before it sent anything."""
+        self._limit, self._limit_per_address = limit, limit_per_address
+        self._overload_response = overload_response
         self._guard = threading.Lock()
         self._seats: set[Seat] = set()
 
-    def take(self, sock: socket.socket, host: str) -> Seat | None:
-        """Gives a seat, if need be another's; None when there is none to take."""
+    def admit(self, sock: socket.socket, host: str) -> Seat | None:
+        """Admit a connection, if need be in place of an idle one; return None when all are busy."""
         address, now = network_of(host), time.monotonic()
         with self._guard:
             held = collections.Counter(seat.address for seat in self._seats)
@@ -7733,78 +7737,77 @@ class Seats:
                           and (s.address == address or not is_crowd)]
                 if not rivals:
                     return None
-                self._cut(min(rivals, key=lambda s: (s.is_proven, -held[s.address], s.since)))
+                self._evict(min(rivals, key=lambda s: (s.is_authenticated, -held[s.address], s.since)))
             seat = Seat(sock, address, now)
             self._seats.add(seat)
             return seat
 
-    def _cut(self, seat: Seat) -> None:
+    def _evict(self, seat: Seat) -> None:
         self._seats.discard(seat)
         with contextlib.suppress(OSError):
-            if seat.is_new and self._farewell:
-                seat.sock.send(self._farewell)  # nothing was sent before: it fits, and does not wait
-            # not SSLSocket.shutdown: it takes the encryption away from under the other thread
+            if seat.is_new and self._overload_response:
+                seat.sock.send(self._overload_response)  # the first bytes: they fit into the buffer
+            # not SSLSocket.shutdown: it would end the encryption that the connection's thread still uses
             socket.socket.shutdown(seat.sock, socket.SHUT_RDWR)
 
     def encrypt(self, seat: Seat, context: ssl.SSLContext) -> None:
-        """Puts TLS on a seat's connection; the handshake is not done yet."""
+        """Wrap a connection in TLS, without the handshake."""
         with self._guard:
             seat.sock = context.wrap_socket(seat.sock, server_side=True, do_handshake_on_connect=False)
 
-    def identify(self, seat: Seat, is_proven: bool, token: str = "", is_viewer: bool = False) -> bool:
-        """Note whose token a seat has shown; return False when they have too many, and all of them are at work.
+    def identify(self, seat: Seat, is_good: bool, token: str = "", is_viewer: bool = False) -> bool:
+        """Note how a connection authenticated; return False when its token's connections are at a limit and all busy.
 
-        Too many: the one of them that rests longest is closed in favour of this one.
+        At a limit, the one of them that is idle longest is evicted.
         """
         with self._guard:
-            if token and not self._make_room(seat, self._quotas(seat, token, is_viewer)):
-                is_proven, token = False, ""
-            seat.is_proven, seat.token, seat.is_viewer = is_proven, token, is_viewer and bool(token)
-            return is_proven
+            if token and not self._make_room(seat, token, is_viewer):
+                is_good, token = False, ""
+            seat.is_authenticated, seat.token = is_good, token
+            seat.is_viewer = is_viewer and bool(token)
+            return is_good
 
-    def _make_room(self, seat: Seat, quotas: Iterable[tuple[int, Callable[[Seat], bool]]]) -> bool:
-        for limit, is_peer in quotas:
-            peers = [s for s in self._seats if s is not seat and is_peer(s)]
-            if len(peers) >= limit:
-                resting = [s for s in peers if not s.is_at_work and time.monotonic() - s.since > GRACE_S]
-                if not resting:
-                    return False
-                self._cut(min(resting, key=lambda s: s.since))
-        return True
-
-    def _quotas(self, seat: Seat, token: str, is_viewer: bool) -> list[tuple[int, Callable[[Seat], bool]]]:
+    def _make_room(self, seat: Seat, token: str, is_viewer: bool) -> bool:
+        address = seat.address
         quotas: list[tuple[int, Callable[[Seat], bool]]] = [
             (max(1, self._limit // (4 if is_viewer else 2)), lambda s: s.token == token)]
         if is_viewer:
             quotas += [(max(1, self._limit // 2), lambda s: s.is_viewer),
-                       (max(1, self._limit_per_address // 2), lambda s: s.is_viewer and s.address == seat.address)]
-        return quotas
+                       (max(1, self._limit_per_address // 2), lambda s: s.is_viewer and s.address == address)]
+        for limit, is_peer in quotas:
+            peers = [s for s in self._seats if s is not seat and is_peer(s)]
+            if len(peers) >= limit:
+                idle = [s for s in peers if not s.is_at_work and time.monotonic() - s.since > GRACE_S]
+                if not idle:
+                    return False
+                self._evict(min(idle, key=lambda s: s.since))
+        return True
 
-    def work(self, seat: Seat) -> bool:
-        """Notes that a seat's request is here; False when the seat was taken before."""
+    def set_busy(self, seat: Seat) -> bool:
+        """Mark a connection as busy with a request; return False when it was evicted before."""
         with self._guard:
             seat.is_at_work, seat.is_owed, seat.is_new = True, True, False
             return seat in self._seats
 
-    def rest(self, seat: Seat, is_owed: bool = False, since: float | None = None) -> None:
-        """Note that a seat waits: for its client to ask or to take its answer, for a body, an event or its turn."""
+    def set_idle(self, seat: Seat, is_owed: bool = False, since: float | None = None) -> None:
+        """Mark a connection as waiting: for a request, a body, an event, a queue, or its client to read the answer."""
         with self._guard:
             seat.is_at_work, seat.is_owed = False, is_owed
             seat.since = time.monotonic() if since is None else since
 
-    def leave(self, seat: Seat) -> None:
-        """Closes a seat's connection."""
+    def close(self, seat: Seat) -> None:
+        """Close a connection."""
         with self._guard:
             self._seats.discard(seat)
             _close(seat.sock)
 
     def end_all(self, within_s: float) -> None:
-        """Ends the connections at rest at once; those that answer have so many seconds to do it."""
+        """End idle connections at once; the others may be answered within so many seconds."""
         ends_at = time.monotonic() + within_s
         self._shut(lambda seat: socket.SHUT_RD if seat.is_owed else socket.SHUT_RDWR)
         while self._seats and time.monotonic() < ends_at:
             time.sleep(0.02)
-        self._shut(lambda _seat: socket.SHUT_RDWR)
+        self._shut(lambda _: socket.SHUT_RDWR)
 
     def _shut(self, how: Callable[[Seat], int]) -> None:
         with self._guard:
@@ -7814,14 +7817,14 @@ class Seats:
 
 
 def has_hung_up(sock: socket.socket, within_s: float) -> bool:
-    """Waits so many seconds, less when the client ends its side or loses its seat; says whether it did."""
+    """Wait up to so many seconds; return whether the client ended its side, or we shut the connection down."""
     poller = select.poll()
-    poller.register(sock, select.POLLRDHUP)  # not POLLIN: what it sends meanwhile means nothing
+    poller.register(sock, select.POLLRDHUP)  # not POLLIN: the client may send its next request meanwhile
     return bool(poller.poll(round(within_s * 1000)))
 
 
-def say_goodbye(sock: socket.socket) -> None:
-    """Ends a connection, and drops what still comes: a reset would take our answer away (RFC 9112, 9.6)."""
+def lingering_close(sock: socket.socket) -> None:
+    """End a connection and discard what still arrives: a reset could destroy our answer (RFC 9112, 9.6)."""
     ends_at, dropped = time.monotonic() + LINGER_S, 0
     with contextlib.suppress(OSError, ValueError):
         sock.settimeout(LINGER_S)
@@ -7838,14 +7841,14 @@ def say_goodbye(sock: socket.socket) -> None:
 
 
 class Streaks:
-    """How often something came in a row, by a key; forgotten after FORGET_S without it."""
+    """Counts events in a row by key; a count is forgotten FORGET_S after its last event."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._seen: collections.OrderedDict[tuple[str, ...], tuple[int, float]] = collections.OrderedDict()
 
     def add(self, *key: str) -> int:
-        """Count one more; return how many there are."""
+        """Count an event; return the new count."""
         with self._guard:
             count = self._count(key) + 1
             self._seen.pop(key, None)
@@ -7855,7 +7858,7 @@ class Streaks:
             return count
 
     def count(self, *key: str) -> int:
-        """Return how many there are."""
+        """Return the count of a key."""
         with self._guard:
             return self._count(key)
 
@@ -7865,15 +7868,15 @@ class Streaks:
 
 
 def is_logged(count: int) -> bool:
-    """Return whether one of a streak is logged: the 1st, 2nd, 4th, 8th, ..., so that nobody fills the log."""
+    """Return whether an event of a streak is logged: the 1st, 2nd, 4th, 8th, ..., so that nobody can flood the log."""
     return count & (count - 1) == 0
 
 
 class AuthThrottle:
-    """Bad tokens, by address and by the network around it: how late the next token is looked at.
+    """Delays the check of tokens after bad ones of an address, or of the network around it.
 
-    The wait comes before the look: who hangs up meanwhile has learnt nothing, and so gains nothing. A token that was
-    good at the address before does not wait, so that nobody is slowed down by another's bad tokens but once a day.
+    The delay comes before the check, so a client that hangs up meanwhile has learnt nothing. A token that was good at
+    the address is not delayed: another client's bad tokens slow it down once a day at most.
     """
 
     def __init__(self) -> None:
@@ -7882,7 +7885,7 @@ class AuthThrottle:
         self._good: collections.OrderedDict[tuple[str, bytes], float] = collections.OrderedDict()
 
     def delay_s(self, address: str, authorization: str) -> float:
-        """Return the seconds from a request's arrival to the look at its token."""
+        """Return the seconds from a request's arrival to the check of its token."""
         with self._guard:
             if time.monotonic() - self._good.get(self._key(address, authorization), -KNOWN_TOKEN_S) < KNOWN_TOKEN_S:
                 return 0.0
@@ -7900,7 +7903,7 @@ class AuthThrottle:
                 self._good.popitem(last=False)
 
     def note_bad(self, address: str) -> tuple[int, bool]:
-        """Count a bad token; return the how manieth of its address it is, and whether that is to be logged."""
+        """Count a bad token; return its address's count, and whether it is to be logged."""
         count, of_network = self._bad.add(address), self._bad.add(wide_network_of(address))
         return count, is_logged(count) and (of_network <= FREE_ATTEMPTS_OF_NETWORK or is_logged(of_network))
 
@@ -7917,46 +7920,66 @@ class AuthThrottle:
 VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,128}")
-# Who waits for events looks so often, for this process may not have made them.
-EVENTS_LOOK_S, MAX_EVENTS_WAIT_S = 0.5, 30
-# A look whether the database takes writes is a write: not more often, whoever asks.
+# Seconds between polls of a client's wait for events: another process may write them.
+EVENTS_POLL_S, MAX_EVENTS_WAIT_S = 0.5, 30
+# Minimum seconds between write checks of the database, however many clients ask.
 READY_LOOK_S = 1.0
-# What a claim or hold means that lies further ahead than any setting allows (Store.times_ahead).
+# Added to what Store.times_ahead() returns: claims and holds that end later than any setting allows.
 CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
                    "all hosts (NTP)")
-# A look that lasts longer makes the answer "not ready", whatever was seen last.
+# A write check under way for longer than this makes the answer "not ready", whatever the last one found.
 READY_WAIT_S = 10.0
-# While it is not ready, the log says why so often.
-READY_TOLD_S = 60.0
-# A release of more nodes is read whole by one client at a time. While one runs, the next one is read only after so
-# many times as long as the reading took. Of each role so few wait for their turn, and so long: then they are told to
-# come again.
-MAX_FREE_READ_NODES, WHOLE_READ_REST, MAX_WHOLE_READ_REST_S = 500, 15, 3.0
-MAX_WHOLE_READ_QUEUE, WHOLE_READ_WAIT_S, WHOLE_READ_LOOK_S = 4, 7.0, 0.05
+# Seconds between log lines that say why we are not ready.
+READY_LOG_EVERY_S = 60.0
+# A release of more nodes is read whole by one client at a time.
+MAX_FREE_READ_NODES = 500
+# While a release runs, the next whole read starts after this many times the CPU time of the last one.
+WHOLE_READ_REST, MAX_WHOLE_READ_REST_S = 15, 3.0
+# Of each role so many clients wait for a whole read, up to WHOLE_READ_WAIT_S; others get 429.
+MAX_WHOLE_READ_QUEUE, WHOLE_READ_WAIT_S, WHOLE_READ_POLL_S = 4, 7.0, 0.05
+
+# Parameter of a query: its schema.
+QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
+    "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
+    "page": {"type": "integer", "minimum": 1, "maximum": 10**9, "default": 1},
+    "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
+    "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
+    "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
+    "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
+    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
+    "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
+             "description": "seconds to wait for an event when there is none yet"},
+}
 
 
 class Request(NamedTuple):
-    """A request as a handler sees it: checked, and with who asks.
-
-    is_over waits so many seconds, and says whether nobody waits for the answer any more; its connection is at rest
-    meanwhile. role is ANYONE for who has shown no good token.
-    """
+    """A checked request, as a handler gets it."""
     ids: tuple[int, ...]
     query: Mapping[str, str]
     body: Mapping[str, Any]
     actor: Who
+    # Idempotency-Key
     key: str | None = None
+    # Wait so many seconds with an idle connection; return whether nobody waits for the answer any more.
     is_over: Callable[[float], bool] = lambda _within_s: True
+    # ANYONE for a client without a good token.
     role: str = OPERATOR
 
-    def integer(self, name: str, default: int, low: int, high: int) -> int:
-        """Gives a number of the query; AppError 2002 for what is none, 2003 out of range."""
-        text = self.query.get(name, str(default))
+    def integer(self, name: str) -> int:
+        """Return a number of the query; raise AppError 2002 when it is none, 2003 out of range."""
+        schema = QUERY_PARAMETERS[name]
+        text, low, high = self.query.get(name, str(schema["default"])), schema["minimum"], schema["maximum"]
         if not re.fullmatch(r"-?[0-9]{1,4000}", text):  # int() itself has a limit of 4300 digits
             raise AppError(2002, f"{name} {one_line(text, 40)!r} is not a number")
         if not low <= int(text) <= high:
             raise AppError(2003, f"{name} must be from {low} to {high}")
         return int(text)
+
+    def choice(self, name: str) -> str:
+        """Return a word of the query, "" without one; raise AppError 2003 when it is not one of the schema's."""
+        schema = QUERY_PARAMETERS[name]
+        text, words = self.query.get(name, schema.get("default", "")), schema["enum"]
+        return parse_choice(name, text, [word for word in words if word]) if text or text not in words else ""
 
 
 class Reply(NamedTuple):
@@ -7967,8 +7990,8 @@ class Reply(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-class Turns:
-    """Who reads a whole release: one at a time, operators first; few wait, at rest (see Seats)."""
+class ReadQueue:
+    """Admits one reader of a whole release at a time, operators first; a few wait, idle (see Seats)."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -7976,8 +7999,8 @@ class Turns:
         self._free_at = 0.0
         self._waiting = collections.Counter[str]()
 
-    def take(self, request: Request) -> bool:
-        """Wait for the turn of a request, up to WHOLE_READ_WAIT_S; return whether it came."""
+    def acquire(self, request: Request) -> bool:
+        """Wait until a request may read, up to WHOLE_READ_WAIT_S; return whether it may."""
         with self._guard:
             if self._is_free(request.role):
                 self._is_taken = True
@@ -7987,7 +8010,7 @@ class Turns:
             self._waiting[request.role] += 1
         ends_at, is_mine = time.monotonic() + WHOLE_READ_WAIT_S, False
         try:
-            while not is_mine and time.monotonic() < ends_at and not request.is_over(WHOLE_READ_LOOK_S):
+            while not is_mine and time.monotonic() < ends_at and not request.is_over(WHOLE_READ_POLL_S):
                 with self._guard:
                     is_mine = self._is_free(request.role)
                     self._is_taken |= is_mine
@@ -8000,59 +8023,60 @@ class Turns:
         is_first = role == OPERATOR or not self._waiting[OPERATOR]
         return not self._is_taken and is_first and time.monotonic() >= self._free_at
 
-    def leave(self, rest_s: float) -> None:
-        """End a turn; the next one begins after so many seconds."""
+    def release(self, rest_s: float) -> None:
+        """End a read; the next one may begin after so many seconds."""
         with self._guard:
             self._is_taken, self._free_at = False, time.monotonic() + rest_s
 
 
-# What a process without an executor knows of its health.
+# The health of a process without an executor.
 NO_PROCESS: Mapping[str, Any] = {"executor": {"enabled": False, "owner": "", "lastLookAt": None}, "certificates": []}
 
 
 class Api:
-    """The handlers of the routes: a Request in, a Reply out, AppError for everything else."""
+    """The handlers of ROUTES: each takes a Request and returns a Reply, or raises AppError."""
 
     def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32,
                  process: Callable[[], Mapping[str, Any]] = lambda: NO_PROCESS,
                  is_busy: Callable[[], bool] = lambda: False,
                  figures: Callable[[], Figures] = lambda: {}, hung: Callable[[], str] = lambda: ""):
-        """nudge is called after every act, so that an executor in this process looks at once.
+        """Take what the handlers need of the process.
 
-        process gives what only the process knows of its health: executor and certificates;
-        figures what of that is for /metrics.
-        is_busy says whether it drives a release now, which a reading of whole releases must not slow down.
-        hung gives a sentence on a thread of this process that hangs, "" for none.
-        max_waiting: how many may wait for events; further ones are answered at once.
+        nudge: called after every change, so that an executor in this process scans at once.
+        max_waiting: how many clients may wait for events; further ones are answered at once.
+        process, figures: health of executor and certificates, for /api/v1/health and for /metrics.
+        is_busy: whether a release is driven here, which whole reads must not slow down.
+        hung: one sentence on a thread of this process that hangs, "" for none.
         """
         self.store = store
         self._nudge = nudge
         self._process = process
         self._is_busy = is_busy
-        self._whole_reads = Turns()
+        self._whole_reads = ReadQueue()
         self._figures = figures
         self._hung = hung
         self._waiters = threading.BoundedSemaphore(max_waiting)
         self._ready_guard = threading.Lock()
-        self._ready = (-READY_LOOK_S, "the database was not looked at yet")
+        # When the last write check ended, and why it failed, "" when it did not.
+        self._ready = (-READY_LOOK_S, "the database was not checked yet")
+        # Start of the write check under way.
+        self._checking_since = float("inf")
+        self._not_ready_logged_at = -READY_LOG_EVERY_S
         self._ahead: set[str] = set()
-        # Since when somebody waits for the database, to find out.
-        self._looking_since = float("inf")
-        self._ready_told = -READY_TOLD_S
         self.started_at = time.time()
 
     def create_release(self, request: Request) -> Reply:
         wanted = parse_release_request(request.body)
-        self._once(request)  # a key that can't be used is told in any case
+        self._idempotency_key(request)  # a bad key is an error of a dry run too
         if parse_flag("dryRun", request.body.get("dryRun", False)):
             return Reply(200, plan_json(self.store.plan_release(wanted)))
-        made = self.store.create_release(wanted, request.actor, self._once(request))
+        made = self.store.create_release(wanted, request.actor, self._idempotency_key(request))
         self._nudge()
         return Reply(201, created_json(made))
 
     @staticmethod
-    def _once(request: Request, what: str = "") -> Once | None:
-        """Return a request's Idempotency-Key with what was asked: `what` tells apart what takes the same body."""
+    def _idempotency_key(request: Request, what: str = "") -> Once | None:
+        """Return a request's Idempotency-Key with a digest of the request; what: operation and release."""
         if request.key is None:
             return None
         if not IDEMPOTENCY_KEY.fullmatch(request.key):
@@ -8061,29 +8085,24 @@ class Api:
         return Once(str(request.actor), request.key, hashlib.sha256(asked).hexdigest())
 
     def list_releases(self, request: Request) -> Reply:
-        status = request.query.get("status", "")
-        if status:
-            parse_choice("status", status, RELEASE_STATUSES)
-        page = self.store.releases(status, request.integer("page", 1, 1, 10**9),
-                                   request.integer("pageSize", 20, 1, MAX_PAGE_SIZE))
+        page = self.store.releases(request.choice("status"), request.integer("page"), request.integer("pageSize"))
         return Reply(200, page_json(page, release_json))
 
     def get_release(self, request: Request) -> Reply:
-        view = parse_choice("view", request.query.get("view", "full"), ("full", "summary"))
-        if view == "summary":
+        if request.choice("view") == "summary":
             return Reply(200, {"release": release_json(self.store.release(request.ids[0]))})
         return Reply(200, self._whole_release(request))
 
     def _whole_release(self, request: Request) -> dict[str, Any]:
-        """Return a release with its nodes; a large one only one at a time, with a rest while a release runs.
+        """Return a release with its nodes; large ones one at a time, with pauses while a release runs.
 
-        All threads of this process share one interpreter: clients that read in a loop would take most of it.
+        All threads share one interpreter: clients that read in a loop would take most of it.
         """
         release_id = request.ids[0]
         if self.store.release(release_id).total_nodes <= MAX_FREE_READ_NODES:
             return release_with_nodes_json(*self.store.release_with_nodes(release_id))
-        if not self._whole_reads.take(request):
-            raise AppError(4029, "too many read whole releases: ask for ?view=summary", retry_after_s=5)
+        if not self._whole_reads.acquire(request):
+            raise AppError(4029, "too many clients read whole releases: ask for ?view=summary", retry_after_s=5)
         began, rest_s = time.thread_time(), 0.0
         try:
             data = release_with_nodes_json(*self.store.release_with_nodes(release_id))
@@ -8091,7 +8110,7 @@ class Api:
                 rest_s = min(WHOLE_READ_REST * (time.thread_time() - began), MAX_WHOLE_READ_REST_S)
             return data
         finally:
-            self._whole_reads.leave(rest_s)
+            self._whole_reads.release(rest_s)
 
     def pause(self, request: Request) -> Reply:
         return self._act("pause", request)
@@ -8122,7 +8141,7 @@ class Api:
         wish = Again(self._reason(request, "overNewer", "dryRun", *keys),
                      parse_flag("overNewer", body.get("overNewer", False)),
                      parse_release_id("toRelease", body["toRelease"]) if "toRelease" in body else None)
-        once = self._once(request, f"{verb} {release_id} ")
+        once = self._idempotency_key(request, f"{verb} {release_id} ")
         if parse_flag("dryRun", body.get("dryRun", False)):
             return Reply(200, plan_json(self.store.plan_again(verb, release_id, wish)))
         reply = Reply(201, created_again_json(make(release_id, request.actor, wish, once)))
@@ -8146,24 +8165,22 @@ class Api:
         return Reply(200, freeze_json(freeze))
 
     def list_events(self, request: Request) -> Reply:
-        after, limit = request.integer("after", 0, 0, MAX_ID), request.integer("limit", 100, 1, 1000)
-        wait_s = request.integer("wait", 0, 0, MAX_EVENTS_WAIT_S)
+        after, limit, wait_s = request.integer("after"), request.integer("limit"), request.integer("wait")
         ends_at = time.monotonic() + wait_s
         may_wait = wait_s > 0 and self._waiters.acquire(blocking=False)
         try:
             while True:
                 events = self.store.events(request.ids[0], after, limit)
                 left_s = ends_at - time.monotonic()
-                if events or not may_wait or left_s <= 0 or request.is_over(min(EVENTS_LOOK_S, left_s)):
+                if events or not may_wait or left_s <= 0 or request.is_over(min(EVENTS_POLL_S, left_s)):
                     return Reply(200, {"items": [event_json(event) for event in events]})
         finally:
             if may_wait:
                 self._waiters.release()
 
     def list_nodes(self, request: Request) -> Reply:
-        page = self.store.nodes(request.integer("page", 1, 1, 10**9),
-                                request.integer("pageSize", 20, 1, MAX_PAGE_SIZE))
-        if parse_choice("lastRelease", request.query.get("lastRelease", "0"), ("0", "1")) == "0":
+        page = self.store.nodes(request.integer("page"), request.integer("pageSize"))
+        if request.choice("lastRelease") == "0":
             return Reply(200, page_json(page, node_json))
         last = self.store.last_releases([node.id for node in page.items])
         return Reply(200, page_json(page, lambda node: listed_node_json(node, last.get(node.id))))
@@ -8184,7 +8201,7 @@ class Api:
         return Reply(200, None)
 
     def list_audit(self, request: Request) -> Reply:
-        rows = self.store.audit_rows(request.integer("after", 0, 0, MAX_ID), request.integer("limit", 100, 1, 1000))
+        rows = self.store.audit_rows(request.integer("after"), request.integer("limit"))
         return Reply(200, {"items": [audit_json(row) for row in rows]})
 
     def page(self, _request: Request) -> Reply:
@@ -8210,43 +8227,44 @@ class Api:
         return Reply(200, {"status": "ok"})
 
     def ready(self, request: Request) -> Reply:
-        if self._ready_guard.acquire(blocking=False):  # else somebody is looking: what was seen last holds
+        if self._ready_guard.acquire(blocking=False):  # else a check is under way: the last result holds
             try:
                 if time.monotonic() - self._ready[0] >= READY_LOOK_S:
-                    self._looking_since = time.monotonic()
-                    self._ready = (time.monotonic(), self._look_whether_ready())
+                    self._checking_since = time.monotonic()
+                    self._ready = (time.monotonic(), self._check_database())
             finally:
-                self._looking_since = float("inf")
+                self._checking_since = float("inf")
                 self._ready_guard.release()
-        waited_s = time.monotonic() - self._looking_since
+        waited_s = time.monotonic() - self._checking_since
         trouble = self._ready[1] or self._hung()
         if waited_s > READY_WAIT_S:
             trouble = f"the database has not answered for {waited_s:.0f} s"
-        self._tell_ready(trouble)
+        self._log_readiness(trouble)
         if trouble:
             raise DatabaseError(trouble if request.role else "not ready: the log of releasectl says why")
         return Reply(200, {"status": "ready"})
 
-    def _look_whether_ready(self) -> str:
+    def _check_database(self) -> str:
+        """Return why the database can't be used, "" when it can."""
         try:
             self.store.database.require_schema()
             self.store.probe()
-            self._tell_times_ahead()
+            self._log_times_ahead()
             return ""
         except AppError as error:
             return error.message
 
-    def _tell_ready(self, trouble: str) -> None:
-        """Log now and then why we are not ready, and once that we are again: strangers are told neither."""
-        if trouble and time.monotonic() - self._ready_told >= READY_TOLD_S:
-            self._ready_told = time.monotonic()
+    def _log_readiness(self, trouble: str) -> None:
+        """Log now and then why we are not ready, and once that we are again: clients without a token learn neither."""
+        if trouble and time.monotonic() - self._not_ready_logged_at >= READY_LOG_EVERY_S:
+            self._not_ready_logged_at = time.monotonic()
             log.warning("not ready: %s", trouble)
-        elif not trouble and self._ready_told > -READY_TOLD_S:
-            self._ready_told = -READY_TOLD_S
+        elif not trouble and self._not_ready_logged_at > -READY_LOG_EVERY_S:
+            self._not_ready_logged_at = -READY_LOG_EVERY_S
             log.info("ready again")
 
-    def _tell_times_ahead(self) -> None:
-        """Log claims and holds that a clock that was ahead left, each once: they count as over, so all is ready."""
+    def _log_times_ahead(self) -> None:
+        """Log, each once, claims and holds of a clock that was ahead: they count as over, so we are ready."""
         ahead = set(self.store.times_ahead())
         for sentence in sorted(ahead - self._ahead):
             log.warning("%s, %s", sentence, CLOCK_WAS_AHEAD)
@@ -8261,82 +8279,86 @@ class Api:
 
 
 def metrics_text(store: Store, more: Figures) -> str:
-    """Gives /metrics: what the process counted, what the database has where it answers, and more."""
+    """Return /metrics: what this process counted, what the database holds if it answers, and more."""
     figures = {("releasectl_build_info", __version__, ".".join(map(str, sys.version_info[:3]))): 1.0, **more}
     try:
         figures.update(store.counts())
         figures["releasectl_database_up",] = 1.0
-    except DatabaseError:  # counted where it came up; what only this process knows is wanted all the more
+    except DatabaseError:  # already counted; the figures of this process are wanted all the more
         figures["releasectl_database_up",] = 0.0
     return store.database.metrics.text(figures)
 
 
 class Route(NamedTuple):
-    """One row of the API: {id} in the path is a number; headers are those that it heeds."""
+    """One row of the API; {id} in the path is a number."""
     method: str
     path: str
-    handler: str
+    handler: Callable[[Api, Request], Reply]
     role: str
     summary: str
+    # Name of the schema of the answer's data, or text, html, json for a whole document.
     answers: str
     query: tuple[str, ...] = ()
+    # Name of the schema of the body, "" where it takes none.
     body: str = ""
-    # What it answers with 200 in place of 201.
+    # Name of the schema of the data when dryRun is set; such an answer is 200 instead of 201.
     dry_run: str = ""
+    # Request headers that the route uses.
     headers: tuple[str, ...] = ()
-    # For ANYONE, and tells more to who shows a good token.
+    # A route for ANYONE whose answer says more to a client with a good token.
     tells_more: bool = False
 
     @property
     def status(self) -> int:
-        """The HTTP status of its success."""
+        """HTTP status of a success."""
         return 201 if self.answers in ("Created", "CreatedAgain") or self.body == "NewNode" else 200
 
 
 ROUTES: tuple[Route, ...] = (
-    Route("POST", "/api/v1/releases", "create_release", OPERATOR, "Create a release for the online nodes",
+    Route("POST", "/api/v1/releases", Api.create_release, OPERATOR, "Create a release for the online nodes",
           "Created", body="NewRelease", headers=("Idempotency-Key",), dry_run="Plan"),
-    Route("GET", "/api/v1/releases", "list_releases", VIEWER, "List releases, newest first", "ReleaseList",
+    Route("GET", "/api/v1/releases", Api.list_releases, VIEWER, "List releases, newest first", "ReleaseList",
           ("status", "page", "pageSize"), headers=("If-None-Match",)),
-    Route("GET", "/api/v1/releases/{id}", "get_release", VIEWER, "A release and its nodes by batch",
+    Route("GET", "/api/v1/releases/{id}", Api.get_release, VIEWER, "A release and its nodes by batch",
           "ReleaseWithNodes", ("view",), headers=("If-None-Match",)),
-    Route("POST", "/api/v1/releases/{id}/pause", "pause", OPERATOR, "Dispatch nothing more until resume", "Release",
+    Route("POST", "/api/v1/releases/{id}/pause", Api.pause, OPERATOR, "Dispatch nothing more until resume", "Release",
           body="Act"),
-    Route("POST", "/api/v1/releases/{id}/resume", "resume", OPERATOR, "Go on", "Release", body="Resume"),
-    Route("POST", "/api/v1/releases/{id}/cancel", "cancel", OPERATOR, "End it: what is in flight is waited for",
+    Route("POST", "/api/v1/releases/{id}/resume", Api.resume, OPERATOR, "Continue a paused release", "Release",
+          body="Resume"),
+    Route("POST", "/api/v1/releases/{id}/cancel", Api.cancel, OPERATOR, "End it; nodes in flight are waited for",
           "Release", body="Cancel"),
-    Route("POST", "/api/v1/releases/{id}/retry", "retry", OPERATOR,
+    Route("POST", "/api/v1/releases/{id}/retry", Api.retry, OPERATOR,
           "A new release of its payload for its failed and skipped nodes", "CreatedAgain", body="Retry",
           headers=("Idempotency-Key",), dry_run="Plan"),
-    Route("POST", "/api/v1/releases/{id}/rollback", "rollback", OPERATOR,
+    Route("POST", "/api/v1/releases/{id}/rollback", Api.rollback, OPERATOR,
           "A new release that brings back what the nodes that it touched had before", "CreatedAgain", body="Rollback",
           headers=("Idempotency-Key",), dry_run="Plan"),
-    Route("GET", "/api/v1/releases/{id}/events", "list_events", VIEWER, "Its history, oldest first", "EventList",
+    Route("GET", "/api/v1/releases/{id}/events", Api.list_events, VIEWER, "Its history, oldest first", "EventList",
           ("after", "limit", "wait")),
-    Route("GET", "/api/v1/nodes", "list_nodes", VIEWER, "List nodes", "NodeList",
+    Route("GET", "/api/v1/nodes", Api.list_nodes, VIEWER, "List nodes", "NodeList",
           ("page", "pageSize", "lastRelease")),
-    Route("POST", "/api/v1/nodes", "add_node", OPERATOR, "Add a node", "Node", body="NewNode"),
-    Route("GET", "/api/v1/nodes/{id}", "get_node", VIEWER, "A node", "Node"),
-    Route("PATCH", "/api/v1/nodes/{id}", "update_node", OPERATOR, "Change a node", "Node", body="NodeChange"),
-    Route("DELETE", "/api/v1/nodes/{id}", "delete_node", OPERATOR, "Delete a node that no release names", "Null"),
-    Route("GET", "/api/v1/freeze", "get_freeze", VIEWER, "Is anything new dispatched", "Freeze"),
-    Route("PUT", "/api/v1/freeze", "set_freeze", OPERATOR, "Let nothing new be dispatched, or again", "Freeze",
+    Route("POST", "/api/v1/nodes", Api.add_node, OPERATOR, "Add a node", "Node", body="NewNode"),
+    Route("GET", "/api/v1/nodes/{id}", Api.get_node, VIEWER, "A node", "Node"),
+    Route("PATCH", "/api/v1/nodes/{id}", Api.update_node, OPERATOR, "Change a node", "Node", body="NodeChange"),
+    Route("DELETE", "/api/v1/nodes/{id}", Api.delete_node, OPERATOR, "Delete a node that no release names", "Null"),
+    Route("GET", "/api/v1/freeze", Api.get_freeze, VIEWER, "Whether new dispatches are stopped", "Freeze"),
+    Route("PUT", "/api/v1/freeze", Api.set_freeze, OPERATOR, "Stop or allow new dispatches", "Freeze",
           body="SetFreeze"),
-    Route("GET", "/api/v1/audit", "list_audit", OPERATOR, "Who did what, oldest first", "AuditList",
+    Route("GET", "/api/v1/audit", Api.list_audit, OPERATOR, "Who did what, oldest first", "AuditList",
           ("after", "limit")),
-    Route("GET", "/api/v1/health", "overview", VIEWER, "What this process and its releases are at", "Health"),
-    Route("GET", "/", "page", ANYONE, "The dashboard", "html"),
-    Route("GET", "/healthz", "health", ANYONE, "The process serves", "Status"),
-    Route("GET", "/readyz", "ready", ANYONE, "The database can be used", "Status", tells_more=True),
-    Route("GET", "/metrics", "metrics", VIEWER, "Figures for Prometheus", "text"),
-    Route("GET", "/openapi.json", "openapi", VIEWER, "This document", "json"),
+    Route("GET", "/api/v1/health", Api.overview, VIEWER, "State of this process and of its open releases", "Health"),
+    Route("GET", "/", Api.page, ANYONE, "The dashboard", "html"),
+    Route("GET", "/healthz", Api.health, ANYONE, "The process serves", "Status"),
+    Route("GET", "/readyz", Api.ready, ANYONE, "The database can be used", "Status", tells_more=True),
+    Route("GET", "/metrics", Api.metrics, VIEWER, "Figures for Prometheus", "text"),
+    Route("GET", "/openapi.json", Api.openapi, VIEWER, "This document", "json"),
 )
 METHODS = frozenset(("HEAD", *(route.method for route in ROUTES)))
 _PATTERNS = [(re.compile(re.escape(r.path).replace(r"\{id\}", "([^/]+)")), r) for r in ROUTES]
 
 
 def find_route(method: str, path: str) -> tuple[Route, tuple[int, ...]]:
-    """Gives the route of a request and the numbers in its path; AppError 3001, 4005 or 2002."""
+    """Return the route of a request and the numbers in its path; raise AppError 2002, 3001 or 4005."""
     found = [(route, match.groups()) for pattern, route in _PATTERNS
              for match in [pattern.fullmatch(path)] if match]
     if not found:
@@ -8351,25 +8373,25 @@ def find_route(method: str, path: str) -> tuple[Route, tuple[int, ...]]:
 
 
 def parse_id(text: str) -> int:
-    """Gives the id of a release or node; AppError 2002 when it is not a number."""
+    """Return the id of a release or node; raise AppError 2002 when it is not a number."""
     if not re.fullmatch(r"[0-9]{1,4000}", text):
         raise AppError(2002, f"id {one_line(text, 40)!r} is not a number")
     return int(text)
 
 
 class Tokens:
-    """The API's tokens from a file of name:role:sha256 lines, read anew when it changes."""
+    """The API's tokens, from a file of NAME:ROLE:SHA256 lines that is read again when it changes."""
 
     def __init__(self, path: str):
         self._path = path
         self._guard = threading.Lock()
         self._stamp: object = None
         self._entries: list[tuple[str, str, str]] = []
-        # Why they could not be read, as it was told last.
-        self._said = ""
+        # Why the file can't be read, as logged last.
+        self._logged = ""
 
     def load(self) -> list[tuple[str, str, str]]:
-        """Gives name, role and hash of each token; ConfigError naming the line that is wrong."""
+        """Return name, role and hash of each token; raise ConfigError naming the line that is wrong."""
         with self._guard:
             stamp = _file_stamp(self._path)
             if stamp != self._stamp or stamp is None:
@@ -8378,7 +8400,7 @@ class Tokens:
             return self._entries
 
     def reload(self) -> int:
-        """Read the file anew; return how many tokens it has. Raise ConfigError as load() does."""
+        """Read the file again; return the number of tokens. Raise ConfigError as load() does."""
         with self._guard:
             self._stamp = None
         return len(self.load())
@@ -8401,32 +8423,32 @@ class Tokens:
         return entries
 
     def who(self, authorization: str | None) -> tuple[str, str]:
-        """Gives name and role for an Authorization header; AppError 1001, 1002, or 5001 without a good file."""
+        """Return name and role for an Authorization header; raise AppError 1001, 1002, or 5001 without a good file."""
         scheme, _, token = (authorization or "").partition(" ")
         if not authorization or scheme.lower() != "bearer" or not token.strip():
             raise AppError(1001, "no token: send the header Authorization: Bearer TOKEN")
         try:
             entries = self.load()
         except ConfigError as error:
-            if str(error) != self._said:  # not at each request
-                log.error("nobody is let in: %s", error)
-            self._said = str(error)
+            if str(error) != self._logged:  # not at each request
+                log.error("no token is accepted: %s", error)
+            self._logged = str(error)
             raise AppError(5001, "the tokens can't be read: see the log of releasectl") from None
-        self._said = ""
+        self._logged = ""
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
         found = None
         for name, role, known in entries:
             if hmac.compare_digest(known, digest):
                 found = name, role
         if found is None:
-            raise AppError(1002, "this token is not known")
+            raise AppError(1002, "this token isn't valid: mistyped, or removed on the server")
         return found
 
 
 def add_token(path: str, name: str, role: str) -> str:
-    """Adds a token to a file of tokens, all of it or nothing; gives the token, which is stored nowhere.
+    """Add a token to a file of tokens, atomically; return the token, of which only the hash is stored.
 
-    Raises AppError 3002 when the name has one, ConfigError for a file that can't be read or written.
+    Raise AppError 3002 when the name has one, ConfigError when the file can't be read or written.
     """
     if ":" in name or name.startswith("#"):
         raise AppError(2003, f"name {one_line(name, 60)!r} must not hold a colon or begin with #")
@@ -8436,7 +8458,7 @@ def add_token(path: str, name: str, role: str) -> str:
     try:
         guard = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(guard, fcntl.LOCK_EX)  # of two at a time the second sees the first one's line
+            fcntl.flock(guard, fcntl.LOCK_EX)  # of two at a time the second one reads the first one's line
             before = os.stat(path) if os.path.exists(path) else None
             if before and name in [entry[0] for entry in Tokens(path).load()]:
                 raise AppError(3002, f"{name} has a token in {path} already: delete its line first, or take a new name")
@@ -8451,13 +8473,13 @@ def add_token(path: str, name: str, role: str) -> str:
 
 
 def _replace(path: str, text: str, before: os.stat_result | None, mode: int = 0o600) -> None:
-    """Put a file in the place of another, with its owner, group and mode; one without before has the mode given.
+    """Replace a file atomically, with owner, group and mode of before; mode is that of a new file.
 
-    A symbolic link stays one: what it leads to is replaced.
+    A symbolic link stays: the file that it leads to is replaced.
     """
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
-        raise OSError(errno.EINVAL, "not a regular file")  # a device, say, which a rename would take away
+        raise OSError(errno.EINVAL, "not a regular file")  # a device, say, which a rename would remove
     descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=os.path.dirname(path))
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
@@ -8473,40 +8495,24 @@ def _replace(path: str, text: str, before: os.stat_result | None, mode: int = 0o
         raise
 
 
-# -- /openapi.json: made from ROUTES and the shapes, so that it can't drift ------------------
+# -- /openapi.json: made from ROUTES and the schemas, so that it can't drift -----------------
 
-# Parameter of a query: its schema.
-QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
-    "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
-    "page": {"type": "integer", "minimum": 1, "maximum": 10**9, "default": 1},
-    "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
-    "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
-    "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
-    "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
-    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
-    "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
-             "description": "seconds to wait for an event when there is none yet"},
-}
 # Header of a request: its schema.
 HEADER_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "X-Request-Id": {"type": "string", "description": "taken over when it is 1 to 64 letters, digits or . _ -"},
     "If-None-Match": {"type": "string", "description": "an ETag that the client has"},
-    "Idempotency-Key": {"type": "string", "pattern": "^[!-~]{1,128}$", "description":
+    "Idempotency-Key": {"type": "string", "pattern": f"^{IDEMPOTENCY_KEY.pattern}$", "description":
                         "the same key and body again within a day give the first answer again"},
 }
-# Header of an answer: the HTTP statuses that carry it, and its schema.
-ANSWER_HEADERS: Mapping[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "Allow": ((405,), _TEXT),
-    "Retry-After": ((429, 503), _TEXT),
-    "WWW-Authenticate": ((401,), _TEXT),
-    "ETag": ((304,), _TEXT),
-}
-# What every request may be answered, whatever it asks: see floor 14.
+# Header of an answer beside X-Request-Id: the HTTP statuses that carry it.
+ANSWER_HEADERS: Mapping[str, tuple[int, ...]] = {
+    "Allow": (405,), "Retry-After": (429, 503), "WWW-Authenticate": (401,), "ETag": (304,)}
+# HTTP statuses of the errors that any request may get.
 ANY_STATUS = (400, 405, 408, 413, 414, 431, 500, 501, 503, 505)
 
 
 def _statuses(route: Route) -> list[int]:
-    """Gives the HTTP statuses of errors of a route."""
+    """Return the HTTP statuses of a route's errors."""
     found = [*ANY_STATUS]
     found += [401, 403, 429] if route.role else []
     found += [404] if "{id}" in route.path or route.answers == "html" else []  # no such row; no dashboard.html
@@ -8516,9 +8522,8 @@ def _statuses(route: Route) -> list[int]:
 
 
 def _answer_headers(status: int) -> dict[str, Any]:
-    names = ["X-Request-Id", *(name for name, (statuses, _) in ANSWER_HEADERS.items() if status in statuses)]
-    return {name: {"schema": ANSWER_HEADERS[name][1] if name in ANSWER_HEADERS else _TEXT,
-                   "required": name != "X-Request-Id"} for name in names}
+    names = [name for name, statuses in ANSWER_HEADERS.items() if status in statuses]
+    return {name: {"schema": _TEXT, "required": name in names} for name in ["X-Request-Id", *names]}
 
 
 def _success(answers: str, description: str, headers: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -8530,7 +8535,7 @@ def _success(answers: str, description: str, headers: Mapping[str, Any] | None =
             "content": documents.get(answers, {"application/json": {"schema": envelope}})}
 
 
-def _operation(route: Route) -> dict[str, Any]:
+def _operation(route: Route, schemas: Mapping[str, Any]) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [{"name": "id", "in": "path", "required": True, "schema": _ID}] \
         if "{id}" in route.path else []
     parameters += [{"name": name, "in": "query", "schema": QUERY_PARAMETERS[name]} for name in route.query]
@@ -8543,37 +8548,37 @@ def _operation(route: Route) -> dict[str, Any]:
     if "If-None-Match" in route.headers:
         responses["304"] = {"description": "the client has it already", "headers": _answer_headers(304)}
     operation: dict[str, Any] = {
-        "operationId": route.handler, "summary": route.summary, "parameters": parameters,
+        "operationId": route.handler.__name__, "summary": route.summary, "parameters": parameters,
         "security": [{"token": []}] if route.role else [], "responses": dict(sorted(responses.items()))}
     if route.dry_run:
         operation["responses"]["200"] = _success(route.dry_run, "what it would do")
     if route.body:
-        operation["requestBody"] = {"required": route.body in ("NewNode", "SetFreeze"),
+        operation["requestBody"] = {"required": bool(schemas[route.body]["required"]),
                                     "content": {"application/json": {"schema": _ref(route.body)}}}
     return operation
 
 
 def openapi_document() -> dict[str, Any]:
-    """Gives the OpenAPI 3.1 description of ROUTES."""
-    paths: dict[str, dict[str, Any]] = {}
+    """Return the OpenAPI 3.1 description of ROUTES."""
+    schemas, paths = openapi_schemas(), dict[str, dict[str, Any]]()
     for route in ROUTES:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schemas)
     statuses = sorted({status for route in ROUTES for status in _statuses(route)})
     error = {"application/json": {"schema": _ref("Error")}}
     return {"openapi": "3.1.0", "info": {"title": "releasectl", "version": __version__}, "paths": paths,
-            "components": {"schemas": openapi_schemas(),
+            "components": {"schemas": schemas,
                            "responses": {str(status): {"description": http.HTTPStatus(status).phrase, "content": error,
                                                        "headers": _answer_headers(status)} for status in statuses},
                            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}}
 
 
 # ======================================================================================
-# 16 Server: a request from its first byte to its answer, who asks, TLS, the listener and its
+# 16 Server: requests from first byte to answer, authentication, TLS, the listener and its
 #    threads. Uses 1 to 15.
 # ======================================================================================
 
 class Identity(NamedTuple):
-    """Who asks, as the history names them (see Act), and what they may do."""
+    """An authenticated client: its name for the history (see Act), and its role."""
     actor: str
     role: str
     # The token's name, "" where there are no tokens.
@@ -8581,18 +8586,27 @@ class Identity(NamedTuple):
 
 
 class ClientGone(Exception):
-    """Nobody waits for an answer: the client has hung up, or its connection was closed in favour of another."""
+    """Nobody waits for an answer: the client has hung up, or its connection was evicted."""
 
 
 class HttpAnswer(NamedTuple):
-    """What is sent: status, headers, body."""
+    """An answer before it is written out."""
     status: int
     headers: Mapping[str, str]
     body: bytes
 
 
+def encode_answer(answer: HttpAnswer, headers: Mapping[str, str], has_body: bool = True) -> bytes:
+    """Return the bytes of an answer with all its headers, so that they leave within one deadline."""
+    lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}",
+             *(f"{name}: {value}" for name, value in headers.items())]
+    if answer.status != http.HTTPStatus.NOT_MODIFIED:
+        lines.append(f"Content-Length: {len(answer.body)}")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + (answer.body if has_body else b"")
+
+
 def answer_of(reply: Reply, route: Route, head: Head) -> HttpAnswer:
-    """Gives the answer to a request that went well: 304 where the client has it already."""
+    """Return the answer to a request that succeeded: 304 where the client has it already."""
     text = reply.data if reply.content_type else to_json({"code": 0, "message": "success", "data": reply.data})
     body = text.encode(errors="backslashreplace")  # the path of a database may be any bytes
     headers = {"Content-Type": reply.content_type or "application/json", **reply.headers}
@@ -8605,7 +8619,7 @@ def answer_of(reply: Reply, route: Route, head: Head) -> HttpAnswer:
 
 
 def refusal_of(error: AppError) -> HttpAnswer:
-    """Gives the answer to a request that did not go well."""
+    """Return the answer to a request that failed."""
     headers = {"Content-Type": "application/json"}
     if error.allow:
         headers["Allow"] = error.allow
@@ -8617,49 +8631,64 @@ def refusal_of(error: AppError) -> HttpAnswer:
     return HttpAnswer(error.http_status, headers, text.encode())
 
 
-class ApiHandler(http.server.BaseHTTPRequestHandler):
-    """One connection: the library writes the heads of answers, floor 14 reads requests."""
+class ApiHandler:
+    """One connection, in its thread: the TLS handshake, then its requests one after the other."""
 
-    protocol_version = request_version = "HTTP/1.1"
-    server: ApiServer
-
-    def __init__(self, seat: Seat, client_address: Any, server: ApiServer):
-        self.seat, self.certificate_name = seat, ""
-        # What the handshake's client certificate was verified by, and until when it is good.
+    def __init__(self, server: ApiServer, seat: Seat, client_host: str):
+        self.server, self.seat, self.client_host = server, seat, client_host
+        self.certificate_name = ""
+        # What the client certificate was verified by, and when it expires.
         self.trust, self.trusted_until = "", float("inf")
-        super().__init__(seat.sock, client_address, server)
+        # else an answer waits 40 ms for the acknowledgement of TLS 1.3's tickets
+        seat.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if server.tls:
+            self._do_handshake(server.tls)
+        self.wire = Wire(seat.sock)
 
-    def setup(self) -> None:
-        # else an answer waits for the acknowledgement of TLS 1.3's tickets, 40 ms
-        self.seat.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.server.tls:
-            context, self.trust = self.server.tls.current()
-            self.server.seats.encrypt(self.seat, context)
-            sock = self.seat.sock
-            assert isinstance(sock, ssl.SSLSocket)
-            sock.settimeout(PROVE_S)  # which OpenSSL's handshake takes as a whole
-            sock.do_handshake()
-            certificate = sock.getpeercert() or {}
-            self.certificate_name = _name_in(certificate)
-            if certificate:
-                self.trusted_until = certificate_end(certificate)
-        self.wire = Wire(self.seat.sock)
+    def _do_handshake(self, tls: TlsFiles) -> None:
+        context, self.trust = tls.current()
+        self.server.seats.encrypt(self.seat, context)
+        sock = self.seat.sock
+        assert isinstance(sock, ssl.SSLSocket)
+        sock.settimeout(PROVE_S)  # OpenSSL takes it for the whole handshake
+        sock.do_handshake()
+        certificate = sock.getpeercert() or {}
+        self.certificate_name = _name_in(certificate)
+        if certificate:
+            self.trusted_until = certificate_end(certificate)
 
-    def handle(self) -> None:
-        while self._serve_one():
+    def serve(self) -> None:
+        """Answer requests until the connection ends."""
+        while Exchange(self).run():
             pass
 
-    def finish(self) -> None:
-        """Leaves the goodbye to the server, which says it also after a handshake that failed."""
+    def is_distrusted(self) -> bool:
+        """Return whether the client certificate has expired, or its CA or CRL changed since the handshake."""
+        tls = self.server.tls
+        return tls is not None and (time.time() > self.trusted_until or tls.current()[1] != self.trust)
 
-    def _serve_one(self) -> bool:
-        """Serves one request; says whether the connection stays."""
-        self.close_connection = True  # until a request was understood to its end
-        self.head, self.request_id = Head(), secrets.token_hex(8)
-        self.actor: Act | None = None  # whoever has shown a good token
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, handler: ApiHandler):
+        self.handler, self.server = handler, handler.server
+        self.seat, self.wire = handler.seat, handler.wire
+        self.head, self.began = Head(), 0.0
+        self.request_id = secrets.token_hex(8)
         self.route: Route | None = None
         self.ids: tuple[int, ...] = ()
-        self.unread_bytes, self.is_ending = 0, False  # ending: whatever becomes of the request, its connection closes
+        # "" until the client is known.
+        self.actor: Act | None = None
+        # Length of the body while nobody has read it.
+        self.unread_bytes = 0
+        # The connection closes after the answer: so until the request was read to its end.
+        self.closes = True
+        # The connection closes even where the request was read to its end.
+        self.must_close = False
+
+    def run(self) -> bool:
+        """Read a request and answer it; return whether the connection stays open."""
         try:
             if not self._read_head():
                 return False
@@ -8672,28 +8701,28 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         except Exception:  # the edge of a request
             log.exception("%s %s failed, request %s", self.head.method, self._path, self.request_id)
             answer = refusal_of(AppError(5001, "releasectl itself failed: see its log"))
-        self.close_connection |= self.server.is_stopping or self.is_ending
-        self._tell(answer)
-        self.server.seats.rest(self.seat, is_owed=True)  # who does not read may lose the seat
+        self.closes |= self.server.is_stopping or self.must_close
+        self._log(answer)
+        self.server.seats.set_idle(self.seat, is_owed=True)  # a client that does not read may be evicted
         self._send(answer)
-        self.server.seats.rest(self.seat)
-        return not self.close_connection and self._skip_body()
+        self.server.seats.set_idle(self.seat)
+        return not self.closes and self._skip_body()
 
     @property
     def _path(self) -> str:
         return one_line(self.head.target.partition("?")[0], 200)
 
     def _read_head(self) -> bool:
-        """Waits for the next request; False when none comes, or the seat is another's."""
+        """Wait for the next request; return False when none comes, or the connection was evicted."""
         seat = self.seat
-        ends_at = time.monotonic() + IDLE_S if seat.is_proven else seat.since + PROVE_S
-        with contextlib.suppress(AppError):  # who says nothing is told nothing
+        ends_at = time.monotonic() + IDLE_S if seat.is_authenticated else seat.since + PROVE_S
+        with contextlib.suppress(AppError):  # a client that sends nothing gets no answer
             while not self.wire.buffer and self.wire.fill(ends_at):
                 pass
         if not self.wire.buffer:
             return False
-        head = read_head(self.wire, time.monotonic() + HEAD_S if seat.is_proven else ends_at)
-        if head is None or not self.server.seats.work(seat):
+        head = read_head(self.wire, time.monotonic() + HEAD_S if seat.is_authenticated else ends_at)
+        if head is None or not self.server.seats.set_busy(seat):
             return False
         self.head, self.began = head, time.monotonic()
         asked_id = head.headers.get("x-request-id", "")
@@ -8704,7 +8733,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
     def _answer(self) -> HttpAnswer:
         head = self.head
         self.unread_bytes = body_length(head, self.server.max_body_bytes)
-        self.close_connection = head.is_last or self.unread_bytes > 0  # until the body was read, too
+        self.closes = head.is_last or self.unread_bytes > 0
         path, _, query = head.target.partition("?")
         self.route, self.ids = route, ids = find_route(head.method, path)
         identity = self._identify(route)
@@ -8715,9 +8744,9 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         body = self._body(self._read_body(route))
         request = Request(ids, fields, body, self.actor or "", head.headers.get("idempotency-key"), self._is_over,
                           identity.role if identity else ANYONE)
-        return answer_of(getattr(self.server.api, route.handler)(request), route, head)
+        return answer_of(route.handler(self.server.api, request), route, head)
 
-    # -- who asks: all of this before a byte of the body is waited for ---------------------
+    # -- authentication: done before a byte of the body is waited for -----------------------
 
     def _identify(self, route: Route) -> Identity | None:
         """Return who asks, None where that does not matter; raise AppError 1001, 1002, 1004, 4029, 5001, 5003."""
@@ -8725,68 +8754,63 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         if not route.role and not route.tells_more:
             server.seats.identify(seat, False)
             return None
-        if self._is_distrusted():
-            self.is_ending = True
-            raise AppError(5003, "what client certificates are verified by has changed: connect again", retry_after_s=1)
+        if self.handler.is_distrusted():
+            self.must_close = True
+            raise AppError(5003, "the CA or CRL for client certificates has changed: connect again", retry_after_s=1)
         authorization = self.head.headers.get("authorization", "")
         if server.tokens and authorization:
             self._wait_for_token(authorization)
-        identity, refusal = server.who(self.head, self.certificate_name)
+        identity, refusal = server.who(self.head, self.handler.certificate_name)
         if refusal and refusal.code == 1002:
             self._note_bad_token()
         elif identity and server.tokens:
             server.throttle.note_good(seat.address, authorization)
         if identity and not server.seats.identify(seat, True, identity.token, identity.role == VIEWER):
-            self.is_ending = True
-            refusal = AppError(4029, f"{identity.token} has as many connections at work as one token, or all viewers "
-                                     "here, may have: come back in a moment", retry_after_s=1)
+            self.must_close = True
+            refusal = AppError(4029, f"{identity.token} has as many busy connections as one token, or all viewers "
+                                     "here, may have: try again in a moment", retry_after_s=1)
             identity = None
         elif not identity:
-            self.is_ending = seat.is_proven  # its token is gone
+            self.must_close = seat.is_authenticated  # its token was removed
             server.seats.identify(seat, False)
         if refusal and route.role:
             raise refusal
         return identity
 
-    def _is_distrusted(self) -> bool:
-        """Return whether the connection's client certificate has expired, or its CA or CRL is another since."""
-        tls = self.server.tls
-        return tls is not None and (time.time() > self.trusted_until or tls.current()[1] != self.trust)
-
     def _wait_for_token(self, authorization: str) -> None:
-        """Wait at rest while the address has sent too many bad tokens; raise ClientGone when the client does not."""
+        """Wait while bad tokens of the address delay the check; raise ClientGone when the client hangs up."""
         throttle, address = self.server.throttle, self.seat.address
         while (left_s := self.began + throttle.delay_s(address, authorization) - time.monotonic()) > 0:
-            if self._rest(left_s):
+            if self._wait_idle(left_s):
                 raise ClientGone
 
     def _note_bad_token(self) -> None:
         count, is_to_be_logged = self.server.throttle.note_bad(self.seat.address)
         if is_to_be_logged:
-            log.warning("bad token from %s, the %d. in a row, request %s", self.client_address[0], count,
+            log.warning("bad token from %s, the %d. in a row, request %s", self.handler.client_host, count,
                         self.request_id)
 
     def _require_role(self, identity: Identity, role: str) -> None:
-        self.actor = Act(identity.actor, VIA_API, identity.token, self.certificate_name, self.client_address[0],
-                         self.request_id)
+        self.actor = Act(identity.actor, VIA_API, identity.token, self.handler.certificate_name,
+                         self.handler.client_host, self.request_id)
         if role == OPERATOR and identity.role != OPERATOR:
             raise AppError(1004, f"{identity.actor} has the role {identity.role}: this needs {OPERATOR}")
 
-    # -- waiting: at rest, so that the seat is there for whoever needs it ------------------
+    # -- waiting: the connection is idle meanwhile, so that it may be evicted ---------------
 
-    def _rest(self, within_s: float) -> bool:
-        """Wait so many seconds; return whether there is nobody to answer any more: it hung up, or lost its seat."""
-        self.server.seats.rest(self.seat, is_owed=True, since=self.began)
+    def _wait_idle(self, within_s: float) -> bool:
+        """Wait up to so many seconds; return whether the client hung up or the connection was evicted."""
+        self.server.seats.set_idle(self.seat, is_owed=True, since=self.began)
         has_gone = has_hung_up(self.seat.sock, within_s)
-        return not self.server.seats.work(self.seat) or has_gone
+        return not self.server.seats.set_busy(self.seat) or has_gone
 
     def _is_over(self, within_s: float) -> bool:
-        """Do _rest(); return whether the wait is to end: also when we stop, or who asks is let in no more."""
-        return self._rest(within_s) or self.server.is_stopping or self._is_distrusted() or (
-            self.server.who(self.head, self.certificate_name)[0] is None)
+        """Wait as _wait_idle() does; return True also when we stop, or the client is no longer authorized."""
+        return self._wait_idle(within_s) or self.server.is_stopping or self.handler.is_distrusted() or (
+            self.server.who(self.head, self.handler.certificate_name)[0] is None)
 
     def _read_body(self, route: Route) -> bytes:
-        """Return the body; wait for it at rest. Raise AppError 2002, 4008, 4015, before it where that can be said."""
+        """Return the body; raise AppError 2002 or 4015, if possible before it is waited for, or 4008."""
         length, wire, seats = self.unread_bytes, self.wire, self.server.seats
         if not length:
             return b""
@@ -8796,26 +8820,26 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         if content_type != "application/json":
             raise AppError(4015, "the body must be JSON: send Content-Type: application/json")
         if len(wire.buffer) < length:
-            seats.rest(self.seat, is_owed=True)
+            seats.set_idle(self.seat, is_owed=True)
             if self.head.headers.get("expect", "").lower() == "100-continue":
                 with contextlib.suppress(OSError):
                     wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.unread_bytes = 0  # from here on nobody else takes it: an error in the middle of it ends the connection
+        self.unread_bytes = 0  # an error in the middle of the body ends the connection
         raw = wire.take(length, time.monotonic() + BODY_S)
-        if not seats.work(self.seat):
+        if not seats.set_busy(self.seat):
             raise ClientGone
-        self.close_connection = self.head.is_last
+        self.closes = self.head.is_last
         return raw
 
     def _keep_connection(self) -> None:
-        """Let the connection stay after a refusal where the body is there, or is small, and somebody's whom we know."""
-        is_short = (bool(self.actor) or self.seat.is_proven) and "expect" not in self.head.headers and (
+        """Keep the connection after a refusal where the body is here, or is short and its client authenticated."""
+        is_short = (bool(self.actor) or self.seat.is_authenticated) and "expect" not in self.head.headers and (
             self.unread_bytes <= MAX_SKIPPED_BYTES)
         if self.unread_bytes and (is_short or self.unread_bytes <= len(self.wire.buffer)):
-            self.close_connection = self.head.is_last
+            self.closes = self.head.is_last
 
     def _skip_body(self) -> bool:
-        """Drop the body of a refused request; return whether it came to its end soon."""
+        """Discard the body of a refused request; return whether all of it came within LINGER_S."""
         with contextlib.suppress(AppError):
             self.wire.take(self.unread_bytes, time.monotonic() + LINGER_S)
             return True
@@ -8829,7 +8853,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             raise AppError(2002, "the query can't be read") from None
         known_keys(dict(pairs), route.query)
         if len(dict(pairs)) != len(pairs):
-            raise AppError(2002, "a parameter of the query stands twice")
+            raise AppError(2002, "a parameter of the query is given twice")
         return dict(pairs)
 
     @staticmethod
@@ -8845,27 +8869,16 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         return body
 
     def _send(self, answer: HttpAnswer) -> None:
-        self.wfile = io.BytesIO()  # head and body leave together, within one deadline
-        self.send_response(answer.status)
-        for name, value in answer.headers.items():
-            self.send_header(name, value)
-        if answer.status != http.HTTPStatus.NOT_MODIFIED:
-            self.send_header("Content-Length", str(len(answer.body)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("X-Request-Id", self.request_id)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        if self.head.method != "HEAD":
-            self.wfile.write(answer.body)
-        self.wire.send(self.wfile.getvalue())
+        self.wire.send(encode_answer(answer, {
+            "Server": "releasectl", "Date": email.utils.formatdate(usegmt=True), **answer.headers,
+            "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Request-Id": self.request_id,
+            **({"Connection": "close"} if self.closes else {})}, has_body=self.head.method != "HEAD"))
 
-    def _tell(self, answer: HttpAnswer) -> None:
-        """Count a request; log what a known caller changed, or asked to be changed, all else for debugging.
+    def _log(self, answer: HttpAnswer) -> None:
+        """Count a request; log what a known client changes, or tries to change, and all else for debugging.
 
         What was changed is logged as the audit log has it, whatever LOG_LEVEL is.
-        Of requests in a row that one caller was refused only the 1st, 2nd, 4th, ... is logged.
+        Of refusals of one client in a row only the 1st, 2nd, 4th, ... is logged.
         """
         path, method = self.route.path if self.route else OTHER, self.head.method
         self.server.api.store.database.metrics.count("releasectl_api_requests_total", path,
@@ -8878,34 +8891,25 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         release = self.ids[0] if path.startswith("/api/v1/releases/{id}") else None
         rows = self.actor.rows if self.actor else []
         (trail if rows else log).log(
-                level, "%s %s: %d, by %s at %s, request %s%s%s", method, self._path, answer.status, self.actor or "-",
-                self.client_address[0], self.request_id, in_a_row, "".join(f": {row}" for row in rows),
-                extra=about(release=release, actor=str(self.actor or ""), request_id=self.request_id))
-
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Does nothing: see _tell()."""
-
-    def version_string(self) -> str:
-        return "releasectl"
+            level, "%s %s: %d, by %s at %s, request %s%s%s", method, self._path, answer.status, self.actor or "-",
+            self.handler.client_host, self.request_id, in_a_row, "".join(f": {row}" for row in rows),
+            extra=about(release=release, actor=str(self.actor or ""), request_id=self.request_id))
 
 
 def _name_in(certificate: Mapping[str, Any]) -> str:
-    """Gives the common name of a verified client certificate, else its first other name."""
+    """Return the common name of a verified client certificate, else its first alternative name."""
     names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
     names += [value for _, value in certificate.get("subjectAltName", ())]
     return one_line(names[0], 100) if names else ""
 
 
 class ApiServer(http.server.ThreadingHTTPServer):
-    """The listener: it only gives seats to connections; a seat's thread does all the rest, TLS too.
-
-    The threads are a bounded pool's, in place of one made for each connection without a limit.
-    """
+    """The listener: it admits or rejects connections; threads of a bounded pool do everything else, TLS too."""
 
     request_queue_size = 1024
 
     def __init__(self, settings: Settings, api: Api):
-        """Bind the address; raise ConfigError when it can't be, or is open to others without tokens or TLS."""
+        """Bind the address; raise ConfigError when that fails, or it is open to others without tokens or TLS."""
         host, port = settings.http_addr
         self.api = api
         self.max_body_bytes = settings.http_max_body_bytes
@@ -8918,9 +8922,9 @@ class ApiServer(http.server.ThreadingHTTPServer):
                             settings.http_client_ca) if settings.http_cert else None
         if self.tls:
             self.tls.context()
-        self._farewell = b"" if self.tls else _canned(
-            AppError(5003, "every connection is taken: come back in a moment", retry_after_s=1))
-        self.seats = Seats(settings.http_max_connections, settings.http_max_connections_per_address, self._farewell)
+        self._overload_response = b"" if self.tls else _overload_response()
+        self.seats = Seats(settings.http_max_connections, settings.http_max_connections_per_address,
+                           self._overload_response)
         self._workers = ThreadPoolExecutor(settings.http_max_connections, "api")
         self._turned_away: collections.deque[tuple[float, socket.socket]] = collections.deque()
         try:
@@ -8928,14 +8932,14 @@ class ApiServer(http.server.ThreadingHTTPServer):
             exposure = exposure_of(settings, address)
             if exposure:
                 log.warning("%s", exposure)
-            super().__init__((address, port), ApiHandler)
+            super().__init__((address, port), socketserver.BaseRequestHandler)  # unused: see process_request()
         except OSError as error:
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: {_os_reason(error)}") from None
         except UnicodeError:  # an empty label, or one of more than 63 characters
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: that is no host name") from None
 
     def server_bind(self) -> None:
-        """Binds without the look-up of a name, which may take long on a host without DNS."""
+        """Bind without the reverse lookup of http.server, which may take long on a host without DNS."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
@@ -8945,56 +8949,56 @@ class ApiServer(http.server.ThreadingHTTPServer):
         try:
             return super().get_request()
         except OSError:
-            time.sleep(0.05)  # no file descriptor is left: the loop would spin, as the listener stays ready
+            time.sleep(0.05)  # no file descriptor is left: the listener stays ready, and the loop would spin
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        log.exception("connection of %s could not be taken", client_address[0])
+        log.exception("connection of %s could not be accepted", client_address[0])
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        seat = self.seats.take(request, client_address[0])
+        seat = self.seats.admit(request, client_address[0])
         if seat is None:
-            self._turn_away(request)
+            self._reject(request)
             return
         try:
-            self._workers.submit(self._serve, seat, client_address)
-        except RuntimeError as error:  # the system gives no more threads
+            self._workers.submit(self._serve, seat, client_address[0])
+        except RuntimeError as error:  # the system has no more threads
             log.error("no thread for a connection: %s", error)
-            self.seats.leave(seat)
+            self.seats.close(seat)
 
-    def _turn_away(self, sock: socket.socket) -> None:
-        """Answers 503 at once; over TLS, which would need a handshake first, it just closes."""
+    def _reject(self, sock: socket.socket) -> None:
+        """Answer 503 at once; over TLS, which would need a handshake first, only close."""
         sock.setblocking(False)
         with contextlib.suppress(OSError):
-            sock.send(self._farewell)
+            sock.send(self._overload_response)
             sock.shutdown(socket.SHUT_WR)
         self._turned_away.append((time.monotonic() + LINGER_S, sock))
 
     def service_actions(self) -> None:
-        """Closes those that were turned away once they had the time to read why."""
+        """Close rejected connections once their clients had time to read the answer."""
         while self._turned_away and (len(self._turned_away) > MAX_TURNED_AWAY
                                      or self._turned_away[0][0] < time.monotonic()):
             sock = self._turned_away.popleft()[1]
             with contextlib.suppress(OSError):
-                sock.recv(65536)  # what was not read would make a reset of the close
+                sock.recv(65536)  # unread bytes would turn the close into a reset
             _close(sock)
 
-    # -- in a seat's thread ----------------------------------------------------------------
+    # -- in a connection's thread ------------------------------------------------------------
 
-    def _serve(self, seat: Seat, client_address: Any) -> None:
+    def _serve(self, seat: Seat, client_host: str) -> None:
         try:
-            ApiHandler(seat, client_address, self)
+            ApiHandler(self, seat, client_host).serve()
         except (OSError, ConfigError) as error:
-            log.debug("%s: connection ended: %s", client_address[0], one_line(error))
+            log.debug("%s: connection ended: %s", client_host, one_line(error))
         except Exception:  # the edge of a connection
-            log.exception("connection of %s failed", client_address[0])
+            log.exception("connection of %s failed", client_host)
         finally:
-            self.seats.rest(seat, since=0.0)  # it was answered: whoever needs the seat has it
-            say_goodbye(seat.sock)
-            self.seats.leave(seat)
+            self.seats.set_idle(seat, since=0.0)  # it was answered: it is the first to be evicted
+            lingering_close(seat.sock)
+            self.seats.close(seat)
 
     def who(self, head: Head, certificate_name: str) -> tuple[Identity, None] | tuple[None, AppError]:
-        """Return who asks, or why that can't be said: what needs no token is served all the same.
+        """Return who asks, or why that is not known; not raised, as some routes need no token.
 
         Without a token file everybody on this host is an operator. A client certificate names the
         actor; the role is the token's.
@@ -9009,7 +9013,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         return Identity(f"cert:{certificate_name}" if certificate_name else name, role, name), None
 
     def server_close(self) -> None:
-        """Stops listening, lets the requests at work be answered, and ends all connections."""
+        """Stop listening, let requests under way be answered, and end all connections."""
         super().server_close()
         self.is_stopping = True
         self.seats.end_all(STOP_GRACE_S)
@@ -9018,12 +9022,10 @@ class ApiServer(http.server.ThreadingHTTPServer):
             _close(self._turned_away.popleft()[1])
 
 
-def _canned(error: AppError) -> bytes:
-    """Gives a whole answer for who gets no thread."""
-    status, headers, body = refusal_of(error)
-    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *(f"{k}: {v}" for k, v in headers.items()),
-             f"Content-Length: {len(body)}", "Connection: close", "", ""]
-    return "\r\n".join(lines).encode() + body
+def _overload_response() -> bytes:
+    """Return the whole answer for a connection that gets no thread."""
+    answer = refusal_of(AppError(5003, "every connection is taken: try again in a moment", retry_after_s=1))
+    return encode_answer(answer, {**answer.headers, "Connection": "close"})
 
 
 def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
@@ -9034,7 +9036,7 @@ def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
 
 
 def exposure_of(settings: Settings, address: str) -> str:
-    """Return what to warn of when the API listens on an address, "" for nothing; raise ConfigError where it may not."""
+    """Return the warning for an address that the API listens on, "" for none; raise ConfigError where it may not."""
     found, shown = ipaddress.ip_address(address.partition("%")[0]), "HTTP_ADDR {}:{}".format(*settings.http_addr)
     if (getattr(found, "ipv4_mapped", None) or found).is_loopback:
         return ""
@@ -9045,17 +9047,17 @@ def exposure_of(settings: Settings, address: str) -> str:
     if not settings.http_plain:
         raise ConfigError(f"{shown} is open to others, and tokens would cross the network in plain text: set HTTP_CERT "
                           "and HTTP_KEY, listen on 127.0.0.1, or set HTTP_PLAIN=1 behind a proxy that does TLS")
-    return f"HTTP_PLAIN=1: {shown} is plain HTTP: whoever is on the way to the TLS proxy can read the tokens"
+    return f"HTTP_PLAIN=1: {shown} is plain HTTP: anyone on the way to the TLS proxy can read the tokens"
 
 
-# By what a proxy shows itself; and X-Forwarded-anything.
+# Headers that proxies add, beside X-Forwarded-*.
 PROXY_HEADERS = frozenset(("forwarded", "via", "x-real-ip"))
 
 
 def _refuse_strangers(head: Head) -> None:
-    """Raise AppError 1004 for what a browser sent for another site's page, or a proxy for another host.
+    """Raise AppError 1004 for a request of another site's page in a browser, or through a proxy.
 
-    Without tokens nothing else would tell them from the person at this host.
+    Without tokens nothing else would tell it from a request of a person at this host.
     """
     host = head.headers.get("host", "").lower()
     name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
@@ -9073,10 +9075,10 @@ def _refuse_strangers(head: Head) -> None:
 
 
 def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
-    """Gives the API's TLS context; ConfigError naming what is wrong with the files."""
+    """Return the API's TLS context; raise ConfigError naming what is wrong with the files."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; those of 1.3 are all sound
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; all of TLS 1.3's are good
     context.options |= ssl.OP_NO_RENEGOTIATION
     load_pair(context, cert, key, ("HTTP_CERT", "HTTP_KEY"))
     require_private("HTTP_KEY", key)
@@ -9087,7 +9089,7 @@ def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
 
 
 # ======================================================================================
-# 17 Check: what is wrong with this installation, and what would mend it. Uses 1 to 16.
+# 17 Check: what is wrong with this installation, and how to fix it. Uses 1 to 16.
 # ======================================================================================
 
 class Ping(NamedTuple):
@@ -9099,7 +9101,7 @@ class Ping(NamedTuple):
 
 
 def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool = False) -> list[Ping]:
-    """Ask agents all at once whether they answer. Raise ConfigError without certificates, or with an open key."""
+    """Ask agents in parallel whether they answer; raise ConfigError without certificates, or with an open key."""
     agents = AgentClient(settings)
     agents.prepare(key_may_be_open)
 
@@ -9116,14 +9118,14 @@ def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool 
 
 
 class Finding(NamedTuple):
-    """One thing that check looked at: exit code 0 when it is well, and a sentence."""
+    """One result of check: what it is about, an exit code, 0 when all is well, and a sentence."""
     subject: str
     exit_code: int
     text: str
 
 
 def _meet(client: ssl.SSLContext, server: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
-    """Gives both sides after a handshake in memory; ssl.SSLCertVerificationError where one refuses the other."""
+    """Return both sides after a handshake in memory; raise ssl.SSLCertVerificationError where one refuses the other."""
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
     sides = client.wrap_bio(down, up), server.wrap_bio(up, down, server_side=True)
     for _ in range(4):
@@ -9134,7 +9136,7 @@ def _meet(client: ssl.SSLContext, server: ssl.SSLContext) -> tuple[ssl.SSLObject
 
 
 def control_certificate(settings: Settings) -> Mapping[str, Any]:
-    """Gives our certificate as an agent sees it; ConfigError when the CA does not vouch for it."""
+    """Return our certificate as an agent sees it; raise ConfigError when the CA did not sign it."""
     cert, key, ca = settings.control_cert, settings.control_key, settings.control_ca
     ours = client_context(cert, key, ca)
     ours.check_hostname = False
@@ -9150,7 +9152,7 @@ def control_certificate(settings: Settings) -> Mapping[str, Any]:
 
 
 def api_certificate(settings: Settings) -> Mapping[str, Any]:
-    """Gives the API's certificate as a client sees it that trusts just this one; ConfigError."""
+    """Return the API's certificate as a client sees it that trusts only this one; raise ConfigError."""
     ours = server_context(settings.http_cert, settings.http_key, "")
     ours.verify_mode = ssl.CERT_NONE
     theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -9167,19 +9169,28 @@ def _days_until(moment: float) -> float:
     return (moment - time.time()) / 86400
 
 
-def check_certificate(name: str, path: str, look: Callable[[], Mapping[str, Any]]) -> Finding:
-    """Says until when a certificate is good, or why it is not."""
+def _finding(name: str, check: Callable[[], str]) -> Finding:
+    """Return the text of a check as a finding, or the ConfigError that it raises."""
     try:
-        expires = certificate_end(look())
+        return Finding(name, EXIT_DONE, check())
     except ConfigError as error:
         return Finding(name, EXIT_USAGE, error.message)
+
+
+def _certificate_text(path: str, certificate: Mapping[str, Any]) -> str:
+    expires = certificate_end(certificate)
     days = _days_until(expires)
     renew = ": renew it now" if days < 14 else ""
-    return Finding(name, EXIT_DONE, f"{path} is good until {utc_text(expires)}, {days:.0f} days{renew}")
+    return f"{path} is good until {utc_text(expires)}, {days:.0f} days{renew}"
+
+
+def _private_text(name: str, path: str) -> str:
+    require_private(name, path)
+    return f"{path} is closed to others"
 
 
 def check_crl(name: str, path: str) -> Iterator[Finding]:
-    """Say until when the CRLs beside a CA are good, and which CAs have none; nothing where there is none."""
+    """Yield until when the CRLs beside a CA are good, and how many CAs have none; nothing without CRLs."""
     try:
         pem = Path(path).read_text(encoding="latin-1")
         count, ends, bare = len(pem_blocks(pem, "X509 CRL")), crl_ends(pem), cas_without_crl(pem)
@@ -9191,40 +9202,31 @@ def check_crl(name: str, path: str) -> Iterator[Finding]:
     text, days = f"{path} holds {count} CRL{'s' if count > 1 else ''}", _days_until(min(ends, default=float("inf")))
     if days < 0:
         yield Finding(f"{name} CRL", EXIT_USAGE, f"{text}, expired since {utc_text(min(ends))}: every certificate of "
-                                                 "its CA is refused; put a newer one there")
+                                                 "its CA is refused; replace it by a newer one")
         return
     if ends:
         text += f", good until {utc_text(min(ends))}, {days:.0f} days" + (": fetch a newer one now" if days < 1 else "")
     if bare:
-        text += f"; {bare} of its CAs have none: what these signed for a peer is refused"
+        text += f"; {bare} of its CAs have none: certificates that these signed are refused"
     yield Finding(f"{name} CRL", EXIT_DONE, text)
 
 
-def check_private(name: str, path: str) -> Finding:
-    """Says whether a key is closed to others."""
-    try:
-        require_private(name, path)
-    except ConfigError as error:
-        return Finding(name, EXIT_USAGE, error.message)
-    return Finding(name, EXIT_DONE, f"{path} is closed to others")
-
-
-def _is_in_reach(path: str, of: int) -> bool:
-    """Return whether a file has one of the modes, and its folders let everybody through to it."""
+def _is_reachable(path: str, mode: int) -> bool:
+    """Return whether a file has one of the mode's bits, and everybody may pass all its folders."""
     found = os.path.realpath(path)
-    if not os.stat(found).st_mode & of:
+    if not os.stat(found).st_mode & mode:
         return False
     return all(os.stat(folder).st_mode & stat.S_IXOTH for folder in Path(found).parents)
 
 
 def check_config(settings: Settings, path: str) -> Iterator[Finding]:
-    """Look at who may read and write the file of the settings: whoever writes it decides what goes out."""
+    """Check who may read and write the settings file: its writers control what is sent to nodes."""
     if not path:
         return
     has_secret = safe_url(settings.database_url) != settings.database_url
     if os.stat(path).st_mode & (stat.S_IWOTH | stat.S_IWGRP):
         yield Finding("--config", EXIT_USAGE, f"{path} is open to others, who may write it: chmod o-rwx,g-w it")
-    elif has_secret and _is_in_reach(path, stat.S_IROTH):
+    elif has_secret and _is_reachable(path, stat.S_IROTH):
         yield Finding("--config", EXIT_USAGE, f"{path} is open to others, and the database's password may be in it: "
                                               "chmod o-rwx it (its group may read it)")
     else:
@@ -9233,59 +9235,53 @@ def check_config(settings: Settings, path: str) -> Iterator[Finding]:
 
 
 def check_database_file(engine: SqliteEngine | PostgresEngine) -> Iterator[Finding]:
-    """Look at who else may read or write the files of an SQLite database: the payloads are in them."""
+    """Check who else may read or write the files of an SQLite database, which hold the payloads."""
     if not isinstance(engine, SqliteEngine):
         return
     for path in (engine.path, engine.path + "-wal", engine.path + "-shm"):
-        with contextlib.suppress(OSError):  # not there; the database itself is told of
-            if _is_in_reach(path, stat.S_IRWXO):
+        with contextlib.suppress(OSError):  # a file that does not exist; check_database() reports the database
+            if _is_reachable(path, stat.S_IRWXO):
                 yield Finding("DATABASE_URL", EXIT_USAGE, f"{path} is open to others: chmod o-rwx it")
 
 
 def check_agents(settings: Settings) -> Iterator[Finding]:
-    """Looks at what mutual TLS with the agents needs."""
+    """Check what mutual TLS with the agents needs."""
     if not settings.mtls_enabled:
         yield Finding("MTLS_ENABLED", EXIT_DONE, "0: agents are called by plain HTTP, for a laboratory only")
         return
-    missing = [name for name, path in (("CONTROL_CERT", settings.control_cert), ("CONTROL_KEY", settings.control_key),
-                                       ("CONTROL_CA", settings.control_ca)) if not path]
-    for name in missing:
-        yield Finding(name, EXIT_USAGE, "not set: no agent can be called without it")
-    if not missing:
-        yield check_certificate("CONTROL_CERT", settings.control_cert, lambda: control_certificate(settings))
-    if settings.control_ca:
-        yield from check_crl("CONTROL_CA", settings.control_ca)
-    if settings.control_key:
-        yield check_private("CONTROL_KEY", settings.control_key)
+    cert, key, ca = settings.control_cert, settings.control_key, settings.control_ca
+    for name, path in (("CONTROL_CERT", cert), ("CONTROL_KEY", key), ("CONTROL_CA", ca)):
+        if not path:
+            yield Finding(name, EXIT_USAGE, "not set: agents can't be called without it")
+    if cert and key and ca:
+        yield _finding("CONTROL_CERT", lambda: _certificate_text(cert, control_certificate(settings)))
+    if ca:
+        yield from check_crl("CONTROL_CA", ca)
+    if key:
+        yield _finding("CONTROL_KEY", lambda: _private_text("CONTROL_KEY", key))
 
 
 def check_api(settings: Settings) -> Iterator[Finding]:
-    """Looks at what the API needs."""
-    if settings.api_tokens_file:
-        try:
-            yield Finding("API_TOKENS_FILE", EXIT_DONE, f"{len(Tokens(settings.api_tokens_file).load())} tokens")
-        except ConfigError as error:
-            yield Finding("API_TOKENS_FILE", EXIT_USAGE, error.message)
-    else:
-        yield Finding("API_TOKENS_FILE", EXIT_DONE, "not set: the API listens on loopback, for everybody on this host")
+    """Check what the API needs."""
+    tokens, cert = settings.api_tokens_file, settings.http_cert
+    yield _finding("API_TOKENS_FILE", lambda: f"{len(Tokens(tokens).load())} tokens" if tokens else
+                   "not set: the API listens on loopback, for everybody on this host")
     try:
-        exposure = exposure_of(settings, listening_address(settings)[1])
-        if exposure:
-            yield Finding("HTTP_ADDR", EXIT_DONE, exposure)
-    except ConfigError as error:
-        yield Finding("HTTP_ADDR", EXIT_USAGE, error.message)
+        exposure = _finding("HTTP_ADDR", lambda: exposure_of(settings, listening_address(settings)[1]))
+        if exposure.text:
+            yield exposure
     except OSError as error:
         yield Finding("HTTP_ADDR", EXIT_USAGE, "{}:{} can't be listened on: {}".format(*settings.http_addr,
                                                                                    _os_reason(error)))
     if settings.http_client_ca:
         yield from check_crl("HTTP_CLIENT_CA", settings.http_client_ca)
-    if settings.http_cert:
-        yield check_certificate("HTTP_CERT", settings.http_cert, lambda: api_certificate(settings))
-        yield check_private("HTTP_KEY", settings.http_key)
+    if cert:
+        yield _finding("HTTP_CERT", lambda: _certificate_text(cert, api_certificate(settings)))
+        yield _finding("HTTP_KEY", lambda: _private_text("HTTP_KEY", settings.http_key))
 
 
 def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
-    """Gives what /api/v1/health tells of this process itself."""
+    """Return the part of /api/v1/health that only this process knows."""
     certificates = []
     if settings.mtls_enabled and settings.control_cert:
         certificates.append(certificate_json("CONTROL_CERT", lambda: control_certificate(settings)))
@@ -9296,17 +9292,17 @@ def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
         "lastLookAt": utc_text(executor.looked_at) if executor.looked_at else None}}
 
 
-def certificate_json(name: str, look: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """Gives until when a certificate is good; what is wrong with it is for who may read its files."""
+def certificate_json(name: str, load: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return until when a certificate is good; not what is wrong with it, as that names files of the host."""
     try:
-        expires = certificate_end(look())
+        expires = certificate_end(load())
     except ConfigError:
         return {"name": name, "notAfter": None, "daysLeft": None, "message": "run releasectl.py check to see why"}
     return {"name": name, "notAfter": utc_text(expires), "daysLeft": round(_days_until(expires), 2), "message": ""}
 
 
 def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:
-    """Return the ends of our certificates and CRLs for /metrics; of files that can't be read check tells more."""
+    """Return when our certificates and CRLs expire, for /metrics; files that can't be read are left to check."""
     figures: dict[tuple[str, ...], float] = {}
     agents = settings.mtls_enabled
     for name, path in (("CONTROL_CERT", settings.control_cert if agents else ""),
@@ -9341,7 +9337,7 @@ def audit_line(report: AuditReport) -> str:
 
 
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
-    """Looks at the database, and asks the agents of its enabled, online nodes."""
+    """Check the database, and ask the agents of its enabled, online nodes."""
     engine = store.database.engine
     tls = f"; {engine.tls_text()}" if isinstance(engine, PostgresEngine) else ""
     try:
@@ -9357,21 +9353,20 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
             refuse_twins(nodes)
         except AppError as error:
             yield Finding("nodes", EXIT_USAGE, error.message)
-        for ping in ping_nodes(settings, nodes, key_may_be_open=True) if nodes else []:  # that is told of itself
+        for ping in ping_nodes(settings, nodes, key_may_be_open=True) if nodes else []:  # reported by check_agents()
             yield Finding(f"node {ping.node.name}", EXIT_DONE if ping.is_ok else EXIT_UNAVAILABLE, ping.text)
     except DatabaseError as error:
         yield Finding("DATABASE_URL", EXIT_UNAVAILABLE, error.message)
     except ConfigError:
-        yield Finding("nodes", EXIT_USAGE, "not asked: without good certificates no agent answers")
+        yield Finding("nodes", EXIT_USAGE, "not asked: agents don't answer without good certificates")
 
 
 # ======================================================================================
-# 18 Screen: what a person sees in a terminal: columns, a release in one line, its progress
-#   as it goes. Uses 1 to 17.
+# 18 Screen: output for a terminal: tables, a release in one line, its progress. Uses 1 to 17.
 # ======================================================================================
 
 def columns_of(text: str) -> int:
-    """Return how many columns a printable text takes in a terminal: a Chinese letter two, an accent of its own none."""
+    """Return the columns of a printable text in a terminal: two for a Chinese letter, none for a combining accent."""
     if text.isascii():
         return len(text)
     return sum(0 if unicodedata.category(char) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(char) in "WF"
@@ -9379,7 +9374,7 @@ def columns_of(text: str) -> int:
 
 
 def cut_to(text: str, columns: int) -> str:
-    """Return as much of a printable text as fits into so many columns."""
+    """Return the start of a printable text that fits into so many columns."""
     if columns_of(text) <= columns:
         return text
     ends = itertools.accumulate(columns_of(char) for char in text)
@@ -9387,7 +9382,7 @@ def cut_to(text: str, columns: int) -> str:
 
 
 def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
-    """Gives rows as text in columns, or '' when there are none."""
+    """Return rows as text in columns, "" when there are none."""
     cells = [[one_line(cell) if cell is not None else "" for cell in row] for row in rows]
     if not cells:
         return ""
@@ -9397,14 +9392,13 @@ def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
 
 
 def release_line(release: Release) -> str:
-    """Gives a release in one line."""
-    says_it = release.status_reason.startswith(release.status) or not release.status_reason
-    return f"{release}: " + (release.status_reason or release.status if says_it
-                             else f"{release.status}, {release.status_reason}")
+    """Return a release in one line."""
+    status, reason = release.status, release.status_reason
+    return f"{release}: " + (reason if reason.startswith(status) else f"{status}, {reason}" if reason else status)
 
 
 class Screen:
-    """Shows the progress of a release: drawn anew in a terminal, else a line for each step."""
+    """Shows the progress of a release: redrawn in a terminal, else one line for each step."""
 
     MARKS = ((SUCCESS, "#", "32"), (FAILED, "x", "31"), (RUNNING, ">", "36"), (SKIPPED, "-", "90"),
              (PENDING, ".", "0"))
@@ -9414,32 +9408,33 @@ class Screen:
         self._stream = stream
         self._is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._has_colours = self._is_terminal and not os.environ.get("NO_COLOR")
+        # Lines on the screen that the next drawing replaces.
         self._drawn = 0
-        self._said = ""
+        self._last_step = ""
 
     def show(self, progress: Progress) -> None:
-        """Shows where a release stands."""
+        """Show the progress of a release."""
         if self._is_terminal:
             self._draw(self._lines(progress))
             return
         release = progress.release
-        # a sentence that only counts seconds is no step
-        self._say(release_line(release), f"{release.status} {release.status_reason.partition(', slowest')[0]}")
+        # a text that only counts seconds is no new step
+        self._print(release_line(release), f"{release.status} {release.status_reason.partition(', slowest')[0]}")
 
     def say(self, line: str) -> None:
-        """Shows what is wrong, once."""
+        """Show an error, once."""
         if self._is_terminal:
             self._draw([cut_to(one_line(line), self._size().columns - 1)])
         else:
-            self._say(line, line)
+            self._print(line, line)
 
-    def _say(self, line: str, step: str) -> None:
-        if step != self._said:
+    def _print(self, line: str, step: str) -> None:
+        if step != self._last_step:
             print(line, file=self._stream, flush=True)
-        self._said = step
+        self._last_step = step
 
     def _size(self) -> os.terminal_size:
-        """Return the size of the terminal that is drawn in, which standard output may not be."""
+        """Return the size of the stream's terminal; standard output may be another."""
         with contextlib.suppress(AttributeError, OSError, ValueError):
             found = os.get_terminal_size(self._stream.fileno())
             if found.columns > 0 and found.lines > 0:
@@ -9447,7 +9442,7 @@ class Screen:
         return shutil.get_terminal_size((100, 24))
 
     def _draw(self, lines: Sequence[str]) -> None:
-        """Puts lines in the place of the last ones, as many as the screen has."""
+        """Replace the last lines by new ones, as many as fit on the screen."""
         lines = lines[:max(self._size().lines - 1, 1)]
         up = f"\x1b[{self._drawn}A" if self._drawn else ""
         print(up + "".join(f"\r\x1b[K{line}\n" for line in lines) + "\x1b[J", end="", file=self._stream, flush=True)
@@ -9457,7 +9452,7 @@ class Screen:
         width = max(self._size().columns - 1, 1)
         release, batches = progress.release, progress.batches
         at = max(release.current_batch or len(batches), 1)
-        # the batches around the current one, where there are too many for the screen
+        # the batches around the current one, where there are too many
         first = max(0, min(at - self.MAX_BATCHES // 2, len(batches) - self.MAX_BATCHES))
         lines = [cut_to(one_line(release_line(release), 2 * MAX_MESSAGE_CHARS), width)]
         lines += [self._batch_line(batch, width) for batch in batches[first:first + self.MAX_BATCHES]]
@@ -9472,16 +9467,15 @@ class Screen:
         return lines
 
     def _batch_line(self, batch: BatchProgress, width: int) -> str:
-        """Gives one batch as a bar whose parts are as long as their share, rounded, and at least one mark."""
+        """Return a batch as a bar; each part is as long as its share, rounded, at least one mark."""
         done = f"batch {batch.number:>3} {batch.count(SUCCESS):>6} of {batch.total:<6} "
-        room = min(40, width - len(done) - len(self.MARKS))  # rounding up makes each part longer by less than one
+        room = min(40, width - len(done) - len(self.MARKS))  # rounding makes each part longer by less than one mark
         if room < 1:
             return cut_to(done, width)
-        parts = [(mark, colour, batch.count(status)) for status, mark, colour in self.MARKS]
         bar = ""
-        for mark, colour, count in parts:
-            length = max(1, round(room * count / batch.total)) if count else 0
-            bar += self._paint(mark * length, colour) if length else ""
+        for status, mark, colour in self.MARKS:
+            count = batch.count(status)
+            bar += self._paint(mark * max(1, round(room * count / batch.total)), colour) if count else ""
         return done + bar
 
     def _paint(self, text: str, colour: str) -> str:
@@ -9493,26 +9487,27 @@ class Screen:
 # ======================================================================================
 
 class Context:
-    """What a command works with: options, settings, and the store when it is first asked for."""
+    """What a command works with: options, settings and the store."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        # what needs no settings runs with a broken file too
+        # a command that needs no settings runs with a broken file too
         self.settings = Settings.load(os.environ, options.config, options.db) if options.needs_settings \
             else Settings.load({})
         self.store = Store(Database(self.settings.database_url))
         self.actor = _unix_user()
 
     def open(self, create: bool = False) -> Store:
-        """Gives the store over a database of the right schema; create makes an empty one."""
+        """Return the store, after a check of the schema; create: make the database if it is empty."""
         self.store.database.require_schema(create)
         return self.store
 
-    def show(self, document: Any, text: str) -> None:
-        """Print one JSON document with --json, else text for people."""
+    def show(self, document: Any, text: str) -> int:
+        """Print a JSON document with --json, else text for people; return EXIT_DONE."""
         out = to_json(document) if self.options.json else text
         if out:
             print(out, flush=True)
+        return EXIT_DONE
 
 
 def _unix_user() -> Act:
@@ -9559,12 +9554,12 @@ def command_serve(context: Context) -> int:
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
 
     def beat(sentence: str) -> None:
-        secret_files.look()
+        secret_files.check()
         if accept.is_alive():
-            manager.tell("WATCHDOG=1", f"STATUS={one_line(sentence)}")
+            manager.notify("WATCHDOG=1", f"STATUS={one_line(sentence)}")
 
-    faulthandler.enable()  # the watchdog ends who hangs by SIGABRT: the log then tells where each thread was
-    manager.tell("READY=1")  # the database answered migrate(), and the API listens
+    faulthandler.enable()  # systemd's watchdog sends SIGABRT: the log then shows where each thread hangs
+    manager.notify("READY=1")  # the database answered migrate(), and the API listens
     try:
         if settings.release_executor_enabled:
             executor.run_loop(beat)
@@ -9572,8 +9567,8 @@ def command_serve(context: Context) -> int:
             beat("API only, nothing is dispatched: RELEASE_EXECUTOR_ENABLED=0")
             executor.stopping.wait(settings.release_executor_interval_sec)
     finally:
-        manager.tell("STOPPING=1")
-        executor.close()  # first: what clients do must not keep a claim
+        manager.notify("STOPPING=1")
+        executor.close()  # first: no client may delay the release of claims
         server.shutdown()
         server.server_close()
     log.info("stopped")
@@ -9586,21 +9581,21 @@ def command_run_once(context: Context) -> int:
     try:
         code = _run_once(context)
     except BaseException:
-        with contextlib.suppress(ConfigError):  # what went wrong first is what is to be told
+        with contextlib.suppress(ConfigError):  # the first error is the one to report
             _write_metrics(context, path)
         raise
     _write_metrics(context, path)
     return code
 
 
-# While a drain goes on, its figures are written so often.
+# Seconds between writes of --metrics-file during a drain.
 METRICS_EVERY_S = 10.0
 
 
 def _write_metrics(context: Context, path: str) -> None:
-    """Writes /metrics for node_exporter's textfile collector, all at once; ConfigError when that can't be done.
+    """Write /metrics for node_exporter's textfile collector, atomically; raise ConfigError when that fails.
 
-    Without the figures of the process, which is over then: node_exporter has its own of these names.
+    The figures of the process are left out: it ends, and node_exporter has figures of the same names.
     """
     if path:
         text = metrics_text(context.store, certificate_figures(context.settings))
@@ -9614,8 +9609,7 @@ def _run_once(context: Context) -> int:
     settings = context.settings
     if not settings.release_executor_enabled:
         print("nothing is dispatched: RELEASE_EXECUTOR_ENABLED=0", file=sys.stderr)
-        context.show({"releases": [], "inOtherHands": 0}, "")
-        return EXIT_DONE
+        return context.show({"releases": [], "inOtherHands": 0}, "")
     warn_of_settings(settings)
     context.store.database.migrate()
     executor = Executor(settings, context.store, AgentClient(settings, context.store.database.metrics))
@@ -9626,10 +9620,10 @@ def _run_once(context: Context) -> int:
 
     def beat() -> None:
         nonlocal written_at
-        secret_files.look()
+        secret_files.check()
         if time.monotonic() >= written_at + METRICS_EVERY_S:
             written_at = time.monotonic()
-            with contextlib.suppress(AppError):  # told at the end, if it is still so
+            with contextlib.suppress(AppError):  # reported at the end, if it still fails then
                 _write_metrics(context, context.options.metrics_file)
 
     try:
@@ -9639,7 +9633,9 @@ def _run_once(context: Context) -> int:
     context.show({"releases": [release_json(release) for release in tick.worked_on],
                   "inOtherHands": tick.in_other_hands}, "\n".join(map(release_line, tick.worked_on)))
     if not tick.worked_on and tick.in_other_hands:
-        print(f"{tick.in_other_hands} releases to work on, all in other hands: try later", file=sys.stderr)
+        count = tick.in_other_hands
+        print(("1 release is being worked on by another process" if count == 1 else
+               f"{count} releases are being worked on by other processes") + ": try later", file=sys.stderr)
         return EXIT_BUSY
     code = max((exit_code_of(context.store, release) for release in tick.worked_on), default=EXIT_DONE)
     for release_id in tick.vanished:
@@ -9649,13 +9645,13 @@ def _run_once(context: Context) -> int:
     unended = [release for release in tick.worked_on if release.status in (PENDING, RUNNING, CANCELLING)]
     is_held = any(release.claim_expires_at for release in unended)
     if code == EXIT_DONE and context.options.drain and (is_held or (tick.was_stopped and unended)):
-        print(f"releases that are not at their end: {len(unended)}: try later", file=sys.stderr)
+        print(f"releases that have not ended: {len(unended)}: try later", file=sys.stderr)
         return EXIT_BUSY
     return code
 
 
 def warn_of_settings(settings: Settings) -> None:
-    """Says at every start what a laboratory may do and production may not; ConfigError for an open key."""
+    """Log what is not fit for production; raise ConfigError for a key that others can read."""
     if settings.mtls_enabled and settings.control_key:
         require_private("CONTROL_KEY", settings.control_key)
     if not settings.mtls_enabled:
@@ -9665,48 +9661,49 @@ def warn_of_settings(settings: Settings) -> None:
 
 
 class ServiceManager:
-    """systemd, or who else stands behind NOTIFY_SOCKET (sd_notify(3)); that it can't be told is no reason to fail."""
+    """systemd, or whatever else listens on NOTIFY_SOCKET (sd_notify(3)); a failure is only logged."""
 
     def __init__(self, address: str):
         """address: of the socket, "" for none."""
         self._address = address
-        self._said = ""
+        # The last error, as it was logged.
+        self._logged = ""
 
-    def tell(self, *lines: str) -> None:
-        """Say how we are."""
+    def notify(self, *lines: str) -> None:
+        """Send lines of state."""
         if not self._address:
             return
-        said = ""
+        trouble = ""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.settimeout(1.0)
-                # @ is how the environment writes the NUL of an abstract name
+                # in the environment, @ stands for the NUL of an abstract name
                 sock.sendto("\n".join(lines).encode(),
                             "\0" + self._address[1:] if self._address.startswith("@") else self._address)
         except OSError as error:
-            said = _os_reason(error)
-        if said and said != self._said:  # at each sign of life it would be a flood
-            log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], self._address, said)
-        self._said = said
+            trouble = _os_reason(error)
+        if trouble and trouble != self._logged:  # not at each heartbeat
+            log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], self._address, trouble)
+        self._logged = trouble
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
-# They would end a process by default, and mean nothing to us; SIGPWR and SIGSTKFLT are Linux's.
+# Signals that mean nothing to us, and by default would end the process; only Linux has SIGPWR and SIGSTKFLT.
 IGNORED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO,
                    *(getattr(signal, name) for name in ("SIGPWR", "SIGSTKFLT") if hasattr(signal, name)),
                    *range(signal.SIGRTMIN, signal.SIGRTMAX + 1))
 
 
 def _survive_signals() -> None:
-    """Let no signal but one to stop end this process, also before there is something to reload."""
+    """Ignore all signals but STOP_SIGNALS, also before there is something to reload."""
     for number in (signal.SIGHUP, *IGNORED_SIGNALS):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which a child would inherit
 
 
 def _handle_signals(stop: Callable[[], None], reload: Callable[[], None]) -> None:
-    """Let signals call stop() or reload(), in a thread: a handler may interrupt who holds a lock that they take.
+    """Call stop() or reload() at a signal, in a thread: a signal handler could interrupt a holder of their locks.
 
-    The thread is told by a descriptor: a handler would not run while the main thread waits within a driver's C code.
+    A descriptor wakes the thread: Python runs no handler while the main thread waits in a driver's C code.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
@@ -9719,8 +9716,8 @@ def _handle_signals(stop: Callable[[], None], reload: Callable[[], None]) -> Non
                     stop()
                 elif signal.SIGHUP in numbers:
                     reload()
-            except Exception:  # the next signal must find somebody
-                log.exception("a signal could not be followed")
+            except Exception:  # the thread must survive for the next signal
+                log.exception("a signal could not be handled")
 
     with starting_threads():
         threading.Thread(target=listen, name="signals", daemon=True).start()
@@ -9730,7 +9727,7 @@ def _handle_signals(stop: Callable[[], None], reload: Callable[[], None]) -> Non
 
 
 def _reload(settings: Settings, agents: AgentClient, server: ApiServer | None = None) -> None:
-    """Read anew what can be without a restart, and log in one line what became of it (SIGHUP)."""
+    """Read again what needs no restart, and log the result in one line (SIGHUP)."""
     parts: list[tuple[str, Callable[[], int | None]]] = []
     if settings.mtls_enabled and settings.control_cert:
         parts.append(("certificate for agents", agents.reload))
@@ -9738,51 +9735,52 @@ def _reload(settings: Settings, agents: AgentClient, server: ApiServer | None = 
         parts.append(("certificate of the API", server.tls.reload))
     if server and server.tokens:
         parts.append(("tokens", server.tokens.reload))
-    said, is_wrong = [], False
+    results, is_wrong = [], False
     for name, act in parts:
         try:
             count = act()
-            said.append(name if count is None else f"{count} {name}")
+            results.append(name if count is None else f"{count} {name}")
         except ConfigError as error:
             is_wrong = True
-            said.append(f"not the {name}: {error}")
+            results.append(f"not the {name}: {error}")
     log.log(logging.ERROR if is_wrong else logging.INFO,
-            "SIGHUP: read anew: %s; other settings need a restart, and the log, on standard error, has no file of ours "
-            "to open anew", ", ".join(said) or "nothing")
+            "SIGHUP: read again: %s; other settings need a restart; the log goes to standard error, so no file is "
+            "reopened", ", ".join(results) or "nothing")
 
 
 class SecretFiles:
-    """The files that others may not read: says once when one of them becomes open while a process runs."""
+    """Logs when a file that others may not read becomes readable for them while a process runs."""
 
-    LOOK_EVERY_S = 2.0
+    CHECK_EVERY_S = 2.0
 
     def __init__(self, settings: Settings):
         self._files = [(name, path) for name, path in (
             ("CONTROL_KEY", settings.control_key if settings.mtls_enabled else ""), ("HTTP_KEY", settings.http_key),
             ("API_TOKENS_FILE", settings.api_tokens_file)) if path]
-        self._open: dict[str, str] = {}
-        self._look_at = 0.0
+        # What is wrong with each file, as logged last.
+        self._logged: dict[str, str] = {}
+        self._next_check_at = 0.0
 
-    def look(self) -> None:
-        """Log what has changed since the last look."""
-        if time.monotonic() < self._look_at:
+    def check(self) -> None:
+        """Log what has changed since the last check."""
+        if time.monotonic() < self._next_check_at:
             return
-        self._look_at = time.monotonic() + self.LOOK_EVERY_S
+        self._next_check_at = time.monotonic() + self.CHECK_EVERY_S
         for name, path in self._files:
-            said = ""
+            trouble = ""
             try:
                 require_private(name, path)
             except (ConfigError, OSError) as error:
-                said = one_line(error)
-            if said and said != self._open.get(name):
-                log.error("%s", said)
-            elif not said and self._open.get(name):
+                trouble = one_line(error)
+            if trouble and trouble != self._logged.get(name):
+                log.error("%s", trouble)
+            elif not trouble and self._logged.get(name):
                 log.info("%s %s is as it should be again", name, path)
-            self._open[name] = said
+            self._logged[name] = trouble
 
 
 def _raise_descriptor_limit() -> None:
-    """Takes as many descriptors as the host allows: an agent costs one, and the usual soft limit is 1024."""
+    """Allow as many file descriptors as the host does: each agent takes one, and the usual limit is 1024."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -9796,8 +9794,7 @@ def command_migrate(context: Context) -> int:
         document["nextVersion"] = context.store.set_first_version(context.options.first_version,
                                                                     context.actor)
         text += f"; the next release is version {document['nextVersion']}"
-    context.show(document, text)
-    return EXIT_DONE
+    return context.show(document, text)
 
 
 # -- tokens ----------------------------------------------------------------------------------
@@ -9809,10 +9806,8 @@ def command_token_add(context: Context) -> int:
     token = context.open(create=True).audit(
         context.actor, "token.add", f"token {options.name}", {"name": options.name, "role": options.role, "file": path},
         lambda: add_token(path, options.name, options.role))
-    print(f"{options.name} may act as {options.role} with this token, which is shown once and stored nowhere",
-          file=sys.stderr)
-    context.show({"name": options.name, "role": options.role, "token": token}, token)
-    return EXIT_DONE
+    print(f"Token for {options.name} ({options.role}). Copy it now: it can't be shown again.", file=sys.stderr)
+    return context.show({"name": options.name, "role": options.role, "token": token}, token)
 
 
 # -- nodes -----------------------------------------------------------------------------------
@@ -9830,7 +9825,7 @@ def _labels_option(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _node_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Gives the node that the options describe, as JSON fields."""
+    """Return the JSON fields of a node that the options give."""
     fields = {"name": options.name if options.command == "node add" else options.rename, "mainIp": options.ip,
               "agentPort": options.port, "agentProtocol": options.protocol, "status": options.status,
               "labels": _labels_option(options.label) if options.label else None, "enabled": options.enabled}
@@ -9848,15 +9843,13 @@ def _node_row(node: Node) -> tuple[object, ...]:
 def command_node_add(context: Context) -> int:
     columns = parse_node_fields(_node_options(context.options), ("name", "mainIp"))
     node = context.open(create=True).add_node(**columns, by=context.actor)
-    context.show(node_json(node), f"node {node.id}: {node.name} at {node.main_ip}:{node.agent_port}")
-    return EXIT_DONE
+    return context.show(node_json(node), f"node {node.id}: {node.name} at {node.main_ip}:{node.agent_port}")
 
 
 def command_node_list(context: Context) -> int:
     page = context.open().nodes(size=0)
-    context.show({"items": [node_json(node) for node in page.items], "total": page.total},
-                 table([_node_row(node) for node in page.items], NODE_HEAD) or "no nodes: add one with `node add`")
-    return EXIT_DONE
+    text = table([_node_row(node) for node in page.items], NODE_HEAD) or "no nodes: add one with `node add`"
+    return context.show({"items": [node_json(node) for node in page.items], "total": page.total}, text)
 
 
 def command_node_set(context: Context) -> int:
@@ -9865,8 +9858,7 @@ def command_node_set(context: Context) -> int:
         raise AppError(2001, "nothing to change: name an option, see `node set --help`")
     store = context.open()
     node = store.update_node(store.node_named(context.options.name).id, columns, context.actor)
-    context.show(node_json(node), table([_node_row(node)], NODE_HEAD))
-    return EXIT_DONE
+    return context.show(node_json(node), table([_node_row(node)], NODE_HEAD))
 
 
 def command_node_import(context: Context) -> int:
@@ -9881,12 +9873,11 @@ def command_node_import(context: Context) -> int:
                      columns.get("agent_protocol", TASKS), columns.get("labels", "{}"),
                      columns.get("enabled", 1), columns.get("status", "online")))
     nodes = context.open(create=True).add_nodes(rows, context.actor)
-    context.show({"items": [node_json(node) for node in nodes]}, f"nodes added: {len(nodes)}")
-    return EXIT_DONE
+    return context.show({"items": [node_json(node) for node in nodes]}, f"nodes added: {len(nodes)}")
 
 
 def _read_node_file(path: str) -> list[dict[str, Any]]:
-    """Gives the nodes of a JSON array, or of lines NAME IP [PORT [PROTOCOL]]."""
+    """Return the nodes of a JSON array, or of lines NAME IP [PORT [PROTOCOL]], as JSON fields."""
     text = _read_text(path)
     if text.lstrip().startswith(("[", "{")):
         try:
@@ -9903,11 +9894,9 @@ def _read_node_file(path: str) -> list[dict[str, Any]]:
             continue
         if len(words) < 2 or len(words) > 4 or (len(words) > 2 and not re.fullmatch("[0-9]{1,9}", words[2])):
             raise AppError(2002, f"{path}: {one_line(line, 60)!r} is not NAME IP [PORT [PROTOCOL]]")
-        node: dict[str, Any] = {"name": words[0], "mainIp": words[1]}
-        if len(words) > 2:
-            node["agentPort"] = int(words[2])
-        if len(words) > 3:
-            node["agentProtocol"] = words[3]
+        node: dict[str, Any] = dict(zip(("name", "mainIp", "agentPort", "agentProtocol"), words))
+        if "agentPort" in node:
+            node["agentPort"] = int(node["agentPort"])
         nodes.append(node)
     return nodes
 
@@ -9927,14 +9916,14 @@ def command_node_ping(context: Context) -> int:
     context.show({"items": [{"name": p.node.name, "ok": p.is_ok, "errorKind": p.error_kind, "message": p.text}
                             for p in pings]},
                  table([(p.node.name, "ok" if p.is_ok else p.error_kind, p.text) for p in pings],
-                       ("node", "result", "what it said")))
+                       ("node", "state", "result")))
     return EXIT_DONE if all(p.is_ok for p in pings) else EXIT_UNAVAILABLE
 
 
 # -- releases --------------------------------------------------------------------------------
 
 def _duration_s(text: str) -> float:
-    """Reads 90, 90s, 5m, 2h or 1d as seconds; argparse.ArgumentTypeError else."""
+    """Return 90, 90s, 5m, 2h or 1d in seconds; raise argparse.ArgumentTypeError else."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd]?)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90, 90s, 5m, 2h or 1d")
@@ -9943,7 +9932,7 @@ def _duration_s(text: str) -> float:
 
 
 def _number_or_text(text: str) -> int | str:
-    """Gives a number of digits as one, all else as it is: the Store says what is wrong with it."""
+    """Return digits as a number, all else as it is: the Store raises the error."""
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
 
 
@@ -9951,33 +9940,35 @@ def _list_of_numbers(text: str) -> list[int | str]:
     return [_number_or_text(part.strip()) for part in text.split(",")]
 
 
-# Option of create: key of the strategy, how its text is read, placeholder, sentence.
+# Options of create: flag, key of the strategy, parser, placeholder, help.
 STRATEGY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
-    ("--batches", "batches", _list_of_numbers, "SPEC", "sizes: 1,10%%,25%%; what is left is the last batch (1)"),
-    ("--max-failed", "maxFailed", _number_or_text, "N", "failed nodes that a batch may have: a number or N%% (0)"),
-    ("--max-failed-total", "maxFailedTotal", _number_or_text, "N", "the same over the whole release (no limit)"),
+    ("--batches", "batches", _list_of_numbers, "SPEC", "sizes: 1,10%%,25%%; all other nodes are the last batch (1)"),
+    ("--max-failed", "maxFailed", _number_or_text, "N",
+     "failures tolerated in a batch: N or N%% (default 0: stop at the first)"),
+    ("--max-failed-total", "maxFailedTotal", _number_or_text, "N",
+     "failures tolerated in the whole release: N or N%% (no limit)"),
     ("--max-parallel", "maxParallel", _number_or_text, "N", "nodes in flight at once; 0: the whole batch (0)"),
-    ("--soak", "soakSec", _duration_s, "TIME", "wait after a batch before the next one: 90, 5m, 2h (0)"),
+    ("--soak", "soakSec", _duration_s, "TIME", "wait between batches: 90, 5m, 2h (0)"),
     ("--pause-after", "pauseAfter", lambda text: text if text == EACH else _list_of_numbers(text), "LIST",
-     "batch numbers, or each: wait there for resume"),
-    ("--on-exceed", "onExceed", str, "WHAT", "too many failures: fail, or pause and wait for a person (fail)"),
-    ("--node-deadline", "nodeDeadlineSec", _duration_s, "TIME", "from a node's dispatch to its end"),
+     "pause after these batches until resume: numbers, or each"),
+    ("--on-exceed", "onExceed", str, "WHAT", "at more failures than tolerated: fail, or pause until resume (fail)"),
+    ("--node-deadline", "nodeDeadlineSec", _duration_s, "TIME", "most time for a node, from its dispatch"),
     ("--retries", "retries", _number_or_text, "N", "tries after the first"),
-    ("--start-at", "startAt", str, "TIME", "not before, like 2026-01-31T22:00:00Z"),
+    ("--start-at", "startAt", str, "TIME", "start no earlier than this, like 2026-01-31T22:00:00Z"),
 )
 VERIFY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
-    ("--verify-url", "url", str, "URL", "probe after success, like http://{main_ip}:8080/health"),
-    ("--verify-status", "status", _number_or_text, "N", "its status (200)"),
-    ("--verify-timeout", "timeoutSec", _duration_s, "TIME", "for one probe (5)"),
-    ("--verify-successes", "successes", _number_or_text, "N", "so many in a row (1)"),
-    ("--verify-host", "host", str, "NAME", "the site to ask for: the Host header, and the name in TLS"),
-    ("--verify-contains", "contains", str, "TEXT", "a text that the answer must hold"),
+    ("--verify-url", "url", str, "URL", "probe each node after its success, like http://{main_ip}:8080/health"),
+    ("--verify-status", "status", _number_or_text, "N", "HTTP status that a probe must get (200)"),
+    ("--verify-timeout", "timeoutSec", _duration_s, "TIME", "most time for one probe (5)"),
+    ("--verify-successes", "successes", _number_or_text, "N", "probes in a row that must pass (1)"),
+    ("--verify-host", "host", str, "NAME", "site to ask for: the Host header, and the name in TLS"),
+    ("--verify-contains", "contains", str, "TEXT", "text that the answer must contain"),
 )
 
 
 def _given(options: argparse.Namespace,
            known: Iterable[tuple[str, str, Callable[[str], Any], str, str]]) -> dict[str, Any]:
-    """Gives the keys whose options were given."""
+    """Return the keys whose options were given, with their values."""
     values = {key: getattr(options, flag[2:].replace("-", "_")) for flag, key, *_ in known}
     return {key: value for key, value in values.items() if value is not None}
 
@@ -10009,18 +10000,17 @@ def command_create(context: Context) -> int:
 
 
 def _show_plan(context: Context, plan: Plan) -> int:
-    """Prints what a release would do, and whom it would leave out."""
+    """Print what a release would do, and which nodes it would leave out."""
     payload = "payload of release {} (v{})".format(*plan.payload_of) if plan.payload_of else None
     limits = [("version", plan.version), ("sends", payload), ("nodes", sum(map(len, plan.batches))),
-              ("failed in all, at most", plan.max_failed_total),
-              ("in flight at once, at most", plan.strategy.max_parallel or None)]
+              ("failures tolerated in all", plan.max_failed_total),
+              ("nodes in flight at once, at most", plan.strategy.max_parallel or None)]
     text = table([(number, len(ids), most, _words(ids)) for number, (ids, most) in enumerate(
-        zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "ids of nodes"))
+        zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "node ids"))
     emptied = [f"left without any site: {', '.join(plan.emptied)}"] if plan.emptied else []
-    context.show(plan_json(plan), "\n".join(
+    return context.show(plan_json(plan), "\n".join(
         [text, *(f"{name}: {value}" for name, value in limits if value is not None), *_left_out_lines(plan.left_out),
          *emptied]))
-    return EXIT_DONE
 
 
 def _left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
@@ -10039,10 +10029,9 @@ def _show_created(context: Context, made: Made) -> int:
         print("\n".join([f"{release}: created", *left_out]), file=sys.stderr)
         return _watch(context, release.id)
     as_json = created_again_json if release.retry_of or release.rollback_of else created_json
-    context.show(as_json(made), "\n".join([
+    return context.show(as_json(made), "\n".join([
         f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
         f"{_words([len(batch) for batch in made.batches])}", *left_out]))
-    return EXIT_DONE
 
 
 def command_list(context: Context) -> int:
@@ -10050,17 +10039,18 @@ def command_list(context: Context) -> int:
     page = context.open().releases(options.status or "", options.page, options.page_size)
     rows = [(r.id, f"v{r.version}", r.target, r.status, f"{r.success_nodes}/{r.total_nodes}", r.failed_nodes,
              r.created_at, r.status_reason) for r in page.items]
-    context.show(page_json(page, release_json), table(
-        rows, ("id", "version", "target", "status", "done", "failed", "created", "what it does")) or "no releases")
-    return EXIT_DONE
+    return context.show(page_json(page, release_json), table(
+        rows, ("id", "version", "target", "status", "done", "failed", "created", "state")) or "no releases")
 
 
 def command_status(context: Context) -> int:
     release, nodes = context.open().release_with_nodes(context.options.id)
-    context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
+    return context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
         [(n.batch, n.name, n.status, n.attempts, n.started_at, n.finished_at, n.error_kind, n.error_msg)
          for n in nodes], ("batch", "node", "status", "tries", "started", "finished", "error", "message"))]))
-    return EXIT_DONE
+
+
+LATEST = "latest"
 
 
 def command_watch(context: Context) -> int:
@@ -10076,19 +10066,19 @@ WATCH_EVERY_S = 0.5
 
 
 class Until(NamedTuple):
-    """What watch waits for: the end, a pause, or the end of a batch."""
+    """What watch waits for beside the release's end: a pause, or the end of a batch."""
     paused: bool = False
     batch: int = 0
 
     def is_reached(self, progress: Progress) -> bool:
-        """Says whether watch may end; a release that is at its end always does."""
+        """Return whether watch may end."""
         at = min((b.number for b in progress.batches if b.count(PENDING, RUNNING)), default=MAX_NODES)
         return (progress.release.is_terminal or (self.paused and progress.release.status == PAUSED)
                 or 0 < self.batch < at)
 
 
 def _until(text: str) -> Until:
-    """Reads terminal, paused or batch=N."""
+    """Parse --until: terminal, paused or batch=N."""
     match = re.fullmatch(r"batch=([1-9][0-9]{0,6})", text)
     if match:
         return Until(batch=int(match[1]))
@@ -10098,12 +10088,13 @@ def _until(text: str) -> Until:
 
 
 def _watch(context: Context, release_id: int) -> int:
-    """Follows a release on standard error until what --until names, whatever becomes of the database.
+    """Show the progress of a release on standard error until --until is reached; return the exit code.
 
-    Gives EXIT_BUSY when --timeout is over first.
+    The database may be out of reach meanwhile. EXIT_BUSY: --timeout was over first.
     """
     options, store, screen = context.options, context.open(), Screen(sys.stderr)
     ends_at = float("inf") if options.timeout is None else time.monotonic() + options.timeout
+    state = "could not be read"
     while True:
         try:
             progress = store.progress(release_id)
@@ -10111,16 +10102,17 @@ def _watch(context: Context, release_id: int) -> int:
         except DatabaseError as error:
             screen.say(str(error))
         else:
+            release = progress.release
             if options.until.is_reached(progress):
                 break
+            state = f"is still {release.status}" + (f" ({release.status_reason})" if release.status_reason else "")
         left_s = ends_at - time.monotonic()
         if left_s <= 0:
-            print(f"release {release_id}: not there within {options.timeout:g} s", file=sys.stderr)
+            print(f"timed out after {options.timeout:g} s: release {release_id} {state}", file=sys.stderr)
             if options.json:
                 context.show({"release": release_json(store.release(release_id))}, "")
             return EXIT_BUSY
         time.sleep(min(WATCH_EVERY_S, left_s))
-    release = progress.release
     context.show({"release": release_json(release)}, release_line(release))
     return exit_code_of(store, release)
 
@@ -10128,10 +10120,9 @@ def _watch(context: Context, release_id: int) -> int:
 def command_events(context: Context) -> int:
     options = context.options
     events = context.open().events(options.id, options.after, options.limit)
-    context.show({"items": [event_json(event) for event in events]}, table(
+    return context.show({"items": [event_json(event) for event in events]}, table(
         [(e.id, e.at, e.node_name or "release", e.event, f"{e.from_status} -> {e.to_status}", e.actor, e.detail)
-         for e in events], ("id", "at", "who", "event", "change", "by", "detail")))
-    return EXIT_DONE
+         for e in events], ("id", "at", "node", "event", "change", "actor", "detail")))
 
 
 def command_audit(context: Context) -> int:
@@ -10162,8 +10153,7 @@ def command_act(context: Context) -> int:
     verb = CANCEL_BY_FORCE if options.command == "cancel" and options.force else options.command
     more = {"accept_failures": options.accept_failures} if verb == "resume" else {}
     release = context.open().act(verb, options.id, context.actor, parse_text("--reason", options.reason), **more)
-    context.show(release_json(release), release_line(release))
-    return EXIT_DONE
+    return context.show(release_json(release), release_line(release))
 
 
 def command_again(context: Context) -> int:
@@ -10183,37 +10173,35 @@ def command_freeze(context: Context) -> int:
         raise AppError(2001, "--reason goes with on or off")
     freeze = store.freeze() if options.switch is None else store.set_freeze(
         options.switch == "on", context.actor, parse_text("--reason", options.reason))
-    context.show(freeze_json(freeze), f"frozen by {freeze.actor} at {freeze.at}: {freeze.reason}" if freeze.frozen
-                 else "not frozen")
-    return EXIT_DONE
+    text = f"frozen by {freeze.actor} at {freeze.at}: {freeze.reason}" if freeze.frozen else "not frozen"
+    return context.show(freeze_json(freeze), text)
 
 
 def command_check(context: Context) -> int:
     settings = context.settings
-    findings = [Finding("settings", EXIT_DONE, "every value can be used"),
+    findings = [Finding("settings", EXIT_DONE, "valid"),
                 *check_config(settings, context.options.config), *check_agents(settings),
                 *check_api(settings), *check_database(settings, context.store)]
     context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
                             for f in findings]},
                  table([("ok" if f.exit_code == EXIT_DONE else "WRONG", f.subject, f.text) for f in findings],
-                       ("", "what", "found")))
+                       ("", "subject", "result")))
     codes = {f.exit_code for f in findings}
     return EXIT_USAGE if EXIT_USAGE in codes else max(codes)
 
 
-# -- care ------------------------------------------------------------------------------------
+# -- maintenance -----------------------------------------------------------------------------
 
 def command_backup(context: Context) -> int:
     path = context.options.file
     schema, size = context.store.backup(path, context.actor)
-    context.show({"file": path, "bytes": size, "schema": schema},
-                 f"{path}: {size} bytes, schema {schema}, checked")
-    return EXIT_DONE
+    return context.show({"file": path, "bytes": size, "schema": schema},
+                        f"{path}: {size} bytes, schema {schema}, checked")
 
 
-# Between two transactions of prune: others, who look for the lock now and then, get it.
+# Seconds between two transactions of prune, so that other writers get the lock.
 PRUNE_PAUSE_S = 0.1
-# Nodes of releases in one transaction of prune; each has some events too.
+# Nodes of the releases that prune deletes in one transaction; each has some events too.
 PRUNE_NODES = 500
 
 
@@ -10230,7 +10218,7 @@ def command_prune(context: Context) -> int:
 
 
 def _chunks(releases: Iterable[OldRelease]) -> Iterator[list[OldRelease]]:
-    """Parts a list so that each part is soon deleted; a release stays whole."""
+    """Yield parts of a list that are each deleted in a short transaction; a release is in one part."""
     chunk: list[OldRelease] = []
     for release in releases:
         if chunk and (len(chunk) == NODES_PER_STATEMENT
@@ -10246,11 +10234,10 @@ def _show_pruned(context: Context, releases: Sequence[OldRelease]) -> int:
     is_dry = context.options.dry_run
     rows = table([(r.id, f"v{r.version}", r.target, r.status, r.total_nodes, r.ended_at) for r in releases],
                  ("id", "version", "target", "status", "nodes", "ended")) if is_dry else ""
-    context.show({"dryRun": is_dry, "total": len(releases), "items": [
+    return context.show({"dryRun": is_dry, "total": len(releases), "items": [
         {"id": r.id, "version": r.version, "target": r.target, "status": r.status, "totalNodes": r.total_nodes,
          "endedAt": r.ended_at} for r in releases]},
         "\n".join(filter(None, [rows, f"releases {'to be ' if is_dry else ''}deleted: {len(releases)}"])))
-    return EXIT_DONE
 
 
 def command_version(context: Context) -> int:
@@ -10261,18 +10248,17 @@ def command_version(context: Context) -> int:
     found = {"version": __version__, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
              "schema": len(schema_steps()), "python": platform.python_version(),
              "sqlite": sqlite3.sqlite_version, "openssl": ssl.OPENSSL_VERSION, "postgresDriver": driver or None}
-    context.show(found, "\n".join([f"releasectl {__version__}", *(
+    return context.show(found, "\n".join([f"releasectl {__version__}", *(
         f"{name:<15} {value or 'none'}" for name, value in found.items() if name != "version")]))
-    return EXIT_DONE
 
 
 # ======================================================================================
-# 20 Command line: the table of commands, and what is made of it: the parser, completion in
-#   shells; the log, and main(). Uses 1 to 19.
+# 20 Command line: the table of commands, and the parser and shell completion made from it;
+#   the log, and main(). Uses 1 to 19.
 # ======================================================================================
 
 class Command(NamedTuple):
-    """One command: its words, help, options as (flags, keywords) of argparse, and what runs it."""
+    """One command: its words, help, what runs it, and its options as (flags, keywords) of argparse."""
     name: str
     help: str
     run: Callable[[Context], int]
@@ -10284,16 +10270,17 @@ def _option(*flags: str, **keywords: Any) -> tuple[tuple[str, ...], dict[str, An
     return flags, keywords
 
 
-def _number_option(low: int, high: int) -> Callable[[str], int]:
+def _int_option(flag: str, low: int, high: int, **keywords: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return an option that takes a whole number from low to high."""
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
         return int(text)
-    return parse
+    return _option(flag, type=parse, **keywords)
 
 
 def _age_s(text: str) -> float:
-    """Reads a time from a day on: an Idempotency-Key is kept for so long, with its release."""
+    """Parse a time of a day or more: an Idempotency-Key is kept for a day, with its release."""
     seconds = _duration_s(text)
     if not ONCE_S <= seconds <= 36500 * ONCE_S:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time from 1d to 36500d")
@@ -10317,27 +10304,28 @@ def _audit_head(text: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-LATEST = "latest"
+def _release_id(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > MAX_ID:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a release: use a number from `releasectl.py list`")
+    return int(text)
 
 
-def _id_or_latest(text: str) -> int | str:
-    return text if text == LATEST else _number_option(0, MAX_ID)(text)
-
-
-_ID_OPTION = _option("id", metavar="ID", type=_number_option(0, MAX_ID), help="id of the release")
+_ID_OPTION = _option("id", metavar="ID", type=_release_id, help="id of the release")
 _REASON_OPTION = _option("--reason", default="", metavar="TEXT", help="why, for the history")
+_PLAN_OPTION = _option("--plan", action="store_true", help="show what it would do, and create nothing")
 _AGAIN_OPTIONS = (
-    _REASON_OPTION,
-    _option("--over-newer", action="store_true", help="also where a node has a newer success"),
-    _option("--plan", action="store_true", help="show what it would do, and create nothing"))
+    _REASON_OPTION, _option("--over-newer", action="store_true", help="also where a node has a newer success"),
+    _PLAN_OPTION)
 _WATCH_OPTIONS = (
-    _option("--until", type=_until, default=Until(), metavar="WHAT", help="terminal, paused or batch=N (terminal)"),
-    _option("--timeout", type=_duration_s, metavar="TIME", help="exit 75 when it is over: 90, 5m"))
+    _option("--until", type=_until, default=Until(), metavar="WHAT",
+            help="wait until the release has ended (terminal), is paused (paused), or batch N is done (batch=N)"),
+    _option("--timeout", type=_duration_s, metavar="TIME",
+            help="stop waiting after TIME (90, 5m) with exit 75; the release goes on"))
 _WAIT_OPTIONS = (
     _option("--wait", action="store_true", help="follow it to its end; exit 0 on success, 1 else"), *_WATCH_OPTIONS)
 _NODE_OPTIONS = (
-    _option("--port", type=_number_option(1, 65535), help="the agent's port (8443)"),
-    _option("--protocol", choices=PROTOCOLS, help="the agent's dialect (tasks)"),
+    _int_option("--port", 1, 65535, help="the agent's port (8443)"),
+    _option("--protocol", choices=PROTOCOLS, help="the agent's protocol (tasks)"),
     _option("--label", action="append", metavar="K=V", help="a label; may be repeated"),
     _option("--status", choices=NODE_STATUSES, help="only online nodes get releases"),
     _option("--enable", dest="enabled", action="store_true", default=None, help="it may get releases"),
@@ -10347,19 +10335,18 @@ _NODE_OPTIONS = (
 def command_completion(context: Context) -> int:
     shell = context.options.shell
     script = COMPLETIONS[shell]()
-    context.show({"shell": shell, "script": script}, script)
-    return EXIT_DONE
+    return context.show({"shell": shell, "script": script}, script)
 
 
 COMMANDS: tuple[Command, ...] = (
     Command("serve", "API and executor in one process, until SIGTERM or SIGINT", command_serve),
     Command("run-once", "one tick of the executor, then exit", command_run_once, (
-        _option("--drain", action="store_true", help="go on until nothing is left to do"),
+        _option("--drain", action="store_true", help="repeat until nothing is left to do"),
         _option("--metrics-file", default="", metavar="FILE",
                 help="write figures there for node_exporter's textfile collector: a name that ends with .prom"))),
     Command("migrate", "bring the database to this schema.sql", command_migrate, (
-        _option("--first-version", type=_number_option(1, MAX_NAMED_VERSION), metavar="N",
-                help="number new releases from N on: after a restore, or beside agents that are further on"),)),
+        _int_option("--first-version", 1, MAX_NAMED_VERSION, metavar="N",
+                help="number new releases from N on: after a restore, or where agents have higher versions"),)),
     Command("node add", "add a node", command_node_add, (
         _option("name", metavar="NAME"), _option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
     Command("node list", "list the nodes", command_node_list),
@@ -10370,75 +10357,74 @@ COMMANDS: tuple[Command, ...] = (
     Command("node ping", "ask agents whether they answer", command_node_ping, (
         _option("names", nargs="*", metavar="NAME", help="none: every enabled node"),)),
     Command("token add", "make a token for the API, and print it once", command_token_add, (
-        _option("name", metavar="NAME", help="whom the history names"),
+        _option("name", metavar="NAME", help="the name in the history"),
         _option("--role", choices=(VIEWER, OPERATOR), required=True, help="viewer reads, operator acts"))),
     Command("create", "create a release for the enabled, online nodes", command_create, (
         _option("--payload", metavar="FILE", help="JSON object for the agents; - for standard input"),
         _REASON_OPTION, _option("--target", default="cdn"),
         _option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
         _option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
-        _option("--version", type=_number_option(1, MAX_NAMED_VERSION), metavar="N",
-                help="a higher version than the next one"),
+        _int_option("--version", 1, MAX_NAMED_VERSION, metavar="N", help="a higher version than the next one"),
         *(_option(flag, type=parse, metavar=metavar, help=text)
           for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS)),
-        _option("--plan", action="store_true", help="show what it would do, and create nothing"), *_WAIT_OPTIONS)),
+        _PLAN_OPTION, *_WAIT_OPTIONS)),
     Command("list", "list releases, newest first", command_list, (
         _option("--status", choices=RELEASE_STATUSES),
-        _option("--page", type=_number_option(1, 10**9), default=1),
-        _option("--page-size", type=_number_option(1, MAX_PAGE_SIZE), default=20))),
+        _int_option("--page", 1, 10**9, default=1), _int_option("--page-size", 1, MAX_PAGE_SIZE, default=20))),
     Command("status", "a release and its nodes", command_status, (_ID_OPTION,)),
     Command("watch", "follow a release to its end", command_watch, (
-        _option("id", metavar="ID", nargs="?", default=LATEST, type=_id_or_latest,
+        _option("id", metavar="ID", nargs="?", default=LATEST,
+                type=lambda text: text if text == LATEST else _release_id(text),
                 help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
     Command("events", "the history of a release", command_events, (
-        _ID_OPTION, _option("--after", type=_number_option(0, MAX_ID), default=0, help="only ids above this one"),
-        _option("--limit", type=_number_option(1, 100000), default=1000))),
+        _ID_OPTION, _int_option("--after", 0, MAX_ID, default=0, help="only events with a higher id"),
+        _int_option("--limit", 1, 100000, default=1000))),
     Command("audit", "who did what, newest last; whether the log is whole", command_audit, (
         _option("--actor", default="", metavar="NAME", help="only by this actor, token or certificate"),
         _option("--action", default="", metavar="WORD", help="only this action, or group: node.set, node"),
         _option("--object", default="", metavar="TEXT", help="only of this: \"node edge-1\""),
-        _option("--release", type=_number_option(1, MAX_ID), metavar="ID", help="only of this release"),
+        _int_option("--release", 1, MAX_ID, metavar="ID", help="only of this release"),
         _option("--since", type=_since, metavar="TIME", help="so long ago, or a time: 2h, 7d, "
                 "2026-01-31T00:00:00Z"),
-        _option("--after", type=_number_option(0, MAX_ID), default=0, metavar="ID",
+        _int_option("--after", 0, MAX_ID, default=0, metavar="ID",
                 help="the first rows above this one (the last ones)"),
-        _option("--limit", type=_number_option(1, 100000), default=100, metavar="N", help="so many rows (100)"),
+        _int_option("--limit", 1, 100000, default=100, metavar="N", help="so many rows (100)"),
         _option("--verify", action="store_true",
                 help="prove that no row was changed, taken away or inserted, nor an event of an ended release; "
                      "exit 1 where one was"),
         _option("--head", type=_audit_head, metavar="ID:HASH",
                 help="with --verify: a copy of the head, from the log of a release's end"))),
     Command("pause", "dispatch nothing more until resume", command_act, (_ID_OPTION, _REASON_OPTION)),
-    Command("resume", "go on with a paused release", command_act, (
+    Command("resume", "continue a paused release", command_act, (
         _ID_OPTION, _REASON_OPTION,
-        _option("--accept-failures", action="store_true", help="what failed so far counts no more"))),
-    Command("cancel", "end a release: what is in flight is waited for", command_act, (
+        _option("--accept-failures", action="store_true", help="failures so far no longer count"))),
+    Command("cancel", "end a release; nodes in flight are waited for", command_act, (
         _ID_OPTION, _REASON_OPTION,
-        _option("--force", action="store_true", help="at once: what is in flight is given up, its outcome unknown"))),
+        _option("--force", action="store_true",
+                help="do not wait for nodes in flight: their outcome stays unknown"))),
     Command("retry", "a new release for the failed and skipped nodes of one", command_again,
             (_ID_OPTION, *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("rollback", "a new release that brings back what the nodes of one had before", command_again,
-            (_ID_OPTION, _option("--to", type=_number_option(1, MAX_ID), metavar="ID",
+            (_ID_OPTION, _int_option("--to", 1, MAX_ID, metavar="ID",
                                  help="the payload of this release (what most of the nodes had before)"),
              *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
-    Command("freeze", "let nothing new be dispatched, by any process (on), or again (off); without a word: say which",
+    Command("freeze", "stop (on) or allow (off) new dispatches, of all processes; without argument: show",
             command_freeze, (_option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),
-    Command("check", "configuration, certificates, database, agents: what is wrong and how to mend it",
+    Command("check", "configuration, certificates, database, agents: what is wrong and how to fix it",
             command_check),
     Command("backup", "a checked copy of an SQLite database, also while it is in use", command_backup, (
         _option("file", metavar="FILE", help="a new file; it gets mode 0600"),)),
     Command("prune", "delete old releases with their history; what a rollback needs stays", command_prune, (
         _option("--older-than", type=_age_s, required=True, metavar="TIME", help="ended longer ago than that: 90d"),
-        _option("--keep", type=_number_option(1, 10**9), default=10, metavar="N",
-                help="of each target the newest N stay (10)"),
+        _int_option("--keep", 1, 10**9, default=10, metavar="N", help="keep the newest N of each target (10)"),
         _option("--dry-run", action="store_true", help="show what would be deleted, and delete nothing"))),
     Command("version", "version and SHA-256 of this file, and what it runs on", command_version,
             needs_settings=False),
-    Command("completion", "a script for the shell that completes these commands", command_completion, (
+    Command("completion", "print a script that completes these commands in a shell", command_completion, (
         _option("shell", choices=("bash", "zsh")),), needs_settings=False),
 )
 
-# They stand before or behind every command.
+# They may stand before or after every command.
 COMMON_OPTIONS = (
     _option("--db", metavar="URL", help="overrides DATABASE_URL"),
     _option("--config", metavar="FILE", help="settings as KEY=VALUE lines; the environment wins"),
@@ -10447,7 +10433,7 @@ COMMON_OPTIONS = (
 
 
 class _StoreOnce(argparse.Action):
-    """Store a value; an option that takes one is refused a second, which would silently win."""
+    """Store a value; refuse the option a second time, as the last value would silently win."""
 
     is_given = False
 
@@ -10460,7 +10446,7 @@ class _StoreOnce(argparse.Action):
 
 
 class _StoreSwitch(argparse.Action):
-    """Store True or False; the same again is no harm, the opposite is."""
+    """Store True or False; refuse the opposite of what was given before."""
 
     def __init__(self, const: bool, **keywords: Any):
         super().__init__(nargs=0, const=const, **keywords)
@@ -10468,12 +10454,12 @@ class _StoreSwitch(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, _values: Any,
                  option_string: str | None = None) -> None:
         if getattr(namespace, self.dest, None) is (not self.const) and self.default is None:
-            parser.error(f"{option_string} says the opposite of another option")
+            parser.error(f"{option_string} contradicts another option")
         setattr(namespace, self.dest, self.const)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells wrong usage as every other error is told: one line, no secret in it."""
+    """Reports wrong usage like every other error: in one line, without secrets."""
 
     def __init__(self, *args: Any, **keywords: Any):
         super().__init__(*args, **keywords)
@@ -10487,8 +10473,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Gives the parser of COMMANDS; --db, --config and --json stand before or behind the command."""
-    # no abbreviations: one in somebody's script would break with the next option that we add
+    """Return the parser of COMMANDS."""
+    # no abbreviations: in a script they would break with the next option that we add
     common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     for flags, keywords in COMMON_OPTIONS:
         common.add_argument(*flags, **keywords)
@@ -10520,7 +10506,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 # -- completion in shells ----------------------------------------------------------------------
 
-# What may be called so.
+# Names under which the program may be called.
 _PROGRAMS = "releasectl releasectl.py"
 _HELP_OPTION = _option("--help", action="store_true", help="show what it takes")
 
@@ -10529,19 +10515,21 @@ def _takes_value(keywords: Mapping[str, Any]) -> bool:
     return "action" not in keywords or keywords["action"] == "append"
 
 
+def _groups() -> list[str]:
+    return sorted({"", *(c.name.split()[0] for c in COMMANDS if " " in c.name)})
+
+
 def _sub_commands(group: str = "") -> dict[str, str]:
-    """Gives the words that may follow a group's name, each with its help."""
+    """Return the words that may follow a group's name, each with its help."""
     parts = [(c.name[len(group):].split(), c.help) for c in COMMANDS if c.name.startswith(group)]
     return {words[0]: text if len(words) == 1 else ", ".join(p[1] for p, _ in parts if p[0] == words[0] and p[1:])
             for words, text in parts}
 
 
 def bash_completion() -> str:
-    """Gives the script for bash: all words that may stand at the cursor, or file names where none is known."""
+    """Return the script for bash: it completes words, or file names where no words are known."""
     valued = sorted({flag for command in COMMANDS for flags, keywords in (*command.options, *COMMON_OPTIONS)
                      for flag in flags if flag.startswith("-") and _takes_value(keywords)})
-    groups = sorted({c.name.split()[0] for c in COMMANDS if " " in c.name})
-    # a value that is not known beforehand is completed as a file name
     lines = [
         f"# bash completion of releasectl {__version__}, made by `releasectl.py completion bash`",
         "_releasectl() {",
@@ -10559,7 +10547,7 @@ def bash_completion() -> str:
         "    done",
         "    case $before in --config | --db) return ;; esac",
         "    case $command in"]
-    for group in ("", *groups):
+    for group in _groups():
         words = [*_sub_commands(f"{group} " if group else ""), *_flags(COMMON_OPTIONS), "--help"]
         lines.append(f'        "{group}") words="{" ".join(words + ["--version"] * (not group))}" ;;')
     for command in COMMANDS:
@@ -10573,9 +10561,9 @@ def bash_completion() -> str:
                 takes_file |= keywords.get("metavar") == "FILE"
             elif known:
                 lines.append(f'                {flags[0]}) words="{" ".join(known)}" ;;')
-        look = '[[ $word != -* ]] || ' if takes_file else ""
+        unless_file = '[[ $word != -* ]] || ' if takes_file else ""
         lines += [f"                {' | '.join(valued)}) ;;",
-                  f'                *) {look}words="{" ".join(words)}" ;;', "            esac ;;"]
+                  f'                *) {unless_file}words="{" ".join(words)}" ;;', "            esac ;;"]
     return "\n".join([
         *lines, "    esac", '    COMPREPLY=($(compgen -W "$words" -- "$word"))', "}",
         f"complete -o default -F _releasectl {_PROGRAMS}"])
@@ -10586,11 +10574,10 @@ def _flags(options: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]) -> list
 
 
 def zsh_completion() -> str:
-    """Gives the script for zsh, with the help of each command and option."""
+    """Return the script for zsh, with the help of each command and option."""
     lines = [f"#compdef {_PROGRAMS}",
              f"# zsh completion of releasectl {__version__}, made by `releasectl.py completion zsh`"]
-    groups = sorted({c.name.split()[0] for c in COMMANDS if " " in c.name})
-    for group in ("", *groups):
+    for group in _groups():
         name = f"_releasectl{'_' if group else ''}{group}"
         commands = _sub_commands(f"{group} " if group else "")
         lines += [f"{name}() {{", "    local context state state_descr line", "    typeset -A opt_args",
@@ -10606,13 +10593,13 @@ def zsh_completion() -> str:
                 f"_arguments {_zsh_options((*known[0].options, *COMMON_OPTIONS, _HELP_OPTION))}"
             lines.append(f"                {word}) {call} ;;")
         lines += ["            esac ;;", "    esac", "}"]
-    # as a file of fpath it is the function's body at the first call; else it is sourced
+    # as a file in fpath, the script is the body of the function at its first call; else it is sourced
     return "\n".join([*lines, 'if [[ $funcstack[1] == _releasectl ]]; then _releasectl "$@"; '
                               f"else compdef _releasectl {_PROGRAMS}; fi"])
 
 
 def _zsh_options(options: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]) -> str:
-    """Gives options as the arguments of zsh's _arguments."""
+    """Return options as the arguments of zsh's _arguments."""
     specs = []
     for flags, keywords in options:
         metavar = str(keywords.get("metavar", flags[0].lstrip("-")))
@@ -10634,12 +10621,12 @@ def _zsh_quoted(text: str) -> str:
 COMPLETIONS: Mapping[str, Callable[[], str]] = {"bash": bash_completion, "zsh": zsh_completion}
 
 
-# Longer than any line of ours: what is cut came from outside.
+# Longer than any line of our own: only text from outside is cut.
 MAX_LOG_CHARS = 4096
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, with what the record is about as keys of their own: see about()."""
+    """One JSON object a line; the fields of about() are keys of their own."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {"at": utc_text(record.created), "level": record.levelname.lower(), "thread": record.threadName,
@@ -10652,10 +10639,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """One line an event, for people; a stack trace stands below its line, indented, so that it can't pass for one."""
+    """One line an event, for people; a stack trace follows, indented, so that it can't be taken for another event."""
 
     def __init__(self, in_journal: bool):
-        """in_journal: who reads the log has time and level of each line already."""
+        """in_journal: the journal adds time and level to each line itself."""
         super().__init__()
         self._in_journal = in_journal
 
@@ -10665,7 +10652,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JournalFormatter(logging.Formatter):
-    """What another formatter gives, each line with its priority before it (sd-daemon(3))."""
+    """The lines of another formatter, each with its priority in front (sd-daemon(3))."""
 
     PRIORITIES: Mapping[str, int] = {"DEBUG": 7, "INFO": 6, "WARNING": 4}
 
@@ -10679,13 +10666,13 @@ class JournalFormatter(logging.Formatter):
 
 
 def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> list[str]:
-    """Gives the lines of a record's stack trace; none without one."""
+    """Return the lines of a record's stack trace, none without one."""
     text = formatter.formatException(record.exc_info) if record.exc_info else ""
     return "".join(_printable(char, True) for char in text).splitlines()
 
 
 def is_journal() -> bool:
-    """Says whether standard error is the journal itself, and not a pipe or file of somebody below a service."""
+    """Return whether standard error is the journal, and not a pipe or file of another program in the service."""
     try:
         found = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -10694,7 +10681,7 @@ def is_journal() -> bool:
 
 
 def set_up_log(settings: Settings, command: str) -> None:
-    """Sends the log to standard error; a command for people prints what it did, and warns there only."""
+    """Log to standard error; commands for people, which print what they did, log only warnings."""
     in_journal = is_journal()
     formatter = JsonFormatter() if settings.log_format == "json" else TextFormatter(in_journal)
     handler = logging.StreamHandler()
@@ -10707,11 +10694,11 @@ def set_up_log(settings: Settings, command: str) -> None:
 
 
 class StandardStream:
-    """A standard stream on which no print fails: what can't be written (nobody reads, the disk is full) is dropped."""
+    """A standard stream on which print never fails: what can't be written (no reader, disk full) is dropped."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        # The first error, for who wants to tell it.
+        # The first error.
         self.error: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -10721,22 +10708,22 @@ class StandardStream:
         """Write a text, or drop it; return its length."""
         try:
             return self._stream.write(text)
-        except (OSError, ValueError) as error:  # ValueError: somebody closed it
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
             self.error = self.error or error
             return len(text)
 
     def flush(self) -> None:
-        """Bring out what was written; no error when that can't be done."""
+        """Flush the stream; keep an error instead of raising it."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
             self.error = self.error or error
 
     def end(self) -> None:
-        """Drop what could not be written: the interpreter would try once more, and end with 120."""
+        """Drop what could not be written: the interpreter would try again, and exit with 120."""
         self.flush()
         if self.error is not None:
-            with contextlib.suppress(OSError, ValueError):  # it has no descriptor
+            with contextlib.suppress(OSError, ValueError):  # the stream has no descriptor
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
@@ -10744,16 +10731,16 @@ class StandardStream:
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
-    """Let nothing depend on the standard streams: one that is closed becomes /dev/null, and no print fails.
+    """Run without failing on the standard streams: a closed one becomes /dev/null, and print never fails.
 
-    A file that is opened later, the database say, would get the number of a closed one.
+    Otherwise a file that is opened later, such as the database, would get the number of a closed stream.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each open() takes the lowest free number
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each open() gets the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - to the end of the process
     before = sys.stdout, sys.stderr
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # whatever the locale says: JSON is UTF-8, and a path that is none becomes an escape of JSON
+        # whatever the locale: JSON is UTF-8, and bytes of a path that are not UTF-8 become an escape
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     out, err = StandardStream(sys.stdout), StandardStream(sys.stderr)
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
@@ -10767,12 +10754,12 @@ def standard_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-# Options that name a file: any bytes but NUL are a path on Linux.
+# Options that hold a path, which on Linux may be any bytes but NUL.
 PATH_OPTIONS = frozenset(("config", "db", "payload", "file", "metrics_file"))
 
 
 def _refuse_not_utf8(options: argparse.Namespace) -> None:
-    """Raise AppError for an option that is not UTF-8, unless it names a file."""
+    """Raise AppError for an option that is not UTF-8, unless it holds a path."""
     for name, value in vars(options).items():
         for text in value if isinstance(value, list) else [value]:
             if name not in PATH_OPTIONS and isinstance(text, str) and not is_utf8(text):

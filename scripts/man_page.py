@@ -83,7 +83,7 @@ def table(rows) -> list[str]:
 
 def page() -> str:
     """Gives the whole page."""
-    lines = [HEAD.format(version=text(rc.__version__)), ".SH OPTIONS", "These stand before or behind every command:",
+    lines = [HEAD.format(version=text(rc.__version__)), ".SH OPTIONS", "These may stand before or after every command:",
              *options(rc.COMMON_OPTIONS), ".SH COMMANDS"]
     for one in rc.COMMANDS:
         lines += command(one)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import ADDRESSES, ROOT, add_nodes, eventually, make_certs, new_release
-from test_api import Client, read_answer, serving, sha256, split_answer
+from test_api import Client, read_answer, replace_handler, serving, sha256, split_answer
 
 import releasectl as rc
 
@@ -53,8 +53,8 @@ def new_server(open_store, sqlite_url, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Deadlines that a test can wait for."""
-    for name, seconds in (("PROVE_S", 0.4), ("HEAD_S", 0.4), ("BODY_S", 0.4), ("WRITE_S", 0.4), ("IDLE_S", 1.2),
-                          ("LINGER_S", 0.3), ("GRACE_S", 0.0)):
+    for name, seconds in (("PROVE_S", 0.4), ("HEAD_S", 0.4), ("BODY_S", 0.4), ("WRITE_S", 0.4),
+                          ("IDLE_S", 1.2), ("LINGER_S", 0.3), ("GRACE_S", 0.0)):
         monkeypatch.setattr(rc, name, seconds)
 
 
@@ -240,7 +240,7 @@ def test_nobodys_body_is_read_without_a_good_token(new_server):
 
 def test_a_client_that_does_not_read_its_answer_holds_its_thread_until_the_deadline(new_server, quick, monkeypatch):
     client = new_server()
-    monkeypatch.setattr(client.server.api, "metrics", lambda _request: rc.Reply(200, "x" * (64 << 20), "text/plain"))
+    replace_handler(monkeypatch, rc.Api.metrics, lambda *_: rc.Reply(200, "x" * (64 << 20), "text/plain"))
     with connected(client, sent=b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer viewer-secret\r\n"
                                 b"\r\n"):
         eventually(lambda: any(seat.is_at_work for seat in seats(client)))
@@ -249,11 +249,12 @@ def test_a_client_that_does_not_read_its_answer_holds_its_thread_until_the_deadl
 
 def test_clients_that_do_not_read_their_answers_hold_nobody_out(new_server, monkeypatch):
     client = new_server(HTTP_MAX_CONNECTIONS=4, HTTP_MAX_CONNECTIONS_PER_ADDRESS=4)
-    monkeypatch.setattr(client.server.api, "page", lambda _request: rc.Reply(200, "x" * (64 << 20), "text/html"))
+    replace_handler(monkeypatch, rc.Api.page, lambda *_: rc.Reply(200, "x" * (64 << 20), "text/html"))
     with contextlib.ExitStack() as stack:
         for _ in range(4):
             stack.enter_context(connected(client, "127.0.0.2", sent=b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"))
-        eventually(lambda: sum(seat.is_owed and not seat.is_at_work for seat in seats(client)) == 4)
+        eventually(lambda: sum(
+            seat.is_owed and not seat.is_at_work for seat in seats(client)) == 4)
         assert eventually(lambda: healthy(client, "127.0.0.9"))
 
 
@@ -304,15 +305,15 @@ def test_json_is_taken_up_to_its_depth(besieged, depth, code):
 
 @pytest.fixture
 def hold(monkeypatch):
-    """A function that makes GET /api/v1/nodes of a server wait, until the function that it gives is called."""
+    """A function that makes GET /api/v1/nodes wait, until the function that it returns is called."""
     events = []
     monkeypatch.setattr(rc, "GRACE_S", 0.0)
 
-    def hold(client: Client) -> Any:
+    def hold() -> Any:
         released = threading.Event()
         events.append(released)
-        list_nodes = client.server.api.list_nodes
-        monkeypatch.setattr(client.server.api, "list_nodes", lambda request: released.wait(30) and list_nodes(request))
+        list_nodes = rc.Api.list_nodes
+        replace_handler(monkeypatch, list_nodes, lambda api, request: released.wait(30) and list_nodes(api, request))
         return released.set
 
     yield hold
@@ -345,7 +346,7 @@ def healthy(client: Client, source: str) -> bool:
 
 def test_one_address_may_have_so_many_connections_at_work_and_hurts_no_other(new_server, hold):
     client = new_server(HTTP_MAX_CONNECTIONS=16, HTTP_MAX_CONNECTIONS_PER_ADDRESS=4)
-    release = hold(client)
+    release = hold()
     with contextlib.ExitStack() as stack:
         busy(client, stack, "127.0.0.2", 4)
         assert_turned_away(client, "127.0.0.2")
@@ -355,7 +356,7 @@ def test_one_address_may_have_so_many_connections_at_work_and_hurts_no_other(new
 
 def test_a_full_house_answers_503_at_once_and_serves_again_when_there_is_room(new_server, hold):
     client = new_server(HTTP_MAX_CONNECTIONS=4, HTTP_MAX_CONNECTIONS_PER_ADDRESS=2)
-    release = hold(client)
+    release = hold()
     with contextlib.ExitStack() as stack:
         busy(client, stack, "127.0.0.2", 2)
         busy(client, stack, "127.0.0.3", 2, b"another-secret")
@@ -438,7 +439,7 @@ def test_an_address_is_ipv4_or_a_network_of_ipv6(host, network):
 
 def test_a_stop_lets_the_request_at_work_be_answered_and_ends_the_idle_ones(new_server, hold):
     client = new_server()
-    release = hold(client)
+    release = hold()
     with contextlib.ExitStack() as stack:
         idle = stack.enter_context(connected(client))
         asked = client.connect()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ADDRESSES, ROOT, add_nodes, eventually, make_certs, new_release, settings_for
-from test_api import Client, read_answer, serving, sha256, split_answer
+from test_api import Client, read_answer, replace_handler, serving, sha256, split_answer
 from test_api_hostile import (  # noqa: F401 - fixtures
     OPERATOR,
     connected,
@@ -314,10 +314,10 @@ def test_who_waits_for_events_holds_no_operator_out(new_server):  # noqa: F811
 
 @pytest.fixture
 def hold(monkeypatch):
-    """A function that makes GET /api/v1/nodes of a server wait, at work, until the test is over."""
+    """A function that makes GET /api/v1/nodes wait, busy, until the test is over."""
     over = threading.Event()
-    yield lambda client: monkeypatch.setattr(client.server.api, "list_nodes",
-                                             lambda _request: over.wait(30) and rc.Reply(200, None))
+    yield lambda: replace_handler(monkeypatch, rc.Api.list_nodes,
+                                  lambda *_: over.wait(30) and rc.Reply(200, None))
     over.set()
 
 
@@ -327,7 +327,7 @@ def at_work(client: Client) -> int:
 
 def test_a_viewers_token_has_a_quarter_of_the_seats_and_half_of_an_address(new_server, hold):  # noqa: F811
     client = new_server(HTTP_MAX_CONNECTIONS=32, HTTP_MAX_CONNECTIONS_PER_ADDRESS=8)
-    hold(client)
+    hold()
     with contextlib.ExitStack() as stack:
         for source, most in (("127.0.0.1", 4), ("127.0.0.2", 8), ("127.0.0.3", 8)):
             sockets = [stack.enter_context(connected(client, source, request("GET", "/api/v1/nodes", "viewer-secret")))
@@ -361,12 +361,12 @@ def large_release(client: Client) -> None:
 def test_few_wait_for_their_turn_to_read_a_whole_release_and_operators_go_first(new_server, monkeypatch):  # noqa: F811
     client = new_server()
     large_release(client)
-    turns = client.server.api._whole_reads
-    assert turns.take(rc.Request((), {}, {}, "", role=rc.VIEWER))
+    reads = client.server.api._whole_reads
+    assert reads.acquire(rc.Request((), {}, {}, "", role=rc.VIEWER))
     read: list[tuple[str, int]] = []
     taken: list[str] = []
-    take = turns.take
-    monkeypatch.setattr(turns, "take", lambda request: take(request) and not taken.append(request.role))
+    acquire = reads.acquire
+    monkeypatch.setattr(reads, "acquire", lambda request: acquire(request) and not taken.append(request.role))
 
     def reader(token: str, source: str) -> None:
         with connected(client, source, request("GET", "/api/v1/releases/1", token, "Connection: close")) as sock:
@@ -380,8 +380,8 @@ def test_few_wait_for_their_turn_to_read_a_whole_release_and_operators_go_first(
     assert at_work(client) <= rc.MAX_WHOLE_READ_QUEUE
     operator = threading.Thread(target=reader, args=("operator-secret", "127.0.0.1"))
     operator.start()
-    eventually(lambda: turns._waiting[rc.OPERATOR] == 1)
-    turns.leave(0.2)
+    eventually(lambda: reads._waiting[rc.OPERATOR] == 1)
+    reads.release(0.2)
     for thread in (*threads, operator):
         thread.join(20)
     assert [status for _, status in read] == [429] * 6 + [200] * 5

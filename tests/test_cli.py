@@ -308,7 +308,7 @@ def test_75_when_another_process_holds_every_runnable_release(fleet_cli):
     claim = fleet_cli.world.store.claim(release.id, "another", 60)
     result = fleet_cli("run-once")
     assert (result.code, result.out) == (75, "")
-    assert "in other hands" in result.err
+    assert "another process" in result.err
     fleet_cli.world.store.let_go(claim)
     assert fleet_cli("run-once").code == 0
 
@@ -362,7 +362,7 @@ def test_a_payload_comes_from_a_file_or_standard_input(filled):
     (("node", "set", "edge-1"), 2, "nothing to change"),
     (("node", "set", "edge-1", "--rename", "edge-2"), 3, "node edge-2 exists already"),
     (("node", "set", "edge-1", "--ip", "10.9.9.9"), 3, "node edge-1 is part of release 3"),
-    (("status", "seven"), 2, "'seven' is not a number"),
+    (("status", "seven"), 2, "'seven' is not a release"),
     (("create", "--target", "a b"), 2, "target must be"),
     (("create", "--reason", "x" * 501), 2, "reason must be a text of at most 500"),
 ])
@@ -649,7 +649,7 @@ def test_75_when_a_drain_was_told_to_end_before_its_release_was_at_its_end(fleet
     drain.send_signal(signal.SIGTERM)
     _, said = drain.communicate(timeout=30)
     assert drain.returncode == 75
-    assert "releases that are not at their end: 1: try later" in said
+    assert "releases that have not ended: 1: try later" in said
     assert fleet_cli.world.store.release(release.id).claim_expires_at is None
 
 
@@ -1006,7 +1006,7 @@ def test_other_options_that_may_be_repeated_are_refused_the_same_twice(filled_qu
 def test_enable_and_disable_exclude_each_other_in_either_order(filled_quick, words):
     before = filled_quick.store.nodes()
     for options in (("--enable", "--disable"), ("--disable", "--enable"), ("--enable", "--enable", "--disable")):
-        assert f"{options[-1]} says the opposite of another option" in filled_quick.refused(2, *words.split(), *options)
+        assert f"{options[-1]} contradicts another option" in filled_quick.refused(2, *words.split(), *options)
     assert filled_quick.store.nodes() == before
     filled_quick.ok(*words.split(), "--disable", "--disable")
 

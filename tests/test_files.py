@@ -181,7 +181,7 @@ def test_with_tokens_that_are_opened_under_a_running_serve_nobody_is_let_in(cli)
         assert status() == 200
         serve.terminate()
         result = Cli.end(serve)
-    assert result.err.count("nobody is let in: API_TOKENS_FILE") == 1
+    assert result.err.count("no token is accepted: API_TOKENS_FILE") == 1
 
 
 def test_a_release_under_way_is_followed_to_its_end_with_a_key_that_was_opened(fleet_cli):

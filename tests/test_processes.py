@@ -164,7 +164,7 @@ def test_a_drain_survives_the_terminal_that_goes(fleet_cli):
     drain.send_signal(signal.SIGHUP)
     result = Cli.end(drain)
     assert (result.code, fleet_cli.world.store.release(release.id).status) == (0, "success")
-    assert "SIGHUP: read anew: certificate for agents; " in result.err
+    assert "SIGHUP: read again: certificate for agents; " in result.err
 
 
 def test_sighup_reads_certificates_and_tokens_anew_and_says_so_in_one_line(fleet_cli):
@@ -187,7 +187,7 @@ def test_sighup_reads_certificates_and_tokens_anew_and_says_so_in_one_line(fleet
         serve.kill()
     lines = [line for line in result.err.splitlines() if "SIGHUP" in line]
     assert len(lines) == 2
-    assert "info: SIGHUP: read anew: certificate for agents, certificate of the API, 1 tokens; " in lines[0]
+    assert "info: SIGHUP: read again: certificate for agents, certificate of the API, 1 tokens; " in lines[0]
     assert re.search(r"error: SIGHUP: .*not the tokens: API_TOKENS_FILE .*:2: must be NAME", lines[1])
     assert result.code == 0
 
