@@ -159,6 +159,9 @@ MAX_LABELS, MAX_LABEL_KEY_CHARS, MAX_LABEL_CHARS = 64, 63, 255
 
 # How soon a running task is asked for first, and by what the wait grows until the interval.
 FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
+# The part of a thread's time that the answers of one agent may take, and how far behind with that, in seconds of the
+# clock, it has no effect yet: 0.1 s of CPU, hundreds of answers as they should be.
+ANSWER_SHARE, ANSWER_CREDIT_S = 0.01, 10.0
 # The look that follows a dispatch at once ends so soon: it holds up the word that the task was taken.
 FIRST_LOOK_S = 1.0
 # Waits between tries of a request that failed.
@@ -1884,6 +1887,8 @@ class ReleaseNode(NamedTuple):
     # What the agent said of its success, while that is verified.
     agent_said: str = ""
     polls: int = 0
+    # When what its answers cost us is made up for: see observe().
+    paid_at: float = 0.0
     # How often the agent did not know the task.
     forgotten: int = 0
     # Probes in a row that passed; whether the look at the end of the soak is done.
@@ -2729,6 +2734,8 @@ class Outcome(NamedTuple):
     applied: int = 0
     # Whether an answer that can't be used says that nothing was done.
     is_refusal: bool = False
+    # Seconds of CPU that its answer took us.
+    cost_s: float = 0.0
 
 
 # What an agent is taken to have said where its text is empty.
@@ -2764,7 +2771,19 @@ def poll_delay_s(polls: int, interval_s: float) -> float:
 
 
 def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
-    """Folds what an agent or a probe answered into what the driver knows of a node."""
+    """Folds what an agent or a probe answered into what the driver knows of a node.
+
+    An answer of 20 ms is paid for 2 s later; who is ANSWER_CREDIT_S or more behind is asked again only then, so that
+    no agent takes more than its share of our time, whatever it answers.
+    """
+    after = _observe(node, outcome, now, policy)
+    if not outcome.cost_s:
+        return after
+    paid_at = max(node.paid_at, now.elapsed) + outcome.cost_s / ANSWER_SHARE
+    return after._replace(paid_at=paid_at, due=max(after.due, paid_at - ANSWER_CREDIT_S))
+
+
+def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
     if outcome.result == HELD:
         return node._replace(in_flight=False, due=now.elapsed)
     if outcome.op == PROBE and outcome.result == SUCCESS:
@@ -4925,6 +4944,10 @@ class Wait(NamedTuple):
 
 # Awaited before what blocks its thread: among many, a conversation goes on in a thread of its own then.
 BLOCKS = Wait(None, 0, 0.0)
+# Awaited where an answer begins to be read: from there on a Meter counts.
+READING = Wait(None, 1, 0.0)
+# Awaited by who could go on, so that others get their turn; after so many reads that had not to wait.
+NEXT_TURN, READS_AT_ONCE = Wait(None, 2, 0.0), 64
 
 
 def converse(talk: Coroutine[Wait, None, T]) -> T:
@@ -4945,6 +4968,37 @@ def converse(talk: Coroutine[Wait, None, T]) -> T:
                     error = socket.timeout("deadline")
     except StopIteration as end:
         return cast(T, end.value)
+
+
+class Meter:
+    """Awaits a coroutine, and counts the seconds of CPU that it takes after READING; what it waits for is free."""
+
+    def __init__(self, talk: Coroutine[Wait, None, Any]):
+        self._talk = talk
+        self.cost_s = 0.0
+
+    def __await__(self) -> Generator[Wait, None, Any]:
+        error: Exception | None = None
+        is_reading = False
+        try:
+            while True:
+                since = time.thread_time()  # of the thread that it goes on in: another one after BLOCKS
+                try:
+                    wait = self._talk.throw(error) if error else self._talk.send(None)
+                except StopIteration as end:
+                    return end.value
+                finally:
+                    self.cost_s += time.thread_time() - since if is_reading else 0.0
+                error = None
+                if wait is READING:
+                    is_reading = True
+                    continue
+                try:
+                    yield wait
+                except Exception as failed:
+                    error = failed
+        finally:
+            self._talk.close()  # it is let go as we are
 
 
 class Conversations:
@@ -5048,9 +5102,11 @@ class Conversations:
             log.exception("a conversation with an agent failed within releasectl")
             return
         try:
-            if wait.sock is None:
+            if wait is BLOCKS:
                 # a daemon, not a pool's, which the end of the process would wait for: a name may take long to look up
                 threading.Thread(target=self._hold, args=(talk,), name="agent", daemon=True).start()
+            elif wait.sock is None:
+                self._new.append(talk)
             else:
                 descriptor = wait.sock.fileno()
                 self._poller.register(descriptor, wait.event)
@@ -5078,6 +5134,7 @@ class TimedSocket:
         self.unread = b""
         self.at_end = False
         self._max_bytes = max_bytes
+        self._reads = 0
 
     async def when_ready(self, act: Callable[[], T], event: int) -> T:
         """Gives what act() gives as soon as the socket lets it; socket.timeout when the time is over by then.
@@ -5106,10 +5163,18 @@ class TimedSocket:
             view = view[await self.when_ready(functools.partial(self.sock.send, view), select.POLLOUT):]
 
     async def recv(self, max_bytes: int) -> bytes:
-        """Gives what is there, b"" at the end; TooBig when it is more than may be read."""
+        """Gives what is there, b"" at the end; TooBig when it is more than may be read.
+
+        A peer whose bytes are always there, few at a time, holds up nobody, and has its time like any other.
+        """
         if self.unread:
             data, self.unread = self.unread[:max_bytes], self.unread[max_bytes:]
             return data
+        self._reads += 1
+        if self._reads % READS_AT_ONCE == 0:
+            if time.monotonic() >= self.ends_at:
+                raise socket.timeout("deadline")
+            await NEXT_TURN
         data = await self.when_ready(functools.partial(self.sock.recv, max_bytes), select.POLLIN)
         self.received += len(data)
         self.at_end = not data
@@ -5890,6 +5955,7 @@ class AgentClient:
                     raise AgentError(UNREACHABLE, f"{address}: not sent, as it may not or is too late",
                                      reached=False, is_held=True)
                 await timed.sendall(_request_bytes(call))
+                await READING
                 plain = await _plain_answer(timed, call.max_bytes)
                 status, answer, keep = plain if plain else await _any_answer(timed, call)
             keep = keep and address.protocol == TASKS
@@ -6640,15 +6706,16 @@ class Driver:
 
     async def _work(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> None:
         """A conversation: one request, one outcome, whatever happens."""
+        meter = Meter(self._ask(op, node, task, written_at))
         try:
-            outcome = await self._ask(op, node, task, written_at)
+            outcome: Outcome = await meter
         except Exception:  # the edge of a conversation: a node must never be forgotten
             claim = self.lease.claim
             log.exception("%s: node %s: %s failed within releasectl", claim, node.name, op,
                           extra=about(claim, node=node.name))
             outcome = Outcome(node.node_id, op, LOST, "", PROTOCOL, "releasectl itself failed: see its log",
                               hold_s=self._policy.request_timeout_s)
-        self.results.put(outcome)
+        self.results.put(outcome._replace(cost_s=meter.cost_s))
 
     async def _ask(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> Outcome:
         address = Address(node.main_ip, node.agent_port, node.agent_protocol)

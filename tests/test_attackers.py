@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -15,7 +16,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ADDRESSES, ROOT, add_nodes, eventually, make_certs, new_release, settings_for
+from conftest import ADDRESSES, ROOT, add_nodes, eventually, make_certs, new_release, settings_for, statuses
+from test_agent_client import Peer, server_context
 from test_api import Client, read_answer, serving, sha256, split_answer
 from test_api_hostile import (  # noqa: F401 - fixtures
     OPERATOR,
@@ -542,6 +544,41 @@ def test_an_agent_whose_certificate_is_revoked_gets_nothing(sqlite_world, author
         assert [len(fleet.agent(address).runs) for address in ADDRESSES[:2]] == [1, 0]
     finally:
         fleet.stop()
+
+
+@pytest.fixture
+def nibbled(certs):
+    """An agent whose every answer comes as chunks of one byte; it gives the moments at which it was asked."""
+    asked_at: list[float] = []
+
+    def talk(peer: Peer, sock: socket.socket) -> None:
+        while True:
+            peer.read_request(sock)
+            head, body = peer.requests[-1]
+            task_id = json.loads(body)["taskId"] if body else head.split()[1].rpartition("/")[2]
+            asked_at.append(time.monotonic())
+            status = "success" if len(asked_at) > 4 else "running"
+            answer = json.dumps({"code": 0, "data": {"taskId": task_id, "status": status}}).encode()
+            sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 19_000
+                         + b"%x\r\n%s\r\n0\r\n\r\n" % (len(answer), answer))
+
+    peer = Peer(talk, server_context(certs), ADDRESSES[19])
+    yield peer, asked_at
+    peer.stop()
+
+
+def test_an_agent_whose_answers_are_dear_is_asked_less_often_and_others_as_ever(sqlite_world, nibbled, monkeypatch):
+    monkeypatch.setattr(rc, "ANSWER_CREDIT_S", 0.0)
+    monkeypatch.setattr(rc, "ANSWER_SHARE", 0.02)
+    peer, asked_at = nibbled
+    world = sqlite_world.nodes(1, task_ms=1500)
+    world.store.add_node("dear", peer.host, peer.port)
+    new_release(world.store, strategy={"batches": [2]})
+    world.drain(RELEASE_EXECUTOR_INTERVAL_SEC="0.1")
+    assert statuses(world.store, 1) == ["success", "success"]
+    # after the dispatch and the look that follows it at once, 10 ms of CPU at the very least for each
+    assert min(later - before for before, later in zip(asked_at[1:], asked_at[2:])) > 0.01 / rc.ANSWER_SHARE
+    assert world.agent(1).queries >= 10
 
 
 def test_the_name_of_an_agent_is_never_its_common_name(authority):
