@@ -432,6 +432,12 @@ def to_json(value: object) -> str:
     return _ENCODER.encode(value)
 
 
+def verify_no_common_name(context: ssl.SSLContext) -> None:
+    """Let a context verify a peer's name by its subject alternative names alone."""
+    if ssl.HAS_NEVER_CHECK_COMMON_NAME:
+        context.hostname_checks_common_name = False
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Gives ' (did you mean X?)' for a near miss, else ''."""
     near = difflib.get_close_matches(word, list(known), 1)
@@ -852,7 +858,9 @@ MAX_MIGRATION_S = 3600.0
 LAST_TRANSACTION_S = 2.0
 # "releasectl" in numbers; the key of PostgreSQL's advisory lock
 PG_LOCK_KEY = 7235419
-LOCK_NOT_AVAILABLE = "55P03"
+LOCK_NOT_AVAILABLE, PROTOCOL_VIOLATION = "55P03", "08P01"
+# Where BEGIN fails on a connection that has just answered: only with one driver what PgBouncer says comes through.
+TAKES_NO_TRANSACTION = "; it took no transaction: a pooler before the server must have pool_mode transaction or session"
 # What speaks PostgreSQL's protocol and is another thing, by its version().
 OTHER_SERVERS = re.compile(
     r"CockroachDB|-YB-|Redshift|Greenplum|Materialize|RisingWave|CrateDB|GaussDB|QuestDB|openGauss", re.IGNORECASE)
@@ -1404,6 +1412,7 @@ def _pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(cafile=query.get("sslrootcert"))
     context.check_hostname = mode == "verify-full"
+    verify_no_common_name(context)
     if mode == "require":
         context.verify_mode = ssl.CERT_NONE
     return context
@@ -1571,7 +1580,10 @@ class Database:
                 is_cut = watch is not None and watch.is_cut
                 self._unwatch(watch)
                 if is_cut or not (pooled and self.engine.is_stale(error)):
-                    raise DatabaseError(self._explain(error, watch) + self._lock_holder(error)) from error
+                    text = self._explain(error, watch) + self._lock_holder(error)
+                    if watch is not None and not is_cut and _sqlstate(error) in ("", PROTOCOL_VIOLATION):
+                        text += TAKES_NO_TRANSACTION
+                    raise DatabaseError(text) from error
             except BaseException as error:
                 self._give_up(connection)
                 self._unwatch(watch)
@@ -5533,8 +5545,7 @@ def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
     """Gives the context for calls to agents: TLS 1.2 or newer, both sides verified (section 1)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if ssl.HAS_NEVER_CHECK_COMMON_NAME:
-        context.hostname_checks_common_name = False
+    verify_no_common_name(context)
     load_ca(context, ca, "CONTROL_CA")
     load_pair(context, cert, key, ("CONTROL_CERT", "CONTROL_KEY"))
     return context
@@ -7513,7 +7524,7 @@ function verdict() {
     [releases.find(r => r.failedNodes), 'warn', r => `Release ${r.id} has failures`, r => r.statusReason],
     [active('paused'), 'warn', r => `Release ${r.id} waits for a person`, r => r.statusReason],
     [ended('partial') || ended('cancelled'), 'warn', r => `Release ${r.id} ended ${r.status}`, r => r.statusReason],
-    [certificates.find(c => c.daysLeft < RENEW_DAYS), 'warn', c => `${c.name} ends soon`,
+    [certificates.find(endsSoon), 'warn', c => `${c.name} ends soon`,
       c => `It is good for ${count(Math.floor(c.daysLeft), 'day')} more: renew it.`, 'health'],
     [active('running') || active('cancelling') || releases[0], 'busy', r => `Release ${r.id} is ${r.status}`, r =>
       r.startedAt ? `${r.successNodes} of ${count(r.totalNodes, 'node')} done after ${span(sinceMs(r.startedAt))}.`
@@ -7886,7 +7897,7 @@ function healthView() {
           card('Database', row(database.ok ? chip('ok', 'answers') : chip('bad', 'out of reach'),
             takesWrites ? chip('ok', 'takes writes') : chip('bad', 'takes no writes')),
           facts([['Engine', database.engine], ['Schema', String(database.schema)], ['Says', database.message]])),
-          card('Certificates', certificates.map(certificateLine), !certificates.length && soft('None is in use.')),
+          card('Certificates and CRLs', certificates.map(certificateLine), !certificates.length && soft('None is in use.')),
           pulse.freeze && freezeCard(pulse.freeze),
           card('Process', facts([['Version', version], ['Started', [clock(startedAt), ', ', ago(startedAt)]]]))));
     },
@@ -7896,8 +7907,11 @@ function healthView() {
 const claimLine = c => row(releaseLink(c.releaseId), mono(c.owner),
   soft('its claim ends ', ago(c.expiresAt), ' unless renewed'));
 
+// A CRL is made anew every day or week, and fetched by a job; a certificate is renewed by a person.
+const endsSoon = c => c.notAfter && c.daysLeft < (c.name.endsWith(' CRL') ? 1 : RENEW_DAYS);
+
 function certificateLine(c) {
-  const tone = !c.notAfter ? 'bad' : c.daysLeft < RENEW_DAYS ? 'warn' : 'ok';
+  const tone = !c.notAfter ? 'bad' : endsSoon(c) ? 'warn' : 'ok';
   return row(chip(tone, c.name), h('span', null, c.notAfter
     ? [`${count(Math.floor(c.daysLeft), 'day')} left, until `, clock(c.notAfter)] : c.message));
 }
@@ -10023,6 +10037,9 @@ def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
         certificates.append(certificate_json("CONTROL_CERT", lambda: control_certificate(settings)))
     if settings.http_cert:
         certificates.append(certificate_json("HTTP_CERT", lambda: api_certificate(settings)))
+    for name, path in (("CONTROL_CA", settings.control_ca if settings.mtls_enabled else ""),
+                       ("HTTP_CLIENT_CA", settings.http_client_ca)):
+        certificates += crl_json(name, path) if path else []
     return {"certificates": certificates, "executor": {
         "enabled": settings.release_executor_enabled, "owner": executor.owner,
         "lastLookAt": utc_text(executor.looked_at) if executor.looked_at else None}}
@@ -10035,6 +10052,20 @@ def certificate_json(name: str, look: Callable[[], Mapping[str, Any]]) -> dict[s
     except ConfigError:
         return {"name": name, "notAfter": None, "daysLeft": None, "message": "run releasectl.py check to see why"}
     return {"name": name, "notAfter": utc_text(expires), "daysLeft": round(_days_until(expires), 2), "message": ""}
+
+
+def crl_json(name: str, path: str) -> list[dict[str, Any]]:
+    """Give until when the CRLs beside a CA are good, in the form of a certificate; nothing where there is none."""
+    found = {"name": f"{name} CRL", "notAfter": None, "daysLeft": None, "message": "run releasectl.py check to see why"}
+    try:
+        ends = crl_ends(Path(path).read_text(encoding="latin-1"))
+    except (OSError, ValueError):
+        return [found]
+    if not ends:
+        return []
+    if min(ends) <= time.time():
+        return [{**found, "message": f"expired since {utc_text(min(ends))}: every certificate of its CA is refused"}]
+    return [{**found, "notAfter": utc_text(min(ends)), "daysLeft": round(_days_until(min(ends)), 2), "message": ""}]
 
 
 def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -587,11 +588,33 @@ def test_the_name_of_an_agent_is_never_its_common_name(authority):
     assert not context.hostname_checks_common_name
 
 
+def test_the_name_of_a_database_server_is_never_its_common_name(authority):
+    ca = f"{authority.certs}/ca.crt"
+    context = rc._pg8000_tls({"sslmode": "verify-full", "sslrootcert": ca})
+    assert (context.check_hostname, context.hostname_checks_common_name) == (True, False)
+
+
+def test_every_context_that_verifies_a_name_goes_by_alternative_names_alone():
+    """The kind: each function that makes a client's context settles it, or verifies no name."""
+    source = (ROOT / "releasectl.py").read_text()
+    texts = dict(re.findall(r"^ *def (\w+)(.*?)(?=^\S|^    def |\Z)", source, re.DOTALL | re.MULTILINE))
+    made = {name: text for name, text in texts.items() if re.search("PROTOCOL_TLS_CLIENT|create_default_context", text)}
+    assert {"client_context", "_pg8000_tls"} <= set(made)
+    for name, text in made.items():
+        assert "verify_no_common_name(" in text or "check_hostname = False" in text, name
+
+
 def findings(settings: rc.Settings) -> dict[str, rc.Finding]:
     return {finding.subject: finding for finding in (*rc.check_agents(settings), *rc.check_api(settings))}
 
 
-def test_check_and_metrics_tell_how_long_a_crl_is_good(authority, tmp_path):
+def health(settings: rc.Settings) -> dict[str, dict]:
+    """Return what /api/v1/health tells of certificates and CRLs."""
+    executor = rc.Executor(settings, rc.Store(rc.Database(settings.database_url)), rc.AgentClient(settings))
+    return {entry["name"]: entry for entry in rc.process_json(settings, executor)["certificates"]}
+
+
+def test_check_metrics_and_health_tell_how_long_a_crl_is_good(authority, tmp_path):
     pair = copy_pair(authority.certs, tmp_path)
     crl = authority.publish()
     settings = settings_for("sqlite:///x.db", authority.certs, CONTROL_CA=crl, HTTP_CLIENT_CA=crl, **pair)
@@ -600,12 +623,18 @@ def test_check_and_metrics_tell_how_long_a_crl_is_good(authority, tmp_path):
         assert 47 * 3600 < figure - time.time() <= 48 * 3600
         finding = findings(settings)[f"{name} CRL"]
         assert (finding.exit_code, "holds 1 CRL, good until" in finding.text) == (0, True)
+        assert 1.9 < health(settings)[f"{name} CRL"]["daysLeft"] <= 2
     authority.openssl(
         "ca", "-config", f"{authority.folder}/cnf", "-gencrl", "-crl_lastupdate", "20200101000000Z",
         "-crl_nextupdate", "20200102000000Z", "-out", f"{authority.folder}/old.pem")
     authority.file.write_text((authority.certs / "ca.crt").read_text() + (authority.folder / "old.pem").read_text())
     finding = findings(settings)["CONTROL_CA CRL"]
     assert (finding.exit_code, "expired since 2020-01-02" in finding.text) == (2, True)
+    seen = health(settings)["CONTROL_CA CRL"]
+    assert (seen["notAfter"], seen["daysLeft"]) == (None, None)
+    assert seen["message"].startswith("expired since 2020-01-02")
+    authority.file.write_text((authority.certs / "ca.crt").read_text())
+    assert set(health(settings)) == {"CONTROL_CERT", "HTTP_CERT"}
 
 
 def other_ca(folder: Path) -> str:
