@@ -7897,7 +7897,8 @@ function healthView() {
           card('Database', row(database.ok ? chip('ok', 'answers') : chip('bad', 'out of reach'),
             takesWrites ? chip('ok', 'takes writes') : chip('bad', 'takes no writes')),
           facts([['Engine', database.engine], ['Schema', String(database.schema)], ['Says', database.message]])),
-          card('Certificates and CRLs', certificates.map(certificateLine), !certificates.length && soft('None is in use.')),
+          card('Certificates and CRLs', certificates.map(certificateLine),
+            !certificates.length && soft('None is in use.')),
           pulse.freeze && freezeCard(pulse.freeze),
           card('Process', facts([['Version', version], ['Started', [clock(startedAt), ', ', ago(startedAt)]]]))));
     },

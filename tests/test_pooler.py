@@ -74,8 +74,8 @@ def server_side(url: str) -> tuple[dict[str, str], list]:
     try:
         connection.autocommit = True
         cursor = connection.cursor()
-        cursor.execute("SELECT name, setting FROM pg_settings WHERE name NOT IN "
-                       "('application_name', 'client_encoding', 'DateStyle', 'TimeZone', 'standard_conforming_strings')")
+        cursor.execute("SELECT name, setting FROM pg_settings WHERE name NOT IN ('application_name', "
+                       "'client_encoding', 'DateStyle', 'TimeZone', 'standard_conforming_strings')")
         found = dict(cursor.fetchall())
         cursor.execute("SELECT name FROM pg_prepared_statements")
         return found, cursor.fetchall()
