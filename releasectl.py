@@ -164,6 +164,9 @@ MAX_LABELS, MAX_LABEL_KEY_CHARS, MAX_LABEL_CHARS = 64, 63, 255
 
 # Wait before the first poll of a running task, and its growth from poll to poll, up to the interval.
 FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
+# The share of a thread's time that the answers of one agent may take, and how much of that time, in seconds of the
+# clock, an agent may take in advance: 0.1 s of CPU, which is hundreds of normal answers.
+ANSWER_SHARE, ANSWER_CREDIT_S = 0.01, 10.0
 # Timeout of the first poll: it follows the dispatch at once and delays the report that the task was accepted.
 FIRST_LOOK_S = 1.0
 # Shortest and longest wait before a failed request is tried again.
@@ -471,6 +474,12 @@ class Range(NamedTuple):
 
 PORTS = Range(1, 65535)
 IDS = Range(1, MAX_ID)
+
+
+def verify_no_common_name(context: ssl.SSLContext) -> None:
+    """Let a context verify a peer's name by its subject alternative names alone."""
+    if ssl.HAS_NEVER_CHECK_COMMON_NAME:
+        context.hostname_checks_common_name = False
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -882,7 +891,9 @@ MAX_MIGRATION_S = 3600.0
 LAST_TRANSACTION_S = 2.0
 # "releasectl" in numbers; the key of PostgreSQL's advisory lock
 PG_LOCK_KEY = 7235419
-LOCK_NOT_AVAILABLE = "55P03"
+LOCK_NOT_AVAILABLE, PROTOCOL_VIOLATION = "55P03", "08P01"
+# Where BEGIN fails on a connection that has just answered: only with one driver what PgBouncer says comes through.
+TAKES_NO_TRANSACTION = "; it took no transaction: a pooler before the server must have pool_mode transaction or session"
 # What speaks PostgreSQL's protocol and is another thing, by its version().
 OTHER_SERVERS = re.compile(
     r"CockroachDB|-YB-|Redshift|Greenplum|Materialize|RisingWave|CrateDB|GaussDB|QuestDB|openGauss", re.IGNORECASE)
@@ -1439,6 +1450,7 @@ def _pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(cafile=query.get("sslrootcert"))
     context.check_hostname = mode == "verify-full"
+    verify_no_common_name(context)
     if mode == "require":
         context.verify_mode = ssl.CERT_NONE
     return context
@@ -1606,7 +1618,10 @@ class Database:
                 is_cut = watch is not None and watch.is_cut
                 self._unwatch(watch)
                 if is_cut or not (pooled and self.engine.is_stale(error)):
-                    raise DatabaseError(self._explain(error, watch) + self._lock_holder(error)) from error
+                    text = self._explain(error, watch) + self._lock_holder(error)
+                    if watch is not None and not is_cut and _sqlstate(error) in ("", PROTOCOL_VIOLATION):
+                        text += TAKES_NO_TRANSACTION
+                    raise DatabaseError(text) from error
             except BaseException as error:
                 self._give_up(connection)
                 self._unwatch(watch)
@@ -1916,6 +1931,8 @@ class ReleaseNode(NamedTuple):
     # The agent's message of success, while that is verified.
     agent_said: str = ""
     polls: int = 0
+    # When what its answers cost us is made up for: see observe().
+    paid_at: float = 0.0
     # How often the agent did not know the task.
     forgotten: int = 0
     # Successful probes in a row.
@@ -2807,6 +2824,8 @@ class Outcome(NamedTuple):
     applied: int = 0
     # The answer can't be used, but says that nothing was done.
     is_refusal: bool = False
+    # Seconds of CPU that its answer took us.
+    cost_s: float = 0.0
 
 
 # Message of a failure whose text is empty.
@@ -2826,7 +2845,19 @@ def poll_delay_s(polls: int, interval_s: float) -> float:
 
 
 def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
-    """Return a node updated with the outcome of a request or a probe."""
+    """Return a node updated with the outcome of a request or a probe.
+
+    What reading an answer cost is paid for at ANSWER_SHARE: after 20 ms the node has 2 s to pay. A node that is behind
+    by more than ANSWER_CREDIT_S is asked again only then, whatever it answers.
+    """
+    after = _observe(node, outcome, now, policy)
+    if not outcome.cost_s:
+        return after
+    paid_at = max(node.paid_at, now.elapsed) + outcome.cost_s / ANSWER_SHARE
+    return after._replace(paid_at=paid_at, due=max(after.due, paid_at - ANSWER_CREDIT_S))
+
+
+def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
     if outcome.result == HELD:
         return node._replace(in_flight=False, due=now.elapsed)
     if outcome.op == PROBE and outcome.result == SUCCESS:
@@ -5322,6 +5353,10 @@ class Wait(NamedTuple):
 
 # Awaited before what blocks its thread: among many, a conversation goes on in a thread of its own then.
 BLOCKS = Wait(None, 0, 0.0)
+# Awaited where an answer begins to be read: from there on a Meter counts.
+READING = Wait(None, 1, 0.0)
+# Awaited by who could go on, so that others get their turn; after so many reads that had not to wait.
+NEXT_TURN, READS_AT_ONCE = Wait(None, 2, 0.0), 64
 
 
 def converse(talk: Coroutine[Wait, None, T]) -> T:
@@ -5342,6 +5377,37 @@ def converse(talk: Coroutine[Wait, None, T]) -> T:
                     error = socket.timeout("deadline")
     except StopIteration as end:
         return cast(T, end.value)
+
+
+class Meter:
+    """Awaits a coroutine, and counts the seconds of CPU that it takes after READING; what it waits for is free."""
+
+    def __init__(self, talk: Coroutine[Wait, None, Any]):
+        self._talk = talk
+        self.cost_s = 0.0
+
+    def __await__(self) -> Generator[Wait, None, Any]:
+        error: Exception | None = None
+        is_reading = False
+        try:
+            while True:
+                since = time.thread_time()  # of the thread that it goes on in: another one after BLOCKS
+                try:
+                    wait = self._talk.throw(error) if error else self._talk.send(None)
+                except StopIteration as end:
+                    return end.value
+                finally:
+                    self.cost_s += time.thread_time() - since if is_reading else 0.0
+                error = None
+                if wait is READING:
+                    is_reading = True
+                    continue
+                try:
+                    yield wait
+                except Exception as failed:
+                    error = failed
+        finally:
+            self._talk.close()  # it is let go as we are
 
 
 class Conversations:
@@ -5445,9 +5511,11 @@ class Conversations:
             log.exception("a conversation with an agent failed within releasectl")
             return
         try:
-            if wait.sock is None:
+            if wait is BLOCKS:
                 # a daemon, not a pool's, which the end of the process would wait for: a name may take long to look up
                 threading.Thread(target=self._hold, args=(talk,), name="agent", daemon=True).start()
+            elif wait.sock is None:
+                self._new.append(talk)
             else:
                 descriptor = wait.sock.fileno()
                 self._poller.register(descriptor, wait.event)
@@ -5475,6 +5543,7 @@ class TimedSocket:
         self.unread = b""
         self.at_end = False
         self._max_bytes = max_bytes
+        self._reads = 0
 
     async def when_ready(self, act: Callable[[], T], event: int) -> T:
         """Gives what act() gives as soon as the socket lets it; socket.timeout when the time is over by then.
@@ -5503,10 +5572,18 @@ class TimedSocket:
             view = view[await self.when_ready(functools.partial(self.sock.send, view), select.POLLOUT):]
 
     async def recv(self, max_bytes: int) -> bytes:
-        """Gives what is there, b"" at the end; TooBig when it is more than may be read."""
+        """Gives what is there, b"" at the end; TooBig when it is more than may be read.
+
+        A peer whose bytes are always there, few at a time, holds up nobody, and has its time like any other.
+        """
         if self.unread:
             data, self.unread = self.unread[:max_bytes], self.unread[max_bytes:]
             return data
+        self._reads += 1
+        if self._reads % READS_AT_ONCE == 0:
+            if time.monotonic() >= self.ends_at:
+                raise socket.timeout("deadline")
+            await NEXT_TURN
         data = await self.when_ready(functools.partial(self.sock.recv, max_bytes), select.POLLIN)
         self.received += len(data)
         self.at_end = not data
@@ -5865,8 +5942,7 @@ def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
     """Gives the context for calls to agents: TLS 1.2 or newer, both sides verified (section 1)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if ssl.HAS_NEVER_CHECK_COMMON_NAME:
-        context.hostname_checks_common_name = False
+    verify_no_common_name(context)
     load_ca(context, ca, "CONTROL_CA")
     load_pair(context, cert, key, ("CONTROL_CERT", "CONTROL_KEY"))
     return context
@@ -6287,6 +6363,7 @@ class AgentClient:
                     raise AgentError(UNREACHABLE, f"{address}: not sent, as it may not or is too late",
                                      reached=False, is_held=True)
                 await timed.sendall(_request_bytes(call))
+                await READING
                 plain = await _plain_answer(timed, call.max_bytes)
                 status, answer, keep = plain if plain else await _any_answer(timed, call)
             keep = keep and address.protocol == TASKS
@@ -6817,15 +6894,16 @@ class Driver:
 
     async def _request(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> None:
         """Run one request in an event loop, and queue exactly one outcome, whatever happens."""
+        meter = Meter(self._ask(op, node, task, written_at))
         try:
-            outcome = await self._ask(op, node, task, written_at)
+            outcome: Outcome = await meter
         except Exception:  # the edge of a coroutine: a node must never be forgotten
             claim = self.lease.claim
             log.exception("%s: node %s: %s failed within releasectl", claim, node.name, op,
                           extra=about(claim, node=node.name))
             outcome = Outcome(node.node_id, op, LOST, "", PROTOCOL, "releasectl itself failed: see its log",
                               hold_s=self._policy.request_timeout_s)
-        self.results.put(outcome)
+        self.results.put(outcome._replace(cost_s=meter.cost_s))
 
     async def _ask(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> Outcome:
         address = Address(node.main_ip, node.agent_port, node.agent_protocol)
@@ -9287,6 +9365,9 @@ def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
         certificates.append(certificate_json("CONTROL_CERT", lambda: control_certificate(settings)))
     if settings.http_cert:
         certificates.append(certificate_json("HTTP_CERT", lambda: api_certificate(settings)))
+    for name, path in (("CONTROL_CA", settings.control_ca if settings.mtls_enabled else ""),
+                       ("HTTP_CLIENT_CA", settings.http_client_ca)):
+        certificates += crl_json(name, path) if path else []
     return {"certificates": certificates, "executor": {
         "enabled": settings.release_executor_enabled, "owner": executor.owner,
         "lastLookAt": utc_text(executor.looked_at) if executor.looked_at else None}}
@@ -9299,6 +9380,20 @@ def certificate_json(name: str, load: Callable[[], Mapping[str, Any]]) -> dict[s
     except ConfigError:
         return {"name": name, "notAfter": None, "daysLeft": None, "message": "run releasectl.py check to see why"}
     return {"name": name, "notAfter": utc_text(expires), "daysLeft": round(_days_until(expires), 2), "message": ""}
+
+
+def crl_json(name: str, path: str) -> list[dict[str, Any]]:
+    """Give until when the CRLs beside a CA are good, in the form of a certificate; nothing where there is none."""
+    found = {"name": f"{name} CRL", "notAfter": None, "daysLeft": None, "message": "run releasectl.py check to see why"}
+    try:
+        ends = crl_ends(Path(path).read_text(encoding="latin-1"))
+    except (OSError, ValueError):
+        return [found]
+    if not ends:
+        return []
+    if min(ends) <= time.time():
+        return [{**found, "message": f"expired since {utc_text(min(ends))}: every certificate of its CA is refused"}]
+    return [{**found, "notAfter": utc_text(min(ends)), "daysLeft": round(_days_until(min(ends)), 2), "message": ""}]
 
 
 def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:

@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import json
 import logging
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -15,7 +17,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ADDRESSES, ROOT, add_nodes, eventually, make_certs, new_release, settings_for
+from conftest import ADDRESSES, ROOT, add_nodes, eventually, make_certs, new_release, settings_for, statuses
+from test_agent_client import Peer, server_context
 from test_api import Client, read_answer, replace_handler, serving, sha256, split_answer
 from test_api_hostile import (  # noqa: F401 - fixtures
     OPERATOR,
@@ -544,17 +547,74 @@ def test_an_agent_whose_certificate_is_revoked_gets_nothing(sqlite_world, author
         fleet.stop()
 
 
+@pytest.fixture
+def nibbled(certs):
+    """An agent whose every answer comes as chunks of one byte; it gives the moments at which it was asked."""
+    asked_at: list[float] = []
+
+    def talk(peer: Peer, sock: socket.socket) -> None:
+        while True:
+            peer.read_request(sock)
+            head, body = peer.requests[-1]
+            task_id = json.loads(body)["taskId"] if body else head.split()[1].rpartition("/")[2]
+            asked_at.append(time.monotonic())
+            status = "success" if len(asked_at) > 4 else "running"
+            answer = json.dumps({"code": 0, "data": {"taskId": task_id, "status": status}}).encode()
+            sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 19_000
+                         + b"%x\r\n%s\r\n0\r\n\r\n" % (len(answer), answer))
+
+    peer = Peer(talk, server_context(certs), ADDRESSES[19])
+    yield peer, asked_at
+    peer.stop()
+
+
+def test_an_agent_whose_answers_are_dear_is_asked_less_often_and_others_as_ever(sqlite_world, nibbled, monkeypatch):
+    monkeypatch.setattr(rc, "ANSWER_CREDIT_S", 0.0)
+    monkeypatch.setattr(rc, "ANSWER_SHARE", 0.02)
+    peer, asked_at = nibbled
+    world = sqlite_world.nodes(1, task_ms=1500)
+    world.store.add_node("dear", peer.host, peer.port)
+    new_release(world.store, strategy={"batches": [2]})
+    world.drain(RELEASE_EXECUTOR_INTERVAL_SEC="0.1")
+    assert statuses(world.store, 1) == ["success", "success"]
+    # after the dispatch and the look that follows it at once, 10 ms of CPU at the very least for each
+    assert min(later - before for before, later in zip(asked_at[1:], asked_at[2:])) > 0.01 / rc.ANSWER_SHARE
+    assert world.agent(1).queries >= 10
+
+
 def test_the_name_of_an_agent_is_never_its_common_name(authority):
     context = rc.client_context(f"{authority.certs}/control.crt", f"{authority.certs}/control.key",
                                 f"{authority.certs}/ca.crt")
     assert not context.hostname_checks_common_name
 
 
+def test_the_name_of_a_database_server_is_never_its_common_name(authority):
+    ca = f"{authority.certs}/ca.crt"
+    context = rc._pg8000_tls({"sslmode": "verify-full", "sslrootcert": ca})
+    assert (context.check_hostname, context.hostname_checks_common_name) == (True, False)
+
+
+def test_every_context_that_verifies_a_name_goes_by_alternative_names_alone():
+    """The kind: each function that makes a client's context settles it, or verifies no name."""
+    source = (ROOT / "releasectl.py").read_text()
+    texts = dict(re.findall(r"^ *def (\w+)(.*?)(?=^\S|^    def |\Z)", source, re.DOTALL | re.MULTILINE))
+    made = {name: text for name, text in texts.items() if re.search("PROTOCOL_TLS_CLIENT|create_default_context", text)}
+    assert {"client_context", "_pg8000_tls"} <= set(made)
+    for name, text in made.items():
+        assert "verify_no_common_name(" in text or "check_hostname = False" in text, name
+
+
 def findings(settings: rc.Settings) -> dict[str, rc.Finding]:
     return {finding.subject: finding for finding in (*rc.check_agents(settings), *rc.check_api(settings))}
 
 
-def test_check_and_metrics_tell_how_long_a_crl_is_good(authority, tmp_path):
+def health(settings: rc.Settings) -> dict[str, dict]:
+    """Return what /api/v1/health tells of certificates and CRLs."""
+    executor = rc.Executor(settings, rc.Store(rc.Database(settings.database_url)), rc.AgentClient(settings))
+    return {entry["name"]: entry for entry in rc.process_json(settings, executor)["certificates"]}
+
+
+def test_check_metrics_and_health_tell_how_long_a_crl_is_good(authority, tmp_path):
     pair = copy_pair(authority.certs, tmp_path)
     crl = authority.publish()
     settings = settings_for("sqlite:///x.db", authority.certs, CONTROL_CA=crl, HTTP_CLIENT_CA=crl, **pair)
@@ -563,12 +623,18 @@ def test_check_and_metrics_tell_how_long_a_crl_is_good(authority, tmp_path):
         assert 47 * 3600 < figure - time.time() <= 48 * 3600
         finding = findings(settings)[f"{name} CRL"]
         assert (finding.exit_code, "holds 1 CRL, good until" in finding.text) == (0, True)
+        assert 1.9 < health(settings)[f"{name} CRL"]["daysLeft"] <= 2
     authority.openssl(
         "ca", "-config", f"{authority.folder}/cnf", "-gencrl", "-crl_lastupdate", "20200101000000Z",
         "-crl_nextupdate", "20200102000000Z", "-out", f"{authority.folder}/old.pem")
     authority.file.write_text((authority.certs / "ca.crt").read_text() + (authority.folder / "old.pem").read_text())
     finding = findings(settings)["CONTROL_CA CRL"]
     assert (finding.exit_code, "expired since 2020-01-02" in finding.text) == (2, True)
+    seen = health(settings)["CONTROL_CA CRL"]
+    assert (seen["notAfter"], seen["daysLeft"]) == (None, None)
+    assert seen["message"].startswith("expired since 2020-01-02")
+    authority.file.write_text((authority.certs / "ca.crt").read_text())
+    assert set(health(settings)) == {"CONTROL_CERT", "HTTP_CERT"}
 
 
 def other_ca(folder: Path) -> str:

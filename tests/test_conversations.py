@@ -214,3 +214,83 @@ def test_a_peer_that_does_not_read_ends_a_sending_at_its_moment(new_pair):
     near, _ = new_pair()
     with pytest.raises(socket.timeout):
         rc.converse(rc.TimedSocket(near, time.monotonic() + 0.3, 0).sendall(b"x" * (8 << 20)))
+
+
+async def nibbling(outcomes: queue.SimpleQueue, sock: socket.socket, count: int, limit_s: float) -> None:
+    """Reads bytes one by one, and tells the end or the error."""
+    timed = rc.TimedSocket(sock, time.monotonic() + limit_s, 1 << 20)
+    try:
+        for _ in range(count):
+            await timed.recv(1)
+        outcomes.put("all read")
+    except OSError as error:
+        outcomes.put(error)
+
+
+def test_who_always_has_a_byte_more_lets_others_have_their_turn(new_pair):
+    (near, far), (quick, peer), outcomes = new_pair(), new_pair(), queue.SimpleQueue()
+    far.sendall(b"x" * 50_000)
+    peer.sendall(b"quick")
+    conversations = rc.Conversations()
+    conversations.submit(nibbling(outcomes, near, 50_000, 30))
+    conversations.submit(told(outcomes, quick, 30))
+    conversations.start()
+    try:
+        assert [outcomes.get(timeout=20), outcomes.get(timeout=20)] == [b"quick", "all read"]
+    finally:
+        conversations.close()
+
+
+def test_who_always_has_a_byte_more_has_no_longer_than_others(new_pair):
+    (near, far), outcomes = new_pair(), queue.SimpleQueue()
+    far.sendall(b"x" * 50_000)
+    rc.converse(nibbling(outcomes, near, 50_000, 0))
+    assert isinstance(outcomes.get(), socket.timeout)
+
+
+def test_a_meter_counts_the_work_on_an_answer_and_neither_waits_nor_what_came_before(others, new_pair):
+    (near, far), outcomes = new_pair(), queue.SimpleQueue()
+
+    def work(seconds: float) -> None:
+        until = time.thread_time() + seconds
+        while time.thread_time() < until:
+            pass
+
+    async def answered() -> str:
+        work(0.2)
+        await rc.READING
+        await rc.TimedSocket(near, time.monotonic() + 20, 100).recv(1)
+        work(0.05)
+        await rc.BLOCKS
+        time.sleep(0.3)
+        work(0.05)
+        return "read"
+
+    async def metered() -> None:
+        meter = rc.Meter(answered())
+        outcomes.put((await meter, meter.cost_s))
+    others.submit(metered())
+    work(0.3)  # it waits meanwhile
+    far.sendall(b"x")
+    said, cost_s = outcomes.get(timeout=20)
+    assert said == "read"
+    assert 0.1 <= cost_s < 0.2
+
+
+def test_what_is_metered_is_let_go_with_its_meter_and_gets_the_errors_of_its_waits(others, new_pair):
+    outcomes, ended = queue.SimpleQueue(), threading.Event()
+
+    async def waiting(limit_s: float) -> None:
+        try:
+            await told(outcomes, new_pair()[0], limit_s)
+            await rc.TimedSocket(new_pair()[0], time.monotonic() + 30, 100).recv(1)
+        finally:
+            ended.set()
+
+    async def metered() -> None:
+        await rc.Meter(waiting(0.1))
+    others.submit(metered())
+    assert isinstance(outcomes.get(timeout=10), socket.timeout)
+    assert not ended.is_set()
+    others.close()
+    assert ended.wait(10)

@@ -242,6 +242,27 @@ def test_the_id_to_poll_is_the_one_that_the_answer_names():
     assert rc.observe(running(), outcome(rc.ACCEPTED, task_id="other"), NOW, POLICY).task_id == "other"
 
 
+@pytest.mark.parametrize("result", [rc.ACCEPTED, rc.WORKING, rc.UNKNOWN, rc.UNCLEAR, rc.LOST])
+def test_whose_answers_are_dear_takes_its_share_of_the_time_and_no_more(result):
+    seen, now, took_s, policy = running(), NOW, 0.0, POLICY._replace(retries=1 << 20)
+    while now.elapsed < NOW.elapsed + 1000:
+        seen = rc.observe(seen, outcome(result, cost_s=0.05), now, policy)
+        took_s += 0.05
+        now = later(seen.due - NOW.elapsed)
+    assert took_s <= 1000 * rc.ANSWER_SHARE + rc.ANSWER_CREDIT_S * rc.ANSWER_SHARE + 0.05
+
+
+def test_whose_answers_cost_what_answers_cost_is_asked_as_soon_as_ever():
+    cheap, dear, now, policy = running(), running(), NOW, POLICY._replace(interval_s=0.1)
+    for number in range(1000):
+        cheap = rc.observe(cheap, outcome(rc.WORKING), now, policy)
+        # a slow machine, and now and then a garbage collection
+        cost_s = 0.0005 if number % 200 else 0.05
+        dear = rc.observe(dear, outcome(rc.WORKING, cost_s=cost_s), now, policy)
+        assert dear.due == cheap.due
+        now = later(cheap.due - NOW.elapsed)
+
+
 @pytest.mark.parametrize(("hold_s", "protocol", "least"), [(5, "execute", 5), (60, "execute", 60), (5, "tasks", 0)])
 def test_section_1_only_an_execute_agent_is_left_alone_after_a_lost_answer(hold_s, protocol, least):
     seen = rc.observe(running(protocol), outcome(rc.LOST, hold_s=hold_s), NOW, POLICY)

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -782,6 +783,18 @@ def test_nodes_are_added_edited_and_taken_out(page):
     page.press("Disable").see("New releases leave it out", "#ask").press("Change").see("disabled", "#row-1")
     node = page.daemon.store.node(1)
     assert (node.agent_port, node.status, node.enabled) == (9090, "maintenance", 0)
+
+
+@pytest.mark.slow
+def test_health_shows_how_long_a_crl_is_good_and_one_that_has_expired_is_the_verdict(live, monkeypatch):
+    page, _ = live(1)
+    crl = {"name": "CONTROL_CA CRL", "notAfter": rc.utc_text(time.time() + 90_000), "daysLeft": 1.04, "message": ""}
+    monkeypatch.setattr(rc, "crl_json", lambda *_: [crl])
+    page.open("#/health")
+    page.see("CONTROL_CA CRL", "main")
+    assert "ends soon" not in page.text("main")
+    crl.update(notAfter=None, daysLeft=None, message="expired since yesterday")
+    page.see("CONTROL_CA CRL can't be used", "main")
 
 
 @pytest.mark.slow
