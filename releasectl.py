@@ -334,9 +334,9 @@ def detail_text(text: object) -> str:
 
 
 # Letters and marks that are drawn as nothing, beside the format characters (Cf): grapheme joiner, Hangul fillers,
-# Khmer inherent vowels, variation selectors, the empty Braille pattern.
+# Khmer inherent vowels, variation selectors, the Khitan filler, the empty note head, the empty Braille pattern.
 INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
-                       "\U000e0100-\U000e01ef]")
+                       "\U00016fe4\U0001d159\U000e0100-\U000e01ef]")
 _LOOK_ALIKE_SCRIPTS = frozenset(("LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE"))
 # What is_plain() takes, for whoever is refused.
 PLAIN_TEXT = ("printable characters, none of them invisible or changing the direction, without space around, in "
@@ -345,11 +345,14 @@ PLAIN_TEXT = ("printable characters, none of them invisible or changing the dire
 
 def is_plain(text: str) -> bool:
     """Return whether a text reads as what it is, so that no two look the same: see PLAIN_TEXT."""
+    if not text.isprintable() or one_line(text, len(text) + 1) != text:
+        return False
     if text.isascii():
-        return text.isprintable() and one_line(text, len(text) + 1) == text
-    return (one_line(text, len(text) + 1) == text and not INVISIBLE.search(text)
-            and unicodedata.is_normalized("NFC", text)
-            and all(len(_scripts(word)) < 2 for word in re.findall(r"[^\W_]+", text)))
+        return True
+    # a mark over a letter does not part a word
+    letters = "".join(char for char in text if not unicodedata.category(char).startswith("M"))
+    return (not INVISIBLE.search(text) and unicodedata.is_normalized("NFC", text)
+            and all(len(_scripts(word)) < 2 for word in re.findall(r"[^\W_]+", letters)))
 
 
 def _scripts(word: str) -> set[str]:

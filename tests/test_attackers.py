@@ -52,9 +52,11 @@ def logged(caplog, monkeypatch):
 DECEIVING = {"zero width": "edge\u200b1", "bidi": "\u202eedge", "soft hyphen": "ed\u00adge", "Hangul filler": "a\u3164",
              "variation selector": "a\ufe0f", "Cyrillic in Latin": "\u0435dge", "Greek in Latin": "\u03bfpen",
              "decomposed": "e\u0301", "control": "a\x07", "line": "a\u2028b", "no-break space": "a\u00a0b",
-             "space before": " a", "blank Braille": "\u2800"}
+             "space before": " a", "blank Braille": "\u2800", "private use": "edge\ue000", "unassigned": "edge\u0378",
+             "empty note head": "a\U0001d159", "Khitan filler": "a\U00016fe4",
+             "Cyrillic behind a mark": "pa\u0335\u0443"}
 HONEST = ["edge-1", "\u8fb9\u7f18\u8282\u70b9", "Z\u00fcrich", "\u0441\u0435\u0440\u0432\u0435\u0440-web1", "10\u00b5s",
-          "a b", "\u65e5\u672c A"]
+          "a b", "\u65e5\u672c A", "\u0915\u093f\u0924\u093e\u092c", "q\u0307"]
 
 
 @pytest.mark.parametrize("text", DECEIVING.values(), ids=DECEIVING)
