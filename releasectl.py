@@ -665,10 +665,12 @@ def safe_url(url: str) -> str:
 
     By patterns alone, which can't fail: of what reads as nothing in particular rather too much is left out.
     """
-    # a password by name, in a URL or in libpq's words, in quotes or not
-    url = re.sub(r"((?:pass|password|passwd)\s*=\s*)('(?:[^'\\]|\\.)*'?|[^&\s]*)", r"\1***", url, flags=re.IGNORECASE)
-    # from a user's colon to the last @
-    url = re.sub(r"(://[^:@\s]*|(?<!\S)[^:/@\s]+(?=:(?!//|\s))):[\s\S]*@", r"\1:***@", url)
+    # a password by name: in a URL to its next option, so that an & or a space in it hides nothing; in libpq's words
+    url = re.sub(r"([?&]\w*pass(?:word|wd)?=)(?:[^&]|&(?![a-z_]+=))*", r"\1***", url, flags=re.IGNORECASE)
+    url = re.sub(r"((?:pass|password|passwd)\s*=\s*)(?!\*\*\*)('(?:[^'\\]|\\.)*'?|\S*(?:\s+(?![a-z_]+\s*=)\S+)*)",
+                 r"\1***", url, flags=re.IGNORECASE)
+    # from a user's colon to the last @, also where the first colon was left out
+    url = re.sub(r"(//[^:@\s]*|(?<!\S)[^:/@\s]+(?=:(?!//|\s))):[\s\S]*@", r"\1:***@", url)
     # no @ behind it, and no port either
     return re.sub(r"(postgres(?:ql)?://[^:@\[\s]*:)(?!\*\*\*@|[0-9]{0,5}(?:[/?,]|\s|$))\S*", r"\1***", url)
 
@@ -1346,7 +1348,8 @@ class PostgresEngine:
         if state in ("25006", "0A000"):
             return (f"{self} is a standby, or read-only: put all hosts into DATABASE_URL and add "
                     "target_session_attrs=read-write (psycopg or psycopg2)")
-        return f"{self}: {self.without_password(one_line(_pg8000_fields(error).get('M', error)))}"
+        # masked before it is cut to a line: else half of a password could be left, or its blanks be others
+        return f"{self}: {one_line(self.without_password(str(_pg8000_fields(error).get('M', error))))}"
 
     def without_password(self, text: str) -> str:
         """Return a text without the password, as it stands in the URL or decoded."""
