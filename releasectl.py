@@ -2021,24 +2021,23 @@ def parse_address(text: object) -> str:
     if isinstance(text, str):
         with contextlib.suppress(ValueError):
             if "%" not in text:
-                return str(_host_address(plain_address(ipaddress.ip_address(text))))
+                address = plain_address(ipaddress.ip_address(text))
+                if fault := address_fault(address):
+                    raise AppError(2003, f"mainIp {address} {fault}: name the node's own address")
+                return str(address)
         labels = text.split(".")
         if len(text) <= 253 and all(map(HOST_LABEL.fullmatch, labels)) and not NUMBER_LABEL.fullmatch(labels[-1]):
             return text.lower()
     raise AppError(2003, f"mainIp {one_line(text, 60)!r} is neither an IP address nor a host name")
 
 
-def _host_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> (
-        ipaddress.IPv4Address | ipaddress.IPv6Address):
-    """Return an address that a host may have; raise AppError 2003 for one that means many hosts or none."""
+def address_fault(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
+    """Return why no host has an address of its own like this one: it means many hosts or none; "" for a host's."""
     is_broadcast = address.version == 4 and (int(address) == 0xFFFFFFFF or int(address) >> 24 == 0)
     kinds = ((address.is_unspecified, "stands for any address"), (address.is_multicast, "is a multicast address"),
              (address.is_link_local, "is link-local (cloud metadata lives there)"),
              (is_broadcast, "is no address of a host"))
-    for is_it, what in kinds:
-        if is_it:
-            raise AppError(2003, f"mainIp {address} {what}: name the node's own address")
-    return address
+    return next((what for is_it, what in kinds if is_it), "")
 
 
 def parse_port(value: object) -> int:
@@ -5859,11 +5858,18 @@ class AgentClient:
 
     @staticmethod
     async def _look_up(address: Address) -> list[tuple[Any, ...]]:
-        """Gives what getaddrinfo() gives: at once for an IP address, while a name may take its time."""
+        """Return what getaddrinfo() gives: at once for an IP address, while a name may take its time.
+
+        A name leads nowhere where a node's address may not be either: DNS is not ours. OSError where nothing is left.
+        """
         with contextlib.suppress(socket.gaierror):
             return socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         await BLOCKS
-        return socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        found = [(target, plain_address(ipaddress.ip_address(str(target[4][0]).partition("%")[0])))
+                 for target in socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)]
+        if found and all(address_fault(ip) for _, ip in found):
+            raise OSError(f"its name leads to {found[0][1]}, which {address_fault(found[0][1])}")
+        return [target for target, ip in found if not address_fault(ip)]
 
     def _handshake_error(self, address: Address, error: Exception, connect_s: float) -> AgentError:
         if isinstance(error, ssl.SSLCertVerificationError):
