@@ -8346,7 +8346,8 @@ def read_head(wire: Wire, ends_at: float) -> Head | None:
 def _add_header(headers: dict[str, str], line: bytes) -> None:
     match = HEADER_LINE.fullmatch(line)
     if not match:
-        raise AppError(2002, f"the header {one_line(line.decode('latin-1'), 40)!r} is not NAME: VALUE in one line")
+        shown = one_line(line.partition(b":")[0].decode("latin-1"), 40)  # not its value: that may be a token
+        raise AppError(2002, f"the header {shown!r} is not NAME: VALUE in one line")
     name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
     if name in headers and name in READ_ONCE:
         raise AppError(2002, f"the header {name} stands twice")

@@ -640,3 +640,10 @@ def test_with_a_crl_of_every_ca_a_revoked_intermediate_is_refused(tmp_path):
         rc.load_ca(ours, str(tmp_path / "ca.pem"), "CONTROL_CA")
         with contextlib.nullcontext() if is_good else pytest.raises(ssl.SSLError, match="(?i)revoked"):
             rc._meet(ours, agent)
+
+
+def test_a_header_that_cant_be_read_is_told_without_its_value(new_server):  # noqa: F811
+    with socket.create_connection(new_server().address, 5) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer S3cr3t\x01\r\n\r\n")
+        answer = sock.recv(4096)
+    assert b" 400 " in answer and b"Authorization" in answer and b"S3cr3t" not in answer
