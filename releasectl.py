@@ -5350,6 +5350,31 @@ def cas_without_crl(pem: str) -> int:
     return len({_der_name(der, 5, 0xA0) for der in pem_blocks(pem, "CERTIFICATE")} - issuers)
 
 
+@functools.lru_cache(maxsize=256)
+def crl_end_of(peer: bytes, ca: str, trust: str) -> float:  # noqa: ARG001 - trust: looked at anew when it changes
+    """Return until when the CRLs for a certificate (DER) are good, in seconds since 1970, infinity without one.
+
+    ca is the file that it was verified by; raise ConfigError when it can't be read. OpenSSL looks at a CRL in a whole
+    handshake alone: a resumed session and a kept connection would outlive it.
+    """
+    try:
+        pem = Path(ca).read_text(encoding="latin-1")
+        crls, cas = pem_blocks(pem, "X509 CRL"), pem_blocks(pem, "CERTIFICATE")
+        issuers = {_der_name(each, 5, 0xA0): _der_name(each, 3, 0xA0) for each in cas}
+        ends: dict[bytes, float] = {}
+        for name, until in ((_der_name(crl, 2, 0x02), until) for crl in crls for _, until in _validity(crl)):
+            ends[name] = max(until, ends.get(name, 0.0))
+        issuer: bytes | None = _der_name(peer, 3, 0xA0)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{ca} can't be read: {one_line(error, 100)}") from None
+    chain: list[bytes] = []
+    while issuer is not None and issuer not in chain:
+        chain.append(issuer)
+        issuer = issuers.get(issuer)
+    looked_at = chain[:1] if set(issuers) - set(ends) else chain  # as load_ca() has it
+    return min((ends[name] for name in looked_at if name in ends), default=float("inf"))
+
+
 def pem_blocks(pem: str, label: str) -> list[bytes]:
     """Return the blocks of one kind of a PEM file; raise ValueError for one that is not base64."""
     return [base64.b64decode("".join(text.split()), validate=True)
@@ -9325,7 +9350,8 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             certificate = sock.getpeercert() or {}
             self.certificate_name = _name_in(certificate)
             if certificate:
-                self.trusted_until = certificate_end(certificate)
+                self.trusted_until = min(certificate_end(certificate), crl_end_of(
+                    sock.getpeercert(binary_form=True) or b"", self.server.client_ca, self.trust))
         self.wire = Wire(self.seat.sock)
 
     def handle(self) -> None:
@@ -9409,7 +9435,8 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
             return None
         if self._is_distrusted():
             self.is_ending = True
-            raise AppError(5003, "what client certificates are verified by has changed: connect again", retry_after_s=1)
+            raise AppError(5003, "what client certificates are verified by has changed or expired: connect again",
+                           retry_after_s=1)
         authorization = self.head.headers.get("authorization", "")
         if server.tokens and authorization:
             self._wait_for_token(authorization)
@@ -9431,7 +9458,7 @@ class ApiHandler(http.server.BaseHTTPRequestHandler):
         return identity
 
     def _is_distrusted(self) -> bool:
-        """Return whether the connection's client certificate has expired, or its CA or CRL is another since."""
+        """Return whether the connection's client certificate or its CRL has expired, or its CA or CRL is another."""
         tls = self.server.tls
         return tls is not None and (time.time() > self.trusted_until or tls.current()[1] != self.trust)
 
@@ -9592,6 +9619,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         self.tokens = Tokens(settings.api_tokens_file) if settings.api_tokens_file else None
         if self.tokens:
             self.tokens.load()
+        self.client_ca = settings.http_client_ca
         self.tls = TlsFiles(server_context, settings.http_cert, settings.http_key,
                             settings.http_client_ca) if settings.http_cert else None
         if self.tls:
