@@ -348,9 +348,9 @@ def detail_text(text: object) -> str:
 
 
 # Invisible characters outside category Cf: grapheme joiner, Hangul fillers, Khmer inherent vowels, variation
-# selectors, the empty Braille pattern.
+# selectors, the Khitan filler, the empty note head, the empty Braille pattern.
 INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
-                       "\U000e0100-\U000e01ef]")
+                       "\U00016fe4\U0001d159\U000e0100-\U000e01ef]")
 _LOOK_ALIKE_SCRIPTS = frozenset(("LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE"))
 # What is_plain() accepts, for error messages.
 PLAIN_TEXT = ("printable characters, none of them invisible or changing the direction, without space around, in "
@@ -359,11 +359,14 @@ PLAIN_TEXT = ("printable characters, none of them invisible or changing the dire
 
 def is_plain(text: str) -> bool:
     """Return whether a text is PLAIN_TEXT, so that no two different ones look the same."""
+    if not text.isprintable() or one_line(text, len(text) + 1) != text:
+        return False
     if text.isascii():
-        return text.isprintable() and one_line(text, len(text) + 1) == text
-    return (one_line(text, len(text) + 1) == text and not INVISIBLE.search(text)
-            and unicodedata.is_normalized("NFC", text)
-            and all(len(_scripts(word)) < 2 for word in re.findall(r"[^\W_]+", text)))
+        return True
+    # a mark over a letter does not part a word
+    letters = "".join(char for char in text if not unicodedata.category(char).startswith("M"))
+    return (not INVISIBLE.search(text) and unicodedata.is_normalized("NFC", text)
+            and all(len(_scripts(word)) < 2 for word in re.findall(r"[^\W_]+", letters)))
 
 
 def _scripts(word: str) -> set[str]:
@@ -716,10 +719,12 @@ def safe_url(url: str) -> str:
 
     Patterns can't fail; in doubt they hide too much.
     """
-    # password=... in a URL or a libpq connection string, quoted or not
-    url = re.sub(r"((?:pass|password|passwd)\s*=\s*)('(?:[^'\\]|\\.)*'?|[^&\s]*)", r"\1***", url, flags=re.IGNORECASE)
-    # from the colon after the user to the last @
-    url = re.sub(r"(://[^:@\s]*|(?<!\S)[^:/@\s]+(?=:(?!//|\s))):[\s\S]*@", r"\1:***@", url)
+    # password=... in a URL up to its next option: a password may hold "&" or a space; then in a libpq connection string
+    url = re.sub(r"([?&]\w*pass(?:word|wd)?=)(?:[^&]|&(?![a-z_]+=))*", r"\1***", url, flags=re.IGNORECASE)
+    url = re.sub(r"((?:pass|password|passwd)\s*=\s*)(?!\*\*\*)('(?:[^'\\]|\\.)*'?|\S*(?:\s+(?![a-z_]+\s*=)\S+)*)",
+                 r"\1***", url, flags=re.IGNORECASE)
+    # from the colon after the user to the last @, also where the colon of the scheme is missing
+    url = re.sub(r"(//[^:@\s]*|(?<!\S)[^:/@\s]+(?=:(?!//|\s))):[\s\S]*@", r"\1:***@", url)
     # what follows a colon, without an @ after it, and is no port
     return re.sub(r"(postgres(?:ql)?://[^:@\[\s]*:)(?!\*\*\*@|[0-9]{0,5}(?:[/?,]|\s|$))\S*", r"\1***", url)
 
@@ -1390,7 +1395,8 @@ class PostgresEngine:
         if state in ("25006", "0A000"):
             return (f"{self} is a standby, or read-only: put all hosts into DATABASE_URL and add "
                     "target_session_attrs=read-write (psycopg or psycopg2)")
-        return f"{self}: {self.without_password(one_line(_pg8000_fields(error).get('M', error)))}"
+        # masked before it is cut to a line: else half of a password could be left, or its blanks be others
+        return f"{self}: {one_line(self.without_password(str(_pg8000_fields(error).get('M', error))))}"
 
     def without_password(self, text: str) -> str:
         """Return a text without the password, as it stands in the URL or decoded."""
@@ -2063,24 +2069,23 @@ def parse_address(text: object) -> str:
     if isinstance(text, str):
         with contextlib.suppress(ValueError):
             if "%" not in text:
-                return str(_host_address(plain_address(ipaddress.ip_address(text))))
+                address = plain_address(ipaddress.ip_address(text))
+                if fault := address_fault(address):
+                    raise AppError(2003, f"mainIp {address} {fault}: name the node's own address")
+                return str(address)
         labels = text.split(".")
         if len(text) <= 253 and all(map(HOST_LABEL.fullmatch, labels)) and not NUMBER_LABEL.fullmatch(labels[-1]):
             return text.lower()
     raise AppError(INVALID, f"mainIp {one_line(text, 60)!r} is neither an IP address nor a host name")
 
 
-def _host_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> (
-        ipaddress.IPv4Address | ipaddress.IPv6Address):
-    """Return the address; raise AppError(INVALID) for one that no single host can have."""
+def address_fault(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
+    """Return why no single host can have an address; "" where one can."""
     is_broadcast = address.version == 4 and (int(address) == 0xFFFFFFFF or int(address) >> 24 == 0)
     kinds = ((address.is_unspecified, "stands for any address"), (address.is_multicast, "is a multicast address"),
              (address.is_link_local, "is link-local (cloud metadata lives there)"),
              (is_broadcast, "is no address of a host"))
-    for is_it, what in kinds:
-        if is_it:
-            raise AppError(INVALID, f"mainIp {address} {what}: name the node's own address")
-    return address
+    return next((what for is_it, what in kinds if is_it), "")
 
 
 def parse_port(value: object) -> int:
@@ -5819,6 +5824,31 @@ def cas_without_crl(pem: str) -> int:
     return len({_der_name(der, 5, 0xA0) for der in pem_blocks(pem, "CERTIFICATE")} - issuers)
 
 
+@functools.lru_cache(maxsize=256)
+def crl_end_of(peer: bytes, ca: str, trust: str) -> float:  # noqa: ARG001 - trust: looked at anew when it changes
+    """Return until when the CRLs for a certificate (DER) are good, in seconds since 1970, infinity without one.
+
+    ca is the file that it was verified by; raise ConfigError when it can't be read. OpenSSL looks at a CRL in a whole
+    handshake alone: a resumed session and a kept connection would outlive it.
+    """
+    try:
+        pem = Path(ca).read_text(encoding="latin-1")
+        crls, cas = pem_blocks(pem, "X509 CRL"), pem_blocks(pem, "CERTIFICATE")
+        issuers = {_der_name(each, 5, 0xA0): _der_name(each, 3, 0xA0) for each in cas}
+        ends: dict[bytes, float] = {}
+        for name, until in ((_der_name(crl, 2, 0x02), until) for crl in crls for _, until in _validity(crl)):
+            ends[name] = max(until, ends.get(name, 0.0))
+        issuer: bytes | None = _der_name(peer, 3, 0xA0)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{ca} can't be read: {one_line(error, 100)}") from None
+    chain: list[bytes] = []
+    while issuer is not None and issuer not in chain:
+        chain.append(issuer)
+        issuer = issuers.get(issuer)
+    looked_at = chain[:1] if set(issuers) - set(ends) else chain  # as load_ca() has it
+    return min((ends[name] for name in looked_at if name in ends), default=float("inf"))
+
+
 def pem_blocks(pem: str, label: str) -> list[bytes]:
     """Return the blocks of one kind of a PEM file; raise ValueError for one that is not base64."""
     return [base64.b64decode("".join(text.split()), validate=True)
@@ -6326,11 +6356,18 @@ class AgentClient:
 
     @staticmethod
     async def _look_up(address: Address) -> list[tuple[Any, ...]]:
-        """Gives what getaddrinfo() gives: at once for an IP address, while a name may take its time."""
+        """Return what getaddrinfo() gives: at once for an IP address, while a name may take its time.
+
+        A name leads nowhere where a node's address may not be either: DNS is not ours. OSError where nothing is left.
+        """
         with contextlib.suppress(socket.gaierror):
             return socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         await BLOCKS
-        return socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        found = [(target, plain_address(ipaddress.ip_address(str(target[4][0]).partition("%")[0])))
+                 for target in socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)]
+        if found and all(address_fault(ip) for _, ip in found):
+            raise OSError(f"its name leads to {found[0][1]}, which {address_fault(found[0][1])}")
+        return [target for target, ip in found if not address_fault(ip)]
 
     def _handshake_error(self, address: Address, error: Exception, connect_s: float) -> AgentError:
         if isinstance(error, ssl.SSLCertVerificationError):
@@ -7730,7 +7767,8 @@ def read_head(wire: Wire, ends_at: float) -> Head | None:
 def _add_header(headers: dict[str, str], line: bytes) -> None:
     match = HEADER_LINE.fullmatch(line)
     if not match:
-        raise AppError(2002, f"the header {one_line(line.decode('latin-1'), 40)!r} is not NAME: VALUE in one line")
+        shown = one_line(line.partition(b":")[0].decode("latin-1"), 40)  # not its value: that may be a token
+        raise AppError(2002, f"the header {shown!r} is not NAME: VALUE in one line")
     name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
     if name in headers and name in READ_ONCE:
         raise AppError(2002, f"the header {name} is given twice")
@@ -8733,7 +8771,8 @@ class ApiHandler:
         certificate = sock.getpeercert() or {}
         self.certificate_name = _name_in(certificate)
         if certificate:
-            self.trusted_until = certificate_end(certificate)
+            self.trusted_until = min(certificate_end(certificate), crl_end_of(
+                sock.getpeercert(binary_form=True) or b"", self.server.client_ca, self.trust))
 
     def serve(self) -> None:
         """Answer requests until the connection ends."""
@@ -8741,7 +8780,7 @@ class ApiHandler:
             pass
 
     def is_distrusted(self) -> bool:
-        """Return whether the client certificate has expired, or its CA or CRL changed since the handshake."""
+        """Return whether the client certificate or its CRL has expired, or its CA or CRL changed since."""
         tls = self.server.tls
         return tls is not None and (time.time() > self.trusted_until or tls.current()[1] != self.trust)
 
@@ -8834,7 +8873,8 @@ class Exchange:
             return None
         if self.handler.is_distrusted():
             self.must_close = True
-            raise AppError(5003, "the CA or CRL for client certificates has changed: connect again", retry_after_s=1)
+            raise AppError(5003, "the CA or CRL for client certificates has changed or expired: connect again",
+                           retry_after_s=1)
         authorization = self.head.headers.get("authorization", "")
         if server.tokens and authorization:
             self._wait_for_token(authorization)
@@ -8996,6 +9036,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         self.tokens = Tokens(settings.api_tokens_file) if settings.api_tokens_file else None
         if self.tokens:
             self.tokens.load()
+        self.client_ca = settings.http_client_ca
         self.tls = TlsFiles(server_context, settings.http_cert, settings.http_key,
                             settings.http_client_ca) if settings.http_cert else None
         if self.tls:

@@ -55,9 +55,11 @@ def logged(caplog, monkeypatch):
 DECEIVING = {"zero width": "edge\u200b1", "bidi": "\u202eedge", "soft hyphen": "ed\u00adge", "Hangul filler": "a\u3164",
              "variation selector": "a\ufe0f", "Cyrillic in Latin": "\u0435dge", "Greek in Latin": "\u03bfpen",
              "decomposed": "e\u0301", "control": "a\x07", "line": "a\u2028b", "no-break space": "a\u00a0b",
-             "space before": " a", "blank Braille": "\u2800"}
+             "space before": " a", "blank Braille": "\u2800", "private use": "edge\ue000", "unassigned": "edge\u0378",
+             "empty note head": "a\U0001d159", "Khitan filler": "a\U00016fe4",
+             "Cyrillic behind a mark": "pa\u0335\u0443"}
 HONEST = ["edge-1", "\u8fb9\u7f18\u8282\u70b9", "Z\u00fcrich", "\u0441\u0435\u0440\u0432\u0435\u0440-web1", "10\u00b5s",
-          "a b", "\u65e5\u672c A"]
+          "a b", "\u65e5\u672c A", "\u0915\u093f\u0924\u093e\u092c", "q\u0307"]
 
 
 @pytest.mark.parametrize("text", DECEIVING.values(), ids=DECEIVING)
@@ -494,6 +496,38 @@ def test_a_crl_that_is_only_renewed_asks_to_connect_again(api, authority):
     assert api.code("GET", "/api/v1/nodes") == 0
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_crl_that_expires_ends_what_it_let_in_and_no_session_outlives_it(api, authority, monkeypatch, version):
+    api.context.maximum_version = version
+    sock = api.context.wrap_socket(socket.create_connection(api.address), server_hostname=ADDRESSES[0])
+    with sock:
+        for _ in range(2):  # the second answer comes after TLS 1.3's tickets
+            sock.sendall(request("GET", "/api/v1/nodes", "operator-secret"))
+            assert b" 200 " in sock.recv(65536)
+        session, now = sock.session, time.time()
+        monkeypatch.setattr(rc.time, "time", lambda: now + 49 * 3600)
+        sock.sendall(request("GET", "/api/v1/nodes", "operator-secret"))
+        assert b"5003" in sock.recv(65536)
+    resumed = api.context.wrap_socket(socket.create_connection(api.address), server_hostname=ADDRESSES[0],
+                                      session=session)
+    with resumed:
+        assert resumed.session_reused
+        resumed.sendall(request("GET", "/api/v1/nodes", "operator-secret"))
+        assert b"5003" in resumed.recv(65536)
+
+
+def test_the_crl_of_another_ca_that_expires_refuses_nobody(authority, tmp_path):
+    pki, both = tmp_path / "other-pki", tmp_path / "both.pem"
+    pki.mkdir()
+    authority.openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj",
+                      "/CN=other", "-keyout", f"{pki}/ca.key", "-out", f"{pki}/ca.crt")
+    crls = authority.publish(48), Authority(pki, tmp_path / "other").publish(1)
+    both.write_text("".join(Path(crl).read_text() for crl in crls))
+    ends = [rc.crl_end_of(ssl.PEM_cert_to_DER_cert(certificate.read_text()), str(both), "") - time.time()
+            for certificate in (authority.certs / "control.crt", pki / "ca.crt")]
+    assert [round(end / 3600) for end in ends] == [48, 1]
+
+
 def test_a_client_certificate_that_expires_ends_its_kept_connection(api, monkeypatch):
     monkeypatch.setattr(rc, "certificate_end", lambda _certificate: time.time() - 1)
     assert api.code("GET", "/api/v1/nodes") == 5003
@@ -704,3 +738,10 @@ def test_with_a_crl_of_every_ca_a_revoked_intermediate_is_refused(tmp_path):
         rc.load_ca(ours, str(tmp_path / "ca.pem"), "CONTROL_CA")
         with contextlib.nullcontext() if is_good else pytest.raises(ssl.SSLError, match="(?i)revoked"):
             rc._meet(ours, agent)
+
+
+def test_a_header_that_cant_be_read_is_told_without_its_value(new_server):  # noqa: F811
+    with socket.create_connection(new_server().address, 5) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer S3cr3t\x01\r\n\r\n")
+        answer = sock.recv(4096)
+    assert (b" 400 " in answer, b"Authorization" in answer, b"S3cr3t" in answer) == (True, True, False)

@@ -248,10 +248,18 @@ def test_a_url_that_does_not_read_back_is_refused_without_its_password(driver, w
     "postgresql://app:a@S3cr3t@host", "unknown option --dbb=postgresql://app:S3cr3t[@h/d",
     "host=h PASSWORD = 'a\\'S3cr3t'",
     "postgresql://h/d?password=S3cr3t", "postgresql://h/d?sslpassword=S3cr3t&x=1", "postgresql://[S3cr3t:S3cr3t@h/d",
-    "postgresql://app:S3cr3t\n@h/d", "host=h password='S3cr3t"])
+    "postgresql://app:S3cr3t\n@h/d", "host=h password='S3cr3t", "postgresql//app:S3cr3t@h/d",
+    "postgresql://h/d?password=a&S3cr3t", "postgresql://h/d?password=a S3cr3t&sslmode=require",
+    "host=h password=a&S3cr3t dbname=d", "host=h password=a S3cr3t"])
 def test_a_text_in_which_a_password_may_be_is_masked_whatever_it_is(text):
     assert "S3cr3t@" not in rc.safe_url(text)
     assert SECRET not in rc.safe_url(text).replace("//[S3cr3t", "")
+
+
+def test_what_a_driver_says_is_masked_before_it_is_cut_to_a_line(driver):
+    engine = rc.PostgresEngine("postgresql://app:S3cr3t%20%20Word@h/d")
+    assert "S3cr3t" not in engine.explain(Exception("bad password S3cr3t  Word"))
+    assert "S3cr3t" not in engine.explain(Exception("x" * (rc.MAX_MESSAGE_CHARS - 10) + "S3cr3t  Word"))
 
 
 def test_a_running_service_tells_nobody_its_password(cli, proxy, driver):

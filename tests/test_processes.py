@@ -327,6 +327,26 @@ def test_a_probe_too_goes_to_the_address_that_answers(sqlite_url, dead, name_of)
         client.close()
 
 
+@pytest.mark.parametrize("target", ["169.254.169.254", "::ffff:169.254.169.254", "fe80::1%1", "0.0.0.0", "::",
+                                    "224.0.0.1", "255.255.255.255"])
+def test_a_name_leads_nowhere_where_a_node_may_not_be(sqlite_url, certs, name_of, target):
+    with contextlib.closing(agents_for(sqlite_url, certs)) as client:
+        name_of((target, free_port()))
+        verify = rc.parse_strategy({"verify": {"url": "http://{main_ip}:80/latest/"}}).verify
+        with pytest.raises(rc.AgentError, match="can't be reached: its name leads to ") as caught:
+            client.ping(rc.Address("edge.test", 443, "tasks"))
+        assert caught.value.kind == rc.UNREACHABLE
+        assert "its name leads to" in rc.converse(client.probing("edge.test", verify, "http://edge.test:80/", 5.0))
+
+
+def test_of_a_names_addresses_those_of_no_host_are_left_out(sqlite_url, certs, new_fleet, name_of):
+    agent = new_fleet(1).agent(ADDRESSES[0])
+    name_of(("169.254.169.254", agent.port), (ADDRESSES[0], agent.port))
+    with contextlib.closing(agents_for(sqlite_url, certs)) as client:
+        client._server_name = ADDRESSES[0]
+        assert "answers as a tasks agent" in client.ping(rc.Address("edge.test", 443, "tasks"))
+
+
 # -- a clock that was ahead --------------------------------------------------------------------
 
 @pytest.fixture
