@@ -3855,10 +3855,33 @@ COUNTERS = """success_nodes = (SELECT COUNT(*) FROM release_task_nodes n
         failed_nodes = (SELECT COUNT(*) FROM release_task_nodes n
                         WHERE n.release_task_id = release_tasks.id AND n.status = 'failed')"""
 
-INSERT_EVENTS = """
-    INSERT INTO release_events
-        (release_task_id, node_id, at, actor, event, from_status, to_status, detail)
-    VALUES """
+
+class NewEvent(NamedTuple):
+    """A row of release_events that is to be written."""
+    release_id: int
+    event: str
+    from_status: str
+    to_status: str
+    detail: str = ""
+    # None: of the release itself.
+    node_id: int | None = None
+
+
+def add_events(tx: Transaction, at: str, actor: Who, events: Iterable[NewEvent]) -> None:
+    """Append to the history of releases, in the transaction of what happened.
+
+    Raise RuntimeError for a change of a status that the tables of transitions do not have.
+    """
+    rows = []
+    for new in events:
+        if new.from_status != new.to_status and new.from_status:
+            check_transition(RELEASE_TRANSITIONS if new.node_id is None else NODE_TRANSITIONS,
+                             new.from_status, new.to_status)
+        rows.append((new.release_id, new.node_id, at, str(actor), new.event, new.from_status, new.to_status,
+                     detail_text(new.detail)))
+    tx.insert_many("INSERT INTO release_events (release_task_id, node_id, at, actor, event, from_status, to_status, "
+                   "detail) VALUES ", 8, rows)
+
 
 RELEASE_EVENTS = {PENDING: "created", RUNNING: "started", PAUSED: "paused", CANCELLING: "cancelling",
                   SUCCESS: "finished", PARTIAL: "finished", FAILED: "finished", CANCELLED: "cancelled"}
@@ -3935,83 +3958,540 @@ class AuditChain:
         return any(first <= release_id <= last for first, last in self._pruned)
 
 
-class Store:
-    """The tables of the contract as verbs. Every method is one transaction."""
+def read_release(tx: Transaction, release_id: int) -> Release:
+    row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ?",
+                 release_id) if release_id <= MAX_ID else None
+    if row is None:
+        raise AppError(3001, f"release {release_id} does not exist")
+    return Release(*row)
 
-    def __init__(self, database: Database, clock: Clock = Clock()):  # noqa: B008 - it has no state
+
+def read_release_nodes(tx: Transaction, release_id: int) -> list[ReleaseNode]:
+    return [ReleaseNode(*row) for row in tx.rows(f"""
+        SELECT {RELEASE_NODE_COLUMNS}
+        FROM release_task_nodes n
+        JOIN nodes h ON h.id = n.node_id
+        WHERE n.release_task_id = ?
+        ORDER BY n.batch, n.node_id""", release_id)]
+
+
+def read_freeze(tx: Transaction) -> Freeze:
+    row = tx.row("SELECT frozen, reason, actor, at FROM release_freeze WHERE id = 1")
+    return Freeze(bool(row[0]), *row[1:]) if row else NO_FREEZE
+
+
+def strategy_of(release: Release) -> Strategy:
+    """Gives a release's strategy; none for one that can't be used, which the executor ends."""
+    with contextlib.suppress(ValueError, AppError):
+        return parse_strategy(parse_json(release.strategy))
+    return NO_STRATEGY
+
+
+def start_at_of(strategy: str) -> str:
+    """Gives the startAt of a stored strategy; "" where there is none, or none that can be read."""
+    with contextlib.suppress(ValueError, AppError):
+        return parse_strategy(parse_json(strategy)).start_at if "startAt" in strategy else ""
+    return ""
+
+
+def read_candidates(tx: Transaction) -> list[Candidate]:
+    now = tx.now()
+    # the index release_tasks_by_status finds what is not terminal
+    return [Candidate(id_, target, version, status, running,
+                      expires is not None and now < expires <= latest_expiry(now),
+                      start_at_of(strategy), paused_by, said, started is not None, bool(pending), tag)
+            for id_, target, version, status, running, expires, strategy, paused_by, said, started, pending, tag
+            in tx.rows("""
+        SELECT r.id, r.target, r.version, r.status,
+               (SELECT COUNT(*) FROM release_task_nodes n
+                WHERE n.release_task_id = r.id AND n.status = 'running'),
+               r.claim_expires_at, r.strategy, r.paused_by, r.status_reason, r.started_at,
+               (SELECT MIN(n.batch) FROM release_task_nodes n
+                WHERE n.release_task_id = r.id AND n.status = 'pending'), r.tag
+        FROM release_tasks r
+        WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')""")]
+
+
+def latest_expiry(now: str) -> str:
+    """Return until when a claim may last at the most."""
+    return utc_text(epoch_of(now) + MAX_CLAIM_TTL_S)
+
+
+def expiry_of(tx: Transaction, ttl_s: float) -> str:
+    return utc_text(epoch_of(tx.now()) + ttl_s)
+
+
+def keep_as_they_are(tx: Transaction, release_id: int) -> None:
+    """Write names and addresses of a release's nodes into its rows: a rename or a move changes no history."""
+    tx.execute("""
+        UPDATE release_task_nodes
+        SET (node_name, main_ip, agent_port) =
+            (SELECT h.name, h.main_ip, h.agent_port FROM nodes h WHERE h.id = release_task_nodes.node_id)
+        WHERE release_task_id = ? AND main_ip = '' AND node_id IN (SELECT id FROM nodes)""", release_id)
+
+
+def write_nodes(tx: Transaction, release_id: int, changes: Sequence[NodeChange], now: Moment) -> None:
+    """Updates nodes, those that become alike in all but the task's id in one statement."""
+    alike: dict[tuple[object, ...], list[NodeChange]] = {}
+    for change in changes:
+        before, after, _ = change
+        key: tuple[object, ...] = (
+            after.status, after.attempts, after.error_kind, after.error_msg, after.hold_until, after.hold_clock,
+            after.started_clock, round(after.waited_s, 3), after.stored_reached, after.started_at,
+            after.finished_at, before.status, before.attempts)
+        alike.setdefault(key, []).append(change)
+    for key, group in alike.items():
+        for start in range(0, len(group), NODES_PER_STATEMENT):
+            part = [change.after for change in group[start:start + NODES_PER_STATEMENT]]
+            named = [c.after for c in group[start:start + NODES_PER_STATEMENT]
+                     if c.after.task_id != c.before.task_id]
+            task_id = f"CASE node_id {'WHEN ? THEN ? ' * len(named)}ELSE task_id END" if named else "task_id"
+            changed = tx.execute(f"""
+                UPDATE release_task_nodes
+                SET status = ?, attempts = ?, error_kind = ?, error_msg = ?, hold_until = ?, hold_clock = ?,
+                    started_clock = ?, waited_sec = ?, reached = ?, started_at = ?, finished_at = ?, updated_at = ?,
+                    task_id = {task_id}
+                WHERE release_task_id = ? AND status = ? AND attempts = ?
+                  AND node_id IN ({', '.join('?' * len(part))})""",
+                                 *key[:-2], now.text, *(v for n in named for v in (n.node_id, n.task_id)),
+                                 release_id, *key[-2:], *(n.node_id for n in part))
+            if changed != len(part):
+                raise StateMoved(f"a node of release {release_id} is no longer {key[-2]}")
+
+
+def emptied_nodes(payload: Mapping[str, Any], nodes: Iterable[Node]) -> list[str]:
+    """Return the names of execute nodes that are told to serve no site."""
+    return [node.name for node in nodes if node.agent_protocol == EXECUTE and payload.get(WEBSITES) == []]
+
+
+def plan_again(tx: Transaction, verb: str, release_id: int,
+                wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
+    """Return what a retry or rollback asks for, how it would go out, and its nodes."""
+    old = read_release(tx, release_id)
+    check_verb(verb, old)
+    request, plan, nodes = (plan_retry if verb == "retry" else plan_rollback)(tx, old, wish)
+    if not wish.over_newer:
+        refuse_over_newer(tx, verb, old, nodes)
+    refuse_twins(nodes)
+    source = plan.payload_of[0] if plan.payload_of else old.id
+    refuse_dropping_sites(request.payload, nodes, 3003, f"the payload of release {source}")
+    return request, plan._replace(emptied=emptied_nodes(request.payload, nodes)), nodes
+
+
+def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
+    found = nodes_again(tx, old, "n.status IN ('failed', 'skipped')")
+    nodes = online_nodes(old, found, "failed or skipped")
+    strategy = strategy_again(old, ("startAt",))
+    node_ids = [node.id for node in nodes]
+    if isinstance(strategy.get("pauseAfter"), list):
+        # there may be fewer batches now
+        last = len(plan_batches(node_ids, parse_strategy(strategy).batches))
+        strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
+    request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", stored_payload(old),
+                             retry_of=old.id, strategy=strategy)
+    plan = make_plan(parse_strategy(strategy), node_ids, who_is_left_out(found))
+    return request, plan._replace(payload_of=(old.id, old.version)), nodes
+
+
+def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
+    # what was rejected before anything was sent to it has nothing to be rolled back
+    found = nodes_again(tx, old, "(n.status = 'success' OR (n.status = 'failed' AND NOT "
+                                    "(n.error_kind = 'rejected' AND n.attempts = 0)))")
+    nodes = online_nodes(old, found, "touched by it")
+    where = {node_id: (status, batch) for node_id, status, batch in tx.rows(
+        "SELECT node_id, status, batch FROM release_task_nodes WHERE release_task_id = ?", old.id)}
+    failed = [node.id for node in nodes if where[node.id][0] == FAILED]
+    batches: dict[int, list[int]] = {}
+    for node in sorted(nodes, key=lambda node: (where[node.id][1], node.id)):
+        if where[node.id][0] == SUCCESS:
+            batches.setdefault(where[node.id][1], []).append(node.id)
+    good = payload_to_bring_back(tx, old, [node.id for node in nodes], wish.to_release)
+    planned = [*batches.values(), *([failed] if failed else [])]
+    sizes = [len(batch) for batch in planned[:-1]] or [len(planned[0])]
+    # planned is what counts; it may have a batch more than can be asked for, and any number by hand
+    strategy = {**strategy_again(old, ("startAt", "soakSec", "pauseAfter", "verify")),
+                "batches": sizes[:MAX_BATCHES]}
+    with contextlib.suppress(AppError):  # what is looked for belongs to the content that goes out
+        strategy.update({key: value for key, value in strategy_again(good, ()).items() if key == "verify"})
+    request = ReleaseRequest(
+        old.target, wish.reason or f"rollback of release {old.id} to the payload of version {good.version}",
+        stored_payload(good), rollback_of=old.id, strategy=strategy)
+    plan = make_plan(parse_strategy(strategy), [node.id for node in nodes], who_is_left_out(found), planned,
+                     frozenset(failed))
+    return request, plan._replace(payload_of=(good.id, good.version)), nodes
+
+
+def nodes_again(tx: Transaction, old: Release, where: str) -> list[Node]:
+    return [Node(*row) for row in tx.rows(f"""
+        SELECT {NODE_COLUMNS}
+        FROM nodes
+        WHERE id IN (SELECT n.node_id FROM release_task_nodes n WHERE n.release_task_id = ? AND {where})
+        ORDER BY id""", old.id)]
+
+
+def online_nodes(old: Release, found: Sequence[Node], what: str) -> list[Node]:
+    nodes = [node for node in found if node.gets_releases]
+    if not nodes:
+        raise AppError(3003, f"release {old.id} has no online nodes that were {what}")
+    return nodes
+
+
+def refuse_over_newer(tx: Transaction, verb: str, old: Release, nodes: Sequence[Node]) -> None:
+    """Raise AppError 3003 where one of the nodes has a newer success of the target (rule 10)."""
+    names = {node.id: node.name for node in nodes}
+    for release_id, version in tx.rows("""
+            SELECT id, version
+            FROM release_tasks
+            WHERE target = ? AND version > ?
+            ORDER BY version DESC""", old.target, old.version):
+        over = [names[node_id] for node_id in sorted(succeeded_nodes(tx, release_id) & names.keys())]
+        if over:
+            raise AppError(3003, f"release {release_id} (v{version}) succeeded later on {names_of(over)}: {verb} "
+                                 f"of release {old.id} would replace its payload; overNewer (--over-newer) if "
+                                 "that is meant")
+
+
+def succeeded_nodes(tx: Transaction, release_id: int) -> set[int]:
+    return {row[0] for row in tx.rows(
+        "SELECT node_id FROM release_task_nodes WHERE release_task_id = ? AND status = 'success'", release_id)}
+
+
+def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int],
+                           to_release: int | None) -> Release:
+    """Return the release whose payload a rollback brings back (rule 10).
+
+    Of each node the newest before it that succeeded there, with another payload, and that nobody rolled
+    back; the payload that most of the nodes had wins, the newer one of two.
+    """
+    unwanted = digest_of(stored_payload(old))
+    if to_release is not None:
+        row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ? AND r.target = ?",
+                     min(to_release, MAX_ID), old.target)
+        if row is None:
+            raise AppError(2003, f"toRelease {to_release} is no release of target {old.target}")
+        if digest_of(stored_payload(Release(*row))) == unwanted:
+            raise AppError(3003, f"release {to_release} has the same payload as release {old.id}: "
+                                 "nothing would change")
+        return Release(*row)
+    bad = rolled_back(tx, old.target)
+    missing, votes = set(node_ids), collections.Counter[str]()
+    newest: dict[str, tuple[int, int]] = {}
+    for release_id, version in tx.rows("""
+            SELECT id, version
+            FROM release_tasks
+            WHERE target = ? AND version < ?
+            ORDER BY version DESC""", old.target, old.version):
+        found = succeeded_nodes(tx, release_id) & missing
+        digest = stored_digest(tx, release_id) if found else unwanted
+        if digest != unwanted and version > bad.get(digest, 0):
+            votes[digest] += len(found)
+            newest.setdefault(digest, (version, release_id))
+            missing -= found
+        if not missing:
+            break
+    if not votes:
+        raise AppError(3003, f"nothing to roll back to: no release of target {old.target} before {old.id} "
+                             "succeeded on its nodes with another payload; toRelease (--to) names one")
+    return read_release(tx, newest[max(votes, key=lambda digest: (votes[digest], newest[digest]))][1])
+
+
+def rolled_back(tx: Transaction, target: str) -> dict[str, int]:
+    """Return payloads of a target that somebody rolled back, each with the highest version of which that was done.
+
+    The same payload under a lower version is as bad; under a higher one somebody wanted it again.
+    """
+    bad: dict[str, int] = {}
+    for release_id, version in tx.rows("""
+            SELECT id, version
+            FROM release_tasks
+            WHERE target = ? AND id IN (SELECT rollback_of FROM release_tasks WHERE rollback_of IS NOT NULL)""",
+                                       target):
+        digest = stored_digest(tx, release_id)
+        bad[digest] = max(bad.get(digest, 0), version)
+    return bad
+
+
+def stored_digest(tx: Transaction, release_id: int) -> str:
+    """Return the digest of a release's payload; one of its own for a payload that can't be read."""
+    text = tx.value("SELECT payload FROM release_tasks WHERE id = ?", release_id)
+    with contextlib.suppress(ValueError, AppError):
+        return digest_of(parse_payload(parse_json(text)))
+    return f"release {release_id}"
+
+
+def stored_payload(release: Release) -> dict[str, Any]:
+    try:
+        return parse_payload(parse_json(release.payload))
+    except (ValueError, AppError) as error:
+        raise AppError(3003, f"the payload of release {release.id} can't be used: {one_line(error)}") from None
+
+
+def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
+    """Gives the strategy of an old release for a new one, without some of its keys."""
+    try:
+        strategy = parse_json(release.strategy)
+        parse_strategy(strategy)
+    except (ValueError, AppError) as error:
+        raise AppError(3003, f"the strategy of release {release.id} can't be used: {one_line(error)}") from None
+    return {key: value for key, value in strategy.items() if key not in without}
+
+
+class DatabaseState:
+    """What this process knows of the database as a whole: its clock, its versions, whether it went back."""
+
+    def __init__(self, database: Database, clock: Clock):
         self.database = database
         self.clock = clock
-        self._seen = Seen()
-        # The addresses of open releases as bits of one number, by id and version, in one generation of the database.
-        self._masks: dict[tuple[int, int], int] = {}
-        self._bits: dict[Endpoint, int] = {}
-        self._masks_guard = threading.Lock()
-        # When the generation grew last, by elapsed time; whether a fall is not written down yet.
-        self._changed_at = float("-inf")
-        self._has_fallen = False
+        self.seen = Seen()
+        # When the generation grew last, by the elapsed clock; whether a fall is not written down yet.
+        self.changed_at = float("-inf")
+        self.has_fallen = False
 
     @property
     def generation(self) -> int:
         """How often the database went back, or moved to another server, as far as this process saw."""
-        return self._seen.numbers.generation
+        return self.seen.numbers.generation
 
     def moment(self) -> Moment:
         """Return this instant."""
         return Moment(self.clock.wall(), self.clock.elapsed(), self.clock.boot())
 
+    def now(self) -> str:
+        return utc_text(self.clock.wall())
+
     @contextlib.contextmanager
-    def _watching(self) -> Iterator[Transaction]:
+    def watching(self) -> Iterator[Transaction]:
         """Give a transaction that reads, and notice where the database went back since the last one."""
-        before = self._seen.numbers
+        before = self.seen.numbers
         with self.database.transaction() as tx:
             version, event_id = tx.row("SELECT (SELECT COALESCE(MAX(version), 0) FROM release_tasks), "
                                        "(SELECT COALESCE(MAX(id), 0) FROM release_events)") or (0, 0)
             timeline = tx.value(self.database.engine.timeline_sql)
             # a standby that is behind is no database that went back
-            fell, has_moved = self._seen.note(before, version, event_id, timeline) if timeline else ("", False)
+            fell, has_moved = self.seen.note(before, version, event_id, timeline) if timeline else ("", False)
             if fell:
-                self._tell_went_back(fell)
+                self._note_went_back(fell)
             elif has_moved:
-                self._begin_anew()
+                self.changed_at = self.clock.elapsed()
                 log.warning("%s moved to another server (failover): everything is read anew, and agents are asked "
                             "before anything is sent", self.database)
             yield tx
 
-    def _begin_anew(self) -> None:
-        """Drop what was derived from a state of the database that is gone."""
-        self._masks.clear()
-        self._changed_at = self.clock.elapsed()
-
-    def _tell_went_back(self, fell: str) -> None:
-        self._begin_anew()
-        self._has_fallen = True
+    def _note_went_back(self, fell: str) -> None:
+        self.changed_at = self.clock.elapsed()
+        self.has_fallen = True
         self.database.metrics.count("releasectl_database_went_back_total")
         log.error("%s went back to an earlier state (%s): a backup was restored, or a failover lost commits; "
                   "everything is read anew, and agents are asked before anything is sent. See the runbook, "
                   "ReleasectlDatabaseWentBack", self.database, fell)
 
-    # -- nodes ---------------------------------------------------------------------------
+    def next_version(self, tx: Transaction, release_id: int) -> int:
+        """Return the version for the release of an id: above every one that may ever have been used (rule 1)."""
+        # the unique index of version, and nodes_by_last_version
+        highest = tx.value("""
+            SELECT MAX(v)
+            FROM (SELECT MAX(version) AS v FROM release_tasks
+                  UNION ALL SELECT MAX(last_version) FROM nodes
+                  UNION ALL SELECT first_version - 1 FROM database_state
+                  UNION ALL SELECT lost_version FROM database_state) used""")
+        version = int(max(highest or 0, release_id - 1, self.seen.version)) + 1
+        if version > MAX_VERSION:
+            raise AppError(3003, f"the versions are used up: the newest is {MAX_VERSION}")
+        return version
 
-    def add_node(self, name: str, main_ip: str, agent_port: int = 8443, agent_protocol: str = TASKS,
+    def write_fall(self, tx: Transaction) -> None:
+        """Write down that the database went back, where this process saw it: others saw no lost version."""
+        if self.has_fallen:
+            tx.execute("""
+                UPDATE database_state
+                SET moved_at = ?, lost_version = CASE WHEN lost_version > ? THEN lost_version ELSE ? END
+                WHERE id = 1""", tx.now(), self.seen.version, self.seen.version)
+            tx.afterwards.append(functools.partial(setattr, self, "_has_fallen", False))
+
+    def note_timeline(self, tx: Transaction) -> None:
+        """Note the server that a writer has; after a failover leave out the numbers that lost releases may have had."""
+        self.write_fall(tx)
+        timeline = tx.value(self.database.engine.timeline_sql)
+        known = tx.value("SELECT timeline FROM database_state WHERE id = 1")
+        if known == 0 != timeline:
+            tx.execute("UPDATE database_state SET timeline = ? WHERE id = 1", timeline)
+        elif known != timeline:
+            tx.execute("UPDATE database_state SET timeline = ?, moved_at = ?, lost_version = ? WHERE id = 1",
+                       timeline, tx.now(), min(self.next_version(tx, 0) + VERSIONS_SKIPPED - 1, MAX_VERSION))
+
+    def note_fall(self, claim: Claim, fell: str) -> None:
+        """Tell that the database went back, where that was not noticed since the claim was taken."""
+        if self.generation == claim.generation:
+            self.seen.note_fall()
+            self._note_went_back(fell)
+
+    def check_write(self) -> None:
+        """Commits a write; DatabaseError when that can't be done now.
+
+        A look alone would not tell: SQLite begins to write on a full disk or a read-only file too.
+        """
+        with self.database.transaction(write=True) as tx:
+            tx.execute("UPDATE health_probe SET at = ? WHERE id = 1", self.now())
+
+
+class Audit:
+    """The history of releases (release_events) and of every act (audit_log)."""
+
+    def __init__(self, state: DatabaseState):
+        self._state = state
+        self._database = state.database
+
+    def add(self, tx: Transaction, who: Who, action: str, what: str, before: Mapping[str, object] | None = None,
+               after: Mapping[str, object] | None = None) -> tuple[int, str]:
+        """Append the row of an act to audit_log, in the act's own transaction; return its id and hash.
+
+        Writers come one after the other (the lock of a writing transaction), so the order of ids is the chain's.
+        """
+        act = who if isinstance(who, Act) else Act(who)
+        id_before, hash_before = self._head(tx)
+        row = AuditRow(id_before + 1, self._state.now(), act.actor, act.via, act.token, act.certificate, act.address,
+                       act.request_id, action, one_line(what), audit_text(before), audit_text(after), "")
+        row = row._replace(hash=audit_hash(row, hash_before))
+        tx.execute(f"INSERT INTO audit_log ({AUDIT_COLUMNS}) VALUES ({self._database.engine.audit_id_sql}"
+                   f"{', ?' * (len(row) - 1)})", *row)
+        tx.afterwards.append(lambda: act.rows.append(row))
+        return row.id, row.hash
+
+    def add_end(self, tx: Transaction, who: Who, release: Release, status: str) -> tuple[int, str]:
+        """Append the row of a release's end, with the SHA-256 of its events."""
+        count, digest = self._events_digest(tx, release.id)
+        act = dataclasses.replace(who, via=VIA_EXECUTOR) if isinstance(who, Act) else who
+        return self.add(tx, act, RELEASE_END, f"release {release.id}", {"status": release.status},
+                           {"status": status, "events": count, "eventsSha256": digest})
+
+    @staticmethod
+    def _head(tx: Transaction) -> tuple[int, str]:
+        row = tx.row("SELECT id, hash FROM audit_log ORDER BY id DESC LIMIT 1")
+        return (row[0], row[1]) if row and row[0] > 0 else (0, "")
+
+    @staticmethod
+    def _events_digest(tx: Transaction, release_id: int) -> tuple[int, str]:
+        """Return how many events a release has, and the SHA-256 of them in their canonical form."""
+        digest, count, last_id = hashlib.sha256(b"["), 0, -MAX_ID
+        while True:
+            # the index release_events_by_release
+            rows = tx.rows("""
+                SELECT id, node_id, at, actor, event, from_status, to_status, detail
+                FROM release_events
+                WHERE release_task_id = ? AND id > ?
+                ORDER BY id
+                LIMIT ?""", release_id, last_id, AUDIT_PAGE)
+            if rows:
+                digest.update((b"," if count else b"") + _CANONICAL.encode(rows)[1:-1].encode())
+                count, last_id = count + len(rows), rows[-1][0]
+            if len(rows) < AUDIT_PAGE:
+                digest.update(b"]")
+                return count, digest.hexdigest()
+
+    def head(self) -> tuple[int, str]:
+        """Return id and hash of the newest row of audit_log; 0 and "" while there is none."""
+        with self._database.transaction() as tx:
+            return self._head(tx)
+
+    def rows(self, after: int = 0, limit: int = 100, wanted: AuditFilter = AuditFilter(),  # noqa: B008
+                   newest: bool = False) -> list[AuditRow]:
+        """Return rows of audit_log with an id above after, oldest first; with newest the last ones of them."""
+        parts = [(clause, params) for clause, params, is_set in (
+            ("? IN (actor, token, certificate)", (wanted.actor,), wanted.actor),
+            ("(action = ? OR action LIKE ?)", (wanted.action, f"{wanted.action}.%"), wanted.action),
+            ("object = ?", (wanted.object,), wanted.object), ("at >= ?", (wanted.since,), wanted.since)) if is_set]
+        where = " AND ".join(["id > ?", *(clause for clause, _ in parts)])
+        with self._database.transaction() as tx:
+            rows = [AuditRow(*row) for row in tx.rows(
+                f"SELECT {AUDIT_COLUMNS} FROM audit_log WHERE {where} ORDER BY id {'DESC' if newest else ''} LIMIT ?",
+                after, *(param for _, params in parts for param in params), limit)]
+        return rows[::-1] if newest else rows
+
+    def verify(self, copy: tuple[int, str] | None = None, max_rows: int = MAX_ID,
+                     max_releases: int = MAX_ID) -> AuditReport:
+        """Look whether audit_log is whole, and the events of ended releases are those that they ended with.
+
+        copy: id and hash of a row as somebody kept them elsewhere: only that shows that the end was taken away. At
+        most so many of the newest rows are looked at, and of the releases whose end they tell.
+        """
+        of_rows = self.head()[0]
+        start = max(of_rows - max_rows, 0)
+        before = self.rows(start - 1, 1) if start else []
+        chain = AuditChain((start, before[0].hash if before and before[0].id == start else ""), copy)
+        self._read(chain, start or -MAX_ID)
+        ended = list(chain.ended.items())
+        some, gone = ended[max(len(ended) - max_releases, 0):], []
+        for release_id, (row_id, digest) in some:
+            with self._database.transaction() as tx:
+                if not tx.value("SELECT COUNT(*) FROM release_tasks WHERE id = ?", release_id):
+                    gone.append(release_id)
+                elif self._events_digest(tx, release_id)[1] != digest:
+                    chain.note(f"digest of release {release_id} differs: its events are not those that it ended with "
+                               f"(row {row_id})")
+        if gone:
+            self._read(chain, chain.last[0])  # a prune may have come meanwhile
+        for release_id in gone:
+            if not chain.is_pruned(release_id):
+                chain.note(f"taken away: release {release_id}, and no row of prune tells of it")
+        if copy and copy[0] > chain.last[0]:
+            chain.note(f"taken away: the log ends with row {chain.last[0]}, and the copy is of row {copy[0]}")
+        return AuditReport(chain.rows, max(of_rows, chain.last[0]), len(some), len(ended), chain.last, chain.faults)
+
+    def _read(self, chain: AuditChain, after: int) -> None:
+        while rows := self.rows(after, AUDIT_PAGE):
+            for row in rows:
+                chain.add(row)
+            after = rows[-1].id
+
+    def note(self, by: Who, action: str, what: str, after: Mapping[str, object], deed: Callable[[], T]) -> T:
+        """Do what is outside of the database, with its row in audit_log: both or none; return what it gives."""
+        with self._database.transaction(write=True) as tx:
+            self.add(tx, by, action, what, after=after)
+            return deed()
+
+    def backup(self, path: str, by: Who = PROGRAM) -> tuple[int, int]:
+        """Write a checked copy to a new file; return its schema and its size in bytes; raise as Database.backup().
+
+        A database that is older than audit_log has no row of it.
+        """
+        schema, size = self._database.backup(path)
+        try:
+            if schema >= AUDIT_SCHEMA:
+                self.note(by, "backup", f"file {path}", {"bytes": size, "schema": schema}, lambda: None)
+        except BaseException:
+            os.unlink(path)
+            raise
+        return schema, size
+
+
+class Nodes:
+    """The registry. Each public method is one transaction."""
+
+    def __init__(self, state: DatabaseState, audit: Audit):
+        self._state = state
+        self._database = state.database
+        self._audit = audit
+
+    def add(self, name: str, main_ip: str, agent_port: int = 8443, agent_protocol: str = TASKS,
                  labels: str = "{}", enabled: bool = True, status: str = "online", by: Who = PROGRAM) -> Node:
         """Adds a node; AppError 3002 when the name is taken. The values are checked by floor 5."""
-        with self.database.transaction(write=True) as tx:
-            node = self._add_nodes(tx, [(name, main_ip, agent_port, agent_protocol, labels, int(enabled), status)])[0]
-            self._audit(tx, by, "node.add", f"node {name}", after={"id": node.id, **node_values(node)})
+        with self._database.transaction(write=True) as tx:
+            node = self._add(tx, [(name, main_ip, agent_port, agent_protocol, labels, int(enabled), status)])[0]
+            self._audit.add(tx, by, "node.add", f"node {name}", after={"id": node.id, **node_values(node)})
             return node
 
-    def add_nodes(self, rows: Sequence[tuple[str, str, int, str, str, int, str]], by: Who = PROGRAM) -> list[Node]:
+    def add_all(self, rows: Sequence[tuple[str, str, int, str, str, int, str]], by: Who = PROGRAM) -> list[Node]:
         """Adds nodes, all or none; AppError 3002 naming the first whose name is taken."""
-        with self.database.transaction(write=True) as tx:
-            nodes = self._add_nodes(tx, rows)
+        with self._database.transaction(write=True) as tx:
+            nodes = self._add(tx, rows)
             if nodes:
-                self._audit(tx, by, "node.import", count_of_nodes(len(nodes)), after={
+                self._audit.add(tx, by, "node.import", count_of_nodes(len(nodes)), after={
                     "count": len(nodes), "names": names_of([node.name for node in nodes]),
                     "nodes": [node_values(node) for node in nodes]})
             return nodes
 
-    def _add_nodes(self, tx: Transaction, rows: Sequence[tuple[str, str, int, str, str, int, str]]) -> list[Node]:
-        now, owners = self._now(), self._endpoints(tx)
+    def _add(self, tx: Transaction, rows: Sequence[tuple[str, str, int, str, str, int, str]]) -> list[Node]:
+        now, owners = self._state.now(), self._endpoints(tx)
         for row in rows:
             if tx.value("SELECT COUNT(*) FROM nodes WHERE name = ?", row[0]):
                 raise AppError(3002, f"node {row[0]} exists already")
@@ -4023,19 +4503,19 @@ class Store:
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""", *row, now, now)
         return [self._node_by_name(tx, row[0]) for row in rows]
 
-    def node(self, node_id: int) -> Node:
+    def get(self, node_id: int) -> Node:
         """Gives a node; AppError 3001 when there is none."""
-        with self.database.transaction() as tx:
+        with self._database.transaction() as tx:
             return self._node(tx, node_id)
 
-    def node_named(self, name: str) -> Node:
+    def named(self, name: str) -> Node:
         """Gives a node by its name; AppError 3001 when there is none."""
-        with self.database.transaction() as tx:
+        with self._database.transaction() as tx:
             return self._node_by_name(tx, name)
 
-    def nodes(self, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
+    def page(self, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
         """Gives a page of the nodes, by id; size 0 for all of them."""
-        with self.database.transaction() as tx:
+        with self._database.transaction() as tx:
             total = tx.value("SELECT COUNT(*) FROM nodes")
             rows = tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id LIMIT ? OFFSET ?",
                            size or total, (page - 1) * size)
@@ -4045,7 +4525,7 @@ class Store:
         """Gives for each of some nodes the newest release that names it, and what it is there."""
         if not node_ids:
             return {}
-        with self.database.transaction() as tx:
+        with self._database.transaction() as tx:
             # the index release_task_nodes_by_node finds the newest of each
             return {node_id: (release_id, status) for node_id, release_id, status in tx.rows(f"""
                 SELECT n.node_id, n.release_task_id, n.status
@@ -4054,9 +4534,9 @@ class Store:
                   AND n.release_task_id = (SELECT MAX(m.release_task_id) FROM release_task_nodes m
                                            WHERE m.node_id = n.node_id)""", *node_ids)}
 
-    def update_node(self, node_id: int, changes: Mapping[str, object], by: Who = PROGRAM) -> Node:
+    def update(self, node_id: int, changes: Mapping[str, object], by: Who = PROGRAM) -> Node:
         """Changes columns of a node, checked by floor 5; 3001, 3002, or 3003 while a release needs it."""
-        with self.database.transaction(write=True) as tx:
+        with self._database.transaction(write=True) as tx:
             node = self._node(tx, node_id)
             if changes.get("name", node.name) != node.name and tx.value(
                     "SELECT COUNT(*) FROM nodes WHERE name = ?", changes["name"]):
@@ -4070,9 +4550,9 @@ class Store:
             changed = [column for column in _NODE_COLUMNS if getattr(after, column) != getattr(node, column)]
             for column in changed:
                 tx.execute(f"UPDATE nodes SET {column} = ?, updated_at = ? WHERE id = ?",
-                           changes[column], self._now(), node_id)
+                           changes[column], self._state.now(), node_id)
             if changed:
-                self._audit(tx, by, "node.set", f"node {node.name}", node_values(node, changed),
+                self._audit.add(tx, by, "node.set", f"node {node.name}", node_values(node, changed),
                             node_values(after, changed))
             return self._node(tx, node_id)
 
@@ -4089,15 +4569,15 @@ class Store:
         if twin not in (name, known_as):
             raise AppError(3002, f"node {twin} has the address {main_ip}:{port} already: one agent is one node")
 
-    def delete_node(self, node_id: int, by: Who = PROGRAM) -> None:
+    def delete(self, node_id: int, by: Who = PROGRAM) -> None:
         """Deletes a node; AppError 3003 when a release names it (the history is kept)."""
-        with self.database.transaction(write=True) as tx:
+        with self._database.transaction(write=True) as tx:
             node = self._node(tx, node_id)
             release_id = tx.value("SELECT MAX(release_task_id) FROM release_task_nodes WHERE node_id = ?", node_id)
             if release_id is not None:
                 raise AppError(3003, f"node {node.name} is part of release {release_id}: disable it instead")
             tx.execute("DELETE FROM nodes WHERE id = ?", node_id)
-            self._audit(tx, by, "node.delete", f"node {node.name}", {"id": node.id, **node_values(node)})
+            self._audit.add(tx, by, "node.delete", f"node {node.name}", {"id": node.id, **node_values(node)})
 
     def _refuse_in_use(self, tx: Transaction, node: Node) -> None:
         release_id = tx.value("""
@@ -4124,39 +4604,170 @@ class Store:
             raise AppError(3001, f"node {one_line(name, 100)} does not exist")
         return Node(*row)
 
-    # -- releases ------------------------------------------------------------------------
 
-    def plan_release(self, request: ReleaseRequest) -> Plan:
+class Queue:
+    """The order of open releases, and the writing of what is decided on one of them, within a transaction."""
+
+    def __init__(self, state: DatabaseState, audit: Audit):
+        self._state = state
+        self._database = state.database
+        self._audit = audit
+        # The addresses of an open release as bits of one number, by generation of the database, id and version.
+        self._masks: dict[tuple[int, int, int], int] = {}
+        # Which bit an address is.
+        self._bits: dict[Endpoint, int] = {}
+        self._masks_guard = threading.Lock()
+
+    def runnable(self, tx: Transaction) -> tuple[list[int], list[int]]:
+        return runnable(read_candidates(tx), tx.now(), read_freeze(tx), self._shares(tx))
+
+    def _shares(self, tx: Transaction) -> Shares:
+        """Return how to tell whether two open releases have an address in common.
+
+        The nodes of a release are read once: with fifty of ten thousand each scan would read half a million rows.
+        """
+        bit_of: dict[int, int] = {}
+        generation = self._state.generation
+
+        def mask(c: Candidate) -> int:
+            key = generation, c.id, c.version
+            known = self._masks.get(key) if c.tag else None
+            if known is None:
+                bit_of.update(() if bit_of else self._bit_of(tx).items())
+                # as one text: ten thousand rows take five times as long
+                text = tx.value(f"SELECT {self._database.engine.joined_sql} FROM release_task_nodes "
+                                "WHERE release_task_id = ?", c.id)
+                bits = bytearray(len(self._bits) // 8 + 1)
+                for bit in {bit_of[int(node_id)] for node_id in text.split(",")} if text else ():
+                    bits[bit >> 3] |= 1 << (bit & 7)
+                if len(self._masks) >= MAX_MASKS:
+                    self._masks.clear()
+                known = self._masks[key] = int.from_bytes(bits, "little")
+            return known
+
+        return lambda one, other: bool(mask(one) & mask(other))
+
+    def _bit_of(self, tx: Transaction) -> dict[int, int]:
+        """Return for each node which bit its address is in the masks of releases."""
+        rows = tx.rows("SELECT id, main_ip, agent_port FROM nodes")
+        with self._masks_guard:
+            return {node_id: self._bits.setdefault(endpoint_of(main_ip, port), len(self._bits))
+                    for node_id, main_ip, port in rows}
+
+    def explain_waiting(self, tx: Transaction) -> None:
+        """Brings the sentences of pending releases up to date, after whatever may have changed them."""
+        candidates = read_candidates(tx)
+        said = {c.id: c.status_reason for c in candidates}
+        for release_id, reason in waiting_reasons(candidates, tx.now(), read_freeze(tx), self._shares(tx)).items():
+            if said[release_id] != reason:
+                tx.execute("UPDATE release_tasks SET status_reason = ?, updated_at = ? WHERE id = ?",
+                           reason, self._state.now(), release_id)
+
+    def write(self, tx: Transaction, release: Release, decision: Decision, now: Moment, actor: Who,
+               claim: Claim | None = None, detail: str = "") -> None:
+        write_nodes(tx, release.id, decision.changes, now)
+        ends = decision.status in TERMINAL
+        changed = tx.execute(f"""
+            UPDATE release_tasks
+            SET status = ?, status_reason = ?, error_msg = ?, updated_at = ?, {COUNTERS},
+                finished_at = ?, passed_batch = ?, soak_until = ?, soak_clock = ?,
+                claim_owner = CASE WHEN ? = 1 THEN '' ELSE claim_owner END,
+                claim_expires_at = CASE WHEN ? = 1 THEN NULL ELSE claim_expires_at END
+            WHERE id = ? AND status = ? AND updated_at = ? AND claim_fence = ? AND claim_owner = ?""",
+                             decision.status, decision.status_reason, decision.error_msg, now.text,
+                             now.text if ends else None, decision.passed_batch, decision.soak_until,
+                             decision.soak_clock, int(ends), int(ends), release.id, release.status, release.updated_at,
+                             claim.fence if claim else release.claim_fence,
+                             claim.owner if claim else release.claim_owner)
+        if changed != 1:
+            raise StateMoved(f"{release} is no longer as it was read")
+        events = [NewEvent(release.id, NODE_EVENTS[c.after.status], c.before.status, c.after.status,
+                           c.detail or c.after.error_msg, c.after.node_id)
+                  for c in decision.changes if c.before.status != c.after.status]
+        if decision.status != release.status:
+            events.append(NewEvent(release.id, RELEASE_EVENTS[decision.status], release.status, decision.status,
+                                   detail or decision.error_msg or decision.status_reason))
+        add_events(tx, now.text, actor, events)
+        if decision.status != release.status:
+            self.explain_waiting(tx)
+        head = self._audit.add_end(tx, actor, release, decision.status) if ends else None
+        tx.afterwards.append(lambda: self.log_written(release, decision, str(actor), head))
+
+    def log_written(self, release: Release, decision: Decision, actor: str,
+                    head: tuple[int, str] | None = None) -> None:
+        """Logs and counts what a commit changed, once it is certain: a line for each change of a status.
+
+        Of single nodes only failures are for everybody: ten thousand successes would bury all else.
+        """
+        for change in decision.changes:
+            node, event = change.after, NODE_EVENTS.get(change.after.status, "")
+            if node.status == change.before.status:
+                continue
+            if node.status == FAILED:
+                self._database.metrics.count("releasectl_node_failures_total", node.error_kind)
+                log.warning("%s: node %s failed: %s", release, node.name, node.error_msg,
+                            extra=about(release, node=node.name, actor=actor, event=event))
+            elif log.isEnabledFor(logging.DEBUG):
+                log.debug("%s: node %s %s", release, node.name, event,
+                          extra=about(release, node=node.name, actor=actor, event=event))
+        skipped = sum(c.before.status != SKIPPED and c.after.status == SKIPPED for c in decision.changes)
+        if skipped:
+            log.info("%s: %s skipped", release, count_of_nodes(skipped),
+                     extra=about(release, actor=actor, event=NODE_EVENTS[SKIPPED]))
+        done = decision.passed_batch if decision.passed_batch > release.passed_batch else 0
+        if decision.status in (SUCCESS, PARTIAL):
+            done = release.current_batch
+        if done:
+            log.info("%s: batch %d done", release, done, extra=about(release, actor=actor, event="batch_done"))
+        if decision.status in TERMINAL:
+            # a copy of the head in the journal: whoever writes to the database can't change that
+            trail.info("%s: the audit log is at %d:%s", release, *(head or self._audit.head()), extra=about(release))
+        if decision.status != release.status:
+            log.log(logging.INFO if decision.status == SUCCESS else logging.WARNING, "%s: %s, %s", release,
+                    decision.status, decision.status_reason,
+                    extra=about(release, actor=actor, event=RELEASE_EVENTS[decision.status]))
+
+
+class Releases:
+    """Releases as people make, read and steer them. Each public method is one transaction."""
+
+    def __init__(self, state: DatabaseState, audit: Audit, queue: Queue):
+        self._state = state
+        self._database = state.database
+        self._audit = audit
+        self._queue = queue
+
+    def plan(self, request: ReleaseRequest) -> Plan:
         """Gives what create_release() would make, and raises what it would; writes nothing."""
-        with self.database.transaction() as tx:
-            version = self._version_for(tx, request, tx.value(self.database.engine.next_release_id_sql))
+        with self._database.transaction() as tx:
+            version = self._version_for(tx, request, tx.value(self._database.engine.next_release_id_sql))
             check_payload_version(request.payload, version)
             return self._plan(tx, request)[0]._replace(version=version)
 
-    def create_release(self, request: ReleaseRequest, actor: Who, once: Once | None = None) -> Made:
+    def create(self, request: ReleaseRequest, actor: Who, once: Once | None = None) -> Made:
         """Create a release for the nodes it asks for; return it, its batches and who is left out (rule 1).
 
         With once, what the key's first request made is returned again. Raise AppError 3003 without an
         enabled, online node or where two have one address, 2003 when the strategy, the choice of nodes,
         the version or the payload can't be meant, 3002 when the key was for another request.
         """
-        with self.database.transaction(write=True) as tx:
-            return self._made_before(tx, once) or self._remember(
+        with self._database.transaction(write=True) as tx:
+            return self._replay(tx, once) or self._remember(
                 tx, once, self._create(tx, actor, request, *self._plan(tx, request)))
 
     def _remember(self, tx: Transaction, once: Once | None, made: Made) -> Made:
         """Keep what a key made, for a day."""
         if once:
             tx.execute("INSERT INTO idempotency_keys (actor, idempotency_key, request_sha256, release_task_id, "
-                       "created_at, left_out) VALUES (?, ?, ?, ?, ?, ?)", *once, made.release.id, self._now(),
+                       "created_at, left_out) VALUES (?, ?, ?, ?, ?, ?)", *once, made.release.id, self._state.now(),
                        to_json(made.left_out))
         return made
 
-    def _made_before(self, tx: Transaction, once: Once | None) -> Made | None:
+    def _replay(self, tx: Transaction, once: Once | None) -> Made | None:
         if once is None:
             return None
         # the index idempotency_keys_by_age
-        tx.execute("DELETE FROM idempotency_keys WHERE created_at < ?", utc_text(self.clock.wall() - ONCE_S))
+        tx.execute("DELETE FROM idempotency_keys WHERE created_at < ?", utc_text(self._state.clock.wall() - ONCE_S))
         row = tx.row("SELECT request_sha256, release_task_id, left_out FROM idempotency_keys "
                      "WHERE actor = ? AND idempotency_key = ?", once.actor, once.key)
         if row is None:
@@ -4168,7 +4779,7 @@ class Store:
         for batch, node_id in tx.rows("SELECT batch, node_id FROM release_task_nodes WHERE release_task_id = ? "
                                       "ORDER BY batch, id", row[1]):
             batches.setdefault(batch, []).append(node_id)
-        return Made(self._release(tx, row[1]), list(batches.values()), [LeftOut(*one) for one in parse_json(row[2])])
+        return Made(read_release(tx, row[1]), list(batches.values()), [LeftOut(*one) for one in parse_json(row[2])])
 
     def retry(self, release_id: int, actor: Who, wish: Again = Again(), once: Once | None = None) -> Made:  # noqa: B008
         """Create a release of the same payload for the nodes that were failed or skipped (rule 10).
@@ -4189,185 +4800,16 @@ class Store:
 
     def plan_again(self, verb: str, release_id: int, wish: Again = Again()) -> Plan:  # noqa: B008 - it has no state
         """Return what a retry or rollback would make, and raise what it would; write nothing."""
-        with self.database.transaction() as tx:
-            _, plan, _ = self._plan_again(tx, verb, release_id, wish)
-            return plan._replace(version=self._next_version(tx, tx.value(self.database.engine.next_release_id_sql)))
+        with self._database.transaction() as tx:
+            _, plan, _ = plan_again(tx, verb, release_id, wish)
+            release_id = tx.value(self._database.engine.next_release_id_sql)
+            return plan._replace(version=self._state.next_version(tx, release_id))
 
     def _make_again(self, verb: str, release_id: int, actor: Who, wish: Again, once: Once | None) -> Made:
-        with self.database.transaction(write=True) as tx:
-            made = self._made_before(tx, once)
+        with self._database.transaction(write=True) as tx:
+            made = self._replay(tx, once)
             return made or self._remember(tx, once, self._create(
-                tx, actor, *self._plan_again(tx, verb, release_id, wish)))
-
-    def _plan_again(self, tx: Transaction, verb: str, release_id: int,
-                    wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
-        """Return what a retry or rollback asks for, how it would go out, and its nodes."""
-        old = self._release(tx, release_id)
-        check_verb(verb, old)
-        request, plan, nodes = (self._plan_retry if verb == "retry" else self._plan_rollback)(tx, old, wish)
-        if not wish.over_newer:
-            self._refuse_over_newer(tx, verb, old, nodes)
-        refuse_twins(nodes)
-        source = plan.payload_of[0] if plan.payload_of else old.id
-        refuse_dropping_sites(request.payload, nodes, 3003, f"the payload of release {source}")
-        return request, plan._replace(emptied=self._emptied(request.payload, nodes)), nodes
-
-    def _plan_retry(self, tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
-        found = self._nodes_of(tx, old, "n.status IN ('failed', 'skipped')")
-        nodes = self._online(old, found, "failed or skipped")
-        strategy = self._strategy_again(old, ("startAt",))
-        node_ids = [node.id for node in nodes]
-        if isinstance(strategy.get("pauseAfter"), list):
-            # there may be fewer batches now
-            last = len(plan_batches(node_ids, parse_strategy(strategy).batches))
-            strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
-        request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", self._payload_of(old),
-                                 retry_of=old.id, strategy=strategy)
-        plan = make_plan(parse_strategy(strategy), node_ids, who_is_left_out(found))
-        return request, plan._replace(payload_of=(old.id, old.version)), nodes
-
-    def _plan_rollback(self, tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
-        # what was rejected before anything was sent to it has nothing to be rolled back
-        found = self._nodes_of(tx, old, "(n.status = 'success' OR (n.status = 'failed' AND NOT "
-                                        "(n.error_kind = 'rejected' AND n.attempts = 0)))")
-        nodes = self._online(old, found, "touched by it")
-        where = {node_id: (status, batch) for node_id, status, batch in tx.rows(
-            "SELECT node_id, status, batch FROM release_task_nodes WHERE release_task_id = ?", old.id)}
-        failed = [node.id for node in nodes if where[node.id][0] == FAILED]
-        batches: dict[int, list[int]] = {}
-        for node in sorted(nodes, key=lambda node: (where[node.id][1], node.id)):
-            if where[node.id][0] == SUCCESS:
-                batches.setdefault(where[node.id][1], []).append(node.id)
-        good = self._payload_to_bring_back(tx, old, [node.id for node in nodes], wish.to_release)
-        planned = [*batches.values(), *([failed] if failed else [])]
-        sizes = [len(batch) for batch in planned[:-1]] or [len(planned[0])]
-        # planned is what counts; it may have a batch more than can be asked for, and any number by hand
-        strategy = {**self._strategy_again(old, ("startAt", "soakSec", "pauseAfter", "verify")),
-                    "batches": sizes[:MAX_BATCHES]}
-        with contextlib.suppress(AppError):  # what is looked for belongs to the content that goes out
-            strategy.update({key: value for key, value in self._strategy_again(good, ()).items() if key == "verify"})
-        request = ReleaseRequest(
-            old.target, wish.reason or f"rollback of release {old.id} to the payload of version {good.version}",
-            self._payload_of(good), rollback_of=old.id, strategy=strategy)
-        plan = make_plan(parse_strategy(strategy), [node.id for node in nodes], who_is_left_out(found), planned,
-                         frozenset(failed))
-        return request, plan._replace(payload_of=(good.id, good.version)), nodes
-
-    @staticmethod
-    def _nodes_of(tx: Transaction, old: Release, where: str) -> list[Node]:
-        return [Node(*row) for row in tx.rows(f"""
-            SELECT {NODE_COLUMNS}
-            FROM nodes
-            WHERE id IN (SELECT n.node_id FROM release_task_nodes n WHERE n.release_task_id = ? AND {where})
-            ORDER BY id""", old.id)]
-
-    @staticmethod
-    def _online(old: Release, found: Sequence[Node], what: str) -> list[Node]:
-        nodes = [node for node in found if node.gets_releases]
-        if not nodes:
-            raise AppError(3003, f"release {old.id} has no online nodes that were {what}")
-        return nodes
-
-    def _refuse_over_newer(self, tx: Transaction, verb: str, old: Release, nodes: Sequence[Node]) -> None:
-        """Raise AppError 3003 where one of the nodes has a newer success of the target (rule 10)."""
-        names = {node.id: node.name for node in nodes}
-        for release_id, version in tx.rows("""
-                SELECT id, version
-                FROM release_tasks
-                WHERE target = ? AND version > ?
-                ORDER BY version DESC""", old.target, old.version):
-            over = [names[node_id] for node_id in sorted(self._succeeded(tx, release_id) & names.keys())]
-            if over:
-                raise AppError(3003, f"release {release_id} (v{version}) succeeded later on {names_of(over)}: {verb} "
-                                     f"of release {old.id} would replace its payload; overNewer (--over-newer) if "
-                                     "that is meant")
-
-    @staticmethod
-    def _succeeded(tx: Transaction, release_id: int) -> set[int]:
-        return {row[0] for row in tx.rows(
-            "SELECT node_id FROM release_task_nodes WHERE release_task_id = ? AND status = 'success'", release_id)}
-
-    def _payload_to_bring_back(self, tx: Transaction, old: Release, node_ids: Sequence[int],
-                               to_release: int | None) -> Release:
-        """Return the release whose payload a rollback brings back (rule 10).
-
-        Of each node the newest before it that succeeded there, with another payload, and that nobody rolled
-        back; the payload that most of the nodes had wins, the newer one of two.
-        """
-        unwanted = digest_of(self._payload_of(old))
-        if to_release is not None:
-            row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ? AND r.target = ?",
-                         min(to_release, MAX_ID), old.target)
-            if row is None:
-                raise AppError(2003, f"toRelease {to_release} is no release of target {old.target}")
-            if digest_of(self._payload_of(Release(*row))) == unwanted:
-                raise AppError(3003, f"release {to_release} has the same payload as release {old.id}: "
-                                     "nothing would change")
-            return Release(*row)
-        bad = self._rolled_back(tx, old.target)
-        missing, votes = set(node_ids), collections.Counter[str]()
-        newest: dict[str, tuple[int, int]] = {}
-        for release_id, version in tx.rows("""
-                SELECT id, version
-                FROM release_tasks
-                WHERE target = ? AND version < ?
-                ORDER BY version DESC""", old.target, old.version):
-            found = self._succeeded(tx, release_id) & missing
-            digest = self._digest(tx, release_id) if found else unwanted
-            if digest != unwanted and version > bad.get(digest, 0):
-                votes[digest] += len(found)
-                newest.setdefault(digest, (version, release_id))
-                missing -= found
-            if not missing:
-                break
-        if not votes:
-            raise AppError(3003, f"nothing to roll back to: no release of target {old.target} before {old.id} "
-                                 "succeeded on its nodes with another payload; toRelease (--to) names one")
-        return self._release(tx, newest[max(votes, key=lambda digest: (votes[digest], newest[digest]))][1])
-
-    def _rolled_back(self, tx: Transaction, target: str) -> dict[str, int]:
-        """Return payloads of a target that somebody rolled back, each with the highest version of which that was done.
-
-        The same payload under a lower version is as bad; under a higher one somebody wanted it again.
-        """
-        bad: dict[str, int] = {}
-        for release_id, version in tx.rows("""
-                SELECT id, version
-                FROM release_tasks
-                WHERE target = ? AND id IN (SELECT rollback_of FROM release_tasks WHERE rollback_of IS NOT NULL)""",
-                                           target):
-            digest = self._digest(tx, release_id)
-            bad[digest] = max(bad.get(digest, 0), version)
-        return bad
-
-    def _digest(self, tx: Transaction, release_id: int) -> str:
-        """Return the digest of a release's payload; one of its own for a payload that can't be read."""
-        text = tx.value("SELECT payload FROM release_tasks WHERE id = ?", release_id)
-        with contextlib.suppress(ValueError, AppError):
-            return digest_of(parse_payload(parse_json(text)))
-        return f"release {release_id}"
-
-    @staticmethod
-    def _emptied(payload: Mapping[str, Any], nodes: Iterable[Node]) -> list[str]:
-        """Return the names of execute nodes that are told to serve no site."""
-        return [node.name for node in nodes if node.agent_protocol == EXECUTE and payload.get(WEBSITES) == []]
-
-    @staticmethod
-    def _payload_of(release: Release) -> dict[str, Any]:
-        try:
-            return parse_payload(parse_json(release.payload))
-        except (ValueError, AppError) as error:
-            raise AppError(3003, f"the payload of release {release.id} can't be used: {one_line(error)}") from None
-
-    @staticmethod
-    def _strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
-        """Gives the strategy of an old release for a new one, without some of its keys."""
-        try:
-            strategy = parse_json(release.strategy)
-            parse_strategy(strategy)
-        except (ValueError, AppError) as error:
-            raise AppError(3003, f"the strategy of release {release.id} can't be used: {one_line(error)}") from None
-        return {key: value for key, value in strategy.items() if key not in without}
+                tx, actor, *plan_again(tx, verb, release_id, wish)))
 
     def _plan(self, tx: Transaction, request: ReleaseRequest) -> tuple[Plan, list[Node]]:
         strategy = parse_strategy(request.strategy)
@@ -4376,24 +4818,10 @@ class Store:
         refuse_twins(nodes)
         refuse_dropping_sites(request.payload, nodes)
         plan = make_plan(strategy, [node.id for node in nodes], left_out)
-        return plan._replace(emptied=self._emptied(request.payload, nodes)), nodes
-
-    def _next_version(self, tx: Transaction, release_id: int) -> int:
-        """Return the version for the release of an id: above every one that may ever have been used (rule 1)."""
-        # the unique index of version, and nodes_by_last_version
-        highest = tx.value("""
-            SELECT MAX(v)
-            FROM (SELECT MAX(version) AS v FROM release_tasks
-                  UNION ALL SELECT MAX(last_version) FROM nodes
-                  UNION ALL SELECT first_version - 1 FROM database_state
-                  UNION ALL SELECT lost_version FROM database_state) used""")
-        version = int(max(highest or 0, release_id - 1, self._seen.version)) + 1
-        if version > MAX_VERSION:
-            raise AppError(3003, f"the versions are used up: the newest is {MAX_VERSION}")
-        return version
+        return plan._replace(emptied=emptied_nodes(request.payload, nodes)), nodes
 
     def _version_for(self, tx: Transaction, request: ReleaseRequest, release_id: int) -> int:
-        version = self._next_version(tx, release_id)
+        version = self._state.next_version(tx, release_id)
         if request.version is not None and request.version < version:
             raise AppError(2003, f"version {request.version} may have been used already: leave it out, or name one "
                                  f"from {version} on")
@@ -4404,47 +4832,27 @@ class Store:
 
         For a database that was restored or begins beside agents that are further on.
         """
-        with self.database.transaction(write=True) as tx:
+        with self._database.transaction(write=True) as tx:
             before = tx.value("SELECT first_version FROM database_state WHERE id = 1")
             tx.execute("UPDATE database_state SET first_version = ? WHERE id = 1 AND first_version < ?",
                        version, version)
-            self._audit(tx, by, "migrate.first-version", "database", {"firstVersion": before},
+            self._audit.add(tx, by, "migrate.first-version", "database", {"firstVersion": before},
                         {"firstVersion": max(before or 1, version)})
             # what is half done has a lower version than agents may have: its nodes are sent nothing more
             tx.execute("UPDATE nodes SET last_version = ? WHERE last_version < ?", version - 1, version - 1)
-            return self._next_version(tx, tx.value(self.database.engine.next_release_id_sql))
-
-    def _write_fall(self, tx: Transaction) -> None:
-        """Write down that the database went back, where this process saw it: others saw no lost version."""
-        if self._has_fallen:
-            tx.execute("""
-                UPDATE database_state
-                SET moved_at = ?, lost_version = CASE WHEN lost_version > ? THEN lost_version ELSE ? END
-                WHERE id = 1""", tx.now(), self._seen.version, self._seen.version)
-            tx.afterwards.append(functools.partial(setattr, self, "_has_fallen", False))
-
-    def _note_timeline(self, tx: Transaction) -> None:
-        """Note the server that a writer has; after a failover leave out the numbers that lost releases may have had."""
-        self._write_fall(tx)
-        timeline = tx.value(self.database.engine.timeline_sql)
-        known = tx.value("SELECT timeline FROM database_state WHERE id = 1")
-        if known == 0 != timeline:
-            tx.execute("UPDATE database_state SET timeline = ? WHERE id = 1", timeline)
-        elif known != timeline:
-            tx.execute("UPDATE database_state SET timeline = ?, moved_at = ?, lost_version = ? WHERE id = 1",
-                       timeline, tx.now(), min(self._next_version(tx, 0) + VERSIONS_SKIPPED - 1, MAX_VERSION))
+            return self._state.next_version(tx, tx.value(self._database.engine.next_release_id_sql))
 
     def _create(self, tx: Transaction, actor: Who, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node]) -> Made:
-        self._note_timeline(tx)
+        self._state.note_timeline(tx)
         if not (request.retry_of or request.rollback_of):
             # before a number is used up: the next try would have to name another
             check_payload_version(request.payload, self._version_for(
-                tx, request, tx.value(self.database.engine.next_release_id_sql)))
-        release_id = tx.value(self.database.engine.take_release_id_sql)
+                tx, request, tx.value(self._database.engine.next_release_id_sql)))
+        release_id = tx.value(self._database.engine.take_release_id_sql)
         version = self._version_for(tx, request, release_id)
         payload = payload_for_version(request.payload, version)
-        self._seen.use_version(version)
-        now = self._now()
+        self._state.seen.use_version(version)
+        now = self._state.now()
         tx.execute("""
             INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, strategy, retry_of,
                                        rollback_of, total_nodes, created_at, updated_at)
@@ -4460,12 +4868,11 @@ class Store:
         left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20]
                     if request.retry_of or request.rollback_of]
         detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "", *left_out)))
-        tx.insert_many(INSERT_EVENTS, 8, [
-            (release_id, None, now, str(actor), "created", "", PENDING, detail_text(detail))])
-        self._explain_waiting(tx)
-        release = self._release(tx, release_id)
+        add_events(tx, now, actor, [NewEvent(release_id, "created", "", PENDING, detail)])
+        self._queue.explain_waiting(tx)
+        release = read_release(tx, release_id)
         verb = "retry" if request.retry_of else "rollback" if request.rollback_of else "create"
-        self._audit(tx, actor, f"release.{verb}", f"release {release_id}", after={
+        self._audit.add(tx, actor, f"release.{verb}", f"release {release_id}", after={
             name: value for name, value in (
                 ("version", version), ("target", request.target), ("reason", request.reason),
                 ("totalNodes", release.total_nodes), ("payloadSha256", digest_of(payload)),
@@ -4477,24 +4884,15 @@ class Store:
             extra=about(release, actor=str(actor), event="created")))
         return Made(release, plan.batches, plan.left_out)
 
-    @staticmethod
-    def _keep_as_they_are(tx: Transaction, release_id: int) -> None:
-        """Write names and addresses of a release's nodes into its rows: a rename or a move changes no history."""
-        tx.execute("""
-            UPDATE release_task_nodes
-            SET (node_name, main_ip, agent_port) =
-                (SELECT h.name, h.main_ip, h.agent_port FROM nodes h WHERE h.id = release_task_nodes.node_id)
-            WHERE release_task_id = ? AND main_ip = '' AND node_id IN (SELECT id FROM nodes)""", release_id)
-
-    def release(self, release_id: int) -> Release:
+    def get(self, release_id: int) -> Release:
         """Gives a release; AppError 3001 when there is none."""
-        with self.database.transaction() as tx:
-            return self._release(tx, release_id)
+        with self._database.transaction() as tx:
+            return read_release(tx, release_id)
 
-    def find_release(self, release_id: int) -> Release | None:
+    def find(self, release_id: int) -> Release | None:
         """Return a release, None when there is none."""
         try:
-            return self.release(release_id)
+            return self.get(release_id)
         except DatabaseError:
             raise
         except AppError:
@@ -4502,18 +4900,18 @@ class Store:
 
     def exceeded(self, release_id: int) -> str:
         """Return which limit the failures of a release are beyond, "" for none; raise AppError 3001."""
-        release, nodes = self.release_with_nodes(release_id)
-        return exceeded_limit(Roster(nodes), self._strategy_of(release))
+        release, nodes = self.with_nodes(release_id)
+        return exceeded_limit(Roster(nodes), strategy_of(release))
 
-    def release_with_nodes(self, release_id: int) -> tuple[Release, list[ReleaseNode]]:
+    def with_nodes(self, release_id: int) -> tuple[Release, list[ReleaseNode]]:
         """Gives a release and its nodes by batch and id, of one moment; AppError 3001."""
-        with self.database.transaction() as tx:
-            return self._release(tx, release_id), self._release_nodes(tx, release_id)
+        with self._database.transaction() as tx:
+            return read_release(tx, release_id), read_release_nodes(tx, release_id)
 
     def progress(self, release_id: int, failures: int = 10) -> Progress:
         """Gives a release with its nodes counted by batch, and so many of its failures; AppError 3001."""
-        with self.database.transaction() as tx:
-            release = self._release(tx, release_id)
+        with self._database.transaction() as tx:
+            release = read_release(tx, release_id)
             batches: dict[int, dict[str, int]] = {}
             for batch, status, count in tx.rows("""
                     SELECT batch, status, COUNT(*)
@@ -4532,19 +4930,19 @@ class Store:
             return Progress(release, [BatchProgress(*item) for item in batches.items()],
                             [(name, text) for name, text in failed])
 
-    def releases(self, status: str = "", page: int = 1, size: int = 20) -> Page:
+    def page(self, status: str = "", page: int = 1, size: int = 20) -> Page:
         """Gives a page of the releases, newest first; of one status when it is given."""
         where = "WHERE r.status = ?" if status else ""
         params = (status,) if status else ()
-        with self.database.transaction() as tx:
+        with self._database.transaction() as tx:
             total = tx.value(f"SELECT COUNT(*) FROM release_tasks r {where}", *params)
             rows = tx.rows(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r {where} ORDER BY r.id DESC "
                            "LIMIT ? OFFSET ?", *params, size, (page - 1) * size)
             return Page([Release(*row) for row in rows], total, page, size)
 
-    def open_releases(self, limit: int = MAX_PAGE_SIZE) -> list[tuple[Release, int]]:
+    def open(self, limit: int = MAX_PAGE_SIZE) -> list[tuple[Release, int]]:
         """Gives the releases that are not at their end, oldest first, each with its number of batches."""
-        with self.database.transaction() as tx:
+        with self._database.transaction() as tx:
             rows = tx.rows(f"""
                 SELECT {RELEASE_COLUMNS},
                        COALESCE((SELECT MAX(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id), 0)
@@ -4556,8 +4954,8 @@ class Store:
 
     def events(self, release_id: int, after: int = 0, limit: int = 100) -> list[Event]:
         """Gives the events of a release with an id above after, oldest first; AppError 3001."""
-        with self.database.transaction() as tx:
-            self._release(tx, release_id)
+        with self._database.transaction() as tx:
+            read_release(tx, release_id)
             return [Event(*row) for row in tx.rows(f"""
                 SELECT e.id, e.release_task_id, e.node_id, COALESCE({NAME_THEN}, ''), e.at, e.actor, e.event,
                        e.from_status, e.to_status, e.detail
@@ -4573,7 +4971,7 @@ class Store:
 
         Nothing here reads the nodes or events of a release that is over: there may be millions.
         """
-        with self.database.transaction() as tx:
+        with self._database.transaction() as tx:
             releases = tx.rows("SELECT target, status, COUNT(*), MIN(id) FROM release_tasks GROUP BY target, status")
             # the indexes release_tasks_by_status, then release_task_nodes_by_status and release_events_by_release
             nodes = tx.rows("""
@@ -4588,7 +4986,7 @@ class Store:
                 FROM release_tasks r
                 WHERE r.status IN ('running', 'paused', 'cancelling')""")
             fleet = dict(tx.rows("SELECT status, COUNT(*) FROM nodes WHERE enabled = 1 GROUP BY status"))
-            frozen = self._freeze(tx).frozen
+            frozen = read_freeze(tx).frozen
         oldest = {target: first for target, _, _, first in sorted(releases, key=lambda row: -row[3])}
         labels = {target: target if place < MAX_TARGETS_COUNTED else OTHER
                   for place, target in enumerate(sorted(oldest, key=oldest.__getitem__))}
@@ -4608,47 +5006,40 @@ class Store:
                 figures[key] = min(epoch_of(at), figures.get(key, epoch_of(at)))
         return figures
 
-    def probe(self) -> None:
-        """Commits a write; DatabaseError when that can't be done now.
-
-        A look alone would not tell: SQLite begins to write on a full disk or a read-only file too.
-        """
-        with self.database.transaction(write=True) as tx:
-            tx.execute("UPDATE health_probe SET at = ? WHERE id = 1", self._now())
-
     def act(self, verb: str, release_id: int, actor: Who, reason: str = "", accept_failures: bool = False) -> Release:
         """Does pause, resume, cancel or cancel --force; gives the release after it. AppError 3001, or 3003.
 
         A cancelled release with nothing in flight is at its end at once; else its executor ends
         it, or force does. accept_failures goes with resume: what failed counts no more.
         """
-        with self.database.transaction(write=True) as tx:
-            release, nodes = self._release(tx, release_id), Roster(self._release_nodes(tx, release_id))
+        with self._database.transaction(write=True) as tx:
+            release, nodes = read_release(tx, release_id), Roster(read_release_nodes(tx, release_id))
             check_verb(verb, release)
             # a person who wrote the rows left that to the claim, which may never come
             tx.execute("UPDATE release_tasks SET total_nodes = ? WHERE id = ? AND total_nodes <> ?",
                        len(nodes), release_id, len(nodes))
-            now, strategy, before, why = self.moment(), self._strategy_of(release), release.status, reason
+            now, strategy, before, why = self._state.moment(), strategy_of(release), release.status, reason
             if verb == "resume":
                 check_resume(release, nodes, strategy, accept_failures)
                 if accept_failures:
                     reason = self._accept(tx, release, reason)
             if status_after_verb(verb, release) != release.status:
-                self._turn(tx, release, nodes, VERBS[verb], now, actor, reason)
-                release, reason = self._release(tx, release_id), ""
-            self._audit(tx, actor, f"release.{verb.partition(' ')[0]}", f"release {release_id}", {"status": before}, {
-                "status": release.status, **({"reason": why} if why else {}),
-                **({"force": True} if verb == CANCEL_BY_FORCE else {}),
-                **({"acceptFailures": True} if accept_failures else {})})
+                self._change_status(tx, release, nodes, VERBS[verb], now, actor, reason)
+                release, reason = read_release(tx, release_id), ""
+            self._audit.add(
+                tx, actor, f"release.{verb.partition(' ')[0]}", f"release {release_id}", {"status": before}, {
+                    "status": release.status, **({"reason": why} if why else {}),
+                    **({"force": True} if verb == CANCEL_BY_FORCE else {}),
+                    **({"acceptFailures": True} if accept_failures else {})})
             ends_now = verb == CANCEL_BY_FORCE or not nodes.of[RUNNING]
             if release.status == CANCELLING and ends_now:
                 changes = force_end(nodes, now)
                 for change in changes:
                     nodes.put(change.after)
                 decision = decide(Situation(release, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy))
-                self._write(tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=reason)
-            self._explain_waiting(tx)
-            return self._release(tx, release_id)
+                self._queue.write(tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=reason)
+            self._queue.explain_waiting(tx)
+            return read_release(tx, release_id)
 
     @staticmethod
     def _accept(tx: Transaction, release: Release, reason: str) -> str:
@@ -4657,33 +5048,25 @@ class Store:
                            "WHERE release_task_id = ? AND status = 'failed' AND accepted = 0", release.id)
         return "; ".join(filter(None, (reason, f"failures accepted: {count}")))
 
-    def _turn(self, tx: Transaction, release: Release, nodes: Roster, verb: Verb, now: Moment,
+    def _change_status(self, tx: Transaction, release: Release, nodes: Roster, verb: Verb, now: Moment,
               actor: Who, reason: str) -> None:
         """Writes the status that a verb brings, with its sentence and its event."""
-        status, strategy = status_after_verb(verb.name, release), self._strategy_of(release)
+        status, strategy = status_after_verb(verb.name, release), strategy_of(release)
         turned = dataclasses.replace(release, status=status, paused_by=str(actor) if status == PAUSED else "")
         sentence = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
             status, Situation(turned, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy,
                               stage=Stage(0, release.passed_batch), exceeded=exceeded_limit(nodes, strategy)))
         tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, {COUNTERS} "
                    "WHERE id = ?", status, sentence, turned.paused_by, now.text, release.id)
-        tx.insert_many(INSERT_EVENTS, 8, [(release.id, None, now.text, str(actor), verb.event, release.status,
-                                           status, detail_text(reason))])
+        add_events(tx, now.text, actor, [NewEvent(release.id, verb.event, release.status, status, reason)])
         tx.afterwards.append(lambda: log.info("%s: %s by %s%s", release, verb.event, actor,
                                               f": {reason}" if reason else "",
                                               extra=about(release, actor=str(actor), event=verb.event)))
 
-    @staticmethod
-    def _strategy_of(release: Release) -> Strategy:
-        """Gives a release's strategy; none for one that can't be used, which the executor ends."""
-        with contextlib.suppress(ValueError, AppError):
-            return parse_strategy(parse_json(release.strategy))
-        return NO_STRATEGY
-
     def freeze(self) -> Freeze:
         """Gives the switch that lets nothing new be dispatched."""
-        with self.database.transaction() as tx:
-            return self._freeze(tx)
+        with self._database.transaction() as tx:
+            return read_freeze(tx)
 
     def set_freeze(self, frozen: bool, actor: Who, reason: str = "") -> Freeze:
         """Sets or lifts the freeze, for every process; gives it as it is then.
@@ -4692,74 +5075,38 @@ class Store:
         """
         if frozen and not reason:
             raise AppError(2001, "reason is missing: say why, for whoever waits")
-        with self.database.transaction(write=True) as tx:
-            before = self._freeze(tx)
+        with self._database.transaction(write=True) as tx:
+            before = read_freeze(tx)
             if not frozen and not before.frozen:
                 return before
             tx.execute("UPDATE release_freeze SET frozen = ?, reason = ?, actor = ?, at = ? WHERE id = 1",
-                       int(frozen), reason, str(actor), self._now())
-            self._audit(tx, actor, f"freeze.{'on' if frozen else 'off'}", "freeze",
+                       int(frozen), reason, str(actor), self._state.now())
+            self._audit.add(tx, actor, f"freeze.{'on' if frozen else 'off'}", "freeze",
                         *({"frozen": was, **({"reason": text} if text else {})}
                           for was, text in ((before.frozen, before.reason), (frozen, reason))))
             event = "frozen" if frozen else "unfrozen"
-            tx.insert_many(INSERT_EVENTS, 8, [(c.id, None, self._now(), str(actor), event, c.status, c.status, reason)
-                                              for c in self._candidates(tx)])
+            add_events(tx, self._state.now(), actor, [NewEvent(c.id, event, c.status, c.status, reason)
+                                                      for c in read_candidates(tx)])
             tx.afterwards.append(lambda: log.warning(
                 "%s by %s%s", "frozen" if frozen else "the freeze was lifted", actor, f": {reason}" if reason else "",
                 extra=about(actor=str(actor), event=event)))
-            self._explain_waiting(tx)
-            return self._freeze(tx)
+            self._queue.explain_waiting(tx)
+            return read_freeze(tx)
 
-    @staticmethod
-    def _freeze(tx: Transaction) -> Freeze:
-        row = tx.row("SELECT frozen, reason, actor, at FROM release_freeze WHERE id = 1")
-        return Freeze(bool(row[0]), *row[1:]) if row else NO_FREEZE
-
-    def _explain_waiting(self, tx: Transaction) -> None:
-        """Brings the sentences of pending releases up to date, after whatever may have changed them."""
-        candidates = self._candidates(tx)
-        said = {c.id: c.status_reason for c in candidates}
-        for release_id, reason in waiting_reasons(candidates, tx.now(), self._freeze(tx), self._shares(tx)).items():
-            if said[release_id] != reason:
-                tx.execute("UPDATE release_tasks SET status_reason = ?, updated_at = ? WHERE id = ?",
-                           reason, self._now(), release_id)
-
-    @staticmethod
-    def _release(tx: Transaction, release_id: int) -> Release:
-        row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ?",
-                     release_id) if release_id <= MAX_ID else None
-        if row is None:
-            raise AppError(3001, f"release {release_id} does not exist")
-        return Release(*row)
-
-    @staticmethod
-    def _release_nodes(tx: Transaction, release_id: int) -> list[ReleaseNode]:
-        return [ReleaseNode(*row) for row in tx.rows(f"""
-            SELECT {RELEASE_NODE_COLUMNS}
-            FROM release_task_nodes n
-            JOIN nodes h ON h.id = n.node_id
-            WHERE n.release_task_id = ?
-            ORDER BY n.batch, n.node_id""", release_id)]
-
-    def _now(self) -> str:
-        return utc_text(self.clock.wall())
-
-    # -- what nobody needs any more --------------------------------------------------------
-
-    def old_releases(self, older_than_s: float, keep: int) -> list[OldRelease]:
+    def old(self, older_than_s: float, keep: int) -> list[OldRelease]:
         """Gives the releases that prunable() finds, ended longer ago than that, newest first."""
-        before = utc_text(self.clock.wall() - older_than_s)
-        with self.database.transaction() as tx:
+        before = utc_text(self._state.clock.wall() - older_than_s)
+        with self._database.transaction() as tx:
             releases = [OldRelease(*row) for row in tx.rows("""
                 SELECT id, target, version, status, retry_of, rollback_of, total_nodes,
                        CASE WHEN status IN ('success', 'partial', 'failed', 'cancelled')
                             THEN COALESCE(finished_at, updated_at) ELSE '' END
                 FROM release_tasks""")]
-            bad = {target: self._rolled_back(tx, target) for target in {release.target for release in releases}}
+            bad = {target: rolled_back(tx, target) for target in {release.target for release in releases}}
             newest = tx.value("SELECT release_task_id FROM release_events ORDER BY id DESC LIMIT 1") or 0
 
             def content_of(release: OldRelease) -> Content:
-                digest = self._digest(tx, release.id)
+                digest = stored_digest(tx, release.id)
                 rows = tx.rows("SELECT node_id, status FROM release_task_nodes "
                                "WHERE release_task_id = ? AND status IN ('success', 'failed', 'running')", release.id)
                 return Content(digest, frozenset(node_id for node_id, _ in rows),
@@ -4768,12 +5115,12 @@ class Store:
 
             return prunable(releases, before, keep, content_of, newest)
 
-    def forget(self, release_ids: Sequence[int], by: Who = PROGRAM) -> list[int]:
+    def delete(self, release_ids: Sequence[int], by: Who = PROGRAM) -> list[int]:
         """Deletes terminal releases with all that belongs to them; gives the ids of those that are gone.
 
         At most NODES_PER_STATEMENT of them. One of which somebody made a retry or a rollback meanwhile stays.
         """
-        with self.database.transaction(write=True) as tx:
+        with self._database.transaction(write=True) as tx:
             going = set(release_ids)
             while going:
                 marks = ", ".join("?" * len(going))
@@ -4787,100 +5134,48 @@ class Store:
                     for table_name in ("idempotency_keys", "release_events", "release_task_nodes"):
                         tx.execute(f"DELETE FROM {table_name} WHERE release_task_id IN ({marks})", *going)
                     tx.execute(f"DELETE FROM release_tasks WHERE id IN ({marks})", *going)
-                    self._audit(tx, by, PRUNE, "releases", {"releases": _ranges(going)})
+                    self._audit.add(tx, by, PRUNE, "releases", {"releases": _ranges(going)})
                     break
                 going -= named
             return sorted(going)
 
-    # -- the claim -----------------------------------------------------------------------
 
-    def look(self) -> tuple[list[int], list[int]]:
+class Claims:
+    """Releases as their owner works on them: claim, lease, fence, commit. Each public method is one transaction."""
+
+    def __init__(self, state: DatabaseState, queue: Queue):
+        self._state = state
+        self._database = state.database
+        self._queue = queue
+
+    def scan(self) -> tuple[list[int], list[int]]:
         """Gives the ids of the releases that may be claimed now, and of those in other hands."""
-        with self._watching() as tx:
-            found = self._runnable(tx)
-        if self._has_fallen:
-            with self.database.transaction(write=True) as tx:
-                self._write_fall(tx)
-                found = self._runnable(tx)
+        with self._state.watching() as tx:
+            found = self._queue.runnable(tx)
+        if self._state.has_fallen:
+            with self._database.transaction(write=True) as tx:
+                self._state.write_fall(tx)
+                found = self._queue.runnable(tx)
         return found
-
-    def _runnable(self, tx: Transaction) -> tuple[list[int], list[int]]:
-        return runnable(self._candidates(tx), tx.now(), self._freeze(tx), self._shares(tx))
-
-    def _shares(self, tx: Transaction) -> Shares:
-        """Return how to tell whether two open releases have an address in common.
-
-        What nodes a release has is read once: with fifty of ten thousand each look would read half a million rows.
-        """
-        bit_of: dict[int, int] = {}
-
-        def mask(c: Candidate) -> int:
-            known = self._masks.get((c.id, c.version)) if c.tag else None
-            if known is None:
-                bit_of.update(() if bit_of else self._bit_of(tx).items())
-                # as one text: ten thousand rows take five times as long
-                text = tx.value(f"SELECT {self.database.engine.joined_sql} FROM release_task_nodes "
-                                "WHERE release_task_id = ?", c.id)
-                bits = bytearray(len(self._bits) // 8 + 1)
-                for bit in {bit_of[int(node_id)] for node_id in text.split(",")} if text else ():
-                    bits[bit >> 3] |= 1 << (bit & 7)
-                if len(self._masks) >= MAX_MASKS:
-                    self._masks.clear()
-                known = self._masks[c.id, c.version] = int.from_bytes(bits, "little")
-            return known
-
-        return lambda one, other: bool(mask(one) & mask(other))
-
-    def _bit_of(self, tx: Transaction) -> dict[int, int]:
-        """Return for each node which bit its address is in the masks of releases."""
-        rows = tx.rows("SELECT id, main_ip, agent_port FROM nodes")
-        with self._masks_guard:
-            return {node_id: self._bits.setdefault(endpoint_of(main_ip, port), len(self._bits))
-                    for node_id, main_ip, port in rows}
-
-    @classmethod
-    def _candidates(cls, tx: Transaction) -> list[Candidate]:
-        now = tx.now()
-        # the index release_tasks_by_status finds what is not terminal
-        return [Candidate(id_, target, version, status, running,
-                          expires is not None and now < expires <= cls._latest_expiry(now),
-                          cls._start_at(strategy), paused_by, said, started is not None, bool(pending), tag)
-                for id_, target, version, status, running, expires, strategy, paused_by, said, started, pending, tag
-                in tx.rows("""
-            SELECT r.id, r.target, r.version, r.status,
-                   (SELECT COUNT(*) FROM release_task_nodes n
-                    WHERE n.release_task_id = r.id AND n.status = 'running'),
-                   r.claim_expires_at, r.strategy, r.paused_by, r.status_reason, r.started_at,
-                   (SELECT MIN(n.batch) FROM release_task_nodes n
-                    WHERE n.release_task_id = r.id AND n.status = 'pending'), r.tag
-            FROM release_tasks r
-            WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')""")]
-
-    @staticmethod
-    def _start_at(strategy: str) -> str:
-        """Gives the startAt of a stored strategy; "" where there is none, or none that can be read."""
-        with contextlib.suppress(ValueError, AppError):
-            return parse_strategy(parse_json(strategy)).start_at if "startAt" in strategy else ""
-        return ""
 
     def claim(self, release_id: int, owner: str, ttl_s: float) -> Claim | None:
         """Takes a release for ttl_s seconds; None when somebody else was first or it must wait.
 
         Every claim raises the fence, so what an earlier owner still wants to write changes nothing.
         """
-        with self.database.transaction(write=True) as tx:
-            if release_id not in self._runnable(tx)[0]:
+        with self._database.transaction(write=True) as tx:
+            if release_id not in self._queue.runnable(tx)[0]:
                 return None
-            self._note_timeline(tx)
-            before = self._release(tx, release_id)
+            self._state.note_timeline(tx)
+            before = read_release(tx, release_id)
             if before.status == PENDING:
                 renumbered = self._renumber(tx, before, owner)
-                if renumbered != before and release_id not in self._runnable(tx)[0]:
-                    self._explain_waiting(tx)
+                if renumbered != before and release_id not in self._queue.runnable(tx)[0]:
+                    self._queue.explain_waiting(tx)
                     return None  # with its new number others come before it
                 before = renumbered
             self._complete(tx, before)
-            now, expires = tx.now(), self._expiry(tx, ttl_s)
+            now, expires = tx.now(), expiry_of(tx, ttl_s)
             started = tx.execute(f"""
                 UPDATE release_tasks
                 SET status = 'running', started_at = COALESCE(started_at, ?), updated_at = ?, status_reason = ?,
@@ -4889,18 +5184,18 @@ class Store:
                                    WHERE n.release_task_id = release_tasks.id)
                 WHERE id = ? AND status = 'pending'""", now, now, f"taken by {owner}", release_id)
             if started:
-                tx.insert_many(INSERT_EVENTS, 8, [(release_id, None, now, owner, "started", PENDING, RUNNING, "")])
+                add_events(tx, now, owner, [NewEvent(release_id, "started", PENDING, RUNNING)])
             changed = tx.execute("""
                 UPDATE release_tasks
                 SET claim_owner = ?, claim_fence = claim_fence + 1, claim_expires_at = ?
                 WHERE id = ? AND status IN ('running', 'paused', 'cancelling')
                   AND (claim_expires_at IS NULL OR claim_expires_at <= ? OR claim_expires_at > ?)""",
-                                 owner, expires, release_id, now, self._latest_expiry(now))
+                                 owner, expires, release_id, now, latest_expiry(now))
             if not changed:
                 raise StateMoved(f"release {release_id} was claimed by a writer outside of the lock")
-            self._explain_waiting(tx)
-            tx.afterwards.append(lambda: self._tell_claim(before, owner))
-            return Claim(release_id, before.claim_fence + 1, before.version, owner, self.generation)
+            self._queue.explain_waiting(tx)
+            tx.afterwards.append(lambda: self._log_claim(before, owner))
+            return Claim(release_id, before.claim_fence + 1, before.version, owner, self._state.generation)
 
     def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
         """Give a release the next version when it starts, where nodes may have higher ones than it has (rule 2).
@@ -4912,22 +5207,22 @@ class Store:
         first_version = tx.value("SELECT first_version FROM database_state WHERE id = 1")
         if release.version < first_version:
             why = f"agents may have versions below {first_version} (migrate --first-version)"
-        elif self._start_at(release.strategy) and tx.value(
+        elif start_at_of(release.strategy) and tx.value(
                 "SELECT COUNT(*) FROM release_tasks WHERE version > ? AND started_at IS NOT NULL", release.version):
             why = "later ones went out while it waited for its time"
         else:
             return release
-        version = self._next_version(tx, release.id)
-        self._seen.use_version(version)
+        version = self._state.next_version(tx, release.id)
+        self._state.seen.use_version(version)
         payload = release.payload
         with contextlib.suppress(ValueError, AppError):  # what can't be used ends the release, a little later
             payload = to_json(payload_for_version(parse_payload(parse_json(payload)), version))
         tx.execute("UPDATE release_tasks SET version = ?, payload = ? WHERE id = ?", version, payload, release.id)
         text = f"version {release.version} became {version}: {why}"
-        tx.insert_many(INSERT_EVENTS, 8, [(release.id, None, self._now(), owner, "renumbered", PENDING, PENDING, text)])
+        add_events(tx, self._state.now(), owner, [NewEvent(release.id, "renumbered", PENDING, PENDING, text)])
         tx.afterwards.append(lambda: log.info("%s: %s", release, text,
                                               extra=about(release, actor=owner, event="renumbered")))
-        return self._release(tx, release.id)
+        return read_release(tx, release.id)
 
     def _complete(self, tx: Transaction, release: Release) -> None:
         """Fill what a person who wrote the rows of a release left to us."""
@@ -4940,14 +5235,14 @@ class Store:
             WHERE id = ? AND NOT EXISTS (SELECT 1 FROM release_task_nodes n
                                          WHERE n.release_task_id = release_tasks.id AND n.task_id <> '')""",
                    new_tag(), release.id)
-        self._keep_as_they_are(tx, release.id)
+        keep_as_they_are(tx, release.id)
 
-    def _tell_claim(self, before: Release, owner: str) -> None:
+    def _log_claim(self, before: Release, owner: str) -> None:
         """Logs and counts that a release was taken."""
         if before.status == PENDING:
             log.info("%s: started, taken by %s", before, owner, extra=about(before, actor=owner, event="started"))
         elif before.claim_expires_at is not None:
-            self.database.metrics.count("releasectl_takeovers_total")
+            self._database.metrics.count("releasectl_takeovers_total")
             log.warning("%s: taken over by %s from %s, whose claim had run out", before, owner, before.claim_owner,
                         extra=about(before, actor=owner, event="taken_over"))
         else:
@@ -4955,31 +5250,31 @@ class Store:
 
     def renew(self, claim: Claim, ttl_s: float) -> bool:
         """Keeps a claim for ttl_s seconds more; False when it is lost."""
-        with self.database.transaction(write=True) as tx:
+        with self._database.transaction(write=True) as tx:
             return tx.execute("UPDATE release_tasks SET claim_expires_at = ? WHERE id = ? AND claim_fence = ? "
                               "AND claim_owner = ? AND claim_expires_at IS NOT NULL",
-                              self._expiry(tx, ttl_s), claim.release_id, claim.fence, claim.owner) == 1
+                              expiry_of(tx, ttl_s), claim.release_id, claim.fence, claim.owner) == 1
 
-    def let_go(self, claim: Claim) -> None:
+    def drop(self, claim: Claim) -> None:
         """Hands a claim back, so that anyone may take the release at once."""
-        with self.database.transaction(write=True) as tx:
+        with self._database.transaction(write=True) as tx:
             tx.execute("UPDATE release_tasks SET claim_owner = '', claim_expires_at = NULL "
                        "WHERE id = ? AND claim_fence = ? AND claim_owner = ?",
                        claim.release_id, claim.fence, claim.owner)
 
-    def claimed_release(self, claim: Claim) -> Release:
+    def release(self, claim: Claim) -> Release:
         """Return the release of a claim; raise ClaimLost when it has another owner or none, or is gone."""
-        with self._watching() as tx:
+        with self._state.watching() as tx:
             return self._claimed(tx, claim)
 
-    def claimed_release_with_nodes(self, claim: Claim) -> tuple[Release, list[ReleaseNode]]:
+    def release_with_nodes(self, claim: Claim) -> tuple[Release, list[ReleaseNode]]:
         """Return the release of a claim and its nodes, of one moment; raise ClaimLost."""
-        with self._watching() as tx:
-            return self._claimed(tx, claim), self._release_nodes(tx, claim.release_id)
+        with self._state.watching() as tx:
+            return self._claimed(tx, claim), read_release_nodes(tx, claim.release_id)
 
     def holds(self, release_id: int) -> list[Hold]:
         """Return when pauses and freezes held a release."""
-        with self.database.transaction() as tx:
+        with self._database.transaction() as tx:
             # the index release_events_of_releases
             return holds_of((at, event, status) for at, event, status in tx.rows(
                 "SELECT at, event, to_status FROM release_events WHERE release_task_id = ? AND node_id IS NULL "
@@ -4988,34 +5283,28 @@ class Store:
     def _claimed(self, tx: Transaction, claim: Claim) -> Release:
         row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ?", claim.release_id)
         if row is None or Release(*row).version != claim.version:
-            self._note_fall(claim, f"{claim} is gone")
+            self._state.note_fall(claim, f"{claim} is gone")
             raise ClaimLost("it is no longer in the database")
         release = Release(*row)
         if release.claim_fence < claim.fence:
-            self._note_fall(claim, f"the claim number of {claim} is {release.claim_fence} after {claim.fence}")
+            self._state.note_fall(claim, f"the claim number of {claim} is {release.claim_fence} after {claim.fence}")
         if (release.claim_fence, release.claim_owner) != (claim.fence, claim.owner) or release.claim_expires_at is None:
             raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
         return release
 
-    def _note_fall(self, claim: Claim, fell: str) -> None:
-        """Tell that the database went back, where that was not noticed since the claim was taken."""
-        if self.generation == claim.generation:
-            self._seen.note_fall()
-            self._tell_went_back(fell)
-
-    def obstacles(self, release_id: int) -> Obstacles:
+    def dispatch_blockers(self, release_id: int) -> Obstacles:
         """Return what may keep a release from its dispatches."""
-        with self.database.transaction() as tx:
+        with self._database.transaction() as tx:
             moved_at = tx.value("SELECT moved_at FROM database_state WHERE id = 1")
             moved_s = epoch_of(tx.now()) - epoch_or(moved_at, 0.0) if moved_at else float("inf")
             if moved_s < 0:  # the clock of the server before was ahead
                 moved_s = float("inf")
-            return Obstacles(self._busy(tx, release_id), self._freeze(tx),
-                             min(moved_s, self.clock.elapsed() - self._changed_at))
+            return Obstacles(self._busy(tx, release_id), read_freeze(tx),
+                             min(moved_s, self._state.clock.elapsed() - self._state.changed_at))
 
     def _busy(self, tx: Transaction, release_id: int) -> frozenset[Endpoint]:
         """Return the addresses that another release has in flight or that may be at a lost request."""
-        now = self.moment()
+        now = self._state.moment()
         # the partial indexes release_task_nodes_one_running and _held hold few rows; the wall clock may have been
         # set since, by no more than a week
         rows = tx.rows(f"""
@@ -5038,14 +5327,14 @@ class Store:
 
         A process whose clock was ahead wrote it; it counts as over.
         """
-        with self.database.transaction() as tx:
+        with self._database.transaction() as tx:
             now = tx.now()
             claims = tx.rows("SELECT id, claim_owner, claim_expires_at FROM release_tasks WHERE status IN "
                              "('pending', 'running', 'paused', 'cancelling') AND claim_expires_at > ?",
-                             self._latest_expiry(now))
+                             latest_expiry(now))
             holds = tx.rows(f"SELECT {NAME_THEN}, n.hold_until FROM release_task_nodes n "
                             "JOIN nodes h ON h.id = n.node_id WHERE n.hold_until IS NOT NULL AND n.hold_until > ?",
-                            utc_text(self.clock.wall() + MAX_HOLD_S))
+                            utc_text(self._state.clock.wall() + MAX_HOLD_S))
         return [*(f"release {id_} is claimed by {owner} until {until}" for id_, owner, until in claims),
                 *(f"node {name} is kept free until {until}" for name, until in holds)]
 
@@ -5055,7 +5344,7 @@ class Store:
         Raises ClaimLost when the fence moved, StateMoved when the status or a node did. After a
         DatabaseError whether it was written is not known: read again.
         """
-        with self.database.transaction(write=True) as tx:
+        with self._database.transaction(write=True) as tx:
             self._claimed(tx, claim)
             begun = [c.after for c in decision.changes if c.after.attempts > c.before.attempts]
             first = {c.after.endpoint for c in decision.changes
@@ -5063,9 +5352,9 @@ class Store:
             if first and first & self._busy(tx, claim.release_id):
                 raise StateMoved(f"another release has a node of {release} in flight")
             self._raise_last_versions(tx, release, [node.node_id for node in begun])
-            if begun and self._freeze(tx).frozen:
+            if begun and read_freeze(tx).frozen:
                 raise StateMoved(f"a freeze came before a dispatch of {release}")
-            self._write(tx, release, decision, now, actor, claim)
+            self._queue.write(tx, release, decision, now, actor, claim)
 
     @staticmethod
     def _raise_last_versions(tx: Transaction, release: Release, node_ids: Sequence[int]) -> None:
@@ -5089,243 +5378,31 @@ class Store:
         As a writer, which waits for a transaction of ours that the server may still be at: what is
         found is the end of it.
         """
-        with self.database.transaction(write=True) as tx:
+        with self._database.transaction(write=True) as tx:
             # not _claimed(): the commit may have handed the claim back
-            release = self._release(tx, claim.release_id)
+            release = read_release(tx, claim.release_id)
             if release.claim_fence != claim.fence or release.claim_owner not in ("", claim.owner):
                 raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
-            found = {n.node_id: n for n in self._release_nodes(tx, claim.release_id)}
+            found = {n.node_id: n for n in read_release_nodes(tx, claim.release_id)}
         return (release.status, release.passed_batch, release.soak_clock) == (
             decision.status, decision.passed_batch, decision.soak_clock) if not decision.changes else all(
             (after.status, after.attempts, after.finished_at, after.task_id)
             == (row.status, row.attempts, row.finished_at, row.task_id)
             for _, after, _ in decision.changes for row in [found[after.node_id]])
 
-    def _write(self, tx: Transaction, release: Release, decision: Decision, now: Moment, actor: Who,
-               claim: Claim | None = None, detail: str = "") -> None:
-        self._write_nodes(tx, release.id, decision.changes, now)
-        ends = decision.status in TERMINAL
-        changed = tx.execute(f"""
-            UPDATE release_tasks
-            SET status = ?, status_reason = ?, error_msg = ?, updated_at = ?, {COUNTERS},
-                finished_at = ?, passed_batch = ?, soak_until = ?, soak_clock = ?,
-                claim_owner = CASE WHEN ? = 1 THEN '' ELSE claim_owner END,
-                claim_expires_at = CASE WHEN ? = 1 THEN NULL ELSE claim_expires_at END
-            WHERE id = ? AND status = ? AND updated_at = ? AND claim_fence = ? AND claim_owner = ?""",
-                             decision.status, decision.status_reason, decision.error_msg, now.text,
-                             now.text if ends else None, decision.passed_batch, decision.soak_until,
-                             decision.soak_clock, int(ends), int(ends), release.id, release.status, release.updated_at,
-                             claim.fence if claim else release.claim_fence,
-                             claim.owner if claim else release.claim_owner)
-        if changed != 1:
-            raise StateMoved(f"{release} is no longer as it was read")
-        events: list[tuple[object, ...]] = [
-            (release.id, c.after.node_id, now.text, str(actor), NODE_EVENTS[c.after.status], c.before.status,
-             c.after.status, detail_text(c.detail or c.after.error_msg))
-            for c in decision.changes if c.before.status != c.after.status]
-        if decision.status != release.status:
-            events.append((release.id, None, now.text, str(actor), RELEASE_EVENTS[decision.status], release.status,
-                           decision.status, detail_text(detail or decision.error_msg or decision.status_reason)))
-        tx.insert_many(INSERT_EVENTS, 8, events)
-        if decision.status != release.status:
-            self._explain_waiting(tx)
-        head = self._audit_end(tx, actor, release, decision.status) if ends else None
-        tx.afterwards.append(lambda: self.tell(release, decision, str(actor), head))
 
-    def tell(self, release: Release, decision: Decision, actor: str, head: tuple[int, str] | None = None) -> None:
-        """Logs and counts what a commit changed, once it is certain: a line for each change of a status.
+class Store:
+    """The tables of the contract as verbs, in parts that share one database."""
 
-        Of single nodes only failures are for everybody: ten thousand successes would bury all else.
-        """
-        for change in decision.changes:
-            node, event = change.after, NODE_EVENTS.get(change.after.status, "")
-            if node.status == change.before.status:
-                continue
-            if node.status == FAILED:
-                self.database.metrics.count("releasectl_node_failures_total", node.error_kind)
-                log.warning("%s: node %s failed: %s", release, node.name, node.error_msg,
-                            extra=about(release, node=node.name, actor=actor, event=event))
-            elif log.isEnabledFor(logging.DEBUG):
-                log.debug("%s: node %s %s", release, node.name, event,
-                          extra=about(release, node=node.name, actor=actor, event=event))
-        skipped = sum(c.before.status != SKIPPED and c.after.status == SKIPPED for c in decision.changes)
-        if skipped:
-            log.info("%s: %s skipped", release, count_of_nodes(skipped),
-                     extra=about(release, actor=actor, event=NODE_EVENTS[SKIPPED]))
-        done = decision.passed_batch if decision.passed_batch > release.passed_batch else 0
-        if decision.status in (SUCCESS, PARTIAL):
-            done = release.current_batch
-        if done:
-            log.info("%s: batch %d done", release, done, extra=about(release, actor=actor, event="batch_done"))
-        if decision.status in TERMINAL:
-            # a copy of the head in the journal: whoever writes to the database can't change that
-            trail.info("%s: the audit log is at %d:%s", release, *(head or self.audit_head()), extra=about(release))
-        if decision.status != release.status:
-            log.log(logging.INFO if decision.status == SUCCESS else logging.WARNING, "%s: %s, %s", release,
-                    decision.status, decision.status_reason,
-                    extra=about(release, actor=actor, event=RELEASE_EVENTS[decision.status]))
-
-    @staticmethod
-    def _write_nodes(tx: Transaction, release_id: int, changes: Sequence[NodeChange], now: Moment) -> None:
-        """Updates nodes, those that become alike in all but the task's id in one statement."""
-        alike: dict[tuple[object, ...], list[NodeChange]] = {}
-        for change in changes:
-            before, after, _ = change
-            key: tuple[object, ...] = (
-                after.status, after.attempts, after.error_kind, after.error_msg, after.hold_until, after.hold_clock,
-                after.started_clock, round(after.waited_s, 3), after.stored_reached, after.started_at,
-                after.finished_at, before.status, before.attempts)
-            alike.setdefault(key, []).append(change)
-        for key, group in alike.items():
-            for start in range(0, len(group), NODES_PER_STATEMENT):
-                part = [change.after for change in group[start:start + NODES_PER_STATEMENT]]
-                named = [c.after for c in group[start:start + NODES_PER_STATEMENT]
-                         if c.after.task_id != c.before.task_id]
-                task_id = f"CASE node_id {'WHEN ? THEN ? ' * len(named)}ELSE task_id END" if named else "task_id"
-                changed = tx.execute(f"""
-                    UPDATE release_task_nodes
-                    SET status = ?, attempts = ?, error_kind = ?, error_msg = ?, hold_until = ?, hold_clock = ?,
-                        started_clock = ?, waited_sec = ?, reached = ?, started_at = ?, finished_at = ?, updated_at = ?,
-                        task_id = {task_id}
-                    WHERE release_task_id = ? AND status = ? AND attempts = ?
-                      AND node_id IN ({', '.join('?' * len(part))})""",
-                                     *key[:-2], now.text, *(v for n in named for v in (n.node_id, n.task_id)),
-                                     release_id, *key[-2:], *(n.node_id for n in part))
-                if changed != len(part):
-                    raise StateMoved(f"a node of release {release_id} is no longer {key[-2]}")
-
-    # -- who did what ----------------------------------------------------------------------
-
-    def _audit(self, tx: Transaction, who: Who, action: str, what: str, before: Mapping[str, object] | None = None,
-               after: Mapping[str, object] | None = None) -> tuple[int, str]:
-        """Append the row of an act to audit_log, in the act's own transaction; return its id and hash.
-
-        Writers come one after the other (the lock of a writing transaction), so the order of ids is the chain's.
-        """
-        act = who if isinstance(who, Act) else Act(who)
-        id_before, hash_before = self._audit_head(tx)
-        row = AuditRow(id_before + 1, self._now(), act.actor, act.via, act.token, act.certificate, act.address,
-                       act.request_id, action, one_line(what), audit_text(before), audit_text(after), "")
-        row = row._replace(hash=audit_hash(row, hash_before))
-        tx.execute(f"INSERT INTO audit_log ({AUDIT_COLUMNS}) VALUES ({self.database.engine.audit_id_sql}"
-                   f"{', ?' * (len(row) - 1)})", *row)
-        tx.afterwards.append(lambda: act.rows.append(row))
-        return row.id, row.hash
-
-    def _audit_end(self, tx: Transaction, who: Who, release: Release, status: str) -> tuple[int, str]:
-        """Append the row of a release's end, with the SHA-256 of its events."""
-        count, digest = self._events_digest(tx, release.id)
-        act = dataclasses.replace(who, via=VIA_EXECUTOR) if isinstance(who, Act) else who
-        return self._audit(tx, act, RELEASE_END, f"release {release.id}", {"status": release.status},
-                           {"status": status, "events": count, "eventsSha256": digest})
-
-    @staticmethod
-    def _audit_head(tx: Transaction) -> tuple[int, str]:
-        row = tx.row("SELECT id, hash FROM audit_log ORDER BY id DESC LIMIT 1")
-        return (row[0], row[1]) if row and row[0] > 0 else (0, "")
-
-    @staticmethod
-    def _events_digest(tx: Transaction, release_id: int) -> tuple[int, str]:
-        """Return how many events a release has, and the SHA-256 of them in their canonical form."""
-        digest, count, last_id = hashlib.sha256(b"["), 0, -MAX_ID
-        while True:
-            # the index release_events_by_release
-            rows = tx.rows("""
-                SELECT id, node_id, at, actor, event, from_status, to_status, detail
-                FROM release_events
-                WHERE release_task_id = ? AND id > ?
-                ORDER BY id
-                LIMIT ?""", release_id, last_id, AUDIT_PAGE)
-            if rows:
-                digest.update((b"," if count else b"") + _CANONICAL.encode(rows)[1:-1].encode())
-                count, last_id = count + len(rows), rows[-1][0]
-            if len(rows) < AUDIT_PAGE:
-                digest.update(b"]")
-                return count, digest.hexdigest()
-
-    def audit_head(self) -> tuple[int, str]:
-        """Return id and hash of the newest row of audit_log; 0 and "" while there is none."""
-        with self.database.transaction() as tx:
-            return self._audit_head(tx)
-
-    def audit_rows(self, after: int = 0, limit: int = 100, wanted: AuditFilter = AuditFilter(),  # noqa: B008
-                   newest: bool = False) -> list[AuditRow]:
-        """Return rows of audit_log with an id above after, oldest first; with newest the last ones of them."""
-        parts = [(clause, params) for clause, params, is_set in (
-            ("? IN (actor, token, certificate)", (wanted.actor,), wanted.actor),
-            ("(action = ? OR action LIKE ?)", (wanted.action, f"{wanted.action}.%"), wanted.action),
-            ("object = ?", (wanted.object,), wanted.object), ("at >= ?", (wanted.since,), wanted.since)) if is_set]
-        where = " AND ".join(["id > ?", *(clause for clause, _ in parts)])
-        with self.database.transaction() as tx:
-            rows = [AuditRow(*row) for row in tx.rows(
-                f"SELECT {AUDIT_COLUMNS} FROM audit_log WHERE {where} ORDER BY id {'DESC' if newest else ''} LIMIT ?",
-                after, *(param for _, params in parts for param in params), limit)]
-        return rows[::-1] if newest else rows
-
-    def verify_audit(self, copy: tuple[int, str] | None = None, max_rows: int = MAX_ID,
-                     max_releases: int = MAX_ID) -> AuditReport:
-        """Look whether audit_log is whole, and the events of ended releases are those that they ended with.
-
-        copy: id and hash of a row as somebody kept them elsewhere: only that shows that the end was taken away. At
-        most so many of the newest rows are looked at, and of the releases whose end they tell.
-        """
-        of_rows = self.audit_head()[0]
-        start = max(of_rows - max_rows, 0)
-        before = self.audit_rows(start - 1, 1) if start else []
-        chain = AuditChain((start, before[0].hash if before and before[0].id == start else ""), copy)
-        self._read_audit(chain, start or -MAX_ID)
-        ended = list(chain.ended.items())
-        some, gone = ended[max(len(ended) - max_releases, 0):], []
-        for release_id, (row_id, digest) in some:
-            with self.database.transaction() as tx:
-                if not tx.value("SELECT COUNT(*) FROM release_tasks WHERE id = ?", release_id):
-                    gone.append(release_id)
-                elif self._events_digest(tx, release_id)[1] != digest:
-                    chain.note(f"digest of release {release_id} differs: its events are not those that it ended with "
-                               f"(row {row_id})")
-        if gone:
-            self._read_audit(chain, chain.last[0])  # a prune may have come meanwhile
-        for release_id in gone:
-            if not chain.is_pruned(release_id):
-                chain.note(f"taken away: release {release_id}, and no row of prune tells of it")
-        if copy and copy[0] > chain.last[0]:
-            chain.note(f"taken away: the log ends with row {chain.last[0]}, and the copy is of row {copy[0]}")
-        return AuditReport(chain.rows, max(of_rows, chain.last[0]), len(some), len(ended), chain.last, chain.faults)
-
-    def _read_audit(self, chain: AuditChain, after: int) -> None:
-        while rows := self.audit_rows(after, AUDIT_PAGE):
-            for row in rows:
-                chain.add(row)
-            after = rows[-1].id
-
-    def backup(self, path: str, by: Who = PROGRAM) -> tuple[int, int]:
-        """Write a checked copy to a new file; return its schema and its size in bytes; raise as Database.backup().
-
-        A database that is older than audit_log has no row of it.
-        """
-        schema, size = self.database.backup(path)
-        try:
-            if schema >= AUDIT_SCHEMA:
-                self.audit(by, "backup", f"file {path}", {"bytes": size, "schema": schema}, lambda: None)
-        except BaseException:
-            os.unlink(path)
-            raise
-        return schema, size
-
-    def audit(self, by: Who, action: str, what: str, after: Mapping[str, object], deed: Callable[[], T]) -> T:
-        """Do what is outside of the database, with its row in audit_log: both or none; return what it gives."""
-        with self.database.transaction(write=True) as tx:
-            self._audit(tx, by, action, what, after=after)
-            return deed()
-
-    @staticmethod
-    def _expiry(tx: Transaction, ttl_s: float) -> str:
-        return utc_text(epoch_of(tx.now()) + ttl_s)
-
-    @staticmethod
-    def _latest_expiry(now: str) -> str:
-        """Return until when a claim may last at the most."""
-        return utc_text(epoch_of(now) + MAX_CLAIM_TTL_S)
+    def __init__(self, database: Database, clock: Clock = Clock()):  # noqa: B008 - it has no state
+        self.database = database
+        self.clock = clock
+        self.state = DatabaseState(database, clock)
+        self.audit = Audit(self.state)
+        self.nodes = Nodes(self.state, self.audit)
+        self.queue = Queue(self.state, self.audit)
+        self.releases = Releases(self.state, self.audit, self.queue)
+        self.claims = Claims(self.state, self.queue)
 
 
 # ======================================================================================
@@ -6688,7 +6765,7 @@ class Driver:
         # updated_at of the last row that we read or wrote; a difference means that somebody changed the release.
         self._seen_at = ""
         # Generation of the database that the nodes were read from (Store.generation).
-        self._generation = context.store.generation
+        self._generation = context.store.state.generation
         self._payload: dict[str, Any] = {}
         self._strategy = NO_STRATEGY
         self._policy = context.policy
@@ -6725,7 +6802,7 @@ class Driver:
         self.results.put(None)
 
     def _now(self) -> Moment:
-        return self._store.moment()
+        return self._store.state.moment()
 
     def _run(self) -> None:
         try:
@@ -6746,7 +6823,7 @@ class Driver:
         try:
             wait_s = self.cycle()
             if wait_s is None and not self.lease.is_lost:
-                self._store.let_go(claim)
+                self._store.claims.drop(claim)
             return wait_s
         except ClaimLost as error:
             log.warning("%s: stopped working on it: %s", claim, error, extra=about(claim))
@@ -6813,12 +6890,12 @@ class Driver:
         if self._unclear is not None:
             self._settle(*self._unclear)
         if not self._is_stale:
-            release = self._store.claimed_release(self.lease.claim)
-            if release.updated_at == self._seen_at and self._store.generation == self._generation:
+            release = self._store.claims.release(self.lease.claim)
+            if release.updated_at == self._seen_at and self._store.state.generation == self._generation:
                 return release
             # an operator changed it, and may have accepted failures too
-        release, rows = self._store.claimed_release_with_nodes(self.lease.claim)
-        holds, moved_s = self._store.holds(release.id), self._store.obstacles(release.id).moved_s
+        release, rows = self._store.claims.release_with_nodes(self.lease.claim)
+        holds, moved_s = self._store.claims.holds(release.id), self._store.claims.dispatch_blockers(release.id).moved_s
         self._broken = ""
         try:
             self._payload = parse_payload(parse_json(release.payload))
@@ -6828,7 +6905,7 @@ class Driver:
         except (ValueError, AppError) as error:
             self._broken = f"payload or strategy can't be used: {one_line(error, 200)}"
         now, nodes = self._now(), []
-        went_back, self._generation = self._store.generation != self._generation, self._store.generation
+        went_back, self._generation = self._store.state.generation != self._generation, self._store.state.generation
         for row in rows:
             known = self._nodes.get(row.node_id)
             if known is None or went_back or (known.status, known.attempts) != (row.status, row.attempts):
@@ -6853,8 +6930,8 @@ class Driver:
 
         Where it did, its requests did not leave: they are due now, as repetitions.
         """
-        if self._store.was_written(self.lease.claim, decision):
-            self._store.tell(release, decision, self._context.owner)
+        if self._store.claims.was_written(self.lease.claim, decision):
+            self._store.queue.log_written(release, decision, self._context.owner)
             for change in decision.changes:
                 self._nodes.put(change.after._replace(in_flight=False))
             if decision.status in TERMINAL:
@@ -6868,7 +6945,7 @@ class Driver:
         busy: frozenset[Endpoint] = frozenset()
         asks_first = False
         if release.status == RUNNING and (self._nodes.of[RUNNING] or self._nodes.of[PENDING]):
-            busy, self._freeze, moved_s = self._store.obstacles(release.id)
+            busy, self._freeze, moved_s = self._store.claims.dispatch_blockers(release.id)
             if moved_s < self._policy.hold_s:
                 # one may be under way of which the database that is there now does not know
                 busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if n.agent_protocol == EXECUTE}
@@ -6877,7 +6954,7 @@ class Driver:
         self._is_halted = release.status != RUNNING or self._freeze.frozen
         passed_s = now.elapsed - self._decided_at
         if passed_s > self._context.settings.claim_ttl_sec:  # suspended: pauses that came and went it did not see
-            passed_s = held_s(self._store.holds(release.id), now.wall - passed_s, now.wall)
+            passed_s = held_s(self._store.claims.holds(release.id), now.wall - passed_s, now.wall)
         elif not self._is_halted:
             passed_s = 0.0
         for node in kept_from_dispatch(self._nodes, passed_s) if passed_s else ():
@@ -6897,12 +6974,12 @@ class Driver:
     def _commit(self, release: Release, decision: Decision, now: Moment) -> None:
         self._unclear = release, decision
         try:
-            self._store.commit(self.lease.claim, release, decision, now, self._context.owner)
+            self._store.claims.commit(self.lease.claim, release, decision, now, self._context.owner)
         except UnstorableValue as error:
             log.error("%s: %s; written in ASCII instead", self.lease.claim, error, extra=about(self.lease.claim))
             decision = decision.in_ascii()
             self._unclear = release, decision
-            self._store.commit(self.lease.claim, release, decision, now, self._context.owner)
+            self._store.claims.commit(self.lease.claim, release, decision, now, self._context.owner)
         self._unclear = None
         self._seen_at = now.text
         self._moved = 0
@@ -7141,7 +7218,7 @@ class Executor:
         return drivers
 
     def _summary(self, worked_on: Iterable[int], taken: int) -> Tick:
-        found = {release_id: self.store.find_release(release_id) for release_id in worked_on}
+        found = {release_id: self.store.releases.find(release_id) for release_id in worked_on}
         return Tick([release for release in found.values() if release], taken, self.stopping.is_set(),
                     tuple(release_id for release_id, release in found.items() if release is None))
 
@@ -7240,7 +7317,7 @@ class Executor:
         """Claim what is runnable and start a driver for each, added to started; return how many others hold."""
         while True:
             mine = {driver.lease.claim.release_id for driver in self._active_drivers()}
-            free, taken = self.store.look()
+            free, taken = self.store.claims.scan()
             new = [release_id for release_id in free if release_id not in mine]
             if new:
                 self.agents.prepare()  # raises before anything is claimed that could not be dispatched
@@ -7257,7 +7334,7 @@ class Executor:
                 break
             asked_at = self.clock.elapsed()
             try:
-                claim = self.store.claim(release_id, self.owner, self.settings.claim_ttl_sec)
+                claim = self.store.claims.claim(release_id, self.owner, self.settings.claim_ttl_sec)
             except StateMoved:  # another was quicker
                 taken.append(release_id)
                 continue
@@ -7277,7 +7354,7 @@ class Executor:
                 driver.start()
         except ConfigError:
             self._forget(driver)  # not ended(): that would make the loop scan again at once
-            self.store.let_go(lease.claim)
+            self.store.claims.drop(lease.claim)
             raise
         return driver
 
@@ -7323,7 +7400,7 @@ class Executor:
     def _renew(self, lease: Lease) -> None:
         asked_at = self.clock.elapsed()
         try:
-            if self.store.renew(lease.claim, self.settings.claim_ttl_sec):
+            if self.store.claims.renew(lease.claim, self.settings.claim_ttl_sec):
                 lease.valid_until = asked_at + self.settings.claim_ttl_sec
             else:
                 lease.is_lost = True
@@ -8185,8 +8262,8 @@ class Api:
         wanted = parse_release_request(request.body)
         self._idempotency_key(request)  # a bad key is an error of a dry run too
         if parse_flag("dryRun", request.body.get("dryRun", False)):
-            return Reply(200, plan_json(self.store.plan_release(wanted)))
-        made = self.store.create_release(wanted, request.actor, self._idempotency_key(request))
+            return Reply(200, plan_json(self.store.releases.plan(wanted)))
+        made = self.store.releases.create(wanted, request.actor, self._idempotency_key(request))
         self._nudge()
         return Reply(201, created_json(made))
 
@@ -8201,12 +8278,12 @@ class Api:
         return Once(str(request.actor), request.key, hashlib.sha256(asked).hexdigest())
 
     def list_releases(self, request: Request) -> Reply:
-        page = self.store.releases(request.choice("status"), request.integer("page"), request.integer("pageSize"))
+        page = self.store.releases.page(request.choice("status"), request.integer("page"), request.integer("pageSize"))
         return Reply(200, page_json(page, release_json))
 
     def get_release(self, request: Request) -> Reply:
         if request.choice("view") == "summary":
-            return Reply(200, {"release": release_json(self.store.release(request.ids[0]))})
+            return Reply(200, {"release": release_json(self.store.releases.get(request.ids[0]))})
         return Reply(200, self._whole_release(request))
 
     def _whole_release(self, request: Request) -> dict[str, Any]:
@@ -8215,13 +8292,13 @@ class Api:
         All threads share one interpreter: clients that read in a loop would take most of it.
         """
         release_id = request.ids[0]
-        if self.store.release(release_id).total_nodes <= MAX_FREE_READ_NODES:
-            return release_with_nodes_json(*self.store.release_with_nodes(release_id))
+        if self.store.releases.get(release_id).total_nodes <= MAX_FREE_READ_NODES:
+            return release_with_nodes_json(*self.store.releases.with_nodes(release_id))
         if not self._whole_reads.acquire(request):
             raise AppError(4029, "too many clients read whole releases: ask for ?view=summary", retry_after_s=5)
         began, rest_s = time.thread_time(), 0.0
         try:
-            data = release_with_nodes_json(*self.store.release_with_nodes(release_id))
+            data = release_with_nodes_json(*self.store.releases.with_nodes(release_id))
             if self._is_busy():
                 rest_s = min(WHOLE_READ_REST * (time.thread_time() - began), MAX_WHOLE_READ_REST_S)
             return data
@@ -8241,15 +8318,15 @@ class Api:
 
     def _act(self, verb: str, request: Request, *keys: str, **more: bool) -> Reply:
         reason = self._reason(request, *keys)
-        release = self.store.act(verb, request.ids[0], request.actor, reason, **more)
+        release = self.store.releases.act(verb, request.ids[0], request.actor, reason, **more)
         self._nudge()
         return Reply(200, release_json(release))
 
     def retry(self, request: Request) -> Reply:
-        return self._again("retry", self.store.retry, request)
+        return self._again("retry", self.store.releases.retry, request)
 
     def rollback(self, request: Request) -> Reply:
-        return self._again("rollback", self.store.rollback, request, "toRelease")
+        return self._again("rollback", self.store.releases.rollback, request, "toRelease")
 
     def _again(self, verb: str, make: Callable[[int, Who, Again, Once | None], Made], request: Request,
                *keys: str) -> Reply:
@@ -8259,7 +8336,7 @@ class Api:
                      parse_release_id("toRelease", body["toRelease"]) if "toRelease" in body else None)
         once = self._idempotency_key(request, f"{verb} {release_id} ")
         if parse_flag("dryRun", body.get("dryRun", False)):
-            return Reply(200, plan_json(self.store.plan_again(verb, release_id, wish)))
+            return Reply(200, plan_json(self.store.releases.plan_again(verb, release_id, wish)))
         reply = Reply(201, created_again_json(make(release_id, request.actor, wish, once)))
         self._nudge()
         return reply
@@ -8270,13 +8347,13 @@ class Api:
         return parse_text("reason", request.body.get("reason", ""))
 
     def get_freeze(self, _request: Request) -> Reply:
-        return Reply(200, freeze_json(self.store.freeze()))
+        return Reply(200, freeze_json(self.store.releases.freeze()))
 
     def set_freeze(self, request: Request) -> Reply:
         reason = self._reason(request, "frozen")
         if "frozen" not in request.body:
             raise AppError(2001, "frozen is missing")
-        freeze = self.store.set_freeze(parse_flag("frozen", request.body["frozen"]), request.actor, reason)
+        freeze = self.store.releases.set_freeze(parse_flag("frozen", request.body["frozen"]), request.actor, reason)
         self._nudge()
         return Reply(200, freeze_json(freeze))
 
@@ -8286,7 +8363,7 @@ class Api:
         may_wait = wait_s > 0 and self._waiters.acquire(blocking=False)
         try:
             while True:
-                events = self.store.events(request.ids[0], after, limit)
+                events = self.store.releases.events(request.ids[0], after, limit)
                 left_s = ends_at - time.monotonic()
                 if events or not may_wait or left_s <= 0 or request.is_over(min(EVENTS_POLL_S, left_s)):
                     return Reply(200, {"items": [event_json(event) for event in events]})
@@ -8295,29 +8372,29 @@ class Api:
                 self._waiters.release()
 
     def list_nodes(self, request: Request) -> Reply:
-        page = self.store.nodes(request.integer("page"), request.integer("pageSize"))
+        page = self.store.nodes.page(request.integer("page"), request.integer("pageSize"))
         if request.choice("lastRelease") == "0":
             return Reply(200, page_json(page, node_json))
-        last = self.store.last_releases([node.id for node in page.items])
+        last = self.store.nodes.last_releases([node.id for node in page.items])
         return Reply(200, page_json(page, lambda node: listed_node_json(node, last.get(node.id))))
 
     def add_node(self, request: Request) -> Reply:
-        return Reply(201, node_json(self.store.add_node(
+        return Reply(201, node_json(self.store.nodes.add(
             **parse_node_fields(request.body, ("name", "mainIp")), by=request.actor)))
 
     def get_node(self, request: Request) -> Reply:
-        return Reply(200, node_json(self.store.node(request.ids[0])))
+        return Reply(200, node_json(self.store.nodes.get(request.ids[0])))
 
     def update_node(self, request: Request) -> Reply:
-        return Reply(200, node_json(self.store.update_node(
+        return Reply(200, node_json(self.store.nodes.update(
             request.ids[0], parse_node_fields(request.body), request.actor)))
 
     def delete_node(self, request: Request) -> Reply:
-        self.store.delete_node(request.ids[0], request.actor)
+        self.store.nodes.delete(request.ids[0], request.actor)
         return Reply(200, None)
 
     def list_audit(self, request: Request) -> Reply:
-        rows = self.store.audit_rows(request.integer("after"), request.integer("limit"))
+        rows = self.store.audit.rows(request.integer("after"), request.integer("limit"))
         return Reply(200, {"items": [audit_json(row) for row in rows]})
 
     def page(self, _request: Request) -> Reply:
@@ -8331,7 +8408,7 @@ class Api:
     def overview(self, request: Request) -> Reply:
         message, schema, releases = "", 0, []
         try:
-            schema, releases = self.store.database.schema_version(), self.store.open_releases()
+            schema, releases = self.store.database.schema_version(), self.store.releases.open()
         except DatabaseError as error:
             message = error.message
         database = {"engine": self.store.database.engine.name, "ok": not message, "schema": schema, "message": message}
@@ -8364,7 +8441,7 @@ class Api:
         """Return why the database can't be used, "" when it can."""
         try:
             self.store.database.require_schema()
-            self.store.probe()
+            self.store.state.check_write()
             self._log_times_ahead()
             return ""
         except AppError as error:
@@ -8381,7 +8458,7 @@ class Api:
 
     def _log_times_ahead(self) -> None:
         """Log, each once, claims and holds of a clock that was ahead: they count as over, so we are ready."""
-        ahead = set(self.store.times_ahead())
+        ahead = set(self.store.claims.times_ahead())
         for sentence in sorted(ahead - self._ahead):
             log.warning("%s, %s", sentence, CLOCK_WAS_AHEAD)
         self._ahead = ahead
@@ -8398,7 +8475,7 @@ def metrics_text(store: Store, more: Figures) -> str:
     """Return /metrics: what this process counted, what the database holds if it answers, and more."""
     figures = {("releasectl_build_info", __version__, ".".join(map(str, sys.version_info[:3]))): 1.0, **more}
     try:
-        figures.update(store.counts())
+        figures.update(store.releases.counts())
         figures["releasectl_database_up",] = 1.0
     except DatabaseError:  # already counted; the figures of this process are wanted all the more
         figures["releasectl_database_up",] = 0.0
@@ -9459,7 +9536,7 @@ CHECKED_AUDIT_ROWS, CHECKED_RELEASES = 10_000, 20
 
 def check_audit(store: Store) -> Finding:
     """Look whether the newest part of audit_log is whole."""
-    report = store.verify_audit(None, CHECKED_AUDIT_ROWS, CHECKED_RELEASES)
+    report = store.audit.verify(None, CHECKED_AUDIT_ROWS, CHECKED_RELEASES)
     if report.faults:
         return Finding("audit log", EXIT_NOT_SUCCESS, f"{report.faults[0]}: see `audit --verify` and the runbook")
     return Finding("audit log", EXIT_DONE, audit_line(report))
@@ -9478,13 +9555,13 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
     tls = f"; {engine.tls_text()}" if isinstance(engine, PostgresEngine) else ""
     try:
         store.database.require_schema()
-        store.probe()
+        store.state.check_write()
         yield Finding("DATABASE_URL", EXIT_DONE, f"{store.database}: schema {len(schema_steps())}, takes writes{tls}")
         yield from check_database_file(store.database.engine)
         yield check_audit(store)
-        for sentence in store.times_ahead():
+        for sentence in store.claims.times_ahead():
             yield Finding("clock", EXIT_UNAVAILABLE, f"{sentence}, {CLOCK_WAS_AHEAD}")
-        nodes = [node for node in store.nodes(size=0).items if node.gets_releases]
+        nodes = [node for node in store.nodes.page(size=0).items if node.gets_releases]
         try:
             refuse_twins(nodes)
         except AppError as error:
@@ -9661,7 +9738,7 @@ def exit_code_of(store: Store, release: Release) -> int:
     """Return the exit code for how a release ended; 0 while it has not, 1 where too many failures paused it."""
     if release.is_terminal:
         return EXIT_DONE if release.status == SUCCESS else EXIT_NOT_SUCCESS
-    is_exceeded = release.status == PAUSED and release.failed_nodes > 0 and store.exceeded(release.id)
+    is_exceeded = release.status == PAUSED and release.failed_nodes > 0 and store.releases.exceeded(release.id)
     return EXIT_NOT_SUCCESS if is_exceeded else EXIT_DONE
 
 
@@ -9927,7 +10004,7 @@ def command_migrate(context: Context) -> int:
     document: dict[str, Any] = {"before": before, "after": after}
     text = f"{context.store.database}: schema {after}" + (f", was {before}" if before != after else "")
     if context.options.first_version is not None:
-        document["nextVersion"] = context.store.set_first_version(context.options.first_version,
+        document["nextVersion"] = context.store.releases.set_first_version(context.options.first_version,
                                                                     context.actor)
         text += f"; the next release is version {document['nextVersion']}"
     return context.show(document, text)
@@ -9939,7 +10016,7 @@ def command_token_add(context: Context) -> int:
     options, path = context.options, context.settings.api_tokens_file
     if not path:
         raise ConfigError("API_TOKENS_FILE is not set: name the file that holds the tokens of the API")
-    token = context.open(create=True).audit(
+    token = context.open(create=True).audit.note(
         context.actor, "token.add", f"token {options.name}", {"name": options.name, "role": options.role, "file": path},
         lambda: add_token(path, options.name, options.role))
     print(f"Token for {options.name} ({options.role}). Copy it now: it can't be shown again.", file=sys.stderr)
@@ -9978,12 +10055,12 @@ def _node_row(node: Node) -> tuple[object, ...]:
 
 def command_node_add(context: Context) -> int:
     columns = parse_node_fields(_node_options(context.options), ("name", "mainIp"))
-    node = context.open(create=True).add_node(**columns, by=context.actor)
+    node = context.open(create=True).nodes.add(**columns, by=context.actor)
     return context.show(node_json(node), f"node {node.id}: {node.name} at {node.main_ip}:{node.agent_port}")
 
 
 def command_node_list(context: Context) -> int:
-    page = context.open().nodes(size=0)
+    page = context.open().nodes.page(size=0)
     text = table([_node_row(node) for node in page.items], NODE_HEAD) or "no nodes: add one with `node add`"
     return context.show({"items": [node_json(node) for node in page.items], "total": page.total}, text)
 
@@ -9993,7 +10070,7 @@ def command_node_set(context: Context) -> int:
     if not columns:
         raise AppError(2001, "nothing to change: name an option, see `node set --help`")
     store = context.open()
-    node = store.update_node(store.node_named(context.options.name).id, columns, context.actor)
+    node = store.nodes.update(store.nodes.named(context.options.name).id, columns, context.actor)
     return context.show(node_json(node), table([_node_row(node)], NODE_HEAD))
 
 
@@ -10008,7 +10085,7 @@ def command_node_import(context: Context) -> int:
         rows.append((columns["name"], columns["main_ip"], columns.get("agent_port", 8443),
                      columns.get("agent_protocol", TASKS), columns.get("labels", "{}"),
                      columns.get("enabled", 1), columns.get("status", "online")))
-    nodes = context.open(create=True).add_nodes(rows, context.actor)
+    nodes = context.open(create=True).nodes.add_all(rows, context.actor)
     return context.show({"items": [node_json(node) for node in nodes]}, f"nodes added: {len(nodes)}")
 
 
@@ -10046,8 +10123,8 @@ def _read_text(path: str) -> str:
 
 def command_node_ping(context: Context) -> int:
     store = context.open()
-    nodes = [store.node_named(name) for name in context.options.names] or \
-        [node for node in store.nodes(size=0).items if node.enabled]
+    nodes = [store.nodes.named(name) for name in context.options.names] or \
+        [node for node in store.nodes.page(size=0).items if node.enabled]
     pings = ping_nodes(context.settings, nodes)
     context.show({"items": [{"name": p.node.name, "ok": p.is_ok, "errorKind": p.error_kind, "message": p.text}
                             for p in pings]},
@@ -10128,11 +10205,11 @@ def command_create(context: Context) -> int:
         body["version"] = options.version
     store = context.open(create=True)
     if options.node:
-        body["nodeIds"] = [store.node_named(name).id for name in options.node]
+        body["nodeIds"] = [store.nodes.named(name).id for name in options.node]
     request = parse_release_request(body)
     if options.plan:
-        return _show_plan(context, store.plan_release(request))
-    return _show_created(context, store.create_release(request, context.actor))
+        return _show_plan(context, store.releases.plan(request))
+    return _show_created(context, store.releases.create(request, context.actor))
 
 
 def _show_plan(context: Context, plan: Plan) -> int:
@@ -10172,7 +10249,7 @@ def _show_created(context: Context, made: Made) -> int:
 
 def command_list(context: Context) -> int:
     options = context.options
-    page = context.open().releases(options.status or "", options.page, options.page_size)
+    page = context.open().releases.page(options.status or "", options.page, options.page_size)
     rows = [(r.id, f"v{r.version}", r.target, r.status, f"{r.success_nodes}/{r.total_nodes}", r.failed_nodes,
              r.created_at, r.status_reason) for r in page.items]
     return context.show(page_json(page, release_json), table(
@@ -10180,7 +10257,7 @@ def command_list(context: Context) -> int:
 
 
 def command_status(context: Context) -> int:
-    release, nodes = context.open().release_with_nodes(context.options.id)
+    release, nodes = context.open().releases.with_nodes(context.options.id)
     return context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
         [(n.batch, n.name, n.status, n.attempts, n.started_at, n.finished_at, n.error_kind, n.error_msg)
          for n in nodes], ("batch", "node", "status", "tries", "started", "finished", "error", "message"))]))
@@ -10192,7 +10269,7 @@ LATEST = "latest"
 def command_watch(context: Context) -> int:
     if context.options.id != LATEST:
         return _watch(context, int(context.options.id))
-    page = context.open().releases(size=1)
+    page = context.open().releases.page(size=1)
     if not page.items:
         raise AppError(3001, "there is no release yet")
     return _watch(context, page.items[0].id)
@@ -10233,7 +10310,7 @@ def _watch(context: Context, release_id: int) -> int:
     state = "could not be read"
     while True:
         try:
-            progress = store.progress(release_id)
+            progress = store.releases.progress(release_id)
             screen.show(progress)
         except DatabaseError as error:
             screen.say(str(error))
@@ -10246,7 +10323,7 @@ def _watch(context: Context, release_id: int) -> int:
         if left_s <= 0:
             print(f"timed out after {options.timeout:g} s: release {release_id} {state}", file=sys.stderr)
             if options.json:
-                context.show({"release": release_json(store.release(release_id))}, "")
+                context.show({"release": release_json(store.releases.get(release_id))}, "")
             return EXIT_BUSY
         time.sleep(min(WATCH_EVERY_S, left_s))
     context.show({"release": release_json(release)}, release_line(release))
@@ -10255,7 +10332,7 @@ def _watch(context: Context, release_id: int) -> int:
 
 def command_events(context: Context) -> int:
     options = context.options
-    events = context.open().events(options.id, options.after, options.limit)
+    events = context.open().releases.events(options.id, options.after, options.limit)
     return context.show({"items": [event_json(event) for event in events]}, table(
         [(e.id, e.at, e.node_name or "release", e.event, f"{e.from_status} -> {e.to_status}", e.actor, e.detail)
          for e in events], ("id", "at", "node", "event", "change", "actor", "detail")))
@@ -10268,7 +10345,7 @@ def command_audit(context: Context) -> int:
     if options.verify:
         return _verify_audit(context)
     what = f"release {options.release}" if options.release else options.object
-    rows = context.open().audit_rows(options.after, options.limit, AuditFilter(
+    rows = context.open().audit.rows(options.after, options.limit, AuditFilter(
         options.actor, options.action, what, options.since or ""), newest=not options.after)
     context.show({"items": [audit_json(row) for row in rows]}, table(
         [(r.id, r.at, r.actor, r.address, r.action, r.object, " -> ".join(filter(None, (r.before, r.after))))
@@ -10277,7 +10354,7 @@ def command_audit(context: Context) -> int:
 
 
 def _verify_audit(context: Context) -> int:
-    report = context.open().verify_audit(context.options.head)
+    report = context.open().audit.verify(context.options.head)
     context.show({"isWhole": not report.faults, "rows": report.rows, "releases": report.releases,
                   "head": {"id": report.head[0], "hash": report.head[1]}, "faults": report.faults},
                  "\n".join(report.faults or [f"whole: {audit_line(report)}"]))
@@ -10288,7 +10365,8 @@ def command_act(context: Context) -> int:
     options = context.options
     verb = CANCEL_BY_FORCE if options.command == "cancel" and options.force else options.command
     more = {"accept_failures": options.accept_failures} if verb == "resume" else {}
-    release = context.open().act(verb, options.id, context.actor, parse_text("--reason", options.reason), **more)
+    reason = parse_text("--reason", options.reason)
+    release = context.open().releases.act(verb, options.id, context.actor, reason, **more)
     return context.show(release_json(release), release_line(release))
 
 
@@ -10298,8 +10376,8 @@ def command_again(context: Context) -> int:
     wish = Again(parse_text("--reason", options.reason), options.over_newer, getattr(options, "to", None))
     store = context.open()
     if options.plan:
-        return _show_plan(context, store.plan_again(options.command, options.id, wish))
-    make = {"retry": store.retry, "rollback": store.rollback}[options.command]
+        return _show_plan(context, store.releases.plan_again(options.command, options.id, wish))
+    make = {"retry": store.releases.retry, "rollback": store.releases.rollback}[options.command]
     return _show_created(context, make(options.id, context.actor, wish))
 
 
@@ -10307,7 +10385,7 @@ def command_freeze(context: Context) -> int:
     options, store = context.options, context.open()
     if options.switch is None and options.reason:
         raise AppError(2001, "--reason goes with on or off")
-    freeze = store.freeze() if options.switch is None else store.set_freeze(
+    freeze = store.releases.freeze() if options.switch is None else store.releases.set_freeze(
         options.switch == "on", context.actor, parse_text("--reason", options.reason))
     text = f"frozen by {freeze.actor} at {freeze.at}: {freeze.reason}" if freeze.frozen else "not frozen"
     return context.show(freeze_json(freeze), text)
@@ -10330,7 +10408,7 @@ def command_check(context: Context) -> int:
 
 def command_backup(context: Context) -> int:
     path = context.options.file
-    schema, size = context.store.backup(path, context.actor)
+    schema, size = context.store.audit.backup(path, context.actor)
     return context.show({"file": path, "bytes": size, "schema": schema},
                         f"{path}: {size} bytes, schema {schema}, checked")
 
@@ -10343,12 +10421,12 @@ PRUNE_NODES = 500
 
 def command_prune(context: Context) -> int:
     options, store = context.options, context.open()
-    found = store.old_releases(options.older_than, options.keep)
+    found = store.releases.old(options.older_than, options.keep)
     if options.dry_run:
         return _show_pruned(context, found)
     gone: set[int] = set()
     for chunk in _chunks(found):
-        gone.update(store.forget([release.id for release in chunk], context.actor))
+        gone.update(store.releases.delete([release.id for release in chunk], context.actor))
         time.sleep(PRUNE_PAUSE_S)
     return _show_pruned(context, [release for release in found if release.id in gone])
 

@@ -254,10 +254,10 @@ def serving(folder: Path, is_plain: bool, before: str = "", nodes: int = 1, agen
     store.database.migrate()
     for number in range(agents or nodes):
         address = agent_address(number) if agents else f"10.1.{number // 250}.{number % 250 + 1}"
-        store.add_node(f"edge-{number}", address, AGENT_PORT)
-    store.create_release(rc.ReleaseRequest(strategy={"batches": [agents or 1]}), "flood")
+        store.nodes.add(f"edge-{number}", address, AGENT_PORT)
+    store.releases.create(rc.ReleaseRequest(strategy={"batches": [agents or 1]}), "flood")
     if agents:  # until they listen
-        store.act("pause", 1, "flood")
+        store.releases.act("pause", 1, "flood")
     store.database.close()
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("HTTP_", "API_", "CONTROL_"))}
     program = f"import sys, releasectl as rc\n{before}\nsys.exit(rc.main(['serve']))"

@@ -787,7 +787,7 @@ class Crew:
     def enlist(self, store: rc.Store) -> None:
         """Adds a node for each agent."""
         for number, agent in enumerate(self.agents, 1):
-            patiently(functools.partial(store.add_node, f"edge-{number}", agent.address, agent.port, agent.protocol))
+            patiently(functools.partial(store.nodes.add, f"edge-{number}", agent.address, agent.port, agent.protocol))
 
     def enlist_twins(self, store: rc.Store) -> None:
         """Adds, disabled and by hand, a second node for the host of some agents."""
@@ -1488,10 +1488,10 @@ class Trial:
         set_up_audit(store.database)
         crew.enlist(store)
         if self.scene.before != "nodes":
-            store.create_release(rc.ReleaseRequest(reason="torture", payload=PAYLOAD), "torture")
+            store.releases.create(rc.ReleaseRequest(reason="torture", payload=PAYLOAD), "torture")
         crew.fleet.set(outcome=self.scene.outcome)
         if self.scene.before == "cancelled":
-            store.act("cancel", 1, "torture")
+            store.releases.act("cancel", 1, "torture")
 
     def _play(self, store: rc.Store, crew: Crew, environment: dict[str, str]) -> None:
         victim = self._start(self.scene.command, environment, ",".join(filter(None, [
@@ -1537,7 +1537,7 @@ class Trial:
         patiently(store.database.migrate)
         patiently(lambda: set_up_audit(store.database))
         crew.enlist(store)
-        patiently(lambda: store.create_release(rc.ReleaseRequest(reason="torture", payload=PAYLOAD), "torture"))
+        patiently(lambda: store.releases.create(rc.ReleaseRequest(reason="torture", payload=PAYLOAD), "torture"))
 
     def _rescue(self, victim: Victim, store: rc.Store, environment: dict[str, str]) -> None:
         """Lets fresh processes end the release, as the next tick of cron would."""
@@ -1918,7 +1918,7 @@ class Creator:
         payload = {"websites": [], "mark": mark}
         content = content_of(payload)
         self._crew.losses.created_at[content] = time.monotonic()
-        self.store.create_release(rc.ReleaseRequest(
+        self.store.releases.create(rc.ReleaseRequest(
             self._random.choice(self.TARGETS), f"mark {mark}", payload, strategy=strategy, node_ids=chosen), "torture")
         self.created.append(content)
 
@@ -1933,7 +1933,7 @@ class Creator:
 
     def _act(self, verb: str, release_id: int) -> None:
         with contextlib.suppress(rc.AppError, rc.StateMoved):
-            self.store.act(verb, release_id, "torture")
+            self.store.releases.act(verb, release_id, "torture")
             self._figures.count(f"operator's {verb}")
 
 

@@ -339,13 +339,13 @@ class SimDriver(rc.Driver):
         pass
 
 
-class SimStore(rc.Store):
-    """The store of one process, which the world asks what it saw."""
+class SimClaims(rc.Claims):
+    """The claims of one process, which the world asks what it saw."""
 
     owner: SimExecutor
 
-    def look(self):
-        found = super().look()
+    def scan(self):
+        found = super().scan()
         self.owner.seen_event = self.owner.world.ledger.seen_events
         return found
 
@@ -364,9 +364,8 @@ class SimStore(rc.Store):
         finally:
             world.decided_at = None
 
-
-    def let_go(self, claim) -> None:
-        super().let_go(claim)
+    def drop(self, claim) -> None:
+        super().drop(claim)
         self.owner.world.note_known(self.owner, claim.release_id)
 
 
@@ -374,9 +373,10 @@ class SimExecutor(rc.Executor):
     """A process: alive, suspended until some time, or dead."""
 
     def __init__(self, world: Simulation, settings: rc.Settings, number: int):
-        store = SimStore(world.database, SimClock(world))
+        store = rc.Store(world.database, SimClock(world))
+        store.claims = SimClaims(store.state, store.queue)
         super().__init__(settings, store, world.agents_stub)
-        store.owner = self
+        store.claims.owner = self
         self.world = world
         self.owner = f"owner-{number}"
         self.context = SimContext(**{**vars(self.context), "owner": self.owner}, executor=self)
@@ -467,9 +467,9 @@ class Simulation:
             protocol = self.random.choice(["tasks", "tasks", "execute"])
             agent = SimAgent(self, f"10.0.0.{number}", protocol)
             self.agents[agent.address] = agent
-            self.store.add_node(f"edge-{number}", agent.address, agent_protocol=protocol)
+            self.store.nodes.add(f"edge-{number}", agent.address, agent_protocol=protocol)
         for target in self.random.choices(["cdn", "dns"], k=self.random.randint(1, 3)):
-            self.store.create_release(rc.ReleaseRequest(target, payload=self._payload(), strategy=self._strategy()),
+            self.store.releases.create(rc.ReleaseRequest(target, payload=self._payload(), strategy=self._strategy()),
                                       "test")
         if self.steering:
             self.at(self.random.uniform(0, 5), self._steer)
@@ -501,7 +501,7 @@ class Simulation:
         if not is_late and verb in ("cancel", rc.CANCEL_BY_FORCE) and self.random.random() < 0.7:
             return
         with contextlib.suppress(rc.AppError):
-            if verb == "freeze" or (is_late and self.store.freeze().frozen):
+            if verb == "freeze" or (is_late and self.store.releases.freeze().frozen):
                 self._set_freeze(not is_late and self.random.random() < 0.4)
             releases = list(self.versions)
             for release_id in releases if is_late else releases and [self.random.choice(releases)]:
@@ -517,16 +517,17 @@ class Simulation:
                 self._set_freeze(True)
 
     def _set_freeze(self, is_on: bool) -> None:
-        self.store.set_freeze(is_on, "anna", "holidays")
+        self.store.releases.set_freeze(is_on, "anna", "holidays")
         self.note(f"freeze {'on' if is_on else 'off'}")
 
     def _use(self, verb: str, release_id: int) -> None:
         if verb == "freeze":
             return
-        before = self.store.release(release_id)
+        before = self.store.releases.get(release_id)
         for accepts in (False, True):
             with contextlib.suppress(rc.AppError):
-                self.store.act(verb, release_id, "anna", **({"accept_failures": accepts} if verb == "resume" else {}))
+                more = {"accept_failures": accepts} if verb == "resume" else {}
+                self.store.releases.act(verb, release_id, "anna", **more)
                 self.note(f"{verb} release {release_id}")
                 self.figures["verbs"] += 1
                 self.ledger.resumed.add((release_id, before.passed_batch))
@@ -535,7 +536,7 @@ class Simulation:
     def _act(self, verb: str) -> None:
         release_id = self.random.choice(list(self.versions))
         try:
-            self.store.act(verb, release_id, "anna")
+            self.store.releases.act(verb, release_id, "anna")
         except rc.DatabaseError:
             self.at(1.0, lambda: self._act(verb))
         except rc.AppError:
@@ -547,7 +548,7 @@ class Simulation:
 
     def _resume(self, release_id: int) -> None:
         try:
-            self.store.act("resume", release_id, "anna")
+            self.store.releases.act("resume", release_id, "anna")
         except rc.DatabaseError:
             self.at(1.0, lambda: self._resume(release_id))
         except rc.AppError:
@@ -1237,7 +1238,7 @@ class SharedSimulation(Simulation):
         agent.renames = agent.protocol == "tasks" and self.random.random() < 0.3
         self.figures["renamed"] += agent.renames
         self.agents[address] = agent
-        self.store.add_node(name, address, agent_protocol=agent.protocol)
+        self.store.nodes.add(name, address, agent_protocol=agent.protocol)
 
     def _enter_twice(self) -> None:
         """Enters a host once more, as a person does with SQL; enabled now, or later."""
@@ -1288,7 +1289,7 @@ class SharedSimulation(Simulation):
                                     strategy=self._strategy(), node_ids=chosen)
         is_twice = self.is_twice(chosen or ids)
         try:
-            (store or rc.Store(self.database, SimClock(self))).create_release(request, "test")
+            (store or rc.Store(self.database, SimClock(self))).releases.create(request, "test")
         except rc.AppError as error:
             self.note(f"no release: {error}")
             self.figures["refused twins"] += is_twice and error.code == 3003
@@ -1373,7 +1374,7 @@ class SharedSimulation(Simulation):
         for release_id, status, strategy in self.database.look_in("SELECT id, status, strategy FROM release_tasks"):
             if status in (rc.PENDING, rc.PAUSED) and self._start_at(strategy) > rc.utc_text(self.wall + 60):
                 with contextlib.suppress(rc.AppError):
-                    self.store.act("cancel", release_id, "anna")
+                    self.store.releases.act("cancel", release_id, "anna")
 
     def _hold_long(self) -> None:
         """Pauses a release or freezes all for longer than a node may take; somebody restarts an agent meanwhile."""
@@ -1443,7 +1444,7 @@ class SharedSimulation(Simulation):
         """Does what the runbook says after a restore: new versions begin above all that agents have."""
         first = max((send.version for send in self.sends), default=0) + 1
         with contextlib.suppress(rc.DatabaseError):
-            rc.Store(self.database, SimClock(self)).set_first_version(first)
+            rc.Store(self.database, SimClock(self)).releases.set_first_version(first)
             self.ledger.first_version, self.ledger.first_set = first, next(self.numbers)
 
 

@@ -172,8 +172,8 @@ def test_a_hostile_request_ends_in_the_envelope_or_a_close_within_a_second(besie
     assert took < 1.0
     if answers:
         assert (answers[-1].headers["Connection"] == "close") == (case.end in ("close", "eof"))
-    assert besieged.store.nodes().total == 1, "a hidden request ran"
-    assert besieged.store.releases().total == 0
+    assert besieged.store.nodes.page().total == 1, "a hidden request ran"
+    assert besieged.store.releases.page().total == 0
 
 
 # -- deadlines ---------------------------------------------------------------------------------
@@ -557,7 +557,7 @@ def post(client: Client, key: str, body: Any = None) -> Any:
 def test_the_same_key_and_body_give_the_first_answer_again(client):
     first, again = post(client, "k1"), post(client, "k1")
     assert (first.status, first.data) == (201, again.data)
-    assert (again.status, client.store.releases().total) == (201, 1)
+    assert (again.status, client.store.releases.page().total) == (201, 1)
     assert post(client, "k1", b'{ "reason" :\t"x"}').data == first.data  # the same JSON, written otherwise
     assert post(client, "k2").data["releaseId"] == 2
 
@@ -573,14 +573,14 @@ def test_another_body_under_the_same_key_is_3002_and_creates_nothing(client):
     post(client, "k1")
     answer = post(client, "k1", {"reason": "y"})
     assert (answer.status, answer.code, "release 1" in answer.message) == (409, 3002, True)
-    assert client.store.releases().total == 1
+    assert client.store.releases.page().total == 1
 
 
 def test_a_request_that_failed_may_be_repeated_with_its_key(client):
     for number in (1, 2, 3):
-        client.store.update_node(number, {"enabled": 0})
+        client.store.nodes.update(number, {"enabled": 0})
     assert post(client, "k1").code == 3003
-    client.store.update_node(1, {"enabled": 1})
+    client.store.nodes.update(1, {"enabled": 1})
     assert post(client, "k1").data["totalNodes"] == 1
 
 
@@ -624,9 +624,9 @@ def test_a_release_and_the_list_have_etags_and_304_for_who_has_them(client):
             again = client("GET", path, headers={"If-None-Match": known})
             assert (again.status, again.text, again.headers["ETag"]) == (304, "", etag)
         assert client("GET", path, headers={"If-None-Match": '"x"'}).status == 200
-        client.store.act("pause", 1, "test")
+        client.store.releases.act("pause", 1, "test")
         assert client("GET", path, headers={"If-None-Match": etag}).status == 200
-        client.store.act("resume", 1, "test")
+        client.store.releases.act("resume", 1, "test")
 
 
 def test_a_request_id_is_taken_over_or_made_and_stands_in_answer_and_log(client, caplog, monkeypatch):
@@ -757,7 +757,7 @@ def test_a_client_certificate_names_the_actor_and_the_token_gives_the_role(new_s
     assert (answer.code, answer.message.split()[0]) == (1004, f"cert:{name.split()[0]}")
     client.token = "operator-secret"
     client.ok("POST", "/api/v1/releases", {}, 201)
-    assert client.store.events(1)[0].actor == f"cert:{name}"
+    assert client.store.releases.events(1)[0].actor == f"cert:{name}"
 
 
 def certificate(certs: Path) -> Any:

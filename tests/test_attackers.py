@@ -359,7 +359,7 @@ def test_idle_connections_of_a_token_give_way_to_its_own_next_one(new_server, mo
 def large_release(client: Client) -> None:
     """A release of more nodes than are read freely, that is under way."""
     for number in range(rc.MAX_FREE_READ_NODES + 1):
-        client.store.add_node(f"n{number}", f"10.0.{number // 250}.{number % 250 + 1}")
+        client.store.nodes.add(f"n{number}", f"10.0.{number // 250}.{number % 250 + 1}")
     new_release(client.store)
 
 
@@ -568,12 +568,12 @@ def test_an_agent_whose_certificate_is_revoked_gets_nothing(sqlite_world, author
     fleet = Fleet(authority.certs, [AgentSpec(address, 0, "tasks") for address in ADDRESSES[:2]], task_ms=20).start()
     try:
         for number, address in enumerate(ADDRESSES[:2], 1):
-            sqlite_world.store.add_node(f"edge-{number}", address, fleet.agent(address).port)
+            sqlite_world.store.nodes.add(f"edge-{number}", address, fleet.agent(address).port)
         authority.revoke(f"agents/{ADDRESSES[1]}.crt")
         sqlite_world.certs = authority.certs
         new_release(sqlite_world.store)
         sqlite_world.drain(CONTROL_CA=authority.publish(), AGENT_RETRIES=0)
-        nodes = sqlite_world.store.release_with_nodes(1)[1]
+        nodes = sqlite_world.store.releases.with_nodes(1)[1]
         assert [(node.status, node.error_kind) for node in nodes] == [("success", ""), ("failed", "tls")]
         assert "presented a certificate that was revoked" in nodes[1].error_msg
         assert [len(fleet.agent(address).runs) for address in ADDRESSES[:2]] == [1, 0]
@@ -607,7 +607,7 @@ def test_an_agent_whose_answers_are_dear_is_asked_less_often_and_others_as_ever(
     monkeypatch.setattr(rc, "ANSWER_SHARE", 0.02)
     peer, asked_at = nibbled
     world = sqlite_world.nodes(1, task_ms=1500)
-    world.store.add_node("dear", peer.host, peer.port)
+    world.store.nodes.add("dear", peer.host, peer.port)
     new_release(world.store, strategy={"batches": [2]})
     world.drain(RELEASE_EXECUTOR_INTERVAL_SEC="0.1")
     assert statuses(world.store, 1) == ["success", "success"]

@@ -25,7 +25,7 @@ DAY_S = 86400.0
 
 
 def rows_of(store: rc.Store) -> list[rc.AuditRow]:
-    return store.audit_rows(0, 1000)
+    return store.audit.rows(0, 1000)
 
 
 def bend(store: rc.Store, *statements: str) -> None:
@@ -41,7 +41,7 @@ def bend(store: rc.Store, *statements: str) -> None:
 def end_releases(store: rc.Store, count: int) -> None:
     """Make releases that were cancelled before they began."""
     for _ in range(count):
-        store.act("cancel", new_release(store).id, "anna")
+        store.releases.act("cancel", new_release(store).id, "anna")
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def make_failed(store: rc.Store) -> None:
 
 
 def make_paused(store: rc.Store) -> None:
-    store.act("pause", new_release(store).id, "test")
+    store.releases.act("pause", new_release(store).id, "test")
 
 
 def make_running(store: rc.Store) -> None:
@@ -78,7 +78,7 @@ def make_running(store: rc.Store) -> None:
 
 
 def make_frozen(store: rc.Store) -> None:
-    store.set_freeze(True, "test", "holidays")
+    store.releases.set_freeze(True, "test", "holidays")
 
 
 # Method and path: what is there before, body, action, object, before, some of after.
@@ -127,17 +127,17 @@ def test_every_act_by_the_api_is_one_row_that_names_who_and_what(store, tmp_path
     known = rows_of(store)[-1].id
     with serving(store, API_TOKENS_FILE=tokens, LOG_LEVEL="warning") as client:
         for token, code in ("v" * 40, 1004), ("x" * 40, 1002), ("o" * 40, 0):
-            assert store.audit_head()[0] == known
+            assert store.audit.head()[0] == known
             client.token = token
             answer = client(method, path, body, {"X-Request-Id": "r-7", "Content-Type": "application/json"})
             assert answer.code == code, answer.text
-    [row] = store.audit_rows(known)
+    [row] = store.audit.rows(known)
     assert (row.actor, row.via, row.token, row.certificate, row.address, row.request_id) == (
         "olga", "api", "olga", "", "127.0.0.1", "r-7")
     assert (row.action, row.object) == (action, what)
     assert agrees(row.before, before), row.before
     assert agrees(row.after, after), row.after
-    assert store.verify_audit().faults == []
+    assert store.audit.verify().faults == []
 
 
 # A command: its words, what is there before, action, object.
@@ -192,12 +192,12 @@ def test_every_act_by_the_command_line_is_one_row_that_names_the_unix_user_and_w
     known = rows_of(quick.store)[-1].id
     quick.settings.update(SUDO_USER="bob", USER="mallory", LOGNAME="mallory", LOG_LEVEL="warning")
     quick.ok(*words.split())
-    [row] = quick.store.audit_rows(known)
+    [row] = quick.store.audit.rows(known)
     assert (row.actor, row.via, row.token) == (f"cli:{pwd.getpwuid(os.getuid()).pw_name} (sudo: bob)", "cli", "")
     assert (row.action, row.object) == (action, what)
     if name == "prune":
         assert json.loads(row.before) == {"releases": [[1, 2]]}
-    assert quick.store.verify_audit().faults == []
+    assert quick.store.audit.verify().faults == []
 
 
 @pytest.mark.parametrize("words", [
@@ -225,14 +225,14 @@ def test_the_end_of_a_release_is_a_row_of_its_executor_with_the_digest_of_its_ev
         executor.drain()
     row = rows_of(world.store)[-1]
     assert (row.actor, row.via, row.action, row.object) == (executor.owner, "executor", "release.end", "release 1")
-    events = world.store.events(1)
+    events = world.store.releases.events(1)
     text = json.dumps([[e.id, e.node_id, e.at, e.actor, e.event, e.from_status, e.to_status, e.detail]
                        for e in events], separators=(",", ":"))
     assert json.loads(row.after) == {"status": "success", "events": len(events),
                                      "eventsSha256": hashlib.sha256(text.encode()).hexdigest()}
     assert f"release 1 (v1): the audit log is at {row.id}:{row.hash}" in caplog.messages
     assert "s3cr3t" not in "".join(map(str, rows_of(world.store)))
-    assert world.store.verify_audit((row.id, row.hash)).faults == []
+    assert world.store.audit.verify((row.id, row.hash)).faults == []
 
 
 def test_a_release_that_a_person_cancels_at_once_has_its_end_too(kept):
@@ -266,7 +266,7 @@ def issue(certs: Path, folder: Path, name: str) -> tuple[str, str]:
 
 def test_long_values_become_their_digest(store):
     labels = rc.to_json({f"key-{n}": "x" * 255 for n in range(60)})
-    store.add_node("edge-1", "10.0.0.1", labels=labels)
+    store.nodes.add("edge-1", "10.0.0.1", labels=labels)
     [row] = rows_of(store)
     assert len(row.after) < rc.MAX_AUDIT_BYTES
     assert set(json.loads(row.after)["labels"]) == {"sha256", "bytes"}
@@ -355,7 +355,7 @@ sys.path.insert(0, sys.argv[1])
 import releasectl as rc
 store = rc.Store(rc.Database(sys.argv[2]))
 for number in range(25):
-    store.update_node(1, {"labels": rc.to_json({"by": f"{sys.argv[3]}-{number}"})}, rc.Act(sys.argv[3], "cli"))
+    store.nodes.update(1, {"labels": rc.to_json({"by": f"{sys.argv[3]}-{number}"})}, rc.Act(sys.argv[3], "cli"))
 """
 
 
@@ -367,7 +367,7 @@ def test_many_processes_that_write_at_once_leave_one_whole_chain(store, database
     rows = rows_of(store)
     assert [row.id for row in rows] == list(range(1, 102))
     assert {row.actor for row in rows[1:]} == {f"writer-{n}" for n in range(4)}
-    assert store.verify_audit().faults == []
+    assert store.audit.verify().faults == []
 
 
 def test_an_act_that_fails_leaves_neither_row_nor_gap(kept):
@@ -426,15 +426,15 @@ def test_on_postgresql_the_documented_grants_let_a_second_role_append_only(new_p
             admin(url, statement)
         store = open_store(re.sub("//[^@]*@", f"//{role}@", url))  # which migrates, as serve does
         add_nodes(store, 2)
-        store.act("cancel", new_release(store).id, "anna")
-        assert (len(rows_of(store)), store.verify_audit().faults) == (5, [])
+        store.releases.act("cancel", new_release(store).id, "anna")
+        assert (len(rows_of(store)), store.audit.verify().faults) == (5, [])
         for statement in ("UPDATE audit_log SET actor = 'x'", "DELETE FROM audit_log", "TRUNCATE audit_log",
                           "DROP TABLE audit_log", "ALTER TABLE audit_log DROP COLUMN hash"):
             with pytest.raises(rc.DatabaseError, match="permission denied|must be owner"), \
                     store.database.transaction(write=True) as tx:
                 tx.execute(statement)
         age(store), end_releases(store, 1), age(store)
-        assert store.forget([release.id for release in store.old_releases(DAY_S, 1)]) == [1]
+        assert store.releases.delete([release.id for release in store.releases.old(DAY_S, 1)]) == [1]
         store.database.close()
     finally:
         admin(url, f"DROP OWNED BY {role}")
@@ -481,7 +481,7 @@ def test_the_command_lists_the_newest_last_and_filters(quick):
 
 def test_audit_verify_exits_1_and_check_tells_it_too(quick):
     end_releases(quick.store, 1)
-    head = "{}:{}".format(*quick.store.audit_head())
+    head = "{}:{}".format(*quick.store.audit.head())
     document = quick.ok("audit", "--verify", "--head", head, "--json").json
     assert document == {"isWhole": True, "rows": 5, "releases": 1, "faults": [], "head": {
         "id": 5, "hash": head.partition(":")[2]}}

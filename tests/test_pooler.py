@@ -99,7 +99,7 @@ def test_releases_come_to_their_end_by_several_processes_and_a_program_that_sets
             cursor.execute("SET default_transaction_read_only = on")
             cursor.execute("SET statement_timeout = 0")
             cursor.execute(f"PREPARE _pg3_{number} AS SELECT 'the statement of another program'")
-            assert all(store.find_release(n).target == f"t{n}" for n in range(1, 7))
+            assert all(store.releases.find(n).target == f"t{n}" for n in range(1, 7))
     finally:
         busy.close()
     for process in processes:
@@ -117,8 +117,8 @@ def test_nothing_that_we_set_or_prepare_stays_on_a_connection_of_the_pool(new_po
     before = server_side(url)
     store = open_store(url)
     for number in range(1, 11):
-        store.add_node(f"edge-{number}", f"10.0.0.{number}")
-        store.nodes()
+        store.nodes.add(f"edge-{number}", f"10.0.0.{number}")
+        store.nodes.page()
     new_release(store)
     store.database.close()
     assert server_side(url) == before
