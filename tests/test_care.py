@@ -301,8 +301,8 @@ def test_prune_deletes_in_parts_so_that_no_transaction_is_long(quick, sqlite_url
     quick.settings["DATABASE_URL"] = sqlite_url
     past.many(*[("failed", 400)] * 7)
     parts = []
-    forget = rc.Store.forget
-    monkeypatch.setattr(rc.Store, "forget", lambda store, ids, _by: parts.append(list(ids)) or forget(store, ids))
+    forget = rc.Releases.delete
+    monkeypatch.setattr(rc.Releases, "delete", lambda store, ids, _by: parts.append(list(ids)) or forget(store, ids))
     monkeypatch.setattr(rc, "PRUNE_NODES", 4)
     quick.ok("prune", "--older-than", "90d", "--keep", "1")
     assert parts == [[6, 5], [4, 3], [2, 1]]  # two nodes each

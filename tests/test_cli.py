@@ -921,14 +921,14 @@ def test_columns_of_a_table_line_up_under_wide_characters():
 
 def test_watch_survives_a_database_that_is_away_for_a_while(filled_quick, monkeypatch):
     filled_quick.ok("cancel", "3")
-    real, calls = rc.Store.progress, []
+    real, calls = rc.Releases.progress, []
 
     def progress(self, *arguments):
         calls.append(1)
         if len(calls) < 3:
             raise rc.DatabaseError("database x is locked")
         return real(self, *arguments)
-    monkeypatch.setattr(rc.Store, "progress", progress)
+    monkeypatch.setattr(rc.Releases, "progress", progress)
     ended = filled_quick("watch", "3")
     assert (ended.code, ended.err.count("is locked")) == (1, 1)
 

@@ -262,7 +262,7 @@ def test_a_drain_goes_on_when_a_look_for_work_fails_while_its_release_runs(world
             raise rc.DatabaseError("it is away")
         return look()
 
-    monkeypatch.setattr(world.store, "look", look_that_fails_twice)
+    monkeypatch.setattr(world.store.claims, "scan", look_that_fails_twice)
     world.drain()
     assert looks[:3] == ["pending", "running", "running"]
     assert world.store.releases.get(release.id).status == "success"
@@ -277,7 +277,7 @@ def claim_that_fails_once(world, monkeypatch, of: int, error: Exception) -> None
             raise failures.pop()
         return claim(release_id, owner, ttl_s)
 
-    monkeypatch.setattr(world.store, "claim", failing)
+    monkeypatch.setattr(world.store.claims, "claim", failing)
 
 
 def test_a_drain_follows_what_a_look_began_before_it_failed(world, monkeypatch):
@@ -319,7 +319,7 @@ def test_a_loop_that_can_start_no_driver_looks_again_after_an_interval_only(worl
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    monkeypatch.setattr(world.store, "look", lambda: looks.append(1) or look())
+    monkeypatch.setattr(world.store.claims, "scan", lambda: looks.append(1) or look())
     executor = world.executor(RELEASE_EXECUTOR_INTERVAL_SEC=60)
     loop = threading.Thread(target=executor.run_loop)
     with monkeypatch.context() as patch:

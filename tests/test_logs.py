@@ -160,7 +160,7 @@ def test_a_commit_whose_answer_was_lost_is_told_once_it_is_known(sqlite_world, r
     world = sqlite_world.nodes(1)
     world.agent(1).set(outcome="failed", message="no")
     new_release(world.store)
-    commit, lost = rc.Store.commit, []
+    commit, lost = rc.Claims.commit, []
 
     def lose_once(store: rc.Store, claim, release, decision, now, actor) -> None:
         if decision.status == "failed" and not lost:
@@ -174,7 +174,7 @@ def test_a_commit_whose_answer_was_lost_is_told_once_it_is_known(sqlite_world, r
             monkeypatch.setattr(store.database, "_give_back", cut)
         commit(store, claim, release, decision, now, actor)
 
-    monkeypatch.setattr(rc.Store, "commit", lose_once)
+    monkeypatch.setattr(rc.Claims, "commit", lose_once)
     world.executor().drain()
     assert lost
     assert world.store.releases.get(1).status == "failed"
