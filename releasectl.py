@@ -16,7 +16,7 @@ The floors, in order; each uses only the ones above it:
      6 Sentences       what a release is doing or waiting for; pure
      7 Decision        what to write and what to send next; pure
      8 Store           every SQL statement of the domain
-     9 Conversations   waiting for many sockets in one thread
+     9 EventLoop   waiting for many sockets in one thread
     10 Agent client    mutual TLS, deadlines, the two dialects
     11 Executor        claim, lease, and the loop that joins 7, 8 and 10
     12 Shapes          the JSON of the API and the command line
@@ -168,11 +168,11 @@ FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
 # clock, an agent may take in advance: 0.1 s of CPU, which is hundreds of normal answers.
 ANSWER_SHARE, ANSWER_CREDIT_S = 0.01, 10.0
 # Timeout of the first poll: it follows the dispatch at once and delays the report that the task was accepted.
-FIRST_LOOK_S = 1.0
+FIRST_POLL_TIMEOUT_S = 1.0
 # Shortest and longest wait before a failed request is tried again.
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 10.0
 # Wait after a connection to an execute agent was cut: it may still be busy (contract section 1).
-CUT_HOLD_S = 5.0
+CUT_BUSY_S = 5.0
 # Seconds between successful probes of a node.
 PROBE_AGAIN_S = 1.0
 # Time in which outcomes are gathered into one commit, while many requests are in flight.
@@ -184,7 +184,7 @@ HUNG_AFTER_S = 180.0
 # Limits of the settings that bound a claim and an execute agent's hold. A stored time further ahead than that
 # comes from a clock that was wrong, and counts as over.
 MAX_CLAIM_TTL_S, MAX_CONNECT_TIMEOUT_S, MAX_REQUEST_TIMEOUT_S = 3600, 600, 3600
-MAX_HOLD_S = float(MAX_CONNECT_TIMEOUT_S + MAX_REQUEST_TIMEOUT_S)
+MAX_BUSY_S = float(MAX_CONNECT_TIMEOUT_S + MAX_REQUEST_TIMEOUT_S)
 # Versions left out after a failover, which may have lost releases.
 VERSIONS_SKIPPED = 1000
 # Highest version that a person may name: a slip must not use up all versions.
@@ -252,19 +252,19 @@ class AgentError(Exception):
     reached: the agent may have got the request.
     hold_s: seconds for which an execute agent may still be busy with it.
     final: trying again does not help.
-    is_held: releasectl did not send the request; this says nothing about the agent.
+    is_not_sent: releasectl did not send the request; this says nothing about the agent.
     is_refusal: the answer says that nothing was done (429, 503, a redirect).
     """
 
     def __init__(self, kind: str, message: str, reached: bool, hold_s: float = 0.0, final: bool = False,
-                 detail: str = "", is_held: bool = False, is_refusal: bool = False):
+                 detail: str = "", is_not_sent: bool = False, is_refusal: bool = False):
         super().__init__(message)
         self.kind = kind
         self.message = message
         self.reached = reached
         self.hold_s = hold_s
         self.final = final
-        self.is_held = is_held
+        self.is_not_sent = is_not_sent
         self.is_refusal = is_refusal
         self.detail = detail or message
 
@@ -319,7 +319,7 @@ def epoch_of(text: str) -> float:
     return moment.timestamp()
 
 
-def _printable(char: str, keep_lines: bool) -> str:
+def printable(char: str, keep_lines: bool) -> str:
     if keep_lines and char == "\n":
         return char
     # Cc control, Cf format (bidi overrides), Cs lone surrogate, Zl and Zp line separators
@@ -331,7 +331,7 @@ def one_line(text: object, max_chars: int = MAX_MESSAGE_CHARS) -> str:
     # an agent's text may be long: examine only what can be part of the result
     line = str(text)[: 16 * max_chars]
     if not line.isprintable():
-        line = "".join(_printable(c, False) for c in line)
+        line = "".join(printable(c, False) for c in line)
     line = " ".join(line.split())
     return line if len(line) <= max_chars else line[: max_chars - 3].rstrip() + "..."
 
@@ -343,7 +343,7 @@ def is_utf8(text: str) -> bool:
 
 def detail_text(text: object) -> str:
     """Return any text as an event's detail: printable, lines kept, at most 4 KiB of UTF-8."""
-    clean = "".join(_printable(c, True) for c in str(text)[:MAX_DETAIL_BYTES]).strip()
+    clean = "".join(printable(c, True) for c in str(text)[:MAX_DETAIL_BYTES]).strip()
     return clean.encode()[:MAX_DETAIL_BYTES].decode(errors="ignore")
 
 
@@ -820,7 +820,7 @@ def _read_database_url(path: str) -> str:
         mode = os.stat(path).st_mode
         text = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"DATABASE_URL_FILE={path} can't be read: {_os_reason(error)}") from None
+        raise ConfigError(f"DATABASE_URL_FILE={path} can't be read: {os_reason(error)}") from None
     if mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise ConfigError(f"DATABASE_URL_FILE={path} is open to others: chmod o-rwx,g-w it (its group may read it)")
     if not text or not text.isprintable():
@@ -832,7 +832,7 @@ def _read_config_file(path: str) -> Iterator[tuple[str, str]]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--config {path} can't be read: {_os_reason(error)}") from None
+        raise ConfigError(f"--config {path} can't be read: {os_reason(error)}") from None
     names = [s.name for s in SETTINGS]
     seen = set()
     for number, line in enumerate(lines, 1):
@@ -859,7 +859,7 @@ def _read_config_file(path: str) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
-def _os_reason(error: Exception) -> str:
+def os_reason(error: Exception) -> str:
     """Return the system's text for an error, without number and file name."""
     if isinstance(error, UnicodeError):
         return "not UTF-8"
@@ -871,7 +871,7 @@ def read_beside(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"{file} can't be read ({_os_reason(error)}): it belongs beside releasectl.py") from None
+        raise ConfigError(f"{file} can't be read ({os_reason(error)}): it belongs beside releasectl.py") from None
 
 
 # ======================================================================================
@@ -913,12 +913,12 @@ def sync_folder(folder: str) -> None:
         os.close(handle)
 
 
-def _close(connection: Any) -> None:
+def close_quietly(connection: Any) -> None:
     with contextlib.suppress(Exception):  # a broken connection may refuse even that
         connection.close()
 
 
-class _Watch:
+class FileWatch:
     """A transaction that is open: a second handle of its socket, since and until when it may be, whether cut off."""
     __slots__ = ("is_cut", "since", "sock", "until")
 
@@ -937,17 +937,17 @@ class _Guard:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._watches: set[_Watch] = set()
+        self._watches: set[FileWatch] = set()
         self._thread: threading.Thread | None = None
         self._end_at = float("inf")
 
-    def begin(self, connection: Any, limit_s: float) -> _Watch:
+    def begin(self, connection: Any, limit_s: float) -> FileWatch:
         """Watch over a connection until end()."""
         sock = None
         with contextlib.suppress(Exception):  # one that is closed already fails by itself
             handle = connection._usock if hasattr(connection, "_usock") else connection  # noqa: SLF001 - pg8000
             sock = socket.fromfd(handle.fileno(), socket.AF_INET, socket.SOCK_STREAM)
-        watch = _Watch(sock, limit_s)
+        watch = FileWatch(sock, limit_s)
         with self._lock:
             self._watches.add(watch)
             if self._thread is None:
@@ -957,7 +957,7 @@ class _Guard:
                     self._thread = thread
         return watch
 
-    def end(self, watch: _Watch) -> None:
+    def end(self, watch: FileWatch) -> None:
         """Watch no longer."""
         with self._lock:
             self._watches.discard(watch)
@@ -991,7 +991,7 @@ class _Guard:
                     self._thread = None
 
 
-class _Turns:
+class ConnectionTurns:
     """So many at a time; who comes later waits in turn."""
 
     def __init__(self, count: int):
@@ -1023,7 +1023,7 @@ class _Turns:
                 self._free += 1
 
 
-def _inode(path: str) -> int:
+def inode_of(path: str) -> int:
     try:
         return os.stat(path).st_ino
     except OSError:
@@ -1084,7 +1084,7 @@ class SqliteEngine:
             found = os.stat(self.path)
         except OSError:
             return None
-        return (found.st_dev, found.st_ino, found.st_nlink > 1, *map(_inode, self._side_files()))
+        return (found.st_dev, found.st_ino, found.st_nlink > 1, *map(inode_of, self._side_files()))
 
     def _side_files(self) -> tuple[str, str]:
         path = os.path.realpath(self.path)
@@ -1148,7 +1148,7 @@ class SqliteEngine:
             return connection
         except (sqlite3.Error, OSError) as error:
             if connection:
-                _close(connection)
+                close_quietly(connection)
             raise DatabaseError(self.explain(error)) from None
 
     def _make_file(self) -> None:
@@ -1172,7 +1172,7 @@ class SqliteEngine:
     def explain(self, error: Exception) -> str:
         """Gives one line: what is wrong with the file and what would mend it."""
         if isinstance(error, OSError):
-            return f"{self} can't be made: {_os_reason(error)}"
+            return f"{self} can't be made: {os_reason(error)}"
         text = str(error)
         if "not a database" in text:
             return f"{self} is not an SQLite file"
@@ -1192,7 +1192,7 @@ class SqliteEngine:
         Others read and write meanwhile. The file has its name only when it is whole and on the disk.
         """
         if os.path.lexists(path):
-            raise AppError(3002, f"{path} exists already: name another file")
+            raise AppError(EXISTS, f"{path} exists already: name another file")
         folder, temporary = os.path.dirname(os.path.abspath(path)), ""
         source = self.connect(create=False)
         try:
@@ -1204,9 +1204,9 @@ class SqliteEngine:
             os.rename(temporary, path)
             sync_folder(folder)
         except (sqlite3.Error, OSError) as error:
-            raise DatabaseError(f"{self} could not be copied to {path}: {_os_reason(error)}") from None
+            raise DatabaseError(f"{self} could not be copied to {path}: {os_reason(error)}") from None
         finally:
-            _close(source)
+            close_quietly(source)
             with contextlib.suppress(OSError):  # it has its name by now
                 os.unlink(temporary)
         return os.path.getsize(path)
@@ -1223,7 +1223,7 @@ class SqliteEngine:
             if found != "ok":
                 raise sqlite3.DatabaseError(f"the copy is not sound: {one_line(found)}")
         finally:
-            _close(target)
+            close_quietly(target)
 
     @staticmethod
     def is_stale(_error: Exception) -> bool:
@@ -1292,7 +1292,7 @@ class PostgresEngine:
 
     def __init__(self, url: str):
         self.url = url
-        self.driver = _load_postgres_driver()
+        self.driver = load_postgres_driver()
         self.error = (self.driver.Error, OSError)  # pg8000 lets the socket's errors through
         try:
             self.parts = parse_postgres_url(url)
@@ -1334,11 +1334,11 @@ class PostgresEngine:
             return connection
         except AppError:
             if connection is not None:
-                _close(connection)
+                close_quietly(connection)
             raise
         except Exception as error:  # a driver raises its own errors, OSError and ssl.SSLError here
             if connection is not None:
-                _close(connection)
+                close_quietly(connection)
             raise DatabaseError(self.explain(error)) from None
 
     def refuse_server(self, version: str, encoding: str) -> None:
@@ -1371,7 +1371,7 @@ class PostgresEngine:
             "host": host or "localhost", "port": port}
         connection = self.driver.connect(
             user=user or getpass.getuser(), password=password or os.environ.get("PGPASSWORD"), database=name or None,
-            timeout=timeout_s, ssl_context=_pg8000_tls(query),
+            timeout=timeout_s, ssl_context=pg8000_tls(query),
             application_name=query.get("application_name", "releasectl"), **place)
         connection._usock.settimeout(40)  # noqa: SLF001 - it has one for connecting and for all that follows
         return connection
@@ -1391,7 +1391,7 @@ class PostgresEngine:
 
     def explain(self, error: Exception) -> str:
         """Gives one line: what the server or the driver said, without the password."""
-        state = _sqlstate(error)
+        state = sqlstate_of(error)
         if state in ("25006", "0A000"):
             return (f"{self} is a standby, or read-only: put all hosts into DATABASE_URL and add "
                     "target_session_attrs=read-write (psycopg or psycopg2)")
@@ -1406,13 +1406,13 @@ class PostgresEngine:
 
     def is_data_error(self, error: Exception) -> bool:
         """Say whether a value was refused, whatever the state of the server: SQLSTATE 22 and 54, or the driver."""
-        return isinstance(error, (ValueError, OverflowError)) or _sqlstate(error)[:2] in ("22", "54") or (
-            isinstance(error, self.driver.DataError) and not _sqlstate(error))
+        return isinstance(error, (ValueError, OverflowError)) or sqlstate_of(error)[:2] in ("22", "54") or (
+            isinstance(error, self.driver.DataError) and not sqlstate_of(error))
 
     @staticmethod
     def is_stale(error: Exception) -> bool:
         """Says whether BEGIN failed for the connection's sake, and not after waiting for a lock."""
-        return _sqlstate(error) != LOCK_NOT_AVAILABLE
+        return sqlstate_of(error) != LOCK_NOT_AVAILABLE
 
     @staticmethod
     @functools.lru_cache(maxsize=512)
@@ -1436,7 +1436,7 @@ def _pg8000_fields(error: Exception) -> Mapping[str, str]:
     return error.args[0] if error.args and isinstance(error.args[0], dict) else {}
 
 
-def _sqlstate(error: Exception) -> str:
+def sqlstate_of(error: Exception) -> str:
     """Return the SQLSTATE of an error of any driver, "" for none."""
     return str(getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
                or _pg8000_fields(error).get("C") or "")
@@ -1449,7 +1449,7 @@ def _pg8000_options(query: Mapping[str, str]) -> None:
         raise ConfigError(f"DATABASE_URL: pg8000 does not take {unknown[0]}: install psycopg, or leave it out")
 
 
-def _pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
+def pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
     """Gives what libpq's sslmode and sslrootcert mean, for the driver that does not know them."""
     mode = query.get("sslmode", "prefer")
     if mode in ("disable", "allow", "prefer"):
@@ -1462,7 +1462,7 @@ def _pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
     return context
 
 
-def _load_postgres_driver() -> Any:
+def load_postgres_driver() -> Any:
     """Gives the first driver found. RELEASECTL_PG_DRIVER picks one in tests."""
     wanted = os.environ.get("RELEASECTL_PG_DRIVER", "")
     if wanted in ("", "psycopg"):
@@ -1537,7 +1537,7 @@ class Database:
     def __init__(self, url: str):
         """Takes a sqlite:/// or postgresql:// URL; connects to nothing yet."""
         self.engine = SqliteEngine(url) if url.startswith("sqlite:") else PostgresEngine(url)
-        self._turns = _Turns(self.engine.max_connections)
+        self._turns = ConnectionTurns(self.engine.max_connections)
         # All connections that are open are to what had this identity; changed tells of one that was given back.
         self._idle: list[Any] = []
         self._in_use = 0
@@ -1553,7 +1553,7 @@ class Database:
         """Closes the idle connections."""
         with self._changed:
             while self._idle:
-                _close(self._idle.pop())
+                close_quietly(self._idle.pop())
 
     def end_within(self, seconds: float) -> None:
         """Cut off what is open after so many seconds, also in a server that hangs: the process ends."""
@@ -1601,17 +1601,17 @@ class Database:
         for deed in tx.afterwards:
             deed()
 
-    def _explain(self, error: BaseException, watch: _Watch | None) -> str:
+    def _explain(self, error: BaseException, watch: FileWatch | None) -> str:
         if watch is not None and watch.is_cut:
             return (f"{self}: no answer for {time.monotonic() - watch.since:.0f} s, so the connection was cut: the "
                     "server hangs, or a commit waits for a synchronous standby")
         return self.engine.explain(cast(Exception, error))
 
-    def _unwatch(self, watch: _Watch | None) -> None:
+    def _unwatch(self, watch: FileWatch | None) -> None:
         if watch is not None and isinstance(self.engine, PostgresEngine):
             self.engine.guard.end(watch)
 
-    def _begin(self, write: bool, create: bool, limit_s: float) -> tuple[Any, _Watch | None]:
+    def _begin(self, write: bool, create: bool, limit_s: float) -> tuple[Any, FileWatch | None]:
         statement = self.engine.begin_write if write else self.engine.begin_read
         while True:
             connection, pooled = self._take(create)
@@ -1625,7 +1625,7 @@ class Database:
                 self._unwatch(watch)
                 if is_cut or not (pooled and self.engine.is_stale(error)):
                     text = self._explain(error, watch) + self._lock_holder(error)
-                    if watch is not None and not is_cut and _sqlstate(error) in ("", PROTOCOL_VIOLATION):
+                    if watch is not None and not is_cut and sqlstate_of(error) in ("", PROTOCOL_VIOLATION):
                         text += TAKES_NO_TRANSACTION
                     raise DatabaseError(text) from error
             except BaseException as error:
@@ -1637,7 +1637,7 @@ class Database:
 
     def _lock_holder(self, error: Exception) -> str:
         """Return who holds the writers' lock, after an error of waiting for it; "" where that can't be told."""
-        if not isinstance(self.engine, PostgresEngine) or _sqlstate(error) != LOCK_NOT_AVAILABLE:
+        if not isinstance(self.engine, PostgresEngine) or sqlstate_of(error) != LOCK_NOT_AVAILABLE:
             return ""
         with contextlib.suppress(Exception), self.transaction() as tx:
             found = tx.row(self.engine.holder_sql)
@@ -1688,7 +1688,7 @@ class Database:
                       self.engine.keep_aside())
             self._identity = "left"  # told once
         while self._idle:
-            _close(self._idle.pop())
+            close_quietly(self._idle.pop())
         if not self._changed.wait_for(lambda: not self._in_use or self._identity == self.engine.identity(),
                                       BUSY_TIMEOUT_S):
             raise DatabaseError(f"{self}: its files were removed or replaced while a transaction is open")
@@ -1705,13 +1705,13 @@ class Database:
             if self._identity == self.engine.identity() and len(self._idle) < MAX_IDLE_DB_CONNECTIONS:
                 self._idle.append(connection)
             else:
-                _close(connection)  # within: who looks at the files then finds them as the last one has left them
+                close_quietly(connection)  # within the guard: the next reader finds the files as the last one left them
             self._left()
         self._turns.give_back()
 
     def _give_up(self, connection: Any) -> None:
         with self._changed:
-            _close(connection)
+            close_quietly(connection)
             self._left()
         self._turns.give_back()
 
@@ -1935,7 +1935,7 @@ class ReleaseNode(NamedTuple):
     # The agent's last answer was that it has the task.
     is_at_work: bool = False
     # The agent's message of success, while that is verified.
-    agent_said: str = ""
+    agent_message: str = ""
     polls: int = 0
     # When what its answers cost us is made up for: see observe().
     paid_at: float = 0.0
@@ -1944,7 +1944,7 @@ class ReleaseNode(NamedTuple):
     # Successful probes in a row.
     passes: int = 0
     # The re-verification at the end of the soak is done.
-    is_looked_at: bool = False
+    is_reverified: bool = False
     # Failed tries in a row, with kind and message of the last one.
     errors: int = 0
     last_kind: str = ""
@@ -2049,12 +2049,12 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         """Return the plan as a line for the event."""
-        limits = f"at most {_words(self.max_failed)} failed" + (
+        limits = f"at most {in_words(self.max_failed)} failed" + (
             "" if self.max_failed_total is None else f", {self.max_failed_total} in all")
-        return f"batches of {_words([len(batch) for batch in self.batches])}; {limits}"
+        return f"batches of {in_words([len(batch) for batch in self.batches])}; {limits}"
 
 
-def _words(numbers: Sequence[int]) -> str:
+def in_words(numbers: Sequence[int]) -> str:
     """Return '1, 5, 44', of a long list only the beginning."""
     return ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
 
@@ -2071,7 +2071,7 @@ def parse_address(text: object) -> str:
             if "%" not in text:
                 address = plain_address(ipaddress.ip_address(text))
                 if fault := address_fault(address):
-                    raise AppError(2003, f"mainIp {address} {fault}: name the node's own address")
+                    raise AppError(INVALID, f"mainIp {address} {fault}: name the node's own address")
                 return str(address)
         labels = text.split(".")
         if len(text) <= 253 and all(map(HOST_LABEL.fullmatch, labels)) and not NUMBER_LABEL.fullmatch(labels[-1]):
@@ -2195,7 +2195,7 @@ def _batch_numbers(value: Any) -> tuple[int, ...] | str:
     return tuple(map(_BATCH_NUMBERS.from_json, value))
 
 
-def _end_of_failing(value: Any) -> str:
+def _on_exceed(value: Any) -> str:
     if value not in (FAIL, PAUSE):
         raise ValueError(f'must be "{FAIL}" or "{PAUSE}"')
     return str(value)
@@ -2274,7 +2274,7 @@ STRATEGY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = 
     "soakSec": ("soak_s", *Range(0, 604800, float).json),
     "pauseAfter": ("pause_after", _batch_numbers, {"oneOf": [
         {"type": "array", "maxItems": MAX_BATCHES, "items": _BATCH_NUMBERS.schema}, {"const": EACH}]}),
-    "onExceed": ("on_exceed", _end_of_failing, {"type": "string", "enum": [FAIL, PAUSE]}),
+    "onExceed": ("on_exceed", _on_exceed, {"type": "string", "enum": [FAIL, PAUSE]}),
     "nodeDeadlineSec": ("node_deadline_s", *Range(1, 604800, float).json),
     "retries": ("retries", *Range(0, 100).json),
     "startAt": ("start_at", parse_time, {"type": "string", "format": "date-time"}),
@@ -2308,7 +2308,7 @@ def parse_strategy(value: object) -> Strategy:
         raise AppError(INVALID, f"strategy: {error}") from None
 
 
-def in_numbers(share: int | str, whole: int) -> int:
+def resolve_share(share: int | str, whole: int) -> int:
     """Return an integer as it is, "N%" as that share of whole, rounded down: "10%" of 19 is 1."""
     return share if isinstance(share, int) else whole * int(share[:-1]) // 100
 
@@ -2320,7 +2320,7 @@ def plan_batches(node_ids: Sequence[int], sizes: Sequence[int | str] = NO_STRATE
     """
     batches, start = [], 0
     for size in (*sizes, len(node_ids)):
-        end = start + max(1, in_numbers(size, len(node_ids)))
+        end = start + max(1, resolve_share(size, len(node_ids)))
         batches.append(list(node_ids[start:end]))
         start = end
     return [batch for batch in batches if batch]
@@ -2336,8 +2336,8 @@ def make_plan(strategy: Strategy, node_ids: Sequence[int], left_out: Sequence[Le
     beyond = [] if strategy.pause_after == EACH else [n for n in strategy.pause_after if int(n) > len(batches)]
     if beyond:
         raise AppError(INVALID, f"strategy: pauseAfter names batch {beyond[0]}, and there are {len(batches)}")
-    total = None if strategy.max_failed_total is None else in_numbers(strategy.max_failed_total, len(node_ids))
-    limits = [in_numbers(strategy.max_failed, len(batch)) + len(tolerated.intersection(batch))
+    total = None if strategy.max_failed_total is None else resolve_share(strategy.max_failed_total, len(node_ids))
+    limits = [resolve_share(strategy.max_failed, len(batch)) + len(tolerated.intersection(batch))
               for batch in batches]
     return Plan(strategy, batches, limits, total, list(left_out), tolerated=tolerated)
 
@@ -2362,7 +2362,7 @@ def choose_nodes(nodes: Sequence[Node], request: ReleaseRequest) -> tuple[list[N
     chosen = [node for node in nodes if node.gets_releases]
     if not chosen:
         raise AppError(WRONG_STATE, _why_no_nodes(everything, nodes, request.labels or {}))
-    return chosen, who_is_left_out(nodes)
+    return chosen, left_out_nodes(nodes)
 
 
 def _why_no_nodes(nodes: Sequence[Node], matching: Sequence[Node], labels: Mapping[str, str]) -> str:
@@ -2374,7 +2374,7 @@ def _why_no_nodes(nodes: Sequence[Node], matching: Sequence[Node], labels: Mappi
     return f"no node matches {wanted} (values of {values})"
 
 
-def who_is_left_out(nodes: Iterable[Node]) -> list[LeftOut]:
+def left_out_nodes(nodes: Iterable[Node]) -> list[LeftOut]:
     """Return those of the nodes that get no releases now, and why."""
     return [LeftOut(node.id, node.name, node.condition) for node in nodes if not node.gets_releases]
 
@@ -2515,7 +2515,7 @@ class Policy(NamedTuple):
             probes=strategy.verify.successes if strategy.verify else 0)
 
 
-class Roster:
+class NodeIndex:
     """The nodes of a release, indexed by what a decision needs.
 
     A release of ten thousand nodes has a thousand decisions: each examines only the nodes at work.
@@ -2554,9 +2554,9 @@ class Roster:
         """Return a node by its id, or None."""
         return self._nodes.get(node_id)
 
-    def copy(self) -> Roster:
+    def copy(self) -> NodeIndex:
         """Return an independent copy."""
-        other = Roster.__new__(Roster)
+        other = NodeIndex.__new__(NodeIndex)
         other._nodes, other.sizes, other._open = self._nodes.copy(), self.sizes, self._open.copy()
         other.of, other._batches = {status: found.copy() for status, found in self.of.items()}, self._batches
         other.twins, other.highest_sent = self.twins, self.highest_sent
@@ -2595,9 +2595,9 @@ class Roster:
         found = bisect.bisect_left(self._batches, batch)
         return self._batches[found - 1] if found else 0
 
-    def looked_at_again(self, batch: int) -> list[ReleaseNode]:
+    def to_reverify(self, batch: int) -> list[ReleaseNode]:
         """Return the nodes of a batch that are still to be re-verified at the end of its soak."""
-        return [n for n in self.of[SUCCESS].values() if n.batch == batch and not n.is_looked_at]
+        return [n for n in self.of[SUCCESS].values() if n.batch == batch and not n.is_reverified]
 
 
 class Freeze(NamedTuple):
@@ -2623,7 +2623,7 @@ class Stage(NamedTuple):
     # Somebody must resume it first.
     pauses: bool = False
     # The batch that is re-verified now, or 0.
-    looks_at: int = 0
+    reverifies: int = 0
 
 
 # ======================================================================================
@@ -2631,7 +2631,7 @@ class Stage(NamedTuple):
 #   Pure; uses 1, 2 and 5.
 # ======================================================================================
 
-def first_failed(nodes: Roster) -> ReleaseNode | None:
+def first_failed(nodes: NodeIndex) -> ReleaseNode | None:
     """Return the node that failed first; of two at once the lower id."""
     return min(nodes.of[FAILED].values(), key=lambda n: (n.finished_at or "", n.node_id), default=None)
 
@@ -2646,7 +2646,7 @@ class Situation(NamedTuple):
     """What a decision and a status text depend on."""
     release: Release
     # All nodes of the release.
-    nodes: Roster
+    nodes: NodeIndex
     now: Moment
     policy: Policy
     strategy: Strategy = NO_STRATEGY
@@ -2695,11 +2695,11 @@ def describe(status: str, situation: Situation) -> str:
     return one_line(_progress(situation, waiting))
 
 
-def _failures(nodes: Roster, strategy: Strategy) -> str:
+def _failures(nodes: NodeIndex, strategy: Strategy) -> str:
     """Return 'finished with 37 failures (limit 41): 17 agent_failed, 20 timeout'."""
     failed = nodes.of[FAILED].values()
     limit = (f"{strategy.max_failed} in a batch" if strategy.max_failed_total is None
-             else str(in_numbers(strategy.max_failed_total, len(nodes))))
+             else str(resolve_share(strategy.max_failed_total, len(nodes))))
     accepted = sum(bool(n.accepted) for n in failed)
     kinds = collections.Counter(n.error_kind or "other" for n in failed).most_common()
     return (f"finished with {len(failed)} failure{'' if len(failed) == 1 else 's'} (limit {limit}"
@@ -2738,9 +2738,9 @@ def _progress(situation: Situation, waiting: str) -> str:
         return NO_NODES
     if freeze.frozen:
         return f"frozen: {freeze.reason}" + (f"; {waiting}" if waiting else "")
-    if stage.looks_at:
-        return (f"verifying batch {stage.looks_at} after its soak: waiting for "
-                + _names(nodes.looked_at_again(stage.looks_at)))
+    if stage.reverifies:
+        return (f"verifying batch {stage.reverifies} after its soak: waiting for "
+                + _names(nodes.to_reverify(stage.reverifies)))
     batch = nodes.batch
     if stage.soak_left_s:
         return f"soaking after batch {nodes.batch_before(batch)} until {stage.soak_until}"
@@ -2780,7 +2780,7 @@ def _names(nodes: Collection[ReleaseNode]) -> str:
 #
 #   A driver updates its nodes with outcomes by observe(), gets what follows from decide(),
 #   commits that, and only then sends. decide() compares what is with what should be, so a
-#   restart needs no path of its own: adopt() restores a node that was found running.
+#   restart needs no path of its own: recover() restores a node that was found running.
 #   Every change of a status is a row of RELEASE_TRANSITIONS or NODE_TRANSITIONS.
 # ======================================================================================
 
@@ -2812,7 +2812,7 @@ UNKNOWN = "unknown"     # the agent does not know the task
 UNSENT = "unsent"       # the request never reached the agent
 LOST = "lost"           # the request may have reached the agent, no answer came
 UNCLEAR = "unclear"     # an answer that can't be used: 429, 5xx, nonsense
-HELD = "held"           # releasectl did not send it; this says nothing about the agent
+NOT_SENT = "held"           # releasectl did not send it; this says nothing about the agent
 
 
 class Outcome(NamedTuple):
@@ -2863,7 +2863,7 @@ def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) ->
 
 
 def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
-    if outcome.result == HELD:
+    if outcome.result == NOT_SENT:
         return node._replace(in_flight=False, due=now.elapsed)
     if outcome.op == PROBE and outcome.result == SUCCESS:
         return _observe_pass(node, now, policy)
@@ -2873,7 +2873,7 @@ def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -
             FAILED, REJECTED, f"the agent is already at version {outcome.applied}", detail_text(outcome.detail)))
     if outcome.result == SUCCESS and policy.probes:
         return node._replace(in_flight=False, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True,
-                             agent_said=detail_text(outcome.detail))
+                             agent_message=detail_text(outcome.detail))
     if outcome.result == SUCCESS:
         return node._replace(in_flight=False, verdict=Verdict(SUCCESS, detail=detail_text(outcome.detail)))
     if outcome.result == FAILED:
@@ -2902,8 +2902,8 @@ def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode
     if node.passes < policy.probes:
         return node._replace(due=now.elapsed + PROBE_AGAIN_S)
     if node.status == SUCCESS:
-        return node._replace(next_op="", is_looked_at=True)
-    return node._replace(verdict=Verdict(SUCCESS, detail=node.agent_said))
+        return node._replace(next_op="", is_reverified=True)
+    return node._replace(verdict=Verdict(SUCCESS, detail=node.agent_message))
 
 
 def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
@@ -2951,7 +2951,7 @@ def held_s(holds: Iterable[Hold], since: float, until: float) -> float:
     return sum(max(0.0, min(hold.until, until) - max(hold.since, since)) for hold in holds)
 
 
-def adopt(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = (),
+def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = (),
           quiet_s: float = 0.0) -> ReleaseNode:
     """Return a node for a new owner of its release (rule 9): ask first, or wait and repeat.
 
@@ -2974,7 +2974,7 @@ def adopt(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] 
     return node._replace(next_op=DISPATCH, due=now.elapsed + busy_s)
 
 
-def kept_from_dispatch(nodes: Roster, passed_s: float) -> list[ReleaseNode]:
+def kept_from_dispatch(nodes: NodeIndex, passed_s: float) -> list[ReleaseNode]:
     """Return the nodes whose deadline is extended because a pause or a freeze delayed their dispatch.
 
     A node whose agent is at work keeps its deadline (section 7). Until the agent says so, a node that is being asked
@@ -3012,7 +3012,7 @@ class Decision(NamedTuple):
     # When to decide again without a new outcome, by Clock.elapsed().
     wake_at: float
     # All nodes after the changes.
-    nodes: Roster
+    nodes: NodeIndex
     passed_batch: int = 0
     soak_until: str | None = None
     soak_clock: str = ""
@@ -3025,7 +3025,7 @@ class Decision(NamedTuple):
         return self._replace(changes=changes, status_reason=_in_ascii(self.status_reason),
                              error_msg=_in_ascii(self.error_msg))
 
-    def changes_more_than_words(self, release: Release) -> bool:
+    def must_commit(self, release: Release) -> bool:
         """Return whether to commit at once; a new status_reason alone can wait."""
         return bool(self.changes) or (self.status, self.passed_batch, self.soak_clock) != (
             release.status, release.passed_batch, release.soak_clock)
@@ -3035,7 +3035,7 @@ def _in_ascii(text: str, max_chars: int = MAX_MESSAGE_CHARS) -> str:
     return one_line(text.encode("ascii", "backslashreplace").decode(), max_chars)
 
 
-def stage_of(release: Release, nodes: Roster, now: Moment, strategy: Strategy) -> Stage:
+def stage_of(release: Release, nodes: NodeIndex, now: Moment, strategy: Strategy) -> Stage:
     """Return where a release is between the batch that is done and the next one (contract section 7).
 
         batch at rest  ->  soak  ->  re-verification  ->  pause  ->  next batch
@@ -3051,8 +3051,8 @@ def stage_of(release: Release, nodes: Roster, now: Moment, strategy: Strategy) -
         soak = _soak_of(release, now, strategy)
         if soak.soak_left_s:
             return soak
-        if strategy.verify and nodes.looked_at_again(before):
-            return soak._replace(looks_at=before)
+        if strategy.verify and nodes.to_reverify(before):
+            return soak._replace(reverifies=before)
     if strategy.pauses_after(before):
         return Stage(0, before, pauses=True)
     return Stage(batch, before)
@@ -3119,7 +3119,7 @@ def _slots_for_dispatches(situation: Situation) -> int:
     return situation.slots - min(waiting, situation.slots // 2)
 
 
-def _apply(nodes: Roster, changes: Iterable[NodeChange]) -> list[NodeChange]:
+def _apply(nodes: NodeIndex, changes: Iterable[NodeChange]) -> list[NodeChange]:
     """Make the changes and return them."""
     applied = list(changes)
     for change in applied:
@@ -3128,25 +3128,25 @@ def _apply(nodes: Roster, changes: Iterable[NodeChange]) -> list[NodeChange]:
     return applied
 
 
-def _ended(nodes: Roster, now: Moment, policy: Policy, strategy: Strategy) -> list[NodeChange]:
+def _ended(nodes: NodeIndex, now: Moment, policy: Policy, strategy: Strategy) -> list[NodeChange]:
     """Return the ends of running nodes, and of successful ones that are re-verified."""
     again = nodes.of[SUCCESS].values() if strategy.verify else ()
     return list(filter(None, [_end_node(n, now, policy) for n in (*nodes.of[RUNNING].values(), *again)]))
 
 
-def _renamed(nodes: Roster) -> list[NodeChange]:
+def _renamed(nodes: NodeIndex) -> list[NodeChange]:
     """Return the nodes whose agent named another task id than ours, which the row has."""
     return [NodeChange(n._replace(task_id=""), n._replace(is_renamed=False))
             for n in nodes.of[RUNNING].values() if n.is_renamed]
 
 
-def _unsent(nodes: Roster) -> list[NodeChange]:
+def _unsent(nodes: NodeIndex) -> list[NodeChange]:
     """Return the nodes whose request is known not to have reached the agent, for the next owner."""
     return [NodeChange(n, n._replace(stored_reached=0)) for n in nodes.of[RUNNING].values()
             if n.stored_reached and not n.reached and not n.in_flight]
 
 
-def _surpassed(release: Release, nodes: Roster, now: Moment) -> list[NodeChange]:
+def _surpassed(release: Release, nodes: NodeIndex, now: Moment) -> list[NodeChange]:
     """Return the ends of nodes to be dispatched that have a higher version already (rule 2).
 
     Their agents would answer "success" and do nothing.
@@ -3160,12 +3160,12 @@ def _surpassed(release: Release, nodes: Roster, now: Moment) -> list[NodeChange]
             for n in due]
 
 
-def _awaited(nodes: Roster, stage: Stage, now: Moment, policy: Policy) -> list[ReleaseNode]:
+def _awaited(nodes: NodeIndex, stage: Stage, now: Moment, policy: Policy) -> list[ReleaseNode]:
     """Return the running nodes, and those to be re-verified.
 
     A re-verification has the deadline of a node, from its first probe on.
     """
-    again = nodes.looked_at_again(stage.looks_at) if stage.looks_at else ()
+    again = nodes.to_reverify(stage.reverifies) if stage.reverifies else ()
     return [*nodes.of[RUNNING].values(), *(
         n if n.next_op == PROBE else n._replace(next_op=PROBE, deadline=now.elapsed + policy.node_deadline_s)
         for n in again)]
@@ -3219,7 +3219,7 @@ def _fail(node: ReleaseNode, kind: str, message: str, now: Moment, hold_s: float
     return _at_rest(node, Verdict(FAILED, kind, one_line(message), detail_text(message), hold_s), now)
 
 
-def force_end(nodes: Roster, now: Moment) -> list[NodeChange]:
+def force_end(nodes: NodeIndex, now: Moment) -> list[NodeChange]:
     """End all nodes of a release that is cancelled by force, and return the changes."""
     changes = [_abandon(n, "cancelled by force while it was in flight", now) if n.status == RUNNING
                else _close_node(n, now) for n in nodes.open]
@@ -3242,18 +3242,18 @@ def _hold_for(seconds: float, now: Moment) -> tuple[str, str]:
     return utc_text(now.wall + seconds), now.clock_mark(seconds)
 
 
-def exceeded_limit(nodes: Roster, strategy: Strategy) -> str:
+def exceeded_limit(nodes: NodeIndex, strategy: Strategy) -> str:
     """Return the limit that the failures exceed, "" when they are tolerated (rule 5, section 7).
 
     A share is of the batch's planned size, which is its number of rows.
     """
     failed = [n.batch for n in nodes.of[FAILED].values() if not n.accepted]
     for batch, count in sorted(collections.Counter(failed).items()):
-        most = in_numbers(strategy.max_failed, nodes.sizes[batch])
+        most = resolve_share(strategy.max_failed, nodes.sizes[batch])
         if count > most:
             return f"{count_of_nodes(count)} of batch {batch} failed, at most {most} may"
     if failed and strategy.max_failed_total is not None:
-        count, most = len(failed), in_numbers(strategy.max_failed_total, len(nodes))
+        count, most = len(failed), resolve_share(strategy.max_failed_total, len(nodes))
         if count > most:
             return f"{count_of_nodes(count)} failed in all, at most {most} may"
     return ""
@@ -3275,7 +3275,7 @@ def _next_status(situation: Situation) -> str:
     return SUCCESS if len(nodes.of[SUCCESS]) == len(nodes) else PARTIAL
 
 
-def _dispatches(release: Release, nodes: Roster, now: Moment, policy: Policy, strategy: Strategy, batch: int,
+def _dispatches(release: Release, nodes: NodeIndex, now: Moment, policy: Policy, strategy: Strategy, batch: int,
                 slots: int, busy: frozenset[Endpoint], asks_first: bool = False) -> list[NodeChange]:
     """Return the intents of the dispatches to send now: repetitions first, then the current batch."""
     running = nodes.of[RUNNING].values()
@@ -3289,7 +3289,7 @@ def _dispatches(release: Release, nodes: Roster, now: Moment, policy: Policy, st
     return [_intent(release, n, now, policy, asks_first) for n in (*ready, *fresh)[:max(0, slots)]]
 
 
-def _free(members: Iterable[ReleaseNode], nodes: Roster, busy: frozenset[Endpoint],
+def _free(members: Iterable[ReleaseNode], nodes: NodeIndex, busy: frozenset[Endpoint],
           now: Moment) -> Iterator[ReleaseNode]:
     """Return the members whose address has no task, of another release or of another row of this one."""
     if not busy and not nodes.twins:
@@ -3370,7 +3370,7 @@ def check_verb(verb: str, release: Release) -> None:
         raise AppError(WRONG_STATE, f"release {release.id} {is_now}; only {states} releases can be {VERBS[verb].past}")
 
 
-def check_resume(release: Release, nodes: Roster, strategy: Strategy, accepts: bool) -> None:
+def check_resume(release: Release, nodes: NodeIndex, strategy: Strategy, accepts: bool) -> None:
     """Raise AppError(WRONG_STATE) where failures must be accepted to resume, or can't be accepted."""
     exceeded = exceeded_limit(nodes, strategy)
     if exceeded and strategy.on_exceed == PAUSE and not accepts:
@@ -3639,7 +3639,7 @@ def node_values(node: Node, columns: Iterable[str] = _NODE_COLUMNS) -> dict[str,
     return values
 
 
-class Once(NamedTuple):
+class IdempotencyKey(NamedTuple):
     """A caller's Idempotency-Key, and the SHA-256 of what was asked with it."""
     actor: str
     key: str
@@ -3663,7 +3663,7 @@ class Made(NamedTuple):
     left_out: Sequence[LeftOut] = ()
 
 
-class Obstacles(NamedTuple):
+class DispatchBlockers(NamedTuple):
     """What may keep a release from its dispatches.
 
     busy: addresses that another release has in flight, or that may be at a lost request. moved_s: how many seconds
@@ -3891,7 +3891,7 @@ NODE_EVENTS = {RUNNING: "dispatched", SUCCESS: "succeeded", FAILED: "failed", SK
 MAX_TARGETS_COUNTED, OTHER = 50, "other"
 
 # An Idempotency-Key is kept for so long.
-ONCE_S = 86400.0
+IDEMPOTENCY_KEY_S = 86400.0
 
 # Nodes in one statement, up to three parameters each: SQLite 3.26 takes 999.
 NODES_PER_STATEMENT = 320
@@ -3962,7 +3962,7 @@ def read_release(tx: Transaction, release_id: int) -> Release:
     row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ?",
                  release_id) if release_id <= MAX_ID else None
     if row is None:
-        raise AppError(3001, f"release {release_id} does not exist")
+        raise AppError(NOT_FOUND, f"release {release_id} does not exist")
     return Release(*row)
 
 
@@ -4089,7 +4089,7 @@ def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseReque
         strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
     request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", stored_payload(old),
                              retry_of=old.id, strategy=strategy)
-    plan = make_plan(parse_strategy(strategy), node_ids, who_is_left_out(found))
+    plan = make_plan(parse_strategy(strategy), node_ids, left_out_nodes(found))
     return request, plan._replace(payload_of=(old.id, old.version)), nodes
 
 
@@ -4116,7 +4116,7 @@ def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRe
     request = ReleaseRequest(
         old.target, wish.reason or f"rollback of release {old.id} to the payload of version {good.version}",
         stored_payload(good), rollback_of=old.id, strategy=strategy)
-    plan = make_plan(parse_strategy(strategy), [node.id for node in nodes], who_is_left_out(found), planned,
+    plan = make_plan(parse_strategy(strategy), [node.id for node in nodes], left_out_nodes(found), planned,
                      frozenset(failed))
     return request, plan._replace(payload_of=(good.id, good.version)), nodes
 
@@ -4132,7 +4132,7 @@ def nodes_again(tx: Transaction, old: Release, where: str) -> list[Node]:
 def online_nodes(old: Release, found: Sequence[Node], what: str) -> list[Node]:
     nodes = [node for node in found if node.gets_releases]
     if not nodes:
-        raise AppError(3003, f"release {old.id} has no online nodes that were {what}")
+        raise AppError(WRONG_STATE, f"release {old.id} has no online nodes that were {what}")
     return nodes
 
 
@@ -4146,7 +4146,8 @@ def refuse_over_newer(tx: Transaction, verb: str, old: Release, nodes: Sequence[
             ORDER BY version DESC""", old.target, old.version):
         over = [names[node_id] for node_id in sorted(succeeded_nodes(tx, release_id) & names.keys())]
         if over:
-            raise AppError(3003, f"release {release_id} (v{version}) succeeded later on {names_of(over)}: {verb} "
+            raise AppError(WRONG_STATE,
+                           f"release {release_id} (v{version}) succeeded later on {names_of(over)}: {verb} "
                                  f"of release {old.id} would replace its payload; overNewer (--over-newer) if "
                                  "that is meant")
 
@@ -4168,9 +4169,9 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
         row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ? AND r.target = ?",
                      min(to_release, MAX_ID), old.target)
         if row is None:
-            raise AppError(2003, f"toRelease {to_release} is no release of target {old.target}")
+            raise AppError(INVALID, f"toRelease {to_release} is no release of target {old.target}")
         if digest_of(stored_payload(Release(*row))) == unwanted:
-            raise AppError(3003, f"release {to_release} has the same payload as release {old.id}: "
+            raise AppError(WRONG_STATE, f"release {to_release} has the same payload as release {old.id}: "
                                  "nothing would change")
         return Release(*row)
     bad = rolled_back(tx, old.target)
@@ -4190,7 +4191,7 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
         if not missing:
             break
     if not votes:
-        raise AppError(3003, f"nothing to roll back to: no release of target {old.target} before {old.id} "
+        raise AppError(WRONG_STATE, f"nothing to roll back to: no release of target {old.target} before {old.id} "
                              "succeeded on its nodes with another payload; toRelease (--to) names one")
     return read_release(tx, newest[max(votes, key=lambda digest: (votes[digest], newest[digest]))][1])
 
@@ -4223,7 +4224,7 @@ def stored_payload(release: Release) -> dict[str, Any]:
     try:
         return parse_payload(parse_json(release.payload))
     except (ValueError, AppError) as error:
-        raise AppError(3003, f"the payload of release {release.id} can't be used: {one_line(error)}") from None
+        raise AppError(WRONG_STATE, f"the payload of release {release.id} can't be used: {one_line(error)}") from None
 
 
 def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
@@ -4232,7 +4233,7 @@ def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
         strategy = parse_json(release.strategy)
         parse_strategy(strategy)
     except (ValueError, AppError) as error:
-        raise AppError(3003, f"the strategy of release {release.id} can't be used: {one_line(error)}") from None
+        raise AppError(WRONG_STATE, f"the strategy of release {release.id} can't be used: {one_line(error)}") from None
     return {key: value for key, value in strategy.items() if key not in without}
 
 
@@ -4296,7 +4297,7 @@ class DatabaseState:
                   UNION ALL SELECT lost_version FROM database_state) used""")
         version = int(max(highest or 0, release_id - 1, self.seen.version)) + 1
         if version > MAX_VERSION:
-            raise AppError(3003, f"the versions are used up: the newest is {MAX_VERSION}")
+            raise AppError(WRONG_STATE, f"the versions are used up: the newest is {MAX_VERSION}")
         return version
 
     def write_fall(self, tx: Transaction) -> None:
@@ -4494,7 +4495,7 @@ class Nodes:
         now, owners = self._state.now(), self._endpoints(tx)
         for row in rows:
             if tx.value("SELECT COUNT(*) FROM nodes WHERE name = ?", row[0]):
-                raise AppError(3002, f"node {row[0]} exists already")
+                raise AppError(EXISTS, f"node {row[0]} exists already")
             if row[5]:
                 self._refuse_twin(owners, row[0], row[1], row[2])
             tx.execute("""
@@ -4540,7 +4541,7 @@ class Nodes:
             node = self._node(tx, node_id)
             if changes.get("name", node.name) != node.name and tx.value(
                     "SELECT COUNT(*) FROM nodes WHERE name = ?", changes["name"]):
-                raise AppError(3002, f"node {changes['name']} exists already")
+                raise AppError(EXISTS, f"node {changes['name']} exists already")
             if any(changes.get(c, getattr(node, c)) != getattr(node, c)
                    for c in ("main_ip", "agent_port", "agent_protocol")):
                 self._refuse_in_use(tx, node)
@@ -4567,7 +4568,7 @@ class Nodes:
         """Raise AppError 3002 where another enabled node has this address; else note that it is taken now."""
         twin = owners.setdefault(endpoint_of(main_ip, port), name)
         if twin not in (name, known_as):
-            raise AppError(3002, f"node {twin} has the address {main_ip}:{port} already: one agent is one node")
+            raise AppError(EXISTS, f"node {twin} has the address {main_ip}:{port} already: one agent is one node")
 
     def delete(self, node_id: int, by: Who = PROGRAM) -> None:
         """Deletes a node; AppError 3003 when a release names it (the history is kept)."""
@@ -4575,7 +4576,7 @@ class Nodes:
             node = self._node(tx, node_id)
             release_id = tx.value("SELECT MAX(release_task_id) FROM release_task_nodes WHERE node_id = ?", node_id)
             if release_id is not None:
-                raise AppError(3003, f"node {node.name} is part of release {release_id}: disable it instead")
+                raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}: disable it instead")
             tx.execute("DELETE FROM nodes WHERE id = ?", node_id)
             self._audit.add(tx, by, "node.delete", f"node {node.name}", {"id": node.id, **node_values(node)})
 
@@ -4587,21 +4588,21 @@ class Nodes:
               AND EXISTS (SELECT 1 FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.node_id = ?)""",
                               node.id)
         if release_id is not None:
-            raise AppError(3003, f"node {node.name} is part of release {release_id}, which is not at its end: "
+            raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}, which is not at its end: "
                                  "its address, port and protocol stay until then")
 
     @staticmethod
     def _node(tx: Transaction, node_id: int) -> Node:
         row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE id = ?", node_id) if node_id <= MAX_ID else None
         if row is None:
-            raise AppError(3001, f"node {node_id} does not exist")
+            raise AppError(NOT_FOUND, f"node {node_id} does not exist")
         return Node(*row)
 
     @staticmethod
     def _node_by_name(tx: Transaction, name: str) -> Node:
         row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE name = ?", name)
         if row is None:
-            raise AppError(3001, f"node {one_line(name, 100)} does not exist")
+            raise AppError(NOT_FOUND, f"node {one_line(name, 100)} does not exist")
         return Node(*row)
 
 
@@ -4744,7 +4745,7 @@ class Releases:
             check_payload_version(request.payload, version)
             return self._plan(tx, request)[0]._replace(version=version)
 
-    def create(self, request: ReleaseRequest, actor: Who, once: Once | None = None) -> Made:
+    def create(self, request: ReleaseRequest, actor: Who, once: IdempotencyKey | None = None) -> Made:
         """Create a release for the nodes it asks for; return it, its batches and who is left out (rule 1).
 
         With once, what the key's first request made is returned again. Raise AppError 3003 without an
@@ -4755,7 +4756,7 @@ class Releases:
             return self._replay(tx, once) or self._remember(
                 tx, once, self._create(tx, actor, request, *self._plan(tx, request)))
 
-    def _remember(self, tx: Transaction, once: Once | None, made: Made) -> Made:
+    def _remember(self, tx: Transaction, once: IdempotencyKey | None, made: Made) -> Made:
         """Keep what a key made, for a day."""
         if once:
             tx.execute("INSERT INTO idempotency_keys (actor, idempotency_key, request_sha256, release_task_id, "
@@ -4763,17 +4764,18 @@ class Releases:
                        to_json(made.left_out))
         return made
 
-    def _replay(self, tx: Transaction, once: Once | None) -> Made | None:
+    def _replay(self, tx: Transaction, once: IdempotencyKey | None) -> Made | None:
         if once is None:
             return None
         # the index idempotency_keys_by_age
-        tx.execute("DELETE FROM idempotency_keys WHERE created_at < ?", utc_text(self._state.clock.wall() - ONCE_S))
+        tx.execute("DELETE FROM idempotency_keys WHERE created_at < ?",
+                   utc_text(self._state.clock.wall() - IDEMPOTENCY_KEY_S))
         row = tx.row("SELECT request_sha256, release_task_id, left_out FROM idempotency_keys "
                      "WHERE actor = ? AND idempotency_key = ?", once.actor, once.key)
         if row is None:
             return None
         if row[0] != once.request_sha256:
-            raise AppError(3002, f"Idempotency-Key {once.key} was used for another request, which made release "
+            raise AppError(EXISTS, f"Idempotency-Key {once.key} was used for another request, which made release "
                                  f"{row[1]}: take a new key")
         batches: dict[int, list[int]] = {}
         for batch, node_id in tx.rows("SELECT batch, node_id FROM release_task_nodes WHERE release_task_id = ? "
@@ -4781,7 +4783,7 @@ class Releases:
             batches.setdefault(batch, []).append(node_id)
         return Made(read_release(tx, row[1]), list(batches.values()), [LeftOut(*one) for one in parse_json(row[2])])
 
-    def retry(self, release_id: int, actor: Who, wish: Again = Again(), once: Once | None = None) -> Made:  # noqa: B008
+    def retry(self, release_id: int, actor: Who, wish: Again = Again(), once: IdempotencyKey | None = None) -> Made:  # noqa: B008
         """Create a release of the same payload for the nodes that were failed or skipped (rule 10).
 
         Raise AppError 3003 where the release's state, its payload or a newer success stands against it.
@@ -4789,7 +4791,7 @@ class Releases:
         return self._make_again("retry", release_id, actor, wish, once)
 
     def rollback(self, release_id: int, actor: Who, wish: Again = Again(),  # noqa: B008 - it has no state
-                 once: Once | None = None) -> Made:
+                 once: IdempotencyKey | None = None) -> Made:
         """Create a release that brings back, to the nodes that a release touched, what they had before (rule 10).
 
         It goes out in the old batches under the old limits, but waits for nothing and nobody; nodes that had
@@ -4805,7 +4807,7 @@ class Releases:
             release_id = tx.value(self._database.engine.next_release_id_sql)
             return plan._replace(version=self._state.next_version(tx, release_id))
 
-    def _make_again(self, verb: str, release_id: int, actor: Who, wish: Again, once: Once | None) -> Made:
+    def _make_again(self, verb: str, release_id: int, actor: Who, wish: Again, once: IdempotencyKey | None) -> Made:
         with self._database.transaction(write=True) as tx:
             made = self._replay(tx, once)
             return made or self._remember(tx, once, self._create(
@@ -4823,7 +4825,7 @@ class Releases:
     def _version_for(self, tx: Transaction, request: ReleaseRequest, release_id: int) -> int:
         version = self._state.next_version(tx, release_id)
         if request.version is not None and request.version < version:
-            raise AppError(2003, f"version {request.version} may have been used already: leave it out, or name one "
+            raise AppError(INVALID, f"version {request.version} may have been used already: leave it out, or name one "
                                  f"from {version} on")
         return request.version or version
 
@@ -4880,7 +4882,7 @@ class Releases:
             if value not in (None, "", {})})
         tx.afterwards.append(lambda: log.info(
             "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
-            _words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
+            in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
             extra=about(release, actor=str(actor), event="created")))
         return Made(release, plan.batches, plan.left_out)
 
@@ -4901,7 +4903,7 @@ class Releases:
     def exceeded(self, release_id: int) -> str:
         """Return which limit the failures of a release are beyond, "" for none; raise AppError 3001."""
         release, nodes = self.with_nodes(release_id)
-        return exceeded_limit(Roster(nodes), strategy_of(release))
+        return exceeded_limit(NodeIndex(nodes), strategy_of(release))
 
     def with_nodes(self, release_id: int) -> tuple[Release, list[ReleaseNode]]:
         """Gives a release and its nodes by batch and id, of one moment; AppError 3001."""
@@ -5013,7 +5015,7 @@ class Releases:
         it, or force does. accept_failures goes with resume: what failed counts no more.
         """
         with self._database.transaction(write=True) as tx:
-            release, nodes = read_release(tx, release_id), Roster(read_release_nodes(tx, release_id))
+            release, nodes = read_release(tx, release_id), NodeIndex(read_release_nodes(tx, release_id))
             check_verb(verb, release)
             # a person who wrote the rows left that to the claim, which may never come
             tx.execute("UPDATE release_tasks SET total_nodes = ? WHERE id = ? AND total_nodes <> ?",
@@ -5048,7 +5050,7 @@ class Releases:
                            "WHERE release_task_id = ? AND status = 'failed' AND accepted = 0", release.id)
         return "; ".join(filter(None, (reason, f"failures accepted: {count}")))
 
-    def _change_status(self, tx: Transaction, release: Release, nodes: Roster, verb: Verb, now: Moment,
+    def _change_status(self, tx: Transaction, release: Release, nodes: NodeIndex, verb: Verb, now: Moment,
               actor: Who, reason: str) -> None:
         """Writes the status that a verb brings, with its sentence and its event."""
         status, strategy = status_after_verb(verb.name, release), strategy_of(release)
@@ -5074,7 +5076,7 @@ class Releases:
         Each release that is not at its end has an event of it. AppError 2001 without a reason to set it.
         """
         if frozen and not reason:
-            raise AppError(2001, "reason is missing: say why, for whoever waits")
+            raise AppError(MISSING, "reason is missing: say why, for whoever waits")
         with self._database.transaction(write=True) as tx:
             before = read_freeze(tx)
             if not frozen and not before.frozen:
@@ -5292,14 +5294,14 @@ class Claims:
             raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
         return release
 
-    def dispatch_blockers(self, release_id: int) -> Obstacles:
+    def dispatch_blockers(self, release_id: int) -> DispatchBlockers:
         """Return what may keep a release from its dispatches."""
         with self._database.transaction() as tx:
             moved_at = tx.value("SELECT moved_at FROM database_state WHERE id = 1")
             moved_s = epoch_of(tx.now()) - epoch_or(moved_at, 0.0) if moved_at else float("inf")
             if moved_s < 0:  # the clock of the server before was ahead
                 moved_s = float("inf")
-            return Obstacles(self._busy(tx, release_id), read_freeze(tx),
+            return DispatchBlockers(self._busy(tx, release_id), read_freeze(tx),
                              min(moved_s, self._state.clock.elapsed() - self._state.changed_at))
 
     def _busy(self, tx: Transaction, release_id: int) -> frozenset[Endpoint]:
@@ -5320,7 +5322,7 @@ class Claims:
               AND (n.release_task_id <> ? OR n.status IN ('success', 'failed'))""",
                        release_id, utc_text(now.wall - 7 * 86400), release_id)
         return frozenset(endpoint_of(main_ip, port) for main_ip, port, status, until, mark in rows
-                         if status == RUNNING or 0 < now.until_s(until, mark) <= MAX_HOLD_S)
+                         if status == RUNNING or 0 < now.until_s(until, mark) <= MAX_BUSY_S)
 
     def times_ahead(self) -> list[str]:
         """Return a sentence for each claim and hold that lies further ahead than any setting allows.
@@ -5334,7 +5336,7 @@ class Claims:
                              latest_expiry(now))
             holds = tx.rows(f"SELECT {NAME_THEN}, n.hold_until FROM release_task_nodes n "
                             "JOIN nodes h ON h.id = n.node_id WHERE n.hold_until IS NOT NULL AND n.hold_until > ?",
-                            utc_text(self._state.clock.wall() + MAX_HOLD_S))
+                            utc_text(self._state.clock.wall() + MAX_BUSY_S))
         return [*(f"release {id_} is claimed by {owner} until {until}" for id_, owner, until in claims),
                 *(f"node {name} is kept free until {until}" for name, until in holds)]
 
@@ -5406,7 +5408,7 @@ class Store:
 
 
 # ======================================================================================
-# 9 Conversations: coroutines that wait for sockets, many in one thread, or one in the caller's.
+# 9 EventLoop: coroutines that wait for sockets, many in one thread, or one in the caller's.
 #   Uses 1 and 2; knows no agent.
 #
 #   A thread for each of 64 requests costs a third more CPU: they wake at once, and fight for the
@@ -5441,7 +5443,7 @@ READING = Wait(None, 1, 0.0)
 NEXT_TURN, READS_AT_ONCE = Wait(None, 2, 0.0), 64
 
 
-def converse(talk: Coroutine[Wait, None, T]) -> T:
+def run_coroutine(talk: Coroutine[Wait, None, T]) -> T:
     """Holds a conversation to its end in this thread; gives what it returns, raises what it raises."""
     error: Exception | None = None
     try:
@@ -5492,7 +5494,7 @@ class Meter:
             self._talk.close()  # it is let go as we are
 
 
-class Conversations:
+class EventLoop:
     """Holds many conversations at once, in one thread; each that blocks in one more."""
 
     def __init__(self) -> None:
@@ -5609,7 +5611,7 @@ class Conversations:
     def _hold(talk: Coroutine[Wait, None, None]) -> None:
         """Holds the rest of a conversation that blocks."""
         try:
-            converse(talk)
+            run_coroutine(talk)
         except Exception:
             log.exception("a conversation with an agent failed within releasectl")
 
@@ -5689,7 +5691,7 @@ class _SocketReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = converse(self._source.recv(len(buffer)))
+        data = run_coroutine(self._source.recv(len(buffer)))
         buffer[:len(data)] = data
         return len(data)
 
@@ -5830,7 +5832,7 @@ class TlsFiles:
     def current(self) -> tuple[ssl.SSLContext, str]:
         """Do context(); return also what tells whether the CA or its CRLs are others than they were."""
         with self._guard:
-            stamp = tuple(map(_file_stamp, self._files))
+            stamp = tuple(map(file_stamp, self._files))
             if stamp != self._stamp or time.time() >= self._valid_from:
                 try:
                     self._valid_from = float("inf")
@@ -5882,12 +5884,12 @@ def certificate_times(pem: str) -> list[tuple[float, float]]:
     Raise ValueError for a broken file. Read from the bytes and not off a handshake, which an expired certificate
     does not pass.
     """
-    return [times for der in pem_blocks(pem, "CERTIFICATE") for times in _validity(der)]
+    return [times for der in pem_blocks(pem, "CERTIFICATE") for times in validity_of(der)]
 
 
 def crl_ends(pem: str) -> list[float]:
     """Return nextUpdate of each CRL of a PEM file that names one, in seconds since 1970; raise ValueError."""
-    return [until for der in pem_blocks(pem, "X509 CRL") for _, until in _validity(der)]
+    return [until for der in pem_blocks(pem, "X509 CRL") for _, until in validity_of(der)]
 
 
 def certificate_end(certificate: Mapping[str, Any]) -> float:
@@ -5897,8 +5899,8 @@ def certificate_end(certificate: Mapping[str, Any]) -> float:
 
 def cas_without_crl(pem: str) -> int:
     """Return how many of the CAs of a PEM file have no CRL there; raise ValueError for a broken file."""
-    issuers = {_der_name(der, 2, 0x02) for der in pem_blocks(pem, "X509 CRL")}
-    return len({_der_name(der, 5, 0xA0) for der in pem_blocks(pem, "CERTIFICATE")} - issuers)
+    issuers = {der_name(der, 2, 0x02) for der in pem_blocks(pem, "X509 CRL")}
+    return len({der_name(der, 5, 0xA0) for der in pem_blocks(pem, "CERTIFICATE")} - issuers)
 
 
 @functools.lru_cache(maxsize=256)
@@ -5911,11 +5913,11 @@ def crl_end_of(peer: bytes, ca: str, trust: str) -> float:  # noqa: ARG001 - tru
     try:
         pem = Path(ca).read_text(encoding="latin-1")
         crls, cas = pem_blocks(pem, "X509 CRL"), pem_blocks(pem, "CERTIFICATE")
-        issuers = {_der_name(each, 5, 0xA0): _der_name(each, 3, 0xA0) for each in cas}
+        issuers = {der_name(each, 5, 0xA0): der_name(each, 3, 0xA0) for each in cas}
         ends: dict[bytes, float] = {}
-        for name, until in ((_der_name(crl, 2, 0x02), until) for crl in crls for _, until in _validity(crl)):
+        for name, until in ((der_name(crl, 2, 0x02), until) for crl in crls for _, until in validity_of(crl)):
             ends[name] = max(until, ends.get(name, 0.0))
-        issuer: bytes | None = _der_name(peer, 3, 0xA0)
+        issuer: bytes | None = der_name(peer, 3, 0xA0)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{ca} can't be read: {one_line(error, 100)}") from None
     chain: list[bytes] = []
@@ -5932,7 +5934,7 @@ def pem_blocks(pem: str, label: str) -> list[bytes]:
             for text in re.findall(f"-----BEGIN {label}-----(.*?)-----END {label}-----", pem, re.DOTALL)]
 
 
-def _validity(der: bytes) -> Iterator[tuple[float, float]]:
+def validity_of(der: bytes) -> Iterator[tuple[float, float]]:
     # a certificate's validity and a CRL's updates are the only places of two times in a row (RFC 5280, 4.1.2.5, 5.1.2)
     found = VALIDITY.search(der)
     if found:
@@ -5940,7 +5942,7 @@ def _validity(der: bytes) -> Iterator[tuple[float, float]]:
         yield _asn1_time(short_since, long_since), _asn1_time(short_until, long_until)
 
 
-def _der_name(der: bytes, place: int, version_tag: int) -> bytes:
+def der_name(der: bytes, place: int, version_tag: int) -> bytes:
     """Return a field of what is signed: a certificate's subject or a CRL's issuer; raise ValueError.
 
     place counts from the version, which may be left out: it is known by its tag.
@@ -5972,7 +5974,7 @@ def _asn1_time(short: bytes | None, long: bytes | None) -> float:
     return moment.replace(tzinfo=datetime.timezone.utc).timestamp()
 
 
-def _file_stamp(path: str) -> object:
+def file_stamp(path: str) -> object:
     try:
         found = os.stat(path)
     except OSError:
@@ -5981,7 +5983,7 @@ def _file_stamp(path: str) -> object:
     return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
-def _no_passphrase() -> str:
+def no_passphrase() -> str:
     raise ConfigError("the key is protected by a passphrase: releasectl needs it without one")
 
 
@@ -5990,7 +5992,7 @@ def load_pair(context: ssl.SSLContext, cert: str, key: str, names: tuple[str, st
     for name, path in zip(names, (cert, key)):
         require_pem(name, path)
     try:
-        context.load_cert_chain(cert, key, password=_no_passphrase)
+        context.load_cert_chain(cert, key, password=no_passphrase)
     except ssl.SSLError as error:
         if "MISMATCH" in (error.reason or ""):
             raise ConfigError(f"{names[0]} {cert} does not fit {names[1]} {key}: "
@@ -6010,7 +6012,7 @@ def require_file(name: str, path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read(3)
     except OSError as error:
-        raise ConfigError(f"{name} {path} can't be read: {_os_reason(error)}") from None
+        raise ConfigError(f"{name} {path} can't be read: {os_reason(error)}") from None
 
 
 def require_pem(name: str, path: str) -> None:
@@ -6102,7 +6104,7 @@ class AgentClient:
                 # not SSLSocket.shutdown: it takes the encryption away from under the other thread
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
         for sock, _, _ in idle.values():
-            _close(sock)
+            close_quietly(sock)
 
     async def dispatching(self, address: Address, task: AgentTask, within_s: float = 3600.0,
                           gate: Callable[[], bool] = lambda: True) -> Answer:
@@ -6120,11 +6122,11 @@ class AgentClient:
     def dispatch(self, address: Address, task: AgentTask, within_s: float = 3600.0,
                  gate: Callable[[], bool] = lambda: True) -> Answer:
         """Does dispatching() in the caller's thread."""
-        return converse(self.dispatching(address, task, within_s, gate))
+        return run_coroutine(self.dispatching(address, task, within_s, gate))
 
     def query(self, address: Address, task_id: str, within_s: float = 3600.0) -> Answer:
         """Does querying() in the caller's thread."""
-        return converse(self.querying(address, task_id, within_s))
+        return run_coroutine(self.querying(address, task_id, within_s))
 
     async def _counted(self, operation: str, talk: Coroutine[Wait, None, Answer]) -> Answer:
         """Gives what a conversation gives, counted; not what close() cut, which says nothing of an agent."""
@@ -6178,7 +6180,7 @@ class AgentClient:
                      lambda: True)
         if address.protocol == EXECUTE:
             call = call._replace(method="POST", path=EXECUTE_PATH, body=b"{}")
-        status, answer = converse(self._exchange(call))
+        status, answer = run_coroutine(self._exchange(call))
         if not _is_of_dialect(address.protocol, status, answer):
             said = answer[:2000].decode("utf-8", "replace").strip()
             text = f"it answered HTTP {status}" + (f", {one_line(said, 80)}" if said else "")
@@ -6314,7 +6316,7 @@ class AgentClient:
             dropped.append(found)
             found = None
         for sock in dropped:
-            _close(sock)
+            close_quietly(sock)
         return found
 
     def _keep_idle(self, address: Address, sock: socket.socket, context: object) -> None:
@@ -6324,7 +6326,7 @@ class AgentClient:
             if len(self._idle) > (0 if self._is_closed else MAX_IDLE_AGENT_CONNECTIONS):
                 surplus.append(self._idle.pop(next(iter(self._idle))))
         for dropped, _, _ in surplus:
-            _close(dropped)
+            close_quietly(dropped)
 
     @contextlib.contextmanager
     def _in_flight(self, sock: socket.socket) -> Iterator[None]:
@@ -6347,7 +6349,7 @@ class AgentClient:
             raise AgentError(UNREACHABLE, f"{address} did not take a connection within {connect_s:.3g} s",
                              reached=False) from None
         except (OSError, UnicodeError) as error:
-            raise AgentError(UNREACHABLE, f"{address} can't be reached: {_os_reason(error)}", reached=False) from None
+            raise AgentError(UNREACHABLE, f"{address} can't be reached: {os_reason(error)}", reached=False) from None
         if context is None:
             return sock
         try:
@@ -6358,7 +6360,7 @@ class AgentClient:
                 await TimedSocket(sock, connect_by, 0).when_ready(tls_sock.do_handshake, select.POLLIN)
             return sock
         except (OSError, ValueError) as error:
-            _close(sock)
+            close_quietly(sock)
             raise self._handshake_error(address, error, connect_s) from None
 
     async def _open_socket(self, address: Address, connect_by: float) -> socket.socket:
@@ -6404,7 +6406,7 @@ class AgentClient:
         trying: dict[int, socket.socket] = {}
         with contextlib.ExitStack() as stack:
             poller = stack.enter_context(select.epoll())
-            stack.callback(lambda: collections.deque(map(_close, trying.values()), 0))
+            stack.callback(lambda: collections.deque(map(close_quietly, trying.values()), 0))
             while left or trying:
                 if left:
                     try:
@@ -6475,7 +6477,7 @@ class AgentClient:
             with self._in_flight(sock):
                 if not call.gate():
                     raise AgentError(UNREACHABLE, f"{address}: not sent, as it may not or is too late",
-                                     reached=False, is_held=True)
+                                     reached=False, is_not_sent=True)
                 await timed.sendall(_request_bytes(call))
                 await READING
                 plain = await _plain_answer(timed, call.max_bytes)
@@ -6498,7 +6500,7 @@ class AgentClient:
             if keep:
                 self._keep_idle(address, sock, context)
             else:
-                _close(sock)
+                close_quietly(sock)
 
     def _exchange_error(self, address: Address, error: Exception, timed: TimedSocket, limit_s: float) -> AgentError:
         if isinstance(error, socket.timeout):
@@ -6507,7 +6509,7 @@ class AgentClient:
                               hold_s=self._request_s)
         if isinstance(error, (OSError, http.client.IncompleteRead)) or timed.at_end:
             when = "in the middle of its answer" if timed.received else "before it answered"
-            return AgentError(UNREACHABLE, f"{address} cut the connection {when}", reached=True, hold_s=CUT_HOLD_S)
+            return AgentError(UNREACHABLE, f"{address} cut the connection {when}", reached=True, hold_s=CUT_BUSY_S)
         return AgentError(PROTOCOL, f"{address} answered what is not HTTP: {type(error).__name__}", reached=True)
 
 
@@ -6734,8 +6736,8 @@ def outcome_of(node_id: int, op: str, answer: Answer | AgentError) -> Outcome:
     if isinstance(answer, Answer):
         return Outcome(node_id, op, answer.state, answer.task_id, message=answer.message, detail=answer.message,
                        applied=answer.applied)
-    if answer.is_held:
-        return Outcome(node_id, op, HELD)
+    if answer.is_not_sent:
+        return Outcome(node_id, op, NOT_SENT)
     result = FAILED if answer.final else UNSENT if not answer.reached else LOST if answer.hold_s else UNCLEAR
     return Outcome(node_id, op, result, "", answer.kind, answer.message, answer.detail, answer.hold_s,
                    is_refusal=answer.is_refusal)
@@ -6759,7 +6761,7 @@ class Driver:
         self._thread = threading.Thread(target=self._run, name=f"release-{lease.claim.release_id}", daemon=True)
 
         # -- what is known of the release ------------------------------------------------
-        self._nodes = Roster()
+        self._nodes = NodeIndex()
         # The nodes must be read again before the next decision.
         self._is_stale = True
         # updated_at of the last row that we read or wrote; a difference means that somebody changed the release.
@@ -6842,7 +6844,7 @@ class Driver:
             release = self._read()
             now = self._now()
             decision = self._decide(release, now)
-            is_news = decision.changes_more_than_words(release)
+            is_news = decision.must_commit(release)
             if is_news or self._is_reason_due(release, decision, now):
                 self._commit(release, decision, now)
             if is_news:
@@ -6912,14 +6914,14 @@ class Driver:
                 nodes.append(self._recover(row, known, now, holds, max(0.0, self._policy.hold_s - moved_s)))
             else:
                 nodes.append(known._replace(accepted=row.accepted, last_version=row.last_version))
-        self._nodes = Roster(nodes)
+        self._nodes = NodeIndex(nodes)
         self._is_stale, self._seen_at = False, release.updated_at
         return release
 
     def _recover(self, row: ReleaseNode, known: ReleaseNode | None, now: Moment, holds: Sequence[Hold],
                  quiet_s: float) -> ReleaseNode:
         """Return a node as its row tells, to be asked before it is sent anything; what is in flight stays so."""
-        node = adopt(row, now, self._policy, holds, quiet_s)
+        node = recover(row, now, self._policy, holds, quiet_s)
         if known is None or not known.in_flight:
             return node
         # its outcome is to come, and until then nobody else may ask
@@ -7052,7 +7054,7 @@ class Driver:
         That saves a cycle of the driver. Any answer but success is heard again by a later poll.
         """
         try:
-            answer = await self._context.agents.querying(address, accepted.task_id, min(within_s, FIRST_LOOK_S))
+            answer = await self._context.agents.querying(address, accepted.task_id, min(within_s, FIRST_POLL_TIMEOUT_S))
         except AgentError as error:
             if error.kind == AGENT_FAILED:
                 raise
@@ -7151,7 +7153,7 @@ class Executor:
         self._wake = threading.Event()
         self._guard = threading.Lock()
         self._drivers: dict[int, Driver] = {}
-        self._loops = [Conversations() for _ in range(EVENT_LOOPS)]
+        self._loops = [EventLoop() for _ in range(EVENT_LOOPS)]
         self._next_loop = itertools.cycle(self._loops)
         self._lease_thread: threading.Thread | None = None
         self._renewed_at = self.clock.elapsed()
@@ -7416,32 +7418,32 @@ class Executor:
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
-_ID = {"type": "integer", "minimum": 1}
+ID = {"type": "integer", "minimum": 1}
 _ID_OR_NULL = {"type": ["integer", "null"]}
 _COUNT = {"type": "integer", "minimum": 0}
-_TEXT = {"type": "string"}
+TEXT = {"type": "string"}
 _FLAG = {"type": "boolean"}
 _OBJECT = {"type": "object"}
 _REASON = {"type": "string", "maxLength": 500}
 
 # Schema of each JSON field. The row has the same field, in snake case: see _row_json().
 RELEASE_SCHEMA: Mapping[str, Any] = {
-    "id": _ID, "type": _TEXT, "target": _TEXT, "version": _ID,
-    "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": _TEXT, "reason": _TEXT,
+    "id": ID, "type": TEXT, "target": TEXT, "version": ID,
+    "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": TEXT, "reason": TEXT,
     "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
-    "currentBatch": _COUNT, "errorMsg": _TEXT, "strategy": _OBJECT, "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL,
+    "currentBatch": _COUNT, "errorMsg": TEXT, "strategy": _OBJECT, "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL,
     "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME}
 RELEASE_NODE_SCHEMA: Mapping[str, Any] = {
-    "nodeId": _ID, "nodeName": _TEXT, "mainIp": _TEXT,
-    "status": {"type": "string", "enum": [PENDING, RUNNING, SUCCESS, FAILED, SKIPPED]}, "taskId": _TEXT,
-    "attempts": _COUNT, "errorKind": _TEXT, "errorMsg": _TEXT, "startedAt": _TIME, "finishedAt": _TIME}
+    "nodeId": ID, "nodeName": TEXT, "mainIp": TEXT,
+    "status": {"type": "string", "enum": [PENDING, RUNNING, SUCCESS, FAILED, SKIPPED]}, "taskId": TEXT,
+    "attempts": _COUNT, "errorKind": TEXT, "errorMsg": TEXT, "startedAt": _TIME, "finishedAt": _TIME}
 EVENT_SCHEMA: Mapping[str, Any] = {
-    "id": _ID, "releaseId": _ID, "nodeId": _ID_OR_NULL, "nodeName": _TEXT, "at": _TIME,
-    "actor": _TEXT, "event": _TEXT, "fromStatus": _TEXT, "toStatus": _TEXT, "detail": _TEXT}
+    "id": ID, "releaseId": ID, "nodeId": _ID_OR_NULL, "nodeName": TEXT, "at": _TIME,
+    "actor": TEXT, "event": TEXT, "fromStatus": TEXT, "toStatus": TEXT, "detail": TEXT}
 AUDIT_ROW_SCHEMA: Mapping[str, Any] = {
-    "id": _ID, "at": _TEXT, "actor": _TEXT, "via": {"type": "string", "enum": [VIA_CLI, VIA_API, VIA_EXECUTOR]},
-    "token": _TEXT, "certificate": _TEXT, "address": _TEXT, "requestId": _TEXT, "action": _TEXT, "object": _TEXT,
-    "before": {"type": ["object", "null"]}, "after": {"type": ["object", "null"]}, "hash": _TEXT}
+    "id": ID, "at": TEXT, "actor": TEXT, "via": {"type": "string", "enum": [VIA_CLI, VIA_API, VIA_EXECUTOR]},
+    "token": TEXT, "certificate": TEXT, "address": TEXT, "requestId": TEXT, "action": TEXT, "object": TEXT,
+    "before": {"type": ["object", "null"]}, "after": {"type": ["object", "null"]}, "hash": TEXT}
 
 
 def _row_json(schema: Iterable[str], **renamed: str) -> Callable[[Any], dict[str, Any]]:
@@ -7550,7 +7552,7 @@ NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
                {"type": "string", "enum": list(NODE_STATUSES)}),
 }
 _NODE_FIELD_SCHEMAS = {key: schema for key, (_, _, schema) in NODE_FIELDS.items()}
-NODE_SCHEMA: Mapping[str, Any] = {"id": _ID, **_NODE_FIELD_SCHEMAS, "createdAt": _TIME, "updatedAt": _TIME}
+NODE_SCHEMA: Mapping[str, Any] = {"id": ID, **_NODE_FIELD_SCHEMAS, "createdAt": _TIME, "updatedAt": _TIME}
 _node_fields = _row_json(NODE_SCHEMA)
 
 
@@ -7570,7 +7572,7 @@ def parse_node_fields(body: Mapping[str, Any], required: Sequence[str] = ()) -> 
     known_keys(body, list(NODE_FIELDS))
     for name in required:
         if name not in body:
-            raise AppError(2001, f"{name} is missing")
+            raise AppError(MISSING, f"{name} is missing")
     return {NODE_FIELDS[name][0]: NODE_FIELDS[name][1](value) for name, value in body.items()}
 
 
@@ -7578,9 +7580,9 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
     """Return the request for a release from its JSON, the strategy unparsed; raise AppError 2003."""
     known_keys(body, ("target", "reason", "payload", "strategy", "nodeIds", "labels", "dryRun", "version"))
     if "nodeIds" in body and "labels" in body:
-        raise AppError(2003, "nodeIds and labels exclude each other: name one of them")
+        raise AppError(INVALID, "nodeIds and labels exclude each other: name one of them")
     if not isinstance(body.get("strategy", {}), dict):
-        raise AppError(2003, "strategy must be a JSON object")
+        raise AppError(INVALID, "strategy must be a JSON object")
     return ReleaseRequest(
         parse_target(body.get("target", "cdn")), parse_text("reason", body.get("reason", "")),
         parse_payload(body.get("payload", {})), strategy=body.get("strategy", {}),
@@ -7591,12 +7593,12 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
 
 # -- schemas for /openapi.json ---------------------------------------------------------------
 
-def _object(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
+def schema_of(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
     return {"type": "object", "properties": dict(properties), "additionalProperties": False,
             "required": list(properties if required is None else required)}
 
 
-def _ref(name: str) -> dict[str, str]:
+def ref_schema(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
@@ -7605,70 +7607,71 @@ def _array(items: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _list_of(item: str, paged: bool = True) -> dict[str, Any]:
-    page = {"total": _COUNT, "page": _ID, "pageSize": _ID} if paged else {}
-    return _object({"items": _array(_ref(item)), **page})
+    page = {"total": _COUNT, "page": ID, "pageSize": ID} if paged else {}
+    return schema_of({"items": _array(ref_schema(item)), **page})
 
 
 def openapi_schemas() -> dict[str, Any]:
     """Return the shapes of section 5 of the contract as JSON Schema."""
-    left_out = _array(_object({"nodeId": _ID, "nodeName": _TEXT, "why": _TEXT}))
-    created = {"releaseId": _ID, "version": _ID, "totalNodes": _COUNT,
-               "batches": _array(_object({"batch": _ID, "nodeIds": _array(_ID)}))}
+    left_out = _array(schema_of({"nodeId": ID, "nodeName": TEXT, "why": TEXT}))
+    created = {"releaseId": ID, "version": ID, "totalNodes": _COUNT,
+               "batches": _array(schema_of({"batch": ID, "nodeIds": _array(ID)}))}
     again = {"reason": _REASON, "overNewer": _FLAG, "dryRun": _FLAG}
     return {
-        "Release": _object(RELEASE_SCHEMA),
-        "ReleaseNode": _object(RELEASE_NODE_SCHEMA),
-        "ReleaseWithNodes": _object({
-            "release": _ref("Release"),
-            "batches": _array(_object({"batch": _ID, "nodes": _array(_ref("ReleaseNode"))}))}, required=["release"]),
+        "Release": schema_of(RELEASE_SCHEMA),
+        "ReleaseNode": schema_of(RELEASE_NODE_SCHEMA),
+        "ReleaseWithNodes": schema_of({
+            "release": ref_schema("Release"),
+            "batches": _array(schema_of({"batch": ID, "nodes": _array(ref_schema("ReleaseNode"))}))},
+            required=["release"]),
         "ReleaseList": _list_of("Release"),
-        "Created": _object(created),
-        "CreatedAgain": _object({**created, "leftOut": left_out}),
-        "Event": _object(EVENT_SCHEMA),
+        "Created": schema_of(created),
+        "CreatedAgain": schema_of({**created, "leftOut": left_out}),
+        "Event": schema_of(EVENT_SCHEMA),
         "EventList": _list_of("Event", paged=False),
-        "AuditRow": _object(AUDIT_ROW_SCHEMA),
+        "AuditRow": schema_of(AUDIT_ROW_SCHEMA),
         "AuditList": _list_of("AuditRow", paged=False),
-        "Node": _object(NODE_SCHEMA),
-        "ListedNode": _object({
+        "Node": schema_of(NODE_SCHEMA),
+        "ListedNode": schema_of({
             **NODE_SCHEMA,
-            "lastRelease": {"type": ["object", "null"], "properties": {"releaseId": _ID, "status": _TEXT}}},
+            "lastRelease": {"type": ["object", "null"], "properties": {"releaseId": ID, "status": TEXT}}},
             required=list(NODE_SCHEMA)),
         "NodeList": _list_of("ListedNode"),
-        "NewNode": _object(_NODE_FIELD_SCHEMAS, required=["name", "mainIp"]),
-        "NodeChange": _object(_NODE_FIELD_SCHEMAS, required=[]),
-        "Plan": _object({
-            "version": _ID, "totalNodes": _COUNT,
-            "batches": _array(_object({"batch": _ID, "nodeIds": _array(_ID), "maxFailed": _COUNT})),
-            "maxFailedTotal": _ID_OR_NULL, "maxParallel": _COUNT, "leftOut": left_out, "emptied": _array(_TEXT),
-            "payloadOf": {"type": ["object", "null"], "properties": {"releaseId": _ID, "version": _ID}}}),
-        "Strategy": _object({key: schema for key, (_, _, schema) in STRATEGY_KEYS.items()}, required=[]),
-        "NewRelease": _object({
+        "NewNode": schema_of(_NODE_FIELD_SCHEMAS, required=["name", "mainIp"]),
+        "NodeChange": schema_of(_NODE_FIELD_SCHEMAS, required=[]),
+        "Plan": schema_of({
+            "version": ID, "totalNodes": _COUNT,
+            "batches": _array(schema_of({"batch": ID, "nodeIds": _array(ID), "maxFailed": _COUNT})),
+            "maxFailedTotal": _ID_OR_NULL, "maxParallel": _COUNT, "leftOut": left_out, "emptied": _array(TEXT),
+            "payloadOf": {"type": ["object", "null"], "properties": {"releaseId": ID, "version": ID}}}),
+        "Strategy": schema_of({key: schema for key, (_, _, schema) in STRATEGY_KEYS.items()}, required=[]),
+        "NewRelease": schema_of({
             "target": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}, "reason": _REASON,
-            "payload": _OBJECT, "strategy": _ref("Strategy"),
-            "nodeIds": {**_array(_ID), "minItems": 1, "uniqueItems": True},
+            "payload": _OBJECT, "strategy": ref_schema("Strategy"),
+            "nodeIds": {**_array(ID), "minItems": 1, "uniqueItems": True},
             "labels": _NODE_FIELD_SCHEMAS["labels"], "dryRun": _FLAG,
             "version": {"type": "integer", "minimum": 1, "maximum": MAX_NAMED_VERSION}}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
-        "Act": _object({"reason": _REASON}, required=[]),
-        "Retry": _object(again, required=[]),
-        "Rollback": _object({**again, "toRelease": _ID}, required=[]),
-        "Resume": _object({"reason": _REASON, "acceptFailures": _FLAG}, required=[]),
-        "Cancel": _object({"reason": _REASON, "force": _FLAG}, required=[]),
-        "Freeze": _object({"frozen": _FLAG, "reason": _TEXT, "actor": _TEXT, "at": _TEXT}),
-        "SetFreeze": _object({"frozen": _FLAG, "reason": _REASON}, required=["frozen"])
+        "Act": schema_of({"reason": _REASON}, required=[]),
+        "Retry": schema_of(again, required=[]),
+        "Rollback": schema_of({**again, "toRelease": ID}, required=[]),
+        "Resume": schema_of({"reason": _REASON, "acceptFailures": _FLAG}, required=[]),
+        "Cancel": schema_of({"reason": _REASON, "force": _FLAG}, required=[]),
+        "Freeze": schema_of({"frozen": _FLAG, "reason": TEXT, "actor": TEXT, "at": TEXT}),
+        "SetFreeze": schema_of({"frozen": _FLAG, "reason": _REASON}, required=["frozen"])
         | {"anyOf": [{"properties": {"frozen": {"const": False}}},
                      {"properties": {"reason": {"pattern": r"[^\s\x00-\x1f\x7f-\x9f]"}}, "required": ["reason"]}]},
-        "Health": _object({
-            "version": _TEXT, "startedAt": _TIME, "role": _TEXT,
-            "database": _object({"engine": _TEXT, "ok": _FLAG, "schema": _COUNT, "message": _TEXT}),
-            "executor": _object({"enabled": _FLAG, "owner": _TEXT, "lastLookAt": _TIME}),
-            "releases": _array(_object({**RELEASE_SCHEMA, "batches": _COUNT})),
-            "claims": _array(_object({"releaseId": _ID, "owner": _TEXT, "expiresAt": _TIME})),
-            "certificates": _array(_object({
-                "name": _TEXT, "notAfter": _TIME, "daysLeft": {"type": ["number", "null"]}, "message": _TEXT}))}),
-        "Status": _object({"status": _TEXT}),
+        "Health": schema_of({
+            "version": TEXT, "startedAt": _TIME, "role": TEXT,
+            "database": schema_of({"engine": TEXT, "ok": _FLAG, "schema": _COUNT, "message": TEXT}),
+            "executor": schema_of({"enabled": _FLAG, "owner": TEXT, "lastLookAt": _TIME}),
+            "releases": _array(schema_of({**RELEASE_SCHEMA, "batches": _COUNT})),
+            "claims": _array(schema_of({"releaseId": ID, "owner": TEXT, "expiresAt": _TIME})),
+            "certificates": _array(schema_of({
+                "name": TEXT, "notAfter": _TIME, "daysLeft": {"type": ["number", "null"]}, "message": TEXT}))}),
+        "Status": schema_of({"status": TEXT}),
         "Null": {"type": "null"},
-        "Error": _object({"code": {"type": "integer", "enum": sorted(ERROR_CODES)}, "message": _TEXT,
+        "Error": schema_of({"code": {"type": "integer", "enum": sorted(ERROR_CODES)}, "message": TEXT,
                           "data": {"type": "null"}}),
     }
 
@@ -7719,7 +7722,7 @@ def page_headers(text: str) -> dict[str, str]:
 MAX_TARGET_BYTES, MAX_REQUEST_HEAD_BYTES, MAX_HEADERS = 8 << 10, 16 << 10, 64
 # Each deadline is for the whole step, however slowly bytes arrive.
 # Without a good token: from the connection, or the last answer, to the end of the TLS handshake and head.
-PROVE_S = 5.0
+UNAUTHENTICATED_S = 5.0
 # With a good token: idle, and then for the head.
 IDLE_S, HEAD_S = 60.0, 5.0
 # For the body; for sending our answer; for discarding what the client still sends after it.
@@ -7728,9 +7731,9 @@ MAX_LINGER_BYTES = 16 << 20
 # After a refused request with a longer body the connection is closed.
 MAX_SKIPPED_BYTES = 64 << 10
 # Minimum idle time before a connection may be evicted.
-GRACE_S = 0.25
+MIN_IDLE_S = 0.25
 # Rejected connections that stay open at a time, so that their clients can read the 503.
-MAX_TURNED_AWAY = 64
+MAX_REJECTED = 64
 # Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
 FREE_ATTEMPTS, FREE_ATTEMPTS_OF_NETWORK, FIRST_DELAY_S, MAX_DELAY_S = 3, 24, 0.1, 3.0
 # A streak is forgotten this long after its last event.
@@ -7774,9 +7777,9 @@ class Wire:
         """Wait for bytes; return False at the client's end. Raise AppError 4008 at the deadline."""
         self._timed.ends_at, self._timed.received = ends_at, 0
         try:
-            data = converse(self._timed.recv(65536))
+            data = run_coroutine(self._timed.recv(65536))
         except socket.timeout:
-            raise AppError(4008, "the request did not come in time") from None
+            raise AppError(REQUEST_TIMEOUT, "the request did not come in time") from None
         except OSError:
             return False
         self.buffer += data
@@ -7789,7 +7792,7 @@ class Wire:
             line = bytes(self.buffer[:end or len(self.buffer)])
             text = line[:-2] if end else line[:-1]  # of an unfinished line the last byte may be the CR of its CRLF
             if b"\r" in text or b"\0" in line or (end and not line.endswith(b"\r\n")):
-                raise AppError(2002, "a line of the head holds a bare CR, a bare LF or a NUL")
+                raise AppError(MALFORMED, "a line of the head holds a bare CR, a bare LF or a NUL")
             if len(line) > max_bytes:
                 raise AppError(too_long, f"the request's head is too large: at most {MAX_TARGET_BYTES >> 10} KiB for "
                                f"its first line, {MAX_REQUEST_HEAD_BYTES >> 10} KiB and {MAX_HEADERS} headers in all")
@@ -7798,14 +7801,14 @@ class Wire:
                 return text
             if not self.fill(ends_at):
                 if line:
-                    raise AppError(2002, "the request ends within its head")
+                    raise AppError(MALFORMED, "the request ends within its head")
                 return None
 
     def take(self, count: int, ends_at: float) -> bytes:
         """Return the next count bytes; raise AppError 2002 when the client ends first, 4008 at the deadline."""
         while len(self.buffer) < count:
             if not self.fill(ends_at):
-                raise AppError(2002, "the body is shorter than its Content-Length")
+                raise AppError(MALFORMED, "the body is shorter than its Content-Length")
         taken = bytes(self.buffer[:count])
         del self.buffer[:count]
         return taken
@@ -7813,7 +7816,7 @@ class Wire:
     def send(self, data: bytes) -> None:
         """Send all data within WRITE_S; raise OSError else."""
         self._timed.ends_at = time.monotonic() + WRITE_S
-        converse(self._timed.sendall(data))
+        run_coroutine(self._timed.sendall(data))
 
 
 def read_head(wire: Wire, ends_at: float) -> Head | None:
@@ -7823,21 +7826,21 @@ def read_head(wire: Wire, ends_at: float) -> Head | None:
         return None
     first = REQUEST_LINE.fullmatch(line)
     if not first:
-        raise AppError(2002, "the first line of the request is not METHOD ADDRESS HTTP/1.1")
+        raise AppError(MALFORMED, "the first line of the request is not METHOD ADDRESS HTTP/1.1")
     if first[3] != b"1" or first[4] not in b"01":
-        raise AppError(5005, "only HTTP/1.1 and HTTP/1.0 are supported")
+        raise AppError(UNKNOWN_HTTP_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported")
     left, headers = MAX_REQUEST_HEAD_BYTES - len(line), dict[str, str]()
     for number in range(MAX_HEADERS + 1):
         line = wire.line(ends_at, left if number < MAX_HEADERS else 2, 4031)
         if line is None:
-            raise AppError(2002, "the request ends within its head")
+            raise AppError(MALFORMED, "the request ends within its head")
         if not line:
             break
         left -= len(line) + 2
         _add_header(headers, line)
     head = Head(first[1].decode(), first[2].decode(), first[4] == b"0", headers)
     if not HOST.fullmatch(headers.get("host", "" if head.is_http_1_0 else " ")):
-        raise AppError(2002, "the request needs one header Host, a name or an address")
+        raise AppError(MALFORMED, "the request needs one header Host, a name or an address")
     return head
 
 
@@ -7845,10 +7848,10 @@ def _add_header(headers: dict[str, str], line: bytes) -> None:
     match = HEADER_LINE.fullmatch(line)
     if not match:
         shown = one_line(line.partition(b":")[0].decode("latin-1"), 40)  # not its value: that may be a token
-        raise AppError(2002, f"the header {shown!r} is not NAME: VALUE in one line")
+        raise AppError(MALFORMED, f"the header {shown!r} is not NAME: VALUE in one line")
     name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
     if name in headers and name in READ_ONCE:
-        raise AppError(2002, f"the header {name} is given twice")
+        raise AppError(MALFORMED, f"the header {name} is given twice")
     headers[name] = f"{headers[name]}, {value}" if name in headers else value
 
 
@@ -7856,13 +7859,13 @@ def body_length(head: Head, max_bytes: int) -> int:
     """Return the length of the body that follows a head; raise AppError 2002, 4013, 5004."""
     text = head.headers.get("content-length", "0")
     if not re.fullmatch("[0-9]{1,18}", text):
-        raise AppError(2002, "Content-Length must be a number")
+        raise AppError(MALFORMED, "Content-Length must be a number")
     if "transfer-encoding" in head.headers:
         if "content-length" in head.headers:
-            raise AppError(2002, "Content-Length and Transfer-Encoding exclude each other")
-        raise AppError(5004, "Transfer-Encoding is not supported: send Content-Length")
+            raise AppError(MALFORMED, "Content-Length and Transfer-Encoding exclude each other")
+        raise AppError(NOT_IMPLEMENTED, "Transfer-Encoding is not supported: send Content-Length")
     if int(text) > max_bytes:
-        raise AppError(4013, f"the body is over {max_bytes} bytes (HTTP_MAX_BODY_BYTES)")
+        raise AppError(BODY_TOO_LARGE, f"the body is over {max_bytes} bytes (HTTP_MAX_BODY_BYTES)")
     return int(text)
 
 
@@ -7897,10 +7900,10 @@ class Seat:
     is_viewer: bool = False
     is_at_work: bool = False
     # It has a request or answer under way, which a clean stop waits for.
-    is_owed: bool = False
+    owes_answer: bool = False
 
 
-class Seats:
+class ConnectionLimiter:
     """Limits the connections: in all, of one address, with one token.
 
     At a limit a new connection evicts the one that is idle longest: unauthenticated ones first, and of
@@ -7926,7 +7929,7 @@ class Seats:
             held = collections.Counter(seat.address for seat in self._seats)
             is_crowd = held[address] >= self._limit_per_address
             if is_crowd or len(self._seats) >= self._limit:
-                rivals = [s for s in self._seats if not s.is_at_work and now - s.since > GRACE_S
+                rivals = [s for s in self._seats if not s.is_at_work and now - s.since > MIN_IDLE_S
                           and (s.address == address or not is_crowd)]
                 if not rivals:
                     return None
@@ -7970,7 +7973,7 @@ class Seats:
         for limit, is_peer in quotas:
             peers = [s for s in self._seats if s is not seat and is_peer(s)]
             if len(peers) >= limit:
-                idle = [s for s in peers if not s.is_at_work and time.monotonic() - s.since > GRACE_S]
+                idle = [s for s in peers if not s.is_at_work and time.monotonic() - s.since > MIN_IDLE_S]
                 if not idle:
                     return False
                 self._evict(min(idle, key=lambda s: s.since))
@@ -7979,25 +7982,25 @@ class Seats:
     def set_busy(self, seat: Seat) -> bool:
         """Mark a connection as busy with a request; return False when it was evicted before."""
         with self._guard:
-            seat.is_at_work, seat.is_owed, seat.is_new = True, True, False
+            seat.is_at_work, seat.owes_answer, seat.is_new = True, True, False
             return seat in self._seats
 
-    def set_idle(self, seat: Seat, is_owed: bool = False, since: float | None = None) -> None:
+    def set_idle(self, seat: Seat, owes_answer: bool = False, since: float | None = None) -> None:
         """Mark a connection as waiting: for a request, a body, an event, a queue, or its client to read the answer."""
         with self._guard:
-            seat.is_at_work, seat.is_owed = False, is_owed
+            seat.is_at_work, seat.owes_answer = False, owes_answer
             seat.since = time.monotonic() if since is None else since
 
     def close(self, seat: Seat) -> None:
         """Close a connection."""
         with self._guard:
             self._seats.discard(seat)
-            _close(seat.sock)
+            close_quietly(seat.sock)
 
     def end_all(self, within_s: float) -> None:
         """End idle connections at once; the others may be answered within so many seconds."""
         ends_at = time.monotonic() + within_s
-        self._shut(lambda seat: socket.SHUT_RD if seat.is_owed else socket.SHUT_RDWR)
+        self._shut(lambda seat: socket.SHUT_RD if seat.owes_answer else socket.SHUT_RDWR)
         while self._seats and time.monotonic() < ends_at:
             time.sleep(0.02)
         self._shut(lambda _: socket.SHUT_RDWR)
@@ -8116,12 +8119,12 @@ IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,128}")
 # Seconds between polls of a client's wait for events: another process may write them.
 EVENTS_POLL_S, MAX_EVENTS_WAIT_S = 0.5, 30
 # Minimum seconds between write checks of the database, however many clients ask.
-READY_LOOK_S = 1.0
+READY_CHECK_EVERY_S = 1.0
 # Added to what Store.times_ahead() returns: claims and holds that end later than any setting allows.
 CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
                    "all hosts (NTP)")
 # A write check under way for longer than this makes the answer "not ready", whatever the last one found.
-READY_WAIT_S = 10.0
+MAX_READY_CHECK_S = 10.0
 # Seconds between log lines that say why we are not ready.
 READY_LOG_EVERY_S = 60.0
 # A release of more nodes is read whole by one client at a time.
@@ -8163,9 +8166,9 @@ class Request(NamedTuple):
         schema = QUERY_PARAMETERS[name]
         text, low, high = self.query.get(name, str(schema["default"])), schema["minimum"], schema["maximum"]
         if not re.fullmatch(r"-?[0-9]{1,4000}", text):  # int() itself has a limit of 4300 digits
-            raise AppError(2002, f"{name} {one_line(text, 40)!r} is not a number")
+            raise AppError(MALFORMED, f"{name} {one_line(text, 40)!r} is not a number")
         if not low <= int(text) <= high:
-            raise AppError(2003, f"{name} must be from {low} to {high}")
+            raise AppError(INVALID, f"{name} must be from {low} to {high}")
         return int(text)
 
     def choice(self, name: str) -> str:
@@ -8184,7 +8187,7 @@ class Reply(NamedTuple):
 
 
 class ReadQueue:
-    """Admits one reader of a whole release at a time, operators first; a few wait, idle (see Seats)."""
+    """Admits one reader of a whole release at a time, operators first; a few wait, idle (see ConnectionLimiter)."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -8251,7 +8254,7 @@ class Api:
         self._waiters = threading.BoundedSemaphore(max_waiting)
         self._ready_guard = threading.Lock()
         # When the last write check ended, and why it failed, "" when it did not.
-        self._ready = (-READY_LOOK_S, "the database was not checked yet")
+        self._ready = (-READY_CHECK_EVERY_S, "the database was not checked yet")
         # Start of the write check under way.
         self._checking_since = float("inf")
         self._not_ready_logged_at = -READY_LOG_EVERY_S
@@ -8268,14 +8271,14 @@ class Api:
         return Reply(201, created_json(made))
 
     @staticmethod
-    def _idempotency_key(request: Request, what: str = "") -> Once | None:
+    def _idempotency_key(request: Request, what: str = "") -> IdempotencyKey | None:
         """Return a request's Idempotency-Key with a digest of the request; what: operation and release."""
         if request.key is None:
             return None
         if not IDEMPOTENCY_KEY.fullmatch(request.key):
-            raise AppError(2003, "Idempotency-Key must be 1 to 128 printable characters without a space")
+            raise AppError(INVALID, "Idempotency-Key must be 1 to 128 printable characters without a space")
         asked = (what + json.dumps(request.body, sort_keys=True)).encode()
-        return Once(str(request.actor), request.key, hashlib.sha256(asked).hexdigest())
+        return IdempotencyKey(str(request.actor), request.key, hashlib.sha256(asked).hexdigest())
 
     def list_releases(self, request: Request) -> Reply:
         page = self.store.releases.page(request.choice("status"), request.integer("page"), request.integer("pageSize"))
@@ -8295,7 +8298,8 @@ class Api:
         if self.store.releases.get(release_id).total_nodes <= MAX_FREE_READ_NODES:
             return release_with_nodes_json(*self.store.releases.with_nodes(release_id))
         if not self._whole_reads.acquire(request):
-            raise AppError(4029, "too many clients read whole releases: ask for ?view=summary", retry_after_s=5)
+            raise AppError(TOO_MANY_REQUESTS, "too many clients read whole releases: ask for ?view=summary",
+                           retry_after_s=5)
         began, rest_s = time.thread_time(), 0.0
         try:
             data = release_with_nodes_json(*self.store.releases.with_nodes(release_id))
@@ -8328,7 +8332,7 @@ class Api:
     def rollback(self, request: Request) -> Reply:
         return self._again("rollback", self.store.releases.rollback, request, "toRelease")
 
-    def _again(self, verb: str, make: Callable[[int, Who, Again, Once | None], Made], request: Request,
+    def _again(self, verb: str, make: Callable[[int, Who, Again, IdempotencyKey | None], Made], request: Request,
                *keys: str) -> Reply:
         body, release_id = request.body, request.ids[0]
         wish = Again(self._reason(request, "overNewer", "dryRun", *keys),
@@ -8352,7 +8356,7 @@ class Api:
     def set_freeze(self, request: Request) -> Reply:
         reason = self._reason(request, "frozen")
         if "frozen" not in request.body:
-            raise AppError(2001, "frozen is missing")
+            raise AppError(MISSING, "frozen is missing")
         freeze = self.store.releases.set_freeze(parse_flag("frozen", request.body["frozen"]), request.actor, reason)
         self._nudge()
         return Reply(200, freeze_json(freeze))
@@ -8402,7 +8406,7 @@ class Api:
             text, headers = dashboard()
         except ConfigError as error:  # anybody may ask: nobody learns a path of this host
             message = error.message.replace(str(DASHBOARD_FILE), DASHBOARD_FILE.name)
-            raise AppError(3001, f"no dashboard: {message}") from None
+            raise AppError(NOT_FOUND, f"no dashboard: {message}") from None
         return Reply(200, text, "text/html; charset=utf-8", headers)
 
     def overview(self, request: Request) -> Reply:
@@ -8422,7 +8426,7 @@ class Api:
     def ready(self, request: Request) -> Reply:
         if self._ready_guard.acquire(blocking=False):  # else a check is under way: the last result holds
             try:
-                if time.monotonic() - self._ready[0] >= READY_LOOK_S:
+                if time.monotonic() - self._ready[0] >= READY_CHECK_EVERY_S:
                     self._checking_since = time.monotonic()
                     self._ready = (time.monotonic(), self._check_database())
             finally:
@@ -8430,7 +8434,7 @@ class Api:
                 self._ready_guard.release()
         waited_s = time.monotonic() - self._checking_since
         trouble = self._ready[1] or self._hung()
-        if waited_s > READY_WAIT_S:
+        if waited_s > MAX_READY_CHECK_S:
             trouble = f"the database has not answered for {waited_s:.0f} s"
         self._log_readiness(trouble)
         if trouble:
@@ -8555,20 +8559,21 @@ def find_route(method: str, path: str) -> tuple[Route, tuple[int, ...]]:
     found = [(route, match.groups()) for pattern, route in _PATTERNS
              for match in [pattern.fullmatch(path)] if match]
     if not found:
-        raise AppError(3001, f"there is no {one_line(path, 100)} here: see /openapi.json")
+        raise AppError(NOT_FOUND, f"there is no {one_line(path, 100)} here: see /openapi.json")
     wanted = "GET" if method == "HEAD" else method
     for route, texts in found:
         if route.method == wanted:
             return route, tuple(parse_id(text) for text in texts)
     allowed = [route.method for route, _ in found]
     allow = ", ".join(allowed + (["HEAD"] if "GET" in allowed else []))
-    raise AppError(4005, f"{one_line(method, 20)} is not for {one_line(path, 100)}: it takes {allow}", allow=allow)
+    raise AppError(METHOD_NOT_ALLOWED, f"{one_line(method, 20)} is not for {one_line(path, 100)}: it takes {allow}",
+                   allow=allow)
 
 
 def parse_id(text: str) -> int:
     """Return the id of a release or node; raise AppError 2002 when it is not a number."""
     if not re.fullmatch(r"[0-9]{1,4000}", text):
-        raise AppError(2002, f"id {one_line(text, 40)!r} is not a number")
+        raise AppError(MALFORMED, f"id {one_line(text, 40)!r} is not a number")
     return int(text)
 
 
@@ -8586,7 +8591,7 @@ class Tokens:
     def load(self) -> list[tuple[str, str, str]]:
         """Return name, role and hash of each token; raise ConfigError naming the line that is wrong."""
         with self._guard:
-            stamp = _file_stamp(self._path)
+            stamp = file_stamp(self._path)
             if stamp != self._stamp or stamp is None:
                 self._entries = self._read()
                 self._stamp = stamp
@@ -8603,7 +8608,7 @@ class Tokens:
         try:
             lines = Path(self._path).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeError) as error:
-            raise ConfigError(f"API_TOKENS_FILE {self._path} can't be read: {_os_reason(error)}") from None
+            raise ConfigError(f"API_TOKENS_FILE {self._path} can't be read: {os_reason(error)}") from None
         entries = []
         for number, line in enumerate(map(str.strip, lines), 1):
             if not line or line.startswith("#"):
@@ -8619,14 +8624,14 @@ class Tokens:
         """Return name and role for an Authorization header; raise AppError 1001, 1002, or 5001 without a good file."""
         scheme, _, token = (authorization or "").partition(" ")
         if not authorization or scheme.lower() != "bearer" or not token.strip():
-            raise AppError(1001, "no token: send the header Authorization: Bearer TOKEN")
+            raise AppError(NO_TOKEN, "no token: send the header Authorization: Bearer TOKEN")
         try:
             entries = self.load()
         except ConfigError as error:
             if str(error) != self._logged:  # not at each request
                 log.error("no token is accepted: %s", error)
             self._logged = str(error)
-            raise AppError(5001, "the tokens can't be read: see the log of releasectl") from None
+            raise AppError(INTERNAL, "the tokens can't be read: see the log of releasectl") from None
         self._logged = ""
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
         found = None
@@ -8634,7 +8639,7 @@ class Tokens:
             if hmac.compare_digest(known, digest):
                 found = name, role
         if found is None:
-            raise AppError(1002, "this token isn't valid: mistyped, or removed on the server")
+            raise AppError(BAD_TOKEN, "this token isn't valid: mistyped, or removed on the server")
         return found
 
 
@@ -8644,7 +8649,7 @@ def add_token(path: str, name: str, role: str) -> str:
     Raise AppError 3002 when the name has one, ConfigError when the file can't be read or written.
     """
     if ":" in name or name.startswith("#"):
-        raise AppError(2003, f"name {one_line(name, 60)!r} must not hold a colon or begin with #")
+        raise AppError(INVALID, f"name {one_line(name, 60)!r} must not hold a colon or begin with #")
     token = secrets.token_hex(32)
     line = f"{parse_name(name)}:{role}:{hashlib.sha256(token.encode()).hexdigest()}\n"
     folder = os.path.dirname(os.path.realpath(path))
@@ -8654,18 +8659,19 @@ def add_token(path: str, name: str, role: str) -> str:
             fcntl.flock(guard, fcntl.LOCK_EX)  # of two at a time the second one reads the first one's line
             before = os.stat(path) if os.path.exists(path) else None
             if before and name in [entry[0] for entry in Tokens(path).load()]:
-                raise AppError(3002, f"{name} has a token in {path} already: delete its line first, or take a new name")
+                raise AppError(EXISTS, f"{name} has a token in {path} already: delete its line first, "
+                                       "or take a new name")
             text = Path(path).read_text(encoding="utf-8") if before else ""
-            _replace(path, text + ("\n" if text and not text.endswith("\n") else "") + line, before)
+            replace_file(path, text + ("\n" if text and not text.endswith("\n") else "") + line, before)
             os.fsync(guard)
         finally:
             os.close(guard)
     except OSError as error:
-        raise ConfigError(f"API_TOKENS_FILE {path} can't be written: {_os_reason(error)}") from None
+        raise ConfigError(f"API_TOKENS_FILE {path} can't be written: {os_reason(error)}") from None
     return token
 
 
-def _replace(path: str, text: str, before: os.stat_result | None, mode: int = 0o600) -> None:
+def replace_file(path: str, text: str, before: os.stat_result | None, mode: int = 0o600) -> None:
     """Replace a file atomically, with owner, group and mode of before; mode is that of a new file.
 
     A symbolic link stays: the file that it leads to is replaced.
@@ -8716,20 +8722,20 @@ def _statuses(route: Route) -> list[int]:
 
 def _answer_headers(status: int) -> dict[str, Any]:
     names = [name for name, statuses in ANSWER_HEADERS.items() if status in statuses]
-    return {name: {"schema": _TEXT, "required": name in names} for name in ["X-Request-Id", *names]}
+    return {name: {"schema": TEXT, "required": name in names} for name in ["X-Request-Id", *names]}
 
 
 def _success(answers: str, description: str, headers: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    envelope = _object({"code": {"const": 0}, "message": {"const": "success"}, "data": _ref(answers)})
+    envelope = schema_of({"code": {"const": 0}, "message": {"const": "success"}, "data": ref_schema(answers)})
     documents: dict[str, dict[str, Any]] = {
-        "text": {"text/plain": {"schema": _TEXT}}, "html": {"text/html": {"schema": _TEXT}},
+        "text": {"text/plain": {"schema": TEXT}}, "html": {"text/html": {"schema": TEXT}},
         "json": {"application/json": {"schema": {"type": "object"}}}}
     return {"description": description, "headers": headers or _answer_headers(200),
             "content": documents.get(answers, {"application/json": {"schema": envelope}})}
 
 
 def _operation(route: Route, schemas: Mapping[str, Any]) -> dict[str, Any]:
-    parameters: list[dict[str, Any]] = [{"name": "id", "in": "path", "required": True, "schema": _ID}] \
+    parameters: list[dict[str, Any]] = [{"name": "id", "in": "path", "required": True, "schema": ID}] \
         if "{id}" in route.path else []
     parameters += [{"name": name, "in": "query", "schema": QUERY_PARAMETERS[name]} for name in route.query]
     parameters += [{"name": name, "in": "header", "schema": HEADER_PARAMETERS[name]}
@@ -8747,7 +8753,7 @@ def _operation(route: Route, schemas: Mapping[str, Any]) -> dict[str, Any]:
         operation["responses"]["200"] = _success(route.dry_run, "what it would do")
     if route.body:
         operation["requestBody"] = {"required": bool(schemas[route.body]["required"]),
-                                    "content": {"application/json": {"schema": _ref(route.body)}}}
+                                    "content": {"application/json": {"schema": ref_schema(route.body)}}}
     return operation
 
 
@@ -8757,7 +8763,7 @@ def openapi_document() -> dict[str, Any]:
     for route in ROUTES:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schemas)
     statuses = sorted({status for route in ROUTES for status in _statuses(route)})
-    error = {"application/json": {"schema": _ref("Error")}}
+    error = {"application/json": {"schema": ref_schema("Error")}}
     return {"openapi": "3.1.0", "info": {"title": "releasectl", "version": __version__}, "paths": paths,
             "components": {"schemas": schemas,
                            "responses": {str(status): {"description": http.HTTPStatus(status).phrase, "content": error,
@@ -8843,10 +8849,10 @@ class ApiHandler:
         self.server.seats.encrypt(self.seat, context)
         sock = self.seat.sock
         assert isinstance(sock, ssl.SSLSocket)
-        sock.settimeout(PROVE_S)  # OpenSSL takes it for the whole handshake
+        sock.settimeout(UNAUTHENTICATED_S)  # OpenSSL takes it for the whole handshake
         sock.do_handshake()
         certificate = sock.getpeercert() or {}
-        self.certificate_name = _name_in(certificate)
+        self.certificate_name = name_in(certificate)
         if certificate:
             self.trusted_until = min(certificate_end(certificate), crl_end_of(
                 sock.getpeercert(binary_form=True) or b"", self.server.client_ca, self.trust))
@@ -8894,10 +8900,10 @@ class Exchange:
             answer = refusal_of(error)
         except Exception:  # the edge of a request
             log.exception("%s %s failed, request %s", self.head.method, self._path, self.request_id)
-            answer = refusal_of(AppError(5001, "releasectl itself failed: see its log"))
+            answer = refusal_of(AppError(INTERNAL, "releasectl itself failed: see its log"))
         self.closes |= self.server.is_stopping or self.must_close
         self._log(answer)
-        self.server.seats.set_idle(self.seat, is_owed=True)  # a client that does not read may be evicted
+        self.server.seats.set_idle(self.seat, owes_answer=True)  # a client that does not read may be evicted
         self._send(answer)
         self.server.seats.set_idle(self.seat)
         return not self.closes and self._skip_body()
@@ -8909,7 +8915,7 @@ class Exchange:
     def _read_head(self) -> bool:
         """Wait for the next request; return False when none comes, or the connection was evicted."""
         seat = self.seat
-        ends_at = time.monotonic() + IDLE_S if seat.is_authenticated else seat.since + PROVE_S
+        ends_at = time.monotonic() + IDLE_S if seat.is_authenticated else seat.since + UNAUTHENTICATED_S
         with contextlib.suppress(AppError):  # a client that sends nothing gets no answer
             while not self.wire.buffer and self.wire.fill(ends_at):
                 pass
@@ -8950,20 +8956,22 @@ class Exchange:
             return None
         if self.handler.is_distrusted():
             self.must_close = True
-            raise AppError(5003, "the CA or CRL for client certificates has changed or expired: connect again",
+            raise AppError(NO_FREE_CONNECTION,
+                           "the CA or CRL for client certificates has changed or expired: connect again",
                            retry_after_s=1)
         authorization = self.head.headers.get("authorization", "")
         if server.tokens and authorization:
             self._wait_for_token(authorization)
         identity, refusal = server.who(self.head, self.handler.certificate_name)
-        if refusal and refusal.code == 1002:
+        if refusal and refusal.code == BAD_TOKEN:
             self._note_bad_token()
         elif identity and server.tokens:
             server.throttle.note_good(seat.address, authorization)
         if identity and not server.seats.identify(seat, True, identity.token, identity.role == VIEWER):
             self.must_close = True
-            refusal = AppError(4029, f"{identity.token} has as many busy connections as one token, or all viewers "
-                                     "here, may have: try again in a moment", retry_after_s=1)
+            refusal = AppError(TOO_MANY_REQUESTS,
+                               f"{identity.token} has as many busy connections as one token, or all viewers here, "
+                               "may have: try again in a moment", retry_after_s=1)
             identity = None
         elif not identity:
             self.must_close = seat.is_authenticated  # its token was removed
@@ -8989,13 +8997,13 @@ class Exchange:
         self.actor = Act(identity.actor, VIA_API, identity.token, self.handler.certificate_name,
                          self.handler.client_host, self.request_id)
         if role == OPERATOR and identity.role != OPERATOR:
-            raise AppError(1004, f"{identity.actor} has the role {identity.role}: this needs {OPERATOR}")
+            raise AppError(NOT_ALLOWED, f"{identity.actor} has the role {identity.role}: this needs {OPERATOR}")
 
     # -- waiting: the connection is idle meanwhile, so that it may be evicted ---------------
 
     def _wait_idle(self, within_s: float) -> bool:
         """Wait up to so many seconds; return whether the client hung up or the connection was evicted."""
-        self.server.seats.set_idle(self.seat, is_owed=True, since=self.began)
+        self.server.seats.set_idle(self.seat, owes_answer=True, since=self.began)
         has_gone = has_hung_up(self.seat.sock, within_s)
         return not self.server.seats.set_busy(self.seat) or has_gone
 
@@ -9010,12 +9018,12 @@ class Exchange:
         if not length:
             return b""
         if not route.body:
-            raise AppError(2002, f"{route.method} {route.path} takes no body")
+            raise AppError(MALFORMED, f"{route.method} {route.path} takes no body")
         content_type = self.head.headers.get("content-type", "").split(";")[0].strip().lower()
         if content_type != "application/json":
-            raise AppError(4015, "the body must be JSON: send Content-Type: application/json")
+            raise AppError(NOT_JSON, "the body must be JSON: send Content-Type: application/json")
         if len(wire.buffer) < length:
-            seats.set_idle(self.seat, is_owed=True)
+            seats.set_idle(self.seat, owes_answer=True)
             if self.head.headers.get("expect", "").lower() == "100-continue":
                 with contextlib.suppress(OSError):
                     wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -9045,10 +9053,10 @@ class Exchange:
         try:
             pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=20, errors="strict")
         except ValueError:
-            raise AppError(2002, "the query can't be read") from None
+            raise AppError(MALFORMED, "the query can't be read") from None
         known_keys(dict(pairs), route.query)
         if len(dict(pairs)) != len(pairs):
-            raise AppError(2002, "a parameter of the query is given twice")
+            raise AppError(MALFORMED, "a parameter of the query is given twice")
         return dict(pairs)
 
     @staticmethod
@@ -9058,9 +9066,9 @@ class Exchange:
         try:
             body = parse_json(raw)
         except ValueError as error:
-            raise AppError(2002, f"the body is not JSON: {one_line(error, 150)}") from None
+            raise AppError(MALFORMED, f"the body is not JSON: {one_line(error, 150)}") from None
         if not isinstance(body, dict):
-            raise AppError(2002, "the body must be a JSON object")
+            raise AppError(MALFORMED, "the body must be a JSON object")
         return body
 
     def _send(self, answer: HttpAnswer) -> None:
@@ -9091,7 +9099,7 @@ class Exchange:
             extra=about(release=release, actor=str(self.actor or ""), request_id=self.request_id))
 
 
-def _name_in(certificate: Mapping[str, Any]) -> str:
+def name_in(certificate: Mapping[str, Any]) -> str:
     """Return the common name of a verified client certificate, else its first alternative name."""
     names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
     names += [value for _, value in certificate.get("subjectAltName", ())]
@@ -9119,10 +9127,10 @@ class ApiServer(http.server.ThreadingHTTPServer):
         if self.tls:
             self.tls.context()
         self._overload_response = b"" if self.tls else _overload_response()
-        self.seats = Seats(settings.http_max_connections, settings.http_max_connections_per_address,
+        self.seats = ConnectionLimiter(settings.http_max_connections, settings.http_max_connections_per_address,
                            self._overload_response)
         self._workers = ThreadPoolExecutor(settings.http_max_connections, "api")
-        self._turned_away: collections.deque[tuple[float, socket.socket]] = collections.deque()
+        self._rejected: collections.deque[tuple[float, socket.socket]] = collections.deque()
         try:
             self.address_family, address = listening_address(settings)
             exposure = exposure_of(settings, address)
@@ -9130,7 +9138,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
                 log.warning("%s", exposure)
             super().__init__((address, port), socketserver.BaseRequestHandler)  # unused: see process_request()
         except OSError as error:
-            raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: {_os_reason(error)}") from None
+            raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: {os_reason(error)}") from None
         except UnicodeError:  # an empty label, or one of more than 63 characters
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: that is no host name") from None
 
@@ -9168,16 +9176,16 @@ class ApiServer(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             sock.send(self._overload_response)
             sock.shutdown(socket.SHUT_WR)
-        self._turned_away.append((time.monotonic() + LINGER_S, sock))
+        self._rejected.append((time.monotonic() + LINGER_S, sock))
 
     def service_actions(self) -> None:
         """Close rejected connections once their clients had time to read the answer."""
-        while self._turned_away and (len(self._turned_away) > MAX_TURNED_AWAY
-                                     or self._turned_away[0][0] < time.monotonic()):
-            sock = self._turned_away.popleft()[1]
+        while self._rejected and (len(self._rejected) > MAX_REJECTED
+                                     or self._rejected[0][0] < time.monotonic()):
+            sock = self._rejected.popleft()[1]
             with contextlib.suppress(OSError):
                 sock.recv(65536)  # unread bytes would turn the close into a reset
-            _close(sock)
+            close_quietly(sock)
 
     # -- in a connection's thread ------------------------------------------------------------
 
@@ -9201,7 +9209,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         """
         try:
             if not self.tokens:
-                _refuse_strangers(head)
+                refuse_strangers(head)
                 return Identity(f"cert:{certificate_name}" if certificate_name else "api", OPERATOR), None
             name, role = self.tokens.who(head.headers.get("authorization"))
         except AppError as error:
@@ -9214,13 +9222,14 @@ class ApiServer(http.server.ThreadingHTTPServer):
         self.is_stopping = True
         self.seats.end_all(STOP_GRACE_S)
         self._workers.shutdown()
-        while self._turned_away:
-            _close(self._turned_away.popleft()[1])
+        while self._rejected:
+            close_quietly(self._rejected.popleft()[1])
 
 
 def _overload_response() -> bytes:
     """Return the whole answer for a connection that gets no thread."""
-    answer = refusal_of(AppError(5003, "every connection is taken: try again in a moment", retry_after_s=1))
+    answer = refusal_of(AppError(NO_FREE_CONNECTION, "every connection is taken: try again in a moment",
+                                 retry_after_s=1))
     return encode_answer(answer, {**answer.headers, "Connection": "close"})
 
 
@@ -9250,7 +9259,7 @@ def exposure_of(settings: Settings, address: str) -> str:
 PROXY_HEADERS = frozenset(("forwarded", "via", "x-real-ip"))
 
 
-def _refuse_strangers(head: Head) -> None:
+def refuse_strangers(head: Head) -> None:
     """Raise AppError 1004 for a request of another site's page in a browser, or through a proxy.
 
     Without tokens nothing else would tell it from a request of a person at this host.
@@ -9259,7 +9268,8 @@ def _refuse_strangers(head: Head) -> None:
     name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
     for header in head.headers:
         if header in PROXY_HEADERS or header.startswith("x-forwarded"):
-            raise AppError(1004, f"without API_TOKENS_FILE nothing is served through a proxy ({one_line(header, 40)})")
+            raise AppError(NOT_ALLOWED,
+                           f"without API_TOKENS_FILE nothing is served through a proxy ({one_line(header, 40)})")
     is_foreign = head.headers.get("sec-fetch-site", "none").lower() not in ("same-origin", "none")
     with contextlib.suppress(ValueError):
         if name not in ("", "localhost"):
@@ -9267,7 +9277,8 @@ def _refuse_strangers(head: Head) -> None:
         origin = head.headers.get("origin", f"http://{host}").lower()
         if not is_foreign and origin in (f"http://{host}", f"https://{host}"):
             return
-    raise AppError(1004, "without API_TOKENS_FILE only this host's own address is served, and no other site's page")
+    raise AppError(NOT_ALLOWED, "without API_TOKENS_FILE only this host's own address is served, "
+                                "and no other site's page")
 
 
 def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
@@ -9338,7 +9349,7 @@ def control_certificate(settings: Settings) -> Mapping[str, Any]:
     ours.check_hostname = False
     ours.verify_mode = ssl.CERT_NONE
     theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    theirs.load_cert_chain(cert, key, password=_no_passphrase)
+    theirs.load_cert_chain(cert, key, password=no_passphrase)
     theirs.load_verify_locations(ca)
     theirs.verify_mode = ssl.CERT_REQUIRED
     try:
@@ -9468,7 +9479,7 @@ def check_api(settings: Settings) -> Iterator[Finding]:
             yield exposure
     except OSError as error:
         yield Finding("HTTP_ADDR", EXIT_USAGE, "{}:{} can't be listened on: {}".format(*settings.http_addr,
-                                                                                   _os_reason(error)))
+                                                                                   os_reason(error)))
     if settings.http_client_ca:
         yield from check_crl("HTTP_CLIENT_CA", settings.http_client_ca)
     if cert:
@@ -9813,9 +9824,9 @@ def _write_metrics(context: Context, path: str) -> None:
     if path:
         text = metrics_text(context.store, certificate_figures(context.settings))
         try:
-            _replace(path, text, None, 0o644)
+            replace_file(path, text, None, 0o644)
         except OSError as error:
-            raise ConfigError(f"--metrics-file {path} can't be written: {_os_reason(error)}") from None
+            raise ConfigError(f"--metrics-file {path} can't be written: {os_reason(error)}") from None
 
 
 def _run_once(context: Context) -> int:
@@ -9856,8 +9867,8 @@ def _run_once(context: Context) -> int:
               file=sys.stderr)
         code = EXIT_NOT_SUCCESS
     unended = [release for release in tick.worked_on if release.status in (PENDING, RUNNING, CANCELLING)]
-    is_held = any(release.claim_expires_at for release in unended)
-    if code == EXIT_DONE and context.options.drain and (is_held or (tick.was_stopped and unended)):
+    is_not_sent = any(release.claim_expires_at for release in unended)
+    if code == EXIT_DONE and context.options.drain and (is_not_sent or (tick.was_stopped and unended)):
         print(f"releases that have not ended: {len(unended)}: try later", file=sys.stderr)
         return EXIT_BUSY
     return code
@@ -9894,7 +9905,7 @@ class ServiceManager:
                 sock.sendto("\n".join(lines).encode(),
                             "\0" + self._address[1:] if self._address.startswith("@") else self._address)
         except OSError as error:
-            trouble = _os_reason(error)
+            trouble = os_reason(error)
         if trouble and trouble != self._logged:  # not at each heartbeat
             log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], self._address, trouble)
         self._logged = trouble
@@ -10030,9 +10041,9 @@ def _labels_option(pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key or not equals:
-            raise AppError(2003, f"--label {one_line(pair, 60)} must be K=V")
+            raise AppError(INVALID, f"--label {one_line(pair, 60)} must be K=V")
         if key in labels:
-            raise AppError(2003, f"--label {one_line(key, 60)} is given twice: a node has one value of each label")
+            raise AppError(INVALID, f"--label {one_line(key, 60)} is given twice: a node has one value of each label")
         labels[key] = value
     return labels
 
@@ -10068,7 +10079,7 @@ def command_node_list(context: Context) -> int:
 def command_node_set(context: Context) -> int:
     columns = parse_node_fields(_node_options(context.options))
     if not columns:
-        raise AppError(2001, "nothing to change: name an option, see `node set --help`")
+        raise AppError(MISSING, "nothing to change: name an option, see `node set --help`")
     store = context.open()
     node = store.nodes.update(store.nodes.named(context.options.name).id, columns, context.actor)
     return context.show(node_json(node), table([_node_row(node)], NODE_HEAD))
@@ -10091,14 +10102,14 @@ def command_node_import(context: Context) -> int:
 
 def _read_node_file(path: str) -> list[dict[str, Any]]:
     """Return the nodes of a JSON array, or of lines NAME IP [PORT [PROTOCOL]], as JSON fields."""
-    text = _read_text(path)
+    text = read_text(path)
     if text.lstrip().startswith(("[", "{")):
         try:
             items = parse_json(text)
         except ValueError as error:
-            raise AppError(2002, f"{path} is not JSON: {one_line(error, 150)}") from None
+            raise AppError(MALFORMED, f"{path} is not JSON: {one_line(error, 150)}") from None
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise AppError(2002, f"{path} must be an array of objects")
+            raise AppError(MALFORMED, f"{path} must be an array of objects")
         return list(items)
     nodes = []
     for line in text.splitlines():
@@ -10106,7 +10117,7 @@ def _read_node_file(path: str) -> list[dict[str, Any]]:
         if not words:
             continue
         if len(words) < 2 or len(words) > 4 or (len(words) > 2 and not re.fullmatch("[0-9]{1,9}", words[2])):
-            raise AppError(2002, f"{path}: {one_line(line, 60)!r} is not NAME IP [PORT [PROTOCOL]]")
+            raise AppError(MALFORMED, f"{path}: {one_line(line, 60)!r} is not NAME IP [PORT [PROTOCOL]]")
         node: dict[str, Any] = dict(zip(("name", "mainIp", "agentPort", "agentProtocol"), words))
         if "agentPort" in node:
             node["agentPort"] = int(node["agentPort"])
@@ -10114,11 +10125,11 @@ def _read_node_file(path: str) -> list[dict[str, Any]]:
     return nodes
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str) -> str:
     try:
         return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
     except (OSError, UnicodeError) as error:
-        raise AppError(2002, f"{path} can't be read: {_os_reason(error)}") from None
+        raise AppError(MALFORMED, f"{path} can't be read: {os_reason(error)}") from None
 
 
 def command_node_ping(context: Context) -> int:
@@ -10135,7 +10146,7 @@ def command_node_ping(context: Context) -> int:
 
 # -- releases --------------------------------------------------------------------------------
 
-def _duration_s(text: str) -> float:
+def parse_duration(text: str) -> float:
     """Return 90, 90s, 5m, 2h or 1d in seconds; raise argparse.ArgumentTypeError else."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd]?)", text)
     if not match:
@@ -10161,18 +10172,18 @@ STRATEGY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = 
     ("--max-failed-total", "maxFailedTotal", _number_or_text, "N",
      "failures tolerated in the whole release: N or N%% (no limit)"),
     ("--max-parallel", "maxParallel", _number_or_text, "N", "nodes in flight at once; 0: the whole batch (0)"),
-    ("--soak", "soakSec", _duration_s, "TIME", "wait between batches: 90, 5m, 2h (0)"),
+    ("--soak", "soakSec", parse_duration, "TIME", "wait between batches: 90, 5m, 2h (0)"),
     ("--pause-after", "pauseAfter", lambda text: text if text == EACH else _list_of_numbers(text), "LIST",
      "pause after these batches until resume: numbers, or each"),
     ("--on-exceed", "onExceed", str, "WHAT", "at more failures than tolerated: fail, or pause until resume (fail)"),
-    ("--node-deadline", "nodeDeadlineSec", _duration_s, "TIME", "most time for a node, from its dispatch"),
+    ("--node-deadline", "nodeDeadlineSec", parse_duration, "TIME", "most time for a node, from its dispatch"),
     ("--retries", "retries", _number_or_text, "N", "tries after the first"),
     ("--start-at", "startAt", str, "TIME", "start no earlier than this, like 2026-01-31T22:00:00Z"),
 )
 VERIFY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
     ("--verify-url", "url", str, "URL", "probe each node after its success, like http://{main_ip}:8080/health"),
     ("--verify-status", "status", _number_or_text, "N", "HTTP status that a probe must get (200)"),
-    ("--verify-timeout", "timeoutSec", _duration_s, "TIME", "most time for one probe (5)"),
+    ("--verify-timeout", "timeoutSec", parse_duration, "TIME", "most time for one probe (5)"),
     ("--verify-successes", "successes", _number_or_text, "N", "probes in a row that must pass (1)"),
     ("--verify-host", "host", str, "NAME", "site to ask for: the Host header, and the name in TLS"),
     ("--verify-contains", "contains", str, "TEXT", "text that the answer must contain"),
@@ -10193,9 +10204,9 @@ def command_create(context: Context) -> int:
                             "strategy": _given(options, STRATEGY_OPTIONS)}
     if options.payload:
         try:
-            body["payload"] = parse_json(_read_text(options.payload))
+            body["payload"] = parse_json(read_text(options.payload))
         except ValueError as error:
-            raise AppError(2002, f"--payload {options.payload} is not JSON: {one_line(error, 150)}") from None
+            raise AppError(MALFORMED, f"--payload {options.payload} is not JSON: {one_line(error, 150)}") from None
     verify = _given(options, VERIFY_OPTIONS)
     if verify:
         body["strategy"]["verify"] = verify
@@ -10218,7 +10229,7 @@ def _show_plan(context: Context, plan: Plan) -> int:
     limits = [("version", plan.version), ("sends", payload), ("nodes", sum(map(len, plan.batches))),
               ("failures tolerated in all", plan.max_failed_total),
               ("nodes in flight at once, at most", plan.strategy.max_parallel or None)]
-    text = table([(number, len(ids), most, _words(ids)) for number, (ids, most) in enumerate(
+    text = table([(number, len(ids), most, in_words(ids)) for number, (ids, most) in enumerate(
         zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "node ids"))
     emptied = [f"left without any site: {', '.join(plan.emptied)}"] if plan.emptied else []
     return context.show(plan_json(plan), "\n".join(
@@ -10232,7 +10243,7 @@ def _left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
 
 def _check_wait(options: argparse.Namespace) -> None:
     if not options.wait and (options.timeout is not None or options.until != Until()):
-        raise AppError(2001, "--timeout and --until go with --wait")
+        raise AppError(MISSING, "--timeout and --until go with --wait")
 
 
 def _show_created(context: Context, made: Made) -> int:
@@ -10244,7 +10255,7 @@ def _show_created(context: Context, made: Made) -> int:
     as_json = created_again_json if release.retry_of or release.rollback_of else created_json
     return context.show(as_json(made), "\n".join([
         f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
-        f"{_words([len(batch) for batch in made.batches])}", *left_out]))
+        f"{in_words([len(batch) for batch in made.batches])}", *left_out]))
 
 
 def command_list(context: Context) -> int:
@@ -10271,7 +10282,7 @@ def command_watch(context: Context) -> int:
         return _watch(context, int(context.options.id))
     page = context.open().releases.page(size=1)
     if not page.items:
-        raise AppError(3001, "there is no release yet")
+        raise AppError(NOT_FOUND, "there is no release yet")
     return _watch(context, page.items[0].id)
 
 
@@ -10290,7 +10301,7 @@ class Until(NamedTuple):
                 or 0 < self.batch < at)
 
 
-def _until(text: str) -> Until:
+def parse_until(text: str) -> Until:
     """Parse --until: terminal, paused or batch=N."""
     match = re.fullmatch(r"batch=([1-9][0-9]{0,6})", text)
     if match:
@@ -10341,7 +10352,7 @@ def command_events(context: Context) -> int:
 def command_audit(context: Context) -> int:
     options = context.options
     if options.head and not options.verify:
-        raise AppError(2001, "--head goes with --verify")
+        raise AppError(MISSING, "--head goes with --verify")
     if options.verify:
         return _verify_audit(context)
     what = f"release {options.release}" if options.release else options.object
@@ -10384,7 +10395,7 @@ def command_again(context: Context) -> int:
 def command_freeze(context: Context) -> int:
     options, store = context.options, context.open()
     if options.switch is None and options.reason:
-        raise AppError(2001, "--reason goes with on or off")
+        raise AppError(MISSING, "--reason goes with on or off")
     freeze = store.releases.freeze() if options.switch is None else store.releases.set_freeze(
         options.switch == "on", context.actor, parse_text("--reason", options.reason))
     text = f"frozen by {freeze.actor} at {freeze.at}: {freeze.reason}" if freeze.frozen else "not frozen"
@@ -10457,7 +10468,7 @@ def _show_pruned(context: Context, releases: Sequence[OldRelease]) -> int:
 def command_version(context: Context) -> int:
     driver = ""
     with contextlib.suppress(ConfigError):
-        name = _load_postgres_driver().__name__.partition(".")[0]
+        name = load_postgres_driver().__name__.partition(".")[0]
         driver = f"{name} {sys.modules[name].__version__}"
     found = {"version": __version__, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
              "schema": len(schema_steps()), "python": platform.python_version(),
@@ -10480,7 +10491,7 @@ class Command(NamedTuple):
     needs_settings: bool = True
 
 
-def _option(*flags: str, **keywords: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+def option(*flags: str, **keywords: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return flags, keywords
 
 
@@ -10490,13 +10501,13 @@ def _int_option(flag: str, low: int, high: int, **keywords: Any) -> tuple[tuple[
         if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
         return int(text)
-    return _option(flag, type=parse, **keywords)
+    return option(flag, type=parse, **keywords)
 
 
 def _age_s(text: str) -> float:
     """Parse a time of a day or more: an Idempotency-Key is kept for a day, with its release."""
-    seconds = _duration_s(text)
-    if not ONCE_S <= seconds <= 36500 * ONCE_S:
+    seconds = parse_duration(text)
+    if not IDEMPOTENCY_KEY_S <= seconds <= 36500 * IDEMPOTENCY_KEY_S:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time from 1d to 36500d")
     return seconds
 
@@ -10504,7 +10515,7 @@ def _age_s(text: str) -> float:
 def _since(text: str) -> str:
     """Read 90, 5m, 2h or 1d ago, or an RFC 3339 time, as a time; argparse.ArgumentTypeError else."""
     with contextlib.suppress(argparse.ArgumentTypeError, ValueError, OverflowError):
-        return utc_text(time.time() - _duration_s(text))
+        return utc_text(time.time() - parse_duration(text))
     with contextlib.suppress(AppError, ValueError, OverflowError):
         return utc_text(epoch_of(text))
     raise argparse.ArgumentTypeError(f"{text!r} is not a time like 5m, 2h, 1d or 2026-01-31T00:00:00Z")
@@ -10524,97 +10535,97 @@ def _release_id(text: str) -> int:
     return int(text)
 
 
-_ID_OPTION = _option("id", metavar="ID", type=_release_id, help="id of the release")
-_REASON_OPTION = _option("--reason", default="", metavar="TEXT", help="why, for the history")
-_PLAN_OPTION = _option("--plan", action="store_true", help="show what it would do, and create nothing")
+_ID_OPTION = option("id", metavar="ID", type=_release_id, help="id of the release")
+_REASON_OPTION = option("--reason", default="", metavar="TEXT", help="why, for the history")
+_PLAN_OPTION = option("--plan", action="store_true", help="show what it would do, and create nothing")
 _AGAIN_OPTIONS = (
-    _REASON_OPTION, _option("--over-newer", action="store_true", help="also where a node has a newer success"),
+    _REASON_OPTION, option("--over-newer", action="store_true", help="also where a node has a newer success"),
     _PLAN_OPTION)
 _WATCH_OPTIONS = (
-    _option("--until", type=_until, default=Until(), metavar="WHAT",
+    option("--until", type=parse_until, default=Until(), metavar="WHAT",
             help="wait until the release has ended (terminal), is paused (paused), or batch N is done (batch=N)"),
-    _option("--timeout", type=_duration_s, metavar="TIME",
+    option("--timeout", type=parse_duration, metavar="TIME",
             help="stop waiting after TIME (90, 5m) with exit 75; the release goes on"))
 _WAIT_OPTIONS = (
-    _option("--wait", action="store_true", help="follow it to its end; exit 0 on success, 1 else"), *_WATCH_OPTIONS)
+    option("--wait", action="store_true", help="follow it to its end; exit 0 on success, 1 else"), *_WATCH_OPTIONS)
 _NODE_OPTIONS = (
     _int_option("--port", 1, 65535, help="the agent's port (8443)"),
-    _option("--protocol", choices=PROTOCOLS, help="the agent's protocol (tasks)"),
-    _option("--label", action="append", metavar="K=V", help="a label; may be repeated"),
-    _option("--status", choices=NODE_STATUSES, help="only online nodes get releases"),
-    _option("--enable", dest="enabled", action="store_true", default=None, help="it may get releases"),
-    _option("--disable", dest="enabled", action="store_false", default=None, help="it gets no releases"),
+    option("--protocol", choices=PROTOCOLS, help="the agent's protocol (tasks)"),
+    option("--label", action="append", metavar="K=V", help="a label; may be repeated"),
+    option("--status", choices=NODE_STATUSES, help="only online nodes get releases"),
+    option("--enable", dest="enabled", action="store_true", default=None, help="it may get releases"),
+    option("--disable", dest="enabled", action="store_false", default=None, help="it gets no releases"),
 )
 
 def command_completion(context: Context) -> int:
     shell = context.options.shell
-    script = COMPLETIONS[shell]()
+    script = COMPLETIONS[shell](COMMANDS)
     return context.show({"shell": shell, "script": script}, script)
 
 
 COMMANDS: tuple[Command, ...] = (
     Command("serve", "API and executor in one process, until SIGTERM or SIGINT", command_serve),
     Command("run-once", "one tick of the executor, then exit", command_run_once, (
-        _option("--drain", action="store_true", help="repeat until nothing is left to do"),
-        _option("--metrics-file", default="", metavar="FILE",
+        option("--drain", action="store_true", help="repeat until nothing is left to do"),
+        option("--metrics-file", default="", metavar="FILE",
                 help="write figures there for node_exporter's textfile collector: a name that ends with .prom"))),
     Command("migrate", "bring the database to this schema.sql", command_migrate, (
         _int_option("--first-version", 1, MAX_NAMED_VERSION, metavar="N",
                 help="number new releases from N on: after a restore, or where agents have higher versions"),)),
     Command("node add", "add a node", command_node_add, (
-        _option("name", metavar="NAME"), _option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
+        option("name", metavar="NAME"), option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
     Command("node list", "list the nodes", command_node_list),
     Command("node set", "change a node", command_node_set, (
-        _option("name", metavar="NAME"), _option("--rename", metavar="NAME"), _option("--ip"), *_NODE_OPTIONS)),
+        option("name", metavar="NAME"), option("--rename", metavar="NAME"), option("--ip"), *_NODE_OPTIONS)),
     Command("node import", "add nodes from a file, all or none: a JSON array, or lines NAME IP [PORT [PROTOCOL]]",
-            command_node_import, (_option("file", metavar="FILE", help="- for standard input"),)),
+            command_node_import, (option("file", metavar="FILE", help="- for standard input"),)),
     Command("node ping", "ask agents whether they answer", command_node_ping, (
-        _option("names", nargs="*", metavar="NAME", help="none: every enabled node"),)),
+        option("names", nargs="*", metavar="NAME", help="none: every enabled node"),)),
     Command("token add", "make a token for the API, and print it once", command_token_add, (
-        _option("name", metavar="NAME", help="the name in the history"),
-        _option("--role", choices=(VIEWER, OPERATOR), required=True, help="viewer reads, operator acts"))),
+        option("name", metavar="NAME", help="the name in the history"),
+        option("--role", choices=(VIEWER, OPERATOR), required=True, help="viewer reads, operator acts"))),
     Command("create", "create a release for the enabled, online nodes", command_create, (
-        _option("--payload", metavar="FILE", help="JSON object for the agents; - for standard input"),
-        _REASON_OPTION, _option("--target", default="cdn"),
-        _option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
-        _option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
+        option("--payload", metavar="FILE", help="JSON object for the agents; - for standard input"),
+        _REASON_OPTION, option("--target", default="cdn"),
+        option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
+        option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
         _int_option("--version", 1, MAX_NAMED_VERSION, metavar="N", help="a higher version than the next one"),
-        *(_option(flag, type=parse, metavar=metavar, help=text)
+        *(option(flag, type=parse, metavar=metavar, help=text)
           for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS)),
         _PLAN_OPTION, *_WAIT_OPTIONS)),
     Command("list", "list releases, newest first", command_list, (
-        _option("--status", choices=RELEASE_STATUSES),
+        option("--status", choices=RELEASE_STATUSES),
         _int_option("--page", 1, 10**9, default=1), _int_option("--page-size", 1, MAX_PAGE_SIZE, default=20))),
     Command("status", "a release and its nodes", command_status, (_ID_OPTION,)),
     Command("watch", "follow a release to its end", command_watch, (
-        _option("id", metavar="ID", nargs="?", default=LATEST,
+        option("id", metavar="ID", nargs="?", default=LATEST,
                 type=lambda text: text if text == LATEST else _release_id(text),
                 help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
     Command("events", "the history of a release", command_events, (
         _ID_OPTION, _int_option("--after", 0, MAX_ID, default=0, help="only events with a higher id"),
         _int_option("--limit", 1, 100000, default=1000))),
     Command("audit", "who did what, newest last; whether the log is whole", command_audit, (
-        _option("--actor", default="", metavar="NAME", help="only by this actor, token or certificate"),
-        _option("--action", default="", metavar="WORD", help="only this action, or group: node.set, node"),
-        _option("--object", default="", metavar="TEXT", help="only of this: \"node edge-1\""),
+        option("--actor", default="", metavar="NAME", help="only by this actor, token or certificate"),
+        option("--action", default="", metavar="WORD", help="only this action, or group: node.set, node"),
+        option("--object", default="", metavar="TEXT", help="only of this: \"node edge-1\""),
         _int_option("--release", 1, MAX_ID, metavar="ID", help="only of this release"),
-        _option("--since", type=_since, metavar="TIME", help="so long ago, or a time: 2h, 7d, "
+        option("--since", type=_since, metavar="TIME", help="so long ago, or a time: 2h, 7d, "
                 "2026-01-31T00:00:00Z"),
         _int_option("--after", 0, MAX_ID, default=0, metavar="ID",
                 help="the first rows above this one (the last ones)"),
         _int_option("--limit", 1, 100000, default=100, metavar="N", help="so many rows (100)"),
-        _option("--verify", action="store_true",
+        option("--verify", action="store_true",
                 help="prove that no row was changed, taken away or inserted, nor an event of an ended release; "
                      "exit 1 where one was"),
-        _option("--head", type=_audit_head, metavar="ID:HASH",
+        option("--head", type=_audit_head, metavar="ID:HASH",
                 help="with --verify: a copy of the head, from the log of a release's end"))),
     Command("pause", "dispatch nothing more until resume", command_act, (_ID_OPTION, _REASON_OPTION)),
     Command("resume", "continue a paused release", command_act, (
         _ID_OPTION, _REASON_OPTION,
-        _option("--accept-failures", action="store_true", help="failures so far no longer count"))),
+        option("--accept-failures", action="store_true", help="failures so far no longer count"))),
     Command("cancel", "end a release; nodes in flight are waited for", command_act, (
         _ID_OPTION, _REASON_OPTION,
-        _option("--force", action="store_true",
+        option("--force", action="store_true",
                 help="do not wait for nodes in flight: their outcome stays unknown"))),
     Command("retry", "a new release for the failed and skipped nodes of one", command_again,
             (_ID_OPTION, *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
@@ -10623,26 +10634,26 @@ COMMANDS: tuple[Command, ...] = (
                                  help="the payload of this release (what most of the nodes had before)"),
              *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("freeze", "stop (on) or allow (off) new dispatches, of all processes; without argument: show",
-            command_freeze, (_option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),
+            command_freeze, (option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),
     Command("check", "configuration, certificates, database, agents: what is wrong and how to fix it",
             command_check),
     Command("backup", "a checked copy of an SQLite database, also while it is in use", command_backup, (
-        _option("file", metavar="FILE", help="a new file; it gets mode 0600"),)),
+        option("file", metavar="FILE", help="a new file; it gets mode 0600"),)),
     Command("prune", "delete old releases with their history; what a rollback needs stays", command_prune, (
-        _option("--older-than", type=_age_s, required=True, metavar="TIME", help="ended longer ago than that: 90d"),
+        option("--older-than", type=_age_s, required=True, metavar="TIME", help="ended longer ago than that: 90d"),
         _int_option("--keep", 1, 10**9, default=10, metavar="N", help="keep the newest N of each target (10)"),
-        _option("--dry-run", action="store_true", help="show what would be deleted, and delete nothing"))),
+        option("--dry-run", action="store_true", help="show what would be deleted, and delete nothing"))),
     Command("version", "version and SHA-256 of this file, and what it runs on", command_version,
             needs_settings=False),
     Command("completion", "print a script that completes these commands in a shell", command_completion, (
-        _option("shell", choices=("bash", "zsh")),), needs_settings=False),
+        option("shell", choices=("bash", "zsh")),), needs_settings=False),
 )
 
 # They may stand before or after every command.
 COMMON_OPTIONS = (
-    _option("--db", metavar="URL", help="overrides DATABASE_URL"),
-    _option("--config", metavar="FILE", help="settings as KEY=VALUE lines; the environment wins"),
-    _option("--json", action="store_true", help="one JSON document on standard output"),
+    option("--db", metavar="URL", help="overrides DATABASE_URL"),
+    option("--config", metavar="FILE", help="settings as KEY=VALUE lines; the environment wins"),
+    option("--json", action="store_true", help="one JSON document on standard output"),
 )
 
 
@@ -10683,11 +10694,11 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", "store_false", functools.partial(_StoreSwitch, const=False))
 
     def error(self, message: str) -> NoReturn:
-        raise AppError(2002, f"{safe_url(message)} (see `{self.prog} --help`)")
+        raise AppError(MALFORMED, f"{safe_url(message)} (see `{self.prog} --help`)")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of COMMANDS."""
+def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
+    """Return the parser of commands."""
     # no abbreviations: in a script they would break with the next option that we add
     common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     for flags, keywords in COMMON_OPTIONS:
@@ -10698,15 +10709,15 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="settings, from the environment or --config:\n" + "\n".join(
             f"  {s.name:<30} {s.help}" + (f" ({s.default})" if s.default else "") for s in SETTINGS))
     parser.add_argument("--version", action="version", version=f"releasectl {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    top = parser.add_subparsers(metavar="COMMAND", required=True)
     groups: dict[str, Any] = {}
-    for command in COMMANDS:
+    for command in commands:
         *group, word = command.name.split()
-        place = commands
+        place = top
         if group:
             if group[0] not in groups:
-                words = [c.name.split()[1] for c in COMMANDS if c.name.startswith(f"{group[0]} ")]
-                group_parser = commands.add_parser(
+                words = [c.name.split()[1] for c in commands if c.name.startswith(f"{group[0]} ")]
+                group_parser = top.add_parser(
                     group[0], parents=[common], allow_abbrev=False, help=", ".join(words))
                 groups[group[0]] = group_parser.add_subparsers(metavar="COMMAND", required=True)
             place = groups[group[0]]
@@ -10722,27 +10733,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 # Names under which the program may be called.
 _PROGRAMS = "releasectl releasectl.py"
-_HELP_OPTION = _option("--help", action="store_true", help="show what it takes")
+_HELP_OPTION = option("--help", action="store_true", help="show what it takes")
 
 
 def _takes_value(keywords: Mapping[str, Any]) -> bool:
     return "action" not in keywords or keywords["action"] == "append"
 
 
-def _groups() -> list[str]:
-    return sorted({"", *(c.name.split()[0] for c in COMMANDS if " " in c.name)})
+def _groups(commands: Sequence[Command]) -> list[str]:
+    return sorted({"", *(c.name.split()[0] for c in commands if " " in c.name)})
 
 
-def _sub_commands(group: str = "") -> dict[str, str]:
+def _sub_commands(commands: Sequence[Command], group: str = "") -> dict[str, str]:
     """Return the words that may follow a group's name, each with its help."""
-    parts = [(c.name[len(group):].split(), c.help) for c in COMMANDS if c.name.startswith(group)]
+    parts = [(c.name[len(group):].split(), c.help) for c in commands if c.name.startswith(group)]
     return {words[0]: text if len(words) == 1 else ", ".join(p[1] for p, _ in parts if p[0] == words[0] and p[1:])
             for words, text in parts}
 
 
-def bash_completion() -> str:
+def bash_completion(commands: Sequence[Command]) -> str:
     """Return the script for bash: it completes words, or file names where no words are known."""
-    valued = sorted({flag for command in COMMANDS for flags, keywords in (*command.options, *COMMON_OPTIONS)
+    valued = sorted({flag for command in commands for flags, keywords in (*command.options, *COMMON_OPTIONS)
                      for flag in flags if flag.startswith("-") and _takes_value(keywords)})
     lines = [
         f"# bash completion of releasectl {__version__}, made by `releasectl.py completion bash`",
@@ -10761,10 +10772,10 @@ def bash_completion() -> str:
         "    done",
         "    case $before in --config | --db) return ;; esac",
         "    case $command in"]
-    for group in _groups():
-        words = [*_sub_commands(f"{group} " if group else ""), *_flags(COMMON_OPTIONS), "--help"]
+    for group in _groups(commands):
+        words = [*_sub_commands(commands, f"{group} " if group else ""), *_flags(COMMON_OPTIONS), "--help"]
         lines.append(f'        "{group}") words="{" ".join(words + ["--version"] * (not group))}" ;;')
-    for command in COMMANDS:
+    for command in commands:
         words = [*_flags(command.options), *_flags(COMMON_OPTIONS), "--help"]
         lines += [f'        "{command.name}" | "{command.name} "*)', "            case $before in"]
         takes_file = False
@@ -10787,22 +10798,22 @@ def _flags(options: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]) -> list
     return [flag for flags, _ in options for flag in flags if flag.startswith("-")]
 
 
-def zsh_completion() -> str:
+def zsh_completion(commands: Sequence[Command]) -> str:
     """Return the script for zsh, with the help of each command and option."""
     lines = [f"#compdef {_PROGRAMS}",
              f"# zsh completion of releasectl {__version__}, made by `releasectl.py completion zsh`"]
-    for group in _groups():
+    for group in _groups(commands):
         name = f"_releasectl{'_' if group else ''}{group}"
-        commands = _sub_commands(f"{group} " if group else "")
+        words = _sub_commands(commands, f"{group} " if group else "")
         lines += [f"{name}() {{", "    local context state state_descr line", "    typeset -A opt_args",
                   "    local -a commands", "    commands=(",
-                  *(f"        {_zsh_quoted(word + ':' + text)}" for word, text in commands.items()), "    )",
+                  *(f"        {_zsh_quoted(word + ':' + text)}" for word, text in words.items()), "    )",
                   f"    _arguments -C {_zsh_options((*COMMON_OPTIONS, _HELP_OPTION))} \\",
                   "        '1:command:->command' '*::argument:->arguments'",
                   "    case $state in", "        command) _describe command commands ;;",
                   "        arguments)", "            case $words[1] in"]
-        for word in commands:
-            known = [c for c in COMMANDS if c.name == f"{group} {word}".strip()]
+        for word in words:
+            known = [c for c in commands if c.name == f"{group} {word}".strip()]
             call = f"_releasectl_{word}" if not known else \
                 f"_arguments {_zsh_options((*known[0].options, *COMMON_OPTIONS, _HELP_OPTION))}"
             lines.append(f"                {word}) {call} ;;")
@@ -10832,7 +10843,7 @@ def _zsh_quoted(text: str) -> str:
     return "'" + text.replace("'", "'\\''") + "'"
 
 
-COMPLETIONS: Mapping[str, Callable[[], str]] = {"bash": bash_completion, "zsh": zsh_completion}
+COMPLETIONS: Mapping[str, Callable[[Sequence[Command]], str]] = {"bash": bash_completion, "zsh": zsh_completion}
 
 
 # Longer than any line of our own: only text from outside is cut.
@@ -10882,7 +10893,7 @@ class JournalFormatter(logging.Formatter):
 def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> list[str]:
     """Return the lines of a record's stack trace, none without one."""
     text = formatter.formatException(record.exc_info) if record.exc_info else ""
-    return "".join(_printable(char, True) for char in text).splitlines()
+    return "".join(printable(char, True) for char in text).splitlines()
 
 
 def is_journal() -> bool:
@@ -10963,7 +10974,7 @@ def standard_streams() -> Iterator[None]:
     finally:
         out.end()
         if out.error is not None and not isinstance(out.error, BrokenPipeError):
-            print(f"releasectl: standard output can't be written: {_os_reason(out.error)}", file=sys.stderr)
+            print(f"releasectl: standard output can't be written: {os_reason(out.error)}", file=sys.stderr)
         err.end()
         sys.stdout, sys.stderr = before
 
@@ -10977,7 +10988,7 @@ def _refuse_not_utf8(options: argparse.Namespace) -> None:
     for name, value in vars(options).items():
         for text in value if isinstance(value, list) else [value]:
             if name not in PATH_OPTIONS and isinstance(text, str) and not is_utf8(text):
-                raise AppError(2002, f"the argument {one_line(text, 60)!r} is not UTF-8")
+                raise AppError(MALFORMED, f"the argument {one_line(text, 60)!r} is not UTF-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -10988,7 +10999,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(words: Sequence[str]) -> int:
     try:
-        options = build_parser().parse_args(words, argparse.Namespace(db="", config="", json=False))
+        options = build_parser(COMMANDS).parse_args(words, argparse.Namespace(db="", config="", json=False))
         _refuse_not_utf8(options)
         context = Context(options)
         set_up_log(context.settings, options.command)

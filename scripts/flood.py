@@ -120,7 +120,7 @@ class Flood:
         for task, kind in zip(tasks, (kind for kind, count in self.kinds.items() for _ in range(count))):
             if kind in ASKED:  # whoever has shown a token may stay for longer
                 task.cancel()
-        ends_at = time.monotonic() + 2 * rc.PROVE_S
+        ends_at = time.monotonic() + 2 * rc.UNAUTHENTICATED_S
         started = time.monotonic()
         while self.open_now and time.monotonic() < ends_at:
             await asyncio.sleep(0.05)

@@ -616,7 +616,7 @@ def port_of(url: str) -> int:
 def knows_many_hosts() -> bool:
     """Says whether the driver takes a URL of several hosts: those that are made of libpq do."""
     with contextlib.suppress(rc.ConfigError):
-        return rc._load_postgres_driver().__name__ != "pg8000.dbapi"
+        return rc.load_postgres_driver().__name__ != "pg8000.dbapi"
     return False
 
 

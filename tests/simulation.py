@@ -301,9 +301,9 @@ class Ledger:
     # The highest version of a process that saw the database go back, and wrote to it since.
     told: int = 0
 
-    def note_held(self, release_id: int, is_held: bool, now: float) -> None:
+    def note_held(self, release_id: int, is_not_sent: bool, now: float) -> None:
         """Takes down whether a pause or a freeze holds a release from now on."""
-        if is_held:
+        if is_not_sent:
             self.held_since.setdefault(release_id, now)
         elif release_id in self.held_since:
             self.held_s[release_id] = self.held_so_far(release_id, now)
@@ -707,7 +707,7 @@ class Simulation:
 
         def leave() -> None:
             if op == rc.DISPATCH and not driver.may_dispatch(written_at):
-                answer(rc.AgentError(rc.UNREACHABLE, "too late", reached=False, is_held=True))
+                answer(rc.AgentError(rc.UNREACHABLE, "too late", reached=False, is_not_sent=True))
                 return
             if op == rc.DISPATCH:
                 self._check_dispatch(send, task)
@@ -819,7 +819,7 @@ class Simulation:
                 self.at(wait_s, lambda: answer(value), owner)
                 return
             if is_lost:
-                value = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_HOLD_S)
+                value = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_BUSY_S)
             self.at(0.01, lambda: answer(value), owner)
 
         def arrive() -> None:
@@ -857,7 +857,7 @@ class Simulation:
         if run is None:
             deliver(self._already(send.version, agent.applied, task.id))
             return
-        cut = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_HOLD_S)
+        cut = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_BUSY_S)
         self.at(max(0.0, run.ends - self.now), lambda: deliver(
             self._word(run, task.id) if run.killed is None else cut))
 

@@ -322,7 +322,7 @@ def verb(request) -> str:
 
 
 def make_again(store: rc.Store, verb: str, release: rc.Release, **wish) -> rc.Made:
-    return getattr(store, verb)(release.id, "anna", rc.Again(**wish))
+    return getattr(store.releases, verb)(release.id, "anna", rc.Again(**wish))
 
 
 def test_rule_10_nothing_newer_is_replaced_without_a_word(store, verb):
@@ -332,7 +332,7 @@ def test_rule_10_nothing_newer_is_replaced_without_a_word(store, verb):
     newer = good(store, "C")
     before = everything(store)
     names = "edge-1 and 2 more" if verb == "retry" else "edge-1 and 1 more"
-    for deed in (make_again, lambda s, v, r: s.plan_again(v, r.id)):
+    for deed in (make_again, lambda s, v, r: s.releases.plan_again(v, r.id)):
         with pytest.raises(rc.AppError) as refused:
             deed(store, verb, old)
         assert refused.value.code == 3003

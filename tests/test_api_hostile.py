@@ -53,8 +53,8 @@ def new_server(open_store, sqlite_url, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Deadlines that a test can wait for."""
-    for name, seconds in (("PROVE_S", 0.4), ("HEAD_S", 0.4), ("BODY_S", 0.4), ("WRITE_S", 0.4),
-                          ("IDLE_S", 1.2), ("LINGER_S", 0.3), ("GRACE_S", 0.0)):
+    for name, seconds in (("UNAUTHENTICATED_S", 0.4), ("HEAD_S", 0.4), ("BODY_S", 0.4), ("WRITE_S", 0.4),
+                          ("IDLE_S", 1.2), ("LINGER_S", 0.3), ("MIN_IDLE_S", 0.0)):
         monkeypatch.setattr(rc, name, seconds)
 
 
@@ -254,7 +254,7 @@ def test_clients_that_do_not_read_their_answers_hold_nobody_out(new_server, monk
         for _ in range(4):
             stack.enter_context(connected(client, "127.0.0.2", sent=b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"))
         eventually(lambda: sum(
-            seat.is_owed and not seat.is_at_work for seat in seats(client)) == 4)
+            seat.owes_answer and not seat.is_at_work for seat in seats(client)) == 4)
         assert eventually(lambda: healthy(client, "127.0.0.9"))
 
 
@@ -307,7 +307,7 @@ def test_json_is_taken_up_to_its_depth(besieged, depth, code):
 def hold(monkeypatch):
     """A function that makes GET /api/v1/nodes wait, until the function that it returns is called."""
     events = []
-    monkeypatch.setattr(rc, "GRACE_S", 0.0)
+    monkeypatch.setattr(rc, "MIN_IDLE_S", 0.0)
 
     def hold() -> Any:
         released = threading.Event()
@@ -331,7 +331,7 @@ def busy(client: Client, stack: contextlib.ExitStack, source: str, count: int,
     eventually(lambda: sum(seat.is_at_work for seat in seats(client)) == before + count)
 
 
-def assert_turned_away(client: Client, source: str) -> None:
+def assert_rejected(client: Client, source: str) -> None:
     with connected(client, source) as sock:  # it need not say anything to be told
         raw = read_all(sock)
     status, document = split_answer(raw)
@@ -349,7 +349,7 @@ def test_one_address_may_have_so_many_connections_at_work_and_hurts_no_other(new
     release = hold()
     with contextlib.ExitStack() as stack:
         busy(client, stack, "127.0.0.2", 4)
-        assert_turned_away(client, "127.0.0.2")
+        assert_rejected(client, "127.0.0.2")
         assert healthy(client, "127.0.0.3")
         release()
 
@@ -360,13 +360,13 @@ def test_a_full_house_answers_503_at_once_and_serves_again_when_there_is_room(ne
     with contextlib.ExitStack() as stack:
         busy(client, stack, "127.0.0.2", 2)
         busy(client, stack, "127.0.0.3", 2, b"another-secret")
-        assert_turned_away(client, "127.0.0.4")
+        assert_rejected(client, "127.0.0.4")
         release()
         eventually(lambda: healthy(client, "127.0.0.4"))
 
 
 def test_silence_keeps_nobody_out_neither_of_its_own_address_nor_of_others(new_server, quick, monkeypatch):
-    monkeypatch.setattr(rc, "PROVE_S", 30.0)
+    monkeypatch.setattr(rc, "UNAUTHENTICATED_S", 30.0)
     client = new_server(HTTP_MAX_CONNECTIONS=8, HTTP_MAX_CONNECTIONS_PER_ADDRESS=5)
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(connected(client, "127.0.0.3")) for n in range(3)]
@@ -387,7 +387,7 @@ def test_silence_keeps_nobody_out_neither_of_its_own_address_nor_of_others(new_s
 
 
 def test_who_has_shown_a_token_loses_the_seat_last(new_server, quick, monkeypatch):
-    monkeypatch.setattr(rc, "PROVE_S", 30.0)
+    monkeypatch.setattr(rc, "UNAUTHENTICATED_S", 30.0)
     client = new_server(HTTP_MAX_CONNECTIONS=4)
     connection = client.connect()
     try:
@@ -427,7 +427,7 @@ def test_there_are_never_more_threads_than_seats(new_server, quick):
         assert len(client.server._workers._threads) <= 8
         assert len(seats(client)) <= 8
     eventually(lambda: not seats(client))
-    eventually(lambda: len(client.server._turned_away) <= rc.MAX_TURNED_AWAY)
+    eventually(lambda: len(client.server._rejected) <= rc.MAX_REJECTED)
 
 
 @pytest.mark.parametrize(("host", "network"), [
@@ -587,10 +587,10 @@ def test_a_request_that_failed_may_be_repeated_with_its_key(client):
 def test_a_key_is_kept_for_a_day(client):
     post(client, "k1")
     with client.store.database.transaction(write=True) as tx:
-        tx.execute("UPDATE idempotency_keys SET created_at = ?", rc.utc_text(time.time() - rc.ONCE_S + 60))
+        tx.execute("UPDATE idempotency_keys SET created_at = ?", rc.utc_text(time.time() - rc.IDEMPOTENCY_KEY_S + 60))
     assert post(client, "k1").data["releaseId"] == 1
     with client.store.database.transaction(write=True) as tx:
-        tx.execute("UPDATE idempotency_keys SET created_at = ?", rc.utc_text(time.time() - rc.ONCE_S - 1))
+        tx.execute("UPDATE idempotency_keys SET created_at = ?", rc.utc_text(time.time() - rc.IDEMPOTENCY_KEY_S - 1))
     assert post(client, "k1").data["releaseId"] == 2
     with client.store.database.transaction() as tx:
         assert tx.value("SELECT COUNT(*) FROM idempotency_keys") == 1
@@ -599,12 +599,12 @@ def test_a_key_is_kept_for_a_day(client):
 def test_a_key_holds_across_processes_and_among_requests_of_one_moment(database_url, open_store):
     stores = [open_store(database_url) for _ in range(4)]
     add_nodes(stores[0], 2)
-    once = rc.Once("oskar", "k1", "0" * 64)
+    once = rc.IdempotencyKey("oskar", "k1", "0" * 64)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda n: stores[n % 4].create_release(rc.ReleaseRequest(), "oskar", once), range(8)))
+        made = list(pool.map(lambda n: stores[n % 4].releases.create(rc.ReleaseRequest(), "oskar", once), range(8)))
     assert {one.release.id for one in made} == {1}
     assert all(one.batches == [[1], [2]] for one in made)
-    assert stores[0].create_release(rc.ReleaseRequest(), "vera", once._replace(actor="vera"))[0].id == 2
+    assert stores[0].releases.create(rc.ReleaseRequest(), "vera", once._replace(actor="vera"))[0].id == 2
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 129, "\xe9", "a\tb"])
@@ -650,8 +650,8 @@ def test_who_waits_for_events_gets_them_also_those_of_another_process(client, da
     path = "/api/v1/releases/1/events?after=1&wait=30"
     waiting = threading.Thread(target=lambda: answers.append(client.ok("GET", path)))
     waiting.start()
-    eventually(lambda: any(seat.is_owed for seat in seats(client)))
-    other.act("pause", 1, "somebody")
+    eventually(lambda: any(seat.owes_answer for seat in seats(client)))
+    other.releases.act("pause", 1, "somebody")
     waiting.join(10)
     assert [event["event"] for event in answers[0]["items"]] == ["paused"]
 
@@ -673,7 +673,7 @@ def test_only_so_many_may_wait_for_events_and_the_next_is_answered_at_once(clien
         for _ in range(2):
             stack.enter_context(connected(client, sent=b"GET /api/v1/releases/1/events?after=1&wait=30 HTTP/1.1\r\n"
                                                        b"Host: localhost\r\n\r\n"))
-        eventually(lambda: sum(seat.is_owed for seat in seats(client)) == 2)
+        eventually(lambda: sum(seat.owes_answer for seat in seats(client)) == 2)
         eventually(lambda: client.server.api._waiters._value == 0)
         assert client.ok("GET", "/api/v1/releases/1/events?after=1&wait=30")["items"] == []
     eventually(lambda: client.server.api._waiters._value == 2, message="who hung up is waited with")
@@ -684,7 +684,7 @@ def test_a_stop_ends_the_wait_for_events(store):
     new_release(store)
     with serving(store) as client, connected(
             client, sent=b"GET /api/v1/releases/1/events?after=1&wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n") as sock:
-        eventually(lambda: any(seat.is_owed for seat in seats(client)))
+        eventually(lambda: any(seat.owes_answer for seat in seats(client)))
         client.server.shutdown()
         client.server.server_close()
         assert split_answer(read_all(sock))[0] == 200

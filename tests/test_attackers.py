@@ -170,7 +170,7 @@ def test_readyz_tells_strangers_no_more_than_no_and_the_log_why(new_server, logg
     assert client("GET", "/readyz").message == answer.message
     client.token = "viewer-secret"
     assert str(tmp_path) in client("GET", "/readyz").message
-    time.sleep(rc.READY_LOOK_S)
+    time.sleep(rc.READY_CHECK_EVERY_S)
     client("GET", "/readyz")
     told = [line for line in logged() if line.startswith("not ready: ")]
     assert (len(told), str(tmp_path) in told[0]) == (1, True)
@@ -347,7 +347,7 @@ def test_a_viewers_token_has_a_quarter_of_the_seats_and_half_of_an_address(new_s
 
 
 def test_idle_connections_of_a_token_give_way_to_its_own_next_one(new_server, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(rc, "GRACE_S", 0.0)
+    monkeypatch.setattr(rc, "MIN_IDLE_S", 0.0)
     client = new_server(HTTP_MAX_CONNECTIONS=32, HTTP_MAX_CONNECTIONS_PER_ADDRESS=32)
     with contextlib.ExitStack() as stack:
         for _ in range(20):
@@ -624,7 +624,7 @@ def test_the_name_of_an_agent_is_never_its_common_name(authority):
 
 def test_the_name_of_a_database_server_is_never_its_common_name(authority):
     ca = f"{authority.certs}/ca.crt"
-    context = rc._pg8000_tls({"sslmode": "verify-full", "sslrootcert": ca})
+    context = rc.pg8000_tls({"sslmode": "verify-full", "sslrootcert": ca})
     assert (context.check_hostname, context.hostname_checks_common_name) == (True, False)
 
 
@@ -633,7 +633,7 @@ def test_every_context_that_verifies_a_name_goes_by_alternative_names_alone():
     source = (ROOT / "releasectl.py").read_text()
     texts = dict(re.findall(r"^ *def (\w+)(.*?)(?=^\S|^    def |\Z)", source, re.DOTALL | re.MULTILINE))
     made = {name: text for name, text in texts.items() if re.search("PROTOCOL_TLS_CLIENT|create_default_context", text)}
-    assert {"client_context", "_pg8000_tls"} <= set(made)
+    assert {"client_context", "pg8000_tls"} <= set(made)
     for name, text in made.items():
         assert "verify_no_common_name(" in text or "check_hostname = False" in text, name
 

@@ -304,9 +304,9 @@ BENT = [
 
 @pytest.mark.parametrize(("statement", "said"), BENT)
 def test_what_was_bent_by_hand_is_named(kept, statement, said):
-    assert kept.verify_audit().faults == []
+    assert kept.audit.verify().faults == []
     bend(kept, statement)
-    report = kept.verify_audit()
+    report = kept.audit.verify()
     assert report.faults
     assert report.faults[0].startswith(said), report.faults
 
@@ -315,38 +315,38 @@ def test_acts_go_on_behind_a_row_that_somebody_wrote_by_hand(kept):
     bend(kept, "INSERT INTO audit_log (action) VALUES ('by hand')")
     new_release(kept)
     assert [row.id for row in rows_of(kept)] == list(range(1, 11))
-    assert len(kept.verify_audit().faults) == 1
+    assert len(kept.audit.verify().faults) == 1
 
 
 def test_a_deleted_release_is_a_fault_unless_prune_tells_of_it(kept):
     bend(kept, "DELETE FROM release_events WHERE release_task_id = 1",
          "DELETE FROM release_task_nodes WHERE release_task_id = 1", "DELETE FROM release_tasks WHERE id = 1")
-    assert kept.verify_audit().faults == ["taken away: release 1, and no row of prune tells of it"]
+    assert kept.audit.verify().faults == ["taken away: release 1, and no row of prune tells of it"]
 
 
 def test_prune_keeps_the_chain_whole_and_names_what_it_deleted(kept):
     age(kept)
-    found = [release.id for release in kept.old_releases(DAY_S, 1)]
-    assert kept.forget(found) == [1]
+    found = [release.id for release in kept.releases.old(DAY_S, 1)]
+    assert kept.releases.delete(found) == [1]
     assert json.loads(rows_of(kept)[-1].before) == {"releases": [[1, 1]]}
-    report = kept.verify_audit()
+    report = kept.audit.verify()
     assert (report.faults, report.rows) == ([], 9)
 
 
 def test_a_tail_that_was_cut_off_shows_by_a_copy_of_the_head_alone(kept):
-    id_, hash_ = kept.audit_head()
+    id_, hash_ = kept.audit.head()
     bend(kept, "DELETE FROM audit_log WHERE id > 6")
-    assert kept.verify_audit().faults == []
-    assert kept.verify_audit((id_, hash_)).faults == ["taken away: the log ends with row 6, and the copy is of row 8"]
+    assert kept.audit.verify().faults == []
+    assert kept.audit.verify((id_, hash_)).faults == ["taken away: the log ends with row 6, and the copy is of row 8"]
     new_release(kept), new_release(kept)
-    assert kept.verify_audit((id_, hash_)).faults == ["changed: row 8 has another hash than the copy of it"]
+    assert kept.audit.verify((id_, hash_)).faults == ["changed: row 8 has another hash than the copy of it"]
 
 
 def test_a_look_at_the_newest_part_alone_is_bounded_and_finds_what_is_in_it(kept):
-    report = kept.verify_audit(max_rows=4, max_releases=1)
+    report = kept.audit.verify(max_rows=4, max_releases=1)
     assert (report.rows, report.of_rows, report.releases, report.faults) == (4, 8, 1, [])
     bend(kept, "UPDATE audit_log SET actor = 'bert' WHERE id = 5")
-    assert kept.verify_audit(max_rows=4).faults[0].startswith("changed: row 5 ")
+    assert kept.audit.verify(max_rows=4).faults[0].startswith("changed: row 5 ")
 
 
 WRITER = """
@@ -377,7 +377,7 @@ def test_an_act_that_fails_leaves_neither_row_nor_gap(kept):
         kept.audit("anna", "token.add", "token vera", {}, fail)
     new_release(kept)
     assert [row.id for row in rows_of(kept)] == list(range(1, 10))
-    assert kept.verify_audit().faults == []
+    assert kept.audit.verify().faults == []
 
 
 def test_a_database_of_an_older_schema_begins_its_chain_at_the_migration(store, database_url, open_store):
@@ -387,7 +387,7 @@ def test_a_database_of_an_older_schema_begins_its_chain_at_the_migration(store, 
         tx.execute("INSERT INTO nodes (name, main_ip) VALUES ('edge-1', '10.0.0.1')")
     again = open_store(database_url)
     assert rows_of(again) == []
-    assert again.verify_audit().faults == []
+    assert again.audit.verify().faults == []
     new_release(again)
     assert [row.id for row in rows_of(again)] == [1]
 
@@ -507,7 +507,7 @@ def test_no_writer_waits_for_the_verification(kept):
 
     def verify() -> None:
         while not stop.is_set():
-            reports.append(kept.verify_audit())
+            reports.append(kept.audit.verify())
     looking = threading.Thread(target=verify)
     looking.start()
     try:

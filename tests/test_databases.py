@@ -498,10 +498,10 @@ def test_sigterm_ends_a_service_whose_server_hangs(cli, proxy, driver):
 
 
 def test_readyz_says_when_the_look_under_way_is_old(proxy, open_store, monkeypatch, driver):
-    monkeypatch.setattr(rc, "READY_WAIT_S", 0.5)
+    monkeypatch.setattr(rc, "MAX_READY_CHECK_S", 0.5)
     api = rc.Api(open_store(proxy.url))
     assert api.ready(ANYBODY).status == 200
-    time.sleep(rc.READY_LOOK_S + 0.1)
+    time.sleep(rc.READY_CHECK_EVERY_S + 0.1)
     proxy.freeze()
     first = threading.Thread(target=is_ready, args=(api,), daemon=True)
     first.start()
@@ -588,7 +588,7 @@ def test_a_process_has_at_most_16_connections_and_the_rest_waits_in_turn(new_pos
 
 
 def test_who_waits_for_a_connection_gets_it_in_turn_or_is_told():
-    turns, order = rc._Turns(1), []
+    turns, order = rc.ConnectionTurns(1), []
     assert turns.take(0)
     assert not turns.take(0.01)
     threads = []

@@ -321,7 +321,7 @@ def test_a_probe_too_goes_to_the_address_that_answers(sqlite_url, dead, name_of)
         thread = threading.Thread(target=answer)
         thread.start()
         began = time.monotonic()
-        assert rc.converse(client.probing("edge.test", verify, "http://edge.test:80/", 5.0)) == ""
+        assert rc.run_coroutine(client.probing("edge.test", verify, "http://edge.test:80/", 5.0)) == ""
         thread.join()
         assert time.monotonic() - began < 1
         client.close()
@@ -336,7 +336,7 @@ def test_a_name_leads_nowhere_where_a_node_may_not_be(sqlite_url, certs, name_of
         with pytest.raises(rc.AgentError, match="can't be reached: its name leads to ") as caught:
             client.ping(rc.Address("edge.test", 443, "tasks"))
         assert caught.value.kind == rc.UNREACHABLE
-        assert "its name leads to" in rc.converse(client.probing("edge.test", verify, "http://edge.test:80/", 5.0))
+        assert "its name leads to" in rc.run_coroutine(client.probing("edge.test", verify, "http://edge.test:80/", 5.0))
 
 
 def test_of_a_names_addresses_those_of_no_host_are_left_out(sqlite_url, certs, new_fleet, name_of):
@@ -366,7 +366,7 @@ def test_readyz_stays_ready_and_the_log_names_a_claim_that_lies_ahead_once(ahead
     ahead.settings["RELEASE_EXECUTOR_ENABLED"] = "0"
     with serving(ahead) as serve:
         for _ in range(3):
-            time.sleep(rc.READY_LOOK_S)
+            time.sleep(rc.READY_CHECK_EVERY_S)
             with urllib.request.urlopen(f"http://127.0.0.1:{ahead.port}/readyz", timeout=5) as answer:
                 assert answer.status == 200
         serve.terminate()

@@ -90,7 +90,7 @@ def without_fence(patch):
         write(self, tx, release, decision, now, actor,
               claim and claim._replace(fence=row.claim_fence, owner=row.claim_owner), **more)
     patch.setattr(rc.Queue, "write", write_blindly)
-    patch.setattr(rc.Claims, "_claimed", lambda self, tx, claim: rc.read_release(tx, claim.release_id))
+    patch.setattr(rc.Claims, "_claimed", lambda _, tx, claim: rc.read_release(tx, claim.release_id))
 
 
 def with_a_new_task_id_after_a_take_over(patch):
@@ -126,8 +126,8 @@ def without_a_look_at_the_lease_before_a_dispatch(patch):
 
 def without_the_hold_of_an_execute_agent(patch):
     """The new owner repeats a request that may still be at the agent."""
-    adopt = rc.adopt
-    patch.setattr(rc, "adopt", lambda node, *rest: adopt(node._replace(hold_until=None, hold_clock=""), *rest))
+    recover = rc.recover
+    patch.setattr(rc, "recover", lambda node, *rest: recover(node._replace(hold_until=None, hold_clock=""), *rest))
 
 
 @mutants(
@@ -191,7 +191,7 @@ def without_the_second_look(patch):
     """What was verified once is verified."""
     stage_of = rc.stage_of
     patch.setattr(rc, "stage_of", lambda release, nodes, now, strategy: stage_of(
-        release, rc.Roster(n._replace(is_looked_at=True) for n in nodes), now, strategy))
+        release, rc.NodeIndex(n._replace(is_reverified=True) for n in nodes), now, strategy))
 
 
 @mutants(

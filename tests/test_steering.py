@@ -188,14 +188,14 @@ def test_a_batch_soaks_before_the_next_one_and_the_moment_is_written_down():
     assert (sends(decision), decision.soak_until) == ([], later(60).text)
     assert decision.status_reason == f"soaking after batch 1 until {later(60).text}"
     assert decision.wake_at == pytest.approx(NOW.elapsed + 60, abs=0.01)
-    assert decision.changes_more_than_words(release(soak_until=None))
+    assert decision.must_commit(release(soak_until=None))
 
 
 def test_a_soak_goes_on_where_it_was_after_a_take_over_and_then_the_next_batch_leaves():
     soaking = release(soak_until=later(60).text)
-    before = rc.decide(rc.Situation(soaking, rc.Roster(lines_of("success")), later(59.9), POLICY, SOAK))
+    before = rc.decide(rc.Situation(soaking, rc.NodeIndex(lines_of("success")), later(59.9), POLICY, SOAK))
     assert (before.sends, before.soak_until) == ((), later(60).text)
-    after = rc.decide(rc.Situation(soaking, rc.Roster(lines_of("success")), later(60), POLICY, SOAK))
+    after = rc.decide(rc.Situation(soaking, rc.NodeIndex(lines_of("success")), later(60), POLICY, SOAK))
     assert (sends(after), after.soak_until, after.passed_batch) == ([("dispatch", 2)], None, 1)
 
 
@@ -210,7 +210,7 @@ def test_a_release_pauses_after_a_batch_until_someone_resumes(pause_after):
     decision = decide(lines_of("success"), strategy=gated)
     assert (decision.status, decision.passed_batch, sends(decision)) == ("paused", 1, [])
     assert decision.status_reason == "paused after batch 1: resume to go on"
-    resumed = rc.decide(rc.Situation(release(passed_batch=1), rc.Roster(lines_of("success")), NOW, POLICY, gated))
+    resumed = rc.decide(rc.Situation(release(passed_batch=1), rc.NodeIndex(lines_of("success")), NOW, POLICY, gated))
     assert sends(resumed) == [("dispatch", 2)]
 
 
@@ -221,7 +221,7 @@ def test_a_batch_that_is_not_named_brings_no_pause():
 def test_the_pause_comes_after_the_soak():
     both = rc.Strategy(soak_s=60, pause_after="each")
     assert decide(lines_of("success"), strategy=both).status == "running"
-    over = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.Roster(lines_of("success")), NOW, POLICY, both))
+    over = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.NodeIndex(lines_of("success")), NOW, POLICY, both))
     assert (over.status, over.soak_until, over.passed_batch) == ("paused", None, 1)
 
 
@@ -255,12 +255,12 @@ def test_a_node_that_does_not_pass_is_failed_with_error_kind_verify():
 def test_at_the_end_of_its_soak_a_batch_is_probed_again():
     soaked = rc.Strategy(soak_s=60, verify=VERIFY)
     nodes = [node(1, "success"), node(2, "failed", accepted=1), node(3, batch=2)]
-    look = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.Roster(nodes), NOW, POLICY, soaked, slots=8))
+    look = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.NodeIndex(nodes), NOW, POLICY, soaked, slots=8))
     assert sends(look) == [("probe", 1)]
     assert look.status_reason == "verifying batch 1 after its soak: waiting for edge-1"
     passed = rc.observe(look.sends[0].node, rc.Outcome(1, "probe", rc.SUCCESS), NOW, POLICY._replace(probes=1))
-    assert passed.is_looked_at
-    then = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.Roster([passed, *nodes[1:]]), NOW, POLICY, soaked,
+    assert passed.is_reverified
+    then = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.NodeIndex([passed, *nodes[1:]]), NOW, POLICY, soaked,
                                   slots=8))
     assert sends(then) == [("dispatch", 3)]
 
@@ -270,9 +270,9 @@ def test_the_second_look_wants_as_many_probes_in_a_row_as_the_first():
     seen = running(next_op=rc.PROBE, in_flight=False, verdict=rc.Verdict("success"), passes=2)
     seen = decide([seen]).changes[0].after
     for passes in range(2):
-        assert (seen.status, seen.is_looked_at) == ("success", False), passes
+        assert (seen.status, seen.is_reverified) == ("success", False), passes
         seen = rc.observe(seen._replace(next_op=rc.PROBE), passed, NOW, VERIFIED)
-    assert seen.is_looked_at
+    assert seen.is_reverified
 
 
 @pytest.mark.parametrize("protocol", rc.PROTOCOLS)
@@ -285,7 +285,7 @@ def test_a_probe_that_fails_in_any_way_is_tried_again(protocol, result):
 def test_a_success_that_the_second_look_takes_back_is_a_failure_of_the_release():
     soaked = rc.Strategy(soak_s=60, verify=VERIFY)
     taken_back = node(1, "success", verdict=failed_verdict("verify", "HTTP 500"))
-    decision = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.Roster([taken_back, node(2, batch=2)]), NOW,
+    decision = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.NodeIndex([taken_back, node(2, batch=2)]), NOW,
                                       POLICY, soaked))
     assert moves(decision) == {1: ("success", "failed"), 2: ("pending", "skipped")}
     assert (decision.status, decision.error_msg) == ("failed", "node edge-1: HTTP 500")
@@ -294,16 +294,17 @@ def test_a_success_that_the_second_look_takes_back_is_a_failure_of_the_release()
 # -- freeze --------------------------------------------------------------------------------------------------
 
 def test_a_dispatch_that_is_kept_back_uses_up_nobodys_deadline_and_no_try():
-    held = rc.observe(running(next_op=rc.DISPATCH, deadline=NOW.elapsed + 5), rc.Outcome(1, "dispatch", rc.HELD), NOW,
+    outcome = rc.Outcome(1, "dispatch", rc.NOT_SENT)
+    held = rc.observe(running(next_op=rc.DISPATCH, deadline=NOW.elapsed + 5), outcome, NOW,
                       POLICY)
     assert (held.errors, held.next_op, held.verdict) == (0, rc.DISPATCH, None)
     at_work = running(next_op=rc.QUERY, is_at_work=True)._replace(node_id=2)
-    moved = rc.kept_from_dispatch(rc.Roster([held, at_work, node(3)]), 60.0)
+    moved = rc.kept_from_dispatch(rc.NodeIndex([held, at_work, node(3)]), 60.0)
     assert [(n.node_id, n.deadline) for n in moved] == [(1, NOW.elapsed + 65)]
 
 
 def test_a_cancel_ends_a_node_that_was_never_sent_anything():
-    held = rc.observe(running(next_op=rc.DISPATCH), rc.Outcome(1, "dispatch", rc.HELD), NOW, POLICY)
+    held = rc.observe(running(next_op=rc.DISPATCH), rc.Outcome(1, "dispatch", rc.NOT_SENT), NOW, POLICY)
     ended = decide([held], "cancelling")
     assert ended.status == "cancelled"
     assert ended.changes[0].after.error_msg == "it was never sent (not tried again: the release ends)"
@@ -328,7 +329,7 @@ def test_a_frozen_commit_of_a_dispatch_changes_nothing(store):
     store.releases.set_freeze(True, "anna", "holidays")
     now = rc.Moment(store.clock.wall(), store.clock.elapsed())
     with pytest.raises(rc.StateMoved, match="a freeze came before"):
-        store.claims.commit(claim, read, rc.decide(rc.Situation(read, rc.Roster(nodes), now, POLICY)), now, "a")
+        store.claims.commit(claim, read, rc.decide(rc.Situation(read, rc.NodeIndex(nodes), now, POLICY)), now, "a")
     assert statuses(store, made.id) == ["pending"]
 
 
@@ -420,12 +421,12 @@ def test_retry_and_rollback_in_every_state(store, verb, status):
         tx.execute("UPDATE release_tasks SET status = ? WHERE id = ?", status, made.id)
         tx.execute("UPDATE release_task_nodes SET status = 'failed' WHERE release_task_id = ?", made.id)
     if status in rc.VERBS[verb].states:
-        new = getattr(store, verb)(made.id, "anna", rc.Again("because")).release
+        new = getattr(store.releases, verb)(made.id, "anna", rc.Again("because")).release
         assert new.reason == "because"
         assert rc.parse_json(new.payload) == {"a": 2 if verb == "retry" else 1}
     else:
         with pytest.raises(rc.AppError, match=r"release 2 (is [a-z]+|succeeded); only .* can be "):
-            getattr(store, verb)(made.id, "anna")
+            getattr(store.releases, verb)(made.id, "anna")
 
 
 def test_a_cancel_by_force_ends_at_once_and_the_nodes_in_flight_are_abandoned(store):

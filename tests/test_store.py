@@ -23,7 +23,7 @@ def step(store: rc.Store, claim: rc.Claim, **more) -> rc.Decision:
     """Reads, decides and commits once, as a driver does."""
     now = now_of(store)
     release, nodes = store.claims.release_with_nodes(claim)
-    decision = rc.decide(rc.Situation(release, rc.Roster(rc.adopt(n, now, POLICY) for n in nodes), now, POLICY,
+    decision = rc.decide(rc.Situation(release, rc.NodeIndex(rc.recover(n, now, POLICY) for n in nodes), now, POLICY,
                                       slots=100, **more))
     store.claims.commit(claim, release, decision, now, "test")
     return decision
@@ -33,9 +33,9 @@ def finish(store: rc.Store, claim: rc.Claim, node_id: int, verdict: rc.Verdict =
     """Commits the end of one running node."""
     now = now_of(store)
     release, nodes = store.claims.release_with_nodes(claim)
-    nodes = [rc.adopt(n, now, POLICY)._replace(verdict=verdict if n.node_id == node_id else None)
+    nodes = [rc.recover(n, now, POLICY)._replace(verdict=verdict if n.node_id == node_id else None)
              for n in nodes]
-    decision = rc.decide(rc.Situation(release, rc.Roster(nodes), now, POLICY, slots=100))
+    decision = rc.decide(rc.Situation(release, rc.NodeIndex(nodes), now, POLICY, slots=100))
     store.claims.commit(claim, release, decision, now, "test")
 
 
@@ -134,7 +134,7 @@ def test_rule_2_many_that_claim_at_once_only_one_has_it(store, database_url, ope
     for _ in range(5):
         release = new_release(store)
         won = []
-        threads = [threading.Thread(target=lambda s=s, r=release, w=won: w.append(s.claim(r.id, "x", 30)))
+        threads = [threading.Thread(target=lambda s=s, r=release, w=won: w.append(s.claims.claim(r.id, "x", 30)))
                    for s in stores]
         for thread in threads:
             thread.start()
@@ -199,7 +199,7 @@ def test_rule_9_a_process_that_wakes_up_late_changes_nothing(store):
     new = eventually(lambda: store.claims.claim(release.id, "b", 30))
     now = now_of(store)
     with pytest.raises(rc.ClaimLost):
-        store.claims.commit(old, stale, rc.decide(rc.Situation(stale, rc.Roster(nodes), now, POLICY)), now, "a")
+        store.claims.commit(old, stale, rc.decide(rc.Situation(stale, rc.NodeIndex(nodes), now, POLICY)), now, "a")
     store.claims.drop(old)
     assert statuses(store, release.id) == ["pending", "pending"]
     assert store.releases.get(release.id).claim_fence == new.fence
@@ -263,7 +263,7 @@ def test_a_commit_on_a_release_that_was_paused_meanwhile_writes_nothing(store):
     store.releases.act("pause", release.id, "anna")
     now = now_of(store)
     with pytest.raises(rc.StateMoved):
-        store.claims.commit(claim, read, rc.decide(rc.Situation(read, rc.Roster(nodes), now, POLICY)), now, "a")
+        store.claims.commit(claim, read, rc.decide(rc.Situation(read, rc.NodeIndex(nodes), now, POLICY)), now, "a")
     assert statuses(store, release.id) == ["pending"]
 
 
@@ -274,7 +274,7 @@ def test_a_commit_that_fails_halfway_leaves_nothing(store, table, monkeypatch):
     claim = store.claims.claim(release.id, "a", 30)
     read, nodes = store.claims.release_with_nodes(claim)
     now = now_of(store)
-    decision = rc.decide(rc.Situation(read, rc.Roster(nodes), now, POLICY))
+    decision = rc.decide(rc.Situation(read, rc.NodeIndex(nodes), now, POLICY))
     bad = {"release_task_nodes": {"error_kind": "odd"}, "release_tasks": {}, "release_events": {}}[table]
     changes = tuple(c._replace(after=c.after._replace(**bad)) for c in decision.changes)
     decision = decision._replace(changes=changes, error_msg="x" * (300 if table == "release_tasks" else 5))
@@ -385,7 +385,7 @@ def test_rule_10_rollback_without_an_older_success_says_so(store):
 def test_rule_10_only_for_a_release_that_is_at_its_end(store, verb):
     add_nodes(store, 1)
     with pytest.raises(rc.AppError, match="is pending; only "):
-        getattr(store, verb)(new_release(store).id, "anna")
+        getattr(store.releases, verb)(new_release(store).id, "anna")
 
 
 # -- the database itself ---------------------------------------------------------------------------

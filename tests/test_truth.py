@@ -465,7 +465,7 @@ def test_section_2_two_rows_of_a_release_at_one_address_never_run_at_once(sqlite
 
 
 def test_section_2_an_address_is_held_for_the_other_rows_of_its_release_too():
-    rows = rc.Roster([node(n, "pending", "execute", main_ip="10.0.0.1") for n in (1, 2)])
+    rows = rc.NodeIndex([node(n, "pending", "execute", main_ip="10.0.0.1") for n in (1, 2)])
     strategy = rc.Strategy(max_failed=2, retries=0)
     begun = rc.decide(rc.Situation(release_row(), rows, NOW, POLICY.under(strategy), strategy, slots=8))
     lost = rc.Outcome(1, "dispatch", rc.LOST, "", "timeout", "no answer", "", 60.0)
@@ -584,19 +584,19 @@ def test_section_7_holds_are_the_pauses_and_freezes_of_the_history_taken_togethe
 
 
 def test_section_7_a_new_owner_counts_no_hold_against_a_node_that_is_not_at_its_agent():
-    adopted = rc.adopt(node(), later(1000), POLICY, rc.holds_of(HISTORY))
+    adopted = rc.recover(node(), later(1000), POLICY, rc.holds_of(HISTORY))
     assert adopted.deadline - later(1000).elapsed == 200  # 600 s, of which 400 are used up
     unknown = rc.observe(adopted, rc.Outcome(1, "query", rc.UNKNOWN), later(1000), POLICY)
     assert unknown.deadline == adopted.deadline
-    sent = rc.decide(rc.Situation(release_row(), rc.Roster([unknown]), later(1000), POLICY)).changes[0].after
+    sent = rc.decide(rc.Situation(release_row(), rc.NodeIndex([unknown]), later(1000), POLICY)).changes[0].after
     assert (sent.waited_s, sent.deadline) == (600, adopted.deadline)
     # the next owner reads that from the row, whatever the history says
-    again = rc.adopt(sent._replace(credit_s=0.0), later(1010), POLICY, [])
+    again = rc.recover(sent._replace(credit_s=0.0), later(1010), POLICY, [])
     assert again.deadline == adopted.deadline
 
 
 def test_section_7_a_node_whose_agent_is_at_work_keeps_its_own_deadline():
-    adopted = rc.adopt(node(), later(1000), POLICY, rc.holds_of(HISTORY))
+    adopted = rc.recover(node(), later(1000), POLICY, rc.holds_of(HISTORY))
     working = rc.observe(adopted, rc.Outcome(1, "query", rc.WORKING), later(1000), POLICY)
     assert working.deadline == NOW.elapsed + 600
 
@@ -604,15 +604,15 @@ def test_section_7_a_node_whose_agent_is_at_work_keeps_its_own_deadline():
 @pytest.mark.parametrize("fields", [{"reached": True}, {"errors": 1, "last_error": "HTTP 503"}, {}])
 def test_section_7_whatever_a_node_was_at_before_a_hold_moves_its_deadline_along(fields):
     held = node(next_op=rc.DISPATCH, **fields)
-    assert rc.kept_from_dispatch(rc.Roster([held]), 60.0) == [
+    assert rc.kept_from_dispatch(rc.NodeIndex([held]), 60.0) == [
         held._replace(deadline=held.deadline + 60.0, waited_s=60.0)]
 
 
 def test_section_7_a_node_that_is_being_asked_has_the_time_of_a_hold_until_its_agent_says_that_it_is_at_work():
-    asked = rc.kept_from_dispatch(rc.Roster([node(next_op=rc.QUERY)]), 60.0)[0]
+    asked = rc.kept_from_dispatch(rc.NodeIndex([node(next_op=rc.QUERY)]), 60.0)[0]
     assert asked.deadline == NOW.elapsed + 660
     assert rc.observe(asked, rc.Outcome(1, "query", rc.WORKING), NOW, POLICY).deadline == NOW.elapsed + 600
-    assert rc.kept_from_dispatch(rc.Roster([node(next_op=rc.QUERY, is_at_work=True)]), 60.0) == []
+    assert rc.kept_from_dispatch(rc.NodeIndex([node(next_op=rc.QUERY, is_at_work=True)]), 60.0) == []
 
 
 # -- no wait without an end ----------------------------------------------------------------------------------------
@@ -621,7 +621,7 @@ def test_section_7_a_second_look_that_passes_and_fails_in_turn_ends():
     strategy = rc.Strategy(soak_s=10.0, verify=rc.Verify("http://{main_ip}/", successes=2), retries=100)
     policy = POLICY.under(strategy)
     release = release_row(soak_until=NOW.text, soak_clock=NOW.clock_mark(0))
-    nodes, passes = rc.Roster([node(1, "success"), node(2, "pending", batch=2)]), 0
+    nodes, passes = rc.NodeIndex([node(1, "success"), node(2, "pending", batch=2)]), 0
     for seconds in range(2000):
         decision = rc.decide(rc.Situation(release, nodes, later(seconds), policy, strategy, slots=8))
         nodes = decision.nodes
@@ -639,7 +639,7 @@ def test_section_7_a_second_look_that_passes_and_fails_in_turn_ends():
 def test_section_7_a_second_look_keeps_its_deadline_as_long_as_something_is_to_come():
     strategy = rc.Strategy(soak_s=10.0, verify=rc.Verify("http://{main_ip}/"))
     release = release_row(soak_until=NOW.text, soak_clock=NOW.clock_mark(0))
-    nodes = rc.Roster([node(1, "success", deadline=0.0), node(2, "pending", batch=2)])
+    nodes = rc.NodeIndex([node(1, "success", deadline=0.0), node(2, "pending", batch=2)])
     first = rc.decide(rc.Situation(release, nodes, later(5000), POLICY.under(strategy), strategy, slots=8))
     assert [(send.op, send.node.deadline) for send in first.sends] == [("probe", later(5600).elapsed)]
 
@@ -651,7 +651,7 @@ SOAK = rc.Strategy(soak_s=600.0)
 
 @pytest.mark.parametrize("clock_set_s", [3600.0, -3600.0])
 def test_section_7_a_soak_lasts_as_long_as_it_says_whatever_is_done_to_the_wall_clock(clock_set_s):
-    nodes = rc.Roster([node(1, "success"), node(2, "pending", batch=2)])
+    nodes = rc.NodeIndex([node(1, "success"), node(2, "pending", batch=2)])
     begun = rc.decide(rc.Situation(release_row(), nodes, NOW, POLICY, SOAK))
     soaking = release_row(soak_until=begun.soak_until, soak_clock=begun.soak_clock)
     for seconds, is_over in ((1, False), (599, False), (600, True)):
@@ -661,24 +661,24 @@ def test_section_7_a_soak_lasts_as_long_as_it_says_whatever_is_done_to_the_wall_
 
 
 def test_section_7_a_soak_read_on_another_host_is_never_longer_than_it_was_meant():
-    nodes = rc.Roster([node(1, "success"), node(2, "pending", batch=2)])
+    nodes = rc.NodeIndex([node(1, "success"), node(2, "pending", batch=2)])
     far = release_row(soak_until=later(86400 * 2).text, soak_clock="another-boot 17.000")
     decision = rc.decide(rc.Situation(far, nodes, NOW, POLICY, SOAK))
     assert decision.soak_clock == f"boot {NOW.elapsed + 600:.3f}"
-    assert decision.changes_more_than_words(far)  # from now on by our own clock
+    assert decision.must_commit(far)  # from now on by our own clock
 
 
 def test_section_7_a_soak_whose_mark_lies_further_ahead_than_it_is_long_is_not_longer():
-    nodes = rc.Roster([node(1, "success"), node(2, "pending", batch=2)])
+    nodes = rc.NodeIndex([node(1, "success"), node(2, "pending", batch=2)])
     far = release_row(soak_until=later(5000).text, soak_clock=NOW.clock_mark(5000))
     assert rc.decide(rc.Situation(far, nodes, NOW, POLICY, SOAK)).soak_clock == NOW.clock_mark(600)
 
 
 @pytest.mark.parametrize("clock_set_s", [3600.0, -3600.0])
 def test_section_7_the_hold_of_an_execute_agent_lasts_whatever_is_done_to_the_wall_clock(clock_set_s):
-    sent = rc.decide(rc.Situation(release_row(), rc.Roster([node(1, "pending", "execute")]), NOW,
+    sent = rc.decide(rc.Situation(release_row(), rc.NodeIndex([node(1, "pending", "execute")]), NOW,
                                   POLICY)).changes[0].after
-    adopted = rc.adopt(sent, later(30, clock_set_s), POLICY)
+    adopted = rc.recover(sent, later(30, clock_set_s), POLICY)
     assert adopted.due == NOW.elapsed + 75
 
 
@@ -723,12 +723,12 @@ def test_rule_9_a_claim_or_hold_that_lies_further_ahead_than_any_setting_allows_
 
 @pytest.mark.parametrize("clock_set_s", [4 * 3600.0, -4 * 3600.0])
 def test_rule_8_a_deadline_goes_on_in_a_new_owner_whatever_is_done_to_the_wall_clock(clock_set_s):
-    sent = rc.decide(rc.Situation(release_row(), rc.Roster([node(1, "pending")]), NOW, POLICY)).changes[0].after
-    assert rc.adopt(sent, later(30, clock_set_s), POLICY).deadline == NOW.elapsed + 600
+    sent = rc.decide(rc.Situation(release_row(), rc.NodeIndex([node(1, "pending")]), NOW, POLICY)).changes[0].after
+    assert rc.recover(sent, later(30, clock_set_s), POLICY).deadline == NOW.elapsed + 600
 
 
 def test_rule_9_a_node_whose_start_lies_ahead_has_no_longer_a_deadline_than_others():
-    assert rc.adopt(node(started_at=later(86400).text), NOW, POLICY).deadline == NOW.elapsed + 600
+    assert rc.recover(node(started_at=later(86400).text), NOW, POLICY).deadline == NOW.elapsed + 600
 
 
 # -- a database that goes back -----------------------------------------------------------------------------------------
@@ -772,7 +772,7 @@ def test_rule_1_what_one_process_saw_fall_all_of_them_know(store, database_url, 
     store.claims.scan()
     other = open_store(database_url)  # a command, which has seen nothing
     assert new_release(other).version == 3
-    assert other.obstacles(1).moved_s < 60
+    assert other.claims.dispatch_blockers(1).moved_s < 60
 
 
 def test_a_move_that_lies_ahead_holds_nobody_up(store):
@@ -782,7 +782,7 @@ def test_a_move_that_lies_ahead_holds_nobody_up(store):
 
 def test_after_a_fall_tasks_agents_are_asked_before_they_are_sent_anything():
     release = release_row(tag="9f3a61c0", type="apply_config")
-    asked = rc.decide(rc.Situation(release, rc.Roster([node(1, "pending")]), NOW, POLICY, asks_first=True))
+    asked = rc.decide(rc.Situation(release, rc.NodeIndex([node(1, "pending")]), NOW, POLICY, asks_first=True))
     assert [(send.op, send.node.task_id) for send in asked.sends] == [("query", "apply_config_10.0.0.1_42_9f3a61c0")]
     unknown = rc.observe(asked.nodes[1], rc.Outcome(1, "query", rc.UNKNOWN), NOW, POLICY)
     assert (unknown.next_op, unknown.reached) == (rc.DISPATCH, False)
@@ -831,7 +831,7 @@ def test_rule_9_an_owner_whose_claim_number_was_given_out_again_changes_nothing(
         now = store.state.moment()
         with pytest.raises(rc.ClaimLost):
             store.claims.release(claim) if deed == "read" else store.claims.commit(
-                claim, found, rc.decide(rc.Situation(found, rc.Roster(nodes), now, POLICY)), now, "first")
+                claim, found, rc.decide(rc.Situation(found, rc.NodeIndex(nodes), now, POLICY)), now, "first")
     assert store.releases.get(release.id) == before
 
 
@@ -883,7 +883,7 @@ def test_rule_1_a_failover_skips_the_versions_that_lost_releases_may_have_had(ne
 
 def test_rule_9_an_execute_agent_is_sent_nothing_for_a_while_after_the_database_went_back():
     sent = node(1, "running", "execute", hold_until=later(-5).text)
-    assert rc.adopt(sent, NOW, POLICY, quiet_s=40.0).due == NOW.elapsed + 40
+    assert rc.recover(sent, NOW, POLICY, quiet_s=40.0).due == NOW.elapsed + 40
 
 
 # -- what agents say ---------------------------------------------------------------------------------------
