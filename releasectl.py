@@ -6,28 +6,57 @@
     python releasectl.py --help         every command
 
 One file, standard library only; a PostgreSQL driver is loaded for a postgresql:// URL alone.
-The floors, in order; each uses only the ones above it:
+Sections, in order; each uses only those above it (tests/test_sections.py):
 
-     1 Vocabulary      status words, error kinds, codes, limits, the exceptions
-     2 Helpers         time, one-line text, strict JSON, figures for /metrics
-     3 Settings        one table of the configuration
-     4 Database        connection factory, transactions, migrations; where the engines differ
-     5 Plan            what a release will do: batches, node addresses, payloads; pure
-     6 Sentences       what a release is doing or waiting for; pure
-     7 Decision        what to write and what to send next; pure
-     8 Store           every SQL statement of the domain
-     9 EventLoop   waiting for many sockets in one thread
-    10 Agent client    mutual TLS, deadlines, the two dialects
-    11 Executor        claim, lease, and the loop that joins 7, 8 and 10
-    12 Shapes          the JSON of the API and the command line
-    13 Page            the dashboard, a file beside this one
-    14 HTTP            one connection's bytes against limits and deadlines, and who may stay
-    15 API             routes and their handlers, tokens, /openapi.json
-    16 Server          a request from its first byte to its answer, TLS, the listener
-    17 Check           what is wrong with an installation
-    18 Screen          what a person sees in a terminal
-    19 Commands        what each command does
-    20 Command line    the table of commands, the parser, completion, main()
+  GROUND
+    Vocabulary          the contract's words and numbers, error codes and exceptions
+    Helpers             time, one-line text, strict JSON, files; nothing that knows a release
+    Settings            one table of the configuration (contract section 6)
+    Log and metrics     formatters of the log, the figures of /metrics
+    Certificates        TLS contexts, files watched for renewal, revocation lists, expiry; for
+                        agents and API alike
+  DOMAIN (pure)
+    Model               the rows of the tables as values, and what is derived from them
+    Strategy            STRATEGY_KEYS and every other value that a person gives: parser and
+                        JSON Schema
+    Plan                the nodes chosen, batches, payloads; who is left out and why
+    Status texts        what a release does or waits for, on whom, until when
+    Decision            what to write and what to send next: no clock, no socket, no disk
+    Verbs               what an operator may do when, and which release may start
+  STORAGE
+    Engines             the one place where SQLite and PostgreSQL, and its drivers, differ
+    Database            connections, transaction(), migrate()
+    Database state      the clock, the versions given out, and whether the database went back
+    Audit               the history of releases and of every act (contract section 2)
+    Nodes               the registry of nodes
+    Queue               the order of open releases, and the writing of what is decided on one
+    Retry and rollback  what a new release brings back to whom (contract 3, rule 10)
+    Releases            create, verbs, lists, payloads, prune
+    Claims              claim, lease, fence, commit; the store that all parts make up
+  ENGINE
+    Event loop          coroutines that wait for sockets: many in one thread, or one in the
+                        caller's
+    HTTP wire           one connection's bytes against limits and deadlines, and who may stay
+                        when there are many
+    Dialects            what the two kinds of agent are asked and answer (contract section 1)
+    Agents              connections to agents, deadlines, requests, probes
+    Driver              one claimed release: read, decide, commit, send, collect
+    Executor            scan, claims, leases, the threads
+  FACES
+    Serialization       the JSON of contract section 5, and its schemas
+    Access              tokens, client certificates, throttling
+    API                 routes as a table, handlers, /openapi.json (contract section 5); knows
+                        no socket
+    Server              a request from its first byte to its answer; the listener and its
+                        threads
+    Check and why       what is wrong with this installation, and what would mend it
+    Terminal            what a person sees: columns, a release in one line, its progress
+    Commands            what each other command does (contract section 4)
+    Service             the processes serve and run-once: signals, the service manager, files
+                        that change
+    Arguments           what a command takes: the parser and the completion in shells, made
+                        from a table of commands
+    Command line        the table of commands, the standard streams, main()
 
 How a release flows through them is drawn in docs/ARCHITECTURE.md.
 """
@@ -93,8 +122,10 @@ from typing import (
     cast,
 )
 
+# region Vocabulary
 # ======================================================================================
-# 1 Vocabulary: the contract's words and numbers, and the exceptions. Uses nothing.
+# Vocabulary: the contract's words and numbers, error codes and exceptions.
+# Uses: nothing.
 # ======================================================================================
 
 __version__ = "0.1.0"
@@ -269,8 +300,20 @@ class AgentError(Exception):
         self.detail = detail or message
 
 
+FAIL, PAUSE = "fail", "pause"
+
+VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
+
+LATEST = "latest"
+
+
+# endregion
+
+
+# region Helpers
 # ======================================================================================
-# 2 Helpers: time, one-line text, strict JSON, figures for /metrics; nothing that knows a release.
+# Helpers: time, one-line text, strict JSON, files; nothing that knows a release.
+# Uses: Vocabulary.
 # ======================================================================================
 
 class Clock:
@@ -492,56 +535,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
-# From a metric's name and the values of its labels to its value.
-Figures = Mapping[tuple[str, ...], float]
-
-
-class Metric(NamedTuple):
-    """A metric of /metrics."""
-    name: str
-    kind: str
-    help: str
-    labels: tuple[str, ...] = ()
-    # All values of each label, where they are known in advance.
-    values: tuple[tuple[str, ...], ...] = ()
-
-
-# No label holds an id or a node's name: the number of series must not grow with use.
-METRICS: tuple[Metric, ...] = (
-    Metric("releasectl_build_info", GAUGE, "Version of releasectl and of its Python, always 1.", ("version", "python")),
-    Metric("releasectl_database_up", GAUGE, "Whether the database answers this request (1), or not (0)."),
-    Metric("releasectl_database_errors_total", COUNTER, "Transactions that failed at the database."),
-    Metric("releasectl_database_went_back_total", COUNTER,
-           "How often the database was in an earlier state than this process had seen before: a restore, or a "
-           "failover that lost commits."),
-    Metric("releasectl_releases", GAUGE, "Releases in the database.", ("target", "status")),
-    Metric("releasectl_release_nodes", GAUGE, "Nodes of the active releases.", ("target", "status")),
-    Metric("releasectl_release_last_event_timestamp_seconds", GAUGE,
-           "Last change of the status of an active release or of one of its nodes.", ("target", "status")),
-    Metric("releasectl_nodes", GAUGE, "Enabled nodes.", ("status",)),
-    Metric("releasectl_frozen", GAUGE, "Whether the freeze is on (1), or not (0)."),
-    Metric("releasectl_ticks_total", COUNTER, "Scans for work, by outcome.", ("outcome",),
-           ((IDLE, WORKED, BUSY, ERROR),)),
-    Metric("releasectl_last_tick_timestamp_seconds", GAUGE,
-           "Last scan for work without an error, 0 for none yet. Only where the executor is enabled."),
-    Metric("releasectl_takeovers_total", COUNTER, "Releases taken over from a process whose claim had expired."),
-    Metric("releasectl_node_failures_total", COUNTER, "Nodes that failed in a release.", ("error_kind",),
-           (ERROR_KINDS,)),
-    Metric("releasectl_agent_requests_total", COUNTER, "Requests to agents and probes of nodes, by outcome.",
-           ("operation", "outcome"), ((DISPATCH, QUERY, PROBE), (SUCCESS, *ERROR_KINDS[:-2]))),
-    Metric("releasectl_agent_request_duration_seconds", HISTOGRAM, "Duration of these, including connecting.",
-           ("operation",)),
-    Metric("releasectl_api_requests_total", COUNTER, "Requests that the API answered.", ("route", "method", "status")),
-    Metric("releasectl_certificate_expiry_timestamp_seconds", GAUGE,
-           "Expiry of a certificate; of several in a file, the first expiry.", ("certificate",)),
-    Metric("process_start_time_seconds", GAUGE, "Start time of the process."),
-    Metric("process_cpu_seconds_total", COUNTER, "User and system CPU time."),
-    Metric("process_resident_memory_bytes", GAUGE, "Resident memory."),
-    Metric("process_open_fds", GAUGE, "Open file descriptors."),
-    Metric("process_threads", GAUGE, "Threads."),
-)
-# Upper bounds of the histogram's buckets: an agent answers within milliseconds, or works for a minute.
-BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class Outage:
@@ -562,80 +555,91 @@ class Outage:
         self.error = ""
 
 
-class Metrics:
-    """The metrics of this process; thread-safe."""
-
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        # a counter whose labels are known starts at 0, so that its first event shows as an increase
-        self._figures: dict[tuple[str, ...], float] = {
-            (m.name, *values): 0.0 for m in METRICS if m.kind == COUNTER and m.name.startswith("releasectl_")
-            and len(m.values) == len(m.labels) for values in itertools.product(*m.values)}
-        # of each histogram: its buckets, the one above them, and the sum
-        self._times: dict[tuple[str, ...], list[float]] = {}
-
-    def count(self, name: str, *labels: str) -> None:
-        """Add one to a counter."""
-        key = (name, *labels)
-        with self._guard:
-            self._figures[key] = self._figures.get(key, 0.0) + 1.0
-
-    def put(self, name: str, figure: float, *labels: str) -> None:
-        """Set a gauge."""
-        key = (name, *labels)
-        with self._guard:
-            self._figures[key] = figure
-
-    def count_request(self, operation: str, outcome: str, since: float) -> None:
-        """Count a request to an agent that began at since (time.monotonic())."""
-        took_s = time.monotonic() - since
-        key = ("releasectl_agent_requests_total", operation, outcome)
-        with self._guard:
-            self._figures[key] = self._figures.get(key, 0.0) + 1.0
-            times = self._times.setdefault(("releasectl_agent_request_duration_seconds", operation),
-                                           [0.0] * (len(BUCKETS_S) + 2))
-            times[bisect.bisect_left(BUCKETS_S, took_s)] += 1.0
-            times[-1] += took_s
-
-    def text(self, more: Figures) -> str:
-        """Return all metrics, and more, in the Prometheus text format 0.0.4, in the order of METRICS."""
-        with self._guard:
-            figures = {**self._figures, **more}
-            times = {key: list(values) for key, values in self._times.items()}
-        lines: dict[str, list[str]] = {metric.name: [] for metric in METRICS}
-        labels = {metric.name: metric.labels for metric in METRICS}
-        for (name, *values), figure in sorted(figures.items()):
-            lines[name].append(_sample(name, zip(labels[name], values), figure))
-        for (name, *values), (*buckets, total) in sorted(times.items()):
-            pairs, counts = list(zip(labels[name], values)), list(itertools.accumulate(buckets))
-            for end, count in zip((*map(str, BUCKETS_S), "+Inf"), counts):
-                lines[name].append(_sample(f"{name}_bucket", (*pairs, ("le", end)), count))
-            lines[name] += [_sample(f"{name}_sum", pairs, total), _sample(f"{name}_count", pairs, counts[-1])]
-        return "".join(f"# HELP {m.name} {m.help}\n# TYPE {m.name} {m.kind}\n" + "".join(lines[m.name])
-                       for m in METRICS if lines[m.name])
+def os_reason(error: Exception) -> str:
+    """Return the system's text for an error, without number and file name."""
+    if isinstance(error, UnicodeError):
+        return "not UTF-8"
+    return (error.strerror or str(error)).lower() if isinstance(error, OSError) else one_line(error)
 
 
-def _sample(name: str, labels: Iterable[tuple[str, str]], figure: float) -> str:
-    pairs = ",".join('{}="{}"'.format(label, value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\""))
-                     for label, value in labels)
-    shown = str(int(figure)) if figure == int(figure) else repr(figure)
-    return f"{name}{{{pairs}}} {shown}\n" if pairs else f"{name} {shown}\n"
+def sync_folder(folder: str) -> None:
+    """Brings the names in a folder to the disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def process_figures(started_at: float) -> dict[tuple[str, ...], float]:
-    """Return the metrics of this process, as far as the system has them (/proc)."""
-    figures: dict[tuple[str, ...], float] = {
-        ("process_start_time_seconds",): started_at, ("process_cpu_seconds_total",): time.process_time(),
-        ("process_threads",): threading.active_count()}
-    with contextlib.suppress(OSError):
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        figures["process_resident_memory_bytes",] = pages * os.sysconf("SC_PAGE_SIZE")
-        figures["process_open_fds",] = len(os.listdir("/proc/self/fd"))
-    return figures
+def inode_of(path: str) -> int:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return 0
 
 
+def network_of(host: str) -> str:
+    """Return what counts as one address: an IPv4 address, or the /64 network of an IPv6 address."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
+
+
+def wide_network_of(address: str) -> str:
+    """Return the network around a result of network_of(): /24 for IPv4, /48 for IPv6."""
+    network = ipaddress.ip_network(address)
+    return str(network.supernet(new_prefix=24 if network.version == 4 else 48))
+
+
+def replace_file(path: str, text: str, before: os.stat_result | None, mode: int = 0o600) -> None:
+    """Replace a file atomically, with owner, group and mode of before; mode is that of a new file.
+
+    A symbolic link stays: the file that it leads to is replaced.
+    """
+    path = os.path.realpath(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a regular file")  # a device, say, which a rename would remove
+    descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=os.path.dirname(path))
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            if before:
+                os.fchown(descriptor, before.st_uid, before.st_gid)
+            os.fchmod(descriptor, stat.S_IMODE(before.st_mode) if before else mode)
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_text(path: str) -> str:
+    try:
+        return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
+    except (OSError, UnicodeError) as error:
+        raise AppError(MALFORMED, f"{path} can't be read: {os_reason(error)}") from None
+
+
+def parse_duration(text: str) -> float:
+    """Return 90, 90s, 5m, 2h or 1d in seconds; raise argparse.ArgumentTypeError else."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90, 90s, 5m, 2h or 1d")
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    return int(seconds) if seconds == int(seconds) else seconds
+
+
+# endregion
+
+
+# region Settings
 # ======================================================================================
-# 3 Settings: one table of the configuration (contract section 6). Uses 1 and 2.
+# Settings: one table of the configuration (contract section 6).
+# Uses: Vocabulary, Helpers.
 # ======================================================================================
 
 def _switch(text: str) -> bool:
@@ -689,7 +693,7 @@ def parse_postgres_url(url: str) -> PostgresUrl:
     match = _POSTGRES_URL.fullmatch(url)
     hosts = [_POSTGRES_HOST.fullmatch(host) for host in match["hosts"].split(",")] if match else []
     is_whole = match and all(h and int(h[2] or 0) <= PORTS.high for h in hosts) and not re.search(r"\s|[^ -~]", url)
-    options = [option.partition("=") for option in (match["query"] or "").split("&") if option] if match else []
+    options = [pair.partition("=") for pair in (match["query"] or "").split("&") if pair] if match else []
     if not (match and is_whole and all(re.fullmatch(r"[a-z_]+", key) and equals for key, equals, _ in options)):
         raise ValueError("it does not read as postgresql://USER:PASSWORD@HOST:PORT/NAME?OPTION=VALUE: percent-encode "
                          "special characters (@ is %40, / is %2F, a space is %20)")
@@ -859,13 +863,6 @@ def _read_config_file(path: str) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
-def os_reason(error: Exception) -> str:
-    """Return the system's text for an error, without number and file name."""
-    if isinstance(error, UnicodeError):
-        return "not UTF-8"
-    return (error.strerror or str(error)).lower() if isinstance(error, OSError) else one_line(error)
-
-
 def read_beside(file: Path) -> str:
     """Return the text of a file that is shipped with this one; raise ConfigError when it can't be read."""
     try:
@@ -874,43 +871,2411 @@ def read_beside(file: Path) -> str:
         raise ConfigError(f"{file} can't be read ({os_reason(error)}): it belongs beside releasectl.py") from None
 
 
+# endregion
+
+
+# region Log and metrics
 # ======================================================================================
-# 4 Database: the connection factory, transaction(), migrate(); the one place where the
-#   engines differ. Uses 1 to 3.
-#
-#   One writer at a time, on both engines: SQLite by BEGIN IMMEDIATE, PostgreSQL by an
-#   advisory lock, so that what a transaction read still holds when it writes, and events
-#   become visible in the order of their ids. Nothing waits inside a transaction.
+# Log and metrics: formatters of the log, the figures of /metrics.
+# Uses: Vocabulary, Helpers, Settings.
 # ======================================================================================
 
-SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
+# From a metric's name and the values of its labels to its value.
+Figures = Mapping[tuple[str, ...], float]
+
+
+class Metric(NamedTuple):
+    """A metric of /metrics."""
+    name: str
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+    # All values of each label, where they are known in advance.
+    values: tuple[tuple[str, ...], ...] = ()
+
+
+# No label holds an id or a node's name: the number of series must not grow with use.
+METRICS: tuple[Metric, ...] = (
+    Metric("releasectl_build_info", GAUGE, "Version of releasectl and of its Python, always 1.", ("version", "python")),
+    Metric("releasectl_database_up", GAUGE, "Whether the database answers this request (1), or not (0)."),
+    Metric("releasectl_database_errors_total", COUNTER, "Transactions that failed at the database."),
+    Metric("releasectl_database_went_back_total", COUNTER,
+           "How often the database was in an earlier state than this process had seen before: a restore, or a "
+           "failover that lost commits."),
+    Metric("releasectl_releases", GAUGE, "Releases in the database.", ("target", "status")),
+    Metric("releasectl_release_nodes", GAUGE, "Nodes of the active releases.", ("target", "status")),
+    Metric("releasectl_release_last_event_timestamp_seconds", GAUGE,
+           "Last change of the status of an active release or of one of its nodes.", ("target", "status")),
+    Metric("releasectl_nodes", GAUGE, "Enabled nodes.", ("status",)),
+    Metric("releasectl_frozen", GAUGE, "Whether the freeze is on (1), or not (0)."),
+    Metric("releasectl_ticks_total", COUNTER, "Scans for work, by outcome.", ("outcome",),
+           ((IDLE, WORKED, BUSY, ERROR),)),
+    Metric("releasectl_last_tick_timestamp_seconds", GAUGE,
+           "Last scan for work without an error, 0 for none yet. Only where the executor is enabled."),
+    Metric("releasectl_takeovers_total", COUNTER, "Releases taken over from a process whose claim had expired."),
+    Metric("releasectl_node_failures_total", COUNTER, "Nodes that failed in a release.", ("error_kind",),
+           (ERROR_KINDS,)),
+    Metric("releasectl_agent_requests_total", COUNTER, "Requests to agents and probes of nodes, by outcome.",
+           ("operation", "outcome"), ((DISPATCH, QUERY, PROBE), (SUCCESS, *ERROR_KINDS[:-2]))),
+    Metric("releasectl_agent_request_duration_seconds", HISTOGRAM, "Duration of these, including connecting.",
+           ("operation",)),
+    Metric("releasectl_api_requests_total", COUNTER, "Requests that the API answered.", ("route", "method", "status")),
+    Metric("releasectl_certificate_expiry_timestamp_seconds", GAUGE,
+           "Expiry of a certificate; of several in a file, the first expiry.", ("certificate",)),
+    Metric("process_start_time_seconds", GAUGE, "Start time of the process."),
+    Metric("process_cpu_seconds_total", COUNTER, "User and system CPU time."),
+    Metric("process_resident_memory_bytes", GAUGE, "Resident memory."),
+    Metric("process_open_fds", GAUGE, "Open file descriptors."),
+    Metric("process_threads", GAUGE, "Threads."),
+)
+# Upper bounds of the histogram's buckets: an agent answers within milliseconds, or works for a minute.
+BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """The metrics of this process; thread-safe."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        # a counter whose labels are known starts at 0, so that its first event shows as an increase
+        self._figures: dict[tuple[str, ...], float] = {
+            (m.name, *values): 0.0 for m in METRICS if m.kind == COUNTER and m.name.startswith("releasectl_")
+            and len(m.values) == len(m.labels) for values in itertools.product(*m.values)}
+        # of each histogram: its buckets, the one above them, and the sum
+        self._times: dict[tuple[str, ...], list[float]] = {}
+
+    def count(self, name: str, *labels: str) -> None:
+        """Add one to a counter."""
+        key = (name, *labels)
+        with self._guard:
+            self._figures[key] = self._figures.get(key, 0.0) + 1.0
+
+    def put(self, name: str, figure: float, *labels: str) -> None:
+        """Set a gauge."""
+        key = (name, *labels)
+        with self._guard:
+            self._figures[key] = figure
+
+    def count_request(self, operation: str, outcome: str, since: float) -> None:
+        """Count a request to an agent that began at since (time.monotonic())."""
+        took_s = time.monotonic() - since
+        key = ("releasectl_agent_requests_total", operation, outcome)
+        with self._guard:
+            self._figures[key] = self._figures.get(key, 0.0) + 1.0
+            times = self._times.setdefault(("releasectl_agent_request_duration_seconds", operation),
+                                           [0.0] * (len(BUCKETS_S) + 2))
+            times[bisect.bisect_left(BUCKETS_S, took_s)] += 1.0
+            times[-1] += took_s
+
+    def text(self, more: Figures) -> str:
+        """Return all metrics, and more, in the Prometheus text format 0.0.4, in the order of METRICS."""
+        with self._guard:
+            figures = {**self._figures, **more}
+            times = {key: list(values) for key, values in self._times.items()}
+        lines: dict[str, list[str]] = {metric.name: [] for metric in METRICS}
+        labels = {metric.name: metric.labels for metric in METRICS}
+        for (name, *values), figure in sorted(figures.items()):
+            lines[name].append(_sample(name, zip(labels[name], values), figure))
+        for (name, *values), (*buckets, total) in sorted(times.items()):
+            pairs, counts = list(zip(labels[name], values)), list(itertools.accumulate(buckets))
+            for end, count in zip((*map(str, BUCKETS_S), "+Inf"), counts):
+                lines[name].append(_sample(f"{name}_bucket", (*pairs, ("le", end)), count))
+            lines[name] += [_sample(f"{name}_sum", pairs, total), _sample(f"{name}_count", pairs, counts[-1])]
+        return "".join(f"# HELP {m.name} {m.help}\n# TYPE {m.name} {m.kind}\n" + "".join(lines[m.name])
+                       for m in METRICS if lines[m.name])
+
+
+def _sample(name: str, labels: Iterable[tuple[str, str]], figure: float) -> str:
+    pairs = ",".join('{}="{}"'.format(label, value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\""))
+                     for label, value in labels)
+    shown = str(int(figure)) if figure == int(figure) else repr(figure)
+    return f"{name}{{{pairs}}} {shown}\n" if pairs else f"{name} {shown}\n"
+
+
+def process_figures(started_at: float) -> dict[tuple[str, ...], float]:
+    """Return the metrics of this process, as far as the system has them (/proc)."""
+    figures: dict[tuple[str, ...], float] = {
+        ("process_start_time_seconds",): started_at, ("process_cpu_seconds_total",): time.process_time(),
+        ("process_threads",): threading.active_count()}
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        figures["process_resident_memory_bytes",] = pages * os.sysconf("SC_PAGE_SIZE")
+        figures["process_open_fds",] = len(os.listdir("/proc/self/fd"))
+    return figures
+
+
+# Longer than any line of our own: only text from outside is cut.
+MAX_LOG_CHARS = 4096
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; the fields of about() are keys of their own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"at": utc_text(record.created), "level": record.levelname.lower(), "thread": record.threadName,
+                "message": one_line(record.getMessage(), MAX_LOG_CHARS),
+                **{key: one_line(value) if isinstance(value, str) else value
+                   for key, value in getattr(record, "about", {}).items() if value not in ("", None)}}
+        if record.exc_info:
+            line["exception"] = "\n".join(_trace(self, record))
+        return to_json(line)
+
+
+class TextFormatter(logging.Formatter):
+    """One line an event, for people; a stack trace follows, indented, so that it can't be taken for another event."""
+
+    def __init__(self, in_journal: bool):
+        """in_journal: the journal adds time and level to each line itself."""
+        super().__init__()
+        self._in_journal = in_journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = "" if self._in_journal else f"{utc_text(record.created)} {record.levelname.lower()}: "
+        return "\n    ".join((stamp + one_line(record.getMessage(), MAX_LOG_CHARS), *_trace(self, record)))
+
+
+class JournalFormatter(logging.Formatter):
+    """The lines of another formatter, each with its priority in front (sd-daemon(3))."""
+
+    PRIORITIES: Mapping[str, int] = {"DEBUG": 7, "INFO": 6, "WARNING": 4}
+
+    def __init__(self, inner: logging.Formatter):
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = self.PRIORITIES.get(record.levelname, 3)
+        return "\n".join(f"<{priority}>{line}" for line in self._inner.format(record).split("\n"))
+
+
+def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> list[str]:
+    """Return the lines of a record's stack trace, none without one."""
+    text = formatter.formatException(record.exc_info) if record.exc_info else ""
+    return "".join(printable(char, True) for char in text).splitlines()
+
+
+def is_journal() -> bool:
+    """Return whether standard error is the journal, and not a pipe or file of another program in the service."""
+    try:
+        found = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def set_up_log(settings: Settings, command: str) -> None:
+    """Log to standard error; commands for people, which print what they did, log only warnings."""
+    in_journal = is_journal()
+    formatter = JsonFormatter() if settings.log_format == "json" else TextFormatter(in_journal)
+    handler = logging.StreamHandler()
+    handler.setFormatter(JournalFormatter(formatter) if in_journal else formatter)
+    log.handlers = [handler]
+    is_executor = command in ("serve", "run-once")
+    log.setLevel(settings.log_level.upper() if is_executor else logging.WARNING)
+    trail.setLevel(logging.INFO if is_executor else logging.NOTSET)  # NOTSET: as log has it
+    log.propagate = False
+
+
+# endregion
+
+
+# region Certificates
+# ======================================================================================
+# Certificates: TLS contexts, files watched for renewal, revocation lists, expiry; for
+#   agents and API alike.
+# Uses: Vocabulary, Helpers.
+# ======================================================================================
+
+def pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
+    """Gives what libpq's sslmode and sslrootcert mean, for the driver that does not know them."""
+    mode = query.get("sslmode", "prefer")
+    if mode in ("disable", "allow", "prefer"):
+        return None
+    context = ssl.create_default_context(cafile=query.get("sslrootcert"))
+    context.check_hostname = mode == "verify-full"
+    verify_no_common_name(context)
+    if mode == "require":
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+# X509_V_ERR_...: what OpenSSL found wrong with an agent's certificate, for a person on call.
+CERTIFICATE_FAULTS: Mapping[int, str] = {
+    3: "presented a certificate of a CA that has no CRL in CONTROL_CA, while others have one there",
+    8: "presented a certificate whose CA did not sign its CRL (CONTROL_CA)",
+    11: "can't be verified: the CRL in CONTROL_CA is not valid yet (look at the clock)",
+    12: "can't be verified: the CRL in CONTROL_CA has expired; put a newer one there",
+    23: "presented a certificate that was revoked (the CRL in CONTROL_CA)",
+    9: "presented a certificate that is not valid yet (look at both clocks)",
+    10: "presented a certificate that has expired",
+    18: "presented a self-signed certificate: it is not of our CA (CONTROL_CA)",
+    19: "presented a certificate of another CA than ours (CONTROL_CA)",
+    20: "presented a certificate of another CA than ours (CONTROL_CA)",
+    21: "presented a certificate of another CA than ours (CONTROL_CA)",
+    62: "presented a certificate for another name",
+    64: "presented a certificate for another address",
+    66: "presented a certificate whose key is too weak: it needs RSA of 2048 bits or more, or EC",
+    67: "presented a certificate of a CA whose key is too weak: it needs RSA of 2048 bits or more, or EC",
+    68: "presented a certificate signed with a digest that is too weak: it needs SHA-256 or better",
+}
+# What OpenSSL's security level refuses in our own files, and what would do.
+WEAK_REASONS: Mapping[str, str] = {
+    "EE_KEY_TOO_SMALL": "its key is too weak: make one of RSA with 2048 bits or more, or of EC",
+    "CA_KEY_TOO_SMALL": "the key of its CA is too weak: it needs RSA of 2048 bits or more, or EC",
+    "CA_MD_TOO_WEAK": "it is signed with a digest that is too weak: it needs SHA-256 or better",
+    "DH_KEY_TOO_SMALL": "its key is too weak: make one of RSA with 2048 bits or more, or of EC",
+}
+# Alerts by which an agent says that it does not like our certificate; their prefixes differ
+# between versions of TLS and of OpenSSL.
+REFUSAL_ALERTS = ("CERTIFICATE_REQUIRED", "BAD_CERTIFICATE", "UNKNOWN_CA", "CERTIFICATE_EXPIRED",
+                  "CERTIFICATE_REVOKED", "CERTIFICATE_UNKNOWN", "UNSUPPORTED_CERTIFICATE", "ACCESS_DENIED",
+                  "NO_CERTIFICATE", "HANDSHAKE_FAILURE", "DECRYPT_ERROR")
+
+# A renewed certificate that was not valid yet is taken so long after its time: the clocks of those who look at it,
+# OpenSSL's own among them, may be behind ours.
+CLOCKS_APART_S = 1.0
+
+
+class TlsFiles:
+    """Certificates as an ssl context, made anew when their files change; for both of our sides."""
+
+    def __init__(self, make: Callable[..., ssl.SSLContext], *files: str):
+        """make: gives a context of the files: our certificate, its key, and the CA's, which may have no name."""
+        self._make, self._files = make, files
+        self._guard = threading.Lock()
+        self._stamp: tuple[object, ...] = ()
+        # Of the certificate and key in use, and a digest of the CA and the CRLs that others are verified by.
+        self._pair_stamp: tuple[object, ...] = ()
+        self._trust = ""
+        self._context: ssl.SSLContext | None = None
+        # Why the files as they are were not taken.
+        self._fault = ""
+        # When a renewed certificate that is not valid yet will be.
+        self._valid_from = float("inf")
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context of the files as they are; raise ConfigError when there is none that works.
+
+        While a renewal is half done, or brought a certificate that nobody accepts now, the last pair goes on.
+        """
+        return self.current()[0]
+
+    def current(self) -> tuple[ssl.SSLContext, str]:
+        """Do context(); return also what tells whether the CA or its CRLs are others than they were."""
+        with self._guard:
+            stamp = tuple(map(file_stamp, self._files))
+            if stamp != self._stamp or time.time() >= self._valid_from:
+                try:
+                    self._valid_from = float("inf")
+                    made = self._make(*self._files)
+                    if self._context is not None and stamp[:2] != self._pair_stamp:  # a new CA or CRL is always taken
+                        self._refuse_invalid(self._files[0])
+                    self._context, self._pair_stamp, self._trust = made, stamp[:2], _digest_of_file(self._files[-1])
+                    self._fault = ""
+                except ConfigError as error:
+                    if self._context is None:
+                        raise
+                    self._fault = str(error)
+                    log.warning("renewed certificate not taken yet, the one before goes on: %s", error)
+                self._stamp = stamp
+            assert self._context is not None
+            return self._context, self._trust
+
+    def reload(self) -> None:
+        """Read the files anew, whether they changed or not; raise ConfigError when they can't be used."""
+        with self._guard:
+            self._stamp = ()
+        self.context()
+        if self._fault:
+            raise ConfigError(f"{self._fault} (the one before goes on)")
+
+    def _refuse_invalid(self, path: str) -> None:
+        """Raise ConfigError when a certificate has expired or is not valid yet."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            since, until = certificate_times(Path(path).read_text(encoding="latin-1"))[0]
+            if time.time() > until:
+                raise ConfigError(f"{path} expired {utc_text(until)}: put a valid one there")
+            if time.time() < since:
+                self._valid_from = since + CLOCKS_APART_S
+                raise ConfigError(f"{path} is not valid before {utc_text(since)}")
+
+
+def _digest_of_file(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    return ""
+
+
+VALIDITY = re.compile(rb"(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)")
+
+
+def certificate_times(pem: str) -> list[tuple[float, float]]:
+    """Return notBefore and notAfter of each certificate of a PEM file, in seconds since 1970.
+
+    Raise ValueError for a broken file. Read from the bytes and not off a handshake, which an expired certificate
+    does not pass.
+    """
+    return [times for der in pem_blocks(pem, "CERTIFICATE") for times in validity_of(der)]
+
+
+def crl_ends(pem: str) -> list[float]:
+    """Return nextUpdate of each CRL of a PEM file that names one, in seconds since 1970; raise ValueError."""
+    return [until for der in pem_blocks(pem, "X509 CRL") for _, until in validity_of(der)]
+
+
+def certificate_end(certificate: Mapping[str, Any]) -> float:
+    """Return until when a certificate of getpeercert() is good, in seconds since 1970."""
+    return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
+
+
+def cas_without_crl(pem: str) -> int:
+    """Return how many of the CAs of a PEM file have no CRL there; raise ValueError for a broken file."""
+    issuers = {der_name(der, 2, 0x02) for der in pem_blocks(pem, "X509 CRL")}
+    return len({der_name(der, 5, 0xA0) for der in pem_blocks(pem, "CERTIFICATE")} - issuers)
+
+
+@functools.lru_cache(maxsize=256)
+def crl_end_of(peer: bytes, ca: str, trust: str) -> float:  # noqa: ARG001 - trust: looked at anew when it changes
+    """Return until when the CRLs for a certificate (DER) are good, in seconds since 1970, infinity without one.
+
+    ca is the file that it was verified by; raise ConfigError when it can't be read. OpenSSL looks at a CRL in a whole
+    handshake alone: a resumed session and a kept connection would outlive it.
+    """
+    try:
+        pem = Path(ca).read_text(encoding="latin-1")
+        crls, cas = pem_blocks(pem, "X509 CRL"), pem_blocks(pem, "CERTIFICATE")
+        issuers = {der_name(each, 5, 0xA0): der_name(each, 3, 0xA0) for each in cas}
+        ends: dict[bytes, float] = {}
+        for name, until in ((der_name(crl, 2, 0x02), until) for crl in crls for _, until in validity_of(crl)):
+            ends[name] = max(until, ends.get(name, 0.0))
+        issuer: bytes | None = der_name(peer, 3, 0xA0)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{ca} can't be read: {one_line(error, 100)}") from None
+    chain: list[bytes] = []
+    while issuer is not None and issuer not in chain:
+        chain.append(issuer)
+        issuer = issuers.get(issuer)
+    looked_at = chain[:1] if set(issuers) - set(ends) else chain  # as load_ca() has it
+    return min((ends[name] for name in looked_at if name in ends), default=float("inf"))
+
+
+def pem_blocks(pem: str, label: str) -> list[bytes]:
+    """Return the blocks of one kind of a PEM file; raise ValueError for one that is not base64."""
+    return [base64.b64decode("".join(text.split()), validate=True)
+            for text in re.findall(f"-----BEGIN {label}-----(.*?)-----END {label}-----", pem, re.DOTALL)]
+
+
+def validity_of(der: bytes) -> Iterator[tuple[float, float]]:
+    # a certificate's validity and a CRL's updates are the only places of two times in a row (RFC 5280, 4.1.2.5, 5.1.2)
+    found = VALIDITY.search(der)
+    if found:
+        short_since, long_since, short_until, long_until = found.groups()
+        yield _asn1_time(short_since, long_since), _asn1_time(short_until, long_until)
+
+
+def der_name(der: bytes, place: int, version_tag: int) -> bytes:
+    """Return a field of what is signed: a certificate's subject or a CRL's issuer; raise ValueError.
+
+    place counts from the version, which may be left out: it is known by its tag.
+    """
+    outer = next(_der_items(der), (0, b""))[1]
+    fields = list(_der_items(next(_der_items(outer), (0, b""))[1]))
+    place -= 0 if fields and fields[0][0] == version_tag else 1
+    if place >= len(fields):
+        raise ValueError("neither a certificate nor a CRL")
+    return fields[place][1]
+
+
+def _der_items(der: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield tag and content of the items that follow one another; raise ValueError for what is no DER."""
+    while der:
+        start, length = 2, der[1] if len(der) > 1 else 0x80
+        if length >= 0x80:
+            start += length - 0x80
+            length = int.from_bytes(der[2:start], "big")
+        if length == 0 and start > len(der) or start + length > len(der):
+            raise ValueError("no DER")
+        yield der[0], der[start:start + length]
+        der = der[start + length:]
+
+
+def _asn1_time(short: bytes | None, long: bytes | None) -> float:
+    """Return seconds since 1970 of a UTCTime or a GeneralizedTime."""
+    moment = datetime.datetime.strptime((short or long or b"").decode(), "%y%m%d%H%M%S" if short else "%Y%m%d%H%M%S")
+    return moment.replace(tzinfo=datetime.timezone.utc).timestamp()
+
+
+def file_stamp(path: str) -> object:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    # the ctime also tells a file that was made readable, or written with its old time
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+
+
+def no_passphrase() -> str:
+    raise ConfigError("the key is protected by a passphrase: releasectl needs it without one")
+
+
+def load_pair(context: ssl.SSLContext, cert: str, key: str, names: tuple[str, str]) -> None:
+    """Loads a certificate and its key; ConfigError naming the setting and what is wrong."""
+    for name, path in zip(names, (cert, key)):
+        require_pem(name, path)
+    try:
+        context.load_cert_chain(cert, key, password=no_passphrase)
+    except ssl.SSLError as error:
+        if "MISMATCH" in (error.reason or ""):
+            raise ConfigError(f"{names[0]} {cert} does not fit {names[1]} {key}: "
+                              "they are not of one pair") from None
+        if error.reason in WEAK_REASONS:
+            raise ConfigError(f"{names[0]} {cert} is weak: {WEAK_REASONS[error.reason]}") from None
+        raise ConfigError(f"{names[0]} {cert} or {names[1]} {key} is not PEM: {_tls_reason(error)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{names[1]} {key}: {error}") from None
+
+
+def require_file(name: str, path: str) -> bytes:
+    """Return how a file begins; raise ConfigError naming the setting when it can't be read."""
+    if not path:
+        raise ConfigError(f"{name} is not set")
+    try:
+        with open(path, "rb") as file:
+            return file.read(3)
+    except OSError as error:
+        raise ConfigError(f"{name} {path} can't be read: {os_reason(error)}") from None
+
+
+def require_pem(name: str, path: str) -> None:
+    """Raise ConfigError for a file that can't be read, or whose first certificate OpenSSL would leave out unseen."""
+    if require_file(name, path) == codecs.BOM_UTF8:
+        raise ConfigError(f"{name} {path} begins with a byte order mark: save it without one (`sed -i '1s/^\\xEF\\xBB"
+                          "\\xBF//'`)")
+
+
+def require_private(name: str, path: str) -> None:
+    """Raise ConfigError for a file that can't be read, that others than owner and group can read, or that anybody
+    but its owner can write."""
+    require_file(name, path)
+    if os.stat(path).st_mode & (stat.S_IRWXO | stat.S_IWGRP):
+        raise ConfigError(f"{name} {path} is open to others: chmod o-rwx,g-w it (its group may read it)")
+
+
+def load_ca(context: ssl.SSLContext, ca: str, name: str) -> None:
+    """Load the CA to verify peers by, with its CRLs where the file holds some; raise ConfigError naming the setting."""
+    require_pem(name, ca)
+    try:
+        context.load_verify_locations(ca)
+        if context.cert_store_stats()["crl"]:
+            # every CA of the chain must have a CRL then; else it is asked of the one that signed the peer's own
+            is_whole = not cas_without_crl(Path(ca).read_text(encoding="latin-1"))
+            context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN if is_whole else ssl.VERIFY_CRL_CHECK_LEAF
+    except ssl.SSLError as error:
+        if error.reason in WEAK_REASONS:
+            raise ConfigError(f"{name} {ca} is weak: {WEAK_REASONS[error.reason]}") from None
+        raise ConfigError(f"{name} {ca} holds no PEM certificate: {_tls_reason(error)}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name} {ca} can't be read: {one_line(error, 100)}") from None
+
+
+def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
+    """Gives the context for calls to agents: TLS 1.2 or newer, both sides verified (section 1)."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    verify_no_common_name(context)
+    load_ca(context, ca, "CONTROL_CA")
+    load_pair(context, cert, key, ("CONTROL_CERT", "CONTROL_KEY"))
+    return context
+
+
+def _tls_reason(error: ssl.SSLError) -> str:
+    return (error.reason or str(error)).replace("_", " ").lower()
+
+
+def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
+    """Return the API's TLS context; raise ConfigError naming what is wrong with the files."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; all of TLS 1.3's are good
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    load_pair(context, cert, key, ("HTTP_CERT", "HTTP_KEY"))
+    require_private("HTTP_KEY", key)
+    if client_ca:
+        load_ca(context, client_ca, "HTTP_CLIENT_CA")
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+# endregion
+
+
+# region Model
+# ======================================================================================
+# Model: the rows of the tables as values, and what is derived from them. Pure.
+# Uses: Vocabulary, Helpers.
+# ======================================================================================
+
+# Host and port of an agent, which gets one task at a time, whatever rows name it.
+Endpoint = tuple[str, int]
+
+
+def endpoint_of(main_ip: str, port: int) -> Endpoint:
+    """Return where an agent listens, in one form for all spellings of an address."""
+    if ":" in main_ip:
+        with contextlib.suppress(ValueError):
+            return str(plain_address(ipaddress.ip_address(main_ip))), port
+    return main_ip.lower(), port
+
+
+def plain_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> (
+        ipaddress.IPv4Address | ipaddress.IPv6Address):
+    """Return the IPv4 address of one that is mapped into IPv6 (::ffff:10.0.0.7), else the address itself."""
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A host that runs an agent: a row of nodes."""
+    id: int
+    name: str
+    main_ip: str
+    agent_port: int
+    agent_protocol: str
+    labels: str
+    enabled: int
+    status: str
+    created_at: str
+    updated_at: str
+    # Highest version ever sent to it.
+    last_version: int = 0
+
+    @property
+    def gets_releases(self) -> bool:
+        return bool(self.enabled) and self.status == "online"
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Return where its agent listens."""
+        return endpoint_of(self.main_ip, self.agent_port)
+
+    @property
+    def condition(self) -> str:
+        """Return why it gets no releases, or online."""
+        return "disabled" if not self.enabled else f"in {self.status}" if self.status == "maintenance" else self.status
+
+    @property
+    def label_items(self) -> Set[tuple[str, Any]]:
+        """Return its labels as pairs."""
+        with contextlib.suppress(ValueError, AttributeError, TypeError):  # written by hand
+            return frozenset(parse_json(self.labels).items())
+        return frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """A row of release_tasks, with two numbers that are computed from its nodes."""
+    id: int
+    type: str
+    target: str
+    version: int
+    status: str
+    status_reason: str
+    reason: str
+    payload: str
+    strategy: str
+    retry_of: int | None
+    rollback_of: int | None
+    total_nodes: int
+    success_nodes: int
+    failed_nodes: int
+    error_msg: str
+    claim_owner: str
+    claim_fence: int
+    claim_expires_at: str | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    updated_at: str
+    # Highest batch whose soak, re-verification and pause are complete.
+    passed_batch: int
+    soak_until: str | None
+    paused_by: str
+    # Part of its tasks' ids; "" until the claim where a person wrote the row.
+    tag: str
+    # soak_until by the elapsed clock: see Moment.clock_mark().
+    soak_clock: str
+    skipped_nodes: int
+    current_batch: int
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.status in TERMINAL
+
+    def __str__(self) -> str:
+        return f"release {self.id} (v{self.version})"
+
+
+class ReleaseNode(NamedTuple):
+    """A node of a release: its row, and from next_op on what only the driver of the release knows."""
+    node_id: int
+    name: str
+    main_ip: str
+    agent_port: int
+    agent_protocol: str
+    batch: int
+    status: str
+    task_id: str
+    attempts: int
+    error_kind: str
+    error_msg: str
+    hold_until: str | None
+    started_at: str | None
+    finished_at: str | None
+    # 1: its failure counts against no limit; a person accepted it, or a rollback includes it anyway.
+    accepted: int = 0
+    # Highest version ever sent to its address, by any release.
+    last_version: int = 0
+    # hold_until and started_at by the elapsed clock: see Moment.clock_mark().
+    hold_clock: str = ""
+    started_clock: str = ""
+    # Seconds for which pauses and freezes delayed its dispatch; they extend the deadline.
+    waited_s: float = 0.0
+    # The row's value of reached.
+    stored_reached: int = 1
+    # The next request; due and deadline are times of Clock.elapsed().
+    next_op: str = ""
+    due: float = 0.0
+    deadline: float = 0.0
+    in_flight: bool = False
+    # Part of the deadline that stands for pauses before a take-over; revoked when its agent is at work.
+    credit_s: float = 0.0
+    # The agent named another task id than the one written.
+    is_renamed: bool = False
+    # A try of this release may have reached the agent, so "already applied" may be due to it.
+    reached: bool = False
+    # The agent may have run the task, with an unknown outcome.
+    is_unknown: bool = False
+    # The agent's last answer was that it has the task.
+    is_at_work: bool = False
+    # The agent's message of success, while that is verified.
+    agent_message: str = ""
+    polls: int = 0
+    # When what its answers cost us is made up for: see observe().
+    paid_at: float = 0.0
+    # How often the agent did not know the task.
+    forgotten: int = 0
+    # Successful probes in a row.
+    passes: int = 0
+    # The re-verification at the end of the soak is done.
+    is_reverified: bool = False
+    # Failed tries in a row, with kind and message of the last one.
+    errors: int = 0
+    last_kind: str = ""
+    last_error: str = ""
+    # Its end according to the agent, not yet written.
+    verdict: Verdict | None = None
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Return where its agent listens."""
+        return endpoint_of(self.main_ip, self.agent_port)
+
+
+class Verdict(NamedTuple):
+    """The end of a node: SUCCESS, or FAILED with an error_kind, a message and its whole text."""
+    status: str
+    error_kind: str = ""
+    error_msg: str = ""
+    detail: str = ""
+    # Seconds for which an execute agent may still be busy with the last request; None: as stored.
+    hold_s: float | None = 0.0
+
+
+EACH = "each"
+
+
+class Verify(NamedTuple):
+    """How a node's success is verified: by GET requests for url, as many successes in a row."""
+    url: str
+    status: int = 200
+    timeout_s: float = 5.0
+    successes: int = 1
+    # Host header, and with https the name in the handshake.
+    host: str = ""
+    # A text that the body must contain.
+    contains: str = ""
+
+    def url_for(self, node: ReleaseNode) -> str:
+        """Return the URL to probe on a node."""
+        host = f"[{node.main_ip}]" if ":" in node.main_ip else node.main_ip
+        return self.url.replace("{main_ip}", host).replace("{name}", urllib.parse.quote(node.name, safe=""))
+
+
+class Strategy(NamedTuple):
+    """How a release is to go out (contract section 7); a text like "10%" is a share."""
+    batches: tuple[int | str, ...] = (1,)
+    max_failed: int | str = 0
+    max_failed_total: int | str | None = None
+    max_parallel: int = 0
+    soak_s: float = 0.0
+    pause_after: tuple[int, ...] | str = ()
+    on_exceed: str = FAIL
+    node_deadline_s: float | None = None
+    retries: int | None = None
+    start_at: str = ""
+    verify: Verify | None = None
+
+    def pauses_after(self, batch: int) -> bool:
+        """Return whether the release pauses after a batch."""
+        return self.pause_after == EACH or batch in self.pause_after
+
+
+NO_STRATEGY = Strategy()
+
+
+class Moment(NamedTuple):
+    """A time by both clocks, in seconds; boot is Clock.boot()."""
+    wall: float
+    elapsed: float
+    boot: str = ""
+
+    @property
+    def text(self) -> str:
+        return utc_text(self.wall)
+
+    def clock_mark(self, seconds: float) -> str:
+        """Return the time in so many seconds, for left_s(), by the elapsed clock, which nobody can set."""
+        return f"{self.boot} {self.elapsed + seconds:.3f}"
+
+    def left_s(self, until: str | None, mark: str, at_most_s: float) -> float:
+        """Return the seconds until a stored time, from 0 to at_most_s."""
+        return min(max(self.until_s(until, mark), 0.0), at_most_s)
+
+    def until_s(self, until: str | None, mark: str) -> float:
+        """Return the seconds until a stored time, below 0 when it is over.
+
+        They are computed from the mark where this host wrote it since its boot, else by the wall clock.
+        """
+        boot, _, elapsed = mark.rpartition(" ")
+        if elapsed and boot == self.boot:
+            with contextlib.suppress(ValueError):  # written by hand
+                return float(elapsed) - self.elapsed
+        return epoch_or(until, self.wall) - self.wall
+
+
+class Policy(NamedTuple):
+    """Settings that a decision needs."""
+    retries: int
+    node_deadline_s: float
+    request_timeout_s: float
+    interval_s: float
+    # A dispatch leaves within this time after it was written down, or not at all.
+    leave_within_s: float = 0.0
+    # Successful probes in a row that verify a node; 0: not verified.
+    probes: int = 0
+
+    @property
+    def hold_s(self) -> float:
+        """Return for how long an execute agent may be busy with a request, from when it was written down."""
+        return self.leave_within_s + self.request_timeout_s
+
+    def under(self, strategy: Strategy) -> Policy:
+        """Return the policy with what a release's strategy overrides."""
+        return self._replace(
+            retries=self.retries if strategy.retries is None else strategy.retries,
+            node_deadline_s=strategy.node_deadline_s or self.node_deadline_s,
+            probes=strategy.verify.successes if strategy.verify else 0)
+
+
+class NodeIndex:
+    """The nodes of a release, indexed by what a decision needs.
+
+    A release of ten thousand nodes has a thousand decisions: each examines only the nodes at work.
+    """
+
+    def __init__(self, nodes: Iterable[ReleaseNode] = ()):
+        """Take all nodes, ordered by batch and id."""
+        self._nodes = {n.node_id: n for n in nodes}
+        # By status, in the order in which they got it; the pending ones by batch and id.
+        self.of: dict[str, dict[int, ReleaseNode]] = {status: {} for status in (*OPEN, *AT_REST)}
+        # Nodes of each batch.
+        self.sizes: dict[int, int] = {}
+        # Pending and running nodes of each batch.
+        self._open: dict[int, int] = {}
+        named = collections.Counter(n.endpoint for n in self._nodes.values())
+        # Addresses that several rows have; a person wrote them.
+        self.twins = frozenset(endpoint for endpoint, count in named.items() if count > 1)
+        # Highest version that any of the nodes was ever sent.
+        self.highest_sent = max((n.last_version for n in self._nodes.values()), default=0)
+        for n in self._nodes.values():
+            self.of[n.status][n.node_id] = n
+            self.sizes[n.batch] = self.sizes.get(n.batch, 0) + 1
+            self._open[n.batch] = self._open.get(n.batch, 0) + (n.status in OPEN)
+        self._batches = sorted(self.sizes)
+
+    def __iter__(self) -> Iterator[ReleaseNode]:
+        return iter(self._nodes.values())
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __getitem__(self, node_id: int) -> ReleaseNode:
+        return self._nodes[node_id]
+
+    def get(self, node_id: int) -> ReleaseNode | None:
+        """Return a node by its id, or None."""
+        return self._nodes.get(node_id)
+
+    def copy(self) -> NodeIndex:
+        """Return an independent copy."""
+        other = NodeIndex.__new__(NodeIndex)
+        other._nodes, other.sizes, other._open = self._nodes.copy(), self.sizes, self._open.copy()
+        other.of, other._batches = {status: found.copy() for status, found in self.of.items()}, self._batches
+        other.twins, other.highest_sent = self.twins, self.highest_sent
+        return other
+
+    def put(self, node: ReleaseNode) -> None:
+        """Replace a node."""
+        before = self._nodes[node.node_id]
+        if before.status != node.status:
+            del self.of[before.status][node.node_id]
+            self._open[node.batch] += (node.status in OPEN) - (before.status in OPEN)
+        self.of[node.status][node.node_id] = self._nodes[node.node_id] = node
+
+    @property
+    def open(self) -> list[ReleaseNode]:
+        """Return the running and the pending nodes."""
+        return [*self.of[RUNNING].values(), *self.of[PENDING].values()]
+
+    @property
+    def batch(self) -> int:
+        """Return the lowest batch with a pending or running node, or 0."""
+        first = next(iter(self.of[PENDING].values()), None)
+        batches = [n.batch for n in self.of[RUNNING].values()] + ([first.batch] if first else [])
+        return min(batches, default=0)
+
+    @property
+    def last_batch(self) -> int:
+        return self._batches[-1] if self._batches else 0
+
+    def open_in(self, batch: int) -> int:
+        """Return the number of pending and running nodes of a batch."""
+        return self._open.get(batch, 0)
+
+    def batch_before(self, batch: int) -> int:
+        """Return the batch before a batch, or 0."""
+        found = bisect.bisect_left(self._batches, batch)
+        return self._batches[found - 1] if found else 0
+
+    def to_reverify(self, batch: int) -> list[ReleaseNode]:
+        """Return the nodes of a batch that are still to be re-verified at the end of its soak."""
+        return [n for n in self.of[SUCCESS].values() if n.batch == batch and not n.is_reverified]
+
+
+class Freeze(NamedTuple):
+    """The switch that stops new dispatches of all processes; who set it, when and why."""
+    frozen: bool = False
+    reason: str = ""
+    actor: str = ""
+    at: str = ""
+
+
+NO_FREEZE = Freeze()
+
+
+class Stage(NamedTuple):
+    """Where a running release is between its batches."""
+    # The batch whose pending nodes may be dispatched now, or 0.
+    batch: int
+    # As in Release.
+    passed_batch: int
+    soak_until: str | None = None
+    soak_clock: str = ""
+    soak_left_s: float = 0.0
+    # Somebody must resume it first.
+    pauses: bool = False
+    # The batch that is re-verified now, or 0.
+    reverifies: int = 0
+
+
+class Outcome(NamedTuple):
+    """The outcome of one request to an agent, or of a probe."""
+    node_id: int
+    op: str
+    result: str
+    task_id: str = ""
+    error_kind: str = ""
+    message: str = ""
+    detail: str = ""
+    hold_s: float = 0.0
+    # The version of an "already applied", else 0.
+    applied: int = 0
+    # The answer can't be used, but says that nothing was done.
+    is_refusal: bool = False
+    # Seconds of CPU that its answer took us.
+    cost_s: float = 0.0
+
+
+class Hold(NamedTuple):
+    """A time in which a pause or a freeze stopped the dispatches of a release, by the wall clock."""
+    since: float
+    until: float  # inf: it goes on
+
+
+class Candidate(NamedTuple):
+    """A release that is not terminal, as a scan for work reads it."""
+    id: int
+    target: str
+    version: int
+    status: str
+    running_nodes: int
+    claimed: bool
+    start_at: str = ""
+    paused_by: str = ""
+    status_reason: str = ""
+    has_started: bool = True
+    has_pending: bool = True
+    # "": a person wrote the row, and may still be changing it.
+    tag: str = ""
+
+    def may_start(self, now: str) -> bool:
+        """Return whether its start time has come; until then no release waits for it."""
+        return self.status != PENDING or self.start_at <= now
+
+
+class Claim(NamedTuple):
+    """The right to work on a release: every write of its owner is conditional on owner and fence.
+
+    On both: a database that went back gives the same fence again, to another owner.
+    """
+    release_id: int
+    fence: int
+    version: int
+    owner: str
+    # Which state of the database it was taken in: see Store.generation.
+    generation: int = 0
+
+    def __str__(self) -> str:
+        return f"release {self.release_id} (v{self.version})"
+
+
+def about(release: Release | Claim | None = None, /, **more: object) -> dict[str, Any]:
+    """Gives logging's `extra`: what a record is about, as keys of their own in a line of JSON.
+
+    The keys: release (its id), version, node (its name), actor, event, request_id.
+    """
+    if release is None:
+        return {"about": more}
+    release_id = release.release_id if isinstance(release, Claim) else release.id
+    return {"about": {"release": release_id, "version": release.version, **more}}
+
+
+class Event(NamedTuple):
+    """A row of release_events."""
+    id: int
+    release_id: int
+    node_id: int | None
+    node_name: str
+    at: str
+    actor: str
+    event: str
+    from_status: str
+    to_status: str
+    detail: str
+
+
+class IdempotencyKey(NamedTuple):
+    """A caller's Idempotency-Key, and the SHA-256 of what was asked with it."""
+    actor: str
+    key: str
+    request_sha256: str
+
+
+# endregion
+
+
+# region Strategy
+# ======================================================================================
+# Strategy: STRATEGY_KEYS and every other value that a person gives: parser and JSON
+#   Schema. Pure.
+# Uses: Vocabulary, Helpers, Model.
+# ======================================================================================
+
+def in_words(numbers: Sequence[int]) -> str:
+    """Return '1, 5, 44', of a long list only the beginning."""
+    return ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
+
+
+HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+# Last label of a name that a resolver may read as an IPv4 address: 0xA9FEA9FE, 10.7, 010.0.0.7.
+NUMBER_LABEL = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
+
+
+def parse_address(text: object) -> str:
+    """Return an IP address or host name in normal form; raise AppError(INVALID) for anything else."""
+    if isinstance(text, str):
+        with contextlib.suppress(ValueError):
+            if "%" not in text:
+                address = plain_address(ipaddress.ip_address(text))
+                if fault := address_fault(address):
+                    raise AppError(INVALID, f"mainIp {address} {fault}: name the node's own address")
+                return str(address)
+        labels = text.split(".")
+        if len(text) <= 253 and all(map(HOST_LABEL.fullmatch, labels)) and not NUMBER_LABEL.fullmatch(labels[-1]):
+            return text.lower()
+    raise AppError(INVALID, f"mainIp {one_line(text, 60)!r} is neither an IP address nor a host name")
+
+
+def address_fault(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
+    """Return why no single host can have an address; "" where one can."""
+    is_broadcast = address.version == 4 and (int(address) == 0xFFFFFFFF or int(address) >> 24 == 0)
+    kinds = ((address.is_unspecified, "stands for any address"), (address.is_multicast, "is a multicast address"),
+             (address.is_link_local, "is link-local (cloud metadata lives there)"),
+             (is_broadcast, "is no address of a host"))
+    return next((what for is_it, what in kinds if is_it), "")
+
+
+def parse_port(value: object) -> int:
+    """Return a TCP port; raise AppError(INVALID) for anything else."""
+    return _parse_number("agentPort", value, PORTS)
+
+
+def _parse_number(field: str, value: object, numbers: Range) -> int:
+    try:
+        return int(numbers.from_json(value))
+    except ValueError as error:
+        raise AppError(INVALID, f"{field} {one_line(value, 40)} {error}") from None
+
+
+def parse_name(text: object) -> str:
+    """Return a node's or a token's name; raise AppError(INVALID) unless it is 1 to 100 plain characters."""
+    if not isinstance(text, str) or not 1 <= len(text) <= 100 or not is_plain(text):
+        raise AppError(INVALID, f"name {one_line(ascii(text), 50)} must be 1 to 100 {PLAIN_TEXT}")
+    return text
+
+
+def parse_choice(field: str, value: object, choices: Sequence[str]) -> str:
+    """Return value; raise AppError(INVALID) unless it is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise AppError(INVALID, f"{field} {one_line(value, 40)!r} must be one of {', '.join(choices)}")
+    return value
+
+
+def parse_flag(field: str, value: object) -> bool:
+    """Return a JSON boolean; raise AppError(INVALID) for anything else."""
+    if not isinstance(value, bool):
+        raise AppError(INVALID, f"{field} must be true or false")
+    return value
+
+
+def parse_labels(value: object) -> str:
+    """Return labels as stored, a JSON object; raise AppError(INVALID) for what contract section 2 forbids."""
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise AppError(INVALID, "labels must be an object whose values are strings")
+    if len(value) > MAX_LABELS:
+        raise AppError(INVALID, f"labels must be at most {MAX_LABELS}, not {len(value)}")
+    for key, text in value.items():
+        if not 1 <= len(key) <= MAX_LABEL_KEY_CHARS or not is_plain(key):
+            raise AppError(INVALID, f"labels: the key {one_line(ascii(key), 40)} must be 1 to {MAX_LABEL_KEY_CHARS} "
+                                 f"{PLAIN_TEXT}")
+        if len(text) > MAX_LABEL_CHARS or not is_plain(text):
+            raise AppError(INVALID, f"labels: the value of {one_line(key, 30)} must be at most {MAX_LABEL_CHARS} "
+                                 f"{PLAIN_TEXT}")
+    return to_json(value)
+
+
+def parse_text(field: str, value: object, max_chars: int = 500) -> str:
+    """Return a text on one line; raise AppError(INVALID) for anything else, or one that is too long."""
+    if not isinstance(value, str) or len(value) > max_chars:
+        raise AppError(INVALID, f"{field} must be a text of at most {max_chars} characters")
+    return one_line(value, max_chars)
+
+
+def parse_target(value: object) -> str:
+    """Return a release's target; raise AppError(INVALID) for anything but letters, digits and ._-"""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+        raise AppError(INVALID, "target must be 1 to 64 letters, digits or . _ -")
+    return value
+
+
+def parse_version(field: str, value: object) -> int:
+    """Return a version that a person names; raise AppError(INVALID) for anything else."""
+    return _parse_number(field, value, Range(1, MAX_NAMED_VERSION))
+
+
+def parse_payload(value: object) -> dict[str, Any]:
+    """Return a release's payload; raise AppError(INVALID) unless it is an object."""
+    if not isinstance(value, dict):
+        raise AppError(INVALID, "payload must be a JSON object")
+    return value
+
+
+def _share(low: int) -> tuple[Callable[[Any], int | str], dict[str, Any]]:
+    """Return parser and JSON Schema of a number of nodes, or a percentage of them, from low (0 or 1) on."""
+    numbers, percents = Range(low, MAX_NODES), "([1-9][0-9]?|100)%" if low else "(0|[1-9][0-9]?|100)%"
+
+    def parse(value: Any) -> int | str:
+        if isinstance(value, str) and re.fullmatch(percents, value):
+            return value
+        try:
+            return int(numbers.from_json(value))
+        except ValueError as error:
+            raise ValueError(f'{error}, or "{low}%" to "100%"') from None
+    return parse, {"oneOf": [numbers.schema, {"type": "string", "pattern": f"^{percents}$"}]}
+
+
+_BATCH_SIZE, _BATCH_SIZE_SCHEMA = _share(1)
+_BATCH_NUMBERS = Range(1, MAX_NODES)
+
+
+def _batch_sizes(value: Any) -> tuple[int | str, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_BATCHES:
+        raise ValueError(f"must be a list of 1 to {MAX_BATCHES} sizes")
+    return tuple(map(_BATCH_SIZE, value))
+
+
+def _batch_numbers(value: Any) -> tuple[int, ...] | str:
+    if value == EACH:
+        return EACH
+    if not isinstance(value, list) or len(value) > MAX_BATCHES:
+        raise ValueError(f'must be a list of batch numbers, or "{EACH}"')
+    return tuple(map(_BATCH_NUMBERS.from_json, value))
+
+
+def _on_exceed(value: Any) -> str:
+    if value not in (FAIL, PAUSE):
+        raise ValueError(f'must be "{FAIL}" or "{PAUSE}"')
+    return str(value)
+
+
+def parse_time(value: Any) -> str:
+    """Return an RFC 3339 time as stored, in UTC; raise ValueError for anything else."""
+    # RFC 3339, 5.6: T and Z may be in lower case, a fraction of any length; it is rounded to milliseconds
+    match = isinstance(value, str) and re.fullmatch(
+        r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(\.\d{1,30})?(Z|[+-]\d\d:\d\d)", value, re.ASCII | re.IGNORECASE)
+    if not match:
+        raise ValueError("must be a time with its zone, like 2026-01-31T22:00:00Z")
+    try:
+        return utc_text(epoch_of(f"{match[1]}T{match[2]}{match[4].upper()}") + float(match[3] or 0))
+    except (ValueError, OverflowError):
+        raise ValueError("must be a time that exists, like 2026-01-31T22:00:00Z") from None
+
+
+VERIFY_URL = r"https?://(\{main_ip\}|\{name\})(:[0-9]{1,5})?([/?]([!$-;=?-Z_a-z~%]|\{main_ip\}|\{name\})*)?"
+
+
+def _verify_url(value: Any) -> str:
+    """Return the URL of a probe, whose host is the node itself: a probe goes nowhere else."""
+    if not isinstance(value, str) or len(value) > 500 or not re.fullmatch(VERIFY_URL, value):
+        raise ValueError("must be http:// or https:// with the host {main_ip} or {name}, "
+                         "like http://{main_ip}:8080/health, and no other {...} in it")
+    port = re.match(r"https?://[^/?:]*:([0-9]+)", value)
+    if port and not PORTS.low <= int(port[1]) <= PORTS.high:
+        raise ValueError("has a port that is not from 1 to 65535")
+    return value
+
+
+VERIFY_HOST = r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*"
+
+
+def _verify_host(value: Any) -> str:
+    """Return the name of a site; it has no influence on where a probe goes."""
+    if not isinstance(value, str) or len(value) > 253 or not re.fullmatch(f"({VERIFY_HOST})?", value):
+        raise ValueError("must be a host name, like www.example.com")
+    return value
+
+
+def _verify_text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 500:
+        raise ValueError("must be a text of at most 500 characters")
+    return value
+
+
+# From a key of verify to its field, parser and JSON Schema.
+VERIFY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
+    "url": ("url", _verify_url, {"type": "string", "maxLength": 500, "pattern": f"^{VERIFY_URL}$"}),
+    "status": ("status", *Range(100, 599).json),
+    "timeoutSec": ("timeout_s", *Range(0.1, 60, float).json),
+    "successes": ("successes", *Range(1, 100).json),
+    "host": ("host", _verify_host, {"type": "string", "maxLength": 253, "pattern": f"^({VERIFY_HOST})?$"}),
+    "contains": ("contains", _verify_text, {"type": "string", "maxLength": 500}),
+}
+
+
+def _verify(value: Any) -> Verify:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object with a url")
+    fields = _fields(value, VERIFY_KEYS)
+    if "url" not in fields:
+        raise ValueError("needs a url")
+    return Verify(**fields)
+
+
+# From a key of a strategy (contract section 7) to its field, parser and JSON Schema.
+STRATEGY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
+    "batches": ("batches", _batch_sizes,
+                {"type": "array", "minItems": 1, "maxItems": MAX_BATCHES, "items": _BATCH_SIZE_SCHEMA}),
+    "maxFailed": ("max_failed", *_share(0)),
+    "maxFailedTotal": ("max_failed_total", *_share(0)),
+    "maxParallel": ("max_parallel", *Range(0, MAX_NODES).json),
+    "soakSec": ("soak_s", *Range(0, 604800, float).json),
+    "pauseAfter": ("pause_after", _batch_numbers, {"oneOf": [
+        {"type": "array", "maxItems": MAX_BATCHES, "items": _BATCH_NUMBERS.schema}, {"const": EACH}]}),
+    "onExceed": ("on_exceed", _on_exceed, {"type": "string", "enum": [FAIL, PAUSE]}),
+    "nodeDeadlineSec": ("node_deadline_s", *Range(1, 604800, float).json),
+    "retries": ("retries", *Range(0, 100).json),
+    "startAt": ("start_at", parse_time, {"type": "string", "format": "date-time"}),
+    "verify": ("verify", _verify, {
+        "type": "object", "properties": {key: schema for key, (_, _, schema) in VERIFY_KEYS.items()},
+        "required": ["url"], "additionalProperties": False}),
+}
+
+
+def _fields(value: Mapping[str, Any], keys: Mapping[str, tuple[str, Callable[[Any], Any], Any]]) -> dict[str, Any]:
+    """Return the fields of an object with a table of keys; raise ValueError naming the first bad key."""
+    fields = {}
+    for key, member in value.items():
+        if key not in keys:
+            raise ValueError(f"{one_line(key, 60)} is not a known key{did_you_mean(key, keys)}")
+        field, parse, _ = keys[key]
+        try:
+            fields[field] = parse(member)
+        except ValueError as error:
+            raise ValueError(f"{key} {one_line(to_json(member), 60)} {error}") from None
+    return fields
+
+
+def parse_strategy(value: object) -> Strategy:
+    """Return a strategy from its JSON; raise AppError(INVALID) naming the first bad key."""
+    if not isinstance(value, dict):
+        raise AppError(INVALID, "strategy must be a JSON object")
+    try:
+        return Strategy(**_fields(value, STRATEGY_KEYS))
+    except ValueError as error:
+        raise AppError(INVALID, f"strategy: {error}") from None
+
+
+def resolve_share(share: int | str, whole: int) -> int:
+    """Return an integer as it is, "N%" as that share of whole, rounded down: "10%" of 19 is 1."""
+    return share if isinstance(share, int) else whole * int(share[:-1]) // 100
+
+
+# endregion
+
+
+# region Plan
+# ======================================================================================
+# Plan: the nodes chosen, batches, payloads; who is left out and why. Pure.
+# Uses: Vocabulary, Helpers, Model, Strategy.
+# ======================================================================================
+
+class ReleaseRequest(NamedTuple):
+    """The body of POST /api/v1/releases; node_ids and labels are None where they restrict nothing."""
+    target: str = "cdn"
+    reason: str = ""
+    payload: Mapping[str, Any] = {}
+    retry_of: int | None = None
+    rollback_of: int | None = None
+    strategy: Mapping[str, Any] = {}
+    node_ids: Sequence[int] | None = None
+    labels: Mapping[str, str] | None = None
+    version: int | None = None
+
+
+class LeftOut(NamedTuple):
+    """A selected node that does not get the release, and why."""
+    node_id: int
+    name: str
+    why: str
+
+
+class Plan(NamedTuple):
+    """What a release will do, as integers: node ids and failure limit of each batch, and the nodes left out."""
+    strategy: Strategy
+    batches: list[list[int]]
+    max_failed: list[int]
+    max_failed_total: int | None
+    left_out: Sequence[LeftOut]
+    # Names of execute nodes whose sites the payload removes.
+    emptied: Sequence[str] = ()
+    # Nodes whose failure counts against no limit.
+    tolerated: frozenset[int] = frozenset()
+    # Id and version of the release whose payload is used again.
+    payload_of: tuple[int, int] | None = None
+    # The version that the release would get now.
+    version: int = 0
+
+    def __str__(self) -> str:
+        """Return the plan as a line for the event."""
+        limits = f"at most {in_words(self.max_failed)} failed" + (
+            "" if self.max_failed_total is None else f", {self.max_failed_total} in all")
+        return f"batches of {in_words([len(batch) for batch in self.batches])}; {limits}"
+
+
+def plan_batches(node_ids: Sequence[int], sizes: Sequence[int | str] = NO_STRATEGY.batches) -> list[list[int]]:
+    """Return the nodes by batch; a share is at least 1, and the rest is the last batch.
+
+    Sizes [1, "10%", "25%"] of 50 nodes are batches of 1, 5, 12 and 32.
+    """
+    batches, start = [], 0
+    for size in (*sizes, len(node_ids)):
+        end = start + max(1, resolve_share(size, len(node_ids)))
+        batches.append(list(node_ids[start:end]))
+        start = end
+    return [batch for batch in batches if batch]
+
+
+def make_plan(strategy: Strategy, node_ids: Sequence[int], left_out: Sequence[LeftOut] = (),
+              batches: list[list[int]] | None = None, tolerated: frozenset[int] = frozenset()) -> Plan:
+    """Return the plan of a strategy; raise AppError(INVALID) where it pauses after a batch that does not exist.
+
+    batches: given instead of computed. tolerated: nodes whose failure counts against no limit.
+    """
+    batches = plan_batches(node_ids, strategy.batches) if batches is None else batches
+    beyond = [] if strategy.pause_after == EACH else [n for n in strategy.pause_after if int(n) > len(batches)]
+    if beyond:
+        raise AppError(INVALID, f"strategy: pauseAfter names batch {beyond[0]}, and there are {len(batches)}")
+    total = None if strategy.max_failed_total is None else resolve_share(strategy.max_failed_total, len(node_ids))
+    limits = [resolve_share(strategy.max_failed, len(batch)) + len(tolerated.intersection(batch))
+              for batch in batches]
+    return Plan(strategy, batches, limits, total, list(left_out), tolerated=tolerated)
+
+
+def choose_nodes(nodes: Sequence[Node], request: ReleaseRequest) -> tuple[list[Node], list[LeftOut]]:
+    """Return the nodes that a release goes to, by id, and the selected ones that are left out.
+
+    Raise AppError(INVALID) for an id that is not of an enabled, online node, AppError(WRONG_STATE) without nodes.
+    """
+    if request.node_ids is not None:
+        by_id = {node.id: node for node in nodes}
+        for number in request.node_ids:
+            if number not in by_id:
+                raise AppError(INVALID, f"nodeIds: node {number} does not exist")
+            if not by_id[number].gets_releases:
+                raise AppError(INVALID, f"nodeIds: node {by_id[number].name} is {by_id[number].condition}")
+        return [by_id[number] for number in sorted(request.node_ids)], []
+    everything = nodes
+    if request.labels is not None:
+        wanted = request.labels.items()
+        nodes = [node for node in nodes if wanted <= node.label_items]
+    chosen = [node for node in nodes if node.gets_releases]
+    if not chosen:
+        raise AppError(WRONG_STATE, _why_no_nodes(everything, nodes, request.labels or {}))
+    return chosen, left_out_nodes(nodes)
+
+
+def _why_no_nodes(nodes: Sequence[Node], matching: Sequence[Node], labels: Mapping[str, str]) -> str:
+    wanted = ",".join(f"{key}={value}" for key, value in labels.items())
+    if matching or not labels:
+        return f"no online nodes{f' with {wanted}' if labels else ''}: add one, or enable one and set it online"
+    known = {key: sorted({str(v) for n in nodes for k, v in n.label_items if k == key})[:20] for key in labels}
+    values = "; ".join(f"{key}: {', '.join(known[key]) or 'none'}" for key in labels)
+    return f"no node matches {wanted} (values of {values})"
+
+
+def left_out_nodes(nodes: Iterable[Node]) -> list[LeftOut]:
+    """Return those of the nodes that get no releases now, and why."""
+    return [LeftOut(node.id, node.name, node.condition) for node in nodes if not node.gets_releases]
+
+
+def refuse_twins(nodes: Iterable[Node]) -> None:
+    """Raise AppError(WRONG_STATE) for two nodes with one address, which would get a task twice at once (section 2)."""
+    seen: dict[Endpoint, Node] = {}
+    for node in nodes:
+        twin = seen.setdefault(node.endpoint, node)
+        if twin is not node:
+            raise AppError(WRONG_STATE, f"nodes {twin.name} and {node.name} have one address, "
+                                 f"{node.main_ip}:{node.agent_port}: disable one of them")
+
+
+# Without this key in the payload an execute agent drops all its sites (contract section 1).
+WEBSITES = "websites"
+
+
+def drops_sites(payload: Mapping[str, Any]) -> bool:
+    """Return whether an execute agent would drop all its sites though the payload does not say so."""
+    return not isinstance(payload.get(WEBSITES), list)
+
+
+def refuse_dropping_sites(payload: Mapping[str, Any], nodes: Iterable[Node | ReleaseNode], code: int = INVALID,
+                          what: str = "the payload") -> None:
+    """Raise AppError where execute nodes would drop all their sites: see drops_sites()."""
+    served = [node.name for node in nodes if node.agent_protocol == EXECUTE]
+    if served and drops_sites(payload):
+        raise AppError(code, f"{what} has no list {WEBSITES}, and {names_of(served)} would drop all sites without it "
+                             f'(protocol execute): name the sites, or "{WEBSITES}": [] where none is meant')
+
+
+def names_of(names: Sequence[str]) -> str:
+    """Return 'edge-1', or 'edge-1 and 3 more'."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def parse_release_id(field: str, value: object) -> int:
+    """Return the id of a release; raise AppError(INVALID) for what can't be one."""
+    with contextlib.suppress(ValueError):
+        return int(IDS.from_json(value))
+    raise AppError(INVALID, f"{field} {one_line(value, 40)} must be the id of a release")
+
+
+def parse_node_ids(value: object) -> list[int]:
+    """Return the ids of selected nodes; raise AppError(INVALID) unless it is a list of different ids."""
+    with contextlib.suppress(ValueError, TypeError):
+        ids = list(map(IDS.from_json, value if isinstance(value, list) else ()))
+        if ids and len(set(ids)) == len(ids):
+            return ids
+    raise AppError(INVALID, "nodeIds must be a list of different ids of nodes")
+
+
+def known_keys(body: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise AppError(INVALID) naming the first unknown key of body."""
+    for key in body:
+        if key not in known:
+            raise AppError(INVALID, f"{one_line(key, 60)} is not a known key{did_you_mean(key, known)}")
+
+
+def check_payload_version(payload: Mapping[str, Any], version: int) -> None:
+    """Raise AppError(INVALID) where the payload names another version than the release's."""
+    named = payload.get("version", version)
+    if isinstance(named, bool) or named != version or not isinstance(named, int):
+        raise AppError(INVALID, f"payload names version {one_line(to_json(named), 40)}, the release is version "
+                                f"{version}: leave the version out")
+
+
+def payload_for_version(payload: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """Return an older release's payload with a new version (contract 3, rule 10)."""
+    return {**payload, "version": version} if "version" in payload else dict(payload)
+
+
+def new_tag() -> str:
+    """Return eight hex digits that make the task ids of a release unique, over all databases."""
+    return secrets.token_hex(4)
+
+
+def task_id_for(release_type: str, main_ip: str, version: int, tag: str) -> str:
+    """Return the agent's task id: one for all tries of a release on a node, and of no other (section 1).
+
+    A release without a tag was under way when tags were introduced; agents know its ids without one.
+    """
+    return f"{release_type}_{main_ip}_{version}" + (f"_{tag}" if tag else "")
+
+
+class Made(NamedTuple):
+    """A release that was created, its nodes by batch, and who was left out."""
+    release: Release
+    batches: list[list[int]]
+    left_out: Sequence[LeftOut] = ()
+
+
+class OldRelease(NamedTuple):
+    """A release as prune looks at it; ended_at is "" while it is not terminal."""
+    id: int
+    target: str
+    version: int
+    status: str
+    retry_of: int | None
+    rollback_of: int | None
+    total_nodes: int
+    ended_at: str
+
+
+class Content(NamedTuple):
+    """What a release brought: its payload as a digest, the nodes that it touched and those where it succeeded.
+
+    is_bad: somebody rolled it back, or the same payload later on.
+    """
+    digest: str
+    touched: frozenset[int]
+    succeeded: frozenset[int]
+    is_bad: bool = False
+
+
+def digest_of(payload: Mapping[str, Any]) -> str:
+    """Return what is equal for two payloads that differ by their version at most."""
+    return hashlib.sha256(json.dumps({**payload, "version": 0}, sort_keys=True).encode()).hexdigest()
+
+
+def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of: Callable[[OldRelease], Content],
+             newest: int = 0) -> list[OldRelease]:
+    """Return those that nobody needs any more, newest first, out of all releases.
+
+    Of each target stay the newest keep, and what ended later than before or not yet. Of each node's releases
+    of the target stays the newest success, and what a rollback of one that stays would bring back to it: the
+    newest success before it with another payload that nobody rolled back. And what a release that stays is a
+    retry or a rollback of, and the one of the newest event. So the highest version and event stay, and none
+    is ever used again.
+    """
+    goes = []
+    seen: dict[str, int] = {}
+    named: set[int | None] = set()
+    # The nodes of each target whose newest success was found, and whose newest one that was not bad; and for each node
+    # the payloads of releases that stay and could not be rolled back on it yet.
+    known: dict[bool, set[tuple[str, int]]] = {False: set(), True: set()}
+    wanting: dict[tuple[str, int], set[str]] = {}
+    for release in sorted(releases, key=lambda r: -r.version):
+        seen[release.target] = seen.get(release.target, 0) + 1
+        stays = (seen[release.target] <= keep or not release.ended_at or release.ended_at >= before
+                 or release.id == newest)
+        content, target = content_of(release), release.target
+        served = [node for node in content.succeeded if (target, node) not in known[content.is_bad] | known[False] or (
+            not content.is_bad and wanting.get((target, node), set()) - {content.digest})]
+        if not stays and not served and release.id not in named:
+            goes.append(release)
+            continue
+        named |= {release.retry_of, release.rollback_of}
+        for node in content.succeeded:
+            known[content.is_bad].add((target, node))
+            if not content.is_bad:
+                wanting[target, node] = wanting.get((target, node), set()) & {content.digest}
+        for node in content.touched if stays else ():
+            wanting.setdefault((target, node), set()).add(content.digest)
+    # a rollback of what stays tells that that was bad
+    gone = {release.id for release in goes}
+    return [release for release in goes if release.rollback_of is None or release.rollback_of in gone]
+
+
+# endregion
+
+
+# region Status texts
+# ======================================================================================
+# Status texts: what a release does or waits for, on whom, until when. Pure.
+# Uses: Vocabulary, Helpers, Model, Strategy.
+# ======================================================================================
+
+def first_failed(nodes: NodeIndex) -> ReleaseNode | None:
+    """Return the node that failed first; of two at once the lower id."""
+    return min(nodes.of[FAILED].values(), key=lambda n: (n.finished_at or "", n.node_id), default=None)
+
+
+REASON_PENDING = "queued for an executor"
+NO_NODES = "the release has no nodes"
+# A node that runs for less than this is not named.
+SLOW_S = 1.0
+
+
+class Situation(NamedTuple):
+    """What a decision and a status text depend on."""
+    release: Release
+    # All nodes of the release.
+    nodes: NodeIndex
+    now: Moment
+    policy: Policy
+    strategy: Strategy = NO_STRATEGY
+    # Number of requests that may be sent now.
+    slots: int = 1
+    # Addresses that another release has in flight, or that may still be busy with our last request.
+    busy: frozenset[Endpoint] = frozenset()
+    # Why the release's own row can't be used, which ends it.
+    broken: str = ""
+    freeze: Freeze = NO_FREEZE
+    # The database went back, so tasks agents are asked for a task before they are sent it.
+    asks_first: bool = False
+    # Computed by decide(); the second is that of exceeded_limit().
+    stage: Stage = Stage(0, 0)
+    exceeded: str = ""
+
+    @property
+    def is_failing(self) -> bool:
+        """Return whether the release ends, failed."""
+        return bool(self.broken or (self.exceeded and self.strategy.on_exceed == FAIL))
+
+
+def describe(status: str, situation: Situation) -> str:
+    """Return status_reason: what the release does or waits for, on whom, until when.
+
+    It is stored, so times in it are in UTC: the reader's clock and zone are not known.
+    """
+    nodes = situation.nodes
+    if status == SUCCESS:
+        return f"{count_of_nodes(len(nodes))} succeeded"
+    if status == PARTIAL:
+        return one_line(_failures(nodes, situation.strategy))
+    if status == FAILED:
+        return one_line(_cause(situation))
+    if status == CANCELLED:
+        return f"cancelled: {len(nodes.of[SUCCESS])} of {count_of_nodes(len(nodes))} were updated"
+    running = nodes.of[RUNNING].values()
+    waiting = f"waiting for {_names(running)} to end" if running else ""
+    if status == CANCELLING:
+        return one_line("cancelling: " + (waiting or "nothing is in flight"))
+    if status == PAUSED:
+        return one_line(_paused(situation, waiting))
+    if situation.is_failing:
+        first = first_failed(nodes)
+        return one_line(f"stopping, {f'node {first.name} failed' if first else situation.broken}: {waiting}")
+    return one_line(_progress(situation, waiting))
+
+
+def _failures(nodes: NodeIndex, strategy: Strategy) -> str:
+    """Return 'finished with 37 failures (limit 41): 17 agent_failed, 20 timeout'."""
+    failed = nodes.of[FAILED].values()
+    limit = (f"{strategy.max_failed} in a batch" if strategy.max_failed_total is None
+             else str(resolve_share(strategy.max_failed_total, len(nodes))))
+    accepted = sum(bool(n.accepted) for n in failed)
+    kinds = collections.Counter(n.error_kind or "other" for n in failed).most_common()
+    return (f"finished with {len(failed)} failure{'' if len(failed) == 1 else 's'} (limit {limit}"
+            + (f", {accepted} accepted" if accepted else "") + "): "
+            + ", ".join(f"{count} {kind}" for kind, count in kinds))
+
+
+def _cause(situation: Situation) -> str:
+    first = first_failed(situation.nodes)
+    if situation.broken or first is None:
+        return situation.broken or NO_NODES
+    node = f"node {first.name} in batch {first.batch}: {first.error_msg}"
+    tolerates = situation.strategy.max_failed not in (0, "0%") or situation.strategy.max_failed_total
+    return f"stopped, {situation.exceeded}; first {node}" if tolerates else f"stopped by {node}"
+
+
+def _paused(situation: Situation, waiting: str) -> str:
+    """Return who paused it and after which batch, what it waits for, and what to do."""
+    nodes = situation.nodes
+    by = f" by {situation.release.paused_by}" if situation.release.paused_by else ""
+    begun = max((n.batch for n in nodes if n.status not in (PENDING, SKIPPED)), default=0)
+    where = f" {'in' if nodes.open_in(begun) else 'after'} batch {begun}" if begun else ""
+    then = "resume to go on"
+    if situation.is_failing:
+        first = first_failed(nodes)
+        then = f"{f'node {first.name} failed' if first else situation.broken}: resume to end the release"
+    elif situation.exceeded:
+        then = f"{situation.exceeded}: resume and accept the failures, or cancel"
+    return f"paused{by}{where}: " + (f"{waiting}; " if waiting else "") + then
+
+
+def _progress(situation: Situation, waiting: str) -> str:
+    """Return what a running release does: frozen, re-verifying, soaking, or a batch."""
+    nodes, stage, freeze = situation.nodes, situation.stage, situation.freeze
+    if not nodes:
+        return NO_NODES
+    if freeze.frozen:
+        return f"frozen: {freeze.reason}" + (f"; {waiting}" if waiting else "")
+    if stage.reverifies:
+        return (f"verifying batch {stage.reverifies} after its soak: waiting for "
+                + _names(nodes.to_reverify(stage.reverifies)))
+    batch = nodes.batch
+    if stage.soak_left_s:
+        return f"soaking after batch {nodes.batch_before(batch)} until {stage.soak_until}"
+    members = itertools.takewhile(lambda n: n.batch == batch, nodes.of[PENDING].values())
+    held = [n for n in members if n.endpoint in situation.busy] if situation.busy else []
+    sentence = (f"batch {batch} of {nodes.last_batch}: waiting for {nodes.open_in(batch)} of "
+                + count_of_nodes(nodes.sizes.get(batch, 0)))
+    return (sentence + _slowest([n for n in nodes.of[RUNNING].values() if n.batch == batch], situation)
+            + (f"; {_names(held)} busy with an earlier request" if held else ""))
+
+
+def _slowest(running: Sequence[ReleaseNode], situation: Situation) -> str:
+    slowest = min(running, key=lambda n: n.deadline, default=None)
+    if slowest is None:
+        return ""
+    deadline_s = situation.policy.node_deadline_s
+    ran_s = situation.now.elapsed + deadline_s - slowest.deadline
+    if ran_s < SLOW_S:
+        return ""
+    verified = ", which is verified" if slowest.next_op == PROBE else ""
+    return f", slowest {slowest.name}{verified} for {ran_s:.0f} s of {deadline_s:.0f} s"
+
+
+def count_of_nodes(number: int) -> str:
+    """Return '1 node', '2 nodes'."""
+    return f"{number} node" + ("" if number == 1 else "s")
+
+
+def _names(nodes: Collection[ReleaseNode]) -> str:
+    first = min(nodes, key=lambda n: (n.batch, n.node_id)).name if nodes else "no node"
+    return f"{first} and {len(nodes) - 1} more" if len(nodes) > 1 else first
+
+
+# endregion
+
+
+# region Decision
+# ======================================================================================
+# Decision: what to write and what to send next. Pure: no clock, no socket, no disk.
+# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Status texts.
+#
+#   A driver updates its nodes with outcomes by observe(), gets what follows from decide(),
+#   commits that, and only then sends. decide() compares what is with what should be, so a
+#   restart needs no path of its own: recover() restores a node that was found running.
+#   Every change of a status is a row of RELEASE_TRANSITIONS or NODE_TRANSITIONS.
+# ======================================================================================
+
+# From a status to those that may follow it (contract section 3); statuses that are missing are final.
+RELEASE_TRANSITIONS: Mapping[str, tuple[str, ...]] = {
+    PENDING: (RUNNING, PAUSED, CANCELLING),
+    RUNNING: (PAUSED, CANCELLING, SUCCESS, PARTIAL, FAILED),
+    PAUSED: (PENDING, RUNNING, CANCELLING),
+    CANCELLING: (CANCELLED,),
+}
+NODE_TRANSITIONS: Mapping[str, tuple[str, ...]] = {
+    PENDING: (RUNNING, FAILED, SKIPPED),
+    RUNNING: (SUCCESS, FAILED),
+    SUCCESS: (FAILED,),
+}
+
+
+def check_transition(transitions: Mapping[str, tuple[str, ...]], before: str, after: str) -> str:
+    """Return after; raise RuntimeError where it may not follow before."""
+    if after != before and after not in transitions.get(before, ()):
+        raise RuntimeError(f"no status {after} after {before}")
+    return after
+
+
+# Results of a request, beside SUCCESS and FAILED, which are believed.
+ACCEPTED = "accepted"   # the agent has the task
+WORKING = "working"     # the task has not ended
+UNKNOWN = "unknown"     # the agent does not know the task
+UNSENT = "unsent"       # the request never reached the agent
+LOST = "lost"           # the request may have reached the agent, no answer came
+UNCLEAR = "unclear"     # an answer that can't be used: 429, 5xx, nonsense
+NOT_SENT = "held"           # releasectl did not send it; this says nothing about the agent
+
+# Message of a failure whose text is empty.
+NO_REASON_GIVEN = "the agent gave no reason"
+
+
+def backoff_s(errors: int, node_id: int) -> float:
+    """Return the wait before try errors + 1; it doubles, half of it is spread over the nodes."""
+    longest = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * (1 << min(errors - 1, 10)))
+    spread = (node_id * 2654435761 + errors * 40503) % 1024 / 1024  # deterministic jitter
+    return longest * (0.5 + 0.5 * spread)
+
+
+def poll_delay_s(polls: int, interval_s: float) -> float:
+    """Return the wait before a poll, counted from 0; it grows up to the interval."""
+    return min(interval_s, float(FIRST_POLL_S * POLL_GROWTH ** min(polls, 64)))
+
+
+def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
+    """Return a node updated with the outcome of a request or a probe.
+
+    What reading an answer cost is paid for at ANSWER_SHARE: after 20 ms the node has 2 s to pay. A node that is behind
+    by more than ANSWER_CREDIT_S is asked again only then, whatever it answers.
+    """
+    after = _observe(node, outcome, now, policy)
+    if not outcome.cost_s:
+        return after
+    paid_at = max(node.paid_at, now.elapsed) + outcome.cost_s / ANSWER_SHARE
+    return after._replace(paid_at=paid_at, due=max(after.due, paid_at - ANSWER_CREDIT_S))
+
+
+def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
+    if outcome.result == NOT_SENT:
+        return node._replace(in_flight=False, due=now.elapsed)
+    if outcome.op == PROBE and outcome.result == SUCCESS:
+        return _observe_pass(node, now, policy)
+    if outcome.result in (SUCCESS, ACCEPTED) and outcome.applied and not node.reached:
+        # none of our tries can have done it: another version that has the same number
+        return node._replace(in_flight=False, verdict=Verdict(
+            FAILED, REJECTED, f"the agent is already at version {outcome.applied}", detail_text(outcome.detail)))
+    if outcome.result == SUCCESS and policy.probes:
+        return node._replace(in_flight=False, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True,
+                             agent_message=detail_text(outcome.detail))
+    if outcome.result == SUCCESS:
+        return node._replace(in_flight=False, verdict=Verdict(SUCCESS, detail=detail_text(outcome.detail)))
+    if outcome.result == FAILED:
+        return node._replace(in_flight=False, verdict=Verdict(
+            FAILED, outcome.error_kind, one_line(outcome.message) or NO_REASON_GIVEN, detail_text(outcome.detail)))
+    if outcome.result == ACCEPTED:
+        return node._replace(in_flight=False, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
+                             next_op=QUERY, errors=0, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True,
+                             is_unknown=True, is_at_work=True)
+    if outcome.result == WORKING:
+        # pauses do not extend the deadline of a node whose agent is at work
+        return node._replace(in_flight=False, errors=0, polls=node.polls + 1, is_at_work=True,
+                             deadline=node.deadline - node.credit_s, credit_s=0.0,
+                             due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
+    if outcome.result == UNKNOWN:
+        # the first time at once: else a tick would end before it sends anything
+        wait_s = backoff_s(node.forgotten, node.node_id) if node.forgotten else 0.0
+        return node._replace(in_flight=False, next_op=DISPATCH, forgotten=node.forgotten + 1, is_at_work=False,
+                             is_unknown=node.is_unknown or node.reached,
+                             last_error="the agent does not know the task", due=now.elapsed + wait_s)
+    return _observe_error(node, outcome, now, policy)
+
+
+def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
+    node = node._replace(in_flight=False, errors=0, passes=node.passes + 1)
+    if node.passes < policy.probes:
+        return node._replace(due=now.elapsed + PROBE_AGAIN_S)
+    if node.status == SUCCESS:
+        return node._replace(next_op="", is_reverified=True)
+    return node._replace(verdict=Verdict(SUCCESS, detail=node.agent_message))
+
+
+def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
+    is_lost = outcome.result == LOST and (outcome.op == DISPATCH or node.reached)
+    is_tried = is_lost or (outcome.op == DISPATCH and outcome.result == UNCLEAR and not outcome.is_refusal)
+    node = node._replace(in_flight=False, errors=node.errors + 1, passes=0, last_kind=outcome.error_kind,
+                         last_error=outcome.message, reached=node.reached or is_tried,
+                         is_unknown=node.is_unknown or is_lost)
+    if node.errors > policy.retries:
+        tries = f" (tried {node.errors} times)" if node.errors > 1 else ""
+        return node._replace(verdict=Verdict(
+            FAILED, outcome.error_kind, one_line(outcome.message, MAX_MESSAGE_CHARS - len(tries)) + tries,
+            detail_text(outcome.detail), outcome.hold_s))
+    wait_s = max(backoff_s(node.errors, node.node_id), outcome.hold_s if node.agent_protocol == EXECUTE else 0.0)
+    # rule 8: a tasks agent is asked first; an execute agent can't be asked, but runs no version twice
+    asks = node.agent_protocol == TASKS and outcome.op == DISPATCH and outcome.result != UNSENT
+    return node._replace(due=now.elapsed + wait_s, next_op=QUERY if asks else outcome.op)
+
+
+def holds_of(history: Iterable[tuple[str, str, str]]) -> list[Hold]:
+    """Return the holds of a release from its events in order, each with time, event and to_status."""
+    holds: list[Hold] = []
+    is_paused = is_frozen = False
+    began: float | None = None
+    for at, event, status in history:
+        is_paused = status == PAUSED
+        is_frozen = event == "frozen" or (is_frozen and event != "unfrozen")
+        moment = epoch_or(at, 0.0)
+        if (is_paused or is_frozen) and began is None:
+            began = moment
+        elif not (is_paused or is_frozen) and began is not None:
+            holds.append(Hold(began, moment))
+            began = None
+    return holds if began is None else [*holds, Hold(began, float("inf"))]
+
+
+def held_s(holds: Iterable[Hold], since: float, until: float) -> float:
+    """Return the seconds of holds between two times."""
+    return sum(max(0.0, min(hold.until, until) - max(hold.since, since)) for hold in holds)
+
+
+def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = (),
+          quiet_s: float = 0.0) -> ReleaseNode:
+    """Return a node for a new owner of its release (rule 9): ask first, or wait and repeat.
+
+    Deadline and hold continue as stored. Pauses and freezes extend the deadline (contract section 7), unless the
+    agent is at work. Where the deadline is over, one query is still sent: the task may have ended before it.
+    quiet_s: time in which execute agents are sent nothing, as they may be busy with a request that the database
+    has lost.
+    """
+    if node.status != RUNNING:
+        return node
+    # a clock that was ahead must not extend the deadline
+    age_s = max(0.0, -now.until_s(node.started_at, node.started_clock))
+    credit_s = max(0.0, min(held_s(holds, now.wall - age_s, now.wall), age_s) - node.waited_s)
+    deadline = now.elapsed - age_s + policy.node_deadline_s + node.waited_s + credit_s
+    reached = bool(node.stored_reached)
+    node = node._replace(reached=reached, is_unknown=reached, credit_s=credit_s, deadline=deadline)
+    if node.agent_protocol == TASKS:
+        return node._replace(next_op=QUERY, due=now.elapsed, deadline=max(deadline, now.elapsed + policy.interval_s))
+    busy_s = max(quiet_s, now.left_s(node.hold_until, node.hold_clock, policy.hold_s))
+    return node._replace(next_op=DISPATCH, due=now.elapsed + busy_s)
+
+
+def kept_from_dispatch(nodes: NodeIndex, passed_s: float) -> list[ReleaseNode]:
+    """Return the nodes whose deadline is extended because a pause or a freeze delayed their dispatch.
+
+    A node whose agent is at work keeps its deadline (section 7). Until the agent says so, a node that is being asked
+    has the time as credit.
+    """
+    running = nodes.of[RUNNING].values()
+    return [*(n._replace(deadline=n.deadline + passed_s, waited_s=n.waited_s + passed_s)
+              for n in running if n.next_op == DISPATCH and not n.in_flight),
+            *(n._replace(deadline=n.deadline + passed_s, credit_s=n.credit_s + passed_s)
+              for n in running if n.next_op == QUERY and not n.is_at_work)]
+
+
+class NodeChange(NamedTuple):
+    """A node before and after a commit, and the detail of its event."""
+    before: ReleaseNode
+    after: ReleaseNode
+    detail: str = ""
+
+
+class Send(NamedTuple):
+    """A request to send after the commit."""
+    op: str
+    node: ReleaseNode
+
+
+class Decision(NamedTuple):
+    """What to commit, then what to send, and when to decide again."""
+    # Commit these, and the release's columns from status to error_msg and from passed_batch on.
+    changes: tuple[NodeChange, ...]
+    status: str
+    status_reason: str
+    error_msg: str
+    # Send these after the commit.
+    sends: tuple[Send, ...]
+    # When to decide again without a new outcome, by Clock.elapsed().
+    wake_at: float
+    # All nodes after the changes.
+    nodes: NodeIndex
+    passed_batch: int = 0
+    soak_until: str | None = None
+    soak_clock: str = ""
+
+    def in_ascii(self) -> Decision:
+        """Return the decision with its texts in ASCII, for a database that can't store an agent's text."""
+        changes = tuple(c._replace(after=c.after._replace(error_msg=_in_ascii(c.after.error_msg)),
+                                   detail=_in_ascii(c.detail, MAX_DETAIL_BYTES)) for c in self.changes)
+        _apply(self.nodes, changes)
+        return self._replace(changes=changes, status_reason=_in_ascii(self.status_reason),
+                             error_msg=_in_ascii(self.error_msg))
+
+    def must_commit(self, release: Release) -> bool:
+        """Return whether to commit at once; a new status_reason alone can wait."""
+        return bool(self.changes) or (self.status, self.passed_batch, self.soak_clock) != (
+            release.status, release.passed_batch, release.soak_clock)
+
+
+def _in_ascii(text: str, max_chars: int = MAX_MESSAGE_CHARS) -> str:
+    return one_line(text.encode("ascii", "backslashreplace").decode(), max_chars)
+
+
+def stage_of(release: Release, nodes: NodeIndex, now: Moment, strategy: Strategy) -> Stage:
+    """Return where a release is between the batch that is done and the next one (contract section 7).
+
+        batch at rest  ->  soak  ->  re-verification  ->  pause  ->  next batch
+
+    Steps that the strategy does not have are left out; nothing follows the last batch. passed_batch keeps
+    completed steps from being repeated after a take-over.
+    """
+    batch = nodes.batch
+    before = nodes.batch_before(batch)
+    if before <= release.passed_batch:
+        return Stage(batch, release.passed_batch)
+    if strategy.soak_s:
+        soak = _soak_of(release, now, strategy)
+        if soak.soak_left_s:
+            return soak
+        if strategy.verify and nodes.to_reverify(before):
+            return soak._replace(reverifies=before)
+    if strategy.pauses_after(before):
+        return Stage(0, before, pauses=True)
+    return Stage(batch, before)
+
+
+def _soak_of(release: Release, now: Moment, strategy: Strategy) -> Stage:
+    """Return the rest of a soak, which begins now where the release has none.
+
+    It lasts by the elapsed clock; a new owner on another host, or after a reboot, continues by the wall clock.
+    """
+    left_s = strategy.soak_s
+    if release.soak_until:
+        left_s = now.left_s(release.soak_until, release.soak_clock, strategy.soak_s)
+        is_ours = release.soak_clock.rpartition(" ")[0] == now.boot and release.soak_clock
+        if is_ours and now.until_s(release.soak_until, release.soak_clock) <= strategy.soak_s:
+            return Stage(0, release.passed_batch, release.soak_until, release.soak_clock, left_s)
+    return Stage(0, release.passed_batch, utc_text(now.wall + left_s), now.clock_mark(left_s), left_s)
+
+
+def decide(situation: Situation) -> Decision:
+    """Return what follows from a release and its nodes (contract section 3, rules 3 to 8; section 7)."""
+    release, before, now, policy, strategy = situation[:5]
+    nodes = before.copy()
+    ended = _apply(nodes, _ended(nodes, now, policy, strategy))
+    if release.status == RUNNING and not situation.freeze.frozen and not situation.broken:
+        ended += _apply(nodes, _surpassed(release, nodes, now))
+    stage = Stage(0, release.passed_batch, release.soak_until, release.soak_clock)
+    situation = situation._replace(nodes=nodes, stage=stage, exceeded=exceeded_limit(nodes, strategy))
+    if situation.is_failing or release.status == CANCELLING:
+        ended += _apply(nodes, filter(None, [_close_node(n, now) for n in nodes.open]))
+    if release.status == RUNNING and not situation.is_failing and not situation.exceeded:
+        stage = stage_of(release, nodes, now, strategy)
+        situation = situation._replace(stage=stage)
+    status = check_transition(RELEASE_TRANSITIONS, release.status, _next_status(situation))
+    renamed, unsent = _renamed(nodes), _apply(nodes, _unsent(nodes))
+    is_going = status == RUNNING and not situation.is_failing and not situation.freeze.frozen
+    begun = _dispatches(release, nodes, now, policy, strategy, stage.batch, _slots_for_dispatches(situation),
+                        situation.busy, situation.asks_first) if is_going else []
+    _apply(nodes, [*renamed, *begun])
+    awaited = _awaited(nodes, stage, now, policy)
+    asked = [n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)][
+        : max(0, situation.slots - len(begun))]
+    asked_ids = {n.node_id for n in asked}
+    soak_ends = [now.elapsed + stage.soak_left_s] if status == RUNNING and stage.soak_left_s else []
+    return Decision(
+        changes=(*ended, *renamed, *_without(unsent, begun), *begun),
+        status=status,
+        status_reason=describe(status, situation),
+        error_msg=_error_msg(situation),
+        sends=(*(Send(change.after.next_op, change.after) for change in begun),
+               *(Send(n.next_op, n._replace(in_flight=True)) for n in asked)),
+        # nodes that wait for a slot don't count: the outcome that frees one is followed by a decision
+        wake_at=min((*soak_ends, *(_wake(n, now) for n in awaited if n.node_id not in asked_ids)),
+                    default=now.elapsed + policy.interval_s),
+        nodes=nodes,
+        passed_batch=stage.passed_batch,
+        soak_until=None if status in TERMINAL else stage.soak_until,
+        soak_clock="" if status in TERMINAL else stage.soak_clock)
+
+
+def _slots_for_dispatches(situation: Situation) -> int:
+    """Leave up to half of the slots for queries: else the connections kept for them would be closed by then."""
+    waiting = sum(_is_due(n, QUERY, situation.now) for n in situation.nodes.of[RUNNING].values())
+    return situation.slots - min(waiting, situation.slots // 2)
+
+
+def _apply(nodes: NodeIndex, changes: Iterable[NodeChange]) -> list[NodeChange]:
+    """Make the changes and return them."""
+    applied = list(changes)
+    for change in applied:
+        check_transition(NODE_TRANSITIONS, change.before.status, change.after.status)
+        nodes.put(change.after)
+    return applied
+
+
+def _ended(nodes: NodeIndex, now: Moment, policy: Policy, strategy: Strategy) -> list[NodeChange]:
+    """Return the ends of running nodes, and of successful ones that are re-verified."""
+    again = nodes.of[SUCCESS].values() if strategy.verify else ()
+    return list(filter(None, [_end_node(n, now, policy) for n in (*nodes.of[RUNNING].values(), *again)]))
+
+
+def _renamed(nodes: NodeIndex) -> list[NodeChange]:
+    """Return the nodes whose agent named another task id than ours, which the row has."""
+    return [NodeChange(n._replace(task_id=""), n._replace(is_renamed=False))
+            for n in nodes.of[RUNNING].values() if n.is_renamed]
+
+
+def _unsent(nodes: NodeIndex) -> list[NodeChange]:
+    """Return the nodes whose request is known not to have reached the agent, for the next owner."""
+    return [NodeChange(n, n._replace(stored_reached=0)) for n in nodes.of[RUNNING].values()
+            if n.stored_reached and not n.reached and not n.in_flight]
+
+
+def _surpassed(release: Release, nodes: NodeIndex, now: Moment) -> list[NodeChange]:
+    """Return the ends of nodes to be dispatched that have a higher version already (rule 2).
+
+    Their agents would answer "success" and do nothing.
+    """
+    if nodes.highest_sent <= release.version:
+        return []
+    batch = nodes.batch
+    due = [n for n in nodes.open if n.last_version > release.version and not n.in_flight and (
+        n.next_op == DISPATCH if n.status == RUNNING else n.batch == batch)]
+    return [_at_rest(n, Verdict(FAILED, REJECTED, f"node has version {n.last_version} already", hold_s=None), now)
+            for n in due]
+
+
+def _awaited(nodes: NodeIndex, stage: Stage, now: Moment, policy: Policy) -> list[ReleaseNode]:
+    """Return the running nodes, and those to be re-verified.
+
+    A re-verification has the deadline of a node, from its first probe on.
+    """
+    again = nodes.to_reverify(stage.reverifies) if stage.reverifies else ()
+    return [*nodes.of[RUNNING].values(), *(
+        n if n.next_op == PROBE else n._replace(next_op=PROBE, deadline=now.elapsed + policy.node_deadline_s)
+        for n in again)]
+
+
+def _is_due(node: ReleaseNode, op: str, now: Moment) -> bool:
+    return (node.next_op == op and not node.in_flight and node.due <= now.elapsed and node.verdict is None
+            and (node.status == RUNNING or (node.status == SUCCESS and op == PROBE)))
+
+
+def _wake(node: ReleaseNode, now: Moment) -> float:
+    """Return when to decide again for an awaited node; never for one in flight or waiting for a slot."""
+    if node.in_flight:
+        return float("inf")
+    return node.due if now.elapsed < node.due < node.deadline else node.deadline
+
+
+def _end_node(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange | None:
+    """Return the end of a running node, or of a success that fails its re-verification; None for no end."""
+    if node.in_flight or node.status not in (RUNNING, SUCCESS):
+        return None
+    if node.verdict is not None:
+        return _at_rest(node, node.verdict, now)
+    is_second = node.status == SUCCESS
+    if now.elapsed < node.deadline or (is_second and node.next_op != PROBE):
+        return None
+    last = f"; last: {node.last_error}" if node.last_error else ""
+    if is_second:
+        return _fail(node, VERIFY, f"not verified {policy.node_deadline_s:g} s after the end of its soak{last}", now,
+                     0.0)
+    return _fail(node, DEADLINE, f"not done {policy.node_deadline_s:g} s after its dispatch{last}", now)
+
+
+def _close_node(node: ReleaseNode, now: Moment) -> NodeChange | None:
+    """Return the end of a node in a release that sends nothing more (rules 5 and 8); None for no end."""
+    if node.status == PENDING:
+        return NodeChange(node, node._replace(status=SKIPPED, finished_at=now.text))
+    if node.status != RUNNING or node.in_flight or node.next_op != DISPATCH:
+        return None
+    if node.is_unknown:
+        return _abandon(node, node.last_error or "the answer was lost with the process that asked", now)
+    return _fail(node, node.last_kind or ABANDONED,
+                 f"{node.last_error or 'it was never sent'} (not tried again: the release ends)", now, 0.0)
+
+
+def _abandon(node: ReleaseNode, why: str, now: Moment) -> NodeChange:
+    return _fail(node, ABANDONED, f"outcome unknown: {why}", now)
+
+
+def _fail(node: ReleaseNode, kind: str, message: str, now: Moment, hold_s: float | None = None) -> NodeChange:
+    return _at_rest(node, Verdict(FAILED, kind, one_line(message), detail_text(message), hold_s), now)
+
+
+def force_end(nodes: NodeIndex, now: Moment) -> list[NodeChange]:
+    """End all nodes of a release that is cancelled by force, and return the changes."""
+    changes = [_abandon(n, "cancelled by force while it was in flight", now) if n.status == RUNNING
+               else _close_node(n, now) for n in nodes.open]
+    return _apply(nodes, filter(None, changes))
+
+
+def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
+    hold_until, hold_clock = node.hold_until, node.hold_clock
+    if verdict.hold_s is not None:
+        is_busy = verdict.hold_s > 0 and node.agent_protocol == EXECUTE
+        hold_until, hold_clock = _hold_for(verdict.hold_s, now) if is_busy else (None, "")
+    return NodeChange(node, node._replace(
+        status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg, finished_at=now.text,
+        hold_until=hold_until, hold_clock=hold_clock, verdict=None, next_op="", errors=0, passes=0, due=now.elapsed),
+        verdict.detail)
+
+
+def _hold_for(seconds: float, now: Moment) -> tuple[str, str]:
+    """Return hold_until and hold_clock for an execute agent that may be busy for some seconds."""
+    return utc_text(now.wall + seconds), now.clock_mark(seconds)
+
+
+def exceeded_limit(nodes: NodeIndex, strategy: Strategy) -> str:
+    """Return the limit that the failures exceed, "" when they are tolerated (rule 5, section 7).
+
+    A share is of the batch's planned size, which is its number of rows.
+    """
+    failed = [n.batch for n in nodes.of[FAILED].values() if not n.accepted]
+    for batch, count in sorted(collections.Counter(failed).items()):
+        most = resolve_share(strategy.max_failed, nodes.sizes[batch])
+        if count > most:
+            return f"{count_of_nodes(count)} of batch {batch} failed, at most {most} may"
+    if failed and strategy.max_failed_total is not None:
+        count, most = len(failed), resolve_share(strategy.max_failed_total, len(nodes))
+        if count > most:
+            return f"{count_of_nodes(count)} failed in all, at most {most} may"
+    return ""
+
+
+def _next_status(situation: Situation) -> str:
+    """Return the release's status after the changes (a table in docs/ARCHITECTURE.md); a paused one stays paused."""
+    status, nodes = situation.release.status, situation.nodes
+    if status == RUNNING and (situation.stage.pauses or (situation.exceeded and not situation.is_failing)):
+        return PAUSED
+    if status not in (RUNNING, CANCELLING) or nodes.of[RUNNING]:
+        return status
+    if status == CANCELLING:
+        return CANCELLED
+    if situation.is_failing or not nodes:
+        return FAILED
+    if nodes.of[PENDING]:
+        return RUNNING
+    return SUCCESS if len(nodes.of[SUCCESS]) == len(nodes) else PARTIAL
+
+
+def _dispatches(release: Release, nodes: NodeIndex, now: Moment, policy: Policy, strategy: Strategy, batch: int,
+                slots: int, busy: frozenset[Endpoint], asks_first: bool = False) -> list[NodeChange]:
+    """Return the intents of the dispatches to send now: repetitions first, then the current batch."""
+    running = nodes.of[RUNNING].values()
+    ready = [n for n in running if _is_due(n, DISPATCH, now)]
+    # a pending node in flight was sent by a commit that the database has lost: its outcome is still to come
+    members = itertools.takewhile(lambda n: n.batch == batch, nodes.of[PENDING].values())
+    room = min(slots, strategy.max_parallel - len(running)) if strategy.max_parallel else slots
+    # a node with a higher version fails in the next decision
+    fresh = itertools.islice(_free((n for n in members if not n.in_flight and n.last_version <= release.version),
+                                   nodes, busy, now), max(0, room))
+    return [_intent(release, n, now, policy, asks_first) for n in (*ready, *fresh)[:max(0, slots)]]
+
+
+def _free(members: Iterable[ReleaseNode], nodes: NodeIndex, busy: frozenset[Endpoint],
+          now: Moment) -> Iterator[ReleaseNode]:
+    """Return the members whose address has no task, of another release or of another row of this one."""
+    if not busy and not nodes.twins:
+        yield from members
+        return
+    taken = set(busy)
+    if nodes.twins:
+        taken.update(n.endpoint for n in nodes.of[RUNNING].values())
+        taken.update(n.endpoint for n in nodes.of[FAILED].values() if now.until_s(n.hold_until, n.hold_clock) > 0)
+    for node in members:
+        if node.endpoint not in taken:
+            if node.endpoint in nodes.twins:
+                taken.add(node.endpoint)
+            yield node
+
+
+def _without(changes: Iterable[NodeChange], others: Iterable[NodeChange]) -> list[NodeChange]:
+    """Return the changes of nodes that are not in others."""
+    ids = {change.after.node_id for change in others}
+    return [change for change in changes if change.after.node_id not in ids]
+
+
+def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy, asks_first: bool = False) -> NodeChange:
+    """Return what is committed before a dispatch; started_at and deadline are those of the first try.
+
+    The id sent is always ours, whatever id the agent named before.
+    """
+    hold_until, hold_clock = _hold_for(policy.hold_s, now) if node.agent_protocol == EXECUTE else (None, "")
+    task_id = task_id_for(release.type, node.main_ip, release.version, release.tag)
+    is_first = node.status == PENDING
+    asks = asks_first and is_first and node.agent_protocol == TASKS
+    return NodeChange(node, node._replace(
+        stored_reached=int(node.reached or not asks), status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
+        hold_until=hold_until, hold_clock=hold_clock, in_flight=True, verdict=None,
+        waited_s=node.waited_s + node.credit_s, credit_s=0.0,
+        next_op=QUERY if asks else DISPATCH, started_at=now.text if is_first else node.started_at,
+        started_clock=now.clock_mark(0.0) if is_first else node.started_clock,
+        deadline=now.elapsed + policy.node_deadline_s if is_first else node.deadline))
+
+
+def _error_msg(situation: Situation) -> str:
+    if situation.broken or not situation.nodes:
+        return one_line(situation.broken or NO_NODES)
+    first = first_failed(situation.nodes) if situation.is_failing else None
+    return one_line(f"node {first.name}: {first.error_msg}") if first else situation.release.error_msg
+
+
+# endregion
+
+
+# region Verbs
+# ======================================================================================
+# Verbs: what an operator may do when, and which release may start. Pure.
+# Uses: Vocabulary, Helpers, Model, Status texts, Decision.
+# ======================================================================================
+
+class Verb(NamedTuple):
+    """What an operator may do with a release."""
+    name: str
+    # The statuses that allow it, and the one that follows.
+    states: tuple[str, ...]
+    status: str
+    event: str
+    # "only ... releases can be PAST".
+    past: str
+
+
+CANCEL_BY_FORCE = "cancel --force"
+
+VERBS: Mapping[str, Verb] = {verb.name: verb for verb in (
+    Verb("pause", (PENDING, RUNNING), PAUSED, "paused", "paused"),
+    Verb("resume", (PAUSED,), RUNNING, "resumed", "resumed"),
+    Verb("cancel", (PENDING, RUNNING, PAUSED), CANCELLING, "cancelling", "cancelled"),
+    Verb(CANCEL_BY_FORCE, (PENDING, RUNNING, PAUSED, CANCELLING), CANCELLING, "cancelling", "cancelled by force"),
+    # status and event of the new release
+    Verb("retry", (PARTIAL, FAILED, CANCELLED), PENDING, "created", "retried"),
+    Verb("rollback", (SUCCESS, PARTIAL, FAILED, CANCELLED), PENDING, "created", "rolled back"),
+)}
+
+
+def check_verb(verb: str, release: Release) -> None:
+    """Raise AppError(WRONG_STATE) unless the release's status allows the verb."""
+    allowed = VERBS[verb].states
+    if release.status not in allowed:
+        states = " or ".join(filter(None, (", ".join(allowed[:-1]), allowed[-1])))
+        is_now = "succeeded" if release.status == SUCCESS else f"is {release.status}"
+        raise AppError(WRONG_STATE, f"release {release.id} {is_now}; only {states} releases can be {VERBS[verb].past}")
+
+
+def check_resume(release: Release, nodes: NodeIndex, strategy: Strategy, accepts: bool) -> None:
+    """Raise AppError(WRONG_STATE) where failures must be accepted to resume, or can't be accepted."""
+    exceeded = exceeded_limit(nodes, strategy)
+    if exceeded and strategy.on_exceed == PAUSE and not accepts:
+        raise AppError(WRONG_STATE, f"release {release.id}: {exceeded}: resume it with acceptFailures "
+                             "(--accept-failures), or cancel it")
+    if exceeded and strategy.on_exceed == FAIL and accepts:
+        raise AppError(WRONG_STATE, f"release {release.id}: {exceeded}, and its strategy (onExceed) ends it then: "
+                             "resume without accepting, then retry")
+
+
+def status_after_verb(verb: str, release: Release) -> str:
+    """Return the status after a verb; a release that never started is pending again after resume."""
+    after = PENDING if verb == "resume" and not release.started_at else VERBS[verb].status
+    return check_transition(RELEASE_TRANSITIONS, release.status, after)
+
+
+# Whether two releases share a node.
+Shares = Callable[[Candidate, Candidate], bool]
+
+
+def share_nothing(_one: Candidate, _other: Candidate) -> bool:
+    """Return False, for releases that share no node."""
+    return False
+
+
+def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Iterator[tuple[Candidate, Candidate | None]]:
+    """Return each release with the one that it waits for, of the same target or with a node in common, or None.
+
+    Started releases go first, then lower versions: a node that was sent a higher version is never sent a lower one.
+    """
+    ahead: list[Candidate] = []
+    for c in sorted(candidates, key=lambda c: (c.status == PENDING or not c.has_started, c.version)):
+        # by target first, as shares() may read the nodes of a release
+        yield c, (next((a for a in ahead if a.target == c.target), None)
+                  or next((a for a in ahead if shares(a, c)), None))
+        if c.may_start(now):
+            ahead.append(c)
+
+
+def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE,
+             shares: Shares = share_nothing) -> tuple[list[int], list[int]]:
+    """Return the ids of releases that may be claimed now, and of those that others have claimed (rule 2).
+
+    A pending release waits for those before it, its start time and the end of a freeze; one that is paused or
+    frozen needs an owner only while its nodes are in flight.
+    """
+    free: list[int] = []
+    taken: list[int] = []
+    for c, before in _in_turn(candidates, now, shares):
+        if c.status == PENDING:
+            wanted = before is None and c.may_start(now) and not freeze.frozen
+        else:
+            waits = c.status == PAUSED or (c.status == RUNNING and freeze.frozen and c.has_pending)
+            wanted = c.running_nodes > 0 or not waits
+        if wanted:
+            (taken if c.claimed else free).append(c.id)
+    return free, taken
+
+
+def waiting_reasons(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE,
+                    shares: Shares = share_nothing) -> dict[int, str]:
+    """Return the status_reason of each release that is not being worked on."""
+    reasons = {}
+    for c, before in _in_turn(candidates, now, shares):
+        frozen = f"frozen: {freeze.reason}"
+        if c.status == RUNNING and not c.claimed and c.running_nodes == 0 and (
+                freeze.frozen or c.status_reason.startswith("frozen: ")):
+            reasons[c.id] = one_line(frozen if freeze.frozen else REASON_PENDING)
+        if c.status != PENDING:
+            continue
+        if before is not None and c.may_start(now):
+            by = f"which {before.paused_by} paused" if before.paused_by else f"which is {before.status}"
+            reason = f"waiting for release {before.id}, {by}"
+        elif freeze.frozen:
+            reason = frozen
+        else:
+            reason = REASON_PENDING if c.may_start(now) else f"scheduled for {c.start_at}" + (
+                f", and after release {before.id}" if before else "")
+        reasons[c.id] = one_line(reason)
+    return reasons
+
+
+# endregion
+
+
+# region Engines
+# ======================================================================================
+# Engines: the one place where SQLite and PostgreSQL, and its drivers, differ.
+# Uses: Vocabulary, Helpers, Settings, Certificates.
+# ======================================================================================
+
 BUSY_TIMEOUT_S = 5.0
-MAX_IDLE_DB_CONNECTIONS = 8
 # To PostgreSQL, of one process; further ones wait in turn, for so long.
 MAX_DB_CONNECTIONS, CONNECTION_WAIT_S = 16, 30.0
 # What the server's own limits allow a transaction: 10 s for the lock, 30 s for a statement. Older ones are cut off.
 MAX_TRANSACTION_S = 45.0
-# A migration may have much to rewrite.
-MAX_MIGRATION_S = 3600.0
 # While the process ends, a new transaction may take so long.
 LAST_TRANSACTION_S = 2.0
 # "releasectl" in numbers; the key of PostgreSQL's advisory lock
 PG_LOCK_KEY = 7235419
 LOCK_NOT_AVAILABLE, PROTOCOL_VIOLATION = "55P03", "08P01"
-# Where BEGIN fails on a connection that has just answered: only with one driver what PgBouncer says comes through.
-TAKES_NO_TRANSACTION = "; it took no transaction: a pooler before the server must have pool_mode transaction or session"
 # What speaks PostgreSQL's protocol and is another thing, by its version().
 OTHER_SERVERS = re.compile(
     r"CockroachDB|-YB-|Redshift|Greenplum|Materialize|RisingWave|CrateDB|GaussDB|QuestDB|openGauss", re.IGNORECASE)
-
-
-def sync_folder(folder: str) -> None:
-    """Brings the names in a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def close_quietly(connection: Any) -> None:
@@ -1021,13 +3386,6 @@ class ConnectionTurns:
                 self._queue.popleft().set()
             else:
                 self._free += 1
-
-
-def inode_of(path: str) -> int:
-    try:
-        return os.stat(path).st_ino
-    except OSError:
-        return 0
 
 
 def _who_has_locked(file: os.stat_result) -> int:
@@ -1449,19 +3807,6 @@ def _pg8000_options(query: Mapping[str, str]) -> None:
         raise ConfigError(f"DATABASE_URL: pg8000 does not take {unknown[0]}: install psycopg, or leave it out")
 
 
-def pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
-    """Gives what libpq's sslmode and sslrootcert mean, for the driver that does not know them."""
-    mode = query.get("sslmode", "prefer")
-    if mode in ("disable", "allow", "prefer"):
-        return None
-    context = ssl.create_default_context(cafile=query.get("sslrootcert"))
-    context.check_hostname = mode == "verify-full"
-    verify_no_common_name(context)
-    if mode == "require":
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
 def load_postgres_driver() -> Any:
     """Gives the first driver found. RELEASECTL_PG_DRIVER picks one in tests."""
     wanted = os.environ.get("RELEASECTL_PG_DRIVER", "")
@@ -1478,6 +3823,27 @@ def load_postgres_driver() -> Any:
             import pg8000.dbapi
             return pg8000.dbapi
     raise ConfigError("a postgresql:// URL needs a driver: install psycopg, psycopg2 or pg8000 (1.30 or newer)")
+
+
+# endregion
+
+
+# region Database
+# ======================================================================================
+# Database: connections, transaction(), migrate().
+# Uses: Vocabulary, Settings, Log and metrics, Engines.
+#
+#   One writer at a time, on both engines: SQLite by BEGIN IMMEDIATE, PostgreSQL by an
+#   advisory lock, so that what a transaction read still holds when it writes, and events
+#   become visible in the order of their ids. Nothing waits inside a transaction.
+# ======================================================================================
+
+SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
+MAX_IDLE_DB_CONNECTIONS = 8
+# A migration may have much to rewrite.
+MAX_MIGRATION_S = 3600.0
+# Where BEGIN fails on a connection that has just answered: only with one driver what PgBouncer says comes through.
+TAKES_NO_TRANSACTION = "; it took no transaction: a pooler before the server must have pool_mode transaction or session"
 
 
 class Transaction:
@@ -1787,1738 +4153,174 @@ def schema_steps() -> tuple[tuple[str, ...], ...]:
                  for step in steps)
 
 
+# endregion
+
+
+# region Database state
 # ======================================================================================
-# 5 Plan: what a release is and will do: nodes, batches, payloads. Pure; uses 1 and 2.
-# ======================================================================================
-
-# Host and port of an agent, which gets one task at a time, whatever rows name it.
-Endpoint = tuple[str, int]
-
-
-def endpoint_of(main_ip: str, port: int) -> Endpoint:
-    """Return where an agent listens, in one form for all spellings of an address."""
-    if ":" in main_ip:
-        with contextlib.suppress(ValueError):
-            return str(plain_address(ipaddress.ip_address(main_ip))), port
-    return main_ip.lower(), port
-
-
-def plain_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> (
-        ipaddress.IPv4Address | ipaddress.IPv6Address):
-    """Return the IPv4 address of one that is mapped into IPv6 (::ffff:10.0.0.7), else the address itself."""
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return mapped or address
-
-
-@dataclasses.dataclass(frozen=True)
-class Node:
-    """A host that runs an agent: a row of nodes."""
-    id: int
-    name: str
-    main_ip: str
-    agent_port: int
-    agent_protocol: str
-    labels: str
-    enabled: int
-    status: str
-    created_at: str
-    updated_at: str
-    # Highest version ever sent to it.
-    last_version: int = 0
-
-    @property
-    def gets_releases(self) -> bool:
-        return bool(self.enabled) and self.status == "online"
-
-    @property
-    def endpoint(self) -> Endpoint:
-        """Return where its agent listens."""
-        return endpoint_of(self.main_ip, self.agent_port)
-
-    @property
-    def condition(self) -> str:
-        """Return why it gets no releases, or online."""
-        return "disabled" if not self.enabled else f"in {self.status}" if self.status == "maintenance" else self.status
-
-    @property
-    def label_items(self) -> Set[tuple[str, Any]]:
-        """Return its labels as pairs."""
-        with contextlib.suppress(ValueError, AttributeError, TypeError):  # written by hand
-            return frozenset(parse_json(self.labels).items())
-        return frozenset()
-
-
-@dataclasses.dataclass(frozen=True)
-class Release:
-    """A row of release_tasks, with two numbers that are computed from its nodes."""
-    id: int
-    type: str
-    target: str
-    version: int
-    status: str
-    status_reason: str
-    reason: str
-    payload: str
-    strategy: str
-    retry_of: int | None
-    rollback_of: int | None
-    total_nodes: int
-    success_nodes: int
-    failed_nodes: int
-    error_msg: str
-    claim_owner: str
-    claim_fence: int
-    claim_expires_at: str | None
-    created_at: str
-    started_at: str | None
-    finished_at: str | None
-    updated_at: str
-    # Highest batch whose soak, re-verification and pause are complete.
-    passed_batch: int
-    soak_until: str | None
-    paused_by: str
-    # Part of its tasks' ids; "" until the claim where a person wrote the row.
-    tag: str
-    # soak_until by the elapsed clock: see Moment.clock_mark().
-    soak_clock: str
-    skipped_nodes: int
-    current_batch: int
-
-    @property
-    def is_terminal(self) -> bool:
-        return self.status in TERMINAL
-
-    def __str__(self) -> str:
-        return f"release {self.id} (v{self.version})"
-
-
-class ReleaseNode(NamedTuple):
-    """A node of a release: its row, and from next_op on what only the driver of the release knows."""
-    node_id: int
-    name: str
-    main_ip: str
-    agent_port: int
-    agent_protocol: str
-    batch: int
-    status: str
-    task_id: str
-    attempts: int
-    error_kind: str
-    error_msg: str
-    hold_until: str | None
-    started_at: str | None
-    finished_at: str | None
-    # 1: its failure counts against no limit; a person accepted it, or a rollback includes it anyway.
-    accepted: int = 0
-    # Highest version ever sent to its address, by any release.
-    last_version: int = 0
-    # hold_until and started_at by the elapsed clock: see Moment.clock_mark().
-    hold_clock: str = ""
-    started_clock: str = ""
-    # Seconds for which pauses and freezes delayed its dispatch; they extend the deadline.
-    waited_s: float = 0.0
-    # The row's value of reached.
-    stored_reached: int = 1
-    # The next request; due and deadline are times of Clock.elapsed().
-    next_op: str = ""
-    due: float = 0.0
-    deadline: float = 0.0
-    in_flight: bool = False
-    # Part of the deadline that stands for pauses before a take-over; revoked when its agent is at work.
-    credit_s: float = 0.0
-    # The agent named another task id than the one written.
-    is_renamed: bool = False
-    # A try of this release may have reached the agent, so "already applied" may be due to it.
-    reached: bool = False
-    # The agent may have run the task, with an unknown outcome.
-    is_unknown: bool = False
-    # The agent's last answer was that it has the task.
-    is_at_work: bool = False
-    # The agent's message of success, while that is verified.
-    agent_message: str = ""
-    polls: int = 0
-    # When what its answers cost us is made up for: see observe().
-    paid_at: float = 0.0
-    # How often the agent did not know the task.
-    forgotten: int = 0
-    # Successful probes in a row.
-    passes: int = 0
-    # The re-verification at the end of the soak is done.
-    is_reverified: bool = False
-    # Failed tries in a row, with kind and message of the last one.
-    errors: int = 0
-    last_kind: str = ""
-    last_error: str = ""
-    # Its end according to the agent, not yet written.
-    verdict: Verdict | None = None
-
-    @property
-    def endpoint(self) -> Endpoint:
-        """Return where its agent listens."""
-        return endpoint_of(self.main_ip, self.agent_port)
-
-
-class Verdict(NamedTuple):
-    """The end of a node: SUCCESS, or FAILED with an error_kind, a message and its whole text."""
-    status: str
-    error_kind: str = ""
-    error_msg: str = ""
-    detail: str = ""
-    # Seconds for which an execute agent may still be busy with the last request; None: as stored.
-    hold_s: float | None = 0.0
-
-
-FAIL, PAUSE = "fail", "pause"
-EACH = "each"
-
-
-class Verify(NamedTuple):
-    """How a node's success is verified: by GET requests for url, as many successes in a row."""
-    url: str
-    status: int = 200
-    timeout_s: float = 5.0
-    successes: int = 1
-    # Host header, and with https the name in the handshake.
-    host: str = ""
-    # A text that the body must contain.
-    contains: str = ""
-
-    def url_for(self, node: ReleaseNode) -> str:
-        """Return the URL to probe on a node."""
-        host = f"[{node.main_ip}]" if ":" in node.main_ip else node.main_ip
-        return self.url.replace("{main_ip}", host).replace("{name}", urllib.parse.quote(node.name, safe=""))
-
-
-class Strategy(NamedTuple):
-    """How a release is to go out (contract section 7); a text like "10%" is a share."""
-    batches: tuple[int | str, ...] = (1,)
-    max_failed: int | str = 0
-    max_failed_total: int | str | None = None
-    max_parallel: int = 0
-    soak_s: float = 0.0
-    pause_after: tuple[int, ...] | str = ()
-    on_exceed: str = FAIL
-    node_deadline_s: float | None = None
-    retries: int | None = None
-    start_at: str = ""
-    verify: Verify | None = None
-
-    def pauses_after(self, batch: int) -> bool:
-        """Return whether the release pauses after a batch."""
-        return self.pause_after == EACH or batch in self.pause_after
-
-
-NO_STRATEGY = Strategy()
-
-
-class ReleaseRequest(NamedTuple):
-    """The body of POST /api/v1/releases; node_ids and labels are None where they restrict nothing."""
-    target: str = "cdn"
-    reason: str = ""
-    payload: Mapping[str, Any] = {}
-    retry_of: int | None = None
-    rollback_of: int | None = None
-    strategy: Mapping[str, Any] = {}
-    node_ids: Sequence[int] | None = None
-    labels: Mapping[str, str] | None = None
-    version: int | None = None
-
-
-class LeftOut(NamedTuple):
-    """A selected node that does not get the release, and why."""
-    node_id: int
-    name: str
-    why: str
-
-
-class Plan(NamedTuple):
-    """What a release will do, as integers: node ids and failure limit of each batch, and the nodes left out."""
-    strategy: Strategy
-    batches: list[list[int]]
-    max_failed: list[int]
-    max_failed_total: int | None
-    left_out: Sequence[LeftOut]
-    # Names of execute nodes whose sites the payload removes.
-    emptied: Sequence[str] = ()
-    # Nodes whose failure counts against no limit.
-    tolerated: frozenset[int] = frozenset()
-    # Id and version of the release whose payload is used again.
-    payload_of: tuple[int, int] | None = None
-    # The version that the release would get now.
-    version: int = 0
-
-    def __str__(self) -> str:
-        """Return the plan as a line for the event."""
-        limits = f"at most {in_words(self.max_failed)} failed" + (
-            "" if self.max_failed_total is None else f", {self.max_failed_total} in all")
-        return f"batches of {in_words([len(batch) for batch in self.batches])}; {limits}"
-
-
-def in_words(numbers: Sequence[int]) -> str:
-    """Return '1, 5, 44', of a long list only the beginning."""
-    return ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
-
-
-HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
-# Last label of a name that a resolver may read as an IPv4 address: 0xA9FEA9FE, 10.7, 010.0.0.7.
-NUMBER_LABEL = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
-
-
-def parse_address(text: object) -> str:
-    """Return an IP address or host name in normal form; raise AppError(INVALID) for anything else."""
-    if isinstance(text, str):
-        with contextlib.suppress(ValueError):
-            if "%" not in text:
-                address = plain_address(ipaddress.ip_address(text))
-                if fault := address_fault(address):
-                    raise AppError(INVALID, f"mainIp {address} {fault}: name the node's own address")
-                return str(address)
-        labels = text.split(".")
-        if len(text) <= 253 and all(map(HOST_LABEL.fullmatch, labels)) and not NUMBER_LABEL.fullmatch(labels[-1]):
-            return text.lower()
-    raise AppError(INVALID, f"mainIp {one_line(text, 60)!r} is neither an IP address nor a host name")
-
-
-def address_fault(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
-    """Return why no single host can have an address; "" where one can."""
-    is_broadcast = address.version == 4 and (int(address) == 0xFFFFFFFF or int(address) >> 24 == 0)
-    kinds = ((address.is_unspecified, "stands for any address"), (address.is_multicast, "is a multicast address"),
-             (address.is_link_local, "is link-local (cloud metadata lives there)"),
-             (is_broadcast, "is no address of a host"))
-    return next((what for is_it, what in kinds if is_it), "")
-
-
-def parse_port(value: object) -> int:
-    """Return a TCP port; raise AppError(INVALID) for anything else."""
-    return _parse_number("agentPort", value, PORTS)
-
-
-def _parse_number(field: str, value: object, numbers: Range) -> int:
-    try:
-        return int(numbers.from_json(value))
-    except ValueError as error:
-        raise AppError(INVALID, f"{field} {one_line(value, 40)} {error}") from None
-
-
-def parse_name(text: object) -> str:
-    """Return a node's or a token's name; raise AppError(INVALID) unless it is 1 to 100 plain characters."""
-    if not isinstance(text, str) or not 1 <= len(text) <= 100 or not is_plain(text):
-        raise AppError(INVALID, f"name {one_line(ascii(text), 50)} must be 1 to 100 {PLAIN_TEXT}")
-    return text
-
-
-def parse_choice(field: str, value: object, choices: Sequence[str]) -> str:
-    """Return value; raise AppError(INVALID) unless it is one of the choices."""
-    if not isinstance(value, str) or value not in choices:
-        raise AppError(INVALID, f"{field} {one_line(value, 40)!r} must be one of {', '.join(choices)}")
-    return value
-
-
-def parse_flag(field: str, value: object) -> bool:
-    """Return a JSON boolean; raise AppError(INVALID) for anything else."""
-    if not isinstance(value, bool):
-        raise AppError(INVALID, f"{field} must be true or false")
-    return value
-
-
-def parse_labels(value: object) -> str:
-    """Return labels as stored, a JSON object; raise AppError(INVALID) for what contract section 2 forbids."""
-    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise AppError(INVALID, "labels must be an object whose values are strings")
-    if len(value) > MAX_LABELS:
-        raise AppError(INVALID, f"labels must be at most {MAX_LABELS}, not {len(value)}")
-    for key, text in value.items():
-        if not 1 <= len(key) <= MAX_LABEL_KEY_CHARS or not is_plain(key):
-            raise AppError(INVALID, f"labels: the key {one_line(ascii(key), 40)} must be 1 to {MAX_LABEL_KEY_CHARS} "
-                                 f"{PLAIN_TEXT}")
-        if len(text) > MAX_LABEL_CHARS or not is_plain(text):
-            raise AppError(INVALID, f"labels: the value of {one_line(key, 30)} must be at most {MAX_LABEL_CHARS} "
-                                 f"{PLAIN_TEXT}")
-    return to_json(value)
-
-
-def parse_text(field: str, value: object, max_chars: int = 500) -> str:
-    """Return a text on one line; raise AppError(INVALID) for anything else, or one that is too long."""
-    if not isinstance(value, str) or len(value) > max_chars:
-        raise AppError(INVALID, f"{field} must be a text of at most {max_chars} characters")
-    return one_line(value, max_chars)
-
-
-def parse_target(value: object) -> str:
-    """Return a release's target; raise AppError(INVALID) for anything but letters, digits and ._-"""
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
-        raise AppError(INVALID, "target must be 1 to 64 letters, digits or . _ -")
-    return value
-
-
-def parse_version(field: str, value: object) -> int:
-    """Return a version that a person names; raise AppError(INVALID) for anything else."""
-    return _parse_number(field, value, Range(1, MAX_NAMED_VERSION))
-
-
-def parse_payload(value: object) -> dict[str, Any]:
-    """Return a release's payload; raise AppError(INVALID) unless it is an object."""
-    if not isinstance(value, dict):
-        raise AppError(INVALID, "payload must be a JSON object")
-    return value
-
-
-def _share(low: int) -> tuple[Callable[[Any], int | str], dict[str, Any]]:
-    """Return parser and JSON Schema of a number of nodes, or a percentage of them, from low (0 or 1) on."""
-    numbers, percents = Range(low, MAX_NODES), "([1-9][0-9]?|100)%" if low else "(0|[1-9][0-9]?|100)%"
-
-    def parse(value: Any) -> int | str:
-        if isinstance(value, str) and re.fullmatch(percents, value):
-            return value
-        try:
-            return int(numbers.from_json(value))
-        except ValueError as error:
-            raise ValueError(f'{error}, or "{low}%" to "100%"') from None
-    return parse, {"oneOf": [numbers.schema, {"type": "string", "pattern": f"^{percents}$"}]}
-
-
-_BATCH_SIZE, _BATCH_SIZE_SCHEMA = _share(1)
-_BATCH_NUMBERS = Range(1, MAX_NODES)
-
-
-def _batch_sizes(value: Any) -> tuple[int | str, ...]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_BATCHES:
-        raise ValueError(f"must be a list of 1 to {MAX_BATCHES} sizes")
-    return tuple(map(_BATCH_SIZE, value))
-
-
-def _batch_numbers(value: Any) -> tuple[int, ...] | str:
-    if value == EACH:
-        return EACH
-    if not isinstance(value, list) or len(value) > MAX_BATCHES:
-        raise ValueError(f'must be a list of batch numbers, or "{EACH}"')
-    return tuple(map(_BATCH_NUMBERS.from_json, value))
-
-
-def _on_exceed(value: Any) -> str:
-    if value not in (FAIL, PAUSE):
-        raise ValueError(f'must be "{FAIL}" or "{PAUSE}"')
-    return str(value)
-
-
-def parse_time(value: Any) -> str:
-    """Return an RFC 3339 time as stored, in UTC; raise ValueError for anything else."""
-    # RFC 3339, 5.6: T and Z may be in lower case, a fraction of any length; it is rounded to milliseconds
-    match = isinstance(value, str) and re.fullmatch(
-        r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(\.\d{1,30})?(Z|[+-]\d\d:\d\d)", value, re.ASCII | re.IGNORECASE)
-    if not match:
-        raise ValueError("must be a time with its zone, like 2026-01-31T22:00:00Z")
-    try:
-        return utc_text(epoch_of(f"{match[1]}T{match[2]}{match[4].upper()}") + float(match[3] or 0))
-    except (ValueError, OverflowError):
-        raise ValueError("must be a time that exists, like 2026-01-31T22:00:00Z") from None
-
-
-VERIFY_URL = r"https?://(\{main_ip\}|\{name\})(:[0-9]{1,5})?([/?]([!$-;=?-Z_a-z~%]|\{main_ip\}|\{name\})*)?"
-
-
-def _verify_url(value: Any) -> str:
-    """Return the URL of a probe, whose host is the node itself: a probe goes nowhere else."""
-    if not isinstance(value, str) or len(value) > 500 or not re.fullmatch(VERIFY_URL, value):
-        raise ValueError("must be http:// or https:// with the host {main_ip} or {name}, "
-                         "like http://{main_ip}:8080/health, and no other {...} in it")
-    port = re.match(r"https?://[^/?:]*:([0-9]+)", value)
-    if port and not PORTS.low <= int(port[1]) <= PORTS.high:
-        raise ValueError("has a port that is not from 1 to 65535")
-    return value
-
-
-VERIFY_HOST = r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*"
-
-
-def _verify_host(value: Any) -> str:
-    """Return the name of a site; it has no influence on where a probe goes."""
-    if not isinstance(value, str) or len(value) > 253 or not re.fullmatch(f"({VERIFY_HOST})?", value):
-        raise ValueError("must be a host name, like www.example.com")
-    return value
-
-
-def _verify_text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > 500:
-        raise ValueError("must be a text of at most 500 characters")
-    return value
-
-
-# From a key of verify to its field, parser and JSON Schema.
-VERIFY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
-    "url": ("url", _verify_url, {"type": "string", "maxLength": 500, "pattern": f"^{VERIFY_URL}$"}),
-    "status": ("status", *Range(100, 599).json),
-    "timeoutSec": ("timeout_s", *Range(0.1, 60, float).json),
-    "successes": ("successes", *Range(1, 100).json),
-    "host": ("host", _verify_host, {"type": "string", "maxLength": 253, "pattern": f"^({VERIFY_HOST})?$"}),
-    "contains": ("contains", _verify_text, {"type": "string", "maxLength": 500}),
-}
-
-
-def _verify(value: Any) -> Verify:
-    if not isinstance(value, dict):
-        raise ValueError("must be an object with a url")
-    fields = _fields(value, VERIFY_KEYS)
-    if "url" not in fields:
-        raise ValueError("needs a url")
-    return Verify(**fields)
-
-
-# From a key of a strategy (contract section 7) to its field, parser and JSON Schema.
-STRATEGY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
-    "batches": ("batches", _batch_sizes,
-                {"type": "array", "minItems": 1, "maxItems": MAX_BATCHES, "items": _BATCH_SIZE_SCHEMA}),
-    "maxFailed": ("max_failed", *_share(0)),
-    "maxFailedTotal": ("max_failed_total", *_share(0)),
-    "maxParallel": ("max_parallel", *Range(0, MAX_NODES).json),
-    "soakSec": ("soak_s", *Range(0, 604800, float).json),
-    "pauseAfter": ("pause_after", _batch_numbers, {"oneOf": [
-        {"type": "array", "maxItems": MAX_BATCHES, "items": _BATCH_NUMBERS.schema}, {"const": EACH}]}),
-    "onExceed": ("on_exceed", _on_exceed, {"type": "string", "enum": [FAIL, PAUSE]}),
-    "nodeDeadlineSec": ("node_deadline_s", *Range(1, 604800, float).json),
-    "retries": ("retries", *Range(0, 100).json),
-    "startAt": ("start_at", parse_time, {"type": "string", "format": "date-time"}),
-    "verify": ("verify", _verify, {
-        "type": "object", "properties": {key: schema for key, (_, _, schema) in VERIFY_KEYS.items()},
-        "required": ["url"], "additionalProperties": False}),
-}
-
-
-def _fields(value: Mapping[str, Any], keys: Mapping[str, tuple[str, Callable[[Any], Any], Any]]) -> dict[str, Any]:
-    """Return the fields of an object with a table of keys; raise ValueError naming the first bad key."""
-    fields = {}
-    for key, member in value.items():
-        if key not in keys:
-            raise ValueError(f"{one_line(key, 60)} is not a known key{did_you_mean(key, keys)}")
-        field, parse, _ = keys[key]
-        try:
-            fields[field] = parse(member)
-        except ValueError as error:
-            raise ValueError(f"{key} {one_line(to_json(member), 60)} {error}") from None
-    return fields
-
-
-def parse_strategy(value: object) -> Strategy:
-    """Return a strategy from its JSON; raise AppError(INVALID) naming the first bad key."""
-    if not isinstance(value, dict):
-        raise AppError(INVALID, "strategy must be a JSON object")
-    try:
-        return Strategy(**_fields(value, STRATEGY_KEYS))
-    except ValueError as error:
-        raise AppError(INVALID, f"strategy: {error}") from None
-
-
-def resolve_share(share: int | str, whole: int) -> int:
-    """Return an integer as it is, "N%" as that share of whole, rounded down: "10%" of 19 is 1."""
-    return share if isinstance(share, int) else whole * int(share[:-1]) // 100
-
-
-def plan_batches(node_ids: Sequence[int], sizes: Sequence[int | str] = NO_STRATEGY.batches) -> list[list[int]]:
-    """Return the nodes by batch; a share is at least 1, and the rest is the last batch.
-
-    Sizes [1, "10%", "25%"] of 50 nodes are batches of 1, 5, 12 and 32.
-    """
-    batches, start = [], 0
-    for size in (*sizes, len(node_ids)):
-        end = start + max(1, resolve_share(size, len(node_ids)))
-        batches.append(list(node_ids[start:end]))
-        start = end
-    return [batch for batch in batches if batch]
-
-
-def make_plan(strategy: Strategy, node_ids: Sequence[int], left_out: Sequence[LeftOut] = (),
-              batches: list[list[int]] | None = None, tolerated: frozenset[int] = frozenset()) -> Plan:
-    """Return the plan of a strategy; raise AppError(INVALID) where it pauses after a batch that does not exist.
-
-    batches: given instead of computed. tolerated: nodes whose failure counts against no limit.
-    """
-    batches = plan_batches(node_ids, strategy.batches) if batches is None else batches
-    beyond = [] if strategy.pause_after == EACH else [n for n in strategy.pause_after if int(n) > len(batches)]
-    if beyond:
-        raise AppError(INVALID, f"strategy: pauseAfter names batch {beyond[0]}, and there are {len(batches)}")
-    total = None if strategy.max_failed_total is None else resolve_share(strategy.max_failed_total, len(node_ids))
-    limits = [resolve_share(strategy.max_failed, len(batch)) + len(tolerated.intersection(batch))
-              for batch in batches]
-    return Plan(strategy, batches, limits, total, list(left_out), tolerated=tolerated)
-
-
-def choose_nodes(nodes: Sequence[Node], request: ReleaseRequest) -> tuple[list[Node], list[LeftOut]]:
-    """Return the nodes that a release goes to, by id, and the selected ones that are left out.
-
-    Raise AppError(INVALID) for an id that is not of an enabled, online node, AppError(WRONG_STATE) without nodes.
-    """
-    if request.node_ids is not None:
-        by_id = {node.id: node for node in nodes}
-        for number in request.node_ids:
-            if number not in by_id:
-                raise AppError(INVALID, f"nodeIds: node {number} does not exist")
-            if not by_id[number].gets_releases:
-                raise AppError(INVALID, f"nodeIds: node {by_id[number].name} is {by_id[number].condition}")
-        return [by_id[number] for number in sorted(request.node_ids)], []
-    everything = nodes
-    if request.labels is not None:
-        wanted = request.labels.items()
-        nodes = [node for node in nodes if wanted <= node.label_items]
-    chosen = [node for node in nodes if node.gets_releases]
-    if not chosen:
-        raise AppError(WRONG_STATE, _why_no_nodes(everything, nodes, request.labels or {}))
-    return chosen, left_out_nodes(nodes)
-
-
-def _why_no_nodes(nodes: Sequence[Node], matching: Sequence[Node], labels: Mapping[str, str]) -> str:
-    wanted = ",".join(f"{key}={value}" for key, value in labels.items())
-    if matching or not labels:
-        return f"no online nodes{f' with {wanted}' if labels else ''}: add one, or enable one and set it online"
-    known = {key: sorted({str(v) for n in nodes for k, v in n.label_items if k == key})[:20] for key in labels}
-    values = "; ".join(f"{key}: {', '.join(known[key]) or 'none'}" for key in labels)
-    return f"no node matches {wanted} (values of {values})"
-
-
-def left_out_nodes(nodes: Iterable[Node]) -> list[LeftOut]:
-    """Return those of the nodes that get no releases now, and why."""
-    return [LeftOut(node.id, node.name, node.condition) for node in nodes if not node.gets_releases]
-
-
-def refuse_twins(nodes: Iterable[Node]) -> None:
-    """Raise AppError(WRONG_STATE) for two nodes with one address, which would get a task twice at once (section 2)."""
-    seen: dict[Endpoint, Node] = {}
-    for node in nodes:
-        twin = seen.setdefault(node.endpoint, node)
-        if twin is not node:
-            raise AppError(WRONG_STATE, f"nodes {twin.name} and {node.name} have one address, "
-                                 f"{node.main_ip}:{node.agent_port}: disable one of them")
-
-
-# Without this key in the payload an execute agent drops all its sites (contract section 1).
-WEBSITES = "websites"
-
-
-def drops_sites(payload: Mapping[str, Any]) -> bool:
-    """Return whether an execute agent would drop all its sites though the payload does not say so."""
-    return not isinstance(payload.get(WEBSITES), list)
-
-
-def refuse_dropping_sites(payload: Mapping[str, Any], nodes: Iterable[Node | ReleaseNode], code: int = INVALID,
-                          what: str = "the payload") -> None:
-    """Raise AppError where execute nodes would drop all their sites: see drops_sites()."""
-    served = [node.name for node in nodes if node.agent_protocol == EXECUTE]
-    if served and drops_sites(payload):
-        raise AppError(code, f"{what} has no list {WEBSITES}, and {names_of(served)} would drop all sites without it "
-                             f'(protocol execute): name the sites, or "{WEBSITES}": [] where none is meant')
-
-
-def names_of(names: Sequence[str]) -> str:
-    """Return 'edge-1', or 'edge-1 and 3 more'."""
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def parse_release_id(field: str, value: object) -> int:
-    """Return the id of a release; raise AppError(INVALID) for what can't be one."""
-    with contextlib.suppress(ValueError):
-        return int(IDS.from_json(value))
-    raise AppError(INVALID, f"{field} {one_line(value, 40)} must be the id of a release")
-
-
-def parse_node_ids(value: object) -> list[int]:
-    """Return the ids of selected nodes; raise AppError(INVALID) unless it is a list of different ids."""
-    with contextlib.suppress(ValueError, TypeError):
-        ids = list(map(IDS.from_json, value if isinstance(value, list) else ()))
-        if ids and len(set(ids)) == len(ids):
-            return ids
-    raise AppError(INVALID, "nodeIds must be a list of different ids of nodes")
-
-
-def known_keys(body: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raise AppError(INVALID) naming the first unknown key of body."""
-    for key in body:
-        if key not in known:
-            raise AppError(INVALID, f"{one_line(key, 60)} is not a known key{did_you_mean(key, known)}")
-
-
-def check_payload_version(payload: Mapping[str, Any], version: int) -> None:
-    """Raise AppError(INVALID) where the payload names another version than the release's."""
-    named = payload.get("version", version)
-    if isinstance(named, bool) or named != version or not isinstance(named, int):
-        raise AppError(INVALID, f"payload names version {one_line(to_json(named), 40)}, the release is version "
-                                f"{version}: leave the version out")
-
-
-def payload_for_version(payload: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """Return an older release's payload with a new version (contract 3, rule 10)."""
-    return {**payload, "version": version} if "version" in payload else dict(payload)
-
-
-def new_tag() -> str:
-    """Return eight hex digits that make the task ids of a release unique, over all databases."""
-    return secrets.token_hex(4)
-
-
-def task_id_for(release_type: str, main_ip: str, version: int, tag: str) -> str:
-    """Return the agent's task id: one for all tries of a release on a node, and of no other (section 1).
-
-    A release without a tag was under way when tags were introduced; agents know its ids without one.
-    """
-    return f"{release_type}_{main_ip}_{version}" + (f"_{tag}" if tag else "")
-
-
-class Moment(NamedTuple):
-    """A time by both clocks, in seconds; boot is Clock.boot()."""
-    wall: float
-    elapsed: float
-    boot: str = ""
-
-    @property
-    def text(self) -> str:
-        return utc_text(self.wall)
-
-    def clock_mark(self, seconds: float) -> str:
-        """Return the time in so many seconds, for left_s(), by the elapsed clock, which nobody can set."""
-        return f"{self.boot} {self.elapsed + seconds:.3f}"
-
-    def left_s(self, until: str | None, mark: str, at_most_s: float) -> float:
-        """Return the seconds until a stored time, from 0 to at_most_s."""
-        return min(max(self.until_s(until, mark), 0.0), at_most_s)
-
-    def until_s(self, until: str | None, mark: str) -> float:
-        """Return the seconds until a stored time, below 0 when it is over.
-
-        They are computed from the mark where this host wrote it since its boot, else by the wall clock.
-        """
-        boot, _, elapsed = mark.rpartition(" ")
-        if elapsed and boot == self.boot:
-            with contextlib.suppress(ValueError):  # written by hand
-                return float(elapsed) - self.elapsed
-        return epoch_or(until, self.wall) - self.wall
-
-
-class Policy(NamedTuple):
-    """Settings that a decision needs."""
-    retries: int
-    node_deadline_s: float
-    request_timeout_s: float
-    interval_s: float
-    # A dispatch leaves within this time after it was written down, or not at all.
-    leave_within_s: float = 0.0
-    # Successful probes in a row that verify a node; 0: not verified.
-    probes: int = 0
-
-    @property
-    def hold_s(self) -> float:
-        """Return for how long an execute agent may be busy with a request, from when it was written down."""
-        return self.leave_within_s + self.request_timeout_s
-
-    def under(self, strategy: Strategy) -> Policy:
-        """Return the policy with what a release's strategy overrides."""
-        return self._replace(
-            retries=self.retries if strategy.retries is None else strategy.retries,
-            node_deadline_s=strategy.node_deadline_s or self.node_deadline_s,
-            probes=strategy.verify.successes if strategy.verify else 0)
-
-
-class NodeIndex:
-    """The nodes of a release, indexed by what a decision needs.
-
-    A release of ten thousand nodes has a thousand decisions: each examines only the nodes at work.
-    """
-
-    def __init__(self, nodes: Iterable[ReleaseNode] = ()):
-        """Take all nodes, ordered by batch and id."""
-        self._nodes = {n.node_id: n for n in nodes}
-        # By status, in the order in which they got it; the pending ones by batch and id.
-        self.of: dict[str, dict[int, ReleaseNode]] = {status: {} for status in (*OPEN, *AT_REST)}
-        # Nodes of each batch.
-        self.sizes: dict[int, int] = {}
-        # Pending and running nodes of each batch.
-        self._open: dict[int, int] = {}
-        named = collections.Counter(n.endpoint for n in self._nodes.values())
-        # Addresses that several rows have; a person wrote them.
-        self.twins = frozenset(endpoint for endpoint, count in named.items() if count > 1)
-        # Highest version that any of the nodes was ever sent.
-        self.highest_sent = max((n.last_version for n in self._nodes.values()), default=0)
-        for n in self._nodes.values():
-            self.of[n.status][n.node_id] = n
-            self.sizes[n.batch] = self.sizes.get(n.batch, 0) + 1
-            self._open[n.batch] = self._open.get(n.batch, 0) + (n.status in OPEN)
-        self._batches = sorted(self.sizes)
-
-    def __iter__(self) -> Iterator[ReleaseNode]:
-        return iter(self._nodes.values())
-
-    def __len__(self) -> int:
-        return len(self._nodes)
-
-    def __getitem__(self, node_id: int) -> ReleaseNode:
-        return self._nodes[node_id]
-
-    def get(self, node_id: int) -> ReleaseNode | None:
-        """Return a node by its id, or None."""
-        return self._nodes.get(node_id)
-
-    def copy(self) -> NodeIndex:
-        """Return an independent copy."""
-        other = NodeIndex.__new__(NodeIndex)
-        other._nodes, other.sizes, other._open = self._nodes.copy(), self.sizes, self._open.copy()
-        other.of, other._batches = {status: found.copy() for status, found in self.of.items()}, self._batches
-        other.twins, other.highest_sent = self.twins, self.highest_sent
-        return other
-
-    def put(self, node: ReleaseNode) -> None:
-        """Replace a node."""
-        before = self._nodes[node.node_id]
-        if before.status != node.status:
-            del self.of[before.status][node.node_id]
-            self._open[node.batch] += (node.status in OPEN) - (before.status in OPEN)
-        self.of[node.status][node.node_id] = self._nodes[node.node_id] = node
-
-    @property
-    def open(self) -> list[ReleaseNode]:
-        """Return the running and the pending nodes."""
-        return [*self.of[RUNNING].values(), *self.of[PENDING].values()]
-
-    @property
-    def batch(self) -> int:
-        """Return the lowest batch with a pending or running node, or 0."""
-        first = next(iter(self.of[PENDING].values()), None)
-        batches = [n.batch for n in self.of[RUNNING].values()] + ([first.batch] if first else [])
-        return min(batches, default=0)
-
-    @property
-    def last_batch(self) -> int:
-        return self._batches[-1] if self._batches else 0
-
-    def open_in(self, batch: int) -> int:
-        """Return the number of pending and running nodes of a batch."""
-        return self._open.get(batch, 0)
-
-    def batch_before(self, batch: int) -> int:
-        """Return the batch before a batch, or 0."""
-        found = bisect.bisect_left(self._batches, batch)
-        return self._batches[found - 1] if found else 0
-
-    def to_reverify(self, batch: int) -> list[ReleaseNode]:
-        """Return the nodes of a batch that are still to be re-verified at the end of its soak."""
-        return [n for n in self.of[SUCCESS].values() if n.batch == batch and not n.is_reverified]
-
-
-class Freeze(NamedTuple):
-    """The switch that stops new dispatches of all processes; who set it, when and why."""
-    frozen: bool = False
-    reason: str = ""
-    actor: str = ""
-    at: str = ""
-
-
-NO_FREEZE = Freeze()
-
-
-class Stage(NamedTuple):
-    """Where a running release is between its batches."""
-    # The batch whose pending nodes may be dispatched now, or 0.
-    batch: int
-    # As in Release.
-    passed_batch: int
-    soak_until: str | None = None
-    soak_clock: str = ""
-    soak_left_s: float = 0.0
-    # Somebody must resume it first.
-    pauses: bool = False
-    # The batch that is re-verified now, or 0.
-    reverifies: int = 0
-
-
-# ======================================================================================
-# 6 Sentences: status_reason, what a release is doing or waiting for, on whom and until when.
-#   Pure; uses 1, 2 and 5.
+# Database state: the clock, the versions given out, and whether the database went
+#   back.
+# Uses: Vocabulary, Helpers, Model, Database.
 # ======================================================================================
 
-def first_failed(nodes: NodeIndex) -> ReleaseNode | None:
-    """Return the node that failed first; of two at once the lower id."""
-    return min(nodes.of[FAILED].values(), key=lambda n: (n.finished_at or "", n.node_id), default=None)
+class Numbers(NamedTuple):
+    """What a database has reached; none of it ever falls but where it goes back to an earlier state.
 
-
-REASON_PENDING = "queued for an executor"
-NO_NODES = "the release has no nodes"
-# A node that runs for less than this is not named.
-SLOW_S = 1.0
-
-
-class Situation(NamedTuple):
-    """What a decision and a status text depend on."""
-    release: Release
-    # All nodes of the release.
-    nodes: NodeIndex
-    now: Moment
-    policy: Policy
-    strategy: Strategy = NO_STRATEGY
-    # Number of requests that may be sent now.
-    slots: int = 1
-    # Addresses that another release has in flight, or that may still be busy with our last request.
-    busy: frozenset[Endpoint] = frozenset()
-    # Why the release's own row can't be used, which ends it.
-    broken: str = ""
-    freeze: Freeze = NO_FREEZE
-    # The database went back, so tasks agents are asked for a task before they are sent it.
-    asks_first: bool = False
-    # Computed by decide(); the second is that of exceeded_limit().
-    stage: Stage = Stage(0, 0)
-    exceeded: str = ""
-
-    @property
-    def is_failing(self) -> bool:
-        """Return whether the release ends, failed."""
-        return bool(self.broken or (self.exceeded and self.strategy.on_exceed == FAIL))
-
-
-def describe(status: str, situation: Situation) -> str:
-    """Return status_reason: what the release does or waits for, on whom, until when.
-
-    It is stored, so times in it are in UTC: the reader's clock and zone are not known.
+    generation counts how often that was seen.
     """
-    nodes = situation.nodes
-    if status == SUCCESS:
-        return f"{count_of_nodes(len(nodes))} succeeded"
-    if status == PARTIAL:
-        return one_line(_failures(nodes, situation.strategy))
-    if status == FAILED:
-        return one_line(_cause(situation))
-    if status == CANCELLED:
-        return f"cancelled: {len(nodes.of[SUCCESS])} of {count_of_nodes(len(nodes))} were updated"
-    running = nodes.of[RUNNING].values()
-    waiting = f"waiting for {_names(running)} to end" if running else ""
-    if status == CANCELLING:
-        return one_line("cancelling: " + (waiting or "nothing is in flight"))
-    if status == PAUSED:
-        return one_line(_paused(situation, waiting))
-    if situation.is_failing:
-        first = first_failed(nodes)
-        return one_line(f"stopping, {f'node {first.name} failed' if first else situation.broken}: {waiting}")
-    return one_line(_progress(situation, waiting))
-
-
-def _failures(nodes: NodeIndex, strategy: Strategy) -> str:
-    """Return 'finished with 37 failures (limit 41): 17 agent_failed, 20 timeout'."""
-    failed = nodes.of[FAILED].values()
-    limit = (f"{strategy.max_failed} in a batch" if strategy.max_failed_total is None
-             else str(resolve_share(strategy.max_failed_total, len(nodes))))
-    accepted = sum(bool(n.accepted) for n in failed)
-    kinds = collections.Counter(n.error_kind or "other" for n in failed).most_common()
-    return (f"finished with {len(failed)} failure{'' if len(failed) == 1 else 's'} (limit {limit}"
-            + (f", {accepted} accepted" if accepted else "") + "): "
-            + ", ".join(f"{count} {kind}" for kind, count in kinds))
-
-
-def _cause(situation: Situation) -> str:
-    first = first_failed(situation.nodes)
-    if situation.broken or first is None:
-        return situation.broken or NO_NODES
-    node = f"node {first.name} in batch {first.batch}: {first.error_msg}"
-    tolerates = situation.strategy.max_failed not in (0, "0%") or situation.strategy.max_failed_total
-    return f"stopped, {situation.exceeded}; first {node}" if tolerates else f"stopped by {node}"
-
-
-def _paused(situation: Situation, waiting: str) -> str:
-    """Return who paused it and after which batch, what it waits for, and what to do."""
-    nodes = situation.nodes
-    by = f" by {situation.release.paused_by}" if situation.release.paused_by else ""
-    begun = max((n.batch for n in nodes if n.status not in (PENDING, SKIPPED)), default=0)
-    where = f" {'in' if nodes.open_in(begun) else 'after'} batch {begun}" if begun else ""
-    then = "resume to go on"
-    if situation.is_failing:
-        first = first_failed(nodes)
-        then = f"{f'node {first.name} failed' if first else situation.broken}: resume to end the release"
-    elif situation.exceeded:
-        then = f"{situation.exceeded}: resume and accept the failures, or cancel"
-    return f"paused{by}{where}: " + (f"{waiting}; " if waiting else "") + then
-
-
-def _progress(situation: Situation, waiting: str) -> str:
-    """Return what a running release does: frozen, re-verifying, soaking, or a batch."""
-    nodes, stage, freeze = situation.nodes, situation.stage, situation.freeze
-    if not nodes:
-        return NO_NODES
-    if freeze.frozen:
-        return f"frozen: {freeze.reason}" + (f"; {waiting}" if waiting else "")
-    if stage.reverifies:
-        return (f"verifying batch {stage.reverifies} after its soak: waiting for "
-                + _names(nodes.to_reverify(stage.reverifies)))
-    batch = nodes.batch
-    if stage.soak_left_s:
-        return f"soaking after batch {nodes.batch_before(batch)} until {stage.soak_until}"
-    members = itertools.takewhile(lambda n: n.batch == batch, nodes.of[PENDING].values())
-    held = [n for n in members if n.endpoint in situation.busy] if situation.busy else []
-    sentence = (f"batch {batch} of {nodes.last_batch}: waiting for {nodes.open_in(batch)} of "
-                + count_of_nodes(nodes.sizes.get(batch, 0)))
-    return (sentence + _slowest([n for n in nodes.of[RUNNING].values() if n.batch == batch], situation)
-            + (f"; {_names(held)} busy with an earlier request" if held else ""))
-
-
-def _slowest(running: Sequence[ReleaseNode], situation: Situation) -> str:
-    slowest = min(running, key=lambda n: n.deadline, default=None)
-    if slowest is None:
-        return ""
-    deadline_s = situation.policy.node_deadline_s
-    ran_s = situation.now.elapsed + deadline_s - slowest.deadline
-    if ran_s < SLOW_S:
-        return ""
-    verified = ", which is verified" if slowest.next_op == PROBE else ""
-    return f", slowest {slowest.name}{verified} for {ran_s:.0f} s of {deadline_s:.0f} s"
-
-
-def count_of_nodes(number: int) -> str:
-    """Return '1 node', '2 nodes'."""
-    return f"{number} node" + ("" if number == 1 else "s")
-
-
-def _names(nodes: Collection[ReleaseNode]) -> str:
-    first = min(nodes, key=lambda n: (n.batch, n.node_id)).name if nodes else "no node"
-    return f"{first} and {len(nodes) - 1} more" if len(nodes) > 1 else first
-
-
-# ======================================================================================
-# 7 Decision: what to write and what to send next. Pure: no clock, no socket, no disk, no
-#   thread. Uses 1, 2, 5 and 6.
-#
-#   A driver updates its nodes with outcomes by observe(), gets what follows from decide(),
-#   commits that, and only then sends. decide() compares what is with what should be, so a
-#   restart needs no path of its own: recover() restores a node that was found running.
-#   Every change of a status is a row of RELEASE_TRANSITIONS or NODE_TRANSITIONS.
-# ======================================================================================
-
-# From a status to those that may follow it (contract section 3); statuses that are missing are final.
-RELEASE_TRANSITIONS: Mapping[str, tuple[str, ...]] = {
-    PENDING: (RUNNING, PAUSED, CANCELLING),
-    RUNNING: (PAUSED, CANCELLING, SUCCESS, PARTIAL, FAILED),
-    PAUSED: (PENDING, RUNNING, CANCELLING),
-    CANCELLING: (CANCELLED,),
-}
-NODE_TRANSITIONS: Mapping[str, tuple[str, ...]] = {
-    PENDING: (RUNNING, FAILED, SKIPPED),
-    RUNNING: (SUCCESS, FAILED),
-    SUCCESS: (FAILED,),
-}
-
-
-def check_transition(transitions: Mapping[str, tuple[str, ...]], before: str, after: str) -> str:
-    """Return after; raise RuntimeError where it may not follow before."""
-    if after != before and after not in transitions.get(before, ()):
-        raise RuntimeError(f"no status {after} after {before}")
-    return after
-
-
-# Results of a request, beside SUCCESS and FAILED, which are believed.
-ACCEPTED = "accepted"   # the agent has the task
-WORKING = "working"     # the task has not ended
-UNKNOWN = "unknown"     # the agent does not know the task
-UNSENT = "unsent"       # the request never reached the agent
-LOST = "lost"           # the request may have reached the agent, no answer came
-UNCLEAR = "unclear"     # an answer that can't be used: 429, 5xx, nonsense
-NOT_SENT = "held"           # releasectl did not send it; this says nothing about the agent
-
-
-class Outcome(NamedTuple):
-    """The outcome of one request to an agent, or of a probe."""
-    node_id: int
-    op: str
-    result: str
-    task_id: str = ""
-    error_kind: str = ""
-    message: str = ""
-    detail: str = ""
-    hold_s: float = 0.0
-    # The version of an "already applied", else 0.
-    applied: int = 0
-    # The answer can't be used, but says that nothing was done.
-    is_refusal: bool = False
-    # Seconds of CPU that its answer took us.
-    cost_s: float = 0.0
-
-
-# Message of a failure whose text is empty.
-NO_REASON_GIVEN = "the agent gave no reason"
-
-
-def backoff_s(errors: int, node_id: int) -> float:
-    """Return the wait before try errors + 1; it doubles, half of it is spread over the nodes."""
-    longest = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * (1 << min(errors - 1, 10)))
-    spread = (node_id * 2654435761 + errors * 40503) % 1024 / 1024  # deterministic jitter
-    return longest * (0.5 + 0.5 * spread)
-
-
-def poll_delay_s(polls: int, interval_s: float) -> float:
-    """Return the wait before a poll, counted from 0; it grows up to the interval."""
-    return min(interval_s, float(FIRST_POLL_S * POLL_GROWTH ** min(polls, 64)))
-
-
-def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
-    """Return a node updated with the outcome of a request or a probe.
-
-    What reading an answer cost is paid for at ANSWER_SHARE: after 20 ms the node has 2 s to pay. A node that is behind
-    by more than ANSWER_CREDIT_S is asked again only then, whatever it answers.
-    """
-    after = _observe(node, outcome, now, policy)
-    if not outcome.cost_s:
-        return after
-    paid_at = max(node.paid_at, now.elapsed) + outcome.cost_s / ANSWER_SHARE
-    return after._replace(paid_at=paid_at, due=max(after.due, paid_at - ANSWER_CREDIT_S))
-
-
-def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
-    if outcome.result == NOT_SENT:
-        return node._replace(in_flight=False, due=now.elapsed)
-    if outcome.op == PROBE and outcome.result == SUCCESS:
-        return _observe_pass(node, now, policy)
-    if outcome.result in (SUCCESS, ACCEPTED) and outcome.applied and not node.reached:
-        # none of our tries can have done it: another version that has the same number
-        return node._replace(in_flight=False, verdict=Verdict(
-            FAILED, REJECTED, f"the agent is already at version {outcome.applied}", detail_text(outcome.detail)))
-    if outcome.result == SUCCESS and policy.probes:
-        return node._replace(in_flight=False, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True,
-                             agent_message=detail_text(outcome.detail))
-    if outcome.result == SUCCESS:
-        return node._replace(in_flight=False, verdict=Verdict(SUCCESS, detail=detail_text(outcome.detail)))
-    if outcome.result == FAILED:
-        return node._replace(in_flight=False, verdict=Verdict(
-            FAILED, outcome.error_kind, one_line(outcome.message) or NO_REASON_GIVEN, detail_text(outcome.detail)))
-    if outcome.result == ACCEPTED:
-        return node._replace(in_flight=False, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
-                             next_op=QUERY, errors=0, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True,
-                             is_unknown=True, is_at_work=True)
-    if outcome.result == WORKING:
-        # pauses do not extend the deadline of a node whose agent is at work
-        return node._replace(in_flight=False, errors=0, polls=node.polls + 1, is_at_work=True,
-                             deadline=node.deadline - node.credit_s, credit_s=0.0,
-                             due=now.elapsed + poll_delay_s(node.polls + 1, policy.interval_s))
-    if outcome.result == UNKNOWN:
-        # the first time at once: else a tick would end before it sends anything
-        wait_s = backoff_s(node.forgotten, node.node_id) if node.forgotten else 0.0
-        return node._replace(in_flight=False, next_op=DISPATCH, forgotten=node.forgotten + 1, is_at_work=False,
-                             is_unknown=node.is_unknown or node.reached,
-                             last_error="the agent does not know the task", due=now.elapsed + wait_s)
-    return _observe_error(node, outcome, now, policy)
-
-
-def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode:
-    node = node._replace(in_flight=False, errors=0, passes=node.passes + 1)
-    if node.passes < policy.probes:
-        return node._replace(due=now.elapsed + PROBE_AGAIN_S)
-    if node.status == SUCCESS:
-        return node._replace(next_op="", is_reverified=True)
-    return node._replace(verdict=Verdict(SUCCESS, detail=node.agent_message))
-
-
-def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
-    is_lost = outcome.result == LOST and (outcome.op == DISPATCH or node.reached)
-    is_tried = is_lost or (outcome.op == DISPATCH and outcome.result == UNCLEAR and not outcome.is_refusal)
-    node = node._replace(in_flight=False, errors=node.errors + 1, passes=0, last_kind=outcome.error_kind,
-                         last_error=outcome.message, reached=node.reached or is_tried,
-                         is_unknown=node.is_unknown or is_lost)
-    if node.errors > policy.retries:
-        tries = f" (tried {node.errors} times)" if node.errors > 1 else ""
-        return node._replace(verdict=Verdict(
-            FAILED, outcome.error_kind, one_line(outcome.message, MAX_MESSAGE_CHARS - len(tries)) + tries,
-            detail_text(outcome.detail), outcome.hold_s))
-    wait_s = max(backoff_s(node.errors, node.node_id), outcome.hold_s if node.agent_protocol == EXECUTE else 0.0)
-    # rule 8: a tasks agent is asked first; an execute agent can't be asked, but runs no version twice
-    asks = node.agent_protocol == TASKS and outcome.op == DISPATCH and outcome.result != UNSENT
-    return node._replace(due=now.elapsed + wait_s, next_op=QUERY if asks else outcome.op)
-
-
-class Hold(NamedTuple):
-    """A time in which a pause or a freeze stopped the dispatches of a release, by the wall clock."""
-    since: float
-    until: float  # inf: it goes on
-
-
-def holds_of(history: Iterable[tuple[str, str, str]]) -> list[Hold]:
-    """Return the holds of a release from its events in order, each with time, event and to_status."""
-    holds: list[Hold] = []
-    is_paused = is_frozen = False
-    began: float | None = None
-    for at, event, status in history:
-        is_paused = status == PAUSED
-        is_frozen = event == "frozen" or (is_frozen and event != "unfrozen")
-        moment = epoch_or(at, 0.0)
-        if (is_paused or is_frozen) and began is None:
-            began = moment
-        elif not (is_paused or is_frozen) and began is not None:
-            holds.append(Hold(began, moment))
-            began = None
-    return holds if began is None else [*holds, Hold(began, float("inf"))]
-
-
-def held_s(holds: Iterable[Hold], since: float, until: float) -> float:
-    """Return the seconds of holds between two times."""
-    return sum(max(0.0, min(hold.until, until) - max(hold.since, since)) for hold in holds)
-
-
-def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = (),
-          quiet_s: float = 0.0) -> ReleaseNode:
-    """Return a node for a new owner of its release (rule 9): ask first, or wait and repeat.
-
-    Deadline and hold continue as stored. Pauses and freezes extend the deadline (contract section 7), unless the
-    agent is at work. Where the deadline is over, one query is still sent: the task may have ended before it.
-    quiet_s: time in which execute agents are sent nothing, as they may be busy with a request that the database
-    has lost.
-    """
-    if node.status != RUNNING:
-        return node
-    # a clock that was ahead must not extend the deadline
-    age_s = max(0.0, -now.until_s(node.started_at, node.started_clock))
-    credit_s = max(0.0, min(held_s(holds, now.wall - age_s, now.wall), age_s) - node.waited_s)
-    deadline = now.elapsed - age_s + policy.node_deadline_s + node.waited_s + credit_s
-    reached = bool(node.stored_reached)
-    node = node._replace(reached=reached, is_unknown=reached, credit_s=credit_s, deadline=deadline)
-    if node.agent_protocol == TASKS:
-        return node._replace(next_op=QUERY, due=now.elapsed, deadline=max(deadline, now.elapsed + policy.interval_s))
-    busy_s = max(quiet_s, now.left_s(node.hold_until, node.hold_clock, policy.hold_s))
-    return node._replace(next_op=DISPATCH, due=now.elapsed + busy_s)
-
-
-def kept_from_dispatch(nodes: NodeIndex, passed_s: float) -> list[ReleaseNode]:
-    """Return the nodes whose deadline is extended because a pause or a freeze delayed their dispatch.
-
-    A node whose agent is at work keeps its deadline (section 7). Until the agent says so, a node that is being asked
-    has the time as credit.
-    """
-    running = nodes.of[RUNNING].values()
-    return [*(n._replace(deadline=n.deadline + passed_s, waited_s=n.waited_s + passed_s)
-              for n in running if n.next_op == DISPATCH and not n.in_flight),
-            *(n._replace(deadline=n.deadline + passed_s, credit_s=n.credit_s + passed_s)
-              for n in running if n.next_op == QUERY and not n.is_at_work)]
-
-
-class NodeChange(NamedTuple):
-    """A node before and after a commit, and the detail of its event."""
-    before: ReleaseNode
-    after: ReleaseNode
-    detail: str = ""
-
-
-class Send(NamedTuple):
-    """A request to send after the commit."""
-    op: str
-    node: ReleaseNode
-
-
-class Decision(NamedTuple):
-    """What to commit, then what to send, and when to decide again."""
-    # Commit these, and the release's columns from status to error_msg and from passed_batch on.
-    changes: tuple[NodeChange, ...]
-    status: str
-    status_reason: str
-    error_msg: str
-    # Send these after the commit.
-    sends: tuple[Send, ...]
-    # When to decide again without a new outcome, by Clock.elapsed().
-    wake_at: float
-    # All nodes after the changes.
-    nodes: NodeIndex
-    passed_batch: int = 0
-    soak_until: str | None = None
-    soak_clock: str = ""
-
-    def in_ascii(self) -> Decision:
-        """Return the decision with its texts in ASCII, for a database that can't store an agent's text."""
-        changes = tuple(c._replace(after=c.after._replace(error_msg=_in_ascii(c.after.error_msg)),
-                                   detail=_in_ascii(c.detail, MAX_DETAIL_BYTES)) for c in self.changes)
-        _apply(self.nodes, changes)
-        return self._replace(changes=changes, status_reason=_in_ascii(self.status_reason),
-                             error_msg=_in_ascii(self.error_msg))
-
-    def must_commit(self, release: Release) -> bool:
-        """Return whether to commit at once; a new status_reason alone can wait."""
-        return bool(self.changes) or (self.status, self.passed_batch, self.soak_clock) != (
-            release.status, release.passed_batch, release.soak_clock)
-
-
-def _in_ascii(text: str, max_chars: int = MAX_MESSAGE_CHARS) -> str:
-    return one_line(text.encode("ascii", "backslashreplace").decode(), max_chars)
-
-
-def stage_of(release: Release, nodes: NodeIndex, now: Moment, strategy: Strategy) -> Stage:
-    """Return where a release is between the batch that is done and the next one (contract section 7).
-
-        batch at rest  ->  soak  ->  re-verification  ->  pause  ->  next batch
-
-    Steps that the strategy does not have are left out; nothing follows the last batch. passed_batch keeps
-    completed steps from being repeated after a take-over.
-    """
-    batch = nodes.batch
-    before = nodes.batch_before(batch)
-    if before <= release.passed_batch:
-        return Stage(batch, release.passed_batch)
-    if strategy.soak_s:
-        soak = _soak_of(release, now, strategy)
-        if soak.soak_left_s:
-            return soak
-        if strategy.verify and nodes.to_reverify(before):
-            return soak._replace(reverifies=before)
-    if strategy.pauses_after(before):
-        return Stage(0, before, pauses=True)
-    return Stage(batch, before)
-
-
-def _soak_of(release: Release, now: Moment, strategy: Strategy) -> Stage:
-    """Return the rest of a soak, which begins now where the release has none.
-
-    It lasts by the elapsed clock; a new owner on another host, or after a reboot, continues by the wall clock.
-    """
-    left_s = strategy.soak_s
-    if release.soak_until:
-        left_s = now.left_s(release.soak_until, release.soak_clock, strategy.soak_s)
-        is_ours = release.soak_clock.rpartition(" ")[0] == now.boot and release.soak_clock
-        if is_ours and now.until_s(release.soak_until, release.soak_clock) <= strategy.soak_s:
-            return Stage(0, release.passed_batch, release.soak_until, release.soak_clock, left_s)
-    return Stage(0, release.passed_batch, utc_text(now.wall + left_s), now.clock_mark(left_s), left_s)
-
-
-def decide(situation: Situation) -> Decision:
-    """Return what follows from a release and its nodes (contract section 3, rules 3 to 8; section 7)."""
-    release, before, now, policy, strategy = situation[:5]
-    nodes = before.copy()
-    ended = _apply(nodes, _ended(nodes, now, policy, strategy))
-    if release.status == RUNNING and not situation.freeze.frozen and not situation.broken:
-        ended += _apply(nodes, _surpassed(release, nodes, now))
-    stage = Stage(0, release.passed_batch, release.soak_until, release.soak_clock)
-    situation = situation._replace(nodes=nodes, stage=stage, exceeded=exceeded_limit(nodes, strategy))
-    if situation.is_failing or release.status == CANCELLING:
-        ended += _apply(nodes, filter(None, [_close_node(n, now) for n in nodes.open]))
-    if release.status == RUNNING and not situation.is_failing and not situation.exceeded:
-        stage = stage_of(release, nodes, now, strategy)
-        situation = situation._replace(stage=stage)
-    status = check_transition(RELEASE_TRANSITIONS, release.status, _next_status(situation))
-    renamed, unsent = _renamed(nodes), _apply(nodes, _unsent(nodes))
-    is_going = status == RUNNING and not situation.is_failing and not situation.freeze.frozen
-    begun = _dispatches(release, nodes, now, policy, strategy, stage.batch, _slots_for_dispatches(situation),
-                        situation.busy, situation.asks_first) if is_going else []
-    _apply(nodes, [*renamed, *begun])
-    awaited = _awaited(nodes, stage, now, policy)
-    asked = [n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)][
-        : max(0, situation.slots - len(begun))]
-    asked_ids = {n.node_id for n in asked}
-    soak_ends = [now.elapsed + stage.soak_left_s] if status == RUNNING and stage.soak_left_s else []
-    return Decision(
-        changes=(*ended, *renamed, *_without(unsent, begun), *begun),
-        status=status,
-        status_reason=describe(status, situation),
-        error_msg=_error_msg(situation),
-        sends=(*(Send(change.after.next_op, change.after) for change in begun),
-               *(Send(n.next_op, n._replace(in_flight=True)) for n in asked)),
-        # nodes that wait for a slot don't count: the outcome that frees one is followed by a decision
-        wake_at=min((*soak_ends, *(_wake(n, now) for n in awaited if n.node_id not in asked_ids)),
-                    default=now.elapsed + policy.interval_s),
-        nodes=nodes,
-        passed_batch=stage.passed_batch,
-        soak_until=None if status in TERMINAL else stage.soak_until,
-        soak_clock="" if status in TERMINAL else stage.soak_clock)
-
-
-def _slots_for_dispatches(situation: Situation) -> int:
-    """Leave up to half of the slots for queries: else the connections kept for them would be closed by then."""
-    waiting = sum(_is_due(n, QUERY, situation.now) for n in situation.nodes.of[RUNNING].values())
-    return situation.slots - min(waiting, situation.slots // 2)
-
-
-def _apply(nodes: NodeIndex, changes: Iterable[NodeChange]) -> list[NodeChange]:
-    """Make the changes and return them."""
-    applied = list(changes)
-    for change in applied:
-        check_transition(NODE_TRANSITIONS, change.before.status, change.after.status)
-        nodes.put(change.after)
-    return applied
-
-
-def _ended(nodes: NodeIndex, now: Moment, policy: Policy, strategy: Strategy) -> list[NodeChange]:
-    """Return the ends of running nodes, and of successful ones that are re-verified."""
-    again = nodes.of[SUCCESS].values() if strategy.verify else ()
-    return list(filter(None, [_end_node(n, now, policy) for n in (*nodes.of[RUNNING].values(), *again)]))
-
-
-def _renamed(nodes: NodeIndex) -> list[NodeChange]:
-    """Return the nodes whose agent named another task id than ours, which the row has."""
-    return [NodeChange(n._replace(task_id=""), n._replace(is_renamed=False))
-            for n in nodes.of[RUNNING].values() if n.is_renamed]
-
-
-def _unsent(nodes: NodeIndex) -> list[NodeChange]:
-    """Return the nodes whose request is known not to have reached the agent, for the next owner."""
-    return [NodeChange(n, n._replace(stored_reached=0)) for n in nodes.of[RUNNING].values()
-            if n.stored_reached and not n.reached and not n.in_flight]
-
-
-def _surpassed(release: Release, nodes: NodeIndex, now: Moment) -> list[NodeChange]:
-    """Return the ends of nodes to be dispatched that have a higher version already (rule 2).
-
-    Their agents would answer "success" and do nothing.
-    """
-    if nodes.highest_sent <= release.version:
-        return []
-    batch = nodes.batch
-    due = [n for n in nodes.open if n.last_version > release.version and not n.in_flight and (
-        n.next_op == DISPATCH if n.status == RUNNING else n.batch == batch)]
-    return [_at_rest(n, Verdict(FAILED, REJECTED, f"node has version {n.last_version} already", hold_s=None), now)
-            for n in due]
-
-
-def _awaited(nodes: NodeIndex, stage: Stage, now: Moment, policy: Policy) -> list[ReleaseNode]:
-    """Return the running nodes, and those to be re-verified.
-
-    A re-verification has the deadline of a node, from its first probe on.
-    """
-    again = nodes.to_reverify(stage.reverifies) if stage.reverifies else ()
-    return [*nodes.of[RUNNING].values(), *(
-        n if n.next_op == PROBE else n._replace(next_op=PROBE, deadline=now.elapsed + policy.node_deadline_s)
-        for n in again)]
-
-
-def _is_due(node: ReleaseNode, op: str, now: Moment) -> bool:
-    return (node.next_op == op and not node.in_flight and node.due <= now.elapsed and node.verdict is None
-            and (node.status == RUNNING or (node.status == SUCCESS and op == PROBE)))
-
-
-def _wake(node: ReleaseNode, now: Moment) -> float:
-    """Return when to decide again for an awaited node; never for one in flight or waiting for a slot."""
-    if node.in_flight:
-        return float("inf")
-    return node.due if now.elapsed < node.due < node.deadline else node.deadline
-
-
-def _end_node(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange | None:
-    """Return the end of a running node, or of a success that fails its re-verification; None for no end."""
-    if node.in_flight or node.status not in (RUNNING, SUCCESS):
-        return None
-    if node.verdict is not None:
-        return _at_rest(node, node.verdict, now)
-    is_second = node.status == SUCCESS
-    if now.elapsed < node.deadline or (is_second and node.next_op != PROBE):
-        return None
-    last = f"; last: {node.last_error}" if node.last_error else ""
-    if is_second:
-        return _fail(node, VERIFY, f"not verified {policy.node_deadline_s:g} s after the end of its soak{last}", now,
-                     0.0)
-    return _fail(node, DEADLINE, f"not done {policy.node_deadline_s:g} s after its dispatch{last}", now)
-
-
-def _close_node(node: ReleaseNode, now: Moment) -> NodeChange | None:
-    """Return the end of a node in a release that sends nothing more (rules 5 and 8); None for no end."""
-    if node.status == PENDING:
-        return NodeChange(node, node._replace(status=SKIPPED, finished_at=now.text))
-    if node.status != RUNNING or node.in_flight or node.next_op != DISPATCH:
-        return None
-    if node.is_unknown:
-        return _abandon(node, node.last_error or "the answer was lost with the process that asked", now)
-    return _fail(node, node.last_kind or ABANDONED,
-                 f"{node.last_error or 'it was never sent'} (not tried again: the release ends)", now, 0.0)
-
-
-def _abandon(node: ReleaseNode, why: str, now: Moment) -> NodeChange:
-    return _fail(node, ABANDONED, f"outcome unknown: {why}", now)
-
-
-def _fail(node: ReleaseNode, kind: str, message: str, now: Moment, hold_s: float | None = None) -> NodeChange:
-    return _at_rest(node, Verdict(FAILED, kind, one_line(message), detail_text(message), hold_s), now)
-
-
-def force_end(nodes: NodeIndex, now: Moment) -> list[NodeChange]:
-    """End all nodes of a release that is cancelled by force, and return the changes."""
-    changes = [_abandon(n, "cancelled by force while it was in flight", now) if n.status == RUNNING
-               else _close_node(n, now) for n in nodes.open]
-    return _apply(nodes, filter(None, changes))
-
-
-def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
-    hold_until, hold_clock = node.hold_until, node.hold_clock
-    if verdict.hold_s is not None:
-        is_busy = verdict.hold_s > 0 and node.agent_protocol == EXECUTE
-        hold_until, hold_clock = _hold_for(verdict.hold_s, now) if is_busy else (None, "")
-    return NodeChange(node, node._replace(
-        status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg, finished_at=now.text,
-        hold_until=hold_until, hold_clock=hold_clock, verdict=None, next_op="", errors=0, passes=0, due=now.elapsed),
-        verdict.detail)
-
-
-def _hold_for(seconds: float, now: Moment) -> tuple[str, str]:
-    """Return hold_until and hold_clock for an execute agent that may be busy for some seconds."""
-    return utc_text(now.wall + seconds), now.clock_mark(seconds)
-
-
-def exceeded_limit(nodes: NodeIndex, strategy: Strategy) -> str:
-    """Return the limit that the failures exceed, "" when they are tolerated (rule 5, section 7).
-
-    A share is of the batch's planned size, which is its number of rows.
-    """
-    failed = [n.batch for n in nodes.of[FAILED].values() if not n.accepted]
-    for batch, count in sorted(collections.Counter(failed).items()):
-        most = resolve_share(strategy.max_failed, nodes.sizes[batch])
-        if count > most:
-            return f"{count_of_nodes(count)} of batch {batch} failed, at most {most} may"
-    if failed and strategy.max_failed_total is not None:
-        count, most = len(failed), resolve_share(strategy.max_failed_total, len(nodes))
-        if count > most:
-            return f"{count_of_nodes(count)} failed in all, at most {most} may"
-    return ""
-
-
-def _next_status(situation: Situation) -> str:
-    """Return the release's status after the changes (a table in docs/ARCHITECTURE.md); a paused one stays paused."""
-    status, nodes = situation.release.status, situation.nodes
-    if status == RUNNING and (situation.stage.pauses or (situation.exceeded and not situation.is_failing)):
-        return PAUSED
-    if status not in (RUNNING, CANCELLING) or nodes.of[RUNNING]:
-        return status
-    if status == CANCELLING:
-        return CANCELLED
-    if situation.is_failing or not nodes:
-        return FAILED
-    if nodes.of[PENDING]:
-        return RUNNING
-    return SUCCESS if len(nodes.of[SUCCESS]) == len(nodes) else PARTIAL
-
-
-def _dispatches(release: Release, nodes: NodeIndex, now: Moment, policy: Policy, strategy: Strategy, batch: int,
-                slots: int, busy: frozenset[Endpoint], asks_first: bool = False) -> list[NodeChange]:
-    """Return the intents of the dispatches to send now: repetitions first, then the current batch."""
-    running = nodes.of[RUNNING].values()
-    ready = [n for n in running if _is_due(n, DISPATCH, now)]
-    # a pending node in flight was sent by a commit that the database has lost: its outcome is still to come
-    members = itertools.takewhile(lambda n: n.batch == batch, nodes.of[PENDING].values())
-    room = min(slots, strategy.max_parallel - len(running)) if strategy.max_parallel else slots
-    # a node with a higher version fails in the next decision
-    fresh = itertools.islice(_free((n for n in members if not n.in_flight and n.last_version <= release.version),
-                                   nodes, busy, now), max(0, room))
-    return [_intent(release, n, now, policy, asks_first) for n in (*ready, *fresh)[:max(0, slots)]]
-
-
-def _free(members: Iterable[ReleaseNode], nodes: NodeIndex, busy: frozenset[Endpoint],
-          now: Moment) -> Iterator[ReleaseNode]:
-    """Return the members whose address has no task, of another release or of another row of this one."""
-    if not busy and not nodes.twins:
-        yield from members
-        return
-    taken = set(busy)
-    if nodes.twins:
-        taken.update(n.endpoint for n in nodes.of[RUNNING].values())
-        taken.update(n.endpoint for n in nodes.of[FAILED].values() if now.until_s(n.hold_until, n.hold_clock) > 0)
-    for node in members:
-        if node.endpoint not in taken:
-            if node.endpoint in nodes.twins:
-                taken.add(node.endpoint)
-            yield node
-
-
-def _without(changes: Iterable[NodeChange], others: Iterable[NodeChange]) -> list[NodeChange]:
-    """Return the changes of nodes that are not in others."""
-    ids = {change.after.node_id for change in others}
-    return [change for change in changes if change.after.node_id not in ids]
-
-
-def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy, asks_first: bool = False) -> NodeChange:
-    """Return what is committed before a dispatch; started_at and deadline are those of the first try.
-
-    The id sent is always ours, whatever id the agent named before.
-    """
-    hold_until, hold_clock = _hold_for(policy.hold_s, now) if node.agent_protocol == EXECUTE else (None, "")
-    task_id = task_id_for(release.type, node.main_ip, release.version, release.tag)
-    is_first = node.status == PENDING
-    asks = asks_first and is_first and node.agent_protocol == TASKS
-    return NodeChange(node, node._replace(
-        stored_reached=int(node.reached or not asks), status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
-        hold_until=hold_until, hold_clock=hold_clock, in_flight=True, verdict=None,
-        waited_s=node.waited_s + node.credit_s, credit_s=0.0,
-        next_op=QUERY if asks else DISPATCH, started_at=now.text if is_first else node.started_at,
-        started_clock=now.clock_mark(0.0) if is_first else node.started_clock,
-        deadline=now.elapsed + policy.node_deadline_s if is_first else node.deadline))
-
-
-def _error_msg(situation: Situation) -> str:
-    if situation.broken or not situation.nodes:
-        return one_line(situation.broken or NO_NODES)
-    first = first_failed(situation.nodes) if situation.is_failing else None
-    return one_line(f"node {first.name}: {first.error_msg}") if first else situation.release.error_msg
-
-
-class Verb(NamedTuple):
-    """What an operator may do with a release."""
-    name: str
-    # The statuses that allow it, and the one that follows.
-    states: tuple[str, ...]
-    status: str
-    event: str
-    # "only ... releases can be PAST".
-    past: str
-
-
-CANCEL_BY_FORCE = "cancel --force"
-
-VERBS: Mapping[str, Verb] = {verb.name: verb for verb in (
-    Verb("pause", (PENDING, RUNNING), PAUSED, "paused", "paused"),
-    Verb("resume", (PAUSED,), RUNNING, "resumed", "resumed"),
-    Verb("cancel", (PENDING, RUNNING, PAUSED), CANCELLING, "cancelling", "cancelled"),
-    Verb(CANCEL_BY_FORCE, (PENDING, RUNNING, PAUSED, CANCELLING), CANCELLING, "cancelling", "cancelled by force"),
-    # status and event of the new release
-    Verb("retry", (PARTIAL, FAILED, CANCELLED), PENDING, "created", "retried"),
-    Verb("rollback", (SUCCESS, PARTIAL, FAILED, CANCELLED), PENDING, "created", "rolled back"),
-)}
-
-
-def check_verb(verb: str, release: Release) -> None:
-    """Raise AppError(WRONG_STATE) unless the release's status allows the verb."""
-    allowed = VERBS[verb].states
-    if release.status not in allowed:
-        states = " or ".join(filter(None, (", ".join(allowed[:-1]), allowed[-1])))
-        is_now = "succeeded" if release.status == SUCCESS else f"is {release.status}"
-        raise AppError(WRONG_STATE, f"release {release.id} {is_now}; only {states} releases can be {VERBS[verb].past}")
-
-
-def check_resume(release: Release, nodes: NodeIndex, strategy: Strategy, accepts: bool) -> None:
-    """Raise AppError(WRONG_STATE) where failures must be accepted to resume, or can't be accepted."""
-    exceeded = exceeded_limit(nodes, strategy)
-    if exceeded and strategy.on_exceed == PAUSE and not accepts:
-        raise AppError(WRONG_STATE, f"release {release.id}: {exceeded}: resume it with acceptFailures "
-                             "(--accept-failures), or cancel it")
-    if exceeded and strategy.on_exceed == FAIL and accepts:
-        raise AppError(WRONG_STATE, f"release {release.id}: {exceeded}, and its strategy (onExceed) ends it then: "
-                             "resume without accepting, then retry")
-
-
-def status_after_verb(verb: str, release: Release) -> str:
-    """Return the status after a verb; a release that never started is pending again after resume."""
-    after = PENDING if verb == "resume" and not release.started_at else VERBS[verb].status
-    return check_transition(RELEASE_TRANSITIONS, release.status, after)
-
-
-class Candidate(NamedTuple):
-    """A release that is not terminal, as a scan for work reads it."""
-    id: int
-    target: str
-    version: int
-    status: str
-    running_nodes: int
-    claimed: bool
-    start_at: str = ""
-    paused_by: str = ""
-    status_reason: str = ""
-    has_started: bool = True
-    has_pending: bool = True
-    # "": a person wrote the row, and may still be changing it.
-    tag: str = ""
-
-    def may_start(self, now: str) -> bool:
-        """Return whether its start time has come; until then no release waits for it."""
-        return self.status != PENDING or self.start_at <= now
-
-
-# Whether two releases share a node.
-Shares = Callable[[Candidate, Candidate], bool]
-
-
-def share_nothing(_one: Candidate, _other: Candidate) -> bool:
-    """Return False, for releases that share no node."""
-    return False
-
-
-def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Iterator[tuple[Candidate, Candidate | None]]:
-    """Return each release with the one that it waits for, of the same target or with a node in common, or None.
-
-    Started releases go first, then lower versions: a node that was sent a higher version is never sent a lower one.
-    """
-    ahead: list[Candidate] = []
-    for c in sorted(candidates, key=lambda c: (c.status == PENDING or not c.has_started, c.version)):
-        # by target first, as shares() may read the nodes of a release
-        yield c, (next((a for a in ahead if a.target == c.target), None)
-                  or next((a for a in ahead if shares(a, c)), None))
-        if c.may_start(now):
-            ahead.append(c)
-
-
-def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE,
-             shares: Shares = share_nothing) -> tuple[list[int], list[int]]:
-    """Return the ids of releases that may be claimed now, and of those that others have claimed (rule 2).
-
-    A pending release waits for those before it, its start time and the end of a freeze; one that is paused or
-    frozen needs an owner only while its nodes are in flight.
-    """
-    free: list[int] = []
-    taken: list[int] = []
-    for c, before in _in_turn(candidates, now, shares):
-        if c.status == PENDING:
-            wanted = before is None and c.may_start(now) and not freeze.frozen
-        else:
-            waits = c.status == PAUSED or (c.status == RUNNING and freeze.frozen and c.has_pending)
-            wanted = c.running_nodes > 0 or not waits
-        if wanted:
-            (taken if c.claimed else free).append(c.id)
-    return free, taken
-
-
-def waiting_reasons(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE,
-                    shares: Shares = share_nothing) -> dict[int, str]:
-    """Return the status_reason of each release that is not being worked on."""
-    reasons = {}
-    for c, before in _in_turn(candidates, now, shares):
-        frozen = f"frozen: {freeze.reason}"
-        if c.status == RUNNING and not c.claimed and c.running_nodes == 0 and (
-                freeze.frozen or c.status_reason.startswith("frozen: ")):
-            reasons[c.id] = one_line(frozen if freeze.frozen else REASON_PENDING)
-        if c.status != PENDING:
-            continue
-        if before is not None and c.may_start(now):
-            by = f"which {before.paused_by} paused" if before.paused_by else f"which is {before.status}"
-            reason = f"waiting for release {before.id}, {by}"
-        elif freeze.frozen:
-            reason = frozen
-        else:
-            reason = REASON_PENDING if c.may_start(now) else f"scheduled for {c.start_at}" + (
-                f", and after release {before.id}" if before else "")
-        reasons[c.id] = one_line(reason)
-    return reasons
-
-
-# ======================================================================================
-# 8 Store: every SQL statement of the domain; a method is one transaction. Uses 1 to 7.
-#   Rows become dataclasses here and nowhere else.
-# ======================================================================================
-
-class Claim(NamedTuple):
-    """The right to work on a release: every write of its owner is conditional on owner and fence.
-
-    On both: a database that went back gives the same fence again, to another owner.
-    """
-    release_id: int
-    fence: int
-    version: int
-    owner: str
-    # Which state of the database it was taken in: see Store.generation.
     generation: int = 0
-
-    def __str__(self) -> str:
-        return f"release {self.release_id} (v{self.version})"
-
-
-def about(release: Release | Claim | None = None, /, **more: object) -> dict[str, Any]:
-    """Gives logging's `extra`: what a record is about, as keys of their own in a line of JSON.
-
-    The keys: release (its id), version, node (its name), actor, event, request_id.
-    """
-    if release is None:
-        return {"about": more}
-    release_id = release.release_id if isinstance(release, Claim) else release.id
-    return {"about": {"release": release_id, "version": release.version, **more}}
+    version: int = 0
+    event_id: int = 0
+    timeline: int = 0
 
 
-class Event(NamedTuple):
-    """A row of release_events."""
-    id: int
-    release_id: int
-    node_id: int | None
-    node_name: str
-    at: str
-    actor: str
-    event: str
-    from_status: str
-    to_status: str
-    detail: str
+class Seen:
+    """The numbers that this process has read, to notice a database that goes back: a restore, a failover."""
 
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self.numbers = Numbers()
+        # The highest version of any release that this process knew, also of one that is lost.
+        self.version = 0
+
+    def use_version(self, version: int) -> None:
+        """Note a version that is given out: never again, whatever becomes of its release."""
+        with self._guard:
+            self.version = max(self.version, version)
+
+    def note(self, before: Numbers, version: int, event_id: int, timeline: int) -> tuple[str, bool]:
+        """Note what a transaction read that began when `before` was known.
+
+        Return what fell, "" for nothing, and whether the database moved to another server without that. It is
+        compared with what was known when it began: its snapshot may be older than what others have read since.
+        """
+        found = Numbers(before.generation, version, event_id, timeline)
+        fell = [f"{name} {now} after {was}" for name, now, was in (
+            ("version", version, before.version), ("event", event_id, before.event_id),
+            ("timeline", timeline, before.timeline)) if now < was]
+        with self._guard:
+            if before.generation != self.numbers.generation:
+                return "", False  # another transaction has told of it
+            self.version = max(self.version, version)
+            has_moved = bool(before.timeline) and timeline != before.timeline
+            if fell or has_moved:
+                self.numbers = found._replace(generation=before.generation + 1)
+            else:
+                self.numbers = Numbers(*map(max, self.numbers, found))
+        return ", ".join(fell), has_moved and not fell
+
+    def note_fall(self) -> None:
+        """Note that the database went back, as another number of it told."""
+        with self._guard:
+            self.numbers = self.numbers._replace(generation=self.numbers.generation + 1, version=0, event_id=0)
+
+
+class DatabaseState:
+    """What this process knows of the database as a whole: its clock, its versions, whether it went back."""
+
+    def __init__(self, database: Database, clock: Clock):
+        self.database = database
+        self.clock = clock
+        self.seen = Seen()
+        # When the generation grew last, by the elapsed clock; whether a fall is not written down yet.
+        self.changed_at = float("-inf")
+        self.has_fallen = False
+
+    @property
+    def generation(self) -> int:
+        """How often the database went back, or moved to another server, as far as this process saw."""
+        return self.seen.numbers.generation
+
+    def moment(self) -> Moment:
+        """Return this instant."""
+        return Moment(self.clock.wall(), self.clock.elapsed(), self.clock.boot())
+
+    def now(self) -> str:
+        return utc_text(self.clock.wall())
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Transaction]:
+        """Give a transaction that reads, and notice where the database went back since the last one."""
+        before = self.seen.numbers
+        with self.database.transaction() as tx:
+            version, event_id = tx.row("SELECT (SELECT COALESCE(MAX(version), 0) FROM release_tasks), "
+                                       "(SELECT COALESCE(MAX(id), 0) FROM release_events)") or (0, 0)
+            timeline = tx.value(self.database.engine.timeline_sql)
+            # a standby that is behind is no database that went back
+            fell, has_moved = self.seen.note(before, version, event_id, timeline) if timeline else ("", False)
+            if fell:
+                self._note_went_back(fell)
+            elif has_moved:
+                self.changed_at = self.clock.elapsed()
+                log.warning("%s moved to another server (failover): everything is read anew, and agents are asked "
+                            "before anything is sent", self.database)
+            yield tx
+
+    def _note_went_back(self, fell: str) -> None:
+        self.changed_at = self.clock.elapsed()
+        self.has_fallen = True
+        self.database.metrics.count("releasectl_database_went_back_total")
+        log.error("%s went back to an earlier state (%s): a backup was restored, or a failover lost commits; "
+                  "everything is read anew, and agents are asked before anything is sent. See the runbook, "
+                  "ReleasectlDatabaseWentBack", self.database, fell)
+
+    def next_version(self, tx: Transaction, release_id: int) -> int:
+        """Return the version for the release of an id: above every one that may ever have been used (rule 1)."""
+        # the unique index of version, and nodes_by_last_version
+        highest = tx.value("""
+            SELECT MAX(v)
+            FROM (SELECT MAX(version) AS v FROM release_tasks
+                  UNION ALL SELECT MAX(last_version) FROM nodes
+                  UNION ALL SELECT first_version - 1 FROM database_state
+                  UNION ALL SELECT lost_version FROM database_state) used""")
+        version = int(max(highest or 0, release_id - 1, self.seen.version)) + 1
+        if version > MAX_VERSION:
+            raise AppError(WRONG_STATE, f"the versions are used up: the newest is {MAX_VERSION}")
+        return version
+
+    def write_fall(self, tx: Transaction) -> None:
+        """Write down that the database went back, where this process saw it: others saw no lost version."""
+        if self.has_fallen:
+            tx.execute("""
+                UPDATE database_state
+                SET moved_at = ?, lost_version = CASE WHEN lost_version > ? THEN lost_version ELSE ? END
+                WHERE id = 1""", tx.now(), self.seen.version, self.seen.version)
+            tx.afterwards.append(functools.partial(setattr, self, "_has_fallen", False))
+
+    def note_timeline(self, tx: Transaction) -> None:
+        """Note the server that a writer has; after a failover leave out the numbers that lost releases may have had."""
+        self.write_fall(tx)
+        timeline = tx.value(self.database.engine.timeline_sql)
+        known = tx.value("SELECT timeline FROM database_state WHERE id = 1")
+        if known == 0 != timeline:
+            tx.execute("UPDATE database_state SET timeline = ? WHERE id = 1", timeline)
+        elif known != timeline:
+            tx.execute("UPDATE database_state SET timeline = ?, moved_at = ?, lost_version = ? WHERE id = 1",
+                       timeline, tx.now(), min(self.next_version(tx, 0) + VERSIONS_SKIPPED - 1, MAX_VERSION))
+
+    def note_fall(self, claim: Claim, fell: str) -> None:
+        """Tell that the database went back, where that was not noticed since the claim was taken."""
+        if self.generation == claim.generation:
+            self.seen.note_fall()
+            self._note_went_back(fell)
+
+    def check_write(self) -> None:
+        """Commits a write; DatabaseError when that can't be done now.
+
+        A look alone would not tell: SQLite begins to write on a full disk or a read-only file too.
+        """
+        with self.database.transaction(write=True) as tx:
+            tx.execute("UPDATE health_probe SET at = ? WHERE id = 1", self.now())
+
+
+# endregion
+
+
+# region Audit
+# ======================================================================================
+# Audit: the history of releases and of every act (contract section 2).
+# Uses: Vocabulary, Helpers, Model, Decision, Database, Database state.
+# ======================================================================================
 
 @dataclasses.dataclass(frozen=True)
 class Act:
@@ -3623,237 +4425,7 @@ def _too_long(value: object) -> dict[str, object]:
     return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "bytes": len(text)}
 
 
-_NODE_COLUMNS = ("name", "main_ip", "agent_port", "agent_protocol", "labels", "enabled", "status")
-
-
-def node_values(node: Node, columns: Iterable[str] = _NODE_COLUMNS) -> dict[str, object]:
-    """Return columns of a node as audit_log has them: as the API spells and shows them."""
-    values: dict[str, object] = {}
-    for column in columns:
-        value = getattr(node, column)
-        if column == "labels":
-            with contextlib.suppress(ValueError):  # written by hand
-                value = parse_json(value)
-        name = re.sub("_([a-z])", lambda m: m[1].upper(), column)
-        values[name] = bool(value) if column == "enabled" else value
-    return values
-
-
-class IdempotencyKey(NamedTuple):
-    """A caller's Idempotency-Key, and the SHA-256 of what was asked with it."""
-    actor: str
-    key: str
-    request_sha256: str
-
-
-class Again(NamedTuple):
-    """What a retry or rollback is asked to be.
-
-    over_newer: also where a node has a newer success of the target. to_release: whose payload a rollback brings back.
-    """
-    reason: str = ""
-    over_newer: bool = False
-    to_release: int | None = None
-
-
-class Made(NamedTuple):
-    """A release that was created, its nodes by batch, and who was left out."""
-    release: Release
-    batches: list[list[int]]
-    left_out: Sequence[LeftOut] = ()
-
-
-class DispatchBlockers(NamedTuple):
-    """What may keep a release from its dispatches.
-
-    busy: addresses that another release has in flight, or that may be at a lost request. moved_s: how many seconds
-    ago the database went back or moved to another server, which may not know of the last dispatches.
-    """
-    busy: frozenset[Endpoint]
-    freeze: Freeze
-    moved_s: float
-
-
-class Numbers(NamedTuple):
-    """What a database has reached; none of it ever falls but where it goes back to an earlier state.
-
-    generation counts how often that was seen.
-    """
-    generation: int = 0
-    version: int = 0
-    event_id: int = 0
-    timeline: int = 0
-
-
-class Seen:
-    """The numbers that this process has read, to notice a database that goes back: a restore, a failover."""
-
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self.numbers = Numbers()
-        # The highest version of any release that this process knew, also of one that is lost.
-        self.version = 0
-
-    def use_version(self, version: int) -> None:
-        """Note a version that is given out: never again, whatever becomes of its release."""
-        with self._guard:
-            self.version = max(self.version, version)
-
-    def note(self, before: Numbers, version: int, event_id: int, timeline: int) -> tuple[str, bool]:
-        """Note what a transaction read that began when `before` was known.
-
-        Return what fell, "" for nothing, and whether the database moved to another server without that. It is
-        compared with what was known when it began: its snapshot may be older than what others have read since.
-        """
-        found = Numbers(before.generation, version, event_id, timeline)
-        fell = [f"{name} {now} after {was}" for name, now, was in (
-            ("version", version, before.version), ("event", event_id, before.event_id),
-            ("timeline", timeline, before.timeline)) if now < was]
-        with self._guard:
-            if before.generation != self.numbers.generation:
-                return "", False  # another transaction has told of it
-            self.version = max(self.version, version)
-            has_moved = bool(before.timeline) and timeline != before.timeline
-            if fell or has_moved:
-                self.numbers = found._replace(generation=before.generation + 1)
-            else:
-                self.numbers = Numbers(*map(max, self.numbers, found))
-        return ", ".join(fell), has_moved and not fell
-
-    def note_fall(self) -> None:
-        """Note that the database went back, as another number of it told."""
-        with self._guard:
-            self.numbers = self.numbers._replace(generation=self.numbers.generation + 1, version=0, event_id=0)
-
-
-class Page(NamedTuple):
-    """A part of a list, and how many there are in all."""
-    items: list[Any]
-    total: int
-    number: int
-    size: int
-
-
-class OldRelease(NamedTuple):
-    """A release as prune looks at it; ended_at is "" while it is not terminal."""
-    id: int
-    target: str
-    version: int
-    status: str
-    retry_of: int | None
-    rollback_of: int | None
-    total_nodes: int
-    ended_at: str
-
-
-class Content(NamedTuple):
-    """What a release brought: its payload as a digest, the nodes that it touched and those where it succeeded.
-
-    is_bad: somebody rolled it back, or the same payload later on.
-    """
-    digest: str
-    touched: frozenset[int]
-    succeeded: frozenset[int]
-    is_bad: bool = False
-
-
-def digest_of(payload: Mapping[str, Any]) -> str:
-    """Return what is equal for two payloads that differ by their version at most."""
-    return hashlib.sha256(json.dumps({**payload, "version": 0}, sort_keys=True).encode()).hexdigest()
-
-
-def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of: Callable[[OldRelease], Content],
-             newest: int = 0) -> list[OldRelease]:
-    """Return those that nobody needs any more, newest first, out of all releases.
-
-    Of each target stay the newest keep, and what ended later than before or not yet. Of each node's releases
-    of the target stays the newest success, and what a rollback of one that stays would bring back to it: the
-    newest success before it with another payload that nobody rolled back. And what a release that stays is a
-    retry or a rollback of, and the one of the newest event. So the highest version and event stay, and none
-    is ever used again.
-    """
-    goes = []
-    seen: dict[str, int] = {}
-    named: set[int | None] = set()
-    # The nodes of each target whose newest success was found, and whose newest one that was not bad; and for each node
-    # the payloads of releases that stay and could not be rolled back on it yet.
-    known: dict[bool, set[tuple[str, int]]] = {False: set(), True: set()}
-    wanting: dict[tuple[str, int], set[str]] = {}
-    for release in sorted(releases, key=lambda r: -r.version):
-        seen[release.target] = seen.get(release.target, 0) + 1
-        stays = (seen[release.target] <= keep or not release.ended_at or release.ended_at >= before
-                 or release.id == newest)
-        content, target = content_of(release), release.target
-        served = [node for node in content.succeeded if (target, node) not in known[content.is_bad] | known[False] or (
-            not content.is_bad and wanting.get((target, node), set()) - {content.digest})]
-        if not stays and not served and release.id not in named:
-            goes.append(release)
-            continue
-        named |= {release.retry_of, release.rollback_of}
-        for node in content.succeeded:
-            known[content.is_bad].add((target, node))
-            if not content.is_bad:
-                wanting[target, node] = wanting.get((target, node), set()) & {content.digest}
-        for node in content.touched if stays else ():
-            wanting.setdefault((target, node), set()).add(content.digest)
-    # a rollback of what stays tells that that was bad
-    gone = {release.id for release in goes}
-    return [release for release in goes if release.rollback_of is None or release.rollback_of in gone]
-
-
-class BatchProgress(NamedTuple):
-    """How many nodes of a batch are in each status."""
-    number: int
-    counts: Mapping[str, int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
-
-    def count(self, *statuses: str) -> int:
-        """Gives how many nodes are in one of the statuses."""
-        return sum(self.counts.get(status, 0) for status in statuses)
-
-
-class Progress(NamedTuple):
-    """Where a release stands: its batches in order, and name and error of the first nodes that failed."""
-    release: Release
-    batches: list[BatchProgress]
-    failures: list[tuple[str, str]]
-
-
 AUDIT_COLUMNS = ", ".join(AuditRow._fields)
-
-NODE_COLUMNS = """id, name, main_ip, agent_port, agent_protocol, labels, enabled, status, created_at, updated_at,
-    last_version"""
-
-# The index release_task_nodes_by_status serves the two that are counted: the lowest batch of one
-# status is its first entry, while IN would go through all of them.
-RELEASE_COLUMNS = """r.id, r.type, r.target, r.version, r.status, r.status_reason, r.reason, r.payload, r.strategy,
-    r.retry_of, r.rollback_of, r.total_nodes, r.success_nodes, r.failed_nodes, r.error_msg, r.claim_owner,
-    r.claim_fence, r.claim_expires_at, r.created_at, r.started_at, r.finished_at, r.updated_at,
-    r.passed_batch, r.soak_until, r.paused_by, r.tag, r.soak_clock,
-    (SELECT COUNT(*) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'skipped'),
-    COALESCE((SELECT MIN(w.batch) FROM (
-         SELECT MIN(n.batch) AS batch FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'pending'
-         UNION ALL
-         SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'running') w),
-        (SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'failed'), 0)"""
-
-# A node of a release n as it was when the release was made; as it is in nodes h where a person wrote the row.
-NAME_THEN, ADDRESS_THEN = "COALESCE(NULLIF(n.node_name, ''), h.name)", """COALESCE(NULLIF(n.main_ip, ''), h.main_ip),
-    COALESCE(NULLIF(n.agent_port, 0), h.agent_port)"""
-
-RELEASE_NODE_COLUMNS = f"""n.node_id, {NAME_THEN}, {ADDRESS_THEN}, h.agent_protocol, n.batch, n.status, n.task_id,
-    n.attempts, n.error_kind, n.error_msg, n.hold_until, n.started_at, n.finished_at, n.accepted,
-    (SELECT MAX(a.last_version) FROM nodes a WHERE a.main_ip = h.main_ip AND a.agent_port = h.agent_port),
-    n.hold_clock, n.started_clock, n.waited_sec, n.reached"""
-
-# The counters, made from the rows themselves in the transaction that changes them (rule 7).
-COUNTERS = """success_nodes = (SELECT COUNT(*) FROM release_task_nodes n
-                         WHERE n.release_task_id = release_tasks.id AND n.status = 'success'),
-        failed_nodes = (SELECT COUNT(*) FROM release_task_nodes n
-                        WHERE n.release_task_id = release_tasks.id AND n.status = 'failed')"""
 
 
 class NewEvent(NamedTuple):
@@ -3883,39 +4455,12 @@ def add_events(tx: Transaction, at: str, actor: Who, events: Iterable[NewEvent])
                    "detail) VALUES ", 8, rows)
 
 
-RELEASE_EVENTS = {PENDING: "created", RUNNING: "started", PAUSED: "paused", CANCELLING: "cancelling",
-                  SUCCESS: "finished", PARTIAL: "finished", FAILED: "finished", CANCELLED: "cancelled"}
-NODE_EVENTS = {RUNNING: "dispatched", SUCCESS: "succeeded", FAILED: "failed", SKIPPED: "skipped"}
-
-# So many targets have figures of their own, the oldest ones; the others' are summed up.
-MAX_TARGETS_COUNTED, OTHER = 50, "other"
-
-# An Idempotency-Key is kept for so long.
-IDEMPOTENCY_KEY_S = 86400.0
-
-# Nodes in one statement, up to three parameters each: SQLite 3.26 takes 999.
-NODES_PER_STATEMENT = 320
-
 # Actions of audit_log that its verification reads, and so many rows are read at once.
 RELEASE_END, PRUNE, AUDIT_PAGE = "release.end", "prune", 2000
 # The schema step that brought it.
 AUDIT_SCHEMA = 6
 # So much of what is wrong with it is told.
 MAX_AUDIT_FAULTS = 20
-
-# Of so many releases it is kept which addresses they have.
-MAX_MASKS = 1000
-
-
-def _ranges(numbers: Iterable[int]) -> list[list[int]]:
-    """Return numbers as the first and last ones of their runs."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return runs
 
 
 class AuditChain:
@@ -3956,6 +4501,364 @@ class AuditChain:
     def is_pruned(self, release_id: int) -> bool:
         """Return whether a row of prune tells that a release was deleted."""
         return any(first <= release_id <= last for first, last in self._pruned)
+
+
+class Audit:
+    """The history of releases (release_events) and of every act (audit_log)."""
+
+    def __init__(self, state: DatabaseState):
+        self._state = state
+        self._database = state.database
+
+    def add(self, tx: Transaction, who: Who, action: str, what: str, before: Mapping[str, object] | None = None,
+               after: Mapping[str, object] | None = None) -> tuple[int, str]:
+        """Append the row of an act to audit_log, in the act's own transaction; return its id and hash.
+
+        Writers come one after the other (the lock of a writing transaction), so the order of ids is the chain's.
+        """
+        act = who if isinstance(who, Act) else Act(who)
+        id_before, hash_before = self._head(tx)
+        row = AuditRow(id_before + 1, self._state.now(), act.actor, act.via, act.token, act.certificate, act.address,
+                       act.request_id, action, one_line(what), audit_text(before), audit_text(after), "")
+        row = row._replace(hash=audit_hash(row, hash_before))
+        tx.execute(f"INSERT INTO audit_log ({AUDIT_COLUMNS}) VALUES ({self._database.engine.audit_id_sql}"
+                   f"{', ?' * (len(row) - 1)})", *row)
+        tx.afterwards.append(lambda: act.rows.append(row))
+        return row.id, row.hash
+
+    def add_end(self, tx: Transaction, who: Who, release: Release, status: str) -> tuple[int, str]:
+        """Append the row of a release's end, with the SHA-256 of its events."""
+        count, digest = self._events_digest(tx, release.id)
+        act = dataclasses.replace(who, via=VIA_EXECUTOR) if isinstance(who, Act) else who
+        return self.add(tx, act, RELEASE_END, f"release {release.id}", {"status": release.status},
+                           {"status": status, "events": count, "eventsSha256": digest})
+
+    @staticmethod
+    def _head(tx: Transaction) -> tuple[int, str]:
+        row = tx.row("SELECT id, hash FROM audit_log ORDER BY id DESC LIMIT 1")
+        return (row[0], row[1]) if row and row[0] > 0 else (0, "")
+
+    @staticmethod
+    def _events_digest(tx: Transaction, release_id: int) -> tuple[int, str]:
+        """Return how many events a release has, and the SHA-256 of them in their canonical form."""
+        digest, count, last_id = hashlib.sha256(b"["), 0, -MAX_ID
+        while True:
+            # the index release_events_by_release
+            rows = tx.rows("""
+                SELECT id, node_id, at, actor, event, from_status, to_status, detail
+                FROM release_events
+                WHERE release_task_id = ? AND id > ?
+                ORDER BY id
+                LIMIT ?""", release_id, last_id, AUDIT_PAGE)
+            if rows:
+                digest.update((b"," if count else b"") + _CANONICAL.encode(rows)[1:-1].encode())
+                count, last_id = count + len(rows), rows[-1][0]
+            if len(rows) < AUDIT_PAGE:
+                digest.update(b"]")
+                return count, digest.hexdigest()
+
+    def head(self) -> tuple[int, str]:
+        """Return id and hash of the newest row of audit_log; 0 and "" while there is none."""
+        with self._database.transaction() as tx:
+            return self._head(tx)
+
+    def rows(self, after: int = 0, limit: int = 100, wanted: AuditFilter = AuditFilter(),  # noqa: B008
+                   newest: bool = False) -> list[AuditRow]:
+        """Return rows of audit_log with an id above after, oldest first; with newest the last ones of them."""
+        parts = [(clause, params) for clause, params, is_set in (
+            ("? IN (actor, token, certificate)", (wanted.actor,), wanted.actor),
+            ("(action = ? OR action LIKE ?)", (wanted.action, f"{wanted.action}.%"), wanted.action),
+            ("object = ?", (wanted.object,), wanted.object), ("at >= ?", (wanted.since,), wanted.since)) if is_set]
+        where = " AND ".join(["id > ?", *(clause for clause, _ in parts)])
+        with self._database.transaction() as tx:
+            rows = [AuditRow(*row) for row in tx.rows(
+                f"SELECT {AUDIT_COLUMNS} FROM audit_log WHERE {where} ORDER BY id {'DESC' if newest else ''} LIMIT ?",
+                after, *(param for _, params in parts for param in params), limit)]
+        return rows[::-1] if newest else rows
+
+    def verify(self, copy: tuple[int, str] | None = None, max_rows: int = MAX_ID,
+                     max_releases: int = MAX_ID) -> AuditReport:
+        """Look whether audit_log is whole, and the events of ended releases are those that they ended with.
+
+        copy: id and hash of a row as somebody kept them elsewhere: only that shows that the end was taken away. At
+        most so many of the newest rows are looked at, and of the releases whose end they tell.
+        """
+        of_rows = self.head()[0]
+        start = max(of_rows - max_rows, 0)
+        before = self.rows(start - 1, 1) if start else []
+        chain = AuditChain((start, before[0].hash if before and before[0].id == start else ""), copy)
+        self._read(chain, start or -MAX_ID)
+        ended = list(chain.ended.items())
+        some, gone = ended[max(len(ended) - max_releases, 0):], []
+        for release_id, (row_id, digest) in some:
+            with self._database.transaction() as tx:
+                if not tx.value("SELECT COUNT(*) FROM release_tasks WHERE id = ?", release_id):
+                    gone.append(release_id)
+                elif self._events_digest(tx, release_id)[1] != digest:
+                    chain.note(f"digest of release {release_id} differs: its events are not those that it ended with "
+                               f"(row {row_id})")
+        if gone:
+            self._read(chain, chain.last[0])  # a prune may have come meanwhile
+        for release_id in gone:
+            if not chain.is_pruned(release_id):
+                chain.note(f"taken away: release {release_id}, and no row of prune tells of it")
+        if copy and copy[0] > chain.last[0]:
+            chain.note(f"taken away: the log ends with row {chain.last[0]}, and the copy is of row {copy[0]}")
+        return AuditReport(chain.rows, max(of_rows, chain.last[0]), len(some), len(ended), chain.last, chain.faults)
+
+    def _read(self, chain: AuditChain, after: int) -> None:
+        while rows := self.rows(after, AUDIT_PAGE):
+            for row in rows:
+                chain.add(row)
+            after = rows[-1].id
+
+    def note(self, by: Who, action: str, what: str, after: Mapping[str, object], deed: Callable[[], T]) -> T:
+        """Do what is outside of the database, with its row in audit_log: both or none; return what it gives."""
+        with self._database.transaction(write=True) as tx:
+            self.add(tx, by, action, what, after=after)
+            return deed()
+
+    def backup(self, path: str, by: Who = PROGRAM) -> tuple[int, int]:
+        """Write a checked copy to a new file; return its schema and its size in bytes; raise as Database.backup().
+
+        A database that is older than audit_log has no row of it.
+        """
+        schema, size = self._database.backup(path)
+        try:
+            if schema >= AUDIT_SCHEMA:
+                self.note(by, "backup", f"file {path}", {"bytes": size, "schema": schema}, lambda: None)
+        except BaseException:
+            os.unlink(path)
+            raise
+        return schema, size
+
+
+# endregion
+
+
+# region Nodes
+# ======================================================================================
+# Nodes: the registry of nodes.
+# Uses: Vocabulary, Helpers, Model, Plan, Status texts, Database, Database state,
+#   Audit.
+# ======================================================================================
+
+_NODE_COLUMNS = ("name", "main_ip", "agent_port", "agent_protocol", "labels", "enabled", "status")
+
+
+def node_values(node: Node, columns: Iterable[str] = _NODE_COLUMNS) -> dict[str, object]:
+    """Return columns of a node as audit_log has them: as the API spells and shows them."""
+    values: dict[str, object] = {}
+    for column in columns:
+        value = getattr(node, column)
+        if column == "labels":
+            with contextlib.suppress(ValueError):  # written by hand
+                value = parse_json(value)
+        name = re.sub("_([a-z])", lambda m: m[1].upper(), column)
+        values[name] = bool(value) if column == "enabled" else value
+    return values
+
+
+class Page(NamedTuple):
+    """A part of a list, and how many there are in all."""
+    items: list[Any]
+    total: int
+    number: int
+    size: int
+
+
+NODE_COLUMNS = """id, name, main_ip, agent_port, agent_protocol, labels, enabled, status, created_at, updated_at,
+    last_version"""
+
+
+class Nodes:
+    """The registry. Each public method is one transaction."""
+
+    def __init__(self, state: DatabaseState, audit: Audit):
+        self._state = state
+        self._database = state.database
+        self._audit = audit
+
+    def add(self, name: str, main_ip: str, agent_port: int = 8443, agent_protocol: str = TASKS,
+                 labels: str = "{}", enabled: bool = True, status: str = "online", by: Who = PROGRAM) -> Node:
+        """Adds a node; AppError 3002 when the name is taken. The values are checked by floor 5."""
+        with self._database.transaction(write=True) as tx:
+            node = self._add(tx, [(name, main_ip, agent_port, agent_protocol, labels, int(enabled), status)])[0]
+            self._audit.add(tx, by, "node.add", f"node {name}", after={"id": node.id, **node_values(node)})
+            return node
+
+    def add_all(self, rows: Sequence[tuple[str, str, int, str, str, int, str]], by: Who = PROGRAM) -> list[Node]:
+        """Adds nodes, all or none; AppError 3002 naming the first whose name is taken."""
+        with self._database.transaction(write=True) as tx:
+            nodes = self._add(tx, rows)
+            if nodes:
+                self._audit.add(tx, by, "node.import", count_of_nodes(len(nodes)), after={
+                    "count": len(nodes), "names": names_of([node.name for node in nodes]),
+                    "nodes": [node_values(node) for node in nodes]})
+            return nodes
+
+    def _add(self, tx: Transaction, rows: Sequence[tuple[str, str, int, str, str, int, str]]) -> list[Node]:
+        now, owners = self._state.now(), self._endpoints(tx)
+        for row in rows:
+            if tx.value("SELECT COUNT(*) FROM nodes WHERE name = ?", row[0]):
+                raise AppError(EXISTS, f"node {row[0]} exists already")
+            if row[5]:
+                self._refuse_twin(owners, row[0], row[1], row[2])
+            tx.execute("""
+                INSERT INTO nodes (name, main_ip, agent_port, agent_protocol, labels, enabled, status,
+                                   created_at, updated_at)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""", *row, now, now)
+        return [self._node_by_name(tx, row[0]) for row in rows]
+
+    def get(self, node_id: int) -> Node:
+        """Gives a node; AppError 3001 when there is none."""
+        with self._database.transaction() as tx:
+            return self._node(tx, node_id)
+
+    def named(self, name: str) -> Node:
+        """Gives a node by its name; AppError 3001 when there is none."""
+        with self._database.transaction() as tx:
+            return self._node_by_name(tx, name)
+
+    def page(self, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
+        """Gives a page of the nodes, by id; size 0 for all of them."""
+        with self._database.transaction() as tx:
+            total = tx.value("SELECT COUNT(*) FROM nodes")
+            rows = tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id LIMIT ? OFFSET ?",
+                           size or total, (page - 1) * size)
+            return Page([Node(*row) for row in rows], total, page, size)
+
+    def last_releases(self, node_ids: Sequence[int]) -> dict[int, tuple[int, str]]:
+        """Gives for each of some nodes the newest release that names it, and what it is there."""
+        if not node_ids:
+            return {}
+        with self._database.transaction() as tx:
+            # the index release_task_nodes_by_node finds the newest of each
+            return {node_id: (release_id, status) for node_id, release_id, status in tx.rows(f"""
+                SELECT n.node_id, n.release_task_id, n.status
+                FROM release_task_nodes n
+                WHERE n.node_id IN ({', '.join('?' * len(node_ids))})
+                  AND n.release_task_id = (SELECT MAX(m.release_task_id) FROM release_task_nodes m
+                                           WHERE m.node_id = n.node_id)""", *node_ids)}
+
+    def update(self, node_id: int, changes: Mapping[str, object], by: Who = PROGRAM) -> Node:
+        """Changes columns of a node, checked by floor 5; 3001, 3002, or 3003 while a release needs it."""
+        with self._database.transaction(write=True) as tx:
+            node = self._node(tx, node_id)
+            if changes.get("name", node.name) != node.name and tx.value(
+                    "SELECT COUNT(*) FROM nodes WHERE name = ?", changes["name"]):
+                raise AppError(EXISTS, f"node {changes['name']} exists already")
+            if any(changes.get(c, getattr(node, c)) != getattr(node, c)
+                   for c in ("main_ip", "agent_port", "agent_protocol")):
+                self._refuse_in_use(tx, node)
+            after = dataclasses.replace(node, **dict(changes))  # type: ignore[arg-type]
+            if after.enabled and (after.endpoint != node.endpoint or not node.enabled):
+                self._refuse_twin(self._endpoints(tx), after.name, after.main_ip, after.agent_port, node.name)
+            changed = [column for column in _NODE_COLUMNS if getattr(after, column) != getattr(node, column)]
+            for column in changed:
+                tx.execute(f"UPDATE nodes SET {column} = ?, updated_at = ? WHERE id = ?",
+                           changes[column], self._state.now(), node_id)
+            if changed:
+                self._audit.add(tx, by, "node.set", f"node {node.name}", node_values(node, changed),
+                            node_values(after, changed))
+            return self._node(tx, node_id)
+
+    @staticmethod
+    def _endpoints(tx: Transaction) -> dict[Endpoint, str]:
+        """Return which enabled node has which address."""
+        return {endpoint_of(main_ip, port): name for name, main_ip, port in tx.rows(
+            "SELECT name, main_ip, agent_port FROM nodes WHERE enabled = 1")}
+
+    @staticmethod
+    def _refuse_twin(owners: dict[Endpoint, str], name: str, main_ip: str, port: int, known_as: str = "") -> None:
+        """Raise AppError 3002 where another enabled node has this address; else note that it is taken now."""
+        twin = owners.setdefault(endpoint_of(main_ip, port), name)
+        if twin not in (name, known_as):
+            raise AppError(EXISTS, f"node {twin} has the address {main_ip}:{port} already: one agent is one node")
+
+    def delete(self, node_id: int, by: Who = PROGRAM) -> None:
+        """Deletes a node; AppError 3003 when a release names it (the history is kept)."""
+        with self._database.transaction(write=True) as tx:
+            node = self._node(tx, node_id)
+            release_id = tx.value("SELECT MAX(release_task_id) FROM release_task_nodes WHERE node_id = ?", node_id)
+            if release_id is not None:
+                raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}: disable it instead")
+            tx.execute("DELETE FROM nodes WHERE id = ?", node_id)
+            self._audit.add(tx, by, "node.delete", f"node {node.name}", {"id": node.id, **node_values(node)})
+
+    def _refuse_in_use(self, tx: Transaction, node: Node) -> None:
+        release_id = tx.value("""
+            SELECT MIN(r.id)
+            FROM release_tasks r
+            WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')
+              AND EXISTS (SELECT 1 FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.node_id = ?)""",
+                              node.id)
+        if release_id is not None:
+            raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}, which is not at its end: "
+                                 "its address, port and protocol stay until then")
+
+    @staticmethod
+    def _node(tx: Transaction, node_id: int) -> Node:
+        row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE id = ?", node_id) if node_id <= MAX_ID else None
+        if row is None:
+            raise AppError(NOT_FOUND, f"node {node_id} does not exist")
+        return Node(*row)
+
+    @staticmethod
+    def _node_by_name(tx: Transaction, name: str) -> Node:
+        row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE name = ?", name)
+        if row is None:
+            raise AppError(NOT_FOUND, f"node {one_line(name, 100)} does not exist")
+        return Node(*row)
+
+
+# endregion
+
+
+# region Queue
+# ======================================================================================
+# Queue: the order of open releases, and the writing of what is decided on one.
+# Uses: Vocabulary, Helpers, Model, Strategy, Status texts, Decision, Verbs, Database,
+#   Database state, Audit.
+# ======================================================================================
+
+# The index release_task_nodes_by_status serves the two that are counted: the lowest batch of one
+# status is its first entry, while IN would go through all of them.
+RELEASE_COLUMNS = """r.id, r.type, r.target, r.version, r.status, r.status_reason, r.reason, r.payload, r.strategy,
+    r.retry_of, r.rollback_of, r.total_nodes, r.success_nodes, r.failed_nodes, r.error_msg, r.claim_owner,
+    r.claim_fence, r.claim_expires_at, r.created_at, r.started_at, r.finished_at, r.updated_at,
+    r.passed_batch, r.soak_until, r.paused_by, r.tag, r.soak_clock,
+    (SELECT COUNT(*) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'skipped'),
+    COALESCE((SELECT MIN(w.batch) FROM (
+         SELECT MIN(n.batch) AS batch FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'pending'
+         UNION ALL
+         SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'running') w),
+        (SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'failed'), 0)"""
+
+# A node of a release n as it was when the release was made; as it is in nodes h where a person wrote the row.
+NAME_THEN, ADDRESS_THEN = "COALESCE(NULLIF(n.node_name, ''), h.name)", """COALESCE(NULLIF(n.main_ip, ''), h.main_ip),
+    COALESCE(NULLIF(n.agent_port, 0), h.agent_port)"""
+
+RELEASE_NODE_COLUMNS = f"""n.node_id, {NAME_THEN}, {ADDRESS_THEN}, h.agent_protocol, n.batch, n.status, n.task_id,
+    n.attempts, n.error_kind, n.error_msg, n.hold_until, n.started_at, n.finished_at, n.accepted,
+    (SELECT MAX(a.last_version) FROM nodes a WHERE a.main_ip = h.main_ip AND a.agent_port = h.agent_port),
+    n.hold_clock, n.started_clock, n.waited_sec, n.reached"""
+
+# The counters, made from the rows themselves in the transaction that changes them (rule 7).
+COUNTERS = """success_nodes = (SELECT COUNT(*) FROM release_task_nodes n
+                         WHERE n.release_task_id = release_tasks.id AND n.status = 'success'),
+        failed_nodes = (SELECT COUNT(*) FROM release_task_nodes n
+                        WHERE n.release_task_id = release_tasks.id AND n.status = 'failed')"""
+
+RELEASE_EVENTS = {PENDING: "created", RUNNING: "started", PAUSED: "paused", CANCELLING: "cancelling",
+                  SUCCESS: "finished", PARTIAL: "finished", FAILED: "finished", CANCELLED: "cancelled"}
+NODE_EVENTS = {RUNNING: "dispatched", SUCCESS: "succeeded", FAILED: "failed", SKIPPED: "skipped"}
+
+# Nodes in one statement, up to three parameters each: SQLite 3.26 takes 999.
+NODES_PER_STATEMENT = 320
+
+# Of so many releases it is kept which addresses they have.
+MAX_MASKS = 1000
 
 
 def read_release(tx: Transaction, release_id: int) -> Release:
@@ -4057,6 +4960,148 @@ def write_nodes(tx: Transaction, release_id: int, changes: Sequence[NodeChange],
                                  release_id, *key[-2:], *(n.node_id for n in part))
             if changed != len(part):
                 raise StateMoved(f"a node of release {release_id} is no longer {key[-2]}")
+
+
+class Queue:
+    """The order of open releases, and the writing of what is decided on one of them, within a transaction."""
+
+    def __init__(self, state: DatabaseState, audit: Audit):
+        self._state = state
+        self._database = state.database
+        self._audit = audit
+        # The addresses of an open release as bits of one number, by generation of the database, id and version.
+        self._masks: dict[tuple[int, int, int], int] = {}
+        # Which bit an address is.
+        self._bits: dict[Endpoint, int] = {}
+        self._masks_guard = threading.Lock()
+
+    def runnable(self, tx: Transaction) -> tuple[list[int], list[int]]:
+        return runnable(read_candidates(tx), tx.now(), read_freeze(tx), self._shares(tx))
+
+    def _shares(self, tx: Transaction) -> Shares:
+        """Return how to tell whether two open releases have an address in common.
+
+        The nodes of a release are read once: with fifty of ten thousand each scan would read half a million rows.
+        """
+        bit_of: dict[int, int] = {}
+        generation = self._state.generation
+
+        def mask(c: Candidate) -> int:
+            key = generation, c.id, c.version
+            known = self._masks.get(key) if c.tag else None
+            if known is None:
+                bit_of.update(() if bit_of else self._bit_of(tx).items())
+                # as one text: ten thousand rows take five times as long
+                text = tx.value(f"SELECT {self._database.engine.joined_sql} FROM release_task_nodes "
+                                "WHERE release_task_id = ?", c.id)
+                bits = bytearray(len(self._bits) // 8 + 1)
+                for bit in {bit_of[int(node_id)] for node_id in text.split(",")} if text else ():
+                    bits[bit >> 3] |= 1 << (bit & 7)
+                if len(self._masks) >= MAX_MASKS:
+                    self._masks.clear()
+                known = self._masks[key] = int.from_bytes(bits, "little")
+            return known
+
+        return lambda one, other: bool(mask(one) & mask(other))
+
+    def _bit_of(self, tx: Transaction) -> dict[int, int]:
+        """Return for each node which bit its address is in the masks of releases."""
+        rows = tx.rows("SELECT id, main_ip, agent_port FROM nodes")
+        with self._masks_guard:
+            return {node_id: self._bits.setdefault(endpoint_of(main_ip, port), len(self._bits))
+                    for node_id, main_ip, port in rows}
+
+    def explain_waiting(self, tx: Transaction) -> None:
+        """Brings the sentences of pending releases up to date, after whatever may have changed them."""
+        candidates = read_candidates(tx)
+        said = {c.id: c.status_reason for c in candidates}
+        for release_id, reason in waiting_reasons(candidates, tx.now(), read_freeze(tx), self._shares(tx)).items():
+            if said[release_id] != reason:
+                tx.execute("UPDATE release_tasks SET status_reason = ?, updated_at = ? WHERE id = ?",
+                           reason, self._state.now(), release_id)
+
+    def write(self, tx: Transaction, release: Release, decision: Decision, now: Moment, actor: Who,
+               claim: Claim | None = None, detail: str = "") -> None:
+        write_nodes(tx, release.id, decision.changes, now)
+        ends = decision.status in TERMINAL
+        changed = tx.execute(f"""
+            UPDATE release_tasks
+            SET status = ?, status_reason = ?, error_msg = ?, updated_at = ?, {COUNTERS},
+                finished_at = ?, passed_batch = ?, soak_until = ?, soak_clock = ?,
+                claim_owner = CASE WHEN ? = 1 THEN '' ELSE claim_owner END,
+                claim_expires_at = CASE WHEN ? = 1 THEN NULL ELSE claim_expires_at END
+            WHERE id = ? AND status = ? AND updated_at = ? AND claim_fence = ? AND claim_owner = ?""",
+                             decision.status, decision.status_reason, decision.error_msg, now.text,
+                             now.text if ends else None, decision.passed_batch, decision.soak_until,
+                             decision.soak_clock, int(ends), int(ends), release.id, release.status, release.updated_at,
+                             claim.fence if claim else release.claim_fence,
+                             claim.owner if claim else release.claim_owner)
+        if changed != 1:
+            raise StateMoved(f"{release} is no longer as it was read")
+        events = [NewEvent(release.id, NODE_EVENTS[c.after.status], c.before.status, c.after.status,
+                           c.detail or c.after.error_msg, c.after.node_id)
+                  for c in decision.changes if c.before.status != c.after.status]
+        if decision.status != release.status:
+            events.append(NewEvent(release.id, RELEASE_EVENTS[decision.status], release.status, decision.status,
+                                   detail or decision.error_msg or decision.status_reason))
+        add_events(tx, now.text, actor, events)
+        if decision.status != release.status:
+            self.explain_waiting(tx)
+        head = self._audit.add_end(tx, actor, release, decision.status) if ends else None
+        tx.afterwards.append(lambda: self.log_written(release, decision, str(actor), head))
+
+    def log_written(self, release: Release, decision: Decision, actor: str,
+                    head: tuple[int, str] | None = None) -> None:
+        """Logs and counts what a commit changed, once it is certain: a line for each change of a status.
+
+        Of single nodes only failures are for everybody: ten thousand successes would bury all else.
+        """
+        for change in decision.changes:
+            node, event = change.after, NODE_EVENTS.get(change.after.status, "")
+            if node.status == change.before.status:
+                continue
+            if node.status == FAILED:
+                self._database.metrics.count("releasectl_node_failures_total", node.error_kind)
+                log.warning("%s: node %s failed: %s", release, node.name, node.error_msg,
+                            extra=about(release, node=node.name, actor=actor, event=event))
+            elif log.isEnabledFor(logging.DEBUG):
+                log.debug("%s: node %s %s", release, node.name, event,
+                          extra=about(release, node=node.name, actor=actor, event=event))
+        skipped = sum(c.before.status != SKIPPED and c.after.status == SKIPPED for c in decision.changes)
+        if skipped:
+            log.info("%s: %s skipped", release, count_of_nodes(skipped),
+                     extra=about(release, actor=actor, event=NODE_EVENTS[SKIPPED]))
+        done = decision.passed_batch if decision.passed_batch > release.passed_batch else 0
+        if decision.status in (SUCCESS, PARTIAL):
+            done = release.current_batch
+        if done:
+            log.info("%s: batch %d done", release, done, extra=about(release, actor=actor, event="batch_done"))
+        if decision.status in TERMINAL:
+            # a copy of the head in the journal: whoever writes to the database can't change that
+            trail.info("%s: the audit log is at %d:%s", release, *(head or self._audit.head()), extra=about(release))
+        if decision.status != release.status:
+            log.log(logging.INFO if decision.status == SUCCESS else logging.WARNING, "%s: %s, %s", release,
+                    decision.status, decision.status_reason,
+                    extra=about(release, actor=actor, event=RELEASE_EVENTS[decision.status]))
+
+
+# endregion
+
+
+# region Retry and rollback
+# ======================================================================================
+# Retry and rollback: what a new release brings back to whom (contract 3, rule 10).
+# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Verbs, Database, Nodes, Queue.
+# ======================================================================================
+
+class Again(NamedTuple):
+    """What a retry or rollback is asked to be.
+
+    over_newer: also where a node has a newer success of the target. to_release: whose payload a rollback brings back.
+    """
+    reason: str = ""
+    over_newer: bool = False
+    to_release: int | None = None
 
 
 def emptied_nodes(payload: Mapping[str, Any], nodes: Iterable[Node]) -> list[str]:
@@ -4237,496 +5282,53 @@ def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in strategy.items() if key not in without}
 
 
-class DatabaseState:
-    """What this process knows of the database as a whole: its clock, its versions, whether it went back."""
+# endregion
 
-    def __init__(self, database: Database, clock: Clock):
-        self.database = database
-        self.clock = clock
-        self.seen = Seen()
-        # When the generation grew last, by the elapsed clock; whether a fall is not written down yet.
-        self.changed_at = float("-inf")
-        self.has_fallen = False
+
+# region Releases
+# ======================================================================================
+# Releases: create, verbs, lists, payloads, prune.
+# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Status texts, Decision, Verbs,
+#   Database, Database state, Audit, Nodes, Queue, Retry and rollback.
+# ======================================================================================
+
+class BatchProgress(NamedTuple):
+    """How many nodes of a batch are in each status."""
+    number: int
+    counts: Mapping[str, int]
 
     @property
-    def generation(self) -> int:
-        """How often the database went back, or moved to another server, as far as this process saw."""
-        return self.seen.numbers.generation
+    def total(self) -> int:
+        return sum(self.counts.values())
 
-    def moment(self) -> Moment:
-        """Return this instant."""
-        return Moment(self.clock.wall(), self.clock.elapsed(), self.clock.boot())
-
-    def now(self) -> str:
-        return utc_text(self.clock.wall())
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[Transaction]:
-        """Give a transaction that reads, and notice where the database went back since the last one."""
-        before = self.seen.numbers
-        with self.database.transaction() as tx:
-            version, event_id = tx.row("SELECT (SELECT COALESCE(MAX(version), 0) FROM release_tasks), "
-                                       "(SELECT COALESCE(MAX(id), 0) FROM release_events)") or (0, 0)
-            timeline = tx.value(self.database.engine.timeline_sql)
-            # a standby that is behind is no database that went back
-            fell, has_moved = self.seen.note(before, version, event_id, timeline) if timeline else ("", False)
-            if fell:
-                self._note_went_back(fell)
-            elif has_moved:
-                self.changed_at = self.clock.elapsed()
-                log.warning("%s moved to another server (failover): everything is read anew, and agents are asked "
-                            "before anything is sent", self.database)
-            yield tx
-
-    def _note_went_back(self, fell: str) -> None:
-        self.changed_at = self.clock.elapsed()
-        self.has_fallen = True
-        self.database.metrics.count("releasectl_database_went_back_total")
-        log.error("%s went back to an earlier state (%s): a backup was restored, or a failover lost commits; "
-                  "everything is read anew, and agents are asked before anything is sent. See the runbook, "
-                  "ReleasectlDatabaseWentBack", self.database, fell)
-
-    def next_version(self, tx: Transaction, release_id: int) -> int:
-        """Return the version for the release of an id: above every one that may ever have been used (rule 1)."""
-        # the unique index of version, and nodes_by_last_version
-        highest = tx.value("""
-            SELECT MAX(v)
-            FROM (SELECT MAX(version) AS v FROM release_tasks
-                  UNION ALL SELECT MAX(last_version) FROM nodes
-                  UNION ALL SELECT first_version - 1 FROM database_state
-                  UNION ALL SELECT lost_version FROM database_state) used""")
-        version = int(max(highest or 0, release_id - 1, self.seen.version)) + 1
-        if version > MAX_VERSION:
-            raise AppError(WRONG_STATE, f"the versions are used up: the newest is {MAX_VERSION}")
-        return version
-
-    def write_fall(self, tx: Transaction) -> None:
-        """Write down that the database went back, where this process saw it: others saw no lost version."""
-        if self.has_fallen:
-            tx.execute("""
-                UPDATE database_state
-                SET moved_at = ?, lost_version = CASE WHEN lost_version > ? THEN lost_version ELSE ? END
-                WHERE id = 1""", tx.now(), self.seen.version, self.seen.version)
-            tx.afterwards.append(functools.partial(setattr, self, "_has_fallen", False))
-
-    def note_timeline(self, tx: Transaction) -> None:
-        """Note the server that a writer has; after a failover leave out the numbers that lost releases may have had."""
-        self.write_fall(tx)
-        timeline = tx.value(self.database.engine.timeline_sql)
-        known = tx.value("SELECT timeline FROM database_state WHERE id = 1")
-        if known == 0 != timeline:
-            tx.execute("UPDATE database_state SET timeline = ? WHERE id = 1", timeline)
-        elif known != timeline:
-            tx.execute("UPDATE database_state SET timeline = ?, moved_at = ?, lost_version = ? WHERE id = 1",
-                       timeline, tx.now(), min(self.next_version(tx, 0) + VERSIONS_SKIPPED - 1, MAX_VERSION))
-
-    def note_fall(self, claim: Claim, fell: str) -> None:
-        """Tell that the database went back, where that was not noticed since the claim was taken."""
-        if self.generation == claim.generation:
-            self.seen.note_fall()
-            self._note_went_back(fell)
-
-    def check_write(self) -> None:
-        """Commits a write; DatabaseError when that can't be done now.
-
-        A look alone would not tell: SQLite begins to write on a full disk or a read-only file too.
-        """
-        with self.database.transaction(write=True) as tx:
-            tx.execute("UPDATE health_probe SET at = ? WHERE id = 1", self.now())
+    def count(self, *statuses: str) -> int:
+        """Gives how many nodes are in one of the statuses."""
+        return sum(self.counts.get(status, 0) for status in statuses)
 
 
-class Audit:
-    """The history of releases (release_events) and of every act (audit_log)."""
-
-    def __init__(self, state: DatabaseState):
-        self._state = state
-        self._database = state.database
-
-    def add(self, tx: Transaction, who: Who, action: str, what: str, before: Mapping[str, object] | None = None,
-               after: Mapping[str, object] | None = None) -> tuple[int, str]:
-        """Append the row of an act to audit_log, in the act's own transaction; return its id and hash.
-
-        Writers come one after the other (the lock of a writing transaction), so the order of ids is the chain's.
-        """
-        act = who if isinstance(who, Act) else Act(who)
-        id_before, hash_before = self._head(tx)
-        row = AuditRow(id_before + 1, self._state.now(), act.actor, act.via, act.token, act.certificate, act.address,
-                       act.request_id, action, one_line(what), audit_text(before), audit_text(after), "")
-        row = row._replace(hash=audit_hash(row, hash_before))
-        tx.execute(f"INSERT INTO audit_log ({AUDIT_COLUMNS}) VALUES ({self._database.engine.audit_id_sql}"
-                   f"{', ?' * (len(row) - 1)})", *row)
-        tx.afterwards.append(lambda: act.rows.append(row))
-        return row.id, row.hash
-
-    def add_end(self, tx: Transaction, who: Who, release: Release, status: str) -> tuple[int, str]:
-        """Append the row of a release's end, with the SHA-256 of its events."""
-        count, digest = self._events_digest(tx, release.id)
-        act = dataclasses.replace(who, via=VIA_EXECUTOR) if isinstance(who, Act) else who
-        return self.add(tx, act, RELEASE_END, f"release {release.id}", {"status": release.status},
-                           {"status": status, "events": count, "eventsSha256": digest})
-
-    @staticmethod
-    def _head(tx: Transaction) -> tuple[int, str]:
-        row = tx.row("SELECT id, hash FROM audit_log ORDER BY id DESC LIMIT 1")
-        return (row[0], row[1]) if row and row[0] > 0 else (0, "")
-
-    @staticmethod
-    def _events_digest(tx: Transaction, release_id: int) -> tuple[int, str]:
-        """Return how many events a release has, and the SHA-256 of them in their canonical form."""
-        digest, count, last_id = hashlib.sha256(b"["), 0, -MAX_ID
-        while True:
-            # the index release_events_by_release
-            rows = tx.rows("""
-                SELECT id, node_id, at, actor, event, from_status, to_status, detail
-                FROM release_events
-                WHERE release_task_id = ? AND id > ?
-                ORDER BY id
-                LIMIT ?""", release_id, last_id, AUDIT_PAGE)
-            if rows:
-                digest.update((b"," if count else b"") + _CANONICAL.encode(rows)[1:-1].encode())
-                count, last_id = count + len(rows), rows[-1][0]
-            if len(rows) < AUDIT_PAGE:
-                digest.update(b"]")
-                return count, digest.hexdigest()
-
-    def head(self) -> tuple[int, str]:
-        """Return id and hash of the newest row of audit_log; 0 and "" while there is none."""
-        with self._database.transaction() as tx:
-            return self._head(tx)
-
-    def rows(self, after: int = 0, limit: int = 100, wanted: AuditFilter = AuditFilter(),  # noqa: B008
-                   newest: bool = False) -> list[AuditRow]:
-        """Return rows of audit_log with an id above after, oldest first; with newest the last ones of them."""
-        parts = [(clause, params) for clause, params, is_set in (
-            ("? IN (actor, token, certificate)", (wanted.actor,), wanted.actor),
-            ("(action = ? OR action LIKE ?)", (wanted.action, f"{wanted.action}.%"), wanted.action),
-            ("object = ?", (wanted.object,), wanted.object), ("at >= ?", (wanted.since,), wanted.since)) if is_set]
-        where = " AND ".join(["id > ?", *(clause for clause, _ in parts)])
-        with self._database.transaction() as tx:
-            rows = [AuditRow(*row) for row in tx.rows(
-                f"SELECT {AUDIT_COLUMNS} FROM audit_log WHERE {where} ORDER BY id {'DESC' if newest else ''} LIMIT ?",
-                after, *(param for _, params in parts for param in params), limit)]
-        return rows[::-1] if newest else rows
-
-    def verify(self, copy: tuple[int, str] | None = None, max_rows: int = MAX_ID,
-                     max_releases: int = MAX_ID) -> AuditReport:
-        """Look whether audit_log is whole, and the events of ended releases are those that they ended with.
-
-        copy: id and hash of a row as somebody kept them elsewhere: only that shows that the end was taken away. At
-        most so many of the newest rows are looked at, and of the releases whose end they tell.
-        """
-        of_rows = self.head()[0]
-        start = max(of_rows - max_rows, 0)
-        before = self.rows(start - 1, 1) if start else []
-        chain = AuditChain((start, before[0].hash if before and before[0].id == start else ""), copy)
-        self._read(chain, start or -MAX_ID)
-        ended = list(chain.ended.items())
-        some, gone = ended[max(len(ended) - max_releases, 0):], []
-        for release_id, (row_id, digest) in some:
-            with self._database.transaction() as tx:
-                if not tx.value("SELECT COUNT(*) FROM release_tasks WHERE id = ?", release_id):
-                    gone.append(release_id)
-                elif self._events_digest(tx, release_id)[1] != digest:
-                    chain.note(f"digest of release {release_id} differs: its events are not those that it ended with "
-                               f"(row {row_id})")
-        if gone:
-            self._read(chain, chain.last[0])  # a prune may have come meanwhile
-        for release_id in gone:
-            if not chain.is_pruned(release_id):
-                chain.note(f"taken away: release {release_id}, and no row of prune tells of it")
-        if copy and copy[0] > chain.last[0]:
-            chain.note(f"taken away: the log ends with row {chain.last[0]}, and the copy is of row {copy[0]}")
-        return AuditReport(chain.rows, max(of_rows, chain.last[0]), len(some), len(ended), chain.last, chain.faults)
-
-    def _read(self, chain: AuditChain, after: int) -> None:
-        while rows := self.rows(after, AUDIT_PAGE):
-            for row in rows:
-                chain.add(row)
-            after = rows[-1].id
-
-    def note(self, by: Who, action: str, what: str, after: Mapping[str, object], deed: Callable[[], T]) -> T:
-        """Do what is outside of the database, with its row in audit_log: both or none; return what it gives."""
-        with self._database.transaction(write=True) as tx:
-            self.add(tx, by, action, what, after=after)
-            return deed()
-
-    def backup(self, path: str, by: Who = PROGRAM) -> tuple[int, int]:
-        """Write a checked copy to a new file; return its schema and its size in bytes; raise as Database.backup().
-
-        A database that is older than audit_log has no row of it.
-        """
-        schema, size = self._database.backup(path)
-        try:
-            if schema >= AUDIT_SCHEMA:
-                self.note(by, "backup", f"file {path}", {"bytes": size, "schema": schema}, lambda: None)
-        except BaseException:
-            os.unlink(path)
-            raise
-        return schema, size
+class Progress(NamedTuple):
+    """Where a release stands: its batches in order, and name and error of the first nodes that failed."""
+    release: Release
+    batches: list[BatchProgress]
+    failures: list[tuple[str, str]]
 
 
-class Nodes:
-    """The registry. Each public method is one transaction."""
+# So many targets have figures of their own, the oldest ones; the others' are summed up.
+MAX_TARGETS_COUNTED, OTHER = 50, "other"
 
-    def __init__(self, state: DatabaseState, audit: Audit):
-        self._state = state
-        self._database = state.database
-        self._audit = audit
-
-    def add(self, name: str, main_ip: str, agent_port: int = 8443, agent_protocol: str = TASKS,
-                 labels: str = "{}", enabled: bool = True, status: str = "online", by: Who = PROGRAM) -> Node:
-        """Adds a node; AppError 3002 when the name is taken. The values are checked by floor 5."""
-        with self._database.transaction(write=True) as tx:
-            node = self._add(tx, [(name, main_ip, agent_port, agent_protocol, labels, int(enabled), status)])[0]
-            self._audit.add(tx, by, "node.add", f"node {name}", after={"id": node.id, **node_values(node)})
-            return node
-
-    def add_all(self, rows: Sequence[tuple[str, str, int, str, str, int, str]], by: Who = PROGRAM) -> list[Node]:
-        """Adds nodes, all or none; AppError 3002 naming the first whose name is taken."""
-        with self._database.transaction(write=True) as tx:
-            nodes = self._add(tx, rows)
-            if nodes:
-                self._audit.add(tx, by, "node.import", count_of_nodes(len(nodes)), after={
-                    "count": len(nodes), "names": names_of([node.name for node in nodes]),
-                    "nodes": [node_values(node) for node in nodes]})
-            return nodes
-
-    def _add(self, tx: Transaction, rows: Sequence[tuple[str, str, int, str, str, int, str]]) -> list[Node]:
-        now, owners = self._state.now(), self._endpoints(tx)
-        for row in rows:
-            if tx.value("SELECT COUNT(*) FROM nodes WHERE name = ?", row[0]):
-                raise AppError(EXISTS, f"node {row[0]} exists already")
-            if row[5]:
-                self._refuse_twin(owners, row[0], row[1], row[2])
-            tx.execute("""
-                INSERT INTO nodes (name, main_ip, agent_port, agent_protocol, labels, enabled, status,
-                                   created_at, updated_at)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""", *row, now, now)
-        return [self._node_by_name(tx, row[0]) for row in rows]
-
-    def get(self, node_id: int) -> Node:
-        """Gives a node; AppError 3001 when there is none."""
-        with self._database.transaction() as tx:
-            return self._node(tx, node_id)
-
-    def named(self, name: str) -> Node:
-        """Gives a node by its name; AppError 3001 when there is none."""
-        with self._database.transaction() as tx:
-            return self._node_by_name(tx, name)
-
-    def page(self, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
-        """Gives a page of the nodes, by id; size 0 for all of them."""
-        with self._database.transaction() as tx:
-            total = tx.value("SELECT COUNT(*) FROM nodes")
-            rows = tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id LIMIT ? OFFSET ?",
-                           size or total, (page - 1) * size)
-            return Page([Node(*row) for row in rows], total, page, size)
-
-    def last_releases(self, node_ids: Sequence[int]) -> dict[int, tuple[int, str]]:
-        """Gives for each of some nodes the newest release that names it, and what it is there."""
-        if not node_ids:
-            return {}
-        with self._database.transaction() as tx:
-            # the index release_task_nodes_by_node finds the newest of each
-            return {node_id: (release_id, status) for node_id, release_id, status in tx.rows(f"""
-                SELECT n.node_id, n.release_task_id, n.status
-                FROM release_task_nodes n
-                WHERE n.node_id IN ({', '.join('?' * len(node_ids))})
-                  AND n.release_task_id = (SELECT MAX(m.release_task_id) FROM release_task_nodes m
-                                           WHERE m.node_id = n.node_id)""", *node_ids)}
-
-    def update(self, node_id: int, changes: Mapping[str, object], by: Who = PROGRAM) -> Node:
-        """Changes columns of a node, checked by floor 5; 3001, 3002, or 3003 while a release needs it."""
-        with self._database.transaction(write=True) as tx:
-            node = self._node(tx, node_id)
-            if changes.get("name", node.name) != node.name and tx.value(
-                    "SELECT COUNT(*) FROM nodes WHERE name = ?", changes["name"]):
-                raise AppError(EXISTS, f"node {changes['name']} exists already")
-            if any(changes.get(c, getattr(node, c)) != getattr(node, c)
-                   for c in ("main_ip", "agent_port", "agent_protocol")):
-                self._refuse_in_use(tx, node)
-            after = dataclasses.replace(node, **dict(changes))  # type: ignore[arg-type]
-            if after.enabled and (after.endpoint != node.endpoint or not node.enabled):
-                self._refuse_twin(self._endpoints(tx), after.name, after.main_ip, after.agent_port, node.name)
-            changed = [column for column in _NODE_COLUMNS if getattr(after, column) != getattr(node, column)]
-            for column in changed:
-                tx.execute(f"UPDATE nodes SET {column} = ?, updated_at = ? WHERE id = ?",
-                           changes[column], self._state.now(), node_id)
-            if changed:
-                self._audit.add(tx, by, "node.set", f"node {node.name}", node_values(node, changed),
-                            node_values(after, changed))
-            return self._node(tx, node_id)
-
-    @staticmethod
-    def _endpoints(tx: Transaction) -> dict[Endpoint, str]:
-        """Return which enabled node has which address."""
-        return {endpoint_of(main_ip, port): name for name, main_ip, port in tx.rows(
-            "SELECT name, main_ip, agent_port FROM nodes WHERE enabled = 1")}
-
-    @staticmethod
-    def _refuse_twin(owners: dict[Endpoint, str], name: str, main_ip: str, port: int, known_as: str = "") -> None:
-        """Raise AppError 3002 where another enabled node has this address; else note that it is taken now."""
-        twin = owners.setdefault(endpoint_of(main_ip, port), name)
-        if twin not in (name, known_as):
-            raise AppError(EXISTS, f"node {twin} has the address {main_ip}:{port} already: one agent is one node")
-
-    def delete(self, node_id: int, by: Who = PROGRAM) -> None:
-        """Deletes a node; AppError 3003 when a release names it (the history is kept)."""
-        with self._database.transaction(write=True) as tx:
-            node = self._node(tx, node_id)
-            release_id = tx.value("SELECT MAX(release_task_id) FROM release_task_nodes WHERE node_id = ?", node_id)
-            if release_id is not None:
-                raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}: disable it instead")
-            tx.execute("DELETE FROM nodes WHERE id = ?", node_id)
-            self._audit.add(tx, by, "node.delete", f"node {node.name}", {"id": node.id, **node_values(node)})
-
-    def _refuse_in_use(self, tx: Transaction, node: Node) -> None:
-        release_id = tx.value("""
-            SELECT MIN(r.id)
-            FROM release_tasks r
-            WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')
-              AND EXISTS (SELECT 1 FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.node_id = ?)""",
-                              node.id)
-        if release_id is not None:
-            raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}, which is not at its end: "
-                                 "its address, port and protocol stay until then")
-
-    @staticmethod
-    def _node(tx: Transaction, node_id: int) -> Node:
-        row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE id = ?", node_id) if node_id <= MAX_ID else None
-        if row is None:
-            raise AppError(NOT_FOUND, f"node {node_id} does not exist")
-        return Node(*row)
-
-    @staticmethod
-    def _node_by_name(tx: Transaction, name: str) -> Node:
-        row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE name = ?", name)
-        if row is None:
-            raise AppError(NOT_FOUND, f"node {one_line(name, 100)} does not exist")
-        return Node(*row)
+# An Idempotency-Key is kept for so long.
+IDEMPOTENCY_KEY_S = 86400.0
 
 
-class Queue:
-    """The order of open releases, and the writing of what is decided on one of them, within a transaction."""
-
-    def __init__(self, state: DatabaseState, audit: Audit):
-        self._state = state
-        self._database = state.database
-        self._audit = audit
-        # The addresses of an open release as bits of one number, by generation of the database, id and version.
-        self._masks: dict[tuple[int, int, int], int] = {}
-        # Which bit an address is.
-        self._bits: dict[Endpoint, int] = {}
-        self._masks_guard = threading.Lock()
-
-    def runnable(self, tx: Transaction) -> tuple[list[int], list[int]]:
-        return runnable(read_candidates(tx), tx.now(), read_freeze(tx), self._shares(tx))
-
-    def _shares(self, tx: Transaction) -> Shares:
-        """Return how to tell whether two open releases have an address in common.
-
-        The nodes of a release are read once: with fifty of ten thousand each scan would read half a million rows.
-        """
-        bit_of: dict[int, int] = {}
-        generation = self._state.generation
-
-        def mask(c: Candidate) -> int:
-            key = generation, c.id, c.version
-            known = self._masks.get(key) if c.tag else None
-            if known is None:
-                bit_of.update(() if bit_of else self._bit_of(tx).items())
-                # as one text: ten thousand rows take five times as long
-                text = tx.value(f"SELECT {self._database.engine.joined_sql} FROM release_task_nodes "
-                                "WHERE release_task_id = ?", c.id)
-                bits = bytearray(len(self._bits) // 8 + 1)
-                for bit in {bit_of[int(node_id)] for node_id in text.split(",")} if text else ():
-                    bits[bit >> 3] |= 1 << (bit & 7)
-                if len(self._masks) >= MAX_MASKS:
-                    self._masks.clear()
-                known = self._masks[key] = int.from_bytes(bits, "little")
-            return known
-
-        return lambda one, other: bool(mask(one) & mask(other))
-
-    def _bit_of(self, tx: Transaction) -> dict[int, int]:
-        """Return for each node which bit its address is in the masks of releases."""
-        rows = tx.rows("SELECT id, main_ip, agent_port FROM nodes")
-        with self._masks_guard:
-            return {node_id: self._bits.setdefault(endpoint_of(main_ip, port), len(self._bits))
-                    for node_id, main_ip, port in rows}
-
-    def explain_waiting(self, tx: Transaction) -> None:
-        """Brings the sentences of pending releases up to date, after whatever may have changed them."""
-        candidates = read_candidates(tx)
-        said = {c.id: c.status_reason for c in candidates}
-        for release_id, reason in waiting_reasons(candidates, tx.now(), read_freeze(tx), self._shares(tx)).items():
-            if said[release_id] != reason:
-                tx.execute("UPDATE release_tasks SET status_reason = ?, updated_at = ? WHERE id = ?",
-                           reason, self._state.now(), release_id)
-
-    def write(self, tx: Transaction, release: Release, decision: Decision, now: Moment, actor: Who,
-               claim: Claim | None = None, detail: str = "") -> None:
-        write_nodes(tx, release.id, decision.changes, now)
-        ends = decision.status in TERMINAL
-        changed = tx.execute(f"""
-            UPDATE release_tasks
-            SET status = ?, status_reason = ?, error_msg = ?, updated_at = ?, {COUNTERS},
-                finished_at = ?, passed_batch = ?, soak_until = ?, soak_clock = ?,
-                claim_owner = CASE WHEN ? = 1 THEN '' ELSE claim_owner END,
-                claim_expires_at = CASE WHEN ? = 1 THEN NULL ELSE claim_expires_at END
-            WHERE id = ? AND status = ? AND updated_at = ? AND claim_fence = ? AND claim_owner = ?""",
-                             decision.status, decision.status_reason, decision.error_msg, now.text,
-                             now.text if ends else None, decision.passed_batch, decision.soak_until,
-                             decision.soak_clock, int(ends), int(ends), release.id, release.status, release.updated_at,
-                             claim.fence if claim else release.claim_fence,
-                             claim.owner if claim else release.claim_owner)
-        if changed != 1:
-            raise StateMoved(f"{release} is no longer as it was read")
-        events = [NewEvent(release.id, NODE_EVENTS[c.after.status], c.before.status, c.after.status,
-                           c.detail or c.after.error_msg, c.after.node_id)
-                  for c in decision.changes if c.before.status != c.after.status]
-        if decision.status != release.status:
-            events.append(NewEvent(release.id, RELEASE_EVENTS[decision.status], release.status, decision.status,
-                                   detail or decision.error_msg or decision.status_reason))
-        add_events(tx, now.text, actor, events)
-        if decision.status != release.status:
-            self.explain_waiting(tx)
-        head = self._audit.add_end(tx, actor, release, decision.status) if ends else None
-        tx.afterwards.append(lambda: self.log_written(release, decision, str(actor), head))
-
-    def log_written(self, release: Release, decision: Decision, actor: str,
-                    head: tuple[int, str] | None = None) -> None:
-        """Logs and counts what a commit changed, once it is certain: a line for each change of a status.
-
-        Of single nodes only failures are for everybody: ten thousand successes would bury all else.
-        """
-        for change in decision.changes:
-            node, event = change.after, NODE_EVENTS.get(change.after.status, "")
-            if node.status == change.before.status:
-                continue
-            if node.status == FAILED:
-                self._database.metrics.count("releasectl_node_failures_total", node.error_kind)
-                log.warning("%s: node %s failed: %s", release, node.name, node.error_msg,
-                            extra=about(release, node=node.name, actor=actor, event=event))
-            elif log.isEnabledFor(logging.DEBUG):
-                log.debug("%s: node %s %s", release, node.name, event,
-                          extra=about(release, node=node.name, actor=actor, event=event))
-        skipped = sum(c.before.status != SKIPPED and c.after.status == SKIPPED for c in decision.changes)
-        if skipped:
-            log.info("%s: %s skipped", release, count_of_nodes(skipped),
-                     extra=about(release, actor=actor, event=NODE_EVENTS[SKIPPED]))
-        done = decision.passed_batch if decision.passed_batch > release.passed_batch else 0
-        if decision.status in (SUCCESS, PARTIAL):
-            done = release.current_batch
-        if done:
-            log.info("%s: batch %d done", release, done, extra=about(release, actor=actor, event="batch_done"))
-        if decision.status in TERMINAL:
-            # a copy of the head in the journal: whoever writes to the database can't change that
-            trail.info("%s: the audit log is at %d:%s", release, *(head or self._audit.head()), extra=about(release))
-        if decision.status != release.status:
-            log.log(logging.INFO if decision.status == SUCCESS else logging.WARNING, "%s: %s, %s", release,
-                    decision.status, decision.status_reason,
-                    extra=about(release, actor=actor, event=RELEASE_EVENTS[decision.status]))
+def _ranges(numbers: Iterable[int]) -> list[list[int]]:
+    """Return numbers as the first and last ones of their runs."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return runs
 
 
 class Releases:
@@ -5142,6 +5744,27 @@ class Releases:
             return sorted(going)
 
 
+# endregion
+
+
+# region Claims
+# ======================================================================================
+# Claims: claim, lease, fence, commit; the store that all parts make up.
+# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Decision, Database, Database
+#   state, Audit, Nodes, Queue, Releases.
+# ======================================================================================
+
+class DispatchBlockers(NamedTuple):
+    """What may keep a release from its dispatches.
+
+    busy: addresses that another release has in flight, or that may be at a lost request. moved_s: how many seconds
+    ago the database went back or moved to another server, which may not know of the last dispatches.
+    """
+    busy: frozenset[Endpoint]
+    freeze: Freeze
+    moved_s: float
+
+
 class Claims:
     """Releases as their owner works on them: claim, lease, fence, commit. Each public method is one transaction."""
 
@@ -5407,9 +6030,14 @@ class Store:
         self.claims = Claims(self.state, self.queue)
 
 
+# endregion
+
+
+# region Event loop
 # ======================================================================================
-# 9 EventLoop: coroutines that wait for sockets, many in one thread, or one in the caller's.
-#   Uses 1 and 2; knows no agent.
+# Event loop: coroutines that wait for sockets: many in one thread, or one in the
+#   caller's.
+# Uses: Vocabulary.
 #
 #   A thread for each of 64 requests costs a third more CPU: they wake at once, and fight for the
 #   interpreter. asyncio is not used, as its TLS needs twice the CPU of a plain SSLSocket.
@@ -5419,7 +6047,6 @@ class Store:
 LATE_CHECK_S = 0.05
 # So many begin before others are looked at: with large payloads each takes its time.
 NEW_AT_ONCE = 8
-
 
 
 class Wait(NamedTuple):
@@ -5700,52 +6327,328 @@ class TooBig(Exception):
     """More came than may be read."""
 
 
+# endregion
+
+
+# region HTTP wire
 # ======================================================================================
-# 10 Agent client: mutual TLS, connections, deadlines, the two dialects (contract section 1).
-#   Uses 1 to 3, 9, and the words of 7; knows no database and no release.
+# HTTP wire: one connection's bytes against limits and deadlines, and who may stay
+#   when there are many.
+# Uses: Vocabulary, Helpers, Engines, Event loop.
+#
+#    The standard library's parser is not used: it accepts two lengths, a space before a colon
+#    and bare line feeds, and so would run requests that a proxy in front of us never saw.
 # ======================================================================================
 
-MAX_IDLE_AGENT_CONNECTIONS = 256
-MAX_IDLE_AGENT_CONNECTION_S = 60.0
-# Of a name's several addresses the next is tried beside the ones before after so long (RFC 8305, 5).
-NEXT_ADDRESS_S = 0.25
-# The head of an answer may be this long on top of the body.
-MAX_HEAD_BYTES = 64 << 10
-# The body of an agent's answer (contract section 1), and of what a probe gets: a page that a node serves.
-MAX_ANSWER_BYTES, MAX_PROBED_BYTES = 64 << 10, 1 << 20
+MAX_TARGET_BYTES, MAX_REQUEST_HEAD_BYTES, MAX_HEADERS = 8 << 10, 16 << 10, 64
+# Each deadline is for the whole step, however slowly bytes arrive.
+# Without a good token: from the connection, or the last answer, to the end of the TLS handshake and head.
+UNAUTHENTICATED_S = 5.0
+# With a good token: idle, and then for the head.
+IDLE_S, HEAD_S = 60.0, 5.0
+# For the body; for sending our answer; for discarding what the client still sends after it.
+BODY_S, WRITE_S, LINGER_S = 20.0, 20.0, 1.0
+MAX_LINGER_BYTES = 16 << 20
+# After a refused request with a longer body the connection is closed.
+MAX_SKIPPED_BYTES = 64 << 10
+# Minimum idle time before a connection may be evicted.
+MIN_IDLE_S = 0.25
+# Rejected connections that stay open at a time, so that their clients can read the 503.
+MAX_REJECTED = 64
+# Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
+FREE_ATTEMPTS, FREE_ATTEMPTS_OF_NETWORK, FIRST_DELAY_S, MAX_DELAY_S = 3, 24, 0.1, 3.0
+# A streak is forgotten this long after its last event.
+FORGET_S, MAX_STREAKS = 60.0, 2048
+# A token that was good at an address within this time is checked there without delay.
+KNOWN_TOKEN_S, MAX_KNOWN_TOKENS = 86400.0, 4096
 
-# X509_V_ERR_...: what OpenSSL found wrong with an agent's certificate, for a person on call.
-CERTIFICATE_FAULTS: Mapping[int, str] = {
-    3: "presented a certificate of a CA that has no CRL in CONTROL_CA, while others have one there",
-    8: "presented a certificate whose CA did not sign its CRL (CONTROL_CA)",
-    11: "can't be verified: the CRL in CONTROL_CA is not valid yet (look at the clock)",
-    12: "can't be verified: the CRL in CONTROL_CA has expired; put a newer one there",
-    23: "presented a certificate that was revoked (the CRL in CONTROL_CA)",
-    9: "presented a certificate that is not valid yet (look at both clocks)",
-    10: "presented a certificate that has expired",
-    18: "presented a self-signed certificate: it is not of our CA (CONTROL_CA)",
-    19: "presented a certificate of another CA than ours (CONTROL_CA)",
-    20: "presented a certificate of another CA than ours (CONTROL_CA)",
-    21: "presented a certificate of another CA than ours (CONTROL_CA)",
-    62: "presented a certificate for another name",
-    64: "presented a certificate for another address",
-    66: "presented a certificate whose key is too weak: it needs RSA of 2048 bits or more, or EC",
-    67: "presented a certificate of a CA whose key is too weak: it needs RSA of 2048 bits or more, or EC",
-    68: "presented a certificate signed with a digest that is too weak: it needs SHA-256 or better",
-}
-# What OpenSSL's security level refuses in our own files, and what would do.
-WEAK_REASONS: Mapping[str, str] = {
-    "EE_KEY_TOO_SMALL": "its key is too weak: make one of RSA with 2048 bits or more, or of EC",
-    "CA_KEY_TOO_SMALL": "the key of its CA is too weak: it needs RSA of 2048 bits or more, or EC",
-    "CA_MD_TOO_WEAK": "it is signed with a digest that is too weak: it needs SHA-256 or better",
-    "DH_KEY_TOO_SMALL": "its key is too weak: make one of RSA with 2048 bits or more, or of EC",
-}
-# Alerts by which an agent says that it does not like our certificate; their prefixes differ
-# between versions of TLS and of OpenSSL.
-REFUSAL_ALERTS = ("CERTIFICATE_REQUIRED", "BAD_CERTIFICATE", "UNKNOWN_CA", "CERTIFICATE_EXPIRED",
-                  "CERTIFICATE_REVOKED", "CERTIFICATE_UNKNOWN", "UNSUPPORTED_CERTIFICATE", "ACCESS_DENIED",
-                  "NO_CERTIFICATE", "HANDSHAKE_FAILURE", "DECRYPT_ERROR")
+_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
+# RFC 9112, sections 3 and 5, without its concessions to old clients: no folding, no bare CR or LF.
+REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])".encode())
+HEADER_LINE = re.compile(rf"({_TOKEN}+):[ \t]*([\t -~\x80-\xff]*)".encode("latin-1"))
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{0,5})?")
+# Headers that we act on; a second one of a name is refused.
+READ_ONCE = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect",
+                       "idempotency-key", "if-none-match", "origin", "x-request-id"))
 
+
+class Head(NamedTuple):
+    """The head of a request; header names are in lower case."""
+    method: str = "GET"
+    target: str = ""
+    is_http_1_0: bool = False
+    headers: Mapping[str, str] = {}
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the client wants the connection closed after this request."""
+        words = self.headers.get("connection", "").lower().split(",")
+        return self.is_http_1_0 or "close" in map(str.strip, words)
+
+
+class Wire:
+    """The bytes of one connection; every wait has a deadline on the monotonic clock."""
+
+    def __init__(self, sock: socket.socket):
+        sock.setblocking(False)
+        self._timed = TimedSocket(sock, 0.0, MAX_BODY_BYTES)
+        self.buffer = bytearray()
+
+    def fill(self, ends_at: float) -> bool:
+        """Wait for bytes; return False at the client's end. Raise AppError 4008 at the deadline."""
+        self._timed.ends_at, self._timed.received = ends_at, 0
+        try:
+            data = run_coroutine(self._timed.recv(65536))
+        except socket.timeout:
+            raise AppError(REQUEST_TIMEOUT, "the request did not come in time") from None
+        except OSError:
+            return False
+        self.buffer += data
+        return bool(data)
+
+    def line(self, ends_at: float, max_bytes: int, too_long: int) -> bytes | None:
+        """Return the next line without its CRLF, None at the client's end; raise AppError 2002, 4008, too_long."""
+        while True:
+            end = self.buffer.find(b"\n") + 1
+            line = bytes(self.buffer[:end or len(self.buffer)])
+            text = line[:-2] if end else line[:-1]  # of an unfinished line the last byte may be the CR of its CRLF
+            if b"\r" in text or b"\0" in line or (end and not line.endswith(b"\r\n")):
+                raise AppError(MALFORMED, "a line of the head holds a bare CR, a bare LF or a NUL")
+            if len(line) > max_bytes:
+                raise AppError(too_long, f"the request's head is too large: at most {MAX_TARGET_BYTES >> 10} KiB for "
+                               f"its first line, {MAX_REQUEST_HEAD_BYTES >> 10} KiB and {MAX_HEADERS} headers in all")
+            if end:
+                del self.buffer[:end]
+                return text
+            if not self.fill(ends_at):
+                if line:
+                    raise AppError(MALFORMED, "the request ends within its head")
+                return None
+
+    def take(self, count: int, ends_at: float) -> bytes:
+        """Return the next count bytes; raise AppError 2002 when the client ends first, 4008 at the deadline."""
+        while len(self.buffer) < count:
+            if not self.fill(ends_at):
+                raise AppError(MALFORMED, "the body is shorter than its Content-Length")
+        taken = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return taken
+
+    def send(self, data: bytes) -> None:
+        """Send all data within WRITE_S; raise OSError else."""
+        self._timed.ends_at = time.monotonic() + WRITE_S
+        run_coroutine(self._timed.sendall(data))
+
+
+def read_head(wire: Wire, ends_at: float) -> Head | None:
+    """Return the head of the next request, None at the client's end; raise AppError 2002, 4008, 4014, 4031, 5005."""
+    line = wire.line(ends_at, MAX_TARGET_BYTES, 4014)
+    if line is None:
+        return None
+    first = REQUEST_LINE.fullmatch(line)
+    if not first:
+        raise AppError(MALFORMED, "the first line of the request is not METHOD ADDRESS HTTP/1.1")
+    if first[3] != b"1" or first[4] not in b"01":
+        raise AppError(UNKNOWN_HTTP_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported")
+    left, headers = MAX_REQUEST_HEAD_BYTES - len(line), dict[str, str]()
+    for number in range(MAX_HEADERS + 1):
+        line = wire.line(ends_at, left if number < MAX_HEADERS else 2, 4031)
+        if line is None:
+            raise AppError(MALFORMED, "the request ends within its head")
+        if not line:
+            break
+        left -= len(line) + 2
+        _add_header(headers, line)
+    head = Head(first[1].decode(), first[2].decode(), first[4] == b"0", headers)
+    if not HOST.fullmatch(headers.get("host", "" if head.is_http_1_0 else " ")):
+        raise AppError(MALFORMED, "the request needs one header Host, a name or an address")
+    return head
+
+
+def _add_header(headers: dict[str, str], line: bytes) -> None:
+    match = HEADER_LINE.fullmatch(line)
+    if not match:
+        shown = one_line(line.partition(b":")[0].decode("latin-1"), 40)  # not its value: that may be a token
+        raise AppError(MALFORMED, f"the header {shown!r} is not NAME: VALUE in one line")
+    name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
+    if name in headers and name in READ_ONCE:
+        raise AppError(MALFORMED, f"the header {name} is given twice")
+    headers[name] = f"{headers[name]}, {value}" if name in headers else value
+
+
+def body_length(head: Head, max_bytes: int) -> int:
+    """Return the length of the body that follows a head; raise AppError 2002, 4013, 5004."""
+    text = head.headers.get("content-length", "0")
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise AppError(MALFORMED, "Content-Length must be a number")
+    if "transfer-encoding" in head.headers:
+        if "content-length" in head.headers:
+            raise AppError(MALFORMED, "Content-Length and Transfer-Encoding exclude each other")
+        raise AppError(NOT_IMPLEMENTED, "Transfer-Encoding is not supported: send Content-Length")
+    if int(text) > max_bytes:
+        raise AppError(BODY_TOO_LARGE, f"the body is over {max_bytes} bytes (HTTP_MAX_BODY_BYTES)")
+    return int(text)
+
+
+@dataclasses.dataclass(eq=False)
+class Seat:
+    """One admitted connection, which has a thread. A busy one is never evicted."""
+    sock: socket.socket
+    address: str
+    # Since when it is idle.
+    since: float
+    # Nothing was read from it yet.
+    is_new: bool = True
+    is_authenticated: bool = False
+    # The name of the token that it authenticated with, "" where there are no tokens.
+    token: str = ""
+    is_viewer: bool = False
+    is_at_work: bool = False
+    # It has a request or answer under way, which a clean stop waits for.
+    owes_answer: bool = False
+
+
+class ConnectionLimiter:
+    """Limits the connections: in all, of one address, with one token.
+
+    At a limit a new connection evicts the one that is idle longest: unauthenticated ones first, and of
+    these the ones of the address that has most. So idle clients lock nobody out, and /healthz and
+    tokens always get in. Where all are busy, the new one is rejected. Busy means using the interpreter:
+    a connection that waits for a body, an event or its place in a queue is idle.
+
+    Viewers get at most half of all, and half of an address's limit, so that an operator always finds
+    room. One viewer's token gets a quarter of all, an operator's half.
+    """
+
+    def __init__(self, limit: int, limit_per_address: int, overload_response: bytes):
+        """overload_response is sent to a connection that is evicted before it sent anything."""
+        self._limit, self._limit_per_address = limit, limit_per_address
+        self._overload_response = overload_response
+        self._guard = threading.Lock()
+        self._seats: set[Seat] = set()
+
+    def admit(self, sock: socket.socket, host: str) -> Seat | None:
+        """Admit a connection, if need be in place of an idle one; return None when all are busy."""
+        address, now = network_of(host), time.monotonic()
+        with self._guard:
+            held = collections.Counter(seat.address for seat in self._seats)
+            is_crowd = held[address] >= self._limit_per_address
+            if is_crowd or len(self._seats) >= self._limit:
+                rivals = [s for s in self._seats if not s.is_at_work and now - s.since > MIN_IDLE_S
+                          and (s.address == address or not is_crowd)]
+                if not rivals:
+                    return None
+                self._evict(min(rivals, key=lambda s: (s.is_authenticated, -held[s.address], s.since)))
+            seat = Seat(sock, address, now)
+            self._seats.add(seat)
+            return seat
+
+    def _evict(self, seat: Seat) -> None:
+        self._seats.discard(seat)
+        with contextlib.suppress(OSError):
+            if seat.is_new and self._overload_response:
+                seat.sock.send(self._overload_response)  # the first bytes: they fit into the buffer
+            # not SSLSocket.shutdown: it would end the encryption that the connection's thread still uses
+            socket.socket.shutdown(seat.sock, socket.SHUT_RDWR)
+
+    def encrypt(self, seat: Seat, context: ssl.SSLContext) -> None:
+        """Wrap a connection in TLS, without the handshake."""
+        with self._guard:
+            seat.sock = context.wrap_socket(seat.sock, server_side=True, do_handshake_on_connect=False)
+
+    def identify(self, seat: Seat, is_good: bool, token: str = "", is_viewer: bool = False) -> bool:
+        """Note how a connection authenticated; return False when its token's connections are at a limit and all busy.
+
+        At a limit, the one of them that is idle longest is evicted.
+        """
+        with self._guard:
+            if token and not self._make_room(seat, token, is_viewer):
+                is_good, token = False, ""
+            seat.is_authenticated, seat.token = is_good, token
+            seat.is_viewer = is_viewer and bool(token)
+            return is_good
+
+    def _make_room(self, seat: Seat, token: str, is_viewer: bool) -> bool:
+        address = seat.address
+        quotas: list[tuple[int, Callable[[Seat], bool]]] = [
+            (max(1, self._limit // (4 if is_viewer else 2)), lambda s: s.token == token)]
+        if is_viewer:
+            quotas += [(max(1, self._limit // 2), lambda s: s.is_viewer),
+                       (max(1, self._limit_per_address // 2), lambda s: s.is_viewer and s.address == address)]
+        for limit, is_peer in quotas:
+            peers = [s for s in self._seats if s is not seat and is_peer(s)]
+            if len(peers) >= limit:
+                idle = [s for s in peers if not s.is_at_work and time.monotonic() - s.since > MIN_IDLE_S]
+                if not idle:
+                    return False
+                self._evict(min(idle, key=lambda s: s.since))
+        return True
+
+    def set_busy(self, seat: Seat) -> bool:
+        """Mark a connection as busy with a request; return False when it was evicted before."""
+        with self._guard:
+            seat.is_at_work, seat.owes_answer, seat.is_new = True, True, False
+            return seat in self._seats
+
+    def set_idle(self, seat: Seat, owes_answer: bool = False, since: float | None = None) -> None:
+        """Mark a connection as waiting: for a request, a body, an event, a queue, or its client to read the answer."""
+        with self._guard:
+            seat.is_at_work, seat.owes_answer = False, owes_answer
+            seat.since = time.monotonic() if since is None else since
+
+    def close(self, seat: Seat) -> None:
+        """Close a connection."""
+        with self._guard:
+            self._seats.discard(seat)
+            close_quietly(seat.sock)
+
+    def end_all(self, within_s: float) -> None:
+        """End idle connections at once; the others may be answered within so many seconds."""
+        ends_at = time.monotonic() + within_s
+        self._shut(lambda seat: socket.SHUT_RD if seat.owes_answer else socket.SHUT_RDWR)
+        while self._seats and time.monotonic() < ends_at:
+            time.sleep(0.02)
+        self._shut(lambda _: socket.SHUT_RDWR)
+
+    def _shut(self, how: Callable[[Seat], int]) -> None:
+        with self._guard:
+            for seat in self._seats:
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(seat.sock, how(seat))
+
+
+def has_hung_up(sock: socket.socket, within_s: float) -> bool:
+    """Wait up to so many seconds; return whether the client ended its side, or we shut the connection down."""
+    poller = select.poll()
+    poller.register(sock, select.POLLRDHUP)  # not POLLIN: the client may send its next request meanwhile
+    return bool(poller.poll(round(within_s * 1000)))
+
+
+def lingering_close(sock: socket.socket) -> None:
+    """End a connection and discard what still arrives: a reset could destroy our answer (RFC 9112, 9.6)."""
+    ends_at, dropped = time.monotonic() + LINGER_S, 0
+    with contextlib.suppress(OSError, ValueError):
+        sock.settimeout(LINGER_S)
+        if isinstance(sock, ssl.SSLSocket):
+            sock.unwrap()
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        while dropped < MAX_LINGER_BYTES and time.monotonic() < ends_at:
+            sock.settimeout(max(0.001, ends_at - time.monotonic()))
+            count = len(socket.socket.recv(sock, 65536))  # below TLS, if there is any
+            if not count:
+                return
+            dropped += count
+
+
+# endregion
+
+
+# region Dialects
+# ======================================================================================
+# Dialects: what the two kinds of agent are asked and answer (contract section 1).
+# Uses: Vocabulary, Helpers.
+# ======================================================================================
 
 class Address(NamedTuple):
     """Where an agent listens, and its dialect."""
@@ -5763,6 +6666,67 @@ class AgentTask(NamedTuple):
     type: str
     version: int
     payload: Mapping[str, Any]
+
+
+class Answer(NamedTuple):
+    """What an agent said: ACCEPTED, WORKING, SUCCESS or UNKNOWN, and the task's id.
+
+    message: its own words, where it had some. applied: the version that it says it has already; 0 for none.
+    """
+    state: str
+    task_id: str = ""
+    message: str = ""
+    applied: int = 0
+
+
+EXECUTE_PATH = "/agent/v1/tasks/execute"
+
+
+def text_of(value: object) -> str:
+    """Return an agent's text, "" for one that shows nothing: blanks, control characters, no text at all."""
+    text = "" if value is None else str(value)
+    return text if one_line(text) else ""
+
+
+def unknown_status(status: object) -> str:
+    return f"gives the unknown status {one_line(to_json(status), 60)}"
+
+
+def is_of_dialect(protocol: str, status: int, answer: bytes) -> bool:
+    """Say whether an answer to a ping is that of an agent of this dialect (contract section 1)."""
+    try:
+        envelope = parse_json(answer)
+    except ValueError:
+        return False
+    if not isinstance(envelope, dict):
+        return False
+    code = envelope.get("code")
+    is_code = isinstance(code, int) and not isinstance(code, bool)
+    return is_code and ((status, code) == (400, 2001) if protocol == EXECUTE else status == 404 and code != 0)
+
+
+# What _call gives for a 404 to a query.
+UNKNOWN_TASK: dict[str, Any] = {}
+
+
+# endregion
+
+
+# region Agents
+# ======================================================================================
+# Agents: connections to agents, deadlines, requests, probes.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Model, Strategy,
+#   Decision, Engines, Event loop, Dialects.
+# ======================================================================================
+
+MAX_IDLE_AGENT_CONNECTIONS = 256
+MAX_IDLE_AGENT_CONNECTION_S = 60.0
+# Of a name's several addresses the next is tried beside the ones before after so long (RFC 8305, 5).
+NEXT_ADDRESS_S = 0.25
+# The head of an answer may be this long on top of the body.
+MAX_HEAD_BYTES = 64 << 10
+# The body of an agent's answer (contract section 1), and of what a probe gets: a page that a node serves.
+MAX_ANSWER_BYTES, MAX_PROBED_BYTES = 64 << 10, 1 << 20
 
 
 class _Call(NamedTuple):
@@ -5785,280 +6749,8 @@ class _Call(NamedTuple):
         return MAX_PROBED_BYTES if self.address.protocol == PROBE else MAX_ANSWER_BYTES
 
 
-class Answer(NamedTuple):
-    """What an agent said: ACCEPTED, WORKING, SUCCESS or UNKNOWN, and the task's id.
-
-    message: its own words, where it had some. applied: the version that it says it has already; 0 for none.
-    """
-    state: str
-    task_id: str = ""
-    message: str = ""
-    applied: int = 0
-
-
 class _Stale(Exception):
     """A kept-alive connection that the agent had closed before it saw the request."""
-
-
-# A renewed certificate that was not valid yet is taken so long after its time: the clocks of those who look at it,
-# OpenSSL's own among them, may be behind ours.
-CLOCKS_APART_S = 1.0
-
-
-class TlsFiles:
-    """Certificates as an ssl context, made anew when their files change; for both of our sides."""
-
-    def __init__(self, make: Callable[..., ssl.SSLContext], *files: str):
-        """make: gives a context of the files: our certificate, its key, and the CA's, which may have no name."""
-        self._make, self._files = make, files
-        self._guard = threading.Lock()
-        self._stamp: tuple[object, ...] = ()
-        # Of the certificate and key in use, and a digest of the CA and the CRLs that others are verified by.
-        self._pair_stamp: tuple[object, ...] = ()
-        self._trust = ""
-        self._context: ssl.SSLContext | None = None
-        # Why the files as they are were not taken.
-        self._fault = ""
-        # When a renewed certificate that is not valid yet will be.
-        self._valid_from = float("inf")
-
-    def context(self) -> ssl.SSLContext:
-        """Return the context of the files as they are; raise ConfigError when there is none that works.
-
-        While a renewal is half done, or brought a certificate that nobody accepts now, the last pair goes on.
-        """
-        return self.current()[0]
-
-    def current(self) -> tuple[ssl.SSLContext, str]:
-        """Do context(); return also what tells whether the CA or its CRLs are others than they were."""
-        with self._guard:
-            stamp = tuple(map(file_stamp, self._files))
-            if stamp != self._stamp or time.time() >= self._valid_from:
-                try:
-                    self._valid_from = float("inf")
-                    made = self._make(*self._files)
-                    if self._context is not None and stamp[:2] != self._pair_stamp:  # a new CA or CRL is always taken
-                        self._refuse_invalid(self._files[0])
-                    self._context, self._pair_stamp, self._trust = made, stamp[:2], _digest_of_file(self._files[-1])
-                    self._fault = ""
-                except ConfigError as error:
-                    if self._context is None:
-                        raise
-                    self._fault = str(error)
-                    log.warning("renewed certificate not taken yet, the one before goes on: %s", error)
-                self._stamp = stamp
-            assert self._context is not None
-            return self._context, self._trust
-
-    def reload(self) -> None:
-        """Read the files anew, whether they changed or not; raise ConfigError when they can't be used."""
-        with self._guard:
-            self._stamp = ()
-        self.context()
-        if self._fault:
-            raise ConfigError(f"{self._fault} (the one before goes on)")
-
-    def _refuse_invalid(self, path: str) -> None:
-        """Raise ConfigError when a certificate has expired or is not valid yet."""
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            since, until = certificate_times(Path(path).read_text(encoding="latin-1"))[0]
-            if time.time() > until:
-                raise ConfigError(f"{path} expired {utc_text(until)}: put a valid one there")
-            if time.time() < since:
-                self._valid_from = since + CLOCKS_APART_S
-                raise ConfigError(f"{path} is not valid before {utc_text(since)}")
-
-
-def _digest_of_file(path: str) -> str:
-    with contextlib.suppress(OSError):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
-    return ""
-
-
-VALIDITY = re.compile(rb"(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)")
-
-
-def certificate_times(pem: str) -> list[tuple[float, float]]:
-    """Return notBefore and notAfter of each certificate of a PEM file, in seconds since 1970.
-
-    Raise ValueError for a broken file. Read from the bytes and not off a handshake, which an expired certificate
-    does not pass.
-    """
-    return [times for der in pem_blocks(pem, "CERTIFICATE") for times in validity_of(der)]
-
-
-def crl_ends(pem: str) -> list[float]:
-    """Return nextUpdate of each CRL of a PEM file that names one, in seconds since 1970; raise ValueError."""
-    return [until for der in pem_blocks(pem, "X509 CRL") for _, until in validity_of(der)]
-
-
-def certificate_end(certificate: Mapping[str, Any]) -> float:
-    """Return until when a certificate of getpeercert() is good, in seconds since 1970."""
-    return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
-
-
-def cas_without_crl(pem: str) -> int:
-    """Return how many of the CAs of a PEM file have no CRL there; raise ValueError for a broken file."""
-    issuers = {der_name(der, 2, 0x02) for der in pem_blocks(pem, "X509 CRL")}
-    return len({der_name(der, 5, 0xA0) for der in pem_blocks(pem, "CERTIFICATE")} - issuers)
-
-
-@functools.lru_cache(maxsize=256)
-def crl_end_of(peer: bytes, ca: str, trust: str) -> float:  # noqa: ARG001 - trust: looked at anew when it changes
-    """Return until when the CRLs for a certificate (DER) are good, in seconds since 1970, infinity without one.
-
-    ca is the file that it was verified by; raise ConfigError when it can't be read. OpenSSL looks at a CRL in a whole
-    handshake alone: a resumed session and a kept connection would outlive it.
-    """
-    try:
-        pem = Path(ca).read_text(encoding="latin-1")
-        crls, cas = pem_blocks(pem, "X509 CRL"), pem_blocks(pem, "CERTIFICATE")
-        issuers = {der_name(each, 5, 0xA0): der_name(each, 3, 0xA0) for each in cas}
-        ends: dict[bytes, float] = {}
-        for name, until in ((der_name(crl, 2, 0x02), until) for crl in crls for _, until in validity_of(crl)):
-            ends[name] = max(until, ends.get(name, 0.0))
-        issuer: bytes | None = der_name(peer, 3, 0xA0)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{ca} can't be read: {one_line(error, 100)}") from None
-    chain: list[bytes] = []
-    while issuer is not None and issuer not in chain:
-        chain.append(issuer)
-        issuer = issuers.get(issuer)
-    looked_at = chain[:1] if set(issuers) - set(ends) else chain  # as load_ca() has it
-    return min((ends[name] for name in looked_at if name in ends), default=float("inf"))
-
-
-def pem_blocks(pem: str, label: str) -> list[bytes]:
-    """Return the blocks of one kind of a PEM file; raise ValueError for one that is not base64."""
-    return [base64.b64decode("".join(text.split()), validate=True)
-            for text in re.findall(f"-----BEGIN {label}-----(.*?)-----END {label}-----", pem, re.DOTALL)]
-
-
-def validity_of(der: bytes) -> Iterator[tuple[float, float]]:
-    # a certificate's validity and a CRL's updates are the only places of two times in a row (RFC 5280, 4.1.2.5, 5.1.2)
-    found = VALIDITY.search(der)
-    if found:
-        short_since, long_since, short_until, long_until = found.groups()
-        yield _asn1_time(short_since, long_since), _asn1_time(short_until, long_until)
-
-
-def der_name(der: bytes, place: int, version_tag: int) -> bytes:
-    """Return a field of what is signed: a certificate's subject or a CRL's issuer; raise ValueError.
-
-    place counts from the version, which may be left out: it is known by its tag.
-    """
-    outer = next(_der_items(der), (0, b""))[1]
-    fields = list(_der_items(next(_der_items(outer), (0, b""))[1]))
-    place -= 0 if fields and fields[0][0] == version_tag else 1
-    if place >= len(fields):
-        raise ValueError("neither a certificate nor a CRL")
-    return fields[place][1]
-
-
-def _der_items(der: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield tag and content of the items that follow one another; raise ValueError for what is no DER."""
-    while der:
-        start, length = 2, der[1] if len(der) > 1 else 0x80
-        if length >= 0x80:
-            start += length - 0x80
-            length = int.from_bytes(der[2:start], "big")
-        if length == 0 and start > len(der) or start + length > len(der):
-            raise ValueError("no DER")
-        yield der[0], der[start:start + length]
-        der = der[start + length:]
-
-
-def _asn1_time(short: bytes | None, long: bytes | None) -> float:
-    """Return seconds since 1970 of a UTCTime or a GeneralizedTime."""
-    moment = datetime.datetime.strptime((short or long or b"").decode(), "%y%m%d%H%M%S" if short else "%Y%m%d%H%M%S")
-    return moment.replace(tzinfo=datetime.timezone.utc).timestamp()
-
-
-def file_stamp(path: str) -> object:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    # the ctime also tells a file that was made readable, or written with its old time
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
-
-
-def no_passphrase() -> str:
-    raise ConfigError("the key is protected by a passphrase: releasectl needs it without one")
-
-
-def load_pair(context: ssl.SSLContext, cert: str, key: str, names: tuple[str, str]) -> None:
-    """Loads a certificate and its key; ConfigError naming the setting and what is wrong."""
-    for name, path in zip(names, (cert, key)):
-        require_pem(name, path)
-    try:
-        context.load_cert_chain(cert, key, password=no_passphrase)
-    except ssl.SSLError as error:
-        if "MISMATCH" in (error.reason or ""):
-            raise ConfigError(f"{names[0]} {cert} does not fit {names[1]} {key}: "
-                              "they are not of one pair") from None
-        if error.reason in WEAK_REASONS:
-            raise ConfigError(f"{names[0]} {cert} is weak: {WEAK_REASONS[error.reason]}") from None
-        raise ConfigError(f"{names[0]} {cert} or {names[1]} {key} is not PEM: {_tls_reason(error)}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{names[1]} {key}: {error}") from None
-
-
-def require_file(name: str, path: str) -> bytes:
-    """Return how a file begins; raise ConfigError naming the setting when it can't be read."""
-    if not path:
-        raise ConfigError(f"{name} is not set")
-    try:
-        with open(path, "rb") as file:
-            return file.read(3)
-    except OSError as error:
-        raise ConfigError(f"{name} {path} can't be read: {os_reason(error)}") from None
-
-
-def require_pem(name: str, path: str) -> None:
-    """Raise ConfigError for a file that can't be read, or whose first certificate OpenSSL would leave out unseen."""
-    if require_file(name, path) == codecs.BOM_UTF8:
-        raise ConfigError(f"{name} {path} begins with a byte order mark: save it without one (`sed -i '1s/^\\xEF\\xBB"
-                          "\\xBF//'`)")
-
-
-def require_private(name: str, path: str) -> None:
-    """Raise ConfigError for a file that can't be read, that others than owner and group can read, or that anybody
-    but its owner can write."""
-    require_file(name, path)
-    if os.stat(path).st_mode & (stat.S_IRWXO | stat.S_IWGRP):
-        raise ConfigError(f"{name} {path} is open to others: chmod o-rwx,g-w it (its group may read it)")
-
-
-def load_ca(context: ssl.SSLContext, ca: str, name: str) -> None:
-    """Load the CA to verify peers by, with its CRLs where the file holds some; raise ConfigError naming the setting."""
-    require_pem(name, ca)
-    try:
-        context.load_verify_locations(ca)
-        if context.cert_store_stats()["crl"]:
-            # every CA of the chain must have a CRL then; else it is asked of the one that signed the peer's own
-            is_whole = not cas_without_crl(Path(ca).read_text(encoding="latin-1"))
-            context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN if is_whole else ssl.VERIFY_CRL_CHECK_LEAF
-    except ssl.SSLError as error:
-        if error.reason in WEAK_REASONS:
-            raise ConfigError(f"{name} {ca} is weak: {WEAK_REASONS[error.reason]}") from None
-        raise ConfigError(f"{name} {ca} holds no PEM certificate: {_tls_reason(error)}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name} {ca} can't be read: {one_line(error, 100)}") from None
-
-
-def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
-    """Gives the context for calls to agents: TLS 1.2 or newer, both sides verified (section 1)."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    verify_no_common_name(context)
-    load_ca(context, ca, "CONTROL_CA")
-    load_pair(context, cert, key, ("CONTROL_CERT", "CONTROL_KEY"))
-    return context
-
-
-def _tls_reason(error: ssl.SSLError) -> str:
-    return (error.reason or str(error)).replace("_", " ").lower()
 
 
 class AgentClient:
@@ -6171,7 +6863,7 @@ class AgentClient:
             return Answer(SUCCESS, task_id, text_of(last_error))
         if status == "failed":
             raise AgentError(AGENT_FAILED, text_of(last_error) or NO_REASON_GIVEN, reached=True, final=True)
-        raise self._nonsense(address, _unknown_status(status), data)
+        raise self._nonsense(address, unknown_status(status), data)
 
     def ping(self, address: Address) -> str:
         """Ask an agent what only one of its dialect answers so (section 1); return a line. Raise AgentError else."""
@@ -6181,7 +6873,7 @@ class AgentClient:
         if address.protocol == EXECUTE:
             call = call._replace(method="POST", path=EXECUTE_PATH, body=b"{}")
         status, answer = run_coroutine(self._exchange(call))
-        if not _is_of_dialect(address.protocol, status, answer):
+        if not is_of_dialect(address.protocol, status, answer):
             said = answer[:2000].decode("utf-8", "replace").strip()
             text = f"it answered HTTP {status}" + (f", {one_line(said, 80)}" if said else "")
             raise AgentError(PROTOCOL, f"{address} is no {address.protocol} agent: {text} "
@@ -6219,7 +6911,7 @@ class AgentClient:
         if status == "failed":
             raise AgentError(AGENT_FAILED, text or NO_REASON_GIVEN, reached=True, final=True)
         if status != "success":
-            raise self._nonsense(address, _unknown_status(status), data)
+            raise self._nonsense(address, unknown_status(status), data)
         # an execute agent says success where its message tells otherwise (contract section 1)
         if "but reload failed:" in text:
             raise AgentError(AGENT_FAILED, text, reached=True, final=True)
@@ -6584,36 +7276,6 @@ async def _any_answer(timed: TimedSocket, call: _Call) -> tuple[int, bytes, bool
     return response.status, answer, not response.will_close and response.isclosed()
 
 
-EXECUTE_PATH = "/agent/v1/tasks/execute"
-
-
-def text_of(value: object) -> str:
-    """Return an agent's text, "" for one that shows nothing: blanks, control characters, no text at all."""
-    text = "" if value is None else str(value)
-    return text if one_line(text) else ""
-
-
-def _unknown_status(status: object) -> str:
-    return f"gives the unknown status {one_line(to_json(status), 60)}"
-
-
-def _is_of_dialect(protocol: str, status: int, answer: bytes) -> bool:
-    """Say whether an answer to a ping is that of an agent of this dialect (contract section 1)."""
-    try:
-        envelope = parse_json(answer)
-    except ValueError:
-        return False
-    if not isinstance(envelope, dict):
-        return False
-    code = envelope.get("code")
-    is_code = isinstance(code, int) and not isinstance(code, bool)
-    return is_code and ((status, code) == (400, 2001) if protocol == EXECUTE else status == 404 and code != 0)
-
-
-# What _call gives for a 404 to a query.
-UNKNOWN_TASK: dict[str, Any] = {}
-
-
 def _is_readable(sock: socket.socket) -> bool:
     """Says whether an idle connection has something to say: its end, as nothing was asked."""
     poller = select.poll()
@@ -6642,11 +7304,14 @@ async def _late_alert(timed: TimedSocket) -> str:
     return ""
 
 
+# endregion
+
+
+# region Driver
 # ======================================================================================
-# 11 Executor: claim, lease, and the loop that joins decision, store and agents. Uses 1 to 10.
-#
-#   One driver thread a claimed release alone reads and writes its rows. Coroutines only talk to
-#   agents and put outcomes on its queue. One lease thread renews all claims. Persist, then send.
+# Driver: one claimed release: read, decide, commit, send, collect.
+# Uses: Vocabulary, Helpers, Settings, Model, Strategy, Plan, Status texts, Decision,
+#   Claims, Event loop, Dialects, Agents.
 # ======================================================================================
 
 class Lease:
@@ -7108,6 +7773,18 @@ class Driver:
         return not any((n.errors or n.passes) and n.due <= now.elapsed + BACKOFF_MAX_S for n in self._nodes)
 
 
+# endregion
+
+
+# region Executor
+# ======================================================================================
+# Executor: scan, claims, leases, the threads.
+# Uses: Vocabulary, Helpers, Settings, Model, Claims, Event loop, Agents, Driver.
+#
+#   One driver thread a claimed release alone reads and writes its rows. Coroutines only talk to
+#   agents and put outcomes on its queue. One lease thread renews all claims. Persist, then send.
+# ======================================================================================
+
 # Two event loops: a TLS handshake releases the GIL, so the other one runs meanwhile.
 EVENT_LOOPS = 2
 
@@ -7412,9 +8089,13 @@ class Executor:
             log.exception("%s: its claim could not be renewed", lease.claim, extra=about(lease.claim))
 
 
+# endregion
+
+
+# region Serialization
 # ======================================================================================
-# 12 Shapes: the JSON of section 5 of the contract, for the API and the command line, and
-#    its schemas. Pure; uses 1, 2, 5 to 7 and the rows of 8.
+# Serialization: the JSON of contract section 5, and its schemas. Pure.
+# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Audit, Nodes.
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
@@ -7591,8 +8272,6 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
         version=parse_version("version", body["version"]) if "version" in body else None)
 
 
-# -- schemas for /openapi.json ---------------------------------------------------------------
-
 def schema_of(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
     return {"type": "object", "properties": dict(properties), "additionalProperties": False,
             "required": list(properties if required is None else required)}
@@ -7676,365 +8355,14 @@ def openapi_schemas() -> dict[str, Any]:
     }
 
 
+# endregion
+
+
+# region Access
 # ======================================================================================
-# 13 Page: the dashboard, a file beside this one that loads nothing else; it knows the daemon
-#    by section 5 of the contract alone. Uses 1 and 3.
+# Access: tokens, client certificates, throttling.
+# Uses: Vocabulary, Helpers, Settings, Certificates, Strategy, HTTP wire.
 # ======================================================================================
-
-DASHBOARD_FILE = Path(__file__).resolve().with_name("dashboard.html")
-
-
-class Dashboard(NamedTuple):
-    """The dashboard's document, and the headers that it needs."""
-    text: str
-    headers: Mapping[str, str]
-
-
-@functools.lru_cache(maxsize=1)
-def dashboard() -> Dashboard:
-    """Return the dashboard, read once; raise ConfigError when its file can't be used."""
-    text = read_beside(DASHBOARD_FILE)
-    if not text.rstrip().endswith("</html>"):
-        raise ConfigError(f"{DASHBOARD_FILE} is empty or cut off: copy the one that came with this releasectl.py")
-    return Dashboard(text, page_headers(text))
-
-
-def page_headers(text: str) -> dict[str, str]:
-    """Return the headers of a page: its own script and style by their hashes, its own origin, nothing else."""
-    script, style = (hashlib.sha256(text.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()).digest()
-                     for tag in ("script", "style"))
-    return {
-        "Content-Security-Policy": "; ".join((
-            "default-src 'none'", f"script-src 'sha256-{base64.b64encode(script).decode()}'",
-            f"style-src 'sha256-{base64.b64encode(style).decode()}'", "connect-src 'self'", "img-src data:",
-            "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'")),
-        "Referrer-Policy": "no-referrer"}
-
-
-# ======================================================================================
-# 14 HTTP: requests read against limits and deadlines, and admission control (docs/SECURITY.md
-#    says why). Uses 1, 2, 9 and 10; knows no route and no database.
-#
-#    The standard library's parser is not used: it accepts two lengths, a space before a colon
-#    and bare line feeds, and so would run requests that a proxy in front of us never saw.
-# ======================================================================================
-
-MAX_TARGET_BYTES, MAX_REQUEST_HEAD_BYTES, MAX_HEADERS = 8 << 10, 16 << 10, 64
-# Each deadline is for the whole step, however slowly bytes arrive.
-# Without a good token: from the connection, or the last answer, to the end of the TLS handshake and head.
-UNAUTHENTICATED_S = 5.0
-# With a good token: idle, and then for the head.
-IDLE_S, HEAD_S = 60.0, 5.0
-# For the body; for sending our answer; for discarding what the client still sends after it.
-BODY_S, WRITE_S, LINGER_S = 20.0, 20.0, 1.0
-MAX_LINGER_BYTES = 16 << 20
-# After a refused request with a longer body the connection is closed.
-MAX_SKIPPED_BYTES = 64 << 10
-# Minimum idle time before a connection may be evicted.
-MIN_IDLE_S = 0.25
-# Rejected connections that stay open at a time, so that their clients can read the 503.
-MAX_REJECTED = 64
-# Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
-FREE_ATTEMPTS, FREE_ATTEMPTS_OF_NETWORK, FIRST_DELAY_S, MAX_DELAY_S = 3, 24, 0.1, 3.0
-# A streak is forgotten this long after its last event.
-FORGET_S, MAX_STREAKS = 60.0, 2048
-# A token that was good at an address within this time is checked there without delay.
-KNOWN_TOKEN_S, MAX_KNOWN_TOKENS = 86400.0, 4096
-
-_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
-# RFC 9112, sections 3 and 5, without its concessions to old clients: no folding, no bare CR or LF.
-REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])".encode())
-HEADER_LINE = re.compile(rf"({_TOKEN}+):[ \t]*([\t -~\x80-\xff]*)".encode("latin-1"))
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{0,5})?")
-# Headers that we act on; a second one of a name is refused.
-READ_ONCE = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect",
-                       "idempotency-key", "if-none-match", "origin", "x-request-id"))
-
-
-class Head(NamedTuple):
-    """The head of a request; header names are in lower case."""
-    method: str = "GET"
-    target: str = ""
-    is_http_1_0: bool = False
-    headers: Mapping[str, str] = {}
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the client wants the connection closed after this request."""
-        words = self.headers.get("connection", "").lower().split(",")
-        return self.is_http_1_0 or "close" in map(str.strip, words)
-
-
-class Wire:
-    """The bytes of one connection; every wait has a deadline on the monotonic clock."""
-
-    def __init__(self, sock: socket.socket):
-        sock.setblocking(False)
-        self._timed = TimedSocket(sock, 0.0, MAX_BODY_BYTES)
-        self.buffer = bytearray()
-
-    def fill(self, ends_at: float) -> bool:
-        """Wait for bytes; return False at the client's end. Raise AppError 4008 at the deadline."""
-        self._timed.ends_at, self._timed.received = ends_at, 0
-        try:
-            data = run_coroutine(self._timed.recv(65536))
-        except socket.timeout:
-            raise AppError(REQUEST_TIMEOUT, "the request did not come in time") from None
-        except OSError:
-            return False
-        self.buffer += data
-        return bool(data)
-
-    def line(self, ends_at: float, max_bytes: int, too_long: int) -> bytes | None:
-        """Return the next line without its CRLF, None at the client's end; raise AppError 2002, 4008, too_long."""
-        while True:
-            end = self.buffer.find(b"\n") + 1
-            line = bytes(self.buffer[:end or len(self.buffer)])
-            text = line[:-2] if end else line[:-1]  # of an unfinished line the last byte may be the CR of its CRLF
-            if b"\r" in text or b"\0" in line or (end and not line.endswith(b"\r\n")):
-                raise AppError(MALFORMED, "a line of the head holds a bare CR, a bare LF or a NUL")
-            if len(line) > max_bytes:
-                raise AppError(too_long, f"the request's head is too large: at most {MAX_TARGET_BYTES >> 10} KiB for "
-                               f"its first line, {MAX_REQUEST_HEAD_BYTES >> 10} KiB and {MAX_HEADERS} headers in all")
-            if end:
-                del self.buffer[:end]
-                return text
-            if not self.fill(ends_at):
-                if line:
-                    raise AppError(MALFORMED, "the request ends within its head")
-                return None
-
-    def take(self, count: int, ends_at: float) -> bytes:
-        """Return the next count bytes; raise AppError 2002 when the client ends first, 4008 at the deadline."""
-        while len(self.buffer) < count:
-            if not self.fill(ends_at):
-                raise AppError(MALFORMED, "the body is shorter than its Content-Length")
-        taken = bytes(self.buffer[:count])
-        del self.buffer[:count]
-        return taken
-
-    def send(self, data: bytes) -> None:
-        """Send all data within WRITE_S; raise OSError else."""
-        self._timed.ends_at = time.monotonic() + WRITE_S
-        run_coroutine(self._timed.sendall(data))
-
-
-def read_head(wire: Wire, ends_at: float) -> Head | None:
-    """Return the head of the next request, None at the client's end; raise AppError 2002, 4008, 4014, 4031, 5005."""
-    line = wire.line(ends_at, MAX_TARGET_BYTES, 4014)
-    if line is None:
-        return None
-    first = REQUEST_LINE.fullmatch(line)
-    if not first:
-        raise AppError(MALFORMED, "the first line of the request is not METHOD ADDRESS HTTP/1.1")
-    if first[3] != b"1" or first[4] not in b"01":
-        raise AppError(UNKNOWN_HTTP_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported")
-    left, headers = MAX_REQUEST_HEAD_BYTES - len(line), dict[str, str]()
-    for number in range(MAX_HEADERS + 1):
-        line = wire.line(ends_at, left if number < MAX_HEADERS else 2, 4031)
-        if line is None:
-            raise AppError(MALFORMED, "the request ends within its head")
-        if not line:
-            break
-        left -= len(line) + 2
-        _add_header(headers, line)
-    head = Head(first[1].decode(), first[2].decode(), first[4] == b"0", headers)
-    if not HOST.fullmatch(headers.get("host", "" if head.is_http_1_0 else " ")):
-        raise AppError(MALFORMED, "the request needs one header Host, a name or an address")
-    return head
-
-
-def _add_header(headers: dict[str, str], line: bytes) -> None:
-    match = HEADER_LINE.fullmatch(line)
-    if not match:
-        shown = one_line(line.partition(b":")[0].decode("latin-1"), 40)  # not its value: that may be a token
-        raise AppError(MALFORMED, f"the header {shown!r} is not NAME: VALUE in one line")
-    name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
-    if name in headers and name in READ_ONCE:
-        raise AppError(MALFORMED, f"the header {name} is given twice")
-    headers[name] = f"{headers[name]}, {value}" if name in headers else value
-
-
-def body_length(head: Head, max_bytes: int) -> int:
-    """Return the length of the body that follows a head; raise AppError 2002, 4013, 5004."""
-    text = head.headers.get("content-length", "0")
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise AppError(MALFORMED, "Content-Length must be a number")
-    if "transfer-encoding" in head.headers:
-        if "content-length" in head.headers:
-            raise AppError(MALFORMED, "Content-Length and Transfer-Encoding exclude each other")
-        raise AppError(NOT_IMPLEMENTED, "Transfer-Encoding is not supported: send Content-Length")
-    if int(text) > max_bytes:
-        raise AppError(BODY_TOO_LARGE, f"the body is over {max_bytes} bytes (HTTP_MAX_BODY_BYTES)")
-    return int(text)
-
-
-def network_of(host: str) -> str:
-    """Return what counts as one address: an IPv4 address, or the /64 network of an IPv6 address."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped:
-            return str(address.ipv4_mapped)
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(address)
-
-
-def wide_network_of(address: str) -> str:
-    """Return the network around a result of network_of(): /24 for IPv4, /48 for IPv6."""
-    network = ipaddress.ip_network(address)
-    return str(network.supernet(new_prefix=24 if network.version == 4 else 48))
-
-
-@dataclasses.dataclass(eq=False)
-class Seat:
-    """One admitted connection, which has a thread. A busy one is never evicted."""
-    sock: socket.socket
-    address: str
-    # Since when it is idle.
-    since: float
-    # Nothing was read from it yet.
-    is_new: bool = True
-    is_authenticated: bool = False
-    # The name of the token that it authenticated with, "" where there are no tokens.
-    token: str = ""
-    is_viewer: bool = False
-    is_at_work: bool = False
-    # It has a request or answer under way, which a clean stop waits for.
-    owes_answer: bool = False
-
-
-class ConnectionLimiter:
-    """Limits the connections: in all, of one address, with one token.
-
-    At a limit a new connection evicts the one that is idle longest: unauthenticated ones first, and of
-    these the ones of the address that has most. So idle clients lock nobody out, and /healthz and
-    tokens always get in. Where all are busy, the new one is rejected. Busy means using the interpreter:
-    a connection that waits for a body, an event or its place in a queue is idle.
-
-    Viewers get at most half of all, and half of an address's limit, so that an operator always finds
-    room. One viewer's token gets a quarter of all, an operator's half.
-    """
-
-    def __init__(self, limit: int, limit_per_address: int, overload_response: bytes):
-        """overload_response is sent to a connection that is evicted before it sent anything."""
-        self._limit, self._limit_per_address = limit, limit_per_address
-        self._overload_response = overload_response
-        self._guard = threading.Lock()
-        self._seats: set[Seat] = set()
-
-    def admit(self, sock: socket.socket, host: str) -> Seat | None:
-        """Admit a connection, if need be in place of an idle one; return None when all are busy."""
-        address, now = network_of(host), time.monotonic()
-        with self._guard:
-            held = collections.Counter(seat.address for seat in self._seats)
-            is_crowd = held[address] >= self._limit_per_address
-            if is_crowd or len(self._seats) >= self._limit:
-                rivals = [s for s in self._seats if not s.is_at_work and now - s.since > MIN_IDLE_S
-                          and (s.address == address or not is_crowd)]
-                if not rivals:
-                    return None
-                self._evict(min(rivals, key=lambda s: (s.is_authenticated, -held[s.address], s.since)))
-            seat = Seat(sock, address, now)
-            self._seats.add(seat)
-            return seat
-
-    def _evict(self, seat: Seat) -> None:
-        self._seats.discard(seat)
-        with contextlib.suppress(OSError):
-            if seat.is_new and self._overload_response:
-                seat.sock.send(self._overload_response)  # the first bytes: they fit into the buffer
-            # not SSLSocket.shutdown: it would end the encryption that the connection's thread still uses
-            socket.socket.shutdown(seat.sock, socket.SHUT_RDWR)
-
-    def encrypt(self, seat: Seat, context: ssl.SSLContext) -> None:
-        """Wrap a connection in TLS, without the handshake."""
-        with self._guard:
-            seat.sock = context.wrap_socket(seat.sock, server_side=True, do_handshake_on_connect=False)
-
-    def identify(self, seat: Seat, is_good: bool, token: str = "", is_viewer: bool = False) -> bool:
-        """Note how a connection authenticated; return False when its token's connections are at a limit and all busy.
-
-        At a limit, the one of them that is idle longest is evicted.
-        """
-        with self._guard:
-            if token and not self._make_room(seat, token, is_viewer):
-                is_good, token = False, ""
-            seat.is_authenticated, seat.token = is_good, token
-            seat.is_viewer = is_viewer and bool(token)
-            return is_good
-
-    def _make_room(self, seat: Seat, token: str, is_viewer: bool) -> bool:
-        address = seat.address
-        quotas: list[tuple[int, Callable[[Seat], bool]]] = [
-            (max(1, self._limit // (4 if is_viewer else 2)), lambda s: s.token == token)]
-        if is_viewer:
-            quotas += [(max(1, self._limit // 2), lambda s: s.is_viewer),
-                       (max(1, self._limit_per_address // 2), lambda s: s.is_viewer and s.address == address)]
-        for limit, is_peer in quotas:
-            peers = [s for s in self._seats if s is not seat and is_peer(s)]
-            if len(peers) >= limit:
-                idle = [s for s in peers if not s.is_at_work and time.monotonic() - s.since > MIN_IDLE_S]
-                if not idle:
-                    return False
-                self._evict(min(idle, key=lambda s: s.since))
-        return True
-
-    def set_busy(self, seat: Seat) -> bool:
-        """Mark a connection as busy with a request; return False when it was evicted before."""
-        with self._guard:
-            seat.is_at_work, seat.owes_answer, seat.is_new = True, True, False
-            return seat in self._seats
-
-    def set_idle(self, seat: Seat, owes_answer: bool = False, since: float | None = None) -> None:
-        """Mark a connection as waiting: for a request, a body, an event, a queue, or its client to read the answer."""
-        with self._guard:
-            seat.is_at_work, seat.owes_answer = False, owes_answer
-            seat.since = time.monotonic() if since is None else since
-
-    def close(self, seat: Seat) -> None:
-        """Close a connection."""
-        with self._guard:
-            self._seats.discard(seat)
-            close_quietly(seat.sock)
-
-    def end_all(self, within_s: float) -> None:
-        """End idle connections at once; the others may be answered within so many seconds."""
-        ends_at = time.monotonic() + within_s
-        self._shut(lambda seat: socket.SHUT_RD if seat.owes_answer else socket.SHUT_RDWR)
-        while self._seats and time.monotonic() < ends_at:
-            time.sleep(0.02)
-        self._shut(lambda _: socket.SHUT_RDWR)
-
-    def _shut(self, how: Callable[[Seat], int]) -> None:
-        with self._guard:
-            for seat in self._seats:
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(seat.sock, how(seat))
-
-
-def has_hung_up(sock: socket.socket, within_s: float) -> bool:
-    """Wait up to so many seconds; return whether the client ended its side, or we shut the connection down."""
-    poller = select.poll()
-    poller.register(sock, select.POLLRDHUP)  # not POLLIN: the client may send its next request meanwhile
-    return bool(poller.poll(round(within_s * 1000)))
-
-
-def lingering_close(sock: socket.socket) -> None:
-    """End a connection and discard what still arrives: a reset could destroy our answer (RFC 9112, 9.6)."""
-    ends_at, dropped = time.monotonic() + LINGER_S, 0
-    with contextlib.suppress(OSError, ValueError):
-        sock.settimeout(LINGER_S)
-        if isinstance(sock, ssl.SSLSocket):
-            sock.unwrap()
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_WR)
-        while dropped < MAX_LINGER_BYTES and time.monotonic() < ends_at:
-            sock.settimeout(max(0.001, ends_at - time.monotonic()))
-            count = len(socket.socket.recv(sock, 65536))  # below TLS, if there is any
-            if not count:
-                return
-            dropped += count
-
 
 class Streaks:
     """Counts events in a row by key; a count is forgotten FORGET_S after its last event."""
@@ -8108,12 +8436,197 @@ class AuthThrottle:
         return address, hashlib.sha256(authorization.encode("utf-8", "surrogateescape")).digest()
 
 
+class Tokens:
+    """The API's tokens, from a file of NAME:ROLE:SHA256 lines that is read again when it changes."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._guard = threading.Lock()
+        self._stamp: object = None
+        self._entries: list[tuple[str, str, str]] = []
+        # Why the file can't be read, as logged last.
+        self._logged = ""
+
+    def load(self) -> list[tuple[str, str, str]]:
+        """Return name, role and hash of each token; raise ConfigError naming the line that is wrong."""
+        with self._guard:
+            stamp = file_stamp(self._path)
+            if stamp != self._stamp or stamp is None:
+                self._entries = self._read()
+                self._stamp = stamp
+            return self._entries
+
+    def reload(self) -> int:
+        """Read the file again; return the number of tokens. Raise ConfigError as load() does."""
+        with self._guard:
+            self._stamp = None
+        return len(self.load())
+
+    def _read(self) -> list[tuple[str, str, str]]:
+        require_private("API_TOKENS_FILE", self._path)
+        try:
+            lines = Path(self._path).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"API_TOKENS_FILE {self._path} can't be read: {os_reason(error)}") from None
+        entries = []
+        for number, line in enumerate(map(str.strip, lines), 1):
+            if not line or line.startswith("#"):
+                continue
+            match = re.fullmatch(f"([^:]+):({VIEWER}|{OPERATOR}):([0-9a-fA-F]{{64}})", line)
+            if not match:
+                raise ConfigError(f"API_TOKENS_FILE {self._path}:{number}: must be NAME:viewer:SHA256 or "
+                                  "NAME:operator:SHA256, with the token's SHA-256 in hexadecimal")
+            entries.append((one_line(match[1], 100), match[2], match[3].lower()))
+        return entries
+
+    def who(self, authorization: str | None) -> tuple[str, str]:
+        """Return name and role for an Authorization header; raise AppError 1001, 1002, or 5001 without a good file."""
+        scheme, _, token = (authorization or "").partition(" ")
+        if not authorization or scheme.lower() != "bearer" or not token.strip():
+            raise AppError(NO_TOKEN, "no token: send the header Authorization: Bearer TOKEN")
+        try:
+            entries = self.load()
+        except ConfigError as error:
+            if str(error) != self._logged:  # not at each request
+                log.error("no token is accepted: %s", error)
+            self._logged = str(error)
+            raise AppError(INTERNAL, "the tokens can't be read: see the log of releasectl") from None
+        self._logged = ""
+        digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
+        found = None
+        for name, role, known in entries:
+            if hmac.compare_digest(known, digest):
+                found = name, role
+        if found is None:
+            raise AppError(BAD_TOKEN, "this token isn't valid: mistyped, or removed on the server")
+        return found
+
+
+def add_token(path: str, name: str, role: str) -> str:
+    """Add a token to a file of tokens, atomically; return the token, of which only the hash is stored.
+
+    Raise AppError 3002 when the name has one, ConfigError when the file can't be read or written.
+    """
+    if ":" in name or name.startswith("#"):
+        raise AppError(INVALID, f"name {one_line(name, 60)!r} must not hold a colon or begin with #")
+    token = secrets.token_hex(32)
+    line = f"{parse_name(name)}:{role}:{hashlib.sha256(token.encode()).hexdigest()}\n"
+    folder = os.path.dirname(os.path.realpath(path))
+    try:
+        guard = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX)  # of two at a time the second one reads the first one's line
+            before = os.stat(path) if os.path.exists(path) else None
+            if before and name in [entry[0] for entry in Tokens(path).load()]:
+                raise AppError(EXISTS, f"{name} has a token in {path} already: delete its line first, "
+                                       "or take a new name")
+            text = Path(path).read_text(encoding="utf-8") if before else ""
+            replace_file(path, text + ("\n" if text and not text.endswith("\n") else "") + line, before)
+            os.fsync(guard)
+        finally:
+            os.close(guard)
+    except OSError as error:
+        raise ConfigError(f"API_TOKENS_FILE {path} can't be written: {os_reason(error)}") from None
+    return token
+
+
+class Identity(NamedTuple):
+    """An authenticated client: its name for the history (see Act), and its role."""
+    actor: str
+    role: str
+    # The token's name, "" where there are no tokens.
+    token: str = ""
+
+
+def name_in(certificate: Mapping[str, Any]) -> str:
+    """Return the common name of a verified client certificate, else its first alternative name."""
+    names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+    names += [value for _, value in certificate.get("subjectAltName", ())]
+    return one_line(names[0], 100) if names else ""
+
+
+def exposure_of(settings: Settings, address: str) -> str:
+    """Return the warning for an address that the API listens on, "" for none; raise ConfigError where it may not."""
+    found, shown = ipaddress.ip_address(address.partition("%")[0]), "HTTP_ADDR {}:{}".format(*settings.http_addr)
+    if (getattr(found, "ipv4_mapped", None) or found).is_loopback:
+        return ""
+    if not settings.api_tokens_file:
+        raise ConfigError(f"{shown} is open to others: set API_TOKENS_FILE, or listen on 127.0.0.1")
+    if settings.http_cert:
+        return ""
+    if not settings.http_plain:
+        raise ConfigError(f"{shown} is open to others, and tokens would cross the network in plain text: set HTTP_CERT "
+                          "and HTTP_KEY, listen on 127.0.0.1, or set HTTP_PLAIN=1 behind a proxy that does TLS")
+    return f"HTTP_PLAIN=1: {shown} is plain HTTP: anyone on the way to the TLS proxy can read the tokens"
+
+
+# Headers that proxies add, beside X-Forwarded-*.
+PROXY_HEADERS = frozenset(("forwarded", "via", "x-real-ip"))
+
+
+def refuse_strangers(head: Head) -> None:
+    """Raise AppError 1004 for a request of another site's page in a browser, or through a proxy.
+
+    Without tokens nothing else would tell it from a request of a person at this host.
+    """
+    host = head.headers.get("host", "").lower()
+    name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
+    for header in head.headers:
+        if header in PROXY_HEADERS or header.startswith("x-forwarded"):
+            raise AppError(NOT_ALLOWED,
+                           f"without API_TOKENS_FILE nothing is served through a proxy ({one_line(header, 40)})")
+    is_foreign = head.headers.get("sec-fetch-site", "none").lower() not in ("same-origin", "none")
+    with contextlib.suppress(ValueError):
+        if name not in ("", "localhost"):
+            ipaddress.ip_address(name.strip("[]"))
+        origin = head.headers.get("origin", f"http://{host}").lower()
+        if not is_foreign and origin in (f"http://{host}", f"https://{host}"):
+            return
+    raise AppError(NOT_ALLOWED, "without API_TOKENS_FILE only this host's own address is served, "
+                                "and no other site's page")
+
+
+# endregion
+
+
+# region API
 # ======================================================================================
-# 15 API: routes as a table, handlers, tokens, /openapi.json (contract section 5). Uses 1 to 14;
-#    knows no socket.
+# API: routes as a table, handlers, /openapi.json (contract section 5); knows no
+#   socket.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Verbs,
+#   Audit, Retry and rollback, Claims, Serialization.
 # ======================================================================================
 
-VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
+DASHBOARD_FILE = Path(__file__).resolve().with_name("dashboard.html")
+
+
+class Dashboard(NamedTuple):
+    """The dashboard's document, and the headers that it needs."""
+    text: str
+    headers: Mapping[str, str]
+
+
+@functools.lru_cache(maxsize=1)
+def dashboard() -> Dashboard:
+    """Return the dashboard, read once; raise ConfigError when its file can't be used."""
+    text = read_beside(DASHBOARD_FILE)
+    if not text.rstrip().endswith("</html>"):
+        raise ConfigError(f"{DASHBOARD_FILE} is empty or cut off: copy the one that came with this releasectl.py")
+    return Dashboard(text, page_headers(text))
+
+
+def page_headers(text: str) -> dict[str, str]:
+    """Return the headers of a page: its own script and style by their hashes, its own origin, nothing else."""
+    script, style = (hashlib.sha256(text.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()).digest()
+                     for tag in ("script", "style"))
+    return {
+        "Content-Security-Policy": "; ".join((
+            "default-src 'none'", f"script-src 'sha256-{base64.b64encode(script).decode()}'",
+            f"style-src 'sha256-{base64.b64encode(style).decode()}'", "connect-src 'self'", "img-src data:",
+            "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'")),
+        "Referrer-Policy": "no-referrer"}
+
+
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,128}")
 # Seconds between polls of a client's wait for events: another process may write them.
@@ -8577,125 +9090,6 @@ def parse_id(text: str) -> int:
     return int(text)
 
 
-class Tokens:
-    """The API's tokens, from a file of NAME:ROLE:SHA256 lines that is read again when it changes."""
-
-    def __init__(self, path: str):
-        self._path = path
-        self._guard = threading.Lock()
-        self._stamp: object = None
-        self._entries: list[tuple[str, str, str]] = []
-        # Why the file can't be read, as logged last.
-        self._logged = ""
-
-    def load(self) -> list[tuple[str, str, str]]:
-        """Return name, role and hash of each token; raise ConfigError naming the line that is wrong."""
-        with self._guard:
-            stamp = file_stamp(self._path)
-            if stamp != self._stamp or stamp is None:
-                self._entries = self._read()
-                self._stamp = stamp
-            return self._entries
-
-    def reload(self) -> int:
-        """Read the file again; return the number of tokens. Raise ConfigError as load() does."""
-        with self._guard:
-            self._stamp = None
-        return len(self.load())
-
-    def _read(self) -> list[tuple[str, str, str]]:
-        require_private("API_TOKENS_FILE", self._path)
-        try:
-            lines = Path(self._path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"API_TOKENS_FILE {self._path} can't be read: {os_reason(error)}") from None
-        entries = []
-        for number, line in enumerate(map(str.strip, lines), 1):
-            if not line or line.startswith("#"):
-                continue
-            match = re.fullmatch(f"([^:]+):({VIEWER}|{OPERATOR}):([0-9a-fA-F]{{64}})", line)
-            if not match:
-                raise ConfigError(f"API_TOKENS_FILE {self._path}:{number}: must be NAME:viewer:SHA256 or "
-                                  "NAME:operator:SHA256, with the token's SHA-256 in hexadecimal")
-            entries.append((one_line(match[1], 100), match[2], match[3].lower()))
-        return entries
-
-    def who(self, authorization: str | None) -> tuple[str, str]:
-        """Return name and role for an Authorization header; raise AppError 1001, 1002, or 5001 without a good file."""
-        scheme, _, token = (authorization or "").partition(" ")
-        if not authorization or scheme.lower() != "bearer" or not token.strip():
-            raise AppError(NO_TOKEN, "no token: send the header Authorization: Bearer TOKEN")
-        try:
-            entries = self.load()
-        except ConfigError as error:
-            if str(error) != self._logged:  # not at each request
-                log.error("no token is accepted: %s", error)
-            self._logged = str(error)
-            raise AppError(INTERNAL, "the tokens can't be read: see the log of releasectl") from None
-        self._logged = ""
-        digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
-        found = None
-        for name, role, known in entries:
-            if hmac.compare_digest(known, digest):
-                found = name, role
-        if found is None:
-            raise AppError(BAD_TOKEN, "this token isn't valid: mistyped, or removed on the server")
-        return found
-
-
-def add_token(path: str, name: str, role: str) -> str:
-    """Add a token to a file of tokens, atomically; return the token, of which only the hash is stored.
-
-    Raise AppError 3002 when the name has one, ConfigError when the file can't be read or written.
-    """
-    if ":" in name or name.startswith("#"):
-        raise AppError(INVALID, f"name {one_line(name, 60)!r} must not hold a colon or begin with #")
-    token = secrets.token_hex(32)
-    line = f"{parse_name(name)}:{role}:{hashlib.sha256(token.encode()).hexdigest()}\n"
-    folder = os.path.dirname(os.path.realpath(path))
-    try:
-        guard = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(guard, fcntl.LOCK_EX)  # of two at a time the second one reads the first one's line
-            before = os.stat(path) if os.path.exists(path) else None
-            if before and name in [entry[0] for entry in Tokens(path).load()]:
-                raise AppError(EXISTS, f"{name} has a token in {path} already: delete its line first, "
-                                       "or take a new name")
-            text = Path(path).read_text(encoding="utf-8") if before else ""
-            replace_file(path, text + ("\n" if text and not text.endswith("\n") else "") + line, before)
-            os.fsync(guard)
-        finally:
-            os.close(guard)
-    except OSError as error:
-        raise ConfigError(f"API_TOKENS_FILE {path} can't be written: {os_reason(error)}") from None
-    return token
-
-
-def replace_file(path: str, text: str, before: os.stat_result | None, mode: int = 0o600) -> None:
-    """Replace a file atomically, with owner, group and mode of before; mode is that of a new file.
-
-    A symbolic link stays: the file that it leads to is replaced.
-    """
-    path = os.path.realpath(path)
-    if os.path.lexists(path) and not os.path.isfile(path):
-        raise OSError(errno.EINVAL, "not a regular file")  # a device, say, which a rename would remove
-    descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=os.path.dirname(path))
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            if before:
-                os.fchown(descriptor, before.st_uid, before.st_gid)
-            os.fchmod(descriptor, stat.S_IMODE(before.st_mode) if before else mode)
-            file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-# -- /openapi.json: made from ROUTES and the schemas, so that it can't drift -----------------
-
 # Header of a request: its schema.
 HEADER_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "X-Request-Id": {"type": "string", "description": "taken over when it is 1 to 64 letters, digits or . _ -"},
@@ -8771,18 +9165,15 @@ def openapi_document() -> dict[str, Any]:
                            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}}
 
 
-# ======================================================================================
-# 16 Server: requests from first byte to answer, authentication, TLS, the listener and its
-#    threads. Uses 1 to 15.
-# ======================================================================================
+# endregion
 
-class Identity(NamedTuple):
-    """An authenticated client: its name for the history (see Act), and its role."""
-    actor: str
-    role: str
-    # The token's name, "" where there are no tokens.
-    token: str = ""
 
+# region Server
+# ======================================================================================
+# Server: a request from its first byte to its answer; the listener and its threads.
+# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Engines, Audit,
+#   Releases, HTTP wire, Access, API.
+# ======================================================================================
 
 class ClientGone(Exception):
     """Nobody waits for an answer: the client has hung up, or its connection was evicted."""
@@ -9099,13 +9490,6 @@ class Exchange:
             extra=about(release=release, actor=str(self.actor or ""), request_id=self.request_id))
 
 
-def name_in(certificate: Mapping[str, Any]) -> str:
-    """Return the common name of a verified client certificate, else its first alternative name."""
-    names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
-    names += [value for _, value in certificate.get("subjectAltName", ())]
-    return one_line(names[0], 100) if names else ""
-
-
 class ApiServer(http.server.ThreadingHTTPServer):
     """The listener: it admits or rejects connections; threads of a bounded pool do everything else, TLS too."""
 
@@ -9240,63 +9624,14 @@ def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
     return family, str(target[0])
 
 
-def exposure_of(settings: Settings, address: str) -> str:
-    """Return the warning for an address that the API listens on, "" for none; raise ConfigError where it may not."""
-    found, shown = ipaddress.ip_address(address.partition("%")[0]), "HTTP_ADDR {}:{}".format(*settings.http_addr)
-    if (getattr(found, "ipv4_mapped", None) or found).is_loopback:
-        return ""
-    if not settings.api_tokens_file:
-        raise ConfigError(f"{shown} is open to others: set API_TOKENS_FILE, or listen on 127.0.0.1")
-    if settings.http_cert:
-        return ""
-    if not settings.http_plain:
-        raise ConfigError(f"{shown} is open to others, and tokens would cross the network in plain text: set HTTP_CERT "
-                          "and HTTP_KEY, listen on 127.0.0.1, or set HTTP_PLAIN=1 behind a proxy that does TLS")
-    return f"HTTP_PLAIN=1: {shown} is plain HTTP: anyone on the way to the TLS proxy can read the tokens"
+# endregion
 
 
-# Headers that proxies add, beside X-Forwarded-*.
-PROXY_HEADERS = frozenset(("forwarded", "via", "x-real-ip"))
-
-
-def refuse_strangers(head: Head) -> None:
-    """Raise AppError 1004 for a request of another site's page in a browser, or through a proxy.
-
-    Without tokens nothing else would tell it from a request of a person at this host.
-    """
-    host = head.headers.get("host", "").lower()
-    name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
-    for header in head.headers:
-        if header in PROXY_HEADERS or header.startswith("x-forwarded"):
-            raise AppError(NOT_ALLOWED,
-                           f"without API_TOKENS_FILE nothing is served through a proxy ({one_line(header, 40)})")
-    is_foreign = head.headers.get("sec-fetch-site", "none").lower() not in ("same-origin", "none")
-    with contextlib.suppress(ValueError):
-        if name not in ("", "localhost"):
-            ipaddress.ip_address(name.strip("[]"))
-        origin = head.headers.get("origin", f"http://{host}").lower()
-        if not is_foreign and origin in (f"http://{host}", f"https://{host}"):
-            return
-    raise AppError(NOT_ALLOWED, "without API_TOKENS_FILE only this host's own address is served, "
-                                "and no other site's page")
-
-
-def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
-    """Return the API's TLS context; raise ConfigError naming what is wrong with the files."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; all of TLS 1.3's are good
-    context.options |= ssl.OP_NO_RENEGOTIATION
-    load_pair(context, cert, key, ("HTTP_CERT", "HTTP_KEY"))
-    require_private("HTTP_KEY", key)
-    if client_ca:
-        load_ca(context, client_ca, "HTTP_CLIENT_CA")
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
-
-
+# region Check and why
 # ======================================================================================
-# 17 Check: what is wrong with this installation, and how to fix it. Uses 1 to 16.
+# Check and why: what is wrong with this installation, and what would mend it.
+# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Engines, Database,
+#   Audit, Claims, Dialects, Agents, Executor, Access, API, Server.
 # ======================================================================================
 
 class Ping(NamedTuple):
@@ -9585,8 +9920,13 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
         yield Finding("nodes", EXIT_USAGE, "not asked: agents don't answer without good certificates")
 
 
+# endregion
+
+
+# region Terminal
 # ======================================================================================
-# 18 Screen: output for a terminal: tables, a release in one line, its progress. Uses 1 to 17.
+# Terminal: what a person sees: columns, a release in one line, its progress.
+# Uses: Vocabulary, Helpers, Model, Releases.
 # ======================================================================================
 
 def columns_of(text: str) -> int:
@@ -9706,8 +10046,15 @@ class Screen:
         return f"\x1b[{colour}m{text}\x1b[0m" if self._has_colours else text
 
 
+# endregion
+
+
+# region Commands
 # ======================================================================================
-# 19 Commands: what each command does (contract section 4). Uses 1 to 18.
+# Commands: what each other command does (contract section 4).
+# Uses: Vocabulary, Helpers, Settings, Model, Strategy, Plan, Status texts, Verbs,
+#   Engines, Database, Audit, Queue, Retry and rollback, Releases, Claims,
+#   Serialization, Access, Check and why, Terminal.
 # ======================================================================================
 
 class Context:
@@ -9753,7 +10100,456 @@ def exit_code_of(store: Store, release: Release) -> int:
     return EXIT_NOT_SUCCESS if is_exceeded else EXIT_DONE
 
 
-# -- the processes ---------------------------------------------------------------------------
+def command_migrate(context: Context) -> int:
+    before, after = context.store.database.migrate()
+    document: dict[str, Any] = {"before": before, "after": after}
+    text = f"{context.store.database}: schema {after}" + (f", was {before}" if before != after else "")
+    if context.options.first_version is not None:
+        document["nextVersion"] = context.store.releases.set_first_version(context.options.first_version,
+                                                                    context.actor)
+        text += f"; the next release is version {document['nextVersion']}"
+    return context.show(document, text)
+
+
+def command_token_add(context: Context) -> int:
+    options, path = context.options, context.settings.api_tokens_file
+    if not path:
+        raise ConfigError("API_TOKENS_FILE is not set: name the file that holds the tokens of the API")
+    token = context.open(create=True).audit.note(
+        context.actor, "token.add", f"token {options.name}", {"name": options.name, "role": options.role, "file": path},
+        lambda: add_token(path, options.name, options.role))
+    print(f"Token for {options.name} ({options.role}). Copy it now: it can't be shown again.", file=sys.stderr)
+    return context.show({"name": options.name, "role": options.role, "token": token}, token)
+
+
+def _labels_option(pairs: Sequence[str]) -> dict[str, str]:
+    labels = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise AppError(INVALID, f"--label {one_line(pair, 60)} must be K=V")
+        if key in labels:
+            raise AppError(INVALID, f"--label {one_line(key, 60)} is given twice: a node has one value of each label")
+        labels[key] = value
+    return labels
+
+
+def _node_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the JSON fields of a node that the options give."""
+    fields = {"name": options.name if options.command == "node add" else options.rename, "mainIp": options.ip,
+              "agentPort": options.port, "agentProtocol": options.protocol, "status": options.status,
+              "labels": _labels_option(options.label) if options.label else None, "enabled": options.enabled}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+NODE_HEAD = ("id", "name", "address", "protocol", "enabled", "status", "labels")
+
+
+def _node_row(node: Node) -> tuple[object, ...]:
+    return (node.id, node.name, f"{node.main_ip}:{node.agent_port}", node.agent_protocol,
+            "yes" if node.enabled else "no", node.status, node.labels)
+
+
+def command_node_add(context: Context) -> int:
+    columns = parse_node_fields(_node_options(context.options), ("name", "mainIp"))
+    node = context.open(create=True).nodes.add(**columns, by=context.actor)
+    return context.show(node_json(node), f"node {node.id}: {node.name} at {node.main_ip}:{node.agent_port}")
+
+
+def command_node_list(context: Context) -> int:
+    page = context.open().nodes.page(size=0)
+    text = table([_node_row(node) for node in page.items], NODE_HEAD) or "no nodes: add one with `node add`"
+    return context.show({"items": [node_json(node) for node in page.items], "total": page.total}, text)
+
+
+def command_node_set(context: Context) -> int:
+    columns = parse_node_fields(_node_options(context.options))
+    if not columns:
+        raise AppError(MISSING, "nothing to change: name an option, see `node set --help`")
+    store = context.open()
+    node = store.nodes.update(store.nodes.named(context.options.name).id, columns, context.actor)
+    return context.show(node_json(node), table([_node_row(node)], NODE_HEAD))
+
+
+def command_node_import(context: Context) -> int:
+    path = context.options.file
+    rows = []
+    for number, fields in enumerate(_read_node_file(path), 1):
+        try:
+            columns = parse_node_fields(fields, ("name", "mainIp"))
+        except AppError as error:
+            raise AppError(error.code, f"{path}, node {number}: {error.message}") from None
+        rows.append((columns["name"], columns["main_ip"], columns.get("agent_port", 8443),
+                     columns.get("agent_protocol", TASKS), columns.get("labels", "{}"),
+                     columns.get("enabled", 1), columns.get("status", "online")))
+    nodes = context.open(create=True).nodes.add_all(rows, context.actor)
+    return context.show({"items": [node_json(node) for node in nodes]}, f"nodes added: {len(nodes)}")
+
+
+def _read_node_file(path: str) -> list[dict[str, Any]]:
+    """Return the nodes of a JSON array, or of lines NAME IP [PORT [PROTOCOL]], as JSON fields."""
+    text = read_text(path)
+    if text.lstrip().startswith(("[", "{")):
+        try:
+            items = parse_json(text)
+        except ValueError as error:
+            raise AppError(MALFORMED, f"{path} is not JSON: {one_line(error, 150)}") from None
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise AppError(MALFORMED, f"{path} must be an array of objects")
+        return list(items)
+    nodes = []
+    for line in text.splitlines():
+        words = line.split("#")[0].replace(",", " ").split()
+        if not words:
+            continue
+        if len(words) < 2 or len(words) > 4 or (len(words) > 2 and not re.fullmatch("[0-9]{1,9}", words[2])):
+            raise AppError(MALFORMED, f"{path}: {one_line(line, 60)!r} is not NAME IP [PORT [PROTOCOL]]")
+        node: dict[str, Any] = dict(zip(("name", "mainIp", "agentPort", "agentProtocol"), words))
+        if "agentPort" in node:
+            node["agentPort"] = int(node["agentPort"])
+        nodes.append(node)
+    return nodes
+
+
+def command_node_ping(context: Context) -> int:
+    store = context.open()
+    nodes = [store.nodes.named(name) for name in context.options.names] or \
+        [node for node in store.nodes.page(size=0).items if node.enabled]
+    pings = ping_nodes(context.settings, nodes)
+    context.show({"items": [{"name": p.node.name, "ok": p.is_ok, "errorKind": p.error_kind, "message": p.text}
+                            for p in pings]},
+                 table([(p.node.name, "ok" if p.is_ok else p.error_kind, p.text) for p in pings],
+                       ("node", "state", "result")))
+    return EXIT_DONE if all(p.is_ok for p in pings) else EXIT_UNAVAILABLE
+
+
+def _number_or_text(text: str) -> int | str:
+    """Return digits as a number, all else as it is: the Store raises the error."""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
+
+
+def _list_of_numbers(text: str) -> list[int | str]:
+    return [_number_or_text(part.strip()) for part in text.split(",")]
+
+
+# Options of create: flag, key of the strategy, parser, placeholder, help.
+STRATEGY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
+    ("--batches", "batches", _list_of_numbers, "SPEC", "sizes: 1,10%%,25%%; all other nodes are the last batch (1)"),
+    ("--max-failed", "maxFailed", _number_or_text, "N",
+     "failures tolerated in a batch: N or N%% (default 0: stop at the first)"),
+    ("--max-failed-total", "maxFailedTotal", _number_or_text, "N",
+     "failures tolerated in the whole release: N or N%% (no limit)"),
+    ("--max-parallel", "maxParallel", _number_or_text, "N", "nodes in flight at once; 0: the whole batch (0)"),
+    ("--soak", "soakSec", parse_duration, "TIME", "wait between batches: 90, 5m, 2h (0)"),
+    ("--pause-after", "pauseAfter", lambda text: text if text == EACH else _list_of_numbers(text), "LIST",
+     "pause after these batches until resume: numbers, or each"),
+    ("--on-exceed", "onExceed", str, "WHAT", "at more failures than tolerated: fail, or pause until resume (fail)"),
+    ("--node-deadline", "nodeDeadlineSec", parse_duration, "TIME", "most time for a node, from its dispatch"),
+    ("--retries", "retries", _number_or_text, "N", "tries after the first"),
+    ("--start-at", "startAt", str, "TIME", "start no earlier than this, like 2026-01-31T22:00:00Z"),
+)
+VERIFY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
+    ("--verify-url", "url", str, "URL", "probe each node after its success, like http://{main_ip}:8080/health"),
+    ("--verify-status", "status", _number_or_text, "N", "HTTP status that a probe must get (200)"),
+    ("--verify-timeout", "timeoutSec", parse_duration, "TIME", "most time for one probe (5)"),
+    ("--verify-successes", "successes", _number_or_text, "N", "probes in a row that must pass (1)"),
+    ("--verify-host", "host", str, "NAME", "site to ask for: the Host header, and the name in TLS"),
+    ("--verify-contains", "contains", str, "TEXT", "text that the answer must contain"),
+)
+
+
+def _given(options: argparse.Namespace,
+           known: Iterable[tuple[str, str, Callable[[str], Any], str, str]]) -> dict[str, Any]:
+    """Return the keys whose options were given, with their values."""
+    values = {key: getattr(options, flag[2:].replace("-", "_")) for flag, key, *_ in known}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def command_create(context: Context) -> int:
+    options = context.options
+    _check_wait(options)
+    body: dict[str, Any] = {"target": options.target, "reason": options.reason, "payload": {},
+                            "strategy": _given(options, STRATEGY_OPTIONS)}
+    if options.payload:
+        try:
+            body["payload"] = parse_json(read_text(options.payload))
+        except ValueError as error:
+            raise AppError(MALFORMED, f"--payload {options.payload} is not JSON: {one_line(error, 150)}") from None
+    verify = _given(options, VERIFY_OPTIONS)
+    if verify:
+        body["strategy"]["verify"] = verify
+    if options.label:
+        body["labels"] = _labels_option(options.label)
+    if options.version is not None:
+        body["version"] = options.version
+    store = context.open(create=True)
+    if options.node:
+        body["nodeIds"] = [store.nodes.named(name).id for name in options.node]
+    request = parse_release_request(body)
+    if options.plan:
+        return _show_plan(context, store.releases.plan(request))
+    return _show_created(context, store.releases.create(request, context.actor))
+
+
+def _show_plan(context: Context, plan: Plan) -> int:
+    """Print what a release would do, and which nodes it would leave out."""
+    payload = "payload of release {} (v{})".format(*plan.payload_of) if plan.payload_of else None
+    limits = [("version", plan.version), ("sends", payload), ("nodes", sum(map(len, plan.batches))),
+              ("failures tolerated in all", plan.max_failed_total),
+              ("nodes in flight at once, at most", plan.strategy.max_parallel or None)]
+    text = table([(number, len(ids), most, in_words(ids)) for number, (ids, most) in enumerate(
+        zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "node ids"))
+    emptied = [f"left without any site: {', '.join(plan.emptied)}"] if plan.emptied else []
+    return context.show(plan_json(plan), "\n".join(
+        [text, *(f"{name}: {value}" for name, value in limits if value is not None), *_left_out_lines(plan.left_out),
+         *emptied]))
+
+
+def _left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
+    return [f"left out: {one.name} is {one.why}" for one in left_out]
+
+
+def _check_wait(options: argparse.Namespace) -> None:
+    if not options.wait and (options.timeout is not None or options.until != Until()):
+        raise AppError(MISSING, "--timeout and --until go with --wait")
+
+
+def _show_created(context: Context, made: Made) -> int:
+    release = made.release
+    left_out = _left_out_lines(made.left_out) if release.retry_of or release.rollback_of else []
+    if context.options.wait:
+        print("\n".join([f"{release}: created", *left_out]), file=sys.stderr)
+        return _watch(context, release.id)
+    as_json = created_again_json if release.retry_of or release.rollback_of else created_json
+    return context.show(as_json(made), "\n".join([
+        f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
+        f"{in_words([len(batch) for batch in made.batches])}", *left_out]))
+
+
+def command_list(context: Context) -> int:
+    options = context.options
+    page = context.open().releases.page(options.status or "", options.page, options.page_size)
+    rows = [(r.id, f"v{r.version}", r.target, r.status, f"{r.success_nodes}/{r.total_nodes}", r.failed_nodes,
+             r.created_at, r.status_reason) for r in page.items]
+    return context.show(page_json(page, release_json), table(
+        rows, ("id", "version", "target", "status", "done", "failed", "created", "state")) or "no releases")
+
+
+def command_status(context: Context) -> int:
+    release, nodes = context.open().releases.with_nodes(context.options.id)
+    return context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
+        [(n.batch, n.name, n.status, n.attempts, n.started_at, n.finished_at, n.error_kind, n.error_msg)
+         for n in nodes], ("batch", "node", "status", "tries", "started", "finished", "error", "message"))]))
+
+
+def command_watch(context: Context) -> int:
+    if context.options.id != LATEST:
+        return _watch(context, int(context.options.id))
+    page = context.open().releases.page(size=1)
+    if not page.items:
+        raise AppError(NOT_FOUND, "there is no release yet")
+    return _watch(context, page.items[0].id)
+
+
+WATCH_EVERY_S = 0.5
+
+
+class Until(NamedTuple):
+    """What watch waits for beside the release's end: a pause, or the end of a batch."""
+    paused: bool = False
+    batch: int = 0
+
+    def is_reached(self, progress: Progress) -> bool:
+        """Return whether watch may end."""
+        at = min((b.number for b in progress.batches if b.count(PENDING, RUNNING)), default=MAX_NODES)
+        return (progress.release.is_terminal or (self.paused and progress.release.status == PAUSED)
+                or 0 < self.batch < at)
+
+
+def parse_until(text: str) -> Until:
+    """Parse --until: terminal, paused or batch=N."""
+    match = re.fullmatch(r"batch=([1-9][0-9]{0,6})", text)
+    if match:
+        return Until(batch=int(match[1]))
+    if text not in ("terminal", PAUSED):
+        raise argparse.ArgumentTypeError(f"{text!r} is not terminal, paused or batch=N")
+    return Until(paused=text == PAUSED)
+
+
+def _watch(context: Context, release_id: int) -> int:
+    """Show the progress of a release on standard error until --until is reached; return the exit code.
+
+    The database may be out of reach meanwhile. EXIT_BUSY: --timeout was over first.
+    """
+    options, store, screen = context.options, context.open(), Screen(sys.stderr)
+    ends_at = float("inf") if options.timeout is None else time.monotonic() + options.timeout
+    state = "could not be read"
+    while True:
+        try:
+            progress = store.releases.progress(release_id)
+            screen.show(progress)
+        except DatabaseError as error:
+            screen.say(str(error))
+        else:
+            release = progress.release
+            if options.until.is_reached(progress):
+                break
+            state = f"is still {release.status}" + (f" ({release.status_reason})" if release.status_reason else "")
+        left_s = ends_at - time.monotonic()
+        if left_s <= 0:
+            print(f"timed out after {options.timeout:g} s: release {release_id} {state}", file=sys.stderr)
+            if options.json:
+                context.show({"release": release_json(store.releases.get(release_id))}, "")
+            return EXIT_BUSY
+        time.sleep(min(WATCH_EVERY_S, left_s))
+    context.show({"release": release_json(release)}, release_line(release))
+    return exit_code_of(store, release)
+
+
+def command_events(context: Context) -> int:
+    options = context.options
+    events = context.open().releases.events(options.id, options.after, options.limit)
+    return context.show({"items": [event_json(event) for event in events]}, table(
+        [(e.id, e.at, e.node_name or "release", e.event, f"{e.from_status} -> {e.to_status}", e.actor, e.detail)
+         for e in events], ("id", "at", "node", "event", "change", "actor", "detail")))
+
+
+def command_audit(context: Context) -> int:
+    options = context.options
+    if options.head and not options.verify:
+        raise AppError(MISSING, "--head goes with --verify")
+    if options.verify:
+        return _verify_audit(context)
+    what = f"release {options.release}" if options.release else options.object
+    rows = context.open().audit.rows(options.after, options.limit, AuditFilter(
+        options.actor, options.action, what, options.since or ""), newest=not options.after)
+    context.show({"items": [audit_json(row) for row in rows]}, table(
+        [(r.id, r.at, r.actor, r.address, r.action, r.object, " -> ".join(filter(None, (r.before, r.after))))
+         for r in rows], ("id", "at", "actor", "from", "action", "object", "change")) or "no rows")
+    return EXIT_DONE
+
+
+def _verify_audit(context: Context) -> int:
+    report = context.open().audit.verify(context.options.head)
+    context.show({"isWhole": not report.faults, "rows": report.rows, "releases": report.releases,
+                  "head": {"id": report.head[0], "hash": report.head[1]}, "faults": report.faults},
+                 "\n".join(report.faults or [f"whole: {audit_line(report)}"]))
+    return EXIT_NOT_SUCCESS if report.faults else EXIT_DONE
+
+
+def command_act(context: Context) -> int:
+    options = context.options
+    verb = CANCEL_BY_FORCE if options.command == "cancel" and options.force else options.command
+    more = {"accept_failures": options.accept_failures} if verb == "resume" else {}
+    reason = parse_text("--reason", options.reason)
+    release = context.open().releases.act(verb, options.id, context.actor, reason, **more)
+    return context.show(release_json(release), release_line(release))
+
+
+def command_again(context: Context) -> int:
+    options = context.options
+    _check_wait(options)
+    wish = Again(parse_text("--reason", options.reason), options.over_newer, getattr(options, "to", None))
+    store = context.open()
+    if options.plan:
+        return _show_plan(context, store.releases.plan_again(options.command, options.id, wish))
+    make = {"retry": store.releases.retry, "rollback": store.releases.rollback}[options.command]
+    return _show_created(context, make(options.id, context.actor, wish))
+
+
+def command_freeze(context: Context) -> int:
+    options, store = context.options, context.open()
+    if options.switch is None and options.reason:
+        raise AppError(MISSING, "--reason goes with on or off")
+    freeze = store.releases.freeze() if options.switch is None else store.releases.set_freeze(
+        options.switch == "on", context.actor, parse_text("--reason", options.reason))
+    text = f"frozen by {freeze.actor} at {freeze.at}: {freeze.reason}" if freeze.frozen else "not frozen"
+    return context.show(freeze_json(freeze), text)
+
+
+def command_check(context: Context) -> int:
+    settings = context.settings
+    findings = [Finding("settings", EXIT_DONE, "valid"),
+                *check_config(settings, context.options.config), *check_agents(settings),
+                *check_api(settings), *check_database(settings, context.store)]
+    context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
+                            for f in findings]},
+                 table([("ok" if f.exit_code == EXIT_DONE else "WRONG", f.subject, f.text) for f in findings],
+                       ("", "subject", "result")))
+    codes = {f.exit_code for f in findings}
+    return EXIT_USAGE if EXIT_USAGE in codes else max(codes)
+
+
+def command_backup(context: Context) -> int:
+    path = context.options.file
+    schema, size = context.store.audit.backup(path, context.actor)
+    return context.show({"file": path, "bytes": size, "schema": schema},
+                        f"{path}: {size} bytes, schema {schema}, checked")
+
+
+# Seconds between two transactions of prune, so that other writers get the lock.
+PRUNE_PAUSE_S = 0.1
+# Nodes of the releases that prune deletes in one transaction; each has some events too.
+PRUNE_NODES = 500
+
+
+def command_prune(context: Context) -> int:
+    options, store = context.options, context.open()
+    found = store.releases.old(options.older_than, options.keep)
+    if options.dry_run:
+        return _show_pruned(context, found)
+    gone: set[int] = set()
+    for chunk in _chunks(found):
+        gone.update(store.releases.delete([release.id for release in chunk], context.actor))
+        time.sleep(PRUNE_PAUSE_S)
+    return _show_pruned(context, [release for release in found if release.id in gone])
+
+
+def _chunks(releases: Iterable[OldRelease]) -> Iterator[list[OldRelease]]:
+    """Yield parts of a list that are each deleted in a short transaction; a release is in one part."""
+    chunk: list[OldRelease] = []
+    for release in releases:
+        if chunk and (len(chunk) == NODES_PER_STATEMENT
+                      or sum(r.total_nodes for r in chunk) + release.total_nodes > PRUNE_NODES):
+            yield chunk
+            chunk = []
+        chunk.append(release)
+    if chunk:
+        yield chunk
+
+
+def _show_pruned(context: Context, releases: Sequence[OldRelease]) -> int:
+    is_dry = context.options.dry_run
+    rows = table([(r.id, f"v{r.version}", r.target, r.status, r.total_nodes, r.ended_at) for r in releases],
+                 ("id", "version", "target", "status", "nodes", "ended")) if is_dry else ""
+    return context.show({"dryRun": is_dry, "total": len(releases), "items": [
+        {"id": r.id, "version": r.version, "target": r.target, "status": r.status, "totalNodes": r.total_nodes,
+         "endedAt": r.ended_at} for r in releases]},
+        "\n".join(filter(None, [rows, f"releases {'to be ' if is_dry else ''}deleted: {len(releases)}"])))
+
+
+def command_version(context: Context) -> int:
+    driver = ""
+    with contextlib.suppress(ConfigError):
+        name = load_postgres_driver().__name__.partition(".")[0]
+        driver = f"{name} {sys.modules[name].__version__}"
+    found = {"version": __version__, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+             "schema": len(schema_steps()), "python": platform.python_version(),
+             "sqlite": sqlite3.sqlite_version, "openssl": ssl.OPENSSL_VERSION, "postgresDriver": driver or None}
+    return context.show(found, "\n".join([f"releasectl {__version__}", *(
+        f"{name:<15} {value or 'none'}" for name, value in found.items() if name != "version")]))
+
+
+# endregion
+
+
+# region Service
+# ======================================================================================
+# Service: the processes serve and run-once: signals, the service manager, files that
+#   change.
+# Uses: Vocabulary, Helpers, Settings, Certificates, Agents, Executor, Serialization,
+#   API, Server, Check and why, Terminal, Commands.
+# ======================================================================================
 
 def command_serve(context: Context) -> int:
     settings = context.settings
@@ -10010,476 +10806,14 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def command_migrate(context: Context) -> int:
-    before, after = context.store.database.migrate()
-    document: dict[str, Any] = {"before": before, "after": after}
-    text = f"{context.store.database}: schema {after}" + (f", was {before}" if before != after else "")
-    if context.options.first_version is not None:
-        document["nextVersion"] = context.store.releases.set_first_version(context.options.first_version,
-                                                                    context.actor)
-        text += f"; the next release is version {document['nextVersion']}"
-    return context.show(document, text)
+# endregion
 
 
-# -- tokens ----------------------------------------------------------------------------------
-
-def command_token_add(context: Context) -> int:
-    options, path = context.options, context.settings.api_tokens_file
-    if not path:
-        raise ConfigError("API_TOKENS_FILE is not set: name the file that holds the tokens of the API")
-    token = context.open(create=True).audit.note(
-        context.actor, "token.add", f"token {options.name}", {"name": options.name, "role": options.role, "file": path},
-        lambda: add_token(path, options.name, options.role))
-    print(f"Token for {options.name} ({options.role}). Copy it now: it can't be shown again.", file=sys.stderr)
-    return context.show({"name": options.name, "role": options.role, "token": token}, token)
-
-
-# -- nodes -----------------------------------------------------------------------------------
-
-def _labels_option(pairs: Sequence[str]) -> dict[str, str]:
-    labels = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise AppError(INVALID, f"--label {one_line(pair, 60)} must be K=V")
-        if key in labels:
-            raise AppError(INVALID, f"--label {one_line(key, 60)} is given twice: a node has one value of each label")
-        labels[key] = value
-    return labels
-
-
-def _node_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the JSON fields of a node that the options give."""
-    fields = {"name": options.name if options.command == "node add" else options.rename, "mainIp": options.ip,
-              "agentPort": options.port, "agentProtocol": options.protocol, "status": options.status,
-              "labels": _labels_option(options.label) if options.label else None, "enabled": options.enabled}
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-NODE_HEAD = ("id", "name", "address", "protocol", "enabled", "status", "labels")
-
-
-def _node_row(node: Node) -> tuple[object, ...]:
-    return (node.id, node.name, f"{node.main_ip}:{node.agent_port}", node.agent_protocol,
-            "yes" if node.enabled else "no", node.status, node.labels)
-
-
-def command_node_add(context: Context) -> int:
-    columns = parse_node_fields(_node_options(context.options), ("name", "mainIp"))
-    node = context.open(create=True).nodes.add(**columns, by=context.actor)
-    return context.show(node_json(node), f"node {node.id}: {node.name} at {node.main_ip}:{node.agent_port}")
-
-
-def command_node_list(context: Context) -> int:
-    page = context.open().nodes.page(size=0)
-    text = table([_node_row(node) for node in page.items], NODE_HEAD) or "no nodes: add one with `node add`"
-    return context.show({"items": [node_json(node) for node in page.items], "total": page.total}, text)
-
-
-def command_node_set(context: Context) -> int:
-    columns = parse_node_fields(_node_options(context.options))
-    if not columns:
-        raise AppError(MISSING, "nothing to change: name an option, see `node set --help`")
-    store = context.open()
-    node = store.nodes.update(store.nodes.named(context.options.name).id, columns, context.actor)
-    return context.show(node_json(node), table([_node_row(node)], NODE_HEAD))
-
-
-def command_node_import(context: Context) -> int:
-    path = context.options.file
-    rows = []
-    for number, fields in enumerate(_read_node_file(path), 1):
-        try:
-            columns = parse_node_fields(fields, ("name", "mainIp"))
-        except AppError as error:
-            raise AppError(error.code, f"{path}, node {number}: {error.message}") from None
-        rows.append((columns["name"], columns["main_ip"], columns.get("agent_port", 8443),
-                     columns.get("agent_protocol", TASKS), columns.get("labels", "{}"),
-                     columns.get("enabled", 1), columns.get("status", "online")))
-    nodes = context.open(create=True).nodes.add_all(rows, context.actor)
-    return context.show({"items": [node_json(node) for node in nodes]}, f"nodes added: {len(nodes)}")
-
-
-def _read_node_file(path: str) -> list[dict[str, Any]]:
-    """Return the nodes of a JSON array, or of lines NAME IP [PORT [PROTOCOL]], as JSON fields."""
-    text = read_text(path)
-    if text.lstrip().startswith(("[", "{")):
-        try:
-            items = parse_json(text)
-        except ValueError as error:
-            raise AppError(MALFORMED, f"{path} is not JSON: {one_line(error, 150)}") from None
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise AppError(MALFORMED, f"{path} must be an array of objects")
-        return list(items)
-    nodes = []
-    for line in text.splitlines():
-        words = line.split("#")[0].replace(",", " ").split()
-        if not words:
-            continue
-        if len(words) < 2 or len(words) > 4 or (len(words) > 2 and not re.fullmatch("[0-9]{1,9}", words[2])):
-            raise AppError(MALFORMED, f"{path}: {one_line(line, 60)!r} is not NAME IP [PORT [PROTOCOL]]")
-        node: dict[str, Any] = dict(zip(("name", "mainIp", "agentPort", "agentProtocol"), words))
-        if "agentPort" in node:
-            node["agentPort"] = int(node["agentPort"])
-        nodes.append(node)
-    return nodes
-
-
-def read_text(path: str) -> str:
-    try:
-        return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
-    except (OSError, UnicodeError) as error:
-        raise AppError(MALFORMED, f"{path} can't be read: {os_reason(error)}") from None
-
-
-def command_node_ping(context: Context) -> int:
-    store = context.open()
-    nodes = [store.nodes.named(name) for name in context.options.names] or \
-        [node for node in store.nodes.page(size=0).items if node.enabled]
-    pings = ping_nodes(context.settings, nodes)
-    context.show({"items": [{"name": p.node.name, "ok": p.is_ok, "errorKind": p.error_kind, "message": p.text}
-                            for p in pings]},
-                 table([(p.node.name, "ok" if p.is_ok else p.error_kind, p.text) for p in pings],
-                       ("node", "state", "result")))
-    return EXIT_DONE if all(p.is_ok for p in pings) else EXIT_UNAVAILABLE
-
-
-# -- releases --------------------------------------------------------------------------------
-
-def parse_duration(text: str) -> float:
-    """Return 90, 90s, 5m, 2h or 1d in seconds; raise argparse.ArgumentTypeError else."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd]?)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90, 90s, 5m, 2h or 1d")
-    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-    return int(seconds) if seconds == int(seconds) else seconds
-
-
-def _number_or_text(text: str) -> int | str:
-    """Return digits as a number, all else as it is: the Store raises the error."""
-    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
-
-
-def _list_of_numbers(text: str) -> list[int | str]:
-    return [_number_or_text(part.strip()) for part in text.split(",")]
-
-
-# Options of create: flag, key of the strategy, parser, placeholder, help.
-STRATEGY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
-    ("--batches", "batches", _list_of_numbers, "SPEC", "sizes: 1,10%%,25%%; all other nodes are the last batch (1)"),
-    ("--max-failed", "maxFailed", _number_or_text, "N",
-     "failures tolerated in a batch: N or N%% (default 0: stop at the first)"),
-    ("--max-failed-total", "maxFailedTotal", _number_or_text, "N",
-     "failures tolerated in the whole release: N or N%% (no limit)"),
-    ("--max-parallel", "maxParallel", _number_or_text, "N", "nodes in flight at once; 0: the whole batch (0)"),
-    ("--soak", "soakSec", parse_duration, "TIME", "wait between batches: 90, 5m, 2h (0)"),
-    ("--pause-after", "pauseAfter", lambda text: text if text == EACH else _list_of_numbers(text), "LIST",
-     "pause after these batches until resume: numbers, or each"),
-    ("--on-exceed", "onExceed", str, "WHAT", "at more failures than tolerated: fail, or pause until resume (fail)"),
-    ("--node-deadline", "nodeDeadlineSec", parse_duration, "TIME", "most time for a node, from its dispatch"),
-    ("--retries", "retries", _number_or_text, "N", "tries after the first"),
-    ("--start-at", "startAt", str, "TIME", "start no earlier than this, like 2026-01-31T22:00:00Z"),
-)
-VERIFY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
-    ("--verify-url", "url", str, "URL", "probe each node after its success, like http://{main_ip}:8080/health"),
-    ("--verify-status", "status", _number_or_text, "N", "HTTP status that a probe must get (200)"),
-    ("--verify-timeout", "timeoutSec", parse_duration, "TIME", "most time for one probe (5)"),
-    ("--verify-successes", "successes", _number_or_text, "N", "probes in a row that must pass (1)"),
-    ("--verify-host", "host", str, "NAME", "site to ask for: the Host header, and the name in TLS"),
-    ("--verify-contains", "contains", str, "TEXT", "text that the answer must contain"),
-)
-
-
-def _given(options: argparse.Namespace,
-           known: Iterable[tuple[str, str, Callable[[str], Any], str, str]]) -> dict[str, Any]:
-    """Return the keys whose options were given, with their values."""
-    values = {key: getattr(options, flag[2:].replace("-", "_")) for flag, key, *_ in known}
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def command_create(context: Context) -> int:
-    options = context.options
-    _check_wait(options)
-    body: dict[str, Any] = {"target": options.target, "reason": options.reason, "payload": {},
-                            "strategy": _given(options, STRATEGY_OPTIONS)}
-    if options.payload:
-        try:
-            body["payload"] = parse_json(read_text(options.payload))
-        except ValueError as error:
-            raise AppError(MALFORMED, f"--payload {options.payload} is not JSON: {one_line(error, 150)}") from None
-    verify = _given(options, VERIFY_OPTIONS)
-    if verify:
-        body["strategy"]["verify"] = verify
-    if options.label:
-        body["labels"] = _labels_option(options.label)
-    if options.version is not None:
-        body["version"] = options.version
-    store = context.open(create=True)
-    if options.node:
-        body["nodeIds"] = [store.nodes.named(name).id for name in options.node]
-    request = parse_release_request(body)
-    if options.plan:
-        return _show_plan(context, store.releases.plan(request))
-    return _show_created(context, store.releases.create(request, context.actor))
-
-
-def _show_plan(context: Context, plan: Plan) -> int:
-    """Print what a release would do, and which nodes it would leave out."""
-    payload = "payload of release {} (v{})".format(*plan.payload_of) if plan.payload_of else None
-    limits = [("version", plan.version), ("sends", payload), ("nodes", sum(map(len, plan.batches))),
-              ("failures tolerated in all", plan.max_failed_total),
-              ("nodes in flight at once, at most", plan.strategy.max_parallel or None)]
-    text = table([(number, len(ids), most, in_words(ids)) for number, (ids, most) in enumerate(
-        zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "node ids"))
-    emptied = [f"left without any site: {', '.join(plan.emptied)}"] if plan.emptied else []
-    return context.show(plan_json(plan), "\n".join(
-        [text, *(f"{name}: {value}" for name, value in limits if value is not None), *_left_out_lines(plan.left_out),
-         *emptied]))
-
-
-def _left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
-    return [f"left out: {one.name} is {one.why}" for one in left_out]
-
-
-def _check_wait(options: argparse.Namespace) -> None:
-    if not options.wait and (options.timeout is not None or options.until != Until()):
-        raise AppError(MISSING, "--timeout and --until go with --wait")
-
-
-def _show_created(context: Context, made: Made) -> int:
-    release = made.release
-    left_out = _left_out_lines(made.left_out) if release.retry_of or release.rollback_of else []
-    if context.options.wait:
-        print("\n".join([f"{release}: created", *left_out]), file=sys.stderr)
-        return _watch(context, release.id)
-    as_json = created_again_json if release.retry_of or release.rollback_of else created_json
-    return context.show(as_json(made), "\n".join([
-        f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
-        f"{in_words([len(batch) for batch in made.batches])}", *left_out]))
-
-
-def command_list(context: Context) -> int:
-    options = context.options
-    page = context.open().releases.page(options.status or "", options.page, options.page_size)
-    rows = [(r.id, f"v{r.version}", r.target, r.status, f"{r.success_nodes}/{r.total_nodes}", r.failed_nodes,
-             r.created_at, r.status_reason) for r in page.items]
-    return context.show(page_json(page, release_json), table(
-        rows, ("id", "version", "target", "status", "done", "failed", "created", "state")) or "no releases")
-
-
-def command_status(context: Context) -> int:
-    release, nodes = context.open().releases.with_nodes(context.options.id)
-    return context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
-        [(n.batch, n.name, n.status, n.attempts, n.started_at, n.finished_at, n.error_kind, n.error_msg)
-         for n in nodes], ("batch", "node", "status", "tries", "started", "finished", "error", "message"))]))
-
-
-LATEST = "latest"
-
-
-def command_watch(context: Context) -> int:
-    if context.options.id != LATEST:
-        return _watch(context, int(context.options.id))
-    page = context.open().releases.page(size=1)
-    if not page.items:
-        raise AppError(NOT_FOUND, "there is no release yet")
-    return _watch(context, page.items[0].id)
-
-
-WATCH_EVERY_S = 0.5
-
-
-class Until(NamedTuple):
-    """What watch waits for beside the release's end: a pause, or the end of a batch."""
-    paused: bool = False
-    batch: int = 0
-
-    def is_reached(self, progress: Progress) -> bool:
-        """Return whether watch may end."""
-        at = min((b.number for b in progress.batches if b.count(PENDING, RUNNING)), default=MAX_NODES)
-        return (progress.release.is_terminal or (self.paused and progress.release.status == PAUSED)
-                or 0 < self.batch < at)
-
-
-def parse_until(text: str) -> Until:
-    """Parse --until: terminal, paused or batch=N."""
-    match = re.fullmatch(r"batch=([1-9][0-9]{0,6})", text)
-    if match:
-        return Until(batch=int(match[1]))
-    if text not in ("terminal", PAUSED):
-        raise argparse.ArgumentTypeError(f"{text!r} is not terminal, paused or batch=N")
-    return Until(paused=text == PAUSED)
-
-
-def _watch(context: Context, release_id: int) -> int:
-    """Show the progress of a release on standard error until --until is reached; return the exit code.
-
-    The database may be out of reach meanwhile. EXIT_BUSY: --timeout was over first.
-    """
-    options, store, screen = context.options, context.open(), Screen(sys.stderr)
-    ends_at = float("inf") if options.timeout is None else time.monotonic() + options.timeout
-    state = "could not be read"
-    while True:
-        try:
-            progress = store.releases.progress(release_id)
-            screen.show(progress)
-        except DatabaseError as error:
-            screen.say(str(error))
-        else:
-            release = progress.release
-            if options.until.is_reached(progress):
-                break
-            state = f"is still {release.status}" + (f" ({release.status_reason})" if release.status_reason else "")
-        left_s = ends_at - time.monotonic()
-        if left_s <= 0:
-            print(f"timed out after {options.timeout:g} s: release {release_id} {state}", file=sys.stderr)
-            if options.json:
-                context.show({"release": release_json(store.releases.get(release_id))}, "")
-            return EXIT_BUSY
-        time.sleep(min(WATCH_EVERY_S, left_s))
-    context.show({"release": release_json(release)}, release_line(release))
-    return exit_code_of(store, release)
-
-
-def command_events(context: Context) -> int:
-    options = context.options
-    events = context.open().releases.events(options.id, options.after, options.limit)
-    return context.show({"items": [event_json(event) for event in events]}, table(
-        [(e.id, e.at, e.node_name or "release", e.event, f"{e.from_status} -> {e.to_status}", e.actor, e.detail)
-         for e in events], ("id", "at", "node", "event", "change", "actor", "detail")))
-
-
-def command_audit(context: Context) -> int:
-    options = context.options
-    if options.head and not options.verify:
-        raise AppError(MISSING, "--head goes with --verify")
-    if options.verify:
-        return _verify_audit(context)
-    what = f"release {options.release}" if options.release else options.object
-    rows = context.open().audit.rows(options.after, options.limit, AuditFilter(
-        options.actor, options.action, what, options.since or ""), newest=not options.after)
-    context.show({"items": [audit_json(row) for row in rows]}, table(
-        [(r.id, r.at, r.actor, r.address, r.action, r.object, " -> ".join(filter(None, (r.before, r.after))))
-         for r in rows], ("id", "at", "actor", "from", "action", "object", "change")) or "no rows")
-    return EXIT_DONE
-
-
-def _verify_audit(context: Context) -> int:
-    report = context.open().audit.verify(context.options.head)
-    context.show({"isWhole": not report.faults, "rows": report.rows, "releases": report.releases,
-                  "head": {"id": report.head[0], "hash": report.head[1]}, "faults": report.faults},
-                 "\n".join(report.faults or [f"whole: {audit_line(report)}"]))
-    return EXIT_NOT_SUCCESS if report.faults else EXIT_DONE
-
-
-def command_act(context: Context) -> int:
-    options = context.options
-    verb = CANCEL_BY_FORCE if options.command == "cancel" and options.force else options.command
-    more = {"accept_failures": options.accept_failures} if verb == "resume" else {}
-    reason = parse_text("--reason", options.reason)
-    release = context.open().releases.act(verb, options.id, context.actor, reason, **more)
-    return context.show(release_json(release), release_line(release))
-
-
-def command_again(context: Context) -> int:
-    options = context.options
-    _check_wait(options)
-    wish = Again(parse_text("--reason", options.reason), options.over_newer, getattr(options, "to", None))
-    store = context.open()
-    if options.plan:
-        return _show_plan(context, store.releases.plan_again(options.command, options.id, wish))
-    make = {"retry": store.releases.retry, "rollback": store.releases.rollback}[options.command]
-    return _show_created(context, make(options.id, context.actor, wish))
-
-
-def command_freeze(context: Context) -> int:
-    options, store = context.options, context.open()
-    if options.switch is None and options.reason:
-        raise AppError(MISSING, "--reason goes with on or off")
-    freeze = store.releases.freeze() if options.switch is None else store.releases.set_freeze(
-        options.switch == "on", context.actor, parse_text("--reason", options.reason))
-    text = f"frozen by {freeze.actor} at {freeze.at}: {freeze.reason}" if freeze.frozen else "not frozen"
-    return context.show(freeze_json(freeze), text)
-
-
-def command_check(context: Context) -> int:
-    settings = context.settings
-    findings = [Finding("settings", EXIT_DONE, "valid"),
-                *check_config(settings, context.options.config), *check_agents(settings),
-                *check_api(settings), *check_database(settings, context.store)]
-    context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
-                            for f in findings]},
-                 table([("ok" if f.exit_code == EXIT_DONE else "WRONG", f.subject, f.text) for f in findings],
-                       ("", "subject", "result")))
-    codes = {f.exit_code for f in findings}
-    return EXIT_USAGE if EXIT_USAGE in codes else max(codes)
-
-
-# -- maintenance -----------------------------------------------------------------------------
-
-def command_backup(context: Context) -> int:
-    path = context.options.file
-    schema, size = context.store.audit.backup(path, context.actor)
-    return context.show({"file": path, "bytes": size, "schema": schema},
-                        f"{path}: {size} bytes, schema {schema}, checked")
-
-
-# Seconds between two transactions of prune, so that other writers get the lock.
-PRUNE_PAUSE_S = 0.1
-# Nodes of the releases that prune deletes in one transaction; each has some events too.
-PRUNE_NODES = 500
-
-
-def command_prune(context: Context) -> int:
-    options, store = context.options, context.open()
-    found = store.releases.old(options.older_than, options.keep)
-    if options.dry_run:
-        return _show_pruned(context, found)
-    gone: set[int] = set()
-    for chunk in _chunks(found):
-        gone.update(store.releases.delete([release.id for release in chunk], context.actor))
-        time.sleep(PRUNE_PAUSE_S)
-    return _show_pruned(context, [release for release in found if release.id in gone])
-
-
-def _chunks(releases: Iterable[OldRelease]) -> Iterator[list[OldRelease]]:
-    """Yield parts of a list that are each deleted in a short transaction; a release is in one part."""
-    chunk: list[OldRelease] = []
-    for release in releases:
-        if chunk and (len(chunk) == NODES_PER_STATEMENT
-                      or sum(r.total_nodes for r in chunk) + release.total_nodes > PRUNE_NODES):
-            yield chunk
-            chunk = []
-        chunk.append(release)
-    if chunk:
-        yield chunk
-
-
-def _show_pruned(context: Context, releases: Sequence[OldRelease]) -> int:
-    is_dry = context.options.dry_run
-    rows = table([(r.id, f"v{r.version}", r.target, r.status, r.total_nodes, r.ended_at) for r in releases],
-                 ("id", "version", "target", "status", "nodes", "ended")) if is_dry else ""
-    return context.show({"dryRun": is_dry, "total": len(releases), "items": [
-        {"id": r.id, "version": r.version, "target": r.target, "status": r.status, "totalNodes": r.total_nodes,
-         "endedAt": r.ended_at} for r in releases]},
-        "\n".join(filter(None, [rows, f"releases {'to be ' if is_dry else ''}deleted: {len(releases)}"])))
-
-
-def command_version(context: Context) -> int:
-    driver = ""
-    with contextlib.suppress(ConfigError):
-        name = load_postgres_driver().__name__.partition(".")[0]
-        driver = f"{name} {sys.modules[name].__version__}"
-    found = {"version": __version__, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-             "schema": len(schema_steps()), "python": platform.python_version(),
-             "sqlite": sqlite3.sqlite_version, "openssl": ssl.OPENSSL_VERSION, "postgresDriver": driver or None}
-    return context.show(found, "\n".join([f"releasectl {__version__}", *(
-        f"{name:<15} {value or 'none'}" for name, value in found.items() if name != "version")]))
-
-
+# region Arguments
 # ======================================================================================
-# 20 Command line: the table of commands, and the parser and shell completion made from it;
-#   the log, and main(). Uses 1 to 19.
+# Arguments: what a command takes: the parser and the completion in shells, made from
+#   a table of commands.
+# Uses: Vocabulary, Settings, Commands.
 # ======================================================================================
 
 class Command(NamedTuple):
@@ -10494,160 +10828,6 @@ class Command(NamedTuple):
 def option(*flags: str, **keywords: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return flags, keywords
 
-
-def _int_option(flag: str, low: int, high: int, **keywords: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return an option that takes a whole number from low to high."""
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
-        return int(text)
-    return option(flag, type=parse, **keywords)
-
-
-def _age_s(text: str) -> float:
-    """Parse a time of a day or more: an Idempotency-Key is kept for a day, with its release."""
-    seconds = parse_duration(text)
-    if not IDEMPOTENCY_KEY_S <= seconds <= 36500 * IDEMPOTENCY_KEY_S:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time from 1d to 36500d")
-    return seconds
-
-
-def _since(text: str) -> str:
-    """Read 90, 5m, 2h or 1d ago, or an RFC 3339 time, as a time; argparse.ArgumentTypeError else."""
-    with contextlib.suppress(argparse.ArgumentTypeError, ValueError, OverflowError):
-        return utc_text(time.time() - parse_duration(text))
-    with contextlib.suppress(AppError, ValueError, OverflowError):
-        return utc_text(epoch_of(text))
-    raise argparse.ArgumentTypeError(f"{text!r} is not a time like 5m, 2h, 1d or 2026-01-31T00:00:00Z")
-
-
-def _audit_head(text: str) -> tuple[int, str]:
-    """Read ID:HASH as the log gives the head of the audit log; argparse.ArgumentTypeError else."""
-    match = re.fullmatch(r"([0-9]{1,18}):([0-9a-f]{64})", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ID:HASH, as the log tells it with each release's end")
-    return int(match[1]), match[2]
-
-
-def _release_id(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > MAX_ID:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a release: use a number from `releasectl.py list`")
-    return int(text)
-
-
-_ID_OPTION = option("id", metavar="ID", type=_release_id, help="id of the release")
-_REASON_OPTION = option("--reason", default="", metavar="TEXT", help="why, for the history")
-_PLAN_OPTION = option("--plan", action="store_true", help="show what it would do, and create nothing")
-_AGAIN_OPTIONS = (
-    _REASON_OPTION, option("--over-newer", action="store_true", help="also where a node has a newer success"),
-    _PLAN_OPTION)
-_WATCH_OPTIONS = (
-    option("--until", type=parse_until, default=Until(), metavar="WHAT",
-            help="wait until the release has ended (terminal), is paused (paused), or batch N is done (batch=N)"),
-    option("--timeout", type=parse_duration, metavar="TIME",
-            help="stop waiting after TIME (90, 5m) with exit 75; the release goes on"))
-_WAIT_OPTIONS = (
-    option("--wait", action="store_true", help="follow it to its end; exit 0 on success, 1 else"), *_WATCH_OPTIONS)
-_NODE_OPTIONS = (
-    _int_option("--port", 1, 65535, help="the agent's port (8443)"),
-    option("--protocol", choices=PROTOCOLS, help="the agent's protocol (tasks)"),
-    option("--label", action="append", metavar="K=V", help="a label; may be repeated"),
-    option("--status", choices=NODE_STATUSES, help="only online nodes get releases"),
-    option("--enable", dest="enabled", action="store_true", default=None, help="it may get releases"),
-    option("--disable", dest="enabled", action="store_false", default=None, help="it gets no releases"),
-)
-
-def command_completion(context: Context) -> int:
-    shell = context.options.shell
-    script = COMPLETIONS[shell](COMMANDS)
-    return context.show({"shell": shell, "script": script}, script)
-
-
-COMMANDS: tuple[Command, ...] = (
-    Command("serve", "API and executor in one process, until SIGTERM or SIGINT", command_serve),
-    Command("run-once", "one tick of the executor, then exit", command_run_once, (
-        option("--drain", action="store_true", help="repeat until nothing is left to do"),
-        option("--metrics-file", default="", metavar="FILE",
-                help="write figures there for node_exporter's textfile collector: a name that ends with .prom"))),
-    Command("migrate", "bring the database to this schema.sql", command_migrate, (
-        _int_option("--first-version", 1, MAX_NAMED_VERSION, metavar="N",
-                help="number new releases from N on: after a restore, or where agents have higher versions"),)),
-    Command("node add", "add a node", command_node_add, (
-        option("name", metavar="NAME"), option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
-    Command("node list", "list the nodes", command_node_list),
-    Command("node set", "change a node", command_node_set, (
-        option("name", metavar="NAME"), option("--rename", metavar="NAME"), option("--ip"), *_NODE_OPTIONS)),
-    Command("node import", "add nodes from a file, all or none: a JSON array, or lines NAME IP [PORT [PROTOCOL]]",
-            command_node_import, (option("file", metavar="FILE", help="- for standard input"),)),
-    Command("node ping", "ask agents whether they answer", command_node_ping, (
-        option("names", nargs="*", metavar="NAME", help="none: every enabled node"),)),
-    Command("token add", "make a token for the API, and print it once", command_token_add, (
-        option("name", metavar="NAME", help="the name in the history"),
-        option("--role", choices=(VIEWER, OPERATOR), required=True, help="viewer reads, operator acts"))),
-    Command("create", "create a release for the enabled, online nodes", command_create, (
-        option("--payload", metavar="FILE", help="JSON object for the agents; - for standard input"),
-        _REASON_OPTION, option("--target", default="cdn"),
-        option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
-        option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
-        _int_option("--version", 1, MAX_NAMED_VERSION, metavar="N", help="a higher version than the next one"),
-        *(option(flag, type=parse, metavar=metavar, help=text)
-          for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS)),
-        _PLAN_OPTION, *_WAIT_OPTIONS)),
-    Command("list", "list releases, newest first", command_list, (
-        option("--status", choices=RELEASE_STATUSES),
-        _int_option("--page", 1, 10**9, default=1), _int_option("--page-size", 1, MAX_PAGE_SIZE, default=20))),
-    Command("status", "a release and its nodes", command_status, (_ID_OPTION,)),
-    Command("watch", "follow a release to its end", command_watch, (
-        option("id", metavar="ID", nargs="?", default=LATEST,
-                type=lambda text: text if text == LATEST else _release_id(text),
-                help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
-    Command("events", "the history of a release", command_events, (
-        _ID_OPTION, _int_option("--after", 0, MAX_ID, default=0, help="only events with a higher id"),
-        _int_option("--limit", 1, 100000, default=1000))),
-    Command("audit", "who did what, newest last; whether the log is whole", command_audit, (
-        option("--actor", default="", metavar="NAME", help="only by this actor, token or certificate"),
-        option("--action", default="", metavar="WORD", help="only this action, or group: node.set, node"),
-        option("--object", default="", metavar="TEXT", help="only of this: \"node edge-1\""),
-        _int_option("--release", 1, MAX_ID, metavar="ID", help="only of this release"),
-        option("--since", type=_since, metavar="TIME", help="so long ago, or a time: 2h, 7d, "
-                "2026-01-31T00:00:00Z"),
-        _int_option("--after", 0, MAX_ID, default=0, metavar="ID",
-                help="the first rows above this one (the last ones)"),
-        _int_option("--limit", 1, 100000, default=100, metavar="N", help="so many rows (100)"),
-        option("--verify", action="store_true",
-                help="prove that no row was changed, taken away or inserted, nor an event of an ended release; "
-                     "exit 1 where one was"),
-        option("--head", type=_audit_head, metavar="ID:HASH",
-                help="with --verify: a copy of the head, from the log of a release's end"))),
-    Command("pause", "dispatch nothing more until resume", command_act, (_ID_OPTION, _REASON_OPTION)),
-    Command("resume", "continue a paused release", command_act, (
-        _ID_OPTION, _REASON_OPTION,
-        option("--accept-failures", action="store_true", help="failures so far no longer count"))),
-    Command("cancel", "end a release; nodes in flight are waited for", command_act, (
-        _ID_OPTION, _REASON_OPTION,
-        option("--force", action="store_true",
-                help="do not wait for nodes in flight: their outcome stays unknown"))),
-    Command("retry", "a new release for the failed and skipped nodes of one", command_again,
-            (_ID_OPTION, *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
-    Command("rollback", "a new release that brings back what the nodes of one had before", command_again,
-            (_ID_OPTION, _int_option("--to", 1, MAX_ID, metavar="ID",
-                                 help="the payload of this release (what most of the nodes had before)"),
-             *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
-    Command("freeze", "stop (on) or allow (off) new dispatches, of all processes; without argument: show",
-            command_freeze, (option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),
-    Command("check", "configuration, certificates, database, agents: what is wrong and how to fix it",
-            command_check),
-    Command("backup", "a checked copy of an SQLite database, also while it is in use", command_backup, (
-        option("file", metavar="FILE", help="a new file; it gets mode 0600"),)),
-    Command("prune", "delete old releases with their history; what a rollback needs stays", command_prune, (
-        option("--older-than", type=_age_s, required=True, metavar="TIME", help="ended longer ago than that: 90d"),
-        _int_option("--keep", 1, 10**9, default=10, metavar="N", help="keep the newest N of each target (10)"),
-        option("--dry-run", action="store_true", help="show what would be deleted, and delete nothing"))),
-    Command("version", "version and SHA-256 of this file, and what it runs on", command_version,
-            needs_settings=False),
-    Command("completion", "print a script that completes these commands in a shell", command_completion, (
-        option("shell", choices=("bash", "zsh")),), needs_settings=False),
-)
 
 # They may stand before or after every command.
 COMMON_OPTIONS = (
@@ -10728,8 +10908,6 @@ def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         sub.set_defaults(run=command.run, command=command.name, needs_settings=command.needs_settings)
     return parser
 
-
-# -- completion in shells ----------------------------------------------------------------------
 
 # Names under which the program may be called.
 _PROGRAMS = "releasectl releasectl.py"
@@ -10846,76 +11024,169 @@ def _zsh_quoted(text: str) -> str:
 COMPLETIONS: Mapping[str, Callable[[Sequence[Command]], str]] = {"bash": bash_completion, "zsh": zsh_completion}
 
 
-# Longer than any line of our own: only text from outside is cut.
-MAX_LOG_CHARS = 4096
+# endregion
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line; the fields of about() are keys of their own."""
+# region Command line
+# ======================================================================================
+# Command line: the table of commands, the standard streams, main().
+# Uses: Vocabulary, Helpers, Log and metrics, Releases, Commands, Service, Arguments.
+# ======================================================================================
 
-    def format(self, record: logging.LogRecord) -> str:
-        line = {"at": utc_text(record.created), "level": record.levelname.lower(), "thread": record.threadName,
-                "message": one_line(record.getMessage(), MAX_LOG_CHARS),
-                **{key: one_line(value) if isinstance(value, str) else value
-                   for key, value in getattr(record, "about", {}).items() if value not in ("", None)}}
-        if record.exc_info:
-            line["exception"] = "\n".join(_trace(self, record))
-        return to_json(line)
-
-
-class TextFormatter(logging.Formatter):
-    """One line an event, for people; a stack trace follows, indented, so that it can't be taken for another event."""
-
-    def __init__(self, in_journal: bool):
-        """in_journal: the journal adds time and level to each line itself."""
-        super().__init__()
-        self._in_journal = in_journal
-
-    def format(self, record: logging.LogRecord) -> str:
-        stamp = "" if self._in_journal else f"{utc_text(record.created)} {record.levelname.lower()}: "
-        return "\n    ".join((stamp + one_line(record.getMessage(), MAX_LOG_CHARS), *_trace(self, record)))
+def _int_option(flag: str, low: int, high: int, **keywords: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return an option that takes a whole number from low to high."""
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+        return int(text)
+    return option(flag, type=parse, **keywords)
 
 
-class JournalFormatter(logging.Formatter):
-    """The lines of another formatter, each with its priority in front (sd-daemon(3))."""
-
-    PRIORITIES: Mapping[str, int] = {"DEBUG": 7, "INFO": 6, "WARNING": 4}
-
-    def __init__(self, inner: logging.Formatter):
-        super().__init__()
-        self._inner = inner
-
-    def format(self, record: logging.LogRecord) -> str:
-        priority = self.PRIORITIES.get(record.levelname, 3)
-        return "\n".join(f"<{priority}>{line}" for line in self._inner.format(record).split("\n"))
+def _age_s(text: str) -> float:
+    """Parse a time of a day or more: an Idempotency-Key is kept for a day, with its release."""
+    seconds = parse_duration(text)
+    if not IDEMPOTENCY_KEY_S <= seconds <= 36500 * IDEMPOTENCY_KEY_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time from 1d to 36500d")
+    return seconds
 
 
-def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> list[str]:
-    """Return the lines of a record's stack trace, none without one."""
-    text = formatter.formatException(record.exc_info) if record.exc_info else ""
-    return "".join(printable(char, True) for char in text).splitlines()
+def _since(text: str) -> str:
+    """Read 90, 5m, 2h or 1d ago, or an RFC 3339 time, as a time; argparse.ArgumentTypeError else."""
+    with contextlib.suppress(argparse.ArgumentTypeError, ValueError, OverflowError):
+        return utc_text(time.time() - parse_duration(text))
+    with contextlib.suppress(AppError, ValueError, OverflowError):
+        return utc_text(epoch_of(text))
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time like 5m, 2h, 1d or 2026-01-31T00:00:00Z")
 
 
-def is_journal() -> bool:
-    """Return whether standard error is the journal, and not a pipe or file of another program in the service."""
-    try:
-        found = os.fstat(sys.stderr.fileno())
-    except (OSError, ValueError):
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+def _audit_head(text: str) -> tuple[int, str]:
+    """Read ID:HASH as the log gives the head of the audit log; argparse.ArgumentTypeError else."""
+    match = re.fullmatch(r"([0-9]{1,18}):([0-9a-f]{64})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID:HASH, as the log tells it with each release's end")
+    return int(match[1]), match[2]
 
 
-def set_up_log(settings: Settings, command: str) -> None:
-    """Log to standard error; commands for people, which print what they did, log only warnings."""
-    in_journal = is_journal()
-    formatter = JsonFormatter() if settings.log_format == "json" else TextFormatter(in_journal)
-    handler = logging.StreamHandler()
-    handler.setFormatter(JournalFormatter(formatter) if in_journal else formatter)
-    log.handlers = [handler]
-    is_executor = command in ("serve", "run-once")
-    log.setLevel(settings.log_level.upper() if is_executor else logging.WARNING)
-    trail.setLevel(logging.INFO if is_executor else logging.NOTSET)  # NOTSET: as log has it
-    log.propagate = False
+def _release_id(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > MAX_ID:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a release: use a number from `releasectl.py list`")
+    return int(text)
+
+
+_ID_OPTION = option("id", metavar="ID", type=_release_id, help="id of the release")
+_REASON_OPTION = option("--reason", default="", metavar="TEXT", help="why, for the history")
+_PLAN_OPTION = option("--plan", action="store_true", help="show what it would do, and create nothing")
+_AGAIN_OPTIONS = (
+    _REASON_OPTION, option("--over-newer", action="store_true", help="also where a node has a newer success"),
+    _PLAN_OPTION)
+_WATCH_OPTIONS = (
+    option("--until", type=parse_until, default=Until(), metavar="WHAT",
+            help="wait until the release has ended (terminal), is paused (paused), or batch N is done (batch=N)"),
+    option("--timeout", type=parse_duration, metavar="TIME",
+            help="stop waiting after TIME (90, 5m) with exit 75; the release goes on"))
+_WAIT_OPTIONS = (
+    option("--wait", action="store_true", help="follow it to its end; exit 0 on success, 1 else"), *_WATCH_OPTIONS)
+_NODE_OPTIONS = (
+    _int_option("--port", 1, 65535, help="the agent's port (8443)"),
+    option("--protocol", choices=PROTOCOLS, help="the agent's protocol (tasks)"),
+    option("--label", action="append", metavar="K=V", help="a label; may be repeated"),
+    option("--status", choices=NODE_STATUSES, help="only online nodes get releases"),
+    option("--enable", dest="enabled", action="store_true", default=None, help="it may get releases"),
+    option("--disable", dest="enabled", action="store_false", default=None, help="it gets no releases"),
+)
+
+
+def command_completion(context: Context) -> int:
+    shell = context.options.shell
+    script = COMPLETIONS[shell](COMMANDS)
+    return context.show({"shell": shell, "script": script}, script)
+
+
+COMMANDS: tuple[Command, ...] = (
+    Command("serve", "API and executor in one process, until SIGTERM or SIGINT", command_serve),
+    Command("run-once", "one tick of the executor, then exit", command_run_once, (
+        option("--drain", action="store_true", help="repeat until nothing is left to do"),
+        option("--metrics-file", default="", metavar="FILE",
+                help="write figures there for node_exporter's textfile collector: a name that ends with .prom"))),
+    Command("migrate", "bring the database to this schema.sql", command_migrate, (
+        _int_option("--first-version", 1, MAX_NAMED_VERSION, metavar="N",
+                help="number new releases from N on: after a restore, or where agents have higher versions"),)),
+    Command("node add", "add a node", command_node_add, (
+        option("name", metavar="NAME"), option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
+    Command("node list", "list the nodes", command_node_list),
+    Command("node set", "change a node", command_node_set, (
+        option("name", metavar="NAME"), option("--rename", metavar="NAME"), option("--ip"), *_NODE_OPTIONS)),
+    Command("node import", "add nodes from a file, all or none: a JSON array, or lines NAME IP [PORT [PROTOCOL]]",
+            command_node_import, (option("file", metavar="FILE", help="- for standard input"),)),
+    Command("node ping", "ask agents whether they answer", command_node_ping, (
+        option("names", nargs="*", metavar="NAME", help="none: every enabled node"),)),
+    Command("token add", "make a token for the API, and print it once", command_token_add, (
+        option("name", metavar="NAME", help="the name in the history"),
+        option("--role", choices=(VIEWER, OPERATOR), required=True, help="viewer reads, operator acts"))),
+    Command("create", "create a release for the enabled, online nodes", command_create, (
+        option("--payload", metavar="FILE", help="JSON object for the agents; - for standard input"),
+        _REASON_OPTION, option("--target", default="cdn"),
+        option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
+        option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
+        _int_option("--version", 1, MAX_NAMED_VERSION, metavar="N", help="a higher version than the next one"),
+        *(option(flag, type=parse, metavar=metavar, help=text)
+          for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS)),
+        _PLAN_OPTION, *_WAIT_OPTIONS)),
+    Command("list", "list releases, newest first", command_list, (
+        option("--status", choices=RELEASE_STATUSES),
+        _int_option("--page", 1, 10**9, default=1), _int_option("--page-size", 1, MAX_PAGE_SIZE, default=20))),
+    Command("status", "a release and its nodes", command_status, (_ID_OPTION,)),
+    Command("watch", "follow a release to its end", command_watch, (
+        option("id", metavar="ID", nargs="?", default=LATEST,
+                type=lambda text: text if text == LATEST else _release_id(text),
+                help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
+    Command("events", "the history of a release", command_events, (
+        _ID_OPTION, _int_option("--after", 0, MAX_ID, default=0, help="only events with a higher id"),
+        _int_option("--limit", 1, 100000, default=1000))),
+    Command("audit", "who did what, newest last; whether the log is whole", command_audit, (
+        option("--actor", default="", metavar="NAME", help="only by this actor, token or certificate"),
+        option("--action", default="", metavar="WORD", help="only this action, or group: node.set, node"),
+        option("--object", default="", metavar="TEXT", help="only of this: \"node edge-1\""),
+        _int_option("--release", 1, MAX_ID, metavar="ID", help="only of this release"),
+        option("--since", type=_since, metavar="TIME", help="so long ago, or a time: 2h, 7d, "
+                "2026-01-31T00:00:00Z"),
+        _int_option("--after", 0, MAX_ID, default=0, metavar="ID",
+                help="the first rows above this one (the last ones)"),
+        _int_option("--limit", 1, 100000, default=100, metavar="N", help="so many rows (100)"),
+        option("--verify", action="store_true",
+                help="prove that no row was changed, taken away or inserted, nor an event of an ended release; "
+                     "exit 1 where one was"),
+        option("--head", type=_audit_head, metavar="ID:HASH",
+                help="with --verify: a copy of the head, from the log of a release's end"))),
+    Command("pause", "dispatch nothing more until resume", command_act, (_ID_OPTION, _REASON_OPTION)),
+    Command("resume", "continue a paused release", command_act, (
+        _ID_OPTION, _REASON_OPTION,
+        option("--accept-failures", action="store_true", help="failures so far no longer count"))),
+    Command("cancel", "end a release; nodes in flight are waited for", command_act, (
+        _ID_OPTION, _REASON_OPTION,
+        option("--force", action="store_true",
+                help="do not wait for nodes in flight: their outcome stays unknown"))),
+    Command("retry", "a new release for the failed and skipped nodes of one", command_again,
+            (_ID_OPTION, *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
+    Command("rollback", "a new release that brings back what the nodes of one had before", command_again,
+            (_ID_OPTION, _int_option("--to", 1, MAX_ID, metavar="ID",
+                                 help="the payload of this release (what most of the nodes had before)"),
+             *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
+    Command("freeze", "stop (on) or allow (off) new dispatches, of all processes; without argument: show",
+            command_freeze, (option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),
+    Command("check", "configuration, certificates, database, agents: what is wrong and how to fix it",
+            command_check),
+    Command("backup", "a checked copy of an SQLite database, also while it is in use", command_backup, (
+        option("file", metavar="FILE", help="a new file; it gets mode 0600"),)),
+    Command("prune", "delete old releases with their history; what a rollback needs stays", command_prune, (
+        option("--older-than", type=_age_s, required=True, metavar="TIME", help="ended longer ago than that: 90d"),
+        _int_option("--keep", 1, 10**9, default=10, metavar="N", help="keep the newest N of each target (10)"),
+        option("--dry-run", action="store_true", help="show what would be deleted, and delete nothing"))),
+    Command("version", "version and SHA-256 of this file, and what it runs on", command_version,
+            needs_settings=False),
+    Command("completion", "print a script that completes these commands in a shell", command_completion, (
+        option("shell", choices=("bash", "zsh")),), needs_settings=False),
+)
 
 
 class StandardStream:
@@ -11011,6 +11282,9 @@ def _main(words: Sequence[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+# endregion
 
 
 if __name__ == "__main__":
