@@ -786,7 +786,7 @@ class Settings:
         Raise ConfigError naming the value that can't be used and what would do.
         """
         given: dict[str, str] = {}
-        for source in (dict(_read_config_file(config_file)) if config_file else {},
+        for source in (dict(read_config_file(config_file)) if config_file else {},
                        {s.name: environ[s.name] for s in SETTINGS if s.name in environ},
                        {"DATABASE_URL": database_url} if database_url else {}):
             if source.get("DATABASE_URL", "").strip() or source.get("DATABASE_URL_FILE", "").strip():
@@ -832,7 +832,7 @@ def _read_database_url(path: str) -> str:
     return text
 
 
-def _read_config_file(path: str) -> Iterator[tuple[str, str]]:
+def read_config_file(path: str) -> Iterator[tuple[str, str]]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeError) as error:
@@ -3483,7 +3483,7 @@ class SqliteEngine:
 
     def connect(self, create: bool) -> sqlite3.Connection:
         """Opens the file, made when create says so; raises DatabaseError with one line."""
-        folder = os.path.dirname(os.path.abspath(self.path))
+        folder = os.path.dirname(self.path) or os.curdir  # not abspath(): the current folder may be gone
         if not os.path.isdir(folder):
             raise DatabaseError(f"{self}: the folder {folder} does not exist")
         if not create and not os.path.exists(self.path):
@@ -3551,7 +3551,7 @@ class SqliteEngine:
         """
         if os.path.lexists(path):
             raise AppError(EXISTS, f"{path} exists already: name another file")
-        folder, temporary = os.path.dirname(os.path.abspath(path)), ""
+        folder, temporary = os.path.dirname(path) or os.curdir, ""
         source = self.connect(create=False)
         try:
             handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=folder)
@@ -9523,8 +9523,6 @@ class ApiServer(http.server.ThreadingHTTPServer):
             super().__init__((address, port), socketserver.BaseRequestHandler)  # unused: see process_request()
         except OSError as error:
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: {os_reason(error)}") from None
-        except UnicodeError:  # an empty label, or one of more than 63 characters
-            raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: that is no host name") from None
 
     def server_bind(self) -> None:
         """Bind without the reverse lookup of http.server, which may take long on a host without DNS."""
@@ -9620,7 +9618,10 @@ def _overload_response() -> bytes:
 def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
     """Return the address that HTTP_ADDR means; raise OSError when it means none."""
     host, port = settings.http_addr
-    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except UnicodeError:  # an empty label, or one of more than 63 characters
+        raise OSError("that is no host name") from None
     return family, str(target[0])
 
 
@@ -9761,15 +9762,16 @@ def _is_reachable(path: str, mode: int) -> bool:
     return all(os.stat(folder).st_mode & stat.S_IXOTH for folder in Path(found).parents)
 
 
-def check_config(settings: Settings, path: str) -> Iterator[Finding]:
+def check_config(path: str) -> Iterator[Finding]:
     """Check who may read and write the settings file: its writers control what is sent to nodes."""
     if not path:
         return
-    has_secret = safe_url(settings.database_url) != settings.database_url
+    url = dict(read_config_file(path)).get("DATABASE_URL", "")  # not the one in use, which may come from elsewhere
+    has_secret = safe_url(url) != url
     if os.stat(path).st_mode & (stat.S_IWOTH | stat.S_IWGRP):
         yield Finding("--config", EXIT_USAGE, f"{path} is open to others, who may write it: chmod o-rwx,g-w it")
     elif has_secret and _is_reachable(path, stat.S_IROTH):
-        yield Finding("--config", EXIT_USAGE, f"{path} is open to others, and the database's password may be in it: "
+        yield Finding("--config", EXIT_USAGE, f"{path} is open to others, and the database's password is in it: "
                                               "chmod o-rwx it (its group may read it)")
     else:
         yield Finding("--config", EXIT_DONE, f"{path} is closed to others" if has_secret else
@@ -9956,9 +9958,10 @@ def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
 
 
 def release_line(release: Release) -> str:
-    """Return a release in one line."""
+    """Return a release in one line for a terminal; its row may have been written by hand."""
     status, reason = release.status, release.status_reason
-    return f"{release}: " + (reason if reason.startswith(status) else f"{status}, {reason}" if reason else status)
+    text = reason if reason.startswith(status) else f"{status}, {reason}" if reason else status
+    return one_line(f"{release}: {text}", 2 * MAX_MESSAGE_CHARS)
 
 
 class Screen:
@@ -10018,7 +10021,7 @@ class Screen:
         at = max(release.current_batch or len(batches), 1)
         # the batches around the current one, where there are too many
         first = max(0, min(at - self.MAX_BATCHES // 2, len(batches) - self.MAX_BATCHES))
-        lines = [cut_to(one_line(release_line(release), 2 * MAX_MESSAGE_CHARS), width)]
+        lines = [cut_to(release_line(release), width)]
         lines += [self._batch_line(batch, width) for batch in batches[first:first + self.MAX_BATCHES]]
         if len(batches) > self.MAX_BATCHES:
             lines.append(cut_to(f"({len(batches)} batches in all)", width))
@@ -10470,7 +10473,7 @@ def command_freeze(context: Context) -> int:
 def command_check(context: Context) -> int:
     settings = context.settings
     findings = [Finding("settings", EXIT_DONE, "valid"),
-                *check_config(settings, context.options.config), *check_agents(settings),
+                *check_config(context.options.config), *check_agents(settings),
                 *check_api(settings), *check_database(settings, context.store)]
     context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
                             for f in findings]},
