@@ -1080,7 +1080,7 @@ class SqliteEngine:
 
     def connect(self, create: bool) -> sqlite3.Connection:
         """Opens the file, made when create says so; raises DatabaseError with one line."""
-        folder = os.path.dirname(os.path.abspath(self.path))
+        folder = os.path.dirname(self.path) or os.curdir  # not abspath(): the current folder may be gone
         if not os.path.isdir(folder):
             raise DatabaseError(f"{self}: the folder {folder} does not exist")
         if not create and not os.path.exists(self.path):
@@ -1148,7 +1148,7 @@ class SqliteEngine:
         """
         if os.path.lexists(path):
             raise AppError(3002, f"{path} exists already: name another file")
-        folder, temporary = os.path.dirname(os.path.abspath(path)), ""
+        folder, temporary = os.path.dirname(path) or os.curdir, ""
         source = self.connect(create=False)
         try:
             handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=folder)
@@ -1728,7 +1728,7 @@ def schema_steps() -> tuple[tuple[str, ...], ...]:
     """Gives the steps of schema.sql, each as its statements."""
     try:
         text = SCHEMA_FILE.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(f"{SCHEMA_FILE} can't be read ({_os_reason(error)}): "
                           "it belongs beside releasectl.py") from None
     text = re.sub(r"^\s*--(?! step ).*$", "", text, flags=re.MULTILINE)
@@ -9637,8 +9637,6 @@ class ApiServer(http.server.ThreadingHTTPServer):
             super().__init__((address, port), ApiHandler)
         except OSError as error:
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: {_os_reason(error)}") from None
-        except UnicodeError:  # an empty label, or one of more than 63 characters
-            raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: that is no host name") from None
 
     def server_bind(self) -> None:
         """Binds without the look-up of a name, which may take long on a host without DNS."""
@@ -9735,7 +9733,10 @@ def _canned(error: AppError) -> bytes:
 def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
     """Return the address that HTTP_ADDR means; raise OSError when it means none."""
     host, port = settings.http_addr
-    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except UnicodeError:  # an empty label, or one of more than 63 characters
+        raise OSError("that is no host name") from None
     return family, str(target[0])
 
 

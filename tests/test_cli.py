@@ -1197,3 +1197,31 @@ def test_check_names_claims_and_holds_that_lie_further_ahead_than_any_setting_al
     assert result.code == 69
     text = cli("check").out
     assert (text.count("WRONG  clock"), "NTP" in text) == (2, True), text
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 70])
+def test_check_tells_what_is_no_host_name(cli, host):
+    cli.settings["HTTP_ADDR"] = f"{host}:8080"
+    assert "that is no host name" in cli("check").out
+
+
+@pytest.mark.parametrize("arguments", [("--db", "sqlite:///x.db", "list"),
+                                       ("--db", "sqlite:///{}/r.db", "backup", "x")])
+def test_in_a_folder_that_is_gone_errors_are_one_line(cli, tmp_path, arguments):
+    arguments = [argument.format(tmp_path) for argument in arguments]
+    cli.ok("--db", f"sqlite:///{tmp_path}/r.db", "migrate")
+    (tmp_path / "gone").mkdir()
+    code = ("import os, runpy, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); sys.argv[:3] = [sys.argv[2]]; "
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / "gone", ROOT / "releasectl.py", *arguments],
+                            env=cli.environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n"), "Traceback" in result.stderr) == (69, 1, False)
+
+
+def test_a_schema_that_is_not_utf_8_is_told_in_one_line(cli, tmp_path):
+    copy = shutil.copy(ROOT / "releasectl.py", tmp_path)
+    (tmp_path / "schema.sql").write_bytes(b"-- step 1\n\xff")
+    result = subprocess.run([sys.executable, copy, "migrate"], env=cli.environment, capture_output=True, text=True,
+                            check=False)
+    assert result.returncode == 2
+    assert "schema.sql can't be read (not UTF-8)" in result.stderr
