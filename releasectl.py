@@ -9924,15 +9924,16 @@ def _is_in_reach(path: str, of: int) -> bool:
     return all(os.stat(folder).st_mode & stat.S_IXOTH for folder in Path(found).parents)
 
 
-def check_config(settings: Settings, path: str) -> Iterator[Finding]:
+def check_config(path: str) -> Iterator[Finding]:
     """Look at who may read and write the file of the settings: whoever writes it decides what goes out."""
     if not path:
         return
-    has_secret = safe_url(settings.database_url) != settings.database_url
+    url = dict(_read_config_file(path)).get("DATABASE_URL", "")  # not the one in use: another setting may win over it
+    has_secret = safe_url(url) != url
     if os.stat(path).st_mode & (stat.S_IWOTH | stat.S_IWGRP):
         yield Finding("--config", EXIT_USAGE, f"{path} is open to others, who may write it: chmod o-rwx,g-w it")
     elif has_secret and _is_in_reach(path, stat.S_IROTH):
-        yield Finding("--config", EXIT_USAGE, f"{path} is open to others, and the database's password may be in it: "
+        yield Finding("--config", EXIT_USAGE, f"{path} is open to others, and the database's password is in it: "
                                               "chmod o-rwx it (its group may read it)")
     else:
         yield Finding("--config", EXIT_DONE, f"{path} is closed to others" if has_secret else
@@ -10847,7 +10848,7 @@ def command_freeze(context: Context) -> int:
 def command_check(context: Context) -> int:
     settings = context.settings
     findings = [Finding("settings", EXIT_DONE, "every value can be used"),
-                *check_config(settings, context.options.config), *check_agents(settings),
+                *check_config(context.options.config), *check_agents(settings),
                 *check_api(settings), *check_database(settings, context.store)]
     context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
                             for f in findings]},

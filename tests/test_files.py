@@ -114,7 +114,7 @@ def test_check_tells_a_database_that_is_open_to_others(in_reach, mode):
 @pytest.mark.parametrize(("mode", "url", "words"), [
     (0o666, "sqlite:///r.db", "is open to others, who may write it: chmod o-rwx,g-w it"),
     (0o660, "sqlite:///r.db", "is open to others, who may write it: chmod o-rwx,g-w it"),
-    (0o644, "postgresql://u:hunter2@127.0.0.1:1/d", "is open to others, and the database's password may be in it"),
+    (0o644, "postgresql://u:hunter2@127.0.0.1:1/d", "is open to others, and the database's password is in it"),
     (0o640, "postgresql://u:hunter2@127.0.0.1:1/d", ""), (0o644, "sqlite:///r.db", ""),
 ])
 def test_check_looks_at_the_mode_of_the_settings(in_reach, mode, url, words):
@@ -127,6 +127,20 @@ def test_check_looks_at_the_mode_of_the_settings(in_reach, mode, url, words):
     assert findings(result)["--config"][0] is not bool(words)
     assert words in findings(result)["--config"][1]
     assert "hunter2" not in result.out + result.err
+
+
+@pytest.mark.skipif(not DRIVERS, reason="no PostgreSQL driver")
+def test_check_looks_for_a_password_in_the_file_of_the_settings_and_nowhere_else(in_reach):
+    url = "postgresql://u:hunter2@127.0.0.1:1/d"
+    path = in_reach.file("releasectl.conf", f"DATABASE_URL={url}\n")
+    os.chmod(path, 0o644)
+    in_reach.settings["DATABASE_URL"] = "sqlite:///r.db"  # which wins, and the password stands there all the same
+    assert "the database's password is in it" in findings(in_reach("--config", path, "check", "--json"))["--config"][1]
+    del in_reach.settings["DATABASE_URL"]
+    path = in_reach.file("other.conf", "DATABASE_URL_FILE={}\n".format(in_reach.file("url", url)))
+    os.chmod(path, 0o644)
+    os.chmod(in_reach.folder / "url", 0o600)
+    assert findings(in_reach("--config", path, "check", "--json"))["--config"][0] is True
 
 
 # -- keys that are open ------------------------------------------------------------------------
