@@ -10084,10 +10084,10 @@ def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
 
 
 def release_line(release: Release) -> str:
-    """Gives a release in one line."""
+    """Return a release in one line for a terminal: people may have written the row by hand."""
     says_it = release.status_reason.startswith(release.status) or not release.status_reason
-    return f"{release}: " + (release.status_reason or release.status if says_it
-                             else f"{release.status}, {release.status_reason}")
+    text = release.status_reason or release.status if says_it else f"{release.status}, {release.status_reason}"
+    return one_line(f"{release}: {text}", 2 * MAX_MESSAGE_CHARS)
 
 
 class Screen:
@@ -10146,7 +10146,7 @@ class Screen:
         at = max(release.current_batch or len(batches), 1)
         # the batches around the current one, where there are too many for the screen
         first = max(0, min(at - self.MAX_BATCHES // 2, len(batches) - self.MAX_BATCHES))
-        lines = [cut_to(one_line(release_line(release), 2 * MAX_MESSAGE_CHARS), width)]
+        lines = [cut_to(release_line(release), width)]
         lines += [self._batch_line(batch, width) for batch in batches[first:first + self.MAX_BATCHES]]
         if len(batches) > self.MAX_BATCHES:
             lines.append(cut_to(f"({len(batches)} batches in all)", width))

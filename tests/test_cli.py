@@ -1225,3 +1225,14 @@ def test_a_schema_that_is_not_utf_8_is_told_in_one_line(cli, tmp_path):
                             check=False)
     assert result.returncode == 2
     assert "schema.sql can't be read (not UTF-8)" in result.stderr
+
+
+def test_no_text_of_a_row_that_was_written_by_hand_reaches_the_terminal_as_it_is(fleet_cli):
+    cli, store = fleet_cli, fleet_cli.world.store
+    release = new_release(store)
+    with store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_tasks SET status_reason = ?", "a\nb\x1b[31m\u202e")
+    for command in (("status", release.id), ("watch", release.id, "--timeout", "1"), ("list",)):
+        shown = cli(*command)
+        assert "a b [31m" in shown.out + shown.err
+        assert not set("\x1b\u202e") & set(shown.out + shown.err)
