@@ -216,7 +216,11 @@ def _faulty_connect(injector: Injector, connect: Callable[..., Any]) -> Callable
         fault = injector.fault_of_call(is_commit=False)
         if fault:
             raise rc.DatabaseError(f"{self}: torture: no connection ({fault})")
-        return FaultyConnection(connect(self, create), injector, self)
+        connection = connect(self, create)
+        try:
+            return FaultyConnection(connection, injector, self)
+        except self.error as error:  # the connection was cut already, by somebody else
+            raise rc.DatabaseError(self.explain(error)) from None
     return wrapped
 
 
