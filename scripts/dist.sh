@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes dist/releasectl-VERSION.tar.gz (`make dist`): what a host without internet needs, and the
-# demonstration; beside it dist/releasectl-VERSION.cdx.json, the list of what is in it (an SBOM,
+# Makes dist/releasectl-VERSION.tar.gz (`make dist`): what a host without internet needs, the
+# demonstration and the tests; beside it dist/releasectl-VERSION.cdx.json, the list of what is in it (an SBOM,
 # CycloneDX 1.5), and dist/SHA256SUMS of both. The same commit gives the same bytes, whoever makes it.
 #
 #   SIGN_KEY=FILE  a private key, RSA or EC in PEM: dist/SHA256SUMS.sig is made, by openssl
@@ -15,7 +15,7 @@ export LC_ALL=C TZ=UTC
 umask 022
 
 readonly FILES=(releasectl.py schema.sql docs Makefile README.md README.zh-CN.md CHANGELOG.md CONTRIBUTING.md LICENSE
-    scripts/demo.sh scripts/dist.sh scripts/fake_agent.py scripts/lab.sh scripts/make_certs.sh)
+    pyproject.toml scripts tests)
 
 begin_work
 mkdir -p dist "$work/tree"
@@ -28,6 +28,7 @@ if [[ -e .git ]]; then
 else
     say "no clone: packing what lies here, committed or not"
     cp -R --parents "${FILES[@]}" "$work/tree"
+    find "$work/tree" -name __pycache__ -prune -exec rm -rf {} +
     commit="" committed_at=0
 fi
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$work/tree/releasectl.py")

@@ -53,12 +53,17 @@ def is_worker(config: pytest.Config) -> bool:
     return hasattr(config, "workerinput")
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # A shell's background job ignores SIGINT, and what it starts inherits that. A handler, which
     # is not inherited, ignores it as well.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: None)
     if not is_worker(config):
+        signal.signal(signal.SIGTERM, interrupt)  # so that a run that is ended leaves nothing behind
         os.environ[SHARED] = tempfile.mkdtemp(prefix="releasectl-tests.")
 
 

@@ -123,6 +123,17 @@ def admin(server_url: str, statement: str) -> None:
         connection.close()
 
 
+def take_away(url: str) -> None:
+    """Make a database unreachable, for those connected to it too."""
+    if url.startswith("sqlite:///"):
+        path = url[len("sqlite:///"):]
+        os.rename(path, path + ".away")
+        return
+    server, name = database_on(url, "postgres"), url.rsplit("/", 1)[1]
+    admin(server, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    admin(server, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+
+
 def add_nodes(store: rc.Store, count: int, protocol: str = "tasks", first: int = 1) -> list[rc.Node]:
     """Add nodes edge-1, edge-2, ... whose agents nobody calls."""
     return [store.add_node(f"edge-{n}", ADDRESSES[n - 1], agent_protocol=protocol)
@@ -253,7 +264,7 @@ def fleets(certs: Path) -> Iterator[Callable[..., Fleet]]:
         yield start
 
 
-TASK = rc.AgentTask("apply_config_10.0.0.7_42", "apply_config", 42, {"a": 1})
+TASK_ID = "apply_config_10.0.0.7_42"
 DRIP_S = 0.05
 
 
@@ -376,15 +387,15 @@ def envelope(data: object, code: object = 0, message: str = "success") -> dict[s
     return {"code": code, "message": message, "data": data}
 
 
-def accepted(task_id: str = TASK.id) -> bytes:
+def accepted(task_id: str = TASK_ID) -> bytes:
     return reply(envelope({"taskId": task_id, "status": "pending"}))
 
 
-def task(status: str, task_id: str = TASK.id, **fields: object) -> bytes:
+def task(status: str, task_id: str = TASK_ID, **fields: object) -> bytes:
     return reply(envelope({"taskId": task_id, "status": status, **fields}))
 
 
-def executed(status: str, message: object = "", request_id: str = TASK.id) -> bytes:
+def executed(status: str, message: object = "", request_id: str = TASK_ID) -> bytes:
     return reply(envelope({"requestId": request_id, "status": status, "message": message}))
 
 
@@ -731,6 +742,17 @@ def serving(store: rc.Store, **settings: Any) -> Iterator[Client]:
 
 def sha256(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def serving_one_node(folder: Path) -> Iterator[Client]:
+    """Give a client of a server over a new SQLite database with one node."""
+    migrate(f"sqlite:///{folder}/test.db")
+    store = rc.Store(rc.Database(f"sqlite:///{folder}/test.db"))
+    add_nodes(store, 1)
+    with serving(store) as client:
+        yield client
+    store.database.close()
 
 
 # A tokens file, and the header of its operator.

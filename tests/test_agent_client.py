@@ -22,7 +22,7 @@ import pytest
 from conftest import leave_out
 from lab import (
     HOST,
-    TASK,
+    TASK_ID,
     Peer,
     accepted,
     drip,
@@ -42,6 +42,7 @@ from lab import (
 
 import releasectl as rc
 
+TASK = rc.AgentTask(TASK_ID, "apply_config", 42, {"a": 1})
 LIMIT_S, MARGIN_S = 0.6, 0.8
 # -- agents that misbehave -------------------------------------------------------------------
 
@@ -361,7 +362,7 @@ def test_a_cut_connection_holds_the_next_request_for_5_s(client, new_peer, case,
 
 def test_a_cut_404_is_no_word_that_the_task_is_unknown(client, new_peer):
     peer = new_peer(says(b"HTTP/1.1 404 Not Found\r\nContent-Ty"))
-    assert_tells(error_of(client.query, peer.address(), TASK.id), "unreachable",
+    assert_tells(error_of(client.query, peer.address(), TASK_ID), "unreachable",
                  "A cut the connection in the middle of its answer", hold_s=rc.CUT_HOLD_S)
 
 
@@ -374,7 +375,7 @@ def test_the_task_that_the_answer_names_is_the_one_to_poll_and_its_id_is_quoted(
     assert client.query(peer.address(), odd) == rc.Answer(rc.WORKING, odd)
     (post, body), (get, _) = peer.requests
     assert post.startswith("POST /tasks/dispatch HTTP/1.1\r\n")
-    assert json.loads(body) == {"taskId": TASK.id, "type": "apply_config", "version": 42, "payload": {"a": 1}}
+    assert json.loads(body) == {"taskId": TASK_ID, "type": "apply_config", "version": 42, "payload": {"a": 1}}
     assert get.startswith("GET /tasks/a%2Fb%3Fc%23d%20e%25:%C3%BC HTTP/1.1\r\n")
 
 
@@ -382,7 +383,7 @@ def test_the_task_that_the_answer_names_is_the_one_to_poll_and_its_id_is_quoted(
     (task("pending"), rc.WORKING), (task("running"), rc.WORKING), (task("success"), rc.SUCCESS),
     (reply(b"404 page not found", "404 Not Found"), rc.UNKNOWN)], ids=["pending", "running", "success", "404"])
 def test_a_poll_gives_what_the_agent_knows(client, new_peer, answer, state):
-    assert client.query(new_peer(says(answer)).address(), TASK.id) == rc.Answer(state, TASK.id)
+    assert client.query(new_peer(says(answer)).address(), TASK_ID) == rc.Answer(state, TASK_ID)
 
 
 @pytest.mark.parametrize(("answer", "kind", "message", "final"), [
@@ -395,7 +396,7 @@ def test_a_poll_gives_what_the_agent_knows(client, new_peer, answer, state):
     (task("failed", lastError="x" * 60_000), "agent_failed", "x" * 252 + "...", True),
 ], ids=["another task", "unknown status", "failed", "no reason", "a list", "control characters", "60 kB"])
 def test_a_poll_that_tells_no_success_says_why(client, new_peer, answer, kind, message, final):
-    error = error_of(client.query, new_peer(says(answer)).address(), TASK.id)
+    error = error_of(client.query, new_peer(says(answer)).address(), TASK_ID)
     assert_tells(error, kind, message, final=final)
     assert len(rc.detail_text(error.detail).encode()) <= rc.MAX_DETAIL_BYTES
 
@@ -404,10 +405,10 @@ def test_a_poll_that_tells_no_success_says_why(client, new_peer, answer, kind, m
 
 def test_an_execute_agent_is_sent_the_version_within_the_payload(client, new_peer):
     peer = new_peer(says(executed("success", "applied")))
-    assert client.dispatch(peer.address("execute"), TASK) == rc.Answer(rc.SUCCESS, TASK.id, "applied")
+    assert client.dispatch(peer.address("execute"), TASK) == rc.Answer(rc.SUCCESS, TASK_ID, "applied")
     (head, body), = peer.requests
     assert head.startswith("POST /agent/v1/tasks/execute HTTP/1.1\r\n")
-    assert json.loads(body) == {"requestId": TASK.id, "type": "apply_config", "payload": {"a": 1, "version": 42}}
+    assert json.loads(body) == {"requestId": TASK_ID, "type": "apply_config", "payload": {"a": 1, "version": 42}}
     assert TASK.payload == {"a": 1}
 
 
@@ -462,7 +463,7 @@ def test_a_kept_connection_that_ends_under_the_request_is_replaced(client, new_p
         if peer.handshakes == 1:
             peer.read_request(sock)  # and no answer
     peer = new_peer(talk)
-    assert [client.query(peer.address(), TASK.id).state for _ in range(2)] == [rc.WORKING] * 2
+    assert [client.query(peer.address(), TASK_ID).state for _ in range(2)] == [rc.WORKING] * 2
     assert (peer.handshakes, len(peer.requests)) == (2, 3)
 
 
@@ -474,15 +475,15 @@ def answer_then_hang(peer: Peer, sock: socket.socket) -> None:
 
 def test_a_kept_connection_that_hangs_is_a_timeout_and_not_replaced(new_client, new_peer):
     client, peer = new_client(AGENT_REQUEST_TIMEOUT_SEC=LIMIT_S), new_peer(answer_then_hang)
-    client.query(peer.address(), TASK.id)
-    error = error_of(client.query, peer.address(), TASK.id)
+    client.query(peer.address(), TASK_ID)
+    error = error_of(client.query, peer.address(), TASK_ID)
     assert_tells(error, "timeout", "A did not answer within 0.6 s", hold_s=LIMIT_S)
     assert peer.accepted == 1
 
 
 def test_an_answer_that_says_close_is_not_kept(client, new_peer):
     peer = new_peer(says(reply(b"", "404 Not Found", "Connection: close\r\n")))
-    assert [client.query(peer.address(), TASK.id).state for _ in range(2)] == [rc.UNKNOWN] * 2
+    assert [client.query(peer.address(), TASK_ID).state for _ in range(2)] == [rc.UNKNOWN] * 2
     assert peer.handshakes == 2
 
 
@@ -554,7 +555,7 @@ def fail_by_close(new_client):
     """A function that has a request under way, calls close(), and gives the error that the request ends with."""
     def fail(client: rc.AgentClient, address: rc.Address, is_under_way: Callable[[], object]) -> rc.AgentError:
         errors: list[rc.AgentError] = []
-        caller = threading.Thread(target=lambda: errors.append(error_of(client.query, address, TASK.id)))
+        caller = threading.Thread(target=lambda: errors.append(error_of(client.query, address, TASK_ID)))
         caller.start()
         eventually(is_under_way)
         closed_at = time.monotonic()
@@ -572,7 +573,7 @@ def test_close_ends_requests_in_flight_at_once(new_client, new_peer, fail_by_clo
     client = new_client(AGENT_CONNECT_TIMEOUT_SEC=20, AGENT_REQUEST_TIMEOUT_SEC=20)
     peer = new_peer(talk, tls=talk is not hang)
     if talk is answer_then_hang:
-        client.query(peer.address(), TASK.id)
+        client.query(peer.address(), TASK_ID)
     before = len(peer.requests)
     error = fail_by_close(client, peer.address(), lambda: len(peer.requests) > before or not reached and peer.accepted)
     assert (error.reached, peer.accepted) == (reached, 1)
@@ -596,7 +597,7 @@ def test_certificates_renewed_on_disk_are_used_without_a_restart(new_client, new
     for name in ("", "control.crt", "control.key"):  # half done in between: the key is the old one
         if name:
             shutil.copy(local / name, tmp_path / name)
-        assert client.query(peer.address(), TASK.id).state == rc.UNKNOWN
+        assert client.query(peer.address(), TASK_ID).state == rc.UNKNOWN
     first, half_done, renewed = peer.serials
     assert first == half_done != renewed
 

@@ -17,14 +17,14 @@ from lab import (
     JSON,
     Client,
     add_nodes,
-    admin,
     eventually,
     misfit,
     new_release,
     read_answer,
-    serving,
+    serving_one_node,
     sha256,
     split_answer,
+    take_away,
 )
 
 import releasectl as rc
@@ -52,14 +52,9 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 @pytest.fixture(scope="module")
 def refusing(tmp_path_factory):
     """A client of one server with one node, for requests that are refused and so change nothing."""
-    database = rc.Database(f"sqlite:///{tmp_path_factory.mktemp('api')}/test.db")
-    database.migrate()
-    store = rc.Store(database)
-    add_nodes(store, 1)
-    with serving(store) as client:
+    with serving_one_node(tmp_path_factory.mktemp("api")) as client:
         yield client
         assert (client.ok("GET", "/api/v1/releases")["total"], client.ok("GET", "/api/v1/nodes")["total"]) == (0, 1)
-    database.close()
 
 
 @pytest.fixture
@@ -489,14 +484,9 @@ def test_a_failure_of_our_own_is_5001_without_a_stack_trace(refusing, monkeypatc
     assert refusing.code("GET", "/healthz") == 0
 
 
-def test_a_database_that_is_gone_is_503_with_retry_after_and_health_stays(client, database_url, request):
+def test_a_database_that_is_gone_is_503_with_retry_after_and_health_stays(client, database_url):
     add_nodes(client.store, 1)
-    if database_url.startswith("sqlite"):
-        os.rename(client.store.database.engine.path, client.store.database.engine.path + ".away")
-    else:
-        server_url, name = request.getfixturevalue("postgres_server"), database_url.rsplit("/", 1)[1]
-        admin(server_url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-        admin(server_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+    take_away(database_url)
     for method, path in (("GET", "/api/v1/nodes"), ("POST", "/api/v1/releases"), ("GET", "/readyz"),
                          ("DELETE", "/api/v1/nodes/1")):
         answer = client(method, path)

@@ -41,6 +41,7 @@ from lab import (
     read_answer,
     seats,
     serving,
+    serving_one_node,
     split_answer,
     trusting,
 )
@@ -111,13 +112,8 @@ def answers_in(raw: bytes) -> list[http.client.HTTPResponse]:
 @pytest.fixture(scope="module")
 def besieged(tmp_path_factory):
     """A server without tokens, where every hidden request that ran would leave a trace."""
-    database = rc.Database(f"sqlite:///{tmp_path_factory.mktemp('hostile')}/test.db")
-    database.migrate()
-    store = rc.Store(database)
-    add_nodes(store, 1)
-    with serving(store) as client:
+    with serving_one_node(tmp_path_factory.mktemp("hostile")) as client:
         yield client
-    database.close()
 
 
 def test_the_corpus_is_large():

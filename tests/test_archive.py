@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import leave_out
-from lab import PROGRAM, ROOT, run
+from lab import DRIVERS, PROGRAM, ROOT, run
 
 import releasectl as rc
 
@@ -30,7 +30,6 @@ def test_version_names_the_file_by_its_own_sha256_and_what_it_runs_on(cli):
 
 
 def test_version_names_the_postgresql_driver(cli):
-    from lab import DRIVERS
     if not DRIVERS:
         leave_out("a PostgreSQL driver (psycopg, psycopg2 or pg8000)")
     for name in DRIVERS:

@@ -19,7 +19,7 @@ import urllib.request
 
 import pytest
 from conftest import leave_out
-from lab import DRIVERS, ROOT, Cli, Listener, add_nodes, admin, answers, eventually, free_port, new_release
+from lab import DRIVERS, ROOT, Cli, Listener, World, add_nodes, admin, answers, eventually, free_port, new_release
 
 import releasectl as rc
 
@@ -175,7 +175,6 @@ def test_sqlite_refuses_such_a_value_too(sqlite_url, open_store, value):
 
 def test_an_agents_words_that_cant_be_stored_are_told_once_and_the_release_ends(
         new_postgres_url, open_store, certs, new_fleet, new_executor, errors, driver):
-    from lab import World
     url = new_postgres_url()
     world = World(open_store(url), url, certs, new_fleet, new_executor).nodes(1)
     # as a database of another encoding would

@@ -17,7 +17,6 @@ from conftest import leave_out
 from lab import (
     ROOT,
     Cli,
-    admin,
     eventually,
     free_port,
     make_certs,
@@ -26,6 +25,7 @@ from lab import (
     serving,
     settings_for,
     sql,
+    take_away,
 )
 
 import releasectl as rc
@@ -182,13 +182,8 @@ def test_no_figure_reads_the_nodes_or_events_of_releases_that_are_over(sqlite_ur
     assert all("SEARCH" in step and "release_task_id=?" in step and "INDEX" in step for step in steps), steps
 
 
-def test_a_database_that_is_away_leaves_what_only_the_process_knows(client, database_url, request):
-    if database_url.startswith("sqlite"):
-        os.rename(client.store.database.engine.path, client.store.database.engine.path + ".away")
-    else:
-        server_url, name = request.getfixturevalue("postgres_server"), database_url.rsplit("/", 1)[1]
-        admin(server_url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-        admin(server_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+def test_a_database_that_is_away_leaves_what_only_the_process_knows(client, database_url):
+    take_away(database_url)
     answer = client("GET", "/metrics")
     assert (answer.status, answer.headers["Content-Type"]) == (200, CONTENT_TYPE)
     seen = parse(answer.text)

@@ -37,8 +37,10 @@ def run_seeds(first: int, end: int, **options) -> None:
 
 
 def parts_of(world: str):
-    """The first seeds of the tests for a world."""
-    return pytest.mark.parametrize("first", range(1, SCHEDULES[world] + 1, PER_TEST))
+    """The first seeds of the tests for a world; all but one part are slow."""
+    return pytest.mark.parametrize("first", [
+        pytest.param(first, marks=[pytest.mark.slow] if first > 1 else [])
+        for first in range(1, SCHEDULES[world] + 1, PER_TEST)])
 
 
 @parts_of("plain")
