@@ -114,7 +114,7 @@ class Flood:
         for task, kind in zip(tasks, (kind for kind, count in self.kinds.items() for _ in range(count))):
             if kind in ASKED:  # whoever has shown a token may stay for longer
                 task.cancel()
-        ends_at = time.monotonic() + 2 * rc.PROVE_S
+        ends_at = time.monotonic() + 2 * rc.UNAUTHENTICATED_S
         started = time.monotonic()
         while self.open_now and time.monotonic() < ends_at:
             await asyncio.sleep(0.05)
@@ -187,8 +187,8 @@ def serving(folder: Path, is_plain: bool, before: str = "", nodes: int = 1) -> A
     store = rc.Store(rc.Database(database))
     store.database.migrate()
     for number in range(nodes):
-        store.add_node(f"edge-{number}", f"10.1.{number // 250}.{number % 250 + 1}")
-    store.create_release(rc.ReleaseRequest(), "flood")
+        store.nodes.add(f"edge-{number}", f"10.1.{number // 250}.{number % 250 + 1}")
+    store.releases.create(rc.ReleaseRequest(), "flood")
     store.database.close()
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("HTTP_", "API_", "CONTROL_"))}
     program = f"import sys, releasectl as rc\n{before}\nsys.exit(rc.main(['serve']))"

@@ -295,9 +295,9 @@ class Ledger:
     # The highest version of a process that saw the database go back, and wrote to it since.
     told: int = 0
 
-    def note_held(self, release_id: int, is_held: bool, now: float) -> None:
+    def note_held(self, release_id: int, is_not_sent: bool, now: float) -> None:
         """Takes down whether a pause or a freeze holds a release from now on."""
-        if is_held:
+        if is_not_sent:
             self.held_since.setdefault(release_id, now)
         elif release_id in self.held_since:
             self.held_s[release_id] = self.held_so_far(release_id, now)
@@ -454,9 +454,9 @@ class Simulation:
             protocol = self.random.choice(["tasks", "tasks", "execute"])
             agent = SimAgent(self, f"10.0.0.{number}", protocol)
             self.agents[agent.address] = agent
-            self.store.add_node(f"edge-{number}", agent.address, agent_protocol=protocol)
+            self.store.nodes.add(f"edge-{number}", agent.address, agent_protocol=protocol)
         for target in self.random.choices(["cdn", "dns"], k=self.random.randint(1, 3)):
-            self.store.create_release(rc.ReleaseRequest(target, payload=self._payload(), strategy=self._strategy()),
+            self.store.releases.create(rc.ReleaseRequest(target, payload=self._payload(), strategy=self._strategy()),
                                       "test")
         if self.steering:
             self.at(self.random.uniform(0, 5), self._steer)
@@ -488,7 +488,7 @@ class Simulation:
         if not is_late and verb in ("cancel", rc.CANCEL_BY_FORCE) and self.random.random() < 0.7:
             return
         with contextlib.suppress(rc.AppError):
-            if verb == "freeze" or (is_late and self.store.freeze().frozen):
+            if verb == "freeze" or (is_late and self.store.releases.freeze().frozen):
                 self._set_freeze(not is_late and self.random.random() < 0.4)
             releases = list(self.versions)
             for release_id in releases if is_late else releases and [self.random.choice(releases)]:
@@ -504,17 +504,17 @@ class Simulation:
                 self._set_freeze(True)
 
     def _set_freeze(self, is_on: bool) -> None:
-        self.store.set_freeze(is_on, "anna", "holidays")
+        self.store.releases.set_freeze(is_on, "anna", "holidays")
         self.note(f"freeze {'on' if is_on else 'off'}")
 
     def _use(self, verb: str, release_id: int) -> None:
         if verb == "freeze":
             return
-        before = self.store.release(release_id)
+        before = self.store.releases.get(release_id)
         for accepts in (False, True):
             more: typing.Any = {"accept_failures": accepts} if verb == "resume" else {}
             with contextlib.suppress(rc.AppError):
-                self.store.act(verb, release_id, "anna", **more)
+                self.store.releases.act(verb, release_id, "anna", **more)
                 self.note(f"{verb} release {release_id}")
                 self.figures["verbs"] += 1
                 self.ledger.resumed.add((release_id, before.passed_batch))
@@ -523,7 +523,7 @@ class Simulation:
     def _act(self, verb: str) -> None:
         release_id = self.random.choice(list(self.versions))
         try:
-            self.store.act(verb, release_id, "anna")
+            self.store.releases.act(verb, release_id, "anna")
         except rc.DatabaseError:
             self.at(1.0, lambda: self._act(verb))
         except rc.AppError:
@@ -535,7 +535,7 @@ class Simulation:
 
     def _resume(self, release_id: int) -> None:
         try:
-            self.store.act("resume", release_id, "anna")
+            self.store.releases.act("resume", release_id, "anna")
         except rc.DatabaseError:
             self.at(1.0, lambda: self._resume(release_id))
         except rc.AppError:
@@ -625,7 +625,7 @@ class Simulation:
     def _look(self, owner: SimExecutor) -> None:
         self.at(INTERVAL_S, lambda: self._look(owner), owner)
         with contextlib.suppress(rc.AppError, rc.StateMoved):
-            owner._look([], owner.is_tick)
+            owner.claim_runnable([], owner.is_tick)
 
     def _renew(self, owner: SimExecutor) -> None:
         self.at(TTL_S / 3, lambda: self._renew(owner), owner)
@@ -694,7 +694,7 @@ class Simulation:
 
         def leave() -> None:
             if op == rc.DISPATCH and not driver.may_dispatch(written_at):
-                answer(rc.AgentError(rc.UNREACHABLE, "too late", reached=False, is_held=True))
+                answer(rc.AgentError(rc.UNREACHABLE, "too late", reached=False, is_not_sent=True))
                 return
             if op == rc.DISPATCH:
                 self._check_dispatch(send, task)
@@ -806,7 +806,7 @@ class Simulation:
                 self.at(wait_s, lambda: answer(value), owner)
                 return
             if is_lost:
-                value = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_HOLD_S)
+                value = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_BUSY_S)
             self.at(0.01, lambda: answer(value), owner)
 
         def arrive() -> None:
@@ -844,7 +844,7 @@ class Simulation:
         if run is None:
             deliver(self._already(send.version, agent.applied, task.id))
             return
-        cut = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_HOLD_S)
+        cut = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_BUSY_S)
         self.at(max(0.0, run.ends - self.now), lambda: deliver(
             self._word(run, task.id) if run.killed is None else cut))
 
@@ -1224,7 +1224,7 @@ class SharedSimulation(Simulation):
         agent.renames = agent.protocol == "tasks" and self.random.random() < 0.3
         self.figures["renamed"] += agent.renames
         self.agents[address] = agent
-        self.store.add_node(name, address, agent_protocol=agent.protocol)
+        self.store.nodes.add(name, address, agent_protocol=agent.protocol)
 
     def _enter_twice(self) -> None:
         """Enters a host once more, as a person does with SQL; enabled now, or later."""
@@ -1360,7 +1360,7 @@ class SharedSimulation(Simulation):
         for release_id, status, strategy in self.database.look_in("SELECT id, status, strategy FROM release_tasks"):
             if status in (rc.PENDING, rc.PAUSED) and self._start_at(strategy) > rc.utc_text(self.wall + 60):
                 with contextlib.suppress(rc.AppError):
-                    self.store.act("cancel", release_id, "anna")
+                    self.store.releases.act("cancel", release_id, "anna")
 
     def _hold_long(self) -> None:
         """Pauses a release or freezes all for longer than a node may take; somebody restarts an agent meanwhile."""

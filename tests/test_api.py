@@ -78,7 +78,7 @@ def new_tokens(tmp_path):
 
 def ended(store: rc.Store, *statuses: str) -> int:
     """Creates a release, and lets it have ended with its nodes in these statuses; gives its id."""
-    release, batches, _ = store.create_release(rc.ReleaseRequest(payload={"for": list(statuses)}), "test")
+    release, batches, _ = store.releases.create(rc.ReleaseRequest(payload={"for": list(statuses)}), "test")
     with store.database.transaction(write=True) as tx:
         for node_id, status in zip([node_id for batch in batches for node_id in batch], statuses):
             tx.execute("UPDATE release_task_nodes SET status = ? WHERE release_task_id = ? AND node_id = ?",
@@ -812,7 +812,7 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
 
 def test_dry_run_answers_the_plan_with_200_and_writes_nothing(client):
     add_nodes(client.store, 20)
-    client.store.update_node(3, {"status": "maintenance"})
+    client.store.nodes.update(3, {"status": "maintenance"})
     body = {"strategy": {"batches": [1, "50%"], "maxFailed": "20%", "maxFailedTotal": 1}, "dryRun": True}
     plan = client.ok("POST", "/api/v1/releases", body)
     assert [(len(b["nodeIds"]), b["maxFailed"]) for b in plan["batches"]] == [(1, 0), (9, 1), (9, 1)]
@@ -833,7 +833,7 @@ def test_dry_run_answers_the_plan_with_200_and_writes_nothing(client):
     ({"dryRun": True, "strategy": {"pauseAfter": [9]}}, 2003, "pauseAfter")])
 def test_a_choice_or_strategy_that_can_not_be_meant_is_refused_by_name(client, body, code, named):
     add_nodes(client.store, 2)
-    client.store.update_node(2, {"enabled": 0})
+    client.store.nodes.update(2, {"enabled": 0})
     answer = client("POST", "/api/v1/releases", body)
     assert (answer.code, named in answer.message) == (code, True), answer.message
     assert client.ok("GET", "/api/v1/releases")["total"] == 0
@@ -933,4 +933,4 @@ def test_what_is_given_twice_in_a_request_is_refused(lite):
         raw = lite.raw(b"POST /api/v1/releases HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
                        b"%s: a\r\n%s: a\r\nContent-Length: 2\r\n\r\n{}" % (header, header))
         assert split_answer(raw)[0] == 400, header
-    assert (lite.store.releases().total, lite.store.nodes().total) == (0, 1)
+    assert (lite.store.releases.page().total, lite.store.nodes.page().total) == (0, 1)

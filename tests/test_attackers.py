@@ -170,7 +170,7 @@ def test_readyz_tells_strangers_no_more_than_no_and_the_log_why(new_server, logg
     assert client("GET", "/readyz").message == answer.message
     client.token = "viewer-secret"
     assert str(tmp_path) in client("GET", "/readyz").message
-    time.sleep(rc.READY_LOOK_S)
+    time.sleep(rc.READY_CHECK_EVERY_S)
     client("GET", "/readyz")
     told = [line for line in logged() if line.startswith("not ready: ")]
     assert (len(told), str(tmp_path) in told[0]) == (1, True)
@@ -347,7 +347,7 @@ def test_a_viewers_token_has_a_quarter_of_the_seats_and_half_of_an_address(new_s
 
 
 def test_idle_connections_of_a_token_give_way_to_its_own_next_one(new_server, monkeypatch):
-    monkeypatch.setattr(rc, "GRACE_S", 0.0)
+    monkeypatch.setattr(rc, "MIN_IDLE_S", 0.0)
     client = new_server(HTTP_MAX_CONNECTIONS=32, HTTP_MAX_CONNECTIONS_PER_ADDRESS=32)
     with contextlib.ExitStack() as stack:
         for _ in range(20):
@@ -359,7 +359,7 @@ def test_idle_connections_of_a_token_give_way_to_its_own_next_one(new_server, mo
 def large_release(client: Client) -> None:
     """A release of more nodes than are read freely, that is under way."""
     for number in range(rc.MAX_FREE_READ_NODES + 1):
-        client.store.add_node(f"n{number}", f"10.0.{number // 250}.{number % 250 + 1}")
+        client.store.nodes.add(f"n{number}", f"10.0.{number // 250}.{number % 250 + 1}")
     new_release(client.store)
 
 
@@ -536,12 +536,12 @@ def test_an_agent_whose_certificate_is_revoked_gets_nothing(sqlite_world, author
     fleet = Fleet(authority.certs, [AgentSpec(address, 0, "tasks") for address in ADDRESSES[:2]], task_ms=20).start()
     try:
         for number, address in enumerate(ADDRESSES[:2], 1):
-            sqlite_world.store.add_node(f"edge-{number}", address, fleet.agent(address).port)
+            sqlite_world.store.nodes.add(f"edge-{number}", address, fleet.agent(address).port)
         authority.revoke(f"agents/{ADDRESSES[1]}.crt")
         sqlite_world.certs = authority.certs
         new_release(sqlite_world.store)
         sqlite_world.drain(CONTROL_CA=authority.publish(), AGENT_RETRIES=0)
-        nodes = sqlite_world.store.release_with_nodes(1)[1]
+        nodes = sqlite_world.store.releases.with_nodes(1)[1]
         assert [(node.status, node.error_kind) for node in nodes] == [("success", ""), ("failed", "tls")]
         assert "presented a certificate that was revoked" in nodes[1].error_msg
         assert [len(fleet.agent(address).runs) for address in ADDRESSES[:2]] == [1, 0]

@@ -50,7 +50,7 @@ COMMON = {"--db", "--config", "--json", "--help"}
     ("releasectl node import --", {"--db", "--config", "--json", "--help"}),
 ])
 def test_bash_completes(tmp_path, line, offered):
-    assert bash_says(rc.bash_completion(), line, tmp_path) == offered
+    assert bash_says(rc.bash_completion(rc.COMMANDS), line, tmp_path) == offered
 
 
 def test_bash_takes_the_script_of_every_command_without_a_word(tmp_path):

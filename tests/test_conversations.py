@@ -1,4 +1,4 @@
-"""Conversations: many wait in one thread, nobody holds up anybody, every wait ends at its moment."""
+"""EventLoop: many wait in one thread, nobody holds up anybody, every wait ends at its moment."""
 from __future__ import annotations
 
 import queue
@@ -14,8 +14,8 @@ import releasectl as rc
 
 @pytest.fixture
 def others():
-    """Conversations, closed at the end."""
-    made = rc.Conversations()
+    """EventLoop, closed at the end."""
+    made = rc.EventLoop()
     made.start()
     yield made
     made.close()
@@ -64,7 +64,7 @@ def test_a_wait_ends_at_its_moment(others, new_pair, is_among_others):
     if is_among_others:
         others.submit(talk)
     else:
-        rc.converse(talk)
+        rc.run_coroutine(talk)
     assert isinstance(outcomes.get(timeout=10), socket.timeout)
     assert 0.3 <= time.monotonic() - started < 1.5
 
@@ -169,7 +169,7 @@ def test_where_no_thread_can_be_started_to_block_in_the_conversation_tells_it(ot
 
 
 def test_where_its_own_thread_can_not_be_started_it_says_so_each_time(new_pair, monkeypatch):
-    others, outcomes = rc.Conversations(), queue.SimpleQueue()
+    others, outcomes = rc.EventLoop(), queue.SimpleQueue()
     near, far = new_pair()
     others.submit(told(outcomes, near, 10))  # waits for the thread
     with monkeypatch.context() as patch:
@@ -199,7 +199,7 @@ def test_what_was_put_back_unread_is_read_first(new_pair):
     timed = rc.TimedSocket(near, time.monotonic() + 5, 1 << 20)
     far.sendall(b"later")
     timed.unread = b"xyz"
-    assert [rc.converse(timed.recv(2)) for _ in range(3)] == [b"xy", b"z", b"la"]
+    assert [rc.run_coroutine(timed.recv(2)) for _ in range(3)] == [b"xy", b"z", b"la"]
 
 
 def test_more_than_may_be_read_is_refused(new_pair):
@@ -207,10 +207,10 @@ def test_more_than_may_be_read_is_refused(new_pair):
     timed = rc.TimedSocket(near, time.monotonic() + 5, 3)
     far.sendall(b"four")
     with pytest.raises(rc.TooBig):
-        rc.converse(timed.recv(100))
+        rc.run_coroutine(timed.recv(100))
 
 
 def test_a_peer_that_does_not_read_ends_a_sending_at_its_moment(new_pair):
     near, _ = new_pair()
     with pytest.raises(socket.timeout):
-        rc.converse(rc.TimedSocket(near, time.monotonic() + 0.3, 0).sendall(b"x" * (8 << 20)))
+        rc.run_coroutine(rc.TimedSocket(near, time.monotonic() + 0.3, 0).sendall(b"x" * (8 << 20)))

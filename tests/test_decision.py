@@ -39,7 +39,7 @@ def failed_verdict(kind: str = "agent_failed", message: str = "boom") -> rc.Verd
 
 
 def decide(nodes, status="running", now=NOW, slots=64, **more) -> rc.Decision:
-    return rc.decide(release(status), rc.Roster(nodes), now, POLICY, slots=slots, **more)
+    return rc.decide(release(status), rc.NodeIndex(nodes), now, POLICY, slots=slots, **more)
 
 
 def moves(decision: rc.Decision) -> dict[int, tuple[str, str]]:
@@ -310,12 +310,12 @@ def test_section_1_a_node_given_up_after_a_lost_answer_stays_held_for_other_rele
 # -- rule 9: what a new owner makes of a node -------------------------------------------------------
 
 def test_rule_9_a_tasks_agent_is_asked_first():
-    adopted = rc.adopt(node(1, "running", next_op="", attempts=1), later(10), POLICY)
+    adopted = rc.recover(node(1, "running", next_op="", attempts=1), later(10), POLICY)
     assert (adopted.next_op, adopted.due, adopted.deadline) == ("query", later(10).elapsed, later(600).elapsed)
 
 
 def test_rule_9_a_deadline_that_passed_while_nobody_looked_leaves_time_for_one_question():
-    adopted = rc.adopt(node(1, "running", next_op=""), later(9000), POLICY)
+    adopted = rc.recover(node(1, "running", next_op=""), later(9000), POLICY)
     assert sends(decide([adopted], now=later(9000))) == [("query", 1)]
     assert decide([adopted], now=later(9003)).changes[0].after.error_kind == "deadline"
 
@@ -324,13 +324,13 @@ def test_rule_9_a_deadline_that_passed_while_nobody_looked_leaves_time_for_one_q
                                                     (later(9999).text, 75)])
 def test_rule_9_an_execute_agent_is_left_alone_until_the_hold_is_over(hold_until, wait_s):
     found = node(1, "running", protocol="execute", hold_until=hold_until)
-    adopted = rc.adopt(found, later(10), POLICY)
+    adopted = rc.recover(found, later(10), POLICY)
     assert (adopted.next_op, adopted.due - later(10).elapsed) == ("dispatch", pytest.approx(wait_s, abs=0.01))
 
 
 @pytest.mark.parametrize("status", ["pending", "success", "failed", "skipped"])
 def test_rule_9_other_nodes_are_what_their_row_says(status):
-    assert rc.adopt(node(1, status), NOW, POLICY) == node(1, status)
+    assert rc.recover(node(1, status), NOW, POLICY) == node(1, status)
 
 
 # -- when to look again -----------------------------------------------------------------------------

@@ -139,9 +139,9 @@ def test_a_key_that_is_opened_under_a_running_serve_begins_nothing_and_is_told(f
         time.sleep(2.5)  # nothing is to be done: it is told all the same
         release = new_release(store)
         time.sleep(1)
-        assert store.release(release.id).status == "pending"
+        assert store.releases.get(release.id).status == "pending"
         os.chmod(key, 0o600)
-        eventually(lambda: store.release(release.id).status == "success")
+        eventually(lambda: store.releases.get(release.id).status == "success")
         time.sleep(2)
         serve.terminate()
         result = Cli.end(serve)
@@ -183,9 +183,9 @@ def test_a_release_under_way_is_followed_to_its_end_with_a_key_that_was_opened(f
     store = fleet_cli.world.store
     with serve_process(fleet_cli):
         release = new_release(store)
-        eventually(lambda: store.release(release.id).status == "running")
+        eventually(lambda: store.releases.get(release.id).status == "running")
         os.chmod(fleet_cli.certs / "control.key", 0o644)
-        eventually(lambda: store.release(release.id).status == "success")
+        eventually(lambda: store.releases.get(release.id).status == "success")
 
 
 # -- links -------------------------------------------------------------------------------------

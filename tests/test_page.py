@@ -238,8 +238,8 @@ def succeed(store: rc.Store, first: int, last: int) -> None:
     """Lets nodes of release 1 succeed, as an executor would write it."""
     with store.database.transaction(write=True) as tx:
         tx.execute("UPDATE release_task_nodes SET status = 'success' WHERE node_id BETWEEN ? AND ?", first, last)
-        tx.execute(f"UPDATE release_tasks SET updated_at = ?, {rc.COUNTERS}", store._now())
-        tx.insert_many(rc.INSERT_EVENTS, 8, [(1, n, store._now(), "test", "succeeded", "running", "success", "")
+        tx.execute(f"UPDATE release_tasks SET updated_at = ?, {rc.COUNTERS}", store.state.now())
+        tx.insert_many(rc.INSERT_EVENTS, 8, [(1, n, store.state.now(), "test", "succeeded", "running", "success", "")
                                              for n in range(first, last + 1)])
 
 
@@ -269,7 +269,7 @@ def test_health_tells_executor_claims_releases_database_and_certificates(world):
     world.nodes(3)
     executor = world.executor()
     release = new_release(world.store)
-    claim = world.store.claim(release.id, "someone:1", 30)
+    claim = world.store.claims.claim(release.id, "someone:1", 30)
     api = rc.Api(world.store, process=lambda: rc.process_json(executor.settings, executor))
     health = api.overview(rc.Request((), {}, {}, "test")).data
     assert health["database"] == {"engine": world.store.database.engine.name, "ok": True,
@@ -286,9 +286,9 @@ def test_health_tells_executor_claims_releases_database_and_certificates(world):
 def test_the_list_of_nodes_tells_the_newest_release_that_names_each(store):
     add_nodes(store, 2)
     new_release(store)
-    store.update_node(2, {"enabled": 0})
+    store.nodes.update(2, {"enabled": 0})
     new_release(store)
-    store.act("cancel", 2, "test")
+    store.releases.act("cancel", 2, "test")
     add_nodes(store, 1, first=3)
     listed = rc.Api(store).list_nodes(rc.Request((), {"lastRelease": "1"}, {}, "test")).data["items"]
     assert [node["lastRelease"] for node in listed] == [
@@ -388,7 +388,7 @@ def test_the_filter_is_in_the_address_and_the_way_back_leads_back(page):
     add_nodes(store, 1)
     for _ in range(25):
         new_release(store)
-    store.act("pause", 3, "test")
+    store.releases.act("pause", 3, "test")
     page.open("#/releases?status=paused").see("Release 3", "#release-3")
     assert page.count("tbody tr") == 1
     page.press("pending").see("Release 25", "tbody").see("page 1 of 2", "main")
@@ -411,7 +411,7 @@ def test_a_daemon_that_is_lost_and_comes_back_is_noticed_and_what_was_seen_stays
     first.stop()
     page.see("The daemon can't be reached. Trying again", "#trouble").see("No contact", "#pulse")
     page.see("Release 1", "main h1")
-    sqlite_world.store.act("pause", 1, "test")
+    sqlite_world.store.releases.act("pause", 1, "test")
     second = ServeProcess(sqlite_world.url, first.port)
     try:
         page.see("paused", "main .chip")
@@ -478,7 +478,7 @@ def test_enter_in_the_new_release_dialog_creates_nothing(page):
         page.enter(f"#ask [name={name}]")
     page.settle()
     assert [body["dryRun"] for _, _, body in page.browser.changes] == [True]
-    assert page.daemon.store.releases().total == 0
+    assert page.daemon.store.releases.page().total == 0
 
 
 @pytest.mark.slow
@@ -501,10 +501,10 @@ def test_a_new_release_is_created_only_after_its_plan_was_shown(page):
     page.run("document.querySelector('[name=target]').value = 'silently'")  # as a browser's extension would
     page.press("Create").settle()
     assert page.count("#plan h3") == 0
-    assert store.releases().total == 0
+    assert store.releases.page().total == 0
     page.fill(target="dns").plan().press("Create")
     eventually(lambda: page.address() == "#/releases/1")
-    assert [(r.target, r.reason) for r in store.releases().items] == [("dns", "weekly")]
+    assert [(r.target, r.reason) for r in store.releases.page().items] == [("dns", "weekly")]
 
 
 @pytest.mark.slow
@@ -514,7 +514,7 @@ def test_a_plan_that_was_read_is_created_by_the_keyboard_on_its_button(page, key
     page.open().press("New release").fill(payload=PAYLOAD)
     page.run("[...document.querySelectorAll('#ask button')].forEach(b => { b.id = b.textContent.split(' ')[0]; })")
     page.enter("#Show", key, held=3).see("Goes to 1 node", "#plan").settle()
-    assert page.daemon.store.releases().total == 0  # held down on the one button it does not reach the other
+    assert page.daemon.store.releases.page().total == 0  # held down on the one button it does not reach the other
     assert page.run("document.activeElement.id") == "Show"
     assert page.run("document.querySelector('#plan').getAttribute('aria-live')") == "polite"
     page.browser.key("Tab")
@@ -535,7 +535,7 @@ def test_a_plan_of_what_was_written_before_is_not_shown(page):
     eventually(lambda: page.run("Boolean(window.goOn)"))
     page.run("window.goOn()")
     page.see("can be used once the plan is shown", "#plan").press("Create").settle()
-    assert page.daemon.store.releases().total == 0
+    assert page.daemon.store.releases.page().total == 0
 
 
 @pytest.mark.slow
@@ -654,11 +654,11 @@ def test_a_rollback_shows_which_release_it_goes_back_to_and_takes_another(page):
 def test_what_the_daemon_plans_refuses_and_leaves_out_is_what_the_page_says(live):
     page, world = live(3)
     store = world.store
-    store.add_node("edge-9", "10.9.9.9", agent_protocol="execute")
+    store.nodes.add("edge-9", "10.9.9.9", agent_protocol="execute")
     page.open().press("New release").fill(payload="{}").press("Show the plan").see("websites", "#ask .refused")
     page.fill(payload=PAYLOAD).plan().see("Goes to 4 nodes as version 1", "#plan")
     page.see("1 node would be left without any site: edge-9", "#plan .notice")
-    store.update_node(4, {"enabled": 0})
+    store.nodes.update(4, {"enabled": 0})
     page.fill(reason="first").plan().see("Goes to 3 nodes", "#plan").press("Create")
     eventually(lambda: page.address() == "#/releases/1")
     page.open("#/releases/1").see("3 nodes succeeded", "main")
@@ -673,7 +673,7 @@ def test_what_the_daemon_plans_refuses_and_leaves_out_is_what_the_page_says(live
     page.see("Sends the payload of release 2 (v2) to 3 nodes as version 4", "#plan").press("Close")
     page.open("#/releases/3").press("Roll back").see("Sends the payload of release 1 (v1) to 3 nodes", "#plan")
     page.fill(toRelease="9").press("Show the plan").see("9", "#ask .refused")
-    store.update_node(3, {"enabled": 0})
+    store.nodes.update(3, {"enabled": 0})
     page.fill(toRelease="1").plan().see("Left out: 1 node.", "#plan").see("edge-3", "#plan")
     page.press("Roll back release 3").see("Release 4 is created", "#ask h2").see("edge-3", "#ask").press("Close")
     page.see("2 nodes succeeded", "main").see("Release 3", "main dl")
@@ -696,7 +696,7 @@ def test_enter_changes_nothing_in_any_dialog(page):
     page.browser.key("Enter", "\r", held=3)  # whoever held it on the button before
     page.settle()
     assert [(path, body) for _, path, body in page.browser.changes if not body.get("dryRun")] == []
-    assert store.release(2).status == "pending"
+    assert store.releases.get(2).status == "pending"
     page.press("Change").see("End maintenance", "#row-1")
 
 
@@ -727,7 +727,7 @@ def test_nodes_are_added_edited_and_taken_out(page):
     page.press("Edit").fill(agentPort="9090", agentProtocol="execute").press("Save").see("execute, port 9090", "#row-1")
     page.press("Maintenance").press("Change").see("End maintenance", "#row-1")
     page.press("Disable").see("New releases leave it out", "#ask").press("Change").see("disabled", "#row-1")
-    node = page.daemon.store.node(1)
+    node = page.daemon.store.nodes.get(1)
     assert (node.agent_port, node.status, node.enabled) == (9090, "maintenance", 0)
 
 
@@ -765,7 +765,7 @@ def full(new_page, sqlite_world) -> Page:
     """A page with something of everything: 1 failed, 2 success, 3 running, 4 pending; nodes in each state."""
     store = sqlite_world.store
     for n in range(1, 13):
-        store.add_node(f"edge-with-a-rather-long-name-{n}", f"10.0.0.{n}", labels='{"region":"eu","site":"ams-2"}')
+        store.nodes.add(f"edge-with-a-rather-long-name-{n}", f"10.0.0.{n}", labels='{"region":"eu","site":"ams-2"}')
     mixes = (("success", "failed", "skipped"), ("success",), ("success", "running", "pending"), ("pending",))
     for number, statuses in enumerate(mixes, 1):
         new_release(store, reason="a reason that somebody gave")
@@ -775,12 +775,12 @@ def full(new_page, sqlite_world) -> Page:
                 message = f"nginx -t failed: {'x' * 120}" if status == "failed" else ""
                 tx.execute("UPDATE release_task_nodes SET status = ?, error_kind = ?, error_msg = ?, started_at = ? "
                            "WHERE release_task_id = ? AND node_id = ?", status,
-                           "agent_failed" if message else "", message, store._now(), number, node)
+                           "agent_failed" if message else "", message, store.state.now(), number, node)
             status = ("failed", "success", "running", "pending")[number - 1]
             tx.execute(f"UPDATE release_tasks SET status = ?, started_at = created_at, finished_at = ?, {rc.COUNTERS} "
-                       "WHERE id = ?", status, store._now() if status in rc.TERMINAL else None, number)
-    store.update_node(11, {"enabled": 0})
-    store.update_node(12, {"status": "maintenance"})
+                       "WHERE id = ?", status, store.state.now() if status in rc.TERMINAL else None, number)
+    store.nodes.update(11, {"enabled": 0})
+    store.nodes.update(12, {"status": "maintenance"})
     return new_page(Daemon(store, settings_for(sqlite_world.url)))
 
 

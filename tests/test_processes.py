@@ -82,7 +82,7 @@ def test_that_standard_output_is_full_is_told_and_no_failure_of_what_was_done(cl
 def test_a_tick_without_streams_brings_its_release_to_the_end(fleet_cli, streams):
     release = new_release(fleet_cli.world.store)
     assert redirected(fleet_cli, streams)("run-once", "--drain").code == 0
-    assert fleet_cli.world.store.release(release.id).status == "success"
+    assert fleet_cli.world.store.releases.get(release.id).status == "success"
 
 
 def test_serve_without_streams_keeps_its_database_whole(fleet_cli):
@@ -90,7 +90,7 @@ def test_serve_without_streams_keeps_its_database_whole(fleet_cli):
     with serve_process(fleet_cli) as serve:
         assert {os.readlink(f"/proc/{serve.pid}/fd/{n}") for n in range(3)} == {"/dev/null"}
         release = new_release(fleet_cli.world.store)
-        eventually(lambda: fleet_cli.world.store.release(release.id).status == "success")
+        eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "success")
         serve.terminate()
         assert serve.wait(TIMEOUT_S) == 0
     with contextlib.closing(sqlite3.connect(fleet_cli.world.store.database.engine.path)) as connection:
@@ -101,7 +101,7 @@ def test_serve_goes_on_when_the_reader_of_its_log_left(fleet_cli):
     with serve_process(fleet_cli) as serve:
         serve.stderr.close()
         release = new_release(fleet_cli.world.store)
-        eventually(lambda: fleet_cli.world.store.release(release.id).status == "success")
+        eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "success")
         serve.terminate()
         assert serve.wait(TIMEOUT_S) == 0
         serve.stderr = None
@@ -119,12 +119,12 @@ def test_no_signal_but_one_to_stop_ends_serve_or_what_it_is_at(fleet_cli):
     fleet_cli.world.agent(1).set(task_ms=1500)
     with serve_process(fleet_cli) as serve:
         release = new_release(fleet_cli.world.store)
-        eventually(lambda: fleet_cli.world.store.release(release.id).status == "running")
+        eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "running")
         for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF,
                        signal.SIGIO, signal.SIGPWR, signal.SIGRTMIN, signal.SIGRTMAX):
             serve.send_signal(number)
             time.sleep(0.05)
-        eventually(lambda: fleet_cli.world.store.release(release.id).status == "success")
+        eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "success")
         serve.terminate()
         assert Cli.end(serve).code == 0
     assert fleet_cli.world.runs() == [1, 1, 1]
@@ -135,21 +135,21 @@ def test_what_else_would_kill_is_a_clean_stop(fleet_cli, number):
     fleet_cli.world.agent(1).set(task_ms=60_000)
     with serve_process(fleet_cli) as serve:
         release = new_release(fleet_cli.world.store)
-        eventually(lambda: fleet_cli.world.store.release(release.id).claim_expires_at)
+        eventually(lambda: fleet_cli.world.store.releases.get(release.id).claim_expires_at)
         serve.send_signal(number)
         result = Cli.end(serve)
     assert (result.code, result.err.splitlines()[-1].endswith("info: stopped")) == (0, True)
-    assert fleet_cli.world.store.release(release.id).claim_expires_at is None
+    assert fleet_cli.world.store.releases.get(release.id).claim_expires_at is None
 
 
 def test_a_drain_survives_the_terminal_that_goes(fleet_cli):
     fleet_cli.world.agent(1).set(task_ms=1000)
     release = new_release(fleet_cli.world.store)
     drain = fleet_cli.start("run-once", "--drain")
-    eventually(lambda: fleet_cli.world.store.release(release.id).status == "running")
+    eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "running")
     drain.send_signal(signal.SIGHUP)
     result = Cli.end(drain)
-    assert (result.code, fleet_cli.world.store.release(release.id).status) == (0, "success")
+    assert (result.code, fleet_cli.world.store.releases.get(release.id).status) == (0, "success")
     assert "SIGHUP: read anew: certificate for agents; " in result.err
 
 
@@ -308,7 +308,7 @@ def test_a_probe_too_goes_to_the_address_that_answers(sqlite_url, dead, name_of)
         thread.start()
         began = time.monotonic()
         assert verify
-        assert rc.converse(client.probing("edge.test", verify, "http://edge.test:80/", 5.0)) == ""
+        assert rc.run_coroutine(client.probing("edge.test", verify, "http://edge.test:80/", 5.0)) == ""
         thread.join()
         assert time.monotonic() - began < 1
         client.close()
@@ -333,7 +333,7 @@ def test_readyz_stays_ready_and_the_log_names_a_claim_that_lies_ahead_once(ahead
     ahead.settings["RELEASE_EXECUTOR_ENABLED"] = "0"
     with serve_process(ahead) as serve:
         for _ in range(3):
-            time.sleep(rc.READY_LOOK_S)
+            time.sleep(rc.READY_CHECK_EVERY_S)
             with urllib.request.urlopen(f"http://127.0.0.1:{ahead.port}/readyz", timeout=5) as answer:
                 assert answer.status == 200
         serve.terminate()
@@ -347,7 +347,7 @@ def test_a_claim_that_lies_ahead_is_named_by_check_and_counts_as_expired(ahead):
     found = findings(ahead("check", "--json"))
     assert (found["clock"][0], "gone:1:0" in found["clock"][1]) == (False, True)
     ahead.ok("run-once", "--drain")
-    assert ahead.world.store.release(ahead.release.id).status == "success"
+    assert ahead.world.store.releases.get(ahead.release.id).status == "success"
 
 
 # -- terminals ---------------------------------------------------------------------------------

@@ -79,10 +79,10 @@ class Trial:
         retry(lambda: begin_trail(self._store.database))
         self._agents.add_nodes(self._store)
         if self.scenario.before != "nodes":
-            retry(lambda: self._store.create_release(rc.ReleaseRequest(reason="torture", payload=SITES), "torture"))
+            retry(lambda: self._store.releases.create(rc.ReleaseRequest(reason="torture", payload=SITES), "torture"))
         self._agents.fleet.set(outcome=self.scenario.outcome)
         if self.scenario.before == "cancelled":
-            self._store.act("cancel", 1, "torture")
+            self._store.releases.act("cancel", 1, "torture")
 
     def _play(self) -> None:
         worker = self._start(self.scenario.command, ",".join(filter(None, [self.scenario.first, str(self.injection)])))
