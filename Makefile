@@ -5,6 +5,8 @@ PYTHON ?= python3
 ARGS ?=
 FUZZ_EXAMPLES ?= 300
 FUZZ_SECONDS ?= 60
+# How many tests run beside each other: they wait more than they compute. With ARGS it is one after the other.
+WORKERS ?= $(if $(ARGS),0,$(shell n=$$((2 * $$(nproc 2>/dev/null || echo 1))); echo $$((n < 8 ? n : 8))))
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
@@ -21,7 +23,7 @@ PAGE_LINT := $(VENV)/lint-page
 PAGE_LINT_STAMP := $(PAGE_LINT)/stamp
 FUZZ_STAMP := $(VENV)/stamp-fuzz
 
-.PHONY: help demo test test-long acceptance fuzz bench lint lint-page format man dist clean
+.PHONY: help demo test test-all test-long acceptance fuzz bench lint lint-page format man dist clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,13 +32,14 @@ help: ## list these targets
 demo: ## watch two releases go out to stand-in agents (needs Python and openssl only)
 	@PYTHON="$(PYTHON)" bash scripts/demo.sh
 
-test: $(TESTS_STAMP) ## run the tests, on SQLite and, where it is installed, on PostgreSQL
-	@$(call say_left_out)
-	$$(cat $(TESTS_STAMP)) -m pytest $(ARGS)
+test: $(TESTS_STAMP) ## the quick tests, on SQLite and, where it is installed, on PostgreSQL: four minutes
+	@$(call run_tests,-m "not slow")
 
-test-long: $(TESTS_STAMP) ## the same with many more generated cases (TEST_LONG=1)
-	@$(call say_left_out)
-	TEST_LONG=1 $$(cat $(TESTS_STAMP)) -m pytest $(ARGS)
+test-all: $(TESTS_STAMP) ## all tests: a browser, processes that are killed, many schedules of faults as well
+	@$(call run_tests,)
+
+test-long: $(TESTS_STAMP) ## the same with many more generated cases (TEST_LONG=1): hours
+	@TEST_LONG=1; export TEST_LONG; $(call run_tests,)
 
 acceptance: $(TESTS_STAMP) ## a real serve process, stand-in agents, SQL and curl; DATABASE_URL=postgresql://... for PostgreSQL
 	@PYTHON="$$(cat $(TESTS_STAMP))" bash scripts/test_release_executor.sh
@@ -49,9 +52,11 @@ fuzz: $(FUZZ_STAMP) ## generated requests against a running API: from /openapi.j
 	$(VENV_PYTHON) scripts/fuzz_api.py --examples $(FUZZ_EXAMPLES) $(FUZZ_ARGS)
 	$(VENV_PYTHON) -m pytest -q tests/test_api_hostile.py -k scanner
 
-lint: $(LINT_STAMP) ## ruff and mypy
+lint: $(LINT_STAMP) ## ruff, mypy and, where it is installed, shellcheck
 	$(VENV_PYTHON) -m ruff check .
-	$(VENV_PYTHON) -m mypy releasectl.py
+	$(VENV_PYTHON) -m mypy
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; else \
+		echo "shellcheck is missing: the shell scripts were not checked (Debian: apt-get install shellcheck)" >&2; fi
 
 lint-page: $(PAGE_LINT_STAMP) ## html-validate, ESLint and stylelint on dashboard.html (needs npm)
 	$(PAGE_LINT)/node_modules/.bin/html-validate --config $(PAGE_LINT)/.htmlvalidate.json dashboard.html
@@ -72,20 +77,31 @@ clean: ## remove the environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Without pip in it an environment is of no use, so it gets no stamp, and is made again the next time.
 $(VENV_STAMP):
 	@test -n "$(PYTHON_VERSION)" || { echo "$(PYTHON) does not run: name a Python from 3.9 on with PYTHON=..." >&2; exit 2; }
 	@rm -rf $(VENV) && mkdir $(VENV)
-	@$(PYTHON) -m venv $(VENV) || echo "$(PYTHON) can't make a virtual environment (Debian: apt-get install python3-venv)" >&2
-	@touch $@
+	@if $(PYTHON) -m venv $(VENV) >$(VENV)/log 2>&1; then \
+		touch $@; \
+	elif $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+		cat $(VENV)/log >&2; \
+	fi
 
+# The order of this rule's ways: an environment with the requirements; PYTHON, where it has pytest; one command to give.
 $(TESTS_STAMP): tests/requirements.txt $(VENV_STAMP)
-	@echo "installing tests/requirements.txt into $(VENV)" >&2
-	@if $(VENV_PYTHON) $(PIP_INSTALL) -r $<; then \
-		echo $(VENV_PYTHON) >$@; \
-	elif $(PYTHON) -c 'import pytest' 2>/dev/null; then \
+	@if [ -e $(VENV_STAMP) ]; then \
+		echo "installing tests/requirements.txt into $(VENV)" >&2; \
+		if $(VENV_PYTHON) $(PIP_INSTALL) -r $<; then echo $(VENV_PYTHON) >$@; exit 0; fi; \
+		why="no package index is in reach"; need=pytest; \
+	else \
+		why="$(PYTHON) can't make a virtual environment"; need=venv; \
+	fi; \
+	if $(PYTHON) -c 'import pytest' 2>/dev/null; then \
+		echo "$$why: testing with $(PYTHON) and its own pytest" >&2; \
 		echo $(PYTHON) >$@; \
 	else \
-		echo "no package index is in reach, and $(PYTHON) has no pytest: install pytest for it" >&2; \
+		echo "make test: $$why. On Debian this mends it, then make test goes on:" >&2; \
+		echo "    $$([ "$$(id -u)" = 0 ] || echo 'sudo ')apt-get install -y $$( [ $$need = venv ] && echo $(notdir $(PYTHON))-venv || echo python3-pytest python3-pytest-xdist )" >&2; \
 		exit 1; \
 	fi
 
@@ -106,13 +122,17 @@ $(FUZZ_STAMP): tests/requirements-fuzz.txt $(TESTS_STAMP)
 	@$(VENV_PYTHON) $(PIP_INSTALL) -r $<
 	@touch $@
 
-# One line for a host without a package index: which Python runs, which packages it lacks.
-define say_left_out
-	python=$$(cat $(TESTS_STAMP)); \
-	if [ "$$python" != "$(VENV_PYTHON)" ]; then \
-		echo "no package index was in reach: testing with $$python; left out is what needs: $$( \
-			for name in hypothesis prometheus_client psycopg psycopg2 pg8000; do \
-				$$python -c "import $$name" 2>/dev/null || printf '%s ' $$name; \
-			done)(make clean: try the index again)"; \
-	fi
+# Runs pytest with the options of $(1), in several processes where pytest-xdist is there.
+define run_tests
+	python=$$(cat $(TESTS_STAMP)); lacks=; \
+	for name in prometheus_client psycopg psycopg2 pg8000; do \
+		"$$python" -c "import $$name" 2>/dev/null || lacks="$$lacks $$name"; \
+	done; \
+	[ -z "$$lacks" ] || echo "left out is what needs:$$lacks ($$python has none; make clean: look for an index again)"; \
+	if "$$python" -c 'import xdist' 2>/dev/null; then \
+		set -- -n $(WORKERS) --dist worksteal; \
+	else \
+		set --; echo "$$python has no pytest-xdist: one test after the other, which takes three times as long"; \
+	fi; \
+	"$$python" -m pytest "$$@" $(1) $(ARGS)
 endef

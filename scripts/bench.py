@@ -42,7 +42,9 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, os.environ.get("BENCH_PROGRAM", str(ROOT)))
+sys.path.insert(0, str(ROOT / "tests"))
+
+from lab import admin, database_on, free_port, make_certs, mtls, remove_postgres, start_postgres  # noqa: E402
 
 import releasectl as rc  # noqa: E402
 
@@ -70,11 +72,6 @@ def peak_mib(pid: int) -> float:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
     raise RuntimeError("no VmHWM: this needs Linux")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def end(process: subprocess.Popen[Any]) -> None:
@@ -207,14 +204,12 @@ class Lab:
         self._numbers = iter(range(1, 1 << 30))
         self._postgres = ""
         self._agents: Agents | None = None
-        subprocess.run(["bash", str(ROOT / "scripts" / "make_certs.sh"), str(self.certs), SERVER_NAME], check=True,
-                       stdout=subprocess.DEVNULL)
+        make_certs(self.certs, SERVER_NAME)
 
     def environment(self, **settings: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name not in {s.name for s in rc.SETTINGS}}
-        return {**kept, "CONTROL_CERT": str(self.certs / "control.crt"), "CONTROL_KEY": str(self.certs / "control.key"),
-                "CONTROL_CA": str(self.certs / "ca.crt"), "AGENT_TLS_SERVER_NAME": SERVER_NAME,
-                "AGENT_CONCURRENCY": str(IN_FLIGHT), **settings}
+        return {**kept, **mtls(self.certs), "AGENT_TLS_SERVER_NAME": SERVER_NAME, "AGENT_CONCURRENCY": str(IN_FLIGHT),
+                **settings}
 
     def agents(self, count: int) -> Agents:
         """Gives the agents, started anew when there are too few."""
@@ -230,23 +225,21 @@ class Lab:
     def postgres_url(self) -> str:
         """Gives the URL of an empty database on a durable throwaway server; '' where there is none."""
         if not self._postgres:
-            started = subprocess.run(["bash", str(ROOT / "scripts" / "postgres.sh"), "start", "--durable",
-                                      str(self.folder / "postgres")], capture_output=True, text=True, check=False)
-            self._postgres = started.stdout.strip() if started.returncode == 0 else "missing"
+            try:
+                self._postgres = start_postgres(self.folder / "postgres", "--durable")
+            except OSError:
+                self._postgres = "missing"
         if self._postgres == "missing":
             return ""
         name = f"bench_{next(self._numbers)}"
-        connection = rc.PostgresEngine(self._postgres).connect(create=False)
-        connection.cursor().execute(f"CREATE DATABASE {name}")
-        connection.close()
-        return f"{self._postgres.rsplit('/', 1)[0]}/{name}"
+        admin(self._postgres, f"CREATE DATABASE {name}")
+        return database_on(self._postgres, name)
 
     def close(self) -> None:
         if self._agents is not None:
             self._agents.close()
         if self._postgres not in ("", "missing"):
-            subprocess.run(["bash", str(ROOT / "scripts" / "postgres.sh"), "remove", str(self.folder / "postgres")],
-                           check=False, stdout=subprocess.DEVNULL)
+            remove_postgres(self.folder / "postgres")
 
 
 class Usage:
@@ -273,7 +266,7 @@ def take_turns(runs: int, contenders: dict[str, Callable[[], Turn]]) -> dict[str
 
 
 def median(turns: Sequence[Turn], field: str = "seconds") -> float:
-    return statistics.median(getattr(turn, field) for turn in turns)
+    return float(statistics.median(getattr(turn, field) for turn in turns))
 
 
 # ---------------------------------------------------------------------------
@@ -621,7 +614,12 @@ def run_reader(port: int, pause_s: float, paths: Sequence[str]) -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     stop = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.readline(), stop.set()), daemon=True).start()
+
+    def wait_for_stop() -> None:
+        sys.stdin.readline()
+        stop.set()
+
+    threading.Thread(target=wait_for_stop, daemon=True).start()
     taken: dict[str, list[float]] = {path: [] for path in paths}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=BENCH_TIMEOUT_S)
     while not stop.is_set():
@@ -803,7 +801,7 @@ def run_looks(url: str) -> None:
 
 def turn_of_looks(lab: Lab, program: Path, url: str) -> Turn:
     found = subprocess.run([sys.executable, __file__, "--looks", url], check=True, capture_output=True, text=True,
-                           env={**lab.environment(), "BENCH_PROGRAM": str(program)})
+                           env={**lab.environment(), "LAB_PROGRAM": str(program)})
     first, *later = json.loads(found.stdout)
     return Turn(first[0], first[1], extra={"later_s": statistics.median(seconds for seconds, _ in later)})
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes dist/releasectl-VERSION.tar.gz (`make dist`): what a host without internet needs, and the
-# demonstration; beside it dist/releasectl-VERSION.cdx.json, the list of what is in it (an SBOM,
+# Makes dist/releasectl-VERSION.tar.gz (`make dist`): what a host without internet needs, the
+# demonstration and the tests; beside it dist/releasectl-VERSION.cdx.json, the list of what is in it (an SBOM,
 # CycloneDX 1.5), and dist/SHA256SUMS of both. The same commit gives the same bytes, whoever makes it.
 #
 #   SIGN_KEY=FILE  a private key, RSA or EC in PEM: dist/SHA256SUMS.sig is made, by openssl
@@ -8,25 +8,27 @@
 # In a clone it packs what is committed, and says what is left out; elsewhere (an unpacked archive)
 # what lies here. In the archive SHA256SUMS names every file, for `sha256sum -c SHA256SUMS` after unpacking.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/lab.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lab.sh"
+cd "$lab_root"
 export LC_ALL=C TZ=UTC
 umask 022
 
 readonly FILES=(releasectl.py schema.sql dashboard.html docs Makefile README.md README.zh-CN.md CHANGELOG.md CONTRIBUTING.md LICENSE
-    scripts/demo.sh scripts/dist.sh scripts/fake_agent.py scripts/make_certs.sh)
+    pyproject.toml scripts tests)
 
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+begin_work
 mkdir -p dist "$work/tree"
 rm -f dist/SHA256SUMS.sig
 
 if [[ -e .git ]]; then
     git archive --format=tar HEAD -- "${FILES[@]}" | tar -xf - -C "$work/tree"
-    git status --porcelain -- "${FILES[@]}" | sed 's/^/dist: not committed, so not as it lies here: /' >&2
+    git status --porcelain -- "${FILES[@]}" | sed 's/^/dist.sh: not committed, so not as it lies here: /' >&2
     commit=$(git rev-parse HEAD) committed_at=$(git log -1 --format=%ct)
 else
-    echo "dist: no clone: packing what lies here, committed or not" >&2
+    say "no clone: packing what lies here, committed or not"
     cp -R --parents "${FILES[@]}" "$work/tree"
+    find "$work/tree" -name __pycache__ -prune -exec rm -rf {} +
     commit="" committed_at=0
 fi
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$work/tree/releasectl.py")
@@ -55,7 +57,8 @@ SBOM
 cp "$work/sbom" "$work/$name/sbom.cdx.json"
 
 cd "$work/$name"
-find . -type f ! -name SHA256SUMS -printf '%P\0' | sort -z | xargs -0 sha256sum >SHA256SUMS
+find . -type f ! -name SHA256SUMS -printf '%P\0' | sort -z | xargs -0 sha256sum >"$work/sums"
+mv "$work/sums" SHA256SUMS
 cd "$OLDPWD"
 tar -C "$work" --sort=name --format=ustar --mtime="@$seconds" --owner=0 --group=0 --numeric-owner \
     --mode=u=rwX,go=rX -cf - "$name" | gzip -9n >"dist/$name.tar.gz.new"

@@ -19,7 +19,7 @@ node now, is told by the SHA-256 of the payload (payload_sha256): a success that
 was not is seen by comparing it with the release's. What an agent does wrong on
 request is its Behaviour. Never imported by releasectl.py.
 
-Floors: vocabulary, HTTP and TLS on one connection, the agent, the fleet, the
+Sections: vocabulary, HTTP and TLS on one connection, the agent, the fleet, the
 control server, the command line. Everything but the fleet's public methods runs
 in the thread of the fleet's own event loop.
 """
@@ -119,7 +119,7 @@ def camel_case(key: str) -> str:
 
 
 def parse_behaviour(keys: dict[str, Any]) -> dict[str, Any]:
-    """This checks behaviour keys in either spelling; values may be text. Raises ValueError with the key."""
+    """Return behaviour keys in snake case, checked; values may be text. Raise ValueError with the key."""
     defaults = {**dataclasses.asdict(Behaviour()), "applied_version": 0}
     parsed = {}
     for key, value in keys.items():
@@ -307,7 +307,7 @@ class Connection(asyncio.Protocol):
     # what the owner uses
 
     def answer(self, answer: Answer) -> None:
-        """This ends the request under way; the client may be gone by now."""
+        """End the request under way; the client may be gone by now."""
         if self.closed or self._head is None:
             return
         keep_alive = self._head.keep_alive
@@ -330,7 +330,7 @@ class Connection(asyncio.Protocol):
         self._flush()
 
     def close(self) -> None:
-        """This closes with the goodbye of TLS, after all that was written."""
+        """Close with the goodbye of TLS, after all that was written."""
         if self._tls is not None and self._shaken and not self.closed:
             with contextlib.suppress(ssl.SSLError):  # the client's goodbye is not waited for
                 self._tls.unwrap()
@@ -338,13 +338,13 @@ class Connection(asyncio.Protocol):
         self.cut()
 
     def cut(self) -> None:
-        """This closes as a program that died does."""
+        """Close as a program that died does."""
         self.closed = True
         if self._transport is not None:
             self._transport.close()
 
     def abort(self) -> None:
-        """This closes at once, whatever waits to be sent."""
+        """Close at once, whatever waits to be sent."""
         self.closed = True
         if self._transport is not None:
             self._transport.abort()
@@ -352,7 +352,7 @@ class Connection(asyncio.Protocol):
     # TLS
 
     def _decrypt(self) -> None:
-        """This moves what came in into the buffer."""
+        """Move what came in into the buffer."""
         assert self._tls is not None
         try:
             if not self._shaken:
@@ -492,7 +492,7 @@ class Agent:
     # for any thread
 
     def set(self, **behaviour: Any) -> None:
-        """This changes the behaviour; back to mode "normal" also resets times and only. Raises ValueError."""
+        """Change the behaviour; back to mode "normal" also resets times and only. Raise ValueError."""
         parsed = parse_behaviour(behaviour)
         self._fleet.call(lambda: self.apply_behaviour(parsed))
 
@@ -501,7 +501,7 @@ class Agent:
         self._fleet.call(self.apply_restart)
 
     def clear_log(self) -> None:
-        """This sets the counters to 0 and empties the logs; what the agent remembers stays."""
+        """Set the counters to 0 and empty the logs; what the agent remembers stays."""
         self._fleet.call(self.reset_log)
 
     @property
@@ -530,7 +530,7 @@ class Agent:
         return self._requests[:]
 
     def snapshot(self) -> dict[str, Any]:
-        """This gives everything of the agent as one JSON object."""
+        """Return everything of the agent as one JSON object."""
         names = ("address", "port", "protocol", "applied_version", "content", "sites", "connections",
                  "open_connections", "handshakes", "handshake_errors", "resumed", "dispatches", "queries",
                  "overlaps", "restarts", "in_flight", "max_concurrent", "run_counts", "runs", "requests")
@@ -542,7 +542,7 @@ class Agent:
     # listening
 
     def listen(self) -> None:
-        """This opens the listener, at the same port as before. Raises OSError."""
+        """Open the listener, at the same port as before. Raise OSError."""
         if self._listener is not None or self.behaviour.mode == "refuse":
             return
         family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
@@ -656,7 +656,7 @@ class Agent:
     # modes
 
     def _operation(self, request: Request) -> str:
-        """This names what a request asks: dispatch, query, or empty for a path that is not there."""
+        """Return what a request asks: dispatch, query, or empty for a path that is not there."""
         method, path = request.method, request.path
         if self.protocol == "execute":
             return "dispatch" if (method, path) == ("POST", "/agent/v1/tasks/execute") else ""
@@ -874,7 +874,7 @@ class Agent:
 
 
 def _execute_version(payload: Any) -> int:
-    """This reads the version as the agents do: a double, so it rounds above 2^53; 0 where there is none."""
+    """Return the version as the agents read it: a double, so it rounds above 2^53; 0 where there is none."""
     version = payload.get("version") if isinstance(payload, dict) else None
     if not isinstance(version, (int, float)) or isinstance(version, bool):
         return 0
@@ -917,7 +917,7 @@ class Fleet:
     # for any thread
 
     def start(self) -> Fleet:
-        """This listens on all addresses, then returns. Raises OSError, and then nothing listens."""
+        """Listen on all addresses. Raise OSError, and then nothing listens."""
         if self._thread is not None:
             raise RuntimeError("the fleet was started before")
         _raise_file_limit(len(self.agents) * 2 + 256)
@@ -933,7 +933,7 @@ class Fleet:
         return self
 
     def stop(self) -> None:
-        """This closes everything and ends the thread; the agents' counters stay readable."""
+        """Close everything and end the thread; the agents' counters stay readable."""
         if self._thread is None or not self.is_running:
             return
         self.call(self._close)
@@ -953,14 +953,14 @@ class Fleet:
         return 0 if self._control is None else self._control.port
 
     def agent(self, address: str) -> Agent:
-        """This finds one agent by ADDRESS, or ADDRESS:PORT where several share it. Raises KeyError."""
+        """Return one agent by ADDRESS, or ADDRESS:PORT where several share it. Raise KeyError."""
         found = self.find(address)
         if len(found) != 1:
             raise KeyError(f"{len(found)} agents match {address}")
         return found[0]
 
     def find(self, address: str) -> list[Agent]:
-        """This finds agents by ADDRESS, ADDRESS:PORT or "*" for all."""
+        """Return agents by ADDRESS, ADDRESS:PORT or "*" for all."""
         if address == "*":
             return self.agents
         if address in self._by_address:
@@ -969,7 +969,7 @@ class Fleet:
         return [agent for agent in self._by_address.get(host.strip("[]"), []) if str(agent.port) == port]
 
     def set(self, **behaviour: Any) -> None:
-        """This changes the behaviour of all agents."""
+        """Change the behaviour of all agents."""
         parsed = parse_behaviour(behaviour)
 
         def apply() -> None:
@@ -979,7 +979,7 @@ class Fleet:
         self.call(apply)
 
     def clear_log(self) -> None:
-        """This sets the counters of all agents to 0 and empties their logs."""
+        """Set the counters of all agents to 0 and empty their logs."""
         def clear() -> None:
             for agent in self.agents:
                 agent.reset_log()
@@ -987,7 +987,7 @@ class Fleet:
         self.call(clear)
 
     def snapshot(self) -> dict[str, Any]:
-        """This gives every agent's JSON object, by address, or ADDRESS:PORT where several share it."""
+        """Return every agent's JSON object, by address, or ADDRESS:PORT where several share it."""
         return {self._name_of(agent): agent.snapshot() for agent in self.agents}
 
     def _name_of(self, agent: Agent) -> str:
@@ -995,7 +995,7 @@ class Fleet:
         return agent.address if is_alone else f"{agent.address}:{agent.port}"
 
     def call(self, function: Callable[[], T]) -> T:
-        """This runs a function in the loop's thread and gives its result or raises its exception."""
+        """Run a function in the loop's thread; return its result or raise its exception."""
         if not self.is_running or threading.current_thread() is self._thread:
             return function()
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
@@ -1012,7 +1012,7 @@ class Fleet:
     # in the loop's thread
 
     def adopt(self, client: socket.socket, connection: Connection) -> None:
-        """This hands an accepted socket to its protocol."""
+        """Hand an accepted socket to its protocol."""
         task = self.loop.create_task(self._adopt(client, connection))
         self._adopting.add(task)  # the loop itself keeps only a weak reference
         task.add_done_callback(self._adopting.discard)
@@ -1169,7 +1169,7 @@ class Control:
 
 
 def parse_listen(text: str) -> list[AgentSpec]:
-    """This reads FIRST[-LAST]:PORT[,PROTOCOL]. Raises ValueError."""
+    """Return the agents of FIRST[-LAST]:PORT[,PROTOCOL]. Raise ValueError."""
     place, _, protocol = text.partition(",")
     addresses, colon, port = place.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65535:
@@ -1185,7 +1185,7 @@ def parse_listen(text: str) -> list[AgentSpec]:
 
 
 def parse_pairs(text: str) -> dict[str, str]:
-    """This reads KEY=VALUE[,KEY=VALUE...]; a comma that no KEY= follows belongs to the value."""
+    """Return the pairs of KEY=VALUE[,KEY=VALUE...]; a comma that no KEY= follows belongs to the value."""
     pairs = {}
     for pair in re.split(r",(?=\w+=)", text):
         key, equals, value = pair.partition("=")

@@ -59,7 +59,7 @@ def corpus() -> list[bytes]:
 
 
 def mutate(chance: random.Random, seeds: list[bytes]) -> bytes:
-    """Gives a seed with one to six changes."""
+    """Return a seed with one to six changes."""
     data = bytearray(chance.choice(seeds))
     for _ in range(chance.randint(1, 6)):
         at = chance.randint(0, len(data))
@@ -84,7 +84,7 @@ def mutate(chance: random.Random, seeds: list[bytes]) -> bytes:
 
 
 def send(port: int, data: bytes, is_torn: bool) -> tuple[bytes, str]:
-    """Sends a request, in two parts when it is torn; gives what came and what was wrong with it."""
+    """Send a request, in two parts when it is torn; return what came and what was wrong with it."""
     with socket.create_connection((SERVER, port), timeout=20) as sock:
         raw = b""
         try:
@@ -101,7 +101,7 @@ def send(port: int, data: bytes, is_torn: bool) -> tuple[bytes, str]:
 
 
 def judge(raw: bytes) -> str:
-    """Says what is wrong with the answers; '' when nothing is."""
+    """Return what is wrong with the answers; '' when nothing is."""
     rest = raw.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
     while rest:
         head, _, rest = rest.partition(b"\r\n\r\n")

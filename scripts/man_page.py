@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Prints the man page of releasectl, made from its tables of commands and settings: `make man`."""
+"""Print the man page of releasectl, made from its tables of commands and settings: `make man`."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,7 +45,7 @@ installing and running it; what to do when something is wrong"""
 
 
 def text(words: object) -> str:
-    """Gives text that roff shows as it is; a line may not begin with one of its control characters."""
+    """Return text that roff shows as it is; a line may not begin with one of its control characters."""
     escaped = str(words).replace("\\", r"\e").replace("-", r"\-").replace("'", r"\(aq").replace("~", r"\(ti")
     return r"\&" + escaped if escaped.startswith(".") else escaped
 
@@ -52,18 +54,18 @@ def bold(words: str) -> str:
     return rf"\fB{text(words)}\fR"
 
 
-def option(flags: tuple[str, ...], keywords: dict) -> str:
-    """Gives an option, or a word of the command, as it is written."""
+def option(flags: tuple[str, ...], keywords: Mapping[str, Any]) -> str:
+    """Return an option, or a word of the command, as it is written."""
     values = "|".join(keywords.get("choices", ()))
     if not flags[0].startswith("-"):
         word = rf"\fI{text(keywords.get('metavar') or values or flags[0].upper())}\fR"
-        return {"*": f"[{word} ...]", "?": f"[{word}]"}.get(keywords.get("nargs"), word)
+        return {"*": f"[{word} ...]", "?": f"[{word}]"}.get(str(keywords.get("nargs")), word)
     value = values or keywords.get("metavar") or flags[0].lstrip("-").upper()
     return ", ".join(map(bold, flags)) + (rf" \fI{text(value)}\fR" if "action" not in keywords
                                           or keywords["action"] == "append" else "")
 
 
-def options(known: tuple) -> list[str]:
+def options(known: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]) -> list[str]:
     lines = []
     for flags, keywords in known:
         if flags[0].startswith("-") or keywords.get("help"):
@@ -77,12 +79,12 @@ def command(one: rc.Command) -> list[str]:
     return [f".SS {' '.join([bold(one.name), *words])}", text(one.help[0].upper() + one.help[1:]) + ".", *more]
 
 
-def table(rows) -> list[str]:
+def table(rows: Iterable[tuple[str, str]]) -> list[str]:
     return [line for term, meaning in rows for line in (".TP", term, meaning)]
 
 
 def page() -> str:
-    """Gives the whole page."""
+    """Return the whole page."""
     lines = [HEAD.format(version=text(rc.__version__)), ".SH OPTIONS", "These may stand before or after every command:",
              *options(rc.COMMON_OPTIONS), ".SH COMMANDS"]
     for one in rc.COMMANDS:

@@ -7,6 +7,9 @@
 # own under /tmp, and DIR/cluster names it.
 set -euo pipefail
 
+# shellcheck source=scripts/lab.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lab.sh"
+
 READY_WITHIN_S=60
 SOCKET_PATH_MAX=80 # of the 107 bytes that a socket's path may have, the rest is for its name
 
@@ -26,8 +29,6 @@ exit codes: 0 done, 1 failed, 2 wrong usage, 3 PostgreSQL is not installed
 TEXT
 }
 
-say() { printf 'postgres.sh: %s\n' "$*" >&2; }
-
 # Prints the folder that holds initdb, pg_ctl and postgres; fails when there is none.
 find_binaries() {
     local found folder
@@ -42,10 +43,8 @@ find_binaries() {
 }
 
 need_binaries() {
-    if ! BIN=$(find_binaries); then
-        say "PostgreSQL's server is not installed: apt-get install postgresql (or scripts/postgres.sh install)"
-        exit 3
-    fi
+    BIN=$(find_binaries) ||
+        die 3 "PostgreSQL's server is not installed: apt-get install postgresql (or scripts/postgres.sh install)"
 }
 
 # Sets RUN_AS to the command prefix under which the server may run, OWNER to its user ("" for ourselves).
@@ -68,17 +67,6 @@ make_home() {
         [[ -z $OWNER ]] || chown "$OWNER" "$home"
     fi
     echo "$home"
-}
-
-is_free() { ! (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
-
-# Below the range that the kernel gives to clients, so that nobody takes the port during a restart.
-free_port() {
-    local port
-    while :; do
-        port=$((RANDOM % 16000 + 16000))
-        is_free "$port" && { echo "$port"; return; }
-    done
 }
 
 write_settings() { # FILE SOCKET_FOLDER DURABLE
@@ -108,10 +96,7 @@ url() { echo "postgresql://releasectl@127.0.0.1:$(port)/releasectl"; }
 # Sets DIR, LOG, HOME_DIR and DATA of an existing server.
 open_dir() {
     DIR=$(readlink -m "$1") LOG=$(readlink -m "$1")/log
-    if [[ ! -f $DIR/cluster ]]; then
-        say "$1 holds no server of ours"
-        exit 1
-    fi
+    [[ -f $DIR/cluster ]] || die 1 "$1 holds no server of ours"
     HOME_DIR=$(<"$DIR/cluster") DATA=$(<"$DIR/cluster")/data
     cd / # the server's user may not be able to enter where we are
 }
@@ -153,7 +138,7 @@ start() {
     choose_owner
     if [[ -f $1/cluster ]]; then
         open_dir "$1"
-        is_running || control start || { say "could not start; see $LOG"; exit 1; }
+        is_running || control start || die 1 "could not start; see $LOG"
         url
         return
     fi
@@ -193,10 +178,7 @@ standby() {
     local port="" primary_port
     [[ ${1:-} != --port ]] || { port=${2:-}; shift 2; }
     [[ $# == 2 && $port =~ ^[0-9]*$ ]] || { usage >&2; exit 2; }
-    if [[ -f $2/cluster ]]; then
-        say "$2 holds a server already"
-        exit 1
-    fi
+    [[ ! -f $2/cluster ]] || die 1 "$2 holds a server already"
     open_dir "$1"
     primary_port=$(port)
     cd - >/dev/null # the second folder may be named relative to where we were
@@ -215,26 +197,26 @@ standby() {
 
 promote() {
     open_dir "$1"
-    [[ -f $DATA/standby.signal ]] || { say "$1 is no standby"; exit 1; }
-    control promote || { say "could not promote; see $LOG"; exit 1; }
+    [[ -f $DATA/standby.signal ]] || die 1 "$1 is no standby"
+    control promote || die 1 "could not promote; see $LOG"
     url
 }
 
 crash() {
     open_dir "$1"
     is_running || return 0
-    control stop -m immediate || { say "could not stop; see $LOG"; exit 1; }
+    control stop -m immediate || die 1 "could not stop; see $LOG"
 }
 
 restart() {
     open_dir "$1"
-    control restart -m fast || { say "could not restart; see $LOG"; exit 1; }
+    control restart -m fast || die 1 "could not restart; see $LOG"
 }
 
 stop() {
     open_dir "$1"
     is_running || return 0
-    control stop -m fast || { say "could not stop; see $LOG"; exit 1; }
+    control stop -m fast || die 1 "could not stop; see $LOG"
 }
 
 remove() {
@@ -246,8 +228,8 @@ remove() {
 # Installs the server without the cluster that Debian's package would create and start.
 install_package() {
     if find_binaries >/dev/null && command -v psql >/dev/null; then return; fi
-    [[ $(id -u) == 0 ]] || { say "PostgreSQL is missing, and only root can install it: apt-get install postgresql"; exit 3; }
-    command -v apt-get >/dev/null || { say "PostgreSQL is missing, and there is no apt-get here: install it by hand"; exit 3; }
+    [[ $(id -u) == 0 ]] || die 3 "PostgreSQL is missing, and only root can install it: apt-get install postgresql"
+    command -v apt-get >/dev/null || die 3 "PostgreSQL is missing, and there is no apt-get here: install it by hand"
     local conf=/etc/postgresql-common/createcluster.conf
     export DEBIAN_FRONTEND=noninteractive
     {

@@ -8,23 +8,21 @@
 # Exit codes: 0 done, 1 failed, 2 wrong usage, 3 npm or gcc is missing.
 set -euo pipefail
 
+# shellcheck source=scripts/lab.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lab.sh"
+
 SOURCE=sqlite-autoconf-3260000
 SOURCE_SHA256=5daa6a3fb7d1e8c767cd59c4ded8da6e4b00c61d3b466d0685e35c4dd6d7bf5d
 
-say() { printf 'sqlite326.sh: %s\n' "$*" >&2; }
-
-[[ $# == 1 && $1 != -* ]] || { say "usage: scripts/sqlite326.sh DIR"; exit 2; }
-for tool in npm gcc tar sha256sum; do
-    command -v "$tool" >/dev/null || { say "$tool is missing: apt-get install npm gcc tar coreutils"; exit 3; }
-done
+[[ $# == 1 && $1 != -* ]] || die 2 "usage: scripts/sqlite326.sh DIR"
+need npm gcc tar sha256sum
 mkdir -p "$1"
 dir=$(readlink -f "$1")
 
 if [[ ! -f $dir/libsqlite3.so.0 ]]; then
-    work=$(mktemp -d)
-    trap 'rm -rf "$work"' EXIT
+    begin_work
     cd "$work"
-    npm pack --silent sqlite3@4.0.6 >/dev/null || { say "npm could not fetch the package sqlite3 4.0.6"; exit 1; }
+    npm pack --silent sqlite3@4.0.6 >/dev/null || die 1 "npm could not fetch the package sqlite3 4.0.6"
     tar -xzf sqlite3-4.0.6.tgz "package/deps/$SOURCE.tar.gz"
     echo "$SOURCE_SHA256  package/deps/$SOURCE.tar.gz" | sha256sum --check --quiet >&2
     tar -xzf "package/deps/$SOURCE.tar.gz" "$SOURCE/sqlite3.c"

@@ -10,9 +10,12 @@
 # exit codes: 0 all passed, 1 a check failed, 2 the test could not run, 3 a program is missing.
 set -euo pipefail
 
-readonly DEADLINE_S=60 # for whatever is waited for
-readonly TASK_MS=700   # so long that every state in between is seen
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/lab.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lab.sh"
+
+GIVE_UP_CODE=2
+DEADLINE_S=60 # for whatever is waited for
+readonly TASK_MS=700 # so long that every state in between is seen
 
 # --- Checks ---------------------------------------------------------------------------------
 
@@ -37,49 +40,13 @@ matches() { # DESCRIPTION PATTERN ACTUAL (an extended regular expression for the
     if [[ $3 =~ ^($2)$ ]]; then report ok "$1"; else report not-ok "$1" "expected: $2"$'\n'"     got: $3"; fi
 }
 
-give_up() {
-    echo "test_release_executor: $1" >&2
-    for log in "$work"/*.log; do
-        [[ -s $log ]] && { echo "--- the end of ${log##*/}:"; tail -n 15 "$log"; } >&2
-    done
-    exit 2
-}
-
-wait_for() { # WHAT COMMAND...
-    local what=$1 deadline=$((SECONDS + DEADLINE_S))
-    shift
-    until "$@"; do
-        ((SECONDS < deadline)) || give_up "waited $DEADLINE_S s in vain for $what"
-        sleep 0.05
-    done
-}
-
 # --- Set-up and clean-up --------------------------------------------------------------------
 
-declare -A alive=() # process id -> what it is
-work=$(mktemp -d)
-
-clean_up() {
-    local pid
-    for pid in "${!alive[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
-    for pid in "${!alive[@]}"; do
-        for _ in {1..100}; do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
-        kill -KILL "$pid" 2>/dev/null || true
-    done
+undo() {
     [[ -z ${second_database:-} ]] || sql "DROP DATABASE IF EXISTS $second_database" >/dev/null 2>&1 || true
-    rm -rf "$work"
 }
-trap clean_up EXIT
-trap 'exit 130' INT TERM HUP
 
 is_postgres() { [[ $DATABASE_URL == postgres* ]]; }
-
-need_programs() {
-    local program
-    for program in curl openssl "$(is_postgres && echo psql || echo sqlite3)"; do
-        command -v "$program" >/dev/null || { echo "test_release_executor: $program is missing" >&2; exit 3; }
-    done
-}
 
 # Runs one statement in the database's own shell; columns come out separated by "|".
 sql() {
@@ -92,49 +59,7 @@ sql() {
 
 lines() { paste -sd ' ' -; } # several rows as one text
 
-# Below the range that the kernel gives to clients.
-free_port() {
-    local port
-    while :; do
-        port=$((RANDOM % 16000 + 16000))
-        (: </dev/tcp/127.0.0.1/$port) 2>/dev/null || { echo "$port"; return; }
-    done
-}
-
-in_background() { # LOG COMMAND...; sets PID
-    local log=$1
-    shift
-    "$@" >"$log" 2>&1 </dev/null &
-    PID=$!
-    alive[$PID]="$*"
-}
-
-releasectl() { "$python" "$root/releasectl.py" "$@"; }
-
 # --- Agents: .1 to .3 for the part by SQL, .4 to .6 for the part by curl, .7 (execute) for a second database ---
-
-start_agents() {
-    local try address addresses
-    for try in 1 2 3 4 5; do
-        subnet=127.$((RANDOM % 253 + 1)).$((RANDOM % 254 + 1)) control=127.0.0.1:$(free_port) addresses=()
-        for address in 1 2 3 4 5 6 7; do addresses+=("$subnet.$address"); done
-        bash "$root/scripts/make_certs.sh" "$work/certs" "${addresses[@]}" >"$work/certs.log" 2>&1 ||
-            give_up "scripts/make_certs.sh failed"
-        in_background "$work/agents.log" "$python" "$root/scripts/fake_agent.py" --certs "$work/certs" \
-            --listen "$subnet.1-$subnet.6:8443" --listen "$subnet.7:9090,execute" --task-ms "$TASK_MS" --control "$control"
-        wait_for "the agents" agents_settled
-        if grep -q '^ready:' "$work/agents.log"; then return; fi
-        unset "alive[$PID]"
-    done
-    give_up "the agents did not start in $try tries"
-}
-
-agents_settled() { grep -q '^ready:' "$work/agents.log" || ! kill -0 "$PID" 2>/dev/null; }
-
-set_agent() { # LAST-PART-OF-ADDRESS JSON
-    curl -sS --noproxy '*' -m 10 -f -o /dev/null -X PUT -d "$2" "http://$control/agents/$subnet.$1" ||
-        give_up "could not change the agent $subnet.$1"
-}
 
 # Which agents ran a release's task, each as LAST-PART-OF-ADDRESS:TIMES.
 runs_of() { # RELEASE
@@ -167,6 +92,14 @@ release_changes() { sql "SELECT from_status, to_status FROM release_events WHERE
 
 node_changes() { # RELEASE BATCH
     sql "SELECT e.from_status, e.to_status, COUNT(*) FROM release_events e JOIN release_task_nodes n ON n.release_task_id = e.release_task_id AND n.node_id = e.node_id WHERE e.release_task_id = $1 AND n.batch = $2 AND e.from_status <> '' AND e.to_status <> '' AND e.from_status <> e.to_status GROUP BY e.from_status, e.to_status ORDER BY MIN(e.id)" | lines
+}
+
+# Every change of a status in this database, as tests/contract.py allows it.
+check_histories() {
+    local found
+    found=$(sql "SELECT release_task_id, node_id, from_status, to_status FROM release_events ORDER BY id" |
+        "$python" "$lab_root/tests/contract.py") || true
+    matches "no history has a change that the contract does not know" "[1-9][0-9]* events" "$found"
 }
 
 # All that a terminal release may never change.
@@ -230,8 +163,8 @@ watch_release() { # RELEASE FILE; until it is terminal
 # Starts `serve` and waits until it is ready; sets PID and http_addr.
 start_serve() { # EXECUTOR-ENABLED NAME
     http_addr=127.0.0.1:$(free_port)
-    RELEASE_EXECUTOR_ENABLED=$1 HTTP_ADDR=$http_addr in_background "$work/$2.log" \
-        "$python" "$root/releasectl.py" serve
+    RELEASE_EXECUTOR_ENABLED=$1 HTTP_ADDR=$http_addr in_background \
+        "$python" "$lab_root/releasectl.py" serve >"$work/$2.log" 2>&1
     wait_for "serve to be ready" serve_is_ready
 }
 
@@ -249,8 +182,7 @@ stop() { # PID
         sleep 0.05
     done
     CODE=0
-    wait "$1" || CODE=$?
-    unset "alive[$1]"
+    await "$1" || CODE=$?
 }
 
 # --- Part 1: run-once, by SQL ---------------------------------------------------------------
@@ -263,11 +195,10 @@ create_release() { # REASON; sets release and version
 
 # Runs one tick while the nodes are watched; sets CODE.
 run_watched() { # RELEASE FILE
-    in_background "$work/run-once.log" "$python" "$root/releasectl.py" run-once
+    in_background "$python" "$lab_root/releasectl.py" run-once >"$work/run-once.log" 2>&1
     watch_nodes "$1" "$PID" "$2"
     CODE=0
-    wait "$PID" || CODE=$?
-    unset "alive[$PID]"
+    await "$PID" || CODE=$?
 }
 
 # Ends what a tick may have left: a tick gives up waiting after an interval without news.
@@ -458,12 +389,11 @@ part_two_executors() {
     start_serve 1 executor-again
     executor=$PID
     post_release "acceptance by curl, two executors"
-    in_background "$work/beside.log" "$python" "$root/releasectl.py" run-once
+    in_background "$python" "$lab_root/releasectl.py" run-once >"$work/beside.log" 2>&1
     local beside=$PID
     watch_release "$release" "$work/seen-two"
     CODE=0
-    wait "$beside" || CODE=$?
-    unset "alive[$beside]"
+    await "$beside" || CODE=$?
     matches "run-once beside two executors: done, or told to try later" "0|75" "$CODE"
     equals "a release with three executors there: success" "success 1:success 2:success,success" "$(picture "$release")"
     equals "each agent ran its task exactly once" "4:1 5:1 6:1" "$(runs_of "$release")"
@@ -485,10 +415,10 @@ part_two_executors() {
 make_second_database() {
     if is_postgres; then
         second_database=acceptance_second_$RANDOM$RANDOM
-        local server=${DATABASE_URL%%\?*} options=""
-        [[ $DATABASE_URL != *\?* ]] || options="?${DATABASE_URL#*\?}"
+        local server=${DATABASE_URL%%\?*} query=""
+        [[ $DATABASE_URL != *\?* ]] || query="?${DATABASE_URL#*\?}"
         sql "CREATE DATABASE $second_database"
-        second_url=${server%/*}/$second_database$options
+        second_url=${server%/*}/$second_database$query
     else
         second_url=sqlite:///$work/second.db
     fi
@@ -530,11 +460,14 @@ part_second_database() {
 
 # --- The run --------------------------------------------------------------------------------
 
-export DATABASE_URL=${DATABASE_URL:-sqlite:///$work/release.db}
-need_programs
-python=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)') || give_up "${PYTHON:-python3} does not run"
+need curl openssl
+need_python
+begin_work
+database_url=${DATABASE_URL:-sqlite:///$work/release.db}
+forget_settings
+export DATABASE_URL=$database_url
+need "$(is_postgres && echo psql || echo sqlite3)"
 cd "$work"
-unset HTTP_CERT HTTP_KEY HTTP_CLIENT_CA AGENT_TLS_SERVER_NAME AGENT_CONCURRENCY NODE_DEADLINE_SEC CLAIM_TTL_SEC LOG_FORMAT LOG_LEVEL
 export MTLS_ENABLED=1 RELEASE_EXECUTOR_ENABLED=1 RELEASE_EXECUTOR_INTERVAL_SEC=2
 export AGENT_CONNECT_TIMEOUT_SEC=5 AGENT_REQUEST_TIMEOUT_SEC=10 AGENT_RETRIES=1
 export CONTROL_CERT=$work/certs/control.crt CONTROL_KEY=$work/certs/control.key CONTROL_CA=$work/certs/ca.crt
@@ -546,12 +479,13 @@ if sql "SELECT COUNT(*) FROM release_tasks" >/dev/null 2>&1; then
 fi
 
 echo "# $("$python" -V), ${DATABASE_URL%%:*}"
-start_agents
+start_agents 6 1 --task-ms "$TASK_MS"
 part_by_sql_success
 part_by_sql_failure
 part_by_curl_success
 part_by_curl_unreachable
 part_two_executors
+check_histories
 part_second_database
 
 echo "$passed passed, $failed failed"

@@ -124,7 +124,7 @@ class Browser:
                 raise EOFError("Chromium went away")
             self._read += part
         message, _, self._read = self._read.partition(b"\0")
-        return json.loads(message)  # type: ignore[no-any-return]
+        return json.loads(message)
 
     def _note(self, event: str, params: dict[str, Any]) -> None:
         if event == "Network.requestWillBeSent":

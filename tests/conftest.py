@@ -1,138 +1,201 @@
-"""Real parts for the tests: databases of both engines, agents, certificates, a clock.
+"""Fixtures: the parts of lab.py, started for a test and gone after it.
 
 Every test that asks for `database_url`, `store` or what builds on them runs on SQLite and on
 PostgreSQL. TEST_POSTGRES_URL names a server to use; without it a throwaway one is started where
 PostgreSQL and a driver are installed. REQUIRE_ALL=1 fails where something would be left out.
+
+Tests run beside each other in several processes (pytest-xdist, where it is installed). What is
+expensive (certificates, the server, migrated databases to copy) is made once, in the folder that
+RELEASECTL_TESTS_SHARED names, by whichever process asks first.
 """
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import fcntl
 import itertools
+import logging
 import os
 import shutil
-import subprocess
-import sys
-import time
+import signal
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+pytest.register_assert_rewrite("lab", "contract")
 
-from fake_agent import AgentSpec, Fleet  # noqa: E402
+import lab  # noqa: E402
+from lab import ADDRESSES, DRIVERS, Cli, Client, Listener, Peer, Quick, World  # noqa: E402
 
 import releasectl as rc  # noqa: E402
 
 REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
-ADDRESSES = [f"127.0.1.{n}" for n in range(1, 21)]
-DRIVERS = [name for name in ("psycopg", "psycopg2", "pg8000") if importlib.util.find_spec(name)]
+SHARED = "RELEASECTL_TESTS_SHARED"
+LEFT_OUT = "left out: "
+# Lines that the summary has for what was left out.
+MOST_LINES = 8
+ENGINES = ["sqlite", "postgresql"]
 
 
 def leave_out(what: str) -> None:
-    """Skips the test, or fails it where nothing may be left out."""
+    """Skip the test, or fail it where nothing may be left out."""
     if REQUIRE_ALL:
         pytest.fail(f"REQUIRE_ALL=1, and missing: {what}")
-    pytest.skip(f"left out: {what}")
+    pytest.skip(LEFT_OUT + what)
 
 
-def eventually(look, within_s: float = 15.0, message: str = ""):
-    """Gives what look() returns as soon as it is true; fails with the last value it saw."""
-    give_up_at = time.monotonic() + within_s
-    while True:
-        seen = look()
-        if seen:
-            return seen
-        if time.monotonic() > give_up_at:
-            pytest.fail(f"{message or 'it did not come'} within {within_s} s; last seen: {seen!r}")
-        time.sleep(0.01)
+# -- one run, in one process or several --------------------------------------------------------
+
+def is_worker(config: pytest.Config) -> bool:
+    """Return whether this process is one of several, started by another pytest."""
+    return hasattr(config, "workerinput")
 
 
-class FakeClock(rc.Clock):
-    """Both clocks, turned by hand."""
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
-    def __init__(self, wall: float = 1_790_000_000.0, elapsed: float = 1_000.0):
-        self.now_wall, self.now_elapsed = wall, elapsed
 
-    def wall(self) -> float:
-        return self.now_wall
+def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background job ignores SIGINT, and what it starts inherits that. A handler, which
+    # is not inherited, ignores it as well.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: None)
+    if not is_worker(config):
+        signal.signal(signal.SIGTERM, interrupt)  # so that a run that is ended leaves nothing behind
+        os.environ[SHARED] = tempfile.mkdtemp(prefix="releasectl-tests.")
 
-    def elapsed(self) -> float:
-        return self.now_elapsed
 
-    def advance(self, seconds: float) -> None:
-        self.now_wall += seconds
-        self.now_elapsed += seconds
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if is_worker(config) or SHARED not in os.environ:
+        return
+    shared = Path(os.environ.pop(SHARED))
+    if (shared / "postgres" / "cluster").exists():
+        lab.remove_postgres(shared / "postgres")
+    elif (shared / "template.done").exists() and DRIVERS:
+        server, template = (shared / "template.done").read_text().split()
+        lab.admin(server, f"DROP DATABASE IF EXISTS {template}")
+    shutil.rmtree(shared, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let slow tests go first, so that the last process does not sit over one alone."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Sum up what was left out and what would mend it, in a few lines."""
+    reasons = Counter(str(report.longrepr[2]).replace("Skipped: ", "").replace(LEFT_OUT, "")
+                      for report in terminalreporter.stats.get("skipped", []))
+    lines = [f"{count:5} x {reason.splitlines()[0][:100]}" for reason, count in reasons.most_common()]
+    slow = len(terminalreporter.stats.get("deselected", []))
+    if lines:
+        terminalreporter.section("left out")
+        for line in lines[:MOST_LINES]:
+            terminalreporter.write_line(line)
+        if len(lines) > MOST_LINES:
+            terminalreporter.write_line(f"and {len(lines) - MOST_LINES} other reasons: pytest -rs lists each test")
+    if slow and "slow" in terminalreporter.config.option.markexpr:
+        terminalreporter.write_line(f"left to `make test-all`: {slow} slow tests")
+
+
+def once(name: str, make: Callable[[Path], str]) -> str:
+    """Return what make(folder) returned in the process that asked first; the others wait for it."""
+    folder = Path(os.environ[SHARED]) / name
+    done = folder.with_suffix(".done")
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir()
+            done.write_text(make(folder))
+    return done.read_text()
 
 
 # -- databases -------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory):
+def postgres_server() -> str:
     """The URL of a server on which databases may be made."""
-    given = os.environ.get("TEST_POSTGRES_URL")
+    def start(folder: Path) -> str:
+        try:
+            return lab.start_postgres(folder)
+        except OSError as error:
+            return f"missing: {error}"
+
     if not DRIVERS:
         leave_out("a PostgreSQL driver (psycopg, psycopg2 or pg8000)")
-    if given:
-        yield given
-        return
-    folder = str(tmp_path_factory.mktemp("postgres"))
-    script = str(ROOT / "scripts" / "postgres.sh")
-    started = subprocess.run(["bash", script, "start", folder], capture_output=True, text=True, check=False)
-    if started.returncode != 0:
-        leave_out("PostgreSQL: " + started.stderr.strip())
-    yield started.stdout.strip()
-    subprocess.run(["bash", script, "remove", folder], check=True)
+    url = os.environ.get("TEST_POSTGRES_URL") or once("postgres", start)
+    if url.startswith("missing: "):
+        leave_out("PostgreSQL: " + url[len("missing: "):])
+    return url
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_server) -> str:
+    """The name of a migrated database on the server, to make others of."""
+    def make(_folder: Path) -> str:
+        name = f"test_template_{os.getpid()}"
+        lab.admin(postgres_server, f"CREATE DATABASE {name}")
+        lab.migrate(lab.database_on(postgres_server, name))
+        return f"{postgres_server} {name}"
+
+    return once("template", make).split()[1]
+
+
+@pytest.fixture(scope="session")
+def sqlite_template() -> Path:
+    """The path of a migrated SQLite database, to be copied."""
+    def make(folder: Path) -> str:
+        lab.migrate(f"sqlite:///{folder}/migrated.db")
+        return f"{folder}/migrated.db"
+
+    return Path(once("sqlite", make))
 
 
 _numbers = itertools.count(1)
 
 
-def admin(server_url: str, statement: str) -> None:
-    """Runs one statement on the server itself."""
-    connection = rc.PostgresEngine(server_url).connect(create=False)
-    try:
-        connection.cursor().execute(statement)
-    finally:
-        connection.close()
-
-
 @pytest.fixture
-def new_postgres_url(postgres_server):
-    """A function that makes an empty database and gives its URL."""
+def new_postgres_url(postgres_server) -> Iterator[Callable[..., str]]:
+    """A function that makes an empty database, or a copy of a template, and returns its URL."""
     made = []
 
-    def make() -> str:
+    def make(template: str = "") -> str:
         name = f"test_{os.getpid()}_{next(_numbers)}"
-        admin(postgres_server, f"CREATE DATABASE {name}")
+        lab.admin(postgres_server, f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else ""))
         made.append(name)
-        return f"{postgres_server.rsplit('/', 1)[0]}/{name}"
+        return lab.database_on(postgres_server, name)
 
     yield make
     for name in made:
-        admin(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+        lab.admin(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request, tmp_path):
-    """The URL of an empty database, of each engine in turn."""
+@pytest.fixture(params=ENGINES)
+def database_url(request, tmp_path) -> str:
+    """The URL of a database of each engine in turn: empty, but migrated where the test uses `store`."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/test.db"
-    return request.getfixturevalue("new_postgres_url")()
+    template = request.getfixturevalue("postgres_template") if "store" in request.fixturenames else ""
+    return request.getfixturevalue("new_postgres_url")(template)
 
 
 @pytest.fixture
-def sqlite_url(tmp_path):
+def sqlite_url(tmp_path) -> str:
     """The URL of an empty SQLite database, where the engine does not matter."""
     return f"sqlite:///{tmp_path}/test.db"
 
 
 @pytest.fixture
-def open_store():
+def open_store(sqlite_template) -> Iterator[Callable[..., rc.Store]]:
     """A function that opens one more store, as another process would; all are closed at the end."""
     stores = []
 
     def open_one(url: str, clock: rc.Clock | None = None) -> rc.Store:
+        path = Path(url.partition("sqlite:///")[2])
+        if path.suffix == ".db" and not path.exists():
+            shutil.copy(sqlite_template, path)
         database = rc.Database(url)
         database.migrate()
         stores.append(rc.Store(database, clock or rc.Clock()))
@@ -144,86 +207,45 @@ def open_store():
 
 
 @pytest.fixture
-def store(database_url, open_store):
+def store(database_url, open_store) -> rc.Store:
     """A store over an empty database, on both engines."""
     return open_store(database_url)
 
 
-def add_nodes(store: rc.Store, count: int, protocol: str = "tasks", first: int = 1) -> list[rc.Node]:
-    """Adds nodes edge-1, edge-2, ... whose agents nobody calls."""
-    return [store.nodes.add(f"edge-{n}", ADDRESSES[n - 1], agent_protocol=protocol)
-            for n in range(first, first + count)]
-
-
-# What a release to execute agents needs at least: they would drop all their sites without it.
-SITES = {"websites": []}
-
-
-def new_release(store: rc.Store, **fields) -> rc.Release:
-    """Creates a release for the nodes there are."""
-    return store.releases.create(rc.ReleaseRequest(**fields), "test")[0]
-
-
-def statuses(store: rc.Store, release_id: int) -> list[str]:
-    """Gives the statuses of a release's nodes, in order."""
-    return [node.status for node in store.releases.with_nodes(release_id)[1]]
-
-
-def assert_books_balance(store: rc.Store, release_id: int) -> None:
-    """Rule 7: the counters are the rows, and a terminal release has all its nodes at rest."""
-    release, nodes = store.releases.with_nodes(release_id)
-    tally = [node.status for node in nodes]
-    assert (release.success_nodes, release.failed_nodes) == (tally.count("success"), tally.count("failed"))
-    if release.is_terminal:
-        assert set(tally) <= rc.AT_REST
-        assert tally.count("success") + tally.count("failed") + tally.count("skipped") == release.total_nodes
-
-
 # -- agents ----------------------------------------------------------------------------------
 
-def make_certs(folder: Path, *names: str, **environment: str) -> Path:
-    """Makes a CA, a client certificate and agents' certificates; gives the folder."""
-    subprocess.run(["bash", str(ROOT / "scripts" / "make_certs.sh"), str(folder), *names], check=True,
-                   stdout=subprocess.DEVNULL, env={**os.environ, **environment})
-    return folder
-
-
 @pytest.fixture(scope="session")
-def certs(tmp_path_factory) -> Path:
+def certs() -> Path:
     """Certificates for all ADDRESSES, and of another CA in the folder other/."""
+    def make(folder: Path) -> str:
+        lab.make_certs(folder, ",".join([*ADDRESSES, "agent.test"]))
+        lab.make_certs(folder / "other", ",".join(ADDRESSES))
+        return str(folder)
+
     if not shutil.which("openssl"):
         leave_out("openssl")
-    folder = make_certs(tmp_path_factory.mktemp("certs"), ",".join([*ADDRESSES, "agent.test"]))
-    make_certs(folder / "other", ",".join(ADDRESSES))
-    return folder
-
-
-def settings_for(url: str, certs_folder: Path | None = None, **overrides) -> rc.Settings:
-    """Gives settings for tests: quick intervals, mutual TLS with the folder's certificates."""
-    values = {"DATABASE_URL": url, "RELEASE_EXECUTOR_INTERVAL_SEC": "0.2", "AGENT_CONNECT_TIMEOUT_SEC": "2",
-              "AGENT_REQUEST_TIMEOUT_SEC": "3", "AGENT_CONCURRENCY": "16", "HTTP_ADDR": "127.0.0.1:0"}
-    if certs_folder is None:
-        values["MTLS_ENABLED"] = "0"
-    else:
-        values.update(CONTROL_CERT=f"{certs_folder}/control.crt", CONTROL_KEY=f"{certs_folder}/control.key",
-                      CONTROL_CA=f"{certs_folder}/ca.crt")
-    values.update({name: str(value) for name, value in overrides.items()})
-    return rc.Settings.load(values)
+    return Path(once("certs", make))
 
 
 @pytest.fixture
 def new_fleet(certs):
     """A function that starts agents that really listen; all are stopped at the end."""
-    fleets = []
+    with lab.fleets(certs) as start:
+        yield start
 
-    def start(count: int, protocol: str = "tasks", task_ms: int = 20, tls12: bool = False) -> Fleet:
-        specs = [AgentSpec(address, 0, protocol) for address in ADDRESSES[:count]]
-        fleets.append(Fleet(certs, specs, task_ms=task_ms, tls12=tls12).start())
-        return fleets[-1]
+
+@pytest.fixture
+def new_peer(certs):
+    """A function that starts an agent which answers, or misbehaves, as a test says; all are stopped at the end."""
+    peers = []
+
+    def start(talk, tls=True, host: str = lab.HOST) -> Peer:
+        peers.append(Peer(talk, lab.server_context(certs) if tls is True else tls or None, host))
+        return peers[-1]
 
     yield start
-    for fleet in fleets:
-        fleet.stop()
+    for peer in peers:
+        peer.stop()
 
 
 @pytest.fixture
@@ -240,40 +262,6 @@ def new_executor():
         executor.close()
 
 
-class World:
-    """A store, agents that listen, their nodes, and settings to run executors over them."""
-
-    def __init__(self, store: rc.Store, url: str, certs_folder: Path, new_fleet, new_executor):
-        self.store, self.url, self.certs = store, url, certs_folder
-        self._new_fleet, self._new_executor = new_fleet, new_executor
-        self.fleet: Fleet = None  # type: ignore[assignment]
-
-    def nodes(self, count: int, protocol: str = "tasks", task_ms: int = 20) -> World:
-        """Starts agents and adds their nodes edge-1, edge-2, ..."""
-        self.fleet = self._new_fleet(count, protocol, task_ms)
-        for number, address in enumerate(ADDRESSES[:count], 1):
-            self.store.nodes.add(f"edge-{number}", address, self.fleet.agent(address).port, protocol)
-        return self
-
-    def agent(self, number: int):
-        """Gives the agent of edge-NUMBER."""
-        return self.fleet.agent(ADDRESSES[number - 1])
-
-    def settings(self, **overrides) -> rc.Settings:
-        return settings_for(self.url, self.certs, **overrides)
-
-    def executor(self, **overrides) -> rc.Executor:
-        return self._new_executor(self.store, self.settings(**overrides))
-
-    def drain(self, **overrides) -> None:
-        """Runs an executor until nothing is left to do."""
-        self.executor(**overrides).drain()
-
-    def runs(self) -> list[int]:
-        """Gives how many tasks each agent ran."""
-        return [len(self.fleet.agent(address).runs) for address in ADDRESSES[:len(self.fleet.agents)]]
-
-
 @pytest.fixture
 def world(store, database_url, certs, new_fleet, new_executor) -> World:
     """A world on both engines."""
@@ -284,3 +272,88 @@ def world(store, database_url, certs, new_fleet, new_executor) -> World:
 def sqlite_world(sqlite_url, open_store, certs, new_fleet, new_executor) -> World:
     """A world on SQLite alone, for what has nothing to do with the engine."""
     return World(open_store(sqlite_url), sqlite_url, certs, new_fleet, new_executor)
+
+
+# -- the command line --------------------------------------------------------------------------
+
+@pytest.fixture
+def cli(tmp_path) -> Cli:
+    return Cli(tmp_path)
+
+
+@pytest.fixture
+def quick(tmp_path) -> Quick:
+    return Quick(tmp_path)
+
+
+@pytest.fixture
+def filled(cli, open_store) -> Cli:
+    return lab.fill(cli, open_store)
+
+
+@pytest.fixture
+def filled_quick(quick, open_store) -> Cli:
+    return lab.fill(quick, open_store)
+
+
+@pytest.fixture
+def fleet_cli(cli, sqlite_world) -> Cli:
+    """A command line over three agents that listen, on SQLite, and a port for serve."""
+    cli.world, cli.port = sqlite_world.nodes(3), lab.free_port()
+    cli.settings.update(lab.mtls(sqlite_world.certs), DATABASE_URL=sqlite_world.url,
+                        HTTP_ADDR=f"127.0.0.1:{cli.port}")
+    return cli
+
+
+# -- the API -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def new_client():
+    """A function that starts a server over a store and returns a client of it."""
+    with contextlib.ExitStack() as stack:
+        yield lambda store, **settings: stack.enter_context(lab.serving(store, **settings))
+
+
+@pytest.fixture
+def client(new_client, store) -> Client:
+    """A client of a server over an empty database, on both engines."""
+    return new_client(store)
+
+
+@pytest.fixture
+def new_server(new_client, open_store, sqlite_url, tmp_path):
+    """A function that serves an empty SQLite database, with tokens; returns a client without one."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text(lab.TOKENS)
+    tokens.chmod(0o600)
+    return lambda **settings: new_client(open_store(sqlite_url), **{"API_TOKENS_FILE": tokens, **settings})
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """Deadlines of connections that a test can wait for."""
+    for name, seconds in (("UNAUTHENTICATED_S", 0.4), ("HEAD_S", 0.4), ("BODY_S", 0.4), ("WRITE_S", 0.4),
+                          ("IDLE_S", 1.2), ("LINGER_S", 0.3), ("MIN_IDLE_S", 0.0)):
+        monkeypatch.setattr(rc, name, seconds)
+
+
+# -- the log -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def told(caplog, monkeypatch) -> pytest.LogCaptureFixture:
+    """What was logged."""
+    monkeypatch.setattr(rc.log, "propagate", True)
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+@pytest.fixture
+def records(monkeypatch) -> Iterator[list[logging.LogRecord]]:
+    """Every record of the log from now on, those for debugging too."""
+    listener = Listener()
+    monkeypatch.setattr(rc.log, "handlers", [listener])
+    monkeypatch.setattr(rc.log, "disabled", False)
+    level = rc.log.level
+    rc.log.setLevel(logging.DEBUG)
+    yield listener.records
+    rc.log.setLevel(level)

@@ -1,7 +1,7 @@
 """A world in one thread: the real drivers, claims and store under a fake clock, with faults by a seed.
 
 What is real: Executor._look and _renew, Driver.step, Store with all its SQL over SQLite in
-memory, observe, decide and adopt. What is simulated: time, the network, the agents, and the
+memory, observe, decide and recover. What is simulated: time, the network, the agents, and the
 processes, which crash, are suspended and lose the database, each at the moments that the seed
 gives. Transactions are atomic here, as both engines promise; what happens between, before and
 after them is what this explores.
@@ -36,6 +36,8 @@ from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import contract  # noqa: E402
+
 import releasectl as rc  # noqa: E402
 
 TTL_S, INTERVAL_S, CONNECT_S, REQUEST_S, DEADLINE_S = 4.0, 1.0, 1.0, 6.0, 300.0
@@ -52,14 +54,6 @@ NOTICE_S = 3 * INTERVAL_S
 LATE_SOAK_S = 120.0
 NOTHING_DONE, DONE_AT_ONCE = "nothing done", "done at once"
 WORLDS = PLAIN, STEERING, SHARED = "plain", "steering", "shared"
-
-LEGAL_NODE = {("pending", "running"), ("running", "success"), ("running", "failed"), ("pending", "skipped"),
-              ("pending", "failed"),   # it was sent a higher version meanwhile
-              ("success", "failed")}   # the look at the end of a soak
-LEGAL_RELEASE = {
-    ("", "pending"), ("pending", "running"), ("running", "success"), ("running", "partial"), ("running", "failed"),
-    ("pending", "paused"), ("running", "paused"), ("paused", "pending"), ("paused", "running"),
-    ("pending", "cancelling"), ("running", "cancelling"), ("paused", "cancelling"), ("cancelling", "cancelled")}
 
 
 class Violation(BaseException):
@@ -329,6 +323,7 @@ class SimContext(rc.DriverContext):
 class SimDriver(rc.Driver):
     """The driver without its thread: the world turns it."""
 
+    _context: SimContext
     turns = 0
     is_turning = False
 
@@ -485,7 +480,7 @@ class Simulation:
         """Gives what a release may be asked to be, each key now and then."""
         if not self.steering:
             return {}
-        choices = {
+        choices: dict[str, list[typing.Any]] = {
             "batches": [[1, 1], ["50%"], [2], ["1%", "1%", "1%"]], "maxFailed": [1, "50%", "100%"],
             "maxFailedTotal": [0, 1, "50%"], "maxParallel": [1, 2], "soakSec": [0.5, 8], "pauseAfter": ["each", [1]],
             "onExceed": ["pause", "fail"], "retries": [0, 5],
@@ -525,6 +520,7 @@ class Simulation:
             return
         before = self.store.releases.get(release_id)
         for accepts in (False, True):
+            more: typing.Any = {"accept_failures": accepts} if verb == "resume" else {}
             with contextlib.suppress(rc.AppError):
                 more = {"accept_failures": accepts} if verb == "resume" else {}
                 self.store.releases.act(verb, release_id, "anna", **more)
@@ -645,7 +641,7 @@ class Simulation:
         for driver in owner._active_drivers():
             owner._renew(driver.lease)
 
-    def turn(self, owner: SimExecutor, driver: SimDriver) -> None:
+    def turn(self, owner: SimExecutor, driver: typing.Any) -> None:
         """Lets a driver take its turn, now and whenever its wait is over or an outcome came."""
         if owner._drivers.get(driver.lease.claim.release_id) is not driver:
             return
@@ -662,7 +658,7 @@ class Simulation:
             driver.is_turning = False
         if wait_s is None:
             driver.lease.is_lost = True
-            owner.ended(driver)
+            owner.ended(driver)  # type: ignore[arg-type]
             return
         self.at(wait_s, lambda: self.turn(owner, driver) if driver.turns == number else None, owner)
 
@@ -877,7 +873,7 @@ class Simulation:
 
     # -- faults ------------------------------------------------------------------------------
 
-    kinds = ("crash", "stop", "suspend", "suspend long", "restart", "database")
+    kinds: tuple[str, ...] = ("crash", "stop", "suspend", "suspend long", "restart", "database")
 
     def _fault(self) -> None:
         """Does one thing to somebody, and plans the next."""
@@ -957,7 +953,7 @@ class Simulation:
             self._check_strategies(begun)
         for number, *event in events:
             self.ledger.seen_events = number
-            self._check_event(*event, holders)
+            self._check_event(*event, holders)  # type: ignore[call-arg]
         self.ledger.holders = holders
 
     def _check_event(self, release_id: int, node_id: int | None, before: str, after: str, actor: str, event: str,
@@ -966,13 +962,12 @@ class Simulation:
         subject = (release_id, node_id)
         self.schedule.append(f"{self.now:8.3f} {actor:<8} release {release_id} node {node_id}: {before} -> {after} "
                              f"({event})")
-        legal = LEGAL_RELEASE if node_id is None else LEGAL_NODE
         known = self.ledger.statuses.get(subject, "" if node_id is None else "pending")
         if node_id is None and (event == "renumbered" or not before):
             self._check_number(release_id)
         if before == after == known:
             return  # the freeze, which changes no status
-        if (before, after) not in legal or before != known:
+        if before != known or not contract.may_follow(node_id, before, after):
             self.fail(f"section 3: {subject} went from {before} to {after}, and was {known}")
         self.ledger.statuses[subject] = after
         if actor.startswith("owner"):
@@ -1458,13 +1453,13 @@ def _heard(value: rc.Answer | rc.AgentError | rc.Outcome) -> str:
 def run_seed(seed: int, world: str = PLAIN, **options) -> Simulation:
     """Runs one schedule; raises Violation, with the schedule, when a promise is broken."""
     real_driver = rc.Driver
-    rc.Driver = SimDriver  # type: ignore[misc]
+    rc.Driver = SimDriver
     try:
         simulation = (SharedSimulation if world == SHARED else Simulation)(seed, world=world, **options)
         with contextlib.closing(simulation.database):
             return simulation.run()
     finally:
-        rc.Driver = real_driver  # type: ignore[misc]
+        rc.Driver = real_driver
 
 
 if __name__ == "__main__":

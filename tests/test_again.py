@@ -8,17 +8,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import SITES, add_nodes, new_release, statuses
 from fake_agent import payload_sha256
-from test_api import JSON, serving
+from lab import JSON, SITES, add_nodes, new_release, sql, statuses
 
 import releasectl as rc
-
-
-def sql(store: rc.Store, statement: str, *params: object) -> None:
-    """Does what a person with a database client may do."""
-    with store.database.transaction(write=True) as tx:
-        tx.execute(statement, *params)
 
 
 def settle(store: rc.Store, release: rc.Release, *found: str) -> rc.Release:
@@ -365,12 +358,6 @@ def test_rule_10_the_newer_success_of_a_node_that_is_left_out_stands_against_not
 
 
 # -- who is left out, plans, and keys: the API ----------------------------------------------------------------------
-
-@pytest.fixture
-def client(store):
-    with serving(store) as client:
-        yield client
-
 
 def left_two_out(store: rc.Store) -> rc.Release:
     """Gives a failed release over four nodes, two of which get nothing now."""

@@ -19,162 +19,34 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import ADDRESSES, eventually, leave_out, make_certs, settings_for
+from conftest import leave_out
+from lab import (
+    HOST,
+    TASK_ID,
+    Peer,
+    accepted,
+    drip,
+    envelope,
+    eventually,
+    executed,
+    hang,
+    hang_after_request,
+    make_certs,
+    our_files,
+    reply,
+    says,
+    server_context,
+    settings_for,
+    task,
+)
 
 import releasectl as rc
 
-HOST = ADDRESSES[0]
-TASK = rc.AgentTask("apply_config_10.0.0.7_42", "apply_config", 42, {"a": 1})
+TASK = rc.AgentTask(TASK_ID, "apply_config", 42, {"a": 1})
 LIMIT_S, MARGIN_S = 0.6, 0.8
-DRIP_S = 0.05
-
-
 # -- agents that misbehave -------------------------------------------------------------------
 
-class Peer:
-    """A listening thread: on each connection, one after the other, it does what a test says."""
-
-    def __init__(self, talk: Callable[[Peer, Any], None], tls: ssl.SSLContext | None, host: str = HOST):
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.listener = socket.create_server((host, 0), family=family)
-        self.host, self.port = host, self.listener.getsockname()[1]
-        self.talk, self.tls = talk, tls
-        self.accepted = self.handshakes = 0
-        self.requests: list[tuple[str, bytes]] = []  # the head, the body
-        self.serials: list[str] = []  # of the client certificates
-        self.stopped = threading.Event()
-        self._current: socket.socket | None = None
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while not self.stopped.is_set():
-            try:
-                sock, _ = self.listener.accept()
-            except OSError:
-                return
-            self.accepted += 1
-            with contextlib.suppress(OSError), contextlib.closing(sock):
-                self._meet(sock)
-
-    def _meet(self, sock: socket.socket) -> None:
-        if self.tls is None:
-            self._current = sock
-            self.talk(self, sock)
-            return
-        with self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False,
-                                  suppress_ragged_eofs=False) as tls_sock:
-            self._current = tls_sock
-            tls_sock.do_handshake()
-            self.handshakes += 1
-            self.serials.append((tls_sock.getpeercert() or {}).get("serialNumber", ""))
-            self.talk(self, tls_sock)
-
-    def read_request(self, sock: socket.socket) -> None:
-        """Reads one request with its body; OSError when the client ends the connection."""
-        data = b""
-        while b"\r\n\r\n" not in data:
-            data += self._read(sock)
-        head, _, body = data.partition(b"\r\n\r\n")
-        length = re.search(rb"Content-Length: (\d+)", head)
-        while length and len(body) < int(length.group(1)):
-            body += self._read(sock)
-        self.requests.append((head.decode(), body))
-
-    @staticmethod
-    def _read(sock: socket.socket) -> bytes:
-        data = sock.recv(65536)
-        if not data:
-            raise ConnectionError("the client went away")
-        return data
-
-    def address(self, protocol: str = "tasks", host: str = "") -> rc.Address:
-        return rc.Address(host or self.host, self.port, protocol)
-
-    def stop(self) -> None:
-        self.stopped.set()
-        for sock in (self.listener, self._current):
-            with contextlib.suppress(OSError):
-                if sock is not None:
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        self._thread.join(5)
-        self.listener.close()
-        assert not self._thread.is_alive(), "the thread of a peer does not end"
-
-
-def hang(peer: Peer, sock: socket.socket) -> None:
-    """Takes what comes, says nothing."""
-    peer.stopped.wait(30)
-
-
-def hang_after_request(peer: Peer, sock: socket.socket) -> None:
-    peer.read_request(sock)
-    hang(peer, sock)
-
-
-def drip(start: bytes, more: bytes) -> Callable[[Peer, Any], None]:
-    """Answers start at once, and more byte by byte, over and over, for 5 s."""
-    def talk(peer: Peer, sock: socket.socket) -> None:
-        if peer.tls is not None:
-            peer.read_request(sock)
-        sock.sendall(start)
-        give_up_at = time.monotonic() + 5
-        while time.monotonic() < give_up_at:
-            for byte in more:
-                sock.sendall(bytes([byte]))
-                if peer.stopped.wait(DRIP_S):
-                    return
-    return talk
-
-
-def says(*answers: bytes, forever: bytes = b"", reset: bool = False) -> Callable[[Peer, Any], None]:
-    """Gives each request of a connection its answer, the last one also endlessly, then closes."""
-    def talk(peer: Peer, sock: socket.socket) -> None:
-        for answer in answers:
-            peer.read_request(sock)
-            sock.sendall(answer)
-        while forever and not peer.stopped.is_set():
-            sock.sendall(forever)
-        if reset:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    return talk
-
-
-def http(body: object, status: str = "200 OK", headers: str = "") -> bytes:
-    """Gives a whole answer; a body that is not bytes goes as JSON."""
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return f"HTTP/1.1 {status}\r\nContent-Length: {len(raw)}\r\n{headers}\r\n".encode() + raw
-
-
-def envelope(data: object, code: object = 0, message: str = "success") -> dict[str, object]:
-    return {"code": code, "message": message, "data": data}
-
-
-def accepted(task_id: str = TASK.id) -> bytes:
-    return http(envelope({"taskId": task_id, "status": "pending"}))
-
-
-def task(status: str, task_id: str = TASK.id, **fields: object) -> bytes:
-    return http(envelope({"taskId": task_id, "status": status, **fields}))
-
-
-def executed(status: str, message: object = "", request_id: str = TASK.id) -> bytes:
-    return http(envelope({"requestId": request_id, "status": status, "message": message}))
-
-
 # -- arrangement -----------------------------------------------------------------------------
-
-def server_context(folder: Path, ca: Path | None = None, version: str = "") -> ssl.SSLContext:
-    """Gives an agent's context with the folder's one certificate; it demands ours of the CA."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    certificate = next((folder / "agents").glob("*.crt"))
-    context.load_cert_chain(certificate, certificate.with_suffix(".key"))
-    context.load_verify_locations((ca or folder) / "ca.crt")
-    context.verify_mode = ssl.CERT_REQUIRED
-    if version:
-        context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
-    return context
-
 
 @pytest.fixture(scope="module")
 def same_ca(certs, tmp_path_factory) -> Callable[..., Path]:
@@ -196,20 +68,6 @@ def local(same_ca) -> Path:
 @pytest.fixture(scope="module")
 def expired(same_ca) -> Path:
     return same_ca(HOST, DAYS="-1")
-
-
-@pytest.fixture
-def new_peer(certs):
-    """A function that starts a misbehaving agent; all are stopped at the end."""
-    peers = []
-
-    def start(talk, tls: ssl.SSLContext | None | bool = True, host: str = HOST) -> Peer:
-        peers.append(Peer(talk, server_context(certs) if tls is True else tls or None, host))
-        return peers[-1]
-
-    yield start
-    for peer in peers:
-        peer.stop()
 
 
 def among_others(method: Callable[..., Coroutine[rc.Wait, None, object]]) -> Callable[..., object]:
@@ -389,7 +247,7 @@ def test_an_agent_that_refuses_our_certificate_is_told_as_such(new_client, new_p
 def test_a_port_without_tls_is_told_as_such(client, new_peer):
     def plain(peer: Peer, sock: socket.socket) -> None:
         sock.recv(65536)
-        sock.sendall(http(b"Client sent an HTTP request", "400 Bad Request"))
+        sock.sendall(reply(b"Client sent an HTTP request", "400 Bad Request"))
     assert_tells(error_of(client.dispatch, new_peer(plain, tls=False).address(), TASK), "tls",
                  "A does not speak TLS on this port", reached=False)
 
@@ -421,26 +279,26 @@ CHUNKED = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 NOT_JSON = "A answered what is not JSON: "
 TOO_BIG = ("protocol", "A answered more than 64 KiB", False)
 BROKEN: dict[str, tuple[Callable[[Peer, Any], None], str, str, bool]] = {
-    "not JSON": (says(http(b"hello")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
-    "no body": (says(http(b"")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
-    "a list": (says(http([1])), "protocol", "A answered JSON that is no object", False),
-    "no code": (says(http({"data": {}})), "protocol", "A answers without a code", False),
-    "code true": (says(http(envelope({}, True))), "protocol", "A answers without a code", False),
-    "code false": (says(http(envelope({}, False))), "protocol", "A answers without a code", False),
-    "code text": (says(http(envelope({}, "0"))), "protocol", "A answers without a code", False),
-    "code 0.0": (says(http(envelope({}, 0.0))), "protocol", "A answers without a code", False),
-    "code 5001": (says(http(envelope(None, 5001, "disk full"))), "rejected", "A refused: disk full (code 5001)", True),
-    "no data": (says(http(envelope(None))), "protocol", "A answers without data", False),
-    "no id": (says(http(envelope({}))), "protocol", "A names no task id", False),
+    "not JSON": (says(reply(b"hello")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
+    "no body": (says(reply(b"")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
+    "a list": (says(reply([1])), "protocol", "A answered JSON that is no object", False),
+    "no code": (says(reply({"data": {}})), "protocol", "A answers without a code", False),
+    "code true": (says(reply(envelope({}, True))), "protocol", "A answers without a code", False),
+    "code false": (says(reply(envelope({}, False))), "protocol", "A answers without a code", False),
+    "code text": (says(reply(envelope({}, "0"))), "protocol", "A answers without a code", False),
+    "code 0.0": (says(reply(envelope({}, 0.0))), "protocol", "A answers without a code", False),
+    "code 5001": (says(reply(envelope(None, 5001, "disk full"))), "rejected", "A refused: disk full (code 5001)", True),
+    "no data": (says(reply(envelope(None))), "protocol", "A answers without data", False),
+    "no id": (says(reply(envelope({}))), "protocol", "A names no task id", False),
     "an id with a newline": (says(accepted("a\nb")), "protocol", "A names no task id", False),
-    "400": (says(http(envelope(None, 2001, "invalid request body"), "400 Bad Request")),
+    "400": (says(reply(envelope(None, 2001, "invalid request body"), "400 Bad Request")),
             "rejected", "A answered HTTP 400: invalid request body", True),
-    "404 to a dispatch": (says(http(b"404 page not found\n", "404 Not Found", "Content-Type: text/plain\r\n")),
+    "404 to a dispatch": (says(reply(b"404 page not found\n", "404 Not Found", "Content-Type: text/plain\r\n")),
                           "rejected", "A answered HTTP 404: 404 page not found (wrong --protocol?)", True),
-    "429": (says(http(b"", "429 Too Many Requests")), "http", "A answered HTTP 429", False),
-    "500": (says(http(envelope(None, 5001, "oops"), "500 Internal")), "http", "A answered HTTP 500: oops", False),
+    "429": (says(reply(b"", "429 Too Many Requests")), "http", "A answered HTTP 429", False),
+    "500": (says(reply(envelope(None, 5001, "oops"), "500 Internal")), "http", "A answered HTTP 500: oops", False),
     "204": (says(b"HTTP/1.1 204 No Content\r\n\r\n"), "http", "A answered HTTP 204", False),
-    "too big, with its length": (says(http(b" " * ((1 << 20) + 1))), *TOO_BIG),
+    "too big, with its length": (says(reply(b" " * ((1 << 20) + 1))), *TOO_BIG),
     "too big, without length": (says(b"HTTP/1.1 200 OK\r\n\r\n", forever=b" " * 65536), *TOO_BIG),
     "too big, chunked": (says(CHUNKED.encode(), forever=b"10000\r\n" + b" " * 65536 + b"\r\n"), *TOO_BIG),
     "too big, tiny chunks": (says(CHUNKED.encode(), forever=b"1;" + b"x" * 60_000 + b"\r\n \r\n"), *TOO_BIG),
@@ -452,12 +310,12 @@ BROKEN: dict[str, tuple[Callable[[Peer, Any], None], str, str, bool]] = {
     "endless headers": (says(b"HTTP/1.1 200 OK\r\n", forever=b"X: y\r\n" * 999),
                         "protocol", "A answered what is not HTTP: HTTPException", False),
     "no HTTP": (says(b"hello, who are you?\r\n"), "protocol", "A answered what is not HTTP: BadStatusLine", False),
-    "a key twice": (says(http(b'{"code":5,"code":0,"data":{}}')), "protocol",
+    "a key twice": (says(reply(b'{"code":5,"code":0,"data":{}}')), "protocol",
                     NOT_JSON + "key 'code' stands twice", False),
-    "NaN": (says(http(b'{"code":0,"data":{"x":NaN}}')), "protocol", NOT_JSON + "NaN is not JSON", False),
-    "deep nesting": (says(http(b"[" * 60_000)), "protocol", NOT_JSON + "nested too deep", False),
-    "invalid UTF-8": (says(http(b'{"code":0,"message":"\xff"}')), "protocol", NOT_JSON + "not UTF-8", False),
-    "a lone surrogate": (says(http(b'{"code":0,"data":{"taskId":"\\ud800"}}')), "protocol",
+    "NaN": (says(reply(b'{"code":0,"data":{"x":NaN}}')), "protocol", NOT_JSON + "NaN is not JSON", False),
+    "deep nesting": (says(reply(b"[" * 60_000)), "protocol", NOT_JSON + "nested too deep", False),
+    "invalid UTF-8": (says(reply(b'{"code":0,"message":"\xff"}')), "protocol", NOT_JSON + "not UTF-8", False),
+    "a lone surrogate": (says(reply(b'{"code":0,"data":{"taskId":"\\ud800"}}')), "protocol",
                          NOT_JSON + "not UTF-8", False),
 }
 
@@ -472,7 +330,7 @@ def test_an_answer_that_is_not_the_json_of_the_contract_is_an_error_that_says_wh
 @pytest.mark.parametrize("status", ["301 Moved Permanently", "307 Temporary Redirect"])
 def test_a_redirect_is_an_error_and_is_never_followed(client, new_peer, status):
     target = new_peer(says(accepted()))
-    peer = new_peer(says(http(b"", status, f"Location: https://{HOST}:{target.port}/tasks/dispatch\r\n")))
+    peer = new_peer(says(reply(b"", status, f"Location: https://{HOST}:{target.port}/tasks/dispatch\r\n")))
     error = error_of(client.dispatch, peer.address(), TASK)
     assert_tells(error, "http", f"A answered a redirect (HTTP {status[:3]}), which is not followed")
     assert (len(peer.requests), target.accepted) == (1, 0)
@@ -504,7 +362,7 @@ def test_a_cut_connection_holds_the_next_request_for_5_s(client, new_peer, case,
 
 def test_a_cut_404_is_no_word_that_the_task_is_unknown(client, new_peer):
     peer = new_peer(says(b"HTTP/1.1 404 Not Found\r\nContent-Ty"))
-    assert_tells(error_of(client.query, peer.address(), TASK.id), "unreachable",
+    assert_tells(error_of(client.query, peer.address(), TASK_ID), "unreachable",
                  "A cut the connection in the middle of its answer", hold_s=rc.CUT_BUSY_S)
 
 
@@ -517,15 +375,15 @@ def test_the_task_that_the_answer_names_is_the_one_to_poll_and_its_id_is_quoted(
     assert client.query(peer.address(), odd) == rc.Answer(rc.WORKING, odd)
     (post, body), (get, _) = peer.requests
     assert post.startswith("POST /tasks/dispatch HTTP/1.1\r\n")
-    assert json.loads(body) == {"taskId": TASK.id, "type": "apply_config", "version": 42, "payload": {"a": 1}}
+    assert json.loads(body) == {"taskId": TASK_ID, "type": "apply_config", "version": 42, "payload": {"a": 1}}
     assert get.startswith("GET /tasks/a%2Fb%3Fc%23d%20e%25:%C3%BC HTTP/1.1\r\n")
 
 
 @pytest.mark.parametrize(("answer", "state"), [
     (task("pending"), rc.WORKING), (task("running"), rc.WORKING), (task("success"), rc.SUCCESS),
-    (http(b"404 page not found", "404 Not Found"), rc.UNKNOWN)], ids=["pending", "running", "success", "404"])
+    (reply(b"404 page not found", "404 Not Found"), rc.UNKNOWN)], ids=["pending", "running", "success", "404"])
 def test_a_poll_gives_what_the_agent_knows(client, new_peer, answer, state):
-    assert client.query(new_peer(says(answer)).address(), TASK.id) == rc.Answer(state, TASK.id)
+    assert client.query(new_peer(says(answer)).address(), TASK_ID) == rc.Answer(state, TASK_ID)
 
 
 @pytest.mark.parametrize(("answer", "kind", "message", "final"), [
@@ -538,7 +396,7 @@ def test_a_poll_gives_what_the_agent_knows(client, new_peer, answer, state):
     (task("failed", lastError="x" * 60_000), "agent_failed", "x" * 252 + "...", True),
 ], ids=["another task", "unknown status", "failed", "no reason", "a list", "control characters", "60 kB"])
 def test_a_poll_that_tells_no_success_says_why(client, new_peer, answer, kind, message, final):
-    error = error_of(client.query, new_peer(says(answer)).address(), TASK.id)
+    error = error_of(client.query, new_peer(says(answer)).address(), TASK_ID)
     assert_tells(error, kind, message, final=final)
     assert len(rc.detail_text(error.detail).encode()) <= rc.MAX_DETAIL_BYTES
 
@@ -547,10 +405,10 @@ def test_a_poll_that_tells_no_success_says_why(client, new_peer, answer, kind, m
 
 def test_an_execute_agent_is_sent_the_version_within_the_payload(client, new_peer):
     peer = new_peer(says(executed("success", "applied")))
-    assert client.dispatch(peer.address("execute"), TASK) == rc.Answer(rc.SUCCESS, TASK.id, "applied")
+    assert client.dispatch(peer.address("execute"), TASK) == rc.Answer(rc.SUCCESS, TASK_ID, "applied")
     (head, body), = peer.requests
     assert head.startswith("POST /agent/v1/tasks/execute HTTP/1.1\r\n")
-    assert json.loads(body) == {"requestId": TASK.id, "type": "apply_config", "payload": {"a": 1, "version": 42}}
+    assert json.loads(body) == {"requestId": TASK_ID, "type": "apply_config", "payload": {"a": 1, "version": 42}}
     assert TASK.payload == {"a": 1}
 
 
@@ -570,7 +428,7 @@ def test_version_already_applied_is_a_success_where_it_is_the_releases_version(c
     (executed("failed", None), "agent_failed", "the agent gave no reason", True),
     (executed("success", request_id="apply_config_10.0.0.8_42"), "protocol", "A answers for another request", False),
     (executed("running"), "protocol", 'A gives the unknown status "running"', False),
-    (http(envelope(None, 2001, "invalid request body"), "400 Bad Request"), "rejected",
+    (reply(envelope(None, 2001, "invalid request body"), "400 Bad Request"), "rejected",
      "A answered HTTP 400: invalid request body", True),
 ], ids=["above", "below", "reload failed", "failed", "no reason", "another request", "unknown status", "400"])
 def test_an_execute_agent_is_believed_by_its_message(client, new_peer, answer, kind, message, final):
@@ -605,7 +463,7 @@ def test_a_kept_connection_that_ends_under_the_request_is_replaced(client, new_p
         if peer.handshakes == 1:
             peer.read_request(sock)  # and no answer
     peer = new_peer(talk)
-    assert [client.query(peer.address(), TASK.id).state for _ in range(2)] == [rc.WORKING] * 2
+    assert [client.query(peer.address(), TASK_ID).state for _ in range(2)] == [rc.WORKING] * 2
     assert (peer.handshakes, len(peer.requests)) == (2, 3)
 
 
@@ -617,15 +475,15 @@ def answer_then_hang(peer: Peer, sock: socket.socket) -> None:
 
 def test_a_kept_connection_that_hangs_is_a_timeout_and_not_replaced(new_client, new_peer):
     client, peer = new_client(AGENT_REQUEST_TIMEOUT_SEC=LIMIT_S), new_peer(answer_then_hang)
-    client.query(peer.address(), TASK.id)
-    error = error_of(client.query, peer.address(), TASK.id)
+    client.query(peer.address(), TASK_ID)
+    error = error_of(client.query, peer.address(), TASK_ID)
     assert_tells(error, "timeout", "A did not answer within 0.6 s", hold_s=LIMIT_S)
     assert peer.accepted == 1
 
 
 def test_an_answer_that_says_close_is_not_kept(client, new_peer):
-    peer = new_peer(says(http(b"", "404 Not Found", "Connection: close\r\n")))
-    assert [client.query(peer.address(), TASK.id).state for _ in range(2)] == [rc.UNKNOWN] * 2
+    peer = new_peer(says(reply(b"", "404 Not Found", "Connection: close\r\n")))
+    assert [client.query(peer.address(), TASK_ID).state for _ in range(2)] == [rc.UNKNOWN] * 2
     assert peer.handshakes == 2
 
 
@@ -672,7 +530,7 @@ def test_proxies_of_the_environment_are_not_used(client, new_peer, monkeypatch):
 
 def test_an_ipv6_address_is_called_and_verified(client, local, new_peer):
     try:
-        peer = new_peer(says(accepted(), http(b"", "500 Internal")), server_context(local), host="::1")
+        peer = new_peer(says(accepted(), reply(b"", "500 Internal")), server_context(local), host="::1")
     except OSError:
         leave_out("IPv6 on loopback")
     assert client.dispatch(peer.address(), TASK).state == rc.ACCEPTED
@@ -697,7 +555,7 @@ def fail_by_close(new_client):
     """A function that has a request under way, calls close(), and gives the error that the request ends with."""
     def fail(client: rc.AgentClient, address: rc.Address, is_under_way: Callable[[], object]) -> rc.AgentError:
         errors: list[rc.AgentError] = []
-        caller = threading.Thread(target=lambda: errors.append(error_of(client.query, address, TASK.id)))
+        caller = threading.Thread(target=lambda: errors.append(error_of(client.query, address, TASK_ID)))
         caller.start()
         eventually(is_under_way)
         closed_at = time.monotonic()
@@ -715,7 +573,7 @@ def test_close_ends_requests_in_flight_at_once(new_client, new_peer, fail_by_clo
     client = new_client(AGENT_CONNECT_TIMEOUT_SEC=20, AGENT_REQUEST_TIMEOUT_SEC=20)
     peer = new_peer(talk, tls=talk is not hang)
     if talk is answer_then_hang:
-        client.query(peer.address(), TASK.id)
+        client.query(peer.address(), TASK_ID)
     before = len(peer.requests)
     error = fail_by_close(client, peer.address(), lambda: len(peer.requests) > before or not reached and peer.accepted)
     assert (error.reached, peer.accepted) == (reached, 1)
@@ -733,20 +591,13 @@ def test_close_ends_a_connection_attempt_and_nothing_leaves_later(new_client, ne
 
 # -- our certificate -------------------------------------------------------------------------
 
-def our_files(certs: Path, folder: Path) -> dict[str, str]:
-    """Copies our certificate and key; gives the settings that name them."""
-    for name in ("control.crt", "control.key"):
-        shutil.copy(certs / name, folder / name)
-    return {"CONTROL_CERT": f"{folder}/control.crt", "CONTROL_KEY": f"{folder}/control.key"}
-
-
 def test_certificates_renewed_on_disk_are_used_without_a_restart(new_client, new_peer, certs, local, tmp_path):
     client = new_client(**our_files(certs, tmp_path))
-    peer = new_peer(says(http(b"", "404 Not Found", "Connection: close\r\n")))
+    peer = new_peer(says(reply(b"", "404 Not Found", "Connection: close\r\n")))
     for name in ("", "control.crt", "control.key"):  # half done in between: the key is the old one
         if name:
             shutil.copy(local / name, tmp_path / name)
-        assert client.query(peer.address(), TASK.id).state == rc.UNKNOWN
+        assert client.query(peer.address(), TASK_ID).state == rc.UNKNOWN
     first, half_done, renewed = peer.serials
     assert first == half_done != renewed
 

@@ -1,8 +1,6 @@
 """The API over real HTTP: routes, shapes, codes, tokens, limits, hostile requests (contract section 5)."""
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import http.client
 import json
 import os
@@ -10,11 +8,25 @@ import re
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from conftest import ADDRESSES, add_nodes, admin, eventually, new_release, settings_for
+from lab import (
+    ADDRESSES,
+    HTTP_STATUS,
+    JSON,
+    Client,
+    add_nodes,
+    eventually,
+    misfit,
+    new_release,
+    read_answer,
+    replace_handler,
+    serving_one_node,
+    sha256,
+    split_answer,
+    take_away,
+)
 
 import releasectl as rc
 
@@ -37,144 +49,19 @@ ROUTES = {
     ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"), ("GET", "/openapi.json"),
     ("GET", "/"), ("GET", "/api/v1/health"), ("GET", "/api/v1/audit"),
 }
-HTTP_STATUS = {0: (200, 201), 1001: (401,), 1002: (401,), 1004: (403,), 2001: (400,), 2002: (400,), 2003: (400,),
-               3001: (404,), 3002: (409,), 3003: (409,), 4005: (405,), 4008: (408,), 4013: (413,), 4014: (414,),
-               4015: (415,), 4029: (429,), 4031: (431,), 5001: (500,), 5002: (503,), 5003: (503,),
-               5004: (501,), 5005: (505,)}
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
-JSON = {"Content-Type": "application/json"}
-
-
-class Answer(NamedTuple):
-    """What the server answered; code is None for a document that is not the envelope."""
-    status: int
-    headers: Any
-    text: str
-    code: int | None
-    message: str
-    data: Any
-
-
-def replace_handler(monkeypatch: pytest.MonkeyPatch, handler: Any, by: Any) -> None:
-    """Let another function answer a route, in all servers of this process."""
-    monkeypatch.setattr(rc, "_PATTERNS", [(pattern, route._replace(handler=by) if route.handler is handler else route)
-                                          for pattern, route in rc._PATTERNS])
-
-
-def read_answer(response: http.client.HTTPResponse, method: str = "GET") -> Answer:
-    """Reads an answer, and holds it to what is promised of every answer."""
-    text = response.read().decode()
-    assert "Traceback" not in text
-    assert ".py" not in text or "releasectl.py" in text
-    if method == "HEAD" or response.status == 304:
-        assert text == ""
-        return Answer(response.status, response.headers, text, None, "", None)
-    assert int(response.headers["Content-Length"]) == len(text.encode())
-    if response.headers["Content-Type"] != "application/json":
-        return Answer(response.status, response.headers, text, None, "", None)
-    document = json.loads(text)
-    if "openapi" in document:
-        return Answer(response.status, response.headers, text, None, "", document)
-    assert set(document) == {"code", "message", "data"}
-    if document["code"]:
-        assert document["data"] is None
-        assert 0 < len(document["message"]) <= 255
-        assert document["message"] == rc.one_line(document["message"])
-    else:
-        assert document["message"] == "success"
-    return Answer(response.status, response.headers, text, document["code"], document["message"], document["data"])
-
-
-class Client:
-    """Calls one server; each call is a connection of its own."""
-
-    def __init__(self, server: rc.ApiServer, store: rc.Store):
-        self.server, self.store = server, store
-        self.address = server.server_address[:2]
-        self.token, self.context = "", None
-
-    def connect(self) -> http.client.HTTPConnection:
-        host, port = self.address
-        if self.context:
-            return http.client.HTTPSConnection(host, port, timeout=10, context=self.context)
-        return http.client.HTTPConnection(host, port, timeout=10)
-
-    def __call__(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
-        """Sends a body as JSON when it is not bytes already; checks that the code has its HTTP status."""
-        sent = dict(headers if headers is not None else JSON if body is not None else {})
-        if self.token:
-            sent["Authorization"] = f"Bearer {self.token}"
-        raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection = self.connect()
-        try:
-            connection.request(method, path, raw, sent)
-            answer = read_answer(connection.getresponse(), method)
-        finally:
-            connection.close()
-        assert answer.code is None or answer.status in HTTP_STATUS[answer.code]
-        return answer
-
-    def ok(self, method: str, path: str, body: Any = None, status: int = 200) -> Any:
-        """Gives the data of an answer that must be a success."""
-        answer = self(method, path, body)
-        assert (answer.code, answer.status) == (0, status), answer.text
-        return answer.data
-
-    def code(self, method: str, path: str, body: Any = None) -> int | None:
-        return self(method, path, body).code
-
-    def raw(self, request: bytes) -> bytes:
-        """Sends bytes as they are, and gives all that comes until the server closes."""
-        with socket.create_connection(self.address, timeout=10) as connection:
-            connection.sendall(request)
-            connection.shutdown(socket.SHUT_WR)
-            return b"".join(iter(lambda: connection.recv(65536), b""))
-
-
-@contextlib.contextmanager
-def serving(store: rc.Store, **settings: Any) -> Iterator[Client]:
-    """Gives a client of a server over a store; at the end nothing of it is left."""
-    server = rc.ApiServer(settings_for("sqlite:///unused.db", **settings), rc.Api(store))
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield Client(server, store)
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()  # which waits for the threads of its connections
-
-
-@pytest.fixture
-def new_client():
-    """A function that starts a server over a store and gives a client of it."""
-    with contextlib.ExitStack() as stack:
-        yield lambda store, **settings: stack.enter_context(serving(store, **settings))
-
-
-@pytest.fixture
-def client(new_client, store):
-    """A client of a server over an empty database, on both engines."""
-    return new_client(store)
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory):
+    """A client of one server with one node, for requests that are refused and so change nothing."""
+    with serving_one_node(tmp_path_factory.mktemp("api")) as client:
+        yield client
+        assert (client.ok("GET", "/api/v1/releases")["total"], client.ok("GET", "/api/v1/nodes")["total"]) == (0, 1)
 
 
 @pytest.fixture
 def lite(new_client, open_store, sqlite_url):
     """The same on SQLite alone, for what has nothing to do with the engine."""
     return new_client(open_store(sqlite_url))
-
-
-@pytest.fixture(scope="module")
-def refusing(tmp_path_factory):
-    """A client of one server with one node, for requests that are refused and so change nothing."""
-    database = rc.Database(f"sqlite:///{tmp_path_factory.mktemp('api')}/test.db")
-    database.migrate()
-    store = rc.Store(database)
-    add_nodes(store, 1)
-    with serving(store) as client:
-        yield client
-        assert (client.ok("GET", "/api/v1/releases")["total"], client.ok("GET", "/api/v1/nodes")["total"]) == (0, 1)
-    database.close()
 
 
 @pytest.fixture
@@ -188,10 +75,6 @@ def new_tokens(tmp_path):
         path.chmod(mode)
         return str(path)
     return write
-
-
-def sha256(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
 
 
 def ended(store: rc.Store, *statuses: str) -> int:
@@ -602,14 +485,9 @@ def test_a_failure_of_our_own_is_5001_without_a_stack_trace(refusing, monkeypatc
     assert refusing.code("GET", "/healthz") == 0
 
 
-def test_a_database_that_is_gone_is_503_with_retry_after_and_health_stays(client, database_url, request):
+def test_a_database_that_is_gone_is_503_with_retry_after_and_health_stays(client, database_url):
     add_nodes(client.store, 1)
-    if database_url.startswith("sqlite"):
-        os.rename(client.store.database.engine.path, client.store.database.engine.path + ".away")
-    else:
-        server_url, name = request.getfixturevalue("postgres_server"), database_url.rsplit("/", 1)[1]
-        admin(server_url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-        admin(server_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+    take_away(database_url)
     for method, path in (("GET", "/api/v1/nodes"), ("POST", "/api/v1/releases"), ("GET", "/readyz"),
                          ("DELETE", "/api/v1/nodes/1")):
         answer = client(method, path)
@@ -626,18 +504,6 @@ def test_readyz_says_when_the_schema_is_not_ours(client):
 
 
 # -- HTTP itself -------------------------------------------------------------------------------
-
-def split_answer(raw: bytes) -> tuple[int, dict[str, Any]]:
-    """Gives the status and the envelope of a whole answer."""
-    head, _, body = raw.partition(b"\r\n\r\n")
-    match = re.match(rb"HTTP/1\.[01] (\d{3}) ", head)
-    assert match, raw
-    assert b"application/json" in head
-    assert b"Traceback" not in raw
-    document = json.loads(body)
-    assert set(document) == {"code", "message", "data"}
-    return int(match[1]), document
-
 
 @pytest.mark.parametrize("request_bytes", [
     b"nonsense\r\n\r\n",
@@ -897,30 +763,6 @@ def test_certificates_that_cant_be_used_stop_the_start(new_client, open_store, s
 
 
 # -- documents ---------------------------------------------------------------------------------
-
-def misfit(value: Any, schema: dict[str, Any], root: dict[str, Any], place: str = "$") -> str:
-    """Gives where a value does not fit a JSON Schema, as far as ours use it; '' when it does."""
-    if "$ref" in schema:
-        return misfit(value, root["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]], root, place)
-    kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None)}
-    words = schema.get("type", [])
-    allowed = [words] if isinstance(words, str) else words
-    if allowed and not any(isinstance(value, kinds[w]) and (w == "boolean" or not isinstance(value, bool))
-                           for w in allowed):
-        return f"{place}: {value!r} is not of {allowed}"
-    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
-        return f"{place}: {value!r} is not allowed"
-    if isinstance(value, int) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
-        return f"{place}: {value} is out of range"
-    if isinstance(value, list):
-        return next(filter(None, (misfit(item, schema["items"], root, f"{place}[]") for item in value)), "")
-    if isinstance(value, dict) and "properties" in schema:
-        known = schema["properties"]
-        if not set(schema["required"]) <= set(value) <= set(known):
-            return f"{place}: keys {sorted(value)}, wanted {sorted(known)}"
-        return next(filter(None, (misfit(value[k], known[k], root, f"{place}.{k}") for k in value)), "")
-    return ""
-
 
 def test_openapi_lists_exactly_the_routes_that_are_served(refusing):
     document = refusing("GET", "/openapi.json").data

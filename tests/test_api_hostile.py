@@ -22,61 +22,35 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ADDRESSES, ROOT, add_nodes, eventually, make_certs, new_release
-from test_api import Client, read_answer, replace_handler, serving, sha256, split_answer
+from lab import (
+    ADDRESSES,
+    OPERATOR,
+    ROOT,
+    Client,
+    add_nodes,
+    connected,
+    copy_pair,
+    eventually,
+    make_certs,
+    new_release,
+    read_all,
+    read_answer,
+    replace_handler,
+    seats,
+    serving,
+    serving_one_node,
+    split_answer,
+    trusting,
+)
 
 import releasectl as rc
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
-TOKENS = f"vera:viewer:{sha256('viewer-secret')}\noskar:operator:{sha256('operator-secret')}\n" \
-         f"olga:operator:{sha256('another-secret')}\n"
-OPERATOR = {"Authorization": "Bearer operator-secret"}
 HOSTILE = sorted((Path(__file__).parent / "hostile").glob("*.http"))
-
-
-@pytest.fixture
-def new_server(open_store, sqlite_url, tmp_path):
-    """A function that serves an empty SQLite database, with tokens; gives a client without one."""
-    tokens = tmp_path / "tokens"
-    tokens.write_text(TOKENS)
-    tokens.chmod(0o600)
-    with contextlib.ExitStack() as stack:
-        yield lambda **settings: stack.enter_context(
-            serving(open_store(sqlite_url), **{"API_TOKENS_FILE": tokens, **settings}))
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Deadlines that a test can wait for."""
-    for name, seconds in (("UNAUTHENTICATED_S", 0.4), ("HEAD_S", 0.4), ("BODY_S", 0.4), ("WRITE_S", 0.4),
-                          ("IDLE_S", 1.2), ("LINGER_S", 0.3), ("MIN_IDLE_S", 0.0)):
-        monkeypatch.setattr(rc, name, seconds)
-
-
-@contextlib.contextmanager
-def connected(client: Client, source: str = "127.0.0.1", sent: bytes = b"") -> Iterator[socket.socket]:
-    with socket.create_connection(client.address, timeout=10, source_address=(source, 0)) as sock:
-        if sent:
-            sock.sendall(sent)
-        yield sock
-
-
-def read_all(sock: socket.socket) -> bytes:
-    """Gives all that comes until the server closes."""
-    received = b""
-    with contextlib.suppress(ConnectionResetError):
-        while chunk := sock.recv(65536):
-            received += chunk
-    return received
-
-
-def seats(client: Client) -> set[rc.Seat]:
-    return client.server.seats._seats
 
 
 def drip(sock: socket.socket, data: bytes = b"x" * 1000) -> float:
@@ -139,13 +113,8 @@ def answers_in(raw: bytes) -> list[http.client.HTTPResponse]:
 @pytest.fixture(scope="module")
 def besieged(tmp_path_factory):
     """A server without tokens, where every hidden request that ran would leave a trace."""
-    database = rc.Database(f"sqlite:///{tmp_path_factory.mktemp('hostile')}/test.db")
-    database.migrate()
-    store = rc.Store(database)
-    add_nodes(store, 1)
-    with serving(store) as client:
+    with serving_one_node(tmp_path_factory.mktemp("hostile")) as client:
         yield client
-    database.close()
 
 
 def test_the_corpus_is_large():
@@ -178,14 +147,14 @@ def test_a_hostile_request_ends_in_the_envelope_or_a_close_within_a_second(besie
 
 # -- deadlines ---------------------------------------------------------------------------------
 
-def test_who_says_nothing_is_gone_after_a_short_while_and_is_told_nothing(new_server, quick):
+def test_who_says_nothing_is_gone_after_a_short_while_and_is_told_nothing(new_server, impatient):
     client = new_server()
     with connected(client) as sock:
         assert read_all(sock) == b""
     eventually(lambda: not seats(client))
 
 
-def test_a_head_that_drips_is_408_at_its_deadline(new_server, quick):
+def test_a_head_that_drips_is_408_at_its_deadline(new_server, impatient):
     client = new_server()
     with connected(client) as sock:
         assert drip(sock, GET[:-2] + b"X: " + b"y" * 1000) < 2
@@ -193,7 +162,7 @@ def test_a_head_that_drips_is_408_at_its_deadline(new_server, quick):
             "code": 4008, "message": "the request did not come in time", "data": None})
 
 
-def test_a_good_token_gives_time_to_be_idle_and_the_deadline_of_a_head_stays(new_server, quick):
+def test_a_good_token_gives_time_to_be_idle_and_the_deadline_of_a_head_stays(new_server, impatient):
     client = new_server()
     connection = client.connect()
     try:
@@ -209,7 +178,7 @@ def test_a_good_token_gives_time_to_be_idle_and_the_deadline_of_a_head_stays(new
     eventually(lambda: not seats(client))
 
 
-def test_an_idle_connection_with_a_token_is_gone_after_its_time(new_server, quick):
+def test_an_idle_connection_with_a_token_is_gone_after_its_time(new_server, impatient):
     client = new_server()
     connection = client.connect()
     try:
@@ -220,7 +189,7 @@ def test_an_idle_connection_with_a_token_is_gone_after_its_time(new_server, quic
         connection.close()
 
 
-def test_a_body_that_drips_is_408_at_its_deadline(new_server, quick):
+def test_a_body_that_drips_is_408_at_its_deadline(new_server, impatient):
     client = new_server()
     with connected(client, sent=b"POST /api/v1/nodes HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
                                 b"Content-Type: application/json\r\nAuthorization: Bearer operator-secret\r\n\r\n"
@@ -238,7 +207,7 @@ def test_nobodys_body_is_read_without_a_good_token(new_server):
             assert (status, document["code"]) == (401, code)
 
 
-def test_a_client_that_does_not_read_its_answer_holds_its_thread_until_the_deadline(new_server, quick, monkeypatch):
+def test_a_client_that_does_not_read_its_answer_holds_its_thread_until_the_deadline(new_server, impatient, monkeypatch):
     client = new_server()
     replace_handler(monkeypatch, rc.Api.metrics, lambda *_: rc.Reply(200, "x" * (64 << 20), "text/plain"))
     with connected(client, sent=b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer viewer-secret\r\n"
@@ -258,7 +227,7 @@ def test_clients_that_do_not_read_their_answers_hold_nobody_out(new_server, monk
         assert eventually(lambda: healthy(client, "127.0.0.9"))
 
 
-def test_a_client_that_drips_after_its_answer_holds_its_thread_until_the_deadline(new_server, quick):
+def test_a_client_that_drips_after_its_answer_holds_its_thread_until_the_deadline(new_server, impatient):
     client = new_server()
     with connected(client, sent=b"nonsense\r\n\r\n") as sock:
         assert split_answer(read_all(sock))[0] == 400
@@ -365,7 +334,7 @@ def test_a_full_house_answers_503_at_once_and_serves_again_when_there_is_room(ne
         eventually(lambda: healthy(client, "127.0.0.4"))
 
 
-def test_silence_keeps_nobody_out_neither_of_its_own_address_nor_of_others(new_server, quick, monkeypatch):
+def test_silence_keeps_nobody_out_neither_of_its_own_address_nor_of_others(new_server, impatient, monkeypatch):
     monkeypatch.setattr(rc, "UNAUTHENTICATED_S", 30.0)
     client = new_server(HTTP_MAX_CONNECTIONS=8, HTTP_MAX_CONNECTIONS_PER_ADDRESS=5)
     with contextlib.ExitStack() as stack:
@@ -386,7 +355,7 @@ def test_silence_keeps_nobody_out_neither_of_its_own_address_nor_of_others(new_s
                 sock.recv(1)
 
 
-def test_who_has_shown_a_token_loses_the_seat_last(new_server, quick, monkeypatch):
+def test_who_has_shown_a_token_loses_the_seat_last(new_server, impatient, monkeypatch):
     monkeypatch.setattr(rc, "UNAUTHENTICATED_S", 30.0)
     client = new_server(HTTP_MAX_CONNECTIONS=4)
     connection = client.connect()
@@ -404,7 +373,7 @@ def test_who_has_shown_a_token_loses_the_seat_last(new_server, quick, monkeypatc
         connection.close()
 
 
-def test_idle_connections_with_tokens_give_way_too(new_server, quick):
+def test_idle_connections_with_tokens_give_way_too(new_server, impatient):
     client = new_server(HTTP_MAX_CONNECTIONS=4)
     connections = [client.connect() for _ in range(4)]
     try:
@@ -418,7 +387,7 @@ def test_idle_connections_with_tokens_give_way_too(new_server, quick):
             connection.close()
 
 
-def test_there_are_never_more_threads_than_seats(new_server, quick):
+def test_there_are_never_more_threads_than_seats(new_server, impatient):
     client = new_server(HTTP_MAX_CONNECTIONS=8, HTTP_MAX_CONNECTIONS_PER_ADDRESS=8)
     with contextlib.ExitStack() as stack:
         for number in range(64):
@@ -542,11 +511,10 @@ def test_a_key_that_others_can_read_stops_the_start(new_server, certs, tmp_path)
 # -- safe to repeat ----------------------------------------------------------------------------
 
 @pytest.fixture
-def client(store):
-    """A client over an empty database with three nodes, on both engines."""
-    with serving(store) as client:
-        add_nodes(store, 3)
-        yield client
+def client(client):
+    """The client of conftest.py, with three nodes in its database."""
+    add_nodes(client.store, 3)
+    return client
 
 
 def post(client: Client, key: str, body: Any = None) -> Any:
@@ -692,27 +660,12 @@ def test_a_stop_ends_the_wait_for_events(store):
 
 # -- TLS ---------------------------------------------------------------------------------------
 
-def copy_pair(certs: Path, folder: Path, name: str = ADDRESSES[0]) -> dict[str, str]:
-    """Copies a certificate and its key to where they can be renewed; gives the settings."""
-    for suffix in ("crt", "key"):
-        shutil.copy2(certs / "agents" / f"{name}.{suffix}", folder / f"api.{suffix}.new")
-        os.replace(folder / f"api.{suffix}.new", folder / f"api.{suffix}")
-    return {"HTTP_ADDR": f"{ADDRESSES[0]}:0", "HTTP_CERT": f"{folder}/api.crt", "HTTP_KEY": f"{folder}/api.key"}
-
-
-def trusting(certs: Path, *client_pair: str) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=f"{certs}/ca.crt")
-    if client_pair:
-        context.load_cert_chain(*client_pair)
-    return context
-
-
 def serial_of(client: Client) -> Any:
     with connected(client) as plain, client.context.wrap_socket(plain, server_hostname=ADDRESSES[0]) as sock:
         return sock.getpeercert()["serialNumber"]
 
 
-def test_a_handshake_that_stops_is_gone_at_its_deadline_and_holds_up_nobody(new_server, quick, certs, tmp_path):
+def test_a_handshake_that_stops_is_gone_at_its_deadline_and_holds_up_nobody(new_server, impatient, certs, tmp_path):
     client = new_server(**copy_pair(certs, tmp_path))
     client.context = trusting(certs)
     with contextlib.ExitStack() as stack:
@@ -782,7 +735,8 @@ def test_old_versions_and_weak_suites_of_tls_are_refused(new_server, certs, tmp_
 def test_a_tls_scanner_finds_nothing_below_1_2_and_no_weak_suite(new_server, certs, tmp_path):
     sslyze = shutil.which("sslyze") or shutil.which("sslyze", path=os.path.dirname(sys.executable))
     if not sslyze:
-        pytest.skip("left out: sslyze (tests/requirements-fuzz.txt)")
+        pytest.skip("left out: sslyze (make fuzz runs it)")
+    assert sslyze
     client = new_server(**copy_pair(certs, tmp_path))
     report = tmp_path / "report.json"
     host, port = client.address

@@ -4,7 +4,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -17,20 +16,31 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ADDRESSES, ROOT, add_nodes, eventually, make_certs, new_release, settings_for, statuses
-from test_agent_client import Peer, server_context
-from test_api import Client, read_answer, replace_handler, serving, sha256, split_answer
-from test_api_hostile import (  # noqa: F401 - fixtures
+from lab import (
+    ADDRESSES,
     OPERATOR,
+    ROOT,
+    Cli,
+    Client,
+    Peer,
+    add_nodes,
     connected,
     copy_pair,
-    new_server,
-    quick,
+    eventually,
+    make_certs,
+    new_release,
     read_all,
+    read_answer,
+    replace_handler,
     seats,
+    server_context,
+    serving,
+    settings_for,
+    sha256,
+    split_answer,
+    statuses,
     trusting,
 )
-from test_cli import Cli
 
 import releasectl as rc
 
@@ -43,11 +53,9 @@ def request(method: str, path: str, token: str = "", *headers: str) -> bytes:
 
 
 @pytest.fixture
-def logged(caplog, monkeypatch):
-    """A function that gives what was logged."""
-    monkeypatch.setattr(rc.log, "propagate", True)
-    caplog.set_level(logging.INFO)
-    return lambda: [record.getMessage() for record in caplog.records]
+def logged(told):
+    """A function that returns what was logged."""
+    return lambda: [record.getMessage() for record in told.records]
 
 
 # -- names, labels, numbers (item 12) --------------------------------------------------------------
@@ -79,14 +87,14 @@ def test_names_and_labels_of_any_script_are_taken(text):
 @pytest.mark.parametrize(("labels", "words"), [
     ({f"k{n}": "" for n in range(65)}, "at most 64"), ({"k" * 64: ""}, "1 to 63"), ({"": "x"}, "1 to 63"),
     ({"k": "v" * 256}, "at most 255")])
-def test_labels_have_limits(new_server, labels, words):  # noqa: F811
+def test_labels_have_limits(new_server, labels, words):
     client = new_server()
     client.token = "operator-secret"
     answer = client("POST", "/api/v1/nodes", {"name": "edge-1", "mainIp": "10.0.0.1", "labels": labels})
     assert (answer.code, words in answer.message) == (2003, True)
 
 
-def test_labels_are_taken_up_to_their_limits(new_server):  # noqa: F811
+def test_labels_are_taken_up_to_their_limits(new_server):
     client = new_server()
     client.token = "operator-secret"
     labels = {f"{n:063}": "v" * 255 for n in range(64)}
@@ -120,13 +128,13 @@ def test_tokens_over_plain_http_beyond_loopback_stop_the_start(tmp_path):
         assert (result.code, "HTTP_PLAIN=1 behind a proxy that does TLS" in result.err + result.out) == (2, True)
 
 
-def test_plain_http_beyond_loopback_is_warned_of_where_it_is_meant(new_server, logged):  # noqa: F811
+def test_plain_http_beyond_loopback_is_warned_of_where_it_is_meant(new_server, logged):
     new_server(HTTP_ADDR="0.0.0.0:0", HTTP_PLAIN=1)
     assert [line for line in logged() if "HTTP_PLAIN=1" in line and "can read the tokens" in line]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "127.0.1.9:0", "[::1]:0"])
-def test_loopback_needs_no_switch_and_no_warning(new_server, logged, address):  # noqa: F811
+def test_loopback_needs_no_switch_and_no_warning(new_server, logged, address):
     new_server(HTTP_ADDR=address)
     assert not [line for line in logged() if "HTTP_PLAIN" in line]
 
@@ -155,13 +163,13 @@ def test_without_tokens_ones_own_page_is_served(open_house, header):
     assert open_house("GET", "/api/v1/releases", headers=header).code == 0
 
 
-def test_with_tokens_a_proxy_may_be_before_it(new_server):  # noqa: F811
+def test_with_tokens_a_proxy_may_be_before_it(new_server):
     client = new_server()
     client.token = "viewer-secret"
     assert client("GET", "/api/v1/nodes", headers={"X-Forwarded-For": "192.0.2.1", "Via": "1.1 nginx"}).code == 0
 
 
-def test_readyz_tells_strangers_no_more_than_no_and_the_log_why(new_server, logged, tmp_path):  # noqa: F811
+def test_readyz_tells_strangers_no_more_than_no_and_the_log_why(new_server, logged, tmp_path):
     client = new_server()
     (tmp_path / "test.db").rename(tmp_path / "gone.db")
     answer = eventually(lambda: (a := client("GET", "/readyz")).code == 5002 and a)
@@ -184,7 +192,7 @@ def test_without_tokens_readyz_tells_no_proxy_why(open_house, tmp_path):
     assert "the log" in open_house("GET", "/readyz", headers={"X-Forwarded-For": "192.0.2.1"}).message
 
 
-def test_who_hangs_up_learns_nothing_and_gains_nothing(new_server, monkeypatch):  # noqa: F811
+def test_who_hangs_up_learns_nothing_and_gains_nothing(new_server, monkeypatch):
     """Else one would hang up on whatever is not answered at once, and try the next token."""
     monkeypatch.setattr(rc, "FIRST_DELAY_S", 0.5)
     client = new_server()
@@ -209,7 +217,7 @@ def test_who_hangs_up_learns_nothing_and_gains_nothing(new_server, monkeypatch):
     assert time.monotonic() - started < 0.4
 
 
-def test_bad_tokens_at_the_same_time_wait_for_each_other(new_server, monkeypatch):  # noqa: F811
+def test_bad_tokens_at_the_same_time_wait_for_each_other(new_server, monkeypatch):
     monkeypatch.setattr(rc, "MAX_DELAY_S", 0.8)
     client = new_server()
     client.token, started = "wrong", time.monotonic()
@@ -241,7 +249,7 @@ def test_bad_tokens_from_many_addresses_of_a_network_do_not_fill_the_log():
     assert told.count(True) <= rc.FREE_ATTEMPTS_OF_NETWORK + 4
 
 
-def test_refused_requests_of_one_token_are_not_a_log_line_each(new_server, logged):  # noqa: F811
+def test_refused_requests_of_one_token_are_not_a_log_line_each(new_server, logged):
     client = new_server()
     client.token = "viewer-secret"
     for _ in range(20):
@@ -260,7 +268,7 @@ def acts(client: Client, source: str = "127.0.0.1") -> int:
         return split_answer(read_all(sock))[0]
 
 
-def test_the_role_and_the_route_are_looked_at_before_the_body(new_server):  # noqa: F811
+def test_the_role_and_the_route_are_looked_at_before_the_body(new_server):
     client = new_server()
     json_body = ("Content-Type: application/json", "Content-Length: 9", "Expect: 100-continue")
     for method, path, token, status in (
@@ -272,7 +280,7 @@ def test_the_role_and_the_route_are_looked_at_before_the_body(new_server):  # no
         assert split_answer(read_all(sock))[0] == 415
 
 
-def test_a_refused_body_that_came_with_its_head_leaves_the_connection(new_server):  # noqa: F811
+def test_a_refused_body_that_came_with_its_head_leaves_the_connection(new_server):
     client = new_server()
     post = request("POST", "/api/v1/nodes", "viewer-secret", "Content-Type: application/json", "Content-Length: 2")
     with connected(client, sent=(post + b"{}") * 2 + request("GET", "/healthz", "", "Connection: close")) as sock:
@@ -281,7 +289,7 @@ def test_a_refused_body_that_came_with_its_head_leaves_the_connection(new_server
 
 
 @pytest.mark.parametrize("sources", [["127.0.0.1"], ["127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"]])
-def test_bodies_that_never_come_hold_no_operator_out(new_server, sources):  # noqa: F811
+def test_bodies_that_never_come_hold_no_operator_out(new_server, sources):
     client = new_server()
     with contextlib.ExitStack() as stack:
         for source in sources * 32:
@@ -293,7 +301,7 @@ def test_bodies_that_never_come_hold_no_operator_out(new_server, sources):  # no
         assert client.code("GET", "/healthz") == 0
 
 
-def test_a_slow_body_is_read_where_nobody_needs_the_seat(new_server):  # noqa: F811
+def test_a_slow_body_is_read_where_nobody_needs_the_seat(new_server):
     client = new_server()
     body = b'{"name":"edge-1","mainIp":"10.0.0.1"}'
     with connected(client, sent=request("POST", "/api/v1/nodes", "operator-secret", "Content-Type: application/json",
@@ -304,7 +312,7 @@ def test_a_slow_body_is_read_where_nobody_needs_the_seat(new_server):  # noqa: F
         assert split_answer(read_all(sock))[0] == 201
 
 
-def test_who_waits_for_events_holds_no_operator_out(new_server):  # noqa: F811
+def test_who_waits_for_events_holds_no_operator_out(new_server):
     client = new_server(HTTP_MAX_CONNECTIONS=16, HTTP_MAX_CONNECTIONS_PER_ADDRESS=4)
     add_nodes(client.store, 1)
     new_release(client.store)
@@ -330,7 +338,7 @@ def at_work(client: Client) -> int:
     return sum(seat.is_at_work for seat in seats(client))
 
 
-def test_a_viewers_token_has_a_quarter_of_the_seats_and_half_of_an_address(new_server, hold):  # noqa: F811
+def test_a_viewers_token_has_a_quarter_of_the_seats_and_half_of_an_address(new_server, hold):
     client = new_server(HTTP_MAX_CONNECTIONS=32, HTTP_MAX_CONNECTIONS_PER_ADDRESS=8)
     hold()
     with contextlib.ExitStack() as stack:
@@ -346,7 +354,7 @@ def test_a_viewers_token_has_a_quarter_of_the_seats_and_half_of_an_address(new_s
         assert at_work(client) == 8
 
 
-def test_idle_connections_of_a_token_give_way_to_its_own_next_one(new_server, monkeypatch):  # noqa: F811
+def test_idle_connections_of_a_token_give_way_to_its_own_next_one(new_server, monkeypatch):
     monkeypatch.setattr(rc, "MIN_IDLE_S", 0.0)
     client = new_server(HTTP_MAX_CONNECTIONS=32, HTTP_MAX_CONNECTIONS_PER_ADDRESS=32)
     with contextlib.ExitStack() as stack:
@@ -363,7 +371,7 @@ def large_release(client: Client) -> None:
     new_release(client.store)
 
 
-def test_few_wait_for_their_turn_to_read_a_whole_release_and_operators_go_first(new_server, monkeypatch):  # noqa: F811
+def test_few_wait_for_their_turn_to_read_a_whole_release_and_operators_go_first(new_server, monkeypatch):
     client = new_server()
     large_release(client)
     reads = client.server.api._whole_reads
@@ -393,7 +401,7 @@ def test_few_wait_for_their_turn_to_read_a_whole_release_and_operators_go_first(
     assert taken == [rc.OPERATOR] + [rc.VIEWER] * 4
 
 
-def test_the_rest_after_a_whole_reading_holds_for_who_hangs_up(new_server, monkeypatch):  # noqa: F811
+def test_the_rest_after_a_whole_reading_holds_for_who_hangs_up(new_server, monkeypatch):
     client = new_server()
     large_release(client)
     monkeypatch.setattr(rc, "WHOLE_READ_REST", 10**6)
@@ -445,7 +453,7 @@ def authority(tmp_path):
 
 
 @pytest.fixture
-def api(new_server, authority, tmp_path):  # noqa: F811
+def api(new_server, authority, tmp_path):
     """A client with a certificate, of a server that demands one and has a CRL without it."""
     client = new_server(**copy_pair(authority.certs, tmp_path), HTTP_CLIENT_CA=authority.publish())
     client.context = trusting(authority.certs, f"{authority.certs}/control.crt", f"{authority.certs}/control.key")
@@ -534,7 +542,7 @@ def test_a_client_certificate_that_expires_ends_its_kept_connection(api, monkeyp
 
 
 @pytest.mark.parametrize("what", ["token", "file"])
-def test_a_kept_connection_whose_token_is_gone_ends(new_server, tmp_path, what):  # noqa: F811
+def test_a_kept_connection_whose_token_is_gone_ends(new_server, tmp_path, what):
     client = new_server()
     kept = client.connect()
     try:
@@ -551,7 +559,7 @@ def test_a_kept_connection_whose_token_is_gone_ends(new_server, tmp_path, what):
         kept.close()
 
 
-def test_who_waits_for_events_is_told_nothing_once_the_token_is_gone(new_server, tmp_path):  # noqa: F811
+def test_who_waits_for_events_is_told_nothing_once_the_token_is_gone(new_server, tmp_path):
     client = new_server()
     add_nodes(client.store, 1)
     new_release(client.store)

@@ -15,162 +15,34 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from conftest import (
+from conftest import leave_out
+from lab import (
     ADDRESSES,
+    AS_OTHERS,
     DRIVERS,
+    PROGRAM,
     ROOT,
+    TIMEOUT_S,
+    Cli,
+    Quick,
+    Result,
     add_nodes,
+    answers,
     assert_books_balance,
     eventually,
-    leave_out,
+    findings,
+    free_port,
     make_certs,
+    mtls,
     new_release,
     statuses,
 )
 
 import releasectl as rc
-
-PROGRAM = str(ROOT / "releasectl.py")
-TIMEOUT_S = 60
-# Root may write and read everywhere; without these two abilities it obeys permissions as others do.
-AS_OTHERS = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-all")
-
-
-class Result(NamedTuple):
-    """How a process ended."""
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """Gives the one JSON document on standard output."""
-        assert self.out.endswith("\n")
-        assert self.out.count("\n") == 1
-        return json.loads(self.out)
-
-
-class Cli:
-    """Runs releasectl.py in a folder, with a database in it unless --db or a setting names another."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.settings = {"RELEASE_EXECUTOR_INTERVAL_SEC": "0.2"}
-        self.prefix: tuple[str, ...] = ()
-
-    @property
-    def environment(self) -> dict[str, str]:
-        inherited = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
-        return {**inherited, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(self.folder), **self.settings}
-
-    def start(self, *arguments: object, **streams: Any) -> subprocess.Popen[str]:
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-        return subprocess.Popen([*self.prefix, sys.executable, PROGRAM, *map(str, arguments)], text=True,
-                                cwd=self.folder, env=self.environment, **pipes)
-
-    def __call__(self, *arguments: object, stdin: str | None = None) -> Result:
-        """Runs a command to its end; whatever happens, it shows no stack trace."""
-        process = self.start(*arguments, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
-        return self.end(process, stdin)
-
-    @staticmethod
-    def end(process: subprocess.Popen[str], stdin: str | None = None) -> Result:
-        out, err = process.communicate(stdin, timeout=TIMEOUT_S)
-        assert "Traceback" not in err + out
-        assert "Exception ignored" not in err
-        return Result(process.returncode, out, err)
-
-    def ok(self, *arguments: object, stdin: str | None = None) -> Result:
-        result = self(*arguments, stdin=stdin)
-        assert result.code == 0, result.err
-        return result
-
-    def refused(self, code: int, *arguments: object, stdin: str | None = None) -> str:
-        """Gives the one line on standard error of a command that must fail with nothing on standard output."""
-        result = self(*arguments, stdin=stdin)
-        lines = [line for line in result.err.splitlines() if not re.match(r"\S+Z (warning|info): ", line)]
-        assert (result.code, result.out, len(lines)) == (code, "", 1), result
-        assert lines[0].startswith("releasectl: ")
-        return lines[0]
-
-    def file(self, name: str, content: str | bytes) -> str:
-        """Writes a file into the folder; gives its path."""
-        path = self.folder / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-
-class Quick(Cli):
-    """The same without a process of its own, for the many cases of one kind: it starts in no time."""
-
-    def __call__(self, *arguments: object, stdin: str | None = None) -> Result:
-        assert stdin is None
-        streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
-        handlers, propagate = rc.log.handlers, rc.log.propagate
-        signals = {number: signal.getsignal(number)
-                   for number in (signal.SIGHUP, *rc.STOP_SIGNALS, *rc.IGNORED_SIGNALS)}
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(streams[0]), \
-                contextlib.redirect_stderr(streams[1]):
-            patch.chdir(self.folder)
-            patch.setattr(os, "environ", self.environment)
-            code = rc.main([str(argument) for argument in arguments])
-        rc.log.handlers, rc.log.propagate = handlers, propagate
-        for number, handler in signals.items():
-            signal.signal(number, handler)
-        return Result(code, *(stream.buffer.getvalue().decode() for stream in streams))
-
-
-@pytest.fixture
-def cli(tmp_path):
-    return Cli(tmp_path)
-
-
-@pytest.fixture
-def quick(tmp_path):
-    return Quick(tmp_path)
-
-
-@pytest.fixture
-def filled(cli, open_store):
-    return fill(cli, open_store)
-
-
-@pytest.fixture
-def filled_quick(quick, open_store):
-    return fill(quick, open_store)
-
-
-def fill(cli: Cli, open_store) -> Cli:
-    """Gives a command line over nodes edge-1 and edge-2, and releases: 1 success, 2 failed, 3 pending."""
-    store = open_store(f"sqlite:///{cli.folder}/releasectl.db")
-    add_nodes(store, 2)
-    for status in ("success", "failed", "pending"):
-        release = new_release(store, reason=f"for {status}", payload={"for": status})
-        with store.database.transaction(write=True) as tx:
-            tx.execute("UPDATE release_tasks SET status = ? WHERE id = ?", status, release.id)
-            if status != "pending":
-                tx.execute("UPDATE release_task_nodes SET status = ? WHERE release_task_id = ?", status, release.id)
-    cli.store = store
-    return cli
-
-
-def mtls(certs: Path) -> dict[str, str]:
-    return {"CONTROL_CERT": f"{certs}/control.crt", "CONTROL_KEY": f"{certs}/control.key",
-            "CONTROL_CA": f"{certs}/ca.crt"}
-
-
-@pytest.fixture
-def fleet_cli(cli, sqlite_world):
-    """A command line over three agents that listen, on SQLite."""
-    cli.world = sqlite_world.nodes(3)
-    cli.settings.update(mtls(sqlite_world.certs), DATABASE_URL=sqlite_world.url)
-    return cli
-
 
 # -- every command, with and without --json ----------------------------------------------------
 
@@ -574,10 +446,6 @@ def test_names_of_all_the_world_are_printed_in_utf_8_under_any_locale(filled):
 
 # -- check -------------------------------------------------------------------------------------
 
-def findings(result: Result) -> dict[str, tuple[bool, str]]:
-    return {item["subject"]: (item["ok"], item["message"]) for item in result.json["items"]}
-
-
 def test_check_finds_nothing_wrong_where_all_is_well(fleet_cli):
     result = fleet_cli.ok("check", "--json")
     found = findings(result)
@@ -626,20 +494,6 @@ def test_check_without_a_database_says_how_to_make_one(quick, certs):
 
 
 # -- serve -------------------------------------------------------------------------------------
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
 
 def test_75_when_a_drain_was_told_to_end_before_its_release_was_at_its_end(fleet_cli):
     fleet_cli.world.agent(1).set(task_ms=60_000)
@@ -861,10 +715,11 @@ def test_watch_until_paused_or_until_a_batch_is_done(filled_quick):
     assert filled_quick("watch", "3", "--until", "lunch").code == 2
 
 
-class Terminal:
+class Terminal(io.StringIO):
     """A stream that says it is a terminal, and keeps what was written."""
 
     def __init__(self):
+        super().__init__()
         self.text = ""
 
     def write(self, text):

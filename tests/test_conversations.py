@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from conftest import eventually
+from lab import eventually
 
 import releasectl as rc
 

@@ -1,4 +1,4 @@
-"""Killed anywhere, by anyone: short runs of scripts/torture.py, real processes on both engines.
+"""Killed anywhere, by anyone: short runs of scripts/torture, real processes on both engines.
 
 On PostgreSQL a standby that lacks the last commits takes over as well.
 TEST_LONG=1 makes the long ones: at least 1,000 kills and 200 suspensions on each engine.
@@ -11,9 +11,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DRIVERS, ROOT, leave_out
+from conftest import leave_out
+from lab import DRIVERS, ROOT
 
-TORTURE = str(ROOT / "scripts" / "torture.py")
+TORTURE = str(ROOT / "scripts" / "torture")
 IS_LONG = os.environ.get("TEST_LONG") == "1"
 
 pytestmark = pytest.mark.slow
@@ -30,7 +31,7 @@ def engine(request):
 
 
 def torture(*arguments: str, limit_s: float = 300.0) -> dict:
-    """Runs torture.py; gives its figures, and fails when one that must be zero is not."""
+    """Runs it; gives its figures, and fails when one that must be zero is not."""
     command = [sys.executable, TORTURE, "--json", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -38,7 +39,7 @@ def torture(*arguments: str, limit_s: float = 300.0) -> dict:
         except subprocess.TimeoutExpired:
             process.terminate()  # it ends what it started
             output, errors = process.communicate(timeout=60)
-            pytest.fail(f"torture.py was not done within {limit_s} s: {errors[-3000:]}")
+            pytest.fail(f"torture was not done within {limit_s} s: {errors[-3000:]}")
     assert process.returncode == 0, f"{output[-6000:]}\n{errors[-3000:]}"
     figures = json.loads(output)
     assert set(figures["zeros"].values()) == {0}
@@ -48,7 +49,8 @@ def torture(*arguments: str, limit_s: float = 300.0) -> dict:
 def test_rule_9_a_process_that_dies_at_any_named_point_loses_nothing(engine):
     whens = ["before", "after", "unanswered", "lost"]
     figures = torture(*engine, "--phases", "points", "--whens", ",".join(whens), "--depth", "1", "--seed", "9")
-    for name in ("claim", "commit", "renew", "let_go", "create_release", "act", "dispatch", "query"):
+    for name in ("claims.claim", "claims.commit", "claims.renew", "claims.drop", "releases.create", "releases.act",
+                 "dispatch", "query"):
         assert set(figures["points"][name]) == set(whens)
 
 

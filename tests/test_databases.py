@@ -18,9 +18,8 @@ import urllib.parse
 import urllib.request
 
 import pytest
-from conftest import DRIVERS, ROOT, add_nodes, admin, eventually, leave_out, new_release
-from test_cli import Cli, answers, free_port
-from test_logs import Listener
+from conftest import leave_out
+from lab import DRIVERS, ROOT, Cli, Listener, World, add_nodes, admin, answers, eventually, free_port, new_release
 
 import releasectl as rc
 
@@ -47,11 +46,6 @@ def errors(monkeypatch):
     monkeypatch.setattr(rc.log, "disabled", False)
     listener.setLevel(logging.ERROR)
     return listener.records
-
-
-@pytest.fixture
-def cli(tmp_path):
-    return Cli(tmp_path)
 
 
 @pytest.fixture
@@ -96,7 +90,7 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection((self._to.hostname, self._to.port))
+                far = socket.create_connection((self._to.hostname, self._to.port or 5432))
                 self._socks += [near, far]
                 for one, other in ((near, far), (far, near)):
                     threading.Thread(target=self._carry, args=(one, other), daemon=True).start()
@@ -181,7 +175,6 @@ def test_sqlite_refuses_such_a_value_too(sqlite_url, open_store, value):
 
 def test_an_agents_words_that_cant_be_stored_are_told_once_and_the_release_ends(
         new_postgres_url, open_store, certs, new_fleet, new_executor, errors, driver):
-    from conftest import World
     url = new_postgres_url()
     world = World(open_store(url), url, certs, new_fleet, new_executor).nodes(1)
     # as a database of another encoding would

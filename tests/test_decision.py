@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ def later(seconds: float) -> rc.Moment:
 
 
 def release(status: str = "running", **fields) -> rc.Release:
-    values = {field.name: "" for field in dataclasses.fields(rc.Release)}
+    values: dict[str, Any] = {field.name: "" for field in dataclasses.fields(rc.Release)}
     values.update(id=1, version=42, status=status, started_at=NOW.text, claim_fence=1, passed_batch=0, soak_until=None)
     return rc.Release(**{**values, **fields})
 

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from conftest import SITES, assert_books_balance, eventually, new_release, statuses
+from lab import SITES, assert_books_balance, eventually, new_release, statuses
 
 import releasectl as rc
 

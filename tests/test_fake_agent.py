@@ -5,26 +5,20 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
-import os
 import signal
 import socket
 import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import pytest
+from fake_agent import Agent, AgentSpec, Fleet, payload_sha256
+from lab import HOST, SCRIPTS, eventually, make_certs
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from fake_agent import Agent, AgentSpec, Fleet, payload_sha256  # noqa: E402
-
-HOST = "127.0.0.1"
 WAIT_S = 10.0
 BROKEN_ANSWERS = [
     ("notJson", 200, lambda body: not body.startswith(b"{")),
@@ -44,17 +38,6 @@ class Reply(NamedTuple):
     @property
     def data(self) -> Any:
         return json.loads(self.body)["data"]
-
-
-def make_certs(directory: Path, *names: str, days: str = "825") -> Path:
-    command = ["bash", str(SCRIPTS / "make_certs.sh"), str(directory), *names]
-    subprocess.run(command, check=True, env={**os.environ, "DAYS": days}, stdout=subprocess.DEVNULL)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_certs(tmp_path_factory.mktemp("certs"), HOST)
 
 
 @pytest.fixture
@@ -107,17 +90,10 @@ def dispatch(agent: Agent, certs: Path, version: int, task_id: str = "", timeout
              payload: dict[str, Any] | None = None) -> Reply:
     task_id, payload = task_id or f"apply_config_{HOST}_{version}", payload or {}
     if agent.protocol == "execute":
-        body = {"requestId": task_id, "type": "apply_config", "payload": {**payload, "version": version}}
-        return once(agent, certs, "POST", "/agent/v1/tasks/execute", body, timeout)
+        asked = {"requestId": task_id, "type": "apply_config", "payload": {**payload, "version": version}}
+        return once(agent, certs, "POST", "/agent/v1/tasks/execute", asked, timeout)
     body = {"taskId": task_id, "type": "apply_config", "version": version, "payload": payload}
     return once(agent, certs, "POST", "/tasks/dispatch", body, timeout)
-
-
-def until(condition: Callable[[], Any], seen: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {WAIT_S} s, saw {seen()!r}"
-        threading.Event().wait(0.005)
 
 
 def end_of(agent: Agent, certs: Path, version: int) -> dict[str, Any]:
@@ -128,7 +104,7 @@ def end_of(agent: Agent, certs: Path, version: int) -> dict[str, Any]:
         replies[:] = [once(agent, certs, "GET", path)]
         return replies[0].data["status"] in ("success", "failed")
 
-    until(is_at_rest, lambda: replies)
+    eventually(is_at_rest)
     return replies[0].data
 
 
@@ -210,7 +186,7 @@ def test_an_execute_agent_breaks_both_of_two_requests_at_the_same_time(execute: 
     replies: list[Reply] = []
     first = threading.Thread(target=lambda: replies.append(dispatch(execute, certs, 42)))
     first.start()
-    until(lambda: execute.runs, execute.snapshot)
+    eventually(lambda: execute.runs)
     replies.append(dispatch(execute, certs, 42))
     first.join(WAIT_S)
     assert [reply.data["status"] for reply in replies] == ["failed", "failed"]
@@ -233,7 +209,7 @@ def test_an_agent_tells_which_payload_it_ran_and_which_it_has(fleet: Fleet, cert
 
     def send(version: int, payload: dict[str, Any]) -> None:
         dispatch(agent, certs, version, payload=payload)
-        until(lambda: [run for run in agent.runs if run["version"] == version and run["outcome"]], agent.snapshot)
+        eventually(lambda: [run for run in agent.runs if run["version"] == version and run["outcome"]])
 
     send(1, good)
     agent.set(outcome="failed")
@@ -269,14 +245,14 @@ def test_a_tasks_agent_serves_no_sites(tasks: Agent, certs: Path) -> None:
 def test_a_tasks_agent_may_name_a_task_by_an_id_of_its_own(tasks: Agent, certs: Path) -> None:
     tasks.set(rename=True)
     assert dispatch(tasks, certs, 42, "sent").data == {"taskId": "agent-sent", "status": "pending"}
-    until(lambda: tasks.applied_version == 42, tasks.snapshot)
+    eventually(lambda: tasks.applied_version == 42)
     for task_id in ("sent", "agent-sent"):
         data = once(tasks, certs, "GET", f"/tasks/{task_id}").data
         assert (data["taskId"], data["status"]) == (task_id, "success")
     assert dispatch(tasks, certs, 42, "sent").data == {"taskId": "agent-sent", "status": "success"}
     assert tasks.run_counts == {"sent": 1}
     dispatch(tasks, certs, 43, "agent-sent")  # not an id that it was sent: it runs, which is what tests look for
-    until(lambda: tasks.applied_version == 43, tasks.snapshot)
+    eventually(lambda: tasks.applied_version == 43)
     assert tasks.run_counts == {"sent": 1, "agent-sent": 1}
     tasks.restart()
     assert once(tasks, certs, "GET", "/tasks/agent-sent").status == 404
@@ -286,8 +262,8 @@ def test_a_client_that_leaves_does_not_stop_the_run(execute: Agent, certs: Path)
     execute.set(task_ms=200)
     with pytest.raises(socket.timeout):
         dispatch(execute, certs, 42, timeout=0.1)
-    until(lambda: execute.applied_version == 42, execute.snapshot)
-    until(lambda: execute.in_flight == 0, execute.snapshot)
+    eventually(lambda: execute.applied_version == 42)
+    eventually(lambda: execute.in_flight == 0)
 
 
 def test_one_connection_serves_many_requests(tasks: Agent, certs: Path) -> None:
@@ -304,7 +280,7 @@ def test_an_answer_is_lost(fleet: Fleet, certs: Path, mode: str, runs: int, prot
     agent.set(mode=mode, times=1)
     with pytest.raises((OSError, http.client.HTTPException)):
         dispatch(agent, certs, 42)
-    until(lambda: agent.applied_version == 42 * runs, agent.snapshot)
+    eventually(lambda: agent.applied_version == 42 * runs)
     assert (len(agent.runs), agent.behaviour.mode) == (runs, "normal")
 
 
@@ -324,7 +300,7 @@ def test_an_agent_that_never_ends_its_answer(tasks: Agent, certs: Path, mode: st
     tasks.set(mode=mode)
     with pytest.raises(socket.timeout):
         dispatch(tasks, certs, 42, timeout=0.15)  # less than the time between two bytes of "drip"
-    until(lambda: tasks.open_connections == 0 and tasks.in_flight == 0, tasks.snapshot)
+    eventually(lambda: tasks.open_connections == 0 and tasks.in_flight == 0)
     tasks.set(mode="normal")
     assert dispatch(tasks, certs, 42).status == 200
 
@@ -360,7 +336,7 @@ def test_a_client_without_a_certificate_gets_an_alert(
 
     with pytest.raises(ssl.SSLError, match="(?i)alert"):
         read_once()
-    until(lambda: tasks.handshake_errors == 1, tasks.snapshot)
+    eventually(lambda: tasks.handshake_errors == 1)
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
@@ -379,7 +355,7 @@ def test_a_session_can_be_resumed(tasks: Agent, certs: Path, version: ssl.TLSVer
 
 def test_an_expired_certificate_is_noticed(tmp_path: Path) -> None:
     make_certs(tmp_path, "unused.example")
-    make_certs(tmp_path, HOST, days="-1")
+    make_certs(tmp_path, HOST, DAYS="-1")
     expired = pytest.raises(ssl.SSLCertVerificationError, match="expired")
     with Fleet(tmp_path, [AgentSpec(HOST, 0)]) as fleet, expired:
         dispatch(fleet.agent(HOST), tmp_path, 42)
@@ -407,7 +383,7 @@ def test_the_program_is_controlled_over_http_and_ends_on_sigterm(tmp_path: Path)
         assert ask(control, "PUT", "/agents/*", {"outcome": "odd"}).status == 400
         direct = http.client.HTTPConnection(HOST, agent["port"], timeout=WAIT_S)
         assert ask(direct, "POST", "/tasks/dispatch", {"taskId": "t", "version": 1}).status == 200
-        until(lambda: ask(direct, "GET", "/tasks/t").data["status"] == "failed", lambda: "no failure")
+        eventually(lambda: ask(direct, "GET", "/tasks/t").data["status"] == "failed")
         assert ask(control, "POST", f"/agents/{HOST}/restart").status == 200
         assert ask(control, "DELETE", "/log").status == 200
         direct.close()

@@ -1,7 +1,6 @@
 """Files: modes whatever the umask, links, bytes that are not UTF-8, and what `make dist` packs (issue 13, 7, 16)."""
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,9 +15,21 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import DRIVERS, ROOT, eventually, leave_out, new_release
-from test_api import sha256
-from test_cli import PROGRAM, TIMEOUT_S, Cli, answers, findings, free_port, mtls
+from conftest import leave_out
+from lab import (
+    DRIVERS,
+    PROGRAM,
+    ROOT,
+    TIMEOUT_S,
+    Cli,
+    eventually,
+    findings,
+    free_port,
+    mtls,
+    new_release,
+    serve_process,
+    sha256,
+)
 from test_service import SERVICES, unit
 
 import releasectl as rc
@@ -27,17 +38,11 @@ BOM = b"\xef\xbb\xbf"
 
 
 @pytest.fixture
-def cli(tmp_path):
-    return Cli(tmp_path)
-
-
-@pytest.fixture
-def fleet_cli(cli, sqlite_world):
-    """A command line over three agents that listen, with copies of the certificates and a port for serve."""
-    cli.world, cli.port = sqlite_world.nodes(3), free_port()
-    cli.certs = Path(shutil.copytree(sqlite_world.certs, cli.folder / "certs"))
-    cli.settings.update(mtls(cli.certs), DATABASE_URL=sqlite_world.url, HTTP_ADDR=f"127.0.0.1:{cli.port}")
-    return cli
+def fleet_cli(fleet_cli):
+    """The command line of conftest.py, with copies of the certificates."""
+    fleet_cli.certs = Path(shutil.copytree(fleet_cli.world.certs, fleet_cli.folder / "certs"))
+    fleet_cli.settings.update(mtls(fleet_cli.certs))
+    return fleet_cli
 
 
 @pytest.fixture
@@ -52,17 +57,6 @@ def mode_of(path: object) -> int:
     return stat.S_IMODE(os.stat(str(path)).st_mode)
 
 
-@contextlib.contextmanager
-def serving(cli: Cli):
-    process = cli.start("serve")
-    try:
-        eventually(lambda: answers(cli.port), message="serve does not answer")
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
 # -- modes -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("umask", ["000", "022", "077", "277"])
@@ -72,7 +66,7 @@ def test_what_is_made_has_its_mode_whatever_the_umask(cli, umask):
     cli.port = int(cli.settings["HTTP_ADDR"].split(":")[1])
     cli.ok("migrate")
     cli.ok("token", "add", "vera", "--role", "viewer")
-    with serving(cli):
+    with serve_process(cli):
         modes = {end: mode_of(cli.folder / f"releasectl.db{end}") for end in ("", "-wal", "-shm")}
     assert modes == dict.fromkeys(("", "-wal", "-shm"), 0o600)
     cli.ok("backup", "copy.db")
@@ -154,7 +148,7 @@ def test_an_open_control_key_is_refused_by_every_command_that_uses_it(fleet_cli,
 def test_a_key_that_is_opened_under_a_running_serve_begins_nothing_and_is_told(fleet_cli):
     key = fleet_cli.certs / "control.key"
     store = fleet_cli.world.store
-    with serving(fleet_cli) as serve:
+    with serve_process(fleet_cli) as serve:
         os.chmod(key, 0o644)
         time.sleep(2.5)  # nothing is to be done: it is told all the same
         release = new_release(store)
@@ -187,7 +181,7 @@ def test_with_tokens_that_are_opened_under_a_running_serve_nobody_is_let_in(cli)
             with error:
                 return error.code
 
-    with serving(cli) as serve:
+    with serve_process(cli) as serve:
         assert status() == 200
         os.chmod(tokens, 0o604)
         assert [status() for _ in range(3)] == [500] * 3
@@ -201,7 +195,7 @@ def test_with_tokens_that_are_opened_under_a_running_serve_nobody_is_let_in(cli)
 def test_a_release_under_way_is_followed_to_its_end_with_a_key_that_was_opened(fleet_cli):
     fleet_cli.world.agent(1).set(task_ms=1500)
     store = fleet_cli.world.store
-    with serving(fleet_cli):
+    with serve_process(fleet_cli):
         release = new_release(store)
         eventually(lambda: store.releases.get(release.id).status == "running")
         os.chmod(fleet_cli.certs / "control.key", 0o644)
@@ -306,7 +300,7 @@ def test_the_api_tells_a_path_that_is_no_utf_8(cli):
     folder.mkdir()
     cli.port = free_port()
     cli.settings.update(DATABASE_URL=f"sqlite:///{folder}/r.db", MTLS_ENABLED="0", HTTP_ADDR=f"127.0.0.1:{cli.port}")
-    with serving(cli):
+    with serve_process(cli):
         shutil.rmtree(folder)
         with urllib.request.urlopen(f"http://127.0.0.1:{cli.port}/api/v1/health", timeout=10) as answer:
             assert "caf" in json.load(answer)["data"]["database"]["message"]

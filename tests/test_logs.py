@@ -1,45 +1,18 @@
 """The log: one line an event, a release to be followed by its id, in text, JSON and the journal."""
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import re
 import subprocess
-from collections.abc import Iterator
 
 import pytest
-from conftest import add_nodes, eventually, new_release
-from test_api import serving
-from test_cli import Cli, mtls
+from lab import Cli, add_nodes, eventually, new_release, nothing_committed, serving
 
 import releasectl as rc
 
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
-
-
-class Listener(logging.Handler):
-    """Keeps every record."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
-@pytest.fixture
-def records(monkeypatch) -> Iterator[list[logging.LogRecord]]:
-    """Every record of the log from now on, those for debugging too."""
-    listener = Listener()
-    monkeypatch.setattr(rc.log, "handlers", [listener])
-    monkeypatch.setattr(rc.log, "disabled", False)
-    level = rc.log.level
-    rc.log.setLevel(logging.DEBUG)
-    yield listener.records
-    rc.log.setLevel(level)
 
 
 def about(record: logging.LogRecord) -> dict:
@@ -128,22 +101,6 @@ def test_a_takeover_says_from_whom(store, records):
         "release 1 (v1): taken over by second from first, whose claim had run out"]
 
 
-@contextlib.contextmanager
-def nothing_committed(store: rc.Store) -> Iterator[None]:
-    """Lets every transaction fail at its end."""
-    transaction = store.database.transaction
-
-    @contextlib.contextmanager
-    def failing(write: bool = False, create: bool = False) -> Iterator[rc.Transaction]:
-        with transaction(write, create) as tx:
-            yield tx
-            raise rc.DatabaseError("not committed")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store.database, "transaction", failing)
-        yield
-
-
 def test_what_was_not_committed_is_not_told(store, records):
     add_nodes(store, 1)
     new_release(store)
@@ -162,7 +119,8 @@ def test_a_commit_whose_answer_was_lost_is_told_once_it_is_known(sqlite_world, r
     new_release(world.store)
     commit, lost = rc.Claims.commit, []
 
-    def lose_once(store: rc.Store, claim, release, decision, now, actor) -> None:
+    def lose_once(claims: rc.Claims, claim, release, decision, now, actor) -> None:
+        store = world.store
         if decision.status == "failed" and not lost:
             lost.append(decision)
             give_back = store.database._give_back
@@ -172,7 +130,7 @@ def test_a_commit_whose_answer_was_lost_is_told_once_it_is_known(sqlite_world, r
                 store.database._give_up(connection[0])
                 raise rc.DatabaseError("the connection was cut")
             monkeypatch.setattr(store.database, "_give_back", cut)
-        commit(store, claim, release, decision, now, actor)
+        commit(claims, claim, release, decision, now, actor)
 
     monkeypatch.setattr(rc.Claims, "commit", lose_once)
     world.executor().drain()
@@ -254,13 +212,11 @@ def test_an_agents_words_stay_in_their_line(sqlite_world, records):
 # -- real processes ------------------------------------------------------------------------------
 
 @pytest.fixture
-def fleet_cli(tmp_path, sqlite_world):
-    cli = Cli(tmp_path)
-    cli.world = sqlite_world.nodes(2)
-    cli.world.agent(2).set(outcome="failed", message="no")
-    cli.settings.update(mtls(sqlite_world.certs), DATABASE_URL=sqlite_world.url)
-    new_release(sqlite_world.store)
-    return cli
+def fleet_cli(fleet_cli):
+    """The command line of conftest.py, with a release whose second node fails."""
+    fleet_cli.world.agent(2).set(outcome="failed", message="no")
+    new_release(fleet_cli.world.store)
+    return fleet_cli
 
 
 def run_into_journal(cli: Cli, *arguments: str, inode: str = "") -> list[str]:

@@ -10,14 +10,23 @@ import subprocess
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, admin, eventually, leave_out, make_certs, new_release, settings_for
-from test_api import Client, serving
-from test_cli import Cli, free_port, mtls
-from test_logs import nothing_committed
+from conftest import leave_out
+from lab import (
+    ROOT,
+    Cli,
+    eventually,
+    free_port,
+    make_certs,
+    new_release,
+    nothing_committed,
+    serving,
+    settings_for,
+    sql,
+    take_away,
+)
 
 import releasectl as rc
 
@@ -65,17 +74,6 @@ def counted_executor(world, **settings) -> rc.Executor:
     return executor
 
 
-def write(store: rc.Store, statement: str, *params: object) -> None:
-    with store.database.transaction(write=True) as tx:
-        tx.execute(statement, *params)
-
-
-@pytest.fixture
-def client(store) -> Iterator[Client]:
-    with serving(store) as it:
-        yield it
-
-
 # -- the format --------------------------------------------------------------------------------
 
 def test_metrics_are_read_by_the_official_parser_and_by_promtool(world):
@@ -113,7 +111,7 @@ def test_what_stands_in_a_label_cannot_break_the_format(store):
     store.nodes.add("edge-1", "127.0.1.1")
     new_release(store)
     odd = 'a"b\\c\nreleasectl_frozen 7'
-    write(store, "UPDATE release_tasks SET target = ?", odd)
+    sql(store, "UPDATE release_tasks SET target = ?", odd)
     assert look(store)["releasectl_releases", odd, "pending"] == 1
     assert look(store)["releasectl_frozen",] == 0
 
@@ -126,10 +124,10 @@ def test_releases_are_counted_by_target_and_status_and_active_ones_by_their_node
     store.nodes.update(4, {"status": "offline"})
     for target in ("cdn", "cdn", "dns", "web"):
         new_release(store, target=target)
-    write(store, "UPDATE release_tasks SET status = 'failed' WHERE id = 1")
-    write(store, "UPDATE release_tasks SET status = 'running' WHERE id = 2")
-    write(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = 2 AND node_id = 1")
-    write(store, "UPDATE release_task_nodes SET status = 'running' WHERE release_task_id = 2 AND node_id = 2")
+    sql(store, "UPDATE release_tasks SET status = 'failed' WHERE id = 1")
+    sql(store, "UPDATE release_tasks SET status = 'running' WHERE id = 2")
+    sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = 2 AND node_id = 1")
+    sql(store, "UPDATE release_task_nodes SET status = 'running' WHERE release_task_id = 2 AND node_id = 2")
     store.releases.set_freeze(True, "test", "holidays")
     seen = look(store)
     assert {key[1:]: value for key, value in seen.items() if key[0] == "releasectl_releases" and value} == {
@@ -149,7 +147,7 @@ def test_the_last_event_of_an_active_release_tells_how_long_it_has_not_moved(sto
     store.claims.claim(1, "owner", 30)
     at = look(store)["releasectl_release_last_event_timestamp_seconds", "cdn", "running"]
     assert abs(at - time.time()) < 60
-    write(store, "UPDATE release_events SET at = 'yesterday'")
+    sql(store, "UPDATE release_events SET at = 'yesterday'")
     assert not [key for key in look(store) if key[0] == "releasectl_release_last_event_timestamp_seconds"]
 
 
@@ -158,7 +156,7 @@ def test_the_oldest_50_targets_have_figures_of_their_own_and_the_rest_is_summed_
     for number in range(1, 61):
         new_release(store, target=f"t{number:02d}")
     new_release(store, target="t55")
-    write(store, "UPDATE release_tasks SET status = 'running' WHERE target IN ('t59', 't60')")
+    sql(store, "UPDATE release_tasks SET status = 'running' WHERE target IN ('t59', 't60')")
     seen = look(store)
     assert {key[1] for key in seen if key[0] == "releasectl_releases"} == {
         *(f"t{number:02d}" for number in range(1, 51)), "other"}
@@ -184,13 +182,8 @@ def test_no_figure_reads_the_nodes_or_events_of_releases_that_are_over(sqlite_ur
     assert all("SEARCH" in step and "release_task_id=?" in step and "INDEX" in step for step in steps), steps
 
 
-def test_a_database_that_is_away_leaves_what_only_the_process_knows(client, database_url, request):
-    if database_url.startswith("sqlite"):
-        os.rename(client.store.database.engine.path, client.store.database.engine.path + ".away")
-    else:
-        server_url, name = request.getfixturevalue("postgres_server"), database_url.rsplit("/", 1)[1]
-        admin(server_url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-        admin(server_url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+def test_a_database_that_is_away_leaves_what_only_the_process_knows(client, database_url):
+    take_away(database_url)
     answer = client("GET", "/metrics")
     assert (answer.status, answer.headers["Content-Type"]) == (200, CONTENT_TYPE)
     seen = parse(answer.text)
@@ -258,7 +251,7 @@ def test_failed_nodes_are_counted_by_error_kind_whoever_ended_them(world):
     counted_executor(world).drain()
     new_release(world.store)
     world.store.claims.claim(2, "owner", 30)
-    write(world.store, "UPDATE release_task_nodes SET status = 'running', started_at = created_at "
+    sql(world.store, "UPDATE release_task_nodes SET status = 'running', started_at = created_at "
                        "WHERE release_task_id = 2 AND node_id = 1")
     world.store.releases.act(rc.CANCEL_BY_FORCE, 2, "test")
     kinds = {key[1]: value for key, value in look(world.store).items() if key[0] == "releasectl_node_failures_total"}
@@ -271,7 +264,7 @@ def test_a_takeover_is_counted_and_a_release_that_was_let_go_is_none(store):
     store.claims.drop(store.claims.claim(1, "first", 30))
     store.claims.claim(1, "second", 30)
     assert look(store)["releasectl_takeovers_total",] == 0
-    write(store, "UPDATE release_tasks SET claim_expires_at = '2026-01-01T00:00:00.000Z'")
+    sql(store, "UPDATE release_tasks SET claim_expires_at = '2026-01-01T00:00:00.000Z'")
     claim = store.claims.claim(1, "third", 30)
     assert look(store)["releasectl_takeovers_total",] == 1
     assert (claim.fence, claim.version) == (store.releases.get(1).claim_fence, 1)
@@ -281,7 +274,7 @@ def test_what_was_rolled_back_is_not_counted(store):
     store.nodes.add("edge-1", "127.0.1.1")
     new_release(store)
     store.claims.claim(1, "first", 30)
-    write(store, "UPDATE release_tasks SET claim_expires_at = '2026-01-01T00:00:00.000Z'")
+    sql(store, "UPDATE release_tasks SET claim_expires_at = '2026-01-01T00:00:00.000Z'")
     with nothing_committed(store), pytest.raises(rc.DatabaseError):
         store.claims.claim(1, "second", 30)
     assert look(store)["releasectl_takeovers_total",] == 0
@@ -366,14 +359,6 @@ def test_a_certificate_that_cannot_be_read_leaves_the_others(certs, tmp_path, sq
 
 
 # -- run-once --metrics-file -------------------------------------------------------------------------
-
-@pytest.fixture
-def fleet_cli(tmp_path, sqlite_world):
-    cli = Cli(tmp_path)
-    cli.world = sqlite_world.nodes(2)
-    cli.settings.update(mtls(sqlite_world.certs), DATABASE_URL=sqlite_world.url)
-    return cli
-
 
 def test_run_once_writes_the_same_for_the_textfile_collector(fleet_cli):
     path = fleet_cli.folder / "out" / "releasectl.prom"

@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 from browser import PROGRAM, Browser
-from conftest import ADDRESSES, ROOT, World, add_nodes, eventually, leave_out, new_release, settings_for
+from conftest import leave_out
+from lab import ADDRESSES, ROOT, World, add_nodes, eventually, new_release, settings_for
 
 import releasectl as rc
 
@@ -113,7 +114,7 @@ class Page:
 
         try:
             eventually(has_words, within_s)
-        except pytest.fail.Exception:
+        except AssertionError:
             pytest.fail(f"{words!r} did not come within {within_s} s into {selector}, which said:\n{text}")
         return self
 
@@ -233,8 +234,8 @@ def big_release(store: rc.Store, nodes: int) -> None:
         tx.execute("UPDATE release_task_nodes SET status = 'success' WHERE batch = 1")
         tx.execute("UPDATE release_task_nodes SET status = 'running' WHERE batch = 2")
         tx.execute("UPDATE release_tasks SET status = 'running', started_at = created_at, success_nodes = 1")
-        tx.insert_many(rc.INSERT_EVENTS, 8, [(1, n, rc.utc_text(0), "test", "dispatched", "pending", "running", "")
-                                             for n in range(2, nodes + 1)])
+        rc.add_events(tx, rc.utc_text(0), "test", [
+            rc.NewEvent(1, "dispatched", "pending", "running", node_id=n) for n in range(2, nodes + 1)])
 
 
 def succeed(store: rc.Store, first: int, last: int) -> None:
@@ -242,8 +243,8 @@ def succeed(store: rc.Store, first: int, last: int) -> None:
     with store.database.transaction(write=True) as tx:
         tx.execute("UPDATE release_task_nodes SET status = 'success' WHERE node_id BETWEEN ? AND ?", first, last)
         tx.execute(f"UPDATE release_tasks SET updated_at = ?, {rc.COUNTERS}", store.state.now())
-        tx.insert_many(rc.INSERT_EVENTS, 8, [(1, n, store.state.now(), "test", "succeeded", "running", "success", "")
-                                             for n in range(first, last + 1)])
+        rc.add_events(tx, store.state.now(), "test", [
+            rc.NewEvent(1, "succeeded", "running", "success", node_id=n) for n in range(first, last + 1)])
 
 
 # -- what is served ----------------------------------------------------------------------------

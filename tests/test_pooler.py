@@ -11,8 +11,8 @@ import threading
 import urllib.parse
 
 import pytest
-from conftest import ROOT, World, assert_books_balance, eventually, leave_out, new_release, statuses
-from test_cli import Cli, free_port
+from conftest import leave_out
+from lab import ROOT, Cli, World, assert_books_balance, eventually, free_port, new_release, statuses
 from test_databases import driver  # noqa: F401 - a fixture
 
 import releasectl as rc
@@ -24,6 +24,7 @@ def new_pooler(tmp_path_factory, new_postgres_url):
     program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if not program:
         leave_out("pgbouncer")
+    assert program
     folder = tmp_path_factory.mktemp("pgbouncer")
     started = []
 

@@ -20,40 +20,26 @@ import unicodedata
 import urllib.request
 
 import pytest
-from conftest import ADDRESSES, eventually, leave_out, new_release, settings_for
-from test_api import sha256
-from test_cli import PROGRAM, TIMEOUT_S, Cli, answers, findings, free_port, mtls
+from conftest import leave_out
+from lab import (
+    ADDRESSES,
+    PROGRAM,
+    TIMEOUT_S,
+    Cli,
+    eventually,
+    findings,
+    free_port,
+    new_release,
+    serve_process,
+    settings_for,
+    sha256,
+)
 
 import releasectl as rc
 
 # What a shell may do to the standard streams.
 REDIRECTIONS = ["2>&-", "1>&-", "<&-", "<&- 1>&- 2>&-", "2>/dev/full", "1>/dev/full", "1>/dev/full 2>/dev/full",
                 "1>/dev/full 2>&-"]
-
-
-@pytest.fixture
-def cli(tmp_path):
-    return Cli(tmp_path)
-
-
-@pytest.fixture
-def fleet_cli(cli, sqlite_world):
-    """A command line over three agents that listen, and a port for serve."""
-    cli.world, cli.port = sqlite_world.nodes(3), free_port()
-    cli.settings.update(mtls(sqlite_world.certs), DATABASE_URL=sqlite_world.url, HTTP_ADDR=f"127.0.0.1:{cli.port}")
-    return cli
-
-
-@contextlib.contextmanager
-def serving(cli: Cli):
-    """Starts serve and waits until it answers; kills it in the end."""
-    process = cli.start("serve")
-    try:
-        eventually(lambda: answers(cli.port), message="serve does not answer")
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def redirected(cli: Cli, streams: str) -> Cli:
@@ -101,7 +87,7 @@ def test_a_tick_without_streams_brings_its_release_to_the_end(fleet_cli, streams
 
 def test_serve_without_streams_keeps_its_database_whole(fleet_cli):
     redirected(fleet_cli, "<&- 1>&- 2>&-").settings["LOG_LEVEL"] = "debug"
-    with serving(fleet_cli) as serve:
+    with serve_process(fleet_cli) as serve:
         assert {os.readlink(f"/proc/{serve.pid}/fd/{n}") for n in range(3)} == {"/dev/null"}
         release = new_release(fleet_cli.world.store)
         eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "success")
@@ -112,7 +98,7 @@ def test_serve_without_streams_keeps_its_database_whole(fleet_cli):
 
 
 def test_serve_goes_on_when_the_reader_of_its_log_left(fleet_cli):
-    with serving(fleet_cli) as serve:
+    with serve_process(fleet_cli) as serve:
         serve.stderr.close()
         release = new_release(fleet_cli.world.store)
         eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "success")
@@ -131,7 +117,7 @@ def test_a_payload_from_a_closed_standard_input_is_refused_in_one_line(cli):
 
 def test_no_signal_but_one_to_stop_ends_serve_or_what_it_is_at(fleet_cli):
     fleet_cli.world.agent(1).set(task_ms=1500)
-    with serving(fleet_cli) as serve:
+    with serve_process(fleet_cli) as serve:
         release = new_release(fleet_cli.world.store)
         eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "running")
         for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF,
@@ -147,7 +133,7 @@ def test_no_signal_but_one_to_stop_ends_serve_or_what_it_is_at(fleet_cli):
 @pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGXCPU])
 def test_what_else_would_kill_is_a_clean_stop(fleet_cli, number):
     fleet_cli.world.agent(1).set(task_ms=60_000)
-    with serving(fleet_cli) as serve:
+    with serve_process(fleet_cli) as serve:
         release = new_release(fleet_cli.world.store)
         eventually(lambda: fleet_cli.world.store.releases.get(release.id).claim_expires_at)
         serve.send_signal(number)
@@ -204,7 +190,7 @@ def test_a_vanished_notify_socket_is_told_once_each_time(fleet_cli, tmp_path):
     fleet_cli.settings.update(NOTIFY_SOCKET=path, RELEASE_EXECUTOR_INTERVAL_SEC="0.1")
     manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     manager.bind(path)
-    with contextlib.closing(manager), serving(fleet_cli) as serve:
+    with contextlib.closing(manager), serve_process(fleet_cli) as serve:
         os.rename(path, path + ".away")
         time.sleep(1)
         manager.setblocking(False)
@@ -321,6 +307,7 @@ def test_a_probe_too_goes_to_the_address_that_answers(sqlite_url, dead, name_of)
         thread = threading.Thread(target=answer)
         thread.start()
         began = time.monotonic()
+        assert verify
         assert rc.run_coroutine(client.probing("edge.test", verify, "http://edge.test:80/", 5.0)) == ""
         thread.join()
         assert time.monotonic() - began < 1
@@ -333,6 +320,7 @@ def test_a_name_leads_nowhere_where_a_node_may_not_be(sqlite_url, certs, name_of
     with contextlib.closing(agents_for(sqlite_url, certs)) as client:
         name_of((target, free_port()))
         verify = rc.parse_strategy({"verify": {"url": "http://{main_ip}:80/latest/"}}).verify
+        assert verify
         with pytest.raises(rc.AgentError, match="can't be reached: its name leads to ") as caught:
             client.ping(rc.Address("edge.test", 443, "tasks"))
         assert caught.value.kind == rc.UNREACHABLE
@@ -364,7 +352,7 @@ def ahead(fleet_cli):
 
 def test_readyz_stays_ready_and_the_log_names_a_claim_that_lies_ahead_once(ahead):
     ahead.settings["RELEASE_EXECUTOR_ENABLED"] = "0"
-    with serving(ahead) as serve:
+    with serve_process(ahead) as serve:
         for _ in range(3):
             time.sleep(rc.READY_CHECK_EVERY_S)
             with urllib.request.urlopen(f"http://127.0.0.1:{ahead.port}/readyz", timeout=5) as answer:

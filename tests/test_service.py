@@ -11,8 +11,20 @@ import sys
 import threading
 
 import pytest
-from conftest import ROOT, FakeClock, add_nodes, eventually, leave_out, new_release, settings_for
-from test_cli import Cli, answers, free_port, mtls
+from conftest import leave_out
+from lab import (
+    ROOT,
+    Cli,
+    FakeClock,
+    add_nodes,
+    answers,
+    eventually,
+    free_port,
+    mtls,
+    new_release,
+    serve_process,
+    settings_for,
+)
 
 import releasectl as rc
 
@@ -62,18 +74,8 @@ def service(tmp_path, sqlite_world, manager):
     return cli
 
 
-@contextlib.contextmanager
-def serving(cli: Cli):
-    process = cli.start("serve")
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def test_systemd_is_told_of_readiness_work_and_stopping(service, manager):
-    with serving(service) as serve:
+    with serve_process(service) as serve:
         assert eventually(manager.read)[0] == "READY=1"
         assert answers(service.port)
         eventually(lambda: "nothing to do" in manager.statuses())
@@ -88,14 +90,14 @@ def test_systemd_is_told_of_readiness_work_and_stopping(service, manager):
 
 def test_with_the_executor_off_the_service_is_alive_too(service, manager):
     service.settings["RELEASE_EXECUTOR_ENABLED"] = "0"
-    with serving(service):
+    with serve_process(service):
         eventually(lambda: len(manager.statuses()) > 2)
     assert set(manager.statuses()) == {"API only, nothing is dispatched: RELEASE_EXECUTOR_ENABLED=0"}
 
 
 def test_the_database_that_went_away_is_told_and_the_loop_lives_on(service, manager):
     path = service.world.store.database.engine.path
-    with serving(service):
+    with serve_process(service):
         eventually(manager.statuses)
         shutil.move(path, path + ".away")
         eventually(lambda: "does not exist" in manager.statuses()[-1])
@@ -118,7 +120,7 @@ def test_who_can_not_serve_is_never_ready(service, manager, trouble):
 
 def test_without_a_manager_that_listens_it_serves_all_the_same(service):
     service.settings["NOTIFY_SOCKET"] = f"{service.folder}/nobody"
-    with serving(service) as serve:
+    with serve_process(service) as serve:
         eventually(lambda: answers(service.port))
         serve.terminate()
         result = Cli.end(serve)
@@ -127,7 +129,7 @@ def test_without_a_manager_that_listens_it_serves_all_the_same(service):
 
 
 def test_who_is_ended_by_the_watchdog_tells_where_each_thread_was(service, manager):
-    with serving(service) as serve:
+    with serve_process(service) as serve:
         eventually(manager.statuses)
         serve.send_signal(signal.SIGABRT)
         result = Cli.end(serve)
@@ -210,7 +212,7 @@ def systemd_analyze(*arguments: str) -> str:
 def unit(name: str) -> configparser.ConfigParser:
     """Gives the last value of each key of a unit."""
     parser = configparser.ConfigParser(interpolation=None, strict=False, comment_prefixes="#")
-    parser.optionxform = str
+    parser.optionxform = str  # type: ignore[assignment]
     parser.read(UNITS / name)
     return parser
 

@@ -37,8 +37,10 @@ def run_seeds(first: int, end: int, **options) -> None:
 
 
 def parts_of(world: str):
-    """The first seeds of the tests for a world."""
-    return pytest.mark.parametrize("first", range(1, SCHEDULES[world] + 1, PER_TEST))
+    """The first seeds of the tests for a world; all but one part are slow."""
+    return pytest.mark.parametrize("first", [
+        pytest.param(first, marks=[pytest.mark.slow] if first > 1 else [])
+        for first in range(1, SCHEDULES[world] + 1, PER_TEST)])
 
 
 @parts_of("plain")
@@ -152,7 +154,7 @@ def without_a_look_at_the_freeze_in_the_commit(patch):
     commit, read_freeze = rc.Claims.commit, rc.read_freeze
 
     def commit_blindly(self, *arguments):
-        rc.read_freeze = lambda _tx: rc.NO_FREEZE
+        rc.read_freeze = lambda *_: rc.NO_FREEZE  # type: ignore[assignment]
         try:
             commit(self, *arguments)
         finally:

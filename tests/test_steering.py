@@ -6,7 +6,7 @@ import itertools
 import threading
 
 import pytest
-from conftest import ADDRESSES, add_nodes, assert_books_balance, eventually, new_release, statuses
+from lab import ADDRESSES, add_nodes, assert_books_balance, eventually, new_release, statuses
 from test_decision import NOW, POLICY, decide, failed_verdict, later, moves, node, outcome, release, running, sends
 
 import releasectl as rc
@@ -654,7 +654,13 @@ def web():
     """Servers of health pages on the nodes' addresses: a status each, and how often each was asked."""
     servers = []
 
+    class Server(http.server.ThreadingHTTPServer):
+        asked: list[str]
+        statuses: list[int]
+
     class Page(http.server.BaseHTTPRequestHandler):
+        server: Server
+
         def do_GET(self):
             self.server.asked.append(self.path)
             status = self.server.statuses.pop(0) if len(self.server.statuses) > 1 else self.server.statuses[0]
@@ -671,7 +677,7 @@ def web():
 
         def serve(self, *statuses_of_each):
             for address, found in zip(ADDRESSES, statuses_of_each):
-                server = http.server.ThreadingHTTPServer((address, self.port), Page)
+                server = Server((address, self.port), Page)
                 Web.port = self.port = server.server_address[1]
                 server.asked, server.statuses = [], list(found)
                 thread = threading.Thread(target=server.serve_forever, args=(0.02,))

@@ -6,9 +6,10 @@ import shutil
 import sqlite3
 import subprocess
 import threading
+from typing import Any
 
 import pytest
-from conftest import ROOT, add_nodes, assert_books_balance, eventually, new_release, statuses
+from lab import ROOT, add_nodes, assert_books_balance, eventually, new_release, sql, statuses
 
 import releasectl as rc
 
@@ -38,10 +39,6 @@ def finish(store: rc.Store, claim: rc.Claim, node_id: int, verdict: rc.Verdict =
     decision = rc.decide(rc.Situation(release, rc.NodeIndex(nodes), now, POLICY, slots=100))
     store.claims.commit(claim, release, decision, now, "test")
 
-
-def sql(store: rc.Store, statement: str, *params) -> int:
-    with store.database.transaction(write=True) as tx:
-        return tx.execute(statement, *params)
 
 
 # -- rule 1: creation --------------------------------------------------------------------------
@@ -275,7 +272,7 @@ def test_a_commit_that_fails_halfway_leaves_nothing(store, table, monkeypatch):
     read, nodes = store.claims.release_with_nodes(claim)
     now = now_of(store)
     decision = rc.decide(rc.Situation(read, rc.NodeIndex(nodes), now, POLICY))
-    bad = {"release_task_nodes": {"error_kind": "odd"}, "release_tasks": {}, "release_events": {}}[table]
+    bad: dict[str, Any] = {"error_kind": "odd"} if table == "release_task_nodes" else {}
     changes = tuple(c._replace(after=c.after._replace(**bad)) for c in decision.changes)
     decision = decision._replace(changes=changes, error_msg="x" * (300 if table == "release_tasks" else 5))
     if table == "release_events":
@@ -324,6 +321,7 @@ def fail_first(store: rc.Store, **fields) -> rc.Release:
     """Runs a release whose first node fails."""
     release = new_release(store, **fields)
     claim = store.claims.claim(release.id, "a", 30)
+    assert claim
     step(store, claim)
     finish(store, claim, 1, rc.Verdict("failed", "agent_failed", "boom", "boom"))
     return store.releases.get(release.id)
@@ -333,6 +331,7 @@ def succeed(store: rc.Store, **fields) -> rc.Release:
     """Runs a release whose nodes all succeed."""
     release = new_release(store, **fields)
     claim = store.claims.claim(release.id, "a", 30)
+    assert claim
     step(store, claim)
     while not store.releases.get(release.id).is_terminal:
         running = [n.node_id for n in store.releases.with_nodes(release.id)[1] if n.status == "running"]
@@ -354,6 +353,7 @@ def test_rule_10_retry_leaves_out_what_succeeded_and_what_is_not_online(store):
     add_nodes(store, 4)
     release = new_release(store)
     claim = store.claims.claim(release.id, "a", 30)
+    assert claim
     step(store, claim)
     finish(store, claim, 1)
     finish(store, claim, 2, rc.Verdict("failed", "agent_failed", "boom", "boom"))
@@ -540,6 +540,7 @@ def test_every_driver_does_the_same(new_postgres_url, open_store, monkeypatch, d
     add_nodes(store, 2)
     release = new_release(store, reason="100 % sure? yes")
     claim = store.claims.claim(release.id, "a", 30)
+    assert claim
     step(store, claim)
     finish(store, claim, 1)
     finish(store, claim, 2)

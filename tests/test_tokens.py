@@ -7,8 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from test_api import serving, sha256
-from test_cli import Cli, Quick
+from lab import Cli, Quick, serving, sha256
 
 import releasectl as rc
 

@@ -6,29 +6,15 @@ ran them, or said something else that was not so.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import threading
 import time
+from typing import Any
 
 import pytest
-from conftest import ADDRESSES, SITES, add_nodes, eventually, new_release, statuses
 from fake_agent import payload_sha256
+from lab import ADDRESSES, SITES, add_nodes, eventually, new_release, nodes_of, outcomes, sql, statuses
 
 import releasectl as rc
-
-
-def sql(store: rc.Store, statement: str, *params: object) -> None:
-    """Does what a person with a database client may do."""
-    with store.database.transaction(write=True) as tx:
-        tx.execute(statement, *params)
-
-
-def nodes_of(store: rc.Store, release: rc.Release) -> list[rc.ReleaseNode]:
-    return store.releases.with_nodes(release.id)[1]
-
-
-def outcomes(store: rc.Store, release: rc.Release) -> list[tuple[str, str, str]]:
-    return [(n.status, n.error_kind, n.error_msg) for n in nodes_of(store, release)]
 
 
 def succeed(store: rc.Store, **fields) -> rc.Release:
@@ -560,7 +546,7 @@ def later(seconds: float, clock_set_s: float = 0.0) -> rc.Moment:
 
 
 def release_row(status: str = "running", **fields) -> rc.Release:
-    values = {field.name: "" for field in dataclasses.fields(rc.Release)}
+    values: dict[str, Any] = {field.name: "" for field in dataclasses.fields(rc.Release)}
     values.update(id=1, version=42, status=status, started_at=NOW.text, claim_fence=1, passed_batch=0, soak_until=None)
     return rc.Release(**{**values, **fields})
 
@@ -732,14 +718,6 @@ def test_rule_9_a_node_whose_start_lies_ahead_has_no_longer_a_deadline_than_othe
 
 
 # -- a database that goes back -----------------------------------------------------------------------------------------
-
-@pytest.fixture
-def told(caplog, monkeypatch):
-    """What was logged."""
-    monkeypatch.setattr(rc.log, "propagate", True)
-    caplog.set_level(logging.INFO)
-    return caplog
-
 
 def lose_newest_release(store: rc.Store) -> None:
     """Does what a failover does that lost the last commits."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import logging
 import re
 import shutil
 import socket
@@ -20,55 +19,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ADDRESSES, SITES, add_nodes, eventually, new_release, settings_for, statuses
-from test_agent_client import Peer, accepted, envelope, executed, http, our_files, says, server_context, task
-from test_api import misfit, serving
-from test_cli import Cli, findings, mtls
+from lab import (
+    ADDRESSES,
+    HOST,
+    SITES,
+    Cli,
+    Peer,
+    accepted,
+    add_nodes,
+    envelope,
+    eventually,
+    executed,
+    findings,
+    misfit,
+    mtls,
+    new_release,
+    our_files,
+    outcomes,
+    reply,
+    says,
+    serving,
+    settings_for,
+    statuses,
+    task,
+)
 
 import releasectl as rc
-
-HOST = ADDRESSES[0]
-
-
-def sql(store: rc.Store, statement: str, *params: object) -> None:
-    """Does what a person with a database client may do."""
-    with store.database.transaction(write=True) as tx:
-        tx.execute(statement, *params)
-
-
-def outcomes(store: rc.Store, release: rc.Release) -> list[tuple[str, str, str]]:
-    return [(n.status, n.error_kind, n.error_msg) for n in store.releases.with_nodes(release.id)[1]]
 
 
 def details(store: rc.Store, release: rc.Release, event: str) -> list[str]:
     return [e.detail for e in store.releases.events(release.id) if e.event == event]
-
-
-@pytest.fixture
-def cli(tmp_path):
-    return Cli(tmp_path)
-
-
-@pytest.fixture
-def new_peer(certs):
-    """A function that starts an agent which answers as a test says; all are stopped at the end."""
-    peers = []
-
-    def start(talk, tls: ssl.SSLContext | None | bool = True, host: str = HOST) -> Peer:
-        peers.append(Peer(talk, server_context(certs) if tls is True else tls or None, host))
-        return peers[-1]
-
-    yield start
-    for peer in peers:
-        peer.stop()
-
-
-@pytest.fixture
-def told(caplog, monkeypatch):
-    """What was logged."""
-    monkeypatch.setattr(rc.log, "propagate", True)
-    caplog.set_level(logging.INFO)
-    return caplog
 
 
 # -- the agent's words -------------------------------------------------------------------------------------------
@@ -174,17 +154,17 @@ def test_section_1_ping_and_check_know_an_agent_of_the_other_dialect(cli, sqlite
 
 
 OTHERS = {
-    "a plain web server": http(b"<html>It works!</html>", "200 OK", "Content-Type: text/html\r\n"),
-    "a web server without that page": http(b"<h1>Not Found</h1>", "404 Not Found", "Content-Type: text/html\r\n"),
-    "another service with JSON": http({"detail": "Not Found"}, "404 Not Found"),
-    "one with a code that is a text": http({"code": "404", "message": "not found"}, "404 Not Found"),
-    "one that finds everything": http(envelope({"taskId": "releasectl-ping", "status": "running"})),
-    "a list": http([], "404 Not Found"),
-    "nothing in it": http(b"", "404 Not Found"),
-    "one that wants a token": http(envelope(None, 1001, "no token"), "401 Unauthorized"),
-    "one that is broken": http(envelope(None, 5001, "internal"), "500 Internal Server Error"),
-    "a redirect": http(b"", "301 Moved Permanently", "Location: /elsewhere\r\n"),
-    "a bad request of another kind": http(envelope(None, 2002, "malformed"), "400 Bad Request"),
+    "a plain web server": reply(b"<html>It works!</html>", "200 OK", "Content-Type: text/html\r\n"),
+    "a web server without that page": reply(b"<h1>Not Found</h1>", "404 Not Found", "Content-Type: text/html\r\n"),
+    "another service with JSON": reply({"detail": "Not Found"}, "404 Not Found"),
+    "one with a code that is a text": reply({"code": "404", "message": "not found"}, "404 Not Found"),
+    "one that finds everything": reply(envelope({"taskId": "releasectl-ping", "status": "running"})),
+    "a list": reply([], "404 Not Found"),
+    "nothing in it": reply(b"", "404 Not Found"),
+    "one that wants a token": reply(envelope(None, 1001, "no token"), "401 Unauthorized"),
+    "one that is broken": reply(envelope(None, 5001, "internal"), "500 Internal Server Error"),
+    "a redirect": reply(b"", "301 Moved Permanently", "Location: /elsewhere\r\n"),
+    "a bad request of another kind": reply(envelope(None, 2002, "malformed"), "400 Bad Request"),
 }
 
 
@@ -210,7 +190,7 @@ def test_section_1_ping_tells_plain_http_from_tls_in_both_directions(cli, sqlite
 
     def talk(_peer: Peer, sock: socket.socket) -> None:
         is_tls = sock.recv(65536).startswith(b"\x16")
-        sock.sendall(http(b"", "400 Bad Request") if is_tls else http(envelope(None, code, "plain"), status))
+        sock.sendall(reply(b"", "400 Bad Request") if is_tls else reply(envelope(None, code, "plain"), status))
 
     plain = new_peer(talk, tls=False, host=ADDRESSES[1])
     sqlite_world.store.nodes.add("edge-2", plain.host, plain.port, protocol)
@@ -528,7 +508,7 @@ def test_a_renewed_certificate_that_nobody_accepts_now_does_not_replace_the_good
     pair, said = bad_pair
     ours = our_files(certs, tmp_path)
     client = rc.AgentClient(settings_for("sqlite:///unused.db", certs, **ours))
-    peer = new_peer(says(http(b"", "404 Not Found", "Connection: close\r\n")))
+    peer = new_peer(says(reply(b"", "404 Not Found", "Connection: close\r\n")))
     try:
         assert client.query(peer.address(), "x").state == rc.UNKNOWN
         put(pair, *ours.values())
@@ -549,7 +529,7 @@ def test_a_renewed_certificate_that_nobody_accepts_now_does_not_replace_the_good
 def test_a_renewed_certificate_is_taken_when_its_time_has_come(new_peer, certs, tmp_path, told):
     ours = our_files(certs, tmp_path)
     client = rc.AgentClient(settings_for("sqlite:///unused.db", certs, **ours))
-    peer = new_peer(says(http(b"", "404 Not Found", "Connection: close\r\n")))
+    peer = new_peer(says(reply(b"", "404 Not Found", "Connection: close\r\n")))
     try:
         client.query(peer.address(), "x")
         pair = issue(certs, tmp_path / "soon", "control", 3, DAY_S)
@@ -585,14 +565,18 @@ def test_a_running_release_goes_on_with_the_good_certificate(world, certs, tmp_p
 
 
 @pytest.fixture
-def https(certs, tmp_path, open_store, sqlite_url):
+def api_files(tmp_path) -> dict[str, str]:
+    """The settings for a certificate of the API that a test renews."""
+    return {"HTTP_CERT": f"{tmp_path}/served.crt", "HTTP_KEY": f"{tmp_path}/served.key"}
+
+
+@pytest.fixture
+def https(certs, tmp_path, open_store, sqlite_url, api_files):
     """A client of an API with a certificate of its own, and the files of that."""
     pair = issue(certs, tmp_path / "api", "api", -60, 5 * DAY_S)
-    files = {"HTTP_CERT": f"{tmp_path}/served.crt", "HTTP_KEY": f"{tmp_path}/served.key"}
-    put(pair, *files.values())
-    with serving(open_store(sqlite_url), HTTP_ADDR=f"{HOST}:0", **files) as client:
+    put(pair, *api_files.values())
+    with serving(open_store(sqlite_url), HTTP_ADDR=f"{HOST}:0", **api_files) as client:
         client.context = ssl.create_default_context(cafile=f"{certs}/ca.crt")
-        client.files = files
         yield client
 
 
@@ -605,22 +589,23 @@ def served_serial(client) -> str:
         return serial
 
 
-def test_the_apis_certificate_is_not_replaced_by_one_that_nobody_accepts_now(https, certs, tmp_path, told, bad_pair):
+def test_the_apis_certificate_is_not_replaced_by_one_that_nobody_accepts_now(https, api_files, certs, tmp_path, told,
+                                                                                  bad_pair):
     pair, said = bad_pair
     before = served_serial(https)
-    put(pair, *https.files.values())
+    put(pair, *api_files.values())
     assert [served_serial(https) for _ in range(3)] == [before] * 3
     message, = not_taken(told)
     assert said in message
-    assert https.files["HTTP_CERT"] in message
-    put(issue(certs, tmp_path / "good", "api", -60, DAY_S), *https.files.values())
+    assert api_files["HTTP_CERT"] in message
+    put(issue(certs, tmp_path / "good", "api", -60, DAY_S), *api_files.values())
     assert served_serial(https) != before
 
 
-def test_the_apis_certificate_is_taken_when_its_time_has_come(https, certs, tmp_path, told):
+def test_the_apis_certificate_is_taken_when_its_time_has_come(https, api_files, certs, tmp_path, told):
     before = served_serial(https)
     pair = issue(certs, tmp_path / "soon", "api", 3, DAY_S)
-    put(pair, *https.files.values())
+    put(pair, *api_files.values())
     assert served_serial(https) == before
     eventually(lambda: served_serial(https) != before)
     assert time.time() >= rc.certificate_times(pair[0].read_text())[0][0]

@@ -1,0 +1,212 @@
+"""Where the tables are: SQLite files, or databases of a PostgreSQL server that may have a standby."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import subprocess
+import threading
+import time
+import urllib.parse
+from pathlib import Path
+from typing import Any, Callable, TypeVar, Union
+
+from lab import SCRIPTS, database_on
+
+import releasectl as rc
+
+T = TypeVar("T")
+
+
+class SqliteFiles:
+    """SQLite files in a folder."""
+
+    name = "sqlite"
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._numbers = itertools.count(1)
+
+    def new(self) -> str:
+        """Return the URL of an empty database."""
+        return f"sqlite:///{self._folder}/torture-{next(self._numbers)}.db"
+
+    def free(self, url: str) -> None:
+        """Delete a database that nobody needs any more."""
+        for file in self._files(url):
+            file.unlink(missing_ok=True)
+
+    def dump(self, url: str, folder: Path) -> None:
+        """Keep a database as evidence."""
+        for file in self._files(url):
+            if file.exists():
+                shutil.copy(file, folder)
+
+    def close(self) -> None:
+        pass
+
+    @staticmethod
+    def _files(url: str) -> list[Path]:
+        return [Path(url[len("sqlite:///"):] + suffix) for suffix in ("", "-wal", "-shm")]
+
+
+class PostgresServer:
+    """Databases of a PostgreSQL server: of one that is given, or of our own, which may have a standby."""
+
+    name = "postgresql"
+
+    def __init__(self, folder: Path, given_url: str = ""):
+        self.is_ours = not given_url
+        self._place = folder
+        self._server_numbers = itertools.count(1)
+        self._folder = self._new_folder() if self.is_ours else ""
+        self._standby_folder = ""
+        self._standby_url = ""
+        self._ports: list[int] = []  # of the first server and its first standby: later ones take them in turn
+        self._url = self._control("start", "--durable", self._folder) if self.is_ours else given_url
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._made: list[str] = []  # the names of all databases
+        self._free: list[str] = []  # the URLs of those to be used again
+
+    def new(self) -> str:
+        """Return the URL of an empty database."""
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            name = f"torture_{os.getpid()}_{next(self._numbers)}"
+            self._made.append(name)
+        self._run(f"CREATE DATABASE {name}")
+        return database_on(self._url, name)
+
+    def free(self, url: str) -> None:
+        """Empty a database, for whoever asks for one next."""
+        self._run("DROP SCHEMA public CASCADE", url)
+        self._run("CREATE SCHEMA public", url)
+        with self._lock:
+            self._free.append(url)
+
+    def dump(self, url: str, folder: Path) -> None:
+        """Keep a database as evidence, where pg_dump is there."""
+        with open(folder / f"{_name_of(url)}.sql", "wb") as file, contextlib.suppress(OSError):
+            subprocess.run(["pg_dump", url], stdout=file, stderr=subprocess.DEVNULL, check=False)
+
+    def cut(self, url: str) -> bool:
+        """End a session of a database, any but our own; return whether there was one."""
+        with contextlib.suppress(rc.DatabaseError, *rc.PostgresEngine(url).error):
+            return bool(self._run(
+                "SELECT pg_terminate_backend(pid) FROM (SELECT pid FROM pg_stat_activity WHERE "
+                "datname = current_database() AND pid <> pg_backend_pid() ORDER BY random() "
+                "LIMIT 1) s UNION ALL SELECT false LIMIT 1", url))
+        return False
+
+    def restart(self) -> None:
+        self._control("restart", self._folder)
+
+    def close(self) -> None:
+        if self.is_ours:
+            for folder in filter(None, (self._standby_folder, self._folder)):
+                self._control("remove", folder)
+            return
+        for name in self._made:
+            with contextlib.suppress(rc.DatabaseError, *rc.PostgresEngine(self._url).error):
+                self._run(f"DROP DATABASE {name} WITH (FORCE)")
+
+    # -- the standby ---------------------------------------------------------------------
+
+    def add_standby(self) -> None:
+        """Start a standby of the server, in a new folder."""
+        folder = self._new_folder()
+        # the port of the first server is free again after the first failover, and so on
+        port = [str(one) for one in self._ports if one != _port_of(self._url)]
+        self._standby_url = self._control("standby", *(["--port", *port] if port else []), self._folder, folder)
+        self._standby_folder = folder
+        self._ports = self._ports or [_port_of(self._url), _port_of(self._standby_url)]
+
+    def url_of_primary(self, url: str) -> str:
+        """Return a URL with which libpq looks for the server that can be written to, whichever it is."""
+        hosts = ",".join("127.0.0.1" for _ in self._ports)
+        return (f"postgresql://releasectl@/{_name_of(url)}?host={hosts}&port={','.join(map(str, self._ports))}"
+                "&target_session_attrs=read-write")
+
+    def url_of_standby(self, url: str) -> str:
+        return database_on(self._standby_url, _name_of(url))
+
+    def cut_off_standby(self) -> None:
+        """Let the standby receive nothing more; return when it has applied what it had."""
+        self._run("ALTER SYSTEM SET primary_conninfo = ''", self._standby_url)
+        self._run("SELECT pg_reload_conf()", self._standby_url)
+        self._wait_for_standby("SELECT COUNT(*) = 0 FROM pg_stat_wal_receiver")
+        self._wait_for_standby("SELECT COALESCE(pg_last_wal_receive_lsn() <= pg_last_wal_replay_lsn(), true)")
+
+    def crash(self) -> None:
+        """Stop the primary as a loss of power would."""
+        self._control("crash", self._folder)
+
+    def promote(self) -> None:
+        """Make the standby the primary, and remove the one that crashed."""
+        self._control("promote", self._standby_folder)
+        self._control("remove", self._folder)
+        self._folder, self._standby_folder = self._standby_folder, ""
+        self._url, self._standby_url = self._standby_url, ""
+
+    def _wait_for_standby(self, statement: str) -> None:
+        give_up_at = time.monotonic() + 30.0
+        while not self._run(statement, self._standby_url):
+            if time.monotonic() > give_up_at:
+                raise OSError(f"the standby did not come so far within 30 s: {statement}")
+            time.sleep(0.02)
+
+    def _new_folder(self) -> str:
+        return str(self._place / f"server-{next(self._server_numbers)}")
+
+    def _run(self, statement: str, url: str = "") -> Any:
+        """Run a statement in a session of its own; return the first value of its result, if it has one."""
+        connection = rc.PostgresEngine(url or self._url).connect(create=False)
+        try:
+            cursor = connection.cursor()
+            cursor.execute(statement)
+            return cursor.fetchone()[0] if cursor.description else None
+        finally:
+            connection.close()
+
+    @staticmethod
+    def _control(*words: str) -> str:
+        done = subprocess.run(["bash", str(SCRIPTS / "postgres.sh"), *words], capture_output=True, text=True,
+                              check=False)
+        if done.returncode:
+            raise OSError(f"postgres.sh {words[0]}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+
+Databases = Union[SqliteFiles, PostgresServer]
+
+
+def _name_of(url: str) -> str:
+    """Return the name of a URL's database."""
+    return urllib.parse.urlsplit(url).path.lstrip("/")
+
+
+def _port_of(url: str) -> int:
+    return urllib.parse.urlsplit(url).port or 5432
+
+
+def driver_knows_many_hosts() -> bool:
+    """Return whether the driver takes a URL of several hosts: those that are made of libpq do."""
+    with contextlib.suppress(rc.ConfigError):
+        return bool(rc.load_postgres_driver().__name__ != "pg8000.dbapi")
+    return False
+
+
+def retry(action: Callable[[], T], limit_s: float = 60.0) -> T:
+    """Do what a database may refuse for a while; return what it returns in the end."""
+    give_up_at = time.monotonic() + limit_s
+    while True:
+        try:
+            return action()
+        except (rc.DatabaseError, rc.StateMoved):
+            if time.monotonic() > give_up_at:
+                raise
+            time.sleep(0.05)
