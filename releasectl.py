@@ -805,6 +805,9 @@ class Settings:
                     raise ValueError("must be UTF-8")
                 values[setting.name.lower()] = setting.parse(text or setting.default)
             except ValueError as error:
+                file = given.get("DATABASE_URL_FILE", "").strip() if setting.name == "DATABASE_URL" else ""
+                if file:  # nothing of its content: that may be the password alone, or another secret
+                    raise ConfigError(f"DATABASE_URL_FILE={file}: what it holds can't be used: {error}") from None
                 shown = one_line(safe_url(text), 80)
                 raise ConfigError(f"{setting.name}={shown} can't be used: {error}") from None
         settings = cls(**values)
@@ -10397,7 +10400,8 @@ def _watch(context: Context, release_id: int) -> int:
             release = progress.release
             if options.until.is_reached(progress):
                 break
-            state = f"is still {release.status}" + (f" ({release.status_reason})" if release.status_reason else "")
+            why = one_line(release.status_reason)
+            state = f"is still {release.status}" + (f" ({why})" if why else "")
         left_s = ends_at - time.monotonic()
         if left_s <= 0:
             print(f"timed out after {options.timeout:g} s: release {release_id} {state}", file=sys.stderr)
@@ -10572,8 +10576,9 @@ def command_serve(context: Context) -> int:
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     with starting_threads():
         accept.start()
-    scheme = "https" if server.tls else "http"
-    log.info("serving %s://%s:%d, %s, executor %s", scheme, *server.server_address[:2], context.store.database,
+    scheme, (host, port) = "https" if server.tls else "http", server.server_address[:2]
+    log.info("serving %s://%s:%d, %s, executor %s", scheme, f"[{host}]" if ":" in str(host) else host, port,
+             context.store.database,
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
 
     def beat(sentence: str) -> None:

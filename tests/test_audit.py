@@ -384,7 +384,7 @@ def test_an_act_that_fails_leaves_neither_row_nor_gap(kept):
     def fail() -> None:
         raise OSError("no space")
     with pytest.raises(OSError, match="no space"):
-        kept.audit("anna", "token.add", "token vera", {}, fail)
+        kept.audit.note("anna", "token.add", "token vera", {}, fail)
     new_release(kept)
     assert [row.id for row in rows_of(kept)] == list(range(1, 10))
     assert kept.audit.verify().faults == []

@@ -371,7 +371,7 @@ def test_run_once_writes_the_same_for_the_textfile_collector(fleet_cli):
     text = path.read_text()
     seen = parse(text)
     assert seen["releasectl_releases", "cdn", "success"] == 1
-    assert seen["releasectl_agent_requests_total", "dispatch", "success"] == 2
+    assert seen["releasectl_agent_requests_total", "dispatch", "success"] == 3
     assert seen["releasectl_ticks_total", "worked"] >= 1
     assert seen["releasectl_certificate_expiry_timestamp_seconds", "CONTROL_CERT"] > time.time()
     # node_exporter has its own of these, and refuses to serve anything when a file has them too
@@ -419,7 +419,7 @@ def test_serve_gives_the_certificates_and_the_ticks_of_its_own_process(fleet_cli
         eventually(lambda: seen()["releasectl_last_tick_timestamp_seconds",] > 0)
         found = seen()
         assert found["releasectl_certificate_expiry_timestamp_seconds", "CONTROL_CA"] > time.time()
-        assert found["releasectl_agent_requests_total", "dispatch", "success"] == 2
+        assert found["releasectl_agent_requests_total", "dispatch", "success"] == 3
         assert found["releasectl_ticks_total", "worked"] >= 1
     finally:
         serve.terminate()

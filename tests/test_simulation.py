@@ -154,7 +154,7 @@ def without_a_look_at_the_freeze_in_the_commit(patch):
     commit, read_freeze = rc.Claims.commit, rc.read_freeze
 
     def commit_blindly(self, *arguments):
-        rc.read_freeze = lambda *_: rc.NO_FREEZE  # type: ignore[assignment]
+        rc.read_freeze = lambda *_: rc.NO_FREEZE
         try:
             commit(self, *arguments)
         finally:
