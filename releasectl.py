@@ -770,6 +770,9 @@ class Settings:
                     raise ValueError("must be UTF-8")
                 values[setting.name.lower()] = setting.parse(text or setting.default)
             except ValueError as error:
+                file = given.get("DATABASE_URL_FILE", "").strip() if setting.name == "DATABASE_URL" else ""
+                if file:  # not a word of what it holds: that may be the password alone, or another secret
+                    raise ConfigError(f"DATABASE_URL_FILE={file}: what it holds can't be used: {error}") from None
                 shown = one_line(safe_url(text), 80)
                 raise ConfigError(f"{setting.name}={shown} can't be used: {error}") from None
         settings = cls(**values)

@@ -300,6 +300,7 @@ def test_a_file_may_hold_the_url(tmp_path):
 @pytest.mark.parametrize(("content", "mode", "said"), [
     ("", 0o600, "must hold one line"), ("postgresql://app:S3cr3t@h/d\nmore", 0o600, "must hold one line"),
     ("postgresql://app:S3cr3t@h/d", 0o644, "is open to others"), ("mysql://app:S3cr3t@h/d", 0o600, "can't be used"),
+    ("S3cr3t", 0o600, "what it holds can't be used"), ("3f9a:S3cr3t", 0o600, "what it holds can't be used"),
     (b"\xff\xfe", 0o600, "not UTF-8"), (None, 0, "no such file")])
 def test_a_file_that_holds_no_url_is_refused_without_a_part_of_it(tmp_path, content, mode, said):
     path = tmp_path / "url"
