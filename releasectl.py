@@ -10241,7 +10241,9 @@ def command_serve(context: Context) -> int:
     with starting_threads():
         accept.start()
     scheme = "https" if server.tls else "http"
-    log.info("serving %s://%s:%d, %s, executor %s", scheme, *server.server_address[:2], context.store.database,
+    host, port = str(server.server_address[0]), server.server_address[1]
+    log.info("serving %s://%s:%d, %s, executor %s", scheme, f"[{host}]" if ":" in host else host, port,
+             context.store.database,
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
 
     def beat(sentence: str) -> None:
