@@ -10576,8 +10576,9 @@ def command_serve(context: Context) -> int:
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     with starting_threads():
         accept.start()
-    scheme, (host, port) = "https" if server.tls else "http", server.server_address[:2]
-    log.info("serving %s://%s:%d, %s, executor %s", scheme, f"[{host}]" if ":" in str(host) else host, port,
+    scheme = "https" if server.tls else "http"
+    host, port = str(server.server_address[0]), server.server_address[1]
+    log.info("serving %s://%s:%d, %s, executor %s", scheme, f"[{host}]" if ":" in host else host, port,
              context.store.database,
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
 

@@ -107,7 +107,7 @@ def once(name: str, make: Callable[[Path], str]) -> str:
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)  # an earlier try may have failed
             done.write_text(make(folder))
     return done.read_text()
 
@@ -338,6 +338,16 @@ def impatient(monkeypatch) -> None:
 
 
 # -- the log -----------------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def same_log() -> Iterator[None]:
+    """The log is as it was before, whatever a test, or a command in this process, made of it."""
+    log = rc.log
+    level, handlers, propagate, disabled = log.level, list(log.handlers), log.propagate, log.disabled
+    yield
+    log.setLevel(level)
+    log.handlers, log.propagate, log.disabled = handlers, propagate, disabled
+
 
 @pytest.fixture
 def told(caplog, monkeypatch) -> pytest.LogCaptureFixture:

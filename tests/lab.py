@@ -559,13 +559,14 @@ def findings(result: Result) -> dict[str, tuple[bool, str]]:
     return {item["subject"]: (item["ok"], item["message"]) for item in result.json["items"]}
 
 
-def free_port() -> int:
-    """Return a port of PORTS that nobody listens on."""
+def free_port(*addresses: str) -> int:
+    """Return a port of PORTS that is free on all these addresses (127.0.0.1)."""
     while True:
         port = random.choice(PORTS)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for address in addresses or ("127.0.0.1",):
+                stack.enter_context(socket.create_server((address, port)))
+            return port
 
 
 def answers(port: int) -> bool:

@@ -43,7 +43,8 @@ from lab import (
 import releasectl as rc
 
 TASK = rc.AgentTask(TASK_ID, "apply_config", 42, {"a": 1})
-LIMIT_S, MARGIN_S = 0.6, 0.8
+# Others may be at work beside us; who misbehaves does so for 5 s or longer.
+LIMIT_S, MARGIN_S = 0.6, 1.5
 # -- agents that misbehave -------------------------------------------------------------------
 
 # -- arrangement -----------------------------------------------------------------------------
@@ -538,6 +539,10 @@ def test_an_ipv6_address_is_called_and_verified(client, local, new_peer):
 
 
 def test_a_host_name_is_called_and_verified(client, local, new_peer):
+    try:
+        socket.getaddrinfo("localhost", None)
+    except OSError:
+        leave_out("a host that knows the name localhost (/etc/hosts)")
     peer = new_peer(says(accepted()), server_context(local), host="127.0.0.1")
     assert client.dispatch(peer.address(host="localhost"), TASK).state == rc.ACCEPTED
 

@@ -18,7 +18,7 @@ import releasectl as rc
 SCHEDULES = {"plain": 150, "steering": 100, "shared": 100}
 if os.environ.get("TEST_LONG") == "1":
     SCHEDULES = {"plain": 10_000, "steering": 5_000, "shared": 10_000}
-PER_TEST = 50
+PER_TEST = 25
 # A mutant that survives so many schedules would survive for ever. The search begins a little before
 # the seed that found it last.
 ENOUGH = 400
@@ -27,8 +27,6 @@ ENOUGH = 400
 @pytest.fixture(autouse=True)
 def _quiet():
     rc.log.disabled = True
-    yield
-    rc.log.disabled = False
 
 
 def run_seeds(first: int, end: int, **options) -> None:
@@ -58,6 +56,7 @@ def test_section_8_a_success_is_a_success_whatever_goes_back_or_is_set(first):
     run_seeds(first, first + PER_TEST, world="shared")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", simulation.WORLDS)
 def test_the_schedules_contain_every_fault(world):
     figures = [run_seed(seed, world=world).figures for seed in range(1, 41)]
@@ -77,8 +76,9 @@ def test_the_same_seed_gives_the_same_schedule(world):
 
 
 def mutants(*found):
-    """Mutants, each with the seed from which on it is looked for."""
-    return pytest.mark.parametrize(("mutate", "first"), found, ids=[mutate.__name__ for mutate, _ in found])
+    """Mutants, each with the seed from which on it is looked for. They test the simulation alone: slow."""
+    return pytest.mark.parametrize(("mutate", "first"), [
+        pytest.param(*one, id=one[0].__name__, marks=pytest.mark.slow) for one in found])
 
 
 # -- the mutants: each breaks one line of the claim, and must be found ------------------------

@@ -6,7 +6,7 @@ import itertools
 import threading
 
 import pytest
-from lab import ADDRESSES, add_nodes, assert_books_balance, eventually, new_release, statuses
+from lab import ADDRESSES, add_nodes, assert_books_balance, eventually, free_port, new_release, statuses
 from test_decision import NOW, POLICY, decide, failed_verdict, later, moves, node, outcome, release, running, sends
 
 import releasectl as rc
@@ -676,9 +676,9 @@ def web():
         port = 0
 
         def serve(self, *statuses_of_each):
+            Web.port = self.port = self.port or free_port(*ADDRESSES[:len(statuses_of_each)])
             for address, found in zip(ADDRESSES, statuses_of_each):
                 server = Server((address, self.port), Page)
-                Web.port = self.port = server.server_address[1]
                 server.asked, server.statuses = [], list(found)
                 thread = threading.Thread(target=server.serve_forever, args=(0.02,))
                 thread.start()

@@ -31,6 +31,7 @@ from lab import (
     eventually,
     executed,
     findings,
+    free_port,
     misfit,
     mtls,
     new_release,
@@ -265,10 +266,10 @@ class Sites:
             def log_message(self, *_: object) -> None:
                 pass
 
+        if not port:
+            port = self.port = self.port or free_port(*addresses)
         for address in addresses:
-            server = ThreadingHTTPServer((address, port or self.port), Site)
-            if not port:
-                self.port = server.server_address[1]
+            server = ThreadingHTTPServer((address, port), Site)
             if tls:
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                 context.load_cert_chain(*(f"{self.certs}/other/agents/{HOST}.{end}" for end in ("crt", "key")))
