@@ -18,9 +18,12 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check --retries 1 --time
 VENV_STAMP := $(VENV)/stamp-python-$(PYTHON_VERSION)
 TESTS_STAMP := $(VENV)/stamp-tests
 LINT_STAMP := $(VENV)/stamp-lint
+# The npm packages that check dashboard.html, beside a copy of their settings, which they are found from.
+PAGE_LINT := $(VENV)/lint-page
+PAGE_LINT_STAMP := $(PAGE_LINT)/stamp
 FUZZ_STAMP := $(VENV)/stamp-fuzz
 
-.PHONY: help demo test test-all test-long acceptance fuzz bench lint format man dist clean
+.PHONY: help demo test test-all test-long acceptance fuzz bench lint lint-page format man dist clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +57,11 @@ lint: $(LINT_STAMP) ## ruff, mypy and, where it is installed, shellcheck
 	$(VENV_PYTHON) -m mypy
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; else \
 		echo "shellcheck is missing: the shell scripts were not checked (Debian: apt-get install shellcheck)" >&2; fi
+
+lint-page: $(PAGE_LINT_STAMP) ## html-validate, ESLint and stylelint on dashboard.html (needs npm)
+	$(PAGE_LINT)/node_modules/.bin/html-validate --config $(PAGE_LINT)/.htmlvalidate.json dashboard.html
+	$(PAGE_LINT)/node_modules/.bin/eslint --config $(PAGE_LINT)/eslint.config.mjs dashboard.html
+	$(PAGE_LINT)/node_modules/.bin/stylelint --config $(PAGE_LINT)/stylelint.config.mjs dashboard.html
 
 format: $(LINT_STAMP) ## mend what ruff can mend, sort the imports
 	$(VENV_PYTHON) -m ruff check --fix .
@@ -100,6 +108,13 @@ $(TESTS_STAMP): tests/requirements.txt $(VENV_STAMP)
 $(LINT_STAMP): tests/requirements-lint.txt $(VENV_STAMP)
 	@echo "installing tests/requirements-lint.txt into $(VENV)" >&2
 	@$(VENV_PYTHON) $(PIP_INSTALL) -r $<
+	@touch $@
+
+$(PAGE_LINT_STAMP): $(wildcard scripts/lint-page/* scripts/lint-page/.[a-z]*) $(VENV_STAMP)
+	@command -v npm >/dev/null || { echo "make lint-page needs npm (Debian: apt-get install npm)" >&2; exit 2; }
+	@echo "installing scripts/lint-page/package.json into $(PAGE_LINT)" >&2
+	@mkdir -p $(PAGE_LINT) && cp scripts/lint-page/* scripts/lint-page/.[a-z]* $(PAGE_LINT)
+	@npm install --prefix $(PAGE_LINT) --no-package-lock --no-audit --no-fund --silent
 	@touch $@
 
 $(FUZZ_STAMP): tests/requirements-fuzz.txt $(TESTS_STAMP)

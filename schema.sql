@@ -234,3 +234,35 @@ CREATE INDEX nodes_by_address ON nodes (main_ip, agent_port);
 CREATE INDEX release_events_of_releases ON release_events (release_task_id, id) WHERE node_id IS NULL;
 
 INSERT INTO schema_version (version) VALUES (5);
+
+-- step 6: who did what
+
+-- One row for every act that changes anything, and for each release's end; nothing earlier is made up. Its id is the
+-- one of the row before it and one; hash is the SHA-256 of the row and of the hash before it (docs/SECURITY.md).
+CREATE TABLE audit_log (
+    id          INTEGER PRIMARY KEY AUTOINCREMENT,
+    at          TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    actor       TEXT NOT NULL DEFAULT '',
+    via         TEXT NOT NULL DEFAULT 'cli' CHECK (via IN ('cli', 'api', 'executor')),
+    token       TEXT NOT NULL DEFAULT '',
+    certificate TEXT NOT NULL DEFAULT '',
+    address     TEXT NOT NULL DEFAULT '',
+    request_id  TEXT NOT NULL DEFAULT '',
+    action      TEXT NOT NULL,
+    object      TEXT NOT NULL DEFAULT '',
+    before      TEXT NOT NULL DEFAULT '',
+    after       TEXT NOT NULL DEFAULT '',
+    hash        TEXT NOT NULL DEFAULT ''
+);
+
+-- On SQLite it only grows; on PostgreSQL grants see to that (docs/OPERATIONS.md), and triggers are left out there. A
+-- trigger stands in one line, so that its inner semicolons end no statement.
+
+CREATE TRIGGER audit_log_no_update BEFORE UPDATE ON audit_log BEGIN SELECT RAISE(ABORT, 'audit_log only grows'); END;
+
+CREATE TRIGGER audit_log_no_delete BEFORE DELETE ON audit_log BEGIN SELECT RAISE(ABORT, 'audit_log only grows'); END;
+
+-- INSERT OR REPLACE deletes without the trigger above.
+CREATE TRIGGER audit_log_no_replace BEFORE INSERT ON audit_log WHEN NEW.id IN (SELECT id FROM audit_log) BEGIN SELECT RAISE(ABORT, 'audit_log only grows'); END;
+
+INSERT INTO schema_version (version) VALUES (6);

@@ -530,7 +530,7 @@ def turn_in_batches(lab: Lab, task_ms: int, count: int) -> Turn:
         release_id = insert_release(server.store, 1, [range(1 + part * third, 1 + (part + 1) * third)
                                                       for part in range(3)])
         server.wait_for_end(release_id)
-        release, nodes = server.store.release_with_nodes(release_id)
+        release, nodes = server.store.releases.with_nodes(release_id)
         gaps = [min(rc.epoch_of(n.started_at or "") for n in nodes if n.batch == number + 1)
                 - max(rc.epoch_of(n.finished_at or "") for n in nodes if n.batch == number) for number in (1, 2)]
         return usage.turn(gap_ms=max(gaps) * 1000)._replace(
@@ -723,7 +723,7 @@ def goal_history(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
             database.close()
             servers[name] = Server(lab, url, [], executor=False)
         looks: dict[str, Callable[[Server], Any]] = {
-            "tick (a look for work)": lambda server: server.store.look(),
+            "tick (a look for work)": lambda server: server.store.claims.scan(),
             "list": lambda server: server.call("GET", "/api/v1/releases?pageSize=20"),
             "summary": lambda server: server.call("GET", "/api/v1/releases/1?view=summary"),
             # last: what it leaves behind is the same in both
@@ -794,7 +794,7 @@ def run_looks(url: str) -> None:
     taken = []
     for _ in range(1 + LOOKS):
         started, cpu = time.monotonic(), time.process_time()
-        store.look()
+        store.claims.scan()
         taken.append((time.monotonic() - started, time.process_time() - cpu))
     print(json.dumps(taken))
 

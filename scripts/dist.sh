@@ -14,7 +14,7 @@ cd "$lab_root"
 export LC_ALL=C TZ=UTC
 umask 022
 
-readonly FILES=(releasectl.py schema.sql docs Makefile README.md README.zh-CN.md CHANGELOG.md CONTRIBUTING.md LICENSE
+readonly FILES=(releasectl.py schema.sql dashboard.html docs Makefile README.md README.zh-CN.md CHANGELOG.md CONTRIBUTING.md LICENSE
     pyproject.toml scripts tests)
 
 begin_work

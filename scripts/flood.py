@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A flood of one address against `releasectl.py serve`, and what a healthy client at another notices.
 
-    python scripts/flood.py [--plain] [--viewer] [--seconds N] [--again S] [--json]
+    python scripts/flood.py [--plain] [--viewer | --agents] [--seconds N] [--again S] [--json]
 
 From 127.0.0.2: 500 connections that say nothing, 200 that drip a head byte by byte, 50 that stop in
 the TLS handshake; whoever is closed comes again after --again seconds. Meanwhile 127.0.0.3 asks in
@@ -12,6 +12,10 @@ deadline. Prints figures; exit 1 when a healthy request failed or an attacker st
 --viewer: the attackers have a viewer's token instead, and come from four addresses, of which one is
 the operator's own: 128 send a head whose body never comes, 64 wait for events, 64 read a release of
 2000 nodes again and again, and 64 list nodes, all of them on kept connections.
+
+--agents: the attackers are twelve agents of a release that the server drives, over mutual TLS. To each question
+they say that the task is running: in chunks of one byte, in TLS records of one byte, or in JSON of thousands of
+objects or keys. The figure cpu_percent is what the server takes of a core meanwhile.
 """
 from __future__ import annotations
 
@@ -30,6 +34,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +50,7 @@ OF_A_VIEWER = {"unsent": 128, "waiting": 64, "reading": 64, "listing": 64}
 VIEWERS_SOURCES = (ATTACKER, "127.0.0.4", "127.0.0.5", HEALTHY)
 TOKEN, VIEWERS_TOKEN = "flood", "viewer"  # of a server that lives for seconds
 NODES_TO_READ = 2000
+AGENTS, AGENT_PORT = {"agents": 12}, 8443
 # The healthy client comes again so often, and for so long, when it is turned away.
 COME_AGAIN_S, COME_AGAIN_FOR_S = 0.25, 30.0
 ASKED = {"unsent": ("POST", "/api/v1/nodes", "Content-Type: application/json\r\nContent-Length: 9\r\n"),
@@ -114,7 +120,7 @@ class Flood:
         for task, kind in zip(tasks, (kind for kind, count in self.kinds.items() for _ in range(count))):
             if kind in ASKED:  # whoever has shown a token may stay for longer
                 task.cancel()
-        ends_at = time.monotonic() + 2 * rc.PROVE_S
+        ends_at = time.monotonic() + 2 * rc.UNAUTHENTICATED_S
         started = time.monotonic()
         while self.open_now and time.monotonic() < ends_at:
             await asyncio.sleep(0.05)
@@ -124,15 +130,63 @@ class Flood:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def agent_address(number: int) -> str:
+    return f"127.0.2.{number + 1}"
+
+
+def dear_answer(number: int, document: dict[str, Any]) -> list[bytes]:
+    """Return an answer of at most 64 KiB that is dear to read, in the pieces in which it is sent."""
+    text = json.dumps(document)
+    if number % 4 == 0:
+        return [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 19_000
+                + f"{len(text):x}\r\n{text}\r\n0\r\n\r\n".encode()]
+    more = {1: " " * 60_000, 2: ', "x": [' + ",".join(['{"":0}'] * 9000) + "]",
+            3: ', "x": {' + ",".join(f'"{n}":0' for n in range(7000)) + "}"}[number % 4]
+    whole = f"HTTP/1.1 200 OK\r\nContent-Length: {len(text) + len(more)}\r\n\r\n{text[:-1]}{more}}}".encode()
+    return [bytes([byte]) for byte in whole] if number % 4 == 1 else [whole]
+
+
+def dear_agents(certs: Path, pipe: Any) -> None:
+    """Be the hostile agents, until the pipe says that it is over; tell how often they were asked."""
+    asked = [0]
+
+    def talk(number: int, sock: socket.socket, context: ssl.SSLContext) -> None:
+        with contextlib.suppress(OSError), context.wrap_socket(sock, server_side=True) as connection:
+            while request := connection.recv(1 << 16):
+                head, _, body = request.partition(b"\r\n\r\n")
+                asked[0] += 1
+                task_id = json.loads(body)["taskId"] if body else head.split()[1].decode().rpartition("/")[2]
+                status = "pending" if body else "running"
+                for piece in dear_answer(number, {"code": 0, "data": {"taskId": task_id, "status": status}}):
+                    connection.sendall(piece)
+
+    def listen(number: int, listener: socket.socket) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*(f"{certs}/agents/{agent_address(number)}.{kind}" for kind in ("crt", "key")))
+        while True:
+            threading.Thread(target=talk, args=(number, listener.accept()[0], context), daemon=True).start()
+
+    for number in range(AGENTS["agents"]):
+        listener = socket.create_server((agent_address(number), AGENT_PORT))
+        threading.Thread(target=listen, args=(number, listener), daemon=True).start()
+    pipe.send("listening")
+    pipe.recv()
+    pipe.send((asked[0], 0, 0.0))
+
+
 def attack(port: int, ca: str, again_s: float, kinds: dict[str, int], pipe: Any) -> None:
     """The body of the attackers' process."""
-    context = ssl.create_default_context(cafile=ca) if ca else None
-    asyncio.run(Flood(port, context, again_s, kinds).run(pipe))
+    if kinds == AGENTS:
+        dear_agents(Path(ca).parent, pipe)
+    else:
+        context = ssl.create_default_context(cafile=ca) if ca else None
+        asyncio.run(Flood(port, context, again_s, kinds).run(pipe))
 
 
 # -- the healthy client ---------------------------------------------------------------------------
 
 HEALTH, RELEASE, ACT = "/healthz", "/api/v1/releases/1?view=summary", "/api/v1/releases/999/cancel"
+RESUME = "/api/v1/releases/1/resume"
 
 
 def ask(port: int, context: ssl.SSLContext | None, path: str) -> float:
@@ -142,7 +196,7 @@ def ask(port: int, context: ssl.SSLContext | None, path: str) -> float:
     connection = http.client.HTTPSConnection(SERVER, port, timeout=10, source_address=source, context=context) \
         if context else http.client.HTTPConnection(SERVER, port, timeout=10, source_address=source)
     try:
-        connection.request("POST" if path == ACT else "GET", path,
+        connection.request("POST" if path in (ACT, RESUME) else "GET", path,
                            headers={} if path == HEALTH else {"Authorization": f"Bearer {TOKEN}"})
         answer = connection.getresponse()
         answer.read()
@@ -164,11 +218,20 @@ def usage(pid: int) -> dict[str, int]:
             "threads": int(lines["Threads"])}
 
 
+def cpu_s(pid: int) -> float:
+    """Gives the seconds of CPU that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 # -- the server -----------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def serving(folder: Path, is_plain: bool, before: str = "", nodes: int = 1) -> Any:
-    """Runs `serve` with one release, after some lines of Python; gives its process, port and CA."""
+def serving(folder: Path, is_plain: bool, before: str = "", nodes: int = 1, agents: int = 0) -> Any:
+    """Runs `serve` with one release, after some lines of Python; gives its process, port and CA.
+
+    With agents the release is theirs, and is driven.
+    """
     with socket.socket() as probe:
         probe.bind((SERVER, 0))
         port = probe.getsockname()[1]
@@ -180,15 +243,21 @@ def serving(folder: Path, is_plain: bool, before: str = "", nodes: int = 1) -> A
               "RELEASE_EXECUTOR_ENABLED": "0", "MTLS_ENABLED": "0"}
     ca = ""
     if not is_plain:
-        subprocess.run(["bash", str(ROOT / "scripts/make_certs.sh"), str(folder / "certs"), SERVER], check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run(["bash", str(ROOT / "scripts/make_certs.sh"), str(folder / "certs"), SERVER,
+                        *map(agent_address, range(agents))], check=True, stdout=subprocess.DEVNULL)
         ca, pair = f"{folder}/certs/ca.crt", f"{folder}/certs/agents/{SERVER}"
         values.update(HTTP_CERT=f"{pair}.crt", HTTP_KEY=f"{pair}.key")
+    if agents:
+        values.update(RELEASE_EXECUTOR_ENABLED="1", MTLS_ENABLED="1", CONTROL_CERT=f"{folder}/certs/control.crt",
+                      CONTROL_KEY=f"{folder}/certs/control.key", CONTROL_CA=ca)
     store = rc.Store(rc.Database(database))
     store.database.migrate()
-    for number in range(nodes):
-        store.add_node(f"edge-{number}", f"10.1.{number // 250}.{number % 250 + 1}")
-    store.create_release(rc.ReleaseRequest(), "flood")
+    for number in range(agents or nodes):
+        address = agent_address(number) if agents else f"10.1.{number // 250}.{number % 250 + 1}"
+        store.nodes.add(f"edge-{number}", address, AGENT_PORT)
+    store.releases.create(rc.ReleaseRequest(strategy={"batches": [agents or 1]}), "flood")
+    if agents:  # until they listen
+        store.releases.act("pause", 1, "flood")
     store.database.close()
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("HTTP_", "API_", "CONTROL_"))}
     program = f"import sys, releasectl as rc\n{before}\nsys.exit(rc.main(['serve']))"
@@ -217,14 +286,19 @@ def await_health(port: int, ca: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plain", action="store_true", help="HTTP in place of HTTPS")
-    parser.add_argument("--viewer", action="store_true", help="attackers with a viewer's token")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--viewer", action="store_true", help="attackers with a viewer's token")
+    kind.add_argument("--agents", action="store_true", help="attackers are agents whose answers are dear to read")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long the flood lasts")
     parser.add_argument("--again", type=float, default=1.0, help="seconds until an attacker who was closed comes again")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.agents and options.plain:
+        parser.error("--agents speak TLS")
     folder = Path(tempfile.mkdtemp(prefix="releasectl-flood."))
     try:
-        with serving(folder, options.plain, nodes=NODES_TO_READ if options.viewer else 1) as (process, port, ca):
+        with serving(folder, options.plain, nodes=NODES_TO_READ if options.viewer else 1,
+                     agents=AGENTS["agents"] if options.agents else 0) as (process, port, ca):
             figures = measure(process.pid, port, ca, options)
     finally:
         shutil.rmtree(folder)
@@ -235,13 +309,18 @@ def main() -> int:
 
 def measure(pid: int, port: int, ca: str, options: argparse.Namespace) -> dict[str, Any]:
     context = ssl.create_default_context(cafile=ca) if ca else None
-    paths, kinds = (HEALTH, RELEASE, ACT), OF_A_VIEWER if options.viewer else FROM_OUTSIDE
+    paths = HEALTH, RELEASE, ACT
+    kinds = OF_A_VIEWER if options.viewer else AGENTS if options.agents else FROM_OUTSIDE
     quiet = [ask(port, context, paths[n % 3]) for n in range(200)]
     before = usage(pid)
     ours, theirs = multiprocessing.Pipe()
     attackers = multiprocessing.get_context("spawn").Process(target=attack, args=(
         port, ca, options.again, kinds, theirs))
     attackers.start()
+    if options.agents:
+        ours.recv()
+        ask(port, context, RESUME)
+    cpu_before, began_at = cpu_s(pid), time.monotonic()
     took: list[float] = []
     waits: list[float] = []
     failures: list[str] = []
@@ -265,6 +344,7 @@ def measure(pid: int, port: int, ca: str, options: argparse.Namespace) -> dict[s
             now = usage(pid)
             most = {key: max(most[key], now[key]) for key in most}
         time.sleep(0.005)
+    cpu_percent = round(100 * (cpu_s(pid) - cpu_before) / (time.monotonic() - began_at))
     ours.send("over")
     connects, left, gone_s = ours.recv()
     attackers.join(30)
@@ -275,6 +355,7 @@ def measure(pid: int, port: int, ca: str, options: argparse.Namespace) -> dict[s
             "p50_ms": round(percentile(took, 0.5), 1), "p99_ms": round(percentile(took, 0.99), 1),
             "max_ms": round(max(took, default=math.nan), 1),
             "worst_wait_ms": round(max(waits, default=math.nan), 1), "threads": most["threads"],
+            "cpu_percent": cpu_percent,
             "rss_before_mib": round(before["rss_kib"] / 1024, 1), "rss_peak_mib": round(most["peak_kib"] / 1024, 1),
             "attackers_left": left, "gone_after_s": round(gone_s, 1)}
 

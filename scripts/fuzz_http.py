@@ -46,6 +46,11 @@ def corpus() -> list[bytes]:
                 (b"GET", b"/api/v1/releases?page=1&pageSize=5", b""), (b"GET", b"/api/v1/releases/1", b""),
                 (b"POST", b"/api/v1/releases", b'{"reason":"x","payload":{"a":[1,2.5,null]},"target":"cdn"}'),
                 (b"POST", b"/api/v1/nodes", b'{"name":"n","mainIp":"10.0.0.1","labels":{"a":"b"}}'),
+                (b"POST", b"/api/v1/releases", b'{"version":7,"dryRun":true,"strategy":{"batches":[1],'
+                 b'"onExceed":"pause","verify":{"url":"http://{main_ip}:8080/","host":"www.example.com","contains":"ok","timeoutSec":5}}}'),
+                (b"POST", b"/api/v1/releases/1/rollback", b'{"toRelease":1,"overNewer":true,"dryRun":true}'),
+                (b"POST", b"/api/v1/releases/1/retry", b'{"overNewer":true,"dryRun":true,"reason":"x"}'),
+                (b"PUT", b"/api/v1/freeze", b'{"frozen":true,"reason":"x"}'),
                 (b"PATCH", b"/api/v1/nodes/1", b'{"enabled":true}'), (b"HEAD", b"/metrics", b""),
                 (b"GET", b"/api/v1/releases/1/events?after=0&limit=10", b""))]
     hostile = [path.read_bytes().partition(b"\n")[2] for path in sorted((ROOT / "tests" / "hostile").glob("*.http"))]

@@ -37,6 +37,9 @@ TAIL = r""".SH FILES
 .I schema.sql
 the tables; it belongs beside releasectl.py
 .TP
+.I dashboard.html
+the dashboard; it belongs beside releasectl.py, and without it everything else works
+.TP
 .I docs/OPERATIONS.md, docs/RUNBOOK.md
 installing and running it; what to do when something is wrong"""
 
@@ -82,7 +85,7 @@ def table(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 def page() -> str:
     """Return the whole page."""
-    lines = [HEAD.format(version=text(rc.__version__)), ".SH OPTIONS", "These stand before or behind every command:",
+    lines = [HEAD.format(version=text(rc.__version__)), ".SH OPTIONS", "These may stand before or after every command:",
              *options(rc.COMMON_OPTIONS), ".SH COMMANDS"]
     for one in rc.COMMANDS:
         lines += command(one)

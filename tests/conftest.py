@@ -332,8 +332,8 @@ def new_server(new_client, open_store, sqlite_url, tmp_path):
 @pytest.fixture
 def impatient(monkeypatch) -> None:
     """Deadlines of connections that a test can wait for."""
-    for name, seconds in (("PROVE_S", 0.4), ("HEAD_S", 0.4), ("BODY_S", 0.4), ("WRITE_S", 0.4), ("IDLE_S", 1.2),
-                          ("LINGER_S", 0.3), ("GRACE_S", 0.0)):
+    for name, seconds in (("UNAUTHENTICATED_S", 0.4), ("HEAD_S", 0.4), ("BODY_S", 0.4), ("WRITE_S", 0.4),
+                          ("IDLE_S", 1.2), ("LINGER_S", 0.3), ("MIN_IDLE_S", 0.0)):
         monkeypatch.setattr(rc, name, seconds)
 
 

@@ -136,23 +136,23 @@ def take_away(url: str) -> None:
 
 def add_nodes(store: rc.Store, count: int, protocol: str = "tasks", first: int = 1) -> list[rc.Node]:
     """Add nodes edge-1, edge-2, ... whose agents nobody calls."""
-    return [store.add_node(f"edge-{n}", ADDRESSES[n - 1], agent_protocol=protocol)
+    return [store.nodes.add(f"edge-{n}", ADDRESSES[n - 1], agent_protocol=protocol)
             for n in range(first, first + count)]
 
 
 def new_release(store: rc.Store, **fields: Any) -> rc.Release:
     """Create a release for the nodes there are."""
-    return store.create_release(rc.ReleaseRequest(**fields), "test")[0]
+    return store.releases.create(rc.ReleaseRequest(**fields), "test")[0]
 
 
 def statuses(store: rc.Store, release_id: int) -> list[str]:
     """Return the statuses of a release's nodes, in order."""
-    return [node.status for node in store.release_with_nodes(release_id)[1]]
+    return [node.status for node in store.releases.with_nodes(release_id)[1]]
 
 
 def assert_books_balance(store: rc.Store, release_id: int) -> None:
     """Rule 7: the counters are the rows, and a terminal release has all its nodes at rest."""
-    release, nodes = store.release_with_nodes(release_id)
+    release, nodes = store.releases.with_nodes(release_id)
     tally = [node.status for node in nodes]
     assert (release.success_nodes, release.failed_nodes) == (tally.count("success"), tally.count("failed"))
     if release.is_terminal:
@@ -161,7 +161,7 @@ def assert_books_balance(store: rc.Store, release_id: int) -> None:
 
 
 def nodes_of(store: rc.Store, release: rc.Release) -> list[rc.ReleaseNode]:
-    return store.release_with_nodes(release.id)[1]
+    return store.releases.with_nodes(release.id)[1]
 
 
 def outcomes(store: rc.Store, release: rc.Release) -> list[tuple[str, str, str]]:
@@ -414,7 +414,7 @@ class World:
         """Start agents and add their nodes edge-1, edge-2, ..."""
         self.fleet = self._new_fleet(count, protocol, task_ms)
         for number, address in enumerate(ADDRESSES[:count], 1):
-            self.store.add_node(f"edge-{number}", address, self.fleet.agent(address).port, protocol)
+            self.store.nodes.add(f"edge-{number}", address, self.fleet.agent(address).port, protocol)
         return self
 
     def agent(self, number: int) -> Agent:
@@ -429,7 +429,7 @@ class World:
 
     def drain(self, **overrides: object) -> None:
         """Run an executor until nothing is left to do."""
-        self.executor(**overrides).run_once(drain=True)
+        self.executor(**overrides).drain()
 
     def runs(self) -> list[int]:
         """Return how many tasks each agent ran."""
@@ -608,6 +608,12 @@ HTTP_STATUS = {0: (200, 201), 1001: (401,), 1002: (401,), 1004: (403,), 2001: (4
                4015: (415,), 4029: (429,), 4031: (431,), 5001: (500,), 5002: (503,), 5003: (503,),
                5004: (501,), 5005: (505,)}
 JSON = {"Content-Type": "application/json"}
+
+
+def replace_handler(monkeypatch: Any, handler: Any, by: Any) -> None:
+    """Let another function answer a route, in all servers of this process."""
+    monkeypatch.setattr(rc, "_PATTERNS", [(pattern, route._replace(handler=by) if route.handler is handler else route)
+                                          for pattern, route in rc._PATTERNS])
 
 
 class Answer(NamedTuple):

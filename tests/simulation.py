@@ -1,7 +1,7 @@
 """A world in one thread: the real drivers, claims and store under a fake clock, with faults by a seed.
 
 What is real: Executor._look and _renew, Driver.step, Store with all its SQL over SQLite in
-memory, observe, decide and adopt. What is simulated: time, the network, the agents, and the
+memory, observe, decide and recover. What is simulated: time, the network, the agents, and the
 processes, which crash, are suspended and lose the database, each at the moments that the seed
 gives. Transactions are atomic here, as both engines promise; what happens between, before and
 after them is what this explores.
@@ -295,9 +295,9 @@ class Ledger:
     # The highest version of a process that saw the database go back, and wrote to it since.
     told: int = 0
 
-    def note_held(self, release_id: int, is_held: bool, now: float) -> None:
+    def note_held(self, release_id: int, is_not_sent: bool, now: float) -> None:
         """Takes down whether a pause or a freeze holds a release from now on."""
-        if is_held:
+        if is_not_sent:
             self.held_since.setdefault(release_id, now)
         elif release_id in self.held_since:
             self.held_s[release_id] = self.held_so_far(release_id, now)
@@ -314,26 +314,33 @@ class Snapshot(typing.NamedTuple):
     ledger: Ledger
 
 
+@dataclasses.dataclass
+class SimContext(rc.DriverContext):
+    """What the drivers of a process share, and the process itself."""
+    executor: SimExecutor
+
+
 class SimDriver(rc.Driver):
     """The driver without its thread: the world turns it."""
 
+    _context: SimContext
     turns = 0
     is_turning = False
 
     def start(self) -> None:
-        self._executor.world.turn(self._executor, self)  # type: ignore[attr-defined]
+        self._context.executor.world.turn(self._context.executor, self)
 
     def join(self, timeout_s: float | None = None) -> None:
         pass
 
 
-class SimStore(rc.Store):
-    """The store of one process, which the world asks what it saw."""
+class SimClaims(rc.Claims):
+    """The claims of one process, which the world asks what it saw."""
 
     owner: SimExecutor
 
-    def look(self):
-        found = super().look()
+    def scan(self):
+        found = super().scan()
         self.owner.seen_event = self.owner.world.ledger.seen_events
         return found
 
@@ -352,9 +359,8 @@ class SimStore(rc.Store):
         finally:
             world.decided_at = None
 
-
-    def let_go(self, claim) -> None:
-        super().let_go(claim)
+    def drop(self, claim) -> None:
+        super().drop(claim)
         self.owner.world.note_known(self.owner, claim.release_id)
 
 
@@ -362,11 +368,13 @@ class SimExecutor(rc.Executor):
     """A process: alive, suspended until some time, or dead."""
 
     def __init__(self, world: Simulation, settings: rc.Settings, number: int):
-        store = SimStore(world.database, SimClock(world))
+        store = rc.Store(world.database, SimClock(world))
+        store.claims = SimClaims(store.state, store.queue)
         super().__init__(settings, store, world.agents_stub)
-        store.owner = self
+        store.claims.owner = self
         self.world = world
         self.owner = f"owner-{number}"
+        self.context = SimContext(**{**vars(self.context), "owner": self.owner}, executor=self)
         self.is_tick = world.faults and world.random.random() < 0.3
         self.is_dead = False
         self.suspended_until = 0.0
@@ -454,9 +462,9 @@ class Simulation:
             protocol = self.random.choice(["tasks", "tasks", "execute"])
             agent = SimAgent(self, f"10.0.0.{number}", protocol)
             self.agents[agent.address] = agent
-            self.store.add_node(f"edge-{number}", agent.address, agent_protocol=protocol)
+            self.store.nodes.add(f"edge-{number}", agent.address, agent_protocol=protocol)
         for target in self.random.choices(["cdn", "dns"], k=self.random.randint(1, 3)):
-            self.store.create_release(rc.ReleaseRequest(target, payload=self._payload(), strategy=self._strategy()),
+            self.store.releases.create(rc.ReleaseRequest(target, payload=self._payload(), strategy=self._strategy()),
                                       "test")
         if self.steering:
             self.at(self.random.uniform(0, 5), self._steer)
@@ -488,7 +496,7 @@ class Simulation:
         if not is_late and verb in ("cancel", rc.CANCEL_BY_FORCE) and self.random.random() < 0.7:
             return
         with contextlib.suppress(rc.AppError):
-            if verb == "freeze" or (is_late and self.store.freeze().frozen):
+            if verb == "freeze" or (is_late and self.store.releases.freeze().frozen):
                 self._set_freeze(not is_late and self.random.random() < 0.4)
             releases = list(self.versions)
             for release_id in releases if is_late else releases and [self.random.choice(releases)]:
@@ -504,17 +512,18 @@ class Simulation:
                 self._set_freeze(True)
 
     def _set_freeze(self, is_on: bool) -> None:
-        self.store.set_freeze(is_on, "anna", "holidays")
+        self.store.releases.set_freeze(is_on, "anna", "holidays")
         self.note(f"freeze {'on' if is_on else 'off'}")
 
     def _use(self, verb: str, release_id: int) -> None:
         if verb == "freeze":
             return
-        before = self.store.release(release_id)
+        before = self.store.releases.get(release_id)
         for accepts in (False, True):
             more: typing.Any = {"accept_failures": accepts} if verb == "resume" else {}
             with contextlib.suppress(rc.AppError):
-                self.store.act(verb, release_id, "anna", **more)
+                more = {"accept_failures": accepts} if verb == "resume" else {}
+                self.store.releases.act(verb, release_id, "anna", **more)
                 self.note(f"{verb} release {release_id}")
                 self.figures["verbs"] += 1
                 self.ledger.resumed.add((release_id, before.passed_batch))
@@ -523,7 +532,7 @@ class Simulation:
     def _act(self, verb: str) -> None:
         release_id = self.random.choice(list(self.versions))
         try:
-            self.store.act(verb, release_id, "anna")
+            self.store.releases.act(verb, release_id, "anna")
         except rc.DatabaseError:
             self.at(1.0, lambda: self._act(verb))
         except rc.AppError:
@@ -535,7 +544,7 @@ class Simulation:
 
     def _resume(self, release_id: int) -> None:
         try:
-            self.store.act("resume", release_id, "anna")
+            self.store.releases.act("resume", release_id, "anna")
         except rc.DatabaseError:
             self.at(1.0, lambda: self._resume(release_id))
         except rc.AppError:
@@ -625,7 +634,7 @@ class Simulation:
     def _look(self, owner: SimExecutor) -> None:
         self.at(INTERVAL_S, lambda: self._look(owner), owner)
         with contextlib.suppress(rc.AppError, rc.StateMoved):
-            owner._look([], owner.is_tick)
+            owner.claim_runnable([], owner.is_tick)
 
     def _renew(self, owner: SimExecutor) -> None:
         self.at(TTL_S / 3, lambda: self._renew(owner), owner)
@@ -694,7 +703,7 @@ class Simulation:
 
         def leave() -> None:
             if op == rc.DISPATCH and not driver.may_dispatch(written_at):
-                answer(rc.AgentError(rc.UNREACHABLE, "too late", reached=False, is_held=True))
+                answer(rc.AgentError(rc.UNREACHABLE, "too late", reached=False, is_not_sent=True))
                 return
             if op == rc.DISPATCH:
                 self._check_dispatch(send, task)
@@ -806,7 +815,7 @@ class Simulation:
                 self.at(wait_s, lambda: answer(value), owner)
                 return
             if is_lost:
-                value = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_HOLD_S)
+                value = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_BUSY_S)
             self.at(0.01, lambda: answer(value), owner)
 
         def arrive() -> None:
@@ -844,7 +853,7 @@ class Simulation:
         if run is None:
             deliver(self._already(send.version, agent.applied, task.id))
             return
-        cut = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_HOLD_S)
+        cut = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_BUSY_S)
         self.at(max(0.0, run.ends - self.now), lambda: deliver(
             self._word(run, task.id) if run.killed is None else cut))
 
@@ -1224,7 +1233,7 @@ class SharedSimulation(Simulation):
         agent.renames = agent.protocol == "tasks" and self.random.random() < 0.3
         self.figures["renamed"] += agent.renames
         self.agents[address] = agent
-        self.store.add_node(name, address, agent_protocol=agent.protocol)
+        self.store.nodes.add(name, address, agent_protocol=agent.protocol)
 
     def _enter_twice(self) -> None:
         """Enters a host once more, as a person does with SQL; enabled now, or later."""
@@ -1275,7 +1284,7 @@ class SharedSimulation(Simulation):
                                     strategy=self._strategy(), node_ids=chosen)
         is_twice = self.is_twice(chosen or ids)
         try:
-            (store or rc.Store(self.database, SimClock(self))).create_release(request, "test")
+            (store or rc.Store(self.database, SimClock(self))).releases.create(request, "test")
         except rc.AppError as error:
             self.note(f"no release: {error}")
             self.figures["refused twins"] += is_twice and error.code == 3003
@@ -1360,7 +1369,7 @@ class SharedSimulation(Simulation):
         for release_id, status, strategy in self.database.look_in("SELECT id, status, strategy FROM release_tasks"):
             if status in (rc.PENDING, rc.PAUSED) and self._start_at(strategy) > rc.utc_text(self.wall + 60):
                 with contextlib.suppress(rc.AppError):
-                    self.store.act("cancel", release_id, "anna")
+                    self.store.releases.act("cancel", release_id, "anna")
 
     def _hold_long(self) -> None:
         """Pauses a release or freezes all for longer than a node may take; somebody restarts an agent meanwhile."""
@@ -1430,7 +1439,7 @@ class SharedSimulation(Simulation):
         """Does what the runbook says after a restore: new versions begin above all that agents have."""
         first = max((send.version for send in self.sends), default=0) + 1
         with contextlib.suppress(rc.DatabaseError):
-            rc.Store(self.database, SimClock(self)).set_first_version(first)
+            rc.Store(self.database, SimClock(self)).releases.set_first_version(first)
             self.ledger.first_version, self.ledger.first_set = first, next(self.numbers)
 
 

@@ -16,7 +16,7 @@ import releasectl as rc
 
 def settle(store: rc.Store, release: rc.Release, *found: str) -> rc.Release:
     """Lets a release have ended with its nodes, by id, in these statuses."""
-    nodes = sorted(node.node_id for node in store.release_with_nodes(release.id)[1])
+    nodes = sorted(node.node_id for node in store.releases.with_nodes(release.id)[1])
     assert len(nodes) == len(found)
     for node_id, status in zip(nodes, found):
         sql(store, "UPDATE release_task_nodes SET status = ?, attempts = ? WHERE release_task_id = ? AND node_id = ?",
@@ -24,7 +24,7 @@ def settle(store: rc.Store, release: rc.Release, *found: str) -> rc.Release:
     status = "success" if set(found) == {"success"} else "cancelled" if set(found) == {"skipped"} else "failed"
     sql(store, "UPDATE release_tasks SET status = ?, finished_at = updated_at, success_nodes = ?, failed_nodes = ? "
                "WHERE id = ?", status, found.count("success"), found.count("failed"), release.id)
-    return store.release(release.id)
+    return store.releases.get(release.id)
 
 
 def ended(store: rc.Store, content: str, *found: str, **fields) -> rc.Release:
@@ -34,7 +34,7 @@ def ended(store: rc.Store, content: str, *found: str, **fields) -> rc.Release:
 
 def good(store: rc.Store, content: str, *node_ids: int, **fields) -> rc.Release:
     """Makes a release that succeeded on these nodes; without any on all of them."""
-    node_ids = node_ids or tuple(range(1, store.nodes().total + 1))
+    node_ids = node_ids or tuple(range(1, store.nodes.page().total + 1))
     return ended(store, content, *["success"] * len(node_ids), node_ids=list(node_ids), **fields)
 
 
@@ -44,8 +44,8 @@ def content_of(release: rc.Release) -> str:
 
 def brought_back(store: rc.Store, release: rc.Release, **wish) -> tuple[str, tuple[int, int] | None]:
     """Gives what a rollback brings back, and of which release; the plan says the same."""
-    plan = store.plan_again("rollback", release.id, rc.Again(**wish))
-    made = store.rollback(release.id, "anna", rc.Again(**wish))
+    plan = store.releases.plan_again("rollback", release.id, rc.Again(**wish))
+    made = store.releases.rollback(release.id, "anna", rc.Again(**wish))
     assert plan.batches == made.batches
     assert plan.version == made.release.version
     return content_of(made.release), plan.payload_of
@@ -112,7 +112,7 @@ def test_rule_10_a_success_of_another_node_is_no_past_of_this_one(store):
     assert brought_back(store, bad)[0] == "A"
     alone = good(store, "D", 2, target="dns")
     with pytest.raises(rc.AppError, match=f"no release of target dns before {alone.id} succeeded on") as refused:
-        store.rollback(alone.id, "anna")
+        store.releases.rollback(alone.id, "anna")
     assert refused.value.code == 3003
 
 
@@ -140,14 +140,14 @@ def test_rule_10_a_rollback_goes_to_the_nodes_that_were_touched(store):
     bad = ended(store, "B", "success", "failed", "failed", "skipped")
     sql(store, "UPDATE release_task_nodes SET error_kind = 'rejected', attempts = 0 WHERE release_task_id = 2 AND "
                "node_id = 3")  # it had a higher version, and was sent nothing
-    assert store.rollback(bad.id, "anna").batches == [[1], [2]]
+    assert store.releases.rollback(bad.id, "anna").batches == [[1], [2]]
 
 
 # -- content that somebody had rolled back ----------------------------------------------------------------------
 
 def cancelled_rollback(store: rc.Store, release: rc.Release) -> rc.Release:
     """Rolls a release back, and calls that off before anything was sent: its content stays on the nodes."""
-    return store.act("cancel", store.rollback(release.id, "anna").release.id, "anna")
+    return store.releases.act("cancel", store.releases.rollback(release.id, "anna").release.id, "anna")
 
 
 def test_rule_10_content_that_somebody_had_rolled_back_does_not_come_again(store):
@@ -194,38 +194,38 @@ def test_rule_10_the_batches_are_the_old_ones_and_what_had_failed_comes_last_in_
     good(store, "A")
     bad = ended(store, "B", "success", "failed", "success", "success", "failed", "success", "success",
                 strategy={"batches": [1, 2, 2], "maxFailed": 1, "soakSec": 60, "pauseAfter": [1, 2]})
-    made = store.rollback(bad.id, "anna")
+    made = store.releases.rollback(bad.id, "anna")
     assert made.batches == [[1], [3], [4], [6, 7], [2, 5]]
     assert rc.parse_json(made.release.strategy) == {"batches": [1, 1, 1, 2], "maxFailed": 1}
-    nodes = store.release_with_nodes(made.release.id)[1]
+    nodes = store.releases.with_nodes(made.release.id)[1]
     assert {node.node_id for node in nodes if node.accepted} == {2, 5}
-    assert store.plan_again("rollback", bad.id, rc.Again()).max_failed == [1, 1, 1, 1, 3]
+    assert store.releases.plan_again("rollback", bad.id, rc.Again()).max_failed == [1, 1, 1, 1, 3]
 
 
 def test_rule_10_a_release_that_failed_everywhere_is_rolled_back_in_one_batch(store):
     add_nodes(store, 3)
     good(store, "A")
     bad = ended(store, "B", "failed", "failed", "skipped", strategy={"batches": [2]})
-    assert store.rollback(bad.id, "anna").batches == [[1, 2]]
+    assert store.releases.rollback(bad.id, "anna").batches == [[1, 2]]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failed", [False, True])
 def test_rule_10_a_release_of_as_many_batches_as_there_may_be_can_be_rolled_back(store, failed):
     count = rc.MAX_BATCHES + 2
-    store.add_nodes([(f"edge-{n}", f"10.1.{n >> 8}.{n & 255}", 8443, "tasks", "{}", 1, "online")
+    store.nodes.add_all([(f"edge-{n}", f"10.1.{n >> 8}.{n & 255}", 8443, "tasks", "{}", 1, "online")
                      for n in range(1, count + 1)])
     good(store, "A")
     bad = ended(store, "B", *["success"] * (count - 1), "failed" if failed else "success",
                 strategy={"batches": [1] * rc.MAX_BATCHES})
-    made = store.rollback(bad.id, "anna")
+    made = store.releases.rollback(bad.id, "anna")
     assert [len(batch) for batch in made.batches] == [1] * rc.MAX_BATCHES + ([1, 1] if failed else [2])
     by_hand = ended(store, "C", *["success"] * count)
     sql(store, "UPDATE release_task_nodes SET batch = node_id WHERE release_task_id = ?", by_hand.id)
-    made = store.rollback(by_hand.id, "anna")
+    made = store.releases.rollback(by_hand.id, "anna")
     assert [len(batch) for batch in made.batches] == [1] * count
     settle(store, made.release, *["failed"] * count)
-    assert store.retry(made.release.id, "anna").release.total_nodes == count
+    assert store.releases.retry(made.release.id, "anna").release.total_nodes == count
 
 
 def test_rule_10_a_dead_node_does_not_keep_the_others_from_what_they_had_before(world):
@@ -233,17 +233,17 @@ def test_rule_10_a_dead_node_does_not_keep_the_others_from_what_they_had_before(
     strategy = {"batches": [1, 2], "retries": 0, "maxFailedTotal": 0, "onExceed": "pause"}
     before = new_release(world.store, payload={"content": "A"})
     world.drain()
-    assert world.store.release(before.id).status == "success"
+    assert world.store.releases.get(before.id).status == "success"
     world.agent(1).set(mode="refuse")
     bad = new_release(world.store, payload={"content": "B"}, strategy=strategy)
     world.drain()
-    world.store.act("resume", bad.id, "anna", accept_failures=True)
+    world.store.releases.act("resume", bad.id, "anna", accept_failures=True)
     world.drain()
     assert statuses(world.store, bad.id) == ["failed", "success", "success", "success"]
-    made = world.store.rollback(bad.id, "anna")
+    made = world.store.releases.rollback(bad.id, "anna")
     assert made.batches == [[2, 3], [4], [1]]
     world.drain()
-    back = world.store.release(made.release.id)
+    back = world.store.releases.get(made.release.id)
     assert (back.status, back.success_nodes, back.failed_nodes) == ("partial", 3, 1)
     assert {world.agent(number).content for number in (2, 3, 4)} == {payload_sha256({"content": "A"})}
 
@@ -256,9 +256,9 @@ def test_rule_10_a_node_that_had_failed_and_lives_again_is_brought_back_too(worl
     bad = new_release(world.store, payload={"content": "B"})
     world.drain()
     world.agent(1).set(outcome="success")
-    made = world.store.rollback(bad.id, "anna").release
+    made = world.store.releases.rollback(bad.id, "anna").release
     world.drain()
-    assert (world.store.release(made.id).status, statuses(world.store, made.id)) == ("success", ["success"])
+    assert (world.store.releases.get(made.id).status, statuses(world.store, made.id)) == ("success", ["success"])
     assert world.agent(1).runs[-1]["payloadSha256"] == payload_sha256({"content": "A"})
 
 
@@ -268,9 +268,9 @@ def test_rule_10_a_node_that_had_not_failed_still_stops_a_rollback(world):
     bad = new_release(world.store, payload={"content": "B"})
     world.drain()
     world.agent(1).set(mode="refuse")
-    made = world.store.rollback(bad.id, "anna").release
+    made = world.store.releases.rollback(bad.id, "anna").release
     world.drain()
-    assert (world.store.release(made.id).status, statuses(world.store, made.id)) == (
+    assert (world.store.releases.get(made.id).status, statuses(world.store, made.id)) == (
         "failed", ["failed", "skipped", "skipped"])
 
 
@@ -300,8 +300,8 @@ def test_rule_10_a_to_release_that_can_not_be_meant_is_refused_and_nothing_is_wr
     good(store, "C")
     bad = good(store, "B")
     before = everything(store)
-    for deed in (lambda wish: store.rollback(bad.id, "anna", wish),
-                 lambda wish: store.plan_again("rollback", bad.id, wish)):
+    for deed in (lambda wish: store.releases.rollback(bad.id, "anna", wish),
+                 lambda wish: store.releases.plan_again("rollback", bad.id, wish)):
         with pytest.raises(rc.AppError, match=words) as refused:
             deed(rc.Again(to_release=to_release))
         assert refused.value.code == code
@@ -316,7 +316,7 @@ def verb(request) -> str:
 
 
 def make_again(store: rc.Store, verb: str, release: rc.Release, **wish) -> rc.Made:
-    return getattr(store, verb)(release.id, "anna", rc.Again(**wish))
+    return getattr(store.releases, verb)(release.id, "anna", rc.Again(**wish))
 
 
 def test_rule_10_nothing_newer_is_replaced_without_a_word(store, verb):
@@ -326,7 +326,7 @@ def test_rule_10_nothing_newer_is_replaced_without_a_word(store, verb):
     newer = good(store, "C")
     before = everything(store)
     names = "edge-1 and 2 more" if verb == "retry" else "edge-1 and 1 more"
-    for deed in (make_again, lambda s, v, r: s.plan_again(v, r.id)):
+    for deed in (make_again, lambda s, v, r: s.releases.plan_again(v, r.id)):
         with pytest.raises(rc.AppError) as refused:
             deed(store, verb, old)
         assert refused.value.code == 3003
@@ -419,7 +419,7 @@ def test_rule_10_over_newer_and_to_release_are_asked_for_in_the_body(client, ver
     for number in ("3", 0, -1, 3.5, True, None, 2**63):
         assert client.code("POST", path, {"overNewer": True, "toRelease": number}) == 2003
     made = client.ok("POST", path, {"overNewer": True, **to}, 201)
-    assert content_of(client.store.release(made["releaseId"])) == "C"
+    assert content_of(client.store.releases.get(made["releaseId"])) == "C"
 
 
 def test_rule_10_the_same_key_and_body_again_gives_the_same_answer_and_makes_nothing_more(client, verb):
@@ -429,7 +429,7 @@ def test_rule_10_the_same_key_and_body_again_gives_the_same_answer_and_makes_not
     assert (first.status, first.data["leftOut"]) == (201, LEFT_OUT)
     # whatever has become of the nodes, and of what was made, meanwhile
     sql(client.store, "UPDATE nodes SET enabled = 1, status = 'online'")
-    settle(client.store, client.store.release(first.data["releaseId"]), "success", "success")
+    settle(client.store, client.store.releases.get(first.data["releaseId"]), "success", "success")
     before = everything(client.store)
     for _ in range(2):
         again = client("POST", path, {"reason": "again"}, key)
@@ -444,7 +444,7 @@ def test_rule_10_one_key_makes_one_release_also_for_many_who_ask_at_the_same_tim
             **JSON, "Idempotency-Key": "k-1"}), range(6)))
     assert [answer.status for answer in answers] == [201] * 6
     assert all(answer.data == answers[0].data for answer in answers)
-    assert client.store.releases().total == 3
+    assert client.store.releases.page().total == 3
 
 
 def test_rule_10_a_key_that_was_for_something_else_is_refused(client):
@@ -486,15 +486,15 @@ def test_rule_10_a_payload_without_websites_does_not_come_back_to_an_execute_nod
         make_again(store, verb, old)
     assert no.value.code == 3003
     sql(store, "UPDATE release_tasks SET payload = '{\"websites\":[],\"v\":' || id || '}'")
-    assert store.plan_again(verb, old.id).emptied == ["edge-1"]
+    assert store.releases.plan_again(verb, old.id).emptied == ["edge-1"]
     assert rc.parse_json(make_again(store, verb, old).release.payload)["websites"] == SITES["websites"]
 
 
 def test_rule_10_a_release_that_is_at_its_end_never_changes(store, verb):
     old = left_two_out(store)
-    before = store.release_with_nodes(old.id), store.events(old.id)
+    before = store.releases.with_nodes(old.id), store.releases.events(old.id)
     make_again(store, verb, old)
-    assert (store.release_with_nodes(old.id), store.events(old.id)) == before
+    assert (store.releases.with_nodes(old.id), store.releases.events(old.id)) == before
 
 
 # -- prune keeps what rule 10 needs ------------------------------------------------------------------------------
@@ -503,8 +503,8 @@ def prune(store: rc.Store, keep: int = 1) -> list[int]:
     """Lets all have ended long ago, deletes what prune would, and gives the ids that are left."""
     sql(store, "UPDATE release_tasks SET finished_at = ?, updated_at = ?",
         *[rc.utc_text(time.time() - 400 * 86400)] * 2)
-    store.forget([release.id for release in store.old_releases(90 * 86400.0, keep)])
-    return sorted(release.id for release in store.releases(size=100).items)
+    store.releases.delete([release.id for release in store.releases.old(90 * 86400.0, keep)])
+    return sorted(release.id for release in store.releases.page(size=100).items)
 
 
 def test_rule_10_prune_keeps_on_each_node_what_a_rollback_would_bring_back_to_it(store):
@@ -512,9 +512,9 @@ def test_rule_10_prune_keeps_on_each_node_what_a_rollback_would_bring_back_to_it
     for content, node_ids in (("A", (1, 2, 3)), ("X", (3,)), ("A", (2,)), ("B", (1, 2, 3)), ("B", (1, 2, 3))):
         good(store, content, *node_ids)
     # 4 is as 5 is; node 1 would vote for 1, node 2 for 3, node 3 for 2
-    before = [store.plan_again("rollback", 5).payload_of, content_of(store.release(3))]
+    before = [store.releases.plan_again("rollback", 5).payload_of, content_of(store.releases.get(3))]
     assert prune(store) == [1, 2, 3, 5]
-    assert [store.plan_again("rollback", 5).payload_of, content_of(store.release(3))] == before
+    assert [store.releases.plan_again("rollback", 5).payload_of, content_of(store.releases.get(3))] == before
 
 
 def test_rule_10_prune_keeps_the_newest_success_of_each_node(store):
@@ -534,11 +534,11 @@ def test_rule_10_prune_does_not_take_what_was_rolled_back_for_what_would_come_ag
     cancelled_rollback(store, bad)
     worse = good(store, "C")
     # 2 is what a rollback of 5 brings back; 3 is not, though it is the newer success
-    assert store.plan_again("rollback", worse.id).payload_of == (2, 2)
+    assert store.releases.plan_again("rollback", worse.id).payload_of == (2, 2)
     left = prune(store)
     assert {2, 5} <= set(left)
     assert 1 not in left
-    assert store.plan_again("rollback", worse.id).payload_of == (2, 2)
+    assert store.releases.plan_again("rollback", worse.id).payload_of == (2, 2)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -550,20 +550,20 @@ def test_rule_10_every_rollback_of_what_stays_is_the_same_after_prune_as_before(
         release = ended(store, content, *["failed" if (number + n) % 4 == 0 else "success" for n in node_ids],
                         node_ids=node_ids)
         if number in (5, 9):
-            store.act("cancel", store.rollback(release.id, "anna").release.id, "anna")
-    newest = sorted(r.id for r in store.releases(size=100).items)[-keep:]
+            store.releases.act("cancel", store.releases.rollback(release.id, "anna").release.id, "anna")
+    newest = sorted(r.id for r in store.releases.page(size=100).items)[-keep:]
 
     def plans() -> list[object]:
         found: list[object] = []
         for release_id in newest:
             try:
-                plan = store.plan_again("rollback", release_id, rc.Again(over_newer=True))
-                found.append((content_of(store.release(plan.payload_of[0])), plan.batches))
+                plan = store.releases.plan_again("rollback", release_id, rc.Again(over_newer=True))
+                found.append((content_of(store.releases.get(plan.payload_of[0])), plan.batches))
             except rc.AppError as error:
                 found.append(error.code)
         return found
 
-    before, count = plans(), store.releases().total
+    before, count = plans(), store.releases.page().total
     assert any(isinstance(plan, tuple) for plan in before)
     assert len(prune(store, keep)) < count
     assert plans() == before

@@ -81,7 +81,7 @@ def among_others(method: Callable[..., Coroutine[rc.Wait, None, object]]) -> Cal
                 outcome.put((await method(*arguments), None))
             except Exception as error:
                 outcome.put((None, error))
-        others = rc.Conversations()
+        others = rc.EventLoop()
         others.start()
         others.submit(talk())
         try:
@@ -357,14 +357,14 @@ def test_a_cut_connection_holds_the_next_request_for_5_s(client, new_peer, case,
         assert when in ("before it answered", "in the middle of its answer")
     else:
         when = "in the middle of its answer" if CUT[case] else "before it answered"
-    assert_tells(error, "unreachable", f"A cut the connection {when}", hold_s=rc.CUT_HOLD_S)
+    assert_tells(error, "unreachable", f"A cut the connection {when}", hold_s=rc.CUT_BUSY_S)
     assert len(peer.requests) == 1, "a request whose answer was lost is not repeated at once"
 
 
 def test_a_cut_404_is_no_word_that_the_task_is_unknown(client, new_peer):
     peer = new_peer(says(b"HTTP/1.1 404 Not Found\r\nContent-Ty"))
     assert_tells(error_of(client.query, peer.address(), TASK_ID), "unreachable",
-                 "A cut the connection in the middle of its answer", hold_s=rc.CUT_HOLD_S)
+                 "A cut the connection in the middle of its answer", hold_s=rc.CUT_BUSY_S)
 
 
 # -- the tasks dialect -----------------------------------------------------------------------

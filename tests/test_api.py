@@ -21,6 +21,7 @@ from lab import (
     misfit,
     new_release,
     read_answer,
+    replace_handler,
     serving_one_node,
     sha256,
     split_answer,
@@ -46,7 +47,7 @@ ROUTES = {
     ("PATCH", "/api/v1/nodes/{id}"), ("DELETE", "/api/v1/nodes/{id}"),
     ("GET", "/api/v1/freeze"), ("PUT", "/api/v1/freeze"),
     ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"), ("GET", "/openapi.json"),
-    ("GET", "/"), ("GET", "/api/v1/health"),
+    ("GET", "/"), ("GET", "/api/v1/health"), ("GET", "/api/v1/audit"),
 }
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def new_tokens(tmp_path):
 
 def ended(store: rc.Store, *statuses: str) -> int:
     """Creates a release, and lets it have ended with its nodes in these statuses; gives its id."""
-    release, batches, _ = store.create_release(rc.ReleaseRequest(payload={"for": list(statuses)}), "test")
+    release, batches, _ = store.releases.create(rc.ReleaseRequest(payload={"for": list(statuses)}), "test")
     with store.database.transaction(write=True) as tx:
         for node_id, status in zip([node_id for batch in batches for node_id in batch], statuses):
             tx.execute("UPDATE release_task_nodes SET status = ? WHERE release_task_id = ? AND node_id = ?",
@@ -207,7 +208,7 @@ def test_a_verb_in_the_wrong_state_is_3003_and_changes_nothing(client):
     before = client.ok("GET", "/api/v1/releases/1")
     for verb in ("pause", "resume", "cancel", "retry"):
         answer = client("POST", f"/api/v1/releases/1/{verb}")
-        assert (answer.code, answer.message.startswith(f"release 1 is success: {verb} needs ")) == (3003, True)
+        assert (answer.code, answer.message.startswith("release 1 succeeded; only ")) == (3003, True)
     answer = client("POST", "/api/v1/releases/1/rollback")
     assert (answer.code, "nothing to roll back to" in answer.message) == (3003, True)
     assert client.ok("GET", "/api/v1/releases/1") == before
@@ -473,10 +474,10 @@ def test_a_body_of_1_mib_is_read(lite):
 
 
 def test_a_failure_of_our_own_is_5001_without_a_stack_trace(refusing, monkeypatch, caplog):
-    def explode(_request: rc.Request) -> rc.Reply:
+    def explode(_api: rc.Api, _request: rc.Request) -> rc.Reply:
         raise RuntimeError("hunter2")
 
-    monkeypatch.setattr(refusing.server.api, "list_nodes", explode)
+    replace_handler(monkeypatch, rc.Api.list_nodes, explode)
     monkeypatch.setattr(rc.log, "propagate", True)
     answer = refusing("GET", "/api/v1/nodes")
     assert (answer.code, "hunter2" in answer.text) == (5001, False)
@@ -608,7 +609,7 @@ def test_a_token_is_known_by_its_sha256(guarded):
 def test_a_viewer_reads_and_only_an_operator_changes(guarded):
     guarded.token = "viewer-secret"
     refused = {(method, path) for method, path in ROUTES if guarded(method, path.replace("{id}", "99")).code == 1004}
-    assert refused == {(method, path) for method, path in ROUTES if method != "GET"}
+    assert refused == {(method, path) for method, path in ROUTES if method != "GET"} | {("GET", "/api/v1/audit")}
     guarded.token = "operator-secret"
     for method, path in ROUTES:
         assert guarded(method, path.replace("{id}", "99")).code not in (1001, 1002, 1004)
@@ -793,7 +794,8 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
             ("PATCH", "/api/v1/nodes/{id}", 3, {"status": "offline", "enabled": False}),
             ("GET", "/api/v1/nodes/{id}", 3, None), ("DELETE", "/api/v1/nodes/{id}", 3, None),
             ("PUT", "/api/v1/freeze", 0, {"frozen": True, "reason": "x"}), ("GET", "/api/v1/freeze", 0, None),
-            ("GET", "/api/v1/health", 0, None), ("GET", "/healthz", 0, None), ("GET", "/readyz", 0, None)):
+            ("GET", "/api/v1/health", 0, None), ("GET", "/healthz", 0, None), ("GET", "/readyz", 0, None),
+                ("GET", "/api/v1/audit", 0, None)):
         operation = document["paths"][path][method.lower()]
         answer = client(method, path.replace("{id}", str(number)), body)
         schema = operation["responses"][str(answer.status)]["content"]["application/json"]["schema"]
@@ -812,7 +814,7 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
 
 def test_dry_run_answers_the_plan_with_200_and_writes_nothing(client):
     add_nodes(client.store, 20)
-    client.store.update_node(3, {"status": "maintenance"})
+    client.store.nodes.update(3, {"status": "maintenance"})
     body = {"strategy": {"batches": [1, "50%"], "maxFailed": "20%", "maxFailedTotal": 1}, "dryRun": True}
     plan = client.ok("POST", "/api/v1/releases", body)
     assert [(len(b["nodeIds"]), b["maxFailed"]) for b in plan["batches"]] == [(1, 0), (9, 1), (9, 1)]
@@ -833,7 +835,7 @@ def test_dry_run_answers_the_plan_with_200_and_writes_nothing(client):
     ({"dryRun": True, "strategy": {"pauseAfter": [9]}}, 2003, "pauseAfter")])
 def test_a_choice_or_strategy_that_can_not_be_meant_is_refused_by_name(client, body, code, named):
     add_nodes(client.store, 2)
-    client.store.update_node(2, {"enabled": 0})
+    client.store.nodes.update(2, {"enabled": 0})
     answer = client("POST", "/api/v1/releases", body)
     assert (answer.code, named in answer.message) == (code, True), answer.message
     assert client.ok("GET", "/api/v1/releases")["total"] == 0
@@ -933,4 +935,4 @@ def test_what_is_given_twice_in_a_request_is_refused(lite):
         raw = lite.raw(b"POST /api/v1/releases HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
                        b"%s: a\r\n%s: a\r\nContent-Length: 2\r\n\r\n{}" % (header, header))
         assert split_answer(raw)[0] == 400, header
-    assert (lite.store.releases().total, lite.store.nodes().total) == (0, 1)
+    assert (lite.store.releases.page().total, lite.store.nodes.page().total) == (0, 1)

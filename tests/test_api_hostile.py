@@ -39,6 +39,7 @@ from lab import (
     new_release,
     read_all,
     read_answer,
+    replace_handler,
     seats,
     serving,
     serving_one_node,
@@ -140,8 +141,8 @@ def test_a_hostile_request_ends_in_the_envelope_or_a_close_within_a_second(besie
     assert took < 1.0
     if answers:
         assert (answers[-1].headers["Connection"] == "close") == (case.end in ("close", "eof"))
-    assert besieged.store.nodes().total == 1, "a hidden request ran"
-    assert besieged.store.releases().total == 0
+    assert besieged.store.nodes.page().total == 1, "a hidden request ran"
+    assert besieged.store.releases.page().total == 0
 
 
 # -- deadlines ---------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def test_nobodys_body_is_read_without_a_good_token(new_server):
 
 def test_a_client_that_does_not_read_its_answer_holds_its_thread_until_the_deadline(new_server, impatient, monkeypatch):
     client = new_server()
-    monkeypatch.setattr(client.server.api, "metrics", lambda _request: rc.Reply(200, "x" * (64 << 20), "text/plain"))
+    replace_handler(monkeypatch, rc.Api.metrics, lambda *_: rc.Reply(200, "x" * (64 << 20), "text/plain"))
     with connected(client, sent=b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer viewer-secret\r\n"
                                 b"\r\n"):
         eventually(lambda: any(seat.is_at_work for seat in seats(client)))
@@ -217,11 +218,12 @@ def test_a_client_that_does_not_read_its_answer_holds_its_thread_until_the_deadl
 
 def test_clients_that_do_not_read_their_answers_hold_nobody_out(new_server, monkeypatch):
     client = new_server(HTTP_MAX_CONNECTIONS=4, HTTP_MAX_CONNECTIONS_PER_ADDRESS=4)
-    monkeypatch.setattr(client.server.api, "page", lambda _request: rc.Reply(200, "x" * (64 << 20), "text/html"))
+    replace_handler(monkeypatch, rc.Api.page, lambda *_: rc.Reply(200, "x" * (64 << 20), "text/html"))
     with contextlib.ExitStack() as stack:
         for _ in range(4):
             stack.enter_context(connected(client, "127.0.0.2", sent=b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"))
-        eventually(lambda: sum(seat.is_owed and not seat.is_at_work for seat in seats(client)) == 4)
+        eventually(lambda: sum(
+            seat.owes_answer and not seat.is_at_work for seat in seats(client)) == 4)
         assert eventually(lambda: healthy(client, "127.0.0.9"))
 
 
@@ -272,15 +274,15 @@ def test_json_is_taken_up_to_its_depth(besieged, depth, code):
 
 @pytest.fixture
 def hold(monkeypatch):
-    """A function that makes GET /api/v1/nodes of a server wait, until the function that it gives is called."""
+    """A function that makes GET /api/v1/nodes wait, until the function that it returns is called."""
     events = []
-    monkeypatch.setattr(rc, "GRACE_S", 0.0)
+    monkeypatch.setattr(rc, "MIN_IDLE_S", 0.0)
 
-    def hold(client: Client) -> Any:
+    def hold() -> Any:
         released = threading.Event()
         events.append(released)
-        list_nodes = client.server.api.list_nodes
-        monkeypatch.setattr(client.server.api, "list_nodes", lambda request: released.wait(30) and list_nodes(request))
+        list_nodes = rc.Api.list_nodes
+        replace_handler(monkeypatch, list_nodes, lambda api, request: released.wait(30) and list_nodes(api, request))
         return released.set
 
     yield hold
@@ -298,7 +300,7 @@ def busy(client: Client, stack: contextlib.ExitStack, source: str, count: int,
     eventually(lambda: sum(seat.is_at_work for seat in seats(client)) == before + count)
 
 
-def assert_turned_away(client: Client, source: str) -> None:
+def assert_rejected(client: Client, source: str) -> None:
     with connected(client, source) as sock:  # it need not say anything to be told
         raw = read_all(sock)
     status, document = split_answer(raw)
@@ -313,27 +315,27 @@ def healthy(client: Client, source: str) -> bool:
 
 def test_one_address_may_have_so_many_connections_at_work_and_hurts_no_other(new_server, hold):
     client = new_server(HTTP_MAX_CONNECTIONS=16, HTTP_MAX_CONNECTIONS_PER_ADDRESS=4)
-    release = hold(client)
+    release = hold()
     with contextlib.ExitStack() as stack:
         busy(client, stack, "127.0.0.2", 4)
-        assert_turned_away(client, "127.0.0.2")
+        assert_rejected(client, "127.0.0.2")
         assert healthy(client, "127.0.0.3")
         release()
 
 
 def test_a_full_house_answers_503_at_once_and_serves_again_when_there_is_room(new_server, hold):
     client = new_server(HTTP_MAX_CONNECTIONS=4, HTTP_MAX_CONNECTIONS_PER_ADDRESS=2)
-    release = hold(client)
+    release = hold()
     with contextlib.ExitStack() as stack:
         busy(client, stack, "127.0.0.2", 2)
         busy(client, stack, "127.0.0.3", 2, b"another-secret")
-        assert_turned_away(client, "127.0.0.4")
+        assert_rejected(client, "127.0.0.4")
         release()
         eventually(lambda: healthy(client, "127.0.0.4"))
 
 
 def test_silence_keeps_nobody_out_neither_of_its_own_address_nor_of_others(new_server, impatient, monkeypatch):
-    monkeypatch.setattr(rc, "PROVE_S", 30.0)
+    monkeypatch.setattr(rc, "UNAUTHENTICATED_S", 30.0)
     client = new_server(HTTP_MAX_CONNECTIONS=8, HTTP_MAX_CONNECTIONS_PER_ADDRESS=5)
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(connected(client, "127.0.0.3")) for n in range(3)]
@@ -354,7 +356,7 @@ def test_silence_keeps_nobody_out_neither_of_its_own_address_nor_of_others(new_s
 
 
 def test_who_has_shown_a_token_loses_the_seat_last(new_server, impatient, monkeypatch):
-    monkeypatch.setattr(rc, "PROVE_S", 30.0)
+    monkeypatch.setattr(rc, "UNAUTHENTICATED_S", 30.0)
     client = new_server(HTTP_MAX_CONNECTIONS=4)
     connection = client.connect()
     try:
@@ -394,7 +396,7 @@ def test_there_are_never_more_threads_than_seats(new_server, impatient):
         assert len(client.server._workers._threads) <= 8
         assert len(seats(client)) <= 8
     eventually(lambda: not seats(client))
-    eventually(lambda: len(client.server._turned_away) <= rc.MAX_TURNED_AWAY)
+    eventually(lambda: len(client.server._rejected) <= rc.MAX_REJECTED)
 
 
 @pytest.mark.parametrize(("host", "network"), [
@@ -406,7 +408,7 @@ def test_an_address_is_ipv4_or_a_network_of_ipv6(host, network):
 
 def test_a_stop_lets_the_request_at_work_be_answered_and_ends_the_idle_ones(new_server, hold):
     client = new_server()
-    release = hold(client)
+    release = hold()
     with contextlib.ExitStack() as stack:
         idle = stack.enter_context(connected(client))
         asked = client.connect()
@@ -523,7 +525,7 @@ def post(client: Client, key: str, body: Any = None) -> Any:
 def test_the_same_key_and_body_give_the_first_answer_again(client):
     first, again = post(client, "k1"), post(client, "k1")
     assert (first.status, first.data) == (201, again.data)
-    assert (again.status, client.store.releases().total) == (201, 1)
+    assert (again.status, client.store.releases.page().total) == (201, 1)
     assert post(client, "k1", b'{ "reason" :\t"x"}').data == first.data  # the same JSON, written otherwise
     assert post(client, "k2").data["releaseId"] == 2
 
@@ -539,24 +541,24 @@ def test_another_body_under_the_same_key_is_3002_and_creates_nothing(client):
     post(client, "k1")
     answer = post(client, "k1", {"reason": "y"})
     assert (answer.status, answer.code, "release 1" in answer.message) == (409, 3002, True)
-    assert client.store.releases().total == 1
+    assert client.store.releases.page().total == 1
 
 
 def test_a_request_that_failed_may_be_repeated_with_its_key(client):
     for number in (1, 2, 3):
-        client.store.update_node(number, {"enabled": 0})
+        client.store.nodes.update(number, {"enabled": 0})
     assert post(client, "k1").code == 3003
-    client.store.update_node(1, {"enabled": 1})
+    client.store.nodes.update(1, {"enabled": 1})
     assert post(client, "k1").data["totalNodes"] == 1
 
 
 def test_a_key_is_kept_for_a_day(client):
     post(client, "k1")
     with client.store.database.transaction(write=True) as tx:
-        tx.execute("UPDATE idempotency_keys SET created_at = ?", rc.utc_text(time.time() - rc.ONCE_S + 60))
+        tx.execute("UPDATE idempotency_keys SET created_at = ?", rc.utc_text(time.time() - rc.IDEMPOTENCY_KEY_S + 60))
     assert post(client, "k1").data["releaseId"] == 1
     with client.store.database.transaction(write=True) as tx:
-        tx.execute("UPDATE idempotency_keys SET created_at = ?", rc.utc_text(time.time() - rc.ONCE_S - 1))
+        tx.execute("UPDATE idempotency_keys SET created_at = ?", rc.utc_text(time.time() - rc.IDEMPOTENCY_KEY_S - 1))
     assert post(client, "k1").data["releaseId"] == 2
     with client.store.database.transaction() as tx:
         assert tx.value("SELECT COUNT(*) FROM idempotency_keys") == 1
@@ -565,12 +567,12 @@ def test_a_key_is_kept_for_a_day(client):
 def test_a_key_holds_across_processes_and_among_requests_of_one_moment(database_url, open_store):
     stores = [open_store(database_url) for _ in range(4)]
     add_nodes(stores[0], 2)
-    once = rc.Once("oskar", "k1", "0" * 64)
+    once = rc.IdempotencyKey("oskar", "k1", "0" * 64)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda n: stores[n % 4].create_release(rc.ReleaseRequest(), "oskar", once), range(8)))
+        made = list(pool.map(lambda n: stores[n % 4].releases.create(rc.ReleaseRequest(), "oskar", once), range(8)))
     assert {one.release.id for one in made} == {1}
     assert all(one.batches == [[1], [2]] for one in made)
-    assert stores[0].create_release(rc.ReleaseRequest(), "vera", once._replace(actor="vera"))[0].id == 2
+    assert stores[0].releases.create(rc.ReleaseRequest(), "vera", once._replace(actor="vera"))[0].id == 2
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 129, "\xe9", "a\tb"])
@@ -590,9 +592,9 @@ def test_a_release_and_the_list_have_etags_and_304_for_who_has_them(client):
             again = client("GET", path, headers={"If-None-Match": known})
             assert (again.status, again.text, again.headers["ETag"]) == (304, "", etag)
         assert client("GET", path, headers={"If-None-Match": '"x"'}).status == 200
-        client.store.act("pause", 1, "test")
+        client.store.releases.act("pause", 1, "test")
         assert client("GET", path, headers={"If-None-Match": etag}).status == 200
-        client.store.act("resume", 1, "test")
+        client.store.releases.act("resume", 1, "test")
 
 
 def test_a_request_id_is_taken_over_or_made_and_stands_in_answer_and_log(client, caplog, monkeypatch):
@@ -616,8 +618,8 @@ def test_who_waits_for_events_gets_them_also_those_of_another_process(client, da
     path = "/api/v1/releases/1/events?after=1&wait=30"
     waiting = threading.Thread(target=lambda: answers.append(client.ok("GET", path)))
     waiting.start()
-    eventually(lambda: any(seat.is_owed for seat in seats(client)))
-    other.act("pause", 1, "somebody")
+    eventually(lambda: any(seat.owes_answer for seat in seats(client)))
+    other.releases.act("pause", 1, "somebody")
     waiting.join(10)
     assert [event["event"] for event in answers[0]["items"]] == ["paused"]
 
@@ -639,7 +641,7 @@ def test_only_so_many_may_wait_for_events_and_the_next_is_answered_at_once(clien
         for _ in range(2):
             stack.enter_context(connected(client, sent=b"GET /api/v1/releases/1/events?after=1&wait=30 HTTP/1.1\r\n"
                                                        b"Host: localhost\r\n\r\n"))
-        eventually(lambda: sum(seat.is_owed for seat in seats(client)) == 2)
+        eventually(lambda: sum(seat.owes_answer for seat in seats(client)) == 2)
         eventually(lambda: client.server.api._waiters._value == 0)
         assert client.ok("GET", "/api/v1/releases/1/events?after=1&wait=30")["items"] == []
     eventually(lambda: client.server.api._waiters._value == 2, message="who hung up is waited with")
@@ -650,7 +652,7 @@ def test_a_stop_ends_the_wait_for_events(store):
     new_release(store)
     with serving(store) as client, connected(
             client, sent=b"GET /api/v1/releases/1/events?after=1&wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n") as sock:
-        eventually(lambda: any(seat.is_owed for seat in seats(client)))
+        eventually(lambda: any(seat.owes_answer for seat in seats(client)))
         client.server.shutdown()
         client.server.server_close()
         assert split_answer(read_all(sock))[0] == 200
@@ -705,10 +707,10 @@ def test_a_client_certificate_names_the_actor_and_the_token_gives_the_role(new_s
     client.token = "viewer-secret"
     answer = client("POST", "/api/v1/releases", {})
     name = next(value for part in certificate(certs)["subject"] for key, value in part if key == "commonName")
-    assert (answer.code, answer.message.split()[0]) == (1004, name.split()[0])
+    assert (answer.code, answer.message.split()[0]) == (1004, f"cert:{name.split()[0]}")
     client.token = "operator-secret"
     client.ok("POST", "/api/v1/releases", {}, 201)
-    assert client.store.events(1)[0].actor == name
+    assert client.store.releases.events(1)[0].actor == f"cert:{name}"
 
 
 def certificate(certs: Path) -> Any:

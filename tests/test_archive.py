@@ -72,8 +72,8 @@ def test_the_archive_holds_all_that_it_needs_and_nothing_is_missing_in_its_docs(
     folder = tmp_path / f"releasectl-{rc.__version__}"
     run("sha256sum", "-c", "--quiet", "SHA256SUMS", cwd=folder)
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert {"releasectl.py", "schema.sql", "Makefile", "LICENSE", "README.md", "README.zh-CN.md", "docs/releasectl.1",
-            "docs/systemd/releasectl.service", "scripts/demo.sh", "scripts/lab.sh"} <= found
+    assert {"releasectl.py", "schema.sql", "dashboard.html", "Makefile", "LICENSE", "README.md", "README.zh-CN.md",
+            "docs/releasectl.1", "docs/systemd/releasectl.service", "scripts/demo.sh", "scripts/lab.sh"} <= found
     clean = {"PATH": os.environ["PATH"]}
     version = run(sys.executable, "-I", folder / "releasectl.py", "version", cwd=tmp_path, env=clean)
     assert hashlib.sha256(Path(PROGRAM).read_bytes()).hexdigest() in version

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import json
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -20,6 +22,7 @@ from lab import (
     ROOT,
     Cli,
     Client,
+    Peer,
     add_nodes,
     connected,
     copy_pair,
@@ -28,11 +31,14 @@ from lab import (
     new_release,
     read_all,
     read_answer,
+    replace_handler,
     seats,
+    server_context,
     serving,
     settings_for,
     sha256,
     split_answer,
+    statuses,
     trusting,
 )
 
@@ -57,9 +63,11 @@ def logged(told):
 DECEIVING = {"zero width": "edge\u200b1", "bidi": "\u202eedge", "soft hyphen": "ed\u00adge", "Hangul filler": "a\u3164",
              "variation selector": "a\ufe0f", "Cyrillic in Latin": "\u0435dge", "Greek in Latin": "\u03bfpen",
              "decomposed": "e\u0301", "control": "a\x07", "line": "a\u2028b", "no-break space": "a\u00a0b",
-             "space before": " a", "blank Braille": "\u2800"}
+             "space before": " a", "blank Braille": "\u2800", "private use": "edge\ue000", "unassigned": "edge\u0378",
+             "empty note head": "a\U0001d159", "Khitan filler": "a\U00016fe4",
+             "Cyrillic behind a mark": "pa\u0335\u0443"}
 HONEST = ["edge-1", "\u8fb9\u7f18\u8282\u70b9", "Z\u00fcrich", "\u0441\u0435\u0440\u0432\u0435\u0440-web1", "10\u00b5s",
-          "a b", "\u65e5\u672c A"]
+          "a b", "\u65e5\u672c A", "\u0915\u093f\u0924\u093e\u092c", "q\u0307"]
 
 
 @pytest.mark.parametrize("text", DECEIVING.values(), ids=DECEIVING)
@@ -170,7 +178,7 @@ def test_readyz_tells_strangers_no_more_than_no_and_the_log_why(new_server, logg
     assert client("GET", "/readyz").message == answer.message
     client.token = "viewer-secret"
     assert str(tmp_path) in client("GET", "/readyz").message
-    time.sleep(rc.READY_LOOK_S)
+    time.sleep(rc.READY_CHECK_EVERY_S)
     client("GET", "/readyz")
     told = [line for line in logged() if line.startswith("not ready: ")]
     assert (len(told), str(tmp_path) in told[0]) == (1, True)
@@ -319,10 +327,10 @@ def test_who_waits_for_events_holds_no_operator_out(new_server):
 
 @pytest.fixture
 def hold(monkeypatch):
-    """A function that makes GET /api/v1/nodes of a server wait, at work, until the test is over."""
+    """A function that makes GET /api/v1/nodes wait, busy, until the test is over."""
     over = threading.Event()
-    yield lambda client: monkeypatch.setattr(client.server.api, "list_nodes",
-                                             lambda _request: over.wait(30) and rc.Reply(200, None))
+    yield lambda: replace_handler(monkeypatch, rc.Api.list_nodes,
+                                  lambda *_: over.wait(30) and rc.Reply(200, None))
     over.set()
 
 
@@ -332,7 +340,7 @@ def at_work(client: Client) -> int:
 
 def test_a_viewers_token_has_a_quarter_of_the_seats_and_half_of_an_address(new_server, hold):
     client = new_server(HTTP_MAX_CONNECTIONS=32, HTTP_MAX_CONNECTIONS_PER_ADDRESS=8)
-    hold(client)
+    hold()
     with contextlib.ExitStack() as stack:
         for source, most in (("127.0.0.1", 4), ("127.0.0.2", 8), ("127.0.0.3", 8)):
             sockets = [stack.enter_context(connected(client, source, request("GET", "/api/v1/nodes", "viewer-secret")))
@@ -347,7 +355,7 @@ def test_a_viewers_token_has_a_quarter_of_the_seats_and_half_of_an_address(new_s
 
 
 def test_idle_connections_of_a_token_give_way_to_its_own_next_one(new_server, monkeypatch):
-    monkeypatch.setattr(rc, "GRACE_S", 0.0)
+    monkeypatch.setattr(rc, "MIN_IDLE_S", 0.0)
     client = new_server(HTTP_MAX_CONNECTIONS=32, HTTP_MAX_CONNECTIONS_PER_ADDRESS=32)
     with contextlib.ExitStack() as stack:
         for _ in range(20):
@@ -359,19 +367,19 @@ def test_idle_connections_of_a_token_give_way_to_its_own_next_one(new_server, mo
 def large_release(client: Client) -> None:
     """A release of more nodes than are read freely, that is under way."""
     for number in range(rc.MAX_FREE_READ_NODES + 1):
-        client.store.add_node(f"n{number}", f"10.0.{number // 250}.{number % 250 + 1}")
+        client.store.nodes.add(f"n{number}", f"10.0.{number // 250}.{number % 250 + 1}")
     new_release(client.store)
 
 
 def test_few_wait_for_their_turn_to_read_a_whole_release_and_operators_go_first(new_server, monkeypatch):
     client = new_server()
     large_release(client)
-    turns = client.server.api._whole_reads
-    assert turns.take(rc.Request((), {}, {}, "", role=rc.VIEWER))
+    reads = client.server.api._whole_reads
+    assert reads.acquire(rc.Request((), {}, {}, "", role=rc.VIEWER))
     read: list[tuple[str, int]] = []
     taken: list[str] = []
-    take = turns.take
-    monkeypatch.setattr(turns, "take", lambda request: take(request) and not taken.append(request.role))
+    acquire = reads.acquire
+    monkeypatch.setattr(reads, "acquire", lambda request: acquire(request) and not taken.append(request.role))
 
     def reader(token: str, source: str) -> None:
         with connected(client, source, request("GET", "/api/v1/releases/1", token, "Connection: close")) as sock:
@@ -385,8 +393,8 @@ def test_few_wait_for_their_turn_to_read_a_whole_release_and_operators_go_first(
     assert at_work(client) <= rc.MAX_WHOLE_READ_QUEUE
     operator = threading.Thread(target=reader, args=("operator-secret", "127.0.0.1"))
     operator.start()
-    eventually(lambda: turns._waiting[rc.OPERATOR] == 1)
-    turns.leave(0.2)
+    eventually(lambda: reads._waiting[rc.OPERATOR] == 1)
+    reads.release(0.2)
     for thread in (*threads, operator):
         thread.join(20)
     assert [status for _, status in read] == [429] * 6 + [200] * 5
@@ -496,6 +504,38 @@ def test_a_crl_that_is_only_renewed_asks_to_connect_again(api, authority):
     assert api.code("GET", "/api/v1/nodes") == 0
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_crl_that_expires_ends_what_it_let_in_and_no_session_outlives_it(api, authority, monkeypatch, version):
+    api.context.maximum_version = version
+    sock = api.context.wrap_socket(socket.create_connection(api.address), server_hostname=ADDRESSES[0])
+    with sock:
+        for _ in range(2):  # the second answer comes after TLS 1.3's tickets
+            sock.sendall(request("GET", "/api/v1/nodes", "operator-secret"))
+            assert b" 200 " in sock.recv(65536)
+        session, now = sock.session, time.time()
+        monkeypatch.setattr(rc.time, "time", lambda: now + 49 * 3600)
+        sock.sendall(request("GET", "/api/v1/nodes", "operator-secret"))
+        assert b"5003" in sock.recv(65536)
+    resumed = api.context.wrap_socket(socket.create_connection(api.address), server_hostname=ADDRESSES[0],
+                                      session=session)
+    with resumed:
+        assert resumed.session_reused
+        resumed.sendall(request("GET", "/api/v1/nodes", "operator-secret"))
+        assert b"5003" in resumed.recv(65536)
+
+
+def test_the_crl_of_another_ca_that_expires_refuses_nobody(authority, tmp_path):
+    pki, both = tmp_path / "other-pki", tmp_path / "both.pem"
+    pki.mkdir()
+    authority.openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj",
+                      "/CN=other", "-keyout", f"{pki}/ca.key", "-out", f"{pki}/ca.crt")
+    crls = authority.publish(48), Authority(pki, tmp_path / "other").publish(1)
+    both.write_text("".join(Path(crl).read_text() for crl in crls))
+    ends = [rc.crl_end_of(ssl.PEM_cert_to_DER_cert(certificate.read_text()), str(both), "") - time.time()
+            for certificate in (authority.certs / "control.crt", pki / "ca.crt")]
+    assert [round(end / 3600) for end in ends] == [48, 1]
+
+
 def test_a_client_certificate_that_expires_ends_its_kept_connection(api, monkeypatch):
     monkeypatch.setattr(rc, "certificate_end", lambda _certificate: time.time() - 1)
     assert api.code("GET", "/api/v1/nodes") == 5003
@@ -536,17 +576,52 @@ def test_an_agent_whose_certificate_is_revoked_gets_nothing(sqlite_world, author
     fleet = Fleet(authority.certs, [AgentSpec(address, 0, "tasks") for address in ADDRESSES[:2]], task_ms=20).start()
     try:
         for number, address in enumerate(ADDRESSES[:2], 1):
-            sqlite_world.store.add_node(f"edge-{number}", address, fleet.agent(address).port)
+            sqlite_world.store.nodes.add(f"edge-{number}", address, fleet.agent(address).port)
         authority.revoke(f"agents/{ADDRESSES[1]}.crt")
         sqlite_world.certs = authority.certs
         new_release(sqlite_world.store)
         sqlite_world.drain(CONTROL_CA=authority.publish(), AGENT_RETRIES=0)
-        nodes = sqlite_world.store.release_with_nodes(1)[1]
+        nodes = sqlite_world.store.releases.with_nodes(1)[1]
         assert [(node.status, node.error_kind) for node in nodes] == [("success", ""), ("failed", "tls")]
         assert "presented a certificate that was revoked" in nodes[1].error_msg
         assert [len(fleet.agent(address).runs) for address in ADDRESSES[:2]] == [1, 0]
     finally:
         fleet.stop()
+
+
+@pytest.fixture
+def nibbled(certs):
+    """An agent whose every answer comes as chunks of one byte; it gives the moments at which it was asked."""
+    asked_at: list[float] = []
+
+    def talk(peer: Peer, sock: socket.socket) -> None:
+        while True:
+            peer.read_request(sock)
+            head, body = peer.requests[-1]
+            task_id = json.loads(body)["taskId"] if body else head.split()[1].rpartition("/")[2]
+            asked_at.append(time.monotonic())
+            status = "success" if len(asked_at) > 4 else "running"
+            answer = json.dumps({"code": 0, "data": {"taskId": task_id, "status": status}}).encode()
+            sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 19_000
+                         + b"%x\r\n%s\r\n0\r\n\r\n" % (len(answer), answer))
+
+    peer = Peer(talk, server_context(certs), ADDRESSES[19])
+    yield peer, asked_at
+    peer.stop()
+
+
+def test_an_agent_whose_answers_are_dear_is_asked_less_often_and_others_as_ever(sqlite_world, nibbled, monkeypatch):
+    monkeypatch.setattr(rc, "ANSWER_CREDIT_S", 0.0)
+    monkeypatch.setattr(rc, "ANSWER_SHARE", 0.02)
+    peer, asked_at = nibbled
+    world = sqlite_world.nodes(1, task_ms=1500)
+    world.store.nodes.add("dear", peer.host, peer.port)
+    new_release(world.store, strategy={"batches": [2]})
+    world.drain(RELEASE_EXECUTOR_INTERVAL_SEC="0.1")
+    assert statuses(world.store, 1) == ["success", "success"]
+    # after the dispatch and the look that follows it at once, 10 ms of CPU at the very least for each
+    assert min(later - before for before, later in zip(asked_at[1:], asked_at[2:])) > 0.01 / rc.ANSWER_SHARE
+    assert world.agent(1).queries >= 10
 
 
 def test_the_name_of_an_agent_is_never_its_common_name(authority):
@@ -555,11 +630,33 @@ def test_the_name_of_an_agent_is_never_its_common_name(authority):
     assert not context.hostname_checks_common_name
 
 
+def test_the_name_of_a_database_server_is_never_its_common_name(authority):
+    ca = f"{authority.certs}/ca.crt"
+    context = rc.pg8000_tls({"sslmode": "verify-full", "sslrootcert": ca})
+    assert (context.check_hostname, context.hostname_checks_common_name) == (True, False)
+
+
+def test_every_context_that_verifies_a_name_goes_by_alternative_names_alone():
+    """The kind: each function that makes a client's context settles it, or verifies no name."""
+    source = (ROOT / "releasectl.py").read_text()
+    texts = dict(re.findall(r"^ *def (\w+)(.*?)(?=^\S|^    def |\Z)", source, re.DOTALL | re.MULTILINE))
+    made = {name: text for name, text in texts.items() if re.search("PROTOCOL_TLS_CLIENT|create_default_context", text)}
+    assert {"client_context", "pg8000_tls"} <= set(made)
+    for name, text in made.items():
+        assert "verify_no_common_name(" in text or "check_hostname = False" in text, name
+
+
 def findings(settings: rc.Settings) -> dict[str, rc.Finding]:
     return {finding.subject: finding for finding in (*rc.check_agents(settings), *rc.check_api(settings))}
 
 
-def test_check_and_metrics_tell_how_long_a_crl_is_good(authority, tmp_path):
+def health(settings: rc.Settings) -> dict[str, dict]:
+    """Return what /api/v1/health tells of certificates and CRLs."""
+    executor = rc.Executor(settings, rc.Store(rc.Database(settings.database_url)), rc.AgentClient(settings))
+    return {entry["name"]: entry for entry in rc.process_json(settings, executor)["certificates"]}
+
+
+def test_check_metrics_and_health_tell_how_long_a_crl_is_good(authority, tmp_path):
     pair = copy_pair(authority.certs, tmp_path)
     crl = authority.publish()
     settings = settings_for("sqlite:///x.db", authority.certs, CONTROL_CA=crl, HTTP_CLIENT_CA=crl, **pair)
@@ -568,12 +665,18 @@ def test_check_and_metrics_tell_how_long_a_crl_is_good(authority, tmp_path):
         assert 47 * 3600 < figure - time.time() <= 48 * 3600
         finding = findings(settings)[f"{name} CRL"]
         assert (finding.exit_code, "holds 1 CRL, good until" in finding.text) == (0, True)
+        assert 1.9 < health(settings)[f"{name} CRL"]["daysLeft"] <= 2
     authority.openssl(
         "ca", "-config", f"{authority.folder}/cnf", "-gencrl", "-crl_lastupdate", "20200101000000Z",
         "-crl_nextupdate", "20200102000000Z", "-out", f"{authority.folder}/old.pem")
     authority.file.write_text((authority.certs / "ca.crt").read_text() + (authority.folder / "old.pem").read_text())
     finding = findings(settings)["CONTROL_CA CRL"]
     assert (finding.exit_code, "expired since 2020-01-02" in finding.text) == (2, True)
+    seen = health(settings)["CONTROL_CA CRL"]
+    assert (seen["notAfter"], seen["daysLeft"]) == (None, None)
+    assert seen["message"].startswith("expired since 2020-01-02")
+    authority.file.write_text((authority.certs / "ca.crt").read_text())
+    assert set(health(settings)) == {"CONTROL_CERT", "HTTP_CERT"}
 
 
 def other_ca(folder: Path) -> str:
@@ -643,3 +746,10 @@ def test_with_a_crl_of_every_ca_a_revoked_intermediate_is_refused(tmp_path):
         rc.load_ca(ours, str(tmp_path / "ca.pem"), "CONTROL_CA")
         with contextlib.nullcontext() if is_good else pytest.raises(ssl.SSLError, match="(?i)revoked"):
             rc._meet(ours, agent)
+
+
+def test_a_header_that_cant_be_read_is_told_without_its_value(new_server):  # noqa: F811
+    with socket.create_connection(new_server().address, 5) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer S3cr3t\x01\r\n\r\n")
+        answer = sock.recv(4096)
+    assert (b" 400 " in answer, b"Authorization" in answer, b"S3cr3t" in answer) == (True, True, False)

@@ -25,6 +25,7 @@ from lab import (
     AS_OTHERS,
     DRIVERS,
     PROGRAM,
+    ROOT,
     TIMEOUT_S,
     Cli,
     Quick,
@@ -157,8 +158,9 @@ def test_2_when_there_is_no_command(cli):
 
 def test_3_when_it_is_not_found_or_in_the_wrong_state(filled_quick):
     assert Cli(filled_quick.folder).refused(3, "status", 99) == "releasectl: release 99 does not exist"
-    assert "resume needs paused" in filled_quick.refused(3, "resume", 1)
-    assert "release 3 is pending: retry needs" in filled_quick.refused(3, "retry", 3)
+    assert "; only paused releases can be resumed" in filled_quick.refused(3, "resume", 1)
+    assert "release 3 is pending; only partial, failed or cancelled releases can be retried" in \
+        filled_quick.refused(3, "retry", 3)
     assert "node edge-7 does not exist" in filled_quick.refused(3, "node", "set", "edge-7", "--disable")
     assert filled_quick.refused(3, "watch", 2**63 - 1).endswith("does not exist")
 
@@ -175,11 +177,11 @@ def test_69_when_the_database_or_an_agent_is_out_of_reach(fleet_cli):
 
 def test_75_when_another_process_holds_every_runnable_release(fleet_cli):
     release = new_release(fleet_cli.world.store)
-    claim = fleet_cli.world.store.claim(release.id, "another", 60)
+    claim = fleet_cli.world.store.claims.claim(release.id, "another", 60)
     result = fleet_cli("run-once")
     assert (result.code, result.out) == (75, "")
-    assert "in other hands" in result.err
-    fleet_cli.world.store.let_go(claim)
+    assert "another process" in result.err
+    fleet_cli.world.store.claims.drop(claim)
     assert fleet_cli("run-once").code == 0
 
 
@@ -189,7 +191,7 @@ def test_an_executor_that_is_switched_off_says_so_and_dispatches_nothing(fleet_c
     result = fleet_cli("run-once", "--json")
     assert (result.code, "RELEASE_EXECUTOR_ENABLED=0" in result.err) == (0, True)
     assert result.json == {"releases": [], "inOtherHands": 0}
-    assert fleet_cli.world.store.release(release.id).status == "pending"
+    assert fleet_cli.world.store.releases.get(release.id).status == "pending"
 
 
 # -- bad input ---------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def test_no_online_node_is_refused_and_nothing_is_written(filled_quick):
     filled_quick.ok("node", "set", "edge-1", "--disable")
     filled_quick.ok("node", "set", "edge-2", "--status", "maintenance")
     assert "no online nodes" in filled_quick.refused(3, "create")
-    assert filled_quick.store.releases().total == 3
+    assert filled_quick.store.releases.page().total == 3
 
 
 @pytest.mark.parametrize(("payload", "message"), [
@@ -210,13 +212,13 @@ def test_no_online_node_is_refused_and_nothing_is_written(filled_quick):
 def test_a_payload_that_cant_be_used_is_refused_and_nothing_is_written(filled_quick, payload, message):
     path = f"{filled_quick.folder}/none.json" if payload is None else filled_quick.file("payload.json", payload)
     assert message in filled_quick.refused(2, "create", "--payload", path)
-    assert filled_quick.store.releases().total == 3
+    assert filled_quick.store.releases.page().total == 3
 
 
 def test_a_payload_comes_from_a_file_or_standard_input(filled):
     filled.ok("create", "--payload", filled.file("payload.json", '{"sites": ["\u00e9"]}'))
     filled.ok("create", "--payload", "-", stdin='{"version": 5}')
-    assert [release.payload for release in filled.store.releases().items[:2]] == [
+    assert [release.payload for release in filled.store.releases.page().items[:2]] == [
         '{"version":5}', '{"sites":["\u00e9"]}']
 
 
@@ -232,14 +234,14 @@ def test_a_payload_comes_from_a_file_or_standard_input(filled):
     (("node", "set", "edge-1"), 2, "nothing to change"),
     (("node", "set", "edge-1", "--rename", "edge-2"), 3, "node edge-2 exists already"),
     (("node", "set", "edge-1", "--ip", "10.9.9.9"), 3, "node edge-1 is part of release 3"),
-    (("status", "seven"), 2, "'seven' is not a number"),
+    (("status", "seven"), 2, "'seven' is not a release"),
     (("create", "--target", "a b"), 2, "target must be"),
     (("create", "--reason", "x" * 501), 2, "reason must be a text of at most 500"),
 ])
 def test_a_value_that_cant_be_used_is_refused_in_one_line(filled_quick, arguments, code, message):
-    before = filled_quick.store.nodes()
+    before = filled_quick.store.nodes.page()
     assert message in filled_quick.refused(code, *(os.fsdecode(a) if isinstance(a, bytes) else a for a in arguments))
-    assert (filled_quick.store.nodes(), filled_quick.store.releases().total) == (before, 3)
+    assert (filled_quick.store.nodes.page(), filled_quick.store.releases.page().total) == (before, 3)
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -260,7 +262,7 @@ def test_a_value_that_cant_be_used_is_refused_in_one_line(filled_quick, argument
 def test_an_import_that_cant_be_used_adds_no_node_at_all(filled_quick, content, message):
     code = 3 if "exists" in message else 2
     assert message in filled_quick.refused(code, "node", "import", filled_quick.file("nodes", content))
-    assert filled_quick.store.nodes().total == 2
+    assert filled_quick.store.nodes.page().total == 2
 
 
 def test_nodes_are_imported_from_lines_or_json(quick):
@@ -359,7 +361,7 @@ def test_certificates_that_cant_be_used_dispatch_nothing(fleet_cli, change, mess
     release = new_release(fleet_cli.world.store)
     fleet_cli.settings.update({k: v and f"{fleet_cli.world.certs}/{v}" for k, v in change.items()})
     assert re.search(message, Quick.refused(fleet_cli, 2, "run-once"))
-    assert fleet_cli.world.store.release(release.id).status == "pending"
+    assert fleet_cli.world.store.releases.get(release.id).status == "pending"
     assert fleet_cli.world.runs() == [0, 0, 0]
 
 
@@ -384,11 +386,11 @@ def test_watch_and_create_wait_follow_a_release_to_its_end(fleet_cli, outcome, c
     fleet_cli.world.agent(1).set(outcome=outcome)
     executor = fleet_cli.world.executor()
     create = fleet_cli.start("create", "--wait", "--json")
-    eventually(lambda: fleet_cli.world.store.releases().total)
+    eventually(lambda: fleet_cli.world.store.releases.page().total)
     watch = fleet_cli.start("watch", 1)
     assert "release 1 (v1): created" in create.stderr.readline()
     assert "release 1 (v1): pending" in watch.stderr.readline()
-    executor.run_once(drain=True)
+    executor.drain()
     created, watched = Cli.end(create), Cli.end(watch)
     assert (created.code, created.json["release"]["status"]) == (code, outcome)
     assert (watched.code, watched.out.startswith(f"release 1 (v1): {outcome}")) == (code, True)
@@ -400,7 +402,7 @@ def test_retry_wait_follows_the_new_release(fleet_cli):
     fleet_cli.world.drain()
     fleet_cli.world.agent(1).set(outcome="success")
     retry = fleet_cli.start("retry", 1, "--wait", "--json")
-    eventually(lambda: fleet_cli.world.store.releases().total == 2)
+    eventually(lambda: fleet_cli.world.store.releases.page().total == 2)
     fleet_cli.world.drain()
     result = Cli.end(retry)
     assert (result.code, result.json["release"]["retryOf"], result.json["release"]["totalNodes"]) == (0, 1, 3)
@@ -501,8 +503,8 @@ def test_75_when_a_drain_was_told_to_end_before_its_release_was_at_its_end(fleet
     drain.send_signal(signal.SIGTERM)
     _, said = drain.communicate(timeout=30)
     assert drain.returncode == 75
-    assert "releases that are not at their end: 1: try later" in said
-    assert fleet_cli.world.store.release(release.id).claim_expires_at is None
+    assert "releases that have not ended: 1: try later" in said
+    assert fleet_cli.world.store.releases.get(release.id).claim_expires_at is None
 
 
 def test_a_signal_that_interrupts_who_holds_a_lock_still_stops():
@@ -547,10 +549,10 @@ def test_serve_runs_releases_until_it_is_told_to_end_and_ends_cleanly(fleet_cli,
         eventually(lambda: answers(port), message="serve does not answer")
         fleet_cli.ok("create")
         store = fleet_cli.world.store
-        eventually(lambda: store.release(1).is_terminal)
+        eventually(lambda: store.releases.get(1).is_terminal)
         fleet_cli.world.agent(1).set(task_ms=60_000)
         release = new_release(store)
-        eventually(lambda: store.release_with_nodes(release.id)[1][0].status == "running")
+        eventually(lambda: store.releases.with_nodes(release.id)[1][0].status == "running")
         told = time.monotonic()
         serve.send_signal(number)
         result = Cli.end(serve)
@@ -559,9 +561,9 @@ def test_serve_runs_releases_until_it_is_told_to_end_and_ends_cleanly(fleet_cli,
     assert time.monotonic() - told < 8
     assert (result.code, result.out) == (0, "")
     assert result.err.splitlines()[-1].endswith("info: stopped")
-    assert store.release(1).status == "success"
-    assert store.release(release.id).claim_expires_at is None
-    assert store.look()[0] == [release.id]
+    assert store.releases.get(1).status == "success"
+    assert store.releases.get(release.id).claim_expires_at is None
+    assert store.claims.scan()[0] == [release.id]
 
 
 def test_serve_with_the_executor_off_serves_the_api_only(fleet_cli):
@@ -578,7 +580,7 @@ def test_serve_with_the_executor_off_serves_the_api_only(fleet_cli):
     lines = [json.loads(line) for line in result.err.splitlines()]
     assert "executor off (RELEASE_EXECUTOR_ENABLED=0)" in lines[0]["message"]
     assert set(lines[0]) == {"at", "level", "thread", "message"}
-    assert (result.code, fleet_cli.world.store.release(1).status) == (0, "pending")
+    assert (result.code, fleet_cli.world.store.releases.get(1).status) == (0, "pending")
 
 
 def test_serve_refuses_a_port_that_is_taken_and_an_address_open_to_others(cli):
@@ -608,7 +610,7 @@ def test_two_processes_at_the_same_time_run_each_task_once(cli, world):
     assert 0 in codes
     cli.ok("run-once", "--drain")
     for release in releases:
-        assert world.store.release(release.id).status == "success"
+        assert world.store.releases.get(release.id).status == "success"
         assert_books_balance(world.store, release.id)
     assert world.runs() == [2, 2, 2, 2]
     for number in range(1, 5):
@@ -637,9 +639,9 @@ def test_create_takes_a_strategy_by_options_and_plan_shows_it_before(filled_quic
                     "payloadOf": None,
                     "batches": [{"batch": 1, "nodeIds": [1], "maxFailed": 0},
                                 {"batch": 2, "nodeIds": [2], "maxFailed": 0}]}
-    assert filled_quick.store.releases().total == 3
+    assert filled_quick.store.releases.page().total == 3
     filled_quick.ok("create", *options)
-    assert rc.parse_json(filled_quick.store.release(4).strategy) == {
+    assert rc.parse_json(filled_quick.store.releases.get(4).strategy) == {
         "batches": [1, "50%"], "maxFailed": "10%", "maxFailedTotal": 1, "maxParallel": 2, "soakSec": 300,
         "pauseAfter": [1], "onExceed": "pause", "nodeDeadlineSec": 3600, "retries": 0,
         "startAt": "2999-01-01T00:00:00Z",
@@ -663,7 +665,7 @@ def test_create_goes_to_the_nodes_that_are_named_or_labelled(filled_quick):
 def test_an_option_that_can_not_be_meant_is_refused_by_name(filled_quick, options, named):
     refused = filled_quick("create", *options)
     assert (refused.code, named in refused.err) == (2, True), refused.err
-    assert filled_quick.store.releases().total == 3
+    assert filled_quick.store.releases.page().total == 3
 
 
 def test_the_freeze_can_be_set_seen_and_lifted(filled_quick):
@@ -681,7 +683,7 @@ def test_verbs_take_a_reason_force_and_accepted_failures(filled_quick):
     filled_quick.ok("cancel", "3", "--force", "--reason", "wrong payload")
     assert "wrong payload" in filled_quick.ok("events", "3").out
     filled_quick.ok("retry", "3", "--reason", "again")
-    assert filled_quick.store.release(4).reason == "again"
+    assert filled_quick.store.releases.get(4).reason == "again"
     filled_quick.ok("pause", "4")
     filled_quick.ok("resume", "4", "--accept-failures")
 
@@ -701,7 +703,7 @@ def test_watch_gives_up_with_75_when_its_time_is_over(filled_quick):
     assert (over.code, over.out) == (75, "")
     assert filled_quick("watch", "3", "--timeout", "0", "--json").json["release"]["id"] == 3
     assert filled_quick("create", "--timeout", "1").code == 2
-    assert "waiting for the executor" in over.err
+    assert "queued for an executor" in over.err
 
 
 def test_watch_until_paused_or_until_a_batch_is_done(filled_quick):
@@ -741,8 +743,8 @@ def test_watch_draws_batches_counts_and_failures_in_a_terminal(filled_quick, mon
                    "WHERE release_task_id = 2 AND node_id = 1")
         tx.execute("UPDATE release_tasks SET failed_nodes = 1 WHERE id = 2")
     screen = rc.Screen(stream)
-    screen.show(store.progress(2))
-    screen.show(store.progress(2))
+    screen.show(store.releases.progress(2))
+    screen.show(store.releases.progress(2))
     assert "batch   1      0 of 1" in stream.text
     assert "edge-1: boom" in stream.text
     assert ("\x1b[31m" in stream.text) == (no_colour == "")
@@ -762,7 +764,7 @@ def test_no_line_of_watch_is_wider_than_the_terminal(filled_quick, monkeypatch, 
         tx.execute("UPDATE release_tasks SET failed_nodes = total_nodes, status_reason = ? WHERE id = 2",
                    "waiting for \u8fb9\u7f18" + "e\u0301" * 100)
     screen = rc.Screen(stream)
-    screen.show(store.progress(2))
+    screen.show(store.releases.progress(2))
     screen.say("the database is away " * 20)
     lines = re.sub(r"\x1b\[[0-9]*[A-Z]|\r", "", stream.text).splitlines()
     assert max(map(rc.columns_of, lines)) in range(columns - 2, columns)
@@ -775,14 +777,14 @@ def test_columns_of_a_table_line_up_under_wide_characters():
 
 def test_watch_survives_a_database_that_is_away_for_a_while(filled_quick, monkeypatch):
     filled_quick.ok("cancel", "3")
-    real, calls = rc.Store.progress, []
+    real, calls = rc.Releases.progress, []
 
     def progress(self, *arguments):
         calls.append(1)
         if len(calls) < 3:
             raise rc.DatabaseError("database x is locked")
         return real(self, *arguments)
-    monkeypatch.setattr(rc.Store, "progress", progress)
+    monkeypatch.setattr(rc.Releases, "progress", progress)
     ended = filled_quick("watch", "3")
     assert (ended.code, ended.err.count("is locked")) == (1, 1)
 
@@ -790,7 +792,7 @@ def test_watch_survives_a_database_that_is_away_for_a_while(filled_quick, monkey
 def test_create_wait_follows_a_release_over_real_agents(fleet_cli):
     watching = fleet_cli.start("create", "--wait", "--timeout", "60", "--batches", "1,1")
     try:
-        eventually(lambda: fleet_cli.world.store.releases().total)
+        eventually(lambda: fleet_cli.world.store.releases.page().total)
         fleet_cli.ok("run-once", "--drain")
         done = Cli.end(watching)
     finally:
@@ -801,7 +803,7 @@ def test_create_wait_follows_a_release_over_real_agents(fleet_cli):
 
 # -- a success is a success (issue 12) ------------------------------------------------------------------
 
-SAMPLES = ("terminal", "5m", "90d", "1", "1,2", "edge-1")
+SAMPLES = ("terminal", "5m", "90d", "1", "1,2", "edge-1", f"1:{64 * '0'}")
 
 
 def sample_of(keywords: dict[str, Any]) -> str:
@@ -846,24 +848,24 @@ def test_neither_may_a_common_option_stand_before_and_behind_the_command(cli, fl
 @pytest.mark.parametrize("labels", [("region=eu", "region=us"), ("region=eu", "rack=1", "region=eu")])
 @pytest.mark.parametrize("words", ["create", "create --plan", "node add edge-9 10.0.0.9", "node set edge-1"])
 def test_a_label_that_is_given_twice_is_refused_and_nothing_is_written(filled_quick, words, labels):
-    filled_quick.store.update_node(1, {"labels": '{"region":"us","rack":"1"}'})
-    before = filled_quick.store.nodes()
+    filled_quick.store.nodes.update(1, {"labels": '{"region":"us","rack":"1"}'})
+    before = filled_quick.store.nodes.page()
     options = [option for label in labels for option in ("--label", label)]
     assert "--label region is given twice" in filled_quick.refused(2, *words.split(), *options)
-    assert (filled_quick.store.nodes(), filled_quick.store.releases().total) == (before, 3)
+    assert (filled_quick.store.nodes.page(), filled_quick.store.releases.page().total) == (before, 3)
 
 
 def test_other_options_that_may_be_repeated_are_refused_the_same_twice(filled_quick):
     assert "different" in filled_quick.refused(2, "create", "--node", "edge-1", "--node", "edge-1")
-    assert filled_quick.store.releases().total == 3
+    assert filled_quick.store.releases.page().total == 3
 
 
 @pytest.mark.parametrize("words", ["node add edge-9 10.0.0.9", "node set edge-1"])
 def test_enable_and_disable_exclude_each_other_in_either_order(filled_quick, words):
-    before = filled_quick.store.nodes()
+    before = filled_quick.store.nodes.page()
     for options in (("--enable", "--disable"), ("--disable", "--enable"), ("--enable", "--enable", "--disable")):
-        assert f"{options[-1]} says the opposite of another option" in filled_quick.refused(2, *words.split(), *options)
-    assert filled_quick.store.nodes() == before
+        assert f"{options[-1]} contradicts another option" in filled_quick.refused(2, *words.split(), *options)
+    assert filled_quick.store.nodes.page() == before
     filled_quick.ok(*words.split(), "--disable", "--disable")
 
 
@@ -874,14 +876,14 @@ NO_HOSTS = ("0.0.0.0", "::", "224.0.0.1", "239.255.255.255", "ff02::1", "255.255
 
 @pytest.mark.parametrize("address", NO_HOSTS)
 def test_an_address_that_is_no_hosts_is_refused_as_a_node(filled_quick, address):
-    before = filled_quick.store.nodes()
+    before = filled_quick.store.nodes.page()
     document = json.dumps([{"name": "edge-8", "mainIp": "10.0.0.8"}, {"name": "edge-9", "mainIp": address}])
     filled_quick.ok("cancel", "3")
     for arguments in (("node", "add", "edge-9", address), ("node", "set", "edge-1", "--ip", address),
                       ("node", "import", filled_quick.file("lines", f"edge-8 10.0.0.8\nedge-9 {address}\n")),
                       ("node", "import", filled_quick.file("json", document))):
         assert "mainIp" in filled_quick.refused(2, *arguments)
-    assert filled_quick.store.nodes() == before
+    assert filled_quick.store.nodes.page() == before
 
 
 def test_an_ipv4_address_within_ipv6_is_stored_as_what_it_is(filled_quick):
@@ -889,7 +891,8 @@ def test_an_ipv4_address_within_ipv6_is_stored_as_what_it_is(filled_quick):
     filled_quick.ok("node", "add", "edge-8", "::ffff:10.0.0.8")
     filled_quick.ok("node", "import", filled_quick.file("lines", "edge-9 ::FFFF:0a00:0009\n"))
     filled_quick.ok("node", "set", "edge-1", "--ip", "::ffff:a00:1")
-    assert [n.main_ip for n in filled_quick.store.nodes().items] == ["10.0.0.1", ADDRESSES[1], "10.0.0.8", "10.0.0.9"]
+    assert [n.main_ip for n in filled_quick.store.nodes.page().items] == [
+        "10.0.0.1", ADDRESSES[1], "10.0.0.8", "10.0.0.9"]
     assert "edge-8 has the address 10.0.0.8:8443" in filled_quick.refused(3, "node", "add", "x", "10.0.0.8")
 
 
@@ -904,7 +907,7 @@ def test_1_where_too_many_failures_paused_the_release(fleet_cli, command):
     for until in ("paused", "batch=1"):
         watched = fleet_cli("watch", release.id, "--until", until, "--timeout", "20", "--json")
         assert (watched.code, watched.json["release"]["status"]) == (1, "paused"), until
-    fleet_cli.world.store.act("resume", release.id, "anna", accept_failures=True)
+    fleet_cli.world.store.releases.act("resume", release.id, "anna", accept_failures=True)
     assert fleet_cli("run-once", "--drain").code == 1  # partial
 
 
@@ -912,7 +915,7 @@ def test_1_from_a_wait_that_was_there_when_too_many_failed(fleet_cli):
     fleet_cli.world.agent(1).set(outcome="failed")
     waits = [fleet_cli.start("create", "--on-exceed", "pause", "--retries", "0", "--wait", "--until", "paused",
                              "--timeout", "40")]
-    eventually(lambda: fleet_cli.world.store.releases().total)
+    eventually(lambda: fleet_cli.world.store.releases.page().total)
     waits.append(fleet_cli.start("watch", "1", "--until", "batch=1", "--timeout", "40"))
     assert fleet_cli("run-once", "--drain").code == 1
     assert [Cli.end(wait).code for wait in waits] == [1, 1]
@@ -926,7 +929,7 @@ def test_0_at_a_gate_that_was_planned_also_with_failures_that_are_tolerated(flee
                     ("watch", release.id, "--until", "batch=1")):
         result = fleet_cli(*command)
         assert (result.code, "paused" in result.out) == (0, True), command
-    assert fleet_cli.world.store.release(release.id).failed_nodes == 1
+    assert fleet_cli.world.store.releases.get(release.id).failed_nodes == 1
     fleet_cli.ok("resume", release.id)
     assert fleet_cli("run-once", "--drain").code == 1  # partial: not a success
     assert fleet_cli("watch", release.id).code == 1
@@ -953,7 +956,7 @@ def past_cli(quick, open_store, database_url):
             tx.execute("UPDATE release_tasks SET status = ? WHERE id = ?", status, release.id)
             tx.execute("UPDATE release_task_nodes SET status = ?, attempts = 1 WHERE release_task_id = ?", status,
                        release.id)
-    store.update_node(3, {"status": "maintenance"})
+    store.nodes.update(3, {"status": "maintenance"})
     return quick
 
 
@@ -967,14 +970,14 @@ def test_retry_and_rollback_tell_their_plan_and_who_is_left_out(past_cli, verb, 
     left_out = [{"nodeId": 3, "nodeName": "edge-3", "why": "in maintenance"}]
     assert (plan["payloadOf"], plan["leftOut"], plan["totalNodes"]) == (
         {"releaseId": source, "version": source}, left_out, 2)
-    assert past_cli.store.releases().total == 4
+    assert past_cli.store.releases.page().total == 4
     made = past_cli.ok(verb, 4, "--json").json
     assert (made["leftOut"], made["version"], made["batches"]) == (
         left_out, 5, [{key: batch[key] for key in ("batch", "nodeIds")} for batch in plan["batches"]])
     assert "left out: edge-3 is in maintenance" in past_cli.ok(verb, 4).out
     waited = past_cli(verb, 4, "--wait", "--timeout", "0")
     assert (waited.code, "left out: edge-3 is in maintenance" in waited.err) == (75, True)
-    assert rc.parse_json(past_cli.store.release(5).payload) == {"content": content}
+    assert rc.parse_json(past_cli.store.releases.get(5).payload) == {"content": content}
 
 
 @pytest.mark.parametrize("verb", ["retry", "rollback"])
@@ -984,21 +987,21 @@ def test_retry_and_rollback_go_over_what_is_newer_only_when_told(past_cli, verb)
         assert "release 3 (v3) succeeded later on edge-1 and 1 more" in refused
         assert "--over-newer" in refused
     assert past_cli.ok(verb, 2, "--over-newer", "--plan", "--json").json["totalNodes"] == 2
-    assert past_cli.store.releases().total == 4
+    assert past_cli.store.releases.page().total == 4
     past_cli.ok(verb, 2, "--over-newer")
-    release = past_cli.store.release(5)
+    release = past_cli.store.releases.get(5)
     assert (release.retry_of, release.rollback_of) == ((2, None) if verb == "retry" else (None, 2))
 
 
 def test_rollback_goes_to_the_release_that_is_named(past_cli):
     assert "payload of release 1 (v1)" in past_cli.ok("rollback", 4, "--to", 1, "--plan").out
     past_cli.ok("rollback", 4, "--to", 1)
-    assert rc.parse_json(past_cli.store.release(5).payload) == {"content": "A"}
+    assert rc.parse_json(past_cli.store.releases.get(5).payload) == {"content": "A"}
     assert "toRelease 99 is no release of target cdn" in past_cli.refused(2, "rollback", 4, "--to", 99)
     assert "nothing would change" in past_cli.refused(3, "rollback", 4, "--to", 4)
     assert "--to" in past_cli.refused(2, "retry", 4, "--to", 1)
     assert "is not a number" in past_cli.refused(2, "rollback", 4, "--to", 0)
-    assert past_cli.store.releases().total == 5
+    assert past_cli.store.releases.page().total == 5
 
 
 # -- a database beside agents that are further on ------------------------------------------------------------------
@@ -1042,7 +1045,7 @@ def test_check_names_claims_and_holds_that_lie_further_ahead_than_any_setting_al
     world.nodes(1, "execute")
     cli.settings.update(mtls(world.certs), DATABASE_URL=world.url)
     release = new_release(world.store, payload={"websites": []})
-    assert world.store.claim(release.id, "host-a:17", 30)
+    assert world.store.claims.claim(release.id, "host-a:17", 30)
     assert "clock" not in findings(cli.ok("check", "--json"))
     ahead = rc.utc_text(time.time() + 2 * 86400)
     with world.store.database.transaction(write=True) as tx:
@@ -1056,3 +1059,42 @@ def test_check_names_claims_and_holds_that_lie_further_ahead_than_any_setting_al
     assert result.code == 69
     text = cli("check").out
     assert (text.count("WRONG  clock"), "NTP" in text) == (2, True), text
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 70])
+def test_check_tells_what_is_no_host_name(cli, host):
+    cli.settings["HTTP_ADDR"] = f"{host}:8080"
+    assert "that is no host name" in cli("check").out
+
+
+@pytest.mark.parametrize("arguments", [("--db", "sqlite:///x.db", "list"),
+                                       ("--db", "sqlite:///{}/r.db", "backup", "x")])
+def test_in_a_folder_that_is_gone_errors_are_one_line(cli, tmp_path, arguments):
+    arguments = [argument.format(tmp_path) for argument in arguments]
+    cli.ok("--db", f"sqlite:///{tmp_path}/r.db", "migrate")
+    (tmp_path / "gone").mkdir()
+    code = ("import os, runpy, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); sys.argv[:3] = [sys.argv[2]]; "
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / "gone", ROOT / "releasectl.py", *arguments],
+                            env=cli.environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n"), "Traceback" in result.stderr) == (69, 1, False)
+
+
+def test_a_schema_that_is_not_utf_8_is_told_in_one_line(cli, tmp_path):
+    copy = shutil.copy(ROOT / "releasectl.py", tmp_path)
+    (tmp_path / "schema.sql").write_bytes(b"-- step 1\n\xff")
+    result = subprocess.run([sys.executable, copy, "migrate"], env=cli.environment, capture_output=True, text=True,
+                            check=False)
+    assert result.returncode == 2
+    assert "schema.sql can't be read (not UTF-8)" in result.stderr
+
+
+def test_no_text_of_a_row_that_was_written_by_hand_reaches_the_terminal_as_it_is(fleet_cli):
+    cli, store = fleet_cli, fleet_cli.world.store
+    release = new_release(store)
+    with store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_tasks SET status_reason = ?", "a\nb\x1b[31m\u202e")
+    for command in (("status", release.id), ("watch", release.id, "--timeout", "1"), ("list",)):
+        shown = cli(*command)
+        assert "a b [31m" in shown.out + shown.err
+        assert not set("\x1b\u202e") & set(shown.out + shown.err)

@@ -50,7 +50,7 @@ COMMON = {"--db", "--config", "--json", "--help"}
     ("releasectl node import --", {"--db", "--config", "--json", "--help"}),
 ])
 def test_bash_completes(tmp_path, line, offered):
-    assert bash_says(rc.bash_completion(), line, tmp_path) == offered
+    assert bash_says(rc.bash_completion(rc.COMMANDS), line, tmp_path) == offered
 
 
 def test_bash_takes_the_script_of_every_command_without_a_word(tmp_path):
@@ -99,10 +99,10 @@ def test_zsh_completes(tmp_path, how):
                  "autoload -Uz compinit; compinit -u -D; source functions/_releasectl\n")
         zsh.type("setopt nolistambiguous; print rea''dy\n")
         eventually(lambda: zsh.shows("ready"), message="zsh did not start")
-        for line, words in (("releasectl re", ("resume", "go on with a paused release")),
+        for line, words in (("releasectl re", ("resume", "continue a paused release")),
                             ("releasectl node ", ("import", "ask agents whether they answer")),
                             ("releasectl.py list --status c", ("cancelling", "cancelled")),
-                            ("releasectl node set edge-1 --p", ("--protocol", "the agent's dialect (tasks)")),
+                            ("releasectl node set edge-1 --p", ("--protocol", "the agent's protocol (tasks)")),
                             ("releasectl freeze o", ("off",))):
             zsh.shown = ""
             zsh.type(line + "\t")

@@ -60,11 +60,11 @@ def test_releases_that_end_in_each_way_have_whole_histories(world):
     world.agent(1).set(outcome="failed", message="no")
     store = world.store
     for strategy in ({}, {"maxFailed": 1}):
-        store.create_release(rc.ReleaseRequest(strategy=strategy), "test")
+        store.releases.create(rc.ReleaseRequest(strategy=strategy), "test")
         world.drain()
-    store.act("cancel", store.create_release(rc.ReleaseRequest(), "test")[0].id, "anna")
+    store.releases.act("cancel", store.releases.create(rc.ReleaseRequest(), "test")[0].id, "anna")
     world.drain()
     changes = [Change(release_id, event.node_id, event.from_status, event.to_status)
-               for release_id in (1, 2, 3) for event in store.events(release_id)]
-    assert {store.release(number).status for number in (1, 2, 3)} == {"failed", "partial", "cancelled"}
+               for release_id in (1, 2, 3) for event in store.releases.events(release_id)]
+    assert {store.releases.get(number).status for number in (1, 2, 3)} == {"failed", "partial", "cancelled"}
     assert list(contract.breaks(changes)) == []

@@ -1,4 +1,4 @@
-"""Conversations: many wait in one thread, nobody holds up anybody, every wait ends at its moment."""
+"""EventLoop: many wait in one thread, nobody holds up anybody, every wait ends at its moment."""
 from __future__ import annotations
 
 import queue
@@ -14,8 +14,8 @@ import releasectl as rc
 
 @pytest.fixture
 def others():
-    """Conversations, closed at the end."""
-    made = rc.Conversations()
+    """EventLoop, closed at the end."""
+    made = rc.EventLoop()
     made.start()
     yield made
     made.close()
@@ -64,7 +64,7 @@ def test_a_wait_ends_at_its_moment(others, new_pair, is_among_others):
     if is_among_others:
         others.submit(talk)
     else:
-        rc.converse(talk)
+        rc.run_coroutine(talk)
     assert isinstance(outcomes.get(timeout=10), socket.timeout)
     assert 0.3 <= time.monotonic() - started < 1.5
 
@@ -169,7 +169,7 @@ def test_where_no_thread_can_be_started_to_block_in_the_conversation_tells_it(ot
 
 
 def test_where_its_own_thread_can_not_be_started_it_says_so_each_time(new_pair, monkeypatch):
-    others, outcomes = rc.Conversations(), queue.SimpleQueue()
+    others, outcomes = rc.EventLoop(), queue.SimpleQueue()
     near, far = new_pair()
     others.submit(told(outcomes, near, 10))  # waits for the thread
     with monkeypatch.context() as patch:
@@ -199,7 +199,7 @@ def test_what_was_put_back_unread_is_read_first(new_pair):
     timed = rc.TimedSocket(near, time.monotonic() + 5, 1 << 20)
     far.sendall(b"later")
     timed.unread = b"xyz"
-    assert [rc.converse(timed.recv(2)) for _ in range(3)] == [b"xy", b"z", b"la"]
+    assert [rc.run_coroutine(timed.recv(2)) for _ in range(3)] == [b"xy", b"z", b"la"]
 
 
 def test_more_than_may_be_read_is_refused(new_pair):
@@ -207,10 +207,90 @@ def test_more_than_may_be_read_is_refused(new_pair):
     timed = rc.TimedSocket(near, time.monotonic() + 5, 3)
     far.sendall(b"four")
     with pytest.raises(rc.TooBig):
-        rc.converse(timed.recv(100))
+        rc.run_coroutine(timed.recv(100))
 
 
 def test_a_peer_that_does_not_read_ends_a_sending_at_its_moment(new_pair):
     near, _ = new_pair()
     with pytest.raises(socket.timeout):
-        rc.converse(rc.TimedSocket(near, time.monotonic() + 0.3, 0).sendall(b"x" * (8 << 20)))
+        rc.run_coroutine(rc.TimedSocket(near, time.monotonic() + 0.3, 0).sendall(b"x" * (8 << 20)))
+
+
+async def nibbling(outcomes: queue.SimpleQueue, sock: socket.socket, count: int, limit_s: float) -> None:
+    """Reads bytes one by one, and tells the end or the error."""
+    timed = rc.TimedSocket(sock, time.monotonic() + limit_s, 1 << 20)
+    try:
+        for _ in range(count):
+            await timed.recv(1)
+        outcomes.put("all read")
+    except OSError as error:
+        outcomes.put(error)
+
+
+def test_who_always_has_a_byte_more_lets_others_have_their_turn(new_pair):
+    (near, far), (quick, peer), outcomes = new_pair(), new_pair(), queue.SimpleQueue()
+    far.sendall(b"x" * 50_000)
+    peer.sendall(b"quick")
+    conversations = rc.EventLoop()
+    conversations.submit(nibbling(outcomes, near, 50_000, 30))
+    conversations.submit(told(outcomes, quick, 30))
+    conversations.start()
+    try:
+        assert [outcomes.get(timeout=20), outcomes.get(timeout=20)] == [b"quick", "all read"]
+    finally:
+        conversations.close()
+
+
+def test_who_always_has_a_byte_more_has_no_longer_than_others(new_pair):
+    (near, far), outcomes = new_pair(), queue.SimpleQueue()
+    far.sendall(b"x" * 50_000)
+    rc.run_coroutine(nibbling(outcomes, near, 50_000, 0))
+    assert isinstance(outcomes.get(), socket.timeout)
+
+
+def test_a_meter_counts_the_work_on_an_answer_and_neither_waits_nor_what_came_before(others, new_pair):
+    (near, far), outcomes = new_pair(), queue.SimpleQueue()
+
+    def work(seconds: float) -> None:
+        until = time.thread_time() + seconds
+        while time.thread_time() < until:
+            pass
+
+    async def answered() -> str:
+        work(0.2)
+        await rc.READING
+        await rc.TimedSocket(near, time.monotonic() + 20, 100).recv(1)
+        work(0.05)
+        await rc.BLOCKS
+        time.sleep(0.3)
+        work(0.05)
+        return "read"
+
+    async def metered() -> None:
+        meter = rc.Meter(answered())
+        outcomes.put((await meter, meter.cost_s))
+    others.submit(metered())
+    work(0.3)  # it waits meanwhile
+    far.sendall(b"x")
+    said, cost_s = outcomes.get(timeout=20)
+    assert said == "read"
+    assert 0.1 <= cost_s < 0.2
+
+
+def test_what_is_metered_is_let_go_with_its_meter_and_gets_the_errors_of_its_waits(others, new_pair):
+    outcomes, ended = queue.SimpleQueue(), threading.Event()
+
+    async def waiting(limit_s: float) -> None:
+        try:
+            await told(outcomes, new_pair()[0], limit_s)
+            await rc.TimedSocket(new_pair()[0], time.monotonic() + 30, 100).recv(1)
+        finally:
+            ended.set()
+
+    async def metered() -> None:
+        await rc.Meter(waiting(0.1))
+    others.submit(metered())
+    assert isinstance(outcomes.get(timeout=10), socket.timeout)
+    assert not ended.is_set()
+    others.close()
+    assert ended.wait(10)

@@ -49,7 +49,8 @@ def torture(*arguments: str, limit_s: float = 300.0) -> dict:
 def test_rule_9_a_process_that_dies_at_any_named_point_loses_nothing(engine):
     whens = ["before", "after", "unanswered", "lost"]
     figures = torture(*engine, "--phases", "points", "--whens", ",".join(whens), "--depth", "1", "--seed", "9")
-    for name in ("claim", "commit", "renew", "let_go", "create_release", "act", "dispatch", "query"):
+    for name in ("claims.claim", "claims.commit", "claims.renew", "claims.drop", "releases.create", "releases.act",
+                 "dispatch", "query"):
         assert set(figures["points"][name]) == set(whens)
 
 

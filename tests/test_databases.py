@@ -132,7 +132,7 @@ def test_a_client_encoding_from_outside_changes_no_letter(new_postgres_url, open
     with store.database.transaction() as tx:
         assert tx.row("SELECT char_length(reason), octet_length(reason), reason FROM release_tasks") \
             == (len(LETTERS), len(LETTERS.encode()), LETTERS)
-    assert store.release(release.id).reason == LETTERS
+    assert store.releases.get(release.id).reason == LETTERS
 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
@@ -186,12 +186,12 @@ def test_an_agents_words_that_cant_be_stored_are_told_once_and_the_release_ends(
     world.agent(1).set(outcome="failed", message="磁盘已满")
     new_release(world.store)
     executor = world.executor()
-    thread = threading.Thread(target=executor.run_once, args=(True,), daemon=True)
+    thread = threading.Thread(target=executor.drain, daemon=True)
     thread.start()
-    eventually(lambda: world.store.release(1).status == "failed", 8)
+    eventually(lambda: world.store.releases.get(1).status == "failed", 8)
     thread.join(8)
     assert len([r for r in errors if "no such letter" in r.getMessage()]) == 1
-    assert r"\u78c1\u76d8\u5df2\u6ee1" in world.store.release_with_nodes(1)[1][0].error_msg
+    assert r"\u78c1\u76d8\u5df2\u6ee1" in world.store.releases.with_nodes(1)[1][0].error_msg
 
 
 # -- 2: the password ---------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_every_driver_reads_the_same_password(new_postgres_url, open_store, driv
     url = new_postgres_url().replace("//releasectl@", f"//releasectl:{written}@")
     assert rc.parse_postgres_url(url).password == meant
     store = open_store(url)
-    assert store.nodes().total == 0
+    assert store.nodes.page().total == 0
     assert SECRET not in str(store.database)
 
 
@@ -241,10 +241,18 @@ def test_a_url_that_does_not_read_back_is_refused_without_its_password(driver, w
     "postgresql://app:a@S3cr3t@host", "unknown option --dbb=postgresql://app:S3cr3t[@h/d",
     "host=h PASSWORD = 'a\\'S3cr3t'",
     "postgresql://h/d?password=S3cr3t", "postgresql://h/d?sslpassword=S3cr3t&x=1", "postgresql://[S3cr3t:S3cr3t@h/d",
-    "postgresql://app:S3cr3t\n@h/d", "host=h password='S3cr3t"])
+    "postgresql://app:S3cr3t\n@h/d", "host=h password='S3cr3t", "postgresql//app:S3cr3t@h/d",
+    "postgresql://h/d?password=a&S3cr3t", "postgresql://h/d?password=a S3cr3t&sslmode=require",
+    "host=h password=a&S3cr3t dbname=d", "host=h password=a S3cr3t"])
 def test_a_text_in_which_a_password_may_be_is_masked_whatever_it_is(text):
     assert "S3cr3t@" not in rc.safe_url(text)
     assert SECRET not in rc.safe_url(text).replace("//[S3cr3t", "")
+
+
+def test_what_a_driver_says_is_masked_before_it_is_cut_to_a_line(driver):
+    engine = rc.PostgresEngine("postgresql://app:S3cr3t%20%20Word@h/d")
+    assert "S3cr3t" not in engine.explain(Exception("bad password S3cr3t  Word"))
+    assert "S3cr3t" not in engine.explain(Exception("x" * (rc.MAX_MESSAGE_CHARS - 10) + "S3cr3t  Word"))
 
 
 def test_a_running_service_tells_nobody_its_password(cli, proxy, driver):
@@ -285,6 +293,7 @@ def test_a_file_may_hold_the_url(tmp_path):
 @pytest.mark.parametrize(("content", "mode", "said"), [
     ("", 0o600, "must hold one line"), ("postgresql://app:S3cr3t@h/d\nmore", 0o600, "must hold one line"),
     ("postgresql://app:S3cr3t@h/d", 0o644, "is open to others"), ("mysql://app:S3cr3t@h/d", 0o600, "can't be used"),
+    ("S3cr3t", 0o600, "what it holds can't be used"), ("3f9a:S3cr3t", 0o600, "what it holds can't be used"),
     (b"\xff\xfe", 0o600, "not UTF-8"), (None, 0, "no such file")])
 def test_a_file_that_holds_no_url_is_refused_without_a_part_of_it(tmp_path, content, mode, said):
     path = tmp_path / "url"
@@ -334,7 +343,7 @@ def test_what_others_wrote_into_a_new_wal_is_kept(sqlite_url, open_store, errors
     subprocess.run([sys.executable, "-c", "import os, sqlite3, sys; c = sqlite3.connect(sys.argv[1]); "
                     "c.execute(\"CREATE TABLE foreign_one (id INTEGER)\"); c.commit(); os._exit(0)", path], check=True)
     assert os.path.getsize(path + "-wal")
-    assert store.nodes().total == 1
+    assert store.nodes.page().total == 1
     [said] = [r.getMessage() for r in errors]
     kept = said.partition("is kept as ")[2].partition(";")[0]
     assert os.path.getsize(kept)
@@ -349,8 +358,8 @@ def test_transactions_at_once_all_go_over_to_the_new_files(sqlite_url, open_stor
         while not stop.is_set():
             count += 1
             try:
-                store.add_node(f"n-{number}-{count}", f"10.{number}.{count // 250}.{count % 250}")
-                store.nodes()
+                store.nodes.add(f"n-{number}-{count}", f"10.{number}.{count // 250}.{count % 250}")
+                store.nodes.page()
             except rc.AppError as error:
                 failures.append(error)
             time.sleep(0.01)
@@ -358,12 +367,12 @@ def test_transactions_at_once_all_go_over_to_the_new_files(sqlite_url, open_stor
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
-    eventually(lambda: store.nodes().total > 10)
+    eventually(lambda: store.nodes.page().total > 10)
     for _ in range(3):
         with contextlib.suppress(FileNotFoundError):
             remove_side_files(path, False)
-        seen = store.nodes().total
-        eventually(lambda seen=seen: store.nodes().total > seen + 5)
+        seen = store.nodes.page().total
+        eventually(lambda seen=seen: store.nodes.page().total > seen + 5)
     stop.set()
     for thread in threads:
         thread.join(10)
@@ -376,9 +385,9 @@ def test_a_second_name_of_the_file_is_refused_also_while_running(sqlite_url, ope
     store, path = open_store(sqlite_url), sqlite_url[len("sqlite:///"):]
     os.link(path, path + ".second")
     with pytest.raises(rc.DatabaseError, match="second name"):
-        store.nodes()
+        store.nodes.page()
     os.unlink(path + ".second")
-    assert store.nodes().total == 0
+    assert store.nodes.page().total == 0
 
 
 @pytest.mark.parametrize("url", ["sqlite:///:memory:", "sqlite:///file::memory:?cache=shared"])
@@ -423,7 +432,7 @@ def test_a_transaction_on_a_server_that_hangs_is_cut_off(proxy, open_store, driv
         tx.value("SELECT 1")
     assert time.monotonic() - began < 5
     proxy.thaw()
-    assert store.nodes().total == 0
+    assert store.nodes.page().total == 0
 
 
 def test_a_commit_that_waits_for_a_standby_is_cut_off_and_told_to_who_waits(
@@ -439,7 +448,7 @@ def test_a_commit_that_waits_for_a_standby_is_cut_off_and_told_to_who_waits(
     monkeypatch.setattr(rc.PostgresEngine, "begin_write",
                         rc.PostgresEngine.begin_write.replace("lock_timeout = '10s'", "lock_timeout = '200ms'"))
     with pytest.raises(rc.DatabaseError) as caught:
-        store.probe()
+        store.state.check_write()
     assert re.search(r"releasectl \(pid .*\) holds the lock, whose commit waits for a synchronous standby",
                      caught.value.message)
     waits.join(30)
@@ -483,10 +492,10 @@ def test_sigterm_ends_a_service_whose_server_hangs(cli, proxy, driver):
 
 
 def test_readyz_says_when_the_look_under_way_is_old(proxy, open_store, monkeypatch, driver):
-    monkeypatch.setattr(rc, "READY_WAIT_S", 0.5)
+    monkeypatch.setattr(rc, "MAX_READY_CHECK_S", 0.5)
     api = rc.Api(open_store(proxy.url))
     assert api.ready(ANYBODY).status == 200
-    time.sleep(rc.READY_LOOK_S + 0.1)
+    time.sleep(rc.READY_CHECK_EVERY_S + 0.1)
     proxy.freeze()
     first = threading.Thread(target=is_ready, args=(api,), daemon=True)
     first.start()
@@ -523,7 +532,7 @@ NEEDED = {"transaction_read_only": "off", "synchronous_commit": "on", "statement
 def test_what_another_program_set_on_a_pooled_connection_is_not_ours_and_ours_not_its(
         new_postgres_url, open_store, driver):
     store = open_store(new_postgres_url())
-    store.nodes()
+    store.nodes.page()
     [connection] = store.database._idle
     cursor = connection.cursor()
     cursor.execute("SHOW statement_timeout")
@@ -535,15 +544,15 @@ def test_what_another_program_set_on_a_pooled_connection_is_not_ours_and_ours_no
     with store.database.transaction() as tx:
         assert tx.value("SHOW transaction_isolation") == "repeatable read"
         assert tx.value("SHOW transaction_read_only") == "on"
-    store.probe()
+    store.state.check_write()
     assert [connection] == store.database._idle
 
 
 def test_no_statement_is_prepared_under_a_name(new_postgres_url, open_store, driver):
     store = open_store(new_postgres_url())
     for _ in range(20):
-        store.probe()
-        store.nodes()
+        store.state.check_write()
+        store.nodes.page()
     with store.database.transaction() as tx:
         assert tx.value("SELECT COUNT(*) FROM pg_prepared_statements") == 0
 
@@ -573,7 +582,7 @@ def test_a_process_has_at_most_16_connections_and_the_rest_waits_in_turn(new_pos
 
 
 def test_who_waits_for_a_connection_gets_it_in_turn_or_is_told():
-    turns, order = rc._Turns(1), []
+    turns, order = rc.ConnectionTurns(1), []
     assert turns.take(0)
     assert not turns.take(0.01)
     threads = []

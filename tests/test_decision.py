@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,7 +41,7 @@ def failed_verdict(kind: str = "agent_failed", message: str = "boom") -> rc.Verd
 
 
 def decide(nodes, status="running", now=NOW, slots=64, **more) -> rc.Decision:
-    return rc.decide(release(status), rc.Roster(nodes), now, POLICY, slots=slots, **more)
+    return rc.decide(rc.Situation(release(status), rc.NodeIndex(nodes), now, POLICY, slots=slots, **more))
 
 
 def moves(decision: rc.Decision) -> dict[int, tuple[str, str]]:
@@ -241,6 +243,27 @@ def test_the_id_to_poll_is_the_one_that_the_answer_names():
     assert rc.observe(running(), outcome(rc.ACCEPTED, task_id="other"), NOW, POLICY).task_id == "other"
 
 
+@pytest.mark.parametrize("result", [rc.ACCEPTED, rc.WORKING, rc.UNKNOWN, rc.UNCLEAR, rc.LOST])
+def test_whose_answers_are_dear_takes_its_share_of_the_time_and_no_more(result):
+    seen, now, took_s, policy = running(), NOW, 0.0, POLICY._replace(retries=1 << 20)
+    while now.elapsed < NOW.elapsed + 1000:
+        seen = rc.observe(seen, outcome(result, cost_s=0.05), now, policy)
+        took_s += 0.05
+        now = later(seen.due - NOW.elapsed)
+    assert took_s <= 1000 * rc.ANSWER_SHARE + rc.ANSWER_CREDIT_S * rc.ANSWER_SHARE + 0.05
+
+
+def test_whose_answers_cost_what_answers_cost_is_asked_as_soon_as_ever():
+    cheap, dear, now, policy = running(), running(), NOW, POLICY._replace(interval_s=0.1)
+    for number in range(1000):
+        cheap = rc.observe(cheap, outcome(rc.WORKING), now, policy)
+        # a slow machine, and now and then a garbage collection
+        cost_s = 0.0005 if number % 200 else 0.05
+        dear = rc.observe(dear, outcome(rc.WORKING, cost_s=cost_s), now, policy)
+        assert dear.due == cheap.due
+        now = later(cheap.due - NOW.elapsed)
+
+
 @pytest.mark.parametrize(("hold_s", "protocol", "least"), [(5, "execute", 5), (60, "execute", 60), (5, "tasks", 0)])
 def test_section_1_only_an_execute_agent_is_left_alone_after_a_lost_answer(hold_s, protocol, least):
     seen = rc.observe(running(protocol), outcome(rc.LOST, hold_s=hold_s), NOW, POLICY)
@@ -310,12 +333,12 @@ def test_section_1_a_node_given_up_after_a_lost_answer_stays_held_for_other_rele
 # -- rule 9: what a new owner makes of a node -------------------------------------------------------
 
 def test_rule_9_a_tasks_agent_is_asked_first():
-    adopted = rc.adopt(node(1, "running", next_op="", attempts=1), later(10), POLICY)
+    adopted = rc.recover(node(1, "running", next_op="", attempts=1), later(10), POLICY)
     assert (adopted.next_op, adopted.due, adopted.deadline) == ("query", later(10).elapsed, later(600).elapsed)
 
 
 def test_rule_9_a_deadline_that_passed_while_nobody_looked_leaves_time_for_one_question():
-    adopted = rc.adopt(node(1, "running", next_op=""), later(9000), POLICY)
+    adopted = rc.recover(node(1, "running", next_op=""), later(9000), POLICY)
     assert sends(decide([adopted], now=later(9000))) == [("query", 1)]
     assert decide([adopted], now=later(9003)).changes[0].after.error_kind == "deadline"
 
@@ -324,13 +347,13 @@ def test_rule_9_a_deadline_that_passed_while_nobody_looked_leaves_time_for_one_q
                                                     (later(9999).text, 75)])
 def test_rule_9_an_execute_agent_is_left_alone_until_the_hold_is_over(hold_until, wait_s):
     found = node(1, "running", protocol="execute", hold_until=hold_until)
-    adopted = rc.adopt(found, later(10), POLICY)
+    adopted = rc.recover(found, later(10), POLICY)
     assert (adopted.next_op, adopted.due - later(10).elapsed) == ("dispatch", pytest.approx(wait_s, abs=0.01))
 
 
 @pytest.mark.parametrize("status", ["pending", "success", "failed", "skipped"])
 def test_rule_9_other_nodes_are_what_their_row_says(status):
-    assert rc.adopt(node(1, status), NOW, POLICY) == node(1, status)
+    assert rc.recover(node(1, status), NOW, POLICY) == node(1, status)
 
 
 # -- when to look again -----------------------------------------------------------------------------
@@ -358,7 +381,7 @@ def test_every_verb_in_every_state_works_or_says_which_states_allow_it(verb, sta
     if status in ALLOWED[verb]:
         rc.check_verb(verb, release(status))
         return
-    with pytest.raises(rc.AppError, match=f"release 1 is {status}: {verb} needs ") as refused:
+    with pytest.raises(rc.AppError, match="release 1 (is [a-z]+|succeeded); only .* can be ") as refused:
         rc.check_verb(verb, release(status))
     assert refused.value.code == 3003
 
@@ -368,6 +391,31 @@ def test_every_verb_in_every_state_works_or_says_which_states_allow_it(verb, sta
     ("resume", None, "pending"), ("resume", NOW.text, "running")])
 def test_the_status_that_a_verb_brings(verb, started_at, status):
     assert rc.status_after_verb(verb, release("paused", started_at=started_at)) == status
+
+
+# -- every change of a status ---------------------------------------------------------------------------
+
+def test_the_transitions_are_those_of_the_documentation():
+    text = (Path(__file__).parent.parent / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (release|node): ([a-z]+) \| ([a-z, ]+) \|$", text, re.MULTILINE)
+    for thing, transitions in (("release", rc.RELEASE_TRANSITIONS), ("node", rc.NODE_TRANSITIONS)):
+        assert {status: tuple(after.split(", ")) for kind, status, after in rows if kind == thing} == transitions
+
+
+def test_no_terminal_release_changes_and_every_verb_is_a_transition():
+    assert set(rc.RELEASE_STATUSES) - set(rc.RELEASE_TRANSITIONS) == rc.TERMINAL
+    for verb in ("pause", "resume", "cancel", rc.CANCEL_BY_FORCE):
+        for status in rc.VERBS[verb].states:
+            assert rc.status_after_verb(verb, release(status)) in (status, *rc.RELEASE_TRANSITIONS[status])
+
+
+def test_a_change_that_is_no_transition_is_not_decided(monkeypatch):
+    monkeypatch.setitem(rc.NODE_TRANSITIONS, "pending", ("skipped",))
+    with pytest.raises(RuntimeError, match="no status running after pending"):
+        decide([node(1)])
+    monkeypatch.setitem(rc.RELEASE_TRANSITIONS, "running", ("paused",))
+    with pytest.raises(RuntimeError, match="no status success after running"):
+        decide([node(1, "success")])
 
 
 # -- rule 2: which releases may be claimed ------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_check_tells_a_database_that_is_open_to_others(in_reach, mode):
 @pytest.mark.parametrize(("mode", "url", "words"), [
     (0o666, "sqlite:///r.db", "is open to others, who may write it: chmod o-rwx,g-w it"),
     (0o660, "sqlite:///r.db", "is open to others, who may write it: chmod o-rwx,g-w it"),
-    (0o644, "postgresql://u:hunter2@127.0.0.1:1/d", "is open to others, and the database's password may be in it"),
+    (0o644, "postgresql://u:hunter2@127.0.0.1:1/d", "is open to others, and the database's password is in it"),
     (0o640, "postgresql://u:hunter2@127.0.0.1:1/d", ""), (0o644, "sqlite:///r.db", ""),
 ])
 def test_check_looks_at_the_mode_of_the_settings(in_reach, mode, url, words):
@@ -121,6 +121,20 @@ def test_check_looks_at_the_mode_of_the_settings(in_reach, mode, url, words):
     assert findings(result)["--config"][0] is not bool(words)
     assert words in findings(result)["--config"][1]
     assert "hunter2" not in result.out + result.err
+
+
+@pytest.mark.skipif(not DRIVERS, reason="no PostgreSQL driver")
+def test_check_looks_for_a_password_in_the_file_of_the_settings_and_nowhere_else(in_reach):
+    url = "postgresql://u:hunter2@127.0.0.1:1/d"
+    path = in_reach.file("releasectl.conf", f"DATABASE_URL={url}\n")
+    os.chmod(path, 0o644)
+    in_reach.settings["DATABASE_URL"] = "sqlite:///r.db"  # which wins, and the password stands there all the same
+    assert "the database's password is in it" in findings(in_reach("--config", path, "check", "--json"))["--config"][1]
+    del in_reach.settings["DATABASE_URL"]
+    path = in_reach.file("other.conf", "DATABASE_URL_FILE={}\n".format(in_reach.file("url", url)))
+    os.chmod(path, 0o644)
+    os.chmod(in_reach.folder / "url", 0o600)
+    assert findings(in_reach("--config", path, "check", "--json"))["--config"][0] is True
 
 
 # -- keys that are open ------------------------------------------------------------------------
@@ -139,9 +153,9 @@ def test_a_key_that_is_opened_under_a_running_serve_begins_nothing_and_is_told(f
         time.sleep(2.5)  # nothing is to be done: it is told all the same
         release = new_release(store)
         time.sleep(1)
-        assert store.release(release.id).status == "pending"
+        assert store.releases.get(release.id).status == "pending"
         os.chmod(key, 0o600)
-        eventually(lambda: store.release(release.id).status == "success")
+        eventually(lambda: store.releases.get(release.id).status == "success")
         time.sleep(2)
         serve.terminate()
         result = Cli.end(serve)
@@ -175,7 +189,7 @@ def test_with_tokens_that_are_opened_under_a_running_serve_nobody_is_let_in(cli)
         assert status() == 200
         serve.terminate()
         result = Cli.end(serve)
-    assert result.err.count("nobody is let in: API_TOKENS_FILE") == 1
+    assert result.err.count("no token is accepted: API_TOKENS_FILE") == 1
 
 
 def test_a_release_under_way_is_followed_to_its_end_with_a_key_that_was_opened(fleet_cli):
@@ -183,9 +197,9 @@ def test_a_release_under_way_is_followed_to_its_end_with_a_key_that_was_opened(f
     store = fleet_cli.world.store
     with serve_process(fleet_cli):
         release = new_release(store)
-        eventually(lambda: store.release(release.id).status == "running")
+        eventually(lambda: store.releases.get(release.id).status == "running")
         os.chmod(fleet_cli.certs / "control.key", 0o644)
-        eventually(lambda: store.release(release.id).status == "success")
+        eventually(lambda: store.releases.get(release.id).status == "success")
 
 
 # -- links -------------------------------------------------------------------------------------
@@ -331,7 +345,7 @@ def test_the_units_take_modules_from_pythons_own_folders_alone(name):
 
 
 def test_isolated_it_takes_no_module_from_its_folder_or_the_environment(tmp_path):
-    for name in ("releasectl.py", "schema.sql"):
+    for name in ("releasectl.py", "schema.sql", "dashboard.html"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "codecs.py").write_text("raise SystemExit('taken from the folder')")
     (tmp_path / "json.py").write_text("raise SystemExit('taken from the folder')")

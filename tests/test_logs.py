@@ -38,13 +38,13 @@ def test_each_change_of_a_status_is_one_line_with_the_events_words(world, record
     world.agent(2).set(outcome="failed", message="nginx -t failed")
     store = world.store
     new_release(store, strategy={"batches": [1, 1, 1]})
-    store.act("pause", 1, "anna", "lunch")
-    store.act("resume", 1, "anna")
-    world.executor().run_once(drain=True)
-    store.retry(1, "bert")
-    store.act("cancel", 2, "bert", "no more")
+    store.releases.act("pause", 1, "anna", "lunch")
+    store.releases.act("resume", 1, "anna")
+    world.executor().drain()
+    store.releases.retry(1, "bert")
+    store.releases.act("cancel", 2, "bert", "no more")
     for release_id in (1, 2):
-        wanted = [(e.event, e.node_name, e.actor) for e in store.events(release_id)]
+        wanted = [(e.event, e.node_name, e.actor) for e in store.releases.events(release_id)]
         lines = [(a["event"], a.get("node", ""), a["actor"]) for a in map(about, records)
                  if a.get("release") == release_id and "event" in a]
         for change in wanted:
@@ -57,7 +57,7 @@ def test_a_release_can_be_followed_by_its_id(world, records):
     world.nodes(3)
     world.agent(2).set(outcome="failed", message="nginx -t failed")
     new_release(world.store, reason="new site")
-    world.executor().run_once(drain=True)
+    world.executor().drain()
     lines = [line for line in said(records, logging.INFO) if "release 1" in line]
     assert all(line.startswith("release 1 (v1): ") for line in lines)
     assert lines[0] == "release 1 (v1): created by test, 3 nodes in batches of 1, 2: new site"
@@ -72,7 +72,7 @@ def test_a_release_can_be_followed_by_its_id(world, records):
 def test_single_nodes_that_do_well_are_told_only_for_debugging(world, records):
     world.nodes(3)
     new_release(world.store)
-    world.executor().run_once(drain=True)
+    world.executor().drain()
     nodes = [record for record in records if "node" in about(record) and "event" in about(record)]
     assert {record.levelno for record in nodes} == {logging.DEBUG}
     assert {about(record)["node"] for record in nodes} == {"edge-1", "edge-2", "edge-3"}
@@ -84,7 +84,7 @@ def test_skipped_nodes_are_summed_up_in_one_line(world, records):
     world.nodes(5)
     world.agent(1).set(outcome="failed", message="no")
     new_release(world.store)
-    world.executor().run_once(drain=True)
+    world.executor().drain()
     assert [line for line in said(records, logging.INFO) if "skipped" in line and "batch" not in line][0] == (
         "release 1 (v1): 4 nodes skipped")
 
@@ -92,10 +92,10 @@ def test_skipped_nodes_are_summed_up_in_one_line(world, records):
 def test_a_takeover_says_from_whom(store, records):
     add_nodes(store, 1)
     new_release(store)
-    store.claim(1, "first", 30)
+    store.claims.claim(1, "first", 30)
     with store.database.transaction(write=True) as tx:
         tx.execute("UPDATE release_tasks SET claim_expires_at = '2026-01-01T00:00:00.000Z'")
-    store.claim(1, "second", 30)
+    store.claims.claim(1, "second", 30)
     found = [record for record in records if about(record).get("event") == "taken_over"]
     assert said(found, logging.WARNING) == [
         "release 1 (v1): taken over by second from first, whose claim had run out"]
@@ -106,8 +106,8 @@ def test_what_was_not_committed_is_not_told(store, records):
     new_release(store)
     before = len(records)
     with nothing_committed(store):
-        for deed in (lambda: store.act("pause", 1, "test"), lambda: store.claim(1, "owner", 30),
-                     lambda: new_release(store), lambda: store.set_freeze(True, "test", "holidays")):
+        for deed in (lambda: store.releases.act("pause", 1, "test"), lambda: store.claims.claim(1, "owner", 30),
+                     lambda: new_release(store), lambda: store.releases.set_freeze(True, "test", "holidays")):
             with pytest.raises(rc.DatabaseError):
                 deed()
     assert said(records)[before:] == []
@@ -117,9 +117,10 @@ def test_a_commit_whose_answer_was_lost_is_told_once_it_is_known(sqlite_world, r
     world = sqlite_world.nodes(1)
     world.agent(1).set(outcome="failed", message="no")
     new_release(world.store)
-    commit, lost = rc.Store.commit, []
+    commit, lost = rc.Claims.commit, []
 
-    def lose_once(store: rc.Store, claim, release, decision, now, actor) -> None:
+    def lose_once(claims: rc.Claims, claim, release, decision, now, actor) -> None:
+        store = world.store
         if decision.status == "failed" and not lost:
             lost.append(decision)
             give_back = store.database._give_back
@@ -129,20 +130,20 @@ def test_a_commit_whose_answer_was_lost_is_told_once_it_is_known(sqlite_world, r
                 store.database._give_up(connection[0])
                 raise rc.DatabaseError("the connection was cut")
             monkeypatch.setattr(store.database, "_give_back", cut)
-        commit(store, claim, release, decision, now, actor)
+        commit(claims, claim, release, decision, now, actor)
 
-    monkeypatch.setattr(rc.Store, "commit", lose_once)
-    world.executor().run_once(drain=True)
+    monkeypatch.setattr(rc.Claims, "commit", lose_once)
+    world.executor().drain()
     assert lost
-    assert world.store.release(1).status == "failed"
+    assert world.store.releases.get(1).status == "failed"
     lines = said(records)
     assert len([line for line in lines if line == "release 1 (v1): node edge-1 failed: no"]) == 1
     assert len([line for line in lines if line.startswith("release 1 (v1): failed, ")]) == 1
 
 
 def test_a_freeze_says_who_and_why(store, records):
-    store.set_freeze(True, "anna", "looking\ninto it")
-    store.set_freeze(False, "bert")
+    store.releases.set_freeze(True, "anna", "looking\ninto it")
+    store.releases.set_freeze(False, "bert")
     assert [(record.getMessage(), about(record)) for record in records if about(record)] == [
         ("frozen by anna: looking\ninto it", {"actor": "anna", "event": "frozen"}),
         ("the freeze was lifted by bert", {"actor": "bert", "event": "unfrozen"})]
@@ -201,7 +202,7 @@ def test_an_agents_words_stay_in_their_line(sqlite_world, records):
     world = sqlite_world.nodes(1)
     world.agent(1).set(outcome="failed", message=FORGED)
     new_release(world.store)
-    world.executor().run_once(drain=True)
+    world.executor().drain()
     formatter = rc.TextFormatter(False)
     lines = "\n".join(map(formatter.format, records)).splitlines()
     assert [line for line in lines if "forged" in line]

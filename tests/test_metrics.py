@@ -80,7 +80,7 @@ def test_metrics_are_read_by_the_official_parser_and_by_promtool(world):
     world.nodes(3)
     world.agent(2).set(outcome="failed", message="no")
     new_release(world.store)
-    counted_executor(world).run_once(drain=True)
+    counted_executor(world).drain()
     with serving(world.store) as client:
         client("GET", "/api/v1/releases/1")
         answer = client("GET", "/metrics")
@@ -96,7 +96,7 @@ def test_metrics_hold_no_id_and_no_name_of_a_node(world):
     world.nodes(3)
     world.agent(2).set(outcome="failed", message="edge-2 said no")
     new_release(world.store)
-    counted_executor(world).run_once(drain=True)
+    counted_executor(world).drain()
     with serving(world.store) as client:
         for path in ("/api/v1/releases/1", "/api/v1/nodes/3", "/no/such/place", "/api/v1/releases/77"):
             client("GET", path)
@@ -108,7 +108,7 @@ def test_metrics_hold_no_id_and_no_name_of_a_node(world):
 
 
 def test_what_stands_in_a_label_cannot_break_the_format(store):
-    store.add_node("edge-1", "127.0.1.1")
+    store.nodes.add("edge-1", "127.0.1.1")
     new_release(store)
     odd = 'a"b\\c\nreleasectl_frozen 7'
     sql(store, "UPDATE release_tasks SET target = ?", odd)
@@ -120,15 +120,15 @@ def test_what_stands_in_a_label_cannot_break_the_format(store):
 
 def test_releases_are_counted_by_target_and_status_and_active_ones_by_their_nodes(store):
     for number in range(1, 5):
-        store.add_node(f"edge-{number}", f"127.0.1.{number}")
-    store.update_node(4, {"status": "offline"})
+        store.nodes.add(f"edge-{number}", f"127.0.1.{number}")
+    store.nodes.update(4, {"status": "offline"})
     for target in ("cdn", "cdn", "dns", "web"):
         new_release(store, target=target)
     sql(store, "UPDATE release_tasks SET status = 'failed' WHERE id = 1")
     sql(store, "UPDATE release_tasks SET status = 'running' WHERE id = 2")
     sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = 2 AND node_id = 1")
     sql(store, "UPDATE release_task_nodes SET status = 'running' WHERE release_task_id = 2 AND node_id = 2")
-    store.set_freeze(True, "test", "holidays")
+    store.releases.set_freeze(True, "test", "holidays")
     seen = look(store)
     assert {key[1:]: value for key, value in seen.items() if key[0] == "releasectl_releases" and value} == {
         ("cdn", "failed"): 1, ("cdn", "running"): 1, ("dns", "pending"): 1, ("web", "pending"): 1}
@@ -141,10 +141,10 @@ def test_releases_are_counted_by_target_and_status_and_active_ones_by_their_node
 
 
 def test_the_last_event_of_an_active_release_tells_how_long_it_has_not_moved(store):
-    store.add_node("edge-1", "127.0.1.1")
+    store.nodes.add("edge-1", "127.0.1.1")
     new_release(store)
     assert not [key for key in look(store) if key[0] == "releasectl_release_last_event_timestamp_seconds"]
-    store.claim(1, "owner", 30)
+    store.claims.claim(1, "owner", 30)
     at = look(store)["releasectl_release_last_event_timestamp_seconds", "cdn", "running"]
     assert abs(at - time.time()) < 60
     sql(store, "UPDATE release_events SET at = 'yesterday'")
@@ -152,7 +152,7 @@ def test_the_last_event_of_an_active_release_tells_how_long_it_has_not_moved(sto
 
 
 def test_the_oldest_50_targets_have_figures_of_their_own_and_the_rest_is_summed_up(store):
-    store.add_node("edge-1", "127.0.1.1")
+    store.nodes.add("edge-1", "127.0.1.1")
     for number in range(1, 61):
         new_release(store, target=f"t{number:02d}")
     new_release(store, target="t55")
@@ -175,7 +175,7 @@ def test_no_figure_reads_the_nodes_or_events_of_releases_that_are_over(sqlite_ur
         return execute(tx, statement, *params)
 
     monkeypatch.setattr(rc.Transaction, "execute", explained)
-    store.counts()
+    store.releases.counts()
     steps = [plan for plan in plans if re.search(r"(SCAN|SEARCH)( TABLE)? (release_task_nodes AS )?(n|e)\b", plan)
              or re.search(r"release_(task_nodes|events)", plan)]
     assert len(steps) == 2
@@ -196,17 +196,17 @@ def test_a_database_that_is_away_leaves_what_only_the_process_knows(client, data
 
 def test_ticks_are_counted_by_what_they_found_and_the_last_good_one_is_dated(world):
     world.nodes(1)
-    counted_executor(world).run_once()
+    counted_executor(world).tick()
     new_release(world.store)
     executor = counted_executor(world, CONTROL_CERT="/nowhere")
     with pytest.raises(rc.ConfigError):
-        executor.run_once()
+        executor.tick()
     assert look(world.store)["releasectl_last_tick_timestamp_seconds",] == 0
     executor = counted_executor(world)
-    claim = world.store.claim(1, "somebody else", 30)
-    executor.run_once()
-    world.store.let_go(claim)
-    executor.run_once()
+    claim = world.store.claims.claim(1, "somebody else", 30)
+    executor.tick()
+    world.store.claims.drop(claim)
+    executor.tick()
     seen = look(world.store)
     assert {key[1]: value for key, value in seen.items() if key[0] == "releasectl_ticks_total"} == {
         "idle": 1, "busy": 1, "worked": 1, "error": 1}
@@ -218,7 +218,7 @@ def test_requests_to_agents_are_counted_by_outcome_and_their_time_is_measured(wo
     world.agent(2).set(outcome="failed", message="no")
     world.agent(3).set(mode="refuse")
     new_release(world.store)
-    counted_executor(world, AGENT_RETRIES=1).run_once(drain=True)
+    counted_executor(world, AGENT_RETRIES=1).drain()
     seen = look(world.store)
     requests = {key[1:]: value for key, value in seen.items() if key[0] == "releasectl_agent_requests_total" and value}
     assert requests["dispatch", "success"] == 2
@@ -248,40 +248,40 @@ def test_failed_nodes_are_counted_by_error_kind_whoever_ended_them(world):
     world.nodes(2)
     world.agent(1).set(outcome="failed", message="no")
     new_release(world.store)
-    counted_executor(world).run_once(drain=True)
+    counted_executor(world).drain()
     new_release(world.store)
-    world.store.claim(2, "owner", 30)
+    world.store.claims.claim(2, "owner", 30)
     sql(world.store, "UPDATE release_task_nodes SET status = 'running', started_at = created_at "
                        "WHERE release_task_id = 2 AND node_id = 1")
-    world.store.act(rc.CANCEL_BY_FORCE, 2, "test")
+    world.store.releases.act(rc.CANCEL_BY_FORCE, 2, "test")
     kinds = {key[1]: value for key, value in look(world.store).items() if key[0] == "releasectl_node_failures_total"}
     assert kinds == {**dict.fromkeys(rc.ERROR_KINDS, 0), "agent_failed": 1, "abandoned": 1}
 
 
 def test_a_takeover_is_counted_and_a_release_that_was_let_go_is_none(store):
-    store.add_node("edge-1", "127.0.1.1")
+    store.nodes.add("edge-1", "127.0.1.1")
     new_release(store)
-    store.let_go(store.claim(1, "first", 30))
-    store.claim(1, "second", 30)
+    store.claims.drop(store.claims.claim(1, "first", 30))
+    store.claims.claim(1, "second", 30)
     assert look(store)["releasectl_takeovers_total",] == 0
     sql(store, "UPDATE release_tasks SET claim_expires_at = '2026-01-01T00:00:00.000Z'")
-    claim = store.claim(1, "third", 30)
+    claim = store.claims.claim(1, "third", 30)
     assert look(store)["releasectl_takeovers_total",] == 1
-    assert (claim.fence, claim.version) == (store.release(1).claim_fence, 1)
+    assert (claim.fence, claim.version) == (store.releases.get(1).claim_fence, 1)
 
 
 def test_what_was_rolled_back_is_not_counted(store):
-    store.add_node("edge-1", "127.0.1.1")
+    store.nodes.add("edge-1", "127.0.1.1")
     new_release(store)
-    store.claim(1, "first", 30)
+    store.claims.claim(1, "first", 30)
     sql(store, "UPDATE release_tasks SET claim_expires_at = '2026-01-01T00:00:00.000Z'")
     with nothing_committed(store), pytest.raises(rc.DatabaseError):
-        store.claim(1, "second", 30)
+        store.claims.claim(1, "second", 30)
     assert look(store)["releasectl_takeovers_total",] == 0
 
 
 def test_requests_to_the_api_are_counted_by_route_method_and_status(client):
-    client.store.add_node("edge-1", "127.0.1.1")
+    client.store.nodes.add("edge-1", "127.0.1.1")
     for method, path in (("GET", "/api/v1/nodes/1"), ("GET", "/api/v1/nodes/7"), ("GET", "/api/v1/nodes/8"),
                          ("HEAD", "/healthz"), ("GET", "/nowhere"), ("BREW", "/healthz")):
         client(method, path)
@@ -387,7 +387,7 @@ def test_a_metrics_file_that_cannot_be_written_is_told_and_the_work_is_done(flee
     result = fleet_cli("run-once", "--drain", "--metrics-file", "/nowhere/x.prom")
     assert (result.code, result.err.splitlines()[-1]) == (
         2, "releasectl: --metrics-file /nowhere/x.prom can't be written: no such file or directory")
-    assert fleet_cli.world.store.release(1).status == "success"
+    assert fleet_cli.world.store.releases.get(1).status == "success"
 
 
 def test_a_tick_that_fails_writes_the_metrics_file_too(fleet_cli):
@@ -412,7 +412,7 @@ def test_serve_gives_the_certificates_and_the_ticks_of_its_own_process(fleet_cli
     new_release(fleet_cli.world.store)
     serve = fleet_cli.start("serve")
     try:
-        eventually(lambda: fleet_cli.world.store.release(1).status == "success")
+        eventually(lambda: fleet_cli.world.store.releases.get(1).status == "success")
         def seen() -> dict[tuple[str, ...], float]:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
                 return parse(answer.read().decode())

@@ -14,6 +14,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.error
+import urllib.request
 from typing import Any
 
 import pytest
@@ -35,10 +38,11 @@ NEWER = {"code": 3003, "data": None, "message": "release 5 (v5) succeeded later 
 class Daemon:
     """What `serve` runs, in this process: the API, and an executor where one is wanted."""
 
-    def __init__(self, store: rc.Store, settings: rc.Settings, executor: rc.Executor | None = None):
+    def __init__(self, store: rc.Store, settings: rc.Settings, executor: rc.Executor | None = None,
+                 api: rc.Api | None = None):
         self.store, self.executor = store, executor
-        api = rc.Api(store, executor.nudge,
-                     process=lambda: rc.process_json(settings, executor)) if executor else rc.Api(store)
+        api = api or (rc.Api(store, executor.nudge, process=lambda: rc.process_json(settings, executor)) if executor
+                      else rc.Api(store))
         self._server = rc.ApiServer(settings, api)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/"
         self._threads = [threading.Thread(target=self._server.serve_forever, args=(0.02,))]
@@ -230,26 +234,26 @@ def big_release(store: rc.Store, nodes: int) -> None:
         tx.execute("UPDATE release_task_nodes SET status = 'success' WHERE batch = 1")
         tx.execute("UPDATE release_task_nodes SET status = 'running' WHERE batch = 2")
         tx.execute("UPDATE release_tasks SET status = 'running', started_at = created_at, success_nodes = 1")
-        tx.insert_many(rc.INSERT_EVENTS, 8, [(1, n, rc.utc_text(0), "test", "dispatched", "pending", "running", "")
-                                             for n in range(2, nodes + 1)])
+        rc.add_events(tx, rc.utc_text(0), "test", [
+            rc.NewEvent(1, "dispatched", "pending", "running", node_id=n) for n in range(2, nodes + 1)])
 
 
 def succeed(store: rc.Store, first: int, last: int) -> None:
     """Lets nodes of release 1 succeed, as an executor would write it."""
     with store.database.transaction(write=True) as tx:
         tx.execute("UPDATE release_task_nodes SET status = 'success' WHERE node_id BETWEEN ? AND ?", first, last)
-        tx.execute(f"UPDATE release_tasks SET updated_at = ?, {rc.COUNTERS}", store._now())
-        tx.insert_many(rc.INSERT_EVENTS, 8, [(1, n, store._now(), "test", "succeeded", "running", "success", "")
-                                             for n in range(first, last + 1)])
+        tx.execute(f"UPDATE release_tasks SET updated_at = ?, {rc.COUNTERS}", store.state.now())
+        rc.add_events(tx, store.state.now(), "test", [
+            rc.NewEvent(1, "succeeded", "running", "success", node_id=n) for n in range(first, last + 1)])
 
 
 # -- what is served ----------------------------------------------------------------------------
 
 def test_the_page_is_one_document_whose_policy_allows_its_own_script_and_style_alone():
-    headers = rc.page_headers()
+    text, headers = rc.dashboard()
     policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
     for tag in ("script", "style"):
-        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", rc.PAGE, re.DOTALL)
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert policy.pop(f"{tag}-src") == f"'sha256-{digest}'"
     assert policy == {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'",
@@ -258,9 +262,55 @@ def test_the_page_is_one_document_whose_policy_allows_its_own_script_and_style_a
 
 
 def test_the_page_writes_text_only_and_names_no_other_host():
-    assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Function\(", rc.PAGE) == []
-    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)", rc.PAGE) == []
-    assert " style=" not in rc.PAGE
+    text = rc.dashboard().text
+    assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Function\(", text) == []
+    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text) == []
+    assert " style=" not in text
+
+
+@pytest.fixture
+def dashboard_file(tmp_path, monkeypatch):
+    """Where dashboard.html would have to stand; nothing is there yet, and nothing was read."""
+    monkeypatch.setattr(rc, "DASHBOARD_FILE", tmp_path / "dashboard.html")
+    rc.dashboard.cache_clear()
+    yield tmp_path / "dashboard.html"
+    rc.dashboard.cache_clear()
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    (None, "dashboard.html can't be read (no such file or directory): it belongs beside releasectl.py"),
+    (b"", "dashboard.html is empty or cut off: copy the one that came with this releasectl.py"),
+    (b"<!doctype html><p>half", "dashboard.html is empty or cut off: copy the one that came with this releasectl.py"),
+    (b"\xff", "dashboard.html can't be read (not UTF-8): it belongs beside releasectl.py")])
+def test_without_its_file_the_page_is_404_with_what_is_missing_and_all_else_works(
+        dashboard_file, sqlite_world, content, reason):
+    if content is not None:
+        dashboard_file.write_bytes(content)
+    daemon = Daemon(sqlite_world.store, settings_for(sqlite_world.url))
+    try:
+        with pytest.raises(urllib.error.HTTPError) as refused, urllib.request.urlopen(daemon.url, timeout=10):
+            pass
+        assert (refused.value.code, refused.value.headers["Content-Type"]) == (404, "application/json")
+        assert json.load(refused.value) == {"code": 3001, "message": f"no dashboard: {reason}", "data": None}
+        refused.value.close()
+        for path in ("readyz", "api/v1/health", "openapi.json"):
+            with urllib.request.urlopen(daemon.url + path, timeout=10) as answer:
+                assert answer.status == 200, path
+    finally:
+        daemon.stop()
+
+
+def test_the_page_is_read_at_the_first_request_and_kept_when_its_file_changes(dashboard_file):
+    api = rc.Api(rc.Store(rc.Database("sqlite://")))
+    request = rc.Request((), {}, {}, "test")
+    with pytest.raises(rc.AppError):
+        api.page(request)
+    dashboard_file.write_text("<style>a</style><script>b</script></html>\n")
+    first = api.page(request)  # a file that was forgotten needs no restart
+    dashboard_file.write_text("<style>c</style><script>d</script></html>\n")
+    assert api.page(request) == first
+    assert hashlib.sha256(b"b").digest() == base64.b64decode(
+        re.findall(r"script-src 'sha256-([^']+)'", first.headers["Content-Security-Policy"])[0])
 
 
 # -- health, which the page reads ------------------------------------------------------------------
@@ -269,7 +319,7 @@ def test_health_tells_executor_claims_releases_database_and_certificates(world):
     world.nodes(3)
     executor = world.executor()
     release = new_release(world.store)
-    claim = world.store.claim(release.id, "someone:1", 30)
+    claim = world.store.claims.claim(release.id, "someone:1", 30)
     api = rc.Api(world.store, process=lambda: rc.process_json(executor.settings, executor))
     health = api.overview(rc.Request((), {}, {}, "test")).data
     assert health["database"] == {"engine": world.store.database.engine.name, "ok": True,
@@ -286,9 +336,9 @@ def test_health_tells_executor_claims_releases_database_and_certificates(world):
 def test_the_list_of_nodes_tells_the_newest_release_that_names_each(store):
     add_nodes(store, 2)
     new_release(store)
-    store.update_node(2, {"enabled": 0})
+    store.nodes.update(2, {"enabled": 0})
     new_release(store)
-    store.act("cancel", 2, "test")
+    store.releases.act("cancel", 2, "test")
     add_nodes(store, 1, first=3)
     listed = rc.Api(store).list_nodes(rc.Request((), {"lastRelease": "1"}, {}, "test")).data["items"]
     assert [node["lastRelease"] for node in listed] == [
@@ -327,7 +377,7 @@ def test_a_release_is_followed_to_failure_and_says_why_in_text_and_is_retried(li
     page, world = live(3)
     world.agent(1).set(outcome="failed", message=MARKUP)
     page.open().press("New release").fill(payload=PAYLOAD).plan().press("Create")
-    page.see("1 node failed", "#failures").see(MARKUP, "#failures pre").see("Mend what its message names", "#failures")
+    page.see("1 node failed", "#failures").see(MARKUP, "#failures pre").see("Fix what its message names", "#failures")
     assert page.count("main img") + page.count("main b") == 0
     page.see("Release 1 failed", "#pulse")
     page.run("document.querySelector('#failures ul a').click()")
@@ -351,11 +401,12 @@ def test_a_release_is_paused_and_resumed_from_the_page(live):
     new_release(world.store)
     page.open("#/releases/1").see("running", "main .chip")
     page.press("Pause").see("until someone resumes", "#ask").fill(reason="look first").press("Pause release 1")
-    page.see("paused", "main .chip").see("look first", "#timeline").see("waits for a person", "#pulse")
+    page.see("paused", "main .chip").see("look first", "#timeline").see("needs you: paused at batch ", "#pulse")
     world.agent(1).set(mode="normal")
     page.see("1 of 1 done", "#batch-1")
     assert world.runs() == [1, 0]
-    page.press("Resume").press("Resume release 1").see("2 nodes succeeded", "main")
+    page.press("Resume").see("Continues with batch 2 (1 node).", "#ask")
+    page.press("Resume release 1").see("2 nodes succeeded", "main")
 
 
 @pytest.mark.slow
@@ -388,7 +439,7 @@ def test_the_filter_is_in_the_address_and_the_way_back_leads_back(page):
     add_nodes(store, 1)
     for _ in range(25):
         new_release(store)
-    store.act("pause", 3, "test")
+    store.releases.act("pause", 3, "test")
     page.open("#/releases?status=paused").see("Release 3", "#release-3")
     assert page.count("tbody tr") == 1
     page.press("pending").see("Release 25", "tbody").see("page 1 of 2", "main")
@@ -399,7 +450,8 @@ def test_the_filter_is_in_the_address_and_the_way_back_leads_back(page):
     page.run("history.back()")
     page.see("Release 1", "tbody")
     page.open("#/releases/99").see("release 99 does not exist", "main")
-    page.open("#/nothing").see("There is no page nothing", "main")
+    page.open("#/nothing").see("There is no page nothing", "main").see("Page not found", "main h1")
+    page.press("Releases").see("History", "main")
 
 
 @pytest.mark.slow
@@ -407,11 +459,12 @@ def test_a_daemon_that_is_lost_and_comes_back_is_noticed_and_what_was_seen_stays
     add_nodes(sqlite_world.store, 2)
     new_release(sqlite_world.store)
     first = ServeProcess(sqlite_world.url)
-    page = new_page(first).open("#/releases/1").see("pending", "main .chip")
+    page = new_page(first).open("#/releases/1").see("pending", "main .chip").see("updated", "#age")
     first.stop()
-    page.see("The daemon can't be reached. Trying again", "#trouble").see("No contact", "#pulse")
+    page.see("The daemon can't be reached. Retrying.", "#trouble").see("Connection lost", "#pulse")
+    assert re.fullmatch(r"\d+ s ago, showing \d\d:\d\d:\d\d", page.text("#age"))
     page.see("Release 1", "main h1")
-    sqlite_world.store.act("pause", 1, "test")
+    sqlite_world.store.releases.act("pause", 1, "test")
     second = ServeProcess(sqlite_world.url, first.port)
     try:
         page.see("paused", "main .chip")
@@ -478,7 +531,7 @@ def test_enter_in_the_new_release_dialog_creates_nothing(page):
         page.enter(f"#ask [name={name}]")
     page.settle()
     assert [body["dryRun"] for _, _, body in page.browser.changes] == [True]
-    assert page.daemon.store.releases().total == 0
+    assert page.daemon.store.releases.page().total == 0
 
 
 @pytest.mark.slow
@@ -501,10 +554,10 @@ def test_a_new_release_is_created_only_after_its_plan_was_shown(page):
     page.run("document.querySelector('[name=target]').value = 'silently'")  # as a browser's extension would
     page.press("Create").settle()
     assert page.count("#plan h3") == 0
-    assert store.releases().total == 0
+    assert store.releases.page().total == 0
     page.fill(target="dns").plan().press("Create")
     eventually(lambda: page.address() == "#/releases/1")
-    assert [(r.target, r.reason) for r in store.releases().items] == [("dns", "weekly")]
+    assert [(r.target, r.reason) for r in store.releases.page().items] == [("dns", "weekly")]
 
 
 @pytest.mark.slow
@@ -514,7 +567,7 @@ def test_a_plan_that_was_read_is_created_by_the_keyboard_on_its_button(page, key
     page.open().press("New release").fill(payload=PAYLOAD)
     page.run("[...document.querySelectorAll('#ask button')].forEach(b => { b.id = b.textContent.split(' ')[0]; })")
     page.enter("#Show", key, held=3).see("Goes to 1 node", "#plan").settle()
-    assert page.daemon.store.releases().total == 0  # held down on the one button it does not reach the other
+    assert page.daemon.store.releases.page().total == 0  # held down on the one button it does not reach the other
     assert page.run("document.activeElement.id") == "Show"
     assert page.run("document.querySelector('#plan').getAttribute('aria-live')") == "polite"
     page.browser.key("Tab")
@@ -535,7 +588,7 @@ def test_a_plan_of_what_was_written_before_is_not_shown(page):
     eventually(lambda: page.run("Boolean(window.goOn)"))
     page.run("window.goOn()")
     page.see("can be used once the plan is shown", "#plan").press("Create").settle()
-    assert page.daemon.store.releases().total == 0
+    assert page.daemon.store.releases.page().total == 0
 
 
 @pytest.mark.slow
@@ -592,7 +645,7 @@ def test_what_a_new_release_leaves_out_is_told_before_and_after_its_creation(pag
     page.plan()
     for words in ("Left out: 3 nodes.", "maintenance: edge-3, edge-5", f"disabled: {MARKUP}"):
         page.see(words, "#plan")
-    page.press("Create").see("Release 1 is created", "#ask h2").see("Version 1 goes to 40 nodes.", "#ask")
+    page.press("Create").see("Release 1 created", "#ask h2").see("Version 1 goes to 40 nodes.", "#ask")
     page.see("maintenance: edge-3, edge-5", "#ask")
     assert page.address() == "#/releases/1"
     page.press("Close").see("pending", "main .chip")
@@ -654,11 +707,11 @@ def test_a_rollback_shows_which_release_it_goes_back_to_and_takes_another(page):
 def test_what_the_daemon_plans_refuses_and_leaves_out_is_what_the_page_says(live):
     page, world = live(3)
     store = world.store
-    store.add_node("edge-9", "10.9.9.9", agent_protocol="execute")
+    store.nodes.add("edge-9", "10.9.9.9", agent_protocol="execute")
     page.open().press("New release").fill(payload="{}").press("Show the plan").see("websites", "#ask .refused")
     page.fill(payload=PAYLOAD).plan().see("Goes to 4 nodes as version 1", "#plan")
     page.see("1 node would be left without any site: edge-9", "#plan .notice")
-    store.update_node(4, {"enabled": 0})
+    store.nodes.update(4, {"enabled": 0})
     page.fill(reason="first").plan().see("Goes to 3 nodes", "#plan").press("Create")
     eventually(lambda: page.address() == "#/releases/1")
     page.open("#/releases/1").see("3 nodes succeeded", "main")
@@ -673,9 +726,9 @@ def test_what_the_daemon_plans_refuses_and_leaves_out_is_what_the_page_says(live
     page.see("Sends the payload of release 2 (v2) to 3 nodes as version 4", "#plan").press("Close")
     page.open("#/releases/3").press("Roll back").see("Sends the payload of release 1 (v1) to 3 nodes", "#plan")
     page.fill(toRelease="9").press("Show the plan").see("9", "#ask .refused")
-    store.update_node(3, {"enabled": 0})
+    store.nodes.update(3, {"enabled": 0})
     page.fill(toRelease="1").plan().see("Left out: 1 node.", "#plan").see("edge-3", "#plan")
-    page.press("Roll back release 3").see("Release 4 is created", "#ask h2").see("edge-3", "#ask").press("Close")
+    page.press("Roll back release 3").see("Release 4 created", "#ask h2").see("edge-3", "#ask").press("Close")
     page.see("2 nodes succeeded", "main").see("Release 3", "main dl")
     assert page.address() == "#/releases/4"
 
@@ -696,7 +749,7 @@ def test_enter_changes_nothing_in_any_dialog(page):
     page.browser.key("Enter", "\r", held=3)  # whoever held it on the button before
     page.settle()
     assert [(path, body) for _, path, body in page.browser.changes if not body.get("dryRun")] == []
-    assert store.release(2).status == "pending"
+    assert store.releases.get(2).status == "pending"
     page.press("Change").see("End maintenance", "#row-1")
 
 
@@ -710,10 +763,12 @@ def test_a_token_is_asked_for_kept_for_the_session_and_sent(new_page, sqlite_wor
     add_nodes(sqlite_world.store, 1)
     new_release(sqlite_world.store)
     page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url, API_TOKENS_FILE=file)))
-    page.open("#/releases/1").see("asks for a token", "#ask").fill(token="wrong").enter("[name=token]")
-    page.see("this token is not known", "#ask").fill(token="open sesame").press("Go on").see("pending", "main .chip")
+    page.open("#/releases/1").see("Enter your API token", "#ask").see("Signed out", "main h1")
+    page.fill(token="wrong").enter("[name=token]")
+    page.see("This token isn't valid: mistyped, or removed on the server.", "#ask").fill(token="open sesame")
+    page.press("Sign in").see("pending", "main .chip")
     assert page.run("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
-    page.see("Your token only reads (viewer).", "#why")
+    page.see("Read only: your token is a viewer's.", "#why")
     assert page.run("document.querySelector('#verb-pause').getAttribute('aria-disabled')") == "true"
     page.run("location.reload()")
     page.see("pending", "main .chip")
@@ -727,8 +782,20 @@ def test_nodes_are_added_edited_and_taken_out(page):
     page.press("Edit").fill(agentPort="9090", agentProtocol="execute").press("Save").see("execute, port 9090", "#row-1")
     page.press("Maintenance").press("Change").see("End maintenance", "#row-1")
     page.press("Disable").see("New releases leave it out", "#ask").press("Change").see("disabled", "#row-1")
-    node = page.daemon.store.node(1)
+    node = page.daemon.store.nodes.get(1)
     assert (node.agent_port, node.status, node.enabled) == (9090, "maintenance", 0)
+
+
+@pytest.mark.slow
+def test_health_shows_how_long_a_crl_is_good_and_one_that_has_expired_is_the_verdict(live, monkeypatch):
+    page, _ = live(1)
+    crl = {"name": "CONTROL_CA CRL", "notAfter": rc.utc_text(time.time() + 90_000), "daysLeft": 1.04, "message": ""}
+    monkeypatch.setattr(rc, "crl_json", lambda *_: [crl])
+    page.open("#/health")
+    page.see("CONTROL_CA CRL", "main")
+    assert "ends soon" not in page.text("main")
+    crl.update(notAfter=None, daysLeft=None, message="expired since yesterday")
+    page.see("CONTROL_CA CRL can't be used", "main")
 
 
 @pytest.mark.slow
@@ -737,11 +804,24 @@ def test_health_shows_executor_database_certificates_and_claims(live):
     world.agent(1).set(mode="refuse")
     new_release(world.store)
     page.open("#/health")
-    for words in ("Last look for work", "takes writes", "CONTROL_CERT", "days left", "claim ends in", rc.__version__):
+    for words in ("Last tick", "writable", "CONTROL_CERT", "days left", "expires in", rc.__version__):
         page.see(words, "main")
     assert "Freeze" in page.text("main") or (404, f"{page.daemon.url}api/v1/freeze") in page.browser.answers
     world.agent(1).set(mode="normal")
-    page.see("Nobody", "main")
+    page.see("No release is claimed", "main")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("last_at", "words"), [("2026-01-02T03:04:05.000Z", "Last tick 2026-01-02 "),
+                                                (None, "No tick since its start on host-a.")])
+def test_an_executor_that_is_stalled_is_told_with_its_host_and_where_to_look(
+        new_page, sqlite_world, last_at, words):
+    api = rc.Api(sqlite_world.store, process=lambda: {"certificates": [], "executor": {
+        "enabled": True, "owner": "host-a:1:9f3a61c0", "lastLookAt": last_at}})
+    api.started_at -= 600
+    page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url), api=api)).open()
+    page.see("Executor stalled", "#pulse").see(words, "main .verdict")
+    page.see("on host-a. See journalctl -u releasectl -n 50 there.", "main .verdict")
 
 
 # -- for everybody -----------------------------------------------------------------------------------
@@ -765,7 +845,7 @@ def full(new_page, sqlite_world) -> Page:
     """A page with something of everything: 1 failed, 2 success, 3 running, 4 pending; nodes in each state."""
     store = sqlite_world.store
     for n in range(1, 13):
-        store.add_node(f"edge-with-a-rather-long-name-{n}", f"10.0.0.{n}", labels='{"region":"eu","site":"ams-2"}')
+        store.nodes.add(f"edge-with-a-rather-long-name-{n}", f"10.0.0.{n}", labels='{"region":"eu","site":"ams-2"}')
     mixes = (("success", "failed", "skipped"), ("success",), ("success", "running", "pending"), ("pending",))
     for number, statuses in enumerate(mixes, 1):
         new_release(store, reason="a reason that somebody gave")
@@ -775,12 +855,12 @@ def full(new_page, sqlite_world) -> Page:
                 message = f"nginx -t failed: {'x' * 120}" if status == "failed" else ""
                 tx.execute("UPDATE release_task_nodes SET status = ?, error_kind = ?, error_msg = ?, started_at = ? "
                            "WHERE release_task_id = ? AND node_id = ?", status,
-                           "agent_failed" if message else "", message, store._now(), number, node)
+                           "agent_failed" if message else "", message, store.state.now(), number, node)
             status = ("failed", "success", "running", "pending")[number - 1]
             tx.execute(f"UPDATE release_tasks SET status = ?, started_at = created_at, finished_at = ?, {rc.COUNTERS} "
-                       "WHERE id = ?", status, store._now() if status in rc.TERMINAL else None, number)
-    store.update_node(11, {"enabled": 0})
-    store.update_node(12, {"status": "maintenance"})
+                       "WHERE id = ?", status, store.state.now() if status in rc.TERMINAL else None, number)
+    store.nodes.update(11, {"enabled": 0})
+    store.nodes.update(12, {"status": "maintenance"})
     return new_page(Daemon(store, settings_for(sqlite_world.url)))
 
 

@@ -98,3 +98,14 @@ def test_json_is_read_strictly(text):
 def test_json_goes_out_and_comes_back():
     value = {"a": [1, 2.5, None, True, "\u4f60\u597d"], "b": {"c": {}}}
     assert rc.parse_json(rc.to_json(value)) == value == json.loads(rc.to_json(value))
+
+
+@pytest.mark.parametrize("numbers", [rc.Range(1, 64), rc.Range(0.5, 60, float)])
+def test_a_range_means_the_same_in_a_text_in_json_and_in_its_schema(numbers):
+    assert (numbers.schema["minimum"], numbers.schema["maximum"]) == numbers[:2]
+    for end in numbers[:2]:
+        assert numbers.from_text(str(end)) == numbers.from_json(end) == end
+    for text, value in (("0", 0), ("-1", -1), ("65", 65), ("", ""), ("1e1", "1e1"), ("true", True)):
+        for parse, given in ((numbers.from_text, text), (numbers.from_json, value)):
+            with pytest.raises(ValueError, match=f"number from {numbers.low} to {numbers.high}"):
+                parse(given)

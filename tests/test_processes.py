@@ -83,7 +83,7 @@ def test_that_standard_output_is_full_is_told_and_no_failure_of_what_was_done(cl
 def test_a_tick_without_streams_brings_its_release_to_the_end(fleet_cli, streams):
     release = new_release(fleet_cli.world.store)
     assert redirected(fleet_cli, streams)("run-once", "--drain").code == 0
-    assert fleet_cli.world.store.release(release.id).status == "success"
+    assert fleet_cli.world.store.releases.get(release.id).status == "success"
 
 
 def test_serve_without_streams_keeps_its_database_whole(fleet_cli):
@@ -91,7 +91,7 @@ def test_serve_without_streams_keeps_its_database_whole(fleet_cli):
     with serve_process(fleet_cli) as serve:
         assert {os.readlink(f"/proc/{serve.pid}/fd/{n}") for n in range(3)} == {"/dev/null"}
         release = new_release(fleet_cli.world.store)
-        eventually(lambda: fleet_cli.world.store.release(release.id).status == "success")
+        eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "success")
         serve.terminate()
         assert serve.wait(TIMEOUT_S) == 0
     with contextlib.closing(sqlite3.connect(fleet_cli.world.store.database.engine.path)) as connection:
@@ -102,7 +102,7 @@ def test_serve_goes_on_when_the_reader_of_its_log_left(fleet_cli):
     with serve_process(fleet_cli) as serve:
         serve.stderr.close()
         release = new_release(fleet_cli.world.store)
-        eventually(lambda: fleet_cli.world.store.release(release.id).status == "success")
+        eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "success")
         serve.terminate()
         assert serve.wait(TIMEOUT_S) == 0
         serve.stderr = None
@@ -120,12 +120,12 @@ def test_no_signal_but_one_to_stop_ends_serve_or_what_it_is_at(fleet_cli):
     fleet_cli.world.agent(1).set(task_ms=1500)
     with serve_process(fleet_cli) as serve:
         release = new_release(fleet_cli.world.store)
-        eventually(lambda: fleet_cli.world.store.release(release.id).status == "running")
+        eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "running")
         for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF,
                        signal.SIGIO, signal.SIGPWR, signal.SIGRTMIN, signal.SIGRTMAX):
             serve.send_signal(number)
             time.sleep(0.05)
-        eventually(lambda: fleet_cli.world.store.release(release.id).status == "success")
+        eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "success")
         serve.terminate()
         assert Cli.end(serve).code == 0
     assert fleet_cli.world.runs() == [1, 1, 1]
@@ -136,22 +136,22 @@ def test_what_else_would_kill_is_a_clean_stop(fleet_cli, number):
     fleet_cli.world.agent(1).set(task_ms=60_000)
     with serve_process(fleet_cli) as serve:
         release = new_release(fleet_cli.world.store)
-        eventually(lambda: fleet_cli.world.store.release(release.id).claim_expires_at)
+        eventually(lambda: fleet_cli.world.store.releases.get(release.id).claim_expires_at)
         serve.send_signal(number)
         result = Cli.end(serve)
     assert (result.code, result.err.splitlines()[-1].endswith("info: stopped")) == (0, True)
-    assert fleet_cli.world.store.release(release.id).claim_expires_at is None
+    assert fleet_cli.world.store.releases.get(release.id).claim_expires_at is None
 
 
 def test_a_drain_survives_the_terminal_that_goes(fleet_cli):
     fleet_cli.world.agent(1).set(task_ms=1000)
     release = new_release(fleet_cli.world.store)
     drain = fleet_cli.start("run-once", "--drain")
-    eventually(lambda: fleet_cli.world.store.release(release.id).status == "running")
+    eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "running")
     drain.send_signal(signal.SIGHUP)
     result = Cli.end(drain)
-    assert (result.code, fleet_cli.world.store.release(release.id).status) == (0, "success")
-    assert "SIGHUP: read anew: certificate for agents; " in result.err
+    assert (result.code, fleet_cli.world.store.releases.get(release.id).status) == (0, "success")
+    assert "SIGHUP: read again: certificate for agents; " in result.err
 
 
 def test_sighup_reads_certificates_and_tokens_anew_and_says_so_in_one_line(fleet_cli):
@@ -180,7 +180,7 @@ def test_sighup_reads_certificates_and_tokens_anew_and_says_so_in_one_line(fleet
         serve.kill()
         serve.communicate()
     first, second = lines()
-    assert "info: SIGHUP: read anew: certificate for agents, certificate of the API, 1 tokens; " in first
+    assert "info: SIGHUP: read again: certificate for agents, certificate of the API, 1 tokens; " in first
     assert re.search(r"error: SIGHUP: .*not the tokens: API_TOKENS_FILE .*:2: must be NAME", second)
     assert "Traceback" not in log.read_text()
 
@@ -315,10 +315,31 @@ def test_a_probe_too_goes_to_the_address_that_answers(sqlite_url, dead, name_of)
         thread.start()
         began = time.monotonic()
         assert verify
-        assert rc.converse(client.probing("edge.test", verify, "http://edge.test:80/", 5.0)) == ""
+        assert rc.run_coroutine(client.probing("edge.test", verify, "http://edge.test:80/", 5.0)) == ""
         thread.join()
         assert time.monotonic() - began < 1
         client.close()
+
+
+@pytest.mark.parametrize("target", ["169.254.169.254", "::ffff:169.254.169.254", "fe80::1%1", "0.0.0.0", "::",
+                                    "224.0.0.1", "255.255.255.255"])
+def test_a_name_leads_nowhere_where_a_node_may_not_be(sqlite_url, certs, name_of, target):
+    with contextlib.closing(agents_for(sqlite_url, certs)) as client:
+        name_of((target, free_port()))
+        verify = rc.parse_strategy({"verify": {"url": "http://{main_ip}:80/latest/"}}).verify
+        assert verify
+        with pytest.raises(rc.AgentError, match="can't be reached: its name leads to ") as caught:
+            client.ping(rc.Address("edge.test", 443, "tasks"))
+        assert caught.value.kind == rc.UNREACHABLE
+        assert "its name leads to" in rc.run_coroutine(client.probing("edge.test", verify, "http://edge.test:80/", 5.0))
+
+
+def test_of_a_names_addresses_those_of_no_host_are_left_out(sqlite_url, certs, new_fleet, name_of):
+    agent = new_fleet(1).agent(ADDRESSES[0])
+    name_of(("169.254.169.254", agent.port), (ADDRESSES[0], agent.port))
+    with contextlib.closing(agents_for(sqlite_url, certs)) as client:
+        client._server_name = ADDRESSES[0]
+        assert "answers as a tasks agent" in client.ping(rc.Address("edge.test", 443, "tasks"))
 
 
 # -- a clock that was ahead --------------------------------------------------------------------
@@ -340,7 +361,7 @@ def test_readyz_stays_ready_and_the_log_names_a_claim_that_lies_ahead_once(ahead
     ahead.settings["RELEASE_EXECUTOR_ENABLED"] = "0"
     with serve_process(ahead) as serve:
         for _ in range(3):
-            time.sleep(rc.READY_LOOK_S)
+            time.sleep(rc.READY_CHECK_EVERY_S)
             with urllib.request.urlopen(f"http://127.0.0.1:{ahead.port}/readyz", timeout=5) as answer:
                 assert answer.status == 200
         serve.terminate()
@@ -354,7 +375,7 @@ def test_a_claim_that_lies_ahead_is_named_by_check_and_counts_as_expired(ahead):
     found = findings(ahead("check", "--json"))
     assert (found["clock"][0], "gone:1:0" in found["clock"][1]) == (False, True)
     ahead.ok("run-once", "--drain")
-    assert ahead.world.store.release(ahead.release.id).status == "success"
+    assert ahead.world.store.releases.get(ahead.release.id).status == "success"
 
 
 # -- terminals ---------------------------------------------------------------------------------
@@ -385,7 +406,7 @@ def test_no_line_of_watch_is_wider_than_its_terminal(cli, width, name):
             drawn += os.read(ours, 65536)
     os.close(ours)
     lines = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", drawn.decode()).replace("\r", "").split("\n")
-    drawn_lines = [line for line in lines if not line.startswith("release 1: not there")]
+    drawn_lines = [line for line in lines if not line.startswith("timed out after")]
     assert watch.returncode == rc.EXIT_BUSY
     assert len(drawn_lines) > 2
     assert max(map(columns, drawn_lines)) <= width

@@ -33,13 +33,13 @@ class Past:
         return [self.release(status, days) for status, days in what]
 
     def ids(self) -> list[int]:
-        return sorted(r.id for r in self.store.releases(size=100).items)
+        return sorted(r.id for r in self.store.releases.page(size=100).items)
 
     def prune(self, older_than_days: float = 90, keep: int = 1) -> list[int]:
         """Deletes what prune would, in one go; gives the ids that are left."""
-        found = [r.id for r in self.store.old_releases(older_than_days * DAY_S, keep)]
+        found = [r.id for r in self.store.releases.old(older_than_days * DAY_S, keep)]
         assert found == sorted(found, reverse=True)
-        assert self.store.forget(found) == found[::-1]
+        assert self.store.releases.delete(found) == found[::-1]
         return self.ids()
 
 
@@ -57,14 +57,14 @@ def test_prune_never_deletes_the_last_success_though_it_is_old(past):
     past.release("success", 500, payload={"site": "good"})
     past.many(*[("failed", 400)] * 5)
     assert past.prune(keep=1) == [1, 6]
-    assert rc.parse_json(past.store.rollback(6, "test")[0].payload)["site"] == "good"
+    assert rc.parse_json(past.store.releases.rollback(6, "test")[0].payload)["site"] == "good"
 
 
 def test_a_rollback_of_whatever_stays_has_what_it_had_before(past):
     for number, days in enumerate((400, 300, 200, 50, 10)):
         past.release("success", days, payload={"site": number})
     assert past.prune(keep=1) == [3, 4, 5]  # 4 and 5 are not older, 3 is what a rollback of 4 brings back
-    assert rc.parse_json(past.store.rollback(4, "test", rc.Again(over_newer=True))[0].payload)["site"] == 2
+    assert rc.parse_json(past.store.releases.rollback(4, "test", rc.Again(over_newer=True))[0].payload)["site"] == 2
 
 
 @pytest.mark.parametrize("status", ["pending", "running", "paused", "cancelling"])
@@ -98,10 +98,10 @@ def test_a_release_that_somebody_retried_meanwhile_stays(past):
     first = past.release("failed", 400)
     past.release("failed", 400, retry_of=first)
     past.many(("success", 400), ("failed", 400))
-    found = [r.id for r in past.store.old_releases(90 * DAY_S, 1)]
+    found = [r.id for r in past.store.releases.old(90 * DAY_S, 1)]
     assert found == [2, 1]
-    past.store.retry(2, "test", rc.Again(over_newer=True))
-    assert past.store.forget(found) == []
+    past.store.releases.retry(2, "test", rc.Again(over_newer=True))
+    assert past.store.releases.delete(found) == []
     assert past.ids() == [1, 2, 3, 4, 5]
 
 
@@ -123,7 +123,7 @@ def test_prune_takes_nodes_events_and_keys_with_it(past):
             assert tx.value(f"SELECT COUNT(*) FROM {name} WHERE release_task_id = 1") == 0
         assert tx.value("SELECT COUNT(*) FROM release_task_nodes WHERE release_task_id = 2") == 2
     with pytest.raises(rc.AppError, match="release 1 does not exist"):
-        past.store.release(1)
+        past.store.releases.get(1)
     assert statuses(past.store, 2) == ["failed", "failed"]
 
 
@@ -153,8 +153,8 @@ def test_prune_deletes_in_parts_so_that_no_transaction_is_long(quick, sqlite_url
     quick.settings["DATABASE_URL"] = sqlite_url
     past.many(*[("failed", 400)] * 7)
     parts = []
-    forget = rc.Store.forget
-    monkeypatch.setattr(rc.Store, "forget", lambda store, ids: parts.append(list(ids)) or forget(store, ids))
+    forget = rc.Releases.delete
+    monkeypatch.setattr(rc.Releases, "delete", lambda store, ids, _by: parts.append(list(ids)) or forget(store, ids))
     monkeypatch.setattr(rc, "PRUNE_NODES", 4)
     quick.ok("prune", "--older-than", "90d", "--keep", "1")
     assert parts == [[6, 5], [4, 3], [2, 1]]  # two nodes each

@@ -174,7 +174,7 @@ def busy(sqlite_url, open_store, monkeypatch):
 
 
 def test_a_driver_that_hangs_silences_the_loop(busy, monkeypatch):
-    monkeypatch.setattr(rc.Driver, "turn", lambda *_: busy.gate.wait() and None)
+    monkeypatch.setattr(rc.Driver, "cycle", lambda *_: busy.gate.wait() and None)
     busy.start()
     assert not busy.falls_silent()
     busy.clock.advance(rc.HUNG_AFTER_S + 1)
@@ -187,7 +187,7 @@ def test_a_driver_that_hangs_silences_the_loop(busy, monkeypatch):
 
 def test_a_lease_thread_that_hangs_silences_the_loop(busy, monkeypatch):
     renewing = threading.Event()
-    monkeypatch.setattr(rc.Driver, "turn", lambda *_: 0.05 if not busy.gate.is_set() else None)
+    monkeypatch.setattr(rc.Driver, "cycle", lambda *_: 0.05 if not busy.gate.is_set() else None)
     monkeypatch.setattr(rc.Executor, "_renew", lambda *_: renewing.set() or busy.gate.wait() and None)
     busy.executor.settings = settings_for(f"sqlite:///{busy.executor.store.database.engine.path}",
                                           RELEASE_EXECUTOR_INTERVAL_SEC=0.1, CLAIM_TTL_SEC=1)
@@ -238,7 +238,8 @@ def test_both_services_are_hardened_alike():
 
 
 def test_the_units_run_commands_that_there_are():
-    commands = [rc.build_parser().parse_args(unit(name)["Service"]["ExecStart"].split()[3:]) for name in SERVICES]
+    commands = [rc.build_parser(rc.COMMANDS).parse_args(unit(name)["Service"]["ExecStart"].split()[3:])
+                for name in SERVICES]
     assert [(c.command, c.config) for c in commands] == [
         ("serve", "/etc/releasectl/releasectl.conf"), ("run-once", "/etc/releasectl/releasectl.conf")]
 

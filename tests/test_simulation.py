@@ -85,14 +85,14 @@ def mutants(*found):
 
 def without_fence(patch):
     """A write goes through whoever the owner is."""
-    write = rc.Store._write
+    write = rc.Queue.write
 
     def write_blindly(self, tx, release, decision, now, actor, claim=None, **more):
-        row = self._release(tx, release.id)
+        row = rc.read_release(tx, release.id)
         write(self, tx, release, decision, now, actor,
               claim and claim._replace(fence=row.claim_fence, owner=row.claim_owner), **more)
-    patch.setattr(rc.Store, "_write", write_blindly)
-    patch.setattr(rc.Store, "_claimed", lambda self, tx, claim: self._release(tx, claim.release_id))
+    patch.setattr(rc.Queue, "write", write_blindly)
+    patch.setattr(rc.Claims, "_claimed", lambda _, tx, claim: rc.read_release(tx, claim.release_id))
 
 
 def with_a_new_task_id_after_a_take_over(patch):
@@ -115,11 +115,10 @@ def with_the_intent_after_the_request(patch):
 
 def with_the_expiry_compared_the_wrong_way_round(patch):
     """A claim that holds may be taken, one that ran out may not."""
-    execute, candidates = rc.Transaction.execute, rc.Store._candidates  # bound to the class
+    execute, candidates = rc.Transaction.execute, rc.read_candidates
     patch.setattr(rc.Transaction, "execute", lambda self, statement, *params: execute(
         self, statement.replace("claim_expires_at <= ?", "claim_expires_at > ?"), *params))
-    patch.setattr(rc.Store, "_candidates", staticmethod(
-        lambda tx: [c._replace(claimed=False) for c in candidates(tx)]))
+    patch.setattr(rc, "read_candidates", lambda tx: [c._replace(claimed=False) for c in candidates(tx)])
 
 
 def without_a_look_at_the_lease_before_a_dispatch(patch):
@@ -129,8 +128,8 @@ def without_a_look_at_the_lease_before_a_dispatch(patch):
 
 def without_the_hold_of_an_execute_agent(patch):
     """The new owner repeats a request that may still be at the agent."""
-    adopt = rc.adopt
-    patch.setattr(rc, "adopt", lambda node, *rest: adopt(node._replace(hold_until=None, hold_clock=""), *rest))
+    recover = rc.recover
+    patch.setattr(rc, "recover", lambda node, *rest: recover(node._replace(hold_until=None, hold_clock=""), *rest))
 
 
 @mutants(
@@ -152,15 +151,15 @@ def test_the_schedules_find_a_lease_that_is_not_renewed(monkeypatch):
 
 def without_a_look_at_the_freeze_in_the_commit(patch):
     """A freeze that comes between the decision and its commit is overlooked."""
-    commit = rc.Store.commit
+    commit, read_freeze = rc.Claims.commit, rc.read_freeze
 
     def commit_blindly(self, *arguments):
-        self._freeze = lambda _tx: rc.NO_FREEZE
+        rc.read_freeze = lambda *_: rc.NO_FREEZE
         try:
             commit(self, *arguments)
         finally:
-            del self._freeze
-    patch.setattr(rc.Store, "commit", commit_blindly)
+            rc.read_freeze = read_freeze
+    patch.setattr(rc.Claims, "commit", commit_blindly)
 
 
 def without(patch, **fields):
@@ -194,7 +193,7 @@ def without_the_second_look(patch):
     """What was verified once is verified."""
     stage_of = rc.stage_of
     patch.setattr(rc, "stage_of", lambda release, nodes, now, strategy: stage_of(
-        release, rc.Roster(n._replace(is_looked_at=True) for n in nodes), now, strategy))
+        release, rc.NodeIndex(n._replace(is_reverified=True) for n in nodes), now, strategy))
 
 
 @mutants(
@@ -229,7 +228,7 @@ def with_order_by_target_alone(patch):
 def without_the_last_version(patch):
     """A node is sent whatever the release has."""
     patch.setattr(rc, "_surpassed", lambda *_: [])
-    patch.setattr(rc.Store, "_raise_last_versions", staticmethod(lambda *_: None))
+    patch.setattr(rc.Claims, "_raise_last_versions", staticmethod(lambda *_: None))
 
 
 def with_the_agents_id_sent_again(patch):
@@ -248,8 +247,8 @@ def with_rows_busy_in_place_of_addresses(patch):
         rows = tx.rows("SELECT node_id, status, hold_until, hold_clock FROM release_task_nodes "
                        "WHERE release_task_id <> ?", release_id)
         return frozenset((f"row {node_id}", 0) for node_id, status, *hold in rows
-                         if status == "running" or self.moment().until_s(*hold) > 0)
-    patch.setattr(rc.Store, "_busy", busy)
+                         if status == "running" or self._state.moment().until_s(*hold) > 0)
+    patch.setattr(rc.Claims, "_busy", busy)
     patch.setattr(rc.ReleaseNode, "endpoint", property(lambda self: (f"row {self.node_id}", 0)))
 
 
@@ -274,24 +273,24 @@ def with_the_clock_on_the_wall_alone(patch):
 def with_claims_by_their_number_alone(patch):
     """A database that went back gives a claim's number to another owner, and the first one writes on."""
     def claimed(self, tx, claim):
-        release = self._release(tx, claim.release_id)
+        release = rc.read_release(tx, claim.release_id)
         if release.claim_fence != claim.fence or release.claim_expires_at is None:
             raise rc.ClaimLost("another number")
         return release
 
     def by_number(method):
         def ask(self, claim, *rest):
-            with self.database.transaction() as tx:
+            with self._database.transaction() as tx:
                 row = tx.row("SELECT claim_owner FROM release_tasks WHERE id = ?", claim.release_id)
             return method(self, claim._replace(owner=row[0] if row else ""), *rest)
         return ask
-    write = rc.Store._write
-    patch.setattr(rc.Store, "_claimed", claimed)
-    patch.setattr(rc.Store, "renew", by_number(rc.Store.renew))
-    patch.setattr(rc.Store, "let_go", by_number(rc.Store.let_go))
-    patch.setattr(rc.Store, "_write", lambda self, tx, release, decision, now, actor, claim=None, **more: write(
+    write = rc.Queue.write
+    patch.setattr(rc.Claims, "_claimed", claimed)
+    patch.setattr(rc.Claims, "renew", by_number(rc.Claims.renew))
+    patch.setattr(rc.Claims, "drop", by_number(rc.Claims.drop))
+    patch.setattr(rc.Queue, "write", lambda self, tx, release, decision, now, actor, claim=None, **more: write(
         self, tx, release, decision, now, actor,
-        claim and claim._replace(owner=self._release(tx, release.id).claim_owner), **more))
+        claim and claim._replace(owner=rc.read_release(tx, release.id).claim_owner), **more))
 
 
 def with_versions_that_are_forgotten(patch):
@@ -301,21 +300,22 @@ def with_versions_that_are_forgotten(patch):
 
 def without_a_wait_after_a_database_went_back(patch):
     """An execute agent may be at a request that the database has lost, and gets the next."""
-    obstacles = rc.Store.obstacles
-    patch.setattr(rc.Store, "obstacles", lambda *arguments: obstacles(*arguments)._replace(moved_s=float("inf")))
+    obstacles = rc.Claims.dispatch_blockers
+    patch.setattr(rc.Claims, "dispatch_blockers",
+                  lambda *arguments: obstacles(*arguments)._replace(moved_s=float("inf")))
 
 
 def with_lost_versions_that_are_kept_to_oneself(patch):
     """Who saw the database go back lets others give out the lost versions again."""
-    patch.setattr(rc.Store, "_write_fall", lambda *_: None)
+    patch.setattr(rc.DatabaseState, "write_fall", lambda *_: None)
 
 
 def with_a_first_version_for_new_releases_alone(patch):
     """What is half done goes on with a version below those that agents have."""
     def set_first_version(self, version):
-        with self.database.transaction(write=True) as tx:
+        with self._database.transaction(write=True) as tx:
             tx.execute("UPDATE database_state SET first_version = ?", version)
-    patch.setattr(rc.Store, "set_first_version", set_first_version)
+    patch.setattr(rc.Releases, "set_first_version", set_first_version)
 
 
 def with_a_refusal_taken_for_a_try(patch):

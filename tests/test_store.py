@@ -23,33 +23,37 @@ def now_of(store: rc.Store) -> rc.Moment:
 def step(store: rc.Store, claim: rc.Claim, **more) -> rc.Decision:
     """Reads, decides and commits once, as a driver does."""
     now = now_of(store)
-    release, nodes = store.claimed_release_with_nodes(claim)
-    decision = rc.decide(release, rc.Roster(rc.adopt(n, now, POLICY) for n in nodes), now, POLICY, slots=100, **more)
-    store.commit(claim, release, decision, now, "test")
+    release, nodes = store.claims.release_with_nodes(claim)
+    decision = rc.decide(rc.Situation(release, rc.NodeIndex(rc.recover(n, now, POLICY) for n in nodes), now, POLICY,
+                                      slots=100, **more))
+    store.claims.commit(claim, release, decision, now, "test")
     return decision
 
 
 def finish(store: rc.Store, claim: rc.Claim, node_id: int, verdict: rc.Verdict = rc.Verdict("success")) -> None:  # noqa: B008
     """Commits the end of one running node."""
     now = now_of(store)
-    release, nodes = store.claimed_release_with_nodes(claim)
-    nodes = [rc.adopt(n, now, POLICY)._replace(verdict=verdict if n.node_id == node_id else None)
+    release, nodes = store.claims.release_with_nodes(claim)
+    nodes = [rc.recover(n, now, POLICY)._replace(verdict=verdict if n.node_id == node_id else None)
              for n in nodes]
-    store.commit(claim, release, rc.decide(release, rc.Roster(nodes), now, POLICY, slots=100), now, "test")
+    decision = rc.decide(rc.Situation(release, rc.NodeIndex(nodes), now, POLICY, slots=100))
+    store.claims.commit(claim, release, decision, now, "test")
+
 
 
 # -- rule 1: creation --------------------------------------------------------------------------
 
 def test_rule_1_versions_grow_and_the_nodes_are_those_enabled_and_online_by_id(store):
     nodes = add_nodes(store, 5)
-    store.update_node(nodes[1].id, {"enabled": 0})
-    store.update_node(nodes[2].id, {"status": "maintenance"})
-    first, batches, _ = store.create_release(rc.ReleaseRequest(reason="why"), "anna")
+    store.nodes.update(nodes[1].id, {"enabled": 0})
+    store.nodes.update(nodes[2].id, {"status": "maintenance"})
+    first, batches, _ = store.releases.create(rc.ReleaseRequest(reason="why"), "anna")
     second = new_release(store)
     assert (first.version, second.version) == (1, 2)
     assert batches == [[nodes[0].id], [nodes[3].id, nodes[4].id]]
     assert (first.status, first.total_nodes, first.reason) == ("pending", 3, "why")
-    assert [(e.event, e.actor, e.to_status) for e in store.events(first.id)] == [("created", "anna", "pending")]
+    assert [(e.event, e.actor, e.to_status) for e in store.releases.events(first.id)] == [
+        ("created", "anna", "pending")]
 
 
 def test_rule_1_the_next_version_is_one_above_the_highest_also_of_rows_by_hand(store):
@@ -64,14 +68,14 @@ def test_rule_1_without_an_online_node_nothing_is_written(store):
     with pytest.raises(rc.AppError, match="no online nodes") as refused:
         new_release(store)
     assert refused.value.code == 3003
-    assert store.releases().total == 0
+    assert store.releases.page().total == 0
 
 
 def test_rule_1_a_payload_of_another_version_leaves_nothing_half_written(store):
     add_nodes(store, 1)
     with pytest.raises(rc.AppError, match="the release is version 1"):
         new_release(store, payload={"version": 7})
-    assert store.releases().total == 0
+    assert store.releases.page().total == 0
 
 
 def test_rule_1_releases_created_at_once_get_versions_of_their_own(store, database_url, open_store):
@@ -82,20 +86,20 @@ def test_rule_1_releases_created_at_once_get_versions_of_their_own(store, databa
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(r.version for r in store.releases(size=100).items) == list(range(1, 21))
+    assert sorted(r.version for r in store.releases.page(size=100).items) == list(range(1, 21))
 
 
 def test_section_2_an_insert_that_names_only_columns_without_default_works(store):
     sql(store, "INSERT INTO nodes (name, main_ip) VALUES ('by-hand', '10.0.0.9')")
     sql(store, "INSERT INTO release_tasks (version) VALUES (5)")
-    node, release = store.node_named("by-hand"), store.releases().items[0]
+    node, release = store.nodes.named("by-hand"), store.releases.page().items[0]
     sql(store, "INSERT INTO release_task_nodes (release_task_id, node_id, batch) VALUES (?, ?, 1)", release.id, node.id)
     sql(store, "INSERT INTO release_events (release_task_id, event) VALUES (?, 'note')", release.id)
     assert (node.agent_port, node.agent_protocol, node.enabled, node.status) == (8443, "tasks", 1, "online")
     assert (release.type, release.target, release.status, release.payload) == ("apply_config", "cdn", "pending", "{}")
     assert rc.epoch_of(node.created_at) == pytest.approx(rc.epoch_of(release.created_at), abs=60)
-    store.claim(release.id, "a", 30)
-    assert store.release(release.id).total_nodes == 1
+    store.claims.claim(release.id, "a", 30)
+    assert store.releases.get(release.id).total_nodes == 1
 
 
 @pytest.mark.parametrize("statement", [
@@ -116,9 +120,9 @@ def test_section_2_the_tables_refuse_words_and_references_that_are_not_the_contr
 def test_rule_2_whoever_claims_second_leaves_it_alone(store):
     add_nodes(store, 1)
     release = new_release(store)
-    assert store.claim(release.id, "a", 30) is not None
-    assert store.claim(release.id, "b", 30) is None
-    assert store.release(release.id).claim_owner == "a"
+    assert store.claims.claim(release.id, "a", 30) is not None
+    assert store.claims.claim(release.id, "b", 30) is None
+    assert store.releases.get(release.id).claim_owner == "a"
 
 
 def test_rule_2_many_that_claim_at_once_only_one_has_it(store, database_url, open_store):
@@ -127,22 +131,22 @@ def test_rule_2_many_that_claim_at_once_only_one_has_it(store, database_url, ope
     for _ in range(5):
         release = new_release(store)
         won = []
-        threads = [threading.Thread(target=lambda s=s, r=release, w=won: w.append(s.claim(r.id, "x", 30)))
+        threads = [threading.Thread(target=lambda s=s, r=release, w=won: w.append(s.claims.claim(r.id, "x", 30)))
                    for s in stores]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert len([claim for claim in won if claim]) == 1
-        store.act("cancel", release.id, "test")
+        store.releases.act("cancel", release.id, "test")
 
 
 def test_rule_2_the_lowest_version_of_a_target_goes_first(store):
     add_nodes(store, 2)
     first, second = new_release(store, node_ids=[1]), new_release(store, node_ids=[1])
     other = new_release(store, target="dns", node_ids=[2])
-    assert store.look() == ([first.id, other.id], [])
-    assert store.claim(second.id, "a", 30) is None
+    assert store.claims.scan() == ([first.id, other.id], [])
+    assert store.claims.claim(second.id, "a", 30) is None
 
 
 def two_on_one_address(store, protocol: str = "tasks") -> list[int]:
@@ -150,64 +154,64 @@ def two_on_one_address(store, protocol: str = "tasks") -> list[int]:
     add_nodes(store, 2, protocol)
     ids = [new_release(store, target=target, node_ids=[number], payload={"websites": []}).id
            for number, target in enumerate(("cdn", "dns"), 1)]
-    assert store.look() == (ids, [])
+    assert store.claims.scan() == (ids, [])
     sql(store, "UPDATE release_task_nodes SET main_ip = ? WHERE release_task_id = ?", "::ffff:127.0.1.1", ids[1])
     return ids
 
 
 def test_rule_2_no_address_has_tasks_of_two_releases_in_flight(store):
     ids = two_on_one_address(store)
-    claims = [store.claim(i, "a", 30) for i in ids]
+    claims = [store.claims.claim(i, "a", 30) for i in ids]
     step(store, claims[0])
-    assert store.obstacles(ids[1]).busy == frozenset([("127.0.1.1", 8443)])
+    assert store.claims.dispatch_blockers(ids[1]).busy == frozenset([("127.0.1.1", 8443)])
     with pytest.raises(rc.StateMoved):
         step(store, claims[1])
     assert statuses(store, ids[1]) == ["pending"]
-    assert step(store, claims[1], busy=store.obstacles(ids[1]).busy).sends == ()
+    assert step(store, claims[1], busy=store.claims.dispatch_blockers(ids[1]).busy).sends == ()
 
 
 def test_rule_2_an_address_held_by_a_lost_request_of_another_release_is_busy(store):
     ids = two_on_one_address(store, "execute")
-    claim = store.claim(ids[0], "a", 30)
+    claim = store.claims.claim(ids[0], "a", 30)
     step(store, claim)
     finish(store, claim, 1, rc.Verdict("failed", "timeout", "no answer", "no answer", 30.0))
-    assert store.obstacles(ids[1]).busy == frozenset([("127.0.1.1", 8443)])
+    assert store.claims.dispatch_blockers(ids[1]).busy == frozenset([("127.0.1.1", 8443)])
 
 
 def test_rule_9_a_claim_that_ran_out_is_taken_over_under_a_higher_number(store):
     add_nodes(store, 1)
     release = new_release(store)
-    first = store.claim(release.id, "a", 0.05)
-    second = eventually(lambda: store.claim(release.id, "b", 30))
+    first = store.claims.claim(release.id, "a", 0.05)
+    second = eventually(lambda: store.claims.claim(release.id, "b", 30))
     assert second.fence > first.fence
-    assert not store.renew(first, 30)
-    assert store.renew(second, 30)
+    assert not store.claims.renew(first, 30)
+    assert store.claims.renew(second, 30)
 
 
 def test_rule_9_a_process_that_wakes_up_late_changes_nothing(store):
     add_nodes(store, 2)
     release = new_release(store)
-    old = store.claim(release.id, "a", 0.05)
-    stale, nodes = store.claimed_release_with_nodes(old)
-    new = eventually(lambda: store.claim(release.id, "b", 30))
+    old = store.claims.claim(release.id, "a", 0.05)
+    stale, nodes = store.claims.release_with_nodes(old)
+    new = eventually(lambda: store.claims.claim(release.id, "b", 30))
     now = now_of(store)
     with pytest.raises(rc.ClaimLost):
-        store.commit(old, stale, rc.decide(stale, rc.Roster(nodes), now, POLICY), now, "a")
-    store.let_go(old)
+        store.claims.commit(old, stale, rc.decide(rc.Situation(stale, rc.NodeIndex(nodes), now, POLICY)), now, "a")
+    store.claims.drop(old)
     assert statuses(store, release.id) == ["pending", "pending"]
-    assert store.release(release.id).claim_fence == new.fence
-    assert store.release(release.id).claim_expires_at is not None
+    assert store.releases.get(release.id).claim_fence == new.fence
+    assert store.releases.get(release.id).claim_expires_at is not None
 
 
 def test_a_claim_that_was_handed_back_is_free_at_once_and_can_t_be_used(store):
     add_nodes(store, 1)
     release = new_release(store)
-    claim = store.claim(release.id, "a", 30)
-    store.let_go(claim)
-    assert not store.renew(claim, 30)
+    claim = store.claims.claim(release.id, "a", 30)
+    store.claims.drop(claim)
+    assert not store.claims.renew(claim, 30)
     with pytest.raises(rc.ClaimLost):
-        store.claimed_release(claim)
-    assert store.claim(release.id, "b", 30) is not None
+        store.claims.release(claim)
+    assert store.claims.claim(release.id, "b", 30) is not None
 
 
 # -- writing -----------------------------------------------------------------------------------
@@ -215,23 +219,23 @@ def test_a_claim_that_was_handed_back_is_free_at_once_and_can_t_be_used(store):
 def test_rule_7_counters_equal_the_rows_at_every_commit(store):
     nodes = add_nodes(store, 3)
     release = new_release(store)
-    claim = store.claim(release.id, "a", 30)
+    claim = store.claims.claim(release.id, "a", 30)
     for node in nodes:
         step(store, claim)
         assert_books_balance(store, release.id)
         finish(store, claim, node.id)
         assert_books_balance(store, release.id)
-    assert store.release(release.id).status == "success"
-    assert store.release(release.id).claim_expires_at is None
+    assert store.releases.get(release.id).status == "success"
+    assert store.releases.get(release.id).claim_expires_at is None
 
 
 def test_one_event_for_each_change_in_order_with_who_did_it(store):
     add_nodes(store, 2)
     release = new_release(store)
-    claim = store.claim(release.id, "owner", 30)
+    claim = store.claims.claim(release.id, "owner", 30)
     step(store, claim)
     finish(store, claim, 1, rc.Verdict("failed", "agent_failed", "boom", "boom\nwhole text"))
-    found = [(e.node_name, e.from_status, e.to_status, e.actor, e.detail) for e in store.events(release.id)]
+    found = [(e.node_name, e.from_status, e.to_status, e.actor, e.detail) for e in store.releases.events(release.id)]
     assert found == [
         ("", "", "pending", "test", ""), ("", "pending", "running", "owner", ""),
         ("edge-1", "pending", "running", "test", ""), ("edge-1", "running", "failed", "test", "boom\nwhole text"),
@@ -241,54 +245,55 @@ def test_one_event_for_each_change_in_order_with_who_did_it(store):
 def test_events_come_in_pages(store):
     add_nodes(store, 1)
     release = new_release(store)
-    store.act("pause", release.id, "test")
-    events = store.events(release.id)
+    store.releases.act("pause", release.id, "test")
+    events = store.releases.events(release.id)
     assert [e.event for e in events] == ["created", "paused"]
-    assert store.events(release.id, after=events[0].id) == events[1:]
-    assert store.events(release.id, limit=1) == events[:1]
+    assert store.releases.events(release.id, after=events[0].id) == events[1:]
+    assert store.releases.events(release.id, limit=1) == events[:1]
 
 
 def test_a_commit_on_a_release_that_was_paused_meanwhile_writes_nothing(store):
     add_nodes(store, 1)
     release = new_release(store)
-    claim = store.claim(release.id, "a", 30)
-    read, nodes = store.claimed_release_with_nodes(claim)
-    store.act("pause", release.id, "anna")
+    claim = store.claims.claim(release.id, "a", 30)
+    read, nodes = store.claims.release_with_nodes(claim)
+    store.releases.act("pause", release.id, "anna")
     now = now_of(store)
     with pytest.raises(rc.StateMoved):
-        store.commit(claim, read, rc.decide(read, rc.Roster(nodes), now, POLICY), now, "a")
+        store.claims.commit(claim, read, rc.decide(rc.Situation(read, rc.NodeIndex(nodes), now, POLICY)), now, "a")
     assert statuses(store, release.id) == ["pending"]
 
 
 @pytest.mark.parametrize("table", ["release_task_nodes", "release_tasks", "release_events"])
-def test_a_commit_that_fails_halfway_leaves_nothing(store, table):
+def test_a_commit_that_fails_halfway_leaves_nothing(store, table, monkeypatch):
     add_nodes(store, 1)
     release = new_release(store)
-    claim = store.claim(release.id, "a", 30)
-    read, nodes = store.claimed_release_with_nodes(claim)
+    claim = store.claims.claim(release.id, "a", 30)
+    read, nodes = store.claims.release_with_nodes(claim)
     now = now_of(store)
-    decision = rc.decide(read, rc.Roster(nodes), now, POLICY)
+    decision = rc.decide(rc.Situation(read, rc.NodeIndex(nodes), now, POLICY))
     bad: dict[str, Any] = {"error_kind": "odd"} if table == "release_task_nodes" else {}
     changes = tuple(c._replace(after=c.after._replace(**bad)) for c in decision.changes)
     decision = decision._replace(changes=changes, error_msg="x" * (300 if table == "release_tasks" else 5))
-    actor = None if table == "release_events" else "a"
+    if table == "release_events":
+        monkeypatch.setitem(rc.NODE_EVENTS, "running", None)
     with pytest.raises(rc.DatabaseError):
-        store.commit(claim, read, decision, now, actor)
+        store.claims.commit(claim, read, decision, now, "a")
     assert statuses(store, release.id) == ["pending"]
-    assert len(store.events(release.id)) == 2
+    assert len(store.releases.events(release.id)) == 2
 
 
 @pytest.mark.slow
 def test_thousands_of_nodes_are_written_in_one_transaction(store):
     rows = [(f"n-{n}", f"10.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}", 8443, "tasks", "{}", 1, "online")
             for n in range(2500)]
-    store.add_nodes(rows)
+    store.nodes.add_all(rows)
     release = new_release(store)
-    claim = store.claim(release.id, "a", 60)
+    claim = store.claims.claim(release.id, "a", 60)
     step(store, claim)
-    store.act("cancel", release.id, "test")
+    store.releases.act("cancel", release.id, "test")
     finish(store, claim, 1)
-    assert store.release(release.id).skipped_nodes == 2499
+    assert store.releases.get(release.id).skipped_nodes == 2499
     assert_books_balance(store, release.id)
 
 
@@ -297,66 +302,66 @@ def test_thousands_of_nodes_are_written_in_one_transaction(store):
 def test_a_pending_release_that_is_cancelled_is_at_its_end_at_once(store):
     add_nodes(store, 2)
     release = new_release(store)
-    assert store.act("cancel", release.id, "anna", "wrong one").status == "cancelled"
+    assert store.releases.act("cancel", release.id, "anna", "wrong one").status == "cancelled"
     assert statuses(store, release.id) == ["skipped", "skipped"]
-    assert [(e.event, e.detail) for e in store.events(release.id) if e.node_id is None] == [
-        ("created", ""), ("cancelling", "wrong one"), ("cancelled", "cancelled with 0 of 2 nodes done")]
+    assert [(e.event, e.detail) for e in store.releases.events(release.id) if e.node_id is None] == [
+        ("created", ""), ("cancelling", "wrong one"), ("cancelled", "cancelled: 0 of 2 nodes were updated")]
     assert_books_balance(store, release.id)
 
 
 def test_a_release_that_was_paused_before_it_started_waits_again_after_resume(store):
     add_nodes(store, 1)
     release = new_release(store)
-    store.act("pause", release.id, "test")
-    assert store.look() == ([], [])
-    assert store.act("resume", release.id, "test").status == "pending"
-    assert store.look() == ([release.id], [])
+    store.releases.act("pause", release.id, "test")
+    assert store.claims.scan() == ([], [])
+    assert store.releases.act("resume", release.id, "test").status == "pending"
+    assert store.claims.scan() == ([release.id], [])
 
 
 def fail_first(store: rc.Store, **fields) -> rc.Release:
     """Runs a release whose first node fails."""
     release = new_release(store, **fields)
-    claim = store.claim(release.id, "a", 30)
+    claim = store.claims.claim(release.id, "a", 30)
     assert claim
     step(store, claim)
     finish(store, claim, 1, rc.Verdict("failed", "agent_failed", "boom", "boom"))
-    return store.release(release.id)
+    return store.releases.get(release.id)
 
 
 def succeed(store: rc.Store, **fields) -> rc.Release:
     """Runs a release whose nodes all succeed."""
     release = new_release(store, **fields)
-    claim = store.claim(release.id, "a", 30)
+    claim = store.claims.claim(release.id, "a", 30)
     assert claim
     step(store, claim)
-    while not store.release(release.id).is_terminal:
-        running = [n.node_id for n in store.release_with_nodes(release.id)[1] if n.status == "running"]
+    while not store.releases.get(release.id).is_terminal:
+        running = [n.node_id for n in store.releases.with_nodes(release.id)[1] if n.status == "running"]
         finish(store, claim, running[0])
-    return store.release(release.id)
+    return store.releases.get(release.id)
 
 
 def test_rule_10_retry_makes_a_new_release_for_what_was_failed_or_skipped(store):
     add_nodes(store, 3)
     old = fail_first(store, payload={"a": 1, "version": 1})
-    new, batches, _ = store.retry(old.id, "anna")
+    new, batches, _ = store.releases.retry(old.id, "anna")
     assert (new.version, new.retry_of, new.total_nodes) == (2, old.id, 3)
     assert new.payload == '{"a":1,"version":2}'
     assert batches == [[1], [2, 3]]
-    assert store.release(old.id) == old
+    assert store.releases.get(old.id) == old
 
 
 def test_rule_10_retry_leaves_out_what_succeeded_and_what_is_not_online(store):
     add_nodes(store, 4)
     release = new_release(store)
-    claim = store.claim(release.id, "a", 30)
+    claim = store.claims.claim(release.id, "a", 30)
     assert claim
     step(store, claim)
     finish(store, claim, 1)
     finish(store, claim, 2, rc.Verdict("failed", "agent_failed", "boom", "boom"))
     finish(store, claim, 3)
     finish(store, claim, 4, rc.Verdict("failed", "agent_failed", "boom", "boom"))
-    store.update_node(4, {"status": "maintenance"})
-    assert store.retry(release.id, "anna")[1] == [[2]]
+    store.nodes.update(4, {"status": "maintenance"})
+    assert store.releases.retry(release.id, "anna")[1] == [[2]]
 
 
 def test_rule_10_rollback_sends_the_newest_successful_payload_to_the_nodes_it_touched(store):
@@ -365,23 +370,23 @@ def test_rule_10_rollback_sends_the_newest_successful_payload_to_the_nodes_it_to
     good = succeed(store, payload={"good": 1})
     succeed(store, payload={"else": 1}, target="dns")
     bad = fail_first(store, payload={"bad": 1})
-    new, batches, _ = store.rollback(bad.id, "anna")
+    new, batches, _ = store.releases.rollback(bad.id, "anna")
     assert (new.version, new.rollback_of, new.payload) == (5, bad.id, good.payload)
     assert batches == [[1]]
-    assert store.release(bad.id) == bad
+    assert store.releases.get(bad.id) == bad
 
 
 def test_rule_10_rollback_without_an_older_success_says_so(store):
     add_nodes(store, 1)
     with pytest.raises(rc.AppError, match="nothing to roll back to"):
-        store.rollback(fail_first(store).id, "anna")
+        store.releases.rollback(fail_first(store).id, "anna")
 
 
 @pytest.mark.parametrize("verb", ["retry", "rollback"])
 def test_rule_10_only_for_a_release_that_is_at_its_end(store, verb):
     add_nodes(store, 1)
-    with pytest.raises(rc.AppError, match=f"is pending: {verb} needs"):
-        getattr(store, verb)(new_release(store).id, "anna")
+    with pytest.raises(rc.AppError, match="is pending; only "):
+        getattr(store.releases, verb)(new_release(store).id, "anna")
 
 
 # -- the database itself ---------------------------------------------------------------------------
@@ -407,7 +412,7 @@ def test_an_older_database_is_brought_up_to_date_step_by_step(store, monkeypatch
         store.database.require_schema()
     assert store.database.migrate() == (known, known + 1)
     assert store.database.migrate() == (known + 1, known + 1)
-    assert store.node(1).name == "edge-1"
+    assert store.nodes.get(1).name == "edge-1"
 
 
 def test_a_step_that_fails_leaves_the_database_as_it_was(store, monkeypatch):
@@ -470,7 +475,7 @@ def test_a_deleted_sqlite_file_takes_no_writes_unseen(sqlite_url, open_store, tm
     add_nodes(store, 1)
     (tmp_path / "test.db").unlink()
     with pytest.raises(rc.DatabaseError, match="does not exist"):
-        store.nodes()
+        store.nodes.page()
 
 
 def test_a_lock_that_lasts_is_told_in_one_line(sqlite_url, open_store, tmp_path, monkeypatch):
@@ -503,11 +508,11 @@ def test_no_statement_of_a_tick_scans_all_node_rows(sqlite_url, open_store):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rc.Transaction, "execute", spy)
-        store.look()
+        store.claims.scan()
         release = succeed(store)
-        store.obstacles(release.id)
-        store.releases()
-        store.act("cancel", new_release(store).id, "test")
+        store.claims.dispatch_blockers(release.id)
+        store.releases.page()
+        store.releases.act("cancel", new_release(store).id, "test")
     assert len(asked) > 20
     with store.database.transaction() as tx:
         for statement, params in asked.items():
@@ -524,7 +529,7 @@ def test_postgresql_cuts_a_connection_and_the_next_transaction_takes_a_new_one(n
     with other.database.transaction() as tx:
         tx.rows("SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                 "WHERE datname = current_database() AND pid <> pg_backend_pid()")
-    assert store.nodes().total == 1
+    assert store.nodes.page().total == 1
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "pg8000"])
@@ -535,19 +540,19 @@ def test_every_driver_does_the_same(new_postgres_url, open_store, monkeypatch, d
     assert store.database.engine.driver.__name__.startswith(driver)
     add_nodes(store, 2)
     release = new_release(store, reason="100 % sure? yes")
-    claim = store.claim(release.id, "a", 30)
+    claim = store.claims.claim(release.id, "a", 30)
     assert claim
     step(store, claim)
     finish(store, claim, 1)
     finish(store, claim, 2)
-    assert store.release(release.id).status == "success"
+    assert store.releases.get(release.id).status == "success"
     with pytest.raises(rc.DatabaseError, match="agent_port"):
         sql(store, "UPDATE nodes SET agent_port = 0")
-    assert store.nodes().total == 2
+    assert store.nodes.page().total == 2
 
 
 def test_health_is_a_real_committed_write(store):
-    store.probe()
+    store.state.check_write()
     with store.database.transaction() as tx:
         assert rc.epoch_of(tx.value("SELECT at FROM health_probe")) == pytest.approx(store.clock.wall(), abs=60)
 
@@ -569,13 +574,13 @@ def test_a_full_disk_or_a_read_only_file_is_told_and_nothing_is_half_written(
     def write_until_it_fails():
         while True:
             new_release(store)
-            store.probe()
+            store.state.check_write()
 
     with monkeypatch.context() as patch:
         patch.setattr(rc.SqliteEngine, "connect", limited)
         with pytest.raises(rc.DatabaseError, match=message):
             write_until_it_fails()
         store.database.close()
-    for release in store.releases(size=100).items:
+    for release in store.releases.page(size=100).items:
         assert statuses(store, release.id) == ["pending"] * 20
-        assert len(store.events(release.id)) == 1
+        assert len(store.releases.events(release.id)) == 1

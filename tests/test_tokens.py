@@ -28,10 +28,10 @@ def test_token_add_prints_the_token_once_and_keeps_only_its_hash(quick):
     result = quick.ok("token", "add", "deploy", "--role", "operator")
     token = result.out.strip()
     assert re.fullmatch("[0-9a-f]{64}", token)
-    assert (result.out.count("\n"), token in result.err, "shown once" in result.err) == (1, False, True)
+    assert (result.out.count("\n"), token in result.err, "shown again" in result.err) == (1, False, True)
     assert tokens_of(quick).read_text() == f"deploy:operator:{sha256(token)}\n"
     assert stat.S_IMODE(tokens_of(quick).stat().st_mode) == 0o600
-    assert os.listdir(quick.folder) == ["tokens"]
+    assert sorted(os.listdir(quick.folder)) == ["releasectl.db", "tokens"]
 
 
 def test_token_add_as_json(quick):

@@ -33,14 +33,14 @@ def another_database(world, tmp_path, open_store):
     """A function that gives a second, empty database with the world's nodes in it."""
     def make() -> rc.Store:
         store = open_store(f"sqlite:///{tmp_path}/another.db")
-        for node in world.store.nodes().items:
-            store.add_node(node.name, node.main_ip, node.agent_port, node.agent_protocol)
+        for node in world.store.nodes.page().items:
+            store.nodes.add(node.name, node.main_ip, node.agent_port, node.agent_protocol)
         return store
     return make
 
 
 def drain(world, store: rc.Store, **overrides) -> None:
-    world._new_executor(store, world.settings(**overrides)).run_once(drain=True)
+    world._new_executor(store, world.settings(**overrides)).drain()
 
 
 def test_rule_1_the_first_release_of_a_new_database_is_no_success_by_what_an_agent_remembers(world, another_database):
@@ -71,19 +71,19 @@ def test_rule_1_first_version_leads_a_new_database_past_what_agents_have(world, 
         new_release(world.store, payload={"websites": [], "mark": number})
     world.drain()
     store = another_database()
-    assert store.set_first_version(4) == 4
+    assert store.releases.set_first_version(4) == 4
     release = new_release(store, payload={"websites": [], "mark": "new"})
     drain(world, store)
-    assert (release.version, store.release(release.id).status) == (4, "success")
+    assert (release.version, store.releases.get(release.id).status) == (4, "success")
     assert world.agent(1).content == payload_sha256({"websites": [], "mark": "new"})
 
 
 def test_rule_1_first_version_never_lowers_anything(store):
     add_nodes(store, 1)
-    assert store.set_first_version(100) == 100
-    assert store.set_first_version(7) == 100
+    assert store.releases.set_first_version(100) == 100
+    assert store.releases.set_first_version(7) == 100
     assert new_release(store).version == 100
-    assert store.set_first_version(50) == 101
+    assert store.releases.set_first_version(50) == 101
 
 
 def test_rule_1_a_version_is_above_what_any_node_was_ever_sent(store):
@@ -105,7 +105,7 @@ def test_rule_1_a_version_is_above_the_ids_that_were_given_out(store):
 def test_rule_1_a_version_that_was_seen_is_never_used_again(store):
     add_nodes(store, 1)
     sql(store, "INSERT INTO release_tasks (version) VALUES (70)")
-    store.look()
+    store.claims.scan()
     for table in ("release_events", "release_task_nodes", "release_tasks"):
         sql(store, f"DELETE FROM {table}")
     assert new_release(store).version == 71
@@ -118,7 +118,7 @@ def test_rule_1_a_caller_may_name_a_higher_version_and_no_other(store):
         with pytest.raises(rc.AppError, match="name one from 11 on") as refused:
             new_release(store, version=used)
         assert refused.value.code == 2003
-    assert store.releases().total == 1
+    assert store.releases.page().total == 1
     assert new_release(store).version == 11
 
 
@@ -126,9 +126,9 @@ def test_section_2_a_row_that_a_person_wrote_gets_its_tag_and_the_names_of_its_n
     add_nodes(store, 1)
     sql(store, "INSERT INTO release_tasks (version) VALUES (5)")
     sql(store, "INSERT INTO release_task_nodes (release_task_id, node_id, batch) VALUES (1, 1, 1)")
-    assert store.release(1).tag == ""
-    assert store.claim(1, "a", 30)
-    assert len(store.release(1).tag) == 8
+    assert store.releases.get(1).tag == ""
+    assert store.claims.claim(1, "a", 30)
+    assert len(store.releases.get(1).tag) == 8
     with store.database.transaction() as tx:
         assert tx.row("SELECT node_name, main_ip, agent_port FROM release_task_nodes") == ("edge-1", ADDRESSES[0], 8443)
 
@@ -138,8 +138,8 @@ def test_section_1_tasks_that_agents_know_from_before_there_were_tags_keep_their
     release = new_release(store)
     sql(store, "UPDATE release_tasks SET tag = '', status = 'running', started_at = created_at")
     sql(store, "UPDATE release_task_nodes SET status = 'running', attempts = 1, task_id = 'apply_config_127.0.1.1_1'")
-    assert store.claim(release.id, "a", 30)
-    assert store.release(release.id).tag == ""
+    assert store.claims.claim(release.id, "a", 30)
+    assert store.releases.get(release.id).tag == ""
     assert rc.task_id_for("apply_config", "127.0.1.1", 1, "") == "apply_config_127.0.1.1_1"
 
 
@@ -159,7 +159,7 @@ def test_section_1_a_task_that_was_done_by_an_earlier_try_is_a_success(sqlite_wo
     sqlite_world.agent(1).set(mode="cut", times=1, only="dispatch")  # it runs the task, and cuts the connection
     release = new_release(sqlite_world.store)
     sqlite_world.drain()
-    assert sqlite_world.store.release(release.id).status == "success"
+    assert sqlite_world.store.releases.get(release.id).status == "success"
     assert sqlite_world.runs() == [1]
 
 
@@ -201,8 +201,8 @@ def test_rule_1_what_is_half_done_in_a_restored_database_is_sent_nothing_below_t
     release = new_release(world.store, strategy={"pauseAfter": [1]})
     world.drain()
     world.agent(2).set(applied_version=5)  # the world went on, then this state was restored
-    world.store.set_first_version(6)
-    world.store.act("resume", release.id, "anna")
+    world.store.releases.set_first_version(6)
+    world.store.releases.act("resume", release.id, "anna")
     world.drain()
     assert outcomes(world.store, release) == [("success", "", ""), ("failed", "rejected", "node has version 5 already")]
 
@@ -226,8 +226,8 @@ def test_an_execute_agent_that_was_restarted_after_a_cut_is_believed_and_its_wor
     agent.set(mode="cut", times=1, forget=True)  # it applies, cuts the connection and forgets the id
     release = new_release(sqlite_world.store, payload=SITES)
     sqlite_world.drain()
-    assert sqlite_world.store.release(release.id).status == "success"
-    done = [e for e in sqlite_world.store.events(release.id) if e.event == "succeeded"]
+    assert sqlite_world.store.releases.get(release.id).status == "success"
+    done = [e for e in sqlite_world.store.releases.events(release.id) if e.event == "succeeded"]
     assert [e.detail for e in done] == ["Version 1 already applied (current: 1)"]
 
 
@@ -239,39 +239,39 @@ def test_rule_2_releases_that_share_a_node_go_in_order_whatever_their_targets(st
     second = new_release(store, target="dns", node_ids=[2, 3])
     third = new_release(store, target="www", node_ids=[3])
     apart = new_release(store, target="img", node_ids=[1])
-    assert store.look() == ([first.id], [])
-    assert store.release(second.id).status_reason == "waiting for release 1, which is pending"
-    assert store.release(third.id).status_reason == "waiting for release 2, which is pending"
+    assert store.claims.scan() == ([first.id], [])
+    assert store.releases.get(second.id).status_reason == "waiting for release 1, which is pending"
+    assert store.releases.get(third.id).status_reason == "waiting for release 2, which is pending"
     sql(store, "UPDATE release_tasks SET status = 'success' WHERE id = ?", first.id)
-    assert store.look() == ([second.id, apart.id], [])
-    assert store.claim(third.id, "a", 30) is None
+    assert store.claims.scan() == ([second.id, apart.id], [])
+    assert store.claims.claim(third.id, "a", 30) is None
 
 
 def test_rule_2_releases_without_a_common_node_go_at_the_same_time(store):
     add_nodes(store, 2)
     ids = [new_release(store, target=f"t{n}", node_ids=[n]).id for n in (1, 2)]
-    assert store.look() == (ids, [])
+    assert store.claims.scan() == (ids, [])
 
 
 def test_rule_2_two_names_of_one_address_are_one_node(store):
     add_nodes(store, 1)
     first = new_release(store)
     sql(store, "UPDATE nodes SET enabled = 0")
-    store.add_node("again", ADDRESSES[0])
+    store.nodes.add("again", ADDRESSES[0])
     second = new_release(store, target="dns")
-    assert store.look() == ([first.id], [])
-    assert store.release(second.id).status_reason == "waiting for release 1, which is pending"
+    assert store.claims.scan() == ([first.id], [])
+    assert store.releases.get(second.id).status_reason == "waiting for release 1, which is pending"
 
 
 def test_rule_2_a_release_that_a_person_writes_in_pieces_is_looked_at_each_time(store):
     add_nodes(store, 1)
     first = new_release(store)
-    assert store.claim(first.id, "a", 30)
+    assert store.claims.claim(first.id, "a", 30)
     sql(store, "INSERT INTO release_tasks (target, version, status) VALUES ('dns', 2, 'paused')")
-    store.look()
+    store.claims.scan()
     sql(store, "INSERT INTO release_task_nodes (release_task_id, node_id, batch) VALUES (2, 1, 1)")
     sql(store, "UPDATE release_tasks SET status = 'pending' WHERE id = 2")
-    assert store.look() == ([], [first.id])
+    assert store.claims.scan() == ([], [first.id])
 
 
 def test_rule_2_while_a_release_soaks_no_later_one_reaches_its_nodes(world):
@@ -279,7 +279,7 @@ def test_rule_2_while_a_release_soaks_no_later_one_reaches_its_nodes(world):
     first = new_release(world.store, strategy={"soakSec": 0.7})
     second = new_release(world.store, target="dns")
     world.drain()
-    assert [world.store.release(r.id).status for r in (first, second)] == ["success", "success"]
+    assert [world.store.releases.get(r.id).status for r in (first, second)] == ["success", "success"]
     for number in (1, 2, 3):
         assert [run["version"] for run in world.agent(number).runs] == [1, 2]
 
@@ -308,25 +308,25 @@ def test_rule_2_what_a_node_was_sent_is_noted_before_it_is_sent(world):
     world.agent(2).set(outcome="failed")
     new_release(world.store)
     world.drain()
-    assert [node.last_version for node in world.store.nodes().items] == [1, 1]
+    assert [node.last_version for node in world.store.nodes.page().items] == [1, 1]
     new_release(world.store, node_ids=[1])
     world.drain()
-    assert [node.last_version for node in world.store.nodes().items] == [2, 1]
+    assert [node.last_version for node in world.store.nodes.page().items] == [2, 1]
 
 
 def test_rule_2_a_release_that_may_not_start_yet_holds_nobody_up_and_takes_a_later_version_then(store):
     add_nodes(store, 1)
     late = new_release(store, payload={"version": 1}, strategy={"startAt": "2999-01-01T00:00:00Z"})
     now = new_release(store)
-    assert store.look() == ([now.id], [])
-    claim = store.claim(now.id, "a", 30)
-    store.let_go(claim)
+    assert store.claims.scan() == ([now.id], [])
+    claim = store.claims.claim(now.id, "a", 30)
+    store.claims.drop(claim)
     sql(store, "UPDATE release_tasks SET status = 'success', claim_expires_at = NULL WHERE id = ?", now.id)
     sql(store, "UPDATE release_tasks SET strategy = ? WHERE id = ?", '{"startAt":"2020-01-01T00:00:00Z"}', late.id)
-    assert store.claim(late.id, "a", 30).version == 3
-    after = store.release(late.id)
+    assert store.claims.claim(late.id, "a", 30).version == 3
+    after = store.releases.get(late.id)
     assert (after.version, after.payload) == (3, '{"version":3}')
-    assert [(e.event, e.from_status, e.to_status) for e in store.events(late.id)][1:] == [
+    assert [(e.event, e.from_status, e.to_status) for e in store.releases.events(late.id)][1:] == [
         ("renumbered", "pending", "pending"), ("started", "pending", "running")]
 
 
@@ -334,12 +334,12 @@ def test_rule_2_a_release_that_was_given_a_later_version_goes_behind_those_that_
     add_nodes(store, 1)
     late, first, second = (new_release(store, strategy={"startAt": at} if at else {})
                            for at in ("2999-01-01T00:00:00Z", "", ""))
-    assert store.claim(first.id, "a", 30)
+    assert store.claims.claim(first.id, "a", 30)
     sql(store, "UPDATE release_tasks SET strategy = ? WHERE id = ?", '{"startAt":"2020-01-01T00:00:00Z"}', late.id)
     sql(store, "UPDATE release_tasks SET status = 'success', claim_expires_at = NULL WHERE id = ?", first.id)
-    assert store.claim(late.id, "a", 30) is None
-    assert (store.release(late.id).version, store.look()) == (4, ([second.id], []))
-    assert store.release(late.id).status_reason == "waiting for release 3, which is pending"
+    assert store.claims.claim(late.id, "a", 30) is None
+    assert (store.releases.get(late.id).version, store.claims.scan()) == (4, ([second.id], []))
+    assert store.releases.get(late.id).status_reason == "waiting for release 3, which is pending"
 
 
 def test_rule_2_a_drain_runs_a_release_that_was_given_a_later_version_after_the_others(world):
@@ -347,7 +347,7 @@ def test_rule_2_a_drain_runs_a_release_that_was_given_a_later_version_after_the_
     soon = rc.utc_text(time.time() + 0.6)
     ids = [new_release(world.store, strategy={"startAt": at} if at else {}).id for at in (soon, "", "")]
     world.drain()
-    assert [world.store.release(i).status for i in ids] == ["success"] * 3
+    assert [world.store.releases.get(i).status for i in ids] == ["success"] * 3
     assert [run["version"] for run in world.agent(1).runs] == [2, 3, 4]
 
 
@@ -355,12 +355,12 @@ def test_rule_1_what_was_to_go_out_in_a_restored_database_gets_versions_that_no_
     world.nodes(1)
     ids = [new_release(world.store, payload={"version": number}).id for number in (1, 2)]
     world.agent(1).set(applied_version=40)
-    assert world.store.set_first_version(41) == 41
+    assert world.store.releases.set_first_version(41) == 41
     world.drain()
-    assert [world.store.release(i).status for i in ids] == ["success", "success"]
+    assert [world.store.releases.get(i).status for i in ids] == ["success", "success"]
     assert [run["version"] for run in world.agent(1).runs] == [41, 42]
-    assert [world.store.release(i).payload for i in ids] == ['{"version":41}', '{"version":42}']
-    assert "version 1 became 41: agents may have versions below 41" in world.store.events(ids[0])[1].detail
+    assert [world.store.releases.get(i).payload for i in ids] == ['{"version":41}', '{"version":42}']
+    assert "version 1 became 41: agents may have versions below 41" in world.store.releases.events(ids[0])[1].detail
 
 
 def test_rule_2_what_an_address_was_sent_counts_for_every_row_that_names_it(world):
@@ -371,7 +371,7 @@ def test_rule_2_what_an_address_was_sent_counts_for_every_row_that_names_it(worl
     sql(world.store, "INSERT INTO release_tasks (version) VALUES (7)")
     sql(world.store, "INSERT INTO release_task_nodes (release_task_id, node_id, batch) VALUES (1, 1, 1)")
     world.drain()
-    assert outcomes(world.store, world.store.release(1)) == [("failed", "rejected", "node has version 8 already")]
+    assert outcomes(world.store, world.store.releases.get(1)) == [("failed", "rejected", "node has version 8 already")]
     assert world.agent(1).dispatches == 0
 
 
@@ -379,7 +379,7 @@ def test_rule_7_a_release_that_a_person_wrote_and_cancelled_before_its_claim_cou
     add_nodes(store, 1)
     sql(store, "INSERT INTO release_tasks (version) VALUES (7)")
     sql(store, "INSERT INTO release_task_nodes (release_task_id, node_id, batch) VALUES (1, 1, 1)")
-    after = store.act("cancel", 1, "anna")
+    after = store.releases.act("cancel", 1, "anna")
     assert (after.status, after.total_nodes, after.skipped_nodes) == ("cancelled", 1, 1)
 
 
@@ -387,7 +387,7 @@ def test_rule_2_a_release_whose_time_came_first_keeps_its_version(store):
     add_nodes(store, 1)
     first = new_release(store, strategy={"startAt": "2020-01-01T00:00:00Z"})
     new_release(store)
-    assert store.claim(first.id, "a", 30).version == 1
+    assert store.claims.claim(first.id, "a", 30).version == 1
 
 
 # -- the id that is sent again -----------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_section_1_what_is_sent_again_is_our_own_id_whatever_the_agent_called_it
     eventually(lambda: nodes_of(world.store, release)[0].task_id.startswith("agent-"))
     agent.restart()
     ticker.join(20)
-    assert world.store.release(release.id).status == "success"
+    assert world.store.releases.get(release.id).status == "success"
     assert set(agent.run_counts) == {f"apply_config_{ADDRESSES[0]}_1_{release.tag}"}
 
 
@@ -410,23 +410,23 @@ def test_section_1_what_is_sent_again_is_our_own_id_whatever_the_agent_called_it
 
 @pytest.mark.parametrize("again", ["10.0.0.7", "::ffff:10.0.0.7", "::ffff:a00:7"])
 def test_section_2_no_two_enabled_nodes_have_one_address(store, again):
-    store.add_node("edge-1", rc.parse_address("10.0.0.7"))
+    store.nodes.add("edge-1", rc.parse_address("10.0.0.7"))
     with pytest.raises(rc.AppError, match="node edge-1 has the address 10.0.0.7:8443 already") as refused:
-        store.add_node("edge-2", rc.parse_address(again))
+        store.nodes.add("edge-2", rc.parse_address(again))
     assert refused.value.code == 3002
-    store.add_node("edge-3", "10.0.0.7", 9090)  # another agent on the host
-    other = store.add_node("edge-4", "10.0.0.7", enabled=False)
+    store.nodes.add("edge-3", "10.0.0.7", 9090)  # another agent on the host
+    other = store.nodes.add("edge-4", "10.0.0.7", enabled=False)
     for change in ({"enabled": 1}, {"enabled": 1, "name": "edge-9"}):
         with pytest.raises(rc.AppError, match="edge-1 has the address"):
-            store.update_node(other.id, change)
-    store.update_node(1, {"name": "edge-one", "enabled": 1, "main_ip": "10.0.0.7"})  # itself is no other
+            store.nodes.update(other.id, change)
+    store.nodes.update(1, {"name": "edge-one", "enabled": 1, "main_ip": "10.0.0.7"})  # itself is no other
 
 
 def test_section_2_an_import_with_one_address_twice_adds_nothing(store):
     rows = [(f"edge-{n}", "10.0.0.7", 8443, "tasks", "{}", 1, "online") for n in (1, 2)]
     with pytest.raises(rc.AppError, match="node edge-1 has the address"):
-        store.add_nodes(rows)
-    assert store.nodes().total == 0
+        store.nodes.add_all(rows)
+    assert store.nodes.page().total == 0
 
 
 def test_section_2_a_release_to_two_nodes_of_one_address_is_refused_and_names_both(store):
@@ -435,7 +435,7 @@ def test_section_2_a_release_to_two_nodes_of_one_address_is_refused_and_names_bo
     with pytest.raises(rc.AppError, match="nodes edge-1 and edge-2 have one address") as refused:
         new_release(store)
     assert refused.value.code == 3003
-    assert store.releases().total == 0
+    assert store.releases.page().total == 0
 
 
 @pytest.mark.parametrize("protocol", ["tasks", "execute"])
@@ -451,14 +451,14 @@ def test_section_2_two_rows_of_a_release_at_one_address_never_run_at_once(sqlite
 
 
 def test_section_2_an_address_is_held_for_the_other_rows_of_its_release_too():
-    rows = rc.Roster([node(n, "pending", "execute", main_ip="10.0.0.1") for n in (1, 2)])
+    rows = rc.NodeIndex([node(n, "pending", "execute", main_ip="10.0.0.1") for n in (1, 2)])
     strategy = rc.Strategy(max_failed=2, retries=0)
-    begun = rc.decide(release_row(), rows, NOW, POLICY.under(strategy), strategy, slots=8)
+    begun = rc.decide(rc.Situation(release_row(), rows, NOW, POLICY.under(strategy), strategy, slots=8))
     lost = rc.Outcome(1, "dispatch", rc.LOST, "", "timeout", "no answer", "", 60.0)
     begun.nodes.put(rc.observe(begun.nodes[1], lost, later(60), POLICY.under(strategy)))
-    after = rc.decide(release_row(), begun.nodes, later(60), POLICY.under(strategy), strategy, slots=8)
+    after = rc.decide(rc.Situation(release_row(), begun.nodes, later(60), POLICY.under(strategy), strategy, slots=8))
     assert [(c.after.node_id, c.after.status) for c in after.changes] == [(1, "failed")]
-    then = rc.decide(release_row(), after.nodes, later(120), POLICY.under(strategy), strategy, slots=8)
+    then = rc.decide(rc.Situation(release_row(), after.nodes, later(120), POLICY.under(strategy), strategy, slots=8))
     assert [send.node.node_id for send in then.sends] == [2]
 
 
@@ -471,15 +471,15 @@ def test_section_1_a_payload_that_would_empty_execute_nodes_by_mistake_is_refuse
     with pytest.raises(rc.AppError, match="no list websites, and edge-2 and 1 more would drop all sites") as refused:
         new_release(store, payload=payload)
     assert refused.value.code == 2003
-    assert store.releases().total == 0
+    assert store.releases.page().total == 0
     assert new_release(store, payload=payload, node_ids=[1]).total_nodes == 1
 
 
 def test_section_1_a_plan_says_which_nodes_would_be_left_without_any_site(store):
     add_nodes(store, 1)
     add_nodes(store, 1, "execute", first=2)
-    assert store.plan_release(rc.ReleaseRequest(payload=SITES)).emptied == ["edge-2"]
-    assert store.plan_release(rc.ReleaseRequest(payload={"websites": [{"id": 1}]})).emptied == []
+    assert store.releases.plan(rc.ReleaseRequest(payload=SITES)).emptied == ["edge-2"]
+    assert store.releases.plan(rc.ReleaseRequest(payload={"websites": [{"id": 1}]})).emptied == []
 
 
 def test_section_1_a_row_written_by_hand_empties_no_node_either(world):
@@ -487,7 +487,7 @@ def test_section_1_a_row_written_by_hand_empties_no_node_either(world):
     sql(world.store, "INSERT INTO release_tasks (version) VALUES (1)")
     sql(world.store, "INSERT INTO release_task_nodes (release_task_id, node_id, batch) VALUES (1, 1, 1)")
     world.drain()
-    release = world.store.release(1)
+    release = world.store.releases.get(1)
     assert (release.status, statuses(world.store, 1)) == ("failed", ["skipped"])
     assert "no list websites" in release.error_msg
     assert world.agent(1).dispatches == 0
@@ -496,11 +496,14 @@ def test_section_1_a_row_written_by_hand_empties_no_node_either(world):
 # -- pause, freeze and restarts use up nobody's deadline -------------------------------------------------------------
 
 def halt(store: rc.Store, how: str, release: rc.Release) -> None:
-    store.act("pause", release.id, "anna") if how == "pause" else store.set_freeze(True, "anna", "holidays")
+    if how == "pause":
+        store.releases.act("pause", release.id, "anna")
+    else:
+        store.releases.set_freeze(True, "anna", "holidays")
 
 
 def go_on(store: rc.Store, how: str, release: rc.Release) -> None:
-    store.act("resume", release.id, "anna") if how == "pause" else store.set_freeze(False, "anna")
+    store.releases.act("resume", release.id, "anna") if how == "pause" else store.releases.set_freeze(False, "anna")
 
 
 @pytest.mark.parametrize("how", ["pause", "freeze"])
@@ -527,7 +530,7 @@ def test_section_7_a_hold_uses_up_no_deadline_of_a_node_whose_agent_was_restarte
     eventually(lambda: time.monotonic() > since + 3.0)  # longer than the deadline
     assert statuses(world.store, release.id) == ["running"]
     go_on(world.store, how, release)
-    eventually(lambda: world.store.release(release.id).is_terminal)
+    eventually(lambda: world.store.releases.get(release.id).is_terminal)
     executor.close()
     loop.join(20)
     assert outcomes(world.store, release) == [("success", "", "")]
@@ -567,19 +570,19 @@ def test_section_7_holds_are_the_pauses_and_freezes_of_the_history_taken_togethe
 
 
 def test_section_7_a_new_owner_counts_no_hold_against_a_node_that_is_not_at_its_agent():
-    adopted = rc.adopt(node(), later(1000), POLICY, rc.holds_of(HISTORY))
+    adopted = rc.recover(node(), later(1000), POLICY, rc.holds_of(HISTORY))
     assert adopted.deadline - later(1000).elapsed == 200  # 600 s, of which 400 are used up
     unknown = rc.observe(adopted, rc.Outcome(1, "query", rc.UNKNOWN), later(1000), POLICY)
     assert unknown.deadline == adopted.deadline
-    sent = rc.decide(release_row(), rc.Roster([unknown]), later(1000), POLICY).changes[0].after
+    sent = rc.decide(rc.Situation(release_row(), rc.NodeIndex([unknown]), later(1000), POLICY)).changes[0].after
     assert (sent.waited_s, sent.deadline) == (600, adopted.deadline)
     # the next owner reads that from the row, whatever the history says
-    again = rc.adopt(sent._replace(credit_s=0.0), later(1010), POLICY, [])
+    again = rc.recover(sent._replace(credit_s=0.0), later(1010), POLICY, [])
     assert again.deadline == adopted.deadline
 
 
 def test_section_7_a_node_whose_agent_is_at_work_keeps_its_own_deadline():
-    adopted = rc.adopt(node(), later(1000), POLICY, rc.holds_of(HISTORY))
+    adopted = rc.recover(node(), later(1000), POLICY, rc.holds_of(HISTORY))
     working = rc.observe(adopted, rc.Outcome(1, "query", rc.WORKING), later(1000), POLICY)
     assert working.deadline == NOW.elapsed + 600
 
@@ -587,15 +590,15 @@ def test_section_7_a_node_whose_agent_is_at_work_keeps_its_own_deadline():
 @pytest.mark.parametrize("fields", [{"reached": True}, {"errors": 1, "last_error": "HTTP 503"}, {}])
 def test_section_7_whatever_a_node_was_at_before_a_hold_moves_its_deadline_along(fields):
     held = node(next_op=rc.DISPATCH, **fields)
-    assert rc.kept_from_dispatch(rc.Roster([held]), 60.0) == [
+    assert rc.kept_from_dispatch(rc.NodeIndex([held]), 60.0) == [
         held._replace(deadline=held.deadline + 60.0, waited_s=60.0)]
 
 
 def test_section_7_a_node_that_is_being_asked_has_the_time_of_a_hold_until_its_agent_says_that_it_is_at_work():
-    asked = rc.kept_from_dispatch(rc.Roster([node(next_op=rc.QUERY)]), 60.0)[0]
+    asked = rc.kept_from_dispatch(rc.NodeIndex([node(next_op=rc.QUERY)]), 60.0)[0]
     assert asked.deadline == NOW.elapsed + 660
     assert rc.observe(asked, rc.Outcome(1, "query", rc.WORKING), NOW, POLICY).deadline == NOW.elapsed + 600
-    assert rc.kept_from_dispatch(rc.Roster([node(next_op=rc.QUERY, is_at_work=True)]), 60.0) == []
+    assert rc.kept_from_dispatch(rc.NodeIndex([node(next_op=rc.QUERY, is_at_work=True)]), 60.0) == []
 
 
 # -- no wait without an end ----------------------------------------------------------------------------------------
@@ -604,9 +607,9 @@ def test_section_7_a_second_look_that_passes_and_fails_in_turn_ends():
     strategy = rc.Strategy(soak_s=10.0, verify=rc.Verify("http://{main_ip}/", successes=2), retries=100)
     policy = POLICY.under(strategy)
     release = release_row(soak_until=NOW.text, soak_clock=NOW.clock_mark(0))
-    nodes, passes = rc.Roster([node(1, "success"), node(2, "pending", batch=2)]), 0
+    nodes, passes = rc.NodeIndex([node(1, "success"), node(2, "pending", batch=2)]), 0
     for seconds in range(2000):
-        decision = rc.decide(release, nodes, later(seconds), policy, strategy, slots=8)
+        decision = rc.decide(rc.Situation(release, nodes, later(seconds), policy, strategy, slots=8))
         nodes = decision.nodes
         if decision.status == "failed":
             break
@@ -622,8 +625,8 @@ def test_section_7_a_second_look_that_passes_and_fails_in_turn_ends():
 def test_section_7_a_second_look_keeps_its_deadline_as_long_as_something_is_to_come():
     strategy = rc.Strategy(soak_s=10.0, verify=rc.Verify("http://{main_ip}/"))
     release = release_row(soak_until=NOW.text, soak_clock=NOW.clock_mark(0))
-    first = rc.decide(release, rc.Roster([node(1, "success", deadline=0.0), node(2, "pending", batch=2)]), later(5000),
-                      POLICY.under(strategy), strategy, slots=8)
+    nodes = rc.NodeIndex([node(1, "success", deadline=0.0), node(2, "pending", batch=2)])
+    first = rc.decide(rc.Situation(release, nodes, later(5000), POLICY.under(strategy), strategy, slots=8))
     assert [(send.op, send.node.deadline) for send in first.sends] == [("probe", later(5600).elapsed)]
 
 
@@ -634,33 +637,34 @@ SOAK = rc.Strategy(soak_s=600.0)
 
 @pytest.mark.parametrize("clock_set_s", [3600.0, -3600.0])
 def test_section_7_a_soak_lasts_as_long_as_it_says_whatever_is_done_to_the_wall_clock(clock_set_s):
-    nodes = rc.Roster([node(1, "success"), node(2, "pending", batch=2)])
-    begun = rc.decide(release_row(), nodes, NOW, POLICY, SOAK)
+    nodes = rc.NodeIndex([node(1, "success"), node(2, "pending", batch=2)])
+    begun = rc.decide(rc.Situation(release_row(), nodes, NOW, POLICY, SOAK))
     soaking = release_row(soak_until=begun.soak_until, soak_clock=begun.soak_clock)
     for seconds, is_over in ((1, False), (599, False), (600, True)):
         # the same process, or another one on this host
-        decision = rc.decide(soaking, nodes, later(seconds, clock_set_s), POLICY, SOAK, slots=8)
+        decision = rc.decide(rc.Situation(soaking, nodes, later(seconds, clock_set_s), POLICY, SOAK, slots=8))
         assert bool(decision.sends) == is_over, seconds
 
 
 def test_section_7_a_soak_read_on_another_host_is_never_longer_than_it_was_meant():
-    nodes = rc.Roster([node(1, "success"), node(2, "pending", batch=2)])
+    nodes = rc.NodeIndex([node(1, "success"), node(2, "pending", batch=2)])
     far = release_row(soak_until=later(86400 * 2).text, soak_clock="another-boot 17.000")
-    decision = rc.decide(far, nodes, NOW, POLICY, SOAK)
+    decision = rc.decide(rc.Situation(far, nodes, NOW, POLICY, SOAK))
     assert decision.soak_clock == f"boot {NOW.elapsed + 600:.3f}"
-    assert decision.changes_more_than_words(far)  # from now on by our own clock
+    assert decision.must_commit(far)  # from now on by our own clock
 
 
 def test_section_7_a_soak_whose_mark_lies_further_ahead_than_it_is_long_is_not_longer():
-    nodes = rc.Roster([node(1, "success"), node(2, "pending", batch=2)])
+    nodes = rc.NodeIndex([node(1, "success"), node(2, "pending", batch=2)])
     far = release_row(soak_until=later(5000).text, soak_clock=NOW.clock_mark(5000))
-    assert rc.decide(far, nodes, NOW, POLICY, SOAK).soak_clock == NOW.clock_mark(600)
+    assert rc.decide(rc.Situation(far, nodes, NOW, POLICY, SOAK)).soak_clock == NOW.clock_mark(600)
 
 
 @pytest.mark.parametrize("clock_set_s", [3600.0, -3600.0])
 def test_section_7_the_hold_of_an_execute_agent_lasts_whatever_is_done_to_the_wall_clock(clock_set_s):
-    sent = rc.decide(release_row(), rc.Roster([node(1, "pending", "execute")]), NOW, POLICY).changes[0].after
-    adopted = rc.adopt(sent, later(30, clock_set_s), POLICY)
+    sent = rc.decide(rc.Situation(release_row(), rc.NodeIndex([node(1, "pending", "execute")]), NOW,
+                                  POLICY)).changes[0].after
+    adopted = rc.recover(sent, later(30, clock_set_s), POLICY)
     assert adopted.due == NOW.elapsed + 75
 
 
@@ -681,36 +685,36 @@ def test_section_7_an_address_is_busy_for_as_long_as_its_hold_whatever_is_done_t
     store = open_store(database_url, clock)
     add_nodes(store, 1, "execute")
     release = new_release(store, payload=SITES)
-    until, mark = rc._hold_for(30.0, store.moment())
+    until, mark = rc._hold_for(30.0, store.state.moment())
     sql(store, "UPDATE release_task_nodes SET status = 'failed', hold_until = ?, hold_clock = ?", until, mark)
     clock.set_s = set_s
-    assert store.obstacles(release.id + 1).busy == {(ADDRESSES[0], 8443)}
-    sql(store, "UPDATE release_task_nodes SET hold_clock = ?", store.moment().clock_mark(-1.0))
-    assert store.obstacles(release.id + 1).busy == set()
+    assert store.claims.dispatch_blockers(release.id + 1).busy == {(ADDRESSES[0], 8443)}
+    sql(store, "UPDATE release_task_nodes SET hold_clock = ?", store.state.moment().clock_mark(-1.0))
+    assert store.claims.dispatch_blockers(release.id + 1).busy == set()
 
 
 def test_rule_9_a_claim_or_hold_that_lies_further_ahead_than_any_setting_allows_is_over_and_told(store):
     add_nodes(store, 1, "execute")
     release = new_release(store, payload=SITES)
-    assert store.claim(release.id, "dead", 30)
+    assert store.claims.claim(release.id, "dead", 30)
     ahead = rc.utc_text(time.time() + 2 * 86400)
     sql(store, "UPDATE release_tasks SET claim_expires_at = ?", ahead)
     sql(store, "UPDATE release_task_nodes SET status = 'failed', hold_until = ?", ahead)
-    assert store.times_ahead() == [
+    assert store.claims.times_ahead() == [
         f"release 1 is claimed by dead until {ahead}", f"node edge-1 is kept free until {ahead}"]
-    assert store.look() == ([release.id], [])
-    assert store.claim(release.id, "alive", 30)
-    assert store.obstacles(release.id + 1).busy == set()
+    assert store.claims.scan() == ([release.id], [])
+    assert store.claims.claim(release.id, "alive", 30)
+    assert store.claims.dispatch_blockers(release.id + 1).busy == set()
 
 
 @pytest.mark.parametrize("clock_set_s", [4 * 3600.0, -4 * 3600.0])
 def test_rule_8_a_deadline_goes_on_in_a_new_owner_whatever_is_done_to_the_wall_clock(clock_set_s):
-    sent = rc.decide(release_row(), rc.Roster([node(1, "pending")]), NOW, POLICY).changes[0].after
-    assert rc.adopt(sent, later(30, clock_set_s), POLICY).deadline == NOW.elapsed + 600
+    sent = rc.decide(rc.Situation(release_row(), rc.NodeIndex([node(1, "pending")]), NOW, POLICY)).changes[0].after
+    assert rc.recover(sent, later(30, clock_set_s), POLICY).deadline == NOW.elapsed + 600
 
 
 def test_rule_9_a_node_whose_start_lies_ahead_has_no_longer_a_deadline_than_others():
-    assert rc.adopt(node(started_at=later(86400).text), NOW, POLICY).deadline == NOW.elapsed + 600
+    assert rc.recover(node(started_at=later(86400).text), NOW, POLICY).deadline == NOW.elapsed + 600
 
 
 # -- a database that goes back -----------------------------------------------------------------------------------------
@@ -729,10 +733,10 @@ def went_back(store: rc.Store) -> float:
 def test_rule_1_a_database_that_went_back_is_told_once_and_its_versions_are_not_used_again(store, told):
     add_nodes(store, 1)
     new_release(store), new_release(store)
-    store.look()
+    store.claims.scan()
     lose_newest_release(store)
     for _ in range(3):
-        store.look()
+        store.claims.scan()
     assert went_back(store) == 1
     assert told.text.count("went back to an earlier state (version 1 after 2, event 1 after 2)") == 1
     assert new_release(store).version == 3
@@ -741,22 +745,22 @@ def test_rule_1_a_database_that_went_back_is_told_once_and_its_versions_are_not_
 def test_rule_1_what_one_process_saw_fall_all_of_them_know(store, database_url, open_store):
     add_nodes(store, 1)
     new_release(store), new_release(store)
-    store.look()
+    store.claims.scan()
     lose_newest_release(store)
-    store.look()
+    store.claims.scan()
     other = open_store(database_url)  # a command, which has seen nothing
     assert new_release(other).version == 3
-    assert other.obstacles(1).moved_s < 60
+    assert other.claims.dispatch_blockers(1).moved_s < 60
 
 
 def test_a_move_that_lies_ahead_holds_nobody_up(store):
     sql(store, "UPDATE database_state SET moved_at = ?", rc.utc_text(time.time() + 86400))
-    assert store.obstacles(1).moved_s == float("inf")
+    assert store.claims.dispatch_blockers(1).moved_s == float("inf")
 
 
 def test_after_a_fall_tasks_agents_are_asked_before_they_are_sent_anything():
-    asked = rc.decide(release_row(tag="9f3a61c0", type="apply_config"), rc.Roster([node(1, "pending")]), NOW, POLICY,
-                      asks_first=True)
+    release = release_row(tag="9f3a61c0", type="apply_config")
+    asked = rc.decide(rc.Situation(release, rc.NodeIndex([node(1, "pending")]), NOW, POLICY, asks_first=True))
     assert [(send.op, send.node.task_id) for send in asked.sends] == [("query", "apply_config_10.0.0.1_42_9f3a61c0")]
     unknown = rc.observe(asked.nodes[1], rc.Outcome(1, "query", rc.UNKNOWN), NOW, POLICY)
     assert (unknown.next_op, unknown.reached) == (rc.DISPATCH, False)
@@ -767,11 +771,11 @@ def test_after_a_fall_tasks_agents_are_asked_before_they_are_sent_anything():
 def test_what_another_thread_read_meanwhile_is_no_database_that_went_back(store, told):
     add_nodes(store, 1)
     new_release(store)
-    with store._watching():  # an older snapshot, which ends after a newer one was read
-        before = store._seen.numbers
+    with store.state.watching():  # an older snapshot, which ends after a newer one was read
+        before = store.state.seen.numbers
         new_release(store)
-        store.look()
-    assert store._seen.note(before, 1, 1, before.timeline) == ("", False)
+        store.claims.scan()
+    assert store.state.seen.note(before, 1, 1, before.timeline) == ("", False)
     assert (went_back(store), "went back" in told.text) == (0, False)
 
 
@@ -782,9 +786,9 @@ def test_prune_is_no_database_that_went_back(store, told):
         sql(store, "UPDATE release_tasks SET status = 'failed', finished_at = '2020-01-01T00:00:00.000Z', "
                    "updated_at = '2020-01-01T00:00:00.000Z' WHERE id = ?", made.id)
     sql(store, "INSERT INTO release_events (release_task_id, event) VALUES (1, 'note')")
-    store.look()
-    store.forget([release.id for release in store.old_releases(86400.0, 1)])
-    store.look()
+    store.claims.scan()
+    store.releases.delete([release.id for release in store.releases.old(86400.0, 1)])
+    store.claims.scan()
     assert went_back(store) == 0
 
 
@@ -792,21 +796,21 @@ def test_prune_is_no_database_that_went_back(store, told):
 def test_rule_9_an_owner_whose_claim_number_was_given_out_again_changes_nothing(store, deed):
     add_nodes(store, 1)
     release = new_release(store)
-    claim = store.claim(release.id, "first", 30)
-    found, nodes = store.claimed_release_with_nodes(claim)
+    claim = store.claims.claim(release.id, "first", 30)
+    found, nodes = store.claims.release_with_nodes(claim)
     # the database went back before that claim, and another process took the same number
     sql(store, "UPDATE release_tasks SET claim_owner = 'second'")
-    before = store.release(release.id)
+    before = store.releases.get(release.id)
     if deed == "renew":
-        assert not store.renew(claim, 30)
+        assert not store.claims.renew(claim, 30)
     elif deed == "let_go":
-        store.let_go(claim)
+        store.claims.drop(claim)
     else:
-        now = store.moment()
+        now = store.state.moment()
         with pytest.raises(rc.ClaimLost):
-            store.claimed_release(claim) if deed == "read" else store.commit(
-                claim, found, rc.decide(found, rc.Roster(nodes), now, POLICY), now, "first")
-    assert store.release(release.id) == before
+            store.claims.release(claim) if deed == "read" else store.claims.commit(
+                claim, found, rc.decide(rc.Situation(found, rc.NodeIndex(nodes), now, POLICY)), now, "first")
+    assert store.releases.get(release.id) == before
 
 
 def test_a_release_that_vanished_is_told_as_that_and_a_drain_goes_on_with_the_rest(world, told):
@@ -814,14 +818,14 @@ def test_a_release_that_vanished_is_told_as_that_and_a_drain_goes_on_with_the_re
     keep = new_release(world.store, node_ids=[1])
     lost = new_release(world.store, target="dns", node_ids=[2])
     ticks: list[rc.Tick] = []
-    runner = threading.Thread(target=lambda: ticks.append(world.executor().run_once(drain=True)))
+    runner = threading.Thread(target=lambda: ticks.append(world.executor().drain()))
     runner.start()
     eventually(lambda: statuses(world.store, lost.id) == ["running"])
     lose_newest_release(world.store)
     runner.join(20)
     assert ([r.id for r in ticks[0].worked_on], list(ticks[0].vanished)) == ([keep.id], [lost.id])
-    assert world.store.release(keep.id).status == "success"
-    assert "release 2 (v2): let go, it is no longer in the database" in told.text
+    assert world.store.releases.get(keep.id).status == "success"
+    assert "release 2 (v2): stopped working on it: it is no longer in the database" in told.text
     assert "Traceback" not in told.text
 
 
@@ -839,8 +843,8 @@ def test_rule_9_a_dispatch_that_the_database_forgot_is_not_sent_beside_the_first
     lose_newest_release(world.store)
     runner.join(30)
     assert world.agent(1).overlaps == 0
-    assert (world.runs(), world.store.release(release.id).status) == ([1], "success")
-    assert world.store.find_release(other.id) is None
+    assert (world.runs(), world.store.releases.get(release.id).status) == ([1], "success")
+    assert world.store.releases.find(other.id) is None
 
 
 def test_rule_1_a_failover_skips_the_versions_that_lost_releases_may_have_had(new_postgres_url, open_store):
@@ -852,12 +856,12 @@ def test_rule_1_a_failover_skips_the_versions_that_lost_releases_may_have_had(ne
     assert timeline >= 1
     sql(store, "UPDATE database_state SET timeline = ?", timeline + 1)  # as a standby that was promoted sees it
     assert new_release(store).version > 1000
-    assert store.obstacles(1).moved_s < 60
+    assert store.claims.dispatch_blockers(1).moved_s < 60
 
 
 def test_rule_9_an_execute_agent_is_sent_nothing_for_a_while_after_the_database_went_back():
     sent = node(1, "running", "execute", hold_until=later(-5).text)
-    assert rc.adopt(sent, NOW, POLICY, quiet_s=40.0).due == NOW.elapsed + 40
+    assert rc.recover(sent, NOW, POLICY, quiet_s=40.0).due == NOW.elapsed + 40
 
 
 # -- what agents say ---------------------------------------------------------------------------------------
@@ -874,7 +878,7 @@ def test_section_1_what_an_agent_says_of_its_success_is_kept(sqlite_world):
     sqlite_world.agent(1).set(message="Version 1 applied, 3 warnings")
     release = new_release(sqlite_world.store, payload=SITES)
     sqlite_world.drain()
-    assert [e.detail for e in sqlite_world.store.events(release.id) if e.event == "succeeded"] == [
+    assert [e.detail for e in sqlite_world.store.releases.events(release.id) if e.event == "succeeded"] == [
         "Version 1 applied, 3 warnings"]
 
 
@@ -889,20 +893,20 @@ def test_a_rollback_of_what_stays_is_not_pruned_as_it_tells_that_that_was_bad(st
     old(payload={"is": "good"})
     bad = old(payload={"is": "bad"})
     for node_id in (2, 3):
-        store.update_node(node_id, {"status": "offline"})
-    back = store.rollback(bad.id, "anna").release
+        store.nodes.update(node_id, {"status": "offline"})
+    back = store.releases.rollback(bad.id, "anna").release
     sql(store, "UPDATE release_tasks SET status = 'success', finished_at = '2020-01-01T00:00:00.000Z' WHERE id = ?",
         back.id)
     sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = ?", back.id)
     for number in range(3):
         old(payload={"is": number}, node_ids=[1])
-    gone = store.old_releases(86400.0, 1)
+    gone = store.releases.old(86400.0, 1)
     for node_id in (2, 3):
-        store.update_node(node_id, {"status": "online"})
+        store.nodes.update(node_id, {"status": "online"})
     last = succeed(store, payload={"is": "new"})
-    before = store.plan_again("rollback", last.id).payload_of
-    store.forget([release.id for release in gone])
-    assert store.plan_again("rollback", last.id).payload_of == before == (1, 1)
+    before = store.releases.plan_again("rollback", last.id).payload_of
+    store.releases.delete([release.id for release in gone])
+    assert store.releases.plan_again("rollback", last.id).payload_of == before == (1, 1)
 
 
 def test_history_is_of_its_time(store):
@@ -911,18 +915,18 @@ def test_history_is_of_its_time(store):
     sql(store, "UPDATE release_task_nodes SET status = 'failed', error_msg = 'boom' WHERE node_id = 1")
     sql(store, "UPDATE release_tasks SET status = 'failed'")
     sql(store, "INSERT INTO release_events (release_task_id, node_id, event) VALUES (1, 1, 'failed')")
-    before = nodes_of(store, release), store.events(release.id), store.progress(release.id)
+    before = nodes_of(store, release), store.releases.events(release.id), store.releases.progress(release.id)
     for node_id, name, address in ((1, "tmp", "10.9.9.9"), (2, "edge-1", ADDRESSES[0]), (1, "edge-2", ADDRESSES[1])):
-        store.update_node(node_id, {"name": name, "main_ip": address})
-    assert (nodes_of(store, release), store.events(release.id), store.progress(release.id)) == before
-    assert [n.name for n in store.nodes().items] == ["edge-2", "edge-1"]
+        store.nodes.update(node_id, {"name": name, "main_ip": address})
+    assert (nodes_of(store, release), store.releases.events(release.id), store.releases.progress(release.id)) == before
+    assert [n.name for n in store.nodes.page().items] == ["edge-2", "edge-1"]
 
 
 def test_a_freeze_that_is_not_there_is_lifted_without_a_word(store):
     add_nodes(store, 1)
     new_release(store)
-    before = store.events(1), store.freeze()
-    assert store.set_freeze(False, "anna") == before[1]
-    assert (store.events(1), store.freeze()) == before
+    before = store.releases.events(1), store.releases.freeze()
+    assert store.releases.set_freeze(False, "anna") == before[1]
+    assert (store.releases.events(1), store.releases.freeze()) == before
 
 

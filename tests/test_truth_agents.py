@@ -49,7 +49,7 @@ import releasectl as rc
 
 
 def details(store: rc.Store, release: rc.Release, event: str) -> list[str]:
-    return [e.detail for e in store.events(release.id) if e.event == event]
+    return [e.detail for e in store.releases.events(release.id) if e.event == event]
 
 
 # -- the agent's words -------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def test_section_1_an_agent_that_fails_with_blanks_is_told_to_have_given_no_reas
     release = new_release(sqlite_world.store, payload=SITES)
     sqlite_world.drain()
     assert outcomes(sqlite_world.store, release) == [("failed", "agent_failed", "the agent gave no reason")]
-    assert sqlite_world.store.release(release.id).error_msg.endswith("edge-1: the agent gave no reason")
+    assert sqlite_world.store.releases.get(release.id).error_msg.endswith("edge-1: the agent gave no reason")
 
 
 def test_section_1_a_refusal_with_blanks_is_told_to_have_given_no_reason(sqlite_world):
@@ -77,7 +77,7 @@ def test_section_1_a_refusal_with_blanks_is_told_to_have_given_no_reason(sqlite_
 
 def release_to(sqlite_world, peer: Peer, protocol: str, **fields) -> rc.Release:
     """Makes a release to a node whose agent is a peer, with the id that the peer's answers have."""
-    sqlite_world.store.add_node("edge-1", peer.host, peer.port, protocol)
+    sqlite_world.store.nodes.add("edge-1", peer.host, peer.port, protocol)
     return new_release(sqlite_world.store, payload=SITES, strategy={"retries": 0}, **fields)
 
 
@@ -118,7 +118,7 @@ def test_section_1_what_an_agent_says_beside_its_success_is_kept_for_people(sqli
 
     release = release_to(sqlite_world, new_peer(talk), protocol)
     sqlite_world.drain()
-    assert sqlite_world.store.release(release.id).status == "success"
+    assert sqlite_world.store.releases.get(release.id).status == "success"
     assert details(sqlite_world.store, release, "succeeded") == ["applied, 3 warnings"]
 
 
@@ -143,7 +143,7 @@ def checked(cli: Cli) -> dict[str, tuple[bool, str]]:
 def test_section_1_ping_and_check_know_an_agent_of_the_other_dialect(cli, sqlite_world, speaks, node_is):
     sqlite_world.nodes(2, speaks)
     cli.settings.update(mtls(sqlite_world.certs), DATABASE_URL=sqlite_world.url)
-    sqlite_world.store.update_node(2, {"agent_protocol": node_is})
+    sqlite_world.store.nodes.update(2, {"agent_protocol": node_is})
     for found in (pings(cli), checked(cli)):
         assert (found["edge-1"][0], f" {speaks} agent in" in found["edge-1"][-1]) == (True, True)
         ok, *_, message = found["edge-2"]
@@ -194,7 +194,7 @@ def test_section_1_ping_tells_plain_http_from_tls_in_both_directions(cli, sqlite
         sock.sendall(reply(b"", "400 Bad Request") if is_tls else reply(envelope(None, code, "plain"), status))
 
     plain = new_peer(talk, tls=False, host=ADDRESSES[1])
-    sqlite_world.store.add_node("edge-2", plain.host, plain.port, protocol)
+    sqlite_world.store.nodes.add("edge-2", plain.host, plain.port, protocol)
     for found in (pings(cli), checked(cli)):  # TLS to plain
         assert found["edge-1"][0]
         assert (found["edge-2"][0], found["edge-2"][-1].endswith("does not speak TLS on this port")) == (False, True)
@@ -218,13 +218,13 @@ def test_section_1_plain_http_to_an_agent_that_answers_it_in_words_is_no_agent_e
 @pytest.mark.parametrize(("speaks", "node_is"), [("tasks", "execute"), ("execute", "tasks")])
 def test_section_1_a_release_to_the_wrong_dialect_asks_whether_the_protocol_is_wrong(sqlite_world, speaks, node_is):
     sqlite_world.nodes(1, speaks)
-    sqlite_world.store.update_node(1, {"agent_protocol": node_is})
+    sqlite_world.store.nodes.update(1, {"agent_protocol": node_is})
     release = new_release(sqlite_world.store, payload=SITES)
     sqlite_world.drain()
     (status, kind, message), = outcomes(sqlite_world.store, release)
     assert (status, kind) == ("failed", "rejected")
     assert message.endswith("answered HTTP 404: 404 page not found (wrong --protocol?)")
-    assert "(wrong --protocol?)" in sqlite_world.store.release(release.id).error_msg
+    assert "(wrong --protocol?)" in sqlite_world.store.releases.get(release.id).error_msg
 
 
 # -- verify ---------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def verified(world, sites: Sites, scheme: str = "http", url: str = "", **verify)
     url = url or f"{scheme}://{{main_ip}}:{sites.port}/health?n={{name}}"
     release = new_release(world.store, strategy={"retries": 0, "verify": {"url": url, **verify}})
     world.drain()
-    return world.store.release(release.id)
+    return world.store.releases.get(release.id)
 
 
 def test_section_7_verify_asks_each_node_for_the_site_by_its_host_header(world, sites):
@@ -340,7 +340,7 @@ def test_section_7_verify_goes_to_the_nodes_own_address_and_the_urls_port_whatev
         # what the names would lead to, if anybody looked them up
         elsewhere.serve(ADDRESSES[8], port=sites.port)
         elsewhere.serve(ADDRESSES[8], HOST)
-        sqlite_world.store.update_node(1, {"name": ADDRESSES[8]})
+        sqlite_world.store.nodes.update(1, {"name": ADDRESSES[8]})
         for url in (f"http://{{name}}:{sites.port}/", f"http://{{main_ip}}:{sites.port}/"):
             assert verified(sqlite_world, sites, url=url, host=ADDRESSES[8]).status == "success"
         assert verified(sqlite_world, sites, url=f"http://{{name}}:{sites.port}/").status == "success"
@@ -411,7 +411,7 @@ def test_section_7_a_site_or_text_that_can_not_be_meant_is_refused_by_name(store
     with pytest.raises(rc.AppError, match=key) as refused:
         new_release(store, strategy={"verify": {"url": "http://{main_ip}/", **verify}})
     assert refused.value.code == 2003
-    assert store.releases().total == 0
+    assert store.releases.page().total == 0
 
 
 @pytest.mark.parametrize("host", ["www.example.com", "WWW.Example.COM", "a", "_dmarc.example.com", "10.0.0.7",
@@ -426,7 +426,7 @@ def test_section_7_the_command_line_takes_the_site_and_the_text(cli, sqlite_worl
     cli.settings.update(mtls(sqlite_world.certs), DATABASE_URL=sqlite_world.url)
     url = f"http://{{main_ip}}:{sites.port}/"
     cli.ok("create", "--verify-url", url, "--verify-host", "www.example.com", "--verify-contains", "hello")
-    assert rc.parse_json(sqlite_world.store.release(1).strategy) == {
+    assert rc.parse_json(sqlite_world.store.releases.get(1).strategy) == {
         "verify": {"url": url, "host": "www.example.com", "contains": "hello"}}
     cli.ok("run-once", "--drain")
     assert sites.asked == [(HOST, "www.example.com", "/", None)]
@@ -560,7 +560,7 @@ def test_a_running_release_goes_on_with_the_good_certificate(world, certs, tmp_p
     eventually(lambda: statuses(world.store, release.id)[0] == "success")
     put(pair, *ours.values())
     runner.join(30)
-    assert world.store.release(release.id).status == "success"
+    assert world.store.releases.get(release.id).status == "success"
     # between the two files of a pair another thing may be told too: that they do not fit
     assert [said in message for message in not_taken(told)].count(True) == 1
 

@@ -89,7 +89,7 @@ class RecordedAgents:
     def add_nodes(self, store: rc.Store) -> None:
         """Add a node for each agent."""
         for number, agent in enumerate(self.all, 1):
-            retry(functools.partial(store.add_node, f"edge-{number}", agent.address, agent.port, agent.protocol))
+            retry(functools.partial(store.nodes.add, f"edge-{number}", agent.address, agent.port, agent.protocol))
 
     def add_twins(self, store: rc.Store) -> None:
         """Add a second node for the host of some agents: disabled, by hand."""

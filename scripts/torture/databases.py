@@ -196,7 +196,7 @@ def _port_of(url: str) -> int:
 def driver_knows_many_hosts() -> bool:
     """Return whether the driver takes a URL of several hosts: those that are made of libpq do."""
     with contextlib.suppress(rc.ConfigError):
-        return bool(rc._load_postgres_driver().__name__ != "pg8000.dbapi")
+        return bool(rc.load_postgres_driver().__name__ != "pg8000.dbapi")
     return False
 
 

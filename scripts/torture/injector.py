@@ -23,9 +23,10 @@ from .injections import CALL, COUNTED, COUNTING, FIRED, REPORT_PREFIX, Injection
 # Where an injection can act: methods that make transactions, and the two requests to agents.
 REQUESTS = {"dispatch": (rc.AgentClient, "dispatching"), "query": (rc.AgentClient, "querying")}
 POINTS: dict[str, tuple[type, str]] = {
-    **{name: (rc.Store, name) for name in (
-        "act", "claim", "claimed_release", "claimed_release_with_nodes", "commit", "create_release", "find_release",
-        "holds", "let_go", "look", "obstacles", "renew", "retry", "set_first_version", "was_written")},
+    **{f"releases.{name}": (rc.Releases, name) for name in ("act", "create", "find", "retry", "set_first_version")},
+    **{f"claims.{name}": (rc.Claims, name) for name in (
+        "claim", "commit", "dispatch_blockers", "drop", "holds", "release", "release_with_nodes", "renew", "scan",
+        "was_written")},
     "migrate": (rc.Database, "migrate"),
     **REQUESTS,
 }
@@ -216,7 +217,11 @@ def _faulty_connect(injector: Injector, connect: Callable[..., Any]) -> Callable
         fault = injector.fault_of_call(is_commit=False)
         if fault:
             raise rc.DatabaseError(f"{self}: torture: no connection ({fault})")
-        return FaultyConnection(connect(self, create), injector, self)
+        connection = connect(self, create)
+        try:
+            return FaultyConnection(connection, injector, self)
+        except self.error as error:  # the connection was cut already, by somebody else
+            raise rc.DatabaseError(self.explain(error)) from None
     return wrapped
 
 

@@ -97,7 +97,7 @@ class Operator:
         payload = {**SITES, "mark": mark}
         content = payload_sha256(payload)
         self._agents.losses.created_at[content] = time.monotonic()
-        self._store.create_release(rc.ReleaseRequest(
+        self._store.releases.create(rc.ReleaseRequest(
             self._random.choice(self.TARGETS), f"mark {mark}", payload, strategy=strategy, node_ids=chosen), "torture")
         self.created.append(content)
 
@@ -112,5 +112,5 @@ class Operator:
 
     def _act(self, verb: str, release_id: int) -> None:
         with contextlib.suppress(rc.AppError, rc.StateMoved):
-            self._store.act(verb, release_id, "torture")
+            self._store.releases.act(verb, release_id, "torture")
             self._figures.count(f"operator's {verb}")

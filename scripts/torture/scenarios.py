@@ -30,23 +30,24 @@ TICK = Scenario(("run-once",), ("tasks", "tasks"), 900, settings=(("RELEASE_EXEC
 # Where a point is passed, if not by DRAIN.
 OTHER_SCENARIOS = {
     "migrate": DRAIN._replace(before=""),
-    "renew": SLOW,
-    "let_go": TICK,
-    "create_release": Scenario(("create", "--reason", "torture", "--payload", PAYLOAD_FILE), before="nodes"),
-    "was_written": DRAIN._replace(first="commit:lost:1"),
-    "act": Scenario(("cancel", "1")),
-    "retry": Scenario(("retry", "1"), before="cancelled"),
-    "set_first_version": Scenario(("migrate", "--first-version", "50")),
+    "claims.renew": SLOW,
+    "claims.drop": TICK,
+    "releases.create": Scenario(("create", "--reason", "torture", "--payload", PAYLOAD_FILE), before="nodes"),
+    "claims.was_written": DRAIN._replace(first="claims.commit:lost:1"),
+    "releases.act": Scenario(("cancel", "1")),
+    "releases.retry": Scenario(("retry", "1"), before="cancelled"),
+    "releases.set_first_version": Scenario(("migrate", "--first-version", "50")),
 }
 SCENARIOS = {point: OTHER_SCENARIOS.get(point, DRAIN) for point in POINTS}
 # Those that an executor passes.
 EXECUTOR_POINTS = [point for point, scenario in SCENARIOS.items() if scenario.command[0] == "run-once"]
 # Those that change nothing: a suspension there is no more than slowness.
-READING_POINTS = {"look", "obstacles", "holds", "claimed_release", "claimed_release_with_nodes", "find_release"}
+READING_POINTS = {"claims.scan", "claims.dispatch_blockers", "claims.holds", "claims.release",
+                  "claims.release_with_nodes", "releases.find"}
 
 # Tasks that a new owner finds still running, and that fail: an agent would run them again under another id.
 LONG = DRAIN._replace(protocols=("tasks", "tasks"), task_ms=2200, outcome="failed")
-LONG_POINTS = ("commit", "dispatch", "query", "claim", "renew")
+LONG_POINTS = ("claims.commit", "dispatch", "query", "claims.claim", "claims.renew")
 
 # Small, for the phase that tries every call of the database.
 FAULT_SCENARIOS = [scenario._replace(protocols=("tasks", "execute"), task_ms=30) for scenario in (DRAIN, SERVE)]

@@ -79,10 +79,10 @@ class Trial:
         retry(lambda: begin_trail(self._store.database))
         self._agents.add_nodes(self._store)
         if self.scenario.before != "nodes":
-            retry(lambda: self._store.create_release(rc.ReleaseRequest(reason="torture", payload=SITES), "torture"))
+            retry(lambda: self._store.releases.create(rc.ReleaseRequest(reason="torture", payload=SITES), "torture"))
         self._agents.fleet.set(outcome=self.scenario.outcome)
         if self.scenario.before == "cancelled":
-            self._store.act("cancel", 1, "torture")
+            self._store.releases.act("cancel", 1, "torture")
 
     def _play(self) -> None:
         worker = self._start(self.scenario.command, ",".join(filter(None, [self.scenario.first, str(self.injection)])))
@@ -236,7 +236,7 @@ def run_points(lab: Laboratory, depth: int, whens: Sequence[str], at_once: int, 
 def plan_points(lab: Laboratory, depth: int, whens: Sequence[str]) -> list[Planned]:
     """Return the trials of all points: every moment, up to the hit number `depth`; with 1, a random hit."""
     counted = count_undisturbed(lab, set(SCENARIOS.values()))
-    trials = [(LONG, Injection(point, when, 1 if point != "commit" else lab.random.randint(1, 2)))
+    trials = [(LONG, Injection(point, when, 1 if point != "claims.commit" else lab.random.randint(1, 2)))
               for point, when in itertools.product(LONG_POINTS, whens)]
     for (point, scenario), when in itertools.product(SCENARIOS.items(), whens):
         passed = counted[scenario].get("passed", {}).get(point, 0)
