@@ -167,7 +167,7 @@ def test_sighup_reads_certificates_and_tokens_anew_and_says_so_in_one_line(fleet
     with open(log, "w") as stream:
         serve = fleet_cli.start("serve", stderr=stream)
     try:
-        eventually(lambda: connects(fleet_cli.port))
+        eventually(lambda: "serving https://" in log.read_text(), message="serve is not ready")
         serve.send_signal(signal.SIGHUP)
         eventually(lambda: len(lines()) == 1, message="the first SIGHUP is not told")
         with open(tokens, "a") as file:
