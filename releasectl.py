@@ -4288,7 +4288,7 @@ class DatabaseState:
                 UPDATE database_state
                 SET moved_at = ?, lost_version = CASE WHEN lost_version > ? THEN lost_version ELSE ? END
                 WHERE id = 1""", tx.now(), self.seen.version, self.seen.version)
-            tx.afterwards.append(functools.partial(setattr, self, "_has_fallen", False))
+            tx.afterwards.append(functools.partial(setattr, self, "has_fallen", False))
 
     def note_timeline(self, tx: Transaction) -> None:
         """Note the server that a writer has; after a failover leave out the numbers that lost releases may have had."""
@@ -5441,12 +5441,13 @@ class Releases:
         """
         with self._database.transaction(write=True) as tx:
             before = tx.value("SELECT first_version FROM database_state WHERE id = 1")
-            tx.execute("UPDATE database_state SET first_version = ? WHERE id = 1 AND first_version < ?",
-                       version, version)
-            self._audit.add(tx, by, "migrate.first-version", "database", {"firstVersion": before},
-                        {"firstVersion": max(before or 1, version)})
+            changed = tx.execute("UPDATE database_state SET first_version = ? WHERE id = 1 AND first_version < ?",
+                                 version, version)
             # what is half done has a lower version than agents may have: its nodes are sent nothing more
-            tx.execute("UPDATE nodes SET last_version = ? WHERE last_version < ?", version - 1, version - 1)
+            changed += tx.execute("UPDATE nodes SET last_version = ? WHERE last_version < ?", version - 1, version - 1)
+            if changed:
+                self._audit.add(tx, by, "migrate.first-version", "database", {"firstVersion": before},
+                                {"firstVersion": max(before or 1, version)})
             return self._state.next_version(tx, tx.value(self._database.engine.next_release_id_sql))
 
     def _create(self, tx: Transaction, actor: Who, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node]) -> Made:
@@ -5728,7 +5729,9 @@ class Releases:
         At most NODES_PER_STATEMENT of them. One of which somebody made a retry or a rollback meanwhile stays.
         """
         with self._database.transaction(write=True) as tx:
-            going = set(release_ids)
+            marks = ", ".join("?" * len(release_ids)) or "NULL"
+            # another prune may have been quicker
+            going = {row[0] for row in tx.rows(f"SELECT id FROM release_tasks WHERE id IN ({marks})", *release_ids)}
             while going:
                 marks = ", ".join("?" * len(going))
                 # the indexes release_tasks_by_retry_of and release_tasks_by_rollback_of
