@@ -7379,10 +7379,12 @@ class Slots:
 
     def leave(self, driver: Hashable) -> None:
         """Count a driver out at its end."""
-        self.give_back(driver, self.held(driver), had_enough=True)
         with self._guard:
             self._held.pop(driver, None)
             self._short.pop(driver, None)
+            woken, self._short = self._short, {}
+        for wake in woken.values():
+            wake()
 
 
 @dataclasses.dataclass
@@ -10078,8 +10080,16 @@ class Context:
         self.actor = _unix_user()
 
     def open(self, create: bool = False) -> Store:
-        """Return the store, after a check of the schema; create: make the database if it is empty."""
+        """Return the store, after a check of the schema; create: make the database if it is empty.
+
+        An ID that was given as `latest` becomes the newest release's; raise AppError(NOT_FOUND) where there is none.
+        """
         self.store.database.require_schema(create)
+        if getattr(self.options, "id", None) == LATEST:
+            newest = self.store.releases.page(size=1).items
+            if not newest:
+                raise AppError(NOT_FOUND, "there is no release yet")
+            self.options.id = newest[0].id
         return self.store
 
     def show(self, document: Any, text: str) -> int:
@@ -10345,19 +10355,16 @@ def command_list(context: Context) -> int:
 
 
 def command_status(context: Context) -> int:
-    release, nodes = context.open().releases.with_nodes(context.options.id)
+    store = context.open()
+    release, nodes = store.releases.with_nodes(context.options.id)
     return context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
         [(n.batch, n.name, n.status, n.attempts, n.started_at, n.finished_at, n.error_kind, n.error_msg)
          for n in nodes], ("batch", "node", "status", "tries", "started", "finished", "error", "message"))]))
 
 
 def command_watch(context: Context) -> int:
-    if context.options.id != LATEST:
-        return _watch(context, int(context.options.id))
-    page = context.open().releases.page(size=1)
-    if not page.items:
-        raise AppError(NOT_FOUND, "there is no release yet")
-    return _watch(context, page.items[0].id)
+    context.open()
+    return _watch(context, context.options.id)
 
 
 WATCH_EVERY_S = 0.5
@@ -10418,7 +10425,8 @@ def _watch(context: Context, release_id: int) -> int:
 
 def command_events(context: Context) -> int:
     options = context.options
-    events = context.open().releases.events(options.id, options.after, options.limit)
+    store = context.open()
+    events = store.releases.events(options.id, options.after, options.limit)
     return context.show({"items": [event_json(event) for event in events]}, table(
         [(e.id, e.at, e.node_name or "release", e.event, f"{e.from_status} -> {e.to_status}", e.actor, e.detail)
          for e in events], ("id", "at", "node", "event", "change", "actor", "detail")))
@@ -10452,7 +10460,8 @@ def command_act(context: Context) -> int:
     verb = CANCEL_BY_FORCE if options.command == "cancel" and options.force else options.command
     more = {"accept_failures": options.accept_failures} if verb == "resume" else {}
     reason = parse_text("--reason", options.reason)
-    release = context.open().releases.act(verb, options.id, context.actor, reason, **more)
+    store = context.open()
+    release = store.releases.act(verb, options.id, context.actor, reason, **more)
     return context.show(release_json(release), release_line(release))
 
 
@@ -11079,13 +11088,16 @@ def _audit_head(text: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def _release_id(text: str) -> int:
+def _release_id(text: str) -> int | str:
+    if text == LATEST:
+        return text
     if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > MAX_ID:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a release: use a number from `releasectl.py list`")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a release: use a number from `releasectl.py list`, or `latest`")
     return int(text)
 
 
-_ID_OPTION = option("id", metavar="ID", type=_release_id, help="id of the release")
+_ID_OPTION = option("id", metavar="ID", type=_release_id, help="id of the release, or latest")
 _REASON_OPTION = option("--reason", default="", metavar="TEXT", help="why, for the history")
 _PLAN_OPTION = option("--plan", action="store_true", help="show what it would do, and create nothing")
 _AGAIN_OPTIONS = (
@@ -11149,9 +11161,8 @@ COMMANDS: tuple[Command, ...] = (
         _int_option("--page", 1, 10**9, default=1), _int_option("--page-size", 1, MAX_PAGE_SIZE, default=20))),
     Command("status", "a release and its nodes", command_status, (_ID_OPTION,)),
     Command("watch", "follow a release to its end", command_watch, (
-        option("id", metavar="ID", nargs="?", default=LATEST,
-                type=lambda text: text if text == LATEST else _release_id(text),
-                help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
+        option("id", metavar="ID", nargs="?", default=LATEST, type=_release_id,
+               help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
     Command("events", "the history of a release", command_events, (
         _ID_OPTION, _int_option("--after", 0, MAX_ID, default=0, help="only events with a higher id"),
         _int_option("--limit", 1, 100000, default=1000))),
