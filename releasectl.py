@@ -33,7 +33,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Retry and rollback  what a new release brings back to whom (contract 3, rule 10)
     Releases            create, verbs, lists, payloads, prune
     Claims              claim, lease, fence, commit; the store that all parts make up
-  ENGINE
+  EXECUTION
     Event loop          coroutines that wait for sockets: many in one thread, or one in the
                         caller's
     HTTP wire           one connection's bytes against limits and deadlines, and who may stay
