@@ -137,7 +137,7 @@ TERMINAL = frozenset((SUCCESS, PARTIAL, FAILED, CANCELLED))
 AT_REST = frozenset((SUCCESS, FAILED, SKIPPED))
 OPEN = frozenset((PENDING, RUNNING))
 
-# By which way somebody acts (audit_log).
+# How somebody acts: the column via of audit_log.
 VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
 
 NODE_STATUSES = ("online", "offline", "maintenance")
@@ -179,9 +179,9 @@ MAX_VERSION = 2**53
 MAX_ID = 2**63 - 1
 MAX_MESSAGE_CHARS = 255
 MAX_DETAIL_BYTES = 4096
-# Of a row of audit_log in a log line.
+# Length of a row of audit_log in a log line.
 MAX_TRAIL_CHARS = 1000
-# Of what a row of audit_log says of before and after, each; longer values become their SHA-256.
+# Size of before, and of after, in a row of audit_log; longer values are replaced by their SHA-256.
 MAX_AUDIT_BYTES = 8192
 MAX_BODY_BYTES = 1 << 20
 MAX_PAGE_SIZE = 100
@@ -195,8 +195,8 @@ MAX_LABELS, MAX_LABEL_KEY_CHARS, MAX_LABEL_CHARS = 64, 63, 255
 
 # Wait before the first poll of a running task, and its growth from poll to poll, up to the interval.
 FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
-# The share of a thread's time that the answers of one agent may take, and how much of that time, in seconds of the
-# clock, an agent may take in advance: 0.1 s of CPU, which is hundreds of normal answers.
+# Share of a thread's time that the answers of one agent may take, and how many seconds an agent may be ahead of it:
+# 10 s at 1 % are 0.1 s of CPU, which is hundreds of normal answers.
 ANSWER_SHARE, ANSWER_CREDIT_S = 0.01, 10.0
 # Timeout of the first poll: it follows the dispatch at once and delays the report that the task was accepted.
 FIRST_POLL_TIMEOUT_S = 1.0
@@ -300,10 +300,13 @@ class AgentError(Exception):
         self.detail = detail or message
 
 
+# What follows where more nodes fail than the strategy tolerates (onExceed).
 FAIL, PAUSE = "fail", "pause"
 
+# Roles of the API; ANYONE needs no token.
 VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
 
+# Stands for the newest release where a command takes an id.
 LATEST = "latest"
 
 
@@ -363,6 +366,7 @@ def epoch_of(text: str) -> float:
 
 
 def printable(char: str, keep_lines: bool) -> str:
+    """Return a character, or a space where it is not printable; keep_lines: a line feed stays."""
     if keep_lines and char == "\n":
         return char
     # Cc control, Cf format (bidi overrides), Cs lone surrogate, Zl and Zp line separators
@@ -406,7 +410,7 @@ def is_plain(text: str) -> bool:
         return False
     if text.isascii():
         return True
-    # a mark over a letter does not part a word
+    # accents are no letters, and do not separate words
     letters = "".join(char for char in text if not unicodedata.category(char).startswith("M"))
     return (not INVISIBLE.search(text) and unicodedata.is_normalized("NFC", text)
             and all(len(_scripts(word)) < 2 for word in re.findall(r"[^\W_]+", letters)))
@@ -551,7 +555,7 @@ class Outage:
         self.error = str(error)
 
     def end(self) -> None:
-        """Log the next error, whatever it is."""
+        """Note that the error is over: the next one is logged, even if it is the same."""
         self.error = ""
 
 
@@ -563,7 +567,7 @@ def os_reason(error: Exception) -> str:
 
 
 def sync_folder(folder: str) -> None:
-    """Brings the names in a folder to the disk."""
+    """Write the names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -1464,7 +1468,7 @@ class Node:
 
     @property
     def condition(self) -> str:
-        """Return why it gets no releases, or online."""
+        """Return "online", or why it gets no releases: "disabled", "offline", "in maintenance"."""
         return "disabled" if not self.enabled else f"in {self.status}" if self.status == "maintenance" else self.status
 
     @property
@@ -1563,8 +1567,9 @@ class ReleaseNode(NamedTuple):
     is_at_work: bool = False
     # The agent's message of success, while that is verified.
     agent_message: str = ""
+    # Polls of its task that found it running.
     polls: int = 0
-    # When what its answers cost us is made up for: see observe().
+    # When the CPU time of its answers is paid for, by Clock.elapsed(): see observe().
     paid_at: float = 0.0
     # How often the agent did not know the task.
     forgotten: int = 0
@@ -1850,13 +1855,13 @@ class Candidate(NamedTuple):
 class Claim(NamedTuple):
     """The right to work on a release: every write of its owner is conditional on owner and fence.
 
-    On both: a database that went back gives the same fence again, to another owner.
+    Neither is enough alone: a database that went back gives the same fence to another owner.
     """
     release_id: int
     fence: int
     version: int
     owner: str
-    # Which state of the database it was taken in: see Store.generation.
+    # State of the database that it was taken in: see DatabaseState.generation.
     generation: int = 0
 
     def __str__(self) -> str:
@@ -1864,9 +1869,9 @@ class Claim(NamedTuple):
 
 
 def about(release: Release | Claim | None = None, /, **more: object) -> dict[str, Any]:
-    """Gives logging's `extra`: what a record is about, as keys of their own in a line of JSON.
+    """Return logging's `extra` for a record: each key is one of its line in JSON.
 
-    The keys: release (its id), version, node (its name), actor, event, request_id.
+    Keys: release (its id), version, node (its name), actor, event, request_id.
     """
     if release is None:
         return {"about": more}
@@ -2372,7 +2377,7 @@ class Made(NamedTuple):
 
 
 class OldRelease(NamedTuple):
-    """A release as prune looks at it; ended_at is "" while it is not terminal."""
+    """What prune needs of a release; ended_at is "" while it is not terminal."""
     id: int
     target: str
     version: int
@@ -2395,26 +2400,29 @@ class Content(NamedTuple):
 
 
 def digest_of(payload: Mapping[str, Any]) -> str:
-    """Return what is equal for two payloads that differ by their version at most."""
+    """Return the SHA-256 of a payload without its version."""
     return hashlib.sha256(json.dumps({**payload, "version": 0}, sort_keys=True).encode()).hexdigest()
 
 
 def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of: Callable[[OldRelease], Content],
              newest: int = 0) -> list[OldRelease]:
-    """Return those that nobody needs any more, newest first, out of all releases.
+    """Return the releases that nobody needs any more, newest first.
 
-    Of each target stay the newest keep, and what ended later than before or not yet. Of each node's releases
-    of the target stays the newest success, and what a rollback of one that stays would bring back to it: the
-    newest success before it with another payload that nobody rolled back. And what a release that stays is a
-    retry or a rollback of, and the one of the newest event. So the highest version and event stay, and none
-    is ever used again.
+    These stay:
+    - of each target the newest `keep`, and all that have not ended, or ended after `before`;
+    - for each node and target its newest success, and what a rollback of a release that stays would bring back:
+      the newest success before that release, with another payload, that nobody rolled back;
+    - what a release that stays is a retry or a rollback of;
+    - the release `newest`, which has the newest event.
+
+    So the highest version and the highest event id stay, and neither is given out again.
     """
     goes = []
     seen: dict[str, int] = {}
     named: set[int | None] = set()
-    # The nodes of each target whose newest success was found, and whose newest one that was not bad; and for each node
-    # the payloads of releases that stay and could not be rolled back on it yet.
+    # Target and node of each success that stays; under True those of a payload that somebody rolled back.
     known: dict[bool, set[tuple[str, int]]] = {False: set(), True: set()}
+    # By target and node: payloads of releases that stay and have no success to roll back to yet.
     wanting: dict[tuple[str, int], set[str]] = {}
     for release in sorted(releases, key=lambda r: -r.version):
         seen[release.target] = seen.get(release.target, 0) + 1
@@ -2433,7 +2441,7 @@ def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of:
                 wanting[target, node] = wanting.get((target, node), set()) & {content.digest}
         for node in content.touched if stays else ():
             wanting.setdefault((target, node), set()).add(content.digest)
-    # a rollback of what stays tells that that was bad
+    # a rollback stays with the release that it rolled back: it shows that the payload was bad
     gone = {release.id for release in goes}
     return [release for release in goes if release.rollback_of is None or release.rollback_of in gone]
 
@@ -2632,7 +2640,7 @@ UNKNOWN = "unknown"     # the agent does not know the task
 UNSENT = "unsent"       # the request never reached the agent
 LOST = "lost"           # the request may have reached the agent, no answer came
 UNCLEAR = "unclear"     # an answer that can't be used: 429, 5xx, nonsense
-NOT_SENT = "held"           # releasectl did not send it; this says nothing about the agent
+NOT_SENT = "held"       # releasectl did not send it; this says nothing about the agent
 
 # Message of a failure whose text is empty.
 NO_REASON_GIVEN = "the agent gave no reason"
@@ -2653,8 +2661,8 @@ def poll_delay_s(polls: int, interval_s: float) -> float:
 def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
     """Return a node updated with the outcome of a request or a probe.
 
-    What reading an answer cost is paid for at ANSWER_SHARE: after 20 ms the node has 2 s to pay. A node that is behind
-    by more than ANSWER_CREDIT_S is asked again only then, whatever it answers.
+    The CPU time of an answer is paid for at ANSWER_SHARE: 20 ms take 2 s. A node that is more than ANSWER_CREDIT_S
+    behind is asked again when it has caught up, whatever it answered.
     """
     after = _observe(node, outcome, now, policy)
     if not outcome.cost_s:
@@ -2747,7 +2755,7 @@ def held_s(holds: Iterable[Hold], since: float, until: float) -> float:
 
 
 def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = (),
-          quiet_s: float = 0.0) -> ReleaseNode:
+            quiet_s: float = 0.0) -> ReleaseNode:
     """Return a node for a new owner of its release (rule 9): ask first, or wait and repeat.
 
     Deadline and hold continue as stored. Pauses and freezes extend the deadline (contract section 7), unless the
@@ -2984,11 +2992,11 @@ def _end_node(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange | No
         return None
     if node.verdict is not None:
         return _at_rest(node, node.verdict, now)
-    is_second = node.status == SUCCESS
-    if now.elapsed < node.deadline or (is_second and node.next_op != PROBE):
+    is_reverification = node.status == SUCCESS
+    if now.elapsed < node.deadline or (is_reverification and node.next_op != PROBE):
         return None
     last = f"; last: {node.last_error}" if node.last_error else ""
-    if is_second:
+    if is_reverification:
         return _fail(node, VERIFY, f"not verified {policy.node_deadline_s:g} s after the end of its soak{last}", now,
                      0.0)
     return _fail(node, DEADLINE, f"not done {policy.node_deadline_s:g} s after its dispatch{last}", now)
@@ -7434,7 +7442,7 @@ class Driver:
         self._is_stale = True
         # updated_at of the last row that we read or wrote; a difference means that somebody changed the release.
         self._seen_at = ""
-        # Generation of the database that the nodes were read from (Store.generation).
+        # Generation of the database that the nodes were read from (DatabaseState.generation).
         self._generation = context.store.state.generation
         self._payload: dict[str, Any] = {}
         self._strategy = NO_STRATEGY
@@ -7617,9 +7625,9 @@ class Driver:
         if release.status == RUNNING and (self._nodes.of[RUNNING] or self._nodes.of[PENDING]):
             busy, self._freeze, moved_s = self._store.claims.dispatch_blockers(release.id)
             if moved_s < self._policy.hold_s:
-                # one may be under way of which the database that is there now does not know
+                # a request may be under way that the database has lost
                 busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if n.agent_protocol == EXECUTE}
-            # a release from before that may have been dispatched there (an hour: for clocks that differ)
+            # a release made before it went back may have been dispatched already (an hour: clocks differ)
             asks_first = moved_s < now.wall - epoch_or(release.created_at, now.wall) + 3600
         self._is_halted = release.status != RUNNING or self._freeze.frozen
         passed_s = now.elapsed - self._decided_at
@@ -7669,8 +7677,8 @@ class Driver:
     def may_dispatch(self, written_at: Moment) -> bool:
         """Return whether a dispatch may leave this instant: the claim holds, it is not too late, nobody paused.
 
-        Asked after connecting, just before the first byte. Whoever takes the release over waits for a request that
-        left soon after it was written down, and for no other.
+        Asked after connecting, just before the first byte. A new owner of the release waits for a request that left
+        soon after it was written down, and for no other.
         """
         elapsed = self._store.clock.elapsed()
         is_soon = elapsed <= written_at.elapsed + self._policy.leave_within_s
@@ -7824,8 +7832,8 @@ class Executor:
         self.clock = store.clock
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.stopping = threading.Event()
-        # When run_loop() last scanned for work and could, by the wall clock; for people.
-        self.looked_at: float | None = None
+        # Last scan of run_loop() without an error, by the wall clock; for people.
+        self.scanned_at: float | None = None
         policy = Policy(settings.agent_retries, settings.node_deadline_sec, settings.agent_request_timeout_sec,
                         settings.release_executor_interval_sec, settings.agent_connect_timeout_sec)
         self.context = DriverContext(settings, store, agents, self.owner, policy, Slots(settings.agent_concurrency),
@@ -7914,7 +7922,7 @@ class Executor:
             self._wake.clear()
             try:
                 self._scan([], is_tick=False)
-                self.looked_at = self.clock.wall()
+                self.scanned_at = self.clock.wall()
                 outage.end()
             except AppError as error:
                 outage.log("executor", error)
@@ -8009,7 +8017,7 @@ class Executor:
                 return len([release_id for release_id in taken if release_id not in mine])
 
     def _claim_all(self, release_ids: Iterable[int], taken: list[int], started: list[Driver], is_tick: bool) -> bool:
-        """Claim releases and start their drivers; return whether none turned out to have to wait."""
+        """Claim releases and start their drivers; return False where one has to wait after all."""
         is_settled = True
         for release_id in release_ids:
             if self.stopping.is_set():
@@ -8051,7 +8059,7 @@ class Executor:
         self._wake.set()
 
     def submit(self, request: Callable[[], Coroutine[Wait, None, None]]) -> None:
-        """Start a coroutine that talks to an agent, in the event loop whose turn it is."""
+        """Start a coroutine that talks to an agent, in one event loop after the other."""
         next(self._next_loop).submit(request())
 
     def _active_drivers(self) -> list[Driver]:
@@ -8636,7 +8644,7 @@ IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,128}")
 EVENTS_POLL_S, MAX_EVENTS_WAIT_S = 0.5, 30
 # Minimum seconds between write checks of the database, however many clients ask.
 READY_CHECK_EVERY_S = 1.0
-# Added to what Store.times_ahead() returns: claims and holds that end later than any setting allows.
+# Added to what Claims.times_ahead() returns: claims and holds that end later than any setting allows.
 CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
                    "all hosts (NTP)")
 # A write check under way for longer than this makes the answer "not ready", whatever the last one found.
@@ -9272,7 +9280,7 @@ class Exchange:
         self.request_id = secrets.token_hex(8)
         self.route: Route | None = None
         self.ids: tuple[int, ...] = ()
-        # "" until the client is known.
+        # None until the client is known.
         self.actor: Act | None = None
         # Length of the body while nobody has read it.
         self.unread_bytes = 0
@@ -9515,7 +9523,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
             self.tls.context()
         self._overload_response = b"" if self.tls else _overload_response()
         self.seats = ConnectionLimiter(settings.http_max_connections, settings.http_max_connections_per_address,
-                           self._overload_response)
+                                       self._overload_response)
         self._workers = ThreadPoolExecutor(settings.http_max_connections, "api")
         self._rejected: collections.deque[tuple[float, socket.socket]] = collections.deque()
         try:
@@ -9566,7 +9574,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
     def service_actions(self) -> None:
         """Close rejected connections once their clients had time to read the answer."""
         while self._rejected and (len(self._rejected) > MAX_REJECTED
-                                     or self._rejected[0][0] < time.monotonic()):
+                                  or self._rejected[0][0] < time.monotonic()):
             sock = self._rejected.popleft()[1]
             with contextlib.suppress(OSError):
                 sock.recv(65536)  # unread bytes would turn the close into a reset
@@ -9839,7 +9847,7 @@ def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
         certificates += crl_json(name, path) if path else []
     return {"certificates": certificates, "executor": {
         "enabled": settings.release_executor_enabled, "owner": executor.owner,
-        "lastLookAt": utc_text(executor.looked_at) if executor.looked_at else None}}
+        "lastLookAt": utc_text(executor.scanned_at) if executor.scanned_at else None}}
 
 
 def certificate_json(name: str, load: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -9852,7 +9860,7 @@ def certificate_json(name: str, load: Callable[[], Mapping[str, Any]]) -> dict[s
 
 
 def crl_json(name: str, path: str) -> list[dict[str, Any]]:
-    """Give until when the CRLs beside a CA are good, in the form of a certificate; nothing where there is none."""
+    """Return until when the CRLs beside a CA are good, in the form of a certificate; nothing where there is none."""
     found = {"name": f"{name} CRL", "notAfter": None, "daysLeft": None, "message": "run releasectl.py check to see why"}
     try:
         ends = crl_ends(Path(path).read_text(encoding="latin-1"))
@@ -9880,13 +9888,12 @@ def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:
     return figures
 
 
-# `check` looks at so many of the newest rows of audit_log, and at the events of so many releases; all is for
-# `audit --verify`.
+# How much of audit_log `check` verifies: the newest rows, and the events of the newest ended releases.
 CHECKED_AUDIT_ROWS, CHECKED_RELEASES = 10_000, 20
 
 
 def check_audit(store: Store) -> Finding:
-    """Look whether the newest part of audit_log is whole."""
+    """Verify the newest part of audit_log."""
     report = store.audit.verify(None, CHECKED_AUDIT_ROWS, CHECKED_RELEASES)
     if report.faults:
         return Finding("audit log", EXIT_NOT_SUCCESS, f"{report.faults[0]}: see `audit --verify` and the runbook")
@@ -9894,10 +9901,10 @@ def check_audit(store: Store) -> Finding:
 
 
 def audit_line(report: AuditReport) -> str:
-    """Return how much of audit_log was looked at, and its head."""
+    """Return how much of audit_log was verified, and its head."""
     head = "empty" if not report.head[0] else f"head {report.head[0]}:{report.head[1]}"
     return (f"{report.rows} of {report.of_rows} rows and the events of {report.releases} of {report.of_releases} ended "
-            f"releases looked at; {head}")
+            f"releases verified; {head}")
 
 
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
@@ -10230,7 +10237,7 @@ def command_node_ping(context: Context) -> int:
 
 
 def _number_or_text(text: str) -> int | str:
-    """Return digits as a number, all else as it is: the Store raises the error."""
+    """Return digits as a number, all else as it is: parse_strategy() raises the error."""
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
 
 
@@ -11060,7 +11067,7 @@ def _age_s(text: str) -> float:
 
 
 def _since(text: str) -> str:
-    """Read 90, 5m, 2h or 1d ago, or an RFC 3339 time, as a time; argparse.ArgumentTypeError else."""
+    """Return a time as stored: of so long ago (90, 5m, 2h, 1d), or RFC 3339; raise argparse.ArgumentTypeError else."""
     with contextlib.suppress(argparse.ArgumentTypeError, ValueError, OverflowError):
         return utc_text(time.time() - parse_duration(text))
     with contextlib.suppress(AppError, ValueError, OverflowError):
@@ -11069,7 +11076,7 @@ def _since(text: str) -> str:
 
 
 def _audit_head(text: str) -> tuple[int, str]:
-    """Read ID:HASH as the log gives the head of the audit log; argparse.ArgumentTypeError else."""
+    """Return the id and hash of ID:HASH, a head of the audit log; raise argparse.ArgumentTypeError else."""
     match = re.fullmatch(r"([0-9]{1,18}):([0-9a-f]{64})", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID:HASH, as the log tells it with each release's end")
@@ -11155,13 +11162,13 @@ COMMANDS: tuple[Command, ...] = (
     Command("audit", "who did what, newest last; whether the log is whole", command_audit, (
         option("--actor", default="", metavar="NAME", help="only by this actor, token or certificate"),
         option("--action", default="", metavar="WORD", help="only this action, or group: node.set, node"),
-        option("--object", default="", metavar="TEXT", help="only of this: \"node edge-1\""),
-        _int_option("--release", 1, MAX_ID, metavar="ID", help="only of this release"),
-        option("--since", type=_since, metavar="TIME", help="so long ago, or a time: 2h, 7d, "
-                "2026-01-31T00:00:00Z"),
+        option("--object", default="", metavar="TEXT", help="only on this: \"node edge-1\""),
+        _int_option("--release", 1, MAX_ID, metavar="ID", help="only on this release"),
+        option("--since", type=_since, metavar="TIME", help="only since then: 2h or 7d ago, "
+                "or 2026-01-31T00:00:00Z"),
         _int_option("--after", 0, MAX_ID, default=0, metavar="ID",
-                help="the first rows above this one (the last ones)"),
-        _int_option("--limit", 1, 100000, default=100, metavar="N", help="so many rows (100)"),
+                help="the first rows with a higher id (without it: the newest rows)"),
+        _int_option("--limit", 1, 100000, default=100, metavar="N", help="at most N rows (100)"),
         option("--verify", action="store_true",
                 help="prove that no row was changed, taken away or inserted, nor an event of an ended release; "
                      "exit 1 where one was"),
