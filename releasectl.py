@@ -6502,7 +6502,7 @@ def body_length(head: Head, max_bytes: int) -> int:
 
 
 @dataclasses.dataclass(eq=False)
-class Seat:
+class Connection:
     """One admitted connection, which has a thread. A busy one is never evicted."""
     sock: socket.socket
     address: str
@@ -6536,96 +6536,96 @@ class ConnectionLimiter:
         self._limit, self._limit_per_address = limit, limit_per_address
         self._overload_response = overload_response
         self._guard = threading.Lock()
-        self._seats: set[Seat] = set()
+        self._connections: set[Connection] = set()
 
-    def admit(self, sock: socket.socket, host: str) -> Seat | None:
+    def admit(self, sock: socket.socket, host: str) -> Connection | None:
         """Admit a connection, if need be in place of an idle one; return None when all are busy."""
         address, now = network_of(host), time.monotonic()
         with self._guard:
-            held = collections.Counter(seat.address for seat in self._seats)
+            held = collections.Counter(connection.address for connection in self._connections)
             is_crowd = held[address] >= self._limit_per_address
-            if is_crowd or len(self._seats) >= self._limit:
-                rivals = [s for s in self._seats if not s.is_at_work and now - s.since > MIN_IDLE_S
-                          and (s.address == address or not is_crowd)]
+            if is_crowd or len(self._connections) >= self._limit:
+                rivals = [c for c in self._connections if not c.is_at_work and now - c.since > MIN_IDLE_S
+                          and (c.address == address or not is_crowd)]
                 if not rivals:
                     return None
-                self._evict(min(rivals, key=lambda s: (s.is_authenticated, -held[s.address], s.since)))
-            seat = Seat(sock, address, now)
-            self._seats.add(seat)
-            return seat
+                self._evict(min(rivals, key=lambda c: (c.is_authenticated, -held[c.address], c.since)))
+            connection = Connection(sock, address, now)
+            self._connections.add(connection)
+            return connection
 
-    def _evict(self, seat: Seat) -> None:
-        self._seats.discard(seat)
+    def _evict(self, connection: Connection) -> None:
+        self._connections.discard(connection)
         with contextlib.suppress(OSError):
-            if seat.is_new and self._overload_response:
-                seat.sock.send(self._overload_response)  # the first bytes: they fit into the buffer
+            if connection.is_new and self._overload_response:
+                connection.sock.send(self._overload_response)  # the first bytes: they fit into the buffer
             # not SSLSocket.shutdown: it would end the encryption that the connection's thread still uses
-            socket.socket.shutdown(seat.sock, socket.SHUT_RDWR)
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
-    def encrypt(self, seat: Seat, context: ssl.SSLContext) -> None:
+    def encrypt(self, connection: Connection, context: ssl.SSLContext) -> None:
         """Wrap a connection in TLS, without the handshake."""
         with self._guard:
-            seat.sock = context.wrap_socket(seat.sock, server_side=True, do_handshake_on_connect=False)
+            connection.sock = context.wrap_socket(connection.sock, server_side=True, do_handshake_on_connect=False)
 
-    def identify(self, seat: Seat, is_good: bool, token: str = "", is_viewer: bool = False) -> bool:
+    def identify(self, connection: Connection, is_good: bool, token: str = "", is_viewer: bool = False) -> bool:
         """Note how a connection authenticated; return False when its token's connections are at a limit and all busy.
 
         At a limit, the one of them that is idle longest is evicted.
         """
         with self._guard:
-            if token and not self._make_room(seat, token, is_viewer):
+            if token and not self._make_room(connection, token, is_viewer):
                 is_good, token = False, ""
-            seat.is_authenticated, seat.token = is_good, token
-            seat.is_viewer = is_viewer and bool(token)
+            connection.is_authenticated, connection.token = is_good, token
+            connection.is_viewer = is_viewer and bool(token)
             return is_good
 
-    def _make_room(self, seat: Seat, token: str, is_viewer: bool) -> bool:
-        address = seat.address
-        quotas: list[tuple[int, Callable[[Seat], bool]]] = [
-            (max(1, self._limit // (4 if is_viewer else 2)), lambda s: s.token == token)]
+    def _make_room(self, connection: Connection, token: str, is_viewer: bool) -> bool:
+        address = connection.address
+        quotas: list[tuple[int, Callable[[Connection], bool]]] = [
+            (max(1, self._limit // (4 if is_viewer else 2)), lambda c: c.token == token)]
         if is_viewer:
-            quotas += [(max(1, self._limit // 2), lambda s: s.is_viewer),
-                       (max(1, self._limit_per_address // 2), lambda s: s.is_viewer and s.address == address)]
+            quotas += [(max(1, self._limit // 2), lambda c: c.is_viewer),
+                       (max(1, self._limit_per_address // 2), lambda c: c.is_viewer and c.address == address)]
         for limit, is_peer in quotas:
-            peers = [s for s in self._seats if s is not seat and is_peer(s)]
+            peers = [c for c in self._connections if c is not connection and is_peer(c)]
             if len(peers) >= limit:
-                idle = [s for s in peers if not s.is_at_work and time.monotonic() - s.since > MIN_IDLE_S]
+                idle = [c for c in peers if not c.is_at_work and time.monotonic() - c.since > MIN_IDLE_S]
                 if not idle:
                     return False
-                self._evict(min(idle, key=lambda s: s.since))
+                self._evict(min(idle, key=lambda c: c.since))
         return True
 
-    def set_busy(self, seat: Seat) -> bool:
+    def set_busy(self, connection: Connection) -> bool:
         """Mark a connection as busy with a request; return False when it was evicted before."""
         with self._guard:
-            seat.is_at_work, seat.owes_answer, seat.is_new = True, True, False
-            return seat in self._seats
+            connection.is_at_work, connection.owes_answer, connection.is_new = True, True, False
+            return connection in self._connections
 
-    def set_idle(self, seat: Seat, owes_answer: bool = False, since: float | None = None) -> None:
+    def set_idle(self, connection: Connection, owes_answer: bool = False, since: float | None = None) -> None:
         """Mark a connection as waiting: for a request, a body, an event, a queue, or its client to read the answer."""
         with self._guard:
-            seat.is_at_work, seat.owes_answer = False, owes_answer
-            seat.since = time.monotonic() if since is None else since
+            connection.is_at_work, connection.owes_answer = False, owes_answer
+            connection.since = time.monotonic() if since is None else since
 
-    def close(self, seat: Seat) -> None:
+    def close(self, connection: Connection) -> None:
         """Close a connection."""
         with self._guard:
-            self._seats.discard(seat)
-            close_quietly(seat.sock)
+            self._connections.discard(connection)
+            close_quietly(connection.sock)
 
     def end_all(self, within_s: float) -> None:
         """End idle connections at once; the others may be answered within so many seconds."""
         ends_at = time.monotonic() + within_s
-        self._shut(lambda seat: socket.SHUT_RD if seat.owes_answer else socket.SHUT_RDWR)
-        while self._seats and time.monotonic() < ends_at:
+        self._shut(lambda connection: socket.SHUT_RD if connection.owes_answer else socket.SHUT_RDWR)
+        while self._connections and time.monotonic() < ends_at:
             time.sleep(0.02)
         self._shut(lambda _: socket.SHUT_RDWR)
 
-    def _shut(self, how: Callable[[Seat], int]) -> None:
+    def _shut(self, how: Callable[[Connection], int]) -> None:
         with self._guard:
-            for seat in self._seats:
+            for connection in self._connections:
                 with contextlib.suppress(OSError):
-                    socket.socket.shutdown(seat.sock, how(seat))
+                    socket.socket.shutdown(connection.sock, how(connection))
 
 
 def has_hung_up(sock: socket.socket, within_s: float) -> bool:
@@ -9235,21 +9235,21 @@ def refusal_of(error: AppError) -> HttpAnswer:
 class ApiHandler:
     """One connection, in its thread: the TLS handshake, then its requests one after the other."""
 
-    def __init__(self, server: ApiServer, seat: Seat, client_host: str):
-        self.server, self.seat, self.client_host = server, seat, client_host
+    def __init__(self, server: ApiServer, connection: Connection, client_host: str):
+        self.server, self.connection, self.client_host = server, connection, client_host
         self.certificate_name = ""
         # What the client certificate was verified by, and when it expires.
         self.trust, self.trusted_until = "", float("inf")
         # else an answer waits 40 ms for the acknowledgement of TLS 1.3's tickets
-        seat.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if server.tls:
             self._do_handshake(server.tls)
-        self.wire = Wire(seat.sock)
+        self.wire = Wire(connection.sock)
 
     def _do_handshake(self, tls: TlsFiles) -> None:
         context, self.trust = tls.current()
-        self.server.seats.encrypt(self.seat, context)
-        sock = self.seat.sock
+        self.server.connections.encrypt(self.connection, context)
+        sock = self.connection.sock
         assert isinstance(sock, ssl.SSLSocket)
         sock.settimeout(UNAUTHENTICATED_S)  # OpenSSL takes it for the whole handshake
         sock.do_handshake()
@@ -9275,7 +9275,7 @@ class Exchange:
 
     def __init__(self, handler: ApiHandler):
         self.handler, self.server = handler, handler.server
-        self.seat, self.wire = handler.seat, handler.wire
+        self.connection, self.wire = handler.connection, handler.wire
         self.head, self.began = Head(), 0.0
         self.request_id = secrets.token_hex(8)
         self.route: Route | None = None
@@ -9305,9 +9305,9 @@ class Exchange:
             answer = refusal_of(AppError(INTERNAL, "releasectl itself failed: see its log"))
         self.closes |= self.server.is_stopping or self.must_close
         self._log(answer)
-        self.server.seats.set_idle(self.seat, owes_answer=True)  # a client that does not read may be evicted
+        self.server.connections.set_idle(self.connection, owes_answer=True)  # one that does not read may be evicted
         self._send(answer)
-        self.server.seats.set_idle(self.seat)
+        self.server.connections.set_idle(self.connection)
         return not self.closes and self._skip_body()
 
     @property
@@ -9316,15 +9316,15 @@ class Exchange:
 
     def _read_head(self) -> bool:
         """Wait for the next request; return False when none comes, or the connection was evicted."""
-        seat = self.seat
-        ends_at = time.monotonic() + IDLE_S if seat.is_authenticated else seat.since + UNAUTHENTICATED_S
+        connection = self.connection
+        ends_at = time.monotonic() + IDLE_S if connection.is_authenticated else connection.since + UNAUTHENTICATED_S
         with contextlib.suppress(AppError):  # a client that sends nothing gets no answer
             while not self.wire.buffer and self.wire.fill(ends_at):
                 pass
         if not self.wire.buffer:
             return False
-        head = read_head(self.wire, time.monotonic() + HEAD_S if seat.is_authenticated else ends_at)
-        if head is None or not self.server.seats.set_busy(seat):
+        head = read_head(self.wire, time.monotonic() + HEAD_S if connection.is_authenticated else ends_at)
+        if head is None or not self.server.connections.set_busy(connection):
             return False
         self.head, self.began = head, time.monotonic()
         asked_id = head.headers.get("x-request-id", "")
@@ -9352,9 +9352,9 @@ class Exchange:
 
     def _identify(self, route: Route) -> Identity | None:
         """Return who asks, None where that does not matter; raise AppError 1001, 1002, 1004, 4029, 5001, 5003."""
-        server, seat = self.server, self.seat
+        server, connection = self.server, self.connection
         if not route.role and not route.tells_more:
-            server.seats.identify(seat, False)
+            server.connections.identify(connection, False)
             return None
         if self.handler.is_distrusted():
             self.must_close = True
@@ -9368,29 +9368,29 @@ class Exchange:
         if refusal and refusal.code == BAD_TOKEN:
             self._note_bad_token()
         elif identity and server.tokens:
-            server.throttle.note_good(seat.address, authorization)
-        if identity and not server.seats.identify(seat, True, identity.token, identity.role == VIEWER):
+            server.throttle.note_good(connection.address, authorization)
+        if identity and not server.connections.identify(connection, True, identity.token, identity.role == VIEWER):
             self.must_close = True
             refusal = AppError(TOO_MANY_REQUESTS,
                                f"{identity.token} has as many busy connections as one token, or all viewers here, "
                                "may have: try again in a moment", retry_after_s=1)
             identity = None
         elif not identity:
-            self.must_close = seat.is_authenticated  # its token was removed
-            server.seats.identify(seat, False)
+            self.must_close = connection.is_authenticated  # its token was removed
+            server.connections.identify(connection, False)
         if refusal and route.role:
             raise refusal
         return identity
 
     def _wait_for_token(self, authorization: str) -> None:
         """Wait while bad tokens of the address delay the check; raise ClientGone when the client hangs up."""
-        throttle, address = self.server.throttle, self.seat.address
+        throttle, address = self.server.throttle, self.connection.address
         while (left_s := self.began + throttle.delay_s(address, authorization) - time.monotonic()) > 0:
             if self._wait_idle(left_s):
                 raise ClientGone
 
     def _note_bad_token(self) -> None:
-        count, is_to_be_logged = self.server.throttle.note_bad(self.seat.address)
+        count, is_to_be_logged = self.server.throttle.note_bad(self.connection.address)
         if is_to_be_logged:
             log.warning("bad token from %s, the %d. in a row, request %s", self.handler.client_host, count,
                         self.request_id)
@@ -9405,9 +9405,9 @@ class Exchange:
 
     def _wait_idle(self, within_s: float) -> bool:
         """Wait up to so many seconds; return whether the client hung up or the connection was evicted."""
-        self.server.seats.set_idle(self.seat, owes_answer=True, since=self.began)
-        has_gone = has_hung_up(self.seat.sock, within_s)
-        return not self.server.seats.set_busy(self.seat) or has_gone
+        self.server.connections.set_idle(self.connection, owes_answer=True, since=self.began)
+        has_gone = has_hung_up(self.connection.sock, within_s)
+        return not self.server.connections.set_busy(self.connection) or has_gone
 
     def _is_over(self, within_s: float) -> bool:
         """Wait as _wait_idle() does; return True also when we stop, or the client is no longer authorized."""
@@ -9416,7 +9416,7 @@ class Exchange:
 
     def _read_body(self, route: Route) -> bytes:
         """Return the body; raise AppError 2002 or 4015, if possible before it is waited for, or 4008."""
-        length, wire, seats = self.unread_bytes, self.wire, self.server.seats
+        length, wire, connections = self.unread_bytes, self.wire, self.server.connections
         if not length:
             return b""
         if not route.body:
@@ -9425,20 +9425,20 @@ class Exchange:
         if content_type != "application/json":
             raise AppError(NOT_JSON, "the body must be JSON: send Content-Type: application/json")
         if len(wire.buffer) < length:
-            seats.set_idle(self.seat, owes_answer=True)
+            connections.set_idle(self.connection, owes_answer=True)
             if self.head.headers.get("expect", "").lower() == "100-continue":
                 with contextlib.suppress(OSError):
                     wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.unread_bytes = 0  # an error in the middle of the body ends the connection
         raw = wire.take(length, time.monotonic() + BODY_S)
-        if not seats.set_busy(self.seat):
+        if not connections.set_busy(self.connection):
             raise ClientGone
         self.closes = self.head.is_last
         return raw
 
     def _keep_connection(self) -> None:
         """Keep the connection after a refusal where the body is here, or is short and its client authenticated."""
-        is_short = (bool(self.actor) or self.seat.is_authenticated) and "expect" not in self.head.headers and (
+        is_short = (bool(self.actor) or self.connection.is_authenticated) and "expect" not in self.head.headers and (
             self.unread_bytes <= MAX_SKIPPED_BYTES)
         if self.unread_bytes and (is_short or self.unread_bytes <= len(self.wire.buffer)):
             self.closes = self.head.is_last
@@ -9522,7 +9522,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         if self.tls:
             self.tls.context()
         self._overload_response = b"" if self.tls else _overload_response()
-        self.seats = ConnectionLimiter(settings.http_max_connections, settings.http_max_connections_per_address,
+        self.connections = ConnectionLimiter(settings.http_max_connections, settings.http_max_connections_per_address,
                                        self._overload_response)
         self._workers = ThreadPoolExecutor(settings.http_max_connections, "api")
         self._rejected: collections.deque[tuple[float, socket.socket]] = collections.deque()
@@ -9553,15 +9553,15 @@ class ApiServer(http.server.ThreadingHTTPServer):
         log.exception("connection of %s could not be accepted", client_address[0])
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        seat = self.seats.admit(request, client_address[0])
-        if seat is None:
+        connection = self.connections.admit(request, client_address[0])
+        if connection is None:
             self._reject(request)
             return
         try:
-            self._workers.submit(self._serve, seat, client_address[0])
+            self._workers.submit(self._serve, connection, client_address[0])
         except RuntimeError as error:  # the system has no more threads
             log.error("no thread for a connection: %s", error)
-            self.seats.close(seat)
+            self.connections.close(connection)
 
     def _reject(self, sock: socket.socket) -> None:
         """Answer 503 at once; over TLS, which would need a handshake first, only close."""
@@ -9582,17 +9582,17 @@ class ApiServer(http.server.ThreadingHTTPServer):
 
     # -- in a connection's thread ------------------------------------------------------------
 
-    def _serve(self, seat: Seat, client_host: str) -> None:
+    def _serve(self, connection: Connection, client_host: str) -> None:
         try:
-            ApiHandler(self, seat, client_host).serve()
+            ApiHandler(self, connection, client_host).serve()
         except (OSError, ConfigError) as error:
             log.debug("%s: connection ended: %s", client_host, one_line(error))
         except Exception:  # the edge of a connection
             log.exception("connection of %s failed", client_host)
         finally:
-            self.seats.set_idle(seat, since=0.0)  # it was answered: it is the first to be evicted
-            lingering_close(seat.sock)
-            self.seats.close(seat)
+            self.connections.set_idle(connection, since=0.0)  # it was answered: it is the first to be evicted
+            lingering_close(connection.sock)
+            self.connections.close(connection)
 
     def who(self, head: Head, certificate_name: str) -> tuple[Identity, None] | tuple[None, AppError]:
         """Return who asks, or why that is not known; not raised, as some routes need no token.
@@ -9613,7 +9613,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         """Stop listening, let requests under way be answered, and end all connections."""
         super().server_close()
         self.is_stopping = True
-        self.seats.end_all(STOP_GRACE_S)
+        self.connections.end_all(STOP_GRACE_S)
         self._workers.shutdown()
         while self._rejected:
             close_quietly(self._rejected.popleft()[1])
