@@ -1861,7 +1861,7 @@ class Claim(NamedTuple):
     fence: int
     version: int
     owner: str
-    # State of the database that it was taken in: see DatabaseState.generation.
+    # DatabaseState.generation when it was taken.
     generation: int = 0
 
     def __str__(self) -> str:
