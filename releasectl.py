@@ -5130,7 +5130,7 @@ def plan_again(tx: Transaction, verb: str, release_id: int,
         refuse_over_newer(tx, verb, old, nodes)
     refuse_twins(nodes)
     source = plan.payload_of[0] if plan.payload_of else old.id
-    refuse_dropping_sites(request.payload, nodes, 3003, f"the payload of release {source}")
+    refuse_dropping_sites(request.payload, nodes, WRONG_STATE, f"the payload of release {source}")
     return request, plan._replace(emptied=emptied_nodes(request.payload, nodes)), nodes
 
 
@@ -6366,12 +6366,6 @@ MAX_SKIPPED_BYTES = 64 << 10
 MIN_IDLE_S = 0.25
 # Rejected connections that stay open at a time, so that their clients can read the 503.
 MAX_REJECTED = 64
-# Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
-FREE_ATTEMPTS, FREE_ATTEMPTS_OF_NETWORK, FIRST_DELAY_S, MAX_DELAY_S = 3, 24, 0.1, 3.0
-# A streak is forgotten this long after its last event.
-FORGET_S, MAX_STREAKS = 60.0, 2048
-# A token that was good at an address within this time is checked there without delay.
-KNOWN_TOKEN_S, MAX_KNOWN_TOKENS = 86400.0, 4096
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 # RFC 9112, sections 3 and 5, without its concessions to old clients: no folding, no bare CR or LF.
@@ -6453,7 +6447,7 @@ class Wire:
 
 def read_head(wire: Wire, ends_at: float) -> Head | None:
     """Return the head of the next request, None at the client's end; raise AppError 2002, 4008, 4014, 4031, 5005."""
-    line = wire.line(ends_at, MAX_TARGET_BYTES, 4014)
+    line = wire.line(ends_at, MAX_TARGET_BYTES, ADDRESS_TOO_LONG)
     if line is None:
         return None
     first = REQUEST_LINE.fullmatch(line)
@@ -6463,7 +6457,7 @@ def read_head(wire: Wire, ends_at: float) -> Head | None:
         raise AppError(UNKNOWN_HTTP_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported")
     left, headers = MAX_REQUEST_HEAD_BYTES - len(line), dict[str, str]()
     for number in range(MAX_HEADERS + 1):
-        line = wire.line(ends_at, left if number < MAX_HEADERS else 2, 4031)
+        line = wire.line(ends_at, left if number < MAX_HEADERS else 2, HEAD_TOO_LARGE)
         if line is None:
             raise AppError(MALFORMED, "the request ends within its head")
         if not line:
@@ -8374,6 +8368,14 @@ def openapi_schemas() -> dict[str, Any]:
 # Access: tokens, client certificates, throttling.
 # Uses: Vocabulary, Helpers, Settings, Certificates, Strategy, HTTP wire.
 # ======================================================================================
+
+# Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
+FREE_ATTEMPTS, FREE_ATTEMPTS_OF_NETWORK, FIRST_DELAY_S, MAX_DELAY_S = 3, 24, 0.1, 3.0
+# A streak is forgotten this long after its last event.
+FORGET_S, MAX_STREAKS = 60.0, 2048
+# A token that was good at an address within this time is checked there without delay.
+KNOWN_TOKEN_S, MAX_KNOWN_TOKENS = 86400.0, 4096
+
 
 class Streaks:
     """Counts events in a row by key; a count is forgotten FORGET_S after its last event."""
