@@ -148,6 +148,9 @@ def test_every_field_of_a_release_is_read_from_its_own_column(sqlite_store):
 
 def test_the_tables_allow_every_dialect_and_every_status_of_a_node():
     assert checked("nodes", "agent_protocol") == set(rc.PROTOCOLS)
+    spoken = re.search(r"(?m)^PROTOCOLS = \((.*)\)$", text_of("scripts/fake_agent.py"))
+    assert spoken
+    assert re.findall(r'"(\w+)"', spoken[1]) == list(rc.PROTOCOLS)
     assert checked("nodes", "status") == set(rc.NODE_STATUSES)
 
 
