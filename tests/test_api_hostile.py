@@ -387,7 +387,7 @@ def test_idle_connections_with_tokens_give_way_too(new_server, impatient):
             connection.close()
 
 
-def test_there_are_never_more_threads_than_seats(new_server, impatient):
+def test_there_are_never_more_threads_than_connections(new_server, impatient):
     client = new_server(HTTP_MAX_CONNECTIONS=8, HTTP_MAX_CONNECTIONS_PER_ADDRESS=8)
     with contextlib.ExitStack() as stack:
         for number in range(64):
