@@ -33,7 +33,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Retry and rollback  what a new release brings back to whom (contract 3, rule 10)
     Releases            create, verbs, lists, payloads, prune
     Claims              claim, lease, fence, commit; the store that all parts make up
-  ENGINE
+  EXECUTION
     Event loop          coroutines that wait for sockets: many in one thread, or one in the
                         caller's
     HTTP wire           one connection's bytes against limits and deadlines, and who may stay
@@ -137,7 +137,7 @@ TERMINAL = frozenset((SUCCESS, PARTIAL, FAILED, CANCELLED))
 AT_REST = frozenset((SUCCESS, FAILED, SKIPPED))
 OPEN = frozenset((PENDING, RUNNING))
 
-# By which way somebody acts (audit_log).
+# How somebody acts: the column via of audit_log.
 VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
 
 NODE_STATUSES = ("online", "offline", "maintenance")
@@ -179,9 +179,9 @@ MAX_VERSION = 2**53
 MAX_ID = 2**63 - 1
 MAX_MESSAGE_CHARS = 255
 MAX_DETAIL_BYTES = 4096
-# Of a row of audit_log in a log line.
+# Length of a row of audit_log in a log line.
 MAX_TRAIL_CHARS = 1000
-# Of what a row of audit_log says of before and after, each; longer values become their SHA-256.
+# Size of before, and of after, in a row of audit_log; longer values are replaced by their SHA-256.
 MAX_AUDIT_BYTES = 8192
 MAX_BODY_BYTES = 1 << 20
 MAX_PAGE_SIZE = 100
@@ -195,8 +195,8 @@ MAX_LABELS, MAX_LABEL_KEY_CHARS, MAX_LABEL_CHARS = 64, 63, 255
 
 # Wait before the first poll of a running task, and its growth from poll to poll, up to the interval.
 FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
-# The share of a thread's time that the answers of one agent may take, and how much of that time, in seconds of the
-# clock, an agent may take in advance: 0.1 s of CPU, which is hundreds of normal answers.
+# Share of a thread's time that the answers of one agent may take, and how many seconds an agent may be ahead of it:
+# 10 s at 1 % are 0.1 s of CPU, which is hundreds of normal answers.
 ANSWER_SHARE, ANSWER_CREDIT_S = 0.01, 10.0
 # Timeout of the first poll: it follows the dispatch at once and delays the report that the task was accepted.
 FIRST_POLL_TIMEOUT_S = 1.0
@@ -300,10 +300,13 @@ class AgentError(Exception):
         self.detail = detail or message
 
 
+# What follows where more nodes fail than the strategy tolerates (onExceed).
 FAIL, PAUSE = "fail", "pause"
 
+# Roles of the API; ANYONE needs no token.
 VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
 
+# Stands for the newest release where a command takes an id.
 LATEST = "latest"
 
 
@@ -363,6 +366,7 @@ def epoch_of(text: str) -> float:
 
 
 def printable(char: str, keep_lines: bool) -> str:
+    """Return a character, or a space where it is not printable; keep_lines: a line feed stays."""
     if keep_lines and char == "\n":
         return char
     # Cc control, Cf format (bidi overrides), Cs lone surrogate, Zl and Zp line separators
@@ -406,7 +410,7 @@ def is_plain(text: str) -> bool:
         return False
     if text.isascii():
         return True
-    # a mark over a letter does not part a word
+    # accents are no letters, and do not separate words
     letters = "".join(char for char in text if not unicodedata.category(char).startswith("M"))
     return (not INVISIBLE.search(text) and unicodedata.is_normalized("NFC", text)
             and all(len(_scripts(word)) < 2 for word in re.findall(r"[^\W_]+", letters)))
@@ -551,7 +555,7 @@ class Outage:
         self.error = str(error)
 
     def end(self) -> None:
-        """Log the next error, whatever it is."""
+        """Note that the error is over: the next one is logged, even if it is the same."""
         self.error = ""
 
 
@@ -563,7 +567,7 @@ def os_reason(error: Exception) -> str:
 
 
 def sync_folder(folder: str) -> None:
-    """Brings the names in a folder to the disk."""
+    """Write the names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -1464,7 +1468,7 @@ class Node:
 
     @property
     def condition(self) -> str:
-        """Return why it gets no releases, or online."""
+        """Return "online", or why it gets no releases: "disabled", "offline", "in maintenance"."""
         return "disabled" if not self.enabled else f"in {self.status}" if self.status == "maintenance" else self.status
 
     @property
@@ -1563,8 +1567,9 @@ class ReleaseNode(NamedTuple):
     is_at_work: bool = False
     # The agent's message of success, while that is verified.
     agent_message: str = ""
+    # Polls of its task that found it running.
     polls: int = 0
-    # When what its answers cost us is made up for: see observe().
+    # When the CPU time of its answers is paid for, by Clock.elapsed(): see observe().
     paid_at: float = 0.0
     # How often the agent did not know the task.
     forgotten: int = 0
@@ -1850,13 +1855,13 @@ class Candidate(NamedTuple):
 class Claim(NamedTuple):
     """The right to work on a release: every write of its owner is conditional on owner and fence.
 
-    On both: a database that went back gives the same fence again, to another owner.
+    Neither is enough alone: a database that went back gives the same fence to another owner.
     """
     release_id: int
     fence: int
     version: int
     owner: str
-    # Which state of the database it was taken in: see Store.generation.
+    # DatabaseState.generation when it was taken.
     generation: int = 0
 
     def __str__(self) -> str:
@@ -1864,9 +1869,9 @@ class Claim(NamedTuple):
 
 
 def about(release: Release | Claim | None = None, /, **more: object) -> dict[str, Any]:
-    """Gives logging's `extra`: what a record is about, as keys of their own in a line of JSON.
+    """Return logging's `extra` for a record: each key is one of its line in JSON.
 
-    The keys: release (its id), version, node (its name), actor, event, request_id.
+    Keys: release (its id), version, node (its name), actor, event, request_id.
     """
     if release is None:
         return {"about": more}
@@ -2372,7 +2377,7 @@ class Made(NamedTuple):
 
 
 class OldRelease(NamedTuple):
-    """A release as prune looks at it; ended_at is "" while it is not terminal."""
+    """What prune needs of a release; ended_at is "" while it is not terminal."""
     id: int
     target: str
     version: int
@@ -2395,26 +2400,29 @@ class Content(NamedTuple):
 
 
 def digest_of(payload: Mapping[str, Any]) -> str:
-    """Return what is equal for two payloads that differ by their version at most."""
+    """Return the SHA-256 of a payload without its version."""
     return hashlib.sha256(json.dumps({**payload, "version": 0}, sort_keys=True).encode()).hexdigest()
 
 
 def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of: Callable[[OldRelease], Content],
              newest: int = 0) -> list[OldRelease]:
-    """Return those that nobody needs any more, newest first, out of all releases.
+    """Return the releases that nobody needs any more, newest first.
 
-    Of each target stay the newest keep, and what ended later than before or not yet. Of each node's releases
-    of the target stays the newest success, and what a rollback of one that stays would bring back to it: the
-    newest success before it with another payload that nobody rolled back. And what a release that stays is a
-    retry or a rollback of, and the one of the newest event. So the highest version and event stay, and none
-    is ever used again.
+    These stay:
+    - of each target the newest `keep`, and all that have not ended, or ended after `before`;
+    - for each node and target its newest success, and what a rollback of a release that stays would bring back:
+      the newest success before that release, with another payload, that nobody rolled back;
+    - what a release that stays is a retry or a rollback of;
+    - the release `newest`, which has the newest event.
+
+    So the highest version and the highest event id stay, and neither is given out again.
     """
     goes = []
     seen: dict[str, int] = {}
     named: set[int | None] = set()
-    # The nodes of each target whose newest success was found, and whose newest one that was not bad; and for each node
-    # the payloads of releases that stay and could not be rolled back on it yet.
+    # Target and node of each success that stays; under True those of a payload that somebody rolled back.
     known: dict[bool, set[tuple[str, int]]] = {False: set(), True: set()}
+    # By target and node: payloads of releases that stay and have no success to roll back to yet.
     wanting: dict[tuple[str, int], set[str]] = {}
     for release in sorted(releases, key=lambda r: -r.version):
         seen[release.target] = seen.get(release.target, 0) + 1
@@ -2433,7 +2441,7 @@ def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of:
                 wanting[target, node] = wanting.get((target, node), set()) & {content.digest}
         for node in content.touched if stays else ():
             wanting.setdefault((target, node), set()).add(content.digest)
-    # a rollback of what stays tells that that was bad
+    # a rollback stays with the release that it rolled back: it shows that the payload was bad
     gone = {release.id for release in goes}
     return [release for release in goes if release.rollback_of is None or release.rollback_of in gone]
 
@@ -2632,7 +2640,7 @@ UNKNOWN = "unknown"     # the agent does not know the task
 UNSENT = "unsent"       # the request never reached the agent
 LOST = "lost"           # the request may have reached the agent, no answer came
 UNCLEAR = "unclear"     # an answer that can't be used: 429, 5xx, nonsense
-NOT_SENT = "held"           # releasectl did not send it; this says nothing about the agent
+NOT_SENT = "held"       # releasectl did not send it; this says nothing about the agent
 
 # Message of a failure whose text is empty.
 NO_REASON_GIVEN = "the agent gave no reason"
@@ -2653,8 +2661,8 @@ def poll_delay_s(polls: int, interval_s: float) -> float:
 def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
     """Return a node updated with the outcome of a request or a probe.
 
-    What reading an answer cost is paid for at ANSWER_SHARE: after 20 ms the node has 2 s to pay. A node that is behind
-    by more than ANSWER_CREDIT_S is asked again only then, whatever it answers.
+    The CPU time of an answer is paid for at ANSWER_SHARE: 20 ms take 2 s. A node that is more than ANSWER_CREDIT_S
+    behind is asked again when it has caught up, whatever it answered.
     """
     after = _observe(node, outcome, now, policy)
     if not outcome.cost_s:
@@ -2747,7 +2755,7 @@ def held_s(holds: Iterable[Hold], since: float, until: float) -> float:
 
 
 def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = (),
-          quiet_s: float = 0.0) -> ReleaseNode:
+            quiet_s: float = 0.0) -> ReleaseNode:
     """Return a node for a new owner of its release (rule 9): ask first, or wait and repeat.
 
     Deadline and hold continue as stored. Pauses and freezes extend the deadline (contract section 7), unless the
@@ -2984,11 +2992,11 @@ def _end_node(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange | No
         return None
     if node.verdict is not None:
         return _at_rest(node, node.verdict, now)
-    is_second = node.status == SUCCESS
-    if now.elapsed < node.deadline or (is_second and node.next_op != PROBE):
+    is_reverification = node.status == SUCCESS
+    if now.elapsed < node.deadline or (is_reverification and node.next_op != PROBE):
         return None
     last = f"; last: {node.last_error}" if node.last_error else ""
-    if is_second:
+    if is_reverification:
         return _fail(node, VERIFY, f"not verified {policy.node_deadline_s:g} s after the end of its soak{last}", now,
                      0.0)
     return _fail(node, DEADLINE, f"not done {policy.node_deadline_s:g} s after its dispatch{last}", now)
@@ -5122,7 +5130,7 @@ def plan_again(tx: Transaction, verb: str, release_id: int,
         refuse_over_newer(tx, verb, old, nodes)
     refuse_twins(nodes)
     source = plan.payload_of[0] if plan.payload_of else old.id
-    refuse_dropping_sites(request.payload, nodes, 3003, f"the payload of release {source}")
+    refuse_dropping_sites(request.payload, nodes, WRONG_STATE, f"the payload of release {source}")
     return request, plan._replace(emptied=emptied_nodes(request.payload, nodes)), nodes
 
 
@@ -6361,12 +6369,6 @@ MAX_SKIPPED_BYTES = 64 << 10
 MIN_IDLE_S = 0.25
 # Rejected connections that stay open at a time, so that their clients can read the 503.
 MAX_REJECTED = 64
-# Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
-FREE_ATTEMPTS, FREE_ATTEMPTS_OF_NETWORK, FIRST_DELAY_S, MAX_DELAY_S = 3, 24, 0.1, 3.0
-# A streak is forgotten this long after its last event.
-FORGET_S, MAX_STREAKS = 60.0, 2048
-# A token that was good at an address within this time is checked there without delay.
-KNOWN_TOKEN_S, MAX_KNOWN_TOKENS = 86400.0, 4096
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 # RFC 9112, sections 3 and 5, without its concessions to old clients: no folding, no bare CR or LF.
@@ -6448,7 +6450,7 @@ class Wire:
 
 def read_head(wire: Wire, ends_at: float) -> Head | None:
     """Return the head of the next request, None at the client's end; raise AppError 2002, 4008, 4014, 4031, 5005."""
-    line = wire.line(ends_at, MAX_TARGET_BYTES, 4014)
+    line = wire.line(ends_at, MAX_TARGET_BYTES, ADDRESS_TOO_LONG)
     if line is None:
         return None
     first = REQUEST_LINE.fullmatch(line)
@@ -6458,7 +6460,7 @@ def read_head(wire: Wire, ends_at: float) -> Head | None:
         raise AppError(UNKNOWN_HTTP_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported")
     left, headers = MAX_REQUEST_HEAD_BYTES - len(line), dict[str, str]()
     for number in range(MAX_HEADERS + 1):
-        line = wire.line(ends_at, left if number < MAX_HEADERS else 2, 4031)
+        line = wire.line(ends_at, left if number < MAX_HEADERS else 2, HEAD_TOO_LARGE)
         if line is None:
             raise AppError(MALFORMED, "the request ends within its head")
         if not line:
@@ -6497,7 +6499,7 @@ def body_length(head: Head, max_bytes: int) -> int:
 
 
 @dataclasses.dataclass(eq=False)
-class Seat:
+class Connection:
     """One admitted connection, which has a thread. A busy one is never evicted."""
     sock: socket.socket
     address: str
@@ -6531,96 +6533,96 @@ class ConnectionLimiter:
         self._limit, self._limit_per_address = limit, limit_per_address
         self._overload_response = overload_response
         self._guard = threading.Lock()
-        self._seats: set[Seat] = set()
+        self._connections: set[Connection] = set()
 
-    def admit(self, sock: socket.socket, host: str) -> Seat | None:
+    def admit(self, sock: socket.socket, host: str) -> Connection | None:
         """Admit a connection, if need be in place of an idle one; return None when all are busy."""
         address, now = network_of(host), time.monotonic()
         with self._guard:
-            held = collections.Counter(seat.address for seat in self._seats)
+            held = collections.Counter(connection.address for connection in self._connections)
             is_crowd = held[address] >= self._limit_per_address
-            if is_crowd or len(self._seats) >= self._limit:
-                rivals = [s for s in self._seats if not s.is_at_work and now - s.since > MIN_IDLE_S
-                          and (s.address == address or not is_crowd)]
+            if is_crowd or len(self._connections) >= self._limit:
+                rivals = [c for c in self._connections if not c.is_at_work and now - c.since > MIN_IDLE_S
+                          and (c.address == address or not is_crowd)]
                 if not rivals:
                     return None
-                self._evict(min(rivals, key=lambda s: (s.is_authenticated, -held[s.address], s.since)))
-            seat = Seat(sock, address, now)
-            self._seats.add(seat)
-            return seat
+                self._evict(min(rivals, key=lambda c: (c.is_authenticated, -held[c.address], c.since)))
+            connection = Connection(sock, address, now)
+            self._connections.add(connection)
+            return connection
 
-    def _evict(self, seat: Seat) -> None:
-        self._seats.discard(seat)
+    def _evict(self, connection: Connection) -> None:
+        self._connections.discard(connection)
         with contextlib.suppress(OSError):
-            if seat.is_new and self._overload_response:
-                seat.sock.send(self._overload_response)  # the first bytes: they fit into the buffer
+            if connection.is_new and self._overload_response:
+                connection.sock.send(self._overload_response)  # the first bytes: they fit into the buffer
             # not SSLSocket.shutdown: it would end the encryption that the connection's thread still uses
-            socket.socket.shutdown(seat.sock, socket.SHUT_RDWR)
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
-    def encrypt(self, seat: Seat, context: ssl.SSLContext) -> None:
+    def encrypt(self, connection: Connection, context: ssl.SSLContext) -> None:
         """Wrap a connection in TLS, without the handshake."""
         with self._guard:
-            seat.sock = context.wrap_socket(seat.sock, server_side=True, do_handshake_on_connect=False)
+            connection.sock = context.wrap_socket(connection.sock, server_side=True, do_handshake_on_connect=False)
 
-    def identify(self, seat: Seat, is_good: bool, token: str = "", is_viewer: bool = False) -> bool:
+    def identify(self, connection: Connection, is_good: bool, token: str = "", is_viewer: bool = False) -> bool:
         """Note how a connection authenticated; return False when its token's connections are at a limit and all busy.
 
         At a limit, the one of them that is idle longest is evicted.
         """
         with self._guard:
-            if token and not self._make_room(seat, token, is_viewer):
+            if token and not self._make_room(connection, token, is_viewer):
                 is_good, token = False, ""
-            seat.is_authenticated, seat.token = is_good, token
-            seat.is_viewer = is_viewer and bool(token)
+            connection.is_authenticated, connection.token = is_good, token
+            connection.is_viewer = is_viewer and bool(token)
             return is_good
 
-    def _make_room(self, seat: Seat, token: str, is_viewer: bool) -> bool:
-        address = seat.address
-        quotas: list[tuple[int, Callable[[Seat], bool]]] = [
-            (max(1, self._limit // (4 if is_viewer else 2)), lambda s: s.token == token)]
+    def _make_room(self, connection: Connection, token: str, is_viewer: bool) -> bool:
+        address = connection.address
+        quotas: list[tuple[int, Callable[[Connection], bool]]] = [
+            (max(1, self._limit // (4 if is_viewer else 2)), lambda c: c.token == token)]
         if is_viewer:
-            quotas += [(max(1, self._limit // 2), lambda s: s.is_viewer),
-                       (max(1, self._limit_per_address // 2), lambda s: s.is_viewer and s.address == address)]
+            quotas += [(max(1, self._limit // 2), lambda c: c.is_viewer),
+                       (max(1, self._limit_per_address // 2), lambda c: c.is_viewer and c.address == address)]
         for limit, is_peer in quotas:
-            peers = [s for s in self._seats if s is not seat and is_peer(s)]
+            peers = [c for c in self._connections if c is not connection and is_peer(c)]
             if len(peers) >= limit:
-                idle = [s for s in peers if not s.is_at_work and time.monotonic() - s.since > MIN_IDLE_S]
+                idle = [c for c in peers if not c.is_at_work and time.monotonic() - c.since > MIN_IDLE_S]
                 if not idle:
                     return False
-                self._evict(min(idle, key=lambda s: s.since))
+                self._evict(min(idle, key=lambda c: c.since))
         return True
 
-    def set_busy(self, seat: Seat) -> bool:
+    def set_busy(self, connection: Connection) -> bool:
         """Mark a connection as busy with a request; return False when it was evicted before."""
         with self._guard:
-            seat.is_at_work, seat.owes_answer, seat.is_new = True, True, False
-            return seat in self._seats
+            connection.is_at_work, connection.owes_answer, connection.is_new = True, True, False
+            return connection in self._connections
 
-    def set_idle(self, seat: Seat, owes_answer: bool = False, since: float | None = None) -> None:
+    def set_idle(self, connection: Connection, owes_answer: bool = False, since: float | None = None) -> None:
         """Mark a connection as waiting: for a request, a body, an event, a queue, or its client to read the answer."""
         with self._guard:
-            seat.is_at_work, seat.owes_answer = False, owes_answer
-            seat.since = time.monotonic() if since is None else since
+            connection.is_at_work, connection.owes_answer = False, owes_answer
+            connection.since = time.monotonic() if since is None else since
 
-    def close(self, seat: Seat) -> None:
+    def close(self, connection: Connection) -> None:
         """Close a connection."""
         with self._guard:
-            self._seats.discard(seat)
-            close_quietly(seat.sock)
+            self._connections.discard(connection)
+            close_quietly(connection.sock)
 
     def end_all(self, within_s: float) -> None:
         """End idle connections at once; the others may be answered within so many seconds."""
         ends_at = time.monotonic() + within_s
-        self._shut(lambda seat: socket.SHUT_RD if seat.owes_answer else socket.SHUT_RDWR)
-        while self._seats and time.monotonic() < ends_at:
+        self._shut(lambda connection: socket.SHUT_RD if connection.owes_answer else socket.SHUT_RDWR)
+        while self._connections and time.monotonic() < ends_at:
             time.sleep(0.02)
         self._shut(lambda _: socket.SHUT_RDWR)
 
-    def _shut(self, how: Callable[[Seat], int]) -> None:
+    def _shut(self, how: Callable[[Connection], int]) -> None:
         with self._guard:
-            for seat in self._seats:
+            for connection in self._connections:
                 with contextlib.suppress(OSError):
-                    socket.socket.shutdown(seat.sock, how(seat))
+                    socket.socket.shutdown(connection.sock, how(connection))
 
 
 def has_hung_up(sock: socket.socket, within_s: float) -> bool:
@@ -7439,7 +7441,7 @@ class Driver:
         self._is_stale = True
         # updated_at of the last row that we read or wrote; a difference means that somebody changed the release.
         self._seen_at = ""
-        # Generation of the database that the nodes were read from (Store.generation).
+        # Generation of the database that the nodes were read from (DatabaseState.generation).
         self._generation = context.store.state.generation
         self._payload: dict[str, Any] = {}
         self._strategy = NO_STRATEGY
@@ -7622,9 +7624,9 @@ class Driver:
         if release.status == RUNNING and (self._nodes.of[RUNNING] or self._nodes.of[PENDING]):
             busy, self._freeze, moved_s = self._store.claims.dispatch_blockers(release.id)
             if moved_s < self._policy.hold_s:
-                # one may be under way of which the database that is there now does not know
+                # a request may be under way that the database has lost
                 busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if n.agent_protocol == EXECUTE}
-            # a release from before that may have been dispatched there (an hour: for clocks that differ)
+            # a release made before it went back may have been dispatched already (an hour: clocks differ)
             asks_first = moved_s < now.wall - epoch_or(release.created_at, now.wall) + 3600
         self._is_halted = release.status != RUNNING or self._freeze.frozen
         passed_s = now.elapsed - self._decided_at
@@ -7674,8 +7676,8 @@ class Driver:
     def may_dispatch(self, written_at: Moment) -> bool:
         """Return whether a dispatch may leave this instant: the claim holds, it is not too late, nobody paused.
 
-        Asked after connecting, just before the first byte. Whoever takes the release over waits for a request that
-        left soon after it was written down, and for no other.
+        Asked after connecting, just before the first byte. A new owner of the release waits for a request that left
+        soon after it was written down, and for no other.
         """
         elapsed = self._store.clock.elapsed()
         is_soon = elapsed <= written_at.elapsed + self._policy.leave_within_s
@@ -7829,8 +7831,8 @@ class Executor:
         self.clock = store.clock
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.stopping = threading.Event()
-        # When run_loop() last scanned for work and could, by the wall clock; for people.
-        self.looked_at: float | None = None
+        # Last scan of run_loop() without an error, by the wall clock; for people.
+        self.scanned_at: float | None = None
         policy = Policy(settings.agent_retries, settings.node_deadline_sec, settings.agent_request_timeout_sec,
                         settings.release_executor_interval_sec, settings.agent_connect_timeout_sec)
         self.context = DriverContext(settings, store, agents, self.owner, policy, Slots(settings.agent_concurrency),
@@ -7919,7 +7921,7 @@ class Executor:
             self._wake.clear()
             try:
                 self._scan([], is_tick=False)
-                self.looked_at = self.clock.wall()
+                self.scanned_at = self.clock.wall()
                 outage.end()
             except AppError as error:
                 outage.log("executor", error)
@@ -8014,7 +8016,7 @@ class Executor:
                 return len([release_id for release_id in taken if release_id not in mine])
 
     def _claim_all(self, release_ids: Iterable[int], taken: list[int], started: list[Driver], is_tick: bool) -> bool:
-        """Claim releases and start their drivers; return whether none turned out to have to wait."""
+        """Claim releases and start their drivers; return False where one has to wait after all."""
         is_settled = True
         for release_id in release_ids:
             if self.stopping.is_set():
@@ -8056,7 +8058,7 @@ class Executor:
         self._wake.set()
 
     def submit(self, request: Callable[[], Coroutine[Wait, None, None]]) -> None:
-        """Start a coroutine that talks to an agent, in the event loop whose turn it is."""
+        """Start a coroutine that talks to an agent, in one event loop after the other."""
         next(self._next_loop).submit(request())
 
     def _active_drivers(self) -> list[Driver]:
@@ -8372,6 +8374,14 @@ def openapi_schemas() -> dict[str, Any]:
 # Uses: Vocabulary, Helpers, Settings, Certificates, Strategy, HTTP wire.
 # ======================================================================================
 
+# Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
+FREE_ATTEMPTS, FREE_ATTEMPTS_OF_NETWORK, FIRST_DELAY_S, MAX_DELAY_S = 3, 24, 0.1, 3.0
+# A streak is forgotten this long after its last event.
+FORGET_S, MAX_STREAKS = 60.0, 2048
+# A token that was good at an address within this time is checked there without delay.
+KNOWN_TOKEN_S, MAX_KNOWN_TOKENS = 86400.0, 4096
+
+
 class Streaks:
     """Counts events in a row by key; a count is forgotten FORGET_S after its last event."""
 
@@ -8641,7 +8651,7 @@ IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,128}")
 EVENTS_POLL_S, MAX_EVENTS_WAIT_S = 0.5, 30
 # Minimum seconds between write checks of the database, however many clients ask.
 READY_CHECK_EVERY_S = 1.0
-# Added to what Store.times_ahead() returns: claims and holds that end later than any setting allows.
+# Added to what Claims.times_ahead() returns: claims and holds that end later than any setting allows.
 CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
                    "all hosts (NTP)")
 # A write check under way for longer than this makes the answer "not ready", whatever the last one found.
@@ -9232,21 +9242,21 @@ def refusal_of(error: AppError) -> HttpAnswer:
 class ApiHandler:
     """One connection, in its thread: the TLS handshake, then its requests one after the other."""
 
-    def __init__(self, server: ApiServer, seat: Seat, client_host: str):
-        self.server, self.seat, self.client_host = server, seat, client_host
+    def __init__(self, server: ApiServer, connection: Connection, client_host: str):
+        self.server, self.connection, self.client_host = server, connection, client_host
         self.certificate_name = ""
         # What the client certificate was verified by, and when it expires.
         self.trust, self.trusted_until = "", float("inf")
         # else an answer waits 40 ms for the acknowledgement of TLS 1.3's tickets
-        seat.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if server.tls:
             self._do_handshake(server.tls)
-        self.wire = Wire(seat.sock)
+        self.wire = Wire(connection.sock)
 
     def _do_handshake(self, tls: TlsFiles) -> None:
         context, self.trust = tls.current()
-        self.server.seats.encrypt(self.seat, context)
-        sock = self.seat.sock
+        self.server.connections.encrypt(self.connection, context)
+        sock = self.connection.sock
         assert isinstance(sock, ssl.SSLSocket)
         sock.settimeout(UNAUTHENTICATED_S)  # OpenSSL takes it for the whole handshake
         sock.do_handshake()
@@ -9272,12 +9282,12 @@ class Exchange:
 
     def __init__(self, handler: ApiHandler):
         self.handler, self.server = handler, handler.server
-        self.seat, self.wire = handler.seat, handler.wire
+        self.connection, self.wire = handler.connection, handler.wire
         self.head, self.began = Head(), 0.0
         self.request_id = secrets.token_hex(8)
         self.route: Route | None = None
         self.ids: tuple[int, ...] = ()
-        # "" until the client is known.
+        # None until the client is known.
         self.actor: Act | None = None
         # Length of the body while nobody has read it.
         self.unread_bytes = 0
@@ -9302,9 +9312,9 @@ class Exchange:
             answer = refusal_of(AppError(INTERNAL, "releasectl itself failed: see its log"))
         self.closes |= self.server.is_stopping or self.must_close
         self._log(answer)
-        self.server.seats.set_idle(self.seat, owes_answer=True)  # a client that does not read may be evicted
+        self.server.connections.set_idle(self.connection, owes_answer=True)  # one that does not read may be evicted
         self._send(answer)
-        self.server.seats.set_idle(self.seat)
+        self.server.connections.set_idle(self.connection)
         return not self.closes and self._skip_body()
 
     @property
@@ -9313,15 +9323,15 @@ class Exchange:
 
     def _read_head(self) -> bool:
         """Wait for the next request; return False when none comes, or the connection was evicted."""
-        seat = self.seat
-        ends_at = time.monotonic() + IDLE_S if seat.is_authenticated else seat.since + UNAUTHENTICATED_S
+        connection = self.connection
+        ends_at = time.monotonic() + IDLE_S if connection.is_authenticated else connection.since + UNAUTHENTICATED_S
         with contextlib.suppress(AppError):  # a client that sends nothing gets no answer
             while not self.wire.buffer and self.wire.fill(ends_at):
                 pass
         if not self.wire.buffer:
             return False
-        head = read_head(self.wire, time.monotonic() + HEAD_S if seat.is_authenticated else ends_at)
-        if head is None or not self.server.seats.set_busy(seat):
+        head = read_head(self.wire, time.monotonic() + HEAD_S if connection.is_authenticated else ends_at)
+        if head is None or not self.server.connections.set_busy(connection):
             return False
         self.head, self.began = head, time.monotonic()
         asked_id = head.headers.get("x-request-id", "")
@@ -9349,9 +9359,9 @@ class Exchange:
 
     def _identify(self, route: Route) -> Identity | None:
         """Return who asks, None where that does not matter; raise AppError 1001, 1002, 1004, 4029, 5001, 5003."""
-        server, seat = self.server, self.seat
+        server, connection = self.server, self.connection
         if not route.role and not route.tells_more:
-            server.seats.identify(seat, False)
+            server.connections.identify(connection, False)
             return None
         if self.handler.is_distrusted():
             self.must_close = True
@@ -9365,29 +9375,29 @@ class Exchange:
         if refusal and refusal.code == BAD_TOKEN:
             self._note_bad_token()
         elif identity and server.tokens:
-            server.throttle.note_good(seat.address, authorization)
-        if identity and not server.seats.identify(seat, True, identity.token, identity.role == VIEWER):
+            server.throttle.note_good(connection.address, authorization)
+        if identity and not server.connections.identify(connection, True, identity.token, identity.role == VIEWER):
             self.must_close = True
             refusal = AppError(TOO_MANY_REQUESTS,
                                f"{identity.token} has as many busy connections as one token, or all viewers here, "
                                "may have: try again in a moment", retry_after_s=1)
             identity = None
         elif not identity:
-            self.must_close = seat.is_authenticated  # its token was removed
-            server.seats.identify(seat, False)
+            self.must_close = connection.is_authenticated  # its token was removed
+            server.connections.identify(connection, False)
         if refusal and route.role:
             raise refusal
         return identity
 
     def _wait_for_token(self, authorization: str) -> None:
         """Wait while bad tokens of the address delay the check; raise ClientGone when the client hangs up."""
-        throttle, address = self.server.throttle, self.seat.address
+        throttle, address = self.server.throttle, self.connection.address
         while (left_s := self.began + throttle.delay_s(address, authorization) - time.monotonic()) > 0:
             if self._wait_idle(left_s):
                 raise ClientGone
 
     def _note_bad_token(self) -> None:
-        count, is_to_be_logged = self.server.throttle.note_bad(self.seat.address)
+        count, is_to_be_logged = self.server.throttle.note_bad(self.connection.address)
         if is_to_be_logged:
             log.warning("bad token from %s, the %d. in a row, request %s", self.handler.client_host, count,
                         self.request_id)
@@ -9402,9 +9412,9 @@ class Exchange:
 
     def _wait_idle(self, within_s: float) -> bool:
         """Wait up to so many seconds; return whether the client hung up or the connection was evicted."""
-        self.server.seats.set_idle(self.seat, owes_answer=True, since=self.began)
-        has_gone = has_hung_up(self.seat.sock, within_s)
-        return not self.server.seats.set_busy(self.seat) or has_gone
+        self.server.connections.set_idle(self.connection, owes_answer=True, since=self.began)
+        has_gone = has_hung_up(self.connection.sock, within_s)
+        return not self.server.connections.set_busy(self.connection) or has_gone
 
     def _is_over(self, within_s: float) -> bool:
         """Wait as _wait_idle() does; return True also when we stop, or the client is no longer authorized."""
@@ -9413,7 +9423,7 @@ class Exchange:
 
     def _read_body(self, route: Route) -> bytes:
         """Return the body; raise AppError 2002 or 4015, if possible before it is waited for, or 4008."""
-        length, wire, seats = self.unread_bytes, self.wire, self.server.seats
+        length, wire, connections = self.unread_bytes, self.wire, self.server.connections
         if not length:
             return b""
         if not route.body:
@@ -9422,20 +9432,20 @@ class Exchange:
         if content_type != "application/json":
             raise AppError(NOT_JSON, "the body must be JSON: send Content-Type: application/json")
         if len(wire.buffer) < length:
-            seats.set_idle(self.seat, owes_answer=True)
+            connections.set_idle(self.connection, owes_answer=True)
             if self.head.headers.get("expect", "").lower() == "100-continue":
                 with contextlib.suppress(OSError):
                     wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.unread_bytes = 0  # an error in the middle of the body ends the connection
         raw = wire.take(length, time.monotonic() + BODY_S)
-        if not seats.set_busy(self.seat):
+        if not connections.set_busy(self.connection):
             raise ClientGone
         self.closes = self.head.is_last
         return raw
 
     def _keep_connection(self) -> None:
         """Keep the connection after a refusal where the body is here, or is short and its client authenticated."""
-        is_short = (bool(self.actor) or self.seat.is_authenticated) and "expect" not in self.head.headers and (
+        is_short = (bool(self.actor) or self.connection.is_authenticated) and "expect" not in self.head.headers and (
             self.unread_bytes <= MAX_SKIPPED_BYTES)
         if self.unread_bytes and (is_short or self.unread_bytes <= len(self.wire.buffer)):
             self.closes = self.head.is_last
@@ -9519,8 +9529,8 @@ class ApiServer(http.server.ThreadingHTTPServer):
         if self.tls:
             self.tls.context()
         self._overload_response = b"" if self.tls else _overload_response()
-        self.seats = ConnectionLimiter(settings.http_max_connections, settings.http_max_connections_per_address,
-                           self._overload_response)
+        self.connections = ConnectionLimiter(settings.http_max_connections, settings.http_max_connections_per_address,
+                                       self._overload_response)
         self._workers = ThreadPoolExecutor(settings.http_max_connections, "api")
         self._rejected: collections.deque[tuple[float, socket.socket]] = collections.deque()
         try:
@@ -9550,15 +9560,15 @@ class ApiServer(http.server.ThreadingHTTPServer):
         log.exception("connection of %s could not be accepted", client_address[0])
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        seat = self.seats.admit(request, client_address[0])
-        if seat is None:
+        connection = self.connections.admit(request, client_address[0])
+        if connection is None:
             self._reject(request)
             return
         try:
-            self._workers.submit(self._serve, seat, client_address[0])
+            self._workers.submit(self._serve, connection, client_address[0])
         except RuntimeError as error:  # the system has no more threads
             log.error("no thread for a connection: %s", error)
-            self.seats.close(seat)
+            self.connections.close(connection)
 
     def _reject(self, sock: socket.socket) -> None:
         """Answer 503 at once; over TLS, which would need a handshake first, only close."""
@@ -9571,7 +9581,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
     def service_actions(self) -> None:
         """Close rejected connections once their clients had time to read the answer."""
         while self._rejected and (len(self._rejected) > MAX_REJECTED
-                                     or self._rejected[0][0] < time.monotonic()):
+                                  or self._rejected[0][0] < time.monotonic()):
             sock = self._rejected.popleft()[1]
             with contextlib.suppress(OSError):
                 sock.recv(65536)  # unread bytes would turn the close into a reset
@@ -9579,17 +9589,17 @@ class ApiServer(http.server.ThreadingHTTPServer):
 
     # -- in a connection's thread ------------------------------------------------------------
 
-    def _serve(self, seat: Seat, client_host: str) -> None:
+    def _serve(self, connection: Connection, client_host: str) -> None:
         try:
-            ApiHandler(self, seat, client_host).serve()
+            ApiHandler(self, connection, client_host).serve()
         except (OSError, ConfigError) as error:
             log.debug("%s: connection ended: %s", client_host, one_line(error))
         except Exception:  # the edge of a connection
             log.exception("connection of %s failed", client_host)
         finally:
-            self.seats.set_idle(seat, since=0.0)  # it was answered: it is the first to be evicted
-            lingering_close(seat.sock)
-            self.seats.close(seat)
+            self.connections.set_idle(connection, since=0.0)  # it was answered: it is the first to be evicted
+            lingering_close(connection.sock)
+            self.connections.close(connection)
 
     def who(self, head: Head, certificate_name: str) -> tuple[Identity, None] | tuple[None, AppError]:
         """Return who asks, or why that is not known; not raised, as some routes need no token.
@@ -9610,7 +9620,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         """Stop listening, let requests under way be answered, and end all connections."""
         super().server_close()
         self.is_stopping = True
-        self.seats.end_all(STOP_GRACE_S)
+        self.connections.end_all(STOP_GRACE_S)
         self._workers.shutdown()
         while self._rejected:
             close_quietly(self._rejected.popleft()[1])
@@ -9844,7 +9854,7 @@ def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
         certificates += crl_json(name, path) if path else []
     return {"certificates": certificates, "executor": {
         "enabled": settings.release_executor_enabled, "owner": executor.owner,
-        "lastLookAt": utc_text(executor.looked_at) if executor.looked_at else None}}
+        "lastLookAt": utc_text(executor.scanned_at) if executor.scanned_at else None}}
 
 
 def certificate_json(name: str, load: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -9857,7 +9867,7 @@ def certificate_json(name: str, load: Callable[[], Mapping[str, Any]]) -> dict[s
 
 
 def crl_json(name: str, path: str) -> list[dict[str, Any]]:
-    """Give until when the CRLs beside a CA are good, in the form of a certificate; nothing where there is none."""
+    """Return until when the CRLs beside a CA are good, in the form of a certificate; nothing where there is none."""
     found = {"name": f"{name} CRL", "notAfter": None, "daysLeft": None, "message": "run releasectl.py check to see why"}
     try:
         ends = crl_ends(Path(path).read_text(encoding="latin-1"))
@@ -9885,13 +9895,12 @@ def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:
     return figures
 
 
-# `check` looks at so many of the newest rows of audit_log, and at the events of so many releases; all is for
-# `audit --verify`.
+# How much of audit_log `check` verifies: the newest rows, and the events of the newest ended releases.
 CHECKED_AUDIT_ROWS, CHECKED_RELEASES = 10_000, 20
 
 
 def check_audit(store: Store) -> Finding:
-    """Look whether the newest part of audit_log is whole."""
+    """Verify the newest part of audit_log."""
     report = store.audit.verify(None, CHECKED_AUDIT_ROWS, CHECKED_RELEASES)
     if report.faults:
         return Finding("audit log", EXIT_NOT_SUCCESS, f"{report.faults[0]}: see `audit --verify` and the runbook")
@@ -9899,10 +9908,10 @@ def check_audit(store: Store) -> Finding:
 
 
 def audit_line(report: AuditReport) -> str:
-    """Return how much of audit_log was looked at, and its head."""
+    """Return how much of audit_log was verified, and its head."""
     head = "empty" if not report.head[0] else f"head {report.head[0]}:{report.head[1]}"
     return (f"{report.rows} of {report.of_rows} rows and the events of {report.releases} of {report.of_releases} ended "
-            f"releases looked at; {head}")
+            f"releases verified; {head}")
 
 
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
@@ -10243,7 +10252,7 @@ def command_node_ping(context: Context) -> int:
 
 
 def _number_or_text(text: str) -> int | str:
-    """Return digits as a number, all else as it is: the Store raises the error."""
+    """Return digits as a number, all else as it is: parse_strategy() raises the error."""
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
 
 
@@ -11072,7 +11081,7 @@ def _age_s(text: str) -> float:
 
 
 def _since(text: str) -> str:
-    """Read 90, 5m, 2h or 1d ago, or an RFC 3339 time, as a time; argparse.ArgumentTypeError else."""
+    """Return a time as stored: of so long ago (90, 5m, 2h, 1d), or RFC 3339; raise argparse.ArgumentTypeError else."""
     with contextlib.suppress(argparse.ArgumentTypeError, ValueError, OverflowError):
         return utc_text(time.time() - parse_duration(text))
     with contextlib.suppress(AppError, ValueError, OverflowError):
@@ -11081,7 +11090,7 @@ def _since(text: str) -> str:
 
 
 def _audit_head(text: str) -> tuple[int, str]:
-    """Read ID:HASH as the log gives the head of the audit log; argparse.ArgumentTypeError else."""
+    """Return the id and hash of ID:HASH, a head of the audit log; raise argparse.ArgumentTypeError else."""
     match = re.fullmatch(r"([0-9]{1,18}):([0-9a-f]{64})", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID:HASH, as the log tells it with each release's end")
@@ -11169,13 +11178,13 @@ COMMANDS: tuple[Command, ...] = (
     Command("audit", "who did what, newest last; whether the log is whole", command_audit, (
         option("--actor", default="", metavar="NAME", help="only by this actor, token or certificate"),
         option("--action", default="", metavar="WORD", help="only this action, or group: node.set, node"),
-        option("--object", default="", metavar="TEXT", help="only of this: \"node edge-1\""),
-        _int_option("--release", 1, MAX_ID, metavar="ID", help="only of this release"),
-        option("--since", type=_since, metavar="TIME", help="so long ago, or a time: 2h, 7d, "
-                "2026-01-31T00:00:00Z"),
+        option("--object", default="", metavar="TEXT", help="only on this: \"node edge-1\""),
+        _int_option("--release", 1, MAX_ID, metavar="ID", help="only on this release"),
+        option("--since", type=_since, metavar="TIME", help="only since then: 2h or 7d ago, "
+                "or 2026-01-31T00:00:00Z"),
         _int_option("--after", 0, MAX_ID, default=0, metavar="ID",
-                help="the first rows above this one (the last ones)"),
-        _int_option("--limit", 1, 100000, default=100, metavar="N", help="so many rows (100)"),
+                help="the first rows with a higher id (without it: the newest rows)"),
+        _int_option("--limit", 1, 100000, default=100, metavar="N", help="at most N rows (100)"),
         option("--verify", action="store_true",
                 help="prove that no row was changed, taken away or inserted, nor an event of an ended release; "
                      "exit 1 where one was"),

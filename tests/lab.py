@@ -785,5 +785,5 @@ def read_all(sock: socket.socket) -> bytes:
     return received
 
 
-def seats(client: Client) -> set[rc.Seat]:
-    return client.server.seats._seats
+def open_connections(client: Client) -> set[rc.Connection]:
+    return client.server.connections._connections

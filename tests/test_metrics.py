@@ -477,6 +477,8 @@ ALERTS = [
      [('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CERT"}', f"{10 * DAY}x200")], "2h"),
     ("ReleasectlCertificateExpiresNow",
      [('releasectl_certificate_expiry_timestamp_seconds{certificate="HTTP_CERT"}', f"{2 * DAY}x60")], "30m"),
+    ("ReleasectlCrlExpiring",
+     [('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CA_CRL"}', f"{DAY // 2}x60")], "30m"),
 ]
 WELL = [("releasectl_last_tick_timestamp_seconds", "0+60x400"), ("releasectl_frozen", "0x400"),
         ("releasectl_database_up", "1x400"), ("releasectl_database_errors_total", "0x400"),
@@ -484,7 +486,8 @@ WELL = [("releasectl_last_tick_timestamp_seconds", "0+60x400"), ("releasectl_fro
         ('releasectl_releases{target="cdn",status="failed"}', "9x20 3x380"),  # pruned: no failure
         ('releasectl_release_last_event_timestamp_seconds{target="cdn",status="running"}', "0+60x400"),
         ('releasectl_release_last_event_timestamp_seconds{target="dns",status="paused"}', "0x400"),
-        ('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CERT"}', f"{90 * DAY}x400")]
+        ('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CERT"}', f"{90 * DAY}x400"),
+        ('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CA_CRL"}', f"{2 * DAY}x400")]
 
 
 def fires(series: list[tuple[str, str]], alert: str, at: str, tmp_path: Path, wanted: bool) -> None:
