@@ -142,6 +142,23 @@ VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
 
 NODE_STATUSES = ("online", "offline", "maintenance")
 PROTOCOLS = (TASKS, EXECUTE) = ("tasks", "execute")
+# Key of the list of sites in a payload.
+WEBSITES = "websites"
+
+
+class Dialect(NamedTuple):
+    """What a decision and a plan know of the agents of a dialect; what they are sent stands in WIRE_FORMATS."""
+    # They can be asked for a task. Those that can't may be busy with a request whose answer was lost: a hold follows.
+    can_be_asked: bool
+    # They drop all their sites where the payload has no list WEBSITES.
+    needs_websites: bool
+
+
+# From agent_protocol to its dialect (contract section 1).
+DIALECTS: Mapping[str, Dialect] = {
+    TASKS: Dialect(can_be_asked=True, needs_websites=False),
+    EXECUTE: Dialect(can_be_asked=False, needs_websites=True),
+}
 
 # Operations: a dispatch and a query go to the agent, a probe to what the node serves (verify).
 DISPATCH, QUERY, PROBE = "dispatch", "query", "probe"
@@ -274,30 +291,6 @@ class ClaimLost(Exception):
 
 class StateMoved(Exception):
     """The release was changed since it was read; nothing was written. Read again."""
-
-
-class AgentError(Exception):
-    """A request to an agent that failed, or an answer that can't be used.
-
-    kind: the contract's error_kind.
-    reached: the agent may have got the request.
-    hold_s: seconds for which an execute agent may still be busy with it.
-    final: trying again does not help.
-    is_not_sent: releasectl did not send the request; this says nothing about the agent.
-    is_refusal: the answer says that nothing was done (429, 503, a redirect).
-    """
-
-    def __init__(self, kind: str, message: str, reached: bool, hold_s: float = 0.0, final: bool = False,
-                 detail: str = "", is_not_sent: bool = False, is_refusal: bool = False):
-        super().__init__(message)
-        self.kind = kind
-        self.message = message
-        self.reached = reached
-        self.hold_s = hold_s
-        self.final = final
-        self.is_not_sent = is_not_sent
-        self.is_refusal = is_refusal
-        self.detail = detail or message
 
 
 FAIL, PAUSE = "fail", "pause"
@@ -1454,6 +1447,10 @@ class Node:
     last_version: int = 0
 
     @property
+    def dialect(self) -> Dialect:
+        return DIALECTS[self.agent_protocol]
+
+    @property
     def gets_releases(self) -> bool:
         return bool(self.enabled) and self.status == "online"
 
@@ -1583,6 +1580,10 @@ class ReleaseNode(NamedTuple):
     def endpoint(self) -> Endpoint:
         """Return where its agent listens."""
         return endpoint_of(self.main_ip, self.agent_port)
+
+    @property
+    def dialect(self) -> Dialect:
+        return DIALECTS[self.agent_protocol]
 
 
 class Verdict(NamedTuple):
@@ -1804,13 +1805,17 @@ class Stage(NamedTuple):
 
 class Outcome(NamedTuple):
     """The outcome of one request to an agent, or of a probe."""
-    node_id: int
     op: str
+    # SUCCESS or FAILED, which are believed, or one of those that Decision adds (ACCEPTED, ...).
     result: str
+    # The id by which the agent knows the task.
     task_id: str = ""
     error_kind: str = ""
+    # What the agent said, or what is wrong with its answer.
     message: str = ""
+    # The whole text, where it is more than message.
     detail: str = ""
+    # Seconds for which an agent that can't be asked may still be busy with the request.
     hold_s: float = 0.0
     # The version of an "already applied", else 0.
     applied: int = 0
@@ -1818,6 +1823,11 @@ class Outcome(NamedTuple):
     is_refusal: bool = False
     # Seconds of CPU that its answer took us.
     cost_s: float = 0.0
+
+    @property
+    def event_detail(self) -> str:
+        """Return the whole text, as an event stores it."""
+        return detail_text(self.detail or self.message)
 
 
 class Hold(NamedTuple):
@@ -2292,20 +2302,11 @@ def refuse_twins(nodes: Iterable[Node]) -> None:
                                  f"{node.main_ip}:{node.agent_port}: disable one of them")
 
 
-# Without this key in the payload an execute agent drops all its sites (contract section 1).
-WEBSITES = "websites"
-
-
-def drops_sites(payload: Mapping[str, Any]) -> bool:
-    """Return whether an execute agent would drop all its sites though the payload does not say so."""
-    return not isinstance(payload.get(WEBSITES), list)
-
-
 def refuse_dropping_sites(payload: Mapping[str, Any], nodes: Iterable[Node | ReleaseNode], code: int = INVALID,
                           what: str = "the payload") -> None:
-    """Raise AppError where execute nodes would drop all their sites: see drops_sites()."""
-    served = [node.name for node in nodes if node.agent_protocol == EXECUTE]
-    if served and drops_sites(payload):
+    """Raise AppError where nodes would drop all their sites though the payload does not say so."""
+    served = [node.name for node in nodes if node.dialect.needs_websites]
+    if served and not isinstance(payload.get(WEBSITES), list):
         raise AppError(code, f"{what} has no list {WEBSITES}, and {names_of(served)} would drop all sites without it "
                              f'(protocol execute): name the sites, or "{WEBSITES}": [] where none is meant')
 
@@ -2632,7 +2633,7 @@ UNKNOWN = "unknown"     # the agent does not know the task
 UNSENT = "unsent"       # the request never reached the agent
 LOST = "lost"           # the request may have reached the agent, no answer came
 UNCLEAR = "unclear"     # an answer that can't be used: 429, 5xx, nonsense
-NOT_SENT = "held"           # releasectl did not send it; this says nothing about the agent
+NOT_SENT = "held"       # releasectl did not send it; this says nothing about the agent
 
 # Message of a failure whose text is empty.
 NO_REASON_GIVEN = "the agent gave no reason"
@@ -2671,15 +2672,15 @@ def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -
     if outcome.result in (SUCCESS, ACCEPTED) and outcome.applied and not node.reached:
         # none of our tries can have done it: another version that has the same number
         return node._replace(in_flight=False, verdict=Verdict(
-            FAILED, REJECTED, f"the agent is already at version {outcome.applied}", detail_text(outcome.detail)))
+            FAILED, REJECTED, f"the agent is already at version {outcome.applied}", outcome.event_detail))
     if outcome.result == SUCCESS and policy.probes:
         return node._replace(in_flight=False, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True,
-                             agent_message=detail_text(outcome.detail))
+                             agent_message=outcome.event_detail)
     if outcome.result == SUCCESS:
-        return node._replace(in_flight=False, verdict=Verdict(SUCCESS, detail=detail_text(outcome.detail)))
+        return node._replace(in_flight=False, verdict=Verdict(SUCCESS, detail=outcome.event_detail))
     if outcome.result == FAILED:
         return node._replace(in_flight=False, verdict=Verdict(
-            FAILED, outcome.error_kind, one_line(outcome.message) or NO_REASON_GIVEN, detail_text(outcome.detail)))
+            FAILED, outcome.error_kind, one_line(outcome.message) or NO_REASON_GIVEN, outcome.event_detail))
     if outcome.result == ACCEPTED:
         return node._replace(in_flight=False, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
                              next_op=QUERY, errors=0, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True,
@@ -2717,10 +2718,10 @@ def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Pol
         tries = f" (tried {node.errors} times)" if node.errors > 1 else ""
         return node._replace(verdict=Verdict(
             FAILED, outcome.error_kind, one_line(outcome.message, MAX_MESSAGE_CHARS - len(tries)) + tries,
-            detail_text(outcome.detail), outcome.hold_s))
-    wait_s = max(backoff_s(node.errors, node.node_id), outcome.hold_s if node.agent_protocol == EXECUTE else 0.0)
-    # rule 8: a tasks agent is asked first; an execute agent can't be asked, but runs no version twice
-    asks = node.agent_protocol == TASKS and outcome.op == DISPATCH and outcome.result != UNSENT
+            outcome.event_detail, outcome.hold_s))
+    wait_s = max(backoff_s(node.errors, node.node_id), 0.0 if node.dialect.can_be_asked else outcome.hold_s)
+    # rule 8: an agent that can be asked is asked first; another runs no version twice
+    asks = node.dialect.can_be_asked and outcome.op == DISPATCH and outcome.result != UNSENT
     return node._replace(due=now.elapsed + wait_s, next_op=QUERY if asks else outcome.op)
 
 
@@ -2763,7 +2764,7 @@ def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold
     deadline = now.elapsed - age_s + policy.node_deadline_s + node.waited_s + credit_s
     reached = bool(node.stored_reached)
     node = node._replace(reached=reached, is_unknown=reached, credit_s=credit_s, deadline=deadline)
-    if node.agent_protocol == TASKS:
+    if node.dialect.can_be_asked:
         return node._replace(next_op=QUERY, due=now.elapsed, deadline=max(deadline, now.elapsed + policy.interval_s))
     busy_s = max(quiet_s, now.left_s(node.hold_until, node.hold_clock, policy.hold_s))
     return node._replace(next_op=DISPATCH, due=now.elapsed + busy_s)
@@ -3024,7 +3025,7 @@ def force_end(nodes: NodeIndex, now: Moment) -> list[NodeChange]:
 def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
     hold_until, hold_clock = node.hold_until, node.hold_clock
     if verdict.hold_s is not None:
-        is_busy = verdict.hold_s > 0 and node.agent_protocol == EXECUTE
+        is_busy = verdict.hold_s > 0 and not node.dialect.can_be_asked
         hold_until, hold_clock = _hold_for(verdict.hold_s, now) if is_busy else (None, "")
     return NodeChange(node, node._replace(
         status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg, finished_at=now.text,
@@ -3112,10 +3113,10 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy, as
 
     The id sent is always ours, whatever id the agent named before.
     """
-    hold_until, hold_clock = _hold_for(policy.hold_s, now) if node.agent_protocol == EXECUTE else (None, "")
+    hold_until, hold_clock = (None, "") if node.dialect.can_be_asked else _hold_for(policy.hold_s, now)
     task_id = task_id_for(release.type, node.main_ip, release.version, release.tag)
     is_first = node.status == PENDING
-    asks = asks_first and is_first and node.agent_protocol == TASKS
+    asks = asks_first and is_first and node.dialect.can_be_asked
     return NodeChange(node, node._replace(
         stored_reached=int(node.reached or not asks), status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
         hold_until=hold_until, hold_clock=hold_clock, in_flight=True, verdict=None,
@@ -5109,7 +5110,7 @@ class Again(NamedTuple):
 
 def emptied_nodes(payload: Mapping[str, Any], nodes: Iterable[Node]) -> list[str]:
     """Return the names of execute nodes that are told to serve no site."""
-    return [node.name for node in nodes if node.agent_protocol == EXECUTE and payload.get(WEBSITES) == []]
+    return [node.name for node in nodes if node.dialect.needs_websites and payload.get(WEBSITES) == []]
 
 
 def plan_again(tx: Transaction, verb: str, release_id: int,
@@ -6649,15 +6650,18 @@ def lingering_close(sock: socket.socket) -> None:
 
 # region Dialects
 # ======================================================================================
-# Dialects: what the two kinds of agent are asked and answer (contract section 1).
-# Uses: Vocabulary, Helpers.
+# Dialects: what agents are sent, and how their answers are read (contract section 1).
+# Uses: Vocabulary, Helpers, Model, Decision.
+#
+#   A dialect is a row of DIALECTS (what a decision and a plan know of it) and of WIRE_FORMATS, the
+#   CHECK of agent_protocol in schema.sql, and its tests.
 # ======================================================================================
 
 class Address(NamedTuple):
-    """Where an agent listens, and its dialect."""
+    """Where an agent listens, and its dialect; none for a probe."""
     host: str
     port: int
-    protocol: str
+    protocol: str = ""
 
     def __str__(self) -> str:
         return f"agent [{self.host}]:{self.port}" if ":" in self.host else f"agent {self.host}:{self.port}"
@@ -6671,45 +6675,150 @@ class AgentTask(NamedTuple):
     payload: Mapping[str, Any]
 
 
-class Answer(NamedTuple):
-    """What an agent said: ACCEPTED, WORKING, SUCCESS or UNKNOWN, and the task's id.
+class AgentError(Exception):
+    """A request that failed, or an answer that can't be used; AgentClient returns its outcome."""
 
-    message: its own words, where it had some. applied: the version that it says it has already; 0 for none.
-    """
-    state: str
-    task_id: str = ""
-    message: str = ""
-    applied: int = 0
+    def __init__(self, result: str, kind: str, message: str, **more: Any):
+        """Take the fields of an Outcome."""
+        super().__init__(message)
+        self.outcome = Outcome("", result, "", kind, message, **more)
 
 
-EXECUTE_PATH = "/agent/v1/tasks/execute"
-
-
-def text_of(value: object) -> str:
+def _text_of(value: object) -> str:
     """Return an agent's text, "" for one that shows nothing: blanks, control characters, no text at all."""
     text = "" if value is None else str(value)
     return text if one_line(text) else ""
 
 
-def unknown_status(status: object) -> str:
-    return f"gives the unknown status {one_line(to_json(status), 60)}"
+def _nonsense(address: Address, what: str, data: object) -> AgentError:
+    return AgentError(UNCLEAR, PROTOCOL, f"{address} {what}", detail=f"{address} {what}: {data!r}")
 
 
-def is_of_dialect(protocol: str, status: int, answer: bytes) -> bool:
-    """Say whether an answer to a ping is that of an agent of this dialect (contract section 1)."""
+def read_data(address: Address, status: int, answer: bytes) -> Mapping[str, Any]:
+    """Return data of an agent's answer {"code": 0, "message": ..., "data": {...}}; raise AgentError."""
+    if status != 200:
+        raise _bad_status(address, status, answer)
     try:
         envelope = parse_json(answer)
-    except ValueError:
-        return False
+    except ValueError as error:
+        what = f"{address} answered what is not JSON"
+        raise AgentError(UNCLEAR, PROTOCOL, f"{what}: {one_line(error, 60)}",
+                         detail=f"{what} ({one_line(error, 60)}): {answer[:200].decode('utf-8', 'replace')}") from None
     if not isinstance(envelope, dict):
-        return False
+        raise AgentError(UNCLEAR, PROTOCOL, f"{address} answered JSON that is no object")
     code = envelope.get("code")
-    is_code = isinstance(code, int) and not isinstance(code, bool)
-    return is_code and ((status, code) == (400, 2001) if protocol == EXECUTE else status == 404 and code != 0)
+    if isinstance(code, bool) or not isinstance(code, int):
+        raise _nonsense(address, "answers without a code", envelope)
+    if code != 0:
+        said = _text_of(envelope.get("message")) or "no reason given"
+        raise AgentError(FAILED, REJECTED, f"{address} refused: {said} (code {code})")
+    if not isinstance(envelope.get("data"), dict):
+        raise _nonsense(address, "answers without data", envelope)
+    return cast("Mapping[str, Any]", envelope["data"])
 
 
-# What _call gives for a 404 to a query.
-UNKNOWN_TASK: dict[str, Any] = {}
+def _bad_status(address: Address, status: int, answer: bytes) -> AgentError:
+    said = answer[:2000].decode("utf-8", "replace")
+    with contextlib.suppress(ValueError, AttributeError):
+        said = _text_of(parse_json(answer).get("message")) or said
+    text = f"{address} answered HTTP {status}" + (f": {said.strip()}" if _text_of(said) else "") + (
+        " (wrong --protocol?)" if status == 404 else "")
+    if 300 <= status < 400:
+        return AgentError(UNCLEAR, HTTP, f"{address} answered a redirect (HTTP {status}), which is not followed",
+                          is_refusal=True)
+    if 400 <= status < 500 and status != 429:
+        return AgentError(FAILED, REJECTED, text)
+    return AgentError(UNCLEAR, HTTP, text, is_refusal=status in (429, 503))
+
+
+def _require_success(address: Address, data: Mapping[str, Any], text: str) -> None:
+    """Raise AgentError unless a task that has ended was a success; text is what the agent said about it."""
+    status = data.get("status")
+    if status == "failed":
+        raise AgentError(FAILED, AGENT_FAILED, text or NO_REASON_GIVEN)
+    if status != "success":
+        raise _nonsense(address, f"gives the unknown status {one_line(to_json(status), 60)}", data)
+
+
+def _read_accepted(address: Address, task: AgentTask, data: Mapping[str, Any], was_resent: bool) -> Outcome:
+    named = data.get("taskId")
+    if not isinstance(named, str) or not named or one_line(named) != named:
+        raise _nonsense(address, "names no task id", data)
+    # what is going to run is pending; a version that the agent has already is done at once
+    is_done = data.get("status") == "success" and not was_resent
+    return Outcome(DISPATCH, ACCEPTED, named, applied=task.version if is_done else 0)
+
+
+def _read_polled(address: Address, task_id: str, data: Mapping[str, Any]) -> Outcome:
+    if data.get("taskId") != task_id:
+        raise _nonsense(address, "answers for another task", data)
+    if data.get("status") in ("pending", "running"):
+        return Outcome(QUERY, WORKING, task_id)
+    text = _text_of(data.get("lastError"))
+    _require_success(address, data, text)
+    return Outcome(QUERY, SUCCESS, task_id, message=text)
+
+
+def _read_executed(address: Address, task: AgentTask, data: Mapping[str, Any], _was_resent: bool) -> Outcome:
+    text = _text_of(data.get("message"))
+    if data.get("requestId") != task.id:
+        raise _nonsense(address, "answers for another request", data)
+    _require_success(address, data, text)
+    # an execute agent says success where its message tells otherwise (contract section 1)
+    if "but reload failed:" in text:
+        raise AgentError(FAILED, AGENT_FAILED, text)
+    found = re.search(r"Version (\d{1,4000}) already applied \(current: (\d{1,4000})\)", text)
+    if found is None:
+        return Outcome(DISPATCH, SUCCESS, task.id, message=text)
+    asked, applied = int(found.group(1)), int(found.group(2))
+    if applied > task.version:
+        raise AgentError(FAILED, REJECTED, f"the agent is already at version {applied}", detail=text)
+    if applied != task.version:
+        raise _nonsense(address, f"has version {applied} and calls it applied", data)
+    if asked != task.version:
+        raise _nonsense(address, f"calls version {asked} applied, and was sent {task.version}", data)
+    return Outcome(DISPATCH, SUCCESS, task.id, message=text, applied=applied)
+
+
+class WireFormat(NamedTuple):
+    """What agents of a dialect are sent, and how their answers are read; the readers raise AgentError."""
+    dispatch_path: str
+    # The body of a dispatch.
+    body_of: Callable[[AgentTask], Mapping[str, Any]]
+    # From the data of the answer to a dispatch, and whether it was sent twice.
+    read_dispatch: Callable[[Address, AgentTask, Mapping[str, Any], bool], Outcome]
+    # Method, path and body of a ping, and whether status and code of the answer are those of such an agent alone.
+    ping: tuple[str, str, bytes | None]
+    is_pong: Callable[[int, int], bool]
+    # A connection may end under a request, which is sent again then: only where the agent does not run it twice.
+    keeps_connections: bool = False
+    # For a dialect that can be asked for a task: the path before its id, and the reader of the answer's data.
+    query_path: str = ""
+    read_query: Callable[[Address, str, Mapping[str, Any]], Outcome] = _read_polled
+
+
+WIRE_FORMATS: Mapping[str, WireFormat] = {
+    TASKS: WireFormat(
+        "/tasks/dispatch",
+        lambda task: {"taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload},
+        _read_accepted, ("GET", "/tasks/releasectl-ping", None), lambda status, code: status == 404 and code != 0,
+        keeps_connections=True, query_path="/tasks/"),
+    EXECUTE: WireFormat(
+        "/agent/v1/tasks/execute",
+        lambda task: {"requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}},
+        _read_executed, ("POST", "/agent/v1/tasks/execute", b"{}"), lambda status, code: (status, code) == (400, 2001)),
+}
+
+
+def read_pong(address: Address, status: int, answer: bytes) -> None:
+    """Raise AgentError unless an answer to a ping is that of an agent of the address's dialect."""
+    code = None
+    with contextlib.suppress(ValueError, AttributeError):
+        code = parse_json(answer).get("code")
+    if not isinstance(code, int) or isinstance(code, bool) or not WIRE_FORMATS[address.protocol].is_pong(status, code):
+        said = one_line(answer[:2000].decode("utf-8", "replace").strip(), 80)
+        raise AgentError(UNCLEAR, PROTOCOL, f"{address} is no {address.protocol} agent: it answered HTTP {status}"
+                                            + (f", {said}" if said else "") + " (wrong --protocol or --port?)")
 
 
 # endregion
@@ -6733,35 +6842,34 @@ MAX_ANSWER_BYTES, MAX_PROBED_BYTES = 64 << 10, 1 << 20
 
 
 class _Call(NamedTuple):
-    """One request: what is asked of whom, until when, and what is asked before it leaves."""
+    """A request."""
     address: Address
     method: str
     path: str
     body: bytes | None
+    # For the whole request, as messages say it, and the moment of time.monotonic() at which that is over.
     limit_s: float
     ends_at: float
-    gate: Callable[[], bool]
+    # Asked just before the first byte leaves: whether it may.
+    gate: Callable[[], bool] = lambda: True
     # The Host header, where it is not the address.
     host: str = ""
-    # Gets an entry when the request was sent once more, as a kept connection ended before it was answered.
-    resent: list[bool] | None = None
-
-    @property
-    def max_bytes(self) -> int:
-        """How long the answer's body may be."""
-        return MAX_PROBED_BYTES if self.address.protocol == PROBE else MAX_ANSWER_BYTES
+    # Whether its connection may be a kept one, and is kept.
+    keeps_connection: bool = False
+    # Longest body of an answer.
+    max_bytes: int = MAX_ANSWER_BYTES
 
 
 class _Stale(Exception):
-    """A kept-alive connection that the agent had closed before it saw the request."""
+    """A kept connection that the agent had closed before it saw the request."""
 
 
 class AgentClient:
-    """Speaks with agents: dispatching() and querying() are conversations; dispatch(), query(), ping() wait for one."""
+    """Send requests to agents: dispatch(), query() and probe() are coroutines, ping() waits."""
 
     def __init__(self, settings: Settings, metrics: Metrics | None = None):
-        """Takes the settings, and where to count; reads no file yet: see prepare()."""
-        self.metrics = metrics or Metrics()
+        """Read no file yet: see prepare(). Requests are counted in metrics."""
+        self._metrics = metrics or Metrics()
         self._connect_s = settings.agent_connect_timeout_sec
         self._request_s = settings.agent_request_timeout_sec
         self._server_name = settings.agent_tls_server_name
@@ -6769,15 +6877,16 @@ class AgentClient:
         self._tls = TlsFiles(client_context, settings.control_cert, settings.control_key,
                              settings.control_ca) if settings.mtls_enabled else None
         self._guard = threading.Lock()
-        # kept-alive connections, the oldest first: socket, its context, since
+        # Kept connections, the oldest first: socket, its context, since when.
         self._idle: dict[Address, tuple[socket.socket, object, float]] = {}
+        # Connections in use.
         self._active: set[socket.socket] = set()
         self._is_closed = False
 
     def prepare(self, key_may_be_open: bool = False) -> None:
-        """Raise ConfigError when no agent could be called with these settings, or others can read our key.
+        """Raise ConfigError when no agent can be called with these settings, or others can read our key.
 
-        For who is about to begin something; what is under way goes on with a key that was opened meanwhile.
+        To be called before something begins; what is under way goes on with a key that was opened meanwhile.
         """
         if self._tls:
             self._tls.context()
@@ -6785,220 +6894,118 @@ class AgentClient:
                 require_private("CONTROL_KEY", self._key)
 
     def reload(self) -> None:
-        """Read the certificates anew; raise ConfigError when they can't be used."""
+        """Read the certificates again; raise ConfigError when they can't be used."""
         if self._tls:
             self._tls.reload()
 
     def close(self) -> None:
-        """Ends every connection, also under requests in flight: they and all later ones fail at once."""
+        """End every connection: requests in flight and all later ones fail at once."""
         with self._guard:
             self._is_closed = True
             idle, self._idle = self._idle, {}
         for sock in list(self._active):
             with contextlib.suppress(OSError):
-                # not SSLSocket.shutdown: it takes the encryption away from under the other thread
+                # not SSLSocket.shutdown(): it would remove the encryption under the other thread
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
         for sock, _, _ in idle.values():
             close_quietly(sock)
 
-    async def dispatching(self, address: Address, task: AgentTask, within_s: float = 3600.0,
-                          gate: Callable[[], bool] = lambda: True) -> Answer:
-        """Sends a task; gives ACCEPTED with the id to poll, or SUCCESS from an execute agent.
+    async def dispatch(self, address: Address, task: AgentTask, within_s: float = 3600.0,
+                       gate: Callable[[], bool] = lambda: True) -> Outcome:
+        """Send a task; return its outcome: ACCEPTED with the id to poll, or the end of the task.
 
-        within_s shortens the request timeout; gate is asked just before the first byte leaves.
-        Raises AgentError.
+        within_s shortens the request timeout; gate says, just before the first byte leaves, whether it may.
         """
         return await self._counted(DISPATCH, self._dispatch(address, task, within_s, gate))
 
-    async def querying(self, address: Address, task_id: str, within_s: float = 3600.0) -> Answer:
-        """Asks a tasks agent for a task; gives WORKING, SUCCESS or UNKNOWN. Raises AgentError."""
+    async def query(self, address: Address, task_id: str, within_s: float = 3600.0) -> Outcome:
+        """Ask for a task that was accepted; return the outcome."""
         return await self._counted(QUERY, self._query(address, task_id, within_s))
 
-    def dispatch(self, address: Address, task: AgentTask, within_s: float = 3600.0,
-                 gate: Callable[[], bool] = lambda: True) -> Answer:
-        """Does dispatching() in the caller's thread."""
-        return run_coroutine(self.dispatching(address, task, within_s, gate))
-
-    def query(self, address: Address, task_id: str, within_s: float = 3600.0) -> Answer:
-        """Does querying() in the caller's thread."""
-        return run_coroutine(self.querying(address, task_id, within_s))
-
-    async def _counted(self, operation: str, talk: Coroutine[Wait, None, Answer]) -> Answer:
-        """Gives what a conversation gives, counted; not what close() cut, which says nothing of an agent."""
-        since = time.monotonic()
-        try:
-            answer = await talk
-        except AgentError as error:
-            if not self._is_closed:
-                self.metrics.count_request(operation, error.kind, since)
-            raise
-        self.metrics.count_request(operation, SUCCESS, since)
-        return answer
-
-    async def _dispatch(self, address: Address, task: AgentTask, within_s: float,
-                        gate: Callable[[], bool]) -> Answer:
-        if address.protocol == TASKS:
-            resent: list[bool] = []
-            data = await self._call(address, "POST", "/tasks/dispatch", within_s, {
-                "taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload}, gate,
-                resent=resent)
-            named = data.get("taskId")
-            if not isinstance(named, str) or not named or one_line(named) != named:
-                raise self._nonsense(address, "names no task id", data)
-            # what is going to run is pending; a version that the agent has already is done at once
-            is_done = data.get("status") == "success" and not resent
-            return Answer(ACCEPTED, named, applied=task.version if is_done else 0)
-        data = await self._call(address, "POST", EXECUTE_PATH, within_s, {
-            "requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}}, gate)
-        return self._read_execution(address, task, data)
-
-    async def _query(self, address: Address, task_id: str, within_s: float) -> Answer:
-        path = "/tasks/" + urllib.parse.quote(task_id, safe=":")
-        data = await self._call(address, "GET", path, within_s, may_be_unknown=True)
-        if data is UNKNOWN_TASK:
-            return Answer(UNKNOWN, task_id)
-        status, last_error = data.get("status"), data.get("lastError")
-        if data.get("taskId") != task_id:
-            raise self._nonsense(address, "answers for another task", data)
-        if status in ("pending", "running"):
-            return Answer(WORKING, task_id)
-        if status == "success":
-            return Answer(SUCCESS, task_id, text_of(last_error))
-        if status == "failed":
-            raise AgentError(AGENT_FAILED, text_of(last_error) or NO_REASON_GIVEN, reached=True, final=True)
-        raise self._nonsense(address, unknown_status(status), data)
-
-    def ping(self, address: Address) -> str:
-        """Ask an agent what only one of its dialect answers so (section 1); return a line. Raise AgentError else."""
-        started = time.monotonic()
-        call = _Call(address, "GET", "/tasks/releasectl-ping", None, self._request_s, started + self._request_s,
-                     lambda: True)
-        if address.protocol == EXECUTE:
-            call = call._replace(method="POST", path=EXECUTE_PATH, body=b"{}")
-        status, answer = run_coroutine(self._exchange(call))
-        if not is_of_dialect(address.protocol, status, answer):
-            said = answer[:2000].decode("utf-8", "replace").strip()
-            text = f"it answered HTTP {status}" + (f", {one_line(said, 80)}" if said else "")
-            raise AgentError(PROTOCOL, f"{address} is no {address.protocol} agent: {text} "
-                                       "(wrong --protocol or --port?)", reached=True)
-        article, took_ms = "an" if address.protocol == EXECUTE else "a", (time.monotonic() - started) * 1000
-        return f"answers as {article} {address.protocol} agent in {took_ms:.0f} ms"
-
-    async def probing(self, host: str, verify: Verify, url: str, timeout_s: float) -> str:
-        """Get a url from a node, in timeout_s seconds in all; return "" when it answers as verify says, else why not.
+    async def probe(self, host: str, verify: Verify, url: str, timeout_s: float) -> Outcome:
+        """Get a url from a node, in timeout_s seconds in all; return SUCCESS when it answers as verify says.
 
         It goes to the node's own address, whatever name the url or verify.host has. Redirects are not followed. A
         certificate is not verified, as it is made out for what the node serves and not for its
         address; what comes back is a status and a yes or no, and no secret goes out.
         """
+        return await self._counted(PROBE, self._probe(host, verify, url, timeout_s))
+
+    def ping(self, address: Address) -> Outcome:
+        """Ask an agent for what only one of its dialect answers so (contract section 1); wait for the outcome."""
+        try:
+            return run_coroutine(self._ping(address))
+        except AgentError as error:
+            return error.outcome
+
+    async def _counted(self, operation: str, request: Coroutine[Wait, None, Outcome]) -> Outcome:
+        """Return the outcome of a request, and count it; not what close() cut, which says nothing about the agent."""
+        since = time.monotonic()
+        try:
+            outcome = await request
+        except AgentError as error:
+            outcome = error.outcome._replace(op=operation)
+        if not (outcome.error_kind and self._is_closed):
+            self._metrics.count_request(operation, outcome.error_kind or SUCCESS, since)
+        return outcome
+
+    async def _dispatch(self, address: Address, task: AgentTask, within_s: float,
+                        gate: Callable[[], bool]) -> Outcome:
+        wire = WIRE_FORMATS[address.protocol]
+        call = self._call(address, "POST", wire.dispatch_path, to_json(wire.body_of(task)).encode(), within_s)
+        status, answer, was_resent = await self._exchange(call._replace(gate=gate))
+        return wire.read_dispatch(address, task, read_data(address, status, answer), was_resent)
+
+    async def _query(self, address: Address, task_id: str, within_s: float) -> Outcome:
+        wire = WIRE_FORMATS[address.protocol]
+        path = wire.query_path + urllib.parse.quote(task_id, safe=":")
+        status, answer, _ = await self._exchange(self._call(address, "GET", path, None, within_s))
+        if status == 404:
+            return Outcome(QUERY, UNKNOWN, task_id)
+        return wire.read_query(address, task_id, read_data(address, status, answer))
+
+    async def _probe(self, host: str, verify: Verify, url: str, timeout_s: float) -> Outcome:
         parts, ends_at = urllib.parse.urlsplit(url), time.monotonic() + timeout_s
-        address = Address(host, parts.port or (443 if parts.scheme == "https" else 80), PROBE)
+        address = Address(host, parts.port or (443 if parts.scheme == "https" else 80))
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        call = _Call(address, "GET", path, None, timeout_s, ends_at, lambda: True, verify.host or parts.netloc)
+        call = _Call(address, "GET", path, None, timeout_s, ends_at, host=verify.host or parts.netloc,
+                     max_bytes=MAX_PROBED_BYTES)
         context = _unverified_context() if parts.scheme == "https" else None
         try:
             sock = await self._connect(address, context, ends_at, verify.host or parts.hostname or host)
-            found, answer = await self._request(call, sock, context, reused=False)
+            status, answer = await self._request(call, sock, context, reused=False)
         except AgentError as error:
-            return f"{url}: {error.message.replace(str(address), 'it', 1)}"
-        if found != verify.status:
-            return f"{url} answered HTTP {found} instead of {verify.status}"
+            raise AgentError(UNCLEAR, VERIFY, f"{url}: {str(error).replace(str(address), 'it', 1)}") from None
+        if status != verify.status:
+            raise AgentError(UNCLEAR, VERIFY, f"{url} answered HTTP {status} instead of {verify.status}")
         if verify.contains.encode() not in answer:
-            return f"{url} answered without {one_line(verify.contains, 60)!r} in it"
-        return ""
+            raise AgentError(UNCLEAR, VERIFY, f"{url} answered without {one_line(verify.contains, 60)!r} in it")
+        return Outcome(PROBE, SUCCESS)
 
-    def _read_execution(self, address: Address, task: AgentTask, data: Mapping[str, Any]) -> Answer:
-        status, text = data.get("status"), text_of(data.get("message"))
-        if data.get("requestId") != task.id:
-            raise self._nonsense(address, "answers for another request", data)
-        if status == "failed":
-            raise AgentError(AGENT_FAILED, text or NO_REASON_GIVEN, reached=True, final=True)
-        if status != "success":
-            raise self._nonsense(address, unknown_status(status), data)
-        # an execute agent says success where its message tells otherwise (contract section 1)
-        if "but reload failed:" in text:
-            raise AgentError(AGENT_FAILED, text, reached=True, final=True)
-        found = re.search(r"Version (\d{1,4000}) already applied \(current: (\d{1,4000})\)", text)
-        if found is None:
-            return Answer(SUCCESS, task.id, text)
-        asked, applied = int(found.group(1)), int(found.group(2))
-        if applied > task.version:
-            raise AgentError(REJECTED, f"the agent is already at version {applied}", reached=True, final=True,
-                             detail=text)
-        if applied != task.version:
-            raise self._nonsense(address, f"has version {applied} and calls it applied", data)
-        if asked != task.version:
-            raise self._nonsense(address, f"calls version {asked} applied, and was sent {task.version}", data)
-        return Answer(SUCCESS, task.id, text, applied)
+    async def _ping(self, address: Address) -> Outcome:
+        started, wire = time.monotonic(), WIRE_FORMATS[address.protocol]
+        status, answer, _ = await self._exchange(self._call(address, *wire.ping, self._request_s))
+        read_pong(address, status, answer)
+        article, took_ms = "an" if address.protocol[0] in "aeiou" else "a", (time.monotonic() - started) * 1000
+        return Outcome("", SUCCESS, message=f"answers as {article} {address.protocol} agent in {took_ms:.0f} ms")
 
-    @staticmethod
-    def _nonsense(address: Address, what: str, data: object) -> AgentError:
-        return AgentError(PROTOCOL, f"{address} {what}", reached=True, detail=f"{address} {what}: {data!r}")
-
-    async def _call(self, address: Address, method: str, path: str, within_s: float,
-                    body: Mapping[str, Any] | None = None, gate: Callable[[], bool] = lambda: True,
-                    may_be_unknown: bool = False, resent: list[bool] | None = None) -> Any:
-        """Gives the data of the agent's envelope, an object."""
-        raw = to_json(body).encode() if body is not None else None
+    def _call(self, address: Address, method: str, path: str, body: bytes | None, within_s: float) -> _Call:
         limit_s = min(self._request_s, max(within_s, 0.0))
-        status, answer = await self._exchange(
-            _Call(address, method, path, raw, limit_s, time.monotonic() + limit_s, gate, resent=resent))
-        if status == 404 and may_be_unknown:
-            return UNKNOWN_TASK
-        if status != 200:
-            raise self._bad_status(address, status, answer)
-        envelope = self._read_envelope(address, answer)
-        code = envelope.get("code")
-        if isinstance(code, bool) or not isinstance(code, int):
-            raise self._nonsense(address, "answers without a code", envelope)
-        if code != 0:
-            text = f"{address} refused: {text_of(envelope.get('message')) or 'no reason given'} (code {code})"
-            raise AgentError(REJECTED, text, reached=True, final=True)
-        if not isinstance(envelope.get("data"), dict):
-            raise self._nonsense(address, "answers without data", envelope)
-        return envelope["data"]
-
-    @staticmethod
-    def _read_envelope(address: Address, answer: bytes) -> Mapping[str, Any]:
-        try:
-            envelope = parse_json(answer)
-        except ValueError as error:
-            shown = answer[:200].decode("utf-8", "replace")
-            raise AgentError(PROTOCOL, f"{address} answered what is not JSON: {one_line(error, 60)}", reached=True,
-                             detail=f"{address} answered what is not JSON ({one_line(error, 60)}): {shown}") from None
-        if not isinstance(envelope, dict):
-            raise AgentError(PROTOCOL, f"{address} answered JSON that is no object", reached=True)
-        return envelope
-
-    @staticmethod
-    def _bad_status(address: Address, status: int, answer: bytes) -> AgentError:
-        said = answer[:2000].decode("utf-8", "replace")
-        with contextlib.suppress(ValueError, AttributeError):
-            said = text_of(parse_json(answer).get("message")) or said
-        text = f"{address} answered HTTP {status}" + (f": {said.strip()}" if text_of(said) else "") + (
-            " (wrong --protocol?)" if status == 404 else "")
-        if 300 <= status < 400:
-            return AgentError(HTTP, f"{address} answered a redirect (HTTP {status}), which is not followed", True,
-                              is_refusal=True)
-        if 400 <= status < 500 and status != 429:
-            return AgentError(REJECTED, text, reached=True, final=True)
-        return AgentError(HTTP, text, reached=True, is_refusal=status in (429, 503))
+        return _Call(address, method, path, body, limit_s, time.monotonic() + limit_s,
+                     keeps_connection=WIRE_FORMATS[address.protocol].keeps_connections)
 
     # -- connections ---------------------------------------------------------------------
 
-    async def _exchange(self, call: _Call) -> tuple[int, bytes]:
-        """Gives status and body of one request; on a new connection where a kept one was stale."""
+    async def _exchange(self, call: _Call) -> tuple[int, bytes, bool]:
+        """Return status and body of an answer, and whether the request was sent again: a kept connection was stale."""
         context = self._tls.context() if self._tls else None
-        if call.address.protocol == TASKS:
-            sock = self._take_idle(call.address, context)
-            if sock is not None:
-                with contextlib.suppress(_Stale):
-                    return await self._request(call, sock, context, reused=True)
-                if call.resent is not None:
-                    call.resent.append(True)
-        # an execute agent would run a repeated request twice, so its connections are never kept
+        sock = self._take_idle(call.address, context) if call.keeps_connection else None
+        if sock is not None:
+            with contextlib.suppress(_Stale):
+                return *await self._request(call, sock, context, reused=True), False
+        was_resent = sock is not None
         sock = await self._connect(call.address, context, call.ends_at)
-        return await self._request(call, sock, context, reused=False)
+        return *await self._request(call, sock, context, reused=False), was_resent
 
     def _take_idle(self, address: Address, context: object) -> socket.socket | None:
         oldest = time.monotonic() - MAX_IDLE_AGENT_CONNECTION_S
@@ -7041,10 +7048,10 @@ class AgentClient:
         try:
             sock = await self._open_socket(address, connect_by)
         except socket.timeout:
-            raise AgentError(UNREACHABLE, f"{address} did not take a connection within {connect_s:.3g} s",
-                             reached=False) from None
+            raise AgentError(UNSENT, UNREACHABLE,
+                             f"{address} did not take a connection within {connect_s:.3g} s") from None
         except (OSError, UnicodeError) as error:
-            raise AgentError(UNREACHABLE, f"{address} can't be reached: {os_reason(error)}", reached=False) from None
+            raise AgentError(UNSENT, UNREACHABLE, f"{address} can't be reached: {os_reason(error)}") from None
         if context is None:
             return sock
         try:
@@ -7148,21 +7155,21 @@ class AgentClient:
             text = CERTIFICATE_FAULTS.get(error.verify_code, f"presented a bad certificate: {error.verify_message}")
             if error.verify_code == 62 and self._server_name:
                 text += f" than {self._server_name} (AGENT_TLS_SERVER_NAME)"
-            return AgentError(TLS, f"{address} {text}", reached=False)
+            return AgentError(UNSENT, TLS, f"{address} {text}")
         if isinstance(error, socket.timeout):
-            return AgentError(TIMEOUT, f"{address} did not finish the TLS handshake within {connect_s:.3g} s",
-                              reached=False)
+            return AgentError(UNSENT, TIMEOUT,
+                              f"{address} did not finish the TLS handshake within {connect_s:.3g} s")
         refusal = _refusal(error)
         if refusal:
-            return AgentError(TLS, f"{address} refused our client certificate ({refusal})", reached=False)
+            return AgentError(UNSENT, TLS, f"{address} refused our client certificate ({refusal})")
         reason = getattr(error, "reason", None) or ""
         if reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"):
-            return AgentError(TLS, f"{address} does not speak TLS on this port", reached=False)
+            return AgentError(UNSENT, TLS, f"{address} does not speak TLS on this port")
         if "PROTOCOL_VERSION" in reason or reason == "UNSUPPORTED_PROTOCOL":
-            return AgentError(TLS, f"{address} speaks no TLS 1.2 or newer", reached=False)
+            return AgentError(UNSENT, TLS, f"{address} speaks no TLS 1.2 or newer")
         says_why = isinstance(error, ssl.SSLError) and reason and not isinstance(error, ssl.SSLEOFError)
         said = reason.replace("_", " ").lower() if says_why else "it closed the connection"
-        return AgentError(TLS, f"{address}: the TLS handshake failed: {said}", reached=False)
+        return AgentError(UNSENT, TLS, f"{address}: the TLS handshake failed: {said}")
 
     async def _request(self, call: _Call, sock: socket.socket, context: object, reused: bool) -> tuple[int, bytes]:
         address = call.address
@@ -7171,23 +7178,20 @@ class AgentClient:
         try:
             with self._in_flight(sock):
                 if not call.gate():
-                    raise AgentError(UNREACHABLE, f"{address}: not sent, as it may not or is too late",
-                                     reached=False, is_not_sent=True)
+                    raise AgentError(NOT_SENT, UNREACHABLE, f"{address}: not sent, as it may not or is too late")
                 await timed.sendall(_request_bytes(call))
                 await READING
                 plain = await _plain_answer(timed, call.max_bytes)
                 status, answer, keep = plain if plain else await _any_answer(timed, call)
-            keep = keep and address.protocol == TASKS
+            keep = keep and call.keeps_connection
             return status, answer
         except TooBig:
-            raise AgentError(PROTOCOL, f"{address} answered more than {call.max_bytes >> 10} KiB",
-                             reached=True) from None
+            raise AgentError(UNCLEAR, PROTOCOL, f"{address} answered more than {call.max_bytes >> 10} KiB") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             is_late = isinstance(error, socket.timeout)  # a reading that waited has seen the alert
             refusal = _refusal(error) or (await _late_alert(timed) if timed.received == 0 and not is_late else "")
             if refusal:
-                raise AgentError(TLS, f"{address} refused our client certificate ({refusal})",
-                                 reached=False) from None
+                raise AgentError(UNSENT, TLS, f"{address} refused our client certificate ({refusal})") from None
             if reused and timed.received == 0 and not is_late and not self._is_closed:
                 raise _Stale from None
             raise self._exchange_error(address, error, timed, call.limit_s) from None
@@ -7200,12 +7204,11 @@ class AgentClient:
     def _exchange_error(self, address: Address, error: Exception, timed: TimedSocket, limit_s: float) -> AgentError:
         if isinstance(error, socket.timeout):
             text = "drips: no whole answer" if timed.received else "did not answer"
-            return AgentError(TIMEOUT, f"{address} {text} within {limit_s:.3g} s", reached=True,
-                              hold_s=self._request_s)
+            return AgentError(LOST, TIMEOUT, f"{address} {text} within {limit_s:.3g} s", hold_s=self._request_s)
         if isinstance(error, (OSError, http.client.IncompleteRead)) or timed.at_end:
             when = "in the middle of its answer" if timed.received else "before it answered"
-            return AgentError(UNREACHABLE, f"{address} cut the connection {when}", reached=True, hold_s=CUT_BUSY_S)
-        return AgentError(PROTOCOL, f"{address} answered what is not HTTP: {type(error).__name__}", reached=True)
+            return AgentError(LOST, UNREACHABLE, f"{address} cut the connection {when}", hold_s=CUT_BUSY_S)
+        return AgentError(UNCLEAR, PROTOCOL, f"{address} answered what is not HTTP: {type(error).__name__}")
 
 
 @functools.lru_cache(maxsize=1)
@@ -7221,7 +7224,7 @@ def _request_bytes(call: _Call) -> bytes:
     """Gives a request as it leaves: head and body in one piece."""
     host = f"[{call.address.host}]" if ":" in call.address.host else call.address.host
     head = f"{call.method} {call.path} HTTP/1.1\r\nHost: {call.host or f'{host}:{call.address.port}'}\r\n"
-    if call.address.protocol != TASKS:
+    if not call.keeps_connection:
         head += "Connection: close\r\n"
     if call.body is not None:
         head += f"Content-Type: application/json\r\nContent-Length: {len(call.body)}\r\n"
@@ -7399,26 +7402,14 @@ class DriverContext:
     ended: Callable[[Driver], None]
 
 
-def outcome_of(node_id: int, op: str, answer: Answer | AgentError) -> Outcome:
-    """Return what an agent's answer or failure means to the decision."""
-    if isinstance(answer, Answer):
-        return Outcome(node_id, op, answer.state, answer.task_id, message=answer.message, detail=answer.message,
-                       applied=answer.applied)
-    if answer.is_not_sent:
-        return Outcome(node_id, op, NOT_SENT)
-    result = FAILED if answer.final else UNSENT if not answer.reached else LOST if answer.hold_s else UNCLEAR
-    return Outcome(node_id, op, result, "", answer.kind, answer.message, answer.detail, answer.hold_s,
-                   is_refusal=answer.is_refusal)
-
-
 class Driver:
     """Drive one claimed release, in a thread of its own: read, decide, commit, send, collect."""
 
     def __init__(self, context: DriverContext, lease: Lease, is_tick: bool):
         self.lease = lease
-        # Outcomes of requests; None only wakes the driver. Not SimpleQueue: on Python 3.9 its get() may wait for ever
-        # when the timeout is very short.
-        self.results: queue.Queue[Outcome | None] = queue.Queue()
+        # Ids of nodes and outcomes of their requests; None only wakes the driver. Not SimpleQueue: on Python 3.9 its
+        # get() may wait for ever when the timeout is very short.
+        self.results: queue.Queue[tuple[int, Outcome] | None] = queue.Queue()
         # When the last cycle began, by the elapsed clock.
         self.cycled_at = 0.0
         # The process cuts its own connections now: what they bring says nothing of an agent.
@@ -7618,7 +7609,7 @@ class Driver:
             busy, self._freeze, moved_s = self._store.claims.dispatch_blockers(release.id)
             if moved_s < self._policy.hold_s:
                 # one may be under way of which the database that is there now does not know
-                busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if n.agent_protocol == EXECUTE}
+                busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if not n.dialect.can_be_asked}
             # a release from before that may have been dispatched there (an hour: for clocks that differ)
             asks_first = moved_s < now.wall - epoch_or(release.created_at, now.wall) + 3600
         self._is_halted = release.status != RUNNING or self._freeze.frozen
@@ -7685,9 +7676,9 @@ class Driver:
             claim = self.lease.claim
             log.exception("%s: node %s: %s failed within releasectl", claim, node.name, op,
                           extra=about(claim, node=node.name))
-            outcome = Outcome(node.node_id, op, LOST, "", PROTOCOL, "releasectl itself failed: see its log",
+            outcome = Outcome(op, LOST, "", PROTOCOL, "releasectl itself failed: see its log",
                               hold_s=self._policy.request_timeout_s)
-        self.results.put(outcome._replace(cost_s=meter.cost_s))
+        self.results.put((node.node_id, outcome._replace(cost_s=meter.cost_s)))
 
     async def _ask(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> Outcome:
         address = Address(node.main_ip, node.agent_port, node.agent_protocol)
@@ -7696,38 +7687,28 @@ class Driver:
         try:
             if op == PROBE:
                 return await self._probe(node, within_s)
-            if op == DISPATCH:
-                gate = functools.partial(self.may_dispatch, written_at)
-                answer = await agents.dispatching(address, task, within_s, gate)
-                if answer == Answer(ACCEPTED, task.id):
-                    answer = await self._poll_at_once(address, answer, within_s)
-                return outcome_of(node.node_id, op, answer)
-            return outcome_of(node.node_id, op, await agents.querying(address, task.id, within_s))
-        except AgentError as error:
-            return outcome_of(node.node_id, op, error)
-        except ConfigError as error:  # the certificate went away under us
-            return Outcome(node.node_id, op, UNSENT, "", TLS, error.message)
+            if op == QUERY:
+                return await agents.query(address, task.id, within_s)
+            outcome = await agents.dispatch(address, task, within_s, functools.partial(self.may_dispatch, written_at))
+            is_accepted = outcome == Outcome(DISPATCH, ACCEPTED, task.id)
+            return await self._poll_at_once(address, outcome, within_s) if is_accepted else outcome
+        except ConfigError as error:  # the certificate was removed
+            return Outcome(op, UNSENT, "", TLS, error.message)
 
     async def _probe(self, node: ReleaseNode, within_s: float) -> Outcome:
-        verify = self._strategy.verify or Verify("http://{main_ip}/")  # it was there when the probe was decided on
-        since = time.monotonic()
-        fault = await self._context.agents.probing(node.main_ip, verify, verify.url_for(node),
-                                                   min(verify.timeout_s, max(within_s, 0.0)))
-        self._context.agents.metrics.count_request(PROBE, VERIFY if fault else SUCCESS, since)
-        return Outcome(node.node_id, PROBE, UNCLEAR if fault else SUCCESS, "", VERIFY if fault else "", fault, fault)
+        verify = self._strategy.verify
+        if verify is None:  # removed by hand after the probe was decided on
+            return Outcome(PROBE, SUCCESS)
+        return await self._context.agents.probe(node.main_ip, verify, verify.url_for(node),
+                                                min(verify.timeout_s, max(within_s, 0.0)))
 
-    async def _poll_at_once(self, address: Address, accepted: Answer, within_s: float) -> Answer:
+    async def _poll_at_once(self, address: Address, accepted: Outcome, within_s: float) -> Outcome:
         """Poll a task just dispatched, on the same connection: a quick one has ended by then.
 
-        That saves a cycle of the driver. Any answer but success is heard again by a later poll.
+        That saves a cycle of the driver. Whatever else the agent answers, a later poll will hear again.
         """
-        try:
-            answer = await self._context.agents.querying(address, accepted.task_id, min(within_s, FIRST_POLL_TIMEOUT_S))
-        except AgentError as error:
-            if error.kind == AGENT_FAILED:
-                raise
-            return accepted
-        return answer if answer.state == SUCCESS else accepted
+        polled = await self._context.agents.query(address, accepted.task_id, min(within_s, FIRST_POLL_TIMEOUT_S))
+        return polled if polled.result == SUCCESS or polled.error_kind == AGENT_FAILED else accepted
 
     # -- collect -------------------------------------------------------------------------
 
@@ -7738,24 +7719,24 @@ class Driver:
         requests themselves. It stops gathering when half of the slots are free again.
         """
         with contextlib.suppress(queue.Empty):
-            outcome = self.results.get(timeout=wait_s)
+            result = self.results.get(timeout=wait_s)
             enough, gather_until = self._in_flight // 2, time.monotonic() + min(GATHER_S, wait_s)
             while True:
-                if outcome is not None:
-                    self._fold(outcome)
+                if result is not None:
+                    self._fold(*result)
                 left_s = gather_until - time.monotonic() if self._in_flight > enough else 0.0
-                outcome = self.results.get(timeout=max(left_s, 0.0))
+                result = self.results.get(timeout=max(left_s, 0.0))
 
-    def _fold(self, outcome: Outcome) -> None:
+    def _fold(self, node_id: int, outcome: Outcome) -> None:
         self._in_flight -= 1
         self._context.slots.give_back(self, 1)
-        node = self._nodes.get(outcome.node_id)
+        node = self._nodes.get(node_id)
         if self.ignores_outcomes or node is None:  # its row was deleted by hand
             return
         now = self._now()
         if outcome.result != WORKING:
             self._news_at = now.elapsed
-        if outcome.error_kind and outcome.result != FAILED:
+        if outcome.error_kind and outcome.result not in (FAILED, NOT_SENT):
             claim, name = self.lease.claim, node.name
             log.info("%s: node %s: %s failed, %s", claim, name, outcome.op, outcome.message,
                      extra=about(claim, node=name))
@@ -9652,10 +9633,8 @@ def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool 
     agents.prepare(key_may_be_open)
 
     def ping(node: Node) -> Ping:
-        try:
-            return Ping(node, True, "", agents.ping(Address(node.main_ip, node.agent_port, node.agent_protocol)))
-        except AgentError as error:
-            return Ping(node, False, error.kind, one_line(error.message))
+        outcome = agents.ping(Address(node.main_ip, node.agent_port, node.agent_protocol))
+        return Ping(node, not outcome.error_kind, outcome.error_kind, one_line(outcome.message))
 
     with ThreadPoolExecutor(settings.agent_concurrency) as pool:
         pings = list(pool.map(ping, nodes))
