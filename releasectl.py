@@ -1692,6 +1692,10 @@ class Policy(NamedTuple):
             probes=strategy.verify.successes if strategy.verify else 0)
 
 
+# Where no node is running, nothing depends on it.
+NO_POLICY = Policy(0, 0.0, 0.0, 0.0)
+
+
 class NodeIndex:
     """The nodes of a release, indexed by what a decision needs.
 
@@ -2465,7 +2469,7 @@ class Situation(NamedTuple):
     # All nodes of the release.
     nodes: NodeIndex
     now: Moment
-    policy: Policy
+    policy: Policy = NO_POLICY
     strategy: Strategy = NO_STRATEGY
     # Number of requests that may be sent now.
     slots: int = 1
@@ -3904,8 +3908,8 @@ class Transaction:
 class Database:
     """The only door to the database: a few pooled connections, and transaction()."""
 
-    def __init__(self, url: str):
-        """Takes a sqlite:/// or postgresql:// URL; connects to nothing yet."""
+    def __init__(self, url: str, metrics: Metrics | None = None):
+        """Take a sqlite:/// or postgresql:// URL; connect to nothing yet. Errors are counted in metrics."""
         self.engine = SqliteEngine(url) if url.startswith("sqlite:") else PostgresEngine(url)
         self._turns = ConnectionTurns(self.engine.max_connections)
         # All connections that are open are to what had this identity; changed tells of one that was given back.
@@ -3913,8 +3917,7 @@ class Database:
         self._in_use = 0
         self._identity: object = None
         self._changed = threading.Condition()
-        # Of the whole process: whoever counts has a database at hand.
-        self.metrics = Metrics()
+        self.metrics = metrics or Metrics()
 
     def __str__(self) -> str:
         return str(self.engine)
@@ -5644,7 +5647,7 @@ class Releases:
                 changes = force_end(nodes, now)
                 for change in changes:
                     nodes.put(change.after)
-                decision = decide(Situation(release, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy))
+                decision = decide(Situation(release, nodes, now, strategy=strategy))
                 self._queue.write(tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=reason)
             self._queue.explain_waiting(tx)
             return read_release(tx, release_id)
@@ -5662,8 +5665,8 @@ class Releases:
         status, strategy = status_after_verb(verb.name, release), strategy_of(release)
         turned = dataclasses.replace(release, status=status, paused_by=str(actor) if status == PAUSED else "")
         sentence = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
-            status, Situation(turned, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy,
-                              stage=Stage(0, release.passed_batch), exceeded=exceeded_limit(nodes, strategy)))
+            status, Situation(turned, nodes, now, strategy=strategy, stage=Stage(0, release.passed_batch),
+                              exceeded=exceeded_limit(nodes, strategy)))
         tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, {COUNTERS} "
                    "WHERE id = ?", status, sentence, turned.paused_by, now.text, release.id)
         add_events(tx, now.text, actor, [NewEvent(release.id, verb.event, release.status, status, reason)])
@@ -7798,10 +7801,11 @@ class Tick(NamedTuple):
 class Executor:
     """Claim releases and drive each to its end, or in a tick as far as it goes."""
 
-    def __init__(self, settings: Settings, store: Store, agents: AgentClient):
+    def __init__(self, settings: Settings, store: Store, agents: AgentClient, metrics: Metrics):
         self.settings = settings
         self.store = store
         self.agents = agents
+        self.metrics = metrics
         self.clock = store.clock
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.stopping = threading.Event()
@@ -7820,7 +7824,7 @@ class Executor:
         self._renewed_at = self.clock.elapsed()
         self._closed = threading.Event()
         if settings.release_executor_enabled:
-            store.database.metrics.put("releasectl_last_tick_timestamp_seconds", 0.0)
+            metrics.put("releasectl_last_tick_timestamp_seconds", 0.0)
 
     # -- tick, drain, loop ---------------------------------------------------------------
 
@@ -7874,7 +7878,7 @@ class Executor:
         while ((drivers := [driver for driver in drivers if driver.is_running()]) and not self.stopping.is_set()
                and self.clock.elapsed() < until):
             drivers[0].join(0.2)
-            self.store.database.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
+            self.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
             beat()
         if self.stopping.is_set():
             self.close()
@@ -7967,14 +7971,14 @@ class Executor:
 
     def _scan(self, started: list[Driver], is_tick: bool) -> int:
         """Scan for work, and count the scan; parameters and result as claim_runnable()."""
-        metrics, outcome = self.store.database.metrics, ERROR
+        outcome = ERROR
         try:
             taken = self.claim_runnable(started, is_tick)
             outcome = WORKED if started or self._active_drivers() else BUSY if taken else IDLE
-            metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
+            self.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
             return taken
         finally:
-            metrics.count("releasectl_ticks_total", outcome)
+            self.metrics.count("releasectl_ticks_total", outcome)
 
     def claim_runnable(self, started: list[Driver], is_tick: bool) -> int:
         """Claim what is runnable and start a driver for each, added to started; return how many others hold."""
@@ -8729,7 +8733,7 @@ NO_PROCESS: Mapping[str, Any] = {"executor": {"enabled": False, "owner": "", "la
 class Api:
     """The handlers of ROUTES: each takes a Request and returns a Reply, or raises AppError."""
 
-    def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32,
+    def __init__(self, store: Store, metrics: Metrics, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32,
                  process: Callable[[], Mapping[str, Any]] = lambda: NO_PROCESS,
                  is_busy: Callable[[], bool] = lambda: False,
                  figures: Callable[[], Figures] = lambda: {}, hung: Callable[[], str] = lambda: ""):
@@ -8742,6 +8746,7 @@ class Api:
         hung: one sentence on a thread of this process that hangs, "" for none.
         """
         self.store = store
+        self.counters = metrics
         self._nudge = nudge
         self._process = process
         self._is_busy = is_busy
@@ -8965,14 +8970,14 @@ class Api:
         self._ahead = ahead
 
     def metrics(self, _request: Request) -> Reply:
-        return Reply(200, metrics_text(self.store, {**process_figures(self.started_at), **self._figures()}),
-                     "text/plain; version=0.0.4; charset=utf-8")
+        more = {**process_figures(self.started_at), **self._figures()}
+        return Reply(200, metrics_text(self.counters, self.store, more), "text/plain; version=0.0.4; charset=utf-8")
 
     def openapi(self, _request: Request) -> Reply:
         return Reply(200, to_json(openapi_document()), "application/json")
 
 
-def metrics_text(store: Store, more: Figures) -> str:
+def metrics_text(metrics: Metrics, store: Store, more: Figures) -> str:
     """Return /metrics: what this process counted, what the database holds if it answers, and more."""
     figures = {("releasectl_build_info", __version__, ".".join(map(str, sys.version_info[:3]))): 1.0, **more}
     try:
@@ -8980,7 +8985,7 @@ def metrics_text(store: Store, more: Figures) -> str:
         figures["releasectl_database_up",] = 1.0
     except DatabaseError:  # already counted; the figures of this process are wanted all the more
         figures["releasectl_database_up",] = 0.0
-    return store.database.metrics.text(figures)
+    return metrics.text(figures)
 
 
 class Route(NamedTuple):
@@ -9459,7 +9464,7 @@ class Exchange:
         Of refusals of one client in a row only the 1st, 2nd, 4th, ... is logged.
         """
         path, method = self.route.path if self.route else OTHER, self.head.method
-        self.server.api.store.database.metrics.count("releasectl_api_requests_total", path,
+        self.server.api.counters.count("releasectl_api_requests_total", path,
                                                      method if method in METHODS else OTHER, str(answer.status))
         level, in_a_row = logging.INFO if self.actor and method not in ("GET", "HEAD") else logging.DEBUG, ""
         if level == logging.INFO and answer.status >= http.HTTPStatus.BAD_REQUEST:
@@ -10050,7 +10055,8 @@ class Context:
         # a command that needs no settings runs with a broken file too
         self.settings = Settings.load(os.environ, options.config, options.db) if options.needs_settings \
             else Settings.load({})
-        self.store = Store(Database(self.settings.database_url))
+        self.metrics = Metrics()
+        self.store = Store(Database(self.settings.database_url, self.metrics))
         self.actor = _unix_user()
 
     def open(self, create: bool = False) -> Store:
@@ -10543,11 +10549,11 @@ def command_serve(context: Context) -> int:
     warn_of_settings(settings)
     _raise_descriptor_limit()
     context.store.database.migrate()
-    agents = AgentClient(settings, context.store.database.metrics)
+    agents = AgentClient(settings, context.metrics)
     if settings.release_executor_enabled and (settings.control_cert or not settings.mtls_enabled):
         agents.prepare()
-    executor = Executor(settings, context.store, agents)
-    server = ApiServer(settings, Api(context.store, executor.nudge, settings.http_max_connections // 4,
+    executor = Executor(settings, context.store, agents, context.metrics)
+    server = ApiServer(settings, Api(context.store, context.metrics, executor.nudge, settings.http_max_connections // 4,
                                      lambda: process_json(settings, executor), executor.is_busy,
                                      lambda: certificate_figures(settings), executor.hung))
     _handle_signals(executor.stop, lambda: _reload(settings, agents, server))
@@ -10606,7 +10612,7 @@ def _write_metrics(context: Context, path: str) -> None:
     The figures of the process are left out: it ends, and node_exporter has figures of the same names.
     """
     if path:
-        text = metrics_text(context.store, certificate_figures(context.settings))
+        text = metrics_text(context.metrics, context.store, certificate_figures(context.settings))
         try:
             replace_file(path, text, None, 0o644)
         except OSError as error:
@@ -10620,7 +10626,7 @@ def _run_once(context: Context) -> int:
         return context.show({"releases": [], "inOtherHands": 0}, "")
     warn_of_settings(settings)
     context.store.database.migrate()
-    executor = Executor(settings, context.store, AgentClient(settings, context.store.database.metrics))
+    executor = Executor(settings, context.store, AgentClient(settings, context.metrics), context.metrics)
     _handle_signals(executor.stop, lambda: _reload(settings, executor.agents))
     _raise_descriptor_limit()
     secret_files = SecretFiles(settings)

@@ -254,7 +254,7 @@ def new_executor():
     executors = []
 
     def make(store: rc.Store, settings: rc.Settings) -> rc.Executor:
-        executors.append(rc.Executor(settings, store, rc.AgentClient(settings)))
+        executors.append(rc.Executor(settings, store, rc.AgentClient(settings), store.database.metrics))
         return executors[-1]
 
     yield make

@@ -753,7 +753,7 @@ class Client:
 @contextlib.contextmanager
 def serving(store: rc.Store, **settings: Any) -> Iterator[Client]:
     """Give a client of a server over a store; at the end nothing of it is left."""
-    server = rc.ApiServer(settings_for("sqlite:///unused.db", **settings), rc.Api(store))
+    server = rc.ApiServer(settings_for("sqlite:///unused.db", **settings), rc.Api(store, store.database.metrics))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:

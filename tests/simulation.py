@@ -371,7 +371,7 @@ class SimExecutor(rc.Executor):
     def __init__(self, world: Simulation, settings: rc.Settings, number: int):
         store = rc.Store(world.database, SimClock(world))
         store.claims = SimClaims(store.state, store.queue)
-        super().__init__(settings, store, world.agents_stub)
+        super().__init__(settings, store, world.agents_stub, rc.Metrics())
         store.claims.owner = self
         self.world = world
         self.owner = f"owner-{number}"

@@ -64,7 +64,7 @@ def promtool(*arguments: str, text: str | None = None) -> None:
 
 
 def look(store: rc.Store) -> dict[tuple[str, ...], float]:
-    return parse(rc.metrics_text(store, {}))
+    return parse(rc.metrics_text(store.database.metrics, store, {}))
 
 
 def counted_executor(world, **settings) -> rc.Executor:
