@@ -38,7 +38,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
                         caller's
     HTTP wire           one connection's bytes against limits and deadlines, and who may stay
                         when there are many
-    Dialects            what the two kinds of agent are asked and answer (contract section 1)
+    Dialects            what agents are sent, and how their answers are read (contract section 1)
     Agents              connections to agents, deadlines, requests, probes
     Driver              one claimed release: read, decide, commit, send, collect
     Executor            scan, claims, leases, the threads
@@ -141,7 +141,7 @@ OPEN = frozenset((PENDING, RUNNING))
 VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
 
 NODE_STATUSES = ("online", "offline", "maintenance")
-PROTOCOLS = (TASKS, EXECUTE) = ("tasks", "execute")
+TASKS, EXECUTE = "tasks", "execute"
 # Key of the list of sites in a payload.
 WEBSITES = "websites"
 
@@ -159,6 +159,7 @@ DIALECTS: Mapping[str, Dialect] = {
     TASKS: Dialect(can_be_asked=True, needs_websites=False),
     EXECUTE: Dialect(can_be_asked=False, needs_websites=True),
 }
+PROTOCOLS = tuple(DIALECTS)
 
 # Operations: a dispatch and a query go to the agent, a probe to what the node serves (verify).
 DISPATCH, QUERY, PROBE = "dispatch", "query", "probe"
@@ -876,7 +877,7 @@ def read_beside(file: Path) -> str:
 # Uses: Vocabulary, Helpers, Settings.
 # ======================================================================================
 
-# From a metric's name and the values of its labels to its value.
+# Values by the name of the metric and the values of its labels.
 Figures = Mapping[tuple[str, ...], float]
 
 
@@ -886,7 +887,7 @@ class Metric(NamedTuple):
     kind: str
     help: str
     labels: tuple[str, ...] = ()
-    # All values of each label, where they are known in advance.
+    # All values of each label, if they are known in advance.
     values: tuple[tuple[str, ...], ...] = ()
 
 
@@ -933,11 +934,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        # a counter whose labels are known starts at 0, so that its first event shows as an increase
+        # a counter whose label values are known starts at 0, so that its first event shows as an increase
         self._figures: dict[tuple[str, ...], float] = {
             (m.name, *values): 0.0 for m in METRICS if m.kind == COUNTER and m.name.startswith("releasectl_")
             and len(m.values) == len(m.labels) for values in itertools.product(*m.values)}
-        # of each histogram: its buckets, the one above them, and the sum
+        # Of each histogram: its buckets, the one above them, and the sum.
         self._times: dict[tuple[str, ...], list[float]] = {}
 
     def count(self, name: str, *labels: str) -> None:
@@ -989,7 +990,7 @@ def _sample(name: str, labels: Iterable[tuple[str, str]], figure: float) -> str:
 
 
 def process_figures(started_at: float) -> dict[tuple[str, ...], float]:
-    """Return the metrics of this process, as far as the system has them (/proc)."""
+    """Return the metrics of this process; some need /proc."""
     figures: dict[tuple[str, ...], float] = {
         ("process_start_time_seconds",): started_at, ("process_cpu_seconds_total",): time.process_time(),
         ("process_threads",): threading.active_count()}
@@ -1000,7 +1001,7 @@ def process_figures(started_at: float) -> dict[tuple[str, ...], float]:
     return figures
 
 
-# Longer than any line of our own: only text from outside is cut.
+# Longer than any message of our own: only text from outside is cut.
 MAX_LOG_CHARS = 4096
 
 
@@ -1018,7 +1019,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """One line an event, for people; a stack trace follows, indented, so that it can't be taken for another event."""
+    """One line for each event, for people; stack traces are indented, so that no line of one looks like an event."""
 
     def __init__(self, in_journal: bool):
         """in_journal: the journal adds time and level to each line itself."""
@@ -1051,7 +1052,7 @@ def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> list[str]
 
 
 def is_journal() -> bool:
-    """Return whether standard error is the journal, and not a pipe or file of another program in the service."""
+    """Return whether standard error is the journal, not a pipe or a file."""
     try:
         found = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -1068,7 +1069,7 @@ def set_up_log(settings: Settings, command: str) -> None:
     log.handlers = [handler]
     is_executor = command in ("serve", "run-once")
     log.setLevel(settings.log_level.upper() if is_executor else logging.WARNING)
-    trail.setLevel(logging.INFO if is_executor else logging.NOTSET)  # NOTSET: as log has it
+    trail.setLevel(logging.INFO if is_executor else logging.NOTSET)  # NOTSET: that of log
     log.propagate = False
 
 
@@ -1083,7 +1084,7 @@ def set_up_log(settings: Settings, command: str) -> None:
 # ======================================================================================
 
 def pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
-    """Gives what libpq's sslmode and sslrootcert mean, for the driver that does not know them."""
+    """Return the TLS context that libpq's sslmode and sslrootcert ask for; pg8000 does not know them."""
     mode = query.get("sslmode", "prefer")
     if mode in ("disable", "allow", "prefer"):
         return None
@@ -1095,7 +1096,7 @@ def pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
     return context
 
 
-# X509_V_ERR_...: what OpenSSL found wrong with an agent's certificate, for a person on call.
+# Texts for OpenSSL's X509_V_ERR_... of an agent's certificate.
 CERTIFICATE_FAULTS: Mapping[int, str] = {
     3: "presented a certificate of a CA that has no CRL in CONTROL_CA, while others have one there",
     8: "presented a certificate whose CA did not sign its CRL (CONTROL_CA)",
@@ -1114,50 +1115,50 @@ CERTIFICATE_FAULTS: Mapping[int, str] = {
     67: "presented a certificate of a CA whose key is too weak: it needs RSA of 2048 bits or more, or EC",
     68: "presented a certificate signed with a digest that is too weak: it needs SHA-256 or better",
 }
-# What OpenSSL's security level refuses in our own files, and what would do.
+# Texts for what OpenSSL's security level refuses in our own files.
 WEAK_REASONS: Mapping[str, str] = {
     "EE_KEY_TOO_SMALL": "its key is too weak: make one of RSA with 2048 bits or more, or of EC",
     "CA_KEY_TOO_SMALL": "the key of its CA is too weak: it needs RSA of 2048 bits or more, or EC",
     "CA_MD_TOO_WEAK": "it is signed with a digest that is too weak: it needs SHA-256 or better",
     "DH_KEY_TOO_SMALL": "its key is too weak: make one of RSA with 2048 bits or more, or of EC",
 }
-# Alerts by which an agent says that it does not like our certificate; their prefixes differ
-# between versions of TLS and of OpenSSL.
+# Alerts of an agent that refuses our certificate; their prefixes differ between versions of TLS and of OpenSSL.
 REFUSAL_ALERTS = ("CERTIFICATE_REQUIRED", "BAD_CERTIFICATE", "UNKNOWN_CA", "CERTIFICATE_EXPIRED",
                   "CERTIFICATE_REVOKED", "CERTIFICATE_UNKNOWN", "UNSUPPORTED_CERTIFICATE", "ACCESS_DENIED",
                   "NO_CERTIFICATE", "HANDSHAKE_FAILURE", "DECRYPT_ERROR")
 
-# A renewed certificate that was not valid yet is taken so long after its time: the clocks of those who look at it,
-# OpenSSL's own among them, may be behind ours.
+# A renewed certificate is used this long after its notBefore: the clocks of those who verify it, and OpenSSL's own,
+# may be behind ours.
 CLOCKS_APART_S = 1.0
 
 
 class TlsFiles:
-    """Certificates as an ssl context, made anew when their files change; for both of our sides."""
+    """An SSL context that is made again when its files change; thread-safe."""
 
     def __init__(self, make: Callable[..., ssl.SSLContext], *files: str):
-        """make: gives a context of the files: our certificate, its key, and the CA's, which may have no name."""
+        """Take a function that makes the context, and its files: certificate, key, and CA, which may be ""."""
         self._make, self._files = make, files
         self._guard = threading.Lock()
+        # file_stamp() of the files when they were last read, and of the certificate and key in use.
         self._stamp: tuple[object, ...] = ()
-        # Of the certificate and key in use, and a digest of the CA and the CRLs that others are verified by.
         self._pair_stamp: tuple[object, ...] = ()
+        # Digest of the CA and CRLs in use.
         self._trust = ""
         self._context: ssl.SSLContext | None = None
-        # Why the files as they are were not taken.
+        # Why the files as they are now are not used.
         self._fault = ""
-        # When a renewed certificate that is not valid yet will be.
+        # When a renewed certificate becomes valid.
         self._valid_from = float("inf")
 
     def context(self) -> ssl.SSLContext:
-        """Return the context of the files as they are; raise ConfigError when there is none that works.
+        """Return the context of the files as they are now; raise ConfigError when there is none that works.
 
-        While a renewal is half done, or brought a certificate that nobody accepts now, the last pair goes on.
+        The last pair stays in use while a renewal is half done, or the new certificate is expired or not valid yet.
         """
         return self.current()[0]
 
     def current(self) -> tuple[ssl.SSLContext, str]:
-        """Do context(); return also what tells whether the CA or its CRLs are others than they were."""
+        """Return context(), and a digest that changes when the CA or its CRLs do."""
         with self._guard:
             stamp = tuple(map(file_stamp, self._files))
             if stamp != self._stamp or time.time() >= self._valid_from:
@@ -1178,7 +1179,7 @@ class TlsFiles:
             return self._context, self._trust
 
     def reload(self) -> None:
-        """Read the files anew, whether they changed or not; raise ConfigError when they can't be used."""
+        """Read the files again, whether they changed or not; raise ConfigError when they can't be used."""
         with self._guard:
             self._stamp = ()
         self.context()
@@ -1186,7 +1187,7 @@ class TlsFiles:
             raise ConfigError(f"{self._fault} (the one before goes on)")
 
     def _refuse_invalid(self, path: str) -> None:
-        """Raise ConfigError when a certificate has expired or is not valid yet."""
+        """Raise ConfigError for a certificate that has expired or is not valid yet."""
         with contextlib.suppress(OSError, ValueError, IndexError):
             since, until = certificate_times(Path(path).read_text(encoding="latin-1"))[0]
             if time.time() > until:
@@ -1208,8 +1209,7 @@ VALIDITY = re.compile(rb"(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)(?:\x17\x0d(\d{1
 def certificate_times(pem: str) -> list[tuple[float, float]]:
     """Return notBefore and notAfter of each certificate of a PEM file, in seconds since 1970.
 
-    Raise ValueError for a broken file. Read from the bytes and not off a handshake, which an expired certificate
-    does not pass.
+    Raise ValueError for a broken file. Read from the bytes: an expired certificate passes no handshake.
     """
     return [times for der in pem_blocks(pem, "CERTIFICATE") for times in validity_of(der)]
 
@@ -1220,7 +1220,7 @@ def crl_ends(pem: str) -> list[float]:
 
 
 def certificate_end(certificate: Mapping[str, Any]) -> float:
-    """Return until when a certificate of getpeercert() is good, in seconds since 1970."""
+    """Return notAfter of a certificate of getpeercert(), in seconds since 1970."""
     return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
 
 
@@ -1231,11 +1231,11 @@ def cas_without_crl(pem: str) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def crl_end_of(peer: bytes, ca: str, trust: str) -> float:  # noqa: ARG001 - trust: looked at anew when it changes
-    """Return until when the CRLs for a certificate (DER) are good, in seconds since 1970, infinity without one.
+def crl_end_of(peer: bytes, ca: str, trust: str) -> float:  # noqa: ARG001 - trust: a part of the cache's key
+    """Return when the first CRL for a certificate (DER) expires, in seconds since 1970; infinity without a CRL.
 
-    ca is the file that it was verified by; raise ConfigError when it can't be read. OpenSSL looks at a CRL in a whole
-    handshake alone: a resumed session and a kept connection would outlive it.
+    ca is the file that it was verified by; raise ConfigError when it can't be read. OpenSSL checks CRLs in full
+    handshakes only: a resumed session or a kept connection would outlive them.
     """
     try:
         pem = Path(ca).read_text(encoding="latin-1")
@@ -1251,8 +1251,8 @@ def crl_end_of(peer: bytes, ca: str, trust: str) -> float:  # noqa: ARG001 - tru
     while issuer is not None and issuer not in chain:
         chain.append(issuer)
         issuer = issuers.get(issuer)
-    looked_at = chain[:1] if set(issuers) - set(ends) else chain  # as load_ca() has it
-    return min((ends[name] for name in looked_at if name in ends), default=float("inf"))
+    checked = chain[:1] if set(issuers) - set(ends) else chain  # as in load_ca()
+    return min((ends[name] for name in checked if name in ends), default=float("inf"))
 
 
 def pem_blocks(pem: str, label: str) -> list[bytes]:
@@ -1262,7 +1262,7 @@ def pem_blocks(pem: str, label: str) -> list[bytes]:
 
 
 def validity_of(der: bytes) -> Iterator[tuple[float, float]]:
-    # a certificate's validity and a CRL's updates are the only places of two times in a row (RFC 5280, 4.1.2.5, 5.1.2)
+    # only a certificate's validity and a CRL's updates are two times in a row (RFC 5280, 4.1.2.5 and 5.1.2)
     found = VALIDITY.search(der)
     if found:
         short_since, long_since, short_until, long_until = found.groups()
@@ -1270,9 +1270,9 @@ def validity_of(der: bytes) -> Iterator[tuple[float, float]]:
 
 
 def der_name(der: bytes, place: int, version_tag: int) -> bytes:
-    """Return a field of what is signed: a certificate's subject or a CRL's issuer; raise ValueError.
+    """Return a name in a certificate or CRL, by its place among the signed fields; raise ValueError.
 
-    place counts from the version, which may be left out: it is known by its tag.
+    Place 0 is the version, known by its tag: it may be left out, and the others move up then.
     """
     outer = next(_der_items(der), (0, b""))[1]
     fields = list(_der_items(next(_der_items(outer), (0, b""))[1]))
@@ -1283,7 +1283,7 @@ def der_name(der: bytes, place: int, version_tag: int) -> bytes:
 
 
 def _der_items(der: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield tag and content of the items that follow one another; raise ValueError for what is no DER."""
+    """Yield tag and content of each item; raise ValueError for what is no DER."""
     while der:
         start, length = 2, der[1] if len(der) > 1 else 0x80
         if length >= 0x80:
@@ -1306,7 +1306,7 @@ def file_stamp(path: str) -> object:
         found = os.stat(path)
     except OSError:
         return None
-    # the ctime also tells a file that was made readable, or written with its old time
+    # the ctime changes too when a file becomes readable, or is written and gets its old mtime back
     return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
@@ -1315,7 +1315,7 @@ def no_passphrase() -> str:
 
 
 def load_pair(context: ssl.SSLContext, cert: str, key: str, names: tuple[str, str]) -> None:
-    """Loads a certificate and its key; ConfigError naming the setting and what is wrong."""
+    """Load a certificate and its key; raise ConfigError that names the setting and what is wrong."""
     for name, path in zip(names, (cert, key)):
         require_pem(name, path)
     try:
@@ -1332,7 +1332,7 @@ def load_pair(context: ssl.SSLContext, cert: str, key: str, names: tuple[str, st
 
 
 def require_file(name: str, path: str) -> bytes:
-    """Return how a file begins; raise ConfigError naming the setting when it can't be read."""
+    """Return the first 3 bytes of a file; raise ConfigError that names the setting when it can't be read."""
     if not path:
         raise ConfigError(f"{name} is not set")
     try:
@@ -1343,27 +1343,26 @@ def require_file(name: str, path: str) -> bytes:
 
 
 def require_pem(name: str, path: str) -> None:
-    """Raise ConfigError for a file that can't be read, or whose first certificate OpenSSL would leave out unseen."""
+    """Raise ConfigError for a file that can't be read, or with a BOM: OpenSSL would ignore its first certificate."""
     if require_file(name, path) == codecs.BOM_UTF8:
         raise ConfigError(f"{name} {path} begins with a byte order mark: save it without one (`sed -i '1s/^\\xEF\\xBB"
                           "\\xBF//'`)")
 
 
 def require_private(name: str, path: str) -> None:
-    """Raise ConfigError for a file that can't be read, that others than owner and group can read, or that anybody
-    but its owner can write."""
+    """Raise ConfigError for a file that can't be read, or is open to more than owner (rw) and group (r)."""
     require_file(name, path)
     if os.stat(path).st_mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise ConfigError(f"{name} {path} is open to others: chmod o-rwx,g-w it (its group may read it)")
 
 
 def load_ca(context: ssl.SSLContext, ca: str, name: str) -> None:
-    """Load the CA to verify peers by, with its CRLs where the file holds some; raise ConfigError naming the setting."""
+    """Load the CA to verify peers by, and the CRLs in its file; raise ConfigError that names the setting."""
     require_pem(name, ca)
     try:
         context.load_verify_locations(ca)
         if context.cert_store_stats()["crl"]:
-            # every CA of the chain must have a CRL then; else it is asked of the one that signed the peer's own
+            # without a CRL for every CA, OpenSSL can check that of the peer's own issuer only
             is_whole = not cas_without_crl(Path(ca).read_text(encoding="latin-1"))
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN if is_whole else ssl.VERIFY_CRL_CHECK_LEAF
     except ssl.SSLError as error:
@@ -1375,7 +1374,7 @@ def load_ca(context: ssl.SSLContext, ca: str, name: str) -> None:
 
 
 def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
-    """Gives the context for calls to agents: TLS 1.2 or newer, both sides verified (section 1)."""
+    """Return the context for requests to agents: TLS 1.2 or newer, both sides verified (section 1)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     verify_no_common_name(context)
@@ -1389,7 +1388,7 @@ def _tls_reason(error: ssl.SSLError) -> str:
 
 
 def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
-    """Return the API's TLS context; raise ConfigError naming what is wrong with the files."""
+    """Return the API's TLS context; raise ConfigError that names what is wrong with the files."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; all of TLS 1.3's are good
@@ -6046,43 +6045,43 @@ class Store:
 #   caller's.
 # Uses: Vocabulary.
 #
-#   A thread for each of 64 requests costs a third more CPU: they wake at once, and fight for the
+#   A thread for each of 64 requests costs a third more CPU: they wake at once, and compete for the
 #   interpreter. asyncio is not used, as its TLS needs twice the CPU of a plain SSLSocket.
 # ======================================================================================
 
-# So often it is looked whose time is over, while there is somebody who waits.
-LATE_CHECK_S = 0.05
-# So many begin before others are looked at: with large payloads each takes its time.
-NEW_AT_ONCE = 8
+# Seconds between checks for expired waits.
+EXPIRY_CHECK_S = 0.05
+# New coroutines started in a row: with large payloads each takes its time.
+STARTED_AT_ONCE = 8
+# Reads in a row without a wait, after which a coroutine yields.
+READS_AT_ONCE = 64
 
 
 class Wait(NamedTuple):
-    """What a conversation waits for: that a socket can be read or written (POLLIN, POLLOUT), until a moment.
-
-    The moment is one of time.monotonic(); socket.timeout is raised then.
-    """
+    """What a coroutine waits for: POLLIN or POLLOUT of a socket; socket.timeout is raised where it takes too long."""
     sock: socket.socket | select.epoll | None
     event: int
+    # By time.monotonic().
     ends_at: float
 
     def __await__(self) -> Generator[Wait, None, None]:
         yield self
 
 
-# Awaited before what blocks its thread: among many, a conversation goes on in a thread of its own then.
+# Awaited before a call that blocks: an event loop continues the coroutine in a thread of its own.
 BLOCKS = Wait(None, 0, 0.0)
 # Awaited where an answer begins to be read: from there on a Meter counts.
 READING = Wait(None, 1, 0.0)
-# Awaited by who could go on, so that others get their turn; after so many reads that had not to wait.
-NEXT_TURN, READS_AT_ONCE = Wait(None, 2, 0.0), 64
+# Awaited by a coroutine that could continue, so that others run.
+YIELD = Wait(None, 2, 0.0)
 
 
-def run_coroutine(talk: Coroutine[Wait, None, T]) -> T:
-    """Holds a conversation to its end in this thread; gives what it returns, raises what it raises."""
+def run_coroutine(coroutine: Coroutine[Wait, None, T]) -> T:
+    """Run a coroutine to its end in this thread; return what it returns, raise what it raises."""
     error: Exception | None = None
     try:
         while True:
-            wait = talk.throw(error) if error else talk.send(None)
+            wait = coroutine.throw(error) if error else coroutine.send(None)
             error = None
             if wait.sock is not None:
                 poller = select.poll()
@@ -6098,10 +6097,10 @@ def run_coroutine(talk: Coroutine[Wait, None, T]) -> T:
 
 
 class Meter:
-    """Awaits a coroutine, and counts the seconds of CPU that it takes after READING; what it waits for is free."""
+    """Await a coroutine, and count the seconds of CPU that it takes after READING; its waits cost nothing."""
 
-    def __init__(self, talk: Coroutine[Wait, None, Any]):
-        self._talk = talk
+    def __init__(self, coroutine: Coroutine[Wait, None, Any]):
+        self._coroutine = coroutine
         self.cost_s = 0.0
 
     def __await__(self) -> Generator[Wait, None, Any]:
@@ -6109,9 +6108,9 @@ class Meter:
         is_reading = False
         try:
             while True:
-                since = time.thread_time()  # of the thread that it goes on in: another one after BLOCKS
+                since = time.thread_time()  # of the thread that runs it now: another one after BLOCKS
                 try:
-                    wait = self._talk.throw(error) if error else self._talk.send(None)
+                    wait = self._coroutine.throw(error) if error else self._coroutine.send(None)
                 except StopIteration as end:
                     return end.value
                 finally:
@@ -6125,24 +6124,28 @@ class Meter:
                 except Exception as failed:
                     error = failed
         finally:
-            self._talk.close()  # it is let go as we are
+            self._coroutine.close()
 
 
 class EventLoop:
-    """Holds many conversations at once, in one thread; each that blocks in one more."""
+    """Run many coroutines in one thread; each that blocks in one more."""
 
     def __init__(self) -> None:
         self._new: collections.deque[Coroutine[Wait, None, None]] = collections.deque()
+        # By the descriptor that they wait for.
         self._waiting: dict[int, tuple[Coroutine[Wait, None, None], Wait]] = {}
         self._poller = select.poll()
+        # Wakes the thread: the end that it polls, and the one to write to. None where no thread runs.
         self._wakers: tuple[socket.socket, socket.socket] | None = None
         self._is_woken = False
         self._is_closed = False
-        self._turned_at = self._check_at = 0.0
+        # When the thread last completed a cycle.
+        self._cycled_at = 0.0
+        self._next_check_at = 0.0
         self._guard = threading.Lock()
 
     def start(self) -> None:
-        """Starts the thread where it does not run; RuntimeError or OSError when there is no room for it."""
+        """Start the thread if it does not run; raise RuntimeError or OSError when there is no room for it."""
         with self._guard:
             if self._wakers is not None or self._is_closed:
                 return
@@ -6155,26 +6158,23 @@ class EventLoop:
                 raise
             self._wakers = wakers
 
-    def submit(self, talk: Coroutine[Wait, None, None]) -> None:
-        """Begins a conversation, which must tell its outcome itself, and raise nothing; after close() it is let go.
-
-        It waits for start().
-        """
+    def submit(self, coroutine: Coroutine[Wait, None, None]) -> None:
+        """Run a coroutine from start() on, drop it after close(); it reports its outcome itself and raises nothing."""
         with self._guard:
             if self._is_closed:
-                talk.close()
+                coroutine.close()
                 return
             if not self._waiting and not self._new:
-                self._turned_at = time.monotonic()  # a thread that nobody needed did not turn
-            self._new.append(talk)
+                self._cycled_at = time.monotonic()  # an idle thread has no cycles
+            self._new.append(coroutine)
             self._wake()
 
     def is_hung(self, since: float) -> bool:
-        """Says whether somebody waits, and nobody was looked at since a moment of time.monotonic()."""
-        return bool(self._waiting or self._new) and self._turned_at < since
+        """Return whether coroutines wait, and the thread completed no cycle since a moment of time.monotonic()."""
+        return bool(self._waiting or self._new) and self._cycled_at < since
 
     def close(self) -> None:
-        """Lets go of what is under way, without a word to it."""
+        """Drop all coroutines; they are not notified."""
         with self._guard:
             self._is_closed = True
             self._wake()
@@ -6187,86 +6187,88 @@ class EventLoop:
     def _run(self, woken: socket.socket, waker: socket.socket) -> None:
         self._poller.register(woken, select.POLLIN)
         while not self._is_closed:
-            limit_ms = 0 if self._new else LATE_CHECK_S * 1000 if self._waiting else None
+            limit_ms = 0 if self._new else EXPIRY_CHECK_S * 1000 if self._waiting else None
             for descriptor, _ in self._poller.poll(limit_ms):
                 if descriptor == woken.fileno():
                     woken.recv(1)
-                    self._is_woken = False  # before the new ones are taken: whoever comes later wakes again
+                    self._is_woken = False  # before the new ones are taken: a later submit() wakes again
                 else:
-                    self._go_on(self._stop_waiting(descriptor))
-            for _ in range(min(len(self._new), NEW_AT_ONCE)):
-                self._go_on(self._new.popleft())
-            self._end_late()
-        for talk in (*self._new, *(talk for talk, _ in self._waiting.values())):
-            talk.close()
+                    self._resume(self._stop_waiting(descriptor))
+            for _ in range(min(len(self._new), STARTED_AT_ONCE)):
+                self._resume(self._new.popleft())
+            self._end_expired()
+        for coroutine in (*self._new, *(coroutine for coroutine, _ in self._waiting.values())):
+            coroutine.close()
         with self._guard:
             self._wakers = None
             woken.close()
             waker.close()
 
-    def _end_late(self) -> None:
-        """Ends the waits whose time is over, now and then; not where the answer is there, and we are late."""
-        self._turned_at = now = time.monotonic()
-        if now >= self._check_at:
-            self._check_at = now + LATE_CHECK_S
-            late = [descriptor for descriptor, (_, wait) in self._waiting.items() if wait.ends_at <= now]
-            ready = {descriptor for descriptor, _ in self._poller.poll(0)} if late else set()
-            for descriptor in late:
+    def _end_expired(self) -> None:
+        """End expired waits, every EXPIRY_CHECK_S; not those whose socket is ready: it is we who are late."""
+        self._cycled_at = now = time.monotonic()
+        if now >= self._next_check_at:
+            self._next_check_at = now + EXPIRY_CHECK_S
+            expired = [descriptor for descriptor, (_, wait) in self._waiting.items() if wait.ends_at <= now]
+            ready = {descriptor for descriptor, _ in self._poller.poll(0)} if expired else set()
+            for descriptor in expired:
                 if descriptor not in ready:
-                    self._go_on(self._stop_waiting(descriptor), socket.timeout("deadline"))
+                    self._resume(self._stop_waiting(descriptor), socket.timeout("deadline"))
 
     def _stop_waiting(self, descriptor: int) -> Coroutine[Wait, None, None]:
         self._poller.unregister(descriptor)
         return self._waiting.pop(descriptor)[0]
 
-    def _go_on(self, talk: Coroutine[Wait, None, None], error: Exception | None = None) -> None:
-        """Lets a conversation go on until it waits again, or ends."""
+    def _resume(self, coroutine: Coroutine[Wait, None, None], error: Exception | None = None) -> None:
+        """Run a coroutine until it waits again, or ends."""
         try:
-            wait = talk.throw(error) if error else talk.send(None)
+            wait = coroutine.throw(error) if error else coroutine.send(None)
         except StopIteration:
             return
-        except Exception:  # one conversation must not end all others
-            log.exception("a conversation with an agent failed within releasectl")
+        except Exception:  # it must not end all others
+            log.exception("a request to an agent failed within releasectl")
             return
         try:
             if wait is BLOCKS:
-                # a daemon, not a pool's, which the end of the process would wait for: a name may take long to look up
-                threading.Thread(target=self._hold, args=(talk,), name="agent", daemon=True).start()
+                # a daemon, not a pool's, which the end of the process would wait for: looking up a name may take long
+                threading.Thread(target=self._run_alone, args=(coroutine,), name="agent", daemon=True).start()
             elif wait.sock is None:
-                self._new.append(talk)
+                self._new.append(coroutine)
             else:
                 descriptor = wait.sock.fileno()
                 self._poller.register(descriptor, wait.event)
-                self._waiting[descriptor] = talk, wait
-        except Exception as failed:  # no thread can be started, say: the conversation itself tells what it lost
-            self._go_on(talk, failed)
+                self._waiting[descriptor] = coroutine, wait
+        except Exception as failed:  # no thread can be started, for example: the coroutine itself reports that
+            self._resume(coroutine, failed)
 
     @staticmethod
-    def _hold(talk: Coroutine[Wait, None, None]) -> None:
-        """Holds the rest of a conversation that blocks."""
+    def _run_alone(coroutine: Coroutine[Wait, None, None]) -> None:
         try:
-            run_coroutine(talk)
+            run_coroutine(coroutine)
         except Exception:
-            log.exception("a conversation with an agent failed within releasectl")
+            log.exception("a request to an agent failed within releasectl")
 
 
 class TimedSocket:
-    """A connected socket, plain or TLS, whose every wait ends at one moment, also under a peer that drips."""
+    """A connected socket, plain or TLS, with one deadline for all its waits, also under a peer that drips."""
 
     def __init__(self, sock: socket.socket, ends_at: float, max_bytes: int):
-        """Takes a socket that does not block, a moment of time.monotonic(), and how much may be read in all."""
+        """Take a non-blocking socket, a moment of time.monotonic(), and how many bytes may be read in all."""
         self.sock = sock
         self.ends_at = ends_at
+        # Bytes read from the socket.
         self.received = 0
+        # Bytes that were given back, to be read again.
         self.unread = b""
+        # The peer ended the connection.
         self.at_end = False
         self._max_bytes = max_bytes
         self._reads = 0
 
     async def when_ready(self, act: Callable[[], T], event: int) -> T:
-        """Gives what act() gives as soon as the socket lets it; socket.timeout when the time is over by then.
+        """Return act() as soon as the socket is ready for it; raise socket.timeout when it isn't by the deadline.
 
-        What is there is taken without a look at the clock: it may be we who are late.
+        What is ready is done after the deadline too: it may be we who are late.
         """
         while True:
             try:
@@ -6282,7 +6284,7 @@ class TimedSocket:
             await Wait(self.sock, event, self.ends_at)
 
     async def sendall(self, data: bytes) -> None:
-        """Sends all of it; nothing when the time is over."""
+        """Send all of it; nothing after the deadline."""
         if time.monotonic() >= self.ends_at:
             raise socket.timeout("deadline")
         view = memoryview(data)
@@ -6290,9 +6292,9 @@ class TimedSocket:
             view = view[await self.when_ready(functools.partial(self.sock.send, view), select.POLLOUT):]
 
     async def recv(self, max_bytes: int) -> bytes:
-        """Gives what is there, b"" at the end; TooBig when it is more than may be read.
+        """Return what is there, b"" at the end; raise TooBig when it is more than may be read.
 
-        A peer whose bytes are always there, few at a time, holds up nobody, and has its time like any other.
+        A peer whose bytes are always there, few at a time, delays no other coroutine and has the same deadline.
         """
         if self.unread:
             data, self.unread = self.unread[:max_bytes], self.unread[max_bytes:]
@@ -6301,7 +6303,7 @@ class TimedSocket:
         if self._reads % READS_AT_ONCE == 0:
             if time.monotonic() >= self.ends_at:
                 raise socket.timeout("deadline")
-            await NEXT_TURN
+            await YIELD
         data = await self.when_ready(functools.partial(self.sock.recv, max_bytes), select.POLLIN)
         self.received += len(data)
         self.at_end = not data
@@ -6310,11 +6312,11 @@ class TimedSocket:
         return data
 
     def makefile(self, _mode: str) -> io.BufferedReader:
-        """Gives it as http.client wants it, which blocks."""
+        """Return a file for http.client, which blocks."""
         return io.BufferedReader(_SocketReader(self), 16384)
 
     def close(self) -> None:
-        """Does nothing: who opened the socket closes it, after the last byte was read."""
+        """Do nothing: http.client calls it before the last byte is read; who opened the socket closes it."""
 
 
 class _SocketReader(io.RawIOBase):
@@ -6331,7 +6333,7 @@ class _SocketReader(io.RawIOBase):
 
 
 class TooBig(Exception):
-    """More came than may be read."""
+    """An answer is longer than allowed."""
 
 
 # endregion
@@ -6836,12 +6838,14 @@ def read_pong(address: Address, status: int, answer: bytes) -> None:
 
 MAX_IDLE_AGENT_CONNECTIONS = 256
 MAX_IDLE_AGENT_CONNECTION_S = 60.0
-# Of a name's several addresses the next is tried beside the ones before after so long (RFC 8305, 5).
+# Wait before the next address of a name is tried, beside those before it (RFC 8305, 5).
 NEXT_ADDRESS_S = 0.25
-# The head of an answer may be this long on top of the body.
+# Head of an answer, in addition to its body.
 MAX_HEAD_BYTES = 64 << 10
-# The body of an agent's answer (contract section 1), and of what a probe gets: a page that a node serves.
-MAX_ANSWER_BYTES, MAX_PROBED_BYTES = 64 << 10, 1 << 20
+# Body of an agent's answer (contract section 1).
+MAX_ANSWER_BYTES = 64 << 10
+# Body of the answer to a probe: a page that a node serves.
+MAX_PROBED_BYTES = 1 << 20
 
 
 class _Call(NamedTuple):
@@ -6917,7 +6921,7 @@ class AgentClient:
                        gate: Callable[[], bool] = lambda: True) -> Outcome:
         """Send a task; return its outcome: ACCEPTED with the id to poll, or the end of the task.
 
-        within_s shortens the request timeout; gate says, just before the first byte leaves, whether it may.
+        within_s shortens the request timeout; gate() decides, just before the first byte leaves, whether it may.
         """
         return await self._counted(DISPATCH, self._dispatch(address, task, within_s, gate))
 
@@ -7035,10 +7039,10 @@ class AgentClient:
 
     @contextlib.contextmanager
     def _in_flight(self, sock: socket.socket) -> Iterator[None]:
-        """Lets close() end what waits on a connection; OSError when it was called before."""
+        """Let close() end a connection in use; raise OSError after close()."""
         self._active.add(sock)
         try:
-            if self._is_closed:  # looked at after the addition: close() looks at what is there after it said so
+            if self._is_closed:  # checked after the addition, as close() sets it before it goes through _active
                 raise ConnectionAbortedError("releasectl is stopping")
             yield
         finally:
@@ -7060,7 +7064,7 @@ class AgentClient:
         try:
             tls_sock = context.wrap_socket(sock, server_hostname=name or self._server_name or address.host,
                                            do_handshake_on_connect=False)
-            sock = tls_sock  # the plain one is detached from now on
+            sock = tls_sock  # wrap_socket() detached the plain one
             with self._in_flight(sock):
                 await TimedSocket(sock, connect_by, 0).when_ready(tls_sock.do_handshake, select.POLLIN)
             return sock
@@ -7069,7 +7073,7 @@ class AgentClient:
             raise self._handshake_error(address, error, connect_s) from None
 
     async def _open_socket(self, address: Address, connect_by: float) -> socket.socket:
-        """Connect to the address, until connect_by; of a name's several to the one that answers first."""
+        """Return a connection to the address, or to the first address of a name that answers, until connect_by."""
         found = await self._look_up(address)
         if len(found) > 1:
             return await self._open_first(found, connect_by)
@@ -7087,7 +7091,7 @@ class AgentClient:
 
     @staticmethod
     def _begin_connect(found: tuple[Any, ...]) -> socket.socket:
-        """Return a socket that connects to one result of getaddrinfo(): it can be written at the end, well or not."""
+        """Return a socket that connects to a result of getaddrinfo(); it becomes writable when that ends, or fails."""
         family, kind, number, _, target = found
         sock = socket.socket(family, kind, number)
         try:
@@ -7102,9 +7106,9 @@ class AgentClient:
             raise
 
     async def _open_first(self, found: Sequence[tuple[Any, ...]], connect_by: float) -> socket.socket:
-        """Connect to several addresses, one more every NEXT_ADDRESS_S (RFC 8305); return the first that answers.
+        """Connect to several addresses in the system's order (RFC 8305); return the first connection.
 
-        In the system's order; when one fails, the next is begun at once.
+        Start the next one NEXT_ADDRESS_S after the last, or at once when one fails.
         """
         error = OSError("no address found")
         left = collections.deque(found)
@@ -7140,9 +7144,9 @@ class AgentClient:
 
     @staticmethod
     async def _look_up(address: Address) -> list[tuple[Any, ...]]:
-        """Return what getaddrinfo() gives: at once for an IP address, while a name may take its time.
+        """Return the results of getaddrinfo(); only a name blocks.
 
-        A name leads nowhere where a node's address may not be either: DNS is not ours. OSError where nothing is left.
+        Leave out what no node may have as its address: DNS is not ours. Raise OSError when nothing is left.
         """
         with contextlib.suppress(socket.gaierror):
             return socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
@@ -7191,7 +7195,7 @@ class AgentClient:
         except TooBig:
             raise AgentError(UNCLEAR, PROTOCOL, f"{address} answered more than {call.max_bytes >> 10} KiB") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            is_late = isinstance(error, socket.timeout)  # a reading that waited has seen the alert
+            is_late = isinstance(error, socket.timeout)  # while it waited, an alert would have been read
             refusal = _refusal(error) or (await _late_alert(timed) if timed.received == 0 and not is_late else "")
             if refusal:
                 raise AgentError(UNSENT, TLS, f"{address} refused our client certificate ({refusal})") from None
@@ -7224,7 +7228,7 @@ def _unverified_context() -> ssl.SSLContext:
 
 
 def _request_bytes(call: _Call) -> bytes:
-    """Gives a request as it leaves: head and body in one piece."""
+    """Return head and body in one piece."""
     host = f"[{call.address.host}]" if ":" in call.address.host else call.address.host
     head = f"{call.method} {call.path} HTTP/1.1\r\nHost: {call.host or f'{host}:{call.address.port}'}\r\n"
     if not call.keeps_connection:
@@ -7238,10 +7242,10 @@ PLAIN_HEAD = re.compile(rb"HTTP/1\.1 ([2-5]\d\d) [^\r\n]*(?:\r\n[!#-9;-~]+:[^\r\
 
 
 async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes, bool] | None:
-    """Reads an answer of the usual shape: one Content-Length, and no word on the connection but close.
+    """Read an answer with one Content-Length, and no Connection but close; return what _any_answer() returns.
 
-    Gives status, body, and whether the connection can be kept. Any other shape is left unread for http.client, which
-    takes 0.2 ms for each: a fifth of the time of a release.
+    Return None for any other, with all of it unread. http.client would take 0.2 ms for each answer: a fifth of the
+    time of a release.
     """
     data = b""
     while part := await timed.recv(16384):
@@ -7251,8 +7255,8 @@ async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes,
             continue
         plain, fields = PLAIN_HEAD.fullmatch(head), head.lower()
         lengths = re.findall(rb"\ncontent-length: *(\d{1,7})(?=\r|$)", fields)
-        words = re.findall(rb"\nconnection: *([^\r]*)", fields)
-        if not plain or len(lengths) != 1 or fields.count(b"\ncontent-length") != 1 or set(words) - {b"close"} or (
+        options = re.findall(rb"\nconnection: *([^\r]*)", fields)
+        if not plain or len(lengths) != 1 or fields.count(b"\ncontent-length") != 1 or set(options) - {b"close"} or (
                 b"\ntransfer-encoding:" in fields) or int(lengths[0]) > max_bytes:
             break
         parts, missing = [body], int(lengths[0]) - len(body)
@@ -7263,7 +7267,7 @@ async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes,
             raise http.client.IncompleteRead(body)
         if missing < 0:
             break
-        return int(plain.group(1)), b"".join(parts), not words
+        return int(plain.group(1)), b"".join(parts), not options
     if not data:
         raise http.client.RemoteDisconnected("no answer")
     timed.unread, timed.at_end = data, False
@@ -7271,11 +7275,11 @@ async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes,
 
 
 async def _any_answer(timed: TimedSocket, call: _Call) -> tuple[int, bytes, bool]:
-    """Reads an answer by http.client; gives status, body, and whether the connection can be kept."""
+    """Read an answer by http.client; return status, body, and whether the connection can be kept."""
     await BLOCKS
     response = http.client.HTTPResponse(timed, method=call.method)  # type: ignore[arg-type]
     response.begin()
-    # http.client takes the end of the connection for the end of a head, and of a body
+    # http.client takes the end of the connection for the end of the head, and of the body
     cut_in_head = timed.at_end
     answer = response.read(call.max_bytes + 1)
     if len(answer) > call.max_bytes:
@@ -7286,14 +7290,14 @@ async def _any_answer(timed: TimedSocket, call: _Call) -> tuple[int, bytes, bool
 
 
 def _is_readable(sock: socket.socket) -> bool:
-    """Says whether an idle connection has something to say: its end, as nothing was asked."""
+    """Return whether an idle connection is readable: it has ended, as there is no answer to come."""
     poller = select.poll()
     poller.register(sock, select.POLLIN)
     return bool(poller.poll(0))
 
 
 def _refusal(error: Exception) -> str:
-    """Gives the alert by which an agent refused our certificate, or ''."""
+    """Return the alert by which an agent refused our certificate, or ""."""
     reason = getattr(error, "reason", None) or ""
     if isinstance(error, ssl.SSLError) and "ALERT" in reason and reason.endswith(REFUSAL_ALERTS):
         return str(reason).split("ALERT_", 1)[1].replace("_", " ").lower()
@@ -7301,13 +7305,13 @@ def _refusal(error: Exception) -> str:
 
 
 async def _late_alert(timed: TimedSocket) -> str:
-    """Reads once more where a request failed: with TLS 1.3 the refusal comes after the handshake."""
+    """Return the refusal that one more read brings after a failure: with TLS 1.3 it follows the handshake."""
     for _ in range(2):
         try:
             timed.ends_at = time.monotonic() + 0.5
             if not await timed.recv(1):
                 return ""
-        except Exception as error:  # whatever it is, only an alert is of use
+        except Exception as error:  # anything but an alert is of no use
             if _refusal(error):
                 return _refusal(error)
     return ""

@@ -693,7 +693,7 @@ class Simulation:
 
     def request(self, owner: SimExecutor, driver: SimDriver, op: str, node: rc.ReleaseNode, task: rc.AgentTask,
                 written_at: rc.Moment) -> None:
-        """Takes what a conversation would do: leave, arrive, and bring an outcome, each at its own time."""
+        """Do what a request does: leave, arrive, and bring an outcome, each at its own time."""
         def answer(outcome: rc.Outcome) -> None:
             send.heard = _heard(outcome)
             driver.results.put((node.node_id, outcome._replace(op=op)))

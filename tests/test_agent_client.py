@@ -357,6 +357,16 @@ def test_a_cut_404_is_no_word_that_the_task_is_unknown(client, new_peer):
                  "A cut the connection in the middle of its answer", rc.LOST, hold_s=rc.CUT_BUSY_S)
 
 
+# -- the dialects ---------------------------------------------------------------------------
+
+def test_a_dialect_has_a_row_in_every_table_and_stands_in_the_schema():
+    assert list(rc.WIRE_FORMATS) == list(rc.DIALECTS)
+    for name, wire in rc.WIRE_FORMATS.items():
+        assert bool(wire.query_path) == rc.DIALECTS[name].can_be_asked
+    allowed = ", ".join(f"'{name}'" for name in rc.DIALECTS)
+    assert f"agent_protocol IN ({allowed})" in (Path(rc.__file__).parent / "schema.sql").read_text("utf-8")
+
+
 # -- the tasks dialect -----------------------------------------------------------------------
 
 def test_the_task_that_the_answer_names_is_the_one_to_poll_and_its_id_is_quoted(client, new_peer):
