@@ -4291,7 +4291,7 @@ class DatabaseState:
                 UPDATE database_state
                 SET moved_at = ?, lost_version = CASE WHEN lost_version > ? THEN lost_version ELSE ? END
                 WHERE id = 1""", tx.now(), self.seen.version, self.seen.version)
-            tx.afterwards.append(functools.partial(setattr, self, "_has_fallen", False))
+            tx.afterwards.append(functools.partial(setattr, self, "has_fallen", False))
 
     def note_timeline(self, tx: Transaction) -> None:
         """Note the server that a writer has; after a failover leave out the numbers that lost releases may have had."""
