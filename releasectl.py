@@ -7770,7 +7770,8 @@ class Driver:
 # region Executor
 # ======================================================================================
 # Executor: scan, claims, leases, the threads.
-# Uses: Vocabulary, Helpers, Settings, Model, Claims, Event loop, Agents, Driver.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Claims, Event loop,
+#   Agents, Driver.
 #
 #   One driver thread a claimed release alone reads and writes its rows. Coroutines only talk to
 #   agents and put outcomes on its queue. One lease thread renews all claims. Persist, then send.
@@ -10046,9 +10047,9 @@ class Screen:
 # region Commands
 # ======================================================================================
 # Commands: what each other command does (contract section 4).
-# Uses: Vocabulary, Helpers, Settings, Model, Strategy, Plan, Status texts, Verbs,
-#   Engines, Database, Audit, Queue, Retry and rollback, Releases, Claims,
-#   Serialization, Access, Check and why, Terminal.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Status
+#   texts, Verbs, Engines, Database, Audit, Queue, Retry and rollback, Releases,
+#   Claims, Serialization, Access, Check and why, Terminal.
 # ======================================================================================
 
 class Context:
