@@ -213,9 +213,10 @@ MAX_LABELS, MAX_LABEL_KEY_CHARS, MAX_LABEL_CHARS = 64, 63, 255
 
 # Wait before the first poll of a running task, and its growth from poll to poll, up to the interval.
 FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
-# The share of a thread's time that the answers of one agent may take, and how much of that time, in seconds of the
-# clock, an agent may take in advance: 0.1 s of CPU, which is hundreds of normal answers.
-ANSWER_SHARE, ANSWER_CREDIT_S = 0.01, 10.0
+# The share of a thread's time that the answers of one agent may take.
+ANSWER_SHARE = 0.01
+# Seconds of the clock whose share an agent may take in advance: 0.01 s of CPU, a hundred normal answers.
+ANSWER_CREDIT_S = 1.0
 # Timeout of the first poll: it follows the dispatch at once and delays the report that the task was accepted.
 FIRST_POLL_TIMEOUT_S = 1.0
 # Shortest and longest wait before a failed request is tried again.
