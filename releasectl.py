@@ -38,7 +38,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
                         caller's
     HTTP wire           one connection's bytes against limits and deadlines, and who may stay
                         when there are many
-    Dialects            what the two kinds of agent are asked and answer (contract section 1)
+    Dialects            what agents are sent, and how their answers are read (contract section 1)
     Agents              connections to agents, deadlines, requests, probes
     Driver              one claimed release: read, decide, commit, send, collect
     Executor            scan, claims, leases, the threads
@@ -141,7 +141,25 @@ OPEN = frozenset((PENDING, RUNNING))
 VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
 
 NODE_STATUSES = ("online", "offline", "maintenance")
-PROTOCOLS = (TASKS, EXECUTE) = ("tasks", "execute")
+TASKS, EXECUTE = "tasks", "execute"
+# Key of the list of sites in a payload.
+WEBSITES = "websites"
+
+
+class Dialect(NamedTuple):
+    """What a decision and a plan know of the agents of a dialect; what they are sent stands in WIRE_FORMATS."""
+    # They can be asked for a task. Those that can't may be busy with a request whose answer was lost: a hold follows.
+    can_be_asked: bool
+    # They drop all their sites where the payload has no list WEBSITES.
+    needs_websites: bool
+
+
+# From agent_protocol to its dialect (contract section 1).
+DIALECTS: Mapping[str, Dialect] = {
+    TASKS: Dialect(can_be_asked=True, needs_websites=False),
+    EXECUTE: Dialect(can_be_asked=False, needs_websites=True),
+}
+PROTOCOLS = tuple(DIALECTS)
 
 # Operations: a dispatch and a query go to the agent, a probe to what the node serves (verify).
 DISPATCH, QUERY, PROBE = "dispatch", "query", "probe"
@@ -195,9 +213,10 @@ MAX_LABELS, MAX_LABEL_KEY_CHARS, MAX_LABEL_CHARS = 64, 63, 255
 
 # Wait before the first poll of a running task, and its growth from poll to poll, up to the interval.
 FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
-# Share of a thread's time that the answers of one agent may take, and how many seconds an agent may be ahead of it:
-# 10 s at 1 % are 0.1 s of CPU, which is hundreds of normal answers.
-ANSWER_SHARE, ANSWER_CREDIT_S = 0.01, 10.0
+# The share of a thread's time that the answers of one agent may take.
+ANSWER_SHARE = 0.01
+# Seconds of the clock whose share an agent may take in advance: 0.01 s of CPU, a hundred normal answers.
+ANSWER_CREDIT_S = 1.0
 # Timeout of the first poll: it follows the dispatch at once and delays the report that the task was accepted.
 FIRST_POLL_TIMEOUT_S = 1.0
 # Shortest and longest wait before a failed request is tried again.
@@ -274,30 +293,6 @@ class ClaimLost(Exception):
 
 class StateMoved(Exception):
     """The release was changed since it was read; nothing was written. Read again."""
-
-
-class AgentError(Exception):
-    """A request to an agent that failed, or an answer that can't be used.
-
-    kind: the contract's error_kind.
-    reached: the agent may have got the request.
-    hold_s: seconds for which an execute agent may still be busy with it.
-    final: trying again does not help.
-    is_not_sent: releasectl did not send the request; this says nothing about the agent.
-    is_refusal: the answer says that nothing was done (429, 503, a redirect).
-    """
-
-    def __init__(self, kind: str, message: str, reached: bool, hold_s: float = 0.0, final: bool = False,
-                 detail: str = "", is_not_sent: bool = False, is_refusal: bool = False):
-        super().__init__(message)
-        self.kind = kind
-        self.message = message
-        self.reached = reached
-        self.hold_s = hold_s
-        self.final = final
-        self.is_not_sent = is_not_sent
-        self.is_refusal = is_refusal
-        self.detail = detail or message
 
 
 # What follows where more nodes fail than the strategy tolerates (onExceed).
@@ -887,7 +882,7 @@ def read_beside(file: Path) -> str:
 # Uses: Vocabulary, Helpers, Settings.
 # ======================================================================================
 
-# From a metric's name and the values of its labels to its value.
+# Values by the name of the metric and the values of its labels.
 Figures = Mapping[tuple[str, ...], float]
 
 
@@ -897,7 +892,7 @@ class Metric(NamedTuple):
     kind: str
     help: str
     labels: tuple[str, ...] = ()
-    # All values of each label, where they are known in advance.
+    # All values of each label, if they are known in advance.
     values: tuple[tuple[str, ...], ...] = ()
 
 
@@ -944,11 +939,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        # a counter whose labels are known starts at 0, so that its first event shows as an increase
+        # a counter whose label values are known starts at 0, so that its first event shows as an increase
         self._figures: dict[tuple[str, ...], float] = {
             (m.name, *values): 0.0 for m in METRICS if m.kind == COUNTER and m.name.startswith("releasectl_")
             and len(m.values) == len(m.labels) for values in itertools.product(*m.values)}
-        # of each histogram: its buckets, the one above them, and the sum
+        # Of each histogram: its buckets, the one above them, and the sum.
         self._times: dict[tuple[str, ...], list[float]] = {}
 
     def count(self, name: str, *labels: str) -> None:
@@ -1000,7 +995,7 @@ def _sample(name: str, labels: Iterable[tuple[str, str]], figure: float) -> str:
 
 
 def process_figures(started_at: float) -> dict[tuple[str, ...], float]:
-    """Return the metrics of this process, as far as the system has them (/proc)."""
+    """Return the metrics of this process; some need /proc."""
     figures: dict[tuple[str, ...], float] = {
         ("process_start_time_seconds",): started_at, ("process_cpu_seconds_total",): time.process_time(),
         ("process_threads",): threading.active_count()}
@@ -1011,7 +1006,7 @@ def process_figures(started_at: float) -> dict[tuple[str, ...], float]:
     return figures
 
 
-# Longer than any line of our own: only text from outside is cut.
+# Longer than any message of our own: only text from outside is cut.
 MAX_LOG_CHARS = 4096
 
 
@@ -1029,7 +1024,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """One line an event, for people; a stack trace follows, indented, so that it can't be taken for another event."""
+    """One line for each event, for people; stack traces are indented, so that no line of one looks like an event."""
 
     def __init__(self, in_journal: bool):
         """in_journal: the journal adds time and level to each line itself."""
@@ -1062,7 +1057,7 @@ def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> list[str]
 
 
 def is_journal() -> bool:
-    """Return whether standard error is the journal, and not a pipe or file of another program in the service."""
+    """Return whether standard error is the journal, not a pipe or a file."""
     try:
         found = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -1079,7 +1074,7 @@ def set_up_log(settings: Settings, command: str) -> None:
     log.handlers = [handler]
     is_executor = command in ("serve", "run-once")
     log.setLevel(settings.log_level.upper() if is_executor else logging.WARNING)
-    trail.setLevel(logging.INFO if is_executor else logging.NOTSET)  # NOTSET: as log has it
+    trail.setLevel(logging.INFO if is_executor else logging.NOTSET)  # NOTSET: that of log
     log.propagate = False
 
 
@@ -1094,7 +1089,7 @@ def set_up_log(settings: Settings, command: str) -> None:
 # ======================================================================================
 
 def pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
-    """Gives what libpq's sslmode and sslrootcert mean, for the driver that does not know them."""
+    """Return the TLS context that libpq's sslmode and sslrootcert ask for; pg8000 does not know them."""
     mode = query.get("sslmode", "prefer")
     if mode in ("disable", "allow", "prefer"):
         return None
@@ -1106,7 +1101,7 @@ def pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
     return context
 
 
-# X509_V_ERR_...: what OpenSSL found wrong with an agent's certificate, for a person on call.
+# Texts for OpenSSL's X509_V_ERR_... of an agent's certificate.
 CERTIFICATE_FAULTS: Mapping[int, str] = {
     3: "presented a certificate of a CA that has no CRL in CONTROL_CA, while others have one there",
     8: "presented a certificate whose CA did not sign its CRL (CONTROL_CA)",
@@ -1125,50 +1120,50 @@ CERTIFICATE_FAULTS: Mapping[int, str] = {
     67: "presented a certificate of a CA whose key is too weak: it needs RSA of 2048 bits or more, or EC",
     68: "presented a certificate signed with a digest that is too weak: it needs SHA-256 or better",
 }
-# What OpenSSL's security level refuses in our own files, and what would do.
+# Texts for what OpenSSL's security level refuses in our own files.
 WEAK_REASONS: Mapping[str, str] = {
     "EE_KEY_TOO_SMALL": "its key is too weak: make one of RSA with 2048 bits or more, or of EC",
     "CA_KEY_TOO_SMALL": "the key of its CA is too weak: it needs RSA of 2048 bits or more, or EC",
     "CA_MD_TOO_WEAK": "it is signed with a digest that is too weak: it needs SHA-256 or better",
     "DH_KEY_TOO_SMALL": "its key is too weak: make one of RSA with 2048 bits or more, or of EC",
 }
-# Alerts by which an agent says that it does not like our certificate; their prefixes differ
-# between versions of TLS and of OpenSSL.
+# Alerts of an agent that refuses our certificate; their prefixes differ between versions of TLS and of OpenSSL.
 REFUSAL_ALERTS = ("CERTIFICATE_REQUIRED", "BAD_CERTIFICATE", "UNKNOWN_CA", "CERTIFICATE_EXPIRED",
                   "CERTIFICATE_REVOKED", "CERTIFICATE_UNKNOWN", "UNSUPPORTED_CERTIFICATE", "ACCESS_DENIED",
                   "NO_CERTIFICATE", "HANDSHAKE_FAILURE", "DECRYPT_ERROR")
 
-# A renewed certificate that was not valid yet is taken so long after its time: the clocks of those who look at it,
-# OpenSSL's own among them, may be behind ours.
+# A renewed certificate is used this long after its notBefore: the clocks of those who verify it, and OpenSSL's own,
+# may be behind ours.
 CLOCKS_APART_S = 1.0
 
 
 class TlsFiles:
-    """Certificates as an ssl context, made anew when their files change; for both of our sides."""
+    """An SSL context that is made again when its files change; thread-safe."""
 
     def __init__(self, make: Callable[..., ssl.SSLContext], *files: str):
-        """make: gives a context of the files: our certificate, its key, and the CA's, which may have no name."""
+        """Take a function that makes the context, and its files: certificate, key, and CA, which may be ""."""
         self._make, self._files = make, files
         self._guard = threading.Lock()
+        # file_stamp() of the files when they were last read, and of the certificate and key in use.
         self._stamp: tuple[object, ...] = ()
-        # Of the certificate and key in use, and a digest of the CA and the CRLs that others are verified by.
         self._pair_stamp: tuple[object, ...] = ()
+        # Digest of the CA and CRLs in use.
         self._trust = ""
         self._context: ssl.SSLContext | None = None
-        # Why the files as they are were not taken.
+        # Why the files as they are now are not used.
         self._fault = ""
-        # When a renewed certificate that is not valid yet will be.
+        # When a renewed certificate becomes valid.
         self._valid_from = float("inf")
 
     def context(self) -> ssl.SSLContext:
-        """Return the context of the files as they are; raise ConfigError when there is none that works.
+        """Return the context of the files as they are now; raise ConfigError when there is none that works.
 
-        While a renewal is half done, or brought a certificate that nobody accepts now, the last pair goes on.
+        The last pair stays in use while a renewal is half done, or the new certificate is expired or not valid yet.
         """
         return self.current()[0]
 
     def current(self) -> tuple[ssl.SSLContext, str]:
-        """Do context(); return also what tells whether the CA or its CRLs are others than they were."""
+        """Return context(), and a digest that changes when the CA or its CRLs do."""
         with self._guard:
             stamp = tuple(map(file_stamp, self._files))
             if stamp != self._stamp or time.time() >= self._valid_from:
@@ -1189,7 +1184,7 @@ class TlsFiles:
             return self._context, self._trust
 
     def reload(self) -> None:
-        """Read the files anew, whether they changed or not; raise ConfigError when they can't be used."""
+        """Read the files again, whether they changed or not; raise ConfigError when they can't be used."""
         with self._guard:
             self._stamp = ()
         self.context()
@@ -1197,7 +1192,7 @@ class TlsFiles:
             raise ConfigError(f"{self._fault} (the one before goes on)")
 
     def _refuse_invalid(self, path: str) -> None:
-        """Raise ConfigError when a certificate has expired or is not valid yet."""
+        """Raise ConfigError for a certificate that has expired or is not valid yet."""
         with contextlib.suppress(OSError, ValueError, IndexError):
             since, until = certificate_times(Path(path).read_text(encoding="latin-1"))[0]
             if time.time() > until:
@@ -1219,8 +1214,7 @@ VALIDITY = re.compile(rb"(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)(?:\x17\x0d(\d{1
 def certificate_times(pem: str) -> list[tuple[float, float]]:
     """Return notBefore and notAfter of each certificate of a PEM file, in seconds since 1970.
 
-    Raise ValueError for a broken file. Read from the bytes and not off a handshake, which an expired certificate
-    does not pass.
+    Raise ValueError for a broken file. Read from the bytes: an expired certificate passes no handshake.
     """
     return [times for der in pem_blocks(pem, "CERTIFICATE") for times in validity_of(der)]
 
@@ -1231,7 +1225,7 @@ def crl_ends(pem: str) -> list[float]:
 
 
 def certificate_end(certificate: Mapping[str, Any]) -> float:
-    """Return until when a certificate of getpeercert() is good, in seconds since 1970."""
+    """Return notAfter of a certificate of getpeercert(), in seconds since 1970."""
     return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
 
 
@@ -1242,11 +1236,11 @@ def cas_without_crl(pem: str) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def crl_end_of(peer: bytes, ca: str, trust: str) -> float:  # noqa: ARG001 - trust: looked at anew when it changes
-    """Return until when the CRLs for a certificate (DER) are good, in seconds since 1970, infinity without one.
+def crl_end_of(peer: bytes, ca: str, trust: str) -> float:  # noqa: ARG001 - trust: a part of the cache's key
+    """Return when the first CRL for a certificate (DER) expires, in seconds since 1970; infinity without a CRL.
 
-    ca is the file that it was verified by; raise ConfigError when it can't be read. OpenSSL looks at a CRL in a whole
-    handshake alone: a resumed session and a kept connection would outlive it.
+    ca is the file that it was verified by; raise ConfigError when it can't be read. OpenSSL checks CRLs in full
+    handshakes only: a resumed session or a kept connection would outlive them.
     """
     try:
         pem = Path(ca).read_text(encoding="latin-1")
@@ -1262,8 +1256,8 @@ def crl_end_of(peer: bytes, ca: str, trust: str) -> float:  # noqa: ARG001 - tru
     while issuer is not None and issuer not in chain:
         chain.append(issuer)
         issuer = issuers.get(issuer)
-    looked_at = chain[:1] if set(issuers) - set(ends) else chain  # as load_ca() has it
-    return min((ends[name] for name in looked_at if name in ends), default=float("inf"))
+    checked = chain[:1] if set(issuers) - set(ends) else chain  # as in load_ca()
+    return min((ends[name] for name in checked if name in ends), default=float("inf"))
 
 
 def pem_blocks(pem: str, label: str) -> list[bytes]:
@@ -1273,7 +1267,7 @@ def pem_blocks(pem: str, label: str) -> list[bytes]:
 
 
 def validity_of(der: bytes) -> Iterator[tuple[float, float]]:
-    # a certificate's validity and a CRL's updates are the only places of two times in a row (RFC 5280, 4.1.2.5, 5.1.2)
+    # only a certificate's validity and a CRL's updates are two times in a row (RFC 5280, 4.1.2.5 and 5.1.2)
     found = VALIDITY.search(der)
     if found:
         short_since, long_since, short_until, long_until = found.groups()
@@ -1281,9 +1275,9 @@ def validity_of(der: bytes) -> Iterator[tuple[float, float]]:
 
 
 def der_name(der: bytes, place: int, version_tag: int) -> bytes:
-    """Return a field of what is signed: a certificate's subject or a CRL's issuer; raise ValueError.
+    """Return a name in a certificate or CRL, by its place among the signed fields; raise ValueError.
 
-    place counts from the version, which may be left out: it is known by its tag.
+    Place 0 is the version, known by its tag: it may be left out, and the others move up then.
     """
     outer = next(_der_items(der), (0, b""))[1]
     fields = list(_der_items(next(_der_items(outer), (0, b""))[1]))
@@ -1294,7 +1288,7 @@ def der_name(der: bytes, place: int, version_tag: int) -> bytes:
 
 
 def _der_items(der: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield tag and content of the items that follow one another; raise ValueError for what is no DER."""
+    """Yield tag and content of each item; raise ValueError for what is no DER."""
     while der:
         start, length = 2, der[1] if len(der) > 1 else 0x80
         if length >= 0x80:
@@ -1317,7 +1311,7 @@ def file_stamp(path: str) -> object:
         found = os.stat(path)
     except OSError:
         return None
-    # the ctime also tells a file that was made readable, or written with its old time
+    # the ctime changes too when a file becomes readable, or is written and gets its old mtime back
     return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
@@ -1326,7 +1320,7 @@ def no_passphrase() -> str:
 
 
 def load_pair(context: ssl.SSLContext, cert: str, key: str, names: tuple[str, str]) -> None:
-    """Loads a certificate and its key; ConfigError naming the setting and what is wrong."""
+    """Load a certificate and its key; raise ConfigError that names the setting and what is wrong."""
     for name, path in zip(names, (cert, key)):
         require_pem(name, path)
     try:
@@ -1343,7 +1337,7 @@ def load_pair(context: ssl.SSLContext, cert: str, key: str, names: tuple[str, st
 
 
 def require_file(name: str, path: str) -> bytes:
-    """Return how a file begins; raise ConfigError naming the setting when it can't be read."""
+    """Return the first 3 bytes of a file; raise ConfigError that names the setting when it can't be read."""
     if not path:
         raise ConfigError(f"{name} is not set")
     try:
@@ -1354,27 +1348,26 @@ def require_file(name: str, path: str) -> bytes:
 
 
 def require_pem(name: str, path: str) -> None:
-    """Raise ConfigError for a file that can't be read, or whose first certificate OpenSSL would leave out unseen."""
+    """Raise ConfigError for a file that can't be read, or with a BOM: OpenSSL would ignore its first certificate."""
     if require_file(name, path) == codecs.BOM_UTF8:
         raise ConfigError(f"{name} {path} begins with a byte order mark: save it without one (`sed -i '1s/^\\xEF\\xBB"
                           "\\xBF//'`)")
 
 
 def require_private(name: str, path: str) -> None:
-    """Raise ConfigError for a file that can't be read, that others than owner and group can read, or that anybody
-    but its owner can write."""
+    """Raise ConfigError for a file that can't be read, or is open to more than owner (rw) and group (r)."""
     require_file(name, path)
     if os.stat(path).st_mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise ConfigError(f"{name} {path} is open to others: chmod o-rwx,g-w it (its group may read it)")
 
 
 def load_ca(context: ssl.SSLContext, ca: str, name: str) -> None:
-    """Load the CA to verify peers by, with its CRLs where the file holds some; raise ConfigError naming the setting."""
+    """Load the CA to verify peers by, and the CRLs in its file; raise ConfigError that names the setting."""
     require_pem(name, ca)
     try:
         context.load_verify_locations(ca)
         if context.cert_store_stats()["crl"]:
-            # every CA of the chain must have a CRL then; else it is asked of the one that signed the peer's own
+            # without a CRL for every CA, OpenSSL can check that of the peer's own issuer only
             is_whole = not cas_without_crl(Path(ca).read_text(encoding="latin-1"))
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN if is_whole else ssl.VERIFY_CRL_CHECK_LEAF
     except ssl.SSLError as error:
@@ -1386,7 +1379,7 @@ def load_ca(context: ssl.SSLContext, ca: str, name: str) -> None:
 
 
 def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
-    """Gives the context for calls to agents: TLS 1.2 or newer, both sides verified (section 1)."""
+    """Return the context for requests to agents: TLS 1.2 or newer, both sides verified (section 1)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     verify_no_common_name(context)
@@ -1400,7 +1393,7 @@ def _tls_reason(error: ssl.SSLError) -> str:
 
 
 def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
-    """Return the API's TLS context; raise ConfigError naming what is wrong with the files."""
+    """Return the API's TLS context; raise ConfigError that names what is wrong with the files."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; all of TLS 1.3's are good
@@ -1456,6 +1449,10 @@ class Node:
     updated_at: str
     # Highest version ever sent to it.
     last_version: int = 0
+
+    @property
+    def dialect(self) -> Dialect:
+        return DIALECTS[self.agent_protocol]
 
     @property
     def gets_releases(self) -> bool:
@@ -1589,6 +1586,10 @@ class ReleaseNode(NamedTuple):
         """Return where its agent listens."""
         return endpoint_of(self.main_ip, self.agent_port)
 
+    @property
+    def dialect(self) -> Dialect:
+        return DIALECTS[self.agent_protocol]
+
 
 class Verdict(NamedTuple):
     """The end of a node: SUCCESS, or FAILED with an error_kind, a message and its whole text."""
@@ -1694,6 +1695,10 @@ class Policy(NamedTuple):
             retries=self.retries if strategy.retries is None else strategy.retries,
             node_deadline_s=strategy.node_deadline_s or self.node_deadline_s,
             probes=strategy.verify.successes if strategy.verify else 0)
+
+
+# Where no node is running, nothing depends on it.
+NO_POLICY = Policy(0, 0.0, 0.0, 0.0)
 
 
 class NodeIndex:
@@ -1809,13 +1814,17 @@ class Stage(NamedTuple):
 
 class Outcome(NamedTuple):
     """The outcome of one request to an agent, or of a probe."""
-    node_id: int
     op: str
+    # SUCCESS or FAILED, which are believed, or one of those that Decision adds (ACCEPTED, ...).
     result: str
+    # The id by which the agent knows the task.
     task_id: str = ""
     error_kind: str = ""
+    # What the agent said, or what is wrong with its answer.
     message: str = ""
+    # The whole text, where it is more than message.
     detail: str = ""
+    # Seconds for which an agent that can't be asked may still be busy with the request.
     hold_s: float = 0.0
     # The version of an "already applied", else 0.
     applied: int = 0
@@ -1823,6 +1832,11 @@ class Outcome(NamedTuple):
     is_refusal: bool = False
     # Seconds of CPU that its answer took us.
     cost_s: float = 0.0
+
+    @property
+    def event_detail(self) -> str:
+        """Return the whole text, as an event stores it."""
+        return detail_text(self.detail or self.message)
 
 
 class Hold(NamedTuple):
@@ -2297,20 +2311,11 @@ def refuse_twins(nodes: Iterable[Node]) -> None:
                                  f"{node.main_ip}:{node.agent_port}: disable one of them")
 
 
-# Without this key in the payload an execute agent drops all its sites (contract section 1).
-WEBSITES = "websites"
-
-
-def drops_sites(payload: Mapping[str, Any]) -> bool:
-    """Return whether an execute agent would drop all its sites though the payload does not say so."""
-    return not isinstance(payload.get(WEBSITES), list)
-
-
 def refuse_dropping_sites(payload: Mapping[str, Any], nodes: Iterable[Node | ReleaseNode], code: int = INVALID,
                           what: str = "the payload") -> None:
-    """Raise AppError where execute nodes would drop all their sites: see drops_sites()."""
-    served = [node.name for node in nodes if node.agent_protocol == EXECUTE]
-    if served and drops_sites(payload):
+    """Raise AppError where nodes would drop all their sites though the payload does not say so."""
+    served = [node.name for node in nodes if node.dialect.needs_websites]
+    if served and not isinstance(payload.get(WEBSITES), list):
         raise AppError(code, f"{what} has no list {WEBSITES}, and {names_of(served)} would drop all sites without it "
                              f'(protocol execute): name the sites, or "{WEBSITES}": [] where none is meant')
 
@@ -2472,7 +2477,7 @@ class Situation(NamedTuple):
     # All nodes of the release.
     nodes: NodeIndex
     now: Moment
-    policy: Policy
+    policy: Policy = NO_POLICY
     strategy: Strategy = NO_STRATEGY
     # Number of requests that may be sent now.
     slots: int = 1
@@ -2679,15 +2684,15 @@ def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -
     if outcome.result in (SUCCESS, ACCEPTED) and outcome.applied and not node.reached:
         # none of our tries can have done it: another version that has the same number
         return node._replace(in_flight=False, verdict=Verdict(
-            FAILED, REJECTED, f"the agent is already at version {outcome.applied}", detail_text(outcome.detail)))
+            FAILED, REJECTED, f"the agent is already at version {outcome.applied}", outcome.event_detail))
     if outcome.result == SUCCESS and policy.probes:
         return node._replace(in_flight=False, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True,
-                             agent_message=detail_text(outcome.detail))
+                             agent_message=outcome.event_detail)
     if outcome.result == SUCCESS:
-        return node._replace(in_flight=False, verdict=Verdict(SUCCESS, detail=detail_text(outcome.detail)))
+        return node._replace(in_flight=False, verdict=Verdict(SUCCESS, detail=outcome.event_detail))
     if outcome.result == FAILED:
         return node._replace(in_flight=False, verdict=Verdict(
-            FAILED, outcome.error_kind, one_line(outcome.message) or NO_REASON_GIVEN, detail_text(outcome.detail)))
+            FAILED, outcome.error_kind, one_line(outcome.message) or NO_REASON_GIVEN, outcome.event_detail))
     if outcome.result == ACCEPTED:
         return node._replace(in_flight=False, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
                              next_op=QUERY, errors=0, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True,
@@ -2725,10 +2730,10 @@ def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Pol
         tries = f" (tried {node.errors} times)" if node.errors > 1 else ""
         return node._replace(verdict=Verdict(
             FAILED, outcome.error_kind, one_line(outcome.message, MAX_MESSAGE_CHARS - len(tries)) + tries,
-            detail_text(outcome.detail), outcome.hold_s))
-    wait_s = max(backoff_s(node.errors, node.node_id), outcome.hold_s if node.agent_protocol == EXECUTE else 0.0)
-    # rule 8: a tasks agent is asked first; an execute agent can't be asked, but runs no version twice
-    asks = node.agent_protocol == TASKS and outcome.op == DISPATCH and outcome.result != UNSENT
+            outcome.event_detail, outcome.hold_s))
+    wait_s = max(backoff_s(node.errors, node.node_id), 0.0 if node.dialect.can_be_asked else outcome.hold_s)
+    # rule 8: an agent that can be asked is asked first; another runs no version twice
+    asks = node.dialect.can_be_asked and outcome.op == DISPATCH and outcome.result != UNSENT
     return node._replace(due=now.elapsed + wait_s, next_op=QUERY if asks else outcome.op)
 
 
@@ -2771,7 +2776,7 @@ def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold
     deadline = now.elapsed - age_s + policy.node_deadline_s + node.waited_s + credit_s
     reached = bool(node.stored_reached)
     node = node._replace(reached=reached, is_unknown=reached, credit_s=credit_s, deadline=deadline)
-    if node.agent_protocol == TASKS:
+    if node.dialect.can_be_asked:
         return node._replace(next_op=QUERY, due=now.elapsed, deadline=max(deadline, now.elapsed + policy.interval_s))
     busy_s = max(quiet_s, now.left_s(node.hold_until, node.hold_clock, policy.hold_s))
     return node._replace(next_op=DISPATCH, due=now.elapsed + busy_s)
@@ -3032,7 +3037,7 @@ def force_end(nodes: NodeIndex, now: Moment) -> list[NodeChange]:
 def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
     hold_until, hold_clock = node.hold_until, node.hold_clock
     if verdict.hold_s is not None:
-        is_busy = verdict.hold_s > 0 and node.agent_protocol == EXECUTE
+        is_busy = verdict.hold_s > 0 and not node.dialect.can_be_asked
         hold_until, hold_clock = _hold_for(verdict.hold_s, now) if is_busy else (None, "")
     return NodeChange(node, node._replace(
         status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg, finished_at=now.text,
@@ -3120,10 +3125,10 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy, as
 
     The id sent is always ours, whatever id the agent named before.
     """
-    hold_until, hold_clock = _hold_for(policy.hold_s, now) if node.agent_protocol == EXECUTE else (None, "")
+    hold_until, hold_clock = (None, "") if node.dialect.can_be_asked else _hold_for(policy.hold_s, now)
     task_id = task_id_for(release.type, node.main_ip, release.version, release.tag)
     is_first = node.status == PENDING
-    asks = asks_first and is_first and node.agent_protocol == TASKS
+    asks = asks_first and is_first and node.dialect.can_be_asked
     return NodeChange(node, node._replace(
         stored_reached=int(node.reached or not asks), status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
         hold_until=hold_until, hold_clock=hold_clock, in_flight=True, verdict=None,
@@ -3911,8 +3916,8 @@ class Transaction:
 class Database:
     """The only door to the database: a few pooled connections, and transaction()."""
 
-    def __init__(self, url: str):
-        """Takes a sqlite:/// or postgresql:// URL; connects to nothing yet."""
+    def __init__(self, url: str, metrics: Metrics | None = None):
+        """Take a sqlite:/// or postgresql:// URL; connect to nothing yet. Errors are counted in metrics."""
         self.engine = SqliteEngine(url) if url.startswith("sqlite:") else PostgresEngine(url)
         self._turns = ConnectionTurns(self.engine.max_connections)
         # All connections that are open are to what had this identity; changed tells of one that was given back.
@@ -3920,8 +3925,7 @@ class Database:
         self._in_use = 0
         self._identity: object = None
         self._changed = threading.Condition()
-        # Of the whole process: whoever counts has a database at hand.
-        self.metrics = Metrics()
+        self.metrics = metrics or Metrics()
 
     def __str__(self) -> str:
         return str(self.engine)
@@ -5117,7 +5121,7 @@ class Again(NamedTuple):
 
 def emptied_nodes(payload: Mapping[str, Any], nodes: Iterable[Node]) -> list[str]:
     """Return the names of execute nodes that are told to serve no site."""
-    return [node.name for node in nodes if node.agent_protocol == EXECUTE and payload.get(WEBSITES) == []]
+    return [node.name for node in nodes if node.dialect.needs_websites and payload.get(WEBSITES) == []]
 
 
 def plan_again(tx: Transaction, verb: str, release_id: int,
@@ -5652,7 +5656,7 @@ class Releases:
                 changes = force_end(nodes, now)
                 for change in changes:
                     nodes.put(change.after)
-                decision = decide(Situation(release, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy))
+                decision = decide(Situation(release, nodes, now, strategy=strategy))
                 self._queue.write(tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=reason)
             self._queue.explain_waiting(tx)
             return read_release(tx, release_id)
@@ -5670,8 +5674,8 @@ class Releases:
         status, strategy = status_after_verb(verb.name, release), strategy_of(release)
         turned = dataclasses.replace(release, status=status, paused_by=str(actor) if status == PAUSED else "")
         sentence = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
-            status, Situation(turned, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy,
-                              stage=Stage(0, release.passed_batch), exceeded=exceeded_limit(nodes, strategy)))
+            status, Situation(turned, nodes, now, strategy=strategy, stage=Stage(0, release.passed_batch),
+                              exceeded=exceeded_limit(nodes, strategy)))
         tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, {COUNTERS} "
                    "WHERE id = ?", status, sentence, turned.paused_by, now.text, release.id)
         add_events(tx, now.text, actor, [NewEvent(release.id, verb.event, release.status, status, reason)])
@@ -6053,43 +6057,43 @@ class Store:
 #   caller's.
 # Uses: Vocabulary.
 #
-#   A thread for each of 64 requests costs a third more CPU: they wake at once, and fight for the
+#   A thread for each of 64 requests costs a third more CPU: they wake at once, and compete for the
 #   interpreter. asyncio is not used, as its TLS needs twice the CPU of a plain SSLSocket.
 # ======================================================================================
 
-# So often it is looked whose time is over, while there is somebody who waits.
-LATE_CHECK_S = 0.05
-# So many begin before others are looked at: with large payloads each takes its time.
-NEW_AT_ONCE = 8
+# Seconds between checks for expired waits.
+EXPIRY_CHECK_S = 0.05
+# New coroutines started in a row: with large payloads each takes its time.
+STARTED_AT_ONCE = 8
+# Reads in a row without a wait, after which a coroutine yields.
+READS_AT_ONCE = 64
 
 
 class Wait(NamedTuple):
-    """What a conversation waits for: that a socket can be read or written (POLLIN, POLLOUT), until a moment.
-
-    The moment is one of time.monotonic(); socket.timeout is raised then.
-    """
+    """What a coroutine waits for: POLLIN or POLLOUT of a socket; socket.timeout is raised where it takes too long."""
     sock: socket.socket | select.epoll | None
     event: int
+    # By time.monotonic().
     ends_at: float
 
     def __await__(self) -> Generator[Wait, None, None]:
         yield self
 
 
-# Awaited before what blocks its thread: among many, a conversation goes on in a thread of its own then.
+# Awaited before a call that blocks: an event loop continues the coroutine in a thread of its own.
 BLOCKS = Wait(None, 0, 0.0)
 # Awaited where an answer begins to be read: from there on a Meter counts.
 READING = Wait(None, 1, 0.0)
-# Awaited by who could go on, so that others get their turn; after so many reads that had not to wait.
-NEXT_TURN, READS_AT_ONCE = Wait(None, 2, 0.0), 64
+# Awaited by a coroutine that could continue, so that others run.
+YIELD = Wait(None, 2, 0.0)
 
 
-def run_coroutine(talk: Coroutine[Wait, None, T]) -> T:
-    """Holds a conversation to its end in this thread; gives what it returns, raises what it raises."""
+def run_coroutine(coroutine: Coroutine[Wait, None, T]) -> T:
+    """Run a coroutine to its end in this thread; return what it returns, raise what it raises."""
     error: Exception | None = None
     try:
         while True:
-            wait = talk.throw(error) if error else talk.send(None)
+            wait = coroutine.throw(error) if error else coroutine.send(None)
             error = None
             if wait.sock is not None:
                 poller = select.poll()
@@ -6105,10 +6109,10 @@ def run_coroutine(talk: Coroutine[Wait, None, T]) -> T:
 
 
 class Meter:
-    """Awaits a coroutine, and counts the seconds of CPU that it takes after READING; what it waits for is free."""
+    """Await a coroutine, and count the seconds of CPU that it takes after READING; its waits cost nothing."""
 
-    def __init__(self, talk: Coroutine[Wait, None, Any]):
-        self._talk = talk
+    def __init__(self, coroutine: Coroutine[Wait, None, Any]):
+        self._coroutine = coroutine
         self.cost_s = 0.0
 
     def __await__(self) -> Generator[Wait, None, Any]:
@@ -6116,9 +6120,9 @@ class Meter:
         is_reading = False
         try:
             while True:
-                since = time.thread_time()  # of the thread that it goes on in: another one after BLOCKS
+                since = time.thread_time()  # of the thread that runs it now: another one after BLOCKS
                 try:
-                    wait = self._talk.throw(error) if error else self._talk.send(None)
+                    wait = self._coroutine.throw(error) if error else self._coroutine.send(None)
                 except StopIteration as end:
                     return end.value
                 finally:
@@ -6132,24 +6136,28 @@ class Meter:
                 except Exception as failed:
                     error = failed
         finally:
-            self._talk.close()  # it is let go as we are
+            self._coroutine.close()
 
 
 class EventLoop:
-    """Holds many conversations at once, in one thread; each that blocks in one more."""
+    """Run many coroutines in one thread; each that blocks in one more."""
 
     def __init__(self) -> None:
         self._new: collections.deque[Coroutine[Wait, None, None]] = collections.deque()
+        # By the descriptor that they wait for.
         self._waiting: dict[int, tuple[Coroutine[Wait, None, None], Wait]] = {}
         self._poller = select.poll()
+        # Wakes the thread: the end that it polls, and the one to write to. None where no thread runs.
         self._wakers: tuple[socket.socket, socket.socket] | None = None
         self._is_woken = False
         self._is_closed = False
-        self._turned_at = self._check_at = 0.0
+        # When the thread last completed a cycle.
+        self._cycled_at = 0.0
+        self._next_check_at = 0.0
         self._guard = threading.Lock()
 
     def start(self) -> None:
-        """Starts the thread where it does not run; RuntimeError or OSError when there is no room for it."""
+        """Start the thread if it does not run; raise RuntimeError or OSError when there is no room for it."""
         with self._guard:
             if self._wakers is not None or self._is_closed:
                 return
@@ -6162,26 +6170,23 @@ class EventLoop:
                 raise
             self._wakers = wakers
 
-    def submit(self, talk: Coroutine[Wait, None, None]) -> None:
-        """Begins a conversation, which must tell its outcome itself, and raise nothing; after close() it is let go.
-
-        It waits for start().
-        """
+    def submit(self, coroutine: Coroutine[Wait, None, None]) -> None:
+        """Run a coroutine from start() on, drop it after close(); it reports its outcome itself and raises nothing."""
         with self._guard:
             if self._is_closed:
-                talk.close()
+                coroutine.close()
                 return
             if not self._waiting and not self._new:
-                self._turned_at = time.monotonic()  # a thread that nobody needed did not turn
-            self._new.append(talk)
+                self._cycled_at = time.monotonic()  # an idle thread has no cycles
+            self._new.append(coroutine)
             self._wake()
 
     def is_hung(self, since: float) -> bool:
-        """Says whether somebody waits, and nobody was looked at since a moment of time.monotonic()."""
-        return bool(self._waiting or self._new) and self._turned_at < since
+        """Return whether coroutines wait, and the thread completed no cycle since a moment of time.monotonic()."""
+        return bool(self._waiting or self._new) and self._cycled_at < since
 
     def close(self) -> None:
-        """Lets go of what is under way, without a word to it."""
+        """Drop all coroutines; they are not notified."""
         with self._guard:
             self._is_closed = True
             self._wake()
@@ -6194,86 +6199,88 @@ class EventLoop:
     def _run(self, woken: socket.socket, waker: socket.socket) -> None:
         self._poller.register(woken, select.POLLIN)
         while not self._is_closed:
-            limit_ms = 0 if self._new else LATE_CHECK_S * 1000 if self._waiting else None
+            limit_ms = 0 if self._new else EXPIRY_CHECK_S * 1000 if self._waiting else None
             for descriptor, _ in self._poller.poll(limit_ms):
                 if descriptor == woken.fileno():
                     woken.recv(1)
-                    self._is_woken = False  # before the new ones are taken: whoever comes later wakes again
+                    self._is_woken = False  # before the new ones are taken: a later submit() wakes again
                 else:
-                    self._go_on(self._stop_waiting(descriptor))
-            for _ in range(min(len(self._new), NEW_AT_ONCE)):
-                self._go_on(self._new.popleft())
-            self._end_late()
-        for talk in (*self._new, *(talk for talk, _ in self._waiting.values())):
-            talk.close()
+                    self._resume(self._stop_waiting(descriptor))
+            for _ in range(min(len(self._new), STARTED_AT_ONCE)):
+                self._resume(self._new.popleft())
+            self._end_expired()
+        for coroutine in (*self._new, *(coroutine for coroutine, _ in self._waiting.values())):
+            coroutine.close()
         with self._guard:
             self._wakers = None
             woken.close()
             waker.close()
 
-    def _end_late(self) -> None:
-        """Ends the waits whose time is over, now and then; not where the answer is there, and we are late."""
-        self._turned_at = now = time.monotonic()
-        if now >= self._check_at:
-            self._check_at = now + LATE_CHECK_S
-            late = [descriptor for descriptor, (_, wait) in self._waiting.items() if wait.ends_at <= now]
-            ready = {descriptor for descriptor, _ in self._poller.poll(0)} if late else set()
-            for descriptor in late:
+    def _end_expired(self) -> None:
+        """End expired waits, every EXPIRY_CHECK_S; not those whose socket is ready: it is we who are late."""
+        self._cycled_at = now = time.monotonic()
+        if now >= self._next_check_at:
+            self._next_check_at = now + EXPIRY_CHECK_S
+            expired = [descriptor for descriptor, (_, wait) in self._waiting.items() if wait.ends_at <= now]
+            ready = {descriptor for descriptor, _ in self._poller.poll(0)} if expired else set()
+            for descriptor in expired:
                 if descriptor not in ready:
-                    self._go_on(self._stop_waiting(descriptor), socket.timeout("deadline"))
+                    self._resume(self._stop_waiting(descriptor), socket.timeout("deadline"))
 
     def _stop_waiting(self, descriptor: int) -> Coroutine[Wait, None, None]:
         self._poller.unregister(descriptor)
         return self._waiting.pop(descriptor)[0]
 
-    def _go_on(self, talk: Coroutine[Wait, None, None], error: Exception | None = None) -> None:
-        """Lets a conversation go on until it waits again, or ends."""
+    def _resume(self, coroutine: Coroutine[Wait, None, None], error: Exception | None = None) -> None:
+        """Run a coroutine until it waits again, or ends."""
         try:
-            wait = talk.throw(error) if error else talk.send(None)
+            wait = coroutine.throw(error) if error else coroutine.send(None)
         except StopIteration:
             return
-        except Exception:  # one conversation must not end all others
-            log.exception("a conversation with an agent failed within releasectl")
+        except Exception:  # it must not end all others
+            log.exception("a request to an agent failed within releasectl")
             return
         try:
             if wait is BLOCKS:
-                # a daemon, not a pool's, which the end of the process would wait for: a name may take long to look up
-                threading.Thread(target=self._hold, args=(talk,), name="agent", daemon=True).start()
+                # a daemon, not a pool's, which the end of the process would wait for: looking up a name may take long
+                threading.Thread(target=self._run_alone, args=(coroutine,), name="agent", daemon=True).start()
             elif wait.sock is None:
-                self._new.append(talk)
+                self._new.append(coroutine)
             else:
                 descriptor = wait.sock.fileno()
                 self._poller.register(descriptor, wait.event)
-                self._waiting[descriptor] = talk, wait
-        except Exception as failed:  # no thread can be started, say: the conversation itself tells what it lost
-            self._go_on(talk, failed)
+                self._waiting[descriptor] = coroutine, wait
+        except Exception as failed:  # no thread can be started, for example: the coroutine itself reports that
+            self._resume(coroutine, failed)
 
     @staticmethod
-    def _hold(talk: Coroutine[Wait, None, None]) -> None:
-        """Holds the rest of a conversation that blocks."""
+    def _run_alone(coroutine: Coroutine[Wait, None, None]) -> None:
         try:
-            run_coroutine(talk)
+            run_coroutine(coroutine)
         except Exception:
-            log.exception("a conversation with an agent failed within releasectl")
+            log.exception("a request to an agent failed within releasectl")
 
 
 class TimedSocket:
-    """A connected socket, plain or TLS, whose every wait ends at one moment, also under a peer that drips."""
+    """A connected socket, plain or TLS, with one deadline for all its waits, also under a peer that drips."""
 
     def __init__(self, sock: socket.socket, ends_at: float, max_bytes: int):
-        """Takes a socket that does not block, a moment of time.monotonic(), and how much may be read in all."""
+        """Take a non-blocking socket, a moment of time.monotonic(), and how many bytes may be read in all."""
         self.sock = sock
         self.ends_at = ends_at
+        # Bytes read from the socket.
         self.received = 0
+        # Bytes that were given back, to be read again.
         self.unread = b""
+        # The peer ended the connection.
         self.at_end = False
         self._max_bytes = max_bytes
         self._reads = 0
 
     async def when_ready(self, act: Callable[[], T], event: int) -> T:
-        """Gives what act() gives as soon as the socket lets it; socket.timeout when the time is over by then.
+        """Return act() as soon as the socket is ready for it; raise socket.timeout when it isn't by the deadline.
 
-        What is there is taken without a look at the clock: it may be we who are late.
+        What is ready is done after the deadline too: it may be we who are late.
         """
         while True:
             try:
@@ -6289,7 +6296,7 @@ class TimedSocket:
             await Wait(self.sock, event, self.ends_at)
 
     async def sendall(self, data: bytes) -> None:
-        """Sends all of it; nothing when the time is over."""
+        """Send all of it; nothing after the deadline."""
         if time.monotonic() >= self.ends_at:
             raise socket.timeout("deadline")
         view = memoryview(data)
@@ -6297,9 +6304,9 @@ class TimedSocket:
             view = view[await self.when_ready(functools.partial(self.sock.send, view), select.POLLOUT):]
 
     async def recv(self, max_bytes: int) -> bytes:
-        """Gives what is there, b"" at the end; TooBig when it is more than may be read.
+        """Return what is there, b"" at the end; raise TooBig when it is more than may be read.
 
-        A peer whose bytes are always there, few at a time, holds up nobody, and has its time like any other.
+        A peer whose bytes are always there, few at a time, delays no other coroutine and has the same deadline.
         """
         if self.unread:
             data, self.unread = self.unread[:max_bytes], self.unread[max_bytes:]
@@ -6308,7 +6315,7 @@ class TimedSocket:
         if self._reads % READS_AT_ONCE == 0:
             if time.monotonic() >= self.ends_at:
                 raise socket.timeout("deadline")
-            await NEXT_TURN
+            await YIELD
         data = await self.when_ready(functools.partial(self.sock.recv, max_bytes), select.POLLIN)
         self.received += len(data)
         self.at_end = not data
@@ -6317,11 +6324,11 @@ class TimedSocket:
         return data
 
     def makefile(self, _mode: str) -> io.BufferedReader:
-        """Gives it as http.client wants it, which blocks."""
+        """Return a file for http.client, which blocks."""
         return io.BufferedReader(_SocketReader(self), 16384)
 
     def close(self) -> None:
-        """Does nothing: who opened the socket closes it, after the last byte was read."""
+        """Do nothing: http.client calls it before the last byte is read; who opened the socket closes it."""
 
 
 class _SocketReader(io.RawIOBase):
@@ -6338,7 +6345,7 @@ class _SocketReader(io.RawIOBase):
 
 
 class TooBig(Exception):
-    """More came than may be read."""
+    """An answer is longer than allowed."""
 
 
 # endregion
@@ -6654,15 +6661,18 @@ def lingering_close(sock: socket.socket) -> None:
 
 # region Dialects
 # ======================================================================================
-# Dialects: what the two kinds of agent are asked and answer (contract section 1).
-# Uses: Vocabulary, Helpers.
+# Dialects: what agents are sent, and how their answers are read (contract section 1).
+# Uses: Vocabulary, Helpers, Model, Decision.
+#
+#   A dialect is a row of DIALECTS (what a decision and a plan know of it) and of WIRE_FORMATS, the
+#   CHECK of agent_protocol in schema.sql, and its tests.
 # ======================================================================================
 
 class Address(NamedTuple):
-    """Where an agent listens, and its dialect."""
+    """Where an agent listens, and its dialect; none for a probe."""
     host: str
     port: int
-    protocol: str
+    protocol: str = ""
 
     def __str__(self) -> str:
         return f"agent [{self.host}]:{self.port}" if ":" in self.host else f"agent {self.host}:{self.port}"
@@ -6676,45 +6686,150 @@ class AgentTask(NamedTuple):
     payload: Mapping[str, Any]
 
 
-class Answer(NamedTuple):
-    """What an agent said: ACCEPTED, WORKING, SUCCESS or UNKNOWN, and the task's id.
+class AgentError(Exception):
+    """A request that failed, or an answer that can't be used; AgentClient returns its outcome."""
 
-    message: its own words, where it had some. applied: the version that it says it has already; 0 for none.
-    """
-    state: str
-    task_id: str = ""
-    message: str = ""
-    applied: int = 0
+    def __init__(self, result: str, kind: str, message: str, **more: Any):
+        """Take the fields of an Outcome."""
+        super().__init__(message)
+        self.outcome = Outcome("", result, "", kind, message, **more)
 
 
-EXECUTE_PATH = "/agent/v1/tasks/execute"
-
-
-def text_of(value: object) -> str:
+def _text_of(value: object) -> str:
     """Return an agent's text, "" for one that shows nothing: blanks, control characters, no text at all."""
     text = "" if value is None else str(value)
     return text if one_line(text) else ""
 
 
-def unknown_status(status: object) -> str:
-    return f"gives the unknown status {one_line(to_json(status), 60)}"
+def _nonsense(address: Address, what: str, data: object) -> AgentError:
+    return AgentError(UNCLEAR, PROTOCOL, f"{address} {what}", detail=f"{address} {what}: {data!r}")
 
 
-def is_of_dialect(protocol: str, status: int, answer: bytes) -> bool:
-    """Say whether an answer to a ping is that of an agent of this dialect (contract section 1)."""
+def read_data(address: Address, status: int, answer: bytes) -> Mapping[str, Any]:
+    """Return data of an agent's answer {"code": 0, "message": ..., "data": {...}}; raise AgentError."""
+    if status != 200:
+        raise _bad_status(address, status, answer)
     try:
         envelope = parse_json(answer)
-    except ValueError:
-        return False
+    except ValueError as error:
+        what = f"{address} answered what is not JSON"
+        raise AgentError(UNCLEAR, PROTOCOL, f"{what}: {one_line(error, 60)}",
+                         detail=f"{what} ({one_line(error, 60)}): {answer[:200].decode('utf-8', 'replace')}") from None
     if not isinstance(envelope, dict):
-        return False
+        raise AgentError(UNCLEAR, PROTOCOL, f"{address} answered JSON that is no object")
     code = envelope.get("code")
-    is_code = isinstance(code, int) and not isinstance(code, bool)
-    return is_code and ((status, code) == (400, 2001) if protocol == EXECUTE else status == 404 and code != 0)
+    if isinstance(code, bool) or not isinstance(code, int):
+        raise _nonsense(address, "answers without a code", envelope)
+    if code != 0:
+        said = _text_of(envelope.get("message")) or "no reason given"
+        raise AgentError(FAILED, REJECTED, f"{address} refused: {said} (code {code})")
+    if not isinstance(envelope.get("data"), dict):
+        raise _nonsense(address, "answers without data", envelope)
+    return cast("Mapping[str, Any]", envelope["data"])
 
 
-# What _call gives for a 404 to a query.
-UNKNOWN_TASK: dict[str, Any] = {}
+def _bad_status(address: Address, status: int, answer: bytes) -> AgentError:
+    said = answer[:2000].decode("utf-8", "replace")
+    with contextlib.suppress(ValueError, AttributeError):
+        said = _text_of(parse_json(answer).get("message")) or said
+    text = f"{address} answered HTTP {status}" + (f": {said.strip()}" if _text_of(said) else "") + (
+        " (wrong --protocol?)" if status == 404 else "")
+    if 300 <= status < 400:
+        return AgentError(UNCLEAR, HTTP, f"{address} answered a redirect (HTTP {status}), which is not followed",
+                          is_refusal=True)
+    if 400 <= status < 500 and status != 429:
+        return AgentError(FAILED, REJECTED, text)
+    return AgentError(UNCLEAR, HTTP, text, is_refusal=status in (429, 503))
+
+
+def _require_success(address: Address, data: Mapping[str, Any], text: str) -> None:
+    """Raise AgentError unless a task that has ended was a success; text is what the agent said about it."""
+    status = data.get("status")
+    if status == "failed":
+        raise AgentError(FAILED, AGENT_FAILED, text or NO_REASON_GIVEN)
+    if status != "success":
+        raise _nonsense(address, f"gives the unknown status {one_line(to_json(status), 60)}", data)
+
+
+def _read_accepted(address: Address, task: AgentTask, data: Mapping[str, Any], was_resent: bool) -> Outcome:
+    named = data.get("taskId")
+    if not isinstance(named, str) or not named or one_line(named) != named:
+        raise _nonsense(address, "names no task id", data)
+    # what is going to run is pending; a version that the agent has already is done at once
+    is_done = data.get("status") == "success" and not was_resent
+    return Outcome(DISPATCH, ACCEPTED, named, applied=task.version if is_done else 0)
+
+
+def _read_polled(address: Address, task_id: str, data: Mapping[str, Any]) -> Outcome:
+    if data.get("taskId") != task_id:
+        raise _nonsense(address, "answers for another task", data)
+    if data.get("status") in ("pending", "running"):
+        return Outcome(QUERY, WORKING, task_id)
+    text = _text_of(data.get("lastError"))
+    _require_success(address, data, text)
+    return Outcome(QUERY, SUCCESS, task_id, message=text)
+
+
+def _read_executed(address: Address, task: AgentTask, data: Mapping[str, Any], _was_resent: bool) -> Outcome:
+    text = _text_of(data.get("message"))
+    if data.get("requestId") != task.id:
+        raise _nonsense(address, "answers for another request", data)
+    _require_success(address, data, text)
+    # an execute agent says success where its message tells otherwise (contract section 1)
+    if "but reload failed:" in text:
+        raise AgentError(FAILED, AGENT_FAILED, text)
+    found = re.search(r"Version (\d{1,4000}) already applied \(current: (\d{1,4000})\)", text)
+    if found is None:
+        return Outcome(DISPATCH, SUCCESS, task.id, message=text)
+    asked, applied = int(found.group(1)), int(found.group(2))
+    if applied > task.version:
+        raise AgentError(FAILED, REJECTED, f"the agent is already at version {applied}", detail=text)
+    if applied != task.version:
+        raise _nonsense(address, f"has version {applied} and calls it applied", data)
+    if asked != task.version:
+        raise _nonsense(address, f"calls version {asked} applied, and was sent {task.version}", data)
+    return Outcome(DISPATCH, SUCCESS, task.id, message=text, applied=applied)
+
+
+class WireFormat(NamedTuple):
+    """What agents of a dialect are sent, and how their answers are read; the readers raise AgentError."""
+    dispatch_path: str
+    # The body of a dispatch.
+    body_of: Callable[[AgentTask], Mapping[str, Any]]
+    # From the data of the answer to a dispatch, and whether it was sent twice.
+    read_dispatch: Callable[[Address, AgentTask, Mapping[str, Any], bool], Outcome]
+    # Method, path and body of a ping, and whether status and code of the answer are those of such an agent alone.
+    ping: tuple[str, str, bytes | None]
+    is_pong: Callable[[int, int], bool]
+    # A connection may end under a request, which is sent again then: only where the agent does not run it twice.
+    keeps_connections: bool = False
+    # For a dialect that can be asked for a task: the path before its id, and the reader of the answer's data.
+    query_path: str = ""
+    read_query: Callable[[Address, str, Mapping[str, Any]], Outcome] = _read_polled
+
+
+WIRE_FORMATS: Mapping[str, WireFormat] = {
+    TASKS: WireFormat(
+        "/tasks/dispatch",
+        lambda task: {"taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload},
+        _read_accepted, ("GET", "/tasks/releasectl-ping", None), lambda status, code: status == 404 and code != 0,
+        keeps_connections=True, query_path="/tasks/"),
+    EXECUTE: WireFormat(
+        "/agent/v1/tasks/execute",
+        lambda task: {"requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}},
+        _read_executed, ("POST", "/agent/v1/tasks/execute", b"{}"), lambda status, code: (status, code) == (400, 2001)),
+}
+
+
+def read_pong(address: Address, status: int, answer: bytes) -> None:
+    """Raise AgentError unless an answer to a ping is that of an agent of the address's dialect."""
+    code = None
+    with contextlib.suppress(ValueError, AttributeError):
+        code = parse_json(answer).get("code")
+    if not isinstance(code, int) or isinstance(code, bool) or not WIRE_FORMATS[address.protocol].is_pong(status, code):
+        said = one_line(answer[:2000].decode("utf-8", "replace").strip(), 80)
+        raise AgentError(UNCLEAR, PROTOCOL, f"{address} is no {address.protocol} agent: it answered HTTP {status}"
+                                            + (f", {said}" if said else "") + " (wrong --protocol or --port?)")
 
 
 # endregion
@@ -6729,44 +6844,45 @@ UNKNOWN_TASK: dict[str, Any] = {}
 
 MAX_IDLE_AGENT_CONNECTIONS = 256
 MAX_IDLE_AGENT_CONNECTION_S = 60.0
-# Of a name's several addresses the next is tried beside the ones before after so long (RFC 8305, 5).
+# Wait before the next address of a name is tried, beside those before it (RFC 8305, 5).
 NEXT_ADDRESS_S = 0.25
-# The head of an answer may be this long on top of the body.
+# Head of an answer, in addition to its body.
 MAX_HEAD_BYTES = 64 << 10
-# The body of an agent's answer (contract section 1), and of what a probe gets: a page that a node serves.
-MAX_ANSWER_BYTES, MAX_PROBED_BYTES = 64 << 10, 1 << 20
+# Body of an agent's answer (contract section 1).
+MAX_ANSWER_BYTES = 64 << 10
+# Body of the answer to a probe: a page that a node serves.
+MAX_PROBED_BYTES = 1 << 20
 
 
 class _Call(NamedTuple):
-    """One request: what is asked of whom, until when, and what is asked before it leaves."""
+    """A request."""
     address: Address
     method: str
     path: str
     body: bytes | None
+    # For the whole request, as messages say it, and the moment of time.monotonic() at which that is over.
     limit_s: float
     ends_at: float
-    gate: Callable[[], bool]
+    # Asked just before the first byte leaves: whether it may.
+    gate: Callable[[], bool] = lambda: True
     # The Host header, where it is not the address.
     host: str = ""
-    # Gets an entry when the request was sent once more, as a kept connection ended before it was answered.
-    resent: list[bool] | None = None
-
-    @property
-    def max_bytes(self) -> int:
-        """How long the answer's body may be."""
-        return MAX_PROBED_BYTES if self.address.protocol == PROBE else MAX_ANSWER_BYTES
+    # Whether its connection may be a kept one, and is kept.
+    keeps_connection: bool = False
+    # Longest body of an answer.
+    max_bytes: int = MAX_ANSWER_BYTES
 
 
 class _Stale(Exception):
-    """A kept-alive connection that the agent had closed before it saw the request."""
+    """A kept connection that the agent had closed before it saw the request."""
 
 
 class AgentClient:
-    """Speaks with agents: dispatching() and querying() are conversations; dispatch(), query(), ping() wait for one."""
+    """Send requests to agents: dispatch(), query() and probe() are coroutines, ping() waits."""
 
     def __init__(self, settings: Settings, metrics: Metrics | None = None):
-        """Takes the settings, and where to count; reads no file yet: see prepare()."""
-        self.metrics = metrics or Metrics()
+        """Read no file yet: see prepare(). Requests are counted in metrics."""
+        self._metrics = metrics or Metrics()
         self._connect_s = settings.agent_connect_timeout_sec
         self._request_s = settings.agent_request_timeout_sec
         self._server_name = settings.agent_tls_server_name
@@ -6774,15 +6890,16 @@ class AgentClient:
         self._tls = TlsFiles(client_context, settings.control_cert, settings.control_key,
                              settings.control_ca) if settings.mtls_enabled else None
         self._guard = threading.Lock()
-        # kept-alive connections, the oldest first: socket, its context, since
+        # Kept connections, the oldest first: socket, its context, since when.
         self._idle: dict[Address, tuple[socket.socket, object, float]] = {}
+        # Connections in use.
         self._active: set[socket.socket] = set()
         self._is_closed = False
 
     def prepare(self, key_may_be_open: bool = False) -> None:
-        """Raise ConfigError when no agent could be called with these settings, or others can read our key.
+        """Raise ConfigError when no agent can be called with these settings, or others can read our key.
 
-        For who is about to begin something; what is under way goes on with a key that was opened meanwhile.
+        To be called before something begins; what is under way goes on with a key that was opened meanwhile.
         """
         if self._tls:
             self._tls.context()
@@ -6790,220 +6907,118 @@ class AgentClient:
                 require_private("CONTROL_KEY", self._key)
 
     def reload(self) -> None:
-        """Read the certificates anew; raise ConfigError when they can't be used."""
+        """Read the certificates again; raise ConfigError when they can't be used."""
         if self._tls:
             self._tls.reload()
 
     def close(self) -> None:
-        """Ends every connection, also under requests in flight: they and all later ones fail at once."""
+        """End every connection: requests in flight and all later ones fail at once."""
         with self._guard:
             self._is_closed = True
             idle, self._idle = self._idle, {}
         for sock in list(self._active):
             with contextlib.suppress(OSError):
-                # not SSLSocket.shutdown: it takes the encryption away from under the other thread
+                # not SSLSocket.shutdown(): it would remove the encryption under the other thread
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
         for sock, _, _ in idle.values():
             close_quietly(sock)
 
-    async def dispatching(self, address: Address, task: AgentTask, within_s: float = 3600.0,
-                          gate: Callable[[], bool] = lambda: True) -> Answer:
-        """Sends a task; gives ACCEPTED with the id to poll, or SUCCESS from an execute agent.
+    async def dispatch(self, address: Address, task: AgentTask, within_s: float = 3600.0,
+                       gate: Callable[[], bool] = lambda: True) -> Outcome:
+        """Send a task; return its outcome: ACCEPTED with the id to poll, or the end of the task.
 
-        within_s shortens the request timeout; gate is asked just before the first byte leaves.
-        Raises AgentError.
+        within_s shortens the request timeout; gate() decides, just before the first byte leaves, whether it may.
         """
         return await self._counted(DISPATCH, self._dispatch(address, task, within_s, gate))
 
-    async def querying(self, address: Address, task_id: str, within_s: float = 3600.0) -> Answer:
-        """Asks a tasks agent for a task; gives WORKING, SUCCESS or UNKNOWN. Raises AgentError."""
+    async def query(self, address: Address, task_id: str, within_s: float = 3600.0) -> Outcome:
+        """Ask for a task that was accepted; return the outcome."""
         return await self._counted(QUERY, self._query(address, task_id, within_s))
 
-    def dispatch(self, address: Address, task: AgentTask, within_s: float = 3600.0,
-                 gate: Callable[[], bool] = lambda: True) -> Answer:
-        """Does dispatching() in the caller's thread."""
-        return run_coroutine(self.dispatching(address, task, within_s, gate))
-
-    def query(self, address: Address, task_id: str, within_s: float = 3600.0) -> Answer:
-        """Does querying() in the caller's thread."""
-        return run_coroutine(self.querying(address, task_id, within_s))
-
-    async def _counted(self, operation: str, talk: Coroutine[Wait, None, Answer]) -> Answer:
-        """Gives what a conversation gives, counted; not what close() cut, which says nothing of an agent."""
-        since = time.monotonic()
-        try:
-            answer = await talk
-        except AgentError as error:
-            if not self._is_closed:
-                self.metrics.count_request(operation, error.kind, since)
-            raise
-        self.metrics.count_request(operation, SUCCESS, since)
-        return answer
-
-    async def _dispatch(self, address: Address, task: AgentTask, within_s: float,
-                        gate: Callable[[], bool]) -> Answer:
-        if address.protocol == TASKS:
-            resent: list[bool] = []
-            data = await self._call(address, "POST", "/tasks/dispatch", within_s, {
-                "taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload}, gate,
-                resent=resent)
-            named = data.get("taskId")
-            if not isinstance(named, str) or not named or one_line(named) != named:
-                raise self._nonsense(address, "names no task id", data)
-            # what is going to run is pending; a version that the agent has already is done at once
-            is_done = data.get("status") == "success" and not resent
-            return Answer(ACCEPTED, named, applied=task.version if is_done else 0)
-        data = await self._call(address, "POST", EXECUTE_PATH, within_s, {
-            "requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}}, gate)
-        return self._read_execution(address, task, data)
-
-    async def _query(self, address: Address, task_id: str, within_s: float) -> Answer:
-        path = "/tasks/" + urllib.parse.quote(task_id, safe=":")
-        data = await self._call(address, "GET", path, within_s, may_be_unknown=True)
-        if data is UNKNOWN_TASK:
-            return Answer(UNKNOWN, task_id)
-        status, last_error = data.get("status"), data.get("lastError")
-        if data.get("taskId") != task_id:
-            raise self._nonsense(address, "answers for another task", data)
-        if status in ("pending", "running"):
-            return Answer(WORKING, task_id)
-        if status == "success":
-            return Answer(SUCCESS, task_id, text_of(last_error))
-        if status == "failed":
-            raise AgentError(AGENT_FAILED, text_of(last_error) or NO_REASON_GIVEN, reached=True, final=True)
-        raise self._nonsense(address, unknown_status(status), data)
-
-    def ping(self, address: Address) -> str:
-        """Ask an agent what only one of its dialect answers so (section 1); return a line. Raise AgentError else."""
-        started = time.monotonic()
-        call = _Call(address, "GET", "/tasks/releasectl-ping", None, self._request_s, started + self._request_s,
-                     lambda: True)
-        if address.protocol == EXECUTE:
-            call = call._replace(method="POST", path=EXECUTE_PATH, body=b"{}")
-        status, answer = run_coroutine(self._exchange(call))
-        if not is_of_dialect(address.protocol, status, answer):
-            said = answer[:2000].decode("utf-8", "replace").strip()
-            text = f"it answered HTTP {status}" + (f", {one_line(said, 80)}" if said else "")
-            raise AgentError(PROTOCOL, f"{address} is no {address.protocol} agent: {text} "
-                                       "(wrong --protocol or --port?)", reached=True)
-        article, took_ms = "an" if address.protocol == EXECUTE else "a", (time.monotonic() - started) * 1000
-        return f"answers as {article} {address.protocol} agent in {took_ms:.0f} ms"
-
-    async def probing(self, host: str, verify: Verify, url: str, timeout_s: float) -> str:
-        """Get a url from a node, in timeout_s seconds in all; return "" when it answers as verify says, else why not.
+    async def probe(self, host: str, verify: Verify, url: str, timeout_s: float) -> Outcome:
+        """Get a url from a node, in timeout_s seconds in all; return SUCCESS when it answers as verify says.
 
         It goes to the node's own address, whatever name the url or verify.host has. Redirects are not followed. A
         certificate is not verified, as it is made out for what the node serves and not for its
         address; what comes back is a status and a yes or no, and no secret goes out.
         """
+        return await self._counted(PROBE, self._probe(host, verify, url, timeout_s))
+
+    def ping(self, address: Address) -> Outcome:
+        """Ask an agent for what only one of its dialect answers so (contract section 1); wait for the outcome."""
+        try:
+            return run_coroutine(self._ping(address))
+        except AgentError as error:
+            return error.outcome
+
+    async def _counted(self, operation: str, request: Coroutine[Wait, None, Outcome]) -> Outcome:
+        """Return the outcome of a request, and count it; not what close() cut, which says nothing about the agent."""
+        since = time.monotonic()
+        try:
+            outcome = await request
+        except AgentError as error:
+            outcome = error.outcome._replace(op=operation)
+        if not (outcome.error_kind and self._is_closed):
+            self._metrics.count_request(operation, outcome.error_kind or SUCCESS, since)
+        return outcome
+
+    async def _dispatch(self, address: Address, task: AgentTask, within_s: float,
+                        gate: Callable[[], bool]) -> Outcome:
+        wire = WIRE_FORMATS[address.protocol]
+        call = self._call(address, "POST", wire.dispatch_path, to_json(wire.body_of(task)).encode(), within_s)
+        status, answer, was_resent = await self._exchange(call._replace(gate=gate))
+        return wire.read_dispatch(address, task, read_data(address, status, answer), was_resent)
+
+    async def _query(self, address: Address, task_id: str, within_s: float) -> Outcome:
+        wire = WIRE_FORMATS[address.protocol]
+        path = wire.query_path + urllib.parse.quote(task_id, safe=":")
+        status, answer, _ = await self._exchange(self._call(address, "GET", path, None, within_s))
+        if status == 404:
+            return Outcome(QUERY, UNKNOWN, task_id)
+        return wire.read_query(address, task_id, read_data(address, status, answer))
+
+    async def _probe(self, host: str, verify: Verify, url: str, timeout_s: float) -> Outcome:
         parts, ends_at = urllib.parse.urlsplit(url), time.monotonic() + timeout_s
-        address = Address(host, parts.port or (443 if parts.scheme == "https" else 80), PROBE)
+        address = Address(host, parts.port or (443 if parts.scheme == "https" else 80))
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        call = _Call(address, "GET", path, None, timeout_s, ends_at, lambda: True, verify.host or parts.netloc)
+        call = _Call(address, "GET", path, None, timeout_s, ends_at, host=verify.host or parts.netloc,
+                     max_bytes=MAX_PROBED_BYTES)
         context = _unverified_context() if parts.scheme == "https" else None
         try:
             sock = await self._connect(address, context, ends_at, verify.host or parts.hostname or host)
-            found, answer = await self._request(call, sock, context, reused=False)
+            status, answer = await self._request(call, sock, context, reused=False)
         except AgentError as error:
-            return f"{url}: {error.message.replace(str(address), 'it', 1)}"
-        if found != verify.status:
-            return f"{url} answered HTTP {found} instead of {verify.status}"
+            raise AgentError(UNCLEAR, VERIFY, f"{url}: {str(error).replace(str(address), 'it', 1)}") from None
+        if status != verify.status:
+            raise AgentError(UNCLEAR, VERIFY, f"{url} answered HTTP {status} instead of {verify.status}")
         if verify.contains.encode() not in answer:
-            return f"{url} answered without {one_line(verify.contains, 60)!r} in it"
-        return ""
+            raise AgentError(UNCLEAR, VERIFY, f"{url} answered without {one_line(verify.contains, 60)!r} in it")
+        return Outcome(PROBE, SUCCESS)
 
-    def _read_execution(self, address: Address, task: AgentTask, data: Mapping[str, Any]) -> Answer:
-        status, text = data.get("status"), text_of(data.get("message"))
-        if data.get("requestId") != task.id:
-            raise self._nonsense(address, "answers for another request", data)
-        if status == "failed":
-            raise AgentError(AGENT_FAILED, text or NO_REASON_GIVEN, reached=True, final=True)
-        if status != "success":
-            raise self._nonsense(address, unknown_status(status), data)
-        # an execute agent says success where its message tells otherwise (contract section 1)
-        if "but reload failed:" in text:
-            raise AgentError(AGENT_FAILED, text, reached=True, final=True)
-        found = re.search(r"Version (\d{1,4000}) already applied \(current: (\d{1,4000})\)", text)
-        if found is None:
-            return Answer(SUCCESS, task.id, text)
-        asked, applied = int(found.group(1)), int(found.group(2))
-        if applied > task.version:
-            raise AgentError(REJECTED, f"the agent is already at version {applied}", reached=True, final=True,
-                             detail=text)
-        if applied != task.version:
-            raise self._nonsense(address, f"has version {applied} and calls it applied", data)
-        if asked != task.version:
-            raise self._nonsense(address, f"calls version {asked} applied, and was sent {task.version}", data)
-        return Answer(SUCCESS, task.id, text, applied)
+    async def _ping(self, address: Address) -> Outcome:
+        started, wire = time.monotonic(), WIRE_FORMATS[address.protocol]
+        status, answer, _ = await self._exchange(self._call(address, *wire.ping, self._request_s))
+        read_pong(address, status, answer)
+        article, took_ms = "an" if address.protocol[0] in "aeiou" else "a", (time.monotonic() - started) * 1000
+        return Outcome("", SUCCESS, message=f"answers as {article} {address.protocol} agent in {took_ms:.0f} ms")
 
-    @staticmethod
-    def _nonsense(address: Address, what: str, data: object) -> AgentError:
-        return AgentError(PROTOCOL, f"{address} {what}", reached=True, detail=f"{address} {what}: {data!r}")
-
-    async def _call(self, address: Address, method: str, path: str, within_s: float,
-                    body: Mapping[str, Any] | None = None, gate: Callable[[], bool] = lambda: True,
-                    may_be_unknown: bool = False, resent: list[bool] | None = None) -> Any:
-        """Gives the data of the agent's envelope, an object."""
-        raw = to_json(body).encode() if body is not None else None
+    def _call(self, address: Address, method: str, path: str, body: bytes | None, within_s: float) -> _Call:
         limit_s = min(self._request_s, max(within_s, 0.0))
-        status, answer = await self._exchange(
-            _Call(address, method, path, raw, limit_s, time.monotonic() + limit_s, gate, resent=resent))
-        if status == 404 and may_be_unknown:
-            return UNKNOWN_TASK
-        if status != 200:
-            raise self._bad_status(address, status, answer)
-        envelope = self._read_envelope(address, answer)
-        code = envelope.get("code")
-        if isinstance(code, bool) or not isinstance(code, int):
-            raise self._nonsense(address, "answers without a code", envelope)
-        if code != 0:
-            text = f"{address} refused: {text_of(envelope.get('message')) or 'no reason given'} (code {code})"
-            raise AgentError(REJECTED, text, reached=True, final=True)
-        if not isinstance(envelope.get("data"), dict):
-            raise self._nonsense(address, "answers without data", envelope)
-        return envelope["data"]
-
-    @staticmethod
-    def _read_envelope(address: Address, answer: bytes) -> Mapping[str, Any]:
-        try:
-            envelope = parse_json(answer)
-        except ValueError as error:
-            shown = answer[:200].decode("utf-8", "replace")
-            raise AgentError(PROTOCOL, f"{address} answered what is not JSON: {one_line(error, 60)}", reached=True,
-                             detail=f"{address} answered what is not JSON ({one_line(error, 60)}): {shown}") from None
-        if not isinstance(envelope, dict):
-            raise AgentError(PROTOCOL, f"{address} answered JSON that is no object", reached=True)
-        return envelope
-
-    @staticmethod
-    def _bad_status(address: Address, status: int, answer: bytes) -> AgentError:
-        said = answer[:2000].decode("utf-8", "replace")
-        with contextlib.suppress(ValueError, AttributeError):
-            said = text_of(parse_json(answer).get("message")) or said
-        text = f"{address} answered HTTP {status}" + (f": {said.strip()}" if text_of(said) else "") + (
-            " (wrong --protocol?)" if status == 404 else "")
-        if 300 <= status < 400:
-            return AgentError(HTTP, f"{address} answered a redirect (HTTP {status}), which is not followed", True,
-                              is_refusal=True)
-        if 400 <= status < 500 and status != 429:
-            return AgentError(REJECTED, text, reached=True, final=True)
-        return AgentError(HTTP, text, reached=True, is_refusal=status in (429, 503))
+        return _Call(address, method, path, body, limit_s, time.monotonic() + limit_s,
+                     keeps_connection=WIRE_FORMATS[address.protocol].keeps_connections)
 
     # -- connections ---------------------------------------------------------------------
 
-    async def _exchange(self, call: _Call) -> tuple[int, bytes]:
-        """Gives status and body of one request; on a new connection where a kept one was stale."""
+    async def _exchange(self, call: _Call) -> tuple[int, bytes, bool]:
+        """Return status and body of an answer, and whether the request was sent again: a kept connection was stale."""
         context = self._tls.context() if self._tls else None
-        if call.address.protocol == TASKS:
-            sock = self._take_idle(call.address, context)
-            if sock is not None:
-                with contextlib.suppress(_Stale):
-                    return await self._request(call, sock, context, reused=True)
-                if call.resent is not None:
-                    call.resent.append(True)
-        # an execute agent would run a repeated request twice, so its connections are never kept
+        sock = self._take_idle(call.address, context) if call.keeps_connection else None
+        if sock is not None:
+            with contextlib.suppress(_Stale):
+                return *await self._request(call, sock, context, reused=True), False
+        was_resent = sock is not None
         sock = await self._connect(call.address, context, call.ends_at)
-        return await self._request(call, sock, context, reused=False)
+        return *await self._request(call, sock, context, reused=False), was_resent
 
     def _take_idle(self, address: Address, context: object) -> socket.socket | None:
         oldest = time.monotonic() - MAX_IDLE_AGENT_CONNECTION_S
@@ -7030,10 +7045,10 @@ class AgentClient:
 
     @contextlib.contextmanager
     def _in_flight(self, sock: socket.socket) -> Iterator[None]:
-        """Lets close() end what waits on a connection; OSError when it was called before."""
+        """Let close() end a connection in use; raise OSError after close()."""
         self._active.add(sock)
         try:
-            if self._is_closed:  # looked at after the addition: close() looks at what is there after it said so
+            if self._is_closed:  # checked after the addition, as close() sets it before it goes through _active
                 raise ConnectionAbortedError("releasectl is stopping")
             yield
         finally:
@@ -7046,16 +7061,16 @@ class AgentClient:
         try:
             sock = await self._open_socket(address, connect_by)
         except socket.timeout:
-            raise AgentError(UNREACHABLE, f"{address} did not take a connection within {connect_s:.3g} s",
-                             reached=False) from None
+            raise AgentError(UNSENT, UNREACHABLE,
+                             f"{address} did not take a connection within {connect_s:.3g} s") from None
         except (OSError, UnicodeError) as error:
-            raise AgentError(UNREACHABLE, f"{address} can't be reached: {os_reason(error)}", reached=False) from None
+            raise AgentError(UNSENT, UNREACHABLE, f"{address} can't be reached: {os_reason(error)}") from None
         if context is None:
             return sock
         try:
             tls_sock = context.wrap_socket(sock, server_hostname=name or self._server_name or address.host,
                                            do_handshake_on_connect=False)
-            sock = tls_sock  # the plain one is detached from now on
+            sock = tls_sock  # wrap_socket() detached the plain one
             with self._in_flight(sock):
                 await TimedSocket(sock, connect_by, 0).when_ready(tls_sock.do_handshake, select.POLLIN)
             return sock
@@ -7064,7 +7079,7 @@ class AgentClient:
             raise self._handshake_error(address, error, connect_s) from None
 
     async def _open_socket(self, address: Address, connect_by: float) -> socket.socket:
-        """Connect to the address, until connect_by; of a name's several to the one that answers first."""
+        """Return a connection to the address, or to the first address of a name that answers, until connect_by."""
         found = await self._look_up(address)
         if len(found) > 1:
             return await self._open_first(found, connect_by)
@@ -7082,7 +7097,7 @@ class AgentClient:
 
     @staticmethod
     def _begin_connect(found: tuple[Any, ...]) -> socket.socket:
-        """Return a socket that connects to one result of getaddrinfo(): it can be written at the end, well or not."""
+        """Return a socket that connects to a result of getaddrinfo(); it becomes writable when that ends, or fails."""
         family, kind, number, _, target = found
         sock = socket.socket(family, kind, number)
         try:
@@ -7097,9 +7112,9 @@ class AgentClient:
             raise
 
     async def _open_first(self, found: Sequence[tuple[Any, ...]], connect_by: float) -> socket.socket:
-        """Connect to several addresses, one more every NEXT_ADDRESS_S (RFC 8305); return the first that answers.
+        """Connect to several addresses in the system's order (RFC 8305); return the first connection.
 
-        In the system's order; when one fails, the next is begun at once.
+        Start the next one NEXT_ADDRESS_S after the last, or at once when one fails.
         """
         error = OSError("no address found")
         left = collections.deque(found)
@@ -7135,9 +7150,9 @@ class AgentClient:
 
     @staticmethod
     async def _look_up(address: Address) -> list[tuple[Any, ...]]:
-        """Return what getaddrinfo() gives: at once for an IP address, while a name may take its time.
+        """Return the results of getaddrinfo(); only a name blocks.
 
-        A name leads nowhere where a node's address may not be either: DNS is not ours. OSError where nothing is left.
+        Leave out what no node may have as its address: DNS is not ours. Raise OSError when nothing is left.
         """
         with contextlib.suppress(socket.gaierror):
             return socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
@@ -7153,21 +7168,21 @@ class AgentClient:
             text = CERTIFICATE_FAULTS.get(error.verify_code, f"presented a bad certificate: {error.verify_message}")
             if error.verify_code == 62 and self._server_name:
                 text += f" than {self._server_name} (AGENT_TLS_SERVER_NAME)"
-            return AgentError(TLS, f"{address} {text}", reached=False)
+            return AgentError(UNSENT, TLS, f"{address} {text}")
         if isinstance(error, socket.timeout):
-            return AgentError(TIMEOUT, f"{address} did not finish the TLS handshake within {connect_s:.3g} s",
-                              reached=False)
+            return AgentError(UNSENT, TIMEOUT,
+                              f"{address} did not finish the TLS handshake within {connect_s:.3g} s")
         refusal = _refusal(error)
         if refusal:
-            return AgentError(TLS, f"{address} refused our client certificate ({refusal})", reached=False)
+            return AgentError(UNSENT, TLS, f"{address} refused our client certificate ({refusal})")
         reason = getattr(error, "reason", None) or ""
         if reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"):
-            return AgentError(TLS, f"{address} does not speak TLS on this port", reached=False)
+            return AgentError(UNSENT, TLS, f"{address} does not speak TLS on this port")
         if "PROTOCOL_VERSION" in reason or reason == "UNSUPPORTED_PROTOCOL":
-            return AgentError(TLS, f"{address} speaks no TLS 1.2 or newer", reached=False)
+            return AgentError(UNSENT, TLS, f"{address} speaks no TLS 1.2 or newer")
         says_why = isinstance(error, ssl.SSLError) and reason and not isinstance(error, ssl.SSLEOFError)
         said = reason.replace("_", " ").lower() if says_why else "it closed the connection"
-        return AgentError(TLS, f"{address}: the TLS handshake failed: {said}", reached=False)
+        return AgentError(UNSENT, TLS, f"{address}: the TLS handshake failed: {said}")
 
     async def _request(self, call: _Call, sock: socket.socket, context: object, reused: bool) -> tuple[int, bytes]:
         address = call.address
@@ -7176,23 +7191,20 @@ class AgentClient:
         try:
             with self._in_flight(sock):
                 if not call.gate():
-                    raise AgentError(UNREACHABLE, f"{address}: not sent, as it may not or is too late",
-                                     reached=False, is_not_sent=True)
+                    raise AgentError(NOT_SENT, UNREACHABLE, f"{address}: not sent, as it may not or is too late")
                 await timed.sendall(_request_bytes(call))
                 await READING
                 plain = await _plain_answer(timed, call.max_bytes)
                 status, answer, keep = plain if plain else await _any_answer(timed, call)
-            keep = keep and address.protocol == TASKS
+            keep = keep and call.keeps_connection
             return status, answer
         except TooBig:
-            raise AgentError(PROTOCOL, f"{address} answered more than {call.max_bytes >> 10} KiB",
-                             reached=True) from None
+            raise AgentError(UNCLEAR, PROTOCOL, f"{address} answered more than {call.max_bytes >> 10} KiB") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            is_late = isinstance(error, socket.timeout)  # a reading that waited has seen the alert
+            is_late = isinstance(error, socket.timeout)  # while it waited, an alert would have been read
             refusal = _refusal(error) or (await _late_alert(timed) if timed.received == 0 and not is_late else "")
             if refusal:
-                raise AgentError(TLS, f"{address} refused our client certificate ({refusal})",
-                                 reached=False) from None
+                raise AgentError(UNSENT, TLS, f"{address} refused our client certificate ({refusal})") from None
             if reused and timed.received == 0 and not is_late and not self._is_closed:
                 raise _Stale from None
             raise self._exchange_error(address, error, timed, call.limit_s) from None
@@ -7205,12 +7217,11 @@ class AgentClient:
     def _exchange_error(self, address: Address, error: Exception, timed: TimedSocket, limit_s: float) -> AgentError:
         if isinstance(error, socket.timeout):
             text = "drips: no whole answer" if timed.received else "did not answer"
-            return AgentError(TIMEOUT, f"{address} {text} within {limit_s:.3g} s", reached=True,
-                              hold_s=self._request_s)
+            return AgentError(LOST, TIMEOUT, f"{address} {text} within {limit_s:.3g} s", hold_s=self._request_s)
         if isinstance(error, (OSError, http.client.IncompleteRead)) or timed.at_end:
             when = "in the middle of its answer" if timed.received else "before it answered"
-            return AgentError(UNREACHABLE, f"{address} cut the connection {when}", reached=True, hold_s=CUT_BUSY_S)
-        return AgentError(PROTOCOL, f"{address} answered what is not HTTP: {type(error).__name__}", reached=True)
+            return AgentError(LOST, UNREACHABLE, f"{address} cut the connection {when}", hold_s=CUT_BUSY_S)
+        return AgentError(UNCLEAR, PROTOCOL, f"{address} answered what is not HTTP: {type(error).__name__}")
 
 
 @functools.lru_cache(maxsize=1)
@@ -7223,10 +7234,10 @@ def _unverified_context() -> ssl.SSLContext:
 
 
 def _request_bytes(call: _Call) -> bytes:
-    """Gives a request as it leaves: head and body in one piece."""
+    """Return head and body in one piece."""
     host = f"[{call.address.host}]" if ":" in call.address.host else call.address.host
     head = f"{call.method} {call.path} HTTP/1.1\r\nHost: {call.host or f'{host}:{call.address.port}'}\r\n"
-    if call.address.protocol != TASKS:
+    if not call.keeps_connection:
         head += "Connection: close\r\n"
     if call.body is not None:
         head += f"Content-Type: application/json\r\nContent-Length: {len(call.body)}\r\n"
@@ -7237,10 +7248,10 @@ PLAIN_HEAD = re.compile(rb"HTTP/1\.1 ([2-5]\d\d) [^\r\n]*(?:\r\n[!#-9;-~]+:[^\r\
 
 
 async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes, bool] | None:
-    """Reads an answer of the usual shape: one Content-Length, and no word on the connection but close.
+    """Read an answer with one Content-Length, and no Connection but close; return what _any_answer() returns.
 
-    Gives status, body, and whether the connection can be kept. Any other shape is left unread for http.client, which
-    takes 0.2 ms for each: a fifth of the time of a release.
+    Return None for any other, with all of it unread. http.client would take 0.2 ms for each answer: a fifth of the
+    time of a release.
     """
     data = b""
     while part := await timed.recv(16384):
@@ -7250,8 +7261,8 @@ async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes,
             continue
         plain, fields = PLAIN_HEAD.fullmatch(head), head.lower()
         lengths = re.findall(rb"\ncontent-length: *(\d{1,7})(?=\r|$)", fields)
-        words = re.findall(rb"\nconnection: *([^\r]*)", fields)
-        if not plain or len(lengths) != 1 or fields.count(b"\ncontent-length") != 1 or set(words) - {b"close"} or (
+        options = re.findall(rb"\nconnection: *([^\r]*)", fields)
+        if not plain or len(lengths) != 1 or fields.count(b"\ncontent-length") != 1 or set(options) - {b"close"} or (
                 b"\ntransfer-encoding:" in fields) or int(lengths[0]) > max_bytes:
             break
         parts, missing = [body], int(lengths[0]) - len(body)
@@ -7262,7 +7273,7 @@ async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes,
             raise http.client.IncompleteRead(body)
         if missing < 0:
             break
-        return int(plain.group(1)), b"".join(parts), not words
+        return int(plain.group(1)), b"".join(parts), not options
     if not data:
         raise http.client.RemoteDisconnected("no answer")
     timed.unread, timed.at_end = data, False
@@ -7270,11 +7281,11 @@ async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes,
 
 
 async def _any_answer(timed: TimedSocket, call: _Call) -> tuple[int, bytes, bool]:
-    """Reads an answer by http.client; gives status, body, and whether the connection can be kept."""
+    """Read an answer by http.client; return status, body, and whether the connection can be kept."""
     await BLOCKS
     response = http.client.HTTPResponse(timed, method=call.method)  # type: ignore[arg-type]
     response.begin()
-    # http.client takes the end of the connection for the end of a head, and of a body
+    # http.client takes the end of the connection for the end of the head, and of the body
     cut_in_head = timed.at_end
     answer = response.read(call.max_bytes + 1)
     if len(answer) > call.max_bytes:
@@ -7285,14 +7296,14 @@ async def _any_answer(timed: TimedSocket, call: _Call) -> tuple[int, bytes, bool
 
 
 def _is_readable(sock: socket.socket) -> bool:
-    """Says whether an idle connection has something to say: its end, as nothing was asked."""
+    """Return whether an idle connection is readable: it has ended, as there is no answer to come."""
     poller = select.poll()
     poller.register(sock, select.POLLIN)
     return bool(poller.poll(0))
 
 
 def _refusal(error: Exception) -> str:
-    """Gives the alert by which an agent refused our certificate, or ''."""
+    """Return the alert by which an agent refused our certificate, or ""."""
     reason = getattr(error, "reason", None) or ""
     if isinstance(error, ssl.SSLError) and "ALERT" in reason and reason.endswith(REFUSAL_ALERTS):
         return str(reason).split("ALERT_", 1)[1].replace("_", " ").lower()
@@ -7300,13 +7311,13 @@ def _refusal(error: Exception) -> str:
 
 
 async def _late_alert(timed: TimedSocket) -> str:
-    """Reads once more where a request failed: with TLS 1.3 the refusal comes after the handshake."""
+    """Return the refusal that one more read brings after a failure: with TLS 1.3 it follows the handshake."""
     for _ in range(2):
         try:
             timed.ends_at = time.monotonic() + 0.5
             if not await timed.recv(1):
                 return ""
-        except Exception as error:  # whatever it is, only an alert is of use
+        except Exception as error:  # anything but an alert is of no use
             if _refusal(error):
                 return _refusal(error)
     return ""
@@ -7406,26 +7417,14 @@ class DriverContext:
     ended: Callable[[Driver], None]
 
 
-def outcome_of(node_id: int, op: str, answer: Answer | AgentError) -> Outcome:
-    """Return what an agent's answer or failure means to the decision."""
-    if isinstance(answer, Answer):
-        return Outcome(node_id, op, answer.state, answer.task_id, message=answer.message, detail=answer.message,
-                       applied=answer.applied)
-    if answer.is_not_sent:
-        return Outcome(node_id, op, NOT_SENT)
-    result = FAILED if answer.final else UNSENT if not answer.reached else LOST if answer.hold_s else UNCLEAR
-    return Outcome(node_id, op, result, "", answer.kind, answer.message, answer.detail, answer.hold_s,
-                   is_refusal=answer.is_refusal)
-
-
 class Driver:
     """Drive one claimed release, in a thread of its own: read, decide, commit, send, collect."""
 
     def __init__(self, context: DriverContext, lease: Lease, is_tick: bool):
         self.lease = lease
-        # Outcomes of requests; None only wakes the driver. Not SimpleQueue: on Python 3.9 its get() may wait for ever
-        # when the timeout is very short.
-        self.results: queue.Queue[Outcome | None] = queue.Queue()
+        # Ids of nodes and outcomes of their requests; None only wakes the driver. Not SimpleQueue: on Python 3.9 its
+        # get() may wait for ever when the timeout is very short.
+        self.results: queue.Queue[tuple[int, Outcome] | None] = queue.Queue()
         # When the last cycle began, by the elapsed clock.
         self.cycled_at = 0.0
         # The process cuts its own connections now: what they bring says nothing of an agent.
@@ -7625,7 +7624,7 @@ class Driver:
             busy, self._freeze, moved_s = self._store.claims.dispatch_blockers(release.id)
             if moved_s < self._policy.hold_s:
                 # a request may be under way that the database has lost
-                busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if n.agent_protocol == EXECUTE}
+                busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if not n.dialect.can_be_asked}
             # a release made before it went back may have been dispatched already (an hour: clocks differ)
             asks_first = moved_s < now.wall - epoch_or(release.created_at, now.wall) + 3600
         self._is_halted = release.status != RUNNING or self._freeze.frozen
@@ -7692,9 +7691,9 @@ class Driver:
             claim = self.lease.claim
             log.exception("%s: node %s: %s failed within releasectl", claim, node.name, op,
                           extra=about(claim, node=node.name))
-            outcome = Outcome(node.node_id, op, LOST, "", PROTOCOL, "releasectl itself failed: see its log",
+            outcome = Outcome(op, LOST, "", PROTOCOL, "releasectl itself failed: see its log",
                               hold_s=self._policy.request_timeout_s)
-        self.results.put(outcome._replace(cost_s=meter.cost_s))
+        self.results.put((node.node_id, outcome._replace(cost_s=meter.cost_s)))
 
     async def _ask(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> Outcome:
         address = Address(node.main_ip, node.agent_port, node.agent_protocol)
@@ -7703,38 +7702,28 @@ class Driver:
         try:
             if op == PROBE:
                 return await self._probe(node, within_s)
-            if op == DISPATCH:
-                gate = functools.partial(self.may_dispatch, written_at)
-                answer = await agents.dispatching(address, task, within_s, gate)
-                if answer == Answer(ACCEPTED, task.id):
-                    answer = await self._poll_at_once(address, answer, within_s)
-                return outcome_of(node.node_id, op, answer)
-            return outcome_of(node.node_id, op, await agents.querying(address, task.id, within_s))
-        except AgentError as error:
-            return outcome_of(node.node_id, op, error)
-        except ConfigError as error:  # the certificate went away under us
-            return Outcome(node.node_id, op, UNSENT, "", TLS, error.message)
+            if op == QUERY:
+                return await agents.query(address, task.id, within_s)
+            outcome = await agents.dispatch(address, task, within_s, functools.partial(self.may_dispatch, written_at))
+            is_accepted = outcome == Outcome(DISPATCH, ACCEPTED, task.id)
+            return await self._poll_at_once(address, outcome, within_s) if is_accepted else outcome
+        except ConfigError as error:  # the certificate was removed
+            return Outcome(op, UNSENT, "", TLS, error.message)
 
     async def _probe(self, node: ReleaseNode, within_s: float) -> Outcome:
-        verify = self._strategy.verify or Verify("http://{main_ip}/")  # it was there when the probe was decided on
-        since = time.monotonic()
-        fault = await self._context.agents.probing(node.main_ip, verify, verify.url_for(node),
-                                                   min(verify.timeout_s, max(within_s, 0.0)))
-        self._context.agents.metrics.count_request(PROBE, VERIFY if fault else SUCCESS, since)
-        return Outcome(node.node_id, PROBE, UNCLEAR if fault else SUCCESS, "", VERIFY if fault else "", fault, fault)
+        verify = self._strategy.verify
+        if verify is None:  # removed by hand after the probe was decided on
+            return Outcome(PROBE, SUCCESS)
+        return await self._context.agents.probe(node.main_ip, verify, verify.url_for(node),
+                                                min(verify.timeout_s, max(within_s, 0.0)))
 
-    async def _poll_at_once(self, address: Address, accepted: Answer, within_s: float) -> Answer:
+    async def _poll_at_once(self, address: Address, accepted: Outcome, within_s: float) -> Outcome:
         """Poll a task just dispatched, on the same connection: a quick one has ended by then.
 
-        That saves a cycle of the driver. Any answer but success is heard again by a later poll.
+        That saves a cycle of the driver. Whatever else the agent answers, a later poll will hear again.
         """
-        try:
-            answer = await self._context.agents.querying(address, accepted.task_id, min(within_s, FIRST_POLL_TIMEOUT_S))
-        except AgentError as error:
-            if error.kind == AGENT_FAILED:
-                raise
-            return accepted
-        return answer if answer.state == SUCCESS else accepted
+        polled = await self._context.agents.query(address, accepted.task_id, min(within_s, FIRST_POLL_TIMEOUT_S))
+        return polled if polled.result == SUCCESS or polled.error_kind == AGENT_FAILED else accepted
 
     # -- collect -------------------------------------------------------------------------
 
@@ -7745,24 +7734,24 @@ class Driver:
         requests themselves. It stops gathering when half of the slots are free again.
         """
         with contextlib.suppress(queue.Empty):
-            outcome = self.results.get(timeout=wait_s)
+            result = self.results.get(timeout=wait_s)
             enough, gather_until = self._in_flight // 2, time.monotonic() + min(GATHER_S, wait_s)
             while True:
-                if outcome is not None:
-                    self._fold(outcome)
+                if result is not None:
+                    self._fold(*result)
                 left_s = gather_until - time.monotonic() if self._in_flight > enough else 0.0
-                outcome = self.results.get(timeout=max(left_s, 0.0))
+                result = self.results.get(timeout=max(left_s, 0.0))
 
-    def _fold(self, outcome: Outcome) -> None:
+    def _fold(self, node_id: int, outcome: Outcome) -> None:
         self._in_flight -= 1
         self._context.slots.give_back(self, 1)
-        node = self._nodes.get(outcome.node_id)
+        node = self._nodes.get(node_id)
         if self.ignores_outcomes or node is None:  # its row was deleted by hand
             return
         now = self._now()
         if outcome.result != WORKING:
             self._news_at = now.elapsed
-        if outcome.error_kind and outcome.result != FAILED:
+        if outcome.error_kind and outcome.result not in (FAILED, NOT_SENT):
             claim, name = self.lease.claim, node.name
             log.info("%s: node %s: %s failed, %s", claim, name, outcome.op, outcome.message,
                      extra=about(claim, node=name))
@@ -7789,7 +7778,8 @@ class Driver:
 # region Executor
 # ======================================================================================
 # Executor: scan, claims, leases, the threads.
-# Uses: Vocabulary, Helpers, Settings, Model, Claims, Event loop, Agents, Driver.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Claims, Event loop,
+#   Agents, Driver.
 #
 #   One driver thread a claimed release alone reads and writes its rows. Coroutines only talk to
 #   agents and put outcomes on its queue. One lease thread renews all claims. Persist, then send.
@@ -7824,10 +7814,11 @@ class Tick(NamedTuple):
 class Executor:
     """Claim releases and drive each to its end, or in a tick as far as it goes."""
 
-    def __init__(self, settings: Settings, store: Store, agents: AgentClient):
+    def __init__(self, settings: Settings, store: Store, agents: AgentClient, metrics: Metrics):
         self.settings = settings
         self.store = store
         self.agents = agents
+        self.metrics = metrics
         self.clock = store.clock
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.stopping = threading.Event()
@@ -7846,7 +7837,7 @@ class Executor:
         self._renewed_at = self.clock.elapsed()
         self._closed = threading.Event()
         if settings.release_executor_enabled:
-            store.database.metrics.put("releasectl_last_tick_timestamp_seconds", 0.0)
+            metrics.put("releasectl_last_tick_timestamp_seconds", 0.0)
 
     # -- tick, drain, loop ---------------------------------------------------------------
 
@@ -7900,7 +7891,7 @@ class Executor:
         while ((drivers := [driver for driver in drivers if driver.is_running()]) and not self.stopping.is_set()
                and self.clock.elapsed() < until):
             drivers[0].join(0.2)
-            self.store.database.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
+            self.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
             beat()
         if self.stopping.is_set():
             self.close()
@@ -7993,14 +7984,14 @@ class Executor:
 
     def _scan(self, started: list[Driver], is_tick: bool) -> int:
         """Scan for work, and count the scan; parameters and result as claim_runnable()."""
-        metrics, outcome = self.store.database.metrics, ERROR
+        outcome = ERROR
         try:
             taken = self.claim_runnable(started, is_tick)
             outcome = WORKED if started or self._active_drivers() else BUSY if taken else IDLE
-            metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
+            self.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
             return taken
         finally:
-            metrics.count("releasectl_ticks_total", outcome)
+            self.metrics.count("releasectl_ticks_total", outcome)
 
     def claim_runnable(self, started: list[Driver], is_tick: bool) -> int:
         """Claim what is runnable and start a driver for each, added to started; return how many others hold."""
@@ -8763,7 +8754,7 @@ NO_PROCESS: Mapping[str, Any] = {"executor": {"enabled": False, "owner": "", "la
 class Api:
     """The handlers of ROUTES: each takes a Request and returns a Reply, or raises AppError."""
 
-    def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32,
+    def __init__(self, store: Store, metrics: Metrics, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32,
                  process: Callable[[], Mapping[str, Any]] = lambda: NO_PROCESS,
                  is_busy: Callable[[], bool] = lambda: False,
                  figures: Callable[[], Figures] = lambda: {}, hung: Callable[[], str] = lambda: ""):
@@ -8776,6 +8767,7 @@ class Api:
         hung: one sentence on a thread of this process that hangs, "" for none.
         """
         self.store = store
+        self.counters = metrics
         self._nudge = nudge
         self._process = process
         self._is_busy = is_busy
@@ -8999,14 +8991,14 @@ class Api:
         self._ahead = ahead
 
     def metrics(self, _request: Request) -> Reply:
-        return Reply(200, metrics_text(self.store, {**process_figures(self.started_at), **self._figures()}),
-                     "text/plain; version=0.0.4; charset=utf-8")
+        more = {**process_figures(self.started_at), **self._figures()}
+        return Reply(200, metrics_text(self.counters, self.store, more), "text/plain; version=0.0.4; charset=utf-8")
 
     def openapi(self, _request: Request) -> Reply:
         return Reply(200, to_json(openapi_document()), "application/json")
 
 
-def metrics_text(store: Store, more: Figures) -> str:
+def metrics_text(metrics: Metrics, store: Store, more: Figures) -> str:
     """Return /metrics: what this process counted, what the database holds if it answers, and more."""
     figures = {("releasectl_build_info", __version__, ".".join(map(str, sys.version_info[:3]))): 1.0, **more}
     try:
@@ -9014,7 +9006,7 @@ def metrics_text(store: Store, more: Figures) -> str:
         figures["releasectl_database_up",] = 1.0
     except DatabaseError:  # already counted; the figures of this process are wanted all the more
         figures["releasectl_database_up",] = 0.0
-    return store.database.metrics.text(figures)
+    return metrics.text(figures)
 
 
 class Route(NamedTuple):
@@ -9493,7 +9485,7 @@ class Exchange:
         Of refusals of one client in a row only the 1st, 2nd, 4th, ... is logged.
         """
         path, method = self.route.path if self.route else OTHER, self.head.method
-        self.server.api.store.database.metrics.count("releasectl_api_requests_total", path,
+        self.server.api.counters.count("releasectl_api_requests_total", path,
                                                      method if method in METHODS else OTHER, str(answer.status))
         level, in_a_row = logging.INFO if self.actor and method not in ("GET", "HEAD") else logging.DEBUG, ""
         if level == logging.INFO and answer.status >= http.HTTPStatus.BAD_REQUEST:
@@ -9667,10 +9659,8 @@ def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool 
     agents.prepare(key_may_be_open)
 
     def ping(node: Node) -> Ping:
-        try:
-            return Ping(node, True, "", agents.ping(Address(node.main_ip, node.agent_port, node.agent_protocol)))
-        except AgentError as error:
-            return Ping(node, False, error.kind, one_line(error.message))
+        outcome = agents.ping(Address(node.main_ip, node.agent_port, node.agent_protocol))
+        return Ping(node, not outcome.error_kind, outcome.error_kind, one_line(outcome.message))
 
     with ThreadPoolExecutor(settings.agent_concurrency) as pool:
         pings = list(pool.map(ping, nodes))
@@ -10072,9 +10062,9 @@ class Screen:
 # region Commands
 # ======================================================================================
 # Commands: what each other command does (contract section 4).
-# Uses: Vocabulary, Helpers, Settings, Model, Strategy, Plan, Status texts, Verbs,
-#   Engines, Database, Audit, Queue, Retry and rollback, Releases, Claims,
-#   Serialization, Access, Check and why, Terminal.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Status
+#   texts, Verbs, Engines, Database, Audit, Queue, Retry and rollback, Releases,
+#   Claims, Serialization, Access, Check and why, Terminal.
 # ======================================================================================
 
 class Context:
@@ -10085,7 +10075,8 @@ class Context:
         # a command that needs no settings runs with a broken file too
         self.settings = Settings.load(os.environ, options.config, options.db) if options.needs_settings \
             else Settings.load({})
-        self.store = Store(Database(self.settings.database_url))
+        self.metrics = Metrics()
+        self.store = Store(Database(self.settings.database_url, self.metrics))
         self.actor = _unix_user()
 
     def open(self, create: bool = False) -> Store:
@@ -10585,11 +10576,11 @@ def command_serve(context: Context) -> int:
     warn_of_settings(settings)
     _raise_descriptor_limit()
     context.store.database.migrate()
-    agents = AgentClient(settings, context.store.database.metrics)
+    agents = AgentClient(settings, context.metrics)
     if settings.release_executor_enabled and (settings.control_cert or not settings.mtls_enabled):
         agents.prepare()
-    executor = Executor(settings, context.store, agents)
-    server = ApiServer(settings, Api(context.store, executor.nudge, settings.http_max_connections // 4,
+    executor = Executor(settings, context.store, agents, context.metrics)
+    server = ApiServer(settings, Api(context.store, context.metrics, executor.nudge, settings.http_max_connections // 4,
                                      lambda: process_json(settings, executor), executor.is_busy,
                                      lambda: certificate_figures(settings), executor.hung))
     _handle_signals(executor.stop, lambda: _reload(settings, agents, server))
@@ -10648,7 +10639,7 @@ def _write_metrics(context: Context, path: str) -> None:
     The figures of the process are left out: it ends, and node_exporter has figures of the same names.
     """
     if path:
-        text = metrics_text(context.store, certificate_figures(context.settings))
+        text = metrics_text(context.metrics, context.store, certificate_figures(context.settings))
         try:
             replace_file(path, text, None, 0o644)
         except OSError as error:
@@ -10662,7 +10653,7 @@ def _run_once(context: Context) -> int:
         return context.show({"releases": [], "inOtherHands": 0}, "")
     warn_of_settings(settings)
     context.store.database.migrate()
-    executor = Executor(settings, context.store, AgentClient(settings, context.store.database.metrics))
+    executor = Executor(settings, context.store, AgentClient(settings, context.metrics), context.metrics)
     _handle_signals(executor.stop, lambda: _reload(settings, executor.agents))
     _raise_descriptor_limit()
     secret_files = SecretFiles(settings)

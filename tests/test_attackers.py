@@ -659,7 +659,8 @@ def findings(settings: rc.Settings) -> dict[str, rc.Finding]:
 
 def health(settings: rc.Settings) -> dict[str, dict]:
     """Return what /api/v1/health tells of certificates and CRLs."""
-    executor = rc.Executor(settings, rc.Store(rc.Database(settings.database_url)), rc.AgentClient(settings))
+    store, agents = rc.Store(rc.Database(settings.database_url)), rc.AgentClient(settings)
+    executor = rc.Executor(settings, store, agents, store.database.metrics)
     return {entry["name"]: entry for entry in rc.process_json(settings, executor)["certificates"]}
 
 

@@ -493,7 +493,7 @@ def test_sigterm_ends_a_service_whose_server_hangs(cli, proxy, driver):
 
 def test_readyz_says_when_the_look_under_way_is_old(proxy, open_store, monkeypatch, driver):
     monkeypatch.setattr(rc, "MAX_READY_CHECK_S", 0.5)
-    api = rc.Api(open_store(proxy.url))
+    api = rc.Api(open_store(proxy.url), rc.Metrics())
     assert api.ready(ANYBODY).status == 200
     time.sleep(rc.READY_CHECK_EVERY_S + 0.1)
     proxy.freeze()
@@ -515,7 +515,7 @@ def is_ready(api: rc.Api) -> bool:
 
 
 def test_readyz_says_when_a_thread_hangs(sqlite_url, open_store):
-    api = rc.Api(open_store(sqlite_url), hung=lambda: "the lease thread hangs")
+    api = rc.Api(open_store(sqlite_url), rc.Metrics(), hung=lambda: "the lease thread hangs")
     with pytest.raises(rc.DatabaseError, match="the lease thread hangs"):
         api.ready(ANYBODY)
 

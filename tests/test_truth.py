@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fake_agent import payload_sha256
-from lab import ADDRESSES, SITES, add_nodes, eventually, new_release, nodes_of, outcomes, sql, statuses
+from lab import ADDRESSES, SITES, WaitingClient, add_nodes, eventually, new_release, nodes_of, outcomes, sql, statuses
 
 import releasectl as rc
 
@@ -165,13 +165,13 @@ def test_section_1_a_task_that_was_done_by_an_earlier_try_is_a_success(sqlite_wo
 
 def test_section_1_a_dispatch_that_was_sent_again_on_a_new_connection_may_be_done_by_itself(sqlite_world):
     sqlite_world.nodes(1, task_ms=0)
-    agent, client = sqlite_world.agent(1), rc.AgentClient(sqlite_world.settings())
+    agent, client = sqlite_world.agent(1), WaitingClient(rc.AgentClient(sqlite_world.settings()))
     address = rc.Address(ADDRESSES[0], agent.port, "tasks")
     client.query(address, "unknown")  # its connection is kept
     agent.set(mode="cutEarly", times=1, only="dispatch")  # it runs the task, and ends the connection
-    answer = client.dispatch(address, rc.AgentTask("apply_config_1", "apply_config", 1, {}))
+    outcome = client.dispatch(address, rc.AgentTask("apply_config_1", "apply_config", 1, {}))
     client.close()
-    assert (answer.state, answer.applied, agent.dispatches, len(agent.runs)) == (rc.ACCEPTED, 0, 2, 1)
+    assert (outcome.result, outcome.applied, agent.dispatches, len(agent.runs)) == (rc.ACCEPTED, 0, 2, 1)
 
 
 @pytest.mark.parametrize("first_try", [
@@ -454,7 +454,7 @@ def test_section_2_an_address_is_held_for_the_other_rows_of_its_release_too():
     rows = rc.NodeIndex([node(n, "pending", "execute", main_ip="10.0.0.1") for n in (1, 2)])
     strategy = rc.Strategy(max_failed=2, retries=0)
     begun = rc.decide(rc.Situation(release_row(), rows, NOW, POLICY.under(strategy), strategy, slots=8))
-    lost = rc.Outcome(1, "dispatch", rc.LOST, "", "timeout", "no answer", "", 60.0)
+    lost = rc.Outcome("dispatch", rc.LOST, "", "timeout", "no answer", "", 60.0)
     begun.nodes.put(rc.observe(begun.nodes[1], lost, later(60), POLICY.under(strategy)))
     after = rc.decide(rc.Situation(release_row(), begun.nodes, later(60), POLICY.under(strategy), strategy, slots=8))
     assert [(c.after.node_id, c.after.status) for c in after.changes] == [(1, "failed")]
@@ -572,7 +572,7 @@ def test_section_7_holds_are_the_pauses_and_freezes_of_the_history_taken_togethe
 def test_section_7_a_new_owner_counts_no_hold_against_a_node_that_is_not_at_its_agent():
     adopted = rc.recover(node(), later(1000), POLICY, rc.holds_of(HISTORY))
     assert adopted.deadline - later(1000).elapsed == 200  # 600 s, of which 400 are used up
-    unknown = rc.observe(adopted, rc.Outcome(1, "query", rc.UNKNOWN), later(1000), POLICY)
+    unknown = rc.observe(adopted, rc.Outcome("query", rc.UNKNOWN), later(1000), POLICY)
     assert unknown.deadline == adopted.deadline
     sent = rc.decide(rc.Situation(release_row(), rc.NodeIndex([unknown]), later(1000), POLICY)).changes[0].after
     assert (sent.waited_s, sent.deadline) == (600, adopted.deadline)
@@ -583,7 +583,7 @@ def test_section_7_a_new_owner_counts_no_hold_against_a_node_that_is_not_at_its_
 
 def test_section_7_a_node_whose_agent_is_at_work_keeps_its_own_deadline():
     adopted = rc.recover(node(), later(1000), POLICY, rc.holds_of(HISTORY))
-    working = rc.observe(adopted, rc.Outcome(1, "query", rc.WORKING), later(1000), POLICY)
+    working = rc.observe(adopted, rc.Outcome("query", rc.WORKING), later(1000), POLICY)
     assert working.deadline == NOW.elapsed + 600
 
 
@@ -597,7 +597,7 @@ def test_section_7_whatever_a_node_was_at_before_a_hold_moves_its_deadline_along
 def test_section_7_a_node_that_is_being_asked_has_the_time_of_a_hold_until_its_agent_says_that_it_is_at_work():
     asked = rc.kept_from_dispatch(rc.NodeIndex([node(next_op=rc.QUERY)]), 60.0)[0]
     assert asked.deadline == NOW.elapsed + 660
-    assert rc.observe(asked, rc.Outcome(1, "query", rc.WORKING), NOW, POLICY).deadline == NOW.elapsed + 600
+    assert rc.observe(asked, rc.Outcome("query", rc.WORKING), NOW, POLICY).deadline == NOW.elapsed + 600
     assert rc.kept_from_dispatch(rc.NodeIndex([node(next_op=rc.QUERY, is_at_work=True)]), 60.0) == []
 
 
@@ -615,7 +615,7 @@ def test_section_7_a_second_look_that_passes_and_fails_in_turn_ends():
             break
         for send in decision.sends:
             passes += 1
-            outcome = rc.Outcome(1, "probe", rc.SUCCESS if passes % 2 else rc.UNCLEAR, "", "verify", "HTTP 500")
+            outcome = rc.Outcome("probe", rc.SUCCESS if passes % 2 else rc.UNCLEAR, "", "verify", "HTTP 500")
             nodes.put(rc.observe(send.node, outcome, later(seconds), policy))
     assert 590 < seconds < 620
     assert nodes[1].error_kind == "verify"
@@ -774,9 +774,9 @@ def test_after_a_fall_tasks_agents_are_asked_before_they_are_sent_anything():
     release = release_row(tag="9f3a61c0", type="apply_config")
     asked = rc.decide(rc.Situation(release, rc.NodeIndex([node(1, "pending")]), NOW, POLICY, asks_first=True))
     assert [(send.op, send.node.task_id) for send in asked.sends] == [("query", "apply_config_10.0.0.1_42_9f3a61c0")]
-    unknown = rc.observe(asked.nodes[1], rc.Outcome(1, "query", rc.UNKNOWN), NOW, POLICY)
+    unknown = rc.observe(asked.nodes[1], rc.Outcome("query", rc.UNKNOWN), NOW, POLICY)
     assert (unknown.next_op, unknown.reached) == (rc.DISPATCH, False)
-    known = rc.observe(asked.nodes[1], rc.Outcome(1, "query", rc.SUCCESS), NOW, POLICY)
+    known = rc.observe(asked.nodes[1], rc.Outcome("query", rc.SUCCESS), NOW, POLICY)
     assert known.verdict.status == "success"
 
 
@@ -880,7 +880,7 @@ def test_rule_9_an_execute_agent_is_sent_nothing_for_a_while_after_the_database_
 
 @pytest.mark.parametrize("text", ["", "   ", "\t\n", "\u200b"])
 def test_section_1_an_error_text_that_shows_nothing_is_told_as_no_reason(text):
-    said = rc.Outcome(1, "query", rc.FAILED, "", "agent_failed", text, text)
+    said = rc.Outcome("query", rc.FAILED, "", "agent_failed", text, text)
     seen = rc.observe(node(next_op=rc.QUERY), said, NOW, POLICY)
     assert seen.verdict.error_msg == "the agent gave no reason"
 
