@@ -344,9 +344,13 @@ def test_rule_2_a_release_that_was_given_a_later_version_goes_behind_those_that_
 
 def test_rule_2_a_drain_runs_a_release_that_was_given_a_later_version_after_the_others(world):
     world.nodes(1, task_ms=1200)
-    soon = rc.utc_text(time.time() + 0.6)
-    ids = [new_release(world.store, strategy={"startAt": at} if at else {}).id for at in (soon, "", "")]
-    world.drain()
+    ids = [new_release(world.store, strategy={"startAt": at} if at else {}).id
+           for at in ("2999-01-01T00:00:00Z", "", "")]
+    runner = threading.Thread(target=world.drain)
+    runner.start()
+    eventually(lambda: world.agent(1).runs)
+    sql(world.store, "UPDATE release_tasks SET strategy = ? WHERE id = ?", '{"startAt":"2020-01-01T00:00:00Z"}', ids[0])
+    runner.join(30)
     assert [world.store.releases.get(i).status for i in ids] == ["success"] * 3
     assert [run["version"] for run in world.agent(1).runs] == [2, 3, 4]
 
