@@ -81,6 +81,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import importlib
 import io
 import ipaddress
 import itertools
@@ -3280,16 +3281,16 @@ def waiting_reasons(candidates: Iterable[Candidate], now: str = "", freeze: Free
 # ======================================================================================
 
 BUSY_TIMEOUT_S = 5.0
-# To PostgreSQL, of one process; further ones wait in turn, for so long.
+# Connections of one process to PostgreSQL, and how long a thread waits for one of them.
 MAX_DB_CONNECTIONS, CONNECTION_WAIT_S = 16, 30.0
-# What the server's own limits allow a transaction: 10 s for the lock, 30 s for a statement. Older ones are cut off.
+# A transaction is cut off after this time: above the server's own limits, 10 s for the lock and 30 s for a statement.
 MAX_TRANSACTION_S = 45.0
-# While the process ends, a new transaction may take so long.
+# The same for a transaction that begins while the process ends.
 LAST_TRANSACTION_S = 2.0
-# "releasectl" in numbers; the key of PostgreSQL's advisory lock
+# Key of PostgreSQL's advisory lock.
 PG_LOCK_KEY = 7235419
 LOCK_NOT_AVAILABLE, PROTOCOL_VIOLATION = "55P03", "08P01"
-# What speaks PostgreSQL's protocol and is another thing, by its version().
+# Servers that only speak PostgreSQL's protocol, as version() names them.
 OTHER_SERVERS = re.compile(
     r"CockroachDB|-YB-|Redshift|Greenplum|Materialize|RisingWave|CrateDB|GaussDB|QuestDB|openGauss", re.IGNORECASE)
 
@@ -3299,36 +3300,38 @@ def close_quietly(connection: Any) -> None:
         connection.close()
 
 
-class FileWatch:
-    """A transaction that is open: a second handle of its socket, since and until when it may be, whether cut off."""
+class WatchedTransaction:
+    """An open transaction under the watchdog's eye."""
     __slots__ = ("is_cut", "since", "sock", "until")
 
     def __init__(self, sock: socket.socket | None, limit_s: float):
-        self.sock = sock
+        self.sock = sock  # a second handle of the connection's socket
         self.since = time.monotonic()
         self.until = self.since + limit_s
         self.is_cut = False
 
 
-class _Guard:
-    """Shuts down the sockets of transactions that are open for too long: a driver may wait for ever for a server
-    that hangs. Whoever waits gets an error then, and does not know whether a COMMIT took place."""
+class _Watchdog:
+    """Shuts down the socket of a transaction that takes too long: a driver may wait for ever for a server that hangs.
+
+    The waiting thread then gets an error, and does not know whether a COMMIT took place.
+    """
 
     EVERY_S, IDLE_ROUNDS = 0.25, 40
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._watches: set[FileWatch] = set()
+        self._watches: set[WatchedTransaction] = set()
         self._thread: threading.Thread | None = None
         self._end_at = float("inf")
 
-    def begin(self, connection: Any, limit_s: float) -> FileWatch:
-        """Watch over a connection until end()."""
+    def watch(self, connection: Any, limit_s: float) -> WatchedTransaction:
+        """Watch a connection until unwatch()."""
         sock = None
         with contextlib.suppress(Exception):  # one that is closed already fails by itself
             handle = connection._usock if hasattr(connection, "_usock") else connection  # noqa: SLF001 - pg8000
             sock = socket.fromfd(handle.fileno(), socket.AF_INET, socket.SOCK_STREAM)
-        watch = FileWatch(sock, limit_s)
+        watch = WatchedTransaction(sock, limit_s)
         with self._lock:
             self._watches.add(watch)
             if self._thread is None:
@@ -3338,21 +3341,19 @@ class _Guard:
                     self._thread = thread
         return watch
 
-    def end(self, watch: FileWatch) -> None:
-        """Watch no longer."""
+    def unwatch(self, watch: WatchedTransaction) -> None:
         with self._lock:
             self._watches.discard(watch)
         if watch.sock is not None:
             watch.sock.close()
 
     def end_within(self, seconds: float) -> None:
-        """Cut off what is open then, and from then on what takes longer than LAST_TRANSACTION_S."""
+        """Cut off all transactions in so many seconds, and later ones after LAST_TRANSACTION_S: the process ends."""
         with self._lock:
             self._end_at = min(self._end_at, time.monotonic() + seconds)
 
     @property
     def is_ending(self) -> bool:
-        """Say whether end_within() was called."""
         return self._end_at != float("inf")
 
     def _run(self) -> None:
@@ -3372,16 +3373,16 @@ class _Guard:
                     self._thread = None
 
 
-class ConnectionTurns:
-    """So many at a time; who comes later waits in turn."""
+class FairSemaphore:
+    """A semaphore that serves its waiters in the order of their arrival."""
 
     def __init__(self, count: int):
         self._free = count
         self._queue: collections.deque[threading.Event] = collections.deque()
         self._lock = threading.Lock()
 
-    def take(self, timeout_s: float) -> bool:
-        """Wait for a turn; say whether it came within the time."""
+    def acquire(self, timeout_s: float) -> bool:
+        """Return whether a place was free within the time."""
         with self._lock:
             if self._free:
                 self._free -= 1
@@ -3395,8 +3396,7 @@ class ConnectionTurns:
                 self._queue.remove(mine)
             return mine.is_set()
 
-    def give_back(self) -> None:
-        """Let the next one go."""
+    def release(self) -> None:
         with self._lock:
             if self._queue:
                 self._queue.popleft().set()
@@ -3404,10 +3404,10 @@ class ConnectionTurns:
                 self._free += 1
 
 
-def _who_has_locked(file: os.stat_result) -> int:
-    """Return the id of another process that has an SQLite file open, 0 for none that can be seen.
+def _locking_process(file: os.stat_result) -> int:
+    """Return the id of another process that has an SQLite file open, or 0.
 
-    Not by asking for the lock: to close a handle of the file would drop all locks of this process.
+    The lock itself is not tried: closing a handle of the file would drop all locks of this process.
     """
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
@@ -3423,7 +3423,7 @@ def _who_has_locked(file: os.stat_result) -> int:
 
 
 class SqliteEngine:
-    """The words of SQLite, and how to reach one file."""
+    """The SQL that only SQLite understands, and one file of it."""
 
     name = "sqlite"
     begin_read = "BEGIN"
@@ -3431,15 +3431,15 @@ class SqliteEngine:
     now_sql = "SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
     has_table_sql = "SELECT COUNT(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
     has_any_table_sql = "SELECT COUNT(*) FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
-    # The id of the next release: to look at it, and to take it.
+    # The id of the next release: to know it, and to use it up.
     next_release_id_sql = take_release_id_sql = \
         "SELECT COALESCE(MAX(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'release_tasks'"
-    # The nodes of a release as one text.
     audit_id_sql = "?"
+    # The ids of nodes as one text.
     joined_sql = "group_concat(node_id)"
-    # What lets a transaction take as long as it needs.
-    patience_sql: tuple[str, ...] = ()
-    # A number that grows with each failover; 0 for a server that only follows another one.
+    # Statements that lift the limits of a transaction, for a migration.
+    no_limits_sql: tuple[str, ...] = ()
+    # A number that grows with each failover; 0 on a standby.
     timeline_sql = "SELECT 1"
     error: tuple[type[Exception], ...] = (sqlite3.Error,)
     max_connections = 1 << 20  # readers wait for nobody
@@ -3453,7 +3453,7 @@ class SqliteEngine:
         return "database " + self.path.encode("utf-8", "backslashreplace").decode()  # a path may be any bytes
 
     def identity(self) -> object:
-        """Return what the path, its -wal and its -shm name now: a deleted file would go on taking writes unseen."""
+        """Return which file the path, its -wal and its -shm are now: a deleted one would go on taking writes."""
         try:
             found = os.stat(self.path)
         except OSError:
@@ -3464,21 +3464,21 @@ class SqliteEngine:
         path = os.path.realpath(self.path)
         return f"{path}-wal", f"{path}-shm"
 
-    def keep_aside(self) -> str:
-        """Give a new -wal that others have begun a second name, before our last connection takes it away.
+    def save_new_wal(self) -> str:
+        """Link a -wal that another process has begun under a second name: our last connection would remove it.
 
         Return what was found, for the log.
         """
         wal = self._side_files()[0]
-        said = f"{self}: {wal} or its -shm was removed or replaced while this process worked with it"
+        found = f"{self}: {wal} or its -shm was removed or replaced while this process worked with it"
         with contextlib.suppress(OSError):
             if os.path.getsize(wal):
                 kept = f"{wal}.{int(time.time())}"
                 os.link(wal, kept)
-                return f"{said}; what others wrote into a new one is kept as {kept}"
-        return said
+                return f"{found}; what others wrote into a new one is kept as {kept}"
+        return found
 
-    def _refuse_torn(self) -> None:
+    def _refuse_unsafe_file(self) -> None:
         """Raise DatabaseError where the file has a second name, or is open elsewhere without its -wal."""
         try:
             found = os.stat(self.path)
@@ -3487,9 +3487,9 @@ class SqliteEngine:
         if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
             raise DatabaseError(f"{self} has a second name (hard link), under which it would have another -wal: "
                                 f"remove all but one (find / -xdev -inum {found.st_ino})")
-        give_up_at = time.monotonic() + 1.0  # somebody may just begin or end
+        give_up_at = time.monotonic() + 1.0  # another process may just open or close it
         while not all(map(os.path.exists, self._side_files())):
-            pid = _who_has_locked(found)
+            pid = _locking_process(found)
             if not pid:
                 return
             if time.monotonic() > give_up_at:
@@ -3498,27 +3498,27 @@ class SqliteEngine:
             time.sleep(0.05)
 
     def connect(self, create: bool) -> sqlite3.Connection:
-        """Opens the file, made when create says so; raises DatabaseError with one line."""
+        """Return a connection in autocommit mode; with create make the file first. Raise DatabaseError."""
         folder = os.path.dirname(self.path) or os.curdir  # not abspath(): the current folder may be gone
         if not os.path.isdir(folder):
             raise DatabaseError(f"{self}: the folder {folder} does not exist")
         if not create and not os.path.exists(self.path):
             raise DatabaseError(f"{self} does not exist: make it with `releasectl.py migrate`")
-        self._refuse_torn()
+        self._refuse_unsafe_file()
         connection = None
         try:
             if create:
                 self._make_file()
-            # statements differ by the number of rows: more of them kept would be megabytes, and not used again
+            # statements differ by their number of rows: a larger cache would be megabytes without hits
             connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None,
                                          check_same_thread=False, cached_statements=16)
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA synchronous = FULL")
-            # with much history a release touches a page for each node: 16 MiB of WAL write it back less often
+            # with much history each node is another page: 16 MiB of WAL write it back less often
             connection.execute("PRAGMA wal_autocheckpoint = 4000")
-            connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()  # now its -wal and -shm are there
+            connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()  # makes -wal and -shm
             return connection
         except (sqlite3.Error, OSError) as error:
             if connection:
@@ -3526,10 +3526,7 @@ class SqliteEngine:
             raise DatabaseError(self.explain(error)) from None
 
     def _make_file(self) -> None:
-        """Make the file, empty and closed to others whatever the umask, where there is none.
-
-        SQLite gives its -wal and -shm the mode of the file.
-        """
+        """Make the file with mode 0600, whatever the umask, where there is none; -wal and -shm get the same mode."""
         with contextlib.suppress(FileExistsError):
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -3539,12 +3536,12 @@ class SqliteEngine:
 
     @staticmethod
     def is_data_error(error: Exception) -> bool:
-        """Say whether a value was refused, whatever the state of the file."""
+        """Return whether the error is due to a value, not to the file."""
         return isinstance(error, (sqlite3.DataError, OverflowError, ValueError)) or (
             isinstance(error, (sqlite3.InterfaceError, sqlite3.ProgrammingError)) and "binding parameter" in str(error))
 
     def explain(self, error: Exception) -> str:
-        """Gives one line: what is wrong with the file and what would mend it."""
+        """Return one line: what is wrong with the file, and what would mend it."""
         if isinstance(error, OSError):
             return f"{self} can't be made: {os_reason(error)}"
         text = str(error)
@@ -3561,9 +3558,9 @@ class SqliteEngine:
         return f"{self}: {one_line(text)}"
 
     def backup(self, path: str) -> int:
-        """Writes a copy of one moment to a new file, mode 0600, checked; gives its size in bytes.
+        """Write a checked copy to a new file, mode 0600; return its size in bytes.
 
-        Others read and write meanwhile. The file has its name only when it is whole and on the disk.
+        Others may read and write meanwhile. The file gets its name when it is complete and on the disk.
         """
         if os.path.lexists(path):
             raise AppError(EXISTS, f"{path} exists already: name another file")
@@ -3581,18 +3578,18 @@ class SqliteEngine:
             raise DatabaseError(f"{self} could not be copied to {path}: {os_reason(error)}") from None
         finally:
             close_quietly(source)
-            with contextlib.suppress(OSError):  # it has its name by now
+            with contextlib.suppress(OSError):  # it was renamed
                 os.unlink(temporary)
         return os.path.getsize(path)
 
     @staticmethod
     def _copy(source: sqlite3.Connection, path: str) -> None:
-        """Copies a database into an empty file, and checks the copy; raises sqlite3.Error."""
+        """Copy a database into an empty file and check the copy; raise sqlite3.Error."""
         target = sqlite3.connect(path, isolation_level=None)
         try:
-            # In one step: in several it would begin anew after each commit of another process.
+            # in one step: in several it would start again after each commit of another process
             source.backup(target)
-            target.execute("PRAGMA journal_mode = DELETE")  # one file, that needs no -wal beside it
+            target.execute("PRAGMA journal_mode = DELETE")  # a single file, without a -wal
             found = target.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found != "ok":
                 raise sqlite3.DatabaseError(f"the copy is not sound: {one_line(found)}")
@@ -3601,26 +3598,26 @@ class SqliteEngine:
 
     @staticmethod
     def is_stale(_error: Exception) -> bool:
-        """Says whether BEGIN failed for the connection's sake: a file is not cut off."""
+        """Return False: a connection to a file is never cut."""
         return False
 
     @staticmethod
     def sql(statement: str) -> str:
-        """Gives a statement in this engine's placeholders."""
+        """Return a statement with this engine's placeholders."""
         return statement
 
     @staticmethod
     def ddl(statement: str) -> str:
-        """Gives a statement of schema.sql in this engine's words; "" for one that is not for it."""
+        """Return a statement of schema.sql for this engine, "" for one that it does not need."""
         return statement
 
 
 class PostgresEngine:
-    """The words of PostgreSQL, and the drivers that can reach it."""
+    """The SQL that only PostgreSQL understands, and one database behind any of three drivers."""
 
     name = "postgresql"
-    # For each transaction: behind a pooler the next one may be on another connection, and what was set for a session
-    # would be another program's. A stopped client holds its locks until the server gives up on it.
+    # SET LOCAL in each transaction: behind a pooler a session's settings would go to another program. The timeouts
+    # make the server drop the locks of a client that hangs.
     _limits_sql = """
         SET LOCAL idle_in_transaction_session_timeout = '5s'; SET LOCAL lock_timeout = '10s';
         SET LOCAL statement_timeout = '30s'; SET LOCAL synchronous_commit = on; SET LOCAL tcp_user_timeout = '15s';
@@ -3631,7 +3628,7 @@ class PostgresEngine:
     now_sql = """SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')"""
     has_table_sql = """SELECT COUNT(*) FROM information_schema.tables
         WHERE table_schema = current_schema() AND table_name = ?"""
-    # Not what belongs to an extension that the provider has put there.
+    # Without the tables of extensions that the provider installed.
     has_any_table_sql = """
         SELECT COUNT(*)
         FROM pg_class c
@@ -3639,7 +3636,7 @@ class PostgresEngine:
         WHERE n.nspname = current_schema() AND c.relkind IN ('r', 'p', 'f')
           AND NOT EXISTS (SELECT 1 FROM pg_depend d
                           WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')"""
-    # A person may have written a row with an id of their own, which the sequence does not know.
+    # The sequence does not know an id that a person wrote by hand.
     next_release_id_sql = """
         SELECT GREATEST(COALESCE(pg_sequence_last_value(pg_get_serial_sequence('release_tasks', 'id')::regclass), 0),
                         COALESCE(MAX(id), 0)) + 1
@@ -3651,11 +3648,11 @@ class PostgresEngine:
     # The sequence follows, so that an INSERT by hand gets the next id.
     audit_id_sql = "setval(pg_get_serial_sequence('audit_log', 'id'), ?)"
     joined_sql = "string_agg(node_id::text, ',')"
-    patience_sql = ("SET LOCAL statement_timeout = 0", "SET LOCAL idle_in_transaction_session_timeout = 0")
+    no_limits_sql = ("SET LOCAL statement_timeout = 0", "SET LOCAL idle_in_transaction_session_timeout = 0")
     timeline_sql = """
         SELECT CASE WHEN pg_is_in_recovery() THEN 0
                     ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int END"""
-    # Who has the writers' lock, and what for.
+    # Who has the writers' lock, and what it waits for.
     holder_sql = f"""
         SELECT a.application_name || ' (pid ' || a.pid || ', ' || COALESCE(host(a.client_addr), 'local') || ')',
                COALESCE(a.wait_event, '')
@@ -3667,7 +3664,7 @@ class PostgresEngine:
     def __init__(self, url: str):
         self.url = url
         self.driver = load_postgres_driver()
-        self.error = (self.driver.Error, OSError)  # pg8000 lets the socket's errors through
+        self.error = (self.driver.Error, OSError)  # pg8000 raises the socket's errors as they are
         try:
             self.parts = parse_postgres_url(url)
         except ValueError as error:
@@ -3681,30 +3678,30 @@ class PostgresEngine:
             if len(self.parts.hosts) > 1:
                 raise ConfigError("DATABASE_URL: pg8000 takes one host only: install psycopg, or name one")
             _pg8000_options(self.parts.query)
-        self.guard = _Guard()
+        self.watchdog = _Watchdog()
 
     def __str__(self) -> str:
         return f"database {safe_url(self.url)}"
 
     def identity(self) -> object:
-        """Gives a constant: a server that went away says so itself."""
+        """Return a constant: a server that goes away cuts its connections."""
         return self.url
 
     def connect(self, create: bool) -> Any:  # noqa: ARG002 - a server's database is there or not
-        """Opens a connection in autocommit mode; raises DatabaseError with one line."""
+        """Return a connection in autocommit mode; raise DatabaseError."""
         connection = None
         try:
             connection = self._open()
-            watch = self.guard.begin(connection, MAX_TRANSACTION_S)
+            watch = self.watchdog.watch(connection, MAX_TRANSACTION_S)
             try:
                 connection.autocommit = True
                 cursor = connection.cursor()
-                if self.is_pg8000:  # which takes what it is told; the others send theirs as they connect
+                if self.is_pg8000:  # the others send it as they connect
                     cursor.execute("SET client_encoding = 'UTF8'")
                 cursor.execute("SELECT version(), current_setting('server_encoding')")
                 self.refuse_server(*cursor.fetchone())
             finally:
-                self.guard.end(watch)
+                self.watchdog.unwatch(watch)
             return connection
         except AppError:
             if connection is not None:
@@ -3716,7 +3713,7 @@ class PostgresEngine:
             raise DatabaseError(self.explain(error)) from None
 
     def refuse_server(self, version: str, encoding: str) -> None:
-        """Raise DatabaseError for a server or a database that can't do what is needed, from what version() says."""
+        """Raise DatabaseError for a server or an encoding that can't be used; version is what version() says."""
         match, other = re.match(r"PostgreSQL (\d+)", version), OTHER_SERVERS.search(version)
         if other or not match:
             name = {"-YB-": "YugabyteDB"}.get(other[0].upper(), other[0]) if other else one_line(version, 60)
@@ -3729,11 +3726,11 @@ class PostgresEngine:
                                 "make one with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0, and name it")
 
     def _open(self) -> Any:
-        timeout_s = int(LAST_TRANSACTION_S) if self.guard.is_ending else 5
+        timeout_s = int(LAST_TRANSACTION_S) if self.watchdog.is_ending else 5
         if not self.is_pg8000:
             more: dict[str, Any] = {"fallback_application_name": "releasectl"}
             if self.driver.__name__ == "psycopg":
-                more["prepare_threshold"] = None  # behind a pooler the name of a statement may be another connection's
+                more["prepare_threshold"] = None  # a pooler mixes up prepared statements
             connection = self.driver.connect(
                 self.url, connect_timeout=timeout_s, keepalives_idle=10, keepalives_interval=5, keepalives_count=3,
                 tcp_user_timeout=15000, client_encoding="UTF8", **more)
@@ -3747,11 +3744,11 @@ class PostgresEngine:
             user=user or getpass.getuser(), password=password or os.environ.get("PGPASSWORD"), database=name or None,
             timeout=timeout_s, ssl_context=pg8000_tls(query),
             application_name=query.get("application_name", "releasectl"), **place)
-        connection._usock.settimeout(40)  # noqa: SLF001 - it has one for connecting and for all that follows
+        connection._usock.settimeout(40)  # noqa: SLF001 - it has one timeout for connecting and for requests
         return connection
 
     def tls_text(self) -> str:
-        """Return how the way to the server is protected, with the driver that is there."""
+        """Return how the connection to the server is protected."""
         mode = self.parts.query.get("sslmode") or (not self.is_pg8000 and os.environ.get("PGSSLMODE")) or "prefer"
         host = self.parts.query.get("host") or self.parts.hosts[0][0]
         if host.startswith("/") or (not host and not self.is_pg8000):
@@ -3764,39 +3761,39 @@ class PostgresEngine:
             "verify-full": "TLS, verified"}.get(mode, "TLS if the server offers it, whoever answers")
 
     def explain(self, error: Exception) -> str:
-        """Gives one line: what the server or the driver said, without the password."""
+        """Return in one line what the server or the driver said, without the password."""
         state = sqlstate_of(error)
         if state in ("25006", "0A000"):
             return (f"{self} is a standby, or read-only: put all hosts into DATABASE_URL and add "
                     "target_session_attrs=read-write (psycopg or psycopg2)")
-        # masked before it is cut to a line: else half of a password could be left, or its blanks be others
+        # masked before it is cut to one line, which could leave half of a password or change its blanks
         return f"{self}: {one_line(self.without_password(str(_pg8000_fields(error).get('M', error))))}"
 
     def without_password(self, text: str) -> str:
-        """Return a text without the password, as it stands in the URL or decoded."""
+        """Return a text with the password masked, as it is in the URL and decoded."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
 
     def is_data_error(self, error: Exception) -> bool:
-        """Say whether a value was refused, whatever the state of the server: SQLSTATE 22 and 54, or the driver."""
+        """Return whether the error is due to a value: SQLSTATE 22 and 54, or the driver's refusal."""
         return isinstance(error, (ValueError, OverflowError)) or sqlstate_of(error)[:2] in ("22", "54") or (
             isinstance(error, self.driver.DataError) and not sqlstate_of(error))
 
     @staticmethod
     def is_stale(error: Exception) -> bool:
-        """Says whether BEGIN failed for the connection's sake, and not after waiting for a lock."""
+        """Return whether BEGIN failed because the connection was cut, not after a wait for the lock."""
         return sqlstate_of(error) != LOCK_NOT_AVAILABLE
 
     @staticmethod
     @functools.lru_cache(maxsize=512)
     def sql(statement: str) -> str:
-        """Gives a statement in this engine's placeholders."""
+        """Return a statement with this engine's placeholders."""
         return statement.replace("%", "%%").replace("?", "%s")
 
     @staticmethod
     def ddl(statement: str) -> str:
-        """Gives a statement of schema.sql in this engine's words; "" for one that is not for it."""
+        """Return a statement of schema.sql for this engine, "" for one that it does not need."""
         if statement.startswith("CREATE TRIGGER"):
             return ""
         return statement.replace(
@@ -3806,7 +3803,7 @@ class PostgresEngine:
 
 
 def _pg8000_fields(error: Exception) -> Mapping[str, str]:
-    """Gives the server's fields of a pg8000 error (M message, C SQLSTATE); none for other drivers."""
+    """Return the server's fields of a pg8000 error (M: message, C: SQLSTATE); none for other drivers."""
     return error.args[0] if error.args and isinstance(error.args[0], dict) else {}
 
 
@@ -3824,20 +3821,12 @@ def _pg8000_options(query: Mapping[str, str]) -> None:
 
 
 def load_postgres_driver() -> Any:
-    """Gives the first driver found. RELEASECTL_PG_DRIVER picks one in tests."""
+    """Return the first driver found; RELEASECTL_PG_DRIVER picks one in tests. Raise ConfigError."""
     wanted = os.environ.get("RELEASECTL_PG_DRIVER", "")
-    if wanted in ("", "psycopg"):
-        with contextlib.suppress(ImportError):
-            import psycopg
-            return psycopg
-    if wanted in ("", "psycopg2"):
-        with contextlib.suppress(ImportError):
-            import psycopg2
-            return psycopg2
-    if wanted in ("", "pg8000"):
-        with contextlib.suppress(ImportError):
-            import pg8000.dbapi
-            return pg8000.dbapi
+    for name in ("psycopg", "psycopg2", "pg8000"):
+        if wanted in ("", name):
+            with contextlib.suppress(ImportError):
+                return importlib.import_module("pg8000.dbapi" if name == "pg8000" else name)
     raise ConfigError("a postgresql:// URL needs a driver: install psycopg, psycopg2 or pg8000 (1.30 or newer)")
 
 
@@ -3850,15 +3839,15 @@ def load_postgres_driver() -> Any:
 # Uses: Vocabulary, Settings, Log and metrics, Engines.
 #
 #   One writer at a time, on both engines: SQLite by BEGIN IMMEDIATE, PostgreSQL by an
-#   advisory lock, so that what a transaction read still holds when it writes, and events
-#   become visible in the order of their ids. Nothing waits inside a transaction.
+#   advisory lock. So what a transaction read still holds when it writes, and events become
+#   visible in the order of their ids. Nothing waits for a network or a person meanwhile.
 # ======================================================================================
 
 SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
 MAX_IDLE_DB_CONNECTIONS = 8
-# A migration may have much to rewrite.
+# The same as MAX_TRANSACTION_S, for one step of a migration.
 MAX_MIGRATION_S = 3600.0
-# Where BEGIN fails on a connection that has just answered: only with one driver what PgBouncer says comes through.
+# Added where BEGIN fails on a connection that has just answered: two of three drivers hide PgBouncer's own message.
 TAKES_NO_TRANSACTION = "; it took no transaction: a pooler before the server must have pool_mode transaction or session"
 
 
@@ -3868,14 +3857,14 @@ class Transaction:
     def __init__(self, engine: SqliteEngine | PostgresEngine, connection: Any):
         self._engine = engine
         self._cursor = connection.cursor()
-        # What to do once it is certain that this took place: log lines and counters tell no more than is true.
-        self.afterwards: list[Callable[[], None]] = []
+        # Called after COMMIT, so that log lines and counters never tell what did not take place.
+        self.after_commit: list[Callable[[], None]] = []
 
     def execute(self, statement: str, *params: object) -> int:
-        """Runs a statement; gives the number of rows that it changed."""
+        """Return the number of rows that a statement changed; raise UnstorableValue."""
         sql = self._engine.sql(statement)
         try:
-            # without parameters a driver would not undo the doubling of %
+            # drivers turn %% into % only where there are parameters
             self._cursor.execute(sql, params) if params else self._cursor.execute(statement)
         except (*self._engine.error, ValueError, OverflowError) as error:
             if not self._engine.is_data_error(error):
@@ -3885,23 +3874,23 @@ class Transaction:
         return int(self._cursor.rowcount)
 
     def rows(self, statement: str, *params: object) -> list[tuple[Any, ...]]:
-        """Runs a query; gives all its rows."""
+        """Return all rows of a query."""
         self.execute(statement, *params)
         return [tuple(row) for row in self._cursor.fetchall()]
 
     def row(self, statement: str, *params: object) -> tuple[Any, ...] | None:
-        """Runs a query; gives its first row or None."""
+        """Return the first row of a query, or None."""
         self.execute(statement, *params)
         found = self._cursor.fetchone()
         return tuple(found) if found is not None else None
 
     def value(self, statement: str, *params: object) -> Any:
-        """Runs a query; gives the first column of its first row, or None."""
+        """Return the first column of the first row of a query, or None."""
         found = self.row(statement, *params)
         return found[0] if found else None
 
     def insert_many(self, statement: str, width: int, rows: Sequence[tuple[object, ...]]) -> None:
-        """Inserts rows by statement + (?, ...), ...: a few round trips for thousands of rows."""
+        """Insert rows of so many columns; statement ends with VALUES."""
         step = 900 // width  # SQLite 3.26 takes 999 parameters
         one = "(" + ", ".join("?" * width) + ")"
         for start in range(0, len(rows), step):
@@ -3909,20 +3898,22 @@ class Transaction:
             self.execute(statement + ", ".join([one] * len(part)), *(value for row in part for value in row))
 
     def now(self) -> str:
-        """Gives the time that decides who holds a claim: the server's on PostgreSQL."""
+        """Return the time that decides who holds a claim: the server's on PostgreSQL."""
         return str(self.value(self._engine.now_sql))
 
 
 class Database:
-    """The only door to the database: a few pooled connections, and transaction()."""
+    """The only door to the database: pooled connections, and transaction()."""
 
     def __init__(self, url: str, metrics: Metrics | None = None):
-        """Take a sqlite:/// or postgresql:// URL; connect to nothing yet. Errors are counted in metrics."""
+        """Take a sqlite:/// or postgresql:// URL; connect at the first transaction. Count errors in metrics."""
         self.engine = SqliteEngine(url) if url.startswith("sqlite:") else PostgresEngine(url)
-        self._turns = ConnectionTurns(self.engine.max_connections)
-        # All connections that are open are to what had this identity; changed tells of one that was given back.
+        self._places = FairSemaphore(self.engine.max_connections)
+        # Guards the three below; notified when a connection is no longer in use.
+        self._changed = threading.Condition()
         self._idle: list[Any] = []
         self._in_use = 0
+        # engine.identity() of what all open connections are to.
         self._identity: object = None
         self._changed = threading.Condition()
         self.metrics = metrics or Metrics()
@@ -3931,23 +3922,23 @@ class Database:
         return str(self.engine)
 
     def close(self) -> None:
-        """Closes the idle connections."""
+        """Close the idle connections."""
         with self._changed:
             while self._idle:
                 close_quietly(self._idle.pop())
 
     def end_within(self, seconds: float) -> None:
-        """Cut off what is open after so many seconds, also in a server that hangs: the process ends."""
+        """Cut off transactions in so many seconds, also where the server hangs: the process ends."""
         if isinstance(self.engine, PostgresEngine):
-            self.engine.guard.end_within(seconds)
+            self.engine.watchdog.end_within(seconds)
 
     @contextlib.contextmanager
     def transaction(self, write: bool = False, create: bool = False,
                     limit_s: float = MAX_TRANSACTION_S) -> Iterator[Transaction]:
-        """Gives one transaction: a snapshot to read, or the only writer; committed at the end.
+        """Yield a transaction, a snapshot to read or the only writer; commit at the end, roll back at an exception.
 
-        Raises DatabaseError where the engine fails or takes longer than limit_s, UnstorableValue for a value that
-        it can't hold; an exception of the caller rolls back.
+        Raise DatabaseError where the engine fails or takes longer than limit_s, UnstorableValue for a value that it
+        can't hold.
         """
         try:
             connection, watch = self._begin(write, create, limit_s)
@@ -3959,49 +3950,49 @@ class Database:
             yield tx
             connection.cursor().execute("COMMIT")
         except self.engine.error as error:
-            self._give_up(connection)  # which rolls back, if there is anything left to roll back
+            self._discard(connection)  # which rolls back
             self.metrics.count("releasectl_database_errors_total")
             raise DatabaseError(self._explain(error, watch)) from error
         except BaseException as error:
-            if watch is not None and watch.is_cut:  # pg8000 stumbles over that in several ways
-                self._give_up(connection)
+            if watch is not None and watch.is_cut:  # pg8000 raises several errors of its own then
+                self._discard(connection)
                 raise DatabaseError(self._explain(error, watch)) from error
-            if isinstance(error, UnstorableValue):  # pg8000 may have sent half of it
-                self._give_up(connection)
+            if isinstance(error, UnstorableValue):  # pg8000 may have sent half of the statement
+                self._discard(connection)
                 raise
             try:
                 connection.cursor().execute("ROLLBACK")
                 self._give_back(connection)
             except self.engine.error:
-                self._give_up(connection)
+                self._discard(connection)
             raise
         else:
             self._give_back(connection)
         finally:
             self._unwatch(watch)
-        for deed in tx.afterwards:
-            deed()
+        for call in tx.after_commit:
+            call()
 
-    def _explain(self, error: BaseException, watch: FileWatch | None) -> str:
+    def _explain(self, error: BaseException, watch: WatchedTransaction | None) -> str:
         if watch is not None and watch.is_cut:
             return (f"{self}: no answer for {time.monotonic() - watch.since:.0f} s, so the connection was cut: the "
                     "server hangs, or a commit waits for a synchronous standby")
         return self.engine.explain(cast(Exception, error))
 
-    def _unwatch(self, watch: FileWatch | None) -> None:
+    def _unwatch(self, watch: WatchedTransaction | None) -> None:
         if watch is not None and isinstance(self.engine, PostgresEngine):
-            self.engine.guard.end(watch)
+            self.engine.watchdog.unwatch(watch)
 
-    def _begin(self, write: bool, create: bool, limit_s: float) -> tuple[Any, FileWatch | None]:
+    def _begin(self, write: bool, create: bool, limit_s: float) -> tuple[Any, WatchedTransaction | None]:
         statement = self.engine.begin_write if write else self.engine.begin_read
         while True:
             connection, pooled = self._take(create)
-            watch = self.engine.guard.begin(connection, limit_s) if isinstance(self.engine, PostgresEngine) else None
+            watch = self.engine.watchdog.watch(connection, limit_s) if isinstance(self.engine, PostgresEngine) else None
             try:
                 connection.cursor().execute(statement)
                 return connection, watch
             except self.engine.error as error:
-                self._give_up(connection)
+                self._discard(connection)
                 is_cut = watch is not None and watch.is_cut
                 self._unwatch(watch)
                 if is_cut or not (pooled and self.engine.is_stale(error)):
@@ -4010,14 +4001,14 @@ class Database:
                         text += TAKES_NO_TRANSACTION
                     raise DatabaseError(text) from error
             except BaseException as error:
-                self._give_up(connection)
+                self._discard(connection)
                 self._unwatch(watch)
                 if watch is not None and watch.is_cut:
                     raise DatabaseError(self._explain(error, watch)) from error
                 raise
 
     def _lock_holder(self, error: Exception) -> str:
-        """Return who holds the writers' lock, after an error of waiting for it; "" where that can't be told."""
+        """Return who has the writers' lock, for the error of a wait for it; "" where nobody can be named."""
         if not isinstance(self.engine, PostgresEngine) or sqlstate_of(error) != LOCK_NOT_AVAILABLE:
             return ""
         with contextlib.suppress(Exception), self.transaction() as tx:
@@ -4029,12 +4020,12 @@ class Database:
 
     def _take(self, create: bool) -> tuple[Any, bool]:
         """Return a connection in autocommit mode, and whether it was in use before."""
-        if not self._turns.take(CONNECTION_WAIT_S):
+        if not self._places.acquire(CONNECTION_WAIT_S):
             raise DatabaseError(f"{self}: all {self.engine.max_connections} connections of this process are in use for "
                                 f"more than {CONNECTION_WAIT_S:g} s")
         try:
             with self._changed:
-                self._leave_what_is_gone()
+                self._close_stale()
                 self._in_use += 1
                 if self._idle:
                     return self._idle.pop(), True
@@ -4043,31 +4034,31 @@ class Database:
                 connection = self.engine.connect(create)
             finally:
                 if connection is None:
-                    self._left()
+                    self._count_out()
             with self._changed:
                 if self._identity is None:
                     self._identity = self.engine.identity()
             return connection, False
         except BaseException:
-            self._turns.give_back()
+            self._places.release()
             raise
 
-    def _leave_what_is_gone(self) -> None:
-        """Close all connections where the files are others than they were; raise DatabaseError while some are in use.
+    def _close_stale(self) -> None:
+        """Close all connections where the files were replaced; raise DatabaseError while some are in use.
 
-        The last one brings into the file what was written into a -wal that is removed. None must be open when the
-        next one begins: SQLite would have both share what it keeps of a file.
+        The last one to close writes its removed -wal back into the file. The next one must open after that: SQLite
+        shares its state of a file within a process.
         """
         if not self._in_use and not self._idle:
-            self._identity = None  # whoever was last has taken -wal and -shm away
+            self._identity = None  # the last connection has removed -wal and -shm
         known, found = self._identity, self.engine.identity()
         if known in (None, found):
             return
         if isinstance(self.engine, SqliteEngine) and found and tuple(found)[:3] == tuple(known)[:3]:  # type: ignore
             self.metrics.count("releasectl_database_errors_total")
             log.error("%s; everything is read anew. Nothing but releasectl may touch these files",
-                      self.engine.keep_aside())
-            self._identity = "left"  # told once
+                      self.engine.save_new_wal())
+            self._identity = "stale"  # logged once
         while self._idle:
             close_quietly(self._idle.pop())
         if not self._changed.wait_for(lambda: not self._in_use or self._identity == self.engine.identity(),
@@ -4076,7 +4067,7 @@ class Database:
         if not self._in_use and not self._idle:
             self._identity = None
 
-    def _left(self) -> None:
+    def _count_out(self) -> None:
         with self._changed:
             self._in_use -= 1
             self._changed.notify_all()
@@ -4086,18 +4077,18 @@ class Database:
             if self._identity == self.engine.identity() and len(self._idle) < MAX_IDLE_DB_CONNECTIONS:
                 self._idle.append(connection)
             else:
-                close_quietly(connection)  # within the guard: the next reader finds the files as the last one left them
-            self._left()
-        self._turns.give_back()
+                close_quietly(connection)  # under the lock: to close the last one changes the files
+            self._count_out()
+        self._places.release()
 
-    def _give_up(self, connection: Any) -> None:
+    def _discard(self, connection: Any) -> None:
         with self._changed:
             close_quietly(connection)
-            self._left()
-        self._turns.give_back()
+            self._count_out()
+        self._places.release()
 
     def schema_version(self) -> int:
-        """Gives the version of the schema in the database; 0 for an empty one."""
+        """Return the version of the schema in the database, 0 for an empty one."""
         with self.transaction() as tx:
             return self._schema_version(tx)
 
@@ -4109,18 +4100,18 @@ class Database:
         return 0
 
     def backup(self, path: str) -> tuple[int, int]:
-        """Writes a checked copy to a new file; gives its schema and its size in bytes.
+        """Write a checked copy to a new file; return its schema and its size in bytes.
 
-        Raises AppError 3002 when the file exists, ConfigError on PostgreSQL, DatabaseError.
+        Raise AppError 3002 where the file exists, ConfigError on PostgreSQL, DatabaseError.
         """
         if isinstance(self.engine, PostgresEngine):
             raise ConfigError("backup is for SQLite; on PostgreSQL take pg_dump -Fc -f FILE \"$DATABASE_URL\"")
         return self.schema_version(), self.engine.backup(path)
 
     def migrate(self) -> tuple[int, int]:
-        """Brings the schema up to date, one transaction a step; gives the versions before and after.
+        """Bring the schema up to date, one transaction a step; return the versions before and after.
 
-        An empty database gets all steps in one: nobody sees it half made, and takes it for an old one.
+        An empty database gets all steps in one: half of them would look like an old database.
         """
         steps = schema_steps()
         before = None
@@ -4132,14 +4123,14 @@ class Database:
                 if version == len(steps):
                     return before, version
                 done = version + 1 if version else len(steps)
-                for statement in self.engine.patience_sql:
+                for statement in self.engine.no_limits_sql:
                     tx.execute(statement)
                 for statement in filter(None, map(self.engine.ddl, itertools.chain(*steps[version:done]))):
                     tx.execute(statement)
             log.info("%s: schema step %d done", self, done)
 
     def require_schema(self, create: bool = False) -> None:
-        """Raises DatabaseError when the schema is not this program's; create makes an empty one."""
+        """Raise DatabaseError where the schema is not this program's; with create fill an empty database."""
         needed = len(schema_steps())
         if create and isinstance(self.engine, SqliteEngine) and self.engine.identity() is None:
             self.migrate()
@@ -4159,7 +4150,7 @@ class Database:
 
 @functools.lru_cache(maxsize=1)
 def schema_steps() -> tuple[tuple[str, ...], ...]:
-    """Gives the steps of schema.sql, each as its statements."""
+    """Return the steps of schema.sql, each as its statements."""
     text = re.sub(r"^\s*--(?! step ).*$", "", read_beside(SCHEMA_FILE), flags=re.MULTILINE)
     steps = re.split(r"^-- step \d+.*$", text, flags=re.MULTILINE)[1:]
     if not steps or not all(map(str.strip, steps)):
@@ -4178,11 +4169,9 @@ def schema_steps() -> tuple[tuple[str, ...], ...]:
 # Uses: Vocabulary, Helpers, Model, Database.
 # ======================================================================================
 
-class Numbers(NamedTuple):
-    """What a database has reached; none of it ever falls but where it goes back to an earlier state.
-
-    generation counts how often that was seen.
-    """
+class HighWater(NamedTuple):
+    """Numbers of a database that only grow, unless it goes back to an earlier state."""
+    # How often this process saw that it went back or moved to another server.
     generation: int = 0
     version: int = 0
     event_id: int = 0
@@ -4190,97 +4179,96 @@ class Numbers(NamedTuple):
 
 
 class Seen:
-    """The numbers that this process has read, to notice a database that goes back: a restore, a failover."""
+    """What this process has read, to notice a database that goes back: a restored backup, a failover."""
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self.numbers = Numbers()
-        # The highest version of any release that this process knew, also of one that is lost.
+        self._lock = threading.Lock()
+        self.high = HighWater()
+        # Highest version of any release that this process knew, lost ones too.
         self.version = 0
 
     def use_version(self, version: int) -> None:
-        """Note a version that is given out: never again, whatever becomes of its release."""
-        with self._guard:
+        """Note a version that is given out: it is never given out again, whatever becomes of its release."""
+        with self._lock:
             self.version = max(self.version, version)
 
-    def note(self, before: Numbers, version: int, event_id: int, timeline: int) -> tuple[str, bool]:
-        """Note what a transaction read that began when `before` was known.
+    def note(self, before: HighWater, version: int, event_id: int, timeline: int) -> tuple[str, bool]:
+        """Compare what a transaction read with what was known when it began: its snapshot may be that old.
 
-        Return what fell, "" for nothing, and whether the database moved to another server without that. It is
-        compared with what was known when it began: its snapshot may be older than what others have read since.
+        Return which numbers are lower, "" for none, and whether the database moved to another server without that.
         """
-        found = Numbers(before.generation, version, event_id, timeline)
-        fell = [f"{name} {now} after {was}" for name, now, was in (
+        found = HighWater(before.generation, version, event_id, timeline)
+        lower = [f"{name} {now} after {was}" for name, now, was in (
             ("version", version, before.version), ("event", event_id, before.event_id),
             ("timeline", timeline, before.timeline)) if now < was]
-        with self._guard:
-            if before.generation != self.numbers.generation:
-                return "", False  # another transaction has told of it
+        with self._lock:
+            if before.generation != self.high.generation:
+                return "", False  # another transaction has reported it
             self.version = max(self.version, version)
             has_moved = bool(before.timeline) and timeline != before.timeline
-            if fell or has_moved:
-                self.numbers = found._replace(generation=before.generation + 1)
+            if lower or has_moved:
+                self.high = found._replace(generation=before.generation + 1)
             else:
-                self.numbers = Numbers(*map(max, self.numbers, found))
-        return ", ".join(fell), has_moved and not fell
+                self.high = HighWater(*map(max, self.high, found))
+        return ", ".join(lower), has_moved and not lower
 
-    def note_fall(self) -> None:
-        """Note that the database went back, as another number of it told."""
-        with self._guard:
-            self.numbers = self.numbers._replace(generation=self.numbers.generation + 1, version=0, event_id=0)
+    def note_rewind(self) -> None:
+        """Note that the database went back, as a claim showed."""
+        with self._lock:
+            self.high = self.high._replace(generation=self.high.generation + 1, version=0, event_id=0)
 
 
 class DatabaseState:
-    """What this process knows of the database as a whole: its clock, its versions, whether it went back."""
+    """What this process knows of the database as a whole. Methods that take a transaction belong into the caller's."""
 
     def __init__(self, database: Database, clock: Clock):
         self.database = database
         self.clock = clock
         self.seen = Seen()
-        # When the generation grew last, by the elapsed clock; whether a fall is not written down yet.
+        # When the generation grew last, by Clock.elapsed().
         self.changed_at = float("-inf")
-        self.has_fallen = False
+        # The database went back, and write_rewind() has not been committed since.
+        self.is_rewind_unwritten = False
 
     @property
     def generation(self) -> int:
-        """How often the database went back, or moved to another server, as far as this process saw."""
-        return self.seen.numbers.generation
+        """Return how often this process saw the database go back or move to another server."""
+        return self.seen.high.generation
 
     def moment(self) -> Moment:
-        """Return this instant."""
         return Moment(self.clock.wall(), self.clock.elapsed(), self.clock.boot())
 
     def now(self) -> str:
         return utc_text(self.clock.wall())
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[Transaction]:
-        """Give a transaction that reads, and notice where the database went back since the last one."""
-        before = self.seen.numbers
+    def checked_read(self) -> Iterator[Transaction]:
+        """Yield a transaction that reads, after a check whether the database went back."""
+        before = self.seen.high
         with self.database.transaction() as tx:
             version, event_id = tx.row("SELECT (SELECT COALESCE(MAX(version), 0) FROM release_tasks), "
                                        "(SELECT COALESCE(MAX(id), 0) FROM release_events)") or (0, 0)
             timeline = tx.value(self.database.engine.timeline_sql)
-            # a standby that is behind is no database that went back
-            fell, has_moved = self.seen.note(before, version, event_id, timeline) if timeline else ("", False)
-            if fell:
-                self._note_went_back(fell)
+            # timeline 0: a standby, which may just be behind
+            lower, has_moved = self.seen.note(before, version, event_id, timeline) if timeline else ("", False)
+            if lower:
+                self._log_rewind(lower)
             elif has_moved:
                 self.changed_at = self.clock.elapsed()
                 log.warning("%s moved to another server (failover): everything is read anew, and agents are asked "
                             "before anything is sent", self.database)
             yield tx
 
-    def _note_went_back(self, fell: str) -> None:
-        self.changed_at = self.clock.elapsed()
-        self.has_fallen = True
-        self.database.metrics.count("releasectl_database_went_back_total")
-        log.error("%s went back to an earlier state (%s): a backup was restored, or a failover lost commits; "
-                  "everything is read anew, and agents are asked before anything is sent. See the runbook, "
-                  "ReleasectlDatabaseWentBack", self.database, fell)
+    def check_write(self) -> None:
+        """Commit a write; raise DatabaseError where that fails.
+
+        BEGIN alone would not tell: SQLite begins on a full disk or a read-only file too.
+        """
+        with self.database.transaction(write=True) as tx:
+            tx.execute("UPDATE health_probe SET at = ? WHERE id = 1", self.now())
 
     def next_version(self, tx: Transaction, release_id: int) -> int:
-        """Return the version for the release of an id: above every one that may ever have been used (rule 1)."""
+        """Return the version for the release of an id: above all that may ever have been used (rule 1)."""
         # the unique index of version, and nodes_by_last_version
         highest = tx.value("""
             SELECT MAX(v)
@@ -4293,18 +4281,9 @@ class DatabaseState:
             raise AppError(WRONG_STATE, f"the versions are used up: the newest is {MAX_VERSION}")
         return version
 
-    def write_fall(self, tx: Transaction) -> None:
-        """Write down that the database went back, where this process saw it: others saw no lost version."""
-        if self.has_fallen:
-            tx.execute("""
-                UPDATE database_state
-                SET moved_at = ?, lost_version = CASE WHEN lost_version > ? THEN lost_version ELSE ? END
-                WHERE id = 1""", tx.now(), self.seen.version, self.seen.version)
-            tx.afterwards.append(functools.partial(setattr, self, "has_fallen", False))
-
     def note_timeline(self, tx: Transaction) -> None:
-        """Note the server that a writer has; after a failover leave out the numbers that lost releases may have had."""
-        self.write_fall(tx)
+        """Store the server's timeline; after a failover skip the versions that lost releases may have had."""
+        self.write_rewind(tx)
         timeline = tx.value(self.database.engine.timeline_sql)
         known = tx.value("SELECT timeline FROM database_state WHERE id = 1")
         if known == 0 != timeline:
@@ -4313,19 +4292,28 @@ class DatabaseState:
             tx.execute("UPDATE database_state SET timeline = ?, moved_at = ?, lost_version = ? WHERE id = 1",
                        timeline, tx.now(), min(self.next_version(tx, 0) + VERSIONS_SKIPPED - 1, MAX_VERSION))
 
-    def note_fall(self, claim: Claim, fell: str) -> None:
-        """Tell that the database went back, where that was not noticed since the claim was taken."""
+    def write_rewind(self, tx: Transaction) -> None:
+        """Tell other processes that the database went back, where this one saw it: they know no lost version."""
+        if self.is_rewind_unwritten:
+            tx.execute("""
+                UPDATE database_state
+                SET moved_at = ?, lost_version = CASE WHEN lost_version > ? THEN lost_version ELSE ? END
+                WHERE id = 1""", tx.now(), self.seen.version, self.seen.version)
+            tx.after_commit.append(functools.partial(setattr, self, "is_rewind_unwritten", False))
+
+    def report_rewind(self, claim: Claim, why: str) -> None:
+        """Log and count that the database went back, unless that was noticed since the claim was taken."""
         if self.generation == claim.generation:
-            self.seen.note_fall()
-            self._note_went_back(fell)
+            self.seen.note_rewind()
+            self._log_rewind(why)
 
-    def check_write(self) -> None:
-        """Commits a write; DatabaseError when that can't be done now.
-
-        A look alone would not tell: SQLite begins to write on a full disk or a read-only file too.
-        """
-        with self.database.transaction(write=True) as tx:
-            tx.execute("UPDATE health_probe SET at = ? WHERE id = 1", self.now())
+    def _log_rewind(self, why: str) -> None:
+        self.changed_at = self.clock.elapsed()
+        self.is_rewind_unwritten = True
+        self.database.metrics.count("releasectl_database_went_back_total")
+        log.error("%s went back to an earlier state (%s): a backup was restored, or a failover lost commits; "
+                  "everything is read anew, and agents are asked before anything is sent. See the runbook, "
+                  "ReleasectlDatabaseWentBack", self.database, why)
 
 
 # endregion
@@ -4339,28 +4327,26 @@ class DatabaseState:
 
 @dataclasses.dataclass(frozen=True)
 class Act:
-    """Who acts, and by which way: what a row of audit_log names.
-
-    actor: `cli:USER`, `cert:NAME` (a client certificate's), `api` (no tokens are set), else a token's name, which
-    holds no colon; via the executor the name of one. address: where a request came from, or the command line's host.
-    """
+    """Who acts, and from where: what a row of audit_log names."""
+    # cli:USER, cert:NAME of a client certificate, api (no tokens are set), an executor's owner, or a token's name.
     actor: str
     via: str = VIA_EXECUTOR
     token: str = ""
     certificate: str = ""
+    # Of the client that sent a request, or the command line's host.
     address: str = ""
     request_id: str = ""
-    # The rows that it left, as far as they are committed.
+    # Its committed rows.
     rows: list[AuditRow] = dataclasses.field(default_factory=list, compare=False)
 
     def __str__(self) -> str:
         return self.actor
 
 
-# A name alone is an executor's.
+# A text is an executor's owner.
 Who = Union[Act, str]
 
-# Whoever calls the Store from a program of their own.
+# The default: a program that uses Store itself.
 PROGRAM = Act("program", VIA_CLI)
 
 
@@ -4386,34 +4372,38 @@ class AuditRow(NamedTuple):
 
 
 class AuditFilter(NamedTuple):
-    """Which rows of audit_log are asked for: by an actor, token or certificate; of an action or its group; since."""
+    """Which rows of audit_log to return; "" for all."""
+    # Or a token or certificate.
     actor: str = ""
+    # Or a group: `release` for `release.create`.
     action: str = ""
     object: str = ""
     since: str = ""
 
 
 class AuditReport(NamedTuple):
-    """What a look at audit_log found: rows and ended releases that were looked at, of how many; its head; faults."""
+    """The result of a verification of audit_log."""
+    # Rows and ended releases that were verified, each of how many.
     rows: int
     of_rows: int
     releases: int
     of_releases: int
+    # Id and hash of the newest row.
     head: tuple[int, str]
     faults: list[str]
 
 
-# The canonical form of what is hashed (docs/SECURITY.md): compact JSON in ASCII.
+# The canonical form of what is hashed: compact JSON in ASCII (docs/SECURITY.md).
 _CANONICAL = json.JSONEncoder(separators=(",", ":"), default=repr)
 
 
 def audit_hash(row: AuditRow, hash_before: str) -> str:
-    """Return the hash of a row that follows one with hash_before; "" before the first."""
+    """Return the hash of a row after one with hash_before, which is "" for the first row."""
     return hashlib.sha256(_CANONICAL.encode([hash_before, *row[:-1]]).encode()).hexdigest()
 
 
 def audit_fault(row: AuditRow, id_before: int, hash_before: str) -> str:
-    """Return what is wrong with a row that is found behind another, "" for nothing."""
+    """Return what is wrong with a row after another one, "" for nothing."""
     if row.id <= id_before or not row.hash:
         return f"inserted: row {row.id} has no place in the chain: it was written by hand"
     if row.id > id_before + 1:
@@ -4425,39 +4415,44 @@ def audit_fault(row: AuditRow, id_before: int, hash_before: str) -> str:
 
 
 def audit_text(values: Mapping[str, object] | None) -> str:
-    """Return what a row of audit_log says of before or after: JSON of a bounded size; "" for nothing."""
+    """Return before or after of a row: JSON, "" for nothing; above MAX_AUDIT_BYTES long values become digests."""
     if not values:
         return ""
     text = _CANONICAL.encode(values)
     if len(text) > MAX_AUDIT_BYTES:
-        text = _CANONICAL.encode({key: value if len(_CANONICAL.encode(value)) <= 512 else _too_long(value)
-                                  for key, value in values.items()})
+        text = _CANONICAL.encode({key: _shortened(value) for key, value in values.items()})
     return text
 
 
-def _too_long(value: object) -> dict[str, object]:
+def non_empty(**values: object) -> dict[str, object]:
+    """Return the values that are not None, "" or {}."""
+    return {name: value for name, value in values.items() if value not in (None, "", {})}
+
+
+def _shortened(value: object) -> object:
     text = _CANONICAL.encode(value)
-    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "bytes": len(text)}
+    return value if len(text) <= 512 else {"sha256": hashlib.sha256(text.encode()).hexdigest(), "bytes": len(text)}
 
 
 AUDIT_COLUMNS = ", ".join(AuditRow._fields)
 
 
 class NewEvent(NamedTuple):
-    """A row of release_events that is to be written."""
+    """A row of release_events to write."""
     release_id: int
     event: str
     from_status: str
     to_status: str
     detail: str = ""
-    # None: of the release itself.
+    # None: the event is the release's.
     node_id: int | None = None
 
 
 def add_events(tx: Transaction, at: str, actor: Who, events: Iterable[NewEvent]) -> None:
     """Append to the history of releases, in the transaction of what happened.
 
-    Raise RuntimeError for a change of a status that the tables of transitions do not have.
+    Every change of a status has an event, so this is where it is checked: raise RuntimeError for one that is not in
+    the tables of transitions.
     """
     rows = []
     for new in events:
@@ -4470,42 +4465,42 @@ def add_events(tx: Transaction, at: str, actor: Who, events: Iterable[NewEvent])
                    "detail) VALUES ", 8, rows)
 
 
-# Actions of audit_log that its verification reads, and so many rows are read at once.
-RELEASE_END, PRUNE, AUDIT_PAGE = "release.end", "prune", 2000
-# The schema step that brought it.
+# Actions that the verification reads.
+RELEASE_END, PRUNE = "release.end", "prune"
+# Rows read in one transaction.
+AUDIT_PAGE = 2000
+# The first schema with audit_log.
 AUDIT_SCHEMA = 6
-# So much of what is wrong with it is told.
 MAX_AUDIT_FAULTS = 20
 
 
 class AuditChain:
-    """The rows of audit_log as they are read one after the other, and what is wrong with them."""
+    """A verification of the rows of audit_log, one after the other."""
 
     def __init__(self, last: tuple[int, str], copy: tuple[int, str] | None = None):
-        """Begin behind a row of this id and hash; copy: id and hash of a row as they are known from elsewhere."""
+        """Begin after the row with this id and hash; copy: id and hash of a row as somebody kept them elsewhere."""
         self.last, self._copy = last, copy
         self.rows = 0
         self.faults: list[str] = []
-        # Row and digest of each release's end.
+        # By release: the row of its end, and the digest of its events there.
         self.ended: dict[int, tuple[int, str]] = {}
         self._pruned: list[tuple[int, int]] = []
 
-    def note(self, fault: str) -> None:
-        """Keep what is wrong, up to MAX_AUDIT_FAULTS of it."""
+    def add_fault(self, fault: str) -> None:
+        """Keep a fault, up to MAX_AUDIT_FAULTS."""
         if len(self.faults) < MAX_AUDIT_FAULTS:
             self.faults.append(fault)
 
     def add(self, row: AuditRow) -> None:
-        """Look at the next row."""
+        """Verify the next row."""
         self.rows += 1
-        fault = audit_fault(row, *self.last)
-        if fault:
-            self.note(fault)
+        if fault := audit_fault(row, *self.last):
+            self.add_fault(fault)
         if self._copy and self._copy[0] == row.id and self._copy[1] != row.hash:
-            self.note(f"changed: row {row.id} has another hash than the copy of it")
+            self.add_fault(f"changed: row {row.id} has another hash than the copy of it")
         if row.id > 0:
             self.last = row.id, row.hash
-        with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):  # written by hand: the chain tells
+        with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):  # written by hand: a fault already
             if row.action == RELEASE_END:
                 release_id = int(row.object.split()[1])
                 self.ended.pop(release_id, None)
@@ -4514,22 +4509,22 @@ class AuditChain:
                 self._pruned += [(int(first), int(last)) for first, last in parse_json(row.before)["releases"]]
 
     def is_pruned(self, release_id: int) -> bool:
-        """Return whether a row of prune tells that a release was deleted."""
+        """Return whether a row says that prune deleted a release."""
         return any(first <= release_id <= last for first, last in self._pruned)
 
 
 class Audit:
-    """The history of releases (release_events) and of every act (audit_log)."""
+    """The log of every act (audit_log). Each public method but verify() is one transaction, or in the caller's (tx)."""
 
     def __init__(self, state: DatabaseState):
         self._state = state
         self._database = state.database
 
     def add(self, tx: Transaction, who: Who, action: str, what: str, before: Mapping[str, object] | None = None,
-               after: Mapping[str, object] | None = None) -> tuple[int, str]:
-        """Append the row of an act to audit_log, in the act's own transaction; return its id and hash.
+            after: Mapping[str, object] | None = None) -> tuple[int, str]:
+        """Append the row of an act, in the act's own transaction; return its id and hash.
 
-        Writers come one after the other (the lock of a writing transaction), so the order of ids is the chain's.
+        There is one writer at a time, so the order of the ids is the order of the chain.
         """
         act = who if isinstance(who, Act) else Act(who)
         id_before, hash_before = self._head(tx)
@@ -4538,7 +4533,7 @@ class Audit:
         row = row._replace(hash=audit_hash(row, hash_before))
         tx.execute(f"INSERT INTO audit_log ({AUDIT_COLUMNS}) VALUES ({self._database.engine.audit_id_sql}"
                    f"{', ?' * (len(row) - 1)})", *row)
-        tx.afterwards.append(lambda: act.rows.append(row))
+        tx.after_commit.append(lambda: act.rows.append(row))
         return row.id, row.hash
 
     def add_end(self, tx: Transaction, who: Who, release: Release, status: str) -> tuple[int, str]:
@@ -4546,7 +4541,81 @@ class Audit:
         count, digest = self._events_digest(tx, release.id)
         act = dataclasses.replace(who, via=VIA_EXECUTOR) if isinstance(who, Act) else who
         return self.add(tx, act, RELEASE_END, f"release {release.id}", {"status": release.status},
-                           {"status": status, "events": count, "eventsSha256": digest})
+                        {"status": status, "events": count, "eventsSha256": digest})
+
+    def perform(self, by: Who, action: str, what: str, after: Mapping[str, object], deed: Callable[[], T]) -> T:
+        """Return deed(), which acts outside of the database; its row is committed after it, and only if it succeeds."""
+        with self._database.transaction(write=True) as tx:
+            self.add(tx, by, action, what, after=after)
+            return deed()
+
+    def backup(self, path: str, by: Who = PROGRAM) -> tuple[int, int]:
+        """Do Database.backup() with a row in audit_log, where the schema has that already."""
+        schema, size = self._database.backup(path)
+        try:
+            if schema >= AUDIT_SCHEMA:
+                with self._database.transaction(write=True) as tx:
+                    self.add(tx, by, "backup", f"file {path}", after={"bytes": size, "schema": schema})
+        except BaseException:
+            os.unlink(path)
+            raise
+        return schema, size
+
+    def head(self) -> tuple[int, str]:
+        """Return id and hash of the newest row, 0 and "" where there is none."""
+        with self._database.transaction() as tx:
+            return self._head(tx)
+
+    def rows(self, after: int = 0, limit: int = 100, wanted: AuditFilter = AuditFilter(),  # noqa: B008
+             newest: bool = False) -> list[AuditRow]:
+        """Return the first rows with an id above after, or with newest the last ones; oldest first."""
+        parts = [(clause, params) for clause, params, is_set in (
+            ("? IN (actor, token, certificate)", (wanted.actor,), wanted.actor),
+            ("(action = ? OR action LIKE ?)", (wanted.action, f"{wanted.action}.%"), wanted.action),
+            ("object = ?", (wanted.object,), wanted.object), ("at >= ?", (wanted.since,), wanted.since)) if is_set]
+        where = " AND ".join(["id > ?", *(clause for clause, _ in parts)])
+        with self._database.transaction() as tx:
+            rows = [AuditRow(*row) for row in tx.rows(
+                f"SELECT {AUDIT_COLUMNS} FROM audit_log WHERE {where} ORDER BY id {'DESC' if newest else ''} LIMIT ?",
+                after, *(param for _, params in parts for param in params), limit)]
+        return rows[::-1] if newest else rows
+
+    def verify(self, copy: tuple[int, str] | None = None, max_rows: int = MAX_ID,
+               max_releases: int = MAX_ID) -> AuditReport:
+        """Verify the chain of the newest rows, and the events of the newest releases that ended.
+
+        Page by page: it holds no lock. copy: id and hash of a row as somebody kept them elsewhere; nothing else shows
+        that the newest rows were taken away.
+        """
+        of_rows = self.head()[0]
+        start = max(of_rows - max_rows, 0)
+        before = self.rows(start - 1, 1) if start else []
+        chain = AuditChain((start, before[0].hash if before and before[0].id == start else ""), copy)
+        self._read(chain, start or -MAX_ID)
+        ended = list(chain.ended.items())
+        verified, gone = ended[max(len(ended) - max_releases, 0):], []
+        for release_id, (row_id, digest) in verified:
+            with self._database.transaction() as tx:
+                if not tx.value("SELECT COUNT(*) FROM release_tasks WHERE id = ?", release_id):
+                    gone.append(release_id)
+                elif self._events_digest(tx, release_id)[1] != digest:
+                    chain.add_fault(f"digest of release {release_id} differs: its events are not those that it ended "
+                                    f"with (row {row_id})")
+        if gone:
+            self._read(chain, chain.last[0])  # a prune may have run meanwhile
+        for release_id in gone:
+            if not chain.is_pruned(release_id):
+                chain.add_fault(f"taken away: release {release_id}, and no row of prune tells of it")
+        if copy and copy[0] > chain.last[0]:
+            chain.add_fault(f"taken away: the log ends with row {chain.last[0]}, and the copy is of row {copy[0]}")
+        return AuditReport(chain.rows, max(of_rows, chain.last[0]), len(verified), len(ended), chain.last,
+                           chain.faults)
+
+    def _read(self, chain: AuditChain, after: int) -> None:
+        while rows := self.rows(after, AUDIT_PAGE):
+            for row in rows:
+                chain.add(row)
+            after = rows[-1].id
 
     @staticmethod
     def _head(tx: Transaction) -> tuple[int, str]:
@@ -4555,7 +4624,7 @@ class Audit:
 
     @staticmethod
     def _events_digest(tx: Transaction, release_id: int) -> tuple[int, str]:
-        """Return how many events a release has, and the SHA-256 of them in their canonical form."""
+        """Return the number of a release's events, and the SHA-256 of their canonical form."""
         digest, count, last_id = hashlib.sha256(b"["), 0, -MAX_ID
         while True:
             # the index release_events_by_release
@@ -4572,81 +4641,6 @@ class Audit:
                 digest.update(b"]")
                 return count, digest.hexdigest()
 
-    def head(self) -> tuple[int, str]:
-        """Return id and hash of the newest row of audit_log; 0 and "" while there is none."""
-        with self._database.transaction() as tx:
-            return self._head(tx)
-
-    def rows(self, after: int = 0, limit: int = 100, wanted: AuditFilter = AuditFilter(),  # noqa: B008
-                   newest: bool = False) -> list[AuditRow]:
-        """Return rows of audit_log with an id above after, oldest first; with newest the last ones of them."""
-        parts = [(clause, params) for clause, params, is_set in (
-            ("? IN (actor, token, certificate)", (wanted.actor,), wanted.actor),
-            ("(action = ? OR action LIKE ?)", (wanted.action, f"{wanted.action}.%"), wanted.action),
-            ("object = ?", (wanted.object,), wanted.object), ("at >= ?", (wanted.since,), wanted.since)) if is_set]
-        where = " AND ".join(["id > ?", *(clause for clause, _ in parts)])
-        with self._database.transaction() as tx:
-            rows = [AuditRow(*row) for row in tx.rows(
-                f"SELECT {AUDIT_COLUMNS} FROM audit_log WHERE {where} ORDER BY id {'DESC' if newest else ''} LIMIT ?",
-                after, *(param for _, params in parts for param in params), limit)]
-        return rows[::-1] if newest else rows
-
-    def verify(self, copy: tuple[int, str] | None = None, max_rows: int = MAX_ID,
-                     max_releases: int = MAX_ID) -> AuditReport:
-        """Look whether audit_log is whole, and the events of ended releases are those that they ended with.
-
-        copy: id and hash of a row as somebody kept them elsewhere: only that shows that the end was taken away. At
-        most so many of the newest rows are looked at, and of the releases whose end they tell.
-        """
-        of_rows = self.head()[0]
-        start = max(of_rows - max_rows, 0)
-        before = self.rows(start - 1, 1) if start else []
-        chain = AuditChain((start, before[0].hash if before and before[0].id == start else ""), copy)
-        self._read(chain, start or -MAX_ID)
-        ended = list(chain.ended.items())
-        some, gone = ended[max(len(ended) - max_releases, 0):], []
-        for release_id, (row_id, digest) in some:
-            with self._database.transaction() as tx:
-                if not tx.value("SELECT COUNT(*) FROM release_tasks WHERE id = ?", release_id):
-                    gone.append(release_id)
-                elif self._events_digest(tx, release_id)[1] != digest:
-                    chain.note(f"digest of release {release_id} differs: its events are not those that it ended with "
-                               f"(row {row_id})")
-        if gone:
-            self._read(chain, chain.last[0])  # a prune may have come meanwhile
-        for release_id in gone:
-            if not chain.is_pruned(release_id):
-                chain.note(f"taken away: release {release_id}, and no row of prune tells of it")
-        if copy and copy[0] > chain.last[0]:
-            chain.note(f"taken away: the log ends with row {chain.last[0]}, and the copy is of row {copy[0]}")
-        return AuditReport(chain.rows, max(of_rows, chain.last[0]), len(some), len(ended), chain.last, chain.faults)
-
-    def _read(self, chain: AuditChain, after: int) -> None:
-        while rows := self.rows(after, AUDIT_PAGE):
-            for row in rows:
-                chain.add(row)
-            after = rows[-1].id
-
-    def note(self, by: Who, action: str, what: str, after: Mapping[str, object], deed: Callable[[], T]) -> T:
-        """Do what is outside of the database, with its row in audit_log: both or none; return what it gives."""
-        with self._database.transaction(write=True) as tx:
-            self.add(tx, by, action, what, after=after)
-            return deed()
-
-    def backup(self, path: str, by: Who = PROGRAM) -> tuple[int, int]:
-        """Write a checked copy to a new file; return its schema and its size in bytes; raise as Database.backup().
-
-        A database that is older than audit_log has no row of it.
-        """
-        schema, size = self._database.backup(path)
-        try:
-            if schema >= AUDIT_SCHEMA:
-                self.note(by, "backup", f"file {path}", {"bytes": size, "schema": schema}, lambda: None)
-        except BaseException:
-            os.unlink(path)
-            raise
-        return schema, size
-
 
 # endregion
 
@@ -4658,11 +4652,14 @@ class Audit:
 #   Audit.
 # ======================================================================================
 
-_NODE_COLUMNS = ("name", "main_ip", "agent_port", "agent_protocol", "labels", "enabled", "status")
+NODE_COLUMNS = ", ".join(field.name for field in dataclasses.fields(Node))
+# What a person sets, and a row to insert in the same order.
+_SETTABLE_COLUMNS = ("name", "main_ip", "agent_port", "agent_protocol", "labels", "enabled", "status")
+NodeRow = tuple[str, str, int, str, str, int, str]
 
 
-def node_values(node: Node, columns: Iterable[str] = _NODE_COLUMNS) -> dict[str, object]:
-    """Return columns of a node as audit_log has them: as the API spells and shows them."""
+def node_values(node: Node, columns: Iterable[str] = _SETTABLE_COLUMNS) -> dict[str, object]:
+    """Return columns of a node for audit_log, named and shown as in the API."""
     values: dict[str, object] = {}
     for column in columns:
         value = getattr(node, column)
@@ -4675,19 +4672,16 @@ def node_values(node: Node, columns: Iterable[str] = _NODE_COLUMNS) -> dict[str,
 
 
 class Page(NamedTuple):
-    """A part of a list, and how many there are in all."""
+    """A page of a list."""
     items: list[Any]
+    # Of the whole list.
     total: int
     number: int
     size: int
 
 
-NODE_COLUMNS = """id, name, main_ip, agent_port, agent_protocol, labels, enabled, status, created_at, updated_at,
-    last_version"""
-
-
 class Nodes:
-    """The registry. Each public method is one transaction."""
+    """The registry of nodes. Each public method is one transaction; its callers have checked the values."""
 
     def __init__(self, state: DatabaseState, audit: Audit):
         self._state = state
@@ -4695,15 +4689,15 @@ class Nodes:
         self._audit = audit
 
     def add(self, name: str, main_ip: str, agent_port: int = 8443, agent_protocol: str = TASKS,
-                 labels: str = "{}", enabled: bool = True, status: str = "online", by: Who = PROGRAM) -> Node:
-        """Adds a node; AppError 3002 when the name is taken. The values are checked by floor 5."""
+            labels: str = "{}", enabled: bool = True, status: str = "online", by: Who = PROGRAM) -> Node:
+        """Add a node; raise AppError 3002 where its name or address is taken."""
         with self._database.transaction(write=True) as tx:
             node = self._add(tx, [(name, main_ip, agent_port, agent_protocol, labels, int(enabled), status)])[0]
             self._audit.add(tx, by, "node.add", f"node {name}", after={"id": node.id, **node_values(node)})
             return node
 
-    def add_all(self, rows: Sequence[tuple[str, str, int, str, str, int, str]], by: Who = PROGRAM) -> list[Node]:
-        """Adds nodes, all or none; AppError 3002 naming the first whose name is taken."""
+    def add_all(self, rows: Sequence[NodeRow], by: Who = PROGRAM) -> list[Node]:
+        """Add all nodes or none; raise AppError 3002 for the first whose name or address is taken."""
         with self._database.transaction(write=True) as tx:
             nodes = self._add(tx, rows)
             if nodes:
@@ -4712,31 +4706,48 @@ class Nodes:
                     "nodes": [node_values(node) for node in nodes]})
             return nodes
 
-    def _add(self, tx: Transaction, rows: Sequence[tuple[str, str, int, str, str, int, str]]) -> list[Node]:
-        now, owners = self._state.now(), self._endpoints(tx)
-        for row in rows:
-            if tx.value("SELECT COUNT(*) FROM nodes WHERE name = ?", row[0]):
-                raise AppError(EXISTS, f"node {row[0]} exists already")
-            if row[5]:
-                self._refuse_twin(owners, row[0], row[1], row[2])
-            tx.execute("""
-                INSERT INTO nodes (name, main_ip, agent_port, agent_protocol, labels, enabled, status,
-                                   created_at, updated_at)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""", *row, now, now)
-        return [self._node_by_name(tx, row[0]) for row in rows]
+    def update(self, node_id: int, changes: Mapping[str, object], by: Who = PROGRAM) -> Node:
+        """Change columns of a node; raise AppError 3001, 3002, or 3003 where an open release needs its address."""
+        with self._database.transaction(write=True) as tx:
+            node = self._node(tx, node_id)
+            after = dataclasses.replace(node, **dict(changes))  # type: ignore[arg-type]
+            changed = [column for column in _SETTABLE_COLUMNS if getattr(after, column) != getattr(node, column)]
+            if "name" in changed:
+                self._refuse_taken_name(tx, after.name)
+            if not {"main_ip", "agent_port", "agent_protocol"}.isdisjoint(changed):
+                self._refuse_in_use(tx, node)
+            if after.enabled and (after.endpoint != node.endpoint or not node.enabled):
+                self._refuse_twin(self._endpoints(tx), after.name, after.main_ip, after.agent_port, node.name)
+            for column in changed:
+                tx.execute(f"UPDATE nodes SET {column} = ?, updated_at = ? WHERE id = ?",
+                           changes[column], self._state.now(), node_id)
+            if changed:
+                self._audit.add(tx, by, "node.set", f"node {node.name}", node_values(node, changed),
+                                node_values(after, changed))
+            return self._node(tx, node_id)
+
+    def delete(self, node_id: int, by: Who = PROGRAM) -> None:
+        """Delete a node; raise AppError 3001, or 3003 where a release has it: history is kept."""
+        with self._database.transaction(write=True) as tx:
+            node = self._node(tx, node_id)
+            release_id = tx.value("SELECT MAX(release_task_id) FROM release_task_nodes WHERE node_id = ?", node_id)
+            if release_id is not None:
+                raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}: disable it instead")
+            tx.execute("DELETE FROM nodes WHERE id = ?", node_id)
+            self._audit.add(tx, by, "node.delete", f"node {node.name}", {"id": node.id, **node_values(node)})
 
     def get(self, node_id: int) -> Node:
-        """Gives a node; AppError 3001 when there is none."""
+        """Return a node; raise AppError 3001."""
         with self._database.transaction() as tx:
             return self._node(tx, node_id)
 
     def named(self, name: str) -> Node:
-        """Gives a node by its name; AppError 3001 when there is none."""
+        """Return a node by its name; raise AppError 3001."""
         with self._database.transaction() as tx:
             return self._node_by_name(tx, name)
 
     def page(self, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
-        """Gives a page of the nodes, by id; size 0 for all of them."""
+        """Return a page of the nodes by id; size 0: all of them."""
         with self._database.transaction() as tx:
             total = tx.value("SELECT COUNT(*) FROM nodes")
             rows = tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id LIMIT ? OFFSET ?",
@@ -4744,7 +4755,7 @@ class Nodes:
             return Page([Node(*row) for row in rows], total, page, size)
 
     def last_releases(self, node_ids: Sequence[int]) -> dict[int, tuple[int, str]]:
-        """Gives for each of some nodes the newest release that names it, and what it is there."""
+        """Return by node the newest release that has it, and its status there."""
         if not node_ids:
             return {}
         with self._database.transaction() as tx:
@@ -4756,52 +4767,37 @@ class Nodes:
                   AND n.release_task_id = (SELECT MAX(m.release_task_id) FROM release_task_nodes m
                                            WHERE m.node_id = n.node_id)""", *node_ids)}
 
-    def update(self, node_id: int, changes: Mapping[str, object], by: Who = PROGRAM) -> Node:
-        """Changes columns of a node, checked by floor 5; 3001, 3002, or 3003 while a release needs it."""
-        with self._database.transaction(write=True) as tx:
-            node = self._node(tx, node_id)
-            if changes.get("name", node.name) != node.name and tx.value(
-                    "SELECT COUNT(*) FROM nodes WHERE name = ?", changes["name"]):
-                raise AppError(EXISTS, f"node {changes['name']} exists already")
-            if any(changes.get(c, getattr(node, c)) != getattr(node, c)
-                   for c in ("main_ip", "agent_port", "agent_protocol")):
-                self._refuse_in_use(tx, node)
-            after = dataclasses.replace(node, **dict(changes))  # type: ignore[arg-type]
-            if after.enabled and (after.endpoint != node.endpoint or not node.enabled):
-                self._refuse_twin(self._endpoints(tx), after.name, after.main_ip, after.agent_port, node.name)
-            changed = [column for column in _NODE_COLUMNS if getattr(after, column) != getattr(node, column)]
-            for column in changed:
-                tx.execute(f"UPDATE nodes SET {column} = ?, updated_at = ? WHERE id = ?",
-                           changes[column], self._state.now(), node_id)
-            if changed:
-                self._audit.add(tx, by, "node.set", f"node {node.name}", node_values(node, changed),
-                            node_values(after, changed))
-            return self._node(tx, node_id)
+    def _add(self, tx: Transaction, rows: Sequence[NodeRow]) -> list[Node]:
+        now, owners = self._state.now(), self._endpoints(tx)
+        for row in rows:
+            self._refuse_taken_name(tx, row[0])
+            if row[5]:
+                self._refuse_twin(owners, row[0], row[1], row[2])
+            tx.execute(f"INSERT INTO nodes ({', '.join(_SETTABLE_COLUMNS)}, created_at, updated_at) "
+                       "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *row, now, now)
+        return [self._node_by_name(tx, row[0]) for row in rows]
 
     @staticmethod
     def _endpoints(tx: Transaction) -> dict[Endpoint, str]:
-        """Return which enabled node has which address."""
+        """Return the names of the enabled nodes by address."""
         return {endpoint_of(main_ip, port): name for name, main_ip, port in tx.rows(
             "SELECT name, main_ip, agent_port FROM nodes WHERE enabled = 1")}
 
     @staticmethod
+    def _refuse_taken_name(tx: Transaction, name: str) -> None:
+        if tx.value("SELECT COUNT(*) FROM nodes WHERE name = ?", name):
+            raise AppError(EXISTS, f"node {name} exists already")
+
+    @staticmethod
     def _refuse_twin(owners: dict[Endpoint, str], name: str, main_ip: str, port: int, known_as: str = "") -> None:
-        """Raise AppError 3002 where another enabled node has this address; else note that it is taken now."""
+        """Raise AppError 3002 where another enabled node has this address; else enter it into owners."""
         twin = owners.setdefault(endpoint_of(main_ip, port), name)
         if twin not in (name, known_as):
             raise AppError(EXISTS, f"node {twin} has the address {main_ip}:{port} already: one agent is one node")
 
-    def delete(self, node_id: int, by: Who = PROGRAM) -> None:
-        """Deletes a node; AppError 3003 when a release names it (the history is kept)."""
-        with self._database.transaction(write=True) as tx:
-            node = self._node(tx, node_id)
-            release_id = tx.value("SELECT MAX(release_task_id) FROM release_task_nodes WHERE node_id = ?", node_id)
-            if release_id is not None:
-                raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}: disable it instead")
-            tx.execute("DELETE FROM nodes WHERE id = ?", node_id)
-            self._audit.add(tx, by, "node.delete", f"node {node.name}", {"id": node.id, **node_values(node)})
-
-    def _refuse_in_use(self, tx: Transaction, node: Node) -> None:
+    @staticmethod
+    def _refuse_in_use(tx: Transaction, node: Node) -> None:
+        """Raise AppError 3003 where an open release has the node."""
         release_id = tx.value("""
             SELECT MIN(r.id)
             FROM release_tasks r
@@ -4810,7 +4806,7 @@ class Nodes:
                               node.id)
         if release_id is not None:
             raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}, which is not at its end: "
-                                 "its address, port and protocol stay until then")
+                                        "its address, port and protocol stay until then")
 
     @staticmethod
     def _node(tx: Transaction, node_id: int) -> Node:
@@ -4837,29 +4833,44 @@ class Nodes:
 #   Database state, Audit.
 # ======================================================================================
 
-# The index release_task_nodes_by_status serves the two that are counted: the lowest batch of one
-# status is its first entry, while IN would go through all of them.
-RELEASE_COLUMNS = """r.id, r.type, r.target, r.version, r.status, r.status_reason, r.reason, r.payload, r.strategy,
-    r.retry_of, r.rollback_of, r.total_nodes, r.success_nodes, r.failed_nodes, r.error_msg, r.claim_owner,
-    r.claim_fence, r.claim_expires_at, r.created_at, r.started_at, r.finished_at, r.updated_at,
-    r.passed_batch, r.soak_until, r.paused_by, r.tag, r.soak_clock,
-    (SELECT COUNT(*) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'skipped'),
-    COALESCE((SELECT MIN(w.batch) FROM (
+# Fields of Release that are computed; each other one is a column of its row r. The index release_task_nodes_by_status
+# serves each status by itself: its lowest batch is the first entry, while IN would read all of them.
+_COMPUTED_OF_RELEASE = {
+    "skipped_nodes":
+        "(SELECT COUNT(*) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'skipped')",
+    "current_batch": """COALESCE((SELECT MIN(w.batch) FROM (
          SELECT MIN(n.batch) AS batch FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'pending'
          UNION ALL
          SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'running') w),
-        (SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'failed'), 0)"""
+        (SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'failed'), 0)"""}
+_RELEASE_FIELDS = [field.name for field in dataclasses.fields(Release)]
+RELEASE_COLUMNS = ", ".join(_COMPUTED_OF_RELEASE.get(name, f"r.{name}") for name in _RELEASE_FIELDS)
 
-# A node of a release n as it was when the release was made; as it is in nodes h where a person wrote the row.
-NAME_THEN, ADDRESS_THEN = "COALESCE(NULLIF(n.node_name, ''), h.name)", """COALESCE(NULLIF(n.main_ip, ''), h.main_ip),
-    COALESCE(NULLIF(n.agent_port, 0), h.agent_port)"""
+# A node of a release (n) as it was when the release was made; where a person wrote the row, as it is now (nodes h).
+NAME_THEN, _IP_THEN, _PORT_THEN = (
+    "COALESCE(NULLIF(n.node_name, ''), h.name)", "COALESCE(NULLIF(n.main_ip, ''), h.main_ip)",
+    "COALESCE(NULLIF(n.agent_port, 0), h.agent_port)")
+ADDRESS_THEN = f"{_IP_THEN}, {_PORT_THEN}"
 
-RELEASE_NODE_COLUMNS = f"""n.node_id, {NAME_THEN}, {ADDRESS_THEN}, h.agent_protocol, n.batch, n.status, n.task_id,
-    n.attempts, n.error_kind, n.error_msg, n.hold_until, n.started_at, n.finished_at, n.accepted,
-    (SELECT MAX(a.last_version) FROM nodes a WHERE a.main_ip = h.main_ip AND a.agent_port = h.agent_port),
-    n.hold_clock, n.started_clock, n.waited_sec, n.reached"""
+# The same for the fields of ReleaseNode up to next_op, where the driver's own begin.
+_COMPUTED_OF_NODE = {
+    "name": NAME_THEN, "main_ip": _IP_THEN, "agent_port": _PORT_THEN, "agent_protocol": "h.agent_protocol",
+    "last_version":
+        "(SELECT MAX(a.last_version) FROM nodes a WHERE a.main_ip = h.main_ip AND a.agent_port = h.agent_port)"}
+_NODE_FIELDS = list(itertools.takewhile(lambda name: name != "next_op", ReleaseNode._fields))
+_COLUMN_OF = {name: {"waited_s": "waited_sec", "stored_reached": "reached"}.get(name, name) for name in _NODE_FIELDS}
+RELEASE_NODE_COLUMNS = ", ".join(_COMPUTED_OF_NODE.get(name, f"n.{_COLUMN_OF[name]}") for name in _NODE_FIELDS)
 
-# The counters, made from the rows themselves in the transaction that changes them (rule 7).
+# What a commit writes of a release, and of a node; after a COMMIT in doubt the same is read back.
+_DECIDED = [name for name in Decision._fields if name in _RELEASE_FIELDS]
+_NODE_DECIDED = [name for name in _NODE_FIELDS if name not in {*_COMPUTED_OF_NODE, "node_id", "batch", "accepted"}]
+decided_values = operator.attrgetter(*_DECIDED)
+decided_node_values = operator.attrgetter(*_NODE_DECIDED)
+# The same without the id of its task, which differs from node to node.
+_ALIKE = [name for name in _NODE_DECIDED if name != "task_id"]
+_alike_values = operator.attrgetter(*_ALIKE)
+
+# The counters, computed from the nodes in the transaction that changes them (rule 7).
 COUNTERS = """success_nodes = (SELECT COUNT(*) FROM release_task_nodes n
                          WHERE n.release_task_id = release_tasks.id AND n.status = 'success'),
         failed_nodes = (SELECT COUNT(*) FROM release_task_nodes n
@@ -4872,16 +4883,21 @@ NODE_EVENTS = {RUNNING: "dispatched", SUCCESS: "succeeded", FAILED: "failed", SK
 # Nodes in one statement, up to three parameters each: SQLite 3.26 takes 999.
 NODES_PER_STATEMENT = 320
 
-# Of so many releases it is kept which addresses they have.
+# Releases whose addresses are cached.
 MAX_MASKS = 1000
 
 
-def read_release(tx: Transaction, release_id: int) -> Release:
+def find_release(tx: Transaction, release_id: int) -> Release | None:
     row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ?",
                  release_id) if release_id <= MAX_ID else None
-    if row is None:
+    return Release(*row) if row else None
+
+
+def read_release(tx: Transaction, release_id: int) -> Release:
+    release = find_release(tx, release_id)
+    if release is None:
         raise AppError(NOT_FOUND, f"release {release_id} does not exist")
-    return Release(*row)
+    return release
 
 
 def read_release_nodes(tx: Transaction, release_id: int) -> list[ReleaseNode]:
@@ -4898,27 +4914,25 @@ def read_freeze(tx: Transaction) -> Freeze:
     return Freeze(bool(row[0]), *row[1:]) if row else NO_FREEZE
 
 
-def strategy_of(release: Release) -> Strategy:
-    """Gives a release's strategy; none for one that can't be used, which the executor ends."""
+def strategy_of(text: str) -> Strategy:
+    """Return a stored strategy; NO_STRATEGY for one that can't be used: the executor ends its release."""
     with contextlib.suppress(ValueError, AppError):
-        return parse_strategy(parse_json(release.strategy))
+        return parse_strategy(parse_json(text))
     return NO_STRATEGY
 
 
-def start_at_of(strategy: str) -> str:
-    """Gives the startAt of a stored strategy; "" where there is none, or none that can be read."""
-    with contextlib.suppress(ValueError, AppError):
-        return parse_strategy(parse_json(strategy)).start_at if "startAt" in strategy else ""
-    return ""
+def start_at_of(text: str) -> str:
+    """Return the startAt of a stored strategy, "" for none; most have none, and a scan reads all."""
+    return strategy_of(text).start_at if "startAt" in text else ""
 
 
 def read_candidates(tx: Transaction) -> list[Candidate]:
     now = tx.now()
-    # the index release_tasks_by_status finds what is not terminal
+    # the index release_tasks_by_status
     return [Candidate(id_, target, version, status, running,
                       expires is not None and now < expires <= latest_expiry(now),
-                      start_at_of(strategy), paused_by, said, started is not None, bool(pending), tag)
-            for id_, target, version, status, running, expires, strategy, paused_by, said, started, pending, tag
+                      start_at_of(strategy), paused_by, reason, started is not None, bool(pending), tag)
+            for id_, target, version, status, running, expires, strategy, paused_by, reason, started, pending, tag
             in tx.rows("""
         SELECT r.id, r.target, r.version, r.status,
                (SELECT COUNT(*) FROM release_task_nodes n
@@ -4931,7 +4945,7 @@ def read_candidates(tx: Transaction) -> list[Candidate]:
 
 
 def latest_expiry(now: str) -> str:
-    """Return until when a claim may last at the most."""
+    """Return the latest expiry that a claim can have; a later one is of a clock that was ahead, and void."""
     return utc_text(epoch_of(now) + MAX_CLAIM_TTL_S)
 
 
@@ -4939,8 +4953,8 @@ def expiry_of(tx: Transaction, ttl_s: float) -> str:
     return utc_text(epoch_of(tx.now()) + ttl_s)
 
 
-def keep_as_they_are(tx: Transaction, release_id: int) -> None:
-    """Write names and addresses of a release's nodes into its rows: a rename or a move changes no history."""
+def fill_node_addresses(tx: Transaction, release_id: int) -> None:
+    """Copy names and addresses of nodes into the rows of a release that a person wrote: history does not change."""
     tx.execute("""
         UPDATE release_task_nodes
         SET (node_name, main_ip, agent_port) =
@@ -4949,106 +4963,71 @@ def keep_as_they_are(tx: Transaction, release_id: int) -> None:
 
 
 def write_nodes(tx: Transaction, release_id: int, changes: Sequence[NodeChange], now: Moment) -> None:
-    """Updates nodes, those that become alike in all but the task's id in one statement."""
-    alike: dict[tuple[object, ...], list[NodeChange]] = {}
+    """Write changes of nodes, in one statement for those that become alike; raise StateMoved."""
+    alike: dict[tuple[Any, ...], list[NodeChange]] = {}
     for change in changes:
-        before, after, _ = change
-        key: tuple[object, ...] = (
-            after.status, after.attempts, after.error_kind, after.error_msg, after.hold_until, after.hold_clock,
-            after.started_clock, round(after.waited_s, 3), after.stored_reached, after.started_at,
-            after.finished_at, before.status, before.attempts)
+        key = _alike_values(change.after), change.before.status, change.before.attempts
         alike.setdefault(key, []).append(change)
-    for key, group in alike.items():
+    columns = ", ".join(f"{_COLUMN_OF[name]} = ?" for name in _ALIKE)
+    for (values, status, attempts), group in alike.items():
         for start in range(0, len(group), NODES_PER_STATEMENT):
-            part = [change.after for change in group[start:start + NODES_PER_STATEMENT]]
-            named = [c.after for c in group[start:start + NODES_PER_STATEMENT]
-                     if c.after.task_id != c.before.task_id]
+            part = group[start:start + NODES_PER_STATEMENT]
+            named = [c.after for c in part if c.after.task_id != c.before.task_id]
             task_id = f"CASE node_id {'WHEN ? THEN ? ' * len(named)}ELSE task_id END" if named else "task_id"
             changed = tx.execute(f"""
                 UPDATE release_task_nodes
-                SET status = ?, attempts = ?, error_kind = ?, error_msg = ?, hold_until = ?, hold_clock = ?,
-                    started_clock = ?, waited_sec = ?, reached = ?, started_at = ?, finished_at = ?, updated_at = ?,
-                    task_id = {task_id}
+                SET {columns}, updated_at = ?, task_id = {task_id}
                 WHERE release_task_id = ? AND status = ? AND attempts = ?
                   AND node_id IN ({', '.join('?' * len(part))})""",
-                                 *key[:-2], now.text, *(v for n in named for v in (n.node_id, n.task_id)),
-                                 release_id, *key[-2:], *(n.node_id for n in part))
+                                 *values, now.text, *(v for n in named for v in (n.node_id, n.task_id)),
+                                 release_id, status, attempts, *(c.after.node_id for c in part))
             if changed != len(part):
-                raise StateMoved(f"a node of release {release_id} is no longer {key[-2]}")
+                raise StateMoved(f"a node of release {release_id} is no longer {status}")
 
 
 class Queue:
-    """The order of open releases, and the writing of what is decided on one of them, within a transaction."""
+    """The order of open releases, and the writing of what is decided on one; in the caller's transaction."""
 
     def __init__(self, state: DatabaseState, audit: Audit):
         self._state = state
         self._database = state.database
         self._audit = audit
-        # The addresses of an open release as bits of one number, by generation of the database, id and version.
+        # The addresses of open releases, each as bits of a number; by generation of the database, id and version.
         self._masks: dict[tuple[int, int, int], int] = {}
-        # Which bit an address is.
+        # The number of each address's bit.
         self._bits: dict[Endpoint, int] = {}
         self._masks_guard = threading.Lock()
 
     def runnable(self, tx: Transaction) -> tuple[list[int], list[int]]:
+        """Return the ids of the releases that may be claimed now, and of those that others have claimed."""
         return runnable(read_candidates(tx), tx.now(), read_freeze(tx), self._shares(tx))
 
-    def _shares(self, tx: Transaction) -> Shares:
-        """Return how to tell whether two open releases have an address in common.
-
-        The nodes of a release are read once: with fifty of ten thousand each scan would read half a million rows.
-        """
-        bit_of: dict[int, int] = {}
-        generation = self._state.generation
-
-        def mask(c: Candidate) -> int:
-            key = generation, c.id, c.version
-            known = self._masks.get(key) if c.tag else None
-            if known is None:
-                bit_of.update(() if bit_of else self._bit_of(tx).items())
-                # as one text: ten thousand rows take five times as long
-                text = tx.value(f"SELECT {self._database.engine.joined_sql} FROM release_task_nodes "
-                                "WHERE release_task_id = ?", c.id)
-                bits = bytearray(len(self._bits) // 8 + 1)
-                for bit in {bit_of[int(node_id)] for node_id in text.split(",")} if text else ():
-                    bits[bit >> 3] |= 1 << (bit & 7)
-                if len(self._masks) >= MAX_MASKS:
-                    self._masks.clear()
-                known = self._masks[key] = int.from_bytes(bits, "little")
-            return known
-
-        return lambda one, other: bool(mask(one) & mask(other))
-
-    def _bit_of(self, tx: Transaction) -> dict[int, int]:
-        """Return for each node which bit its address is in the masks of releases."""
-        rows = tx.rows("SELECT id, main_ip, agent_port FROM nodes")
-        with self._masks_guard:
-            return {node_id: self._bits.setdefault(endpoint_of(main_ip, port), len(self._bits))
-                    for node_id, main_ip, port in rows}
-
     def explain_waiting(self, tx: Transaction) -> None:
-        """Brings the sentences of pending releases up to date, after whatever may have changed them."""
+        """Bring status_reason of the waiting releases up to date, after any change that they may wait for."""
         candidates = read_candidates(tx)
-        said = {c.id: c.status_reason for c in candidates}
+        stored = {c.id: c.status_reason for c in candidates}
         for release_id, reason in waiting_reasons(candidates, tx.now(), read_freeze(tx), self._shares(tx)).items():
-            if said[release_id] != reason:
+            if stored[release_id] != reason:
                 tx.execute("UPDATE release_tasks SET status_reason = ?, updated_at = ? WHERE id = ?",
                            reason, self._state.now(), release_id)
 
-    def write(self, tx: Transaction, release: Release, decision: Decision, now: Moment, actor: Who,
-               claim: Claim | None = None, detail: str = "") -> None:
+    def write_decision(self, tx: Transaction, release: Release, decision: Decision, now: Moment, actor: Who,
+                       claim: Claim | None = None, detail: str = "") -> None:
+        """Write a decision on a release as it was read, with events and, at its end, the audit log's row.
+
+        detail: of the release's event, in place of its error or status_reason. Raise StateMoved where the release, a
+        node or the claim changed meanwhile.
+        """
         write_nodes(tx, release.id, decision.changes, now)
         ends = decision.status in TERMINAL
         changed = tx.execute(f"""
             UPDATE release_tasks
-            SET status = ?, status_reason = ?, error_msg = ?, updated_at = ?, {COUNTERS},
-                finished_at = ?, passed_batch = ?, soak_until = ?, soak_clock = ?,
+            SET {', '.join(f'{name} = ?' for name in _DECIDED)}, updated_at = ?, finished_at = ?, {COUNTERS},
                 claim_owner = CASE WHEN ? = 1 THEN '' ELSE claim_owner END,
                 claim_expires_at = CASE WHEN ? = 1 THEN NULL ELSE claim_expires_at END
             WHERE id = ? AND status = ? AND updated_at = ? AND claim_fence = ? AND claim_owner = ?""",
-                             decision.status, decision.status_reason, decision.error_msg, now.text,
-                             now.text if ends else None, decision.passed_batch, decision.soak_until,
-                             decision.soak_clock, int(ends), int(ends), release.id, release.status, release.updated_at,
+                             *decided_values(decision), now.text, now.text if ends else None, int(ends), int(ends),
+                             release.id, release.status, release.updated_at,
                              claim.fence if claim else release.claim_fence,
                              claim.owner if claim else release.claim_owner)
         if changed != 1:
@@ -5063,14 +5042,11 @@ class Queue:
         if decision.status != release.status:
             self.explain_waiting(tx)
         head = self._audit.add_end(tx, actor, release, decision.status) if ends else None
-        tx.afterwards.append(lambda: self.log_written(release, decision, str(actor), head))
+        tx.after_commit.append(lambda: self.log_written(release, decision, str(actor), head))
 
     def log_written(self, release: Release, decision: Decision, actor: str,
                     head: tuple[int, str] | None = None) -> None:
-        """Logs and counts what a commit changed, once it is certain: a line for each change of a status.
-
-        Of single nodes only failures are for everybody: ten thousand successes would bury all else.
-        """
+        """Log and count what a commit changed; of single nodes failures alone, but at level debug."""
         for change in decision.changes:
             node, event = change.after, NODE_EVENTS.get(change.after.status, "")
             if node.status == change.before.status:
@@ -5092,12 +5068,45 @@ class Queue:
         if done:
             log.info("%s: batch %d done", release, done, extra=about(release, actor=actor, event="batch_done"))
         if decision.status in TERMINAL:
-            # a copy of the head in the journal: whoever writes to the database can't change that
+            # a copy of the head where nobody who writes to the database can change it
             trail.info("%s: the audit log is at %d:%s", release, *(head or self._audit.head()), extra=about(release))
         if decision.status != release.status:
             log.log(logging.INFO if decision.status == SUCCESS else logging.WARNING, "%s: %s, %s", release,
                     decision.status, decision.status_reason,
                     extra=about(release, actor=actor, event=RELEASE_EVENTS[decision.status]))
+
+    def _shares(self, tx: Transaction) -> Shares:
+        """Return a function that tells whether two open releases have an address in common.
+
+        It reads the nodes of a release once: with fifty of ten thousand, each scan would read half a million rows.
+        """
+        bit_of: dict[int, int] = {}
+        generation = self._state.generation
+
+        def mask(c: Candidate) -> int:
+            key = generation, c.id, c.version
+            known = self._masks.get(key) if c.tag else None
+            if known is None:
+                bit_of.update(() if bit_of else self._bit_of(tx).items())
+                # as one text: ten thousand rows would take five times as long
+                text = tx.value(f"SELECT {self._database.engine.joined_sql} FROM release_task_nodes "
+                                "WHERE release_task_id = ?", c.id)
+                bits = bytearray(len(self._bits) // 8 + 1)
+                for bit in {bit_of[int(node_id)] for node_id in text.split(",")} if text else ():
+                    bits[bit >> 3] |= 1 << (bit & 7)
+                if len(self._masks) >= MAX_MASKS:
+                    self._masks.clear()
+                known = self._masks[key] = int.from_bytes(bits, "little")
+            return known
+
+        return lambda one, other: bool(mask(one) & mask(other))
+
+    def _bit_of(self, tx: Transaction) -> dict[int, int]:
+        """Return by node the number of its address's bit."""
+        rows = tx.rows("SELECT id, main_ip, agent_port FROM nodes")
+        with self._masks_guard:
+            return {node_id: self._bits.setdefault(endpoint_of(main_ip, port), len(self._bits))
+                    for node_id, main_ip, port in rows}
 
 
 # endregion
@@ -5110,23 +5119,21 @@ class Queue:
 # ======================================================================================
 
 class Again(NamedTuple):
-    """What a retry or rollback is asked to be.
-
-    over_newer: also where a node has a newer success of the target. to_release: whose payload a rollback brings back.
-    """
+    """What a person asks of a retry or rollback."""
     reason: str = ""
+    # Also where a node has a newer success of the target.
     over_newer: bool = False
+    # Release whose payload a rollback brings back.
     to_release: int | None = None
 
 
 def emptied_nodes(payload: Mapping[str, Any], nodes: Iterable[Node]) -> list[str]:
-    """Return the names of execute nodes that are told to serve no site."""
+    """Return the names of execute nodes that a payload leaves without a site."""
     return [node.name for node in nodes if node.dialect.needs_websites and payload.get(WEBSITES) == []]
 
 
-def plan_again(tx: Transaction, verb: str, release_id: int,
-                wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
-    """Return what a retry or rollback asks for, how it would go out, and its nodes."""
+def plan_again(tx: Transaction, verb: str, release_id: int, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
+    """Return what a retry or rollback creates, its plan, and its nodes; raise AppError where it is refused."""
     old = read_release(tx, release_id)
     check_verb(verb, old)
     request, plan, nodes = (plan_retry if verb == "retry" else plan_rollback)(tx, old, wish)
@@ -5144,7 +5151,7 @@ def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseReque
     strategy = strategy_again(old, ("startAt",))
     node_ids = [node.id for node in nodes]
     if isinstance(strategy.get("pauseAfter"), list):
-        # there may be fewer batches now
+        # there may be fewer batches than in the old release
         last = len(plan_batches(node_ids, parse_strategy(strategy).batches))
         strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
     request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", stored_payload(old),
@@ -5154,9 +5161,9 @@ def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseReque
 
 
 def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
-    # what was rejected before anything was sent to it has nothing to be rolled back
+    # a node that was rejected before anything was sent has nothing to roll back
     found = nodes_again(tx, old, "(n.status = 'success' OR (n.status = 'failed' AND NOT "
-                                    "(n.error_kind = 'rejected' AND n.attempts = 0)))")
+                                 "(n.error_kind = 'rejected' AND n.attempts = 0)))")
     nodes = online_nodes(old, found, "touched by it")
     where = {node_id: (status, batch) for node_id, status, batch in tx.rows(
         "SELECT node_id, status, batch FROM release_task_nodes WHERE release_task_id = ?", old.id)}
@@ -5168,10 +5175,10 @@ def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRe
     good = payload_to_bring_back(tx, old, [node.id for node in nodes], wish.to_release)
     planned = [*batches.values(), *([failed] if failed else [])]
     sizes = [len(batch) for batch in planned[:-1]] or [len(planned[0])]
-    # planned is what counts; it may have a batch more than can be asked for, and any number by hand
+    # make_plan() goes by planned: a hand-written release may have more batches than a strategy can
     strategy = {**strategy_again(old, ("startAt", "soakSec", "pauseAfter", "verify")),
                 "batches": sizes[:MAX_BATCHES]}
-    with contextlib.suppress(AppError):  # what is looked for belongs to the content that goes out
+    with contextlib.suppress(AppError):  # the probes fit the payload that goes out
         strategy.update({key: value for key, value in strategy_again(good, ()).items() if key == "verify"})
     request = ReleaseRequest(
         old.target, wish.reason or f"rollback of release {old.id} to the payload of version {good.version}",
@@ -5207,9 +5214,8 @@ def refuse_over_newer(tx: Transaction, verb: str, old: Release, nodes: Sequence[
         over = [names[node_id] for node_id in sorted(succeeded_nodes(tx, release_id) & names.keys())]
         if over:
             raise AppError(WRONG_STATE,
-                           f"release {release_id} (v{version}) succeeded later on {names_of(over)}: {verb} "
-                                 f"of release {old.id} would replace its payload; overNewer (--over-newer) if "
-                                 "that is meant")
+                           f"release {release_id} (v{version}) succeeded later on {names_of(over)}: {verb} of release "
+                           f"{old.id} would replace its payload; overNewer (--over-newer) if that is meant")
 
 
 def succeeded_nodes(tx: Transaction, release_id: int) -> set[int]:
@@ -5217,23 +5223,21 @@ def succeeded_nodes(tx: Transaction, release_id: int) -> set[int]:
         "SELECT node_id FROM release_task_nodes WHERE release_task_id = ? AND status = 'success'", release_id)}
 
 
-def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int],
-                           to_release: int | None) -> Release:
+def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int], to_release: int | None) -> Release:
     """Return the release whose payload a rollback brings back (rule 10).
 
-    Of each node the newest before it that succeeded there, with another payload, and that nobody rolled
-    back; the payload that most of the nodes had wins, the newer one of two.
+    Each node votes for the newest release before it that succeeded there, with another payload, and that nobody
+    rolled back. The payload with most votes wins; of two with as many, the newer one.
     """
     unwanted = digest_of(stored_payload(old))
     if to_release is not None:
-        row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ? AND r.target = ?",
-                     min(to_release, MAX_ID), old.target)
-        if row is None:
+        good = find_release(tx, to_release)
+        if good is None or good.target != old.target:
             raise AppError(INVALID, f"toRelease {to_release} is no release of target {old.target}")
-        if digest_of(stored_payload(Release(*row))) == unwanted:
+        if digest_of(stored_payload(good)) == unwanted:
             raise AppError(WRONG_STATE, f"release {to_release} has the same payload as release {old.id}: "
-                                 "nothing would change")
-        return Release(*row)
+                                        "nothing would change")
+        return good
     bad = rolled_back(tx, old.target)
     missing, votes = set(node_ids), collections.Counter[str]()
     newest: dict[str, tuple[int, int]] = {}
@@ -5252,14 +5256,14 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
             break
     if not votes:
         raise AppError(WRONG_STATE, f"nothing to roll back to: no release of target {old.target} before {old.id} "
-                             "succeeded on its nodes with another payload; toRelease (--to) names one")
+                                    "succeeded on its nodes with another payload; toRelease (--to) names one")
     return read_release(tx, newest[max(votes, key=lambda digest: (votes[digest], newest[digest]))][1])
 
 
 def rolled_back(tx: Transaction, target: str) -> dict[str, int]:
-    """Return payloads of a target that somebody rolled back, each with the highest version of which that was done.
+    """Return the payloads of a target that somebody rolled back, each with the highest version rolled back.
 
-    The same payload under a lower version is as bad; under a higher one somebody wanted it again.
+    A release with the payload up to that version is bad too; above it somebody wanted the payload again.
     """
     bad: dict[str, int] = {}
     for release_id, version in tx.rows("""
@@ -5273,7 +5277,7 @@ def rolled_back(tx: Transaction, target: str) -> dict[str, int]:
 
 
 def stored_digest(tx: Transaction, release_id: int) -> str:
-    """Return the digest of a release's payload; one of its own for a payload that can't be read."""
+    """Return the digest of a release's payload; for one that can't be read a text that no other release has."""
     text = tx.value("SELECT payload FROM release_tasks WHERE id = ?", release_id)
     with contextlib.suppress(ValueError, AppError):
         return digest_of(parse_payload(parse_json(text)))
@@ -5288,7 +5292,7 @@ def stored_payload(release: Release) -> dict[str, Any]:
 
 
 def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
-    """Gives the strategy of an old release for a new one, without some of its keys."""
+    """Return the strategy of an old release for a new one, without some keys; raise AppError 3003."""
     try:
         strategy = parse_json(release.strategy)
         parse_strategy(strategy)
@@ -5317,26 +5321,28 @@ class BatchProgress(NamedTuple):
         return sum(self.counts.values())
 
     def count(self, *statuses: str) -> int:
-        """Gives how many nodes are in one of the statuses."""
+        """Return the number of nodes in any of the statuses."""
         return sum(self.counts.get(status, 0) for status in statuses)
 
 
 class Progress(NamedTuple):
-    """Where a release stands: its batches in order, and name and error of the first nodes that failed."""
+    """Where a release is."""
     release: Release
+    # In order.
     batches: list[BatchProgress]
+    # Name and error of the nodes that failed first.
     failures: list[tuple[str, str]]
 
 
-# So many targets have figures of their own, the oldest ones; the others' are summed up.
+# Targets with figures of their own, the oldest ones; the others are counted together as OTHER.
 MAX_TARGETS_COUNTED, OTHER = 50, "other"
 
-# An Idempotency-Key is kept for so long.
+# How long an Idempotency-Key is kept.
 IDEMPOTENCY_KEY_S = 86400.0
 
 
 def _ranges(numbers: Iterable[int]) -> list[list[int]]:
-    """Return numbers as the first and last ones of their runs."""
+    """Return numbers as [first, last] of each run of consecutive ones."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][1] == number - 1:
@@ -5356,180 +5362,143 @@ class Releases:
         self._queue = queue
 
     def plan(self, request: ReleaseRequest) -> Plan:
-        """Gives what create_release() would make, and raises what it would; writes nothing."""
+        """Return what create() would make, and raise what it would; write nothing."""
         with self._database.transaction() as tx:
             version = self._version_for(tx, request, tx.value(self._database.engine.next_release_id_sql))
             check_payload_version(request.payload, version)
             return self._plan(tx, request)[0]._replace(version=version)
 
-    def create(self, request: ReleaseRequest, actor: Who, once: IdempotencyKey | None = None) -> Made:
-        """Create a release for the nodes it asks for; return it, its batches and who is left out (rule 1).
+    def create(self, request: ReleaseRequest, actor: Who, key: IdempotencyKey | None = None) -> Made:
+        """Create a release for the nodes that a request chooses; return it, its batches and who is left out (rule 1).
 
-        With once, what the key's first request made is returned again. Raise AppError 3003 without an
-        enabled, online node or where two have one address, 2003 when the strategy, the choice of nodes,
-        the version or the payload can't be meant, 3002 when the key was for another request.
+        A key that was used returns what its first request made. Raise AppError 3003 where no chosen node is enabled
+        and online, or two have one address; 2003 for a strategy, choice of nodes, version or payload that can't be
+        used; 3002 where the key was used for another request.
         """
         with self._database.transaction(write=True) as tx:
-            return self._replay(tx, once) or self._remember(
-                tx, once, self._create(tx, actor, request, *self._plan(tx, request)))
-
-    def _remember(self, tx: Transaction, once: IdempotencyKey | None, made: Made) -> Made:
-        """Keep what a key made, for a day."""
-        if once:
-            tx.execute("INSERT INTO idempotency_keys (actor, idempotency_key, request_sha256, release_task_id, "
-                       "created_at, left_out) VALUES (?, ?, ?, ?, ?, ?)", *once, made.release.id, self._state.now(),
-                       to_json(made.left_out))
-        return made
-
-    def _replay(self, tx: Transaction, once: IdempotencyKey | None) -> Made | None:
-        if once is None:
-            return None
-        # the index idempotency_keys_by_age
-        tx.execute("DELETE FROM idempotency_keys WHERE created_at < ?",
-                   utc_text(self._state.clock.wall() - IDEMPOTENCY_KEY_S))
-        row = tx.row("SELECT request_sha256, release_task_id, left_out FROM idempotency_keys "
-                     "WHERE actor = ? AND idempotency_key = ?", once.actor, once.key)
-        if row is None:
-            return None
-        if row[0] != once.request_sha256:
-            raise AppError(EXISTS, f"Idempotency-Key {once.key} was used for another request, which made release "
-                                 f"{row[1]}: take a new key")
-        batches: dict[int, list[int]] = {}
-        for batch, node_id in tx.rows("SELECT batch, node_id FROM release_task_nodes WHERE release_task_id = ? "
-                                      "ORDER BY batch, id", row[1]):
-            batches.setdefault(batch, []).append(node_id)
-        return Made(read_release(tx, row[1]), list(batches.values()), [LeftOut(*one) for one in parse_json(row[2])])
-
-    def retry(self, release_id: int, actor: Who, wish: Again = Again(), once: IdempotencyKey | None = None) -> Made:  # noqa: B008
-        """Create a release of the same payload for the nodes that were failed or skipped (rule 10).
-
-        Raise AppError 3003 where the release's state, its payload or a newer success stands against it.
-        """
-        return self._make_again("retry", release_id, actor, wish, once)
-
-    def rollback(self, release_id: int, actor: Who, wish: Again = Again(),  # noqa: B008 - it has no state
-                 once: IdempotencyKey | None = None) -> Made:
-        """Create a release that brings back, to the nodes that a release touched, what they had before (rule 10).
-
-        It goes out in the old batches under the old limits, but waits for nothing and nobody; nodes that had
-        failed come last, and never stop it. Raise AppError 3003 where there is nothing to bring back, or a
-        newer success stands against it, 2003 for a toRelease that can't be meant.
-        """
-        return self._make_again("rollback", release_id, actor, wish, once)
+            return self._replay(tx, key) or self._keep_for_replay(
+                tx, key, self._create(tx, actor, request, *self._plan(tx, request)))
 
     def plan_again(self, verb: str, release_id: int, wish: Again = Again()) -> Plan:  # noqa: B008 - it has no state
-        """Return what a retry or rollback would make, and raise what it would; write nothing."""
+        """Return what retry() or rollback() would make, and raise what it would; write nothing."""
         with self._database.transaction() as tx:
             _, plan, _ = plan_again(tx, verb, release_id, wish)
             release_id = tx.value(self._database.engine.next_release_id_sql)
             return plan._replace(version=self._state.next_version(tx, release_id))
 
-    def _make_again(self, verb: str, release_id: int, actor: Who, wish: Again, once: IdempotencyKey | None) -> Made:
+    def retry(self, release_id: int, actor: Who, wish: Again = Again(), key: IdempotencyKey | None = None) -> Made:  # noqa: B008
+        """Create a release with the same payload for the nodes that were failed or skipped (rule 10).
+
+        Raise AppError 3003 where the release's status, its payload or a newer success forbids it.
+        """
+        return self._make_again("retry", release_id, actor, wish, key)
+
+    def rollback(self, release_id: int, actor: Who, wish: Again = Again(),  # noqa: B008 - it has no state
+                 key: IdempotencyKey | None = None) -> Made:
+        """Create a release with the payload that the nodes of a release had before it (rule 10).
+
+        It has the old batches and limits, without soak, pauses and probes of its own; nodes that had failed come
+        last, and never stop it. Raise AppError 3003 where there is nothing to bring back or a newer success forbids
+        it, 2003 for a toRelease that can't be used.
+        """
+        return self._make_again("rollback", release_id, actor, wish, key)
+
+    def act(self, verb: str, release_id: int, actor: Who, reason: str = "", accept_failures: bool = False) -> Release:
+        """Pause, resume, cancel or cancel --force a release; return it as it is then. Raise AppError 3001 or 3003.
+
+        A cancelled release ends at once where nothing is in flight, or by force; else its executor ends it.
+        accept_failures: with resume, the failures so far count against no limit.
+        """
         with self._database.transaction(write=True) as tx:
-            made = self._replay(tx, once)
-            return made or self._remember(tx, once, self._create(
-                tx, actor, *plan_again(tx, verb, release_id, wish)))
+            release, nodes = read_release(tx, release_id), NodeIndex(read_release_nodes(tx, release_id))
+            check_verb(verb, release)
+            # for rows that a person wrote: the claim sets it, but may never come
+            tx.execute("UPDATE release_tasks SET total_nodes = ? WHERE id = ? AND total_nodes <> ?",
+                       len(nodes), release_id, len(nodes))
+            now, strategy, before, detail = self._state.moment(), strategy_of(release.strategy), release.status, reason
+            if verb == "resume":
+                check_resume(release, nodes, strategy, accept_failures)
+                if accept_failures:
+                    detail = self._accept_failures(tx, release, reason)
+            if status_after_verb(verb, release) != release.status:
+                self._change_status(tx, release, nodes, VERBS[verb], now, actor, detail)
+                release, detail = read_release(tx, release_id), ""
+            self._audit.add(
+                tx, actor, f"release.{verb.partition(' ')[0]}", f"release {release_id}", {"status": before},
+                non_empty(status=release.status, reason=reason, force=verb == CANCEL_BY_FORCE or None,
+                          acceptFailures=accept_failures or None))
+            ends_now = verb == CANCEL_BY_FORCE or not nodes.of[RUNNING]
+            if release.status == CANCELLING and ends_now:
+                changes = force_end(nodes, now)
+                decision = decide(Situation(release, nodes, now, strategy=strategy))
+                self._queue.write_decision(
+                    tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=detail)
+            self._queue.explain_waiting(tx)
+            return read_release(tx, release_id)
 
-    def _plan(self, tx: Transaction, request: ReleaseRequest) -> tuple[Plan, list[Node]]:
-        strategy = parse_strategy(request.strategy)
-        nodes, left_out = choose_nodes(
-            [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")], request)
-        refuse_twins(nodes)
-        refuse_dropping_sites(request.payload, nodes)
-        plan = make_plan(strategy, [node.id for node in nodes], left_out)
-        return plan._replace(emptied=emptied_nodes(request.payload, nodes)), nodes
+    def freeze(self) -> Freeze:
+        """Return the switch that stops new dispatches of all processes."""
+        with self._database.transaction() as tx:
+            return read_freeze(tx)
 
-    def _version_for(self, tx: Transaction, request: ReleaseRequest, release_id: int) -> int:
-        version = self._state.next_version(tx, release_id)
-        if request.version is not None and request.version < version:
-            raise AppError(INVALID, f"version {request.version} may have been used already: leave it out, or name one "
-                                 f"from {version} on")
-        return request.version or version
+    def set_freeze(self, frozen: bool, actor: Who, reason: str = "") -> Freeze:
+        """Set or lift the freeze, with an event of each open release; return it as it is then.
+
+        Raise AppError 2001 where it is set without a reason.
+        """
+        if frozen and not reason:
+            raise AppError(MISSING, "reason is missing: tell others why the site is frozen")
+        with self._database.transaction(write=True) as tx:
+            before = read_freeze(tx)
+            if not frozen and not before.frozen:
+                return before
+            tx.execute("UPDATE release_freeze SET frozen = ?, reason = ?, actor = ?, at = ? WHERE id = 1",
+                       int(frozen), reason, str(actor), self._state.now())
+            self._audit.add(tx, actor, f"freeze.{'on' if frozen else 'off'}", "freeze",
+                            non_empty(frozen=before.frozen, reason=before.reason),
+                            non_empty(frozen=frozen, reason=reason))
+            event = "frozen" if frozen else "unfrozen"
+            add_events(tx, self._state.now(), actor, [NewEvent(c.id, event, c.status, c.status, reason)
+                                                      for c in read_candidates(tx)])
+            tx.after_commit.append(lambda: log.warning(
+                "%s by %s%s", "frozen" if frozen else "the freeze was lifted", actor, f": {reason}" if reason else "",
+                extra=about(actor=str(actor), event=event)))
+            self._queue.explain_waiting(tx)
+            return read_freeze(tx)
 
     def set_first_version(self, version: int, by: Who = PROGRAM) -> int:
-        """Let new releases be numbered from a version on; return the version of the next one (rule 1).
+        """Number new releases from a version on; return the version of the next one (rule 1).
 
-        For a database that was restored or begins beside agents that are further on.
+        For a database that is restored, or new, while agents have higher versions.
         """
         with self._database.transaction(write=True) as tx:
             before = tx.value("SELECT first_version FROM database_state WHERE id = 1")
             changed = tx.execute("UPDATE database_state SET first_version = ? WHERE id = 1 AND first_version < ?",
                                  version, version)
-            # what is half done has a lower version than agents may have: its nodes are sent nothing more
+            # releases that are under way have lower versions than agents may have: they send nothing more
             changed += tx.execute("UPDATE nodes SET last_version = ? WHERE last_version < ?", version - 1, version - 1)
             if changed:
                 self._audit.add(tx, by, "migrate.first-version", "database", {"firstVersion": before},
                                 {"firstVersion": max(before or 1, version)})
             return self._state.next_version(tx, tx.value(self._database.engine.next_release_id_sql))
 
-    def _create(self, tx: Transaction, actor: Who, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node]) -> Made:
-        self._state.note_timeline(tx)
-        if not (request.retry_of or request.rollback_of):
-            # before a number is used up: the next try would have to name another
-            check_payload_version(request.payload, self._version_for(
-                tx, request, tx.value(self._database.engine.next_release_id_sql)))
-        release_id = tx.value(self._database.engine.take_release_id_sql)
-        version = self._version_for(tx, request, release_id)
-        payload = payload_for_version(request.payload, version)
-        self._state.seen.use_version(version)
-        now = self._state.now()
-        tx.execute("""
-            INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, strategy, retry_of,
-                                       rollback_of, total_nodes, created_at, updated_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-                   release_id, request.target, version, new_tag(), REASON_PENDING, request.reason, to_json(payload),
-                   to_json(request.strategy), request.retry_of, request.rollback_of,
-                   sum(map(len, plan.batches)), now, now)
-        as_it_is = {node.id: (node.name, node.main_ip, node.agent_port) for node in nodes}
-        tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, accepted, created_at, "
-                       "updated_at, node_name, main_ip, agent_port) VALUES ", 9, [
-                           (release_id, node_id, number, int(node_id in plan.tolerated), now, now, *as_it_is[node_id])
-                           for number, batch in enumerate(plan.batches, 1) for node_id in batch])
-        left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20]
-                    if request.retry_of or request.rollback_of]
-        detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "", *left_out)))
-        add_events(tx, now, actor, [NewEvent(release_id, "created", "", PENDING, detail)])
-        self._queue.explain_waiting(tx)
-        release = read_release(tx, release_id)
-        verb = "retry" if request.retry_of else "rollback" if request.rollback_of else "create"
-        self._audit.add(tx, actor, f"release.{verb}", f"release {release_id}", after={
-            name: value for name, value in (
-                ("version", version), ("target", request.target), ("reason", request.reason),
-                ("totalNodes", release.total_nodes), ("payloadSha256", digest_of(payload)),
-                ("strategy", request.strategy), ("retryOf", request.retry_of), ("rollbackOf", request.rollback_of))
-            if value not in (None, "", {})})
-        tx.afterwards.append(lambda: log.info(
-            "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
-            in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
-            extra=about(release, actor=str(actor), event="created")))
-        return Made(release, plan.batches, plan.left_out)
-
     def get(self, release_id: int) -> Release:
-        """Gives a release; AppError 3001 when there is none."""
+        """Return a release; raise AppError 3001."""
         with self._database.transaction() as tx:
             return read_release(tx, release_id)
 
     def find(self, release_id: int) -> Release | None:
-        """Return a release, None when there is none."""
-        try:
-            return self.get(release_id)
-        except DatabaseError:
-            raise
-        except AppError:
-            return None
-
-    def exceeded(self, release_id: int) -> str:
-        """Return which limit the failures of a release are beyond, "" for none; raise AppError 3001."""
-        release, nodes = self.with_nodes(release_id)
-        return exceeded_limit(NodeIndex(nodes), strategy_of(release))
+        """Return a release, or None."""
+        with self._database.transaction() as tx:
+            return find_release(tx, release_id)
 
     def with_nodes(self, release_id: int) -> tuple[Release, list[ReleaseNode]]:
-        """Gives a release and its nodes by batch and id, of one moment; AppError 3001."""
+        """Return a release and its nodes by batch and id; raise AppError 3001."""
         with self._database.transaction() as tx:
             return read_release(tx, release_id), read_release_nodes(tx, release_id)
 
     def progress(self, release_id: int, failures: int = 10) -> Progress:
-        """Gives a release with its nodes counted by batch, and so many of its failures; AppError 3001."""
+        """Return where a release is, with at most so many failures; raise AppError 3001."""
         with self._database.transaction() as tx:
             release = read_release(tx, release_id)
             batches: dict[int, dict[str, int]] = {}
@@ -5550,30 +5519,13 @@ class Releases:
             return Progress(release, [BatchProgress(*item) for item in batches.items()],
                             [(name, text) for name, text in failed])
 
-    def page(self, status: str = "", page: int = 1, size: int = 20) -> Page:
-        """Gives a page of the releases, newest first; of one status when it is given."""
-        where = "WHERE r.status = ?" if status else ""
-        params = (status,) if status else ()
-        with self._database.transaction() as tx:
-            total = tx.value(f"SELECT COUNT(*) FROM release_tasks r {where}", *params)
-            rows = tx.rows(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r {where} ORDER BY r.id DESC "
-                           "LIMIT ? OFFSET ?", *params, size, (page - 1) * size)
-            return Page([Release(*row) for row in rows], total, page, size)
-
-    def open(self, limit: int = MAX_PAGE_SIZE) -> list[tuple[Release, int]]:
-        """Gives the releases that are not at their end, oldest first, each with its number of batches."""
-        with self._database.transaction() as tx:
-            rows = tx.rows(f"""
-                SELECT {RELEASE_COLUMNS},
-                       COALESCE((SELECT MAX(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id), 0)
-                FROM release_tasks r
-                WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')
-                ORDER BY r.id
-                LIMIT ?""", limit)
-            return [(Release(*row[:-1]), row[-1]) for row in rows]
+    def exceeded(self, release_id: int) -> str:
+        """Return which limit the failures of a release exceed, "" for none; raise AppError 3001."""
+        release, nodes = self.with_nodes(release_id)
+        return exceeded_limit(NodeIndex(nodes), strategy_of(release.strategy))
 
     def events(self, release_id: int, after: int = 0, limit: int = 100) -> list[Event]:
-        """Gives the events of a release with an id above after, oldest first; AppError 3001."""
+        """Return the first events of a release with an id above after, oldest first; raise AppError 3001."""
         with self._database.transaction() as tx:
             read_release(tx, release_id)
             return [Event(*row) for row in tx.rows(f"""
@@ -5586,10 +5538,32 @@ class Releases:
                 ORDER BY e.id
                 LIMIT ?""", release_id, after, limit)]
 
-    def counts(self) -> dict[tuple[str, ...], float]:
-        """Gives the figures of METRICS that are in the database.
+    def page(self, status: str = "", page: int = 1, size: int = 20) -> Page:
+        """Return a page of the releases of a status ("": of all), newest first."""
+        where = "WHERE r.status = ?" if status else ""
+        params = (status,) if status else ()
+        with self._database.transaction() as tx:
+            total = tx.value(f"SELECT COUNT(*) FROM release_tasks r {where}", *params)
+            rows = tx.rows(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r {where} ORDER BY r.id DESC "
+                           "LIMIT ? OFFSET ?", *params, size, (page - 1) * size)
+            return Page([Release(*row) for row in rows], total, page, size)
 
-        Nothing here reads the nodes or events of a release that is over: there may be millions.
+    def open(self, limit: int = MAX_PAGE_SIZE) -> list[tuple[Release, int]]:
+        """Return the releases that are not terminal, oldest first, each with its number of batches."""
+        with self._database.transaction() as tx:
+            rows = tx.rows(f"""
+                SELECT {RELEASE_COLUMNS},
+                       COALESCE((SELECT MAX(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id), 0)
+                FROM release_tasks r
+                WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')
+                ORDER BY r.id
+                LIMIT ?""", limit)
+            return [(Release(*row[:-1]), row[-1]) for row in rows]
+
+    def counts(self) -> dict[tuple[str, ...], float]:
+        """Return the figures of METRICS that are in the database.
+
+        Nodes and events of terminal releases are not read: there may be millions.
         """
         with self._database.transaction() as tx:
             releases = tx.rows("SELECT target, status, COUNT(*), MIN(id) FROM release_tasks GROUP BY target, status")
@@ -5622,99 +5596,12 @@ class Releases:
             figures["releasectl_release_nodes", labels[target], status] += count
         for target, status, at in changed:
             key = ("releasectl_release_last_event_timestamp_seconds", labels[target], status)
-            with contextlib.suppress(ValueError, TypeError):  # a person wrote the row, and no event or another time
+            with contextlib.suppress(ValueError, TypeError):  # written by hand, without an event
                 figures[key] = min(epoch_of(at), figures.get(key, epoch_of(at)))
         return figures
 
-    def act(self, verb: str, release_id: int, actor: Who, reason: str = "", accept_failures: bool = False) -> Release:
-        """Does pause, resume, cancel or cancel --force; gives the release after it. AppError 3001, or 3003.
-
-        A cancelled release with nothing in flight is at its end at once; else its executor ends
-        it, or force does. accept_failures goes with resume: what failed counts no more.
-        """
-        with self._database.transaction(write=True) as tx:
-            release, nodes = read_release(tx, release_id), NodeIndex(read_release_nodes(tx, release_id))
-            check_verb(verb, release)
-            # a person who wrote the rows left that to the claim, which may never come
-            tx.execute("UPDATE release_tasks SET total_nodes = ? WHERE id = ? AND total_nodes <> ?",
-                       len(nodes), release_id, len(nodes))
-            now, strategy, before, why = self._state.moment(), strategy_of(release), release.status, reason
-            if verb == "resume":
-                check_resume(release, nodes, strategy, accept_failures)
-                if accept_failures:
-                    reason = self._accept(tx, release, reason)
-            if status_after_verb(verb, release) != release.status:
-                self._change_status(tx, release, nodes, VERBS[verb], now, actor, reason)
-                release, reason = read_release(tx, release_id), ""
-            self._audit.add(
-                tx, actor, f"release.{verb.partition(' ')[0]}", f"release {release_id}", {"status": before}, {
-                    "status": release.status, **({"reason": why} if why else {}),
-                    **({"force": True} if verb == CANCEL_BY_FORCE else {}),
-                    **({"acceptFailures": True} if accept_failures else {})})
-            ends_now = verb == CANCEL_BY_FORCE or not nodes.of[RUNNING]
-            if release.status == CANCELLING and ends_now:
-                changes = force_end(nodes, now)
-                for change in changes:
-                    nodes.put(change.after)
-                decision = decide(Situation(release, nodes, now, strategy=strategy))
-                self._queue.write(tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=reason)
-            self._queue.explain_waiting(tx)
-            return read_release(tx, release_id)
-
-    @staticmethod
-    def _accept(tx: Transaction, release: Release, reason: str) -> str:
-        """Lets the failures of a release count no more; gives the event's reason."""
-        count = tx.execute("UPDATE release_task_nodes SET accepted = 1 "
-                           "WHERE release_task_id = ? AND status = 'failed' AND accepted = 0", release.id)
-        return "; ".join(filter(None, (reason, f"failures accepted: {count}")))
-
-    def _change_status(self, tx: Transaction, release: Release, nodes: NodeIndex, verb: Verb, now: Moment,
-              actor: Who, reason: str) -> None:
-        """Writes the status that a verb brings, with its sentence and its event."""
-        status, strategy = status_after_verb(verb.name, release), strategy_of(release)
-        turned = dataclasses.replace(release, status=status, paused_by=str(actor) if status == PAUSED else "")
-        sentence = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
-            status, Situation(turned, nodes, now, strategy=strategy, stage=Stage(0, release.passed_batch),
-                              exceeded=exceeded_limit(nodes, strategy)))
-        tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, {COUNTERS} "
-                   "WHERE id = ?", status, sentence, turned.paused_by, now.text, release.id)
-        add_events(tx, now.text, actor, [NewEvent(release.id, verb.event, release.status, status, reason)])
-        tx.afterwards.append(lambda: log.info("%s: %s by %s%s", release, verb.event, actor,
-                                              f": {reason}" if reason else "",
-                                              extra=about(release, actor=str(actor), event=verb.event)))
-
-    def freeze(self) -> Freeze:
-        """Gives the switch that lets nothing new be dispatched."""
-        with self._database.transaction() as tx:
-            return read_freeze(tx)
-
-    def set_freeze(self, frozen: bool, actor: Who, reason: str = "") -> Freeze:
-        """Sets or lifts the freeze, for every process; gives it as it is then.
-
-        Each release that is not at its end has an event of it. AppError 2001 without a reason to set it.
-        """
-        if frozen and not reason:
-            raise AppError(MISSING, "reason is missing: say why, for whoever waits")
-        with self._database.transaction(write=True) as tx:
-            before = read_freeze(tx)
-            if not frozen and not before.frozen:
-                return before
-            tx.execute("UPDATE release_freeze SET frozen = ?, reason = ?, actor = ?, at = ? WHERE id = 1",
-                       int(frozen), reason, str(actor), self._state.now())
-            self._audit.add(tx, actor, f"freeze.{'on' if frozen else 'off'}", "freeze",
-                        *({"frozen": was, **({"reason": text} if text else {})}
-                          for was, text in ((before.frozen, before.reason), (frozen, reason))))
-            event = "frozen" if frozen else "unfrozen"
-            add_events(tx, self._state.now(), actor, [NewEvent(c.id, event, c.status, c.status, reason)
-                                                      for c in read_candidates(tx)])
-            tx.afterwards.append(lambda: log.warning(
-                "%s by %s%s", "frozen" if frozen else "the freeze was lifted", actor, f": {reason}" if reason else "",
-                extra=about(actor=str(actor), event=event)))
-            self._queue.explain_waiting(tx)
-            return read_freeze(tx)
-
-    def old(self, older_than_s: float, keep: int) -> list[OldRelease]:
-        """Gives the releases that prunable() finds, ended longer ago than that, newest first."""
+    def prunable(self, older_than_s: float, keep: int) -> list[OldRelease]:
+        """Return the releases that ended so long ago and are not needed, newest first; keep: of each target."""
         before = utc_text(self._state.clock.wall() - older_than_s)
         with self._database.transaction() as tx:
             releases = [OldRelease(*row) for row in tx.rows("""
@@ -5736,15 +5623,15 @@ class Releases:
             return prunable(releases, before, keep, content_of, newest)
 
     def delete(self, release_ids: Sequence[int], by: Who = PROGRAM) -> list[int]:
-        """Deletes terminal releases with all that belongs to them; gives the ids of those that are gone.
+        """Delete up to NODES_PER_STATEMENT terminal releases, with nodes and events; return the ids of those deleted.
 
-        At most NODES_PER_STATEMENT of them. One of which somebody made a retry or a rollback meanwhile stays.
+        A release stays where somebody made a retry or a rollback of it meanwhile.
         """
         with self._database.transaction(write=True) as tx:
             marks = ", ".join("?" * len(release_ids)) or "NULL"
             # another prune may have been quicker
             going = {row[0] for row in tx.rows(f"SELECT id FROM release_tasks WHERE id IN ({marks})", *release_ids)}
-            while going:
+            while going:  # each round may spare more, which one of them names
                 marks = ", ".join("?" * len(going))
                 # the indexes release_tasks_by_retry_of and release_tasks_by_rollback_of
                 named = {id_ for row in tx.rows(f"""
@@ -5761,6 +5648,117 @@ class Releases:
                 going -= named
             return sorted(going)
 
+    def _plan(self, tx: Transaction, request: ReleaseRequest) -> tuple[Plan, list[Node]]:
+        strategy = parse_strategy(request.strategy)
+        nodes, left_out = choose_nodes(
+            [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")], request)
+        refuse_twins(nodes)
+        refuse_dropping_sites(request.payload, nodes)
+        plan = make_plan(strategy, [node.id for node in nodes], left_out)
+        return plan._replace(emptied=emptied_nodes(request.payload, nodes)), nodes
+
+    def _version_for(self, tx: Transaction, request: ReleaseRequest, release_id: int) -> int:
+        version = self._state.next_version(tx, release_id)
+        if request.version is not None and request.version < version:
+            raise AppError(INVALID, f"version {request.version} may have been used already: leave it out, or name one "
+                                    f"from {version} on")
+        return request.version or version
+
+    def _create(self, tx: Transaction, actor: Who, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node]) -> Made:
+        self._state.note_timeline(tx)
+        if not (request.retry_of or request.rollback_of):
+            # before an id, and with it a version, is used up
+            check_payload_version(request.payload, self._version_for(
+                tx, request, tx.value(self._database.engine.next_release_id_sql)))
+        release_id = tx.value(self._database.engine.take_release_id_sql)
+        version = self._version_for(tx, request, release_id)
+        payload = payload_for_version(request.payload, version)
+        self._state.seen.use_version(version)
+        now = self._state.now()
+        tx.execute("""
+            INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, strategy, retry_of,
+                                       rollback_of, total_nodes, created_at, updated_at)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+                   release_id, request.target, version, new_tag(), REASON_PENDING, request.reason, to_json(payload),
+                   to_json(request.strategy), request.retry_of, request.rollback_of,
+                   sum(map(len, plan.batches)), now, now)
+        addresses = {node.id: (node.name, node.main_ip, node.agent_port) for node in nodes}
+        tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, accepted, created_at, "
+                       "updated_at, node_name, main_ip, agent_port) VALUES ", 9, [
+                           (release_id, node_id, number, int(node_id in plan.tolerated), now, now, *addresses[node_id])
+                           for number, batch in enumerate(plan.batches, 1) for node_id in batch])
+        left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20]
+                    if request.retry_of or request.rollback_of]
+        detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "", *left_out)))
+        add_events(tx, now, actor, [NewEvent(release_id, "created", "", PENDING, detail)])
+        self._queue.explain_waiting(tx)
+        release = read_release(tx, release_id)
+        verb = "retry" if request.retry_of else "rollback" if request.rollback_of else "create"
+        self._audit.add(tx, actor, f"release.{verb}", f"release {release_id}", after=non_empty(
+            version=version, target=request.target, reason=request.reason, totalNodes=release.total_nodes,
+            payloadSha256=digest_of(payload), strategy=request.strategy, retryOf=request.retry_of,
+            rollbackOf=request.rollback_of))
+        tx.after_commit.append(lambda: log.info(
+            "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
+            in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
+            extra=about(release, actor=str(actor), event="created")))
+        return Made(release, plan.batches, plan.left_out)
+
+    def _make_again(self, verb: str, release_id: int, actor: Who, wish: Again, key: IdempotencyKey | None) -> Made:
+        with self._database.transaction(write=True) as tx:
+            return self._replay(tx, key) or self._keep_for_replay(
+                tx, key, self._create(tx, actor, *plan_again(tx, verb, release_id, wish)))
+
+    def _replay(self, tx: Transaction, key: IdempotencyKey | None) -> Made | None:
+        """Return what a key has made, or None; raise AppError 3002 where that was for another request."""
+        if key is None:
+            return None
+        # the index idempotency_keys_by_age
+        tx.execute("DELETE FROM idempotency_keys WHERE created_at < ?",
+                   utc_text(self._state.clock.wall() - IDEMPOTENCY_KEY_S))
+        row = tx.row("SELECT request_sha256, release_task_id, left_out FROM idempotency_keys "
+                     "WHERE actor = ? AND idempotency_key = ?", key.actor, key.key)
+        if row is None:
+            return None
+        if row[0] != key.request_sha256:
+            raise AppError(EXISTS, f"Idempotency-Key {key.key} was used for another request, which made release "
+                                   f"{row[1]}: take a new key")
+        batches: dict[int, list[int]] = {}
+        for batch, node_id in tx.rows("SELECT batch, node_id FROM release_task_nodes WHERE release_task_id = ? "
+                                      "ORDER BY batch, id", row[1]):
+            batches.setdefault(batch, []).append(node_id)
+        return Made(read_release(tx, row[1]), list(batches.values()), [LeftOut(*one) for one in parse_json(row[2])])
+
+    def _keep_for_replay(self, tx: Transaction, key: IdempotencyKey | None, made: Made) -> Made:
+        if key:
+            tx.execute("INSERT INTO idempotency_keys (actor, idempotency_key, request_sha256, release_task_id, "
+                       "created_at, left_out) VALUES (?, ?, ?, ?, ?, ?)", *key, made.release.id, self._state.now(),
+                       to_json(made.left_out))
+        return made
+
+    @staticmethod
+    def _accept_failures(tx: Transaction, release: Release, reason: str) -> str:
+        """Mark all failures as accepted; return the text for the event."""
+        count = tx.execute("UPDATE release_task_nodes SET accepted = 1 "
+                           "WHERE release_task_id = ? AND status = 'failed' AND accepted = 0", release.id)
+        return "; ".join(filter(None, (reason, f"failures accepted: {count}")))
+
+    @staticmethod
+    def _change_status(tx: Transaction, release: Release, nodes: NodeIndex, verb: Verb, now: Moment, actor: Who,
+                       reason: str) -> None:
+        """Write the status that a verb brings, its status_reason and its event."""
+        status, strategy = status_after_verb(verb.name, release), strategy_of(release.strategy)
+        after = dataclasses.replace(release, status=status, paused_by=str(actor) if status == PAUSED else "")
+        status_reason = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
+            status, Situation(after, nodes, now, strategy=strategy, stage=Stage(0, release.passed_batch),
+                              exceeded=exceeded_limit(nodes, strategy)))
+        tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, {COUNTERS} "
+                   "WHERE id = ?", status, status_reason, after.paused_by, now.text, release.id)
+        add_events(tx, now.text, actor, [NewEvent(release.id, verb.event, release.status, status, reason)])
+        tx.after_commit.append(lambda: log.info("%s: %s by %s%s", release, verb.event, actor,
+                                                f": {reason}" if reason else "",
+                                                extra=about(release, actor=str(actor), event=verb.event)))
+
 
 # endregion
 
@@ -5773,18 +5771,16 @@ class Releases:
 # ======================================================================================
 
 class DispatchBlockers(NamedTuple):
-    """What may keep a release from its dispatches.
-
-    busy: addresses that another release has in flight, or that may be at a lost request. moved_s: how many seconds
-    ago the database went back or moved to another server, which may not know of the last dispatches.
-    """
+    """What may keep a release from its dispatches."""
+    # Addresses that another release has in flight, or that may still be busy with a lost request.
     busy: frozenset[Endpoint]
     freeze: Freeze
+    # Seconds since the database went back or moved to another server, which may not know the last dispatches.
     moved_s: float
 
 
 class Claims:
-    """Releases as their owner works on them: claim, lease, fence, commit. Each public method is one transaction."""
+    """What an executor does with releases, most of it under a claim. Each public method is one transaction."""
 
     def __init__(self, state: DatabaseState, queue: Queue):
         self._state = state
@@ -5792,19 +5788,19 @@ class Claims:
         self._queue = queue
 
     def scan(self) -> tuple[list[int], list[int]]:
-        """Gives the ids of the releases that may be claimed now, and of those in other hands."""
-        with self._state.watching() as tx:
+        """Return the ids of the releases that may be claimed now, and of those that others have claimed."""
+        with self._state.checked_read() as tx:
             found = self._queue.runnable(tx)
-        if self._state.has_fallen:
+        if self._state.is_rewind_unwritten:
             with self._database.transaction(write=True) as tx:
-                self._state.write_fall(tx)
+                self._state.write_rewind(tx)
                 found = self._queue.runnable(tx)
         return found
 
     def claim(self, release_id: int, owner: str, ttl_s: float) -> Claim | None:
-        """Takes a release for ttl_s seconds; None when somebody else was first or it must wait.
+        """Claim a release for ttl_s seconds; return None where another process was first or the release must wait.
 
-        Every claim raises the fence, so what an earlier owner still wants to write changes nothing.
+        A claim raises the fence, so a late write of an earlier owner is refused.
         """
         with self._database.transaction(write=True) as tx:
             if release_id not in self._queue.runnable(tx)[0]:
@@ -5815,9 +5811,9 @@ class Claims:
                 renumbered = self._renumber(tx, before, owner)
                 if renumbered != before and release_id not in self._queue.runnable(tx)[0]:
                     self._queue.explain_waiting(tx)
-                    return None  # with its new number others come before it
+                    return None  # by its new version others come first
                 before = renumbered
-            self._complete(tx, before)
+            self._fill_row(tx, before)
             now, expires = tx.now(), expiry_of(tx, ttl_s)
             started = tx.execute(f"""
                 UPDATE release_tasks
@@ -5837,15 +5833,106 @@ class Claims:
             if not changed:
                 raise StateMoved(f"release {release_id} was claimed by a writer outside of the lock")
             self._queue.explain_waiting(tx)
-            tx.afterwards.append(lambda: self._log_claim(before, owner))
+            tx.after_commit.append(lambda: self._log_claim(before, owner))
             return Claim(release_id, before.claim_fence + 1, before.version, owner, self._state.generation)
 
-    def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
-        """Give a release the next version when it starts, where nodes may have higher ones than it has (rule 2).
+    def renew(self, claim: Claim, ttl_s: float) -> bool:
+        """Keep a claim for ttl_s seconds from now; return False where it is lost."""
+        with self._database.transaction(write=True) as tx:
+            return tx.execute("UPDATE release_tasks SET claim_expires_at = ? WHERE id = ? AND claim_fence = ? "
+                              "AND claim_owner = ? AND claim_expires_at IS NOT NULL",
+                              expiry_of(tx, ttl_s), claim.release_id, claim.fence, claim.owner) == 1
 
-        That is one that had to wait for its time while later ones started, and one that is numbered below the first
-        version that a person named: agents are further on. Not after a failover: it may be at its agents already,
-        under this number, and they know it by that.
+    def drop(self, claim: Claim) -> None:
+        """Give a claim up, so that anyone may claim the release at once."""
+        with self._database.transaction(write=True) as tx:
+            tx.execute("UPDATE release_tasks SET claim_owner = '', claim_expires_at = NULL "
+                       "WHERE id = ? AND claim_fence = ? AND claim_owner = ?",
+                       claim.release_id, claim.fence, claim.owner)
+
+    def read(self, claim: Claim) -> Release:
+        """Return the release of a claim; raise ClaimLost where it has another owner or none, or is gone."""
+        with self._state.checked_read() as tx:
+            return self._read_claimed(tx, claim)
+
+    def read_with_nodes(self, claim: Claim) -> tuple[Release, list[ReleaseNode]]:
+        """Return the release of a claim and its nodes; raise ClaimLost."""
+        with self._state.checked_read() as tx:
+            return self._read_claimed(tx, claim), read_release_nodes(tx, claim.release_id)
+
+    def holds(self, release_id: int) -> list[Hold]:
+        """Return when pauses and freezes held a release."""
+        with self._database.transaction() as tx:
+            # the index release_events_of_releases
+            return holds_of((at, event, status) for at, event, status in tx.rows(
+                "SELECT at, event, to_status FROM release_events WHERE release_task_id = ? AND node_id IS NULL "
+                "ORDER BY id", release_id))
+
+    def dispatch_blockers(self, release_id: int) -> DispatchBlockers:
+        """Return what may keep a release from its dispatches."""
+        with self._database.transaction() as tx:
+            moved_at = tx.value("SELECT moved_at FROM database_state WHERE id = 1")
+            moved_s = epoch_of(tx.now()) - epoch_or(moved_at, 0.0) if moved_at else float("inf")
+            if moved_s < 0:  # the clock of the server before was ahead
+                moved_s = float("inf")
+            return DispatchBlockers(self._busy(tx, release_id), read_freeze(tx),
+                                    min(moved_s, self._state.clock.elapsed() - self._state.changed_at))
+
+    def commit(self, claim: Claim, release: Release, decision: Decision, now: Moment, actor: Who) -> None:
+        """Write a decision on a release as it was read, or nothing.
+
+        Raise ClaimLost where the release has another owner, StateMoved where the release or a node changed, or a
+        dispatch may not leave. After a DatabaseError only was_written() tells.
+        """
+        with self._database.transaction(write=True) as tx:
+            self._read_claimed(tx, claim)
+            begun = [c.after for c in decision.changes if c.after.attempts > c.before.attempts]
+            starting = {c.after.endpoint for c in decision.changes
+                        if (c.before.status, c.after.status) == (PENDING, RUNNING)}
+            if starting and starting & self._busy(tx, claim.release_id):
+                raise StateMoved(f"another release has a node of {release} in flight")
+            self._raise_last_versions(tx, release, [node.node_id for node in begun])
+            if begun and read_freeze(tx).frozen:
+                raise StateMoved(f"a freeze came before a dispatch of {release}")
+            self._queue.write_decision(tx, release, decision, now, actor, claim)
+
+    def was_written(self, claim: Claim, decision: Decision) -> bool:
+        """Return whether a commit that ended in an error took place; raise ClaimLost where another owner came since.
+
+        In a writing transaction, which starts only when the server has ended the one in doubt.
+        """
+        with self._database.transaction(write=True) as tx:
+            # not _read_claimed(): the end of a release gives its claim up
+            release = read_release(tx, claim.release_id)
+            if release.claim_fence != claim.fence or release.claim_owner not in ("", claim.owner):
+                raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
+            rows = {row.node_id: row for row in read_release_nodes(tx, claim.release_id)}
+        if decision.changes:  # nodes tell it alone: an operator may have changed the release since
+            return all(decided_node_values(rows[change.after.node_id]) == decided_node_values(change.after)
+                       for change in decision.changes)
+        return bool(decided_values(release) == decided_values(decision))
+
+    def times_ahead(self) -> list[str]:
+        """Return a text for each claim and hold further ahead than any setting allows, which therefore is void.
+
+        A process whose clock was ahead wrote it.
+        """
+        with self._database.transaction() as tx:
+            now = tx.now()
+            claims = tx.rows("SELECT id, claim_owner, claim_expires_at FROM release_tasks WHERE status IN "
+                             "('pending', 'running', 'paused', 'cancelling') AND claim_expires_at > ?",
+                             latest_expiry(now))
+            holds = tx.rows(f"SELECT {NAME_THEN}, n.hold_until FROM release_task_nodes n "
+                            "JOIN nodes h ON h.id = n.node_id WHERE n.hold_until IS NOT NULL AND n.hold_until > ?",
+                            utc_text(self._state.clock.wall() + MAX_BUSY_S))
+        return [*(f"release {id_} is claimed by {owner} until {until}" for id_, owner, until in claims),
+                *(f"node {name} is kept free until {until}" for name, until in holds)]
+
+    def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
+        """Give a release that starts the next version, where nodes may have a higher one (rule 2).
+
+        It waited for its start time while later ones started, or is below the first version that a person named. Not
+        after a failover: agents may know it already, under its version.
         """
         first_version = tx.value("SELECT first_version FROM database_state WHERE id = 1")
         if release.version < first_version:
@@ -5858,30 +5945,31 @@ class Claims:
         version = self._state.next_version(tx, release.id)
         self._state.seen.use_version(version)
         payload = release.payload
-        with contextlib.suppress(ValueError, AppError):  # what can't be used ends the release, a little later
+        with contextlib.suppress(ValueError, AppError):  # one that can't be used ends the release: Driver
             payload = to_json(payload_for_version(parse_payload(parse_json(payload)), version))
         tx.execute("UPDATE release_tasks SET version = ?, payload = ? WHERE id = ?", version, payload, release.id)
         text = f"version {release.version} became {version}: {why}"
         add_events(tx, self._state.now(), owner, [NewEvent(release.id, "renumbered", PENDING, PENDING, text)])
-        tx.afterwards.append(lambda: log.info("%s: %s", release, text,
-                                              extra=about(release, actor=owner, event="renumbered")))
+        tx.after_commit.append(lambda: log.info("%s: %s", release, text,
+                                                extra=about(release, actor=owner, event="renumbered")))
         return read_release(tx, release.id)
 
-    def _complete(self, tx: Transaction, release: Release) -> None:
-        """Fill what a person who wrote the rows of a release left to us."""
+    @staticmethod
+    def _fill_row(tx: Transaction, release: Release) -> None:
+        """Set the columns that a person who wrote the rows of a release left out."""
         if release.tag:
             return
-        # tasks that agents know already, from before there were tags, keep their ids
+        # no tag where agents know tasks without one, from before schema 5
         tx.execute("""
             UPDATE release_tasks
             SET tag = ?
             WHERE id = ? AND NOT EXISTS (SELECT 1 FROM release_task_nodes n
                                          WHERE n.release_task_id = release_tasks.id AND n.task_id <> '')""",
                    new_tag(), release.id)
-        keep_as_they_are(tx, release.id)
+        fill_node_addresses(tx, release.id)
 
     def _log_claim(self, before: Release, owner: str) -> None:
-        """Logs and counts that a release was taken."""
+        """Log and count a claim."""
         if before.status == PENDING:
             log.info("%s: started, taken by %s", before, owner, extra=about(before, actor=owner, event="started"))
         elif before.claim_expires_at is not None:
@@ -5891,65 +5979,24 @@ class Claims:
         else:
             log.debug("%s: taken by %s", before, owner, extra=about(before, actor=owner, event="taken"))
 
-    def renew(self, claim: Claim, ttl_s: float) -> bool:
-        """Keeps a claim for ttl_s seconds more; False when it is lost."""
-        with self._database.transaction(write=True) as tx:
-            return tx.execute("UPDATE release_tasks SET claim_expires_at = ? WHERE id = ? AND claim_fence = ? "
-                              "AND claim_owner = ? AND claim_expires_at IS NOT NULL",
-                              expiry_of(tx, ttl_s), claim.release_id, claim.fence, claim.owner) == 1
-
-    def drop(self, claim: Claim) -> None:
-        """Hands a claim back, so that anyone may take the release at once."""
-        with self._database.transaction(write=True) as tx:
-            tx.execute("UPDATE release_tasks SET claim_owner = '', claim_expires_at = NULL "
-                       "WHERE id = ? AND claim_fence = ? AND claim_owner = ?",
-                       claim.release_id, claim.fence, claim.owner)
-
-    def release(self, claim: Claim) -> Release:
-        """Return the release of a claim; raise ClaimLost when it has another owner or none, or is gone."""
-        with self._state.watching() as tx:
-            return self._claimed(tx, claim)
-
-    def release_with_nodes(self, claim: Claim) -> tuple[Release, list[ReleaseNode]]:
-        """Return the release of a claim and its nodes, of one moment; raise ClaimLost."""
-        with self._state.watching() as tx:
-            return self._claimed(tx, claim), read_release_nodes(tx, claim.release_id)
-
-    def holds(self, release_id: int) -> list[Hold]:
-        """Return when pauses and freezes held a release."""
-        with self._database.transaction() as tx:
-            # the index release_events_of_releases
-            return holds_of((at, event, status) for at, event, status in tx.rows(
-                "SELECT at, event, to_status FROM release_events WHERE release_task_id = ? AND node_id IS NULL "
-                "ORDER BY id", release_id))
-
-    def _claimed(self, tx: Transaction, claim: Claim) -> Release:
-        row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ?", claim.release_id)
-        if row is None or Release(*row).version != claim.version:
-            self._state.note_fall(claim, f"{claim} is gone")
+    def _read_claimed(self, tx: Transaction, claim: Claim) -> Release:
+        """Do read() in a transaction, and report where the database went back since the claim."""
+        release = find_release(tx, claim.release_id)
+        if release is None or release.version != claim.version:
+            self._state.report_rewind(claim, f"{claim} is gone")
             raise ClaimLost("it is no longer in the database")
-        release = Release(*row)
         if release.claim_fence < claim.fence:
-            self._state.note_fall(claim, f"the claim number of {claim} is {release.claim_fence} after {claim.fence}")
+            self._state.report_rewind(
+                claim, f"the claim number of {claim} is {release.claim_fence} after {claim.fence}")
         if (release.claim_fence, release.claim_owner) != (claim.fence, claim.owner) or release.claim_expires_at is None:
             raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
         return release
 
-    def dispatch_blockers(self, release_id: int) -> DispatchBlockers:
-        """Return what may keep a release from its dispatches."""
-        with self._database.transaction() as tx:
-            moved_at = tx.value("SELECT moved_at FROM database_state WHERE id = 1")
-            moved_s = epoch_of(tx.now()) - epoch_or(moved_at, 0.0) if moved_at else float("inf")
-            if moved_s < 0:  # the clock of the server before was ahead
-                moved_s = float("inf")
-            return DispatchBlockers(self._busy(tx, release_id), read_freeze(tx),
-                             min(moved_s, self._state.clock.elapsed() - self._state.changed_at))
-
     def _busy(self, tx: Transaction, release_id: int) -> frozenset[Endpoint]:
-        """Return the addresses that another release has in flight or that may be at a lost request."""
+        """Return the addresses that another release has in flight, or that may still be busy with a lost request."""
         now = self._state.moment()
-        # the partial indexes release_task_nodes_one_running and _held hold few rows; the wall clock may have been
-        # set since, by no more than a week
+        # The partial indexes release_task_nodes_one_running and _held are small. A week: a hold may have been written
+        # before somebody set the wall clock; until_s() goes by the other one.
         rows = tx.rows(f"""
             SELECT {ADDRESS_THEN}, n.status, n.hold_until, n.hold_clock
             FROM release_task_nodes n
@@ -5965,49 +6012,15 @@ class Claims:
         return frozenset(endpoint_of(main_ip, port) for main_ip, port, status, until, mark in rows
                          if status == RUNNING or 0 < now.until_s(until, mark) <= MAX_BUSY_S)
 
-    def times_ahead(self) -> list[str]:
-        """Return a sentence for each claim and hold that lies further ahead than any setting allows.
-
-        A process whose clock was ahead wrote it; it counts as over.
-        """
-        with self._database.transaction() as tx:
-            now = tx.now()
-            claims = tx.rows("SELECT id, claim_owner, claim_expires_at FROM release_tasks WHERE status IN "
-                             "('pending', 'running', 'paused', 'cancelling') AND claim_expires_at > ?",
-                             latest_expiry(now))
-            holds = tx.rows(f"SELECT {NAME_THEN}, n.hold_until FROM release_task_nodes n "
-                            "JOIN nodes h ON h.id = n.node_id WHERE n.hold_until IS NOT NULL AND n.hold_until > ?",
-                            utc_text(self._state.clock.wall() + MAX_BUSY_S))
-        return [*(f"release {id_} is claimed by {owner} until {until}" for id_, owner, until in claims),
-                *(f"node {name} is kept free until {until}" for name, until in holds)]
-
-    def commit(self, claim: Claim, release: Release, decision: Decision, now: Moment, actor: Who) -> None:
-        """Writes a decision on the release as it was read, or nothing.
-
-        Raises ClaimLost when the fence moved, StateMoved when the status or a node did. After a
-        DatabaseError whether it was written is not known: read again.
-        """
-        with self._database.transaction(write=True) as tx:
-            self._claimed(tx, claim)
-            begun = [c.after for c in decision.changes if c.after.attempts > c.before.attempts]
-            first = {c.after.endpoint for c in decision.changes
-                     if (c.before.status, c.after.status) == (PENDING, RUNNING)}
-            if first and first & self._busy(tx, claim.release_id):
-                raise StateMoved(f"another release has a node of {release} in flight")
-            self._raise_last_versions(tx, release, [node.node_id for node in begun])
-            if begun and read_freeze(tx).frozen:
-                raise StateMoved(f"a freeze came before a dispatch of {release}")
-            self._queue.write(tx, release, decision, now, actor, claim)
-
     @staticmethod
     def _raise_last_versions(tx: Transaction, release: Release, node_ids: Sequence[int]) -> None:
-        """Note that nodes are sent a version, where the dispatch is written; StateMoved where one has a higher one."""
+        """Store that nodes are sent a version; raise StateMoved where one was sent a higher one."""
         for start in range(0, len(node_ids), NODES_PER_STATEMENT):
             part = node_ids[start:start + NODES_PER_STATEMENT]
             marks = ", ".join("?" * len(part))
             tx.execute(f"UPDATE nodes SET last_version = ? WHERE last_version < ? AND id IN ({marks})",
                        release.version, release.version, *part)
-            # the index nodes_by_address: a host that was entered anew has two rows
+            # the index nodes_by_address: a host that was registered again has two rows
             if tx.value(f"""
                     SELECT COUNT(*)
                     FROM nodes h
@@ -6015,27 +6028,9 @@ class Claims:
                     WHERE h.id IN ({marks}) AND a.last_version > ?""", *part, release.version):
                 raise StateMoved(f"a node of {release} was sent a higher version")
 
-    def was_written(self, claim: Claim, decision: Decision) -> bool:
-        """Reads back, after an error at COMMIT, whether it took place; ClaimLost when that is another's now.
-
-        As a writer, which waits for a transaction of ours that the server may still be at: what is
-        found is the end of it.
-        """
-        with self._database.transaction(write=True) as tx:
-            # not _claimed(): the commit may have handed the claim back
-            release = read_release(tx, claim.release_id)
-            if release.claim_fence != claim.fence or release.claim_owner not in ("", claim.owner):
-                raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
-            found = {n.node_id: n for n in read_release_nodes(tx, claim.release_id)}
-        return (release.status, release.passed_batch, release.soak_clock) == (
-            decision.status, decision.passed_batch, decision.soak_clock) if not decision.changes else all(
-            (after.status, after.attempts, after.finished_at, after.task_id)
-            == (row.status, row.attempts, row.finished_at, row.task_id)
-            for _, after, _ in decision.changes for row in [found[after.node_id]])
-
 
 class Store:
-    """The tables of the contract as verbs, in parts that share one database."""
+    """All that is stored, in parts that share one database."""
 
     def __init__(self, database: Database, clock: Clock = Clock()):  # noqa: B008 - it has no state
         self.database = database
@@ -7566,11 +7561,11 @@ class Driver:
         if self._unclear is not None:
             self._settle(*self._unclear)
         if not self._is_stale:
-            release = self._store.claims.release(self.lease.claim)
+            release = self._store.claims.read(self.lease.claim)
             if release.updated_at == self._seen_at and self._store.state.generation == self._generation:
                 return release
             # an operator changed it, and may have accepted failures too
-        release, rows = self._store.claims.release_with_nodes(self.lease.claim)
+        release, rows = self._store.claims.read_with_nodes(self.lease.claim)
         holds, moved_s = self._store.claims.holds(release.id), self._store.claims.dispatch_blockers(release.id).moved_s
         self._broken = ""
         try:
@@ -10134,7 +10129,7 @@ def command_token_add(context: Context) -> int:
     options, path = context.options, context.settings.api_tokens_file
     if not path:
         raise ConfigError("API_TOKENS_FILE is not set: name the file that holds the tokens of the API")
-    token = context.open(create=True).audit.note(
+    token = context.open(create=True).audit.perform(
         context.actor, "token.add", f"token {options.name}", {"name": options.name, "role": options.role, "file": path},
         lambda: add_token(path, options.name, options.role))
     print(f"Token for {options.name} ({options.role}). Copy it now: it can't be shown again.", file=sys.stderr)
@@ -10514,7 +10509,7 @@ PRUNE_NODES = 500
 
 def command_prune(context: Context) -> int:
     options, store = context.options, context.open()
-    found = store.releases.old(options.older_than, options.keep)
+    found = store.releases.prunable(options.older_than, options.keep)
     if options.dry_run:
         return _show_pruned(context, found)
     gone: set[int] = set()

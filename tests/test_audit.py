@@ -336,7 +336,7 @@ def test_a_deleted_release_is_a_fault_unless_prune_tells_of_it(kept):
 
 def test_prune_keeps_the_chain_whole_and_names_what_it_deleted(kept):
     age(kept)
-    found = [release.id for release in kept.releases.old(DAY_S, 1)]
+    found = [release.id for release in kept.releases.prunable(DAY_S, 1)]
     assert kept.releases.delete(found) == [1]
     assert json.loads(rows_of(kept)[-1].before) == {"releases": [[1, 1]]}
     report = kept.audit.verify()
@@ -392,7 +392,7 @@ def test_an_act_that_fails_leaves_neither_row_nor_gap(kept):
     def fail() -> None:
         raise rc.ConfigError("no space")
     with pytest.raises(rc.ConfigError, match="no space"):
-        kept.audit.note("anna", "token.add", "token vera", {}, fail)
+        kept.audit.perform("anna", "token.add", "token vera", {}, fail)
     new_release(kept)
     assert [row.id for row in rows_of(kept)] == list(range(1, 10))
     assert kept.audit.verify().faults == []
@@ -452,7 +452,7 @@ def test_on_postgresql_the_documented_grants_let_a_second_role_append_only(new_p
                     store.database.transaction(write=True) as tx:
                 tx.execute(statement)
         age(store), end_releases(store, 1), age(store)
-        assert store.releases.delete([release.id for release in store.releases.old(DAY_S, 1)]) == [1]
+        assert store.releases.delete([release.id for release in store.releases.prunable(DAY_S, 1)]) == [1]
         store.database.close()
     finally:
         admin(url, f"DROP OWNED BY {role}")

@@ -582,16 +582,16 @@ def test_a_process_has_at_most_16_connections_and_the_rest_waits_in_turn(new_pos
 
 
 def test_who_waits_for_a_connection_gets_it_in_turn_or_is_told():
-    turns, order = rc.ConnectionTurns(1), []
-    assert turns.take(0)
-    assert not turns.take(0.01)
+    places, order = rc.FairSemaphore(1), []
+    assert places.acquire(0)
+    assert not places.acquire(0.01)
     threads = []
     for number in range(5):
-        threads.append(threading.Thread(target=lambda number=number: turns.take(5) and order.append(number)))
+        threads.append(threading.Thread(target=lambda number=number: places.acquire(5) and order.append(number)))
         threads[-1].start()
-        eventually(lambda: len(turns._queue) == len(threads))
+        eventually(lambda: len(places._queue) == len(threads))
     for number in range(5):
-        turns.give_back()
+        places.release()
         eventually(lambda number=number: len(order) == number + 1)
     assert order == list(range(5))
 

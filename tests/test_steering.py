@@ -325,7 +325,7 @@ def test_a_frozen_commit_of_a_dispatch_changes_nothing(store):
     add_nodes(store, 1)
     made = new_release(store)
     claim = store.claims.claim(made.id, "a", 30)
-    read, nodes = store.claims.release_with_nodes(claim)
+    read, nodes = store.claims.read_with_nodes(claim)
     store.releases.set_freeze(True, "anna", "holidays")
     now = rc.Moment(store.clock.wall(), store.clock.elapsed())
     with pytest.raises(rc.StateMoved, match="a freeze came before"):
@@ -438,7 +438,7 @@ def test_a_cancel_by_force_ends_at_once_and_the_nodes_in_flight_are_abandoned(st
     assert [(n.status, n.error_kind) for n in nodes] == [("success", ""), ("failed", "abandoned"), ("skipped", "")]
     assert "outcome unknown" in nodes[1].error_msg
     with pytest.raises(rc.ClaimLost):
-        store.claims.release(claim_of_another)
+        store.claims.read(claim_of_another)
 
 
 def test_resume_of_too_many_failures_needs_them_accepted(store):

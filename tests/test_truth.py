@@ -344,9 +344,13 @@ def test_rule_2_a_release_that_was_given_a_later_version_goes_behind_those_that_
 
 def test_rule_2_a_drain_runs_a_release_that_was_given_a_later_version_after_the_others(world):
     world.nodes(1, task_ms=1200)
-    soon = rc.utc_text(time.time() + 0.6)
-    ids = [new_release(world.store, strategy={"startAt": at} if at else {}).id for at in (soon, "", "")]
-    world.drain()
+    ids = [new_release(world.store, strategy={"startAt": at} if at else {}).id
+           for at in ("2999-01-01T00:00:00Z", "", "")]
+    runner = threading.Thread(target=world.drain)
+    runner.start()
+    eventually(lambda: world.agent(1).runs)
+    sql(world.store, "UPDATE release_tasks SET strategy = ? WHERE id = ?", '{"startAt":"2020-01-01T00:00:00Z"}', ids[0])
+    runner.join(30)
     assert [world.store.releases.get(i).status for i in ids] == ["success"] * 3
     assert [run["version"] for run in world.agent(1).runs] == [2, 3, 4]
 
@@ -783,8 +787,8 @@ def test_after_a_fall_tasks_agents_are_asked_before_they_are_sent_anything():
 def test_what_another_thread_read_meanwhile_is_no_database_that_went_back(store, told):
     add_nodes(store, 1)
     new_release(store)
-    with store.state.watching():  # an older snapshot, which ends after a newer one was read
-        before = store.state.seen.numbers
+    with store.state.checked_read():  # an older snapshot, which ends after a newer one was read
+        before = store.state.seen.high
         new_release(store)
         store.claims.scan()
     assert store.state.seen.note(before, 1, 1, before.timeline) == ("", False)
@@ -799,7 +803,7 @@ def test_prune_is_no_database_that_went_back(store, told):
                    "updated_at = '2020-01-01T00:00:00.000Z' WHERE id = ?", made.id)
     sql(store, "INSERT INTO release_events (release_task_id, event) VALUES (1, 'note')")
     store.claims.scan()
-    store.releases.delete([release.id for release in store.releases.old(86400.0, 1)])
+    store.releases.delete([release.id for release in store.releases.prunable(86400.0, 1)])
     store.claims.scan()
     assert went_back(store) == 0
 
@@ -809,7 +813,7 @@ def test_rule_9_an_owner_whose_claim_number_was_given_out_again_changes_nothing(
     add_nodes(store, 1)
     release = new_release(store)
     claim = store.claims.claim(release.id, "first", 30)
-    found, nodes = store.claims.release_with_nodes(claim)
+    found, nodes = store.claims.read_with_nodes(claim)
     # the database went back before that claim, and another process took the same number
     sql(store, "UPDATE release_tasks SET claim_owner = 'second'")
     before = store.releases.get(release.id)
@@ -820,7 +824,7 @@ def test_rule_9_an_owner_whose_claim_number_was_given_out_again_changes_nothing(
     else:
         now = store.state.moment()
         with pytest.raises(rc.ClaimLost):
-            store.claims.release(claim) if deed == "read" else store.claims.commit(
+            store.claims.read(claim) if deed == "read" else store.claims.commit(
                 claim, found, rc.decide(rc.Situation(found, rc.NodeIndex(nodes), now, POLICY)), now, "first")
     assert store.releases.get(release.id) == before
 
@@ -912,7 +916,7 @@ def test_a_rollback_of_what_stays_is_not_pruned_as_it_tells_that_that_was_bad(st
     sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = ?", back.id)
     for number in range(3):
         old(payload={"is": number}, node_ids=[1])
-    gone = store.releases.old(86400.0, 1)
+    gone = store.releases.prunable(86400.0, 1)
     for node_id in (2, 3):
         store.nodes.update(node_id, {"status": "online"})
     last = succeed(store, payload={"is": "new"})
