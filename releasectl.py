@@ -215,8 +215,9 @@ MAX_LABELS, MAX_LABEL_KEY_CHARS, MAX_LABEL_CHARS = 64, 63, 255
 FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
 # The share of a thread's time that the answers of one agent may take.
 ANSWER_SHARE = 0.01
-# Seconds of the clock whose share an agent may take in advance: 0.01 s of CPU, a hundred normal answers.
-ANSWER_CREDIT_S = 1.0
+# Seconds of the clock whose share an agent may take in advance: 0.06 s of CPU, which is hundreds of normal answers, or
+# one during which our garbage was collected.
+ANSWER_CREDIT_S = 6.0
 # Timeout of the first poll: it follows the dispatch at once and delays the report that the task was accepted.
 FIRST_POLL_TIMEOUT_S = 1.0
 # Shortest and longest wait before a failed request is tried again.
