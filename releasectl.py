@@ -5446,12 +5446,13 @@ class Releases:
         """
         with self._database.transaction(write=True) as tx:
             before = tx.value("SELECT first_version FROM database_state WHERE id = 1")
-            tx.execute("UPDATE database_state SET first_version = ? WHERE id = 1 AND first_version < ?",
-                       version, version)
-            self._audit.add(tx, by, "migrate.first-version", "database", {"firstVersion": before},
-                        {"firstVersion": max(before or 1, version)})
+            changed = tx.execute("UPDATE database_state SET first_version = ? WHERE id = 1 AND first_version < ?",
+                                 version, version)
             # what is half done has a lower version than agents may have: its nodes are sent nothing more
-            tx.execute("UPDATE nodes SET last_version = ? WHERE last_version < ?", version - 1, version - 1)
+            changed += tx.execute("UPDATE nodes SET last_version = ? WHERE last_version < ?", version - 1, version - 1)
+            if changed:
+                self._audit.add(tx, by, "migrate.first-version", "database", {"firstVersion": before},
+                                {"firstVersion": max(before or 1, version)})
             return self._state.next_version(tx, tx.value(self._database.engine.next_release_id_sql))
 
     def _create(self, tx: Transaction, actor: Who, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node]) -> Made:
@@ -5733,7 +5734,9 @@ class Releases:
         At most NODES_PER_STATEMENT of them. One of which somebody made a retry or a rollback meanwhile stays.
         """
         with self._database.transaction(write=True) as tx:
-            going = set(release_ids)
+            marks = ", ".join("?" * len(release_ids)) or "NULL"
+            # another prune may have been quicker
+            going = {row[0] for row in tx.rows(f"SELECT id FROM release_tasks WHERE id IN ({marks})", *release_ids)}
             while going:
                 marks = ", ".join("?" * len(going))
                 # the indexes release_tasks_by_retry_of and release_tasks_by_rollback_of
@@ -7388,10 +7391,12 @@ class Slots:
 
     def leave(self, driver: Hashable) -> None:
         """Count a driver out at its end."""
-        self.give_back(driver, self.held(driver), had_enough=True)
         with self._guard:
             self._held.pop(driver, None)
             self._short.pop(driver, None)
+            woken, self._short = self._short, {}
+        for wake in woken.values():
+            wake()
 
 
 @dataclasses.dataclass
@@ -10067,8 +10072,16 @@ class Context:
         self.actor = _unix_user()
 
     def open(self, create: bool = False) -> Store:
-        """Return the store, after a check of the schema; create: make the database if it is empty."""
+        """Return the store, after a check of the schema; create: make the database if it is empty.
+
+        An ID that was given as `latest` becomes the newest release's; raise AppError(NOT_FOUND) where there is none.
+        """
         self.store.database.require_schema(create)
+        if getattr(self.options, "id", None) == LATEST:
+            newest = self.store.releases.page(size=1).items
+            if not newest:
+                raise AppError(NOT_FOUND, "there is no release yet")
+            self.options.id = newest[0].id
         return self.store
 
     def show(self, document: Any, text: str) -> int:
@@ -10334,19 +10347,16 @@ def command_list(context: Context) -> int:
 
 
 def command_status(context: Context) -> int:
-    release, nodes = context.open().releases.with_nodes(context.options.id)
+    store = context.open()
+    release, nodes = store.releases.with_nodes(context.options.id)
     return context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
         [(n.batch, n.name, n.status, n.attempts, n.started_at, n.finished_at, n.error_kind, n.error_msg)
          for n in nodes], ("batch", "node", "status", "tries", "started", "finished", "error", "message"))]))
 
 
 def command_watch(context: Context) -> int:
-    if context.options.id != LATEST:
-        return _watch(context, int(context.options.id))
-    page = context.open().releases.page(size=1)
-    if not page.items:
-        raise AppError(NOT_FOUND, "there is no release yet")
-    return _watch(context, page.items[0].id)
+    context.open()
+    return _watch(context, context.options.id)
 
 
 WATCH_EVERY_S = 0.5
@@ -10407,7 +10417,8 @@ def _watch(context: Context, release_id: int) -> int:
 
 def command_events(context: Context) -> int:
     options = context.options
-    events = context.open().releases.events(options.id, options.after, options.limit)
+    store = context.open()
+    events = store.releases.events(options.id, options.after, options.limit)
     return context.show({"items": [event_json(event) for event in events]}, table(
         [(e.id, e.at, e.node_name or "release", e.event, f"{e.from_status} -> {e.to_status}", e.actor, e.detail)
          for e in events], ("id", "at", "node", "event", "change", "actor", "detail")))
@@ -10441,7 +10452,8 @@ def command_act(context: Context) -> int:
     verb = CANCEL_BY_FORCE if options.command == "cancel" and options.force else options.command
     more = {"accept_failures": options.accept_failures} if verb == "resume" else {}
     reason = parse_text("--reason", options.reason)
-    release = context.open().releases.act(verb, options.id, context.actor, reason, **more)
+    store = context.open()
+    release = store.releases.act(verb, options.id, context.actor, reason, **more)
     return context.show(release_json(release), release_line(release))
 
 
@@ -11068,13 +11080,16 @@ def _audit_head(text: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def _release_id(text: str) -> int:
+def _release_id(text: str) -> int | str:
+    if text == LATEST:
+        return text
     if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > MAX_ID:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a release: use a number from `releasectl.py list`")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a release: use a number from `releasectl.py list`, or `latest`")
     return int(text)
 
 
-_ID_OPTION = option("id", metavar="ID", type=_release_id, help="id of the release")
+_ID_OPTION = option("id", metavar="ID", type=_release_id, help="id of the release, or latest")
 _REASON_OPTION = option("--reason", default="", metavar="TEXT", help="why, for the history")
 _PLAN_OPTION = option("--plan", action="store_true", help="show what it would do, and create nothing")
 _AGAIN_OPTIONS = (
@@ -11138,9 +11153,8 @@ COMMANDS: tuple[Command, ...] = (
         _int_option("--page", 1, 10**9, default=1), _int_option("--page-size", 1, MAX_PAGE_SIZE, default=20))),
     Command("status", "a release and its nodes", command_status, (_ID_OPTION,)),
     Command("watch", "follow a release to its end", command_watch, (
-        option("id", metavar="ID", nargs="?", default=LATEST,
-                type=lambda text: text if text == LATEST else _release_id(text),
-                help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
+        option("id", metavar="ID", nargs="?", default=LATEST, type=_release_id,
+               help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
     Command("events", "the history of a release", command_events, (
         _ID_OPTION, _int_option("--after", 0, MAX_ID, default=0, help="only events with a higher id"),
         _int_option("--limit", 1, 100000, default=1000))),

@@ -213,7 +213,7 @@ def test_every_act_by_the_command_line_is_one_row_that_names_the_unix_user_and_w
 @pytest.mark.parametrize("words", [
     "node add edge-1 10.0.0.9", "node set edge-1 --ip 0.0.0.0", "pause 7", "retry 1", "rollback 1",
     "create --label region=mars", "freeze on", "backup nodes", "token add a:b --role viewer", "node set edge-1",
-    "create --plan", "node set edge-1 --status online", "freeze off"])
+    "create --plan", "node set edge-1 --status online", "freeze off", "migrate --first-version 1"])
 def test_what_is_refused_or_changes_nothing_leaves_no_row(quick, words):
     new_release(quick.store)
     before = rows_of(quick.store)
@@ -341,6 +341,14 @@ def test_prune_keeps_the_chain_whole_and_names_what_it_deleted(kept):
     assert json.loads(rows_of(kept)[-1].before) == {"releases": [[1, 1]]}
     report = kept.audit.verify()
     assert (report.faults, report.rows) == ([], 9)
+
+
+def test_a_prune_that_comes_second_names_only_what_it_deleted_itself(kept):
+    assert kept.releases.delete([1]) == [1]
+    assert kept.releases.delete([1, 2]) == [2]
+    assert kept.releases.delete([1, 2]) == []
+    assert [json.loads(row.before) for row in rows_of(kept) if row.action == "prune"] == [
+        {"releases": [[1, 1]]}, {"releases": [[2, 2]]}]
 
 
 def test_a_tail_that_was_cut_off_shows_by_a_copy_of_the_head_alone(kept):

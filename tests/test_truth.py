@@ -753,6 +753,18 @@ def test_rule_1_what_one_process_saw_fall_all_of_them_know(store, database_url, 
     assert other.claims.dispatch_blockers(1).moved_s < 60
 
 
+def test_a_fall_is_written_down_once_so_that_the_wait_after_it_ends(store):
+    add_nodes(store, 1)
+    new_release(store), new_release(store)
+    store.claims.scan()
+    lose_newest_release(store)
+    store.claims.scan()
+    sql(store, "UPDATE database_state SET moved_at = ?", rc.utc_text(time.time() - 3600))
+    store.claims.scan()
+    store.state.changed_at = float("-inf")  # this process waited for itself as long
+    assert store.claims.dispatch_blockers(1).moved_s > 3500
+
+
 def test_a_move_that_lies_ahead_holds_nobody_up(store):
     sql(store, "UPDATE database_state SET moved_at = ?", rc.utc_text(time.time() + 86400))
     assert store.claims.dispatch_blockers(1).moved_s == float("inf")
