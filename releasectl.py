@@ -6137,7 +6137,6 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._new: collections.deque[Coroutine[Wait, None, None]] = collections.deque()
-        # By the descriptor that they wait for.
         self._waiting: dict[int, tuple[Coroutine[Wait, None, None], Wait]] = {}
         self._poller = select.poll()
         # Wakes the thread: the end that it polls, and the one to write to. None where no thread runs.
@@ -6261,11 +6260,9 @@ class TimedSocket:
         """Take a non-blocking socket, a moment of time.monotonic(), and how many bytes may be read in all."""
         self.sock = sock
         self.ends_at = ends_at
-        # Bytes read from the socket.
         self.received = 0
         # Bytes that were given back, to be read again.
         self.unread = b""
-        # The peer ended the connection.
         self.at_end = False
         self._max_bytes = max_bytes
         self._reads = 0
@@ -6689,7 +6686,6 @@ class AgentError(Exception):
     """A request that failed, or an answer that can't be used; AgentClient returns its outcome."""
 
     def __init__(self, result: str, kind: str, message: str, **more: Any):
-        """Take the fields of an Outcome."""
         super().__init__(message)
         self.outcome = Outcome("", result, "", kind, message, **more)
 
@@ -6793,7 +6789,6 @@ def _read_executed(address: Address, task: AgentTask, data: Mapping[str, Any], _
 class WireFormat(NamedTuple):
     """What agents of a dialect are sent, and how their answers are read; the readers raise AgentError."""
     dispatch_path: str
-    # The body of a dispatch.
     body_of: Callable[[AgentTask], Mapping[str, Any]]
     # From the data of the answer to a dispatch, and whether it was sent twice.
     read_dispatch: Callable[[Address, AgentTask, Mapping[str, Any], bool], Outcome]
@@ -6868,7 +6863,6 @@ class _Call(NamedTuple):
     host: str = ""
     # Whether its connection may be a kept one, and is kept.
     keeps_connection: bool = False
-    # Longest body of an answer.
     max_bytes: int = MAX_ANSWER_BYTES
 
 
@@ -6891,7 +6885,6 @@ class AgentClient:
         self._guard = threading.Lock()
         # Kept connections, the oldest first: socket, its context, since when.
         self._idle: dict[Address, tuple[socket.socket, object, float]] = {}
-        # Connections in use.
         self._active: set[socket.socket] = set()
         self._is_closed = False
 
