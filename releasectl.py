@@ -216,8 +216,9 @@ MAX_LABELS, MAX_LABEL_KEY_CHARS, MAX_LABEL_CHARS = 64, 63, 255
 FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
 # The share of a thread's time that the answers of one agent may take.
 ANSWER_SHARE = 0.01
-# Seconds of the clock whose share an agent may take in advance: 0.01 s of CPU, a hundred normal answers.
-ANSWER_CREDIT_S = 1.0
+# Seconds of the clock whose share an agent may take in advance: 0.06 s of CPU, which is hundreds of normal answers, or
+# one during which our garbage was collected.
+ANSWER_CREDIT_S = 6.0
 # Timeout of the first poll: it follows the dispatch at once and delays the report that the task was accepted.
 FIRST_POLL_TIMEOUT_S = 1.0
 # Shortest and longest wait before a failed request is tried again.
@@ -6139,7 +6140,6 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._new: collections.deque[Coroutine[Wait, None, None]] = collections.deque()
-        # By the descriptor that they wait for.
         self._waiting: dict[int, tuple[Coroutine[Wait, None, None], Wait]] = {}
         self._poller = select.poll()
         # Wakes the thread: the end that it polls, and the one to write to. None where no thread runs.
@@ -6263,11 +6263,9 @@ class TimedSocket:
         """Take a non-blocking socket, a moment of time.monotonic(), and how many bytes may be read in all."""
         self.sock = sock
         self.ends_at = ends_at
-        # Bytes read from the socket.
         self.received = 0
         # Bytes that were given back, to be read again.
         self.unread = b""
-        # The peer ended the connection.
         self.at_end = False
         self._max_bytes = max_bytes
         self._reads = 0
@@ -6685,7 +6683,6 @@ class AgentError(Exception):
     """A request that failed, or an answer that can't be used; AgentClient returns its outcome."""
 
     def __init__(self, result: str, kind: str, message: str, **more: Any):
-        """Take the fields of an Outcome."""
         super().__init__(message)
         self.outcome = Outcome("", result, "", kind, message, **more)
 
@@ -6789,7 +6786,6 @@ def _read_executed(address: Address, task: AgentTask, data: Mapping[str, Any], _
 class WireFormat(NamedTuple):
     """What agents of a dialect are sent, and how their answers are read; the readers raise AgentError."""
     dispatch_path: str
-    # The body of a dispatch.
     body_of: Callable[[AgentTask], Mapping[str, Any]]
     # From the data of the answer to a dispatch, and whether it was sent twice.
     read_dispatch: Callable[[Address, AgentTask, Mapping[str, Any], bool], Outcome]
@@ -6864,7 +6860,6 @@ class _Call(NamedTuple):
     host: str = ""
     # Whether its connection may be a kept one, and is kept.
     keeps_connection: bool = False
-    # Longest body of an answer.
     max_bytes: int = MAX_ANSWER_BYTES
 
 
@@ -6887,7 +6882,6 @@ class AgentClient:
         self._guard = threading.Lock()
         # Kept connections, the oldest first: socket, its context, since when.
         self._idle: dict[Address, tuple[socket.socket, object, float]] = {}
-        # Connections in use.
         self._active: set[socket.socket] = set()
         self._is_closed = False
 
