@@ -1343,6 +1343,8 @@ def require_file(name: str, path: str) -> bytes:
     if not path:
         raise ConfigError(f"{name} is not set")
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # opening it would wait for a writer
+            raise ConfigError(f"{name} {path} is a pipe: name a file, which is read again when it changes")
         with open(path, "rb") as file:
             return file.read(3)
     except OSError as error:
@@ -8474,7 +8476,10 @@ class Tokens:
             if not match:
                 raise ConfigError(f"API_TOKENS_FILE {self._path}:{number}: must be NAME:viewer:SHA256 or "
                                   "NAME:operator:SHA256, with the token's SHA-256 in hexadecimal")
-            entries.append((one_line(match[1], 100), match[2], match[3].lower()))
+            try:
+                entries.append((parse_name(match[1]), match[2], match[3].lower()))
+            except AppError as error:
+                raise ConfigError(f"API_TOKENS_FILE {self._path}:{number}: {error.message}") from None
         return entries
 
     def who(self, authorization: str | None) -> tuple[str, str]:

@@ -113,3 +113,21 @@ def test_a_control_key_that_others_can_read_stops_the_start(quick, command):
     quick.settings.update(CONTROL_CERT=key, CONTROL_KEY=key, CONTROL_CA=key)
     assert "CONTROL_KEY" in (line := quick.refused(2, command))
     assert "is open to others: chmod o-rwx,g-w" in line
+
+
+@pytest.mark.parametrize(("name", "words"), [("d\u0435ploy", "must be 1 to 100"), ("a\u202eb", "must be 1 to 100"),
+                                             ("x" * 101, "must be 1 to 100")])
+def test_a_name_that_looks_like_another_is_refused_in_a_file_written_by_hand_too(quick, name, words):
+    path = tokens_of(quick)
+    path.write_text(f"{name}:viewer:{'0' * 64}\n", encoding="utf-8")
+    path.chmod(0o600)
+    assert f"{path}:1: name " in (said := quick.refused(2, "serve"))
+    assert words in said
+
+
+@pytest.mark.parametrize("setting", ["API_TOKENS_FILE", "HTTP_CERT"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(cli, setting):
+    os.mkfifo(cli.folder / "pipe", 0o600)
+    cli.settings.update({"MTLS_ENABLED": "0", "HTTP_KEY": str(cli.folder / "pipe") if setting == "HTTP_CERT" else "",
+                         setting: str(cli.folder / "pipe")})
+    assert "is a pipe: name a file" in cli("check").out
