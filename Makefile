@@ -55,7 +55,7 @@ fuzz: $(FUZZ_STAMP) ## generated requests against a running API: from /openapi.j
 lint: $(LINT_STAMP) ## ruff, mypy and, where it is installed, shellcheck
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m mypy
-	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; else \
+	@if command -v shellcheck >/dev/null; then shellcheck --external-sources scripts/*.sh .ci/run; else \
 		echo "shellcheck is missing: the shell scripts were not checked (Debian: apt-get install shellcheck)" >&2; fi
 
 lint-page: $(PAGE_LINT_STAMP) ## html-validate, ESLint and stylelint on dashboard.html (needs npm)

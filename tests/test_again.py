@@ -209,6 +209,7 @@ def test_rule_10_a_release_that_failed_everywhere_is_rolled_back_in_one_batch(st
     assert store.releases.rollback(bad.id, "anna").batches == [[1, 2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failed", [False, True])
 def test_rule_10_a_release_of_as_many_batches_as_there_may_be_can_be_rolled_back(store, failed):
     count = rc.MAX_BATCHES + 2

@@ -618,6 +618,7 @@ def test_two_processes_at_the_same_time_run_each_task_once(cli, world):
         assert (agent.overlaps, set(agent.run_counts.values())) == (0, {1})
 
 
+@pytest.mark.slow
 def test_a_new_database_may_be_made_by_many_at_the_same_time(cli, database_url):
     several = [cli.start("node", "add", f"edge-{n}", f"10.0.0.{n}", "--db", database_url) for n in range(1, 5)]
     assert [Cli.end(process).code for process in several] == [0, 0, 0, 0]
@@ -829,6 +830,7 @@ SINGLE_OPTIONS = [(command.name, flags[0], sample_of(keywords)) for command in r
                   if flags[0].startswith("--") and "action" not in keywords]
 
 
+@pytest.mark.slow
 def test_an_option_of_one_value_is_refused_a_second_in_every_command(quick):
     """The last one would win silently: another target, file or host than meant."""
     assert len(SINGLE_OPTIONS) > 60
@@ -840,6 +842,7 @@ def test_an_option_of_one_value_is_refused_a_second_in_every_command(quick):
     assert os.listdir(quick.folder) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--db", "--config"])
 def test_neither_may_a_common_option_stand_before_and_behind_the_command(cli, flag):
     value = "sqlite:///a.db" if flag == "--db" else cli.file("a.conf", "LOG_LEVEL=info\n")
@@ -1011,6 +1014,7 @@ def test_rollback_goes_to_the_release_that_is_named(past_cli):
 
 # -- a database beside agents that are further on ------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_migrate_leads_the_versions_past_what_agents_have(cli, database_url):
     db = ("--db", database_url)
     made = cli.ok("migrate", *db, "--first-version", "42", "--json").json
@@ -1027,6 +1031,7 @@ def test_migrate_leads_the_versions_past_what_agents_have(cli, database_url):
         assert "--first-version" in cli.refused(2, "migrate", *db, f"--first-version={number}")
 
 
+@pytest.mark.slow
 def test_create_takes_a_higher_version_and_no_other(cli, database_url):
     db = ("--db", database_url)
     cli.ok("node", "add", "edge-1", "10.0.0.1", *db)

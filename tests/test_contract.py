@@ -27,6 +27,13 @@ def test_the_statuses_are_those_of_the_tables_and_the_module():
     assert {"": rc.TERMINAL, "node": rc.AT_REST} == {"": contract.TERMINAL, "node": contract.AT_REST}
 
 
+def test_the_transitions_are_those_of_the_module():
+    assert {status: frozenset(after) for status, after in rc.RELEASE_TRANSITIONS.items()} \
+        == {status: after for status, after in contract.RELEASE.items() if status and after}
+    assert {status: frozenset(after) for status, after in rc.NODE_TRANSITIONS.items()} \
+        == {status: after for status, after in contract.NODE.items() if after}
+
+
 def test_a_terminal_status_is_followed_by_none():
     assert {status for status, after in contract.RELEASE.items() if not after} == contract.TERMINAL
     assert {status for status, after in contract.NODE.items() if not after} == contract.AT_REST - {"success"}

@@ -623,6 +623,7 @@ def test_an_old_server_is_refused_and_a_vendors_build_is_not(driver):
         engine.refuse_server("PostgreSQL 12.20 (Debian) on x86_64", "UTF8")
 
 
+@pytest.mark.slow
 def test_a_standby_is_told_as_one_by_serve_run_once_and_check_and_may_be_read(own_postgres, cli, tmp_path):
     folder, url = own_postgres
     for_processes(cli, url).ok("migrate")

@@ -70,7 +70,7 @@ def test_rule_3_dispatches_leave_at_the_same_time(world):
 
 
 def test_rule_3_no_more_than_agent_concurrency_requests_are_in_flight(world):
-    world.nodes(6, protocol="execute", task_ms=100)
+    world.nodes(6, protocol="execute", task_ms=400)
     new_release(world.store, payload=SITES)
     world.drain(AGENT_CONCURRENCY=2)
     edges = [(run["startedAt"], 1) for n in range(1, 7) for run in world.agent(n).runs]

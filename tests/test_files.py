@@ -272,6 +272,7 @@ def test_a_value_in_quotes_or_without_a_space_may_hold_what_begins_a_comment(cli
 
 # -- paths that are no UTF-8 -------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_path_may_be_any_bytes(cli):
     odd = os.fsdecode(b"caf\xe9")
     folder = cli.folder / odd

@@ -161,10 +161,10 @@ def busy(sqlite_url, open_store, monkeypatch):
 
         def falls_silent(self) -> bool:
             """Says whether no beat came in three turns of the loop."""
-            looks = []
-            monkeypatch.setattr(self.executor.store, "look", lambda: looks.append(len(self.beats)) or ([], []))
-            eventually(lambda: len(looks) > 3)
-            return looks[-1] == looks[-3]
+            scans = []
+            monkeypatch.setattr(self.executor.store.claims, "scan", lambda: scans.append(len(self.beats)) or ([], []))
+            eventually(lambda: len(scans) > 3)
+            return scans[-1] == scans[-3]
 
     one = Busy()
     yield one

@@ -283,6 +283,7 @@ def test_a_commit_that_fails_halfway_leaves_nothing(store, table, monkeypatch):
     assert len(store.releases.events(release.id)) == 2
 
 
+@pytest.mark.slow
 def test_thousands_of_nodes_are_written_in_one_transaction(store):
     rows = [(f"n-{n}", f"10.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}", 8443, "tasks", "{}", 1, "online")
             for n in range(2500)]
