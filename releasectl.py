@@ -5634,7 +5634,7 @@ def effect_of(tx: Transaction, payload: Mapping[str, Any], node_ids: Sequence[in
     """Return what a payload changes on nodes against what they run."""
     digest, runs = digest_of(payload), releases_run(tx, node_ids)
     counted = collections.Counter(runs.values())
-    running = [Running(release_id, version, count, stored_digest(tx, release_id) == digest)
+    running = [Running(release_id, version, count, _digest_in_row(tx, release_id) == digest)
                for (release_id, version), count in sorted(counted.items(), key=lambda item: (-item[1], -item[0][1]))]
     if len(runs) < len(node_ids):
         running.append(Running(None, 0, len(node_ids) - len(runs), False))
@@ -5648,12 +5648,19 @@ def effect_of(tx: Transaction, payload: Mapping[str, Any], node_ids: Sequence[in
     return Effect(running, against, difference(without_version(before), without_version(payload)))
 
 
+def _digest_in_row(tx: Transaction, release_id: int) -> str:
+    """Return the digest of a payload that may be large, of a release that was claimed: it is in the row."""
+    return tx.value("SELECT payload_sha256 FROM release_tasks WHERE id = ?", release_id) or stored_digest(
+        tx, release_id)
+
+
 def changes_nothing(tx: Transaction, payload: Mapping[str, Any], node_ids: Sequence[int]) -> bool:
     """Return whether each node runs this payload already; one node is asked before all are."""
     digest = digest_of(payload)
     for some in (node_ids[:1], node_ids[1:]):
         runs = releases_run(tx, some)
-        if len(runs) < len(some) or {stored_digest(tx, release_id) for release_id, _ in runs.values()} - {digest}:
+        if len(runs) < len(some) or {
+                _digest_in_row(tx, release_id) for release_id, _ in set(runs.values())} - {digest}:
             return False
     return True
 
@@ -9101,7 +9108,7 @@ QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
     "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
     "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
-    "with": {"type": "string", "pattern": f"^({BEFORE}|[0-9]+)$", "default": BEFORE,
+    "with": {"type": "string", "pattern": f"^({BEFORE}|[0-9]{{1,19}})$", "default": BEFORE,
              "description": f"id of a release; {BEFORE}: the newest one of the target before it that succeeded"},
     "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
     "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
