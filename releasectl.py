@@ -2479,6 +2479,8 @@ class Effect(NamedTuple):
     against: int | None = None
     difference: Difference | None = None
     unreadable: str = ""
+    # Releases that have not ended, and may change what the nodes run before it does.
+    open_releases: int = 0
 
 
 class Plan(NamedTuple):
@@ -2867,9 +2869,11 @@ MAX_RUNNING_NAMED = 5
 
 def effect_text(effect: Effect) -> str:
     """Return what a payload would change: '3 changes against release 4 (v4, 38 of 40 nodes); 2 nodes run release 3'."""
-    total = sum(one.nodes for one in effect.running)
+    total, count = sum(one.nodes for one in effect.running), effect.open_releases
+    before = [f"{count} other release{' has' if count == 1 else 's have'} not ended yet"] if count else []
     if all(one.is_same for one in effect.running):
-        return f"{CHANGES_NOTHING} (release {in_words([one.release_id for one in effect.running])})"
+        ids = in_words([one.release_id for one in effect.running])
+        return "; ".join([f"{CHANGES_NOTHING} (release {ids})", *before])
     first = [f"{effect.difference or 'not compared'} against release {one.release_id} (v{one.version}, {one.nodes} "
              f"of {count_of_nodes(total)})" + (f": {effect.unreadable}" if effect.unreadable else "")
              for one in effect.running if one.release_id is not None and one.release_id == effect.against]
@@ -2878,7 +2882,7 @@ def effect_text(effect: Effect) -> str:
              f"{_nodes_run(one.nodes)} release {one.release_id}" + (" (the same payload)" if one.is_same else "")
              for one in others[:MAX_RUNNING_NAMED]]
     more = sum(one.nodes for one in others[MAX_RUNNING_NAMED:])
-    return "; ".join([*first, *texts, *([f"{_nodes_run(more)} other releases"] if more else [])])
+    return "; ".join([*first, *texts, *([f"{_nodes_run(more)} other releases"] if more else []), *before])
 
 
 def _nodes_run(count: int) -> str:
@@ -5639,13 +5643,15 @@ def effect_of(tx: Transaction, payload: Mapping[str, Any], node_ids: Sequence[in
     if len(runs) < len(node_ids):
         running.append(Running(None, 0, len(node_ids) - len(runs), False))
     against = next((one.release_id for one in running if one.release_id is not None and not one.is_same), None)
+    ahead = _open_releases(tx)
     if against is None:
-        return Effect(running)
+        return Effect(running, open_releases=ahead)
     try:
         before = stored_payload(read_release(tx, against))
     except AppError as error:
-        return Effect(running, against, unreadable=error.message)
-    return Effect(running, against, difference(without_version(before), without_version(payload)))
+        return Effect(running, against, None, error.message, ahead)
+    changes = difference(without_version(before), without_version(payload))
+    return Effect(running, against, changes, open_releases=ahead)
 
 
 def _digest_in_row(tx: Transaction, release_id: int) -> str:
@@ -5654,8 +5660,15 @@ def _digest_in_row(tx: Transaction, release_id: int) -> str:
         tx, release_id)
 
 
+def _open_releases(tx: Transaction) -> int:
+    return int(tx.value("SELECT COUNT(*) FROM release_tasks "
+                        "WHERE status IN ('pending', 'running', 'paused', 'cancelling')"))
+
+
 def changes_nothing(tx: Transaction, payload: Mapping[str, Any], node_ids: Sequence[int]) -> bool:
-    """Return whether each node runs this payload already; one node is asked before all are."""
+    """Return whether each node runs this payload already and no release is open; one node is asked before all are."""
+    if _open_releases(tx):
+        return False
     digest = digest_of(payload)
     for some in (node_ids[:1], node_ids[1:]):
         runs = releases_run(tx, some)
@@ -8651,6 +8664,7 @@ def _verify_json(verify: Verify) -> dict[str, Any]:
 def _effect_json(effect: Effect) -> dict[str, Any]:
     return {"text": effect_text(effect), "against": effect.against,
             **_changes_json(effect.difference or Difference([], 0)),
+            "openReleases": effect.open_releases,
             "running": [{"releaseId": one.release_id, "version": one.version or None, "nodes": one.nodes,
                          "same": one.is_same} for one in effect.running]}
 
@@ -8810,7 +8824,8 @@ def openapi_schemas() -> dict[str, Any]:
             "pauseAfter": _array(ID), "onExceed": TEXT, "startAt": _TIME, "verify": {"type": ["object", "null"]},
             "leftOut": left_out, "emptied": _array(TEXT),
             "payloadOf": {"type": ["object", "null"], "properties": {"releaseId": ID, "version": ID}},
-            "effect": schema_of({"text": TEXT, "against": _ID_OR_NULL, **changes, "running": _array(schema_of({
+            "effect": schema_of({"text": TEXT, "against": _ID_OR_NULL, **changes, "openReleases": _COUNT,
+                                 "running": _array(schema_of({
                 "releaseId": _ID_OR_NULL, "version": _ID_OR_NULL, "nodes": ID, "same": _FLAG}))})}),
         "Payload": schema_of({"releaseId": ID, "version": ID, "payloadSha256": _SHA256, "payload": _OBJECT}),
         "Difference": schema_of({"releaseId": ID, "version": ID,

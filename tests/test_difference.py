@@ -257,6 +257,7 @@ def test_a_release_that_changes_nothing_says_so_and_goes_on(store):
     made = store.releases.create(request, "anna")
     assert (made.remark, made.release.status) == (rc.CHANGES_NOTHING, "pending")
     assert rc.CHANGES_NOTHING in store.releases.events(made.release.id)[0].detail
+    store.releases.act("cancel", made.release.id, "anna")
     good(store, "B", 1)
     assert store.releases.create(rc.ReleaseRequest(payload={"content": "A"}), "anna").remark == ""
 
@@ -308,7 +309,7 @@ def test_the_plan_in_the_api_has_the_names_and_what_changes(client):
     assert [batch["nodeNames"] for batch in plan["batches"]] == [["edge-1"], ["edge-2"]]
     assert plan["effect"] == {
         "text": "1 change against release 1 (v1, 2 of 2 nodes)", "against": 1, "total": 1,
-        "changes": [{"change": "changed", "path": "$.content", "before": "A", "after": "B"}],
+        "changes": [{"change": "changed", "path": "$.content", "before": "A", "after": "B"}], "openReleases": 0,
         "running": [{"releaseId": 1, "version": 1, "nodes": 2, "same": False}]}
 
 
@@ -357,9 +358,13 @@ release 1 (v1) -> release 2 (v2): 1 change
 def test_create_says_what_it_changes_and_whether_that_is_anything(filled_quick):
     some, same = (filled_quick.file(f"{name}.json", f'{{"for":"{name}"}}') for name in ("other", "success"))
     assert filled_quick.ok("create", "--payload", some, "--plan").out.endswith("""\
-1 change against release 1 (v1, 2 of 2 nodes)
+1 change against release 1 (v1, 2 of 2 nodes); 1 other release has not ended yet
 ~ $.for: "success" -> "other"
 """)
-    assert filled_quick.ok("create", "--payload", same, "--plan").out.endswith(f"{rc.CHANGES_NOTHING} (release 1)\n")
+    assert filled_quick.ok("create", "--payload", same, "--plan").out.endswith(
+        f"{rc.CHANGES_NOTHING} (release 1); 1 other release has not ended yet\n")
+    assert rc.CHANGES_NOTHING not in filled_quick.ok("create", "--payload", same).out  # release 3 comes before it
+    for number in (3, 4):
+        filled_quick.ok("cancel", number)
     assert filled_quick.ok("create", "--payload", same).out.endswith(f"{rc.CHANGES_NOTHING}\n")
     assert rc.CHANGES_NOTHING not in filled_quick.ok("create", "--payload", some).out
