@@ -36,12 +36,12 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Retry and rollback  what a new release brings back to whom (contract 3, rule 10)
     Releases            create, verbs, lists, payloads, prune
     Claims              claim, lease, fence, commit; the store that all parts make up
-  ENGINE
+  EXECUTION
     Event loop          coroutines that wait for sockets: many in one thread, or one in the
                         caller's
     HTTP wire           one connection's bytes against limits and deadlines, and who may stay
                         when there are many
-    Dialects            what the two kinds of agent are asked and answer (contract section 1)
+    Dialects            what agents are sent, and how their answers are read (contract section 1)
     Agents              connections to agents, deadlines, requests, probes
     Driver              one claimed release: read, decide, commit, send, collect
     Executor            scan, claims, leases, the threads
@@ -86,6 +86,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import importlib
 import io
 import ipaddress
 import itertools
@@ -142,11 +143,29 @@ TERMINAL = frozenset((SUCCESS, PARTIAL, FAILED, CANCELLED))
 AT_REST = frozenset((SUCCESS, FAILED, SKIPPED))
 OPEN = frozenset((PENDING, RUNNING))
 
-# By which way somebody acts (audit_log).
+# How somebody acts: the column via of audit_log.
 VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
 
 NODE_STATUSES = ("online", "offline", "maintenance")
-PROTOCOLS = (TASKS, EXECUTE) = ("tasks", "execute")
+TASKS, EXECUTE = "tasks", "execute"
+# Key of the list of sites in a payload.
+WEBSITES = "websites"
+
+
+class Dialect(NamedTuple):
+    """What a decision and a plan know of the agents of a dialect; what they are sent stands in WIRE_FORMATS."""
+    # They can be asked for a task. Those that can't may be busy with a request whose answer was lost: a hold follows.
+    can_be_asked: bool
+    # They drop all their sites where the payload has no list WEBSITES.
+    needs_websites: bool
+
+
+# From agent_protocol to its dialect (contract section 1).
+DIALECTS: Mapping[str, Dialect] = {
+    TASKS: Dialect(can_be_asked=True, needs_websites=False),
+    EXECUTE: Dialect(can_be_asked=False, needs_websites=True),
+}
+PROTOCOLS = tuple(DIALECTS)
 
 # Operations: a dispatch and a query go to the agent, a probe to what the node serves (verify).
 DISPATCH, QUERY, PROBE = "dispatch", "query", "probe"
@@ -184,9 +203,9 @@ MAX_VERSION = 2**53
 MAX_ID = 2**63 - 1
 MAX_MESSAGE_CHARS = 255
 MAX_DETAIL_BYTES = 4096
-# Of a row of audit_log in a log line.
+# Length of a row of audit_log in a log line.
 MAX_TRAIL_CHARS = 1000
-# Of what a row of audit_log says of before and after, each; longer values become their SHA-256.
+# Size of before, and of after, in a row of audit_log; longer values are replaced by their SHA-256.
 MAX_AUDIT_BYTES = 8192
 MAX_BODY_BYTES = 1 << 20
 MAX_PAGE_SIZE = 100
@@ -200,9 +219,11 @@ MAX_LABELS, MAX_LABEL_KEY_CHARS, MAX_LABEL_CHARS = 64, 63, 255
 
 # Wait before the first poll of a running task, and its growth from poll to poll, up to the interval.
 FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
-# The share of a thread's time that the answers of one agent may take, and how much of that time, in seconds of the
-# clock, an agent may take in advance: 0.1 s of CPU, which is hundreds of normal answers.
-ANSWER_SHARE, ANSWER_CREDIT_S = 0.01, 10.0
+# The share of a thread's time that the answers of one agent may take.
+ANSWER_SHARE = 0.01
+# Seconds of the clock whose share an agent may take in advance: 0.06 s of CPU, which is hundreds of normal answers, or
+# one during which our garbage was collected.
+ANSWER_CREDIT_S = 6.0
 # Timeout of the first poll: it follows the dispatch at once and delays the report that the task was accepted.
 FIRST_POLL_TIMEOUT_S = 1.0
 # Shortest and longest wait before a failed request is tried again.
@@ -281,34 +302,13 @@ class StateMoved(Exception):
     """The release was changed since it was read; nothing was written. Read again."""
 
 
-class AgentError(Exception):
-    """A request to an agent that failed, or an answer that can't be used.
-
-    kind: the contract's error_kind.
-    reached: the agent may have got the request.
-    hold_s: seconds for which an execute agent may still be busy with it.
-    final: trying again does not help.
-    is_not_sent: releasectl did not send the request; this says nothing about the agent.
-    is_refusal: the answer says that nothing was done (429, 503, a redirect).
-    """
-
-    def __init__(self, kind: str, message: str, reached: bool, hold_s: float = 0.0, final: bool = False,
-                 detail: str = "", is_not_sent: bool = False, is_refusal: bool = False):
-        super().__init__(message)
-        self.kind = kind
-        self.message = message
-        self.reached = reached
-        self.hold_s = hold_s
-        self.final = final
-        self.is_not_sent = is_not_sent
-        self.is_refusal = is_refusal
-        self.detail = detail or message
-
-
+# What follows where more nodes fail than the strategy tolerates (onExceed).
 FAIL, PAUSE = "fail", "pause"
 
+# Roles of the API; ANYONE needs no token.
 VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
 
+# Stands for the newest release where a command takes an id.
 LATEST = "latest"
 
 
@@ -368,6 +368,7 @@ def epoch_of(text: str) -> float:
 
 
 def printable(char: str, keep_lines: bool) -> str:
+    """Return a character, or a space where it is not printable; keep_lines: a line feed stays."""
     if keep_lines and char == "\n":
         return char
     # Cc control, Cf format (bidi overrides), Cs lone surrogate, Zl and Zp line separators
@@ -411,7 +412,7 @@ def is_plain(text: str) -> bool:
         return False
     if text.isascii():
         return True
-    # a mark over a letter does not part a word
+    # accents are no letters, and do not separate words
     letters = "".join(char for char in text if not unicodedata.category(char).startswith("M"))
     return (not INVISIBLE.search(text) and unicodedata.is_normalized("NFC", text)
             and all(len(_scripts(word)) < 2 for word in re.findall(r"[^\W_]+", letters)))
@@ -630,7 +631,7 @@ class Outage:
         self.error = str(error)
 
     def end(self) -> None:
-        """Log the next error, whatever it is."""
+        """Note that the error is over: the next one is logged, even if it is the same."""
         self.error = ""
 
 
@@ -642,7 +643,7 @@ def os_reason(error: Exception) -> str:
 
 
 def sync_folder(folder: str) -> None:
-    """Brings the names in a folder to the disk."""
+    """Write the names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -962,7 +963,7 @@ def read_beside(file: Path) -> str:
 # Uses: Vocabulary, Helpers, Settings.
 # ======================================================================================
 
-# From a metric's name and the values of its labels to its value.
+# Values by the name of the metric and the values of its labels.
 Figures = Mapping[tuple[str, ...], float]
 
 
@@ -972,7 +973,7 @@ class Metric(NamedTuple):
     kind: str
     help: str
     labels: tuple[str, ...] = ()
-    # All values of each label, where they are known in advance.
+    # All values of each label, if they are known in advance.
     values: tuple[tuple[str, ...], ...] = ()
 
 
@@ -1019,11 +1020,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        # a counter whose labels are known starts at 0, so that its first event shows as an increase
+        # a counter whose label values are known starts at 0, so that its first event shows as an increase
         self._figures: dict[tuple[str, ...], float] = {
             (m.name, *values): 0.0 for m in METRICS if m.kind == COUNTER and m.name.startswith("releasectl_")
             and len(m.values) == len(m.labels) for values in itertools.product(*m.values)}
-        # of each histogram: its buckets, the one above them, and the sum
+        # Of each histogram: its buckets, the one above them, and the sum.
         self._times: dict[tuple[str, ...], list[float]] = {}
 
     def count(self, name: str, *labels: str) -> None:
@@ -1075,7 +1076,7 @@ def _sample(name: str, labels: Iterable[tuple[str, str]], figure: float) -> str:
 
 
 def process_figures(started_at: float) -> dict[tuple[str, ...], float]:
-    """Return the metrics of this process, as far as the system has them (/proc)."""
+    """Return the metrics of this process; some need /proc."""
     figures: dict[tuple[str, ...], float] = {
         ("process_start_time_seconds",): started_at, ("process_cpu_seconds_total",): time.process_time(),
         ("process_threads",): threading.active_count()}
@@ -1086,7 +1087,7 @@ def process_figures(started_at: float) -> dict[tuple[str, ...], float]:
     return figures
 
 
-# Longer than any line of our own: only text from outside is cut.
+# Longer than any message of our own: only text from outside is cut.
 MAX_LOG_CHARS = 4096
 
 
@@ -1104,7 +1105,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """One line an event, for people; a stack trace follows, indented, so that it can't be taken for another event."""
+    """One line for each event, for people; stack traces are indented, so that no line of one looks like an event."""
 
     def __init__(self, in_journal: bool):
         """in_journal: the journal adds time and level to each line itself."""
@@ -1137,7 +1138,7 @@ def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> list[str]
 
 
 def is_journal() -> bool:
-    """Return whether standard error is the journal, and not a pipe or file of another program in the service."""
+    """Return whether standard error is the journal, not a pipe or a file."""
     try:
         found = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -1154,7 +1155,7 @@ def set_up_log(settings: Settings, command: str) -> None:
     log.handlers = [handler]
     is_executor = command in ("serve", "run-once")
     log.setLevel(settings.log_level.upper() if is_executor else logging.WARNING)
-    trail.setLevel(logging.INFO if is_executor else logging.NOTSET)  # NOTSET: as log has it
+    trail.setLevel(logging.INFO if is_executor else logging.NOTSET)  # NOTSET: that of log
     log.propagate = False
 
 
@@ -1169,7 +1170,7 @@ def set_up_log(settings: Settings, command: str) -> None:
 # ======================================================================================
 
 def pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
-    """Gives what libpq's sslmode and sslrootcert mean, for the driver that does not know them."""
+    """Return the TLS context that libpq's sslmode and sslrootcert ask for; pg8000 does not know them."""
     mode = query.get("sslmode", "prefer")
     if mode in ("disable", "allow", "prefer"):
         return None
@@ -1181,7 +1182,7 @@ def pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
     return context
 
 
-# X509_V_ERR_...: what OpenSSL found wrong with an agent's certificate, for a person on call.
+# Texts for OpenSSL's X509_V_ERR_... of an agent's certificate.
 CERTIFICATE_FAULTS: Mapping[int, str] = {
     3: "presented a certificate of a CA that has no CRL in CONTROL_CA, while others have one there",
     8: "presented a certificate whose CA did not sign its CRL (CONTROL_CA)",
@@ -1200,50 +1201,50 @@ CERTIFICATE_FAULTS: Mapping[int, str] = {
     67: "presented a certificate of a CA whose key is too weak: it needs RSA of 2048 bits or more, or EC",
     68: "presented a certificate signed with a digest that is too weak: it needs SHA-256 or better",
 }
-# What OpenSSL's security level refuses in our own files, and what would do.
+# Texts for what OpenSSL's security level refuses in our own files.
 WEAK_REASONS: Mapping[str, str] = {
     "EE_KEY_TOO_SMALL": "its key is too weak: make one of RSA with 2048 bits or more, or of EC",
     "CA_KEY_TOO_SMALL": "the key of its CA is too weak: it needs RSA of 2048 bits or more, or EC",
     "CA_MD_TOO_WEAK": "it is signed with a digest that is too weak: it needs SHA-256 or better",
     "DH_KEY_TOO_SMALL": "its key is too weak: make one of RSA with 2048 bits or more, or of EC",
 }
-# Alerts by which an agent says that it does not like our certificate; their prefixes differ
-# between versions of TLS and of OpenSSL.
+# Alerts of an agent that refuses our certificate; their prefixes differ between versions of TLS and of OpenSSL.
 REFUSAL_ALERTS = ("CERTIFICATE_REQUIRED", "BAD_CERTIFICATE", "UNKNOWN_CA", "CERTIFICATE_EXPIRED",
                   "CERTIFICATE_REVOKED", "CERTIFICATE_UNKNOWN", "UNSUPPORTED_CERTIFICATE", "ACCESS_DENIED",
                   "NO_CERTIFICATE", "HANDSHAKE_FAILURE", "DECRYPT_ERROR")
 
-# A renewed certificate that was not valid yet is taken so long after its time: the clocks of those who look at it,
-# OpenSSL's own among them, may be behind ours.
+# A renewed certificate is used this long after its notBefore: the clocks of those who verify it, and OpenSSL's own,
+# may be behind ours.
 CLOCKS_APART_S = 1.0
 
 
 class TlsFiles:
-    """Certificates as an ssl context, made anew when their files change; for both of our sides."""
+    """An SSL context that is made again when its files change; thread-safe."""
 
     def __init__(self, make: Callable[..., ssl.SSLContext], *files: str):
-        """make: gives a context of the files: our certificate, its key, and the CA's, which may have no name."""
+        """Take a function that makes the context, and its files: certificate, key, and CA, which may be ""."""
         self._make, self._files = make, files
         self._guard = threading.Lock()
+        # file_stamp() of the files when they were last read, and of the certificate and key in use.
         self._stamp: tuple[object, ...] = ()
-        # Of the certificate and key in use, and a digest of the CA and the CRLs that others are verified by.
         self._pair_stamp: tuple[object, ...] = ()
+        # Digest of the CA and CRLs in use.
         self._trust = ""
         self._context: ssl.SSLContext | None = None
-        # Why the files as they are were not taken.
+        # Why the files as they are now are not used.
         self._fault = ""
-        # When a renewed certificate that is not valid yet will be.
+        # When a renewed certificate becomes valid.
         self._valid_from = float("inf")
 
     def context(self) -> ssl.SSLContext:
-        """Return the context of the files as they are; raise ConfigError when there is none that works.
+        """Return the context of the files as they are now; raise ConfigError when there is none that works.
 
-        While a renewal is half done, or brought a certificate that nobody accepts now, the last pair goes on.
+        The last pair stays in use while a renewal is half done, or the new certificate is expired or not valid yet.
         """
         return self.current()[0]
 
     def current(self) -> tuple[ssl.SSLContext, str]:
-        """Do context(); return also what tells whether the CA or its CRLs are others than they were."""
+        """Return context(), and a digest that changes when the CA or its CRLs do."""
         with self._guard:
             stamp = tuple(map(file_stamp, self._files))
             if stamp != self._stamp or time.time() >= self._valid_from:
@@ -1264,7 +1265,7 @@ class TlsFiles:
             return self._context, self._trust
 
     def reload(self) -> None:
-        """Read the files anew, whether they changed or not; raise ConfigError when they can't be used."""
+        """Read the files again, whether they changed or not; raise ConfigError when they can't be used."""
         with self._guard:
             self._stamp = ()
         self.context()
@@ -1272,7 +1273,7 @@ class TlsFiles:
             raise ConfigError(f"{self._fault} (the one before goes on)")
 
     def _refuse_invalid(self, path: str) -> None:
-        """Raise ConfigError when a certificate has expired or is not valid yet."""
+        """Raise ConfigError for a certificate that has expired or is not valid yet."""
         with contextlib.suppress(OSError, ValueError, IndexError):
             since, until = certificate_times(Path(path).read_text(encoding="latin-1"))[0]
             if time.time() > until:
@@ -1294,8 +1295,7 @@ VALIDITY = re.compile(rb"(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)(?:\x17\x0d(\d{1
 def certificate_times(pem: str) -> list[tuple[float, float]]:
     """Return notBefore and notAfter of each certificate of a PEM file, in seconds since 1970.
 
-    Raise ValueError for a broken file. Read from the bytes and not off a handshake, which an expired certificate
-    does not pass.
+    Raise ValueError for a broken file. Read from the bytes: an expired certificate passes no handshake.
     """
     return [times for der in pem_blocks(pem, "CERTIFICATE") for times in validity_of(der)]
 
@@ -1306,7 +1306,7 @@ def crl_ends(pem: str) -> list[float]:
 
 
 def certificate_end(certificate: Mapping[str, Any]) -> float:
-    """Return until when a certificate of getpeercert() is good, in seconds since 1970."""
+    """Return notAfter of a certificate of getpeercert(), in seconds since 1970."""
     return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
 
 
@@ -1317,11 +1317,11 @@ def cas_without_crl(pem: str) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def crl_end_of(peer: bytes, ca: str, trust: str) -> float:  # noqa: ARG001 - trust: looked at anew when it changes
-    """Return until when the CRLs for a certificate (DER) are good, in seconds since 1970, infinity without one.
+def crl_end_of(peer: bytes, ca: str, trust: str) -> float:  # noqa: ARG001 - trust: a part of the cache's key
+    """Return when the first CRL for a certificate (DER) expires, in seconds since 1970; infinity without a CRL.
 
-    ca is the file that it was verified by; raise ConfigError when it can't be read. OpenSSL looks at a CRL in a whole
-    handshake alone: a resumed session and a kept connection would outlive it.
+    ca is the file that it was verified by; raise ConfigError when it can't be read. OpenSSL checks CRLs in full
+    handshakes only: a resumed session or a kept connection would outlive them.
     """
     try:
         pem = Path(ca).read_text(encoding="latin-1")
@@ -1337,8 +1337,8 @@ def crl_end_of(peer: bytes, ca: str, trust: str) -> float:  # noqa: ARG001 - tru
     while issuer is not None and issuer not in chain:
         chain.append(issuer)
         issuer = issuers.get(issuer)
-    looked_at = chain[:1] if set(issuers) - set(ends) else chain  # as load_ca() has it
-    return min((ends[name] for name in looked_at if name in ends), default=float("inf"))
+    checked = chain[:1] if set(issuers) - set(ends) else chain  # as in load_ca()
+    return min((ends[name] for name in checked if name in ends), default=float("inf"))
 
 
 def pem_blocks(pem: str, label: str) -> list[bytes]:
@@ -1348,7 +1348,7 @@ def pem_blocks(pem: str, label: str) -> list[bytes]:
 
 
 def validity_of(der: bytes) -> Iterator[tuple[float, float]]:
-    # a certificate's validity and a CRL's updates are the only places of two times in a row (RFC 5280, 4.1.2.5, 5.1.2)
+    # only a certificate's validity and a CRL's updates are two times in a row (RFC 5280, 4.1.2.5 and 5.1.2)
     found = VALIDITY.search(der)
     if found:
         short_since, long_since, short_until, long_until = found.groups()
@@ -1356,9 +1356,9 @@ def validity_of(der: bytes) -> Iterator[tuple[float, float]]:
 
 
 def der_name(der: bytes, place: int, version_tag: int) -> bytes:
-    """Return a field of what is signed: a certificate's subject or a CRL's issuer; raise ValueError.
+    """Return a name in a certificate or CRL, by its place among the signed fields; raise ValueError.
 
-    place counts from the version, which may be left out: it is known by its tag.
+    Place 0 is the version, known by its tag: it may be left out, and the others move up then.
     """
     outer = next(_der_items(der), (0, b""))[1]
     fields = list(_der_items(next(_der_items(outer), (0, b""))[1]))
@@ -1369,7 +1369,7 @@ def der_name(der: bytes, place: int, version_tag: int) -> bytes:
 
 
 def _der_items(der: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield tag and content of the items that follow one another; raise ValueError for what is no DER."""
+    """Yield tag and content of each item; raise ValueError for what is no DER."""
     while der:
         start, length = 2, der[1] if len(der) > 1 else 0x80
         if length >= 0x80:
@@ -1392,7 +1392,7 @@ def file_stamp(path: str) -> object:
         found = os.stat(path)
     except OSError:
         return None
-    # the ctime also tells a file that was made readable, or written with its old time
+    # the ctime changes too when a file becomes readable, or is written and gets its old mtime back
     return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
@@ -1401,7 +1401,7 @@ def no_passphrase() -> str:
 
 
 def load_pair(context: ssl.SSLContext, cert: str, key: str, names: tuple[str, str]) -> None:
-    """Loads a certificate and its key; ConfigError naming the setting and what is wrong."""
+    """Load a certificate and its key; raise ConfigError that names the setting and what is wrong."""
     for name, path in zip(names, (cert, key)):
         require_pem(name, path)
     try:
@@ -1418,7 +1418,7 @@ def load_pair(context: ssl.SSLContext, cert: str, key: str, names: tuple[str, st
 
 
 def require_file(name: str, path: str) -> bytes:
-    """Return how a file begins; raise ConfigError naming the setting when it can't be read."""
+    """Return the first 3 bytes of a file; raise ConfigError that names the setting when it can't be read."""
     if not path:
         raise ConfigError(f"{name} is not set")
     try:
@@ -1429,27 +1429,26 @@ def require_file(name: str, path: str) -> bytes:
 
 
 def require_pem(name: str, path: str) -> None:
-    """Raise ConfigError for a file that can't be read, or whose first certificate OpenSSL would leave out unseen."""
+    """Raise ConfigError for a file that can't be read, or with a BOM: OpenSSL would ignore its first certificate."""
     if require_file(name, path) == codecs.BOM_UTF8:
         raise ConfigError(f"{name} {path} begins with a byte order mark: save it without one (`sed -i '1s/^\\xEF\\xBB"
                           "\\xBF//'`)")
 
 
 def require_private(name: str, path: str) -> None:
-    """Raise ConfigError for a file that can't be read, that others than owner and group can read, or that anybody
-    but its owner can write."""
+    """Raise ConfigError for a file that can't be read, or is open to more than owner (rw) and group (r)."""
     require_file(name, path)
     if os.stat(path).st_mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise ConfigError(f"{name} {path} is open to others: chmod o-rwx,g-w it (its group may read it)")
 
 
 def load_ca(context: ssl.SSLContext, ca: str, name: str) -> None:
-    """Load the CA to verify peers by, with its CRLs where the file holds some; raise ConfigError naming the setting."""
+    """Load the CA to verify peers by, and the CRLs in its file; raise ConfigError that names the setting."""
     require_pem(name, ca)
     try:
         context.load_verify_locations(ca)
         if context.cert_store_stats()["crl"]:
-            # every CA of the chain must have a CRL then; else it is asked of the one that signed the peer's own
+            # without a CRL for every CA, OpenSSL can check that of the peer's own issuer only
             is_whole = not cas_without_crl(Path(ca).read_text(encoding="latin-1"))
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN if is_whole else ssl.VERIFY_CRL_CHECK_LEAF
     except ssl.SSLError as error:
@@ -1461,7 +1460,7 @@ def load_ca(context: ssl.SSLContext, ca: str, name: str) -> None:
 
 
 def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
-    """Gives the context for calls to agents: TLS 1.2 or newer, both sides verified (section 1)."""
+    """Return the context for requests to agents: TLS 1.2 or newer, both sides verified (section 1)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     verify_no_common_name(context)
@@ -1475,7 +1474,7 @@ def _tls_reason(error: ssl.SSLError) -> str:
 
 
 def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
-    """Return the API's TLS context; raise ConfigError naming what is wrong with the files."""
+    """Return the API's TLS context; raise ConfigError that names what is wrong with the files."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; all of TLS 1.3's are good
@@ -1721,6 +1720,10 @@ class Node:
     last_version: int = 0
 
     @property
+    def dialect(self) -> Dialect:
+        return DIALECTS[self.agent_protocol]
+
+    @property
     def gets_releases(self) -> bool:
         return bool(self.enabled) and self.status == "online"
 
@@ -1731,7 +1734,7 @@ class Node:
 
     @property
     def condition(self) -> str:
-        """Return why it gets no releases, or online."""
+        """Return "online", or why it gets no releases: "disabled", "offline", "in maintenance"."""
         return "disabled" if not self.enabled else f"in {self.status}" if self.status == "maintenance" else self.status
 
     @property
@@ -1837,8 +1840,9 @@ class ReleaseNode(NamedTuple):
     is_at_work: bool = False
     # The agent's message of success, while that is verified.
     agent_message: str = ""
+    # Polls of its task that found it running.
     polls: int = 0
-    # When what its answers cost us is made up for: see observe().
+    # When the CPU time of its answers is paid for, by Clock.elapsed(): see observe().
     paid_at: float = 0.0
     # How often the agent did not know the task.
     forgotten: int = 0
@@ -1857,6 +1861,10 @@ class ReleaseNode(NamedTuple):
     def endpoint(self) -> Endpoint:
         """Return where its agent listens."""
         return endpoint_of(self.main_ip, self.agent_port)
+
+    @property
+    def dialect(self) -> Dialect:
+        return DIALECTS[self.agent_protocol]
 
 
 class Verdict(NamedTuple):
@@ -1963,6 +1971,10 @@ class Policy(NamedTuple):
             retries=self.retries if strategy.retries is None else strategy.retries,
             node_deadline_s=strategy.node_deadline_s or self.node_deadline_s,
             probes=strategy.verify.successes if strategy.verify else 0)
+
+
+# Where no node is running, nothing depends on it.
+NO_POLICY = Policy(0, 0.0, 0.0, 0.0)
 
 
 class NodeIndex:
@@ -2078,13 +2090,17 @@ class Stage(NamedTuple):
 
 class Outcome(NamedTuple):
     """The outcome of one request to an agent, or of a probe."""
-    node_id: int
     op: str
+    # SUCCESS or FAILED, which are believed, or one of those that Decision adds (ACCEPTED, ...).
     result: str
+    # The id by which the agent knows the task.
     task_id: str = ""
     error_kind: str = ""
+    # What the agent said, or what is wrong with its answer.
     message: str = ""
+    # The whole text, where it is more than message.
     detail: str = ""
+    # Seconds for which an agent that can't be asked may still be busy with the request.
     hold_s: float = 0.0
     # The version of an "already applied", else 0.
     applied: int = 0
@@ -2092,6 +2108,11 @@ class Outcome(NamedTuple):
     is_refusal: bool = False
     # Seconds of CPU that its answer took us.
     cost_s: float = 0.0
+
+    @property
+    def event_detail(self) -> str:
+        """Return the whole text, as an event stores it."""
+        return detail_text(self.detail or self.message)
 
 
 class Hold(NamedTuple):
@@ -2124,13 +2145,13 @@ class Candidate(NamedTuple):
 class Claim(NamedTuple):
     """The right to work on a release: every write of its owner is conditional on owner and fence.
 
-    On both: a database that went back gives the same fence again, to another owner.
+    Neither is enough alone: a database that went back gives the same fence to another owner.
     """
     release_id: int
     fence: int
     version: int
     owner: str
-    # Which state of the database it was taken in: see Store.generation.
+    # DatabaseState.generation when it was taken.
     generation: int = 0
 
     def __str__(self) -> str:
@@ -2138,9 +2159,9 @@ class Claim(NamedTuple):
 
 
 def about(release: Release | Claim | None = None, /, **more: object) -> dict[str, Any]:
-    """Gives logging's `extra`: what a record is about, as keys of their own in a line of JSON.
+    """Return logging's `extra` for a record: each key is one of its line in JSON.
 
-    The keys: release (its id), version, node (its name), actor, event, request_id.
+    Keys: release (its id), version, node (its name), actor, event, request_id.
     """
     if release is None:
         return {"about": more}
@@ -2593,9 +2614,9 @@ def refuse_twins(nodes: Iterable[Node]) -> None:
 
 def refuse_dropping_sites(payload: Mapping[str, Any], nodes: Iterable[Node | ReleaseNode], code: int = INVALID,
                           what: str = "the payload") -> None:
-    """Raise AppError where execute nodes would drop all their sites: see drops_sites()."""
-    served = [node.name for node in nodes if node.agent_protocol == EXECUTE]
-    if served and drops_sites(payload):
+    """Raise AppError where nodes would drop all their sites though the payload does not say so."""
+    served = [node.name for node in nodes if node.dialect.needs_websites]
+    if served and not isinstance(payload.get(WEBSITES), list):
         raise AppError(code, f"{what} has no list {WEBSITES}, and {names_of(served)} would drop all sites without it "
                              f'(protocol execute): name the sites, or "{WEBSITES}": [] where none is meant')
 
@@ -2650,7 +2671,7 @@ class Made(NamedTuple):
 
 
 class OldRelease(NamedTuple):
-    """A release as prune looks at it; ended_at is "" while it is not terminal."""
+    """What prune needs of a release; ended_at is "" while it is not terminal."""
     id: int
     target: str
     version: int
@@ -2674,20 +2695,23 @@ class Content(NamedTuple):
 
 def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of: Callable[[OldRelease], Content],
              newest: int = 0) -> list[OldRelease]:
-    """Return those that nobody needs any more, newest first, out of all releases.
+    """Return the releases that nobody needs any more, newest first.
 
-    Of each target stay the newest keep, and what ended later than before or not yet. Of each node's releases
-    of the target stays the newest success, and what a rollback of one that stays would bring back to it: the
-    newest success before it with another payload that nobody rolled back. And what a release that stays is a
-    retry or a rollback of, and the one of the newest event. So the highest version and event stay, and none
-    is ever used again.
+    These stay:
+    - of each target the newest `keep`, and all that have not ended, or ended after `before`;
+    - for each node and target its newest success, and what a rollback of a release that stays would bring back:
+      the newest success before that release, with another payload, that nobody rolled back;
+    - what a release that stays is a retry or a rollback of;
+    - the release `newest`, which has the newest event.
+
+    So the highest version and the highest event id stay, and neither is given out again.
     """
     goes = []
     seen: dict[str, int] = {}
     named: set[int | None] = set()
-    # The nodes of each target whose newest success was found, and whose newest one that was not bad; and for each node
-    # the payloads of releases that stay and could not be rolled back on it yet.
+    # Target and node of each success that stays; under True those of a payload that somebody rolled back.
     known: dict[bool, set[tuple[str, int]]] = {False: set(), True: set()}
+    # By target and node: payloads of releases that stay and have no success to roll back to yet.
     wanting: dict[tuple[str, int], set[str]] = {}
     for release in sorted(releases, key=lambda r: -r.version):
         seen[release.target] = seen.get(release.target, 0) + 1
@@ -2706,7 +2730,7 @@ def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of:
                 wanting[target, node] = wanting.get((target, node), set()) & {content.digest}
         for node in content.touched if stays else ():
             wanting.setdefault((target, node), set()).add(content.digest)
-    # a rollback of what stays tells that that was bad
+    # a rollback stays with the release that it rolled back: it shows that the payload was bad
     gone = {release.id for release in goes}
     return [release for release in goes if release.rollback_of is None or release.rollback_of in gone]
 
@@ -2737,7 +2761,7 @@ class Situation(NamedTuple):
     # All nodes of the release.
     nodes: NodeIndex
     now: Moment
-    policy: Policy
+    policy: Policy = NO_POLICY
     strategy: Strategy = NO_STRATEGY
     # Number of requests that may be sent now.
     slots: int = 1
@@ -2934,7 +2958,7 @@ UNKNOWN = "unknown"     # the agent does not know the task
 UNSENT = "unsent"       # the request never reached the agent
 LOST = "lost"           # the request may have reached the agent, no answer came
 UNCLEAR = "unclear"     # an answer that can't be used: 429, 5xx, nonsense
-NOT_SENT = "held"           # releasectl did not send it; this says nothing about the agent
+NOT_SENT = "held"       # releasectl did not send it; this says nothing about the agent
 
 # Message of a failure whose text is empty.
 NO_REASON_GIVEN = "the agent gave no reason"
@@ -2955,8 +2979,8 @@ def poll_delay_s(polls: int, interval_s: float) -> float:
 def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
     """Return a node updated with the outcome of a request or a probe.
 
-    What reading an answer cost is paid for at ANSWER_SHARE: after 20 ms the node has 2 s to pay. A node that is behind
-    by more than ANSWER_CREDIT_S is asked again only then, whatever it answers.
+    The CPU time of an answer is paid for at ANSWER_SHARE: 20 ms take 2 s. A node that is more than ANSWER_CREDIT_S
+    behind is asked again when it has caught up, whatever it answered.
     """
     after = _observe(node, outcome, now, policy)
     if not outcome.cost_s:
@@ -2973,15 +2997,15 @@ def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -
     if outcome.result in (SUCCESS, ACCEPTED) and outcome.applied and not node.reached:
         # none of our tries can have done it: another version that has the same number
         return node._replace(in_flight=False, verdict=Verdict(
-            FAILED, REJECTED, f"the agent is already at version {outcome.applied}", detail_text(outcome.detail)))
+            FAILED, REJECTED, f"the agent is already at version {outcome.applied}", outcome.event_detail))
     if outcome.result == SUCCESS and policy.probes:
         return node._replace(in_flight=False, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True,
-                             agent_message=detail_text(outcome.detail))
+                             agent_message=outcome.event_detail)
     if outcome.result == SUCCESS:
-        return node._replace(in_flight=False, verdict=Verdict(SUCCESS, detail=detail_text(outcome.detail)))
+        return node._replace(in_flight=False, verdict=Verdict(SUCCESS, detail=outcome.event_detail))
     if outcome.result == FAILED:
         return node._replace(in_flight=False, verdict=Verdict(
-            FAILED, outcome.error_kind, one_line(outcome.message) or NO_REASON_GIVEN, detail_text(outcome.detail)))
+            FAILED, outcome.error_kind, one_line(outcome.message) or NO_REASON_GIVEN, outcome.event_detail))
     if outcome.result == ACCEPTED:
         return node._replace(in_flight=False, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
                              next_op=QUERY, errors=0, polls=0, due=now.elapsed + FIRST_POLL_S, reached=True,
@@ -3019,10 +3043,10 @@ def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Pol
         tries = f" (tried {node.errors} times)" if node.errors > 1 else ""
         return node._replace(verdict=Verdict(
             FAILED, outcome.error_kind, one_line(outcome.message, MAX_MESSAGE_CHARS - len(tries)) + tries,
-            detail_text(outcome.detail), outcome.hold_s))
-    wait_s = max(backoff_s(node.errors, node.node_id), outcome.hold_s if node.agent_protocol == EXECUTE else 0.0)
-    # rule 8: a tasks agent is asked first; an execute agent can't be asked, but runs no version twice
-    asks = node.agent_protocol == TASKS and outcome.op == DISPATCH and outcome.result != UNSENT
+            outcome.event_detail, outcome.hold_s))
+    wait_s = max(backoff_s(node.errors, node.node_id), 0.0 if node.dialect.can_be_asked else outcome.hold_s)
+    # rule 8: an agent that can be asked is asked first; another runs no version twice
+    asks = node.dialect.can_be_asked and outcome.op == DISPATCH and outcome.result != UNSENT
     return node._replace(due=now.elapsed + wait_s, next_op=QUERY if asks else outcome.op)
 
 
@@ -3049,7 +3073,7 @@ def held_s(holds: Iterable[Hold], since: float, until: float) -> float:
 
 
 def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = (),
-          quiet_s: float = 0.0) -> ReleaseNode:
+            quiet_s: float = 0.0) -> ReleaseNode:
     """Return a node for a new owner of its release (rule 9): ask first, or wait and repeat.
 
     Deadline and hold continue as stored. Pauses and freezes extend the deadline (contract section 7), unless the
@@ -3065,7 +3089,7 @@ def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold
     deadline = now.elapsed - age_s + policy.node_deadline_s + node.waited_s + credit_s
     reached = bool(node.stored_reached)
     node = node._replace(reached=reached, is_unknown=reached, credit_s=credit_s, deadline=deadline)
-    if node.agent_protocol == TASKS:
+    if node.dialect.can_be_asked:
         return node._replace(next_op=QUERY, due=now.elapsed, deadline=max(deadline, now.elapsed + policy.interval_s))
     busy_s = max(quiet_s, now.left_s(node.hold_until, node.hold_clock, policy.hold_s))
     return node._replace(next_op=DISPATCH, due=now.elapsed + busy_s)
@@ -3286,11 +3310,11 @@ def _end_node(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange | No
         return None
     if node.verdict is not None:
         return _at_rest(node, node.verdict, now)
-    is_second = node.status == SUCCESS
-    if now.elapsed < node.deadline or (is_second and node.next_op != PROBE):
+    is_reverification = node.status == SUCCESS
+    if now.elapsed < node.deadline or (is_reverification and node.next_op != PROBE):
         return None
     last = f"; last: {node.last_error}" if node.last_error else ""
-    if is_second:
+    if is_reverification:
         return _fail(node, VERIFY, f"not verified {policy.node_deadline_s:g} s after the end of its soak{last}", now,
                      0.0)
     return _fail(node, DEADLINE, f"not done {policy.node_deadline_s:g} s after its dispatch{last}", now)
@@ -3326,7 +3350,7 @@ def force_end(nodes: NodeIndex, now: Moment) -> list[NodeChange]:
 def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
     hold_until, hold_clock = node.hold_until, node.hold_clock
     if verdict.hold_s is not None:
-        is_busy = verdict.hold_s > 0 and node.agent_protocol == EXECUTE
+        is_busy = verdict.hold_s > 0 and not node.dialect.can_be_asked
         hold_until, hold_clock = _hold_for(verdict.hold_s, now) if is_busy else (None, "")
     return NodeChange(node, node._replace(
         status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg, finished_at=now.text,
@@ -3414,10 +3438,10 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy, as
 
     The id sent is always ours, whatever id the agent named before.
     """
-    hold_until, hold_clock = _hold_for(policy.hold_s, now) if node.agent_protocol == EXECUTE else (None, "")
+    hold_until, hold_clock = (None, "") if node.dialect.can_be_asked else _hold_for(policy.hold_s, now)
     task_id = task_id_for(release.type, node.main_ip, release.version, release.tag)
     is_first = node.status == PENDING
-    asks = asks_first and is_first and node.agent_protocol == TASKS
+    asks = asks_first and is_first and node.dialect.can_be_asked
     return NodeChange(node, node._replace(
         stored_reached=int(node.reached or not asks), status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
         hold_until=hold_until, hold_clock=hold_clock, in_flight=True, verdict=None,
@@ -3569,16 +3593,16 @@ def waiting_reasons(candidates: Iterable[Candidate], now: str = "", freeze: Free
 # ======================================================================================
 
 BUSY_TIMEOUT_S = 5.0
-# To PostgreSQL, of one process; further ones wait in turn, for so long.
+# Connections of one process to PostgreSQL, and how long a thread waits for one of them.
 MAX_DB_CONNECTIONS, CONNECTION_WAIT_S = 16, 30.0
-# What the server's own limits allow a transaction: 10 s for the lock, 30 s for a statement. Older ones are cut off.
+# A transaction is cut off after this time: above the server's own limits, 10 s for the lock and 30 s for a statement.
 MAX_TRANSACTION_S = 45.0
-# While the process ends, a new transaction may take so long.
+# The same for a transaction that begins while the process ends.
 LAST_TRANSACTION_S = 2.0
-# "releasectl" in numbers; the key of PostgreSQL's advisory lock
+# Key of PostgreSQL's advisory lock.
 PG_LOCK_KEY = 7235419
 LOCK_NOT_AVAILABLE, PROTOCOL_VIOLATION = "55P03", "08P01"
-# What speaks PostgreSQL's protocol and is another thing, by its version().
+# Servers that only speak PostgreSQL's protocol, as version() names them.
 OTHER_SERVERS = re.compile(
     r"CockroachDB|-YB-|Redshift|Greenplum|Materialize|RisingWave|CrateDB|GaussDB|QuestDB|openGauss", re.IGNORECASE)
 
@@ -3588,36 +3612,38 @@ def close_quietly(connection: Any) -> None:
         connection.close()
 
 
-class FileWatch:
-    """A transaction that is open: a second handle of its socket, since and until when it may be, whether cut off."""
+class WatchedTransaction:
+    """An open transaction under the watchdog's eye."""
     __slots__ = ("is_cut", "since", "sock", "until")
 
     def __init__(self, sock: socket.socket | None, limit_s: float):
-        self.sock = sock
+        self.sock = sock  # a second handle of the connection's socket
         self.since = time.monotonic()
         self.until = self.since + limit_s
         self.is_cut = False
 
 
-class _Guard:
-    """Shuts down the sockets of transactions that are open for too long: a driver may wait for ever for a server
-    that hangs. Whoever waits gets an error then, and does not know whether a COMMIT took place."""
+class _Watchdog:
+    """Shuts down the socket of a transaction that takes too long: a driver may wait for ever for a server that hangs.
+
+    The waiting thread then gets an error, and does not know whether a COMMIT took place.
+    """
 
     EVERY_S, IDLE_ROUNDS = 0.25, 40
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._watches: set[FileWatch] = set()
+        self._watches: set[WatchedTransaction] = set()
         self._thread: threading.Thread | None = None
         self._end_at = float("inf")
 
-    def begin(self, connection: Any, limit_s: float) -> FileWatch:
-        """Watch over a connection until end()."""
+    def watch(self, connection: Any, limit_s: float) -> WatchedTransaction:
+        """Watch a connection until unwatch()."""
         sock = None
         with contextlib.suppress(Exception):  # one that is closed already fails by itself
             handle = connection._usock if hasattr(connection, "_usock") else connection  # noqa: SLF001 - pg8000
             sock = socket.fromfd(handle.fileno(), socket.AF_INET, socket.SOCK_STREAM)
-        watch = FileWatch(sock, limit_s)
+        watch = WatchedTransaction(sock, limit_s)
         with self._lock:
             self._watches.add(watch)
             if self._thread is None:
@@ -3627,21 +3653,19 @@ class _Guard:
                     self._thread = thread
         return watch
 
-    def end(self, watch: FileWatch) -> None:
-        """Watch no longer."""
+    def unwatch(self, watch: WatchedTransaction) -> None:
         with self._lock:
             self._watches.discard(watch)
         if watch.sock is not None:
             watch.sock.close()
 
     def end_within(self, seconds: float) -> None:
-        """Cut off what is open then, and from then on what takes longer than LAST_TRANSACTION_S."""
+        """Cut off all transactions in so many seconds, and later ones after LAST_TRANSACTION_S: the process ends."""
         with self._lock:
             self._end_at = min(self._end_at, time.monotonic() + seconds)
 
     @property
     def is_ending(self) -> bool:
-        """Say whether end_within() was called."""
         return self._end_at != float("inf")
 
     def _run(self) -> None:
@@ -3661,16 +3685,16 @@ class _Guard:
                     self._thread = None
 
 
-class ConnectionTurns:
-    """So many at a time; who comes later waits in turn."""
+class FairSemaphore:
+    """A semaphore that serves its waiters in the order of their arrival."""
 
     def __init__(self, count: int):
         self._free = count
         self._queue: collections.deque[threading.Event] = collections.deque()
         self._lock = threading.Lock()
 
-    def take(self, timeout_s: float) -> bool:
-        """Wait for a turn; say whether it came within the time."""
+    def acquire(self, timeout_s: float) -> bool:
+        """Return whether a place was free within the time."""
         with self._lock:
             if self._free:
                 self._free -= 1
@@ -3684,8 +3708,7 @@ class ConnectionTurns:
                 self._queue.remove(mine)
             return mine.is_set()
 
-    def give_back(self) -> None:
-        """Let the next one go."""
+    def release(self) -> None:
         with self._lock:
             if self._queue:
                 self._queue.popleft().set()
@@ -3693,10 +3716,10 @@ class ConnectionTurns:
                 self._free += 1
 
 
-def _who_has_locked(file: os.stat_result) -> int:
-    """Return the id of another process that has an SQLite file open, 0 for none that can be seen.
+def _locking_process(file: os.stat_result) -> int:
+    """Return the id of another process that has an SQLite file open, or 0.
 
-    Not by asking for the lock: to close a handle of the file would drop all locks of this process.
+    The lock itself is not tried: closing a handle of the file would drop all locks of this process.
     """
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
@@ -3712,7 +3735,7 @@ def _who_has_locked(file: os.stat_result) -> int:
 
 
 class SqliteEngine:
-    """The words of SQLite, and how to reach one file."""
+    """The SQL that only SQLite understands, and one file of it."""
 
     name = "sqlite"
     begin_read = "BEGIN"
@@ -3720,15 +3743,15 @@ class SqliteEngine:
     now_sql = "SELECT strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"
     has_table_sql = "SELECT COUNT(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
     has_any_table_sql = "SELECT COUNT(*) FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
-    # The id of the next release: to look at it, and to take it.
+    # The id of the next release: to know it, and to use it up.
     next_release_id_sql = take_release_id_sql = \
         "SELECT COALESCE(MAX(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'release_tasks'"
-    # The nodes of a release as one text.
     audit_id_sql = "?"
+    # The ids of nodes as one text.
     joined_sql = "group_concat(node_id)"
-    # What lets a transaction take as long as it needs.
-    patience_sql: tuple[str, ...] = ()
-    # A number that grows with each failover; 0 for a server that only follows another one.
+    # Statements that lift the limits of a transaction, for a migration.
+    no_limits_sql: tuple[str, ...] = ()
+    # A number that grows with each failover; 0 on a standby.
     timeline_sql = "SELECT 1"
     error: tuple[type[Exception], ...] = (sqlite3.Error,)
     max_connections = 1 << 20  # readers wait for nobody
@@ -3742,7 +3765,7 @@ class SqliteEngine:
         return "database " + self.path.encode("utf-8", "backslashreplace").decode()  # a path may be any bytes
 
     def identity(self) -> object:
-        """Return what the path, its -wal and its -shm name now: a deleted file would go on taking writes unseen."""
+        """Return which file the path, its -wal and its -shm are now: a deleted one would go on taking writes."""
         try:
             found = os.stat(self.path)
         except OSError:
@@ -3753,21 +3776,21 @@ class SqliteEngine:
         path = os.path.realpath(self.path)
         return f"{path}-wal", f"{path}-shm"
 
-    def keep_aside(self) -> str:
-        """Give a new -wal that others have begun a second name, before our last connection takes it away.
+    def save_new_wal(self) -> str:
+        """Link a -wal that another process has begun under a second name: our last connection would remove it.
 
         Return what was found, for the log.
         """
         wal = self._side_files()[0]
-        said = f"{self}: {wal} or its -shm was removed or replaced while this process worked with it"
+        found = f"{self}: {wal} or its -shm was removed or replaced while this process worked with it"
         with contextlib.suppress(OSError):
             if os.path.getsize(wal):
                 kept = f"{wal}.{int(time.time())}"
                 os.link(wal, kept)
-                return f"{said}; what others wrote into a new one is kept as {kept}"
-        return said
+                return f"{found}; what others wrote into a new one is kept as {kept}"
+        return found
 
-    def _refuse_torn(self) -> None:
+    def _refuse_unsafe_file(self) -> None:
         """Raise DatabaseError where the file has a second name, or is open elsewhere without its -wal."""
         try:
             found = os.stat(self.path)
@@ -3776,9 +3799,9 @@ class SqliteEngine:
         if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
             raise DatabaseError(f"{self} has a second name (hard link), under which it would have another -wal: "
                                 f"remove all but one (find / -xdev -inum {found.st_ino})")
-        give_up_at = time.monotonic() + 1.0  # somebody may just begin or end
+        give_up_at = time.monotonic() + 1.0  # another process may just open or close it
         while not all(map(os.path.exists, self._side_files())):
-            pid = _who_has_locked(found)
+            pid = _locking_process(found)
             if not pid:
                 return
             if time.monotonic() > give_up_at:
@@ -3787,27 +3810,27 @@ class SqliteEngine:
             time.sleep(0.05)
 
     def connect(self, create: bool) -> sqlite3.Connection:
-        """Opens the file, made when create says so; raises DatabaseError with one line."""
+        """Return a connection in autocommit mode; with create make the file first. Raise DatabaseError."""
         folder = os.path.dirname(self.path) or os.curdir  # not abspath(): the current folder may be gone
         if not os.path.isdir(folder):
             raise DatabaseError(f"{self}: the folder {folder} does not exist")
         if not create and not os.path.exists(self.path):
             raise DatabaseError(f"{self} does not exist: make it with `releasectl.py migrate`")
-        self._refuse_torn()
+        self._refuse_unsafe_file()
         connection = None
         try:
             if create:
                 self._make_file()
-            # statements differ by the number of rows: more of them kept would be megabytes, and not used again
+            # statements differ by their number of rows: a larger cache would be megabytes without hits
             connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None,
                                          check_same_thread=False, cached_statements=16)
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA synchronous = FULL")
-            # with much history a release touches a page for each node: 16 MiB of WAL write it back less often
+            # with much history each node is another page: 16 MiB of WAL write it back less often
             connection.execute("PRAGMA wal_autocheckpoint = 4000")
-            connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()  # now its -wal and -shm are there
+            connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()  # makes -wal and -shm
             return connection
         except (sqlite3.Error, OSError) as error:
             if connection:
@@ -3815,10 +3838,7 @@ class SqliteEngine:
             raise DatabaseError(self.explain(error)) from None
 
     def _make_file(self) -> None:
-        """Make the file, empty and closed to others whatever the umask, where there is none.
-
-        SQLite gives its -wal and -shm the mode of the file.
-        """
+        """Make the file with mode 0600, whatever the umask, where there is none; -wal and -shm get the same mode."""
         with contextlib.suppress(FileExistsError):
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -3828,12 +3848,12 @@ class SqliteEngine:
 
     @staticmethod
     def is_data_error(error: Exception) -> bool:
-        """Say whether a value was refused, whatever the state of the file."""
+        """Return whether the error is due to a value, not to the file."""
         return isinstance(error, (sqlite3.DataError, OverflowError, ValueError)) or (
             isinstance(error, (sqlite3.InterfaceError, sqlite3.ProgrammingError)) and "binding parameter" in str(error))
 
     def explain(self, error: Exception) -> str:
-        """Gives one line: what is wrong with the file and what would mend it."""
+        """Return one line: what is wrong with the file, and what would mend it."""
         if isinstance(error, OSError):
             return f"{self} can't be made: {os_reason(error)}"
         text = str(error)
@@ -3850,9 +3870,9 @@ class SqliteEngine:
         return f"{self}: {one_line(text)}"
 
     def backup(self, path: str) -> int:
-        """Writes a copy of one moment to a new file, mode 0600, checked; gives its size in bytes.
+        """Write a checked copy to a new file, mode 0600; return its size in bytes.
 
-        Others read and write meanwhile. The file has its name only when it is whole and on the disk.
+        Others may read and write meanwhile. The file gets its name when it is complete and on the disk.
         """
         if os.path.lexists(path):
             raise AppError(EXISTS, f"{path} exists already: name another file")
@@ -3870,18 +3890,18 @@ class SqliteEngine:
             raise DatabaseError(f"{self} could not be copied to {path}: {os_reason(error)}") from None
         finally:
             close_quietly(source)
-            with contextlib.suppress(OSError):  # it has its name by now
+            with contextlib.suppress(OSError):  # it was renamed
                 os.unlink(temporary)
         return os.path.getsize(path)
 
     @staticmethod
     def _copy(source: sqlite3.Connection, path: str) -> None:
-        """Copies a database into an empty file, and checks the copy; raises sqlite3.Error."""
+        """Copy a database into an empty file and check the copy; raise sqlite3.Error."""
         target = sqlite3.connect(path, isolation_level=None)
         try:
-            # In one step: in several it would begin anew after each commit of another process.
+            # in one step: in several it would start again after each commit of another process
             source.backup(target)
-            target.execute("PRAGMA journal_mode = DELETE")  # one file, that needs no -wal beside it
+            target.execute("PRAGMA journal_mode = DELETE")  # a single file, without a -wal
             found = target.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found != "ok":
                 raise sqlite3.DatabaseError(f"the copy is not sound: {one_line(found)}")
@@ -3890,26 +3910,26 @@ class SqliteEngine:
 
     @staticmethod
     def is_stale(_error: Exception) -> bool:
-        """Says whether BEGIN failed for the connection's sake: a file is not cut off."""
+        """Return False: a connection to a file is never cut."""
         return False
 
     @staticmethod
     def sql(statement: str) -> str:
-        """Gives a statement in this engine's placeholders."""
+        """Return a statement with this engine's placeholders."""
         return statement
 
     @staticmethod
     def ddl(statement: str) -> str:
-        """Gives a statement of schema.sql in this engine's words; "" for one that is not for it."""
+        """Return a statement of schema.sql for this engine, "" for one that it does not need."""
         return statement
 
 
 class PostgresEngine:
-    """The words of PostgreSQL, and the drivers that can reach it."""
+    """The SQL that only PostgreSQL understands, and one database behind any of three drivers."""
 
     name = "postgresql"
-    # For each transaction: behind a pooler the next one may be on another connection, and what was set for a session
-    # would be another program's. A stopped client holds its locks until the server gives up on it.
+    # SET LOCAL in each transaction: behind a pooler a session's settings would go to another program. The timeouts
+    # make the server drop the locks of a client that hangs.
     _limits_sql = """
         SET LOCAL idle_in_transaction_session_timeout = '5s'; SET LOCAL lock_timeout = '10s';
         SET LOCAL statement_timeout = '30s'; SET LOCAL synchronous_commit = on; SET LOCAL tcp_user_timeout = '15s';
@@ -3920,7 +3940,7 @@ class PostgresEngine:
     now_sql = """SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')"""
     has_table_sql = """SELECT COUNT(*) FROM information_schema.tables
         WHERE table_schema = current_schema() AND table_name = ?"""
-    # Not what belongs to an extension that the provider has put there.
+    # Without the tables of extensions that the provider installed.
     has_any_table_sql = """
         SELECT COUNT(*)
         FROM pg_class c
@@ -3928,7 +3948,7 @@ class PostgresEngine:
         WHERE n.nspname = current_schema() AND c.relkind IN ('r', 'p', 'f')
           AND NOT EXISTS (SELECT 1 FROM pg_depend d
                           WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')"""
-    # A person may have written a row with an id of their own, which the sequence does not know.
+    # The sequence does not know an id that a person wrote by hand.
     next_release_id_sql = """
         SELECT GREATEST(COALESCE(pg_sequence_last_value(pg_get_serial_sequence('release_tasks', 'id')::regclass), 0),
                         COALESCE(MAX(id), 0)) + 1
@@ -3940,11 +3960,11 @@ class PostgresEngine:
     # The sequence follows, so that an INSERT by hand gets the next id.
     audit_id_sql = "setval(pg_get_serial_sequence('audit_log', 'id'), ?)"
     joined_sql = "string_agg(node_id::text, ',')"
-    patience_sql = ("SET LOCAL statement_timeout = 0", "SET LOCAL idle_in_transaction_session_timeout = 0")
+    no_limits_sql = ("SET LOCAL statement_timeout = 0", "SET LOCAL idle_in_transaction_session_timeout = 0")
     timeline_sql = """
         SELECT CASE WHEN pg_is_in_recovery() THEN 0
                     ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int END"""
-    # Who has the writers' lock, and what for.
+    # Who has the writers' lock, and what it waits for.
     holder_sql = f"""
         SELECT a.application_name || ' (pid ' || a.pid || ', ' || COALESCE(host(a.client_addr), 'local') || ')',
                COALESCE(a.wait_event, '')
@@ -3956,7 +3976,7 @@ class PostgresEngine:
     def __init__(self, url: str):
         self.url = url
         self.driver = load_postgres_driver()
-        self.error = (self.driver.Error, OSError)  # pg8000 lets the socket's errors through
+        self.error = (self.driver.Error, OSError)  # pg8000 raises the socket's errors as they are
         try:
             self.parts = parse_postgres_url(url)
         except ValueError as error:
@@ -3970,30 +3990,30 @@ class PostgresEngine:
             if len(self.parts.hosts) > 1:
                 raise ConfigError("DATABASE_URL: pg8000 takes one host only: install psycopg, or name one")
             _pg8000_options(self.parts.query)
-        self.guard = _Guard()
+        self.watchdog = _Watchdog()
 
     def __str__(self) -> str:
         return f"database {safe_url(self.url)}"
 
     def identity(self) -> object:
-        """Gives a constant: a server that went away says so itself."""
+        """Return a constant: a server that goes away cuts its connections."""
         return self.url
 
     def connect(self, create: bool) -> Any:  # noqa: ARG002 - a server's database is there or not
-        """Opens a connection in autocommit mode; raises DatabaseError with one line."""
+        """Return a connection in autocommit mode; raise DatabaseError."""
         connection = None
         try:
             connection = self._open()
-            watch = self.guard.begin(connection, MAX_TRANSACTION_S)
+            watch = self.watchdog.watch(connection, MAX_TRANSACTION_S)
             try:
                 connection.autocommit = True
                 cursor = connection.cursor()
-                if self.is_pg8000:  # which takes what it is told; the others send theirs as they connect
+                if self.is_pg8000:  # the others send it as they connect
                     cursor.execute("SET client_encoding = 'UTF8'")
                 cursor.execute("SELECT version(), current_setting('server_encoding')")
                 self.refuse_server(*cursor.fetchone())
             finally:
-                self.guard.end(watch)
+                self.watchdog.unwatch(watch)
             return connection
         except AppError:
             if connection is not None:
@@ -4005,7 +4025,7 @@ class PostgresEngine:
             raise DatabaseError(self.explain(error)) from None
 
     def refuse_server(self, version: str, encoding: str) -> None:
-        """Raise DatabaseError for a server or a database that can't do what is needed, from what version() says."""
+        """Raise DatabaseError for a server or an encoding that can't be used; version is what version() says."""
         match, other = re.match(r"PostgreSQL (\d+)", version), OTHER_SERVERS.search(version)
         if other or not match:
             name = {"-YB-": "YugabyteDB"}.get(other[0].upper(), other[0]) if other else one_line(version, 60)
@@ -4018,11 +4038,11 @@ class PostgresEngine:
                                 "make one with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0, and name it")
 
     def _open(self) -> Any:
-        timeout_s = int(LAST_TRANSACTION_S) if self.guard.is_ending else 5
+        timeout_s = int(LAST_TRANSACTION_S) if self.watchdog.is_ending else 5
         if not self.is_pg8000:
             more: dict[str, Any] = {"fallback_application_name": "releasectl"}
             if self.driver.__name__ == "psycopg":
-                more["prepare_threshold"] = None  # behind a pooler the name of a statement may be another connection's
+                more["prepare_threshold"] = None  # a pooler mixes up prepared statements
             connection = self.driver.connect(
                 self.url, connect_timeout=timeout_s, keepalives_idle=10, keepalives_interval=5, keepalives_count=3,
                 tcp_user_timeout=15000, client_encoding="UTF8", **more)
@@ -4036,11 +4056,11 @@ class PostgresEngine:
             user=user or getpass.getuser(), password=password or os.environ.get("PGPASSWORD"), database=name or None,
             timeout=timeout_s, ssl_context=pg8000_tls(query),
             application_name=query.get("application_name", "releasectl"), **place)
-        connection._usock.settimeout(40)  # noqa: SLF001 - it has one for connecting and for all that follows
+        connection._usock.settimeout(40)  # noqa: SLF001 - it has one timeout for connecting and for requests
         return connection
 
     def tls_text(self) -> str:
-        """Return how the way to the server is protected, with the driver that is there."""
+        """Return how the connection to the server is protected."""
         mode = self.parts.query.get("sslmode") or (not self.is_pg8000 and os.environ.get("PGSSLMODE")) or "prefer"
         host = self.parts.query.get("host") or self.parts.hosts[0][0]
         if host.startswith("/") or (not host and not self.is_pg8000):
@@ -4053,39 +4073,39 @@ class PostgresEngine:
             "verify-full": "TLS, verified"}.get(mode, "TLS if the server offers it, whoever answers")
 
     def explain(self, error: Exception) -> str:
-        """Gives one line: what the server or the driver said, without the password."""
+        """Return in one line what the server or the driver said, without the password."""
         state = sqlstate_of(error)
         if state in ("25006", "0A000"):
             return (f"{self} is a standby, or read-only: put all hosts into DATABASE_URL and add "
                     "target_session_attrs=read-write (psycopg or psycopg2)")
-        # masked before it is cut to a line: else half of a password could be left, or its blanks be others
+        # masked before it is cut to one line, which could leave half of a password or change its blanks
         return f"{self}: {one_line(self.without_password(str(_pg8000_fields(error).get('M', error))))}"
 
     def without_password(self, text: str) -> str:
-        """Return a text without the password, as it stands in the URL or decoded."""
+        """Return a text with the password masked, as it is in the URL and decoded."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
 
     def is_data_error(self, error: Exception) -> bool:
-        """Say whether a value was refused, whatever the state of the server: SQLSTATE 22 and 54, or the driver."""
+        """Return whether the error is due to a value: SQLSTATE 22 and 54, or the driver's refusal."""
         return isinstance(error, (ValueError, OverflowError)) or sqlstate_of(error)[:2] in ("22", "54") or (
             isinstance(error, self.driver.DataError) and not sqlstate_of(error))
 
     @staticmethod
     def is_stale(error: Exception) -> bool:
-        """Says whether BEGIN failed for the connection's sake, and not after waiting for a lock."""
+        """Return whether BEGIN failed because the connection was cut, not after a wait for the lock."""
         return sqlstate_of(error) != LOCK_NOT_AVAILABLE
 
     @staticmethod
     @functools.lru_cache(maxsize=512)
     def sql(statement: str) -> str:
-        """Gives a statement in this engine's placeholders."""
+        """Return a statement with this engine's placeholders."""
         return statement.replace("%", "%%").replace("?", "%s")
 
     @staticmethod
     def ddl(statement: str) -> str:
-        """Gives a statement of schema.sql in this engine's words; "" for one that is not for it."""
+        """Return a statement of schema.sql for this engine, "" for one that it does not need."""
         if statement.startswith("CREATE TRIGGER"):
             return ""
         return statement.replace(
@@ -4095,7 +4115,7 @@ class PostgresEngine:
 
 
 def _pg8000_fields(error: Exception) -> Mapping[str, str]:
-    """Gives the server's fields of a pg8000 error (M message, C SQLSTATE); none for other drivers."""
+    """Return the server's fields of a pg8000 error (M: message, C: SQLSTATE); none for other drivers."""
     return error.args[0] if error.args and isinstance(error.args[0], dict) else {}
 
 
@@ -4113,20 +4133,12 @@ def _pg8000_options(query: Mapping[str, str]) -> None:
 
 
 def load_postgres_driver() -> Any:
-    """Gives the first driver found. RELEASECTL_PG_DRIVER picks one in tests."""
+    """Return the first driver found; RELEASECTL_PG_DRIVER picks one in tests. Raise ConfigError."""
     wanted = os.environ.get("RELEASECTL_PG_DRIVER", "")
-    if wanted in ("", "psycopg"):
-        with contextlib.suppress(ImportError):
-            import psycopg
-            return psycopg
-    if wanted in ("", "psycopg2"):
-        with contextlib.suppress(ImportError):
-            import psycopg2
-            return psycopg2
-    if wanted in ("", "pg8000"):
-        with contextlib.suppress(ImportError):
-            import pg8000.dbapi
-            return pg8000.dbapi
+    for name in ("psycopg", "psycopg2", "pg8000"):
+        if wanted in ("", name):
+            with contextlib.suppress(ImportError):
+                return importlib.import_module("pg8000.dbapi" if name == "pg8000" else name)
     raise ConfigError("a postgresql:// URL needs a driver: install psycopg, psycopg2 or pg8000 (1.30 or newer)")
 
 
@@ -4137,13 +4149,17 @@ def load_postgres_driver() -> Any:
 # ======================================================================================
 # Database: connections, transaction(), migrate().
 # Uses: Vocabulary, Settings, Log and metrics, Payloads, Engines.
+#
+#   One writer at a time, on both engines: SQLite by BEGIN IMMEDIATE, PostgreSQL by an
+#   advisory lock. So what a transaction read still holds when it writes, and events become
+#   visible in the order of their ids. Nothing waits for a network or a person meanwhile.
 # ======================================================================================
 
 SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
 MAX_IDLE_DB_CONNECTIONS = 8
-# A migration may have much to rewrite.
+# The same as MAX_TRANSACTION_S, for one step of a migration.
 MAX_MIGRATION_S = 3600.0
-# Where BEGIN fails on a connection that has just answered: only with one driver what PgBouncer says comes through.
+# Added where BEGIN fails on a connection that has just answered: two of three drivers hide PgBouncer's own message.
 TAKES_NO_TRANSACTION = "; it took no transaction: a pooler before the server must have pool_mode transaction or session"
 
 
@@ -4153,14 +4169,14 @@ class Transaction:
     def __init__(self, engine: SqliteEngine | PostgresEngine, connection: Any):
         self._engine = engine
         self._cursor = connection.cursor()
-        # What to do once it is certain that this took place: log lines and counters tell no more than is true.
-        self.afterwards: list[Callable[[], None]] = []
+        # Called after COMMIT, so that log lines and counters never tell what did not take place.
+        self.after_commit: list[Callable[[], None]] = []
 
     def execute(self, statement: str, *params: object) -> int:
-        """Runs a statement; gives the number of rows that it changed."""
+        """Return the number of rows that a statement changed; raise UnstorableValue."""
         sql = self._engine.sql(statement)
         try:
-            # without parameters a driver would not undo the doubling of %
+            # drivers turn %% into % only where there are parameters
             self._cursor.execute(sql, params) if params else self._cursor.execute(statement)
         except (*self._engine.error, ValueError, OverflowError) as error:
             if not self._engine.is_data_error(error):
@@ -4170,23 +4186,23 @@ class Transaction:
         return int(self._cursor.rowcount)
 
     def rows(self, statement: str, *params: object) -> list[tuple[Any, ...]]:
-        """Runs a query; gives all its rows."""
+        """Return all rows of a query."""
         self.execute(statement, *params)
         return [tuple(row) for row in self._cursor.fetchall()]
 
     def row(self, statement: str, *params: object) -> tuple[Any, ...] | None:
-        """Runs a query; gives its first row or None."""
+        """Return the first row of a query, or None."""
         self.execute(statement, *params)
         found = self._cursor.fetchone()
         return tuple(found) if found is not None else None
 
     def value(self, statement: str, *params: object) -> Any:
-        """Runs a query; gives the first column of its first row, or None."""
+        """Return the first column of the first row of a query, or None."""
         found = self.row(statement, *params)
         return found[0] if found else None
 
     def insert_many(self, statement: str, width: int, rows: Sequence[tuple[object, ...]]) -> None:
-        """Inserts rows by statement + (?, ...), ...: a few round trips for thousands of rows."""
+        """Insert rows of so many columns; statement ends with VALUES."""
         step = 900 // width  # SQLite 3.26 takes 999 parameters
         one = "(" + ", ".join("?" * width) + ")"
         for start in range(0, len(rows), step):
@@ -4194,46 +4210,47 @@ class Transaction:
             self.execute(statement + ", ".join([one] * len(part)), *(value for row in part for value in row))
 
     def now(self) -> str:
-        """Gives the time that decides who holds a claim: the server's on PostgreSQL."""
+        """Return the time that decides who holds a claim: the server's on PostgreSQL."""
         return str(self.value(self._engine.now_sql))
 
 
 class Database:
-    """The only door to the database: a few pooled connections, and transaction()."""
+    """The only door to the database: pooled connections, and transaction()."""
 
-    def __init__(self, url: str):
-        """Takes a sqlite:/// or postgresql:// URL; connects to nothing yet."""
+    def __init__(self, url: str, metrics: Metrics | None = None):
+        """Take a sqlite:/// or postgresql:// URL; connect at the first transaction. Count errors in metrics."""
         self.engine = SqliteEngine(url) if url.startswith("sqlite:") else PostgresEngine(url)
-        self._turns = ConnectionTurns(self.engine.max_connections)
-        # All connections that are open are to what had this identity; changed tells of one that was given back.
+        self._places = FairSemaphore(self.engine.max_connections)
+        # Guards the three below; notified when a connection is no longer in use.
+        self._changed = threading.Condition()
         self._idle: list[Any] = []
         self._in_use = 0
+        # engine.identity() of what all open connections are to.
         self._identity: object = None
         self._changed = threading.Condition()
-        # Of the whole process: whoever counts has a database at hand.
-        self.metrics = Metrics()
+        self.metrics = metrics or Metrics()
 
     def __str__(self) -> str:
         return str(self.engine)
 
     def close(self) -> None:
-        """Closes the idle connections."""
+        """Close the idle connections."""
         with self._changed:
             while self._idle:
                 close_quietly(self._idle.pop())
 
     def end_within(self, seconds: float) -> None:
-        """Cut off what is open after so many seconds, also in a server that hangs: the process ends."""
+        """Cut off transactions in so many seconds, also where the server hangs: the process ends."""
         if isinstance(self.engine, PostgresEngine):
-            self.engine.guard.end_within(seconds)
+            self.engine.watchdog.end_within(seconds)
 
     @contextlib.contextmanager
     def transaction(self, write: bool = False, create: bool = False,
                     limit_s: float = MAX_TRANSACTION_S) -> Iterator[Transaction]:
-        """Gives one transaction: a snapshot to read, or the only writer; committed at the end.
+        """Yield a transaction, a snapshot to read or the only writer; commit at the end, roll back at an exception.
 
-        Raises DatabaseError where the engine fails or takes longer than limit_s, UnstorableValue for a value that
-        it can't hold; an exception of the caller rolls back.
+        Raise DatabaseError where the engine fails or takes longer than limit_s, UnstorableValue for a value that it
+        can't hold.
         """
         try:
             connection, watch = self._begin(write, create, limit_s)
@@ -4245,49 +4262,49 @@ class Database:
             yield tx
             connection.cursor().execute("COMMIT")
         except self.engine.error as error:
-            self._give_up(connection)  # which rolls back, if there is anything left to roll back
+            self._discard(connection)  # which rolls back
             self.metrics.count("releasectl_database_errors_total")
             raise DatabaseError(self._explain(error, watch)) from error
         except BaseException as error:
-            if watch is not None and watch.is_cut:  # pg8000 stumbles over that in several ways
-                self._give_up(connection)
+            if watch is not None and watch.is_cut:  # pg8000 raises several errors of its own then
+                self._discard(connection)
                 raise DatabaseError(self._explain(error, watch)) from error
-            if isinstance(error, UnstorableValue):  # pg8000 may have sent half of it
-                self._give_up(connection)
+            if isinstance(error, UnstorableValue):  # pg8000 may have sent half of the statement
+                self._discard(connection)
                 raise
             try:
                 connection.cursor().execute("ROLLBACK")
                 self._give_back(connection)
             except self.engine.error:
-                self._give_up(connection)
+                self._discard(connection)
             raise
         else:
             self._give_back(connection)
         finally:
             self._unwatch(watch)
-        for deed in tx.afterwards:
-            deed()
+        for call in tx.after_commit:
+            call()
 
-    def _explain(self, error: BaseException, watch: FileWatch | None) -> str:
+    def _explain(self, error: BaseException, watch: WatchedTransaction | None) -> str:
         if watch is not None and watch.is_cut:
             return (f"{self}: no answer for {time.monotonic() - watch.since:.0f} s, so the connection was cut: the "
                     "server hangs, or a commit waits for a synchronous standby")
         return self.engine.explain(cast(Exception, error))
 
-    def _unwatch(self, watch: FileWatch | None) -> None:
+    def _unwatch(self, watch: WatchedTransaction | None) -> None:
         if watch is not None and isinstance(self.engine, PostgresEngine):
-            self.engine.guard.end(watch)
+            self.engine.watchdog.unwatch(watch)
 
-    def _begin(self, write: bool, create: bool, limit_s: float) -> tuple[Any, FileWatch | None]:
+    def _begin(self, write: bool, create: bool, limit_s: float) -> tuple[Any, WatchedTransaction | None]:
         statement = self.engine.begin_write if write else self.engine.begin_read
         while True:
             connection, pooled = self._take(create)
-            watch = self.engine.guard.begin(connection, limit_s) if isinstance(self.engine, PostgresEngine) else None
+            watch = self.engine.watchdog.watch(connection, limit_s) if isinstance(self.engine, PostgresEngine) else None
             try:
                 connection.cursor().execute(statement)
                 return connection, watch
             except self.engine.error as error:
-                self._give_up(connection)
+                self._discard(connection)
                 is_cut = watch is not None and watch.is_cut
                 self._unwatch(watch)
                 if is_cut or not (pooled and self.engine.is_stale(error)):
@@ -4296,14 +4313,14 @@ class Database:
                         text += TAKES_NO_TRANSACTION
                     raise DatabaseError(text) from error
             except BaseException as error:
-                self._give_up(connection)
+                self._discard(connection)
                 self._unwatch(watch)
                 if watch is not None and watch.is_cut:
                     raise DatabaseError(self._explain(error, watch)) from error
                 raise
 
     def _lock_holder(self, error: Exception) -> str:
-        """Return who holds the writers' lock, after an error of waiting for it; "" where that can't be told."""
+        """Return who has the writers' lock, for the error of a wait for it; "" where nobody can be named."""
         if not isinstance(self.engine, PostgresEngine) or sqlstate_of(error) != LOCK_NOT_AVAILABLE:
             return ""
         with contextlib.suppress(Exception), self.transaction() as tx:
@@ -4315,12 +4332,12 @@ class Database:
 
     def _take(self, create: bool) -> tuple[Any, bool]:
         """Return a connection in autocommit mode, and whether it was in use before."""
-        if not self._turns.take(CONNECTION_WAIT_S):
+        if not self._places.acquire(CONNECTION_WAIT_S):
             raise DatabaseError(f"{self}: all {self.engine.max_connections} connections of this process are in use for "
                                 f"more than {CONNECTION_WAIT_S:g} s")
         try:
             with self._changed:
-                self._leave_what_is_gone()
+                self._close_stale()
                 self._in_use += 1
                 if self._idle:
                     return self._idle.pop(), True
@@ -4329,31 +4346,31 @@ class Database:
                 connection = self.engine.connect(create)
             finally:
                 if connection is None:
-                    self._left()
+                    self._count_out()
             with self._changed:
                 if self._identity is None:
                     self._identity = self.engine.identity()
             return connection, False
         except BaseException:
-            self._turns.give_back()
+            self._places.release()
             raise
 
-    def _leave_what_is_gone(self) -> None:
-        """Close all connections where the files are others than they were; raise DatabaseError while some are in use.
+    def _close_stale(self) -> None:
+        """Close all connections where the files were replaced; raise DatabaseError while some are in use.
 
-        The last one brings into the file what was written into a -wal that is removed. None must be open when the
-        next one begins: SQLite would have both share what it keeps of a file.
+        The last one to close writes its removed -wal back into the file. The next one must open after that: SQLite
+        shares its state of a file within a process.
         """
         if not self._in_use and not self._idle:
-            self._identity = None  # whoever was last has taken -wal and -shm away
+            self._identity = None  # the last connection has removed -wal and -shm
         known, found = self._identity, self.engine.identity()
         if known in (None, found):
             return
         if isinstance(self.engine, SqliteEngine) and found and tuple(found)[:3] == tuple(known)[:3]:  # type: ignore
             self.metrics.count("releasectl_database_errors_total")
             log.error("%s; everything is read anew. Nothing but releasectl may touch these files",
-                      self.engine.keep_aside())
-            self._identity = "left"  # told once
+                      self.engine.save_new_wal())
+            self._identity = "stale"  # logged once
         while self._idle:
             close_quietly(self._idle.pop())
         if not self._changed.wait_for(lambda: not self._in_use or self._identity == self.engine.identity(),
@@ -4362,7 +4379,7 @@ class Database:
         if not self._in_use and not self._idle:
             self._identity = None
 
-    def _left(self) -> None:
+    def _count_out(self) -> None:
         with self._changed:
             self._in_use -= 1
             self._changed.notify_all()
@@ -4372,18 +4389,18 @@ class Database:
             if self._identity == self.engine.identity() and len(self._idle) < MAX_IDLE_DB_CONNECTIONS:
                 self._idle.append(connection)
             else:
-                close_quietly(connection)  # within the guard: the next reader finds the files as the last one left them
-            self._left()
-        self._turns.give_back()
+                close_quietly(connection)  # under the lock: to close the last one changes the files
+            self._count_out()
+        self._places.release()
 
-    def _give_up(self, connection: Any) -> None:
+    def _discard(self, connection: Any) -> None:
         with self._changed:
             close_quietly(connection)
-            self._left()
-        self._turns.give_back()
+            self._count_out()
+        self._places.release()
 
     def schema_version(self) -> int:
-        """Gives the version of the schema in the database; 0 for an empty one."""
+        """Return the version of the schema in the database, 0 for an empty one."""
         with self.transaction() as tx:
             return self._schema_version(tx)
 
@@ -4395,18 +4412,18 @@ class Database:
         return 0
 
     def backup(self, path: str) -> tuple[int, int]:
-        """Writes a checked copy to a new file; gives its schema and its size in bytes.
+        """Write a checked copy to a new file; return its schema and its size in bytes.
 
-        Raises AppError 3002 when the file exists, ConfigError on PostgreSQL, DatabaseError.
+        Raise AppError 3002 where the file exists, ConfigError on PostgreSQL, DatabaseError.
         """
         if isinstance(self.engine, PostgresEngine):
             raise ConfigError("backup is for SQLite; on PostgreSQL take pg_dump -Fc -f FILE \"$DATABASE_URL\"")
         return self.schema_version(), self.engine.backup(path)
 
     def migrate(self) -> tuple[int, int]:
-        """Brings the schema up to date, one transaction a step; gives the versions before and after.
+        """Bring the schema up to date, one transaction a step; return the versions before and after.
 
-        An empty database gets all steps in one: nobody sees it half made, and takes it for an old one.
+        An empty database gets all steps in one: half of them would look like an old database.
         """
         steps = schema_steps()
         before = None
@@ -4418,7 +4435,7 @@ class Database:
                 if version == len(steps):
                     return before, version
                 done = version + 1 if version else len(steps)
-                for statement in self.engine.patience_sql:
+                for statement in self.engine.no_limits_sql:
                     tx.execute(statement)
                 for statement in filter(None, map(self.engine.ddl, itertools.chain(*steps[version:done]))):
                     tx.execute(statement)
@@ -4427,7 +4444,7 @@ class Database:
             log.info("%s: schema step %d done", self, done)
 
     def require_schema(self, create: bool = False) -> None:
-        """Raises DatabaseError when the schema is not this program's; create makes an empty one."""
+        """Raise DatabaseError where the schema is not this program's; with create fill an empty database."""
         needed = len(schema_steps())
         if create and isinstance(self.engine, SqliteEngine) and self.engine.identity() is None:
             self.migrate()
@@ -4459,7 +4476,7 @@ def _fill_digests(tx: Transaction) -> None:
 
 @functools.lru_cache(maxsize=1)
 def schema_steps() -> tuple[tuple[str, ...], ...]:
-    """Gives the steps of schema.sql, each as its statements."""
+    """Return the steps of schema.sql, each as its statements."""
     text = re.sub(r"^\s*--(?! step ).*$", "", read_beside(SCHEMA_FILE), flags=re.MULTILINE)
     steps = re.split(r"^-- step \d+.*$", text, flags=re.MULTILINE)[1:]
     if not steps or not all(map(str.strip, steps)):
@@ -4478,11 +4495,9 @@ def schema_steps() -> tuple[tuple[str, ...], ...]:
 # Uses: Vocabulary, Helpers, Model, Database.
 # ======================================================================================
 
-class Numbers(NamedTuple):
-    """What a database has reached; none of it ever falls but where it goes back to an earlier state.
-
-    generation counts how often that was seen.
-    """
+class HighWater(NamedTuple):
+    """Numbers of a database that only grow, unless it goes back to an earlier state."""
+    # How often this process saw that it went back or moved to another server.
     generation: int = 0
     version: int = 0
     event_id: int = 0
@@ -4490,97 +4505,96 @@ class Numbers(NamedTuple):
 
 
 class Seen:
-    """The numbers that this process has read, to notice a database that goes back: a restore, a failover."""
+    """What this process has read, to notice a database that goes back: a restored backup, a failover."""
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self.numbers = Numbers()
-        # The highest version of any release that this process knew, also of one that is lost.
+        self._lock = threading.Lock()
+        self.high = HighWater()
+        # Highest version of any release that this process knew, lost ones too.
         self.version = 0
 
     def use_version(self, version: int) -> None:
-        """Note a version that is given out: never again, whatever becomes of its release."""
-        with self._guard:
+        """Note a version that is given out: it is never given out again, whatever becomes of its release."""
+        with self._lock:
             self.version = max(self.version, version)
 
-    def note(self, before: Numbers, version: int, event_id: int, timeline: int) -> tuple[str, bool]:
-        """Note what a transaction read that began when `before` was known.
+    def note(self, before: HighWater, version: int, event_id: int, timeline: int) -> tuple[str, bool]:
+        """Compare what a transaction read with what was known when it began: its snapshot may be that old.
 
-        Return what fell, "" for nothing, and whether the database moved to another server without that. It is
-        compared with what was known when it began: its snapshot may be older than what others have read since.
+        Return which numbers are lower, "" for none, and whether the database moved to another server without that.
         """
-        found = Numbers(before.generation, version, event_id, timeline)
-        fell = [f"{name} {now} after {was}" for name, now, was in (
+        found = HighWater(before.generation, version, event_id, timeline)
+        lower = [f"{name} {now} after {was}" for name, now, was in (
             ("version", version, before.version), ("event", event_id, before.event_id),
             ("timeline", timeline, before.timeline)) if now < was]
-        with self._guard:
-            if before.generation != self.numbers.generation:
-                return "", False  # another transaction has told of it
+        with self._lock:
+            if before.generation != self.high.generation:
+                return "", False  # another transaction has reported it
             self.version = max(self.version, version)
             has_moved = bool(before.timeline) and timeline != before.timeline
-            if fell or has_moved:
-                self.numbers = found._replace(generation=before.generation + 1)
+            if lower or has_moved:
+                self.high = found._replace(generation=before.generation + 1)
             else:
-                self.numbers = Numbers(*map(max, self.numbers, found))
-        return ", ".join(fell), has_moved and not fell
+                self.high = HighWater(*map(max, self.high, found))
+        return ", ".join(lower), has_moved and not lower
 
-    def note_fall(self) -> None:
-        """Note that the database went back, as another number of it told."""
-        with self._guard:
-            self.numbers = self.numbers._replace(generation=self.numbers.generation + 1, version=0, event_id=0)
+    def note_rewind(self) -> None:
+        """Note that the database went back, as a claim showed."""
+        with self._lock:
+            self.high = self.high._replace(generation=self.high.generation + 1, version=0, event_id=0)
 
 
 class DatabaseState:
-    """What this process knows of the database as a whole: its clock, its versions, whether it went back."""
+    """What this process knows of the database as a whole. Methods that take a transaction belong into the caller's."""
 
     def __init__(self, database: Database, clock: Clock):
         self.database = database
         self.clock = clock
         self.seen = Seen()
-        # When the generation grew last, by the elapsed clock; whether a fall is not written down yet.
+        # When the generation grew last, by Clock.elapsed().
         self.changed_at = float("-inf")
-        self.has_fallen = False
+        # The database went back, and write_rewind() has not been committed since.
+        self.is_rewind_unwritten = False
 
     @property
     def generation(self) -> int:
-        """How often the database went back, or moved to another server, as far as this process saw."""
-        return self.seen.numbers.generation
+        """Return how often this process saw the database go back or move to another server."""
+        return self.seen.high.generation
 
     def moment(self) -> Moment:
-        """Return this instant."""
         return Moment(self.clock.wall(), self.clock.elapsed(), self.clock.boot())
 
     def now(self) -> str:
         return utc_text(self.clock.wall())
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[Transaction]:
-        """Give a transaction that reads, and notice where the database went back since the last one."""
-        before = self.seen.numbers
+    def checked_read(self) -> Iterator[Transaction]:
+        """Yield a transaction that reads, after a check whether the database went back."""
+        before = self.seen.high
         with self.database.transaction() as tx:
             version, event_id = tx.row("SELECT (SELECT COALESCE(MAX(version), 0) FROM release_tasks), "
                                        "(SELECT COALESCE(MAX(id), 0) FROM release_events)") or (0, 0)
             timeline = tx.value(self.database.engine.timeline_sql)
-            # a standby that is behind is no database that went back
-            fell, has_moved = self.seen.note(before, version, event_id, timeline) if timeline else ("", False)
-            if fell:
-                self._note_went_back(fell)
+            # timeline 0: a standby, which may just be behind
+            lower, has_moved = self.seen.note(before, version, event_id, timeline) if timeline else ("", False)
+            if lower:
+                self._log_rewind(lower)
             elif has_moved:
                 self.changed_at = self.clock.elapsed()
                 log.warning("%s moved to another server (failover): everything is read anew, and agents are asked "
                             "before anything is sent", self.database)
             yield tx
 
-    def _note_went_back(self, fell: str) -> None:
-        self.changed_at = self.clock.elapsed()
-        self.has_fallen = True
-        self.database.metrics.count("releasectl_database_went_back_total")
-        log.error("%s went back to an earlier state (%s): a backup was restored, or a failover lost commits; "
-                  "everything is read anew, and agents are asked before anything is sent. See the runbook, "
-                  "ReleasectlDatabaseWentBack", self.database, fell)
+    def check_write(self) -> None:
+        """Commit a write; raise DatabaseError where that fails.
+
+        BEGIN alone would not tell: SQLite begins on a full disk or a read-only file too.
+        """
+        with self.database.transaction(write=True) as tx:
+            tx.execute("UPDATE health_probe SET at = ? WHERE id = 1", self.now())
 
     def next_version(self, tx: Transaction, release_id: int) -> int:
-        """Return the version for the release of an id: above every one that may ever have been used (rule 1)."""
+        """Return the version for the release of an id: above all that may ever have been used (rule 1)."""
         # the unique index of version, and nodes_by_last_version
         highest = tx.value("""
             SELECT MAX(v)
@@ -4593,18 +4607,9 @@ class DatabaseState:
             raise AppError(WRONG_STATE, f"the versions are used up: the newest is {MAX_VERSION}")
         return version
 
-    def write_fall(self, tx: Transaction) -> None:
-        """Write down that the database went back, where this process saw it: others saw no lost version."""
-        if self.has_fallen:
-            tx.execute("""
-                UPDATE database_state
-                SET moved_at = ?, lost_version = CASE WHEN lost_version > ? THEN lost_version ELSE ? END
-                WHERE id = 1""", tx.now(), self.seen.version, self.seen.version)
-            tx.afterwards.append(functools.partial(setattr, self, "_has_fallen", False))
-
     def note_timeline(self, tx: Transaction) -> None:
-        """Note the server that a writer has; after a failover leave out the numbers that lost releases may have had."""
-        self.write_fall(tx)
+        """Store the server's timeline; after a failover skip the versions that lost releases may have had."""
+        self.write_rewind(tx)
         timeline = tx.value(self.database.engine.timeline_sql)
         known = tx.value("SELECT timeline FROM database_state WHERE id = 1")
         if known == 0 != timeline:
@@ -4613,19 +4618,28 @@ class DatabaseState:
             tx.execute("UPDATE database_state SET timeline = ?, moved_at = ?, lost_version = ? WHERE id = 1",
                        timeline, tx.now(), min(self.next_version(tx, 0) + VERSIONS_SKIPPED - 1, MAX_VERSION))
 
-    def note_fall(self, claim: Claim, fell: str) -> None:
-        """Tell that the database went back, where that was not noticed since the claim was taken."""
+    def write_rewind(self, tx: Transaction) -> None:
+        """Tell other processes that the database went back, where this one saw it: they know no lost version."""
+        if self.is_rewind_unwritten:
+            tx.execute("""
+                UPDATE database_state
+                SET moved_at = ?, lost_version = CASE WHEN lost_version > ? THEN lost_version ELSE ? END
+                WHERE id = 1""", tx.now(), self.seen.version, self.seen.version)
+            tx.after_commit.append(functools.partial(setattr, self, "is_rewind_unwritten", False))
+
+    def report_rewind(self, claim: Claim, why: str) -> None:
+        """Log and count that the database went back, unless that was noticed since the claim was taken."""
         if self.generation == claim.generation:
-            self.seen.note_fall()
-            self._note_went_back(fell)
+            self.seen.note_rewind()
+            self._log_rewind(why)
 
-    def check_write(self) -> None:
-        """Commits a write; DatabaseError when that can't be done now.
-
-        A look alone would not tell: SQLite begins to write on a full disk or a read-only file too.
-        """
-        with self.database.transaction(write=True) as tx:
-            tx.execute("UPDATE health_probe SET at = ? WHERE id = 1", self.now())
+    def _log_rewind(self, why: str) -> None:
+        self.changed_at = self.clock.elapsed()
+        self.is_rewind_unwritten = True
+        self.database.metrics.count("releasectl_database_went_back_total")
+        log.error("%s went back to an earlier state (%s): a backup was restored, or a failover lost commits; "
+                  "everything is read anew, and agents are asked before anything is sent. See the runbook, "
+                  "ReleasectlDatabaseWentBack", self.database, why)
 
 
 # endregion
@@ -4639,28 +4653,26 @@ class DatabaseState:
 
 @dataclasses.dataclass(frozen=True)
 class Act:
-    """Who acts, and by which way: what a row of audit_log names.
-
-    actor: `cli:USER`, `cert:NAME` (a client certificate's), `api` (no tokens are set), else a token's name, which
-    holds no colon; via the executor the name of one. address: where a request came from, or the command line's host.
-    """
+    """Who acts, and from where: what a row of audit_log names."""
+    # cli:USER, cert:NAME of a client certificate, api (no tokens are set), an executor's owner, or a token's name.
     actor: str
     via: str = VIA_EXECUTOR
     token: str = ""
     certificate: str = ""
+    # Of the client that sent a request, or the command line's host.
     address: str = ""
     request_id: str = ""
-    # The rows that it left, as far as they are committed.
+    # Its committed rows.
     rows: list[AuditRow] = dataclasses.field(default_factory=list, compare=False)
 
     def __str__(self) -> str:
         return self.actor
 
 
-# A name alone is an executor's.
+# A text is an executor's owner.
 Who = Union[Act, str]
 
-# Whoever calls the Store from a program of their own.
+# The default: a program that uses Store itself.
 PROGRAM = Act("program", VIA_CLI)
 
 
@@ -4686,34 +4698,38 @@ class AuditRow(NamedTuple):
 
 
 class AuditFilter(NamedTuple):
-    """Which rows of audit_log are asked for: by an actor, token or certificate; of an action or its group; since."""
+    """Which rows of audit_log to return; "" for all."""
+    # Or a token or certificate.
     actor: str = ""
+    # Or a group: `release` for `release.create`.
     action: str = ""
     object: str = ""
     since: str = ""
 
 
 class AuditReport(NamedTuple):
-    """What a look at audit_log found: rows and ended releases that were looked at, of how many; its head; faults."""
+    """The result of a verification of audit_log."""
+    # Rows and ended releases that were verified, each of how many.
     rows: int
     of_rows: int
     releases: int
     of_releases: int
+    # Id and hash of the newest row.
     head: tuple[int, str]
     faults: list[str]
 
 
-# The canonical form of what is hashed (docs/SECURITY.md): compact JSON in ASCII.
+# The canonical form of what is hashed: compact JSON in ASCII (docs/SECURITY.md).
 _CANONICAL = json.JSONEncoder(separators=(",", ":"), default=repr)
 
 
 def audit_hash(row: AuditRow, hash_before: str) -> str:
-    """Return the hash of a row that follows one with hash_before; "" before the first."""
+    """Return the hash of a row after one with hash_before, which is "" for the first row."""
     return hashlib.sha256(_CANONICAL.encode([hash_before, *row[:-1]]).encode()).hexdigest()
 
 
 def audit_fault(row: AuditRow, id_before: int, hash_before: str) -> str:
-    """Return what is wrong with a row that is found behind another, "" for nothing."""
+    """Return what is wrong with a row after another one, "" for nothing."""
     if row.id <= id_before or not row.hash:
         return f"inserted: row {row.id} has no place in the chain: it was written by hand"
     if row.id > id_before + 1:
@@ -4725,39 +4741,44 @@ def audit_fault(row: AuditRow, id_before: int, hash_before: str) -> str:
 
 
 def audit_text(values: Mapping[str, object] | None) -> str:
-    """Return what a row of audit_log says of before or after: JSON of a bounded size; "" for nothing."""
+    """Return before or after of a row: JSON, "" for nothing; above MAX_AUDIT_BYTES long values become digests."""
     if not values:
         return ""
     text = _CANONICAL.encode(values)
     if len(text) > MAX_AUDIT_BYTES:
-        text = _CANONICAL.encode({key: value if len(_CANONICAL.encode(value)) <= 512 else _too_long(value)
-                                  for key, value in values.items()})
+        text = _CANONICAL.encode({key: _shortened(value) for key, value in values.items()})
     return text
 
 
-def _too_long(value: object) -> dict[str, object]:
+def non_empty(**values: object) -> dict[str, object]:
+    """Return the values that are not None, "" or {}."""
+    return {name: value for name, value in values.items() if value not in (None, "", {})}
+
+
+def _shortened(value: object) -> object:
     text = _CANONICAL.encode(value)
-    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "bytes": len(text)}
+    return value if len(text) <= 512 else {"sha256": hashlib.sha256(text.encode()).hexdigest(), "bytes": len(text)}
 
 
 AUDIT_COLUMNS = ", ".join(AuditRow._fields)
 
 
 class NewEvent(NamedTuple):
-    """A row of release_events that is to be written."""
+    """A row of release_events to write."""
     release_id: int
     event: str
     from_status: str
     to_status: str
     detail: str = ""
-    # None: of the release itself.
+    # None: the event is the release's.
     node_id: int | None = None
 
 
 def add_events(tx: Transaction, at: str, actor: Who, events: Iterable[NewEvent]) -> None:
     """Append to the history of releases, in the transaction of what happened.
 
-    Raise RuntimeError for a change of a status that the tables of transitions do not have.
+    Every change of a status has an event, so this is where it is checked: raise RuntimeError for one that is not in
+    the tables of transitions.
     """
     rows = []
     for new in events:
@@ -4770,42 +4791,42 @@ def add_events(tx: Transaction, at: str, actor: Who, events: Iterable[NewEvent])
                    "detail) VALUES ", 8, rows)
 
 
-# Actions of audit_log that its verification reads, and so many rows are read at once.
-RELEASE_END, PRUNE, AUDIT_PAGE = "release.end", "prune", 2000
-# The schema step that brought it.
+# Actions that the verification reads.
+RELEASE_END, PRUNE = "release.end", "prune"
+# Rows read in one transaction.
+AUDIT_PAGE = 2000
+# The first schema with audit_log.
 AUDIT_SCHEMA = 6
-# So much of what is wrong with it is told.
 MAX_AUDIT_FAULTS = 20
 
 
 class AuditChain:
-    """The rows of audit_log as they are read one after the other, and what is wrong with them."""
+    """A verification of the rows of audit_log, one after the other."""
 
     def __init__(self, last: tuple[int, str], copy: tuple[int, str] | None = None):
-        """Begin behind a row of this id and hash; copy: id and hash of a row as they are known from elsewhere."""
+        """Begin after the row with this id and hash; copy: id and hash of a row as somebody kept them elsewhere."""
         self.last, self._copy = last, copy
         self.rows = 0
         self.faults: list[str] = []
-        # Row and digest of each release's end.
+        # By release: the row of its end, and the digest of its events there.
         self.ended: dict[int, tuple[int, str]] = {}
         self._pruned: list[tuple[int, int]] = []
 
-    def note(self, fault: str) -> None:
-        """Keep what is wrong, up to MAX_AUDIT_FAULTS of it."""
+    def add_fault(self, fault: str) -> None:
+        """Keep a fault, up to MAX_AUDIT_FAULTS."""
         if len(self.faults) < MAX_AUDIT_FAULTS:
             self.faults.append(fault)
 
     def add(self, row: AuditRow) -> None:
-        """Look at the next row."""
+        """Verify the next row."""
         self.rows += 1
-        fault = audit_fault(row, *self.last)
-        if fault:
-            self.note(fault)
+        if fault := audit_fault(row, *self.last):
+            self.add_fault(fault)
         if self._copy and self._copy[0] == row.id and self._copy[1] != row.hash:
-            self.note(f"changed: row {row.id} has another hash than the copy of it")
+            self.add_fault(f"changed: row {row.id} has another hash than the copy of it")
         if row.id > 0:
             self.last = row.id, row.hash
-        with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):  # written by hand: the chain tells
+        with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):  # written by hand: a fault already
             if row.action == RELEASE_END:
                 release_id = int(row.object.split()[1])
                 self.ended.pop(release_id, None)
@@ -4814,22 +4835,22 @@ class AuditChain:
                 self._pruned += [(int(first), int(last)) for first, last in parse_json(row.before)["releases"]]
 
     def is_pruned(self, release_id: int) -> bool:
-        """Return whether a row of prune tells that a release was deleted."""
+        """Return whether a row says that prune deleted a release."""
         return any(first <= release_id <= last for first, last in self._pruned)
 
 
 class Audit:
-    """The history of releases (release_events) and of every act (audit_log)."""
+    """The log of every act (audit_log). Each public method but verify() is one transaction, or in the caller's (tx)."""
 
     def __init__(self, state: DatabaseState):
         self._state = state
         self._database = state.database
 
     def add(self, tx: Transaction, who: Who, action: str, what: str, before: Mapping[str, object] | None = None,
-               after: Mapping[str, object] | None = None) -> tuple[int, str]:
-        """Append the row of an act to audit_log, in the act's own transaction; return its id and hash.
+            after: Mapping[str, object] | None = None) -> tuple[int, str]:
+        """Append the row of an act, in the act's own transaction; return its id and hash.
 
-        Writers come one after the other (the lock of a writing transaction), so the order of ids is the chain's.
+        There is one writer at a time, so the order of the ids is the order of the chain.
         """
         act = who if isinstance(who, Act) else Act(who)
         id_before, hash_before = self._head(tx)
@@ -4838,7 +4859,7 @@ class Audit:
         row = row._replace(hash=audit_hash(row, hash_before))
         tx.execute(f"INSERT INTO audit_log ({AUDIT_COLUMNS}) VALUES ({self._database.engine.audit_id_sql}"
                    f"{', ?' * (len(row) - 1)})", *row)
-        tx.afterwards.append(lambda: act.rows.append(row))
+        tx.after_commit.append(lambda: act.rows.append(row))
         return row.id, row.hash
 
     def add_end(self, tx: Transaction, who: Who, release: Release, status: str) -> tuple[int, str]:
@@ -4846,7 +4867,81 @@ class Audit:
         count, digest = self._events_digest(tx, release.id)
         act = dataclasses.replace(who, via=VIA_EXECUTOR) if isinstance(who, Act) else who
         return self.add(tx, act, RELEASE_END, f"release {release.id}", {"status": release.status},
-                           {"status": status, "events": count, "eventsSha256": digest})
+                        {"status": status, "events": count, "eventsSha256": digest})
+
+    def perform(self, by: Who, action: str, what: str, after: Mapping[str, object], deed: Callable[[], T]) -> T:
+        """Return deed(), which acts outside of the database; its row is committed after it, and only if it succeeds."""
+        with self._database.transaction(write=True) as tx:
+            self.add(tx, by, action, what, after=after)
+            return deed()
+
+    def backup(self, path: str, by: Who = PROGRAM) -> tuple[int, int]:
+        """Do Database.backup() with a row in audit_log, where the schema has that already."""
+        schema, size = self._database.backup(path)
+        try:
+            if schema >= AUDIT_SCHEMA:
+                with self._database.transaction(write=True) as tx:
+                    self.add(tx, by, "backup", f"file {path}", after={"bytes": size, "schema": schema})
+        except BaseException:
+            os.unlink(path)
+            raise
+        return schema, size
+
+    def head(self) -> tuple[int, str]:
+        """Return id and hash of the newest row, 0 and "" where there is none."""
+        with self._database.transaction() as tx:
+            return self._head(tx)
+
+    def rows(self, after: int = 0, limit: int = 100, wanted: AuditFilter = AuditFilter(),  # noqa: B008
+             newest: bool = False) -> list[AuditRow]:
+        """Return the first rows with an id above after, or with newest the last ones; oldest first."""
+        parts = [(clause, params) for clause, params, is_set in (
+            ("? IN (actor, token, certificate)", (wanted.actor,), wanted.actor),
+            ("(action = ? OR action LIKE ?)", (wanted.action, f"{wanted.action}.%"), wanted.action),
+            ("object = ?", (wanted.object,), wanted.object), ("at >= ?", (wanted.since,), wanted.since)) if is_set]
+        where = " AND ".join(["id > ?", *(clause for clause, _ in parts)])
+        with self._database.transaction() as tx:
+            rows = [AuditRow(*row) for row in tx.rows(
+                f"SELECT {AUDIT_COLUMNS} FROM audit_log WHERE {where} ORDER BY id {'DESC' if newest else ''} LIMIT ?",
+                after, *(param for _, params in parts for param in params), limit)]
+        return rows[::-1] if newest else rows
+
+    def verify(self, copy: tuple[int, str] | None = None, max_rows: int = MAX_ID,
+               max_releases: int = MAX_ID) -> AuditReport:
+        """Verify the chain of the newest rows, and the events of the newest releases that ended.
+
+        Page by page: it holds no lock. copy: id and hash of a row as somebody kept them elsewhere; nothing else shows
+        that the newest rows were taken away.
+        """
+        of_rows = self.head()[0]
+        start = max(of_rows - max_rows, 0)
+        before = self.rows(start - 1, 1) if start else []
+        chain = AuditChain((start, before[0].hash if before and before[0].id == start else ""), copy)
+        self._read(chain, start or -MAX_ID)
+        ended = list(chain.ended.items())
+        verified, gone = ended[max(len(ended) - max_releases, 0):], []
+        for release_id, (row_id, digest) in verified:
+            with self._database.transaction() as tx:
+                if not tx.value("SELECT COUNT(*) FROM release_tasks WHERE id = ?", release_id):
+                    gone.append(release_id)
+                elif self._events_digest(tx, release_id)[1] != digest:
+                    chain.add_fault(f"digest of release {release_id} differs: its events are not those that it ended "
+                                    f"with (row {row_id})")
+        if gone:
+            self._read(chain, chain.last[0])  # a prune may have run meanwhile
+        for release_id in gone:
+            if not chain.is_pruned(release_id):
+                chain.add_fault(f"taken away: release {release_id}, and no row of prune tells of it")
+        if copy and copy[0] > chain.last[0]:
+            chain.add_fault(f"taken away: the log ends with row {chain.last[0]}, and the copy is of row {copy[0]}")
+        return AuditReport(chain.rows, max(of_rows, chain.last[0]), len(verified), len(ended), chain.last,
+                           chain.faults)
+
+    def _read(self, chain: AuditChain, after: int) -> None:
+        while rows := self.rows(after, AUDIT_PAGE):
+            for row in rows:
+                chain.add(row)
+            after = rows[-1].id
 
     @staticmethod
     def _head(tx: Transaction) -> tuple[int, str]:
@@ -4855,7 +4950,7 @@ class Audit:
 
     @staticmethod
     def _events_digest(tx: Transaction, release_id: int) -> tuple[int, str]:
-        """Return how many events a release has, and the SHA-256 of them in their canonical form."""
+        """Return the number of a release's events, and the SHA-256 of their canonical form."""
         digest, count, last_id = hashlib.sha256(b"["), 0, -MAX_ID
         while True:
             # the index release_events_by_release
@@ -4872,81 +4967,6 @@ class Audit:
                 digest.update(b"]")
                 return count, digest.hexdigest()
 
-    def head(self) -> tuple[int, str]:
-        """Return id and hash of the newest row of audit_log; 0 and "" while there is none."""
-        with self._database.transaction() as tx:
-            return self._head(tx)
-
-    def rows(self, after: int = 0, limit: int = 100, wanted: AuditFilter = AuditFilter(),  # noqa: B008
-                   newest: bool = False) -> list[AuditRow]:
-        """Return rows of audit_log with an id above after, oldest first; with newest the last ones of them."""
-        parts = [(clause, params) for clause, params, is_set in (
-            ("? IN (actor, token, certificate)", (wanted.actor,), wanted.actor),
-            ("(action = ? OR action LIKE ?)", (wanted.action, f"{wanted.action}.%"), wanted.action),
-            ("object = ?", (wanted.object,), wanted.object), ("at >= ?", (wanted.since,), wanted.since)) if is_set]
-        where = " AND ".join(["id > ?", *(clause for clause, _ in parts)])
-        with self._database.transaction() as tx:
-            rows = [AuditRow(*row) for row in tx.rows(
-                f"SELECT {AUDIT_COLUMNS} FROM audit_log WHERE {where} ORDER BY id {'DESC' if newest else ''} LIMIT ?",
-                after, *(param for _, params in parts for param in params), limit)]
-        return rows[::-1] if newest else rows
-
-    def verify(self, copy: tuple[int, str] | None = None, max_rows: int = MAX_ID,
-                     max_releases: int = MAX_ID) -> AuditReport:
-        """Look whether audit_log is whole, and the events of ended releases are those that they ended with.
-
-        copy: id and hash of a row as somebody kept them elsewhere: only that shows that the end was taken away. At
-        most so many of the newest rows are looked at, and of the releases whose end they tell.
-        """
-        of_rows = self.head()[0]
-        start = max(of_rows - max_rows, 0)
-        before = self.rows(start - 1, 1) if start else []
-        chain = AuditChain((start, before[0].hash if before and before[0].id == start else ""), copy)
-        self._read(chain, start or -MAX_ID)
-        ended = list(chain.ended.items())
-        some, gone = ended[max(len(ended) - max_releases, 0):], []
-        for release_id, (row_id, digest) in some:
-            with self._database.transaction() as tx:
-                if not tx.value("SELECT COUNT(*) FROM release_tasks WHERE id = ?", release_id):
-                    gone.append(release_id)
-                elif self._events_digest(tx, release_id)[1] != digest:
-                    chain.note(f"digest of release {release_id} differs: its events are not those that it ended with "
-                               f"(row {row_id})")
-        if gone:
-            self._read(chain, chain.last[0])  # a prune may have come meanwhile
-        for release_id in gone:
-            if not chain.is_pruned(release_id):
-                chain.note(f"taken away: release {release_id}, and no row of prune tells of it")
-        if copy and copy[0] > chain.last[0]:
-            chain.note(f"taken away: the log ends with row {chain.last[0]}, and the copy is of row {copy[0]}")
-        return AuditReport(chain.rows, max(of_rows, chain.last[0]), len(some), len(ended), chain.last, chain.faults)
-
-    def _read(self, chain: AuditChain, after: int) -> None:
-        while rows := self.rows(after, AUDIT_PAGE):
-            for row in rows:
-                chain.add(row)
-            after = rows[-1].id
-
-    def note(self, by: Who, action: str, what: str, after: Mapping[str, object], deed: Callable[[], T]) -> T:
-        """Do what is outside of the database, with its row in audit_log: both or none; return what it gives."""
-        with self._database.transaction(write=True) as tx:
-            self.add(tx, by, action, what, after=after)
-            return deed()
-
-    def backup(self, path: str, by: Who = PROGRAM) -> tuple[int, int]:
-        """Write a checked copy to a new file; return its schema and its size in bytes; raise as Database.backup().
-
-        A database that is older than audit_log has no row of it.
-        """
-        schema, size = self._database.backup(path)
-        try:
-            if schema >= AUDIT_SCHEMA:
-                self.note(by, "backup", f"file {path}", {"bytes": size, "schema": schema}, lambda: None)
-        except BaseException:
-            os.unlink(path)
-            raise
-        return schema, size
-
 
 # endregion
 
@@ -4958,11 +4978,14 @@ class Audit:
 #   Audit.
 # ======================================================================================
 
-_NODE_COLUMNS = ("name", "main_ip", "agent_port", "agent_protocol", "labels", "enabled", "status")
+NODE_COLUMNS = ", ".join(field.name for field in dataclasses.fields(Node))
+# What a person sets, and a row to insert in the same order.
+_SETTABLE_COLUMNS = ("name", "main_ip", "agent_port", "agent_protocol", "labels", "enabled", "status")
+NodeRow = tuple[str, str, int, str, str, int, str]
 
 
-def node_values(node: Node, columns: Iterable[str] = _NODE_COLUMNS) -> dict[str, object]:
-    """Return columns of a node as audit_log has them: as the API spells and shows them."""
+def node_values(node: Node, columns: Iterable[str] = _SETTABLE_COLUMNS) -> dict[str, object]:
+    """Return columns of a node for audit_log, named and shown as in the API."""
     values: dict[str, object] = {}
     for column in columns:
         value = getattr(node, column)
@@ -4975,15 +4998,12 @@ def node_values(node: Node, columns: Iterable[str] = _NODE_COLUMNS) -> dict[str,
 
 
 class Page(NamedTuple):
-    """A part of a list, and how many there are in all."""
+    """A page of a list."""
     items: list[Any]
+    # Of the whole list.
     total: int
     number: int
     size: int
-
-
-NODE_COLUMNS = """id, name, main_ip, agent_port, agent_protocol, labels, enabled, status, created_at, updated_at,
-    last_version"""
 
 
 # Nodes in one statement: SQLite 3.26 takes 999 parameters.
@@ -5032,7 +5052,7 @@ def _out_of_turn(tx: Transaction, versions: Mapping[int, int]) -> list[tuple[int
 
 
 class Nodes:
-    """The registry. Each public method is one transaction."""
+    """The registry of nodes. Each public method is one transaction; its callers have checked the values."""
 
     def __init__(self, state: DatabaseState, audit: Audit):
         self._state = state
@@ -5040,15 +5060,15 @@ class Nodes:
         self._audit = audit
 
     def add(self, name: str, main_ip: str, agent_port: int = 8443, agent_protocol: str = TASKS,
-                 labels: str = "{}", enabled: bool = True, status: str = "online", by: Who = PROGRAM) -> Node:
-        """Adds a node; AppError 3002 when the name is taken. The values are checked by floor 5."""
+            labels: str = "{}", enabled: bool = True, status: str = "online", by: Who = PROGRAM) -> Node:
+        """Add a node; raise AppError 3002 where its name or address is taken."""
         with self._database.transaction(write=True) as tx:
             node = self._add(tx, [(name, main_ip, agent_port, agent_protocol, labels, int(enabled), status)])[0]
             self._audit.add(tx, by, "node.add", f"node {name}", after={"id": node.id, **node_values(node)})
             return node
 
-    def add_all(self, rows: Sequence[tuple[str, str, int, str, str, int, str]], by: Who = PROGRAM) -> list[Node]:
-        """Adds nodes, all or none; AppError 3002 naming the first whose name is taken."""
+    def add_all(self, rows: Sequence[NodeRow], by: Who = PROGRAM) -> list[Node]:
+        """Add all nodes or none; raise AppError 3002 for the first whose name or address is taken."""
         with self._database.transaction(write=True) as tx:
             nodes = self._add(tx, rows)
             if nodes:
@@ -5057,31 +5077,48 @@ class Nodes:
                     "nodes": [node_values(node) for node in nodes]})
             return nodes
 
-    def _add(self, tx: Transaction, rows: Sequence[tuple[str, str, int, str, str, int, str]]) -> list[Node]:
-        now, owners = self._state.now(), self._endpoints(tx)
-        for row in rows:
-            if tx.value("SELECT COUNT(*) FROM nodes WHERE name = ?", row[0]):
-                raise AppError(EXISTS, f"node {row[0]} exists already")
-            if row[5]:
-                self._refuse_twin(owners, row[0], row[1], row[2])
-            tx.execute("""
-                INSERT INTO nodes (name, main_ip, agent_port, agent_protocol, labels, enabled, status,
-                                   created_at, updated_at)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""", *row, now, now)
-        return [self._node_by_name(tx, row[0]) for row in rows]
+    def update(self, node_id: int, changes: Mapping[str, object], by: Who = PROGRAM) -> Node:
+        """Change columns of a node; raise AppError 3001, 3002, or 3003 where an open release needs its address."""
+        with self._database.transaction(write=True) as tx:
+            node = self._node(tx, node_id)
+            after = dataclasses.replace(node, **dict(changes))  # type: ignore[arg-type]
+            changed = [column for column in _SETTABLE_COLUMNS if getattr(after, column) != getattr(node, column)]
+            if "name" in changed:
+                self._refuse_taken_name(tx, after.name)
+            if not {"main_ip", "agent_port", "agent_protocol"}.isdisjoint(changed):
+                self._refuse_in_use(tx, node)
+            if after.enabled and (after.endpoint != node.endpoint or not node.enabled):
+                self._refuse_twin(self._endpoints(tx), after.name, after.main_ip, after.agent_port, node.name)
+            for column in changed:
+                tx.execute(f"UPDATE nodes SET {column} = ?, updated_at = ? WHERE id = ?",
+                           changes[column], self._state.now(), node_id)
+            if changed:
+                self._audit.add(tx, by, "node.set", f"node {node.name}", node_values(node, changed),
+                                node_values(after, changed))
+            return self._node(tx, node_id)
+
+    def delete(self, node_id: int, by: Who = PROGRAM) -> None:
+        """Delete a node; raise AppError 3001, or 3003 where a release has it: history is kept."""
+        with self._database.transaction(write=True) as tx:
+            node = self._node(tx, node_id)
+            release_id = tx.value("SELECT MAX(release_task_id) FROM release_task_nodes WHERE node_id = ?", node_id)
+            if release_id is not None:
+                raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}: disable it instead")
+            tx.execute("DELETE FROM nodes WHERE id = ?", node_id)
+            self._audit.add(tx, by, "node.delete", f"node {node.name}", {"id": node.id, **node_values(node)})
 
     def get(self, node_id: int) -> Node:
-        """Gives a node; AppError 3001 when there is none."""
+        """Return a node; raise AppError 3001."""
         with self._database.transaction() as tx:
             return self._node(tx, node_id)
 
     def named(self, name: str) -> Node:
-        """Gives a node by its name; AppError 3001 when there is none."""
+        """Return a node by its name; raise AppError 3001."""
         with self._database.transaction() as tx:
             return self._node_by_name(tx, name)
 
     def page(self, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
-        """Gives a page of the nodes, by id; size 0 for all of them."""
+        """Return a page of the nodes by id; size 0: all of them."""
         with self._database.transaction() as tx:
             total = tx.value("SELECT COUNT(*) FROM nodes")
             rows = tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id LIMIT ? OFFSET ?",
@@ -5089,7 +5126,7 @@ class Nodes:
             return Page([Node(*row) for row in rows], total, page, size)
 
     def last_releases(self, node_ids: Sequence[int]) -> dict[int, tuple[int, str]]:
-        """Gives for each of some nodes the newest release that names it, and what it is there."""
+        """Return by node the newest release that has it, and its status there."""
         if not node_ids:
             return {}
         with self._database.transaction() as tx:
@@ -5101,52 +5138,37 @@ class Nodes:
                   AND n.release_task_id = (SELECT MAX(m.release_task_id) FROM release_task_nodes m
                                            WHERE m.node_id = n.node_id)""", *node_ids)}
 
-    def update(self, node_id: int, changes: Mapping[str, object], by: Who = PROGRAM) -> Node:
-        """Changes columns of a node, checked by floor 5; 3001, 3002, or 3003 while a release needs it."""
-        with self._database.transaction(write=True) as tx:
-            node = self._node(tx, node_id)
-            if changes.get("name", node.name) != node.name and tx.value(
-                    "SELECT COUNT(*) FROM nodes WHERE name = ?", changes["name"]):
-                raise AppError(EXISTS, f"node {changes['name']} exists already")
-            if any(changes.get(c, getattr(node, c)) != getattr(node, c)
-                   for c in ("main_ip", "agent_port", "agent_protocol")):
-                self._refuse_in_use(tx, node)
-            after = dataclasses.replace(node, **dict(changes))  # type: ignore[arg-type]
-            if after.enabled and (after.endpoint != node.endpoint or not node.enabled):
-                self._refuse_twin(self._endpoints(tx), after.name, after.main_ip, after.agent_port, node.name)
-            changed = [column for column in _NODE_COLUMNS if getattr(after, column) != getattr(node, column)]
-            for column in changed:
-                tx.execute(f"UPDATE nodes SET {column} = ?, updated_at = ? WHERE id = ?",
-                           changes[column], self._state.now(), node_id)
-            if changed:
-                self._audit.add(tx, by, "node.set", f"node {node.name}", node_values(node, changed),
-                            node_values(after, changed))
-            return self._node(tx, node_id)
+    def _add(self, tx: Transaction, rows: Sequence[NodeRow]) -> list[Node]:
+        now, owners = self._state.now(), self._endpoints(tx)
+        for row in rows:
+            self._refuse_taken_name(tx, row[0])
+            if row[5]:
+                self._refuse_twin(owners, row[0], row[1], row[2])
+            tx.execute(f"INSERT INTO nodes ({', '.join(_SETTABLE_COLUMNS)}, created_at, updated_at) "
+                       "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *row, now, now)
+        return [self._node_by_name(tx, row[0]) for row in rows]
 
     @staticmethod
     def _endpoints(tx: Transaction) -> dict[Endpoint, str]:
-        """Return which enabled node has which address."""
+        """Return the names of the enabled nodes by address."""
         return {endpoint_of(main_ip, port): name for name, main_ip, port in tx.rows(
             "SELECT name, main_ip, agent_port FROM nodes WHERE enabled = 1")}
 
     @staticmethod
+    def _refuse_taken_name(tx: Transaction, name: str) -> None:
+        if tx.value("SELECT COUNT(*) FROM nodes WHERE name = ?", name):
+            raise AppError(EXISTS, f"node {name} exists already")
+
+    @staticmethod
     def _refuse_twin(owners: dict[Endpoint, str], name: str, main_ip: str, port: int, known_as: str = "") -> None:
-        """Raise AppError 3002 where another enabled node has this address; else note that it is taken now."""
+        """Raise AppError 3002 where another enabled node has this address; else enter it into owners."""
         twin = owners.setdefault(endpoint_of(main_ip, port), name)
         if twin not in (name, known_as):
             raise AppError(EXISTS, f"node {twin} has the address {main_ip}:{port} already: one agent is one node")
 
-    def delete(self, node_id: int, by: Who = PROGRAM) -> None:
-        """Deletes a node; AppError 3003 when a release names it (the history is kept)."""
-        with self._database.transaction(write=True) as tx:
-            node = self._node(tx, node_id)
-            release_id = tx.value("SELECT MAX(release_task_id) FROM release_task_nodes WHERE node_id = ?", node_id)
-            if release_id is not None:
-                raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}: disable it instead")
-            tx.execute("DELETE FROM nodes WHERE id = ?", node_id)
-            self._audit.add(tx, by, "node.delete", f"node {node.name}", {"id": node.id, **node_values(node)})
-
-    def _refuse_in_use(self, tx: Transaction, node: Node) -> None:
+    @staticmethod
+    def _refuse_in_use(tx: Transaction, node: Node) -> None:
+        """Raise AppError 3003 where an open release has the node."""
         release_id = tx.value("""
             SELECT MIN(r.id)
             FROM release_tasks r
@@ -5155,7 +5177,7 @@ class Nodes:
                               node.id)
         if release_id is not None:
             raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}, which is not at its end: "
-                                 "its address, port and protocol stay until then")
+                                        "its address, port and protocol stay until then")
 
     @staticmethod
     def _node(tx: Transaction, node_id: int) -> Node:
@@ -5182,32 +5204,48 @@ class Nodes:
 #   Database state, Audit.
 # ======================================================================================
 
-# The index release_task_nodes_by_status serves the two that are counted: the lowest batch of one
-# status is its first entry, while IN would go through all of them.
-RELEASE_COLUMNS = """r.id, r.type, r.target, r.version, r.status, r.status_reason, r.reason, r.payload, r.strategy,
-    r.retry_of, r.rollback_of, r.total_nodes, r.success_nodes, r.failed_nodes, r.error_msg, r.claim_owner,
-    r.claim_fence, r.claim_expires_at, r.created_at, r.started_at, r.finished_at, r.updated_at,
-    r.passed_batch, r.soak_until, r.paused_by, r.tag, r.soak_clock, r.payload_sha256,
-    (SELECT COUNT(*) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'skipped'),
-    COALESCE((SELECT MIN(w.batch) FROM (
+# Fields of Release that are computed; each other one is a column of its row r. The index release_task_nodes_by_status
+# serves each status by itself: its lowest batch is the first entry, while IN would read all of them.
+_COMPUTED_OF_RELEASE = {
+    "stored_sha256": "r.payload_sha256",
+    "skipped_nodes":
+        "(SELECT COUNT(*) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'skipped')",
+    "current_batch": """COALESCE((SELECT MIN(w.batch) FROM (
          SELECT MIN(n.batch) AS batch FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'pending'
          UNION ALL
          SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'running') w),
-        (SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'failed'), 0)"""
+        (SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'failed'), 0)"""}
+_RELEASE_FIELDS = [field.name for field in dataclasses.fields(Release)]
+RELEASE_COLUMNS = ", ".join(_COMPUTED_OF_RELEASE.get(name, f"r.{name}") for name in _RELEASE_FIELDS)
 
 # The same for a list, which needs a payload only where its digest is still to be made: each may be a megabyte.
 LISTED_COLUMNS = RELEASE_COLUMNS.replace("r.payload,", "CASE WHEN r.payload_sha256 = '' THEN r.payload ELSE '' END,", 1)
 
-# A node of a release n as it was when the release was made; as it is in nodes h where a person wrote the row.
-NAME_THEN, ADDRESS_THEN = "COALESCE(NULLIF(n.node_name, ''), h.name)", """COALESCE(NULLIF(n.main_ip, ''), h.main_ip),
-    COALESCE(NULLIF(n.agent_port, 0), h.agent_port)"""
+# A node of a release (n) as it was when the release was made; where a person wrote the row, as it is now (nodes h).
+NAME_THEN, _IP_THEN, _PORT_THEN = (
+    "COALESCE(NULLIF(n.node_name, ''), h.name)", "COALESCE(NULLIF(n.main_ip, ''), h.main_ip)",
+    "COALESCE(NULLIF(n.agent_port, 0), h.agent_port)")
+ADDRESS_THEN = f"{_IP_THEN}, {_PORT_THEN}"
 
-RELEASE_NODE_COLUMNS = f"""n.node_id, {NAME_THEN}, {ADDRESS_THEN}, h.agent_protocol, n.batch, n.status, n.task_id,
-    n.attempts, n.error_kind, n.error_msg, n.hold_until, n.started_at, n.finished_at, n.accepted,
-    (SELECT MAX(a.last_version) FROM nodes a WHERE a.main_ip = h.main_ip AND a.agent_port = h.agent_port),
-    n.hold_clock, n.started_clock, n.waited_sec, n.reached"""
+# The same for the fields of ReleaseNode up to next_op, where the driver's own begin.
+_COMPUTED_OF_NODE = {
+    "name": NAME_THEN, "main_ip": _IP_THEN, "agent_port": _PORT_THEN, "agent_protocol": "h.agent_protocol",
+    "last_version":
+        "(SELECT MAX(a.last_version) FROM nodes a WHERE a.main_ip = h.main_ip AND a.agent_port = h.agent_port)"}
+_NODE_FIELDS = list(itertools.takewhile(lambda name: name != "next_op", ReleaseNode._fields))
+_COLUMN_OF = {name: {"waited_s": "waited_sec", "stored_reached": "reached"}.get(name, name) for name in _NODE_FIELDS}
+RELEASE_NODE_COLUMNS = ", ".join(_COMPUTED_OF_NODE.get(name, f"n.{_COLUMN_OF[name]}") for name in _NODE_FIELDS)
 
-# The counters, made from the rows themselves in the transaction that changes them (rule 7).
+# What a commit writes of a release, and of a node; after a COMMIT in doubt the same is read back.
+_DECIDED = [name for name in Decision._fields if name in _RELEASE_FIELDS]
+_NODE_DECIDED = [name for name in _NODE_FIELDS if name not in {*_COMPUTED_OF_NODE, "node_id", "batch", "accepted"}]
+decided_values = operator.attrgetter(*_DECIDED)
+decided_node_values = operator.attrgetter(*_NODE_DECIDED)
+# The same without the id of its task, which differs from node to node.
+_ALIKE = [name for name in _NODE_DECIDED if name != "task_id"]
+_alike_values = operator.attrgetter(*_ALIKE)
+
+# The counters, computed from the nodes in the transaction that changes them (rule 7).
 COUNTERS = """success_nodes = (SELECT COUNT(*) FROM release_task_nodes n
                          WHERE n.release_task_id = release_tasks.id AND n.status = 'success'),
         failed_nodes = (SELECT COUNT(*) FROM release_task_nodes n
@@ -5220,16 +5258,21 @@ NODE_EVENTS = {RUNNING: "dispatched", SUCCESS: "succeeded", FAILED: "failed", SK
 # Nodes in one statement, up to three parameters each: SQLite 3.26 takes 999.
 NODES_PER_STATEMENT = 320
 
-# Of so many releases it is kept which addresses they have.
+# Releases whose addresses are cached.
 MAX_MASKS = 1000
 
 
-def read_release(tx: Transaction, release_id: int) -> Release:
+def find_release(tx: Transaction, release_id: int) -> Release | None:
     row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ?",
                  release_id) if release_id <= MAX_ID else None
-    if row is None:
+    return Release(*row) if row else None
+
+
+def read_release(tx: Transaction, release_id: int) -> Release:
+    release = find_release(tx, release_id)
+    if release is None:
         raise AppError(NOT_FOUND, f"release {release_id} does not exist")
-    return Release(*row)
+    return release
 
 
 def read_release_nodes(tx: Transaction, release_id: int) -> list[ReleaseNode]:
@@ -5246,27 +5289,25 @@ def read_freeze(tx: Transaction) -> Freeze:
     return Freeze(bool(row[0]), *row[1:]) if row else NO_FREEZE
 
 
-def strategy_of(release: Release) -> Strategy:
-    """Gives a release's strategy; none for one that can't be used, which the executor ends."""
+def strategy_of(text: str) -> Strategy:
+    """Return a stored strategy; NO_STRATEGY for one that can't be used: the executor ends its release."""
     with contextlib.suppress(ValueError, AppError):
-        return parse_strategy(parse_json(release.strategy))
+        return parse_strategy(parse_json(text))
     return NO_STRATEGY
 
 
-def start_at_of(strategy: str) -> str:
-    """Gives the startAt of a stored strategy; "" where there is none, or none that can be read."""
-    with contextlib.suppress(ValueError, AppError):
-        return parse_strategy(parse_json(strategy)).start_at if "startAt" in strategy else ""
-    return ""
+def start_at_of(text: str) -> str:
+    """Return the startAt of a stored strategy, "" for none; most have none, and a scan reads all."""
+    return strategy_of(text).start_at if "startAt" in text else ""
 
 
 def read_candidates(tx: Transaction) -> list[Candidate]:
     now = tx.now()
-    # the index release_tasks_by_status finds what is not terminal
+    # the index release_tasks_by_status
     return [Candidate(id_, target, version, status, running,
                       expires is not None and now < expires <= latest_expiry(now),
-                      start_at_of(strategy), paused_by, said, started is not None, bool(pending), tag)
-            for id_, target, version, status, running, expires, strategy, paused_by, said, started, pending, tag
+                      start_at_of(strategy), paused_by, reason, started is not None, bool(pending), tag)
+            for id_, target, version, status, running, expires, strategy, paused_by, reason, started, pending, tag
             in tx.rows("""
         SELECT r.id, r.target, r.version, r.status,
                (SELECT COUNT(*) FROM release_task_nodes n
@@ -5279,7 +5320,7 @@ def read_candidates(tx: Transaction) -> list[Candidate]:
 
 
 def latest_expiry(now: str) -> str:
-    """Return until when a claim may last at the most."""
+    """Return the latest expiry that a claim can have; a later one is of a clock that was ahead, and void."""
     return utc_text(epoch_of(now) + MAX_CLAIM_TTL_S)
 
 
@@ -5287,8 +5328,8 @@ def expiry_of(tx: Transaction, ttl_s: float) -> str:
     return utc_text(epoch_of(tx.now()) + ttl_s)
 
 
-def keep_as_they_are(tx: Transaction, release_id: int) -> None:
-    """Write names and addresses of a release's nodes into its rows: a rename or a move changes no history."""
+def fill_node_addresses(tx: Transaction, release_id: int) -> None:
+    """Copy names and addresses of nodes into the rows of a release that a person wrote: history does not change."""
     tx.execute("""
         UPDATE release_task_nodes
         SET (node_name, main_ip, agent_port) =
@@ -5297,106 +5338,71 @@ def keep_as_they_are(tx: Transaction, release_id: int) -> None:
 
 
 def write_nodes(tx: Transaction, release_id: int, changes: Sequence[NodeChange], now: Moment) -> None:
-    """Updates nodes, those that become alike in all but the task's id in one statement."""
-    alike: dict[tuple[object, ...], list[NodeChange]] = {}
+    """Write changes of nodes, in one statement for those that become alike; raise StateMoved."""
+    alike: dict[tuple[Any, ...], list[NodeChange]] = {}
     for change in changes:
-        before, after, _ = change
-        key: tuple[object, ...] = (
-            after.status, after.attempts, after.error_kind, after.error_msg, after.hold_until, after.hold_clock,
-            after.started_clock, round(after.waited_s, 3), after.stored_reached, after.started_at,
-            after.finished_at, before.status, before.attempts)
+        key = _alike_values(change.after), change.before.status, change.before.attempts
         alike.setdefault(key, []).append(change)
-    for key, group in alike.items():
+    columns = ", ".join(f"{_COLUMN_OF[name]} = ?" for name in _ALIKE)
+    for (values, status, attempts), group in alike.items():
         for start in range(0, len(group), NODES_PER_STATEMENT):
-            part = [change.after for change in group[start:start + NODES_PER_STATEMENT]]
-            named = [c.after for c in group[start:start + NODES_PER_STATEMENT]
-                     if c.after.task_id != c.before.task_id]
+            part = group[start:start + NODES_PER_STATEMENT]
+            named = [c.after for c in part if c.after.task_id != c.before.task_id]
             task_id = f"CASE node_id {'WHEN ? THEN ? ' * len(named)}ELSE task_id END" if named else "task_id"
             changed = tx.execute(f"""
                 UPDATE release_task_nodes
-                SET status = ?, attempts = ?, error_kind = ?, error_msg = ?, hold_until = ?, hold_clock = ?,
-                    started_clock = ?, waited_sec = ?, reached = ?, started_at = ?, finished_at = ?, updated_at = ?,
-                    task_id = {task_id}
+                SET {columns}, updated_at = ?, task_id = {task_id}
                 WHERE release_task_id = ? AND status = ? AND attempts = ?
                   AND node_id IN ({', '.join('?' * len(part))})""",
-                                 *key[:-2], now.text, *(v for n in named for v in (n.node_id, n.task_id)),
-                                 release_id, *key[-2:], *(n.node_id for n in part))
+                                 *values, now.text, *(v for n in named for v in (n.node_id, n.task_id)),
+                                 release_id, status, attempts, *(c.after.node_id for c in part))
             if changed != len(part):
-                raise StateMoved(f"a node of release {release_id} is no longer {key[-2]}")
+                raise StateMoved(f"a node of release {release_id} is no longer {status}")
 
 
 class Queue:
-    """The order of open releases, and the writing of what is decided on one of them, within a transaction."""
+    """The order of open releases, and the writing of what is decided on one; in the caller's transaction."""
 
     def __init__(self, state: DatabaseState, audit: Audit):
         self._state = state
         self._database = state.database
         self._audit = audit
-        # The addresses of an open release as bits of one number, by generation of the database, id and version.
+        # The addresses of open releases, each as bits of a number; by generation of the database, id and version.
         self._masks: dict[tuple[int, int, int], int] = {}
-        # Which bit an address is.
+        # The number of each address's bit.
         self._bits: dict[Endpoint, int] = {}
         self._masks_guard = threading.Lock()
 
     def runnable(self, tx: Transaction) -> tuple[list[int], list[int]]:
+        """Return the ids of the releases that may be claimed now, and of those that others have claimed."""
         return runnable(read_candidates(tx), tx.now(), read_freeze(tx), self._shares(tx))
 
-    def _shares(self, tx: Transaction) -> Shares:
-        """Return how to tell whether two open releases have an address in common.
-
-        The nodes of a release are read once: with fifty of ten thousand each scan would read half a million rows.
-        """
-        bit_of: dict[int, int] = {}
-        generation = self._state.generation
-
-        def mask(c: Candidate) -> int:
-            key = generation, c.id, c.version
-            known = self._masks.get(key) if c.tag else None
-            if known is None:
-                bit_of.update(() if bit_of else self._bit_of(tx).items())
-                # as one text: ten thousand rows take five times as long
-                text = tx.value(f"SELECT {self._database.engine.joined_sql} FROM release_task_nodes "
-                                "WHERE release_task_id = ?", c.id)
-                bits = bytearray(len(self._bits) // 8 + 1)
-                for bit in {bit_of[int(node_id)] for node_id in text.split(",")} if text else ():
-                    bits[bit >> 3] |= 1 << (bit & 7)
-                if len(self._masks) >= MAX_MASKS:
-                    self._masks.clear()
-                known = self._masks[key] = int.from_bytes(bits, "little")
-            return known
-
-        return lambda one, other: bool(mask(one) & mask(other))
-
-    def _bit_of(self, tx: Transaction) -> dict[int, int]:
-        """Return for each node which bit its address is in the masks of releases."""
-        rows = tx.rows("SELECT id, main_ip, agent_port FROM nodes")
-        with self._masks_guard:
-            return {node_id: self._bits.setdefault(endpoint_of(main_ip, port), len(self._bits))
-                    for node_id, main_ip, port in rows}
-
     def explain_waiting(self, tx: Transaction) -> None:
-        """Brings the sentences of pending releases up to date, after whatever may have changed them."""
+        """Bring status_reason of the waiting releases up to date, after any change that they may wait for."""
         candidates = read_candidates(tx)
-        said = {c.id: c.status_reason for c in candidates}
+        stored = {c.id: c.status_reason for c in candidates}
         for release_id, reason in waiting_reasons(candidates, tx.now(), read_freeze(tx), self._shares(tx)).items():
-            if said[release_id] != reason:
+            if stored[release_id] != reason:
                 tx.execute("UPDATE release_tasks SET status_reason = ?, updated_at = ? WHERE id = ?",
                            reason, self._state.now(), release_id)
 
-    def write(self, tx: Transaction, release: Release, decision: Decision, now: Moment, actor: Who,
-               claim: Claim | None = None, detail: str = "") -> None:
+    def write_decision(self, tx: Transaction, release: Release, decision: Decision, now: Moment, actor: Who,
+                       claim: Claim | None = None, detail: str = "") -> None:
+        """Write a decision on a release as it was read, with events and, at its end, the audit log's row.
+
+        detail: of the release's event, in place of its error or status_reason. Raise StateMoved where the release, a
+        node or the claim changed meanwhile.
+        """
         write_nodes(tx, release.id, decision.changes, now)
         ends = decision.status in TERMINAL
         changed = tx.execute(f"""
             UPDATE release_tasks
-            SET status = ?, status_reason = ?, error_msg = ?, updated_at = ?, {COUNTERS},
-                finished_at = ?, passed_batch = ?, soak_until = ?, soak_clock = ?,
+            SET {', '.join(f'{name} = ?' for name in _DECIDED)}, updated_at = ?, finished_at = ?, {COUNTERS},
                 claim_owner = CASE WHEN ? = 1 THEN '' ELSE claim_owner END,
                 claim_expires_at = CASE WHEN ? = 1 THEN NULL ELSE claim_expires_at END
             WHERE id = ? AND status = ? AND updated_at = ? AND claim_fence = ? AND claim_owner = ?""",
-                             decision.status, decision.status_reason, decision.error_msg, now.text,
-                             now.text if ends else None, decision.passed_batch, decision.soak_until,
-                             decision.soak_clock, int(ends), int(ends), release.id, release.status, release.updated_at,
+                             *decided_values(decision), now.text, now.text if ends else None, int(ends), int(ends),
+                             release.id, release.status, release.updated_at,
                              claim.fence if claim else release.claim_fence,
                              claim.owner if claim else release.claim_owner)
         if changed != 1:
@@ -5411,14 +5417,11 @@ class Queue:
         if decision.status != release.status:
             self.explain_waiting(tx)
         head = self._audit.add_end(tx, actor, release, decision.status) if ends else None
-        tx.afterwards.append(lambda: self.log_written(release, decision, str(actor), head))
+        tx.after_commit.append(lambda: self.log_written(release, decision, str(actor), head))
 
     def log_written(self, release: Release, decision: Decision, actor: str,
                     head: tuple[int, str] | None = None) -> None:
-        """Logs and counts what a commit changed, once it is certain: a line for each change of a status.
-
-        Of single nodes only failures are for everybody: ten thousand successes would bury all else.
-        """
+        """Log and count what a commit changed; of single nodes failures alone, but at level debug."""
         for change in decision.changes:
             node, event = change.after, NODE_EVENTS.get(change.after.status, "")
             if node.status == change.before.status:
@@ -5440,12 +5443,45 @@ class Queue:
         if done:
             log.info("%s: batch %d done", release, done, extra=about(release, actor=actor, event="batch_done"))
         if decision.status in TERMINAL:
-            # a copy of the head in the journal: whoever writes to the database can't change that
+            # a copy of the head where nobody who writes to the database can change it
             trail.info("%s: the audit log is at %d:%s", release, *(head or self._audit.head()), extra=about(release))
         if decision.status != release.status:
             log.log(logging.INFO if decision.status == SUCCESS else logging.WARNING, "%s: %s, %s", release,
                     decision.status, decision.status_reason,
                     extra=about(release, actor=actor, event=RELEASE_EVENTS[decision.status]))
+
+    def _shares(self, tx: Transaction) -> Shares:
+        """Return a function that tells whether two open releases have an address in common.
+
+        It reads the nodes of a release once: with fifty of ten thousand, each scan would read half a million rows.
+        """
+        bit_of: dict[int, int] = {}
+        generation = self._state.generation
+
+        def mask(c: Candidate) -> int:
+            key = generation, c.id, c.version
+            known = self._masks.get(key) if c.tag else None
+            if known is None:
+                bit_of.update(() if bit_of else self._bit_of(tx).items())
+                # as one text: ten thousand rows would take five times as long
+                text = tx.value(f"SELECT {self._database.engine.joined_sql} FROM release_task_nodes "
+                                "WHERE release_task_id = ?", c.id)
+                bits = bytearray(len(self._bits) // 8 + 1)
+                for bit in {bit_of[int(node_id)] for node_id in text.split(",")} if text else ():
+                    bits[bit >> 3] |= 1 << (bit & 7)
+                if len(self._masks) >= MAX_MASKS:
+                    self._masks.clear()
+                known = self._masks[key] = int.from_bytes(bits, "little")
+            return known
+
+        return lambda one, other: bool(mask(one) & mask(other))
+
+    def _bit_of(self, tx: Transaction) -> dict[int, int]:
+        """Return by node the number of its address's bit."""
+        rows = tx.rows("SELECT id, main_ip, agent_port FROM nodes")
+        with self._masks_guard:
+            return {node_id: self._bits.setdefault(endpoint_of(main_ip, port), len(self._bits))
+                    for node_id, main_ip, port in rows}
 
 
 # endregion
@@ -5459,23 +5495,21 @@ class Queue:
 # ======================================================================================
 
 class Again(NamedTuple):
-    """What a retry or rollback is asked to be.
-
-    over_newer: also where a node has a newer success of the target. to_release: whose payload a rollback brings back.
-    """
+    """What a person asks of a retry or rollback."""
     reason: str = ""
+    # Also where a node has a newer success of the target.
     over_newer: bool = False
+    # Release whose payload a rollback brings back.
     to_release: int | None = None
 
 
 def emptied_nodes(payload: Mapping[str, Any], nodes: Iterable[Node]) -> list[str]:
-    """Return the names of execute nodes that are told to serve no site."""
-    return [node.name for node in nodes if node.agent_protocol == EXECUTE and payload.get(WEBSITES) == []]
+    """Return the names of execute nodes that a payload leaves without a site."""
+    return [node.name for node in nodes if node.dialect.needs_websites and payload.get(WEBSITES) == []]
 
 
-def plan_again(tx: Transaction, verb: str, release_id: int,
-                wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
-    """Return what a retry or rollback asks for, how it would go out, and its nodes."""
+def plan_again(tx: Transaction, verb: str, release_id: int, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
+    """Return what a retry or rollback creates, its plan, and its nodes; raise AppError where it is refused."""
     old = read_release(tx, release_id)
     check_verb(verb, old)
     request, plan, nodes = (plan_retry if verb == "retry" else plan_rollback)(tx, old, wish)
@@ -5483,7 +5517,7 @@ def plan_again(tx: Transaction, verb: str, release_id: int,
         refuse_over_newer(tx, verb, old, nodes)
     refuse_twins(nodes)
     source = plan.payload_of[0] if plan.payload_of else old.id
-    refuse_dropping_sites(request.payload, nodes, 3003, f"the payload of release {source}")
+    refuse_dropping_sites(request.payload, nodes, WRONG_STATE, f"the payload of release {source}")
     return request, plan._replace(emptied=emptied_nodes(request.payload, nodes)), nodes
 
 
@@ -5493,7 +5527,7 @@ def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseReque
     strategy = strategy_again(old, ("startAt",))
     node_ids = [node.id for node in nodes]
     if isinstance(strategy.get("pauseAfter"), list):
-        # there may be fewer batches now
+        # there may be fewer batches than in the old release
         last = len(plan_batches(node_ids, parse_strategy(strategy).batches))
         strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
     request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", stored_payload(old),
@@ -5503,9 +5537,9 @@ def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseReque
 
 
 def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
-    # what was rejected before anything was sent to it has nothing to be rolled back
+    # a node that was rejected before anything was sent has nothing to roll back
     found = nodes_again(tx, old, "(n.status = 'success' OR (n.status = 'failed' AND NOT "
-                                    "(n.error_kind = 'rejected' AND n.attempts = 0)))")
+                                 "(n.error_kind = 'rejected' AND n.attempts = 0)))")
     nodes = online_nodes(old, found, "touched by it")
     where = {node_id: (status, batch) for node_id, status, batch in tx.rows(
         "SELECT node_id, status, batch FROM release_task_nodes WHERE release_task_id = ?", old.id)}
@@ -5517,10 +5551,10 @@ def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRe
     good = payload_to_bring_back(tx, old, [node.id for node in nodes], wish.to_release)
     planned = [*batches.values(), *([failed] if failed else [])]
     sizes = [len(batch) for batch in planned[:-1]] or [len(planned[0])]
-    # planned is what counts; it may have a batch more than can be asked for, and any number by hand
+    # make_plan() goes by planned: a hand-written release may have more batches than a strategy can
     strategy = {**strategy_again(old, ("startAt", "soakSec", "pauseAfter", "verify")),
                 "batches": sizes[:MAX_BATCHES]}
-    with contextlib.suppress(AppError):  # what is looked for belongs to the content that goes out
+    with contextlib.suppress(AppError):  # the probes fit the payload that goes out
         strategy.update({key: value for key, value in strategy_again(good, ()).items() if key == "verify"})
     request = ReleaseRequest(
         old.target, wish.reason or f"rollback of release {old.id} to the payload of version {good.version}",
@@ -5556,9 +5590,8 @@ def refuse_over_newer(tx: Transaction, verb: str, old: Release, nodes: Sequence[
         over = [names[node_id] for node_id in sorted(succeeded_nodes(tx, release_id) & names.keys())]
         if over:
             raise AppError(WRONG_STATE,
-                           f"release {release_id} (v{version}) succeeded later on {names_of(over)}: {verb} "
-                                 f"of release {old.id} would replace its payload; overNewer (--over-newer) if "
-                                 "that is meant")
+                           f"release {release_id} (v{version}) succeeded later on {names_of(over)}: {verb} of release "
+                           f"{old.id} would replace its payload; overNewer (--over-newer) if that is meant")
 
 
 def succeeded_nodes(tx: Transaction, release_id: int) -> set[int]:
@@ -5566,23 +5599,21 @@ def succeeded_nodes(tx: Transaction, release_id: int) -> set[int]:
         "SELECT node_id FROM release_task_nodes WHERE release_task_id = ? AND status = 'success'", release_id)}
 
 
-def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int],
-                           to_release: int | None) -> Release:
+def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int], to_release: int | None) -> Release:
     """Return the release whose payload a rollback brings back (rule 10).
 
-    Of each node the newest before it that succeeded there, with another payload, and that nobody rolled
-    back; the payload that most of the nodes had wins, the newer one of two.
+    Each node votes for the newest release before it that succeeded there, with another payload, and that nobody
+    rolled back. The payload with most votes wins; of two with as many, the newer one.
     """
     unwanted = digest_of(stored_payload(old))
     if to_release is not None:
-        row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ? AND r.target = ?",
-                     min(to_release, MAX_ID), old.target)
-        if row is None:
+        good = find_release(tx, to_release)
+        if good is None or good.target != old.target:
             raise AppError(INVALID, f"toRelease {to_release} is no release of target {old.target}")
-        if digest_of(stored_payload(Release(*row))) == unwanted:
+        if digest_of(stored_payload(good)) == unwanted:
             raise AppError(WRONG_STATE, f"release {to_release} has the same payload as release {old.id}: "
-                                 "nothing would change")
-        return Release(*row)
+                                        "nothing would change")
+        return good
     bad = rolled_back(tx, old.target)
     missing, votes = set(node_ids), collections.Counter[str]()
     newest: dict[str, tuple[int, int]] = {}
@@ -5601,14 +5632,14 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
             break
     if not votes:
         raise AppError(WRONG_STATE, f"nothing to roll back to: no release of target {old.target} before {old.id} "
-                             "succeeded on its nodes with another payload; toRelease (--to) names one")
+                                    "succeeded on its nodes with another payload; toRelease (--to) names one")
     return read_release(tx, newest[max(votes, key=lambda digest: (votes[digest], newest[digest]))][1])
 
 
 def rolled_back(tx: Transaction, target: str) -> dict[str, int]:
-    """Return payloads of a target that somebody rolled back, each with the highest version of which that was done.
+    """Return the payloads of a target that somebody rolled back, each with the highest version rolled back.
 
-    The same payload under a lower version is as bad; under a higher one somebody wanted it again.
+    A release with the payload up to that version is bad too; above it somebody wanted the payload again.
     """
     bad: dict[str, int] = {}
     for release_id, version in tx.rows("""
@@ -5622,7 +5653,7 @@ def rolled_back(tx: Transaction, target: str) -> dict[str, int]:
 
 
 def stored_digest(tx: Transaction, release_id: int) -> str:
-    """Return the digest of a release's payload; one of its own for a payload that can't be read."""
+    """Return the digest of a release's payload; for one that can't be read a text that no other release has."""
     text = tx.value("SELECT payload FROM release_tasks WHERE id = ?", release_id)
     return digest_of_stored(text) or f"release {release_id}"
 
@@ -5693,7 +5724,7 @@ def release_before(tx: Transaction, release: Release) -> Release:
 
 
 def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
-    """Gives the strategy of an old release for a new one, without some of its keys."""
+    """Return the strategy of an old release for a new one, without some keys; raise AppError 3003."""
     try:
         strategy = parse_json(release.strategy)
         parse_strategy(strategy)
@@ -5723,26 +5754,28 @@ class BatchProgress(NamedTuple):
         return sum(self.counts.values())
 
     def count(self, *statuses: str) -> int:
-        """Gives how many nodes are in one of the statuses."""
+        """Return the number of nodes in any of the statuses."""
         return sum(self.counts.get(status, 0) for status in statuses)
 
 
 class Progress(NamedTuple):
-    """Where a release stands: its batches in order, and name and error of the first nodes that failed."""
+    """Where a release is."""
     release: Release
+    # In order.
     batches: list[BatchProgress]
+    # Name and error of the nodes that failed first.
     failures: list[tuple[str, str]]
 
 
-# So many targets have figures of their own, the oldest ones; the others' are summed up.
+# Targets with figures of their own, the oldest ones; the others are counted together as OTHER.
 MAX_TARGETS_COUNTED, OTHER = 50, "other"
 
-# An Idempotency-Key is kept for so long.
+# How long an Idempotency-Key is kept.
 IDEMPOTENCY_KEY_S = 86400.0
 
 
 def _ranges(numbers: Iterable[int]) -> list[list[int]]:
-    """Return numbers as the first and last ones of their runs."""
+    """Return numbers as [first, last] of each run of consecutive ones."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][1] == number - 1:
@@ -5762,7 +5795,7 @@ class Releases:
         self._queue = queue
 
     def plan(self, request: ReleaseRequest) -> Plan:
-        """Gives what create_release() would make, and raises what it would; writes nothing."""
+        """Return what create() would make, and raise what it would; write nothing."""
         with self._database.transaction() as tx:
             version = self._version_for(tx, request, tx.value(self._database.engine.next_release_id_sql))
             check_payload_version(request.payload, version)
@@ -5774,151 +5807,122 @@ class Releases:
         return plan._replace(version=version, names={node.id: node.name for node in nodes},
                              effect=effect_of(tx, request.payload, [node.id for node in nodes]))
 
-    def create(self, request: ReleaseRequest, actor: Who, once: IdempotencyKey | None = None) -> Made:
-        """Create a release for the nodes it asks for; return it, its batches and who is left out (rule 1).
+    def create(self, request: ReleaseRequest, actor: Who, key: IdempotencyKey | None = None) -> Made:
+        """Create a release for the nodes that a request chooses; return it, its batches and who is left out (rule 1).
 
-        With once, what the key's first request made is returned again. Raise AppError 3003 without an
-        enabled, online node or where two have one address, 2003 when the strategy, the choice of nodes,
-        the version or the payload can't be meant, 3002 when the key was for another request.
+        A key that was used returns what its first request made. Raise AppError 3003 where no chosen node is enabled
+        and online, or two have one address; 2003 for a strategy, choice of nodes, version or payload that can't be
+        used; 3002 where the key was used for another request.
         """
         with self._database.transaction(write=True) as tx:
-            return self._replay(tx, once) or self._remember(
-                tx, once, self._create(tx, actor, request, *self._plan(tx, request)))
-
-    def _remember(self, tx: Transaction, once: IdempotencyKey | None, made: Made) -> Made:
-        """Keep what a key made, for a day."""
-        if once:
-            tx.execute("INSERT INTO idempotency_keys (actor, idempotency_key, request_sha256, release_task_id, "
-                       "created_at, left_out) VALUES (?, ?, ?, ?, ?, ?)", *once, made.release.id, self._state.now(),
-                       to_json(made.left_out))
-        return made
-
-    def _replay(self, tx: Transaction, once: IdempotencyKey | None) -> Made | None:
-        if once is None:
-            return None
-        # the index idempotency_keys_by_age
-        tx.execute("DELETE FROM idempotency_keys WHERE created_at < ?",
-                   utc_text(self._state.clock.wall() - IDEMPOTENCY_KEY_S))
-        row = tx.row("SELECT request_sha256, release_task_id, left_out FROM idempotency_keys "
-                     "WHERE actor = ? AND idempotency_key = ?", once.actor, once.key)
-        if row is None:
-            return None
-        if row[0] != once.request_sha256:
-            raise AppError(EXISTS, f"Idempotency-Key {once.key} was used for another request, which made release "
-                                 f"{row[1]}: take a new key")
-        batches: dict[int, list[int]] = {}
-        for batch, node_id in tx.rows("SELECT batch, node_id FROM release_task_nodes WHERE release_task_id = ? "
-                                      "ORDER BY batch, id", row[1]):
-            batches.setdefault(batch, []).append(node_id)
-        return Made(read_release(tx, row[1]), list(batches.values()), [LeftOut(*one) for one in parse_json(row[2])])
-
-    def retry(self, release_id: int, actor: Who, wish: Again = Again(), once: IdempotencyKey | None = None) -> Made:  # noqa: B008
-        """Create a release of the same payload for the nodes that were failed or skipped (rule 10).
-
-        Raise AppError 3003 where the release's state, its payload or a newer success stands against it.
-        """
-        return self._make_again("retry", release_id, actor, wish, once)
-
-    def rollback(self, release_id: int, actor: Who, wish: Again = Again(),  # noqa: B008 - it has no state
-                 once: IdempotencyKey | None = None) -> Made:
-        """Create a release that brings back, to the nodes that a release touched, what they had before (rule 10).
-
-        It goes out in the old batches under the old limits, but waits for nothing and nobody; nodes that had
-        failed come last, and never stop it. Raise AppError 3003 where there is nothing to bring back, or a
-        newer success stands against it, 2003 for a toRelease that can't be meant.
-        """
-        return self._make_again("rollback", release_id, actor, wish, once)
+            return self._replay(tx, key) or self._keep_for_replay(
+                tx, key, self._create(tx, actor, request, *self._plan(tx, request)))
 
     def plan_again(self, verb: str, release_id: int, wish: Again = Again()) -> Plan:  # noqa: B008 - it has no state
-        """Return what a retry or rollback would make, and raise what it would; write nothing."""
+        """Return what retry() or rollback() would make, and raise what it would; write nothing."""
         with self._database.transaction() as tx:
             planned = plan_again(tx, verb, release_id, wish)
             release_id = tx.value(self._database.engine.next_release_id_sql)
             return self._planned(tx, *planned, self._state.next_version(tx, release_id))
 
-    def _make_again(self, verb: str, release_id: int, actor: Who, wish: Again, once: IdempotencyKey | None) -> Made:
+    def retry(self, release_id: int, actor: Who, wish: Again = Again(), key: IdempotencyKey | None = None) -> Made:  # noqa: B008
+        """Create a release with the same payload for the nodes that were failed or skipped (rule 10).
+
+        Raise AppError 3003 where the release's status, its payload or a newer success forbids it.
+        """
+        return self._make_again("retry", release_id, actor, wish, key)
+
+    def rollback(self, release_id: int, actor: Who, wish: Again = Again(),  # noqa: B008 - it has no state
+                 key: IdempotencyKey | None = None) -> Made:
+        """Create a release with the payload that the nodes of a release had before it (rule 10).
+
+        It has the old batches and limits, without soak, pauses and probes of its own; nodes that had failed come
+        last, and never stop it. Raise AppError 3003 where there is nothing to bring back or a newer success forbids
+        it, 2003 for a toRelease that can't be used.
+        """
+        return self._make_again("rollback", release_id, actor, wish, key)
+
+    def act(self, verb: str, release_id: int, actor: Who, reason: str = "", accept_failures: bool = False) -> Release:
+        """Pause, resume, cancel or cancel --force a release; return it as it is then. Raise AppError 3001 or 3003.
+
+        A cancelled release ends at once where nothing is in flight, or by force; else its executor ends it.
+        accept_failures: with resume, the failures so far count against no limit.
+        """
         with self._database.transaction(write=True) as tx:
-            made = self._replay(tx, once)
-            return made or self._remember(tx, once, self._create(
-                tx, actor, *plan_again(tx, verb, release_id, wish)))
+            release, nodes = read_release(tx, release_id), NodeIndex(read_release_nodes(tx, release_id))
+            check_verb(verb, release)
+            # for rows that a person wrote: the claim sets it, but may never come
+            tx.execute("UPDATE release_tasks SET total_nodes = ? WHERE id = ? AND total_nodes <> ?",
+                       len(nodes), release_id, len(nodes))
+            now, strategy, before, detail = self._state.moment(), strategy_of(release.strategy), release.status, reason
+            if verb == "resume":
+                check_resume(release, nodes, strategy, accept_failures)
+                if accept_failures:
+                    detail = self._accept_failures(tx, release, reason)
+            if status_after_verb(verb, release) != release.status:
+                self._change_status(tx, release, nodes, VERBS[verb], now, actor, detail)
+                release, detail = read_release(tx, release_id), ""
+            self._audit.add(
+                tx, actor, f"release.{verb.partition(' ')[0]}", f"release {release_id}", {"status": before},
+                non_empty(status=release.status, reason=reason, force=verb == CANCEL_BY_FORCE or None,
+                          acceptFailures=accept_failures or None))
+            ends_now = verb == CANCEL_BY_FORCE or not nodes.of[RUNNING]
+            if release.status == CANCELLING and ends_now:
+                changes = force_end(nodes, now)
+                decision = decide(Situation(release, nodes, now, strategy=strategy))
+                self._queue.write_decision(
+                    tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=detail)
+            self._queue.explain_waiting(tx)
+            return read_release(tx, release_id)
 
-    def _plan(self, tx: Transaction, request: ReleaseRequest) -> tuple[Plan, list[Node]]:
-        strategy = parse_strategy(request.strategy)
-        nodes, left_out = choose_nodes(
-            [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")], request)
-        refuse_twins(nodes)
-        refuse_dropping_sites(request.payload, nodes)
-        plan = make_plan(strategy, [node.id for node in nodes], left_out)
-        return plan._replace(emptied=emptied_nodes(request.payload, nodes)), nodes
+    def freeze(self) -> Freeze:
+        """Return the switch that stops new dispatches of all processes."""
+        with self._database.transaction() as tx:
+            return read_freeze(tx)
 
-    def _version_for(self, tx: Transaction, request: ReleaseRequest, release_id: int) -> int:
-        version = self._state.next_version(tx, release_id)
-        if request.version is not None and request.version < version:
-            raise AppError(INVALID, f"version {request.version} may have been used already: leave it out, or name one "
-                                 f"from {version} on")
-        return request.version or version
+    def set_freeze(self, frozen: bool, actor: Who, reason: str = "") -> Freeze:
+        """Set or lift the freeze, with an event of each open release; return it as it is then.
+
+        Raise AppError 2001 where it is set without a reason.
+        """
+        if frozen and not reason:
+            raise AppError(MISSING, "reason is missing: tell others why the site is frozen")
+        with self._database.transaction(write=True) as tx:
+            before = read_freeze(tx)
+            if not frozen and not before.frozen:
+                return before
+            tx.execute("UPDATE release_freeze SET frozen = ?, reason = ?, actor = ?, at = ? WHERE id = 1",
+                       int(frozen), reason, str(actor), self._state.now())
+            self._audit.add(tx, actor, f"freeze.{'on' if frozen else 'off'}", "freeze",
+                            non_empty(frozen=before.frozen, reason=before.reason),
+                            non_empty(frozen=frozen, reason=reason))
+            event = "frozen" if frozen else "unfrozen"
+            add_events(tx, self._state.now(), actor, [NewEvent(c.id, event, c.status, c.status, reason)
+                                                      for c in read_candidates(tx)])
+            tx.after_commit.append(lambda: log.warning(
+                "%s by %s%s", "frozen" if frozen else "the freeze was lifted", actor, f": {reason}" if reason else "",
+                extra=about(actor=str(actor), event=event)))
+            self._queue.explain_waiting(tx)
+            return read_freeze(tx)
 
     def set_first_version(self, version: int, by: Who = PROGRAM) -> int:
-        """Let new releases be numbered from a version on; return the version of the next one (rule 1).
+        """Number new releases from a version on; return the version of the next one (rule 1).
 
-        For a database that was restored or begins beside agents that are further on.
+        For a database that is restored, or new, while agents have higher versions.
         """
         with self._database.transaction(write=True) as tx:
             before = tx.value("SELECT first_version FROM database_state WHERE id = 1")
-            tx.execute("UPDATE database_state SET first_version = ? WHERE id = 1 AND first_version < ?",
-                       version, version)
-            self._audit.add(tx, by, "migrate.first-version", "database", {"firstVersion": before},
-                        {"firstVersion": max(before or 1, version)})
-            # what is half done has a lower version than agents may have: its nodes are sent nothing more
-            tx.execute("UPDATE nodes SET last_version = ? WHERE last_version < ?", version - 1, version - 1)
+            changed = tx.execute("UPDATE database_state SET first_version = ? WHERE id = 1 AND first_version < ?",
+                                 version, version)
+            # releases that are under way have lower versions than agents may have: they send nothing more
+            changed += tx.execute("UPDATE nodes SET last_version = ? WHERE last_version < ?", version - 1, version - 1)
+            if changed:
+                self._audit.add(tx, by, "migrate.first-version", "database", {"firstVersion": before},
+                                {"firstVersion": max(before or 1, version)})
             return self._state.next_version(tx, tx.value(self._database.engine.next_release_id_sql))
 
-    def _create(self, tx: Transaction, actor: Who, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node]) -> Made:
-        self._state.note_timeline(tx)
-        if not (request.retry_of or request.rollback_of):
-            # before a number is used up: the next try would have to name another
-            check_payload_version(request.payload, self._version_for(
-                tx, request, tx.value(self._database.engine.next_release_id_sql)))
-        release_id = tx.value(self._database.engine.take_release_id_sql)
-        version = self._version_for(tx, request, release_id)
-        payload = payload_for_version(request.payload, version)
-        remark = CHANGES_NOTHING if changes_nothing(
-            tx, payload, [node.id for node in nodes]) else ""
-        self._state.seen.use_version(version)
-        now, digest = self._state.now(), digest_of(payload)
-        tx.execute("""
-            INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, payload_sha256,
-                                       strategy, retry_of, rollback_of, total_nodes, created_at, updated_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-                   release_id, request.target, version, new_tag(), REASON_PENDING, request.reason, to_json(payload),
-                   digest, to_json(request.strategy), request.retry_of, request.rollback_of,
-                   sum(map(len, plan.batches)), now, now)
-        as_it_is = {node.id: (node.name, node.main_ip, node.agent_port) for node in nodes}
-        tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, accepted, created_at, "
-                       "updated_at, node_name, main_ip, agent_port) VALUES ", 9, [
-                           (release_id, node_id, number, int(node_id in plan.tolerated), now, now, *as_it_is[node_id])
-                           for number, batch in enumerate(plan.batches, 1) for node_id in batch])
-        left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20]
-                    if request.retry_of or request.rollback_of]
-        detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "", remark, *left_out)))
-        add_events(tx, now, actor, [NewEvent(release_id, "created", "", PENDING, detail)])
-        self._queue.explain_waiting(tx)
-        release = read_release(tx, release_id)
-        verb = "retry" if request.retry_of else "rollback" if request.rollback_of else "create"
-        self._audit.add(tx, actor, f"release.{verb}", f"release {release_id}", after={
-            name: value for name, value in (
-                ("version", version), ("target", request.target), ("reason", request.reason),
-                ("totalNodes", release.total_nodes), ("payloadSha256", digest),
-                ("strategy", request.strategy), ("retryOf", request.retry_of), ("rollbackOf", request.rollback_of))
-            if value not in (None, "", {})})
-        tx.afterwards.append(lambda: log.info(
-            "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
-            in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
-            extra=about(release, actor=str(actor), event="created")))
-        return Made(release, plan.batches, plan.left_out, remark)
-
     def get(self, release_id: int) -> Release:
-        """Gives a release; AppError 3001 when there is none."""
+        """Return a release; raise AppError 3001."""
         with self._database.transaction() as tx:
             return read_release(tx, release_id)
 
@@ -5937,26 +5941,17 @@ class Releases:
         return release, other, difference(before, after)
 
     def find(self, release_id: int) -> Release | None:
-        """Return a release, None when there is none."""
-        try:
-            return self.get(release_id)
-        except DatabaseError:
-            raise
-        except AppError:
-            return None
-
-    def exceeded(self, release_id: int) -> str:
-        """Return which limit the failures of a release are beyond, "" for none; raise AppError 3001."""
-        release, nodes = self.with_nodes(release_id)
-        return exceeded_limit(NodeIndex(nodes), strategy_of(release))
+        """Return a release, or None."""
+        with self._database.transaction() as tx:
+            return find_release(tx, release_id)
 
     def with_nodes(self, release_id: int) -> tuple[Release, list[ReleaseNode]]:
-        """Gives a release and its nodes by batch and id, of one moment; AppError 3001."""
+        """Return a release and its nodes by batch and id; raise AppError 3001."""
         with self._database.transaction() as tx:
             return read_release(tx, release_id), read_release_nodes(tx, release_id)
 
     def progress(self, release_id: int, failures: int = 10) -> Progress:
-        """Gives a release with its nodes counted by batch, and so many of its failures; AppError 3001."""
+        """Return where a release is, with at most so many failures; raise AppError 3001."""
         with self._database.transaction() as tx:
             release = read_release(tx, release_id)
             batches: dict[int, dict[str, int]] = {}
@@ -5977,30 +5972,13 @@ class Releases:
             return Progress(release, [BatchProgress(*item) for item in batches.items()],
                             [(name, text) for name, text in failed])
 
-    def page(self, status: str = "", page: int = 1, size: int = 20) -> Page:
-        """Gives a page of the releases, newest first; of one status when it is given."""
-        where = "WHERE r.status = ?" if status else ""
-        params = (status,) if status else ()
-        with self._database.transaction() as tx:
-            total = tx.value(f"SELECT COUNT(*) FROM release_tasks r {where}", *params)
-            rows = tx.rows(f"SELECT {LISTED_COLUMNS} FROM release_tasks r {where} ORDER BY r.id DESC "
-                           "LIMIT ? OFFSET ?", *params, size, (page - 1) * size)
-            return Page([Release(*row) for row in rows], total, page, size)
-
-    def open(self, limit: int = MAX_PAGE_SIZE) -> list[tuple[Release, int]]:
-        """Gives the releases that are not at their end, oldest first, each with its number of batches."""
-        with self._database.transaction() as tx:
-            rows = tx.rows(f"""
-                SELECT {LISTED_COLUMNS},
-                       COALESCE((SELECT MAX(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id), 0)
-                FROM release_tasks r
-                WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')
-                ORDER BY r.id
-                LIMIT ?""", limit)
-            return [(Release(*row[:-1]), row[-1]) for row in rows]
+    def exceeded(self, release_id: int) -> str:
+        """Return which limit the failures of a release exceed, "" for none; raise AppError 3001."""
+        release, nodes = self.with_nodes(release_id)
+        return exceeded_limit(NodeIndex(nodes), strategy_of(release.strategy))
 
     def events(self, release_id: int, after: int = 0, limit: int = 100) -> list[Event]:
-        """Gives the events of a release with an id above after, oldest first; AppError 3001."""
+        """Return the first events of a release with an id above after, oldest first; raise AppError 3001."""
         with self._database.transaction() as tx:
             read_release(tx, release_id)
             return [Event(*row) for row in tx.rows(f"""
@@ -6013,10 +5991,32 @@ class Releases:
                 ORDER BY e.id
                 LIMIT ?""", release_id, after, limit)]
 
-    def counts(self) -> dict[tuple[str, ...], float]:
-        """Gives the figures of METRICS that are in the database.
+    def page(self, status: str = "", page: int = 1, size: int = 20) -> Page:
+        """Return a page of the releases of a status ("": of all), newest first."""
+        where = "WHERE r.status = ?" if status else ""
+        params = (status,) if status else ()
+        with self._database.transaction() as tx:
+            total = tx.value(f"SELECT COUNT(*) FROM release_tasks r {where}", *params)
+            rows = tx.rows(f"SELECT {LISTED_COLUMNS} FROM release_tasks r {where} ORDER BY r.id DESC "
+                           "LIMIT ? OFFSET ?", *params, size, (page - 1) * size)
+            return Page([Release(*row) for row in rows], total, page, size)
 
-        Nothing here reads the nodes or events of a release that is over: there may be millions.
+    def open(self, limit: int = MAX_PAGE_SIZE) -> list[tuple[Release, int]]:
+        """Return the releases that are not terminal, oldest first, each with its number of batches."""
+        with self._database.transaction() as tx:
+            rows = tx.rows(f"""
+                SELECT {LISTED_COLUMNS},
+                       COALESCE((SELECT MAX(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id), 0)
+                FROM release_tasks r
+                WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')
+                ORDER BY r.id
+                LIMIT ?""", limit)
+            return [(Release(*row[:-1]), row[-1]) for row in rows]
+
+    def counts(self) -> dict[tuple[str, ...], float]:
+        """Return the figures of METRICS that are in the database.
+
+        Nodes and events of terminal releases are not read: there may be millions.
         """
         with self._database.transaction() as tx:
             releases = tx.rows("SELECT target, status, COUNT(*), MIN(id) FROM release_tasks GROUP BY target, status")
@@ -6049,99 +6049,12 @@ class Releases:
             figures["releasectl_release_nodes", labels[target], status] += count
         for target, status, at in changed:
             key = ("releasectl_release_last_event_timestamp_seconds", labels[target], status)
-            with contextlib.suppress(ValueError, TypeError):  # a person wrote the row, and no event or another time
+            with contextlib.suppress(ValueError, TypeError):  # written by hand, without an event
                 figures[key] = min(epoch_of(at), figures.get(key, epoch_of(at)))
         return figures
 
-    def act(self, verb: str, release_id: int, actor: Who, reason: str = "", accept_failures: bool = False) -> Release:
-        """Does pause, resume, cancel or cancel --force; gives the release after it. AppError 3001, or 3003.
-
-        A cancelled release with nothing in flight is at its end at once; else its executor ends
-        it, or force does. accept_failures goes with resume: what failed counts no more.
-        """
-        with self._database.transaction(write=True) as tx:
-            release, nodes = read_release(tx, release_id), NodeIndex(read_release_nodes(tx, release_id))
-            check_verb(verb, release)
-            # a person who wrote the rows left that to the claim, which may never come
-            tx.execute("UPDATE release_tasks SET total_nodes = ? WHERE id = ? AND total_nodes <> ?",
-                       len(nodes), release_id, len(nodes))
-            now, strategy, before, why = self._state.moment(), strategy_of(release), release.status, reason
-            if verb == "resume":
-                check_resume(release, nodes, strategy, accept_failures)
-                if accept_failures:
-                    reason = self._accept(tx, release, reason)
-            if status_after_verb(verb, release) != release.status:
-                self._change_status(tx, release, nodes, VERBS[verb], now, actor, reason)
-                release, reason = read_release(tx, release_id), ""
-            self._audit.add(
-                tx, actor, f"release.{verb.partition(' ')[0]}", f"release {release_id}", {"status": before}, {
-                    "status": release.status, **({"reason": why} if why else {}),
-                    **({"force": True} if verb == CANCEL_BY_FORCE else {}),
-                    **({"acceptFailures": True} if accept_failures else {})})
-            ends_now = verb == CANCEL_BY_FORCE or not nodes.of[RUNNING]
-            if release.status == CANCELLING and ends_now:
-                changes = force_end(nodes, now)
-                for change in changes:
-                    nodes.put(change.after)
-                decision = decide(Situation(release, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy))
-                self._queue.write(tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=reason)
-            self._queue.explain_waiting(tx)
-            return read_release(tx, release_id)
-
-    @staticmethod
-    def _accept(tx: Transaction, release: Release, reason: str) -> str:
-        """Lets the failures of a release count no more; gives the event's reason."""
-        count = tx.execute("UPDATE release_task_nodes SET accepted = 1 "
-                           "WHERE release_task_id = ? AND status = 'failed' AND accepted = 0", release.id)
-        return "; ".join(filter(None, (reason, f"failures accepted: {count}")))
-
-    def _change_status(self, tx: Transaction, release: Release, nodes: NodeIndex, verb: Verb, now: Moment,
-              actor: Who, reason: str) -> None:
-        """Writes the status that a verb brings, with its sentence and its event."""
-        status, strategy = status_after_verb(verb.name, release), strategy_of(release)
-        turned = dataclasses.replace(release, status=status, paused_by=str(actor) if status == PAUSED else "")
-        sentence = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
-            status, Situation(turned, nodes, now, Policy(0, 0.0, 0.0, 0.0), strategy,
-                              stage=Stage(0, release.passed_batch), exceeded=exceeded_limit(nodes, strategy)))
-        tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, {COUNTERS} "
-                   "WHERE id = ?", status, sentence, turned.paused_by, now.text, release.id)
-        add_events(tx, now.text, actor, [NewEvent(release.id, verb.event, release.status, status, reason)])
-        tx.afterwards.append(lambda: log.info("%s: %s by %s%s", release, verb.event, actor,
-                                              f": {reason}" if reason else "",
-                                              extra=about(release, actor=str(actor), event=verb.event)))
-
-    def freeze(self) -> Freeze:
-        """Gives the switch that lets nothing new be dispatched."""
-        with self._database.transaction() as tx:
-            return read_freeze(tx)
-
-    def set_freeze(self, frozen: bool, actor: Who, reason: str = "") -> Freeze:
-        """Sets or lifts the freeze, for every process; gives it as it is then.
-
-        Each release that is not at its end has an event of it. AppError 2001 without a reason to set it.
-        """
-        if frozen and not reason:
-            raise AppError(MISSING, "reason is missing: say why, for whoever waits")
-        with self._database.transaction(write=True) as tx:
-            before = read_freeze(tx)
-            if not frozen and not before.frozen:
-                return before
-            tx.execute("UPDATE release_freeze SET frozen = ?, reason = ?, actor = ?, at = ? WHERE id = 1",
-                       int(frozen), reason, str(actor), self._state.now())
-            self._audit.add(tx, actor, f"freeze.{'on' if frozen else 'off'}", "freeze",
-                        *({"frozen": was, **({"reason": text} if text else {})}
-                          for was, text in ((before.frozen, before.reason), (frozen, reason))))
-            event = "frozen" if frozen else "unfrozen"
-            add_events(tx, self._state.now(), actor, [NewEvent(c.id, event, c.status, c.status, reason)
-                                                      for c in read_candidates(tx)])
-            tx.afterwards.append(lambda: log.warning(
-                "%s by %s%s", "frozen" if frozen else "the freeze was lifted", actor, f": {reason}" if reason else "",
-                extra=about(actor=str(actor), event=event)))
-            self._queue.explain_waiting(tx)
-            return read_freeze(tx)
-
-    def old(self, older_than_s: float, keep: int) -> list[OldRelease]:
-        """Gives the releases that prunable() finds, ended longer ago than that, newest first."""
+    def prunable(self, older_than_s: float, keep: int) -> list[OldRelease]:
+        """Return the releases that ended so long ago and are not needed, newest first; keep: of each target."""
         before = utc_text(self._state.clock.wall() - older_than_s)
         with self._database.transaction() as tx:
             releases = [OldRelease(*row) for row in tx.rows("""
@@ -6163,13 +6076,15 @@ class Releases:
             return prunable(releases, before, keep, content_of, newest)
 
     def delete(self, release_ids: Sequence[int], by: Who = PROGRAM) -> list[int]:
-        """Deletes terminal releases with all that belongs to them; gives the ids of those that are gone.
+        """Delete up to NODES_PER_STATEMENT terminal releases, with nodes and events; return the ids of those deleted.
 
-        At most NODES_PER_STATEMENT of them. One of which somebody made a retry or a rollback meanwhile stays.
+        A release stays where somebody made a retry or a rollback of it meanwhile.
         """
         with self._database.transaction(write=True) as tx:
-            going = set(release_ids)
-            while going:
+            marks = ", ".join("?" * len(release_ids)) or "NULL"
+            # another prune may have been quicker
+            going = {row[0] for row in tx.rows(f"SELECT id FROM release_tasks WHERE id IN ({marks})", *release_ids)}
+            while going:  # each round may spare more, which one of them names
                 marks = ", ".join("?" * len(going))
                 # the indexes release_tasks_by_retry_of and release_tasks_by_rollback_of
                 named = {id_ for row in tx.rows(f"""
@@ -6186,6 +6101,118 @@ class Releases:
                 going -= named
             return sorted(going)
 
+    def _plan(self, tx: Transaction, request: ReleaseRequest) -> tuple[Plan, list[Node]]:
+        strategy = parse_strategy(request.strategy)
+        nodes, left_out = choose_nodes(
+            [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")], request)
+        refuse_twins(nodes)
+        refuse_dropping_sites(request.payload, nodes)
+        plan = make_plan(strategy, [node.id for node in nodes], left_out)
+        return plan._replace(emptied=emptied_nodes(request.payload, nodes)), nodes
+
+    def _version_for(self, tx: Transaction, request: ReleaseRequest, release_id: int) -> int:
+        version = self._state.next_version(tx, release_id)
+        if request.version is not None and request.version < version:
+            raise AppError(INVALID, f"version {request.version} may have been used already: leave it out, or name one "
+                                    f"from {version} on")
+        return request.version or version
+
+    def _create(self, tx: Transaction, actor: Who, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node]) -> Made:
+        self._state.note_timeline(tx)
+        if not (request.retry_of or request.rollback_of):
+            # before an id, and with it a version, is used up
+            check_payload_version(request.payload, self._version_for(
+                tx, request, tx.value(self._database.engine.next_release_id_sql)))
+        release_id = tx.value(self._database.engine.take_release_id_sql)
+        version = self._version_for(tx, request, release_id)
+        payload = payload_for_version(request.payload, version)
+        remark = CHANGES_NOTHING if changes_nothing(tx, payload, [node.id for node in nodes]) else ""
+        self._state.seen.use_version(version)
+        now, digest = self._state.now(), digest_of(payload)
+        tx.execute("""
+            INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, payload_sha256,
+                                       strategy, retry_of, rollback_of, total_nodes, created_at, updated_at)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+                   release_id, request.target, version, new_tag(), REASON_PENDING, request.reason, to_json(payload),
+                   digest, to_json(request.strategy), request.retry_of, request.rollback_of,
+                   sum(map(len, plan.batches)), now, now)
+        addresses = {node.id: (node.name, node.main_ip, node.agent_port) for node in nodes}
+        tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, accepted, created_at, "
+                       "updated_at, node_name, main_ip, agent_port) VALUES ", 9, [
+                           (release_id, node_id, number, int(node_id in plan.tolerated), now, now, *addresses[node_id])
+                           for number, batch in enumerate(plan.batches, 1) for node_id in batch])
+        left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20]
+                    if request.retry_of or request.rollback_of]
+        detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "", remark, *left_out)))
+        add_events(tx, now, actor, [NewEvent(release_id, "created", "", PENDING, detail)])
+        self._queue.explain_waiting(tx)
+        release = read_release(tx, release_id)
+        verb = "retry" if request.retry_of else "rollback" if request.rollback_of else "create"
+        self._audit.add(tx, actor, f"release.{verb}", f"release {release_id}", after=non_empty(
+            version=version, target=request.target, reason=request.reason, totalNodes=release.total_nodes,
+            payloadSha256=digest, strategy=request.strategy, retryOf=request.retry_of,
+            rollbackOf=request.rollback_of))
+        tx.after_commit.append(lambda: log.info(
+            "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
+            in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
+            extra=about(release, actor=str(actor), event="created")))
+        return Made(release, plan.batches, plan.left_out, remark)
+
+    def _make_again(self, verb: str, release_id: int, actor: Who, wish: Again, key: IdempotencyKey | None) -> Made:
+        with self._database.transaction(write=True) as tx:
+            return self._replay(tx, key) or self._keep_for_replay(
+                tx, key, self._create(tx, actor, *plan_again(tx, verb, release_id, wish)))
+
+    def _replay(self, tx: Transaction, key: IdempotencyKey | None) -> Made | None:
+        """Return what a key has made, or None; raise AppError 3002 where that was for another request."""
+        if key is None:
+            return None
+        # the index idempotency_keys_by_age
+        tx.execute("DELETE FROM idempotency_keys WHERE created_at < ?",
+                   utc_text(self._state.clock.wall() - IDEMPOTENCY_KEY_S))
+        row = tx.row("SELECT request_sha256, release_task_id, left_out FROM idempotency_keys "
+                     "WHERE actor = ? AND idempotency_key = ?", key.actor, key.key)
+        if row is None:
+            return None
+        if row[0] != key.request_sha256:
+            raise AppError(EXISTS, f"Idempotency-Key {key.key} was used for another request, which made release "
+                                   f"{row[1]}: take a new key")
+        batches: dict[int, list[int]] = {}
+        for batch, node_id in tx.rows("SELECT batch, node_id FROM release_task_nodes WHERE release_task_id = ? "
+                                      "ORDER BY batch, id", row[1]):
+            batches.setdefault(batch, []).append(node_id)
+        return Made(read_release(tx, row[1]), list(batches.values()), [LeftOut(*one) for one in parse_json(row[2])])
+
+    def _keep_for_replay(self, tx: Transaction, key: IdempotencyKey | None, made: Made) -> Made:
+        if key:
+            tx.execute("INSERT INTO idempotency_keys (actor, idempotency_key, request_sha256, release_task_id, "
+                       "created_at, left_out) VALUES (?, ?, ?, ?, ?, ?)", *key, made.release.id, self._state.now(),
+                       to_json(made.left_out))
+        return made
+
+    @staticmethod
+    def _accept_failures(tx: Transaction, release: Release, reason: str) -> str:
+        """Mark all failures as accepted; return the text for the event."""
+        count = tx.execute("UPDATE release_task_nodes SET accepted = 1 "
+                           "WHERE release_task_id = ? AND status = 'failed' AND accepted = 0", release.id)
+        return "; ".join(filter(None, (reason, f"failures accepted: {count}")))
+
+    @staticmethod
+    def _change_status(tx: Transaction, release: Release, nodes: NodeIndex, verb: Verb, now: Moment, actor: Who,
+                       reason: str) -> None:
+        """Write the status that a verb brings, its status_reason and its event."""
+        status, strategy = status_after_verb(verb.name, release), strategy_of(release.strategy)
+        after = dataclasses.replace(release, status=status, paused_by=str(actor) if status == PAUSED else "")
+        status_reason = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
+            status, Situation(after, nodes, now, strategy=strategy, stage=Stage(0, release.passed_batch),
+                              exceeded=exceeded_limit(nodes, strategy)))
+        tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, {COUNTERS} "
+                   "WHERE id = ?", status, status_reason, after.paused_by, now.text, release.id)
+        add_events(tx, now.text, actor, [NewEvent(release.id, verb.event, release.status, status, reason)])
+        tx.after_commit.append(lambda: log.info("%s: %s by %s%s", release, verb.event, actor,
+                                                f": {reason}" if reason else "",
+                                                extra=about(release, actor=str(actor), event=verb.event)))
+
 
 # endregion
 
@@ -6198,18 +6225,16 @@ class Releases:
 # ======================================================================================
 
 class DispatchBlockers(NamedTuple):
-    """What may keep a release from its dispatches.
-
-    busy: addresses that another release has in flight, or that may be at a lost request. moved_s: how many seconds
-    ago the database went back or moved to another server, which may not know of the last dispatches.
-    """
+    """What may keep a release from its dispatches."""
+    # Addresses that another release has in flight, or that may still be busy with a lost request.
     busy: frozenset[Endpoint]
     freeze: Freeze
+    # Seconds since the database went back or moved to another server, which may not know the last dispatches.
     moved_s: float
 
 
 class Claims:
-    """Releases as their owner works on them: claim, lease, fence, commit. Each public method is one transaction."""
+    """What an executor does with releases, most of it under a claim. Each public method is one transaction."""
 
     def __init__(self, state: DatabaseState, queue: Queue):
         self._state = state
@@ -6217,19 +6242,19 @@ class Claims:
         self._queue = queue
 
     def scan(self) -> tuple[list[int], list[int]]:
-        """Gives the ids of the releases that may be claimed now, and of those in other hands."""
-        with self._state.watching() as tx:
+        """Return the ids of the releases that may be claimed now, and of those that others have claimed."""
+        with self._state.checked_read() as tx:
             found = self._queue.runnable(tx)
-        if self._state.has_fallen:
+        if self._state.is_rewind_unwritten:
             with self._database.transaction(write=True) as tx:
-                self._state.write_fall(tx)
+                self._state.write_rewind(tx)
                 found = self._queue.runnable(tx)
         return found
 
     def claim(self, release_id: int, owner: str, ttl_s: float) -> Claim | None:
-        """Takes a release for ttl_s seconds; None when somebody else was first or it must wait.
+        """Claim a release for ttl_s seconds; return None where another process was first or the release must wait.
 
-        Every claim raises the fence, so what an earlier owner still wants to write changes nothing.
+        A claim raises the fence, so a late write of an earlier owner is refused.
         """
         with self._database.transaction(write=True) as tx:
             if release_id not in self._queue.runnable(tx)[0]:
@@ -6240,9 +6265,9 @@ class Claims:
                 renumbered = self._renumber(tx, before, owner)
                 if renumbered != before and release_id not in self._queue.runnable(tx)[0]:
                     self._queue.explain_waiting(tx)
-                    return None  # with its new number others come before it
+                    return None  # by its new version others come first
                 before = renumbered
-            self._complete(tx, before)
+            self._fill_row(tx, before)
             now, expires = tx.now(), expiry_of(tx, ttl_s)
             started = tx.execute(f"""
                 UPDATE release_tasks
@@ -6262,15 +6287,106 @@ class Claims:
             if not changed:
                 raise StateMoved(f"release {release_id} was claimed by a writer outside of the lock")
             self._queue.explain_waiting(tx)
-            tx.afterwards.append(lambda: self._log_claim(before, owner))
+            tx.after_commit.append(lambda: self._log_claim(before, owner))
             return Claim(release_id, before.claim_fence + 1, before.version, owner, self._state.generation)
 
-    def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
-        """Give a release the next version when it starts, where nodes may have higher ones than it has (rule 2).
+    def renew(self, claim: Claim, ttl_s: float) -> bool:
+        """Keep a claim for ttl_s seconds from now; return False where it is lost."""
+        with self._database.transaction(write=True) as tx:
+            return tx.execute("UPDATE release_tasks SET claim_expires_at = ? WHERE id = ? AND claim_fence = ? "
+                              "AND claim_owner = ? AND claim_expires_at IS NOT NULL",
+                              expiry_of(tx, ttl_s), claim.release_id, claim.fence, claim.owner) == 1
 
-        That is one that had to wait for its time while later ones started, and one that is numbered below the first
-        version that a person named: agents are further on. Not after a failover: it may be at its agents already,
-        under this number, and they know it by that.
+    def drop(self, claim: Claim) -> None:
+        """Give a claim up, so that anyone may claim the release at once."""
+        with self._database.transaction(write=True) as tx:
+            tx.execute("UPDATE release_tasks SET claim_owner = '', claim_expires_at = NULL "
+                       "WHERE id = ? AND claim_fence = ? AND claim_owner = ?",
+                       claim.release_id, claim.fence, claim.owner)
+
+    def read(self, claim: Claim) -> Release:
+        """Return the release of a claim; raise ClaimLost where it has another owner or none, or is gone."""
+        with self._state.checked_read() as tx:
+            return self._read_claimed(tx, claim)
+
+    def read_with_nodes(self, claim: Claim) -> tuple[Release, list[ReleaseNode]]:
+        """Return the release of a claim and its nodes; raise ClaimLost."""
+        with self._state.checked_read() as tx:
+            return self._read_claimed(tx, claim), read_release_nodes(tx, claim.release_id)
+
+    def holds(self, release_id: int) -> list[Hold]:
+        """Return when pauses and freezes held a release."""
+        with self._database.transaction() as tx:
+            # the index release_events_of_releases
+            return holds_of((at, event, status) for at, event, status in tx.rows(
+                "SELECT at, event, to_status FROM release_events WHERE release_task_id = ? AND node_id IS NULL "
+                "ORDER BY id", release_id))
+
+    def dispatch_blockers(self, release_id: int) -> DispatchBlockers:
+        """Return what may keep a release from its dispatches."""
+        with self._database.transaction() as tx:
+            moved_at = tx.value("SELECT moved_at FROM database_state WHERE id = 1")
+            moved_s = epoch_of(tx.now()) - epoch_or(moved_at, 0.0) if moved_at else float("inf")
+            if moved_s < 0:  # the clock of the server before was ahead
+                moved_s = float("inf")
+            return DispatchBlockers(self._busy(tx, release_id), read_freeze(tx),
+                                    min(moved_s, self._state.clock.elapsed() - self._state.changed_at))
+
+    def commit(self, claim: Claim, release: Release, decision: Decision, now: Moment, actor: Who) -> None:
+        """Write a decision on a release as it was read, or nothing.
+
+        Raise ClaimLost where the release has another owner, StateMoved where the release or a node changed, or a
+        dispatch may not leave. After a DatabaseError only was_written() tells.
+        """
+        with self._database.transaction(write=True) as tx:
+            self._read_claimed(tx, claim)
+            begun = [c.after for c in decision.changes if c.after.attempts > c.before.attempts]
+            starting = {c.after.endpoint for c in decision.changes
+                        if (c.before.status, c.after.status) == (PENDING, RUNNING)}
+            if starting and starting & self._busy(tx, claim.release_id):
+                raise StateMoved(f"another release has a node of {release} in flight")
+            self._raise_last_versions(tx, release, [node.node_id for node in begun])
+            if begun and read_freeze(tx).frozen:
+                raise StateMoved(f"a freeze came before a dispatch of {release}")
+            self._queue.write_decision(tx, release, decision, now, actor, claim)
+
+    def was_written(self, claim: Claim, decision: Decision) -> bool:
+        """Return whether a commit that ended in an error took place; raise ClaimLost where another owner came since.
+
+        In a writing transaction, which starts only when the server has ended the one in doubt.
+        """
+        with self._database.transaction(write=True) as tx:
+            # not _read_claimed(): the end of a release gives its claim up
+            release = read_release(tx, claim.release_id)
+            if release.claim_fence != claim.fence or release.claim_owner not in ("", claim.owner):
+                raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
+            rows = {row.node_id: row for row in read_release_nodes(tx, claim.release_id)}
+        if decision.changes:  # nodes tell it alone: an operator may have changed the release since
+            return all(decided_node_values(rows[change.after.node_id]) == decided_node_values(change.after)
+                       for change in decision.changes)
+        return bool(decided_values(release) == decided_values(decision))
+
+    def times_ahead(self) -> list[str]:
+        """Return a text for each claim and hold further ahead than any setting allows, which therefore is void.
+
+        A process whose clock was ahead wrote it.
+        """
+        with self._database.transaction() as tx:
+            now = tx.now()
+            claims = tx.rows("SELECT id, claim_owner, claim_expires_at FROM release_tasks WHERE status IN "
+                             "('pending', 'running', 'paused', 'cancelling') AND claim_expires_at > ?",
+                             latest_expiry(now))
+            holds = tx.rows(f"SELECT {NAME_THEN}, n.hold_until FROM release_task_nodes n "
+                            "JOIN nodes h ON h.id = n.node_id WHERE n.hold_until IS NOT NULL AND n.hold_until > ?",
+                            utc_text(self._state.clock.wall() + MAX_BUSY_S))
+        return [*(f"release {id_} is claimed by {owner} until {until}" for id_, owner, until in claims),
+                *(f"node {name} is kept free until {until}" for name, until in holds)]
+
+    def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
+        """Give a release that starts the next version, where nodes may have a higher one (rule 2).
+
+        It waited for its start time while later ones started, or is below the first version that a person named. Not
+        after a failover: agents may know it already, under its version.
         """
         first_version = tx.value("SELECT first_version FROM database_state WHERE id = 1")
         if release.version < first_version:
@@ -6283,33 +6399,34 @@ class Claims:
         version = self._state.next_version(tx, release.id)
         self._state.seen.use_version(version)
         payload = release.payload
-        with contextlib.suppress(ValueError, AppError):  # what can't be used ends the release, a little later
+        with contextlib.suppress(ValueError, AppError):  # one that can't be used ends the release: Driver
             payload = to_json(payload_for_version(read_payload(payload), version))
         tx.execute("UPDATE release_tasks SET version = ?, payload = ? WHERE id = ?", version, payload, release.id)
         text = f"version {release.version} became {version}: {why}"
         add_events(tx, self._state.now(), owner, [NewEvent(release.id, "renumbered", PENDING, PENDING, text)])
-        tx.afterwards.append(lambda: log.info("%s: %s", release, text,
-                                              extra=about(release, actor=owner, event="renumbered")))
+        tx.after_commit.append(lambda: log.info("%s: %s", release, text,
+                                                extra=about(release, actor=owner, event="renumbered")))
         return read_release(tx, release.id)
 
-    def _complete(self, tx: Transaction, release: Release) -> None:
-        """Fill what a person who wrote the rows of a release left to us; the payload may have been changed too."""
+    @staticmethod
+    def _fill_row(tx: Transaction, release: Release) -> None:
+        """Set the columns that a person who wrote the rows of a release left out."""
         digest = digest_of_stored(release.payload)
         if digest != release.stored_sha256:
             tx.execute("UPDATE release_tasks SET payload_sha256 = ? WHERE id = ?", digest, release.id)
         if release.tag:
             return
-        # tasks that agents know already, from before there were tags, keep their ids
+        # no tag where agents know tasks without one, from before schema 5
         tx.execute("""
             UPDATE release_tasks
             SET tag = ?
             WHERE id = ? AND NOT EXISTS (SELECT 1 FROM release_task_nodes n
                                          WHERE n.release_task_id = release_tasks.id AND n.task_id <> '')""",
                    new_tag(), release.id)
-        keep_as_they_are(tx, release.id)
+        fill_node_addresses(tx, release.id)
 
     def _log_claim(self, before: Release, owner: str) -> None:
-        """Logs and counts that a release was taken."""
+        """Log and count a claim."""
         if before.status == PENDING:
             log.info("%s: started, taken by %s", before, owner, extra=about(before, actor=owner, event="started"))
         elif before.claim_expires_at is not None:
@@ -6319,65 +6436,24 @@ class Claims:
         else:
             log.debug("%s: taken by %s", before, owner, extra=about(before, actor=owner, event="taken"))
 
-    def renew(self, claim: Claim, ttl_s: float) -> bool:
-        """Keeps a claim for ttl_s seconds more; False when it is lost."""
-        with self._database.transaction(write=True) as tx:
-            return tx.execute("UPDATE release_tasks SET claim_expires_at = ? WHERE id = ? AND claim_fence = ? "
-                              "AND claim_owner = ? AND claim_expires_at IS NOT NULL",
-                              expiry_of(tx, ttl_s), claim.release_id, claim.fence, claim.owner) == 1
-
-    def drop(self, claim: Claim) -> None:
-        """Hands a claim back, so that anyone may take the release at once."""
-        with self._database.transaction(write=True) as tx:
-            tx.execute("UPDATE release_tasks SET claim_owner = '', claim_expires_at = NULL "
-                       "WHERE id = ? AND claim_fence = ? AND claim_owner = ?",
-                       claim.release_id, claim.fence, claim.owner)
-
-    def release(self, claim: Claim) -> Release:
-        """Return the release of a claim; raise ClaimLost when it has another owner or none, or is gone."""
-        with self._state.watching() as tx:
-            return self._claimed(tx, claim)
-
-    def release_with_nodes(self, claim: Claim) -> tuple[Release, list[ReleaseNode]]:
-        """Return the release of a claim and its nodes, of one moment; raise ClaimLost."""
-        with self._state.watching() as tx:
-            return self._claimed(tx, claim), read_release_nodes(tx, claim.release_id)
-
-    def holds(self, release_id: int) -> list[Hold]:
-        """Return when pauses and freezes held a release."""
-        with self._database.transaction() as tx:
-            # the index release_events_of_releases
-            return holds_of((at, event, status) for at, event, status in tx.rows(
-                "SELECT at, event, to_status FROM release_events WHERE release_task_id = ? AND node_id IS NULL "
-                "ORDER BY id", release_id))
-
-    def _claimed(self, tx: Transaction, claim: Claim) -> Release:
-        row = tx.row(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r WHERE r.id = ?", claim.release_id)
-        if row is None or Release(*row).version != claim.version:
-            self._state.note_fall(claim, f"{claim} is gone")
+    def _read_claimed(self, tx: Transaction, claim: Claim) -> Release:
+        """Do read() in a transaction, and report where the database went back since the claim."""
+        release = find_release(tx, claim.release_id)
+        if release is None or release.version != claim.version:
+            self._state.report_rewind(claim, f"{claim} is gone")
             raise ClaimLost("it is no longer in the database")
-        release = Release(*row)
         if release.claim_fence < claim.fence:
-            self._state.note_fall(claim, f"the claim number of {claim} is {release.claim_fence} after {claim.fence}")
+            self._state.report_rewind(
+                claim, f"the claim number of {claim} is {release.claim_fence} after {claim.fence}")
         if (release.claim_fence, release.claim_owner) != (claim.fence, claim.owner) or release.claim_expires_at is None:
             raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
         return release
 
-    def dispatch_blockers(self, release_id: int) -> DispatchBlockers:
-        """Return what may keep a release from its dispatches."""
-        with self._database.transaction() as tx:
-            moved_at = tx.value("SELECT moved_at FROM database_state WHERE id = 1")
-            moved_s = epoch_of(tx.now()) - epoch_or(moved_at, 0.0) if moved_at else float("inf")
-            if moved_s < 0:  # the clock of the server before was ahead
-                moved_s = float("inf")
-            return DispatchBlockers(self._busy(tx, release_id), read_freeze(tx),
-                             min(moved_s, self._state.clock.elapsed() - self._state.changed_at))
-
     def _busy(self, tx: Transaction, release_id: int) -> frozenset[Endpoint]:
-        """Return the addresses that another release has in flight or that may be at a lost request."""
+        """Return the addresses that another release has in flight, or that may still be busy with a lost request."""
         now = self._state.moment()
-        # the partial indexes release_task_nodes_one_running and _held hold few rows; the wall clock may have been
-        # set since, by no more than a week
+        # The partial indexes release_task_nodes_one_running and _held are small. A week: a hold may have been written
+        # before somebody set the wall clock; until_s() goes by the other one.
         rows = tx.rows(f"""
             SELECT {ADDRESS_THEN}, n.status, n.hold_until, n.hold_clock
             FROM release_task_nodes n
@@ -6393,49 +6469,15 @@ class Claims:
         return frozenset(endpoint_of(main_ip, port) for main_ip, port, status, until, mark in rows
                          if status == RUNNING or 0 < now.until_s(until, mark) <= MAX_BUSY_S)
 
-    def times_ahead(self) -> list[str]:
-        """Return a sentence for each claim and hold that lies further ahead than any setting allows.
-
-        A process whose clock was ahead wrote it; it counts as over.
-        """
-        with self._database.transaction() as tx:
-            now = tx.now()
-            claims = tx.rows("SELECT id, claim_owner, claim_expires_at FROM release_tasks WHERE status IN "
-                             "('pending', 'running', 'paused', 'cancelling') AND claim_expires_at > ?",
-                             latest_expiry(now))
-            holds = tx.rows(f"SELECT {NAME_THEN}, n.hold_until FROM release_task_nodes n "
-                            "JOIN nodes h ON h.id = n.node_id WHERE n.hold_until IS NOT NULL AND n.hold_until > ?",
-                            utc_text(self._state.clock.wall() + MAX_BUSY_S))
-        return [*(f"release {id_} is claimed by {owner} until {until}" for id_, owner, until in claims),
-                *(f"node {name} is kept free until {until}" for name, until in holds)]
-
-    def commit(self, claim: Claim, release: Release, decision: Decision, now: Moment, actor: Who) -> None:
-        """Writes a decision on the release as it was read, or nothing.
-
-        Raises ClaimLost when the fence moved, StateMoved when the status or a node did. After a
-        DatabaseError whether it was written is not known: read again.
-        """
-        with self._database.transaction(write=True) as tx:
-            self._claimed(tx, claim)
-            begun = [c.after for c in decision.changes if c.after.attempts > c.before.attempts]
-            first = {c.after.endpoint for c in decision.changes
-                     if (c.before.status, c.after.status) == (PENDING, RUNNING)}
-            if first and first & self._busy(tx, claim.release_id):
-                raise StateMoved(f"another release has a node of {release} in flight")
-            self._raise_last_versions(tx, release, [node.node_id for node in begun])
-            if begun and read_freeze(tx).frozen:
-                raise StateMoved(f"a freeze came before a dispatch of {release}")
-            self._queue.write(tx, release, decision, now, actor, claim)
-
     @staticmethod
     def _raise_last_versions(tx: Transaction, release: Release, node_ids: Sequence[int]) -> None:
-        """Note that nodes are sent a version, where the dispatch is written; StateMoved where one has a higher one."""
+        """Store that nodes are sent a version; raise StateMoved where one was sent a higher one."""
         for start in range(0, len(node_ids), NODES_PER_STATEMENT):
             part = node_ids[start:start + NODES_PER_STATEMENT]
             marks = ", ".join("?" * len(part))
             tx.execute(f"UPDATE nodes SET last_version = ? WHERE last_version < ? AND id IN ({marks})",
                        release.version, release.version, *part)
-            # the index nodes_by_address: a host that was entered anew has two rows
+            # the index nodes_by_address: a host that was registered again has two rows
             if tx.value(f"""
                     SELECT COUNT(*)
                     FROM nodes h
@@ -6443,27 +6485,9 @@ class Claims:
                     WHERE h.id IN ({marks}) AND a.last_version > ?""", *part, release.version):
                 raise StateMoved(f"a node of {release} was sent a higher version")
 
-    def was_written(self, claim: Claim, decision: Decision) -> bool:
-        """Reads back, after an error at COMMIT, whether it took place; ClaimLost when that is another's now.
-
-        As a writer, which waits for a transaction of ours that the server may still be at: what is
-        found is the end of it.
-        """
-        with self._database.transaction(write=True) as tx:
-            # not _claimed(): the commit may have handed the claim back
-            release = read_release(tx, claim.release_id)
-            if release.claim_fence != claim.fence or release.claim_owner not in ("", claim.owner):
-                raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
-            found = {n.node_id: n for n in read_release_nodes(tx, claim.release_id)}
-        return (release.status, release.passed_batch, release.soak_clock) == (
-            decision.status, decision.passed_batch, decision.soak_clock) if not decision.changes else all(
-            (after.status, after.attempts, after.finished_at, after.task_id)
-            == (row.status, row.attempts, row.finished_at, row.task_id)
-            for _, after, _ in decision.changes for row in [found[after.node_id]])
-
 
 class Store:
-    """The tables of the contract as verbs, in parts that share one database."""
+    """All that is stored, in parts that share one database."""
 
     def __init__(self, database: Database, clock: Clock = Clock()):  # noqa: B008 - it has no state
         self.database = database
@@ -6485,43 +6509,43 @@ class Store:
 #   caller's.
 # Uses: Vocabulary.
 #
-#   A thread for each of 64 requests costs a third more CPU: they wake at once, and fight for the
+#   A thread for each of 64 requests costs a third more CPU: they wake at once, and compete for the
 #   interpreter. asyncio is not used, as its TLS needs twice the CPU of a plain SSLSocket.
 # ======================================================================================
 
-# So often it is looked whose time is over, while there is somebody who waits.
-LATE_CHECK_S = 0.05
-# So many begin before others are looked at: with large payloads each takes its time.
-NEW_AT_ONCE = 8
+# Seconds between checks for expired waits.
+EXPIRY_CHECK_S = 0.05
+# New coroutines started in a row: with large payloads each takes its time.
+STARTED_AT_ONCE = 8
+# Reads in a row without a wait, after which a coroutine yields.
+READS_AT_ONCE = 64
 
 
 class Wait(NamedTuple):
-    """What a conversation waits for: that a socket can be read or written (POLLIN, POLLOUT), until a moment.
-
-    The moment is one of time.monotonic(); socket.timeout is raised then.
-    """
+    """What a coroutine waits for: POLLIN or POLLOUT of a socket; socket.timeout is raised where it takes too long."""
     sock: socket.socket | select.epoll | None
     event: int
+    # By time.monotonic().
     ends_at: float
 
     def __await__(self) -> Generator[Wait, None, None]:
         yield self
 
 
-# Awaited before what blocks its thread: among many, a conversation goes on in a thread of its own then.
+# Awaited before a call that blocks: an event loop continues the coroutine in a thread of its own.
 BLOCKS = Wait(None, 0, 0.0)
 # Awaited where an answer begins to be read: from there on a Meter counts.
 READING = Wait(None, 1, 0.0)
-# Awaited by who could go on, so that others get their turn; after so many reads that had not to wait.
-NEXT_TURN, READS_AT_ONCE = Wait(None, 2, 0.0), 64
+# Awaited by a coroutine that could continue, so that others run.
+YIELD = Wait(None, 2, 0.0)
 
 
-def run_coroutine(talk: Coroutine[Wait, None, T]) -> T:
-    """Holds a conversation to its end in this thread; gives what it returns, raises what it raises."""
+def run_coroutine(coroutine: Coroutine[Wait, None, T]) -> T:
+    """Run a coroutine to its end in this thread; return what it returns, raise what it raises."""
     error: Exception | None = None
     try:
         while True:
-            wait = talk.throw(error) if error else talk.send(None)
+            wait = coroutine.throw(error) if error else coroutine.send(None)
             error = None
             if wait.sock is not None:
                 poller = select.poll()
@@ -6537,10 +6561,10 @@ def run_coroutine(talk: Coroutine[Wait, None, T]) -> T:
 
 
 class Meter:
-    """Awaits a coroutine, and counts the seconds of CPU that it takes after READING; what it waits for is free."""
+    """Await a coroutine, and count the seconds of CPU that it takes after READING; its waits cost nothing."""
 
-    def __init__(self, talk: Coroutine[Wait, None, Any]):
-        self._talk = talk
+    def __init__(self, coroutine: Coroutine[Wait, None, Any]):
+        self._coroutine = coroutine
         self.cost_s = 0.0
 
     def __await__(self) -> Generator[Wait, None, Any]:
@@ -6548,9 +6572,9 @@ class Meter:
         is_reading = False
         try:
             while True:
-                since = time.thread_time()  # of the thread that it goes on in: another one after BLOCKS
+                since = time.thread_time()  # of the thread that runs it now: another one after BLOCKS
                 try:
-                    wait = self._talk.throw(error) if error else self._talk.send(None)
+                    wait = self._coroutine.throw(error) if error else self._coroutine.send(None)
                 except StopIteration as end:
                     return end.value
                 finally:
@@ -6564,24 +6588,27 @@ class Meter:
                 except Exception as failed:
                     error = failed
         finally:
-            self._talk.close()  # it is let go as we are
+            self._coroutine.close()
 
 
 class EventLoop:
-    """Holds many conversations at once, in one thread; each that blocks in one more."""
+    """Run many coroutines in one thread; each that blocks in one more."""
 
     def __init__(self) -> None:
         self._new: collections.deque[Coroutine[Wait, None, None]] = collections.deque()
         self._waiting: dict[int, tuple[Coroutine[Wait, None, None], Wait]] = {}
         self._poller = select.poll()
+        # Wakes the thread: the end that it polls, and the one to write to. None where no thread runs.
         self._wakers: tuple[socket.socket, socket.socket] | None = None
         self._is_woken = False
         self._is_closed = False
-        self._turned_at = self._check_at = 0.0
+        # When the thread last completed a cycle.
+        self._cycled_at = 0.0
+        self._next_check_at = 0.0
         self._guard = threading.Lock()
 
     def start(self) -> None:
-        """Starts the thread where it does not run; RuntimeError or OSError when there is no room for it."""
+        """Start the thread if it does not run; raise RuntimeError or OSError when there is no room for it."""
         with self._guard:
             if self._wakers is not None or self._is_closed:
                 return
@@ -6594,26 +6621,23 @@ class EventLoop:
                 raise
             self._wakers = wakers
 
-    def submit(self, talk: Coroutine[Wait, None, None]) -> None:
-        """Begins a conversation, which must tell its outcome itself, and raise nothing; after close() it is let go.
-
-        It waits for start().
-        """
+    def submit(self, coroutine: Coroutine[Wait, None, None]) -> None:
+        """Run a coroutine from start() on, drop it after close(); it reports its outcome itself and raises nothing."""
         with self._guard:
             if self._is_closed:
-                talk.close()
+                coroutine.close()
                 return
             if not self._waiting and not self._new:
-                self._turned_at = time.monotonic()  # a thread that nobody needed did not turn
-            self._new.append(talk)
+                self._cycled_at = time.monotonic()  # an idle thread has no cycles
+            self._new.append(coroutine)
             self._wake()
 
     def is_hung(self, since: float) -> bool:
-        """Says whether somebody waits, and nobody was looked at since a moment of time.monotonic()."""
-        return bool(self._waiting or self._new) and self._turned_at < since
+        """Return whether coroutines wait, and the thread completed no cycle since a moment of time.monotonic()."""
+        return bool(self._waiting or self._new) and self._cycled_at < since
 
     def close(self) -> None:
-        """Lets go of what is under way, without a word to it."""
+        """Drop all coroutines; they are not notified."""
         with self._guard:
             self._is_closed = True
             self._wake()
@@ -6626,86 +6650,86 @@ class EventLoop:
     def _run(self, woken: socket.socket, waker: socket.socket) -> None:
         self._poller.register(woken, select.POLLIN)
         while not self._is_closed:
-            limit_ms = 0 if self._new else LATE_CHECK_S * 1000 if self._waiting else None
+            limit_ms = 0 if self._new else EXPIRY_CHECK_S * 1000 if self._waiting else None
             for descriptor, _ in self._poller.poll(limit_ms):
                 if descriptor == woken.fileno():
                     woken.recv(1)
-                    self._is_woken = False  # before the new ones are taken: whoever comes later wakes again
+                    self._is_woken = False  # before the new ones are taken: a later submit() wakes again
                 else:
-                    self._go_on(self._stop_waiting(descriptor))
-            for _ in range(min(len(self._new), NEW_AT_ONCE)):
-                self._go_on(self._new.popleft())
-            self._end_late()
-        for talk in (*self._new, *(talk for talk, _ in self._waiting.values())):
-            talk.close()
+                    self._resume(self._stop_waiting(descriptor))
+            for _ in range(min(len(self._new), STARTED_AT_ONCE)):
+                self._resume(self._new.popleft())
+            self._end_expired()
+        for coroutine in (*self._new, *(coroutine for coroutine, _ in self._waiting.values())):
+            coroutine.close()
         with self._guard:
             self._wakers = None
             woken.close()
             waker.close()
 
-    def _end_late(self) -> None:
-        """Ends the waits whose time is over, now and then; not where the answer is there, and we are late."""
-        self._turned_at = now = time.monotonic()
-        if now >= self._check_at:
-            self._check_at = now + LATE_CHECK_S
-            late = [descriptor for descriptor, (_, wait) in self._waiting.items() if wait.ends_at <= now]
-            ready = {descriptor for descriptor, _ in self._poller.poll(0)} if late else set()
-            for descriptor in late:
+    def _end_expired(self) -> None:
+        """End expired waits, every EXPIRY_CHECK_S; not those whose socket is ready: it is we who are late."""
+        self._cycled_at = now = time.monotonic()
+        if now >= self._next_check_at:
+            self._next_check_at = now + EXPIRY_CHECK_S
+            expired = [descriptor for descriptor, (_, wait) in self._waiting.items() if wait.ends_at <= now]
+            ready = {descriptor for descriptor, _ in self._poller.poll(0)} if expired else set()
+            for descriptor in expired:
                 if descriptor not in ready:
-                    self._go_on(self._stop_waiting(descriptor), socket.timeout("deadline"))
+                    self._resume(self._stop_waiting(descriptor), socket.timeout("deadline"))
 
     def _stop_waiting(self, descriptor: int) -> Coroutine[Wait, None, None]:
         self._poller.unregister(descriptor)
         return self._waiting.pop(descriptor)[0]
 
-    def _go_on(self, talk: Coroutine[Wait, None, None], error: Exception | None = None) -> None:
-        """Lets a conversation go on until it waits again, or ends."""
+    def _resume(self, coroutine: Coroutine[Wait, None, None], error: Exception | None = None) -> None:
+        """Run a coroutine until it waits again, or ends."""
         try:
-            wait = talk.throw(error) if error else talk.send(None)
+            wait = coroutine.throw(error) if error else coroutine.send(None)
         except StopIteration:
             return
-        except Exception:  # one conversation must not end all others
-            log.exception("a conversation with an agent failed within releasectl")
+        except Exception:  # it must not end all others
+            log.exception("a request to an agent failed within releasectl")
             return
         try:
             if wait is BLOCKS:
-                # a daemon, not a pool's, which the end of the process would wait for: a name may take long to look up
-                threading.Thread(target=self._hold, args=(talk,), name="agent", daemon=True).start()
+                # a daemon, not a pool's, which the end of the process would wait for: looking up a name may take long
+                threading.Thread(target=self._run_alone, args=(coroutine,), name="agent", daemon=True).start()
             elif wait.sock is None:
-                self._new.append(talk)
+                self._new.append(coroutine)
             else:
                 descriptor = wait.sock.fileno()
                 self._poller.register(descriptor, wait.event)
-                self._waiting[descriptor] = talk, wait
-        except Exception as failed:  # no thread can be started, say: the conversation itself tells what it lost
-            self._go_on(talk, failed)
+                self._waiting[descriptor] = coroutine, wait
+        except Exception as failed:  # no thread can be started, for example: the coroutine itself reports that
+            self._resume(coroutine, failed)
 
     @staticmethod
-    def _hold(talk: Coroutine[Wait, None, None]) -> None:
-        """Holds the rest of a conversation that blocks."""
+    def _run_alone(coroutine: Coroutine[Wait, None, None]) -> None:
         try:
-            run_coroutine(talk)
+            run_coroutine(coroutine)
         except Exception:
-            log.exception("a conversation with an agent failed within releasectl")
+            log.exception("a request to an agent failed within releasectl")
 
 
 class TimedSocket:
-    """A connected socket, plain or TLS, whose every wait ends at one moment, also under a peer that drips."""
+    """A connected socket, plain or TLS, with one deadline for all its waits, also under a peer that drips."""
 
     def __init__(self, sock: socket.socket, ends_at: float, max_bytes: int):
-        """Takes a socket that does not block, a moment of time.monotonic(), and how much may be read in all."""
+        """Take a non-blocking socket, a moment of time.monotonic(), and how many bytes may be read in all."""
         self.sock = sock
         self.ends_at = ends_at
         self.received = 0
+        # Bytes that were given back, to be read again.
         self.unread = b""
         self.at_end = False
         self._max_bytes = max_bytes
         self._reads = 0
 
     async def when_ready(self, act: Callable[[], T], event: int) -> T:
-        """Gives what act() gives as soon as the socket lets it; socket.timeout when the time is over by then.
+        """Return act() as soon as the socket is ready for it; raise socket.timeout when it isn't by the deadline.
 
-        What is there is taken without a look at the clock: it may be we who are late.
+        What is ready is done after the deadline too: it may be we who are late.
         """
         while True:
             try:
@@ -6721,7 +6745,7 @@ class TimedSocket:
             await Wait(self.sock, event, self.ends_at)
 
     async def sendall(self, data: bytes) -> None:
-        """Sends all of it; nothing when the time is over."""
+        """Send all of it; nothing after the deadline."""
         if time.monotonic() >= self.ends_at:
             raise socket.timeout("deadline")
         view = memoryview(data)
@@ -6729,9 +6753,9 @@ class TimedSocket:
             view = view[await self.when_ready(functools.partial(self.sock.send, view), select.POLLOUT):]
 
     async def recv(self, max_bytes: int) -> bytes:
-        """Gives what is there, b"" at the end; TooBig when it is more than may be read.
+        """Return what is there, b"" at the end; raise TooBig when it is more than may be read.
 
-        A peer whose bytes are always there, few at a time, holds up nobody, and has its time like any other.
+        A peer whose bytes are always there, few at a time, delays no other coroutine and has the same deadline.
         """
         if self.unread:
             data, self.unread = self.unread[:max_bytes], self.unread[max_bytes:]
@@ -6740,7 +6764,7 @@ class TimedSocket:
         if self._reads % READS_AT_ONCE == 0:
             if time.monotonic() >= self.ends_at:
                 raise socket.timeout("deadline")
-            await NEXT_TURN
+            await YIELD
         data = await self.when_ready(functools.partial(self.sock.recv, max_bytes), select.POLLIN)
         self.received += len(data)
         self.at_end = not data
@@ -6749,11 +6773,11 @@ class TimedSocket:
         return data
 
     def makefile(self, _mode: str) -> io.BufferedReader:
-        """Gives it as http.client wants it, which blocks."""
+        """Return a file for http.client, which blocks."""
         return io.BufferedReader(_SocketReader(self), 16384)
 
     def close(self) -> None:
-        """Does nothing: who opened the socket closes it, after the last byte was read."""
+        """Do nothing: http.client calls it before the last byte is read; who opened the socket closes it."""
 
 
 class _SocketReader(io.RawIOBase):
@@ -6770,7 +6794,7 @@ class _SocketReader(io.RawIOBase):
 
 
 class TooBig(Exception):
-    """More came than may be read."""
+    """An answer is longer than allowed."""
 
 
 # endregion
@@ -6801,12 +6825,6 @@ MAX_SKIPPED_BYTES = 64 << 10
 MIN_IDLE_S = 0.25
 # Rejected connections that stay open at a time, so that their clients can read the 503.
 MAX_REJECTED = 64
-# Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
-FREE_ATTEMPTS, FREE_ATTEMPTS_OF_NETWORK, FIRST_DELAY_S, MAX_DELAY_S = 3, 24, 0.1, 3.0
-# A streak is forgotten this long after its last event.
-FORGET_S, MAX_STREAKS = 60.0, 2048
-# A token that was good at an address within this time is checked there without delay.
-KNOWN_TOKEN_S, MAX_KNOWN_TOKENS = 86400.0, 4096
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 # RFC 9112, sections 3 and 5, without its concessions to old clients: no folding, no bare CR or LF.
@@ -6888,7 +6906,7 @@ class Wire:
 
 def read_head(wire: Wire, ends_at: float) -> Head | None:
     """Return the head of the next request, None at the client's end; raise AppError 2002, 4008, 4014, 4031, 5005."""
-    line = wire.line(ends_at, MAX_TARGET_BYTES, 4014)
+    line = wire.line(ends_at, MAX_TARGET_BYTES, ADDRESS_TOO_LONG)
     if line is None:
         return None
     first = REQUEST_LINE.fullmatch(line)
@@ -6898,7 +6916,7 @@ def read_head(wire: Wire, ends_at: float) -> Head | None:
         raise AppError(UNKNOWN_HTTP_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported")
     left, headers = MAX_REQUEST_HEAD_BYTES - len(line), dict[str, str]()
     for number in range(MAX_HEADERS + 1):
-        line = wire.line(ends_at, left if number < MAX_HEADERS else 2, 4031)
+        line = wire.line(ends_at, left if number < MAX_HEADERS else 2, HEAD_TOO_LARGE)
         if line is None:
             raise AppError(MALFORMED, "the request ends within its head")
         if not line:
@@ -6937,7 +6955,7 @@ def body_length(head: Head, max_bytes: int) -> int:
 
 
 @dataclasses.dataclass(eq=False)
-class Seat:
+class Connection:
     """One admitted connection, which has a thread. A busy one is never evicted."""
     sock: socket.socket
     address: str
@@ -6971,96 +6989,96 @@ class ConnectionLimiter:
         self._limit, self._limit_per_address = limit, limit_per_address
         self._overload_response = overload_response
         self._guard = threading.Lock()
-        self._seats: set[Seat] = set()
+        self._connections: set[Connection] = set()
 
-    def admit(self, sock: socket.socket, host: str) -> Seat | None:
+    def admit(self, sock: socket.socket, host: str) -> Connection | None:
         """Admit a connection, if need be in place of an idle one; return None when all are busy."""
         address, now = network_of(host), time.monotonic()
         with self._guard:
-            held = collections.Counter(seat.address for seat in self._seats)
+            held = collections.Counter(connection.address for connection in self._connections)
             is_crowd = held[address] >= self._limit_per_address
-            if is_crowd or len(self._seats) >= self._limit:
-                rivals = [s for s in self._seats if not s.is_at_work and now - s.since > MIN_IDLE_S
-                          and (s.address == address or not is_crowd)]
+            if is_crowd or len(self._connections) >= self._limit:
+                rivals = [c for c in self._connections if not c.is_at_work and now - c.since > MIN_IDLE_S
+                          and (c.address == address or not is_crowd)]
                 if not rivals:
                     return None
-                self._evict(min(rivals, key=lambda s: (s.is_authenticated, -held[s.address], s.since)))
-            seat = Seat(sock, address, now)
-            self._seats.add(seat)
-            return seat
+                self._evict(min(rivals, key=lambda c: (c.is_authenticated, -held[c.address], c.since)))
+            connection = Connection(sock, address, now)
+            self._connections.add(connection)
+            return connection
 
-    def _evict(self, seat: Seat) -> None:
-        self._seats.discard(seat)
+    def _evict(self, connection: Connection) -> None:
+        self._connections.discard(connection)
         with contextlib.suppress(OSError):
-            if seat.is_new and self._overload_response:
-                seat.sock.send(self._overload_response)  # the first bytes: they fit into the buffer
+            if connection.is_new and self._overload_response:
+                connection.sock.send(self._overload_response)  # the first bytes: they fit into the buffer
             # not SSLSocket.shutdown: it would end the encryption that the connection's thread still uses
-            socket.socket.shutdown(seat.sock, socket.SHUT_RDWR)
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
-    def encrypt(self, seat: Seat, context: ssl.SSLContext) -> None:
+    def encrypt(self, connection: Connection, context: ssl.SSLContext) -> None:
         """Wrap a connection in TLS, without the handshake."""
         with self._guard:
-            seat.sock = context.wrap_socket(seat.sock, server_side=True, do_handshake_on_connect=False)
+            connection.sock = context.wrap_socket(connection.sock, server_side=True, do_handshake_on_connect=False)
 
-    def identify(self, seat: Seat, is_good: bool, token: str = "", is_viewer: bool = False) -> bool:
+    def identify(self, connection: Connection, is_good: bool, token: str = "", is_viewer: bool = False) -> bool:
         """Note how a connection authenticated; return False when its token's connections are at a limit and all busy.
 
         At a limit, the one of them that is idle longest is evicted.
         """
         with self._guard:
-            if token and not self._make_room(seat, token, is_viewer):
+            if token and not self._make_room(connection, token, is_viewer):
                 is_good, token = False, ""
-            seat.is_authenticated, seat.token = is_good, token
-            seat.is_viewer = is_viewer and bool(token)
+            connection.is_authenticated, connection.token = is_good, token
+            connection.is_viewer = is_viewer and bool(token)
             return is_good
 
-    def _make_room(self, seat: Seat, token: str, is_viewer: bool) -> bool:
-        address = seat.address
-        quotas: list[tuple[int, Callable[[Seat], bool]]] = [
-            (max(1, self._limit // (4 if is_viewer else 2)), lambda s: s.token == token)]
+    def _make_room(self, connection: Connection, token: str, is_viewer: bool) -> bool:
+        address = connection.address
+        quotas: list[tuple[int, Callable[[Connection], bool]]] = [
+            (max(1, self._limit // (4 if is_viewer else 2)), lambda c: c.token == token)]
         if is_viewer:
-            quotas += [(max(1, self._limit // 2), lambda s: s.is_viewer),
-                       (max(1, self._limit_per_address // 2), lambda s: s.is_viewer and s.address == address)]
+            quotas += [(max(1, self._limit // 2), lambda c: c.is_viewer),
+                       (max(1, self._limit_per_address // 2), lambda c: c.is_viewer and c.address == address)]
         for limit, is_peer in quotas:
-            peers = [s for s in self._seats if s is not seat and is_peer(s)]
+            peers = [c for c in self._connections if c is not connection and is_peer(c)]
             if len(peers) >= limit:
-                idle = [s for s in peers if not s.is_at_work and time.monotonic() - s.since > MIN_IDLE_S]
+                idle = [c for c in peers if not c.is_at_work and time.monotonic() - c.since > MIN_IDLE_S]
                 if not idle:
                     return False
-                self._evict(min(idle, key=lambda s: s.since))
+                self._evict(min(idle, key=lambda c: c.since))
         return True
 
-    def set_busy(self, seat: Seat) -> bool:
+    def set_busy(self, connection: Connection) -> bool:
         """Mark a connection as busy with a request; return False when it was evicted before."""
         with self._guard:
-            seat.is_at_work, seat.owes_answer, seat.is_new = True, True, False
-            return seat in self._seats
+            connection.is_at_work, connection.owes_answer, connection.is_new = True, True, False
+            return connection in self._connections
 
-    def set_idle(self, seat: Seat, owes_answer: bool = False, since: float | None = None) -> None:
+    def set_idle(self, connection: Connection, owes_answer: bool = False, since: float | None = None) -> None:
         """Mark a connection as waiting: for a request, a body, an event, a queue, or its client to read the answer."""
         with self._guard:
-            seat.is_at_work, seat.owes_answer = False, owes_answer
-            seat.since = time.monotonic() if since is None else since
+            connection.is_at_work, connection.owes_answer = False, owes_answer
+            connection.since = time.monotonic() if since is None else since
 
-    def close(self, seat: Seat) -> None:
+    def close(self, connection: Connection) -> None:
         """Close a connection."""
         with self._guard:
-            self._seats.discard(seat)
-            close_quietly(seat.sock)
+            self._connections.discard(connection)
+            close_quietly(connection.sock)
 
     def end_all(self, within_s: float) -> None:
         """End idle connections at once; the others may be answered within so many seconds."""
         ends_at = time.monotonic() + within_s
-        self._shut(lambda seat: socket.SHUT_RD if seat.owes_answer else socket.SHUT_RDWR)
-        while self._seats and time.monotonic() < ends_at:
+        self._shut(lambda connection: socket.SHUT_RD if connection.owes_answer else socket.SHUT_RDWR)
+        while self._connections and time.monotonic() < ends_at:
             time.sleep(0.02)
         self._shut(lambda _: socket.SHUT_RDWR)
 
-    def _shut(self, how: Callable[[Seat], int]) -> None:
+    def _shut(self, how: Callable[[Connection], int]) -> None:
         with self._guard:
-            for seat in self._seats:
+            for connection in self._connections:
                 with contextlib.suppress(OSError):
-                    socket.socket.shutdown(seat.sock, how(seat))
+                    socket.socket.shutdown(connection.sock, how(connection))
 
 
 def has_hung_up(sock: socket.socket, within_s: float) -> bool:
@@ -7092,15 +7110,18 @@ def lingering_close(sock: socket.socket) -> None:
 
 # region Dialects
 # ======================================================================================
-# Dialects: what the two kinds of agent are asked and answer (contract section 1).
-# Uses: Vocabulary, Helpers.
+# Dialects: what agents are sent, and how their answers are read (contract section 1).
+# Uses: Vocabulary, Helpers, Model, Decision.
+#
+#   A dialect is a row of DIALECTS (what a decision and a plan know of it) and of WIRE_FORMATS, the
+#   CHECK of agent_protocol in schema.sql, and its tests.
 # ======================================================================================
 
 class Address(NamedTuple):
-    """Where an agent listens, and its dialect."""
+    """Where an agent listens, and its dialect; none for a probe."""
     host: str
     port: int
-    protocol: str
+    protocol: str = ""
 
     def __str__(self) -> str:
         return f"agent [{self.host}]:{self.port}" if ":" in self.host else f"agent {self.host}:{self.port}"
@@ -7114,45 +7135,148 @@ class AgentTask(NamedTuple):
     payload: Mapping[str, Any]
 
 
-class Answer(NamedTuple):
-    """What an agent said: ACCEPTED, WORKING, SUCCESS or UNKNOWN, and the task's id.
+class AgentError(Exception):
+    """A request that failed, or an answer that can't be used; AgentClient returns its outcome."""
 
-    message: its own words, where it had some. applied: the version that it says it has already; 0 for none.
-    """
-    state: str
-    task_id: str = ""
-    message: str = ""
-    applied: int = 0
+    def __init__(self, result: str, kind: str, message: str, **more: Any):
+        super().__init__(message)
+        self.outcome = Outcome("", result, "", kind, message, **more)
 
 
-EXECUTE_PATH = "/agent/v1/tasks/execute"
-
-
-def text_of(value: object) -> str:
+def _text_of(value: object) -> str:
     """Return an agent's text, "" for one that shows nothing: blanks, control characters, no text at all."""
     text = "" if value is None else str(value)
     return text if one_line(text) else ""
 
 
-def unknown_status(status: object) -> str:
-    return f"gives the unknown status {one_line(to_json(status), 60)}"
+def _nonsense(address: Address, what: str, data: object) -> AgentError:
+    return AgentError(UNCLEAR, PROTOCOL, f"{address} {what}", detail=f"{address} {what}: {data!r}")
 
 
-def is_of_dialect(protocol: str, status: int, answer: bytes) -> bool:
-    """Say whether an answer to a ping is that of an agent of this dialect (contract section 1)."""
+def read_data(address: Address, status: int, answer: bytes) -> Mapping[str, Any]:
+    """Return data of an agent's answer {"code": 0, "message": ..., "data": {...}}; raise AgentError."""
+    if status != 200:
+        raise _bad_status(address, status, answer)
     try:
         envelope = parse_json(answer)
-    except ValueError:
-        return False
+    except ValueError as error:
+        what = f"{address} answered what is not JSON"
+        raise AgentError(UNCLEAR, PROTOCOL, f"{what}: {one_line(error, 60)}",
+                         detail=f"{what} ({one_line(error, 60)}): {answer[:200].decode('utf-8', 'replace')}") from None
     if not isinstance(envelope, dict):
-        return False
+        raise AgentError(UNCLEAR, PROTOCOL, f"{address} answered JSON that is no object")
     code = envelope.get("code")
-    is_code = isinstance(code, int) and not isinstance(code, bool)
-    return is_code and ((status, code) == (400, 2001) if protocol == EXECUTE else status == 404 and code != 0)
+    if isinstance(code, bool) or not isinstance(code, int):
+        raise _nonsense(address, "answers without a code", envelope)
+    if code != 0:
+        said = _text_of(envelope.get("message")) or "no reason given"
+        raise AgentError(FAILED, REJECTED, f"{address} refused: {said} (code {code})")
+    if not isinstance(envelope.get("data"), dict):
+        raise _nonsense(address, "answers without data", envelope)
+    return cast("Mapping[str, Any]", envelope["data"])
 
 
-# What _call gives for a 404 to a query.
-UNKNOWN_TASK: dict[str, Any] = {}
+def _bad_status(address: Address, status: int, answer: bytes) -> AgentError:
+    said = answer[:2000].decode("utf-8", "replace")
+    with contextlib.suppress(ValueError, AttributeError):
+        said = _text_of(parse_json(answer).get("message")) or said
+    text = f"{address} answered HTTP {status}" + (f": {said.strip()}" if _text_of(said) else "") + (
+        " (wrong --protocol?)" if status == 404 else "")
+    if 300 <= status < 400:
+        return AgentError(UNCLEAR, HTTP, f"{address} answered a redirect (HTTP {status}), which is not followed",
+                          is_refusal=True)
+    if 400 <= status < 500 and status != 429:
+        return AgentError(FAILED, REJECTED, text)
+    return AgentError(UNCLEAR, HTTP, text, is_refusal=status in (429, 503))
+
+
+def _require_success(address: Address, data: Mapping[str, Any], text: str) -> None:
+    """Raise AgentError unless a task that has ended was a success; text is what the agent said about it."""
+    status = data.get("status")
+    if status == "failed":
+        raise AgentError(FAILED, AGENT_FAILED, text or NO_REASON_GIVEN)
+    if status != "success":
+        raise _nonsense(address, f"gives the unknown status {one_line(to_json(status), 60)}", data)
+
+
+def _read_accepted(address: Address, task: AgentTask, data: Mapping[str, Any], was_resent: bool) -> Outcome:
+    named = data.get("taskId")
+    if not isinstance(named, str) or not named or one_line(named) != named:
+        raise _nonsense(address, "names no task id", data)
+    # what is going to run is pending; a version that the agent has already is done at once
+    is_done = data.get("status") == "success" and not was_resent
+    return Outcome(DISPATCH, ACCEPTED, named, applied=task.version if is_done else 0)
+
+
+def _read_polled(address: Address, task_id: str, data: Mapping[str, Any]) -> Outcome:
+    if data.get("taskId") != task_id:
+        raise _nonsense(address, "answers for another task", data)
+    if data.get("status") in ("pending", "running"):
+        return Outcome(QUERY, WORKING, task_id)
+    text = _text_of(data.get("lastError"))
+    _require_success(address, data, text)
+    return Outcome(QUERY, SUCCESS, task_id, message=text)
+
+
+def _read_executed(address: Address, task: AgentTask, data: Mapping[str, Any], _was_resent: bool) -> Outcome:
+    text = _text_of(data.get("message"))
+    if data.get("requestId") != task.id:
+        raise _nonsense(address, "answers for another request", data)
+    _require_success(address, data, text)
+    # an execute agent says success where its message tells otherwise (contract section 1)
+    if "but reload failed:" in text:
+        raise AgentError(FAILED, AGENT_FAILED, text)
+    found = re.search(r"Version (\d{1,4000}) already applied \(current: (\d{1,4000})\)", text)
+    if found is None:
+        return Outcome(DISPATCH, SUCCESS, task.id, message=text)
+    asked, applied = int(found.group(1)), int(found.group(2))
+    if applied > task.version:
+        raise AgentError(FAILED, REJECTED, f"the agent is already at version {applied}", detail=text)
+    if applied != task.version:
+        raise _nonsense(address, f"has version {applied} and calls it applied", data)
+    if asked != task.version:
+        raise _nonsense(address, f"calls version {asked} applied, and was sent {task.version}", data)
+    return Outcome(DISPATCH, SUCCESS, task.id, message=text, applied=applied)
+
+
+class WireFormat(NamedTuple):
+    """What agents of a dialect are sent, and how their answers are read; the readers raise AgentError."""
+    dispatch_path: str
+    body_of: Callable[[AgentTask], Mapping[str, Any]]
+    # From the data of the answer to a dispatch, and whether it was sent twice.
+    read_dispatch: Callable[[Address, AgentTask, Mapping[str, Any], bool], Outcome]
+    # Method, path and body of a ping, and whether status and code of the answer are those of such an agent alone.
+    ping: tuple[str, str, bytes | None]
+    is_pong: Callable[[int, int], bool]
+    # A connection may end under a request, which is sent again then: only where the agent does not run it twice.
+    keeps_connections: bool = False
+    # For a dialect that can be asked for a task: the path before its id, and the reader of the answer's data.
+    query_path: str = ""
+    read_query: Callable[[Address, str, Mapping[str, Any]], Outcome] = _read_polled
+
+
+WIRE_FORMATS: Mapping[str, WireFormat] = {
+    TASKS: WireFormat(
+        "/tasks/dispatch",
+        lambda task: {"taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload},
+        _read_accepted, ("GET", "/tasks/releasectl-ping", None), lambda status, code: status == 404 and code != 0,
+        keeps_connections=True, query_path="/tasks/"),
+    EXECUTE: WireFormat(
+        "/agent/v1/tasks/execute",
+        lambda task: {"requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}},
+        _read_executed, ("POST", "/agent/v1/tasks/execute", b"{}"), lambda status, code: (status, code) == (400, 2001)),
+}
+
+
+def read_pong(address: Address, status: int, answer: bytes) -> None:
+    """Raise AgentError unless an answer to a ping is that of an agent of the address's dialect."""
+    code = None
+    with contextlib.suppress(ValueError, AttributeError):
+        code = parse_json(answer).get("code")
+    if not isinstance(code, int) or isinstance(code, bool) or not WIRE_FORMATS[address.protocol].is_pong(status, code):
+        said = one_line(answer[:2000].decode("utf-8", "replace").strip(), 80)
+        raise AgentError(UNCLEAR, PROTOCOL, f"{address} is no {address.protocol} agent: it answered HTTP {status}"
+                                            + (f", {said}" if said else "") + " (wrong --protocol or --port?)")
 
 
 # endregion
@@ -7167,44 +7291,44 @@ UNKNOWN_TASK: dict[str, Any] = {}
 
 MAX_IDLE_AGENT_CONNECTIONS = 256
 MAX_IDLE_AGENT_CONNECTION_S = 60.0
-# Of a name's several addresses the next is tried beside the ones before after so long (RFC 8305, 5).
+# Wait before the next address of a name is tried, beside those before it (RFC 8305, 5).
 NEXT_ADDRESS_S = 0.25
-# The head of an answer may be this long on top of the body.
+# Head of an answer, in addition to its body.
 MAX_HEAD_BYTES = 64 << 10
-# The body of an agent's answer (contract section 1), and of what a probe gets: a page that a node serves.
-MAX_ANSWER_BYTES, MAX_PROBED_BYTES = 64 << 10, 1 << 20
+# Body of an agent's answer (contract section 1).
+MAX_ANSWER_BYTES = 64 << 10
+# Body of the answer to a probe: a page that a node serves.
+MAX_PROBED_BYTES = 1 << 20
 
 
 class _Call(NamedTuple):
-    """One request: what is asked of whom, until when, and what is asked before it leaves."""
+    """A request."""
     address: Address
     method: str
     path: str
     body: bytes | None
+    # For the whole request, as messages say it, and the moment of time.monotonic() at which that is over.
     limit_s: float
     ends_at: float
-    gate: Callable[[], bool]
+    # Asked just before the first byte leaves: whether it may.
+    gate: Callable[[], bool] = lambda: True
     # The Host header, where it is not the address.
     host: str = ""
-    # Gets an entry when the request was sent once more, as a kept connection ended before it was answered.
-    resent: list[bool] | None = None
-
-    @property
-    def max_bytes(self) -> int:
-        """How long the answer's body may be."""
-        return MAX_PROBED_BYTES if self.address.protocol == PROBE else MAX_ANSWER_BYTES
+    # Whether its connection may be a kept one, and is kept.
+    keeps_connection: bool = False
+    max_bytes: int = MAX_ANSWER_BYTES
 
 
 class _Stale(Exception):
-    """A kept-alive connection that the agent had closed before it saw the request."""
+    """A kept connection that the agent had closed before it saw the request."""
 
 
 class AgentClient:
-    """Speaks with agents: dispatching() and querying() are conversations; dispatch(), query(), ping() wait for one."""
+    """Send requests to agents: dispatch(), query() and probe() are coroutines, ping() waits."""
 
     def __init__(self, settings: Settings, metrics: Metrics | None = None):
-        """Takes the settings, and where to count; reads no file yet: see prepare()."""
-        self.metrics = metrics or Metrics()
+        """Read no file yet: see prepare(). Requests are counted in metrics."""
+        self._metrics = metrics or Metrics()
         self._connect_s = settings.agent_connect_timeout_sec
         self._request_s = settings.agent_request_timeout_sec
         self._server_name = settings.agent_tls_server_name
@@ -7212,15 +7336,15 @@ class AgentClient:
         self._tls = TlsFiles(client_context, settings.control_cert, settings.control_key,
                              settings.control_ca) if settings.mtls_enabled else None
         self._guard = threading.Lock()
-        # kept-alive connections, the oldest first: socket, its context, since
+        # Kept connections, the oldest first: socket, its context, since when.
         self._idle: dict[Address, tuple[socket.socket, object, float]] = {}
         self._active: set[socket.socket] = set()
         self._is_closed = False
 
     def prepare(self, key_may_be_open: bool = False) -> None:
-        """Raise ConfigError when no agent could be called with these settings, or others can read our key.
+        """Raise ConfigError when no agent can be called with these settings, or others can read our key.
 
-        For who is about to begin something; what is under way goes on with a key that was opened meanwhile.
+        To be called before something begins; what is under way goes on with a key that was opened meanwhile.
         """
         if self._tls:
             self._tls.context()
@@ -7228,220 +7352,118 @@ class AgentClient:
                 require_private("CONTROL_KEY", self._key)
 
     def reload(self) -> None:
-        """Read the certificates anew; raise ConfigError when they can't be used."""
+        """Read the certificates again; raise ConfigError when they can't be used."""
         if self._tls:
             self._tls.reload()
 
     def close(self) -> None:
-        """Ends every connection, also under requests in flight: they and all later ones fail at once."""
+        """End every connection: requests in flight and all later ones fail at once."""
         with self._guard:
             self._is_closed = True
             idle, self._idle = self._idle, {}
         for sock in list(self._active):
             with contextlib.suppress(OSError):
-                # not SSLSocket.shutdown: it takes the encryption away from under the other thread
+                # not SSLSocket.shutdown(): it would remove the encryption under the other thread
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
         for sock, _, _ in idle.values():
             close_quietly(sock)
 
-    async def dispatching(self, address: Address, task: AgentTask, within_s: float = 3600.0,
-                          gate: Callable[[], bool] = lambda: True) -> Answer:
-        """Sends a task; gives ACCEPTED with the id to poll, or SUCCESS from an execute agent.
+    async def dispatch(self, address: Address, task: AgentTask, within_s: float = 3600.0,
+                       gate: Callable[[], bool] = lambda: True) -> Outcome:
+        """Send a task; return its outcome: ACCEPTED with the id to poll, or the end of the task.
 
-        within_s shortens the request timeout; gate is asked just before the first byte leaves.
-        Raises AgentError.
+        within_s shortens the request timeout; gate() decides, just before the first byte leaves, whether it may.
         """
         return await self._counted(DISPATCH, self._dispatch(address, task, within_s, gate))
 
-    async def querying(self, address: Address, task_id: str, within_s: float = 3600.0) -> Answer:
-        """Asks a tasks agent for a task; gives WORKING, SUCCESS or UNKNOWN. Raises AgentError."""
+    async def query(self, address: Address, task_id: str, within_s: float = 3600.0) -> Outcome:
+        """Ask for a task that was accepted; return the outcome."""
         return await self._counted(QUERY, self._query(address, task_id, within_s))
 
-    def dispatch(self, address: Address, task: AgentTask, within_s: float = 3600.0,
-                 gate: Callable[[], bool] = lambda: True) -> Answer:
-        """Does dispatching() in the caller's thread."""
-        return run_coroutine(self.dispatching(address, task, within_s, gate))
-
-    def query(self, address: Address, task_id: str, within_s: float = 3600.0) -> Answer:
-        """Does querying() in the caller's thread."""
-        return run_coroutine(self.querying(address, task_id, within_s))
-
-    async def _counted(self, operation: str, talk: Coroutine[Wait, None, Answer]) -> Answer:
-        """Gives what a conversation gives, counted; not what close() cut, which says nothing of an agent."""
-        since = time.monotonic()
-        try:
-            answer = await talk
-        except AgentError as error:
-            if not self._is_closed:
-                self.metrics.count_request(operation, error.kind, since)
-            raise
-        self.metrics.count_request(operation, SUCCESS, since)
-        return answer
-
-    async def _dispatch(self, address: Address, task: AgentTask, within_s: float,
-                        gate: Callable[[], bool]) -> Answer:
-        if address.protocol == TASKS:
-            resent: list[bool] = []
-            data = await self._call(address, "POST", "/tasks/dispatch", within_s, {
-                "taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload}, gate,
-                resent=resent)
-            named = data.get("taskId")
-            if not isinstance(named, str) or not named or one_line(named) != named:
-                raise self._nonsense(address, "names no task id", data)
-            # what is going to run is pending; a version that the agent has already is done at once
-            is_done = data.get("status") == "success" and not resent
-            return Answer(ACCEPTED, named, applied=task.version if is_done else 0)
-        data = await self._call(address, "POST", EXECUTE_PATH, within_s, {
-            "requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}}, gate)
-        return self._read_execution(address, task, data)
-
-    async def _query(self, address: Address, task_id: str, within_s: float) -> Answer:
-        path = "/tasks/" + urllib.parse.quote(task_id, safe=":")
-        data = await self._call(address, "GET", path, within_s, may_be_unknown=True)
-        if data is UNKNOWN_TASK:
-            return Answer(UNKNOWN, task_id)
-        status, last_error = data.get("status"), data.get("lastError")
-        if data.get("taskId") != task_id:
-            raise self._nonsense(address, "answers for another task", data)
-        if status in ("pending", "running"):
-            return Answer(WORKING, task_id)
-        if status == "success":
-            return Answer(SUCCESS, task_id, text_of(last_error))
-        if status == "failed":
-            raise AgentError(AGENT_FAILED, text_of(last_error) or NO_REASON_GIVEN, reached=True, final=True)
-        raise self._nonsense(address, unknown_status(status), data)
-
-    def ping(self, address: Address) -> str:
-        """Ask an agent what only one of its dialect answers so (section 1); return a line. Raise AgentError else."""
-        started = time.monotonic()
-        call = _Call(address, "GET", "/tasks/releasectl-ping", None, self._request_s, started + self._request_s,
-                     lambda: True)
-        if address.protocol == EXECUTE:
-            call = call._replace(method="POST", path=EXECUTE_PATH, body=b"{}")
-        status, answer = run_coroutine(self._exchange(call))
-        if not is_of_dialect(address.protocol, status, answer):
-            said = answer[:2000].decode("utf-8", "replace").strip()
-            text = f"it answered HTTP {status}" + (f", {one_line(said, 80)}" if said else "")
-            raise AgentError(PROTOCOL, f"{address} is no {address.protocol} agent: {text} "
-                                       "(wrong --protocol or --port?)", reached=True)
-        article, took_ms = "an" if address.protocol == EXECUTE else "a", (time.monotonic() - started) * 1000
-        return f"answers as {article} {address.protocol} agent in {took_ms:.0f} ms"
-
-    async def probing(self, host: str, verify: Verify, url: str, timeout_s: float) -> str:
-        """Get a url from a node, in timeout_s seconds in all; return "" when it answers as verify says, else why not.
+    async def probe(self, host: str, verify: Verify, url: str, timeout_s: float) -> Outcome:
+        """Get a url from a node, in timeout_s seconds in all; return SUCCESS when it answers as verify says.
 
         It goes to the node's own address, whatever name the url or verify.host has. Redirects are not followed. A
         certificate is not verified, as it is made out for what the node serves and not for its
         address; what comes back is a status and a yes or no, and no secret goes out.
         """
+        return await self._counted(PROBE, self._probe(host, verify, url, timeout_s))
+
+    def ping(self, address: Address) -> Outcome:
+        """Ask an agent for what only one of its dialect answers so (contract section 1); wait for the outcome."""
+        try:
+            return run_coroutine(self._ping(address))
+        except AgentError as error:
+            return error.outcome
+
+    async def _counted(self, operation: str, request: Coroutine[Wait, None, Outcome]) -> Outcome:
+        """Return the outcome of a request, and count it; not what close() cut, which says nothing about the agent."""
+        since = time.monotonic()
+        try:
+            outcome = await request
+        except AgentError as error:
+            outcome = error.outcome._replace(op=operation)
+        if not (outcome.error_kind and self._is_closed):
+            self._metrics.count_request(operation, outcome.error_kind or SUCCESS, since)
+        return outcome
+
+    async def _dispatch(self, address: Address, task: AgentTask, within_s: float,
+                        gate: Callable[[], bool]) -> Outcome:
+        wire = WIRE_FORMATS[address.protocol]
+        call = self._call(address, "POST", wire.dispatch_path, to_json(wire.body_of(task)).encode(), within_s)
+        status, answer, was_resent = await self._exchange(call._replace(gate=gate))
+        return wire.read_dispatch(address, task, read_data(address, status, answer), was_resent)
+
+    async def _query(self, address: Address, task_id: str, within_s: float) -> Outcome:
+        wire = WIRE_FORMATS[address.protocol]
+        path = wire.query_path + urllib.parse.quote(task_id, safe=":")
+        status, answer, _ = await self._exchange(self._call(address, "GET", path, None, within_s))
+        if status == 404:
+            return Outcome(QUERY, UNKNOWN, task_id)
+        return wire.read_query(address, task_id, read_data(address, status, answer))
+
+    async def _probe(self, host: str, verify: Verify, url: str, timeout_s: float) -> Outcome:
         parts, ends_at = urllib.parse.urlsplit(url), time.monotonic() + timeout_s
-        address = Address(host, parts.port or (443 if parts.scheme == "https" else 80), PROBE)
+        address = Address(host, parts.port or (443 if parts.scheme == "https" else 80))
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        call = _Call(address, "GET", path, None, timeout_s, ends_at, lambda: True, verify.host or parts.netloc)
+        call = _Call(address, "GET", path, None, timeout_s, ends_at, host=verify.host or parts.netloc,
+                     max_bytes=MAX_PROBED_BYTES)
         context = _unverified_context() if parts.scheme == "https" else None
         try:
             sock = await self._connect(address, context, ends_at, verify.host or parts.hostname or host)
-            found, answer = await self._request(call, sock, context, reused=False)
+            status, answer = await self._request(call, sock, context, reused=False)
         except AgentError as error:
-            return f"{url}: {error.message.replace(str(address), 'it', 1)}"
-        if found != verify.status:
-            return f"{url} answered HTTP {found} instead of {verify.status}"
+            raise AgentError(UNCLEAR, VERIFY, f"{url}: {str(error).replace(str(address), 'it', 1)}") from None
+        if status != verify.status:
+            raise AgentError(UNCLEAR, VERIFY, f"{url} answered HTTP {status} instead of {verify.status}")
         if verify.contains.encode() not in answer:
-            return f"{url} answered without {one_line(verify.contains, 60)!r} in it"
-        return ""
+            raise AgentError(UNCLEAR, VERIFY, f"{url} answered without {one_line(verify.contains, 60)!r} in it")
+        return Outcome(PROBE, SUCCESS)
 
-    def _read_execution(self, address: Address, task: AgentTask, data: Mapping[str, Any]) -> Answer:
-        status, text = data.get("status"), text_of(data.get("message"))
-        if data.get("requestId") != task.id:
-            raise self._nonsense(address, "answers for another request", data)
-        if status == "failed":
-            raise AgentError(AGENT_FAILED, text or NO_REASON_GIVEN, reached=True, final=True)
-        if status != "success":
-            raise self._nonsense(address, unknown_status(status), data)
-        # an execute agent says success where its message tells otherwise (contract section 1)
-        if "but reload failed:" in text:
-            raise AgentError(AGENT_FAILED, text, reached=True, final=True)
-        found = re.search(r"Version (\d{1,4000}) already applied \(current: (\d{1,4000})\)", text)
-        if found is None:
-            return Answer(SUCCESS, task.id, text)
-        asked, applied = int(found.group(1)), int(found.group(2))
-        if applied > task.version:
-            raise AgentError(REJECTED, f"the agent is already at version {applied}", reached=True, final=True,
-                             detail=text)
-        if applied != task.version:
-            raise self._nonsense(address, f"has version {applied} and calls it applied", data)
-        if asked != task.version:
-            raise self._nonsense(address, f"calls version {asked} applied, and was sent {task.version}", data)
-        return Answer(SUCCESS, task.id, text, applied)
+    async def _ping(self, address: Address) -> Outcome:
+        started, wire = time.monotonic(), WIRE_FORMATS[address.protocol]
+        status, answer, _ = await self._exchange(self._call(address, *wire.ping, self._request_s))
+        read_pong(address, status, answer)
+        article, took_ms = "an" if address.protocol[0] in "aeiou" else "a", (time.monotonic() - started) * 1000
+        return Outcome("", SUCCESS, message=f"answers as {article} {address.protocol} agent in {took_ms:.0f} ms")
 
-    @staticmethod
-    def _nonsense(address: Address, what: str, data: object) -> AgentError:
-        return AgentError(PROTOCOL, f"{address} {what}", reached=True, detail=f"{address} {what}: {data!r}")
-
-    async def _call(self, address: Address, method: str, path: str, within_s: float,
-                    body: Mapping[str, Any] | None = None, gate: Callable[[], bool] = lambda: True,
-                    may_be_unknown: bool = False, resent: list[bool] | None = None) -> Any:
-        """Gives the data of the agent's envelope, an object."""
-        raw = to_json(body).encode() if body is not None else None
+    def _call(self, address: Address, method: str, path: str, body: bytes | None, within_s: float) -> _Call:
         limit_s = min(self._request_s, max(within_s, 0.0))
-        status, answer = await self._exchange(
-            _Call(address, method, path, raw, limit_s, time.monotonic() + limit_s, gate, resent=resent))
-        if status == 404 and may_be_unknown:
-            return UNKNOWN_TASK
-        if status != 200:
-            raise self._bad_status(address, status, answer)
-        envelope = self._read_envelope(address, answer)
-        code = envelope.get("code")
-        if isinstance(code, bool) or not isinstance(code, int):
-            raise self._nonsense(address, "answers without a code", envelope)
-        if code != 0:
-            text = f"{address} refused: {text_of(envelope.get('message')) or 'no reason given'} (code {code})"
-            raise AgentError(REJECTED, text, reached=True, final=True)
-        if not isinstance(envelope.get("data"), dict):
-            raise self._nonsense(address, "answers without data", envelope)
-        return envelope["data"]
-
-    @staticmethod
-    def _read_envelope(address: Address, answer: bytes) -> Mapping[str, Any]:
-        try:
-            envelope = parse_json(answer)
-        except ValueError as error:
-            shown = answer[:200].decode("utf-8", "replace")
-            raise AgentError(PROTOCOL, f"{address} answered what is not JSON: {one_line(error, 60)}", reached=True,
-                             detail=f"{address} answered what is not JSON ({one_line(error, 60)}): {shown}") from None
-        if not isinstance(envelope, dict):
-            raise AgentError(PROTOCOL, f"{address} answered JSON that is no object", reached=True)
-        return envelope
-
-    @staticmethod
-    def _bad_status(address: Address, status: int, answer: bytes) -> AgentError:
-        said = answer[:2000].decode("utf-8", "replace")
-        with contextlib.suppress(ValueError, AttributeError):
-            said = text_of(parse_json(answer).get("message")) or said
-        text = f"{address} answered HTTP {status}" + (f": {said.strip()}" if text_of(said) else "") + (
-            " (wrong --protocol?)" if status == 404 else "")
-        if 300 <= status < 400:
-            return AgentError(HTTP, f"{address} answered a redirect (HTTP {status}), which is not followed", True,
-                              is_refusal=True)
-        if 400 <= status < 500 and status != 429:
-            return AgentError(REJECTED, text, reached=True, final=True)
-        return AgentError(HTTP, text, reached=True, is_refusal=status in (429, 503))
+        return _Call(address, method, path, body, limit_s, time.monotonic() + limit_s,
+                     keeps_connection=WIRE_FORMATS[address.protocol].keeps_connections)
 
     # -- connections ---------------------------------------------------------------------
 
-    async def _exchange(self, call: _Call) -> tuple[int, bytes]:
-        """Gives status and body of one request; on a new connection where a kept one was stale."""
+    async def _exchange(self, call: _Call) -> tuple[int, bytes, bool]:
+        """Return status and body of an answer, and whether the request was sent again: a kept connection was stale."""
         context = self._tls.context() if self._tls else None
-        if call.address.protocol == TASKS:
-            sock = self._take_idle(call.address, context)
-            if sock is not None:
-                with contextlib.suppress(_Stale):
-                    return await self._request(call, sock, context, reused=True)
-                if call.resent is not None:
-                    call.resent.append(True)
-        # an execute agent would run a repeated request twice, so its connections are never kept
+        sock = self._take_idle(call.address, context) if call.keeps_connection else None
+        if sock is not None:
+            with contextlib.suppress(_Stale):
+                return *await self._request(call, sock, context, reused=True), False
+        was_resent = sock is not None
         sock = await self._connect(call.address, context, call.ends_at)
-        return await self._request(call, sock, context, reused=False)
+        return *await self._request(call, sock, context, reused=False), was_resent
 
     def _take_idle(self, address: Address, context: object) -> socket.socket | None:
         oldest = time.monotonic() - MAX_IDLE_AGENT_CONNECTION_S
@@ -7468,10 +7490,10 @@ class AgentClient:
 
     @contextlib.contextmanager
     def _in_flight(self, sock: socket.socket) -> Iterator[None]:
-        """Lets close() end what waits on a connection; OSError when it was called before."""
+        """Let close() end a connection in use; raise OSError after close()."""
         self._active.add(sock)
         try:
-            if self._is_closed:  # looked at after the addition: close() looks at what is there after it said so
+            if self._is_closed:  # checked after the addition, as close() sets it before it goes through _active
                 raise ConnectionAbortedError("releasectl is stopping")
             yield
         finally:
@@ -7484,16 +7506,16 @@ class AgentClient:
         try:
             sock = await self._open_socket(address, connect_by)
         except socket.timeout:
-            raise AgentError(UNREACHABLE, f"{address} did not take a connection within {connect_s:.3g} s",
-                             reached=False) from None
+            raise AgentError(UNSENT, UNREACHABLE,
+                             f"{address} did not take a connection within {connect_s:.3g} s") from None
         except (OSError, UnicodeError) as error:
-            raise AgentError(UNREACHABLE, f"{address} can't be reached: {os_reason(error)}", reached=False) from None
+            raise AgentError(UNSENT, UNREACHABLE, f"{address} can't be reached: {os_reason(error)}") from None
         if context is None:
             return sock
         try:
             tls_sock = context.wrap_socket(sock, server_hostname=name or self._server_name or address.host,
                                            do_handshake_on_connect=False)
-            sock = tls_sock  # the plain one is detached from now on
+            sock = tls_sock  # wrap_socket() detached the plain one
             with self._in_flight(sock):
                 await TimedSocket(sock, connect_by, 0).when_ready(tls_sock.do_handshake, select.POLLIN)
             return sock
@@ -7502,7 +7524,7 @@ class AgentClient:
             raise self._handshake_error(address, error, connect_s) from None
 
     async def _open_socket(self, address: Address, connect_by: float) -> socket.socket:
-        """Connect to the address, until connect_by; of a name's several to the one that answers first."""
+        """Return a connection to the address, or to the first address of a name that answers, until connect_by."""
         found = await self._look_up(address)
         if len(found) > 1:
             return await self._open_first(found, connect_by)
@@ -7520,7 +7542,7 @@ class AgentClient:
 
     @staticmethod
     def _begin_connect(found: tuple[Any, ...]) -> socket.socket:
-        """Return a socket that connects to one result of getaddrinfo(): it can be written at the end, well or not."""
+        """Return a socket that connects to a result of getaddrinfo(); it becomes writable when that ends, or fails."""
         family, kind, number, _, target = found
         sock = socket.socket(family, kind, number)
         try:
@@ -7535,9 +7557,9 @@ class AgentClient:
             raise
 
     async def _open_first(self, found: Sequence[tuple[Any, ...]], connect_by: float) -> socket.socket:
-        """Connect to several addresses, one more every NEXT_ADDRESS_S (RFC 8305); return the first that answers.
+        """Connect to several addresses in the system's order (RFC 8305); return the first connection.
 
-        In the system's order; when one fails, the next is begun at once.
+        Start the next one NEXT_ADDRESS_S after the last, or at once when one fails.
         """
         error = OSError("no address found")
         left = collections.deque(found)
@@ -7573,9 +7595,9 @@ class AgentClient:
 
     @staticmethod
     async def _look_up(address: Address) -> list[tuple[Any, ...]]:
-        """Return what getaddrinfo() gives: at once for an IP address, while a name may take its time.
+        """Return the results of getaddrinfo(); only a name blocks.
 
-        A name leads nowhere where a node's address may not be either: DNS is not ours. OSError where nothing is left.
+        Leave out what no node may have as its address: DNS is not ours. Raise OSError when nothing is left.
         """
         with contextlib.suppress(socket.gaierror):
             return socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
@@ -7591,21 +7613,21 @@ class AgentClient:
             text = CERTIFICATE_FAULTS.get(error.verify_code, f"presented a bad certificate: {error.verify_message}")
             if error.verify_code == 62 and self._server_name:
                 text += f" than {self._server_name} (AGENT_TLS_SERVER_NAME)"
-            return AgentError(TLS, f"{address} {text}", reached=False)
+            return AgentError(UNSENT, TLS, f"{address} {text}")
         if isinstance(error, socket.timeout):
-            return AgentError(TIMEOUT, f"{address} did not finish the TLS handshake within {connect_s:.3g} s",
-                              reached=False)
+            return AgentError(UNSENT, TIMEOUT,
+                              f"{address} did not finish the TLS handshake within {connect_s:.3g} s")
         refusal = _refusal(error)
         if refusal:
-            return AgentError(TLS, f"{address} refused our client certificate ({refusal})", reached=False)
+            return AgentError(UNSENT, TLS, f"{address} refused our client certificate ({refusal})")
         reason = getattr(error, "reason", None) or ""
         if reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"):
-            return AgentError(TLS, f"{address} does not speak TLS on this port", reached=False)
+            return AgentError(UNSENT, TLS, f"{address} does not speak TLS on this port")
         if "PROTOCOL_VERSION" in reason or reason == "UNSUPPORTED_PROTOCOL":
-            return AgentError(TLS, f"{address} speaks no TLS 1.2 or newer", reached=False)
+            return AgentError(UNSENT, TLS, f"{address} speaks no TLS 1.2 or newer")
         says_why = isinstance(error, ssl.SSLError) and reason and not isinstance(error, ssl.SSLEOFError)
         said = reason.replace("_", " ").lower() if says_why else "it closed the connection"
-        return AgentError(TLS, f"{address}: the TLS handshake failed: {said}", reached=False)
+        return AgentError(UNSENT, TLS, f"{address}: the TLS handshake failed: {said}")
 
     async def _request(self, call: _Call, sock: socket.socket, context: object, reused: bool) -> tuple[int, bytes]:
         address = call.address
@@ -7614,23 +7636,20 @@ class AgentClient:
         try:
             with self._in_flight(sock):
                 if not call.gate():
-                    raise AgentError(UNREACHABLE, f"{address}: not sent, as it may not or is too late",
-                                     reached=False, is_not_sent=True)
+                    raise AgentError(NOT_SENT, UNREACHABLE, f"{address}: not sent, as it may not or is too late")
                 await timed.sendall(_request_bytes(call))
                 await READING
                 plain = await _plain_answer(timed, call.max_bytes)
                 status, answer, keep = plain if plain else await _any_answer(timed, call)
-            keep = keep and address.protocol == TASKS
+            keep = keep and call.keeps_connection
             return status, answer
         except TooBig:
-            raise AgentError(PROTOCOL, f"{address} answered more than {call.max_bytes >> 10} KiB",
-                             reached=True) from None
+            raise AgentError(UNCLEAR, PROTOCOL, f"{address} answered more than {call.max_bytes >> 10} KiB") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            is_late = isinstance(error, socket.timeout)  # a reading that waited has seen the alert
+            is_late = isinstance(error, socket.timeout)  # while it waited, an alert would have been read
             refusal = _refusal(error) or (await _late_alert(timed) if timed.received == 0 and not is_late else "")
             if refusal:
-                raise AgentError(TLS, f"{address} refused our client certificate ({refusal})",
-                                 reached=False) from None
+                raise AgentError(UNSENT, TLS, f"{address} refused our client certificate ({refusal})") from None
             if reused and timed.received == 0 and not is_late and not self._is_closed:
                 raise _Stale from None
             raise self._exchange_error(address, error, timed, call.limit_s) from None
@@ -7643,12 +7662,11 @@ class AgentClient:
     def _exchange_error(self, address: Address, error: Exception, timed: TimedSocket, limit_s: float) -> AgentError:
         if isinstance(error, socket.timeout):
             text = "drips: no whole answer" if timed.received else "did not answer"
-            return AgentError(TIMEOUT, f"{address} {text} within {limit_s:.3g} s", reached=True,
-                              hold_s=self._request_s)
+            return AgentError(LOST, TIMEOUT, f"{address} {text} within {limit_s:.3g} s", hold_s=self._request_s)
         if isinstance(error, (OSError, http.client.IncompleteRead)) or timed.at_end:
             when = "in the middle of its answer" if timed.received else "before it answered"
-            return AgentError(UNREACHABLE, f"{address} cut the connection {when}", reached=True, hold_s=CUT_BUSY_S)
-        return AgentError(PROTOCOL, f"{address} answered what is not HTTP: {type(error).__name__}", reached=True)
+            return AgentError(LOST, UNREACHABLE, f"{address} cut the connection {when}", hold_s=CUT_BUSY_S)
+        return AgentError(UNCLEAR, PROTOCOL, f"{address} answered what is not HTTP: {type(error).__name__}")
 
 
 @functools.lru_cache(maxsize=1)
@@ -7661,10 +7679,10 @@ def _unverified_context() -> ssl.SSLContext:
 
 
 def _request_bytes(call: _Call) -> bytes:
-    """Gives a request as it leaves: head and body in one piece."""
+    """Return head and body in one piece."""
     host = f"[{call.address.host}]" if ":" in call.address.host else call.address.host
     head = f"{call.method} {call.path} HTTP/1.1\r\nHost: {call.host or f'{host}:{call.address.port}'}\r\n"
-    if call.address.protocol != TASKS:
+    if not call.keeps_connection:
         head += "Connection: close\r\n"
     if call.body is not None:
         head += f"Content-Type: application/json\r\nContent-Length: {len(call.body)}\r\n"
@@ -7675,10 +7693,10 @@ PLAIN_HEAD = re.compile(rb"HTTP/1\.1 ([2-5]\d\d) [^\r\n]*(?:\r\n[!#-9;-~]+:[^\r\
 
 
 async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes, bool] | None:
-    """Reads an answer of the usual shape: one Content-Length, and no word on the connection but close.
+    """Read an answer with one Content-Length, and no Connection but close; return what _any_answer() returns.
 
-    Gives status, body, and whether the connection can be kept. Any other shape is left unread for http.client, which
-    takes 0.2 ms for each: a fifth of the time of a release.
+    Return None for any other, with all of it unread. http.client would take 0.2 ms for each answer: a fifth of the
+    time of a release.
     """
     data = b""
     while part := await timed.recv(16384):
@@ -7688,8 +7706,8 @@ async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes,
             continue
         plain, fields = PLAIN_HEAD.fullmatch(head), head.lower()
         lengths = re.findall(rb"\ncontent-length: *(\d{1,7})(?=\r|$)", fields)
-        words = re.findall(rb"\nconnection: *([^\r]*)", fields)
-        if not plain or len(lengths) != 1 or fields.count(b"\ncontent-length") != 1 or set(words) - {b"close"} or (
+        options = re.findall(rb"\nconnection: *([^\r]*)", fields)
+        if not plain or len(lengths) != 1 or fields.count(b"\ncontent-length") != 1 or set(options) - {b"close"} or (
                 b"\ntransfer-encoding:" in fields) or int(lengths[0]) > max_bytes:
             break
         parts, missing = [body], int(lengths[0]) - len(body)
@@ -7700,7 +7718,7 @@ async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes,
             raise http.client.IncompleteRead(body)
         if missing < 0:
             break
-        return int(plain.group(1)), b"".join(parts), not words
+        return int(plain.group(1)), b"".join(parts), not options
     if not data:
         raise http.client.RemoteDisconnected("no answer")
     timed.unread, timed.at_end = data, False
@@ -7708,11 +7726,11 @@ async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes,
 
 
 async def _any_answer(timed: TimedSocket, call: _Call) -> tuple[int, bytes, bool]:
-    """Reads an answer by http.client; gives status, body, and whether the connection can be kept."""
+    """Read an answer by http.client; return status, body, and whether the connection can be kept."""
     await BLOCKS
     response = http.client.HTTPResponse(timed, method=call.method)  # type: ignore[arg-type]
     response.begin()
-    # http.client takes the end of the connection for the end of a head, and of a body
+    # http.client takes the end of the connection for the end of the head, and of the body
     cut_in_head = timed.at_end
     answer = response.read(call.max_bytes + 1)
     if len(answer) > call.max_bytes:
@@ -7723,14 +7741,14 @@ async def _any_answer(timed: TimedSocket, call: _Call) -> tuple[int, bytes, bool
 
 
 def _is_readable(sock: socket.socket) -> bool:
-    """Says whether an idle connection has something to say: its end, as nothing was asked."""
+    """Return whether an idle connection is readable: it has ended, as there is no answer to come."""
     poller = select.poll()
     poller.register(sock, select.POLLIN)
     return bool(poller.poll(0))
 
 
 def _refusal(error: Exception) -> str:
-    """Gives the alert by which an agent refused our certificate, or ''."""
+    """Return the alert by which an agent refused our certificate, or ""."""
     reason = getattr(error, "reason", None) or ""
     if isinstance(error, ssl.SSLError) and "ALERT" in reason and reason.endswith(REFUSAL_ALERTS):
         return str(reason).split("ALERT_", 1)[1].replace("_", " ").lower()
@@ -7738,13 +7756,13 @@ def _refusal(error: Exception) -> str:
 
 
 async def _late_alert(timed: TimedSocket) -> str:
-    """Reads once more where a request failed: with TLS 1.3 the refusal comes after the handshake."""
+    """Return the refusal that one more read brings after a failure: with TLS 1.3 it follows the handshake."""
     for _ in range(2):
         try:
             timed.ends_at = time.monotonic() + 0.5
             if not await timed.recv(1):
                 return ""
-        except Exception as error:  # whatever it is, only an alert is of use
+        except Exception as error:  # anything but an alert is of no use
             if _refusal(error):
                 return _refusal(error)
     return ""
@@ -7819,10 +7837,12 @@ class Slots:
 
     def leave(self, driver: Hashable) -> None:
         """Count a driver out at its end."""
-        self.give_back(driver, self.held(driver), had_enough=True)
         with self._guard:
             self._held.pop(driver, None)
             self._short.pop(driver, None)
+            woken, self._short = self._short, {}
+        for wake in woken.values():
+            wake()
 
 
 @dataclasses.dataclass
@@ -7842,26 +7862,14 @@ class DriverContext:
     ended: Callable[[Driver], None]
 
 
-def outcome_of(node_id: int, op: str, answer: Answer | AgentError) -> Outcome:
-    """Return what an agent's answer or failure means to the decision."""
-    if isinstance(answer, Answer):
-        return Outcome(node_id, op, answer.state, answer.task_id, message=answer.message, detail=answer.message,
-                       applied=answer.applied)
-    if answer.is_not_sent:
-        return Outcome(node_id, op, NOT_SENT)
-    result = FAILED if answer.final else UNSENT if not answer.reached else LOST if answer.hold_s else UNCLEAR
-    return Outcome(node_id, op, result, "", answer.kind, answer.message, answer.detail, answer.hold_s,
-                   is_refusal=answer.is_refusal)
-
-
 class Driver:
     """Drive one claimed release, in a thread of its own: read, decide, commit, send, collect."""
 
     def __init__(self, context: DriverContext, lease: Lease, is_tick: bool):
         self.lease = lease
-        # Outcomes of requests; None only wakes the driver. Not SimpleQueue: on Python 3.9 its get() may wait for ever
-        # when the timeout is very short.
-        self.results: queue.Queue[Outcome | None] = queue.Queue()
+        # Ids of nodes and outcomes of their requests; None only wakes the driver. Not SimpleQueue: on Python 3.9 its
+        # get() may wait for ever when the timeout is very short.
+        self.results: queue.Queue[tuple[int, Outcome] | None] = queue.Queue()
         # When the last cycle began, by the elapsed clock.
         self.cycled_at = 0.0
         # The process cuts its own connections now: what they bring says nothing of an agent.
@@ -7877,7 +7885,7 @@ class Driver:
         self._is_stale = True
         # updated_at of the last row that we read or wrote; a difference means that somebody changed the release.
         self._seen_at = ""
-        # Generation of the database that the nodes were read from (Store.generation).
+        # Generation of the database that the nodes were read from (DatabaseState.generation).
         self._generation = context.store.state.generation
         self._payload: dict[str, Any] = {}
         self._strategy = NO_STRATEGY
@@ -8003,11 +8011,11 @@ class Driver:
         if self._unclear is not None:
             self._settle(*self._unclear)
         if not self._is_stale:
-            release = self._store.claims.release(self.lease.claim)
+            release = self._store.claims.read(self.lease.claim)
             if release.updated_at == self._seen_at and self._store.state.generation == self._generation:
                 return release
             # an operator changed it, and may have accepted failures too
-        release, rows = self._store.claims.release_with_nodes(self.lease.claim)
+        release, rows = self._store.claims.read_with_nodes(self.lease.claim)
         holds, moved_s = self._store.claims.holds(release.id), self._store.claims.dispatch_blockers(release.id).moved_s
         self._broken = ""
         try:
@@ -8060,9 +8068,9 @@ class Driver:
         if release.status == RUNNING and (self._nodes.of[RUNNING] or self._nodes.of[PENDING]):
             busy, self._freeze, moved_s = self._store.claims.dispatch_blockers(release.id)
             if moved_s < self._policy.hold_s:
-                # one may be under way of which the database that is there now does not know
-                busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if n.agent_protocol == EXECUTE}
-            # a release from before that may have been dispatched there (an hour: for clocks that differ)
+                # a request may be under way that the database has lost
+                busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if not n.dialect.can_be_asked}
+            # a release made before it went back may have been dispatched already (an hour: clocks differ)
             asks_first = moved_s < now.wall - epoch_or(release.created_at, now.wall) + 3600
         self._is_halted = release.status != RUNNING or self._freeze.frozen
         passed_s = now.elapsed - self._decided_at
@@ -8112,8 +8120,8 @@ class Driver:
     def may_dispatch(self, written_at: Moment) -> bool:
         """Return whether a dispatch may leave this instant: the claim holds, it is not too late, nobody paused.
 
-        Asked after connecting, just before the first byte. Whoever takes the release over waits for a request that
-        left soon after it was written down, and for no other.
+        Asked after connecting, just before the first byte. A new owner of the release waits for a request that left
+        soon after it was written down, and for no other.
         """
         elapsed = self._store.clock.elapsed()
         is_soon = elapsed <= written_at.elapsed + self._policy.leave_within_s
@@ -8128,9 +8136,9 @@ class Driver:
             claim = self.lease.claim
             log.exception("%s: node %s: %s failed within releasectl", claim, node.name, op,
                           extra=about(claim, node=node.name))
-            outcome = Outcome(node.node_id, op, LOST, "", PROTOCOL, "releasectl itself failed: see its log",
+            outcome = Outcome(op, LOST, "", PROTOCOL, "releasectl itself failed: see its log",
                               hold_s=self._policy.request_timeout_s)
-        self.results.put(outcome._replace(cost_s=meter.cost_s))
+        self.results.put((node.node_id, outcome._replace(cost_s=meter.cost_s)))
 
     async def _ask(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> Outcome:
         address = Address(node.main_ip, node.agent_port, node.agent_protocol)
@@ -8139,38 +8147,28 @@ class Driver:
         try:
             if op == PROBE:
                 return await self._probe(node, within_s)
-            if op == DISPATCH:
-                gate = functools.partial(self.may_dispatch, written_at)
-                answer = await agents.dispatching(address, task, within_s, gate)
-                if answer == Answer(ACCEPTED, task.id):
-                    answer = await self._poll_at_once(address, answer, within_s)
-                return outcome_of(node.node_id, op, answer)
-            return outcome_of(node.node_id, op, await agents.querying(address, task.id, within_s))
-        except AgentError as error:
-            return outcome_of(node.node_id, op, error)
-        except ConfigError as error:  # the certificate went away under us
-            return Outcome(node.node_id, op, UNSENT, "", TLS, error.message)
+            if op == QUERY:
+                return await agents.query(address, task.id, within_s)
+            outcome = await agents.dispatch(address, task, within_s, functools.partial(self.may_dispatch, written_at))
+            is_accepted = outcome == Outcome(DISPATCH, ACCEPTED, task.id)
+            return await self._poll_at_once(address, outcome, within_s) if is_accepted else outcome
+        except ConfigError as error:  # the certificate was removed
+            return Outcome(op, UNSENT, "", TLS, error.message)
 
     async def _probe(self, node: ReleaseNode, within_s: float) -> Outcome:
-        verify = self._strategy.verify or Verify("http://{main_ip}/")  # it was there when the probe was decided on
-        since = time.monotonic()
-        fault = await self._context.agents.probing(node.main_ip, verify, verify.url_for(node),
-                                                   min(verify.timeout_s, max(within_s, 0.0)))
-        self._context.agents.metrics.count_request(PROBE, VERIFY if fault else SUCCESS, since)
-        return Outcome(node.node_id, PROBE, UNCLEAR if fault else SUCCESS, "", VERIFY if fault else "", fault, fault)
+        verify = self._strategy.verify
+        if verify is None:  # removed by hand after the probe was decided on
+            return Outcome(PROBE, SUCCESS)
+        return await self._context.agents.probe(node.main_ip, verify, verify.url_for(node),
+                                                min(verify.timeout_s, max(within_s, 0.0)))
 
-    async def _poll_at_once(self, address: Address, accepted: Answer, within_s: float) -> Answer:
+    async def _poll_at_once(self, address: Address, accepted: Outcome, within_s: float) -> Outcome:
         """Poll a task just dispatched, on the same connection: a quick one has ended by then.
 
-        That saves a cycle of the driver. Any answer but success is heard again by a later poll.
+        That saves a cycle of the driver. Whatever else the agent answers, a later poll will hear again.
         """
-        try:
-            answer = await self._context.agents.querying(address, accepted.task_id, min(within_s, FIRST_POLL_TIMEOUT_S))
-        except AgentError as error:
-            if error.kind == AGENT_FAILED:
-                raise
-            return accepted
-        return answer if answer.state == SUCCESS else accepted
+        polled = await self._context.agents.query(address, accepted.task_id, min(within_s, FIRST_POLL_TIMEOUT_S))
+        return polled if polled.result == SUCCESS or polled.error_kind == AGENT_FAILED else accepted
 
     # -- collect -------------------------------------------------------------------------
 
@@ -8181,24 +8179,24 @@ class Driver:
         requests themselves. It stops gathering when half of the slots are free again.
         """
         with contextlib.suppress(queue.Empty):
-            outcome = self.results.get(timeout=wait_s)
+            result = self.results.get(timeout=wait_s)
             enough, gather_until = self._in_flight // 2, time.monotonic() + min(GATHER_S, wait_s)
             while True:
-                if outcome is not None:
-                    self._fold(outcome)
+                if result is not None:
+                    self._fold(*result)
                 left_s = gather_until - time.monotonic() if self._in_flight > enough else 0.0
-                outcome = self.results.get(timeout=max(left_s, 0.0))
+                result = self.results.get(timeout=max(left_s, 0.0))
 
-    def _fold(self, outcome: Outcome) -> None:
+    def _fold(self, node_id: int, outcome: Outcome) -> None:
         self._in_flight -= 1
         self._context.slots.give_back(self, 1)
-        node = self._nodes.get(outcome.node_id)
+        node = self._nodes.get(node_id)
         if self.ignores_outcomes or node is None:  # its row was deleted by hand
             return
         now = self._now()
         if outcome.result != WORKING:
             self._news_at = now.elapsed
-        if outcome.error_kind and outcome.result != FAILED:
+        if outcome.error_kind and outcome.result not in (FAILED, NOT_SENT):
             claim, name = self.lease.claim, node.name
             log.info("%s: node %s: %s failed, %s", claim, name, outcome.op, outcome.message,
                      extra=about(claim, node=name))
@@ -8225,7 +8223,8 @@ class Driver:
 # region Executor
 # ======================================================================================
 # Executor: scan, claims, leases, the threads.
-# Uses: Vocabulary, Helpers, Settings, Model, Claims, Event loop, Agents, Driver.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Claims, Event loop,
+#   Agents, Driver.
 #
 #   One driver thread a claimed release alone reads and writes its rows. Coroutines only talk to
 #   agents and put outcomes on its queue. One lease thread renews all claims. Persist, then send.
@@ -8260,15 +8259,16 @@ class Tick(NamedTuple):
 class Executor:
     """Claim releases and drive each to its end, or in a tick as far as it goes."""
 
-    def __init__(self, settings: Settings, store: Store, agents: AgentClient):
+    def __init__(self, settings: Settings, store: Store, agents: AgentClient, metrics: Metrics):
         self.settings = settings
         self.store = store
         self.agents = agents
+        self.metrics = metrics
         self.clock = store.clock
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.stopping = threading.Event()
-        # When run_loop() last scanned for work and could, by the wall clock; for people.
-        self.looked_at: float | None = None
+        # Last scan of run_loop() without an error, by the wall clock; for people.
+        self.scanned_at: float | None = None
         policy = Policy(settings.agent_retries, settings.node_deadline_sec, settings.agent_request_timeout_sec,
                         settings.release_executor_interval_sec, settings.agent_connect_timeout_sec)
         self.context = DriverContext(settings, store, agents, self.owner, policy, Slots(settings.agent_concurrency),
@@ -8282,7 +8282,7 @@ class Executor:
         self._renewed_at = self.clock.elapsed()
         self._closed = threading.Event()
         if settings.release_executor_enabled:
-            store.database.metrics.put("releasectl_last_tick_timestamp_seconds", 0.0)
+            metrics.put("releasectl_last_tick_timestamp_seconds", 0.0)
 
     # -- tick, drain, loop ---------------------------------------------------------------
 
@@ -8336,7 +8336,7 @@ class Executor:
         while ((drivers := [driver for driver in drivers if driver.is_running()]) and not self.stopping.is_set()
                and self.clock.elapsed() < until):
             drivers[0].join(0.2)
-            self.store.database.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
+            self.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
             beat()
         if self.stopping.is_set():
             self.close()
@@ -8357,7 +8357,7 @@ class Executor:
             self._wake.clear()
             try:
                 self._scan([], is_tick=False)
-                self.looked_at = self.clock.wall()
+                self.scanned_at = self.clock.wall()
                 outage.end()
             except AppError as error:
                 outage.log("executor", error)
@@ -8429,14 +8429,14 @@ class Executor:
 
     def _scan(self, started: list[Driver], is_tick: bool) -> int:
         """Scan for work, and count the scan; parameters and result as claim_runnable()."""
-        metrics, outcome = self.store.database.metrics, ERROR
+        outcome = ERROR
         try:
             taken = self.claim_runnable(started, is_tick)
             outcome = WORKED if started or self._active_drivers() else BUSY if taken else IDLE
-            metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
+            self.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
             return taken
         finally:
-            metrics.count("releasectl_ticks_total", outcome)
+            self.metrics.count("releasectl_ticks_total", outcome)
 
     def claim_runnable(self, started: list[Driver], is_tick: bool) -> int:
         """Claim what is runnable and start a driver for each, added to started; return how many others hold."""
@@ -8452,7 +8452,7 @@ class Executor:
                 return len([release_id for release_id in taken if release_id not in mine])
 
     def _claim_all(self, release_ids: Iterable[int], taken: list[int], started: list[Driver], is_tick: bool) -> bool:
-        """Claim releases and start their drivers; return whether none turned out to have to wait."""
+        """Claim releases and start their drivers; return False where one has to wait after all."""
         is_settled = True
         for release_id in release_ids:
             if self.stopping.is_set():
@@ -8494,7 +8494,7 @@ class Executor:
         self._wake.set()
 
     def submit(self, request: Callable[[], Coroutine[Wait, None, None]]) -> None:
-        """Start a coroutine that talks to an agent, in the event loop whose turn it is."""
+        """Start a coroutine that talks to an agent, in one event loop after the other."""
         next(self._next_loop).submit(request())
 
     def _active_drivers(self) -> list[Driver]:
@@ -8870,6 +8870,14 @@ def openapi_schemas() -> dict[str, Any]:
 # Access: tokens, client certificates, throttling.
 # Uses: Vocabulary, Helpers, Settings, Certificates, Strategy, HTTP wire.
 # ======================================================================================
+
+# Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
+FREE_ATTEMPTS, FREE_ATTEMPTS_OF_NETWORK, FIRST_DELAY_S, MAX_DELAY_S = 3, 24, 0.1, 3.0
+# A streak is forgotten this long after its last event.
+FORGET_S, MAX_STREAKS = 60.0, 2048
+# A token that was good at an address within this time is checked there without delay.
+KNOWN_TOKEN_S, MAX_KNOWN_TOKENS = 86400.0, 4096
+
 
 class Streaks:
     """Counts events in a row by key; a count is forgotten FORGET_S after its last event."""
@@ -9252,7 +9260,7 @@ def page_headers(text: str) -> dict[str, str]:
 
 # Minimum seconds between write checks of the database, however many clients ask.
 READY_CHECK_EVERY_S = 1.0
-# Added to what Store.times_ahead() returns: claims and holds that end later than any setting allows.
+# Added to what Claims.times_ahead() returns: claims and holds that end later than any setting allows.
 CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
                    "all hosts (NTP)")
 # A write check under way for longer than this makes the answer "not ready", whatever the last one found.
@@ -9266,7 +9274,7 @@ NO_PROCESS: Mapping[str, Any] = {"executor": {"enabled": False, "owner": "", "la
 class Api:
     """The handlers of ROUTES: each takes a Request and returns a Reply, or raises AppError."""
 
-    def __init__(self, store: Store, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32,
+    def __init__(self, store: Store, metrics: Metrics, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32,
                  process: Callable[[], Mapping[str, Any]] = lambda: NO_PROCESS,
                  is_busy: Callable[[], bool] = lambda: False,
                  figures: Callable[[], Figures] = lambda: {}, hung: Callable[[], str] = lambda: ""):
@@ -9279,6 +9287,7 @@ class Api:
         hung: one sentence on a thread of this process that hangs, "" for none.
         """
         self.store = store
+        self.counters = metrics
         self._nudge = nudge
         self._process = process
         self._is_busy = is_busy
@@ -9517,14 +9526,14 @@ class Api:
         self._ahead = ahead
 
     def metrics(self, _request: Request) -> Reply:
-        return Reply(200, metrics_text(self.store, {**process_figures(self.started_at), **self._figures()}),
-                     "text/plain; version=0.0.4; charset=utf-8")
+        more = {**process_figures(self.started_at), **self._figures()}
+        return Reply(200, metrics_text(self.counters, self.store, more), "text/plain; version=0.0.4; charset=utf-8")
 
     def openapi(self, _request: Request) -> Reply:
         return Reply(200, to_json(openapi_document()), "application/json")
 
 
-def metrics_text(store: Store, more: Figures) -> str:
+def metrics_text(metrics: Metrics, store: Store, more: Figures) -> str:
     """Return /metrics: what this process counted, what the database holds if it answers, and more."""
     figures = {("releasectl_build_info", __version__, ".".join(map(str, sys.version_info[:3]))): 1.0, **more}
     try:
@@ -9532,7 +9541,7 @@ def metrics_text(store: Store, more: Figures) -> str:
         figures["releasectl_database_up",] = 1.0
     except DatabaseError:  # already counted; the figures of this process are wanted all the more
         figures["releasectl_database_up",] = 0.0
-    return store.database.metrics.text(figures)
+    return metrics.text(figures)
 
 
 class Route(NamedTuple):
@@ -9764,21 +9773,21 @@ def refusal_of(error: AppError) -> HttpAnswer:
 class ApiHandler:
     """One connection, in its thread: the TLS handshake, then its requests one after the other."""
 
-    def __init__(self, server: ApiServer, seat: Seat, client_host: str):
-        self.server, self.seat, self.client_host = server, seat, client_host
+    def __init__(self, server: ApiServer, connection: Connection, client_host: str):
+        self.server, self.connection, self.client_host = server, connection, client_host
         self.certificate_name = ""
         # What the client certificate was verified by, and when it expires.
         self.trust, self.trusted_until = "", float("inf")
         # else an answer waits 40 ms for the acknowledgement of TLS 1.3's tickets
-        seat.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if server.tls:
             self._do_handshake(server.tls)
-        self.wire = Wire(seat.sock)
+        self.wire = Wire(connection.sock)
 
     def _do_handshake(self, tls: TlsFiles) -> None:
         context, self.trust = tls.current()
-        self.server.seats.encrypt(self.seat, context)
-        sock = self.seat.sock
+        self.server.connections.encrypt(self.connection, context)
+        sock = self.connection.sock
         assert isinstance(sock, ssl.SSLSocket)
         sock.settimeout(UNAUTHENTICATED_S)  # OpenSSL takes it for the whole handshake
         sock.do_handshake()
@@ -9804,12 +9813,12 @@ class Exchange:
 
     def __init__(self, handler: ApiHandler):
         self.handler, self.server = handler, handler.server
-        self.seat, self.wire = handler.seat, handler.wire
+        self.connection, self.wire = handler.connection, handler.wire
         self.head, self.began = Head(), 0.0
         self.request_id = secrets.token_hex(8)
         self.route: Route | None = None
         self.ids: tuple[int, ...] = ()
-        # "" until the client is known.
+        # None until the client is known.
         self.actor: Act | None = None
         # Length of the body while nobody has read it.
         self.unread_bytes = 0
@@ -9834,9 +9843,9 @@ class Exchange:
             answer = refusal_of(AppError(INTERNAL, "releasectl itself failed: see its log"))
         self.closes |= self.server.is_stopping or self.must_close
         self._log(answer)
-        self.server.seats.set_idle(self.seat, owes_answer=True)  # a client that does not read may be evicted
+        self.server.connections.set_idle(self.connection, owes_answer=True)  # one that does not read may be evicted
         self._send(answer)
-        self.server.seats.set_idle(self.seat)
+        self.server.connections.set_idle(self.connection)
         return not self.closes and self._skip_body()
 
     @property
@@ -9845,15 +9854,15 @@ class Exchange:
 
     def _read_head(self) -> bool:
         """Wait for the next request; return False when none comes, or the connection was evicted."""
-        seat = self.seat
-        ends_at = time.monotonic() + IDLE_S if seat.is_authenticated else seat.since + UNAUTHENTICATED_S
+        connection = self.connection
+        ends_at = time.monotonic() + IDLE_S if connection.is_authenticated else connection.since + UNAUTHENTICATED_S
         with contextlib.suppress(AppError):  # a client that sends nothing gets no answer
             while not self.wire.buffer and self.wire.fill(ends_at):
                 pass
         if not self.wire.buffer:
             return False
-        head = read_head(self.wire, time.monotonic() + HEAD_S if seat.is_authenticated else ends_at)
-        if head is None or not self.server.seats.set_busy(seat):
+        head = read_head(self.wire, time.monotonic() + HEAD_S if connection.is_authenticated else ends_at)
+        if head is None or not self.server.connections.set_busy(connection):
             return False
         self.head, self.began = head, time.monotonic()
         asked_id = head.headers.get("x-request-id", "")
@@ -9881,9 +9890,9 @@ class Exchange:
 
     def _identify(self, route: Route) -> Identity | None:
         """Return who asks, None where that does not matter; raise AppError 1001, 1002, 1004, 4029, 5001, 5003."""
-        server, seat = self.server, self.seat
+        server, connection = self.server, self.connection
         if not route.role and not route.tells_more:
-            server.seats.identify(seat, False)
+            server.connections.identify(connection, False)
             return None
         if self.handler.is_distrusted():
             self.must_close = True
@@ -9897,29 +9906,29 @@ class Exchange:
         if refusal and refusal.code == BAD_TOKEN:
             self._note_bad_token()
         elif identity and server.tokens:
-            server.throttle.note_good(seat.address, authorization)
-        if identity and not server.seats.identify(seat, True, identity.token, identity.role == VIEWER):
+            server.throttle.note_good(connection.address, authorization)
+        if identity and not server.connections.identify(connection, True, identity.token, identity.role == VIEWER):
             self.must_close = True
             refusal = AppError(TOO_MANY_REQUESTS,
                                f"{identity.token} has as many busy connections as one token, or all viewers here, "
                                "may have: try again in a moment", retry_after_s=1)
             identity = None
         elif not identity:
-            self.must_close = seat.is_authenticated  # its token was removed
-            server.seats.identify(seat, False)
+            self.must_close = connection.is_authenticated  # its token was removed
+            server.connections.identify(connection, False)
         if refusal and route.role:
             raise refusal
         return identity
 
     def _wait_for_token(self, authorization: str) -> None:
         """Wait while bad tokens of the address delay the check; raise ClientGone when the client hangs up."""
-        throttle, address = self.server.throttle, self.seat.address
+        throttle, address = self.server.throttle, self.connection.address
         while (left_s := self.began + throttle.delay_s(address, authorization) - time.monotonic()) > 0:
             if self._wait_idle(left_s):
                 raise ClientGone
 
     def _note_bad_token(self) -> None:
-        count, is_to_be_logged = self.server.throttle.note_bad(self.seat.address)
+        count, is_to_be_logged = self.server.throttle.note_bad(self.connection.address)
         if is_to_be_logged:
             log.warning("bad token from %s, the %d. in a row, request %s", self.handler.client_host, count,
                         self.request_id)
@@ -9934,9 +9943,9 @@ class Exchange:
 
     def _wait_idle(self, within_s: float) -> bool:
         """Wait up to so many seconds; return whether the client hung up or the connection was evicted."""
-        self.server.seats.set_idle(self.seat, owes_answer=True, since=self.began)
-        has_gone = has_hung_up(self.seat.sock, within_s)
-        return not self.server.seats.set_busy(self.seat) or has_gone
+        self.server.connections.set_idle(self.connection, owes_answer=True, since=self.began)
+        has_gone = has_hung_up(self.connection.sock, within_s)
+        return not self.server.connections.set_busy(self.connection) or has_gone
 
     def _is_over(self, within_s: float) -> bool:
         """Wait as _wait_idle() does; return True also when we stop, or the client is no longer authorized."""
@@ -9945,7 +9954,7 @@ class Exchange:
 
     def _read_body(self, route: Route) -> bytes:
         """Return the body; raise AppError 2002 or 4015, if possible before it is waited for, or 4008."""
-        length, wire, seats = self.unread_bytes, self.wire, self.server.seats
+        length, wire, connections = self.unread_bytes, self.wire, self.server.connections
         if not length:
             return b""
         if not route.body:
@@ -9954,20 +9963,20 @@ class Exchange:
         if content_type != "application/json":
             raise AppError(NOT_JSON, "the body must be JSON: send Content-Type: application/json")
         if len(wire.buffer) < length:
-            seats.set_idle(self.seat, owes_answer=True)
+            connections.set_idle(self.connection, owes_answer=True)
             if self.head.headers.get("expect", "").lower() == "100-continue":
                 with contextlib.suppress(OSError):
                     wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.unread_bytes = 0  # an error in the middle of the body ends the connection
         raw = wire.take(length, time.monotonic() + BODY_S)
-        if not seats.set_busy(self.seat):
+        if not connections.set_busy(self.connection):
             raise ClientGone
         self.closes = self.head.is_last
         return raw
 
     def _keep_connection(self) -> None:
         """Keep the connection after a refusal where the body is here, or is short and its client authenticated."""
-        is_short = (bool(self.actor) or self.seat.is_authenticated) and "expect" not in self.head.headers and (
+        is_short = (bool(self.actor) or self.connection.is_authenticated) and "expect" not in self.head.headers and (
             self.unread_bytes <= MAX_SKIPPED_BYTES)
         if self.unread_bytes and (is_short or self.unread_bytes <= len(self.wire.buffer)):
             self.closes = self.head.is_last
@@ -10015,7 +10024,7 @@ class Exchange:
         Of refusals of one client in a row only the 1st, 2nd, 4th, ... is logged.
         """
         path, method = self.route.path if self.route else OTHER, self.head.method
-        self.server.api.store.database.metrics.count("releasectl_api_requests_total", path,
+        self.server.api.counters.count("releasectl_api_requests_total", path,
                                                      method if method in METHODS else OTHER, str(answer.status))
         level, in_a_row = logging.INFO if self.actor and method not in ("GET", "HEAD") else logging.DEBUG, ""
         if level == logging.INFO and answer.status >= http.HTTPStatus.BAD_REQUEST:
@@ -10051,8 +10060,8 @@ class ApiServer(http.server.ThreadingHTTPServer):
         if self.tls:
             self.tls.context()
         self._overload_response = b"" if self.tls else _overload_response()
-        self.seats = ConnectionLimiter(settings.http_max_connections, settings.http_max_connections_per_address,
-                           self._overload_response)
+        self.connections = ConnectionLimiter(settings.http_max_connections, settings.http_max_connections_per_address,
+                                       self._overload_response)
         self._workers = ThreadPoolExecutor(settings.http_max_connections, "api")
         self._rejected: collections.deque[tuple[float, socket.socket]] = collections.deque()
         try:
@@ -10082,15 +10091,15 @@ class ApiServer(http.server.ThreadingHTTPServer):
         log.exception("connection of %s could not be accepted", client_address[0])
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        seat = self.seats.admit(request, client_address[0])
-        if seat is None:
+        connection = self.connections.admit(request, client_address[0])
+        if connection is None:
             self._reject(request)
             return
         try:
-            self._workers.submit(self._serve, seat, client_address[0])
+            self._workers.submit(self._serve, connection, client_address[0])
         except RuntimeError as error:  # the system has no more threads
             log.error("no thread for a connection: %s", error)
-            self.seats.close(seat)
+            self.connections.close(connection)
 
     def _reject(self, sock: socket.socket) -> None:
         """Answer 503 at once; over TLS, which would need a handshake first, only close."""
@@ -10103,7 +10112,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
     def service_actions(self) -> None:
         """Close rejected connections once their clients had time to read the answer."""
         while self._rejected and (len(self._rejected) > MAX_REJECTED
-                                     or self._rejected[0][0] < time.monotonic()):
+                                  or self._rejected[0][0] < time.monotonic()):
             sock = self._rejected.popleft()[1]
             with contextlib.suppress(OSError):
                 sock.recv(65536)  # unread bytes would turn the close into a reset
@@ -10111,17 +10120,17 @@ class ApiServer(http.server.ThreadingHTTPServer):
 
     # -- in a connection's thread ------------------------------------------------------------
 
-    def _serve(self, seat: Seat, client_host: str) -> None:
+    def _serve(self, connection: Connection, client_host: str) -> None:
         try:
-            ApiHandler(self, seat, client_host).serve()
+            ApiHandler(self, connection, client_host).serve()
         except (OSError, ConfigError) as error:
             log.debug("%s: connection ended: %s", client_host, one_line(error))
         except Exception:  # the edge of a connection
             log.exception("connection of %s failed", client_host)
         finally:
-            self.seats.set_idle(seat, since=0.0)  # it was answered: it is the first to be evicted
-            lingering_close(seat.sock)
-            self.seats.close(seat)
+            self.connections.set_idle(connection, since=0.0)  # it was answered: it is the first to be evicted
+            lingering_close(connection.sock)
+            self.connections.close(connection)
 
     def who(self, head: Head, certificate_name: str) -> tuple[Identity, None] | tuple[None, AppError]:
         """Return who asks, or why that is not known; not raised, as some routes need no token.
@@ -10142,7 +10151,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         """Stop listening, let requests under way be answered, and end all connections."""
         super().server_close()
         self.is_stopping = True
-        self.seats.end_all(STOP_GRACE_S)
+        self.connections.end_all(STOP_GRACE_S)
         self._workers.shutdown()
         while self._rejected:
             close_quietly(self._rejected.popleft()[1])
@@ -10189,10 +10198,8 @@ def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool 
     agents.prepare(key_may_be_open)
 
     def ping(node: Node) -> Ping:
-        try:
-            return Ping(node, True, "", agents.ping(Address(node.main_ip, node.agent_port, node.agent_protocol)))
-        except AgentError as error:
-            return Ping(node, False, error.kind, one_line(error.message))
+        outcome = agents.ping(Address(node.main_ip, node.agent_port, node.agent_protocol))
+        return Ping(node, not outcome.error_kind, outcome.error_kind, one_line(outcome.message))
 
     with ThreadPoolExecutor(settings.agent_concurrency) as pool:
         pings = list(pool.map(ping, nodes))
@@ -10376,7 +10383,7 @@ def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
         certificates += crl_json(name, path) if path else []
     return {"certificates": certificates, "executor": {
         "enabled": settings.release_executor_enabled, "owner": executor.owner,
-        "lastLookAt": utc_text(executor.looked_at) if executor.looked_at else None}}
+        "lastLookAt": utc_text(executor.scanned_at) if executor.scanned_at else None}}
 
 
 def certificate_json(name: str, load: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -10389,7 +10396,7 @@ def certificate_json(name: str, load: Callable[[], Mapping[str, Any]]) -> dict[s
 
 
 def crl_json(name: str, path: str) -> list[dict[str, Any]]:
-    """Give until when the CRLs beside a CA are good, in the form of a certificate; nothing where there is none."""
+    """Return until when the CRLs beside a CA are good, in the form of a certificate; nothing where there is none."""
     found = {"name": f"{name} CRL", "notAfter": None, "daysLeft": None, "message": "run releasectl.py check to see why"}
     try:
         ends = crl_ends(Path(path).read_text(encoding="latin-1"))
@@ -10417,13 +10424,12 @@ def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:
     return figures
 
 
-# `check` looks at so many of the newest rows of audit_log, and at the events of so many releases; all is for
-# `audit --verify`.
+# How much of audit_log `check` verifies: the newest rows, and the events of the newest ended releases.
 CHECKED_AUDIT_ROWS, CHECKED_RELEASES = 10_000, 20
 
 
 def check_audit(store: Store) -> Finding:
-    """Look whether the newest part of audit_log is whole."""
+    """Verify the newest part of audit_log."""
     report = store.audit.verify(None, CHECKED_AUDIT_ROWS, CHECKED_RELEASES)
     if report.faults:
         return Finding("audit log", EXIT_NOT_SUCCESS, f"{report.faults[0]}: see `audit --verify` and the runbook")
@@ -10431,10 +10437,10 @@ def check_audit(store: Store) -> Finding:
 
 
 def audit_line(report: AuditReport) -> str:
-    """Return how much of audit_log was looked at, and its head."""
+    """Return how much of audit_log was verified, and its head."""
     head = "empty" if not report.head[0] else f"head {report.head[0]}:{report.head[1]}"
     return (f"{report.rows} of {report.of_rows} rows and the events of {report.releases} of {report.of_releases} ended "
-            f"releases looked at; {head}")
+            f"releases verified; {head}")
 
 
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
@@ -10595,7 +10601,7 @@ class Screen:
 # region Commands
 # ======================================================================================
 # Commands: what each other command does (contract section 4).
-# Uses: Vocabulary, Helpers, Settings, Payloads, Difference, Model, Strategy, Plan,
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Difference, Model, Strategy, Plan,
 #   Status texts, Verbs, Engines, Database, Audit, Queue, Retry and rollback,
 #   Releases, Claims, Serialization, Access, Check and why, Terminal.
 # ======================================================================================
@@ -10608,12 +10614,21 @@ class Context:
         # a command that needs no settings runs with a broken file too
         self.settings = Settings.load(os.environ, options.config, options.db) if options.needs_settings \
             else Settings.load({})
-        self.store = Store(Database(self.settings.database_url))
+        self.metrics = Metrics()
+        self.store = Store(Database(self.settings.database_url, self.metrics))
         self.actor = _unix_user()
 
     def open(self, create: bool = False) -> Store:
-        """Return the store, after a check of the schema; create: make the database if it is empty."""
+        """Return the store, after a check of the schema; create: make the database if it is empty.
+
+        An ID that was given as `latest` becomes the newest release's; raise AppError(NOT_FOUND) where there is none.
+        """
         self.store.database.require_schema(create)
+        if getattr(self.options, "id", None) == LATEST:
+            newest = self.store.releases.page(size=1).items
+            if not newest:
+                raise AppError(NOT_FOUND, "there is no release yet")
+            self.options.id = newest[0].id
         return self.store
 
     def show(self, document: Any, text: str) -> int:
@@ -10658,7 +10673,7 @@ def command_token_add(context: Context) -> int:
     options, path = context.options, context.settings.api_tokens_file
     if not path:
         raise ConfigError("API_TOKENS_FILE is not set: name the file that holds the tokens of the API")
-    token = context.open(create=True).audit.note(
+    token = context.open(create=True).audit.perform(
         context.actor, "token.add", f"token {options.name}", {"name": options.name, "role": options.role, "file": path},
         lambda: add_token(path, options.name, options.role))
     print(f"Token for {options.name} ({options.role}). Copy it now: it can't be shown again.", file=sys.stderr)
@@ -10767,7 +10782,7 @@ def command_node_ping(context: Context) -> int:
 
 
 def _number_or_text(text: str) -> int | str:
-    """Return digits as a number, all else as it is: the Store raises the error."""
+    """Return digits as a number, all else as it is: parse_strategy() raises the error."""
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
 
 
@@ -10909,19 +10924,16 @@ def command_list(context: Context) -> int:
 
 
 def command_status(context: Context) -> int:
-    release, nodes = context.open().releases.with_nodes(context.options.id)
+    store = context.open()
+    release, nodes = store.releases.with_nodes(context.options.id)
     return context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
         [(n.batch, n.name, n.status, n.attempts, n.started_at, n.finished_at, n.error_kind, n.error_msg)
          for n in nodes], ("batch", "node", "status", "tries", "started", "finished", "error", "message"))]))
 
 
 def command_watch(context: Context) -> int:
-    if context.options.id != LATEST:
-        return _watch(context, int(context.options.id))
-    page = context.open().releases.page(size=1)
-    if not page.items:
-        raise AppError(NOT_FOUND, "there is no release yet")
-    return _watch(context, page.items[0].id)
+    context.open()
+    return _watch(context, context.options.id)
 
 
 WATCH_EVERY_S = 0.5
@@ -10982,7 +10994,8 @@ def _watch(context: Context, release_id: int) -> int:
 
 def command_events(context: Context) -> int:
     options = context.options
-    events = context.open().releases.events(options.id, options.after, options.limit)
+    store = context.open()
+    events = store.releases.events(options.id, options.after, options.limit)
     return context.show({"items": [event_json(event) for event in events]}, table(
         [(e.id, e.at, e.node_name or "release", e.event, f"{e.from_status} -> {e.to_status}", e.actor, e.detail)
          for e in events], ("id", "at", "node", "event", "change", "actor", "detail")))
@@ -11016,7 +11029,8 @@ def command_act(context: Context) -> int:
     verb = CANCEL_BY_FORCE if options.command == "cancel" and options.force else options.command
     more = {"accept_failures": options.accept_failures} if verb == "resume" else {}
     reason = parse_text("--reason", options.reason)
-    release = context.open().releases.act(verb, options.id, context.actor, reason, **more)
+    store = context.open()
+    release = store.releases.act(verb, options.id, context.actor, reason, **more)
     return context.show(release_json(release), release_line(release))
 
 
@@ -11069,7 +11083,7 @@ PRUNE_NODES = 500
 
 def command_prune(context: Context) -> int:
     options, store = context.options, context.open()
-    found = store.releases.old(options.older_than, options.keep)
+    found = store.releases.prunable(options.older_than, options.keep)
     if options.dry_run:
         return _show_pruned(context, found)
     gone: set[int] = set()
@@ -11131,11 +11145,11 @@ def command_serve(context: Context) -> int:
     warn_of_settings(settings)
     _raise_descriptor_limit()
     context.store.database.migrate()
-    agents = AgentClient(settings, context.store.database.metrics)
+    agents = AgentClient(settings, context.metrics)
     if settings.release_executor_enabled and (settings.control_cert or not settings.mtls_enabled):
         agents.prepare()
-    executor = Executor(settings, context.store, agents)
-    server = ApiServer(settings, Api(context.store, executor.nudge, settings.http_max_connections // 4,
+    executor = Executor(settings, context.store, agents, context.metrics)
+    server = ApiServer(settings, Api(context.store, context.metrics, executor.nudge, settings.http_max_connections // 4,
                                      lambda: process_json(settings, executor), executor.is_busy,
                                      lambda: certificate_figures(settings), executor.hung))
     _handle_signals(executor.stop, lambda: _reload(settings, agents, server))
@@ -11194,7 +11208,7 @@ def _write_metrics(context: Context, path: str) -> None:
     The figures of the process are left out: it ends, and node_exporter has figures of the same names.
     """
     if path:
-        text = metrics_text(context.store, certificate_figures(context.settings))
+        text = metrics_text(context.metrics, context.store, certificate_figures(context.settings))
         try:
             replace_file(path, text, None, 0o644)
         except OSError as error:
@@ -11208,7 +11222,7 @@ def _run_once(context: Context) -> int:
         return context.show({"releases": [], "inOtherHands": 0}, "")
     warn_of_settings(settings)
     context.store.database.migrate()
-    executor = Executor(settings, context.store, AgentClient(settings, context.store.database.metrics))
+    executor = Executor(settings, context.store, AgentClient(settings, context.metrics), context.metrics)
     _handle_signals(executor.stop, lambda: _reload(settings, executor.agents))
     _raise_descriptor_limit()
     secret_files = SecretFiles(settings)
@@ -11627,7 +11641,7 @@ def _age_s(text: str) -> float:
 
 
 def _since(text: str) -> str:
-    """Read 90, 5m, 2h or 1d ago, or an RFC 3339 time, as a time; argparse.ArgumentTypeError else."""
+    """Return a time as stored: of so long ago (90, 5m, 2h, 1d), or RFC 3339; raise argparse.ArgumentTypeError else."""
     with contextlib.suppress(argparse.ArgumentTypeError, ValueError, OverflowError):
         return utc_text(time.time() - parse_duration(text))
     with contextlib.suppress(AppError, ValueError, OverflowError):
@@ -11636,20 +11650,23 @@ def _since(text: str) -> str:
 
 
 def _audit_head(text: str) -> tuple[int, str]:
-    """Read ID:HASH as the log gives the head of the audit log; argparse.ArgumentTypeError else."""
+    """Return the id and hash of ID:HASH, a head of the audit log; raise argparse.ArgumentTypeError else."""
     match = re.fullmatch(r"([0-9]{1,18}):([0-9a-f]{64})", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID:HASH, as the log tells it with each release's end")
     return int(match[1]), match[2]
 
 
-def _release_id(text: str) -> int:
+def _release_id(text: str) -> int | str:
+    if text == LATEST:
+        return text
     if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > MAX_ID:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a release: use a number from `releasectl.py list`")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a release: use a number from `releasectl.py list`, or `latest`")
     return int(text)
 
 
-_ID_OPTION = option("id", metavar="ID", type=_release_id, help="id of the release")
+_ID_OPTION = option("id", metavar="ID", type=_release_id, help="id of the release, or latest")
 _REASON_OPTION = option("--reason", default="", metavar="TEXT", help="why, for the history")
 _PLAN_OPTION = option("--plan", action="store_true", help="show what it would do, and create nothing")
 _AGAIN_OPTIONS = (
@@ -11713,9 +11730,8 @@ COMMANDS: tuple[Command, ...] = (
         _int_option("--page", 1, 10**9, default=1), _int_option("--page-size", 1, MAX_PAGE_SIZE, default=20))),
     Command("status", "a release and its nodes", command_status, (_ID_OPTION,)),
     Command("watch", "follow a release to its end", command_watch, (
-        option("id", metavar="ID", nargs="?", default=LATEST,
-                type=lambda text: text if text == LATEST else _release_id(text),
-                help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
+        option("id", metavar="ID", nargs="?", default=LATEST, type=_release_id,
+               help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
     Command("events", "the history of a release", command_events, (
         _ID_OPTION, _int_option("--after", 0, MAX_ID, default=0, help="only events with a higher id"),
         _int_option("--limit", 1, 100000, default=1000))),
@@ -11726,13 +11742,13 @@ COMMANDS: tuple[Command, ...] = (
     Command("audit", "who did what, newest last; whether the log is whole", command_audit, (
         option("--actor", default="", metavar="NAME", help="only by this actor, token or certificate"),
         option("--action", default="", metavar="WORD", help="only this action, or group: node.set, node"),
-        option("--object", default="", metavar="TEXT", help="only of this: \"node edge-1\""),
-        _int_option("--release", 1, MAX_ID, metavar="ID", help="only of this release"),
-        option("--since", type=_since, metavar="TIME", help="so long ago, or a time: 2h, 7d, "
-                "2026-01-31T00:00:00Z"),
+        option("--object", default="", metavar="TEXT", help="only on this: \"node edge-1\""),
+        _int_option("--release", 1, MAX_ID, metavar="ID", help="only on this release"),
+        option("--since", type=_since, metavar="TIME", help="only since then: 2h or 7d ago, "
+                "or 2026-01-31T00:00:00Z"),
         _int_option("--after", 0, MAX_ID, default=0, metavar="ID",
-                help="the first rows above this one (the last ones)"),
-        _int_option("--limit", 1, 100000, default=100, metavar="N", help="so many rows (100)"),
+                help="the first rows with a higher id (without it: the newest rows)"),
+        _int_option("--limit", 1, 100000, default=100, metavar="N", help="at most N rows (100)"),
         option("--verify", action="store_true",
                 help="prove that no row was changed, taken away or inserted, nor an event of an ended release; "
                      "exit 1 where one was"),

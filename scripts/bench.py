@@ -13,7 +13,7 @@ ratios. Every turn of releasectl is a new process with a new database (SQLite: W
 The agents are processes of fake_agent.py, with mutual TLS. Their share of the CPU is measured in
 every turn: while each of them is well under one core, they are not what is waited for.
 
-Floors: the laboratory (agents, servers), the bare scripts, the goals, the table.
+Its parts: the laboratory (agents, servers), the bare scripts, the goals, the table.
 """
 from __future__ import annotations
 
@@ -722,8 +722,8 @@ def goal_history(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
                 fill_history(url[len("sqlite:///"):], releases, nodes)
             database.close()
             servers[name] = Server(lab, url, [], executor=False)
-        looks: dict[str, Callable[[Server], Any]] = {
-            "tick (a look for work)": lambda server: server.store.claims.scan(),
+        requests: dict[str, Callable[[Server], Any]] = {
+            "scan for work": lambda server: server.store.claims.scan(),
             "list": lambda server: server.call("GET", "/api/v1/releases?pageSize=20"),
             "summary": lambda server: server.call("GET", "/api/v1/releases/1?view=summary"),
             # last: what it leaves behind is the same in both
@@ -731,12 +731,12 @@ def goal_history(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
         }
         for server in servers.values():
             server.call("POST", "/api/v1/releases", {})
-        for what, look in looks.items():
+        for what, request in requests.items():
             taken: dict[str, list[float]] = {name: [] for name in servers}
             for _ in range(10 * options.runs):
                 for name, server in servers.items():
                     started = time.monotonic()
-                    look(server)
+                    request(server)
                     taken[name].append(time.monotonic() - started)
             empty, full = (statistics.median(taken[name]) for name in ("empty", "full"))
             yield Row("history", f"{what}: full / empty", full / empty, "x", 2.0,
@@ -759,7 +759,7 @@ def goal_history(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 QUEUES = {"one target": (1, False), "50 targets, the same nodes": (50, False),
           "50 targets, no node in common": (50, True)}
 QUEUED = 50
-LOOKS = 50
+SCANS = 50
 
 
 def fill_queue(url: str, targets: int, is_disjoint: bool, nodes: int) -> None:
@@ -783,31 +783,31 @@ def fill_queue(url: str, targets: int, is_disjoint: bool, nodes: int) -> None:
                    {", h.name, h.main_ip, h.agent_port" if has_names else ""}
             FROM release_tasks r CROSS JOIN nodes h
             WHERE {int(not is_disjoint)} = 1 OR (h.id - 1) / {nodes} = r.id - 1""")
-        # so that a tick looks and starts nothing
+        # so that a tick scans and starts nothing
         tx.execute("UPDATE release_freeze SET frozen = 1, reason = 'bench'")
     database.close()
 
 
-def run_looks(url: str) -> None:
-    """The process of the looks: seconds and CPU seconds of each, with the releasectl.py in its path."""
+def run_scans(url: str) -> None:
+    """Print seconds and CPU seconds of each scan for work, of the releasectl.py in the path."""
     store = rc.Store(rc.Database(url))
     taken = []
-    for _ in range(1 + LOOKS):
+    for _ in range(1 + SCANS):
         started, cpu = time.monotonic(), time.process_time()
         store.claims.scan()
         taken.append((time.monotonic() - started, time.process_time() - cpu))
     print(json.dumps(taken))
 
 
-def turn_of_looks(lab: Lab, program: Path, url: str) -> Turn:
-    found = subprocess.run([sys.executable, __file__, "--looks", url], check=True, capture_output=True, text=True,
+def turn_of_scans(lab: Lab, program: Path, url: str) -> Turn:
+    found = subprocess.run([sys.executable, __file__, "--scans", url], check=True, capture_output=True, text=True,
                            env={**lab.environment(), "LAB_PROGRAM": str(program)})
     first, *later = json.loads(found.stdout)
     return Turn(first[0], first[1], extra={"later_s": statistics.median(seconds for seconds, _ in later)})
 
 
 def goal_queue(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
-    """A look for work with 50 queued releases of 10,000 nodes each"""
+    """A scan for work with 50 queued releases of 10,000 nodes each"""
     programs = {"": ROOT}
     if options.beside:
         programs[options.beside] = lab.folder / "beside"
@@ -836,7 +836,7 @@ def queue_rows(lab: Lab, options: argparse.Namespace, queue_name: str, what: str
         for made in (url, empty):
             subprocess.run([*tick, made, "migrate"], check=True, env=lab.environment(), stdout=subprocess.DEVNULL)
         fill_queue(url, *QUEUES[queue_name], 10 * options.nodes)
-        contenders[f"{name} looks"] = lambda program=program, url=url: turn_of_looks(  # type: ignore[misc]
+        contenders[f"{name} scans"] = lambda program=program, url=url: turn_of_scans(  # type: ignore[misc]
             lab, program, url)
         for kind, one in (("tick", url), ("empty", empty)):
             contenders[f"{name} {kind}"] = lambda tick=tick, one=one: Turn(  # type: ignore[misc]
@@ -844,15 +844,15 @@ def queue_rows(lab: Lab, options: argparse.Namespace, queue_name: str, what: str
     turns = take_turns(options.runs, contenders)
     for url in urls:
         drop(url)
-    now, then = turns[" looks"], turns[f"{options.beside} looks"] if options.beside else []
+    now, then = turns[" scans"], turns[f"{options.beside} scans"] if options.beside else []
     before = f"; {options.beside}: {median(then) * 1000:.1f} ms" if then else ""
-    yield Row("queue", f"{what}: first look of a process", median(now) * 1000, "ms", 1000.0,
+    yield Row("queue", f"{what}: first scan of a process", median(now) * 1000, "ms", 1000.0,
               f"CPU {median(now, 'cpu_s') * 1000:.0f} ms{before}")
-    yield Row("queue", f"{what}: each later look", later_s(now) * 1000, "ms")
+    yield Row("queue", f"{what}: each later scan", later_s(now) * 1000, "ms")
     if then:
-        yield Row("queue", f"{what}: each later look, now / {options.beside}", later_s(now) / later_s(then), "x",
+        yield Row("queue", f"{what}: each later scan, now / {options.beside}", later_s(now) / later_s(then), "x",
                   1.5 if queue_name == "one target" else None)
-    yield Row("queue", f"{what}: run-once that only looks", median(turns[" tick"]), "s",
+    yield Row("queue", f"{what}: run-once that only scans", median(turns[" tick"]), "s",
               note=f"{median(turns[' empty']):.2f} s with an empty database")
 
 
@@ -927,8 +927,8 @@ def main() -> int:
     if sys.argv[1:2] == ["--script"]:
         run_script(sys.argv[2])
         return 0
-    if sys.argv[1:2] == ["--looks"]:
-        run_looks(sys.argv[2])
+    if sys.argv[1:2] == ["--scans"]:
+        run_scans(sys.argv[2])
         return 0
     if sys.argv[1:2] == ["--reader"]:
         run_reader(int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])

@@ -71,7 +71,7 @@ show node ping
 announce "3. The process \"releasectl.py serve\" starts: the API, and the executor that sends releases out."
 in_background "$python" "$lab_root/releasectl.py" serve >serve.log 2>&1
 wait_for "serve to be ready" serving
-echo "It listens on http://$HTTP_ADDR and looks for work every second."
+echo "It listens on http://$HTTP_ADDR and scans for work every second."
 
 announce "4. The first release: edge-1 alone is batch 1; when it has succeeded, the other five are batch 2."
 echo '{"websites": [{"name": "www.example.com"}]}' >site.json

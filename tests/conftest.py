@@ -254,7 +254,8 @@ def new_executor():
     executors = []
 
     def make(store: rc.Store, settings: rc.Settings) -> rc.Executor:
-        executors.append(rc.Executor(settings, store, rc.AgentClient(settings)))
+        metrics = store.database.metrics
+        executors.append(rc.Executor(settings, store, rc.AgentClient(settings, metrics), metrics))
         return executors[-1]
 
     yield make

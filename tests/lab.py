@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -401,6 +401,23 @@ def executed(status: str, message: object = "", request_id: str = TASK_ID) -> by
 
 # -- a world ------------------------------------------------------------------------------------
 
+class WaitingClient:
+    """An AgentClient whose requests are waited for, each by run()."""
+
+    def __init__(self, agents: rc.AgentClient,
+                 run: Callable[[Coroutine[rc.Wait, None, rc.Outcome]], rc.Outcome] = rc.run_coroutine):
+        self.agents, self.run = agents, run
+
+    def dispatch(self, *arguments: Any) -> rc.Outcome:
+        return self.run(self.agents.dispatch(*arguments))
+
+    def query(self, *arguments: Any) -> rc.Outcome:
+        return self.run(self.agents.query(*arguments))
+
+    def close(self) -> None:
+        self.agents.close()
+
+
 class World:
     """A store, agents that listen, their nodes, and settings to run executors over them."""
 
@@ -736,7 +753,7 @@ class Client:
 @contextlib.contextmanager
 def serving(store: rc.Store, **settings: Any) -> Iterator[Client]:
     """Give a client of a server over a store; at the end nothing of it is left."""
-    server = rc.ApiServer(settings_for("sqlite:///unused.db", **settings), rc.Api(store))
+    server = rc.ApiServer(settings_for("sqlite:///unused.db", **settings), rc.Api(store, store.database.metrics))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
@@ -785,5 +802,5 @@ def read_all(sock: socket.socket) -> bytes:
     return received
 
 
-def seats(client: Client) -> set[rc.Seat]:
-    return client.server.seats._seats
+def open_connections(client: Client) -> set[rc.Connection]:
+    return client.server.connections._connections

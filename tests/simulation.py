@@ -53,6 +53,7 @@ NOTICE_S = 3 * INTERVAL_S
 # A soak, with all that is not its own, is over so long after its time.
 LATE_SOAK_S = 120.0
 NOTHING_DONE, DONE_AT_ONCE = "nothing done", "done at once"
+CUT = rc.Outcome(rc.DISPATCH, rc.LOST, "", rc.UNREACHABLE, "cut", hold_s=rc.CUT_BUSY_S)
 WORLDS = PLAIN, STEERING, SHARED = "plain", "steering", "shared"
 
 
@@ -370,7 +371,7 @@ class SimExecutor(rc.Executor):
     def __init__(self, world: Simulation, settings: rc.Settings, number: int):
         store = rc.Store(world.database, SimClock(world))
         store.claims = SimClaims(store.state, store.queue)
-        super().__init__(settings, store, world.agents_stub)
+        super().__init__(settings, store, world.agents_stub, rc.Metrics())
         store.claims.owner = self
         self.world = world
         self.owner = f"owner-{number}"
@@ -692,10 +693,10 @@ class Simulation:
 
     def request(self, owner: SimExecutor, driver: SimDriver, op: str, node: rc.ReleaseNode, task: rc.AgentTask,
                 written_at: rc.Moment) -> None:
-        """Takes what a conversation would do: leave, arrive, and bring an outcome, each at its own time."""
-        def answer(value: rc.Answer | rc.AgentError | rc.Outcome) -> None:
-            send.heard = _heard(value)
-            driver.results.put(value if isinstance(value, rc.Outcome) else rc.outcome_of(node.node_id, op, value))
+        """Do what a request does: leave, arrive, and bring an outcome, each at its own time."""
+        def answer(outcome: rc.Outcome) -> None:
+            send.heard = _heard(outcome)
+            driver.results.put((node.node_id, outcome._replace(op=op)))
             self.turn(owner, driver)
 
         send = Send(next(self.numbers), owner, driver.lease.claim.release_id, node.node_id, node.main_ip,
@@ -703,7 +704,7 @@ class Simulation:
 
         def leave() -> None:
             if op == rc.DISPATCH and not driver.may_dispatch(written_at):
-                answer(rc.AgentError(rc.UNREACHABLE, "too late", reached=False, is_not_sent=True))
+                answer(rc.Outcome(op, rc.NOT_SENT))
                 return
             if op == rc.DISPATCH:
                 self._check_dispatch(send, task)
@@ -794,14 +795,14 @@ class Simulation:
         agent, owner = self.agents[send.address], send.owner
         if op == rc.PROBE:
             passes = self._probe(send)
-            said = rc.Outcome(send.node_id, op, rc.SUCCESS if passes else rc.UNCLEAR, "", "" if passes else rc.VERIFY,
+            said = rc.Outcome(op, rc.SUCCESS if passes else rc.UNCLEAR, "", "" if passes else rc.VERIFY,
                               "" if passes else "HTTP 500")
             self.at(0.01, lambda: answer(said), owner)
             return
         is_bad = self.faults and self.now < FAULTS_UNTIL_S
         fate = self.random.random() if is_bad else 1.0
         if fate < 0.08 or self.now < agent.is_down_until:
-            self.at(0.01, lambda: answer(rc.AgentError(rc.UNREACHABLE, "refused", reached=False)), owner)
+            self.at(0.01, lambda: answer(rc.Outcome(op, rc.UNSENT, "", rc.UNREACHABLE, "refused")), owner)
             return
         is_lost = fate < 0.25
         if is_lost:
@@ -811,18 +812,18 @@ class Simulation:
         def deliver(value) -> None:
             if is_lost and self.random.random() < 0.5:
                 wait_s = max(0.0, sent_at + REQUEST_S - self.now)
-                value = rc.AgentError(rc.TIMEOUT, "no answer", reached=True, hold_s=REQUEST_S)
+                value = rc.Outcome(op, rc.LOST, "", rc.TIMEOUT, "no answer", hold_s=REQUEST_S)
                 self.at(wait_s, lambda: answer(value), owner)
                 return
             if is_lost:
-                value = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_BUSY_S)
+                value = CUT
             self.at(0.01, lambda: answer(value), owner)
 
         def arrive() -> None:
             if fate < 0.12:
                 deliver(None)  # cut before the agent saw it
             elif self.now < agent.is_bad_until or 0.25 <= fate < 0.28:
-                deliver(rc.AgentError(rc.HTTP, "HTTP 503", reached=True, is_refusal=True))
+                deliver(rc.Outcome(op, rc.UNCLEAR, "", rc.HTTP, "HTTP 503", is_refusal=True))
             else:
                 self._serve(agent, op, send, task, deliver)
         self.at(self.random.choice([0.0, 0.01, 0.3]), arrive)
@@ -837,13 +838,13 @@ class Simulation:
             name = agent.take(send, task.id, duration_s * self.slowness, is_good)
             run = agent.tasks[name]
             is_done = run is None or (run.is_good and not run.is_live(self.now))
-            deliver(rc.Answer(rc.ACCEPTED, name, applied=send.version if is_done else 0))
+            deliver(rc.Outcome(op, rc.ACCEPTED, name, applied=send.version if is_done else 0))
         elif task.id not in agent.tasks:
-            deliver(rc.Answer(rc.UNKNOWN, task.id))
+            deliver(rc.Outcome(op, rc.UNKNOWN, task.id))
         else:
             run = agent.tasks[task.id]
             if run is not None and run.is_live(self.now):
-                deliver(rc.Answer(rc.WORKING, task.id))
+                deliver(rc.Outcome(op, rc.WORKING, task.id))
             else:
                 deliver(self._word(run, task.id))
 
@@ -853,23 +854,23 @@ class Simulation:
         if run is None:
             deliver(self._already(send.version, agent.applied, task.id))
             return
-        cut = rc.AgentError(rc.UNREACHABLE, "cut", reached=True, hold_s=rc.CUT_BUSY_S)
         self.at(max(0.0, run.ends - self.now), lambda: deliver(
-            self._word(run, task.id) if run.killed is None else cut))
+            self._word(run, task.id) if run.killed is None else CUT))
 
     @staticmethod
-    def _already(version: int, applied: int, task_id: str) -> rc.Answer | rc.AgentError:
+    def _already(version: int, applied: int, task_id: str) -> rc.Outcome:
         """Gives what the client makes of "already applied"."""
         if applied > version:
-            return rc.AgentError(rc.REJECTED, f"the agent is already at version {applied}", reached=True, final=True)
-        return rc.Answer(rc.SUCCESS, task_id, f"Version {version} already applied (current: {applied})", applied)
+            return rc.Outcome(rc.DISPATCH, rc.FAILED, "", rc.REJECTED, f"the agent is already at version {applied}")
+        return rc.Outcome(rc.DISPATCH, rc.SUCCESS, task_id, applied=applied,
+                          message=f"Version {version} already applied (current: {applied})")
 
     @staticmethod
-    def _word(run: Run | None, task_id: str) -> rc.Answer | rc.AgentError:
+    def _word(run: Run | None, task_id: str) -> rc.Outcome:
         """Gives what an agent says of a task that is at its end; it takes what it has already for a success."""
         if run is None or run.is_good:
-            return rc.Answer(rc.SUCCESS, task_id)
-        return rc.AgentError(rc.AGENT_FAILED, "boom", reached=True, final=True)
+            return rc.Outcome(rc.DISPATCH, rc.SUCCESS, task_id)
+        return rc.Outcome(rc.DISPATCH, rc.FAILED, "", rc.AGENT_FAILED, "boom")
 
     # -- faults ------------------------------------------------------------------------------
 
@@ -1443,11 +1444,11 @@ class SharedSimulation(Simulation):
             self.ledger.first_version, self.ledger.first_set = first, next(self.numbers)
 
 
-def _heard(value: rc.Answer | rc.AgentError | rc.Outcome) -> str:
-    """Gives what an answer to a dispatch says of what it did: nothing, done at once, or no word of that."""
-    if isinstance(value, rc.AgentError):
-        return NOTHING_DONE if not value.reached or value.is_refusal else ""
-    return DONE_AT_ONCE if isinstance(value, rc.Answer) and value.applied else ""
+def _heard(outcome: rc.Outcome) -> str:
+    """Return what the outcome of a dispatch says of what it did: nothing, done at once, or "" for neither."""
+    if outcome.result in (rc.UNSENT, rc.NOT_SENT) or outcome.is_refusal:
+        return NOTHING_DONE
+    return DONE_AT_ONCE if outcome.applied else ""
 
 
 def run_seed(seed: int, world: str = PLAIN, **options) -> Simulation:

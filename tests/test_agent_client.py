@@ -24,6 +24,7 @@ from lab import (
     HOST,
     TASK_ID,
     Peer,
+    WaitingClient,
     accepted,
     drip,
     envelope,
@@ -71,39 +72,35 @@ def expired(same_ca) -> Path:
     return same_ca(HOST, DAYS="-1")
 
 
-def among_others(method: Callable[..., Coroutine[rc.Wait, None, object]]) -> Callable[..., object]:
-    """Gives the method as the executor holds it: a conversation among others."""
-    def hold(*arguments: object) -> object:
-        outcome: queue.SimpleQueue[tuple[object, Exception | None]] = queue.SimpleQueue()
+def among_others(request: Coroutine[rc.Wait, None, rc.Outcome]) -> rc.Outcome:
+    """Run a request as the executor does: in an event loop."""
+    outcomes: queue.SimpleQueue[rc.Outcome | Exception] = queue.SimpleQueue()
 
-        async def talk() -> None:
-            try:
-                outcome.put((await method(*arguments), None))
-            except Exception as error:
-                outcome.put((None, error))
-        others = rc.EventLoop()
-        others.start()
-        others.submit(talk())
+    async def put() -> None:
         try:
-            answer, error = outcome.get(timeout=25)
-        finally:
-            others.close()
-        if error:
-            raise error
-        return answer
-    return hold
+            outcomes.put(await request)
+        except Exception as error:
+            outcomes.put(error)
+    loop = rc.EventLoop()
+    loop.start()
+    loop.submit(put())
+    try:
+        outcome = outcomes.get(timeout=25)
+    finally:
+        loop.close()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
-@pytest.fixture(params=["alone", "among others"])
-def new_client(certs, request, monkeypatch):
-    """A function that makes a client; all are closed at the end. What it says is the same in either way to wait."""
+@pytest.fixture(params=[rc.run_coroutine, among_others], ids=["alone", "among others"])
+def new_client(certs, request):
+    """A function that makes a client; all are closed at the end. Outcomes are the same in either way to wait."""
     clients = []
-    if request.param == "among others":
-        monkeypatch.setattr(rc.AgentClient, "dispatch", among_others(rc.AgentClient.dispatching))
-        monkeypatch.setattr(rc.AgentClient, "query", among_others(rc.AgentClient.querying))
 
-    def make(folder: Path | None = certs, **settings: object) -> rc.AgentClient:
-        clients.append(rc.AgentClient(settings_for("sqlite:///unused.db", folder, **settings)))
+    def make(folder: Path | None = certs, **settings: object) -> WaitingClient:
+        agents = rc.AgentClient(settings_for("sqlite:///unused.db", folder, **settings))
+        clients.append(WaitingClient(agents, request.param))
         return clients[-1]
 
     yield make
@@ -112,7 +109,7 @@ def new_client(certs, request, monkeypatch):
 
 
 @pytest.fixture
-def client(new_client) -> rc.AgentClient:
+def client(new_client) -> WaitingClient:
     return new_client()
 
 
@@ -127,17 +124,10 @@ def full_listener():
         yield rc.Address(HOST, listener.getsockname()[1], "tasks")
 
 
-def error_of(call: Callable[..., object], *arguments: object) -> rc.AgentError:
-    with pytest.raises(rc.AgentError) as caught:
-        call(*arguments)
-    return caught.value
-
-
-def assert_tells(error: rc.AgentError, kind: str, message: str, reached: bool = True, hold_s: float = 0.0,
-                 final: bool = False) -> None:
-    """The error as it is stored; A stands for "agent ADDRESS:PORT"."""
-    told = re.sub(r"^agent (\[.*\]|[^ :]*):\d+", "A", rc.one_line(error.message))
-    assert (error.kind, told, error.reached, error.hold_s, error.final) == (kind, message, reached, hold_s, final)
+def assert_outcome(outcome: rc.Outcome, kind: str, message: str, result: str = rc.UNCLEAR, hold_s: float = 0.0) -> None:
+    """The outcome as it is stored; A stands for "agent ADDRESS:PORT"."""
+    stored = re.sub(r"^agent (\[.*\]|[^ :]*):\d+", "A", rc.one_line(outcome.message))
+    assert (outcome.error_kind, stored, outcome.result, outcome.hold_s) == (kind, message, result, hold_s)
 
 
 # -- limits ----------------------------------------------------------------------------------
@@ -145,26 +135,26 @@ def assert_tells(error: rc.AgentError, kind: str, message: str, reached: bool = 
 def test_a_refused_connection_is_told_as_such(client):
     with socket.create_server((HOST, 0)) as listener:
         address = rc.Address(HOST, listener.getsockname()[1], "tasks")
-    assert_tells(error_of(client.dispatch, address, TASK), "unreachable", "A can't be reached: connection refused",
-                 reached=False)
+    assert_outcome(client.dispatch(address, TASK), "unreachable", "A can't be reached: connection refused",
+                 rc.UNSENT)
 
 
 def test_an_agent_that_takes_no_connection_ends_at_the_connect_limit(new_client):
     client = new_client(AGENT_CONNECT_TIMEOUT_SEC=LIMIT_S)
     with full_listener() as address:
         started = time.monotonic()
-        error = error_of(client.dispatch, address, TASK)
+        outcome = client.dispatch(address, TASK)
     assert LIMIT_S <= time.monotonic() - started < LIMIT_S + MARGIN_S
-    assert_tells(error, "unreachable", "A did not take a connection within 0.6 s", reached=False)
+    assert_outcome(outcome, "unreachable", "A did not take a connection within 0.6 s", rc.UNSENT)
 
 
 @pytest.mark.parametrize("talk", [hang, drip(b"\x16\x03\x03\x40\x00", b"\x02")], ids=["hangs", "drips"])
 def test_a_handshake_ends_at_the_connect_limit_also_when_it_drips(new_client, new_peer, talk):
     client, peer = new_client(AGENT_CONNECT_TIMEOUT_SEC=LIMIT_S), new_peer(talk, tls=False)
     started = time.monotonic()
-    error = error_of(client.dispatch, peer.address(), TASK)
+    outcome = client.dispatch(peer.address(), TASK)
     assert LIMIT_S <= time.monotonic() - started < LIMIT_S + MARGIN_S
-    assert_tells(error, "timeout", "A did not finish the TLS handshake within 0.6 s", reached=False)
+    assert_outcome(outcome, "timeout", "A did not finish the TLS handshake within 0.6 s", rc.UNSENT)
 
 
 LATE = {
@@ -184,46 +174,46 @@ def test_a_request_ends_at_the_request_limit_however_slowly_it_drips(new_client,
     client, peer = new_client(AGENT_REQUEST_TIMEOUT_SEC=LIMIT_S), new_peer(talk)
     payload = {"a": "x" * (8 << 20)} if case == "reads no request" else {}
     started = time.monotonic()
-    error = error_of(client.dispatch, peer.address(protocol), TASK._replace(payload=payload))
+    outcome = client.dispatch(peer.address(protocol), TASK._replace(payload=payload))
     assert LIMIT_S <= time.monotonic() - started < LIMIT_S + MARGIN_S
-    assert_tells(error, "timeout", message, hold_s=LIMIT_S)
+    assert_outcome(outcome, "timeout", message, rc.LOST, hold_s=LIMIT_S)
 
 
 def test_within_s_shortens_the_request_limit_and_the_message_says_so(client, new_peer):
     peer = new_peer(hang_after_request)
     started = time.monotonic()
-    error = error_of(client.dispatch, peer.address("execute"), TASK, 0.3)
+    outcome = client.dispatch(peer.address("execute"), TASK, 0.3)
     assert 0.3 <= time.monotonic() - started < 0.3 + MARGIN_S
     # the agent may go on working for as long as a whole request may take
-    assert_tells(error, "timeout", "A did not answer within 0.3 s", hold_s=3.0)
+    assert_outcome(outcome, "timeout", "A did not answer within 0.3 s", rc.LOST, hold_s=3.0)
 
 
 # -- certificates ----------------------------------------------------------------------------
 
 def test_an_agent_of_another_ca_is_not_spoken_with(client, certs, new_peer):
     peer = new_peer(hang, server_context(certs / "other", ca=certs))
-    assert_tells(error_of(client.dispatch, peer.address(), TASK), "tls",
-                 "A presented a certificate of another CA than ours (CONTROL_CA)", reached=False)
+    assert_outcome(client.dispatch(peer.address(), TASK), "tls",
+                 "A presented a certificate of another CA than ours (CONTROL_CA)", rc.UNSENT)
 
 
 def test_an_agent_whose_certificate_names_another_address_is_not_spoken_with(client, new_peer):
     peer = new_peer(hang, host="127.0.1.99")
-    assert_tells(error_of(client.dispatch, peer.address(), TASK), "tls",
-                 "A presented a certificate for another address", reached=False)
+    assert_outcome(client.dispatch(peer.address(), TASK), "tls",
+                 "A presented a certificate for another address", rc.UNSENT)
 
 
 def test_an_expired_certificate_of_an_agent_is_told_as_such(client, expired, new_peer):
     peer = new_peer(hang, server_context(expired))
-    assert_tells(error_of(client.dispatch, peer.address(), TASK), "tls",
-                 "A presented a certificate that has expired", reached=False)
+    assert_outcome(client.dispatch(peer.address(), TASK), "tls",
+                 "A presented a certificate that has expired", rc.UNSENT)
 
 
 def test_agent_tls_server_name_is_verified_instead_of_the_address(new_client, new_peer):
     peer = new_peer(says(accepted()), host="127.0.1.99")
-    assert new_client(AGENT_TLS_SERVER_NAME="agent.test").dispatch(peer.address(), TASK).state == rc.ACCEPTED
-    error = error_of(new_client(AGENT_TLS_SERVER_NAME="wrong.test").dispatch, peer.address(), TASK)
-    assert_tells(error, "tls", "A presented a certificate for another name than wrong.test (AGENT_TLS_SERVER_NAME)",
-                 reached=False)
+    assert new_client(AGENT_TLS_SERVER_NAME="agent.test").dispatch(peer.address(), TASK).result == rc.ACCEPTED
+    outcome = new_client(AGENT_TLS_SERVER_NAME="wrong.test").dispatch(peer.address(), TASK)
+    assert_outcome(outcome, "tls", "A presented a certificate for another name than wrong.test (AGENT_TLS_SERVER_NAME)",
+                 rc.UNSENT)
 
 
 @pytest.mark.parametrize("body_bytes", [10, 8 << 20], ids=["small body", "large body"])
@@ -239,18 +229,18 @@ def test_an_agent_that_refuses_our_certificate_is_told_as_such(new_client, new_p
         monkeypatch.setattr(rc, "load_pair", lambda *_: None)
     client = new_client(folder, CONTROL_CA=certs / "ca.crt")
     peer = new_peer(hang, server_context(certs, version=version))
-    error = error_of(client.dispatch, peer.address(protocol), TASK._replace(payload={"a": "x" * body_bytes}))
-    alert = re.sub(r".*\((.*)\)", r"\1", error.message)
+    outcome = client.dispatch(peer.address(protocol), TASK._replace(payload={"a": "x" * body_bytes}))
+    alert = re.sub(r".*\((.*)\)", r"\1", outcome.message)
     assert alert in alerts
-    assert_tells(error, "tls", f"A refused our client certificate ({alert})", reached=False)
+    assert_outcome(outcome, "tls", f"A refused our client certificate ({alert})", rc.UNSENT)
 
 
 def test_a_port_without_tls_is_told_as_such(client, new_peer):
     def plain(peer: Peer, sock: socket.socket) -> None:
         sock.recv(65536)
         sock.sendall(reply(b"Client sent an HTTP request", "400 Bad Request"))
-    assert_tells(error_of(client.dispatch, new_peer(plain, tls=False).address(), TASK), "tls",
-                 "A does not speak TLS on this port", reached=False)
+    assert_outcome(client.dispatch(new_peer(plain, tls=False).address(), TASK), "tls",
+                 "A does not speak TLS on this port", rc.UNSENT)
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
@@ -259,8 +249,8 @@ def test_a_handshake_that_the_agent_cuts_is_told_as_such(client, new_peer, reset
         sock.recv(65536)
         if reset:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    assert_tells(error_of(client.dispatch, new_peer(cut, tls=False).address(), TASK), "tls",
-                 "A: the TLS handshake failed: it closed the connection", reached=False)
+    assert_outcome(client.dispatch(new_peer(cut, tls=False).address(), TASK), "tls",
+                 "A: the TLS handshake failed: it closed the connection", rc.UNSENT)
 
 
 def test_tls_older_than_1_2_is_refused(client, certs, new_peer):
@@ -270,8 +260,8 @@ def test_tls_older_than_1_2_is_refused(client, certs, new_peer):
         warnings.simplefilter("ignore", DeprecationWarning)
         context = server_context(certs, version="TLSv1_1")
         context.set_ciphers("ALL:@SECLEVEL=0")
-    assert_tells(error_of(client.dispatch, new_peer(hang, context).address(), TASK), "tls",
-                 "A speaks no TLS 1.2 or newer", reached=False)
+    assert_outcome(client.dispatch(new_peer(hang, context).address(), TASK), "tls",
+                 "A speaks no TLS 1.2 or newer", rc.UNSENT)
 
 
 # -- answers that make no sense --------------------------------------------------------------
@@ -324,16 +314,16 @@ BROKEN: dict[str, tuple[Callable[[Peer, Any], None], str, str, bool]] = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_an_answer_that_is_not_the_json_of_the_contract_is_an_error_that_says_which(client, new_peer, case):
     talk, kind, message, final = BROKEN[case]
-    error = error_of(client.dispatch, new_peer(talk).address(), TASK)
-    assert_tells(error, kind, message, final=final)
+    outcome = client.dispatch(new_peer(talk).address(), TASK)
+    assert_outcome(outcome, kind, message, rc.FAILED if final else rc.UNCLEAR)
 
 
 @pytest.mark.parametrize("status", ["301 Moved Permanently", "307 Temporary Redirect"])
 def test_a_redirect_is_an_error_and_is_never_followed(client, new_peer, status):
     target = new_peer(says(accepted()))
     peer = new_peer(says(reply(b"", status, f"Location: https://{HOST}:{target.port}/tasks/dispatch\r\n")))
-    error = error_of(client.dispatch, peer.address(), TASK)
-    assert_tells(error, "http", f"A answered a redirect (HTTP {status[:3]}), which is not followed")
+    outcome = client.dispatch(peer.address(), TASK)
+    assert_outcome(outcome, "http", f"A answered a redirect (HTTP {status[:3]}), which is not followed")
     assert (len(peer.requests), target.accepted) == (1, 0)
 
 
@@ -351,20 +341,30 @@ CUT = {
 @pytest.mark.parametrize("case", CUT)
 def test_a_cut_connection_holds_the_next_request_for_5_s(client, new_peer, case, protocol, reset):
     peer = new_peer(says(CUT[case], reset=reset))
-    error = error_of(client.dispatch, peer.address(protocol), TASK)
+    outcome = client.dispatch(peer.address(protocol), TASK)
     if reset:  # what was sent before may be lost with it
-        when = re.sub(".* connection ", "", error.message)
+        when = re.sub(".* connection ", "", outcome.message)
         assert when in ("before it answered", "in the middle of its answer")
     else:
         when = "in the middle of its answer" if CUT[case] else "before it answered"
-    assert_tells(error, "unreachable", f"A cut the connection {when}", hold_s=rc.CUT_BUSY_S)
+    assert_outcome(outcome, "unreachable", f"A cut the connection {when}", rc.LOST, hold_s=rc.CUT_BUSY_S)
     assert len(peer.requests) == 1, "a request whose answer was lost is not repeated at once"
 
 
 def test_a_cut_404_is_no_word_that_the_task_is_unknown(client, new_peer):
     peer = new_peer(says(b"HTTP/1.1 404 Not Found\r\nContent-Ty"))
-    assert_tells(error_of(client.query, peer.address(), TASK_ID), "unreachable",
-                 "A cut the connection in the middle of its answer", hold_s=rc.CUT_BUSY_S)
+    assert_outcome(client.query(peer.address(), TASK_ID), "unreachable",
+                 "A cut the connection in the middle of its answer", rc.LOST, hold_s=rc.CUT_BUSY_S)
+
+
+# -- the dialects ---------------------------------------------------------------------------
+
+def test_a_dialect_has_a_row_in_every_table_and_stands_in_the_schema():
+    assert list(rc.WIRE_FORMATS) == list(rc.DIALECTS)
+    for name, wire in rc.WIRE_FORMATS.items():
+        assert bool(wire.query_path) == rc.DIALECTS[name].can_be_asked
+    allowed = ", ".join(f"'{name}'" for name in rc.DIALECTS)
+    assert f"agent_protocol IN ({allowed})" in (Path(rc.__file__).parent / "schema.sql").read_text("utf-8")
 
 
 # -- the tasks dialect -----------------------------------------------------------------------
@@ -372,8 +372,8 @@ def test_a_cut_404_is_no_word_that_the_task_is_unknown(client, new_peer):
 def test_the_task_that_the_answer_names_is_the_one_to_poll_and_its_id_is_quoted(client, new_peer):
     odd = "a/b?c#d e%:\u00fc"
     peer = new_peer(says(accepted(odd), task("running", odd)))
-    assert client.dispatch(peer.address(), TASK) == rc.Answer(rc.ACCEPTED, odd)
-    assert client.query(peer.address(), odd) == rc.Answer(rc.WORKING, odd)
+    assert client.dispatch(peer.address(), TASK) == rc.Outcome(rc.DISPATCH, rc.ACCEPTED, odd)
+    assert client.query(peer.address(), odd) == rc.Outcome(rc.QUERY, rc.WORKING, odd)
     (post, body), (get, _) = peer.requests
     assert post.startswith("POST /tasks/dispatch HTTP/1.1\r\n")
     assert json.loads(body) == {"taskId": TASK_ID, "type": "apply_config", "version": 42, "payload": {"a": 1}}
@@ -384,7 +384,7 @@ def test_the_task_that_the_answer_names_is_the_one_to_poll_and_its_id_is_quoted(
     (task("pending"), rc.WORKING), (task("running"), rc.WORKING), (task("success"), rc.SUCCESS),
     (reply(b"404 page not found", "404 Not Found"), rc.UNKNOWN)], ids=["pending", "running", "success", "404"])
 def test_a_poll_gives_what_the_agent_knows(client, new_peer, answer, state):
-    assert client.query(new_peer(says(answer)).address(), TASK_ID) == rc.Answer(state, TASK_ID)
+    assert client.query(new_peer(says(answer)).address(), TASK_ID) == rc.Outcome(rc.QUERY, state, TASK_ID)
 
 
 @pytest.mark.parametrize(("answer", "kind", "message", "final"), [
@@ -397,9 +397,9 @@ def test_a_poll_gives_what_the_agent_knows(client, new_peer, answer, state):
     (task("failed", lastError="x" * 60_000), "agent_failed", "x" * 252 + "...", True),
 ], ids=["another task", "unknown status", "failed", "no reason", "a list", "control characters", "60 kB"])
 def test_a_poll_that_tells_no_success_says_why(client, new_peer, answer, kind, message, final):
-    error = error_of(client.query, new_peer(says(answer)).address(), TASK_ID)
-    assert_tells(error, kind, message, final=final)
-    assert len(rc.detail_text(error.detail).encode()) <= rc.MAX_DETAIL_BYTES
+    outcome = client.query(new_peer(says(answer)).address(), TASK_ID)
+    assert_outcome(outcome, kind, message, rc.FAILED if final else rc.UNCLEAR)
+    assert len(outcome.event_detail.encode()) <= rc.MAX_DETAIL_BYTES
 
 
 # -- the execute dialect ---------------------------------------------------------------------
@@ -417,7 +417,8 @@ def test_an_agent_gets_the_numbers_of_a_payload_digit_for_digit(client, new_peer
 
 def test_an_execute_agent_is_sent_the_version_within_the_payload(client, new_peer):
     peer = new_peer(says(executed("success", "applied")))
-    assert client.dispatch(peer.address("execute"), TASK) == rc.Answer(rc.SUCCESS, TASK_ID, "applied")
+    assert client.dispatch(peer.address("execute"), TASK) == rc.Outcome(
+        rc.DISPATCH, rc.SUCCESS, TASK_ID, message="applied")
     (head, body), = peer.requests
     assert head.startswith("POST /agent/v1/tasks/execute HTTP/1.1\r\n")
     assert json.loads(body) == {"requestId": TASK_ID, "type": "apply_config", "payload": {"a": 1, "version": 42}}
@@ -426,7 +427,7 @@ def test_an_execute_agent_is_sent_the_version_within_the_payload(client, new_pee
 
 def test_version_already_applied_is_a_success_where_it_is_the_releases_version(client, new_peer):
     peer = new_peer(says(executed("success", "Version 42 already applied (current: 42)")))
-    assert client.dispatch(peer.address("execute"), TASK).state == rc.SUCCESS
+    assert client.dispatch(peer.address("execute"), TASK).result == rc.SUCCESS
 
 
 @pytest.mark.parametrize(("answer", "kind", "message", "final"), [
@@ -444,8 +445,8 @@ def test_version_already_applied_is_a_success_where_it_is_the_releases_version(c
      "A answered HTTP 400: invalid request body", True),
 ], ids=["above", "below", "reload failed", "failed", "no reason", "another request", "unknown status", "400"])
 def test_an_execute_agent_is_believed_by_its_message(client, new_peer, answer, kind, message, final):
-    assert_tells(error_of(client.dispatch, new_peer(says(answer)).address("execute"), TASK), kind, message,
-                 final=final)
+    assert_outcome(client.dispatch(new_peer(says(answer)).address("execute"), TASK), kind, message,
+                 rc.FAILED if final else rc.UNCLEAR)
 
 
 # -- connections -----------------------------------------------------------------------------
@@ -453,8 +454,8 @@ def test_an_execute_agent_is_believed_by_its_message(client, new_peer, answer, k
 def test_kept_alive_connections_are_used_again(client, new_fleet):
     agent = new_fleet(1).agent(HOST)
     address = rc.Address(HOST, agent.port, "tasks")
-    assert client.dispatch(address, TASK).state == rc.ACCEPTED
-    states = [client.query(address, "unknown").state for _ in range(5)]
+    assert client.dispatch(address, TASK).result == rc.ACCEPTED
+    states = [client.query(address, "unknown").result for _ in range(5)]
     assert (states, agent.handshakes) == ([rc.UNKNOWN] * 5, 1)
 
 
@@ -464,7 +465,7 @@ def test_a_kept_connection_that_the_agent_closed_meanwhile_is_replaced(client, n
     address = rc.Address(HOST, agent.port, "tasks")
     client.query(address, "unknown")
     fleet.call(agent.close_connections)
-    assert client.query(address, "unknown").state == rc.UNKNOWN
+    assert client.query(address, "unknown").result == rc.UNKNOWN
     assert agent.handshakes == 2
 
 
@@ -475,7 +476,7 @@ def test_a_kept_connection_that_ends_under_the_request_is_replaced(client, new_p
         if peer.handshakes == 1:
             peer.read_request(sock)  # and no answer
     peer = new_peer(talk)
-    assert [client.query(peer.address(), TASK_ID).state for _ in range(2)] == [rc.WORKING] * 2
+    assert [client.query(peer.address(), TASK_ID).result for _ in range(2)] == [rc.WORKING] * 2
     assert (peer.handshakes, len(peer.requests)) == (2, 3)
 
 
@@ -488,14 +489,14 @@ def answer_then_hang(peer: Peer, sock: socket.socket) -> None:
 def test_a_kept_connection_that_hangs_is_a_timeout_and_not_replaced(new_client, new_peer):
     client, peer = new_client(AGENT_REQUEST_TIMEOUT_SEC=LIMIT_S), new_peer(answer_then_hang)
     client.query(peer.address(), TASK_ID)
-    error = error_of(client.query, peer.address(), TASK_ID)
-    assert_tells(error, "timeout", "A did not answer within 0.6 s", hold_s=LIMIT_S)
+    outcome = client.query(peer.address(), TASK_ID)
+    assert_outcome(outcome, "timeout", "A did not answer within 0.6 s", rc.LOST, hold_s=LIMIT_S)
     assert peer.accepted == 1
 
 
 def test_an_answer_that_says_close_is_not_kept(client, new_peer):
     peer = new_peer(says(reply(b"", "404 Not Found", "Connection: close\r\n")))
-    assert [client.query(peer.address(), TASK_ID).state for _ in range(2)] == [rc.UNKNOWN] * 2
+    assert [client.query(peer.address(), TASK_ID).result for _ in range(2)] == [rc.UNKNOWN] * 2
     assert peer.handshakes == 2
 
 
@@ -510,7 +511,7 @@ def test_connections_of_execute_agents_are_never_used_again(client, new_peer):
 def test_an_answer_after_which_the_agent_closes_takes_no_thread(client, new_peer, monkeypatch):
     monkeypatch.setattr(rc, "_any_answer", None)
     answer = executed("success").replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
-    assert client.dispatch(new_peer(says(answer)).address("execute"), TASK).state == rc.SUCCESS
+    assert client.dispatch(new_peer(says(answer)).address("execute"), TASK).result == rc.SUCCESS
 
 
 def test_the_bound_on_idle_connections_holds(client, new_fleet, monkeypatch):
@@ -536,7 +537,7 @@ def test_proxies_of_the_environment_are_not_used(client, new_peer, monkeypatch):
     for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://{proxy.host}:{proxy.port}")
         monkeypatch.setenv(name.lower(), f"http://{proxy.host}:{proxy.port}")
-    assert client.dispatch(peer.address(), TASK).state == rc.ACCEPTED
+    assert client.dispatch(peer.address(), TASK).result == rc.ACCEPTED
     assert (peer.accepted, proxy.accepted) == (1, 0)
 
 
@@ -545,8 +546,8 @@ def test_an_ipv6_address_is_called_and_verified(client, local, new_peer):
         peer = new_peer(says(accepted(), reply(b"", "500 Internal")), server_context(local), host="::1")
     except OSError:
         leave_out("IPv6 on loopback")
-    assert client.dispatch(peer.address(), TASK).state == rc.ACCEPTED
-    assert error_of(client.query, peer.address(), "x").message == f"agent [::1]:{peer.port} answered HTTP 500"
+    assert client.dispatch(peer.address(), TASK).result == rc.ACCEPTED
+    assert client.query(peer.address(), "x").message == f"agent [::1]:{peer.port} answered HTTP 500"
 
 
 def test_a_host_name_is_called_and_verified(client, local, new_peer):
@@ -555,30 +556,30 @@ def test_a_host_name_is_called_and_verified(client, local, new_peer):
     except OSError:
         leave_out("a host that knows the name localhost (/etc/hosts)")
     peer = new_peer(says(accepted()), server_context(local), host="127.0.0.1")
-    assert client.dispatch(peer.address(host="localhost"), TASK).state == rc.ACCEPTED
+    assert client.dispatch(peer.address(host="localhost"), TASK).result == rc.ACCEPTED
 
 
 def test_a_host_name_that_nobody_knows_can_not_be_reached(client):
-    error = error_of(client.dispatch, rc.Address("no-such-host.invalid", 8443, "tasks"), TASK)
-    assert (error.kind, error.reached) == ("unreachable", False)
-    assert error.message.startswith("agent no-such-host.invalid:8443 can't be reached: ")
+    outcome = client.dispatch(rc.Address("no-such-host.invalid", 8443, "tasks"), TASK)
+    assert (outcome.error_kind, outcome.result) == ("unreachable", rc.UNSENT)
+    assert outcome.message.startswith("agent no-such-host.invalid:8443 can't be reached: ")
 
 
 # -- the end ---------------------------------------------------------------------------------
 
 @pytest.fixture
 def fail_by_close(new_client):
-    """A function that has a request under way, calls close(), and gives the error that the request ends with."""
-    def fail(client: rc.AgentClient, address: rc.Address, is_under_way: Callable[[], object]) -> rc.AgentError:
-        errors: list[rc.AgentError] = []
-        caller = threading.Thread(target=lambda: errors.append(error_of(client.query, address, TASK_ID)))
+    """A function that has a request under way, calls close(), and returns the outcome of the request."""
+    def fail(client: WaitingClient, address: rc.Address, is_under_way: Callable[[], object]) -> rc.Outcome:
+        outcomes: list[rc.Outcome] = []
+        caller = threading.Thread(target=lambda: outcomes.append(client.query(address, TASK_ID)))
         caller.start()
         eventually(is_under_way)
         closed_at = time.monotonic()
         client.close()
         caller.join(25)
         assert time.monotonic() - closed_at < 2, "close() does not end the request"
-        return errors[0]
+        return outcomes[0]
     return fail
 
 
@@ -591,17 +592,18 @@ def test_close_ends_requests_in_flight_at_once(new_client, new_peer, fail_by_clo
     if talk is answer_then_hang:
         client.query(peer.address(), TASK_ID)
     before = len(peer.requests)
-    error = fail_by_close(client, peer.address(), lambda: len(peer.requests) > before or not reached and peer.accepted)
-    assert (error.reached, peer.accepted) == (reached, 1)
+    outcome = fail_by_close(client, peer.address(),
+                            lambda: len(peer.requests) > before or not reached and peer.accepted)
+    assert (outcome.result, peer.accepted) == (rc.LOST if reached else rc.UNSENT, 1)
 
 
 def test_close_ends_a_connection_attempt_and_nothing_leaves_later(new_client, new_peer, fail_by_close):
     client, peer = new_client(AGENT_CONNECT_TIMEOUT_SEC=20), new_peer(says(accepted()))
     with full_listener() as address:
-        error = fail_by_close(client, address, lambda: client._active)
-    assert (error.kind, error.reached) == ("unreachable", False)
-    assert_tells(error_of(client.dispatch, peer.address(), TASK), "unreachable",
-                 "A can't be reached: releasectl is stopping", reached=False)
+        outcome = fail_by_close(client, address, lambda: client.agents._active)
+    assert (outcome.error_kind, outcome.result) == ("unreachable", rc.UNSENT)
+    assert_outcome(client.dispatch(peer.address(), TASK), "unreachable",
+                 "A can't be reached: releasectl is stopping", rc.UNSENT)
     assert not peer.requests
 
 
@@ -613,7 +615,7 @@ def test_certificates_renewed_on_disk_are_used_without_a_restart(new_client, new
     for name in ("", "control.crt", "control.key"):  # half done in between: the key is the old one
         if name:
             shutil.copy(local / name, tmp_path / name)
-        assert client.query(peer.address(), TASK_ID).state == rc.UNKNOWN
+        assert client.query(peer.address(), TASK_ID).result == rc.UNKNOWN
     first, half_done, renewed = peer.serials
     assert first == half_done != renewed
 
@@ -632,13 +634,13 @@ def test_a_renewal_is_noticed_that_keeps_size_and_time_of_the_files(new_client, 
     key = tmp_path / "control.key"
     good, times = key.read_bytes(), (key.stat().st_atime_ns, key.stat().st_mtime_ns)
     client = new_client(**ours)
-    client.prepare()
-    first = client._tls.context()
+    client.agents.prepare()
+    first = client.agents._tls.context()
     for content in (b"x" * len(good), good):
-        assert client._tls.context() is first  # the pair that fitted goes on serving
+        assert client.agents._tls.context() is first  # the pair that fitted goes on serving
         key.write_bytes(content)
         os.utime(key, ns=times)
-    assert client._tls.context() is not first, "the mended key was not looked at"
+    assert client.agents._tls.context() is not first, "the mended key was not looked at"
 
 
 def test_prepare_tells_what_is_wrong_with_our_certificate(certs, tmp_path):

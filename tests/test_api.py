@@ -295,7 +295,7 @@ def test_an_executor_in_the_same_process_is_told_of_every_act(open_store, sqlite
     lite = new_client(open_store(sqlite_url))
     add_nodes(lite.store, 1)
     nudged: list[int] = []
-    lite.server.api = rc.Api(lite.store, lambda: nudged.append(1))
+    lite.server.api = rc.Api(lite.store, rc.Metrics(), lambda: nudged.append(1))
     ended(lite.store, "failed")
     for path in ("", "/2/pause", "/2/resume", "/2/cancel", "/1/retry"):
         assert lite.code("POST", f"/api/v1/releases{path}") == 0

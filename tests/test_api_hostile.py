@@ -37,10 +37,10 @@ from lab import (
     eventually,
     make_certs,
     new_release,
+    open_connections,
     read_all,
     read_answer,
     replace_handler,
-    seats,
     serving,
     serving_one_node,
     split_answer,
@@ -151,7 +151,7 @@ def test_who_says_nothing_is_gone_after_a_short_while_and_is_told_nothing(new_se
     client = new_server()
     with connected(client) as sock:
         assert read_all(sock) == b""
-    eventually(lambda: not seats(client))
+    eventually(lambda: not open_connections(client))
 
 
 def test_a_head_that_drips_is_408_at_its_deadline(new_server, impatient):
@@ -175,7 +175,7 @@ def test_a_good_token_gives_time_to_be_idle_and_the_deadline_of_a_head_stays(new
         assert split_answer(read_all(connection.sock))[0] == 408
     finally:
         connection.close()
-    eventually(lambda: not seats(client))
+    eventually(lambda: not open_connections(client))
 
 
 def test_an_idle_connection_with_a_token_is_gone_after_its_time(new_server, impatient):
@@ -212,8 +212,8 @@ def test_a_client_that_does_not_read_its_answer_holds_its_thread_until_the_deadl
     replace_handler(monkeypatch, rc.Api.metrics, lambda *_: rc.Reply(200, "x" * (64 << 20), "text/plain"))
     with connected(client, sent=b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer viewer-secret\r\n"
                                 b"\r\n"):
-        eventually(lambda: any(seat.is_at_work for seat in seats(client)))
-        eventually(lambda: not seats(client))
+        eventually(lambda: any(connection.is_at_work for connection in open_connections(client)))
+        eventually(lambda: not open_connections(client))
 
 
 def test_clients_that_do_not_read_their_answers_hold_nobody_out(new_server, monkeypatch):
@@ -223,7 +223,7 @@ def test_clients_that_do_not_read_their_answers_hold_nobody_out(new_server, monk
         for _ in range(4):
             stack.enter_context(connected(client, "127.0.0.2", sent=b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"))
         eventually(lambda: sum(
-            seat.owes_answer and not seat.is_at_work for seat in seats(client)) == 4)
+            connection.owes_answer and not connection.is_at_work for connection in open_connections(client)) == 4)
         assert eventually(lambda: healthy(client, "127.0.0.9"))
 
 
@@ -232,11 +232,11 @@ def test_a_client_that_drips_after_its_answer_holds_its_thread_until_the_deadlin
     with connected(client, sent=b"nonsense\r\n\r\n") as sock:
         assert split_answer(read_all(sock))[0] == 400
         until = time.monotonic() + 10
-        while seats(client) and time.monotonic() < until:
+        while open_connections(client) and time.monotonic() < until:
             with contextlib.suppress(OSError):
                 sock.send(b"x")
             time.sleep(0.01)
-        assert not seats(client)
+        assert not open_connections(client)
 
 
 # -- sizes -------------------------------------------------------------------------------------
@@ -293,11 +293,11 @@ def hold(monkeypatch):
 def busy(client: Client, stack: contextlib.ExitStack, source: str, count: int,
          token: bytes = b"operator-secret") -> None:
     """Makes connections of an address that are all at work."""
-    before = sum(seat.is_at_work for seat in seats(client))
+    before = sum(connection.is_at_work for connection in open_connections(client))
     for _ in range(count):
         stack.enter_context(connected(client, source, b"GET /api/v1/nodes HTTP/1.1\r\nHost: localhost\r\n"
                                                       b"Authorization: Bearer " + token + b"\r\n\r\n"))
-    eventually(lambda: sum(seat.is_at_work for seat in seats(client)) == before + count)
+    eventually(lambda: sum(connection.is_at_work for connection in open_connections(client)) == before + count)
 
 
 def assert_rejected(client: Client, source: str) -> None:
@@ -340,13 +340,13 @@ def test_silence_keeps_nobody_out_neither_of_its_own_address_nor_of_others(new_s
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(connected(client, "127.0.0.3")) for n in range(3)]
         silent = [stack.enter_context(connected(client, "127.0.0.2")) for n in range(5)]
-        eventually(lambda: len(seats(client)) == 8)
-        first = stack.enter_context(connected(client, "127.0.0.2", GET))  # takes the oldest seat of its address
+        eventually(lambda: len(open_connections(client)) == 8)
+        first = stack.enter_context(connected(client, "127.0.0.2", GET))  # takes the oldest connection of its address
         assert first.recv(1000).startswith(b"HTTP/1.1 200 ")
         assert split_answer(read_all(silent[0]))[0] == 503
-        assert client.code("GET", "/healthz") == 0  # takes the oldest seat of the address that has most
+        assert client.code("GET", "/healthz") == 0  # takes the oldest connection of the address that has most
         assert split_answer(read_all(silent[1]))[0] == 503
-        eventually(lambda: len(seats(client)) == 7)
+        eventually(lambda: len(open_connections(client)) == 7)
         client.token = "viewer-secret"
         assert client.code("GET", "/api/v1/nodes") == 0
         for sock in (*others, *silent[2:]):
@@ -362,11 +362,11 @@ def test_who_has_shown_a_token_loses_the_seat_last(new_server, impatient, monkey
     try:
         connection.request("GET", "/api/v1/nodes", headers=OPERATOR)
         assert read_answer(connection.getresponse()).code == 0
-        eventually(lambda: not any(seat.is_at_work for seat in seats(client)))
+        eventually(lambda: not any(connection.is_at_work for connection in open_connections(client)))
         with contextlib.ExitStack() as stack:
             for _ in range(20):
                 stack.enter_context(connected(client))  # of the same address, and younger
-            eventually(lambda: len(seats(client)) == 4)
+            eventually(lambda: len(open_connections(client)) == 4)
             connection.request("GET", "/api/v1/nodes", headers=OPERATOR)
             assert read_answer(connection.getresponse()).code == 0
     finally:
@@ -380,22 +380,22 @@ def test_idle_connections_with_tokens_give_way_too(new_server, impatient):
         for connection in connections:
             connection.request("GET", "/api/v1/nodes", headers=OPERATOR)
             assert read_answer(connection.getresponse()).code == 0
-        eventually(lambda: not any(seat.is_at_work for seat in seats(client)))
+        eventually(lambda: not any(connection.is_at_work for connection in open_connections(client)))
         assert healthy(client, "127.0.0.2")
     finally:
         for connection in connections:
             connection.close()
 
 
-def test_there_are_never_more_threads_than_seats(new_server, impatient):
+def test_there_are_never_more_threads_than_connections(new_server, impatient):
     client = new_server(HTTP_MAX_CONNECTIONS=8, HTTP_MAX_CONNECTIONS_PER_ADDRESS=8)
     with contextlib.ExitStack() as stack:
         for number in range(64):
             stack.enter_context(connected(client, f"127.0.0.{2 + number % 4}"))
         assert healthy(client, "127.0.0.9")
         assert len(client.server._workers._threads) <= 8
-        assert len(seats(client)) <= 8
-    eventually(lambda: not seats(client))
+        assert len(open_connections(client)) <= 8
+    eventually(lambda: not open_connections(client))
     eventually(lambda: len(client.server._rejected) <= rc.MAX_REJECTED)
 
 
@@ -414,7 +414,7 @@ def test_a_stop_lets_the_request_at_work_be_answered_and_ends_the_idle_ones(new_
         asked = client.connect()
         stack.callback(asked.close)
         asked.request("GET", "/api/v1/nodes", headers=OPERATOR)
-        eventually(lambda: [seat.is_at_work for seat in seats(client)].count(True) == 1)
+        eventually(lambda: [connection.is_at_work for connection in open_connections(client)].count(True) == 1)
         client.server.shutdown()
         closing = threading.Thread(target=client.server.server_close)
         closing.start()
@@ -618,7 +618,7 @@ def test_who_waits_for_events_gets_them_also_those_of_another_process(client, da
     path = "/api/v1/releases/1/events?after=1&wait=30"
     waiting = threading.Thread(target=lambda: answers.append(client.ok("GET", path)))
     waiting.start()
-    eventually(lambda: any(seat.owes_answer for seat in seats(client)))
+    eventually(lambda: any(connection.owes_answer for connection in open_connections(client)))
     other.releases.act("pause", 1, "somebody")
     waiting.join(10)
     assert [event["event"] for event in answers[0]["items"]] == ["paused"]
@@ -641,7 +641,7 @@ def test_only_so_many_may_wait_for_events_and_the_next_is_answered_at_once(clien
         for _ in range(2):
             stack.enter_context(connected(client, sent=b"GET /api/v1/releases/1/events?after=1&wait=30 HTTP/1.1\r\n"
                                                        b"Host: localhost\r\n\r\n"))
-        eventually(lambda: sum(seat.owes_answer for seat in seats(client)) == 2)
+        eventually(lambda: sum(connection.owes_answer for connection in open_connections(client)) == 2)
         eventually(lambda: client.server.api._waiters._value == 0)
         assert client.ok("GET", "/api/v1/releases/1/events?after=1&wait=30")["items"] == []
     eventually(lambda: client.server.api._waiters._value == 2, message="who hung up is waited with")
@@ -652,7 +652,7 @@ def test_a_stop_ends_the_wait_for_events(store):
     new_release(store)
     with serving(store) as client, connected(
             client, sent=b"GET /api/v1/releases/1/events?after=1&wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n") as sock:
-        eventually(lambda: any(seat.owes_answer for seat in seats(client)))
+        eventually(lambda: any(connection.owes_answer for connection in open_connections(client)))
         client.server.shutdown()
         client.server.server_close()
         assert split_answer(read_all(sock))[0] == 200
@@ -675,7 +675,7 @@ def test_a_handshake_that_stops_is_gone_at_its_deadline_and_holds_up_nobody(new_
             read_all(sock)
         dripping = stack.enter_context(connected(client, "127.0.0.2"))
         assert drip(dripping, b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + b"\0" * 500) < 2
-    eventually(lambda: not seats(client))
+    eventually(lambda: not open_connections(client))
 
 
 def test_a_renewed_certificate_is_taken_and_nobody_is_dropped(new_server, certs, tmp_path):

@@ -29,10 +29,10 @@ from lab import (
     eventually,
     make_certs,
     new_release,
+    open_connections,
     read_all,
     read_answer,
     replace_handler,
-    seats,
     server_context,
     serving,
     settings_for,
@@ -207,7 +207,7 @@ def test_who_hangs_up_learns_nothing_and_gains_nothing(new_server, monkeypatch):
             sock.settimeout(0.1)
             with pytest.raises(socket.timeout):  # a good one is not told from a bad one by the time that it takes
                 sock.recv(1)
-    eventually(lambda: not seats(client))
+    eventually(lambda: not open_connections(client))
     assert looked_at == []
     client.token, started = "operator-secret", time.monotonic()
     assert client.code("GET", "/api/v1/nodes") == 0
@@ -259,7 +259,7 @@ def test_refused_requests_of_one_token_are_not_a_log_line_each(new_server, logge
     assert lines[-1].endswith(", the 16. in a row")
 
 
-# -- seats (item 10) -------------------------------------------------------------------------------
+# -- connections (item 10) -----------------------------------------------------------------------
 
 def acts(client: Client, source: str = "127.0.0.1") -> int:
     """Cancel a release that is not there, as an operator; return the status: 404 is the good one."""
@@ -290,9 +290,9 @@ def test_a_refused_body_that_came_with_its_head_leaves_the_connection(new_server
 
 def stands_still(client: Client) -> bool:
     """Return whether no connection came or went for half a second: an attack is where it wants to be."""
-    before = set(seats(client))
+    before = set(open_connections(client))
     time.sleep(0.5)
-    return seats(client) == before
+    return open_connections(client) == before
 
 
 @pytest.mark.parametrize("sources", [["127.0.0.1"], ["127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"]])
@@ -308,7 +308,7 @@ def test_bodies_that_never_come_hold_no_operator_out(new_server, sources):
         assert client.code("GET", "/healthz") == 0
 
 
-def test_a_slow_body_is_read_where_nobody_needs_the_seat(new_server):
+def test_a_slow_body_is_read_where_nobody_needs_the_place(new_server):
     client = new_server()
     body = b'{"name":"edge-1","mainIp":"10.0.0.1"}'
     with connected(client, sent=request("POST", "/api/v1/nodes", "operator-secret", "Content-Type: application/json",
@@ -342,7 +342,7 @@ def hold(monkeypatch):
 
 
 def at_work(client: Client) -> int:
-    return sum(seat.is_at_work for seat in seats(client))
+    return sum(connection.is_at_work for connection in open_connections(client))
 
 
 def test_a_viewers_token_has_a_quarter_of_the_seats_and_half_of_an_address(new_server, hold):
@@ -368,7 +368,7 @@ def test_idle_connections_of_a_token_give_way_to_its_own_next_one(new_server, mo
         for _ in range(20):
             sock = stack.enter_context(connected(client, sent=request("GET", "/api/v1/nodes", "viewer-secret")))
             assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
-        assert len([seat for seat in seats(client) if seat.token == "vera"]) <= 8
+        assert len([connection for connection in open_connections(client) if connection.token == "vera"]) <= 8
 
 
 def large_release(client: Client) -> None:
@@ -659,7 +659,8 @@ def findings(settings: rc.Settings) -> dict[str, rc.Finding]:
 
 def health(settings: rc.Settings) -> dict[str, dict]:
     """Return what /api/v1/health tells of certificates and CRLs."""
-    executor = rc.Executor(settings, rc.Store(rc.Database(settings.database_url)), rc.AgentClient(settings))
+    store, agents = rc.Store(rc.Database(settings.database_url)), rc.AgentClient(settings)
+    executor = rc.Executor(settings, store, agents, store.database.metrics)
     return {entry["name"]: entry for entry in rc.process_json(settings, executor)["certificates"]}
 
 

@@ -213,7 +213,7 @@ def test_every_act_by_the_command_line_is_one_row_that_names_the_unix_user_and_w
 @pytest.mark.parametrize("words", [
     "node add edge-1 10.0.0.9", "node set edge-1 --ip 0.0.0.0", "pause 7", "retry 1", "rollback 1",
     "create --label region=mars", "freeze on", "backup nodes", "token add a:b --role viewer", "node set edge-1",
-    "create --plan", "node set edge-1 --status online", "freeze off"])
+    "create --plan", "node set edge-1 --status online", "freeze off", "migrate --first-version 1"])
 def test_what_is_refused_or_changes_nothing_leaves_no_row(quick, words):
     new_release(quick.store)
     before = rows_of(quick.store)
@@ -336,11 +336,19 @@ def test_a_deleted_release_is_a_fault_unless_prune_tells_of_it(kept):
 
 def test_prune_keeps_the_chain_whole_and_names_what_it_deleted(kept):
     age(kept)
-    found = [release.id for release in kept.releases.old(DAY_S, 1)]
+    found = [release.id for release in kept.releases.prunable(DAY_S, 1)]
     assert kept.releases.delete(found) == [1]
     assert json.loads(rows_of(kept)[-1].before) == {"releases": [[1, 1]]}
     report = kept.audit.verify()
     assert (report.faults, report.rows) == ([], 9)
+
+
+def test_a_prune_that_comes_second_names_only_what_it_deleted_itself(kept):
+    assert kept.releases.delete([1]) == [1]
+    assert kept.releases.delete([1, 2]) == [2]
+    assert kept.releases.delete([1, 2]) == []
+    assert [json.loads(row.before) for row in rows_of(kept) if row.action == "prune"] == [
+        {"releases": [[1, 1]]}, {"releases": [[2, 2]]}]
 
 
 def test_a_tail_that_was_cut_off_shows_by_a_copy_of_the_head_alone(kept):
@@ -384,7 +392,7 @@ def test_an_act_that_fails_leaves_neither_row_nor_gap(kept):
     def fail() -> None:
         raise rc.ConfigError("no space")
     with pytest.raises(rc.ConfigError, match="no space"):
-        kept.audit.note("anna", "token.add", "token vera", {}, fail)
+        kept.audit.perform("anna", "token.add", "token vera", {}, fail)
     new_release(kept)
     assert [row.id for row in rows_of(kept)] == list(range(1, 10))
     assert kept.audit.verify().faults == []
@@ -445,7 +453,7 @@ def test_on_postgresql_the_documented_grants_let_a_second_role_append_only(new_p
                     store.database.transaction(write=True) as tx:
                 tx.execute(statement)
         age(store), end_releases(store, 1), age(store)
-        assert store.releases.delete([release.id for release in store.releases.old(DAY_S, 1)]) == [1]
+        assert store.releases.delete([release.id for release in store.releases.prunable(DAY_S, 1)]) == [1]
         store.database.close()
     finally:
         admin(url, f"DROP OWNED BY {role}")

@@ -1106,3 +1106,24 @@ def test_no_text_of_a_row_that_was_written_by_hand_reaches_the_terminal_as_it_is
         shown = cli(*command)
         assert "a b [31m" in shown.out + shown.err
         assert not set("\x1b\u202e") & set(shown.out + shown.err)
+
+
+@pytest.mark.parametrize("words", ["status {}", "watch {} --timeout 0.1s", "events {}", "pause {}", "cancel {}"])
+def test_section_4_an_id_is_a_number_or_latest(filled_quick, words):
+    filled_quick.ok("cancel", "3")
+    newest = new_release(filled_quick.store).id
+    result = filled_quick("--json", *words.format("latest").split())
+    assert result.code in (rc.EXIT_DONE, rc.EXIT_BUSY)
+    assert f'"id":{newest},' in result.out or f'"releaseId":{newest},' in result.out
+
+
+@pytest.mark.parametrize("verb", ["retry", "rollback"])
+def test_section_4_latest_is_what_a_retry_and_a_rollback_take_too(filled_quick, verb):
+    assert "release 3 is pending" in filled_quick.refused(3, verb, "latest")
+
+
+def test_section_4_an_id_that_is_neither_is_told_with_what_would_do(quick):
+    quick.ok("migrate")
+    assert "'abc' is not a release: use a number from `releasectl.py list`, or `latest`" in quick.refused(
+        2, "status", "abc")
+    assert "there is no release yet" in quick.refused(3, "status", "latest")

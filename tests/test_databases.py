@@ -493,7 +493,7 @@ def test_sigterm_ends_a_service_whose_server_hangs(cli, proxy, driver):
 
 def test_readyz_says_when_the_look_under_way_is_old(proxy, open_store, monkeypatch, driver):
     monkeypatch.setattr(rc, "MAX_READY_CHECK_S", 0.5)
-    api = rc.Api(open_store(proxy.url))
+    api = rc.Api(open_store(proxy.url), rc.Metrics())
     assert api.ready(ANYBODY).status == 200
     time.sleep(rc.READY_CHECK_EVERY_S + 0.1)
     proxy.freeze()
@@ -515,7 +515,7 @@ def is_ready(api: rc.Api) -> bool:
 
 
 def test_readyz_says_when_a_thread_hangs(sqlite_url, open_store):
-    api = rc.Api(open_store(sqlite_url), hung=lambda: "the lease thread hangs")
+    api = rc.Api(open_store(sqlite_url), rc.Metrics(), hung=lambda: "the lease thread hangs")
     with pytest.raises(rc.DatabaseError, match="the lease thread hangs"):
         api.ready(ANYBODY)
 
@@ -582,16 +582,16 @@ def test_a_process_has_at_most_16_connections_and_the_rest_waits_in_turn(new_pos
 
 
 def test_who_waits_for_a_connection_gets_it_in_turn_or_is_told():
-    turns, order = rc.ConnectionTurns(1), []
-    assert turns.take(0)
-    assert not turns.take(0.01)
+    places, order = rc.FairSemaphore(1), []
+    assert places.acquire(0)
+    assert not places.acquire(0.01)
     threads = []
     for number in range(5):
-        threads.append(threading.Thread(target=lambda number=number: turns.take(5) and order.append(number)))
+        threads.append(threading.Thread(target=lambda number=number: places.acquire(5) and order.append(number)))
         threads[-1].start()
-        eventually(lambda: len(turns._queue) == len(threads))
+        eventually(lambda: len(places._queue) == len(threads))
     for number in range(5):
-        turns.give_back()
+        places.release()
         eventually(lambda number=number: len(order) == number + 1)
     assert order == list(range(5))
 

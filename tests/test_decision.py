@@ -185,7 +185,7 @@ def test_a_broken_row_ends_the_release_and_dispatches_nothing():
 # -- rule 8: what an agent's answer means ---------------------------------------------------------
 
 def outcome(result: str, op: str = "dispatch", **fields) -> rc.Outcome:
-    return rc.Outcome(1, op, result, **{"error_kind": "timeout", "message": "no answer", **fields})
+    return rc.Outcome(op, result, **{"error_kind": "timeout", "message": "no answer", **fields})
 
 
 def running(protocol: str = "tasks", **fields) -> rc.ReleaseNode:

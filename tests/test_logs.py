@@ -127,7 +127,7 @@ def test_a_commit_whose_answer_was_lost_is_told_once_it_is_known(sqlite_world, r
 
             def cut(*connection: object) -> None:
                 monkeypatch.setattr(store.database, "_give_back", give_back)
-                store.database._give_up(connection[0])
+                store.database._discard(connection[0])
                 raise rc.DatabaseError("the connection was cut")
             monkeypatch.setattr(store.database, "_give_back", cut)
         commit(claims, claim, release, decision, now, actor)

@@ -64,14 +64,7 @@ def promtool(*arguments: str, text: str | None = None) -> None:
 
 
 def look(store: rc.Store) -> dict[tuple[str, ...], float]:
-    return parse(rc.metrics_text(store, {}))
-
-
-def counted_executor(world, **settings) -> rc.Executor:
-    """Gives an executor whose agent client counts beside it, as in a process of its own."""
-    executor = world.executor(**settings)
-    executor.agents.metrics = world.store.database.metrics
-    return executor
+    return parse(rc.metrics_text(store.database.metrics, store, {}))
 
 
 # -- the format --------------------------------------------------------------------------------
@@ -80,7 +73,7 @@ def test_metrics_are_read_by_the_official_parser_and_by_promtool(world):
     world.nodes(3)
     world.agent(2).set(outcome="failed", message="no")
     new_release(world.store)
-    counted_executor(world).drain()
+    world.executor().drain()
     with serving(world.store) as client:
         client("GET", "/api/v1/releases/1")
         answer = client("GET", "/metrics")
@@ -96,7 +89,7 @@ def test_metrics_hold_no_id_and_no_name_of_a_node(world):
     world.nodes(3)
     world.agent(2).set(outcome="failed", message="edge-2 said no")
     new_release(world.store)
-    counted_executor(world).drain()
+    world.executor().drain()
     with serving(world.store) as client:
         for path in ("/api/v1/releases/1", "/api/v1/nodes/3", "/no/such/place", "/api/v1/releases/77"):
             client("GET", path)
@@ -196,13 +189,13 @@ def test_a_database_that_is_away_leaves_what_only_the_process_knows(client, data
 
 def test_ticks_are_counted_by_what_they_found_and_the_last_good_one_is_dated(world):
     world.nodes(1)
-    counted_executor(world).tick()
+    world.executor().tick()
     new_release(world.store)
-    executor = counted_executor(world, CONTROL_CERT="/nowhere")
+    executor = world.executor(CONTROL_CERT="/nowhere")
     with pytest.raises(rc.ConfigError):
         executor.tick()
     assert look(world.store)["releasectl_last_tick_timestamp_seconds",] == 0
-    executor = counted_executor(world)
+    executor = world.executor()
     claim = world.store.claims.claim(1, "somebody else", 30)
     executor.tick()
     world.store.claims.drop(claim)
@@ -218,7 +211,7 @@ def test_requests_to_agents_are_counted_by_outcome_and_their_time_is_measured(wo
     world.agent(2).set(outcome="failed", message="no")
     world.agent(3).set(mode="refuse")
     new_release(world.store)
-    counted_executor(world, AGENT_RETRIES=1).drain()
+    world.executor(AGENT_RETRIES=1).drain()
     seen = look(world.store)
     requests = {key[1:]: value for key, value in seen.items() if key[0] == "releasectl_agent_requests_total" and value}
     assert requests["dispatch", "success"] == 2
@@ -248,7 +241,7 @@ def test_failed_nodes_are_counted_by_error_kind_whoever_ended_them(world):
     world.nodes(2)
     world.agent(1).set(outcome="failed", message="no")
     new_release(world.store)
-    counted_executor(world).drain()
+    world.executor().drain()
     new_release(world.store)
     world.store.claims.claim(2, "owner", 30)
     sql(world.store, "UPDATE release_task_nodes SET status = 'running', started_at = created_at "
@@ -477,6 +470,8 @@ ALERTS = [
      [('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CERT"}', f"{10 * DAY}x200")], "2h"),
     ("ReleasectlCertificateExpiresNow",
      [('releasectl_certificate_expiry_timestamp_seconds{certificate="HTTP_CERT"}', f"{2 * DAY}x60")], "30m"),
+    ("ReleasectlCrlExpiring",
+     [('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CA_CRL"}', f"{DAY // 2}x60")], "30m"),
 ]
 WELL = [("releasectl_last_tick_timestamp_seconds", "0+60x400"), ("releasectl_frozen", "0x400"),
         ("releasectl_database_up", "1x400"), ("releasectl_database_errors_total", "0x400"),
@@ -484,7 +479,8 @@ WELL = [("releasectl_last_tick_timestamp_seconds", "0+60x400"), ("releasectl_fro
         ('releasectl_releases{target="cdn",status="failed"}', "9x20 3x380"),  # pruned: no failure
         ('releasectl_release_last_event_timestamp_seconds{target="cdn",status="running"}', "0+60x400"),
         ('releasectl_release_last_event_timestamp_seconds{target="dns",status="paused"}', "0x400"),
-        ('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CERT"}', f"{90 * DAY}x400")]
+        ('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CERT"}', f"{90 * DAY}x400"),
+        ('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CA_CRL"}', f"{2 * DAY}x400")]
 
 
 def fires(series: list[tuple[str, str]], alert: str, at: str, tmp_path: Path, wanted: bool) -> None:

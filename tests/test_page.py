@@ -41,9 +41,9 @@ class Daemon:
     def __init__(self, store: rc.Store, settings: rc.Settings, executor: rc.Executor | None = None,
                  api: rc.Api | None = None):
         self.store, self.executor = store, executor
-        api = api or (rc.Api(store, executor.nudge, process=lambda: rc.process_json(settings, executor)) if executor
-                      else rc.Api(store))
-        self._server = rc.ApiServer(settings, api)
+        if executor and api is None:
+            api = rc.Api(store, rc.Metrics(), executor.nudge, process=lambda: rc.process_json(settings, executor))
+        self._server = rc.ApiServer(settings, api or rc.Api(store, rc.Metrics()))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/"
         self._threads = [threading.Thread(target=self._server.serve_forever, args=(0.02,))]
         if executor:
@@ -301,7 +301,7 @@ def test_without_its_file_the_page_is_404_with_what_is_missing_and_all_else_work
 
 
 def test_the_page_is_read_at_the_first_request_and_kept_when_its_file_changes(dashboard_file):
-    api = rc.Api(rc.Store(rc.Database("sqlite://")))
+    api = rc.Api(rc.Store(rc.Database("sqlite://")), rc.Metrics())
     request = rc.Request((), {}, {}, "test")
     with pytest.raises(rc.AppError):
         api.page(request)
@@ -320,7 +320,7 @@ def test_health_tells_executor_claims_releases_database_and_certificates(world):
     executor = world.executor()
     release = new_release(world.store)
     claim = world.store.claims.claim(release.id, "someone:1", 30)
-    api = rc.Api(world.store, process=lambda: rc.process_json(executor.settings, executor))
+    api = rc.Api(world.store, rc.Metrics(), process=lambda: rc.process_json(executor.settings, executor))
     health = api.overview(rc.Request((), {}, {}, "test")).data
     assert health["database"] == {"engine": world.store.database.engine.name, "ok": True,
                                   "schema": len(rc.schema_steps()), "message": ""}
@@ -340,7 +340,7 @@ def test_the_list_of_nodes_tells_the_newest_release_that_names_each(store):
     new_release(store)
     store.releases.act("cancel", 2, "test")
     add_nodes(store, 1, first=3)
-    listed = rc.Api(store).list_nodes(rc.Request((), {"lastRelease": "1"}, {}, "test")).data["items"]
+    listed = rc.Api(store, rc.Metrics()).list_nodes(rc.Request((), {"lastRelease": "1"}, {}, "test")).data["items"]
     assert [node["lastRelease"] for node in listed] == [
         {"releaseId": 2, "status": "skipped"}, {"releaseId": 1, "status": "pending"}, None]
 
@@ -348,7 +348,7 @@ def test_the_list_of_nodes_tells_the_newest_release_that_names_each(store):
 def test_health_answers_without_a_database_and_with_certificates_that_are_no_good(sqlite_world, tmp_path):
     executor = sqlite_world.executor(CONTROL_CERT=tmp_path / "none.crt")
     store = rc.Store(rc.Database(f"sqlite:///{tmp_path}/missing/test.db"))
-    api = rc.Api(store, process=lambda: rc.process_json(executor.settings, executor))
+    api = rc.Api(store, rc.Metrics(), process=lambda: rc.process_json(executor.settings, executor))
     health = api.overview(rc.Request((), {}, {}, "test")).data
     assert (health["database"]["ok"], health["releases"], health["claims"]) == (False, [], [])
     assert health["database"]["message"]
@@ -816,7 +816,7 @@ def test_health_shows_executor_database_certificates_and_claims(live):
                                                 (None, "No tick since its start on host-a.")])
 def test_an_executor_that_is_stalled_is_told_with_its_host_and_where_to_look(
         new_page, sqlite_world, last_at, words):
-    api = rc.Api(sqlite_world.store, process=lambda: {"certificates": [], "executor": {
+    api = rc.Api(sqlite_world.store, rc.Metrics(), process=lambda: {"certificates": [], "executor": {
         "enabled": True, "owner": "host-a:1:9f3a61c0", "lastLookAt": last_at}})
     api.started_at -= 600
     page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url), api=api)).open()

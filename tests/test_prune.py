@@ -37,7 +37,7 @@ class Past:
 
     def prune(self, older_than_days: float = 90, keep: int = 1) -> list[int]:
         """Deletes what prune would, in one go; gives the ids that are left."""
-        found = [r.id for r in self.store.releases.old(older_than_days * DAY_S, keep)]
+        found = [r.id for r in self.store.releases.prunable(older_than_days * DAY_S, keep)]
         assert found == sorted(found, reverse=True)
         assert self.store.releases.delete(found) == found[::-1]
         return self.ids()
@@ -98,7 +98,7 @@ def test_a_release_that_somebody_retried_meanwhile_stays(past):
     first = past.release("failed", 400)
     past.release("failed", 400, retry_of=first)
     past.many(("success", 400), ("failed", 400))
-    found = [r.id for r in past.store.releases.old(90 * DAY_S, 1)]
+    found = [r.id for r in past.store.releases.prunable(90 * DAY_S, 1)]
     assert found == [2, 1]
     past.store.releases.retry(2, "test", rc.Again(over_newer=True))
     assert past.store.releases.delete(found) == []

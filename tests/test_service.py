@@ -152,7 +152,7 @@ def busy(sqlite_url, open_store, monkeypatch):
             add_nodes(store, 1)
             new_release(store)
             settings = settings_for(sqlite_url, RELEASE_EXECUTOR_INTERVAL_SEC=0.1)
-            self.executor = rc.Executor(settings, store, rc.AgentClient(settings))
+            self.executor = rc.Executor(settings, store, rc.AgentClient(settings), store.database.metrics)
             self.thread = threading.Thread(target=self.executor.run_loop, args=(self.beats.append,))
 
         def start(self):

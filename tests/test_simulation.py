@@ -85,14 +85,14 @@ def mutants(*found):
 
 def without_fence(patch):
     """A write goes through whoever the owner is."""
-    write = rc.Queue.write
+    write = rc.Queue.write_decision
 
     def write_blindly(self, tx, release, decision, now, actor, claim=None, **more):
         row = rc.read_release(tx, release.id)
         write(self, tx, release, decision, now, actor,
               claim and claim._replace(fence=row.claim_fence, owner=row.claim_owner), **more)
-    patch.setattr(rc.Queue, "write", write_blindly)
-    patch.setattr(rc.Claims, "_claimed", lambda _, tx, claim: rc.read_release(tx, claim.release_id))
+    patch.setattr(rc.Queue, "write_decision", write_blindly)
+    patch.setattr(rc.Claims, "_read_claimed", lambda _, tx, claim: rc.read_release(tx, claim.release_id))
 
 
 def with_a_new_task_id_after_a_take_over(patch):
@@ -284,11 +284,11 @@ def with_claims_by_their_number_alone(patch):
                 row = tx.row("SELECT claim_owner FROM release_tasks WHERE id = ?", claim.release_id)
             return method(self, claim._replace(owner=row[0] if row else ""), *rest)
         return ask
-    write = rc.Queue.write
-    patch.setattr(rc.Claims, "_claimed", claimed)
+    write = rc.Queue.write_decision
+    patch.setattr(rc.Claims, "_read_claimed", claimed)
     patch.setattr(rc.Claims, "renew", by_number(rc.Claims.renew))
     patch.setattr(rc.Claims, "drop", by_number(rc.Claims.drop))
-    patch.setattr(rc.Queue, "write", lambda self, tx, release, decision, now, actor, claim=None, **more: write(
+    patch.setattr(rc.Queue, "write_decision", lambda self, tx, release, decision, now, actor, claim=None, **more: write(
         self, tx, release, decision, now, actor,
         claim and claim._replace(owner=rc.read_release(tx, release.id).claim_owner), **more))
 
@@ -307,7 +307,7 @@ def without_a_wait_after_a_database_went_back(patch):
 
 def with_lost_versions_that_are_kept_to_oneself(patch):
     """Who saw the database go back lets others give out the lost versions again."""
-    patch.setattr(rc.DatabaseState, "write_fall", lambda *_: None)
+    patch.setattr(rc.DatabaseState, "write_rewind", lambda *_: None)
 
 
 def with_a_first_version_for_new_releases_alone(patch):

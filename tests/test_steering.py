@@ -231,13 +231,13 @@ VERIFIED = POLICY._replace(probes=2)
 
 
 def test_an_agents_success_is_probed_before_it_counts():
-    seen = rc.observe(running(next_op=rc.QUERY), rc.Outcome(1, "query", rc.SUCCESS), NOW, VERIFIED)
+    seen = rc.observe(running(next_op=rc.QUERY), rc.Outcome("query", rc.SUCCESS), NOW, VERIFIED)
     assert (seen.verdict, seen.next_op) == (None, rc.PROBE)
     assert sends(decide([seen])) == [("probe", 1)]
 
 
 def test_so_many_probes_must_pass_in_a_row():
-    seen, passed = running(next_op=rc.PROBE), rc.Outcome(1, "probe", rc.SUCCESS)
+    seen, passed = running(next_op=rc.PROBE), rc.Outcome("probe", rc.SUCCESS)
     broken = outcome(rc.UNCLEAR, "probe", error_kind="verify")
     for step, verdict in ((passed, None), (broken, None), (passed, None), (passed, ("success",))):
         assert seen.verdict is None
@@ -258,7 +258,7 @@ def test_at_the_end_of_its_soak_a_batch_is_probed_again():
     look = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.NodeIndex(nodes), NOW, POLICY, soaked, slots=8))
     assert sends(look) == [("probe", 1)]
     assert look.status_reason == "verifying batch 1 after its soak: waiting for edge-1"
-    passed = rc.observe(look.sends[0].node, rc.Outcome(1, "probe", rc.SUCCESS), NOW, POLICY._replace(probes=1))
+    passed = rc.observe(look.sends[0].node, rc.Outcome("probe", rc.SUCCESS), NOW, POLICY._replace(probes=1))
     assert passed.is_reverified
     then = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.NodeIndex([passed, *nodes[1:]]), NOW, POLICY, soaked,
                                   slots=8))
@@ -266,7 +266,7 @@ def test_at_the_end_of_its_soak_a_batch_is_probed_again():
 
 
 def test_the_second_look_wants_as_many_probes_in_a_row_as_the_first():
-    passed = rc.Outcome(1, "probe", rc.SUCCESS)
+    passed = rc.Outcome("probe", rc.SUCCESS)
     seen = running(next_op=rc.PROBE, in_flight=False, verdict=rc.Verdict("success"), passes=2)
     seen = decide([seen]).changes[0].after
     for passes in range(2):
@@ -294,7 +294,7 @@ def test_a_success_that_the_second_look_takes_back_is_a_failure_of_the_release()
 # -- freeze --------------------------------------------------------------------------------------------------
 
 def test_a_dispatch_that_is_kept_back_uses_up_nobodys_deadline_and_no_try():
-    outcome = rc.Outcome(1, "dispatch", rc.NOT_SENT)
+    outcome = rc.Outcome("dispatch", rc.NOT_SENT)
     held = rc.observe(running(next_op=rc.DISPATCH, deadline=NOW.elapsed + 5), outcome, NOW,
                       POLICY)
     assert (held.errors, held.next_op, held.verdict) == (0, rc.DISPATCH, None)
@@ -304,7 +304,7 @@ def test_a_dispatch_that_is_kept_back_uses_up_nobodys_deadline_and_no_try():
 
 
 def test_a_cancel_ends_a_node_that_was_never_sent_anything():
-    held = rc.observe(running(next_op=rc.DISPATCH), rc.Outcome(1, "dispatch", rc.NOT_SENT), NOW, POLICY)
+    held = rc.observe(running(next_op=rc.DISPATCH), rc.Outcome("dispatch", rc.NOT_SENT), NOW, POLICY)
     ended = decide([held], "cancelling")
     assert ended.status == "cancelled"
     assert ended.changes[0].after.error_msg == "it was never sent (not tried again: the release ends)"
@@ -325,7 +325,7 @@ def test_a_frozen_commit_of_a_dispatch_changes_nothing(store):
     add_nodes(store, 1)
     made = new_release(store)
     claim = store.claims.claim(made.id, "a", 30)
-    read, nodes = store.claims.release_with_nodes(claim)
+    read, nodes = store.claims.read_with_nodes(claim)
     store.releases.set_freeze(True, "anna", "holidays")
     now = rc.Moment(store.clock.wall(), store.clock.elapsed())
     with pytest.raises(rc.StateMoved, match="a freeze came before"):
@@ -438,7 +438,7 @@ def test_a_cancel_by_force_ends_at_once_and_the_nodes_in_flight_are_abandoned(st
     assert [(n.status, n.error_kind) for n in nodes] == [("success", ""), ("failed", "abandoned"), ("skipped", "")]
     assert "outcome unknown" in nodes[1].error_msg
     with pytest.raises(rc.ClaimLost):
-        store.claims.release(claim_of_another)
+        store.claims.read(claim_of_another)
 
 
 def test_resume_of_too_many_failures_needs_them_accepted(store):

@@ -23,7 +23,7 @@ def now_of(store: rc.Store) -> rc.Moment:
 def step(store: rc.Store, claim: rc.Claim, **more) -> rc.Decision:
     """Reads, decides and commits once, as a driver does."""
     now = now_of(store)
-    release, nodes = store.claims.release_with_nodes(claim)
+    release, nodes = store.claims.read_with_nodes(claim)
     decision = rc.decide(rc.Situation(release, rc.NodeIndex(rc.recover(n, now, POLICY) for n in nodes), now, POLICY,
                                       slots=100, **more))
     store.claims.commit(claim, release, decision, now, "test")
@@ -33,7 +33,7 @@ def step(store: rc.Store, claim: rc.Claim, **more) -> rc.Decision:
 def finish(store: rc.Store, claim: rc.Claim, node_id: int, verdict: rc.Verdict = rc.Verdict("success")) -> None:  # noqa: B008
     """Commits the end of one running node."""
     now = now_of(store)
-    release, nodes = store.claims.release_with_nodes(claim)
+    release, nodes = store.claims.read_with_nodes(claim)
     nodes = [rc.recover(n, now, POLICY)._replace(verdict=verdict if n.node_id == node_id else None)
              for n in nodes]
     decision = rc.decide(rc.Situation(release, rc.NodeIndex(nodes), now, POLICY, slots=100))
@@ -192,7 +192,7 @@ def test_rule_9_a_process_that_wakes_up_late_changes_nothing(store):
     add_nodes(store, 2)
     release = new_release(store)
     old = store.claims.claim(release.id, "a", 0.05)
-    stale, nodes = store.claims.release_with_nodes(old)
+    stale, nodes = store.claims.read_with_nodes(old)
     new = eventually(lambda: store.claims.claim(release.id, "b", 30))
     now = now_of(store)
     with pytest.raises(rc.ClaimLost):
@@ -210,7 +210,7 @@ def test_a_claim_that_was_handed_back_is_free_at_once_and_can_t_be_used(store):
     store.claims.drop(claim)
     assert not store.claims.renew(claim, 30)
     with pytest.raises(rc.ClaimLost):
-        store.claims.release(claim)
+        store.claims.read(claim)
     assert store.claims.claim(release.id, "b", 30) is not None
 
 
@@ -256,7 +256,7 @@ def test_a_commit_on_a_release_that_was_paused_meanwhile_writes_nothing(store):
     add_nodes(store, 1)
     release = new_release(store)
     claim = store.claims.claim(release.id, "a", 30)
-    read, nodes = store.claims.release_with_nodes(claim)
+    read, nodes = store.claims.read_with_nodes(claim)
     store.releases.act("pause", release.id, "anna")
     now = now_of(store)
     with pytest.raises(rc.StateMoved):
@@ -269,7 +269,7 @@ def test_a_commit_that_fails_halfway_leaves_nothing(store, table, monkeypatch):
     add_nodes(store, 1)
     release = new_release(store)
     claim = store.claims.claim(release.id, "a", 30)
-    read, nodes = store.claims.release_with_nodes(claim)
+    read, nodes = store.claims.read_with_nodes(claim)
     now = now_of(store)
     decision = rc.decide(rc.Situation(read, rc.NodeIndex(nodes), now, POLICY))
     bad: dict[str, Any] = {"error_kind": "odd"} if table == "release_task_nodes" else {}
@@ -281,6 +281,58 @@ def test_a_commit_that_fails_halfway_leaves_nothing(store, table, monkeypatch):
         store.claims.commit(claim, read, decision, now, "a")
     assert statuses(store, release.id) == ["pending"]
     assert len(store.releases.events(release.id)) == 2
+
+
+# What the driver alone knows begins with next_op; the others are fixed when the release is made.
+DECIDED = sorted({*rc.ReleaseNode._fields[:rc.ReleaseNode._fields.index("next_op")]} - {
+    "node_id", "name", "main_ip", "agent_port", "agent_protocol", "batch", "accepted", "last_version"})
+COLUMNS = {"waited_s": "waited_sec", "stored_reached": "reached"}
+
+
+def committed(store: rc.Store) -> tuple[rc.Claim, rc.Decision]:
+    """Commit a decision that changes each field of a node and of its release that a decision can change."""
+    add_nodes(store, 2)
+    claim = store.claims.claim(new_release(store).id, "a", 30)
+    assert claim is not None
+    release, nodes = store.claims.read_with_nodes(claim)
+    after = nodes[0]._replace(
+        status="running", task_id="task", attempts=7, error_kind="http", error_msg="what", hold_until="2030",
+        hold_clock="boot 1", started_at="2031", finished_at="2032", started_clock="boot 2", waited_s=1.2345678,
+        stored_reached=0)
+    assert all(getattr(after, name) != getattr(nodes[0], name) for name in DECIDED)
+    decision = rc.Decision((rc.NodeChange(nodes[0], after),), "paused", "why", "error", (), 0.0, rc.NodeIndex(nodes),
+                           passed_batch=3, soak_until="2033", soak_clock="boot 3")
+    store.claims.commit(claim, release, decision, now_of(store), "a")
+    return claim, decision
+
+
+def test_all_that_a_decision_changes_is_written(store):
+    claim, decision = committed(store)
+    release, nodes = store.claims.read_with_nodes(claim)
+    assert nodes[0]._replace(last_version=0) == decision.changes[0].after
+    names = {*rc.Decision._fields} & {*vars(release)}
+    assert len(names) == 6
+    assert {name: getattr(release, name) for name in names} == {name: getattr(decision, name) for name in names}
+
+
+@pytest.mark.parametrize("name", DECIDED)
+def test_a_commit_of_which_one_column_is_missing_did_not_take_place(store, name):
+    claim, decision = committed(store)
+    assert store.claims.was_written(claim, decision)
+    other = {"status": "success", "error_kind": "tls", "stored_reached": 1}.get(name, 9)
+    sql(store, f"UPDATE release_task_nodes SET {COLUMNS.get(name, name)} = ? WHERE node_id = 1",
+        str(other) if isinstance(getattr(decision.changes[0].after, name), str) else other)
+    assert not store.claims.was_written(claim, decision)
+
+
+@pytest.mark.parametrize("name", ["status", "status_reason", "error_msg", "passed_batch", "soak_until", "soak_clock"])
+def test_a_commit_without_nodes_is_known_by_every_column_of_its_release(store, name):
+    claim, decision = committed(store)
+    decision = decision._replace(changes=())
+    assert store.claims.was_written(claim, decision)
+    other = {"status": "running", "passed_batch": 9}.get(name, "9")
+    sql(store, f"UPDATE release_tasks SET {name} = ? WHERE id = 1", other)
+    assert not store.claims.was_written(claim, decision)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fake_agent import payload_sha256
-from lab import ADDRESSES, SITES, add_nodes, eventually, new_release, nodes_of, outcomes, sql, statuses
+from lab import ADDRESSES, SITES, WaitingClient, add_nodes, eventually, new_release, nodes_of, outcomes, sql, statuses
 
 import releasectl as rc
 
@@ -165,13 +165,13 @@ def test_section_1_a_task_that_was_done_by_an_earlier_try_is_a_success(sqlite_wo
 
 def test_section_1_a_dispatch_that_was_sent_again_on_a_new_connection_may_be_done_by_itself(sqlite_world):
     sqlite_world.nodes(1, task_ms=0)
-    agent, client = sqlite_world.agent(1), rc.AgentClient(sqlite_world.settings())
+    agent, client = sqlite_world.agent(1), WaitingClient(rc.AgentClient(sqlite_world.settings()))
     address = rc.Address(ADDRESSES[0], agent.port, "tasks")
     client.query(address, "unknown")  # its connection is kept
     agent.set(mode="cutEarly", times=1, only="dispatch")  # it runs the task, and ends the connection
-    answer = client.dispatch(address, rc.AgentTask("apply_config_1", "apply_config", 1, {}))
+    outcome = client.dispatch(address, rc.AgentTask("apply_config_1", "apply_config", 1, {}))
     client.close()
-    assert (answer.state, answer.applied, agent.dispatches, len(agent.runs)) == (rc.ACCEPTED, 0, 2, 1)
+    assert (outcome.result, outcome.applied, agent.dispatches, len(agent.runs)) == (rc.ACCEPTED, 0, 2, 1)
 
 
 @pytest.mark.parametrize("first_try", [
@@ -344,9 +344,13 @@ def test_rule_2_a_release_that_was_given_a_later_version_goes_behind_those_that_
 
 def test_rule_2_a_drain_runs_a_release_that_was_given_a_later_version_after_the_others(world):
     world.nodes(1, task_ms=1200)
-    soon = rc.utc_text(time.time() + 0.6)
-    ids = [new_release(world.store, strategy={"startAt": at} if at else {}).id for at in (soon, "", "")]
-    world.drain()
+    ids = [new_release(world.store, strategy={"startAt": at} if at else {}).id
+           for at in ("2999-01-01T00:00:00Z", "", "")]
+    runner = threading.Thread(target=world.drain)
+    runner.start()
+    eventually(lambda: world.agent(1).runs)
+    sql(world.store, "UPDATE release_tasks SET strategy = ? WHERE id = ?", '{"startAt":"2020-01-01T00:00:00Z"}', ids[0])
+    runner.join(30)
     assert [world.store.releases.get(i).status for i in ids] == ["success"] * 3
     assert [run["version"] for run in world.agent(1).runs] == [2, 3, 4]
 
@@ -454,7 +458,7 @@ def test_section_2_an_address_is_held_for_the_other_rows_of_its_release_too():
     rows = rc.NodeIndex([node(n, "pending", "execute", main_ip="10.0.0.1") for n in (1, 2)])
     strategy = rc.Strategy(max_failed=2, retries=0)
     begun = rc.decide(rc.Situation(release_row(), rows, NOW, POLICY.under(strategy), strategy, slots=8))
-    lost = rc.Outcome(1, "dispatch", rc.LOST, "", "timeout", "no answer", "", 60.0)
+    lost = rc.Outcome("dispatch", rc.LOST, "", "timeout", "no answer", "", 60.0)
     begun.nodes.put(rc.observe(begun.nodes[1], lost, later(60), POLICY.under(strategy)))
     after = rc.decide(rc.Situation(release_row(), begun.nodes, later(60), POLICY.under(strategy), strategy, slots=8))
     assert [(c.after.node_id, c.after.status) for c in after.changes] == [(1, "failed")]
@@ -572,7 +576,7 @@ def test_section_7_holds_are_the_pauses_and_freezes_of_the_history_taken_togethe
 def test_section_7_a_new_owner_counts_no_hold_against_a_node_that_is_not_at_its_agent():
     adopted = rc.recover(node(), later(1000), POLICY, rc.holds_of(HISTORY))
     assert adopted.deadline - later(1000).elapsed == 200  # 600 s, of which 400 are used up
-    unknown = rc.observe(adopted, rc.Outcome(1, "query", rc.UNKNOWN), later(1000), POLICY)
+    unknown = rc.observe(adopted, rc.Outcome("query", rc.UNKNOWN), later(1000), POLICY)
     assert unknown.deadline == adopted.deadline
     sent = rc.decide(rc.Situation(release_row(), rc.NodeIndex([unknown]), later(1000), POLICY)).changes[0].after
     assert (sent.waited_s, sent.deadline) == (600, adopted.deadline)
@@ -583,7 +587,7 @@ def test_section_7_a_new_owner_counts_no_hold_against_a_node_that_is_not_at_its_
 
 def test_section_7_a_node_whose_agent_is_at_work_keeps_its_own_deadline():
     adopted = rc.recover(node(), later(1000), POLICY, rc.holds_of(HISTORY))
-    working = rc.observe(adopted, rc.Outcome(1, "query", rc.WORKING), later(1000), POLICY)
+    working = rc.observe(adopted, rc.Outcome("query", rc.WORKING), later(1000), POLICY)
     assert working.deadline == NOW.elapsed + 600
 
 
@@ -597,7 +601,7 @@ def test_section_7_whatever_a_node_was_at_before_a_hold_moves_its_deadline_along
 def test_section_7_a_node_that_is_being_asked_has_the_time_of_a_hold_until_its_agent_says_that_it_is_at_work():
     asked = rc.kept_from_dispatch(rc.NodeIndex([node(next_op=rc.QUERY)]), 60.0)[0]
     assert asked.deadline == NOW.elapsed + 660
-    assert rc.observe(asked, rc.Outcome(1, "query", rc.WORKING), NOW, POLICY).deadline == NOW.elapsed + 600
+    assert rc.observe(asked, rc.Outcome("query", rc.WORKING), NOW, POLICY).deadline == NOW.elapsed + 600
     assert rc.kept_from_dispatch(rc.NodeIndex([node(next_op=rc.QUERY, is_at_work=True)]), 60.0) == []
 
 
@@ -615,7 +619,7 @@ def test_section_7_a_second_look_that_passes_and_fails_in_turn_ends():
             break
         for send in decision.sends:
             passes += 1
-            outcome = rc.Outcome(1, "probe", rc.SUCCESS if passes % 2 else rc.UNCLEAR, "", "verify", "HTTP 500")
+            outcome = rc.Outcome("probe", rc.SUCCESS if passes % 2 else rc.UNCLEAR, "", "verify", "HTTP 500")
             nodes.put(rc.observe(send.node, outcome, later(seconds), policy))
     assert 590 < seconds < 620
     assert nodes[1].error_kind == "verify"
@@ -753,6 +757,18 @@ def test_rule_1_what_one_process_saw_fall_all_of_them_know(store, database_url, 
     assert other.claims.dispatch_blockers(1).moved_s < 60
 
 
+def test_a_fall_is_written_down_once_so_that_the_wait_after_it_ends(store):
+    add_nodes(store, 1)
+    new_release(store), new_release(store)
+    store.claims.scan()
+    lose_newest_release(store)
+    store.claims.scan()
+    sql(store, "UPDATE database_state SET moved_at = ?", rc.utc_text(time.time() - 3600))
+    store.claims.scan()
+    store.state.changed_at = float("-inf")  # this process waited for itself as long
+    assert store.claims.dispatch_blockers(1).moved_s > 3500
+
+
 def test_a_move_that_lies_ahead_holds_nobody_up(store):
     sql(store, "UPDATE database_state SET moved_at = ?", rc.utc_text(time.time() + 86400))
     assert store.claims.dispatch_blockers(1).moved_s == float("inf")
@@ -762,17 +778,17 @@ def test_after_a_fall_tasks_agents_are_asked_before_they_are_sent_anything():
     release = release_row(tag="9f3a61c0", type="apply_config")
     asked = rc.decide(rc.Situation(release, rc.NodeIndex([node(1, "pending")]), NOW, POLICY, asks_first=True))
     assert [(send.op, send.node.task_id) for send in asked.sends] == [("query", "apply_config_10.0.0.1_42_9f3a61c0")]
-    unknown = rc.observe(asked.nodes[1], rc.Outcome(1, "query", rc.UNKNOWN), NOW, POLICY)
+    unknown = rc.observe(asked.nodes[1], rc.Outcome("query", rc.UNKNOWN), NOW, POLICY)
     assert (unknown.next_op, unknown.reached) == (rc.DISPATCH, False)
-    known = rc.observe(asked.nodes[1], rc.Outcome(1, "query", rc.SUCCESS), NOW, POLICY)
+    known = rc.observe(asked.nodes[1], rc.Outcome("query", rc.SUCCESS), NOW, POLICY)
     assert known.verdict.status == "success"
 
 
 def test_what_another_thread_read_meanwhile_is_no_database_that_went_back(store, told):
     add_nodes(store, 1)
     new_release(store)
-    with store.state.watching():  # an older snapshot, which ends after a newer one was read
-        before = store.state.seen.numbers
+    with store.state.checked_read():  # an older snapshot, which ends after a newer one was read
+        before = store.state.seen.high
         new_release(store)
         store.claims.scan()
     assert store.state.seen.note(before, 1, 1, before.timeline) == ("", False)
@@ -787,7 +803,7 @@ def test_prune_is_no_database_that_went_back(store, told):
                    "updated_at = '2020-01-01T00:00:00.000Z' WHERE id = ?", made.id)
     sql(store, "INSERT INTO release_events (release_task_id, event) VALUES (1, 'note')")
     store.claims.scan()
-    store.releases.delete([release.id for release in store.releases.old(86400.0, 1)])
+    store.releases.delete([release.id for release in store.releases.prunable(86400.0, 1)])
     store.claims.scan()
     assert went_back(store) == 0
 
@@ -797,7 +813,7 @@ def test_rule_9_an_owner_whose_claim_number_was_given_out_again_changes_nothing(
     add_nodes(store, 1)
     release = new_release(store)
     claim = store.claims.claim(release.id, "first", 30)
-    found, nodes = store.claims.release_with_nodes(claim)
+    found, nodes = store.claims.read_with_nodes(claim)
     # the database went back before that claim, and another process took the same number
     sql(store, "UPDATE release_tasks SET claim_owner = 'second'")
     before = store.releases.get(release.id)
@@ -808,7 +824,7 @@ def test_rule_9_an_owner_whose_claim_number_was_given_out_again_changes_nothing(
     else:
         now = store.state.moment()
         with pytest.raises(rc.ClaimLost):
-            store.claims.release(claim) if deed == "read" else store.claims.commit(
+            store.claims.read(claim) if deed == "read" else store.claims.commit(
                 claim, found, rc.decide(rc.Situation(found, rc.NodeIndex(nodes), now, POLICY)), now, "first")
     assert store.releases.get(release.id) == before
 
@@ -868,7 +884,7 @@ def test_rule_9_an_execute_agent_is_sent_nothing_for_a_while_after_the_database_
 
 @pytest.mark.parametrize("text", ["", "   ", "\t\n", "\u200b"])
 def test_section_1_an_error_text_that_shows_nothing_is_told_as_no_reason(text):
-    said = rc.Outcome(1, "query", rc.FAILED, "", "agent_failed", text, text)
+    said = rc.Outcome("query", rc.FAILED, "", "agent_failed", text, text)
     seen = rc.observe(node(next_op=rc.QUERY), said, NOW, POLICY)
     assert seen.verdict.error_msg == "the agent gave no reason"
 
@@ -900,7 +916,7 @@ def test_a_rollback_of_what_stays_is_not_pruned_as_it_tells_that_that_was_bad(st
     sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = ?", back.id)
     for number in range(3):
         old(payload={"is": number}, node_ids=[1])
-    gone = store.releases.old(86400.0, 1)
+    gone = store.releases.prunable(86400.0, 1)
     for node_id in (2, 3):
         store.nodes.update(node_id, {"status": "online"})
     last = succeed(store, payload={"is": "new"})

@@ -25,6 +25,7 @@ from lab import (
     SITES,
     Cli,
     Peer,
+    WaitingClient,
     accepted,
     add_nodes,
     envelope,
@@ -508,20 +509,20 @@ def test_a_renewed_certificate_that_nobody_accepts_now_does_not_replace_the_good
         new_peer, certs, tmp_path, told, bad_pair):
     pair, said = bad_pair
     ours = our_files(certs, tmp_path)
-    client = rc.AgentClient(settings_for("sqlite:///unused.db", certs, **ours))
+    client = WaitingClient(rc.AgentClient(settings_for("sqlite:///unused.db", certs, **ours)))
     peer = new_peer(says(reply(b"", "404 Not Found", "Connection: close\r\n")))
     try:
-        assert client.query(peer.address(), "x").state == rc.UNKNOWN
+        assert client.query(peer.address(), "x").result == rc.UNKNOWN
         put(pair, *ours.values())
         for _ in range(3):
-            assert client.query(peer.address(), "x").state == rc.UNKNOWN
+            assert client.query(peer.address(), "x").result == rc.UNKNOWN
         assert len(set(peer.serials)) == 1
         message, = not_taken(told)  # once
         assert said in message
         assert ours["CONTROL_CERT"] in message
         # the next renewal is as good as any
         put(issue(certs, tmp_path / "good", "control", -60, DAY_S), *ours.values())
-        assert client.query(peer.address(), "x").state == rc.UNKNOWN
+        assert client.query(peer.address(), "x").result == rc.UNKNOWN
         assert peer.serials[-1] != peer.serials[0]
     finally:
         client.close()
@@ -529,7 +530,7 @@ def test_a_renewed_certificate_that_nobody_accepts_now_does_not_replace_the_good
 
 def test_a_renewed_certificate_is_taken_when_its_time_has_come(new_peer, certs, tmp_path, told):
     ours = our_files(certs, tmp_path)
-    client = rc.AgentClient(settings_for("sqlite:///unused.db", certs, **ours))
+    client = WaitingClient(rc.AgentClient(settings_for("sqlite:///unused.db", certs, **ours)))
     peer = new_peer(says(reply(b"", "404 Not Found", "Connection: close\r\n")))
     try:
         client.query(peer.address(), "x")

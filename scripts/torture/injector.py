@@ -21,11 +21,11 @@ import releasectl as rc
 from .injections import CALL, COUNTED, COUNTING, FIRED, REPORT_PREFIX, Injection, parse_injections
 
 # Where an injection can act: methods that make transactions, and the two requests to agents.
-REQUESTS = {"dispatch": (rc.AgentClient, "dispatching"), "query": (rc.AgentClient, "querying")}
+REQUESTS = {"dispatch": (rc.AgentClient, "dispatch"), "query": (rc.AgentClient, "query")}
 POINTS: dict[str, tuple[type, str]] = {
     **{f"releases.{name}": (rc.Releases, name) for name in ("act", "create", "find", "retry", "set_first_version")},
     **{f"claims.{name}": (rc.Claims, name) for name in (
-        "claim", "commit", "dispatch_blockers", "drop", "holds", "release", "release_with_nodes", "renew", "scan",
+        "claim", "commit", "dispatch_blockers", "drop", "holds", "read", "read_with_nodes", "renew", "scan",
         "was_written")},
     "migrate": (rc.Database, "migrate"),
     **REQUESTS,

@@ -42,8 +42,8 @@ SCENARIOS = {point: OTHER_SCENARIOS.get(point, DRAIN) for point in POINTS}
 # Those that an executor passes.
 EXECUTOR_POINTS = [point for point, scenario in SCENARIOS.items() if scenario.command[0] == "run-once"]
 # Those that change nothing: a suspension there is no more than slowness.
-READING_POINTS = {"claims.scan", "claims.dispatch_blockers", "claims.holds", "claims.release",
-                  "claims.release_with_nodes", "releases.find"}
+READING_POINTS = {"claims.scan", "claims.dispatch_blockers", "claims.holds", "claims.read",
+                  "claims.read_with_nodes", "releases.find"}
 
 # Tasks that a new owner finds still running, and that fail: an agent would run them again under another id.
 LONG = DRAIN._replace(protocols=("tasks", "tasks"), task_ms=2200, outcome="failed")

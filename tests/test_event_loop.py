@@ -1,4 +1,4 @@
-"""EventLoop: many wait in one thread, nobody holds up anybody, every wait ends at its moment."""
+"""EventLoop: many coroutines wait in one thread, none delays another, every wait ends at its deadline."""
 from __future__ import annotations
 
 import queue
@@ -13,8 +13,8 @@ import releasectl as rc
 
 
 @pytest.fixture
-def others():
-    """EventLoop, closed at the end."""
+def loop():
+    """An event loop that runs, closed at the end."""
     made = rc.EventLoop()
     made.start()
     yield made
@@ -23,7 +23,7 @@ def others():
 
 @pytest.fixture
 def new_pair():
-    """A function that gives a socket which does not block, and its peer."""
+    """A function that returns a non-blocking socket and its peer."""
     sockets = []
 
     def make() -> tuple[socket.socket, socket.socket]:
@@ -38,17 +38,17 @@ def new_pair():
 
 
 async def told(outcomes: queue.SimpleQueue, sock: socket.socket, limit_s: float) -> None:
-    """Reads once, and tells what came: bytes or the error."""
+    """Read once, and put what came: bytes or the error."""
     try:
         outcomes.put(await rc.TimedSocket(sock, time.monotonic() + limit_s, 1 << 20).recv(100))
     except OSError as error:
         outcomes.put(error)
 
 
-def test_who_is_silent_holds_up_nobody_and_all_are_held_in_one_thread(others, new_pair):
+def test_a_silent_peer_delays_no_other_and_all_are_waited_for_in_one_thread(loop, new_pair):
     pairs, outcomes, before = [new_pair() for _ in range(200)], queue.SimpleQueue(), threading.active_count()
     for near, _ in pairs:
-        others.submit(told(outcomes, near, 30))
+        loop.submit(told(outcomes, near, 30))
     for number, (_, far) in reversed(list(enumerate(pairs))):
         if number:  # the first one says nothing
             far.sendall(b"%d" % number)
@@ -57,28 +57,28 @@ def test_who_is_silent_holds_up_nobody_and_all_are_held_in_one_thread(others, ne
     assert outcomes.empty()
 
 
-@pytest.mark.parametrize("is_among_others", [False, True])
-def test_a_wait_ends_at_its_moment(others, new_pair, is_among_others):
+@pytest.mark.parametrize("is_in_a_loop", [False, True])
+def test_a_wait_ends_at_its_deadline(loop, new_pair, is_in_a_loop):
     outcomes, started = queue.SimpleQueue(), time.monotonic()
-    talk = told(outcomes, new_pair()[0], 0.3)
-    if is_among_others:
-        others.submit(talk)
+    coroutine = told(outcomes, new_pair()[0], 0.3)
+    if is_in_a_loop:
+        loop.submit(coroutine)
     else:
-        rc.run_coroutine(talk)
+        rc.run_coroutine(coroutine)
     assert isinstance(outcomes.get(timeout=10), socket.timeout)
     assert 0.3 <= time.monotonic() - started < 1.5
 
 
-def test_what_blocks_goes_on_in_a_thread_of_its_own_and_holds_up_nobody(others, new_pair):
+def test_what_blocks_continues_in_a_thread_of_its_own_and_delays_no_other(loop, new_pair):
     (near, far), outcomes, released = new_pair(), queue.SimpleQueue(), threading.Event()
 
     async def blocking() -> None:
         await rc.BLOCKS
         outcomes.put(released.wait(20))
         await told(outcomes, near, 10)  # and from there on it waits in that thread
-    others.submit(blocking())
+    loop.submit(blocking())
     quick, peer = new_pair()
-    others.submit(told(outcomes, quick, 10))
+    loop.submit(told(outcomes, quick, 10))
     peer.sendall(b"quick")
     assert outcomes.get(timeout=10) == b"quick"
     released.set()
@@ -87,61 +87,61 @@ def test_what_blocks_goes_on_in_a_thread_of_its_own_and_holds_up_nobody(others, 
     assert outcomes.get(timeout=10) == b"slow"
 
 
-def test_one_that_fails_within_releasectl_is_logged_and_ends_no_other(others, new_pair, caplog):
+def test_one_that_fails_within_releasectl_is_logged_and_ends_no_other(loop, new_pair, caplog):
     async def broken() -> None:
         raise KeyError("oops")
     (near, far), outcomes = new_pair(), queue.SimpleQueue()
-    others.submit(told(outcomes, near, 10))
-    others.submit(broken())
-    eventually(lambda: "a conversation with an agent failed within releasectl" in caplog.text)
+    loop.submit(told(outcomes, near, 10))
+    loop.submit(broken())
+    eventually(lambda: "a request to an agent failed within releasectl" in caplog.text)
     far.sendall(b"still here")
     assert outcomes.get(timeout=10) == b"still here"
 
 
-def test_one_thread_that_stands_still_while_somebody_waits_is_hung(others, new_pair):
+def test_one_thread_that_stands_still_while_somebody_waits_is_hung(loop, new_pair):
     released, outcomes = threading.Event(), queue.SimpleQueue()
 
     async def stuck() -> None:
         outcomes.put("stuck")
         released.wait(20)
-    others.submit(told(outcomes, new_pair()[0], 20))
-    others.submit(stuck())
+    loop.submit(told(outcomes, new_pair()[0], 20))
+    loop.submit(stuck())
     assert outcomes.get(timeout=10) == "stuck"
-    eventually(lambda: others.is_hung(time.monotonic() - 0.2))
+    eventually(lambda: loop.is_hung(time.monotonic() - 0.2))
     released.set()
-    eventually(lambda: not others.is_hung(time.monotonic() - 0.2))
+    eventually(lambda: not loop.is_hung(time.monotonic() - 0.2))
 
 
-def test_nobody_who_waits_is_no_hang(others):
+def test_nobody_who_waits_is_no_hang(loop):
     outcomes = queue.SimpleQueue()
 
     async def short() -> None:
         outcomes.put("done")
-    others.submit(short())
+    loop.submit(short())
     assert outcomes.get(timeout=10) == "done"
-    eventually(lambda: not others._new)
-    assert not others.is_hung(time.monotonic() + 100)
+    eventually(lambda: not loop._new)
+    assert not loop.is_hung(time.monotonic() + 100)
 
 
-def test_a_quiet_time_is_no_hang(others, new_pair):
+def test_a_quiet_time_is_no_hang(loop, new_pair):
     (near, far), outcomes = new_pair(), queue.SimpleQueue()
-    others.submit(told(outcomes, near, 10))
+    loop.submit(told(outcomes, near, 10))
     far.sendall(b"once")
     assert outcomes.get(timeout=10) == b"once"
-    eventually(lambda: not others._waiting)
-    others._turned_at -= 1000  # nobody needed it for so long
-    others.submit(told(outcomes, near, 10))
-    assert not others.is_hung(time.monotonic() - 500)
+    eventually(lambda: not loop._waiting)
+    loop._cycled_at -= 1000  # it was idle
+    loop.submit(told(outcomes, near, 10))
+    assert not loop.is_hung(time.monotonic() - 500)
 
 
-def test_an_answer_that_came_in_time_counts_also_when_we_are_late(others, new_pair):
+def test_an_answer_that_came_in_time_counts_also_when_we_are_late(loop, new_pair):
     (near, far), outcomes = new_pair(), queue.SimpleQueue()
 
     async def busy() -> None:
         far.sendall(b"in time")
         threading.Event().wait(0.6)  # the thread itself is kept
-    others.submit(told(outcomes, near, 0.3))
-    others.submit(busy())
+    loop.submit(told(outcomes, near, 0.3))
+    loop.submit(busy())
     assert outcomes.get(timeout=10) == b"in time"
 
 
@@ -150,7 +150,7 @@ class NoMoreThreads(threading.Thread):
         raise RuntimeError("can't start new thread")
 
 
-def test_where_no_thread_can_be_started_to_block_in_the_conversation_tells_it(others, monkeypatch):
+def test_where_no_thread_can_be_started_to_block_in_the_coroutine_gets_the_error(loop, monkeypatch):
     outcomes = queue.SimpleQueue()
 
     async def blocking() -> None:
@@ -162,34 +162,34 @@ def test_where_no_thread_can_be_started_to_block_in_the_conversation_tells_it(ot
     async def first() -> None:
         monkeypatch.setattr(threading, "Thread", NoMoreThreads)
         outcomes.put("first")
-    others.submit(first())
+    loop.submit(first())
     assert outcomes.get(timeout=10) == "first"
-    others.submit(blocking())
+    loop.submit(blocking())
     assert outcomes.get(timeout=10) == "can't start new thread"
 
 
 def test_where_its_own_thread_can_not_be_started_it_says_so_each_time(new_pair, monkeypatch):
-    others, outcomes = rc.EventLoop(), queue.SimpleQueue()
+    loop, outcomes = rc.EventLoop(), queue.SimpleQueue()
     near, far = new_pair()
-    others.submit(told(outcomes, near, 10))  # waits for the thread
+    loop.submit(told(outcomes, near, 10))  # waits for the thread
     with monkeypatch.context() as patch:
         patch.setattr(threading, "Thread", NoMoreThreads)
         for _ in range(2):
             with pytest.raises(RuntimeError):
-                others.start()
-    others.start()
+                loop.start()
+    loop.start()
     far.sendall(b"better now")
     assert outcomes.get(timeout=10) == b"better now"
-    others.close()
+    loop.close()
 
 
-def test_what_is_under_way_or_comes_later_is_let_go_by_close(others, new_pair):
+def test_what_is_under_way_or_comes_later_is_dropped_by_close(loop, new_pair):
     (near, far), outcomes = new_pair(), queue.SimpleQueue()
-    others.submit(told(outcomes, near, 30))
-    eventually(lambda: others._waiting)
-    others.close()
-    others.submit(told(outcomes, near, 30))
-    eventually(lambda: others._wakers is None)
+    loop.submit(told(outcomes, near, 30))
+    eventually(lambda: loop._waiting)
+    loop.close()
+    loop.submit(told(outcomes, near, 30))
+    eventually(lambda: loop._wakers is None)
     far.sendall(b"too late")
     assert outcomes.empty()
 
@@ -210,14 +210,14 @@ def test_more_than_may_be_read_is_refused(new_pair):
         rc.run_coroutine(timed.recv(100))
 
 
-def test_a_peer_that_does_not_read_ends_a_sending_at_its_moment(new_pair):
+def test_sending_to_a_peer_that_does_not_read_ends_at_the_deadline(new_pair):
     near, _ = new_pair()
     with pytest.raises(socket.timeout):
         rc.run_coroutine(rc.TimedSocket(near, time.monotonic() + 0.3, 0).sendall(b"x" * (8 << 20)))
 
 
 async def nibbling(outcomes: queue.SimpleQueue, sock: socket.socket, count: int, limit_s: float) -> None:
-    """Reads bytes one by one, and tells the end or the error."""
+    """Read bytes one by one, and put the end or the error."""
     timed = rc.TimedSocket(sock, time.monotonic() + limit_s, 1 << 20)
     try:
         for _ in range(count):
@@ -227,28 +227,28 @@ async def nibbling(outcomes: queue.SimpleQueue, sock: socket.socket, count: int,
         outcomes.put(error)
 
 
-def test_who_always_has_a_byte_more_lets_others_have_their_turn(new_pair):
+def test_a_peer_that_always_has_a_byte_more_lets_others_run(new_pair):
     (near, far), (quick, peer), outcomes = new_pair(), new_pair(), queue.SimpleQueue()
     far.sendall(b"x" * 50_000)
     peer.sendall(b"quick")
-    conversations = rc.EventLoop()
-    conversations.submit(nibbling(outcomes, near, 50_000, 30))
-    conversations.submit(told(outcomes, quick, 30))
-    conversations.start()
+    loop = rc.EventLoop()
+    loop.submit(nibbling(outcomes, near, 50_000, 30))
+    loop.submit(told(outcomes, quick, 30))
+    loop.start()
     try:
         assert [outcomes.get(timeout=20), outcomes.get(timeout=20)] == [b"quick", "all read"]
     finally:
-        conversations.close()
+        loop.close()
 
 
-def test_who_always_has_a_byte_more_has_no_longer_than_others(new_pair):
+def test_a_peer_that_always_has_a_byte_more_has_no_longer_than_others(new_pair):
     (near, far), outcomes = new_pair(), queue.SimpleQueue()
     far.sendall(b"x" * 50_000)
     rc.run_coroutine(nibbling(outcomes, near, 50_000, 0))
     assert isinstance(outcomes.get(), socket.timeout)
 
 
-def test_a_meter_counts_the_work_on_an_answer_and_neither_waits_nor_what_came_before(others, new_pair):
+def test_a_meter_counts_the_work_on_an_answer_and_neither_waits_nor_what_came_before(loop, new_pair):
     (near, far), outcomes = new_pair(), queue.SimpleQueue()
 
     def work(seconds: float) -> None:
@@ -269,7 +269,7 @@ def test_a_meter_counts_the_work_on_an_answer_and_neither_waits_nor_what_came_be
     async def metered() -> None:
         meter = rc.Meter(answered())
         outcomes.put((await meter, meter.cost_s))
-    others.submit(metered())
+    loop.submit(metered())
     work(0.3)  # it waits meanwhile
     far.sendall(b"x")
     said, cost_s = outcomes.get(timeout=20)
@@ -277,7 +277,7 @@ def test_a_meter_counts_the_work_on_an_answer_and_neither_waits_nor_what_came_be
     assert 0.1 <= cost_s < 0.2
 
 
-def test_what_is_metered_is_let_go_with_its_meter_and_gets_the_errors_of_its_waits(others, new_pair):
+def test_what_is_metered_ends_with_its_meter_and_gets_the_errors_of_its_waits(loop, new_pair):
     outcomes, ended = queue.SimpleQueue(), threading.Event()
 
     async def waiting(limit_s: float) -> None:
@@ -289,8 +289,8 @@ def test_what_is_metered_is_let_go_with_its_meter_and_gets_the_errors_of_its_wai
 
     async def metered() -> None:
         await rc.Meter(waiting(0.1))
-    others.submit(metered())
+    loop.submit(metered())
     assert isinstance(outcomes.get(timeout=10), socket.timeout)
     assert not ended.is_set()
-    others.close()
+    loop.close()
     assert ended.wait(10)
