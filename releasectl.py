@@ -16,6 +16,9 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Certificates        TLS contexts, files watched for renewal, revocation lists, expiry; for
                         agents and API alike
   DOMAIN (pure)
+    Payloads            what goes out, number for number as it came in; its digest, and the
+                        version in it
+    Difference          what was added, removed and changed between two JSON values
     Model               the rows of the tables as values, and what is derived from them
     Strategy            STRATEGY_KEYS and every other value that a person gives: parser and
                         JSON Schema
@@ -45,6 +48,8 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
   FACES
     Serialization       the JSON of contract section 5, and its schemas
     Access              tokens, client certificates, throttling
+    Requests            a checked request, its parameters and its reply; who may read much at a
+                        time
     API                 routes as a table, handlers, /openapi.json (contract section 5); knows
                         no socket
     Server              a request from its first byte to its answer; the listener and its
@@ -453,6 +458,63 @@ def _finite(digits: str) -> float:
     return number
 
 
+class Number:
+    """A number of JSON as it was written: 1.10 is another one than 1.1, and both go out as they came in."""
+    __slots__ = ("text",)
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Number) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __repr__(self) -> str:
+        return self.text
+
+    @property
+    def value(self) -> float:
+        """Return the number that Python computes with; -0 is an integer."""
+        return float(self.text) if set(self.text) & set(".eE") else int(self.text)
+
+
+def _exact_float(digits: str) -> float | Number:
+    number = _finite(digits)
+    return number if repr(number) == digits and number else Number(digits)  # to Python -0.0 and 0.0 are equal
+
+
+def _exact_integer(digits: str) -> int | Number:
+    return Number(digits) if digits == "-0" else _bounded_integer(digits)
+
+
+def plain_numbers(value: Any) -> Any:
+    """Return a value of parse_json(exact=True) as parse_json() gives it."""
+    if isinstance(value, dict):
+        return {key: plain_numbers(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [plain_numbers(member) for member in value]
+    return value.value if isinstance(value, Number) else value
+
+
+# A string of ours that stands for a number in what an encoder gives: no text that parse_json() lets in has a surrogate.
+_NUMBER_MARK, _MARKED_NUMBER = "\ud800", re.compile(r'"(?:\ud800|\\ud800)(-?[0-9][0-9.eE+-]*)"')
+
+
+def _mark_number(value: object) -> str:
+    if isinstance(value, Number):
+        return _NUMBER_MARK + value.text
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _encoded(encoder: json.JSONEncoder, value: object) -> str:
+    """Return JSON with numbers as they were written; the encoder in C would write its own digits."""
+    text = encoder.encode(value)
+    has_marks = _NUMBER_MARK in text or (encoder.ensure_ascii and '"\\ud800' in text)
+    return _MARKED_NUMBER.sub(r"\1", text) if has_marks else text
+
+
 def _nesting(value: object) -> int:
     """Return the depth of a JSON value; not recursive."""
     depth, level = 0, [value]
@@ -466,16 +528,23 @@ def _nesting(value: object) -> int:
 # Made once: json.loads() with hooks makes a decoder for each text, which takes longer than to read a short one.
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite,
                             parse_int=_bounded_integer)
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_EXACT_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant,
+                                  parse_float=_exact_float, parse_int=_exact_integer)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_mark_number)
+_INDENTED_ENCODER = json.JSONEncoder(ensure_ascii=False, indent=2, default=_mark_number)
+_CANONICAL_ENCODER = json.JSONEncoder(sort_keys=True, default=_mark_number)
 
 
-def parse_json(data: bytes | str) -> Any:
-    """Return the value of strict JSON; raise ValueError unless it is UTF-8, bounded, without duplicate keys and NaN."""
+def parse_json(data: bytes | str, exact: bool = False) -> Any:
+    """Return the value of strict JSON; raise ValueError unless it is UTF-8, bounded, without duplicate keys and NaN.
+
+    exact: with a Number for whatever Python would write with other digits.
+    """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        value = _DECODER.decode(text)
+        value = (_EXACT_DECODER if exact else _DECODER).decode(text)
         if "\\u" in text or not isinstance(data, bytes):
-            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate can't be stored
+            json.dumps(value, ensure_ascii=False, default=repr).encode()  # a lone surrogate can't be stored
     except RecursionError:
         raise ValueError("nested too deep") from None
     except UnicodeError:
@@ -487,7 +556,17 @@ def parse_json(data: bytes | str) -> Any:
 
 def to_json(value: object) -> str:
     """Return a value as compact JSON on one line."""
-    return _ENCODER.encode(value)
+    return _encoded(_ENCODER, value)
+
+
+def indented_json(value: object) -> str:
+    """Return a value as JSON for people."""
+    return _encoded(_INDENTED_ENCODER, value)
+
+
+def canonical_json(value: object) -> str:
+    """Return what is equal for two values that differ by the order of keys at most (docs/SECURITY.md)."""
+    return _encoded(_CANONICAL_ENCODER, value)
 
 
 class Range(NamedTuple):
@@ -1413,10 +1492,198 @@ def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
 # endregion
 
 
+# region Payloads
+# ======================================================================================
+# Payloads: what goes out, number for number as it came in; its digest, and the version
+#   in it. Pure.
+# Uses: Vocabulary, Helpers.
+# ======================================================================================
+
+# Without this key in the payload an execute agent drops all its sites (contract section 1).
+WEBSITES = "websites"
+
+
+def parse_payload(value: object) -> dict[str, Any]:
+    """Return a release's payload; raise AppError(INVALID) unless it is an object."""
+    if not isinstance(value, dict):
+        raise AppError(INVALID, "payload must be a JSON object")
+    return value
+
+
+def read_payload(text: str) -> dict[str, Any]:
+    """Return a payload as it is stored, its numbers as they were written; raise ValueError, AppError(INVALID)."""
+    return parse_payload(parse_json(text, exact=True))
+
+
+def drops_sites(payload: Mapping[str, Any]) -> bool:
+    """Return whether an execute agent would drop all its sites though the payload does not say so."""
+    return not isinstance(payload.get(WEBSITES), list)
+
+
+def check_payload_version(payload: Mapping[str, Any], version: int) -> None:
+    """Raise AppError(INVALID) where the payload names another version than the release's."""
+    named = payload.get("version", version)
+    if isinstance(named, bool) or named != version or not isinstance(named, int):
+        raise AppError(INVALID, f"payload names version {one_line(to_json(named), 40)}, the release is version "
+                                f"{version}: leave the version out")
+
+
+def payload_for_version(payload: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """Return an older release's payload with a new version (contract 3, rule 10)."""
+    return {**payload, "version": version} if "version" in payload else dict(payload)
+
+
+def without_version(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a payload as it was sent but for the version, which is the release's."""
+    return {key: value for key, value in payload.items() if key != "version"}
+
+
+def digest_of(payload: Mapping[str, Any]) -> str:
+    """Return what is equal for two payloads that differ by their version, or the order of keys, at most.
+
+    Agents get numbers digit for digit: 1.10 and 1.1 are two payloads.
+    """
+    return hashlib.sha256(canonical_json({**payload, "version": 0}).encode()).hexdigest()
+
+
+def digest_of_stored(text: str) -> str:
+    """Return the digest of a stored payload; "" for one that can't be read."""
+    try:
+        return digest_of(read_payload(text))
+    except (ValueError, AppError):
+        return ""
+
+
+# endregion
+
+
+# region Difference
+# ======================================================================================
+# Difference: what was added, removed and changed between two JSON values. Pure.
+# Uses: Helpers.
+# ======================================================================================
+
+ADDED, REMOVED, CHANGED = "added", "removed", "changed"
+
+# More changes are counted only.
+MAX_CHANGES = 1000
+
+# Elements of a list are told apart by the first of these that each of them has, all with different values.
+NAMING_MEMBERS = ("id", "name", "domain")
+
+
+class Element(NamedTuple):
+    """A step of a path: the element of a list whose member has a value; value None: the member of every element."""
+    member: str
+    value: str | int | None
+
+
+class Change(NamedTuple):
+    """One difference. A step of its path is a member's name, a position in a list, or an Element.
+
+    The order of a list of named elements has changed where the last step is an Element without a value: before
+    and after are the names in order.
+    """
+    kind: str
+    path: tuple[str | int | Element, ...]
+    before: Any = None
+    after: Any = None
+    # Position of an element that was added to a list of named ones.
+    position: int | None = None
+
+    @property
+    def where(self) -> str:
+        """Return the path as JSONPath (RFC 9535)."""
+        return "$" + "".join(map(_step_text, self.path))
+
+    def __str__(self) -> str:
+        sign = {ADDED: "+", REMOVED: "-", CHANGED: "~"}[self.kind]
+        values = [one_line(to_json(value), 100) for value, kind in ((self.before, ADDED), (self.after, REMOVED))
+                  if self.kind != kind]
+        return f"{sign} {one_line(self.where)}: {' -> '.join(values)}"
+
+
+class Difference(NamedTuple):
+    """The first MAX_CHANGES changes, and how many there are."""
+    changes: list[Change]
+    total: int
+
+    def __str__(self) -> str:
+        return "no change" if not self.total else "1 change" if self.total == 1 else f"{self.total} changes"
+
+
+def difference(before: object, after: object) -> Difference:
+    """Return what must be done to one JSON value to get another; nothing where their digests are the same."""
+    changes = _changes(before, after, ())
+    first = list(itertools.islice(changes, MAX_CHANGES))
+    return Difference(first, len(first) + sum(1 for _ in changes))
+
+
+def _step_text(step: str | int | Element) -> str:
+    if isinstance(step, Element):
+        return _name_in_list(step)
+    if isinstance(step, int):
+        return f"[{step}]"
+    return f".{step}" if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", step) else f"[{to_json(step)}]"
+
+
+def _name_in_list(step: Element) -> str:
+    return f"[*].{step.member}" if step.value is None else f"[?@.{step.member}=={to_json(step.value)}]"
+
+
+def _changes(before: Any, after: Any, path: tuple[str | int | Element, ...]) -> Iterator[Change]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key, value in before.items():
+            if key in after:
+                yield from _changes(value, after[key], (*path, key))
+            else:
+                yield Change(REMOVED, (*path, key), before=value)
+        yield from (Change(ADDED, (*path, key), after=value) for key, value in after.items() if key not in before)
+    elif isinstance(before, list) and isinstance(after, list):
+        member = next((name for name in NAMING_MEMBERS if _is_named(before, name) and _is_named(after, name)), None)
+        yield from _changes_by_name(before, after, path, member) if member else _changes_by_position(
+            before, after, path)
+    elif type(before) is not type(after) or before != after:  # to Python True, 1 and 1.0 are equal
+        yield Change(CHANGED, path, before, after)
+
+
+def _is_named(elements: Sequence[Any], member: str) -> bool:
+    """Return whether each element has a name of its own in this member."""
+    names = [element.get(member) if isinstance(element, dict) else None for element in elements]
+    return all(type(name) in (str, int) for name in names) and len(set(names)) == len(names)
+
+
+def _changes_by_name(before: Sequence[Any], after: Sequence[Any], path: tuple[str | int | Element, ...],
+                     member: str) -> Iterator[Change]:
+    old, new = ({element[member]: element for element in elements} for elements in (before, after))
+    for name, value in old.items():
+        if name in new:
+            yield from _changes(value, new[name], (*path, Element(member, name)))
+        else:
+            yield Change(REMOVED, (*path, Element(member, name)), before=value)
+    for position, (name, value) in enumerate(new.items()):
+        if name not in old:
+            yield Change(ADDED, (*path, Element(member, name)), after=value, position=position)
+    if [name for name in old if name in new] != [name for name in new if name in old]:
+        yield Change(CHANGED, (*path, Element(member, None)), list(old), list(new))
+
+
+def _changes_by_position(before: Sequence[Any], after: Sequence[Any],
+                         path: tuple[str | int | Element, ...]) -> Iterator[Change]:
+    common = min(len(before), len(after))
+    for index in range(common):
+        yield from _changes(before[index], after[index], (*path, index))
+    yield from (Change(REMOVED, (*path, index), before=before[index]) for index in range(common, len(before)))
+    yield from (Change(ADDED, (*path, index), after=after[index]) for index in range(common, len(after)))
+
+
+# endregion
+
+
 # region Model
 # ======================================================================================
 # Model: the rows of the tables as values, and what is derived from them. Pure.
-# Uses: Vocabulary, Helpers.
+# Uses: Vocabulary, Helpers, Payloads.
 # ======================================================================================
 
 # Host and port of an agent, which gets one task at a time, whatever rows name it.
@@ -1513,12 +1780,19 @@ class Release:
     tag: str
     # soak_until by the elapsed clock: see Moment.clock_mark().
     soak_clock: str
+    # digest_of() its payload, as of its creation or last claim; "" until then where a person wrote the row.
+    stored_sha256: str
     skipped_nodes: int
     current_batch: int
 
     @property
     def is_terminal(self) -> bool:
         return self.status in TERMINAL
+
+    @property
+    def payload_sha256(self) -> str:
+        """Return the digest of its payload; "" where that can't be read."""
+        return self.stored_sha256 or digest_of_stored(self.payload)
 
     def __str__(self) -> str:
         return f"release {self.id} (v{self.version})"
@@ -1928,7 +2202,7 @@ class IdempotencyKey(NamedTuple):
 # Uses: Vocabulary, Helpers, Model.
 # ======================================================================================
 
-def in_words(numbers: Sequence[int]) -> str:
+def in_words(numbers: Sequence[object]) -> str:
     """Return '1, 5, 44', of a long list only the beginning."""
     return ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
 
@@ -2028,13 +2302,6 @@ def parse_target(value: object) -> str:
 def parse_version(field: str, value: object) -> int:
     """Return a version that a person names; raise AppError(INVALID) for anything else."""
     return _parse_number(field, value, Range(1, MAX_NAMED_VERSION))
-
-
-def parse_payload(value: object) -> dict[str, Any]:
-    """Return a release's payload; raise AppError(INVALID) unless it is an object."""
-    if not isinstance(value, dict):
-        raise AppError(INVALID, "payload must be a JSON object")
-    return value
 
 
 def _share(low: int) -> tuple[Callable[[Any], int | str], dict[str, Any]]:
@@ -2193,7 +2460,7 @@ def resolve_share(share: int | str, whole: int) -> int:
 # region Plan
 # ======================================================================================
 # Plan: the nodes chosen, batches, payloads; who is left out and why. Pure.
-# Uses: Vocabulary, Helpers, Model, Strategy.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy.
 # ======================================================================================
 
 class ReleaseRequest(NamedTuple):
@@ -2216,6 +2483,29 @@ class LeftOut(NamedTuple):
     why: str
 
 
+class Running(NamedTuple):
+    """A release that nodes run, as id and version, how many of them, and whether its payload is the planned one.
+
+    Without an id: nodes on which no release has succeeded yet.
+    """
+    release_id: int | None
+    version: int
+    nodes: int
+    is_same: bool
+
+
+class Effect(NamedTuple):
+    """What a payload changes on the nodes it would go to."""
+    # Most nodes first.
+    running: list[Running]
+    # Against the release of another payload that most nodes run; its id, and why it can't be read.
+    against: int | None = None
+    difference: Difference | None = None
+    unreadable: str = ""
+    # Releases that have not ended, and may change what the nodes run before it does.
+    open_releases: int = 0
+
+
 class Plan(NamedTuple):
     """What a release will do, as integers: node ids and failure limit of each batch, and the nodes left out."""
     strategy: Strategy
@@ -2231,6 +2521,15 @@ class Plan(NamedTuple):
     payload_of: tuple[int, int] | None = None
     # The version that the release would get now.
     version: int = 0
+    # Names of its nodes by id.
+    names: Mapping[int, str] = {}
+    # What it changes against what its nodes run.
+    effect: Effect | None = None
+
+    @property
+    def pauses(self) -> list[int]:
+        """Return the batches after which it pauses."""
+        return [number for number in range(1, len(self.batches) + 1) if self.strategy.pauses_after(number)]
 
     def __str__(self) -> str:
         """Return the plan as a line for the event."""
@@ -2352,19 +2651,6 @@ def known_keys(body: Mapping[str, Any], known: Sequence[str]) -> None:
             raise AppError(INVALID, f"{one_line(key, 60)} is not a known key{did_you_mean(key, known)}")
 
 
-def check_payload_version(payload: Mapping[str, Any], version: int) -> None:
-    """Raise AppError(INVALID) where the payload names another version than the release's."""
-    named = payload.get("version", version)
-    if isinstance(named, bool) or named != version or not isinstance(named, int):
-        raise AppError(INVALID, f"payload names version {one_line(to_json(named), 40)}, the release is version "
-                                f"{version}: leave the version out")
-
-
-def payload_for_version(payload: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """Return an older release's payload with a new version (contract 3, rule 10)."""
-    return {**payload, "version": version} if "version" in payload else dict(payload)
-
-
 def new_tag() -> str:
     """Return eight hex digits that make the task ids of a release unique, over all databases."""
     return secrets.token_hex(4)
@@ -2379,10 +2665,11 @@ def task_id_for(release_type: str, main_ip: str, version: int, tag: str) -> str:
 
 
 class Made(NamedTuple):
-    """A release that was created, its nodes by batch, and who was left out."""
+    """A release that was created, its nodes by batch, who was left out, and a remark on it."""
     release: Release
     batches: list[list[int]]
     left_out: Sequence[LeftOut] = ()
+    remark: str = ""
 
 
 class OldRelease(NamedTuple):
@@ -2406,11 +2693,6 @@ class Content(NamedTuple):
     touched: frozenset[int]
     succeeded: frozenset[int]
     is_bad: bool = False
-
-
-def digest_of(payload: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a payload without its version."""
-    return hashlib.sha256(json.dumps({**payload, "version": 0}, sort_keys=True).encode()).hexdigest()
 
 
 def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of: Callable[[OldRelease], Content],
@@ -2461,7 +2743,7 @@ def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of:
 # region Status texts
 # ======================================================================================
 # Status texts: what a release does or waits for, on whom, until when. Pure.
-# Uses: Vocabulary, Helpers, Model, Strategy.
+# Uses: Vocabulary, Helpers, Model, Strategy, Plan.
 # ======================================================================================
 
 def first_failed(nodes: NodeIndex) -> ReleaseNode | None:
@@ -2606,6 +2888,35 @@ def _names(nodes: Collection[ReleaseNode]) -> str:
     first = min(nodes, key=lambda n: (n.batch, n.node_id)).name if nodes else "no node"
     return f"{first} and {len(nodes) - 1} more" if len(nodes) > 1 else first
 
+
+# A sentence names so many of the releases that nodes run.
+MAX_RUNNING_NAMED = 5
+
+
+def effect_text(effect: Effect) -> str:
+    """Return what a payload would change: '3 changes against release 4 (v4, 38 of 40 nodes); 2 nodes run release 3'."""
+    total, count = sum(one.nodes for one in effect.running), effect.open_releases
+    before = [f"{count} other release{' has' if count == 1 else 's have'} not ended yet"] if count else []
+    if all(one.is_same for one in effect.running):
+        ids = in_words([one.release_id for one in effect.running])
+        return "; ".join([f"{CHANGES_NOTHING} (release {ids})", *before])
+    first = [f"{effect.difference or 'not compared'} against release {one.release_id} (v{one.version}, {one.nodes} "
+             f"of {count_of_nodes(total)})" + (f": {effect.unreadable}" if effect.unreadable else "")
+             for one in effect.running if one.release_id is not None and one.release_id == effect.against]
+    others = [one for one in effect.running if one.release_id is None or one.release_id != effect.against]
+    texts = [f"{count_of_nodes(one.nodes)} had no release yet" if one.release_id is None else
+             f"{_nodes_run(one.nodes)} release {one.release_id}" + (" (the same payload)" if one.is_same else "")
+             for one in others[:MAX_RUNNING_NAMED]]
+    more = sum(one.nodes for one in others[MAX_RUNNING_NAMED:])
+    return "; ".join([*first, *texts, *([f"{_nodes_run(more)} other releases"] if more else []), *before])
+
+
+def _nodes_run(count: int) -> str:
+    return f"{count_of_nodes(count)} {'runs' if count == 1 else 'run'}"
+
+
+# Of a release whose nodes all run its payload.
+CHANGES_NOTHING = "changes nothing: all its nodes run this payload already"
 
 # endregion
 
@@ -3839,7 +4150,7 @@ def load_postgres_driver() -> Any:
 # region Database
 # ======================================================================================
 # Database: connections, transaction(), migrate().
-# Uses: Vocabulary, Settings, Log and metrics, Engines.
+# Uses: Vocabulary, Settings, Log and metrics, Payloads, Engines.
 #
 #   One writer at a time, on both engines: SQLite by BEGIN IMMEDIATE, PostgreSQL by an
 #   advisory lock. So what a transaction read still holds when it writes, and events become
@@ -4130,6 +4441,8 @@ class Database:
                     tx.execute(statement)
                 for statement in filter(None, map(self.engine.ddl, itertools.chain(*steps[version:done]))):
                     tx.execute(statement)
+                if version < DIGEST_SCHEMA <= done:
+                    _fill_digests(tx)
             log.info("%s: schema step %d done", self, done)
 
     def require_schema(self, create: bool = False) -> None:
@@ -4149,6 +4462,18 @@ class Database:
         if version > known:
             raise DatabaseError(f"{self} has schema {version}, newer than this program's {known}: "
                                 "use the newer releasectl.py")
+
+
+# The step of schema.sql that brings release_tasks.payload_sha256, which no SQL can fill.
+DIGEST_SCHEMA = 7
+
+
+def _fill_digests(tx: Transaction) -> None:
+    """Write the digest of each payload that can be read, one at a time: each may be a megabyte."""
+    release_id = 0
+    while row := tx.row("SELECT id, payload FROM release_tasks WHERE id > ? ORDER BY id LIMIT 1", release_id):
+        release_id = row[0]
+        tx.execute("UPDATE release_tasks SET payload_sha256 = ? WHERE id = ?", digest_of_stored(row[1]), release_id)
 
 
 @functools.lru_cache(maxsize=1)
@@ -4683,6 +5008,51 @@ class Page(NamedTuple):
     size: int
 
 
+# Nodes in one statement: SQLite 3.26 takes 999 parameters.
+_NODES_ASKED = 500
+
+
+def releases_run(tx: Transaction, node_ids: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Return id and version of the newest release that succeeded on each of some nodes; none: the node is left out.
+
+    No node's history is gone through: the newest success by id is the first one in the index
+    release_task_nodes_by_node, and only what took a version out of turn is looked at beside it.
+    """
+    found: dict[int, int] = {}
+    for start in range(0, len(node_ids), _NODES_ASKED):
+        part = node_ids[start:start + _NODES_ASKED]
+        found.update((node_id, release_id) for node_id, release_id in tx.rows(f"""
+            SELECT h.id, (SELECT n.release_task_id
+                          FROM release_task_nodes n
+                          WHERE n.node_id = h.id AND n.status = 'success'
+                          ORDER BY n.release_task_id DESC
+                          LIMIT 1)
+            FROM nodes h
+            WHERE h.id IN ({', '.join('?' * len(part))})""", *part) if release_id is not None)
+    versions = {release_id: int(tx.value("SELECT version FROM release_tasks WHERE id = ?", release_id))
+                for release_id in set(found.values())}
+    runs = {node_id: (release_id, versions[release_id]) for node_id, release_id in found.items()}
+    if runs:
+        for release_id, version in _out_of_turn(tx, versions):
+            for (node_id,) in tx.rows("SELECT node_id FROM release_task_nodes "
+                                      "WHERE release_task_id = ? AND status = 'success'", release_id):
+                if node_id in runs and runs[node_id][1] < version:
+                    runs[node_id] = release_id, version
+    return runs
+
+
+def _out_of_turn(tx: Transaction, versions: Mapping[int, int]) -> list[tuple[int, int]]:
+    """Return other releases that may be newer than one of these though their id is lower: they started later."""
+    late, highest = [], 0
+    for release_id, version in tx.rows("SELECT id, version FROM release_tasks WHERE version >= ? ORDER BY version",
+                                       min(versions.values())):  # the index of its UNIQUE
+        if release_id in versions:
+            highest = max(highest, release_id)
+        elif release_id < highest:
+            late.append((release_id, version))
+    return late
+
+
 class Nodes:
     """The registry of nodes. Each public method is one transaction; its callers have checked the values."""
 
@@ -4839,6 +5209,7 @@ class Nodes:
 # Fields of Release that are computed; each other one is a column of its row r. The index release_task_nodes_by_status
 # serves each status by itself: its lowest batch is the first entry, while IN would read all of them.
 _COMPUTED_OF_RELEASE = {
+    "stored_sha256": "r.payload_sha256",
     "skipped_nodes":
         "(SELECT COUNT(*) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'skipped')",
     "current_batch": """COALESCE((SELECT MIN(w.batch) FROM (
@@ -4848,6 +5219,9 @@ _COMPUTED_OF_RELEASE = {
         (SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'failed'), 0)"""}
 _RELEASE_FIELDS = [field.name for field in dataclasses.fields(Release)]
 RELEASE_COLUMNS = ", ".join(_COMPUTED_OF_RELEASE.get(name, f"r.{name}") for name in _RELEASE_FIELDS)
+
+# The same for a list, which needs a payload only where its digest is still to be made: each may be a megabyte.
+LISTED_COLUMNS = RELEASE_COLUMNS.replace("r.payload,", "CASE WHEN r.payload_sha256 = '' THEN r.payload ELSE '' END,", 1)
 
 # A node of a release (n) as it was when the release was made; where a person wrote the row, as it is now (nodes h).
 NAME_THEN, _IP_THEN, _PORT_THEN = (
@@ -5118,7 +5492,8 @@ class Queue:
 # region Retry and rollback
 # ======================================================================================
 # Retry and rollback: what a new release brings back to whom (contract 3, rule 10).
-# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Verbs, Database, Nodes, Queue.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Verbs,
+#   Database, Nodes, Queue.
 # ======================================================================================
 
 class Again(NamedTuple):
@@ -5282,16 +5657,72 @@ def rolled_back(tx: Transaction, target: str) -> dict[str, int]:
 def stored_digest(tx: Transaction, release_id: int) -> str:
     """Return the digest of a release's payload; for one that can't be read a text that no other release has."""
     text = tx.value("SELECT payload FROM release_tasks WHERE id = ?", release_id)
-    with contextlib.suppress(ValueError, AppError):
-        return digest_of(parse_payload(parse_json(text)))
-    return f"release {release_id}"
+    return digest_of_stored(text) or f"release {release_id}"
 
 
 def stored_payload(release: Release) -> dict[str, Any]:
     try:
-        return parse_payload(parse_json(release.payload))
+        return read_payload(release.payload)
     except (ValueError, AppError) as error:
         raise AppError(WRONG_STATE, f"the payload of release {release.id} can't be used: {one_line(error)}") from None
+
+
+def effect_of(tx: Transaction, payload: Mapping[str, Any], node_ids: Sequence[int]) -> Effect:
+    """Return what a payload changes on nodes against what they run."""
+    digest, runs = digest_of(payload), releases_run(tx, node_ids)
+    counted = collections.Counter(runs.values())
+    running = [Running(release_id, version, count, _digest_in_row(tx, release_id) == digest)
+               for (release_id, version), count in sorted(counted.items(), key=lambda item: (-item[1], -item[0][1]))]
+    if len(runs) < len(node_ids):
+        running.append(Running(None, 0, len(node_ids) - len(runs), False))
+    against = next((one.release_id for one in running if one.release_id is not None and not one.is_same), None)
+    ahead = _open_releases(tx)
+    if against is None:
+        return Effect(running, open_releases=ahead)
+    try:
+        before = stored_payload(read_release(tx, against))
+    except AppError as error:
+        return Effect(running, against, None, error.message, ahead)
+    changes = difference(without_version(before), without_version(payload))
+    return Effect(running, against, changes, open_releases=ahead)
+
+
+def _digest_in_row(tx: Transaction, release_id: int) -> str:
+    """Return the digest of a payload that may be large, of a release that was claimed: it is in the row."""
+    return tx.value("SELECT payload_sha256 FROM release_tasks WHERE id = ?", release_id) or stored_digest(
+        tx, release_id)
+
+
+def _open_releases(tx: Transaction) -> int:
+    return int(tx.value("SELECT COUNT(*) FROM release_tasks "
+                        "WHERE status IN ('pending', 'running', 'paused', 'cancelling')"))
+
+
+def changes_nothing(tx: Transaction, payload: Mapping[str, Any], node_ids: Sequence[int]) -> bool:
+    """Return whether each node runs this payload already and no release is open; one node is asked before all are."""
+    if _open_releases(tx):
+        return False
+    digest = digest_of(payload)
+    for some in (node_ids[:1], node_ids[1:]):
+        runs = releases_run(tx, some)
+        if len(runs) < len(some) or {
+                _digest_in_row(tx, release_id) for release_id, _ in set(runs.values())} - {digest}:
+            return False
+    return True
+
+
+def release_before(tx: Transaction, release: Release) -> Release:
+    """Return the newest release of the target before one that succeeded; raise AppError(NOT_FOUND)."""
+    row = tx.row(f"""
+        SELECT {RELEASE_COLUMNS}
+        FROM release_tasks r
+        WHERE r.target = ? AND r.version < ? AND r.status = 'success'
+        ORDER BY r.version DESC
+        LIMIT 1""", release.target, release.version)
+    if row is None:
+        raise AppError(NOT_FOUND, f"no release of target {release.target} before release {release.id} succeeded: "
+                                  "name the one to compare it with")
+    return Release(*row)
 
 
 def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
@@ -5310,8 +5741,9 @@ def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
 # region Releases
 # ======================================================================================
 # Releases: create, verbs, lists, payloads, prune.
-# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Status texts, Decision, Verbs,
-#   Database, Database state, Audit, Nodes, Queue, Retry and rollback.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Status
+#   texts, Decision, Verbs, Database, Database state, Audit, Nodes, Queue, Retry and
+#   rollback.
 # ======================================================================================
 
 class BatchProgress(NamedTuple):
@@ -5369,7 +5801,13 @@ class Releases:
         with self._database.transaction() as tx:
             version = self._version_for(tx, request, tx.value(self._database.engine.next_release_id_sql))
             check_payload_version(request.payload, version)
-            return self._plan(tx, request)[0]._replace(version=version)
+            return self._planned(tx, request, *self._plan(tx, request), version)
+
+    @staticmethod
+    def _planned(tx: Transaction, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node], version: int) -> Plan:
+        """Return a plan with what it needs to be shown."""
+        return plan._replace(version=version, names={node.id: node.name for node in nodes},
+                             effect=effect_of(tx, request.payload, [node.id for node in nodes]))
 
     def create(self, request: ReleaseRequest, actor: Who, key: IdempotencyKey | None = None) -> Made:
         """Create a release for the nodes that a request chooses; return it, its batches and who is left out (rule 1).
@@ -5385,9 +5823,9 @@ class Releases:
     def plan_again(self, verb: str, release_id: int, wish: Again = Again()) -> Plan:  # noqa: B008 - it has no state
         """Return what retry() or rollback() would make, and raise what it would; write nothing."""
         with self._database.transaction() as tx:
-            _, plan, _ = plan_again(tx, verb, release_id, wish)
+            planned = plan_again(tx, verb, release_id, wish)
             release_id = tx.value(self._database.engine.next_release_id_sql)
-            return plan._replace(version=self._state.next_version(tx, release_id))
+            return self._planned(tx, *planned, self._state.next_version(tx, release_id))
 
     def retry(self, release_id: int, actor: Who, wish: Again = Again(), key: IdempotencyKey | None = None) -> Made:  # noqa: B008
         """Create a release with the same payload for the nodes that were failed or skipped (rule 10).
@@ -5490,6 +5928,20 @@ class Releases:
         with self._database.transaction() as tx:
             return read_release(tx, release_id)
 
+    def difference(self, release_id: int, other_id: int | None = None) -> tuple[Release, Release, Difference]:
+        """Return a release, another one, and what the first changes against it; None: release_before().
+
+        Raise AppError 3001, 2003 for one of another target, 3003 for a payload that can't be read.
+        """
+        with self._database.transaction() as tx:
+            release = read_release(tx, release_id)
+            other = release_before(tx, release) if other_id is None else read_release(tx, other_id)
+        if other.target != release.target:
+            raise AppError(INVALID, f"release {other.id} is of target {other.target}, release {release.id} of target "
+                                    f"{release.target}: only releases of one target can be compared")
+        before, after = (without_version(stored_payload(one)) for one in (other, release))
+        return release, other, difference(before, after)
+
     def find(self, release_id: int) -> Release | None:
         """Return a release, or None."""
         with self._database.transaction() as tx:
@@ -5547,7 +5999,7 @@ class Releases:
         params = (status,) if status else ()
         with self._database.transaction() as tx:
             total = tx.value(f"SELECT COUNT(*) FROM release_tasks r {where}", *params)
-            rows = tx.rows(f"SELECT {RELEASE_COLUMNS} FROM release_tasks r {where} ORDER BY r.id DESC "
+            rows = tx.rows(f"SELECT {LISTED_COLUMNS} FROM release_tasks r {where} ORDER BY r.id DESC "
                            "LIMIT ? OFFSET ?", *params, size, (page - 1) * size)
             return Page([Release(*row) for row in rows], total, page, size)
 
@@ -5555,7 +6007,7 @@ class Releases:
         """Return the releases that are not terminal, oldest first, each with its number of batches."""
         with self._database.transaction() as tx:
             rows = tx.rows(f"""
-                SELECT {RELEASE_COLUMNS},
+                SELECT {LISTED_COLUMNS},
                        COALESCE((SELECT MAX(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id), 0)
                 FROM release_tasks r
                 WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')
@@ -5676,14 +6128,15 @@ class Releases:
         release_id = tx.value(self._database.engine.take_release_id_sql)
         version = self._version_for(tx, request, release_id)
         payload = payload_for_version(request.payload, version)
+        remark = CHANGES_NOTHING if changes_nothing(tx, payload, [node.id for node in nodes]) else ""
         self._state.seen.use_version(version)
-        now = self._state.now()
+        now, digest = self._state.now(), digest_of(payload)
         tx.execute("""
-            INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, strategy, retry_of,
-                                       rollback_of, total_nodes, created_at, updated_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+            INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, payload_sha256,
+                                       strategy, retry_of, rollback_of, total_nodes, created_at, updated_at)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
                    release_id, request.target, version, new_tag(), REASON_PENDING, request.reason, to_json(payload),
-                   to_json(request.strategy), request.retry_of, request.rollback_of,
+                   digest, to_json(request.strategy), request.retry_of, request.rollback_of,
                    sum(map(len, plan.batches)), now, now)
         addresses = {node.id: (node.name, node.main_ip, node.agent_port) for node in nodes}
         tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, accepted, created_at, "
@@ -5692,20 +6145,20 @@ class Releases:
                            for number, batch in enumerate(plan.batches, 1) for node_id in batch])
         left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20]
                     if request.retry_of or request.rollback_of]
-        detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "", *left_out)))
+        detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "", remark, *left_out)))
         add_events(tx, now, actor, [NewEvent(release_id, "created", "", PENDING, detail)])
         self._queue.explain_waiting(tx)
         release = read_release(tx, release_id)
         verb = "retry" if request.retry_of else "rollback" if request.rollback_of else "create"
         self._audit.add(tx, actor, f"release.{verb}", f"release {release_id}", after=non_empty(
             version=version, target=request.target, reason=request.reason, totalNodes=release.total_nodes,
-            payloadSha256=digest_of(payload), strategy=request.strategy, retryOf=request.retry_of,
+            payloadSha256=digest, strategy=request.strategy, retryOf=request.retry_of,
             rollbackOf=request.rollback_of))
         tx.after_commit.append(lambda: log.info(
             "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
             in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
             extra=about(release, actor=str(actor), event="created")))
-        return Made(release, plan.batches, plan.left_out)
+        return Made(release, plan.batches, plan.left_out, remark)
 
     def _make_again(self, verb: str, release_id: int, actor: Who, wish: Again, key: IdempotencyKey | None) -> Made:
         with self._database.transaction(write=True) as tx:
@@ -5769,7 +6222,7 @@ class Releases:
 # region Claims
 # ======================================================================================
 # Claims: claim, lease, fence, commit; the store that all parts make up.
-# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Decision, Database, Database
+# Uses: Vocabulary, Helpers, Payloads, Model, Plan, Decision, Database, Database
 #   state, Audit, Nodes, Queue, Releases.
 # ======================================================================================
 
@@ -5949,7 +6402,7 @@ class Claims:
         self._state.seen.use_version(version)
         payload = release.payload
         with contextlib.suppress(ValueError, AppError):  # one that can't be used ends the release: Driver
-            payload = to_json(payload_for_version(parse_payload(parse_json(payload)), version))
+            payload = to_json(payload_for_version(read_payload(payload), version))
         tx.execute("UPDATE release_tasks SET version = ?, payload = ? WHERE id = ?", version, payload, release.id)
         text = f"version {release.version} became {version}: {why}"
         add_events(tx, self._state.now(), owner, [NewEvent(release.id, "renumbered", PENDING, PENDING, text)])
@@ -5960,6 +6413,9 @@ class Claims:
     @staticmethod
     def _fill_row(tx: Transaction, release: Release) -> None:
         """Set the columns that a person who wrote the rows of a release left out."""
+        digest = digest_of_stored(release.payload)
+        if digest != release.stored_sha256:
+            tx.execute("UPDATE release_tasks SET payload_sha256 = ? WHERE id = ?", digest, release.id)
         if release.tag:
             return
         # no tag where agents know tasks without one, from before schema 5
@@ -7320,8 +7776,8 @@ async def _late_alert(timed: TimedSocket) -> str:
 # region Driver
 # ======================================================================================
 # Driver: one claimed release: read, decide, commit, send, collect.
-# Uses: Vocabulary, Helpers, Settings, Model, Strategy, Plan, Status texts, Decision,
-#   Claims, Event loop, Dialects, Agents.
+# Uses: Vocabulary, Helpers, Settings, Payloads, Model, Strategy, Plan, Status
+#   texts, Decision, Claims, Event loop, Dialects, Agents.
 # ======================================================================================
 
 class Lease:
@@ -7565,7 +8021,7 @@ class Driver:
         holds, moved_s = self._store.claims.holds(release.id), self._store.claims.dispatch_blockers(release.id).moved_s
         self._broken = ""
         try:
-            self._payload = parse_payload(parse_json(release.payload))
+            self._payload = read_payload(release.payload)
             self._strategy = parse_strategy(parse_json(release.strategy))
             self._policy = self._context.policy.under(self._strategy)
             refuse_dropping_sites(self._payload, (row for row in rows if row.status != SUCCESS))
@@ -8087,7 +8543,8 @@ class Executor:
 # region Serialization
 # ======================================================================================
 # Serialization: the JSON of contract section 5, and its schemas. Pure.
-# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Audit, Nodes.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Status
+#   texts, Audit, Nodes.
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
@@ -8098,13 +8555,15 @@ TEXT = {"type": "string"}
 _FLAG = {"type": "boolean"}
 _OBJECT = {"type": "object"}
 _REASON = {"type": "string", "maxLength": 500}
+_SHA256 = {"type": "string", "pattern": "^([0-9a-f]{64})?$"}
 
 # Schema of each JSON field. The row has the same field, in snake case: see _row_json().
 RELEASE_SCHEMA: Mapping[str, Any] = {
     "id": ID, "type": TEXT, "target": TEXT, "version": ID,
     "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": TEXT, "reason": TEXT,
     "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
-    "currentBatch": _COUNT, "errorMsg": TEXT, "strategy": _OBJECT, "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL,
+    "currentBatch": _COUNT, "errorMsg": TEXT, "strategy": _OBJECT, "payloadSha256": _SHA256,
+    "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL,
     "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME}
 RELEASE_NODE_SCHEMA: Mapping[str, Any] = {
     "nodeId": ID, "nodeName": TEXT, "mainIp": TEXT,
@@ -8183,12 +8642,53 @@ def left_out_json(left_out: Iterable[LeftOut]) -> list[dict[str, Any]]:
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """Return the answer to dryRun: what a release would do."""
-    payload_of = {"releaseId": plan.payload_of[0], "version": plan.payload_of[1]} if plan.payload_of else None
+    payload_of, strategy = _id_and_version(plan.payload_of) if plan.payload_of else None, plan.strategy
     return {"version": plan.version, "totalNodes": sum(map(len, plan.batches)),
-            "batches": [{"batch": number, "nodeIds": ids, "maxFailed": most}
+            "batches": [{"batch": number, "nodeIds": ids, "nodeNames": [plan.names.get(id_, "") for id_ in ids],
+                         "maxFailed": most}
                         for number, (ids, most) in enumerate(zip(plan.batches, plan.max_failed), 1)],
-            "maxFailedTotal": plan.max_failed_total, "maxParallel": plan.strategy.max_parallel,
-            "leftOut": left_out_json(plan.left_out), "emptied": list(plan.emptied), "payloadOf": payload_of}
+            "maxFailedTotal": plan.max_failed_total, "maxParallel": strategy.max_parallel,
+            "soakSec": strategy.soak_s, "pauseAfter": plan.pauses, "onExceed": strategy.on_exceed,
+            "startAt": strategy.start_at or None, "verify": _verify_json(strategy.verify) if strategy.verify else None,
+            "leftOut": left_out_json(plan.left_out), "emptied": list(plan.emptied), "payloadOf": payload_of,
+            "effect": _effect_json(plan.effect) if plan.effect else None}
+
+
+def _id_and_version(release: tuple[int, int]) -> dict[str, Any]:
+    return {"releaseId": release[0], "version": release[1]}
+
+
+def _verify_json(verify: Verify) -> dict[str, Any]:
+    return {"url": verify.url, "status": verify.status, "timeoutSec": verify.timeout_s,
+            "successes": verify.successes, "host": verify.host, "contains": verify.contains}
+
+
+def _effect_json(effect: Effect) -> dict[str, Any]:
+    return {"text": effect_text(effect), "against": effect.against,
+            **_changes_json(effect.difference or Difference([], 0)),
+            "openReleases": effect.open_releases,
+            "running": [{"releaseId": one.release_id, "version": one.version or None, "nodes": one.nodes,
+                         "same": one.is_same} for one in effect.running]}
+
+
+def _changes_json(changes: Difference) -> dict[str, Any]:
+    return {"total": changes.total, "changes": [
+        {"change": one.kind, "path": one.where,
+         **({"before": one.before} if one.kind != ADDED else {}),
+         **({"after": one.after} if one.kind != REMOVED else {}),
+         **({"position": one.position} if one.position is not None else {})} for one in changes.changes]}
+
+
+def difference_json(release: Release, other: Release, changes: Difference) -> dict[str, Any]:
+    """Return what a release changes against another one."""
+    return {**_id_and_version((release.id, release.version)), "with": _id_and_version((other.id, other.version)),
+            **_changes_json(changes)}
+
+
+def payload_json(release: Release, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a release's payload as it was sent but for the version."""
+    return {**_id_and_version((release.id, release.version)), "payloadSha256": digest_of(payload),
+            "payload": without_version(payload)}
 
 
 def freeze_json(freeze: Freeze) -> dict[str, Any]:
@@ -8250,15 +8750,20 @@ def parse_node_fields(body: Mapping[str, Any], required: Sequence[str] = ()) -> 
 
 
 def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
-    """Return the request for a release from its JSON, the strategy unparsed; raise AppError 2003."""
+    """Return the request for a release from its JSON, the strategy unparsed; raise AppError 2003.
+
+    body is of parse_json(exact=True), for the payload's sake.
+    """
     known_keys(body, ("target", "reason", "payload", "strategy", "nodeIds", "labels", "dryRun", "version"))
+    payload = body.get("payload", {})
+    body = plain_numbers({key: value for key, value in body.items() if key != "payload"})
     if "nodeIds" in body and "labels" in body:
         raise AppError(INVALID, "nodeIds and labels exclude each other: name one of them")
     if not isinstance(body.get("strategy", {}), dict):
         raise AppError(INVALID, "strategy must be a JSON object")
     return ReleaseRequest(
         parse_target(body.get("target", "cdn")), parse_text("reason", body.get("reason", "")),
-        parse_payload(body.get("payload", {})), strategy=body.get("strategy", {}),
+        parse_payload(payload), strategy=body.get("strategy", {}),
         node_ids=parse_node_ids(body["nodeIds"]) if "nodeIds" in body else None,
         labels=parse_json(parse_labels(body["labels"])) if "labels" in body else None,
         version=parse_version("version", body["version"]) if "version" in body else None)
@@ -8288,6 +8793,9 @@ def openapi_schemas() -> dict[str, Any]:
     created = {"releaseId": ID, "version": ID, "totalNodes": _COUNT,
                "batches": _array(schema_of({"batch": ID, "nodeIds": _array(ID)}))}
     again = {"reason": _REASON, "overNewer": _FLAG, "dryRun": _FLAG}
+    changes = {"total": _COUNT, "changes": {**_array(schema_of(
+        {"change": {"type": "string", "enum": [ADDED, REMOVED, CHANGED]}, "path": TEXT, "before": {}, "after": {},
+         "position": _COUNT}, required=["change", "path"])), "maxItems": MAX_CHANGES}}
     return {
         "Release": schema_of(RELEASE_SCHEMA),
         "ReleaseNode": schema_of(RELEASE_NODE_SCHEMA),
@@ -8312,9 +8820,18 @@ def openapi_schemas() -> dict[str, Any]:
         "NodeChange": schema_of(_NODE_FIELD_SCHEMAS, required=[]),
         "Plan": schema_of({
             "version": ID, "totalNodes": _COUNT,
-            "batches": _array(schema_of({"batch": ID, "nodeIds": _array(ID), "maxFailed": _COUNT})),
-            "maxFailedTotal": _ID_OR_NULL, "maxParallel": _COUNT, "leftOut": left_out, "emptied": _array(TEXT),
-            "payloadOf": {"type": ["object", "null"], "properties": {"releaseId": ID, "version": ID}}}),
+            "batches": _array(schema_of({"batch": ID, "nodeIds": _array(ID), "nodeNames": _array(TEXT),
+                                         "maxFailed": _COUNT})),
+            "maxFailedTotal": _ID_OR_NULL, "maxParallel": _COUNT, "soakSec": {"type": "number", "minimum": 0},
+            "pauseAfter": _array(ID), "onExceed": TEXT, "startAt": _TIME, "verify": {"type": ["object", "null"]},
+            "leftOut": left_out, "emptied": _array(TEXT),
+            "payloadOf": {"type": ["object", "null"], "properties": {"releaseId": ID, "version": ID}},
+            "effect": schema_of({"text": TEXT, "against": _ID_OR_NULL, **changes, "openReleases": _COUNT,
+                                 "running": _array(schema_of({
+                "releaseId": _ID_OR_NULL, "version": _ID_OR_NULL, "nodes": ID, "same": _FLAG}))})}),
+        "Payload": schema_of({"releaseId": ID, "version": ID, "payloadSha256": _SHA256, "payload": _OBJECT}),
+        "Difference": schema_of({"releaseId": ID, "version": ID,
+                                 "with": schema_of({"releaseId": ID, "version": ID}), **changes}),
         "Strategy": schema_of({key: schema for key, (_, _, schema) in STRATEGY_KEYS.items()}, required=[]),
         "NewRelease": schema_of({
             "target": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}, "reason": _REASON,
@@ -8592,63 +9109,25 @@ def refuse_strangers(head: Head) -> None:
 # endregion
 
 
-# region API
+# region Requests
 # ======================================================================================
-# API: routes as a table, handlers, /openapi.json (contract section 5); knows no
-#   socket.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Verbs,
-#   Audit, Retry and rollback, Claims, Serialization.
+# Requests: a checked request, its parameters and its reply; who may read much at a time.
+# Uses: Vocabulary, Helpers, Strategy, Audit.
 # ======================================================================================
-
-DASHBOARD_FILE = Path(__file__).resolve().with_name("dashboard.html")
-
-
-class Dashboard(NamedTuple):
-    """The dashboard's document, and the headers that it needs."""
-    text: str
-    headers: Mapping[str, str]
-
-
-@functools.lru_cache(maxsize=1)
-def dashboard() -> Dashboard:
-    """Return the dashboard, read once; raise ConfigError when its file can't be used."""
-    text = read_beside(DASHBOARD_FILE)
-    if not text.rstrip().endswith("</html>"):
-        raise ConfigError(f"{DASHBOARD_FILE} is empty or cut off: copy the one that came with this releasectl.py")
-    return Dashboard(text, page_headers(text))
-
-
-def page_headers(text: str) -> dict[str, str]:
-    """Return the headers of a page: its own script and style by their hashes, its own origin, nothing else."""
-    script, style = (hashlib.sha256(text.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()).digest()
-                     for tag in ("script", "style"))
-    return {
-        "Content-Security-Policy": "; ".join((
-            "default-src 'none'", f"script-src 'sha256-{base64.b64encode(script).decode()}'",
-            f"style-src 'sha256-{base64.b64encode(style).decode()}'", "connect-src 'self'", "img-src data:",
-            "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'")),
-        "Referrer-Policy": "no-referrer"}
-
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,128}")
 # Seconds between polls of a client's wait for events: another process may write them.
 EVENTS_POLL_S, MAX_EVENTS_WAIT_S = 0.5, 30
-# Minimum seconds between write checks of the database, however many clients ask.
-READY_CHECK_EVERY_S = 1.0
-# Added to what Claims.times_ahead() returns: claims and holds that end later than any setting allows.
-CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
-                   "all hosts (NTP)")
-# A write check under way for longer than this makes the answer "not ready", whatever the last one found.
-MAX_READY_CHECK_S = 10.0
-# Seconds between log lines that say why we are not ready.
-READY_LOG_EVERY_S = 60.0
 # A release of more nodes is read whole by one client at a time.
 MAX_FREE_READ_NODES = 500
 # While a release runs, the next whole read starts after this many times the CPU time of the last one.
 WHOLE_READ_REST, MAX_WHOLE_READ_REST_S = 15, 3.0
 # Of each role so many clients wait for a whole read, up to WHOLE_READ_WAIT_S; others get 429.
 MAX_WHOLE_READ_QUEUE, WHOLE_READ_WAIT_S, WHOLE_READ_POLL_S = 4, 7.0, 0.05
+
+# What stands for the release before one.
+BEFORE = "before"
 
 # Parameter of a query: its schema.
 QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
@@ -8657,6 +9136,8 @@ QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
     "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
     "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
+    "with": {"type": "string", "pattern": f"^({BEFORE}|[0-9]{{1,19}})$", "default": BEFORE,
+             "description": f"id of a release; {BEFORE}: the newest one of the target before it that succeeded"},
     "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
     "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
     "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
@@ -8741,6 +9222,56 @@ class ReadQueue:
             self._is_taken, self._free_at = False, time.monotonic() + rest_s
 
 
+# endregion
+
+
+# region API
+# ======================================================================================
+# API: routes as a table, handlers, /openapi.json (contract section 5); knows no
+#   socket.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan,
+#   Verbs, Audit, Retry and rollback, Claims, Serialization, Requests.
+# ======================================================================================
+
+DASHBOARD_FILE = Path(__file__).resolve().with_name("dashboard.html")
+
+
+class Dashboard(NamedTuple):
+    """The dashboard's document, and the headers that it needs."""
+    text: str
+    headers: Mapping[str, str]
+
+
+@functools.lru_cache(maxsize=1)
+def dashboard() -> Dashboard:
+    """Return the dashboard, read once; raise ConfigError when its file can't be used."""
+    text = read_beside(DASHBOARD_FILE)
+    if not text.rstrip().endswith("</html>"):
+        raise ConfigError(f"{DASHBOARD_FILE} is empty or cut off: copy the one that came with this releasectl.py")
+    return Dashboard(text, page_headers(text))
+
+
+def page_headers(text: str) -> dict[str, str]:
+    """Return the headers of a page: its own script and style by their hashes, its own origin, nothing else."""
+    script, style = (hashlib.sha256(text.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()).digest()
+                     for tag in ("script", "style"))
+    return {
+        "Content-Security-Policy": "; ".join((
+            "default-src 'none'", f"script-src 'sha256-{base64.b64encode(script).decode()}'",
+            f"style-src 'sha256-{base64.b64encode(style).decode()}'", "connect-src 'self'", "img-src data:",
+            "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'")),
+        "Referrer-Policy": "no-referrer"}
+
+
+# Minimum seconds between write checks of the database, however many clients ask.
+READY_CHECK_EVERY_S = 1.0
+# Added to what Claims.times_ahead() returns: claims and holds that end later than any setting allows.
+CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
+                   "all hosts (NTP)")
+# A write check under way for longer than this makes the answer "not ready", whatever the last one found.
+MAX_READY_CHECK_S = 10.0
+# Seconds between log lines that say why we are not ready.
+READY_LOG_EVERY_S = 60.0
 # The health of a process without an executor.
 NO_PROCESS: Mapping[str, Any] = {"executor": {"enabled": False, "owner": "", "lastLookAt": None}, "certificates": []}
 
@@ -8794,7 +9325,7 @@ class Api:
             return None
         if not IDEMPOTENCY_KEY.fullmatch(request.key):
             raise AppError(INVALID, "Idempotency-Key must be 1 to 128 printable characters without a space")
-        asked = (what + json.dumps(request.body, sort_keys=True)).encode()
+        asked = (what + canonical_json(request.body)).encode()
         return IdempotencyKey(str(request.actor), request.key, hashlib.sha256(asked).hexdigest())
 
     def list_releases(self, request: Request) -> Reply:
@@ -8806,20 +9337,35 @@ class Api:
             return Reply(200, {"release": release_json(self.store.releases.get(request.ids[0]))})
         return Reply(200, self._whole_release(request))
 
+    def get_payload(self, request: Request) -> Reply:
+        release = self.store.releases.get(request.ids[0])
+        return Reply(200, payload_json(release, stored_payload(release)))
+
+    def get_difference(self, request: Request) -> Reply:
+        text = request.query.get("with", BEFORE)
+        other = None if text == BEFORE else parse_id(text)
+        return Reply(200, self._one_at_a_time(request, lambda: difference_json(
+            *self.store.releases.difference(request.ids[0], other))))
+
     def _whole_release(self, request: Request) -> dict[str, Any]:
-        """Return a release with its nodes; large ones one at a time, with pauses while a release runs.
+        """Return a release with its nodes; large ones one at a time."""
+        def read() -> dict[str, Any]:
+            return release_with_nodes_json(*self.store.releases.with_nodes(request.ids[0]))
+        is_small = self.store.releases.get(request.ids[0]).total_nodes <= MAX_FREE_READ_NODES
+        return read() if is_small else self._one_at_a_time(request, read)
+
+    def _one_at_a_time(self, request: Request, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Read what is dear, one at a time, with pauses while a release runs.
 
         All threads share one interpreter: clients that read in a loop would take most of it.
         """
-        release_id = request.ids[0]
-        if self.store.releases.get(release_id).total_nodes <= MAX_FREE_READ_NODES:
-            return release_with_nodes_json(*self.store.releases.with_nodes(release_id))
         if not self._whole_reads.acquire(request):
-            raise AppError(TOO_MANY_REQUESTS, "too many clients read whole releases: ask for ?view=summary",
+            raise AppError(TOO_MANY_REQUESTS, "too many clients read whole releases or differences: come again, or ask "
+                           "for ?view=summary",
                            retry_after_s=5)
         began, rest_s = time.thread_time(), 0.0
         try:
-            data = release_with_nodes_json(*self.store.releases.with_nodes(release_id))
+            data = read()
             if self._is_busy():
                 rest_s = min(WHOLE_READ_REST * (time.thread_time() - began), MAX_WHOLE_READ_REST_S)
             return data
@@ -9049,6 +9595,10 @@ ROUTES: tuple[Route, ...] = (
           headers=("Idempotency-Key",), dry_run="Plan"),
     Route("GET", "/api/v1/releases/{id}/events", Api.list_events, VIEWER, "Its history, oldest first", "EventList",
           ("after", "limit", "wait")),
+    Route("GET", "/api/v1/releases/{id}/payload", Api.get_payload, OPERATOR, "Its payload, but for the version",
+          "Payload"),
+    Route("GET", "/api/v1/releases/{id}/diff", Api.get_difference, OPERATOR,
+          "What its payload changes against another release's", "Difference", ("with",)),
     Route("GET", "/api/v1/nodes", Api.list_nodes, VIEWER, "List nodes", "NodeList",
           ("page", "pageSize", "lastRelease")),
     Route("POST", "/api/v1/nodes", Api.add_node, OPERATOR, "Add a node", "Node", body="NewNode"),
@@ -9176,7 +9726,7 @@ def openapi_document() -> dict[str, Any]:
 # ======================================================================================
 # Server: a request from its first byte to its answer; the listener and its threads.
 # Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Engines, Audit,
-#   Releases, HTTP wire, Access, API.
+#   Releases, HTTP wire, Access, Requests, API.
 # ======================================================================================
 
 class ClientGone(Exception):
@@ -9336,7 +9886,7 @@ class Exchange:
             assert identity is not None
             self._require_role(identity, route.role)
         fields = self._query(query, route)
-        body = self._body(self._read_body(route))
+        body = self._body(self._read_body(route), route)
         request = Request(ids, fields, body, self.actor or "", head.headers.get("idempotency-key"), self._is_over,
                           identity.role if identity else ANYONE)
         return answer_of(route.handler(self.server.api, request), route, head)
@@ -9455,11 +10005,11 @@ class Exchange:
         return dict(pairs)
 
     @staticmethod
-    def _body(raw: bytes) -> Mapping[str, Any]:
+    def _body(raw: bytes, route: Route) -> Mapping[str, Any]:
         if not raw:
             return {}
         try:
-            body = parse_json(raw)
+            body = parse_json(raw, exact=route.body == "NewRelease")
         except ValueError as error:
             raise AppError(MALFORMED, f"the body is not JSON: {one_line(error, 150)}") from None
         if not isinstance(body, dict):
@@ -10056,9 +10606,9 @@ class Screen:
 # region Commands
 # ======================================================================================
 # Commands: what each other command does (contract section 4).
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Status
-#   texts, Verbs, Engines, Database, Audit, Queue, Retry and rollback, Releases,
-#   Claims, Serialization, Access, Check and why, Terminal.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Difference, Model, Strategy, Plan,
+#   Status texts, Verbs, Engines, Database, Audit, Queue, Retry and rollback,
+#   Releases, Claims, Serialization, Access, Check and why, Terminal.
 # ======================================================================================
 
 class Context:
@@ -10285,7 +10835,7 @@ def command_create(context: Context) -> int:
                             "strategy": _given(options, STRATEGY_OPTIONS)}
     if options.payload:
         try:
-            body["payload"] = parse_json(read_text(options.payload))
+            body["payload"] = parse_json(read_text(options.payload), exact=True)
         except ValueError as error:
             raise AppError(MALFORMED, f"--payload {options.payload} is not JSON: {one_line(error, 150)}") from None
     verify = _given(options, VERIFY_OPTIONS)
@@ -10307,15 +10857,44 @@ def command_create(context: Context) -> int:
 def _show_plan(context: Context, plan: Plan) -> int:
     """Print what a release would do, and which nodes it would leave out."""
     payload = "payload of release {} (v{})".format(*plan.payload_of) if plan.payload_of else None
+    strategy, effect = plan.strategy, plan.effect
     limits = [("version", plan.version), ("sends", payload), ("nodes", sum(map(len, plan.batches))),
               ("failures tolerated in all", plan.max_failed_total),
-              ("nodes in flight at once, at most", plan.strategy.max_parallel or None)]
-    text = table([(number, len(ids), most, in_words(ids)) for number, (ids, most) in enumerate(
-        zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "node ids"))
+              ("more failures", None if strategy.on_exceed == FAIL else "it pauses"),
+              ("nodes in flight at once, at most", strategy.max_parallel or None),
+              ("starts no earlier than", strategy.start_at or None),
+              ("soaks after each batch", f"{strategy.soak_s:g} s" if strategy.soak_s else None),
+              ("pauses after batch", in_words(plan.pauses) or None),
+              ("each node is probed at", strategy.verify.url if strategy.verify else None)]
+    text = table([(number, len(ids), most, in_words([plan.names[id_] for id_ in ids])) for number, (ids, most)
+                  in enumerate(zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "names"))
     emptied = [f"left without any site: {', '.join(plan.emptied)}"] if plan.emptied else []
     return context.show(plan_json(plan), "\n".join(
         [text, *(f"{name}: {value}" for name, value in limits if value is not None), *_left_out_lines(plan.left_out),
-         *emptied]))
+         *emptied, *([effect_text(effect)] if effect else []),
+         *(_change_lines(effect.difference, MAX_CHANGES_PLANNED) if effect and effect.difference else [])]))
+
+
+# Changes that a plan shows; `diff` and --json show more.
+MAX_CHANGES_PLANNED = 20
+
+
+def _change_lines(changes: Difference, most: int = MAX_CHANGES) -> list[str]:
+    left = changes.total - most
+    return [*map(str, changes.changes[:most]), *([f"and {left} more"] if left > 0 else [])]
+
+
+def command_payload(context: Context) -> int:
+    release = context.open().releases.get(context.options.id)
+    payload = stored_payload(release)
+    return context.show(payload_json(release, payload), indented_json(without_version(payload)))
+
+
+def command_diff(context: Context) -> int:
+    release, other, changes = context.open().releases.difference(context.options.id, context.options.other)
+    context.show(difference_json(release, other, changes), "\n".join(
+        [f"{other} -> {release}: {changes}", *_change_lines(changes)]))
+    return EXIT_NOT_SUCCESS if changes.total else EXIT_DONE
 
 
 def _left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
@@ -10330,13 +10909,14 @@ def _check_wait(options: argparse.Namespace) -> None:
 def _show_created(context: Context, made: Made) -> int:
     release = made.release
     left_out = _left_out_lines(made.left_out) if release.retry_of or release.rollback_of else []
+    remark = [made.remark] if made.remark else []
     if context.options.wait:
-        print("\n".join([f"{release}: created", *left_out]), file=sys.stderr)
+        print("\n".join([f"{release}: created", *remark, *left_out]), file=sys.stderr)
         return _watch(context, release.id)
     as_json = created_again_json if release.retry_of or release.rollback_of else created_json
     return context.show(as_json(made), "\n".join([
         f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
-        f"{in_words([len(batch) for batch in made.batches])}", *left_out]))
+        f"{in_words([len(batch) for batch in made.batches])}", *remark, *left_out]))
 
 
 def command_list(context: Context) -> int:
@@ -11160,6 +11740,10 @@ COMMANDS: tuple[Command, ...] = (
     Command("events", "the history of a release", command_events, (
         _ID_OPTION, _int_option("--after", 0, MAX_ID, default=0, help="only events with a higher id"),
         _int_option("--limit", 1, 100000, default=1000))),
+    Command("payload", "the payload of a release, as it was sent but for the version", command_payload, (_ID_OPTION,)),
+    Command("diff", "what a release changes against another one; exit 0: nothing, 1: something", command_diff, (
+        _ID_OPTION, option("other", metavar="OTHER", nargs="?", type=_release_id,
+                           help="against this release (the newest one of its target before it that succeeded)"))),
     Command("audit", "who did what, newest last; whether the log is whole", command_audit, (
         option("--actor", default="", metavar="NAME", help="only by this actor, token or certificate"),
         option("--action", default="", metavar="WORD", help="only this action, or group: node.set, node"),

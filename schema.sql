@@ -266,3 +266,11 @@ CREATE TRIGGER audit_log_no_delete BEFORE DELETE ON audit_log BEGIN SELECT RAISE
 CREATE TRIGGER audit_log_no_replace BEFORE INSERT ON audit_log WHEN NEW.id IN (SELECT id FROM audit_log) BEGIN SELECT RAISE(ABORT, 'audit_log only grows'); END;
 
 INSERT INTO schema_version (version) VALUES (6);
+
+-- step 7: what went out, told apart at once
+
+-- The SHA-256 of the payload without its version (docs/SECURITY.md); migrate fills it. '': a person wrote the row, and
+-- the claim fills it. Whoever changes a payload sets it to '' too.
+ALTER TABLE release_tasks ADD COLUMN payload_sha256 TEXT NOT NULL DEFAULT '';
+
+INSERT INTO schema_version (version) VALUES (7);

@@ -404,6 +404,17 @@ def test_a_poll_that_tells_no_success_says_why(client, new_peer, answer, kind, m
 
 # -- the execute dialect ---------------------------------------------------------------------
 
+@pytest.mark.parametrize("protocol", ["tasks", "execute"])
+def test_an_agent_gets_the_numbers_of_a_payload_digit_for_digit(client, new_peer, protocol):
+    peer = new_peer(says(executed("success", "applied")))
+    payload = rc.read_payload('{"a":[0.1234567890123456789,1.10,-0,1E5]}')
+    with contextlib.suppress(rc.AgentError):  # a tasks agent answers otherwise
+        client.dispatch(peer.address(protocol), TASK._replace(payload=payload))
+    (_, body), = peer.requests
+    assert '"a":[0.1234567890123456789,1.10,-0,1E5]' in (body if isinstance(body, str) else body.decode())
+    assert json.loads(body)["payload"].get("version", 42) == 42
+
+
 def test_an_execute_agent_is_sent_the_version_within_the_payload(client, new_peer):
     peer = new_peer(says(executed("success", "applied")))
     assert client.dispatch(peer.address("execute"), TASK) == rc.Outcome(

@@ -31,8 +31,8 @@ from lab import (
 import releasectl as rc
 
 RELEASE_KEYS = {"id", "type", "target", "version", "status", "statusReason", "reason", "totalNodes", "successNodes",
-                "failedNodes", "skippedNodes", "currentBatch", "errorMsg", "strategy", "retryOf", "rollbackOf",
-                "createdAt", "startedAt", "finishedAt", "updatedAt"}
+                "failedNodes", "skippedNodes", "currentBatch", "errorMsg", "strategy", "payloadSha256", "retryOf",
+                "rollbackOf", "createdAt", "startedAt", "finishedAt", "updatedAt"}
 RELEASE_NODE_KEYS = {"nodeId", "nodeName", "mainIp", "status", "taskId", "attempts", "errorKind", "errorMsg",
                      "startedAt", "finishedAt"}
 NODE_KEYS = {"id", "name", "mainIp", "agentPort", "agentProtocol", "labels", "enabled", "status", "createdAt",
@@ -43,6 +43,7 @@ ROUTES = {
     ("POST", "/api/v1/releases/{id}/pause"), ("POST", "/api/v1/releases/{id}/resume"),
     ("POST", "/api/v1/releases/{id}/cancel"), ("POST", "/api/v1/releases/{id}/retry"),
     ("POST", "/api/v1/releases/{id}/rollback"), ("GET", "/api/v1/releases/{id}/events"),
+    ("GET", "/api/v1/releases/{id}/payload"), ("GET", "/api/v1/releases/{id}/diff"),
     ("GET", "/api/v1/nodes"), ("POST", "/api/v1/nodes"), ("GET", "/api/v1/nodes/{id}"),
     ("PATCH", "/api/v1/nodes/{id}"), ("DELETE", "/api/v1/nodes/{id}"),
     ("GET", "/api/v1/freeze"), ("PUT", "/api/v1/freeze"),
@@ -79,7 +80,7 @@ def new_tokens(tmp_path):
 
 def ended(store: rc.Store, *statuses: str) -> int:
     """Creates a release, and lets it have ended with its nodes in these statuses; gives its id."""
-    release, batches, _ = store.releases.create(rc.ReleaseRequest(payload={"for": list(statuses)}), "test")
+    release, batches, *_ = store.releases.create(rc.ReleaseRequest(payload={"for": list(statuses)}), "test")
     with store.database.transaction(write=True) as tx:
         for node_id, status in zip([node_id for batch in batches for node_id in batch], statuses):
             tx.execute("UPDATE release_task_nodes SET status = ? WHERE release_task_id = ? AND node_id = ?",
@@ -111,7 +112,8 @@ def test_a_release_has_the_keys_of_the_contract_and_null_for_what_has_not_come(c
     assert release == {
         "id": 1, "type": "apply_config", "target": "cdn", "version": 1, "status": "pending", "reason": "weekly",
         "totalNodes": 3, "successNodes": 0, "failedNodes": 0, "skippedNodes": 0, "currentBatch": 1, "errorMsg": "",
-        "strategy": {}, "retryOf": None, "rollbackOf": None, "startedAt": None, "finishedAt": None}
+        "strategy": {}, "payloadSha256": rc.digest_of({}), "retryOf": None, "rollbackOf": None,
+        "startedAt": None, "finishedAt": None}
 
 
 def test_a_release_is_answered_with_its_nodes_by_batch(client):
@@ -609,7 +611,8 @@ def test_a_token_is_known_by_its_sha256(guarded):
 def test_a_viewer_reads_and_only_an_operator_changes(guarded):
     guarded.token = "viewer-secret"
     refused = {(method, path) for method, path in ROUTES if guarded(method, path.replace("{id}", "99")).code == 1004}
-    assert refused == {(method, path) for method, path in ROUTES if method != "GET"} | {("GET", "/api/v1/audit")}
+    assert refused == {(method, path) for method, path in ROUTES if method != "GET"} | {
+        ("GET", f"/api/v1/{path}") for path in ("audit", "releases/{id}/payload", "releases/{id}/diff")}
     guarded.token = "operator-secret"
     for method, path in ROUTES:
         assert guarded(method, path.replace("{id}", "99")).code not in (1001, 1002, 1004)
@@ -789,7 +792,8 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
             ("POST", "/api/v1/releases/{id}/pause", 3, {"reason": "x"}),
             ("POST", "/api/v1/releases/{id}/resume", 3, {}), ("POST", "/api/v1/releases/{id}/cancel", 3, None),
             ("POST", "/api/v1/releases/{id}/retry", 2, {}), ("POST", "/api/v1/releases/{id}/rollback", 2, None),
-            ("GET", "/api/v1/releases/{id}/events", 3, None), ("GET", "/api/v1/nodes", 0, None),
+            ("GET", "/api/v1/releases/{id}/events", 3, None), ("GET", "/api/v1/releases/{id}/payload", 3, None),
+            ("GET", "/api/v1/releases/{id}/diff", 2, None), ("GET", "/api/v1/nodes", 0, None),
             ("POST", "/api/v1/nodes", 0, {"name": "n", "mainIp": "::1", "agentPort": 1, "labels": {"a": "b"}}),
             ("PATCH", "/api/v1/nodes/{id}", 3, {"status": "offline", "enabled": False}),
             ("GET", "/api/v1/nodes/{id}", 3, None), ("DELETE", "/api/v1/nodes/{id}", 3, None),

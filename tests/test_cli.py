@@ -218,7 +218,7 @@ def test_a_payload_that_cant_be_used_is_refused_and_nothing_is_written(filled_qu
 def test_a_payload_comes_from_a_file_or_standard_input(filled):
     filled.ok("create", "--payload", filled.file("payload.json", '{"sites": ["\u00e9"]}'))
     filled.ok("create", "--payload", "-", stdin='{"version": 5}')
-    assert [release.payload for release in filled.store.releases.page().items[:2]] == [
+    assert [filled.store.releases.get(number).payload for number in (5, 4)] == [
         '{"version":5}', '{"sites":["\u00e9"]}']
 
 
@@ -636,9 +636,17 @@ def test_create_takes_a_strategy_by_options_and_plan_shows_it_before(filled_quic
                "--verify-successes", "2")
     plan = filled_quick.ok("create", *options, "--plan", "--json").json
     assert plan == {"version": 4, "totalNodes": 2, "maxFailedTotal": 1, "maxParallel": 2, "leftOut": [], "emptied": [],
-                    "payloadOf": None,
-                    "batches": [{"batch": 1, "nodeIds": [1], "maxFailed": 0},
-                                {"batch": 2, "nodeIds": [2], "maxFailed": 0}]}
+                    "payloadOf": None, "soakSec": 300, "pauseAfter": [1], "onExceed": "pause",
+                    "startAt": "2999-01-01T00:00:00.000Z", "effect": plan["effect"],
+                    "verify": {"url": "http://{main_ip}:8080/health", "status": 200, "timeoutSec": 5, "successes": 2,
+                               "host": "", "contains": ""},
+                    "batches": [{"batch": 1, "nodeIds": [1], "nodeNames": ["edge-1"], "maxFailed": 0},
+                                {"batch": 2, "nodeIds": [2], "nodeNames": ["edge-2"], "maxFailed": 0}]}
+    text = filled_quick.ok("create", *options, "--plan").out
+    for line in ("1      1      0         edge-1", "more failures: it pauses", "soaks after each batch: 300 s",
+                 "pauses after batch: 1", "each node is probed at: http://{main_ip}:8080/health",
+                 "starts no earlier than: 2999-01-01T00:00:00.000Z", plan["effect"]["text"]):
+        assert line in text
     assert filled_quick.store.releases.page().total == 3
     filled_quick.ok("create", *options)
     assert rc.parse_json(filled_quick.store.releases.get(4).strategy) == {

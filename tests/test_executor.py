@@ -14,7 +14,7 @@ import releasectl as rc
 
 def test_rule_1_the_first_node_is_batch_1_and_all_others_batch_2(world):
     world.nodes(3)
-    release, batches, _ = world.store.releases.create(rc.ReleaseRequest(), "test")
+    release, batches, *_ = world.store.releases.create(rc.ReleaseRequest(), "test")
     assert [len(batch) for batch in batches] == [1, 2]
     assert (release.version, release.total_nodes, release.status) == (1, 3, "pending")
 

@@ -123,7 +123,7 @@ def test_a_plan_writes_nothing_and_is_what_the_release_then_does(store):
     request = rc.ReleaseRequest(strategy={"batches": [1, "50%"], "maxFailed": "20%"}, reason="nightly")
     plan = store.releases.plan(request)
     assert store.releases.page().total == 0
-    made, batches, _ = store.releases.create(request, "test")
+    made, batches, *_ = store.releases.create(request, "test")
     assert batches == plan.batches
     assert plan.max_failed == [0, 2, 1]
     assert rc.parse_json(made.strategy) == request.strategy

@@ -47,7 +47,7 @@ def test_rule_1_versions_grow_and_the_nodes_are_those_enabled_and_online_by_id(s
     nodes = add_nodes(store, 5)
     store.nodes.update(nodes[1].id, {"enabled": 0})
     store.nodes.update(nodes[2].id, {"status": "maintenance"})
-    first, batches, _ = store.releases.create(rc.ReleaseRequest(reason="why"), "anna")
+    first, batches, *_ = store.releases.create(rc.ReleaseRequest(reason="why"), "anna")
     second = new_release(store)
     assert (first.version, second.version) == (1, 2)
     assert batches == [[nodes[0].id], [nodes[3].id, nodes[4].id]]
@@ -395,7 +395,7 @@ def succeed(store: rc.Store, **fields) -> rc.Release:
 def test_rule_10_retry_makes_a_new_release_for_what_was_failed_or_skipped(store):
     add_nodes(store, 3)
     old = fail_first(store, payload={"a": 1, "version": 1})
-    new, batches, _ = store.releases.retry(old.id, "anna")
+    new, batches, *_ = store.releases.retry(old.id, "anna")
     assert (new.version, new.retry_of, new.total_nodes) == (2, old.id, 3)
     assert new.payload == '{"a":1,"version":2}'
     assert batches == [[1], [2, 3]]
@@ -422,7 +422,7 @@ def test_rule_10_rollback_sends_the_newest_successful_payload_to_the_nodes_it_to
     good = succeed(store, payload={"good": 1})
     succeed(store, payload={"else": 1}, target="dns")
     bad = fail_first(store, payload={"bad": 1})
-    new, batches, _ = store.releases.rollback(bad.id, "anna")
+    new, batches, *_ = store.releases.rollback(bad.id, "anna")
     assert (new.version, new.rollback_of, new.payload) == (5, bad.id, good.payload)
     assert batches == [[1]]
     assert store.releases.get(bad.id) == bad

@@ -1,0 +1,370 @@
+"""What went out and what it changes: payloads digit for digit, their digests, differences, plans that tell them."""
+from __future__ import annotations
+
+import json
+import random
+import time
+from typing import Any
+
+import pytest
+from lab import add_nodes, new_release, sql
+from test_again import ended, good
+
+import releasectl as rc
+
+EXACT = ('{"b":0.1234567890123456789,"a":[1.10,-0,1e5,1E+05,100000000000000000000001,-0.0],"c":{"x":1.0,"y":1},'
+         '"d":"\\ud83d\\ude00 1.10"}')
+
+
+# -- numbers, digit for digit -----------------------------------------------------------------------------
+
+def test_numbers_of_a_payload_are_written_as_they_were_read():
+    payload = rc.read_payload(EXACT)
+    assert rc.to_json(payload) == EXACT.replace("\\ud83d\\ude00", "\U0001f600")
+    assert rc.to_json(rc.read_payload(rc.indented_json(payload))) == rc.to_json(payload)
+    assert json.loads(rc.canonical_json(payload)) == json.loads(EXACT)
+    assert rc.plain_numbers(payload) == rc.parse_json(EXACT) == json.loads(EXACT)
+
+
+def test_no_text_is_taken_for_a_number():
+    for text in ('"\\ud8001.10"', '"\\ud800"', '{"\\ud8001":1}'):
+        for exact in (False, True):
+            with pytest.raises(ValueError, match="UTF-8"):
+                rc.parse_json(text, exact=exact)
+    texts = ["\U00010000" + "1.5", "\\ud8001.5", '"\\ud8001.5"', "1.5", "\u00d8001.5"]
+    assert json.loads(rc.to_json(texts)) == json.loads(rc.canonical_json(texts)) == texts
+
+
+@pytest.mark.parametrize("text", ["1e999", "[-1e999]", "NaN", "9" * 10_000])
+def test_what_no_agent_could_read_is_refused(text):
+    with pytest.raises(ValueError, match="too large|too long|not JSON"):
+        rc.parse_json(text, exact=True)
+
+
+def test_two_payloads_are_the_same_when_they_differ_by_version_and_order_at_most():
+    def digest(text: str) -> str:
+        return rc.digest_of(rc.read_payload(text))
+    assert digest('{"a":1,"b":2}') == digest('{"b":2,"version":7,"a":1}')
+    different = ['{"a":1.1}', '{"a":1.10}', '{"a":1}', '{"a":1.0}', '{"a":true}', '{"a":"1.1"}', '{"a":-0}', '{"a":0}']
+    assert len(set(map(digest, different))) == len(different)
+    # as the audit log has had it since its first row
+    assert digest('{"b":1.5,"a":"\u00e9"}') == rc.hashlib.sha256(
+        json.dumps({"a": "\u00e9", "b": 1.5, "version": 0}, sort_keys=True).encode()).hexdigest()
+
+
+# -- the difference ------------------------------------------------------------------------------------------
+
+def apply(changes: list[rc.Change], value: Any) -> Any:
+    """Do to a value what the changes say."""
+    holder: Any = {"": copy(value)}
+    removed = []
+    for change in changes:
+        parent: Any = holder
+        path = ("", *change.path)
+        for step in path[:-1]:
+            parent = parent[place(parent, step)]
+        last: Any = path[-1]
+        if isinstance(last, rc.Element) and last.value is None:
+            parent.sort(key=lambda e, m=last.member, names=change.after: names.index(e[m]))
+        elif change.kind == rc.REMOVED and isinstance(last, int):
+            removed.append(parent)
+        elif change.kind == rc.REMOVED:
+            del parent[place(parent, last)]
+        elif change.kind == rc.ADDED and isinstance(parent, list):
+            parent.insert(last if change.position is None else change.position, copy(change.after))
+        else:
+            parent[place(parent, last)] = copy(change.after)
+    for parent in removed:
+        parent.pop()
+    return holder[""]
+
+
+def place(parent: Any, step: Any) -> Any:
+    if isinstance(step, rc.Element):
+        return next(i for i, e in enumerate(parent) if type(e[step.member]) is type(step.value)
+                    and e[step.member] == step.value)
+    return step
+
+
+def copy(value: Any) -> Any:
+    return rc.parse_json(rc.to_json(value), exact=True)
+
+
+def some_json(rng: random.Random, depth: int = 4) -> Any:
+    """Return a value of few different parts, so that two of them have much in common."""
+    kind = rng.randrange(9 if depth else 5)
+    if kind < 5:
+        return rng.choice([None, True, False, 0, 1, 2, "", "1", "a", "b", 0.0,
+                           *map(rc.Number, ("1.0", "1.10", "-0.0"))])
+    if kind < 6:
+        return [some_json(rng, depth - 1) for _ in range(rng.randrange(4))]
+    if kind < 8:
+        member = rng.choice(rc.NAMING_MEMBERS)
+        names = rng.sample([1, 2, 3, "1", "a", "b"], rng.randrange(5))
+        return [{member: name, "x": some_json(rng, depth - 1)} for name in names]
+    return {key: some_json(rng, depth - 1) for key in rng.sample(["id", "name", "version", "x", "odd key"],
+                                                                 rng.randrange(4))}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_difference_says_all_that_changed_and_nothing_else(seed):
+    rng = random.Random(seed)
+    for _ in range(200):
+        before, after = copy(some_json(rng)), copy(some_json(rng))
+        for a, b in ((before, after), (after, before), ({"v": before}, {"v": after})):
+            found = rc.difference(a, b)
+            assert rc.canonical_json(apply(found.changes, a)) == rc.canonical_json(b), (a, b, found)
+            assert (found.total == 0) == (rc.canonical_json(a) == rc.canonical_json(b)), (a, b, found)
+        assert rc.difference(before, copy(before)) == rc.Difference([], 0)
+
+
+@pytest.mark.parametrize(("before", "after", "lines"), [
+    ('{"ttl":1.1}', '{"ttl":1.10}', ["~ $.ttl: 1.1 -> 1.10"]),
+    ('{"a":1}', '{"a":true}', ["~ $.a: 1 -> true"]),
+    ('{"a":1}', '{"b b":null}', ["- $.a: 1", '+ $["b b"]: null']),
+    ('{"l":[1,2,3]}', '{"l":[1,3]}', ["~ $.l[1]: 2 -> 3", "- $.l[2]: 3"]),
+    ('{"s":[{"name":"x","p":1},{"name":"y","p":2}]}', '{"s":[{"name":"y","p":3},{"name":"z","p":4}]}',
+     ['- $.s[?@.name=="x"]: {"name":"x","p":1}', '~ $.s[?@.name=="y"].p: 2 -> 3',
+      '+ $.s[?@.name=="z"]: {"name":"z","p":4}']),
+    ('{"s":[{"id":1},{"id":2}]}', '{"s":[{"id":2},{"id":1}]}', ["~ $.s[*].id: [1,2] -> [2,1]"]),
+    ('{"s":[{"id":1,"name":"a"},{"id":1,"name":"b"}]}', '{"s":[{"id":1,"name":"b"}]}',
+     ['- $.s[?@.name=="a"]: {"id":1,"name":"a"}']),
+    ('{"s":[{"id":1.0}]}', '{"s":[{"id":1.00}]}', ["~ $.s[0].id: 1.0 -> 1.00"]),
+    ('{"t":"\\u001b[31m"}', '{"t":"a\\nb"}', ['~ $.t: "\\u001b[31m" -> "a\\nb"']),
+])
+def test_a_change_is_one_line_with_a_jsonpath(before, after, lines):
+    found = rc.difference(rc.read_payload(before), rc.read_payload(after))
+    assert list(map(str, found.changes)) == lines
+
+
+def test_a_hundred_thousand_changes_are_a_thousand_and_a_count():
+    before, after = {str(n): n for n in range(100_000)}, {str(n): -n - 1 for n in range(100_000)}
+    began = time.thread_time()
+    found = rc.difference(before, after)
+    assert (len(found.changes), found.total, str(found)) == (1000, 100_000, "100000 changes")
+    assert time.thread_time() - began < 5
+
+
+# -- in the store ----------------------------------------------------------------------------------------------
+
+def test_a_release_carries_the_digest_of_its_payload(store):
+    add_nodes(store, 1)
+    release = new_release(store, payload=rc.read_payload('{"a":1.10}'))
+    assert release.payload == '{"a":1.10}'
+    wanted = rc.digest_of(rc.read_payload('{"a":1.10}'))
+    assert [release.stored_sha256, store.releases.page().items[0].payload_sha256,
+            rc.release_json(release)["payloadSha256"]] == [wanted] * 3
+    assert store.releases.page().items[0].payload == ""  # a list reads no payloads
+
+
+def test_a_payload_written_by_hand_has_its_digest_at_once_and_in_its_row_from_the_claim_on(store):
+    add_nodes(store, 1)
+    release = new_release(store, payload={"a": 1})
+    sql(store, "UPDATE release_tasks SET payload = '{\"a\":2}', payload_sha256 = '' WHERE id = ?", release.id)
+    wanted = rc.digest_of({"a": 2})
+    assert store.releases.page().items[0].payload_sha256 == store.releases.get(release.id).payload_sha256 == wanted
+    sql(store, "UPDATE release_tasks SET payload = '{\"a\":3}' WHERE id = ?", release.id)
+    assert store.claims.claim(release.id, "me", 30)
+    assert store.releases.get(release.id).stored_sha256 == rc.digest_of({"a": 3})
+
+
+def test_migrate_fills_the_digests_of_what_is_there(store, database_url, open_store):
+    add_nodes(store, 1)
+    for payload in ("1.10", "2"):
+        new_release(store, payload=rc.read_payload(f'{{"a":{payload}}}'))
+    sql(store, "UPDATE release_tasks SET payload = 'broken' WHERE id = 2")
+    sql(store, "ALTER TABLE release_tasks RENAME COLUMN payload_sha256 TO left_from_step_7")
+    sql(store, "DELETE FROM schema_version WHERE version >= ?", rc.DIGEST_SCHEMA)
+    store = open_store(database_url)
+    assert [store.releases.get(number).stored_sha256 for number in (1, 2)] == [
+        rc.digest_of(rc.read_payload('{"a":1.10}')), ""]
+
+
+def test_a_release_is_compared_with_the_one_that_succeeded_before_it(store):
+    add_nodes(store, 1)
+    first = good(store, "A")
+    ended(store, "B", "failed")
+    good(store, "other", target="dns")
+    last = good(store, "C")
+    release, other, changes = store.releases.difference(last.id)
+    assert (release.id, other.id, list(map(str, changes.changes))) == (last.id, first.id, ['~ $.content: "A" -> "C"'])
+    assert store.releases.difference(last.id, 2)[2].changes[0].before == "B"
+    assert store.releases.difference(last.id, last.id)[2].total == 0
+
+
+@pytest.mark.parametrize(("release_id", "other", "code", "text"), [
+    (9, None, 3001, "release 9 does not exist"), (1, 9, 3001, "release 9 does not exist"),
+    (1, None, 3001, "no release of target cdn before release 1 succeeded"),
+    (1, 2, 2003, "release 2 is of target dns, release 1 of target cdn"),
+    (1, 3, 3003, "the payload of release 3 can't be used"), (3, 1, 3003, "the payload of release 3 can't be used")])
+def test_what_can_not_be_compared_is_said_in_one_line(store, release_id, other, code, text):
+    add_nodes(store, 1)
+    good(store, "A")
+    good(store, "A", target="dns")
+    good(store, "A")
+    sql(store, "UPDATE release_tasks SET payload = '[1' WHERE id = 3")
+    with pytest.raises(rc.AppError, match=text) as caught:
+        store.releases.difference(release_id, other)
+    assert caught.value.code == code
+    assert "\n" not in caught.value.message
+
+
+# -- what nodes run, and what a plan says of it ----------------------------------------------------------------
+
+def runs(store: rc.Store, *node_ids: int) -> dict[int, int]:
+    with store.database.transaction() as tx:
+        return {node: found[0] for node, found in rc.releases_run(tx, node_ids).items()}
+
+
+def test_a_node_runs_the_newest_release_that_succeeded_on_it_of_any_target(store):
+    add_nodes(store, 4)
+    ended(store, "A", "success", "success", "failed", "skipped")
+    ended(store, "B", "success", "failed", "failed", "failed")
+    ended(store, "C", "success", target="dns", node_ids=[2])
+    assert runs(store, 1, 2, 3, 4) == {1: 2, 2: 3}
+
+
+def test_a_release_that_started_late_is_newer_than_those_it_let_pass(store):
+    add_nodes(store, 3)
+    for content in "ABC":
+        good(store, content)
+    sql(store, "UPDATE release_tasks SET version = 10 WHERE id = 1")
+    sql(store, "UPDATE release_task_nodes SET status = 'failed' WHERE release_task_id = 1 AND node_id = 2")
+    assert runs(store, 1, 2, 3) == {1: 1, 2: 3, 3: 1}
+
+
+def test_a_plan_says_what_changes_against_what_the_nodes_run(store):
+    add_nodes(store, 4)
+    good(store, "A", 1)
+    good(store, "B", 2, 3)
+    plan = store.releases.plan(rc.ReleaseRequest(payload={"content": "C", "more": [1]}))
+    assert plan.names == {n: f"edge-{n}" for n in range(1, 5)}
+    assert rc.effect_text(plan.effect) == ("2 changes against release 2 (v2, 2 of 4 nodes); 1 node runs release 1; "
+                                           "1 node had no release yet")
+    again = store.releases.plan(rc.ReleaseRequest(payload={"content": "B"}))
+    assert rc.effect_text(again.effect) == ("1 change against release 1 (v1, 1 of 4 nodes); 2 nodes run release 2 "
+                                            "(the same payload); 1 node had no release yet")
+    sql(store, "UPDATE release_tasks SET payload = '[1' WHERE id = 2")
+    assert "not compared against release 2 (v2, 2 of 4 nodes): the payload of release 2 can't be used" in \
+        rc.effect_text(store.releases.plan(rc.ReleaseRequest(payload={"content": "C"})).effect)
+
+
+def test_a_release_that_changes_nothing_says_so_and_goes_on(store):
+    add_nodes(store, 2)
+    good(store, "A")
+    request = rc.ReleaseRequest(payload={"content": "A", "version": 2})
+    assert rc.effect_text(store.releases.plan(request).effect) == rc.CHANGES_NOTHING + " (release 1)"
+    made = store.releases.create(request, "anna")
+    assert (made.remark, made.release.status) == (rc.CHANGES_NOTHING, "pending")
+    assert rc.CHANGES_NOTHING in store.releases.events(made.release.id)[0].detail
+    store.releases.act("cancel", made.release.id, "anna")
+    good(store, "B", 1)
+    assert store.releases.create(rc.ReleaseRequest(payload={"content": "A"}), "anna").remark == ""
+
+
+def test_the_plan_of_a_rollback_says_what_it_takes_back(store):
+    add_nodes(store, 2)
+    good(store, "A")
+    bad = ended(store, "B", "success", "failed")
+    plan = store.releases.plan_again("rollback", bad.id)
+    assert rc.effect_text(plan.effect) == ("1 change against release 2 (v2, 1 of 2 nodes); 1 node runs release 1 "
+                                           "(the same payload)")
+    assert list(map(str, plan.effect.difference.changes)) == ['~ $.content: "B" -> "A"']
+
+
+# -- by the API ---------------------------------------------------------------------------------------------------
+
+def test_the_api_gives_back_the_payload_digit_for_digit_but_for_the_version(client):
+    add_nodes(client.store, 2)
+    raw = '{"payload":{"version":1,"b":0.1234567890123456789,"a":1.10},"strategy":{"soakSec":1.50}}'
+    assert client("POST", "/api/v1/releases", raw.encode()).status == 201
+    assert client.store.releases.get(1).payload == '{"version":1,"b":0.1234567890123456789,"a":1.10}'
+    answer = client("GET", "/api/v1/releases/1/payload")
+    assert '"payload":{"b":0.1234567890123456789,"a":1.10}' in answer.text
+    assert answer.data["payloadSha256"] == client.store.releases.get(1).payload_sha256
+    assert client.store.releases.get(1).strategy == '{"soakSec":1.5}'
+
+
+def test_the_api_tells_what_a_release_changed(client):
+    add_nodes(client.store, 1)
+    good(client.store, "A")
+    good(client.store, "B")
+    for query in ("", "?with=before", "?with=1"):
+        assert client.ok("GET", f"/api/v1/releases/2/diff{query}") == {
+            "releaseId": 2, "version": 2, "with": {"releaseId": 1, "version": 1}, "total": 1,
+            "changes": [{"change": "changed", "path": "$.content", "before": "A", "after": "B"}]}
+    assert client.ok("GET", "/api/v1/releases/2/diff?with=2")["total"] == 0
+    for path, code in (("2/diff?with=9", 3001), ("9/diff", 3001), ("1/diff", 3001), ("2/diff?with=x", 2002),
+                       ("2/diff?other=1", 2003), ("9/payload", 3001)):
+        assert client.code("GET", f"/api/v1/releases/{path}") == code
+    sql(client.store, "UPDATE release_tasks SET payload = '[]'")
+    for path in ("2/payload", "2/diff"):
+        assert client.code("GET", f"/api/v1/releases/{path}") == 3003
+
+
+def test_the_plan_in_the_api_has_the_names_and_what_changes(client):
+    add_nodes(client.store, 2)
+    good(client.store, "A")
+    plan = client.ok("POST", "/api/v1/releases", {"payload": {"content": "B"}, "dryRun": True})
+    assert [batch["nodeNames"] for batch in plan["batches"]] == [["edge-1"], ["edge-2"]]
+    assert plan["effect"] == {
+        "text": "1 change against release 1 (v1, 2 of 2 nodes)", "against": 1, "total": 1,
+        "changes": [{"change": "changed", "path": "$.content", "before": "A", "after": "B"}], "openReleases": 0,
+        "running": [{"releaseId": 1, "version": 1, "nodes": 2, "same": False}]}
+
+
+def test_a_key_tells_requests_apart_by_the_digits_of_their_numbers(client):
+    add_nodes(client.store, 1)
+    codes = [client("POST", "/api/v1/releases", b'{"payload":{"a":%s}}' % number,
+                    {"Content-Type": "application/json", "Idempotency-Key": "k"}).code
+             for number in (b"1.10", b"1.10", b"1.1")]
+    assert codes == [0, 0, 3002]
+
+
+@pytest.mark.parametrize("path", ["payload", "diff"])
+def test_a_viewer_is_shown_no_payload(new_server, path):
+    client = new_server()
+    for client.token, code in (("viewer-secret", 1004), ("operator-secret", 3001)):
+        assert client.code("GET", f"/api/v1/releases/1/{path}") == code
+
+
+# -- by the command line ------------------------------------------------------------------------------------------
+
+def test_payload_prints_what_create_takes_digit_for_digit(filled_quick):
+    text = '{"b":0.1234567890123456789,"a":[1.10,-0]}'
+    made = filled_quick.ok("create", "--payload", filled_quick.file("p.json", text), "--json").json["releaseId"]
+    out = filled_quick.ok("payload", made).out
+    assert rc.to_json(rc.parse_json(out, exact=True)) == text
+    again = filled_quick.ok("create", "--payload", filled_quick.file("q.json", out), "--json").json["releaseId"]
+    assert filled_quick("diff", again, made).code == 0
+    assert f'"payload":{text}' in filled_quick.ok("payload", made, "--json").out
+    assert text in filled_quick.store.releases.get(made).payload
+
+
+def test_diff_ends_with_1_where_something_changed(filled_quick):
+    differs = filled_quick("diff", 2)
+    assert (differs.code, differs.out) == (1, """\
+release 1 (v1) -> release 2 (v2): 1 change
+~ $.for: "success" -> "failed"
+""")
+    assert filled_quick("diff", 3, 2, "--json").json["changes"] == [
+        {"change": "changed", "path": "$.for", "before": "failed", "after": "pending"}]
+    same = filled_quick("diff", 2, 2)
+    assert (same.code, same.out) == (0, "release 2 (v2) -> release 2 (v2): no change\n")
+    for arguments in (("diff", 1), ("diff", 99), ("diff", 1, 99), ("payload", 99)):
+        assert filled_quick.refused(3, *arguments).count("\n") <= 1
+
+
+def test_create_says_what_it_changes_and_whether_that_is_anything(filled_quick):
+    some, same = (filled_quick.file(f"{name}.json", f'{{"for":"{name}"}}') for name in ("other", "success"))
+    assert filled_quick.ok("create", "--payload", some, "--plan").out.endswith("""\
+1 change against release 1 (v1, 2 of 2 nodes); 1 other release has not ended yet
+~ $.for: "success" -> "other"
+""")
+    assert filled_quick.ok("create", "--payload", same, "--plan").out.endswith(
+        f"{rc.CHANGES_NOTHING} (release 1); 1 other release has not ended yet\n")
+    assert rc.CHANGES_NOTHING not in filled_quick.ok("create", "--payload", same).out  # release 3 comes before it
+    for number in (3, 4):
+        filled_quick.ok("cancel", number)
+    assert filled_quick.ok("create", "--payload", same).out.endswith(f"{rc.CHANGES_NOTHING}\n")
+    assert rc.CHANGES_NOTHING not in filled_quick.ok("create", "--payload", some).out
