@@ -511,10 +511,9 @@ def test_a_key_that_others_can_read_stops_the_start(new_server, certs, tmp_path)
 # -- safe to repeat ----------------------------------------------------------------------------
 
 @pytest.fixture
-def client(client):
-    """The client of conftest.py, with three nodes in its database."""
-    add_nodes(client.store, 3)
-    return client
+def three_nodes(client):
+    """Three nodes in the client's database."""
+    return add_nodes(client.store, 3)
 
 
 def post(client: Client, key: str, body: Any = None) -> Any:
@@ -522,7 +521,7 @@ def post(client: Client, key: str, body: Any = None) -> Any:
                   {"Content-Type": "application/json", "Idempotency-Key": key})
 
 
-def test_the_same_key_and_body_give_the_first_answer_again(client):
+def test_the_same_key_and_body_give_the_first_answer_again(client, three_nodes):
     first, again = post(client, "k1"), post(client, "k1")
     assert (first.status, first.data) == (201, again.data)
     assert (again.status, client.store.releases.page().total) == (201, 1)
@@ -530,21 +529,21 @@ def test_the_same_key_and_body_give_the_first_answer_again(client):
     assert post(client, "k2").data["releaseId"] == 2
 
 
-def test_the_first_answer_holds_when_nodes_were_added_and_the_release_has_ended(client):
+def test_the_first_answer_holds_when_nodes_were_added_and_the_release_has_ended(client, three_nodes):
     first = post(client, "k1")
     add_nodes(client.store, 1, first=4)
     client.ok("POST", "/api/v1/releases/1/cancel")
     assert post(client, "k1").data == first.data
 
 
-def test_another_body_under_the_same_key_is_3002_and_creates_nothing(client):
+def test_another_body_under_the_same_key_is_3002_and_creates_nothing(client, three_nodes):
     post(client, "k1")
     answer = post(client, "k1", {"reason": "y"})
     assert (answer.status, answer.code, "release 1" in answer.message) == (409, 3002, True)
     assert client.store.releases.page().total == 1
 
 
-def test_a_request_that_failed_may_be_repeated_with_its_key(client):
+def test_a_request_that_failed_may_be_repeated_with_its_key(client, three_nodes):
     for number in (1, 2, 3):
         client.store.nodes.update(number, {"enabled": 0})
     assert post(client, "k1").code == 3003
@@ -552,7 +551,7 @@ def test_a_request_that_failed_may_be_repeated_with_its_key(client):
     assert post(client, "k1").data["totalNodes"] == 1
 
 
-def test_a_key_is_kept_for_a_day(client):
+def test_a_key_is_kept_for_a_day(client, three_nodes):
     post(client, "k1")
     with client.store.database.transaction(write=True) as tx:
         tx.execute("UPDATE idempotency_keys SET created_at = ?", rc.utc_text(time.time() - rc.IDEMPOTENCY_KEY_S + 60))
@@ -581,7 +580,7 @@ def test_a_key_is_1_to_128_printable_characters(besieged, key):
     assert (answer.code, "Idempotency-Key" in answer.message) == (2003, True)
 
 
-def test_a_release_and_the_list_have_etags_and_304_for_who_has_them(client):
+def test_a_release_and_the_list_have_etags_and_304_for_who_has_them(client, three_nodes):
     new_release(client.store)
     for path in ("/api/v1/releases/1", "/api/v1/releases/1?view=summary", "/api/v1/releases",
                  "/api/v1/releases?status=pending"):
@@ -597,7 +596,7 @@ def test_a_release_and_the_list_have_etags_and_304_for_who_has_them(client):
         client.store.releases.act("resume", 1, "test")
 
 
-def test_a_request_id_is_taken_over_or_made_and_stands_in_answer_and_log(client, caplog, monkeypatch):
+def test_a_request_id_is_taken_over_or_made_and_stands_in_answer_and_log(client, three_nodes, caplog, monkeypatch):
     monkeypatch.setattr(rc.log, "propagate", True)
     caplog.set_level(logging.INFO)
     new_release(client.store)
@@ -611,7 +610,7 @@ def test_a_request_id_is_taken_over_or_made_and_stands_in_answer_and_log(client,
 
 # -- waiting for events ------------------------------------------------------------------------
 
-def test_who_waits_for_events_gets_them_also_those_of_another_process(client, database_url, open_store):
+def test_who_waits_for_events_gets_them_also_those_of_another_process(client, three_nodes, database_url, open_store):
     new_release(client.store)
     other = open_store(database_url)
     answers: list[Any] = []
@@ -624,7 +623,7 @@ def test_who_waits_for_events_gets_them_also_those_of_another_process(client, da
     assert [event["event"] for event in answers[0]["items"]] == ["paused"]
 
 
-def test_the_wait_for_events_ends_with_nothing_when_its_time_is_over(client):
+def test_the_wait_for_events_ends_with_nothing_when_its_time_is_over(client, three_nodes):
     new_release(client.store)
     start = time.monotonic()
     assert client.ok("GET", "/api/v1/releases/1/events?after=1&wait=1")["items"] == []
@@ -634,7 +633,7 @@ def test_the_wait_for_events_ends_with_nothing_when_its_time_is_over(client):
     assert client.code("GET", "/api/v1/releases/9/events?wait=30") == 3001
 
 
-def test_only_so_many_may_wait_for_events_and_the_next_is_answered_at_once(client):
+def test_only_so_many_may_wait_for_events_and_the_next_is_answered_at_once(client, three_nodes):
     new_release(client.store)
     client.server.api._waiters = threading.BoundedSemaphore(2)
     with contextlib.ExitStack() as stack:
