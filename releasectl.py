@@ -148,7 +148,7 @@ VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
 
 NODE_STATUSES = ("online", "offline", "maintenance")
 TASKS, EXECUTE = "tasks", "execute"
-# Key of the list of sites in a payload.
+# Without this key in the payload an execute agent drops all its sites (contract section 1).
 WEBSITES = "websites"
 
 
@@ -602,37 +602,15 @@ PORTS = Range(1, 65535)
 IDS = Range(1, MAX_ID)
 
 
-def verify_no_common_name(context: ssl.SSLContext) -> None:
-    """Let a context verify a peer's name by its subject alternative names alone."""
-    if ssl.HAS_NEVER_CHECK_COMMON_NAME:
-        context.hostname_checks_common_name = False
-
-
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ' (did you mean X?)' where a known word is similar, else ''."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
-
-
-class Outage:
-    """An error that lasts: one line when it begins or changes, not one for each try."""
-
-    def __init__(self) -> None:
-        # "" while all is well.
-        self.error = ""
-
-    def log(self, subject: object, error: object, extra: dict[str, Any] | None = None) -> None:
-        """Log an error unless it is the one that lasts already."""
-        if str(error) != self.error:
-            log.error("%s: %s; trying again", subject, error, extra=extra)
-        self.error = str(error)
-
-    def end(self) -> None:
-        """Note that the error is over: the next one is logged, even if it is the same."""
-        self.error = ""
+def close_quietly(connection: Any) -> None:
+    with contextlib.suppress(Exception):  # a broken connection may refuse even that
+        connection.close()
 
 
 def os_reason(error: Exception) -> str:
@@ -963,6 +941,26 @@ def read_beside(file: Path) -> str:
 # Uses: Vocabulary, Helpers, Settings.
 # ======================================================================================
 
+class Outage:
+    """An error that lasts: one line when it begins or changes, not one for each try."""
+
+    def __init__(self) -> None:
+        # "" while all is well.
+        self.error = ""
+
+    def log(self, subject: object, error: object, extra: dict[str, Any] | None = None) -> None:
+        """Log an error unless it is the one that lasts already."""
+        if str(error) != self.error:
+            log.error("%s: %s; trying again", subject, error, extra=extra)
+        self.error = str(error)
+
+    def end(self) -> None:
+        """Note that the error is over: the next one is logged, even if it is the same."""
+        self.error = ""
+
+
+GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
+
 # Values by the name of the metric and the values of its labels.
 Figures = Mapping[tuple[str, ...], float]
 
@@ -1168,6 +1166,12 @@ def set_up_log(settings: Settings, command: str) -> None:
 #   agents and API alike.
 # Uses: Vocabulary, Helpers.
 # ======================================================================================
+
+def verify_no_common_name(context: ssl.SSLContext) -> None:
+    """Let a context verify a peer's name by its subject alternative names alone."""
+    if ssl.HAS_NEVER_CHECK_COMMON_NAME:
+        context.hostname_checks_common_name = False
+
 
 def pg8000_tls(query: Mapping[str, str]) -> ssl.SSLContext | None:
     """Return the TLS context that libpq's sslmode and sslrootcert ask for; pg8000 does not know them."""
@@ -1499,10 +1503,6 @@ def server_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
 # Uses: Vocabulary, Helpers.
 # ======================================================================================
 
-# Without this key in the payload an execute agent drops all its sites (contract section 1).
-WEBSITES = "websites"
-
-
 def parse_payload(value: object) -> dict[str, Any]:
     """Return a release's payload; raise AppError(INVALID) unless it is an object."""
     if not isinstance(value, dict):
@@ -1513,11 +1513,6 @@ def parse_payload(value: object) -> dict[str, Any]:
 def read_payload(text: str) -> dict[str, Any]:
     """Return a payload as it is stored, its numbers as they were written; raise ValueError, AppError(INVALID)."""
     return parse_payload(parse_json(text, exact=True))
-
-
-def drops_sites(payload: Mapping[str, Any]) -> bool:
-    """Return whether an execute agent would drop all its sites though the payload does not say so."""
-    return not isinstance(payload.get(WEBSITES), list)
 
 
 def check_payload_version(payload: Mapping[str, Any], version: int) -> None:
@@ -2278,10 +2273,10 @@ def parse_labels(value: object) -> str:
     for key, text in value.items():
         if not 1 <= len(key) <= MAX_LABEL_KEY_CHARS or not is_plain(key):
             raise AppError(INVALID, f"labels: the key {one_line(ascii(key), 40)} must be 1 to {MAX_LABEL_KEY_CHARS} "
-                                 f"{PLAIN_TEXT}")
+                                    f"{PLAIN_TEXT}")
         if len(text) > MAX_LABEL_CHARS or not is_plain(text):
             raise AppError(INVALID, f"labels: the value of {one_line(key, 30)} must be at most {MAX_LABEL_CHARS} "
-                                 f"{PLAIN_TEXT}")
+                                    f"{PLAIN_TEXT}")
     return to_json(value)
 
 
@@ -2460,7 +2455,7 @@ def resolve_share(share: int | str, whole: int) -> int:
 # region Plan
 # ======================================================================================
 # Plan: the nodes chosen, batches, payloads; who is left out and why. Pure.
-# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy.
+# Uses: Vocabulary, Helpers, Difference, Model, Strategy.
 # ======================================================================================
 
 class ReleaseRequest(NamedTuple):
@@ -2611,7 +2606,7 @@ def refuse_twins(nodes: Iterable[Node]) -> None:
         twin = seen.setdefault(node.endpoint, node)
         if twin is not node:
             raise AppError(WRONG_STATE, f"nodes {twin.name} and {node.name} have one address, "
-                                 f"{node.main_ip}:{node.agent_port}: disable one of them")
+                                        f"{node.main_ip}:{node.agent_port}: disable one of them")
 
 
 def refuse_dropping_sites(payload: Mapping[str, Any], nodes: Iterable[Node | ReleaseNode], code: int = INVALID,
@@ -3507,10 +3502,10 @@ def check_resume(release: Release, nodes: NodeIndex, strategy: Strategy, accepts
     exceeded = exceeded_limit(nodes, strategy)
     if exceeded and strategy.on_exceed == PAUSE and not accepts:
         raise AppError(WRONG_STATE, f"release {release.id}: {exceeded}: resume it with acceptFailures "
-                             "(--accept-failures), or cancel it")
+                                    "(--accept-failures), or cancel it")
     if exceeded and strategy.on_exceed == FAIL and accepts:
         raise AppError(WRONG_STATE, f"release {release.id}: {exceeded}, and its strategy (onExceed) ends it then: "
-                             "resume without accepting, then retry")
+                                    "resume without accepting, then retry")
 
 
 def status_after_verb(verb: str, release: Release) -> str:
@@ -3607,11 +3602,6 @@ LOCK_NOT_AVAILABLE, PROTOCOL_VIOLATION = "55P03", "08P01"
 # Servers that only speak PostgreSQL's protocol, as version() names them.
 OTHER_SERVERS = re.compile(
     r"CockroachDB|-YB-|Redshift|Greenplum|Materialize|RisingWave|CrateDB|GaussDB|QuestDB|openGauss", re.IGNORECASE)
-
-
-def close_quietly(connection: Any) -> None:
-    with contextlib.suppress(Exception):  # a broken connection may refuse even that
-        connection.close()
 
 
 class WatchedTransaction:
@@ -4150,7 +4140,7 @@ def load_postgres_driver() -> Any:
 # region Database
 # ======================================================================================
 # Database: connections, transaction(), migrate().
-# Uses: Vocabulary, Settings, Log and metrics, Payloads, Engines.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Engines.
 #
 #   One writer at a time, on both engines: SQLite by BEGIN IMMEDIATE, PostgreSQL by an
 #   advisory lock. So what a transaction read still holds when it writes, and events become
@@ -4229,7 +4219,6 @@ class Database:
         self._in_use = 0
         # engine.identity() of what all open connections are to.
         self._identity: object = None
-        self._changed = threading.Condition()
         self.metrics = metrics or Metrics()
 
     def __str__(self) -> str:
@@ -5008,8 +4997,13 @@ class Page(NamedTuple):
     size: int
 
 
-# Nodes in one statement: SQLite 3.26 takes 999 parameters.
-_NODES_ASKED = 500
+# Nodes in one statement, up to three parameters each: SQLite 3.26 takes 999.
+NODES_PER_STATEMENT = 320
+
+
+def succeeded_nodes(tx: Transaction, release_id: int) -> set[int]:
+    return {row[0] for row in tx.rows(
+        "SELECT node_id FROM release_task_nodes WHERE release_task_id = ? AND status = 'success'", release_id)}
 
 
 def releases_run(tx: Transaction, node_ids: Sequence[int]) -> dict[int, tuple[int, int]]:
@@ -5019,8 +5013,8 @@ def releases_run(tx: Transaction, node_ids: Sequence[int]) -> dict[int, tuple[in
     release_task_nodes_by_node, and only what took a version out of turn is looked at beside it.
     """
     found: dict[int, int] = {}
-    for start in range(0, len(node_ids), _NODES_ASKED):
-        part = node_ids[start:start + _NODES_ASKED]
+    for start in range(0, len(node_ids), NODES_PER_STATEMENT):
+        part = node_ids[start:start + NODES_PER_STATEMENT]
         found.update((node_id, release_id) for node_id, release_id in tx.rows(f"""
             SELECT h.id, (SELECT n.release_task_id
                           FROM release_task_nodes n
@@ -5034,9 +5028,8 @@ def releases_run(tx: Transaction, node_ids: Sequence[int]) -> dict[int, tuple[in
     runs = {node_id: (release_id, versions[release_id]) for node_id, release_id in found.items()}
     if runs:
         for release_id, version in _out_of_turn(tx, versions):
-            for (node_id,) in tx.rows("SELECT node_id FROM release_task_nodes "
-                                      "WHERE release_task_id = ? AND status = 'success'", release_id):
-                if node_id in runs and runs[node_id][1] < version:
+            for node_id in succeeded_nodes(tx, release_id) & runs.keys():
+                if runs[node_id][1] < version:
                     runs[node_id] = release_id, version
     return runs
 
@@ -5203,7 +5196,7 @@ class Nodes:
 # ======================================================================================
 # Queue: the order of open releases, and the writing of what is decided on one.
 # Uses: Vocabulary, Helpers, Model, Strategy, Status texts, Decision, Verbs, Database,
-#   Database state, Audit.
+#   Database state, Audit, Nodes.
 # ======================================================================================
 
 # Fields of Release that are computed; each other one is a column of its row r. The index release_task_nodes_by_status
@@ -5256,9 +5249,6 @@ COUNTERS = """success_nodes = (SELECT COUNT(*) FROM release_task_nodes n
 RELEASE_EVENTS = {PENDING: "created", RUNNING: "started", PAUSED: "paused", CANCELLING: "cancelling",
                   SUCCESS: "finished", PARTIAL: "finished", FAILED: "finished", CANCELLED: "cancelled"}
 NODE_EVENTS = {RUNNING: "dispatched", SUCCESS: "succeeded", FAILED: "failed", SKIPPED: "skipped"}
-
-# Nodes in one statement, up to three parameters each: SQLite 3.26 takes 999.
-NODES_PER_STATEMENT = 320
 
 # Releases whose addresses are cached.
 MAX_MASKS = 1000
@@ -5596,11 +5586,6 @@ def refuse_over_newer(tx: Transaction, verb: str, old: Release, nodes: Sequence[
                            f"{old.id} would replace its payload; overNewer (--over-newer) if that is meant")
 
 
-def succeeded_nodes(tx: Transaction, release_id: int) -> set[int]:
-    return {row[0] for row in tx.rows(
-        "SELECT node_id FROM release_task_nodes WHERE release_task_id = ? AND status = 'success'", release_id)}
-
-
 def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int], to_release: int | None) -> Release:
     """Return the release whose payload a rollback brings back (rule 10).
 
@@ -5698,11 +5683,10 @@ def _open_releases(tx: Transaction) -> int:
                         "WHERE status IN ('pending', 'running', 'paused', 'cancelling')"))
 
 
-def changes_nothing(tx: Transaction, payload: Mapping[str, Any], node_ids: Sequence[int]) -> bool:
-    """Return whether each node runs this payload already and no release is open; one node is asked before all are."""
+def changes_nothing(tx: Transaction, digest: str, node_ids: Sequence[int]) -> bool:
+    """Return whether each node runs the payload of a digest and no release is open; one is asked before all are."""
     if _open_releases(tx):
         return False
-    digest = digest_of(payload)
     for some in (node_ids[:1], node_ids[1:]):
         runs = releases_run(tx, some)
         if len(runs) < len(some) or {
@@ -6128,9 +6112,10 @@ class Releases:
         release_id = tx.value(self._database.engine.take_release_id_sql)
         version = self._version_for(tx, request, release_id)
         payload = payload_for_version(request.payload, version)
-        remark = CHANGES_NOTHING if changes_nothing(tx, payload, [node.id for node in nodes]) else ""
+        digest = digest_of(payload)
+        remark = CHANGES_NOTHING if changes_nothing(tx, digest, [node.id for node in nodes]) else ""
         self._state.seen.use_version(version)
-        now, digest = self._state.now(), digest_of(payload)
+        now = self._state.now()
         tx.execute("""
             INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, payload_sha256,
                                        strategy, retry_of, rollback_of, total_nodes, created_at, updated_at)
@@ -6806,7 +6791,7 @@ class TooBig(Exception):
 # ======================================================================================
 # HTTP wire: one connection's bytes against limits and deadlines, and who may stay
 #   when there are many.
-# Uses: Vocabulary, Helpers, Engines, Event loop.
+# Uses: Vocabulary, Helpers, Event loop.
 #
 #    The standard library's parser is not used: it accepts two lengths, a space before a colon
 #    and bare line feeds, and so would run requests that a proxy in front of us never saw.
@@ -7288,7 +7273,7 @@ def read_pong(address: Address, status: int, answer: bytes) -> None:
 # ======================================================================================
 # Agents: connections to agents, deadlines, requests, probes.
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Model, Strategy,
-#   Decision, Engines, Event loop, Dialects.
+#   Decision, Event loop, Dialects.
 # ======================================================================================
 
 MAX_IDLE_AGENT_CONNECTIONS = 256
@@ -7776,8 +7761,8 @@ async def _late_alert(timed: TimedSocket) -> str:
 # region Driver
 # ======================================================================================
 # Driver: one claimed release: read, decide, commit, send, collect.
-# Uses: Vocabulary, Helpers, Settings, Payloads, Model, Strategy, Plan, Status
-#   texts, Decision, Claims, Event loop, Dialects, Agents.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Model, Strategy, Plan,
+#   Status texts, Decision, Claims, Event loop, Dialects, Agents.
 # ======================================================================================
 
 class Lease:
@@ -7833,15 +7818,18 @@ class Slots:
                 self._held[driver] -= count
                 if had_enough:
                     self._short.pop(driver, None)
-                woken, self._short = self._short, {}
-            for wake in woken.values():
-                wake()
+            self._wake_short()
 
     def leave(self, driver: Hashable) -> None:
         """Count a driver out at its end."""
         with self._guard:
             self._held.pop(driver, None)
             self._short.pop(driver, None)
+        self._wake_short()
+
+    def _wake_short(self) -> None:
+        """Wake each driver that is short of slots, outside the lock."""
+        with self._guard:
             woken, self._short = self._short, {}
         for wake in woken.values():
             wake()
@@ -8225,8 +8213,8 @@ class Driver:
 # region Executor
 # ======================================================================================
 # Executor: scan, claims, leases, the threads.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Claims, Event loop,
-#   Agents, Driver.
+# Uses: Vocabulary, Settings, Log and metrics, Model, Claims, Event loop, Agents,
+#   Driver.
 #
 #   One driver thread a claimed release alone reads and writes its rows. Coroutines only talk to
 #   agents and put outcomes on its queue. One lease thread renews all claims. Persist, then send.
@@ -8860,7 +8848,7 @@ def openapi_schemas() -> dict[str, Any]:
         "Status": schema_of({"status": TEXT}),
         "Null": {"type": "null"},
         "Error": schema_of({"code": {"type": "integer", "enum": sorted(ERROR_CODES)}, "message": TEXT,
-                          "data": {"type": "null"}}),
+                            "data": {"type": "null"}}),
     }
 
 
@@ -9725,8 +9713,8 @@ def openapi_document() -> dict[str, Any]:
 # region Server
 # ======================================================================================
 # Server: a request from its first byte to its answer; the listener and its threads.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Engines, Audit,
-#   Releases, HTTP wire, Access, Requests, API.
+# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Audit, Releases, HTTP
+#   wire, Access, Requests, API.
 # ======================================================================================
 
 class ClientGone(Exception):
@@ -10030,7 +10018,7 @@ class Exchange:
         """
         path, method = self.route.path if self.route else OTHER, self.head.method
         self.server.api.counters.count("releasectl_api_requests_total", path,
-                                                     method if method in METHODS else OTHER, str(answer.status))
+                                       method if method in METHODS else OTHER, str(answer.status))
         level, in_a_row = logging.INFO if self.actor and method not in ("GET", "HEAD") else logging.DEBUG, ""
         if level == logging.INFO and answer.status >= http.HTTPStatus.BAD_REQUEST:
             count = self.server.refused.add(str(self.actor), str(answer.status))
@@ -10066,7 +10054,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
             self.tls.context()
         self._overload_response = b"" if self.tls else _overload_response()
         self.connections = ConnectionLimiter(settings.http_max_connections, settings.http_max_connections_per_address,
-                                       self._overload_response)
+                                             self._overload_response)
         self._workers = ThreadPoolExecutor(settings.http_max_connections, "api")
         self._rejected: collections.deque[tuple[float, socket.socket]] = collections.deque()
         try:
@@ -10368,7 +10356,7 @@ def check_api(settings: Settings) -> Iterator[Finding]:
             yield exposure
     except OSError as error:
         yield Finding("HTTP_ADDR", EXIT_USAGE, "{}:{} can't be listened on: {}".format(*settings.http_addr,
-                                                                                   os_reason(error)))
+                                                                                       os_reason(error)))
     if settings.http_client_ca:
         yield from check_crl("HTTP_CLIENT_CA", settings.http_client_ca)
     if cert:
@@ -10606,9 +10594,9 @@ class Screen:
 # region Commands
 # ======================================================================================
 # Commands: what each other command does (contract section 4).
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Difference, Model, Strategy, Plan,
-#   Status texts, Verbs, Engines, Database, Audit, Queue, Retry and rollback,
-#   Releases, Claims, Serialization, Access, Check and why, Terminal.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Difference, Model,
+#   Strategy, Plan, Status texts, Verbs, Engines, Database, Audit, Nodes, Retry and
+#   rollback, Releases, Claims, Serialization, Access, Check and why, Terminal.
 # ======================================================================================
 
 class Context:
@@ -10669,7 +10657,7 @@ def command_migrate(context: Context) -> int:
     text = f"{context.store.database}: schema {after}" + (f", was {before}" if before != after else "")
     if context.options.first_version is not None:
         document["nextVersion"] = context.store.releases.set_first_version(context.options.first_version,
-                                                                    context.actor)
+                                                                           context.actor)
         text += f"; the next release is version {document['nextVersion']}"
     return context.show(document, text)
 
@@ -11679,9 +11667,9 @@ _AGAIN_OPTIONS = (
     _PLAN_OPTION)
 _WATCH_OPTIONS = (
     option("--until", type=parse_until, default=Until(), metavar="WHAT",
-            help="wait until the release has ended (terminal), is paused (paused), or batch N is done (batch=N)"),
+           help="wait until the release has ended (terminal), is paused (paused), or batch N is done (batch=N)"),
     option("--timeout", type=parse_duration, metavar="TIME",
-            help="stop waiting after TIME (90, 5m) with exit 75; the release goes on"))
+           help="stop waiting after TIME (90, 5m) with exit 75; the release goes on"))
 _WAIT_OPTIONS = (
     option("--wait", action="store_true", help="follow it to its end; exit 0 on success, 1 else"), *_WATCH_OPTIONS)
 _NODE_OPTIONS = (
@@ -11705,10 +11693,10 @@ COMMANDS: tuple[Command, ...] = (
     Command("run-once", "one tick of the executor, then exit", command_run_once, (
         option("--drain", action="store_true", help="repeat until nothing is left to do"),
         option("--metrics-file", default="", metavar="FILE",
-                help="write figures there for node_exporter's textfile collector: a name that ends with .prom"))),
+               help="write figures there for node_exporter's textfile collector: a name that ends with .prom"))),
     Command("migrate", "bring the database to this schema.sql", command_migrate, (
         _int_option("--first-version", 1, MAX_NAMED_VERSION, metavar="N",
-                help="number new releases from N on: after a restore, or where agents have higher versions"),)),
+                    help="number new releases from N on: after a restore, or where agents have higher versions"),)),
     Command("node add", "add a node", command_node_add, (
         option("name", metavar="NAME"), option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
     Command("node list", "list the nodes", command_node_list),
@@ -11752,13 +11740,13 @@ COMMANDS: tuple[Command, ...] = (
         option("--since", type=_since, metavar="TIME", help="only since then: 2h or 7d ago, "
                 "or 2026-01-31T00:00:00Z"),
         _int_option("--after", 0, MAX_ID, default=0, metavar="ID",
-                help="the first rows with a higher id (without it: the newest rows)"),
+                    help="the first rows with a higher id (without it: the newest rows)"),
         _int_option("--limit", 1, 100000, default=100, metavar="N", help="at most N rows (100)"),
         option("--verify", action="store_true",
-                help="prove that no row was changed, taken away or inserted, nor an event of an ended release; "
+               help="prove that no row was changed, taken away or inserted, nor an event of an ended release; "
                      "exit 1 where one was"),
         option("--head", type=_audit_head, metavar="ID:HASH",
-                help="with --verify: a copy of the head, from the log of a release's end"))),
+               help="with --verify: a copy of the head, from the log of a release's end"))),
     Command("pause", "dispatch nothing more until resume", command_act, (_ID_OPTION, _REASON_OPTION)),
     Command("resume", "continue a paused release", command_act, (
         _ID_OPTION, _REASON_OPTION,
@@ -11766,12 +11754,12 @@ COMMANDS: tuple[Command, ...] = (
     Command("cancel", "end a release; nodes in flight are waited for", command_act, (
         _ID_OPTION, _REASON_OPTION,
         option("--force", action="store_true",
-                help="do not wait for nodes in flight: their outcome stays unknown"))),
+               help="do not wait for nodes in flight: their outcome stays unknown"))),
     Command("retry", "a new release for the failed and skipped nodes of one", command_again,
             (_ID_OPTION, *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("rollback", "a new release that brings back what the nodes of one had before", command_again,
             (_ID_OPTION, _int_option("--to", 1, MAX_ID, metavar="ID",
-                                 help="the payload of this release (what most of the nodes had before)"),
+                                     help="the payload of this release (what most of the nodes had before)"),
              *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("freeze", "stop (on) or allow (off) new dispatches, of all processes; without argument: show",
             command_freeze, (option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),

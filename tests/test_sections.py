@@ -56,6 +56,7 @@ def definitions() -> dict[str, tuple[str, ast.stmt]]:
             continue
         home = [s.name for s in SECTIONS if s.first <= statement.lineno and (statement.end_lineno or 0) <= s.last]
         assert home, f"line {statement.lineno}: {names} is in no section"
+        assert not found.keys() & set(names), f"line {statement.lineno}: {names} stands above too"
         found.update(dict.fromkeys(names, (home[0], statement)))
     return found
 
