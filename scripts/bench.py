@@ -44,7 +44,7 @@ from typing import Any, Callable, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from lab import admin, database_on, free_port, make_certs, mtls, remove_postgres, start_postgres  # noqa: E402
+from lab import admin, database_on, free_port, make_certs, mtls, postgres  # noqa: E402
 
 import releasectl as rc  # noqa: E402
 
@@ -226,7 +226,7 @@ class Lab:
         """Gives the URL of an empty database on a durable throwaway server; '' where there is none."""
         if not self._postgres:
             try:
-                self._postgres = start_postgres(self.folder / "postgres", "--durable")
+                self._postgres = postgres("start", "--durable", self.folder / "postgres")
             except OSError:
                 self._postgres = "missing"
         if self._postgres == "missing":
@@ -239,7 +239,7 @@ class Lab:
         if self._agents is not None:
             self._agents.close()
         if self._postgres not in ("", "missing"):
-            remove_postgres(self.folder / "postgres")
+            postgres("remove", self.folder / "postgres")
 
 
 class Usage:

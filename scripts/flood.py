@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import hashlib
 import http.client
 import json
 import math
@@ -40,7 +39,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+from lab import eventually, free_port, make_certs, mtls, sha256  # noqa: E402
 
 import releasectl as rc  # noqa: E402
 
@@ -228,28 +229,24 @@ def cpu_s(pid: int) -> float:
 
 @contextlib.contextmanager
 def serving(folder: Path, is_plain: bool, before: str = "", nodes: int = 1, agents: int = 0) -> Any:
-    """Runs `serve` with one release, after some lines of Python; gives its process, port and CA.
+    """Run `serve` with one release, after some lines of Python; give its process, port and CA.
 
     With agents the release is theirs, and is driven.
     """
-    with socket.socket() as probe:
-        probe.bind((SERVER, 0))
-        port = probe.getsockname()[1]
+    port = free_port(SERVER)
     tokens, database = folder / "tokens", f"sqlite:///{folder}/flood.db"
     tokens.touch(0o600)
-    tokens.write_text(f"flood:operator:{hashlib.sha256(TOKEN.encode()).hexdigest()}\n"
-                      f"vera:viewer:{hashlib.sha256(VIEWERS_TOKEN.encode()).hexdigest()}\n")
+    tokens.write_text(f"flood:operator:{sha256(TOKEN)}\n"
+                      f"vera:viewer:{sha256(VIEWERS_TOKEN)}\n")
     values = {"DATABASE_URL": database, "HTTP_ADDR": f"{SERVER}:{port}", "API_TOKENS_FILE": str(tokens),
               "RELEASE_EXECUTOR_ENABLED": "0", "MTLS_ENABLED": "0"}
     ca = ""
     if not is_plain:
-        subprocess.run(["bash", str(ROOT / "scripts/make_certs.sh"), str(folder / "certs"), SERVER,
-                        *map(agent_address, range(agents))], check=True, stdout=subprocess.DEVNULL)
+        make_certs(folder / "certs", SERVER, *map(agent_address, range(agents)))
         ca, pair = f"{folder}/certs/ca.crt", f"{folder}/certs/agents/{SERVER}"
         values.update(HTTP_CERT=f"{pair}.crt", HTTP_KEY=f"{pair}.key")
     if agents:
-        values.update(RELEASE_EXECUTOR_ENABLED="1", MTLS_ENABLED="1", CONTROL_CERT=f"{folder}/certs/control.crt",
-                      CONTROL_KEY=f"{folder}/certs/control.key", CONTROL_CA=ca)
+        values.update(RELEASE_EXECUTOR_ENABLED="1", MTLS_ENABLED="1", **mtls(folder / "certs"))
     store = rc.Store(rc.Database(database))
     store.database.migrate()
     for number in range(agents or nodes):
@@ -272,15 +269,15 @@ def serving(folder: Path, is_plain: bool, before: str = "", nodes: int = 1, agen
 
 
 def await_health(port: int, ca: str) -> None:
-    give_up_at = time.monotonic() + 30
-    while True:
-        try:
-            ask(port, ssl.create_default_context(cafile=ca) if ca else None, "/healthz")
-            return
-        except OSError:
-            if time.monotonic() > give_up_at:
-                raise
-            time.sleep(0.05)
+    context = ssl.create_default_context(cafile=ca) if ca else None
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError):
+            ask(port, context, HEALTH)
+            return True
+        return False
+
+    eventually(answers, 30.0, "/healthz does not answer")
 
 
 def main() -> int:

@@ -72,7 +72,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         return
     shared = Path(os.environ.pop(SHARED))
     if (shared / "postgres" / "cluster").exists():
-        lab.remove_postgres(shared / "postgres")
+        lab.postgres("remove", shared / "postgres")
     elif (shared / "template.done").exists() and DRIVERS:
         server, template = (shared / "template.done").read_text().split()
         lab.admin(server, f"DROP DATABASE IF EXISTS {template}")
@@ -119,7 +119,7 @@ def postgres_server() -> str:
     """The URL of a server on which databases may be made."""
     def start(folder: Path) -> str:
         try:
-            return lab.start_postgres(folder)
+            return lab.postgres("start", folder)
         except OSError as error:
             return f"missing: {error}"
 

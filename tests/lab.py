@@ -1,4 +1,4 @@
-"""The laboratory: databases, certificates, agents and processes that tests, bench.py and torture share.
+"""The laboratory: databases, certificates, agents and processes that tests, bench.py, flood.py and torture share.
 
 Everything in it is real but the clock. Nothing here needs pytest (conftest.py makes its fixtures of
 it), so that the scripts run where there is only Python. What releasectl.py is meant is the first on
@@ -88,18 +88,16 @@ class FakeClock(rc.Clock):
 
 # -- databases -------------------------------------------------------------------------------
 
-def start_postgres(folder: Path, *options: str) -> str:
-    """Start a throwaway server; return its URL. Raise OSError with what scripts/postgres.sh says."""
-    started = subprocess.run(["bash", str(SCRIPTS / "postgres.sh"), "start", *options, str(folder)],
-                             capture_output=True, text=True, check=False)
-    if started.returncode != 0:
-        raise OSError(started.stderr.strip())
-    return started.stdout.strip()
+def postgres(*words: object) -> str:
+    """Run scripts/postgres.sh, which starts, removes, ... a throwaway server; return what it prints, a URL mostly.
 
-
-def remove_postgres(folder: Path) -> None:
-    """Stop a server of start_postgres() and delete its data."""
-    subprocess.run(["bash", str(SCRIPTS / "postgres.sh"), "remove", str(folder)], check=True)
+    Raise OSError with what it says where it fails.
+    """
+    done = subprocess.run(["bash", str(SCRIPTS / "postgres.sh"), *map(str, words)], capture_output=True, text=True,
+                          check=False)
+    if done.returncode:
+        raise OSError(done.stderr.strip())
+    return done.stdout.strip()
 
 
 def database_on(server_url: str, name: str) -> str:
@@ -114,11 +112,13 @@ def migrate(url: str) -> None:
     database.close()
 
 
-def admin(server_url: str, statement: str) -> None:
-    """Run one statement on the server itself."""
+def admin(server_url: str, statement: str) -> Any:
+    """Run one statement in a session of its own; return the first value of its result, if it has one."""
     connection = rc.PostgresEngine(server_url).connect(create=False)
     try:
-        connection.cursor().execute(statement)
+        cursor = connection.cursor()
+        cursor.execute(statement)
+        return cursor.fetchone()[0] if cursor.description else None
     finally:
         connection.close()
 

@@ -33,6 +33,7 @@ from lab import (
     hang,
     hang_after_request,
     make_certs,
+    mtls,
     our_files,
     reply,
     says,
@@ -644,8 +645,7 @@ def test_a_renewal_is_noticed_that_keeps_size_and_time_of_the_files(new_client, 
 
 
 def test_prepare_tells_what_is_wrong_with_our_certificate(certs, tmp_path):
-    files = {"CONTROL_CERT": certs / "control.crt", "CONTROL_KEY": certs / "control.key",
-             "CONTROL_CA": certs / "ca.crt"}
+    files = mtls(certs)
     locked, text = tmp_path / "locked.key", tmp_path / "text"
     subprocess.run(["openssl", "pkey", "-in", str(certs / "control.key"), "-aes256", "-passout", "pass:secret",
                     "-out", str(locked)], check=True, capture_output=True)

@@ -12,7 +12,7 @@ import urllib.parse
 
 import pytest
 from conftest import leave_out
-from lab import ROOT, Cli, World, assert_books_balance, eventually, free_port, new_release, statuses
+from lab import ROOT, Cli, World, assert_books_balance, eventually, free_port, mtls, new_release, statuses
 from test_databases import driver  # noqa: F401 - a fixture
 
 import releasectl as rc
@@ -63,8 +63,7 @@ def new_pooler(tmp_path_factory, new_postgres_url):
 def drains(world, url: str, count: int) -> list[subprocess.Popen]:
     """Start so many processes that drive whatever they find to its end."""
     settings = {**os.environ, "DATABASE_URL": url, "RELEASE_EXECUTOR_INTERVAL_SEC": "0.1", "CLAIM_TTL_SEC": "10",
-                "CONTROL_CERT": f"{world.certs}/control.crt", "CONTROL_KEY": f"{world.certs}/control.key",
-                "CONTROL_CA": f"{world.certs}/ca.crt"}
+                **mtls(world.certs)}
     return [subprocess.Popen([sys.executable, str(ROOT / "releasectl.py"), "run-once", "--drain"], env=settings,
                              stderr=subprocess.PIPE, text=True) for _ in range(count)]
 

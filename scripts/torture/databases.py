@@ -11,9 +11,9 @@ import threading
 import time
 import urllib.parse
 from pathlib import Path
-from typing import Any, Callable, TypeVar, Union
+from typing import Callable, TypeVar, Union
 
-from lab import SCRIPTS, database_on
+from lab import admin, database_on, postgres
 
 import releasectl as rc
 
@@ -65,7 +65,7 @@ class PostgresServer:
         self._standby_folder = ""
         self._standby_url = ""
         self._ports: list[int] = []  # of the first server and its first standby: later ones take them in turn
-        self._url = self._control("start", "--durable", self._folder) if self.is_ours else given_url
+        self._url = postgres("start", "--durable", self._folder) if self.is_ours else given_url
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._made: list[str] = []  # the names of all databases
@@ -78,13 +78,13 @@ class PostgresServer:
                 return self._free.pop()
             name = f"torture_{os.getpid()}_{next(self._numbers)}"
             self._made.append(name)
-        self._run(f"CREATE DATABASE {name}")
+        admin(self._url, f"CREATE DATABASE {name}")
         return database_on(self._url, name)
 
     def free(self, url: str) -> None:
         """Empty a database, for whoever asks for one next."""
-        self._run("DROP SCHEMA public CASCADE", url)
-        self._run("CREATE SCHEMA public", url)
+        admin(url, "DROP SCHEMA public CASCADE")
+        admin(url, "CREATE SCHEMA public")
         with self._lock:
             self._free.append(url)
 
@@ -96,23 +96,23 @@ class PostgresServer:
     def cut(self, url: str) -> bool:
         """End a session of a database, any but our own; return whether there was one."""
         with contextlib.suppress(rc.DatabaseError, *rc.PostgresEngine(url).error):
-            return bool(self._run(
-                "SELECT pg_terminate_backend(pid) FROM (SELECT pid FROM pg_stat_activity WHERE "
-                "datname = current_database() AND pid <> pg_backend_pid() ORDER BY random() "
-                "LIMIT 1) s UNION ALL SELECT false LIMIT 1", url))
+            return bool(admin(
+                url, "SELECT pg_terminate_backend(pid) FROM (SELECT pid FROM pg_stat_activity WHERE "
+                     "datname = current_database() AND pid <> pg_backend_pid() ORDER BY random() "
+                     "LIMIT 1) s UNION ALL SELECT false LIMIT 1"))
         return False
 
     def restart(self) -> None:
-        self._control("restart", self._folder)
+        postgres("restart", self._folder)
 
     def close(self) -> None:
         if self.is_ours:
             for folder in filter(None, (self._standby_folder, self._folder)):
-                self._control("remove", folder)
+                postgres("remove", folder)
             return
         for name in self._made:
             with contextlib.suppress(rc.DatabaseError, *rc.PostgresEngine(self._url).error):
-                self._run(f"DROP DATABASE {name} WITH (FORCE)")
+                admin(self._url, f"DROP DATABASE {name} WITH (FORCE)")
 
     # -- the standby ---------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class PostgresServer:
         folder = self._new_folder()
         # the port of the first server is free again after the first failover, and so on
         port = [str(one) for one in self._ports if one != _port_of(self._url)]
-        self._standby_url = self._control("standby", *(["--port", *port] if port else []), self._folder, folder)
+        self._standby_url = postgres("standby", *(["--port", *port] if port else []), self._folder, folder)
         self._standby_folder = folder
         self._ports = self._ports or [_port_of(self._url), _port_of(self._standby_url)]
 
@@ -136,49 +136,31 @@ class PostgresServer:
 
     def cut_off_standby(self) -> None:
         """Let the standby receive nothing more; return when it has applied what it had."""
-        self._run("ALTER SYSTEM SET primary_conninfo = ''", self._standby_url)
-        self._run("SELECT pg_reload_conf()", self._standby_url)
+        admin(self._standby_url, "ALTER SYSTEM SET primary_conninfo = ''")
+        admin(self._standby_url, "SELECT pg_reload_conf()")
         self._wait_for_standby("SELECT COUNT(*) = 0 FROM pg_stat_wal_receiver")
         self._wait_for_standby("SELECT COALESCE(pg_last_wal_receive_lsn() <= pg_last_wal_replay_lsn(), true)")
 
     def crash(self) -> None:
         """Stop the primary as a loss of power would."""
-        self._control("crash", self._folder)
+        postgres("crash", self._folder)
 
     def promote(self) -> None:
         """Make the standby the primary, and remove the one that crashed."""
-        self._control("promote", self._standby_folder)
-        self._control("remove", self._folder)
+        postgres("promote", self._standby_folder)
+        postgres("remove", self._folder)
         self._folder, self._standby_folder = self._standby_folder, ""
         self._url, self._standby_url = self._standby_url, ""
 
     def _wait_for_standby(self, statement: str) -> None:
         give_up_at = time.monotonic() + 30.0
-        while not self._run(statement, self._standby_url):
+        while not admin(self._standby_url, statement):
             if time.monotonic() > give_up_at:
                 raise OSError(f"the standby did not come so far within 30 s: {statement}")
             time.sleep(0.02)
 
     def _new_folder(self) -> str:
         return str(self._place / f"server-{next(self._server_numbers)}")
-
-    def _run(self, statement: str, url: str = "") -> Any:
-        """Run a statement in a session of its own; return the first value of its result, if it has one."""
-        connection = rc.PostgresEngine(url or self._url).connect(create=False)
-        try:
-            cursor = connection.cursor()
-            cursor.execute(statement)
-            return cursor.fetchone()[0] if cursor.description else None
-        finally:
-            connection.close()
-
-    @staticmethod
-    def _control(*words: str) -> str:
-        done = subprocess.run(["bash", str(SCRIPTS / "postgres.sh"), *words], capture_output=True, text=True,
-                              check=False)
-        if done.returncode:
-            raise OSError(f"postgres.sh {words[0]}: {done.stderr.strip()}")
-        return done.stdout.strip()
 
 
 Databases = Union[SqliteFiles, PostgresServer]
