@@ -34,6 +34,8 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Nodes               the registry of nodes
     Queue               the order of open releases, and the writing of what is decided on one
     Retry and rollback  what a new release brings back to whom (contract 3, rule 10)
+    Drift               what each node runs, what it should run, and how far these are apart
+                        (contract section 5)
     Releases            create, verbs, lists, payloads, prune
     Claims              claim, lease, fence, commit; the store that all parts make up
   EXECUTION
@@ -57,6 +59,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Check and why       what is wrong with this installation, and what would mend it
     Terminal            what a person sees: columns, a release in one line, its progress
     Commands            what each other command does (contract section 4)
+    Node commands       what the commands on nodes do, and what is shown of a node
     Service             the processes serve and run-once: signals, the service manager, files
                         that change
     Arguments           what a command takes: the parser and the completion in shells, made
@@ -80,6 +83,7 @@ import email.utils
 import errno
 import faulthandler
 import fcntl
+import fnmatch
 import functools
 import getpass
 import hashlib
@@ -147,6 +151,9 @@ OPEN = frozenset((PENDING, RUNNING))
 VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
 
 NODE_STATUSES = ("online", "offline", "maintenance")
+
+# How far what a node runs is from what it should run (contract section 5).
+LEVEL, BEHIND, AHEAD, UNSURE = DRIFTS = ("none", "behind", "ahead", "unknown")
 TASKS, EXECUTE = "tasks", "execute"
 # Without this key in the payload an execute agent drops all its sites (contract section 1).
 WEBSITES = "websites"
@@ -173,6 +180,8 @@ DISPATCH, QUERY, PROBE = "dispatch", "query", "probe"
 UNREACHABLE, TLS, TIMEOUT, HTTP, PROTOCOL = "unreachable", "tls", "timeout", "http", "protocol"
 REJECTED, AGENT_FAILED, VERIFY, DEADLINE, ABANDONED = "rejected", "agent_failed", "verify", "deadline", "abandoned"
 ERROR_KINDS = (UNREACHABLE, TLS, TIMEOUT, HTTP, PROTOCOL, REJECTED, AGENT_FAILED, VERIFY, DEADLINE, ABANDONED)
+# Of an end that the agent itself told; "" is a success.
+BELIEVED_KINDS = ("", REJECTED, AGENT_FAILED, VERIFY)
 
 # Outcomes of a scan for work (metrics).
 IDLE, WORKED, BUSY, ERROR = "idle", "worked", "busy", "error"
@@ -552,6 +561,14 @@ def parse_json(data: bytes | str, exact: bool = False) -> Any:
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _nesting(value) > MAX_JSON_DEPTH:
         raise ValueError("nested too deep")
     return value
+
+
+def stored_json(text: str) -> Any:
+    """Return a stored object; {} for one that can't be read: a person wrote it."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        return {}
 
 
 def to_json(value: object) -> str:
@@ -988,6 +1005,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("releasectl_release_last_event_timestamp_seconds", GAUGE,
            "Last change of the status of an active release or of one of its nodes.", ("target", "status")),
     Metric("releasectl_nodes", GAUGE, "Enabled nodes.", ("status",)),
+    Metric("releasectl_nodes_drift", GAUGE, "Enabled nodes by how far what they run is from what they should run.",
+           ("drift",)),
     Metric("releasectl_frozen", GAUGE, "Whether the freeze is on (1), or not (0)."),
     Metric("releasectl_ticks_total", COUNTER, "Scans for work, by outcome.", ("outcome",),
            ((IDLE, WORKED, BUSY, ERROR),)),
@@ -1737,9 +1756,15 @@ class Node:
     @property
     def label_items(self) -> Set[tuple[str, Any]]:
         """Return its labels as pairs."""
-        with contextlib.suppress(ValueError, AttributeError, TypeError):  # written by hand
-            return frozenset(parse_json(self.labels).items())
-        return frozenset()
+        return _label_items(self.labels)
+
+
+# A fleet has few sets of labels, and many nodes with each.
+@functools.lru_cache(maxsize=4096)
+def _label_items(text: str) -> Set[tuple[str, Any]]:
+    with contextlib.suppress(ValueError, AttributeError, TypeError):  # written by hand
+        return frozenset(parse_json(text).items())
+    return frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1779,6 +1804,14 @@ class Release:
     stored_sha256: str
     skipped_nodes: int
     current_batch: int
+    # Whom it is for, as JSON: see Selection.
+    selection: str = "{}"
+    catch_up_of: int | None = None
+
+    @property
+    def is_again(self) -> bool:
+        """Return whether it was made from another release, whose nodes left out it names."""
+        return (self.retry_of or self.rollback_of or self.catch_up_of) is not None
 
     @property
     def is_terminal(self) -> bool:
@@ -2469,6 +2502,52 @@ class ReleaseRequest(NamedTuple):
     node_ids: Sequence[int] | None = None
     labels: Mapping[str, str] | None = None
     version: int | None = None
+    catch_up_of: int | None = None
+    # Whom it stands for, where that is more than the nodes that it goes to: see Selection.
+    stands_for: Mapping[str, Any] | None = None
+
+    @property
+    def is_again(self) -> bool:
+        """Return whether it brings the payload of another release."""
+        return (self.retry_of or self.rollback_of or self.catch_up_of) is not None
+
+    @property
+    def selection(self) -> Mapping[str, Any]:
+        """Return for whom the release is, as it is stored."""
+        if self.stands_for is not None:
+            return self.stands_for
+        if self.node_ids is not None:
+            return {"nodeIds": sorted(self.node_ids)}
+        return {} if self.labels is None else {"labels": self.labels}
+
+
+class Selection(NamedTuple):
+    """For whom a release is: all nodes that are within each of these; None restricts nothing.
+
+    nodes_of: the nodes that a release has, which may be this one; for releases of which nobody said more.
+    """
+    node_ids: frozenset[int] | None = None
+    labels: Set[tuple[str, Any]] = frozenset()
+    nodes_of: int | None = None
+
+    @property
+    def is_everything(self) -> bool:
+        return self == Selection()
+
+    def takes(self, node: Node) -> bool:
+        """Return whether it takes a node, as far as nodes_of does not tell."""
+        return (self.node_ids is None or node.id in self.node_ids) and self.labels <= node.label_items
+
+
+def selection_of(text: str) -> Selection | None:
+    """Return a stored selection; None for one that can't be read, which takes nobody."""
+    try:
+        stored = parse_json(text)
+        nodes_of, labels = stored.get("nodesOf"), frozenset(stored.get("labels", {}).items())
+        return Selection(frozenset(stored["nodeIds"]) if "nodeIds" in stored else None, labels,
+                         None if nodes_of is None else int(nodes_of))
+    except (ValueError, TypeError, AttributeError):  # written by hand
+        return None
 
 
 class LeftOut(NamedTuple):
@@ -2481,12 +2560,13 @@ class LeftOut(NamedTuple):
 class Running(NamedTuple):
     """A release that nodes run, as id and version, how many of them, and whether its payload is the planned one.
 
-    Without an id: nodes on which no release has succeeded yet.
+    Without an id: nodes on which no release has succeeded yet, or of which it is not known what they run.
     """
     release_id: int | None
     version: int
     nodes: int
     is_same: bool
+    is_unknown: bool = False
 
 
 class Effect(NamedTuple):
@@ -2577,8 +2657,8 @@ def choose_nodes(nodes: Sequence[Node], request: ReleaseRequest) -> tuple[list[N
         return [by_id[number] for number in sorted(request.node_ids)], []
     everything = nodes
     if request.labels is not None:
-        wanted = request.labels.items()
-        nodes = [node for node in nodes if wanted <= node.label_items]
+        wanted = Selection(labels=frozenset(request.labels.items()))
+        nodes = [node for node in nodes if wanted.takes(node)]
     chosen = [node for node in nodes if node.gets_releases]
     if not chosen:
         raise AppError(WRONG_STATE, _why_no_nodes(everything, nodes, request.labels or {}))
@@ -2639,6 +2719,19 @@ def parse_node_ids(value: object) -> list[int]:
     raise AppError(INVALID, "nodeIds must be a list of different ids of nodes")
 
 
+def parse_label_pairs(field: str, pairs: Iterable[str]) -> dict[str, str]:
+    """Return the labels of texts K=V; raise AppError(INVALID) naming the field they are of."""
+    labels: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise AppError(INVALID, f"{field} {one_line(pair, 60)} must be K=V")
+        if key in labels:
+            raise AppError(INVALID, f"{field} {one_line(key, 60)} is given twice: a node has one value of each label")
+        labels[key] = value
+    return labels
+
+
 def known_keys(body: Mapping[str, Any], known: Sequence[str]) -> None:
     """Raise AppError(INVALID) naming the first unknown key of body."""
     for key in body:
@@ -2677,6 +2770,7 @@ class OldRelease(NamedTuple):
     rollback_of: int | None
     total_nodes: int
     ended_at: str
+    catch_up_of: int | None = None
 
 
 class Content(NamedTuple):
@@ -2691,15 +2785,15 @@ class Content(NamedTuple):
 
 
 def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of: Callable[[OldRelease], Content],
-             newest: int = 0) -> list[OldRelease]:
+             needed: Set[int] = frozenset()) -> list[OldRelease]:
     """Return the releases that nobody needs any more, newest first.
 
     These stay:
     - of each target the newest `keep`, and all that have not ended, or ended after `before`;
     - for each node and target its newest success, and what a rollback of a release that stays would bring back:
       the newest success before that release, with another payload, that nobody rolled back;
-    - what a release that stays is a retry or a rollback of;
-    - the release `newest`, which has the newest event.
+    - what a release that stays is a retry, a rollback or a catch-up of;
+    - the releases `needed`: those that tell what a node runs or should run, and the one with the newest event.
 
     So the highest version and the highest event id stay, and neither is given out again.
     """
@@ -2712,15 +2806,14 @@ def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of:
     wanting: dict[tuple[str, int], set[str]] = {}
     for release in sorted(releases, key=lambda r: -r.version):
         seen[release.target] = seen.get(release.target, 0) + 1
-        stays = (seen[release.target] <= keep or not release.ended_at or release.ended_at >= before
-                 or release.id == newest)
+        stays = seen[release.target] <= keep or not release.ended_at or release.ended_at >= before
         content, target = content_of(release), release.target
         served = [node for node in content.succeeded if (target, node) not in known[content.is_bad] | known[False] or (
             not content.is_bad and wanting.get((target, node), set()) - {content.digest})]
-        if not stays and not served and release.id not in named:
+        if not stays and not served and release.id not in named | needed:
             goes.append(release)
             continue
-        named |= {release.retry_of, release.rollback_of}
+        named |= {release.retry_of, release.rollback_of, release.catch_up_of}
         for node in content.succeeded:
             known[content.is_bad].add((target, node))
             if not content.is_bad:
@@ -2892,18 +2985,24 @@ def effect_text(effect: Effect) -> str:
     """Return what a payload would change: '3 changes against release 4 (v4, 38 of 40 nodes); 2 nodes run release 3'."""
     total, count = sum(one.nodes for one in effect.running), effect.open_releases
     before = [f"{count} other release{' has' if count == 1 else 's have'} not ended yet"] if count else []
-    if all(one.is_same for one in effect.running):
+    if effect.running and all(one.is_same for one in effect.running):
         ids = in_words([one.release_id for one in effect.running])
         return "; ".join([f"{CHANGES_NOTHING} (release {ids})", *before])
     first = [f"{effect.difference or 'not compared'} against release {one.release_id} (v{one.version}, {one.nodes} "
              f"of {count_of_nodes(total)})" + (f": {effect.unreadable}" if effect.unreadable else "")
              for one in effect.running if one.release_id is not None and one.release_id == effect.against]
     others = [one for one in effect.running if one.release_id is None or one.release_id != effect.against]
-    texts = [f"{count_of_nodes(one.nodes)} had no release yet" if one.release_id is None else
-             f"{_nodes_run(one.nodes)} release {one.release_id}" + (" (the same payload)" if one.is_same else "")
-             for one in others[:MAX_RUNNING_NAMED]]
+    texts = [_running_text(one) for one in others[:MAX_RUNNING_NAMED]]
     more = sum(one.nodes for one in others[MAX_RUNNING_NAMED:])
     return "; ".join([*first, *texts, *([f"{_nodes_run(more)} other releases"] if more else []), *before])
+
+
+def _running_text(one: Running) -> str:
+    if one.is_unknown:
+        return f"what {_nodes_run(one.nodes)} is not known"
+    if one.release_id is None:
+        return f"{count_of_nodes(one.nodes)} had no release yet"
+    return f"{_nodes_run(one.nodes)} release {one.release_id}" + (" (the same payload)" if one.is_same else "")
 
 
 def _nodes_run(count: int) -> str:
@@ -2957,6 +3056,8 @@ LOST = "lost"           # the request may have reached the agent, no answer came
 UNCLEAR = "unclear"     # an answer that can't be used: 429, 5xx, nonsense
 NOT_SENT = "held"       # releasectl did not send it; this says nothing about the agent
 
+# Beginning of the message where an agent has a version that it can't have from us.
+ALREADY_AT = "the agent is already at version"
 # Message of a failure whose text is empty.
 NO_REASON_GIVEN = "the agent gave no reason"
 
@@ -2994,7 +3095,7 @@ def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -
     if outcome.result in (SUCCESS, ACCEPTED) and outcome.applied and not node.reached:
         # none of our tries can have done it: another version that has the same number
         return node._replace(in_flight=False, verdict=Verdict(
-            FAILED, REJECTED, f"the agent is already at version {outcome.applied}", outcome.event_detail))
+            FAILED, REJECTED, f"{ALREADY_AT} {outcome.applied}", outcome.event_detail))
     if outcome.result == SUCCESS and policy.probes:
         return node._replace(in_flight=False, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True,
                              agent_message=outcome.event_detail)
@@ -3330,7 +3431,7 @@ def _close_node(node: ReleaseNode, now: Moment) -> NodeChange | None:
 
 
 def _abandon(node: ReleaseNode, why: str, now: Moment) -> NodeChange:
-    return _fail(node, ABANDONED, f"outcome unknown: {why}", now)
+    return _fail(node._replace(is_unknown=True), ABANDONED, f"outcome unknown: {why}", now)
 
 
 def _fail(node: ReleaseNode, kind: str, message: str, now: Moment, hold_s: float | None = None) -> NodeChange:
@@ -3350,6 +3451,7 @@ def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
         is_busy = verdict.hold_s > 0 and not node.dialect.can_be_asked
         hold_until, hold_clock = _hold_for(verdict.hold_s, now) if is_busy else (None, "")
     return NodeChange(node, node._replace(
+        stored_reached=int(node.reached or node.is_unknown or verdict.error_kind in BELIEVED_KINDS),
         status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg, finished_at=now.text,
         hold_until=hold_until, hold_clock=hold_clock, verdict=None, next_op="", errors=0, passes=0, due=now.elapsed),
         verdict.detail)
@@ -4616,7 +4718,14 @@ class DatabaseState:
                 UPDATE database_state
                 SET moved_at = ?, lost_version = CASE WHEN lost_version > ? THEN lost_version ELSE ? END
                 WHERE id = 1""", tx.now(), self.seen.version, self.seen.version)
+            if self.seen.version > (tx.value("SELECT MAX(version) FROM release_tasks") or 0):
+                self.note_unsure(tx, self.seen.version)
             tx.after_commit.append(functools.partial(setattr, self, "is_rewind_unwritten", False))
+
+    def note_unsure(self, tx: Transaction, version: int) -> None:
+        """Store that today's nodes may have versions up to this one of which the database knows nothing."""
+        tx.execute("UPDATE database_state SET unsure_version = ?, unsure_at = ? WHERE id = 1 AND unsure_version <= ?",
+                   version, self.now(), version)
 
     def report_rewind(self, claim: Claim, why: str) -> None:
         """Log and count that the database went back, unless that was noticed since the claim was taken."""
@@ -4970,9 +5079,8 @@ class Audit:
 # ======================================================================================
 
 NODE_COLUMNS = ", ".join(field.name for field in dataclasses.fields(Node))
-# What a person sets, and a row to insert in the same order.
+# What a person sets.
 _SETTABLE_COLUMNS = ("name", "main_ip", "agent_port", "agent_protocol", "labels", "enabled", "status")
-NodeRow = tuple[str, str, int, str, str, int, str]
 
 
 def node_values(node: Node, columns: Iterable[str] = _SETTABLE_COLUMNS) -> dict[str, object]:
@@ -4988,6 +5096,13 @@ def node_values(node: Node, columns: Iterable[str] = _SETTABLE_COLUMNS) -> dict[
     return values
 
 
+class Imported(NamedTuple):
+    """What became of the nodes of an import."""
+    added: list[Node]
+    changed: list[Node]
+    same: list[Node]
+
+
 class Page(NamedTuple):
     """A page of a list."""
     items: list[Any]
@@ -5001,49 +5116,37 @@ class Page(NamedTuple):
 NODES_PER_STATEMENT = 320
 
 
+def rows_of_nodes(tx: Transaction, statement: str, ids: Sequence[int]) -> list[tuple[Any, ...]]:
+    """Return the rows of a query for some ids, of nodes mostly; {marks} in it is where they go, some at a time."""
+    return [row for start in range(0, len(ids), NODES_PER_STATEMENT)
+            for part in [ids[start:start + NODES_PER_STATEMENT]]
+            for row in tx.rows(statement.format(marks=", ".join("?" * len(part))), *part)]
+
+
+def all_nodes(tx: Transaction) -> list[Node]:
+    """Return all nodes by id."""
+    return [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")]
+
+
+def find_node(tx: Transaction, node_id: int) -> Node:
+    """Return a node; raise AppError 3001."""
+    row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE id = ?", node_id) if node_id <= MAX_ID else None
+    if row is None:
+        raise AppError(NOT_FOUND, f"node {node_id} does not exist")
+    return Node(*row)
+
+
+def find_node_named(tx: Transaction, name: str) -> Node:
+    """Return a node by its name; raise AppError 3001."""
+    row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE name = ?", name)
+    if row is None:
+        raise AppError(NOT_FOUND, f"node {one_line(name, 100)} does not exist")
+    return Node(*row)
+
+
 def succeeded_nodes(tx: Transaction, release_id: int) -> set[int]:
     return {row[0] for row in tx.rows(
         "SELECT node_id FROM release_task_nodes WHERE release_task_id = ? AND status = 'success'", release_id)}
-
-
-def releases_run(tx: Transaction, node_ids: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Return id and version of the newest release that succeeded on each of some nodes; none: the node is left out.
-
-    No node's history is gone through: the newest success by id is the first one in the index
-    release_task_nodes_by_node, and only what took a version out of turn is looked at beside it.
-    """
-    found: dict[int, int] = {}
-    for start in range(0, len(node_ids), NODES_PER_STATEMENT):
-        part = node_ids[start:start + NODES_PER_STATEMENT]
-        found.update((node_id, release_id) for node_id, release_id in tx.rows(f"""
-            SELECT h.id, (SELECT n.release_task_id
-                          FROM release_task_nodes n
-                          WHERE n.node_id = h.id AND n.status = 'success'
-                          ORDER BY n.release_task_id DESC
-                          LIMIT 1)
-            FROM nodes h
-            WHERE h.id IN ({', '.join('?' * len(part))})""", *part) if release_id is not None)
-    versions = {release_id: int(tx.value("SELECT version FROM release_tasks WHERE id = ?", release_id))
-                for release_id in set(found.values())}
-    runs = {node_id: (release_id, versions[release_id]) for node_id, release_id in found.items()}
-    if runs:
-        for release_id, version in _out_of_turn(tx, versions):
-            for node_id in succeeded_nodes(tx, release_id) & runs.keys():
-                if runs[node_id][1] < version:
-                    runs[node_id] = release_id, version
-    return runs
-
-
-def _out_of_turn(tx: Transaction, versions: Mapping[int, int]) -> list[tuple[int, int]]:
-    """Return other releases that may be newer than one of these though their id is lower: they started later."""
-    late, highest = [], 0
-    for release_id, version in tx.rows("SELECT id, version FROM release_tasks WHERE version >= ? ORDER BY version",
-                                       min(versions.values())):  # the index of its UNIQUE
-        if release_id in versions:
-            highest = max(highest, release_id)
-        elif release_id < highest:
-            late.append((release_id, version))
-    return late
 
 
 class Nodes:
@@ -5057,45 +5160,53 @@ class Nodes:
     def add(self, name: str, main_ip: str, agent_port: int = 8443, agent_protocol: str = TASKS,
             labels: str = "{}", enabled: bool = True, status: str = "online", by: Who = PROGRAM) -> Node:
         """Add a node; raise AppError 3002 where its name or address is taken."""
+        columns = {"name": name, "main_ip": main_ip, "agent_port": agent_port, "agent_protocol": agent_protocol,
+                   "labels": labels, "enabled": int(enabled), "status": status}
         with self._database.transaction(write=True) as tx:
-            node = self._add(tx, [(name, main_ip, agent_port, agent_protocol, labels, int(enabled), status)])[0]
+            node = self._add(tx, columns)
+            self._refuse_twins(tx, [node])
             self._audit.add(tx, by, "node.add", f"node {name}", after={"id": node.id, **node_values(node)})
             return node
 
-    def add_all(self, rows: Sequence[NodeRow], by: Who = PROGRAM) -> list[Node]:
-        """Add all nodes or none; raise AppError 3002 for the first whose name or address is taken."""
+    def import_all(self, rows: Sequence[Mapping[str, Any]], by: Who = PROGRAM, update: bool = False) -> Imported:
+        """Add all nodes or none, each given by its columns; with update change those whose name exists.
+
+        Raise AppError 3002 for the first whose name or address is taken, 3003 where an open release needs one's
+        address.
+        """
         with self._database.transaction(write=True) as tx:
-            nodes = self._add(tx, rows)
-            if nodes:
-                self._audit.add(tx, by, "node.import", count_of_nodes(len(nodes)), after={
-                    "count": len(nodes), "names": names_of([node.name for node in nodes]),
-                    "nodes": [node_values(node) for node in nodes]})
-            return nodes
+            known = {node.name: node for node in all_nodes(tx)} if update else {}
+            added = [self._add(tx, row) for row in rows if row["name"] not in known]
+            found = [(known[row["name"]], row) for row in rows if row["name"] in known]
+            if len({node.id for node, _ in found}) < len(found):
+                twice = next(name for name, count in collections.Counter(
+                    node.name for node, _ in found).items() if count > 1)
+                raise AppError(EXISTS, f"node {twice} is in the file twice")
+            changed = [self._change(tx, node, row, by) for node, row in found]
+            self._refuse_twins(tx, [*added, *changed])
+            if added:
+                self._audit.add(tx, by, "node.import", count_of_nodes(len(added)), after={
+                    "count": len(added), "names": names_of([node.name for node in added]),
+                    "nodes": [node_values(node) for node in added]})
+            before = [node for node, _ in found]
+            return Imported(added, [node for node, old in zip(changed, before) if node != old],
+                            [node for node, old in zip(changed, before) if node == old])
 
     def update(self, node_id: int, changes: Mapping[str, object], by: Who = PROGRAM) -> Node:
         """Change columns of a node; raise AppError 3001, 3002, or 3003 where an open release needs its address."""
+        return self.update_all([node_id], changes, by)[0]
+
+    def update_all(self, node_ids: Sequence[int], changes: Mapping[str, object], by: Who = PROGRAM) -> list[Node]:
+        """Change columns of all of some nodes, or of none; raise AppError as update() does."""
         with self._database.transaction(write=True) as tx:
-            node = self._node(tx, node_id)
-            after = dataclasses.replace(node, **dict(changes))  # type: ignore[arg-type]
-            changed = [column for column in _SETTABLE_COLUMNS if getattr(after, column) != getattr(node, column)]
-            if "name" in changed:
-                self._refuse_taken_name(tx, after.name)
-            if not {"main_ip", "agent_port", "agent_protocol"}.isdisjoint(changed):
-                self._refuse_in_use(tx, node)
-            if after.enabled and (after.endpoint != node.endpoint or not node.enabled):
-                self._refuse_twin(self._endpoints(tx), after.name, after.main_ip, after.agent_port, node.name)
-            for column in changed:
-                tx.execute(f"UPDATE nodes SET {column} = ?, updated_at = ? WHERE id = ?",
-                           changes[column], self._state.now(), node_id)
-            if changed:
-                self._audit.add(tx, by, "node.set", f"node {node.name}", node_values(node, changed),
-                                node_values(after, changed))
-            return self._node(tx, node_id)
+            nodes = [self._change(tx, find_node(tx, node_id), changes, by) for node_id in node_ids]
+            self._refuse_twins(tx, nodes)
+            return nodes
 
     def delete(self, node_id: int, by: Who = PROGRAM) -> None:
         """Delete a node; raise AppError 3001, or 3003 where a release has it: history is kept."""
         with self._database.transaction(write=True) as tx:
-            node = self._node(tx, node_id)
+            node = find_node(tx, node_id)
             release_id = tx.value("SELECT MAX(release_task_id) FROM release_task_nodes WHERE node_id = ?", node_id)
             if release_id is not None:
                 raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}: disable it instead")
@@ -5105,12 +5216,12 @@ class Nodes:
     def get(self, node_id: int) -> Node:
         """Return a node; raise AppError 3001."""
         with self._database.transaction() as tx:
-            return self._node(tx, node_id)
+            return find_node(tx, node_id)
 
     def named(self, name: str) -> Node:
         """Return a node by its name; raise AppError 3001."""
         with self._database.transaction() as tx:
-            return self._node_by_name(tx, name)
+            return find_node_named(tx, name)
 
     def page(self, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
         """Return a page of the nodes by id; size 0: all of them."""
@@ -5133,21 +5244,29 @@ class Nodes:
                   AND n.release_task_id = (SELECT MAX(m.release_task_id) FROM release_task_nodes m
                                            WHERE m.node_id = n.node_id)""", *node_ids)}
 
-    def _add(self, tx: Transaction, rows: Sequence[NodeRow]) -> list[Node]:
-        now, owners = self._state.now(), self._endpoints(tx)
-        for row in rows:
-            self._refuse_taken_name(tx, row[0])
-            if row[5]:
-                self._refuse_twin(owners, row[0], row[1], row[2])
-            tx.execute(f"INSERT INTO nodes ({', '.join(_SETTABLE_COLUMNS)}, created_at, updated_at) "
-                       "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *row, now, now)
-        return [self._node_by_name(tx, row[0]) for row in rows]
+    def _add(self, tx: Transaction, columns: Mapping[str, Any]) -> Node:
+        """Insert a node; the columns left out get the table's defaults."""
+        self._refuse_taken_name(tx, columns["name"])
+        now = self._state.now()
+        tx.execute(f"INSERT INTO nodes ({', '.join(columns)}, created_at, updated_at) "
+                   f"VALUES ({', '.join('?' * len(columns))}, ?, ?)", *columns.values(), now, now)
+        return find_node_named(tx, columns["name"])
 
-    @staticmethod
-    def _endpoints(tx: Transaction) -> dict[Endpoint, str]:
-        """Return the names of the enabled nodes by address."""
-        return {endpoint_of(main_ip, port): name for name, main_ip, port in tx.rows(
-            "SELECT name, main_ip, agent_port FROM nodes WHERE enabled = 1")}
+    def _change(self, tx: Transaction, node: Node, changes: Mapping[str, Any], by: Who) -> Node:
+        """Write the columns of a node that change, with a row of the audit log; return it as it is then."""
+        after = dataclasses.replace(node, **dict(changes))
+        changed = [column for column in _SETTABLE_COLUMNS if getattr(after, column) != getattr(node, column)]
+        if not changed:
+            return node
+        if "name" in changed:
+            self._refuse_taken_name(tx, after.name)
+        if not {"main_ip", "agent_port", "agent_protocol"}.isdisjoint(changed):
+            self._refuse_in_use(tx, node)
+        tx.execute(f"UPDATE nodes SET {', '.join(f'{column} = ?' for column in changed)}, updated_at = ? WHERE id = ?",
+                   *(changes[column] for column in changed), self._state.now(), node.id)
+        self._audit.add(tx, by, "node.set", f"node {node.name}", node_values(node, changed),
+                        node_values(after, changed))
+        return find_node(tx, node.id)
 
     @staticmethod
     def _refuse_taken_name(tx: Transaction, name: str) -> None:
@@ -5155,11 +5274,21 @@ class Nodes:
             raise AppError(EXISTS, f"node {name} exists already")
 
     @staticmethod
-    def _refuse_twin(owners: dict[Endpoint, str], name: str, main_ip: str, port: int, known_as: str = "") -> None:
-        """Raise AppError 3002 where another enabled node has this address; else enter it into owners."""
-        twin = owners.setdefault(endpoint_of(main_ip, port), name)
-        if twin not in (name, known_as):
-            raise AppError(EXISTS, f"node {twin} has the address {main_ip}:{port} already: one agent is one node")
+    def _refuse_twins(tx: Transaction, nodes: Collection[Node]) -> None:
+        """Raise AppError 3002 where one of the nodes, as written, has the address of another enabled one.
+
+        After all is written, so that nodes may take each other's address.
+        """
+        owners: dict[Endpoint, list[str]] = {}
+        for name, main_ip, port in tx.rows("SELECT name, main_ip, agent_port FROM nodes WHERE enabled = 1 ORDER BY id"):
+            owners.setdefault(endpoint_of(main_ip, port), []).append(name)
+        written = {node.name for node in nodes}
+        for node in nodes:
+            names = owners.get(node.endpoint, [])
+            if node.enabled and len(names) > 1:
+                first, second = sorted(names, key=lambda name: name in written)[:2]
+                raise AppError(EXISTS, f"node {first} has the address {node.main_ip}:{node.agent_port} already: "
+                                       f"one agent is one node, not {second} too")
 
     @staticmethod
     def _refuse_in_use(tx: Transaction, node: Node) -> None:
@@ -5173,20 +5302,6 @@ class Nodes:
         if release_id is not None:
             raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}, which is not at its end: "
                                         "its address, port and protocol stay until then")
-
-    @staticmethod
-    def _node(tx: Transaction, node_id: int) -> Node:
-        row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE id = ?", node_id) if node_id <= MAX_ID else None
-        if row is None:
-            raise AppError(NOT_FOUND, f"node {node_id} does not exist")
-        return Node(*row)
-
-    @staticmethod
-    def _node_by_name(tx: Transaction, name: str) -> Node:
-        row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE name = ?", name)
-        if row is None:
-            raise AppError(NOT_FOUND, f"node {one_line(name, 100)} does not exist")
-        return Node(*row)
 
 
 # endregion
@@ -5482,8 +5597,8 @@ class Queue:
 # region Retry and rollback
 # ======================================================================================
 # Retry and rollback: what a new release brings back to whom (contract 3, rule 10).
-# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Verbs,
-#   Database, Nodes, Queue.
+# Uses: Vocabulary, Helpers, Payloads, Model, Strategy, Plan, Verbs, Database, Nodes,
+#   Queue.
 # ======================================================================================
 
 class Again(NamedTuple):
@@ -5523,7 +5638,7 @@ def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseReque
         last = len(plan_batches(node_ids, parse_strategy(strategy).batches))
         strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
     request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", stored_payload(old),
-                             retry_of=old.id, strategy=strategy)
+                             retry_of=old.id, strategy=strategy, stands_for=stored_json(old.selection))
     plan = make_plan(parse_strategy(strategy), node_ids, left_out_nodes(found))
     return request, plan._replace(payload_of=(old.id, old.version)), nodes
 
@@ -5550,7 +5665,8 @@ def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRe
         strategy.update({key: value for key, value in strategy_again(good, ()).items() if key == "verify"})
     request = ReleaseRequest(
         old.target, wish.reason or f"rollback of release {old.id} to the payload of version {good.version}",
-        stored_payload(good), rollback_of=old.id, strategy=strategy)
+        stored_payload(good), rollback_of=old.id, strategy=strategy,
+        stands_for={"nodeIds": [node.id for node in found]})
     plan = make_plan(parse_strategy(strategy), [node.id for node in nodes], left_out_nodes(found), planned,
                      frozenset(failed))
     return request, plan._replace(payload_of=(good.id, good.version)), nodes
@@ -5623,19 +5739,24 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
     return read_release(tx, newest[max(votes, key=lambda digest: (votes[digest], newest[digest]))][1])
 
 
-def rolled_back(tx: Transaction, target: str) -> dict[str, int]:
+def rolled_back(tx: Transaction, target: str, or_tried: bool = True) -> dict[str, int]:
     """Return the payloads of a target that somebody rolled back, each with the highest version rolled back.
 
-    A release with the payload up to that version is bad too; above it somebody wanted the payload again.
+    A release with the payload up to that version is bad too, and so is every catch-up of the one rolled back; above
+    them somebody wanted the payload again. or_tried: also by a rollback that was cancelled before any node had it.
     """
     bad: dict[str, int] = {}
-    for release_id, version in tx.rows("""
-            SELECT id, version
-            FROM release_tasks
-            WHERE target = ? AND id IN (SELECT rollback_of FROM release_tasks WHERE rollback_of IS NOT NULL)""",
-                                       target):
+    # the index release_tasks_by_catch_up_of
+    for release_id, version, caught_up in tx.rows("""
+            SELECT r.id, r.version, (SELECT MAX(c.version) FROM release_tasks c WHERE c.catch_up_of = r.id)
+            FROM release_tasks r
+            WHERE r.target = ? AND r.id IN (SELECT b.rollback_of
+                                            FROM release_tasks b
+                                            WHERE b.rollback_of IS NOT NULL
+                                              AND (? = 1 OR b.status <> 'cancelled' OR b.success_nodes > 0))""",
+            target, int(or_tried)):
         digest = stored_digest(tx, release_id)
-        bad[digest] = max(bad.get(digest, 0), version)
+        bad[digest] = max(bad.get(digest, 0), version, caught_up or 0)
     return bad
 
 
@@ -5652,47 +5773,10 @@ def stored_payload(release: Release) -> dict[str, Any]:
         raise AppError(WRONG_STATE, f"the payload of release {release.id} can't be used: {one_line(error)}") from None
 
 
-def effect_of(tx: Transaction, payload: Mapping[str, Any], node_ids: Sequence[int]) -> Effect:
-    """Return what a payload changes on nodes against what they run."""
-    digest, runs = digest_of(payload), releases_run(tx, node_ids)
-    counted = collections.Counter(runs.values())
-    running = [Running(release_id, version, count, _digest_in_row(tx, release_id) == digest)
-               for (release_id, version), count in sorted(counted.items(), key=lambda item: (-item[1], -item[0][1]))]
-    if len(runs) < len(node_ids):
-        running.append(Running(None, 0, len(node_ids) - len(runs), False))
-    against = next((one.release_id for one in running if one.release_id is not None and not one.is_same), None)
-    ahead = _open_releases(tx)
-    if against is None:
-        return Effect(running, open_releases=ahead)
-    try:
-        before = stored_payload(read_release(tx, against))
-    except AppError as error:
-        return Effect(running, against, None, error.message, ahead)
-    changes = difference(without_version(before), without_version(payload))
-    return Effect(running, against, changes, open_releases=ahead)
-
-
 def _digest_in_row(tx: Transaction, release_id: int) -> str:
     """Return the digest of a payload that may be large, of a release that was claimed: it is in the row."""
     return tx.value("SELECT payload_sha256 FROM release_tasks WHERE id = ?", release_id) or stored_digest(
         tx, release_id)
-
-
-def _open_releases(tx: Transaction) -> int:
-    return int(tx.value("SELECT COUNT(*) FROM release_tasks "
-                        "WHERE status IN ('pending', 'running', 'paused', 'cancelling')"))
-
-
-def changes_nothing(tx: Transaction, digest: str, node_ids: Sequence[int]) -> bool:
-    """Return whether each node runs the payload of a digest and no release is open; one is asked before all are."""
-    if _open_releases(tx):
-        return False
-    for some in (node_ids[:1], node_ids[1:]):
-        runs = releases_run(tx, some)
-        if len(runs) < len(some) or {
-                _digest_in_row(tx, release_id) for release_id, _ in set(runs.values())} - {digest}:
-            return False
-    return True
 
 
 def release_before(tx: Transaction, release: Release) -> Release:
@@ -5722,12 +5806,473 @@ def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
 # endregion
 
 
+# region Drift
+# ======================================================================================
+# Drift: what each node runs, what it should run, and how far these are apart (contract
+#   section 5).
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Decision,
+#   Database, Database state, Nodes, Queue, Retry and rollback.
+#
+#   Nothing of it is stored: the rows of release_task_nodes tell it, whoever wrote them,
+#   and an index finds the newest success of a node at once. A later try is looked at only
+#   where last_version says that there was one.
+# ======================================================================================
+
+class Ran(NamedTuple):
+    """A release that a node runs or should run, with its status, and since when."""
+    release_id: int
+    version: int
+    payload_sha256: str
+    status: str
+    since: str | None = None
+
+    @property
+    def label(self) -> tuple[int, int]:
+        """Return its id and version."""
+        return self.release_id, self.version
+
+
+class Level(NamedTuple):
+    """What a node runs and should run."""
+    # The newest release that succeeded on it.
+    runs: Ran | None = None
+    # What its agent took last: the same, or a later release that failed its probe there.
+    has: Ran | None = None
+    # The newest release that is for the node as it is now.
+    wants: Ran | None = None
+    # A later try may have changed the node, or it has another address since.
+    is_unknown: bool = False
+    # Ids of the releases whose tries since then tell it.
+    tries: tuple[int, ...] = ()
+
+    @property
+    def needs(self) -> set[int]:
+        """Return the ids of the releases without which it could not be told."""
+        return {*self.tries, *(ran.release_id for ran in (self.runs, self.has, self.wants) if ran)}
+
+    @property
+    def drift(self) -> str:
+        """Return one of DRIFTS. A release under way is no drift: what it left counts when it has ended."""
+        has, wants = self.has, self.wants
+        if self.is_unknown:
+            return UNSURE
+        if has and wants and (has.release_id == wants.release_id or has.payload_sha256 == wants.payload_sha256):
+            return LEVEL
+        if wants and (has is None or has.version < wants.version):
+            return BEHIND
+        return AHEAD if has and has.status in TERMINAL else LEVEL
+
+
+class _Try(NamedTuple):
+    """An end of a node other than success, or its being in flight."""
+    node_id: int
+    release_id: int
+    version: int
+    status: str
+    error_kind: str
+    error_msg: str
+    reached: int
+    finished_at: str | None
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether it ended so that nobody knows what the node runs."""
+        return self.status == FAILED and (bool(self.reached) if self.error_kind not in BELIEVED_KINDS
+                                          else self.error_msg.startswith(ALREADY_AT))
+
+
+class _Success(NamedTuple):
+    """A success of a node, at the address that it had."""
+    node_id: int
+    release_id: int
+    since: str | None
+    main_ip: str
+    agent_port: int
+
+
+_SUCCESS_COLUMNS = f"n.node_id, n.release_task_id, n.finished_at, {ADDRESS_THEN}"
+
+
+def levels(tx: Transaction, nodes: Sequence[Node]) -> dict[int, Level]:
+    """Return by id what nodes run and should run."""
+    known = _what_they_have(tx, nodes)
+    wants = _what_they_want(tx, nodes)
+    return {node.id: known[node.id]._replace(wants=wants.get(node.id)) for node in nodes}
+
+
+def _what_they_have(tx: Transaction, nodes: Sequence[Node]) -> dict[int, Level]:
+    by_id = {node.id: node for node in nodes}
+    # the index release_task_nodes_succeeded
+    found = {row[0]: _Success(*row) for row in rows_of_nodes(tx, f"""
+        SELECT {_SUCCESS_COLUMNS}
+        FROM nodes h
+        JOIN release_task_nodes n ON n.node_id = h.id AND n.release_task_id =
+             (SELECT MAX(m.release_task_id) FROM release_task_nodes m WHERE m.node_id = h.id AND m.status = 'success')
+        WHERE h.id IN ({{marks}})""", list(by_id))}
+    ran = _releases_by_id(tx, {success.release_id for success in found.values()})
+    later = {node.id for node in nodes
+             if node.last_version > (ran[found[node.id].release_id].version if node.id in found else 0)}
+    found.update(_out_of_turn(tx, {id_: found[id_] for id_ in later & found.keys()}, ran))
+    tries = _tries(tx, later)
+    ran.update(_releases_by_id(tx, {one.release_id for some in tries.values() for one in some
+                                    if one.error_kind == VERIFY} - ran.keys()))
+    unsure_version, unsure_at = tx.row("SELECT unsure_version, unsure_at FROM database_state WHERE id = 1") or (0, "")
+    sent = _sent_to_twins(tx, list(by_id))
+    return {node.id: _level_of(node, found.get(node.id), tries.get(node.id, []), max(
+        sent.get(node.id, 0), unsure_version if node.created_at <= unsure_at else 0), ran) for node in nodes}
+
+
+def _level_of(node: Node, success: _Success | None, tries: Sequence[_Try], other_version: int,
+              ran: Mapping[int, Ran]) -> Level:
+    """Return what a node runs; other_version: the highest that it may have got in a way that its rows don't tell."""
+    if success and endpoint_of(success.main_ip, success.agent_port) != node.endpoint:
+        return Level(is_unknown=True)
+    runs = ran[success.release_id]._replace(since=success.since) if success else None
+    version = runs.version if runs else 0
+    taken = max((one for one in tries if one.error_kind == VERIFY and one.version > version),
+                key=lambda one: one.version, default=None)
+    has = ran[taken.release_id]._replace(since=taken.finished_at) if taken else runs
+    version = has.version if has else 0
+    since = [one for one in sorted(tries, key=lambda one: one.version) if one.version > version]
+    unclear = [one for one in since if one.is_open]
+    told = since[-1].version if since else version
+    return Level(runs, has, is_unknown=bool(unclear) or node.last_version > told or other_version > version,
+                 tries=tuple(one.release_id for some in (since, unclear) for one in some[-1:]))
+
+
+def _releases_by_id(tx: Transaction, release_ids: Set[int]) -> dict[int, Ran]:
+    return {row[0]: Ran(row[0], row[1], row[2] or stored_digest(tx, row[0]), row[3]) for row in rows_of_nodes(
+        tx, "SELECT id, version, payload_sha256, status FROM release_tasks WHERE id IN ({marks})", list(release_ids))}
+
+
+def _out_of_turn(tx: Transaction, found: Mapping[int, _Success], ran: dict[int, Ran]) -> dict[int, _Success]:
+    """Return the newer successes of nodes whose release has a lower id than the newest one by id: it started later."""
+    late: dict[int, _Success] = {}
+    known = {ran[success.release_id].label for success in found.values()}
+    if not known:
+        return late
+    # the unique index of version
+    for release_id, version in tx.rows("SELECT id, version FROM release_tasks WHERE version > ? AND id < ? "
+                                       "ORDER BY version", min(v for _, v in known), max(id_ for id_, _ in known)):
+        if any(release_id < id_ and version > v for id_, v in known):
+            ran.update(_releases_by_id(tx, {release_id} - ran.keys()))
+            late.update((row[0], _Success(*row)) for row in tx.rows(f"""
+                SELECT {_SUCCESS_COLUMNS}
+                FROM release_task_nodes n
+                JOIN nodes h ON h.id = n.node_id
+                WHERE n.release_task_id = ? AND n.status = 'success'""", release_id)
+                if row[0] in found and ran[found[row[0]].release_id].version < version)
+    return late
+
+
+def _tries(tx: Transaction, node_ids: Set[int]) -> dict[int, list[_Try]]:
+    """Return the tries of nodes that did not succeed, by node; those of which nothing was sent are left out."""
+    tries: dict[int, list[_Try]] = {}
+    # the indexes release_task_nodes_failed and release_task_nodes_one_running
+    for status in (FAILED, RUNNING):
+        for row in rows_of_nodes(tx, f"""
+                SELECT n.node_id, n.release_task_id, r.version, n.status, n.error_kind, n.error_msg, n.reached,
+                       n.finished_at
+                FROM release_task_nodes n
+                JOIN release_tasks r ON r.id = n.release_task_id
+                WHERE n.status = '{status}' AND n.attempts > 0 AND n.node_id IN ({{marks}})""", list(node_ids)):
+            tries.setdefault(row[0], []).append(_Try(*row))
+    return tries
+
+
+def _sent_to_twins(tx: Transaction, node_ids: Sequence[int]) -> dict[int, int]:
+    """Return the highest version sent to other nodes of the same address: a host that was registered again."""
+    return dict(rows_of_nodes(tx, """
+        SELECT h.id, MAX(a.last_version)
+        FROM nodes h
+        JOIN nodes a ON a.main_ip = h.main_ip AND a.agent_port = h.agent_port AND a.id <> h.id
+        WHERE h.id IN ({marks})
+        GROUP BY h.id""", node_ids))  # the index nodes_by_address
+
+
+# Releases read in one statement, newest first, in search of those that are for some nodes.
+_RELEASES_AT_A_TIME = 10
+
+
+def _what_they_want(tx: Transaction, nodes: Sequence[Node]) -> dict[int, Ran]:
+    """Return by node the newest release that ended success or partial, is for it, and that nobody rolled back."""
+    missing, wants = {node.id: node for node in nodes}, dict[int, Ran]()
+    bad: dict[str, dict[str, int]] = {}
+    below = MAX_VERSION + 1
+    while missing:
+        # the unique index of version
+        releases = tx.rows("""
+            SELECT id, version, payload_sha256, status, finished_at, target, selection
+            FROM release_tasks
+            WHERE version < ? AND status IN ('success', 'partial')
+            ORDER BY version DESC
+            LIMIT ?""", below, _RELEASES_AT_A_TIME)
+        for release_id, version, digest, status, finished_at, target, selection in releases:
+            wanted = Ran(release_id, version, digest or stored_digest(tx, release_id), status, finished_at)
+            if target not in bad:
+                bad[target] = rolled_back(tx, target, or_tried=False)
+            if version > bad[target].get(wanted.payload_sha256, 0):
+                for node_id in _takers(tx, selection_of(selection), missing):
+                    wants[node_id] = wanted
+                    del missing[node_id]
+        if len(releases) < _RELEASES_AT_A_TIME:
+            break
+        below = releases[-1][1]
+    return wants
+
+
+def _takers(tx: Transaction, selection: Selection | None, nodes: Mapping[int, Node]) -> list[int]:
+    """Return the ids of those of the nodes that a selection takes."""
+    if selection is None:
+        return []
+    ids: Iterable[int] = nodes
+    if selection.nodes_of is not None:
+        # the unique index of release and node
+        some = f" AND node_id IN ({', '.join('?' * len(nodes))})" if len(nodes) <= NODES_PER_STATEMENT else ""
+        ids = [row[0] for row in tx.rows(f"SELECT node_id FROM release_task_nodes WHERE release_task_id = ?{some}",
+                                         selection.nodes_of, *(nodes if some else ())) if row[0] in nodes]
+    return [id_ for id_ in ids if selection.takes(nodes[id_])]
+
+
+def effect_of(tx: Transaction, payload: Mapping[str, Any], nodes: Sequence[Node]) -> Effect:
+    """Return what a payload changes on nodes against what they run."""
+    digest, found = digest_of(payload), _what_they_have(tx, nodes)
+    counted = collections.Counter((level.has and level.has._replace(since=None), level.is_unknown)
+                                  for level in found.values())
+    running = [Running(has.release_id, has.version, count, has.payload_sha256 == digest)
+               for (has, is_unknown), count in sorted(counted.items(), key=lambda item: (
+                   -item[1], -(item[0][0].version if item[0][0] else 0))) if has and not is_unknown]
+    unknown = sum(count for (_, is_unknown), count in counted.items() if is_unknown)
+    fresh = counted[None, False]
+    running += [Running(None, 0, count, False, is_unknown)
+                for count, is_unknown in ((fresh, False), (unknown, True)) if count]
+    against = next((one.release_id for one in running if one.release_id is not None and not one.is_same), None)
+    ahead = _open_releases(tx)
+    if against is None:
+        return Effect(running, open_releases=ahead)
+    try:
+        before = stored_payload(read_release(tx, against))
+    except AppError as error:
+        return Effect(running, against, None, error.message, ahead)
+    changes = difference(without_version(before), without_version(payload))
+    return Effect(running, against, changes, open_releases=ahead)
+
+
+def _open_releases(tx: Transaction) -> int:
+    return int(tx.value("SELECT COUNT(*) FROM release_tasks "
+                        "WHERE status IN ('pending', 'running', 'paused', 'cancelling')"))
+
+
+def changes_nothing(tx: Transaction, digest: str, nodes: Sequence[Node]) -> bool:
+    """Return whether each node has the payload of a digest and no release is open; one is asked before all are."""
+    return not _open_releases(tx) and all(
+        level.has is not None and not level.is_unknown and level.has.payload_sha256 == digest
+        for some in (nodes[:1], nodes[1:]) for level in _what_they_have(tx, some).values())
+
+
+def drift_text(level: Level) -> str:
+    """Return a sentence on how far a node is from what it should run, and what would mend it."""
+    has, wants = level.has, level.wants
+    if level.drift == UNSURE:
+        return ("unknown: it may have been sent something else since, or has another address; "
+                "the next release to it tells")
+    if level.drift == BEHIND and wants:
+        return f"behind: release {wants.release_id} (v{wants.version}) is for it, `catch-up` sends it"
+    if level.drift == AHEAD and has:
+        ended = has.status if level.has == level.runs else "failed there"
+        return (f"ahead: it has what release {has.release_id} (v{has.version}, {ended}) left, and that is not what it "
+                "should run; `rollback` or a new release mends it")
+    return "none: it runs what it should" if wants else "none: no release is for it yet"
+
+
+class ListedNode(NamedTuple):
+    """A node, with what it runs and should run."""
+    node: Node
+    level: Level
+
+
+class NodeFilter(NamedTuple):
+    """Which nodes a list shows, and in which order; what is empty restricts nothing."""
+    drift: str = ""
+    labels: Mapping[str, str] = {}
+    # Patterns with *, ? and [...], of which one must fit.
+    names: Sequence[str] = ()
+    # Id of the release that they run.
+    runs: int | None = None
+    # Part of a name, an address or a label.
+    search: str = ""
+    # A key of NODE_ORDERS, with "-" before it backwards.
+    sort: str = "id"
+
+    def takes(self, node: Node) -> bool:
+        """Return whether it takes a node, as far as the node's row tells."""
+        return (self.labels.items() <= node.label_items
+                and (not self.names or any(node.name == name or fnmatch.fnmatchcase(node.name, name)
+                                           for name in self.names))
+                and (not self.search or self.search.lower() in "\n".join(
+                    [node.name, node.main_ip, *(f"{key}={value}" for key, value in node.label_items)]).lower()))
+
+
+def _in_order_of_numbers(text: str) -> list[Any]:
+    """Return a key by which edge-2 comes before edge-10."""
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split("([0-9]+)", text))]
+
+
+NODE_ORDERS: Mapping[str, Callable[[ListedNode], Any]] = {
+    "id": lambda one: one.node.id,
+    "name": lambda one: _in_order_of_numbers(one.node.name),
+    "address": lambda one: (_in_order_of_numbers(one.node.main_ip), one.node.agent_port),
+    "runs": lambda one: one.level.runs.version if one.level.runs else 0,
+    "drift": lambda one: -DRIFTS.index(one.level.drift)}
+
+
+class NodeTry(NamedTuple):
+    """A release that a node was given, and what became of it there."""
+    release_id: int
+    version: int
+    target: str
+    release_status: str
+    batch: int
+    status: str
+    attempts: int
+    error_kind: str
+    error_msg: str
+    started_at: str | None
+    finished_at: str | None
+
+
+# The drift of all nodes is counted anew after this many times what the last count took.
+_COUNT_REST = 50
+
+
+class Fleet:
+    """All nodes, with what each runs and should run. Each public method is one transaction."""
+
+    def __init__(self, state: DatabaseState):
+        self._database = state.database
+        self._count_guard = threading.Lock()
+        # The last count of nodes by drift, and until when it holds, by time.monotonic().
+        self._counted: dict[str, int] = {}
+        self._holds_until = 0.0
+
+    def page(self, page: int = 1, size: int = MAX_PAGE_SIZE, wanted: NodeFilter = NodeFilter()) -> Page:  # noqa: B008
+        """Return a page of nodes, each a ListedNode; size 0: all of them.
+
+        Without a filter and in order of their ids only those of the page are read.
+        """
+        with self._database.transaction() as tx:
+            if wanted == NodeFilter():
+                total = int(tx.value("SELECT COUNT(*) FROM nodes"))
+                nodes = [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id "
+                                                       "LIMIT ? OFFSET ?", size or total, (page - 1) * size)]
+                found = levels(tx, nodes)
+                return Page([ListedNode(node, found[node.id]) for node in nodes], total, page, size)
+            nodes = [node for node in all_nodes(tx) if wanted.takes(node)]
+            found = levels(tx, nodes)
+        listed = [ListedNode(node, found[node.id]) for node in nodes]
+        if wanted.drift:
+            listed = [one for one in listed if one.level.drift == wanted.drift]
+        if wanted.runs is not None:
+            listed = [one for one in listed if one.level.runs and one.level.runs.release_id == wanted.runs]
+        listed.sort(key=NODE_ORDERS[wanted.sort.lstrip("-")], reverse=wanted.sort.startswith("-"))
+        return Page(listed[(page - 1) * size:page * size] if size else listed, len(listed), page, size)
+
+    def listed(self, nodes: Sequence[Node]) -> list[ListedNode]:
+        """Return nodes with what they run and should run."""
+        with self._database.transaction() as tx:
+            found = levels(tx, nodes)
+        return [ListedNode(node, found[node.id]) for node in nodes]
+
+    def tries(self, node_id: int, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
+        """Return a page of what a node was given, newest release first, each a NodeTry; raise AppError 3001."""
+        with self._database.transaction() as tx:
+            find_node(tx, node_id)
+            # the index release_task_nodes_by_node
+            total = int(tx.value("SELECT COUNT(*) FROM release_task_nodes WHERE node_id = ?", node_id))
+            rows = tx.rows("""
+                SELECT r.id, r.version, r.target, r.status, n.batch, n.status, n.attempts, n.error_kind, n.error_msg,
+                       n.started_at, n.finished_at
+                FROM release_task_nodes n
+                JOIN release_tasks r ON r.id = n.release_task_id
+                WHERE n.node_id = ?
+                ORDER BY n.release_task_id DESC
+                LIMIT ? OFFSET ?""", node_id, size, (page - 1) * size)
+            return Page([NodeTry(*row) for row in rows], total, page, size)
+
+    def drift_counts(self) -> dict[str, int]:
+        """Return how many enabled nodes there are of each drift; a large fleet's is up to a minute old."""
+        with self._count_guard:
+            if time.monotonic() < self._holds_until:
+                return self._counted
+            began = time.monotonic()
+            with self._database.transaction() as tx:
+                found = levels(tx, [node for node in all_nodes(tx) if node.enabled])
+            counts = collections.Counter(level.drift for level in found.values())
+            self._counted = {drift: counts[drift] for drift in DRIFTS}
+            took_s = time.monotonic() - began
+            self._holds_until = began + (1 + _COUNT_REST) * took_s
+            return self._counted
+
+
+class CatchUp(NamedTuple):
+    """A release to be made for nodes that are behind, its plan and its nodes."""
+    request: ReleaseRequest
+    plan: Plan
+    nodes: Sequence[Node]
+
+
+def plan_catch_up(tx: Transaction, reason: str, strategy: Mapping[str, Any]) -> tuple[list[CatchUp], list[LeftOut]]:
+    """Return a release for each wanted payload, oldest first, and the nodes that are behind but left out.
+
+    Raise AppError 3003 where one can't be made: then none is.
+    """
+    parsed, nodes = parse_strategy(strategy), all_nodes(tx)
+    found = levels(tx, nodes)
+    behind = [node for node in nodes if found[node.id].drift == BEHIND]
+    under_way = _releases_under_way(tx)
+    left_out = [*left_out_nodes(behind), *(
+        LeftOut(node.id, node.name, f"part of release {under_way[node.id]}, which has not ended")
+        for node in behind if node.gets_releases and node.id in under_way)]
+    groups: dict[int, list[Node]] = {}
+    for node in behind:
+        wants = found[node.id].wants
+        if wants and node.gets_releases and node.id not in under_way:
+            groups.setdefault(wants.release_id, []).append(node)
+    return [_catch_up_with(read_release(tx, release_id), members, reason, strategy, parsed)
+            for release_id, members in sorted(groups.items())], left_out
+
+
+def _catch_up_with(wanted: Release, nodes: Sequence[Node], reason: str, strategy: Mapping[str, Any],
+                   parsed: Strategy) -> CatchUp:
+    payload = stored_payload(wanted)
+    refuse_twins(nodes)
+    refuse_dropping_sites(payload, nodes, WRONG_STATE, f"the payload of release {wanted.id}")
+    request = ReleaseRequest(wanted.target, reason or f"catch-up with release {wanted.id}", payload, strategy=strategy,
+                             catch_up_of=wanted.id, stands_for=stored_json(wanted.selection))
+    plan = make_plan(parsed, [node.id for node in nodes])
+    return CatchUp(request, plan._replace(payload_of=(wanted.id, wanted.version),
+                                          emptied=emptied_nodes(payload, nodes)), nodes)
+
+
+def _releases_under_way(tx: Transaction) -> dict[int, int]:
+    """Return by node the newest release that has it and has not ended."""
+    return dict(tx.rows("""
+        SELECT n.node_id, MAX(r.id)
+        FROM release_tasks r
+        JOIN release_task_nodes n ON n.release_task_id = r.id
+        WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')
+        GROUP BY n.node_id"""))
+
+
+# endregion
+
+
 # region Releases
 # ======================================================================================
 # Releases: create, verbs, lists, payloads, prune.
 # Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Status
 #   texts, Decision, Verbs, Database, Database state, Audit, Nodes, Queue, Retry and
-#   rollback.
+#   rollback, Drift.
 # ======================================================================================
 
 class BatchProgress(NamedTuple):
@@ -5791,7 +6336,7 @@ class Releases:
     def _planned(tx: Transaction, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node], version: int) -> Plan:
         """Return a plan with what it needs to be shown."""
         return plan._replace(version=version, names={node.id: node.name for node in nodes},
-                             effect=effect_of(tx, request.payload, [node.id for node in nodes]))
+                             effect=effect_of(tx, request.payload, nodes))
 
     def create(self, request: ReleaseRequest, actor: Who, key: IdempotencyKey | None = None) -> Made:
         """Create a release for the nodes that a request chooses; return it, its batches and who is left out (rule 1).
@@ -5827,6 +6372,26 @@ class Releases:
         it, 2003 for a toRelease that can't be used.
         """
         return self._make_again("rollback", release_id, actor, wish, key)
+
+    def plan_catch_up(self, reason: str = "", strategy: Mapping[str, Any] = {}) -> tuple[  # noqa: B006 - never changed
+            list[Plan], list[LeftOut]]:
+        """Return what catch_up() would make, and who is left out; raise what it would, and write nothing."""
+        with self._database.transaction() as tx:
+            found, left_out = plan_catch_up(tx, reason, strategy)
+            version = self._state.next_version(tx, tx.value(self._database.engine.next_release_id_sql))
+            return [self._planned(tx, one.request, one.plan, one.nodes, version + place)
+                    for place, one in enumerate(found)], left_out
+
+    def catch_up(self, actor: Who, reason: str = "", strategy: Mapping[str, Any] = {}) -> tuple[  # noqa: B006
+            list[Made], list[LeftOut]]:
+        """Create a release for each payload that nodes are behind with (contract section 5); return who is left out.
+
+        Nodes that a release under way has are left out too, so that a second call makes nothing more. Raise AppError
+        3003 where one of the releases can't be made: then none is; 2003 for a strategy that can't be used.
+        """
+        with self._database.transaction(write=True) as tx:
+            found, left_out = plan_catch_up(tx, reason, strategy)
+            return [self._create(tx, actor, *one) for one in found], left_out
 
     def act(self, verb: str, release_id: int, actor: Who, reason: str = "", accept_failures: bool = False) -> Release:
         """Pause, resume, cancel or cancel --force a release; return it as it is then. Raise AppError 3001 or 3003.
@@ -5902,6 +6467,7 @@ class Releases:
                                  version, version)
             # releases that are under way have lower versions than agents may have: they send nothing more
             changed += tx.execute("UPDATE nodes SET last_version = ? WHERE last_version < ?", version - 1, version - 1)
+            self._state.note_unsure(tx, version - 1)
             if changed:
                 self._audit.add(tx, by, "migrate.first-version", "database", {"firstVersion": before},
                                 {"firstVersion": max(before or 1, version)})
@@ -6046,10 +6612,11 @@ class Releases:
             releases = [OldRelease(*row) for row in tx.rows("""
                 SELECT id, target, version, status, retry_of, rollback_of, total_nodes,
                        CASE WHEN status IN ('success', 'partial', 'failed', 'cancelled')
-                            THEN COALESCE(finished_at, updated_at) ELSE '' END
+                            THEN COALESCE(finished_at, updated_at) ELSE '' END, catch_up_of
                 FROM release_tasks""")]
             bad = {target: rolled_back(tx, target) for target in {release.target for release in releases}}
             newest = tx.value("SELECT release_task_id FROM release_events ORDER BY id DESC LIMIT 1") or 0
+            needed = set().union({newest}, *(level.needs for level in levels(tx, all_nodes(tx)).values()))
 
             def content_of(release: OldRelease) -> Content:
                 digest = stored_digest(tx, release.id)
@@ -6059,7 +6626,7 @@ class Releases:
                                frozenset(node_id for node_id, status in rows if status == SUCCESS),
                                release.version <= bad[release.target].get(digest, 0))
 
-            return prunable(releases, before, keep, content_of, newest)
+            return prunable(releases, before, keep, content_of, needed)
 
     def delete(self, release_ids: Sequence[int], by: Who = PROGRAM) -> list[int]:
         """Delete up to NODES_PER_STATEMENT terminal releases, with nodes and events; return the ids of those deleted.
@@ -6072,12 +6639,10 @@ class Releases:
             going = {row[0] for row in tx.rows(f"SELECT id FROM release_tasks WHERE id IN ({marks})", *release_ids)}
             while going:  # each round may spare more, which one of them names
                 marks = ", ".join("?" * len(going))
-                # the indexes release_tasks_by_retry_of and release_tasks_by_rollback_of
-                named = {id_ for row in tx.rows(f"""
-                    SELECT retry_of, rollback_of
-                    FROM release_tasks
-                    WHERE (retry_of IN ({marks}) OR rollback_of IN ({marks})) AND id NOT IN ({marks})""",
-                                                *going, *going, *going) for id_ in row}
+                # the indexes release_tasks_by_retry_of, release_tasks_by_rollback_of and release_tasks_by_catch_up_of
+                named = {row[0] for column in ("retry_of", "rollback_of", "catch_up_of") for row in tx.rows(
+                    f"SELECT {column} FROM release_tasks WHERE {column} IN ({marks}) AND id NOT IN ({marks})",
+                    *going, *going)}
                 if not named & going:
                     for table_name in ("idempotency_keys", "release_events", "release_task_nodes"):
                         tx.execute(f"DELETE FROM {table_name} WHERE release_task_id IN ({marks})", *going)
@@ -6090,7 +6655,7 @@ class Releases:
     def _plan(self, tx: Transaction, request: ReleaseRequest) -> tuple[Plan, list[Node]]:
         strategy = parse_strategy(request.strategy)
         nodes, left_out = choose_nodes(
-            [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")], request)
+            all_nodes(tx), request)
         refuse_twins(nodes)
         refuse_dropping_sites(request.payload, nodes)
         plan = make_plan(strategy, [node.id for node in nodes], left_out)
@@ -6105,7 +6670,7 @@ class Releases:
 
     def _create(self, tx: Transaction, actor: Who, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node]) -> Made:
         self._state.note_timeline(tx)
-        if not (request.retry_of or request.rollback_of):
+        if not request.is_again:
             # before an id, and with it a version, is used up
             check_payload_version(request.payload, self._version_for(
                 tx, request, tx.value(self._database.engine.next_release_id_sql)))
@@ -6113,32 +6678,33 @@ class Releases:
         version = self._version_for(tx, request, release_id)
         payload = payload_for_version(request.payload, version)
         digest = digest_of(payload)
-        remark = CHANGES_NOTHING if changes_nothing(tx, digest, [node.id for node in nodes]) else ""
+        remark = CHANGES_NOTHING if changes_nothing(tx, digest, nodes) else ""
         self._state.seen.use_version(version)
         now = self._state.now()
         tx.execute("""
             INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, payload_sha256,
-                                       strategy, retry_of, rollback_of, total_nodes, created_at, updated_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+                                       strategy, selection, retry_of, rollback_of, catch_up_of, total_nodes,
+                                       created_at, updated_at)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
                    release_id, request.target, version, new_tag(), REASON_PENDING, request.reason, to_json(payload),
-                   digest, to_json(request.strategy), request.retry_of, request.rollback_of,
-                   sum(map(len, plan.batches)), now, now)
+                   digest, to_json(request.strategy), to_json(request.selection), request.retry_of,
+                   request.rollback_of, request.catch_up_of, sum(map(len, plan.batches)), now, now)
         addresses = {node.id: (node.name, node.main_ip, node.agent_port) for node in nodes}
         tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, accepted, created_at, "
                        "updated_at, node_name, main_ip, agent_port) VALUES ", 9, [
                            (release_id, node_id, number, int(node_id in plan.tolerated), now, now, *addresses[node_id])
                            for number, batch in enumerate(plan.batches, 1) for node_id in batch])
-        left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20]
-                    if request.retry_of or request.rollback_of]
+        left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20] if request.is_again]
         detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "", remark, *left_out)))
         add_events(tx, now, actor, [NewEvent(release_id, "created", "", PENDING, detail)])
         self._queue.explain_waiting(tx)
         release = read_release(tx, release_id)
-        verb = "retry" if request.retry_of else "rollback" if request.rollback_of else "create"
+        verb = "retry" if request.retry_of else "rollback" if request.rollback_of else \
+            "catch-up" if request.catch_up_of else "create"
         self._audit.add(tx, actor, f"release.{verb}", f"release {release_id}", after=non_empty(
             version=version, target=request.target, reason=request.reason, totalNodes=release.total_nodes,
             payloadSha256=digest, strategy=request.strategy, retryOf=request.retry_of,
-            rollbackOf=request.rollback_of))
+            rollbackOf=request.rollback_of, catchUpOf=request.catch_up_of))
         tx.after_commit.append(lambda: log.info(
             "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
             in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
@@ -6208,7 +6774,7 @@ class Releases:
 # ======================================================================================
 # Claims: claim, lease, fence, commit; the store that all parts make up.
 # Uses: Vocabulary, Helpers, Payloads, Model, Plan, Decision, Database, Database
-#   state, Audit, Nodes, Queue, Releases.
+#   state, Audit, Nodes, Queue, Drift, Releases.
 # ======================================================================================
 
 class DispatchBlockers(NamedTuple):
@@ -6410,6 +6976,9 @@ class Claims:
             WHERE id = ? AND NOT EXISTS (SELECT 1 FROM release_task_nodes n
                                          WHERE n.release_task_id = release_tasks.id AND n.task_id <> '')""",
                    new_tag(), release.id)
+        # it is for the nodes that the person gave it
+        tx.execute("UPDATE release_tasks SET selection = ? WHERE id = ? AND selection = '{}'",
+                   to_json({"nodesOf": release.id}), release.id)
         fill_node_addresses(tx, release.id)
 
     def _log_claim(self, before: Release, owner: str) -> None:
@@ -6483,6 +7052,7 @@ class Store:
         self.audit = Audit(self.state)
         self.nodes = Nodes(self.state, self.audit)
         self.queue = Queue(self.state, self.audit)
+        self.fleet = Fleet(self.state)
         self.releases = Releases(self.state, self.audit, self.queue)
         self.claims = Claims(self.state, self.queue)
 
@@ -7761,8 +8331,8 @@ async def _late_alert(timed: TimedSocket) -> str:
 # region Driver
 # ======================================================================================
 # Driver: one claimed release: read, decide, commit, send, collect.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Model, Strategy, Plan,
-#   Status texts, Decision, Claims, Event loop, Dialects, Agents.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Model, Strategy,
+#   Plan, Status texts, Decision, Claims, Event loop, Dialects, Agents.
 # ======================================================================================
 
 class Lease:
@@ -8532,7 +9102,7 @@ class Executor:
 # ======================================================================================
 # Serialization: the JSON of contract section 5, and its schemas. Pure.
 # Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Status
-#   texts, Audit, Nodes.
+#   texts, Audit, Nodes, Drift.
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
@@ -8551,7 +9121,7 @@ RELEASE_SCHEMA: Mapping[str, Any] = {
     "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": TEXT, "reason": TEXT,
     "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
     "currentBatch": _COUNT, "errorMsg": TEXT, "strategy": _OBJECT, "payloadSha256": _SHA256,
-    "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL,
+    "selection": _OBJECT, "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL, "catchUpOf": _ID_OR_NULL,
     "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME}
 RELEASE_NODE_SCHEMA: Mapping[str, Any] = {
     "nodeId": ID, "nodeName": TEXT, "mainIp": TEXT,
@@ -8564,6 +9134,11 @@ AUDIT_ROW_SCHEMA: Mapping[str, Any] = {
     "id": ID, "at": TEXT, "actor": TEXT, "via": {"type": "string", "enum": [VIA_CLI, VIA_API, VIA_EXECUTOR]},
     "token": TEXT, "certificate": TEXT, "address": TEXT, "requestId": TEXT, "action": TEXT, "object": TEXT,
     "before": {"type": ["object", "null"]}, "after": {"type": ["object", "null"]}, "hash": TEXT}
+
+
+def schema_of(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
+    return {"type": "object", "properties": dict(properties), "additionalProperties": False,
+            "required": list(properties if required is None else required)}
 
 
 def _row_json(schema: Iterable[str], **renamed: str) -> Callable[[Any], dict[str, Any]]:
@@ -8582,20 +9157,14 @@ _audit_fields = _row_json(AUDIT_ROW_SCHEMA)
 
 def release_json(release: Release) -> dict[str, Any]:
     """Return RELEASE of the contract."""
-    return {**_release_fields(release), "strategy": _stored_json(release.strategy)}
-
-
-def _stored_json(text: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError:
-        return {}  # written by hand; the executor refuses to run it
+    return {**_release_fields(release), "strategy": stored_json(release.strategy),
+            "selection": stored_json(release.selection)}
 
 
 def audit_json(row: AuditRow) -> dict[str, Any]:
     """Return one row of audit_log."""
-    return {**_audit_fields(row), "before": _stored_json(row.before) if row.before else None,
-            "after": _stored_json(row.after) if row.after else None}
+    return {**_audit_fields(row), "before": stored_json(row.before) if row.before else None,
+            "after": stored_json(row.after) if row.after else None}
 
 
 def open_releases_json(releases: Sequence[tuple[Release, int]]) -> dict[str, Any]:
@@ -8679,6 +9248,17 @@ def payload_json(release: Release, payload: Mapping[str, Any]) -> dict[str, Any]
             "payload": without_version(payload)}
 
 
+def caught_up_json(made: Sequence[Made], left_out: Iterable[LeftOut]) -> dict[str, Any]:
+    """Return the answer to a catch-up: the releases made, and the nodes that stay behind."""
+    return {"releases": [{**created_json(one), "catchUpOf": one.release.catch_up_of} for one in made],
+            "leftOut": left_out_json(left_out)}
+
+
+def catch_up_plan_json(plans: Iterable[Plan], left_out: Iterable[LeftOut]) -> dict[str, Any]:
+    """Return the answer to the dry run of a catch-up."""
+    return {"plans": [plan_json(plan) for plan in plans], "leftOut": left_out_json(left_out)}
+
+
 def freeze_json(freeze: Freeze) -> dict[str, Any]:
     """Return the switch that stops new dispatches."""
     return freeze._asdict()
@@ -8713,19 +9293,33 @@ NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
                {"type": "string", "enum": list(NODE_STATUSES)}),
 }
 _NODE_FIELD_SCHEMAS = {key: schema for key, (_, _, schema) in NODE_FIELDS.items()}
-NODE_SCHEMA: Mapping[str, Any] = {"id": ID, **_NODE_FIELD_SCHEMAS, "createdAt": _TIME, "updatedAt": _TIME}
-_node_fields = _row_json(NODE_SCHEMA)
+_NODE_SCHEMA: Mapping[str, Any] = {"id": ID, **_NODE_FIELD_SCHEMAS, "createdAt": _TIME, "updatedAt": _TIME}
+_node_fields = _row_json(_NODE_SCHEMA)
+_RAN_SCHEMA: Mapping[str, Any] = {"releaseId": ID, "version": ID, "payloadSha256": TEXT, "since": _TIME}
+_ran_fields = _row_json(_RAN_SCHEMA)
+NODE_SCHEMA: Mapping[str, Any] = {
+    **_NODE_SCHEMA, "runs": {**schema_of(_RAN_SCHEMA), "type": ["object", "null"]},
+    "wants": {**schema_of(_RAN_SCHEMA), "type": ["object", "null"]}, "drift": {"type": "string", "enum": list(DRIFTS)}}
+NODE_TRY_SCHEMA: Mapping[str, Any] = {
+    "releaseId": ID, "version": ID, "target": TEXT,
+    "releaseStatus": {"type": "string", "enum": list(RELEASE_STATUSES)}, "batch": ID,
+    **{key: RELEASE_NODE_SCHEMA[key] for key in ("status", "attempts", "errorKind", "errorMsg", "startedAt",
+                                                 "finishedAt")}}
+node_try_json = _row_json(NODE_TRY_SCHEMA)
 
 
-def node_json(node: Node) -> dict[str, Any]:
+def node_json(listed: ListedNode) -> dict[str, Any]:
     """Return a node as /api/v1/nodes shows it."""
-    return {**_node_fields(node), "labels": _stored_json(node.labels), "enabled": bool(node.enabled)}
+    node, level = listed
+    return {**_node_fields(node), "labels": stored_json(node.labels), "enabled": bool(node.enabled),
+            "runs": _ran_fields(level.runs) if level.runs else None,
+            "wants": _ran_fields(level.wants) if level.wants else None, "drift": level.drift}
 
 
-def listed_node_json(node: Node, last_release: tuple[int, str] | None) -> dict[str, Any]:
+def listed_node_json(listed: ListedNode, last_release: tuple[int, str] | None) -> dict[str, Any]:
     """Return a node with id and status of the newest release that has it."""
     last = {"releaseId": last_release[0], "status": last_release[1]} if last_release else None
-    return {**node_json(node), "lastRelease": last}
+    return {**node_json(listed), "lastRelease": last}
 
 
 def parse_node_fields(body: Mapping[str, Any], required: Sequence[str] = ()) -> dict[str, Any]:
@@ -8735,6 +9329,14 @@ def parse_node_fields(body: Mapping[str, Any], required: Sequence[str] = ()) -> 
         if name not in body:
             raise AppError(MISSING, f"{name} is missing")
     return {NODE_FIELDS[name][0]: NODE_FIELDS[name][1](value) for name, value in body.items()}
+
+
+def parse_catch_up(body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return reason and strategy of a catch-up, the strategy unparsed; raise AppError 2003."""
+    known_keys(body, ("reason", "strategy", "dryRun"))
+    if not isinstance(body.get("strategy", {}), dict):
+        raise AppError(INVALID, "strategy must be a JSON object")
+    return parse_text("reason", body.get("reason", "")), body.get("strategy", {})
 
 
 def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
@@ -8755,11 +9357,6 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
         node_ids=parse_node_ids(body["nodeIds"]) if "nodeIds" in body else None,
         labels=parse_json(parse_labels(body["labels"])) if "labels" in body else None,
         version=parse_version("version", body["version"]) if "version" in body else None)
-
-
-def schema_of(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
-    return {"type": "object", "properties": dict(properties), "additionalProperties": False,
-            "required": list(properties if required is None else required)}
 
 
 def ref_schema(name: str) -> dict[str, str]:
@@ -8799,6 +9396,11 @@ def openapi_schemas() -> dict[str, Any]:
         "AuditRow": schema_of(AUDIT_ROW_SCHEMA),
         "AuditList": _list_of("AuditRow", paged=False),
         "Node": schema_of(NODE_SCHEMA),
+        "NodeTryList": schema_of({"items": _array(schema_of(NODE_TRY_SCHEMA)), "total": _COUNT, "page": ID,
+                                  "pageSize": ID}),
+        "CatchUp": schema_of({"reason": _REASON, "strategy": ref_schema("Strategy"), "dryRun": _FLAG}, required=[]),
+        "CaughtUp": schema_of({"releases": _array(schema_of({**created, "catchUpOf": ID})), "leftOut": left_out}),
+        "CatchUpPlan": schema_of({"plans": _array(ref_schema("Plan")), "leftOut": left_out}),
         "ListedNode": schema_of({
             **NODE_SCHEMA,
             "lastRelease": {"type": ["object", "null"], "properties": {"releaseId": ID, "status": TEXT}}},
@@ -9100,7 +9702,7 @@ def refuse_strangers(head: Head) -> None:
 # region Requests
 # ======================================================================================
 # Requests: a checked request, its parameters and its reply; who may read much at a time.
-# Uses: Vocabulary, Helpers, Strategy, Audit.
+# Uses: Vocabulary, Helpers, Strategy, Audit, Drift.
 # ======================================================================================
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -9124,6 +9726,14 @@ QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
     "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
     "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
+    "drift": {"type": "string", "enum": ["", *DRIFTS]},
+    "label": {"type": "string", "description": "only nodes with these labels: K=V, several with a comma between"},
+    "name": {"type": "string", "description": "only nodes of these names, several with a comma between: edge-*"},
+    "runs": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0,
+             "description": "only nodes that run this release"},
+    "search": {"type": "string", "description": "only nodes with this in their name, address or labels"},
+    "sort": {"type": "string", "enum": [*NODE_ORDERS, *(f"-{order}" for order in NODE_ORDERS)], "default": "id"},
+    "object": {"type": "string", "description": "only acts on this: node edge-1"},
     "with": {"type": "string", "pattern": f"^({BEFORE}|[0-9]{{1,19}})$", "default": BEFORE,
              "description": f"id of a release; {BEFORE}: the newest one of the target before it that succeeded"},
     "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
@@ -9155,6 +9765,10 @@ class Request(NamedTuple):
         if not low <= int(text) <= high:
             raise AppError(INVALID, f"{name} must be from {low} to {high}")
         return int(text)
+
+    def words(self, name: str) -> list[str]:
+        """Return the parts of a parameter between its commas, none for an empty one."""
+        return [word for word in self.query.get(name, "").split(",") if word]
 
     def choice(self, name: str) -> str:
         """Return a word of the query, "" without one; raise AppError 2003 when it is not one of the schema's."""
@@ -9217,8 +9831,8 @@ class ReadQueue:
 # ======================================================================================
 # API: routes as a table, handlers, /openapi.json (contract section 5); knows no
 #   socket.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan,
-#   Verbs, Audit, Retry and rollback, Claims, Serialization, Requests.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Verbs,
+#   Audit, Retry and rollback, Drift, Claims, Serialization, Requests.
 # ======================================================================================
 
 DASHBOARD_FILE = Path(__file__).resolve().with_name("dashboard.html")
@@ -9427,29 +10041,47 @@ class Api:
                 self._waiters.release()
 
     def list_nodes(self, request: Request) -> Reply:
-        page = self.store.nodes.page(request.integer("page"), request.integer("pageSize"))
+        page = self.store.fleet.page(request.integer("page"), request.integer("pageSize"), NodeFilter(
+            request.choice("drift"), parse_label_pairs("label", request.words("label")), request.words("name"),
+            request.integer("runs") or None, request.query.get("search", ""), request.choice("sort")))
         if request.choice("lastRelease") == "0":
             return Reply(200, page_json(page, node_json))
-        last = self.store.nodes.last_releases([node.id for node in page.items])
-        return Reply(200, page_json(page, lambda node: listed_node_json(node, last.get(node.id))))
+        last = self.store.nodes.last_releases([listed.node.id for listed in page.items])
+        return Reply(200, page_json(page, lambda listed: listed_node_json(listed, last.get(listed.node.id))))
 
     def add_node(self, request: Request) -> Reply:
-        return Reply(201, node_json(self.store.nodes.add(
-            **parse_node_fields(request.body, ("name", "mainIp")), by=request.actor)))
+        return self._node(201, self.store.nodes.add(
+            **parse_node_fields(request.body, ("name", "mainIp")), by=request.actor))
 
     def get_node(self, request: Request) -> Reply:
-        return Reply(200, node_json(self.store.nodes.get(request.ids[0])))
+        return self._node(200, self.store.nodes.get(request.ids[0]))
 
     def update_node(self, request: Request) -> Reply:
-        return Reply(200, node_json(self.store.nodes.update(
-            request.ids[0], parse_node_fields(request.body), request.actor)))
+        return self._node(200, self.store.nodes.update(
+            request.ids[0], parse_node_fields(request.body), request.actor))
+
+    def _node(self, status: int, node: Node) -> Reply:
+        return Reply(status, node_json(self.store.fleet.listed([node])[0]))
+
+    def list_node_releases(self, request: Request) -> Reply:
+        page = self.store.fleet.tries(request.ids[0], request.integer("page"), request.integer("pageSize"))
+        return Reply(200, page_json(page, node_try_json))
+
+    def catch_up(self, request: Request) -> Reply:
+        reason, strategy = parse_catch_up(request.body)
+        if parse_flag("dryRun", request.body.get("dryRun", False)):
+            return Reply(200, catch_up_plan_json(*self.store.releases.plan_catch_up(reason, strategy)))
+        made, left_out = self.store.releases.catch_up(request.actor, reason, strategy)
+        self._nudge()
+        return Reply(201, caught_up_json(made, left_out))
 
     def delete_node(self, request: Request) -> Reply:
         self.store.nodes.delete(request.ids[0], request.actor)
         return Reply(200, None)
 
     def list_audit(self, request: Request) -> Reply:
-        rows = self.store.audit.rows(request.integer("after"), request.integer("limit"))
+        rows = self.store.audit.rows(request.integer("after"), request.integer("limit"),
+                                     AuditFilter(object=request.query.get("object", "")))
         return Reply(200, {"items": [audit_json(row) for row in rows]})
 
     def page(self, _request: Request) -> Reply:
@@ -9531,6 +10163,8 @@ def metrics_text(metrics: Metrics, store: Store, more: Figures) -> str:
     figures = {("releasectl_build_info", __version__, ".".join(map(str, sys.version_info[:3]))): 1.0, **more}
     try:
         figures.update(store.releases.counts())
+        figures.update({("releasectl_nodes_drift", drift): float(count)
+                        for drift, count in store.fleet.drift_counts().items()})
         figures["releasectl_database_up",] = 1.0
     except DatabaseError:  # already counted; the figures of this process are wanted all the more
         figures["releasectl_database_up",] = 0.0
@@ -9559,7 +10193,7 @@ class Route(NamedTuple):
     @property
     def status(self) -> int:
         """HTTP status of a success."""
-        return 201 if self.answers in ("Created", "CreatedAgain") or self.body == "NewNode" else 200
+        return 201 if self.answers in ("Created", "CreatedAgain", "CaughtUp") or self.body == "NewNode" else 200
 
 
 ROUTES: tuple[Route, ...] = (
@@ -9588,16 +10222,21 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/api/v1/releases/{id}/diff", Api.get_difference, OPERATOR,
           "What its payload changes against another release's", "Difference", ("with",)),
     Route("GET", "/api/v1/nodes", Api.list_nodes, VIEWER, "List nodes", "NodeList",
-          ("page", "pageSize", "lastRelease")),
+          ("page", "pageSize", "lastRelease", "drift", "label", "name", "runs", "search", "sort")),
     Route("POST", "/api/v1/nodes", Api.add_node, OPERATOR, "Add a node", "Node", body="NewNode"),
     Route("GET", "/api/v1/nodes/{id}", Api.get_node, VIEWER, "A node", "Node"),
     Route("PATCH", "/api/v1/nodes/{id}", Api.update_node, OPERATOR, "Change a node", "Node", body="NodeChange"),
     Route("DELETE", "/api/v1/nodes/{id}", Api.delete_node, OPERATOR, "Delete a node that no release names", "Null"),
+    Route("GET", "/api/v1/nodes/{id}/releases", Api.list_node_releases, VIEWER, "What a node was given, newest first",
+          "NodeTryList", ("page", "pageSize")),
+    Route("POST", "/api/v1/catch-up", Api.catch_up, OPERATOR,
+          "A new release for each payload that nodes are behind with", "CaughtUp", body="CatchUp",
+          dry_run="CatchUpPlan"),
     Route("GET", "/api/v1/freeze", Api.get_freeze, VIEWER, "Whether new dispatches are stopped", "Freeze"),
     Route("PUT", "/api/v1/freeze", Api.set_freeze, OPERATOR, "Stop or allow new dispatches", "Freeze",
           body="SetFreeze"),
     Route("GET", "/api/v1/audit", Api.list_audit, OPERATOR, "Who did what, oldest first", "AuditList",
-          ("after", "limit")),
+          ("after", "limit", "object")),
     Route("GET", "/api/v1/health", Api.overview, VIEWER, "State of this process and of its open releases", "Health"),
     Route("GET", "/", Api.page, ANYONE, "The dashboard", "html"),
     Route("GET", "/healthz", Api.health, ANYONE, "The process serves", "Status"),
@@ -9713,8 +10352,8 @@ def openapi_document() -> dict[str, Any]:
 # region Server
 # ======================================================================================
 # Server: a request from its first byte to its answer; the listener and its threads.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Audit, Releases, HTTP
-#   wire, Access, Requests, API.
+# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Audit, Releases,
+#   HTTP wire, Access, Requests, API.
 # ======================================================================================
 
 class ClientGone(Exception):
@@ -10173,8 +10812,9 @@ def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
 # region Check and why
 # ======================================================================================
 # Check and why: what is wrong with this installation, and what would mend it.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Engines, Database,
-#   Audit, Claims, Dialects, Agents, Executor, Access, API, Server.
+# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Status texts,
+#   Engines, Database, Audit, Drift, Claims, Dialects, Agents, Executor, Access, API,
+#   Server.
 # ======================================================================================
 
 class Ping(NamedTuple):
@@ -10436,6 +11076,20 @@ def audit_line(report: AuditReport) -> str:
             f"releases verified; {head}")
 
 
+def check_drift(store: Store) -> Iterator[Finding]:
+    """Check whether the enabled, online nodes run what they should; nothing where there are none."""
+    listed = [one for one in store.fleet.page(size=0).items if one.node.gets_releases]
+    counts = collections.Counter(one.level.drift for one in listed)
+    wrong = [f"{counts[drift]} {drift}" for drift in DRIFTS if drift != LEVEL and counts[drift]]
+    if wrong:
+        first = min((one for one in listed if one.level.drift != LEVEL), key=lambda one: one.node.id)
+        yield Finding("drift", EXIT_NOT_SUCCESS,
+                      f"of {count_of_nodes(len(listed))}: {', '.join(wrong)}, see `node list --sort drift`; "
+                      f"{first.node.name} is {drift_text(first.level)}")
+    elif listed:
+        yield Finding("drift", EXIT_DONE, f"{count_of_nodes(len(listed))}: each runs what it should")
+
+
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
     """Check the database, and ask the agents of its enabled, online nodes."""
     engine = store.database.engine
@@ -10453,6 +11107,7 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
             refuse_twins(nodes)
         except AppError as error:
             yield Finding("nodes", EXIT_USAGE, error.message)
+        yield from check_drift(store)
         for ping in ping_nodes(settings, nodes, key_may_be_open=True) if nodes else []:  # reported by check_agents()
             yield Finding(f"node {ping.node.name}", EXIT_DONE if ping.is_ok else EXIT_UNAVAILABLE, ping.text)
     except DatabaseError as error:
@@ -10673,107 +11328,6 @@ def command_token_add(context: Context) -> int:
     return context.show({"name": options.name, "role": options.role, "token": token}, token)
 
 
-def _labels_option(pairs: Sequence[str]) -> dict[str, str]:
-    labels = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise AppError(INVALID, f"--label {one_line(pair, 60)} must be K=V")
-        if key in labels:
-            raise AppError(INVALID, f"--label {one_line(key, 60)} is given twice: a node has one value of each label")
-        labels[key] = value
-    return labels
-
-
-def _node_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the JSON fields of a node that the options give."""
-    fields = {"name": options.name if options.command == "node add" else options.rename, "mainIp": options.ip,
-              "agentPort": options.port, "agentProtocol": options.protocol, "status": options.status,
-              "labels": _labels_option(options.label) if options.label else None, "enabled": options.enabled}
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-NODE_HEAD = ("id", "name", "address", "protocol", "enabled", "status", "labels")
-
-
-def _node_row(node: Node) -> tuple[object, ...]:
-    return (node.id, node.name, f"{node.main_ip}:{node.agent_port}", node.agent_protocol,
-            "yes" if node.enabled else "no", node.status, node.labels)
-
-
-def command_node_add(context: Context) -> int:
-    columns = parse_node_fields(_node_options(context.options), ("name", "mainIp"))
-    node = context.open(create=True).nodes.add(**columns, by=context.actor)
-    return context.show(node_json(node), f"node {node.id}: {node.name} at {node.main_ip}:{node.agent_port}")
-
-
-def command_node_list(context: Context) -> int:
-    page = context.open().nodes.page(size=0)
-    text = table([_node_row(node) for node in page.items], NODE_HEAD) or "no nodes: add one with `node add`"
-    return context.show({"items": [node_json(node) for node in page.items], "total": page.total}, text)
-
-
-def command_node_set(context: Context) -> int:
-    columns = parse_node_fields(_node_options(context.options))
-    if not columns:
-        raise AppError(MISSING, "nothing to change: name an option, see `node set --help`")
-    store = context.open()
-    node = store.nodes.update(store.nodes.named(context.options.name).id, columns, context.actor)
-    return context.show(node_json(node), table([_node_row(node)], NODE_HEAD))
-
-
-def command_node_import(context: Context) -> int:
-    path = context.options.file
-    rows = []
-    for number, fields in enumerate(_read_node_file(path), 1):
-        try:
-            columns = parse_node_fields(fields, ("name", "mainIp"))
-        except AppError as error:
-            raise AppError(error.code, f"{path}, node {number}: {error.message}") from None
-        rows.append((columns["name"], columns["main_ip"], columns.get("agent_port", 8443),
-                     columns.get("agent_protocol", TASKS), columns.get("labels", "{}"),
-                     columns.get("enabled", 1), columns.get("status", "online")))
-    nodes = context.open(create=True).nodes.add_all(rows, context.actor)
-    return context.show({"items": [node_json(node) for node in nodes]}, f"nodes added: {len(nodes)}")
-
-
-def _read_node_file(path: str) -> list[dict[str, Any]]:
-    """Return the nodes of a JSON array, or of lines NAME IP [PORT [PROTOCOL]], as JSON fields."""
-    text = read_text(path)
-    if text.lstrip().startswith(("[", "{")):
-        try:
-            items = parse_json(text)
-        except ValueError as error:
-            raise AppError(MALFORMED, f"{path} is not JSON: {one_line(error, 150)}") from None
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise AppError(MALFORMED, f"{path} must be an array of objects")
-        return list(items)
-    nodes = []
-    for line in text.splitlines():
-        words = line.split("#")[0].replace(",", " ").split()
-        if not words:
-            continue
-        if len(words) < 2 or len(words) > 4 or (len(words) > 2 and not re.fullmatch("[0-9]{1,9}", words[2])):
-            raise AppError(MALFORMED, f"{path}: {one_line(line, 60)!r} is not NAME IP [PORT [PROTOCOL]]")
-        node: dict[str, Any] = dict(zip(("name", "mainIp", "agentPort", "agentProtocol"), words))
-        if "agentPort" in node:
-            node["agentPort"] = int(node["agentPort"])
-        nodes.append(node)
-    return nodes
-
-
-def command_node_ping(context: Context) -> int:
-    store = context.open()
-    nodes = [store.nodes.named(name) for name in context.options.names] or \
-        [node for node in store.nodes.page(size=0).items if node.enabled]
-    pings = ping_nodes(context.settings, nodes)
-    context.show({"items": [{"name": p.node.name, "ok": p.is_ok, "errorKind": p.error_kind, "message": p.text}
-                            for p in pings]},
-                 table([(p.node.name, "ok" if p.is_ok else p.error_kind, p.text) for p in pings],
-                       ("node", "state", "result")))
-    return EXIT_DONE if all(p.is_ok for p in pings) else EXIT_UNAVAILABLE
-
-
 def _number_or_text(text: str) -> int | str:
     """Return digits as a number, all else as it is: parse_strategy() raises the error."""
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
@@ -10816,21 +11370,24 @@ def _given(options: argparse.Namespace,
     return {key: value for key, value in values.items() if value is not None}
 
 
+def _strategy_given(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the strategy whose options were given, unparsed."""
+    verify = _given(options, VERIFY_OPTIONS)
+    return {**_given(options, STRATEGY_OPTIONS), **({"verify": verify} if verify else {})}
+
+
 def command_create(context: Context) -> int:
     options = context.options
     _check_wait(options)
     body: dict[str, Any] = {"target": options.target, "reason": options.reason, "payload": {},
-                            "strategy": _given(options, STRATEGY_OPTIONS)}
+                            "strategy": _strategy_given(options)}
     if options.payload:
         try:
             body["payload"] = parse_json(read_text(options.payload), exact=True)
         except ValueError as error:
             raise AppError(MALFORMED, f"--payload {options.payload} is not JSON: {one_line(error, 150)}") from None
-    verify = _given(options, VERIFY_OPTIONS)
-    if verify:
-        body["strategy"]["verify"] = verify
     if options.label:
-        body["labels"] = _labels_option(options.label)
+        body["labels"] = parse_label_pairs("--label", options.label)
     if options.version is not None:
         body["version"] = options.version
     store = context.open(create=True)
@@ -10843,7 +11400,11 @@ def command_create(context: Context) -> int:
 
 
 def _show_plan(context: Context, plan: Plan) -> int:
-    """Print what a release would do, and which nodes it would leave out."""
+    return context.show(plan_json(plan), _plan_text(plan))
+
+
+def _plan_text(plan: Plan) -> str:
+    """Return what a release would do, and which nodes it would leave out."""
     payload = "payload of release {} (v{})".format(*plan.payload_of) if plan.payload_of else None
     strategy, effect = plan.strategy, plan.effect
     limits = [("version", plan.version), ("sends", payload), ("nodes", sum(map(len, plan.batches))),
@@ -10857,10 +11418,10 @@ def _show_plan(context: Context, plan: Plan) -> int:
     text = table([(number, len(ids), most, in_words([plan.names[id_] for id_ in ids])) for number, (ids, most)
                   in enumerate(zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "names"))
     emptied = [f"left without any site: {', '.join(plan.emptied)}"] if plan.emptied else []
-    return context.show(plan_json(plan), "\n".join(
+    return "\n".join(
         [text, *(f"{name}: {value}" for name, value in limits if value is not None), *_left_out_lines(plan.left_out),
          *emptied, *([effect_text(effect)] if effect else []),
-         *(_change_lines(effect.difference, MAX_CHANGES_PLANNED) if effect and effect.difference else [])]))
+         *(_change_lines(effect.difference, MAX_CHANGES_PLANNED) if effect and effect.difference else [])])
 
 
 # Changes that a plan shows; `diff` and --json show more.
@@ -10895,16 +11456,19 @@ def _check_wait(options: argparse.Namespace) -> None:
 
 
 def _show_created(context: Context, made: Made) -> int:
-    release = made.release
-    left_out = _left_out_lines(made.left_out) if release.retry_of or release.rollback_of else []
-    remark = [made.remark] if made.remark else []
     if context.options.wait:
-        print("\n".join([f"{release}: created", *remark, *left_out]), file=sys.stderr)
-        return _watch(context, release.id)
-    as_json = created_again_json if release.retry_of or release.rollback_of else created_json
-    return context.show(as_json(made), "\n".join([
+        print(_created_text(made), file=sys.stderr)
+        return _watch(context, made.release.id)
+    as_json = created_again_json if made.release.is_again else created_json
+    return context.show(as_json(made), _created_text(made))
+
+
+def _created_text(made: Made) -> str:
+    release = made.release
+    return "\n".join([
         f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
-        f"{in_words([len(batch) for batch in made.batches])}", *remark, *left_out]))
+        f"{in_words([len(batch) for batch in made.batches])}", *([made.remark] if made.remark else []),
+        *(_left_out_lines(made.left_out) if release.is_again else [])])
 
 
 def command_list(context: Context) -> int:
@@ -11038,6 +11602,20 @@ def command_again(context: Context) -> int:
     return _show_created(context, make(options.id, context.actor, wish))
 
 
+def command_catch_up(context: Context) -> int:
+    options = context.options
+    reason, strategy = parse_catch_up({"reason": options.reason, "strategy": _strategy_given(options)})
+    releases = context.open().releases
+    if options.plan:
+        plans, left_out = releases.plan_catch_up(reason, strategy)
+        document, texts = catch_up_plan_json(plans, left_out), [_plan_text(plan) for plan in plans]
+    else:
+        made, left_out = releases.catch_up(context.actor, reason, strategy)
+        document, texts = caught_up_json(made, left_out), [_created_text(one) for one in made]
+    return context.show(document, "\n".join([
+        *(texts or [f"no node {'else ' if left_out else ''}is behind"]), *_left_out_lines(left_out)]))
+
+
 def command_freeze(context: Context) -> int:
     options, store = context.options, context.open()
     if options.switch is None and options.reason:
@@ -11119,6 +11697,191 @@ def command_version(context: Context) -> int:
              "sqlite": sqlite3.sqlite_version, "openssl": ssl.OPENSSL_VERSION, "postgresDriver": driver or None}
     return context.show(found, "\n".join([f"releasectl {__version__}", *(
         f"{name:<15} {value or 'none'}" for name, value in found.items() if name != "version")]))
+
+
+# endregion
+
+
+# region Node commands
+# ======================================================================================
+# Node commands: what the commands on nodes do, and what is shown of a node.
+# Uses: Vocabulary, Helpers, Model, Plan, Audit, Drift, Claims, Serialization, Check
+#   and why, Terminal, Commands.
+# ======================================================================================
+
+def _node_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the JSON fields of a node that the options give."""
+    fields = {"name": options.name if options.command == "node add" else options.rename, "mainIp": options.ip,
+              "agentPort": options.port, "agentProtocol": options.protocol, "status": options.status,
+              "labels": parse_label_pairs("--label", options.label) if options.label else None,
+              "enabled": options.enabled}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+NODE_HEAD = ("id", "name", "address", "protocol", "enabled", "status", "runs", "drift", "labels")
+
+
+def _node_row(listed: ListedNode) -> tuple[object, ...]:
+    node, runs = listed.node, listed.level.runs
+    return (node.id, node.name, f"{node.main_ip}:{node.agent_port}", node.agent_protocol,
+            "yes" if node.enabled else "no", node.status, f"{runs.release_id} (v{runs.version})" if runs else "-",
+            listed.level.drift, node.labels)
+
+
+def command_node_add(context: Context) -> int:
+    columns = parse_node_fields(_node_options(context.options), ("name", "mainIp"))
+    node = context.open(create=True).nodes.add(**columns, by=context.actor)
+    return context.show(node_json(context.store.fleet.listed([node])[0]),
+                        f"node {node.id}: {node.name} at {node.main_ip}:{node.agent_port}")
+
+
+def command_node_list(context: Context) -> int:
+    options = context.options
+    page = context.open().fleet.page(size=0, wanted=NodeFilter(
+        options.drift or "", parse_label_pairs("--label", options.label or ()), options.names, options.runs,
+        options.search, options.sort))
+    text = table([_node_row(listed) for listed in page.items], NODE_HEAD) or (
+        "no such nodes" if page.total or context.store.nodes.page(size=1).total else
+        "no nodes: add one with `node add`")
+    return context.show({"items": [node_json(listed) for listed in page.items], "total": page.total}, text)
+
+
+# Releases that `node show` shows.
+TRIES_SHOWN = 20
+
+
+def command_node_show(context: Context) -> int:
+    store = context.open()
+    listed = store.fleet.listed([store.nodes.named(context.options.name)])[0]
+    node, level = listed
+    tries = store.fleet.tries(node.id, size=TRIES_SHOWN)
+    changes = _changes_of(store, node)
+    facts = [("address", f"{node.main_ip}:{node.agent_port}"), ("protocol", node.agent_protocol),
+             ("state", node.condition), ("labels", node.labels), ("runs", _ran_text(level.runs)),
+             ("should run", _ran_text(level.wants)), ("drift", drift_text(level))]
+    given = table([(one.release_id, f"v{one.version}", one.target, one.release_status, one.status, one.attempts,
+                    one.started_at, one.finished_at, one.error_kind, one.error_msg) for one in tries.items],
+                  ("release", "version", "target", "ended", "here", "tries", "started", "finished", "error", "message"))
+    more = [f"and {tries.total - TRIES_SHOWN} older ones"] if tries.total > TRIES_SHOWN else []
+    acts = table([(row.at, row.actor, row.action, " -> ".join(filter(None, (row.before, row.after))))
+                  for row in changes], ("at", "actor", "action", "change"))
+    return context.show(
+        {"node": node_json(listed), "releases": [node_try_json(one) for one in tries.items],
+         "changes": [audit_json(row) for row in changes]},
+        "\n".join([f"node {node.id}: {node.name}", *(f"{name:<10}  {value}" for name, value in facts), "",
+                   given or "no release was for it yet", *more, *(["", acts] if acts else [])]))
+
+
+def _changes_of(store: Store, node: Node) -> list[AuditRow]:
+    """Return the newest acts on a node, under its name of today, and the imports that brought it; oldest first."""
+    rows = store.audit.rows(limit=TRIES_SHOWN, wanted=AuditFilter(object=f"node {node.name}"), newest=True)
+    imports = store.audit.rows(limit=TRIES_SHOWN, wanted=AuditFilter(action="node.import"), newest=True)
+    name = f'"name":{to_json(node.name)},'
+    return sorted([*rows, *(row._replace(after=to_json({"name": node.name})) for row in imports if name in row.after)])
+
+
+def _ran_text(ran: Ran | None) -> str:
+    return f"release {ran.release_id} (v{ran.version}) since {ran.since}" if ran else "-"
+
+
+def command_node_rm(context: Context) -> int:
+    store = context.open()
+    node = store.nodes.named(context.options.name)
+    store.nodes.delete(node.id, context.actor)
+    return context.show({"id": node.id, "name": node.name}, f"node {node.id}: {node.name} deleted")
+
+
+def command_node_set(context: Context) -> int:
+    columns = parse_node_fields(_node_options(context.options))
+    if not columns:
+        raise AppError(MISSING, "nothing to change: name an option, see `node set --help`")
+    store = context.open()
+    nodes = _chosen(context, store)
+    one_only = [word for word, column in (("--rename", "name"), ("--ip", "main_ip")) if column in columns]
+    if one_only and len(nodes) > 1:
+        raise AppError(INVALID, f"{one_only[0]} is for one node, and {len(nodes)} are chosen")
+    listed = store.fleet.listed(store.nodes.update_all([node.id for node in nodes], columns, context.actor))
+    is_one = len(context.options.names) == 1 and context.options.names[0] == nodes[0].name
+    document = node_json(listed[0]) if is_one else {"items": [node_json(one) for one in listed]}
+    return context.show(document, table([_node_row(one) for one in listed], NODE_HEAD))
+
+
+def _chosen(context: Context, store: Store) -> list[Node]:
+    """Return the nodes that names, patterns and --where choose, by id; raise AppError for one that chooses none."""
+    options = context.options
+    if not options.names and not options.where:
+        raise AppError(MISSING, "no node is chosen: give names or patterns, or --where K=V")
+    labels = parse_label_pairs("--where", options.where or ())
+    nodes = [listed.node for listed in store.fleet.page(size=0, wanted=NodeFilter(labels=labels)).items]
+    wrong = [name for name in options.names if not any(map(NodeFilter(names=[name]).takes, nodes))]
+    if wrong:
+        raise AppError(NOT_FOUND, f"node {one_line(wrong[0], 100)} does not exist" + (
+            f" with {','.join(options.where)}" if options.where else ""))
+    chosen = [node for node in nodes if NodeFilter(names=options.names).takes(node)]
+    if not chosen:
+        raise AppError(NOT_FOUND, f"no node has {','.join(options.where)}")
+    return chosen
+
+
+def command_node_import(context: Context) -> int:
+    path = context.options.file
+    rows = []
+    for number, fields in enumerate(_read_node_file(path), 1):
+        try:
+            columns = parse_node_fields(fields, ("name", "mainIp"))
+        except AppError as error:
+            raise AppError(error.code, f"{path}, node {number}: {error.message}") from None
+        rows.append(columns)
+    done = context.open(create=True).nodes.import_all(rows, context.actor, context.options.update)
+    listed = context.store.fleet.listed([*done.added, *done.changed])
+    return context.show(
+        {"items": [node_json(one) for one in listed], "added": len(done.added), "changed": len(done.changed),
+         "same": len(done.same)},
+        f"nodes added: {len(done.added)}" + (f", changed: {len(done.changed)}, as they were: {len(done.same)}"
+                                             if context.options.update else ""))
+
+
+def _read_node_file(path: str) -> list[dict[str, Any]]:
+    """Return the nodes of a JSON array, or of lines NAME IP [PORT [PROTOCOL]], as JSON fields.
+
+    What `node list --json` prints is taken too; what nobody sets is left out of it.
+    """
+    text = read_text(path)
+    if text.lstrip().startswith(("[", "{")):
+        try:
+            items = parse_json(text)
+        except ValueError as error:
+            raise AppError(MALFORMED, f"{path} is not JSON: {one_line(error, 150)}") from None
+        if isinstance(items, dict) and "items" in items:
+            items = items["items"]
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise AppError(MALFORMED, f"{path} must be an array of objects")
+        return [{key: value for key, value in item.items() if key in NODE_FIELDS or key not in NODE_SCHEMA}
+                for item in items]
+    nodes = []
+    for line in text.splitlines():
+        words = line.split("#")[0].replace(",", " ").split()
+        if not words:
+            continue
+        if len(words) < 2 or len(words) > 4 or (len(words) > 2 and not re.fullmatch("[0-9]{1,9}", words[2])):
+            raise AppError(MALFORMED, f"{path}: {one_line(line, 60)!r} is not NAME IP [PORT [PROTOCOL]]")
+        node: dict[str, Any] = dict(zip(("name", "mainIp", "agentPort", "agentProtocol"), words))
+        if "agentPort" in node:
+            node["agentPort"] = int(node["agentPort"])
+        nodes.append(node)
+    return nodes
+
+
+def command_node_ping(context: Context) -> int:
+    store = context.open()
+    nodes = [store.nodes.named(name) for name in context.options.names] or \
+        [node for node in store.nodes.page(size=0).items if node.enabled]
+    pings = ping_nodes(context.settings, nodes)
+    context.show({"items": [{"name": p.node.name, "ok": p.is_ok, "errorKind": p.error_kind, "message": p.text}
+                            for p in pings]},
+                 table([(p.node.name, "ok" if p.is_ok else p.error_kind, p.text) for p in pings],
+                       ("node", "state", "result")))
+    return EXIT_DONE if all(p.is_ok for p in pings) else EXIT_UNAVAILABLE
 
 
 # endregion
@@ -11613,7 +12376,8 @@ COMPLETIONS: Mapping[str, Callable[[Sequence[Command]], str]] = {"bash": bash_co
 # region Command line
 # ======================================================================================
 # Command line: the table of commands, the standard streams, main().
-# Uses: Vocabulary, Helpers, Log and metrics, Releases, Commands, Service, Arguments.
+# Uses: Vocabulary, Helpers, Log and metrics, Releases, Requests, Commands, Node
+#   commands, Service, Arguments.
 # ======================================================================================
 
 def _int_option(flag: str, low: int, high: int, **keywords: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -11672,6 +12436,8 @@ _WATCH_OPTIONS = (
            help="stop waiting after TIME (90, 5m) with exit 75; the release goes on"))
 _WAIT_OPTIONS = (
     option("--wait", action="store_true", help="follow it to its end; exit 0 on success, 1 else"), *_WATCH_OPTIONS)
+_STRATEGY_OPTIONS = tuple(option(flag, type=parse, metavar=metavar, help=text)
+                          for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS))
 _NODE_OPTIONS = (
     _int_option("--port", 1, 65535, help="the agent's port (8443)"),
     option("--protocol", choices=PROTOCOLS, help="the agent's protocol (tasks)"),
@@ -11699,11 +12465,26 @@ COMMANDS: tuple[Command, ...] = (
                     help="number new releases from N on: after a restore, or where agents have higher versions"),)),
     Command("node add", "add a node", command_node_add, (
         option("name", metavar="NAME"), option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
-    Command("node list", "list the nodes", command_node_list),
-    Command("node set", "change a node", command_node_set, (
-        option("name", metavar="NAME"), option("--rename", metavar="NAME"), option("--ip"), *_NODE_OPTIONS)),
+    Command("node list", "list the nodes, what each runs, and which do not run what they should", command_node_list, (
+        option("names", nargs="*", metavar="NAME", help="only these; * and ? stand for other characters: 'edge-fra-*'"),
+        option("--drift", choices=DRIFTS, help="only nodes with this drift"),
+        option("--label", action="append", metavar="K=V", help="only nodes with this label; may be repeated"),
+        _int_option("--runs", 1, MAX_ID, metavar="ID", help="only nodes that run this release"),
+        option("--search", default="", metavar="TEXT", help="only nodes with this in name, address or labels"),
+        option("--sort", choices=QUERY_PARAMETERS["sort"]["enum"], default="id", metavar="KEY",
+               help="id, name, address, runs, or drift with the worst first; backwards: --sort=-runs (id)"))),
+    Command("node show", "a node: what it runs and should run, what it was given, who changed it", command_node_show, (
+        option("name", metavar="NAME"),)),
+    Command("node rm", "delete a node that no release names", command_node_rm, (option("name", metavar="NAME"),)),
+    Command("node set", "change nodes, all or none", command_node_set, (
+        option("names", nargs="*", metavar="NAME", help="these; * and ? stand for other characters: 'edge-fra-*'"),
+        option("--where", action="append", metavar="K=V", help="of these, or of all, those with this label; may be "
+                                                              "repeated"),
+        option("--rename", metavar="NAME"), option("--ip"), *_NODE_OPTIONS)),
     Command("node import", "add nodes from a file, all or none: a JSON array, or lines NAME IP [PORT [PROTOCOL]]",
-            command_node_import, (option("file", metavar="FILE", help="- for standard input"),)),
+            command_node_import, (
+                option("file", metavar="FILE", help="- for standard input; what `node list --json` printed is taken"),
+                option("--update", action="store_true", help="change the nodes whose name exists"))),
     Command("node ping", "ask agents whether they answer", command_node_ping, (
         option("names", nargs="*", metavar="NAME", help="none: every enabled node"),)),
     Command("token add", "make a token for the API, and print it once", command_token_add, (
@@ -11715,9 +12496,7 @@ COMMANDS: tuple[Command, ...] = (
         option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
         option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
         _int_option("--version", 1, MAX_NAMED_VERSION, metavar="N", help="a higher version than the next one"),
-        *(option(flag, type=parse, metavar=metavar, help=text)
-          for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS)),
-        _PLAN_OPTION, *_WAIT_OPTIONS)),
+        *_STRATEGY_OPTIONS, _PLAN_OPTION, *_WAIT_OPTIONS)),
     Command("list", "list releases, newest first", command_list, (
         option("--status", choices=RELEASE_STATUSES),
         _int_option("--page", 1, 10**9, default=1), _int_option("--page-size", 1, MAX_PAGE_SIZE, default=20))),
@@ -11761,6 +12540,8 @@ COMMANDS: tuple[Command, ...] = (
             (_ID_OPTION, _int_option("--to", 1, MAX_ID, metavar="ID",
                                      help="the payload of this release (what most of the nodes had before)"),
              *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
+    Command("catch-up", "a new release for each payload that nodes are behind with", command_catch_up, (
+        _REASON_OPTION, *_STRATEGY_OPTIONS, _PLAN_OPTION)),
     Command("freeze", "stop (on) or allow (off) new dispatches, of all processes; without argument: show",
             command_freeze, (option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),
     Command("check", "configuration, certificates, database, agents: what is wrong and how to fix it",

@@ -755,6 +755,64 @@ def goal_history(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
             drop(url)
 
 
+def fill_fleet(path: str, nodes: int) -> None:
+    """Write nodes straight into SQLite: every tenth is in another region."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA synchronous = OFF")
+    connection.execute("""
+        WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
+        INSERT INTO nodes (name, main_ip, labels, last_version)
+        SELECT 'edge-' || i, '10.' || (i >> 16) || '.' || ((i >> 8) & 255) || '.' || (i & 255),
+               CASE WHEN i % 10 = 0 THEN '{"region":"us"}' ELSE '{"region":"eu"}' END, ? FROM n""",
+                       (nodes, FLEET_RELEASES))
+    connection.close()
+
+
+FLEET_RELEASES = 50
+
+
+def goal_fleet(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """what 100,000 nodes run and should run, with 5 million rows of history"""
+    nodes, url = 100 * options.nodes, lab.sqlite_url()
+    path = url[len("sqlite:///"):]
+    database = rc.Database(url)
+    database.migrate()
+    print(f"  filling {FLEET_RELEASES} releases of {nodes} nodes", file=sys.stderr, flush=True)
+    fill_fleet(path, nodes)
+    fill_history(path, FLEET_RELEASES, nodes)
+    with database.transaction(write=True) as tx:
+        # the newest release is for one region, and missed a hundred of its nodes
+        tx.execute("UPDATE release_tasks SET payload = '{\"n\":' || id || '}', "
+                   "selection = CASE WHEN id = ? THEN '{\"labels\":{\"region\":\"us\"}}' ELSE '{}' END", FLEET_RELEASES)
+        tx.execute("UPDATE release_task_nodes SET status = 'failed', error_kind = 'agent_failed' "
+                   "WHERE release_task_id = ? AND node_id % ? = 0", FLEET_RELEASES, nodes // 100)
+    database.close()
+    server = Server(lab, url, [], executor=False)
+    try:
+        for what, limit_ms, query in (("first page", 100.0, "pageSize=100"),
+                                      ("last page", None, f"pageSize=100&page={nodes // 100}"),
+                                      ("first page of those behind", None, "pageSize=100&drift=behind"),
+                                      ("first page by name", None, "pageSize=100&sort=name")):
+            taken = []
+            for _ in range(options.runs):
+                started = time.monotonic()
+                server.call("GET", f"/api/v1/nodes?{query}")
+                taken.append(time.monotonic() - started)
+            yield Row("fleet", what, statistics.median(taken) * 1000, "ms", limit_ms)
+        fleet = rc.Store(rc.Database(url)).fleet
+        started = time.thread_time()
+        counts = fleet.drift_counts()
+        yield Row("fleet", "CPU to count them all by drift", (time.thread_time() - started) * 1000, "ms", None,
+                  note=f"{counts}, at most every {1 + rc._COUNT_REST} times as long")
+        turns = take_turns(options.runs, {"show": lambda: Turn(seconds_of(
+            [sys.executable, str(ROOT / "releasectl.py"), "--db", url, "node", "show", f"edge-{nodes}"],
+            lab.environment()))})
+        yield Row("fleet", "`releasectl node show`", median(turns["show"]) * 1000, "ms", None)
+    finally:
+        server.close()
+        drop(url)
+
+
 # How 50 queued releases lie to each other: targets, and whether each has nodes of its own.
 QUEUES = {"one target": (1, False), "50 targets, the same nodes": (50, False),
           "50 targets, no node in common": (50, True)}
@@ -875,7 +933,8 @@ def goal_postgres(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 
 GOALS: dict[str, Callable[[Lab, argparse.Namespace], Iterator[Row]]] = {
     "makespan": goal_makespan, "batches": goal_batches, "postgres": goal_postgres, "scale": goal_scale,
-    "api": goal_api, "idle": goal_idle, "history": goal_history, "queue": goal_queue}
+    "api": goal_api, "idle": goal_idle, "history": goal_history, "fleet": goal_fleet,
+    "queue": goal_queue}
 
 
 def _has(module: str) -> bool:

@@ -112,6 +112,16 @@ def migrate(url: str) -> None:
     database.close()
 
 
+@contextlib.contextmanager
+def at_schema(url: str, step: int) -> Iterator[rc.Store]:
+    """Give a store over a database that has the first steps of schema.sql only, for SQL; close it."""
+    database, steps = rc.Database(url), rc.schema_steps()[:step]
+    with mock.patch.object(rc, "schema_steps", return_value=steps):
+        database.migrate()
+    with contextlib.closing(database):
+        yield rc.Store(database)
+
+
 def admin(server_url: str, statement: str) -> Any:
     """Run one statement in a session of its own; return the first value of its result, if it has one."""
     connection = rc.PostgresEngine(server_url).connect(create=False)

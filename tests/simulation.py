@@ -429,7 +429,7 @@ class Simulation:
         self.looks_at_the_end_at = FAULTS_UNTIL_S
         self.figures = dict.fromkeys((
             "runs", "crashes", "stops", "suspensions", "take-overs", "lost answers", "restarts", "database faults",
-            "commits", "verbs"), 0)
+            "commits", "verbs", "levels unknown"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
         self.database = SimDatabase(self)
         self.is_set_up = False
@@ -1191,6 +1191,23 @@ class Simulation:
                 self.fail(f"{address} is skipped for {mark}, and ran it")
             if kind == "deadline" and not self.steering:
                 self.fail(f"{address} was forgotten until its deadline")
+        self._check_levels()
+
+    def _check_levels(self) -> None:
+        """What is said of each node's payload is what its agent has, or it is said that nobody knows."""
+        with rc.Database.transaction(self.database) as tx:
+            nodes = rc.all_nodes(tx)
+            found = rc.levels(tx, nodes)
+            marks = {id_: rc.parse_json(payload)["mark"] for id_, payload in tx.rows(
+                "SELECT id, payload FROM release_tasks")}
+        for node in nodes:
+            has, runs = found[node.id].has, self.agents[node.main_ip].runs
+            really = max((run for run in runs if run.ended_well(self.now)), key=lambda run: run.send.version,
+                         default=None)
+            told, really_has = has and marks[has.release_id], really and really.send.mark
+            self.figures["levels unknown"] += found[node.id].is_unknown
+            if not found[node.id].is_unknown and told != really_has and not self.restores:
+                self.fail(f"{node.name} is said to have {told}, and has {really_has}")
 
     def _is_alone(self, mark: str, address: str) -> bool:
         """Says whether no other row of the release is for the same address."""

@@ -21,6 +21,8 @@ def settle(store: rc.Store, release: rc.Release, *found: str) -> rc.Release:
     for node_id, status in zip(nodes, found):
         sql(store, "UPDATE release_task_nodes SET status = ?, attempts = ? WHERE release_task_id = ? AND node_id = ?",
             status, int(status != "skipped"), release.id, node_id)
+        if status != "skipped":
+            sql(store, "UPDATE nodes SET last_version = ? WHERE id = ?", release.version, node_id)
     status = "success" if set(found) == {"success"} else "cancelled" if set(found) == {"skipped"} else "failed"
     sql(store, "UPDATE release_tasks SET status = ?, finished_at = updated_at, success_nodes = ?, failed_nodes = ? "
                "WHERE id = ?", status, found.count("success"), found.count("failed"), release.id)

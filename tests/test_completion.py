@@ -34,7 +34,7 @@ COMMON = {"--db", "--config", "--json", "--help"}
 @pytest.mark.parametrize(("line", "offered"), [
     ("releasectl ", TOP),
     ("releasectl.py re", {"resume", "retry"}),
-    ("releasectl node ", {"add", "list", "set", "import", "ping"} | COMMON),
+    ("releasectl node ", {"add", "list", "show", "set", "rm", "import", "ping"} | COMMON),
     ("releasectl --db sqlite:///x.db node pi", {"ping"}),
     ("releasectl node add edge-1 10.0.0.1 --pro", {"--protocol"}),
     ("releasectl node add edge-1 10.0.0.1 --protocol ", {"tasks", "execute"}),
@@ -47,7 +47,7 @@ COMMON = {"--db", "--config", "--json", "--help"}
     ("releasectl prune --older-than ", set()),
     ("releasectl --config ", set()),  # a file name: readline's own
     ("releasectl node import ", set()),
-    ("releasectl node import --", {"--db", "--config", "--json", "--help"}),
+    ("releasectl node import --", {"--db", "--config", "--json", "--help", "--update"}),
 ])
 def test_bash_completes(tmp_path, line, offered):
     assert bash_says(rc.bash_completion(rc.COMMANDS), line, tmp_path) == offered

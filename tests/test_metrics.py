@@ -97,7 +97,8 @@ def test_metrics_hold_no_id_and_no_name_of_a_node(world):
         text = client("GET", "/metrics").text
     assert not re.search(r"edge-|127\.0\.1\.|apply_config|/no/such|/1\"|/77|BREW", text)
     assert {label for m in rc.METRICS for label in m.labels} == {
-        "version", "python", "target", "status", "outcome", "error_kind", "operation", "route", "method", "certificate"}
+        "version", "python", "target", "status", "drift", "outcome", "error_kind", "operation", "route", "method",
+        "certificate"}
 
 
 def test_what_stands_in_a_label_cannot_break_the_format(store):
@@ -466,6 +467,7 @@ ALERTS = [
     ("ReleasectlDatabaseErrors", [("releasectl_database_errors_total", "0+1x30")], "20m"),
     ("ReleasectlDatabaseWentBack", [("releasectl_database_went_back_total", "0x5 1x30")], "10m"),
     ("ReleasectlFrozen", [("releasectl_frozen", "1x400")], "5h"),
+    ("ReleasectlNodesDrift", [('releasectl_nodes_drift{instance="a",drift="behind"}', "1x90")], "80m"),
     ("ReleasectlCertificateExpiring",
      [('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CERT"}', f"{10 * DAY}x200")], "2h"),
     ("ReleasectlCertificateExpiresNow",
@@ -473,7 +475,10 @@ ALERTS = [
     ("ReleasectlCrlExpiring",
      [('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CA_CRL"}', f"{DAY // 2}x60")], "30m"),
 ]
-WELL = [("releasectl_last_tick_timestamp_seconds", "0+60x400"), ("releasectl_frozen", "0x400"),
+WELL = [('releasectl_nodes_drift{instance="a",drift="behind"}', "2x20 0x20 2x360"),
+        ('releasectl_nodes_drift{instance="a",drift="none"}', "5x400"),
+        ('releasectl_releases{instance="a",target="cdn",status="running"}', "0x60 1x340"),
+        ("releasectl_last_tick_timestamp_seconds", "0+60x400"), ("releasectl_frozen", "0x400"),
         ("releasectl_database_up", "1x400"), ("releasectl_database_errors_total", "0x400"),
         ("releasectl_database_went_back_total", "0x400"),
         ('releasectl_releases{target="cdn",status="failed"}', "9x20 3x380"),  # pruned: no failure

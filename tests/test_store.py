@@ -337,9 +337,8 @@ def test_a_commit_without_nodes_is_known_by_every_column_of_its_release(store, n
 
 @pytest.mark.slow
 def test_thousands_of_nodes_are_written_in_one_transaction(store):
-    rows = [(f"n-{n}", f"10.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}", 8443, "tasks", "{}", 1, "online")
-            for n in range(2500)]
-    store.nodes.add_all(rows)
+    store.nodes.import_all([{"name": f"n-{n}", "main_ip": f"10.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}"}
+                            for n in range(2500)])
     release = new_release(store)
     claim = store.claims.claim(release.id, "a", 60)
     step(store, claim)

@@ -427,9 +427,9 @@ def test_section_2_no_two_enabled_nodes_have_one_address(store, again):
 
 
 def test_section_2_an_import_with_one_address_twice_adds_nothing(store):
-    rows = [(f"edge-{n}", "10.0.0.7", 8443, "tasks", "{}", 1, "online") for n in (1, 2)]
+    rows = [{"name": f"edge-{n}", "main_ip": "10.0.0.7"} for n in (1, 2)]
     with pytest.raises(rc.AppError, match="node edge-1 has the address"):
-        store.nodes.add_all(rows)
+        store.nodes.import_all(rows)
     assert store.nodes.page().total == 0
 
 
