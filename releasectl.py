@@ -10599,6 +10599,10 @@ class Screen:
 #   rollback, Releases, Claims, Serialization, Access, Check and why, Terminal.
 # ======================================================================================
 
+# Where a command's options have the id of a release, or LATEST.
+RELEASE_OPTIONS = ("id", "other", "to", "release")
+
+
 class Context:
     """What a command works with: options, settings and the store."""
 
@@ -10614,14 +10618,16 @@ class Context:
     def open(self, create: bool = False) -> Store:
         """Return the store, after a check of the schema; create: make the database if it is empty.
 
-        An ID that was given as `latest` becomes the newest release's; raise AppError(NOT_FOUND) where there is none.
+        An option of RELEASE_OPTIONS that is `latest` becomes the newest release's id; raise AppError(NOT_FOUND) where
+        there is none.
         """
         self.store.database.require_schema(create)
-        if getattr(self.options, "id", None) == LATEST:
-            newest = self.store.releases.page(size=1).items
-            if not newest:
-                raise AppError(NOT_FOUND, "there is no release yet")
-            self.options.id = newest[0].id
+        named = [name for name in RELEASE_OPTIONS if getattr(self.options, name, None) == LATEST]
+        newest = self.store.releases.page(size=1).items if named else []
+        if named and not newest:
+            raise AppError(NOT_FOUND, "there is no release yet")
+        for name in named:
+            setattr(self.options, name, newest[0].id)
         return self.store
 
     def show(self, document: Any, text: str) -> int:
@@ -11000,8 +11006,9 @@ def command_audit(context: Context) -> int:
         raise AppError(MISSING, "--head goes with --verify")
     if options.verify:
         return _verify_audit(context)
-    what = f"release {options.release}" if options.release else options.object
-    rows = context.open().audit.rows(options.after, options.limit, AuditFilter(
+    store = context.open()
+    what = options.object if options.release is None else f"release {options.release}"
+    rows = store.audit.rows(options.after, options.limit, AuditFilter(
         options.actor, options.action, what, options.since or ""), newest=not options.after)
     context.show({"items": [audit_json(row) for row in rows]}, table(
         [(r.id, r.at, r.actor, r.address, r.action, r.object, " -> ".join(filter(None, (r.before, r.after))))
@@ -11030,8 +11037,8 @@ def command_act(context: Context) -> int:
 def command_again(context: Context) -> int:
     options = context.options
     _check_wait(options)
-    wish = Again(parse_text("--reason", options.reason), options.over_newer, getattr(options, "to", None))
-    store = context.open()
+    reason, store = parse_text("--reason", options.reason), context.open()
+    wish = Again(reason, options.over_newer, getattr(options, "to", None))
     if options.plan:
         return _show_plan(context, store.releases.plan_again(options.command, options.id, wish))
     make = {"retry": store.releases.retry, "rollback": store.releases.rollback}[options.command]
@@ -11731,12 +11738,13 @@ COMMANDS: tuple[Command, ...] = (
     Command("payload", "the payload of a release, as it was sent but for the version", command_payload, (_ID_OPTION,)),
     Command("diff", "what a release changes against another one; exit 0: nothing, 1: something", command_diff, (
         _ID_OPTION, option("other", metavar="OTHER", nargs="?", type=_release_id,
-                           help="against this release (the newest one of its target before it that succeeded)"))),
+                           help="against this release, or latest (the newest one of its target before it that "
+                                "succeeded)"))),
     Command("audit", "who did what, newest last; whether the log is whole", command_audit, (
         option("--actor", default="", metavar="NAME", help="only by this actor, token or certificate"),
         option("--action", default="", metavar="WORD", help="only this action, or group: node.set, node"),
         option("--object", default="", metavar="TEXT", help="only on this: \"node edge-1\""),
-        _int_option("--release", 1, MAX_ID, metavar="ID", help="only on this release"),
+        option("--release", type=_release_id, metavar="ID", help="only on this release, or latest"),
         option("--since", type=_since, metavar="TIME", help="only since then: 2h or 7d ago, "
                 "or 2026-01-31T00:00:00Z"),
         _int_option("--after", 0, MAX_ID, default=0, metavar="ID",
@@ -11758,8 +11766,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("retry", "a new release for the failed and skipped nodes of one", command_again,
             (_ID_OPTION, *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("rollback", "a new release that brings back what the nodes of one had before", command_again,
-            (_ID_OPTION, _int_option("--to", 1, MAX_ID, metavar="ID",
-                                     help="the payload of this release (what most of the nodes had before)"),
+            (_ID_OPTION, option("--to", type=_release_id, metavar="ID",
+                                help="the payload of this release, or latest (what most of the nodes had before)"),
              *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("freeze", "stop (on) or allow (off) new dispatches, of all processes; without argument: show",
             command_freeze, (option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),
