@@ -415,12 +415,21 @@ def is_plain(text: str) -> bool:
     # accents are no letters, and do not separate words
     letters = "".join(char for char in text if not unicodedata.category(char).startswith("M"))
     return (not INVISIBLE.search(text) and unicodedata.is_normalized("NFC", text)
-            and all(len(_scripts(word)) < 2 for word in re.findall(r"[^\W_]+", letters)))
+            and all(len(scripts_of(word)) < 2 for word in re.findall(r"[^\W_]+", letters)))
 
 
-def _scripts(word: str) -> set[str]:
+def scripts_of(word: str) -> set[str]:
     """Return those scripts of a word that have letters which look alike."""
     return {unicodedata.name(char, "").split(" ")[0] for char in word} & _LOOK_ALIKE_SCRIPTS
+
+
+def visible(text: str, in_ascii: bool = False) -> str:
+    """Return JSON with escapes in place of what can't be seen; in_ascii, or not in composed form (NFC): of all else."""
+    if text.isascii() and text.isprintable():
+        return text
+    in_ascii = in_ascii or not unicodedata.is_normalized("NFC", text)
+    return "".join(char if char.isprintable() and (char.isascii() or not (in_ascii or INVISIBLE.match(char)))
+                   else json.dumps(char)[1:-1] for char in text)
 
 
 def epoch_or(text: str | None, otherwise: float) -> float:
@@ -1560,8 +1569,12 @@ def digest_of_stored(text: str) -> str:
 
 ADDED, REMOVED, CHANGED = "added", "removed", "changed"
 
-# More changes are counted only.
-MAX_CHANGES = 1000
+# More changes are counted only; so are those after the first that these characters of JSON (paths and values) do not
+# hold: a path that stands before 1,000 changes may be a megabyte.
+MAX_CHANGES, MAX_CHANGES_CHARS = 1000, 1 << 20
+
+# Characters that a line shows of a path and of a value.
+MAX_PATH_SHOWN, MAX_VALUE_SHOWN = 200, 100
 
 # Elements of a list are told apart by the first of these that each of them has, all with different values.
 NAMING_MEMBERS = ("id", "name", "domain")
@@ -1591,15 +1604,28 @@ class Change(NamedTuple):
         """Return the path as JSONPath (RFC 9535)."""
         return "$" + "".join(map(_step_text, self.path))
 
+    @property
+    def values(self) -> list[str]:
+        """Return before and after as JSON, or the one that there is."""
+        return [to_json(value) for value, kind in ((self.before, ADDED), (self.after, REMOVED)) if self.kind != kind]
+
     def __str__(self) -> str:
-        sign = {ADDED: "+", REMOVED: "-", CHANGED: "~"}[self.kind]
-        values = [one_line(to_json(value), 100) for value, kind in ((self.before, ADDED), (self.after, REMOVED))
-                  if self.kind != kind]
-        return f"{sign} {one_line(self.where)}: {' -> '.join(values)}"
+        """Return a line in which before and after never look the same."""
+        values = self.values
+        same = len(os.path.commonprefix(values)) if len(values) > 1 else 0
+        start = max(0, same - MAX_VALUE_SHOWN // 3) if max(map(len, values)) > MAX_VALUE_SHOWN else 0
+        scripts = [scripts_of(text[same:same + 1]) for text in values]
+        is_look_alike = all(scripts) and scripts[0] != scripts[-1]
+        shown = [f"{'...' if start else ''}{visible(text[start:start + MAX_VALUE_SHOWN], is_look_alike)}"
+                 f"{'...' if start + MAX_VALUE_SHOWN < len(text) else ''}" for text in values]
+        sign, path = {ADDED: "+", REMOVED: "-", CHANGED: "~"}[self.kind], self.where
+        # the end of a path tells more than its middle
+        parts = [path] if len(path) <= MAX_PATH_SHOWN else [path[:MAX_PATH_SHOWN // 2], path[-(MAX_PATH_SHOWN // 2):]]
+        return f"{sign} {'...'.join(map(visible, parts))}: {' -> '.join(shown)}"
 
 
 class Difference(NamedTuple):
-    """The first MAX_CHANGES changes, and how many there are."""
+    """The first changes, as many as the limits allow, at least one; and how many there are."""
     changes: list[Change]
     total: int
 
@@ -1609,8 +1635,14 @@ class Difference(NamedTuple):
 
 def difference(before: object, after: object) -> Difference:
     """Return what must be done to one JSON value to get another; nothing where their digests are the same."""
-    changes = _changes(before, after, ())
-    first = list(itertools.islice(changes, MAX_CHANGES))
+    changes, first, chars = _changes(before, after, ()), list[Change](), 0
+    for change in changes:
+        chars += len(change.where) + sum(map(len, change.values))
+        if first and chars > MAX_CHANGES_CHARS:
+            return Difference(first, len(first) + 1 + sum(1 for _ in changes))
+        first.append(change)
+        if len(first) == MAX_CHANGES:
+            break
     return Difference(first, len(first) + sum(1 for _ in changes))
 
 
@@ -10874,8 +10906,9 @@ MAX_CHANGES_PLANNED = 20
 
 
 def _change_lines(changes: Difference, most: int = MAX_CHANGES) -> list[str]:
-    left = changes.total - most
-    return [*map(str, changes.changes[:most]), *([f"and {left} more"] if left > 0 else [])]
+    shown = changes.changes[:most]
+    left = changes.total - len(shown)
+    return [*map(str, shown), *([f"and {left} more"] if left else [])]
 
 
 def command_payload(context: Context) -> int:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from typing import Any
 
@@ -100,10 +101,31 @@ def some_json(rng: random.Random, depth: int = 4) -> Any:
         return [some_json(rng, depth - 1) for _ in range(rng.randrange(4))]
     if kind < 8:
         member = rng.choice(rc.NAMING_MEMBERS)
-        names = rng.sample([1, 2, 3, "1", "a", "b"], rng.randrange(5))
+        names = rng.sample([1, 2, 3, "1", "a", "b", *ODD_KEYS[:2]], rng.randrange(5))
         return [{member: name, "x": some_json(rng, depth - 1)} for name in names]
-    return {key: some_json(rng, depth - 1) for key in rng.sample(["id", "name", "version", "x", "odd key"],
+    return {key: some_json(rng, depth - 1) for key in rng.sample(["id", "name", "version", "x", *ODD_KEYS],
                                                                  rng.randrange(4))}
+
+
+# Whatever a path must escape.
+ODD_KEYS = ["odd key", 'a"]["b', "a.b", "$[0]", "\\\n\u202e", "*", "?@.id==1", "\u00e9", ""]
+
+
+def steps_of(where: str) -> list[Any]:
+    """Return the steps of a path in a JSONPath, so that a change can be found by its text alone."""
+    steps: list[Any] = []
+    text = where[1:]
+    while text:
+        string = r'"(?:[^"\\]|\\.)*"'
+        found = re.match(rf"\.(\w+)|\[(\d+)\]|\[({string})\]|\[\?@\.(\w+)==({string}|-?\d+)\]|\[\*\]\.(\w+)$", text,
+                         re.ASCII)
+        assert where[0] == "$", where
+        assert found, where
+        member, index, key, name, value, every = found.groups()
+        steps.append(member if member else int(index) if index else json.loads(key) if key else
+                     rc.Element(name, json.loads(value)) if name else rc.Element(every, None))
+        text = text[found.end():]
+    return steps
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -115,7 +137,42 @@ def test_a_difference_says_all_that_changed_and_nothing_else(seed):
             found = rc.difference(a, b)
             assert rc.canonical_json(apply(found.changes, a)) == rc.canonical_json(b), (a, b, found)
             assert (found.total == 0) == (rc.canonical_json(a) == rc.canonical_json(b)), (a, b, found)
+            assert all(steps_of(change.where) == list(change.path) for change in found.changes)
         assert rc.difference(before, copy(before)) == rc.Difference([], 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("names", [None, *rc.NAMING_MEMBERS])
+def test_elements_that_were_swapped_moved_or_replaced_are_found(seed, names):
+    rng = random.Random(seed)
+    for _ in range(20):
+        elements = [{names or "x": number, "v": rng.randrange(2)} for number in range(rng.randrange(2, 8))]
+        after = copy(rng.sample(elements, rng.randrange(len(elements) + 1)))
+        for number in range(rng.randrange(3)):
+            after.insert(rng.randrange(len(after) + 1), {names or "x": 100 + number})
+        found = rc.difference({"l": elements}, {"l": after})
+        assert apply(found.changes, {"l": elements}) == {"l": after}, (elements, after, found)
+        if names and sorted(map(rc.to_json, elements)) == sorted(map(rc.to_json, after)):
+            assert [change.where for change in found.changes] in ([], [f"$.l[*].{names}"])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_cut_is_a_beginning_and_its_count_is_true(seed, monkeypatch):
+    rng = random.Random(seed)
+    before, after = ([some_json(rng) for _ in range(100)] for _ in range(2))
+    monkeypatch.setattr(rc, "MAX_CHANGES", 10**9)
+    whole = rc.difference(before, after)
+    assert (len(whole.changes), whole.total > 50) == (whole.total, True)
+    for most in (1, 7, whole.total - 1, whole.total, whole.total + 1):
+        monkeypatch.setattr(rc, "MAX_CHANGES", most)
+        assert rc.difference(before, after) == (whole.changes[:most], whole.total)
+    for chars in (1, 100, 1000):
+        monkeypatch.setattr(rc, "MAX_CHANGES_CHARS", chars)
+        cut = rc.difference(before, after)
+        assert (cut.changes, cut.total) == (whole.changes[:len(cut.changes)], whole.total)
+        sizes = [len(change.where) + sum(map(len, change.values)) for change in whole.changes]
+        assert sum(sizes[:len(cut.changes)]) <= chars or len(cut.changes) == 1
+        assert sum(sizes[:len(cut.changes) + 1]) > chars
 
 
 @pytest.mark.parametrize(("before", "after", "lines"), [
@@ -143,6 +200,43 @@ def test_a_hundred_thousand_changes_are_a_thousand_and_a_count():
     found = rc.difference(before, after)
     assert (len(found.changes), found.total, str(found)) == (1000, 100_000, "100000 changes")
     assert time.thread_time() - began < 5
+
+
+def test_what_a_difference_holds_is_bounded_and_the_rest_is_counted():
+    key = "k" * 900_000
+    before, after = {key: {str(n): n for n in range(1500)}}, {key: {str(n): -n - 1 for n in range(1500)}}
+    found = rc.difference(before, after)
+    assert (len(found.changes), found.total) == (1, 1500)
+    assert sum(len(change.where) for change in found.changes) < rc.MAX_CHANGES_CHARS
+    big, other = ({"a": letter * 600_000, "b": [letter * 300_000] * 3} for letter in "xy")
+    found = rc.difference(big, other)
+    assert ([change.where for change in found.changes], found.total) == (["$.a"], 4)  # the first one, whatever its size
+    assert rc.difference({"a": "x" * 300_000, "b": 1}, {"a": "y" * 300_000, "b": 2}).total == 2
+
+
+@pytest.mark.parametrize(("before", "after", "line"), [
+    ("a  b", "a b", '~ $.t: "a  b" -> "a b"'),
+    ("a\u200bb", "ab", '~ $.t: "a\\u200bb" -> "ab"'),
+    ("a\u00a0b", "a b", '~ $.t: "a\\u00a0b" -> "a b"'),
+    ("a\x7f", "a", '~ $.t: "a\\u007f" -> "a"'),
+    ("e\u0301", "\u00e9", '~ $.t: "e\\u0301" -> "\u00e9"'),
+    ("\u0441\u043e", "co", '~ $.t: "\\u0441\\u043e" -> "co"'),
+    ("Z\u00fcrich", "Z\u00f6rich", '~ $.t: "Z\u00fcrich" -> "Z\u00f6rich"'),
+    ("\u5317\u4eac", "\u4e0a\u6d77", '~ $.t: "\u5317\u4eac" -> "\u4e0a\u6d77"'),
+    ("\U000e0100", "", '~ $.t: "\\udb40\\udd00" -> ""'),
+    ("x" * 500 + "1", "x" * 500 + "2", f'~ $.t: ...{"x" * 33}1" -> ...{"x" * 33}2"'),
+    ("x" * 500, "x" * 520, f'~ $.t: ...{"x" * 33}" -> ...{"x" * 53}"'),
+    ("1" + "x" * 500, "2" + "x" * 500, f'~ $.t: "1{"x" * 98}... -> "2{"x" * 98}...')])
+def test_two_values_never_look_the_same(before, after, line):
+    assert list(map(str, rc.difference({"t": before}, {"t": after}).changes)) == [line]
+    assert line.isprintable()
+
+
+def test_the_line_of_a_change_has_its_whole_path_or_both_of_its_ends():
+    lines = [str(rc.Change(rc.ADDED, path, after=1)) for path in (
+        ("a  b\u202e",), ("x" * 300, "one"), ("x" * 300, "two"), ("x" * 190,))]
+    assert lines == ['+ $["a  b\\u202e"]: 1', f'+ $.{"x" * 98}...{"x" * 96}.one: 1',
+                     f'+ $.{"x" * 98}...{"x" * 96}.two: 1', f'+ $.{"x" * 190}: 1']
 
 
 # -- in the store ----------------------------------------------------------------------------------------------
