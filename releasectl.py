@@ -1807,7 +1807,7 @@ class Release:
     tag: str
     # soak_until by the elapsed clock: see Moment.clock_mark().
     soak_clock: str
-    # digest_of() its payload, as of its creation or last claim; "" until then where a person wrote the row.
+    # digest_of() its payload, as of its creation or start; "" until then where a person wrote the row.
     stored_sha256: str
     skipped_nodes: int
     current_batch: int
@@ -1820,6 +1820,21 @@ class Release:
     def payload_sha256(self) -> str:
         """Return the digest of its payload; "" where that can't be read."""
         return self.stored_sha256 or digest_of_stored(self.payload)
+
+    @property
+    def sent_sha256(self) -> str:
+        """Return the digest of what went out; "" before its start, when a person may change the payload."""
+        return self.stored_sha256 if self.started_at else ""
+
+    def read_payload(self) -> dict[str, Any]:
+        """Return its payload; raise ValueError or AppError(INVALID) where that can't be read, or is not what went out.
+
+        Somebody may have changed the row since: what was sent to one node would differ from what another one gets.
+        """
+        payload = read_payload(self.payload)
+        if self.sent_sha256 and digest_of(payload) != self.sent_sha256:
+            raise AppError(INVALID, "it was changed by hand after it went out")
+        return payload
 
     def __str__(self) -> str:
         return f"release {self.id} (v{self.version})"
@@ -5624,12 +5639,12 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
     Each node votes for the newest release before it that succeeded there, with another payload, and that nobody
     rolled back. The payload with most votes wins; of two with as many, the newer one.
     """
-    unwanted = digest_of(stored_payload(old))
+    unwanted = stored_digest(tx, old.id)
     if to_release is not None:
         good = find_release(tx, to_release)
         if good is None or good.target != old.target:
             raise AppError(INVALID, f"toRelease {to_release} is no release of target {old.target}")
-        if digest_of(stored_payload(good)) == unwanted:
+        if stored_digest(tx, good.id) == unwanted:
             raise AppError(WRONG_STATE, f"release {to_release} has the same payload as release {old.id}: "
                                         "nothing would change")
         return good
@@ -5672,14 +5687,19 @@ def rolled_back(tx: Transaction, target: str) -> dict[str, int]:
 
 
 def stored_digest(tx: Transaction, release_id: int) -> str:
-    """Return the digest of a release's payload; for one that can't be read a text that no other release has."""
-    text = tx.value("SELECT payload FROM release_tasks WHERE id = ?", release_id)
-    return digest_of_stored(text) or f"release {release_id}"
+    """Return the digest of what a release sent, which is in its row, or would send; a payload may be large.
+
+    For one that can't be read a text that no other release has.
+    """
+    digest, text = tx.row("SELECT payload_sha256, CASE WHEN payload_sha256 = '' OR started_at IS NULL THEN payload END "
+                          "FROM release_tasks WHERE id = ?", release_id) or ("", "")
+    return (digest if text is None else digest_of_stored(text)) or f"release {release_id}"
 
 
 def stored_payload(release: Release) -> dict[str, Any]:
+    """Return the payload of a release as it went out, or would; raise AppError(WRONG_STATE) where nobody knows it."""
     try:
-        return read_payload(release.payload)
+        return release.read_payload()
     except (ValueError, AppError) as error:
         raise AppError(WRONG_STATE, f"the payload of release {release.id} can't be used: {one_line(error)}") from None
 
@@ -5688,7 +5708,7 @@ def effect_of(tx: Transaction, payload: Mapping[str, Any], node_ids: Sequence[in
     """Return what a payload changes on nodes against what they run."""
     digest, runs = digest_of(payload), releases_run(tx, node_ids)
     counted = collections.Counter(runs.values())
-    running = [Running(release_id, version, count, _digest_in_row(tx, release_id) == digest)
+    running = [Running(release_id, version, count, stored_digest(tx, release_id) == digest)
                for (release_id, version), count in sorted(counted.items(), key=lambda item: (-item[1], -item[0][1]))]
     if len(runs) < len(node_ids):
         running.append(Running(None, 0, len(node_ids) - len(runs), False))
@@ -5704,12 +5724,6 @@ def effect_of(tx: Transaction, payload: Mapping[str, Any], node_ids: Sequence[in
     return Effect(running, against, changes, open_releases=ahead)
 
 
-def _digest_in_row(tx: Transaction, release_id: int) -> str:
-    """Return the digest of a payload that may be large, of a release that was claimed: it is in the row."""
-    return tx.value("SELECT payload_sha256 FROM release_tasks WHERE id = ?", release_id) or stored_digest(
-        tx, release_id)
-
-
 def _open_releases(tx: Transaction) -> int:
     return int(tx.value("SELECT COUNT(*) FROM release_tasks "
                         "WHERE status IN ('pending', 'running', 'paused', 'cancelling')"))
@@ -5722,7 +5736,7 @@ def changes_nothing(tx: Transaction, digest: str, node_ids: Sequence[int]) -> bo
     for some in (node_ids[:1], node_ids[1:]):
         runs = releases_run(tx, some)
         if len(runs) < len(some) or {
-                _digest_in_row(tx, release_id) for release_id, _ in set(runs.values())} - {digest}:
+                stored_digest(tx, release_id) for release_id, _ in set(runs.values())} - {digest}:
             return False
     return True
 
@@ -6430,9 +6444,9 @@ class Claims:
     @staticmethod
     def _fill_row(tx: Transaction, release: Release) -> None:
         """Set the columns that a person who wrote the rows of a release left out."""
-        digest = digest_of_stored(release.payload)
-        if digest != release.stored_sha256:
-            tx.execute("UPDATE release_tasks SET payload_sha256 = ? WHERE id = ?", digest, release.id)
+        if not release.sent_sha256:
+            tx.execute("UPDATE release_tasks SET payload_sha256 = ? WHERE id = ?", digest_of_stored(release.payload),
+                       release.id)
         if release.tag:
             return
         # no tag where agents know tasks without one, from before schema 5
@@ -8041,7 +8055,7 @@ class Driver:
         holds, moved_s = self._store.claims.holds(release.id), self._store.claims.dispatch_blockers(release.id).moved_s
         self._broken = ""
         try:
-            self._payload = read_payload(release.payload)
+            self._payload = release.read_payload()
             self._strategy = parse_strategy(parse_json(release.strategy))
             self._policy = self._context.policy.under(self._strategy)
             refuse_dropping_sites(self._payload, (row for row in rows if row.status != SUCCESS))
@@ -8707,7 +8721,8 @@ def difference_json(release: Release, other: Release, changes: Difference) -> di
 
 def payload_json(release: Release, payload: Mapping[str, Any]) -> dict[str, Any]:
     """Return a release's payload as it was sent but for the version."""
-    return {**_id_and_version((release.id, release.version)), "payloadSha256": digest_of(payload),
+    return {**_id_and_version((release.id, release.version)),
+            "payloadSha256": release.sent_sha256 or digest_of(payload),
             "payload": without_version(payload)}
 
 

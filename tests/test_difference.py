@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from lab import add_nodes, new_release, sql
-from test_again import ended, good
+from test_again import ended, good, settle
 
 import releasectl as rc
 
@@ -301,6 +301,62 @@ def test_what_can_not_be_compared_is_said_in_one_line(store, release_id, other, 
         store.releases.difference(release_id, other)
     assert caught.value.code == code
     assert "\n" not in caught.value.message
+
+
+@pytest.fixture
+def edited(store) -> rc.Store:
+    """Return a store whose releases 1 (A) and 2 (B) succeeded, and somebody then wrote another payload into 2."""
+    add_nodes(store, 2)
+    good(store, "A")
+    good(store, "B")
+    sql(store, "UPDATE release_tasks SET payload = '{\"content\":\"never sent\"}' WHERE id = 2")
+    return store
+
+
+def test_a_payload_that_was_changed_after_it_went_out_is_never_shown_nor_sent_as_what_went_out(edited):
+    releases, text = edited.releases, "the payload of release 2 can't be used: it was changed by hand after it went out"
+    for refused in (lambda: rc.stored_payload(releases.get(2)), lambda: releases.difference(2),
+                    lambda: releases.difference(1, 2), lambda: releases.rollback(1, "anna", rc.Again("", True, 2))):
+        with pytest.raises(rc.AppError, match=text) as caught:
+            refused()
+        assert caught.value.code == rc.WRONG_STATE
+    sql(edited, "UPDATE release_tasks SET status = 'failed' WHERE id = 2")
+    sql(edited, "UPDATE release_task_nodes SET status = 'failed' WHERE release_task_id = 2 AND node_id = 2")
+    with pytest.raises(rc.AppError, match=text):
+        releases.retry(2, "anna")
+
+
+def test_what_went_out_is_known_by_its_digest_whatever_the_row_says_now(edited):
+    plan = edited.releases.plan(rc.ReleaseRequest(payload={"content": "never sent"}))
+    assert rc.effect_text(plan.effect) == (
+        "not compared against release 2 (v2, 2 of 2 nodes): the payload of release 2 can't be used: it was changed by "
+        "hand after it went out")
+    made = edited.releases.create(rc.ReleaseRequest(payload={"content": "B"}), "anna")
+    assert made.remark == rc.CHANGES_NOTHING
+    settle(edited, made.release, "success", "success")
+    for number in (3, 2):  # both are the payload B, which A comes before
+        assert edited.releases.plan_again("rollback", number, rc.Again(over_newer=True)).payload_of == (1, 1)
+
+
+def test_a_paused_release_whose_payload_was_changed_sends_it_to_nobody(world):
+    world.nodes(2)
+    release = new_release(world.store, payload={"content": "A"}, strategy={"pauseAfter": [1]})
+    world.drain()
+    digest = world.store.releases.get(release.id).stored_sha256
+    sql(world.store, "UPDATE release_tasks SET payload = '{}' WHERE id = ?", release.id)
+    world.store.releases.act("resume", release.id, "anna")
+    world.drain()
+    release = world.store.releases.get(release.id)
+    assert (release.status, release.stored_sha256, world.runs()) == ("failed", digest, [1, 0])
+    assert "it was changed by hand after it went out" in release.error_msg
+
+
+def test_a_payload_that_was_changed_before_the_start_is_shown_with_its_own_digest(client):
+    add_nodes(client.store, 1)
+    new_release(client.store, payload={"content": "A"})
+    sql(client.store, "UPDATE release_tasks SET payload = '{\"content\":\"B\"}'")
+    assert client.ok("GET", "/api/v1/releases/1/payload") == {
+        "releaseId": 1, "version": 1, "payloadSha256": rc.digest_of({"content": "B"}), "payload": {"content": "B"}}
 
 
 # -- what nodes run, and what a plan says of it ----------------------------------------------------------------
