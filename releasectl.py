@@ -3773,6 +3773,17 @@ def _locking_process(file: os.stat_result) -> int:
     return 0
 
 
+def _read_text(data: bytes) -> str:
+    """Return a stored text; SQLite takes any bytes by hand, and one row of them must not fail the reading of all.
+
+    What is not UTF-8 becomes SUB, which no JSON may hold: such a payload or strategy can't be used.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return re.sub("[\udc80-\udcff]", "\x1a", data.decode("utf-8", "surrogateescape"))
+
+
 class SqliteEngine:
     """The SQL that only SQLite understands, and one file of it."""
 
@@ -3863,6 +3874,7 @@ class SqliteEngine:
             # statements differ by their number of rows: a larger cache would be megabytes without hits
             connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None,
                                          check_same_thread=False, cached_statements=16)
+            connection.text_factory = _read_text
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA foreign_keys = ON")
@@ -6431,10 +6443,11 @@ class Claims:
             return release
         version = self._state.next_version(tx, release.id)
         self._state.seen.use_version(version)
-        payload = release.payload
+        payload = None
         with contextlib.suppress(ValueError, AppError):  # one that can't be used ends the release: Driver
-            payload = to_json(payload_for_version(read_payload(payload), version))
-        tx.execute("UPDATE release_tasks SET version = ?, payload = ? WHERE id = ?", version, payload, release.id)
+            payload = to_json(payload_for_version(read_payload(release.payload), version))
+        tx.execute("UPDATE release_tasks SET version = ?, payload = COALESCE(?, payload) WHERE id = ?",
+                   version, payload, release.id)
         text = f"version {release.version} became {version}: {why}"
         add_events(tx, self._state.now(), owner, [NewEvent(release.id, "renumbered", PENDING, PENDING, text)])
         tx.after_commit.append(lambda: log.info("%s: %s", release, text,
