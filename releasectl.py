@@ -7178,7 +7178,8 @@ class AgentTask(NamedTuple):
     id: str
     type: str
     version: int
-    payload: Mapping[str, Any]
+    # As JSON for the agent's dialect: payload_text().
+    payload: str
 
 
 class AgentError(Exception):
@@ -7288,7 +7289,9 @@ def _read_executed(address: Address, task: AgentTask, data: Mapping[str, Any], _
 class WireFormat(NamedTuple):
     """What agents of a dialect are sent, and how their answers are read; the readers raise AgentError."""
     dispatch_path: str
-    body_of: Callable[[AgentTask], Mapping[str, Any]]
+    # From a release's payload and version to what agents get as payload; the members of a dispatch before it.
+    payload_of: Callable[[Mapping[str, Any], int], Mapping[str, Any]]
+    members_of: Callable[[AgentTask], Mapping[str, Any]]
     # From the data of the answer to a dispatch, and whether it was sent twice.
     read_dispatch: Callable[[Address, AgentTask, Mapping[str, Any], bool], Outcome]
     # Method, path and body of a ping, and whether status and code of the answer are those of such an agent alone.
@@ -7304,14 +7307,26 @@ class WireFormat(NamedTuple):
 WIRE_FORMATS: Mapping[str, WireFormat] = {
     TASKS: WireFormat(
         "/tasks/dispatch",
-        lambda task: {"taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload},
+        lambda payload, _version: payload,
+        lambda task: {"taskId": task.id, "type": task.type, "version": task.version},
         _read_accepted, ("GET", "/tasks/releasectl-ping", None), lambda status, code: status == 404 and code != 0,
         keeps_connections=True, query_path="/tasks/"),
     EXECUTE: WireFormat(
         "/agent/v1/tasks/execute",
-        lambda task: {"requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}},
+        lambda payload, version: {**payload, "version": version},
+        lambda task: {"requestId": task.id, "type": task.type},
         _read_executed, ("POST", "/agent/v1/tasks/execute", b"{}"), lambda status, code: (status, code) == (400, 2001)),
 }
+
+
+def payload_text(protocol: str, payload: Mapping[str, Any], version: int) -> str:
+    """Return a release's payload as the agents of a dialect get it. A large one takes long: once a release."""
+    return to_json(WIRE_FORMATS[protocol].payload_of(payload, version))
+
+
+def dispatch_body(protocol: str, task: AgentTask) -> bytes:
+    """Return the body of a dispatch: JSON that ends with the payload."""
+    return f'{to_json(WIRE_FORMATS[protocol].members_of(task))[:-1]},"payload":{task.payload}}}'.encode()
 
 
 def read_pong(address: Address, status: int, answer: bytes) -> None:
@@ -7456,7 +7471,7 @@ class AgentClient:
     async def _dispatch(self, address: Address, task: AgentTask, within_s: float,
                         gate: Callable[[], bool]) -> Outcome:
         wire = WIRE_FORMATS[address.protocol]
-        call = self._call(address, "POST", wire.dispatch_path, to_json(wire.body_of(task)).encode(), within_s)
+        call = self._call(address, "POST", wire.dispatch_path, dispatch_body(address.protocol, task), within_s)
         status, answer, was_resent = await self._exchange(call._replace(gate=gate))
         return wire.read_dispatch(address, task, read_data(address, status, answer), was_resent)
 
@@ -7820,8 +7835,8 @@ async def _late_alert(timed: TimedSocket) -> str:
 # region Driver
 # ======================================================================================
 # Driver: one claimed release: read, decide, commit, send, collect.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Model, Strategy, Plan,
-#   Status texts, Decision, Claims, Event loop, Dialects, Agents.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Status
+#   texts, Decision, Claims, Event loop, Dialects, Agents.
 # ======================================================================================
 
 class Lease:
@@ -7937,6 +7952,8 @@ class Driver:
         # Generation of the database that the nodes were read from (DatabaseState.generation).
         self._generation = context.store.state.generation
         self._payload: dict[str, Any] = {}
+        # By dialect, as far as they were needed: payload_text().
+        self._payload_texts: dict[str, str] = {}
         self._strategy = NO_STRATEGY
         self._policy = context.policy
         # Why payload or strategy can't be used, "" where they can.
@@ -8068,7 +8085,7 @@ class Driver:
         holds, moved_s = self._store.claims.holds(release.id), self._store.claims.dispatch_blockers(release.id).moved_s
         self._broken = ""
         try:
-            self._payload = release.read_payload()
+            self._payload, self._payload_texts = release.read_payload(), {}
             self._strategy = parse_strategy(parse_json(release.strategy))
             self._policy = self._context.policy.under(self._strategy)
             refuse_dropping_sites(self._payload, (row for row in rows if row.status != SUCCESS))
@@ -8163,8 +8180,14 @@ class Driver:
         for op, node in decision.sends:
             self._nodes.put(node)
             self._in_flight += 1
-            task = AgentTask(node.task_id, release.type, release.version, self._payload)
+            payload = self._payload_for(node.agent_protocol, release)
+            task = AgentTask(node.task_id, release.type, release.version, payload)
             self._context.submit(functools.partial(self._request, op, node, task, now))
+
+    def _payload_for(self, protocol: str, release: Release) -> str:
+        if protocol not in self._payload_texts:
+            self._payload_texts[protocol] = payload_text(protocol, self._payload, release.version)
+        return self._payload_texts[protocol]
 
     def may_dispatch(self, written_at: Moment) -> bool:
         """Return whether a dispatch may leave this instant: the claim holds, it is not too late, nobody paused.
@@ -9386,8 +9409,10 @@ class Api:
         return Reply(200, self._whole_release(request))
 
     def get_payload(self, request: Request) -> Reply:
-        release = self.store.releases.get(request.ids[0])
-        return Reply(200, payload_json(release, stored_payload(release)))
+        def read() -> dict[str, Any]:
+            release = self.store.releases.get(request.ids[0])
+            return payload_json(release, stored_payload(release))
+        return Reply(200, self._one_at_a_time(request, read))
 
     def get_difference(self, request: Request) -> Reply:
         text = request.query.get("with", BEFORE)
@@ -9408,9 +9433,8 @@ class Api:
         All threads share one interpreter: clients that read in a loop would take most of it.
         """
         if not self._whole_reads.acquire(request):
-            raise AppError(TOO_MANY_REQUESTS, "too many clients read whole releases or differences: come again, or ask "
-                           "for ?view=summary",
-                           retry_after_s=5)
+            raise AppError(TOO_MANY_REQUESTS, "too many clients read whole releases, payloads or differences: come "
+                           "again, or ask for ?view=summary", retry_after_s=5)
         began, rest_s = time.thread_time(), 0.0
         try:
             data = read()

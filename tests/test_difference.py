@@ -435,6 +435,26 @@ def test_the_api_gives_back_the_payload_digit_for_digit_but_for_the_version(clie
     assert client.store.releases.get(1).strategy == '{"soakSec":1.5}'
 
 
+def test_payloads_are_read_by_one_client_at_a_time(client, monkeypatch):
+    add_nodes(client.store, 1)
+    good(client.store, "A")
+    monkeypatch.setattr(rc.ReadQueue, "acquire", lambda *_: False)
+    for path in ("payload", "diff?with=1"):
+        answer = client("GET", f"/api/v1/releases/1/{path}")
+        assert (answer.status, answer.code) == (429, rc.TOO_MANY_REQUESTS)
+
+
+@pytest.mark.parametrize(("protocol", "more"), [("tasks", ""), ("execute", ',"version":1')])
+def test_a_payload_is_encoded_once_a_release(world, monkeypatch, protocol, more):
+    world.nodes(3, protocol)
+    release = new_release(world.store, payload={"websites": [], "a": rc.Number("1.10")})
+    encoded, to_json = [], rc.to_json
+    monkeypatch.setattr(rc, "to_json", lambda value: encoded.append(text := to_json(value)) or text)
+    world.drain()
+    assert (world.store.releases.get(release.id).status, world.runs()) == ("success", [1, 1, 1])
+    assert [text for text in encoded if "1.10" in text] == [f'{{"websites":[],"a":1.10{more}}}']
+
+
 def test_the_api_tells_what_a_release_changed(client):
     add_nodes(client.store, 1)
     good(client.store, "A")
