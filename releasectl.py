@@ -2707,11 +2707,11 @@ def task_id_for(release_type: str, main_ip: str, version: int, tag: str) -> str:
 
 
 class Made(NamedTuple):
-    """A release that was created, its nodes by batch, who was left out, and a remark on it."""
+    """A release that was created, its nodes by batch, who was left out, and whether all its nodes run its payload."""
     release: Release
     batches: list[list[int]]
     left_out: Sequence[LeftOut] = ()
-    remark: str = ""
+    is_unchanged: bool = False
 
 
 class OldRelease(NamedTuple):
@@ -6171,7 +6171,7 @@ class Releases:
         version = self._version_for(tx, request, release_id)
         payload = payload_for_version(request.payload, version)
         digest = digest_of(payload)
-        remark = CHANGES_NOTHING if changes_nothing(tx, digest, [node.id for node in nodes]) else ""
+        is_same = changes_nothing(tx, digest, [node.id for node in nodes])
         self._state.seen.use_version(version)
         now = self._state.now()
         tx.execute("""
@@ -6188,7 +6188,8 @@ class Releases:
                            for number, batch in enumerate(plan.batches, 1) for node_id in batch])
         left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20]
                     if request.retry_of or request.rollback_of]
-        detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "", remark, *left_out)))
+        detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "",
+                                         CHANGES_NOTHING if is_same else "", *left_out)))
         add_events(tx, now, actor, [NewEvent(release_id, "created", "", PENDING, detail)])
         self._queue.explain_waiting(tx)
         release = read_release(tx, release_id)
@@ -6201,7 +6202,7 @@ class Releases:
             "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
             in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
             extra=about(release, actor=str(actor), event="created")))
-        return Made(release, plan.batches, plan.left_out, remark)
+        return Made(release, plan.batches, plan.left_out, is_same)
 
     def _make_again(self, verb: str, release_id: int, actor: Who, wish: Again, key: IdempotencyKey | None) -> Made:
         with self._database.transaction(write=True) as tx:
@@ -6226,7 +6227,11 @@ class Releases:
         for batch, node_id in tx.rows("SELECT batch, node_id FROM release_task_nodes WHERE release_task_id = ? "
                                       "ORDER BY batch, id", row[1]):
             batches.setdefault(batch, []).append(node_id)
-        return Made(read_release(tx, row[1]), list(batches.values()), [LeftOut(*one) for one in parse_json(row[2])])
+        # the index release_events_of_releases
+        detail = tx.value("SELECT detail FROM release_events WHERE release_task_id = ? AND node_id IS NULL AND "
+                          "event = 'created'", row[1]) or ""
+        return Made(read_release(tx, row[1]), list(batches.values()), [LeftOut(*one) for one in parse_json(row[2])],
+                    CHANGES_NOTHING in detail.split("; "))
 
     def _keep_for_replay(self, tx: Transaction, key: IdempotencyKey | None, made: Made) -> Made:
         if key:
@@ -8697,7 +8702,8 @@ def created_json(made: Made) -> dict[str, Any]:
     """Return the answer to the creation of a release."""
     release = made.release
     return {"releaseId": release.id, "version": release.version, "totalNodes": release.total_nodes,
-            "batches": [{"batch": number, "nodeIds": list(ids)} for number, ids in enumerate(made.batches, 1)]}
+            "batches": [{"batch": number, "nodeIds": list(ids)} for number, ids in enumerate(made.batches, 1)],
+            "changesNothing": made.is_unchanged}
 
 
 def created_again_json(made: Made) -> dict[str, Any]:
@@ -8862,7 +8868,7 @@ def openapi_schemas() -> dict[str, Any]:
     """Return the shapes of section 5 of the contract as JSON Schema."""
     left_out = _array(schema_of({"nodeId": ID, "nodeName": TEXT, "why": TEXT}))
     created = {"releaseId": ID, "version": ID, "totalNodes": _COUNT,
-               "batches": _array(schema_of({"batch": ID, "nodeIds": _array(ID)}))}
+               "batches": _array(schema_of({"batch": ID, "nodeIds": _array(ID)})), "changesNothing": _FLAG}
     again = {"reason": _REASON, "overNewer": _FLAG, "dryRun": _FLAG}
     changes = {"total": _COUNT, "changes": {**_array(schema_of(
         {"change": {"type": "string", "enum": [ADDED, REMOVED, CHANGED]}, "path": TEXT, "before": {}, "after": {},
@@ -10988,7 +10994,7 @@ def _check_wait(options: argparse.Namespace) -> None:
 def _show_created(context: Context, made: Made) -> int:
     release = made.release
     left_out = _left_out_lines(made.left_out) if release.retry_of or release.rollback_of else []
-    remark = [made.remark] if made.remark else []
+    remark = [CHANGES_NOTHING] if made.is_unchanged else []
     if context.options.wait:
         print("\n".join([f"{release}: created", *remark, *left_out]), file=sys.stderr)
         return _watch(context, release.id)

@@ -230,7 +230,7 @@ def test_an_agent_that_refuses_our_certificate_is_told_as_such(new_client, new_p
         monkeypatch.setattr(rc, "load_pair", lambda *_: None)
     client = new_client(folder, CONTROL_CA=certs / "ca.crt")
     peer = new_peer(hang, server_context(certs, version=version))
-    outcome = client.dispatch(peer.address(protocol), TASK._replace(payload={"a": "x" * body_bytes}))
+    outcome = client.dispatch(peer.address(protocol), TASK._replace(payload=rc.to_json({"a": "x" * body_bytes})))
     alert = re.sub(r".*\((.*)\)", r"\1", outcome.message)
     assert alert in alerts
     assert_outcome(outcome, "tls", f"A refused our client certificate ({alert})", rc.UNSENT)

@@ -97,7 +97,8 @@ def test_post_of_a_release_answers_its_id_version_and_batches(client):
     body = {"target": "cdn", "reason": "weekly", "payload": {"sites": []}, "strategy": {}}
     data = client.ok("POST", "/api/v1/releases", body, 201)
     assert data == {"releaseId": 1, "version": 1, "totalNodes": 3,
-                    "batches": [{"batch": 1, "nodeIds": [1]}, {"batch": 2, "nodeIds": [2, 3]}]}
+                    "batches": [{"batch": 1, "nodeIds": [1]}, {"batch": 2, "nodeIds": [2, 3]}],
+                    "changesNothing": False}
     assert client.ok("POST", "/api/v1/releases", status=201)["version"] == 2
 
 
@@ -222,9 +223,10 @@ def test_retry_and_rollback_answer_like_the_post_of_a_release(client):
     failed = ended(client.store, "success", "failed", "skipped")
     again = client.ok("POST", f"/api/v1/releases/{failed}/retry", status=201)
     assert again == {"releaseId": 3, "version": 3, "totalNodes": 2,
-                     "batches": [{"batch": 1, "nodeIds": [2]}, {"batch": 2, "nodeIds": [3]}], "leftOut": []}
+                     "batches": [{"batch": 1, "nodeIds": [2]}, {"batch": 2, "nodeIds": [3]}],
+                     "changesNothing": False, "leftOut": []}
     back = client.ok("POST", f"/api/v1/releases/{failed}/rollback", {}, 201)
-    assert (set(back), back["releaseId"], back["totalNodes"]) == ({*CREATED_KEYS, "leftOut"}, 4, 2)
+    assert (set(back), back["releaseId"], back["totalNodes"]) == ({*CREATED_KEYS, "changesNothing", "leftOut"}, 4, 2)
     links = {item["id"]: (item["retryOf"], item["rollbackOf"])
              for item in client.ok("GET", "/api/v1/releases")["items"]}
     assert links == {4: (None, failed), 3: (failed, None), 2: (None, None), 1: (None, None)}

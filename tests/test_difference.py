@@ -332,7 +332,7 @@ def test_what_went_out_is_known_by_its_digest_whatever_the_row_says_now(edited):
         "not compared against release 2 (v2, 2 of 2 nodes): the payload of release 2 can't be used: it was changed by "
         "hand after it went out")
     made = edited.releases.create(rc.ReleaseRequest(payload={"content": "B"}), "anna")
-    assert made.remark == rc.CHANGES_NOTHING
+    assert made.is_unchanged
     settle(edited, made.release, "success", "success")
     for number in (3, 2):  # both are the payload B, which A comes before
         assert edited.releases.plan_again("rollback", number, rc.Again(over_newer=True)).payload_of == (1, 1)
@@ -405,11 +405,11 @@ def test_a_release_that_changes_nothing_says_so_and_goes_on(store):
     request = rc.ReleaseRequest(payload={"content": "A", "version": 2})
     assert rc.effect_text(store.releases.plan(request).effect) == rc.CHANGES_NOTHING + " (release 1)"
     made = store.releases.create(request, "anna")
-    assert (made.remark, made.release.status) == (rc.CHANGES_NOTHING, "pending")
+    assert (made.is_unchanged, made.release.status) == (True, "pending")
     assert rc.CHANGES_NOTHING in store.releases.events(made.release.id)[0].detail
     store.releases.act("cancel", made.release.id, "anna")
     good(store, "B", 1)
-    assert store.releases.create(rc.ReleaseRequest(payload={"content": "A"}), "anna").remark == ""
+    assert store.releases.create(rc.ReleaseRequest(payload={"content": "A"}), "anna").is_unchanged is False
 
 
 def test_the_plan_of_a_rollback_says_what_it_takes_back(store):
@@ -491,6 +491,20 @@ def test_a_key_tells_requests_apart_by_the_digits_of_their_numbers(client):
     assert codes == [0, 0, 3002]
 
 
+@pytest.mark.parametrize(("path", "body", "changes_nothing"), [
+    ("", {"payload": {"content": "A"}}, True), ("", {"payload": {"content": "B"}}, False),
+    ("/2/retry", {}, True), ("/3/retry", {}, False), ("/3/rollback", {"toRelease": 1}, True)])
+def test_an_answer_says_whether_what_was_created_changes_anything(client, path, body, changes_nothing):
+    add_nodes(client.store, 1)
+    good(client.store, "A")
+    ended(client.store, "A", "failed")
+    ended(client.store, "B", "failed")
+    for _ in range(2):  # the same key gets the same answer
+        made = client("POST", f"/api/v1/releases{path}", body, {"Content-Type": "application/json",
+                                                                "Idempotency-Key": "k"})
+        assert (made.data["releaseId"], made.data["changesNothing"]) == (4, changes_nothing)
+
+
 @pytest.mark.parametrize("path", ["payload", "diff"])
 def test_a_viewer_is_shown_no_payload(new_server, path):
     client = new_server()
@@ -537,4 +551,6 @@ def test_create_says_what_it_changes_and_whether_that_is_anything(filled_quick):
     for number in (3, 4):
         filled_quick.ok("cancel", number)
     assert filled_quick.ok("create", "--payload", same).out.endswith(f"{rc.CHANGES_NOTHING}\n")
+    filled_quick.ok("cancel", "latest")
+    assert filled_quick.ok("create", "--payload", same, "--json").json["changesNothing"] is True
     assert rc.CHANGES_NOTHING not in filled_quick.ok("create", "--payload", some).out
