@@ -8623,7 +8623,7 @@ class Executor:
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
-ID = {"type": "integer", "minimum": 1}
+ID = IDS.schema
 _ID_OR_NULL = {"type": ["integer", "null"]}
 _COUNT = {"type": "integer", "minimum": 0}
 TEXT = {"type": "string"}
@@ -9206,6 +9206,10 @@ MAX_WHOLE_READ_QUEUE, WHOLE_READ_WAIT_S, WHOLE_READ_POLL_S = 4, 7.0, 0.05
 # What stands for the release before one.
 BEFORE = "before"
 
+# An id in a path or a query: one that no row can have is not found, like any other that is not there (int() itself has
+# a limit of 4300 digits).
+ID_DIGITS = "[0-9]{1,4000}"
+
 # Parameter of a query: its schema.
 QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
@@ -9213,7 +9217,7 @@ QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
     "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
     "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
-    "with": {"type": "string", "pattern": f"^({BEFORE}|[0-9]{{1,19}})$", "default": BEFORE,
+    "with": {"type": "string", "pattern": f"^({BEFORE}|{ID_DIGITS})$", "default": BEFORE,
              "description": f"id of a release; {BEFORE}: the newest one of the target before it that succeeded"},
     "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
     "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
@@ -9717,7 +9721,7 @@ def find_route(method: str, path: str) -> tuple[Route, tuple[int, ...]]:
 
 def parse_id(text: str) -> int:
     """Return the id of a release or node; raise AppError 2002 when it is not a number."""
-    if not re.fullmatch(r"[0-9]{1,4000}", text):
+    if not re.fullmatch(ID_DIGITS, text):
         raise AppError(MALFORMED, f"id {one_line(text, 40)!r} is not a number")
     return int(text)
 
