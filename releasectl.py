@@ -2117,6 +2117,24 @@ class Freeze(NamedTuple):
 NO_FREEZE = Freeze()
 
 
+class BatchProgress(NamedTuple):
+    """How many nodes of a batch are in each status."""
+    number: int
+    counts: Mapping[str, int]
+
+    @property
+    def is_open(self) -> bool:
+        return self.count(PENDING, RUNNING) > 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def count(self, *statuses: str) -> int:
+        """Return the number of nodes in any of the statuses."""
+        return sum(self.counts.get(status, 0) for status in statuses)
+
+
 class Stage(NamedTuple):
     """Where a running release is between its batches."""
     # The batch whose pending nodes may be dispatched now, or 0.
@@ -2919,6 +2937,68 @@ def _slowest(running: Sequence[ReleaseNode], situation: Situation) -> str:
         return ""
     verified = ", which is verified" if slowest.next_op == PROBE else ""
     return f", slowest {slowest.name}{verified} for {ran_s:.0f} s of {deadline_s:.0f} s"
+
+
+# The time whose ended nodes tell how fast a release goes, and how many of its last events are read for that.
+PACE_S, PACE_EVENTS = 60.0, 2000
+
+
+class Pace(NamedTuple):
+    """How fast a release goes, in seconds; 0: not known."""
+    # Since the first dispatch of the current batch.
+    spent_s: float = 0.0
+    # From one end of a node to the next in it, of those within PACE_S.
+    each_s: float = 0.0
+    # From the first dispatch of the batch before to its last end.
+    before_s: float = 0.0
+
+
+def time_left(release: Release, batches: Sequence[BatchProgress], pace: Pace, strategy: Strategy, now: Moment) -> str:
+    """Return 'about 6 min left', or 'about 6 min left, then a pause'; "" where nothing tells how long it takes.
+
+    The nodes go on ending as they did lately. Where none did, each batch takes as long as the one before the current
+    one, in as many goes as maxParallel makes of them. Soaks last as long as they are to.
+
+        100 nodes of the batch are open, 200 ended in the last minute:  30 s left
+        a soak of 5 min and a batch of 100 follow:                      30 s + 5 min + 30 s
+    """
+    ahead = [batch for batch in batches if batch.is_open]
+    if release.status != RUNNING or not ahead:
+        return ""
+    before = max((b for b in batches if b.number < ahead[0].number), key=lambda b: b.number, default=None)
+    left_s, pauses = 0.0, False
+    if before and before.number > release.passed_batch:
+        left_s = now.left_s(release.soak_until, release.soak_clock, strategy.soak_s)
+        pauses = strategy.pauses_after(before.number)
+    for batch, later in zip(ahead, [*ahead[1:], None]):
+        if pauses:
+            break
+        if pace.each_s:
+            took_s = batch.count(PENDING, RUNNING) * pace.each_s
+        else:
+            took_s = pace.before_s * (_goes(batch, strategy) / _goes(before, strategy) if before else 0)
+            took_s -= pace.spent_s if batch is ahead[0] else 0.0
+        if took_s <= 0:  # not known, or it takes longer already
+            return ""
+        left_s += took_s + (strategy.soak_s if later else 0.0)
+        pauses = later is not None and strategy.pauses_after(batch.number)
+    return f"about {_rough(left_s)} left{', then a pause' if pauses else ''}" if left_s >= 1.0 else ""
+
+
+def _goes(batch: BatchProgress, strategy: Strategy) -> int:
+    return -(-batch.total // strategy.max_parallel) if strategy.max_parallel else 1
+
+
+def _rough(seconds: float) -> str:
+    """Return a time to come as '25 s', '6 min', '3 h 20 min' or '2 days': no estimate is exact."""
+    minutes = round(seconds / 60)
+    if seconds < 57.5:
+        return f"{max(1, round(seconds / 5)) * 5} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    tens = round(minutes / 10) * 10
+    return f"{tens // 60} h" + (f" {tens % 60} min" if tens % 60 else "") if minutes < 2880 else \
+        f"{round(minutes / 1440)} days"
 
 
 def count_of_nodes(number: int) -> str:
@@ -5788,20 +5868,6 @@ def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
 #   rollback.
 # ======================================================================================
 
-class BatchProgress(NamedTuple):
-    """How many nodes of a batch are in each status."""
-    number: int
-    counts: Mapping[str, int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
-
-    def count(self, *statuses: str) -> int:
-        """Return the number of nodes in any of the statuses."""
-        return sum(self.counts.get(status, 0) for status in statuses)
-
-
 class Progress(NamedTuple):
     """Where a release is."""
     release: Release
@@ -5809,6 +5875,8 @@ class Progress(NamedTuple):
     batches: list[BatchProgress]
     # Name and error of the nodes that failed first.
     failures: list[tuple[str, str]]
+    # time_left()
+    time_left: str = ""
 
 
 # Targets with figures of their own, the oldest ones; the others are counted together as OTHER.
@@ -5997,15 +6065,7 @@ class Releases:
     def progress(self, release_id: int, failures: int = 10) -> Progress:
         """Return where a release is, with at most so many failures; raise AppError 3001."""
         with self._database.transaction() as tx:
-            release = read_release(tx, release_id)
-            batches: dict[int, dict[str, int]] = {}
-            for batch, status, count in tx.rows("""
-                    SELECT batch, status, COUNT(*)
-                    FROM release_task_nodes
-                    WHERE release_task_id = ?
-                    GROUP BY batch, status
-                    ORDER BY batch""", release_id):
-                batches.setdefault(batch, {})[status] = count
+            release, batches = read_release(tx, release_id), self._batches(tx, release_id)
             failed = tx.rows(f"""
                 SELECT {NAME_THEN}, n.error_msg
                 FROM release_task_nodes n
@@ -6013,8 +6073,56 @@ class Releases:
                 WHERE n.release_task_id = ? AND n.status = 'failed'
                 ORDER BY n.finished_at, n.node_id
                 LIMIT ?""", release_id, failures)
-            return Progress(release, [BatchProgress(*item) for item in batches.items()],
-                            [(name, text) for name, text in failed])
+            return Progress(release, batches, [(name, text) for name, text in failed],
+                            self._time_left(tx, release, batches))
+
+    def with_time_left(self, release: Release) -> Release:
+        """Return a release whose status_reason also says how long it still takes, as far as that can be known.
+
+        That is for those who read it: the row would have to be written again and again.
+        """
+        if release.status != RUNNING:
+            return release
+        with self._database.transaction() as tx:
+            text = self._time_left(tx, release, self._batches(tx, release.id))
+        return dataclasses.replace(release, status_reason="; ".join(filter(None, (release.status_reason, text))))
+
+    def _time_left(self, tx: Transaction, release: Release, batches: Sequence[BatchProgress]) -> str:
+        number = next((batch.number for batch in batches if batch.is_open), 0)
+        if release.status != RUNNING or not number or read_freeze(tx).frozen:
+            return ""
+        now, status_ages = self._state.moment(), list[tuple[str, float]]()
+        # the index release_events_by_release
+        for status, at in tx.rows("""
+                SELECT e.to_status, e.at
+                FROM (SELECT node_id, to_status, at FROM release_events WHERE release_task_id = ?
+                      ORDER BY id DESC LIMIT ?) e
+                JOIN release_task_nodes n ON n.release_task_id = ? AND n.node_id = e.node_id
+                WHERE n.batch = ?""", release.id, PACE_EVENTS, release.id, number):
+            status_ages.append((status, now.wall - epoch_or(at, now.wall)))
+        spent_s = max((age_s for _, age_s in status_ages), default=0.0)
+        ended = sum(status in (SUCCESS, FAILED) and age_s <= PACE_S for status, age_s in status_ages)
+        pace = Pace(spent_s, min(spent_s, PACE_S) / ended if ended else 0.0)
+        if not ended:
+            began, last = tx.row("""
+                SELECT MIN(started_at), MAX(finished_at)
+                FROM release_task_nodes
+                WHERE release_task_id = ? AND status IN ('success', 'failed') AND batch = ?""", release.id, max(
+                (batch.number for batch in batches if batch.number < number), default=0)) or (None, None)
+            pace = pace._replace(before_s=max(0.0, epoch_or(last, 0.0) - epoch_or(began, 0.0)) if began else 0.0)
+        return time_left(release, batches, pace, strategy_of(release.strategy), now)
+
+    @staticmethod
+    def _batches(tx: Transaction, release_id: int) -> list[BatchProgress]:
+        batches: dict[int, dict[str, int]] = {}
+        for batch, status, count in tx.rows("""
+                SELECT batch, status, COUNT(*)
+                FROM release_task_nodes
+                WHERE release_task_id = ?
+                GROUP BY batch, status
+                ORDER BY batch""", release_id):
+            batches.setdefault(batch, {})[status] = count
+        return [BatchProgress(*item) for item in batches.items()]
 
     def exceeded(self, release_id: int) -> str:
         """Return which limit the failures of a release exceed, "" for none; raise AppError 3001."""
@@ -9415,7 +9523,8 @@ class Api:
 
     def get_release(self, request: Request) -> Reply:
         if request.choice("view") == "summary":
-            return Reply(200, {"release": release_json(self.store.releases.get(request.ids[0]))})
+            release = self.store.releases.with_time_left(self.store.releases.get(request.ids[0]))
+            return Reply(200, {"release": release_json(release)})
         return Reply(200, self._whole_release(request))
 
     def get_payload(self, request: Request) -> Reply:
@@ -9433,7 +9542,8 @@ class Api:
     def _whole_release(self, request: Request) -> dict[str, Any]:
         """Return a release with its nodes; large ones one at a time."""
         def read() -> dict[str, Any]:
-            return release_with_nodes_json(*self.store.releases.with_nodes(request.ids[0]))
+            release, nodes = self.store.releases.with_nodes(request.ids[0])
+            return release_with_nodes_json(self.store.releases.with_time_left(release), nodes)
         is_small = self.store.releases.get(request.ids[0]).total_nodes <= MAX_FREE_READ_NODES
         return read() if is_small else self._one_at_a_time(request, read)
 
@@ -10619,7 +10729,8 @@ class Screen:
             return
         release = progress.release
         # a text that only counts seconds is no new step
-        self._print(release_line(release), f"{release.status} {release.status_reason.partition(', slowest')[0]}")
+        line = "; ".join(filter(None, (release_line(release), progress.time_left)))
+        self._print(line, f"{release.status} {release.status_reason.partition(', slowest')[0]}")
 
     def say(self, line: str) -> None:
         """Show an error, once."""
@@ -10658,8 +10769,9 @@ class Screen:
         lines += [self._batch_line(batch, width) for batch in batches[first:first + self.MAX_BATCHES]]
         if len(batches) > self.MAX_BATCHES:
             lines.append(cut_to(f"({len(batches)} batches in all)", width))
-        lines.append(cut_to(f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
-                            f"{release.skipped_nodes} skipped of {release.total_nodes}", width))
+        counts = (f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
+                  f"{release.skipped_nodes} skipped of {release.total_nodes}")
+        lines.append(cut_to("; ".join(filter(None, (counts, progress.time_left))), width))
         shown = progress.failures[:self.MAX_FAILURES]
         lines += [self._paint(cut_to("  " + one_line(f"{name}: {text}"), width), "31") for name, text in shown]
         if release.failed_nodes > len(shown):
@@ -11020,6 +11132,7 @@ def command_list(context: Context) -> int:
 def command_status(context: Context) -> int:
     store = context.open()
     release, nodes = store.releases.with_nodes(context.options.id)
+    release = store.releases.with_time_left(release)
     return context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
         [(n.batch, n.name, n.status, n.attempts, n.started_at, n.finished_at, n.error_kind, n.error_msg)
          for n in nodes], ("batch", "node", "status", "tries", "started", "finished", "error", "message"))]))
