@@ -424,12 +424,21 @@ def is_plain(text: str) -> bool:
     # accents are no letters, and do not separate words
     letters = "".join(char for char in text if not unicodedata.category(char).startswith("M"))
     return (not INVISIBLE.search(text) and unicodedata.is_normalized("NFC", text)
-            and all(len(_scripts(word)) < 2 for word in re.findall(r"[^\W_]+", letters)))
+            and all(len(scripts_of(word)) < 2 for word in re.findall(r"[^\W_]+", letters)))
 
 
-def _scripts(word: str) -> set[str]:
+def scripts_of(word: str) -> set[str]:
     """Return those scripts of a word that have letters which look alike."""
     return {unicodedata.name(char, "").split(" ")[0] for char in word} & _LOOK_ALIKE_SCRIPTS
+
+
+def visible(text: str, in_ascii: bool = False) -> str:
+    """Return JSON with escapes in place of what can't be seen; in_ascii, or not in composed form (NFC): of all else."""
+    if text.isascii() and text.isprintable():
+        return text
+    in_ascii = in_ascii or not unicodedata.is_normalized("NFC", text)
+    return "".join(char if char.isprintable() and (char.isascii() or not (in_ascii or INVISIBLE.match(char)))
+                   else json.dumps(char)[1:-1] for char in text)
 
 
 def epoch_or(text: str | None, otherwise: float) -> float:
@@ -1579,8 +1588,12 @@ def digest_of_stored(text: str) -> str:
 
 ADDED, REMOVED, CHANGED = "added", "removed", "changed"
 
-# More changes are counted only.
-MAX_CHANGES = 1000
+# More changes are counted only; so are those after the first that these characters of JSON (paths and values) do not
+# hold: a path that stands before 1,000 changes may be a megabyte.
+MAX_CHANGES, MAX_CHANGES_CHARS = 1000, 1 << 20
+
+# Characters that a line shows of a path and of a value.
+MAX_PATH_SHOWN, MAX_VALUE_SHOWN = 200, 100
 
 # Elements of a list are told apart by the first of these that each of them has, all with different values.
 NAMING_MEMBERS = ("id", "name", "domain")
@@ -1610,15 +1623,28 @@ class Change(NamedTuple):
         """Return the path as JSONPath (RFC 9535)."""
         return "$" + "".join(map(_step_text, self.path))
 
+    @property
+    def values(self) -> list[str]:
+        """Return before and after as JSON, or the one that there is."""
+        return [to_json(value) for value, kind in ((self.before, ADDED), (self.after, REMOVED)) if self.kind != kind]
+
     def __str__(self) -> str:
-        sign = {ADDED: "+", REMOVED: "-", CHANGED: "~"}[self.kind]
-        values = [one_line(to_json(value), 100) for value, kind in ((self.before, ADDED), (self.after, REMOVED))
-                  if self.kind != kind]
-        return f"{sign} {one_line(self.where)}: {' -> '.join(values)}"
+        """Return a line in which before and after never look the same."""
+        values = self.values
+        same = len(os.path.commonprefix(values)) if len(values) > 1 else 0
+        start = max(0, same - MAX_VALUE_SHOWN // 3) if max(map(len, values)) > MAX_VALUE_SHOWN else 0
+        scripts = [scripts_of(text[same:same + 1]) for text in values]
+        is_look_alike = all(scripts) and scripts[0] != scripts[-1]
+        shown = [f"{'...' if start else ''}{visible(text[start:start + MAX_VALUE_SHOWN], is_look_alike)}"
+                 f"{'...' if start + MAX_VALUE_SHOWN < len(text) else ''}" for text in values]
+        sign, path = {ADDED: "+", REMOVED: "-", CHANGED: "~"}[self.kind], self.where
+        # the end of a path tells more than its middle
+        parts = [path] if len(path) <= MAX_PATH_SHOWN else [path[:MAX_PATH_SHOWN // 2], path[-(MAX_PATH_SHOWN // 2):]]
+        return f"{sign} {'...'.join(map(visible, parts))}: {' -> '.join(shown)}"
 
 
 class Difference(NamedTuple):
-    """The first MAX_CHANGES changes, and how many there are."""
+    """The first changes, as many as the limits allow, at least one; and how many there are."""
     changes: list[Change]
     total: int
 
@@ -1628,8 +1654,14 @@ class Difference(NamedTuple):
 
 def difference(before: object, after: object) -> Difference:
     """Return what must be done to one JSON value to get another; nothing where their digests are the same."""
-    changes = _changes(before, after, ())
-    first = list(itertools.islice(changes, MAX_CHANGES))
+    changes, first, chars = _changes(before, after, ()), list[Change](), 0
+    for change in changes:
+        chars += len(change.where) + sum(map(len, change.values))
+        if first and chars > MAX_CHANGES_CHARS:
+            return Difference(first, len(first) + 1 + sum(1 for _ in changes))
+        first.append(change)
+        if len(first) == MAX_CHANGES:
+            break
     return Difference(first, len(first) + sum(1 for _ in changes))
 
 
@@ -1800,7 +1832,7 @@ class Release:
     tag: str
     # soak_until by the elapsed clock: see Moment.clock_mark().
     soak_clock: str
-    # digest_of() its payload, as of its creation or last claim; "" until then where a person wrote the row.
+    # digest_of() its payload, as of its creation or start; "" until then where a person wrote the row.
     stored_sha256: str
     skipped_nodes: int
     current_batch: int
@@ -1821,6 +1853,21 @@ class Release:
     def payload_sha256(self) -> str:
         """Return the digest of its payload; "" where that can't be read."""
         return self.stored_sha256 or digest_of_stored(self.payload)
+
+    @property
+    def sent_sha256(self) -> str:
+        """Return the digest of what went out; "" before its start, when a person may change the payload."""
+        return self.stored_sha256 if self.started_at else ""
+
+    def read_payload(self) -> dict[str, Any]:
+        """Return its payload; raise ValueError or AppError(INVALID) where that can't be read, or is not what went out.
+
+        Somebody may have changed the row since: what was sent to one node would differ from what another one gets.
+        """
+        payload = read_payload(self.payload)
+        if self.sent_sha256 and digest_of(payload) != self.sent_sha256:
+            raise AppError(INVALID, "it was changed by hand after it went out")
+        return payload
 
     def __str__(self) -> str:
         return f"release {self.id} (v{self.version})"
@@ -2101,6 +2148,24 @@ class Freeze(NamedTuple):
 
 
 NO_FREEZE = Freeze()
+
+
+class BatchProgress(NamedTuple):
+    """How many nodes of a batch are in each status."""
+    number: int
+    counts: Mapping[str, int]
+
+    @property
+    def is_open(self) -> bool:
+        return self.count(PENDING, RUNNING) > 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def count(self, *statuses: str) -> int:
+        """Return the number of nodes in any of the statuses."""
+        return sum(self.counts.get(status, 0) for status in statuses)
 
 
 class Stage(NamedTuple):
@@ -2753,11 +2818,11 @@ def task_id_for(release_type: str, main_ip: str, version: int, tag: str) -> str:
 
 
 class Made(NamedTuple):
-    """A release that was created, its nodes by batch, who was left out, and a remark on it."""
+    """A release that was created, its nodes by batch, who was left out, and whether all its nodes run its payload."""
     release: Release
     batches: list[list[int]]
     left_out: Sequence[LeftOut] = ()
-    remark: str = ""
+    is_unchanged: bool = False
 
 
 class OldRelease(NamedTuple):
@@ -2965,6 +3030,68 @@ def _slowest(running: Sequence[ReleaseNode], situation: Situation) -> str:
         return ""
     verified = ", which is verified" if slowest.next_op == PROBE else ""
     return f", slowest {slowest.name}{verified} for {ran_s:.0f} s of {deadline_s:.0f} s"
+
+
+# The time whose ended nodes tell how fast a release goes, and how many of its last events are read for that.
+PACE_S, PACE_EVENTS = 60.0, 2000
+
+
+class Pace(NamedTuple):
+    """How fast a release goes, in seconds; 0: not known."""
+    # Since the first dispatch of the current batch.
+    spent_s: float = 0.0
+    # From one end of a node to the next in it, of those within PACE_S.
+    each_s: float = 0.0
+    # From the first dispatch of the batch before to its last end.
+    before_s: float = 0.0
+
+
+def time_left(release: Release, batches: Sequence[BatchProgress], pace: Pace, strategy: Strategy, now: Moment) -> str:
+    """Return 'about 6 min left', or 'about 6 min left, then a pause'; "" where nothing tells how long it takes.
+
+    The nodes go on ending as they did lately. Where none did, each batch takes as long as the one before the current
+    one, in as many goes as maxParallel makes of them. Soaks last as long as they are to.
+
+        100 nodes of the batch are open, 200 ended in the last minute:  30 s left
+        a soak of 5 min and a batch of 100 follow:                      30 s + 5 min + 30 s
+    """
+    ahead = [batch for batch in batches if batch.is_open]
+    if release.status != RUNNING or not ahead:
+        return ""
+    before = max((b for b in batches if b.number < ahead[0].number), key=lambda b: b.number, default=None)
+    left_s, pauses = 0.0, False
+    if before and before.number > release.passed_batch:
+        left_s = now.left_s(release.soak_until, release.soak_clock, strategy.soak_s)
+        pauses = strategy.pauses_after(before.number)
+    for batch, later in zip(ahead, [*ahead[1:], None]):
+        if pauses:
+            break
+        if pace.each_s:
+            took_s = batch.count(PENDING, RUNNING) * pace.each_s
+        else:
+            took_s = pace.before_s * (_goes(batch, strategy) / _goes(before, strategy) if before else 0)
+            took_s -= pace.spent_s if batch is ahead[0] else 0.0
+        if took_s <= 0:  # not known, or it takes longer already
+            return ""
+        left_s += took_s + (strategy.soak_s if later else 0.0)
+        pauses = later is not None and strategy.pauses_after(batch.number)
+    return f"about {_rough(left_s)} left{', then a pause' if pauses else ''}" if left_s >= 1.0 else ""
+
+
+def _goes(batch: BatchProgress, strategy: Strategy) -> int:
+    return -(-batch.total // strategy.max_parallel) if strategy.max_parallel else 1
+
+
+def _rough(seconds: float) -> str:
+    """Return a time to come as '25 s', '6 min', '3 h 20 min' or '2 days': no estimate is exact."""
+    minutes = round(seconds / 60)
+    if seconds < 57.5:
+        return f"{max(1, round(seconds / 5)) * 5} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    tens = round(minutes / 10) * 10
+    return f"{tens // 60} h" + (f" {tens % 60} min" if tens % 60 else "") if minutes < 2880 else \
+        f"{round(minutes / 1440)} days"
 
 
 def count_of_nodes(number: int) -> str:
@@ -3828,6 +3955,17 @@ def _locking_process(file: os.stat_result) -> int:
     return 0
 
 
+def _read_text(data: bytes) -> str:
+    """Return a stored text; SQLite takes any bytes by hand, and one row of them must not fail the reading of all.
+
+    What is not UTF-8 becomes SUB, which no JSON may hold: such a payload or strategy can't be used.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return re.sub("[\udc80-\udcff]", "\x1a", data.decode("utf-8", "surrogateescape"))
+
+
 class SqliteEngine:
     """The SQL that only SQLite understands, and one file of it."""
 
@@ -3918,6 +4056,7 @@ class SqliteEngine:
             # statements differ by their number of rows: a larger cache would be megabytes without hits
             connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None,
                                          check_same_thread=False, cached_statements=16)
+            connection.text_factory = _read_text
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA foreign_keys = ON")
@@ -5708,12 +5847,12 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
     Each node votes for the newest release before it that succeeded there, with another payload, and that nobody
     rolled back. The payload with most votes wins; of two with as many, the newer one.
     """
-    unwanted = digest_of(stored_payload(old))
+    unwanted = stored_digest(tx, old.id)
     if to_release is not None:
         good = find_release(tx, to_release)
         if good is None or good.target != old.target:
             raise AppError(INVALID, f"toRelease {to_release} is no release of target {old.target}")
-        if digest_of(stored_payload(good)) == unwanted:
+        if stored_digest(tx, good.id) == unwanted:
             raise AppError(WRONG_STATE, f"release {to_release} has the same payload as release {old.id}: "
                                         "nothing would change")
         return good
@@ -5761,22 +5900,23 @@ def rolled_back(tx: Transaction, target: str, or_tried: bool = True) -> dict[str
 
 
 def stored_digest(tx: Transaction, release_id: int) -> str:
-    """Return the digest of a release's payload; for one that can't be read a text that no other release has."""
-    text = tx.value("SELECT payload FROM release_tasks WHERE id = ?", release_id)
-    return digest_of_stored(text) or f"release {release_id}"
+    """Return the digest of what a release sent, which is in its row, or would send; a payload may be large.
+
+    For one that can't be read a text that no other release has.
+    """
+    digest, text = tx.row("SELECT payload_sha256, CASE WHEN payload_sha256 = '' OR started_at IS NULL THEN payload END "
+                          "FROM release_tasks WHERE id = ?", release_id) or ("", "")
+    return (digest if text is None else digest_of_stored(text)) or f"release {release_id}"
 
 
 def stored_payload(release: Release) -> dict[str, Any]:
+    """Return the payload of a release as it went out, or would; raise AppError(WRONG_STATE) where nobody knows it."""
     try:
-        return read_payload(release.payload)
+        return release.read_payload()
     except (ValueError, AppError) as error:
         raise AppError(WRONG_STATE, f"the payload of release {release.id} can't be used: {one_line(error)}") from None
 
 
-def _digest_in_row(tx: Transaction, release_id: int) -> str:
-    """Return the digest of a payload that may be large, of a release that was claimed: it is in the row."""
-    return tx.value("SELECT payload_sha256 FROM release_tasks WHERE id = ?", release_id) or stored_digest(
-        tx, release_id)
 
 
 def release_before(tx: Transaction, release: Release) -> Release:
@@ -6275,20 +6415,6 @@ def _releases_under_way(tx: Transaction) -> dict[int, int]:
 #   rollback, Drift.
 # ======================================================================================
 
-class BatchProgress(NamedTuple):
-    """How many nodes of a batch are in each status."""
-    number: int
-    counts: Mapping[str, int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
-
-    def count(self, *statuses: str) -> int:
-        """Return the number of nodes in any of the statuses."""
-        return sum(self.counts.get(status, 0) for status in statuses)
-
-
 class Progress(NamedTuple):
     """Where a release is."""
     release: Release
@@ -6296,6 +6422,8 @@ class Progress(NamedTuple):
     batches: list[BatchProgress]
     # Name and error of the nodes that failed first.
     failures: list[tuple[str, str]]
+    # time_left()
+    time_left: str = ""
 
 
 # Targets with figures of their own, the oldest ones; the others are counted together as OTHER.
@@ -6505,15 +6633,7 @@ class Releases:
     def progress(self, release_id: int, failures: int = 10) -> Progress:
         """Return where a release is, with at most so many failures; raise AppError 3001."""
         with self._database.transaction() as tx:
-            release = read_release(tx, release_id)
-            batches: dict[int, dict[str, int]] = {}
-            for batch, status, count in tx.rows("""
-                    SELECT batch, status, COUNT(*)
-                    FROM release_task_nodes
-                    WHERE release_task_id = ?
-                    GROUP BY batch, status
-                    ORDER BY batch""", release_id):
-                batches.setdefault(batch, {})[status] = count
+            release, batches = read_release(tx, release_id), self._batches(tx, release_id)
             failed = tx.rows(f"""
                 SELECT {NAME_THEN}, n.error_msg
                 FROM release_task_nodes n
@@ -6521,8 +6641,56 @@ class Releases:
                 WHERE n.release_task_id = ? AND n.status = 'failed'
                 ORDER BY n.finished_at, n.node_id
                 LIMIT ?""", release_id, failures)
-            return Progress(release, [BatchProgress(*item) for item in batches.items()],
-                            [(name, text) for name, text in failed])
+            return Progress(release, batches, [(name, text) for name, text in failed],
+                            self._time_left(tx, release, batches))
+
+    def with_time_left(self, release: Release) -> Release:
+        """Return a release whose status_reason also says how long it still takes, as far as that can be known.
+
+        That is for those who read it: the row would have to be written again and again.
+        """
+        if release.status != RUNNING:
+            return release
+        with self._database.transaction() as tx:
+            text = self._time_left(tx, release, self._batches(tx, release.id))
+        return dataclasses.replace(release, status_reason="; ".join(filter(None, (release.status_reason, text))))
+
+    def _time_left(self, tx: Transaction, release: Release, batches: Sequence[BatchProgress]) -> str:
+        number = next((batch.number for batch in batches if batch.is_open), 0)
+        if release.status != RUNNING or not number or read_freeze(tx).frozen:
+            return ""
+        now, status_ages = self._state.moment(), list[tuple[str, float]]()
+        # the index release_events_by_release
+        for status, at in tx.rows("""
+                SELECT e.to_status, e.at
+                FROM (SELECT node_id, to_status, at FROM release_events WHERE release_task_id = ?
+                      ORDER BY id DESC LIMIT ?) e
+                JOIN release_task_nodes n ON n.release_task_id = ? AND n.node_id = e.node_id
+                WHERE n.batch = ?""", release.id, PACE_EVENTS, release.id, number):
+            status_ages.append((status, now.wall - epoch_or(at, now.wall)))
+        spent_s = max((age_s for _, age_s in status_ages), default=0.0)
+        ended = sum(status in (SUCCESS, FAILED) and age_s <= PACE_S for status, age_s in status_ages)
+        pace = Pace(spent_s, min(spent_s, PACE_S) / ended if ended else 0.0)
+        if not ended:
+            began, last = tx.row("""
+                SELECT MIN(started_at), MAX(finished_at)
+                FROM release_task_nodes
+                WHERE release_task_id = ? AND status IN ('success', 'failed') AND batch = ?""", release.id, max(
+                (batch.number for batch in batches if batch.number < number), default=0)) or (None, None)
+            pace = pace._replace(before_s=max(0.0, epoch_or(last, 0.0) - epoch_or(began, 0.0)) if began else 0.0)
+        return time_left(release, batches, pace, strategy_of(release.strategy), now)
+
+    @staticmethod
+    def _batches(tx: Transaction, release_id: int) -> list[BatchProgress]:
+        batches: dict[int, dict[str, int]] = {}
+        for batch, status, count in tx.rows("""
+                SELECT batch, status, COUNT(*)
+                FROM release_task_nodes
+                WHERE release_task_id = ?
+                GROUP BY batch, status
+                ORDER BY batch""", release_id):
+            batches.setdefault(batch, {})[status] = count
+        return [BatchProgress(*item) for item in batches.items()]
 
     def exceeded(self, release_id: int) -> str:
         """Return which limit the failures of a release exceed, "" for none; raise AppError 3001."""
@@ -6678,7 +6846,7 @@ class Releases:
         version = self._version_for(tx, request, release_id)
         payload = payload_for_version(request.payload, version)
         digest = digest_of(payload)
-        remark = CHANGES_NOTHING if changes_nothing(tx, digest, nodes) else ""
+        is_same = changes_nothing(tx, digest, nodes)
         self._state.seen.use_version(version)
         now = self._state.now()
         tx.execute("""
@@ -6695,7 +6863,8 @@ class Releases:
                            (release_id, node_id, number, int(node_id in plan.tolerated), now, now, *addresses[node_id])
                            for number, batch in enumerate(plan.batches, 1) for node_id in batch])
         left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20] if request.is_again]
-        detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "", remark, *left_out)))
+        detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "",
+                                         CHANGES_NOTHING if is_same else "", *left_out)))
         add_events(tx, now, actor, [NewEvent(release_id, "created", "", PENDING, detail)])
         self._queue.explain_waiting(tx)
         release = read_release(tx, release_id)
@@ -6709,7 +6878,7 @@ class Releases:
             "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
             in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
             extra=about(release, actor=str(actor), event="created")))
-        return Made(release, plan.batches, plan.left_out, remark)
+        return Made(release, plan.batches, plan.left_out, is_same)
 
     def _make_again(self, verb: str, release_id: int, actor: Who, wish: Again, key: IdempotencyKey | None) -> Made:
         with self._database.transaction(write=True) as tx:
@@ -6734,7 +6903,11 @@ class Releases:
         for batch, node_id in tx.rows("SELECT batch, node_id FROM release_task_nodes WHERE release_task_id = ? "
                                       "ORDER BY batch, id", row[1]):
             batches.setdefault(batch, []).append(node_id)
-        return Made(read_release(tx, row[1]), list(batches.values()), [LeftOut(*one) for one in parse_json(row[2])])
+        # the index release_events_of_releases
+        detail = tx.value("SELECT detail FROM release_events WHERE release_task_id = ? AND node_id IS NULL AND "
+                          "event = 'created'", row[1]) or ""
+        return Made(read_release(tx, row[1]), list(batches.values()), [LeftOut(*one) for one in parse_json(row[2])],
+                    CHANGES_NOTHING in detail.split("; "))
 
     def _keep_for_replay(self, tx: Transaction, key: IdempotencyKey | None, made: Made) -> Made:
         if key:
@@ -6951,10 +7124,11 @@ class Claims:
             return release
         version = self._state.next_version(tx, release.id)
         self._state.seen.use_version(version)
-        payload = release.payload
+        payload = None
         with contextlib.suppress(ValueError, AppError):  # one that can't be used ends the release: Driver
-            payload = to_json(payload_for_version(read_payload(payload), version))
-        tx.execute("UPDATE release_tasks SET version = ?, payload = ? WHERE id = ?", version, payload, release.id)
+            payload = to_json(payload_for_version(read_payload(release.payload), version))
+        tx.execute("UPDATE release_tasks SET version = ?, payload = COALESCE(?, payload) WHERE id = ?",
+                   version, payload, release.id)
         text = f"version {release.version} became {version}: {why}"
         add_events(tx, self._state.now(), owner, [NewEvent(release.id, "renumbered", PENDING, PENDING, text)])
         tx.after_commit.append(lambda: log.info("%s: %s", release, text,
@@ -6964,9 +7138,9 @@ class Claims:
     @staticmethod
     def _fill_row(tx: Transaction, release: Release) -> None:
         """Set the columns that a person who wrote the rows of a release left out."""
-        digest = digest_of_stored(release.payload)
-        if digest != release.stored_sha256:
-            tx.execute("UPDATE release_tasks SET payload_sha256 = ? WHERE id = ?", digest, release.id)
+        if not release.sent_sha256:
+            tx.execute("UPDATE release_tasks SET payload_sha256 = ? WHERE id = ?", digest_of_stored(release.payload),
+                       release.id)
         if release.tag:
             return
         # no tag where agents know tasks without one, from before schema 5
@@ -7689,7 +7863,8 @@ class AgentTask(NamedTuple):
     id: str
     type: str
     version: int
-    payload: Mapping[str, Any]
+    # As JSON for the agent's dialect: payload_text().
+    payload: str
 
 
 class AgentError(Exception):
@@ -7799,7 +7974,9 @@ def _read_executed(address: Address, task: AgentTask, data: Mapping[str, Any], _
 class WireFormat(NamedTuple):
     """What agents of a dialect are sent, and how their answers are read; the readers raise AgentError."""
     dispatch_path: str
-    body_of: Callable[[AgentTask], Mapping[str, Any]]
+    # From a release's payload and version to what agents get as payload; the members of a dispatch before it.
+    payload_of: Callable[[Mapping[str, Any], int], Mapping[str, Any]]
+    members_of: Callable[[AgentTask], Mapping[str, Any]]
     # From the data of the answer to a dispatch, and whether it was sent twice.
     read_dispatch: Callable[[Address, AgentTask, Mapping[str, Any], bool], Outcome]
     # Method, path and body of a ping, and whether status and code of the answer are those of such an agent alone.
@@ -7815,14 +7992,26 @@ class WireFormat(NamedTuple):
 WIRE_FORMATS: Mapping[str, WireFormat] = {
     TASKS: WireFormat(
         "/tasks/dispatch",
-        lambda task: {"taskId": task.id, "type": task.type, "version": task.version, "payload": task.payload},
+        lambda payload, _version: payload,
+        lambda task: {"taskId": task.id, "type": task.type, "version": task.version},
         _read_accepted, ("GET", "/tasks/releasectl-ping", None), lambda status, code: status == 404 and code != 0,
         keeps_connections=True, query_path="/tasks/"),
     EXECUTE: WireFormat(
         "/agent/v1/tasks/execute",
-        lambda task: {"requestId": task.id, "type": task.type, "payload": {**task.payload, "version": task.version}},
+        lambda payload, version: {**payload, "version": version},
+        lambda task: {"requestId": task.id, "type": task.type},
         _read_executed, ("POST", "/agent/v1/tasks/execute", b"{}"), lambda status, code: (status, code) == (400, 2001)),
 }
+
+
+def payload_text(protocol: str, payload: Mapping[str, Any], version: int) -> str:
+    """Return a release's payload as the agents of a dialect get it. A large one takes long: once a release."""
+    return to_json(WIRE_FORMATS[protocol].payload_of(payload, version))
+
+
+def dispatch_body(protocol: str, task: AgentTask) -> bytes:
+    """Return the body of a dispatch: JSON that ends with the payload."""
+    return f'{to_json(WIRE_FORMATS[protocol].members_of(task))[:-1]},"payload":{task.payload}}}'.encode()
 
 
 def read_pong(address: Address, status: int, answer: bytes) -> None:
@@ -7967,7 +8156,7 @@ class AgentClient:
     async def _dispatch(self, address: Address, task: AgentTask, within_s: float,
                         gate: Callable[[], bool]) -> Outcome:
         wire = WIRE_FORMATS[address.protocol]
-        call = self._call(address, "POST", wire.dispatch_path, to_json(wire.body_of(task)).encode(), within_s)
+        call = self._call(address, "POST", wire.dispatch_path, dispatch_body(address.protocol, task), within_s)
         status, answer, was_resent = await self._exchange(call._replace(gate=gate))
         return wire.read_dispatch(address, task, read_data(address, status, answer), was_resent)
 
@@ -8331,8 +8520,8 @@ async def _late_alert(timed: TimedSocket) -> str:
 # region Driver
 # ======================================================================================
 # Driver: one claimed release: read, decide, commit, send, collect.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Model, Strategy,
-#   Plan, Status texts, Decision, Claims, Event loop, Dialects, Agents.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Status
+#   texts, Decision, Claims, Event loop, Dialects, Agents.
 # ======================================================================================
 
 class Lease:
@@ -8448,6 +8637,8 @@ class Driver:
         # Generation of the database that the nodes were read from (DatabaseState.generation).
         self._generation = context.store.state.generation
         self._payload: dict[str, Any] = {}
+        # By dialect, as far as they were needed: payload_text().
+        self._payload_texts: dict[str, str] = {}
         self._strategy = NO_STRATEGY
         self._policy = context.policy
         # Why payload or strategy can't be used, "" where they can.
@@ -8579,7 +8770,7 @@ class Driver:
         holds, moved_s = self._store.claims.holds(release.id), self._store.claims.dispatch_blockers(release.id).moved_s
         self._broken = ""
         try:
-            self._payload = read_payload(release.payload)
+            self._payload, self._payload_texts = release.read_payload(), {}
             self._strategy = parse_strategy(parse_json(release.strategy))
             self._policy = self._context.policy.under(self._strategy)
             refuse_dropping_sites(self._payload, (row for row in rows if row.status != SUCCESS))
@@ -8674,8 +8865,14 @@ class Driver:
         for op, node in decision.sends:
             self._nodes.put(node)
             self._in_flight += 1
-            task = AgentTask(node.task_id, release.type, release.version, self._payload)
+            payload = self._payload_for(node.agent_protocol, release)
+            task = AgentTask(node.task_id, release.type, release.version, payload)
             self._context.submit(functools.partial(self._request, op, node, task, now))
+
+    def _payload_for(self, protocol: str, release: Release) -> str:
+        if protocol not in self._payload_texts:
+            self._payload_texts[protocol] = payload_text(protocol, self._payload, release.version)
+        return self._payload_texts[protocol]
 
     def may_dispatch(self, written_at: Moment) -> bool:
         """Return whether a dispatch may leave this instant: the claim holds, it is not too late, nobody paused.
@@ -9106,7 +9303,7 @@ class Executor:
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
-ID = {"type": "integer", "minimum": 1}
+ID = IDS.schema
 _ID_OR_NULL = {"type": ["integer", "null"]}
 _COUNT = {"type": "integer", "minimum": 0}
 TEXT = {"type": "string"}
@@ -9184,7 +9381,8 @@ def created_json(made: Made) -> dict[str, Any]:
     """Return the answer to the creation of a release."""
     release = made.release
     return {"releaseId": release.id, "version": release.version, "totalNodes": release.total_nodes,
-            "batches": [{"batch": number, "nodeIds": list(ids)} for number, ids in enumerate(made.batches, 1)]}
+            "batches": [{"batch": number, "nodeIds": list(ids)} for number, ids in enumerate(made.batches, 1)],
+            "changesNothing": made.is_unchanged}
 
 
 def created_again_json(made: Made) -> dict[str, Any]:
@@ -9244,7 +9442,8 @@ def difference_json(release: Release, other: Release, changes: Difference) -> di
 
 def payload_json(release: Release, payload: Mapping[str, Any]) -> dict[str, Any]:
     """Return a release's payload as it was sent but for the version."""
-    return {**_id_and_version((release.id, release.version)), "payloadSha256": digest_of(payload),
+    return {**_id_and_version((release.id, release.version)),
+            "payloadSha256": release.sent_sha256 or digest_of(payload),
             "payload": without_version(payload)}
 
 
@@ -9376,7 +9575,7 @@ def openapi_schemas() -> dict[str, Any]:
     """Return the shapes of section 5 of the contract as JSON Schema."""
     left_out = _array(schema_of({"nodeId": ID, "nodeName": TEXT, "why": TEXT}))
     created = {"releaseId": ID, "version": ID, "totalNodes": _COUNT,
-               "batches": _array(schema_of({"batch": ID, "nodeIds": _array(ID)}))}
+               "batches": _array(schema_of({"batch": ID, "nodeIds": _array(ID)})), "changesNothing": _FLAG}
     again = {"reason": _REASON, "overNewer": _FLAG, "dryRun": _FLAG}
     changes = {"total": _COUNT, "changes": {**_array(schema_of(
         {"change": {"type": "string", "enum": [ADDED, REMOVED, CHANGED]}, "path": TEXT, "before": {}, "after": {},
@@ -9719,6 +9918,10 @@ MAX_WHOLE_READ_QUEUE, WHOLE_READ_WAIT_S, WHOLE_READ_POLL_S = 4, 7.0, 0.05
 # What stands for the release before one.
 BEFORE = "before"
 
+# An id in a path or a query: one that no row can have is not found, like any other that is not there (int() itself has
+# a limit of 4300 digits).
+ID_DIGITS = "[0-9]{1,4000}"
+
 # Parameter of a query: its schema.
 QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
@@ -9734,7 +9937,7 @@ QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "search": {"type": "string", "description": "only nodes with this in their name, address or labels"},
     "sort": {"type": "string", "enum": [*NODE_ORDERS, *(f"-{order}" for order in NODE_ORDERS)], "default": "id"},
     "object": {"type": "string", "description": "only acts on this: node edge-1"},
-    "with": {"type": "string", "pattern": f"^({BEFORE}|[0-9]{{1,19}})$", "default": BEFORE,
+    "with": {"type": "string", "pattern": f"^({BEFORE}|{ID_DIGITS})$", "default": BEFORE,
              "description": f"id of a release; {BEFORE}: the newest one of the target before it that succeeded"},
     "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
     "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
@@ -9936,12 +10139,15 @@ class Api:
 
     def get_release(self, request: Request) -> Reply:
         if request.choice("view") == "summary":
-            return Reply(200, {"release": release_json(self.store.releases.get(request.ids[0]))})
+            release = self.store.releases.with_time_left(self.store.releases.get(request.ids[0]))
+            return Reply(200, {"release": release_json(release)})
         return Reply(200, self._whole_release(request))
 
     def get_payload(self, request: Request) -> Reply:
-        release = self.store.releases.get(request.ids[0])
-        return Reply(200, payload_json(release, stored_payload(release)))
+        def read() -> dict[str, Any]:
+            release = self.store.releases.get(request.ids[0])
+            return payload_json(release, stored_payload(release))
+        return Reply(200, self._one_at_a_time(request, read))
 
     def get_difference(self, request: Request) -> Reply:
         text = request.query.get("with", BEFORE)
@@ -9952,7 +10158,8 @@ class Api:
     def _whole_release(self, request: Request) -> dict[str, Any]:
         """Return a release with its nodes; large ones one at a time."""
         def read() -> dict[str, Any]:
-            return release_with_nodes_json(*self.store.releases.with_nodes(request.ids[0]))
+            release, nodes = self.store.releases.with_nodes(request.ids[0])
+            return release_with_nodes_json(self.store.releases.with_time_left(release), nodes)
         is_small = self.store.releases.get(request.ids[0]).total_nodes <= MAX_FREE_READ_NODES
         return read() if is_small else self._one_at_a_time(request, read)
 
@@ -9962,9 +10169,8 @@ class Api:
         All threads share one interpreter: clients that read in a loop would take most of it.
         """
         if not self._whole_reads.acquire(request):
-            raise AppError(TOO_MANY_REQUESTS, "too many clients read whole releases or differences: come again, or ask "
-                           "for ?view=summary",
-                           retry_after_s=5)
+            raise AppError(TOO_MANY_REQUESTS, "too many clients read whole releases, payloads or differences: come "
+                           "again, or ask for ?view=summary", retry_after_s=5)
         began, rest_s = time.thread_time(), 0.0
         try:
             data = read()
@@ -10266,7 +10472,7 @@ def find_route(method: str, path: str) -> tuple[Route, tuple[int, ...]]:
 
 def parse_id(text: str) -> int:
     """Return the id of a release or node; raise AppError 2002 when it is not a number."""
-    if not re.fullmatch(r"[0-9]{1,4000}", text):
+    if not re.fullmatch(ID_DIGITS, text):
         raise AppError(MALFORMED, f"id {one_line(text, 40)!r} is not a number")
     return int(text)
 
@@ -11180,7 +11386,8 @@ class Screen:
             return
         release = progress.release
         # a text that only counts seconds is no new step
-        self._print(release_line(release), f"{release.status} {release.status_reason.partition(', slowest')[0]}")
+        line = "; ".join(filter(None, (release_line(release), progress.time_left)))
+        self._print(line, f"{release.status} {release.status_reason.partition(', slowest')[0]}")
 
     def say(self, line: str) -> None:
         """Show an error, once."""
@@ -11219,8 +11426,9 @@ class Screen:
         lines += [self._batch_line(batch, width) for batch in batches[first:first + self.MAX_BATCHES]]
         if len(batches) > self.MAX_BATCHES:
             lines.append(cut_to(f"({len(batches)} batches in all)", width))
-        lines.append(cut_to(f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
-                            f"{release.skipped_nodes} skipped of {release.total_nodes}", width))
+        counts = (f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
+                  f"{release.skipped_nodes} skipped of {release.total_nodes}")
+        lines.append(cut_to("; ".join(filter(None, (counts, progress.time_left))), width))
         shown = progress.failures[:self.MAX_FAILURES]
         lines += [self._paint(cut_to("  " + one_line(f"{name}: {text}"), width), "31") for name, text in shown]
         if release.failed_nodes > len(shown):
@@ -11254,6 +11462,10 @@ class Screen:
 #   rollback, Releases, Claims, Serialization, Access, Check and why, Terminal.
 # ======================================================================================
 
+# Where a command's options have the id of a release, or LATEST.
+RELEASE_OPTIONS = ("id", "other", "to", "release")
+
+
 class Context:
     """What a command works with: options, settings and the store."""
 
@@ -11269,14 +11481,16 @@ class Context:
     def open(self, create: bool = False) -> Store:
         """Return the store, after a check of the schema; create: make the database if it is empty.
 
-        An ID that was given as `latest` becomes the newest release's; raise AppError(NOT_FOUND) where there is none.
+        An option of RELEASE_OPTIONS that is `latest` becomes the newest release's id; raise AppError(NOT_FOUND) where
+        there is none.
         """
         self.store.database.require_schema(create)
-        if getattr(self.options, "id", None) == LATEST:
-            newest = self.store.releases.page(size=1).items
-            if not newest:
-                raise AppError(NOT_FOUND, "there is no release yet")
-            self.options.id = newest[0].id
+        named = [name for name in RELEASE_OPTIONS if getattr(self.options, name, None) == LATEST]
+        newest = self.store.releases.page(size=1).items if named else []
+        if named and not newest:
+            raise AppError(NOT_FOUND, "there is no release yet")
+        for name in named:
+            setattr(self.options, name, newest[0].id)
         return self.store
 
     def show(self, document: Any, text: str) -> int:
@@ -11429,8 +11643,9 @@ MAX_CHANGES_PLANNED = 20
 
 
 def _change_lines(changes: Difference, most: int = MAX_CHANGES) -> list[str]:
-    left = changes.total - most
-    return [*map(str, changes.changes[:most]), *([f"and {left} more"] if left > 0 else [])]
+    shown = changes.changes[:most]
+    left = changes.total - len(shown)
+    return [*map(str, shown), *([f"and {left} more"] if left else [])]
 
 
 def command_payload(context: Context) -> int:
@@ -11467,7 +11682,7 @@ def _created_text(made: Made) -> str:
     release = made.release
     return "\n".join([
         f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
-        f"{in_words([len(batch) for batch in made.batches])}", *([made.remark] if made.remark else []),
+        f"{in_words([len(batch) for batch in made.batches])}", *([CHANGES_NOTHING] if made.is_unchanged else []),
         *(_left_out_lines(made.left_out) if release.is_again else [])])
 
 
@@ -11483,6 +11698,7 @@ def command_list(context: Context) -> int:
 def command_status(context: Context) -> int:
     store = context.open()
     release, nodes = store.releases.with_nodes(context.options.id)
+    release = store.releases.with_time_left(release)
     return context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
         [(n.batch, n.name, n.status, n.attempts, n.started_at, n.finished_at, n.error_kind, n.error_msg)
          for n in nodes], ("batch", "node", "status", "tries", "started", "finished", "error", "message"))]))
@@ -11564,8 +11780,9 @@ def command_audit(context: Context) -> int:
         raise AppError(MISSING, "--head goes with --verify")
     if options.verify:
         return _verify_audit(context)
-    what = f"release {options.release}" if options.release else options.object
-    rows = context.open().audit.rows(options.after, options.limit, AuditFilter(
+    store = context.open()
+    what = options.object if options.release is None else f"release {options.release}"
+    rows = store.audit.rows(options.after, options.limit, AuditFilter(
         options.actor, options.action, what, options.since or ""), newest=not options.after)
     context.show({"items": [audit_json(row) for row in rows]}, table(
         [(r.id, r.at, r.actor, r.address, r.action, r.object, " -> ".join(filter(None, (r.before, r.after))))
@@ -11594,8 +11811,8 @@ def command_act(context: Context) -> int:
 def command_again(context: Context) -> int:
     options = context.options
     _check_wait(options)
-    wish = Again(parse_text("--reason", options.reason), options.over_newer, getattr(options, "to", None))
-    store = context.open()
+    reason, store = parse_text("--reason", options.reason), context.open()
+    wish = Again(reason, options.over_newer, getattr(options, "to", None))
     if options.plan:
         return _show_plan(context, store.releases.plan_again(options.command, options.id, wish))
     make = {"retry": store.releases.retry, "rollback": store.releases.rollback}[options.command]
@@ -12510,12 +12727,13 @@ COMMANDS: tuple[Command, ...] = (
     Command("payload", "the payload of a release, as it was sent but for the version", command_payload, (_ID_OPTION,)),
     Command("diff", "what a release changes against another one; exit 0: nothing, 1: something", command_diff, (
         _ID_OPTION, option("other", metavar="OTHER", nargs="?", type=_release_id,
-                           help="against this release (the newest one of its target before it that succeeded)"))),
+                           help="against this release, or latest (the newest one of its target before it that "
+                                "succeeded)"))),
     Command("audit", "who did what, newest last; whether the log is whole", command_audit, (
         option("--actor", default="", metavar="NAME", help="only by this actor, token or certificate"),
         option("--action", default="", metavar="WORD", help="only this action, or group: node.set, node"),
         option("--object", default="", metavar="TEXT", help="only on this: \"node edge-1\""),
-        _int_option("--release", 1, MAX_ID, metavar="ID", help="only on this release"),
+        option("--release", type=_release_id, metavar="ID", help="only on this release, or latest"),
         option("--since", type=_since, metavar="TIME", help="only since then: 2h or 7d ago, "
                 "or 2026-01-31T00:00:00Z"),
         _int_option("--after", 0, MAX_ID, default=0, metavar="ID",
@@ -12537,8 +12755,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("retry", "a new release for the failed and skipped nodes of one", command_again,
             (_ID_OPTION, *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("rollback", "a new release that brings back what the nodes of one had before", command_again,
-            (_ID_OPTION, _int_option("--to", 1, MAX_ID, metavar="ID",
-                                     help="the payload of this release (what most of the nodes had before)"),
+            (_ID_OPTION, option("--to", type=_release_id, metavar="ID",
+                                help="the payload of this release, or latest (what most of the nodes had before)"),
              *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("catch-up", "a new release for each payload that nodes are behind with", command_catch_up, (
         _REASON_OPTION, *_STRATEGY_OPTIONS, _PLAN_OPTION)),

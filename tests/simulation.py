@@ -700,7 +700,7 @@ class Simulation:
             self.turn(owner, driver)
 
         send = Send(next(self.numbers), owner, driver.lease.claim.release_id, node.node_id, node.main_ip,
-                    task.version, str(task.payload.get("mark", "")))
+                    task.version, str(rc.parse_json(task.payload).get("mark", "")))
 
         def leave() -> None:
             if op == rc.DISPATCH and not driver.may_dispatch(written_at):
@@ -732,7 +732,7 @@ class Simulation:
         name = f"{owner.owner} sent v{send.version} to {send.address}"
         if not task.id.startswith(f"apply_config_{send.address}_{send.version}"):
             self.fail(f"section 1: {name} as {task.id}")
-        if agent.protocol == "execute" and not isinstance(task.payload.get("websites"), list):
+        if agent.protocol == "execute" and not isinstance(rc.parse_json(task.payload).get("websites"), list):
             self.fail(f"section 1: {name} with {task.payload}, which empties it")
         if send.lost_in:
             return  # the database went back meanwhile, and can't have told

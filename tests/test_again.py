@@ -24,8 +24,9 @@ def settle(store: rc.Store, release: rc.Release, *found: str) -> rc.Release:
         if status != "skipped":
             sql(store, "UPDATE nodes SET last_version = ? WHERE id = ?", release.version, node_id)
     status = "success" if set(found) == {"success"} else "cancelled" if set(found) == {"skipped"} else "failed"
-    sql(store, "UPDATE release_tasks SET status = ?, finished_at = updated_at, success_nodes = ?, failed_nodes = ? "
-               "WHERE id = ?", status, found.count("success"), found.count("failed"), release.id)
+    sql(store, "UPDATE release_tasks SET status = ?, finished_at = updated_at, success_nodes = ?, failed_nodes = ?, "
+               "started_at = COALESCE(started_at, created_at) WHERE id = ?",
+        status, found.count("success"), found.count("failed"), release.id)
     return store.releases.get(release.id)
 
 
@@ -487,7 +488,8 @@ def test_rule_10_a_payload_without_websites_does_not_come_back_to_an_execute_nod
     with pytest.raises(rc.AppError, match=f"the payload of release {2 if verb == 'retry' else 1} has no list") as no:
         make_again(store, verb, old)
     assert no.value.code == 3003
-    sql(store, "UPDATE release_tasks SET payload = '{\"websites\":[],\"v\":' || id || '}'")
+    sql(store, "UPDATE release_tasks SET payload_sha256 = '', "
+               "payload = '{\"websites\":[],\"v\":' || id || '}'")
     assert store.releases.plan_again(verb, old.id).emptied == ["edge-1"]
     assert rc.parse_json(make_again(store, verb, old).release.payload)["websites"] == SITES["websites"]
 

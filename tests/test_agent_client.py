@@ -44,7 +44,7 @@ from lab import (
 
 import releasectl as rc
 
-TASK = rc.AgentTask(TASK_ID, "apply_config", 42, {"a": 1})
+TASK = rc.AgentTask(TASK_ID, "apply_config", 42, '{"a":1}')
 # Others may be at work beside us; who misbehaves does so for 5 s or longer.
 LIMIT_S, MARGIN_S = 0.6, 1.5
 # -- agents that misbehave -------------------------------------------------------------------
@@ -173,7 +173,7 @@ LATE = {
 def test_a_request_ends_at_the_request_limit_however_slowly_it_drips(new_client, new_peer, case, protocol):
     talk, message = LATE[case]
     client, peer = new_client(AGENT_REQUEST_TIMEOUT_SEC=LIMIT_S), new_peer(talk)
-    payload = {"a": "x" * (8 << 20)} if case == "reads no request" else {}
+    payload = rc.to_json({"a": "x" * (8 << 20)} if case == "reads no request" else {})
     started = time.monotonic()
     outcome = client.dispatch(peer.address(protocol), TASK._replace(payload=payload))
     assert LIMIT_S <= time.monotonic() - started < LIMIT_S + MARGIN_S
@@ -230,7 +230,7 @@ def test_an_agent_that_refuses_our_certificate_is_told_as_such(new_client, new_p
         monkeypatch.setattr(rc, "load_pair", lambda *_: None)
     client = new_client(folder, CONTROL_CA=certs / "ca.crt")
     peer = new_peer(hang, server_context(certs, version=version))
-    outcome = client.dispatch(peer.address(protocol), TASK._replace(payload={"a": "x" * body_bytes}))
+    outcome = client.dispatch(peer.address(protocol), TASK._replace(payload=rc.to_json({"a": "x" * body_bytes})))
     alert = re.sub(r".*\((.*)\)", r"\1", outcome.message)
     assert alert in alerts
     assert_outcome(outcome, "tls", f"A refused our client certificate ({alert})", rc.UNSENT)
@@ -410,7 +410,7 @@ def test_an_agent_gets_the_numbers_of_a_payload_digit_for_digit(client, new_peer
     peer = new_peer(says(executed("success", "applied")))
     payload = rc.read_payload('{"a":[0.1234567890123456789,1.10,-0,1E5]}')
     with contextlib.suppress(rc.AgentError):  # a tasks agent answers otherwise
-        client.dispatch(peer.address(protocol), TASK._replace(payload=payload))
+        client.dispatch(peer.address(protocol), TASK._replace(payload=rc.payload_text(protocol, payload, 42)))
     (_, body), = peer.requests
     assert '"a":[0.1234567890123456789,1.10,-0,1E5]' in (body if isinstance(body, str) else body.decode())
     assert json.loads(body)["payload"].get("version", 42) == 42
@@ -418,12 +418,14 @@ def test_an_agent_gets_the_numbers_of_a_payload_digit_for_digit(client, new_peer
 
 def test_an_execute_agent_is_sent_the_version_within_the_payload(client, new_peer):
     peer = new_peer(says(executed("success", "applied")))
-    assert client.dispatch(peer.address("execute"), TASK) == rc.Outcome(
+    payload = {"a": 1}
+    task = TASK._replace(payload=rc.payload_text("execute", payload, 42))
+    assert client.dispatch(peer.address("execute"), task) == rc.Outcome(
         rc.DISPATCH, rc.SUCCESS, TASK_ID, message="applied")
     (head, body), = peer.requests
     assert head.startswith("POST /agent/v1/tasks/execute HTTP/1.1\r\n")
     assert json.loads(body) == {"requestId": TASK_ID, "type": "apply_config", "payload": {"a": 1, "version": 42}}
-    assert TASK.payload == {"a": 1}
+    assert payload == {"a": 1}
 
 
 def test_version_already_applied_is_a_success_where_it_is_the_releases_version(client, new_peer):

@@ -99,7 +99,8 @@ def test_post_of_a_release_answers_its_id_version_and_batches(client):
     body = {"target": "cdn", "reason": "weekly", "payload": {"sites": []}, "strategy": {}}
     data = client.ok("POST", "/api/v1/releases", body, 201)
     assert data == {"releaseId": 1, "version": 1, "totalNodes": 3,
-                    "batches": [{"batch": 1, "nodeIds": [1]}, {"batch": 2, "nodeIds": [2, 3]}]}
+                    "batches": [{"batch": 1, "nodeIds": [1]}, {"batch": 2, "nodeIds": [2, 3]}],
+                    "changesNothing": False}
     assert client.ok("POST", "/api/v1/releases", status=201)["version"] == 2
 
 
@@ -219,15 +220,36 @@ def test_a_verb_in_the_wrong_state_is_3003_and_changes_nothing(client):
     assert client.ok("GET", "/api/v1/releases/1") == before
 
 
+def test_what_the_description_lets_an_id_be_is_what_the_api_takes(client):
+    add_nodes(client.store, 1)
+    ended(client.store, "success")
+    document = json.loads(client("GET", "/openapi.json").text)
+    parameter, = (p["schema"] for p in document["paths"]["/api/v1/releases/{id}/diff"]["get"]["parameters"]
+                  if p["name"] == "with")
+    for text, code in (("before", 3001), ("1", 0), ("0", 3001), ("9" * 19, 3001), ("9" * 20, 3001), ("9" * 4000, 3001),
+                       ("9" * 4001, 2002), ("", 2002), ("-1", 2002), ("1.0", 2002), ("after", 2002)):
+        assert client.code("GET", f"/api/v1/releases/1/diff?with={text}") == code, text
+        assert bool(re.search(parameter["pattern"], text)) == (code != 2002), text
+    schemas = document["components"]["schemas"]
+    for number in (0, 1, 2**63 - 1, 2**63):
+        for schema, path, body in (
+                (schemas["Rollback"]["properties"]["toRelease"], "/1/rollback", {"toRelease": number}),
+                (schemas["NewRelease"]["properties"]["nodeIds"]["items"], "", {"nodeIds": [number]})):
+            message = client("POST", f"/api/v1/releases{path}", {**body, "dryRun": True}).message
+            is_no_id = "must be the id of a release" in message or "must be a list of different ids" in message
+            assert is_no_id != (schema["minimum"] <= number <= schema["maximum"]), (path, number, message)
+
+
 def test_retry_and_rollback_answer_like_the_post_of_a_release(client):
     add_nodes(client.store, 3)
     ended(client.store, "success", "success", "success")
     failed = ended(client.store, "success", "failed", "skipped")
     again = client.ok("POST", f"/api/v1/releases/{failed}/retry", status=201)
     assert again == {"releaseId": 3, "version": 3, "totalNodes": 2,
-                     "batches": [{"batch": 1, "nodeIds": [2]}, {"batch": 2, "nodeIds": [3]}], "leftOut": []}
+                     "batches": [{"batch": 1, "nodeIds": [2]}, {"batch": 2, "nodeIds": [3]}],
+                     "changesNothing": False, "leftOut": []}
     back = client.ok("POST", f"/api/v1/releases/{failed}/rollback", {}, 201)
-    assert (set(back), back["releaseId"], back["totalNodes"]) == ({*CREATED_KEYS, "leftOut"}, 4, 2)
+    assert (set(back), back["releaseId"], back["totalNodes"]) == ({*CREATED_KEYS, "changesNothing", "leftOut"}, 4, 2)
     links = {item["id"]: (item["retryOf"], item["rollbackOf"])
              for item in client.ok("GET", "/api/v1/releases")["items"]}
     assert links == {4: (None, failed), 3: (failed, None), 2: (None, None), 1: (None, None)}

@@ -1008,7 +1008,7 @@ def test_rollback_goes_to_the_release_that_is_named(past_cli):
     assert "toRelease 99 is no release of target cdn" in past_cli.refused(2, "rollback", 4, "--to", 99)
     assert "nothing would change" in past_cli.refused(3, "rollback", 4, "--to", 4)
     assert "--to" in past_cli.refused(2, "retry", 4, "--to", 1)
-    assert "is not a number" in past_cli.refused(2, "rollback", 4, "--to", 0)
+    assert "toRelease 0 is no release of target cdn" in past_cli.refused(2, "rollback", 4, "--to", 0)
     assert past_cli.store.releases.page().total == 5
 
 
@@ -1108,13 +1108,28 @@ def test_no_text_of_a_row_that_was_written_by_hand_reaches_the_terminal_as_it_is
         assert not set("\x1b\u202e") & set(shown.out + shown.err)
 
 
-@pytest.mark.parametrize("words", ["status {}", "watch {} --timeout 0.1s", "events {}", "pause {}", "cancel {}"])
+@pytest.mark.parametrize("words", [
+    "status {}", "watch {} --timeout 0.1s", "events {}", "pause {}", "cancel {}", "payload {}", "diff {}", "diff 1 {}",
+    "diff {} {}", "audit --release {}"])
 def test_section_4_an_id_is_a_number_or_latest(filled_quick, words):
     filled_quick.ok("cancel", "3")
-    newest = new_release(filled_quick.store).id
-    result = filled_quick("--json", *words.format("latest").split())
-    assert result.code in (rc.EXIT_DONE, rc.EXIT_BUSY)
-    assert f'"id":{newest},' in result.out or f'"releaseId":{newest},' in result.out
+    newest = filled_quick.ok("create", "--json").json["releaseId"]
+    result = filled_quick("--json", *words.replace("{}", "latest").split())
+    assert result.code in (rc.EXIT_DONE, rc.EXIT_NOT_SUCCESS, rc.EXIT_BUSY)
+    assert re.search(f'"(id|releaseId)":{newest},|"object":"release {newest}"', result.out)
+
+
+def test_section_4_every_option_that_takes_a_release_takes_latest():
+    taken = {flags[0].lstrip("-") for command in rc.COMMANDS for flags, keywords in command.options
+             if keywords.get("type") is rc._release_id}
+    assert taken == set(rc.RELEASE_OPTIONS)
+    ids = {(command.name, flags[0]) for command in rc.COMMANDS for flags, keywords in command.options
+           if keywords.get("metavar") == "ID" and keywords.get("type") is not rc._release_id}
+    assert ids == {("audit", "--after")}  # the id of a row
+
+
+def test_section_4_a_rollback_goes_to_latest_too(filled_quick):
+    assert filled_quick.ok("rollback", 2, "--to", "latest", "--plan", "--json").json["payloadOf"]["releaseId"] == 3
 
 
 @pytest.mark.parametrize("verb", ["retry", "rollback"])

@@ -19,7 +19,20 @@ import urllib.request
 
 import pytest
 from conftest import leave_out
-from lab import DRIVERS, ROOT, Cli, Listener, World, add_nodes, admin, answers, eventually, free_port, new_release
+from lab import (
+    DRIVERS,
+    ROOT,
+    Cli,
+    Listener,
+    World,
+    add_nodes,
+    admin,
+    answers,
+    eventually,
+    free_port,
+    new_release,
+    sql,
+)
 
 import releasectl as rc
 
@@ -657,3 +670,49 @@ def test_check_shows_it(new_postgres_url, cli, driver):
     said = for_processes(cli, new_postgres_url(), driver)
     said.ok("migrate")
     assert ("plain text" if driver == "pg8000" else "TLS if the server offers it") in said("check").out
+
+
+# -- texts that are not UTF-8: SQLite takes them by hand --------------------------------------------------------
+
+NOT_UTF8 = "CAST(x'7b2261223a22ff227d' AS TEXT)"  # {"a":"\xff"}
+
+
+@pytest.mark.parametrize("column", [
+    "release_tasks.payload", "release_tasks.strategy", "release_tasks.reason", "release_tasks.target", "nodes.labels",
+    "nodes.main_ip", "release_task_nodes.node_name", "release_events.at"])
+def test_a_text_that_is_not_utf_8_fails_no_reading_and_no_executor(filled_quick, column):
+    cli, (table, name) = filled_quick, column.split(".")
+    sql(cli.store, f"UPDATE {table} SET {name} = {NOT_UTF8}")
+    for words in ("status 1", "list", "events 1", "node list", "watch 1", "audit", "payload 1", "diff 2", "prune "
+                  "--older-than 1d --dry-run", "create --plan", "status 1 --json", "list --json", "node list --json"):
+        done = cli(*words.split())
+        assert done.code in (rc.EXIT_DONE, rc.EXIT_NOT_SUCCESS, rc.EXIT_STATE), (words, done)
+        assert "Traceback" not in done.err
+        assert set("\x1a\udcff").isdisjoint(done.out + done.err)
+    cli.settings.update(MTLS_ENABLED="0", AGENT_RETRIES="0", AGENT_CONNECT_TIMEOUT_SEC="1")
+    assert cli("run-once", "--drain").code == rc.EXIT_NOT_SUCCESS
+    assert cli.store.releases.get(3).status == "failed"
+
+
+def test_a_payload_or_strategy_that_is_not_utf_8_can_not_be_used(filled_quick):
+    for column in ("payload", "strategy"):
+        number = new_release(filled_quick.store).id
+        sql(filled_quick.store, f"UPDATE release_tasks SET {column} = {NOT_UTF8} WHERE id = ?", number)
+    filled_quick.settings.update(MTLS_ENABLED="0", AGENT_RETRIES="0")
+    assert filled_quick("run-once", "--drain").code == rc.EXIT_NOT_SUCCESS
+    for number in (4, 5):
+        release = filled_quick.store.releases.get(number)
+        assert (release.status, release.error_msg[:35]) == ("failed", "payload or strategy can't be used: ")
+    assert "the payload of release 4 can't be used" in filled_quick.refused(3, "payload", 4)
+
+
+def test_one_payload_that_is_not_utf_8_stops_no_migration(sqlite_url, open_store):
+    store = open_store(sqlite_url)
+    add_nodes(store, 1)
+    for _ in range(2):
+        new_release(store)
+    sql(store, f"UPDATE release_tasks SET payload = {NOT_UTF8} WHERE id = 1")
+    sql(store, "ALTER TABLE release_tasks RENAME COLUMN payload_sha256 TO left_from_step_7")
+    sql(store, "DELETE FROM schema_version WHERE version >= ?", rc.DIGEST_SCHEMA)
+    store = open_store(sqlite_url)
+    assert [store.releases.get(number).stored_sha256 for number in (1, 2)] == ["", rc.digest_of({})]

@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from typing import Any
 
 import pytest
 from lab import add_nodes, at_schema, new_release, sql
-from test_again import ended, good
+from test_again import ended, good, settle
 
 import releasectl as rc
 
@@ -100,10 +101,31 @@ def some_json(rng: random.Random, depth: int = 4) -> Any:
         return [some_json(rng, depth - 1) for _ in range(rng.randrange(4))]
     if kind < 8:
         member = rng.choice(rc.NAMING_MEMBERS)
-        names = rng.sample([1, 2, 3, "1", "a", "b"], rng.randrange(5))
+        names = rng.sample([1, 2, 3, "1", "a", "b", *ODD_KEYS[:2]], rng.randrange(5))
         return [{member: name, "x": some_json(rng, depth - 1)} for name in names]
-    return {key: some_json(rng, depth - 1) for key in rng.sample(["id", "name", "version", "x", "odd key"],
+    return {key: some_json(rng, depth - 1) for key in rng.sample(["id", "name", "version", "x", *ODD_KEYS],
                                                                  rng.randrange(4))}
+
+
+# Whatever a path must escape.
+ODD_KEYS = ["odd key", 'a"]["b', "a.b", "$[0]", "\\\n\u202e", "*", "?@.id==1", "\u00e9", ""]
+
+
+def steps_of(where: str) -> list[Any]:
+    """Return the steps of a path in a JSONPath, so that a change can be found by its text alone."""
+    steps: list[Any] = []
+    text = where[1:]
+    while text:
+        string = r'"(?:[^"\\]|\\.)*"'
+        found = re.match(rf"\.(\w+)|\[(\d+)\]|\[({string})\]|\[\?@\.(\w+)==({string}|-?\d+)\]|\[\*\]\.(\w+)$", text,
+                         re.ASCII)
+        assert where[0] == "$", where
+        assert found, where
+        member, index, key, name, value, every = found.groups()
+        steps.append(member if member else int(index) if index else json.loads(key) if key else
+                     rc.Element(name, json.loads(value)) if name else rc.Element(every, None))
+        text = text[found.end():]
+    return steps
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -115,7 +137,42 @@ def test_a_difference_says_all_that_changed_and_nothing_else(seed):
             found = rc.difference(a, b)
             assert rc.canonical_json(apply(found.changes, a)) == rc.canonical_json(b), (a, b, found)
             assert (found.total == 0) == (rc.canonical_json(a) == rc.canonical_json(b)), (a, b, found)
+            assert all(steps_of(change.where) == list(change.path) for change in found.changes)
         assert rc.difference(before, copy(before)) == rc.Difference([], 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("names", [None, *rc.NAMING_MEMBERS])
+def test_elements_that_were_swapped_moved_or_replaced_are_found(seed, names):
+    rng = random.Random(seed)
+    for _ in range(20):
+        elements = [{names or "x": number, "v": rng.randrange(2)} for number in range(rng.randrange(2, 8))]
+        after = copy(rng.sample(elements, rng.randrange(len(elements) + 1)))
+        for number in range(rng.randrange(3)):
+            after.insert(rng.randrange(len(after) + 1), {names or "x": 100 + number})
+        found = rc.difference({"l": elements}, {"l": after})
+        assert apply(found.changes, {"l": elements}) == {"l": after}, (elements, after, found)
+        if names and sorted(map(rc.to_json, elements)) == sorted(map(rc.to_json, after)):
+            assert [change.where for change in found.changes] in ([], [f"$.l[*].{names}"])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_cut_is_a_beginning_and_its_count_is_true(seed, monkeypatch):
+    rng = random.Random(seed)
+    before, after = ([some_json(rng) for _ in range(100)] for _ in range(2))
+    monkeypatch.setattr(rc, "MAX_CHANGES", 10**9)
+    whole = rc.difference(before, after)
+    assert (len(whole.changes), whole.total > 50) == (whole.total, True)
+    for most in (1, 7, whole.total - 1, whole.total, whole.total + 1):
+        monkeypatch.setattr(rc, "MAX_CHANGES", most)
+        assert rc.difference(before, after) == (whole.changes[:most], whole.total)
+    for chars in (1, 100, 1000):
+        monkeypatch.setattr(rc, "MAX_CHANGES_CHARS", chars)
+        cut = rc.difference(before, after)
+        assert (cut.changes, cut.total) == (whole.changes[:len(cut.changes)], whole.total)
+        sizes = [len(change.where) + sum(map(len, change.values)) for change in whole.changes]
+        assert sum(sizes[:len(cut.changes)]) <= chars or len(cut.changes) == 1
+        assert sum(sizes[:len(cut.changes) + 1]) > chars
 
 
 @pytest.mark.parametrize(("before", "after", "lines"), [
@@ -143,6 +200,43 @@ def test_a_hundred_thousand_changes_are_a_thousand_and_a_count():
     found = rc.difference(before, after)
     assert (len(found.changes), found.total, str(found)) == (1000, 100_000, "100000 changes")
     assert time.thread_time() - began < 5
+
+
+def test_what_a_difference_holds_is_bounded_and_the_rest_is_counted():
+    key = "k" * 900_000
+    before, after = {key: {str(n): n for n in range(1500)}}, {key: {str(n): -n - 1 for n in range(1500)}}
+    found = rc.difference(before, after)
+    assert (len(found.changes), found.total) == (1, 1500)
+    assert sum(len(change.where) for change in found.changes) < rc.MAX_CHANGES_CHARS
+    big, other = ({"a": letter * 600_000, "b": [letter * 300_000] * 3} for letter in "xy")
+    found = rc.difference(big, other)
+    assert ([change.where for change in found.changes], found.total) == (["$.a"], 4)  # the first one, whatever its size
+    assert rc.difference({"a": "x" * 300_000, "b": 1}, {"a": "y" * 300_000, "b": 2}).total == 2
+
+
+@pytest.mark.parametrize(("before", "after", "line"), [
+    ("a  b", "a b", '~ $.t: "a  b" -> "a b"'),
+    ("a\u200bb", "ab", '~ $.t: "a\\u200bb" -> "ab"'),
+    ("a\u00a0b", "a b", '~ $.t: "a\\u00a0b" -> "a b"'),
+    ("a\x7f", "a", '~ $.t: "a\\u007f" -> "a"'),
+    ("e\u0301", "\u00e9", '~ $.t: "e\\u0301" -> "\u00e9"'),
+    ("\u0441\u043e", "co", '~ $.t: "\\u0441\\u043e" -> "co"'),
+    ("Z\u00fcrich", "Z\u00f6rich", '~ $.t: "Z\u00fcrich" -> "Z\u00f6rich"'),
+    ("\u5317\u4eac", "\u4e0a\u6d77", '~ $.t: "\u5317\u4eac" -> "\u4e0a\u6d77"'),
+    ("\U000e0100", "", '~ $.t: "\\udb40\\udd00" -> ""'),
+    ("x" * 500 + "1", "x" * 500 + "2", f'~ $.t: ...{"x" * 33}1" -> ...{"x" * 33}2"'),
+    ("x" * 500, "x" * 520, f'~ $.t: ...{"x" * 33}" -> ...{"x" * 53}"'),
+    ("1" + "x" * 500, "2" + "x" * 500, f'~ $.t: "1{"x" * 98}... -> "2{"x" * 98}...')])
+def test_two_values_never_look_the_same(before, after, line):
+    assert list(map(str, rc.difference({"t": before}, {"t": after}).changes)) == [line]
+    assert line.isprintable()
+
+
+def test_the_line_of_a_change_has_its_whole_path_or_both_of_its_ends():
+    lines = [str(rc.Change(rc.ADDED, path, after=1)) for path in (
+        ("a  b\u202e",), ("x" * 300, "one"), ("x" * 300, "two"), ("x" * 190,))]
+    assert lines == ['+ $["a  b\\u202e"]: 1', f'+ $.{"x" * 98}...{"x" * 96}.one: 1',
+                     f'+ $.{"x" * 98}...{"x" * 96}.two: 1', f'+ $.{"x" * 190}: 1']
 
 
 # -- in the store ----------------------------------------------------------------------------------------------
@@ -206,6 +300,62 @@ def test_what_can_not_be_compared_is_said_in_one_line(store, release_id, other, 
     assert "\n" not in caught.value.message
 
 
+@pytest.fixture
+def edited(store) -> rc.Store:
+    """Return a store whose releases 1 (A) and 2 (B) succeeded, and somebody then wrote another payload into 2."""
+    add_nodes(store, 2)
+    good(store, "A")
+    good(store, "B")
+    sql(store, "UPDATE release_tasks SET payload = '{\"content\":\"never sent\"}' WHERE id = 2")
+    return store
+
+
+def test_a_payload_that_was_changed_after_it_went_out_is_never_shown_nor_sent_as_what_went_out(edited):
+    releases, text = edited.releases, "the payload of release 2 can't be used: it was changed by hand after it went out"
+    for refused in (lambda: rc.stored_payload(releases.get(2)), lambda: releases.difference(2),
+                    lambda: releases.difference(1, 2), lambda: releases.rollback(1, "anna", rc.Again("", True, 2))):
+        with pytest.raises(rc.AppError, match=text) as caught:
+            refused()
+        assert caught.value.code == rc.WRONG_STATE
+    sql(edited, "UPDATE release_tasks SET status = 'failed' WHERE id = 2")
+    sql(edited, "UPDATE release_task_nodes SET status = 'failed' WHERE release_task_id = 2 AND node_id = 2")
+    with pytest.raises(rc.AppError, match=text):
+        releases.retry(2, "anna")
+
+
+def test_what_went_out_is_known_by_its_digest_whatever_the_row_says_now(edited):
+    plan = edited.releases.plan(rc.ReleaseRequest(payload={"content": "never sent"}))
+    assert rc.effect_text(plan.effect) == (
+        "not compared against release 2 (v2, 2 of 2 nodes): the payload of release 2 can't be used: it was changed by "
+        "hand after it went out")
+    made = edited.releases.create(rc.ReleaseRequest(payload={"content": "B"}), "anna")
+    assert made.is_unchanged
+    settle(edited, made.release, "success", "success")
+    for number in (3, 2):  # both are the payload B, which A comes before
+        assert edited.releases.plan_again("rollback", number, rc.Again(over_newer=True)).payload_of == (1, 1)
+
+
+def test_a_paused_release_whose_payload_was_changed_sends_it_to_nobody(world):
+    world.nodes(2)
+    release = new_release(world.store, payload={"content": "A"}, strategy={"pauseAfter": [1]})
+    world.drain()
+    digest = world.store.releases.get(release.id).stored_sha256
+    sql(world.store, "UPDATE release_tasks SET payload = '{}' WHERE id = ?", release.id)
+    world.store.releases.act("resume", release.id, "anna")
+    world.drain()
+    release = world.store.releases.get(release.id)
+    assert (release.status, release.stored_sha256, world.runs()) == ("failed", digest, [1, 0])
+    assert "it was changed by hand after it went out" in release.error_msg
+
+
+def test_a_payload_that_was_changed_before_the_start_is_shown_with_its_own_digest(client):
+    add_nodes(client.store, 1)
+    new_release(client.store, payload={"content": "A"})
+    sql(client.store, "UPDATE release_tasks SET payload = '{\"content\":\"B\"}'")
+    assert client.ok("GET", "/api/v1/releases/1/payload") == {
+        "releaseId": 1, "version": 1, "payloadSha256": rc.digest_of({"content": "B"}), "payload": {"content": "B"}}
+
+
 # -- what nodes run, and what a plan says of it ----------------------------------------------------------------
 
 def runs(store: rc.Store, *node_ids: int) -> dict[int, int]:
@@ -254,11 +404,11 @@ def test_a_release_that_changes_nothing_says_so_and_goes_on(store):
     request = rc.ReleaseRequest(payload={"content": "A", "version": 2})
     assert rc.effect_text(store.releases.plan(request).effect) == rc.CHANGES_NOTHING + " (release 1)"
     made = store.releases.create(request, "anna")
-    assert (made.remark, made.release.status) == (rc.CHANGES_NOTHING, "pending")
+    assert (made.is_unchanged, made.release.status) == (True, "pending")
     assert rc.CHANGES_NOTHING in store.releases.events(made.release.id)[0].detail
     store.releases.act("cancel", made.release.id, "anna")
     good(store, "B", 1)
-    assert store.releases.create(rc.ReleaseRequest(payload={"content": "A"}), "anna").remark == ""
+    assert store.releases.create(rc.ReleaseRequest(payload={"content": "A"}), "anna").is_unchanged is False
 
 
 def test_the_plan_of_a_rollback_says_what_it_takes_back(store):
@@ -282,6 +432,26 @@ def test_the_api_gives_back_the_payload_digit_for_digit_but_for_the_version(clie
     assert '"payload":{"b":0.1234567890123456789,"a":1.10}' in answer.text
     assert answer.data["payloadSha256"] == client.store.releases.get(1).payload_sha256
     assert client.store.releases.get(1).strategy == '{"soakSec":1.5}'
+
+
+def test_payloads_are_read_by_one_client_at_a_time(client, monkeypatch):
+    add_nodes(client.store, 1)
+    good(client.store, "A")
+    monkeypatch.setattr(rc.ReadQueue, "acquire", lambda *_: False)
+    for path in ("payload", "diff?with=1"):
+        answer = client("GET", f"/api/v1/releases/1/{path}")
+        assert (answer.status, answer.code) == (429, rc.TOO_MANY_REQUESTS)
+
+
+@pytest.mark.parametrize(("protocol", "more"), [("tasks", ""), ("execute", ',"version":1')])
+def test_a_payload_is_encoded_once_a_release(world, monkeypatch, protocol, more):
+    world.nodes(3, protocol)
+    release = new_release(world.store, payload={"websites": [], "a": rc.Number("1.10")})
+    encoded, to_json = [], rc.to_json
+    monkeypatch.setattr(rc, "to_json", lambda value: encoded.append(text := to_json(value)) or text)
+    world.drain()
+    assert (world.store.releases.get(release.id).status, world.runs()) == ("success", [1, 1, 1])
+    assert [text for text in encoded if "1.10" in text] == [f'{{"websites":[],"a":1.10{more}}}']
 
 
 def test_the_api_tells_what_a_release_changed(client):
@@ -318,6 +488,20 @@ def test_a_key_tells_requests_apart_by_the_digits_of_their_numbers(client):
                     {"Content-Type": "application/json", "Idempotency-Key": "k"}).code
              for number in (b"1.10", b"1.10", b"1.1")]
     assert codes == [0, 0, 3002]
+
+
+@pytest.mark.parametrize(("path", "body", "changes_nothing"), [
+    ("", {"payload": {"content": "A"}}, True), ("", {"payload": {"content": "B"}}, False),
+    ("/2/retry", {}, True), ("/3/retry", {}, False), ("/3/rollback", {"toRelease": 1}, True)])
+def test_an_answer_says_whether_what_was_created_changes_anything(client, path, body, changes_nothing):
+    add_nodes(client.store, 1)
+    good(client.store, "A")
+    ended(client.store, "A", "failed")
+    ended(client.store, "B", "failed")
+    for _ in range(2):  # the same key gets the same answer
+        made = client("POST", f"/api/v1/releases{path}", body, {"Content-Type": "application/json",
+                                                                "Idempotency-Key": "k"})
+        assert (made.data["releaseId"], made.data["changesNothing"]) == (4, changes_nothing)
 
 
 @pytest.mark.parametrize("path", ["payload", "diff"])
@@ -366,4 +550,6 @@ def test_create_says_what_it_changes_and_whether_that_is_anything(filled_quick):
     for number in (3, 4):
         filled_quick.ok("cancel", number)
     assert filled_quick.ok("create", "--payload", same).out.endswith(f"{rc.CHANGES_NOTHING}\n")
+    filled_quick.ok("cancel", "latest")
+    assert filled_quick.ok("create", "--payload", same, "--json").json["changesNothing"] is True
     assert rc.CHANGES_NOTHING not in filled_quick.ok("create", "--payload", some).out

@@ -169,7 +169,7 @@ def test_section_1_a_dispatch_that_was_sent_again_on_a_new_connection_may_be_don
     address = rc.Address(ADDRESSES[0], agent.port, "tasks")
     client.query(address, "unknown")  # its connection is kept
     agent.set(mode="cutEarly", times=1, only="dispatch")  # it runs the task, and ends the connection
-    outcome = client.dispatch(address, rc.AgentTask("apply_config_1", "apply_config", 1, {}))
+    outcome = client.dispatch(address, rc.AgentTask("apply_config_1", "apply_config", 1, "{}"))
     client.close()
     assert (outcome.result, outcome.applied, agent.dispatches, len(agent.runs)) == (rc.ACCEPTED, 0, 2, 1)
 
