@@ -942,21 +942,29 @@ def read_beside(file: Path) -> str:
 # ======================================================================================
 
 class Outage:
-    """An error that lasts: one line when it begins or changes, not one for each try."""
+    """An error that lasts: a line when it begins or changes, and one when it is over, not one for each try."""
 
-    def __init__(self) -> None:
+    def __init__(self, subject: object, level: int = logging.ERROR, extra: dict[str, Any] | None = None):
+        """subject: what the lines begin with."""
+        self._subject, self._level, self._extra = subject, level, extra
+        self._guard = threading.Lock()
         # "" while all is well.
         self.error = ""
 
-    def log(self, subject: object, error: object, extra: dict[str, Any] | None = None) -> None:
+    def log(self, error: object) -> None:
         """Log an error unless it is the one that lasts already."""
-        if str(error) != self.error:
-            log.error("%s: %s; trying again", subject, error, extra=extra)
-        self.error = str(error)
+        text = str(error)
+        with self._guard:
+            is_new, self.error = text != self.error, text
+        if is_new:
+            log.log(self._level, "%s: %s", self._subject, text, extra=self._extra)
 
     def end(self) -> None:
-        """Note that the error is over: the next one is logged, even if it is the same."""
-        self.error = ""
+        """Note that the error is over, in a line if there was one."""
+        with self._guard:
+            text, self.error = self.error, ""
+        if text:
+            log.info("%s: mended: %s", self._subject, text, extra=self._extra)
 
 
 GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
@@ -1164,7 +1172,7 @@ def set_up_log(settings: Settings, command: str) -> None:
 # ======================================================================================
 # Certificates: TLS contexts, files watched for renewal, revocation lists, expiry; for
 #   agents and API alike.
-# Uses: Vocabulary, Helpers.
+# Uses: Vocabulary, Helpers, Log and metrics.
 # ======================================================================================
 
 def verify_no_common_name(context: ssl.SSLContext) -> None:
@@ -1235,8 +1243,7 @@ class TlsFiles:
         # Digest of the CA and CRLs in use.
         self._trust = ""
         self._context: ssl.SSLContext | None = None
-        # Why the files as they are now are not used.
-        self._fault = ""
+        self._outage = Outage("renewed certificate", logging.WARNING)
         # When a renewed certificate becomes valid.
         self._valid_from = float("inf")
 
@@ -1258,12 +1265,11 @@ class TlsFiles:
                     if self._context is not None and stamp[:2] != self._pair_stamp:  # a new CA or CRL is always taken
                         self._refuse_invalid(self._files[0])
                     self._context, self._pair_stamp, self._trust = made, stamp[:2], _digest_of_file(self._files[-1])
-                    self._fault = ""
+                    self._outage.end()
                 except ConfigError as error:
                     if self._context is None:
                         raise
-                    self._fault = str(error)
-                    log.warning("renewed certificate not taken yet, the one before goes on: %s", error)
+                    self._outage.log(f"not taken yet, the one before goes on: {error}")
                 self._stamp = stamp
             assert self._context is not None
             return self._context, self._trust
@@ -1273,8 +1279,8 @@ class TlsFiles:
         with self._guard:
             self._stamp = ()
         self.context()
-        if self._fault:
-            raise ConfigError(f"{self._fault} (the one before goes on)")
+        if self._outage.error:
+            raise ConfigError(self._outage.error)
 
     def _refuse_invalid(self, path: str) -> None:
         """Raise ConfigError for a certificate that has expired or is not valid yet."""
@@ -7335,8 +7341,13 @@ class AgentClient:
         """
         if self._tls:
             self._tls.context()
-            if not key_may_be_open:
-                require_private("CONTROL_KEY", self._key)
+        if not key_may_be_open:
+            self.check_key()
+
+    def check_key(self) -> None:
+        """Raise ConfigError where others can read our key."""
+        if self._tls and self._key:
+            require_private("CONTROL_KEY", self._key)
 
     def reload(self) -> None:
         """Read the certificates again; raise ConfigError when they can't be used."""
@@ -7892,7 +7903,7 @@ class Driver:
         self._unclear: tuple[Release, Decision] | None = None
         # Cycles in a row that were rolled back because somebody else changed the release.
         self._moved = 0
-        self._outage = Outage()
+        self._outage = Outage(lease.claim, extra=about(lease.claim))
         self._news_at = self._reason_written_at = self._decided_at = self._now().elapsed
 
     def start(self) -> None:
@@ -7979,7 +7990,7 @@ class Driver:
             is_over = self._is_tick and not self.lease.is_valid(self._now().elapsed)  # others may go on then
             if self.lease.is_lost or self._context.stopping.is_set() or is_over:
                 raise
-            self._outage.log(self.lease.claim, error, about(self.lease.claim))
+            self._outage.log(f"{error}; trying again")
             self._is_stale = True
             return min(self._policy.interval_s, 1.0)
         finally:
@@ -8302,17 +8313,19 @@ class Executor:
         """
         worked_on: dict[int, None] = {}
         running: list[Driver] = []
-        outage = Outage()
+        outage = Outage("executor")
         while True:
             started: list[Driver] = []
             had_running, taken = bool(running), 0
             try:
                 taken = self._scan(started, is_tick=False)
+                if had_running:
+                    self.agents.check_key()
                 outage.end()
             except AppError as error:
                 if not had_running and not started:
                     raise
-                outage.log("executor", error)
+                outage.log(f"{error}; trying again")
             worked_on.update(dict.fromkeys(driver.lease.claim.release_id for driver in started))
             # it scans again meanwhile: a release of ours may wait for a node of one whose owner died
             until = self.clock.elapsed() + self.settings.release_executor_interval_sec
@@ -8342,15 +8355,16 @@ class Executor:
 
         beat is called after each scan, with a sentence on what is being done, as long as no thread of ours hangs.
         """
-        outage = Outage()
+        outage = Outage("executor")
         while not self.stopping.is_set():
             self._wake.clear()
             try:
                 self._scan([], is_tick=False)
                 self.scanned_at = self.clock.wall()
+                self.agents.check_key()  # an open one is logged also while there is nothing to begin
                 outage.end()
             except AppError as error:
-                outage.log("executor", error)
+                outage.log(f"{error}; trying again")
             except Exception:  # the edge of a scan: the loop goes on
                 log.exception("executor: a scan for work failed")
             hung = self.hung()
@@ -8858,7 +8872,8 @@ def openapi_schemas() -> dict[str, Any]:
 # region Access
 # ======================================================================================
 # Access: tokens, client certificates, throttling.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Strategy, HTTP wire.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Strategy, HTTP
+#   wire.
 # ======================================================================================
 
 # Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
@@ -8949,8 +8964,7 @@ class Tokens:
         self._guard = threading.Lock()
         self._stamp: object = None
         self._entries: list[tuple[str, str, str]] = []
-        # Why the file can't be read, as logged last.
-        self._logged = ""
+        self._outage = Outage("tokens")
 
     def load(self) -> list[tuple[str, str, str]]:
         """Return name, role and hash of each token; raise ConfigError naming the line that is wrong."""
@@ -8966,6 +8980,16 @@ class Tokens:
         with self._guard:
             self._stamp = None
         return len(self.load())
+
+    def check(self) -> list[tuple[str, str, str]]:
+        """Return load(), and log what it raises, while that lasts once."""
+        try:
+            entries = self.load()
+        except ConfigError as error:
+            self._outage.log(f"none is accepted: {error}")
+            raise
+        self._outage.end()
+        return entries
 
     def _read(self) -> list[tuple[str, str, str]]:
         require_private("API_TOKENS_FILE", self._path)
@@ -8993,13 +9017,9 @@ class Tokens:
         if not authorization or scheme.lower() != "bearer" or not token.strip():
             raise AppError(NO_TOKEN, "no token: send the header Authorization: Bearer TOKEN")
         try:
-            entries = self.load()
-        except ConfigError as error:
-            if str(error) != self._logged:  # not at each request
-                log.error("no token is accepted: %s", error)
-            self._logged = str(error)
+            entries = self.check()
+        except ConfigError:
             raise AppError(INTERNAL, "the tokens can't be read: see the log of releasectl") from None
-        self._logged = ""
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
         found = None
         for name, role, known in entries:
@@ -10066,6 +10086,14 @@ class ApiServer(http.server.ThreadingHTTPServer):
         except OSError as error:
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: {os_reason(error)}") from None
 
+    def check_files(self) -> None:
+        """Log what is wrong with the files of tokens and TLS by now; each request does it too."""
+        if self.tls:
+            self.tls.context()
+        if self.tokens:
+            with contextlib.suppress(ConfigError):
+                self.tokens.check()
+
     def server_bind(self) -> None:
         """Bind without the reverse lookup of http.server, which may take long on a host without DNS."""
         socketserver.TCPServer.server_bind(self)
@@ -11128,8 +11156,8 @@ def command_version(context: Context) -> int:
 # ======================================================================================
 # Service: the processes serve and run-once: signals, the service manager, files that
 #   change.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Agents, Executor, Serialization,
-#   API, Server, Check and why, Terminal, Commands.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Agents, Executor,
+#   Serialization, API, Server, Check and why, Terminal, Commands.
 # ======================================================================================
 
 def command_serve(context: Context) -> int:
@@ -11146,7 +11174,7 @@ def command_serve(context: Context) -> int:
                                      lambda: process_json(settings, executor), executor.is_busy,
                                      lambda: certificate_figures(settings), executor.hung))
     _handle_signals(executor.stop, lambda: _reload(settings, agents, server))
-    manager, secret_files = ServiceManager(os.environ.get("NOTIFY_SOCKET", "")), SecretFiles(settings)
+    manager = ServiceManager(os.environ.get("NOTIFY_SOCKET", ""))
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     with starting_threads():
         accept.start()
@@ -11157,7 +11185,7 @@ def command_serve(context: Context) -> int:
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
 
     def beat(sentence: str) -> None:
-        secret_files.check()
+        server.check_files()
         if accept.is_alive():
             manager.notify("WATCHDOG=1", f"STATUS={one_line(sentence)}")
 
@@ -11218,12 +11246,10 @@ def _run_once(context: Context) -> int:
     executor = Executor(settings, context.store, AgentClient(settings, context.metrics), context.metrics)
     _handle_signals(executor.stop, lambda: _reload(settings, executor.agents))
     _raise_descriptor_limit()
-    secret_files = SecretFiles(settings)
     written_at = time.monotonic()
 
     def beat() -> None:
         nonlocal written_at
-        secret_files.check()
         if time.monotonic() >= written_at + METRICS_EVERY_S:
             written_at = time.monotonic()
             with contextlib.suppress(AppError):  # reported at the end, if it still fails then
@@ -11269,25 +11295,21 @@ class ServiceManager:
     def __init__(self, address: str):
         """address: of the socket, "" for none."""
         self._address = address
-        # The last error, as it was logged.
-        self._logged = ""
+        self._outage = Outage("systemd", logging.WARNING)
 
     def notify(self, *lines: str) -> None:
         """Send lines of state."""
         if not self._address:
             return
-        trouble = ""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.settimeout(1.0)
                 # in the environment, @ stands for the NUL of an abstract name
                 sock.sendto("\n".join(lines).encode(),
                             "\0" + self._address[1:] if self._address.startswith("@") else self._address)
+            self._outage.end()
         except OSError as error:
-            trouble = os_reason(error)
-        if trouble and trouble != self._logged:  # not at each heartbeat
-            log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], self._address, trouble)
-        self._logged = trouble
+            self._outage.log(f"could not be told anything: NOTIFY_SOCKET {self._address}: {os_reason(error)}")
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
@@ -11349,37 +11371,6 @@ def _reload(settings: Settings, agents: AgentClient, server: ApiServer | None = 
     log.log(logging.ERROR if is_wrong else logging.INFO,
             "SIGHUP: read again: %s; other settings need a restart; the log goes to standard error, so no file is "
             "reopened", ", ".join(results) or "nothing")
-
-
-class SecretFiles:
-    """Logs when a file that others may not read becomes readable for them while a process runs."""
-
-    CHECK_EVERY_S = 2.0
-
-    def __init__(self, settings: Settings):
-        self._files = [(name, path) for name, path in (
-            ("CONTROL_KEY", settings.control_key if settings.mtls_enabled else ""), ("HTTP_KEY", settings.http_key),
-            ("API_TOKENS_FILE", settings.api_tokens_file)) if path]
-        # What is wrong with each file, as logged last.
-        self._logged: dict[str, str] = {}
-        self._next_check_at = 0.0
-
-    def check(self) -> None:
-        """Log what has changed since the last check."""
-        if time.monotonic() < self._next_check_at:
-            return
-        self._next_check_at = time.monotonic() + self.CHECK_EVERY_S
-        for name, path in self._files:
-            trouble = ""
-            try:
-                require_private(name, path)
-            except (ConfigError, OSError) as error:
-                trouble = one_line(error)
-            if trouble and trouble != self._logged.get(name):
-                log.error("%s", trouble)
-            elif not trouble and self._logged.get(name):
-                log.info("%s %s is as it should be again", name, path)
-            self._logged[name] = trouble
 
 
 def _raise_descriptor_limit() -> None:
