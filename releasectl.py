@@ -652,6 +652,27 @@ def wide_network_of(address: str) -> str:
     return str(network.supernet(new_prefix=24 if network.version == 4 else 48))
 
 
+@contextlib.contextmanager
+def whole_file(path: str, mode: int, is_new: bool) -> Iterator[tuple[int, str]]:
+    """Yield a descriptor and the name of an empty file, which is given its path when it is complete and on the disk.
+
+    mode: whatever the umask. is_new: raise FileExistsError where the path is taken by then; else replace it. After an
+    error nothing is left.
+    """
+    folder = os.path.dirname(path) or os.curdir
+    descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=folder)
+    try:
+        os.fchmod(descriptor, mode)
+        yield descriptor, temporary
+        os.fsync(descriptor)
+        (os.link if is_new else os.replace)(temporary, path)  # not a look and then a rename: link() never replaces
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(FileNotFoundError):  # it was renamed
+            os.unlink(temporary)
+    sync_folder(folder)
+
+
 def replace_file(path: str, text: str, before: os.stat_result | None, mode: int = 0o600) -> None:
     """Replace a file atomically, with owner, group and mode of before; mode is that of a new file.
 
@@ -660,19 +681,11 @@ def replace_file(path: str, text: str, before: os.stat_result | None, mode: int 
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "not a regular file")  # a device, say, which a rename would remove
-    descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=os.path.dirname(path))
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            if before:
-                os.fchown(descriptor, before.st_uid, before.st_gid)
-            os.fchmod(descriptor, stat.S_IMODE(before.st_mode) if before else mode)
+    with whole_file(path, stat.S_IMODE(before.st_mode) if before else mode, is_new=False) as (descriptor, _):
+        if before:
+            os.fchown(descriptor, before.st_uid, before.st_gid)
+        with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
             file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def read_text(path: str) -> str:
@@ -3872,24 +3885,18 @@ class SqliteEngine:
 
         Others may read and write meanwhile. The file gets its name when it is complete and on the disk.
         """
-        if os.path.lexists(path):
-            raise AppError(EXISTS, f"{path} exists already: name another file")
-        folder, temporary = os.path.dirname(path) or os.curdir, ""
         source = self.connect(create=False)
         try:
-            handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=folder)
-            with open(handle, "rb") as file:
-                os.fchmod(handle, 0o600)  # whatever the umask
+            if os.path.lexists(path):  # before a copy is made for nothing
+                raise FileExistsError
+            with whole_file(path, 0o600, is_new=True) as (_, temporary):
                 self._copy(source, temporary)
-                os.fsync(file.fileno())
-            os.rename(temporary, path)
-            sync_folder(folder)
+        except FileExistsError:
+            raise AppError(EXISTS, f"{path} exists already: name another file") from None
         except (sqlite3.Error, OSError) as error:
             raise DatabaseError(f"{self} could not be copied to {path}: {os_reason(error)}") from None
         finally:
             close_quietly(source)
-            with contextlib.suppress(OSError):  # it was renamed
-                os.unlink(temporary)
         return os.path.getsize(path)
 
     @staticmethod
@@ -9050,7 +9057,6 @@ def add_token(path: str, name: str, role: str) -> str:
                                        "or take a new name")
             text = Path(path).read_text(encoding="utf-8") if before else ""
             replace_file(path, text + ("\n" if text and not text.endswith("\n") else "") + line, before)
-            os.fsync(guard)
         finally:
             os.close(guard)
     except OSError as error:
