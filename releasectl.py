@@ -3617,6 +3617,8 @@ MAX_TRANSACTION_S = 45.0
 LAST_TRANSACTION_S = 2.0
 # Key of PostgreSQL's advisory lock.
 PG_LOCK_KEY = 7235419
+# A shorter password is masked in what a driver says only where it is no part of a longer word.
+MIN_MASKED_CHARS = 6
 LOCK_NOT_AVAILABLE, PROTOCOL_VIOLATION = "55P03", "08P01"
 # Servers that only speak PostgreSQL's protocol, as version() names them.
 OTHER_SERVERS = re.compile(
@@ -3989,7 +3991,9 @@ class PostgresEngine:
         raw = re.search(r":([^:@/]*)@", url)
         secrets_ = {self.parts.password, raw[1] if raw else "", *(
             value for key, value in self.parts.query.items() if "password" in key)}
-        self._secrets = sorted(filter(None, secrets_), key=len, reverse=True)
+        self._secrets = re.compile("|".join(
+            re.escape(each) if len(each) >= MIN_MASKED_CHARS else rf"(?<!\w){re.escape(each)}(?!\w)"
+            for each in sorted(filter(None, secrets_), key=len, reverse=True)) or "(?!)")
         self.is_pg8000 = self.driver.__name__ == "pg8000.dbapi"
         if self.is_pg8000:
             if len(self.parts.hosts) > 1:
@@ -4088,9 +4092,7 @@ class PostgresEngine:
 
     def without_password(self, text: str) -> str:
         """Return a text with the password masked, as it is in the URL and decoded."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+        return self._secrets.sub("***", text)
 
     def is_data_error(self, error: Exception) -> bool:
         """Return whether the error is due to a value: SQLSTATE 22 and 54, or the driver's refusal."""
