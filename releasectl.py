@@ -580,6 +580,13 @@ class Range(NamedTuple):
         pattern = r"[0-9]{1,19}" if self.kind is int else r"[0-9]{1,9}(\.[0-9]{1,9})?"
         return self.from_json(self.kind(text) if re.fullmatch(pattern, text) else None)
 
+    def argument(self, text: str) -> Any:
+        """Return from_text() for argparse; raise argparse.ArgumentTypeError."""
+        try:
+            return self.from_text(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+
     def from_json(self, value: Any) -> Any:
         """Return a JSON number; raise ValueError saying what it must be."""
         is_number = isinstance(value, (int, self.kind)) and not isinstance(value, bool)
@@ -600,6 +607,11 @@ class Range(NamedTuple):
 
 PORTS = Range(1, 65535)
 IDS = Range(1, MAX_ID)
+# Ids after which a list begins.
+AFTER_IDS = Range(0, MAX_ID)
+PAGES, PAGE_SIZES = Range(1, 10**9), Range(1, MAX_PAGE_SIZE)
+# Versions that a person may name.
+NAMED_VERSIONS = Range(1, MAX_NAMED_VERSION)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -2315,7 +2327,7 @@ def parse_target(value: object) -> str:
 
 def parse_version(field: str, value: object) -> int:
     """Return a version that a person names; raise AppError(INVALID) for anything else."""
-    return _parse_number(field, value, Range(1, MAX_NAMED_VERSION))
+    return _parse_number(field, value, NAMED_VERSIONS)
 
 
 def _share(low: int) -> tuple[Callable[[Any], int | str], dict[str, Any]]:
@@ -2960,13 +2972,6 @@ NODE_TRANSITIONS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def check_transition(transitions: Mapping[str, tuple[str, ...]], before: str, after: str) -> str:
-    """Return after; raise RuntimeError where it may not follow before."""
-    if after != before and after not in transitions.get(before, ()):
-        raise RuntimeError(f"no status {after} after {before}")
-    return after
-
-
 # Results of a request, beside SUCCESS and FAILED, which are believed.
 ACCEPTED = "accepted"   # the agent has the task
 WORKING = "working"     # the task has not ended
@@ -3223,7 +3228,7 @@ def decide(situation: Situation) -> Decision:
     if release.status == RUNNING and not situation.is_failing and not situation.exceeded:
         stage = stage_of(release, nodes, now, strategy)
         situation = situation._replace(stage=stage)
-    status = check_transition(RELEASE_TRANSITIONS, release.status, _next_status(situation))
+    status = _next_status(situation)
     renamed, unsent = _renamed(nodes), _apply(nodes, _unsent(nodes))
     is_going = status == RUNNING and not situation.is_failing and not situation.freeze.frozen
     begun = _dispatches(release, nodes, now, policy, strategy, stage.batch, _slots_for_dispatches(situation),
@@ -3260,7 +3265,6 @@ def _apply(nodes: NodeIndex, changes: Iterable[NodeChange]) -> list[NodeChange]:
     """Make the changes and return them."""
     applied = list(changes)
     for change in applied:
-        check_transition(NODE_TRANSITIONS, change.before.status, change.after.status)
         nodes.put(change.after)
     return applied
 
@@ -3529,8 +3533,7 @@ def check_resume(release: Release, nodes: NodeIndex, strategy: Strategy, accepts
 
 def status_after_verb(verb: str, release: Release) -> str:
     """Return the status after a verb; a release that never started is pending again after resume."""
-    after = PENDING if verb == "resume" and not release.started_at else VERBS[verb].status
-    return check_transition(RELEASE_TRANSITIONS, release.status, after)
+    return PENDING if verb == "resume" and not release.started_at else VERBS[verb].status
 
 
 # Whether two releases share a node.
@@ -4725,13 +4728,13 @@ class AuditReport(NamedTuple):
     faults: list[str]
 
 
-# The canonical form of what is hashed: compact JSON in ASCII (docs/SECURITY.md).
-_CANONICAL = json.JSONEncoder(separators=(",", ":"), default=repr)
+# What the chain hashes: compact JSON in ASCII (docs/SECURITY.md). A payload's digest is of canonical_json().
+_CHAINED = json.JSONEncoder(separators=(",", ":"), default=repr)
 
 
 def audit_hash(row: AuditRow, hash_before: str) -> str:
     """Return the hash of a row after one with hash_before, which is "" for the first row."""
-    return hashlib.sha256(_CANONICAL.encode([hash_before, *row[:-1]]).encode()).hexdigest()
+    return hashlib.sha256(_CHAINED.encode([hash_before, *row[:-1]]).encode()).hexdigest()
 
 
 def audit_fault(row: AuditRow, id_before: int, hash_before: str) -> str:
@@ -4750,9 +4753,9 @@ def audit_text(values: Mapping[str, object] | None) -> str:
     """Return before or after of a row: JSON, "" for nothing; above MAX_AUDIT_BYTES long values become digests."""
     if not values:
         return ""
-    text = _CANONICAL.encode(values)
+    text = _CHAINED.encode(values)
     if len(text) > MAX_AUDIT_BYTES:
-        text = _CANONICAL.encode({key: _shortened(value) for key, value in values.items()})
+        text = _CHAINED.encode({key: _shortened(value) for key, value in values.items()})
     return text
 
 
@@ -4762,7 +4765,7 @@ def non_empty(**values: object) -> dict[str, object]:
 
 
 def _shortened(value: object) -> object:
-    text = _CANONICAL.encode(value)
+    text = _CHAINED.encode(value)
     return value if len(text) <= 512 else {"sha256": hashlib.sha256(text.encode()).hexdigest(), "bytes": len(text)}
 
 
@@ -4788,9 +4791,9 @@ def add_events(tx: Transaction, at: str, actor: Who, events: Iterable[NewEvent])
     """
     rows = []
     for new in events:
-        if new.from_status != new.to_status and new.from_status:
-            check_transition(RELEASE_TRANSITIONS if new.node_id is None else NODE_TRANSITIONS,
-                             new.from_status, new.to_status)
+        transitions = RELEASE_TRANSITIONS if new.node_id is None else NODE_TRANSITIONS
+        if new.from_status and new.to_status not in (new.from_status, *transitions.get(new.from_status, ())):
+            raise RuntimeError(f"no status {new.to_status} after {new.from_status}")
         rows.append((new.release_id, new.node_id, at, str(actor), new.event, new.from_status, new.to_status,
                      detail_text(new.detail)))
     tx.insert_many("INSERT INTO release_events (release_task_id, node_id, at, actor, event, from_status, to_status, "
@@ -4967,7 +4970,7 @@ class Audit:
                 ORDER BY id
                 LIMIT ?""", release_id, last_id, AUDIT_PAGE)
             if rows:
-                digest.update((b"," if count else b"") + _CANONICAL.encode(rows)[1:-1].encode())
+                digest.update((b"," if count else b"") + _CHAINED.encode(rows)[1:-1].encode())
                 count, last_id = count + len(rows), rows[-1][0]
             if len(rows) < AUDIT_PAGE:
                 digest.update(b"]")
@@ -8849,7 +8852,7 @@ def openapi_schemas() -> dict[str, Any]:
             "payload": _OBJECT, "strategy": ref_schema("Strategy"),
             "nodeIds": {**_array(ID), "minItems": 1, "uniqueItems": True},
             "labels": _NODE_FIELD_SCHEMAS["labels"], "dryRun": _FLAG,
-            "version": {"type": "integer", "minimum": 1, "maximum": MAX_NAMED_VERSION}}, required=[])
+            "version": NAMED_VERSIONS.schema}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": schema_of({"reason": _REASON}, required=[]),
         "Retry": schema_of(again, required=[]),
@@ -9148,15 +9151,15 @@ BEFORE = "before"
 # Parameter of a query: its schema.
 QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
-    "page": {"type": "integer", "minimum": 1, "maximum": 10**9, "default": 1},
-    "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
+    "page": {**PAGES.schema, "default": 1},
+    "pageSize": {**PAGE_SIZES.schema, "default": 20},
     "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
     "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
     "with": {"type": "string", "pattern": f"^({BEFORE}|[0-9]{{1,19}})$", "default": BEFORE,
              "description": f"id of a release; {BEFORE}: the newest one of the target before it that succeeded"},
-    "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
-    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
-    "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
+    "after": {**AFTER_IDS.schema, "default": 0},
+    "limit": {**Range(1, 1000).schema, "default": 100},
+    "wait": {**Range(0, MAX_EVENTS_WAIT_S).schema, "default": 0,
              "description": "seconds to wait for an event when there is none yet"},
 }
 
@@ -9177,12 +9180,13 @@ class Request(NamedTuple):
     def integer(self, name: str) -> int:
         """Return a number of the query; raise AppError 2002 when it is none, 2003 out of range."""
         schema = QUERY_PARAMETERS[name]
-        text, low, high = self.query.get(name, str(schema["default"])), schema["minimum"], schema["maximum"]
-        if not re.fullmatch(r"-?[0-9]{1,4000}", text):  # int() itself has a limit of 4300 digits
+        text = self.query.get(name, str(schema["default"]))
+        if not re.fullmatch(r"-?[0-9]+", text):
             raise AppError(MALFORMED, f"{name} {one_line(text, 40)!r} is not a number")
-        if not low <= int(text) <= high:
-            raise AppError(INVALID, f"{name} must be from {low} to {high}")
-        return int(text)
+        try:
+            return int(Range(schema["minimum"], schema["maximum"]).from_text(text))
+        except ValueError as error:
+            raise AppError(INVALID, f"{name} {error}") from None
 
     def choice(self, name: str) -> str:
         """Return a word of the query, "" without one; raise AppError 2003 when it is not one of the schema's."""
@@ -11615,15 +11619,6 @@ COMPLETIONS: Mapping[str, Callable[[Sequence[Command]], str]] = {"bash": bash_co
 # Uses: Vocabulary, Helpers, Log and metrics, Releases, Commands, Service, Arguments.
 # ======================================================================================
 
-def _int_option(flag: str, low: int, high: int, **keywords: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return an option that takes a whole number from low to high."""
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
-        return int(text)
-    return option(flag, type=parse, **keywords)
-
-
 def _age_s(text: str) -> float:
     """Parse a time of a day or more: an Idempotency-Key is kept for a day, with its release."""
     seconds = parse_duration(text)
@@ -11652,10 +11647,11 @@ def _audit_head(text: str) -> tuple[int, str]:
 def _release_id(text: str) -> int | str:
     if text == LATEST:
         return text
-    if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > MAX_ID:
+    try:
+        return int(AFTER_IDS.from_text(text))
+    except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a release: use a number from `releasectl.py list`, or `latest`")
-    return int(text)
+            f"{text!r} is not a release: use a number from `releasectl.py list`, or `latest`") from None
 
 
 _ID_OPTION = option("id", metavar="ID", type=_release_id, help="id of the release, or latest")
@@ -11672,7 +11668,7 @@ _WATCH_OPTIONS = (
 _WAIT_OPTIONS = (
     option("--wait", action="store_true", help="follow it to its end; exit 0 on success, 1 else"), *_WATCH_OPTIONS)
 _NODE_OPTIONS = (
-    _int_option("--port", 1, 65535, help="the agent's port (8443)"),
+    option("--port", type=PORTS.argument, help="the agent's port (8443)"),
     option("--protocol", choices=PROTOCOLS, help="the agent's protocol (tasks)"),
     option("--label", action="append", metavar="K=V", help="a label; may be repeated"),
     option("--status", choices=NODE_STATUSES, help="only online nodes get releases"),
@@ -11694,7 +11690,7 @@ COMMANDS: tuple[Command, ...] = (
         option("--metrics-file", default="", metavar="FILE",
                help="write figures there for node_exporter's textfile collector: a name that ends with .prom"))),
     Command("migrate", "bring the database to this schema.sql", command_migrate, (
-        _int_option("--first-version", 1, MAX_NAMED_VERSION, metavar="N",
+        option("--first-version", type=NAMED_VERSIONS.argument, metavar="N",
                     help="number new releases from N on: after a restore, or where agents have higher versions"),)),
     Command("node add", "add a node", command_node_add, (
         option("name", metavar="NAME"), option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
@@ -11713,20 +11709,20 @@ COMMANDS: tuple[Command, ...] = (
         _REASON_OPTION, option("--target", default="cdn"),
         option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
         option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
-        _int_option("--version", 1, MAX_NAMED_VERSION, metavar="N", help="a higher version than the next one"),
+        option("--version", type=NAMED_VERSIONS.argument, metavar="N", help="a higher version than the next one"),
         *(option(flag, type=parse, metavar=metavar, help=text)
           for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS)),
         _PLAN_OPTION, *_WAIT_OPTIONS)),
     Command("list", "list releases, newest first", command_list, (
         option("--status", choices=RELEASE_STATUSES),
-        _int_option("--page", 1, 10**9, default=1), _int_option("--page-size", 1, MAX_PAGE_SIZE, default=20))),
+        option("--page", type=PAGES.argument, default=1), option("--page-size", type=PAGE_SIZES.argument, default=20))),
     Command("status", "a release and its nodes", command_status, (_ID_OPTION,)),
     Command("watch", "follow a release to its end", command_watch, (
         option("id", metavar="ID", nargs="?", default=LATEST, type=_release_id,
                help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
     Command("events", "the history of a release", command_events, (
-        _ID_OPTION, _int_option("--after", 0, MAX_ID, default=0, help="only events with a higher id"),
-        _int_option("--limit", 1, 100000, default=1000))),
+        _ID_OPTION, option("--after", type=AFTER_IDS.argument, default=0, help="only events with a higher id"),
+        option("--limit", type=Range(1, 100000).argument, default=1000))),
     Command("payload", "the payload of a release, as it was sent but for the version", command_payload, (_ID_OPTION,)),
     Command("diff", "what a release changes against another one; exit 0: nothing, 1: something", command_diff, (
         _ID_OPTION, option("other", metavar="OTHER", nargs="?", type=_release_id,
@@ -11735,12 +11731,12 @@ COMMANDS: tuple[Command, ...] = (
         option("--actor", default="", metavar="NAME", help="only by this actor, token or certificate"),
         option("--action", default="", metavar="WORD", help="only this action, or group: node.set, node"),
         option("--object", default="", metavar="TEXT", help="only on this: \"node edge-1\""),
-        _int_option("--release", 1, MAX_ID, metavar="ID", help="only on this release"),
+        option("--release", type=IDS.argument, metavar="ID", help="only on this release"),
         option("--since", type=_since, metavar="TIME", help="only since then: 2h or 7d ago, "
                 "or 2026-01-31T00:00:00Z"),
-        _int_option("--after", 0, MAX_ID, default=0, metavar="ID",
+        option("--after", type=AFTER_IDS.argument, default=0, metavar="ID",
                     help="the first rows with a higher id (without it: the newest rows)"),
-        _int_option("--limit", 1, 100000, default=100, metavar="N", help="at most N rows (100)"),
+        option("--limit", type=Range(1, 100000).argument, default=100, metavar="N", help="at most N rows (100)"),
         option("--verify", action="store_true",
                help="prove that no row was changed, taken away or inserted, nor an event of an ended release; "
                      "exit 1 where one was"),
@@ -11757,7 +11753,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("retry", "a new release for the failed and skipped nodes of one", command_again,
             (_ID_OPTION, *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("rollback", "a new release that brings back what the nodes of one had before", command_again,
-            (_ID_OPTION, _int_option("--to", 1, MAX_ID, metavar="ID",
+            (_ID_OPTION, option("--to", type=IDS.argument, metavar="ID",
                                      help="the payload of this release (what most of the nodes had before)"),
              *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("freeze", "stop (on) or allow (off) new dispatches, of all processes; without argument: show",
@@ -11768,7 +11764,8 @@ COMMANDS: tuple[Command, ...] = (
         option("file", metavar="FILE", help="a new file; it gets mode 0600"),)),
     Command("prune", "delete old releases with their history; what a rollback needs stays", command_prune, (
         option("--older-than", type=_age_s, required=True, metavar="TIME", help="ended longer ago than that: 90d"),
-        _int_option("--keep", 1, 10**9, default=10, metavar="N", help="keep the newest N of each target (10)"),
+        option("--keep", type=Range(1, 10**9).argument, default=10, metavar="N",
+               help="keep the newest N of each target (10)"),
         option("--dry-run", action="store_true", help="show what would be deleted, and delete nothing"))),
     Command("version", "version and SHA-256 of this file, and what it runs on", command_version,
             needs_settings=False),
