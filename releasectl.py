@@ -400,10 +400,13 @@ def detail_text(text: object) -> str:
 # selectors, the Khitan filler, the empty note head, the empty Braille pattern.
 INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
                        "\U00016fe4\U0001d159\U000e0100-\U000e01ef]")
-_LOOK_ALIKE_SCRIPTS = frozenset(("LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE"))
+_LOOK_ALIKE_SCRIPTS = frozenset(("LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE", "COPTIC", "LISU"))
+# Other hyphens, minus signs, dots and underscores than those of ASCII.
+_LOOK_ALIKE_MARKS = re.compile("[\u02d7\u06d4\u2010-\u2013\u2024\u2043\u2212\u2796\ufe4d-\ufe4f\ufe52\ufe58\ufe63"
+                               "\uff0d\uff0e\uff3f]")
 # What is_plain() accepts, for error messages.
-PLAIN_TEXT = ("printable characters, none of them invisible or changing the direction, without space around, in "
-              "composed form (NFC), and no word that mixes Latin letters with Greek or Cyrillic ones")
+PLAIN_TEXT = ("printable characters, none of them invisible, changing the direction or a double of an ASCII one, no "
+              "space around, composed form (NFC), no word that mixes Latin letters with Greek or Cyrillic ones")
 
 
 def is_plain(text: str) -> bool:
@@ -414,8 +417,15 @@ def is_plain(text: str) -> bool:
         return True
     # accents are no letters, and do not separate words
     letters = "".join(char for char in text if not unicodedata.category(char).startswith("M"))
-    return (not INVISIBLE.search(text) and unicodedata.is_normalized("NFC", text)
+    return (not INVISIBLE.search(text) and not _LOOK_ALIKE_MARKS.search(text) and not any(map(_is_double, text))
+            and unicodedata.is_normalized("NFC", text)
             and all(len(_scripts(word)) < 2 for word in re.findall(r"[^\W_]+", letters)))
+
+
+def _is_double(char: str) -> bool:
+    """Return whether a letter or digit is another form of an ASCII one: full width, mathematical, Roman, a ligature."""
+    is_word = unicodedata.category(char)[0] == "L" or unicodedata.category(char) in ("Nd", "Nl")
+    return not char.isascii() and is_word and unicodedata.normalize("NFKC", char).isascii()
 
 
 def _scripts(word: str) -> set[str]:
@@ -1265,6 +1275,8 @@ class TlsFiles:
         # file_stamp() of the files when they were last read, and of the certificate and key in use.
         self._stamp: tuple[object, ...] = ()
         self._pair_stamp: tuple[object, ...] = ()
+        # Content of the certificate and key in use.
+        self._pair = b"", b""
         # Digest of the CA and CRLs in use.
         self._trust = ""
         self._context: ssl.SSLContext | None = None
@@ -1275,7 +1287,8 @@ class TlsFiles:
     def context(self) -> ssl.SSLContext:
         """Return the context of the files as they are now; raise ConfigError when there is none that works.
 
-        The last pair stays in use while a renewal is half done, or the new certificate is expired or not valid yet.
+        The last pair stays in use while a renewal is half done, the key is open to others, or the new certificate is
+        expired or not valid yet; a new CA or CRL is taken all the same.
         """
         return self.current()[0]
 
@@ -1287,14 +1300,16 @@ class TlsFiles:
                 try:
                     self._valid_from = float("inf")
                     made = self._make(*self._files)
-                    if self._context is not None and stamp[:2] != self._pair_stamp:  # a new CA or CRL is always taken
+                    if self._context is not None and stamp[:2] != self._pair_stamp:
                         self._refuse_invalid(self._files[0])
                     self._context, self._pair_stamp, self._trust = made, stamp[:2], _digest_of_file(self._files[-1])
+                    self._pair = _content_of(self._files[0]), _content_of(self._files[1])
                     self._outage.end()
                 except ConfigError as error:
                     if self._context is None:
                         raise
                     self._outage.log(f"not taken yet, the one before goes on: {error}")
+                    self._take_trust()
                 self._stamp = stamp
             assert self._context is not None
             return self._context, self._trust
@@ -1307,6 +1322,14 @@ class TlsFiles:
         if self._outage.error:
             raise ConfigError(self._outage.error)
 
+    def _take_trust(self) -> None:
+        """Make a context of the last pair with the CA and CRLs as they are now, if they have changed and are good."""
+        *_, ca = self._files
+        trust = _digest_of_file(ca)
+        if trust != self._trust and hasattr(os, "memfd_create"):
+            with contextlib.suppress(ConfigError), _in_memory(self._pair[0]) as cert, _in_memory(self._pair[1]) as key:
+                self._context, self._trust = self._make(cert, key, ca), trust
+
     def _refuse_invalid(self, path: str) -> None:
         """Raise ConfigError for a certificate that has expired or is not valid yet."""
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -1318,10 +1341,24 @@ class TlsFiles:
                 raise ConfigError(f"{path} is not valid before {utc_text(since)}")
 
 
-def _digest_of_file(path: str) -> str:
+def _content_of(path: str) -> bytes:
     with contextlib.suppress(OSError):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
-    return ""
+        return Path(path).read_bytes() if path else b""
+    return b""
+
+
+def _digest_of_file(path: str) -> str:
+    return hashlib.sha256(_content_of(path)).hexdigest()
+
+
+@contextlib.contextmanager
+def _in_memory(content: bytes) -> Iterator[str]:
+    """Yield the path of a file that is on no disk, of this user alone: OpenSSL reads keys from files only."""
+    with open(os.memfd_create("releasectl"), "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(content)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 VALIDITY = re.compile(rb"(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)")
@@ -3855,8 +3892,8 @@ class SqliteEngine:
 
     def _make_file(self) -> None:
         """Make the file with mode 0600, whatever the umask, where there is none; -wal and -shm get the same mode."""
-        with contextlib.suppress(FileExistsError):
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with contextlib.suppress(FileExistsError):  # realpath(): a link may lead to where no file is yet
+            handle = os.open(os.path.realpath(self.path), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 os.fchmod(handle, 0o600)
             finally:

@@ -83,6 +83,14 @@ def test_whoever_makes_the_database_makes_it_closed_to_others(cli, command):
     assert mode_of(cli.folder / "releasectl.db") == 0o600
 
 
+def test_a_database_that_is_made_behind_a_link_is_closed_to_others_too(cli):
+    cli.settings["MTLS_ENABLED"] = "0"
+    (cli.folder / "releasectl.db").symlink_to("real.db")
+    cli.prefix = ("bash", "-c", 'umask 022; exec "$@"', "bash")
+    cli.ok("migrate")
+    assert mode_of(cli.folder / "real.db") == 0o600
+
+
 def test_a_database_that_is_there_keeps_its_mode(cli):
     cli.ok("migrate")
     os.chmod(cli.folder / "releasectl.db", 0o640)
