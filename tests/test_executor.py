@@ -263,6 +263,7 @@ def test_a_drain_goes_on_when_a_look_for_work_fails_while_its_release_runs(world
         return look()
 
     monkeypatch.setattr(world.store.claims, "scan", look_that_fails_twice)
+    caplog.set_level("INFO", "releasectl")
     world.drain()
     assert looks[:3] == ["pending", "running", "running"]
     assert world.store.releases.get(release.id).status == "success"
