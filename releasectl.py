@@ -409,10 +409,13 @@ def detail_text(text: object) -> str:
 # selectors, the Khitan filler, the empty note head, the empty Braille pattern.
 INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
                        "\U00016fe4\U0001d159\U000e0100-\U000e01ef]")
-_LOOK_ALIKE_SCRIPTS = frozenset(("LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE"))
+_LOOK_ALIKE_SCRIPTS = frozenset(("LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE", "COPTIC", "LISU"))
+# Other hyphens, minus signs, dots and underscores than those of ASCII.
+_LOOK_ALIKE_MARKS = re.compile("[\u02d7\u06d4\u2010-\u2013\u2024\u2043\u2212\u2796\ufe4d-\ufe4f\ufe52\ufe58\ufe63"
+                               "\uff0d\uff0e\uff3f]")
 # What is_plain() accepts, for error messages.
-PLAIN_TEXT = ("printable characters, none of them invisible or changing the direction, without space around, in "
-              "composed form (NFC), and no word that mixes Latin letters with Greek or Cyrillic ones")
+PLAIN_TEXT = ("printable characters, none of them invisible, changing the direction or a double of an ASCII one, no "
+              "space around, composed form (NFC), no word that mixes Latin letters with Greek or Cyrillic ones")
 
 
 def is_plain(text: str) -> bool:
@@ -423,8 +426,15 @@ def is_plain(text: str) -> bool:
         return True
     # accents are no letters, and do not separate words
     letters = "".join(char for char in text if not unicodedata.category(char).startswith("M"))
-    return (not INVISIBLE.search(text) and unicodedata.is_normalized("NFC", text)
+    return (not INVISIBLE.search(text) and not _LOOK_ALIKE_MARKS.search(text) and not any(map(_is_double, text))
+            and unicodedata.is_normalized("NFC", text)
             and all(len(scripts_of(word)) < 2 for word in re.findall(r"[^\W_]+", letters)))
+
+
+def _is_double(char: str) -> bool:
+    """Return whether a letter or digit is another form of an ASCII one: full width, mathematical, Roman, a ligature."""
+    is_word = unicodedata.category(char)[0] == "L" or unicodedata.category(char) in ("Nd", "Nl")
+    return not char.isascii() and is_word and unicodedata.normalize("NFKC", char).isascii()
 
 
 def scripts_of(word: str) -> set[str]:
@@ -606,6 +616,13 @@ class Range(NamedTuple):
         pattern = r"[0-9]{1,19}" if self.kind is int else r"[0-9]{1,9}(\.[0-9]{1,9})?"
         return self.from_json(self.kind(text) if re.fullmatch(pattern, text) else None)
 
+    def argument(self, text: str) -> Any:
+        """Return from_text() for argparse; raise argparse.ArgumentTypeError."""
+        try:
+            return self.from_text(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+
     def from_json(self, value: Any) -> Any:
         """Return a JSON number; raise ValueError saying what it must be."""
         is_number = isinstance(value, (int, self.kind)) and not isinstance(value, bool)
@@ -626,6 +643,11 @@ class Range(NamedTuple):
 
 PORTS = Range(1, 65535)
 IDS = Range(1, MAX_ID)
+# Ids after which a list begins.
+AFTER_IDS = Range(0, MAX_ID)
+PAGES, PAGE_SIZES = Range(1, 10**9), Range(1, MAX_PAGE_SIZE)
+# Versions that a person may name.
+NAMED_VERSIONS = Range(1, MAX_NAMED_VERSION)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -678,6 +700,27 @@ def wide_network_of(address: str) -> str:
     return str(network.supernet(new_prefix=24 if network.version == 4 else 48))
 
 
+@contextlib.contextmanager
+def whole_file(path: str, mode: int, is_new: bool) -> Iterator[tuple[int, str]]:
+    """Yield a descriptor and the name of an empty file, which is given its path when it is complete and on the disk.
+
+    mode: whatever the umask. is_new: raise FileExistsError where the path is taken by then; else replace it. After an
+    error nothing is left.
+    """
+    folder = os.path.dirname(path) or os.curdir
+    descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=folder)
+    try:
+        os.fchmod(descriptor, mode)
+        yield descriptor, temporary
+        os.fsync(descriptor)
+        (os.link if is_new else os.replace)(temporary, path)  # not a look and then a rename: link() never replaces
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(FileNotFoundError):  # it was renamed
+            os.unlink(temporary)
+    sync_folder(folder)
+
+
 def replace_file(path: str, text: str, before: os.stat_result | None, mode: int = 0o600) -> None:
     """Replace a file atomically, with owner, group and mode of before; mode is that of a new file.
 
@@ -686,19 +729,11 @@ def replace_file(path: str, text: str, before: os.stat_result | None, mode: int 
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "not a regular file")  # a device, say, which a rename would remove
-    descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=os.path.dirname(path))
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            if before:
-                os.fchown(descriptor, before.st_uid, before.st_gid)
-            os.fchmod(descriptor, stat.S_IMODE(before.st_mode) if before else mode)
+    with whole_file(path, stat.S_IMODE(before.st_mode) if before else mode, is_new=False) as (descriptor, _):
+        if before:
+            os.fchown(descriptor, before.st_uid, before.st_gid)
+        with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
             file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def read_text(path: str) -> str:
@@ -968,21 +1003,29 @@ def read_beside(file: Path) -> str:
 # ======================================================================================
 
 class Outage:
-    """An error that lasts: one line when it begins or changes, not one for each try."""
+    """An error that lasts: a line when it begins or changes, and one when it is over, not one for each try."""
 
-    def __init__(self) -> None:
+    def __init__(self, subject: object, level: int = logging.ERROR, extra: dict[str, Any] | None = None):
+        """subject: what the lines begin with."""
+        self._subject, self._level, self._extra = subject, level, extra
+        self._guard = threading.Lock()
         # "" while all is well.
         self.error = ""
 
-    def log(self, subject: object, error: object, extra: dict[str, Any] | None = None) -> None:
+    def log(self, error: object) -> None:
         """Log an error unless it is the one that lasts already."""
-        if str(error) != self.error:
-            log.error("%s: %s; trying again", subject, error, extra=extra)
-        self.error = str(error)
+        text = str(error)
+        with self._guard:
+            is_new, self.error = text != self.error, text
+        if is_new:
+            log.log(self._level, "%s: %s", self._subject, text, extra=self._extra)
 
     def end(self) -> None:
-        """Note that the error is over: the next one is logged, even if it is the same."""
-        self.error = ""
+        """Note that the error is over, in a line if there was one."""
+        with self._guard:
+            text, self.error = self.error, ""
+        if text:
+            log.info("%s: mended: %s", self._subject, text, extra=self._extra)
 
 
 GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
@@ -1192,7 +1235,7 @@ def set_up_log(settings: Settings, command: str) -> None:
 # ======================================================================================
 # Certificates: TLS contexts, files watched for renewal, revocation lists, expiry; for
 #   agents and API alike.
-# Uses: Vocabulary, Helpers.
+# Uses: Vocabulary, Helpers, Log and metrics.
 # ======================================================================================
 
 def verify_no_common_name(context: ssl.SSLContext) -> None:
@@ -1260,18 +1303,20 @@ class TlsFiles:
         # file_stamp() of the files when they were last read, and of the certificate and key in use.
         self._stamp: tuple[object, ...] = ()
         self._pair_stamp: tuple[object, ...] = ()
+        # Content of the certificate and key in use.
+        self._pair = b"", b""
         # Digest of the CA and CRLs in use.
         self._trust = ""
         self._context: ssl.SSLContext | None = None
-        # Why the files as they are now are not used.
-        self._fault = ""
+        self._outage = Outage("renewed certificate", logging.WARNING)
         # When a renewed certificate becomes valid.
         self._valid_from = float("inf")
 
     def context(self) -> ssl.SSLContext:
         """Return the context of the files as they are now; raise ConfigError when there is none that works.
 
-        The last pair stays in use while a renewal is half done, or the new certificate is expired or not valid yet.
+        The last pair stays in use while a renewal is half done, the key is open to others, or the new certificate is
+        expired or not valid yet; a new CA or CRL is taken all the same.
         """
         return self.current()[0]
 
@@ -1283,15 +1328,16 @@ class TlsFiles:
                 try:
                     self._valid_from = float("inf")
                     made = self._make(*self._files)
-                    if self._context is not None and stamp[:2] != self._pair_stamp:  # a new CA or CRL is always taken
+                    if self._context is not None and stamp[:2] != self._pair_stamp:
                         self._refuse_invalid(self._files[0])
                     self._context, self._pair_stamp, self._trust = made, stamp[:2], _digest_of_file(self._files[-1])
-                    self._fault = ""
+                    self._pair = _content_of(self._files[0]), _content_of(self._files[1])
+                    self._outage.end()
                 except ConfigError as error:
                     if self._context is None:
                         raise
-                    self._fault = str(error)
-                    log.warning("renewed certificate not taken yet, the one before goes on: %s", error)
+                    self._outage.log(f"not taken yet, the one before goes on: {error}")
+                    self._take_trust()
                 self._stamp = stamp
             assert self._context is not None
             return self._context, self._trust
@@ -1301,8 +1347,16 @@ class TlsFiles:
         with self._guard:
             self._stamp = ()
         self.context()
-        if self._fault:
-            raise ConfigError(f"{self._fault} (the one before goes on)")
+        if self._outage.error:
+            raise ConfigError(self._outage.error)
+
+    def _take_trust(self) -> None:
+        """Make a context of the last pair with the CA and CRLs as they are now, if they have changed and are good."""
+        *_, ca = self._files
+        trust = _digest_of_file(ca)
+        if trust != self._trust and hasattr(os, "memfd_create"):
+            with contextlib.suppress(ConfigError), _in_memory(self._pair[0]) as cert, _in_memory(self._pair[1]) as key:
+                self._context, self._trust = self._make(cert, key, ca), trust
 
     def _refuse_invalid(self, path: str) -> None:
         """Raise ConfigError for a certificate that has expired or is not valid yet."""
@@ -1315,10 +1369,24 @@ class TlsFiles:
                 raise ConfigError(f"{path} is not valid before {utc_text(since)}")
 
 
-def _digest_of_file(path: str) -> str:
+def _content_of(path: str) -> bytes:
     with contextlib.suppress(OSError):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
-    return ""
+        return Path(path).read_bytes() if path else b""
+    return b""
+
+
+def _digest_of_file(path: str) -> str:
+    return hashlib.sha256(_content_of(path)).hexdigest()
+
+
+@contextlib.contextmanager
+def _in_memory(content: bytes) -> Iterator[str]:
+    """Yield the path of a file that is on no disk, of this user alone: OpenSSL reads keys from files only."""
+    with open(os.memfd_create("releasectl"), "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(content)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 VALIDITY = re.compile(rb"(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)")
@@ -2394,7 +2462,7 @@ def parse_target(value: object) -> str:
 
 def parse_version(field: str, value: object) -> int:
     """Return a version that a person names; raise AppError(INVALID) for anything else."""
-    return _parse_number(field, value, Range(1, MAX_NAMED_VERSION))
+    return _parse_number(field, value, NAMED_VERSIONS)
 
 
 def _share(low: int) -> tuple[Callable[[Any], int | str], dict[str, Any]]:
@@ -3167,13 +3235,6 @@ NODE_TRANSITIONS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def check_transition(transitions: Mapping[str, tuple[str, ...]], before: str, after: str) -> str:
-    """Return after; raise RuntimeError where it may not follow before."""
-    if after != before and after not in transitions.get(before, ()):
-        raise RuntimeError(f"no status {after} after {before}")
-    return after
-
-
 # Results of a request, beside SUCCESS and FAILED, which are believed.
 ACCEPTED = "accepted"   # the agent has the task
 WORKING = "working"     # the task has not ended
@@ -3432,7 +3493,7 @@ def decide(situation: Situation) -> Decision:
     if release.status == RUNNING and not situation.is_failing and not situation.exceeded:
         stage = stage_of(release, nodes, now, strategy)
         situation = situation._replace(stage=stage)
-    status = check_transition(RELEASE_TRANSITIONS, release.status, _next_status(situation))
+    status = _next_status(situation)
     renamed, unsent = _renamed(nodes), _apply(nodes, _unsent(nodes))
     is_going = status == RUNNING and not situation.is_failing and not situation.freeze.frozen
     begun = _dispatches(release, nodes, now, policy, strategy, stage.batch, _slots_for_dispatches(situation),
@@ -3469,7 +3530,6 @@ def _apply(nodes: NodeIndex, changes: Iterable[NodeChange]) -> list[NodeChange]:
     """Make the changes and return them."""
     applied = list(changes)
     for change in applied:
-        check_transition(NODE_TRANSITIONS, change.before.status, change.after.status)
         nodes.put(change.after)
     return applied
 
@@ -3739,8 +3799,7 @@ def check_resume(release: Release, nodes: NodeIndex, strategy: Strategy, accepts
 
 def status_after_verb(verb: str, release: Release) -> str:
     """Return the status after a verb; a release that never started is pending again after resume."""
-    after = PENDING if verb == "resume" and not release.started_at else VERBS[verb].status
-    return check_transition(RELEASE_TRANSITIONS, release.status, after)
+    return PENDING if verb == "resume" and not release.started_at else VERBS[verb].status
 
 
 # Whether two releases share a node.
@@ -3827,6 +3886,8 @@ MAX_TRANSACTION_S = 45.0
 LAST_TRANSACTION_S = 2.0
 # Key of PostgreSQL's advisory lock.
 PG_LOCK_KEY = 7235419
+# A shorter password is masked in what a driver says only where it is no part of a longer word.
+MIN_MASKED_CHARS = 6
 LOCK_NOT_AVAILABLE, PROTOCOL_VIOLATION = "55P03", "08P01"
 # Servers that only speak PostgreSQL's protocol, as version() names them.
 OTHER_SERVERS = re.compile(
@@ -4072,8 +4133,8 @@ class SqliteEngine:
 
     def _make_file(self) -> None:
         """Make the file with mode 0600, whatever the umask, where there is none; -wal and -shm get the same mode."""
-        with contextlib.suppress(FileExistsError):
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with contextlib.suppress(FileExistsError):  # realpath(): a link may lead to where no file is yet
+            handle = os.open(os.path.realpath(self.path), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 os.fchmod(handle, 0o600)
             finally:
@@ -4107,24 +4168,18 @@ class SqliteEngine:
 
         Others may read and write meanwhile. The file gets its name when it is complete and on the disk.
         """
-        if os.path.lexists(path):
-            raise AppError(EXISTS, f"{path} exists already: name another file")
-        folder, temporary = os.path.dirname(path) or os.curdir, ""
         source = self.connect(create=False)
         try:
-            handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=folder)
-            with open(handle, "rb") as file:
-                os.fchmod(handle, 0o600)  # whatever the umask
+            if os.path.lexists(path):  # before a copy is made for nothing
+                raise FileExistsError
+            with whole_file(path, 0o600, is_new=True) as (_, temporary):
                 self._copy(source, temporary)
-                os.fsync(file.fileno())
-            os.rename(temporary, path)
-            sync_folder(folder)
+        except FileExistsError:
+            raise AppError(EXISTS, f"{path} exists already: name another file") from None
         except (sqlite3.Error, OSError) as error:
             raise DatabaseError(f"{self} could not be copied to {path}: {os_reason(error)}") from None
         finally:
             close_quietly(source)
-            with contextlib.suppress(OSError):  # it was renamed
-                os.unlink(temporary)
         return os.path.getsize(path)
 
     @staticmethod
@@ -4217,7 +4272,9 @@ class PostgresEngine:
         raw = re.search(r":([^:@/]*)@", url)
         secrets_ = {self.parts.password, raw[1] if raw else "", *(
             value for key, value in self.parts.query.items() if "password" in key)}
-        self._secrets = sorted(filter(None, secrets_), key=len, reverse=True)
+        self._secrets = re.compile("|".join(
+            re.escape(each) if len(each) >= MIN_MASKED_CHARS else rf"(?<!\w){re.escape(each)}(?!\w)"
+            for each in sorted(filter(None, secrets_), key=len, reverse=True)) or "(?!)")
         self.is_pg8000 = self.driver.__name__ == "pg8000.dbapi"
         if self.is_pg8000:
             if len(self.parts.hosts) > 1:
@@ -4316,9 +4373,7 @@ class PostgresEngine:
 
     def without_password(self, text: str) -> str:
         """Return a text with the password masked, as it is in the URL and decoded."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+        return self._secrets.sub("***", text)
 
     def is_data_error(self, error: Exception) -> bool:
         """Return whether the error is due to a value: SQLSTATE 22 and 54, or the driver's refusal."""
@@ -4958,13 +5013,13 @@ class AuditReport(NamedTuple):
     faults: list[str]
 
 
-# The canonical form of what is hashed: compact JSON in ASCII (docs/SECURITY.md).
-_CANONICAL = json.JSONEncoder(separators=(",", ":"), default=repr)
+# What the chain hashes: compact JSON in ASCII (docs/SECURITY.md). A payload's digest is of canonical_json().
+_CHAINED = json.JSONEncoder(separators=(",", ":"), default=repr)
 
 
 def audit_hash(row: AuditRow, hash_before: str) -> str:
     """Return the hash of a row after one with hash_before, which is "" for the first row."""
-    return hashlib.sha256(_CANONICAL.encode([hash_before, *row[:-1]]).encode()).hexdigest()
+    return hashlib.sha256(_CHAINED.encode([hash_before, *row[:-1]]).encode()).hexdigest()
 
 
 def audit_fault(row: AuditRow, id_before: int, hash_before: str) -> str:
@@ -4983,9 +5038,9 @@ def audit_text(values: Mapping[str, object] | None) -> str:
     """Return before or after of a row: JSON, "" for nothing; above MAX_AUDIT_BYTES long values become digests."""
     if not values:
         return ""
-    text = _CANONICAL.encode(values)
+    text = _CHAINED.encode(values)
     if len(text) > MAX_AUDIT_BYTES:
-        text = _CANONICAL.encode({key: _shortened(value) for key, value in values.items()})
+        text = _CHAINED.encode({key: _shortened(value) for key, value in values.items()})
     return text
 
 
@@ -4995,7 +5050,7 @@ def non_empty(**values: object) -> dict[str, object]:
 
 
 def _shortened(value: object) -> object:
-    text = _CANONICAL.encode(value)
+    text = _CHAINED.encode(value)
     return value if len(text) <= 512 else {"sha256": hashlib.sha256(text.encode()).hexdigest(), "bytes": len(text)}
 
 
@@ -5021,9 +5076,9 @@ def add_events(tx: Transaction, at: str, actor: Who, events: Iterable[NewEvent])
     """
     rows = []
     for new in events:
-        if new.from_status != new.to_status and new.from_status:
-            check_transition(RELEASE_TRANSITIONS if new.node_id is None else NODE_TRANSITIONS,
-                             new.from_status, new.to_status)
+        transitions = RELEASE_TRANSITIONS if new.node_id is None else NODE_TRANSITIONS
+        if new.from_status and new.to_status not in (new.from_status, *transitions.get(new.from_status, ())):
+            raise RuntimeError(f"no status {new.to_status} after {new.from_status}")
         rows.append((new.release_id, new.node_id, at, str(actor), new.event, new.from_status, new.to_status,
                      detail_text(new.detail)))
     tx.insert_many("INSERT INTO release_events (release_task_id, node_id, at, actor, event, from_status, to_status, "
@@ -5200,7 +5255,7 @@ class Audit:
                 ORDER BY id
                 LIMIT ?""", release_id, last_id, AUDIT_PAGE)
             if rows:
-                digest.update((b"," if count else b"") + _CANONICAL.encode(rows)[1:-1].encode())
+                digest.update((b"," if count else b"") + _CHAINED.encode(rows)[1:-1].encode())
                 count, last_id = count + len(rows), rows[-1][0]
             if len(rows) < AUDIT_PAGE:
                 digest.update(b"]")
@@ -8094,8 +8149,13 @@ class AgentClient:
         """
         if self._tls:
             self._tls.context()
-            if not key_may_be_open:
-                require_private("CONTROL_KEY", self._key)
+        if not key_may_be_open:
+            self.check_key()
+
+    def check_key(self) -> None:
+        """Raise ConfigError where others can read our key."""
+        if self._tls and self._key:
+            require_private("CONTROL_KEY", self._key)
 
     def reload(self) -> None:
         """Read the certificates again; raise ConfigError when they can't be used."""
@@ -8653,7 +8713,7 @@ class Driver:
         self._unclear: tuple[Release, Decision] | None = None
         # Cycles in a row that were rolled back because somebody else changed the release.
         self._moved = 0
-        self._outage = Outage()
+        self._outage = Outage(lease.claim, extra=about(lease.claim))
         self._news_at = self._reason_written_at = self._decided_at = self._now().elapsed
 
     def start(self) -> None:
@@ -8740,7 +8800,7 @@ class Driver:
             is_over = self._is_tick and not self.lease.is_valid(self._now().elapsed)  # others may go on then
             if self.lease.is_lost or self._context.stopping.is_set() or is_over:
                 raise
-            self._outage.log(self.lease.claim, error, about(self.lease.claim))
+            self._outage.log(f"{error}; trying again")
             self._is_stale = True
             return min(self._policy.interval_s, 1.0)
         finally:
@@ -9069,17 +9129,19 @@ class Executor:
         """
         worked_on: dict[int, None] = {}
         running: list[Driver] = []
-        outage = Outage()
+        outage = Outage("executor")
         while True:
             started: list[Driver] = []
             had_running, taken = bool(running), 0
             try:
                 taken = self._scan(started, is_tick=False)
+                if had_running:
+                    self.agents.check_key()
                 outage.end()
             except AppError as error:
                 if not had_running and not started:
                     raise
-                outage.log("executor", error)
+                outage.log(f"{error}; trying again")
             worked_on.update(dict.fromkeys(driver.lease.claim.release_id for driver in started))
             # it scans again meanwhile: a release of ours may wait for a node of one whose owner died
             until = self.clock.elapsed() + self.settings.release_executor_interval_sec
@@ -9109,15 +9171,16 @@ class Executor:
 
         beat is called after each scan, with a sentence on what is being done, as long as no thread of ours hangs.
         """
-        outage = Outage()
+        outage = Outage("executor")
         while not self.stopping.is_set():
             self._wake.clear()
             try:
                 self._scan([], is_tick=False)
                 self.scanned_at = self.clock.wall()
+                self.agents.check_key()  # an open one is logged also while there is nothing to begin
                 outage.end()
             except AppError as error:
-                outage.log("executor", error)
+                outage.log(f"{error}; trying again")
             except Exception:  # the edge of a scan: the loop goes on
                 log.exception("executor: a scan for work failed")
             hung = self.hung()
@@ -9627,7 +9690,7 @@ def openapi_schemas() -> dict[str, Any]:
             "payload": _OBJECT, "strategy": ref_schema("Strategy"),
             "nodeIds": {**_array(ID), "minItems": 1, "uniqueItems": True},
             "labels": _NODE_FIELD_SCHEMAS["labels"], "dryRun": _FLAG,
-            "version": {"type": "integer", "minimum": 1, "maximum": MAX_NAMED_VERSION}}, required=[])
+            "version": NAMED_VERSIONS.schema}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": schema_of({"reason": _REASON}, required=[]),
         "Retry": schema_of(again, required=[]),
@@ -9659,7 +9722,8 @@ def openapi_schemas() -> dict[str, Any]:
 # region Access
 # ======================================================================================
 # Access: tokens, client certificates, throttling.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Strategy, HTTP wire.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Strategy, HTTP
+#   wire.
 # ======================================================================================
 
 # Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
@@ -9750,8 +9814,7 @@ class Tokens:
         self._guard = threading.Lock()
         self._stamp: object = None
         self._entries: list[tuple[str, str, str]] = []
-        # Why the file can't be read, as logged last.
-        self._logged = ""
+        self._outage = Outage("tokens")
 
     def load(self) -> list[tuple[str, str, str]]:
         """Return name, role and hash of each token; raise ConfigError naming the line that is wrong."""
@@ -9767,6 +9830,16 @@ class Tokens:
         with self._guard:
             self._stamp = None
         return len(self.load())
+
+    def check(self) -> list[tuple[str, str, str]]:
+        """Return load(), and log what it raises, while that lasts once."""
+        try:
+            entries = self.load()
+        except ConfigError as error:
+            self._outage.log(f"none is accepted: {error}")
+            raise
+        self._outage.end()
+        return entries
 
     def _read(self) -> list[tuple[str, str, str]]:
         require_private("API_TOKENS_FILE", self._path)
@@ -9794,13 +9867,9 @@ class Tokens:
         if not authorization or scheme.lower() != "bearer" or not token.strip():
             raise AppError(NO_TOKEN, "no token: send the header Authorization: Bearer TOKEN")
         try:
-            entries = self.load()
-        except ConfigError as error:
-            if str(error) != self._logged:  # not at each request
-                log.error("no token is accepted: %s", error)
-            self._logged = str(error)
+            entries = self.check()
+        except ConfigError:
             raise AppError(INTERNAL, "the tokens can't be read: see the log of releasectl") from None
-        self._logged = ""
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
         found = None
         for name, role, known in entries:
@@ -9831,7 +9900,6 @@ def add_token(path: str, name: str, role: str) -> str:
                                        "or take a new name")
             text = Path(path).read_text(encoding="utf-8") if before else ""
             replace_file(path, text + ("\n" if text and not text.endswith("\n") else "") + line, before)
-            os.fsync(guard)
         finally:
             os.close(guard)
     except OSError as error:
@@ -9925,23 +9993,23 @@ ID_DIGITS = "[0-9]{1,4000}"
 # Parameter of a query: its schema.
 QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
-    "page": {"type": "integer", "minimum": 1, "maximum": 10**9, "default": 1},
-    "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
+    "page": {**PAGES.schema, "default": 1},
+    "pageSize": {**PAGE_SIZES.schema, "default": 20},
     "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
     "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
     "drift": {"type": "string", "enum": ["", *DRIFTS]},
     "label": {"type": "string", "description": "only nodes with these labels: K=V, several with a comma between"},
     "name": {"type": "string", "description": "only nodes of these names, several with a comma between: edge-*"},
-    "runs": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0,
+    "runs": {**AFTER_IDS.schema, "default": 0,
              "description": "only nodes that run this release"},
     "search": {"type": "string", "description": "only nodes with this in their name, address or labels"},
     "sort": {"type": "string", "enum": [*NODE_ORDERS, *(f"-{order}" for order in NODE_ORDERS)], "default": "id"},
     "object": {"type": "string", "description": "only acts on this: node edge-1"},
     "with": {"type": "string", "pattern": f"^({BEFORE}|{ID_DIGITS})$", "default": BEFORE,
              "description": f"id of a release; {BEFORE}: the newest one of the target before it that succeeded"},
-    "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
-    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
-    "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
+    "after": {**AFTER_IDS.schema, "default": 0},
+    "limit": {**Range(1, 1000).schema, "default": 100},
+    "wait": {**Range(0, MAX_EVENTS_WAIT_S).schema, "default": 0,
              "description": "seconds to wait for an event when there is none yet"},
 }
 
@@ -9962,12 +10030,13 @@ class Request(NamedTuple):
     def integer(self, name: str) -> int:
         """Return a number of the query; raise AppError 2002 when it is none, 2003 out of range."""
         schema = QUERY_PARAMETERS[name]
-        text, low, high = self.query.get(name, str(schema["default"])), schema["minimum"], schema["maximum"]
-        if not re.fullmatch(r"-?[0-9]{1,4000}", text):  # int() itself has a limit of 4300 digits
+        text = self.query.get(name, str(schema["default"]))
+        if not re.fullmatch(r"-?[0-9]+", text):
             raise AppError(MALFORMED, f"{name} {one_line(text, 40)!r} is not a number")
-        if not low <= int(text) <= high:
-            raise AppError(INVALID, f"{name} must be from {low} to {high}")
-        return int(text)
+        try:
+            return int(Range(schema["minimum"], schema["maximum"]).from_text(text))
+        except ValueError as error:
+            raise AppError(INVALID, f"{name} {error}") from None
 
     def words(self, name: str) -> list[str]:
         """Return the parts of a parameter between its commas, none for an empty one."""
@@ -10911,6 +10980,14 @@ class ApiServer(http.server.ThreadingHTTPServer):
         except OSError as error:
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: {os_reason(error)}") from None
 
+    def check_files(self) -> None:
+        """Log what is wrong with the files of tokens and TLS by now; each request does it too."""
+        if self.tls:
+            self.tls.context()
+        if self.tokens:
+            with contextlib.suppress(ConfigError):
+                self.tokens.check()
+
     def server_bind(self) -> None:
         """Bind without the reverse lookup of http.server, which may take long on a host without DNS."""
         socketserver.TCPServer.server_bind(self)
@@ -11463,7 +11540,7 @@ class Screen:
 # ======================================================================================
 
 # Where a command's options have the id of a release, or LATEST.
-RELEASE_OPTIONS = ("id", "other", "to", "release")
+RELEASE_OPTIONS = ("id", "other", "to", "release", "runs")
 
 
 class Context:
@@ -12108,8 +12185,8 @@ def command_node_ping(context: Context) -> int:
 # ======================================================================================
 # Service: the processes serve and run-once: signals, the service manager, files that
 #   change.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Agents, Executor, Serialization,
-#   API, Server, Check and why, Terminal, Commands.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Agents,
+#   Executor, Serialization, API, Server, Check and why, Terminal, Commands.
 # ======================================================================================
 
 def command_serve(context: Context) -> int:
@@ -12126,7 +12203,7 @@ def command_serve(context: Context) -> int:
                                      lambda: process_json(settings, executor), executor.is_busy,
                                      lambda: certificate_figures(settings), executor.hung))
     _handle_signals(executor.stop, lambda: _reload(settings, agents, server))
-    manager, secret_files = ServiceManager(os.environ.get("NOTIFY_SOCKET", "")), SecretFiles(settings)
+    manager = ServiceManager(os.environ.get("NOTIFY_SOCKET", ""))
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     with starting_threads():
         accept.start()
@@ -12137,7 +12214,7 @@ def command_serve(context: Context) -> int:
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
 
     def beat(sentence: str) -> None:
-        secret_files.check()
+        server.check_files()
         if accept.is_alive():
             manager.notify("WATCHDOG=1", f"STATUS={one_line(sentence)}")
 
@@ -12198,12 +12275,10 @@ def _run_once(context: Context) -> int:
     executor = Executor(settings, context.store, AgentClient(settings, context.metrics), context.metrics)
     _handle_signals(executor.stop, lambda: _reload(settings, executor.agents))
     _raise_descriptor_limit()
-    secret_files = SecretFiles(settings)
     written_at = time.monotonic()
 
     def beat() -> None:
         nonlocal written_at
-        secret_files.check()
         if time.monotonic() >= written_at + METRICS_EVERY_S:
             written_at = time.monotonic()
             with contextlib.suppress(AppError):  # reported at the end, if it still fails then
@@ -12249,25 +12324,21 @@ class ServiceManager:
     def __init__(self, address: str):
         """address: of the socket, "" for none."""
         self._address = address
-        # The last error, as it was logged.
-        self._logged = ""
+        self._outage = Outage("systemd", logging.WARNING)
 
     def notify(self, *lines: str) -> None:
         """Send lines of state."""
         if not self._address:
             return
-        trouble = ""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.settimeout(1.0)
                 # in the environment, @ stands for the NUL of an abstract name
                 sock.sendto("\n".join(lines).encode(),
                             "\0" + self._address[1:] if self._address.startswith("@") else self._address)
+            self._outage.end()
         except OSError as error:
-            trouble = os_reason(error)
-        if trouble and trouble != self._logged:  # not at each heartbeat
-            log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], self._address, trouble)
-        self._logged = trouble
+            self._outage.log(f"could not be told anything: NOTIFY_SOCKET {self._address}: {os_reason(error)}")
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
@@ -12329,37 +12400,6 @@ def _reload(settings: Settings, agents: AgentClient, server: ApiServer | None = 
     log.log(logging.ERROR if is_wrong else logging.INFO,
             "SIGHUP: read again: %s; other settings need a restart; the log goes to standard error, so no file is "
             "reopened", ", ".join(results) or "nothing")
-
-
-class SecretFiles:
-    """Logs when a file that others may not read becomes readable for them while a process runs."""
-
-    CHECK_EVERY_S = 2.0
-
-    def __init__(self, settings: Settings):
-        self._files = [(name, path) for name, path in (
-            ("CONTROL_KEY", settings.control_key if settings.mtls_enabled else ""), ("HTTP_KEY", settings.http_key),
-            ("API_TOKENS_FILE", settings.api_tokens_file)) if path]
-        # What is wrong with each file, as logged last.
-        self._logged: dict[str, str] = {}
-        self._next_check_at = 0.0
-
-    def check(self) -> None:
-        """Log what has changed since the last check."""
-        if time.monotonic() < self._next_check_at:
-            return
-        self._next_check_at = time.monotonic() + self.CHECK_EVERY_S
-        for name, path in self._files:
-            trouble = ""
-            try:
-                require_private(name, path)
-            except (ConfigError, OSError) as error:
-                trouble = one_line(error)
-            if trouble and trouble != self._logged.get(name):
-                log.error("%s", trouble)
-            elif not trouble and self._logged.get(name):
-                log.info("%s %s is as it should be again", name, path)
-            self._logged[name] = trouble
 
 
 def _raise_descriptor_limit() -> None:
@@ -12597,15 +12637,6 @@ COMPLETIONS: Mapping[str, Callable[[Sequence[Command]], str]] = {"bash": bash_co
 #   commands, Service, Arguments.
 # ======================================================================================
 
-def _int_option(flag: str, low: int, high: int, **keywords: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return an option that takes a whole number from low to high."""
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
-        return int(text)
-    return option(flag, type=parse, **keywords)
-
-
 def _age_s(text: str) -> float:
     """Parse a time of a day or more: an Idempotency-Key is kept for a day, with its release."""
     seconds = parse_duration(text)
@@ -12634,10 +12665,11 @@ def _audit_head(text: str) -> tuple[int, str]:
 def _release_id(text: str) -> int | str:
     if text == LATEST:
         return text
-    if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > MAX_ID:
+    try:
+        return int(AFTER_IDS.from_text(text))
+    except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a release: use a number from `releasectl.py list`, or `latest`")
-    return int(text)
+            f"{text!r} is not a release: use a number from `releasectl.py list`, or `latest`") from None
 
 
 _ID_OPTION = option("id", metavar="ID", type=_release_id, help="id of the release, or latest")
@@ -12656,7 +12688,7 @@ _WAIT_OPTIONS = (
 _STRATEGY_OPTIONS = tuple(option(flag, type=parse, metavar=metavar, help=text)
                           for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS))
 _NODE_OPTIONS = (
-    _int_option("--port", 1, 65535, help="the agent's port (8443)"),
+    option("--port", type=PORTS.argument, help="the agent's port (8443)"),
     option("--protocol", choices=PROTOCOLS, help="the agent's protocol (tasks)"),
     option("--label", action="append", metavar="K=V", help="a label; may be repeated"),
     option("--status", choices=NODE_STATUSES, help="only online nodes get releases"),
@@ -12678,7 +12710,7 @@ COMMANDS: tuple[Command, ...] = (
         option("--metrics-file", default="", metavar="FILE",
                help="write figures there for node_exporter's textfile collector: a name that ends with .prom"))),
     Command("migrate", "bring the database to this schema.sql", command_migrate, (
-        _int_option("--first-version", 1, MAX_NAMED_VERSION, metavar="N",
+        option("--first-version", type=NAMED_VERSIONS.argument, metavar="N",
                     help="number new releases from N on: after a restore, or where agents have higher versions"),)),
     Command("node add", "add a node", command_node_add, (
         option("name", metavar="NAME"), option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
@@ -12686,7 +12718,7 @@ COMMANDS: tuple[Command, ...] = (
         option("names", nargs="*", metavar="NAME", help="only these; * and ? stand for other characters: 'edge-fra-*'"),
         option("--drift", choices=DRIFTS, help="only nodes with this drift"),
         option("--label", action="append", metavar="K=V", help="only nodes with this label; may be repeated"),
-        _int_option("--runs", 1, MAX_ID, metavar="ID", help="only nodes that run this release"),
+        option("--runs", type=_release_id, metavar="ID", help="only nodes that run this release, or latest"),
         option("--search", default="", metavar="TEXT", help="only nodes with this in name, address or labels"),
         option("--sort", choices=QUERY_PARAMETERS["sort"]["enum"], default="id", metavar="KEY",
                help="id, name, address, runs, or drift with the worst first; backwards: --sort=-runs (id)"))),
@@ -12712,18 +12744,18 @@ COMMANDS: tuple[Command, ...] = (
         _REASON_OPTION, option("--target", default="cdn"),
         option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
         option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
-        _int_option("--version", 1, MAX_NAMED_VERSION, metavar="N", help="a higher version than the next one"),
+        option("--version", type=NAMED_VERSIONS.argument, metavar="N", help="a higher version than the next one"),
         *_STRATEGY_OPTIONS, _PLAN_OPTION, *_WAIT_OPTIONS)),
     Command("list", "list releases, newest first", command_list, (
         option("--status", choices=RELEASE_STATUSES),
-        _int_option("--page", 1, 10**9, default=1), _int_option("--page-size", 1, MAX_PAGE_SIZE, default=20))),
+        option("--page", type=PAGES.argument, default=1), option("--page-size", type=PAGE_SIZES.argument, default=20))),
     Command("status", "a release and its nodes", command_status, (_ID_OPTION,)),
     Command("watch", "follow a release to its end", command_watch, (
         option("id", metavar="ID", nargs="?", default=LATEST, type=_release_id,
                help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
     Command("events", "the history of a release", command_events, (
-        _ID_OPTION, _int_option("--after", 0, MAX_ID, default=0, help="only events with a higher id"),
-        _int_option("--limit", 1, 100000, default=1000))),
+        _ID_OPTION, option("--after", type=AFTER_IDS.argument, default=0, help="only events with a higher id"),
+        option("--limit", type=Range(1, 100000).argument, default=1000))),
     Command("payload", "the payload of a release, as it was sent but for the version", command_payload, (_ID_OPTION,)),
     Command("diff", "what a release changes against another one; exit 0: nothing, 1: something", command_diff, (
         _ID_OPTION, option("other", metavar="OTHER", nargs="?", type=_release_id,
@@ -12736,9 +12768,9 @@ COMMANDS: tuple[Command, ...] = (
         option("--release", type=_release_id, metavar="ID", help="only on this release, or latest"),
         option("--since", type=_since, metavar="TIME", help="only since then: 2h or 7d ago, "
                 "or 2026-01-31T00:00:00Z"),
-        _int_option("--after", 0, MAX_ID, default=0, metavar="ID",
+        option("--after", type=AFTER_IDS.argument, default=0, metavar="ID",
                     help="the first rows with a higher id (without it: the newest rows)"),
-        _int_option("--limit", 1, 100000, default=100, metavar="N", help="at most N rows (100)"),
+        option("--limit", type=Range(1, 100000).argument, default=100, metavar="N", help="at most N rows (100)"),
         option("--verify", action="store_true",
                help="prove that no row was changed, taken away or inserted, nor an event of an ended release; "
                      "exit 1 where one was"),
@@ -12768,7 +12800,8 @@ COMMANDS: tuple[Command, ...] = (
         option("file", metavar="FILE", help="a new file; it gets mode 0600"),)),
     Command("prune", "delete old releases with their history; what a rollback needs stays", command_prune, (
         option("--older-than", type=_age_s, required=True, metavar="TIME", help="ended longer ago than that: 90d"),
-        _int_option("--keep", 1, 10**9, default=10, metavar="N", help="keep the newest N of each target (10)"),
+        option("--keep", type=Range(1, 10**9).argument, default=10, metavar="N",
+               help="keep the newest N of each target (10)"),
         option("--dry-run", action="store_true", help="show what would be deleted, and delete nothing"))),
     Command("version", "version and SHA-256 of this file, and what it runs on", command_version,
             needs_settings=False),

@@ -268,6 +268,15 @@ def test_what_a_driver_says_is_masked_before_it_is_cut_to_a_line(driver):
     assert "S3cr3t" not in engine.explain(Exception("x" * (rc.MAX_MESSAGE_CHARS - 10) + "S3cr3t  Word"))
 
 
+@pytest.mark.parametrize(("password", "said", "masked"), [
+    ("a", "no password a for database a at host a.b", "no password *** for database *** at host ***.b"),
+    ("on", "connection of a: on", "connection of a: ***"), ("%25", "25 %", "25 ***"),
+    ("S3cr3t", "xS3cr3tx", "x***x")])
+def test_a_short_password_masks_no_part_of_a_word(driver, password, said, masked):
+    engine = rc.PostgresEngine(f"postgresql://app:{password}@h/d")
+    assert engine.explain(Exception(said)).endswith(f": {masked}")
+
+
 def test_a_running_service_tells_nobody_its_password(cli, proxy, driver):
     for_processes(cli, proxy.url.replace("//releasectl@", "//releasectl:a[S3cr3t]W0rd@"), driver)
     port = int(cli.settings["HTTP_ADDR"].rpartition(":")[2])

@@ -125,7 +125,7 @@ def test_without_a_manager_that_listens_it_serves_all_the_same(service):
         serve.terminate()
         result = Cli.end(serve)
     assert result.code == 0
-    assert f"systemd could not be told READY=1: NOTIFY_SOCKET {service.folder}/nobody: no such file" in result.err
+    assert f"systemd: could not be told anything: NOTIFY_SOCKET {service.folder}/nobody: no such file" in result.err
 
 
 def test_who_is_ended_by_the_watchdog_tells_where_each_thread_was(service, manager):

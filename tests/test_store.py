@@ -43,6 +43,17 @@ def finish(store: rc.Store, claim: rc.Claim, node_id: int, verdict: rc.Verdict =
 
 # -- rule 1: creation --------------------------------------------------------------------------
 
+@pytest.mark.parametrize(("node_id", "before", "after"), [
+    (None, "success", "running"), (None, "pending", "success"), (1, "failed", "running"), (1, "skipped", "pending")])
+def test_a_change_of_a_status_that_is_no_transition_is_not_written(store, node_id, before, after):
+    add_nodes(store, 1)
+    release = new_release(store)
+    with pytest.raises(RuntimeError, match=f"no status {after} after {before}"), \
+            store.database.transaction(write=True) as tx:
+        rc.add_events(tx, tx.now(), "x", [rc.NewEvent(release.id, "changed", before, after, node_id=node_id)])
+    assert [event.event for event in store.releases.events(release.id)] == ["created"]
+
+
 def test_rule_1_versions_grow_and_the_nodes_are_those_enabled_and_online_by_id(store):
     nodes = add_nodes(store, 5)
     store.nodes.update(nodes[1].id, {"enabled": 0})

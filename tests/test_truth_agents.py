@@ -502,7 +502,7 @@ def bad_pair(request, certs, tmp_path):
 
 def not_taken(told) -> list[str]:
     messages = [record.getMessage() for record in told.records]
-    return [message for message in messages if "renewed certificate not taken yet" in message]
+    return [message for message in messages if message.startswith("renewed certificate: not taken yet")]
 
 
 def test_a_renewed_certificate_that_nobody_accepts_now_does_not_replace_the_good_one(
