@@ -39,8 +39,8 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
   EXECUTION
     Event loop          coroutines that wait for sockets: many in one thread, or one in the
                         caller's
-    HTTP wire           one connection's bytes against limits and deadlines, and who may stay
-                        when there are many
+    HTTP wire           heads and bodies read and written, for API and agents alike; and which of
+                        many connections may stay
     Dialects            what agents are sent, and how their answers are read (contract section 1)
     Agents              connections to agents, deadlines, requests, probes
     Driver              one claimed release: read, decide, commit, send, collect
@@ -84,7 +84,7 @@ import functools
 import getpass
 import hashlib
 import hmac
-import http.client
+import http
 import http.server
 import importlib
 import io
@@ -6702,14 +6702,11 @@ class EventLoop:
 class TimedSocket:
     """A connected socket, plain or TLS, with one deadline for all its waits, also under a peer that drips."""
 
-    def __init__(self, sock: socket.socket, ends_at: float, max_bytes: int):
+    def __init__(self, sock: socket.socket, ends_at: float, max_bytes: int = sys.maxsize):
         """Take a non-blocking socket, a moment of time.monotonic(), and how many bytes may be read in all."""
         self.sock = sock
         self.ends_at = ends_at
         self.received = 0
-        # Bytes that were given back, to be read again.
-        self.unread = b""
-        self.at_end = False
         self._max_bytes = max_bytes
         self._reads = 0
 
@@ -6744,9 +6741,6 @@ class TimedSocket:
 
         A peer whose bytes are always there, few at a time, delays no other coroutine and has the same deadline.
         """
-        if self.unread:
-            data, self.unread = self.unread[:max_bytes], self.unread[max_bytes:]
-            return data
         self._reads += 1
         if self._reads % READS_AT_ONCE == 0:
             if time.monotonic() >= self.ends_at:
@@ -6754,30 +6748,9 @@ class TimedSocket:
             await YIELD
         data = await self.when_ready(functools.partial(self.sock.recv, max_bytes), select.POLLIN)
         self.received += len(data)
-        self.at_end = not data
         if self.received > self._max_bytes:
             raise TooBig
         return data
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        """Return a file for http.client, which blocks."""
-        return io.BufferedReader(_SocketReader(self), 16384)
-
-    def close(self) -> None:
-        """Do nothing: http.client calls it before the last byte is read; who opened the socket closes it."""
-
-
-class _SocketReader(io.RawIOBase):
-    def __init__(self, source: TimedSocket):
-        self._source = source
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = run_coroutine(self._source.recv(len(buffer)))
-        buffer[:len(data)] = data
-        return len(data)
 
 
 class TooBig(Exception):
@@ -6789,15 +6762,15 @@ class TooBig(Exception):
 
 # region HTTP wire
 # ======================================================================================
-# HTTP wire: one connection's bytes against limits and deadlines, and who may stay
-#   when there are many.
+# HTTP wire: heads and bodies read and written, for API and agents alike; and which of
+#   many connections may stay.
 # Uses: Vocabulary, Helpers, Event loop.
 #
-#    The standard library's parser is not used: it accepts two lengths, a space before a colon
-#    and bare line feeds, and so would run requests that a proxy in front of us never saw.
+#   The standard library's parser is not used: it accepts two lengths, a space before a colon
+#   and bare line feeds, and so would run requests that a proxy in front of us never saw. It also
+#   blocks, and takes ten times as long.
 # ======================================================================================
 
-MAX_TARGET_BYTES, MAX_REQUEST_HEAD_BYTES, MAX_HEADERS = 8 << 10, 16 << 10, 64
 # Each deadline is for the whole step, however slowly bytes arrive.
 # Without a good token: from the connection, or the last answer, to the end of the TLS handshake and head.
 UNAUTHENTICATED_S = 5.0
@@ -6812,133 +6785,260 @@ MAX_SKIPPED_BYTES = 64 << 10
 MIN_IDLE_S = 0.25
 # Rejected connections that stay open at a time, so that their clients can read the 503.
 MAX_REJECTED = 64
+# Chunks of a body in a row, after which the reader yields: they may be tiny.
+CHUNKS_AT_ONCE = 64
 
-_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
-# RFC 9112, sections 3 and 5, without its concessions to old clients: no folding, no bare CR or LF.
-REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])".encode())
-HEADER_LINE = re.compile(rf"({_TOKEN}+):[ \t]*([\t -~\x80-\xff]*)".encode("latin-1"))
+_TOKEN, _TEXT = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]", r"[\t -~\x80-\xff]"
+# RFC 9112, sections 3 to 5 and 7, without its concessions to old programs: no folding, no bare CR or LF.
+REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])")
+STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9]{{2}})(?: {_TEXT}*)?")
+HEADER_LINE = re.compile(rf"({_TOKEN}+):[ \t]*({_TEXT}*)")
+CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,8}})[ \t]*(?:;{_TEXT}*)?")
+CONTENT_LENGTH = re.compile("[0-9]{1,18}")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{0,5})?")
-# Headers that we act on; a second one of a name is refused.
-READ_ONCE = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect",
-                       "idempotency-key", "if-none-match", "origin", "x-request-id"))
+
+
+class HeadLimits(NamedTuple):
+    """How large a head may be."""
+    first_line_bytes: int
+    # All its lines, the empty one too.
+    head_bytes: int
+    headers: int
+    # Headers that we act on; a second one of a name is refused.
+    once: frozenset[str]
+
+
+REQUEST_LIMITS = HeadLimits(8 << 10, 16 << 10, 64, frozenset((
+    "host", "content-length", "transfer-encoding", "content-type", "authorization", "expect", "idempotency-key",
+    "if-none-match", "origin", "x-request-id")))
+ANSWER_LIMITS = HeadLimits(64 << 10, 64 << 10, 100, frozenset(("content-length", "transfer-encoding")))
+
+
+class HttpReader:
+    """The heads and bodies of HTTP/1.1 (RFC 9112) in the bytes of one connection.
+
+    It knows no socket and no clock: receive() brings the next bytes, b"" at the end. Requests and answers are read
+    with the same strictness. Raise AppError 2002, 4014 or 4031 for what is malformed or too large, EOFError for what
+    is cut off, and what receive() raises.
+    """
+
+    def __init__(self, receive: Callable[[], Coroutine[Wait, None, bytes]], limits: HeadLimits):
+        self.buffer = bytearray()
+        self.limits = limits
+        self._receive = receive
+
+    async def fill(self) -> bool:
+        """Wait for bytes; return False at the end."""
+        data = await self._receive()
+        self.buffer += data
+        return bool(data)
+
+    async def _fill_or_raise(self) -> None:
+        if not await self.fill():
+            raise EOFError
+
+    async def head(self, first_line: re.Pattern[str], form: str) -> tuple[re.Match[str], dict[str, str]]:
+        """Return the first line of a head, which messages call the form, and its headers, names in lower case."""
+        if not self.buffer:
+            await self._fill_or_raise()
+        while True:
+            end = self.buffer.find(b"\r\n\r\n")
+            is_whole = end >= 0
+            lines = self._lines_of(self.buffer[:end] if is_whole else self.buffer)
+            first = first_line.fullmatch(lines[0])
+            if is_whole and first:
+                del self.buffer[:end + 4]
+                return first, headers_in(lines[1:], self.limits.once)
+            if not first and (is_whole or len(lines) > 1):
+                raise AppError(MALFORMED, f"the first line is not {form}")
+            if re.search("[\r\n\0]", "".join(lines).removesuffix("\r")):  # that may be half a CRLF
+                raise AppError(MALFORMED, "a line of the head holds a bare CR, a bare LF or a NUL")
+            await self._fill_or_raise()
+
+    def _lines_of(self, head: bytearray) -> list[str]:
+        """Return the lines of a head, or of its beginning; raise AppError 4014, 4031."""
+        limits, lines = self.limits, head.decode("latin-1").split("\r\n")
+        is_first_too_long = len(lines[0]) > limits.first_line_bytes - len("\r\n")
+        if is_first_too_long or len(head) > limits.head_bytes - 4 or len(lines) - (not lines[-1]) > limits.headers + 1:
+            raise AppError(ADDRESS_TOO_LONG if is_first_too_long else HEAD_TOO_LARGE, "the head is too large: at most "
+                           f"{limits.first_line_bytes >> 10} KiB for its first line, {limits.head_bytes >> 10} KiB and "
+                           f"{limits.headers} headers in all")
+        return lines
+
+    async def take(self, count: int) -> bytes:
+        """Return the next count bytes."""
+        while len(self.buffer) < count:
+            await self._fill_or_raise()
+        taken = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return taken
+
+    async def take_chunks(self, max_bytes: int) -> bytes:
+        """Return a body in chunks; raise TooBig where it is longer than max_bytes."""
+        parts, left = list[bytes](), max_bytes
+        while True:
+            while (end := self.buffer.find(b"\r\n")) < 0:
+                if len(self.buffer) > self.limits.first_line_bytes:
+                    raise AppError(HEAD_TOO_LARGE, "the first line of a chunk is too long")
+                await self._fill_or_raise()
+            match = CHUNK_LINE.fullmatch(self.buffer[:end].decode("latin-1"))
+            if not match:
+                raise AppError(MALFORMED, "a chunk of the body does not begin with its size")
+            size = int(match[1], 16)
+            if not size:  # what is behind the last chunk has the form of a head
+                await self.head(CHUNK_LINE, "a chunk")
+                return b"".join(parts)
+            left -= size
+            if left < 0:
+                raise TooBig
+            del self.buffer[:end + 2]
+            parts.append(await self.take(size))
+            if await self.take(2) != b"\r\n":
+                raise AppError(MALFORMED, "a chunk of the body is longer than its size")
+            if len(parts) % CHUNKS_AT_ONCE == 0:
+                await YIELD
+
+    async def take_rest(self, max_bytes: int) -> bytes:
+        """Return all up to the end of the connection; raise TooBig where that is more than max_bytes."""
+        while len(self.buffer) <= max_bytes:
+            if not await self.fill():
+                return await self.take(len(self.buffer))
+        raise TooBig
+
+
+def headers_in(lines: Sequence[str], once: Set[str]) -> dict[str, str]:
+    """Return headers by their names in lower case; raise AppError 2002."""
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = HEADER_LINE.fullmatch(line)
+        if not match:
+            shown = one_line(line.partition(":")[0], 40)  # not its value: that may be a token
+            raise AppError(MALFORMED, f"the header {shown!r} is not NAME: VALUE in one line")
+        name, value = match[1].lower(), match[2].rstrip(" \t")
+        if name in headers:
+            if name in once:
+                raise AppError(MALFORMED, f"the header {name} is given twice")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def encode_message(first_line: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
+    """Return the bytes of a request or an answer in one piece, so that they leave within one deadline."""
+    lines = [first_line, *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def is_last(is_http_1_0: bool, headers: Mapping[str, str]) -> bool:
+    """Return whether the sender of a head closes the connection after the message."""
+    return is_http_1_0 or "close" in map(str.strip, headers.get("connection", "").lower().split(","))
+
+
+def length_in(headers: Mapping[str, str]) -> int | None:
+    """Return the Content-Length, None where there is none; raise AppError 2002."""
+    text = headers.get("content-length")
+    if text is None:
+        return None
+    if not CONTENT_LENGTH.fullmatch(text):
+        raise AppError(MALFORMED, "Content-Length must be a number")
+    if "transfer-encoding" in headers:
+        raise AppError(MALFORMED, "Content-Length and Transfer-Encoding exclude each other")
+    return int(text)
 
 
 class Head(NamedTuple):
     """The head of a request; header names are in lower case."""
     method: str = "GET"
     target: str = ""
-    is_http_1_0: bool = False
     headers: Mapping[str, str] = {}
+    # The client wants the connection closed after this request.
+    is_last: bool = False
 
-    @property
-    def is_last(self) -> bool:
-        """Whether the client wants the connection closed after this request."""
-        words = self.headers.get("connection", "").lower().split(",")
-        return self.is_http_1_0 or "close" in map(str.strip, words)
+
+async def read_request_head(reader: HttpReader) -> Head:
+    """Return the head of a request; raise what the reader raises, and AppError 5005."""
+    first, headers = await reader.head(REQUEST_LINE, "METHOD ADDRESS HTTP/1.1")
+    if first[3] != "1" or first[4] not in "01":
+        raise AppError(UNKNOWN_HTTP_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported")
+    is_http_1_0 = first[4] == "0"
+    if not HOST.fullmatch(headers.get("host", "" if is_http_1_0 else " ")):
+        raise AppError(MALFORMED, "the request needs one header Host, a name or an address")
+    return Head(first[1], first[2], headers, is_last(is_http_1_0, headers))
+
+
+def body_length(head: Head, max_bytes: int) -> int:
+    """Return the length of the body that follows the head of a request; raise AppError 2002, 4013, 5004."""
+    length = length_in(head.headers) or 0
+    if "transfer-encoding" in head.headers:
+        raise AppError(NOT_IMPLEMENTED, "Transfer-Encoding is not supported: send Content-Length")
+    if length > max_bytes:
+        raise AppError(BODY_TOO_LARGE, f"the body is over {max_bytes} bytes (HTTP_MAX_BODY_BYTES)")
+    return length
+
+
+async def read_answer(reader: HttpReader, max_bytes: int) -> tuple[int, bytes, bool]:
+    """Return status and body of an answer to GET or POST, and whether the connection can be used again.
+
+    Raise what the reader raises, and TooBig where the body has more than max_bytes.
+    """
+    status = 100
+    while 100 <= status < 200:  # interim answers: nothing is asked for that they would grant
+        first, headers = await reader.head(STATUS_LINE, "HTTP/1.1 STATUS REASON")
+        status = int(first[2])
+    length, coding = length_in(headers), headers.get("transfer-encoding")
+    if status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED):
+        length, coding = 0, None
+    if coding is not None and coding.lower() != "chunked":
+        raise AppError(MALFORMED, "its Transfer-Encoding is not chunked")
+    if coding is None and length is None:
+        return status, await reader.take_rest(max_bytes), False
+    if (length or 0) > max_bytes:
+        raise TooBig
+    body = await reader.take_chunks(max_bytes) if length is None else await reader.take(length)
+    return status, body, not is_last(first[1] == "0", headers) and not reader.buffer
 
 
 class Wire:
-    """The bytes of one connection; every wait has a deadline on the monotonic clock."""
+    """A client's connection; every wait has a deadline on the monotonic clock."""
 
     def __init__(self, sock: socket.socket):
         sock.setblocking(False)
-        self._timed = TimedSocket(sock, 0.0, MAX_BODY_BYTES)
-        self.buffer = bytearray()
+        self._timed = TimedSocket(sock, 0.0)
+        self.reader = HttpReader(functools.partial(self._timed.recv, 65536), REQUEST_LIMITS)
 
-    def fill(self, ends_at: float) -> bool:
-        """Wait for bytes; return False at the client's end. Raise AppError 4008 at the deadline."""
-        self._timed.ends_at, self._timed.received = ends_at, 0
+    @property
+    def buffered(self) -> int:
+        """The number of bytes that came and were not read."""
+        return len(self.reader.buffer)
+
+    def _read(self, reading: Coroutine[Wait, None, T], ends_at: float) -> T:
+        """Return what the reader's coroutine returns; raise AppError 2002 at the client's end, 4008 at the deadline."""
+        self._timed.ends_at = ends_at
         try:
-            data = run_coroutine(self._timed.recv(65536))
+            return run_coroutine(reading)
         except socket.timeout:
             raise AppError(REQUEST_TIMEOUT, "the request did not come in time") from None
-        except OSError:
-            return False
-        self.buffer += data
-        return bool(data)
+        except (OSError, EOFError):
+            raise AppError(MALFORMED, "the connection ends within the request") from None
 
-    def line(self, ends_at: float, max_bytes: int, too_long: int) -> bytes | None:
-        """Return the next line without its CRLF, None at the client's end; raise AppError 2002, 4008, too_long."""
-        while True:
-            end = self.buffer.find(b"\n") + 1
-            line = bytes(self.buffer[:end or len(self.buffer)])
-            text = line[:-2] if end else line[:-1]  # of an unfinished line the last byte may be the CR of its CRLF
-            if b"\r" in text or b"\0" in line or (end and not line.endswith(b"\r\n")):
-                raise AppError(MALFORMED, "a line of the head holds a bare CR, a bare LF or a NUL")
-            if len(line) > max_bytes:
-                raise AppError(too_long, f"the request's head is too large: at most {MAX_TARGET_BYTES >> 10} KiB for "
-                               f"its first line, {MAX_REQUEST_HEAD_BYTES >> 10} KiB and {MAX_HEADERS} headers in all")
-            if end:
-                del self.buffer[:end]
-                return text
-            if not self.fill(ends_at):
-                if line:
-                    raise AppError(MALFORMED, "the request ends within its head")
-                return None
+    def has_bytes(self, ends_at: float) -> bool:
+        """Wait for the first byte of a request; return False where none comes."""
+        with contextlib.suppress(AppError):
+            return self.buffered > 0 or self._read(self.reader.fill(), ends_at)
+        return False
+
+    def head(self, ends_at: float) -> Head:
+        """Return the head of the next request; raise AppError 2002, 4008, 4014, 4031, 5005."""
+        return self._read(read_request_head(self.reader), ends_at)
 
     def take(self, count: int, ends_at: float) -> bytes:
-        """Return the next count bytes; raise AppError 2002 when the client ends first, 4008 at the deadline."""
-        while len(self.buffer) < count:
-            if not self.fill(ends_at):
-                raise AppError(MALFORMED, "the body is shorter than its Content-Length")
-        taken = bytes(self.buffer[:count])
-        del self.buffer[:count]
-        return taken
+        """Return the next count bytes; raise AppError 2002, 4008."""
+        return self._read(self.reader.take(count), ends_at)
 
     def send(self, data: bytes) -> None:
         """Send all data within WRITE_S; raise OSError else."""
         self._timed.ends_at = time.monotonic() + WRITE_S
         run_coroutine(self._timed.sendall(data))
-
-
-def read_head(wire: Wire, ends_at: float) -> Head | None:
-    """Return the head of the next request, None at the client's end; raise AppError 2002, 4008, 4014, 4031, 5005."""
-    line = wire.line(ends_at, MAX_TARGET_BYTES, ADDRESS_TOO_LONG)
-    if line is None:
-        return None
-    first = REQUEST_LINE.fullmatch(line)
-    if not first:
-        raise AppError(MALFORMED, "the first line of the request is not METHOD ADDRESS HTTP/1.1")
-    if first[3] != b"1" or first[4] not in b"01":
-        raise AppError(UNKNOWN_HTTP_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported")
-    left, headers = MAX_REQUEST_HEAD_BYTES - len(line), dict[str, str]()
-    for number in range(MAX_HEADERS + 1):
-        line = wire.line(ends_at, left if number < MAX_HEADERS else 2, HEAD_TOO_LARGE)
-        if line is None:
-            raise AppError(MALFORMED, "the request ends within its head")
-        if not line:
-            break
-        left -= len(line) + 2
-        _add_header(headers, line)
-    head = Head(first[1].decode(), first[2].decode(), first[4] == b"0", headers)
-    if not HOST.fullmatch(headers.get("host", "" if head.is_http_1_0 else " ")):
-        raise AppError(MALFORMED, "the request needs one header Host, a name or an address")
-    return head
-
-
-def _add_header(headers: dict[str, str], line: bytes) -> None:
-    match = HEADER_LINE.fullmatch(line)
-    if not match:
-        shown = one_line(line.partition(b":")[0].decode("latin-1"), 40)  # not its value: that may be a token
-        raise AppError(MALFORMED, f"the header {shown!r} is not NAME: VALUE in one line")
-    name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
-    if name in headers and name in READ_ONCE:
-        raise AppError(MALFORMED, f"the header {name} is given twice")
-    headers[name] = f"{headers[name]}, {value}" if name in headers else value
-
-
-def body_length(head: Head, max_bytes: int) -> int:
-    """Return the length of the body that follows a head; raise AppError 2002, 4013, 5004."""
-    text = head.headers.get("content-length", "0")
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise AppError(MALFORMED, "Content-Length must be a number")
-    if "transfer-encoding" in head.headers:
-        if "content-length" in head.headers:
-            raise AppError(MALFORMED, "Content-Length and Transfer-Encoding exclude each other")
-        raise AppError(NOT_IMPLEMENTED, "Transfer-Encoding is not supported: send Content-Length")
-    if int(text) > max_bytes:
-        raise AppError(BODY_TOO_LARGE, f"the body is over {max_bytes} bytes (HTTP_MAX_BODY_BYTES)")
-    return int(text)
 
 
 @dataclasses.dataclass(eq=False)
@@ -7273,15 +7373,13 @@ def read_pong(address: Address, status: int, answer: bytes) -> None:
 # ======================================================================================
 # Agents: connections to agents, deadlines, requests, probes.
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Model, Strategy,
-#   Decision, Event loop, Dialects.
+#   Decision, Event loop, HTTP wire, Dialects.
 # ======================================================================================
 
 MAX_IDLE_AGENT_CONNECTIONS = 256
 MAX_IDLE_AGENT_CONNECTION_S = 60.0
 # Wait before the next address of a name is tried, beside those before it (RFC 8305, 5).
 NEXT_ADDRESS_S = 0.25
-# Head of an answer, in addition to its body.
-MAX_HEAD_BYTES = 64 << 10
 # Body of an agent's answer (contract section 1).
 MAX_ANSWER_BYTES = 64 << 10
 # Body of the answer to a probe: a page that a node serves.
@@ -7618,21 +7716,20 @@ class AgentClient:
 
     async def _request(self, call: _Call, sock: socket.socket, context: object, reused: bool) -> tuple[int, bytes]:
         address = call.address
-        timed = TimedSocket(sock, call.ends_at, call.max_bytes + MAX_HEAD_BYTES)
-        keep = False
+        timed = TimedSocket(sock, call.ends_at, call.max_bytes + ANSWER_LIMITS.head_bytes)
+        reader, keep = HttpReader(functools.partial(timed.recv, 16384), ANSWER_LIMITS), False
         try:
             with self._in_flight(sock):
                 if not call.gate():
                     raise AgentError(NOT_SENT, UNREACHABLE, f"{address}: not sent, as it may not or is too late")
                 await timed.sendall(_request_bytes(call))
                 await READING
-                plain = await _plain_answer(timed, call.max_bytes)
-                status, answer, keep = plain if plain else await _any_answer(timed, call)
+                status, answer, keep = await read_answer(reader, call.max_bytes)
             keep = keep and call.keeps_connection
             return status, answer
         except TooBig:
             raise AgentError(UNCLEAR, PROTOCOL, f"{address} answered more than {call.max_bytes >> 10} KiB") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, EOFError, AppError) as error:
             is_late = isinstance(error, socket.timeout)  # while it waited, an alert would have been read
             refusal = _refusal(error) or (await _late_alert(timed) if timed.received == 0 and not is_late else "")
             if refusal:
@@ -7650,10 +7747,10 @@ class AgentClient:
         if isinstance(error, socket.timeout):
             text = "drips: no whole answer" if timed.received else "did not answer"
             return AgentError(LOST, TIMEOUT, f"{address} {text} within {limit_s:.3g} s", hold_s=self._request_s)
-        if isinstance(error, (OSError, http.client.IncompleteRead)) or timed.at_end:
+        if isinstance(error, (OSError, EOFError)):
             when = "in the middle of its answer" if timed.received else "before it answered"
             return AgentError(LOST, UNREACHABLE, f"{address} cut the connection {when}", hold_s=CUT_BUSY_S)
-        return AgentError(UNCLEAR, PROTOCOL, f"{address} answered what is not HTTP: {type(error).__name__}")
+        return AgentError(UNCLEAR, PROTOCOL, f"{address} answered what is not HTTP: {error}")
 
 
 @functools.lru_cache(maxsize=1)
@@ -7666,65 +7763,13 @@ def _unverified_context() -> ssl.SSLContext:
 
 
 def _request_bytes(call: _Call) -> bytes:
-    """Return head and body in one piece."""
     host = f"[{call.address.host}]" if ":" in call.address.host else call.address.host
-    head = f"{call.method} {call.path} HTTP/1.1\r\nHost: {call.host or f'{host}:{call.address.port}'}\r\n"
+    headers = {"Host": call.host or f"{host}:{call.address.port}"}
     if not call.keeps_connection:
-        head += "Connection: close\r\n"
+        headers["Connection"] = "close"
     if call.body is not None:
-        head += f"Content-Type: application/json\r\nContent-Length: {len(call.body)}\r\n"
-    return f"{head}\r\n".encode() + (call.body or b"")
-
-
-PLAIN_HEAD = re.compile(rb"HTTP/1\.1 ([2-5]\d\d) [^\r\n]*(?:\r\n[!#-9;-~]+:[^\r\n]*)+")
-
-
-async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes, bool] | None:
-    """Read an answer with one Content-Length, and no Connection but close; return what _any_answer() returns.
-
-    Return None for any other, with all of it unread. http.client would take 0.2 ms for each answer: a fifth of the
-    time of a release.
-    """
-    data = b""
-    while part := await timed.recv(16384):
-        data += part
-        head, end, body = data.partition(b"\r\n\r\n")
-        if not end and len(data) < 16384:
-            continue
-        plain, fields = PLAIN_HEAD.fullmatch(head), head.lower()
-        lengths = re.findall(rb"\ncontent-length: *(\d{1,7})(?=\r|$)", fields)
-        options = re.findall(rb"\nconnection: *([^\r]*)", fields)
-        if not plain or len(lengths) != 1 or fields.count(b"\ncontent-length") != 1 or set(options) - {b"close"} or (
-                b"\ntransfer-encoding:" in fields) or int(lengths[0]) > max_bytes:
-            break
-        parts, missing = [body], int(lengths[0]) - len(body)
-        while missing > 0 and (part := await timed.recv(min(missing, 65536))):
-            parts.append(part)
-            missing -= len(part)
-        if missing > 0:
-            raise http.client.IncompleteRead(body)
-        if missing < 0:
-            break
-        return int(plain.group(1)), b"".join(parts), not options
-    if not data:
-        raise http.client.RemoteDisconnected("no answer")
-    timed.unread, timed.at_end = data, False
-    return None
-
-
-async def _any_answer(timed: TimedSocket, call: _Call) -> tuple[int, bytes, bool]:
-    """Read an answer by http.client; return status, body, and whether the connection can be kept."""
-    await BLOCKS
-    response = http.client.HTTPResponse(timed, method=call.method)  # type: ignore[arg-type]
-    response.begin()
-    # http.client takes the end of the connection for the end of the head, and of the body
-    cut_in_head = timed.at_end
-    answer = response.read(call.max_bytes + 1)
-    if len(answer) > call.max_bytes:
-        raise TooBig
-    if cut_in_head or response.length:
-        raise http.client.IncompleteRead(answer)
-    return response.status, answer, not response.will_close and response.isclosed()
+        headers.update({"Content-Type": "application/json", "Content-Length": str(len(call.body))})
+    return encode_message(f"{call.method} {call.path} HTTP/1.1", headers, call.body or b"")
 
 
 def _is_readable(sock: socket.socket) -> bool:
@@ -9729,12 +9774,11 @@ class HttpAnswer(NamedTuple):
 
 
 def encode_answer(answer: HttpAnswer, headers: Mapping[str, str], has_body: bool = True) -> bytes:
-    """Return the bytes of an answer with all its headers, so that they leave within one deadline."""
-    lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}",
-             *(f"{name}: {value}" for name, value in headers.items())]
+    """Return the bytes of an answer with all its headers."""
     if answer.status != http.HTTPStatus.NOT_MODIFIED:
-        lines.append(f"Content-Length: {len(answer.body)}")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + (answer.body if has_body else b"")
+        headers = {**headers, "Content-Length": str(len(answer.body))}
+    first_line = f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"
+    return encode_message(first_line, headers, answer.body if has_body else b"")
 
 
 def answer_of(reply: Reply, route: Route, head: Head) -> HttpAnswer:
@@ -9849,13 +9893,10 @@ class Exchange:
         """Wait for the next request; return False when none comes, or the connection was evicted."""
         connection = self.connection
         ends_at = time.monotonic() + IDLE_S if connection.is_authenticated else connection.since + UNAUTHENTICATED_S
-        with contextlib.suppress(AppError):  # a client that sends nothing gets no answer
-            while not self.wire.buffer and self.wire.fill(ends_at):
-                pass
-        if not self.wire.buffer:
-            return False
-        head = read_head(self.wire, time.monotonic() + HEAD_S if connection.is_authenticated else ends_at)
-        if head is None or not self.server.connections.set_busy(connection):
+        if not self.wire.has_bytes(ends_at):
+            return False  # a client that sends nothing gets no answer
+        head = self.wire.head(time.monotonic() + HEAD_S if connection.is_authenticated else ends_at)
+        if not self.server.connections.set_busy(connection):
             return False
         self.head, self.began = head, time.monotonic()
         asked_id = head.headers.get("x-request-id", "")
@@ -9955,7 +9996,7 @@ class Exchange:
         content_type = self.head.headers.get("content-type", "").split(";")[0].strip().lower()
         if content_type != "application/json":
             raise AppError(NOT_JSON, "the body must be JSON: send Content-Type: application/json")
-        if len(wire.buffer) < length:
+        if wire.buffered < length:
             connections.set_idle(self.connection, owes_answer=True)
             if self.head.headers.get("expect", "").lower() == "100-continue":
                 with contextlib.suppress(OSError):
@@ -9971,7 +10012,7 @@ class Exchange:
         """Keep the connection after a refusal where the body is here, or is short and its client authenticated."""
         is_short = (bool(self.actor) or self.connection.is_authenticated) and "expect" not in self.head.headers and (
             self.unread_bytes <= MAX_SKIPPED_BYTES)
-        if self.unread_bytes and (is_short or self.unread_bytes <= len(self.wire.buffer)):
+        if self.unread_bytes and (is_short or self.unread_bytes <= self.wire.buffered):
             self.closes = self.head.is_last
 
     def _skip_body(self) -> bool:
