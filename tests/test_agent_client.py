@@ -116,7 +116,7 @@ def client(new_client) -> WaitingClient:
 
 @contextlib.contextmanager
 def full_listener():
-    """Gives the address of a listener whose queue is full: it takes no connection, and refuses none."""
+    """Yield the address of a listener whose queue is full: it takes no connection, and refuses none."""
     with socket.create_server((HOST, 0), backlog=0) as listener, contextlib.ExitStack() as crowd:
         for _ in range(3):
             sock = crowd.enter_context(socket.socket())

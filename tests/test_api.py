@@ -79,7 +79,7 @@ def new_tokens(tmp_path):
 
 
 def ended(store: rc.Store, *statuses: str) -> int:
-    """Creates a release, and lets it have ended with its nodes in these statuses; gives its id."""
+    """Create a release, and let it have ended with its nodes in these statuses; return its id."""
     release, batches, *_ = store.releases.create(rc.ReleaseRequest(payload={"for": list(statuses)}), "test")
     with store.database.transaction(write=True) as tx:
         for node_id, status in zip([node_id for batch in batches for node_id in batch], statuses):

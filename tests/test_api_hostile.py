@@ -54,7 +54,7 @@ HOSTILE = sorted((Path(__file__).parent / "hostile").glob("*.http"))
 
 
 def drip(sock: socket.socket, data: bytes = b"x" * 1000) -> float:
-    """Sends a byte every few ms until the server has had enough; gives how long that took."""
+    """Send a byte every few ms until the server has had enough; return how long that took."""
     start = time.monotonic()
     sock.settimeout(0.02)
     for byte in data:
@@ -93,11 +93,11 @@ class Received(io.BytesIO):
         return self
 
     def close(self) -> None:
-        """Stays open behind the first answer."""
+        """Stay open behind the first answer."""
 
 
 def answers_in(raw: bytes) -> list[http.client.HTTPResponse]:
-    """Reads every answer in what came, and holds each to the envelope."""
+    """Read every answer in what came, and hold each to the envelope."""
     found, source = [], Received(raw)
     while source.tell() < len(raw):
         response = http.client.HTTPResponse(source)  # type: ignore[arg-type]
@@ -292,7 +292,7 @@ def hold(monkeypatch):
 
 def busy(client: Client, stack: contextlib.ExitStack, source: str, count: int,
          token: bytes = b"operator-secret") -> None:
-    """Makes connections of an address that are all at work."""
+    """Make connections of an address that are all at work."""
     before = sum(connection.is_at_work for connection in open_connections(client))
     for _ in range(count):
         stack.enter_context(connected(client, source, b"GET /api/v1/nodes HTTP/1.1\r\nHost: localhost\r\n"

@@ -259,7 +259,7 @@ def with_deadlines_that_run_in_a_pause(patch):
 
 
 def with_a_second_look_that_never_ends(patch):
-    """Probes that alternate keep a release for ever."""
+    """A node whose probes alternate keeps a release for ever."""
     awaited = rc._awaited
     patch.setattr(rc, "_awaited", lambda nodes, stage, now, policy: awaited(
         nodes, stage, now, policy._replace(node_deadline_s=float("inf"))))
