@@ -207,7 +207,6 @@ MAX_DETAIL_BYTES = 4096
 MAX_TRAIL_CHARS = 1000
 # Size of before, and of after, in a row of audit_log; longer values are replaced by their SHA-256.
 MAX_AUDIT_BYTES = 8192
-MAX_BODY_BYTES = 1 << 20
 MAX_PAGE_SIZE = 100
 MAX_NODES = 1_000_000
 MAX_BATCHES = 1000
@@ -609,7 +608,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def close_quietly(connection: Any) -> None:
-    with contextlib.suppress(Exception):  # a broken connection may refuse even that
+    with contextlib.suppress(Exception):  # a broken connection may refuse even that, or there is None
         connection.close()
 
 
@@ -673,6 +672,14 @@ def replace_file(path: str, text: str, before: os.stat_result | None, mode: int 
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def read_lines(path: str, name: str) -> list[str]:
+    """Return the lines of a file of settings, which messages call by a name; raise ConfigError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{name} {path} can't be read: {os_reason(error)}") from None
 
 
 def read_text(path: str) -> str:
@@ -894,13 +901,9 @@ def _read_database_url(path: str) -> str:
 
 
 def read_config_file(path: str) -> Iterator[tuple[str, str]]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--config {path} can't be read: {os_reason(error)}") from None
     names = [s.name for s in SETTINGS]
     seen = set()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path, "--config"), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
@@ -948,11 +951,15 @@ class Outage:
         # "" while all is well.
         self.error = ""
 
+    def begins(self, error: object) -> bool:
+        """Note an error; return whether it is another one than lasts already."""
+        before, self.error = self.error, str(error)
+        return self.error != before
+
     def log(self, subject: object, error: object, extra: dict[str, Any] | None = None) -> None:
         """Log an error unless it is the one that lasts already."""
-        if str(error) != self.error:
+        if self.begins(error):
             log.error("%s: %s; trying again", subject, error, extra=extra)
-        self.error = str(error)
 
     def end(self) -> None:
         """Note that the error is over: the next one is logged, even if it is the same."""
@@ -3825,8 +3832,7 @@ class SqliteEngine:
             connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()  # makes -wal and -shm
             return connection
         except (sqlite3.Error, OSError) as error:
-            if connection:
-                close_quietly(connection)
+            close_quietly(connection)
             raise DatabaseError(self.explain(error)) from None
 
     def _make_file(self) -> None:
@@ -4007,13 +4013,10 @@ class PostgresEngine:
             finally:
                 self.watchdog.unwatch(watch)
             return connection
-        except AppError:
-            if connection is not None:
-                close_quietly(connection)
-            raise
         except Exception as error:  # a driver raises its own errors, OSError and ssl.SSLError here
-            if connection is not None:
-                close_quietly(connection)
+            close_quietly(connection)
+            if isinstance(error, AppError):
+                raise
             raise DatabaseError(self.explain(error)) from None
 
     def refuse_server(self, version: str, encoding: str) -> None:
@@ -8903,7 +8906,7 @@ def openapi_schemas() -> dict[str, Any]:
 # region Access
 # ======================================================================================
 # Access: tokens, client certificates, throttling.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Strategy, HTTP wire.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Strategy, HTTP wire.
 # ======================================================================================
 
 # Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
@@ -8915,9 +8918,10 @@ KNOWN_TOKEN_S, MAX_KNOWN_TOKENS = 86400.0, 4096
 
 
 class Streaks:
-    """Counts events in a row by key; a count is forgotten FORGET_S after its last event."""
+    """Counts events in a row by key; a count is forgotten some time after its last event, or for newer keys."""
 
-    def __init__(self) -> None:
+    def __init__(self, forget_s: float = FORGET_S, max_keys: int = MAX_STREAKS):
+        self._forget_s, self._max_keys = forget_s, max_keys
         self._guard = threading.Lock()
         self._seen: collections.OrderedDict[tuple[str, ...], tuple[int, float]] = collections.OrderedDict()
 
@@ -8927,7 +8931,7 @@ class Streaks:
             count = self._count(key) + 1
             self._seen.pop(key, None)
             self._seen[key] = (count, time.monotonic())
-            if len(self._seen) > MAX_STREAKS:
+            if len(self._seen) > self._max_keys:
                 self._seen.popitem(last=False)
             return count
 
@@ -8938,7 +8942,7 @@ class Streaks:
 
     def _count(self, key: tuple[str, ...]) -> int:
         count, last = self._seen.get(key, (0, 0.0))
-        return count if time.monotonic() - last < FORGET_S else 0
+        return count if time.monotonic() - last < self._forget_s else 0
 
 
 def is_logged(count: int) -> bool:
@@ -8955,26 +8959,19 @@ class AuthThrottle:
 
     def __init__(self) -> None:
         self._bad = Streaks()
-        self._guard = threading.Lock()
-        self._good: collections.OrderedDict[tuple[str, bytes], float] = collections.OrderedDict()
+        self._good = Streaks(KNOWN_TOKEN_S, MAX_KNOWN_TOKENS)
 
     def delay_s(self, address: str, authorization: str) -> float:
         """Return the seconds from a request's arrival to the check of its token."""
-        with self._guard:
-            if time.monotonic() - self._good.get(self._key(address, authorization), -KNOWN_TOKEN_S) < KNOWN_TOKEN_S:
-                return 0.0
+        if self._good.count(*self._key(address, authorization)):
+            return 0.0
         beyond = max(self._bad.count(address) - FREE_ATTEMPTS,
                      self._bad.count(wide_network_of(address)) - FREE_ATTEMPTS_OF_NETWORK)
         return min(FIRST_DELAY_S * 2.0**min(beyond, 10), MAX_DELAY_S) if beyond >= 0 else 0.0
 
     def note_good(self, address: str, authorization: str) -> None:
         """Remember a good token."""
-        key = self._key(address, authorization)
-        with self._guard:
-            self._good.pop(key, None)
-            self._good[key] = time.monotonic()
-            if len(self._good) > MAX_KNOWN_TOKENS:
-                self._good.popitem(last=False)
+        self._good.add(*self._key(address, authorization))
 
     def note_bad(self, address: str) -> tuple[int, bool]:
         """Count a bad token; return its address's count, and whether it is to be logged."""
@@ -8982,8 +8979,8 @@ class AuthThrottle:
         return count, is_logged(count) and (of_network <= FREE_ATTEMPTS_OF_NETWORK or is_logged(of_network))
 
     @staticmethod
-    def _key(address: str, authorization: str) -> tuple[str, bytes]:
-        return address, hashlib.sha256(authorization.encode("utf-8", "surrogateescape")).digest()
+    def _key(address: str, authorization: str) -> tuple[str, str]:
+        return address, hashlib.sha256(authorization.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Tokens:
@@ -8994,8 +8991,7 @@ class Tokens:
         self._guard = threading.Lock()
         self._stamp: object = None
         self._entries: list[tuple[str, str, str]] = []
-        # Why the file can't be read, as logged last.
-        self._logged = ""
+        self._outage = Outage()
 
     def load(self) -> list[tuple[str, str, str]]:
         """Return name, role and hash of each token; raise ConfigError naming the line that is wrong."""
@@ -9014,12 +9010,8 @@ class Tokens:
 
     def _read(self) -> list[tuple[str, str, str]]:
         require_private("API_TOKENS_FILE", self._path)
-        try:
-            lines = Path(self._path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"API_TOKENS_FILE {self._path} can't be read: {os_reason(error)}") from None
         entries = []
-        for number, line in enumerate(map(str.strip, lines), 1):
+        for number, line in enumerate(map(str.strip, read_lines(self._path, "API_TOKENS_FILE")), 1):
             if not line or line.startswith("#"):
                 continue
             match = re.fullmatch(f"([^:]+):({VIEWER}|{OPERATOR}):([0-9a-fA-F]{{64}})", line)
@@ -9040,11 +9032,10 @@ class Tokens:
         try:
             entries = self.load()
         except ConfigError as error:
-            if str(error) != self._logged:  # not at each request
+            if self._outage.begins(error):  # not at each request
                 log.error("no token is accepted: %s", error)
-            self._logged = str(error)
             raise AppError(INTERNAL, "the tokens can't be read: see the log of releasectl") from None
-        self._logged = ""
+        self._outage.end()
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
         found = None
         for name, role, known in entries:
@@ -11169,8 +11160,8 @@ def command_version(context: Context) -> int:
 # ======================================================================================
 # Service: the processes serve and run-once: signals, the service manager, files that
 #   change.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Agents, Executor, Serialization,
-#   API, Server, Check and why, Terminal, Commands.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Agents, Executor,
+#   Serialization, API, Server, Check and why, Terminal, Commands.
 # ======================================================================================
 
 def command_serve(context: Context) -> int:
@@ -11310,25 +11301,23 @@ class ServiceManager:
     def __init__(self, address: str):
         """address: of the socket, "" for none."""
         self._address = address
-        # The last error, as it was logged.
-        self._logged = ""
+        self._outage = Outage()
 
     def notify(self, *lines: str) -> None:
         """Send lines of state."""
         if not self._address:
             return
-        trouble = ""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.settimeout(1.0)
                 # in the environment, @ stands for the NUL of an abstract name
                 sock.sendto("\n".join(lines).encode(),
                             "\0" + self._address[1:] if self._address.startswith("@") else self._address)
+            self._outage.end()
         except OSError as error:
-            trouble = os_reason(error)
-        if trouble and trouble != self._logged:  # not at each heartbeat
-            log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], self._address, trouble)
-        self._logged = trouble
+            if self._outage.begins(error):  # not at each heartbeat
+                log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], self._address,
+                            os_reason(error))
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
@@ -11401,8 +11390,7 @@ class SecretFiles:
         self._files = [(name, path) for name, path in (
             ("CONTROL_KEY", settings.control_key if settings.mtls_enabled else ""), ("HTTP_KEY", settings.http_key),
             ("API_TOKENS_FILE", settings.api_tokens_file)) if path]
-        # What is wrong with each file, as logged last.
-        self._logged: dict[str, str] = {}
+        self._outages = collections.defaultdict[str, Outage](Outage)
         self._next_check_at = 0.0
 
     def check(self) -> None:
@@ -11411,16 +11399,15 @@ class SecretFiles:
             return
         self._next_check_at = time.monotonic() + self.CHECK_EVERY_S
         for name, path in self._files:
-            trouble = ""
+            outage = self._outages[name]
             try:
                 require_private(name, path)
+                if outage.error:
+                    log.info("%s %s is as it should be again", name, path)
+                outage.end()
             except (ConfigError, OSError) as error:
-                trouble = one_line(error)
-            if trouble and trouble != self._logged.get(name):
-                log.error("%s", trouble)
-            elif not trouble and self._logged.get(name):
-                log.info("%s %s is as it should be again", name, path)
-            self._logged[name] = trouble
+                if outage.begins(error):
+                    log.error("%s", one_line(error))
 
 
 def _raise_descriptor_limit() -> None:

@@ -451,7 +451,7 @@ def test_bad_tokens_are_answered_late_and_one_that_was_good_at_the_same_address_
         assert read_all(sock) == b""
 
 
-def test_bad_tokens_are_counted_by_address_and_forgotten(monkeypatch):
+def test_bad_tokens_are_counted_by_address_and_forgotten():
     throttle = rc.AuthThrottle()
     waits = []
     for number in range(1, 13):
@@ -464,7 +464,7 @@ def test_bad_tokens_are_counted_by_address_and_forgotten(monkeypatch):
     for number in range(rc.MAX_STREAKS):
         throttle.note_bad(f"10.0.{number // 250}.{number % 250}")
     assert len(throttle._bad._seen) == rc.MAX_STREAKS
-    monkeypatch.setattr(rc, "FORGET_S", 0.0)
+    throttle._bad._forget_s = 0.0
     assert throttle.note_bad("10.0.8.40") == (1, True)
 
 
