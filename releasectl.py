@@ -599,6 +599,8 @@ class Range(NamedTuple):
 
 PORTS = Range(1, 65535)
 IDS = Range(1, MAX_ID)
+# Of those that a person may name.
+VERSIONS = Range(1, MAX_NAMED_VERSION)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -2238,12 +2240,8 @@ def address_fault(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str
     return next((what for is_it, what in kinds if is_it), "")
 
 
-def parse_port(value: object) -> int:
-    """Return a TCP port; raise AppError(INVALID) for anything else."""
-    return _parse_number("agentPort", value, PORTS)
-
-
-def _parse_number(field: str, value: object, numbers: Range) -> int:
+def parse_integer(field: str, value: object, numbers: Range) -> int:
+    """Return an integer of a range; raise AppError(INVALID) for anything else."""
     try:
         return int(numbers.from_json(value))
     except ValueError as error:
@@ -2299,11 +2297,6 @@ def parse_target(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
         raise AppError(INVALID, "target must be 1 to 64 letters, digits or . _ -")
     return value
-
-
-def parse_version(field: str, value: object) -> int:
-    """Return a version that a person names; raise AppError(INVALID) for anything else."""
-    return _parse_number(field, value, Range(1, MAX_NAMED_VERSION))
 
 
 def _share(low: int) -> tuple[Callable[[Any], int | str], dict[str, Any]]:
@@ -3525,11 +3518,6 @@ def status_after_verb(verb: str, release: Release) -> str:
 Shares = Callable[[Candidate, Candidate], bool]
 
 
-def share_nothing(_one: Candidate, _other: Candidate) -> bool:
-    """Return False, for releases that share no node."""
-    return False
-
-
 def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Iterator[tuple[Candidate, Candidate | None]]:
     """Return each release with the one that it waits for, of the same target or with a node in common, or None.
 
@@ -3544,8 +3532,7 @@ def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Itera
             ahead.append(c)
 
 
-def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE,
-             shares: Shares = share_nothing) -> tuple[list[int], list[int]]:
+def runnable(candidates: Iterable[Candidate], now: str, freeze: Freeze, shares: Shares) -> tuple[list[int], list[int]]:
     """Return the ids of releases that may be claimed now, and of those that others have claimed (rule 2).
 
     A pending release waits for those before it, its start time and the end of a freeze; one that is paused or
@@ -3564,8 +3551,7 @@ def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO
     return free, taken
 
 
-def waiting_reasons(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE,
-                    shares: Shares = share_nothing) -> dict[int, str]:
+def waiting_reasons(candidates: Iterable[Candidate], now: str, freeze: Freeze, shares: Shares) -> dict[int, str]:
     """Return the status_reason of each release that is not being worked on."""
     reasons = {}
     for c, before in _in_turn(candidates, now, shares):
@@ -8678,7 +8664,7 @@ def left_out_json(left_out: Iterable[LeftOut]) -> list[dict[str, Any]]:
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """Return the answer to dryRun: what a release would do."""
-    payload_of, strategy = _id_and_version(plan.payload_of) if plan.payload_of else None, plan.strategy
+    payload_of, strategy = _id_and_version(*plan.payload_of) if plan.payload_of else None, plan.strategy
     return {"version": plan.version, "totalNodes": sum(map(len, plan.batches)),
             "batches": [{"batch": number, "nodeIds": ids, "nodeNames": [plan.names.get(id_, "") for id_ in ids],
                          "maxFailed": most}
@@ -8690,13 +8676,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "effect": _effect_json(plan.effect) if plan.effect else None}
 
 
-def _id_and_version(release: tuple[int, int]) -> dict[str, Any]:
-    return {"releaseId": release[0], "version": release[1]}
+def _id_and_version(release_id: int, version: int) -> dict[str, Any]:
+    return {"releaseId": release_id, "version": version}
 
 
 def _verify_json(verify: Verify) -> dict[str, Any]:
-    return {"url": verify.url, "status": verify.status, "timeoutSec": verify.timeout_s,
-            "successes": verify.successes, "host": verify.host, "contains": verify.contains}
+    return {key: getattr(verify, field) for key, (field, _, _) in VERIFY_KEYS.items()}
 
 
 def _effect_json(effect: Effect) -> dict[str, Any]:
@@ -8717,13 +8702,13 @@ def _changes_json(changes: Difference) -> dict[str, Any]:
 
 def difference_json(release: Release, other: Release, changes: Difference) -> dict[str, Any]:
     """Return what a release changes against another one."""
-    return {**_id_and_version((release.id, release.version)), "with": _id_and_version((other.id, other.version)),
+    return {**_id_and_version(release.id, release.version), "with": _id_and_version(other.id, other.version),
             **_changes_json(changes)}
 
 
 def payload_json(release: Release, payload: Mapping[str, Any]) -> dict[str, Any]:
     """Return a release's payload as it was sent but for the version."""
-    return {**_id_and_version((release.id, release.version)), "payloadSha256": digest_of(payload),
+    return {**_id_and_version(release.id, release.version), "payloadSha256": digest_of(payload),
             "payload": without_version(payload)}
 
 
@@ -8748,8 +8733,8 @@ NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
     "mainIp": ("main_ip", parse_address, {"type": "string", "minLength": 1, "maxLength": 253, "format": "address",
                                           "description": "IP address or host name"}),
     # in JSON 8443.0 and 8443 are the same number
-    "agentPort": ("agent_port", lambda v: parse_port(int(v) if isinstance(v, float) and v.is_integer() else v),
-                  {"type": "integer", "minimum": 1, "maximum": 65535}),
+    "agentPort": ("agent_port", lambda v: parse_integer(
+        "agentPort", int(v) if isinstance(v, float) and v.is_integer() else v, PORTS), PORTS.schema),
     "agentProtocol": ("agent_protocol", lambda v: parse_choice("agentProtocol", v, PROTOCOLS),
                       {"type": "string", "enum": list(PROTOCOLS)}),
     "labels": ("labels", parse_labels, {
@@ -8802,7 +8787,7 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
         parse_payload(payload), strategy=body.get("strategy", {}),
         node_ids=parse_node_ids(body["nodeIds"]) if "nodeIds" in body else None,
         labels=parse_json(parse_labels(body["labels"])) if "labels" in body else None,
-        version=parse_version("version", body["version"]) if "version" in body else None)
+        version=parse_integer("version", body["version"], VERSIONS) if "version" in body else None)
 
 
 def schema_of(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
@@ -8874,7 +8859,7 @@ def openapi_schemas() -> dict[str, Any]:
             "payload": _OBJECT, "strategy": ref_schema("Strategy"),
             "nodeIds": {**_array(ID), "minItems": 1, "uniqueItems": True},
             "labels": _NODE_FIELD_SCHEMAS["labels"], "dryRun": _FLAG,
-            "version": {"type": "integer", "minimum": 1, "maximum": MAX_NAMED_VERSION}}, required=[])
+            "version": VERSIONS.schema}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": schema_of({"reason": _REASON}, required=[]),
         "Retry": schema_of(again, required=[]),

@@ -221,8 +221,8 @@ def with_already_applied_believed_at_a_first_try(patch):
 def with_order_by_target_alone(patch):
     """Two releases go to one node at the same time, the later one first."""
     runnable = rc.runnable
-    patch.setattr(rc, "runnable", lambda candidates, now="", freeze=rc.NO_FREEZE, *_: runnable(
-        candidates, now, freeze))
+    patch.setattr(rc, "runnable", lambda candidates, now, freeze, _: runnable(
+        candidates, now, freeze, lambda *_: False))
 
 
 def without_the_last_version(patch):

@@ -227,7 +227,7 @@ def test_rule_1_a_version_that_was_refused_for_its_payload_is_not_used_up(store)
 
 def test_rule_1_a_named_version_leaves_room_for_others(store):
     with pytest.raises(rc.AppError, match="must be a whole number from 1 to"):
-        rc.parse_version("version", rc.MAX_VERSION)
+        rc.parse_release_request({"version": rc.MAX_VERSION})
 
 
 def test_an_execute_agent_that_was_restarted_after_a_cut_is_believed_and_its_words_are_kept(sqlite_world):
