@@ -788,15 +788,16 @@ def _host_port(text: str) -> tuple[str, int]:
 def safe_url(url: str) -> str:
     """Return a text without the passwords of database URLs in it, mistyped ones too.
 
-    Patterns can't fail; in doubt they hide too much.
+    By patterns, as a parser would fail at a mistyped one; in doubt they hide too much.
     """
-    # password=... in a URL up to its next option: a password may hold "&" or a space; then in a libpq connection string
+    # password=... in a URL, up to its next option, as a password may hold "&" or a space
     url = re.sub(r"([?&]\w*pass(?:word|wd)?=)(?:[^&]|&(?![a-z_]+=))*", r"\1***", url, flags=re.IGNORECASE)
+    # the same in a connection string of libpq
     url = re.sub(r"((?:pass|password|passwd)\s*=\s*)(?!\*\*\*)('(?:[^'\\]|\\.)*'?|\S*(?:\s+(?![a-z_]+\s*=)\S+)*)",
                  r"\1***", url, flags=re.IGNORECASE)
     # from the colon after the user to the last @, also where the colon of the scheme is missing
     url = re.sub(r"(//[^:@\s]*|(?<!\S)[^:/@\s]+(?=:(?!//|\s))):[\s\S]*@", r"\1:***@", url)
-    # what follows a colon, without an @ after it, and is no port
+    # from the colon on where no @ follows, unless that is a port
     return re.sub(r"(postgres(?:ql)?://[^:@\[\s]*:)(?!\*\*\*@|[0-9]{0,5}(?:[/?,]|\s|$))\S*", r"\1***", url)
 
 
@@ -2212,7 +2213,7 @@ def in_words(numbers: Sequence[object]) -> str:
 
 
 HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
-# Last label of a name that a resolver may read as an IPv4 address: 0xA9FEA9FE, 10.7, 010.0.0.7.
+# A name with such a last label may be an IPv4 address to a resolver: 0xA9FEA9FE, 10.7, 010.0.0.7.
 NUMBER_LABEL = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
 
@@ -2769,7 +2770,7 @@ class Situation(NamedTuple):
     freeze: Freeze = NO_FREEZE
     # The database went back, so tasks agents are asked for a task before they are sent it.
     asks_first: bool = False
-    # Computed by decide(); the second is that of exceeded_limit().
+    # Both are computed by decide(); exceeded is what exceeded_limit() returns.
     stage: Stage = Stage(0, 0)
     exceeded: str = ""
 
@@ -2884,7 +2885,7 @@ def _names(nodes: Collection[ReleaseNode]) -> str:
     return f"{first} and {len(nodes) - 1} more" if len(nodes) > 1 else first
 
 
-# A sentence names so many of the releases that nodes run.
+# How many of the releases that nodes run a sentence names.
 MAX_RUNNING_NAMED = 5
 
 
@@ -2992,7 +2993,7 @@ def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -
     if outcome.op == PROBE and outcome.result == SUCCESS:
         return _observe_pass(node, now, policy)
     if outcome.result in (SUCCESS, ACCEPTED) and outcome.applied and not node.reached:
-        # none of our tries can have done it: another version that has the same number
+        # no try of ours has reached the agent: it has another version with the same number
         return node._replace(in_flight=False, verdict=Verdict(
             FAILED, REJECTED, f"the agent is already at version {outcome.applied}", outcome.event_detail))
     if outcome.result == SUCCESS and policy.probes:
@@ -3095,8 +3096,8 @@ def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold
 def kept_from_dispatch(nodes: NodeIndex, passed_s: float) -> list[ReleaseNode]:
     """Return the nodes whose deadline is extended because a pause or a freeze delayed their dispatch.
 
-    A node whose agent is at work keeps its deadline (section 7). Until the agent says so, a node that is being asked
-    has the time as credit.
+    A node whose agent is at work keeps its deadline (section 7). One whose agent is still to be asked has the time as
+    credit, which is taken back when the agent says that it is at work.
     """
     running = nodes.of[RUNNING].values()
     return [*(n._replace(deadline=n.deadline + passed_s, waited_s=n.waited_s + passed_s)
@@ -3120,7 +3121,7 @@ class Send(NamedTuple):
 
 class Decision(NamedTuple):
     """What to commit, then what to send, and when to decide again."""
-    # Commit these, and the release's columns from status to error_msg and from passed_batch on.
+    # Commit these, and the fields status to error_msg, and those from passed_batch on, as columns of the release.
     changes: tuple[NodeChange, ...]
     status: str
     status_reason: str
@@ -3232,7 +3233,7 @@ def decide(situation: Situation) -> Decision:
 
 
 def _slots_for_dispatches(situation: Situation) -> int:
-    """Leave up to half of the slots for queries: else the connections kept for them would be closed by then."""
+    """Return the slots for dispatches. Queries get up to half: if they waited, their connections would be closed."""
     waiting = sum(_is_due(n, QUERY, situation.now) for n in situation.nodes.of[RUNNING].values())
     return situation.slots - min(waiting, situation.slots // 2)
 
@@ -4679,9 +4680,9 @@ class AuditRow(NamedTuple):
 
 class AuditFilter(NamedTuple):
     """Which rows of audit_log to return; "" for all."""
-    # Or a token or certificate.
+    # An actor, a token or a certificate.
     actor: str = ""
-    # Or a group: `release` for `release.create`.
+    # An action, like `release.create`, or a group, like `release`.
     action: str = ""
     object: str = ""
     since: str = ""
@@ -4689,7 +4690,7 @@ class AuditFilter(NamedTuple):
 
 class AuditReport(NamedTuple):
     """The result of a verification of audit_log."""
-    # Rows and ended releases that were verified, each of how many.
+    # Rows and ended releases that were verified, and how many there are.
     rows: int
     of_rows: int
     releases: int
@@ -4820,7 +4821,10 @@ class AuditChain:
 
 
 class Audit:
-    """The log of every act (audit_log). Each public method but verify() is one transaction, or in the caller's (tx)."""
+    """The log of every act (audit_log).
+
+    Each public method is one transaction, or part of the one that it gets as tx; verify() is many.
+    """
 
     def __init__(self, state: DatabaseState):
         self._state = state
@@ -6337,7 +6341,7 @@ class Claims:
             if release.claim_fence != claim.fence or release.claim_owner not in ("", claim.owner):
                 raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
             rows = {row.node_id: row for row in read_release_nodes(tx, claim.release_id)}
-        if decision.changes:  # nodes tell it alone: an operator may have changed the release since
+        if decision.changes:  # only nodes are compared: an operator may have changed the release since
             return all(decided_node_values(rows[change.after.node_id]) == decided_node_values(change.after)
                        for change in decision.changes)
         return bool(decided_values(release) == decided_values(decision))
@@ -6361,8 +6365,8 @@ class Claims:
     def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
         """Give a release that starts the next version, where nodes may have a higher one (rule 2).
 
-        It waited for its start time while later ones started, or is below the first version that a person named. Not
-        after a failover: agents may know it already, under its version.
+        It waited for its start time while later ones started, or is below the first version that a person named.
+        After a failover it keeps its version, by which agents may know it already.
         """
         first_version = tx.value("SELECT first_version FROM database_state WHERE id = 1")
         if release.version < first_version:
@@ -6392,7 +6396,7 @@ class Claims:
             tx.execute("UPDATE release_tasks SET payload_sha256 = ? WHERE id = ?", digest, release.id)
         if release.tag:
             return
-        # no tag where agents know tasks without one, from before schema 5
+        # a release of before schema 5 that is under way gets none: agents know its tasks by ids without a tag
         tx.execute("""
             UPDATE release_tasks
             SET tag = ?
@@ -6428,8 +6432,8 @@ class Claims:
     def _busy(self, tx: Transaction, release_id: int) -> frozenset[Endpoint]:
         """Return the addresses that another release has in flight, or that may still be busy with a lost request."""
         now = self._state.moment()
-        # The partial indexes release_task_nodes_one_running and _held are small. A week: a hold may have been written
-        # before somebody set the wall clock; until_s() goes by the other one.
+        # Each half has a small partial index: release_task_nodes_one_running, _held. Holds that ended up to a week ago
+        # are read too: the wall clock may have been set since, and until_s() goes by the elapsed clock.
         rows = tx.rows(f"""
             SELECT {ADDRESS_THEN}, n.status, n.hold_until, n.hold_clock
             FROM release_task_nodes n
@@ -8314,7 +8318,7 @@ class Executor:
         """Work on what is runnable, as far as it goes now (contract section 4); return what was done.
 
         beat is called several times a second meanwhile. Raise DatabaseError, and ConfigError when there is work and
-        no way to call an agent; but not before what was started has come to its end.
+        no way to call an agent; both only when what was started has ended.
         """
         started: list[Driver] = []
         taken, failure = 0, None
