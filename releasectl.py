@@ -41,8 +41,8 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
   EXECUTION
     Event loop          coroutines that wait for sockets: many in one thread, or one in the
                         caller's
-    HTTP wire           one connection's bytes against limits and deadlines, and who may stay
-                        when there are many
+    HTTP wire           heads and bodies read and written, for API and agents alike; and which of
+                        many connections may stay
     Dialects            what agents are sent, and how their answers are read (contract section 1)
     Agents              connections to agents, deadlines, requests, probes
     Driver              one claimed release: read, decide, commit, send, collect
@@ -88,7 +88,7 @@ import functools
 import getpass
 import hashlib
 import hmac
-import http.client
+import http
 import http.server
 import importlib
 import io
@@ -216,7 +216,6 @@ MAX_DETAIL_BYTES = 4096
 MAX_TRAIL_CHARS = 1000
 # Size of before, and of after, in a row of audit_log; longer values are replaced by their SHA-256.
 MAX_AUDIT_BYTES = 8192
-MAX_BODY_BYTES = 1 << 20
 MAX_PAGE_SIZE = 100
 MAX_NODES = 1_000_000
 MAX_BATCHES = 1000
@@ -657,7 +656,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def close_quietly(connection: Any) -> None:
-    with contextlib.suppress(Exception):  # a broken connection may refuse even that
+    with contextlib.suppress(Exception):  # a broken connection may refuse even that, or there is None
         connection.close()
 
 
@@ -734,6 +733,14 @@ def replace_file(path: str, text: str, before: os.stat_result | None, mode: int 
             os.fchown(descriptor, before.st_uid, before.st_gid)
         with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
             file.write(text)
+
+
+def read_lines(path: str, name: str) -> list[str]:
+    """Return the lines of a file of settings, which messages call by a name; raise ConfigError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{name} {path} can't be read: {os_reason(error)}") from None
 
 
 def read_text(path: str) -> str:
@@ -840,15 +847,16 @@ def _host_port(text: str) -> tuple[str, int]:
 def safe_url(url: str) -> str:
     """Return a text without the passwords of database URLs in it, mistyped ones too.
 
-    Patterns can't fail; in doubt they hide too much.
+    By patterns, as a parser would fail at a mistyped one; in doubt they hide too much.
     """
-    # password=... in a URL up to its next option: a password may hold "&" or a space; then in a libpq connection string
+    # password=... in a URL, up to its next option, as a password may hold "&" or a space
     url = re.sub(r"([?&]\w*pass(?:word|wd)?=)(?:[^&]|&(?![a-z_]+=))*", r"\1***", url, flags=re.IGNORECASE)
+    # the same in a connection string of libpq
     url = re.sub(r"((?:pass|password|passwd)\s*=\s*)(?!\*\*\*)('(?:[^'\\]|\\.)*'?|\S*(?:\s+(?![a-z_]+\s*=)\S+)*)",
                  r"\1***", url, flags=re.IGNORECASE)
     # from the colon after the user to the last @, also where the colon of the scheme is missing
     url = re.sub(r"(//[^:@\s]*|(?<!\S)[^:/@\s]+(?=:(?!//|\s))):[\s\S]*@", r"\1:***@", url)
-    # what follows a colon, without an @ after it, and is no port
+    # from the colon on where no @ follows, unless that is a port
     return re.sub(r"(postgres(?:ql)?://[^:@\[\s]*:)(?!\*\*\*@|[0-9]{0,5}(?:[/?,]|\s|$))\S*", r"\1***", url)
 
 
@@ -955,13 +963,9 @@ def _read_database_url(path: str) -> str:
 
 
 def read_config_file(path: str) -> Iterator[tuple[str, str]]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--config {path} can't be read: {os_reason(error)}") from None
     names = [s.name for s in SETTINGS]
     seen = set()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path, "--config"), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
@@ -2369,7 +2373,7 @@ def in_words(numbers: Sequence[object]) -> str:
 
 
 HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
-# Last label of a name that a resolver may read as an IPv4 address: 0xA9FEA9FE, 10.7, 010.0.0.7.
+# A name with such a last label may be an IPv4 address to a resolver: 0xA9FEA9FE, 10.7, 010.0.0.7.
 NUMBER_LABEL = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
 
@@ -2397,12 +2401,8 @@ def address_fault(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str
     return next((what for is_it, what in kinds if is_it), "")
 
 
-def parse_port(value: object) -> int:
-    """Return a TCP port; raise AppError(INVALID) for anything else."""
-    return _parse_number("agentPort", value, PORTS)
-
-
-def _parse_number(field: str, value: object, numbers: Range) -> int:
+def parse_integer(field: str, value: object, numbers: Range) -> int:
+    """Return an integer of a range; raise AppError(INVALID) for anything else."""
     try:
         return int(numbers.from_json(value))
     except ValueError as error:
@@ -2458,11 +2458,6 @@ def parse_target(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
         raise AppError(INVALID, "target must be 1 to 64 letters, digits or . _ -")
     return value
-
-
-def parse_version(field: str, value: object) -> int:
-    """Return a version that a person names; raise AppError(INVALID) for anything else."""
-    return _parse_number(field, value, NAMED_VERSIONS)
 
 
 def _share(low: int) -> tuple[Callable[[Any], int | str], dict[str, Any]]:
@@ -2995,7 +2990,7 @@ class Situation(NamedTuple):
     freeze: Freeze = NO_FREEZE
     # The database went back, so tasks agents are asked for a task before they are sent it.
     asks_first: bool = False
-    # Computed by decide(); the second is that of exceeded_limit().
+    # Both are computed by decide(); exceeded is what exceeded_limit() returns.
     stage: Stage = Stage(0, 0)
     exceeded: str = ""
 
@@ -3172,7 +3167,7 @@ def _names(nodes: Collection[ReleaseNode]) -> str:
     return f"{first} and {len(nodes) - 1} more" if len(nodes) > 1 else first
 
 
-# A sentence names so many of the releases that nodes run.
+# How many of the releases that nodes run a sentence names.
 MAX_RUNNING_NAMED = 5
 
 
@@ -3281,7 +3276,7 @@ def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -
     if outcome.op == PROBE and outcome.result == SUCCESS:
         return _observe_pass(node, now, policy)
     if outcome.result in (SUCCESS, ACCEPTED) and outcome.applied and not node.reached:
-        # none of our tries can have done it: another version that has the same number
+        # no try of ours has reached the agent: it has another version with the same number
         return node._replace(in_flight=False, verdict=Verdict(
             FAILED, REJECTED, f"{ALREADY_AT} {outcome.applied}", outcome.event_detail))
     if outcome.result == SUCCESS and policy.probes:
@@ -3384,8 +3379,8 @@ def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold
 def kept_from_dispatch(nodes: NodeIndex, passed_s: float) -> list[ReleaseNode]:
     """Return the nodes whose deadline is extended because a pause or a freeze delayed their dispatch.
 
-    A node whose agent is at work keeps its deadline (section 7). Until the agent says so, a node that is being asked
-    has the time as credit.
+    A node whose agent is at work keeps its deadline (section 7). One whose agent is still to be asked has the time as
+    credit, which is taken back when the agent says that it is at work.
     """
     running = nodes.of[RUNNING].values()
     return [*(n._replace(deadline=n.deadline + passed_s, waited_s=n.waited_s + passed_s)
@@ -3409,7 +3404,7 @@ class Send(NamedTuple):
 
 class Decision(NamedTuple):
     """What to commit, then what to send, and when to decide again."""
-    # Commit these, and the release's columns from status to error_msg and from passed_batch on.
+    # Commit these, and the fields status to error_msg, and those from passed_batch on, as columns of the release.
     changes: tuple[NodeChange, ...]
     status: str
     status_reason: str
@@ -3521,7 +3516,7 @@ def decide(situation: Situation) -> Decision:
 
 
 def _slots_for_dispatches(situation: Situation) -> int:
-    """Leave up to half of the slots for queries: else the connections kept for them would be closed by then."""
+    """Return the slots for dispatches. Queries get up to half: if they waited, their connections would be closed."""
     waiting = sum(_is_due(n, QUERY, situation.now) for n in situation.nodes.of[RUNNING].values())
     return situation.slots - min(waiting, situation.slots // 2)
 
@@ -3806,11 +3801,6 @@ def status_after_verb(verb: str, release: Release) -> str:
 Shares = Callable[[Candidate, Candidate], bool]
 
 
-def share_nothing(_one: Candidate, _other: Candidate) -> bool:
-    """Return False, for releases that share no node."""
-    return False
-
-
 def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Iterator[tuple[Candidate, Candidate | None]]:
     """Return each release with the one that it waits for, of the same target or with a node in common, or None.
 
@@ -3825,8 +3815,7 @@ def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Itera
             ahead.append(c)
 
 
-def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE,
-             shares: Shares = share_nothing) -> tuple[list[int], list[int]]:
+def runnable(candidates: Iterable[Candidate], now: str, freeze: Freeze, shares: Shares) -> tuple[list[int], list[int]]:
     """Return the ids of releases that may be claimed now, and of those that others have claimed (rule 2).
 
     A pending release waits for those before it, its start time and the end of a freeze; one that is paused or
@@ -3845,8 +3834,7 @@ def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO
     return free, taken
 
 
-def waiting_reasons(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE,
-                    shares: Shares = share_nothing) -> dict[int, str]:
+def waiting_reasons(candidates: Iterable[Candidate], now: str, freeze: Freeze, shares: Shares) -> dict[int, str]:
     """Return the status_reason of each release that is not being worked on."""
     reasons = {}
     for c, before in _in_turn(candidates, now, shares):
@@ -4127,8 +4115,7 @@ class SqliteEngine:
             connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()  # makes -wal and -shm
             return connection
         except (sqlite3.Error, OSError) as error:
-            if connection:
-                close_quietly(connection)
+            close_quietly(connection)
             raise DatabaseError(self.explain(error)) from None
 
     def _make_file(self) -> None:
@@ -4305,13 +4292,10 @@ class PostgresEngine:
             finally:
                 self.watchdog.unwatch(watch)
             return connection
-        except AppError:
-            if connection is not None:
-                close_quietly(connection)
-            raise
         except Exception as error:  # a driver raises its own errors, OSError and ssl.SSLError here
-            if connection is not None:
-                close_quietly(connection)
+            close_quietly(connection)
+            if isinstance(error, AppError):
+                raise
             raise DatabaseError(self.explain(error)) from None
 
     def refuse_server(self, version: str, encoding: str) -> None:
@@ -4993,9 +4977,9 @@ class AuditRow(NamedTuple):
 
 class AuditFilter(NamedTuple):
     """Which rows of audit_log to return; "" for all."""
-    # Or a token or certificate.
+    # An actor, a token or a certificate.
     actor: str = ""
-    # Or a group: `release` for `release.create`.
+    # An action, like `release.create`, or a group, like `release`.
     action: str = ""
     object: str = ""
     since: str = ""
@@ -5003,7 +4987,7 @@ class AuditFilter(NamedTuple):
 
 class AuditReport(NamedTuple):
     """The result of a verification of audit_log."""
-    # Rows and ended releases that were verified, each of how many.
+    # Rows and ended releases that were verified, and how many there are.
     rows: int
     of_rows: int
     releases: int
@@ -5134,7 +5118,10 @@ class AuditChain:
 
 
 class Audit:
-    """The log of every act (audit_log). Each public method but verify() is one transaction, or in the caller's (tx)."""
+    """The log of every act (audit_log).
+
+    Each public method is one transaction, or part of the one that it gets as tx; verify() is many.
+    """
 
     def __init__(self, state: DatabaseState):
         self._state = state
@@ -7142,7 +7129,7 @@ class Claims:
             if release.claim_fence != claim.fence or release.claim_owner not in ("", claim.owner):
                 raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
             rows = {row.node_id: row for row in read_release_nodes(tx, claim.release_id)}
-        if decision.changes:  # nodes tell it alone: an operator may have changed the release since
+        if decision.changes:  # only nodes are compared: an operator may have changed the release since
             return all(decided_node_values(rows[change.after.node_id]) == decided_node_values(change.after)
                        for change in decision.changes)
         return bool(decided_values(release) == decided_values(decision))
@@ -7166,8 +7153,8 @@ class Claims:
     def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
         """Give a release that starts the next version, where nodes may have a higher one (rule 2).
 
-        It waited for its start time while later ones started, or is below the first version that a person named. Not
-        after a failover: agents may know it already, under its version.
+        It waited for its start time while later ones started, or is below the first version that a person named.
+        After a failover it keeps its version, by which agents may know it already.
         """
         first_version = tx.value("SELECT first_version FROM database_state WHERE id = 1")
         if release.version < first_version:
@@ -7198,7 +7185,7 @@ class Claims:
                        release.id)
         if release.tag:
             return
-        # no tag where agents know tasks without one, from before schema 5
+        # a release of before schema 5 that is under way gets none: agents know its tasks by ids without a tag
         tx.execute("""
             UPDATE release_tasks
             SET tag = ?
@@ -7237,8 +7224,8 @@ class Claims:
     def _busy(self, tx: Transaction, release_id: int) -> frozenset[Endpoint]:
         """Return the addresses that another release has in flight, or that may still be busy with a lost request."""
         now = self._state.moment()
-        # The partial indexes release_task_nodes_one_running and _held are small. A week: a hold may have been written
-        # before somebody set the wall clock; until_s() goes by the other one.
+        # Each half has a small partial index: release_task_nodes_one_running, _held. Holds that ended up to a week ago
+        # are read too: the wall clock may have been set since, and until_s() goes by the elapsed clock.
         rows = tx.rows(f"""
             SELECT {ADDRESS_THEN}, n.status, n.hold_until, n.hold_clock
             FROM release_task_nodes n
@@ -7501,14 +7488,11 @@ class EventLoop:
 class TimedSocket:
     """A connected socket, plain or TLS, with one deadline for all its waits, also under a peer that drips."""
 
-    def __init__(self, sock: socket.socket, ends_at: float, max_bytes: int):
+    def __init__(self, sock: socket.socket, ends_at: float, max_bytes: int = sys.maxsize):
         """Take a non-blocking socket, a moment of time.monotonic(), and how many bytes may be read in all."""
         self.sock = sock
         self.ends_at = ends_at
         self.received = 0
-        # Bytes that were given back, to be read again.
-        self.unread = b""
-        self.at_end = False
         self._max_bytes = max_bytes
         self._reads = 0
 
@@ -7543,9 +7527,6 @@ class TimedSocket:
 
         A peer whose bytes are always there, few at a time, delays no other coroutine and has the same deadline.
         """
-        if self.unread:
-            data, self.unread = self.unread[:max_bytes], self.unread[max_bytes:]
-            return data
         self._reads += 1
         if self._reads % READS_AT_ONCE == 0:
             if time.monotonic() >= self.ends_at:
@@ -7553,30 +7534,9 @@ class TimedSocket:
             await YIELD
         data = await self.when_ready(functools.partial(self.sock.recv, max_bytes), select.POLLIN)
         self.received += len(data)
-        self.at_end = not data
         if self.received > self._max_bytes:
             raise TooBig
         return data
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        """Return a file for http.client, which blocks."""
-        return io.BufferedReader(_SocketReader(self), 16384)
-
-    def close(self) -> None:
-        """Do nothing: http.client calls it before the last byte is read; who opened the socket closes it."""
-
-
-class _SocketReader(io.RawIOBase):
-    def __init__(self, source: TimedSocket):
-        self._source = source
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = run_coroutine(self._source.recv(len(buffer)))
-        buffer[:len(data)] = data
-        return len(data)
 
 
 class TooBig(Exception):
@@ -7588,15 +7548,15 @@ class TooBig(Exception):
 
 # region HTTP wire
 # ======================================================================================
-# HTTP wire: one connection's bytes against limits and deadlines, and who may stay
-#   when there are many.
+# HTTP wire: heads and bodies read and written, for API and agents alike; and which of
+#   many connections may stay.
 # Uses: Vocabulary, Helpers, Event loop.
 #
-#    The standard library's parser is not used: it accepts two lengths, a space before a colon
-#    and bare line feeds, and so would run requests that a proxy in front of us never saw.
+#   The standard library's parser is not used: it accepts two lengths, a space before a colon
+#   and bare line feeds, and so would run requests that a proxy in front of us never saw. It also
+#   blocks, and takes ten times as long.
 # ======================================================================================
 
-MAX_TARGET_BYTES, MAX_REQUEST_HEAD_BYTES, MAX_HEADERS = 8 << 10, 16 << 10, 64
 # Each deadline is for the whole step, however slowly bytes arrive.
 # Without a good token: from the connection, or the last answer, to the end of the TLS handshake and head.
 UNAUTHENTICATED_S = 5.0
@@ -7611,133 +7571,260 @@ MAX_SKIPPED_BYTES = 64 << 10
 MIN_IDLE_S = 0.25
 # Rejected connections that stay open at a time, so that their clients can read the 503.
 MAX_REJECTED = 64
+# Chunks of a body in a row, after which the reader yields: they may be tiny.
+CHUNKS_AT_ONCE = 64
 
-_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
-# RFC 9112, sections 3 and 5, without its concessions to old clients: no folding, no bare CR or LF.
-REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])".encode())
-HEADER_LINE = re.compile(rf"({_TOKEN}+):[ \t]*([\t -~\x80-\xff]*)".encode("latin-1"))
+_TOKEN, _TEXT = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]", r"[\t -~\x80-\xff]"
+# RFC 9112, sections 3 to 5 and 7, without its concessions to old programs: no folding, no bare CR or LF.
+REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])")
+STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9]{{2}})(?: {_TEXT}*)?")
+HEADER_LINE = re.compile(rf"({_TOKEN}+):[ \t]*({_TEXT}*)")
+CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,8}})[ \t]*(?:;{_TEXT}*)?")
+CONTENT_LENGTH = re.compile("[0-9]{1,18}")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{0,5})?")
-# Headers that we act on; a second one of a name is refused.
-READ_ONCE = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect",
-                       "idempotency-key", "if-none-match", "origin", "x-request-id"))
+
+
+class HeadLimits(NamedTuple):
+    """How large a head may be."""
+    first_line_bytes: int
+    # All its lines, the empty one too.
+    head_bytes: int
+    headers: int
+    # Headers that we act on; a second one of a name is refused.
+    once: frozenset[str]
+
+
+REQUEST_LIMITS = HeadLimits(8 << 10, 16 << 10, 64, frozenset((
+    "host", "content-length", "transfer-encoding", "content-type", "authorization", "expect", "idempotency-key",
+    "if-none-match", "origin", "x-request-id")))
+ANSWER_LIMITS = HeadLimits(64 << 10, 64 << 10, 100, frozenset(("content-length", "transfer-encoding")))
+
+
+class HttpReader:
+    """The heads and bodies of HTTP/1.1 (RFC 9112) in the bytes of one connection.
+
+    It knows no socket and no clock: receive() brings the next bytes, b"" at the end. Requests and answers are read
+    with the same strictness. Raise AppError 2002, 4014 or 4031 for what is malformed or too large, EOFError for what
+    is cut off, and what receive() raises.
+    """
+
+    def __init__(self, receive: Callable[[], Coroutine[Wait, None, bytes]], limits: HeadLimits):
+        self.buffer = bytearray()
+        self.limits = limits
+        self._receive = receive
+
+    async def fill(self) -> bool:
+        """Wait for bytes; return False at the end."""
+        data = await self._receive()
+        self.buffer += data
+        return bool(data)
+
+    async def _fill_or_raise(self) -> None:
+        if not await self.fill():
+            raise EOFError
+
+    async def head(self, first_line: re.Pattern[str], form: str) -> tuple[re.Match[str], dict[str, str]]:
+        """Return the first line of a head, which messages call the form, and its headers, names in lower case."""
+        if not self.buffer:
+            await self._fill_or_raise()
+        while True:
+            end = self.buffer.find(b"\r\n\r\n")
+            is_whole = end >= 0
+            lines = self._lines_of(self.buffer[:end] if is_whole else self.buffer)
+            first = first_line.fullmatch(lines[0])
+            if is_whole and first:
+                del self.buffer[:end + 4]
+                return first, headers_in(lines[1:], self.limits.once)
+            if not first and (is_whole or len(lines) > 1):
+                raise AppError(MALFORMED, f"the first line is not {form}")
+            if re.search("[\r\n\0]", "".join(lines).removesuffix("\r")):  # that may be half a CRLF
+                raise AppError(MALFORMED, "a line of the head holds a bare CR, a bare LF or a NUL")
+            await self._fill_or_raise()
+
+    def _lines_of(self, head: bytearray) -> list[str]:
+        """Return the lines of a head, or of its beginning; raise AppError 4014, 4031."""
+        limits, lines = self.limits, head.decode("latin-1").split("\r\n")
+        is_first_too_long = len(lines[0]) > limits.first_line_bytes - len("\r\n")
+        if is_first_too_long or len(head) > limits.head_bytes - 4 or len(lines) - (not lines[-1]) > limits.headers + 1:
+            raise AppError(ADDRESS_TOO_LONG if is_first_too_long else HEAD_TOO_LARGE, "the head is too large: at most "
+                           f"{limits.first_line_bytes >> 10} KiB for its first line, {limits.head_bytes >> 10} KiB and "
+                           f"{limits.headers} headers in all")
+        return lines
+
+    async def take(self, count: int) -> bytes:
+        """Return the next count bytes."""
+        while len(self.buffer) < count:
+            await self._fill_or_raise()
+        taken = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return taken
+
+    async def take_chunks(self, max_bytes: int) -> bytes:
+        """Return a body in chunks; raise TooBig where it is longer than max_bytes."""
+        parts, left = list[bytes](), max_bytes
+        while True:
+            while (end := self.buffer.find(b"\r\n")) < 0:
+                if len(self.buffer) > self.limits.first_line_bytes:
+                    raise AppError(HEAD_TOO_LARGE, "the first line of a chunk is too long")
+                await self._fill_or_raise()
+            match = CHUNK_LINE.fullmatch(self.buffer[:end].decode("latin-1"))
+            if not match:
+                raise AppError(MALFORMED, "a chunk of the body does not begin with its size")
+            size = int(match[1], 16)
+            if not size:  # what is behind the last chunk has the form of a head
+                await self.head(CHUNK_LINE, "a chunk")
+                return b"".join(parts)
+            left -= size
+            if left < 0:
+                raise TooBig
+            del self.buffer[:end + 2]
+            parts.append(await self.take(size))
+            if await self.take(2) != b"\r\n":
+                raise AppError(MALFORMED, "a chunk of the body is longer than its size")
+            if len(parts) % CHUNKS_AT_ONCE == 0:
+                await YIELD
+
+    async def take_rest(self, max_bytes: int) -> bytes:
+        """Return all up to the end of the connection; raise TooBig where that is more than max_bytes."""
+        while len(self.buffer) <= max_bytes:
+            if not await self.fill():
+                return await self.take(len(self.buffer))
+        raise TooBig
+
+
+def headers_in(lines: Sequence[str], once: Set[str]) -> dict[str, str]:
+    """Return headers by their names in lower case; raise AppError 2002."""
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = HEADER_LINE.fullmatch(line)
+        if not match:
+            shown = one_line(line.partition(":")[0], 40)  # not its value: that may be a token
+            raise AppError(MALFORMED, f"the header {shown!r} is not NAME: VALUE in one line")
+        name, value = match[1].lower(), match[2].rstrip(" \t")
+        if name in headers:
+            if name in once:
+                raise AppError(MALFORMED, f"the header {name} is given twice")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def encode_message(first_line: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
+    """Return the bytes of a request or an answer in one piece, so that they leave within one deadline."""
+    lines = [first_line, *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def is_last(is_http_1_0: bool, headers: Mapping[str, str]) -> bool:
+    """Return whether the sender of a head closes the connection after the message."""
+    return is_http_1_0 or "close" in map(str.strip, headers.get("connection", "").lower().split(","))
+
+
+def length_in(headers: Mapping[str, str]) -> int | None:
+    """Return the Content-Length, None where there is none; raise AppError 2002."""
+    text = headers.get("content-length")
+    if text is None:
+        return None
+    if not CONTENT_LENGTH.fullmatch(text):
+        raise AppError(MALFORMED, "Content-Length must be a number")
+    if "transfer-encoding" in headers:
+        raise AppError(MALFORMED, "Content-Length and Transfer-Encoding exclude each other")
+    return int(text)
 
 
 class Head(NamedTuple):
     """The head of a request; header names are in lower case."""
     method: str = "GET"
     target: str = ""
-    is_http_1_0: bool = False
     headers: Mapping[str, str] = {}
+    # The client wants the connection closed after this request.
+    is_last: bool = False
 
-    @property
-    def is_last(self) -> bool:
-        """Whether the client wants the connection closed after this request."""
-        words = self.headers.get("connection", "").lower().split(",")
-        return self.is_http_1_0 or "close" in map(str.strip, words)
+
+async def read_request_head(reader: HttpReader) -> Head:
+    """Return the head of a request; raise what the reader raises, and AppError 5005."""
+    first, headers = await reader.head(REQUEST_LINE, "METHOD ADDRESS HTTP/1.1")
+    if first[3] != "1" or first[4] not in "01":
+        raise AppError(UNKNOWN_HTTP_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported")
+    is_http_1_0 = first[4] == "0"
+    if not HOST.fullmatch(headers.get("host", "" if is_http_1_0 else " ")):
+        raise AppError(MALFORMED, "the request needs one header Host, a name or an address")
+    return Head(first[1], first[2], headers, is_last(is_http_1_0, headers))
+
+
+def body_length(head: Head, max_bytes: int) -> int:
+    """Return the length of the body that follows the head of a request; raise AppError 2002, 4013, 5004."""
+    length = length_in(head.headers) or 0
+    if "transfer-encoding" in head.headers:
+        raise AppError(NOT_IMPLEMENTED, "Transfer-Encoding is not supported: send Content-Length")
+    if length > max_bytes:
+        raise AppError(BODY_TOO_LARGE, f"the body is over {max_bytes} bytes (HTTP_MAX_BODY_BYTES)")
+    return length
+
+
+async def read_answer(reader: HttpReader, max_bytes: int) -> tuple[int, bytes, bool]:
+    """Return status and body of an answer to GET or POST, and whether the connection can be used again.
+
+    Raise what the reader raises, and TooBig where the body has more than max_bytes.
+    """
+    status = 100
+    while 100 <= status < 200:  # interim answers: nothing is asked for that they would grant
+        first, headers = await reader.head(STATUS_LINE, "HTTP/1.1 STATUS REASON")
+        status = int(first[2])
+    length, coding = length_in(headers), headers.get("transfer-encoding")
+    if status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED):
+        length, coding = 0, None
+    if coding is not None and coding.lower() != "chunked":
+        raise AppError(MALFORMED, "its Transfer-Encoding is not chunked")
+    if coding is None and length is None:
+        return status, await reader.take_rest(max_bytes), False
+    if (length or 0) > max_bytes:
+        raise TooBig
+    body = await reader.take_chunks(max_bytes) if length is None else await reader.take(length)
+    return status, body, not is_last(first[1] == "0", headers) and not reader.buffer
 
 
 class Wire:
-    """The bytes of one connection; every wait has a deadline on the monotonic clock."""
+    """A client's connection; every wait has a deadline on the monotonic clock."""
 
     def __init__(self, sock: socket.socket):
         sock.setblocking(False)
-        self._timed = TimedSocket(sock, 0.0, MAX_BODY_BYTES)
-        self.buffer = bytearray()
+        self._timed = TimedSocket(sock, 0.0)
+        self.reader = HttpReader(functools.partial(self._timed.recv, 65536), REQUEST_LIMITS)
 
-    def fill(self, ends_at: float) -> bool:
-        """Wait for bytes; return False at the client's end. Raise AppError 4008 at the deadline."""
-        self._timed.ends_at, self._timed.received = ends_at, 0
+    @property
+    def buffered(self) -> int:
+        """The number of bytes that came and were not read."""
+        return len(self.reader.buffer)
+
+    def _read(self, reading: Coroutine[Wait, None, T], ends_at: float) -> T:
+        """Return what the reader's coroutine returns; raise AppError 2002 at the client's end, 4008 at the deadline."""
+        self._timed.ends_at = ends_at
         try:
-            data = run_coroutine(self._timed.recv(65536))
+            return run_coroutine(reading)
         except socket.timeout:
             raise AppError(REQUEST_TIMEOUT, "the request did not come in time") from None
-        except OSError:
-            return False
-        self.buffer += data
-        return bool(data)
+        except (OSError, EOFError):
+            raise AppError(MALFORMED, "the connection ends within the request") from None
 
-    def line(self, ends_at: float, max_bytes: int, too_long: int) -> bytes | None:
-        """Return the next line without its CRLF, None at the client's end; raise AppError 2002, 4008, too_long."""
-        while True:
-            end = self.buffer.find(b"\n") + 1
-            line = bytes(self.buffer[:end or len(self.buffer)])
-            text = line[:-2] if end else line[:-1]  # of an unfinished line the last byte may be the CR of its CRLF
-            if b"\r" in text or b"\0" in line or (end and not line.endswith(b"\r\n")):
-                raise AppError(MALFORMED, "a line of the head holds a bare CR, a bare LF or a NUL")
-            if len(line) > max_bytes:
-                raise AppError(too_long, f"the request's head is too large: at most {MAX_TARGET_BYTES >> 10} KiB for "
-                               f"its first line, {MAX_REQUEST_HEAD_BYTES >> 10} KiB and {MAX_HEADERS} headers in all")
-            if end:
-                del self.buffer[:end]
-                return text
-            if not self.fill(ends_at):
-                if line:
-                    raise AppError(MALFORMED, "the request ends within its head")
-                return None
+    def has_bytes(self, ends_at: float) -> bool:
+        """Wait for the first byte of a request; return False where none comes."""
+        with contextlib.suppress(AppError):
+            return self.buffered > 0 or self._read(self.reader.fill(), ends_at)
+        return False
+
+    def head(self, ends_at: float) -> Head:
+        """Return the head of the next request; raise AppError 2002, 4008, 4014, 4031, 5005."""
+        return self._read(read_request_head(self.reader), ends_at)
 
     def take(self, count: int, ends_at: float) -> bytes:
-        """Return the next count bytes; raise AppError 2002 when the client ends first, 4008 at the deadline."""
-        while len(self.buffer) < count:
-            if not self.fill(ends_at):
-                raise AppError(MALFORMED, "the body is shorter than its Content-Length")
-        taken = bytes(self.buffer[:count])
-        del self.buffer[:count]
-        return taken
+        """Return the next count bytes; raise AppError 2002, 4008."""
+        return self._read(self.reader.take(count), ends_at)
 
     def send(self, data: bytes) -> None:
         """Send all data within WRITE_S; raise OSError else."""
         self._timed.ends_at = time.monotonic() + WRITE_S
         run_coroutine(self._timed.sendall(data))
-
-
-def read_head(wire: Wire, ends_at: float) -> Head | None:
-    """Return the head of the next request, None at the client's end; raise AppError 2002, 4008, 4014, 4031, 5005."""
-    line = wire.line(ends_at, MAX_TARGET_BYTES, ADDRESS_TOO_LONG)
-    if line is None:
-        return None
-    first = REQUEST_LINE.fullmatch(line)
-    if not first:
-        raise AppError(MALFORMED, "the first line of the request is not METHOD ADDRESS HTTP/1.1")
-    if first[3] != b"1" or first[4] not in b"01":
-        raise AppError(UNKNOWN_HTTP_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported")
-    left, headers = MAX_REQUEST_HEAD_BYTES - len(line), dict[str, str]()
-    for number in range(MAX_HEADERS + 1):
-        line = wire.line(ends_at, left if number < MAX_HEADERS else 2, HEAD_TOO_LARGE)
-        if line is None:
-            raise AppError(MALFORMED, "the request ends within its head")
-        if not line:
-            break
-        left -= len(line) + 2
-        _add_header(headers, line)
-    head = Head(first[1].decode(), first[2].decode(), first[4] == b"0", headers)
-    if not HOST.fullmatch(headers.get("host", "" if head.is_http_1_0 else " ")):
-        raise AppError(MALFORMED, "the request needs one header Host, a name or an address")
-    return head
-
-
-def _add_header(headers: dict[str, str], line: bytes) -> None:
-    match = HEADER_LINE.fullmatch(line)
-    if not match:
-        shown = one_line(line.partition(b":")[0].decode("latin-1"), 40)  # not its value: that may be a token
-        raise AppError(MALFORMED, f"the header {shown!r} is not NAME: VALUE in one line")
-    name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
-    if name in headers and name in READ_ONCE:
-        raise AppError(MALFORMED, f"the header {name} is given twice")
-    headers[name] = f"{headers[name]}, {value}" if name in headers else value
-
-
-def body_length(head: Head, max_bytes: int) -> int:
-    """Return the length of the body that follows a head; raise AppError 2002, 4013, 5004."""
-    text = head.headers.get("content-length", "0")
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise AppError(MALFORMED, "Content-Length must be a number")
-    if "transfer-encoding" in head.headers:
-        if "content-length" in head.headers:
-            raise AppError(MALFORMED, "Content-Length and Transfer-Encoding exclude each other")
-        raise AppError(NOT_IMPLEMENTED, "Transfer-Encoding is not supported: send Content-Length")
-    if int(text) > max_bytes:
-        raise AppError(BODY_TOO_LARGE, f"the body is over {max_bytes} bytes (HTTP_MAX_BODY_BYTES)")
-    return int(text)
 
 
 @dataclasses.dataclass(eq=False)
@@ -8087,15 +8174,13 @@ def read_pong(address: Address, status: int, answer: bytes) -> None:
 # ======================================================================================
 # Agents: connections to agents, deadlines, requests, probes.
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Model, Strategy,
-#   Decision, Event loop, Dialects.
+#   Decision, Event loop, HTTP wire, Dialects.
 # ======================================================================================
 
 MAX_IDLE_AGENT_CONNECTIONS = 256
 MAX_IDLE_AGENT_CONNECTION_S = 60.0
 # Wait before the next address of a name is tried, beside those before it (RFC 8305, 5).
 NEXT_ADDRESS_S = 0.25
-# Head of an answer, in addition to its body.
-MAX_HEAD_BYTES = 64 << 10
 # Body of an agent's answer (contract section 1).
 MAX_ANSWER_BYTES = 64 << 10
 # Body of the answer to a probe: a page that a node serves.
@@ -8437,21 +8522,20 @@ class AgentClient:
 
     async def _request(self, call: _Call, sock: socket.socket, context: object, reused: bool) -> tuple[int, bytes]:
         address = call.address
-        timed = TimedSocket(sock, call.ends_at, call.max_bytes + MAX_HEAD_BYTES)
-        keep = False
+        timed = TimedSocket(sock, call.ends_at, call.max_bytes + ANSWER_LIMITS.head_bytes)
+        reader, keep = HttpReader(functools.partial(timed.recv, 16384), ANSWER_LIMITS), False
         try:
             with self._in_flight(sock):
                 if not call.gate():
                     raise AgentError(NOT_SENT, UNREACHABLE, f"{address}: not sent, as it may not or is too late")
                 await timed.sendall(_request_bytes(call))
                 await READING
-                plain = await _plain_answer(timed, call.max_bytes)
-                status, answer, keep = plain if plain else await _any_answer(timed, call)
+                status, answer, keep = await read_answer(reader, call.max_bytes)
             keep = keep and call.keeps_connection
             return status, answer
         except TooBig:
             raise AgentError(UNCLEAR, PROTOCOL, f"{address} answered more than {call.max_bytes >> 10} KiB") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, EOFError, AppError) as error:
             is_late = isinstance(error, socket.timeout)  # while it waited, an alert would have been read
             refusal = _refusal(error) or (await _late_alert(timed) if timed.received == 0 and not is_late else "")
             if refusal:
@@ -8469,10 +8553,10 @@ class AgentClient:
         if isinstance(error, socket.timeout):
             text = "drips: no whole answer" if timed.received else "did not answer"
             return AgentError(LOST, TIMEOUT, f"{address} {text} within {limit_s:.3g} s", hold_s=self._request_s)
-        if isinstance(error, (OSError, http.client.IncompleteRead)) or timed.at_end:
+        if isinstance(error, (OSError, EOFError)):
             when = "in the middle of its answer" if timed.received else "before it answered"
             return AgentError(LOST, UNREACHABLE, f"{address} cut the connection {when}", hold_s=CUT_BUSY_S)
-        return AgentError(UNCLEAR, PROTOCOL, f"{address} answered what is not HTTP: {type(error).__name__}")
+        return AgentError(UNCLEAR, PROTOCOL, f"{address} answered what is not HTTP: {error}")
 
 
 @functools.lru_cache(maxsize=1)
@@ -8485,65 +8569,13 @@ def _unverified_context() -> ssl.SSLContext:
 
 
 def _request_bytes(call: _Call) -> bytes:
-    """Return head and body in one piece."""
     host = f"[{call.address.host}]" if ":" in call.address.host else call.address.host
-    head = f"{call.method} {call.path} HTTP/1.1\r\nHost: {call.host or f'{host}:{call.address.port}'}\r\n"
+    headers = {"Host": call.host or f"{host}:{call.address.port}"}
     if not call.keeps_connection:
-        head += "Connection: close\r\n"
+        headers["Connection"] = "close"
     if call.body is not None:
-        head += f"Content-Type: application/json\r\nContent-Length: {len(call.body)}\r\n"
-    return f"{head}\r\n".encode() + (call.body or b"")
-
-
-PLAIN_HEAD = re.compile(rb"HTTP/1\.1 ([2-5]\d\d) [^\r\n]*(?:\r\n[!#-9;-~]+:[^\r\n]*)+")
-
-
-async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes, bool] | None:
-    """Read an answer with one Content-Length, and no Connection but close; return what _any_answer() returns.
-
-    Return None for any other, with all of it unread. http.client would take 0.2 ms for each answer: a fifth of the
-    time of a release.
-    """
-    data = b""
-    while part := await timed.recv(16384):
-        data += part
-        head, end, body = data.partition(b"\r\n\r\n")
-        if not end and len(data) < 16384:
-            continue
-        plain, fields = PLAIN_HEAD.fullmatch(head), head.lower()
-        lengths = re.findall(rb"\ncontent-length: *(\d{1,7})(?=\r|$)", fields)
-        options = re.findall(rb"\nconnection: *([^\r]*)", fields)
-        if not plain or len(lengths) != 1 or fields.count(b"\ncontent-length") != 1 or set(options) - {b"close"} or (
-                b"\ntransfer-encoding:" in fields) or int(lengths[0]) > max_bytes:
-            break
-        parts, missing = [body], int(lengths[0]) - len(body)
-        while missing > 0 and (part := await timed.recv(min(missing, 65536))):
-            parts.append(part)
-            missing -= len(part)
-        if missing > 0:
-            raise http.client.IncompleteRead(body)
-        if missing < 0:
-            break
-        return int(plain.group(1)), b"".join(parts), not options
-    if not data:
-        raise http.client.RemoteDisconnected("no answer")
-    timed.unread, timed.at_end = data, False
-    return None
-
-
-async def _any_answer(timed: TimedSocket, call: _Call) -> tuple[int, bytes, bool]:
-    """Read an answer by http.client; return status, body, and whether the connection can be kept."""
-    await BLOCKS
-    response = http.client.HTTPResponse(timed, method=call.method)  # type: ignore[arg-type]
-    response.begin()
-    # http.client takes the end of the connection for the end of the head, and of the body
-    cut_in_head = timed.at_end
-    answer = response.read(call.max_bytes + 1)
-    if len(answer) > call.max_bytes:
-        raise TooBig
-    if cut_in_head or response.length:
-        raise http.client.IncompleteRead(answer)
-    return response.status, answer, not response.will_close and response.isclosed()
+        headers.update({"Content-Type": "application/json", "Content-Length": str(len(call.body))})
+    return encode_message(f"{call.method} {call.path} HTTP/1.1", headers, call.body or b"")
 
 
 def _is_readable(sock: socket.socket) -> bool:
@@ -9107,7 +9139,7 @@ class Executor:
         """Work on what is runnable, as far as it goes now (contract section 4); return what was done.
 
         beat is called several times a second meanwhile. Raise DatabaseError, and ConfigError when there is work and
-        no way to call an agent; but not before what was started has come to its end.
+        no way to call an agent; both only when what was started has ended.
         """
         started: list[Driver] = []
         taken, failure = 0, None
@@ -9460,7 +9492,7 @@ def left_out_json(left_out: Iterable[LeftOut]) -> list[dict[str, Any]]:
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """Return the answer to dryRun: what a release would do."""
-    payload_of, strategy = _id_and_version(plan.payload_of) if plan.payload_of else None, plan.strategy
+    payload_of, strategy = _id_and_version(*plan.payload_of) if plan.payload_of else None, plan.strategy
     return {"version": plan.version, "totalNodes": sum(map(len, plan.batches)),
             "batches": [{"batch": number, "nodeIds": ids, "nodeNames": [plan.names.get(id_, "") for id_ in ids],
                          "maxFailed": most}
@@ -9472,13 +9504,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "effect": _effect_json(plan.effect) if plan.effect else None}
 
 
-def _id_and_version(release: tuple[int, int]) -> dict[str, Any]:
-    return {"releaseId": release[0], "version": release[1]}
+def _id_and_version(release_id: int, version: int) -> dict[str, Any]:
+    return {"releaseId": release_id, "version": version}
 
 
 def _verify_json(verify: Verify) -> dict[str, Any]:
-    return {"url": verify.url, "status": verify.status, "timeoutSec": verify.timeout_s,
-            "successes": verify.successes, "host": verify.host, "contains": verify.contains}
+    return {key: getattr(verify, field) for key, (field, _, _) in VERIFY_KEYS.items()}
 
 
 def _effect_json(effect: Effect) -> dict[str, Any]:
@@ -9499,13 +9530,13 @@ def _changes_json(changes: Difference) -> dict[str, Any]:
 
 def difference_json(release: Release, other: Release, changes: Difference) -> dict[str, Any]:
     """Return what a release changes against another one."""
-    return {**_id_and_version((release.id, release.version)), "with": _id_and_version((other.id, other.version)),
+    return {**_id_and_version(release.id, release.version), "with": _id_and_version(other.id, other.version),
             **_changes_json(changes)}
 
 
 def payload_json(release: Release, payload: Mapping[str, Any]) -> dict[str, Any]:
     """Return a release's payload as it was sent but for the version."""
-    return {**_id_and_version((release.id, release.version)),
+    return {**_id_and_version(release.id, release.version),
             "payloadSha256": release.sent_sha256 or digest_of(payload),
             "payload": without_version(payload)}
 
@@ -9542,8 +9573,8 @@ NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
     "mainIp": ("main_ip", parse_address, {"type": "string", "minLength": 1, "maxLength": 253, "format": "address",
                                           "description": "IP address or host name"}),
     # in JSON 8443.0 and 8443 are the same number
-    "agentPort": ("agent_port", lambda v: parse_port(int(v) if isinstance(v, float) and v.is_integer() else v),
-                  {"type": "integer", "minimum": 1, "maximum": 65535}),
+    "agentPort": ("agent_port", lambda v: parse_integer(
+        "agentPort", int(v) if isinstance(v, float) and v.is_integer() else v, PORTS), PORTS.schema),
     "agentProtocol": ("agent_protocol", lambda v: parse_choice("agentProtocol", v, PROTOCOLS),
                       {"type": "string", "enum": list(PROTOCOLS)}),
     "labels": ("labels", parse_labels, {
@@ -9618,7 +9649,7 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
         parse_payload(payload), strategy=body.get("strategy", {}),
         node_ids=parse_node_ids(body["nodeIds"]) if "nodeIds" in body else None,
         labels=parse_json(parse_labels(body["labels"])) if "labels" in body else None,
-        version=parse_version("version", body["version"]) if "version" in body else None)
+        version=parse_integer("version", body["version"], NAMED_VERSIONS) if "version" in body else None)
 
 
 def ref_schema(name: str) -> dict[str, str]:
@@ -9735,9 +9766,10 @@ KNOWN_TOKEN_S, MAX_KNOWN_TOKENS = 86400.0, 4096
 
 
 class Streaks:
-    """Counts events in a row by key; a count is forgotten FORGET_S after its last event."""
+    """Counts events in a row by key; a count is forgotten some time after its last event, or for newer keys."""
 
-    def __init__(self) -> None:
+    def __init__(self, forget_s: float = FORGET_S, max_keys: int = MAX_STREAKS):
+        self._forget_s, self._max_keys = forget_s, max_keys
         self._guard = threading.Lock()
         self._seen: collections.OrderedDict[tuple[str, ...], tuple[int, float]] = collections.OrderedDict()
 
@@ -9747,7 +9779,7 @@ class Streaks:
             count = self._count(key) + 1
             self._seen.pop(key, None)
             self._seen[key] = (count, time.monotonic())
-            if len(self._seen) > MAX_STREAKS:
+            if len(self._seen) > self._max_keys:
                 self._seen.popitem(last=False)
             return count
 
@@ -9758,7 +9790,7 @@ class Streaks:
 
     def _count(self, key: tuple[str, ...]) -> int:
         count, last = self._seen.get(key, (0, 0.0))
-        return count if time.monotonic() - last < FORGET_S else 0
+        return count if time.monotonic() - last < self._forget_s else 0
 
 
 def is_logged(count: int) -> bool:
@@ -9775,26 +9807,19 @@ class AuthThrottle:
 
     def __init__(self) -> None:
         self._bad = Streaks()
-        self._guard = threading.Lock()
-        self._good: collections.OrderedDict[tuple[str, bytes], float] = collections.OrderedDict()
+        self._good = Streaks(KNOWN_TOKEN_S, MAX_KNOWN_TOKENS)
 
     def delay_s(self, address: str, authorization: str) -> float:
         """Return the seconds from a request's arrival to the check of its token."""
-        with self._guard:
-            if time.monotonic() - self._good.get(self._key(address, authorization), -KNOWN_TOKEN_S) < KNOWN_TOKEN_S:
-                return 0.0
+        if self._good.count(*self._key(address, authorization)):
+            return 0.0
         beyond = max(self._bad.count(address) - FREE_ATTEMPTS,
                      self._bad.count(wide_network_of(address)) - FREE_ATTEMPTS_OF_NETWORK)
         return min(FIRST_DELAY_S * 2.0**min(beyond, 10), MAX_DELAY_S) if beyond >= 0 else 0.0
 
     def note_good(self, address: str, authorization: str) -> None:
         """Remember a good token."""
-        key = self._key(address, authorization)
-        with self._guard:
-            self._good.pop(key, None)
-            self._good[key] = time.monotonic()
-            if len(self._good) > MAX_KNOWN_TOKENS:
-                self._good.popitem(last=False)
+        self._good.add(*self._key(address, authorization))
 
     def note_bad(self, address: str) -> tuple[int, bool]:
         """Count a bad token; return its address's count, and whether it is to be logged."""
@@ -9802,8 +9827,8 @@ class AuthThrottle:
         return count, is_logged(count) and (of_network <= FREE_ATTEMPTS_OF_NETWORK or is_logged(of_network))
 
     @staticmethod
-    def _key(address: str, authorization: str) -> tuple[str, bytes]:
-        return address, hashlib.sha256(authorization.encode("utf-8", "surrogateescape")).digest()
+    def _key(address: str, authorization: str) -> tuple[str, str]:
+        return address, hashlib.sha256(authorization.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Tokens:
@@ -9843,12 +9868,8 @@ class Tokens:
 
     def _read(self) -> list[tuple[str, str, str]]:
         require_private("API_TOKENS_FILE", self._path)
-        try:
-            lines = Path(self._path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"API_TOKENS_FILE {self._path} can't be read: {os_reason(error)}") from None
         entries = []
-        for number, line in enumerate(map(str.strip, lines), 1):
+        for number, line in enumerate(map(str.strip, read_lines(self._path, "API_TOKENS_FILE")), 1):
             if not line or line.startswith("#"):
                 continue
             match = re.fullmatch(f"([^:]+):({VIEWER}|{OPERATOR}):([0-9a-fA-F]{{64}})", line)
@@ -10643,12 +10664,11 @@ class HttpAnswer(NamedTuple):
 
 
 def encode_answer(answer: HttpAnswer, headers: Mapping[str, str], has_body: bool = True) -> bytes:
-    """Return the bytes of an answer with all its headers, so that they leave within one deadline."""
-    lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}",
-             *(f"{name}: {value}" for name, value in headers.items())]
+    """Return the bytes of an answer with all its headers."""
     if answer.status != http.HTTPStatus.NOT_MODIFIED:
-        lines.append(f"Content-Length: {len(answer.body)}")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + (answer.body if has_body else b"")
+        headers = {**headers, "Content-Length": str(len(answer.body))}
+    first_line = f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"
+    return encode_message(first_line, headers, answer.body if has_body else b"")
 
 
 def answer_of(reply: Reply, route: Route, head: Head) -> HttpAnswer:
@@ -10763,13 +10783,10 @@ class Exchange:
         """Wait for the next request; return False when none comes, or the connection was evicted."""
         connection = self.connection
         ends_at = time.monotonic() + IDLE_S if connection.is_authenticated else connection.since + UNAUTHENTICATED_S
-        with contextlib.suppress(AppError):  # a client that sends nothing gets no answer
-            while not self.wire.buffer and self.wire.fill(ends_at):
-                pass
-        if not self.wire.buffer:
-            return False
-        head = read_head(self.wire, time.monotonic() + HEAD_S if connection.is_authenticated else ends_at)
-        if head is None or not self.server.connections.set_busy(connection):
+        if not self.wire.has_bytes(ends_at):
+            return False  # a client that sends nothing gets no answer
+        head = self.wire.head(time.monotonic() + HEAD_S if connection.is_authenticated else ends_at)
+        if not self.server.connections.set_busy(connection):
             return False
         self.head, self.began = head, time.monotonic()
         asked_id = head.headers.get("x-request-id", "")
@@ -10869,7 +10886,7 @@ class Exchange:
         content_type = self.head.headers.get("content-type", "").split(";")[0].strip().lower()
         if content_type != "application/json":
             raise AppError(NOT_JSON, "the body must be JSON: send Content-Type: application/json")
-        if len(wire.buffer) < length:
+        if wire.buffered < length:
             connections.set_idle(self.connection, owes_answer=True)
             if self.head.headers.get("expect", "").lower() == "100-continue":
                 with contextlib.suppress(OSError):
@@ -10885,7 +10902,7 @@ class Exchange:
         """Keep the connection after a refusal where the body is here, or is short and its client authenticated."""
         is_short = (bool(self.actor) or self.connection.is_authenticated) and "expect" not in self.head.headers and (
             self.unread_bytes <= MAX_SKIPPED_BYTES)
-        if self.unread_bytes and (is_short or self.unread_bytes <= len(self.wire.buffer)):
+        if self.unread_bytes and (is_short or self.unread_bytes <= self.wire.buffered):
             self.closes = self.head.is_last
 
     def _skip_body(self) -> bool:

@@ -61,13 +61,13 @@ BENCH_TIMEOUT_S = 600.0
 
 
 def cpu_s(pid: int) -> float:
-    """Gives the CPU seconds that a process has used."""
+    """Return the CPU seconds that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
 
 
 def peak_mib(pid: int) -> float:
-    """Gives the peak of a process's resident memory (VmHWM)."""
+    """Return the peak of a process's resident memory (VmHWM)."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
@@ -107,7 +107,7 @@ class Agents:
                           for n in range(count)]
 
     def reset(self, task_ms: int) -> None:
-        """Makes all agents forget, close their connections, and take so long for a task."""
+        """Make all agents forget, close their connections, and take so long for a task."""
         for control in self._controls:
             for method, path, body in (("POST", "/agents/*/restart", None), ("DELETE", "/log", None),
                                        ("PUT", "/agents/*", {"taskMs": task_ms, "appliedVersion": 0})):
@@ -157,7 +157,7 @@ class Server:
             time.sleep(0.02)
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """Gives the data of one call of the API, on a connection of its own."""
+        """Return the data of one call of the API, on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request(method, path, json.dumps(body) if body is not None else None,
@@ -170,7 +170,7 @@ class Server:
         return answer["data"]
 
     def wait_for_end(self, release_id: int) -> None:
-        """Waits for success, looking into the database itself: a look through the API would cost the server."""
+        """Wait for success, looking into the database itself: a look through the API would cost the server."""
         give_up_at = time.monotonic() + BENCH_TIMEOUT_S
         while True:
             with self.database.transaction() as tx:
@@ -212,7 +212,7 @@ class Lab:
                 **settings}
 
     def agents(self, count: int) -> Agents:
-        """Gives the agents, started anew when there are too few."""
+        """Return the agents, started anew when there are too few."""
         if self._agents is None or self._agents.count != count:
             if self._agents is not None:
                 self._agents.close()
@@ -223,7 +223,7 @@ class Lab:
         return f"sqlite:///{self.folder}/bench-{next(self._numbers)}.db"
 
     def postgres_url(self) -> str:
-        """Gives the URL of an empty database on a durable throwaway server; '' where there is none."""
+        """Return the URL of an empty database on a durable throwaway server; '' where there is none."""
         if not self._postgres:
             try:
                 self._postgres = postgres("start", "--durable", self.folder / "postgres")
@@ -256,7 +256,7 @@ class Usage:
 
 
 def take_turns(runs: int, contenders: dict[str, Callable[[], Turn]]) -> dict[str, list[Turn]]:
-    """Runs every contender so many times, one after the other."""
+    """Run every contender so many times, one after the other."""
     turns: dict[str, list[Turn]] = {name: [] for name in contenders}
     for number in range(runs):
         for name, run in contenders.items():
@@ -508,7 +508,7 @@ def goal_scale(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def insert_release(store: rc.Store, version: int, batches: Sequence[Sequence[int]]) -> int:
-    """Writes a release by hand, as the contract allows; gives its id."""
+    """Write a release by hand, as the contract allows; return its id."""
     with store.database.transaction(write=True) as tx:
         tx.execute("INSERT INTO release_tasks (version) VALUES (?)", version)
         release_id = int(tx.value("SELECT id FROM release_tasks WHERE version = ?", version))
@@ -606,7 +606,7 @@ class Reader:
         self._process.stdin.flush()
 
     def stop(self) -> dict[str, list[float]]:
-        """Gives the seconds of every read, by path."""
+        """Return the seconds of every read, by path."""
         return dict(json.loads(self._process.communicate("\n")[0]))
 
 
@@ -684,7 +684,7 @@ def goal_api(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def fill_history(path: str, releases: int, nodes: int) -> None:
-    """Writes finished releases with their nodes and a few events straight into SQLite: history by the million."""
+    """Write finished releases with their nodes and a few events straight into SQLite: history by the million."""
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA synchronous = OFF")
     connection.execute("BEGIN")
@@ -821,7 +821,7 @@ SCANS = 50
 
 
 def fill_queue(url: str, targets: int, is_disjoint: bool, nodes: int) -> None:
-    """Writes pending releases by SQL, as create does it in this schema."""
+    """Write pending releases by SQL, as create does it in this schema."""
     database = rc.Database(url)
     numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {})"
     with database.transaction(write=True) as tx:

@@ -463,6 +463,16 @@ class World:
         return [len(self.fleet.agent(address).runs) for address in ADDRESSES[:len(self.fleet.agents)]]
 
 
+@contextlib.contextmanager
+def beside(run: Callable[[], object], within_s: float = 30.0) -> Iterator[None]:
+    """Run something in a thread beside the body, and wait for its end."""
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield
+    thread.join(within_s)
+    assert not thread.is_alive(), f"{run} does not end within {within_s:g} s"
+
+
 # -- processes ----------------------------------------------------------------------------------
 
 class Result(NamedTuple):

@@ -30,6 +30,8 @@ from lab import (
 
 import releasectl as rc
 
+MAX_BODY_BYTES = 1 << 20
+
 RELEASE_KEYS = {"id", "type", "target", "version", "status", "statusReason", "reason", "totalNodes", "successNodes",
                 "failedNodes", "skippedNodes", "currentBatch", "errorMsg", "strategy", "payloadSha256", "retryOf",
                 "selection", "catchUpOf",
@@ -81,7 +83,7 @@ def new_tokens(tmp_path):
 
 
 def ended(store: rc.Store, *statuses: str) -> int:
-    """Creates a release, and lets it have ended with its nodes in these statuses; gives its id."""
+    """Create a release, and let it have ended with its nodes in these statuses; return its id."""
     release, batches, *_ = store.releases.create(rc.ReleaseRequest(payload={"for": list(statuses)}), "test")
     with store.database.transaction(write=True) as tx:
         for node_id, status in zip([node_id for batch in batches for node_id in batch], statuses):
@@ -485,7 +487,7 @@ def test_a_body_where_none_belongs_is_2002(refusing):
     assert refusing.code("POST", "/api/v1/releases/1/retry", {"x": 1}) == 2003
 
 
-@pytest.mark.parametrize("size", [rc.MAX_BODY_BYTES + 1, 8 * rc.MAX_BODY_BYTES])
+@pytest.mark.parametrize("size", [MAX_BODY_BYTES + 1, 8 * MAX_BODY_BYTES])
 def test_a_body_over_1_mib_is_4013_also_for_who_sends_all_of_it_first(refusing, size):
     for _ in range(5):
         answer = refusing("POST", "/api/v1/releases", b"x" * size)
@@ -495,8 +497,8 @@ def test_a_body_over_1_mib_is_4013_also_for_who_sends_all_of_it_first(refusing, 
 def test_a_body_of_1_mib_is_read(lite):
     add_nodes(lite.store, 1)
     body = json.dumps({"payload": {"x": ""}}).encode()
-    body = body.replace(b'""', b'"' + b"y" * (rc.MAX_BODY_BYTES - len(body)) + b'"')
-    assert len(body) == rc.MAX_BODY_BYTES
+    body = body.replace(b'""', b'"' + b"y" * (MAX_BODY_BYTES - len(body)) + b'"')
+    assert len(body) == MAX_BODY_BYTES
     assert lite.code("POST", "/api/v1/releases", body) == 0
 
 

@@ -278,7 +278,7 @@ def test_nodes_are_imported_from_lines_or_json(quick):
 
 
 def harm_database(cli: Cli, how: str) -> str:
-    """Makes a database that can't be used; gives its URL."""
+    """Make a database that can't be used; return its URL."""
     path = f"{cli.folder}/bad.db"
     if how == "not a database":
         cli.file("bad.db", "plain text, and more of it than a page header needs\n" * 20)
@@ -815,7 +815,7 @@ SAMPLES = ("terminal", "5m", "90d", "1", "1,2", "edge-1", f"1:{64 * '0'}")
 
 
 def sample_of(keywords: dict[str, Any]) -> str:
-    """Gives a value that an option takes."""
+    """Return a value that an option takes."""
     if "choices" in keywords:
         return keywords["choices"][0]
     for text in SAMPLES:

@@ -18,7 +18,7 @@ import releasectl as rc
 
 
 def bash_says(script: str, line: str, folder: Path) -> set[str]:
-    """Gives what bash would offer behind a line."""
+    """Return what bash would offer behind a line."""
     words = line.split(" ")
     asked = f"""{script}
         COMP_WORDS=({' '.join(f'"{word}"' for word in words)}) COMP_CWORD={len(words) - 1}
@@ -77,7 +77,7 @@ class Zsh:
         os.write(self._terminal, text.encode())
 
     def shows(self, *words: str) -> bool:
-        """Says whether all words have come on the screen since the last look at them."""
+        """Return whether all words have come on the screen since the last look at them."""
         while select.select([self._terminal], [], [], 0.05)[0]:
             self.shown += os.read(self._terminal, 65536).decode(errors="replace")
         return all(word in self.shown for word in words)

@@ -28,6 +28,7 @@ from lab import (
     add_nodes,
     admin,
     answers,
+    beside,
     eventually,
     free_port,
     new_release,
@@ -124,7 +125,7 @@ def proxy(new_postgres_url):
 
 
 def for_processes(cli: Cli, url: str, driver: str = "") -> Cli:
-    """Gives a command line over a database, with the drivers that this Python has."""
+    """Return a command line over a database, with the drivers that this Python has."""
     cli.settings.update(DATABASE_URL=url, MTLS_ENABLED="0", HTTP_ADDR=f"127.0.0.1:{free_port()}",
                         **({"RELEASECTL_PG_DRIVER": driver} if driver else {}))
     return cli
@@ -199,10 +200,8 @@ def test_an_agents_words_that_cant_be_stored_are_told_once_and_the_release_ends(
     world.agent(1).set(outcome="failed", message="磁盘已满")
     new_release(world.store)
     executor = world.executor()
-    thread = threading.Thread(target=executor.drain, daemon=True)
-    thread.start()
-    eventually(lambda: world.store.releases.get(1).status == "failed", 8)
-    thread.join(8)
+    with beside(executor.drain):
+        eventually(lambda: world.store.releases.get(1).status == "failed", 8)
     assert len([r for r in errors if "no such letter" in r.getMessage()]) == 1
     assert r"\u78c1\u76d8\u5df2\u6ee1" in world.store.releases.with_nodes(1)[1][0].error_msg
 

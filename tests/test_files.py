@@ -409,7 +409,7 @@ def clone(tmp_path):
 
 
 def dist(tree: Path, **environment: str) -> str:
-    """Makes the archive; gives what was said on standard error."""
+    """Make the archive; return what was said on standard error."""
     done = subprocess.run(["bash", "scripts/dist.sh"], cwd=tree, capture_output=True, text=True, check=True,
                           env={"PATH": os.environ["PATH"], "HOME": str(tree), **environment}, timeout=TIMEOUT_S)
     return done.stderr

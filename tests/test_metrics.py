@@ -35,7 +35,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def parse(text: str) -> dict[tuple[str, ...], float]:
-    """Gives name and label values of each sample, by the official client's parser."""
+    """Return name and label values of each sample, by the official client's parser."""
     try:
         from prometheus_client.parser import text_string_to_metric_families
     except ImportError:
@@ -56,7 +56,7 @@ def parse(text: str) -> dict[tuple[str, ...], float]:
 
 
 def promtool(*arguments: str, text: str | None = None) -> None:
-    """Runs promtool, which must find nothing to say against it."""
+    """Run promtool, which must find nothing to say against it."""
     if not shutil.which("promtool"):
         leave_out("promtool (Debian's package prometheus)")
     done = subprocess.run(["promtool", *arguments], input=text, capture_output=True, text=True, check=False)
@@ -427,7 +427,7 @@ DASHBOARD = ROOT / "docs" / "grafana-dashboard.json"
 
 
 def used(text: str) -> set[str]:
-    """Gives the metrics that expressions name."""
+    """Return the metrics that expressions name."""
     return {re.sub("_(bucket|sum|count)$", "", name) for name in re.findall(r"\b(?:releasectl|process)_[a-z_]+", text)}
 
 
@@ -489,7 +489,7 @@ WELL = [('releasectl_nodes_drift{instance="a",drift="behind"}', "2x20 0x20 2x360
 
 
 def fires(series: list[tuple[str, str]], alert: str, at: str, tmp_path: Path, wanted: bool) -> None:
-    """Lets promtool find out whether an alert fires: what it says is the test's verdict."""
+    """Let promtool find out whether an alert fires: what it says is the test's verdict."""
     rules = tmp_path / "rules.yml"
     # of each alert only its expression and its patience: labels and words are not what is tested
     rules.write_text(re.sub(r"^( +)(labels|annotations):\n(?:\1 +.+\n)+", "", RULES.read_text(encoding="utf-8"),

@@ -43,7 +43,7 @@ REDIRECTIONS = ["2>&-", "1>&-", "<&-", "<&- 1>&- 2>&-", "2>/dev/full", "1>/dev/f
 
 
 def redirected(cli: Cli, streams: str) -> Cli:
-    """Lets a shell redirect the streams of what the command line starts."""
+    """Let a shell redirect the streams of what the command line starts."""
     if "/dev/full" in streams and not os.path.exists("/dev/full"):
         leave_out("/dev/full")
     cli.prefix = ("bash", "-c", f'exec "$@" {streams}', "bash")
