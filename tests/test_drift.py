@@ -279,7 +279,7 @@ def test_nothing_is_called_unchanged_on_a_node_of_which_it_is_not_known(store, d
     text = rc.effect_text(plan.effect)
     assert rc.CHANGES_NOTHING not in text
     assert "is not known" in text
-    assert store.releases.create(rc.ReleaseRequest(payload={"content": "A"}), "anna").remark == ""
+    assert not store.releases.create(rc.ReleaseRequest(payload={"content": "A"}), "anna").is_unchanged
 
 
 def test_a_probe_that_failed_leaves_the_payload_on_the_node(store):
