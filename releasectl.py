@@ -553,6 +553,14 @@ def parse_json(data: bytes | str, exact: bool = False) -> Any:
     return value
 
 
+def read_json(data: bytes | str, what: str, exact: bool = False) -> Any:
+    """Return the value of a JSON text that a person or a client gave; raise AppError 2002 that names it."""
+    try:
+        return parse_json(data, exact)
+    except ValueError as error:
+        raise AppError(MALFORMED, f"{what} is not JSON: {one_line(error, 150)}") from None
+
+
 def to_json(value: object) -> str:
     """Return a value as compact JSON on one line."""
     return _encoded(_ENCODER, value)
@@ -10018,10 +10026,7 @@ class Exchange:
     def _body(raw: bytes, route: Route) -> Mapping[str, Any]:
         if not raw:
             return {}
-        try:
-            body = parse_json(raw, exact=route.body == "NewRelease")
-        except ValueError as error:
-            raise AppError(MALFORMED, f"the body is not JSON: {one_line(error, 150)}") from None
+        body = read_json(raw, "the body", exact=route.body == "NewRelease")
         if not isinstance(body, dict):
             raise AppError(MALFORMED, "the body must be a JSON object")
         return body
@@ -10763,10 +10768,7 @@ def _read_node_file(path: str) -> list[dict[str, Any]]:
     """Return the nodes of a JSON array, or of lines NAME IP [PORT [PROTOCOL]], as JSON fields."""
     text = read_text(path)
     if text.lstrip().startswith(("[", "{")):
-        try:
-            items = parse_json(text)
-        except ValueError as error:
-            raise AppError(MALFORMED, f"{path} is not JSON: {one_line(error, 150)}") from None
+        items = read_json(text, path)
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise AppError(MALFORMED, f"{path} must be an array of objects")
         return list(items)
@@ -10844,10 +10846,7 @@ def command_create(context: Context) -> int:
     body: dict[str, Any] = {"target": options.target, "reason": options.reason, "payload": {},
                             "strategy": _given(options, STRATEGY_OPTIONS)}
     if options.payload:
-        try:
-            body["payload"] = parse_json(read_text(options.payload), exact=True)
-        except ValueError as error:
-            raise AppError(MALFORMED, f"--payload {options.payload} is not JSON: {one_line(error, 150)}") from None
+        body["payload"] = read_json(read_text(options.payload), f"--payload {options.payload}", exact=True)
     verify = _given(options, VERIFY_OPTIONS)
     if verify:
         body["strategy"]["verify"] = verify
