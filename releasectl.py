@@ -589,6 +589,14 @@ def stored_json(text: str) -> Any:
         return {}
 
 
+def read_json(data: bytes | str, what: str, exact: bool = False) -> Any:
+    """Return the value of a JSON text that a person or a client gave; raise AppError 2002 that names it."""
+    try:
+        return parse_json(data, exact)
+    except ValueError as error:
+        raise AppError(MALFORMED, f"{what} is not JSON: {one_line(error, 150)}") from None
+
+
 def to_json(value: object) -> str:
     """Return a value as compact JSON on one line."""
     return _encoded(_ENCODER, value)
@@ -7581,6 +7589,7 @@ STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9]{{2}})(?: {_TEXT}*)?")
 HEADER_LINE = re.compile(rf"({_TOKEN}+):[ \t]*({_TEXT}*)")
 CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,8}})[ \t]*(?:;{_TEXT}*)?")
 CONTENT_LENGTH = re.compile("[0-9]{1,18}")
+BARE = re.compile(rb"[\n\0]|\r(?!\Z)")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{0,5})?")
 
 
@@ -7624,32 +7633,36 @@ class HttpReader:
             raise EOFError
 
     async def head(self, first_line: re.Pattern[str], form: str) -> tuple[re.Match[str], dict[str, str]]:
-        """Return the first line of a head, which messages call the form, and its headers, names in lower case."""
-        if not self.buffer:
-            await self._fill_or_raise()
-        while True:
-            end = self.buffer.find(b"\r\n\r\n")
-            is_whole = end >= 0
-            lines = self._lines_of(self.buffer[:end] if is_whole else self.buffer)
-            first = first_line.fullmatch(lines[0])
-            if is_whole and first:
-                del self.buffer[:end + 4]
-                return first, headers_in(lines[1:], self.limits.once)
-            if not first and (is_whole or len(lines) > 1):
-                raise AppError(MALFORMED, f"the first line is not {form}")
-            if re.search("[\r\n\0]", "".join(lines).removesuffix("\r")):  # that may be half a CRLF
-                raise AppError(MALFORMED, "a line of the head holds a bare CR, a bare LF or a NUL")
-            await self._fill_or_raise()
+        """Return the first line of a head, which messages call the form, and its headers, names in lower case.
 
-    def _lines_of(self, head: bytearray) -> list[str]:
-        """Return the lines of a head, or of its beginning; raise AppError 4014, 4031."""
-        limits, lines = self.limits, head.decode("latin-1").split("\r\n")
-        is_first_too_long = len(lines[0]) > limits.first_line_bytes - len("\r\n")
-        if is_first_too_long or len(head) > limits.head_bytes - 4 or len(lines) - (not lines[-1]) > limits.headers + 1:
-            raise AppError(ADDRESS_TOO_LONG if is_first_too_long else HEAD_TOO_LARGE, "the head is too large: at most "
-                           f"{limits.first_line_bytes >> 10} KiB for its first line, {limits.head_bytes >> 10} KiB and "
-                           f"{limits.headers} headers in all")
-        return lines
+        What is wrong with a part is refused as soon as it is there, and each byte is searched once: they may drip.
+        """
+        buffer, limits, first, headers = self.buffer, self.limits, None, dict[str, str]()
+        most, start, searched, count = limits.first_line_bytes, 0, 0, 0
+        while True:
+            end = buffer.find(b"\r\n", searched)
+            if end < 0 and BARE.search(buffer, searched):
+                raise AppError(MALFORMED, "a line of the head holds a bare CR, a bare LF or a NUL")
+            searched = end if end >= 0 else max(start, len(buffer) - 1)  # a last CR may be half of a CRLF
+            if searched + 2 > most or (count > limits.headers and searched > start):
+                raise AppError(HEAD_TOO_LARGE if first else ADDRESS_TOO_LONG, "the head is too large: at most "
+                               f"{limits.first_line_bytes >> 10} KiB for its first line, {limits.head_bytes >> 10} KiB "
+                               f"and {limits.headers} headers in all")
+            if end < 0:
+                await self._fill_or_raise()
+                continue
+            line = buffer[start:end].decode("latin-1")
+            start = searched = end + 2
+            count += 1
+            if first and line:
+                _add_header(headers, line, limits.once)
+            elif first:
+                del buffer[:start]
+                return first, headers
+            else:
+                first, most = first_line.fullmatch(line), limits.head_bytes
+                if not first:
+                    raise AppError(MALFORMED, f"the first line is not {form}")
 
     async def take(self, count: int) -> bytes:
         """Return the next count bytes."""
@@ -7663,8 +7676,10 @@ class HttpReader:
         """Return a body in chunks; raise TooBig where it is longer than max_bytes."""
         parts, left = list[bytes](), max_bytes
         while True:
-            while (end := self.buffer.find(b"\r\n")) < 0:
-                if len(self.buffer) > self.limits.first_line_bytes:
+            searched = 0
+            while (end := self.buffer.find(b"\r\n", searched)) < 0:
+                searched = max(0, len(self.buffer) - 1)
+                if searched > self.limits.first_line_bytes:
                     raise AppError(HEAD_TOO_LARGE, "the first line of a chunk is too long")
                 await self._fill_or_raise()
             match = CHUNK_LINE.fullmatch(self.buffer[:end].decode("latin-1"))
@@ -7692,21 +7707,15 @@ class HttpReader:
         raise TooBig
 
 
-def headers_in(lines: Sequence[str], once: Set[str]) -> dict[str, str]:
-    """Return headers by their names in lower case; raise AppError 2002."""
-    headers: dict[str, str] = {}
-    for line in lines:
-        match = HEADER_LINE.fullmatch(line)
-        if not match:
-            shown = one_line(line.partition(":")[0], 40)  # not its value: that may be a token
-            raise AppError(MALFORMED, f"the header {shown!r} is not NAME: VALUE in one line")
-        name, value = match[1].lower(), match[2].rstrip(" \t")
-        if name in headers:
-            if name in once:
-                raise AppError(MALFORMED, f"the header {name} is given twice")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
-    return headers
+def _add_header(headers: dict[str, str], line: str, once: Set[str]) -> None:
+    match = HEADER_LINE.fullmatch(line)
+    if not match:
+        shown = one_line(line.partition(":")[0], 40)  # not its value: that may be a token
+        raise AppError(MALFORMED, f"the header {shown!r} is not NAME: VALUE in one line")
+    name, value = match[1].lower(), match[2].rstrip(" \t")
+    if name in headers and name in once:
+        raise AppError(MALFORMED, f"the header {name} is given twice")
+    headers[name] = f"{headers[name]}, {value}" if name in headers else value
 
 
 def encode_message(first_line: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
@@ -10927,10 +10936,7 @@ class Exchange:
     def _body(raw: bytes, route: Route) -> Mapping[str, Any]:
         if not raw:
             return {}
-        try:
-            body = parse_json(raw, exact=route.body == "NewRelease")
-        except ValueError as error:
-            raise AppError(MALFORMED, f"the body is not JSON: {one_line(error, 150)}") from None
+        body = read_json(raw, "the body", exact=route.body == "NewRelease")
         if not isinstance(body, dict):
             raise AppError(MALFORMED, "the body must be a JSON object")
         return body
@@ -11690,10 +11696,7 @@ def command_create(context: Context) -> int:
     body: dict[str, Any] = {"target": options.target, "reason": options.reason, "payload": {},
                             "strategy": _strategy_given(options)}
     if options.payload:
-        try:
-            body["payload"] = parse_json(read_text(options.payload), exact=True)
-        except ValueError as error:
-            raise AppError(MALFORMED, f"--payload {options.payload} is not JSON: {one_line(error, 150)}") from None
+        body["payload"] = read_json(read_text(options.payload), f"--payload {options.payload}", exact=True)
     if options.label:
         body["labels"] = parse_label_pairs("--label", options.label)
     if options.version is not None:
@@ -12159,10 +12162,7 @@ def _read_node_file(path: str) -> list[dict[str, Any]]:
     """
     text = read_text(path)
     if text.lstrip().startswith(("[", "{")):
-        try:
-            items = parse_json(text)
-        except ValueError as error:
-            raise AppError(MALFORMED, f"{path} is not JSON: {one_line(error, 150)}") from None
+        items = read_json(text, path)
         if isinstance(items, dict) and "items" in items:
             items = items["items"]
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
