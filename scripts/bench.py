@@ -784,8 +784,8 @@ def goal_fleet(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     fill_history(path, FLEET_RELEASES, nodes)
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         # the newest release is for one region, and missed a hundred of its nodes
-        connection.execute("UPDATE release_tasks SET payload = '{\"n\":' || id || '}', selection = CASE WHEN id = ? THEN "
-                           "'{\"labels\":{\"region\":\"us\"}}' ELSE '{}' END", (FLEET_RELEASES,))
+        connection.execute("UPDATE release_tasks SET payload = '{\"n\":' || id || '}', selection = "
+                           "CASE WHEN id = ? THEN '{\"labels\":{\"region\":\"us\"}}' ELSE '{}' END", (FLEET_RELEASES,))
         connection.execute("UPDATE release_task_nodes SET status = 'failed', error_kind = 'agent_failed' "
                            "WHERE release_task_id = ? AND node_id % ? = 0", (FLEET_RELEASES, nodes // 100))
     server = Server(lab, url, [], executor=False)
