@@ -9545,13 +9545,10 @@ class Api:
 
     def ready(self, request: Request) -> Reply:
         if self._ready_guard.acquire(blocking=False):  # else a check is under way: the last result holds
-            try:
-                if time.monotonic() - self._ready[0] >= READY_CHECK_EVERY_S:
-                    self._checking_since = time.monotonic()
-                    self._ready = (time.monotonic(), self._check_database())
-            finally:
-                self._checking_since = float("inf")
+            if time.monotonic() - self._ready[0] < READY_CHECK_EVERY_S:
                 self._ready_guard.release()
+            else:
+                self._start_check()
         waited_s = time.monotonic() - self._checking_since
         trouble = self._ready[1] or self._hung()
         if waited_s > MAX_READY_CHECK_S:
@@ -9560,6 +9557,31 @@ class Api:
         if trouble:
             raise DatabaseError(trouble if request.role else "not ready: the log of releasectl says why")
         return Reply(200, {"status": "ready"})
+
+    def _start_check(self) -> None:
+        """Check the database in a thread of its own: where server or disk hang, wait only so long."""
+        self._checking_since = time.monotonic()
+        check = threading.Thread(target=self._check_ready, name="ready", daemon=True)
+        try:
+            check.start()
+        except RuntimeError as error:  # the system has no more threads
+            self._end_check(str(error))
+        else:
+            check.join(MAX_READY_CHECK_S)
+
+    def _check_ready(self) -> None:
+        trouble = "the database could not be checked"
+        try:
+            trouble = self._check_database()
+        except Exception:  # the edge of a thread
+            log.exception("the database could not be checked")
+        finally:
+            self._end_check(trouble)
+
+    def _end_check(self, trouble: str) -> None:
+        self._ready = (time.monotonic(), trouble)
+        self._checking_since = float("inf")
+        self._ready_guard.release()
 
     def _check_database(self) -> str:
         """Return why the database can't be used, "" when it can."""
