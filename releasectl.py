@@ -674,6 +674,17 @@ def wide_network_of(address: str) -> str:
     return str(network.supernet(new_prefix=24 if network.version == 4 else 48))
 
 
+def _link_or_reserve(temporary: str, path: str) -> None:
+    """Give a file a name that is free; raise FileExistsError for one that is not, also since a moment ago."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: FAT, some network file systems
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.replace(temporary, path)
+
+
 @contextlib.contextmanager
 def whole_file(path: str, mode: int, is_new: bool) -> Iterator[tuple[int, str]]:
     """Yield a descriptor and the name of an empty file, which is given its path when it is complete and on the disk.
@@ -687,7 +698,10 @@ def whole_file(path: str, mode: int, is_new: bool) -> Iterator[tuple[int, str]]:
         os.fchmod(descriptor, mode)
         yield descriptor, temporary
         os.fsync(descriptor)
-        (os.link if is_new else os.replace)(temporary, path)  # not a look and then a rename: link() never replaces
+        if is_new:
+            _link_or_reserve(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         os.close(descriptor)
         with contextlib.suppress(FileNotFoundError):  # it was renamed
