@@ -707,6 +707,17 @@ def wide_network_of(address: str) -> str:
     return str(network.supernet(new_prefix=24 if network.version == 4 else 48))
 
 
+def _link_or_reserve(temporary: str, path: str) -> None:
+    """Give a file a name that is free; raise FileExistsError for one that is not, also since a moment ago."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: FAT, some network file systems
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.replace(temporary, path)
+
+
 @contextlib.contextmanager
 def whole_file(path: str, mode: int, is_new: bool) -> Iterator[tuple[int, str]]:
     """Yield a descriptor and the name of an empty file, which is given its path when it is complete and on the disk.
@@ -720,7 +731,10 @@ def whole_file(path: str, mode: int, is_new: bool) -> Iterator[tuple[int, str]]:
         os.fchmod(descriptor, mode)
         yield descriptor, temporary
         os.fsync(descriptor)
-        (os.link if is_new else os.replace)(temporary, path)  # not a look and then a rename: link() never replaces
+        if is_new:
+            _link_or_reserve(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         os.close(descriptor)
         with contextlib.suppress(FileNotFoundError):  # it was renamed
@@ -10428,13 +10442,10 @@ class Api:
 
     def ready(self, request: Request) -> Reply:
         if self._ready_guard.acquire(blocking=False):  # else a check is under way: the last result holds
-            try:
-                if time.monotonic() - self._ready[0] >= READY_CHECK_EVERY_S:
-                    self._checking_since = time.monotonic()
-                    self._ready = (time.monotonic(), self._check_database())
-            finally:
-                self._checking_since = float("inf")
+            if time.monotonic() - self._ready[0] < READY_CHECK_EVERY_S:
                 self._ready_guard.release()
+            else:
+                self._start_check()
         waited_s = time.monotonic() - self._checking_since
         trouble = self._ready[1] or self._hung()
         if waited_s > MAX_READY_CHECK_S:
@@ -10443,6 +10454,31 @@ class Api:
         if trouble:
             raise DatabaseError(trouble if request.role else "not ready: the log of releasectl says why")
         return Reply(200, {"status": "ready"})
+
+    def _start_check(self) -> None:
+        """Check the database in a thread of its own: where server or disk hang, wait only so long."""
+        self._checking_since = time.monotonic()
+        check = threading.Thread(target=self._check_ready, name="ready", daemon=True)
+        try:
+            check.start()
+        except RuntimeError as error:  # the system has no more threads
+            self._end_check(str(error))
+        else:
+            check.join(MAX_READY_CHECK_S)
+
+    def _check_ready(self) -> None:
+        trouble = "the database could not be checked"
+        try:
+            trouble = self._check_database()
+        except Exception:  # the edge of a thread
+            log.exception("the database could not be checked")
+        finally:
+            self._end_check(trouble)
+
+    def _end_check(self, trouble: str) -> None:
+        self._ready = (time.monotonic(), trouble)
+        self._checking_since = float("inf")
+        self._ready_guard.release()
 
     def _check_database(self) -> str:
         """Return why the database can't be used, "" when it can."""

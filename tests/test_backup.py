@@ -80,7 +80,13 @@ def test_a_backup_refuses_a_file_that_exists(filled):
     assert Path(path).read_text() == "precious"
 
 
-def test_a_file_that_appears_while_the_copy_is_made_is_not_overwritten(filled, monkeypatch):
+def no_link(*_paths) -> None:
+    raise PermissionError(1, "Operation not permitted")  # as FAT answers
+
+
+@pytest.mark.parametrize("link", [os.link, no_link])
+def test_a_file_that_appears_while_the_copy_is_made_is_not_overwritten(filled, monkeypatch, link):
+    monkeypatch.setattr(rc.os, "link", link)
     copy = rc.SqliteEngine._copy
 
     def copy_while_somebody_writes(source, path):
@@ -93,6 +99,13 @@ def test_a_file_that_appears_while_the_copy_is_made_is_not_overwritten(filled, m
         filled.store.database.backup(str(filled.folder / "copy.db"))
     assert (filled.folder / "copy.db").read_text() == "precious"
     assert files(filled.folder) == before | {"copy.db"}
+
+
+def test_a_backup_needs_no_hard_links(filled, monkeypatch):
+    monkeypatch.setattr(rc.os, "link", no_link)
+    filled.store.database.backup(str(filled.folder / "copy.db"))
+    assert stat.S_IMODE((filled.folder / "copy.db").stat().st_mode) == 0o600
+    assert look(filled.folder / "copy.db", "SELECT reason FROM release_tasks") == [("kept",)]
 
 
 @pytest.mark.parametrize(("database", "said"), [

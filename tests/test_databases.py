@@ -528,6 +528,20 @@ def test_readyz_says_when_the_look_under_way_is_old(proxy, open_store, monkeypat
     eventually(lambda: is_ready(api))
 
 
+def test_readyz_is_answered_in_time_to_who_asks_first_too(proxy, open_store, monkeypatch, driver):
+    monkeypatch.setattr(rc, "MAX_READY_CHECK_S", 0.5)
+    api = rc.Api(open_store(proxy.url), rc.Metrics())
+    assert api.ready(ANYBODY).status == 200
+    time.sleep(rc.READY_CHECK_EVERY_S + 0.1)
+    proxy.freeze()
+    since = time.monotonic()
+    with pytest.raises(rc.DatabaseError, match="has not answered for"):
+        api.ready(ANYBODY)
+    assert time.monotonic() - since < 3
+    proxy.thaw()
+    eventually(lambda: is_ready(api))
+
+
 def is_ready(api: rc.Api) -> bool:
     try:
         return api.ready(ANYBODY).status == 200
