@@ -982,6 +982,8 @@ class Metric(NamedTuple):
     labels: tuple[str, ...] = ()
     # All values of each label, if they are known in advance.
     values: tuple[tuple[str, ...], ...] = ()
+    # Upper bounds of a histogram's buckets.
+    buckets_s: tuple[float, ...] = ()
 
 
 # No label holds an id or a node's name: the number of series must not grow with use.
@@ -1007,8 +1009,15 @@ METRICS: tuple[Metric, ...] = (
            (ERROR_KINDS,)),
     Metric("releasectl_agent_requests_total", COUNTER, "Requests to agents and probes of nodes, by outcome.",
            ("operation", "outcome"), ((DISPATCH, QUERY, PROBE), (SUCCESS, *ERROR_KINDS[:-2]))),
+    # an agent answers within milliseconds, or works for a minute
     Metric("releasectl_agent_request_duration_seconds", HISTOGRAM, "Duration of these, including connecting.",
-           ("operation",)),
+           ("operation",), buckets_s=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)),
+    Metric("releasectl_node_duration_seconds", HISTOGRAM,
+           "Time from the first dispatch to a node of a release to its end.", ("status",),
+           buckets_s=(0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)),
+    Metric("releasectl_release_duration_seconds", HISTOGRAM,
+           "Time from the start of a release to its end, with its soaks and pauses.", ("status",),
+           buckets_s=(1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0, 86400.0, 604800.0)),
     Metric("releasectl_api_requests_total", COUNTER, "Requests that the API answered.", ("route", "method", "status")),
     Metric("releasectl_certificate_expiry_timestamp_seconds", GAUGE,
            "Expiry of a certificate; of several in a file, the first expiry.", ("certificate",)),
@@ -1018,8 +1027,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("process_open_fds", GAUGE, "Open file descriptors."),
     Metric("process_threads", GAUGE, "Threads."),
 )
-# Upper bounds of the histogram's buckets: an agent answers within milliseconds, or works for a minute.
-BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_BUCKETS_S = {metric.name: metric.buckets_s for metric in METRICS}
 
 
 class Metrics:
@@ -1048,13 +1056,15 @@ class Metrics:
 
     def count_request(self, operation: str, outcome: str, since: float) -> None:
         """Count a request to an agent that began at since (time.monotonic())."""
-        took_s = time.monotonic() - since
-        key = ("releasectl_agent_requests_total", operation, outcome)
+        self.count("releasectl_agent_requests_total", operation, outcome)
+        self.observe("releasectl_agent_request_duration_seconds", time.monotonic() - since, operation)
+
+    def observe(self, name: str, took_s: float, *labels: str) -> None:
+        """Add a duration to a histogram."""
+        ends = _BUCKETS_S[name]
         with self._guard:
-            self._figures[key] = self._figures.get(key, 0.0) + 1.0
-            times = self._times.setdefault(("releasectl_agent_request_duration_seconds", operation),
-                                           [0.0] * (len(BUCKETS_S) + 2))
-            times[bisect.bisect_left(BUCKETS_S, took_s)] += 1.0
+            times = self._times.setdefault((name, *labels), [0.0] * (len(ends) + 2))
+            times[bisect.bisect_left(ends, took_s)] += 1.0
             times[-1] += took_s
 
     def text(self, more: Figures) -> str:
@@ -1068,7 +1078,7 @@ class Metrics:
             lines[name].append(_sample(name, zip(labels[name], values), figure))
         for (name, *values), (*buckets, total) in sorted(times.items()):
             pairs, counts = list(zip(labels[name], values)), list(itertools.accumulate(buckets))
-            for end, count in zip((*map(str, BUCKETS_S), "+Inf"), counts):
+            for end, count in zip((*map(str, _BUCKETS_S[name]), "+Inf"), counts):
                 lines[name].append(_sample(f"{name}_bucket", (*pairs, ("le", end)), count))
             lines[name] += [_sample(f"{name}_sum", pairs, total), _sample(f"{name}_count", pairs, counts[-1])]
         return "".join(f"# HELP {m.name} {m.help}\n# TYPE {m.name} {m.kind}\n" + "".join(lines[m.name])
@@ -5557,6 +5567,8 @@ class Queue:
             node, event = change.after, NODE_EVENTS.get(change.after.status, "")
             if node.status == change.before.status:
                 continue
+            if change.before.status == RUNNING and node.status in AT_REST:
+                self._observe("releasectl_node_duration_seconds", node.started_at, node.finished_at, node.status)
             if node.status == FAILED:
                 self._database.metrics.count("releasectl_node_failures_total", node.error_kind)
                 log.warning("%s: node %s failed: %s", release, node.name, node.error_msg,
@@ -5576,10 +5588,17 @@ class Queue:
         if decision.status in TERMINAL:
             # a copy of the head where nobody who writes to the database can change it
             trail.info("%s: the audit log is at %d:%s", release, *(head or self._audit.head()), extra=about(release))
+            self._observe("releasectl_release_duration_seconds", release.started_at, self._state.now(), decision.status)
         if decision.status != release.status:
             log.log(logging.INFO if decision.status == SUCCESS else logging.WARNING, "%s: %s, %s", release,
                     decision.status, decision.status_reason,
                     extra=about(release, actor=actor, event=RELEASE_EVENTS[decision.status]))
+
+    def _observe(self, name: str, began: str | None, ended: str | None, status: str) -> None:
+        """Count a duration, unless a time is missing: a release that never started, a row that was written by hand."""
+        with contextlib.suppress(ValueError):
+            if began and ended:
+                self._database.metrics.observe(name, max(0.0, epoch_of(ended) - epoch_of(began)), status)
 
     def _shares(self, tx: Transaction) -> Shares:
         """Return a function that tells whether two open releases have an address in common.
