@@ -424,7 +424,10 @@ def scripts_of(word: str) -> set[str]:
 
 
 def visible(text: str, in_ascii: bool = False) -> str:
-    """Return JSON with escapes in place of what can't be seen; in_ascii, or not in composed form (NFC): of all else."""
+    """Return JSON with an escape for each character that can't be seen.
+
+    in_ascii: for all that are not ASCII, as where the text is not in composed form (NFC).
+    """
     if text.isascii() and text.isprintable():
         return text
     in_ascii = in_ascii or not unicodedata.is_normalized("NFC", text)
@@ -1579,8 +1582,8 @@ def digest_of_stored(text: str) -> str:
 
 ADDED, REMOVED, CHANGED = "added", "removed", "changed"
 
-# More changes are counted only; so are those after the first that these characters of JSON (paths and values) do not
-# hold: a path that stands before 1,000 changes may be a megabyte.
+# Changes that are listed, and the characters of JSON in their paths and values (the first change may have more); all
+# others are counted. 1,000 changes may have a path of a megabyte in common.
 MAX_CHANGES, MAX_CHANGES_CHARS = 1000, 1 << 20
 
 # Characters that a line shows of a path and of a value.
@@ -2955,7 +2958,7 @@ PACE_S, PACE_EVENTS = 60.0, 2000
 
 class Pace(NamedTuple):
     """How fast a release goes, in seconds; 0: not known."""
-    # Since the first dispatch of the current batch.
+    # Since the current batch began, or should have.
     spent_s: float = 0.0
     # From one end of a node to the next in it, of those within PACE_S.
     each_s: float = 0.0
@@ -6110,7 +6113,7 @@ class Releases:
         number = next((batch.number for batch in batches if batch.is_open), 0)
         if release.status != RUNNING or not number or read_freeze(tx).frozen:
             return ""
-        now, status_ages = self._state.moment(), list[tuple[str, float]]()
+        now, strategy, status_ages = self._state.moment(), strategy_of(release.strategy), list[tuple[str, float]]()
         # the index release_events_by_release
         for status, at in tx.rows("""
                 SELECT e.to_status, e.at
@@ -6128,8 +6131,10 @@ class Releases:
                 FROM release_task_nodes
                 WHERE release_task_id = ? AND status IN ('success', 'failed') AND batch = ?""", release.id, max(
                 (batch.number for batch in batches if batch.number < number), default=0)) or (None, None)
-            pace = pace._replace(before_s=max(0.0, epoch_or(last, 0.0) - epoch_or(began, 0.0)) if began else 0.0)
-        return time_left(release, batches, pace, strategy_of(release.strategy), now)
+            # a batch that should have begun since then, and has not: perhaps no executor is running
+            waits_s = max(0.0, now.wall - epoch_or(last, now.wall) - strategy.soak_s)
+            pace = Pace(spent_s or waits_s, 0.0, max(0.0, epoch_or(last, 0.0) - epoch_or(began, 0.0)) if began else 0.0)
+        return time_left(release, batches, pace, strategy, now)
 
     @staticmethod
     def _batches(tx: Transaction, release_id: int) -> list[BatchProgress]:
