@@ -9350,7 +9350,7 @@ QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
     "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
     "with": {"type": "string", "pattern": f"^({BEFORE}|{ID_DIGITS})$", "default": BEFORE,
-             "description": f"id of a release; {BEFORE}: the newest one of the target before it that succeeded"},
+             "description": f"id of a release of its target; {BEFORE}: the newest of these before it that succeeded"},
     "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
     "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
     "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
