@@ -442,7 +442,10 @@ def scripts_of(word: str) -> set[str]:
 
 
 def visible(text: str, in_ascii: bool = False) -> str:
-    """Return JSON with escapes in place of what can't be seen; in_ascii, or not in composed form (NFC): of all else."""
+    """Return JSON with an escape for each character that can't be seen.
+
+    in_ascii: for all that are not ASCII, as where the text is not in composed form (NFC).
+    """
     if text.isascii() and text.isprintable():
         return text
     in_ascii = in_ascii or not unicodedata.is_normalized("NFC", text)
@@ -1068,6 +1071,8 @@ class Metric(NamedTuple):
     labels: tuple[str, ...] = ()
     # All values of each label, if they are known in advance.
     values: tuple[tuple[str, ...], ...] = ()
+    # Upper bounds of a histogram's buckets.
+    buckets_s: tuple[float, ...] = ()
 
 
 # No label holds an id or a node's name: the number of series must not grow with use.
@@ -1095,8 +1100,15 @@ METRICS: tuple[Metric, ...] = (
            (ERROR_KINDS,)),
     Metric("releasectl_agent_requests_total", COUNTER, "Requests to agents and probes of nodes, by outcome.",
            ("operation", "outcome"), ((DISPATCH, QUERY, PROBE), (SUCCESS, *ERROR_KINDS[:-2]))),
+    # an agent answers within milliseconds, or works for a minute
     Metric("releasectl_agent_request_duration_seconds", HISTOGRAM, "Duration of these, including connecting.",
-           ("operation",)),
+           ("operation",), buckets_s=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)),
+    Metric("releasectl_node_duration_seconds", HISTOGRAM,
+           "Time from the first dispatch to a node of a release to its end.", ("status",),
+           buckets_s=(0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)),
+    Metric("releasectl_release_duration_seconds", HISTOGRAM,
+           "Time from the start of a release to its end, with its soaks and pauses.", ("status",),
+           buckets_s=(1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0, 86400.0, 604800.0)),
     Metric("releasectl_api_requests_total", COUNTER, "Requests that the API answered.", ("route", "method", "status")),
     Metric("releasectl_certificate_expiry_timestamp_seconds", GAUGE,
            "Expiry of a certificate; of several in a file, the first expiry.", ("certificate",)),
@@ -1106,8 +1118,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("process_open_fds", GAUGE, "Open file descriptors."),
     Metric("process_threads", GAUGE, "Threads."),
 )
-# Upper bounds of the histogram's buckets: an agent answers within milliseconds, or works for a minute.
-BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_BUCKETS_S = {metric.name: metric.buckets_s for metric in METRICS}
 
 
 class Metrics:
@@ -1136,13 +1147,15 @@ class Metrics:
 
     def count_request(self, operation: str, outcome: str, since: float) -> None:
         """Count a request to an agent that began at since (time.monotonic())."""
-        took_s = time.monotonic() - since
-        key = ("releasectl_agent_requests_total", operation, outcome)
+        self.count("releasectl_agent_requests_total", operation, outcome)
+        self.observe("releasectl_agent_request_duration_seconds", time.monotonic() - since, operation)
+
+    def observe(self, name: str, took_s: float, *labels: str) -> None:
+        """Add a duration to a histogram."""
+        ends = _BUCKETS_S[name]
         with self._guard:
-            self._figures[key] = self._figures.get(key, 0.0) + 1.0
-            times = self._times.setdefault(("releasectl_agent_request_duration_seconds", operation),
-                                           [0.0] * (len(BUCKETS_S) + 2))
-            times[bisect.bisect_left(BUCKETS_S, took_s)] += 1.0
+            times = self._times.setdefault((name, *labels), [0.0] * (len(ends) + 2))
+            times[bisect.bisect_left(ends, took_s)] += 1.0
             times[-1] += took_s
 
     def text(self, more: Figures) -> str:
@@ -1156,7 +1169,7 @@ class Metrics:
             lines[name].append(_sample(name, zip(labels[name], values), figure))
         for (name, *values), (*buckets, total) in sorted(times.items()):
             pairs, counts = list(zip(labels[name], values)), list(itertools.accumulate(buckets))
-            for end, count in zip((*map(str, BUCKETS_S), "+Inf"), counts):
+            for end, count in zip((*map(str, _BUCKETS_S[name]), "+Inf"), counts):
                 lines[name].append(_sample(f"{name}_bucket", (*pairs, ("le", end)), count))
             lines[name] += [_sample(f"{name}_sum", pairs, total), _sample(f"{name}_count", pairs, counts[-1])]
         return "".join(f"# HELP {m.name} {m.help}\n# TYPE {m.name} {m.kind}\n" + "".join(lines[m.name])
@@ -1682,8 +1695,8 @@ def digest_of_stored(text: str) -> str:
 
 ADDED, REMOVED, CHANGED = "added", "removed", "changed"
 
-# More changes are counted only; so are those after the first that these characters of JSON (paths and values) do not
-# hold: a path that stands before 1,000 changes may be a megabyte.
+# Changes that are listed, and the characters of JSON in their paths and values (the first change may have more); all
+# others are counted. 1,000 changes may have a path of a megabyte in common.
 MAX_CHANGES, MAX_CHANGES_CHARS = 1000, 1 << 20
 
 # Characters that a line shows of a path and of a value.
@@ -3123,7 +3136,7 @@ PACE_S, PACE_EVENTS = 60.0, 2000
 
 class Pace(NamedTuple):
     """How fast a release goes, in seconds; 0: not known."""
-    # Since the first dispatch of the current batch.
+    # Since the current batch began, or should have.
     spent_s: float = 0.0
     # From one end of a node to the next in it, of those within PACE_S.
     each_s: float = 0.0
@@ -5736,6 +5749,8 @@ class Queue:
             node, event = change.after, NODE_EVENTS.get(change.after.status, "")
             if node.status == change.before.status:
                 continue
+            if change.before.status == RUNNING and node.status in AT_REST:
+                self._observe("releasectl_node_duration_seconds", node.started_at, node.finished_at, node.status)
             if node.status == FAILED:
                 self._database.metrics.count("releasectl_node_failures_total", node.error_kind)
                 log.warning("%s: node %s failed: %s", release, node.name, node.error_msg,
@@ -5755,10 +5770,17 @@ class Queue:
         if decision.status in TERMINAL:
             # a copy of the head where nobody who writes to the database can change it
             trail.info("%s: the audit log is at %d:%s", release, *(head or self._audit.head()), extra=about(release))
+            self._observe("releasectl_release_duration_seconds", release.started_at, self._state.now(), decision.status)
         if decision.status != release.status:
             log.log(logging.INFO if decision.status == SUCCESS else logging.WARNING, "%s: %s, %s", release,
                     decision.status, decision.status_reason,
                     extra=about(release, actor=actor, event=RELEASE_EVENTS[decision.status]))
+
+    def _observe(self, name: str, began: str | None, ended: str | None, status: str) -> None:
+        """Count a duration, unless a time is missing: a release that never started, a row that was written by hand."""
+        with contextlib.suppress(ValueError):
+            if began and ended:
+                self._database.metrics.observe(name, max(0.0, epoch_of(ended) - epoch_of(began)), status)
 
     def _shares(self, tx: Transaction) -> Shares:
         """Return a function that tells whether two open releases have an address in common.
@@ -6731,7 +6753,7 @@ class Releases:
         number = next((batch.number for batch in batches if batch.is_open), 0)
         if release.status != RUNNING or not number or read_freeze(tx).frozen:
             return ""
-        now, status_ages = self._state.moment(), list[tuple[str, float]]()
+        now, strategy, status_ages = self._state.moment(), strategy_of(release.strategy), list[tuple[str, float]]()
         # the index release_events_by_release
         for status, at in tx.rows("""
                 SELECT e.to_status, e.at
@@ -6749,8 +6771,10 @@ class Releases:
                 FROM release_task_nodes
                 WHERE release_task_id = ? AND status IN ('success', 'failed') AND batch = ?""", release.id, max(
                 (batch.number for batch in batches if batch.number < number), default=0)) or (None, None)
-            pace = pace._replace(before_s=max(0.0, epoch_or(last, 0.0) - epoch_or(began, 0.0)) if began else 0.0)
-        return time_left(release, batches, pace, strategy_of(release.strategy), now)
+            # a batch that should have begun since then, and has not: perhaps no executor is running
+            waits_s = max(0.0, now.wall - epoch_or(last, now.wall) - strategy.soak_s)
+            pace = Pace(spent_s or waits_s, 0.0, max(0.0, epoch_or(last, 0.0) - epoch_or(began, 0.0)) if began else 0.0)
+        return time_left(release, batches, pace, strategy, now)
 
     @staticmethod
     def _batches(tx: Transaction, release_id: int) -> list[BatchProgress]:
@@ -10058,7 +10082,7 @@ QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "sort": {"type": "string", "enum": [*NODE_ORDERS, *(f"-{order}" for order in NODE_ORDERS)], "default": "id"},
     "object": {"type": "string", "description": "only acts on this: node edge-1"},
     "with": {"type": "string", "pattern": f"^({BEFORE}|{ID_DIGITS})$", "default": BEFORE,
-             "description": f"id of a release; {BEFORE}: the newest one of the target before it that succeeded"},
+             "description": f"id of a release of its target; {BEFORE}: the newest of these before it that succeeded"},
     "after": {**AFTER_IDS.schema, "default": 0},
     "limit": {**Range(1, 1000).schema, "default": 100},
     "wait": {**Range(0, MAX_EVENTS_WAIT_S).schema, "default": 0,
@@ -10290,8 +10314,8 @@ class Api:
         All threads share one interpreter: clients that read in a loop would take most of it.
         """
         if not self._whole_reads.acquire(request):
-            raise AppError(TOO_MANY_REQUESTS, "too many clients read whole releases, payloads, differences or search nodes: "
-                           "come again, or ask for ?view=summary", retry_after_s=5)
+            raise AppError(TOO_MANY_REQUESTS, "too many clients read whole releases, payloads, differences, or search "
+                           "nodes: come again, or ask for ?view=summary", retry_after_s=5)
         began, rest_s = time.thread_time(), 0.0
         try:
             data = read()

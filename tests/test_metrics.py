@@ -238,6 +238,24 @@ def test_a_request_that_took_as_long_as_a_bucket_ends_is_in_that_bucket(monkeypa
     assert [seen[name, "query", end] for end in ("0.1", "0.25", "0.5", "60.0", "+Inf")] == [0, 1, 2, 2, 3]
 
 
+def test_the_durations_of_nodes_and_releases_are_measured_by_how_they_ended(world):
+    world.nodes(3, task_ms=700)
+    world.agent(2).set(outcome="failed", message="no")
+    new_release(world.store, strategy={"maxFailed": 1, "soakSec": 1})
+    world.executor().drain()
+    new_release(world.store)
+    world.store.releases.act("cancel", 2, "anna")  # it never started
+    seen = look(world.store)
+    nodes, releases = "releasectl_node_duration_seconds", "releasectl_release_duration_seconds"
+    counts = {key: value for key, value in seen.items() if key[0] in (f"{nodes}_count", f"{releases}_count")}
+    assert counts == {(f"{nodes}_count", "success"): 2, (f"{nodes}_count", "failed"): 1,
+                      (f"{releases}_count", "partial"): 1}
+    assert (seen[f"{nodes}_bucket", "success", "0.5"], seen[f"{nodes}_bucket", "success", "3600.0"]) == (0, 2)
+    assert 2 * 0.7 <= seen[f"{nodes}_sum", "success"] < 60
+    assert 1 + 2 * 0.7 <= seen[f"{releases}_sum", "partial"] < 60
+    assert seen[f"{releases}_bucket", "partial", "1.0"] == 0
+
+
 def test_failed_nodes_are_counted_by_error_kind_whoever_ended_them(world):
     world.nodes(2)
     world.agent(1).set(outcome="failed", message="no")

@@ -104,9 +104,11 @@ def test_the_time_left_is_read_from_the_history_and_written_nowhere(store):
 def test_a_batch_of_which_nothing_has_ended_takes_as_long_as_the_one_before(store):
     add_nodes(store, 3)
     new_release(store)
-    let_succeed(store, 1, [1], 100, 60)
+    let_succeed(store, 1, [1], 2030, 30)
     sql(store, "UPDATE release_tasks SET passed_batch = 1")
-    assert shown(store) == "about 40 s left"
+    assert shown(store) == "about 33 min left"
+    let_succeed(store, 1, [1], 80, 40)  # and nobody has begun it yet
+    assert shown(store) == ""
 
 
 def test_of_a_long_history_the_end_is_enough(store, monkeypatch):
