@@ -500,6 +500,10 @@ class Agent:
         """Forget the tasks, kill what runs, close the connections; applied version, content and sites stay."""
         self._fleet.call(self.apply_restart)
 
+    def finish(self) -> None:
+        """End every task now that was to take longer: its time is over."""
+        self._fleet.call(self.apply_finish)
+
     def clear_log(self) -> None:
         """Set the counters to 0 and empty the logs; what the agent remembers stays."""
         self._fleet.call(self.reset_log)
@@ -860,6 +864,14 @@ class Agent:
             self.unlisten()
         elif self._fleet.is_running:
             self.listen()
+
+    def apply_finish(self) -> None:
+        for task in list(self._live):
+            if task.timer is not None:
+                task.timer.cancel()
+            if task.status == "pending":
+                self._begin(task)
+            self._finish(task)
 
     def apply_restart(self) -> None:
         for task in list(self._live):

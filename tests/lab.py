@@ -43,6 +43,8 @@ import releasectl as rc  # noqa: E402
 PROGRAM = str(ROOT / "releasectl.py")
 SCRIPTS = ROOT / "scripts"
 TIMEOUT_S = 60
+# How long a task takes that a test ends itself, by Agent.finish().
+FOREVER_MS = 600_000
 # Where agents listen; Linux has all of 127.0.0.0/8.
 ADDRESSES = [f"127.0.1.{n}" for n in range(1, 21)]
 HOST = ADDRESSES[0]

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from lab import SITES, assert_books_balance, eventually, new_release, statuses
+from lab import FOREVER_MS, SITES, assert_books_balance, eventually, new_release, statuses
 
 import releasectl as rc
 
@@ -298,11 +298,18 @@ def test_a_claim_that_another_writer_was_quicker_at_is_in_other_hands(world, mon
 
 
 def test_rule_3_all_releases_together_have_at_most_so_many_requests_in_flight(world):
-    world.nodes(6, protocol="execute", task_ms=700)
+    world.nodes(6, protocol="execute", task_ms=FOREVER_MS)
     nodes = world.store.nodes.page().items
     ids = [new_release(world.store, target=f"t{node.id}", node_ids=[node.id], payload=SITES).id for node in nodes]
-    # who waits for a slot is not written down as dispatched: it would be late, and its deadline would pass
-    world.drain(AGENT_CONCURRENCY=2, AGENT_CONNECT_TIMEOUT_SEC="0.5", NODE_DEADLINE_SEC=2)
+    drain = threading.Thread(target=lambda: world.drain(AGENT_CONCURRENCY=2, AGENT_REQUEST_TIMEOUT_SEC=120))
+    drain.start()
+    for done in (0, 2, 4):
+        eventually(lambda: [agent.in_flight for agent in world.fleet.agents].count(1) == 2, within_s=60)
+        # who waits for a slot is not written down as dispatched: it would be late, and its deadline would pass
+        assert [status for i in ids for status in statuses(world.store, i)].count("pending") == 4 - done
+        for agent in world.fleet.agents:
+            agent.finish()
+    drain.join()
     assert {world.store.releases.get(i).status for i in ids} == {"success"}
     edges = sorted((run[edge], step) for node in nodes for run in world.agent(node.id).runs
                    for edge, step in (("startedAt", 1), ("finishedAt", -1)))
