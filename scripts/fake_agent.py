@@ -861,6 +861,14 @@ class Agent:
         elif self._fleet.is_running:
             self.listen()
 
+    def apply_finish(self) -> None:
+        for task in list(self._live):
+            if task.timer is not None:
+                task.timer.cancel()
+            if task.status == "pending":
+                self._begin(task)
+            self._finish(task)
+
     def apply_restart(self) -> None:
         for task in list(self._live):
             if task.timer is not None:
@@ -977,6 +985,14 @@ class Fleet:
                 agent.apply_behaviour(parsed)
 
         self.call(apply)
+
+    def finish(self) -> None:
+        """End every task now that was to take longer, on all agents at once: its time is over."""
+        def finish() -> None:
+            for agent in self.agents:
+                agent.apply_finish()
+
+        self.call(finish)
 
     def clear_log(self) -> None:
         """Set the counters of all agents to 0 and empty their logs."""

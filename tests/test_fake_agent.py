@@ -17,7 +17,7 @@ from typing import Any, Callable, NamedTuple
 
 import pytest
 from fake_agent import Agent, AgentSpec, Fleet, payload_sha256
-from lab import HOST, SCRIPTS, eventually, make_certs
+from lab import FOREVER_MS, HOST, SCRIPTS, eventually, make_certs
 
 WAIT_S = 10.0
 BROKEN_ANSWERS = [
@@ -264,6 +264,20 @@ def test_a_client_that_leaves_does_not_stop_the_run(execute: Agent, certs: Path)
         dispatch(execute, certs, 42, timeout=0.1)
     eventually(lambda: execute.applied_version == 42)
     eventually(lambda: execute.in_flight == 0)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["tasks", "execute"])
+def test_a_test_ends_a_task_itself(fleet: Fleet, certs: Path, number: int) -> None:
+    agent = fleet.agents[number]
+    agent.set(task_ms=FOREVER_MS)
+    client = threading.Thread(target=lambda: dispatch(agent, certs, 42))
+    client.start()
+    eventually(lambda: agent.dispatches)
+    assert agent.applied_version == 0
+    fleet.finish()
+    client.join()
+    assert [run["outcome"] for run in agent.runs] == ["success"]
+    assert (agent.applied_version, agent.in_flight) == (42, 0)
 
 
 def test_one_connection_serves_many_requests(tasks: Agent, certs: Path) -> None:
