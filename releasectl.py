@@ -5863,9 +5863,15 @@ def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseReque
         last = len(plan_batches(node_ids, parse_strategy(strategy).batches))
         strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
     request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", stored_payload(old),
-                             retry_of=old.id, strategy=strategy, stands_for=stored_json(old.selection))
+                             retry_of=old.id, strategy=strategy, stands_for=selection_again(old))
     plan = make_plan(parse_strategy(strategy), node_ids, left_out_nodes(found))
     return request, plan._replace(payload_of=(old.id, old.version)), nodes
+
+
+def selection_again(release: Release) -> Mapping[str, Any]:
+    """Return for whom a release is that brings the payload of another one: for the same nodes."""
+    readable = selection_of(release.selection) is not None
+    return dict(parse_json(release.selection)) if readable else {"nodesOf": release.id}
 
 
 def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
@@ -6036,8 +6042,8 @@ def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
 # ======================================================================================
 # Drift: what each node runs, what it should run, and how far these are apart (contract
 #   section 5).
-# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Decision,
-#   Database, Database state, Nodes, Queue, Retry and rollback.
+# Uses: Vocabulary, Payloads, Difference, Model, Strategy, Plan, Decision, Database,
+#   Database state, Nodes, Queue, Retry and rollback.
 #
 #   Nothing of it is stored: the rows of release_task_nodes tell it, whoever wrote them,
 #   and an index finds the newest success of a node at once. A later try is looked at only
@@ -6482,7 +6488,7 @@ def _catch_up_with(wanted: Release, nodes: Sequence[Node], reason: str, strategy
     refuse_twins(nodes)
     refuse_dropping_sites(payload, nodes, WRONG_STATE, f"the payload of release {wanted.id}")
     request = ReleaseRequest(wanted.target, reason or f"catch-up with release {wanted.id}", payload, strategy=strategy,
-                             catch_up_of=wanted.id, stands_for=stored_json(wanted.selection))
+                             catch_up_of=wanted.id, stands_for=selection_again(wanted))
     plan = make_plan(parsed, [node.id for node in nodes])
     return CatchUp(request, plan._replace(payload_of=(wanted.id, wanted.version),
                                           emptied=emptied_nodes(payload, nodes)), nodes)

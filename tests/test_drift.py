@@ -198,6 +198,8 @@ def test_a_retry_stands_for_all_whom_the_first_was_for(store):
     sql(store, "UPDATE release_tasks SET status = 'success' WHERE id = ?", retry.id)
     assert ids(store, "wants") == [retry.id] * 3
     assert drifts(store) == ["none"] * 3
+    sql(store, "UPDATE release_tasks SET selection = 'broken' WHERE id = ?", failed.id)
+    assert store.releases.retry(failed.id, "anna", rc.Again(over_newer=True)).release.selection == '{"nodesOf":2}'
 
 
 def test_nobody_wants_what_was_rolled_back(store):
