@@ -34,13 +34,15 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Nodes               the registry of nodes
     Queue               the order of open releases, and the writing of what is decided on one
     Retry and rollback  what a new release brings back to whom (contract 3, rule 10)
+    Drift               what each node runs, what it should run, and how far these are apart
+                        (contract section 5)
     Releases            create, verbs, lists, payloads, prune
     Claims              claim, lease, fence, commit; the store that all parts make up
   EXECUTION
     Event loop          coroutines that wait for sockets: many in one thread, or one in the
                         caller's
-    HTTP wire           one connection's bytes against limits and deadlines, and who may stay
-                        when there are many
+    HTTP wire           heads and bodies read and written, for API and agents alike; and which of
+                        many connections may stay
     Dialects            what agents are sent, and how their answers are read (contract section 1)
     Agents              connections to agents, deadlines, requests, probes
     Driver              one claimed release: read, decide, commit, send, collect
@@ -57,6 +59,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Check and why       what is wrong with this installation, and what would mend it
     Terminal            what a person sees: columns, a release in one line, its progress
     Commands            what each other command does (contract section 4)
+    Node commands       what the commands on nodes do, and what is shown of a node
     Service             the processes serve and run-once: signals, the service manager, files
                         that change
     Arguments           what a command takes: the parser and the completion in shells, made
@@ -80,11 +83,12 @@ import email.utils
 import errno
 import faulthandler
 import fcntl
+import fnmatch
 import functools
 import getpass
 import hashlib
 import hmac
-import http.client
+import http
 import http.server
 import importlib
 import io
@@ -147,6 +151,9 @@ OPEN = frozenset((PENDING, RUNNING))
 VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
 
 NODE_STATUSES = ("online", "offline", "maintenance")
+
+# How far what a node runs is from what it should run (contract section 5).
+LEVEL, BEHIND, AHEAD, UNSURE = DRIFTS = ("none", "behind", "ahead", "unknown")
 TASKS, EXECUTE = "tasks", "execute"
 # Without this key in the payload an execute agent drops all its sites (contract section 1).
 WEBSITES = "websites"
@@ -173,6 +180,8 @@ DISPATCH, QUERY, PROBE = "dispatch", "query", "probe"
 UNREACHABLE, TLS, TIMEOUT, HTTP, PROTOCOL = "unreachable", "tls", "timeout", "http", "protocol"
 REJECTED, AGENT_FAILED, VERIFY, DEADLINE, ABANDONED = "rejected", "agent_failed", "verify", "deadline", "abandoned"
 ERROR_KINDS = (UNREACHABLE, TLS, TIMEOUT, HTTP, PROTOCOL, REJECTED, AGENT_FAILED, VERIFY, DEADLINE, ABANDONED)
+# Of an end that the agent itself told; "" is a success.
+BELIEVED_KINDS = ("", REJECTED, AGENT_FAILED, VERIFY)
 
 # Outcomes of a scan for work (metrics).
 IDLE, WORKED, BUSY, ERROR = "idle", "worked", "busy", "error"
@@ -207,7 +216,6 @@ MAX_DETAIL_BYTES = 4096
 MAX_TRAIL_CHARS = 1000
 # Size of before, and of after, in a row of audit_log; longer values are replaced by their SHA-256.
 MAX_AUDIT_BYTES = 8192
-MAX_BODY_BYTES = 1 << 20
 MAX_PAGE_SIZE = 100
 MAX_NODES = 1_000_000
 MAX_BATCHES = 1000
@@ -400,10 +408,13 @@ def detail_text(text: object) -> str:
 # selectors, the Khitan filler, the empty note head, the empty Braille pattern.
 INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
                        "\U00016fe4\U0001d159\U000e0100-\U000e01ef]")
-_LOOK_ALIKE_SCRIPTS = frozenset(("LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE"))
+_LOOK_ALIKE_SCRIPTS = frozenset(("LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE", "COPTIC", "LISU"))
+# Other hyphens, minus signs, dots and underscores than those of ASCII.
+_LOOK_ALIKE_MARKS = re.compile("[\u02d7\u06d4\u2010-\u2013\u2024\u2043\u2212\u2796\ufe4d-\ufe4f\ufe52\ufe58\ufe63"
+                               "\uff0d\uff0e\uff3f]")
 # What is_plain() accepts, for error messages.
-PLAIN_TEXT = ("printable characters, none of them invisible or changing the direction, without space around, in "
-              "composed form (NFC), and no word that mixes Latin letters with Greek or Cyrillic ones")
+PLAIN_TEXT = ("printable characters, none of them invisible, changing the direction or a double of an ASCII one, no "
+              "space around, composed form (NFC), no word that mixes Latin letters with Greek or Cyrillic ones")
 
 
 def is_plain(text: str) -> bool:
@@ -414,8 +425,15 @@ def is_plain(text: str) -> bool:
         return True
     # accents are no letters, and do not separate words
     letters = "".join(char for char in text if not unicodedata.category(char).startswith("M"))
-    return (not INVISIBLE.search(text) and unicodedata.is_normalized("NFC", text)
+    return (not INVISIBLE.search(text) and not _LOOK_ALIKE_MARKS.search(text) and not any(map(_is_double, text))
+            and unicodedata.is_normalized("NFC", text)
             and all(len(scripts_of(word)) < 2 for word in re.findall(r"[^\W_]+", letters)))
+
+
+def _is_double(char: str) -> bool:
+    """Return whether a letter or digit is another form of an ASCII one: full width, mathematical, Roman, a ligature."""
+    is_word = unicodedata.category(char)[0] == "L" or unicodedata.category(char) in ("Nd", "Nl")
+    return not char.isascii() and is_word and unicodedata.normalize("NFKC", char).isascii()
 
 
 def scripts_of(word: str) -> set[str]:
@@ -566,6 +584,22 @@ def parse_json(data: bytes | str, exact: bool = False) -> Any:
     return value
 
 
+def stored_json(text: str) -> Any:
+    """Return a stored object; {} for one that can't be read: a person wrote it."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        return {}
+
+
+def read_json(data: bytes | str, what: str, exact: bool = False) -> Any:
+    """Return the value of a JSON text that a person or a client gave; raise AppError 2002 that names it."""
+    try:
+        return parse_json(data, exact)
+    except ValueError as error:
+        raise AppError(MALFORMED, f"{what} is not JSON: {one_line(error, 150)}") from None
+
+
 def to_json(value: object) -> str:
     """Return a value as compact JSON on one line."""
     return _encoded(_ENCODER, value)
@@ -592,6 +626,13 @@ class Range(NamedTuple):
         pattern = r"[0-9]{1,19}" if self.kind is int else r"[0-9]{1,9}(\.[0-9]{1,9})?"
         return self.from_json(self.kind(text) if re.fullmatch(pattern, text) else None)
 
+    def argument(self, text: str) -> Any:
+        """Return from_text() for argparse; raise argparse.ArgumentTypeError."""
+        try:
+            return self.from_text(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+
     def from_json(self, value: Any) -> Any:
         """Return a JSON number; raise ValueError saying what it must be."""
         is_number = isinstance(value, (int, self.kind)) and not isinstance(value, bool)
@@ -612,6 +653,11 @@ class Range(NamedTuple):
 
 PORTS = Range(1, 65535)
 IDS = Range(1, MAX_ID)
+# Ids after which a list begins.
+AFTER_IDS = Range(0, MAX_ID)
+PAGES, PAGE_SIZES = Range(1, 10**9), Range(1, MAX_PAGE_SIZE)
+# Versions that a person may name.
+NAMED_VERSIONS = Range(1, MAX_NAMED_VERSION)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -621,7 +667,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def close_quietly(connection: Any) -> None:
-    with contextlib.suppress(Exception):  # a broken connection may refuse even that
+    with contextlib.suppress(Exception):  # a broken connection may refuse even that, or there is None
         connection.close()
 
 
@@ -664,6 +710,27 @@ def wide_network_of(address: str) -> str:
     return str(network.supernet(new_prefix=24 if network.version == 4 else 48))
 
 
+@contextlib.contextmanager
+def whole_file(path: str, mode: int, is_new: bool) -> Iterator[tuple[int, str]]:
+    """Yield a descriptor and the name of an empty file, which is given its path when it is complete and on the disk.
+
+    mode: whatever the umask. is_new: raise FileExistsError where the path is taken by then; else replace it. After an
+    error nothing is left.
+    """
+    folder = os.path.dirname(path) or os.curdir
+    descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=folder)
+    try:
+        os.fchmod(descriptor, mode)
+        yield descriptor, temporary
+        os.fsync(descriptor)
+        (os.link if is_new else os.replace)(temporary, path)  # not a look and then a rename: link() never replaces
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(FileNotFoundError):  # it was renamed
+            os.unlink(temporary)
+    sync_folder(folder)
+
+
 def replace_file(path: str, text: str, before: os.stat_result | None, mode: int = 0o600) -> None:
     """Replace a file atomically, with owner, group and mode of before; mode is that of a new file.
 
@@ -672,19 +739,19 @@ def replace_file(path: str, text: str, before: os.stat_result | None, mode: int 
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "not a regular file")  # a device, say, which a rename would remove
-    descriptor, temporary = tempfile.mkstemp(prefix=".releasectl-", dir=os.path.dirname(path))
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            if before:
-                os.fchown(descriptor, before.st_uid, before.st_gid)
-            os.fchmod(descriptor, stat.S_IMODE(before.st_mode) if before else mode)
+    with whole_file(path, stat.S_IMODE(before.st_mode) if before else mode, is_new=False) as (descriptor, _):
+        if before:
+            os.fchown(descriptor, before.st_uid, before.st_gid)
+        with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
             file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+
+
+def read_lines(path: str, name: str) -> list[str]:
+    """Return the lines of a file of settings, which messages call by a name; raise ConfigError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{name} {path} can't be read: {os_reason(error)}") from None
 
 
 def read_text(path: str) -> str:
@@ -791,15 +858,16 @@ def _host_port(text: str) -> tuple[str, int]:
 def safe_url(url: str) -> str:
     """Return a text without the passwords of database URLs in it, mistyped ones too.
 
-    Patterns can't fail; in doubt they hide too much.
+    By patterns, as a parser would fail at a mistyped one; in doubt they hide too much.
     """
-    # password=... in a URL up to its next option: a password may hold "&" or a space; then in a libpq connection string
+    # password=... in a URL, up to its next option, as a password may hold "&" or a space
     url = re.sub(r"([?&]\w*pass(?:word|wd)?=)(?:[^&]|&(?![a-z_]+=))*", r"\1***", url, flags=re.IGNORECASE)
+    # the same in a connection string of libpq
     url = re.sub(r"((?:pass|password|passwd)\s*=\s*)(?!\*\*\*)('(?:[^'\\]|\\.)*'?|\S*(?:\s+(?![a-z_]+\s*=)\S+)*)",
                  r"\1***", url, flags=re.IGNORECASE)
     # from the colon after the user to the last @, also where the colon of the scheme is missing
     url = re.sub(r"(//[^:@\s]*|(?<!\S)[^:/@\s]+(?=:(?!//|\s))):[\s\S]*@", r"\1:***@", url)
-    # what follows a colon, without an @ after it, and is no port
+    # from the colon on where no @ follows, unless that is a port
     return re.sub(r"(postgres(?:ql)?://[^:@\[\s]*:)(?!\*\*\*@|[0-9]{0,5}(?:[/?,]|\s|$))\S*", r"\1***", url)
 
 
@@ -906,13 +974,9 @@ def _read_database_url(path: str) -> str:
 
 
 def read_config_file(path: str) -> Iterator[tuple[str, str]]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--config {path} can't be read: {os_reason(error)}") from None
     names = [s.name for s in SETTINGS]
     seen = set()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path, "--config"), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
@@ -954,21 +1018,29 @@ def read_beside(file: Path) -> str:
 # ======================================================================================
 
 class Outage:
-    """An error that lasts: one line when it begins or changes, not one for each try."""
+    """An error that lasts: a line when it begins or changes, and one when it is over, not one for each try."""
 
-    def __init__(self) -> None:
+    def __init__(self, subject: object, level: int = logging.ERROR, extra: dict[str, Any] | None = None):
+        """subject: what the lines begin with."""
+        self._subject, self._level, self._extra = subject, level, extra
+        self._guard = threading.Lock()
         # "" while all is well.
         self.error = ""
 
-    def log(self, subject: object, error: object, extra: dict[str, Any] | None = None) -> None:
+    def log(self, error: object) -> None:
         """Log an error unless it is the one that lasts already."""
-        if str(error) != self.error:
-            log.error("%s: %s; trying again", subject, error, extra=extra)
-        self.error = str(error)
+        text = str(error)
+        with self._guard:
+            is_new, self.error = text != self.error, text
+        if is_new:
+            log.log(self._level, "%s: %s", self._subject, text, extra=self._extra)
 
     def end(self) -> None:
-        """Note that the error is over: the next one is logged, even if it is the same."""
-        self.error = ""
+        """Note that the error is over, in a line if there was one."""
+        with self._guard:
+            text, self.error = self.error, ""
+        if text:
+            log.info("%s: mended: %s", self._subject, text, extra=self._extra)
 
 
 GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
@@ -1002,6 +1074,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("releasectl_release_last_event_timestamp_seconds", GAUGE,
            "Last change of the status of an active release or of one of its nodes.", ("target", "status")),
     Metric("releasectl_nodes", GAUGE, "Enabled nodes.", ("status",)),
+    Metric("releasectl_nodes_drift", GAUGE, "Enabled nodes by how far what they run is from what they should run.",
+           ("drift",)),
     Metric("releasectl_frozen", GAUGE, "Whether the freeze is on (1), or not (0)."),
     Metric("releasectl_ticks_total", COUNTER, "Scans for work, by outcome.", ("outcome",),
            ((IDLE, WORKED, BUSY, ERROR),)),
@@ -1186,7 +1260,7 @@ def set_up_log(settings: Settings, command: str) -> None:
 # ======================================================================================
 # Certificates: TLS contexts, files watched for renewal, revocation lists, expiry; for
 #   agents and API alike.
-# Uses: Vocabulary, Helpers.
+# Uses: Vocabulary, Helpers, Log and metrics.
 # ======================================================================================
 
 def verify_no_common_name(context: ssl.SSLContext) -> None:
@@ -1254,18 +1328,20 @@ class TlsFiles:
         # file_stamp() of the files when they were last read, and of the certificate and key in use.
         self._stamp: tuple[object, ...] = ()
         self._pair_stamp: tuple[object, ...] = ()
+        # Content of the certificate and key in use.
+        self._pair = b"", b""
         # Digest of the CA and CRLs in use.
         self._trust = ""
         self._context: ssl.SSLContext | None = None
-        # Why the files as they are now are not used.
-        self._fault = ""
+        self._outage = Outage("renewed certificate", logging.WARNING)
         # When a renewed certificate becomes valid.
         self._valid_from = float("inf")
 
     def context(self) -> ssl.SSLContext:
         """Return the context of the files as they are now; raise ConfigError when there is none that works.
 
-        The last pair stays in use while a renewal is half done, or the new certificate is expired or not valid yet.
+        The last pair stays in use while a renewal is half done, the key is open to others, or the new certificate is
+        expired or not valid yet; a new CA or CRL is taken all the same.
         """
         return self.current()[0]
 
@@ -1277,15 +1353,16 @@ class TlsFiles:
                 try:
                     self._valid_from = float("inf")
                     made = self._make(*self._files)
-                    if self._context is not None and stamp[:2] != self._pair_stamp:  # a new CA or CRL is always taken
+                    if self._context is not None and stamp[:2] != self._pair_stamp:
                         self._refuse_invalid(self._files[0])
                     self._context, self._pair_stamp, self._trust = made, stamp[:2], _digest_of_file(self._files[-1])
-                    self._fault = ""
+                    self._pair = _content_of(self._files[0]), _content_of(self._files[1])
+                    self._outage.end()
                 except ConfigError as error:
                     if self._context is None:
                         raise
-                    self._fault = str(error)
-                    log.warning("renewed certificate not taken yet, the one before goes on: %s", error)
+                    self._outage.log(f"not taken yet, the one before goes on: {error}")
+                    self._take_trust()
                 self._stamp = stamp
             assert self._context is not None
             return self._context, self._trust
@@ -1295,8 +1372,16 @@ class TlsFiles:
         with self._guard:
             self._stamp = ()
         self.context()
-        if self._fault:
-            raise ConfigError(f"{self._fault} (the one before goes on)")
+        if self._outage.error:
+            raise ConfigError(self._outage.error)
+
+    def _take_trust(self) -> None:
+        """Make a context of the last pair with the CA and CRLs as they are now, if they have changed and are good."""
+        *_, ca = self._files
+        trust = _digest_of_file(ca)
+        if trust != self._trust and hasattr(os, "memfd_create"):
+            with contextlib.suppress(ConfigError), _in_memory(self._pair[0]) as cert, _in_memory(self._pair[1]) as key:
+                self._context, self._trust = self._make(cert, key, ca), trust
 
     def _refuse_invalid(self, path: str) -> None:
         """Raise ConfigError for a certificate that has expired or is not valid yet."""
@@ -1309,10 +1394,24 @@ class TlsFiles:
                 raise ConfigError(f"{path} is not valid before {utc_text(since)}")
 
 
-def _digest_of_file(path: str) -> str:
+def _content_of(path: str) -> bytes:
     with contextlib.suppress(OSError):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
-    return ""
+        return Path(path).read_bytes() if path else b""
+    return b""
+
+
+def _digest_of_file(path: str) -> str:
+    return hashlib.sha256(_content_of(path)).hexdigest()
+
+
+@contextlib.contextmanager
+def _in_memory(content: bytes) -> Iterator[str]:
+    """Yield the path of a file that is on no disk, of this user alone: OpenSSL reads keys from files only."""
+    with open(os.memfd_create("releasectl"), "wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(content)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 VALIDITY = re.compile(rb"(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)(?:\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z)")
@@ -1782,9 +1881,15 @@ class Node:
     @property
     def label_items(self) -> Set[tuple[str, Any]]:
         """Return its labels as pairs."""
-        with contextlib.suppress(ValueError, AttributeError, TypeError):  # written by hand
-            return frozenset(parse_json(self.labels).items())
-        return frozenset()
+        return _label_items(self.labels)
+
+
+# A fleet has few sets of labels, and many nodes with each.
+@functools.lru_cache(maxsize=4096)
+def _label_items(text: str) -> Set[tuple[str, Any]]:
+    with contextlib.suppress(ValueError, AttributeError, TypeError):  # written by hand
+        return frozenset(parse_json(text).items())
+    return frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1824,6 +1929,14 @@ class Release:
     stored_sha256: str
     skipped_nodes: int
     current_batch: int
+    # Whom it is for, as JSON: see Selection.
+    selection: str = "{}"
+    catch_up_of: int | None = None
+
+    @property
+    def is_again(self) -> bool:
+        """Return whether it was made from another release, whose nodes left out it names."""
+        return (self.retry_of or self.rollback_of or self.catch_up_of) is not None
 
     @property
     def is_terminal(self) -> bool:
@@ -2281,7 +2394,7 @@ def in_words(numbers: Sequence[object]) -> str:
 
 
 HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
-# Last label of a name that a resolver may read as an IPv4 address: 0xA9FEA9FE, 10.7, 010.0.0.7.
+# A name with such a last label may be an IPv4 address to a resolver: 0xA9FEA9FE, 10.7, 010.0.0.7.
 NUMBER_LABEL = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
 
@@ -2309,12 +2422,8 @@ def address_fault(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str
     return next((what for is_it, what in kinds if is_it), "")
 
 
-def parse_port(value: object) -> int:
-    """Return a TCP port; raise AppError(INVALID) for anything else."""
-    return _parse_number("agentPort", value, PORTS)
-
-
-def _parse_number(field: str, value: object, numbers: Range) -> int:
+def parse_integer(field: str, value: object, numbers: Range) -> int:
+    """Return an integer of a range; raise AppError(INVALID) for anything else."""
     try:
         return int(numbers.from_json(value))
     except ValueError as error:
@@ -2370,11 +2479,6 @@ def parse_target(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
         raise AppError(INVALID, "target must be 1 to 64 letters, digits or . _ -")
     return value
-
-
-def parse_version(field: str, value: object) -> int:
-    """Return a version that a person names; raise AppError(INVALID) for anything else."""
-    return _parse_number(field, value, Range(1, MAX_NAMED_VERSION))
 
 
 def _share(low: int) -> tuple[Callable[[Any], int | str], dict[str, Any]]:
@@ -2547,6 +2651,52 @@ class ReleaseRequest(NamedTuple):
     node_ids: Sequence[int] | None = None
     labels: Mapping[str, str] | None = None
     version: int | None = None
+    catch_up_of: int | None = None
+    # Whom it stands for, where that is more than the nodes that it goes to: see Selection.
+    stands_for: Mapping[str, Any] | None = None
+
+    @property
+    def is_again(self) -> bool:
+        """Return whether it brings the payload of another release."""
+        return (self.retry_of or self.rollback_of or self.catch_up_of) is not None
+
+    @property
+    def selection(self) -> Mapping[str, Any]:
+        """Return for whom the release is, as it is stored."""
+        if self.stands_for is not None:
+            return self.stands_for
+        if self.node_ids is not None:
+            return {"nodeIds": sorted(self.node_ids)}
+        return {} if self.labels is None else {"labels": self.labels}
+
+
+class Selection(NamedTuple):
+    """For whom a release is: all nodes that are within each of these; None restricts nothing.
+
+    nodes_of: the nodes that a release has, which may be this one; for releases of which nobody said more.
+    """
+    node_ids: frozenset[int] | None = None
+    labels: Set[tuple[str, Any]] = frozenset()
+    nodes_of: int | None = None
+
+    @property
+    def is_everything(self) -> bool:
+        return self == Selection()
+
+    def takes(self, node: Node) -> bool:
+        """Return whether it takes a node, as far as nodes_of does not tell."""
+        return (self.node_ids is None or node.id in self.node_ids) and self.labels <= node.label_items
+
+
+def selection_of(text: str) -> Selection | None:
+    """Return a stored selection; None for one that can't be read, which takes nobody."""
+    try:
+        stored = parse_json(text)
+        nodes_of, labels = stored.get("nodesOf"), frozenset(stored.get("labels", {}).items())
+        return Selection(frozenset(stored["nodeIds"]) if "nodeIds" in stored else None, labels,
+                         None if nodes_of is None else int(nodes_of))
+    except (ValueError, TypeError, AttributeError):  # written by hand
+        return None
 
 
 class LeftOut(NamedTuple):
@@ -2559,12 +2709,13 @@ class LeftOut(NamedTuple):
 class Running(NamedTuple):
     """A release that nodes run, as id and version, how many of them, and whether its payload is the planned one.
 
-    Without an id: nodes on which no release has succeeded yet.
+    Without an id: nodes on which no release has succeeded yet, or of which it is not known what they run.
     """
     release_id: int | None
     version: int
     nodes: int
     is_same: bool
+    is_unknown: bool = False
 
 
 class Effect(NamedTuple):
@@ -2655,8 +2806,8 @@ def choose_nodes(nodes: Sequence[Node], request: ReleaseRequest) -> tuple[list[N
         return [by_id[number] for number in sorted(request.node_ids)], []
     everything = nodes
     if request.labels is not None:
-        wanted = request.labels.items()
-        nodes = [node for node in nodes if wanted <= node.label_items]
+        wanted = Selection(labels=frozenset(request.labels.items()))
+        nodes = [node for node in nodes if wanted.takes(node)]
     chosen = [node for node in nodes if node.gets_releases]
     if not chosen:
         raise AppError(WRONG_STATE, _why_no_nodes(everything, nodes, request.labels or {}))
@@ -2717,6 +2868,19 @@ def parse_node_ids(value: object) -> list[int]:
     raise AppError(INVALID, "nodeIds must be a list of different ids of nodes")
 
 
+def parse_label_pairs(field: str, pairs: Iterable[str]) -> dict[str, str]:
+    """Return the labels of texts K=V; raise AppError(INVALID) naming the field they are of."""
+    labels: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise AppError(INVALID, f"{field} {one_line(pair, 60)} must be K=V")
+        if key in labels:
+            raise AppError(INVALID, f"{field} {one_line(key, 60)} is given twice: a node has one value of each label")
+        labels[key] = value
+    return labels
+
+
 def known_keys(body: Mapping[str, Any], known: Sequence[str]) -> None:
     """Raise AppError(INVALID) naming the first unknown key of body."""
     for key in body:
@@ -2755,6 +2919,7 @@ class OldRelease(NamedTuple):
     rollback_of: int | None
     total_nodes: int
     ended_at: str
+    catch_up_of: int | None = None
 
 
 class Content(NamedTuple):
@@ -2769,15 +2934,15 @@ class Content(NamedTuple):
 
 
 def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of: Callable[[OldRelease], Content],
-             newest: int = 0) -> list[OldRelease]:
+             needed: Set[int] = frozenset()) -> list[OldRelease]:
     """Return the releases that nobody needs any more, newest first.
 
     These stay:
     - of each target the newest `keep`, and all that have not ended, or ended after `before`;
     - for each node and target its newest success, and what a rollback of a release that stays would bring back:
       the newest success before that release, with another payload, that nobody rolled back;
-    - what a release that stays is a retry or a rollback of;
-    - the release `newest`, which has the newest event.
+    - what a release that stays is a retry, a rollback or a catch-up of;
+    - the releases `needed`: those that tell what a node runs or should run, and the one with the newest event.
 
     So the highest version and the highest event id stay, and neither is given out again.
     """
@@ -2790,15 +2955,14 @@ def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of:
     wanting: dict[tuple[str, int], set[str]] = {}
     for release in sorted(releases, key=lambda r: -r.version):
         seen[release.target] = seen.get(release.target, 0) + 1
-        stays = (seen[release.target] <= keep or not release.ended_at or release.ended_at >= before
-                 or release.id == newest)
+        stays = seen[release.target] <= keep or not release.ended_at or release.ended_at >= before
         content, target = content_of(release), release.target
         served = [node for node in content.succeeded if (target, node) not in known[content.is_bad] | known[False] or (
             not content.is_bad and wanting.get((target, node), set()) - {content.digest})]
-        if not stays and not served and release.id not in named:
+        if not stays and not served and release.id not in named | needed:
             goes.append(release)
             continue
-        named |= {release.retry_of, release.rollback_of}
+        named |= {release.retry_of, release.rollback_of, release.catch_up_of}
         for node in content.succeeded:
             known[content.is_bad].add((target, node))
             if not content.is_bad:
@@ -2847,7 +3011,7 @@ class Situation(NamedTuple):
     freeze: Freeze = NO_FREEZE
     # The database went back, so tasks agents are asked for a task before they are sent it.
     asks_first: bool = False
-    # Computed by decide(); the second is that of exceeded_limit().
+    # Both are computed by decide(); exceeded is what exceeded_limit() returns.
     stage: Stage = Stage(0, 0)
     exceeded: str = ""
 
@@ -3024,7 +3188,7 @@ def _names(nodes: Collection[ReleaseNode]) -> str:
     return f"{first} and {len(nodes) - 1} more" if len(nodes) > 1 else first
 
 
-# A sentence names so many of the releases that nodes run.
+# How many of the releases that nodes run a sentence names.
 MAX_RUNNING_NAMED = 5
 
 
@@ -3032,18 +3196,24 @@ def effect_text(effect: Effect) -> str:
     """Return what a payload would change: '3 changes against release 4 (v4, 38 of 40 nodes); 2 nodes run release 3'."""
     total, count = sum(one.nodes for one in effect.running), effect.open_releases
     before = [f"{count} other release{' has' if count == 1 else 's have'} not ended yet"] if count else []
-    if all(one.is_same for one in effect.running):
+    if effect.running and all(one.is_same for one in effect.running):
         ids = in_words([one.release_id for one in effect.running])
         return "; ".join([f"{CHANGES_NOTHING} (release {ids})", *before])
     first = [f"{effect.difference or 'not compared'} against release {one.release_id} (v{one.version}, {one.nodes} "
              f"of {count_of_nodes(total)})" + (f": {effect.unreadable}" if effect.unreadable else "")
              for one in effect.running if one.release_id is not None and one.release_id == effect.against]
     others = [one for one in effect.running if one.release_id is None or one.release_id != effect.against]
-    texts = [f"{count_of_nodes(one.nodes)} had no release yet" if one.release_id is None else
-             f"{_nodes_run(one.nodes)} release {one.release_id}" + (" (the same payload)" if one.is_same else "")
-             for one in others[:MAX_RUNNING_NAMED]]
+    texts = [_running_text(one) for one in others[:MAX_RUNNING_NAMED]]
     more = sum(one.nodes for one in others[MAX_RUNNING_NAMED:])
     return "; ".join([*first, *texts, *([f"{_nodes_run(more)} other releases"] if more else []), *before])
+
+
+def _running_text(one: Running) -> str:
+    if one.is_unknown:
+        return f"what {_nodes_run(one.nodes)} is not known"
+    if one.release_id is None:
+        return f"{count_of_nodes(one.nodes)} had no release yet"
+    return f"{_nodes_run(one.nodes)} release {one.release_id}" + (" (the same payload)" if one.is_same else "")
 
 
 def _nodes_run(count: int) -> str:
@@ -3081,13 +3251,6 @@ NODE_TRANSITIONS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def check_transition(transitions: Mapping[str, tuple[str, ...]], before: str, after: str) -> str:
-    """Return after; raise RuntimeError where it may not follow before."""
-    if after != before and after not in transitions.get(before, ()):
-        raise RuntimeError(f"no status {after} after {before}")
-    return after
-
-
 # Results of a request, beside SUCCESS and FAILED, which are believed.
 ACCEPTED = "accepted"   # the agent has the task
 WORKING = "working"     # the task has not ended
@@ -3097,6 +3260,8 @@ LOST = "lost"           # the request may have reached the agent, no answer came
 UNCLEAR = "unclear"     # an answer that can't be used: 429, 5xx, nonsense
 NOT_SENT = "held"       # releasectl did not send it; this says nothing about the agent
 
+# Beginning of the message where an agent has a version that it can't have from us.
+ALREADY_AT = "the agent is already at version"
 # Message of a failure whose text is empty.
 NO_REASON_GIVEN = "the agent gave no reason"
 
@@ -3132,9 +3297,9 @@ def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -
     if outcome.op == PROBE and outcome.result == SUCCESS:
         return _observe_pass(node, now, policy)
     if outcome.result in (SUCCESS, ACCEPTED) and outcome.applied and not node.reached:
-        # none of our tries can have done it: another version that has the same number
+        # no try of ours has reached the agent: it has another version with the same number
         return node._replace(in_flight=False, verdict=Verdict(
-            FAILED, REJECTED, f"the agent is already at version {outcome.applied}", outcome.event_detail))
+            FAILED, REJECTED, f"{ALREADY_AT} {outcome.applied}", outcome.event_detail))
     if outcome.result == SUCCESS and policy.probes:
         return node._replace(in_flight=False, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True,
                              agent_message=outcome.event_detail)
@@ -3235,8 +3400,8 @@ def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold
 def kept_from_dispatch(nodes: NodeIndex, passed_s: float) -> list[ReleaseNode]:
     """Return the nodes whose deadline is extended because a pause or a freeze delayed their dispatch.
 
-    A node whose agent is at work keeps its deadline (section 7). Until the agent says so, a node that is being asked
-    has the time as credit.
+    A node whose agent is at work keeps its deadline (section 7). One whose agent is still to be asked has the time as
+    credit, which is taken back when the agent says that it is at work.
     """
     running = nodes.of[RUNNING].values()
     return [*(n._replace(deadline=n.deadline + passed_s, waited_s=n.waited_s + passed_s)
@@ -3260,7 +3425,7 @@ class Send(NamedTuple):
 
 class Decision(NamedTuple):
     """What to commit, then what to send, and when to decide again."""
-    # Commit these, and the release's columns from status to error_msg and from passed_batch on.
+    # Commit these, and the fields status to error_msg, and those from passed_batch on, as columns of the release.
     changes: tuple[NodeChange, ...]
     status: str
     status_reason: str
@@ -3344,7 +3509,7 @@ def decide(situation: Situation) -> Decision:
     if release.status == RUNNING and not situation.is_failing and not situation.exceeded:
         stage = stage_of(release, nodes, now, strategy)
         situation = situation._replace(stage=stage)
-    status = check_transition(RELEASE_TRANSITIONS, release.status, _next_status(situation))
+    status = _next_status(situation)
     renamed, unsent = _renamed(nodes), _apply(nodes, _unsent(nodes))
     is_going = status == RUNNING and not situation.is_failing and not situation.freeze.frozen
     begun = _dispatches(release, nodes, now, policy, strategy, stage.batch, _slots_for_dispatches(situation),
@@ -3372,7 +3537,7 @@ def decide(situation: Situation) -> Decision:
 
 
 def _slots_for_dispatches(situation: Situation) -> int:
-    """Leave up to half of the slots for queries: else the connections kept for them would be closed by then."""
+    """Return the slots for dispatches. Queries get up to half: if they waited, their connections would be closed."""
     waiting = sum(_is_due(n, QUERY, situation.now) for n in situation.nodes.of[RUNNING].values())
     return situation.slots - min(waiting, situation.slots // 2)
 
@@ -3381,7 +3546,6 @@ def _apply(nodes: NodeIndex, changes: Iterable[NodeChange]) -> list[NodeChange]:
     """Make the changes and return them."""
     applied = list(changes)
     for change in applied:
-        check_transition(NODE_TRANSITIONS, change.before.status, change.after.status)
         nodes.put(change.after)
     return applied
 
@@ -3470,7 +3634,7 @@ def _close_node(node: ReleaseNode, now: Moment) -> NodeChange | None:
 
 
 def _abandon(node: ReleaseNode, why: str, now: Moment) -> NodeChange:
-    return _fail(node, ABANDONED, f"outcome unknown: {why}", now)
+    return _fail(node._replace(is_unknown=True), ABANDONED, f"outcome unknown: {why}", now)
 
 
 def _fail(node: ReleaseNode, kind: str, message: str, now: Moment, hold_s: float | None = None) -> NodeChange:
@@ -3490,6 +3654,7 @@ def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
         is_busy = verdict.hold_s > 0 and not node.dialect.can_be_asked
         hold_until, hold_clock = _hold_for(verdict.hold_s, now) if is_busy else (None, "")
     return NodeChange(node, node._replace(
+        stored_reached=int(node.reached or node.is_unknown or verdict.error_kind in BELIEVED_KINDS),
         status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg, finished_at=now.text,
         hold_until=hold_until, hold_clock=hold_clock, verdict=None, next_op="", errors=0, passes=0, due=now.elapsed),
         verdict.detail)
@@ -3650,17 +3815,11 @@ def check_resume(release: Release, nodes: NodeIndex, strategy: Strategy, accepts
 
 def status_after_verb(verb: str, release: Release) -> str:
     """Return the status after a verb; a release that never started is pending again after resume."""
-    after = PENDING if verb == "resume" and not release.started_at else VERBS[verb].status
-    return check_transition(RELEASE_TRANSITIONS, release.status, after)
+    return PENDING if verb == "resume" and not release.started_at else VERBS[verb].status
 
 
 # Whether two releases share a node.
 Shares = Callable[[Candidate, Candidate], bool]
-
-
-def share_nothing(_one: Candidate, _other: Candidate) -> bool:
-    """Return False, for releases that share no node."""
-    return False
 
 
 def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Iterator[tuple[Candidate, Candidate | None]]:
@@ -3677,8 +3836,7 @@ def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Itera
             ahead.append(c)
 
 
-def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE,
-             shares: Shares = share_nothing) -> tuple[list[int], list[int]]:
+def runnable(candidates: Iterable[Candidate], now: str, freeze: Freeze, shares: Shares) -> tuple[list[int], list[int]]:
     """Return the ids of releases that may be claimed now, and of those that others have claimed (rule 2).
 
     A pending release waits for those before it, its start time and the end of a freeze; one that is paused or
@@ -3697,8 +3855,7 @@ def runnable(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO
     return free, taken
 
 
-def waiting_reasons(candidates: Iterable[Candidate], now: str = "", freeze: Freeze = NO_FREEZE,
-                    shares: Shares = share_nothing) -> dict[int, str]:
+def waiting_reasons(candidates: Iterable[Candidate], now: str, freeze: Freeze, shares: Shares) -> dict[int, str]:
     """Return the status_reason of each release that is not being worked on."""
     reasons = {}
     for c, before in _in_turn(candidates, now, shares):
@@ -3738,6 +3895,8 @@ MAX_TRANSACTION_S = 45.0
 LAST_TRANSACTION_S = 2.0
 # Key of PostgreSQL's advisory lock.
 PG_LOCK_KEY = 7235419
+# A shorter password is masked in what a driver says only where it is no part of a longer word.
+MIN_MASKED_CHARS = 6
 LOCK_NOT_AVAILABLE, PROTOCOL_VIOLATION = "55P03", "08P01"
 # Servers that only speak PostgreSQL's protocol, as version() names them.
 OTHER_SERVERS = re.compile(
@@ -3977,14 +4136,13 @@ class SqliteEngine:
             connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()  # makes -wal and -shm
             return connection
         except (sqlite3.Error, OSError) as error:
-            if connection:
-                close_quietly(connection)
+            close_quietly(connection)
             raise DatabaseError(self.explain(error)) from None
 
     def _make_file(self) -> None:
         """Make the file with mode 0600, whatever the umask, where there is none; -wal and -shm get the same mode."""
-        with contextlib.suppress(FileExistsError):
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with contextlib.suppress(FileExistsError):  # realpath(): a link may lead to where no file is yet
+            handle = os.open(os.path.realpath(self.path), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 os.fchmod(handle, 0o600)
             finally:
@@ -4018,24 +4176,18 @@ class SqliteEngine:
 
         Others may read and write meanwhile. The file gets its name when it is complete and on the disk.
         """
-        if os.path.lexists(path):
-            raise AppError(EXISTS, f"{path} exists already: name another file")
-        folder, temporary = os.path.dirname(path) or os.curdir, ""
         source = self.connect(create=False)
         try:
-            handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=folder)
-            with open(handle, "rb") as file:
-                os.fchmod(handle, 0o600)  # whatever the umask
+            if os.path.lexists(path):  # before a copy is made for nothing
+                raise FileExistsError
+            with whole_file(path, 0o600, is_new=True) as (_, temporary):
                 self._copy(source, temporary)
-                os.fsync(file.fileno())
-            os.rename(temporary, path)
-            sync_folder(folder)
+        except FileExistsError:
+            raise AppError(EXISTS, f"{path} exists already: name another file") from None
         except (sqlite3.Error, OSError) as error:
             raise DatabaseError(f"{self} could not be copied to {path}: {os_reason(error)}") from None
         finally:
             close_quietly(source)
-            with contextlib.suppress(OSError):  # it was renamed
-                os.unlink(temporary)
         return os.path.getsize(path)
 
     @staticmethod
@@ -4128,7 +4280,9 @@ class PostgresEngine:
         raw = re.search(r":([^:@/]*)@", url)
         secrets_ = {self.parts.password, raw[1] if raw else "", *(
             value for key, value in self.parts.query.items() if "password" in key)}
-        self._secrets = sorted(filter(None, secrets_), key=len, reverse=True)
+        self._secrets = re.compile("|".join(
+            re.escape(each) if len(each) >= MIN_MASKED_CHARS else rf"(?<!\w){re.escape(each)}(?!\w)"
+            for each in sorted(filter(None, secrets_), key=len, reverse=True)) or "(?!)")
         self.is_pg8000 = self.driver.__name__ == "pg8000.dbapi"
         if self.is_pg8000:
             if len(self.parts.hosts) > 1:
@@ -4159,13 +4313,10 @@ class PostgresEngine:
             finally:
                 self.watchdog.unwatch(watch)
             return connection
-        except AppError:
-            if connection is not None:
-                close_quietly(connection)
-            raise
         except Exception as error:  # a driver raises its own errors, OSError and ssl.SSLError here
-            if connection is not None:
-                close_quietly(connection)
+            close_quietly(connection)
+            if isinstance(error, AppError):
+                raise
             raise DatabaseError(self.explain(error)) from None
 
     def refuse_server(self, version: str, encoding: str) -> None:
@@ -4227,9 +4378,7 @@ class PostgresEngine:
 
     def without_password(self, text: str) -> str:
         """Return a text with the password masked, as it is in the URL and decoded."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+        return self._secrets.sub("***", text)
 
     def is_data_error(self, error: Exception) -> bool:
         """Return whether the error is due to a value: SQLSTATE 22 and 54, or the driver's refusal."""
@@ -4768,7 +4917,14 @@ class DatabaseState:
                 UPDATE database_state
                 SET moved_at = ?, lost_version = CASE WHEN lost_version > ? THEN lost_version ELSE ? END
                 WHERE id = 1""", tx.now(), self.seen.version, self.seen.version)
+            if self.seen.version > (tx.value("SELECT MAX(version) FROM release_tasks") or 0):
+                self.note_unsure(tx, self.seen.version)
             tx.after_commit.append(functools.partial(setattr, self, "is_rewind_unwritten", False))
+
+    def note_unsure(self, tx: Transaction, version: int) -> None:
+        """Store that today's nodes may have versions up to this one of which the database knows nothing."""
+        tx.execute("UPDATE database_state SET unsure_version = ?, unsure_at = ? WHERE id = 1 AND unsure_version <= ?",
+                   version, self.now(), version)
 
     def report_rewind(self, claim: Claim, why: str) -> None:
         """Log and count that the database went back, unless that was noticed since the claim was taken."""
@@ -4842,9 +4998,9 @@ class AuditRow(NamedTuple):
 
 class AuditFilter(NamedTuple):
     """Which rows of audit_log to return; "" for all."""
-    # Or a token or certificate.
+    # An actor, a token or a certificate.
     actor: str = ""
-    # Or a group: `release` for `release.create`.
+    # An action, like `release.create`, or a group, like `release`.
     action: str = ""
     object: str = ""
     since: str = ""
@@ -4852,7 +5008,7 @@ class AuditFilter(NamedTuple):
 
 class AuditReport(NamedTuple):
     """The result of a verification of audit_log."""
-    # Rows and ended releases that were verified, each of how many.
+    # Rows and ended releases that were verified, and how many there are.
     rows: int
     of_rows: int
     releases: int
@@ -4862,13 +5018,13 @@ class AuditReport(NamedTuple):
     faults: list[str]
 
 
-# The canonical form of what is hashed: compact JSON in ASCII (docs/SECURITY.md).
-_CANONICAL = json.JSONEncoder(separators=(",", ":"), default=repr)
+# What the chain hashes: compact JSON in ASCII (docs/SECURITY.md). A payload's digest is of canonical_json().
+_CHAINED = json.JSONEncoder(separators=(",", ":"), default=repr)
 
 
 def audit_hash(row: AuditRow, hash_before: str) -> str:
     """Return the hash of a row after one with hash_before, which is "" for the first row."""
-    return hashlib.sha256(_CANONICAL.encode([hash_before, *row[:-1]]).encode()).hexdigest()
+    return hashlib.sha256(_CHAINED.encode([hash_before, *row[:-1]]).encode()).hexdigest()
 
 
 def audit_fault(row: AuditRow, id_before: int, hash_before: str) -> str:
@@ -4887,9 +5043,9 @@ def audit_text(values: Mapping[str, object] | None) -> str:
     """Return before or after of a row: JSON, "" for nothing; above MAX_AUDIT_BYTES long values become digests."""
     if not values:
         return ""
-    text = _CANONICAL.encode(values)
+    text = _CHAINED.encode(values)
     if len(text) > MAX_AUDIT_BYTES:
-        text = _CANONICAL.encode({key: _shortened(value) for key, value in values.items()})
+        text = _CHAINED.encode({key: _shortened(value) for key, value in values.items()})
     return text
 
 
@@ -4899,7 +5055,7 @@ def non_empty(**values: object) -> dict[str, object]:
 
 
 def _shortened(value: object) -> object:
-    text = _CANONICAL.encode(value)
+    text = _CHAINED.encode(value)
     return value if len(text) <= 512 else {"sha256": hashlib.sha256(text.encode()).hexdigest(), "bytes": len(text)}
 
 
@@ -4925,9 +5081,9 @@ def add_events(tx: Transaction, at: str, actor: Who, events: Iterable[NewEvent])
     """
     rows = []
     for new in events:
-        if new.from_status != new.to_status and new.from_status:
-            check_transition(RELEASE_TRANSITIONS if new.node_id is None else NODE_TRANSITIONS,
-                             new.from_status, new.to_status)
+        transitions = RELEASE_TRANSITIONS if new.node_id is None else NODE_TRANSITIONS
+        if new.from_status and new.to_status not in (new.from_status, *transitions.get(new.from_status, ())):
+            raise RuntimeError(f"no status {new.to_status} after {new.from_status}")
         rows.append((new.release_id, new.node_id, at, str(actor), new.event, new.from_status, new.to_status,
                      detail_text(new.detail)))
     tx.insert_many("INSERT INTO release_events (release_task_id, node_id, at, actor, event, from_status, to_status, "
@@ -4983,7 +5139,10 @@ class AuditChain:
 
 
 class Audit:
-    """The log of every act (audit_log). Each public method but verify() is one transaction, or in the caller's (tx)."""
+    """The log of every act (audit_log).
+
+    Each public method is one transaction, or part of the one that it gets as tx; verify() is many.
+    """
 
     def __init__(self, state: DatabaseState):
         self._state = state
@@ -5104,7 +5263,7 @@ class Audit:
                 ORDER BY id
                 LIMIT ?""", release_id, last_id, AUDIT_PAGE)
             if rows:
-                digest.update((b"," if count else b"") + _CANONICAL.encode(rows)[1:-1].encode())
+                digest.update((b"," if count else b"") + _CHAINED.encode(rows)[1:-1].encode())
                 count, last_id = count + len(rows), rows[-1][0]
             if len(rows) < AUDIT_PAGE:
                 digest.update(b"]")
@@ -5122,9 +5281,8 @@ class Audit:
 # ======================================================================================
 
 NODE_COLUMNS = ", ".join(field.name for field in dataclasses.fields(Node))
-# What a person sets, and a row to insert in the same order.
+# What a person sets.
 _SETTABLE_COLUMNS = ("name", "main_ip", "agent_port", "agent_protocol", "labels", "enabled", "status")
-NodeRow = tuple[str, str, int, str, str, int, str]
 
 
 def node_values(node: Node, columns: Iterable[str] = _SETTABLE_COLUMNS) -> dict[str, object]:
@@ -5140,6 +5298,13 @@ def node_values(node: Node, columns: Iterable[str] = _SETTABLE_COLUMNS) -> dict[
     return values
 
 
+class Imported(NamedTuple):
+    """What became of the nodes of an import."""
+    added: list[Node]
+    changed: list[Node]
+    same: list[Node]
+
+
 class Page(NamedTuple):
     """A page of a list."""
     items: list[Any]
@@ -5153,49 +5318,37 @@ class Page(NamedTuple):
 NODES_PER_STATEMENT = 320
 
 
+def rows_of_nodes(tx: Transaction, statement: str, ids: Sequence[int]) -> list[tuple[Any, ...]]:
+    """Return the rows of a query for some ids, of nodes mostly; {marks} in it is where they go, some at a time."""
+    return [row for start in range(0, len(ids), NODES_PER_STATEMENT)
+            for part in [ids[start:start + NODES_PER_STATEMENT]]
+            for row in tx.rows(statement.format(marks=", ".join("?" * len(part))), *part)]
+
+
+def all_nodes(tx: Transaction) -> list[Node]:
+    """Return all nodes by id."""
+    return [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")]
+
+
+def find_node(tx: Transaction, node_id: int) -> Node:
+    """Return a node; raise AppError 3001."""
+    row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE id = ?", node_id) if node_id <= MAX_ID else None
+    if row is None:
+        raise AppError(NOT_FOUND, f"node {node_id} does not exist")
+    return Node(*row)
+
+
+def find_node_named(tx: Transaction, name: str) -> Node:
+    """Return a node by its name; raise AppError 3001."""
+    row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE name = ?", name)
+    if row is None:
+        raise AppError(NOT_FOUND, f"node {one_line(name, 100)} does not exist")
+    return Node(*row)
+
+
 def succeeded_nodes(tx: Transaction, release_id: int) -> set[int]:
     return {row[0] for row in tx.rows(
         "SELECT node_id FROM release_task_nodes WHERE release_task_id = ? AND status = 'success'", release_id)}
-
-
-def releases_run(tx: Transaction, node_ids: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Return id and version of the newest release that succeeded on each of some nodes; none: the node is left out.
-
-    No node's history is gone through: the newest success by id is the first one in the index
-    release_task_nodes_by_node, and only what took a version out of turn is looked at beside it.
-    """
-    found: dict[int, int] = {}
-    for start in range(0, len(node_ids), NODES_PER_STATEMENT):
-        part = node_ids[start:start + NODES_PER_STATEMENT]
-        found.update((node_id, release_id) for node_id, release_id in tx.rows(f"""
-            SELECT h.id, (SELECT n.release_task_id
-                          FROM release_task_nodes n
-                          WHERE n.node_id = h.id AND n.status = 'success'
-                          ORDER BY n.release_task_id DESC
-                          LIMIT 1)
-            FROM nodes h
-            WHERE h.id IN ({', '.join('?' * len(part))})""", *part) if release_id is not None)
-    versions = {release_id: int(tx.value("SELECT version FROM release_tasks WHERE id = ?", release_id))
-                for release_id in set(found.values())}
-    runs = {node_id: (release_id, versions[release_id]) for node_id, release_id in found.items()}
-    if runs:
-        for release_id, version in _out_of_turn(tx, versions):
-            for node_id in succeeded_nodes(tx, release_id) & runs.keys():
-                if runs[node_id][1] < version:
-                    runs[node_id] = release_id, version
-    return runs
-
-
-def _out_of_turn(tx: Transaction, versions: Mapping[int, int]) -> list[tuple[int, int]]:
-    """Return other releases that may be newer than one of these though their id is lower: they started later."""
-    late, highest = [], 0
-    for release_id, version in tx.rows("SELECT id, version FROM release_tasks WHERE version >= ? ORDER BY version",
-                                       min(versions.values())):  # the index of its UNIQUE
-        if release_id in versions:
-            highest = max(highest, release_id)
-        elif release_id < highest:
-            late.append((release_id, version))
-    return late
 
 
 class Nodes:
@@ -5209,45 +5362,53 @@ class Nodes:
     def add(self, name: str, main_ip: str, agent_port: int = 8443, agent_protocol: str = TASKS,
             labels: str = "{}", enabled: bool = True, status: str = "online", by: Who = PROGRAM) -> Node:
         """Add a node; raise AppError 3002 where its name or address is taken."""
+        columns = {"name": name, "main_ip": main_ip, "agent_port": agent_port, "agent_protocol": agent_protocol,
+                   "labels": labels, "enabled": int(enabled), "status": status}
         with self._database.transaction(write=True) as tx:
-            node = self._add(tx, [(name, main_ip, agent_port, agent_protocol, labels, int(enabled), status)])[0]
+            node = self._add(tx, columns)
+            self._refuse_twins(tx, [node])
             self._audit.add(tx, by, "node.add", f"node {name}", after={"id": node.id, **node_values(node)})
             return node
 
-    def add_all(self, rows: Sequence[NodeRow], by: Who = PROGRAM) -> list[Node]:
-        """Add all nodes or none; raise AppError 3002 for the first whose name or address is taken."""
+    def import_all(self, rows: Sequence[Mapping[str, Any]], by: Who = PROGRAM, update: bool = False) -> Imported:
+        """Add all nodes or none, each given by its columns; with update change those whose name exists.
+
+        Raise AppError 3002 for the first whose name or address is taken, 3003 where an open release needs one's
+        address.
+        """
         with self._database.transaction(write=True) as tx:
-            nodes = self._add(tx, rows)
-            if nodes:
-                self._audit.add(tx, by, "node.import", count_of_nodes(len(nodes)), after={
-                    "count": len(nodes), "names": names_of([node.name for node in nodes]),
-                    "nodes": [node_values(node) for node in nodes]})
-            return nodes
+            known = {node.name: node for node in all_nodes(tx)} if update else {}
+            added = [self._add(tx, row) for row in rows if row["name"] not in known]
+            found = [(known[row["name"]], row) for row in rows if row["name"] in known]
+            if len({node.id for node, _ in found}) < len(found):
+                twice = next(name for name, count in collections.Counter(
+                    node.name for node, _ in found).items() if count > 1)
+                raise AppError(EXISTS, f"node {twice} is in the file twice")
+            changed = [self._change(tx, node, row, by) for node, row in found]
+            self._refuse_twins(tx, [*added, *changed])
+            if added:
+                self._audit.add(tx, by, "node.import", count_of_nodes(len(added)), after={
+                    "count": len(added), "names": names_of([node.name for node in added]),
+                    "nodes": [node_values(node) for node in added]})
+            before = [node for node, _ in found]
+            return Imported(added, [node for node, old in zip(changed, before) if node != old],
+                            [node for node, old in zip(changed, before) if node == old])
 
     def update(self, node_id: int, changes: Mapping[str, object], by: Who = PROGRAM) -> Node:
         """Change columns of a node; raise AppError 3001, 3002, or 3003 where an open release needs its address."""
+        return self.update_all([node_id], changes, by)[0]
+
+    def update_all(self, node_ids: Sequence[int], changes: Mapping[str, object], by: Who = PROGRAM) -> list[Node]:
+        """Change columns of all of some nodes, or of none; raise AppError as update() does."""
         with self._database.transaction(write=True) as tx:
-            node = self._node(tx, node_id)
-            after = dataclasses.replace(node, **dict(changes))  # type: ignore[arg-type]
-            changed = [column for column in _SETTABLE_COLUMNS if getattr(after, column) != getattr(node, column)]
-            if "name" in changed:
-                self._refuse_taken_name(tx, after.name)
-            if not {"main_ip", "agent_port", "agent_protocol"}.isdisjoint(changed):
-                self._refuse_in_use(tx, node)
-            if after.enabled and (after.endpoint != node.endpoint or not node.enabled):
-                self._refuse_twin(self._endpoints(tx), after.name, after.main_ip, after.agent_port, node.name)
-            for column in changed:
-                tx.execute(f"UPDATE nodes SET {column} = ?, updated_at = ? WHERE id = ?",
-                           changes[column], self._state.now(), node_id)
-            if changed:
-                self._audit.add(tx, by, "node.set", f"node {node.name}", node_values(node, changed),
-                                node_values(after, changed))
-            return self._node(tx, node_id)
+            nodes = [self._change(tx, find_node(tx, node_id), changes, by) for node_id in node_ids]
+            self._refuse_twins(tx, nodes)
+            return nodes
 
     def delete(self, node_id: int, by: Who = PROGRAM) -> None:
         """Delete a node; raise AppError 3001, or 3003 where a release has it: history is kept."""
         with self._database.transaction(write=True) as tx:
-            node = self._node(tx, node_id)
+            node = find_node(tx, node_id)
             release_id = tx.value("SELECT MAX(release_task_id) FROM release_task_nodes WHERE node_id = ?", node_id)
             if release_id is not None:
                 raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}: disable it instead")
@@ -5257,12 +5418,12 @@ class Nodes:
     def get(self, node_id: int) -> Node:
         """Return a node; raise AppError 3001."""
         with self._database.transaction() as tx:
-            return self._node(tx, node_id)
+            return find_node(tx, node_id)
 
     def named(self, name: str) -> Node:
         """Return a node by its name; raise AppError 3001."""
         with self._database.transaction() as tx:
-            return self._node_by_name(tx, name)
+            return find_node_named(tx, name)
 
     def page(self, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
         """Return a page of the nodes by id; size 0: all of them."""
@@ -5285,21 +5446,29 @@ class Nodes:
                   AND n.release_task_id = (SELECT MAX(m.release_task_id) FROM release_task_nodes m
                                            WHERE m.node_id = n.node_id)""", *node_ids)}
 
-    def _add(self, tx: Transaction, rows: Sequence[NodeRow]) -> list[Node]:
-        now, owners = self._state.now(), self._endpoints(tx)
-        for row in rows:
-            self._refuse_taken_name(tx, row[0])
-            if row[5]:
-                self._refuse_twin(owners, row[0], row[1], row[2])
-            tx.execute(f"INSERT INTO nodes ({', '.join(_SETTABLE_COLUMNS)}, created_at, updated_at) "
-                       "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *row, now, now)
-        return [self._node_by_name(tx, row[0]) for row in rows]
+    def _add(self, tx: Transaction, columns: Mapping[str, Any]) -> Node:
+        """Insert a node; the columns left out get the table's defaults."""
+        self._refuse_taken_name(tx, columns["name"])
+        now = self._state.now()
+        tx.execute(f"INSERT INTO nodes ({', '.join(columns)}, created_at, updated_at) "
+                   f"VALUES ({', '.join('?' * len(columns))}, ?, ?)", *columns.values(), now, now)
+        return find_node_named(tx, columns["name"])
 
-    @staticmethod
-    def _endpoints(tx: Transaction) -> dict[Endpoint, str]:
-        """Return the names of the enabled nodes by address."""
-        return {endpoint_of(main_ip, port): name for name, main_ip, port in tx.rows(
-            "SELECT name, main_ip, agent_port FROM nodes WHERE enabled = 1")}
+    def _change(self, tx: Transaction, node: Node, changes: Mapping[str, Any], by: Who) -> Node:
+        """Write the columns of a node that change, with a row of the audit log; return it as it is then."""
+        after = dataclasses.replace(node, **dict(changes))
+        changed = [column for column in _SETTABLE_COLUMNS if getattr(after, column) != getattr(node, column)]
+        if not changed:
+            return node
+        if "name" in changed:
+            self._refuse_taken_name(tx, after.name)
+        if not {"main_ip", "agent_port", "agent_protocol"}.isdisjoint(changed):
+            self._refuse_in_use(tx, node)
+        tx.execute(f"UPDATE nodes SET {', '.join(f'{column} = ?' for column in changed)}, updated_at = ? WHERE id = ?",
+                   *(changes[column] for column in changed), self._state.now(), node.id)
+        self._audit.add(tx, by, "node.set", f"node {node.name}", node_values(node, changed),
+                        node_values(after, changed))
+        return find_node(tx, node.id)
 
     @staticmethod
     def _refuse_taken_name(tx: Transaction, name: str) -> None:
@@ -5307,11 +5476,21 @@ class Nodes:
             raise AppError(EXISTS, f"node {name} exists already")
 
     @staticmethod
-    def _refuse_twin(owners: dict[Endpoint, str], name: str, main_ip: str, port: int, known_as: str = "") -> None:
-        """Raise AppError 3002 where another enabled node has this address; else enter it into owners."""
-        twin = owners.setdefault(endpoint_of(main_ip, port), name)
-        if twin not in (name, known_as):
-            raise AppError(EXISTS, f"node {twin} has the address {main_ip}:{port} already: one agent is one node")
+    def _refuse_twins(tx: Transaction, nodes: Collection[Node]) -> None:
+        """Raise AppError 3002 where one of the nodes, as written, has the address of another enabled one.
+
+        After all is written, so that nodes may take each other's address.
+        """
+        owners: dict[Endpoint, list[str]] = {}
+        for name, main_ip, port in tx.rows("SELECT name, main_ip, agent_port FROM nodes WHERE enabled = 1 ORDER BY id"):
+            owners.setdefault(endpoint_of(main_ip, port), []).append(name)
+        written = {node.name for node in nodes}
+        for node in nodes:
+            names = owners.get(node.endpoint, [])
+            if node.enabled and len(names) > 1:
+                first, second = sorted(names, key=lambda name: name in written)[:2]
+                raise AppError(EXISTS, f"node {first} has the address {node.main_ip}:{node.agent_port} already: "
+                                       f"one agent is one node, not {second} too")
 
     @staticmethod
     def _refuse_in_use(tx: Transaction, node: Node) -> None:
@@ -5325,20 +5504,6 @@ class Nodes:
         if release_id is not None:
             raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}, which is not at its end: "
                                         "its address, port and protocol stay until then")
-
-    @staticmethod
-    def _node(tx: Transaction, node_id: int) -> Node:
-        row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE id = ?", node_id) if node_id <= MAX_ID else None
-        if row is None:
-            raise AppError(NOT_FOUND, f"node {node_id} does not exist")
-        return Node(*row)
-
-    @staticmethod
-    def _node_by_name(tx: Transaction, name: str) -> Node:
-        row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE name = ?", name)
-        if row is None:
-            raise AppError(NOT_FOUND, f"node {one_line(name, 100)} does not exist")
-        return Node(*row)
 
 
 # endregion
@@ -5643,8 +5808,8 @@ class Queue:
 # region Retry and rollback
 # ======================================================================================
 # Retry and rollback: what a new release brings back to whom (contract 3, rule 10).
-# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Verbs,
-#   Database, Nodes, Queue.
+# Uses: Vocabulary, Helpers, Payloads, Model, Strategy, Plan, Verbs, Database, Nodes,
+#   Queue.
 # ======================================================================================
 
 class Again(NamedTuple):
@@ -5684,7 +5849,7 @@ def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseReque
         last = len(plan_batches(node_ids, parse_strategy(strategy).batches))
         strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
     request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", stored_payload(old),
-                             retry_of=old.id, strategy=strategy)
+                             retry_of=old.id, strategy=strategy, stands_for=stored_json(old.selection))
     plan = make_plan(parse_strategy(strategy), node_ids, left_out_nodes(found))
     return request, plan._replace(payload_of=(old.id, old.version)), nodes
 
@@ -5711,7 +5876,8 @@ def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRe
         strategy.update({key: value for key, value in strategy_again(good, ()).items() if key == "verify"})
     request = ReleaseRequest(
         old.target, wish.reason or f"rollback of release {old.id} to the payload of version {good.version}",
-        stored_payload(good), rollback_of=old.id, strategy=strategy)
+        stored_payload(good), rollback_of=old.id, strategy=strategy,
+        stands_for={"nodeIds": [node.id for node in found]})
     plan = make_plan(parse_strategy(strategy), [node.id for node in nodes], left_out_nodes(found), planned,
                      frozenset(failed))
     return request, plan._replace(payload_of=(good.id, good.version)), nodes
@@ -5784,19 +5950,24 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
     return read_release(tx, newest[max(votes, key=lambda digest: (votes[digest], newest[digest]))][1])
 
 
-def rolled_back(tx: Transaction, target: str) -> dict[str, int]:
+def rolled_back(tx: Transaction, target: str, or_tried: bool = True) -> dict[str, int]:
     """Return the payloads of a target that somebody rolled back, each with the highest version rolled back.
 
-    A release with the payload up to that version is bad too; above it somebody wanted the payload again.
+    A release with the payload up to that version is bad too, and so is every catch-up of the one rolled back; above
+    them somebody wanted the payload again. or_tried: also by a rollback that was cancelled before any node had it.
     """
     bad: dict[str, int] = {}
-    for release_id, version in tx.rows("""
-            SELECT id, version
-            FROM release_tasks
-            WHERE target = ? AND id IN (SELECT rollback_of FROM release_tasks WHERE rollback_of IS NOT NULL)""",
-                                       target):
+    # the index release_tasks_by_catch_up_of
+    for release_id, version, caught_up in tx.rows("""
+            SELECT r.id, r.version, (SELECT MAX(c.version) FROM release_tasks c WHERE c.catch_up_of = r.id)
+            FROM release_tasks r
+            WHERE r.target = ? AND r.id IN (SELECT b.rollback_of
+                                            FROM release_tasks b
+                                            WHERE b.rollback_of IS NOT NULL
+                                              AND (? = 1 OR b.status <> 'cancelled' OR b.success_nodes > 0))""",
+            target, int(or_tried)):
         digest = stored_digest(tx, release_id)
-        bad[digest] = max(bad.get(digest, 0), version)
+        bad[digest] = max(bad.get(digest, 0), version, caught_up or 0)
     return bad
 
 
@@ -5818,41 +5989,6 @@ def stored_payload(release: Release) -> dict[str, Any]:
         raise AppError(WRONG_STATE, f"the payload of release {release.id} can't be used: {one_line(error)}") from None
 
 
-def effect_of(tx: Transaction, payload: Mapping[str, Any], node_ids: Sequence[int]) -> Effect:
-    """Return what a payload changes on nodes against what they run."""
-    digest, runs = digest_of(payload), releases_run(tx, node_ids)
-    counted = collections.Counter(runs.values())
-    running = [Running(release_id, version, count, stored_digest(tx, release_id) == digest)
-               for (release_id, version), count in sorted(counted.items(), key=lambda item: (-item[1], -item[0][1]))]
-    if len(runs) < len(node_ids):
-        running.append(Running(None, 0, len(node_ids) - len(runs), False))
-    against = next((one.release_id for one in running if one.release_id is not None and not one.is_same), None)
-    ahead = _open_releases(tx)
-    if against is None:
-        return Effect(running, open_releases=ahead)
-    try:
-        before = stored_payload(read_release(tx, against))
-    except AppError as error:
-        return Effect(running, against, None, error.message, ahead)
-    changes = difference(without_version(before), without_version(payload))
-    return Effect(running, against, changes, open_releases=ahead)
-
-
-def _open_releases(tx: Transaction) -> int:
-    return int(tx.value("SELECT COUNT(*) FROM release_tasks "
-                        "WHERE status IN ('pending', 'running', 'paused', 'cancelling')"))
-
-
-def changes_nothing(tx: Transaction, digest: str, node_ids: Sequence[int]) -> bool:
-    """Return whether each node runs the payload of a digest and no release is open; one is asked before all are."""
-    if _open_releases(tx):
-        return False
-    for some in (node_ids[:1], node_ids[1:]):
-        runs = releases_run(tx, some)
-        if len(runs) < len(some) or {
-                stored_digest(tx, release_id) for release_id, _ in set(runs.values())} - {digest}:
-            return False
-    return True
 
 
 def release_before(tx: Transaction, release: Release) -> Release:
@@ -5882,12 +6018,473 @@ def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
 # endregion
 
 
+# region Drift
+# ======================================================================================
+# Drift: what each node runs, what it should run, and how far these are apart (contract
+#   section 5).
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Decision,
+#   Database, Database state, Nodes, Queue, Retry and rollback.
+#
+#   Nothing of it is stored: the rows of release_task_nodes tell it, whoever wrote them,
+#   and an index finds the newest success of a node at once. A later try is looked at only
+#   where last_version says that there was one.
+# ======================================================================================
+
+class Ran(NamedTuple):
+    """A release that a node runs or should run, with its status, and since when."""
+    release_id: int
+    version: int
+    payload_sha256: str
+    status: str
+    since: str | None = None
+
+    @property
+    def label(self) -> tuple[int, int]:
+        """Return its id and version."""
+        return self.release_id, self.version
+
+
+class Level(NamedTuple):
+    """What a node runs and should run."""
+    # The newest release that succeeded on it.
+    runs: Ran | None = None
+    # What its agent took last: the same, or a later release that failed its probe there.
+    has: Ran | None = None
+    # The newest release that is for the node as it is now.
+    wants: Ran | None = None
+    # A later try may have changed the node, or it has another address since.
+    is_unknown: bool = False
+    # Ids of the releases whose tries since then tell it.
+    tries: tuple[int, ...] = ()
+
+    @property
+    def needs(self) -> set[int]:
+        """Return the ids of the releases without which it could not be told."""
+        return {*self.tries, *(ran.release_id for ran in (self.runs, self.has, self.wants) if ran)}
+
+    @property
+    def drift(self) -> str:
+        """Return one of DRIFTS. A release under way is no drift: what it left counts when it has ended."""
+        has, wants = self.has, self.wants
+        if self.is_unknown:
+            return UNSURE
+        if has and wants and (has.release_id == wants.release_id or has.payload_sha256 == wants.payload_sha256):
+            return LEVEL
+        if wants and (has is None or has.version < wants.version):
+            return BEHIND
+        return AHEAD if has and has.status in TERMINAL else LEVEL
+
+
+class _Try(NamedTuple):
+    """An end of a node other than success, or its being in flight."""
+    node_id: int
+    release_id: int
+    version: int
+    status: str
+    error_kind: str
+    error_msg: str
+    reached: int
+    finished_at: str | None
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether it ended so that nobody knows what the node runs."""
+        return self.status == FAILED and (bool(self.reached) if self.error_kind not in BELIEVED_KINDS
+                                          else self.error_msg.startswith(ALREADY_AT))
+
+
+class _Success(NamedTuple):
+    """A success of a node, at the address that it had."""
+    node_id: int
+    release_id: int
+    since: str | None
+    main_ip: str
+    agent_port: int
+
+
+_SUCCESS_COLUMNS = f"n.node_id, n.release_task_id, n.finished_at, {ADDRESS_THEN}"
+
+
+def levels(tx: Transaction, nodes: Sequence[Node]) -> dict[int, Level]:
+    """Return by id what nodes run and should run."""
+    known = _what_they_have(tx, nodes)
+    wants = _what_they_want(tx, nodes)
+    return {node.id: known[node.id]._replace(wants=wants.get(node.id)) for node in nodes}
+
+
+def _what_they_have(tx: Transaction, nodes: Sequence[Node]) -> dict[int, Level]:
+    by_id = {node.id: node for node in nodes}
+    # the index release_task_nodes_succeeded
+    found = {row[0]: _Success(*row) for row in rows_of_nodes(tx, f"""
+        SELECT {_SUCCESS_COLUMNS}
+        FROM nodes h
+        JOIN release_task_nodes n ON n.node_id = h.id AND n.release_task_id =
+             (SELECT MAX(m.release_task_id) FROM release_task_nodes m WHERE m.node_id = h.id AND m.status = 'success')
+        WHERE h.id IN ({{marks}})""", list(by_id))}
+    ran = _releases_by_id(tx, {success.release_id for success in found.values()})
+    later = {node.id for node in nodes
+             if node.last_version > (ran[found[node.id].release_id].version if node.id in found else 0)}
+    found.update(_out_of_turn(tx, {id_: found[id_] for id_ in later & found.keys()}, ran))
+    tries = _tries(tx, later)
+    ran.update(_releases_by_id(tx, {one.release_id for some in tries.values() for one in some
+                                    if one.error_kind == VERIFY} - ran.keys()))
+    unsure_version, unsure_at = tx.row("SELECT unsure_version, unsure_at FROM database_state WHERE id = 1") or (0, "")
+    sent = _sent_to_twins(tx, list(by_id))
+    return {node.id: _level_of(node, found.get(node.id), tries.get(node.id, []), max(
+        sent.get(node.id, 0), unsure_version if node.created_at <= unsure_at else 0), ran) for node in nodes}
+
+
+def _level_of(node: Node, success: _Success | None, tries: Sequence[_Try], other_version: int,
+              ran: Mapping[int, Ran]) -> Level:
+    """Return what a node runs; other_version: the highest that it may have got in a way that its rows don't tell."""
+    if success and endpoint_of(success.main_ip, success.agent_port) != node.endpoint:
+        return Level(is_unknown=True)
+    runs = ran[success.release_id]._replace(since=success.since) if success else None
+    version = runs.version if runs else 0
+    taken = max((one for one in tries if one.error_kind == VERIFY and one.version > version),
+                key=lambda one: one.version, default=None)
+    has = ran[taken.release_id]._replace(since=taken.finished_at) if taken else runs
+    version = has.version if has else 0
+    since = [one for one in sorted(tries, key=lambda one: one.version) if one.version > version]
+    unclear = [one for one in since if one.is_open]
+    told = since[-1].version if since else version
+    return Level(runs, has, is_unknown=bool(unclear) or node.last_version > told or other_version > version,
+                 tries=tuple(one.release_id for some in (since, unclear) for one in some[-1:]))
+
+
+def _releases_by_id(tx: Transaction, release_ids: Set[int]) -> dict[int, Ran]:
+    return {row[0]: Ran(row[0], row[1], row[2] or stored_digest(tx, row[0]), row[3]) for row in rows_of_nodes(
+        tx, "SELECT id, version, payload_sha256, status FROM release_tasks WHERE id IN ({marks})", list(release_ids))}
+
+
+def _out_of_turn(tx: Transaction, found: Mapping[int, _Success], ran: dict[int, Ran]) -> dict[int, _Success]:
+    """Return the newer successes of nodes whose release has a lower id than the newest one by id: it started later."""
+    late: dict[int, _Success] = {}
+    known = {ran[success.release_id].label for success in found.values()}
+    if not known:
+        return late
+    # the unique index of version
+    for release_id, version in tx.rows("SELECT id, version FROM release_tasks WHERE version > ? AND id < ? "
+                                       "ORDER BY version", min(v for _, v in known), max(id_ for id_, _ in known)):
+        if any(release_id < id_ and version > v for id_, v in known):
+            ran.update(_releases_by_id(tx, {release_id} - ran.keys()))
+            late.update((row[0], _Success(*row)) for row in tx.rows(f"""
+                SELECT {_SUCCESS_COLUMNS}
+                FROM release_task_nodes n
+                JOIN nodes h ON h.id = n.node_id
+                WHERE n.release_task_id = ? AND n.status = 'success'""", release_id)
+                if row[0] in found and ran[found[row[0]].release_id].version < version)
+    return late
+
+
+def _tries(tx: Transaction, node_ids: Set[int]) -> dict[int, list[_Try]]:
+    """Return the tries of nodes that did not succeed, by node; those of which nothing was sent are left out."""
+    tries: dict[int, list[_Try]] = {}
+    # the indexes release_task_nodes_failed and release_task_nodes_one_running
+    for status in (FAILED, RUNNING):
+        for row in rows_of_nodes(tx, f"""
+                SELECT n.node_id, n.release_task_id, r.version, n.status, n.error_kind, n.error_msg, n.reached,
+                       n.finished_at
+                FROM release_task_nodes n
+                JOIN release_tasks r ON r.id = n.release_task_id
+                WHERE n.status = '{status}' AND n.attempts > 0 AND n.node_id IN ({{marks}})""", list(node_ids)):
+            tries.setdefault(row[0], []).append(_Try(*row))
+    return tries
+
+
+def _sent_to_twins(tx: Transaction, node_ids: Sequence[int]) -> dict[int, int]:
+    """Return the highest version sent to other nodes of the same address: a host that was registered again."""
+    return dict(rows_of_nodes(tx, """
+        SELECT h.id, MAX(a.last_version)
+        FROM nodes h
+        JOIN nodes a ON a.main_ip = h.main_ip AND a.agent_port = h.agent_port AND a.id <> h.id
+        WHERE h.id IN ({marks})
+        GROUP BY h.id""", node_ids))  # the index nodes_by_address
+
+
+# Releases read in one statement, newest first, in search of those that are for some nodes.
+_RELEASES_AT_A_TIME = 10
+
+
+def _what_they_want(tx: Transaction, nodes: Sequence[Node]) -> dict[int, Ran]:
+    """Return by node the newest release that ended success or partial, is for it, and that nobody rolled back."""
+    missing, wants = {node.id: node for node in nodes}, dict[int, Ran]()
+    bad: dict[str, dict[str, int]] = {}
+    below = MAX_VERSION + 1
+    while missing:
+        # the unique index of version
+        releases = tx.rows("""
+            SELECT id, version, payload_sha256, status, finished_at, target, selection
+            FROM release_tasks
+            WHERE version < ? AND status IN ('success', 'partial')
+            ORDER BY version DESC
+            LIMIT ?""", below, _RELEASES_AT_A_TIME)
+        for release_id, version, digest, status, finished_at, target, selection in releases:
+            wanted = Ran(release_id, version, digest or stored_digest(tx, release_id), status, finished_at)
+            if target not in bad:
+                bad[target] = rolled_back(tx, target, or_tried=False)
+            if version > bad[target].get(wanted.payload_sha256, 0):
+                for node_id in _takers(tx, selection_of(selection), missing):
+                    wants[node_id] = wanted
+                    del missing[node_id]
+        if len(releases) < _RELEASES_AT_A_TIME:
+            break
+        below = releases[-1][1]
+    return wants
+
+
+def _takers(tx: Transaction, selection: Selection | None, nodes: Mapping[int, Node]) -> list[int]:
+    """Return the ids of those of the nodes that a selection takes."""
+    if selection is None:
+        return []
+    ids: Iterable[int] = nodes
+    if selection.nodes_of is not None:
+        # the unique index of release and node
+        some = f" AND node_id IN ({', '.join('?' * len(nodes))})" if len(nodes) <= NODES_PER_STATEMENT else ""
+        ids = [row[0] for row in tx.rows(f"SELECT node_id FROM release_task_nodes WHERE release_task_id = ?{some}",
+                                         selection.nodes_of, *(nodes if some else ())) if row[0] in nodes]
+    return [id_ for id_ in ids if selection.takes(nodes[id_])]
+
+
+def effect_of(tx: Transaction, payload: Mapping[str, Any], nodes: Sequence[Node]) -> Effect:
+    """Return what a payload changes on nodes against what they run."""
+    digest, found = digest_of(payload), _what_they_have(tx, nodes)
+    counted = collections.Counter((level.has and level.has._replace(since=None), level.is_unknown)
+                                  for level in found.values())
+    running = [Running(has.release_id, has.version, count, has.payload_sha256 == digest)
+               for (has, is_unknown), count in sorted(counted.items(), key=lambda item: (
+                   -item[1], -(item[0][0].version if item[0][0] else 0))) if has and not is_unknown]
+    unknown = sum(count for (_, is_unknown), count in counted.items() if is_unknown)
+    fresh = counted[None, False]
+    running += [Running(None, 0, count, False, is_unknown)
+                for count, is_unknown in ((fresh, False), (unknown, True)) if count]
+    against = next((one.release_id for one in running if one.release_id is not None and not one.is_same), None)
+    ahead = _open_releases(tx)
+    if against is None:
+        return Effect(running, open_releases=ahead)
+    try:
+        before = stored_payload(read_release(tx, against))
+    except AppError as error:
+        return Effect(running, against, None, error.message, ahead)
+    changes = difference(without_version(before), without_version(payload))
+    return Effect(running, against, changes, open_releases=ahead)
+
+
+def _open_releases(tx: Transaction) -> int:
+    return int(tx.value("SELECT COUNT(*) FROM release_tasks "
+                        "WHERE status IN ('pending', 'running', 'paused', 'cancelling')"))
+
+
+def changes_nothing(tx: Transaction, digest: str, nodes: Sequence[Node]) -> bool:
+    """Return whether each node has the payload of a digest and no release is open; one is asked before all are."""
+    return not _open_releases(tx) and all(
+        level.has is not None and not level.is_unknown and level.has.payload_sha256 == digest
+        for some in (nodes[:1], nodes[1:]) for level in _what_they_have(tx, some).values())
+
+
+def drift_text(level: Level) -> str:
+    """Return a sentence on how far a node is from what it should run, and what would mend it."""
+    has, wants = level.has, level.wants
+    if level.drift == UNSURE:
+        return ("unknown: it may have been sent something else since, or has another address; "
+                "the next release to it tells")
+    if level.drift == BEHIND and wants:
+        return f"behind: release {wants.release_id} (v{wants.version}) is for it, `catch-up` sends it"
+    if level.drift == AHEAD and has:
+        ended = has.status if level.has == level.runs else "failed there"
+        return (f"ahead: it has what release {has.release_id} (v{has.version}, {ended}) left, and that is not what it "
+                "should run; `rollback` or a new release mends it")
+    return "none: it runs what it should" if wants else "none: no release is for it yet"
+
+
+class ListedNode(NamedTuple):
+    """A node, with what it runs and should run."""
+    node: Node
+    level: Level
+
+
+class NodeFilter(NamedTuple):
+    """Which nodes a list shows, and in which order; what is empty restricts nothing."""
+    drift: str = ""
+    labels: Mapping[str, str] = {}
+    # Patterns with *, ? and [...], of which one must fit.
+    names: Sequence[str] = ()
+    # Id of the release that they run.
+    runs: int | None = None
+    # Part of a name, an address or a label.
+    search: str = ""
+    # A key of NODE_ORDERS, with "-" before it backwards.
+    sort: str = "id"
+
+    def takes(self, node: Node) -> bool:
+        """Return whether it takes a node, as far as the node's row tells."""
+        return (self.labels.items() <= node.label_items
+                and (not self.names or any(node.name == name or fnmatch.fnmatchcase(node.name, name)
+                                           for name in self.names))
+                and (not self.search or self.search.lower() in "\n".join(
+                    [node.name, node.main_ip, *(f"{key}={value}" for key, value in node.label_items)]).lower()))
+
+
+def _in_order_of_numbers(text: str) -> list[Any]:
+    """Return a key by which edge-2 comes before edge-10."""
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split("([0-9]+)", text))]
+
+
+NODE_ORDERS: Mapping[str, Callable[[ListedNode], Any]] = {
+    "id": lambda one: one.node.id,
+    "name": lambda one: _in_order_of_numbers(one.node.name),
+    "address": lambda one: (_in_order_of_numbers(one.node.main_ip), one.node.agent_port),
+    "runs": lambda one: one.level.runs.version if one.level.runs else 0,
+    "drift": lambda one: -DRIFTS.index(one.level.drift)}
+
+
+class NodeTry(NamedTuple):
+    """A release that a node was given, and what became of it there."""
+    release_id: int
+    version: int
+    target: str
+    release_status: str
+    batch: int
+    status: str
+    attempts: int
+    error_kind: str
+    error_msg: str
+    started_at: str | None
+    finished_at: str | None
+
+
+# The drift of all nodes is counted anew after this many times what the last count took.
+_COUNT_REST = 50
+
+
+class Fleet:
+    """All nodes, with what each runs and should run. Each public method is one transaction."""
+
+    def __init__(self, state: DatabaseState):
+        self._database = state.database
+        self._count_guard = threading.Lock()
+        # The last count of nodes by drift, and until when it holds, by time.monotonic().
+        self._counted: dict[str, int] = {}
+        self._holds_until = 0.0
+
+    def page(self, page: int = 1, size: int = MAX_PAGE_SIZE, wanted: NodeFilter = NodeFilter()) -> Page:  # noqa: B008
+        """Return a page of nodes, each a ListedNode; size 0: all of them.
+
+        Without a filter and in order of their ids only those of the page are read.
+        """
+        with self._database.transaction() as tx:
+            if wanted == NodeFilter():
+                total = int(tx.value("SELECT COUNT(*) FROM nodes"))
+                nodes = [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id "
+                                                       "LIMIT ? OFFSET ?", size or total, (page - 1) * size)]
+                found = levels(tx, nodes)
+                return Page([ListedNode(node, found[node.id]) for node in nodes], total, page, size)
+            nodes = [node for node in all_nodes(tx) if wanted.takes(node)]
+            found = levels(tx, nodes)
+        listed = [ListedNode(node, found[node.id]) for node in nodes]
+        if wanted.drift:
+            listed = [one for one in listed if one.level.drift == wanted.drift]
+        if wanted.runs is not None:
+            listed = [one for one in listed if one.level.runs and one.level.runs.release_id == wanted.runs]
+        listed.sort(key=NODE_ORDERS[wanted.sort.lstrip("-")], reverse=wanted.sort.startswith("-"))
+        return Page(listed[(page - 1) * size:page * size] if size else listed, len(listed), page, size)
+
+    def listed(self, nodes: Sequence[Node]) -> list[ListedNode]:
+        """Return nodes with what they run and should run."""
+        with self._database.transaction() as tx:
+            found = levels(tx, nodes)
+        return [ListedNode(node, found[node.id]) for node in nodes]
+
+    def tries(self, node_id: int, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
+        """Return a page of what a node was given, newest release first, each a NodeTry; raise AppError 3001."""
+        with self._database.transaction() as tx:
+            find_node(tx, node_id)
+            # the index release_task_nodes_by_node
+            total = int(tx.value("SELECT COUNT(*) FROM release_task_nodes WHERE node_id = ?", node_id))
+            rows = tx.rows("""
+                SELECT r.id, r.version, r.target, r.status, n.batch, n.status, n.attempts, n.error_kind, n.error_msg,
+                       n.started_at, n.finished_at
+                FROM release_task_nodes n
+                JOIN release_tasks r ON r.id = n.release_task_id
+                WHERE n.node_id = ?
+                ORDER BY n.release_task_id DESC
+                LIMIT ? OFFSET ?""", node_id, size, (page - 1) * size)
+            return Page([NodeTry(*row) for row in rows], total, page, size)
+
+    def drift_counts(self) -> dict[str, int]:
+        """Return how many enabled nodes there are of each drift; a large fleet's is up to a minute old."""
+        with self._count_guard:
+            if time.monotonic() < self._holds_until:
+                return self._counted
+            began = time.monotonic()
+            with self._database.transaction() as tx:
+                found = levels(tx, [node for node in all_nodes(tx) if node.enabled])
+            counts = collections.Counter(level.drift for level in found.values())
+            self._counted = {drift: counts[drift] for drift in DRIFTS}
+            took_s = time.monotonic() - began
+            self._holds_until = began + (1 + _COUNT_REST) * took_s
+            return self._counted
+
+
+class CatchUp(NamedTuple):
+    """A release to be made for nodes that are behind, its plan and its nodes."""
+    request: ReleaseRequest
+    plan: Plan
+    nodes: Sequence[Node]
+
+
+def plan_catch_up(tx: Transaction, reason: str, strategy: Mapping[str, Any]) -> tuple[list[CatchUp], list[LeftOut]]:
+    """Return a release for each wanted payload, oldest first, and the nodes that are behind but left out.
+
+    Raise AppError 3003 where one can't be made: then none is.
+    """
+    parsed, nodes = parse_strategy(strategy), all_nodes(tx)
+    found = levels(tx, nodes)
+    behind = [node for node in nodes if found[node.id].drift == BEHIND]
+    under_way = _releases_under_way(tx)
+    left_out = [*left_out_nodes(behind), *(
+        LeftOut(node.id, node.name, f"part of release {under_way[node.id]}, which has not ended")
+        for node in behind if node.gets_releases and node.id in under_way)]
+    groups: dict[int, list[Node]] = {}
+    for node in behind:
+        wants = found[node.id].wants
+        if wants and node.gets_releases and node.id not in under_way:
+            groups.setdefault(wants.release_id, []).append(node)
+    return [_catch_up_with(read_release(tx, release_id), members, reason, strategy, parsed)
+            for release_id, members in sorted(groups.items())], left_out
+
+
+def _catch_up_with(wanted: Release, nodes: Sequence[Node], reason: str, strategy: Mapping[str, Any],
+                   parsed: Strategy) -> CatchUp:
+    payload = stored_payload(wanted)
+    refuse_twins(nodes)
+    refuse_dropping_sites(payload, nodes, WRONG_STATE, f"the payload of release {wanted.id}")
+    request = ReleaseRequest(wanted.target, reason or f"catch-up with release {wanted.id}", payload, strategy=strategy,
+                             catch_up_of=wanted.id, stands_for=stored_json(wanted.selection))
+    plan = make_plan(parsed, [node.id for node in nodes])
+    return CatchUp(request, plan._replace(payload_of=(wanted.id, wanted.version),
+                                          emptied=emptied_nodes(payload, nodes)), nodes)
+
+
+def _releases_under_way(tx: Transaction) -> dict[int, int]:
+    """Return by node the newest release that has it and has not ended."""
+    return dict(tx.rows("""
+        SELECT n.node_id, MAX(r.id)
+        FROM release_tasks r
+        JOIN release_task_nodes n ON n.release_task_id = r.id
+        WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')
+        GROUP BY n.node_id"""))
+
+
+# endregion
+
+
 # region Releases
 # ======================================================================================
 # Releases: create, verbs, lists, payloads, prune.
 # Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Status
 #   texts, Decision, Verbs, Database, Database state, Audit, Nodes, Queue, Retry and
-#   rollback.
+#   rollback, Drift.
 # ======================================================================================
 
 class Progress(NamedTuple):
@@ -5939,7 +6536,7 @@ class Releases:
     def _planned(tx: Transaction, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node], version: int) -> Plan:
         """Return a plan with what it needs to be shown."""
         return plan._replace(version=version, names={node.id: node.name for node in nodes},
-                             effect=effect_of(tx, request.payload, [node.id for node in nodes]))
+                             effect=effect_of(tx, request.payload, nodes))
 
     def create(self, request: ReleaseRequest, actor: Who, key: IdempotencyKey | None = None) -> Made:
         """Create a release for the nodes that a request chooses; return it, its batches and who is left out (rule 1).
@@ -5975,6 +6572,26 @@ class Releases:
         it, 2003 for a toRelease that can't be used.
         """
         return self._make_again("rollback", release_id, actor, wish, key)
+
+    def plan_catch_up(self, reason: str = "", strategy: Mapping[str, Any] = {}) -> tuple[  # noqa: B006 - never changed
+            list[Plan], list[LeftOut]]:
+        """Return what catch_up() would make, and who is left out; raise what it would, and write nothing."""
+        with self._database.transaction() as tx:
+            found, left_out = plan_catch_up(tx, reason, strategy)
+            version = self._state.next_version(tx, tx.value(self._database.engine.next_release_id_sql))
+            return [self._planned(tx, one.request, one.plan, one.nodes, version + place)
+                    for place, one in enumerate(found)], left_out
+
+    def catch_up(self, actor: Who, reason: str = "", strategy: Mapping[str, Any] = {}) -> tuple[  # noqa: B006
+            list[Made], list[LeftOut]]:
+        """Create a release for each payload that nodes are behind with (contract section 5); return who is left out.
+
+        Nodes that a release under way has are left out too, so that a second call makes nothing more. Raise AppError
+        3003 where one of the releases can't be made: then none is; 2003 for a strategy that can't be used.
+        """
+        with self._database.transaction(write=True) as tx:
+            found, left_out = plan_catch_up(tx, reason, strategy)
+            return [self._create(tx, actor, *one) for one in found], left_out
 
     def act(self, verb: str, release_id: int, actor: Who, reason: str = "", accept_failures: bool = False) -> Release:
         """Pause, resume, cancel or cancel --force a release; return it as it is then. Raise AppError 3001 or 3003.
@@ -6050,6 +6667,7 @@ class Releases:
                                  version, version)
             # releases that are under way have lower versions than agents may have: they send nothing more
             changed += tx.execute("UPDATE nodes SET last_version = ? WHERE last_version < ?", version - 1, version - 1)
+            self._state.note_unsure(tx, version - 1)
             if changed:
                 self._audit.add(tx, by, "migrate.first-version", "database", {"firstVersion": before},
                                 {"firstVersion": max(before or 1, version)})
@@ -6236,10 +6854,11 @@ class Releases:
             releases = [OldRelease(*row) for row in tx.rows("""
                 SELECT id, target, version, status, retry_of, rollback_of, total_nodes,
                        CASE WHEN status IN ('success', 'partial', 'failed', 'cancelled')
-                            THEN COALESCE(finished_at, updated_at) ELSE '' END
+                            THEN COALESCE(finished_at, updated_at) ELSE '' END, catch_up_of
                 FROM release_tasks""")]
             bad = {target: rolled_back(tx, target) for target in {release.target for release in releases}}
             newest = tx.value("SELECT release_task_id FROM release_events ORDER BY id DESC LIMIT 1") or 0
+            needed = set().union({newest}, *(level.needs for level in levels(tx, all_nodes(tx)).values()))
 
             def content_of(release: OldRelease) -> Content:
                 digest = stored_digest(tx, release.id)
@@ -6249,7 +6868,7 @@ class Releases:
                                frozenset(node_id for node_id, status in rows if status == SUCCESS),
                                release.version <= bad[release.target].get(digest, 0))
 
-            return prunable(releases, before, keep, content_of, newest)
+            return prunable(releases, before, keep, content_of, needed)
 
     def delete(self, release_ids: Sequence[int], by: Who = PROGRAM) -> list[int]:
         """Delete up to NODES_PER_STATEMENT terminal releases, with nodes and events; return the ids of those deleted.
@@ -6262,12 +6881,10 @@ class Releases:
             going = {row[0] for row in tx.rows(f"SELECT id FROM release_tasks WHERE id IN ({marks})", *release_ids)}
             while going:  # each round may spare more, which one of them names
                 marks = ", ".join("?" * len(going))
-                # the indexes release_tasks_by_retry_of and release_tasks_by_rollback_of
-                named = {id_ for row in tx.rows(f"""
-                    SELECT retry_of, rollback_of
-                    FROM release_tasks
-                    WHERE (retry_of IN ({marks}) OR rollback_of IN ({marks})) AND id NOT IN ({marks})""",
-                                                *going, *going, *going) for id_ in row}
+                # the indexes release_tasks_by_retry_of, release_tasks_by_rollback_of and release_tasks_by_catch_up_of
+                named = {row[0] for column in ("retry_of", "rollback_of", "catch_up_of") for row in tx.rows(
+                    f"SELECT {column} FROM release_tasks WHERE {column} IN ({marks}) AND id NOT IN ({marks})",
+                    *going, *going)}
                 if not named & going:
                     for table_name in ("idempotency_keys", "release_events", "release_task_nodes"):
                         tx.execute(f"DELETE FROM {table_name} WHERE release_task_id IN ({marks})", *going)
@@ -6280,7 +6897,7 @@ class Releases:
     def _plan(self, tx: Transaction, request: ReleaseRequest) -> tuple[Plan, list[Node]]:
         strategy = parse_strategy(request.strategy)
         nodes, left_out = choose_nodes(
-            [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")], request)
+            all_nodes(tx), request)
         refuse_twins(nodes)
         refuse_dropping_sites(request.payload, nodes)
         plan = make_plan(strategy, [node.id for node in nodes], left_out)
@@ -6295,7 +6912,7 @@ class Releases:
 
     def _create(self, tx: Transaction, actor: Who, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node]) -> Made:
         self._state.note_timeline(tx)
-        if not (request.retry_of or request.rollback_of):
+        if not request.is_again:
             # before an id, and with it a version, is used up
             check_payload_version(request.payload, self._version_for(
                 tx, request, tx.value(self._database.engine.next_release_id_sql)))
@@ -6303,33 +6920,34 @@ class Releases:
         version = self._version_for(tx, request, release_id)
         payload = payload_for_version(request.payload, version)
         digest = digest_of(payload)
-        is_same = changes_nothing(tx, digest, [node.id for node in nodes])
+        is_same = changes_nothing(tx, digest, nodes)
         self._state.seen.use_version(version)
         now = self._state.now()
         tx.execute("""
             INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, payload_sha256,
-                                       strategy, retry_of, rollback_of, total_nodes, created_at, updated_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+                                       strategy, selection, retry_of, rollback_of, catch_up_of, total_nodes,
+                                       created_at, updated_at)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
                    release_id, request.target, version, new_tag(), REASON_PENDING, request.reason, to_json(payload),
-                   digest, to_json(request.strategy), request.retry_of, request.rollback_of,
-                   sum(map(len, plan.batches)), now, now)
+                   digest, to_json(request.strategy), to_json(request.selection), request.retry_of,
+                   request.rollback_of, request.catch_up_of, sum(map(len, plan.batches)), now, now)
         addresses = {node.id: (node.name, node.main_ip, node.agent_port) for node in nodes}
         tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, accepted, created_at, "
                        "updated_at, node_name, main_ip, agent_port) VALUES ", 9, [
                            (release_id, node_id, number, int(node_id in plan.tolerated), now, now, *addresses[node_id])
                            for number, batch in enumerate(plan.batches, 1) for node_id in batch])
-        left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20]
-                    if request.retry_of or request.rollback_of]
+        left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20] if request.is_again]
         detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "",
                                          CHANGES_NOTHING if is_same else "", *left_out)))
         add_events(tx, now, actor, [NewEvent(release_id, "created", "", PENDING, detail)])
         self._queue.explain_waiting(tx)
         release = read_release(tx, release_id)
-        verb = "retry" if request.retry_of else "rollback" if request.rollback_of else "create"
+        verb = "retry" if request.retry_of else "rollback" if request.rollback_of else \
+            "catch-up" if request.catch_up_of else "create"
         self._audit.add(tx, actor, f"release.{verb}", f"release {release_id}", after=non_empty(
             version=version, target=request.target, reason=request.reason, totalNodes=release.total_nodes,
             payloadSha256=digest, strategy=request.strategy, retryOf=request.retry_of,
-            rollbackOf=request.rollback_of))
+            rollbackOf=request.rollback_of, catchUpOf=request.catch_up_of))
         tx.after_commit.append(lambda: log.info(
             "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
             in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
@@ -6403,7 +7021,7 @@ class Releases:
 # ======================================================================================
 # Claims: claim, lease, fence, commit; the store that all parts make up.
 # Uses: Vocabulary, Helpers, Payloads, Model, Plan, Decision, Database, Database
-#   state, Audit, Nodes, Queue, Releases.
+#   state, Audit, Nodes, Queue, Drift, Releases.
 # ======================================================================================
 
 class DispatchBlockers(NamedTuple):
@@ -6543,7 +7161,7 @@ class Claims:
             if release.claim_fence != claim.fence or release.claim_owner not in ("", claim.owner):
                 raise ClaimLost(f"{release} is with {release.claim_owner or 'nobody'} now")
             rows = {row.node_id: row for row in read_release_nodes(tx, claim.release_id)}
-        if decision.changes:  # nodes tell it alone: an operator may have changed the release since
+        if decision.changes:  # only nodes are compared: an operator may have changed the release since
             return all(decided_node_values(rows[change.after.node_id]) == decided_node_values(change.after)
                        for change in decision.changes)
         return bool(decided_values(release) == decided_values(decision))
@@ -6567,8 +7185,8 @@ class Claims:
     def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
         """Give a release that starts the next version, where nodes may have a higher one (rule 2).
 
-        It waited for its start time while later ones started, or is below the first version that a person named. Not
-        after a failover: agents may know it already, under its version.
+        It waited for its start time while later ones started, or is below the first version that a person named.
+        After a failover it keeps its version, by which agents may know it already.
         """
         first_version = tx.value("SELECT first_version FROM database_state WHERE id = 1")
         if release.version < first_version:
@@ -6599,13 +7217,16 @@ class Claims:
                        release.id)
         if release.tag:
             return
-        # no tag where agents know tasks without one, from before schema 5
+        # a release of before schema 5 that is under way gets none: agents know its tasks by ids without a tag
         tx.execute("""
             UPDATE release_tasks
             SET tag = ?
             WHERE id = ? AND NOT EXISTS (SELECT 1 FROM release_task_nodes n
                                          WHERE n.release_task_id = release_tasks.id AND n.task_id <> '')""",
                    new_tag(), release.id)
+        # it is for the nodes that the person gave it
+        tx.execute("UPDATE release_tasks SET selection = ? WHERE id = ? AND selection = '{}'",
+                   to_json({"nodesOf": release.id}), release.id)
         fill_node_addresses(tx, release.id)
 
     def _log_claim(self, before: Release, owner: str) -> None:
@@ -6635,8 +7256,8 @@ class Claims:
     def _busy(self, tx: Transaction, release_id: int) -> frozenset[Endpoint]:
         """Return the addresses that another release has in flight, or that may still be busy with a lost request."""
         now = self._state.moment()
-        # The partial indexes release_task_nodes_one_running and _held are small. A week: a hold may have been written
-        # before somebody set the wall clock; until_s() goes by the other one.
+        # Each half has a small partial index: release_task_nodes_one_running, _held. Holds that ended up to a week ago
+        # are read too: the wall clock may have been set since, and until_s() goes by the elapsed clock.
         rows = tx.rows(f"""
             SELECT {ADDRESS_THEN}, n.status, n.hold_until, n.hold_clock
             FROM release_task_nodes n
@@ -6679,6 +7300,7 @@ class Store:
         self.audit = Audit(self.state)
         self.nodes = Nodes(self.state, self.audit)
         self.queue = Queue(self.state, self.audit)
+        self.fleet = Fleet(self.state)
         self.releases = Releases(self.state, self.audit, self.queue)
         self.claims = Claims(self.state, self.queue)
 
@@ -6898,14 +7520,11 @@ class EventLoop:
 class TimedSocket:
     """A connected socket, plain or TLS, with one deadline for all its waits, also under a peer that drips."""
 
-    def __init__(self, sock: socket.socket, ends_at: float, max_bytes: int):
+    def __init__(self, sock: socket.socket, ends_at: float, max_bytes: int = sys.maxsize):
         """Take a non-blocking socket, a moment of time.monotonic(), and how many bytes may be read in all."""
         self.sock = sock
         self.ends_at = ends_at
         self.received = 0
-        # Bytes that were given back, to be read again.
-        self.unread = b""
-        self.at_end = False
         self._max_bytes = max_bytes
         self._reads = 0
 
@@ -6940,9 +7559,6 @@ class TimedSocket:
 
         A peer whose bytes are always there, few at a time, delays no other coroutine and has the same deadline.
         """
-        if self.unread:
-            data, self.unread = self.unread[:max_bytes], self.unread[max_bytes:]
-            return data
         self._reads += 1
         if self._reads % READS_AT_ONCE == 0:
             if time.monotonic() >= self.ends_at:
@@ -6950,30 +7566,9 @@ class TimedSocket:
             await YIELD
         data = await self.when_ready(functools.partial(self.sock.recv, max_bytes), select.POLLIN)
         self.received += len(data)
-        self.at_end = not data
         if self.received > self._max_bytes:
             raise TooBig
         return data
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        """Return a file for http.client, which blocks."""
-        return io.BufferedReader(_SocketReader(self), 16384)
-
-    def close(self) -> None:
-        """Do nothing: http.client calls it before the last byte is read; who opened the socket closes it."""
-
-
-class _SocketReader(io.RawIOBase):
-    def __init__(self, source: TimedSocket):
-        self._source = source
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = run_coroutine(self._source.recv(len(buffer)))
-        buffer[:len(data)] = data
-        return len(data)
 
 
 class TooBig(Exception):
@@ -6985,15 +7580,15 @@ class TooBig(Exception):
 
 # region HTTP wire
 # ======================================================================================
-# HTTP wire: one connection's bytes against limits and deadlines, and who may stay
-#   when there are many.
+# HTTP wire: heads and bodies read and written, for API and agents alike; and which of
+#   many connections may stay.
 # Uses: Vocabulary, Helpers, Event loop.
 #
-#    The standard library's parser is not used: it accepts two lengths, a space before a colon
-#    and bare line feeds, and so would run requests that a proxy in front of us never saw.
+#   The standard library's parser is not used: it accepts two lengths, a space before a colon
+#   and bare line feeds, and so would run requests that a proxy in front of us never saw. It also
+#   blocks, and takes ten times as long.
 # ======================================================================================
 
-MAX_TARGET_BYTES, MAX_REQUEST_HEAD_BYTES, MAX_HEADERS = 8 << 10, 16 << 10, 64
 # Each deadline is for the whole step, however slowly bytes arrive.
 # Without a good token: from the connection, or the last answer, to the end of the TLS handshake and head.
 UNAUTHENTICATED_S = 5.0
@@ -7008,133 +7603,261 @@ MAX_SKIPPED_BYTES = 64 << 10
 MIN_IDLE_S = 0.25
 # Rejected connections that stay open at a time, so that their clients can read the 503.
 MAX_REJECTED = 64
+# Chunks of a body in a row, after which the reader yields: they may be tiny.
+CHUNKS_AT_ONCE = 64
 
-_TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
-# RFC 9112, sections 3 and 5, without its concessions to old clients: no folding, no bare CR or LF.
-REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])".encode())
-HEADER_LINE = re.compile(rf"({_TOKEN}+):[ \t]*([\t -~\x80-\xff]*)".encode("latin-1"))
+_TOKEN, _TEXT = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]", r"[\t -~\x80-\xff]"
+# RFC 9112, sections 3 to 5 and 7, without its concessions to old programs: no folding, no bare CR or LF.
+REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])")
+STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9]{{2}})(?: {_TEXT}*)?")
+HEADER_LINE = re.compile(rf"({_TOKEN}+):[ \t]*({_TEXT}*)")
+CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,8}})[ \t]*(?:;{_TEXT}*)?")
+CONTENT_LENGTH = re.compile("[0-9]{1,18}")
+BARE = re.compile(rb"[\n\0]|\r(?!\Z)")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{0,5})?")
-# Headers that we act on; a second one of a name is refused.
-READ_ONCE = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect",
-                       "idempotency-key", "if-none-match", "origin", "x-request-id"))
+
+
+class HeadLimits(NamedTuple):
+    """How large a head may be."""
+    first_line_bytes: int
+    # All its lines, the empty one too.
+    head_bytes: int
+    headers: int
+    # Headers that we act on; a second one of a name is refused.
+    once: frozenset[str]
+
+
+REQUEST_LIMITS = HeadLimits(8 << 10, 16 << 10, 64, frozenset((
+    "host", "content-length", "transfer-encoding", "content-type", "authorization", "expect", "idempotency-key",
+    "if-none-match", "origin", "x-request-id")))
+ANSWER_LIMITS = HeadLimits(64 << 10, 64 << 10, 100, frozenset(("content-length", "transfer-encoding")))
+
+
+class HttpReader:
+    """The heads and bodies of HTTP/1.1 (RFC 9112) in the bytes of one connection.
+
+    It knows no socket and no clock: receive() brings the next bytes, b"" at the end. Requests and answers are read
+    with the same strictness. Raise AppError 2002, 4014 or 4031 for what is malformed or too large, EOFError for what
+    is cut off, and what receive() raises.
+    """
+
+    def __init__(self, receive: Callable[[], Coroutine[Wait, None, bytes]], limits: HeadLimits):
+        self.buffer = bytearray()
+        self.limits = limits
+        self._receive = receive
+
+    async def fill(self) -> bool:
+        """Wait for bytes; return False at the end."""
+        data = await self._receive()
+        self.buffer += data
+        return bool(data)
+
+    async def _fill_or_raise(self) -> None:
+        if not await self.fill():
+            raise EOFError
+
+    async def head(self, first_line: re.Pattern[str], form: str) -> tuple[re.Match[str], dict[str, str]]:
+        """Return the first line of a head, which messages call the form, and its headers, names in lower case.
+
+        What is wrong with a part is refused as soon as it is there, and each byte is searched once: they may drip.
+        """
+        buffer, limits, first, headers = self.buffer, self.limits, None, dict[str, str]()
+        most, start, searched, count = limits.first_line_bytes, 0, 0, 0
+        while True:
+            end = buffer.find(b"\r\n", searched)
+            if end < 0 and BARE.search(buffer, searched):
+                raise AppError(MALFORMED, "a line of the head holds a bare CR, a bare LF or a NUL")
+            searched = end if end >= 0 else max(start, len(buffer) - 1)  # a last CR may be half of a CRLF
+            if searched + 2 > most or (count > limits.headers and searched > start):
+                raise AppError(HEAD_TOO_LARGE if first else ADDRESS_TOO_LONG, "the head is too large: at most "
+                               f"{limits.first_line_bytes >> 10} KiB for its first line, {limits.head_bytes >> 10} KiB "
+                               f"and {limits.headers} headers in all")
+            if end < 0:
+                await self._fill_or_raise()
+                continue
+            line = buffer[start:end].decode("latin-1")
+            start = searched = end + 2
+            count += 1
+            if first and line:
+                _add_header(headers, line, limits.once)
+            elif first:
+                del buffer[:start]
+                return first, headers
+            else:
+                first, most = first_line.fullmatch(line), limits.head_bytes
+                if not first:
+                    raise AppError(MALFORMED, f"the first line is not {form}")
+
+    async def take(self, count: int) -> bytes:
+        """Return the next count bytes."""
+        while len(self.buffer) < count:
+            await self._fill_or_raise()
+        taken = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return taken
+
+    async def take_chunks(self, max_bytes: int) -> bytes:
+        """Return a body in chunks; raise TooBig where it is longer than max_bytes."""
+        parts, left = list[bytes](), max_bytes
+        while True:
+            searched = 0
+            while (end := self.buffer.find(b"\r\n", searched)) < 0:
+                searched = max(0, len(self.buffer) - 1)
+                if searched > self.limits.first_line_bytes:
+                    raise AppError(HEAD_TOO_LARGE, "the first line of a chunk is too long")
+                await self._fill_or_raise()
+            match = CHUNK_LINE.fullmatch(self.buffer[:end].decode("latin-1"))
+            if not match:
+                raise AppError(MALFORMED, "a chunk of the body does not begin with its size")
+            size = int(match[1], 16)
+            if not size:  # what is behind the last chunk has the form of a head
+                await self.head(CHUNK_LINE, "a chunk")
+                return b"".join(parts)
+            left -= size
+            if left < 0:
+                raise TooBig
+            del self.buffer[:end + 2]
+            parts.append(await self.take(size))
+            if await self.take(2) != b"\r\n":
+                raise AppError(MALFORMED, "a chunk of the body is longer than its size")
+            if len(parts) % CHUNKS_AT_ONCE == 0:
+                await YIELD
+
+    async def take_rest(self, max_bytes: int) -> bytes:
+        """Return all up to the end of the connection; raise TooBig where that is more than max_bytes."""
+        while len(self.buffer) <= max_bytes:
+            if not await self.fill():
+                return await self.take(len(self.buffer))
+        raise TooBig
+
+
+def _add_header(headers: dict[str, str], line: str, once: Set[str]) -> None:
+    match = HEADER_LINE.fullmatch(line)
+    if not match:
+        shown = one_line(line.partition(":")[0], 40)  # not its value: that may be a token
+        raise AppError(MALFORMED, f"the header {shown!r} is not NAME: VALUE in one line")
+    name, value = match[1].lower(), match[2].rstrip(" \t")
+    if name in headers and name in once:
+        raise AppError(MALFORMED, f"the header {name} is given twice")
+    headers[name] = f"{headers[name]}, {value}" if name in headers else value
+
+
+def encode_message(first_line: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
+    """Return the bytes of a request or an answer in one piece, so that they leave within one deadline."""
+    lines = [first_line, *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def is_last(is_http_1_0: bool, headers: Mapping[str, str]) -> bool:
+    """Return whether the sender of a head closes the connection after the message."""
+    return is_http_1_0 or "close" in map(str.strip, headers.get("connection", "").lower().split(","))
+
+
+def length_in(headers: Mapping[str, str]) -> int | None:
+    """Return the Content-Length, None where there is none; raise AppError 2002."""
+    text = headers.get("content-length")
+    if text is None:
+        return None
+    if not CONTENT_LENGTH.fullmatch(text):
+        raise AppError(MALFORMED, "Content-Length must be a number")
+    if "transfer-encoding" in headers:
+        raise AppError(MALFORMED, "Content-Length and Transfer-Encoding exclude each other")
+    return int(text)
 
 
 class Head(NamedTuple):
     """The head of a request; header names are in lower case."""
     method: str = "GET"
     target: str = ""
-    is_http_1_0: bool = False
     headers: Mapping[str, str] = {}
+    # The client wants the connection closed after this request.
+    is_last: bool = False
 
-    @property
-    def is_last(self) -> bool:
-        """Whether the client wants the connection closed after this request."""
-        words = self.headers.get("connection", "").lower().split(",")
-        return self.is_http_1_0 or "close" in map(str.strip, words)
+
+async def read_request_head(reader: HttpReader) -> Head:
+    """Return the head of a request; raise what the reader raises, and AppError 5005."""
+    first, headers = await reader.head(REQUEST_LINE, "METHOD ADDRESS HTTP/1.1")
+    if first[3] != "1" or first[4] not in "01":
+        raise AppError(UNKNOWN_HTTP_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported")
+    is_http_1_0 = first[4] == "0"
+    if not HOST.fullmatch(headers.get("host", "" if is_http_1_0 else " ")):
+        raise AppError(MALFORMED, "the request needs one header Host, a name or an address")
+    return Head(first[1], first[2], headers, is_last(is_http_1_0, headers))
+
+
+def body_length(head: Head, max_bytes: int) -> int:
+    """Return the length of the body that follows the head of a request; raise AppError 2002, 4013, 5004."""
+    length = length_in(head.headers) or 0
+    if "transfer-encoding" in head.headers:
+        raise AppError(NOT_IMPLEMENTED, "Transfer-Encoding is not supported: send Content-Length")
+    if length > max_bytes:
+        raise AppError(BODY_TOO_LARGE, f"the body is over {max_bytes} bytes (HTTP_MAX_BODY_BYTES)")
+    return length
+
+
+async def read_answer(reader: HttpReader, max_bytes: int) -> tuple[int, bytes, bool]:
+    """Return status and body of an answer to GET or POST, and whether the connection can be used again.
+
+    Raise what the reader raises, and TooBig where the body has more than max_bytes.
+    """
+    status = 100
+    while 100 <= status < 200:  # interim answers: nothing is asked for that they would grant
+        first, headers = await reader.head(STATUS_LINE, "HTTP/1.1 STATUS REASON")
+        status = int(first[2])
+    length, coding = length_in(headers), headers.get("transfer-encoding")
+    if status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED):
+        length, coding = 0, None
+    if coding is not None and coding.lower() != "chunked":
+        raise AppError(MALFORMED, "its Transfer-Encoding is not chunked")
+    if coding is None and length is None:
+        return status, await reader.take_rest(max_bytes), False
+    if (length or 0) > max_bytes:
+        raise TooBig
+    body = await reader.take_chunks(max_bytes) if length is None else await reader.take(length)
+    return status, body, not is_last(first[1] == "0", headers) and not reader.buffer
 
 
 class Wire:
-    """The bytes of one connection; every wait has a deadline on the monotonic clock."""
+    """A client's connection; every wait has a deadline on the monotonic clock."""
 
     def __init__(self, sock: socket.socket):
         sock.setblocking(False)
-        self._timed = TimedSocket(sock, 0.0, MAX_BODY_BYTES)
-        self.buffer = bytearray()
+        self._timed = TimedSocket(sock, 0.0)
+        self.reader = HttpReader(functools.partial(self._timed.recv, 65536), REQUEST_LIMITS)
 
-    def fill(self, ends_at: float) -> bool:
-        """Wait for bytes; return False at the client's end. Raise AppError 4008 at the deadline."""
-        self._timed.ends_at, self._timed.received = ends_at, 0
+    @property
+    def buffered(self) -> int:
+        """The number of bytes that came and were not read."""
+        return len(self.reader.buffer)
+
+    def _read(self, reading: Coroutine[Wait, None, T], ends_at: float) -> T:
+        """Return what the reader's coroutine returns; raise AppError 2002 at the client's end, 4008 at the deadline."""
+        self._timed.ends_at = ends_at
         try:
-            data = run_coroutine(self._timed.recv(65536))
+            return run_coroutine(reading)
         except socket.timeout:
             raise AppError(REQUEST_TIMEOUT, "the request did not come in time") from None
-        except OSError:
-            return False
-        self.buffer += data
-        return bool(data)
+        except (OSError, EOFError):
+            raise AppError(MALFORMED, "the connection ends within the request") from None
 
-    def line(self, ends_at: float, max_bytes: int, too_long: int) -> bytes | None:
-        """Return the next line without its CRLF, None at the client's end; raise AppError 2002, 4008, too_long."""
-        while True:
-            end = self.buffer.find(b"\n") + 1
-            line = bytes(self.buffer[:end or len(self.buffer)])
-            text = line[:-2] if end else line[:-1]  # of an unfinished line the last byte may be the CR of its CRLF
-            if b"\r" in text or b"\0" in line or (end and not line.endswith(b"\r\n")):
-                raise AppError(MALFORMED, "a line of the head holds a bare CR, a bare LF or a NUL")
-            if len(line) > max_bytes:
-                raise AppError(too_long, f"the request's head is too large: at most {MAX_TARGET_BYTES >> 10} KiB for "
-                               f"its first line, {MAX_REQUEST_HEAD_BYTES >> 10} KiB and {MAX_HEADERS} headers in all")
-            if end:
-                del self.buffer[:end]
-                return text
-            if not self.fill(ends_at):
-                if line:
-                    raise AppError(MALFORMED, "the request ends within its head")
-                return None
+    def has_bytes(self, ends_at: float) -> bool:
+        """Wait for the first byte of a request; return False where none comes."""
+        with contextlib.suppress(AppError):
+            return self.buffered > 0 or self._read(self.reader.fill(), ends_at)
+        return False
+
+    def head(self, ends_at: float) -> Head:
+        """Return the head of the next request; raise AppError 2002, 4008, 4014, 4031, 5005."""
+        return self._read(read_request_head(self.reader), ends_at)
 
     def take(self, count: int, ends_at: float) -> bytes:
-        """Return the next count bytes; raise AppError 2002 when the client ends first, 4008 at the deadline."""
-        while len(self.buffer) < count:
-            if not self.fill(ends_at):
-                raise AppError(MALFORMED, "the body is shorter than its Content-Length")
-        taken = bytes(self.buffer[:count])
-        del self.buffer[:count]
-        return taken
+        """Return the next count bytes; raise AppError 2002, 4008."""
+        return self._read(self.reader.take(count), ends_at)
 
     def send(self, data: bytes) -> None:
         """Send all data within WRITE_S; raise OSError else."""
         self._timed.ends_at = time.monotonic() + WRITE_S
         run_coroutine(self._timed.sendall(data))
-
-
-def read_head(wire: Wire, ends_at: float) -> Head | None:
-    """Return the head of the next request, None at the client's end; raise AppError 2002, 4008, 4014, 4031, 5005."""
-    line = wire.line(ends_at, MAX_TARGET_BYTES, ADDRESS_TOO_LONG)
-    if line is None:
-        return None
-    first = REQUEST_LINE.fullmatch(line)
-    if not first:
-        raise AppError(MALFORMED, "the first line of the request is not METHOD ADDRESS HTTP/1.1")
-    if first[3] != b"1" or first[4] not in b"01":
-        raise AppError(UNKNOWN_HTTP_VERSION, "only HTTP/1.1 and HTTP/1.0 are supported")
-    left, headers = MAX_REQUEST_HEAD_BYTES - len(line), dict[str, str]()
-    for number in range(MAX_HEADERS + 1):
-        line = wire.line(ends_at, left if number < MAX_HEADERS else 2, HEAD_TOO_LARGE)
-        if line is None:
-            raise AppError(MALFORMED, "the request ends within its head")
-        if not line:
-            break
-        left -= len(line) + 2
-        _add_header(headers, line)
-    head = Head(first[1].decode(), first[2].decode(), first[4] == b"0", headers)
-    if not HOST.fullmatch(headers.get("host", "" if head.is_http_1_0 else " ")):
-        raise AppError(MALFORMED, "the request needs one header Host, a name or an address")
-    return head
-
-
-def _add_header(headers: dict[str, str], line: bytes) -> None:
-    match = HEADER_LINE.fullmatch(line)
-    if not match:
-        shown = one_line(line.partition(b":")[0].decode("latin-1"), 40)  # not its value: that may be a token
-        raise AppError(MALFORMED, f"the header {shown!r} is not NAME: VALUE in one line")
-    name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
-    if name in headers and name in READ_ONCE:
-        raise AppError(MALFORMED, f"the header {name} is given twice")
-    headers[name] = f"{headers[name]}, {value}" if name in headers else value
-
-
-def body_length(head: Head, max_bytes: int) -> int:
-    """Return the length of the body that follows a head; raise AppError 2002, 4013, 5004."""
-    text = head.headers.get("content-length", "0")
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise AppError(MALFORMED, "Content-Length must be a number")
-    if "transfer-encoding" in head.headers:
-        if "content-length" in head.headers:
-            raise AppError(MALFORMED, "Content-Length and Transfer-Encoding exclude each other")
-        raise AppError(NOT_IMPLEMENTED, "Transfer-Encoding is not supported: send Content-Length")
-    if int(text) > max_bytes:
-        raise AppError(BODY_TOO_LARGE, f"the body is over {max_bytes} bytes (HTTP_MAX_BODY_BYTES)")
-    return int(text)
 
 
 @dataclasses.dataclass(eq=False)
@@ -7484,15 +8207,13 @@ def read_pong(address: Address, status: int, answer: bytes) -> None:
 # ======================================================================================
 # Agents: connections to agents, deadlines, requests, probes.
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Model, Strategy,
-#   Decision, Event loop, Dialects.
+#   Decision, Event loop, HTTP wire, Dialects.
 # ======================================================================================
 
 MAX_IDLE_AGENT_CONNECTIONS = 256
 MAX_IDLE_AGENT_CONNECTION_S = 60.0
 # Wait before the next address of a name is tried, beside those before it (RFC 8305, 5).
 NEXT_ADDRESS_S = 0.25
-# Head of an answer, in addition to its body.
-MAX_HEAD_BYTES = 64 << 10
 # Body of an agent's answer (contract section 1).
 MAX_ANSWER_BYTES = 64 << 10
 # Body of the answer to a probe: a page that a node serves.
@@ -7546,8 +8267,13 @@ class AgentClient:
         """
         if self._tls:
             self._tls.context()
-            if not key_may_be_open:
-                require_private("CONTROL_KEY", self._key)
+        if not key_may_be_open:
+            self.check_key()
+
+    def check_key(self) -> None:
+        """Raise ConfigError where others can read our key."""
+        if self._tls and self._key:
+            require_private("CONTROL_KEY", self._key)
 
     def reload(self) -> None:
         """Read the certificates again; raise ConfigError when they can't be used."""
@@ -7829,21 +8555,20 @@ class AgentClient:
 
     async def _request(self, call: _Call, sock: socket.socket, context: object, reused: bool) -> tuple[int, bytes]:
         address = call.address
-        timed = TimedSocket(sock, call.ends_at, call.max_bytes + MAX_HEAD_BYTES)
-        keep = False
+        timed = TimedSocket(sock, call.ends_at, call.max_bytes + ANSWER_LIMITS.head_bytes)
+        reader, keep = HttpReader(functools.partial(timed.recv, 16384), ANSWER_LIMITS), False
         try:
             with self._in_flight(sock):
                 if not call.gate():
                     raise AgentError(NOT_SENT, UNREACHABLE, f"{address}: not sent, as it may not or is too late")
                 await timed.sendall(_request_bytes(call))
                 await READING
-                plain = await _plain_answer(timed, call.max_bytes)
-                status, answer, keep = plain if plain else await _any_answer(timed, call)
+                status, answer, keep = await read_answer(reader, call.max_bytes)
             keep = keep and call.keeps_connection
             return status, answer
         except TooBig:
             raise AgentError(UNCLEAR, PROTOCOL, f"{address} answered more than {call.max_bytes >> 10} KiB") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, EOFError, AppError) as error:
             is_late = isinstance(error, socket.timeout)  # while it waited, an alert would have been read
             refusal = _refusal(error) or (await _late_alert(timed) if timed.received == 0 and not is_late else "")
             if refusal:
@@ -7861,10 +8586,10 @@ class AgentClient:
         if isinstance(error, socket.timeout):
             text = "drips: no whole answer" if timed.received else "did not answer"
             return AgentError(LOST, TIMEOUT, f"{address} {text} within {limit_s:.3g} s", hold_s=self._request_s)
-        if isinstance(error, (OSError, http.client.IncompleteRead)) or timed.at_end:
+        if isinstance(error, (OSError, EOFError)):
             when = "in the middle of its answer" if timed.received else "before it answered"
             return AgentError(LOST, UNREACHABLE, f"{address} cut the connection {when}", hold_s=CUT_BUSY_S)
-        return AgentError(UNCLEAR, PROTOCOL, f"{address} answered what is not HTTP: {type(error).__name__}")
+        return AgentError(UNCLEAR, PROTOCOL, f"{address} answered what is not HTTP: {error}")
 
 
 @functools.lru_cache(maxsize=1)
@@ -7877,65 +8602,13 @@ def _unverified_context() -> ssl.SSLContext:
 
 
 def _request_bytes(call: _Call) -> bytes:
-    """Return head and body in one piece."""
     host = f"[{call.address.host}]" if ":" in call.address.host else call.address.host
-    head = f"{call.method} {call.path} HTTP/1.1\r\nHost: {call.host or f'{host}:{call.address.port}'}\r\n"
+    headers = {"Host": call.host or f"{host}:{call.address.port}"}
     if not call.keeps_connection:
-        head += "Connection: close\r\n"
+        headers["Connection"] = "close"
     if call.body is not None:
-        head += f"Content-Type: application/json\r\nContent-Length: {len(call.body)}\r\n"
-    return f"{head}\r\n".encode() + (call.body or b"")
-
-
-PLAIN_HEAD = re.compile(rb"HTTP/1\.1 ([2-5]\d\d) [^\r\n]*(?:\r\n[!#-9;-~]+:[^\r\n]*)+")
-
-
-async def _plain_answer(timed: TimedSocket, max_bytes: int) -> tuple[int, bytes, bool] | None:
-    """Read an answer with one Content-Length, and no Connection but close; return what _any_answer() returns.
-
-    Return None for any other, with all of it unread. http.client would take 0.2 ms for each answer: a fifth of the
-    time of a release.
-    """
-    data = b""
-    while part := await timed.recv(16384):
-        data += part
-        head, end, body = data.partition(b"\r\n\r\n")
-        if not end and len(data) < 16384:
-            continue
-        plain, fields = PLAIN_HEAD.fullmatch(head), head.lower()
-        lengths = re.findall(rb"\ncontent-length: *(\d{1,7})(?=\r|$)", fields)
-        options = re.findall(rb"\nconnection: *([^\r]*)", fields)
-        if not plain or len(lengths) != 1 or fields.count(b"\ncontent-length") != 1 or set(options) - {b"close"} or (
-                b"\ntransfer-encoding:" in fields) or int(lengths[0]) > max_bytes:
-            break
-        parts, missing = [body], int(lengths[0]) - len(body)
-        while missing > 0 and (part := await timed.recv(min(missing, 65536))):
-            parts.append(part)
-            missing -= len(part)
-        if missing > 0:
-            raise http.client.IncompleteRead(body)
-        if missing < 0:
-            break
-        return int(plain.group(1)), b"".join(parts), not options
-    if not data:
-        raise http.client.RemoteDisconnected("no answer")
-    timed.unread, timed.at_end = data, False
-    return None
-
-
-async def _any_answer(timed: TimedSocket, call: _Call) -> tuple[int, bytes, bool]:
-    """Read an answer by http.client; return status, body, and whether the connection can be kept."""
-    await BLOCKS
-    response = http.client.HTTPResponse(timed, method=call.method)  # type: ignore[arg-type]
-    response.begin()
-    # http.client takes the end of the connection for the end of the head, and of the body
-    cut_in_head = timed.at_end
-    answer = response.read(call.max_bytes + 1)
-    if len(answer) > call.max_bytes:
-        raise TooBig
-    if cut_in_head or response.length:
-        raise http.client.IncompleteRead(answer)
-    return response.status, answer, not response.will_close and response.isclosed()
+        headers.update({"Content-Type": "application/json", "Content-Length": str(len(call.body))})
+    return encode_message(f"{call.method} {call.path} HTTP/1.1", headers, call.body or b"")
 
 
 def _is_readable(sock: socket.socket) -> bool:
@@ -8105,7 +8778,7 @@ class Driver:
         self._unclear: tuple[Release, Decision] | None = None
         # Cycles in a row that were rolled back because somebody else changed the release.
         self._moved = 0
-        self._outage = Outage()
+        self._outage = Outage(lease.claim, extra=about(lease.claim))
         self._news_at = self._reason_written_at = self._decided_at = self._now().elapsed
 
     def start(self) -> None:
@@ -8192,7 +8865,7 @@ class Driver:
             is_over = self._is_tick and not self.lease.is_valid(self._now().elapsed)  # others may go on then
             if self.lease.is_lost or self._context.stopping.is_set() or is_over:
                 raise
-            self._outage.log(self.lease.claim, error, about(self.lease.claim))
+            self._outage.log(f"{error}; trying again")
             self._is_stale = True
             return min(self._policy.interval_s, 1.0)
         finally:
@@ -8499,7 +9172,7 @@ class Executor:
         """Work on what is runnable, as far as it goes now (contract section 4); return what was done.
 
         beat is called several times a second meanwhile. Raise DatabaseError, and ConfigError when there is work and
-        no way to call an agent; but not before what was started has come to its end.
+        no way to call an agent; both only when what was started has ended.
         """
         started: list[Driver] = []
         taken, failure = 0, None
@@ -8521,17 +9194,19 @@ class Executor:
         """
         worked_on: dict[int, None] = {}
         running: list[Driver] = []
-        outage = Outage()
+        outage = Outage("executor")
         while True:
             started: list[Driver] = []
             had_running, taken = bool(running), 0
             try:
                 taken = self._scan(started, is_tick=False)
+                if had_running:
+                    self.agents.check_key()
                 outage.end()
             except AppError as error:
                 if not had_running and not started:
                     raise
-                outage.log("executor", error)
+                outage.log(f"{error}; trying again")
             worked_on.update(dict.fromkeys(driver.lease.claim.release_id for driver in started))
             # it scans again meanwhile: a release of ours may wait for a node of one whose owner died
             until = self.clock.elapsed() + self.settings.release_executor_interval_sec
@@ -8561,15 +9236,16 @@ class Executor:
 
         beat is called after each scan, with a sentence on what is being done, as long as no thread of ours hangs.
         """
-        outage = Outage()
+        outage = Outage("executor")
         while not self.stopping.is_set():
             self._wake.clear()
             try:
                 self._scan([], is_tick=False)
                 self.scanned_at = self.clock.wall()
+                self.agents.check_key()  # an open one is logged also while there is nothing to begin
                 outage.end()
             except AppError as error:
-                outage.log("executor", error)
+                outage.log(f"{error}; trying again")
             except Exception:  # the edge of a scan: the loop goes on
                 log.exception("executor: a scan for work failed")
             hung = self.hung()
@@ -8751,7 +9427,7 @@ class Executor:
 # ======================================================================================
 # Serialization: the JSON of contract section 5, and its schemas. Pure.
 # Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Status
-#   texts, Audit, Nodes.
+#   texts, Audit, Nodes, Drift.
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
@@ -8770,7 +9446,7 @@ RELEASE_SCHEMA: Mapping[str, Any] = {
     "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": TEXT, "reason": TEXT,
     "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
     "currentBatch": _COUNT, "errorMsg": TEXT, "strategy": _OBJECT, "payloadSha256": _SHA256,
-    "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL,
+    "selection": _OBJECT, "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL, "catchUpOf": _ID_OR_NULL,
     "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME}
 RELEASE_NODE_SCHEMA: Mapping[str, Any] = {
     "nodeId": ID, "nodeName": TEXT, "mainIp": TEXT,
@@ -8783,6 +9459,11 @@ AUDIT_ROW_SCHEMA: Mapping[str, Any] = {
     "id": ID, "at": TEXT, "actor": TEXT, "via": {"type": "string", "enum": [VIA_CLI, VIA_API, VIA_EXECUTOR]},
     "token": TEXT, "certificate": TEXT, "address": TEXT, "requestId": TEXT, "action": TEXT, "object": TEXT,
     "before": {"type": ["object", "null"]}, "after": {"type": ["object", "null"]}, "hash": TEXT}
+
+
+def schema_of(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
+    return {"type": "object", "properties": dict(properties), "additionalProperties": False,
+            "required": list(properties if required is None else required)}
 
 
 def _row_json(schema: Iterable[str], **renamed: str) -> Callable[[Any], dict[str, Any]]:
@@ -8801,20 +9482,14 @@ _audit_fields = _row_json(AUDIT_ROW_SCHEMA)
 
 def release_json(release: Release) -> dict[str, Any]:
     """Return RELEASE of the contract."""
-    return {**_release_fields(release), "strategy": _stored_json(release.strategy)}
-
-
-def _stored_json(text: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError:
-        return {}  # written by hand; the executor refuses to run it
+    return {**_release_fields(release), "strategy": stored_json(release.strategy),
+            "selection": stored_json(release.selection)}
 
 
 def audit_json(row: AuditRow) -> dict[str, Any]:
     """Return one row of audit_log."""
-    return {**_audit_fields(row), "before": _stored_json(row.before) if row.before else None,
-            "after": _stored_json(row.after) if row.after else None}
+    return {**_audit_fields(row), "before": stored_json(row.before) if row.before else None,
+            "after": stored_json(row.after) if row.after else None}
 
 
 def open_releases_json(releases: Sequence[tuple[Release, int]]) -> dict[str, Any]:
@@ -8850,7 +9525,7 @@ def left_out_json(left_out: Iterable[LeftOut]) -> list[dict[str, Any]]:
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """Return the answer to dryRun: what a release would do."""
-    payload_of, strategy = _id_and_version(plan.payload_of) if plan.payload_of else None, plan.strategy
+    payload_of, strategy = _id_and_version(*plan.payload_of) if plan.payload_of else None, plan.strategy
     return {"version": plan.version, "totalNodes": sum(map(len, plan.batches)),
             "batches": [{"batch": number, "nodeIds": ids, "nodeNames": [plan.names.get(id_, "") for id_ in ids],
                          "maxFailed": most}
@@ -8862,13 +9537,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "effect": _effect_json(plan.effect) if plan.effect else None}
 
 
-def _id_and_version(release: tuple[int, int]) -> dict[str, Any]:
-    return {"releaseId": release[0], "version": release[1]}
+def _id_and_version(release_id: int, version: int) -> dict[str, Any]:
+    return {"releaseId": release_id, "version": version}
 
 
 def _verify_json(verify: Verify) -> dict[str, Any]:
-    return {"url": verify.url, "status": verify.status, "timeoutSec": verify.timeout_s,
-            "successes": verify.successes, "host": verify.host, "contains": verify.contains}
+    return {key: getattr(verify, field) for key, (field, _, _) in VERIFY_KEYS.items()}
 
 
 def _effect_json(effect: Effect) -> dict[str, Any]:
@@ -8889,15 +9563,26 @@ def _changes_json(changes: Difference) -> dict[str, Any]:
 
 def difference_json(release: Release, other: Release, changes: Difference) -> dict[str, Any]:
     """Return what a release changes against another one."""
-    return {**_id_and_version((release.id, release.version)), "with": _id_and_version((other.id, other.version)),
+    return {**_id_and_version(release.id, release.version), "with": _id_and_version(other.id, other.version),
             **_changes_json(changes)}
 
 
 def payload_json(release: Release, payload: Mapping[str, Any]) -> dict[str, Any]:
     """Return a release's payload as it was sent but for the version."""
-    return {**_id_and_version((release.id, release.version)),
+    return {**_id_and_version(release.id, release.version),
             "payloadSha256": release.sent_sha256 or digest_of(payload),
             "payload": without_version(payload)}
+
+
+def caught_up_json(made: Sequence[Made], left_out: Iterable[LeftOut]) -> dict[str, Any]:
+    """Return the answer to a catch-up: the releases made, and the nodes that stay behind."""
+    return {"releases": [{**created_json(one), "catchUpOf": one.release.catch_up_of} for one in made],
+            "leftOut": left_out_json(left_out)}
+
+
+def catch_up_plan_json(plans: Iterable[Plan], left_out: Iterable[LeftOut]) -> dict[str, Any]:
+    """Return the answer to the dry run of a catch-up."""
+    return {"plans": [plan_json(plan) for plan in plans], "leftOut": left_out_json(left_out)}
 
 
 def freeze_json(freeze: Freeze) -> dict[str, Any]:
@@ -8921,8 +9606,8 @@ NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
     "mainIp": ("main_ip", parse_address, {"type": "string", "minLength": 1, "maxLength": 253, "format": "address",
                                           "description": "IP address or host name"}),
     # in JSON 8443.0 and 8443 are the same number
-    "agentPort": ("agent_port", lambda v: parse_port(int(v) if isinstance(v, float) and v.is_integer() else v),
-                  {"type": "integer", "minimum": 1, "maximum": 65535}),
+    "agentPort": ("agent_port", lambda v: parse_integer(
+        "agentPort", int(v) if isinstance(v, float) and v.is_integer() else v, PORTS), PORTS.schema),
     "agentProtocol": ("agent_protocol", lambda v: parse_choice("agentProtocol", v, PROTOCOLS),
                       {"type": "string", "enum": list(PROTOCOLS)}),
     "labels": ("labels", parse_labels, {
@@ -8934,19 +9619,33 @@ NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
                {"type": "string", "enum": list(NODE_STATUSES)}),
 }
 _NODE_FIELD_SCHEMAS = {key: schema for key, (_, _, schema) in NODE_FIELDS.items()}
-NODE_SCHEMA: Mapping[str, Any] = {"id": ID, **_NODE_FIELD_SCHEMAS, "createdAt": _TIME, "updatedAt": _TIME}
-_node_fields = _row_json(NODE_SCHEMA)
+_NODE_SCHEMA: Mapping[str, Any] = {"id": ID, **_NODE_FIELD_SCHEMAS, "createdAt": _TIME, "updatedAt": _TIME}
+_node_fields = _row_json(_NODE_SCHEMA)
+_RAN_SCHEMA: Mapping[str, Any] = {"releaseId": ID, "version": ID, "payloadSha256": TEXT, "since": _TIME}
+_ran_fields = _row_json(_RAN_SCHEMA)
+NODE_SCHEMA: Mapping[str, Any] = {
+    **_NODE_SCHEMA, "runs": {**schema_of(_RAN_SCHEMA), "type": ["object", "null"]},
+    "wants": {**schema_of(_RAN_SCHEMA), "type": ["object", "null"]}, "drift": {"type": "string", "enum": list(DRIFTS)}}
+NODE_TRY_SCHEMA: Mapping[str, Any] = {
+    "releaseId": ID, "version": ID, "target": TEXT,
+    "releaseStatus": {"type": "string", "enum": list(RELEASE_STATUSES)}, "batch": ID,
+    **{key: RELEASE_NODE_SCHEMA[key] for key in ("status", "attempts", "errorKind", "errorMsg", "startedAt",
+                                                 "finishedAt")}}
+node_try_json = _row_json(NODE_TRY_SCHEMA)
 
 
-def node_json(node: Node) -> dict[str, Any]:
+def node_json(listed: ListedNode) -> dict[str, Any]:
     """Return a node as /api/v1/nodes shows it."""
-    return {**_node_fields(node), "labels": _stored_json(node.labels), "enabled": bool(node.enabled)}
+    node, level = listed
+    return {**_node_fields(node), "labels": stored_json(node.labels), "enabled": bool(node.enabled),
+            "runs": _ran_fields(level.runs) if level.runs else None,
+            "wants": _ran_fields(level.wants) if level.wants else None, "drift": level.drift}
 
 
-def listed_node_json(node: Node, last_release: tuple[int, str] | None) -> dict[str, Any]:
+def listed_node_json(listed: ListedNode, last_release: tuple[int, str] | None) -> dict[str, Any]:
     """Return a node with id and status of the newest release that has it."""
     last = {"releaseId": last_release[0], "status": last_release[1]} if last_release else None
-    return {**node_json(node), "lastRelease": last}
+    return {**node_json(listed), "lastRelease": last}
 
 
 def parse_node_fields(body: Mapping[str, Any], required: Sequence[str] = ()) -> dict[str, Any]:
@@ -8956,6 +9655,14 @@ def parse_node_fields(body: Mapping[str, Any], required: Sequence[str] = ()) -> 
         if name not in body:
             raise AppError(MISSING, f"{name} is missing")
     return {NODE_FIELDS[name][0]: NODE_FIELDS[name][1](value) for name, value in body.items()}
+
+
+def parse_catch_up(body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return reason and strategy of a catch-up, the strategy unparsed; raise AppError 2003."""
+    known_keys(body, ("reason", "strategy", "dryRun"))
+    if not isinstance(body.get("strategy", {}), dict):
+        raise AppError(INVALID, "strategy must be a JSON object")
+    return parse_text("reason", body.get("reason", "")), body.get("strategy", {})
 
 
 def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
@@ -8975,12 +9682,7 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
         parse_payload(payload), strategy=body.get("strategy", {}),
         node_ids=parse_node_ids(body["nodeIds"]) if "nodeIds" in body else None,
         labels=parse_json(parse_labels(body["labels"])) if "labels" in body else None,
-        version=parse_version("version", body["version"]) if "version" in body else None)
-
-
-def schema_of(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
-    return {"type": "object", "properties": dict(properties), "additionalProperties": False,
-            "required": list(properties if required is None else required)}
+        version=parse_integer("version", body["version"], NAMED_VERSIONS) if "version" in body else None)
 
 
 def ref_schema(name: str) -> dict[str, str]:
@@ -9020,6 +9722,11 @@ def openapi_schemas() -> dict[str, Any]:
         "AuditRow": schema_of(AUDIT_ROW_SCHEMA),
         "AuditList": _list_of("AuditRow", paged=False),
         "Node": schema_of(NODE_SCHEMA),
+        "NodeTryList": schema_of({"items": _array(schema_of(NODE_TRY_SCHEMA)), "total": _COUNT, "page": ID,
+                                  "pageSize": ID}),
+        "CatchUp": schema_of({"reason": _REASON, "strategy": ref_schema("Strategy"), "dryRun": _FLAG}, required=[]),
+        "CaughtUp": schema_of({"releases": _array(schema_of({**created, "catchUpOf": ID})), "leftOut": left_out}),
+        "CatchUpPlan": schema_of({"plans": _array(ref_schema("Plan")), "leftOut": left_out}),
         "ListedNode": schema_of({
             **NODE_SCHEMA,
             "lastRelease": {"type": ["object", "null"], "properties": {"releaseId": ID, "status": TEXT}}},
@@ -9047,7 +9754,7 @@ def openapi_schemas() -> dict[str, Any]:
             "payload": _OBJECT, "strategy": ref_schema("Strategy"),
             "nodeIds": {**_array(ID), "minItems": 1, "uniqueItems": True},
             "labels": _NODE_FIELD_SCHEMAS["labels"], "dryRun": _FLAG,
-            "version": {"type": "integer", "minimum": 1, "maximum": MAX_NAMED_VERSION}}, required=[])
+            "version": NAMED_VERSIONS.schema}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": schema_of({"reason": _REASON}, required=[]),
         "Retry": schema_of(again, required=[]),
@@ -9079,7 +9786,8 @@ def openapi_schemas() -> dict[str, Any]:
 # region Access
 # ======================================================================================
 # Access: tokens, client certificates, throttling.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Strategy, HTTP wire.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Strategy, HTTP
+#   wire.
 # ======================================================================================
 
 # Bad tokens of an address, and of the network around it, after which each check is delayed, up to MAX_DELAY_S.
@@ -9091,9 +9799,10 @@ KNOWN_TOKEN_S, MAX_KNOWN_TOKENS = 86400.0, 4096
 
 
 class Streaks:
-    """Counts events in a row by key; a count is forgotten FORGET_S after its last event."""
+    """Counts events in a row by key; a count is forgotten some time after its last event, or for newer keys."""
 
-    def __init__(self) -> None:
+    def __init__(self, forget_s: float = FORGET_S, max_keys: int = MAX_STREAKS):
+        self._forget_s, self._max_keys = forget_s, max_keys
         self._guard = threading.Lock()
         self._seen: collections.OrderedDict[tuple[str, ...], tuple[int, float]] = collections.OrderedDict()
 
@@ -9103,7 +9812,7 @@ class Streaks:
             count = self._count(key) + 1
             self._seen.pop(key, None)
             self._seen[key] = (count, time.monotonic())
-            if len(self._seen) > MAX_STREAKS:
+            if len(self._seen) > self._max_keys:
                 self._seen.popitem(last=False)
             return count
 
@@ -9114,7 +9823,7 @@ class Streaks:
 
     def _count(self, key: tuple[str, ...]) -> int:
         count, last = self._seen.get(key, (0, 0.0))
-        return count if time.monotonic() - last < FORGET_S else 0
+        return count if time.monotonic() - last < self._forget_s else 0
 
 
 def is_logged(count: int) -> bool:
@@ -9131,26 +9840,19 @@ class AuthThrottle:
 
     def __init__(self) -> None:
         self._bad = Streaks()
-        self._guard = threading.Lock()
-        self._good: collections.OrderedDict[tuple[str, bytes], float] = collections.OrderedDict()
+        self._good = Streaks(KNOWN_TOKEN_S, MAX_KNOWN_TOKENS)
 
     def delay_s(self, address: str, authorization: str) -> float:
         """Return the seconds from a request's arrival to the check of its token."""
-        with self._guard:
-            if time.monotonic() - self._good.get(self._key(address, authorization), -KNOWN_TOKEN_S) < KNOWN_TOKEN_S:
-                return 0.0
+        if self._good.count(*self._key(address, authorization)):
+            return 0.0
         beyond = max(self._bad.count(address) - FREE_ATTEMPTS,
                      self._bad.count(wide_network_of(address)) - FREE_ATTEMPTS_OF_NETWORK)
         return min(FIRST_DELAY_S * 2.0**min(beyond, 10), MAX_DELAY_S) if beyond >= 0 else 0.0
 
     def note_good(self, address: str, authorization: str) -> None:
         """Remember a good token."""
-        key = self._key(address, authorization)
-        with self._guard:
-            self._good.pop(key, None)
-            self._good[key] = time.monotonic()
-            if len(self._good) > MAX_KNOWN_TOKENS:
-                self._good.popitem(last=False)
+        self._good.add(*self._key(address, authorization))
 
     def note_bad(self, address: str) -> tuple[int, bool]:
         """Count a bad token; return its address's count, and whether it is to be logged."""
@@ -9158,8 +9860,8 @@ class AuthThrottle:
         return count, is_logged(count) and (of_network <= FREE_ATTEMPTS_OF_NETWORK or is_logged(of_network))
 
     @staticmethod
-    def _key(address: str, authorization: str) -> tuple[str, bytes]:
-        return address, hashlib.sha256(authorization.encode("utf-8", "surrogateescape")).digest()
+    def _key(address: str, authorization: str) -> tuple[str, str]:
+        return address, hashlib.sha256(authorization.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Tokens:
@@ -9170,8 +9872,7 @@ class Tokens:
         self._guard = threading.Lock()
         self._stamp: object = None
         self._entries: list[tuple[str, str, str]] = []
-        # Why the file can't be read, as logged last.
-        self._logged = ""
+        self._outage = Outage("tokens")
 
     def load(self) -> list[tuple[str, str, str]]:
         """Return name, role and hash of each token; raise ConfigError naming the line that is wrong."""
@@ -9188,14 +9889,20 @@ class Tokens:
             self._stamp = None
         return len(self.load())
 
+    def check(self) -> list[tuple[str, str, str]]:
+        """Return load(), and log what it raises, while that lasts once."""
+        try:
+            entries = self.load()
+        except ConfigError as error:
+            self._outage.log(f"none is accepted: {error}")
+            raise
+        self._outage.end()
+        return entries
+
     def _read(self) -> list[tuple[str, str, str]]:
         require_private("API_TOKENS_FILE", self._path)
-        try:
-            lines = Path(self._path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"API_TOKENS_FILE {self._path} can't be read: {os_reason(error)}") from None
         entries = []
-        for number, line in enumerate(map(str.strip, lines), 1):
+        for number, line in enumerate(map(str.strip, read_lines(self._path, "API_TOKENS_FILE")), 1):
             if not line or line.startswith("#"):
                 continue
             match = re.fullmatch(f"([^:]+):({VIEWER}|{OPERATOR}):([0-9a-fA-F]{{64}})", line)
@@ -9214,13 +9921,9 @@ class Tokens:
         if not authorization or scheme.lower() != "bearer" or not token.strip():
             raise AppError(NO_TOKEN, "no token: send the header Authorization: Bearer TOKEN")
         try:
-            entries = self.load()
-        except ConfigError as error:
-            if str(error) != self._logged:  # not at each request
-                log.error("no token is accepted: %s", error)
-            self._logged = str(error)
+            entries = self.check()
+        except ConfigError:
             raise AppError(INTERNAL, "the tokens can't be read: see the log of releasectl") from None
-        self._logged = ""
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
         found = None
         for name, role, known in entries:
@@ -9251,7 +9954,6 @@ def add_token(path: str, name: str, role: str) -> str:
                                        "or take a new name")
             text = Path(path).read_text(encoding="utf-8") if before else ""
             replace_file(path, text + ("\n" if text and not text.endswith("\n") else "") + line, before)
-            os.fsync(guard)
         finally:
             os.close(guard)
     except OSError as error:
@@ -9321,7 +10023,7 @@ def refuse_strangers(head: Head) -> None:
 # region Requests
 # ======================================================================================
 # Requests: a checked request, its parameters and its reply; who may read much at a time.
-# Uses: Vocabulary, Helpers, Strategy, Audit.
+# Uses: Vocabulary, Helpers, Strategy, Audit, Drift.
 # ======================================================================================
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -9345,15 +10047,23 @@ ID_DIGITS = "[0-9]{1,4000}"
 # Parameter of a query: its schema.
 QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
-    "page": {"type": "integer", "minimum": 1, "maximum": 10**9, "default": 1},
-    "pageSize": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE_SIZE, "default": 20},
+    "page": {**PAGES.schema, "default": 1},
+    "pageSize": {**PAGE_SIZES.schema, "default": 20},
     "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
     "lastRelease": {"type": "string", "enum": ["0", "1"], "default": "0"},
+    "drift": {"type": "string", "enum": ["", *DRIFTS]},
+    "label": {"type": "string", "description": "only nodes with these labels: K=V, several with a comma between"},
+    "name": {"type": "string", "description": "only nodes of these names, several with a comma between: edge-*"},
+    "runs": {**AFTER_IDS.schema, "default": 0,
+             "description": "only nodes that run this release"},
+    "search": {"type": "string", "description": "only nodes with this in their name, address or labels"},
+    "sort": {"type": "string", "enum": [*NODE_ORDERS, *(f"-{order}" for order in NODE_ORDERS)], "default": "id"},
+    "object": {"type": "string", "description": "only acts on this: node edge-1"},
     "with": {"type": "string", "pattern": f"^({BEFORE}|{ID_DIGITS})$", "default": BEFORE,
              "description": f"id of a release of its target; {BEFORE}: the newest of these before it that succeeded"},
-    "after": {"type": "integer", "minimum": 0, "maximum": MAX_ID, "default": 0},
-    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
-    "wait": {"type": "integer", "minimum": 0, "maximum": MAX_EVENTS_WAIT_S, "default": 0,
+    "after": {**AFTER_IDS.schema, "default": 0},
+    "limit": {**Range(1, 1000).schema, "default": 100},
+    "wait": {**Range(0, MAX_EVENTS_WAIT_S).schema, "default": 0,
              "description": "seconds to wait for an event when there is none yet"},
 }
 
@@ -9374,12 +10084,17 @@ class Request(NamedTuple):
     def integer(self, name: str) -> int:
         """Return a number of the query; raise AppError 2002 when it is none, 2003 out of range."""
         schema = QUERY_PARAMETERS[name]
-        text, low, high = self.query.get(name, str(schema["default"])), schema["minimum"], schema["maximum"]
-        if not re.fullmatch(r"-?[0-9]{1,4000}", text):  # int() itself has a limit of 4300 digits
+        text = self.query.get(name, str(schema["default"]))
+        if not re.fullmatch(r"-?[0-9]+", text):
             raise AppError(MALFORMED, f"{name} {one_line(text, 40)!r} is not a number")
-        if not low <= int(text) <= high:
-            raise AppError(INVALID, f"{name} must be from {low} to {high}")
-        return int(text)
+        try:
+            return int(Range(schema["minimum"], schema["maximum"]).from_text(text))
+        except ValueError as error:
+            raise AppError(INVALID, f"{name} {error}") from None
+
+    def words(self, name: str) -> list[str]:
+        """Return the parts of a parameter between its commas, none for an empty one."""
+        return [word for word in self.query.get(name, "").split(",") if word]
 
     def choice(self, name: str) -> str:
         """Return a word of the query, "" without one; raise AppError 2003 when it is not one of the schema's."""
@@ -9442,8 +10157,8 @@ class ReadQueue:
 # ======================================================================================
 # API: routes as a table, handlers, /openapi.json (contract section 5); knows no
 #   socket.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan,
-#   Verbs, Audit, Retry and rollback, Claims, Serialization, Requests.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Verbs,
+#   Audit, Retry and rollback, Drift, Claims, Serialization, Requests.
 # ======================================================================================
 
 DASHBOARD_FILE = Path(__file__).resolve().with_name("dashboard.html")
@@ -9655,29 +10370,47 @@ class Api:
                 self._waiters.release()
 
     def list_nodes(self, request: Request) -> Reply:
-        page = self.store.nodes.page(request.integer("page"), request.integer("pageSize"))
+        page = self.store.fleet.page(request.integer("page"), request.integer("pageSize"), NodeFilter(
+            request.choice("drift"), parse_label_pairs("label", request.words("label")), request.words("name"),
+            request.integer("runs") or None, request.query.get("search", ""), request.choice("sort")))
         if request.choice("lastRelease") == "0":
             return Reply(200, page_json(page, node_json))
-        last = self.store.nodes.last_releases([node.id for node in page.items])
-        return Reply(200, page_json(page, lambda node: listed_node_json(node, last.get(node.id))))
+        last = self.store.nodes.last_releases([listed.node.id for listed in page.items])
+        return Reply(200, page_json(page, lambda listed: listed_node_json(listed, last.get(listed.node.id))))
 
     def add_node(self, request: Request) -> Reply:
-        return Reply(201, node_json(self.store.nodes.add(
-            **parse_node_fields(request.body, ("name", "mainIp")), by=request.actor)))
+        return self._node(201, self.store.nodes.add(
+            **parse_node_fields(request.body, ("name", "mainIp")), by=request.actor))
 
     def get_node(self, request: Request) -> Reply:
-        return Reply(200, node_json(self.store.nodes.get(request.ids[0])))
+        return self._node(200, self.store.nodes.get(request.ids[0]))
 
     def update_node(self, request: Request) -> Reply:
-        return Reply(200, node_json(self.store.nodes.update(
-            request.ids[0], parse_node_fields(request.body), request.actor)))
+        return self._node(200, self.store.nodes.update(
+            request.ids[0], parse_node_fields(request.body), request.actor))
+
+    def _node(self, status: int, node: Node) -> Reply:
+        return Reply(status, node_json(self.store.fleet.listed([node])[0]))
+
+    def list_node_releases(self, request: Request) -> Reply:
+        page = self.store.fleet.tries(request.ids[0], request.integer("page"), request.integer("pageSize"))
+        return Reply(200, page_json(page, node_try_json))
+
+    def catch_up(self, request: Request) -> Reply:
+        reason, strategy = parse_catch_up(request.body)
+        if parse_flag("dryRun", request.body.get("dryRun", False)):
+            return Reply(200, catch_up_plan_json(*self.store.releases.plan_catch_up(reason, strategy)))
+        made, left_out = self.store.releases.catch_up(request.actor, reason, strategy)
+        self._nudge()
+        return Reply(201, caught_up_json(made, left_out))
 
     def delete_node(self, request: Request) -> Reply:
         self.store.nodes.delete(request.ids[0], request.actor)
         return Reply(200, None)
 
     def list_audit(self, request: Request) -> Reply:
-        rows = self.store.audit.rows(request.integer("after"), request.integer("limit"))
+        rows = self.store.audit.rows(request.integer("after"), request.integer("limit"),
+                                     AuditFilter(object=request.query.get("object", "")))
         return Reply(200, {"items": [audit_json(row) for row in rows]})
 
     def page(self, _request: Request) -> Reply:
@@ -9759,6 +10492,8 @@ def metrics_text(metrics: Metrics, store: Store, more: Figures) -> str:
     figures = {("releasectl_build_info", __version__, ".".join(map(str, sys.version_info[:3]))): 1.0, **more}
     try:
         figures.update(store.releases.counts())
+        figures.update({("releasectl_nodes_drift", drift): float(count)
+                        for drift, count in store.fleet.drift_counts().items()})
         figures["releasectl_database_up",] = 1.0
     except DatabaseError:  # already counted; the figures of this process are wanted all the more
         figures["releasectl_database_up",] = 0.0
@@ -9787,7 +10522,7 @@ class Route(NamedTuple):
     @property
     def status(self) -> int:
         """HTTP status of a success."""
-        return 201 if self.answers in ("Created", "CreatedAgain") or self.body == "NewNode" else 200
+        return 201 if self.answers in ("Created", "CreatedAgain", "CaughtUp") or self.body == "NewNode" else 200
 
 
 ROUTES: tuple[Route, ...] = (
@@ -9816,16 +10551,21 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/api/v1/releases/{id}/diff", Api.get_difference, OPERATOR,
           "What its payload changes against another release's", "Difference", ("with",)),
     Route("GET", "/api/v1/nodes", Api.list_nodes, VIEWER, "List nodes", "NodeList",
-          ("page", "pageSize", "lastRelease")),
+          ("page", "pageSize", "lastRelease", "drift", "label", "name", "runs", "search", "sort")),
     Route("POST", "/api/v1/nodes", Api.add_node, OPERATOR, "Add a node", "Node", body="NewNode"),
     Route("GET", "/api/v1/nodes/{id}", Api.get_node, VIEWER, "A node", "Node"),
     Route("PATCH", "/api/v1/nodes/{id}", Api.update_node, OPERATOR, "Change a node", "Node", body="NodeChange"),
     Route("DELETE", "/api/v1/nodes/{id}", Api.delete_node, OPERATOR, "Delete a node that no release names", "Null"),
+    Route("GET", "/api/v1/nodes/{id}/releases", Api.list_node_releases, VIEWER, "What a node was given, newest first",
+          "NodeTryList", ("page", "pageSize")),
+    Route("POST", "/api/v1/catch-up", Api.catch_up, OPERATOR,
+          "A new release for each payload that nodes are behind with", "CaughtUp", body="CatchUp",
+          dry_run="CatchUpPlan"),
     Route("GET", "/api/v1/freeze", Api.get_freeze, VIEWER, "Whether new dispatches are stopped", "Freeze"),
     Route("PUT", "/api/v1/freeze", Api.set_freeze, OPERATOR, "Stop or allow new dispatches", "Freeze",
           body="SetFreeze"),
     Route("GET", "/api/v1/audit", Api.list_audit, OPERATOR, "Who did what, oldest first", "AuditList",
-          ("after", "limit")),
+          ("after", "limit", "object")),
     Route("GET", "/api/v1/health", Api.overview, VIEWER, "State of this process and of its open releases", "Health"),
     Route("GET", "/", Api.page, ANYONE, "The dashboard", "html"),
     Route("GET", "/healthz", Api.health, ANYONE, "The process serves", "Status"),
@@ -9941,8 +10681,8 @@ def openapi_document() -> dict[str, Any]:
 # region Server
 # ======================================================================================
 # Server: a request from its first byte to its answer; the listener and its threads.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Audit, Releases, HTTP
-#   wire, Access, Requests, API.
+# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Audit, Releases,
+#   HTTP wire, Access, Requests, API.
 # ======================================================================================
 
 class ClientGone(Exception):
@@ -9957,12 +10697,11 @@ class HttpAnswer(NamedTuple):
 
 
 def encode_answer(answer: HttpAnswer, headers: Mapping[str, str], has_body: bool = True) -> bytes:
-    """Return the bytes of an answer with all its headers, so that they leave within one deadline."""
-    lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}",
-             *(f"{name}: {value}" for name, value in headers.items())]
+    """Return the bytes of an answer with all its headers."""
     if answer.status != http.HTTPStatus.NOT_MODIFIED:
-        lines.append(f"Content-Length: {len(answer.body)}")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + (answer.body if has_body else b"")
+        headers = {**headers, "Content-Length": str(len(answer.body))}
+    first_line = f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"
+    return encode_message(first_line, headers, answer.body if has_body else b"")
 
 
 def answer_of(reply: Reply, route: Route, head: Head) -> HttpAnswer:
@@ -10077,13 +10816,10 @@ class Exchange:
         """Wait for the next request; return False when none comes, or the connection was evicted."""
         connection = self.connection
         ends_at = time.monotonic() + IDLE_S if connection.is_authenticated else connection.since + UNAUTHENTICATED_S
-        with contextlib.suppress(AppError):  # a client that sends nothing gets no answer
-            while not self.wire.buffer and self.wire.fill(ends_at):
-                pass
-        if not self.wire.buffer:
-            return False
-        head = read_head(self.wire, time.monotonic() + HEAD_S if connection.is_authenticated else ends_at)
-        if head is None or not self.server.connections.set_busy(connection):
+        if not self.wire.has_bytes(ends_at):
+            return False  # a client that sends nothing gets no answer
+        head = self.wire.head(time.monotonic() + HEAD_S if connection.is_authenticated else ends_at)
+        if not self.server.connections.set_busy(connection):
             return False
         self.head, self.began = head, time.monotonic()
         asked_id = head.headers.get("x-request-id", "")
@@ -10183,7 +10919,7 @@ class Exchange:
         content_type = self.head.headers.get("content-type", "").split(";")[0].strip().lower()
         if content_type != "application/json":
             raise AppError(NOT_JSON, "the body must be JSON: send Content-Type: application/json")
-        if len(wire.buffer) < length:
+        if wire.buffered < length:
             connections.set_idle(self.connection, owes_answer=True)
             if self.head.headers.get("expect", "").lower() == "100-continue":
                 with contextlib.suppress(OSError):
@@ -10199,7 +10935,7 @@ class Exchange:
         """Keep the connection after a refusal where the body is here, or is short and its client authenticated."""
         is_short = (bool(self.actor) or self.connection.is_authenticated) and "expect" not in self.head.headers and (
             self.unread_bytes <= MAX_SKIPPED_BYTES)
-        if self.unread_bytes and (is_short or self.unread_bytes <= len(self.wire.buffer)):
+        if self.unread_bytes and (is_short or self.unread_bytes <= self.wire.buffered):
             self.closes = self.head.is_last
 
     def _skip_body(self) -> bool:
@@ -10224,10 +10960,7 @@ class Exchange:
     def _body(raw: bytes, route: Route) -> Mapping[str, Any]:
         if not raw:
             return {}
-        try:
-            body = parse_json(raw, exact=route.body == "NewRelease")
-        except ValueError as error:
-            raise AppError(MALFORMED, f"the body is not JSON: {one_line(error, 150)}") from None
+        body = read_json(raw, "the body", exact=route.body == "NewRelease")
         if not isinstance(body, dict):
             raise AppError(MALFORMED, "the body must be a JSON object")
         return body
@@ -10293,6 +11026,14 @@ class ApiServer(http.server.ThreadingHTTPServer):
             super().__init__((address, port), socketserver.BaseRequestHandler)  # unused: see process_request()
         except OSError as error:
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: {os_reason(error)}") from None
+
+    def check_files(self) -> None:
+        """Log what is wrong with the files of tokens and TLS by now; each request does it too."""
+        if self.tls:
+            self.tls.context()
+        if self.tokens:
+            with contextlib.suppress(ConfigError):
+                self.tokens.check()
 
     def server_bind(self) -> None:
         """Bind without the reverse lookup of http.server, which may take long on a host without DNS."""
@@ -10401,8 +11142,9 @@ def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
 # region Check and why
 # ======================================================================================
 # Check and why: what is wrong with this installation, and what would mend it.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Engines, Database,
-#   Audit, Claims, Dialects, Agents, Executor, Access, API, Server.
+# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Status texts,
+#   Engines, Database, Audit, Drift, Claims, Dialects, Agents, Executor, Access, API,
+#   Server.
 # ======================================================================================
 
 class Ping(NamedTuple):
@@ -10664,6 +11406,20 @@ def audit_line(report: AuditReport) -> str:
             f"releases verified; {head}")
 
 
+def check_drift(store: Store) -> Iterator[Finding]:
+    """Check whether the enabled, online nodes run what they should; nothing where there are none."""
+    listed = [one for one in store.fleet.page(size=0).items if one.node.gets_releases]
+    counts = collections.Counter(one.level.drift for one in listed)
+    wrong = [f"{counts[drift]} {drift}" for drift in DRIFTS if drift != LEVEL and counts[drift]]
+    if wrong:
+        first = min((one for one in listed if one.level.drift != LEVEL), key=lambda one: one.node.id)
+        yield Finding("drift", EXIT_NOT_SUCCESS,
+                      f"of {count_of_nodes(len(listed))}: {', '.join(wrong)}, see `node list --sort drift`; "
+                      f"{first.node.name} is {drift_text(first.level)}")
+    elif listed:
+        yield Finding("drift", EXIT_DONE, f"{count_of_nodes(len(listed))}: each runs what it should")
+
+
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
     """Check the database, and ask the agents of its enabled, online nodes."""
     engine = store.database.engine
@@ -10681,6 +11437,7 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
             refuse_twins(nodes)
         except AppError as error:
             yield Finding("nodes", EXIT_USAGE, error.message)
+        yield from check_drift(store)
         for ping in ping_nodes(settings, nodes, key_may_be_open=True) if nodes else []:  # reported by check_agents()
             yield Finding(f"node {ping.node.name}", EXIT_DONE if ping.is_ok else EXIT_UNAVAILABLE, ping.text)
     except DatabaseError as error:
@@ -10830,7 +11587,7 @@ class Screen:
 # ======================================================================================
 
 # Where a command's options have the id of a release, or LATEST.
-RELEASE_OPTIONS = ("id", "other", "to", "release")
+RELEASE_OPTIONS = ("id", "other", "to", "release", "runs")
 
 
 class Context:
@@ -10909,107 +11666,6 @@ def command_token_add(context: Context) -> int:
     return context.show({"name": options.name, "role": options.role, "token": token}, token)
 
 
-def _labels_option(pairs: Sequence[str]) -> dict[str, str]:
-    labels = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise AppError(INVALID, f"--label {one_line(pair, 60)} must be K=V")
-        if key in labels:
-            raise AppError(INVALID, f"--label {one_line(key, 60)} is given twice: a node has one value of each label")
-        labels[key] = value
-    return labels
-
-
-def _node_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the JSON fields of a node that the options give."""
-    fields = {"name": options.name if options.command == "node add" else options.rename, "mainIp": options.ip,
-              "agentPort": options.port, "agentProtocol": options.protocol, "status": options.status,
-              "labels": _labels_option(options.label) if options.label else None, "enabled": options.enabled}
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-NODE_HEAD = ("id", "name", "address", "protocol", "enabled", "status", "labels")
-
-
-def _node_row(node: Node) -> tuple[object, ...]:
-    return (node.id, node.name, f"{node.main_ip}:{node.agent_port}", node.agent_protocol,
-            "yes" if node.enabled else "no", node.status, node.labels)
-
-
-def command_node_add(context: Context) -> int:
-    columns = parse_node_fields(_node_options(context.options), ("name", "mainIp"))
-    node = context.open(create=True).nodes.add(**columns, by=context.actor)
-    return context.show(node_json(node), f"node {node.id}: {node.name} at {node.main_ip}:{node.agent_port}")
-
-
-def command_node_list(context: Context) -> int:
-    page = context.open().nodes.page(size=0)
-    text = table([_node_row(node) for node in page.items], NODE_HEAD) or "no nodes: add one with `node add`"
-    return context.show({"items": [node_json(node) for node in page.items], "total": page.total}, text)
-
-
-def command_node_set(context: Context) -> int:
-    columns = parse_node_fields(_node_options(context.options))
-    if not columns:
-        raise AppError(MISSING, "nothing to change: name an option, see `node set --help`")
-    store = context.open()
-    node = store.nodes.update(store.nodes.named(context.options.name).id, columns, context.actor)
-    return context.show(node_json(node), table([_node_row(node)], NODE_HEAD))
-
-
-def command_node_import(context: Context) -> int:
-    path = context.options.file
-    rows = []
-    for number, fields in enumerate(_read_node_file(path), 1):
-        try:
-            columns = parse_node_fields(fields, ("name", "mainIp"))
-        except AppError as error:
-            raise AppError(error.code, f"{path}, node {number}: {error.message}") from None
-        rows.append((columns["name"], columns["main_ip"], columns.get("agent_port", 8443),
-                     columns.get("agent_protocol", TASKS), columns.get("labels", "{}"),
-                     columns.get("enabled", 1), columns.get("status", "online")))
-    nodes = context.open(create=True).nodes.add_all(rows, context.actor)
-    return context.show({"items": [node_json(node) for node in nodes]}, f"nodes added: {len(nodes)}")
-
-
-def _read_node_file(path: str) -> list[dict[str, Any]]:
-    """Return the nodes of a JSON array, or of lines NAME IP [PORT [PROTOCOL]], as JSON fields."""
-    text = read_text(path)
-    if text.lstrip().startswith(("[", "{")):
-        try:
-            items = parse_json(text)
-        except ValueError as error:
-            raise AppError(MALFORMED, f"{path} is not JSON: {one_line(error, 150)}") from None
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise AppError(MALFORMED, f"{path} must be an array of objects")
-        return list(items)
-    nodes = []
-    for line in text.splitlines():
-        words = line.split("#")[0].replace(",", " ").split()
-        if not words:
-            continue
-        if len(words) < 2 or len(words) > 4 or (len(words) > 2 and not re.fullmatch("[0-9]{1,9}", words[2])):
-            raise AppError(MALFORMED, f"{path}: {one_line(line, 60)!r} is not NAME IP [PORT [PROTOCOL]]")
-        node: dict[str, Any] = dict(zip(("name", "mainIp", "agentPort", "agentProtocol"), words))
-        if "agentPort" in node:
-            node["agentPort"] = int(node["agentPort"])
-        nodes.append(node)
-    return nodes
-
-
-def command_node_ping(context: Context) -> int:
-    store = context.open()
-    nodes = [store.nodes.named(name) for name in context.options.names] or \
-        [node for node in store.nodes.page(size=0).items if node.enabled]
-    pings = ping_nodes(context.settings, nodes)
-    context.show({"items": [{"name": p.node.name, "ok": p.is_ok, "errorKind": p.error_kind, "message": p.text}
-                            for p in pings]},
-                 table([(p.node.name, "ok" if p.is_ok else p.error_kind, p.text) for p in pings],
-                       ("node", "state", "result")))
-    return EXIT_DONE if all(p.is_ok for p in pings) else EXIT_UNAVAILABLE
-
-
 def _number_or_text(text: str) -> int | str:
     """Return digits as a number, all else as it is: parse_strategy() raises the error."""
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
@@ -11052,21 +11708,21 @@ def _given(options: argparse.Namespace,
     return {key: value for key, value in values.items() if value is not None}
 
 
+def _strategy_given(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the strategy whose options were given, unparsed."""
+    verify = _given(options, VERIFY_OPTIONS)
+    return {**_given(options, STRATEGY_OPTIONS), **({"verify": verify} if verify else {})}
+
+
 def command_create(context: Context) -> int:
     options = context.options
     _check_wait(options)
     body: dict[str, Any] = {"target": options.target, "reason": options.reason, "payload": {},
-                            "strategy": _given(options, STRATEGY_OPTIONS)}
+                            "strategy": _strategy_given(options)}
     if options.payload:
-        try:
-            body["payload"] = parse_json(read_text(options.payload), exact=True)
-        except ValueError as error:
-            raise AppError(MALFORMED, f"--payload {options.payload} is not JSON: {one_line(error, 150)}") from None
-    verify = _given(options, VERIFY_OPTIONS)
-    if verify:
-        body["strategy"]["verify"] = verify
+        body["payload"] = read_json(read_text(options.payload), f"--payload {options.payload}", exact=True)
     if options.label:
-        body["labels"] = _labels_option(options.label)
+        body["labels"] = parse_label_pairs("--label", options.label)
     if options.version is not None:
         body["version"] = options.version
     store = context.open(create=True)
@@ -11079,7 +11735,11 @@ def command_create(context: Context) -> int:
 
 
 def _show_plan(context: Context, plan: Plan) -> int:
-    """Print what a release would do, and which nodes it would leave out."""
+    return context.show(plan_json(plan), _plan_text(plan))
+
+
+def _plan_text(plan: Plan) -> str:
+    """Return what a release would do, and which nodes it would leave out."""
     payload = "payload of release {} (v{})".format(*plan.payload_of) if plan.payload_of else None
     strategy, effect = plan.strategy, plan.effect
     limits = [("version", plan.version), ("sends", payload), ("nodes", sum(map(len, plan.batches))),
@@ -11093,10 +11753,10 @@ def _show_plan(context: Context, plan: Plan) -> int:
     text = table([(number, len(ids), most, in_words([plan.names[id_] for id_ in ids])) for number, (ids, most)
                   in enumerate(zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "names"))
     emptied = [f"left without any site: {', '.join(plan.emptied)}"] if plan.emptied else []
-    return context.show(plan_json(plan), "\n".join(
+    return "\n".join(
         [text, *(f"{name}: {value}" for name, value in limits if value is not None), *_left_out_lines(plan.left_out),
          *emptied, *([effect_text(effect)] if effect else []),
-         *(_change_lines(effect.difference, MAX_CHANGES_PLANNED) if effect and effect.difference else [])]))
+         *(_change_lines(effect.difference, MAX_CHANGES_PLANNED) if effect and effect.difference else [])])
 
 
 # Changes that a plan shows; `diff` and --json show more.
@@ -11132,16 +11792,19 @@ def _check_wait(options: argparse.Namespace) -> None:
 
 
 def _show_created(context: Context, made: Made) -> int:
-    release = made.release
-    left_out = _left_out_lines(made.left_out) if release.retry_of or release.rollback_of else []
-    remark = [CHANGES_NOTHING] if made.is_unchanged else []
     if context.options.wait:
-        print("\n".join([f"{release}: created", *remark, *left_out]), file=sys.stderr)
-        return _watch(context, release.id)
-    as_json = created_again_json if release.retry_of or release.rollback_of else created_json
-    return context.show(as_json(made), "\n".join([
+        print(_created_text(made), file=sys.stderr)
+        return _watch(context, made.release.id)
+    as_json = created_again_json if made.release.is_again else created_json
+    return context.show(as_json(made), _created_text(made))
+
+
+def _created_text(made: Made) -> str:
+    release = made.release
+    return "\n".join([
         f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
-        f"{in_words([len(batch) for batch in made.batches])}", *remark, *left_out]))
+        f"{in_words([len(batch) for batch in made.batches])}", *([CHANGES_NOTHING] if made.is_unchanged else []),
+        *(_left_out_lines(made.left_out) if release.is_again else [])])
 
 
 def command_list(context: Context) -> int:
@@ -11277,6 +11940,20 @@ def command_again(context: Context) -> int:
     return _show_created(context, make(options.id, context.actor, wish))
 
 
+def command_catch_up(context: Context) -> int:
+    options = context.options
+    reason, strategy = parse_catch_up({"reason": options.reason, "strategy": _strategy_given(options)})
+    releases = context.open().releases
+    if options.plan:
+        plans, left_out = releases.plan_catch_up(reason, strategy)
+        document, texts = catch_up_plan_json(plans, left_out), [_plan_text(plan) for plan in plans]
+    else:
+        made, left_out = releases.catch_up(context.actor, reason, strategy)
+        document, texts = caught_up_json(made, left_out), [_created_text(one) for one in made]
+    return context.show(document, "\n".join([
+        *(texts or [f"no node {'else ' if left_out else ''}is behind"]), *_left_out_lines(left_out)]))
+
+
 def command_freeze(context: Context) -> int:
     options, store = context.options, context.open()
     if options.switch is None and options.reason:
@@ -11363,12 +12040,194 @@ def command_version(context: Context) -> int:
 # endregion
 
 
+# region Node commands
+# ======================================================================================
+# Node commands: what the commands on nodes do, and what is shown of a node.
+# Uses: Vocabulary, Helpers, Model, Plan, Audit, Drift, Claims, Serialization, Check
+#   and why, Terminal, Commands.
+# ======================================================================================
+
+def _node_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the JSON fields of a node that the options give."""
+    fields = {"name": options.name if options.command == "node add" else options.rename, "mainIp": options.ip,
+              "agentPort": options.port, "agentProtocol": options.protocol, "status": options.status,
+              "labels": parse_label_pairs("--label", options.label) if options.label else None,
+              "enabled": options.enabled}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+NODE_HEAD = ("id", "name", "address", "protocol", "enabled", "status", "runs", "drift", "labels")
+
+
+def _node_row(listed: ListedNode) -> tuple[object, ...]:
+    node, runs = listed.node, listed.level.runs
+    return (node.id, node.name, f"{node.main_ip}:{node.agent_port}", node.agent_protocol,
+            "yes" if node.enabled else "no", node.status, f"{runs.release_id} (v{runs.version})" if runs else "-",
+            listed.level.drift, node.labels)
+
+
+def command_node_add(context: Context) -> int:
+    columns = parse_node_fields(_node_options(context.options), ("name", "mainIp"))
+    node = context.open(create=True).nodes.add(**columns, by=context.actor)
+    return context.show(node_json(context.store.fleet.listed([node])[0]),
+                        f"node {node.id}: {node.name} at {node.main_ip}:{node.agent_port}")
+
+
+def command_node_list(context: Context) -> int:
+    options = context.options
+    page = context.open().fleet.page(size=0, wanted=NodeFilter(
+        options.drift or "", parse_label_pairs("--label", options.label or ()), options.names, options.runs,
+        options.search, options.sort))
+    text = table([_node_row(listed) for listed in page.items], NODE_HEAD) or (
+        "no such nodes" if page.total or context.store.nodes.page(size=1).total else
+        "no nodes: add one with `node add`")
+    return context.show({"items": [node_json(listed) for listed in page.items], "total": page.total}, text)
+
+
+# Releases that `node show` shows.
+TRIES_SHOWN = 20
+
+
+def command_node_show(context: Context) -> int:
+    store = context.open()
+    listed = store.fleet.listed([store.nodes.named(context.options.name)])[0]
+    node, level = listed
+    tries = store.fleet.tries(node.id, size=TRIES_SHOWN)
+    changes = _changes_of(store, node)
+    facts = [("address", f"{node.main_ip}:{node.agent_port}"), ("protocol", node.agent_protocol),
+             ("state", node.condition), ("labels", node.labels), ("runs", _ran_text(level.runs)),
+             ("should run", _ran_text(level.wants)), ("drift", drift_text(level))]
+    given = table([(one.release_id, f"v{one.version}", one.target, one.release_status, one.status, one.attempts,
+                    one.started_at, one.finished_at, one.error_kind, one.error_msg) for one in tries.items],
+                  ("release", "version", "target", "ended", "here", "tries", "started", "finished", "error", "message"))
+    more = [f"and {tries.total - TRIES_SHOWN} older ones"] if tries.total > TRIES_SHOWN else []
+    acts = table([(row.at, row.actor, row.action, " -> ".join(filter(None, (row.before, row.after))))
+                  for row in changes], ("at", "actor", "action", "change"))
+    return context.show(
+        {"node": node_json(listed), "releases": [node_try_json(one) for one in tries.items],
+         "changes": [audit_json(row) for row in changes]},
+        "\n".join([f"node {node.id}: {node.name}", *(f"{name:<10}  {value}" for name, value in facts), "",
+                   given or "no release was for it yet", *more, *(["", acts] if acts else [])]))
+
+
+def _changes_of(store: Store, node: Node) -> list[AuditRow]:
+    """Return the newest acts on a node, under its name of today, and the imports that brought it; oldest first."""
+    rows = store.audit.rows(limit=TRIES_SHOWN, wanted=AuditFilter(object=f"node {node.name}"), newest=True)
+    imports = store.audit.rows(limit=TRIES_SHOWN, wanted=AuditFilter(action="node.import"), newest=True)
+    name = f'"name":{to_json(node.name)},'
+    return sorted([*rows, *(row._replace(after=to_json({"name": node.name})) for row in imports if name in row.after)])
+
+
+def _ran_text(ran: Ran | None) -> str:
+    return f"release {ran.release_id} (v{ran.version}) since {ran.since}" if ran else "-"
+
+
+def command_node_rm(context: Context) -> int:
+    store = context.open()
+    node = store.nodes.named(context.options.name)
+    store.nodes.delete(node.id, context.actor)
+    return context.show({"id": node.id, "name": node.name}, f"node {node.id}: {node.name} deleted")
+
+
+def command_node_set(context: Context) -> int:
+    columns = parse_node_fields(_node_options(context.options))
+    if not columns:
+        raise AppError(MISSING, "nothing to change: name an option, see `node set --help`")
+    store = context.open()
+    nodes = _chosen(context, store)
+    one_only = [word for word, column in (("--rename", "name"), ("--ip", "main_ip")) if column in columns]
+    if one_only and len(nodes) > 1:
+        raise AppError(INVALID, f"{one_only[0]} is for one node, and {len(nodes)} are chosen")
+    listed = store.fleet.listed(store.nodes.update_all([node.id for node in nodes], columns, context.actor))
+    is_one = len(context.options.names) == 1 and context.options.names[0] == nodes[0].name
+    document = node_json(listed[0]) if is_one else {"items": [node_json(one) for one in listed]}
+    return context.show(document, table([_node_row(one) for one in listed], NODE_HEAD))
+
+
+def _chosen(context: Context, store: Store) -> list[Node]:
+    """Return the nodes that names, patterns and --where choose, by id; raise AppError for one that chooses none."""
+    options = context.options
+    if not options.names and not options.where:
+        raise AppError(MISSING, "no node is chosen: give names or patterns, or --where K=V")
+    labels = parse_label_pairs("--where", options.where or ())
+    nodes = [listed.node for listed in store.fleet.page(size=0, wanted=NodeFilter(labels=labels)).items]
+    wrong = [name for name in options.names if not any(map(NodeFilter(names=[name]).takes, nodes))]
+    if wrong:
+        raise AppError(NOT_FOUND, f"node {one_line(wrong[0], 100)} does not exist" + (
+            f" with {','.join(options.where)}" if options.where else ""))
+    chosen = [node for node in nodes if NodeFilter(names=options.names).takes(node)]
+    if not chosen:
+        raise AppError(NOT_FOUND, f"no node has {','.join(options.where)}")
+    return chosen
+
+
+def command_node_import(context: Context) -> int:
+    path = context.options.file
+    rows = []
+    for number, fields in enumerate(_read_node_file(path), 1):
+        try:
+            columns = parse_node_fields(fields, ("name", "mainIp"))
+        except AppError as error:
+            raise AppError(error.code, f"{path}, node {number}: {error.message}") from None
+        rows.append(columns)
+    done = context.open(create=True).nodes.import_all(rows, context.actor, context.options.update)
+    listed = context.store.fleet.listed([*done.added, *done.changed])
+    return context.show(
+        {"items": [node_json(one) for one in listed], "added": len(done.added), "changed": len(done.changed),
+         "same": len(done.same)},
+        f"nodes added: {len(done.added)}" + (f", changed: {len(done.changed)}, as they were: {len(done.same)}"
+                                             if context.options.update else ""))
+
+
+def _read_node_file(path: str) -> list[dict[str, Any]]:
+    """Return the nodes of a JSON array, or of lines NAME IP [PORT [PROTOCOL]], as JSON fields.
+
+    What `node list --json` prints is taken too; what nobody sets is left out of it.
+    """
+    text = read_text(path)
+    if text.lstrip().startswith(("[", "{")):
+        items = read_json(text, path)
+        if isinstance(items, dict) and "items" in items:
+            items = items["items"]
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise AppError(MALFORMED, f"{path} must be an array of objects")
+        return [{key: value for key, value in item.items() if key in NODE_FIELDS or key not in NODE_SCHEMA}
+                for item in items]
+    nodes = []
+    for line in text.splitlines():
+        words = line.split("#")[0].replace(",", " ").split()
+        if not words:
+            continue
+        if len(words) < 2 or len(words) > 4 or (len(words) > 2 and not re.fullmatch("[0-9]{1,9}", words[2])):
+            raise AppError(MALFORMED, f"{path}: {one_line(line, 60)!r} is not NAME IP [PORT [PROTOCOL]]")
+        node: dict[str, Any] = dict(zip(("name", "mainIp", "agentPort", "agentProtocol"), words))
+        if "agentPort" in node:
+            node["agentPort"] = int(node["agentPort"])
+        nodes.append(node)
+    return nodes
+
+
+def command_node_ping(context: Context) -> int:
+    store = context.open()
+    nodes = [store.nodes.named(name) for name in context.options.names] or \
+        [node for node in store.nodes.page(size=0).items if node.enabled]
+    pings = ping_nodes(context.settings, nodes)
+    context.show({"items": [{"name": p.node.name, "ok": p.is_ok, "errorKind": p.error_kind, "message": p.text}
+                            for p in pings]},
+                 table([(p.node.name, "ok" if p.is_ok else p.error_kind, p.text) for p in pings],
+                       ("node", "state", "result")))
+    return EXIT_DONE if all(p.is_ok for p in pings) else EXIT_UNAVAILABLE
+
+
+# endregion
+
+
 # region Service
 # ======================================================================================
 # Service: the processes serve and run-once: signals, the service manager, files that
 #   change.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Agents, Executor, Serialization,
-#   API, Server, Check and why, Terminal, Commands.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Agents,
+#   Executor, Serialization, API, Server, Check and why, Terminal, Commands.
 # ======================================================================================
 
 def command_serve(context: Context) -> int:
@@ -11385,7 +12244,7 @@ def command_serve(context: Context) -> int:
                                      lambda: process_json(settings, executor), executor.is_busy,
                                      lambda: certificate_figures(settings), executor.hung))
     _handle_signals(executor.stop, lambda: _reload(settings, agents, server))
-    manager, secret_files = ServiceManager(os.environ.get("NOTIFY_SOCKET", "")), SecretFiles(settings)
+    manager = ServiceManager(os.environ.get("NOTIFY_SOCKET", ""))
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     with starting_threads():
         accept.start()
@@ -11396,7 +12255,7 @@ def command_serve(context: Context) -> int:
              "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
 
     def beat(sentence: str) -> None:
-        secret_files.check()
+        server.check_files()
         if accept.is_alive():
             manager.notify("WATCHDOG=1", f"STATUS={one_line(sentence)}")
 
@@ -11457,12 +12316,10 @@ def _run_once(context: Context) -> int:
     executor = Executor(settings, context.store, AgentClient(settings, context.metrics), context.metrics)
     _handle_signals(executor.stop, lambda: _reload(settings, executor.agents))
     _raise_descriptor_limit()
-    secret_files = SecretFiles(settings)
     written_at = time.monotonic()
 
     def beat() -> None:
         nonlocal written_at
-        secret_files.check()
         if time.monotonic() >= written_at + METRICS_EVERY_S:
             written_at = time.monotonic()
             with contextlib.suppress(AppError):  # reported at the end, if it still fails then
@@ -11508,25 +12365,21 @@ class ServiceManager:
     def __init__(self, address: str):
         """address: of the socket, "" for none."""
         self._address = address
-        # The last error, as it was logged.
-        self._logged = ""
+        self._outage = Outage("systemd", logging.WARNING)
 
     def notify(self, *lines: str) -> None:
         """Send lines of state."""
         if not self._address:
             return
-        trouble = ""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.settimeout(1.0)
                 # in the environment, @ stands for the NUL of an abstract name
                 sock.sendto("\n".join(lines).encode(),
                             "\0" + self._address[1:] if self._address.startswith("@") else self._address)
+            self._outage.end()
         except OSError as error:
-            trouble = os_reason(error)
-        if trouble and trouble != self._logged:  # not at each heartbeat
-            log.warning("systemd could not be told %s: NOTIFY_SOCKET %s: %s", lines[0], self._address, trouble)
-        self._logged = trouble
+            self._outage.log(f"could not be told anything: NOTIFY_SOCKET {self._address}: {os_reason(error)}")
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
@@ -11588,37 +12441,6 @@ def _reload(settings: Settings, agents: AgentClient, server: ApiServer | None = 
     log.log(logging.ERROR if is_wrong else logging.INFO,
             "SIGHUP: read again: %s; other settings need a restart; the log goes to standard error, so no file is "
             "reopened", ", ".join(results) or "nothing")
-
-
-class SecretFiles:
-    """Logs when a file that others may not read becomes readable for them while a process runs."""
-
-    CHECK_EVERY_S = 2.0
-
-    def __init__(self, settings: Settings):
-        self._files = [(name, path) for name, path in (
-            ("CONTROL_KEY", settings.control_key if settings.mtls_enabled else ""), ("HTTP_KEY", settings.http_key),
-            ("API_TOKENS_FILE", settings.api_tokens_file)) if path]
-        # What is wrong with each file, as logged last.
-        self._logged: dict[str, str] = {}
-        self._next_check_at = 0.0
-
-    def check(self) -> None:
-        """Log what has changed since the last check."""
-        if time.monotonic() < self._next_check_at:
-            return
-        self._next_check_at = time.monotonic() + self.CHECK_EVERY_S
-        for name, path in self._files:
-            trouble = ""
-            try:
-                require_private(name, path)
-            except (ConfigError, OSError) as error:
-                trouble = one_line(error)
-            if trouble and trouble != self._logged.get(name):
-                log.error("%s", trouble)
-            elif not trouble and self._logged.get(name):
-                log.info("%s %s is as it should be again", name, path)
-            self._logged[name] = trouble
 
 
 def _raise_descriptor_limit() -> None:
@@ -11852,17 +12674,9 @@ COMPLETIONS: Mapping[str, Callable[[Sequence[Command]], str]] = {"bash": bash_co
 # region Command line
 # ======================================================================================
 # Command line: the table of commands, the standard streams, main().
-# Uses: Vocabulary, Helpers, Log and metrics, Releases, Commands, Service, Arguments.
+# Uses: Vocabulary, Helpers, Log and metrics, Releases, Requests, Commands, Node
+#   commands, Service, Arguments.
 # ======================================================================================
-
-def _int_option(flag: str, low: int, high: int, **keywords: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return an option that takes a whole number from low to high."""
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
-        return int(text)
-    return option(flag, type=parse, **keywords)
-
 
 def _age_s(text: str) -> float:
     """Parse a time of a day or more: an Idempotency-Key is kept for a day, with its release."""
@@ -11892,10 +12706,11 @@ def _audit_head(text: str) -> tuple[int, str]:
 def _release_id(text: str) -> int | str:
     if text == LATEST:
         return text
-    if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > MAX_ID:
+    try:
+        return int(AFTER_IDS.from_text(text))
+    except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a release: use a number from `releasectl.py list`, or `latest`")
-    return int(text)
+            f"{text!r} is not a release: use a number from `releasectl.py list`, or `latest`") from None
 
 
 _ID_OPTION = option("id", metavar="ID", type=_release_id, help="id of the release, or latest")
@@ -11911,8 +12726,10 @@ _WATCH_OPTIONS = (
            help="stop waiting after TIME (90, 5m) with exit 75; the release goes on"))
 _WAIT_OPTIONS = (
     option("--wait", action="store_true", help="follow it to its end; exit 0 on success, 1 else"), *_WATCH_OPTIONS)
+_STRATEGY_OPTIONS = tuple(option(flag, type=parse, metavar=metavar, help=text)
+                          for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS))
 _NODE_OPTIONS = (
-    _int_option("--port", 1, 65535, help="the agent's port (8443)"),
+    option("--port", type=PORTS.argument, help="the agent's port (8443)"),
     option("--protocol", choices=PROTOCOLS, help="the agent's protocol (tasks)"),
     option("--label", action="append", metavar="K=V", help="a label; may be repeated"),
     option("--status", choices=NODE_STATUSES, help="only online nodes get releases"),
@@ -11934,15 +12751,30 @@ COMMANDS: tuple[Command, ...] = (
         option("--metrics-file", default="", metavar="FILE",
                help="write figures there for node_exporter's textfile collector: a name that ends with .prom"))),
     Command("migrate", "bring the database to this schema.sql", command_migrate, (
-        _int_option("--first-version", 1, MAX_NAMED_VERSION, metavar="N",
+        option("--first-version", type=NAMED_VERSIONS.argument, metavar="N",
                     help="number new releases from N on: after a restore, or where agents have higher versions"),)),
     Command("node add", "add a node", command_node_add, (
         option("name", metavar="NAME"), option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
-    Command("node list", "list the nodes", command_node_list),
-    Command("node set", "change a node", command_node_set, (
-        option("name", metavar="NAME"), option("--rename", metavar="NAME"), option("--ip"), *_NODE_OPTIONS)),
+    Command("node list", "list the nodes, what each runs, and which do not run what they should", command_node_list, (
+        option("names", nargs="*", metavar="NAME", help="only these; * and ? stand for other characters: 'edge-fra-*'"),
+        option("--drift", choices=DRIFTS, help="only nodes with this drift"),
+        option("--label", action="append", metavar="K=V", help="only nodes with this label; may be repeated"),
+        option("--runs", type=_release_id, metavar="ID", help="only nodes that run this release, or latest"),
+        option("--search", default="", metavar="TEXT", help="only nodes with this in name, address or labels"),
+        option("--sort", choices=QUERY_PARAMETERS["sort"]["enum"], default="id", metavar="KEY",
+               help="id, name, address, runs, or drift with the worst first; backwards: --sort=-runs (id)"))),
+    Command("node show", "a node: what it runs and should run, what it was given, who changed it", command_node_show, (
+        option("name", metavar="NAME"),)),
+    Command("node rm", "delete a node that no release names", command_node_rm, (option("name", metavar="NAME"),)),
+    Command("node set", "change nodes, all or none", command_node_set, (
+        option("names", nargs="*", metavar="NAME", help="these; * and ? stand for other characters: 'edge-fra-*'"),
+        option("--where", action="append", metavar="K=V", help="of these, or of all, those with this label; may be "
+                                                              "repeated"),
+        option("--rename", metavar="NAME"), option("--ip"), *_NODE_OPTIONS)),
     Command("node import", "add nodes from a file, all or none: a JSON array, or lines NAME IP [PORT [PROTOCOL]]",
-            command_node_import, (option("file", metavar="FILE", help="- for standard input"),)),
+            command_node_import, (
+                option("file", metavar="FILE", help="- for standard input; what `node list --json` printed is taken"),
+                option("--update", action="store_true", help="change the nodes whose name exists"))),
     Command("node ping", "ask agents whether they answer", command_node_ping, (
         option("names", nargs="*", metavar="NAME", help="none: every enabled node"),)),
     Command("token add", "make a token for the API, and print it once", command_token_add, (
@@ -11953,20 +12785,18 @@ COMMANDS: tuple[Command, ...] = (
         _REASON_OPTION, option("--target", default="cdn"),
         option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
         option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
-        _int_option("--version", 1, MAX_NAMED_VERSION, metavar="N", help="a higher version than the next one"),
-        *(option(flag, type=parse, metavar=metavar, help=text)
-          for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS)),
-        _PLAN_OPTION, *_WAIT_OPTIONS)),
+        option("--version", type=NAMED_VERSIONS.argument, metavar="N", help="a higher version than the next one"),
+        *_STRATEGY_OPTIONS, _PLAN_OPTION, *_WAIT_OPTIONS)),
     Command("list", "list releases, newest first", command_list, (
         option("--status", choices=RELEASE_STATUSES),
-        _int_option("--page", 1, 10**9, default=1), _int_option("--page-size", 1, MAX_PAGE_SIZE, default=20))),
+        option("--page", type=PAGES.argument, default=1), option("--page-size", type=PAGE_SIZES.argument, default=20))),
     Command("status", "a release and its nodes", command_status, (_ID_OPTION,)),
     Command("watch", "follow a release to its end", command_watch, (
         option("id", metavar="ID", nargs="?", default=LATEST, type=_release_id,
                help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
     Command("events", "the history of a release", command_events, (
-        _ID_OPTION, _int_option("--after", 0, MAX_ID, default=0, help="only events with a higher id"),
-        _int_option("--limit", 1, 100000, default=1000))),
+        _ID_OPTION, option("--after", type=AFTER_IDS.argument, default=0, help="only events with a higher id"),
+        option("--limit", type=Range(1, 100000).argument, default=1000))),
     Command("payload", "the payload of a release, as it was sent but for the version", command_payload, (_ID_OPTION,)),
     Command("diff", "what a release changes against another one; exit 0: nothing, 1: something", command_diff, (
         _ID_OPTION, option("other", metavar="OTHER", nargs="?", type=_release_id,
@@ -11979,9 +12809,9 @@ COMMANDS: tuple[Command, ...] = (
         option("--release", type=_release_id, metavar="ID", help="only on this release, or latest"),
         option("--since", type=_since, metavar="TIME", help="only since then: 2h or 7d ago, "
                 "or 2026-01-31T00:00:00Z"),
-        _int_option("--after", 0, MAX_ID, default=0, metavar="ID",
+        option("--after", type=AFTER_IDS.argument, default=0, metavar="ID",
                     help="the first rows with a higher id (without it: the newest rows)"),
-        _int_option("--limit", 1, 100000, default=100, metavar="N", help="at most N rows (100)"),
+        option("--limit", type=Range(1, 100000).argument, default=100, metavar="N", help="at most N rows (100)"),
         option("--verify", action="store_true",
                help="prove that no row was changed, taken away or inserted, nor an event of an ended release; "
                      "exit 1 where one was"),
@@ -12001,6 +12831,8 @@ COMMANDS: tuple[Command, ...] = (
             (_ID_OPTION, option("--to", type=_release_id, metavar="ID",
                                 help="the payload of this release, or latest (what most of the nodes had before)"),
              *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
+    Command("catch-up", "a new release for each payload that nodes are behind with", command_catch_up, (
+        _REASON_OPTION, *_STRATEGY_OPTIONS, _PLAN_OPTION)),
     Command("freeze", "stop (on) or allow (off) new dispatches, of all processes; without argument: show",
             command_freeze, (option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),
     Command("check", "configuration, certificates, database, agents: what is wrong and how to fix it",
@@ -12009,7 +12841,8 @@ COMMANDS: tuple[Command, ...] = (
         option("file", metavar="FILE", help="a new file; it gets mode 0600"),)),
     Command("prune", "delete old releases with their history; what a rollback needs stays", command_prune, (
         option("--older-than", type=_age_s, required=True, metavar="TIME", help="ended longer ago than that: 90d"),
-        _int_option("--keep", 1, 10**9, default=10, metavar="N", help="keep the newest N of each target (10)"),
+        option("--keep", type=Range(1, 10**9).argument, default=10, metavar="N",
+               help="keep the newest N of each target (10)"),
         option("--dry-run", action="store_true", help="show what would be deleted, and delete nothing"))),
     Command("version", "version and SHA-256 of this file, and what it runs on", command_version,
             needs_settings=False),

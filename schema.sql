@@ -274,3 +274,35 @@ INSERT INTO schema_version (version) VALUES (6);
 ALTER TABLE release_tasks ADD COLUMN payload_sha256 TEXT NOT NULL DEFAULT '';
 
 INSERT INTO schema_version (version) VALUES (7);
+
+-- step 8: for whom a release is, and what each node runs
+
+-- Whom it was for: {} all nodes, or the keys of its request. {"nodesOf": N}: the nodes that release N has; so it is for
+-- releases from before this step, and for those that a person wrote.
+ALTER TABLE release_tasks ADD COLUMN selection TEXT NOT NULL DEFAULT '{}';
+
+-- Of which release this one brings the payload to nodes that are behind.
+ALTER TABLE release_tasks ADD COLUMN catch_up_of BIGINT REFERENCES release_tasks (id);
+
+UPDATE release_tasks SET selection = '{"nodesOf":' || id || '}';
+
+-- The highest version that the nodes of that time may have, and of which nothing is known here: agents had releases of
+-- another database (migrate --first-version), or a release was lost.
+ALTER TABLE database_state ADD COLUMN unsure_version BIGINT NOT NULL DEFAULT 0;
+
+ALTER TABLE database_state ADD COLUMN unsure_at TEXT NOT NULL DEFAULT '';
+
+UPDATE database_state
+SET unsure_version = first_version - 1, unsure_at = COALESCE((SELECT MAX(created_at) FROM nodes), '');
+
+CREATE INDEX release_tasks_by_catch_up_of ON release_tasks (catch_up_of);
+
+-- The newest success of a node, and its failures since.
+CREATE INDEX release_task_nodes_succeeded ON release_task_nodes (node_id, release_task_id) WHERE status = 'success';
+
+CREATE INDEX release_task_nodes_failed ON release_task_nodes (node_id, release_task_id) WHERE status = 'failed';
+
+-- What was done to one node.
+CREATE INDEX audit_log_by_object ON audit_log (object, id);
+
+INSERT INTO schema_version (version) VALUES (8);

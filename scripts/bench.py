@@ -44,7 +44,7 @@ from typing import Any, Callable, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from lab import admin, database_on, free_port, make_certs, mtls, postgres  # noqa: E402
+from lab import admin, database_on, free_port, make_certs, migrate, mtls, postgres  # noqa: E402
 
 import releasectl as rc  # noqa: E402
 
@@ -61,13 +61,13 @@ BENCH_TIMEOUT_S = 600.0
 
 
 def cpu_s(pid: int) -> float:
-    """Gives the CPU seconds that a process has used."""
+    """Return the CPU seconds that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
 
 
 def peak_mib(pid: int) -> float:
-    """Gives the peak of a process's resident memory (VmHWM)."""
+    """Return the peak of a process's resident memory (VmHWM)."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
@@ -107,7 +107,7 @@ class Agents:
                           for n in range(count)]
 
     def reset(self, task_ms: int) -> None:
-        """Makes all agents forget, close their connections, and take so long for a task."""
+        """Make all agents forget, close their connections, and take so long for a task."""
         for control in self._controls:
             for method, path, body in (("POST", "/agents/*/restart", None), ("DELETE", "/log", None),
                                        ("PUT", "/agents/*", {"taskMs": task_ms, "appliedVersion": 0})):
@@ -157,7 +157,7 @@ class Server:
             time.sleep(0.02)
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """Gives the data of one call of the API, on a connection of its own."""
+        """Return the data of one call of the API, on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request(method, path, json.dumps(body) if body is not None else None,
@@ -170,7 +170,7 @@ class Server:
         return answer["data"]
 
     def wait_for_end(self, release_id: int) -> None:
-        """Waits for success, looking into the database itself: a look through the API would cost the server."""
+        """Wait for success, looking into the database itself: a look through the API would cost the server."""
         give_up_at = time.monotonic() + BENCH_TIMEOUT_S
         while True:
             with self.database.transaction() as tx:
@@ -212,7 +212,7 @@ class Lab:
                 **settings}
 
     def agents(self, count: int) -> Agents:
-        """Gives the agents, started anew when there are too few."""
+        """Return the agents, started anew when there are too few."""
         if self._agents is None or self._agents.count != count:
             if self._agents is not None:
                 self._agents.close()
@@ -223,7 +223,7 @@ class Lab:
         return f"sqlite:///{self.folder}/bench-{next(self._numbers)}.db"
 
     def postgres_url(self) -> str:
-        """Gives the URL of an empty database on a durable throwaway server; '' where there is none."""
+        """Return the URL of an empty database on a durable throwaway server; '' where there is none."""
         if not self._postgres:
             try:
                 self._postgres = postgres("start", "--durable", self.folder / "postgres")
@@ -256,7 +256,7 @@ class Usage:
 
 
 def take_turns(runs: int, contenders: dict[str, Callable[[], Turn]]) -> dict[str, list[Turn]]:
-    """Runs every contender so many times, one after the other."""
+    """Run every contender so many times, one after the other."""
     turns: dict[str, list[Turn]] = {name: [] for name in contenders}
     for number in range(runs):
         for name, run in contenders.items():
@@ -508,7 +508,7 @@ def goal_scale(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def insert_release(store: rc.Store, version: int, batches: Sequence[Sequence[int]]) -> int:
-    """Writes a release by hand, as the contract allows; gives its id."""
+    """Write a release by hand, as the contract allows; return its id."""
     with store.database.transaction(write=True) as tx:
         tx.execute("INSERT INTO release_tasks (version) VALUES (?)", version)
         release_id = int(tx.value("SELECT id FROM release_tasks WHERE version = ?", version))
@@ -606,7 +606,7 @@ class Reader:
         self._process.stdin.flush()
 
     def stop(self) -> dict[str, list[float]]:
-        """Gives the seconds of every read, by path."""
+        """Return the seconds of every read, by path."""
         return dict(json.loads(self._process.communicate("\n")[0]))
 
 
@@ -684,9 +684,11 @@ def goal_api(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def fill_history(path: str, releases: int, nodes: int) -> None:
-    """Writes finished releases with their nodes and a few events straight into SQLite: history by the million."""
+    """Write finished releases with their nodes and a few events straight into SQLite: history by the million."""
     connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("PRAGMA synchronous = OFF")
+    # the indexes grow at random places: without memory for them each page is written a hundred times
+    for pragma in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -2000000"):
+        connection.execute(f"PRAGMA {pragma}")
     connection.execute("BEGIN")
     connection.execute("""
         WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
@@ -703,6 +705,7 @@ def fill_history(path: str, releases: int, nodes: int) -> None:
         INSERT INTO release_events (release_task_id, event, to_status) SELECT id, 'created', 'pending'
         FROM release_tasks UNION ALL SELECT id, 'finished', 'success' FROM release_tasks""")
     connection.execute("COMMIT")
+    connection.execute("PRAGMA journal_mode = WAL")
     connection.close()
 
 
@@ -717,10 +720,10 @@ def goal_history(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
             database = rc.Database(url)
             database.migrate()
             fill_nodes(rc.Store(database), [f"127.90.{n >> 8}.{n & 255}" for n in range(1, nodes + 1)])
+            database.close()
             if name == "full":
                 print(f"  filling {releases} releases of {nodes} nodes", file=sys.stderr, flush=True)
                 fill_history(url[len("sqlite:///"):], releases, nodes)
-            database.close()
             servers[name] = Server(lab, url, [], executor=False)
         requests: dict[str, Callable[[Server], Any]] = {
             "scan for work": lambda server: server.store.claims.scan(),
@@ -755,6 +758,62 @@ def goal_history(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
             drop(url)
 
 
+def fill_fleet(path: str, nodes: int) -> None:
+    """Write nodes straight into SQLite: every tenth is in another region."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA synchronous = OFF")
+    connection.execute("""
+        WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
+        INSERT INTO nodes (name, main_ip, labels, last_version)
+        SELECT 'edge-' || i, '10.' || (i >> 16) || '.' || ((i >> 8) & 255) || '.' || (i & 255),
+               CASE WHEN i % 10 = 0 THEN '{"region":"us"}' ELSE '{"region":"eu"}' END, ? FROM n""",
+                       (nodes, FLEET_RELEASES))
+    connection.close()
+
+
+FLEET_RELEASES = 50
+
+
+def goal_fleet(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """what 100,000 nodes run and should run, with 5 million rows of history"""
+    nodes, url = 100 * options.nodes, lab.sqlite_url()
+    path = url[len("sqlite:///"):]
+    migrate(url)
+    print(f"  filling {FLEET_RELEASES} releases of {nodes} nodes", file=sys.stderr, flush=True)
+    fill_fleet(path, nodes)
+    fill_history(path, FLEET_RELEASES, nodes)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        # the newest release is for one region, and missed a hundred of its nodes
+        connection.execute("UPDATE release_tasks SET payload = '{\"n\":' || id || '}', selection = CASE WHEN id = ? "
+                           "THEN '{\"labels\":{\"region\":\"us\"}}' ELSE '{}' END", (FLEET_RELEASES,))
+        connection.execute("UPDATE release_task_nodes SET status = 'failed', error_kind = 'agent_failed' "
+                           "WHERE release_task_id = ? AND node_id % ? = 0", (FLEET_RELEASES, nodes // 100))
+    server = Server(lab, url, [], executor=False)
+    try:
+        for what, limit_ms, query in (("first page", 100.0, "pageSize=100"),
+                                      ("last page", None, f"pageSize=100&page={nodes // 100}"),
+                                      ("first page of those behind", None, "pageSize=100&drift=behind"),
+                                      ("first page by name", None, "pageSize=100&sort=name")):
+            taken = []
+            for _ in range(options.runs):
+                started = time.monotonic()
+                server.call("GET", f"/api/v1/nodes?{query}")
+                taken.append(time.monotonic() - started)
+            yield Row("fleet", what, statistics.median(taken) * 1000, "ms", limit_ms)
+        fleet = rc.Store(rc.Database(url)).fleet
+        started = time.thread_time()
+        counts = fleet.drift_counts()
+        yield Row("fleet", "CPU to count them all by drift", (time.thread_time() - started) * 1000, "ms", None,
+                  note=f"{counts}, at most every {1 + rc._COUNT_REST} times as long")
+        turns = take_turns(options.runs, {"show": lambda: Turn(seconds_of(
+            [sys.executable, str(ROOT / "releasectl.py"), "--db", url, "node", "show", f"edge-{nodes}"],
+            lab.environment()))})
+        yield Row("fleet", "`releasectl node show`", median(turns["show"]) * 1000, "ms", None)
+    finally:
+        server.close()
+        drop(url)
+
+
 # How 50 queued releases lie to each other: targets, and whether each has nodes of its own.
 QUEUES = {"one target": (1, False), "50 targets, the same nodes": (50, False),
           "50 targets, no node in common": (50, True)}
@@ -763,7 +822,7 @@ SCANS = 50
 
 
 def fill_queue(url: str, targets: int, is_disjoint: bool, nodes: int) -> None:
-    """Writes pending releases by SQL, as create does it in this schema."""
+    """Write pending releases by SQL, as create does it in this schema."""
     database = rc.Database(url)
     numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {})"
     with database.transaction(write=True) as tx:
@@ -875,7 +934,8 @@ def goal_postgres(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 
 GOALS: dict[str, Callable[[Lab, argparse.Namespace], Iterator[Row]]] = {
     "makespan": goal_makespan, "batches": goal_batches, "postgres": goal_postgres, "scale": goal_scale,
-    "api": goal_api, "idle": goal_idle, "history": goal_history, "queue": goal_queue}
+    "api": goal_api, "idle": goal_idle, "history": goal_history, "fleet": goal_fleet,
+    "queue": goal_queue}
 
 
 def _has(module: str) -> bool:

@@ -213,14 +213,14 @@ def percentile(values: list[float], part: float) -> float:
 
 
 def usage(pid: int) -> dict[str, int]:
-    """Gives memory in KiB and threads of a process."""
+    """Return memory in KiB and threads of a process."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {"rss_kib": int(lines["VmRSS"].split()[0]), "peak_kib": int(lines["VmHWM"].split()[0]),
             "threads": int(lines["Threads"])}
 
 
 def cpu_s(pid: int) -> float:
-    """Gives the seconds of CPU that a process has taken."""
+    """Return the seconds of CPU that a process has taken."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

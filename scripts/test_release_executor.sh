@@ -376,6 +376,26 @@ part_plans() {
     equals "one agent as a second node: 409, code 3002" "409 3002" "$STATUS $(json 'd["code"]')"
 }
 
+# The node that was in maintenance while the release before went out is brought level.
+part_drift() {
+    local behind='/api/v1/nodes?drift=behind&name=curl-*' names='[n["name"] for n in d["data"]["items"]]'
+    api GET "$behind"
+    equals "the node that was in maintenance is behind" "['curl-6']" "$(json "$names")"
+    api POST /api/v1/catch-up '{"dryRun":true}'
+    equals "plan of a catch-up: the payload that the others have, for this node" "$release ['curl-6']" \
+        "$(json 'd["data"]["plans"][0]["payloadOf"]["releaseId"]') $(json 'd["data"]["plans"][0]["batches"][0]["nodeNames"]')"
+    api POST /api/v1/catch-up '{"reason":"acceptance, level"}'
+    equals "catch-up: 201, of that release" "201 $release" "$STATUS $(json 'd["data"]["releases"][0]["catchUpOf"]')"
+    release=$(json 'd["data"]["releases"][0]["releaseId"]')
+    watch_release "$release" "$work/seen-level"
+    equals "the catch-up: success" "success 1:success" "$(picture "$release")"
+    equals "the agent ran it once" "6:1" "$(runs_of "$release")"
+    api GET "$behind"
+    equals "nobody is behind" "[]" "$(json "$names")"
+    api POST /api/v1/catch-up '{}'
+    equals "a second catch-up makes nothing" "[]" "$(json 'd["data"]["releases"]')"
+}
+
 # That the executors looked is known without a guess at the time: both are there while one more
 # release runs to its end.
 part_two_executors() {
@@ -401,6 +421,7 @@ part_two_executors() {
     equals "releases that were terminal: not run again" "4:1 5:1 6:1; " "$(runs_of "$success"); $(runs_of "$unreachable")"
     part_shared_nodes
     part_plans
+    part_drift
     stop "$executor"
     equals "the first executor: a clean end" 0 "$CODE"
     stop "$second"

@@ -67,39 +67,39 @@ class Browser:
     # -- what tests call -----------------------------------------------------------------
 
     def open(self, url: str) -> None:
-        """Goes to an address anew; also where only the part behind # is another one."""
+        """Go to an address anew; also where only the part behind # is another one."""
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=url)
 
     def run(self, expression: str) -> Any:
-        """Gives what an expression of JavaScript (or its promise) comes to; AssertionError when it throws."""
+        """Return what an expression of JavaScript (or its promise) comes to; raise AssertionError when it throws."""
         answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True,
                            userGesture=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def key(self, key: str, text: str = "", held: int = 0) -> None:
-        """Presses a key for real; held: so often it comes again before it is let go."""
+        """Press a key for real; held: so often it comes again before it is let go."""
         for turn, kind in enumerate(["keyDown"] * (1 + held) + ["keyUp"]):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, text=text if kind == "keyDown" else "",
                       autoRepeat=kind == "keyDown" and turn > 0,
                       windowsVirtualKeyCode={"Enter": 13, "Tab": 9, "Escape": 27, "ArrowRight": 39, " ": 32}[key])
 
     def look(self, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """Sets the size of the window and the colour scheme that the person prefers."""
+        """Set the size of the window and the colour scheme that the person prefers."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=width < 500)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def picture(self, file: Path, whole: bool = False) -> None:
-        """Writes what is seen as PNG; whole: also what is below the window."""
+        """Write what is seen as PNG; whole: also what is below the window."""
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
         file.write_bytes(base64.b64decode(data))
 
     # -- the protocol --------------------------------------------------------------------
 
     def call(self, method: str, **params: Any) -> Any:
-        """Does one command of the protocol; notes the events that come before its answer."""
+        """Do one command of the protocol; note the events that come before its answer."""
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": params}
         if self._session:

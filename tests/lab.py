@@ -112,6 +112,16 @@ def migrate(url: str) -> None:
     database.close()
 
 
+@contextlib.contextmanager
+def at_schema(url: str, step: int) -> Iterator[rc.Store]:
+    """Give a store over a database that has the first steps of schema.sql only, for SQL; close it."""
+    database, steps = rc.Database(url), rc.schema_steps()[:step]
+    with mock.patch.object(rc, "schema_steps", return_value=steps):
+        database.migrate()
+    with contextlib.closing(database):
+        yield rc.Store(database)
+
+
 def admin(server_url: str, statement: str) -> Any:
     """Run one statement in a session of its own; return the first value of its result, if it has one."""
     connection = rc.PostgresEngine(server_url).connect(create=False)
@@ -451,6 +461,16 @@ class World:
     def runs(self) -> list[int]:
         """Return how many tasks each agent ran."""
         return [len(self.fleet.agent(address).runs) for address in ADDRESSES[:len(self.fleet.agents)]]
+
+
+@contextlib.contextmanager
+def beside(run: Callable[[], object], within_s: float = 30.0) -> Iterator[None]:
+    """Run something in a thread beside the body, and wait for its end."""
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield
+    thread.join(within_s)
+    assert not thread.is_alive(), f"{run} does not end within {within_s:g} s"
 
 
 # -- processes ----------------------------------------------------------------------------------

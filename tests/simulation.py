@@ -95,7 +95,7 @@ class SimEngine(rc.SqliteEngine):
         return None
 
     def _make_file(self) -> None:
-        """Makes none."""
+        """Make none."""
 
     def connect(self, create: bool):
         connection = super().connect(create)
@@ -114,18 +114,18 @@ class SimDatabase(rc.Database):
         self.is_out = False
 
     def close(self) -> None:
-        """Closes every connection, also one that a violation left open."""
+        """Close every connection, also one that a violation left open."""
         super().close()
         for connection in self.engine.opened:
             connection.close()
 
     def look_in(self, statement: str, *params: object) -> list[tuple]:
-        """Gives the rows of a query from outside of the world."""
+        """Return the rows of a query from outside of the world."""
         with rc.Database.transaction(self) as tx:
             return tx.rows(statement, *params)
 
     def write_by_hand(self, *statements: tuple) -> None:
-        """Does what a person types into sqlite3, in one transaction."""
+        """Do what a person types into sqlite3, in one transaction."""
         if self.is_out:
             raise rc.DatabaseError("simulated: out of reach")
         with rc.Database.transaction(self, write=True) as tx:
@@ -134,7 +134,7 @@ class SimDatabase(rc.Database):
         self._world.check()
 
     def saved(self) -> sqlite3.Connection:
-        """Gives a copy of all that is in it."""
+        """Return a copy of all that is in it."""
         copied = sqlite3.connect(":memory:", check_same_thread=False)
         connection, _ = self._take(False)
         connection.backup(copied)
@@ -143,7 +143,7 @@ class SimDatabase(rc.Database):
         return copied
 
     def put_back(self, saved: sqlite3.Connection) -> None:
-        """Puts a copy in the place of all that is in it."""
+        """Put a copy in the place of all that is in it."""
         connection, _ = self._take(False)
         saved.backup(connection)
         self._give_back(connection)
@@ -204,7 +204,7 @@ class Run:
         return self.is_good and self.killed is None and self.ends <= now
 
     def seconds_since(self, since: float, now: float) -> float:
-        """Gives how long it was at work between two moments."""
+        """Return how long it was at work between two moments."""
         ends = self.ends if self.killed is None else self.killed
         return max(0.0, min(ends, now) - max(self.began, since))
 
@@ -225,7 +225,7 @@ class SimAgent:
         self.runs: list[Run] = []
 
     def restart(self) -> None:
-        """Forgets all ids, and breaks off what it is at."""
+        """Forget all ids, and break off what it is at."""
         self.lifetime += 1
         self.names.clear()
         self.tasks.clear()
@@ -241,11 +241,11 @@ class SimAgent:
         return max((run.send.version for run in self.runs if run.ended_well(self.world.now)), default=0)
 
     def ran(self, mark: str) -> bool:
-        """Says whether it ever applied the payload with this mark."""
+        """Return whether it ever applied the payload with this mark."""
         return any(run.send.mark == mark and run.ended_well(self.world.now) for run in self.runs)
 
     def take(self, send: Send, task_id: str, duration_s: float, is_good: bool) -> str:
-        """Takes a dispatch of the dialect `tasks`; gives the id to ask for."""
+        """Take a dispatch of the dialect `tasks`; return the id to ask for."""
         name = self.names.setdefault(task_id, f"agent-{next(self.world.numbers)}" if self.renames else task_id)
         if name not in self.tasks:
             is_old = send.version <= self.applied
@@ -253,7 +253,7 @@ class SimAgent:
         return name
 
     def start(self, send: Send, task_id: str, duration_s: float, is_good: bool) -> Run:
-        """Runs a task; an execute agent does not notice that it runs already."""
+        """Run a task; an execute agent does not notice that it runs already."""
         run = Run(send, task_id, self.world.now, self.world.now + duration_s, is_good, self.lifetime)
         for other in self.live():
             self.world.check_together(self, other, send)
@@ -266,7 +266,7 @@ class SimAgent:
         return run
 
     def execute(self, send: Send, task_id: str, duration_s: float, is_good: bool) -> Run | None:
-        """Takes a request of the dialect `execute`; gives the run that answers it, None for an old version."""
+        """Take a request of the dialect `execute`; return the run that answers it, None for an old version."""
         known = self.tasks.get(task_id)
         if known is not None and not known.is_live(self.world.now):
             return known
@@ -297,7 +297,7 @@ class Ledger:
     told: int = 0
 
     def note_held(self, release_id: int, is_not_sent: bool, now: float) -> None:
-        """Takes down whether a pause or a freeze holds a release from now on."""
+        """Take down whether a pause or a freeze holds a release from now on."""
         if is_not_sent:
             self.held_since.setdefault(release_id, now)
         elif release_id in self.held_since:
@@ -386,7 +386,7 @@ class SimExecutor(rc.Executor):
         self.can_notice: set[int] = set()
 
     def _start_threads(self) -> None:
-        """Starts none: the world renews and talks."""
+        """Start none: the world renews and talks."""
 
     def submit(self, work: Callable[[], None]) -> None:
         self.world.request(self, work.func.__self__, *work.args)  # type: ignore[attr-defined]
@@ -429,7 +429,7 @@ class Simulation:
         self.looks_at_the_end_at = FAULTS_UNTIL_S
         self.figures = dict.fromkeys((
             "runs", "crashes", "stops", "suspensions", "take-overs", "lost answers", "restarts", "database faults",
-            "commits", "verbs"), 0)
+            "commits", "verbs", "levels unknown"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
         self.database = SimDatabase(self)
         self.is_set_up = False
@@ -458,7 +458,7 @@ class Simulation:
     # -- the world ---------------------------------------------------------------------------
 
     def _people(self) -> None:
-        """Adds nodes and releases, and the verbs that somebody will use."""
+        """Add nodes and releases, and the verbs that somebody will use."""
         for number in range(1, self.random.randint(2, 5)):
             protocol = self.random.choice(["tasks", "tasks", "execute"])
             agent = SimAgent(self, f"10.0.0.{number}", protocol)
@@ -474,11 +474,11 @@ class Simulation:
             self.at(self.random.uniform(0, 20), lambda: self._act(verb))
 
     def _payload(self) -> dict[str, object]:
-        """Gives a payload that no other release has."""
+        """Return a payload that no other release has."""
         return {"websites": [], "mark": f"mark-{next(self.numbers)}"}
 
     def _strategy(self) -> dict[str, object]:
-        """Gives what a release may be asked to be, each key now and then."""
+        """Return what a release may be asked to be, each key now and then."""
         if not self.steering:
             return {}
         choices: dict[str, list[typing.Any]] = {
@@ -490,7 +490,7 @@ class Simulation:
         return {key: self.random.choice(values) for key, values in choices.items() if self.random.random() < 0.4}
 
     def _steer(self) -> None:
-        """Uses a verb or the freeze; once the faults are over only what lets everything end."""
+        """Use a verb or the freeze; once the faults are over only what lets everything end."""
         is_late = self.now > FAULTS_UNTIL_S
         self.at(5.0 if is_late else self.random.expovariate(1 / 3), self._steer)
         verb = self.random.choice(["pause", "resume", "resume", "resume", "cancel", rc.CANCEL_BY_FORCE, "freeze"])
@@ -504,7 +504,7 @@ class Simulation:
                 self._use("resume" if is_late else verb, release_id)
 
     def _interfere(self) -> None:
-        """Freezes or pauses while somebody is between two transactions."""
+        """Freeze or pause while somebody is between two transactions."""
         running = [row[0] for row in self.database.look_in("SELECT id FROM release_tasks WHERE status = 'running'")]
         with contextlib.suppress(rc.AppError):
             if running and self.random.random() < 0.5:
@@ -561,7 +561,7 @@ class Simulation:
         raise Violation(f"seed {self.seed}: {text}\n" + "\n".join(self.schedule[-60:]))
 
     def run(self) -> Simulation:
-        """Runs the schedule to its end; raises Violation."""
+        """Run the schedule to its end; raise Violation."""
         while self.events:
             self._next()
             if self.now > self.looks_at_the_end_at:
@@ -575,7 +575,7 @@ class Simulation:
         return self
 
     def _next(self) -> None:
-        """Lets the next thing happen."""
+        """Let the next thing happen."""
         at, number, owner, deed = heapq.heappop(self.events)
         self.at_one_moment = self.at_one_moment + 1 if at <= self.now else 0
         if self.at_one_moment > STANDSTILL:
@@ -590,7 +590,7 @@ class Simulation:
         self._check_leases()
 
     def stall(self) -> None:
-        """Suspends who runs now between two transactions, and lets the others go on meanwhile."""
+        """Suspend who runs now between two transactions, and let the others go on meanwhile."""
         owner = self.running
         if owner is None or not self.faults or self.now > FAULTS_UNTIL_S or self.random.random() > 0.01:
             return
@@ -643,7 +643,7 @@ class Simulation:
             owner._renew(driver.lease)
 
     def turn(self, owner: SimExecutor, driver: typing.Any) -> None:
-        """Lets a driver take its turn, now and whenever its wait is over or an outcome came."""
+        """Let a driver take its turn, now and whenever its wait is over or an outcome came."""
         if owner._drivers.get(driver.lease.claim.release_id) is not driver:
             return
         if driver.is_turning:  # it is suspended in the middle of a turn
@@ -677,7 +677,7 @@ class Simulation:
         self.at(self.random.uniform(0, 3), lambda: self._boot(again))
 
     def _stop(self, owner: SimExecutor) -> None:
-        """Asks a process for a clean end, as a deploy does; another one begins."""
+        """Ask a process for a clean end, as a deploy does; another one begins."""
         self.figures["stops"] += 1
         owner.stopping.set()
         for driver in owner._active_drivers():
@@ -717,7 +717,7 @@ class Simulation:
             self.at(self.random.choice([0.0, 0.0, 0.01, CONNECT_S * 0.9]), leave, owner)
 
     def note_known(self, owner: SimExecutor, release_id: int) -> None:
-        """Takes down that a process wrote to a release: what it had heard by then is known from now on."""
+        """Take down that a process wrote to a release: what it had heard by then is known from now on."""
         if self.restores and self.restores in owner.can_notice:
             self.ledger.told = max(self.ledger.told, owner.seen_version)
         for send in self.sends:
@@ -725,7 +725,7 @@ class Simulation:
                 send.known = send.heard
 
     def _check_dispatch(self, send: Send, task: rc.AgentTask) -> None:
-        """Checks what leaves for an agent: whose it is, its id, its payload and its version."""
+        """Check what leaves for an agent: whose it is, its id, its payload and its version."""
         owner, agent = send.owner, self.agents[send.address]
         owner.seen_version = max(owner.seen_version, send.version)
         send.has_left = True
@@ -752,7 +752,7 @@ class Simulation:
             self.fail(f"rule 9: {name}, and {holder} held it")
 
     def check_together(self, agent: SimAgent, live: Run, send: Send) -> None:
-        """Checks that what an agent is at allows what begins now: no address has two tasks at once."""
+        """Check that what an agent is at allows what begins now: no address has two tasks at once."""
         first, second = sorted((live.send, send), key=lambda s: s.number)
         is_lost = first.lost_in != second.lost_in and first.lost_in > 0
         if agent.protocol == "execute":
@@ -778,7 +778,7 @@ class Simulation:
         return rc.parse_strategy(rc.parse_json(rows[0][0])) if rows else rc.NO_STRATEGY
 
     def _probe(self, send: Send) -> bool:
-        """Gives whether what a node serves passes a probe, and keeps count."""
+        """Return whether what a node serves passes a probe, and keep count."""
         passes = self._passes(send)
         key = (send.mark, send.address, send.owner)
         self.streaks[key] = self.streaks.get(key, 0) + 1 if passes else 0
@@ -791,7 +791,7 @@ class Simulation:
         return self.random.random() > 0.1
 
     def _travel(self, send: Send, op: str, task: rc.AgentTask, answer) -> None:
-        """Takes a request there, or not, and its answer back, or not."""
+        """Take a request there, or not, and its answer back, or not."""
         agent, owner = self.agents[send.address], send.owner
         if op == rc.PROBE:
             passes = self._probe(send)
@@ -859,7 +859,7 @@ class Simulation:
 
     @staticmethod
     def _already(version: int, applied: int, task_id: str) -> rc.Outcome:
-        """Gives what the client makes of "already applied"."""
+        """Return what the client makes of "already applied"."""
         if applied > version:
             return rc.Outcome(rc.DISPATCH, rc.FAILED, "", rc.REJECTED, f"the agent is already at version {applied}")
         return rc.Outcome(rc.DISPATCH, rc.SUCCESS, task_id, applied=applied,
@@ -867,7 +867,7 @@ class Simulation:
 
     @staticmethod
     def _word(run: Run | None, task_id: str) -> rc.Outcome:
-        """Gives what an agent says of a task that is at its end; it takes what it has already for a success."""
+        """Return what an agent says of a task that is at its end; it takes what it has already for a success."""
         if run is None or run.is_good:
             return rc.Outcome(rc.DISPATCH, rc.SUCCESS, task_id)
         return rc.Outcome(rc.DISPATCH, rc.FAILED, "", rc.AGENT_FAILED, "boom")
@@ -877,7 +877,7 @@ class Simulation:
     kinds: tuple[str, ...] = ("crash", "stop", "suspend", "suspend long", "restart", "database")
 
     def _fault(self) -> None:
-        """Does one thing to somebody, and plans the next."""
+        """Do one thing to somebody, and plan the next."""
         if self.now > FAULTS_UNTIL_S:
             return
         self.at(self.random.expovariate(1 / 4), self._fault)
@@ -906,7 +906,7 @@ class Simulation:
         self.database.is_out = False
 
     def database_fate(self, write: bool) -> str:
-        """Gives what happens to the transaction that begins now."""
+        """Return what happens to the transaction that begins now."""
         if not self.is_set_up or self.running is None or not self.faults or self.now > FAULTS_UNTIL_S:
             return ""
         if write and self.random.random() < 0.05:
@@ -922,7 +922,7 @@ class Simulation:
     # -- what must hold ----------------------------------------------------------------------
 
     def check(self) -> None:
-        """Checks sections 1, 3 and 7 of the contract on what was just committed."""
+        """Check sections 1, 3 and 7 of the contract on what was just committed."""
         if not self.is_set_up:
             return
         self.figures["commits"] += 1
@@ -959,7 +959,7 @@ class Simulation:
 
     def _check_event(self, release_id: int, node_id: int | None, before: str, after: str, actor: str, event: str,
                      holders: dict[int, tuple[str, int]]) -> None:
-        """Checks one change of a status: that it is legal, by whom, and that what it says is so."""
+        """Check one change of a status: that it is legal, by whom, and that what it says is so."""
         subject = (release_id, node_id)
         self.schedule.append(f"{self.now:8.3f} {actor:<8} release {release_id} node {node_id}: {before} -> {after} "
                              f"({event})")
@@ -987,7 +987,7 @@ class Simulation:
             self._check_deadline(release_id, node_id)
 
     def _check_number(self, release_id: int) -> None:
-        """Checks that who gave a release its version saw no higher one (rule 1)."""
+        """Check that who gave a release its version saw no higher one (rule 1)."""
         version = self.versions[release_id]
         if version < self.ledger.first_version:
             self.fail(f"rule 1: release {release_id} is v{version}, and versions begin at {self.ledger.first_version}")
@@ -1002,7 +1002,7 @@ class Simulation:
         self.running.seen_version = version
 
     def _check_turn(self, release_id: int) -> None:
-        """Checks that a release that starts waits for no other (rule 2)."""
+        """Check that a release that starts waits for no other (rule 2)."""
         if self.running is not None:
             self.running.seen_version = max(self.running.seen_version, self.versions[release_id])
         (target, version, strategy), = self.database.look_in(
@@ -1030,7 +1030,7 @@ class Simulation:
         return str(rc.parse_json(strategy).get("startAt", ""))
 
     def _check_success(self, release_id: int, node_id: int) -> None:
-        """Checks that a node that is called a success ran just this payload, and to a good end."""
+        """Check that a node that is called a success ran just this payload, and to a good end."""
         (payload, version, address), = self.database.look_in("""
             SELECT r.payload, r.version, h.main_ip
             FROM release_task_nodes n
@@ -1056,7 +1056,7 @@ class Simulation:
         self.fail(f"section 8: release {release_id} (v{version}) calls {address} a success, which never ran {mark}")
 
     def _check_deadline(self, release_id: int, node_id: int) -> None:
-        """Checks that a node that ran out of time had that time."""
+        """Check that a node that ran out of time had that time."""
         (kind, address, payload, strategy), = self.database.look_in("""
             SELECT n.error_kind, h.main_ip, r.payload, r.strategy
             FROM release_task_nodes n
@@ -1083,7 +1083,7 @@ class Simulation:
                       f"dispatch, held for {held_s:.1f} s, its agent at work for {at_work_s:.1f} s")
 
     def _check_strategies(self, begun: set[tuple[int, int]]) -> None:
-        """Checks section 7 of the contract: begun are the nodes whose first dispatch was just committed."""
+        """Check section 7 of the contract: begun are the nodes whose first dispatch was just committed."""
         with rc.Database.transaction(self.database) as tx:
             frozen = tx.value("SELECT frozen FROM release_freeze")
             releases = tx.rows("SELECT id, status, strategy, passed_batch, payload FROM release_tasks")
@@ -1124,7 +1124,7 @@ class Simulation:
                         self.fail(f"{name}, and {node} was not looked at again after its soak")
 
     def _note_rest(self, release_id: int, nodes: list[tuple]) -> None:
-        """Takes down which batches are at rest, by the moment of the decision that is being committed."""
+        """Take down which batches are at rest, by the moment of the decision that is being committed."""
         for number in {node[1] for node in nodes}:
             if all(node[2] in rc.AT_REST for node in nodes if node[1] == number):
                 self.ledger.rested.setdefault((release_id, number),
@@ -1132,7 +1132,7 @@ class Simulation:
 
     def _check_between(self, release_id: int, strategy: dict, batch: int, before_it: set[int], passed: int,
                        name: str) -> None:
-        """Checks what lies between the batch before and this one."""
+        """Check what lies between the batch before and this one."""
         if batch == 1 or not before_it:
             return
         before = (release_id, max(before_it))
@@ -1150,7 +1150,7 @@ class Simulation:
 
     @staticmethod
     def _is_exceeded(strategy: dict, nodes: list[tuple]) -> bool:
-        """Counts failures against the limits, by another way than releasectl's."""
+        """Count failures against the limits, by another way than releasectl's."""
         def number(limit, whole):
             return limit if isinstance(limit, int) else int(limit.rstrip("%")) * whole // 100
 
@@ -1191,9 +1191,26 @@ class Simulation:
                 self.fail(f"{address} is skipped for {mark}, and ran it")
             if kind == "deadline" and not self.steering:
                 self.fail(f"{address} was forgotten until its deadline")
+        self._check_levels()
+
+    def _check_levels(self) -> None:
+        """What is said of each node's payload is what its agent has, or it is said that nobody knows."""
+        with rc.Database.transaction(self.database) as tx:
+            nodes = rc.all_nodes(tx)
+            found = rc.levels(tx, nodes)
+            marks = {id_: rc.parse_json(payload)["mark"] for id_, payload in tx.rows(
+                "SELECT id, payload FROM release_tasks")}
+        for node in nodes:
+            has, runs = found[node.id].has, self.agents[node.main_ip].runs
+            really = max((run for run in runs if run.ended_well(self.now)), key=lambda run: run.send.version,
+                         default=None)
+            told, really_has = has and marks[has.release_id], really and really.send.mark
+            self.figures["levels unknown"] += found[node.id].is_unknown
+            if not found[node.id].is_unknown and told != really_has and not self.restores:
+                self.fail(f"{node.name} is said to have {told}, and has {really_has}")
 
     def _is_alone(self, mark: str, address: str) -> bool:
-        """Says whether no other row of the release is for the same address."""
+        """Return whether no other row of the release is for the same address."""
         return True
 
 
@@ -1206,7 +1223,7 @@ class SharedSimulation(Simulation):
              "long hold")
 
     def _people(self) -> None:
-        """Adds nodes, one of them entered twice now and then, and releases for some of them, now and later."""
+        """Add nodes, one of them entered twice now and then, and releases for some of them, now and later."""
         self.figures.update(dict.fromkeys((
             "restores", "new databases", "clocks set", "long holds", "refused twins", "by hand", "unknowable",
             "deadlines", "later", "renamed"), 0))
@@ -1237,7 +1254,7 @@ class SharedSimulation(Simulation):
         self.store.nodes.add(name, address, agent_protocol=agent.protocol)
 
     def _enter_twice(self) -> None:
-        """Enters a host once more, as a person does with SQL; enabled now, or later."""
+        """Enter a host once more, as a person does with SQL; enabled now, or later."""
         self.twin = self.random.choice(list(self.agents))
         enabled = int(self.random.random() < 0.3)
         self.database.write_by_hand((
@@ -1257,7 +1274,7 @@ class SharedSimulation(Simulation):
         return strategy
 
     def _passes(self, send: Send) -> bool:
-        """Passes mostly; some nodes only every other time, once their agent has been believed."""
+        """Pass mostly; some nodes only every other time, once their agent has been believed."""
         key = (send.mark, send.address)
         if key not in self.verified:
             return super()._passes(send)
@@ -1268,7 +1285,7 @@ class SharedSimulation(Simulation):
     # -- releases ----------------------------------------------------------------------------
 
     def _create_later(self) -> None:
-        """Creates a release through a process that runs, as its API does, or through one of its own."""
+        """Create a release through a process that runs, as its API does, or through one of its own."""
         owners = [o for o in self.owners if not o.is_dead and o.suspended_until <= self.now]
         self.figures["later"] += 1
         if owners and self.random.random() < 0.7:
@@ -1278,7 +1295,7 @@ class SharedSimulation(Simulation):
             self._create()
 
     def _create(self, store: rc.Store | None = None) -> None:
-        """Creates a release for some nodes or all; a refusal is an answer too."""
+        """Create a release for some nodes or all; a refusal is an answer too."""
         ids = [row[0] for row in self.database.look_in("SELECT id FROM nodes WHERE enabled = 1 ORDER BY id")]
         chosen = self.random.sample(ids, self.random.randint(1, len(ids))) if self.random.random() < 0.7 else None
         request = rc.ReleaseRequest(self.random.choice(["cdn", "dns"]), payload=self._payload(),
@@ -1294,12 +1311,12 @@ class SharedSimulation(Simulation):
                 self.fail(f"section 2: a release was made for two nodes at {self.twin}")
 
     def is_twice(self, node_ids: list[int]) -> bool:
-        """Says whether two of these enabled nodes have one address."""
+        """Return whether two of these enabled nodes have one address."""
         rows = self.database.look_in("SELECT id FROM nodes WHERE main_ip = ?", self.twin)
         return len({row[0] for row in rows} & set(node_ids)) > 1
 
     def _create_by_hand(self) -> None:
-        """Writes a release as people do: some columns, any nodes, a version that was left out, a bare payload."""
+        """Write a release as people do: some columns, any nodes, a version that was left out, a bare payload."""
         versions = set(self.versions.values())
         gaps = [v for v in range(1, max(versions, default=0)) if v not in versions]
         version = self.random.choice([*gaps, max(versions, default=0) + self.random.choice([1, 3])])
@@ -1340,13 +1357,13 @@ class SharedSimulation(Simulation):
             super()._break(kind, owner)
 
     def _execute(self, agent: SimAgent, *rest) -> None:
-        """Lets the database go back now and then just when an agent is at work that can't be asked."""
+        """Let the database go back now and then just when an agent is at work that can't be asked."""
         super()._execute(agent, *rest)
         if self.faults and agent.live() and self.random.random() < 0.3:
             self.at(self.random.uniform(0, 1), self._restore)
 
     def _set_clock(self) -> None:
-        """Sets the wall's clock, by a minute or by hours: to what no setting explains."""
+        """Set the wall's clock, by a minute or by hours: to what no setting explains."""
         by_s = self.random.choice([self.random.uniform(1, 60), 7200.0, 14400.0]) * self.random.choice([-1, 1])
         self._set_wall(self.set_s + by_s)
 
@@ -1360,20 +1377,20 @@ class SharedSimulation(Simulation):
     ahead_s = 0.0
 
     def _calm_down(self) -> None:
-        """Sets the clock to what nothing in the database lies ahead of, or leaves it."""
+        """Set the clock to what nothing in the database lies ahead of, or leave it."""
         if self.random.random() < 0.5:
             self._set_wall(self.ahead_s)
         self.hands_off_until = min(self.hands_off_until, self.now + 10)
 
     def _cancel_what_never_comes(self) -> None:
-        """Ends what is to start in a time that is not to come, as the clock was set back."""
+        """End what is to start in a time that is not to come, as the clock was set back."""
         for release_id, status, strategy in self.database.look_in("SELECT id, status, strategy FROM release_tasks"):
             if status in (rc.PENDING, rc.PAUSED) and self._start_at(strategy) > rc.utc_text(self.wall + 60):
                 with contextlib.suppress(rc.AppError):
                     self.store.releases.act("cancel", release_id, "anna")
 
     def _hold_long(self) -> None:
-        """Pauses a release or freezes all for longer than a node may take; somebody restarts an agent meanwhile."""
+        """Pause a release or freeze all for longer than a node may take; somebody restarts an agent meanwhile."""
         self.figures["long holds"] += 1
         self._interfere()
         self.hands_off_until = self.now + SHORT_DEADLINE_S * self.random.uniform(1, 1.5)
@@ -1391,7 +1408,7 @@ class SharedSimulation(Simulation):
             self._cancel_what_never_comes()
 
     def _save(self) -> None:
-        """Takes a backup, and plans the next."""
+        """Take a backup, and plan the next."""
         if self.now < FAULTS_UNTIL_S:
             self.at(self.random.expovariate(1 / 6), self._save)
             self.snapshots.append(self._snapshot())
@@ -1400,7 +1417,7 @@ class SharedSimulation(Simulation):
         return Snapshot(next(self.numbers), self.database.saved(), copy.deepcopy(self.ledger))
 
     def _restore(self) -> None:
-        """Puts an earlier database in the place of this one, or a new one with the same nodes; twice at most."""
+        """Put an earlier database in the place of this one, or a new one with the same nodes; twice at most."""
         if self.restores == 2 or self.now > FAULTS_UNTIL_S:
             return
         self.restores += 1
@@ -1422,7 +1439,7 @@ class SharedSimulation(Simulation):
         self._after_a_restore()
 
     def _after_a_restore(self) -> None:
-        """Does what goes with such a day: an agent is down, a process is stopped, and people write rows by hand."""
+        """Do what goes with such a day: an agent is down, a process is stopped, and people write rows by hand."""
         if self.random.random() < 0.4:
             self._set_first_version()
         if self.random.random() < 0.4:
@@ -1437,7 +1454,7 @@ class SharedSimulation(Simulation):
         setattr(agent, self.random.choice(["is_bad_until", "is_down_until"]), self.now + self.random.uniform(1, 10))
 
     def _set_first_version(self) -> None:
-        """Does what the runbook says after a restore: new versions begin above all that agents have."""
+        """Do what the runbook says after a restore: new versions begin above all that agents have."""
         first = max((send.version for send in self.sends), default=0) + 1
         with contextlib.suppress(rc.DatabaseError):
             rc.Store(self.database, SimClock(self)).releases.set_first_version(first)
@@ -1452,7 +1469,7 @@ def _heard(outcome: rc.Outcome) -> str:
 
 
 def run_seed(seed: int, world: str = PLAIN, **options) -> Simulation:
-    """Runs one schedule; raises Violation, with the schedule, when a promise is broken."""
+    """Run one schedule; raise Violation, with the schedule, when a promise is broken."""
     real_driver = rc.Driver
     rc.Driver = SimDriver
     try:

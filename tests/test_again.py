@@ -15,12 +15,14 @@ import releasectl as rc
 
 
 def settle(store: rc.Store, release: rc.Release, *found: str) -> rc.Release:
-    """Lets a release have ended with its nodes, by id, in these statuses."""
+    """Let a release have ended with its nodes, by id, in these statuses."""
     nodes = sorted(node.node_id for node in store.releases.with_nodes(release.id)[1])
     assert len(nodes) == len(found)
     for node_id, status in zip(nodes, found):
         sql(store, "UPDATE release_task_nodes SET status = ?, attempts = ? WHERE release_task_id = ? AND node_id = ?",
             status, int(status != "skipped"), release.id, node_id)
+        if status != "skipped":
+            sql(store, "UPDATE nodes SET last_version = ? WHERE id = ?", release.version, node_id)
     status = "success" if set(found) == {"success"} else "cancelled" if set(found) == {"skipped"} else "failed"
     sql(store, "UPDATE release_tasks SET status = ?, finished_at = updated_at, success_nodes = ?, failed_nodes = ?, "
                "started_at = COALESCE(started_at, created_at) WHERE id = ?",
@@ -29,12 +31,12 @@ def settle(store: rc.Store, release: rc.Release, *found: str) -> rc.Release:
 
 
 def ended(store: rc.Store, content: str, *found: str, **fields) -> rc.Release:
-    """Makes a release of a content that ended with its nodes in these statuses."""
+    """Make a release of a content that ended with its nodes in these statuses."""
     return settle(store, new_release(store, payload={"content": content}, **fields), *found)
 
 
 def good(store: rc.Store, content: str, *node_ids: int, **fields) -> rc.Release:
-    """Makes a release that succeeded on these nodes; without any on all of them."""
+    """Make a release that succeeded on these nodes; without any on all of them."""
     node_ids = node_ids or tuple(range(1, store.nodes.page().total + 1))
     return ended(store, content, *["success"] * len(node_ids), node_ids=list(node_ids), **fields)
 
@@ -44,7 +46,7 @@ def content_of(release: rc.Release) -> str:
 
 
 def brought_back(store: rc.Store, release: rc.Release, **wish) -> tuple[str, tuple[int, int] | None]:
-    """Gives what a rollback brings back, and of which release; the plan says the same."""
+    """Return what a rollback brings back, and of which release; the plan says the same."""
     plan = store.releases.plan_again("rollback", release.id, rc.Again(**wish))
     made = store.releases.rollback(release.id, "anna", rc.Again(**wish))
     assert plan.batches == made.batches
@@ -57,7 +59,7 @@ TABLES = ("nodes", "release_tasks", "release_task_nodes", "release_events", "rel
 
 
 def everything(store: rc.Store) -> dict[str, list[tuple]]:
-    """Gives all rows of all tables."""
+    """Return all rows of all tables."""
     with store.database.transaction() as tx:
         return {name: sorted(tx.rows(f"SELECT * FROM {name}"), key=repr) for name in TABLES}
 
@@ -147,7 +149,7 @@ def test_rule_10_a_rollback_goes_to_the_nodes_that_were_touched(store):
 # -- content that somebody had rolled back ----------------------------------------------------------------------
 
 def cancelled_rollback(store: rc.Store, release: rc.Release) -> rc.Release:
-    """Rolls a release back, and calls that off before anything was sent: its content stays on the nodes."""
+    """Roll a release back, and call that off before anything was sent: its content stays on the nodes."""
     return store.releases.act("cancel", store.releases.rollback(release.id, "anna").release.id, "anna")
 
 
@@ -362,7 +364,7 @@ def test_rule_10_the_newer_success_of_a_node_that_is_left_out_stands_against_not
 # -- who is left out, plans, and keys: the API ----------------------------------------------------------------------
 
 def left_two_out(store: rc.Store) -> rc.Release:
-    """Gives a failed release over four nodes, two of which get nothing now."""
+    """Return a failed release over four nodes, two of which get nothing now."""
     add_nodes(store, 4)
     good(store, "A")
     old = ended(store, "B", "failed", "failed", "failed", "failed")
@@ -502,7 +504,7 @@ def test_rule_10_a_release_that_is_at_its_end_never_changes(store, verb):
 # -- prune keeps what rule 10 needs ------------------------------------------------------------------------------
 
 def prune(store: rc.Store, keep: int = 1) -> list[int]:
-    """Lets all have ended long ago, deletes what prune would, and gives the ids that are left."""
+    """Let all have ended long ago, delete what prune would, and return the ids that are left."""
     sql(store, "UPDATE release_tasks SET finished_at = ?, updated_at = ?",
         *[rc.utc_text(time.time() - 400 * 86400)] * 2)
     store.releases.delete([release.id for release in store.releases.prunable(90 * 86400.0, keep)])

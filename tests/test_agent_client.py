@@ -116,7 +116,7 @@ def client(new_client) -> WaitingClient:
 
 @contextlib.contextmanager
 def full_listener():
-    """Gives the address of a listener whose queue is full: it takes no connection, and refuses none."""
+    """Yield the address of a listener whose queue is full: it takes no connection, and refuses none."""
     with socket.create_server((HOST, 0), backlog=0) as listener, contextlib.ExitStack() as crowd:
         for _ in range(3):
             sock = crowd.enter_context(socket.socket())
@@ -269,6 +269,8 @@ def test_tls_older_than_1_2_is_refused(client, certs, new_peer):
 
 CHUNKED = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 NOT_JSON = "A answered what is not JSON: "
+NOT_HTTP = "A answered what is not HTTP: "
+HEAD_TOO_LARGE = (NOT_HTTP + "the head is too large: at most 64 KiB for its first line, 64 KiB and 100 headers in all")
 TOO_BIG = ("protocol", "A answered more than 64 KiB", False)
 BROKEN: dict[str, tuple[Callable[[Peer, Any], None], str, str, bool]] = {
     "not JSON": (says(reply(b"hello")), "protocol", NOT_JSON + "Expecting value: line 1 column 1 (char 0)", False),
@@ -296,12 +298,13 @@ BROKEN: dict[str, tuple[Callable[[Peer, Any], None], str, str, bool]] = {
     "too big, tiny chunks": (says(CHUNKED.encode(), forever=b"1;" + b"x" * 60_000 + b"\r\n \r\n"), *TOO_BIG),
     "endless 100 Continue": (says(b"", forever=b"HTTP/1.1 100 Continue\r\n\r\n" * 999), *TOO_BIG),
     "endless header": (says(b"HTTP/1.1 200 OK\r\nX: ", forever=b"x" * 65536),
-                       "protocol", "A answered what is not HTTP: LineTooLong", False),
+                       "protocol", HEAD_TOO_LARGE, False),
     "endless status line": (says(b"HTTP/1.1 200 ", forever=b"x" * 65536),
-                            "protocol", "A answered what is not HTTP: LineTooLong", False),
+                            "protocol", HEAD_TOO_LARGE, False),
     "endless headers": (says(b"HTTP/1.1 200 OK\r\n", forever=b"X: y\r\n" * 999),
-                        "protocol", "A answered what is not HTTP: HTTPException", False),
-    "no HTTP": (says(b"hello, who are you?\r\n"), "protocol", "A answered what is not HTTP: BadStatusLine", False),
+                        "protocol", HEAD_TOO_LARGE, False),
+    "no HTTP": (says(b"hello, who are you?\r\n"),
+                "protocol", NOT_HTTP + "the first line is not HTTP/1.1 STATUS REASON", False),
     "a key twice": (says(reply(b'{"code":5,"code":0,"data":{}}')), "protocol",
                     NOT_JSON + "key 'code' stands twice", False),
     "NaN": (says(reply(b'{"code":0,"data":{"x":NaN}}')), "protocol", NOT_JSON + "NaN is not JSON", False),
@@ -511,9 +514,13 @@ def test_connections_of_execute_agents_are_never_used_again(client, new_peer):
     assert all("Connection: close" in head for head, _ in peer.requests)
 
 
-def test_an_answer_after_which_the_agent_closes_takes_no_thread(client, new_peer, monkeypatch):
-    monkeypatch.setattr(rc, "_any_answer", None)
-    answer = executed("success").replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+@pytest.mark.parametrize("head", ["Connection: close\r\nContent-Length: {}", "Transfer-Encoding: chunked", "X: y"],
+                         ids=["closes", "in chunks", "to its end"])
+def test_no_answer_takes_a_thread(client, new_peer, monkeypatch, head):
+    monkeypatch.setattr(rc.EventLoop, "_run_alone", None)
+    body = executed("success").partition(b"\r\n\r\n")[2]
+    sent = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if "chunked" in head else body
+    answer = f"HTTP/1.1 200 OK\r\n{head.format(len(body))}\r\n\r\n".encode() + sent
     assert client.dispatch(new_peer(says(answer)).address("execute"), TASK).result == rc.SUCCESS
 
 

@@ -30,13 +30,16 @@ from lab import (
 
 import releasectl as rc
 
+MAX_BODY_BYTES = 1 << 20
+
 RELEASE_KEYS = {"id", "type", "target", "version", "status", "statusReason", "reason", "totalNodes", "successNodes",
                 "failedNodes", "skippedNodes", "currentBatch", "errorMsg", "strategy", "payloadSha256", "retryOf",
+                "selection", "catchUpOf",
                 "rollbackOf", "createdAt", "startedAt", "finishedAt", "updatedAt"}
 RELEASE_NODE_KEYS = {"nodeId", "nodeName", "mainIp", "status", "taskId", "attempts", "errorKind", "errorMsg",
                      "startedAt", "finishedAt"}
 NODE_KEYS = {"id", "name", "mainIp", "agentPort", "agentProtocol", "labels", "enabled", "status", "createdAt",
-             "updatedAt"}
+             "updatedAt", "runs", "wants", "drift"}
 CREATED_KEYS = {"releaseId", "version", "totalNodes", "batches"}
 ROUTES = {
     ("POST", "/api/v1/releases"), ("GET", "/api/v1/releases"), ("GET", "/api/v1/releases/{id}"),
@@ -48,7 +51,8 @@ ROUTES = {
     ("PATCH", "/api/v1/nodes/{id}"), ("DELETE", "/api/v1/nodes/{id}"),
     ("GET", "/api/v1/freeze"), ("PUT", "/api/v1/freeze"),
     ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"), ("GET", "/openapi.json"),
-    ("GET", "/"), ("GET", "/api/v1/health"), ("GET", "/api/v1/audit"),
+    ("GET", "/"), ("GET", "/api/v1/health"), ("GET", "/api/v1/audit"), ("GET", "/api/v1/nodes/{id}/releases"),
+    ("POST", "/api/v1/catch-up"),
 }
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def new_tokens(tmp_path):
 
 
 def ended(store: rc.Store, *statuses: str) -> int:
-    """Creates a release, and lets it have ended with its nodes in these statuses; gives its id."""
+    """Create a release, and let it have ended with its nodes in these statuses; return its id."""
     release, batches, *_ = store.releases.create(rc.ReleaseRequest(payload={"for": list(statuses)}), "test")
     with store.database.transaction(write=True) as tx:
         for node_id, status in zip([node_id for batch in batches for node_id in batch], statuses):
@@ -113,7 +117,8 @@ def test_a_release_has_the_keys_of_the_contract_and_null_for_what_has_not_come(c
     assert release == {
         "id": 1, "type": "apply_config", "target": "cdn", "version": 1, "status": "pending", "reason": "weekly",
         "totalNodes": 3, "successNodes": 0, "failedNodes": 0, "skippedNodes": 0, "currentBatch": 1, "errorMsg": "",
-        "strategy": {}, "payloadSha256": rc.digest_of({}), "retryOf": None, "rollbackOf": None,
+        "strategy": {}, "payloadSha256": rc.digest_of({}), "selection": {}, "retryOf": None, "rollbackOf": None,
+        "catchUpOf": None,
         "startedAt": None, "finishedAt": None}
 
 
@@ -334,7 +339,7 @@ def test_a_node_is_added_read_listed_changed_and_deleted(client):
     assert TIME.fullmatch(node["createdAt"])
     assert {key: node[key] for key in NODE_KEYS - {"createdAt", "updatedAt"}} == {
         "id": 1, "name": "edge-1", "mainIp": "10.0.0.1", "agentPort": 8443, "agentProtocol": "tasks", "labels": {},
-        "enabled": True, "status": "online"}
+        "enabled": True, "status": "online", "runs": None, "wants": None, "drift": "none"}
     assert client.ok("GET", "/api/v1/nodes/1") == node
     assert client.ok("GET", "/api/v1/nodes") == {"items": [node], "total": 1, "page": 1, "pageSize": 20}
     change = {"name": "edge-one", "mainIp": "Edge.Example.ORG", "agentPort": 9090, "agentProtocol": "execute",
@@ -482,7 +487,7 @@ def test_a_body_where_none_belongs_is_2002(refusing):
     assert refusing.code("POST", "/api/v1/releases/1/retry", {"x": 1}) == 2003
 
 
-@pytest.mark.parametrize("size", [rc.MAX_BODY_BYTES + 1, 8 * rc.MAX_BODY_BYTES])
+@pytest.mark.parametrize("size", [MAX_BODY_BYTES + 1, 8 * MAX_BODY_BYTES])
 def test_a_body_over_1_mib_is_4013_also_for_who_sends_all_of_it_first(refusing, size):
     for _ in range(5):
         answer = refusing("POST", "/api/v1/releases", b"x" * size)
@@ -492,8 +497,8 @@ def test_a_body_over_1_mib_is_4013_also_for_who_sends_all_of_it_first(refusing, 
 def test_a_body_of_1_mib_is_read(lite):
     add_nodes(lite.store, 1)
     body = json.dumps({"payload": {"x": ""}}).encode()
-    body = body.replace(b'""', b'"' + b"y" * (rc.MAX_BODY_BYTES - len(body)) + b'"')
-    assert len(body) == rc.MAX_BODY_BYTES
+    body = body.replace(b'""', b'"' + b"y" * (MAX_BODY_BYTES - len(body)) + b'"')
+    assert len(body) == MAX_BODY_BYTES
     assert lite.code("POST", "/api/v1/releases", body) == 0
 
 
@@ -818,7 +823,8 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
             ("GET", "/api/v1/releases/{id}/diff", 2, None), ("GET", "/api/v1/nodes", 0, None),
             ("POST", "/api/v1/nodes", 0, {"name": "n", "mainIp": "::1", "agentPort": 1, "labels": {"a": "b"}}),
             ("PATCH", "/api/v1/nodes/{id}", 3, {"status": "offline", "enabled": False}),
-            ("GET", "/api/v1/nodes/{id}", 3, None), ("DELETE", "/api/v1/nodes/{id}", 3, None),
+            ("GET", "/api/v1/nodes/{id}", 3, None), ("GET", "/api/v1/nodes/{id}/releases", 1, None),
+            ("POST", "/api/v1/catch-up", 0, {"reason": "x", "strategy": {}}), ("DELETE", "/api/v1/nodes/{id}", 3, None),
             ("PUT", "/api/v1/freeze", 0, {"frozen": True, "reason": "x"}), ("GET", "/api/v1/freeze", 0, None),
             ("GET", "/api/v1/health", 0, None), ("GET", "/healthz", 0, None), ("GET", "/readyz", 0, None),
                 ("GET", "/api/v1/audit", 0, None)):

@@ -54,7 +54,7 @@ HOSTILE = sorted((Path(__file__).parent / "hostile").glob("*.http"))
 
 
 def drip(sock: socket.socket, data: bytes = b"x" * 1000) -> float:
-    """Sends a byte every few ms until the server has had enough; gives how long that took."""
+    """Send a byte every few ms until the server has had enough; return how long that took."""
     start = time.monotonic()
     sock.settimeout(0.02)
     for byte in data:
@@ -93,11 +93,11 @@ class Received(io.BytesIO):
         return self
 
     def close(self) -> None:
-        """Stays open behind the first answer."""
+        """Stay open behind the first answer."""
 
 
 def answers_in(raw: bytes) -> list[http.client.HTTPResponse]:
-    """Reads every answer in what came, and holds each to the envelope."""
+    """Read every answer in what came, and hold each to the envelope."""
     found, source = [], Received(raw)
     while source.tell() < len(raw):
         response = http.client.HTTPResponse(source)  # type: ignore[arg-type]
@@ -292,7 +292,7 @@ def hold(monkeypatch):
 
 def busy(client: Client, stack: contextlib.ExitStack, source: str, count: int,
          token: bytes = b"operator-secret") -> None:
-    """Makes connections of an address that are all at work."""
+    """Make connections of an address that are all at work."""
     before = sum(connection.is_at_work for connection in open_connections(client))
     for _ in range(count):
         stack.enter_context(connected(client, source, b"GET /api/v1/nodes HTTP/1.1\r\nHost: localhost\r\n"
@@ -451,7 +451,7 @@ def test_bad_tokens_are_answered_late_and_one_that_was_good_at_the_same_address_
         assert read_all(sock) == b""
 
 
-def test_bad_tokens_are_counted_by_address_and_forgotten(monkeypatch):
+def test_bad_tokens_are_counted_by_address_and_forgotten():
     throttle = rc.AuthThrottle()
     waits = []
     for number in range(1, 13):
@@ -464,7 +464,7 @@ def test_bad_tokens_are_counted_by_address_and_forgotten(monkeypatch):
     for number in range(rc.MAX_STREAKS):
         throttle.note_bad(f"10.0.{number // 250}.{number % 250}")
     assert len(throttle._bad._seen) == rc.MAX_STREAKS
-    monkeypatch.setattr(rc, "FORGET_S", 0.0)
+    throttle._bad._forget_s = 0.0
     assert throttle.note_bad("10.0.8.40") == (1, True)
 
 

@@ -46,7 +46,7 @@ def test_version_and_completion_work_with_settings_that_can_not_be_used(quick):
 # -- the archive ------------------------------------------------------------------------------
 
 def make_archive(folder: Path, umask: int) -> Path:
-    """Makes the archive out of a copy of this tree, as somebody else would; gives it."""
+    """Make the archive out of a copy of this tree, as somebody else would; return it."""
     tree = folder / "tree"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "dist", "__pycache__", ".*_cache"))
     environment = {"PATH": os.environ["PATH"], "SOURCE_DATE_EPOCH": "1790000000"}

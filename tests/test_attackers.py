@@ -65,9 +65,13 @@ DECEIVING = {"zero width": "edge\u200b1", "bidi": "\u202eedge", "soft hyphen": "
              "decomposed": "e\u0301", "control": "a\x07", "line": "a\u2028b", "no-break space": "a\u00a0b",
              "space before": " a", "blank Braille": "\u2800", "private use": "edge\ue000", "unassigned": "edge\u0378",
              "empty note head": "a\U0001d159", "Khitan filler": "a\U00016fe4",
-             "Cyrillic behind a mark": "pa\u0335\u0443"}
+             "Cyrillic behind a mark": "pa\u0335\u0443", "full width": "\uff45dge", "mathematical": "\U0001d41edge",
+             "ligature": "e\ufb01", "Roman numeral": "edge-\u2160", "full-width digit": "edge-\uff11",
+             "hyphen": "edge\u20101", "minus": "edge\u22121", "dot": "edge\u20241", "Lisu in Latin": "edge\ua4f2",
+             "Coptic in Latin": "n\u2c9fde"}
 HONEST = ["edge-1", "\u8fb9\u7f18\u8282\u70b9", "Z\u00fcrich", "\u0441\u0435\u0440\u0432\u0435\u0440-web1", "10\u00b5s",
-          "a b", "\u65e5\u672c A", "\u0915\u093f\u0924\u093e\u092c", "q\u0307"]
+          "a b", "\u65e5\u672c A", "\u4e0a\u6d77\uff08\u4e00\u671f\uff09", "10 m\u00b2",
+          "\u0915\u093f\u0924\u093e\u092c", "q\u0307"]
 
 
 @pytest.mark.parametrize("text", DECEIVING.values(), ids=DECEIVING)
@@ -499,6 +503,21 @@ def test_another_ca_ends_what_the_one_before_let_in(api, authority, tmp_path):
 
 def test_a_new_crl_is_taken_while_the_certificate_in_use_has_expired(api, authority, monkeypatch):
     monkeypatch.setattr(rc, "certificate_times", lambda _pem: [(0.0, 1.0)])
+    authority.revoke("control.crt")
+    authority.publish()
+    with pytest.raises(ssl.SSLError, match="(?i)revoked"):
+        api.code("GET", "/api/v1/nodes")
+
+
+@pytest.mark.parametrize("fault", ["open to others", "half renewed"])
+def test_a_new_crl_is_taken_while_the_pair_as_it_is_now_cant_be_used(api, authority, tmp_path, fault):
+    key = tmp_path / "api.key"
+    assert api.code("GET", "/api/v1/nodes") == 0
+    if fault == "half renewed":
+        shutil.copy(authority.certs / "control.key", key)
+    else:
+        os.chmod(key, 0o644)
+    assert api.code("GET", "/api/v1/nodes") == 0
     authority.revoke("control.crt")
     authority.publish()
     with pytest.raises(ssl.SSLError, match="(?i)revoked"):

@@ -80,6 +80,21 @@ def test_a_backup_refuses_a_file_that_exists(filled):
     assert Path(path).read_text() == "precious"
 
 
+def test_a_file_that_appears_while_the_copy_is_made_is_not_overwritten(filled, monkeypatch):
+    copy = rc.SqliteEngine._copy
+
+    def copy_while_somebody_writes(source, path):
+        copy(source, path)
+        filled.file("copy.db", "precious")
+
+    monkeypatch.setattr(rc.SqliteEngine, "_copy", staticmethod(copy_while_somebody_writes))
+    before = files(filled.folder)
+    with pytest.raises(rc.AppError, match="copy.db exists already"):
+        filled.store.database.backup(str(filled.folder / "copy.db"))
+    assert (filled.folder / "copy.db").read_text() == "precious"
+    assert files(filled.folder) == before | {"copy.db"}
+
+
 @pytest.mark.parametrize(("database", "said"), [
     (None, "does not exist: make it with"), ("no database at all", "is not an SQLite file")])
 def test_a_backup_of_nothing_leaves_nothing(cli, database, said):

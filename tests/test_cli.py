@@ -225,7 +225,7 @@ def test_a_payload_comes_from_a_file_or_standard_input(filled):
 @pytest.mark.parametrize(("arguments", "code", "message"), [
     (("node", "add", "a", "10.0.0.300"), 2, "'10.0.0.300' is neither an IP address nor a host name"),
     (("node", "add", "a", "10.0.0.1:8443"), 2, "is neither an IP address nor a host name"),
-    (("node", "add", "a", "10.0.0.1", "--port", "65536"), 2, "'65536' is not a number from 1 to 65535"),
+    (("node", "add", "a", "10.0.0.1", "--port", "65536"), 2, "'65536' must be a whole number from 1 to 65535"),
     (("node", "add", "edge-1", "10.0.0.9"), 3, "node edge-1 exists already"),
     (("node", "add", "", "10.0.0.9"), 2, "name '' must be 1 to 100"),
     (("node", "add", "a", "10.0.0.9", "--label", "eu"), 2, "--label eu must be K=V"),
@@ -278,7 +278,7 @@ def test_nodes_are_imported_from_lines_or_json(quick):
 
 
 def harm_database(cli: Cli, how: str) -> str:
-    """Makes a database that can't be used; gives its URL."""
+    """Make a database that can't be used; return its URL."""
     path = f"{cli.folder}/bad.db"
     if how == "not a database":
         cli.file("bad.db", "plain text, and more of it than a page header needs\n" * 20)
@@ -815,7 +815,7 @@ SAMPLES = ("terminal", "5m", "90d", "1", "1,2", "edge-1", f"1:{64 * '0'}")
 
 
 def sample_of(keywords: dict[str, Any]) -> str:
-    """Gives a value that an option takes."""
+    """Return a value that an option takes."""
     if "choices" in keywords:
         return keywords["choices"][0]
     for text in SAMPLES:

@@ -18,7 +18,7 @@ import releasectl as rc
 
 
 def bash_says(script: str, line: str, folder: Path) -> set[str]:
-    """Gives what bash would offer behind a line."""
+    """Return what bash would offer behind a line."""
     words = line.split(" ")
     asked = f"""{script}
         COMP_WORDS=({' '.join(f'"{word}"' for word in words)}) COMP_CWORD={len(words) - 1}
@@ -34,7 +34,7 @@ COMMON = {"--db", "--config", "--json", "--help"}
 @pytest.mark.parametrize(("line", "offered"), [
     ("releasectl ", TOP),
     ("releasectl.py re", {"resume", "retry"}),
-    ("releasectl node ", {"add", "list", "set", "import", "ping"} | COMMON),
+    ("releasectl node ", {"add", "list", "show", "set", "rm", "import", "ping"} | COMMON),
     ("releasectl --db sqlite:///x.db node pi", {"ping"}),
     ("releasectl node add edge-1 10.0.0.1 --pro", {"--protocol"}),
     ("releasectl node add edge-1 10.0.0.1 --protocol ", {"tasks", "execute"}),
@@ -47,7 +47,7 @@ COMMON = {"--db", "--config", "--json", "--help"}
     ("releasectl prune --older-than ", set()),
     ("releasectl --config ", set()),  # a file name: readline's own
     ("releasectl node import ", set()),
-    ("releasectl node import --", {"--db", "--config", "--json", "--help"}),
+    ("releasectl node import --", {"--db", "--config", "--json", "--help", "--update"}),
 ])
 def test_bash_completes(tmp_path, line, offered):
     assert bash_says(rc.bash_completion(rc.COMMANDS), line, tmp_path) == offered
@@ -77,7 +77,7 @@ class Zsh:
         os.write(self._terminal, text.encode())
 
     def shows(self, *words: str) -> bool:
-        """Says whether all words have come on the screen since the last look at them."""
+        """Return whether all words have come on the screen since the last look at them."""
         while select.select([self._terminal], [], [], 0.05)[0]:
             self.shown += os.read(self._terminal, 65536).decode(errors="replace")
         return all(word in self.shown for word in words)

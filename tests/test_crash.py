@@ -31,7 +31,7 @@ def engine(request):
 
 
 def torture(*arguments: str, limit_s: float = 300.0) -> dict:
-    """Runs it; gives its figures, and fails when one that must be zero is not."""
+    """Run it and return its figures; fail when one that must be zero is not."""
     command = [sys.executable, TORTURE, "--json", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:

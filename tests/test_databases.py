@@ -28,6 +28,7 @@ from lab import (
     add_nodes,
     admin,
     answers,
+    beside,
     eventually,
     free_port,
     new_release,
@@ -124,7 +125,7 @@ def proxy(new_postgres_url):
 
 
 def for_processes(cli: Cli, url: str, driver: str = "") -> Cli:
-    """Gives a command line over a database, with the drivers that this Python has."""
+    """Return a command line over a database, with the drivers that this Python has."""
     cli.settings.update(DATABASE_URL=url, MTLS_ENABLED="0", HTTP_ADDR=f"127.0.0.1:{free_port()}",
                         **({"RELEASECTL_PG_DRIVER": driver} if driver else {}))
     return cli
@@ -199,10 +200,8 @@ def test_an_agents_words_that_cant_be_stored_are_told_once_and_the_release_ends(
     world.agent(1).set(outcome="failed", message="磁盘已满")
     new_release(world.store)
     executor = world.executor()
-    thread = threading.Thread(target=executor.drain, daemon=True)
-    thread.start()
-    eventually(lambda: world.store.releases.get(1).status == "failed", 8)
-    thread.join(8)
+    with beside(executor.drain):
+        eventually(lambda: world.store.releases.get(1).status == "failed", 8)
     assert len([r for r in errors if "no such letter" in r.getMessage()]) == 1
     assert r"\u78c1\u76d8\u5df2\u6ee1" in world.store.releases.with_nodes(1)[1][0].error_msg
 
@@ -266,6 +265,15 @@ def test_what_a_driver_says_is_masked_before_it_is_cut_to_a_line(driver):
     engine = rc.PostgresEngine("postgresql://app:S3cr3t%20%20Word@h/d")
     assert "S3cr3t" not in engine.explain(Exception("bad password S3cr3t  Word"))
     assert "S3cr3t" not in engine.explain(Exception("x" * (rc.MAX_MESSAGE_CHARS - 10) + "S3cr3t  Word"))
+
+
+@pytest.mark.parametrize(("password", "said", "masked"), [
+    ("a", "no password a for database a at host a.b", "no password *** for database *** at host ***.b"),
+    ("on", "connection of a: on", "connection of a: ***"), ("%25", "25 %", "25 ***"),
+    ("S3cr3t", "xS3cr3tx", "x***x")])
+def test_a_short_password_masks_no_part_of_a_word(driver, password, said, masked):
+    engine = rc.PostgresEngine(f"postgresql://app:{password}@h/d")
+    assert engine.explain(Exception(said)).endswith(f": {masked}")
 
 
 def test_a_running_service_tells_nobody_its_password(cli, proxy, driver):

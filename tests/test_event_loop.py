@@ -194,14 +194,6 @@ def test_what_is_under_way_or_comes_later_is_dropped_by_close(loop, new_pair):
     assert outcomes.empty()
 
 
-def test_what_was_put_back_unread_is_read_first(new_pair):
-    near, far = new_pair()
-    timed = rc.TimedSocket(near, time.monotonic() + 5, 1 << 20)
-    far.sendall(b"later")
-    timed.unread = b"xyz"
-    assert [rc.run_coroutine(timed.recv(2)) for _ in range(3)] == [b"xy", b"z", b"la"]
-
-
 def test_more_than_may_be_read_is_refused(new_pair):
     near, far = new_pair()
     timed = rc.TimedSocket(near, time.monotonic() + 5, 3)

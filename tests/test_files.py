@@ -22,6 +22,7 @@ from lab import (
     ROOT,
     TIMEOUT_S,
     Cli,
+    copy_pair,
     eventually,
     findings,
     free_port,
@@ -80,6 +81,14 @@ def test_whoever_makes_the_database_makes_it_closed_to_others(cli, command):
     cli.prefix = ("bash", "-c", 'umask 000; exec "$@"', "bash")
     cli.ok(*command)
     assert mode_of(cli.folder / "releasectl.db") == 0o600
+
+
+def test_a_database_that_is_made_behind_a_link_is_closed_to_others_too(cli):
+    cli.settings["MTLS_ENABLED"] = "0"
+    (cli.folder / "releasectl.db").symlink_to("real.db")
+    cli.prefix = ("bash", "-c", 'umask 022; exec "$@"', "bash")
+    cli.ok("migrate")
+    assert mode_of(cli.folder / "real.db") == 0o600
 
 
 def test_a_database_that_is_there_keeps_its_mode(cli):
@@ -159,9 +168,39 @@ def test_a_key_that_is_opened_under_a_running_serve_begins_nothing_and_is_told(f
         time.sleep(2)
         serve.terminate()
         result = Cli.end(serve)
-    told = [line for line in result.err.splitlines() if "open to others" in line and "executor:" not in line]
-    assert (result.code, len(told)) == (0, 1)
-    assert f"CONTROL_KEY {key} is as it should be again" in result.err
+    assert result.code == 0
+    told_once(result.err, "executor", f"CONTROL_KEY {key}")
+
+
+def told_once(log: str, subject: str, file: str) -> None:
+    """Assert that all the log has of an opened file is a line, and one when it was closed again."""
+    told, mended = [line for line in log.splitlines() if "open to others" in line]
+    assert f": {subject}: " in told
+    assert f"{file} is open to others: chmod o-rwx,g-w it" in told
+    assert f": {subject}: mended: " in mended
+    assert f"{file} is open to others" in mended
+
+
+@pytest.mark.parametrize(("name", "subject"), [("API_TOKENS_FILE", "tokens"), ("HTTP_KEY", "renewed certificate")])
+def test_a_file_of_the_api_that_is_opened_is_told_once_though_nobody_asks(cli, certs, name, subject):
+    tokens = cli.file("tokens", f"vera:viewer:{sha256('x')}\n")
+    os.chmod(tokens, 0o600)
+    cli.settings.update(copy_pair(certs, cli.folder), MTLS_ENABLED="0", API_TOKENS_FILE=tokens,
+                        RELEASE_EXECUTOR_INTERVAL_SEC="0.1")
+    log = cli.folder / "log"
+    with open(log, "w", encoding="utf-8") as stream:
+        serve = cli.start("serve", stderr=stream)
+    try:
+        eventually(lambda: "serving https://" in log.read_text())
+        os.chmod(cli.settings[name], 0o604)
+        eventually(lambda: "is open to others" in log.read_text())
+        time.sleep(0.5)  # scans in which nothing changes
+        os.chmod(cli.settings[name], 0o600)
+        eventually(lambda: f"{subject}: mended: " in log.read_text())
+    finally:
+        serve.terminate()
+        serve.communicate()
+    told_once(log.read_text(), subject, f"{name} {cli.settings[name]}")
 
 
 def test_with_tokens_that_are_opened_under_a_running_serve_nobody_is_let_in(cli):
@@ -189,7 +228,8 @@ def test_with_tokens_that_are_opened_under_a_running_serve_nobody_is_let_in(cli)
         assert status() == 200
         serve.terminate()
         result = Cli.end(serve)
-    assert result.err.count("no token is accepted: API_TOKENS_FILE") == 1
+    assert [line.count("tokens: none is accepted: API_TOKENS_FILE") for line in result.err.splitlines()
+            if "open to others" in line and "mended" not in line] == [1]
 
 
 def test_a_release_under_way_is_followed_to_its_end_with_a_key_that_was_opened(fleet_cli):
@@ -369,7 +409,7 @@ def clone(tmp_path):
 
 
 def dist(tree: Path, **environment: str) -> str:
-    """Makes the archive; gives what was said on standard error."""
+    """Make the archive; return what was said on standard error."""
     done = subprocess.run(["bash", "scripts/dist.sh"], cwd=tree, capture_output=True, text=True, check=True,
                           env={"PATH": os.environ["PATH"], "HOME": str(tree), **environment}, timeout=TIMEOUT_S)
     return done.stderr

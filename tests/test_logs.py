@@ -25,7 +25,7 @@ def said(records: list[logging.LogRecord], least: int = logging.DEBUG) -> list[s
 
 def logged(formatter: logging.Formatter, message: str, *arguments: object, error: Exception | None = None,
            level: int = logging.INFO, **keys: object) -> str:
-    """Gives what a formatter makes of one record."""
+    """Return what a formatter makes of one record."""
     exc_info = (type(error), error, None) if error else None
     record = rc.log.makeRecord("releasectl", level, __file__, 1, message, arguments, exc_info, extra=rc.about(**keys))
     return formatter.format(record)
@@ -220,7 +220,7 @@ def fleet_cli(fleet_cli):
 
 
 def run_into_journal(cli: Cli, *arguments: str, inode: str = "") -> list[str]:
-    """Runs a command whose standard error is what JOURNAL_STREAM names; gives the lines there."""
+    """Run a command whose standard error is what JOURNAL_STREAM names; return the lines there."""
     reader, writer = os.pipe()
     with open(reader, encoding="utf-8") as stream:
         found = os.fstat(writer)

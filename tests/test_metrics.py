@@ -35,7 +35,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def parse(text: str) -> dict[tuple[str, ...], float]:
-    """Gives name and label values of each sample, by the official client's parser."""
+    """Return name and label values of each sample, by the official client's parser."""
     try:
         from prometheus_client.parser import text_string_to_metric_families
     except ImportError:
@@ -56,7 +56,7 @@ def parse(text: str) -> dict[tuple[str, ...], float]:
 
 
 def promtool(*arguments: str, text: str | None = None) -> None:
-    """Runs promtool, which must find nothing to say against it."""
+    """Run promtool, which must find nothing to say against it."""
     if not shutil.which("promtool"):
         leave_out("promtool (Debian's package prometheus)")
     done = subprocess.run(["promtool", *arguments], input=text, capture_output=True, text=True, check=False)
@@ -97,7 +97,8 @@ def test_metrics_hold_no_id_and_no_name_of_a_node(world):
         text = client("GET", "/metrics").text
     assert not re.search(r"edge-|127\.0\.1\.|apply_config|/no/such|/1\"|/77|BREW", text)
     assert {label for m in rc.METRICS for label in m.labels} == {
-        "version", "python", "target", "status", "outcome", "error_kind", "operation", "route", "method", "certificate"}
+        "version", "python", "target", "status", "drift", "outcome", "error_kind", "operation", "route", "method",
+        "certificate"}
 
 
 def test_what_stands_in_a_label_cannot_break_the_format(store):
@@ -444,7 +445,7 @@ DASHBOARD = ROOT / "docs" / "grafana-dashboard.json"
 
 
 def used(text: str) -> set[str]:
-    """Gives the metrics that expressions name."""
+    """Return the metrics that expressions name."""
     return {re.sub("_(bucket|sum|count)$", "", name) for name in re.findall(r"\b(?:releasectl|process)_[a-z_]+", text)}
 
 
@@ -484,6 +485,7 @@ ALERTS = [
     ("ReleasectlDatabaseErrors", [("releasectl_database_errors_total", "0+1x30")], "20m"),
     ("ReleasectlDatabaseWentBack", [("releasectl_database_went_back_total", "0x5 1x30")], "10m"),
     ("ReleasectlFrozen", [("releasectl_frozen", "1x400")], "5h"),
+    ("ReleasectlNodesDrift", [('releasectl_nodes_drift{instance="a",drift="behind"}', "1x90")], "80m"),
     ("ReleasectlCertificateExpiring",
      [('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CERT"}', f"{10 * DAY}x200")], "2h"),
     ("ReleasectlCertificateExpiresNow",
@@ -491,7 +493,10 @@ ALERTS = [
     ("ReleasectlCrlExpiring",
      [('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CA_CRL"}', f"{DAY // 2}x60")], "30m"),
 ]
-WELL = [("releasectl_last_tick_timestamp_seconds", "0+60x400"), ("releasectl_frozen", "0x400"),
+WELL = [('releasectl_nodes_drift{instance="a",drift="behind"}', "2x20 0x20 2x360"),
+        ('releasectl_nodes_drift{instance="a",drift="none"}', "5x400"),
+        ('releasectl_releases{instance="a",target="cdn",status="running"}', "0x60 1x340"),
+        ("releasectl_last_tick_timestamp_seconds", "0+60x400"), ("releasectl_frozen", "0x400"),
         ("releasectl_database_up", "1x400"), ("releasectl_database_errors_total", "0x400"),
         ("releasectl_database_went_back_total", "0x400"),
         ('releasectl_releases{target="cdn",status="failed"}', "9x20 3x380"),  # pruned: no failure
@@ -502,7 +507,7 @@ WELL = [("releasectl_last_tick_timestamp_seconds", "0+60x400"), ("releasectl_fro
 
 
 def fires(series: list[tuple[str, str]], alert: str, at: str, tmp_path: Path, wanted: bool) -> None:
-    """Lets promtool find out whether an alert fires: what it says is the test's verdict."""
+    """Let promtool find out whether an alert fires: what it says is the test's verdict."""
     rules = tmp_path / "rules.yml"
     # of each alert only its expression and its patience: labels and words are not what is tested
     rules.write_text(re.sub(r"^( +)(labels|annotations):\n(?:\1 +.+\n)+", "", RULES.read_text(encoding="utf-8"),

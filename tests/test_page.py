@@ -97,11 +97,11 @@ class Page:
         return self.browser.run(expression)
 
     def text(self, selector: str = "body") -> str:
-        """Gives what is to be read in an element, '' when it is not there."""
+        """Return what is to be read in an element, '' when it is not there."""
         return self.run(f"(document.querySelector({json.dumps(selector)}) || {{innerText: ''}}).innerText")
 
     def see(self, words: str | None, selector: str = "body", within_s: float = 20.0) -> Page:
-        """Waits until words can be read; without words until a view is drawn."""
+        """Wait until words can be read; without words until a view is drawn."""
         if words is None:
             eventually(lambda: self.run("document.querySelector('main h1') !== null"), within_s, "no view was drawn")
             return self
@@ -122,7 +122,7 @@ class Page:
         return self.run(f"document.querySelectorAll({json.dumps(selector)}).length")
 
     def press(self, name: str) -> Page:
-        """Clicks the button or link of that name, as soon as it is there; in a dialog if one is open."""
+        """Click the button or link of that name, as soon as it is there; in a dialog if one is open."""
         find = ("[...(document.querySelector('dialog[open]') || document).querySelectorAll('button, a, summary')]"
                 f".find(e => e.textContent === {json.dumps(name)})")
         eventually(lambda: self.run(f"Boolean({find})"), message=f"nothing is called {name!r}")
@@ -136,18 +136,18 @@ class Page:
         return self
 
     def enter(self, place: str, key: str = "Enter", held: int = 0) -> Page:
-        """Presses Enter (or the space bar) where a selector leads, as often as it comes while it is held."""
+        """Press Enter (or the space bar) where a selector leads, as often as it comes while it is held."""
         self.run(f"document.querySelector({json.dumps(place)}).focus()")
         assert self.run(f"document.activeElement === document.querySelector({json.dumps(place)})"), place
         self.browser.key(key, "\r" if key == "Enter" else key, held)
         return self
 
     def plan(self) -> Page:
-        """Asks for the plan and waits until it is there."""
+        """Ask for the plan and wait until it is there."""
         return self.press("Show the plan").see("Plan", "#plan h3")
 
     def answers(self, *answers: tuple[str, str, Any]) -> Page:
-        """Lets the page's own fetch give these, in their order, to what changes something, instead of the daemon:
+        """Let the page's own fetch give these, in their order, to what changes something, instead of the daemon:
 
         the end of the address, what must be in the body, and the envelope (or only its data).
         """
@@ -169,7 +169,7 @@ class Page:
         return [(path.rpartition("/")[2], body) for path, body, _ in self.run("window.sent")]
 
     def settle(self) -> Page:
-        """Waits as long as it takes for a click to become a release."""
+        """Wait as long as it takes for a click to become a release."""
         self.run("new Promise(then => setTimeout(then, 400))")
         return self
 
@@ -225,7 +225,7 @@ def live(new_page, sqlite_world):
 
 
 def big_release(store: rc.Store, nodes: int) -> None:
-    """Makes release 1 with so many nodes, all but the first running, with an event each."""
+    """Make release 1 with so many nodes, all but the first running, with an event each."""
     with store.database.transaction(write=True) as tx:
         tx.insert_many("INSERT INTO nodes (name, main_ip) VALUES ", 2,
                        [(f"edge-{n}", f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}") for n in range(1, nodes + 1)])
@@ -239,7 +239,7 @@ def big_release(store: rc.Store, nodes: int) -> None:
 
 
 def succeed(store: rc.Store, first: int, last: int) -> None:
-    """Lets nodes of release 1 succeed, as an executor would write it."""
+    """Let nodes of release 1 succeed, as an executor would write it."""
     with store.database.transaction(write=True) as tx:
         tx.execute("UPDATE release_task_nodes SET status = 'success' WHERE node_id BETWEEN ? AND ?", first, last)
         tx.execute(f"UPDATE release_tasks SET updated_at = ?, {rc.COUNTERS}", store.state.now())
@@ -653,7 +653,7 @@ def test_what_a_new_release_leaves_out_is_told_before_and_after_its_creation(pag
 
 
 def failed_release(store: rc.Store) -> None:
-    """Makes release 1 of 3 nodes: one success, one failed, one skipped."""
+    """Make release 1 of 3 nodes: one success, one failed, one skipped."""
     add_nodes(store, 3)
     new_release(store)
     with store.database.transaction(write=True) as tx:

@@ -33,7 +33,7 @@ def test_anything_else_is_refused_by_name(text):
 @pytest.mark.parametrize("value", [0, 65536, -1, "80", 1.5, True, None])
 def test_a_port_out_of_range_is_an_error_never_another_value(value):
     with pytest.raises(rc.AppError, match="whole number from 1 to 65535"):
-        rc.parse_port(value)
+        rc.parse_node_fields({"agentPort": value})
 
 
 @pytest.mark.parametrize("payload", [{"version": 41}, {"version": "42"}, {"version": True}, {"version": None},

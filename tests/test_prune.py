@@ -19,7 +19,7 @@ class Past:
         add_nodes(store, 2)
 
     def release(self, status: str, days_ago: float, **fields) -> int:
-        """Makes a release that ended so; gives its id. With retry_of or rollback_of it is linked."""
+        """Make a release that ended so; return its id. With retry_of or rollback_of it is linked."""
         made = new_release(self.store, **fields)
         at = rc.utc_text(time.time() - days_ago * DAY_S)
         with self.store.database.transaction(write=True) as tx:
@@ -36,7 +36,7 @@ class Past:
         return sorted(r.id for r in self.store.releases.page(size=100).items)
 
     def prune(self, older_than_days: float = 90, keep: int = 1) -> list[int]:
-        """Deletes what prune would, in one go; gives the ids that are left."""
+        """Delete what prune would, in one go; return the ids that are left."""
         found = [r.id for r in self.store.releases.prunable(older_than_days * DAY_S, keep)]
         assert found == sorted(found, reverse=True)
         assert self.store.releases.delete(found) == found[::-1]

@@ -10,6 +10,7 @@ import pytest
 
 import releasectl as rc
 
+ROOT = Path(rc.__file__).parent
 SOURCE = Path(rc.__file__).read_text("utf-8")
 LINES = SOURCE.splitlines()
 MAX_LINES = 600
@@ -97,3 +98,13 @@ def test_the_banner_of_a_section_says_what_it_uses(section):
 def test_the_docstring_of_the_module_lists_the_sections_in_their_order():
     plan = (rc.__doc__ or "").partition("Sections")[2]
     assert re.findall(r"(?m)^    ([A-Z][A-Za-z ]*?)  ", plan) == ORDER
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("scripts/**/*.py")],
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_docstring_of_a_function_says_what_to_do_and_not_what_it_does(path):
+    functions = [node for node in ast.walk(ast.parse(path.read_text("utf-8")))
+                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+                 and not node.name.startswith("test_") and not node.decorator_list]  # nor what a fixture is
+    first = [(ast.get_docstring(node) or "").partition(" ")[0] for node in functions]
+    assert [word for word in first if re.fullmatch("[A-Z][a-z]+[^s]s", word)] == [], "PEP 257"

@@ -43,14 +43,14 @@ class Manager:
         self._sock.setblocking(False)
 
     def read(self) -> list[str]:
-        """Gives every message so far."""
+        """Return every message so far."""
         with contextlib.suppress(BlockingIOError):
             while True:
                 self.messages.append(self._sock.recv(4096).decode())
         return self.messages
 
     def statuses(self) -> list[str]:
-        """Gives the sentences that came with a sign of life."""
+        """Return the sentences that came with a sign of life."""
         return [m.partition("STATUS=")[2] for m in self.read() if m.startswith("WATCHDOG=1\n")]
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ def test_without_a_manager_that_listens_it_serves_all_the_same(service):
         serve.terminate()
         result = Cli.end(serve)
     assert result.code == 0
-    assert f"systemd could not be told READY=1: NOTIFY_SOCKET {service.folder}/nobody: no such file" in result.err
+    assert f"systemd: could not be told anything: NOTIFY_SOCKET {service.folder}/nobody: no such file" in result.err
 
 
 def test_who_is_ended_by_the_watchdog_tells_where_each_thread_was(service, manager):
@@ -160,7 +160,7 @@ def busy(sqlite_url, open_store, monkeypatch):
             eventually(lambda: "at work on release 1" in self.beats)
 
         def falls_silent(self) -> bool:
-            """Says whether no beat came in three turns of the loop."""
+            """Return whether no beat came in three turns of the loop."""
             scans = []
             monkeypatch.setattr(self.executor.store.claims, "scan", lambda: scans.append(len(self.beats)) or ([], []))
             eventually(lambda: len(scans) > 3)
@@ -210,7 +210,7 @@ def systemd_analyze(*arguments: str) -> str:
 
 
 def unit(name: str) -> configparser.ConfigParser:
-    """Gives the last value of each key of a unit."""
+    """Return the last value of each key of a unit."""
     parser = configparser.ConfigParser(interpolation=None, strict=False, comment_prefixes="#")
     parser.optionxform = str  # type: ignore[assignment]
     parser.read(UNITS / name)

@@ -74,7 +74,7 @@ def value(settings: rc.Settings, name: str) -> object:
 
 
 def refusal(values: dict[str, str], config: str = "", db: str = "") -> str:
-    """Gives the message with which settings are refused."""
+    """Return the message with which settings are refused."""
     with pytest.raises(rc.ConfigError) as caught:
         rc.Settings.load(values, config, db)
     assert caught.value.exit_code == 2

@@ -221,8 +221,8 @@ def with_already_applied_believed_at_a_first_try(patch):
 def with_order_by_target_alone(patch):
     """Two releases go to one node at the same time, the later one first."""
     runnable = rc.runnable
-    patch.setattr(rc, "runnable", lambda candidates, now="", freeze=rc.NO_FREEZE, *_: runnable(
-        candidates, now, freeze))
+    patch.setattr(rc, "runnable", lambda candidates, now, freeze, _: runnable(
+        candidates, now, freeze, lambda *_: False))
 
 
 def without_the_last_version(patch):
@@ -259,7 +259,7 @@ def with_deadlines_that_run_in_a_pause(patch):
 
 
 def with_a_second_look_that_never_ends(patch):
-    """Probes that alternate keep a release for ever."""
+    """A node whose probes alternate keeps a release for ever."""
     awaited = rc._awaited
     patch.setattr(rc, "_awaited", lambda nodes, stage, now, policy: awaited(
         nodes, stage, now, policy._replace(node_deadline_s=float("inf"))))

@@ -16,7 +16,7 @@ SOAK = rc.Strategy(soak_s=60)
 
 
 def lines_of(*found: str, batch: int = 1) -> list[rc.ReleaseNode]:
-    """Gives nodes 1, 2, ... of one batch in these statuses, and one pending node of the next."""
+    """Return nodes 1, 2, ... of one batch in these statuses, and one pending node of the next."""
     return [*(node(n, s, batch) for n, s in enumerate(found, 1)), node(len(found) + 1, batch=batch + 1)]
 
 
@@ -379,7 +379,7 @@ ALLOWED = {
 
 
 def in_state(store: rc.Store, status: str) -> rc.Release:
-    """Gives a release in a status, with a node that is success, one in flight and one pending."""
+    """Return a release in a status, with a node that is success, one in flight and one pending."""
     add_nodes(store, 3)
     made = new_release(store)
     found = ("success", "failed", "skipped") if status in rc.TERMINAL else ("success", "running", "pending")
@@ -493,7 +493,7 @@ def test_rule_10_a_retry_keeps_the_strategy_and_a_rollback_waits_for_nothing(sto
 # -- over real agents ------------------------------------------------------------------------------------------
 
 def drained(world, status: str, **fields) -> rc.Release:
-    """Runs a release until nothing is left to do; gives it in the status that it must have."""
+    """Run a release until nothing is left to do; return it in the status that it must have."""
     made = new_release(world.store, **fields)
     world.drain()
     after = world.store.releases.get(made.id)

@@ -21,7 +21,7 @@ def now_of(store: rc.Store) -> rc.Moment:
 
 
 def step(store: rc.Store, claim: rc.Claim, **more) -> rc.Decision:
-    """Reads, decides and commits once, as a driver does."""
+    """Read, decide and commit once, as a driver does."""
     now = now_of(store)
     release, nodes = store.claims.read_with_nodes(claim)
     decision = rc.decide(rc.Situation(release, rc.NodeIndex(rc.recover(n, now, POLICY) for n in nodes), now, POLICY,
@@ -31,7 +31,7 @@ def step(store: rc.Store, claim: rc.Claim, **more) -> rc.Decision:
 
 
 def finish(store: rc.Store, claim: rc.Claim, node_id: int, verdict: rc.Verdict = rc.Verdict("success")) -> None:  # noqa: B008
-    """Commits the end of one running node."""
+    """Commit the end of one running node."""
     now = now_of(store)
     release, nodes = store.claims.read_with_nodes(claim)
     nodes = [rc.recover(n, now, POLICY)._replace(verdict=verdict if n.node_id == node_id else None)
@@ -42,6 +42,17 @@ def finish(store: rc.Store, claim: rc.Claim, node_id: int, verdict: rc.Verdict =
 
 
 # -- rule 1: creation --------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("node_id", "before", "after"), [
+    (None, "success", "running"), (None, "pending", "success"), (1, "failed", "running"), (1, "skipped", "pending")])
+def test_a_change_of_a_status_that_is_no_transition_is_not_written(store, node_id, before, after):
+    add_nodes(store, 1)
+    release = new_release(store)
+    with pytest.raises(RuntimeError, match=f"no status {after} after {before}"), \
+            store.database.transaction(write=True) as tx:
+        rc.add_events(tx, tx.now(), "x", [rc.NewEvent(release.id, "changed", before, after, node_id=node_id)])
+    assert [event.event for event in store.releases.events(release.id)] == ["created"]
+
 
 def test_rule_1_versions_grow_and_the_nodes_are_those_enabled_and_online_by_id(store):
     nodes = add_nodes(store, 5)
@@ -150,7 +161,7 @@ def test_rule_2_the_lowest_version_of_a_target_goes_first(store):
 
 
 def two_on_one_address(store, protocol: str = "tasks") -> list[int]:
-    """Gives two releases for nodes of their own, the second of which a person moved to the first one's address."""
+    """Return two releases for nodes of their own, the second of which a person moved to the first one's address."""
     add_nodes(store, 2, protocol)
     ids = [new_release(store, target=target, node_ids=[number], payload={"websites": []}).id
            for number, target in enumerate(("cdn", "dns"), 1)]
@@ -337,9 +348,8 @@ def test_a_commit_without_nodes_is_known_by_every_column_of_its_release(store, n
 
 @pytest.mark.slow
 def test_thousands_of_nodes_are_written_in_one_transaction(store):
-    rows = [(f"n-{n}", f"10.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}", 8443, "tasks", "{}", 1, "online")
-            for n in range(2500)]
-    store.nodes.add_all(rows)
+    store.nodes.import_all([{"name": f"n-{n}", "main_ip": f"10.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}"}
+                            for n in range(2500)])
     release = new_release(store)
     claim = store.claims.claim(release.id, "a", 60)
     step(store, claim)
@@ -371,7 +381,7 @@ def test_a_release_that_was_paused_before_it_started_waits_again_after_resume(st
 
 
 def fail_first(store: rc.Store, **fields) -> rc.Release:
-    """Runs a release whose first node fails."""
+    """Run a release whose first node fails."""
     release = new_release(store, **fields)
     claim = store.claims.claim(release.id, "a", 30)
     assert claim
@@ -381,7 +391,7 @@ def fail_first(store: rc.Store, **fields) -> rc.Release:
 
 
 def succeed(store: rc.Store, **fields) -> rc.Release:
-    """Runs a release whose nodes all succeed."""
+    """Run a release whose nodes all succeed."""
     release = new_release(store, **fields)
     claim = store.claims.claim(release.id, "a", 30)
     assert claim
@@ -548,7 +558,7 @@ def test_sqlite_is_set_so_that_what_was_committed_survives_a_power_cut(sqlite_ur
 
 
 def test_no_statement_of_a_tick_scans_all_node_rows(sqlite_url, open_store):
-    """Looks at the plan of every statement that runs between a claim and the end of a release."""
+    """Look at the plan of every statement that runs between a claim and the end of a release."""
     store = open_store(sqlite_url)
     add_nodes(store, 3)
     asked = {}

@@ -12,13 +12,25 @@ from typing import Any
 
 import pytest
 from fake_agent import payload_sha256
-from lab import ADDRESSES, SITES, WaitingClient, add_nodes, eventually, new_release, nodes_of, outcomes, sql, statuses
+from lab import (
+    ADDRESSES,
+    SITES,
+    WaitingClient,
+    add_nodes,
+    beside,
+    eventually,
+    new_release,
+    nodes_of,
+    outcomes,
+    sql,
+    statuses,
+)
 
 import releasectl as rc
 
 
 def succeed(store: rc.Store, **fields) -> rc.Release:
-    """Gives a release that ended as a success, without agents."""
+    """Return a release that ended as a success, without agents."""
     made = new_release(store, **fields)
     sql(store, "UPDATE release_tasks SET status = 'success', started_at = created_at, finished_at = created_at "
                "WHERE id = ?", made.id)
@@ -185,11 +197,9 @@ def test_section_1_already_applied_is_not_believed_after_a_try_that_reached_no_a
     agent.set(**first_try)
     release = new_release(world.store, payload=SITES)
     executor = world.executor(AGENT_RETRIES=50)
-    loop = threading.Thread(target=executor.run_loop)
-    loop.start()
-    eventually(lambda: nodes_of(world.store, release)[0].attempts > 1)
-    executor.close()  # and another process takes the release over
-    loop.join(20)
+    with beside(executor.run_loop):
+        eventually(lambda: nodes_of(world.store, release)[0].attempts > 1)
+        executor.close()  # and another process takes the release over
     agent.set(mode="normal")
     world.drain(AGENT_RETRIES=50)
     assert outcomes(world.store, release)[0][:2] == ("failed", "rejected")
@@ -217,7 +227,7 @@ def test_rule_1_a_version_that_was_refused_for_its_payload_is_not_used_up(store)
 
 def test_rule_1_a_named_version_leaves_room_for_others(store):
     with pytest.raises(rc.AppError, match="must be a whole number from 1 to"):
-        rc.parse_version("version", rc.MAX_VERSION)
+        rc.parse_release_request({"version": rc.MAX_VERSION})
 
 
 def test_an_execute_agent_that_was_restarted_after_a_cut_is_believed_and_its_words_are_kept(sqlite_world):
@@ -346,11 +356,10 @@ def test_rule_2_a_drain_runs_a_release_that_was_given_a_later_version_after_the_
     world.nodes(1, task_ms=1200)
     ids = [new_release(world.store, strategy={"startAt": at} if at else {}).id
            for at in ("2999-01-01T00:00:00Z", "", "")]
-    runner = threading.Thread(target=world.drain)
-    runner.start()
-    eventually(lambda: world.agent(1).runs)
-    sql(world.store, "UPDATE release_tasks SET strategy = ? WHERE id = ?", '{"startAt":"2020-01-01T00:00:00Z"}', ids[0])
-    runner.join(30)
+    with beside(world.drain):
+        eventually(lambda: world.agent(1).runs)
+        sql(world.store, "UPDATE release_tasks SET strategy = ? WHERE id = ?",
+            '{"startAt":"2020-01-01T00:00:00Z"}', ids[0])
     assert [world.store.releases.get(i).status for i in ids] == ["success"] * 3
     assert [run["version"] for run in world.agent(1).runs] == [2, 3, 4]
 
@@ -401,11 +410,9 @@ def test_section_1_what_is_sent_again_is_our_own_id_whatever_the_agent_called_it
     agent = world.agent(1)
     agent.set(rename=True)
     release = new_release(world.store)
-    ticker = threading.Thread(target=world.drain)
-    ticker.start()
-    eventually(lambda: nodes_of(world.store, release)[0].task_id.startswith("agent-"))
-    agent.restart()
-    ticker.join(20)
+    with beside(world.drain):
+        eventually(lambda: nodes_of(world.store, release)[0].task_id.startswith("agent-"))
+        agent.restart()
     assert world.store.releases.get(release.id).status == "success"
     assert set(agent.run_counts) == {f"apply_config_{ADDRESSES[0]}_1_{release.tag}"}
 
@@ -427,9 +434,9 @@ def test_section_2_no_two_enabled_nodes_have_one_address(store, again):
 
 
 def test_section_2_an_import_with_one_address_twice_adds_nothing(store):
-    rows = [(f"edge-{n}", "10.0.0.7", 8443, "tasks", "{}", 1, "online") for n in (1, 2)]
+    rows = [{"name": f"edge-{n}", "main_ip": "10.0.0.7"} for n in (1, 2)]
     with pytest.raises(rc.AppError, match="node edge-1 has the address"):
-        store.nodes.add_all(rows)
+        store.nodes.import_all(rows)
     assert store.nodes.page().total == 0
 
 
@@ -545,7 +552,7 @@ POLICY = rc.Policy(retries=2, node_deadline_s=600.0, request_timeout_s=60.0, int
 
 
 def later(seconds: float, clock_set_s: float = 0.0) -> rc.Moment:
-    """Gives a moment later by all clocks; clock_set_s: the wall clock was set by so much meanwhile."""
+    """Return a moment later by all clocks; clock_set_s: the wall clock was set by so much meanwhile."""
     return rc.Moment(NOW.wall + seconds + clock_set_s, NOW.elapsed + seconds, NOW.boot)
 
 
@@ -724,7 +731,7 @@ def test_rule_9_a_node_whose_start_lies_ahead_has_no_longer_a_deadline_than_othe
 # -- a database that goes back -----------------------------------------------------------------------------------------
 
 def lose_newest_release(store: rc.Store) -> None:
-    """Does what a failover does that lost the last commits."""
+    """Do what a failover does that lost the last commits."""
     for table in ("release_events", "release_task_nodes"):
         sql(store, f"DELETE FROM {table} WHERE release_task_id = (SELECT MAX(id) FROM release_tasks)")
     sql(store, "DELETE FROM release_tasks WHERE id = (SELECT MAX(id) FROM release_tasks)")

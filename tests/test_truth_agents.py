@@ -28,6 +28,7 @@ from lab import (
     WaitingClient,
     accepted,
     add_nodes,
+    beside,
     envelope,
     eventually,
     executed,
@@ -77,7 +78,7 @@ def test_section_1_a_refusal_with_blanks_is_told_to_have_given_no_reason(sqlite_
 
 
 def release_to(sqlite_world, peer: Peer, protocol: str, **fields) -> rc.Release:
-    """Makes a release to a node whose agent is a peer, with the id that the peer's answers have."""
+    """Make a release to a node whose agent is a peer, with the id that the peer's answers have."""
     sqlite_world.store.nodes.add("edge-1", peer.host, peer.port, protocol)
     return new_release(sqlite_world.store, payload=SITES, strategy={"retries": 0}, **fields)
 
@@ -133,7 +134,7 @@ def pings(cli: Cli) -> dict[str, tuple[bool, str, str]]:
 
 
 def checked(cli: Cli) -> dict[str, tuple[bool, str]]:
-    """Gives what check finds of the nodes."""
+    """Return what check finds of the nodes."""
     result = cli("check", "--json")
     found = {name[5:]: what for name, what in findings(result).items() if name.startswith("node ")}
     assert result.code == (0 if all(ok for ok, _ in found.values()) else 69)
@@ -300,7 +301,7 @@ def sites(certs):
 
 
 def verified(world, sites: Sites, scheme: str = "http", url: str = "", **verify) -> rc.Release:
-    """Runs a release with a probe to its end."""
+    """Run a release with a probe to its end."""
     url = url or f"{scheme}://{{main_ip}}:{sites.port}/health?n={{name}}"
     release = new_release(world.store, strategy={"retries": 0, "verify": {"url": url, **verify}})
     world.drain()
@@ -382,11 +383,9 @@ def test_section_7_the_text_is_wanted_again_at_the_end_of_the_soak(sqlite_world,
     sites.body = b"build 7"
     release = new_release(sqlite_world.store, strategy={"retries": 0, "soakSec": 1, "verify": {
         "url": f"http://{{main_ip}}:{sites.port}/", "contains": "build 7"}})
-    runner = threading.Thread(target=sqlite_world.drain)
-    runner.start()
-    eventually(lambda: statuses(sqlite_world.store, release.id) == ["success", "pending"])
-    sites.body = b"build 6"  # somebody turned it back
-    runner.join(30)
+    with beside(sqlite_world.drain):
+        eventually(lambda: statuses(sqlite_world.store, release.id) == ["success", "pending"])
+        sites.body = b"build 6"  # somebody turned it back
     assert [found[:2] for found in outcomes(sqlite_world.store, release)] == [("failed", "verify"), ("skipped", "")]
 
 
@@ -457,7 +456,7 @@ def test_section_7_the_api_and_its_description_take_the_site_and_the_text(store)
 # -- certificates that are renewed ------------------------------------------------------------------------------------
 
 def issue(certs: Path, folder: Path, name: str, since_s: float, until_s: float) -> tuple[Path, Path]:
-    """Makes a pair of the CA that is valid from so many seconds from now on, until then; gives its files."""
+    """Make a pair of the CA that is valid from so many seconds from now on, until then; return its files."""
     folder.mkdir(exist_ok=True)
     key, request, config = folder / f"{name}.key", folder / "request", folder / "config"
     moment = [(datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=seconds)).strftime(
@@ -482,7 +481,7 @@ def issue(certs: Path, folder: Path, name: str, since_s: float, until_s: float) 
 
 
 def put(pair: tuple[Path, Path], cert: str, key: str) -> None:
-    """Renews a pair on the disk: the key first, each file in one go."""
+    """Renew a pair on the disk: the key first, each file in one go."""
     for source, target in ((pair[1], key), (pair[0], cert)):
         shutil.copy(source, f"{target}.new")
         Path(f"{target}.new").replace(target)
@@ -502,7 +501,7 @@ def bad_pair(request, certs, tmp_path):
 
 def not_taken(told) -> list[str]:
     messages = [record.getMessage() for record in told.records]
-    return [message for message in messages if "renewed certificate not taken yet" in message]
+    return [message for message in messages if message.startswith("renewed certificate: not taken yet")]
 
 
 def test_a_renewed_certificate_that_nobody_accepts_now_does_not_replace_the_good_one(
