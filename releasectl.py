@@ -6381,8 +6381,8 @@ class NodeTry(NamedTuple):
     finished_at: str | None
 
 
-# The drift of all nodes is counted anew after this many times what the last count took.
-_COUNT_REST = 50
+# The drift of all nodes is counted anew after this many times the CPU time that the last count took.
+_COUNT_REST = 20
 
 
 class Fleet:
@@ -6444,13 +6444,12 @@ class Fleet:
         with self._count_guard:
             if time.monotonic() < self._holds_until:
                 return self._counted
-            began = time.monotonic()
+            began = time.thread_time()
             with self._database.transaction() as tx:
                 found = levels(tx, [node for node in all_nodes(tx) if node.enabled])
             counts = collections.Counter(level.drift for level in found.values())
             self._counted = {drift: counts[drift] for drift in DRIFTS}
-            took_s = time.monotonic() - began
-            self._holds_until = began + (1 + _COUNT_REST) * took_s
+            self._holds_until = time.monotonic() + _COUNT_REST * (time.thread_time() - began)
             return self._counted
 
 
