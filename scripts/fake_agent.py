@@ -500,10 +500,6 @@ class Agent:
         """Forget the tasks, kill what runs, close the connections; applied version, content and sites stay."""
         self._fleet.call(self.apply_restart)
 
-    def finish(self) -> None:
-        """End every task now that was to take longer: its time is over."""
-        self._fleet.call(self.apply_finish)
-
     def clear_log(self) -> None:
         """Set the counters to 0 and empty the logs; what the agent remembers stays."""
         self._fleet.call(self.reset_log)
@@ -989,6 +985,14 @@ class Fleet:
                 agent.apply_behaviour(parsed)
 
         self.call(apply)
+
+    def finish(self) -> None:
+        """End every task now that was to take longer, on all agents at once: its time is over."""
+        def finish() -> None:
+            for agent in self.agents:
+                agent.apply_finish()
+
+        self.call(finish)
 
     def clear_log(self) -> None:
         """Set the counters of all agents to 0 and empty their logs."""

@@ -11,11 +11,14 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lab.sh"
 
 READY_WITHIN_S=60
+ENOUGH_MEMORY_MB=1024
 SOCKET_PATH_MAX=80 # of the 107 bytes that a socket's path may have, the rest is for its name
 
 usage() {
     cat <<'TEXT'
-usage: scripts/postgres.sh start [--durable] DIR   start a server, print its URL (again: the same server)
+usage: scripts/postgres.sh start [--durable|--in-memory] DIR
+                                                   start a server, print its URL (again: the same server);
+                                                   --in-memory: its data in /dev/shm, where that has 1 GB
        scripts/postgres.sh url DIR                 print the URL
        scripts/postgres.sh restart DIR             stop it if it runs, start it on the same port
        scripts/postgres.sh standby [--port N] PRIMARYDIR DIR
@@ -59,17 +62,22 @@ choose_owner() {
     fi
 }
 
+has_memory() {
+    [[ -w /dev/shm && $(df --output=avail --block-size=1M /dev/shm | tail -n 1) -ge $ENOUGH_MEMORY_MB ]]
+}
+
 # Makes a folder for the cluster and prints it.
-make_home() {
-    local home=$1
-    if [[ -n $OWNER || ${#home} -gt $SOCKET_PATH_MAX ]]; then
-        home=$(mktemp -d /tmp/releasectl-pg.XXXXXX)
+make_home() { # DIR KIND
+    local home=$1 parent=/tmp
+    if [[ $2 == --in-memory ]] && has_memory; then parent=/dev/shm home=""; fi
+    if [[ -z $home || -n $OWNER || ${#home} -gt $SOCKET_PATH_MAX ]]; then
+        home=$(mktemp -d "$parent/releasectl-pg.XXXXXX")
         [[ -z $OWNER ]] || chown "$OWNER" "$home"
     fi
     echo "$home"
 }
 
-write_settings() { # FILE SOCKET_FOLDER DURABLE
+write_settings() { # FILE SOCKET_FOLDER KIND
     cat >>"$1" <<TEXT
 
 # scripts/postgres.sh
@@ -79,7 +87,7 @@ max_connections = 200
 log_line_prefix = '%m [%p] '
 include_if_exists = 'port.conf'
 TEXT
-    [[ -n $3 ]] || printf 'fsync = off\nfull_page_writes = off\n' >>"$1"
+    [[ $3 == --durable ]] || printf 'fsync = off\nfull_page_writes = off\n' >>"$1"
 }
 
 # pg_ctl for this DIR; the server keeps the log open, so no pipe of our caller stays open with it.
@@ -101,7 +109,7 @@ open_dir() {
     cd / # the server's user may not be able to enter where we are
 }
 
-create_cluster() ( # DURABLE; a subshell, so that undo_start still speaks to our caller
+create_cluster() ( # KIND; a subshell, so that undo_start still speaks to our caller
     exec >>"$LOG" 2>&1
     "${RUN_AS[@]}" "$BIN/initdb" -D "$DATA" -U releasectl -A trust -E UTF8 --no-locale --no-sync
     write_settings "$DATA/postgresql.conf" "$HOME_DIR" "$1"
@@ -131,8 +139,8 @@ undo_start() {
 }
 
 start() {
-    local durable=""
-    [[ ${1:-} != --durable ]] || { durable=1; shift; }
+    local kind=""
+    case ${1:-} in --durable | --in-memory) kind=$1; shift ;; esac
     [[ $# == 1 ]] || { usage >&2; exit 2; }
     need_binaries
     choose_owner
@@ -142,19 +150,19 @@ start() {
         url
         return
     fi
-    new_dir "$1"
-    create_cluster "$durable"
+    new_dir "$1" "$kind"
+    create_cluster "$kind"
     start_on_free_port
     echo "$HOME_DIR" >"$DIR/cluster"
     url
 }
 
 # Sets DIR, LOG, HOME_DIR and DATA of a server that is to be; what fails from here on is undone.
-new_dir() {
+new_dir() { # DIR [KIND]
     mkdir -p "$1"
     DIR=$(readlink -f "$1") LOG=$(readlink -f "$1")/log
     : >"$LOG"
-    HOME_DIR=$(make_home "$DIR")
+    HOME_DIR=$(make_home "$DIR" "${2:-}")
     DATA=$HOME_DIR/data
     trap undo_start EXIT
     trap 'exit 130' INT TERM HUP

@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import py_compile
 import random
 import re
 import shutil
@@ -43,7 +44,7 @@ import releasectl as rc  # noqa: E402
 PROGRAM = str(ROOT / "releasectl.py")
 SCRIPTS = ROOT / "scripts"
 TIMEOUT_S = 60
-# How long a task takes that a test ends itself, by Agent.finish().
+# How long a task takes that a test ends itself, by Fleet.finish().
 FOREVER_MS = 600_000
 # Where agents listen; Linux has all of 127.0.0.0/8.
 ADDRESSES = [f"127.0.1.{n}" for n in range(1, 21)]
@@ -59,7 +60,7 @@ PORTS = range(10_000, 16_000)
 
 # -- waiting ---------------------------------------------------------------------------------
 
-def eventually(look: Callable[[], Any], within_s: float = 15.0, message: str = "") -> Any:
+def eventually(look: Callable[[], Any], within_s: float = 60.0, message: str = "") -> Any:
     """Return what look() returns as soon as it is true; fail with the last value it saw."""
     give_up_at = time.monotonic() + within_s
     while True:
@@ -86,6 +87,22 @@ class FakeClock(rc.Clock):
     def advance(self, seconds: float) -> None:
         self.now_wall += seconds
         self.now_elapsed += seconds
+
+
+class AheadClock(rc.Clock):
+    """The real clocks, until a test turns them on."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def wall(self) -> float:  # type: ignore[override]
+        return time.time() + self.ahead_s
+
+    def elapsed(self) -> float:  # type: ignore[override]
+        return rc.Clock.elapsed() + self.ahead_s
+
+    def advance(self, seconds: float) -> None:
+        self.ahead_s += seconds
 
 
 # -- databases -------------------------------------------------------------------------------
@@ -208,8 +225,8 @@ def mtls(certs: Path) -> dict[str, str]:
 
 def settings_for(url: str, certs_folder: Path | None = None, **overrides: object) -> rc.Settings:
     """Return settings for tests: quick intervals, mutual TLS with the folder's certificates."""
-    values = {"DATABASE_URL": url, "RELEASE_EXECUTOR_INTERVAL_SEC": "0.2", "AGENT_CONNECT_TIMEOUT_SEC": "2",
-              "AGENT_REQUEST_TIMEOUT_SEC": "3", "AGENT_CONCURRENCY": "16", "HTTP_ADDR": "127.0.0.1:0"}
+    values = {"DATABASE_URL": url, "RELEASE_EXECUTOR_INTERVAL_SEC": "0.2", "AGENT_CONNECT_TIMEOUT_SEC": "20",
+              "AGENT_REQUEST_TIMEOUT_SEC": "20", "AGENT_CONCURRENCY": "16", "HTTP_ADDR": "127.0.0.1:0"}
     if certs_folder is None:
         values["MTLS_ENABLED"] = "0"
     else:
@@ -336,14 +353,14 @@ class Peer:
             with contextlib.suppress(OSError):
                 if sock is not None:
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        self._thread.join(5)
+        self._thread.join(TIMEOUT_S)
         self.listener.close()
         assert not self._thread.is_alive(), "the thread of a peer does not end"
 
 
 def hang(peer: Peer, sock: socket.socket) -> None:
     """Take what comes, answer nothing."""
-    peer.stopped.wait(30)
+    peer.stopped.wait(TIMEOUT_S)
 
 
 def hang_after_request(peer: Peer, sock: socket.socket) -> None:
@@ -352,13 +369,12 @@ def hang_after_request(peer: Peer, sock: socket.socket) -> None:
 
 
 def drip(start: bytes, more: bytes) -> Callable[[Peer, Any], None]:
-    """Answer start at once, and more byte by byte, over and over, for 5 s."""
+    """Answer start at once, and more byte by byte, over and over."""
     def talk(peer: Peer, sock: socket.socket) -> None:
         if peer.tls is not None:
             peer.read_request(sock)
         sock.sendall(start)
-        give_up_at = time.monotonic() + 5
-        while time.monotonic() < give_up_at:
+        while True:
             for byte in more:
                 sock.sendall(bytes([byte]))
                 if peer.stopped.wait(DRIP_S):
@@ -440,11 +456,21 @@ class World:
         """Return the agent of edge-NUMBER."""
         return self.fleet.agent(ADDRESSES[number - 1])
 
+    def finish(self) -> None:
+        """End every task that runs now; those that begin later are quick."""
+        self.fleet.set(task_ms=20)
+        self.fleet.finish()
+
     def settings(self, **overrides: object) -> rc.Settings:
         return settings_for(self.url, self.certs, **overrides)
 
     def executor(self, **overrides: object) -> rc.Executor:
         return self._new_executor(self.store, self.settings(**overrides))
+
+    def advance(self, seconds: float) -> None:
+        """Turn on the clocks of those who work in this process."""
+        assert isinstance(self.store.clock, AheadClock)
+        self.store.clock.advance(seconds)
 
     def drain(self, **overrides: object) -> None:
         """Run an executor until nothing is left to do."""
@@ -471,11 +497,22 @@ class Result(NamedTuple):
         return json.loads(self.out)
 
 
+def compile_program(folder: Path) -> None:
+    """Make the module releasectl in a folder: a link to the program, and beside it what Python compiled of it.
+
+    Python compiles a script anew at each start, which is most of what a short command takes.
+    """
+    folder.mkdir()
+    (folder / "releasectl.py").symlink_to(PROGRAM)
+    py_compile.compile(f"{folder}/releasectl.py", doraise=True)
+
+
 class Cli:
     """Runs releasectl.py in a folder, with a database in it unless --db or a setting names another.
 
     store, world, certs and port are what a fixture that uses them has made for it.
     """
+    compiled = ""  # the folder of compile_program(), which conftest.py calls
     store: rc.Store
     world: World
     certs: Path
@@ -489,11 +526,13 @@ class Cli:
     @property
     def environment(self) -> dict[str, str]:
         inherited = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
-        return {**inherited, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(self.folder), **self.settings}
+        path = {"PYTHONPATH": self.compiled} if self.compiled else {}
+        return {**inherited, **path, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(self.folder), **self.settings}
 
     def start(self, *arguments: object, **streams: Any) -> subprocess.Popen[str]:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-        return subprocess.Popen([*self.prefix, sys.executable, PROGRAM, *map(str, arguments)], text=True,
+        program = ("-m", "releasectl") if self.compiled else (PROGRAM,)
+        return subprocess.Popen([*self.prefix, sys.executable, *program, *map(str, arguments)], text=True,
                                 cwd=self.folder, env=self.environment, **pipes)
 
     def __call__(self, *arguments: object, stdin: str | None = None) -> Result:
@@ -598,9 +637,9 @@ def answers(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def serve_process(cli: Cli) -> Iterator[subprocess.Popen[str]]:
+def serve_process(cli: Cli, **streams: Any) -> Iterator[subprocess.Popen[str]]:
     """Start `serve` and wait until it answers; kill it at the end."""
-    process = cli.start("serve")
+    process = cli.start("serve", **streams)
     try:
         eventually(lambda: answers(cli.port), message="serve does not answer")
         yield process
@@ -717,8 +756,8 @@ class Client:
     def connect(self) -> HTTPConnection:
         host, port = self.address
         if self.context:
-            return HTTPSConnection(host, port, timeout=10, context=self.context)
-        return HTTPConnection(host, port, timeout=10)
+            return HTTPSConnection(host, port, timeout=TIMEOUT_S, context=self.context)
+        return HTTPConnection(host, port, timeout=TIMEOUT_S)
 
     def __call__(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
         """Send a body as JSON when it is not bytes already; check that the code has its HTTP status."""
@@ -746,7 +785,7 @@ class Client:
 
     def raw(self, request: bytes) -> bytes:
         """Send bytes as they are, and return all that comes until the server closes."""
-        with socket.create_connection(self.address, timeout=10) as connection:
+        with socket.create_connection(self.address, timeout=TIMEOUT_S) as connection:
             connection.sendall(request)
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(65536), b""))
@@ -789,7 +828,7 @@ OPERATOR = {"Authorization": "Bearer operator-secret"}
 
 @contextlib.contextmanager
 def connected(client: Client, source: str = "127.0.0.1", sent: bytes = b"") -> Iterator[socket.socket]:
-    with socket.create_connection(client.address, timeout=10, source_address=(source, 0)) as sock:
+    with socket.create_connection(client.address, timeout=TIMEOUT_S, source_address=(source, 0)) as sock:
         if sent:
             sock.sendall(sent)
         yield sock

@@ -568,7 +568,7 @@ def test_head_answers_as_get_does_without_the_body(refusing, path):
 
 def test_a_client_that_waits_for_100_continue_gets_it(lite):
     add_nodes(lite.store, 1)
-    with socket.create_connection(lite.address, timeout=10) as connection:
+    with socket.create_connection(lite.address, timeout=60) as connection:
         connection.sendall(b"POST /api/v1/releases HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                            b"Content-Length: 2\r\nExpect: 100-continue\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
@@ -724,7 +724,7 @@ def test_with_a_certificate_the_api_speaks_https(new_https):
 
 def test_an_https_answer_ends_with_the_goodbye_of_tls(new_https):
     client = new_https()
-    with socket.create_connection(client.address, timeout=10) as plain, \
+    with socket.create_connection(client.address, timeout=60) as plain, \
             client.context.wrap_socket(plain, server_hostname=ADDRESSES[0], suppress_ragged_eofs=False) as connection:
         connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         raw = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -733,8 +733,8 @@ def test_an_https_answer_ends_with_the_goodbye_of_tls(new_https):
 
 def test_who_does_not_speak_tls_holds_up_nobody(new_https):
     client = new_https()
-    with socket.create_connection(client.address, timeout=10), \
-            socket.create_connection(client.address, timeout=10) as plain:
+    with socket.create_connection(client.address, timeout=60), \
+            socket.create_connection(client.address, timeout=60) as plain:
         plain.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
         assert client.code("GET", "/healthz") == 0
 

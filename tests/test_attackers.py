@@ -194,7 +194,7 @@ def test_without_tokens_readyz_tells_no_proxy_why(open_house, tmp_path):
 
 def test_who_hangs_up_learns_nothing_and_gains_nothing(new_server, monkeypatch):
     """Else one would hang up on whatever is not answered at once, and try the next token."""
-    monkeypatch.setattr(rc, "FIRST_DELAY_S", 0.5)
+    monkeypatch.setattr(rc, "FIRST_DELAY_S", 2.0)
     client = new_server()
     client.token = "wrong"
     for _ in range(rc.FREE_ATTEMPTS):
@@ -211,10 +211,10 @@ def test_who_hangs_up_learns_nothing_and_gains_nothing(new_server, monkeypatch):
     assert looked_at == []
     client.token, started = "operator-secret", time.monotonic()
     assert client.code("GET", "/api/v1/nodes") == 0
-    assert 0.4 < time.monotonic() - started < 5
+    assert 1.5 < time.monotonic() - started < 30
     started = time.monotonic()
     assert client.code("GET", "/api/v1/nodes") == 0  # from now on it does not wait for others' bad ones
-    assert time.monotonic() - started < 0.4
+    assert time.monotonic() - started < 1.5
 
 
 def test_bad_tokens_at_the_same_time_wait_for_each_other(new_server, monkeypatch):
@@ -403,7 +403,7 @@ def test_few_wait_for_their_turn_to_read_a_whole_release_and_operators_go_first(
     eventually(lambda: reads._waiting[rc.OPERATOR] == 1)
     reads.release(0.2)
     for thread in (*threads, operator):
-        thread.join(20)
+        thread.join(60)
     assert [status for _, status in read] == [429] * 6 + [200] * 5
     assert taken == [rc.OPERATOR] + [rc.VIEWER] * 4
 
@@ -412,13 +412,13 @@ def test_the_rest_after_a_whole_reading_holds_for_who_hangs_up(new_server, monke
     client = new_server()
     large_release(client)
     monkeypatch.setattr(rc, "WHOLE_READ_REST", 10**6)
-    monkeypatch.setattr(rc, "MAX_WHOLE_READ_REST_S", 1.0)
+    monkeypatch.setattr(rc, "MAX_WHOLE_READ_REST_S", 3.0)
     client.server.api._is_busy = lambda: True
     client.token, started = "viewer-secret", time.monotonic()
     assert client.code("GET", "/api/v1/releases/1") == 0
-    assert time.monotonic() - started < 0.9  # who reads is answered at once
+    assert time.monotonic() - started < 2.7  # who reads is answered at once
     assert client.code("GET", "/api/v1/releases/1") == 0
-    assert time.monotonic() - started > 0.9  # the next one waits
+    assert time.monotonic() - started > 2.7  # the next one waits
 
 
 # -- revocation (item 14) --------------------------------------------------------------------------

@@ -501,7 +501,7 @@ def test_75_when_a_drain_was_told_to_end_before_its_release_was_at_its_end(fleet
     drain = fleet_cli.start("run-once", "--drain")
     eventually(lambda: statuses(fleet_cli.world.store, release.id)[0] == "running")
     drain.send_signal(signal.SIGTERM)
-    _, said = drain.communicate(timeout=30)
+    _, said = drain.communicate(timeout=60)
     assert drain.returncode == 75
     assert "releases that have not ended: 1: try later" in said
     assert fleet_cli.world.store.releases.get(release.id).claim_expires_at is None
@@ -519,7 +519,7 @@ def test_a_signal_that_interrupts_who_holds_a_lock_still_stops():
         rc._handle_signals(stop, lambda: None)
         with lock:
             os.kill(os.getpid(), signal.SIGTERM)
-        assert stopped.wait(10)
+        assert stopped.wait(60)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -537,7 +537,7 @@ def test_a_process_takes_as_many_descriptors_as_the_host_allows(fleet_cli):
     eventually(lambda: statuses(fleet_cli.world.store, release.id)[0] == "running")
     assert resource.prlimit(drain.pid, resource.RLIMIT_NOFILE) == (before[1], before[1])
     drain.terminate()
-    drain.communicate(timeout=30)
+    drain.communicate(timeout=60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

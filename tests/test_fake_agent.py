@@ -274,7 +274,7 @@ def test_a_test_ends_a_task_itself(fleet: Fleet, certs: Path, number: int) -> No
     client.start()
     eventually(lambda: agent.dispatches)
     assert agent.applied_version == 0
-    agent.finish()
+    fleet.finish()
     client.join()
     assert [run["outcome"] for run in agent.runs] == ["success"]
     assert (agent.applied_version, agent.in_flight) == (42, 0)

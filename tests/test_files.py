@@ -175,7 +175,7 @@ def test_with_tokens_that_are_opened_under_a_running_serve_nobody_is_let_in(cli)
         request = urllib.request.Request(f"http://127.0.0.1:{cli.port}/api/v1/nodes",
                                          headers={"Authorization": f"Bearer {token}"})
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             with error:
@@ -303,10 +303,10 @@ def test_the_api_tells_a_path_that_is_no_utf_8(cli):
     cli.settings.update(DATABASE_URL=f"sqlite:///{folder}/r.db", MTLS_ENABLED="0", HTTP_ADDR=f"127.0.0.1:{cli.port}")
     with serve_process(cli):
         shutil.rmtree(folder)
-        with urllib.request.urlopen(f"http://127.0.0.1:{cli.port}/api/v1/health", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{cli.port}/api/v1/health", timeout=60) as answer:
             assert "caf" in json.load(answer)["data"]["database"]["message"]
         with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(f"http://127.0.0.1:{cli.port}/api/v1/releases", timeout=10)
+            urllib.request.urlopen(f"http://127.0.0.1:{cli.port}/api/v1/releases", timeout=60)
         with caught.value as answer:
             assert (answer.code, json.load(answer)["code"]) == (503, 5002)
 

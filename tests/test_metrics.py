@@ -407,7 +407,7 @@ def test_serve_gives_the_certificates_and_the_ticks_of_its_own_process(fleet_cli
     try:
         eventually(lambda: fleet_cli.world.store.releases.get(1).status == "success")
         def seen() -> dict[tuple[str, ...], float]:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
                 return parse(answer.read().decode())
         eventually(lambda: seen()["releasectl_last_tick_timestamp_seconds",] > 0)
         found = seen()

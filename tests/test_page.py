@@ -288,13 +288,13 @@ def test_without_its_file_the_page_is_404_with_what_is_missing_and_all_else_work
         dashboard_file.write_bytes(content)
     daemon = Daemon(sqlite_world.store, settings_for(sqlite_world.url))
     try:
-        with pytest.raises(urllib.error.HTTPError) as refused, urllib.request.urlopen(daemon.url, timeout=10):
+        with pytest.raises(urllib.error.HTTPError) as refused, urllib.request.urlopen(daemon.url, timeout=60):
             pass
         assert (refused.value.code, refused.value.headers["Content-Type"]) == (404, "application/json")
         assert json.load(refused.value) == {"code": 3001, "message": f"no dashboard: {reason}", "data": None}
         refused.value.close()
         for path in ("readyz", "api/v1/health", "openapi.json"):
-            with urllib.request.urlopen(daemon.url + path, timeout=10) as answer:
+            with urllib.request.urlopen(daemon.url + path, timeout=60) as answer:
                 assert answer.status == 200, path
     finally:
         daemon.stop()

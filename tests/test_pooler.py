@@ -57,7 +57,7 @@ def new_pooler(tmp_path_factory, new_postgres_url):
     yield start
     for process in started:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def drains(world, url: str, count: int) -> list[subprocess.Popen]:

@@ -23,6 +23,7 @@ import pytest
 from conftest import leave_out
 from lab import (
     ADDRESSES,
+    FOREVER_MS,
     PROGRAM,
     TIMEOUT_S,
     Cli,
@@ -117,14 +118,15 @@ def test_a_payload_from_a_closed_standard_input_is_refused_in_one_line(cli):
 # -- signals -----------------------------------------------------------------------------------
 
 def test_no_signal_but_one_to_stop_ends_serve_or_what_it_is_at(fleet_cli):
-    fleet_cli.world.agent(1).set(task_ms=1500)
+    fleet_cli.world.agent(1).set(task_ms=FOREVER_MS)
     with serve_process(fleet_cli) as serve:
         release = new_release(fleet_cli.world.store)
-        eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "running")
+        eventually(lambda: fleet_cli.world.runs() == [1, 0, 0])
         for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF,
                        signal.SIGIO, signal.SIGPWR, signal.SIGRTMIN, signal.SIGRTMAX):
             serve.send_signal(number)
             time.sleep(0.05)
+        fleet_cli.world.finish()
         eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "success")
         serve.terminate()
         assert Cli.end(serve).code == 0
@@ -144,11 +146,12 @@ def test_what_else_would_kill_is_a_clean_stop(fleet_cli, number):
 
 
 def test_a_drain_survives_the_terminal_that_goes(fleet_cli):
-    fleet_cli.world.agent(1).set(task_ms=1000)
+    fleet_cli.world.agent(1).set(task_ms=FOREVER_MS)
     release = new_release(fleet_cli.world.store)
     drain = fleet_cli.start("run-once", "--drain")
-    eventually(lambda: fleet_cli.world.store.releases.get(release.id).status == "running")
+    eventually(lambda: fleet_cli.world.runs() == [1, 0, 0])
     drain.send_signal(signal.SIGHUP)
+    fleet_cli.world.finish()
     result = Cli.end(drain)
     assert (result.code, fleet_cli.world.store.releases.get(release.id).status) == (0, "success")
     assert "SIGHUP: read again: certificate for agents; " in result.err
@@ -197,22 +200,27 @@ def test_a_vanished_notify_socket_is_told_once_each_time(fleet_cli, tmp_path):
     fleet_cli.settings.update(NOTIFY_SOCKET=path, RELEASE_EXECUTOR_INTERVAL_SEC="0.1")
     manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     manager.bind(path)
-    with contextlib.closing(manager), serve_process(fleet_cli) as serve:
+    log = tmp_path / "log"
+
+    def told() -> int:
+        return log.read_text().count("systemd could not be told")
+
+    with contextlib.closing(manager), open(log, "w") as stream, serve_process(fleet_cli, stderr=stream) as serve:
         os.rename(path, path + ".away")
-        time.sleep(1)
+        eventually(lambda: told() == 1)
         manager.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while manager.recv(4096):
                 pass
         os.rename(path + ".away", path)
-        manager.settimeout(10)
+        manager.settimeout(60)
         assert manager.recv(4096).startswith(b"WATCHDOG=1")
         os.rename(path, path + ".away")
-        time.sleep(1)
+        eventually(lambda: told() == 2)
+        time.sleep(1)  # ten times a second it is tried again
         serve.terminate()
-        result = Cli.end(serve)
-    told = [line for line in result.err.splitlines() if "systemd could not be told" in line]
-    assert (result.code, len(told)) == (0, 2)
+        assert serve.wait(TIMEOUT_S) == 0
+    assert told() == 2
 
 
 # -- names with several addresses --------------------------------------------------------------
@@ -247,8 +255,11 @@ def name_of(monkeypatch):
     return give
 
 
-def agents_for(sqlite_url: str, certs) -> rc.AgentClient:
-    return rc.AgentClient(settings_for(sqlite_url, certs, AGENT_CONNECT_TIMEOUT_SEC=2,
+WELL_BELOW_A_MINUTE_S = 30.0
+
+
+def agents_for(sqlite_url: str, certs, connect_s: float = 60.0) -> rc.AgentClient:
+    return rc.AgentClient(settings_for(sqlite_url, certs, AGENT_CONNECT_TIMEOUT_SEC=connect_s,
                                        AGENT_TLS_SERVER_NAME="agent.test"))
 
 
@@ -260,38 +271,38 @@ def test_a_dead_address_does_not_use_up_the_time_of_the_next(sqlite_url, certs, 
         client._server_name = ADDRESSES[0]
         began = time.monotonic()
         assert "answers as a tasks agent" in client.ping(rc.Address("edge.test", 443, "tasks")).message
-        assert count * rc.NEXT_ADDRESS_S <= time.monotonic() - began < 1.8
+        assert count * rc.NEXT_ADDRESS_S <= time.monotonic() - began < WELL_BELOW_A_MINUTE_S
 
 
 def test_where_the_first_answers_no_other_is_tried(sqlite_url, certs, new_fleet, dead, name_of, monkeypatch):
-    monkeypatch.setattr(rc, "NEXT_ADDRESS_S", 1.5)
+    monkeypatch.setattr(rc, "NEXT_ADDRESS_S", 60.0)
     agent = new_fleet(1).agent(ADDRESSES[0])
     name_of((ADDRESSES[0], agent.port), dead)
     with contextlib.closing(agents_for(sqlite_url, certs)) as client:
         client._server_name = ADDRESSES[0]
         began = time.monotonic()
         client.ping(rc.Address("edge.test", 443, "tasks"))
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < WELL_BELOW_A_MINUTE_S
 
 
 def test_after_one_that_refuses_the_next_is_tried_at_once(sqlite_url, certs, new_fleet, name_of, monkeypatch):
-    monkeypatch.setattr(rc, "NEXT_ADDRESS_S", 1.5)
+    monkeypatch.setattr(rc, "NEXT_ADDRESS_S", 60.0)
     agent = new_fleet(1).agent(ADDRESSES[0])
     name_of((ADDRESSES[18], free_port()), (ADDRESSES[17], free_port()), (ADDRESSES[0], agent.port))
     with contextlib.closing(agents_for(sqlite_url, certs)) as client:
         client._server_name = ADDRESSES[0]
         began = time.monotonic()
         client.ping(rc.Address("edge.test", 443, "tasks"))
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < WELL_BELOW_A_MINUTE_S
 
 
 def test_when_none_answers_all_tries_end_at_the_connect_timeout(sqlite_url, certs, dead, name_of):
     name_of(dead, (ADDRESSES[17], free_port()), dead)
     descriptors = len(os.listdir("/proc/self/fd"))
-    with contextlib.closing(agents_for(sqlite_url, certs)) as client:
+    with contextlib.closing(agents_for(sqlite_url, certs, 2.0)) as client:
         began = time.monotonic()
         outcome = client.ping(rc.Address("edge.test", 443, "tasks"))
-        assert 1.9 < time.monotonic() - began < 2.6
+        assert 1.9 < time.monotonic() - began < WELL_BELOW_A_MINUTE_S
         assert (outcome.error_kind, outcome.result) == (rc.UNREACHABLE, rc.UNSENT)
         assert "did not take a connection within 2 s" in outcome.message
         name_of((ADDRESSES[18], free_port()), (ADDRESSES[17], free_port()))
@@ -315,10 +326,10 @@ def test_a_probe_too_goes_to_the_address_that_answers(sqlite_url, dead, name_of)
         thread.start()
         began = time.monotonic()
         assert verify
-        outcome = rc.run_coroutine(client.probe("edge.test", verify, "http://edge.test:80/", 5.0))
+        outcome = rc.run_coroutine(client.probe("edge.test", verify, "http://edge.test:80/", 60.0))
         assert outcome == rc.Outcome(rc.PROBE, rc.SUCCESS)
         thread.join()
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < WELL_BELOW_A_MINUTE_S
         client.close()
 
 
@@ -332,7 +343,7 @@ def test_a_name_leads_nowhere_where_a_node_may_not_be(sqlite_url, certs, name_of
         outcome = client.ping(rc.Address("edge.test", 443, "tasks"))
         assert outcome.error_kind == rc.UNREACHABLE
         assert "can't be reached: its name leads to " in outcome.message
-        probed = rc.run_coroutine(client.probe("edge.test", verify, "http://edge.test:80/", 5.0))
+        probed = rc.run_coroutine(client.probe("edge.test", verify, "http://edge.test:80/", 60.0))
         assert "its name leads to" in probed.message
 
 
@@ -364,7 +375,7 @@ def test_readyz_stays_ready_and_the_log_names_a_claim_that_lies_ahead_once(ahead
     with serve_process(ahead) as serve:
         for _ in range(3):
             time.sleep(rc.READY_CHECK_EVERY_S)
-            with urllib.request.urlopen(f"http://127.0.0.1:{ahead.port}/readyz", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{ahead.port}/readyz", timeout=60) as answer:
                 assert answer.status == 200
         serve.terminate()
         result = Cli.end(serve)

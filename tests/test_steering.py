@@ -6,7 +6,7 @@ import itertools
 import threading
 
 import pytest
-from lab import ADDRESSES, add_nodes, assert_books_balance, eventually, free_port, new_release, statuses
+from lab import ADDRESSES, FOREVER_MS, add_nodes, assert_books_balance, eventually, free_port, new_release, statuses
 from test_decision import NOW, POLICY, decide, failed_verdict, later, moves, node, outcome, release, running, sends
 
 import releasectl as rc
@@ -521,7 +521,7 @@ def test_on_exceed_pause_then_accept_goes_on_to_partial(world):
 
 
 def test_on_exceed_pause_then_accept_while_its_executor_still_follows_nodes(world):
-    world.nodes(3, task_ms=1500)
+    world.nodes(3, task_ms=FOREVER_MS)
     world.agent(1).set(outcome="failed", task_ms=10)
     made = new_release(world.store, strategy={"batches": [2], "onExceed": "pause"})
     executor = world.executor()
@@ -529,6 +529,7 @@ def test_on_exceed_pause_then_accept_while_its_executor_still_follows_nodes(worl
     eventually(lambda: world.store.releases.get(made.id).status == "paused")
     world.store.releases.act("resume", made.id, "anna", accept_failures=True)
     executor.nudge()
+    world.finish()
     assert eventually(lambda: world.store.releases.get(made.id).is_terminal)
     assert statuses(world.store, made.id) == ["failed", "success", "success"]
 
@@ -556,24 +557,33 @@ def test_pause_after_each_batch_waits_for_a_person_each_time(world):
 
 def test_a_soak_lies_between_the_batches_also_over_ticks(world):
     world.nodes(2)
-    made = new_release(world.store, strategy={"soakSec": 1})
+    made = new_release(world.store, strategy={"soakSec": 600})
     world.executor().tick()
     between = world.store.releases.get(made.id)
     assert between.status_reason == f"soaking after batch 1 until {between.soak_until}"
+    world.executor().tick()
+    assert statuses(world.store, made.id) == ["success", "pending"]
+    world.advance(600)
     eventually(lambda: world.executor().tick() and world.store.releases.get(made.id).is_terminal)
     nodes = world.store.releases.with_nodes(made.id)[1]
-    assert rc.epoch_of(nodes[1].started_at) >= rc.epoch_of(nodes[0].finished_at) + 0.99
+    assert rc.epoch_of(nodes[1].started_at) >= rc.epoch_of(nodes[0].finished_at) + 599.99
 
 
 def test_retries_and_deadline_of_a_strategy_are_the_releases_own(world):
-    world.nodes(1, task_ms=60_000)
-    made = drained(world, "failed", strategy={"nodeDeadlineSec": 1, "retries": 0})
+    world.nodes(1, task_ms=FOREVER_MS)
+    made = new_release(world.store, strategy={"nodeDeadlineSec": 100, "retries": 0})
+    drain = threading.Thread(target=lambda: world.drain(CLAIM_TTL_SEC=3600))
+    drain.start()
+    eventually(lambda: world.agent(1).queries)
+    world.advance(100)
+    drain.join(60)
+    assert world.store.releases.get(made.id).status == "failed"
     assert world.store.releases.with_nodes(made.id)[1][0].error_kind == "deadline"
 
 
 def test_a_release_does_not_start_before_its_time(world):
     world.nodes(1)
-    start = rc.utc_text(world.store.clock.wall() + 1.5)
+    start = rc.utc_text(world.store.clock.wall() + 3)
     made = new_release(world.store, strategy={"startAt": start})
     world.executor().drain()
     assert world.store.releases.get(made.id).status == "pending"
@@ -591,12 +601,13 @@ def test_a_start_time_in_the_past_starts_at_once_and_holds_nobody_up(world, star
 
 
 def test_a_freeze_in_the_middle_of_a_release_stops_it_and_its_end_sets_it_going(world):
-    world.nodes(2, task_ms=300)
+    world.nodes(2, task_ms=FOREVER_MS)
     made = new_release(world.store)
     executor = world.executor()
     executor.claim_runnable([], is_tick=False)
     eventually(lambda: statuses(world.store, made.id)[0] == "running")
     world.store.releases.set_freeze(True, "anna", "holidays")
+    world.finish()
     eventually(lambda: world.store.releases.get(made.id).status_reason == "frozen: holidays"
                and world.store.releases.get(made.id).claim_expires_at is None)
     assert statuses(world.store, made.id) == ["success", "pending"]
@@ -609,19 +620,20 @@ def test_a_freeze_in_the_middle_of_a_release_stops_it_and_its_end_sets_it_going(
 def test_a_freeze_fails_no_node_that_waits_to_be_sent_its_task_again(world):
     world.nodes(1, task_ms=10)
     world.store.nodes.update(1, {"agent_port": 1})
-    made = new_release(world.store, strategy={"nodeDeadlineSec": 1.5, "retries": 100})
-    executor = world.executor()
+    made = new_release(world.store, strategy={"nodeDeadlineSec": 100, "retries": 100})
+    executor = world.executor(CLAIM_TTL_SEC=3600)
     executor.claim_runnable([], is_tick=False)
     eventually(lambda: world.store.releases.with_nodes(made.id)[1][0].status == "running")
     world.store.releases.set_freeze(True, "anna", "holidays")
+    world.advance(150)
     since = world.store.clock.elapsed()
-    eventually(lambda: world.store.clock.elapsed() > since + 2.5)
+    eventually(lambda: world.store.clock.elapsed() > since + 0.6)  # three intervals
     assert world.store.releases.get(made.id).status == "running"
     world.store.releases.act("cancel --force", made.id, "anna")
 
 
 def test_failures_accepted_between_two_looks_of_an_executor_elsewhere_are_noticed(world):
-    world.nodes(3, task_ms=400)
+    world.nodes(3, task_ms=FOREVER_MS)
     world.agent(1).set(outcome="failed", task_ms=10)
     made = new_release(world.store, strategy={"batches": [3], "maxFailed": 1, "maxParallel": 2, "onExceed": "pause"})
     executor = world.executor(RELEASE_EXECUTOR_INTERVAL_SEC=0.5)
@@ -629,7 +641,8 @@ def test_failures_accepted_between_two_looks_of_an_executor_elsewhere_are_notice
     eventually(lambda: world.store.releases.get(made.id).failed_nodes == 1)
     world.store.releases.act("pause", made.id, "anna")
     world.store.releases.act("resume", made.id, "anna", accept_failures=True)
-    world.agent(3).set(outcome="failed", task_ms=10)
+    world.agent(3).set(outcome="failed")
+    world.finish()
     assert eventually(lambda: world.store.releases.get(made.id).is_terminal)
     assert world.store.releases.get(made.id).status == "partial"
 
@@ -695,7 +708,7 @@ def web():
     yield Web()
     for server, thread in servers:
         server.shutdown()
-        thread.join()
+        thread.join(60)
         server.server_close()
 
 

@@ -12,7 +12,19 @@ from typing import Any
 
 import pytest
 from fake_agent import payload_sha256
-from lab import ADDRESSES, SITES, WaitingClient, add_nodes, eventually, new_release, nodes_of, outcomes, sql, statuses
+from lab import (
+    ADDRESSES,
+    FOREVER_MS,
+    SITES,
+    WaitingClient,
+    add_nodes,
+    eventually,
+    new_release,
+    nodes_of,
+    outcomes,
+    sql,
+    statuses,
+)
 
 import releasectl as rc
 
@@ -184,14 +196,16 @@ def test_section_1_already_applied_is_not_believed_after_a_try_that_reached_no_a
     agent.set(applied_version=1)  # another database brought it there
     agent.set(**first_try)
     release = new_release(world.store, payload=SITES)
-    executor = world.executor(AGENT_RETRIES=50)
+    # a take-over waits for as long as a request may take
+    limits = {"AGENT_RETRIES": 50, "AGENT_CONNECT_TIMEOUT_SEC": 2, "AGENT_REQUEST_TIMEOUT_SEC": 3}
+    executor = world.executor(**limits)
     loop = threading.Thread(target=executor.run_loop)
     loop.start()
     eventually(lambda: nodes_of(world.store, release)[0].attempts > 1)
     executor.close()  # and another process takes the release over
-    loop.join(20)
+    loop.join(60)
     agent.set(mode="normal")
-    world.drain(AGENT_RETRIES=50)
+    world.drain(**limits)
     assert outcomes(world.store, release)[0][:2] == ("failed", "rejected")
     assert world.runs() == [0]
 
@@ -343,14 +357,15 @@ def test_rule_2_a_release_that_was_given_a_later_version_goes_behind_those_that_
 
 
 def test_rule_2_a_drain_runs_a_release_that_was_given_a_later_version_after_the_others(world):
-    world.nodes(1, task_ms=1200)
+    world.nodes(1, task_ms=FOREVER_MS)
     ids = [new_release(world.store, strategy={"startAt": at} if at else {}).id
            for at in ("2999-01-01T00:00:00Z", "", "")]
     runner = threading.Thread(target=world.drain)
     runner.start()
     eventually(lambda: world.agent(1).runs)
     sql(world.store, "UPDATE release_tasks SET strategy = ? WHERE id = ?", '{"startAt":"2020-01-01T00:00:00Z"}', ids[0])
-    runner.join(30)
+    world.finish()
+    runner.join(60)
     assert [world.store.releases.get(i).status for i in ids] == ["success"] * 3
     assert [run["version"] for run in world.agent(1).runs] == [2, 3, 4]
 
@@ -397,15 +412,16 @@ def test_rule_2_a_release_whose_time_came_first_keeps_its_version(store):
 # -- the id that is sent again -----------------------------------------------------------------------------------
 
 def test_section_1_what_is_sent_again_is_our_own_id_whatever_the_agent_called_its_task(world):
-    world.nodes(1, task_ms=400)
+    world.nodes(1, task_ms=FOREVER_MS)
     agent = world.agent(1)
     agent.set(rename=True)
     release = new_release(world.store)
     ticker = threading.Thread(target=world.drain)
     ticker.start()
     eventually(lambda: nodes_of(world.store, release)[0].task_id.startswith("agent-"))
+    agent.set(task_ms=20)
     agent.restart()
-    ticker.join(20)
+    ticker.join(60)
     assert world.store.releases.get(release.id).status == "success"
     assert set(agent.run_counts) == {f"apply_config_{ADDRESSES[0]}_1_{release.tag}"}
 
@@ -513,9 +529,9 @@ def go_on(store: rc.Store, how: str, release: rc.Release) -> None:
 @pytest.mark.parametrize("how", ["pause", "freeze"])
 @pytest.mark.parametrize("restarted", [False, True], ids=["one process", "another process"])
 def test_section_7_a_hold_uses_up_no_deadline_of_a_node_whose_agent_was_restarted(world, how, restarted):
-    world.nodes(1, task_ms=60_000)
+    world.nodes(1, task_ms=FOREVER_MS)
     release = new_release(world.store)
-    executor = world.executor(NODE_DEADLINE_SEC=2.5)
+    executor = world.executor(CLAIM_TTL_SEC=3600)
     loop = threading.Thread(target=executor.run_loop)
     loop.start()
     eventually(lambda: world.agent(1).runs)
@@ -526,17 +542,18 @@ def test_section_7_a_hold_uses_up_no_deadline_of_a_node_whose_agent_was_restarte
     eventually(lambda: world.agent(1).queries > asked)  # it was told that the agent does not know the task
     if restarted:
         executor.close()
-        executor = world.executor(NODE_DEADLINE_SEC=2.5)
-        loop.join(20)
+        executor = world.executor(CLAIM_TTL_SEC=3600)
+        loop.join(60)
         loop = threading.Thread(target=executor.run_loop)
         loop.start()
+    world.advance(700)  # longer than the deadline
     since = time.monotonic()
-    eventually(lambda: time.monotonic() > since + 3.0)  # longer than the deadline
+    eventually(lambda: time.monotonic() > since + 0.6)  # three intervals
     assert statuses(world.store, release.id) == ["running"]
     go_on(world.store, how, release)
     eventually(lambda: world.store.releases.get(release.id).is_terminal)
     executor.close()
-    loop.join(20)
+    loop.join(60)
     assert outcomes(world.store, release) == [("success", "", "")]
 
 
@@ -830,7 +847,7 @@ def test_rule_9_an_owner_whose_claim_number_was_given_out_again_changes_nothing(
 
 
 def test_a_release_that_vanished_is_told_as_that_and_a_drain_goes_on_with_the_rest(world, told):
-    world.nodes(2, task_ms=600)
+    world.nodes(2, task_ms=FOREVER_MS)
     keep = new_release(world.store, node_ids=[1])
     lost = new_release(world.store, target="dns", node_ids=[2])
     ticks: list[rc.Tick] = []
@@ -838,7 +855,8 @@ def test_a_release_that_vanished_is_told_as_that_and_a_drain_goes_on_with_the_re
     runner.start()
     eventually(lambda: statuses(world.store, lost.id) == ["running"])
     lose_newest_release(world.store)
-    runner.join(20)
+    world.finish()
+    runner.join(60)
     assert ([r.id for r in ticks[0].worked_on], list(ticks[0].vanished)) == ([keep.id], [lost.id])
     assert world.store.releases.get(keep.id).status == "success"
     assert "release 2 (v2): stopped working on it: it is no longer in the database" in told.text
@@ -847,17 +865,18 @@ def test_a_release_that_vanished_is_told_as_that_and_a_drain_goes_on_with_the_re
 
 @pytest.mark.parametrize("protocol", ["tasks", "execute"])
 def test_rule_9_a_dispatch_that_the_database_forgot_is_not_sent_beside_the_first_one(world, protocol):
-    world.nodes(1, protocol, task_ms=1500)
+    world.nodes(1, protocol, task_ms=FOREVER_MS)
     release = new_release(world.store, payload=SITES)
     other = new_release(world.store, target="dns", node_ids=[1], payload=SITES)
-    runner = threading.Thread(target=lambda: world.drain(AGENT_REQUEST_TIMEOUT_SEC=3))
+    runner = threading.Thread(target=lambda: world.drain(AGENT_CONNECT_TIMEOUT_SEC=2, AGENT_REQUEST_TIMEOUT_SEC=5))
     runner.start()
     eventually(lambda: world.agent(1).runs)
     # what a failover that lost the last commits leaves: the dispatch was never written, and a release is gone
     sql(world.store, "UPDATE release_task_nodes SET status = 'pending', attempts = 0, task_id = '', started_at = NULL, "
                      "hold_until = NULL WHERE release_task_id = ?", release.id)
     lose_newest_release(world.store)
-    runner.join(30)
+    world.finish()
+    runner.join(60)
     assert world.agent(1).overlaps == 0
     assert (world.runs(), world.store.releases.get(release.id).status) == ([1], "success")
     assert world.store.releases.find(other.id) is None
