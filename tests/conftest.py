@@ -313,8 +313,11 @@ def fleet_cli(cli, sqlite_world) -> Cli:
 # -- the API -----------------------------------------------------------------------------------
 
 @pytest.fixture
-def new_client():
-    """A function that starts a server over a store and returns a client of it."""
+def new_client(open_store):
+    """A function that starts a server over a store and returns a client of it.
+
+    It ends before the stores are closed: what it still does then would open connections that nobody closes.
+    """
     with contextlib.ExitStack() as stack:
         yield lambda store, **settings: stack.enter_context(lab.serving(store, **settings))
 

@@ -70,7 +70,7 @@ def test_rule_3_dispatches_leave_at_the_same_time(world):
     drain.start()
     eventually(lambda: world.runs() == [1] * 5)
     world.finish()
-    drain.join()
+    drain.join(60)
 
 
 def finish_two_by_two(world, ids: list[int]) -> None:
@@ -95,7 +95,7 @@ def test_rule_3_no_more_than_agent_concurrency_requests_are_in_flight(world):
     drain = threading.Thread(target=lambda: world.drain(AGENT_CONCURRENCY=2, AGENT_REQUEST_TIMEOUT_SEC=120))
     drain.start()
     finish_two_by_two(world, [release.id])
-    drain.join()
+    drain.join(60)
     assert world.store.releases.get(release.id).status == "success"
     assert most_at_once(world) == 2
 
@@ -190,7 +190,7 @@ def test_rule_8_past_its_deadline_a_node_is_failed(world):
     drain.start()
     eventually(lambda: world.agent(1).queries)
     world.advance(600)
-    drain.join()
+    drain.join(60)
     _, nodes = world.store.releases.with_nodes(release.id)
     assert [(n.status, n.error_kind) for n in nodes] == [("failed", "deadline"), ("skipped", "")]
     assert world.store.releases.get(release.id).error_msg.startswith("node edge-1: not done 600 s after its dispatch")
@@ -260,7 +260,7 @@ def test_rule_9_a_drain_takes_over_a_release_whose_owner_died_while_its_own_one_
     drain.start()
     eventually(lambda: world.runs() == [1, 1])
     world.finish()
-    drain.join()
+    drain.join(60)
     assert [world.store.releases.get(i).status for i in ids] == ["success", "success"]
 
 
@@ -328,7 +328,7 @@ def test_rule_3_all_releases_together_have_at_most_so_many_requests_in_flight(wo
     drain = threading.Thread(target=lambda: world.drain(AGENT_CONCURRENCY=2, AGENT_REQUEST_TIMEOUT_SEC=120))
     drain.start()
     finish_two_by_two(world, ids)
-    drain.join()
+    drain.join(60)
     assert {world.store.releases.get(i).status for i in ids} == {"success"}
     assert most_at_once(world) == 2
 
@@ -544,7 +544,7 @@ def test_a_stop_that_cuts_a_request_itself_fails_no_node(world, monkeypatch, cal
     thread.start()
     eventually(lambda: world.agent(1).in_flight)
     executor.stop()
-    thread.join()
+    thread.join(60)
     executor.close()
     assert statuses(world.store, release.id) == ["running"]
     assert world.store.releases.get(release.id).claim_expires_at is None

@@ -576,14 +576,14 @@ def test_retries_and_deadline_of_a_strategy_are_the_releases_own(world):
     drain.start()
     eventually(lambda: world.agent(1).queries)
     world.advance(100)
-    drain.join()
+    drain.join(60)
     assert world.store.releases.get(made.id).status == "failed"
     assert world.store.releases.with_nodes(made.id)[1][0].error_kind == "deadline"
 
 
 def test_a_release_does_not_start_before_its_time(world):
     world.nodes(1)
-    start = rc.utc_text(world.store.clock.wall() + 600)
+    start = rc.utc_text(world.store.clock.wall() + 3)
     made = new_release(world.store, strategy={"startAt": start})
     world.executor().drain()
     assert world.store.releases.get(made.id).status == "pending"
@@ -709,7 +709,7 @@ def web():
     yield Web()
     for server, thread in servers:
         server.shutdown()
-        thread.join()
+        thread.join(60)
         server.server_close()
 
 

@@ -197,12 +197,14 @@ def test_section_1_already_applied_is_not_believed_after_a_try_that_reached_no_a
     agent.set(applied_version=1)  # another database brought it there
     agent.set(**first_try)
     release = new_release(world.store, payload=SITES)
-    executor = world.executor(AGENT_RETRIES=50)
+    # a take-over waits for as long as a request may take
+    limits = {"AGENT_RETRIES": 50, "AGENT_CONNECT_TIMEOUT_SEC": 2, "AGENT_REQUEST_TIMEOUT_SEC": 3}
+    executor = world.executor(**limits)
     with beside(executor.run_loop):
         eventually(lambda: nodes_of(world.store, release)[0].attempts > 1)
         executor.close()  # and another process takes the release over
     agent.set(mode="normal")
-    world.drain(AGENT_RETRIES=50)
+    world.drain(**limits)
     assert outcomes(world.store, release)[0][:2] == ("failed", "rejected")
     assert world.runs() == [0]
 
@@ -862,7 +864,7 @@ def test_rule_9_a_dispatch_that_the_database_forgot_is_not_sent_beside_the_first
     world.nodes(1, protocol, task_ms=FOREVER_MS)
     release = new_release(world.store, payload=SITES)
     other = new_release(world.store, target="dns", node_ids=[1], payload=SITES)
-    runner = threading.Thread(target=lambda: world.drain(AGENT_REQUEST_TIMEOUT_SEC=5))
+    runner = threading.Thread(target=lambda: world.drain(AGENT_CONNECT_TIMEOUT_SEC=2, AGENT_REQUEST_TIMEOUT_SEC=5))
     runner.start()
     eventually(lambda: world.agent(1).runs)
     # what a failover that lost the last commits leaves: the dispatch was never written, and a release is gone
