@@ -150,6 +150,9 @@ OPEN = frozenset((PENDING, RUNNING))
 # How somebody acts: the column via of audit_log.
 VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
 
+# How an executor looks for work: the column kind of executors.
+SERVE, TICK = "serve", "tick"
+
 NODE_STATUSES = ("online", "offline", "maintenance")
 
 # How far what a node runs is from what it should run (contract section 5).
@@ -2369,6 +2372,32 @@ def about(release: Release | Claim | None = None, /, **more: object) -> dict[str
         return {"about": more}
     release_id = release.release_id if isinstance(release, Claim) else release.id
     return {"about": {"release": release_id, "version": release.version, **more}}
+
+
+class ExecutorRow(NamedTuple):
+    """A process that looks for work, or did: a row of executors."""
+    # HOST:PID:RANDOM
+    owner: str
+    host: str
+    # SERVE, or TICK for run-once.
+    kind: str
+    started_at: str
+    seen_at: str
+    # It is seen again within this time; 0: it was stopped.
+    period_s: float
+    # Why it can dispatch nothing, "" where it can.
+    error: str
+
+    def seen_s(self, now_s: float) -> float:
+        """Return for how many seconds it was not seen; below 0 where it wrote by a clock that was ahead."""
+        return now_s - epoch_or(self.seen_at, 0.0)
+
+    def is_live(self, now_s: float) -> bool:
+        """Return whether it runs, or its next tick is to be expected."""
+        return self.period_s > 0 and abs(self.seen_s(now_s)) <= self.period_s
+
+    def __str__(self) -> str:
+        return f"{self.host} pid {self.owner[len(self.host) + 1:].partition(':')[0]}"
 
 
 class Event(NamedTuple):
@@ -5642,6 +5671,14 @@ def read_candidates(tx: Transaction) -> list[Candidate]:
         WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')""")]
 
 
+def read_executors(tx: Transaction) -> list[ExecutorRow]:
+    """Return who looks for work, or did within a day or so; who was seen last comes first."""
+    return [ExecutorRow(*row) for row in tx.rows("""
+        SELECT owner, host, kind, started_at, seen_at, period_sec, error
+        FROM executors
+        ORDER BY seen_at DESC, owner""")]
+
+
 def latest_expiry(now: str) -> str:
     """Return the latest expiry that a claim can have; a later one is of a clock that was ahead, and void."""
     return utc_text(epoch_of(now) + MAX_CLAIM_TTL_S)
@@ -7060,6 +7097,12 @@ class DispatchBlockers(NamedTuple):
     moved_s: float
 
 
+# A row of executors that is older than this tells nothing; one that is further ahead is of a clock that was ahead.
+MAX_EXECUTOR_AGE_S, MAX_EXECUTOR_AHEAD_S = 86400.0, 60.0
+# Seconds between two ticks of a host: the first ones are taken for cron's shortest period, later ones are measured.
+FIRST_TICK_PERIOD_S, MAX_TICK_PERIOD_S = 60.0, 900.0
+
+
 class Claims:
     """What an executor does with releases, most of it under a claim. Each public method is one transaction."""
 
@@ -7077,6 +7120,35 @@ class Claims:
                 self._state.write_rewind(tx)
                 found = self._queue.runnable(tx)
         return found
+
+    def note_executor(self, owner: str, host: str, kind: str, period_s: float, error: str, is_first: bool) -> None:
+        """Write that an executor looks for work and is seen again within period_s; its first row clears old ones.
+
+        A tick takes the place of earlier ticks of its host, and is seen again when cron starts the next one.
+        """
+        with self._database.transaction(write=True) as tx:
+            now = tx.now()
+            if is_first:
+                tx.execute("DELETE FROM executors WHERE seen_at < ? OR seen_at > ?",
+                           utc_text(epoch_of(now) - MAX_EXECUTOR_AGE_S), utc_text(epoch_of(now) + MAX_EXECUTOR_AHEAD_S))
+            if kind == TICK:
+                known_s = tx.value("SELECT period_sec FROM executors WHERE owner = ?", owner)
+                before = tx.value("SELECT MAX(started_at) FROM executors WHERE kind = ? AND host = ? AND owner <> ?",
+                                  kind, host, owner)
+                between_s = epoch_of(now) - epoch_or(before, 0.0) if before else 0.0
+                period_s = known_s or period_s + min(max(between_s, FIRST_TICK_PERIOD_S), MAX_TICK_PERIOD_S)
+                tx.execute("DELETE FROM executors WHERE kind = ? AND host = ? AND owner <> ?", kind, host, owner)
+            tx.execute("""
+                INSERT INTO executors (owner, host, kind, started_at, seen_at, period_sec, error)
+                VALUES (?, ?, ?, ?, ?, ?, ?)
+                ON CONFLICT (owner) DO UPDATE
+                SET seen_at = excluded.seen_at, period_sec = excluded.period_sec, error = excluded.error""",
+                       owner, host, kind, now, now, period_s, one_line(error))
+
+    def end_executor(self, owner: str) -> None:
+        """Write that an executor was stopped: it is not seen again."""
+        with self._database.transaction(write=True) as tx:
+            tx.execute("UPDATE executors SET seen_at = ?, period_sec = 0 WHERE owner = ?", tx.now(), owner)
 
     def claim(self, release_id: int, owner: str, ttl_s: float) -> Claim | None:
         """Claim a release for ttl_s seconds; return None where another process was first or the release must wait.
@@ -9141,6 +9213,8 @@ class Driver:
 
 # Two event loops: a TLS handshake releases the GIL, so the other one runs meanwhile.
 EVENT_LOOPS = 2
+# Seconds between commits of an executor's row in executors, and how much later than the scan after that it may be.
+NOTE_EVERY_S, NOTE_LATE_S = 10.0, 5.0
 
 
 @contextlib.contextmanager
@@ -9174,7 +9248,8 @@ class Executor:
         self.agents = agents
         self.metrics = metrics
         self.clock = store.clock
-        self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.host = socket.gethostname()
+        self.owner = f"{self.host}:{os.getpid()}:{secrets.token_hex(4)}"
         self.stopping = threading.Event()
         # Last scan of run_loop() without an error, by the wall clock; for people.
         self.scanned_at: float | None = None
@@ -9182,6 +9257,11 @@ class Executor:
                         settings.release_executor_interval_sec, settings.agent_connect_timeout_sec)
         self.context = DriverContext(settings, store, agents, self.owner, policy, Slots(settings.agent_concurrency),
                                      self.stopping, self.submit, self.ended)
+        self._kind = TICK
+        # When the row in executors was written, by the elapsed clock, with which error; None: it was not.
+        self._noted_at: float | None = None
+        self._noted_error = ""
+        self._note_outage = Outage("executor: its row in the table executors", logging.WARNING)
         self._wake = threading.Event()
         self._guard = threading.Lock()
         self._drivers: dict[int, Driver] = {}
@@ -9263,6 +9343,7 @@ class Executor:
 
         beat is called after each scan, with a sentence on what is being done, as long as no thread of ours hangs.
         """
+        self._kind = SERVE
         outage = Outage("executor")
         while not self.stopping.is_set():
             self._wake.clear()
@@ -9331,6 +9412,10 @@ class Executor:
         self.agents.close()
         for driver in self._active_drivers():
             driver.join(STOP_GRACE_S)
+        if self._kind == SERVE and self._noted_at is not None and not self._note_outage.error:
+            self._noted_at = None
+            with contextlib.suppress(DatabaseError):  # its row gets old then
+                self.store.claims.end_executor(self.owner)
         self._closed.set()
         if self._lease_thread:
             self._lease_thread.join(STOP_GRACE_S)
@@ -9346,9 +9431,28 @@ class Executor:
             taken = self.claim_runnable(started, is_tick)
             outcome = WORKED if started or self._active_drivers() else BUSY if taken else IDLE
             self.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
+            self._note("")
             return taken
+        except ConfigError as error:
+            self._note(error.message)
+            raise
         finally:
             self.metrics.count("releasectl_ticks_total", outcome)
+
+    def _note(self, error: str) -> None:
+        """Write the row in executors, where it gets old or says another error; that this fails is only logged."""
+        now = self.clock.elapsed()
+        is_first = self._noted_at is None
+        if self._noted_at is not None and now < self._noted_at + NOTE_EVERY_S and error == self._noted_error:
+            return
+        self._noted_at, self._noted_error = now, error
+        try:
+            self.store.claims.note_executor(
+                self.owner, self.host, self._kind,
+                NOTE_EVERY_S + self.settings.release_executor_interval_sec + NOTE_LATE_S, error, is_first)
+            self._note_outage.end()
+        except DatabaseError as failure:
+            self._note_outage.log(f"it could not be written: {failure}")
 
     def claim_runnable(self, started: list[Driver], is_tick: bool) -> int:
         """Claim what is runnable and start a driver for each, added to started; return how many others hold."""

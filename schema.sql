@@ -306,3 +306,20 @@ CREATE INDEX release_task_nodes_failed ON release_task_nodes (node_id, release_t
 CREATE INDEX audit_log_by_object ON audit_log (object, id);
 
 INSERT INTO schema_version (version) VALUES (8);
+
+-- step 9: who looks for work
+
+-- One row for each process that does, or did within a day: an old one says when somebody last looked.
+CREATE TABLE executors (
+    owner      TEXT NOT NULL PRIMARY KEY,
+    host       TEXT NOT NULL,
+    kind       TEXT NOT NULL DEFAULT 'serve' CHECK (kind IN ('serve', 'tick')),
+    started_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    seen_at    TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    -- It is seen again within this time; 0: it was stopped.
+    period_sec DOUBLE PRECISION NOT NULL DEFAULT 0,
+    -- Why it can dispatch nothing; '' where it can.
+    error      TEXT NOT NULL DEFAULT ''
+);
+
+INSERT INTO schema_version (version) VALUES (9);

@@ -28,6 +28,7 @@ from lab import (
     add_nodes,
     admin,
     answers,
+    at_schema,
     beside,
     eventually,
     free_port,
@@ -729,12 +730,7 @@ def test_a_payload_or_strategy_that_is_not_utf_8_can_not_be_used(filled_quick):
 
 
 def test_one_payload_that_is_not_utf_8_stops_no_migration(sqlite_url, open_store):
-    store = open_store(sqlite_url)
-    add_nodes(store, 1)
-    for _ in range(2):
-        new_release(store)
-    sql(store, f"UPDATE release_tasks SET payload = {NOT_UTF8} WHERE id = 1")
-    sql(store, "ALTER TABLE release_tasks RENAME COLUMN payload_sha256 TO left_from_step_7")
-    sql(store, "DELETE FROM schema_version WHERE version >= ?", rc.DIGEST_SCHEMA)
+    with at_schema(sqlite_url, rc.DIGEST_SCHEMA - 1) as old:
+        sql(old, f"INSERT INTO release_tasks (version, payload) VALUES (1, {NOT_UTF8}), (2, '{{}}')")
     store = open_store(sqlite_url)
     assert [store.releases.get(number).stored_sha256 for number in (1, 2)] == ["", rc.digest_of({})]
