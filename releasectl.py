@@ -26,6 +26,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Status texts        what a release does or waits for, on whom, until when
     Decision            what to write and what to send next: no clock, no socket, no disk
     Verbs               what an operator may do when, and which release may start
+    Why                 what a release waits for, step by step, and what would mend it
   STORAGE
     Engines             the one place where SQLite and PostgreSQL, and its drivers, differ
     Database            connections, transaction(), migrate()
@@ -3143,8 +3144,28 @@ def _progress(situation: Situation, waiting: str) -> str:
     held = [n for n in members if n.endpoint in situation.busy] if situation.busy else []
     sentence = (f"batch {batch} of {nodes.last_batch}: waiting for {nodes.open_in(batch)} of "
                 + count_of_nodes(nodes.sizes.get(batch, 0)))
-    return (sentence + _slowest([n for n in nodes.of[RUNNING].values() if n.batch == batch], situation)
-            + (f"; {_names(held)} busy with an earlier request" if held else ""))
+    running = [n for n in nodes.of[RUNNING].values() if n.batch == batch]
+    return (sentence + _slowest(running, situation)
+            + (f"; {_names(held)} busy with an earlier request" if held else "") + _retried(running, situation))
+
+
+# Begins the part of a status_reason on the requests that failed and are tried again, which no row of a node has.
+RETRYING = "; trying again: "
+# Length of the error in it.
+MAX_RETRIED_CHARS = 100
+
+
+def _retried(running: Sequence[ReleaseNode], situation: Situation) -> str:
+    """Return '; trying again: edge-1: connection refused, try 6 of 21, next in 8 s', "" for none."""
+    retried = [n for n in running if n.errors]
+    if not retried:
+        return ""
+    first = max(retried, key=lambda n: (n.errors, -n.node_id))
+    wait_s = first.due - situation.now.elapsed
+    when = f"next in {wait_s:.0f} s" if wait_s >= 0.5 and not first.in_flight else "now"
+    return (f"{RETRYING}{first.name}: {one_line(first.last_error, MAX_RETRIED_CHARS)}, try {first.errors + 1} of "
+            f"{situation.policy.retries + 1}, {when}"
+            + (f"; and {len(retried) - 1} more" if len(retried) > 1 else ""))
 
 
 def _slowest(running: Sequence[ReleaseNode], situation: Situation) -> str:
@@ -3202,14 +3223,14 @@ def time_left(release: Release, batches: Sequence[BatchProgress], pace: Pace, st
             return ""
         left_s += took_s + (strategy.soak_s if later else 0.0)
         pauses = later is not None and strategy.pauses_after(batch.number)
-    return f"about {_rough(left_s)} left{', then a pause' if pauses else ''}" if left_s >= 1.0 else ""
+    return f"about {rough_time(left_s)} left{', then a pause' if pauses else ''}" if left_s >= 1.0 else ""
 
 
 def _goes(batch: BatchProgress, strategy: Strategy) -> int:
     return -(-batch.total // strategy.max_parallel) if strategy.max_parallel else 1
 
 
-def _rough(seconds: float) -> str:
+def rough_time(seconds: float) -> str:
     """Return a time to come as '25 s', '6 min', '3 h 20 min' or '2 days': no estimate is exact."""
     minutes = round(seconds / 60)
     if seconds < 57.5:
@@ -3865,18 +3886,36 @@ def status_after_verb(verb: str, release: Release) -> str:
 Shares = Callable[[Candidate, Candidate], bool]
 
 
-def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Iterator[tuple[Candidate, Candidate | None]]:
-    """Return each release with the one that it waits for, of the same target or with a node in common, or None.
+def _in_order(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Return releases in their order.
 
-    Started releases go first, then lower versions: a node that was sent a higher version is never sent a lower one.
+    Started ones go first, then lower versions: a node that was sent a higher version is never sent a lower one.
     """
+    return sorted(candidates, key=lambda c: (c.status == PENDING or not c.has_started, c.version))
+
+
+def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Iterator[tuple[Candidate, Candidate | None]]:
+    """Return each release with the one that it waits for, of the same target or with a node in common, or None."""
     ahead: list[Candidate] = []
-    for c in sorted(candidates, key=lambda c: (c.status == PENDING or not c.has_started, c.version)):
+    for c in _in_order(candidates):
         # by target first, as shares() may read the nodes of a release
         yield c, (next((a for a in ahead if a.target == c.target), None)
                   or next((a for a in ahead if shares(a, c)), None))
         if c.may_start(now):
             ahead.append(c)
+
+
+def ahead_of(release_id: int, candidates: Iterable[Candidate], now: str, shares: Shares) -> list[Candidate]:
+    """Return all releases that a pending one waits for, in their order."""
+    before = list(itertools.takewhile(lambda c: c.id != release_id, _in_order(candidates)))
+    mine = next((c for c in candidates if c.id == release_id), None)
+    return [c for c in before if mine and mine.status == PENDING and c.may_start(now)
+            and (c.target == mine.target or shares(c, mine))]
+
+
+def state_of(before: Candidate) -> str:
+    """Return in what state a release is that others wait for: 'which alice paused', 'which is running'."""
+    return f"which {before.paused_by} paused" if before.paused_by else f"which is {before.status}"
 
 
 def runnable(candidates: Iterable[Candidate], now: str, freeze: Freeze, shares: Shares) -> tuple[list[int], list[int]]:
@@ -3909,8 +3948,7 @@ def waiting_reasons(candidates: Iterable[Candidate], now: str, freeze: Freeze, s
         if c.status != PENDING:
             continue
         if before is not None and c.may_start(now):
-            by = f"which {before.paused_by} paused" if before.paused_by else f"which is {before.status}"
-            reason = f"waiting for release {before.id}, {by}"
+            reason = f"waiting for release {before.id}, {state_of(before)}"
         elif freeze.frozen:
             reason = frozen
         else:
@@ -3918,6 +3956,276 @@ def waiting_reasons(candidates: Iterable[Candidate], now: str, freeze: Freeze, s
                 f", and after release {before.id}" if before else "")
         reasons[c.id] = one_line(reason)
     return reasons
+
+
+# endregion
+
+
+# region Why
+# ======================================================================================
+# Why: what a release waits for, step by step, and what would mend it. Pure.
+# Uses: Vocabulary, Helpers, Model, Status texts, Verbs.
+# ======================================================================================
+
+# States of a step: done or at work; nothing moves until somebody acts; it goes on by itself.
+OK, STOPS, WAITS = STEP_STATES = ("ok", "stops", "waits")
+# Nodes that a sentence names.
+MAX_NODES_NAMED = 3
+
+
+class Step(NamedTuple):
+    """One thing that a release depends on."""
+    name: str
+    # OK, STOPS or WAITS
+    state: str
+    text: str
+    # The command that mends it, "" where there is none.
+    mend: str = ""
+
+
+class Occupant(NamedTuple):
+    """The release that keeps an address busy."""
+    release_id: int
+    # Seconds for which it may; None: as long as its task runs.
+    left_s: float | None
+
+
+class Facts(NamedTuple):
+    """What was read in one transaction to explain a release; without one, what there is when nothing is to do."""
+    release: Release | None
+    executors: Sequence[ExecutorRow]
+    freeze: Freeze
+    now: Moment
+    # The clock that decides on claims and executors: see Transaction.now().
+    now_s: float
+    batches: Sequence[BatchProgress] = ()
+    # All running nodes, and the pending ones of the current batch.
+    nodes: Sequence[ReleaseNode] = ()
+    # What a pending release waits for.
+    ahead: Sequence[Candidate] = ()
+    # Addresses that another release has in flight or may still keep busy, with that release and until when.
+    busy: Mapping[Endpoint, Occupant] = {}
+    strategy: Strategy = NO_STRATEGY
+    node_deadline_s: float = 0.0
+    # As in Situation, of a paused release.
+    exceeded: str = ""
+    # Why the database takes no writes, "" where it does.
+    database_error: str = ""
+
+
+class Why(NamedTuple):
+    """What a release waits for."""
+    release: Release | None
+    # In one sentence.
+    text: str
+    steps: Sequence[Step]
+
+    @property
+    def stopped_by(self) -> Step | None:
+        """Return the first step that stops the release, None where it moves or goes on by itself."""
+        return next((step for step in self.steps if step.state == STOPS), None)
+
+    @property
+    def line(self) -> str:
+        """Return the sentence, and which release it is about."""
+        if self.release is None:
+            return self.text
+        state = "is stopped: " if self.stopped_by else "waits: " if any(s.state == WAITS for s in self.steps) else ""
+        return f"{self.release}{' ' if state else ': '}{state}{self.text}"
+
+
+def explain(facts: Facts) -> Why:
+    """Return why a release does not go on, or what it does; without a release, that nothing is to do."""
+    release = facts.release
+    steps = [step for step in (_database_step(facts), _freeze_step(facts), _executor_step(facts)) if step]
+    if release is None:
+        return Why(None, f"nothing to do: no release is open; {steps[-1].text}", steps)
+    if release.is_terminal:
+        mend = f"releasectl retry {release.id}" if release.status in (PARTIAL, FAILED) else ""
+        text = f"it has ended: {release.status}" + (f", {release.status_reason}" if release.status_reason else "")
+        return Why(release, text, [Step("end", OK, text, mend)])
+    steps += [step for step in (
+        _order_step(facts), _start_step(facts), _pause_step(facts), _soak_step(facts), _nodes_step(facts),
+        _errors_step(facts), _busy_step(facts), _slots_step(facts)) if step]
+    first = next((step for state in (STOPS, WAITS) for step in steps if step.state == state), None)
+    if first is None and release.status == PENDING:
+        first = next(step for step in steps if step.name == "executor")
+    return Why(release, first.text if first else true_reason(release, facts.executors, facts.now_s), steps)
+
+
+def nobody_works(executors: Sequence[ExecutorRow], now_s: float) -> str:
+    """Return why no executor can dispatch anything, "" where one can; executors: the one seen last comes first."""
+    live = [row for row in executors if row.is_live(now_s)]
+    if any(not row.error for row in live):
+        return ""
+    if live:
+        return f"{live[0].host} can't dispatch: {live[0].error}"
+    seen = [row for row in executors if row.seen_s(now_s) >= 0]
+    last = "none was seen for a day" if not seen else \
+        f"{'last seen' if seen[0].period_s else 'stopped'} {_time(seen[0].seen_s(now_s))} ago: {seen[0]}"
+    return f"no executor is running ({last}): start `serve`"
+
+
+def true_reason(release: Release, executors: Sequence[ExecutorRow], now_s: float) -> str:
+    """Return status_reason, or what is true instead where nobody works who would keep it up to date."""
+    reason, is_held = release.status_reason, release.claim_expires_at is not None
+    if release.is_terminal or _is_worked_on(release, executors, now_s) or (release.status == PAUSED and not is_held):
+        return reason
+    nobody = nobody_works(executors, now_s)
+    if nobody:
+        stays = release.status in (PENDING, PAUSED) or reason.startswith("frozen: ")
+        return f"{reason}; {nobody}" if stays and reason and REASON_PENDING not in reason else nobody
+    return f"nobody works on it: {_taken_over(release, executors, now_s)}" if is_held else reason
+
+
+def _claim_left_s(release: Release, now_s: float) -> float:
+    """Return for how many seconds its owner keeps a release, 0 where nobody has it."""
+    left_s = epoch_or(release.claim_expires_at, now_s) - now_s
+    return left_s if 0 < left_s <= MAX_CLAIM_TTL_S else 0.0
+
+
+def _owner(release: Release, executors: Iterable[ExecutorRow]) -> ExecutorRow | None:
+    return next((row for row in executors if row.owner == release.claim_owner), None)
+
+
+def _is_worked_on(release: Release, executors: Sequence[ExecutorRow], now_s: float) -> bool:
+    """Return whether somebody has the release and, as far as is known, lives; a tick is seen once."""
+    owner = _owner(release, executors)
+    return _claim_left_s(release, now_s) > 0 and (owner is None or owner.kind == TICK or owner.is_live(now_s))
+
+
+def _taken_over(release: Release, executors: Sequence[ExecutorRow], now_s: float) -> str:
+    """Return when who was seen last, and who takes the release over when."""
+    owner, left_s = _owner(release, executors), _claim_left_s(release, now_s)
+    gone = f"{owner} was last seen {_time(owner.seen_s(now_s))} ago" if owner else f"{release.claim_owner} is gone"
+    able = next(row for row in executors if row.is_live(now_s) and not row.error)
+    return f"{gone}; {able} takes it over {f'in {_time(left_s)}' if left_s else 'at its next look'}"
+
+
+def _database_step(facts: Facts) -> Step:
+    if facts.database_error:
+        return Step("database", STOPS, f"it takes no writes: {facts.database_error}", "releasectl check")
+    return Step("database", OK, "it answers")
+
+
+def _freeze_step(facts: Facts) -> Step:
+    freeze, release = facts.freeze, facts.release
+    if not freeze.frozen:
+        return Step("freeze", OK, "not frozen")
+    has_pending = release is not None and (release.status == PENDING or any(b.count(PENDING) for b in facts.batches))
+    return Step("freeze", STOPS if has_pending else OK, f"frozen by {freeze.actor}: {freeze.reason}",
+                "releasectl freeze off")
+
+
+def _executor_step(facts: Facts) -> Step:
+    release, executors, now_s = facts.release, facts.executors, facts.now_s
+    if release and _is_worked_on(release, executors, now_s):
+        return Step("executor", OK, f"{_owner(release, executors) or release.claim_owner} works on it")
+    nobody = nobody_works(executors, now_s)
+    if nobody:
+        is_live = any(row.is_live(now_s) for row in executors)
+        return Step("executor", STOPS, nobody, "releasectl check" if is_live else "releasectl serve")
+    if release and release.claim_expires_at:
+        return Step("executor", WAITS, _taken_over(release, executors, now_s))
+    able = next(row for row in executors if row.is_live(now_s) and not row.error)
+    if able.kind == TICK:
+        return Step("executor", OK, f"{able.host} looks for work now and then: run-once, last "
+                                    f"{_time(able.seen_s(now_s))} ago")
+    return Step("executor", OK, f"{able} looks for work, last {_time(able.seen_s(now_s))} ago")
+
+
+def _order_step(facts: Facts) -> Step | None:
+    release, ahead = facts.release, facts.ahead
+    if release is None or release.status != PENDING or not ahead:
+        return None
+    text = "waiting for " + ", then ".join(f"release {c.id}, {state_of(c)}" for c in ahead[:MAX_NODES_NAMED])
+    text += f", and {len(ahead) - MAX_NODES_NAMED} more" if len(ahead) > MAX_NODES_NAMED else ""
+    paused = next((c for c in ahead if c.status == PAUSED), None)
+    if paused:
+        return Step("order", STOPS, text, f"releasectl resume {paused.id}")
+    return Step("order", WAITS, text, f"releasectl why {ahead[0].id}")
+
+
+def _start_step(facts: Facts) -> Step | None:
+    left_s = epoch_or(facts.strategy.start_at, 0.0) - facts.now.wall
+    if facts.release is None or facts.release.status != PENDING or left_s <= 0:
+        return None
+    return Step("start", WAITS, f"it starts {_until(left_s, facts.now, 'at')}")
+
+
+def _pause_step(facts: Facts) -> Step | None:
+    release = facts.release
+    if release is None or release.status != PAUSED:
+        return None
+    accepts = " --accept-failures" if facts.exceeded and facts.strategy.on_exceed == PAUSE else ""
+    return Step("pause", STOPS, release.status_reason or "paused", f"releasectl resume {release.id}{accepts}")
+
+
+def _soak_step(facts: Facts) -> Step | None:
+    release = facts.release
+    number = next((b.number for b in facts.batches if b.is_open), 0)
+    before = max((b.number for b in facts.batches if b.number < number), default=0)
+    if release is None or release.status != RUNNING or before <= release.passed_batch:
+        return None
+    left_s = facts.now.left_s(release.soak_until, release.soak_clock, facts.strategy.soak_s)
+    return Step("soak", WAITS, f"soaking after batch {before} {_until(left_s, facts.now)}") if left_s else None
+
+
+def _nodes_step(facts: Facts) -> Step | None:
+    """Return the nodes in flight, those with the next deadline first."""
+    batch = next((b for b in facts.batches if b.is_open), None)
+    if batch is None:
+        return None
+    running = sorted((_deadline_left_s(n, facts), n.name) for n in facts.nodes if n.status == RUNNING)
+    text = (f"batch {batch.number} of {facts.batches[-1].number}: {batch.count(SUCCESS, FAILED, SKIPPED)} of "
+            f"{count_of_nodes(batch.total)} done")
+    if running:
+        text += f", {len(running)} in flight: " + ", ".join(
+            f"{name} {_until(left_s, facts.now) if left_s > 0 else 'past its deadline'}"
+            for left_s, name in running[:MAX_NODES_NAMED])
+        text += f", and {len(running) - MAX_NODES_NAMED} more" if len(running) > MAX_NODES_NAMED else ""
+    return Step("nodes", OK, text)
+
+
+def _deadline_left_s(node: ReleaseNode, facts: Facts) -> float:
+    deadline_s = facts.strategy.node_deadline_s or facts.node_deadline_s
+    return deadline_s + node.waited_s + facts.now.until_s(node.started_at, node.started_clock)
+
+
+def _errors_step(facts: Facts) -> Step | None:
+    release = facts.release
+    if release is None or not _is_worked_on(release, facts.executors, facts.now_s):
+        return None
+    text = release.status_reason.partition(RETRYING)[2]
+    return Step("errors", WAITS, text) if text else None
+
+
+def _busy_step(facts: Facts) -> Step | None:
+    found = [(n.name, facts.busy[n.endpoint]) for n in facts.nodes if n.status == PENDING and n.endpoint in facts.busy]
+    if not found:
+        return None
+    texts = [f"{name} is at work for release {by.release_id}" if by.left_s is None else
+             f"{name} may still be busy with release {by.release_id} {_until(by.left_s, facts.now)}"
+             for name, by in found[:MAX_NODES_NAMED]]
+    more = [f"and {len(found) - MAX_NODES_NAMED} more"] if len(found) > MAX_NODES_NAMED else []
+    return Step("busy", WAITS, ", ".join([*texts, *more]), f"releasectl why {found[0][1].release_id}")
+
+
+def _slots_step(facts: Facts) -> Step | None:
+    most, running = facts.strategy.max_parallel, sum(n.status == RUNNING for n in facts.nodes)
+    if not most or running < most or not any(n.status == PENDING for n in facts.nodes):
+        return None
+    return Step("slots", WAITS, f"waiting for a free slot ({running} of {most} in use: maxParallel)")
+
+
+def _time(seconds: float) -> str:
+    return f"{max(seconds, 0.0):.0f} s" if seconds < 90 else rough_time(seconds)
+
+
+def _until(left_s: float, now: Moment, word: str = "until") -> str:
+    """Return 'until 06:26:40Z, in 19 s'; with the day where that is far off."""
+    text = utc_text(now.wall + left_s)
+    return f"{word} {text[11:19] if left_s < 43200 else text[:16]}Z, in {_time(left_s)}"
 
 
 # endregion
@@ -5627,13 +5935,26 @@ def read_release(tx: Transaction, release_id: int) -> Release:
     return release
 
 
-def read_release_nodes(tx: Transaction, release_id: int) -> list[ReleaseNode]:
+def read_release_nodes(tx: Transaction, release_id: int, where: str = "", *params: object) -> list[ReleaseNode]:
+    """Return the nodes of a release by batch and id; where: a condition that narrows them, with its parameters."""
     return [ReleaseNode(*row) for row in tx.rows(f"""
         SELECT {RELEASE_NODE_COLUMNS}
         FROM release_task_nodes n
         JOIN nodes h ON h.id = n.node_id
-        WHERE n.release_task_id = ?
-        ORDER BY n.batch, n.node_id""", release_id)]
+        WHERE n.release_task_id = ? {where}
+        ORDER BY n.batch, n.node_id""", release_id, *params)]
+
+
+def read_batches(tx: Transaction, release_id: int) -> list[BatchProgress]:
+    batches: dict[int, dict[str, int]] = {}
+    for batch, status, count in tx.rows("""
+            SELECT batch, status, COUNT(*)
+            FROM release_task_nodes
+            WHERE release_task_id = ?
+            GROUP BY batch, status
+            ORDER BY batch""", release_id):
+        batches.setdefault(batch, {})[status] = count
+    return [BatchProgress(*item) for item in batches.items()]
 
 
 def read_freeze(tx: Transaction) -> Freeze:
@@ -5736,6 +6057,10 @@ class Queue:
     def runnable(self, tx: Transaction) -> tuple[list[int], list[int]]:
         """Return the ids of the releases that may be claimed now, and of those that others have claimed."""
         return runnable(read_candidates(tx), tx.now(), read_freeze(tx), self._shares(tx))
+
+    def ahead_of(self, tx: Transaction, release_id: int) -> list[Candidate]:
+        """Return all releases that a pending one waits for, in their order."""
+        return ahead_of(release_id, read_candidates(tx), tx.now(), self._shares(tx))
 
     def explain_waiting(self, tx: Transaction) -> None:
         """Bring status_reason of the waiting releases up to date, after any change that they may wait for."""
@@ -6547,8 +6872,8 @@ def _releases_under_way(tx: Transaction) -> dict[int, int]:
 # ======================================================================================
 # Releases: create, verbs, lists, payloads, prune.
 # Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Status
-#   texts, Decision, Verbs, Database, Database state, Audit, Nodes, Queue, Retry and
-#   rollback, Drift.
+#   texts, Decision, Verbs, Why, Database, Database state, Audit, Nodes, Queue, Retry
+#   and rollback, Drift.
 # ======================================================================================
 
 class Progress(NamedTuple):
@@ -6560,6 +6885,14 @@ class Progress(NamedTuple):
     failures: list[tuple[str, str]]
     # time_left()
     time_left: str = ""
+
+
+class Work(NamedTuple):
+    """What is to do, and what keeps it from being done."""
+    open: list[Candidate]
+    freeze: Freeze
+    # As nobody_works() returns it.
+    nobody_works: str
 
 
 # Targets with figures of their own, the oldest ones; the others are counted together as OTHER.
@@ -6769,7 +7102,7 @@ class Releases:
     def progress(self, release_id: int, failures: int = 10) -> Progress:
         """Return where a release is, with at most so many failures; raise AppError 3001."""
         with self._database.transaction() as tx:
-            release, batches = read_release(tx, release_id), self._batches(tx, release_id)
+            release, batches = read_release(tx, release_id), read_batches(tx, release_id)
             failed = tx.rows(f"""
                 SELECT {NAME_THEN}, n.error_msg
                 FROM release_task_nodes n
@@ -6780,6 +7113,11 @@ class Releases:
             return Progress(release, batches, [(name, text) for name, text in failed],
                             self._time_left(tx, release, batches))
 
+    def work(self) -> Work:
+        """Return what is to do, and what keeps it from being done."""
+        with self._database.transaction() as tx:
+            return Work(read_candidates(tx), read_freeze(tx), nobody_works(read_executors(tx), epoch_of(tx.now())))
+
     def with_time_left(self, release: Release) -> Release:
         """Return a release whose status_reason also says how long it still takes, as far as that can be known.
 
@@ -6788,7 +7126,7 @@ class Releases:
         if release.status != RUNNING:
             return release
         with self._database.transaction() as tx:
-            text = self._time_left(tx, release, self._batches(tx, release.id))
+            text = self._time_left(tx, release, read_batches(tx, release.id))
         return dataclasses.replace(release, status_reason="; ".join(filter(None, (release.status_reason, text))))
 
     def _time_left(self, tx: Transaction, release: Release, batches: Sequence[BatchProgress]) -> str:
@@ -6817,18 +7155,6 @@ class Releases:
             waits_s = max(0.0, now.wall - epoch_or(last, now.wall) - strategy.soak_s)
             pace = Pace(spent_s or waits_s, 0.0, max(0.0, epoch_or(last, 0.0) - epoch_or(began, 0.0)) if began else 0.0)
         return time_left(release, batches, pace, strategy, now)
-
-    @staticmethod
-    def _batches(tx: Transaction, release_id: int) -> list[BatchProgress]:
-        batches: dict[int, dict[str, int]] = {}
-        for batch, status, count in tx.rows("""
-                SELECT batch, status, COUNT(*)
-                FROM release_task_nodes
-                WHERE release_task_id = ?
-                GROUP BY batch, status
-                ORDER BY batch""", release_id):
-            batches.setdefault(batch, {})[status] = count
-        return [BatchProgress(*item) for item in batches.items()]
 
     def exceeded(self, release_id: int) -> str:
         """Return which limit the failures of a release exceed, "" for none; raise AppError 3001."""
@@ -7084,7 +7410,7 @@ class Releases:
 # region Claims
 # ======================================================================================
 # Claims: claim, lease, fence, commit; the store that all parts make up.
-# Uses: Vocabulary, Helpers, Payloads, Model, Plan, Decision, Database, Database
+# Uses: Vocabulary, Helpers, Payloads, Model, Plan, Decision, Why, Database, Database
 #   state, Audit, Nodes, Queue, Drift, Releases.
 # ======================================================================================
 
@@ -7265,6 +7591,32 @@ class Claims:
                        for change in decision.changes)
         return bool(decided_values(release) == decided_values(decision))
 
+    def why(self, release_id: int | None, node_deadline_s: float, database_error: str = "") -> Why:
+        """Return what a release waits for, None: the oldest open one; raise AppError 3001.
+
+        node_deadline_s: NODE_DEADLINE_SEC, for a strategy without its own.
+        """
+        with self._database.transaction() as tx:
+            if release_id is None:
+                release_id = tx.value("SELECT MIN(id) FROM release_tasks "
+                                      "WHERE status IN ('pending', 'running', 'paused', 'cancelling')")
+            facts = Facts(None, read_executors(tx), read_freeze(tx), self._state.moment(), epoch_of(tx.now()),
+                          database_error=database_error)
+            if release_id is None:
+                return explain(facts)
+            release = read_release(tx, release_id)
+            strategy, exceeded = strategy_of(release.strategy), ""
+            if release.status == PAUSED and release.failed_nodes:
+                exceeded = exceeded_limit(NodeIndex(read_release_nodes(tx, release_id)), strategy)
+            batches = read_batches(tx, release_id)
+            nodes = read_release_nodes(
+                tx, release_id, "AND (n.status = 'running' OR (n.status = 'pending' AND n.batch = ?))",
+                next((batch.number for batch in batches if batch.is_open), 0))
+            return explain(facts._replace(
+                release=release, batches=batches, nodes=nodes, ahead=self._queue.ahead_of(tx, release_id),
+                busy=self._occupied(tx, release_id), strategy=strategy, node_deadline_s=node_deadline_s,
+                exceeded=exceeded))
+
     def times_ahead(self) -> list[str]:
         """Return a text for each claim and hold further ahead than any setting allows, which therefore is void.
 
@@ -7353,24 +7705,28 @@ class Claims:
         return release
 
     def _busy(self, tx: Transaction, release_id: int) -> frozenset[Endpoint]:
+        return frozenset(self._occupied(tx, release_id))
+
+    def _occupied(self, tx: Transaction, release_id: int) -> dict[Endpoint, Occupant]:
         """Return the addresses that another release has in flight, or that may still be busy with a lost request."""
         now = self._state.moment()
         # Each half has a small partial index: release_task_nodes_one_running, _held. Holds that ended up to a week ago
         # are read too: the wall clock may have been set since, and until_s() goes by the elapsed clock.
         rows = tx.rows(f"""
-            SELECT {ADDRESS_THEN}, n.status, n.hold_until, n.hold_clock
+            SELECT {ADDRESS_THEN}, n.release_task_id, n.status, n.hold_until, n.hold_clock
             FROM release_task_nodes n
             JOIN nodes h ON h.id = n.node_id
             WHERE n.status = 'running' AND n.release_task_id <> ?
             UNION ALL
-            SELECT {ADDRESS_THEN}, n.status, n.hold_until, n.hold_clock
+            SELECT {ADDRESS_THEN}, n.release_task_id, n.status, n.hold_until, n.hold_clock
             FROM release_task_nodes n
             JOIN nodes h ON h.id = n.node_id
             WHERE n.hold_until IS NOT NULL AND n.hold_until > ?
               AND (n.release_task_id <> ? OR n.status IN ('success', 'failed'))""",
                        release_id, utc_text(now.wall - 7 * 86400), release_id)
-        return frozenset(endpoint_of(main_ip, port) for main_ip, port, status, until, mark in rows
-                         if status == RUNNING or 0 < now.until_s(until, mark) <= MAX_BUSY_S)
+        return {endpoint_of(main_ip, port): Occupant(by, None if status == RUNNING else now.until_s(until, mark))
+                for main_ip, port, by, status, until, mark in rows
+                if status == RUNNING or 0 < now.until_s(until, mark) <= MAX_BUSY_S}
 
     @staticmethod
     def _raise_last_versions(tx: Transaction, release: Release, node_ids: Sequence[int]) -> None:
@@ -9558,7 +9914,7 @@ class Executor:
 # ======================================================================================
 # Serialization: the JSON of contract section 5, and its schemas. Pure.
 # Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Status
-#   texts, Audit, Nodes, Drift.
+#   texts, Why, Audit, Nodes, Drift.
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
@@ -9714,6 +10070,14 @@ def caught_up_json(made: Sequence[Made], left_out: Iterable[LeftOut]) -> dict[st
 def catch_up_plan_json(plans: Iterable[Plan], left_out: Iterable[LeftOut]) -> dict[str, Any]:
     """Return the answer to the dry run of a catch-up."""
     return {"plans": [plan_json(plan) for plan in plans], "leftOut": left_out_json(left_out)}
+
+
+def why_json(why: Why) -> dict[str, Any]:
+    """Return what a release waits for, step by step."""
+    release, stopped_by = why.release, why.stopped_by
+    return {"releaseId": release.id if release else None, "status": release.status if release else None,
+            "moves": stopped_by is None, "text": why.text, "stoppedBy": stopped_by.name if stopped_by else None,
+            "steps": [step._asdict() for step in why.steps]}
 
 
 def freeze_json(freeze: Freeze) -> dict[str, Any]:
@@ -9892,6 +10256,11 @@ def openapi_schemas() -> dict[str, Any]:
         "Rollback": schema_of({**again, "toRelease": ID}, required=[]),
         "Resume": schema_of({"reason": _REASON, "acceptFailures": _FLAG}, required=[]),
         "Cancel": schema_of({"reason": _REASON, "force": _FLAG}, required=[]),
+        "Why": schema_of({
+            "releaseId": _ID_OR_NULL, "status": {"type": ["string", "null"]}, "moves": _FLAG, "text": TEXT,
+            "stoppedBy": {"type": ["string", "null"]},
+            "steps": _array(schema_of({"name": TEXT, "state": {"type": "string", "enum": list(STEP_STATES)},
+                                       "text": TEXT, "mend": TEXT}))}),
         "Freeze": schema_of({"frozen": _FLAG, "reason": TEXT, "actor": TEXT, "at": TEXT}),
         "SetFreeze": schema_of({"frozen": _FLAG, "reason": _REASON}, required=["frozen"])
         | {"anyOf": [{"properties": {"frozen": {"const": False}}},
@@ -10341,7 +10710,8 @@ class Api:
     def __init__(self, store: Store, metrics: Metrics, nudge: Callable[[], None] = lambda: None, max_waiting: int = 32,
                  process: Callable[[], Mapping[str, Any]] = lambda: NO_PROCESS,
                  is_busy: Callable[[], bool] = lambda: False,
-                 figures: Callable[[], Figures] = lambda: {}, hung: Callable[[], str] = lambda: ""):
+                 figures: Callable[[], Figures] = lambda: {}, hung: Callable[[], str] = lambda: "",
+                 node_deadline_s: float = 600.0):
         """Take what the handlers need of the process.
 
         nudge: called after every change, so that an executor in this process scans at once.
@@ -10349,6 +10719,7 @@ class Api:
         process, figures: health of executor and certificates, for /api/v1/health and for /metrics.
         is_busy: whether a release is driven here, which whole reads must not slow down.
         hung: one sentence on a thread of this process that hangs, "" for none.
+        node_deadline_s: NODE_DEADLINE_SEC.
         """
         self.store = store
         self.counters = metrics
@@ -10358,6 +10729,7 @@ class Api:
         self._whole_reads = ReadQueue()
         self._figures = figures
         self._hung = hung
+        self._node_deadline_s = node_deadline_s
         self._waiters = threading.BoundedSemaphore(max_waiting)
         self._ready_guard = threading.Lock()
         # When the last write check ended, and why it failed, "" when it did not.
@@ -10396,6 +10768,9 @@ class Api:
             release = self.store.releases.with_time_left(self.store.releases.get(request.ids[0]))
             return Reply(200, {"release": release_json(release)})
         return Reply(200, self._whole_release(request))
+
+    def get_why(self, request: Request) -> Reply:
+        return Reply(200, why_json(self.store.claims.why(request.ids[0], self._node_deadline_s)))
 
     def get_payload(self, request: Request) -> Reply:
         def read() -> dict[str, Any]:
@@ -10710,6 +11085,8 @@ ROUTES: tuple[Route, ...] = (
           "Payload"),
     Route("GET", "/api/v1/releases/{id}/diff", Api.get_difference, OPERATOR,
           "What its payload changes against another release's", "Difference", ("with",)),
+    Route("GET", "/api/v1/releases/{id}/why", Api.get_why, VIEWER,
+          "What it waits for, step by step, and what would mend it", "Why"),
     Route("GET", "/api/v1/nodes", Api.list_nodes, VIEWER, "List nodes", "NodeList",
           ("page", "pageSize", "lastRelease", "drift", "label", "name", "runs", "search", "sort")),
     Route("POST", "/api/v1/nodes", Api.add_node, OPERATOR, "Add a node", "Node", body="NewNode"),
@@ -11580,6 +11957,21 @@ def check_drift(store: Store) -> Iterator[Finding]:
         yield Finding("drift", EXIT_DONE, f"{count_of_nodes(len(listed))}: each runs what it should")
 
 
+def check_work(store: Store) -> Iterator[Finding]:
+    """Check whether anything keeps the open releases from going on: nobody who works, a freeze, a pause."""
+    work = store.releases.work()
+    if work.open and work.nobody_works:
+        count = len(work.open)
+        yield Finding("executor", EXIT_NOT_SUCCESS, f"{work.nobody_works}; {count} release"
+                      f"{' has' if count == 1 else 's have'} not ended")
+    if work.freeze.frozen:
+        yield Finding("freeze", EXIT_NOT_SUCCESS,
+                      f"frozen by {work.freeze.actor} at {work.freeze.at}: {work.freeze.reason}; `freeze off` lifts it")
+    for c in work.open:
+        if c.status == PAUSED:
+            yield Finding(f"release {c.id}", EXIT_NOT_SUCCESS, c.status_reason or "paused")
+
+
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
     """Check the database, and ask the agents of its enabled, online nodes."""
     engine = store.database.engine
@@ -11597,6 +11989,7 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
             refuse_twins(nodes)
         except AppError as error:
             yield Finding("nodes", EXIT_USAGE, error.message)
+        yield from check_work(store)
         yield from check_drift(store)
         for ping in ping_nodes(settings, nodes, key_may_be_open=True) if nodes else []:  # reported by check_agents()
             yield Finding(f"node {ping.node.name}", EXIT_DONE if ping.is_ok else EXIT_UNAVAILABLE, ping.text)
@@ -11956,7 +12349,9 @@ def _show_created(context: Context, made: Made) -> int:
         print(_created_text(made), file=sys.stderr)
         return _watch(context, made.release.id)
     as_json = created_again_json if made.release.is_again else created_json
-    return context.show(as_json(made), _created_text(made))
+    why = context.store.claims.why(made.release.id, context.settings.node_deadline_sec)
+    return context.show(as_json(made), "\n".join([_created_text(made), why.line,
+                                                  f"follow: releasectl watch {made.release.id}"]))
 
 
 def _created_text(made: Made) -> str:
@@ -11983,6 +12378,21 @@ def command_status(context: Context) -> int:
     return context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
         [(n.batch, n.name, n.status, n.attempts, n.started_at, n.finished_at, n.error_kind, n.error_msg)
          for n in nodes], ("batch", "node", "status", "tries", "started", "finished", "error", "message"))]))
+
+
+def command_why(context: Context) -> int:
+    store, error = context.open(), ""
+    try:
+        store.state.check_write()
+    except DatabaseError as failure:
+        error = failure.message
+    why = store.claims.why(context.options.id, context.settings.node_deadline_sec, error)
+    stopped_by = why.stopped_by
+    steps = table([("=>" if step is stopped_by else "", step.state, step.name, step.text) for step in why.steps],
+                  ("", "state", "step", "what"))
+    mend = stopped_by.mend if stopped_by else next((step.mend for step in why.steps if step.name == "end"), "")
+    context.show(why_json(why), "\n".join(filter(None, [why.line, steps, mend and f"mend: {mend}"])))
+    return EXIT_NOT_SUCCESS if stopped_by and why.release else EXIT_DONE
 
 
 def command_watch(context: Context) -> int:
@@ -12402,7 +12812,8 @@ def command_serve(context: Context) -> int:
     executor = Executor(settings, context.store, agents, context.metrics)
     server = ApiServer(settings, Api(context.store, context.metrics, executor.nudge, settings.http_max_connections // 4,
                                      lambda: process_json(settings, executor), executor.is_busy,
-                                     lambda: certificate_figures(settings), executor.hung))
+                                     lambda: certificate_figures(settings), executor.hung,
+                                     settings.node_deadline_sec))
     _handle_signals(executor.stop, lambda: _reload(settings, agents, server))
     manager = ServiceManager(os.environ.get("NOTIFY_SOCKET", ""))
     accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
@@ -12954,6 +13365,9 @@ COMMANDS: tuple[Command, ...] = (
     Command("watch", "follow a release to its end", command_watch, (
         option("id", metavar="ID", nargs="?", default=LATEST, type=_release_id,
                help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
+    Command("why", "what a release waits for, and what would mend it; exit 0: it moves, 1: it is stopped",
+            command_why, (option("id", metavar="ID", nargs="?", type=_release_id,
+                                 help="id of the release, or latest (the oldest one that is open)"),)),
     Command("events", "the history of a release", command_events, (
         _ID_OPTION, option("--after", type=AFTER_IDS.argument, default=0, help="only events with a higher id"),
         option("--limit", type=Range(1, 100000).argument, default=1000))),

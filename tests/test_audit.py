@@ -183,7 +183,7 @@ CLI_ACTS = {
               "releases"),
 }
 # What changes nothing by itself; serve and run-once act by the executor and the API.
-NO_ACTS = {"serve", "run-once", "node list", "node show", "node ping", "list", "status", "watch", "events",
+NO_ACTS = {"serve", "run-once", "node list", "node show", "node ping", "list", "status", "watch", "events", "why",
            "payload", "diff", "audit", "check", "version", "completion"}
 
 

@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 
 import pytest
-from lab import World, beside, eventually, sql
+from lab import World, beside, eventually, findings, serve_process, sql
 
 import releasectl as rc
 
@@ -25,7 +26,8 @@ def looking(world: World, **settings: object) -> Iterator[rc.Executor]:
             eventually(lambda: any(row.owner == executor.owner for row in executors(world.store)))
             yield executor
         finally:
-            executor.close()
+            executor.stop()
+    executor.close()
 
 
 # -- the table executors -------------------------------------------------------------------------
@@ -93,3 +95,211 @@ def test_an_executor_works_on_where_its_row_can_not_be_written(world, told):
     world.drain()
     assert world.store.releases.get(made.release.id).status == "success"
     assert told.text.count("its row in the table executors") == 1
+
+
+# -- why -----------------------------------------------------------------------------------------
+
+def why(world: World, release: rc.Release | None = None) -> rc.Why:
+    return world.store.claims.why(release.id if release else None, 600.0)
+
+
+def step(found: rc.Why, name: str) -> rc.Step | None:
+    return next((one for one in found.steps if one.name == name), None)
+
+
+def create(world: World, target: str = "cdn", **strategy: object) -> rc.Release:
+    return world.store.releases.create(rc.ReleaseRequest(
+        target, payload={"websites": []}, strategy=strategy), "tests").release
+
+
+def explained(world: World, release: rc.Release | None, name: str, state: str, pattern: str, mend: str = "") -> rc.Why:
+    """Wait until a step says what it must; return the whole."""
+    def look() -> rc.Why | None:
+        found = why(world, release)
+        one = step(found, name)
+        return found if one and one.state == state and re.fullmatch(pattern, one.text) else None
+
+    found = eventually(look, message=f"{name} says {step(why(world, release), name)}")
+    assert step(found, name).mend == mend
+    assert (found.stopped_by is None) == all(one.state != "stops" for one in found.steps)
+    return found
+
+
+TIME = r"\d\d:\d\d:\d\dZ, in \d+ (s|min)"
+HOST = r"\S+ pid \d+"
+
+
+def test_nothing_is_to_do(world):
+    found = why(world)
+    assert found.text == ("nothing to do: no release is open; no executor is running (none was seen for a day): start "
+                          "`serve`")
+    with looking(world):
+        assert re.fullmatch(rf"nothing to do: no release is open; {HOST} looks for work, last 0 s ago", why(world).line)
+
+
+def test_no_executor_was_ever_there_or_the_last_one_was_stopped(world):
+    release = create(world.nodes(1))
+    found = explained(world, release, "executor", "stops",
+                      r"no executor is running \(none was seen for a day\): start `serve`", "releasectl serve")
+    assert found.line == f"release 1 (v1) is stopped: {found.text}"
+    create(world, startAt="2100-01-01T00:00:00Z")
+    with looking(world):
+        eventually(lambda: world.store.releases.get(release.id).is_terminal)
+    found = explained(world, None, "executor", "stops",
+                      rf"no executor is running \(stopped \d s ago: {HOST}\): start `serve`", "releasectl serve")
+    assert found.release.id == 2
+
+
+def test_an_executor_waits_for_a_certificate(world):
+    release = create(world.nodes(1))
+    with looking(world, CONTROL_CERT="") as executor:
+        found = explained(world, release, "executor", "stops",
+                          f"{executor.host} can't dispatch: CONTROL_CERT is not set", "releasectl check")
+        assert found.stopped_by.name == "executor"
+
+
+def test_a_tick_is_expected(world):
+    world.nodes(1).executor().tick()
+    release = create(world)
+    found = explained(world, release, "executor", "ok", r"\S+ looks for work now and then: run-once, last \d s ago")
+    assert found.line == f"release 1 (v1): {found.text}"
+    sql(world.store, "UPDATE executors SET seen_at = ?", rc.utc_text(time.time() - 100))
+    explained(world, release, "executor", "stops",
+              rf"no executor is running \(last seen \d+ \w+ ago: {HOST}\): start `serve`", "releasectl serve")
+
+
+def test_a_freeze_stops_it(world):
+    release = create(world.nodes(1))
+    world.store.releases.set_freeze(True, "alice", "holidays")
+    with looking(world):
+        found = explained(world, release, "freeze", "stops", "frozen by alice: holidays", "releasectl freeze off")
+        assert found.line == "release 1 (v1) is stopped: frozen by alice: holidays"
+        world.store.releases.set_freeze(False, "alice")
+        eventually(lambda: world.store.releases.get(release.id).status == "success")
+        assert why(world, release).line == "release 1 (v1): it has ended: success, 1 node succeeded"
+
+
+def test_it_waits_in_the_queue_with_all_that_is_before_it(world):
+    world.nodes(1)
+    first, second, third = (create(world) for _ in range(3))
+    explained(world, third, "order", "waits",
+              f"waiting for release {first.id}, which is pending, then release {second.id}, which is pending",
+              f"releasectl why {first.id}")
+    world.store.releases.act("pause", second.id, "alice")
+    found = explained(world, third, "order", "stops",
+                      f"waiting for release {first.id}, which is pending, then release {second.id}, which alice paused",
+                      f"releasectl resume {second.id}")
+    assert step(why(world, first), "order") is None
+    assert found.stopped_by.name == "executor"
+
+
+def test_it_waits_for_its_time(world):
+    release = create(world.nodes(1), startAt=rc.utc_text(time.time() + 3600))
+    with looking(world):
+        found = explained(world, release, "start", "waits", rf"it starts at {TIME}")
+        assert found.line == f"release 1 (v1) waits: {found.text}"
+        assert found.stopped_by is None
+
+
+def test_a_pause_waits_for_a_person(world):
+    world.nodes(2)
+    release = create(world, pauseAfter=[1])
+    with looking(world):
+        found = explained(world, release, "pause", "stops", "paused after batch 1: resume to go on",
+                          "releasectl resume 1")
+        assert found.stopped_by.name == "pause"
+
+
+def test_failures_wait_for_a_person_who_accepts_them(world):
+    world.nodes(2)
+    world.agent(1).set(mode="refuse")
+    release = create(world, onExceed="pause")
+    with looking(world, AGENT_RETRIES=0):
+        explained(world, release, "pause", "stops", "paused in batch 1: .*accept the failures.*|paused after batch 1.*",
+                  "releasectl resume 1 --accept-failures")
+
+
+def test_it_soaks(world):
+    world.nodes(2)
+    release = create(world, soakSec=600)
+    with looking(world):
+        explained(world, release, "soak", "waits", rf"soaking after batch 1 until {TIME}")
+
+
+def test_nodes_in_flight_have_deadlines_and_slots_are_used_up(world):
+    world.nodes(3, task_ms=60_000)
+    release = create(world, batches=[3], maxParallel=2)
+    with looking(world) as executor:
+        found = explained(world, release, "nodes", "ok",
+                          rf"batch 1 of 1: 0 of 3 nodes done, 2 in flight: edge-1 until {TIME}, edge-2 until {TIME}")
+        assert step(found, "executor").text == f"{executor.host} pid {executor.owner.split(':')[1]} works on it"
+        explained(world, release, "slots", "waits", r"waiting for a free slot \(2 of 2 in use: maxParallel\)")
+
+
+def test_an_error_is_retried(world):
+    world.nodes(2)
+    world.agent(1).set(mode="refuse")
+    release = create(world)
+    with looking(world, AGENT_RETRIES=20, RELEASE_EXECUTOR_INTERVAL_SEC=1):
+        found = explained(world, release, "errors", "waits",
+                          r"edge-1: .*refused.*, try \d+ of 21, (next in \d+ s|now)")
+        assert found.stopped_by is None
+
+
+def test_an_address_may_be_busy_with_another_release(world):
+    first = create(world.nodes(1, "execute"), target="other")
+    sql(world.store, "UPDATE release_tasks SET status = 'failed' WHERE id = ?", first.id)
+    sql(world.store, "UPDATE release_task_nodes SET status = 'failed', hold_until = ? WHERE release_task_id = ?",
+        rc.utc_text(time.time() + 50), first.id)
+    second = create(world)
+    with looking(world):
+        explained(world, second, "busy", "waits", rf"edge-1 may still be busy with release 1 until {TIME}",
+                  "releasectl why 1")
+
+
+def test_nobody_works_on_a_release_whose_owner_was_killed(fleet_cli):
+    world = fleet_cli.world
+    fleet_cli.settings["AGENT_RETRIES"] = "20"
+    with serve_process(fleet_cli) as process:
+        world.agent(1).set(mode="refuse")
+        release = create(world)
+        eventually(lambda: world.store.releases.get(release.id).claim_owner)
+        assert fleet_cli("why").code == 0
+        process.kill()
+        process.wait()
+    period_s = executors(world.store)[0].period_s
+    began = time.monotonic()
+    sentence = rf"no executor is running \(last seen \d+ s ago: \S+ pid {process.pid}\): start `serve`"
+    eventually(lambda: re.fullmatch(sentence, why(world, release).text), within_s=period_s + 1)
+    assert time.monotonic() - began < period_s + 1
+    result = fleet_cli("why")
+    assert (result.code, result.out.splitlines()[-1]) == (1, "mend: releasectl serve")
+    assert re.search(sentence, result.out.splitlines()[0])
+
+
+def test_the_command_has_the_steps_as_json_and_so_has_the_api(sqlite_world, quick, new_client):
+    quick.settings["DATABASE_URL"] = sqlite_world.url
+    created = quick.ok("node", "add", "edge-1", "127.0.0.1") and quick.ok("create")
+    assert created.out.splitlines()[-2:] == [
+        "release 1 (v1) is stopped: no executor is running (none was seen for a day): start `serve`",
+        "follow: releasectl watch 1"]
+    result = quick("why", "--json")
+    assert result.code == 1
+    assert (result.json["releaseId"], result.json["moves"], result.json["stoppedBy"]) == (1, False, "executor")
+    answer = new_client(sqlite_world.store).ok("GET", "/api/v1/releases/1/why")
+    assert answer == result.json
+    assert [one["name"] for one in answer["steps"]] == ["database", "freeze", "executor", "nodes"]
+    assert "release 9 does not exist" in quick.refused(3, "why", 9)
+
+
+def test_check_sees_dead_executors_a_freeze_and_paused_releases(sqlite_world, quick):
+    quick.settings.update(DATABASE_URL=sqlite_world.url, MTLS_ENABLED="0")
+    create(sqlite_world.nodes(1))
+    sqlite_world.store.releases.act("pause", 1, "alice")
+    sqlite_world.store.releases.set_freeze(True, "bob", "holidays")
+    found = findings(quick("check", "--json"))
+    assert found["executor"] == (False, "no executor is running (none was seen for a day): start `serve`; 1 release "
+                                        "has not ended")
+    assert found["freeze"][0] is False
+    assert found["freeze"][1].startswith("frozen by bob at ")
+    assert found["release 1"] == (False, "paused by alice: resume to go on")
