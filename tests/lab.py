@@ -864,4 +864,4 @@ def read_all(sock: socket.socket) -> bytes:
 
 
 def open_connections(client: Client) -> set[rc.Connection]:
-    return client.server.connections._connections
+    return set(client.server.connections._connections)  # which other threads change
