@@ -184,6 +184,8 @@ DISPATCH, QUERY, PROBE = "dispatch", "query", "probe"
 UNREACHABLE, TLS, TIMEOUT, HTTP, PROTOCOL = "unreachable", "tls", "timeout", "http", "protocol"
 REJECTED, AGENT_FAILED, VERIFY, DEADLINE, ABANDONED = "rejected", "agent_failed", "verify", "deadline", "abandoned"
 ERROR_KINDS = (UNREACHABLE, TLS, TIMEOUT, HTTP, PROTOCOL, REJECTED, AGENT_FAILED, VERIFY, DEADLINE, ABANDONED)
+# In the message of an execute agent that has a new configuration, and serves the old one.
+RELOAD_FAILED = "but reload failed:"
 # Of an end that the agent itself told; "" is a success.
 BELIEVED_KINDS = ("", REJECTED, AGENT_FAILED, VERIFY)
 
@@ -2733,13 +2735,14 @@ class Selection(NamedTuple):
 
 
 def selection_of(text: str) -> Selection | None:
-    """Return a stored selection; None for one that can't be read, which takes nobody."""
+    """Return a stored selection; None for one that can't be meant, which takes nobody: a person wrote it."""
     try:
         stored = parse_json(text)
-        nodes_of, labels = stored.get("nodesOf"), frozenset(stored.get("labels", {}).items())
-        return Selection(frozenset(stored["nodeIds"]) if "nodeIds" in stored else None, labels,
-                         None if nodes_of is None else int(nodes_of))
-    except (ValueError, TypeError, AttributeError):  # written by hand
+        known_keys(stored, ("nodeIds", "labels", "nodesOf"))
+        return Selection(frozenset(map(IDS.from_json, stored["nodeIds"])) if "nodeIds" in stored else None,
+                         frozenset(stored.get("labels", {}).items()),
+                         int(IDS.from_json(stored["nodesOf"])) if "nodesOf" in stored else None)
+    except (ValueError, TypeError, AttributeError, AppError):
         return None
 
 
@@ -5347,6 +5350,11 @@ class AuditRow(NamedTuple):
             filter(None, (self.before, self.after)))))), MAX_TRAIL_CHARS)
 
 
+def _name_in(values: str) -> str:
+    """Return the name of a node before or after an act, "" for none."""
+    return str(stored_json(values).get("name", ""))
+
+
 class AuditFilter(NamedTuple):
     """Which rows of audit_log to return; "" for all."""
     # An actor, a token or a certificate.
@@ -5559,6 +5567,38 @@ class Audit:
                 after, *(param for _, params in parts for param in params), limit)]
         return rows[::-1] if newest else rows
 
+    def of_node(self, node_id: int, name: str, limit: int) -> list[AuditRow]:
+        """Return the newest acts on a node, oldest first, under its earlier names too, and the import that added it.
+
+        Of another node that had one of these names at another time nothing is returned.
+        """
+        found: list[AuditRow] = []
+        upto = MAX_ID
+        with self._database.transaction() as tx:
+            while len(found) < limit:
+                renames = [row for row in self._find(tx, "action = 'node.set' AND id <= ? AND after LIKE ?", upto,
+                                                     f'%"name":{to_json(name)}%') if _name_in(row.after) == name]
+                since = renames[0].id if renames else 0
+                # the index audit_log_by_object
+                rows = self._find(tx, "object = ? AND id > ? AND id <= ?", f"node {name}", since, upto)
+                rows += [] if renames else [
+                    row._replace(after=to_json({"name": name})) for row in self._find(
+                        tx, "action = 'node.import' AND id <= ?", upto)
+                    if any(node.get("name") == name for node in stored_json(row.after).get("nodes", []))]
+                found += sorted(rows, reverse=True)
+                own = next((place for place, row in enumerate(found) if row.action == "node.add"
+                            and stored_json(row.after).get("id") == node_id), None)
+                if own is not None or not renames:
+                    found = found if own is None else found[:own + 1]
+                    break
+                name, upto = _name_in(renames[0].before), since
+        return sorted(found[:limit])
+
+    @staticmethod
+    def _find(tx: Transaction, where: str, *params: object) -> list[AuditRow]:
+        return [AuditRow(*row) for row in tx.rows(
+            f"SELECT {AUDIT_COLUMNS} FROM audit_log WHERE {where} ORDER BY id DESC LIMIT 100", *params)]
+
     def verify(self, copy: tuple[int, str] | None = None, max_rows: int = MAX_ID,
                max_releases: int = MAX_ID) -> AuditReport:
         """Verify the chain of the newest rows, and the events of the newest releases that ended.
@@ -5669,11 +5709,14 @@ class Page(NamedTuple):
 NODES_PER_STATEMENT = 320
 
 
-def rows_of_nodes(tx: Transaction, statement: str, ids: Sequence[int]) -> list[tuple[Any, ...]]:
-    """Return the rows of a query for some ids, of nodes mostly; {marks} in it is where they go, some at a time."""
+def rows_of_nodes(tx: Transaction, statement: str, ids: Sequence[int], *before: object) -> list[tuple[Any, ...]]:
+    """Return the rows of a query for some ids, of nodes mostly; {marks} in it is where they go, some at a time.
+
+    before: parameters that come before these.
+    """
     return [row for start in range(0, len(ids), NODES_PER_STATEMENT)
             for part in [ids[start:start + NODES_PER_STATEMENT]]
-            for row in tx.rows(statement.format(marks=", ".join("?" * len(part))), *part)]
+            for row in tx.rows(statement.format(marks=", ".join("?" * len(part))), *before, *part)]
 
 
 def all_nodes(tx: Transaction) -> list[Node]:
@@ -5817,6 +5860,11 @@ class Nodes:
             self._refuse_in_use(tx, node)
         tx.execute(f"UPDATE nodes SET {', '.join(f'{column} = ?' for column in changed)}, updated_at = ? WHERE id = ?",
                    *(changes[column] for column in changed), self._state.now(), node.id)
+        if after.endpoint != node.endpoint and node.last_version:
+            # what the new host has is not known, not even when it moves back; who stays at the old address has it
+            tx.execute("UPDATE nodes SET last_version = (SELECT MAX(version) FROM release_tasks) WHERE id = ?", node.id)
+            tx.execute("UPDATE nodes SET last_version = ? WHERE main_ip = ? AND agent_port = ? AND last_version < ?",
+                       node.last_version, node.main_ip, node.agent_port, node.last_version)
         self._audit.add(tx, by, "node.set", f"node {node.name}", node_values(node, changed),
                         node_values(after, changed))
         return find_node(tx, node.id)
@@ -6332,22 +6380,19 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
     return read_release(tx, newest[max(votes, key=lambda digest: (votes[digest], newest[digest]))][1])
 
 
-def rolled_back(tx: Transaction, target: str, or_tried: bool = True) -> dict[str, int]:
+def rolled_back(tx: Transaction, target: str) -> dict[str, int]:
     """Return the payloads of a target that somebody rolled back, each with the highest version rolled back.
 
     A release with the payload up to that version is bad too, and so is every catch-up of the one rolled back; above
-    them somebody wanted the payload again. or_tried: also by a rollback that was cancelled before any node had it.
+    them somebody wanted the payload again.
     """
     bad: dict[str, int] = {}
     # the index release_tasks_by_catch_up_of
     for release_id, version, caught_up in tx.rows("""
             SELECT r.id, r.version, (SELECT MAX(c.version) FROM release_tasks c WHERE c.catch_up_of = r.id)
             FROM release_tasks r
-            WHERE r.target = ? AND r.id IN (SELECT b.rollback_of
-                                            FROM release_tasks b
-                                            WHERE b.rollback_of IS NOT NULL
-                                              AND (? = 1 OR b.status <> 'cancelled' OR b.success_nodes > 0))""",
-            target, int(or_tried)):
+            WHERE r.target = ?
+              AND r.id IN (SELECT rollback_of FROM release_tasks WHERE rollback_of IS NOT NULL)""", target):
         digest = stored_digest(tx, release_id)
         bad[digest] = max(bad.get(digest, 0), version, caught_up or 0)
     return bad
@@ -6418,6 +6463,8 @@ class Ran(NamedTuple):
     version: int
     payload_sha256: str
     status: str
+    # Version of the release whose payload a retry or catch-up brings again; else its own. It tells which is newer.
+    rank: int
     since: str | None = None
 
     @property
@@ -6452,7 +6499,7 @@ class Level(NamedTuple):
             return UNSURE
         if has and wants and (has.release_id == wants.release_id or has.payload_sha256 == wants.payload_sha256):
             return LEVEL
-        if wants and (has is None or has.version < wants.version):
+        if wants and (has is None or has.rank < wants.rank):
             return BEHIND
         return AHEAD if has and has.status in TERMINAL else LEVEL
 
@@ -6471,8 +6518,9 @@ class _Try(NamedTuple):
     @property
     def is_open(self) -> bool:
         """Return whether it ended so that nobody knows what the node runs."""
-        return self.status == FAILED and (bool(self.reached) if self.error_kind not in BELIEVED_KINDS
-                                          else self.error_msg.startswith(ALREADY_AT))
+        if self.error_kind not in BELIEVED_KINDS:
+            return self.status == FAILED and bool(self.reached)
+        return self.error_msg.startswith(ALREADY_AT) or RELOAD_FAILED in self.error_msg
 
 
 class _Success(NamedTuple):
@@ -6543,8 +6591,20 @@ def _level_of(node: Node, runs: Ran | None, wants: Ran | None, tries: Sequence[_
 
 
 def _releases_by_id(tx: Transaction, release_ids: Set[int]) -> dict[int, Ran]:
-    return {row[0]: Ran(row[0], row[1], row[2] or stored_digest(tx, row[0]), row[3]) for row in rows_of_nodes(
-        tx, "SELECT id, version, payload_sha256, status FROM release_tasks WHERE id IN ({marks})", list(release_ids))}
+    rows = rows_of_nodes(tx, "SELECT id, version, payload_sha256, status, COALESCE(retry_of, catch_up_of) "
+                             "FROM release_tasks WHERE id IN ({marks})", list(release_ids))
+    return {id_: Ran(id_, version, digest or stored_digest(tx, id_), status, _lineage(tx, up, id_, version)[1])
+            for id_, version, digest, status, up in rows}
+
+
+def _lineage(tx: Transaction, up: int | None, release_id: int, version: int) -> tuple[set[int], int]:
+    """Return a release with all whose payload it brings again, by id, and the version of the first of them."""
+    ids = {release_id}
+    while up is not None and up not in ids:
+        ids.add(up)
+        up, version = tx.row("SELECT COALESCE(retry_of, catch_up_of), version FROM release_tasks WHERE id = ?",
+                             up) or (None, version)
+    return ids, version
 
 
 def _out_of_turn(tx: Transaction, found: Mapping[int, _Success], ran: dict[int, Ran]) -> dict[int, _Success]:
@@ -6592,48 +6652,79 @@ def _sent_to_twins(tx: Transaction, node_ids: Sequence[int]) -> dict[int, int]:
         GROUP BY h.id""", node_ids))  # the index nodes_by_address
 
 
-# Releases read in one statement, newest first, in search of those that are for some nodes.
-_RELEASES_AT_A_TIME = 10
+class _Offer(NamedTuple):
+    """A release that ended well, and for whom it is."""
+    rank: int
+    version: int
+    release_id: int
+    selection: Selection
+
+
+# Releases read in one statement, newest first, in search of those that are for some nodes: first few, then many.
+_FIRST_OFFERS, _MORE_OFFERS = 10, 300
+
+
+def _offers(tx: Transaction) -> Iterator[list[_Offer]]:
+    """Yield the releases that ended success or partial and that nobody rolled back, highest rank first, in parts.
+
+    A rollback that was cancelled before any node had it does not count.
+    """
+    bad = {row[0] for row in tx.rows("SELECT rollback_of FROM release_tasks WHERE rollback_of IS NOT NULL "
+                                     "AND NOT (status = 'cancelled' AND success_nodes = 0)")}
+    # those that bring an older payload again, until it is the turn of that
+    later: list[_Offer] = []
+    below, limit = MAX_VERSION + 1, _FIRST_OFFERS
+    while below:
+        # the unique index of version
+        rows = tx.rows("""
+            SELECT id, version, COALESCE(retry_of, catch_up_of), selection
+            FROM release_tasks
+            WHERE version < ? AND status IN ('success', 'partial')
+            ORDER BY version DESC
+            LIMIT ?""", below, limit)
+        below, limit = rows[-1][1] if len(rows) == limit else 0, _MORE_OFFERS
+        for release_id, version, up, text in rows:
+            ids, rank = _lineage(tx, up, release_id, version)
+            selection = selection_of(text)
+            if selection and not ids & bad:
+                later.append(_Offer(rank, version, release_id, selection))
+        later.sort(reverse=True)
+        now = [offer for offer in later if offer.rank >= below]
+        later = later[len(now):]
+        yield now
 
 
 def _what_they_want(tx: Transaction, nodes: Sequence[Node]) -> dict[int, Ran]:
     """Return by node the newest release that ended success or partial, is for it, and that nobody rolled back."""
-    missing, wants = {node.id: node for node in nodes}, dict[int, Ran]()
-    bad: dict[str, dict[str, int]] = {}
-    below = MAX_VERSION + 1
-    while missing:
-        # the unique index of version
-        releases = tx.rows("""
-            SELECT id, version, payload_sha256, status, finished_at, target, selection
-            FROM release_tasks
-            WHERE version < ? AND status IN ('success', 'partial')
-            ORDER BY version DESC
-            LIMIT ?""", below, _RELEASES_AT_A_TIME)
-        for release_id, version, digest, status, finished_at, target, selection in releases:
-            wanted = Ran(release_id, version, digest or stored_digest(tx, release_id), status, finished_at)
-            if target not in bad:
-                bad[target] = rolled_back(tx, target, or_tried=False)
-            if version > bad[target].get(wanted.payload_sha256, 0):
-                for node_id in _takers(tx, selection_of(selection), missing):
-                    wants[node_id] = wanted
-                    del missing[node_id]
-        if len(releases) < _RELEASES_AT_A_TIME:
+    missing, found = {node.id: node for node in nodes}, dict[int, int]()
+    for offers in _offers(tx):
+        listed = _listed_nodes(tx, {offer.selection.nodes_of for offer in offers} - {None}, missing)
+        for offer in offers:
+            ids: Iterable[int] = missing if offer.selection.nodes_of is None else listed[offer.selection.nodes_of]
+            for node_id in [id_ for id_ in ids if id_ in missing and offer.selection.takes(missing[id_])]:
+                found[node_id] = offer.release_id
+                del missing[node_id]
+        if not missing:
             break
-        below = releases[-1][1]
-    return wants
+    ran = _releases_by_id(tx, set(found.values()))
+    ended = dict(rows_of_nodes(tx, "SELECT id, finished_at FROM release_tasks WHERE id IN ({marks})", list(ran)))
+    return {node_id: ran[release_id]._replace(since=ended[release_id]) for node_id, release_id in found.items()}
 
 
-def _takers(tx: Transaction, selection: Selection | None, nodes: Mapping[int, Node]) -> list[int]:
-    """Return the ids of those of the nodes that a selection takes."""
-    if selection is None:
-        return []
-    ids: Iterable[int] = nodes
-    if selection.nodes_of is not None:
-        # the unique index of release and node
-        some = f" AND node_id IN ({', '.join('?' * len(nodes))})" if len(nodes) <= NODES_PER_STATEMENT else ""
-        ids = [row[0] for row in tx.rows(f"SELECT node_id FROM release_task_nodes WHERE release_task_id = ?{some}",
-                                         selection.nodes_of, *(nodes if some else ())) if row[0] in nodes]
-    return [id_ for id_ in ids if selection.takes(nodes[id_])]
+def _listed_nodes(tx: Transaction, release_ids: Set[int | None], nodes: Collection[int]) -> dict[int, list[int]]:
+    """Return by release those of the nodes that it has."""
+    listed: dict[int, list[int]] = {id_: [] for id_ in release_ids if id_ is not None}
+    if len(nodes) <= NODES_PER_STATEMENT and listed:
+        # the index release_task_nodes_by_node
+        marks = ", ".join("?" * len(nodes))
+        pairs = rows_of_nodes(tx, f"SELECT release_task_id, node_id FROM release_task_nodes WHERE node_id IN ({marks}) "
+                                  "AND release_task_id IN ({marks})", list(listed), *nodes)
+    else:
+        pairs = rows_of_nodes(tx, "SELECT release_task_id, node_id FROM release_task_nodes "
+                                  "WHERE release_task_id IN ({marks})", list(listed))
+    for release_id, node_id in pairs:
+        listed[release_id].append(node_id)
+    return listed
 
 
 def effect_of(tx: Transaction, payload: Mapping[str, Any], nodes: Sequence[Node]) -> Effect:
@@ -6709,10 +6800,17 @@ class NodeFilter(NamedTuple):
     def takes(self, node: Node) -> bool:
         """Return whether it takes a node, as far as the node's row tells."""
         return (self.labels.items() <= node.label_items
-                and (not self.names or any(node.name == name or fnmatch.fnmatchcase(node.name, name)
-                                           for name in self.names))
+                and (not self.names or _names_fit(tuple(self.names))(node.name))
                 and (not self.search or self.search.lower() in "\n".join(
                     [node.name, node.main_ip, *(f"{key}={value}" for key, value in node.label_items)]).lower()))
+
+
+@functools.lru_cache(maxsize=64)
+def _names_fit(names: tuple[str, ...]) -> Callable[[str], bool]:
+    """Return whether a name is one of these, or fits one that is a pattern."""
+    exact = frozenset(names)
+    pattern = re.compile("|".join(fnmatch.translate(name) for name in names if re.search(r"[*?\[]", name)) or "(?!)")
+    return lambda name: name in exact or pattern.match(name) is not None
 
 
 def _in_order_of_numbers(text: str) -> list[Any]:
@@ -6823,10 +6921,7 @@ class CatchUp(NamedTuple):
 
 
 def plan_catch_up(tx: Transaction, reason: str, strategy: Mapping[str, Any]) -> tuple[list[CatchUp], list[LeftOut]]:
-    """Return a release for each wanted payload, oldest first, and the nodes that are behind but left out.
-
-    Raise AppError 3003 where one can't be made: then none is.
-    """
+    """Return a release for each one that is wanted, oldest first, and the nodes that are behind but left out."""
     parsed, nodes = parse_strategy(strategy), all_nodes(tx)
     found = levels(tx, nodes)
     behind = [node for node in nodes if found[node.id].drift == BEHIND]
@@ -6839,8 +6934,13 @@ def plan_catch_up(tx: Transaction, reason: str, strategy: Mapping[str, Any]) -> 
         wants = found[node.id].wants
         if wants and node.gets_releases and node.id not in under_way:
             groups.setdefault(wants.release_id, []).append(node)
-    return [_catch_up_with(read_release(tx, release_id), members, reason, strategy, parsed)
-            for release_id, members in sorted(groups.items())], left_out
+    found_ones = []
+    for release_id, members in sorted(groups.items()):
+        try:
+            found_ones.append(_catch_up_with(read_release(tx, release_id), members, reason, strategy, parsed))
+        except AppError as error:
+            left_out += [LeftOut(node.id, node.name, f"left behind: {error.message}") for node in members]
+    return found_ones, left_out
 
 
 def _catch_up_with(wanted: Release, nodes: Sequence[Node], reason: str, strategy: Mapping[str, Any],
@@ -6853,6 +6953,21 @@ def _catch_up_with(wanted: Release, nodes: Sequence[Node], reason: str, strategy
     plan = make_plan(parsed, [node.id for node in nodes])
     return CatchUp(request, plan._replace(payload_of=(wanted.id, wanted.version),
                                           emptied=emptied_nodes(payload, nodes)), nodes)
+
+
+def no_longer_wanted(tx: Transaction, release: Release) -> str:
+    """Return why a catch-up that has not started must not go out any more, "" where it may.
+
+    A newer release went out meanwhile, the one that it brings was rolled back, or a node has other labels.
+    """
+    nodes = [Node(*row) for row in tx.rows(f"""
+        SELECT {NODE_COLUMNS}
+        FROM nodes
+        WHERE id IN (SELECT node_id FROM release_task_nodes WHERE release_task_id = ?)
+        ORDER BY id""", release.id)]
+    wants, digest = _what_they_want(tx, nodes), stored_digest(tx, release.id)
+    others = [node.name for node in nodes if node.id not in wants or wants[node.id].payload_sha256 != digest]
+    return f"{names_of(others)} should run something else now: catch-up again" if others else ""
 
 
 def _releases_under_way(tx: Transaction) -> dict[int, int]:
@@ -6911,6 +7026,33 @@ def _ranges(numbers: Iterable[int]) -> list[list[int]]:
         else:
             runs.append([number, number])
     return runs
+
+
+def change_status(tx: Transaction, release: Release, nodes: NodeIndex, verb: Verb, now: Moment, actor: Who,
+                  reason: str) -> None:
+    """Write the status that a verb brings, its status_reason and its event."""
+    status, strategy = status_after_verb(verb.name, release), strategy_of(release.strategy)
+    after = dataclasses.replace(release, status=status, paused_by=str(actor) if status == PAUSED else "")
+    status_reason = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
+        status, Situation(after, nodes, now, strategy=strategy, stage=Stage(0, release.passed_batch),
+                          exceeded=exceeded_limit(nodes, strategy)))
+    tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, {COUNTERS} "
+               "WHERE id = ?", status, status_reason, after.paused_by, now.text, release.id)
+    add_events(tx, now.text, actor, [NewEvent(release.id, verb.event, release.status, status, reason)])
+    tx.after_commit.append(lambda: log.info("%s: %s by %s%s", release, verb.event, actor,
+                                            f": {reason}" if reason else "",
+                                            extra=about(release, actor=str(actor), event=verb.event)))
+
+
+def end_unstarted(tx: Transaction, state: DatabaseState, queue: Queue, release: Release, actor: Who,
+                  why: str) -> None:
+    """Cancel a pending release, nothing of which was sent."""
+    nodes, now = NodeIndex(read_release_nodes(tx, release.id)), state.moment()
+    change_status(tx, release, nodes, VERBS["cancel"], now, actor, why)
+    release = read_release(tx, release.id)
+    changes = force_end(nodes, now)
+    decision = decide(Situation(release, nodes, now, strategy=strategy_of(release.strategy)))
+    queue.write_decision(tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=why)
 
 
 class Releases:
@@ -6981,10 +7123,10 @@ class Releases:
 
     def catch_up(self, actor: Who, reason: str = "", strategy: Mapping[str, Any] = {}) -> tuple[  # noqa: B006
             list[Made], list[LeftOut]]:
-        """Create a release for each payload that nodes are behind with (contract section 5); return who is left out.
+        """Create a release for each one that nodes are behind with (contract section 5); return who is left out.
 
         Nodes that a release under way has are left out too, so that a second call makes nothing more. Raise AppError
-        3003 where one of the releases can't be made: then none is; 2003 for a strategy that can't be used.
+        2003 for a strategy that can't be used.
         """
         with self._database.transaction(write=True) as tx:
             found, left_out = plan_catch_up(tx, reason, strategy)
@@ -7008,7 +7150,7 @@ class Releases:
                 if accept_failures:
                     detail = self._accept_failures(tx, release, reason)
             if status_after_verb(verb, release) != release.status:
-                self._change_status(tx, release, nodes, VERBS[verb], now, actor, detail)
+                change_status(tx, release, nodes, VERBS[verb], now, actor, detail)
                 release, detail = read_release(tx, release_id), ""
             self._audit.add(
                 tx, actor, f"release.{verb.partition(' ')[0]}", f"release {release_id}", {"status": before},
@@ -7387,21 +7529,6 @@ class Releases:
                            "WHERE release_task_id = ? AND status = 'failed' AND accepted = 0", release.id)
         return "; ".join(filter(None, (reason, f"failures accepted: {count}")))
 
-    @staticmethod
-    def _change_status(tx: Transaction, release: Release, nodes: NodeIndex, verb: Verb, now: Moment, actor: Who,
-                       reason: str) -> None:
-        """Write the status that a verb brings, its status_reason and its event."""
-        status, strategy = status_after_verb(verb.name, release), strategy_of(release.strategy)
-        after = dataclasses.replace(release, status=status, paused_by=str(actor) if status == PAUSED else "")
-        status_reason = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
-            status, Situation(after, nodes, now, strategy=strategy, stage=Stage(0, release.passed_batch),
-                              exceeded=exceeded_limit(nodes, strategy)))
-        tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, {COUNTERS} "
-                   "WHERE id = ?", status, status_reason, after.paused_by, now.text, release.id)
-        add_events(tx, now.text, actor, [NewEvent(release.id, verb.event, release.status, status, reason)])
-        tx.after_commit.append(lambda: log.info("%s: %s by %s%s", release, verb.event, actor,
-                                                f": {reason}" if reason else "",
-                                                extra=about(release, actor=str(actor), event=verb.event)))
 
 
 # endregion
@@ -7487,6 +7614,10 @@ class Claims:
             self._state.note_timeline(tx)
             before = read_release(tx, release_id)
             if before.status == PENDING:
+                why = no_longer_wanted(tx, before) if before.catch_up_of is not None else ""
+                if why:
+                    end_unstarted(tx, self._state, self._queue, before, owner, why)
+                    return None
                 renumbered = self._renumber(tx, before, owner)
                 if renumbered != before and release_id not in self._queue.runnable(tx)[0]:
                     self._queue.explain_waiting(tx)
@@ -8586,7 +8717,7 @@ def _read_executed(address: Address, task: AgentTask, data: Mapping[str, Any], _
         raise _nonsense(address, "answers for another request", data)
     _require_success(address, data, text)
     # an execute agent says success where its message tells otherwise (contract section 1)
-    if "but reload failed:" in text:
+    if RELOAD_FAILED in text:
         raise AgentError(FAILED, AGENT_FAILED, text)
     found = re.search(r"Version (\d{1,4000}) already applied \(current: (\d{1,4000})\)", text)
     if found is None:
@@ -9970,7 +10101,7 @@ _audit_fields = _row_json(AUDIT_ROW_SCHEMA)
 def release_json(release: Release) -> dict[str, Any]:
     """Return RELEASE of the contract."""
     return {**_release_fields(release), "strategy": stored_json(release.strategy),
-            "selection": stored_json(release.selection)}
+            "selection": stored_json(release.selection) if selection_of(release.selection) else {"nodeIds": []}}
 
 
 def audit_json(row: AuditRow) -> dict[str, Any]:
@@ -11096,7 +11227,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/api/v1/nodes/{id}/releases", Api.list_node_releases, VIEWER, "What a node was given, newest first",
           "NodeTryList", ("page", "pageSize")),
     Route("POST", "/api/v1/catch-up", Api.catch_up, OPERATOR,
-          "A new release for each payload that nodes are behind with", "CaughtUp", body="CatchUp",
+          "A new release for each one that nodes are behind with", "CaughtUp", body="CatchUp",
           dry_run="CatchUpPlan"),
     Route("GET", "/api/v1/freeze", Api.get_freeze, VIEWER, "Whether new dispatches are stopped", "Freeze"),
     Route("PUT", "/api/v1/freeze", Api.set_freeze, OPERATOR, "Stop or allow new dispatches", "Freeze",
@@ -12613,8 +12744,8 @@ def command_version(context: Context) -> int:
 # region Node commands
 # ======================================================================================
 # Node commands: what the commands on nodes do, and what is shown of a node.
-# Uses: Vocabulary, Helpers, Model, Plan, Audit, Drift, Claims, Serialization, Check
-#   and why, Terminal, Commands.
+# Uses: Vocabulary, Helpers, Model, Plan, Drift, Claims, Serialization, Check and why,
+#   Terminal, Commands.
 # ======================================================================================
 
 def _node_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -12663,7 +12794,7 @@ def command_node_show(context: Context) -> int:
     listed = store.fleet.listed([store.nodes.named(context.options.name)])[0]
     node, level = listed
     tries = store.fleet.tries(node.id, size=TRIES_SHOWN)
-    changes = _changes_of(store, node)
+    changes = store.audit.of_node(node.id, node.name, TRIES_SHOWN)
     facts = [("address", f"{node.main_ip}:{node.agent_port}"), ("protocol", node.agent_protocol),
              ("state", node.condition), ("labels", node.labels), ("runs", _ran_text(level.runs)),
              ("should run", _ran_text(level.wants)), ("drift", drift_text(level))]
@@ -12678,14 +12809,6 @@ def command_node_show(context: Context) -> int:
          "changes": [audit_json(row) for row in changes]},
         "\n".join([f"node {node.id}: {node.name}", *(f"{name:<10}  {value}" for name, value in facts), "",
                    given or "no release was for it yet", *more, *(["", acts] if acts else [])]))
-
-
-def _changes_of(store: Store, node: Node) -> list[AuditRow]:
-    """Return the newest acts on a node, under its name of today, and the imports that brought it; oldest first."""
-    rows = store.audit.rows(limit=TRIES_SHOWN, wanted=AuditFilter(object=f"node {node.name}"), newest=True)
-    imports = store.audit.rows(limit=TRIES_SHOWN, wanted=AuditFilter(action="node.import"), newest=True)
-    name = f'"name":{to_json(node.name)},'
-    return sorted([*rows, *(row._replace(after=to_json({"name": node.name})) for row in imports if name in row.after)])
 
 
 def _ran_text(ran: Ran | None) -> str:
@@ -12720,7 +12843,7 @@ def _chosen(context: Context, store: Store) -> list[Node]:
     if not options.names and not options.where:
         raise AppError(MISSING, "no node is chosen: give names or patterns, or --where K=V")
     labels = parse_label_pairs("--where", options.where or ())
-    nodes = [listed.node for listed in store.fleet.page(size=0, wanted=NodeFilter(labels=labels)).items]
+    nodes = [node for node in store.nodes.page(size=0).items if NodeFilter(labels=labels).takes(node)]
     wrong = [name for name in options.names if not any(map(NodeFilter(names=[name]).takes, nodes))]
     if wrong:
         raise AppError(NOT_FOUND, f"node {one_line(wrong[0], 100)} does not exist" + (
@@ -13405,7 +13528,7 @@ COMMANDS: tuple[Command, ...] = (
             (_ID_OPTION, option("--to", type=_release_id, metavar="ID",
                                 help="the payload of this release, or latest (what most of the nodes had before)"),
              *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
-    Command("catch-up", "a new release for each payload that nodes are behind with", command_catch_up, (
+    Command("catch-up", "a new release for each one that nodes are behind with", command_catch_up, (
         _REASON_OPTION, *_STRATEGY_OPTIONS, _PLAN_OPTION)),
     Command("freeze", "stop (on) or allow (off) new dispatches, of all processes; without argument: show",
             command_freeze, (option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),

@@ -278,13 +278,19 @@ INSERT INTO schema_version (version) VALUES (7);
 -- step 8: for whom a release is, and what each node runs
 
 -- Whom it was for: {} all nodes, or the keys of its request. {"nodesOf": N}: the nodes that release N has; so it is for
--- releases from before this step, and for those that a person wrote.
+-- releases from before this step (a retry: those of the first one), and for those that a person wrote.
 ALTER TABLE release_tasks ADD COLUMN selection TEXT NOT NULL DEFAULT '{}';
 
 -- Of which release this one brings the payload to nodes that are behind.
 ALTER TABLE release_tasks ADD COLUMN catch_up_of BIGINT REFERENCES release_tasks (id);
 
-UPDATE release_tasks SET selection = '{"nodesOf":' || id || '}';
+UPDATE release_tasks
+SET selection = '{"nodesOf":' || (
+    WITH RECURSIVE chain (id, first) AS (
+        SELECT r.id, r.retry_of FROM release_tasks r WHERE r.id = release_tasks.id
+        UNION ALL
+        SELECT p.id, p.retry_of FROM release_tasks p JOIN chain c ON p.id = c.first)
+    SELECT MIN(id) FROM chain) || '}';
 
 -- The highest version that the nodes of that time may have, and of which nothing is known here: agents had releases of
 -- another database (migrate --first-version), or a release was lost.

@@ -42,8 +42,9 @@ def try_of(store: rc.Store, release: rc.Release, node_id: int, **columns: object
 
 # -- the rule -----------------------------------------------------------------------------------
 
-OLD, NEW = rc.Ran(1, 1, "a", "success"), rc.Ran(2, 2, "b", "success")
-FAILED = rc.Ran(2, 2, "b", "failed")
+OLD, NEW = rc.Ran(1, 1, "a", "success", 1), rc.Ran(2, 2, "b", "success", 2)
+FAILED = rc.Ran(2, 2, "b", "failed", 2)
+AGAIN = rc.Ran(3, 3, "a", "success", 1)
 
 
 @pytest.mark.parametrize(("has", "wants", "is_unknown", "drift"), [
@@ -53,6 +54,8 @@ FAILED = rc.Ran(2, 2, "b", "failed")
     (FAILED._replace(status="cancelled"), OLD, False, "ahead"),
     # what is under way is no drift yet
     (FAILED._replace(status="running"), OLD, False, "none"), (FAILED._replace(status="paused"), None, False, "none"),
+    # what brings an old payload again is no newer than that
+    (AGAIN, NEW, False, "behind"), (NEW, AGAIN, False, "ahead"), (OLD, AGAIN, False, "none"),
     (OLD, OLD, True, "unknown"), (None, None, True, "unknown")])
 def test_drift_is_what_a_node_has_against_what_is_for_it(has, wants, is_unknown, drift):
     assert rc.Level(has, has, wants, is_unknown).drift == drift
@@ -97,6 +100,7 @@ def test_a_node_that_failed_in_a_partial_release_is_behind(store):
     ({"error_kind": "http", "reached": 1}, "unknown"), ({"error_kind": "deadline", "reached": 1}, "unknown"),
     ({"error_kind": "abandoned", "reached": 1}, "unknown"),
     ({"error_kind": "rejected", "error_msg": f"{rc.ALREADY_AT} 9", "reached": 0}, "unknown"),
+    ({"error_kind": "agent_failed", "error_msg": f"applied, {rc.RELOAD_FAILED} exit 1", "reached": 1}, "unknown"),
     ({"error_kind": "verify", "reached": 1}, "ahead")])
 def test_how_a_later_try_ended_tells_what_the_node_has(store, columns, drift):
     add_nodes(store, 1)
@@ -230,9 +234,11 @@ def test_a_release_that_a_person_wrote_is_for_the_nodes_that_it_has(store):
     sql(store, "UPDATE release_task_nodes SET status = 'success'")
     sql(store, "UPDATE release_tasks SET status = 'success'")
     assert ids(store, "wants") == [None, 1]
-    for text in ("[]", "broken", '{"labels":1}', '{"nodeIds":[[]]}', '{"nodesOf":"x"}'):
+    for text in ("[]", "broken", '{"labels":1}', '{"nodeIds":[[]]}', '{"nodesOf":"x"}', '{"nodesOf":true}', "null",
+                 f'{{"nodesOf":1{"0" * 30}}}', '{"nodeid":[1]}', '{"exclude":{}}'):
         sql(store, "UPDATE release_tasks SET selection = ?", text)
         assert ids(store, "wants") == [None, None], text
+        assert rc.release_json(store.releases.get(1))["selection"] == {"nodeIds": []}
 
 
 def test_migrate_knows_what_nodes_run_from_their_history(database_url, open_store):
@@ -251,6 +257,24 @@ def test_migrate_knows_what_nodes_run_from_their_history(database_url, open_stor
     assert ids(store, "runs") == [2, 1, None]
     assert ids(store, "wants") == [2, 2, None]
     assert drifts(store) == ["none", "unknown", "unknown"]
+
+
+def test_migrate_takes_a_retry_for_the_nodes_of_the_first_release(database_url, open_store):
+    with at_schema(database_url, 7) as old:
+        for number in (1, 2):
+            sql(old, "INSERT INTO nodes (name, main_ip, last_version) VALUES (?, ?, ?)", f"edge-{number}",
+                ADDRESSES[number - 1], 2 * number)
+        for version, status, payload, retry_of in ((1, "success", "a", None), (2, "failed", "b", None),
+                                                   (3, "failed", "b", 2), (4, "success", "b", 3)):
+            sql(old, "INSERT INTO release_tasks (version, status, payload, retry_of) VALUES (?, ?, ?, ?)", version,
+                status, f'{{"n":"{payload}"}}', retry_of)
+        for release, node, status in ((1, 1, "success"), (1, 2, "success"), (2, 1, "success"), (2, 2, "failed"),
+                                      (3, 2, "failed"), (4, 2, "success")):
+            sql(old, "INSERT INTO release_task_nodes (release_task_id, node_id, batch, status, attempts) "
+                     "VALUES (?, ?, 1, ?, 1)", release, node, status)
+    store = open_store(database_url)
+    assert [store.releases.get(number).selection for number in (2, 3, 4)] == ['{"nodesOf":2}'] * 3
+    assert drifts(store) == ["none", "none"]
 
 
 def test_prune_keeps_what_a_node_runs_or_should_run(store):
@@ -338,29 +362,127 @@ def test_a_catch_up_makes_a_release_for_each_wanted_payload_in_their_order(store
     assert left_out == []
 
 
-def test_a_catch_up_makes_all_of_its_releases_or_none(store):
+def test_a_catch_up_leaves_out_what_can_not_be_sent(store):
     store.nodes.add("edge-1", ADDRESSES[0], labels='{"a":"1"}')
     store.nodes.add("edge-2", ADDRESSES[1], labels='{"a":"2"}')
     partly(store, "A", "failed", labels={"a": "1"})
     partly(store, "B", "failed", labels={"a": "2"})
     sql(store, "UPDATE release_tasks SET payload = '[]' WHERE id = 2")
-    for ask in (store.releases.plan_catch_up, lambda: store.releases.catch_up("anna")):
-        with pytest.raises(rc.AppError, match="the payload of release 2 can't be used") as caught:
-            ask()
-        assert caught.value.code == 3003
-    assert store.releases.page().total == 2
+    made, left_out = store.releases.catch_up("anna")
+    assert [one.release.catch_up_of for one in made] == [1]
+    assert left_out[0].name == "edge-2"
+    assert left_out[0].why.startswith("left behind: the payload of release 2 can't be used")
+
+
+def succeed(store: rc.Store, release: rc.Release) -> None:
+    """Let a release end well, by hand."""
+    sql(store, "UPDATE release_task_nodes SET status = 'success', attempts = 1 WHERE release_task_id = ?", release.id)
+    sql(store, "UPDATE nodes SET last_version = ? WHERE id IN (SELECT node_id FROM release_task_nodes "
+               "WHERE release_task_id = ?)", release.version, release.id)
+    sql(store, "UPDATE release_tasks SET status = 'success', success_nodes = total_nodes WHERE id = ?", release.id)
 
 
 def test_what_a_catch_up_of_a_release_that_is_rolled_back_brought_is_told(store):
     bad = behind(store)
-    store.releases.catch_up("anna")
-    sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = 3")
-    sql(store, "UPDATE release_tasks SET status = 'success' WHERE id = 3")
+    succeed(store, store.releases.catch_up("anna")[0][0].release)
     rollback = store.releases.rollback(bad.id, "anna", rc.Again(to_release=1)).release
-    sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = ?", rollback.id)
-    sql(store, "UPDATE release_tasks SET status = 'success', success_nodes = 2 WHERE id = ?", rollback.id)
+    succeed(store, rollback)
     assert ids(store, "wants") == [rollback.id, rollback.id, 1, 1]
     assert drifts(store) == ["none", "none", "ahead", "none"]
+
+
+def test_a_catch_up_makes_no_old_payload_new_again(store):
+    behind(store)
+    caught_up = store.releases.catch_up("anna")[0][0].release  # of release 2, before release 4 but with a lower version
+    good(store, "C", 1, 2)
+    sql(store, "UPDATE release_tasks SET selection = '{}' WHERE id = 4")
+    succeed(store, caught_up)
+    sql(store, "UPDATE release_tasks SET version = 9 WHERE id = ?", caught_up.id)
+    sql(store, "UPDATE nodes SET last_version = 9 WHERE id = 3")
+    assert ids(store, "wants") == [4] * 4
+    assert drifts(store) == ["none", "none", "behind", "behind"]
+
+
+def test_a_retry_of_an_older_release_makes_its_payload_no_newer(store):
+    add_nodes(store, 3)
+    first = partly(store, "A", "success", "success", "failed")
+    store.nodes.update(3, {"status": "offline"})
+    newer = ended(store, "B", "success", "success")
+    store.nodes.update(3, {"status": "online"})
+    succeed(store, store.releases.retry(first.id, "anna").release)
+    assert ids(store, "wants") == [newer.id] * 3
+    assert drifts(store) == ["none", "none", "behind"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda store: store.releases.rollback(2, "anna", rc.Again(to_release=1)),
+    lambda store: (good(store, "C", 1, 2), sql(store, "UPDATE release_tasks SET selection = '{}' WHERE id = 4"))])
+def test_a_catch_up_that_nobody_should_have_any_more_does_not_start(store, change):
+    behind(store)
+    caught_up = store.releases.catch_up("anna")[0][0].release
+    change(store)
+    assert store.claims.claim(caught_up.id, "me", 30) is None
+    release = store.releases.get(caught_up.id)
+    assert release.status == "cancelled"
+    assert "edge-3 should run something else now" in store.releases.events(release.id)[-1].detail
+    assert store.releases.with_nodes(release.id)[1][0].status == "skipped"
+
+
+def test_a_catch_up_does_not_go_to_a_node_that_has_other_labels_since(store):
+    for number in (1, 2):
+        store.nodes.add(f"edge-{number}", ADDRESSES[number - 1], labels='{"region":"eu"}')
+    partly(store, "A", "success", "failed", labels={"region": "eu"})
+    caught_up = store.releases.catch_up("anna")[0][0].release
+    store.nodes.update(2, {"labels": '{"region":"us"}'})
+    assert store.claims.claim(caught_up.id, "me", 30) is None
+    assert store.releases.get(caught_up.id).status == "cancelled"
+
+
+def test_a_rollback_in_one_region_says_nothing_of_another(store):
+    for number, region in enumerate(("eu", "us"), 1):
+        store.nodes.add(f"edge-{number}", ADDRESSES[number - 1], labels=f'{{"region":"{region}"}}')
+    ended(store, "W", "success", "success")
+    ended(store, "X", "success", labels={"region": "us"})
+    bad = ended(store, "X", "success", labels={"region": "eu"})
+    rollback = store.releases.rollback(bad.id, "anna").release
+    succeed(store, rollback)
+    assert drifts(store) == ["none", "none"]
+    assert ids(store, "wants") == [rollback.id, 2]
+
+
+def test_a_node_that_moved_away_and_back_runs_what_nobody_knows(store):
+    add_nodes(store, 2)
+    good(store, "A", 1)
+    store.nodes.update(1, {"main_ip": "10.0.0.1"})
+    store.nodes.update(2, {"main_ip": ADDRESSES[0]})
+    good(store, "B", 2)
+    store.nodes.update(2, {"main_ip": "10.0.0.2"})
+    store.nodes.update(1, {"main_ip": ADDRESSES[0]})
+    assert drifts(store) == ["unknown", "unknown"]
+
+
+def test_what_a_node_at_the_same_address_was_sent_stays_known_when_it_leaves(store):
+    add_nodes(store, 1)
+    good(store, "A", 1)
+    store.nodes.update(1, {"enabled": 0})
+    store.nodes.add("other", ADDRESSES[0])
+    good(store, "B", 2)
+    store.nodes.update(2, {"main_ip": "10.0.0.2"})
+    store.nodes.update(1, {"enabled": 1})
+    assert drifts(store)[0] == "unknown"
+
+
+def test_a_node_that_no_release_takes_costs_no_query_a_release(store, monkeypatch):
+    add_nodes(store, 2)
+    for number in range(40):
+        good(store, f"A{number}", 1)
+        sql(store, "UPDATE release_tasks SET selection = ? WHERE id = ?", f'{{"nodesOf":{number + 1}}}', number + 1)
+    asked = []
+    execute = rc.Transaction.execute
+    monkeypatch.setattr(rc.Transaction, "execute", lambda tx, statement, *params: asked.append(statement) or execute(
+        tx, statement, *params))
+    assert level(store, 2).wants is None
+    assert len(asked) < 20
 
 
 # -- against a model -----------------------------------------------------------------------------------
@@ -381,8 +503,7 @@ class Model:
         return "labels" not in selection or selection["labels"]["l"] == self.labels[node]
 
     def is_bad(self, release: dict[str, Any]) -> bool:
-        return any(r["payload"] == release["payload"] and release["version"] <= r["version"] for r in self.releases
-                   if any(b["rollback_of"] == r["id"] for b in self.releases))
+        return any(other["rollback_of"] == release["id"] for other in self.releases)
 
     def drift(self, node: int) -> tuple[int | None, int | None, str]:
         runs = wants = has = None
@@ -672,6 +793,16 @@ def test_node_set_takes_many_nodes_by_names_patterns_and_labels(late):
         assert f"{word} is for one node, and 4 are chosen" in late.refused(2, "node", "set", "*", word, "10.0.0.1")
     assert late.ok("node", "set", "edge-1", "--port", "9090", "--json").json["agentPort"] == 9090
     assert all(node.enabled for node in late.store.nodes.page().items)
+
+
+def test_node_show_follows_a_node_through_its_names_and_takes_no_other_for_it(late):
+    late.ok("node", "set", "edge-1", "--rename", "edge-9")
+    late.ok("node", "add", "edge-1", "10.0.0.9")
+    late.ok("node", "set", "edge-1", "--label", "name=edge-9")
+    of = {name: [(row["action"], row["object"]) for row in late.ok("node", "show", name, "--json").json["changes"]]
+          for name in ("edge-9", "edge-1")}
+    assert of == {"edge-9": [("node.add", "node edge-1"), ("node.set", "node edge-1")],
+                  "edge-1": [("node.add", "node edge-1"), ("node.set", "node edge-1")]}
 
 
 def test_node_show_names_the_import_that_brought_the_node(late):
