@@ -7252,22 +7252,37 @@ class Releases:
                 WHERE n.release_task_id = ? AND n.status = 'failed'
                 ORDER BY n.finished_at, n.node_id
                 LIMIT ?""", release_id, failures)
-            return Progress(release, batches, [(name, text) for name, text in failed],
-                            self._time_left(tx, release, batches))
+            [shown] = self._as_true(tx, [release])
+            left = self._time_left(tx, release, batches) if shown is release else ""
+            return Progress(shown, batches, [(name, text) for name, text in failed], left)
+
+    @staticmethod
+    def _as_true(tx: Transaction, releases: Iterable[Release]) -> list[Release]:
+        """Return releases as they are to be shown: with what is true in place of a status_reason that got old."""
+        executors, now_s = read_executors(tx), epoch_of(tx.now())
+        shown = []
+        for release in releases:
+            reason = true_reason(release, executors, now_s)
+            shown.append(release if reason == release.status_reason
+                         else dataclasses.replace(release, status_reason=reason))
+        return shown
 
     def work(self) -> Work:
         """Return what is to do, and what keeps it from being done."""
         with self._database.transaction() as tx:
             return Work(read_candidates(tx), read_freeze(tx), nobody_works(read_executors(tx), epoch_of(tx.now())))
 
-    def with_time_left(self, release: Release) -> Release:
-        """Return a release whose status_reason also says how long it still takes, as far as that can be known.
+    def as_shown(self, release: Release) -> Release:
+        """Return a release whose status_reason is true when it is read, and says how long it still takes if known.
 
         That is for those who read it: the row would have to be written again and again.
         """
-        if release.status != RUNNING:
+        if release.is_terminal:
             return release
         with self._database.transaction() as tx:
+            [shown] = self._as_true(tx, [release])
+            if shown is not release or release.status != RUNNING:
+                return shown
             text = self._time_left(tx, release, read_batches(tx, release.id))
         return dataclasses.replace(release, status_reason="; ".join(filter(None, (release.status_reason, text))))
 
@@ -7325,7 +7340,7 @@ class Releases:
             total = tx.value(f"SELECT COUNT(*) FROM release_tasks r {where}", *params)
             rows = tx.rows(f"SELECT {LISTED_COLUMNS} FROM release_tasks r {where} ORDER BY r.id DESC "
                            "LIMIT ? OFFSET ?", *params, size, (page - 1) * size)
-            return Page([Release(*row) for row in rows], total, page, size)
+            return Page(self._as_true(tx, (Release(*row) for row in rows)), total, page, size)
 
     def open(self, limit: int = MAX_PAGE_SIZE) -> list[tuple[Release, int]]:
         """Return the releases that are not terminal, oldest first, each with its number of batches."""
@@ -7337,7 +7352,7 @@ class Releases:
                 WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')
                 ORDER BY r.id
                 LIMIT ?""", limit)
-            return [(Release(*row[:-1]), row[-1]) for row in rows]
+            return list(zip(self._as_true(tx, (Release(*row[:-1]) for row in rows)), (row[-1] for row in rows)))
 
     def counts(self) -> dict[tuple[str, ...], float]:
         """Return the figures of METRICS that are in the database.
@@ -10896,7 +10911,7 @@ class Api:
 
     def get_release(self, request: Request) -> Reply:
         if request.choice("view") == "summary":
-            release = self.store.releases.with_time_left(self.store.releases.get(request.ids[0]))
+            release = self.store.releases.as_shown(self.store.releases.get(request.ids[0]))
             return Reply(200, {"release": release_json(release)})
         return Reply(200, self._whole_release(request))
 
@@ -10919,7 +10934,7 @@ class Api:
         """Return a release with its nodes; large ones one at a time."""
         def read() -> dict[str, Any]:
             release, nodes = self.store.releases.with_nodes(request.ids[0])
-            return release_with_nodes_json(self.store.releases.with_time_left(release), nodes)
+            return release_with_nodes_json(self.store.releases.as_shown(release), nodes)
         is_small = self.store.releases.get(request.ids[0]).total_nodes <= MAX_FREE_READ_NODES
         return read() if is_small else self._one_at_a_time(request, read)
 
@@ -12091,10 +12106,10 @@ def check_drift(store: Store) -> Iterator[Finding]:
 def check_work(store: Store) -> Iterator[Finding]:
     """Check whether anything keeps the open releases from going on: nobody who works, a freeze, a pause."""
     work = store.releases.work()
-    if work.open and work.nobody_works:
-        count = len(work.open)
-        yield Finding("executor", EXIT_NOT_SUCCESS, f"{work.nobody_works}; {count} release"
-                      f"{' has' if count == 1 else 's have'} not ended")
+    count = sum(not c.claimed for c in work.open)
+    if count and work.nobody_works:
+        yield Finding("executor", EXIT_NOT_SUCCESS, f"{work.nobody_works}; {count} open release"
+                      f"{' has' if count == 1 else 's have'} nobody")
     if work.freeze.frozen:
         yield Finding("freeze", EXIT_NOT_SUCCESS,
                       f"frozen by {work.freeze.actor} at {work.freeze.at}: {work.freeze.reason}; `freeze off` lifts it")
@@ -12193,9 +12208,10 @@ class Screen:
             self._draw(self._lines(progress))
             return
         release = progress.release
-        # a text that only counts seconds is no new step
+        # a text that only counts seconds or tries is no new step
         line = "; ".join(filter(None, (release_line(release), progress.time_left)))
-        self._print(line, f"{release.status} {release.status_reason.partition(', slowest')[0]}")
+        step = re.sub(r", slowest [^;]*|, try \d.*|\d+ (s|min|h|days)\b", "", release.status_reason)
+        self._print(line, f"{release.status} {step}")
 
     def say(self, line: str) -> None:
         """Show an error, once."""
@@ -12505,7 +12521,7 @@ def command_list(context: Context) -> int:
 def command_status(context: Context) -> int:
     store = context.open()
     release, nodes = store.releases.with_nodes(context.options.id)
-    release = store.releases.with_time_left(release)
+    release = store.releases.as_shown(release)
     return context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
         [(n.batch, n.name, n.status, n.attempts, n.started_at, n.finished_at, n.error_kind, n.error_msg)
          for n in nodes], ("batch", "node", "status", "tries", "started", "finished", "error", "message"))]))
@@ -12580,7 +12596,7 @@ def _watch(context: Context, release_id: int) -> int:
         if left_s <= 0:
             print(f"timed out after {options.timeout:g} s: release {release_id} {state}", file=sys.stderr)
             if options.json:
-                context.show({"release": release_json(store.releases.get(release_id))}, "")
+                context.show({"release": release_json(store.releases.as_shown(store.releases.get(release_id)))}, "")
             return EXIT_BUSY
         time.sleep(min(WATCH_EVERY_S, left_s))
     context.show({"release": release_json(release)}, release_line(release))

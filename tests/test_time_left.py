@@ -68,7 +68,7 @@ def test_the_time_left_is_told_from_what_ended_lately(counts, pace, strategy, fi
 
 def shown(store: rc.Store) -> str:
     progress = store.releases.progress(1)
-    told = store.releases.with_time_left(store.releases.get(1))
+    told = store.releases.as_shown(store.releases.get(1))
     assert told.status_reason == "; ".join(filter(None, (progress.release.status_reason, progress.time_left)))
     return progress.time_left
 
@@ -76,7 +76,8 @@ def shown(store: rc.Store) -> str:
 def let_succeed(store: rc.Store, release_id: int, node_ids: list[int], began_s: float, ended_s: float) -> None:
     """Let nodes have been dispatched and have succeeded so many seconds ago, and the release run."""
     began, ended = (rc.utc_text(store.clock.wall() - seconds) for seconds in (began_s, ended_s))
-    sql(store, "UPDATE release_tasks SET status = 'running', status_reason = 'at work' WHERE id = ?", release_id)
+    sql(store, "UPDATE release_tasks SET status = 'running', status_reason = 'at work', claim_owner = 'a:1:x', "
+               "claim_expires_at = ? WHERE id = ?", rc.utc_text(store.clock.wall() + 1000), release_id)
     for node_id in node_ids:
         sql(store, "UPDATE release_task_nodes SET status = 'success', started_at = ?, finished_at = ? "
                    "WHERE release_task_id = ? AND node_id = ?", began, ended, release_id, node_id)
@@ -92,7 +93,7 @@ def test_the_time_left_is_read_from_the_history_and_written_nowhere(store):
     let_succeed(store, 1, [1, 2], 100, 30)
     assert shown(store) == "about 30 s left, then a pause"
     before = store.releases.get(1)
-    assert store.releases.with_time_left(before).status_reason == "at work; about 30 s left, then a pause"
+    assert store.releases.as_shown(before).status_reason == "at work; about 30 s left, then a pause"
     assert store.releases.get(1) == before
     store.releases.set_freeze(True, "anna", "lunch")
     assert shown(store) == ""

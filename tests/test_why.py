@@ -298,8 +298,68 @@ def test_check_sees_dead_executors_a_freeze_and_paused_releases(sqlite_world, qu
     sqlite_world.store.releases.act("pause", 1, "alice")
     sqlite_world.store.releases.set_freeze(True, "bob", "holidays")
     found = findings(quick("check", "--json"))
-    assert found["executor"] == (False, "no executor is running (none was seen for a day): start `serve`; 1 release "
-                                        "has not ended")
+    assert found["executor"] == (False, "no executor is running (none was seen for a day): start `serve`; 1 open "
+                                        "release has nobody")
     assert found["freeze"][0] is False
     assert found["freeze"][1].startswith("frozen by bob at ")
     assert found["release 1"] == (False, "paused by alice: resume to go on")
+
+
+# -- what is stored may be old ---------------------------------------------------------------------
+
+def told_of(world: World, release: rc.Release) -> set[str]:
+    """Return what list, GET of a release, watch and the page of health say."""
+    releases = world.store.releases
+    return {releases.page().items[0].status_reason, releases.as_shown(releases.get(release.id)).status_reason,
+            releases.progress(release.id).release.status_reason, releases.open()[0][0].status_reason}
+
+
+def test_a_queued_release_says_that_nobody_will_take_it(world):
+    release = create(world.nodes(1))
+    nobody = "no executor is running (none was seen for a day): start `serve`"
+    assert told_of(world, release) == {nobody}
+    world.store.releases.set_freeze(True, "alice", "holidays")
+    assert told_of(world, release) == {f"frozen: holidays; {nobody}"}
+    assert world.store.releases.get(release.id).status_reason == "frozen: holidays"
+    with looking(world):
+        assert told_of(world, release) == {"frozen: holidays"}
+
+
+def test_a_running_release_says_who_was_seen_last_and_who_takes_it_over(world):
+    world.nodes(2, task_ms=60_000)
+    release = create(world, batches=[2])
+    with looking(world):
+        eventually(lambda: [text for text in told_of(world, release) if "slowest" in text])
+        stored = world.store.releases.get(release.id)
+    sql(world.store, "UPDATE release_tasks SET claim_owner = 'gone:7:x', claim_expires_at = ? WHERE id = ?",
+        rc.utc_text(time.time() + 20), release.id)
+    sql(world.store, "INSERT INTO executors (owner, host, seen_at, period_sec) VALUES ('gone:7:x', 'gone', ?, 15)",
+        rc.utc_text(time.time() - 20))
+    assert stored.status_reason == world.store.releases.get(release.id).status_reason
+    [nobody] = told_of(world, release)
+    assert re.fullmatch(rf"no executor is running \(stopped \d s ago: {HOST}\): start `serve`", nobody)
+    with looking(world):
+        [text] = told_of(world, release)
+        assert re.fullmatch(rf"nobody works on it: gone pid 7 was last seen \d+ s ago; {HOST} takes it over in \d+ s",
+                            text)
+        assert step(why(world, release), "executor").state == "waits"
+
+
+def test_a_paused_release_needs_nobody(world):
+    world.nodes(2)
+    release = create(world, pauseAfter=[1])
+    with looking(world):
+        eventually(lambda: world.store.releases.get(release.id).status == "paused")
+    assert told_of(world, release) == {"paused after batch 1: resume to go on"}
+
+
+def test_status_list_and_watch_say_it_too(sqlite_world, quick, new_client):
+    quick.settings["DATABASE_URL"] = sqlite_world.url
+    create(sqlite_world.nodes(1))
+    for words in (("status", 1), ("list",)):
+        assert "no executor is running" in quick.ok(*words).out
+    watched = quick("watch", 1, "--timeout", "1")
+    assert watched.code == 75
+    assert watched.err.count("no executor is running") == 2  # once as it goes, once at its end
+    answer = new_client(sqlite_world.store).ok("GET", "/api/v1/releases/1")
+    assert answer["release"]["statusReason"].startswith("no executor is running")
