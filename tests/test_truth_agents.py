@@ -574,8 +574,9 @@ def test_a_running_release_goes_on_with_the_good_certificate(world, certs, tmp_p
     world.finish()
     runner.join(60)
     assert world.store.releases.get(release.id).status == "success"
-    # between the two files of a pair another thing may be told too: that they do not fit
-    assert [said in message for message in not_taken(told)].count(True) == 1
+    # between the two files of a pair another thing may be told too: that they do not fit; and what is put there
+    # between the look at a file and its reading is told again
+    assert [said in message for message in not_taken(told)].count(True) in (1, 2)
 
 
 @pytest.fixture
