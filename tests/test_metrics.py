@@ -485,7 +485,7 @@ ALERTS = [
     ("ReleasectlDatabaseErrors", [("releasectl_database_errors_total", "0+1x30")], "20m"),
     ("ReleasectlDatabaseWentBack", [("releasectl_database_went_back_total", "0x5 1x30")], "10m"),
     ("ReleasectlFrozen", [("releasectl_frozen", "1x400")], "5h"),
-    ("ReleasectlNodesDrift", [('releasectl_nodes_drift{instance="a",drift="behind"}', "1x90")], "80m"),
+    ("ReleasectlNodesDrift", [('releasectl_nodes_drift{instance="a"}', "1x90")], "80m"),
     ("ReleasectlCertificateExpiring",
      [('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CERT"}', f"{10 * DAY}x200")], "2h"),
     ("ReleasectlCertificateExpiresNow",
