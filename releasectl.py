@@ -2725,10 +2725,6 @@ class Selection(NamedTuple):
     labels: Set[tuple[str, Any]] = frozenset()
     nodes_of: int | None = None
 
-    @property
-    def is_everything(self) -> bool:
-        return self == Selection()
-
     def takes(self, node: Node) -> bool:
         """Return whether it takes a node, as far as nodes_of does not tell."""
         return (self.node_ids is None or node.id in self.node_ids) and self.labels <= node.label_items
@@ -5724,6 +5720,13 @@ def all_nodes(tx: Transaction) -> list[Node]:
     return [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")]
 
 
+def page_of_nodes(tx: Transaction, page: int, size: int) -> Page:
+    """Return a page of the nodes by id; size 0: all of them."""
+    total = int(tx.value("SELECT COUNT(*) FROM nodes"))
+    rows = tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id LIMIT ? OFFSET ?", size or total, (page - 1) * size)
+    return Page([Node(*row) for row in rows], total, page, size)
+
+
 def find_node(tx: Transaction, node_id: int) -> Node:
     """Return a node; raise AppError 3001."""
     row = tx.row(f"SELECT {NODE_COLUMNS} FROM nodes WHERE id = ?", node_id) if node_id <= MAX_ID else None
@@ -5822,10 +5825,7 @@ class Nodes:
     def page(self, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
         """Return a page of the nodes by id; size 0: all of them."""
         with self._database.transaction() as tx:
-            total = tx.value("SELECT COUNT(*) FROM nodes")
-            rows = tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id LIMIT ? OFFSET ?",
-                           size or total, (page - 1) * size)
-            return Page([Node(*row) for row in rows], total, page, size)
+            return page_of_nodes(tx, page, size)
 
     def last_releases(self, node_ids: Sequence[int]) -> dict[int, tuple[int, str]]:
         """Return by node the newest release that has it, and its status there."""
@@ -6313,7 +6313,8 @@ def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRe
     return request, plan._replace(payload_of=(good.id, good.version)), nodes
 
 
-def nodes_again(tx: Transaction, old: Release, where: str) -> list[Node]:
+def nodes_again(tx: Transaction, old: Release, where: str = "1 = 1") -> list[Node]:
+    """Return the nodes of a release as they are now, by id; where: a condition on its rows n that narrows them."""
     return [Node(*row) for row in tx.rows(f"""
         SELECT {NODE_COLUMNS}
         FROM nodes
@@ -6591,10 +6592,11 @@ def _level_of(node: Node, runs: Ran | None, wants: Ran | None, tries: Sequence[_
 
 
 def _releases_by_id(tx: Transaction, release_ids: Set[int]) -> dict[int, Ran]:
-    rows = rows_of_nodes(tx, "SELECT id, version, payload_sha256, status, COALESCE(retry_of, catch_up_of) "
+    """Return releases by id, each since its end."""
+    rows = rows_of_nodes(tx, "SELECT id, version, payload_sha256, status, finished_at, COALESCE(retry_of, catch_up_of) "
                              "FROM release_tasks WHERE id IN ({marks})", list(release_ids))
-    return {id_: Ran(id_, version, digest or stored_digest(tx, id_), status, _lineage(tx, up, id_, version)[1])
-            for id_, version, digest, status, up in rows}
+    return {id_: Ran(id_, version, digest or stored_digest(tx, id_), status, _lineage(tx, up, id_, version)[1], ended)
+            for id_, version, digest, status, ended, up in rows}
 
 
 def _lineage(tx: Transaction, up: int | None, release_id: int, version: int) -> tuple[set[int], int]:
@@ -6707,8 +6709,7 @@ def _what_they_want(tx: Transaction, nodes: Sequence[Node]) -> dict[int, Ran]:
         if not missing:
             break
     ran = _releases_by_id(tx, set(found.values()))
-    ended = dict(rows_of_nodes(tx, "SELECT id, finished_at FROM release_tasks WHERE id IN ({marks})", list(ran)))
-    return {node_id: ran[release_id]._replace(since=ended[release_id]) for node_id, release_id in found.items()}
+    return {node_id: ran[release_id] for node_id, release_id in found.items()}
 
 
 def _listed_nodes(tx: Transaction, release_ids: Set[int | None], nodes: Collection[int]) -> dict[int, list[int]]:
@@ -6782,6 +6783,11 @@ class ListedNode(NamedTuple):
     """A node, with what it runs and should run."""
     node: Node
     level: Level
+
+
+def _with_levels(tx: Transaction, nodes: Sequence[Node]) -> list[ListedNode]:
+    found = levels(tx, nodes)
+    return [ListedNode(node, found[node.id]) for node in nodes]
 
 
 class NodeFilter(NamedTuple):
@@ -6862,14 +6868,9 @@ class Fleet:
         """
         with self._database.transaction() as tx:
             if wanted == NodeFilter():
-                total = int(tx.value("SELECT COUNT(*) FROM nodes"))
-                nodes = [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id "
-                                                       "LIMIT ? OFFSET ?", size or total, (page - 1) * size)]
-                found = levels(tx, nodes)
-                return Page([ListedNode(node, found[node.id]) for node in nodes], total, page, size)
-            nodes = [node for node in all_nodes(tx) if wanted.takes(node)]
-            found = levels(tx, nodes)
-        listed = [ListedNode(node, found[node.id]) for node in nodes]
+                found = page_of_nodes(tx, page, size)
+                return found._replace(items=_with_levels(tx, found.items))
+            listed = _with_levels(tx, [node for node in all_nodes(tx) if wanted.takes(node)])
         if wanted.drift:
             listed = [one for one in listed if one.level.drift == wanted.drift]
         if wanted.runs is not None:
@@ -6880,8 +6881,7 @@ class Fleet:
     def listed(self, nodes: Sequence[Node]) -> list[ListedNode]:
         """Return nodes with what they run and should run."""
         with self._database.transaction() as tx:
-            found = levels(tx, nodes)
-        return [ListedNode(node, found[node.id]) for node in nodes]
+            return _with_levels(tx, nodes)
 
     def tries(self, node_id: int, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
         """Return a page of what a node was given, newest release first, each a NodeTry; raise AppError 3001."""
@@ -6960,11 +6960,7 @@ def no_longer_wanted(tx: Transaction, release: Release) -> str:
 
     A newer release went out meanwhile, the one that it brings was rolled back, or a node has other labels.
     """
-    nodes = [Node(*row) for row in tx.rows(f"""
-        SELECT {NODE_COLUMNS}
-        FROM nodes
-        WHERE id IN (SELECT node_id FROM release_task_nodes WHERE release_task_id = ?)
-        ORDER BY id""", release.id)]
+    nodes = nodes_again(tx, release)
     wants, digest = _what_they_want(tx, nodes), stored_digest(tx, release.id)
     others = [node.name for node in nodes if node.id not in wants or wants[node.id].payload_sha256 != digest]
     return f"{names_of(others)} should run something else now: catch-up again" if others else ""
@@ -7044,15 +7040,20 @@ def change_status(tx: Transaction, release: Release, nodes: NodeIndex, verb: Ver
                                             extra=about(release, actor=str(actor), event=verb.event)))
 
 
+def end_cancelled(tx: Transaction, queue: Queue, release: Release, nodes: NodeIndex, now: Moment, actor: Who,
+                  detail: str) -> None:
+    """End a release that is cancelling at once; its nodes in flight are abandoned."""
+    changes = force_end(nodes, now)
+    decision = decide(Situation(release, nodes, now, strategy=strategy_of(release.strategy)))
+    queue.write_decision(tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=detail)
+
+
 def end_unstarted(tx: Transaction, state: DatabaseState, queue: Queue, release: Release, actor: Who,
                   why: str) -> None:
     """Cancel a pending release, nothing of which was sent."""
     nodes, now = NodeIndex(read_release_nodes(tx, release.id)), state.moment()
     change_status(tx, release, nodes, VERBS["cancel"], now, actor, why)
-    release = read_release(tx, release.id)
-    changes = force_end(nodes, now)
-    decision = decide(Situation(release, nodes, now, strategy=strategy_of(release.strategy)))
-    queue.write_decision(tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=why)
+    end_cancelled(tx, queue, read_release(tx, release.id), nodes, now, actor, why)
 
 
 class Releases:
@@ -7158,10 +7159,7 @@ class Releases:
                           acceptFailures=accept_failures or None))
             ends_now = verb == CANCEL_BY_FORCE or not nodes.of[RUNNING]
             if release.status == CANCELLING and ends_now:
-                changes = force_end(nodes, now)
-                decision = decide(Situation(release, nodes, now, strategy=strategy))
-                self._queue.write_decision(
-                    tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=detail)
+                end_cancelled(tx, self._queue, release, nodes, now, actor, detail)
             self._queue.explain_waiting(tx)
             return read_release(tx, release_id)
 
@@ -7443,8 +7441,7 @@ class Releases:
 
     def _plan(self, tx: Transaction, request: ReleaseRequest) -> tuple[Plan, list[Node]]:
         strategy = parse_strategy(request.strategy)
-        nodes, left_out = choose_nodes(
-            all_nodes(tx), request)
+        nodes, left_out = choose_nodes(all_nodes(tx), request)
         refuse_twins(nodes)
         refuse_dropping_sites(request.payload, nodes)
         plan = make_plan(strategy, [node.id for node in nodes], left_out)
@@ -7543,7 +7540,6 @@ class Releases:
         count = tx.execute("UPDATE release_task_nodes SET accepted = 1 "
                            "WHERE release_task_id = ? AND status = 'failed' AND accepted = 0", release.id)
         return "; ".join(filter(None, (reason, f"failures accepted: {count}")))
-
 
 
 # endregion
@@ -10301,9 +10297,14 @@ def parse_node_fields(body: Mapping[str, Any], required: Sequence[str] = ()) -> 
 def parse_catch_up(body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Return reason and strategy of a catch-up, the strategy unparsed; raise AppError 2003."""
     known_keys(body, ("reason", "strategy", "dryRun"))
-    if not isinstance(body.get("strategy", {}), dict):
+    return parse_text("reason", body.get("reason", "")), _strategy_in(body)
+
+
+def _strategy_in(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    strategy = body.get("strategy", {})
+    if not isinstance(strategy, dict):
         raise AppError(INVALID, "strategy must be a JSON object")
-    return parse_text("reason", body.get("reason", "")), body.get("strategy", {})
+    return strategy
 
 
 def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
@@ -10316,11 +10317,10 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
     body = plain_numbers({key: value for key, value in body.items() if key != "payload"})
     if "nodeIds" in body and "labels" in body:
         raise AppError(INVALID, "nodeIds and labels exclude each other: name one of them")
-    if not isinstance(body.get("strategy", {}), dict):
-        raise AppError(INVALID, "strategy must be a JSON object")
+    strategy = _strategy_in(body)
     return ReleaseRequest(
         parse_target(body.get("target", "cdn")), parse_text("reason", body.get("reason", "")),
-        parse_payload(payload), strategy=body.get("strategy", {}),
+        parse_payload(payload), strategy=strategy,
         node_ids=parse_node_ids(body["nodeIds"]) if "nodeIds" in body else None,
         labels=parse_json(parse_labels(body["labels"])) if "labels" in body else None,
         version=parse_integer("version", body["version"], NAMED_VERSIONS) if "version" in body else None)
@@ -10363,8 +10363,8 @@ def openapi_schemas() -> dict[str, Any]:
         "AuditRow": schema_of(AUDIT_ROW_SCHEMA),
         "AuditList": _list_of("AuditRow", paged=False),
         "Node": schema_of(NODE_SCHEMA),
-        "NodeTryList": schema_of({"items": _array(schema_of(NODE_TRY_SCHEMA)), "total": _COUNT, "page": ID,
-                                  "pageSize": ID}),
+        "NodeTry": schema_of(NODE_TRY_SCHEMA),
+        "NodeTryList": _list_of("NodeTry"),
         "CatchUp": schema_of({"reason": _REASON, "strategy": ref_schema("Strategy"), "dryRun": _FLAG}, required=[]),
         "CaughtUp": schema_of({"releases": _array(schema_of({**created, "catchUpOf": ID})), "leftOut": left_out}),
         "CatchUpPlan": schema_of({"plans": _array(ref_schema("Plan")), "leftOut": left_out}),
@@ -12496,10 +12496,12 @@ def _show_created(context: Context, made: Made) -> int:
     if context.options.wait:
         print(_created_text(made), file=sys.stderr)
         return _watch(context, made.release.id)
-    as_json = created_again_json if made.release.is_again else created_json
+    if context.options.json:
+        as_json = created_again_json if made.release.is_again else created_json
+        return context.show(as_json(made), "")
     why = context.store.claims.why(made.release.id, context.settings.node_deadline_sec)
-    return context.show(as_json(made), "\n".join([_created_text(made), why.line,
-                                                  f"follow: releasectl watch {made.release.id}"]))
+    return context.show(None, "\n".join([_created_text(made), why.line,
+                                         f"follow: releasectl watch {made.release.id}"]))
 
 
 def _created_text(made: Made) -> str:

@@ -513,12 +513,18 @@ def test_sigterm_ends_a_service_whose_server_hangs(cli, proxy, driver):
         serve.communicate()
 
 
-def test_readyz_says_when_the_look_under_way_is_old(proxy, open_store, monkeypatch, driver):
+def api_whose_server_hangs(proxy, open_store, monkeypatch) -> rc.Api:
+    """Return an API that was ready, and looks again when it is asked."""
     monkeypatch.setattr(rc, "MAX_READY_CHECK_S", 0.5)
     api = rc.Api(open_store(proxy.url), rc.Metrics())
     assert api.ready(ANYBODY).status == 200
     time.sleep(rc.READY_CHECK_EVERY_S + 0.1)
     proxy.freeze()
+    return api
+
+
+def test_readyz_says_when_the_look_under_way_is_old(proxy, open_store, monkeypatch, driver):
+    api = api_whose_server_hangs(proxy, open_store, monkeypatch)
     first = threading.Thread(target=is_ready, args=(api,), daemon=True)
     first.start()
     time.sleep(0.8)
@@ -530,11 +536,7 @@ def test_readyz_says_when_the_look_under_way_is_old(proxy, open_store, monkeypat
 
 
 def test_readyz_is_answered_in_time_to_who_asks_first_too(proxy, open_store, monkeypatch, driver):
-    monkeypatch.setattr(rc, "MAX_READY_CHECK_S", 0.5)
-    api = rc.Api(open_store(proxy.url), rc.Metrics())
-    assert api.ready(ANYBODY).status == 200
-    time.sleep(rc.READY_CHECK_EVERY_S + 0.1)
-    proxy.freeze()
+    api = api_whose_server_hangs(proxy, open_store, monkeypatch)
     since = time.monotonic()
     with pytest.raises(rc.DatabaseError, match="has not answered for"):
         api.ready(ANYBODY)
