@@ -5574,12 +5574,14 @@ class Audit:
             while len(found) < limit:
                 renames = [row for row in self._find(tx, "action = 'node.set' AND id <= ? AND after LIKE ?", upto,
                                                      f'%"name":{to_json(name)}%') if _name_in(row.after) == name]
-                since = renames[0].id if renames else 0
                 # the index audit_log_by_object
+                deleted = self._find(tx, "object = ? AND action = 'node.delete' AND id <= ?", f"node {name}", upto)
+                since = max((row.id for some in (renames, deleted) for row in some[:1]), default=0)
+                renames = [row for row in renames if row.id == since]
                 rows = self._find(tx, "object = ? AND id > ? AND id <= ?", f"node {name}", since, upto)
                 rows += [] if renames else [
                     row._replace(after=to_json({"name": name})) for row in self._find(
-                        tx, "action = 'node.import' AND id <= ?", upto)
+                        tx, "action = 'node.import' AND id > ? AND id <= ?", since, upto)
                     if any(node.get("name") == name for node in stored_json(row.after).get("nodes", []))]
                 found += sorted(rows, reverse=True)
                 own = next((place for place, row in enumerate(found) if row.action == "node.add"
@@ -5743,6 +5745,11 @@ def find_node_named(tx: Transaction, name: str) -> Node:
     return Node(*row)
 
 
+def _at_new_address(before: Iterable[Node], after: Iterable[Node]) -> list[Node]:
+    """Return the nodes that were moved or enabled."""
+    return [new for old, new in zip(before, after) if new.endpoint != old.endpoint or new.enabled != old.enabled]
+
+
 def succeeded_nodes(tx: Transaction, release_id: int) -> set[int]:
     return {row[0] for row in tx.rows(
         "SELECT node_id FROM release_task_nodes WHERE release_task_id = ? AND status = 'success'", release_id)}
@@ -5774,20 +5781,20 @@ class Nodes:
         address.
         """
         with self._database.transaction(write=True) as tx:
+            twice = next((name for name, count in collections.Counter(row["name"] for row in rows).items()
+                          if count > 1), None)
+            if twice is not None:
+                raise AppError(EXISTS, f"node {twice} is in the file twice")
             known = {node.name: node for node in all_nodes(tx)} if update else {}
             added = [self._add(tx, row) for row in rows if row["name"] not in known]
             found = [(known[row["name"]], row) for row in rows if row["name"] in known]
-            if len({node.id for node, _ in found}) < len(found):
-                twice = next(name for name, count in collections.Counter(
-                    node.name for node, _ in found).items() if count > 1)
-                raise AppError(EXISTS, f"node {twice} is in the file twice")
             changed = [self._change(tx, node, row, by) for node, row in found]
-            self._refuse_twins(tx, [*added, *changed])
+            before = [node for node, _ in found]
+            self._refuse_twins(tx, [*added, *_at_new_address(before, changed)])
             if added:
                 self._audit.add(tx, by, "node.import", count_of_nodes(len(added)), after={
                     "count": len(added), "names": names_of([node.name for node in added]),
                     "nodes": [node_values(node) for node in added]})
-            before = [node for node, _ in found]
             return Imported(added, [node for node, old in zip(changed, before) if node != old],
                             [node for node, old in zip(changed, before) if node == old])
 
@@ -5798,8 +5805,9 @@ class Nodes:
     def update_all(self, node_ids: Sequence[int], changes: Mapping[str, object], by: Who = PROGRAM) -> list[Node]:
         """Change columns of all of some nodes, or of none; raise AppError as update() does."""
         with self._database.transaction(write=True) as tx:
-            nodes = [self._change(tx, find_node(tx, node_id), changes, by) for node_id in node_ids]
-            self._refuse_twins(tx, nodes)
+            before = [find_node(tx, node_id) for node_id in node_ids]
+            nodes = [self._change(tx, node, changes, by) for node in before]
+            self._refuse_twins(tx, _at_new_address(before, nodes))
             return nodes
 
     def delete(self, node_id: int, by: Who = PROGRAM) -> None:
@@ -5862,7 +5870,8 @@ class Nodes:
                    *(changes[column] for column in changed), self._state.now(), node.id)
         if after.endpoint != node.endpoint and node.last_version:
             # what the new host has is not known, not even when it moves back; who stays at the old address has it
-            tx.execute("UPDATE nodes SET last_version = (SELECT MAX(version) FROM release_tasks) WHERE id = ?", node.id)
+            newest = int(tx.value("SELECT COALESCE(MAX(version), 0) FROM release_tasks"))
+            tx.execute("UPDATE nodes SET last_version = ? WHERE id = ?", max(newest, node.last_version), node.id)
             tx.execute("UPDATE nodes SET last_version = ? WHERE main_ip = ? AND agent_port = ? AND last_version < ?",
                        node.last_version, node.main_ip, node.agent_port, node.last_version)
         self._audit.add(tx, by, "node.set", f"node {node.name}", node_values(node, changed),
@@ -6381,21 +6390,36 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
     return read_release(tx, newest[max(votes, key=lambda digest: (votes[digest], newest[digest]))][1])
 
 
+def unwanted_releases(tx: Transaction, where: str = "1 = 1") -> dict[int, tuple[str, int]]:
+    """Return by id, with target and version, each release that was rolled back or brought the payload of one again.
+
+    where: a condition on the rollbacks that narrows them.
+    """
+    # the indexes release_tasks_by_rollback_of, release_tasks_by_retry_of and release_tasks_by_catch_up_of
+    return {release_id: (target, version) for release_id, target, version in tx.rows(f"""
+        WITH RECURSIVE unwanted (id) AS (
+            SELECT rollback_of
+            FROM release_tasks
+            WHERE rollback_of IS NOT NULL AND {where}
+            UNION
+            SELECT r.id
+            FROM unwanted u
+            JOIN release_tasks r ON r.retry_of = u.id OR r.catch_up_of = u.id)
+        SELECT r.id, r.target, r.version
+        FROM unwanted u
+        JOIN release_tasks r ON r.id = u.id""")}
+
+
 def rolled_back(tx: Transaction, target: str) -> dict[str, int]:
     """Return the payloads of a target that somebody rolled back, each with the highest version rolled back.
 
-    A release with the payload up to that version is bad too, and so is every catch-up of the one rolled back; above
-    them somebody wanted the payload again.
+    A release with the payload up to that version is bad too; above it somebody wanted the payload again.
     """
     bad: dict[str, int] = {}
-    # the index release_tasks_by_catch_up_of
-    for release_id, version, caught_up in tx.rows("""
-            SELECT r.id, r.version, (SELECT MAX(c.version) FROM release_tasks c WHERE c.catch_up_of = r.id)
-            FROM release_tasks r
-            WHERE r.target = ?
-              AND r.id IN (SELECT rollback_of FROM release_tasks WHERE rollback_of IS NOT NULL)""", target):
-        digest = stored_digest(tx, release_id)
-        bad[digest] = max(bad.get(digest, 0), version, caught_up or 0)
+    for release_id, (of_target, version) in unwanted_releases(tx).items():
+        if of_target == target:
+            digest = stored_digest(tx, release_id)
+            bad[digest] = max(bad.get(digest, 0), version)
     return bad
 
 
@@ -6415,8 +6439,6 @@ def stored_payload(release: Release) -> dict[str, Any]:
         return release.read_payload()
     except (ValueError, AppError) as error:
         raise AppError(WRONG_STATE, f"the payload of release {release.id} can't be used: {one_line(error)}") from None
-
-
 
 
 def release_before(tx: Transaction, release: Release) -> Release:
@@ -6593,20 +6615,27 @@ def _level_of(node: Node, runs: Ran | None, wants: Ran | None, tries: Sequence[_
 
 def _releases_by_id(tx: Transaction, release_ids: Set[int]) -> dict[int, Ran]:
     """Return releases by id, each since its end."""
-    rows = rows_of_nodes(tx, "SELECT id, version, payload_sha256, status, finished_at, COALESCE(retry_of, catch_up_of) "
+    rows = rows_of_nodes(tx, "SELECT id, version, CASE WHEN started_at IS NOT NULL THEN payload_sha256 ELSE '' END, "
+                             "status, finished_at, COALESCE(retry_of, catch_up_of) "
                              "FROM release_tasks WHERE id IN ({marks})", list(release_ids))
-    return {id_: Ran(id_, version, digest or stored_digest(tx, id_), status, _lineage(tx, up, id_, version)[1], ended)
+    ranks: dict[int, int] = {}
+    return {id_: Ran(id_, version, digest or stored_digest(tx, id_), status, _rank(tx, up, id_, version, ranks), ended)
             for id_, version, digest, status, ended, up in rows}
 
 
-def _lineage(tx: Transaction, up: int | None, release_id: int, version: int) -> tuple[set[int], int]:
-    """Return a release with all whose payload it brings again, by id, and the version of the first of them."""
-    ids = {release_id}
-    while up is not None and up not in ids:
-        ids.add(up)
+def _rank(tx: Transaction, up: int | None, release_id: int, version: int, ranks: dict[int, int]) -> int:
+    """Return the version of the first release whose payload this one brings again; up: the one before it.
+
+    ranks: those that are known, by id; they become more.
+    """
+    path = [release_id]
+    while up is not None and up not in ranks and up not in path:
+        path.append(up)
         up, version = tx.row("SELECT COALESCE(retry_of, catch_up_of), version FROM release_tasks WHERE id = ?",
                              up) or (None, version)
-    return ids, version
+    rank = version if up is None else ranks.get(up, version)
+    ranks.update(dict.fromkeys(path, rank))
+    return rank
 
 
 def _out_of_turn(tx: Transaction, found: Mapping[int, _Success], ran: dict[int, Ran]) -> dict[int, _Success]:
@@ -6669,10 +6698,11 @@ _FIRST_OFFERS, _MORE_OFFERS = 10, 300
 def _offers(tx: Transaction) -> Iterator[list[_Offer]]:
     """Yield the releases that ended success or partial and that nobody rolled back, highest rank first, in parts.
 
-    A rollback that was cancelled before any node had it does not count.
+    After a rollback that was cancelled before any node had it, nodes should still run what they do; only a later
+    rollback does not bring back what somebody found bad enough to begin one.
     """
-    bad = {row[0] for row in tx.rows("SELECT rollback_of FROM release_tasks WHERE rollback_of IS NOT NULL "
-                                     "AND NOT (status = 'cancelled' AND success_nodes = 0)")}
+    unwanted = unwanted_releases(tx, "NOT (status = 'cancelled' AND success_nodes = 0)")
+    ranks: dict[int, int] = {}
     # those that bring an older payload again, until it is the turn of that
     later: list[_Offer] = []
     below, limit = MAX_VERSION + 1, _FIRST_OFFERS
@@ -6686,9 +6716,8 @@ def _offers(tx: Transaction) -> Iterator[list[_Offer]]:
             LIMIT ?""", below, limit)
         below, limit = rows[-1][1] if len(rows) == limit else 0, _MORE_OFFERS
         for release_id, version, up, text in rows:
-            ids, rank = _lineage(tx, up, release_id, version)
-            selection = selection_of(text)
-            if selection and not ids & bad:
+            rank, selection = _rank(tx, up, release_id, version, ranks), selection_of(text)
+            if selection and release_id not in unwanted:
                 later.append(_Offer(rank, version, release_id, selection))
         later.sort(reverse=True)
         now = [offer for offer in later if offer.rank >= below]
@@ -6698,6 +6727,8 @@ def _offers(tx: Transaction) -> Iterator[list[_Offer]]:
 
 def _what_they_want(tx: Transaction, nodes: Sequence[Node]) -> dict[int, Ran]:
     """Return by node the newest release that ended success or partial, is for it, and that nobody rolled back."""
+    if not nodes:
+        return {}
     missing, found = {node.id: node for node in nodes}, dict[int, int]()
     for offers in _offers(tx):
         listed = _listed_nodes(tx, {offer.selection.nodes_of for offer in offers} - {None}, missing)
@@ -6949,7 +6980,8 @@ def _catch_up_with(wanted: Release, nodes: Sequence[Node], reason: str, strategy
     refuse_twins(nodes)
     refuse_dropping_sites(payload, nodes, WRONG_STATE, f"the payload of release {wanted.id}")
     request = ReleaseRequest(wanted.target, reason or f"catch-up with release {wanted.id}", payload, strategy=strategy,
-                             catch_up_of=wanted.id, stands_for=selection_again(wanted))
+                             catch_up_of=wanted.catch_up_of or wanted.id,
+                             stands_for=selection_again(wanted))
     plan = make_plan(parsed, [node.id for node in nodes])
     return CatchUp(request, plan._replace(payload_of=(wanted.id, wanted.version),
                                           emptied=emptied_nodes(payload, nodes)), nodes)

@@ -288,7 +288,7 @@ UPDATE release_tasks
 SET selection = '{"nodesOf":' || (
     WITH RECURSIVE chain (id, first) AS (
         SELECT r.id, r.retry_of FROM release_tasks r WHERE r.id = release_tasks.id
-        UNION ALL
+        UNION
         SELECT p.id, p.retry_of FROM release_tasks p JOIN chain c ON p.id = c.first)
     SELECT MIN(id) FROM chain) || '}';
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fake_agent import payload_sha256
 from lab import ADDRESSES, add_nodes, at_schema, new_release, sql
-from test_again import content_of, ended, good
+from test_again import content_of, ended, good, settle
 
 import releasectl as rc
 
@@ -391,6 +391,88 @@ def test_what_a_catch_up_of_a_release_that_is_rolled_back_brought_is_told(store)
     assert drifts(store) == ["none", "none", "ahead", "none"]
 
 
+@pytest.mark.parametrize("way", ["a second catch-up", "a retry of a catch-up"])
+def test_what_was_rolled_back_comes_back_by_no_way(store, way):
+    add_nodes(store, 5)
+    good(store, "A")
+    sql(store, "UPDATE release_tasks SET selection = '{}'")
+    for number in (2, 3, 4, 5):
+        store.nodes.update(number, {"status": "offline"})
+    bad = ended(store, "B", "success")
+    is_retry = way == "a retry of a catch-up"
+    for number in (2, 3, 4, 5) if is_retry else (2,):
+        store.nodes.update(number, {"status": "online"})
+    first = store.releases.catch_up("anna")[0][0].release
+    settle(store, first, *(["failed"] * 4 if is_retry else ["success"]))
+    for number in (3, 4, 5):
+        store.nodes.update(number, {"status": "online"})
+    second = store.releases.retry(first.id, "anna").release if is_retry else \
+        store.releases.catch_up("anna")[0][0].release
+    assert second.total_nodes == (4 if is_retry else 3)
+    succeed(store, second)
+    rollback = store.releases.rollback(bad.id, "anna", rc.Again(over_newer=True)).release
+    succeed(store, rollback)
+    has_b = [ran for ran in ids(store, "has") if ran == second.id]
+    assert has_b
+    assert second.id not in ids(store, "wants")
+    after = good(store, "C")
+    assert store.releases.plan_again("rollback", after.id).payload_of == (rollback.id, rollback.version)
+
+
+def test_nodes_should_still_run_what_somebody_only_began_to_roll_back(store):
+    add_nodes(store, 2)
+    good(store, "A")
+    good(store, "B")
+    rollback = store.releases.rollback(2, "anna").release
+    store.releases.act("cancel", rollback.id, "anna")
+    assert (ids(store, "wants"), drifts(store)) == ([2, 2], ["none", "none"])
+
+
+def test_a_filter_that_takes_no_node_is_an_empty_list(store):
+    add_nodes(store, 2)
+    good(store, "A")
+    sql(store, "UPDATE release_tasks SET selection = '{\"nodesOf\":1}'")
+    assert store.fleet.page(wanted=rc.NodeFilter(search="zzz")).items == []
+    assert store.fleet.page(page=9).items == []
+    sql(store, "UPDATE nodes SET enabled = 0")
+    assert store.fleet.drift_counts() == dict.fromkeys(rc.DRIFTS, 0)
+
+
+@pytest.mark.parametrize(("sent", "first_version", "then"), [(0, 1000, 999), (1, 1000, 999), (1, 0, 2)])
+def test_a_node_that_moves_is_never_taken_for_one_that_was_sent_less(store, sent, first_version, then):
+    add_nodes(store, 1)
+    for content in "AB"[:2 * sent]:
+        good(store, content)
+    if first_version:
+        store.releases.set_first_version(first_version)
+    store.nodes.update(1, {"main_ip": ADDRESSES[8]})
+    assert store.nodes.get(1).last_version == then
+
+
+def test_what_is_caught_up_with_again_and_again_names_the_first_release(store):
+    """So each can be pruned, and to tell which is newer costs no more with each of them."""
+    add_nodes(store, 2)
+    good(store, "A")
+    sql(store, "UPDATE release_tasks SET selection = '{}'")
+    store.nodes.update(2, {"status": "offline"})
+    wanted = ended(store, "B", "success")
+    for _ in range(3):
+        store.nodes.update(2, {"status": "online"})
+        sql(store, "UPDATE release_task_nodes SET status = 'failed', error_kind = 'agent_failed' "
+                   "WHERE node_id = 2 AND release_task_id > 1")
+        made = store.releases.catch_up("anna")[0][0].release
+        assert made.catch_up_of == wanted.id
+        succeed(store, made)
+
+
+def test_a_release_written_by_hand_that_names_a_digest_is_told_by_what_it_would_send(store):
+    add_nodes(store, 2)
+    good(store, "A", 1)
+    sql(store, "UPDATE release_tasks SET selection = '{}', started_at = NULL, payload = '{\"content\":\"Z\"}'")
+    made = store.releases.catch_up("anna")[0][0].release
+    assert store.claims.claim(made.id, "me", 30.0) is not None
+
+
 def test_a_catch_up_makes_no_old_payload_new_again(store):
     behind(store)
     caught_up = store.releases.catch_up("anna")[0][0].release  # of release 2, before release 4 but with a lower version
@@ -502,8 +584,16 @@ class Model:
             return node in selection["nodeIds"]
         return "labels" not in selection or selection["labels"]["l"] == self.labels[node]
 
+    def again(self, release: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return a release and those whose payload it brings again, by retry or catch-up."""
+        up = [other for other in self.releases if other["id"] == release["up"]]
+        return [release, *(self.again(up[0]) if up else [])]
+
+    def rank(self, release: dict[str, Any]) -> int:
+        return self.again(release)[-1]["version"]
+
     def is_bad(self, release: dict[str, Any]) -> bool:
-        return any(other["rollback_of"] == release["id"] for other in self.releases)
+        return any(other["rollback_of"] == one["id"] for other in self.releases for one in self.again(release))
 
     def drift(self, node: int) -> tuple[int | None, int | None, str]:
         runs = wants = has = None
@@ -521,14 +611,15 @@ class Model:
                     has, is_unknown = release, False
                 elif end == "unknown":
                     is_unknown = True
-            if release["status"] in ("success", "partial") and self.takes(release, node) and not self.is_bad(release):
+            if release["status"] in ("success", "partial") and self.takes(release, node) and not self.is_bad(
+                    release) and (wants is None or self.rank(release) >= self.rank(wants)):
                 wants = release
         name = lambda r: r and r["id"]  # noqa: E731 - one line, used once below
         if is_unknown:
             return name(runs), name(wants), "unknown"
         if has and wants and has["payload"] == wants["payload"]:
             drift = "none"
-        elif wants and (has is None or has["version"] < wants["version"]):
+        elif wants and (has is None or self.rank(has) < self.rank(wants)):
             drift = "behind"
         else:
             drift = "ahead" if has else "none"
@@ -552,7 +643,10 @@ def test_runs_wants_and_drift_agree_with_a_model_over_random_histories(store, se
             node = rng.randint(1, 5)
             model.labels[node] = rng.choice("xy")
             store.nodes.update(node, {"labels": f'{{"l":"{model.labels[node]}"}}', "name": f"node-{rng.random()}"})
-        elif deed < 0.15:
+        elif deed < 0.3:
+            for made in store.releases.catch_up("anna")[0]:
+                _ended_somehow(store, model, rng, made.release)
+        elif deed < 0.35:
             sql(store, "UPDATE release_tasks SET finished_at = '2020-01-01T00:00:00.000Z'")
             gone = store.releases.delete([old.id for old in store.releases.prunable(86400.0, keep=1)])
             model.releases = [r for r in model.releases if r["id"] not in gone]
@@ -565,19 +659,23 @@ def test_runs_wants_and_drift_agree_with_a_model_over_random_histories(store, se
 
 
 def _random_release(store: rc.Store, model: Model, rng: random.Random) -> None:
-    """Make a release, or a rollback of one, that ends somehow."""
+    """Make a release, or a rollback or retry of one, that ends somehow."""
     content = rng.choice("ABC")
     old = rng.choice(model.releases) if model.releases and rng.random() < 0.2 else None
     fields: dict[str, Any] = rng.choice([{}, {"labels": {"l": rng.choice("xy")}},
                                          {"node_ids": rng.sample(range(1, 6), 2)}])
     try:
         if old:
-            release = store.releases.rollback(old["id"], "anna", rc.Again(over_newer=True)).release
-            content = content_of(release)
+            verb = rng.choice((store.releases.rollback, store.releases.retry))
+            release = verb(old["id"], "anna", rc.Again(over_newer=True)).release
         else:
             release = new_release(store, payload={"content": content}, **fields)
     except rc.AppError:
         return
+    _ended_somehow(store, model, rng, release)
+
+
+def _ended_somehow(store: rc.Store, model: Model, rng: random.Random, release: rc.Release) -> None:
     ends = {}
     for row in store.releases.with_nodes(release.id)[1]:
         end = rng.choice(("success", "success", "success", *ENDS))
@@ -587,11 +685,10 @@ def _random_release(store: rc.Store, model: Model, rng: random.Random) -> None:
     successes = sum(end == "success" for end, _ in ends.values())
     status = "success" if successes == len(ends) else rng.choice(("partial", "failed", "cancelled"))
     sql(store, "UPDATE release_tasks SET status = ?, success_nodes = ? WHERE id = ?", status, successes, release.id)
-    if old and status == "cancelled" and not successes:
-        old = None
-    model.releases.append({"id": release.id, "version": release.version, "payload": content, "status": status,
-                           "selection": rc.parse_json(release.selection), "rollback_of": old and old["id"],
-                           "nodes": ends})
+    rollback_of = None if status == "cancelled" and not successes else release.rollback_of
+    model.releases.append({"id": release.id, "version": release.version, "payload": content_of(release),
+                           "status": status, "selection": rc.parse_json(release.selection), "rollback_of": rollback_of,
+                           "up": release.retry_of or release.catch_up_of, "nodes": ends})
 
 
 # -- by the API ------------------------------------------------------------------------------------------
@@ -803,6 +900,40 @@ def test_node_show_follows_a_node_through_its_names_and_takes_no_other_for_it(la
           for name in ("edge-9", "edge-1")}
     assert of == {"edge-9": [("node.add", "node edge-1"), ("node.set", "node edge-1")],
                   "edge-1": [("node.add", "node edge-1"), ("node.set", "node edge-1")]}
+
+
+def test_node_show_shows_nothing_of_a_node_that_was_deleted_and_had_its_name(store):
+    store.nodes.add("edge-1", ADDRESSES[0], by="bob")
+    store.nodes.delete(1, "bob")
+    store.nodes.import_all([{"name": "edge-1", "main_ip": ADDRESSES[0]}], "anna")
+    assert [(row.action, row.actor) for row in store.audit.of_node(2, "edge-1", 10)] == [("node.import", "anna")]
+
+
+def twins(store: rc.Store) -> None:
+    """Make two enabled nodes of one address, as only a person with SQL can."""
+    add_nodes(store, 2)
+    sql(store, "UPDATE nodes SET main_ip = ?", ADDRESSES[0])
+
+
+def test_what_is_not_about_their_address_can_be_changed_of_twins(store):
+    twins(store)
+    store.nodes.update_all([1, 2], {"labels": '{"a":"b"}'})
+    store.nodes.update(1, {"status": "maintenance"})
+    rows = [{"name": f"edge-{n}", "main_ip": ADDRESSES[0]} for n in (1, 2)]
+    assert len(store.nodes.import_all(rows, update=True).same) == 2
+    store.nodes.update(1, {"enabled": 0})
+    for make_twins in (lambda: store.nodes.update(1, {"enabled": 1}),
+                       lambda: store.nodes.import_all([{**rows[0], "enabled": 1}], update=True)):
+        with pytest.raises(rc.AppError, match="one agent is one node") as caught:
+            make_twins()
+        assert caught.value.code == 3002
+
+
+def test_a_new_name_that_is_in_the_file_twice_is_told_as_that(store):
+    rows = [{"name": "edge-1", "main_ip": address} for address in ADDRESSES[:2]]
+    for update in (True, False):
+        with pytest.raises(rc.AppError, match="node edge-1 is in the file twice"):
+            store.nodes.import_all(rows, update=update)
 
 
 def test_node_show_names_the_import_that_brought_the_node(late):
