@@ -27,6 +27,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Decision            what to write and what to send next: no clock, no socket, no disk
     Verbs               what an operator may do when, and which release may start
     Why                 what a release waits for, step by step, and what would mend it
+    Verdict             everything that is wrong, worst first, each with its mend
   STORAGE
     Engines             the one place where SQLite and PostgreSQL, and its drivers, differ
     Database            connections, transaction(), migrate()
@@ -38,7 +39,8 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Drift               what each node runs, what it should run, and how far these are apart
                         (contract section 5)
     Releases            create, verbs, lists, payloads, prune
-    Claims              claim, lease, fence, commit; the store that all parts make up
+    Claims              claim, lease, fence, commit
+    Overview            what the verdict is made from; the store that all parts make up
   EXECUTION
     Event loop          coroutines that wait for sockets: many in one thread, or one in the
                         caller's
@@ -125,6 +127,7 @@ from pathlib import Path
 from typing import (
     Any,
     Callable,
+    Generic,
     NamedTuple,
     NoReturn,
     TextIO,
@@ -266,6 +269,9 @@ log = logging.getLogger("releasectl")
 trail = logging.getLogger("releasectl.trail")
 
 T = TypeVar("T")
+
+# How many times the CPU time of a read its value holds: see RareRead.
+RARE_READ_REST = 20
 
 
 class AppError(Exception):
@@ -788,6 +794,26 @@ def parse_duration(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90, 90s, 5m, 2h or 1d")
     seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
     return int(seconds) if seconds == int(seconds) else seconds
+
+
+class RareRead(Generic[T]):
+    """A value that takes long to read: read anew when RARE_READ_REST times the CPU time of the last read is over."""
+
+    def __init__(self, read: Callable[[], T]):
+        self._read = read
+        self._guard = threading.Lock()
+        self._last: tuple[T] | None = None
+        # By time.monotonic().
+        self._holds_until = 0.0
+
+    def get(self) -> T:
+        """Return the value, which is as old as that; raise what the read raises."""
+        with self._guard:
+            if self._last is None or time.monotonic() >= self._holds_until:
+                began = time.thread_time()
+                self._last = (self._read(),)
+                self._holds_until = time.monotonic() + RARE_READ_REST * (time.thread_time() - began)
+            return self._last[0]
 
 
 # endregion
@@ -4068,13 +4094,19 @@ def nobody_works(executors: Sequence[ExecutorRow], now_s: float) -> str:
 def true_reason(release: Release, executors: Sequence[ExecutorRow], now_s: float) -> str:
     """Return status_reason, or what is true instead where nobody works who would keep it up to date."""
     reason, is_held = release.status_reason, release.claim_expires_at is not None
-    if release.is_terminal or _is_worked_on(release, executors, now_s) or (release.status == PAUSED and not is_held):
+    if release.is_terminal or is_worked_on(release, executors, now_s) or (release.status == PAUSED and not is_held):
         return reason
     nobody = nobody_works(executors, now_s)
     if nobody:
         stays = release.status in (PENDING, PAUSED) or reason.startswith("frozen: ")
         return f"{reason}; {nobody}" if stays and reason and REASON_PENDING not in reason else nobody
     return f"nobody works on it: {_taken_over(release, executors, now_s)}" if is_held else reason
+
+
+def is_worked_on(release: Release, executors: Sequence[ExecutorRow], now_s: float) -> bool:
+    """Return whether somebody has the release and, as far as is known, lives; a tick is seen once."""
+    owner = _owner(release, executors)
+    return _claim_left_s(release, now_s) > 0 and (owner is None or owner.kind == TICK or owner.is_live(now_s))
 
 
 def _claim_left_s(release: Release, now_s: float) -> float:
@@ -4085,12 +4117,6 @@ def _claim_left_s(release: Release, now_s: float) -> float:
 
 def _owner(release: Release, executors: Iterable[ExecutorRow]) -> ExecutorRow | None:
     return next((row for row in executors if row.owner == release.claim_owner), None)
-
-
-def _is_worked_on(release: Release, executors: Sequence[ExecutorRow], now_s: float) -> bool:
-    """Return whether somebody has the release and, as far as is known, lives; a tick is seen once."""
-    owner = _owner(release, executors)
-    return _claim_left_s(release, now_s) > 0 and (owner is None or owner.kind == TICK or owner.is_live(now_s))
 
 
 def _taken_over(release: Release, executors: Sequence[ExecutorRow], now_s: float) -> str:
@@ -4118,7 +4144,7 @@ def _freeze_step(facts: Facts) -> Step:
 
 def _executor_step(facts: Facts) -> Step:
     release, executors, now_s = facts.release, facts.executors, facts.now_s
-    if release and _is_worked_on(release, executors, now_s):
+    if release and is_worked_on(release, executors, now_s):
         return Step("executor", OK, f"{_owner(release, executors) or release.claim_owner} works on it")
     nobody = nobody_works(executors, now_s)
     if nobody:
@@ -4193,7 +4219,7 @@ def _deadline_left_s(node: ReleaseNode, facts: Facts) -> float:
 
 def _errors_step(facts: Facts) -> Step | None:
     release = facts.release
-    if release is None or not _is_worked_on(release, facts.executors, facts.now_s):
+    if release is None or not is_worked_on(release, facts.executors, facts.now_s):
         return None
     text = release.status_reason.partition(RETRYING)[2]
     return Step("errors", WAITS, text) if text else None
@@ -4225,6 +4251,182 @@ def _until(left_s: float, now: Moment, word: str = "until") -> str:
     """Return 'until 06:26:40Z, in 19 s'; with the day where that is far off."""
     text = utc_text(now.wall + left_s)
     return f"{word} {text[11:19] if left_s < 43200 else text[:16]}Z, in {_time(left_s)}"
+
+
+# endregion
+
+
+# region Verdict
+# ======================================================================================
+# Verdict: everything that is wrong, worst first, each with its mend (contract sections
+#   5 and 8). Pure.
+# Uses: Vocabulary, Model, Status texts, Why.
+# ======================================================================================
+
+# How bad a problem is: something is not as it should be, or somebody should look at it.
+_ERROR, _WARNING = PROBLEM_SEVERITIES = ("error", "warning")
+# The kinds of problems, worst first.
+PROBLEM_KINDS: Mapping[str, str] = {
+    "database": _ERROR, "executor": _ERROR, "unattended": _ERROR, "certificate": _ERROR, "failed": _ERROR,
+    "paused": _WARNING, "failures": _WARNING, "ahead": _WARNING, "unknown": _WARNING, "behind": _WARNING,
+    "partial": _WARNING, "frozen": _WARNING, "expires": _WARNING}
+# Certificates that are good for less than this should be renewed.
+RENEW_DAYS = 14.0
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong, and what would mend it."""
+    # A key of PROBLEM_KINDS.
+    kind: str
+    text: str
+    # The command that mends it, or that tells how; "" where there is none.
+    mend: str
+    # Time, None where it is not known.
+    since: str | None = None
+    release_id: int | None = None
+
+    @property
+    def severity(self) -> str:
+        """Return one of PROBLEM_SEVERITIES."""
+        return PROBLEM_KINDS[self.kind]
+
+
+class DriftCount(NamedTuple):
+    """The enabled nodes of one drift."""
+    nodes: int = 0
+    # Name of the first of them, by id.
+    first: str = ""
+    # Since when the oldest of them is so, as far as is known.
+    since: str | None = None
+
+
+class CertificateState(NamedTuple):
+    """A certificate or CRL of this process."""
+    name: str
+    # None where it can't be read.
+    ends_at: str | None
+    days_left: float | None
+    # What is wrong with it, "" for nothing.
+    message: str
+
+
+class OverviewFacts(NamedTuple):
+    """What the verdict is made from."""
+    # Running, paused and cancelling releases, and how many are pending.
+    active: Sequence[Release] = ()
+    pending: int = 0
+    executors: Sequence[ExecutorRow] = ()
+    freeze: Freeze = NO_FREEZE
+    # The clock that decides on claims and executors: see Transaction.now().
+    now_s: float = 0.0
+    # Failed and partial releases that nothing has made up for, newest first.
+    failures: Sequence[Release] = ()
+    drift: Mapping[str, DriftCount] = {}
+    certificates: Sequence[CertificateState] = ()
+    # Why the database can't be used, "" where it can.
+    database_error: str = ""
+
+
+class Overview(NamedTuple):
+    """The verdict."""
+    problems: Sequence[Problem]
+    # In one sentence.
+    text: str
+    facts: OverviewFacts
+
+    @property
+    def is_well(self) -> bool:
+        """Return whether nothing is wrong."""
+        return not self.problems
+
+
+def judge(facts: OverviewFacts) -> Overview:
+    """Return the verdict on what was found."""
+    rules = (_database_problems, _executor_problems, _release_problems, _drift_problems, _freeze_problems,
+             _certificate_problems)
+    order = list(PROBLEM_KINDS)
+    problems = sorted((problem for rule in rules for problem in rule(facts)), key=lambda p: order.index(p.kind))
+    return Overview(problems, _verdict_text(problems, facts), facts)
+
+
+def _verdict_text(problems: Sequence[Problem], facts: OverviewFacts) -> str:
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        return f"{'1 problem' if len(problems) == 1 else f'{len(problems)} problems'}: {problems[0].text}{more}"
+    waiting = f"{facts.pending} waiting" if facts.pending else ""
+    working = ", ".join(f"{release.status} {release}" for release in facts.active[:MAX_NODES_NAMED])
+    more = f"{len(facts.active) - MAX_NODES_NAMED} more" if len(facts.active) > MAX_NODES_NAMED else ""
+    return "all is well: " + (", ".join(filter(None, (working, more, waiting))) or "nothing is to do")
+
+
+def _database_problems(facts: OverviewFacts) -> Iterator[Problem]:
+    if facts.database_error:
+        yield Problem("database", f"the database can't be used: {facts.database_error}", "releasectl check")
+
+
+def _executor_problems(facts: OverviewFacts) -> Iterator[Problem]:
+    """Yield that nobody can work, or which releases nobody works on though somebody could."""
+    nobody = nobody_works(facts.executors, facts.now_s)
+    alone = [release for release in facts.active if release.status != PAUSED and not is_worked_on(
+        release, facts.executors, facts.now_s)]
+    count = len(alone) + facts.pending
+    if nobody and count and not facts.database_error:
+        is_live = any(row.is_live(facts.now_s) for row in facts.executors)
+        yield Problem("executor", f"{nobody}; {count} {'release has' if count == 1 else 'releases have'} nobody",
+                      "releasectl check" if is_live else "releasectl serve",
+                      facts.executors[0].seen_at if facts.executors else None)
+    elif not nobody:
+        for release in alone:
+            if release.claim_expires_at:
+                yield Problem("unattended", f"{release}: {true_reason(release, facts.executors, facts.now_s)}",
+                              f"releasectl why {release.id}", _last_seen(release, facts.executors), release.id)
+
+
+def _last_seen(release: Release, executors: Sequence[ExecutorRow]) -> str | None:
+    return next((row.seen_at for row in executors if row.owner == release.claim_owner), release.updated_at)
+
+
+def _release_problems(facts: OverviewFacts) -> Iterator[Problem]:
+    for release in facts.failures:
+        yield Problem(release.status, f"{release} of {release.target} ended {release.status}"
+                      + (f": {release.status_reason or release.error_msg}" if release.status_reason or release.error_msg
+                         else ""), f"releasectl retry {release.id} --plan", release.finished_at, release.id)
+    for release in facts.active:
+        if release.status == PAUSED:
+            yield Problem("paused", f"{release} waits for a person: {release.status_reason or 'paused'}",
+                          f"releasectl why {release.id}", release.updated_at, release.id)
+        elif release.failed_nodes:
+            yield Problem("failures", f"{release} is {release.status}, {count_of_nodes(release.failed_nodes)} failed",
+                          f"releasectl status {release.id}", release.started_at, release.id)
+
+
+def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
+    texts = {AHEAD: ("what a release left that did not end well", "has", "have"),
+             UNSURE: ("what nobody knows: a later try may have changed it", "runs", "run"),
+             BEHIND: ("an older payload than it should", "runs", "run")}
+    for drift, (text, one, many) in texts.items():
+        found = facts.drift.get(drift, DriftCount())
+        if found.nodes:
+            more = f", {found.first} first" if found.nodes > 1 else f": {found.first}"
+            yield Problem(drift, f"{count_of_nodes(found.nodes)} {one if found.nodes == 1 else many} {text}{more}",
+                          "releasectl catch-up" if drift == BEHIND else f"releasectl node list --drift {drift}",
+                          found.since)
+
+
+def _freeze_problems(facts: OverviewFacts) -> Iterator[Problem]:
+    if facts.freeze.frozen:
+        yield Problem("frozen", f"frozen by {facts.freeze.actor}: {facts.freeze.reason}", "releasectl freeze off",
+                      facts.freeze.at)
+
+
+def _certificate_problems(facts: OverviewFacts) -> Iterator[Problem]:
+    for found in facts.certificates:
+        if found.message or found.days_left is None or found.days_left <= 0:
+            yield Problem("certificate", f"{found.name} can't be used" + (f": {found.message}" if found.message else
+                          ": it has expired"), "releasectl check", found.ends_at)
+        elif found.days_left < (1.0 if found.name.endswith("CRL") else RENEW_DAYS):
+            yield Problem("expires", f"{found.name} is good for {rough_time(found.days_left * 86400)} more: renew it",
+                          "releasectl check")
 
 
 # endregion
@@ -6472,8 +6674,8 @@ def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
 # ======================================================================================
 # Drift: what each node runs, what it should run, and how far these are apart (contract
 #   section 5).
-# Uses: Vocabulary, Payloads, Difference, Model, Strategy, Plan, Decision, Database,
-#   Database state, Nodes, Queue, Retry and rollback.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Decision,
+#   Verdict, Database, Database state, Nodes, Queue, Retry and rollback.
 #
 #   Nothing of it is stored: the rows of release_task_nodes tell it, whoever wrote them,
 #   and an index finds the newest success of a node at once. A later try is looked at only
@@ -6525,6 +6727,13 @@ class Level(NamedTuple):
         if wants and (has is None or has.rank < wants.rank):
             return BEHIND
         return AHEAD if has and has.status in TERMINAL else LEVEL
+
+
+    @property
+    def drift_since(self) -> str | None:
+        """Return since when it is as `drift` says: the release ended that it should run, or that left what it has."""
+        ran = {BEHIND: self.wants, AHEAD: self.has}.get(self.drift)
+        return ran and ran.since
 
 
 class _Try(NamedTuple):
@@ -6878,19 +7087,12 @@ class NodeTry(NamedTuple):
     finished_at: str | None
 
 
-# The drift of all nodes is counted anew after this many times the CPU time that the last count took.
-_COUNT_REST = 20
-
-
 class Fleet:
     """All nodes, with what each runs and should run. Each public method is one transaction."""
 
     def __init__(self, state: DatabaseState):
         self._database = state.database
-        self._count_guard = threading.Lock()
-        # The last count of nodes by drift, and until when it holds, by time.monotonic().
-        self._counted: dict[str, int] = {}
-        self._holds_until = 0.0
+        self._counts = RareRead(self._count_drift)
 
     def page(self, page: int = 1, size: int = MAX_PAGE_SIZE, wanted: NodeFilter = NodeFilter()) -> Page:  # noqa: B008
         """Return a page of nodes, each a ListedNode; size 0: all of them.
@@ -6930,18 +7132,19 @@ class Fleet:
                 LIMIT ? OFFSET ?""", node_id, size, (page - 1) * size)
             return Page([NodeTry(*row) for row in rows], total, page, size)
 
-    def drift_counts(self) -> dict[str, int]:
+    def drift_counts(self) -> Mapping[str, DriftCount]:
         """Return how many enabled nodes there are of each drift; a large fleet's is up to a minute old."""
-        with self._count_guard:
-            if time.monotonic() < self._holds_until:
-                return self._counted
-            began = time.thread_time()
-            with self._database.transaction() as tx:
-                found = levels(tx, [node for node in all_nodes(tx) if node.enabled])
-            counts = collections.Counter(level.drift for level in found.values())
-            self._counted = {drift: counts[drift] for drift in DRIFTS}
-            self._holds_until = time.monotonic() + _COUNT_REST * (time.thread_time() - began)
-            return self._counted
+        return self._counts.get()
+
+    def _count_drift(self) -> dict[str, DriftCount]:
+        with self._database.transaction() as tx:
+            listed = _with_levels(tx, [node for node in all_nodes(tx) if node.enabled])
+        counts = {drift: DriftCount() for drift in DRIFTS}
+        for node, level in listed:
+            known, since = counts[level.drift], level.drift_since
+            counts[level.drift] = DriftCount(known.nodes + 1, known.first or node.name,
+                                             min(filter(None, (known.since, since)), default=None))
+        return counts
 
 
 class CatchUp(NamedTuple):
@@ -7579,7 +7782,7 @@ class Releases:
 
 # region Claims
 # ======================================================================================
-# Claims: claim, lease, fence, commit; the store that all parts make up.
+# Claims: claim, lease, fence, commit.
 # Uses: Vocabulary, Helpers, Payloads, Model, Plan, Decision, Why, Database, Database
 #   state, Audit, Nodes, Queue, Drift, Releases.
 # ======================================================================================
@@ -7919,6 +8122,75 @@ class Claims:
                 raise StateMoved(f"a node of {release} was sent a higher version")
 
 
+# endregion
+
+
+# region Overview
+# ======================================================================================
+# Overview: what the verdict is made from; the store that all parts make up.
+# Uses: Vocabulary, Helpers, Model, Verdict, Database, Database state, Audit, Nodes,
+#   Queue, Drift, Releases, Claims.
+# ======================================================================================
+
+class OverviewReader:
+    """Reads what is wrong. Each public method is one transaction, or two."""
+
+    def __init__(self, state: DatabaseState, fleet: Fleet):
+        self._database = state.database
+        self._fleet = fleet
+        self._failures = RareRead(self._read_failures)
+
+    def read(self, certificates: Sequence[CertificateState], database_error: str = "") -> Overview:
+        """Return the verdict on all there is; also where the database is out of reach.
+
+        database_error: why it takes no writes, where that is known.
+        """
+        facts = OverviewFacts(certificates=certificates, database_error=database_error)
+        try:
+            with self._database.transaction() as tx:
+                active = [Release(*row) for row in tx.rows(f"""
+                    SELECT {LISTED_COLUMNS}
+                    FROM release_tasks r
+                    WHERE r.status IN ('running', 'paused', 'cancelling')
+                    ORDER BY r.id""")]
+                pending = int(tx.value("SELECT COUNT(*) FROM release_tasks WHERE status = 'pending'"))
+                facts = facts._replace(active=active, pending=pending, executors=read_executors(tx),
+                                       freeze=read_freeze(tx), now_s=epoch_of(tx.now()))
+            facts = facts._replace(failures=self._failures.get(), drift=self._fleet.drift_counts())
+        except DatabaseError as error:
+            facts = facts._replace(database_error=database_error or error.message)
+        return judge(facts)
+
+    def _read_failures(self) -> list[Release]:
+        """Return the releases that failed or ended partial and that nothing has made up for, newest first.
+
+        One counts until somebody rolled it back, or each of its enabled nodes that failed, or was skipped, has a newer
+        success of the target.
+        """
+        later = """
+            SELECT 1
+            FROM release_task_nodes s
+            JOIN release_tasks q ON q.id = s.release_task_id
+            WHERE s.node_id = n.node_id AND s.status = 'success' AND q.target = r.target AND q.version > r.version"""
+        with self._database.transaction() as tx:
+            # The indexes release_tasks_by_rollback_of, release_task_nodes_by_status and _succeeded. The later release
+            # has a higher id, but where one started late: that is looked for last.
+            return [Release(*row) for row in tx.rows(f"""
+                SELECT {LISTED_COLUMNS}
+                FROM release_tasks r
+                WHERE r.status IN ('failed', 'partial')
+                  AND NOT EXISTS (SELECT 1 FROM release_tasks b
+                                  WHERE b.rollback_of = r.id AND b.status IN ('success', 'partial'))
+                  AND EXISTS (
+                      SELECT 1
+                      FROM release_task_nodes n
+                      JOIN nodes h ON h.id = n.node_id
+                      WHERE n.release_task_id = r.id AND n.status IN ('failed', 'skipped') AND h.enabled = 1
+                        AND NOT EXISTS ({later} AND s.release_task_id > r.id)
+                        AND NOT EXISTS ({later} AND s.release_task_id < r.id))
+                ORDER BY r.version DESC""")]
+
+
 class Store:
     """All that is stored, in parts that share one database."""
 
@@ -7932,6 +8204,7 @@ class Store:
         self.fleet = Fleet(self.state)
         self.releases = Releases(self.state, self.audit, self.queue)
         self.claims = Claims(self.state, self.queue)
+        self.overview = OverviewReader(self.state, self.fleet)
 
 
 # endregion
@@ -9275,7 +9548,7 @@ async def _late_alert(timed: TimedSocket) -> str:
 # ======================================================================================
 # Driver: one claimed release: read, decide, commit, send, collect.
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Status
-#   texts, Decision, Claims, Event loop, Dialects, Agents.
+#   texts, Decision, Overview, Event loop, Dialects, Agents.
 # ======================================================================================
 
 class Lease:
@@ -9734,7 +10007,7 @@ class Driver:
 # region Executor
 # ======================================================================================
 # Executor: scan, claims, leases, the threads.
-# Uses: Vocabulary, Settings, Log and metrics, Model, Claims, Event loop, Agents,
+# Uses: Vocabulary, Settings, Log and metrics, Model, Overview, Event loop, Agents,
 #   Driver.
 #
 #   One driver thread a claimed release alone reads and writes its rows. Coroutines only talk to
@@ -10088,7 +10361,7 @@ class Executor:
 # ======================================================================================
 # Serialization: the JSON of contract section 5, and its schemas. Pure.
 # Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Status
-#   texts, Why, Audit, Nodes, Drift.
+#   texts, Why, Verdict, Audit, Nodes, Drift.
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
@@ -10252,6 +10525,16 @@ def why_json(why: Why) -> dict[str, Any]:
     return {"releaseId": release.id if release else None, "status": release.status if release else None,
             "moves": stopped_by is None, "text": why.text, "stoppedBy": stopped_by.name if stopped_by else None,
             "steps": [step._asdict() for step in why.steps]}
+
+
+def overview_json(overview: Overview) -> dict[str, Any]:
+    """Return the verdict; drift is null where the database is out of reach."""
+    facts = overview.facts
+    return {"ok": overview.is_well, "text": overview.text, "activeReleases": len(facts.active),
+            "pendingReleases": facts.pending,
+            "drift": {drift: found.nodes for drift, found in facts.drift.items()} or None,
+            "problems": [{"kind": p.kind, "severity": p.severity, "text": p.text, "since": p.since, "mend": p.mend,
+                          "releaseId": p.release_id} for p in overview.problems]}
 
 
 def freeze_json(freeze: Freeze) -> dict[str, Any]:
@@ -10451,6 +10734,13 @@ def openapi_schemas() -> dict[str, Any]:
             "claims": _array(schema_of({"releaseId": ID, "owner": TEXT, "expiresAt": _TIME})),
             "certificates": _array(schema_of({
                 "name": TEXT, "notAfter": _TIME, "daysLeft": {"type": ["number", "null"]}, "message": TEXT}))}),
+        "Overview": schema_of({
+            "ok": _FLAG, "text": TEXT, "activeReleases": _COUNT, "pendingReleases": _COUNT,
+            "drift": {**schema_of(dict.fromkeys(DRIFTS, _COUNT)), "type": ["object", "null"]},
+            "problems": _array(schema_of({
+                "kind": {"type": "string", "enum": list(PROBLEM_KINDS)},
+                "severity": {"type": "string", "enum": list(PROBLEM_SEVERITIES)}, "text": TEXT,
+                "since": _TIME, "mend": TEXT, "releaseId": _ID_OR_NULL}))}),
         "Status": schema_of({"status": TEXT}),
         "Null": {"type": "null"},
         "Error": schema_of({"code": {"type": "integer", "enum": sorted(ERROR_CODES)}, "message": TEXT,
@@ -10837,7 +11127,7 @@ class ReadQueue:
 # API: routes as a table, handlers, /openapi.json (contract section 5); knows no
 #   socket.
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Verbs,
-#   Audit, Retry and rollback, Drift, Claims, Serialization, Requests.
+#   Verdict, Audit, Retry and rollback, Drift, Overview, Serialization, Requests.
 # ======================================================================================
 
 DASHBOARD_FILE = Path(__file__).resolve().with_name("dashboard.html")
@@ -10871,7 +11161,7 @@ def page_headers(text: str) -> dict[str, str]:
 
 
 # Minimum seconds between write checks of the database, however many clients ask.
-READY_CHECK_EVERY_S = 1.0
+READY_CHECK_EVERY_S, OVERVIEW_CHECK_EVERY_S = 1.0, 10.0
 # Added to what Claims.times_ahead() returns: claims and holds that end later than any setting allows.
 CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
                    "all hosts (NTP)")
@@ -11113,7 +11403,12 @@ class Api:
             raise AppError(NOT_FOUND, f"no dashboard: {message}") from None
         return Reply(200, text, "text/html; charset=utf-8", headers)
 
-    def overview(self, request: Request) -> Reply:
+    def get_overview(self, _request: Request) -> Reply:
+        certificates = [CertificateState(*found.values()) for found in self._process()["certificates"]]
+        error = self._readiness(OVERVIEW_CHECK_EVERY_S)
+        return Reply(200, overview_json(self.store.overview.read(certificates, error)))
+
+    def process_health(self, request: Request) -> Reply:
         message, schema, releases = "", 0, []
         try:
             schema, releases = self.store.database.schema_version(), self.store.releases.open()
@@ -11127,16 +11422,18 @@ class Api:
     def health(self, _request: Request) -> Reply:
         return Reply(200, {"status": "ok"})
 
-    def ready(self, request: Request) -> Reply:
+    def _readiness(self, every_s: float) -> str:
+        """Return why the database can't be used, "" where it can; it is checked where that was not done for so long."""
         if self._ready_guard.acquire(blocking=False):  # else a check is under way: the last result holds
-            if time.monotonic() - self._ready[0] < READY_CHECK_EVERY_S:
+            if time.monotonic() - self._ready[0] < every_s:
                 self._ready_guard.release()
             else:
                 self._start_check()
         waited_s = time.monotonic() - self._checking_since
-        trouble = self._ready[1] or self._hung()
-        if waited_s > MAX_READY_CHECK_S:
-            trouble = f"the database has not answered for {waited_s:.0f} s"
+        return f"the database has not answered for {waited_s:.0f} s" if waited_s > MAX_READY_CHECK_S else self._ready[1]
+
+    def ready(self, request: Request) -> Reply:
+        trouble = self._readiness(READY_CHECK_EVERY_S) or self._hung()
         self._log_readiness(trouble)
         if trouble:
             raise DatabaseError(trouble if request.role else "not ready: the log of releasectl says why")
@@ -11206,8 +11503,8 @@ def metrics_text(metrics: Metrics, store: Store, more: Figures) -> str:
     figures = {("releasectl_build_info", __version__, ".".join(map(str, sys.version_info[:3]))): 1.0, **more}
     try:
         figures.update(store.releases.counts())
-        figures.update({("releasectl_nodes_drift", drift): float(count)
-                        for drift, count in store.fleet.drift_counts().items()})
+        figures.update({("releasectl_nodes_drift", drift): float(found.nodes)
+                        for drift, found in store.fleet.drift_counts().items()})
         figures["releasectl_database_up",] = 1.0
     except DatabaseError:  # already counted; the figures of this process are wanted all the more
         figures["releasectl_database_up",] = 0.0
@@ -11282,7 +11579,10 @@ ROUTES: tuple[Route, ...] = (
           body="SetFreeze"),
     Route("GET", "/api/v1/audit", Api.list_audit, OPERATOR, "Who did what, oldest first", "AuditList",
           ("after", "limit", "object")),
-    Route("GET", "/api/v1/health", Api.overview, VIEWER, "State of this process and of its open releases", "Health"),
+    Route("GET", "/api/v1/overview", Api.get_overview, VIEWER, "What is wrong, worst first, each with its mend",
+          "Overview"),
+    Route("GET", "/api/v1/health", Api.process_health, VIEWER, "State of this process and of its open releases",
+          "Health"),
     Route("GET", "/", Api.page, ANYONE, "The dashboard", "html"),
     Route("GET", "/healthz", Api.health, ANYONE, "The process serves", "Status"),
     Route("GET", "/readyz", Api.ready, ANYONE, "The database can be used", "Status", tells_more=True),
@@ -11859,8 +12159,8 @@ def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
 # ======================================================================================
 # Check and why: what is wrong with this installation, and what would mend it.
 # Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Status texts,
-#   Engines, Database, Audit, Drift, Claims, Dialects, Agents, Executor, Access, API,
-#   Server.
+#   Engines, Database, Audit, Drift, Overview, Dialects, Agents, Executor, Access,
+#   API, Server.
 # ======================================================================================
 
 class Ping(NamedTuple):
@@ -12052,6 +12352,13 @@ def check_api(settings: Settings) -> Iterator[Finding]:
 
 def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
     """Return the part of /api/v1/health that only this process knows."""
+    return {"certificates": certificates_json(settings), "executor": {
+        "enabled": settings.release_executor_enabled, "owner": executor.owner,
+        "lastLookAt": utc_text(executor.scanned_at) if executor.scanned_at else None}}
+
+
+def certificates_json(settings: Settings) -> list[dict[str, Any]]:
+    """Return until when the certificates and CRLs that are configured are good."""
     certificates = []
     if settings.mtls_enabled and settings.control_cert:
         certificates.append(certificate_json("CONTROL_CERT", lambda: control_certificate(settings)))
@@ -12060,9 +12367,7 @@ def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
     for name, path in (("CONTROL_CA", settings.control_ca if settings.mtls_enabled else ""),
                        ("HTTP_CLIENT_CA", settings.http_client_ca)):
         certificates += crl_json(name, path) if path else []
-    return {"certificates": certificates, "executor": {
-        "enabled": settings.release_executor_enabled, "owner": executor.owner,
-        "lastLookAt": utc_text(executor.scanned_at) if executor.scanned_at else None}}
+    return certificates
 
 
 def certificate_json(name: str, load: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -12315,8 +12620,9 @@ class Screen:
 # ======================================================================================
 # Commands: what each other command does (contract section 4).
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Difference, Model,
-#   Strategy, Plan, Status texts, Verbs, Engines, Database, Audit, Nodes, Retry and
-#   rollback, Releases, Claims, Serialization, Access, Check and why, Terminal.
+#   Strategy, Plan, Status texts, Verbs, Verdict, Engines, Database, Audit, Nodes,
+#   Retry and rollback, Releases, Overview, Serialization, Access, Check and why,
+#   Terminal.
 # ======================================================================================
 
 # Where a command's options have the id of a release, or LATEST.
@@ -12553,7 +12859,23 @@ def command_list(context: Context) -> int:
         rows, ("id", "version", "target", "status", "done", "failed", "created", "state")) or "no releases")
 
 
+def _show_overview(context: Context) -> int:
+    store, error = context.open(), ""
+    try:
+        store.state.check_write()
+    except DatabaseError as failure:
+        error = failure.message
+    overview = store.overview.read([CertificateState(*found.values()) for found in certificates_json(
+        context.settings)], error)
+    problems = table([(p.severity, p.since, p.text, p.mend) for p in overview.problems],
+                     ("", "since", "what", "mend")) if overview.problems else ""
+    context.show(overview_json(overview), "\n".join(filter(None, [overview.text, problems])))
+    return EXIT_NOT_SUCCESS if context.options.health and not overview.is_well else EXIT_DONE
+
+
 def command_status(context: Context) -> int:
+    if context.options.id is None:
+        return _show_overview(context)
     store = context.open()
     release, nodes = store.releases.with_nodes(context.options.id)
     release = store.releases.as_shown(release)
@@ -12795,8 +13117,8 @@ def command_version(context: Context) -> int:
 # region Node commands
 # ======================================================================================
 # Node commands: what the commands on nodes do, and what is shown of a node.
-# Uses: Vocabulary, Helpers, Model, Plan, Drift, Claims, Serialization, Check and why,
-#   Terminal, Commands.
+# Uses: Vocabulary, Helpers, Model, Plan, Drift, Overview, Serialization, Check and
+#   why, Terminal, Commands.
 # ======================================================================================
 
 def _node_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -13535,7 +13857,9 @@ COMMANDS: tuple[Command, ...] = (
     Command("list", "list releases, newest first", command_list, (
         option("--status", choices=RELEASE_STATUSES),
         option("--page", type=PAGES.argument, default=1), option("--page-size", type=PAGE_SIZES.argument, default=20))),
-    Command("status", "a release and its nodes", command_status, (_ID_OPTION,)),
+    Command("status", "a release and its nodes; without ID: what is wrong, worst first", command_status, (
+        option("id", metavar="ID", nargs="?", type=_release_id, help="id of the release, or latest"),
+        option("--health", action="store_true", help="without ID: exit 1 where something is wrong"))),
     Command("watch", "follow a release to its end", command_watch, (
         option("id", metavar="ID", nargs="?", default=LATEST, type=_release_id,
                help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),

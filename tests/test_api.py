@@ -52,8 +52,8 @@ ROUTES = {
     ("PATCH", "/api/v1/nodes/{id}"), ("DELETE", "/api/v1/nodes/{id}"),
     ("GET", "/api/v1/freeze"), ("PUT", "/api/v1/freeze"),
     ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"), ("GET", "/openapi.json"),
-    ("GET", "/"), ("GET", "/api/v1/health"), ("GET", "/api/v1/audit"), ("GET", "/api/v1/nodes/{id}/releases"),
-    ("POST", "/api/v1/catch-up"),
+    ("GET", "/"), ("GET", "/api/v1/health"), ("GET", "/api/v1/overview"), ("GET", "/api/v1/audit"),
+    ("GET", "/api/v1/nodes/{id}/releases"), ("POST", "/api/v1/catch-up"),
 }
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 @pytest.fixture(scope="module")
@@ -828,7 +828,8 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
             ("GET", "/api/v1/nodes/{id}", 3, None), ("GET", "/api/v1/nodes/{id}/releases", 1, None),
             ("POST", "/api/v1/catch-up", 0, {"reason": "x", "strategy": {}}), ("DELETE", "/api/v1/nodes/{id}", 3, None),
             ("PUT", "/api/v1/freeze", 0, {"frozen": True, "reason": "x"}), ("GET", "/api/v1/freeze", 0, None),
-            ("GET", "/api/v1/health", 0, None), ("GET", "/healthz", 0, None), ("GET", "/readyz", 0, None),
+            ("GET", "/api/v1/health", 0, None), ("GET", "/api/v1/overview", 0, None), ("GET", "/healthz", 0, None),
+            ("GET", "/readyz", 0, None),
                 ("GET", "/api/v1/audit", 0, None)):
         operation = document["paths"][path][method.lower()]
         answer = client(method, path.replace("{id}", str(number)), body)

@@ -321,7 +321,7 @@ def test_health_tells_executor_claims_releases_database_and_certificates(world):
     release = new_release(world.store)
     claim = world.store.claims.claim(release.id, "someone:1", 30)
     api = rc.Api(world.store, rc.Metrics(), process=lambda: rc.process_json(executor.settings, executor))
-    health = api.overview(rc.Request((), {}, {}, "test")).data
+    health = api.process_health(rc.Request((), {}, {}, "test")).data
     assert health["database"] == {"engine": world.store.database.engine.name, "ok": True,
                                   "schema": len(rc.schema_steps()), "message": ""}
     assert health["executor"] == {"enabled": True, "owner": executor.owner, "lastLookAt": None}
@@ -349,7 +349,7 @@ def test_health_answers_without_a_database_and_with_certificates_that_are_no_goo
     executor = sqlite_world.executor(CONTROL_CERT=tmp_path / "none.crt")
     store = rc.Store(rc.Database(f"sqlite:///{tmp_path}/missing/test.db"))
     api = rc.Api(store, rc.Metrics(), process=lambda: rc.process_json(executor.settings, executor))
-    health = api.overview(rc.Request((), {}, {}, "test")).data
+    health = api.process_health(rc.Request((), {}, {}, "test")).data
     assert (health["database"]["ok"], health["releases"], health["claims"]) == (False, [], [])
     assert health["database"]["message"]
     assert health["certificates"] == [{"name": "CONTROL_CERT", "notAfter": None, "daysLeft": None,
@@ -401,7 +401,7 @@ def test_a_release_is_paused_and_resumed_from_the_page(live):
     new_release(world.store)
     page.open("#/releases/1").see("running", "main .chip")
     page.press("Pause").see("until someone resumes", "#ask").fill(reason="look first").press("Pause release 1")
-    page.see("paused", "main .chip").see("look first", "#timeline").see("needs you: paused at batch ", "#pulse")
+    page.see("paused", "main .chip").see("look first", "#timeline").see("needs you: paused", "#pulse")
     world.agent(1).set(mode="normal")
     page.see("1 of 1 done", "#batch-1")
     assert world.runs() == [1, 0]
@@ -821,7 +821,20 @@ def test_an_executor_that_is_stalled_is_told_with_its_host_and_where_to_look(
     api.started_at -= 600
     page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url), api=api)).open()
     page.see("Executor stalled", "#pulse").see(words, "main .verdict")
-    page.see("on host-a. See journalctl -u releasectl -n 50 there.", "main .verdict")
+    page.see("on host-a. journalctl -u releasectl -n 50", "main .verdict")
+
+
+@pytest.mark.slow
+def test_every_problem_is_told_with_since_when_and_its_mend(live):
+    page, world = live(1)
+    world.agent(1).set(outcome="failed", message="no space")
+    new_release(world.store)
+    eventually(lambda: world.store.releases.get(1).is_terminal)
+    world.store.releases.set_freeze(True, "anna", "the match")
+    page.open().see("Release 1 failed", "#pulse").see("frozen by anna: the match", "main .problems")
+    for words in ("release 1 (v1) of cdn ended failed", "releasectl retry 1 --plan", "releasectl freeze off", " for "):
+        page.see(words, "main .problems")
+    assert page.count("main .problems li") == 2
 
 
 # -- for everybody -----------------------------------------------------------------------------------

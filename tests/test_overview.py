@@ -1,0 +1,264 @@
+"""The verdict: everything that is wrong, worst first, each with since when and its mend (contract sections 5 and 8)."""
+from __future__ import annotations
+
+import re
+import time
+from typing import Callable
+
+import pytest
+from lab import add_nodes, new_release, sql
+from test_again import ended, good, settle
+
+import releasectl as rc
+
+
+def problems(store: rc.Store, *certificates: rc.CertificateState, error: str = "") -> list[rc.Problem]:
+    return list(store.overview.read(certificates, error).problems)
+
+
+def kinds(store: rc.Store) -> list[str]:
+    return [problem.kind for problem in problems(store)]
+
+
+@pytest.fixture
+def fresh(store, monkeypatch):
+    """A store that reads everything anew each time."""
+    monkeypatch.setattr(rc, "RARE_READ_REST", 0)
+    return store
+
+
+def live(store: rc.Store, owner: str = "host-a:1:x") -> None:
+    """Let an executor have looked for work just now."""
+    store.claims.note_executor(owner, owner.partition(":")[0], "serve", 3600.0, "", True)
+
+
+# -- each kind of problem, made for real ------------------------------------------------------------
+
+def test_all_is_well_where_nothing_is_to_do_and_each_node_runs_what_it_should(fresh):
+    assert fresh.overview.read([]).text == "all is well: nothing is to do"
+    add_nodes(fresh, 2)
+    good(fresh, "A")
+    assert problems(fresh) == []
+
+
+def test_the_text_says_what_is_under_way(fresh):
+    live(fresh)
+    add_nodes(fresh, 1)
+    first, _ = new_release(fresh), new_release(fresh)
+    fresh.claims.claim(first.id, "host-a:1:x", 30.0)
+    assert fresh.overview.read([]).text == "all is well: running release 1 (v1), 1 waiting"
+
+
+def test_no_executor_is_a_problem_where_something_is_to_do(fresh):
+    add_nodes(fresh, 1)
+    new_release(fresh)
+    [problem] = problems(fresh)
+    assert problem == rc.Problem("executor", "no executor is running (none was seen for a day): start `serve`; "
+                                 "1 release has nobody", "releasectl serve")
+    live(fresh)
+    assert problems(fresh) == []
+    fresh.claims.note_executor("host-a:1:x", "host-a", "serve", 3600.0, "CONTROL_CERT is not set", False)
+    [problem] = problems(fresh)
+    assert (problem.text, problem.mend) == ("host-a can't dispatch: CONTROL_CERT is not set; 1 release has nobody",
+                                            "releasectl check")
+    fresh.releases.act("pause", 1, "anna")  # what waits for a person needs nobody else
+    assert kinds(fresh) == ["paused"]
+
+
+def test_a_running_release_whose_owner_died_is_a_problem_though_others_live(fresh):
+    add_nodes(fresh, 1)
+    release = new_release(fresh)
+    live(fresh, "host-b:2:y")
+    fresh.claims.claim(release.id, "host-b:2:y", 30.0)
+    live(fresh)
+    assert problems(fresh) == []
+    sql(fresh, "UPDATE executors SET seen_at = ?, period_sec = 12 WHERE host = 'host-b'",
+        rc.utc_text(time.time() - 15))
+    [problem] = problems(fresh)
+    assert (problem.kind, problem.mend, problem.release_id) == ("unattended", "releasectl why 1", 1)
+    assert problem.text.startswith("release 1 (v1): nobody works on it: host-b pid 2 was last seen 15 s ago; ")
+    assert 14 < time.time() - rc.epoch_or(problem.since, 0.0) < 20
+
+
+def test_a_paused_release_waits_for_a_person(fresh):
+    add_nodes(fresh, 1)
+    new_release(fresh)
+    fresh.releases.act("pause", 1, "anna", "look at the graphs")
+    [problem] = problems(fresh)
+    assert problem.text == f"release 1 (v1) waits for a person: {fresh.releases.get(1).status_reason}"
+    assert (problem.kind, problem.severity, problem.mend) == ("paused", "warning", "releasectl why 1")
+    assert problem.since == fresh.releases.get(1).updated_at
+
+
+def test_a_freeze_is_a_problem_until_it_is_lifted(fresh):
+    fresh.releases.set_freeze(True, "anna", "the match")
+    [problem] = problems(fresh)
+    assert problem[:3] == ("frozen", "frozen by anna: the match", "releasectl freeze off")
+    assert problem.since == fresh.releases.freeze().at
+    fresh.releases.set_freeze(False, "anna")
+    assert problems(fresh) == []
+
+
+def test_nodes_that_do_not_run_what_they_should_are_problems(fresh):
+    add_nodes(fresh, 4)
+    good(fresh, "A")
+    sql(fresh, "UPDATE release_tasks SET selection = '{}'")
+    fresh.nodes.update(2, {"status": "maintenance"})
+    behind = ended(fresh, "B", "success", "success", "success")
+    failed = ended(fresh, "C", "success", "failed", "failed")
+    sql(fresh, "UPDATE release_task_nodes SET error_kind = 'abandoned', reached = 1 WHERE release_task_id = ? AND "
+               "node_id = 4", failed.id)
+    sql(fresh, "UPDATE release_task_nodes SET error_kind = 'agent_failed', reached = 1 WHERE release_task_id = ? AND "
+               "node_id = 3", failed.id)
+    found = {problem.kind: problem for problem in problems(fresh)}
+    assert list(found) == ["failed", "ahead", "unknown", "behind"]
+    assert found["ahead"].text == "1 node has what a release left that did not end well: edge-1"
+    assert found["unknown"].text == "1 node runs what nobody knows: a later try may have changed it: edge-4"
+    assert found["behind"].text == "1 node runs an older payload than it should: edge-2"
+    assert found["behind"].since == fresh.releases.get(behind.id).finished_at
+    assert found["behind"].mend == "releasectl catch-up"
+
+
+# -- failures count until something made up for them ---------------------------------------------------
+
+def test_a_success_on_one_node_after_two_failures_makes_up_for_that_node_only(fresh):
+    add_nodes(fresh, 3)
+    good(fresh, "A")
+    ended(fresh, "B", "failed", "skipped", "skipped")
+    ended(fresh, "C", "failed", "skipped", "skipped")
+    good(fresh, "D", 1)
+    assert [problem.release_id for problem in problems(fresh) if problem.kind == "failed"] == [3, 2]
+    good(fresh, "E")
+    assert problems(fresh) == []
+
+
+def test_a_failed_target_is_not_hidden_behind_newer_releases_of_another(fresh):
+    add_nodes(fresh, 1)
+    ended(fresh, "A", "failed", target="dns")
+    for _ in range(22):
+        good(fresh, "B")
+    [problem] = problems(fresh)
+    assert problem.text.startswith("release 1 (v1) of dns ended failed")
+    assert (problem.mend, problem.since) == ("releasectl retry 1 --plan", fresh.releases.get(1).finished_at)
+
+
+def again(store: rc.Store, verb: str) -> None:
+    release = getattr(store.releases, verb)(2, "anna").release
+    settle(store, release, *["success"] * release.total_nodes)
+
+
+@pytest.mark.parametrize("way", [
+    lambda store: again(store, "retry"), lambda store: again(store, "rollback"), lambda store: good(store, "C"),
+    lambda store: good(store, "C", 2, 3),
+    lambda store: [store.nodes.update(node, {"enabled": 0}) for node in (2, 3)]])
+def test_a_failure_is_made_up_for_by_a_retry_a_rollback_a_later_release_or_without_its_nodes(
+        fresh: rc.Store, way: Callable[[rc.Store], object]):
+    add_nodes(fresh, 3)
+    good(fresh, "A")
+    ended(fresh, "B", "success", "failed", "skipped")
+    assert "failed" in kinds(fresh)
+    way(fresh)
+    assert "failed" not in kinds(fresh)
+
+
+def test_a_later_release_that_failed_too_makes_up_for_nothing(fresh):
+    add_nodes(fresh, 2)
+    ended(fresh, "A", "failed", "skipped")
+    retry = fresh.releases.retry(1, "anna").release
+    settle(fresh, retry, "success", "failed")
+    assert [problem.release_id for problem in problems(fresh) if problem.kind == "failed"] == [2, 1]
+
+
+def test_a_release_that_started_late_makes_up_for_one_with_a_higher_id(fresh):
+    add_nodes(fresh, 1)
+    good(fresh, "A")
+    ended(fresh, "B", "failed")
+    sql(fresh, "UPDATE release_tasks SET version = 9 WHERE id = 1")
+    assert "failed" not in kinds(fresh)
+
+
+def test_a_partial_release_is_a_warning_and_what_a_person_cancelled_is_none(fresh):
+    add_nodes(fresh, 2)
+    ended(fresh, "A", "success", "failed")
+    sql(fresh, "UPDATE release_tasks SET status = 'partial'")
+    assert [p.severity for p in problems(fresh) if p.kind == "partial"] == ["warning"]
+    sql(fresh, "UPDATE release_tasks SET status = 'cancelled'")
+    assert "partial" not in kinds(fresh)
+
+
+def test_failures_of_a_release_that_goes_on_are_told(fresh):
+    live(fresh)
+    add_nodes(fresh, 2)
+    release = new_release(fresh)
+    fresh.claims.claim(release.id, "host-a:1:x", 30.0)
+    sql(fresh, "UPDATE release_task_nodes SET status = 'failed' WHERE node_id = 1")
+    sql(fresh, "UPDATE release_tasks SET failed_nodes = 1")
+    [problem] = problems(fresh)
+    assert (problem.kind, problem.text) == ("failures", "release 1 (v1) is running, 1 node failed")
+
+
+# -- what only the process knows, and the order ----------------------------------------------------------
+
+@pytest.mark.parametrize(("found", "kind", "text"), [
+    (("CONTROL_CERT", None, None, "run releasectl.py check to see why"), "certificate",
+     "CONTROL_CERT can't be used: run releasectl.py check to see why"),
+    (("HTTP_CERT", "2026-01-01T00:00:00.000Z", -3.0, ""), "certificate", "HTTP_CERT can't be used: it has expired"),
+    (("CONTROL_CERT", "2026-01-01T00:00:00.000Z", 13.5, ""), "expires",
+     "CONTROL_CERT is good for 14 days more: renew it"),
+    (("CONTROL_CA CRL", "2026-01-01T00:00:00.000Z", 0.5, ""), "expires",
+     "CONTROL_CA CRL is good for 12 h more: renew it"),
+    (("CONTROL_CERT", "2026-01-01T00:00:00.000Z", 14.5, ""), "", ""),
+    (("CONTROL_CA CRL", "2026-01-01T00:00:00.000Z", 1.5, ""), "", "")])
+def test_certificates_that_end_are_problems(found, kind, text):
+    facts = rc.OverviewFacts(certificates=[rc.CertificateState(*found)])
+    assert [(p.kind, p.text) for p in rc.judge(facts).problems] == ([(kind, text)] if kind else [])
+
+
+def test_all_problems_are_told_worst_first(fresh):
+    add_nodes(fresh, 1)
+    ended(fresh, "A", "failed")
+    new_release(fresh)
+    fresh.releases.set_freeze(True, "anna", "x")
+    expired = rc.CertificateState("HTTP_CERT", None, None, "gone")
+    overview = fresh.overview.read([expired])
+    found = [problem.kind for problem in overview.problems]
+    assert found == ["executor", "certificate", "failed", "frozen"]
+    assert overview.text == f"4 problems: {overview.problems[0].text}, and 3 more"
+    assert found == [kind for kind in rc.PROBLEM_KINDS if kind in found]
+    [first, *_] = problems(fresh, expired, error="the disk is full")
+    assert (first.kind, first.text) == ("database", "the database can't be used: the disk is full")
+
+
+def test_the_verdict_comes_without_a_database_too(tmp_path):
+    store = rc.Store(rc.Database(f"sqlite:///{tmp_path}/missing/test.db"))
+    [problem] = problems(store)
+    assert (problem.kind, problem.severity, problem.mend) == ("database", "error", "releasectl check")
+
+
+def test_the_page_has_a_headline_for_every_kind_of_problem():
+    text = rc.DASHBOARD_FILE.read_text(encoding="utf-8")
+    table = text.partition("const HEADLINES = {")[2].partition("};")[0]
+    assert set(re.findall(r"(\w+): (?:p|\(\)) =>", table)) == {*rc.PROBLEM_KINDS, "stalled"}
+
+
+# -- by the API and the command line ------------------------------------------------------------------------
+
+def test_the_api_tells_the_verdict(client):
+    assert client.ok("GET", "/api/v1/overview") == {
+        "ok": True, "text": "all is well: nothing is to do", "activeReleases": 0, "pendingReleases": 0,
+        "drift": dict.fromkeys(rc.DRIFTS, 0), "problems": []}
+    client.store.releases.set_freeze(True, "anna", "the match")
+    [problem] = client.ok("GET", "/api/v1/overview")["problems"]
+    assert problem == {"kind": "frozen", "severity": "warning", "text": "frozen by anna: the match",
+                       "since": client.store.releases.freeze().at, "mend": "releasectl freeze off", "releaseId": None}
+
+
+def test_status_without_an_id_shows_the_verdict_and_health_makes_it_the_exit_code(cli):
+    cli.ok("migrate")
+    assert cli("status").out == "all is well: nothing is to do\n"
+    assert cli("status", "--health").code == 0
+    cli.ok("freeze", "on", "--reason", "the match")
+    found = cli("status")
+    assert (found.code, found.out.splitlines()[0][:18]) == (0, "1 problem: frozen ")
+    assert "releasectl freeze off" in found.out
+    assert cli("status", "--health").code == 1
