@@ -270,8 +270,8 @@ trail = logging.getLogger("releasectl.trail")
 
 T = TypeVar("T")
 
-# How many times the CPU time of a read its value holds: see RareRead.
-RARE_READ_REST = 20
+# How many times the time of a read its value holds, and for how many seconds at most: see RareRead.
+RARE_READ_REST, MAX_RARE_READ_REST_S = 20, 60.0
 
 
 class AppError(Exception):
@@ -797,7 +797,7 @@ def parse_duration(text: str) -> float:
 
 
 class RareRead(Generic[T]):
-    """A value that takes long to read: read anew when RARE_READ_REST times the CPU time of the last read is over."""
+    """A value that takes long to read: read anew when RARE_READ_REST times the time of the last read is over."""
 
     def __init__(self, read: Callable[[], T]):
         self._read = read
@@ -807,12 +807,13 @@ class RareRead(Generic[T]):
         self._holds_until = 0.0
 
     def get(self) -> T:
-        """Return the value, which is as old as that; raise what the read raises."""
+        """Return the value, which may be as old as that, a minute at most; raise what the read raises."""
         with self._guard:
             if self._last is None or time.monotonic() >= self._holds_until:
-                began = time.thread_time()
+                began = time.monotonic()
                 self._last = (self._read(),)
-                self._holds_until = time.monotonic() + RARE_READ_REST * (time.thread_time() - began)
+                rest_s = RARE_READ_REST * (time.monotonic() - began)
+                self._holds_until = time.monotonic() + min(rest_s, MAX_RARE_READ_REST_S)
             return self._last[0]
 
 

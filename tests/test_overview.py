@@ -262,3 +262,21 @@ def test_status_without_an_id_shows_the_verdict_and_health_makes_it_the_exit_cod
     assert (found.code, found.out.splitlines()[0][:18]) == (0, "1 problem: frozen ")
     assert "releasectl freeze off" in found.out
     assert cli("status", "--health").code == 1
+
+
+def test_what_takes_long_to_read_is_read_anew_after_twenty_times_as_long_and_within_a_minute(monkeypatch):
+    now, taken = [1000.0], [2.0]
+    monkeypatch.setattr(rc.time, "monotonic", lambda: now[0])
+
+    def read() -> float:
+        now[0] += taken[0]
+        return now[0]
+
+    value = rc.RareRead(read)
+    assert value.get() == 1002.0
+    now[0] = 1002.0 + 39.9
+    assert value.get() == 1002.0
+    now[0], taken[0] = 1002.0 + 40.0, 9.0
+    assert value.get() == 1051.0
+    now[0] = 1051.0 + 60.0  # and not after three minutes
+    assert value.get() == 1120.0
