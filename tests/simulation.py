@@ -28,6 +28,7 @@ import functools
 import heapq
 import itertools
 import random
+import re
 import sqlite3
 import sys
 import typing
@@ -48,6 +49,8 @@ FAULTS_UNTIL_S, END_S = 60.0, 1000.0
 EPOCH_S = 1_790_000_000.0
 # So many things at one moment are no schedule any more.
 STANDSTILL = 5000
+# After so many of the steps of the world `why` is asked about each open release.
+WHY_SHARE = 0.03
 # How much later than it happened a process may notice a pause, a resume or a freeze.
 NOTICE_S = 3 * INTERVAL_S
 # A soak, with all that is not its own, is over so long after its time.
@@ -364,6 +367,16 @@ class SimClaims(rc.Claims):
         super().drop(claim)
         self.owner.world.note_known(self.owner, claim.release_id)
 
+    def note_executor(self, *words) -> None:
+        """Write it without a fault, but where the database is away: so what the row must say is known."""
+        world = self.owner.world
+        before, world.running = world.running, None
+        try:
+            super().note_executor(*words)
+            self.owner.noted_at = world.now
+        finally:
+            world.running = before
+
 
 class SimExecutor(rc.Executor):
     """A process: alive, suspended until some time, or dead."""
@@ -377,8 +390,11 @@ class SimExecutor(rc.Executor):
         self.owner = f"owner-{number}"
         self.context = SimContext(**{**vars(self.context), "owner": self.owner}, executor=self)
         self.is_tick = world.faults and world.random.random() < 0.3
+        self._kind = rc.SERVE
         self.is_dead = False
         self.suspended_until = 0.0
+        # When its row in executors was written last.
+        self.noted_at = -1000.0
         # The highest version that it made, claimed or sent, the newest event at its last look or
         # commit, and the restores that it can notice by that.
         self.seen_version = 0
@@ -402,7 +418,7 @@ class Simulation:
 
     def __init__(self, seed: int, owners: int = 0, faults: bool = True, world: str = PLAIN):
         self.seed, self.steering = seed, world != PLAIN
-        self.random = random.Random(seed)
+        self.random, self.why_random = random.Random(seed), random.Random(seed)
         self.now = 0.0
         # Since the boot of the host until the schedule began, and how far people set its clock.
         self.up_s, self.set_s = self.random.uniform(0, 1e5), 0.0
@@ -429,7 +445,7 @@ class Simulation:
         self.looks_at_the_end_at = FAULTS_UNTIL_S
         self.figures = dict.fromkeys((
             "runs", "crashes", "stops", "suspensions", "take-overs", "lost answers", "restarts", "database faults",
-            "commits", "verbs", "levels unknown"), 0)
+            "commits", "verbs", "levels unknown", "whys", "whys that stop"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
         self.database = SimDatabase(self)
         self.is_set_up = False
@@ -588,6 +604,8 @@ class Simulation:
             return
         self._do(owner, deed)
         self._check_leases()
+        if self.running is None and not self.database.is_out and self.why_random.random() < WHY_SHARE:
+            self._check_why()
 
     def stall(self) -> None:
         """Suspend who runs now between two transactions, and let the others go on meanwhile."""
@@ -635,7 +653,7 @@ class Simulation:
     def _look(self, owner: SimExecutor) -> None:
         self.at(INTERVAL_S, lambda: self._look(owner), owner)
         with contextlib.suppress(rc.AppError, rc.StateMoved):
-            owner.claim_runnable([], owner.is_tick)
+            owner._scan([], owner.is_tick)
 
     def _renew(self, owner: SimExecutor) -> None:
         self.at(TTL_S / 3, lambda: self._renew(owner), owner)
@@ -1177,6 +1195,42 @@ class Simulation:
                     if release_id in holders:
                         self.fail(f"{holders[release_id]} and {owner.owner} both hold release {release_id}")
                     holders[release_id] = owner.owner
+
+    def _check_why(self) -> None:
+        """What `why` says of each open release is what the world knows."""
+        now, period_s = self.wall, rc.NOTE_EVERY_S + INTERVAL_S + rc.NOTE_LATE_S
+        with rc.Database.transaction(self.database) as tx:
+            is_frozen = rc.read_freeze(tx).frozen
+            free, _ = self.store.queue.runnable(tx)
+            rows = tx.rows("""
+                SELECT r.id, r.status, r.claim_owner, r.claim_expires_at, SUM(n.status = 'running'),
+                       SUM(n.status = 'pending')
+                FROM release_tasks r JOIN release_task_nodes n ON n.release_task_id = r.id
+                WHERE r.status IN ('pending', 'running', 'paused', 'cancelling') GROUP BY r.id""")
+        noted = {owner.owner for owner in self.owners if self.now - owner.noted_at < period_s - 0.01}
+        for release_id, status, holder, expires, running, pending in rows:
+            why = self.store.claims.why(release_id, self.deadline_s)
+            said = {step.name: step for step in why.steps}
+            stops = {step.name for step in why.steps if step.state == rc.STOPS}
+            is_claimed = bool(expires) and now < rc.epoch_of(expires) <= now + rc.MAX_CLAIM_TTL_S
+            wanted = {name for name, holds in (
+                ("freeze", is_frozen and (status == rc.PENDING or pending)), ("pause", status == rc.PAUSED)) if holds}
+            if not self.restores and self.clock_set_at < 0:  # else its row may be gone, or of another time
+                wanted |= {"executor"} if not noted and not (is_claimed and holder in noted) else set()
+            elif "executor" in stops:
+                wanted.add("executor")
+            if stops - {"order"} != wanted:
+                self.fail(f"release {release_id} is stopped by {sorted(stops)} and not {sorted(wanted)}: {why.line}")
+            if any(not step.mend for step in why.steps if step.state == rc.STOPS):
+                self.fail(f"release {release_id} is stopped and nothing would mend it: {why.line}")
+            waits = {step.name for step in why.steps if step.state == rc.WAITS}
+            if status == rc.PENDING and (release_id in free) == bool((stops | waits) & {"order", "start", "freeze"}):
+                self.fail(f"release {release_id} may {'' if release_id in free else 'not '}start: {why.line}")
+            in_flight = re.search(r"(\d+) in flight", said["nodes"].text if "nodes" in said else "")
+            if (int(in_flight[1]) if in_flight else 0) != running:
+                self.fail(f"release {release_id} has {running} nodes in flight: {said.get('nodes')}")
+            self.figures["whys"] += 1
+            self.figures["whys that stop"] += bool(stops)
 
     def _check_end(self) -> None:
         rows = self.database.look_in("""

@@ -337,3 +337,40 @@ def test_the_schedules_find_a_success_that_is_none(mutate, first, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(Violation):
         run_seeds(first, first + ENOUGH, world="shared")
+
+
+# -- and these make `why` say what is not so ----------------------------------------------------------
+
+def with_a_queue_that_nobody_is_told_of(patch):
+    """A release that waits for others seems to move."""
+    patch.setattr(rc, "_order_step", lambda _: None)
+
+
+def with_a_start_time_that_nobody_is_told_of(patch):
+    """A release that waits for its time seems to move."""
+    patch.setattr(rc, "_start_step", lambda _: None)
+
+
+def with_a_pause_that_nobody_is_told_of(patch):
+    """A release that waits for a person seems to move."""
+    patch.setattr(rc, "_pause_step", lambda _: None)
+
+
+def with_a_freeze_that_stops_nothing(patch):
+    """What a freeze holds seems to move."""
+    patch.setattr(rc, "_freeze_step", lambda _: rc.Step("freeze", rc.OK, "not frozen"))
+
+
+def with_executors_that_never_get_old(patch):
+    """Somebody seems to look for work when all are dead."""
+    patch.setattr(rc.ExecutorRow, "is_live", lambda *_: True)
+
+
+@mutants(
+    (with_a_queue_that_nobody_is_told_of, 1), (with_a_start_time_that_nobody_is_told_of, 1),
+    (with_a_pause_that_nobody_is_told_of, 1), (with_a_freeze_that_stops_nothing, 1),
+    (with_executors_that_never_get_old, 1))
+def test_the_schedules_find_a_why_that_is_not_true(mutate, first, monkeypatch):
+    mutate(monkeypatch)
+    with pytest.raises(Violation):
+        run_seeds(first, first + ENOUGH, world="steering")
