@@ -231,6 +231,8 @@ MAX_BATCHES = 1000
 MAX_JSON_DEPTH = 64
 # Digits of an integer in JSON; Python 3.9 and 3.10.0 to 3.10.6 have no limit of their own.
 MAX_INTEGER_DIGITS = 4000
+# Characters of the name of a node or a token.
+MAX_NAME_CHARS = 100
 # Labels of a node; characters of a key and of a value.
 MAX_LABELS, MAX_LABEL_KEY_CHARS, MAX_LABEL_CHARS = 64, 63, 255
 
@@ -2505,8 +2507,8 @@ def parse_integer(field: str, value: object, numbers: Range) -> int:
 
 def parse_name(text: object) -> str:
     """Return a node's or a token's name; raise AppError(INVALID) unless it is 1 to 100 plain characters."""
-    if not isinstance(text, str) or not 1 <= len(text) <= 100 or not is_plain(text):
-        raise AppError(INVALID, f"name {one_line(ascii(text), 50)} must be 1 to 100 {PLAIN_TEXT}")
+    if not isinstance(text, str) or not 1 <= len(text) <= MAX_NAME_CHARS or not is_plain(text):
+        raise AppError(INVALID, f"name {one_line(ascii(text), 50)} must be 1 to {MAX_NAME_CHARS} {PLAIN_TEXT}")
     return text
 
 
@@ -8129,8 +8131,8 @@ class Claims:
 # region Overview
 # ======================================================================================
 # Overview: what the verdict is made from; the store that all parts make up.
-# Uses: Vocabulary, Helpers, Model, Verdict, Database, Database state, Audit, Nodes,
-#   Queue, Drift, Releases, Claims.
+# Uses: Vocabulary, Helpers, Model, Status texts, Verdict, Database, Database state,
+#   Audit, Nodes, Queue, Drift, Releases, Claims.
 # ======================================================================================
 
 class OverviewReader:
@@ -8206,6 +8208,17 @@ class Store:
         self.releases = Releases(self.state, self.audit, self.queue)
         self.claims = Claims(self.state, self.queue)
         self.overview = OverviewReader(self.state, self.fleet)
+
+    def written(self, nodes: Sequence[Node]) -> list[ListedNode]:
+        """Return nodes that were just written, with what they run and should run: "unknown" where it can't be read.
+
+        Who reads an error takes what is done for not done, and does it twice.
+        """
+        try:
+            return self.fleet.listed(nodes)
+        except DatabaseError as error:
+            log.warning("%s written; what runs on them can't be read: %s", count_of_nodes(len(nodes)), error)
+            return [ListedNode(node, Level(is_unknown=True)) for node in nodes]
 
 
 # endregion
@@ -10878,10 +10891,15 @@ class Tokens:
             if not match:
                 raise ConfigError(f"API_TOKENS_FILE {self._path}:{number}: must be NAME:viewer:SHA256 or "
                                   "NAME:operator:SHA256, with the token's SHA-256 in hexadecimal")
+            name = match[1]
             try:
-                entries.append((parse_name(match[1]), match[2], match[3].lower()))
+                parse_name(name)
             except AppError as error:
-                raise ConfigError(f"API_TOKENS_FILE {self._path}:{number}: {error.message}") from None
+                if len(name) > MAX_NAME_CHARS or one_line(name) != name:
+                    raise ConfigError(f"API_TOKENS_FILE {self._path}:{number}: {error.message}") from None
+                # earlier versions took it: an upgrade must not keep its owner out, nor us from starting
+                log.warning("API_TOKENS_FILE %s:%d: still let in, but rename it: %s", self._path, number, error.message)
+            entries.append((name, match[2], match[3].lower()))
         return entries
 
     def who(self, authorization: str | None) -> tuple[str, str]:
@@ -11362,18 +11380,15 @@ class Api:
         return Reply(200, read() if wanted == NodeFilter() else self._one_at_a_time(request, read))
 
     def add_node(self, request: Request) -> Reply:
-        return self._node(201, self.store.nodes.add(
-            **parse_node_fields(request.body, ("name", "mainIp")), by=request.actor))
+        node = self.store.nodes.add(**parse_node_fields(request.body, ("name", "mainIp")), by=request.actor)
+        return Reply(201, node_json(self.store.written([node])[0]))
 
     def get_node(self, request: Request) -> Reply:
-        return self._node(200, self.store.nodes.get(request.ids[0]))
+        return Reply(200, node_json(self.store.fleet.listed([self.store.nodes.get(request.ids[0])])[0]))
 
     def update_node(self, request: Request) -> Reply:
-        return self._node(200, self.store.nodes.update(
-            request.ids[0], parse_node_fields(request.body), request.actor))
-
-    def _node(self, status: int, node: Node) -> Reply:
-        return Reply(status, node_json(self.store.fleet.listed([node])[0]))
+        node = self.store.nodes.update(request.ids[0], parse_node_fields(request.body), request.actor)
+        return Reply(200, node_json(self.store.written([node])[0]))
 
     def list_node_releases(self, request: Request) -> Reply:
         page = self.store.fleet.tries(request.ids[0], request.integer("page"), request.integer("pageSize"))
@@ -12641,6 +12656,7 @@ class Context:
         self.metrics = Metrics()
         self.store = Store(Database(self.settings.database_url, self.metrics))
         self.actor = _unix_user()
+        self._is_open = False
 
     def open(self, create: bool = False) -> Store:
         """Return the store, after a check of the schema; create: make the database if it is empty.
@@ -12648,7 +12664,9 @@ class Context:
         An option of RELEASE_OPTIONS that is `latest` becomes the newest release's id; raise AppError(NOT_FOUND) where
         there is none.
         """
-        self.store.database.require_schema(create)
+        if not self._is_open:  # else something may have been done that is only shown now
+            self.store.database.require_schema(create)
+            self._is_open = True
         named = [name for name in RELEASE_OPTIONS if getattr(self.options, name, None) == LATEST]
         newest = self.store.releases.page(size=1).items if named else []
         if named and not newest:
@@ -12838,9 +12856,10 @@ def _show_created(context: Context, made: Made) -> int:
     if context.options.json:
         as_json = created_again_json if made.release.is_again else created_json
         return context.show(as_json(made), "")
-    why = context.store.claims.why(made.release.id, context.settings.node_deadline_sec)
-    return context.show(None, "\n".join([_created_text(made), why.line,
-                                         f"follow: releasectl watch {made.release.id}"]))
+    lines = [_created_text(made)]
+    with contextlib.suppress(DatabaseError):  # it is created, whatever can be read of it now
+        lines.append(context.store.claims.why(made.release.id, context.settings.node_deadline_sec).line)
+    return context.show(None, "\n".join([*lines, f"follow: releasectl watch {made.release.id}"]))
 
 
 def _created_text(made: Made) -> str:
@@ -13144,7 +13163,7 @@ def _node_row(listed: ListedNode) -> tuple[object, ...]:
 def command_node_add(context: Context) -> int:
     columns = parse_node_fields(_node_options(context.options), ("name", "mainIp"))
     node = context.open(create=True).nodes.add(**columns, by=context.actor)
-    return context.show(node_json(context.store.fleet.listed([node])[0]),
+    return context.show(node_json(context.store.written([node])[0]),
                         f"node {node.id}: {node.name} at {node.main_ip}:{node.agent_port}")
 
 
@@ -13205,7 +13224,7 @@ def command_node_set(context: Context) -> int:
     one_only = [word for word, column in (("--rename", "name"), ("--ip", "main_ip")) if column in columns]
     if one_only and len(nodes) > 1:
         raise AppError(INVALID, f"{one_only[0]} is for one node, and {len(nodes)} are chosen")
-    listed = store.fleet.listed(store.nodes.update_all([node.id for node in nodes], columns, context.actor))
+    listed = store.written(store.nodes.update_all([node.id for node in nodes], columns, context.actor))
     is_one = len(context.options.names) == 1 and context.options.names[0] == nodes[0].name
     document = node_json(listed[0]) if is_one else {"items": [node_json(one) for one in listed]}
     return context.show(document, table([_node_row(one) for one in listed], NODE_HEAD))
@@ -13218,7 +13237,9 @@ def _chosen(context: Context, store: Store) -> list[Node]:
         raise AppError(MISSING, "no node is chosen: give names or patterns, or --where K=V")
     labels = parse_label_pairs("--where", options.where or ())
     nodes = [node for node in store.nodes.page(size=0).items if NodeFilter(labels=labels).takes(node)]
-    wrong = [name for name in options.names if not any(map(NodeFilter(names=[name]).takes, nodes))]
+    known = {node.name for node in nodes}
+    wrong = [name for name in options.names
+             if name not in known and not any(map(NodeFilter(names=[name]).takes, nodes))]
     if wrong:
         raise AppError(NOT_FOUND, f"node {one_line(wrong[0], 100)} does not exist" + (
             f" with {','.join(options.where)}" if options.where else ""))
@@ -13238,7 +13259,7 @@ def command_node_import(context: Context) -> int:
             raise AppError(error.code, f"{path}, node {number}: {error.message}") from None
         rows.append(columns)
     done = context.open(create=True).nodes.import_all(rows, context.actor, context.options.update)
-    listed = context.store.fleet.listed([*done.added, *done.changed])
+    listed = context.store.written([*done.added, *done.changed])
     return context.show(
         {"items": [node_json(one) for one in listed], "added": len(done.added), "changed": len(done.changed),
          "same": len(done.same)},
@@ -13799,7 +13820,6 @@ _STRATEGY_OPTIONS = tuple(option(flag, type=parse, metavar=metavar, help=text)
 _NODE_OPTIONS = (
     option("--port", type=PORTS.argument, help="the agent's port (8443)"),
     option("--protocol", choices=PROTOCOLS, help="the agent's protocol (tasks)"),
-    option("--label", action="append", metavar="K=V", help="a label; may be repeated"),
     option("--status", choices=NODE_STATUSES, help="only online nodes get releases"),
     option("--enable", dest="enabled", action="store_true", default=None, help="it may get releases"),
     option("--disable", dest="enabled", action="store_false", default=None, help="it gets no releases"),
@@ -13822,7 +13842,8 @@ COMMANDS: tuple[Command, ...] = (
         option("--first-version", type=NAMED_VERSIONS.argument, metavar="N",
                     help="number new releases from N on: after a restore, or where agents have higher versions"),)),
     Command("node add", "add a node", command_node_add, (
-        option("name", metavar="NAME"), option("ip", metavar="IP", help="IP address or host name"), *_NODE_OPTIONS)),
+        option("name", metavar="NAME"), option("ip", metavar="IP", help="IP address or host name"),
+        option("--label", action="append", metavar="K=V", help="a label; may be repeated"), *_NODE_OPTIONS)),
     Command("node list", "list the nodes, what each runs, and which do not run what they should", command_node_list, (
         option("names", nargs="*", metavar="NAME", help="only these; * and ? stand for other characters: 'edge-fra-*'"),
         option("--drift", choices=DRIFTS, help="only nodes with this drift"),
@@ -13838,7 +13859,9 @@ COMMANDS: tuple[Command, ...] = (
         option("names", nargs="*", metavar="NAME", help="these; * and ? stand for other characters: 'edge-fra-*'"),
         option("--where", action="append", metavar="K=V", help="of these, or of all, those with this label; may be "
                                                               "repeated"),
-        option("--rename", metavar="NAME"), option("--ip"), *_NODE_OPTIONS)),
+        option("--rename", metavar="NAME"), option("--ip"),
+        option("--label", action="append", metavar="K=V", help="replaces all labels that they have; may be repeated"),
+        *_NODE_OPTIONS)),
     Command("node import", "add nodes from a file, all or none: a JSON array, or lines NAME IP [PORT [PROTOCOL]]",
             command_node_import, (
                 option("file", metavar="FILE", help="- for standard input; what `node list --json` printed is taken"),

@@ -20,6 +20,7 @@ import urllib.request
 import pytest
 from conftest import leave_out
 from lab import (
+    ADDRESSES,
     DRIVERS,
     ROOT,
     Cli,
@@ -736,3 +737,55 @@ def test_one_payload_that_is_not_utf_8_stops_no_migration(sqlite_url, open_store
         sql(old, f"INSERT INTO release_tasks (version, payload) VALUES (1, {NOT_UTF8}), (2, '{{}}')")
     store = open_store(sqlite_url)
     assert [store.releases.get(number).stored_sha256 for number in (1, 2)] == ["", rc.digest_of({})]
+
+
+# -- what is done is done, whatever can be read of it then -------------------------------------------
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("node", "add", "edge-3", "10.0.0.3"), "node 3: edge-3 at 10.0.0.3:8443"),
+    (("node", "set", "edge-*", "--label", "region=eu"), "unknown"),
+    (("node", "import", "nodes", "--update"), "nodes added: 1, changed: 1, as they were: 1")])
+def test_nodes_that_are_written_are_no_error_where_what_they_run_can_not_be_read(
+        store, database_url, quick, words, said):
+    quick.settings["DATABASE_URL"] = database_url
+    add_nodes(store, 2)
+    quick.file("nodes", f"edge-1 {ADDRESSES[0]}\nedge-2 {ADDRESSES[1]} 9000\nedge-4 10.0.0.4\n")
+    sql(store, "ALTER TABLE database_state RENAME TO elsewhere")
+    before = [node.updated_at for node in store.nodes.page().items]
+    result = quick.ok(*words)
+    assert said in result.out
+    assert "can't be read" in result.err
+    assert [node.updated_at for node in store.nodes.page().items] != before
+
+
+def test_a_node_that_is_written_is_no_503_where_what_it_runs_can_not_be_read(store, client):
+    sql(store, "ALTER TABLE database_state RENAME TO elsewhere")
+    made = client.ok("POST", "/api/v1/nodes", {"name": "edge-1", "mainIp": "10.0.0.1"}, status=201)
+    assert (made["runs"], made["drift"]) == (None, "unknown")
+    changed = client.ok("PATCH", f"/api/v1/nodes/{made['id']}", {"status": "offline"})
+    assert (changed["status"], changed["drift"]) == ("offline", "unknown")
+    assert client("GET", f"/api/v1/nodes/{made['id']}").status == 503  # nothing was done
+
+
+def test_a_release_that_is_created_is_no_error_where_what_it_waits_for_can_not_be_read(store, database_url, quick):
+    quick.settings["DATABASE_URL"] = database_url
+    add_nodes(store, 1)
+    sql(store, "ALTER TABLE executors RENAME TO elsewhere")
+    assert quick.ok("create").out.splitlines() == [
+        "release 1 (v1): created, 1 node in batches of 1", "follow: releasectl watch 1"]
+
+
+def test_a_release_that_is_created_is_followed_where_the_database_is_out_of_reach_just_then(
+        store, database_url, quick, monkeypatch):
+    quick.settings["DATABASE_URL"] = database_url
+    add_nodes(store, 1)
+    is_away = iter([False])
+
+    def look(*_):
+        if next(is_away, True):
+            raise rc.DatabaseError("out of reach")
+
+    monkeypatch.setattr(rc.Database, "require_schema", look)
+    result = quick("create", "--wait", "--timeout", "1")
+    assert result.code == 75
+    assert "release 1 (v1): created" in result.err

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from fake_agent import payload_sha256
-from lab import ADDRESSES, add_nodes, at_schema, new_release, sql
+from lab import ADDRESSES, Cli, add_nodes, at_schema, new_release, sql
 from test_again import content_of, ended, good, settle
 
 import releasectl as rc
@@ -890,6 +890,22 @@ def test_node_set_takes_many_nodes_by_names_patterns_and_labels(late):
         assert f"{word} is for one node, and 4 are chosen" in late.refused(2, "node", "set", "*", word, "10.0.0.1")
     assert late.ok("node", "set", "edge-1", "--port", "9090", "--json").json["agentPort"] == 9090
     assert all(node.enabled for node in late.store.nodes.page().items)
+
+
+def test_node_set_compares_no_exact_name_with_every_node(late, monkeypatch):
+    taken, takes = [], rc.NodeFilter.takes
+    monkeypatch.setattr(rc.NodeFilter, "takes", lambda wanted, node: taken.append(node) or takes(wanted, node))
+    late.ok("node", "set", "edge-1", "edge-2", "edge-3", "edge-4", "--disable")
+    assert len(taken) == 2 * 4  # by --where, and by all names at once
+    assert not any(node.enabled for node in late.store.nodes.page().items)
+
+
+def test_node_set_gives_a_node_the_labels_named_and_no_others(late):
+    late.ok("node", "set", "edge-1", "--label", "region=eu", "--label", "rack=7")
+    late.ok("node", "set", "edge-1", "--label", "region=us")
+    assert late.store.nodes.named("edge-1").labels == '{"region":"us"}'
+    helps = [" ".join(Cli(late.folder)("node", verb, "--help").out.split()) for verb in ("add", "set")]
+    assert ["replaces all labels" in text for text in helps] == [False, True]
 
 
 def test_node_show_follows_a_node_through_its_names_and_takes_no_other_for_it(late):
