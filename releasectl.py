@@ -150,6 +150,8 @@ RELEASE_STATUSES = (PENDING, RUNNING, PAUSED, CANCELLING, SUCCESS, PARTIAL, FAIL
 TERMINAL = frozenset((SUCCESS, PARTIAL, FAILED, CANCELLED))
 AT_REST = frozenset((SUCCESS, FAILED, SKIPPED))
 OPEN = frozenset((PENDING, RUNNING))
+# The statuses of releases that are not TERMINAL, for SQL.
+OPEN_RELEASES = "('pending', 'running', 'paused', 'cancelling')"
 
 # How somebody acts: the column via of audit_log.
 VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
@@ -465,6 +467,12 @@ def visible(text: str, in_ascii: bool = False) -> str:
     in_ascii = in_ascii or not unicodedata.is_normalized("NFC", text)
     return "".join(char if char.isprintable() and (char.isascii() or not (in_ascii or INVISIBLE.match(char)))
                    else json.dumps(char)[1:-1] for char in text)
+
+
+def in_words(items: Sequence[T], most: int = 20, between: str = ", ", text: Callable[[T], str] = str) -> str:
+    """Return '1, 5, 44', of a longer list than most only the beginning: '1, 5, 44 and 2 more'."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return between.join(map(text, items[:most])) + more
 
 
 def epoch_or(text: str | None, otherwise: float) -> float:
@@ -2421,8 +2429,8 @@ class ExecutorRow(NamedTuple):
     error: str
 
     def seen_s(self, now_s: float) -> float:
-        """Return for how many seconds it was not seen; below 0 where it wrote by a clock that was ahead."""
-        return now_s - epoch_or(self.seen_at, 0.0)
+        """Return for how many seconds it was not seen; below 0 where a clock was ahead, or what it wrote is no time."""
+        return now_s - epoch_or(self.seen_at, float("inf"))
 
     def is_live(self, now_s: float) -> bool:
         """Return whether it runs, or its next tick is to be expected."""
@@ -2462,11 +2470,6 @@ class IdempotencyKey(NamedTuple):
 #   Schema. Pure.
 # Uses: Vocabulary, Helpers, Model.
 # ======================================================================================
-
-def in_words(numbers: Sequence[object]) -> str:
-    """Return '1, 5, 44', of a long list only the beginning."""
-    return ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
-
 
 HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 # A name with such a last label may be an IPv4 address to a resolver: 0xA9FEA9FE, 10.7, 010.0.0.7.
@@ -2921,7 +2924,7 @@ def refuse_dropping_sites(payload: Mapping[str, Any], nodes: Iterable[Node | Rel
 
 def names_of(names: Sequence[str]) -> str:
     """Return 'edge-1', or 'edge-1 and 3 more'."""
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    return in_words(names, 1)
 
 
 def parse_release_id(field: str, value: object) -> int:
@@ -3083,6 +3086,8 @@ class Situation(NamedTuple):
     freeze: Freeze = NO_FREEZE
     # The database went back, so tasks agents are asked for a task before they are sent it.
     asks_first: bool = False
+    # Who has all slots, "" where some are free or this release has one: Slots.shortage().
+    shortage: str = ""
     # Both are computed by decide(); exceeded is what exceeded_limit() returns.
     stage: Stage = Stage(0, 0)
     exceeded: str = ""
@@ -3173,10 +3178,15 @@ def _progress(situation: Situation, waiting: str) -> str:
     sentence = (f"batch {batch} of {nodes.last_batch}: waiting for {nodes.open_in(batch)} of "
                 + count_of_nodes(nodes.sizes.get(batch, 0)))
     running = [n for n in nodes.of[RUNNING].values() if n.batch == batch]
+    has_pending = any(n.batch == batch for n in itertools.islice(nodes.of[PENDING].values(), 1))
     return (sentence + _slowest(running, situation)
-            + (f"; {_names(held)} busy with an earlier request" if held else "") + _retried(running, situation))
+            + (f"; {_names(held)} busy with an earlier request" if held else "")
+            + (f"{NO_SLOT}{situation.shortage}" if situation.shortage and has_pending else "")
+            + _retried(running, situation))
 
 
+# Begins the part of a status_reason on the slots that other releases have, which no row tells.
+NO_SLOT = "; waiting for a free slot: "
 # Begins the part of a status_reason on the requests that failed and are tried again, which no row of a node has.
 RETRYING = "; trying again: "
 # Length of the error in it.
@@ -3762,13 +3772,17 @@ def exceeded_limit(nodes: NodeIndex, strategy: Strategy) -> str:
 
     A share is of the batch's planned size, which is its number of rows.
     """
-    failed = [n.batch for n in nodes.of[FAILED].values() if not n.accepted]
+    return limit_exceeded([n.batch for n in nodes.of[FAILED].values() if not n.accepted], nodes.sizes, strategy)
+
+
+def limit_exceeded(failed: Sequence[int], sizes: Mapping[int, int], strategy: Strategy) -> str:
+    """Do exceeded_limit() with the batch of each failed node whose failure counts, and the nodes of each batch."""
     for batch, count in sorted(collections.Counter(failed).items()):
-        most = resolve_share(strategy.max_failed, nodes.sizes[batch])
+        most = resolve_share(strategy.max_failed, sizes[batch])
         if count > most:
             return f"{count_of_nodes(count)} of batch {batch} failed, at most {most} may"
     if failed and strategy.max_failed_total is not None:
-        count, most = len(failed), resolve_share(strategy.max_failed_total, len(nodes))
+        count, most = len(failed), resolve_share(strategy.max_failed_total, sum(sizes.values()))
         if count > most:
             return f"{count_of_nodes(count)} failed in all, at most {most} may"
     return ""
@@ -3922,23 +3936,27 @@ def _in_order(candidates: Iterable[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=lambda c: (c.status == PENDING or not c.has_started, c.version))
 
 
+def _in_line(candidates: Iterable[Candidate], now: str) -> Iterator[tuple[Candidate, Sequence[Candidate]]]:
+    """Return each release with those before it that have started or may start."""
+    before: list[Candidate] = []
+    for c in _in_order(candidates):
+        yield c, before
+        if c.may_start(now):
+            before.append(c)
+
+
 def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Iterator[tuple[Candidate, Candidate | None]]:
     """Return each release with the one that it waits for, of the same target or with a node in common, or None."""
-    ahead: list[Candidate] = []
-    for c in _in_order(candidates):
+    for c, before in _in_line(candidates, now):
         # by target first, as shares() may read the nodes of a release
-        yield c, (next((a for a in ahead if a.target == c.target), None)
-                  or next((a for a in ahead if shares(a, c)), None))
-        if c.may_start(now):
-            ahead.append(c)
+        yield c, (next((a for a in before if a.target == c.target), None)
+                  or next((a for a in before if shares(a, c)), None))
 
 
 def ahead_of(release_id: int, candidates: Iterable[Candidate], now: str, shares: Shares) -> list[Candidate]:
     """Return all releases that a pending one waits for, in their order."""
-    before = list(itertools.takewhile(lambda c: c.id != release_id, _in_order(candidates)))
-    mine = next((c for c in candidates if c.id == release_id), None)
-    return [c for c in before if mine and mine.status == PENDING and c.may_start(now)
-            and (c.target == mine.target or shares(c, mine))]
+    return [a for c, before in _in_line(candidates, now) if c.id == release_id
+            for a in before if a.target == c.target or shares(a, c)]
 
 
 def state_of(before: Candidate) -> str:
@@ -3997,8 +4015,8 @@ def waiting_reasons(candidates: Iterable[Candidate], now: str, freeze: Freeze, s
 
 # States of a step: done or at work; nothing moves until somebody acts; it goes on by itself.
 OK, STOPS, WAITS = STEP_STATES = ("ok", "stops", "waits")
-# Nodes that a sentence names.
-MAX_NODES_NAMED = 3
+# Nodes, or releases, that a sentence names.
+MAX_NAMED = 3
 
 
 class Step(NamedTuple):
@@ -4019,7 +4037,10 @@ class Occupant(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What was read in one transaction to explain a release; without one, what there is when nothing is to do."""
+    """What was read in one transaction to explain a release; without one, what there is when nothing is to do.
+
+    Of a release that has ended nothing but its row is read.
+    """
     release: Release | None
     executors: Sequence[ExecutorRow]
     freeze: Freeze
@@ -4027,17 +4048,16 @@ class Facts(NamedTuple):
     # The clock that decides on claims and executors: see Transaction.now().
     now_s: float
     batches: Sequence[BatchProgress] = ()
-    # All running nodes, and the pending ones of the current batch.
-    nodes: Sequence[ReleaseNode] = ()
+    # Seconds to the deadline and name of each running node, in this order.
+    running: Sequence[tuple[float, str]] = ()
     # What a pending release waits for.
     ahead: Sequence[Candidate] = ()
-    # Addresses that another release has in flight or may still keep busy, with that release and until when.
-    busy: Mapping[Endpoint, Occupant] = {}
+    # Names of pending nodes whose address another release has in flight or may still keep busy, with that release.
+    busy: Sequence[tuple[str, Occupant]] = ()
     strategy: Strategy = NO_STRATEGY
-    node_deadline_s: float = 0.0
     # As in Situation, of a paused release.
     exceeded: str = ""
-    # Why the database takes no writes, "" where it does.
+    # DatabaseState.write_error
     database_error: str = ""
 
 
@@ -4065,20 +4085,20 @@ class Why(NamedTuple):
 def explain(facts: Facts) -> Why:
     """Return why a release does not go on, or what it does; without a release, that nothing is to do."""
     release = facts.release
-    steps = [step for step in (_database_step(facts), _freeze_step(facts), _executor_step(facts)) if step]
+    if release and release.is_terminal:
+        text = f"it has ended: {release.status}" + (f", {release.status_reason}" if release.status_reason else "")
+        return Why(release, text, [Step("end", OK, text)])
+    steps = [_database_step(facts), _freeze_step(facts), _executor_step(facts)]
     if release is None:
         return Why(None, f"nothing to do: no release is open; {steps[-1].text}", steps)
-    if release.is_terminal:
-        mend = f"releasectl retry {release.id}" if release.status in (PARTIAL, FAILED) else ""
-        text = f"it has ended: {release.status}" + (f", {release.status_reason}" if release.status_reason else "")
-        return Why(release, text, [Step("end", OK, text, mend)])
     steps += [step for step in (
         _order_step(facts), _start_step(facts), _pause_step(facts), _soak_step(facts), _nodes_step(facts),
         _errors_step(facts), _busy_step(facts), _slots_step(facts)) if step]
     first = next((step for state in (STOPS, WAITS) for step in steps if step.state == state), None)
     if first is None and release.status == PENDING:
         first = next(step for step in steps if step.name == "executor")
-    return Why(release, first.text if first else true_reason(release, facts.executors, facts.now_s), steps)
+    return Why(release, first.text if first else true_reason(
+        release, facts.executors, facts.now_s, facts.database_error), steps)
 
 
 def nobody_works(executors: Sequence[ExecutorRow], now_s: float) -> str:
@@ -4094,13 +4114,17 @@ def nobody_works(executors: Sequence[ExecutorRow], now_s: float) -> str:
     return f"no executor is running ({last}): start `serve`"
 
 
-def true_reason(release: Release, executors: Sequence[ExecutorRow], now_s: float) -> str:
-    """Return status_reason, or what is true instead where nobody works who would keep it up to date."""
+def true_reason(release: Release, executors: Sequence[ExecutorRow], now_s: float, database_error: str = "") -> str:
+    """Return status_reason, or what is true instead where nobody works who would keep it up to date.
+
+    database_error: DatabaseState.write_error; who works can't write that then.
+    """
     reason, is_held = release.status_reason, release.claim_expires_at is not None
     if release.is_terminal or is_worked_on(release, executors, now_s) or (release.status == PAUSED and not is_held):
         return reason
     nobody = nobody_works(executors, now_s)
     if nobody:
+        nobody = f"the database takes no writes: {database_error}" if database_error else nobody
         stays = release.status in (PENDING, PAUSED) or reason.startswith("frozen: ")
         return f"{reason}; {nobody}" if stays and reason and REASON_PENDING not in reason else nobody
     return f"nobody works on it: {_taken_over(release, executors, now_s)}" if is_held else reason
@@ -4125,7 +4149,8 @@ def _owner(release: Release, executors: Iterable[ExecutorRow]) -> ExecutorRow | 
 def _taken_over(release: Release, executors: Sequence[ExecutorRow], now_s: float) -> str:
     """Return when who was seen last, and who takes the release over when."""
     owner, left_s = _owner(release, executors), _claim_left_s(release, now_s)
-    gone = f"{owner} was last seen {_time(owner.seen_s(now_s))} ago" if owner else f"{release.claim_owner} is gone"
+    gone = f"{owner} was last seen {_time(owner.seen_s(now_s))} ago" if owner and owner.seen_s(now_s) >= 0 else \
+        f"{owner or release.claim_owner} is gone"
     able = next(row for row in executors if row.is_live(now_s) and not row.error)
     return f"{gone}; {able} takes it over {f'in {_time(left_s)}' if left_s else 'at its next look'}"
 
@@ -4150,6 +4175,8 @@ def _executor_step(facts: Facts) -> Step:
     if release and is_worked_on(release, executors, now_s):
         return Step("executor", OK, f"{_owner(release, executors) or release.claim_owner} works on it")
     nobody = nobody_works(executors, now_s)
+    if nobody and facts.database_error:
+        return Step("executor", WAITS, "not known: who works can't write that it does")
     if nobody:
         is_live = any(row.is_live(now_s) for row in executors)
         return Step("executor", STOPS, nobody, "releasectl check" if is_live else "releasectl serve")
@@ -4166,12 +4193,9 @@ def _order_step(facts: Facts) -> Step | None:
     release, ahead = facts.release, facts.ahead
     if release is None or release.status != PENDING or not ahead:
         return None
-    text = "waiting for " + ", then ".join(f"release {c.id}, {state_of(c)}" for c in ahead[:MAX_NODES_NAMED])
-    text += f", and {len(ahead) - MAX_NODES_NAMED} more" if len(ahead) > MAX_NODES_NAMED else ""
+    text = in_words(ahead, MAX_NAMED, ", then ", lambda c: f"release {c.id}, {state_of(c)}")
     paused = next((c for c in ahead if c.status == PAUSED), None)
-    if paused:
-        return Step("order", STOPS, text, f"releasectl resume {paused.id}")
-    return Step("order", WAITS, text, f"releasectl why {ahead[0].id}")
+    return Step("order", STOPS if paused else WAITS, f"waiting for {text}", f"releasectl why {(paused or ahead[0]).id}")
 
 
 def _start_step(facts: Facts) -> Step | None:
@@ -4204,44 +4228,47 @@ def _nodes_step(facts: Facts) -> Step | None:
     batch = next((b for b in facts.batches if b.is_open), None)
     if batch is None:
         return None
-    running = sorted((_deadline_left_s(n, facts), n.name) for n in facts.nodes if n.status == RUNNING)
     text = (f"batch {batch.number} of {facts.batches[-1].number}: {batch.count(SUCCESS, FAILED, SKIPPED)} of "
             f"{count_of_nodes(batch.total)} done")
-    if running:
-        text += f", {len(running)} in flight: " + ", ".join(
-            f"{name} {_until(left_s, facts.now) if left_s > 0 else 'past its deadline'}"
-            for left_s, name in running[:MAX_NODES_NAMED])
-        text += f", and {len(running) - MAX_NODES_NAMED} more" if len(running) > MAX_NODES_NAMED else ""
-    return Step("nodes", OK, text)
+
+    def with_deadline(node: tuple[float, str]) -> str:
+        left_s, name = node
+        return f"{name} ({_until(left_s, facts.now, 'deadline') if left_s > 0 else 'past its deadline'})"
+
+    flying = f", {len(facts.running)} in flight: {in_words(facts.running, MAX_NAMED, text=with_deadline)}"
+    return Step("nodes", OK, text + (flying if facts.running else ""))
 
 
-def _deadline_left_s(node: ReleaseNode, facts: Facts) -> float:
-    deadline_s = facts.strategy.node_deadline_s or facts.node_deadline_s
-    return deadline_s + node.waited_s + facts.now.until_s(node.started_at, node.started_clock)
+def _part_of_progress(facts: Facts, begins: str) -> str:
+    """Return a part of the status_reason of a release at work in a batch, "" where it has none."""
+    release = facts.release
+    if release is None or not release.status_reason.startswith("batch ") or not is_worked_on(
+            release, facts.executors, facts.now_s):
+        return ""
+    return release.status_reason.partition(begins)[2]
 
 
 def _errors_step(facts: Facts) -> Step | None:
-    release = facts.release
-    if release is None or not is_worked_on(release, facts.executors, facts.now_s):
-        return None
-    text = release.status_reason.partition(RETRYING)[2]
+    text = _part_of_progress(facts, RETRYING)
     return Step("errors", WAITS, text) if text else None
 
 
 def _busy_step(facts: Facts) -> Step | None:
-    found = [(n.name, facts.busy[n.endpoint]) for n in facts.nodes if n.status == PENDING and n.endpoint in facts.busy]
-    if not found:
-        return None
-    texts = [f"{name} is at work for release {by.release_id}" if by.left_s is None else
-             f"{name} may still be busy with release {by.release_id} {_until(by.left_s, facts.now)}"
-             for name, by in found[:MAX_NODES_NAMED]]
-    more = [f"and {len(found) - MAX_NODES_NAMED} more"] if len(found) > MAX_NODES_NAMED else []
-    return Step("busy", WAITS, ", ".join([*texts, *more]), f"releasectl why {found[0][1].release_id}")
+    def occupied(node: tuple[str, Occupant]) -> str:
+        name, by = node
+        return f"{name} is at work for release {by.release_id}" if by.left_s is None else \
+            f"{name} may still be busy with release {by.release_id} {_until(by.left_s, facts.now)}"
+
+    return Step("busy", WAITS, in_words(facts.busy, MAX_NAMED, text=occupied),
+                f"releasectl why {facts.busy[0][1].release_id}") if facts.busy else None
 
 
 def _slots_step(facts: Facts) -> Step | None:
-    most, running = facts.strategy.max_parallel, sum(n.status == RUNNING for n in facts.nodes)
-    if not most or running < most or not any(n.status == PENDING for n in facts.nodes):
+    shortage = _part_of_progress(facts, NO_SLOT).partition(";")[0]
+    if shortage:
+        return Step("slots", WAITS, f"waiting for a free slot ({shortage}: AGENT_CONCURRENCY)")
+    most, running = facts.strategy.max_parallel, len(facts.running)
+    if not most or running < most or not any(b.count(PENDING) for b in facts.batches):
         return None
     return Step("slots", WAITS, f"waiting for a free slot ({running} of {most} in use: maxParallel)")
 
@@ -4263,7 +4290,7 @@ def _until(left_s: float, now: Moment, word: str = "until") -> str:
 # ======================================================================================
 # Verdict: everything that is wrong, worst first, each with its mend (contract sections
 #   5 and 8). Pure.
-# Uses: Vocabulary, Model, Status texts, Why.
+# Uses: Vocabulary, Helpers, Model, Status texts, Why.
 # ======================================================================================
 
 # How bad a problem is: something is not as it should be, or somebody should look at it.
@@ -4357,9 +4384,8 @@ def _verdict_text(problems: Sequence[Problem], facts: OverviewFacts) -> str:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         return f"{'1 problem' if len(problems) == 1 else f'{len(problems)} problems'}: {problems[0].text}{more}"
     waiting = f"{facts.pending} waiting" if facts.pending else ""
-    working = ", ".join(f"{release.status} {release}" for release in facts.active[:MAX_NODES_NAMED])
-    more = f"{len(facts.active) - MAX_NODES_NAMED} more" if len(facts.active) > MAX_NODES_NAMED else ""
-    return "all is well: " + (", ".join(filter(None, (working, more, waiting))) or "nothing is to do")
+    working = in_words(facts.active, MAX_NAMED, text=lambda release: f"{release.status} {release}")
+    return "all is well: " + (", ".join(filter(None, (working, waiting))) or "nothing is to do")
 
 
 def _database_problems(facts: OverviewFacts) -> Iterator[Problem]:
@@ -5391,6 +5417,10 @@ class Seen:
             self.high = self.high._replace(generation=self.high.generation + 1, version=0, event_id=0)
 
 
+# A failed write that is older tells nothing: executors try again after each scan, probes of /readyz come again too.
+MAX_WRITE_ERROR_AGE_S = 120.0
+
+
 class DatabaseState:
     """What this process knows of the database as a whole. Methods that take a transaction belong into the caller's."""
 
@@ -5402,6 +5432,8 @@ class DatabaseState:
         self.changed_at = float("-inf")
         # The database went back, and write_rewind() has not been committed since.
         self.is_rewind_unwritten = False
+        # When and why the last noted_write() of each kind failed.
+        self._write_errors: dict[str, tuple[float, str]] = {}
 
     @property
     def generation(self) -> int:
@@ -5432,12 +5464,29 @@ class DatabaseState:
                             "before anything is sent", self.database)
             yield tx
 
+    @property
+    def write_error(self) -> str:
+        """Return why the database takes no writes, "" where it does, as far as this process knows."""
+        after = self.clock.elapsed() - MAX_WRITE_ERROR_AGE_S
+        return next((message for at, message in list(self._write_errors.values()) if at > after), "")
+
+    @contextlib.contextmanager
+    def noted_write(self, kind: str) -> Iterator[Transaction]:
+        """Yield a transaction that writes what is written again and again, and note for write_error whether it went."""
+        try:
+            with self.database.transaction(write=True) as tx:
+                yield tx
+        except DatabaseError as error:
+            self._write_errors[kind] = self.clock.elapsed(), error.message
+            raise
+        self._write_errors.pop(kind, None)
+
     def check_write(self) -> None:
         """Commit a write; raise DatabaseError where that fails.
 
         BEGIN alone would not tell: SQLite begins on a full disk or a read-only file too.
         """
-        with self.database.transaction(write=True) as tx:
+        with self.noted_write("health_probe") as tx:
             tx.execute("UPDATE health_probe SET at = ? WHERE id = 1", self.now())
 
     def next_version(self, tx: Transaction, release_id: int) -> int:
@@ -6108,10 +6157,10 @@ class Nodes:
     @staticmethod
     def _refuse_in_use(tx: Transaction, node: Node) -> None:
         """Raise AppError 3003 where an open release has the node."""
-        release_id = tx.value("""
+        release_id = tx.value(f"""
             SELECT MIN(r.id)
             FROM release_tasks r
-            WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')
+            WHERE r.status IN {OPEN_RELEASES}
               AND EXISTS (SELECT 1 FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.node_id = ?)""",
                               node.id)
         if release_id is not None:
@@ -6219,6 +6268,13 @@ def read_batches(tx: Transaction, release_id: int) -> list[BatchProgress]:
     return [BatchProgress(*item) for item in batches.items()]
 
 
+def read_exceeded(tx: Transaction, release: Release, batches: Sequence[BatchProgress]) -> str:
+    """Do exceeded_limit() with a release as it stands in the database."""
+    failed = [row[0] for row in tx.rows("SELECT batch FROM release_task_nodes WHERE release_task_id = ? "
+                                        "AND status = 'failed' AND accepted = 0", release.id)]
+    return limit_exceeded(failed, {batch.number: batch.total for batch in batches}, strategy_of(release.strategy))
+
+
 def read_freeze(tx: Transaction) -> Freeze:
     row = tx.row("SELECT frozen, reason, actor, at FROM release_freeze WHERE id = 1")
     return Freeze(bool(row[0]), *row[1:]) if row else NO_FREEZE
@@ -6243,7 +6299,7 @@ def read_candidates(tx: Transaction) -> list[Candidate]:
                       expires is not None and now < expires <= latest_expiry(now),
                       start_at_of(strategy), paused_by, reason, started is not None, bool(pending), tag)
             for id_, target, version, status, running, expires, strategy, paused_by, reason, started, pending, tag
-            in tx.rows("""
+            in tx.rows(f"""
         SELECT r.id, r.target, r.version, r.status,
                (SELECT COUNT(*) FROM release_task_nodes n
                 WHERE n.release_task_id = r.id AND n.status = 'running'),
@@ -6251,7 +6307,7 @@ def read_candidates(tx: Transaction) -> list[Candidate]:
                (SELECT MIN(n.batch) FROM release_task_nodes n
                 WHERE n.release_task_id = r.id AND n.status = 'pending'), r.tag
         FROM release_tasks r
-        WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')""")]
+        WHERE r.status IN {OPEN_RELEASES}""")]
 
 
 def read_executors(tx: Transaction) -> list[ExecutorRow]:
@@ -7236,14 +7292,6 @@ class Progress(NamedTuple):
     time_left: str = ""
 
 
-class Work(NamedTuple):
-    """What is to do, and what keeps it from being done."""
-    open: list[Candidate]
-    freeze: Freeze
-    # As nobody_works() returns it.
-    nobody_works: str
-
-
 # Targets with figures of their own, the oldest ones; the others are counted together as OTHER.
 MAX_TARGETS_COUNTED, OTHER = 50, "other"
 
@@ -7492,21 +7540,15 @@ class Releases:
             left = self._time_left(tx, release, batches) if shown is release else ""
             return Progress(shown, batches, [(name, text) for name, text in failed], left)
 
-    @staticmethod
-    def _as_true(tx: Transaction, releases: Iterable[Release]) -> list[Release]:
+    def _as_true(self, tx: Transaction, releases: Iterable[Release]) -> list[Release]:
         """Return releases as they are to be shown: with what is true in place of a status_reason that got old."""
         executors, now_s = read_executors(tx), epoch_of(tx.now())
         shown = []
         for release in releases:
-            reason = true_reason(release, executors, now_s)
+            reason = true_reason(release, executors, now_s, self._state.write_error)
             shown.append(release if reason == release.status_reason
                          else dataclasses.replace(release, status_reason=reason))
         return shown
-
-    def work(self) -> Work:
-        """Return what is to do, and what keeps it from being done."""
-        with self._database.transaction() as tx:
-            return Work(read_candidates(tx), read_freeze(tx), nobody_works(read_executors(tx), epoch_of(tx.now())))
 
     def as_shown(self, release: Release) -> Release:
         """Return a release whose status_reason is true when it is read, and says how long it still takes if known.
@@ -7551,8 +7593,8 @@ class Releases:
 
     def exceeded(self, release_id: int) -> str:
         """Return which limit the failures of a release exceed, "" for none; raise AppError 3001."""
-        release, nodes = self.with_nodes(release_id)
-        return exceeded_limit(NodeIndex(nodes), strategy_of(release.strategy))
+        with self._database.transaction() as tx:
+            return read_exceeded(tx, read_release(tx, release_id), read_batches(tx, release_id))
 
     def events(self, release_id: int, after: int = 0, limit: int = 100) -> list[Event]:
         """Return the first events of a release with an id above after, oldest first; raise AppError 3001."""
@@ -7585,7 +7627,7 @@ class Releases:
                 SELECT {LISTED_COLUMNS},
                        COALESCE((SELECT MAX(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id), 0)
                 FROM release_tasks r
-                WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')
+                WHERE r.status IN {OPEN_RELEASES}
                 ORDER BY r.id
                 LIMIT ?""", limit)
             return list(zip(self._as_true(tx, (Release(*row[:-1]) for row in rows)), (row[-1] for row in rows)))
@@ -7828,7 +7870,7 @@ class Claims:
 
         A tick takes the place of earlier ticks of its host, and is seen again when cron starts the next one.
         """
-        with self._database.transaction(write=True) as tx:
+        with self._state.noted_write("executors") as tx:
             now = tx.now()
             if is_first:
                 tx.execute("DELETE FROM executors WHERE seen_at < ? OR seen_at > ?",
@@ -7971,31 +8013,51 @@ class Claims:
                        for change in decision.changes)
         return bool(decided_values(release) == decided_values(decision))
 
-    def why(self, release_id: int | None, node_deadline_s: float, database_error: str = "") -> Why:
+    def why(self, release_id: int | None, node_deadline_s: float) -> Why:
         """Return what a release waits for, None: the oldest open one; raise AppError 3001.
 
         node_deadline_s: NODE_DEADLINE_SEC, for a strategy without its own.
         """
         with self._database.transaction() as tx:
             if release_id is None:
-                release_id = tx.value("SELECT MIN(id) FROM release_tasks "
-                                      "WHERE status IN ('pending', 'running', 'paused', 'cancelling')")
-            facts = Facts(None, read_executors(tx), read_freeze(tx), self._state.moment(), epoch_of(tx.now()),
-                          database_error=database_error)
-            if release_id is None:
+                release_id = tx.value(f"SELECT MIN(id) FROM release_tasks WHERE status IN {OPEN_RELEASES}")
+            release = None if release_id is None else read_release(tx, release_id)
+            facts = Facts(release, (), NO_FREEZE, self._state.moment(), epoch_of(tx.now()),
+                          database_error=self._state.write_error)
+            if release is None or not release.is_terminal:
+                facts = facts._replace(executors=read_executors(tx), freeze=read_freeze(tx))
+            if release is None or release.is_terminal:
                 return explain(facts)
-            release = read_release(tx, release_id)
-            strategy, exceeded = strategy_of(release.strategy), ""
-            if release.status == PAUSED and release.failed_nodes:
-                exceeded = exceeded_limit(NodeIndex(read_release_nodes(tx, release_id)), strategy)
-            batches = read_batches(tx, release_id)
-            nodes = read_release_nodes(
-                tx, release_id, "AND (n.status = 'running' OR (n.status = 'pending' AND n.batch = ?))",
-                next((batch.number for batch in batches if batch.is_open), 0))
+            batches, strategy = read_batches(tx, release.id), strategy_of(release.strategy)
             return explain(facts._replace(
-                release=release, batches=batches, nodes=nodes, ahead=self._queue.ahead_of(tx, release_id),
-                busy=self._occupied(tx, release_id), strategy=strategy, node_deadline_s=node_deadline_s,
-                exceeded=exceeded))
+                batches=batches, strategy=strategy,
+                running=self._in_flight(tx, release.id, strategy.node_deadline_s or node_deadline_s, facts.now),
+                ahead=self._queue.ahead_of(tx, release.id) if release.status == PENDING else (),
+                busy=self._busy_nodes(tx, release.id, next((b.number for b in batches if b.is_open), 0)),
+                exceeded=read_exceeded(tx, release, batches) if release.status == PAUSED else ""))
+
+    @staticmethod
+    def _in_flight(tx: Transaction, release_id: int, deadline_s: float, now: Moment) -> list[tuple[float, str]]:
+        """Return how long each running node still has until its deadline, and its name."""
+        # the index release_task_nodes_by_status
+        return sorted((deadline_s + waited_s + now.until_s(started_at, mark), name)
+                      for name, started_at, mark, waited_s in tx.rows(f"""
+            SELECT {NAME_THEN}, n.started_at, n.started_clock, n.waited_sec
+            FROM release_task_nodes n
+            JOIN nodes h ON h.id = n.node_id
+            WHERE n.release_task_id = ? AND n.status = 'running'""", release_id))
+
+    def _busy_nodes(self, tx: Transaction, release_id: int, batch: int) -> list[tuple[str, Occupant]]:
+        """Return the pending nodes of a batch whose address is busy: their names, with what keeps it so."""
+        occupied = self._occupied(tx, release_id)
+        # the index release_task_nodes_by_status; there may be many: only where one can be busy
+        return [(name, occupied[address]) for name, ip, port in (tx.rows(f"""
+            SELECT {NAME_THEN}, {ADDRESS_THEN}
+            FROM release_task_nodes n
+            JOIN nodes h ON h.id = n.node_id
+            WHERE n.release_task_id = ? AND n.status = 'pending' AND n.batch = ?
+            ORDER BY n.node_id""", release_id, batch) if occupied else ())
+                for address in [endpoint_of(ip, port)] if address in occupied]
 
     def times_ahead(self) -> list[str]:
         """Return a text for each claim and hold further ahead than any setting allows, which therefore is void.
@@ -8004,9 +8066,8 @@ class Claims:
         """
         with self._database.transaction() as tx:
             now = tx.now()
-            claims = tx.rows("SELECT id, claim_owner, claim_expires_at FROM release_tasks WHERE status IN "
-                             "('pending', 'running', 'paused', 'cancelling') AND claim_expires_at > ?",
-                             latest_expiry(now))
+            claims = tx.rows("SELECT id, claim_owner, claim_expires_at FROM release_tasks "
+                             f"WHERE status IN {OPEN_RELEASES} AND claim_expires_at > ?", latest_expiry(now))
             holds = tx.rows(f"SELECT {NAME_THEN}, n.hold_until FROM release_task_nodes n "
                             "JOIN nodes h ON h.id = n.node_id WHERE n.hold_until IS NOT NULL AND n.hold_until > ?",
                             utc_text(self._state.clock.wall() + MAX_BUSY_S))
@@ -9611,6 +9672,13 @@ class Slots:
                 self._short[driver] = wake
             return count
 
+    def shortage(self, driver: Hashable) -> str:
+        """Return '64 of 64 in use by release 4' where others have all slots, "" where a driver has some or could."""
+        with self._guard:
+            if self.held(driver) or sum(self._held.values()) < self._limit:
+                return ""
+            return f"{self._limit} of {self._limit} in use by {in_words([d for d, held in self._held.items() if held])}"
+
     def give_back(self, driver: Hashable, count: int, had_enough: bool = False) -> None:
         """Take slots back from a driver and wake those that are short of some; had_enough: it is not one of them."""
         if count:
@@ -9696,6 +9764,9 @@ class Driver:
         self._moved = 0
         self._outage = Outage(lease.claim, extra=about(lease.claim))
         self._news_at = self._reason_written_at = self._decided_at = self._now().elapsed
+
+    def __str__(self) -> str:
+        return f"release {self.lease.claim.release_id}"
 
     def start(self) -> None:
         """Start the thread."""
@@ -9874,7 +9945,7 @@ class Driver:
             self._nodes.put(node)
         self._decided_at = now.elapsed
         return decide(Situation(release, self._nodes, now, self._policy, self._strategy, self._take_slots(), busy,
-                                self._broken, self._freeze, asks_first))
+                                self._broken, self._freeze, asks_first, self._context.slots.shortage(self)))
 
     def _take_slots(self) -> int:
         """Return how many requests may leave now; what is not used is given back at the end of the cycle."""
@@ -10257,16 +10328,18 @@ class Executor:
             self.metrics.count("releasectl_ticks_total", outcome)
 
     def _note(self, error: str) -> None:
-        """Write the row in executors, where it gets old or says another error; that this fails is only logged."""
+        """Write the row in executors, where it gets old or says another error.
+
+        That this fails is only logged, and it is tried again after the next scan.
+        """
         now = self.clock.elapsed()
-        is_first = self._noted_at is None
         if self._noted_at is not None and now < self._noted_at + NOTE_EVERY_S and error == self._noted_error:
             return
-        self._noted_at, self._noted_error = now, error
         try:
             self.store.claims.note_executor(
                 self.owner, self.host, self._kind,
-                NOTE_EVERY_S + self.settings.release_executor_interval_sec + NOTE_LATE_S, error, is_first)
+                NOTE_EVERY_S + self.settings.release_executor_interval_sec + NOTE_LATE_S, error, self._noted_at is None)
+            self._noted_at, self._noted_error = now, error
             self._note_outage.end()
         except DatabaseError as failure:
             self._note_outage.log(f"it could not be written: {failure}")
@@ -11255,10 +11328,17 @@ class Api:
         if request.choice("view") == "summary":
             release = self.store.releases.as_shown(self.store.releases.get(request.ids[0]))
             return Reply(200, {"release": release_json(release)})
-        return Reply(200, self._whole_release(request))
+
+        def read() -> dict[str, Any]:
+            release, nodes = self.store.releases.with_nodes(request.ids[0])
+            return release_with_nodes_json(self.store.releases.as_shown(release), nodes)
+        return Reply(200, self._by_size(request, read))
 
     def get_why(self, request: Request) -> Reply:
-        return Reply(200, why_json(self.store.claims.why(request.ids[0], self._node_deadline_s)))
+        if not self.store.releases.get(request.ids[0]).is_terminal:
+            self._readiness(OVERVIEW_CHECK_EVERY_S)  # why() tells whether the database takes writes
+        return Reply(200, self._by_size(request, lambda: why_json(
+            self.store.claims.why(request.ids[0], self._node_deadline_s))))
 
     def get_payload(self, request: Request) -> Reply:
         def read() -> dict[str, Any]:
@@ -11272,11 +11352,8 @@ class Api:
         return Reply(200, self._one_at_a_time(request, lambda: difference_json(
             *self.store.releases.difference(request.ids[0], other))))
 
-    def _whole_release(self, request: Request) -> dict[str, Any]:
-        """Return a release with its nodes; large ones one at a time."""
-        def read() -> dict[str, Any]:
-            release, nodes = self.store.releases.with_nodes(request.ids[0])
-            return release_with_nodes_json(self.store.releases.as_shown(release), nodes)
+    def _by_size(self, request: Request, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Read something of all nodes of a release; of large ones one at a time."""
         is_small = self.store.releases.get(request.ids[0]).total_nodes <= MAX_FREE_READ_NODES
         return read() if is_small else self._one_at_a_time(request, read)
 
@@ -11286,8 +11363,8 @@ class Api:
         All threads share one interpreter: clients that read in a loop would take most of it.
         """
         if not self._whole_reads.acquire(request):
-            raise AppError(TOO_MANY_REQUESTS, "too many clients read whole releases, payloads, differences, or search "
-                           "nodes: come again, or ask for ?view=summary", retry_after_s=5)
+            raise AppError(TOO_MANY_REQUESTS, "too many clients read whole releases, payloads or differences, ask why, "
+                           "or search nodes: come again, or ask for ?view=summary", retry_after_s=5)
         began, rest_s = time.thread_time(), 0.0
         try:
             data = read()
@@ -12174,7 +12251,7 @@ def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
 # region Check and why
 # ======================================================================================
 # Check and why: what is wrong with this installation, and what would mend it.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Status texts,
+# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Status texts, Why,
 #   Engines, Database, Audit, Drift, Overview, Dialects, Agents, Executor, Access,
 #   API, Server.
 # ======================================================================================
@@ -12443,9 +12520,8 @@ def audit_line(report: AuditReport) -> str:
             f"releases verified; {head}")
 
 
-def check_drift(store: Store) -> Iterator[Finding]:
+def check_drift(listed: Sequence[ListedNode]) -> Iterator[Finding]:
     """Check whether the enabled, online nodes run what they should; nothing where there are none."""
-    listed = [one for one in store.fleet.page(size=0).items if one.node.gets_releases]
     counts = collections.Counter(one.level.drift for one in listed)
     wrong = [f"{counts[drift]} {drift}" for drift in DRIFTS if drift != LEVEL and counts[drift]]
     if wrong:
@@ -12457,19 +12533,18 @@ def check_drift(store: Store) -> Iterator[Finding]:
         yield Finding("drift", EXIT_DONE, f"{count_of_nodes(len(listed))}: each runs what it should")
 
 
-def check_work(store: Store) -> Iterator[Finding]:
-    """Check whether anything keeps the open releases from going on: nobody who works, a freeze, a pause."""
-    work = store.releases.work()
-    count = sum(not c.claimed for c in work.open)
-    if count and work.nobody_works:
-        yield Finding("executor", EXIT_NOT_SUCCESS, f"{work.nobody_works}; {count} open release"
-                      f"{' has' if count == 1 else 's have'} nobody")
-    if work.freeze.frozen:
+def check_work(settings: Settings, store: Store) -> Iterator[Finding]:
+    """Check what keeps the open releases from going on, and whether there is a freeze."""
+    freeze, stops = store.releases.freeze(), dict[str, Step]()
+    if freeze.frozen:
         yield Finding("freeze", EXIT_NOT_SUCCESS,
-                      f"frozen by {work.freeze.actor} at {work.freeze.at}: {work.freeze.reason}; `freeze off` lifts it")
-    for c in work.open:
-        if c.status == PAUSED:
-            yield Finding(f"release {c.id}", EXIT_NOT_SUCCESS, c.status_reason or "paused")
+                      f"frozen by {freeze.actor} at {freeze.at}: {freeze.reason}; `freeze off` lifts it")
+    for release, _ in store.releases.open():
+        for step in store.claims.why(release.id, settings.node_deadline_sec).steps:
+            if step.state == STOPS and step.name != "freeze":
+                stops.setdefault("executor" if step.name == "executor" else f"release {release.id}", step)
+    for subject, step in stops.items():
+        yield Finding(subject, EXIT_NOT_SUCCESS, f"{step.text}; mend: {step.mend}")
 
 
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
@@ -12484,13 +12559,14 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
         yield check_audit(store)
         for sentence in store.claims.times_ahead():
             yield Finding("clock", EXIT_UNAVAILABLE, f"{sentence}, {CLOCK_WAS_AHEAD}")
-        nodes = [node for node in store.nodes.page(size=0).items if node.gets_releases]
+        listed = [one for one in store.fleet.page(size=0).items if one.node.gets_releases]
+        nodes = [one.node for one in listed]
         try:
             refuse_twins(nodes)
         except AppError as error:
             yield Finding("nodes", EXIT_USAGE, error.message)
-        yield from check_work(store)
-        yield from check_drift(store)
+        yield from check_work(settings, store)
+        yield from check_drift(listed)
         for ping in ping_nodes(settings, nodes, key_may_be_open=True) if nodes else []:  # reported by check_agents()
             yield Finding(f"node {ping.node.name}", EXIT_DONE if ping.is_ok else EXIT_UNAVAILABLE, ping.text)
     except DatabaseError as error:
@@ -12905,17 +12981,15 @@ def command_status(context: Context) -> int:
 
 
 def command_why(context: Context) -> int:
-    store, error = context.open(), ""
-    try:
-        store.state.check_write()
-    except DatabaseError as failure:
-        error = failure.message
-    why = store.claims.why(context.options.id, context.settings.node_deadline_sec, error)
+    store, release_id = context.open(), context.options.id
+    if release_id is None or not store.releases.get(release_id).is_terminal:
+        with contextlib.suppress(DatabaseError):  # which why() tells then
+            store.state.check_write()
+    why = store.claims.why(release_id, context.settings.node_deadline_sec)
     stopped_by = why.stopped_by
     steps = table([("=>" if step is stopped_by else "", step.state, step.name, step.text) for step in why.steps],
                   ("", "state", "step", "what"))
-    mend = stopped_by.mend if stopped_by else next((step.mend for step in why.steps if step.name == "end"), "")
-    context.show(why_json(why), "\n".join(filter(None, [why.line, steps, mend and f"mend: {mend}"])))
+    context.show(why_json(why), "\n".join([why.line, steps, *([f"mend: {stopped_by.mend}"] if stopped_by else [])]))
     return EXIT_NOT_SUCCESS if stopped_by and why.release else EXIT_DONE
 
 
@@ -13887,8 +13961,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("watch", "follow a release to its end", command_watch, (
         option("id", metavar="ID", nargs="?", default=LATEST, type=_release_id,
                help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
-    Command("why", "what a release waits for, and what would mend it; exit 0: it moves, 1: it is stopped",
-            command_why, (option("id", metavar="ID", nargs="?", type=_release_id,
+    Command("why", "what a release waits for, and what would mend it; exit 0: it moves, or none is open; 1: it is "
+            "stopped", command_why, (option("id", metavar="ID", nargs="?", type=_release_id,
                                  help="id of the release, or latest (the oldest one that is open)"),)),
     Command("events", "the history of a release", command_events, (
         _ID_OPTION, option("--after", type=AFTER_IDS.argument, default=0, help="only events with a higher id"),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import time
 from collections.abc import Iterator
@@ -188,7 +189,7 @@ def test_it_waits_in_the_queue_with_all_that_is_before_it(world):
     world.store.releases.act("pause", second.id, "alice")
     found = explained(world, third, "order", "stops",
                       f"waiting for release {first.id}, which is pending, then release {second.id}, which alice paused",
-                      f"releasectl resume {second.id}")
+                      f"releasectl why {second.id}")
     assert step(why(world, first), "order") is None
     assert found.stopped_by.name == "executor"
 
@@ -231,7 +232,8 @@ def test_nodes_in_flight_have_deadlines_and_slots_are_used_up(world):
     release = create(world, batches=[3], maxParallel=2)
     with looking(world) as executor:
         found = explained(world, release, "nodes", "ok",
-                          rf"batch 1 of 1: 0 of 3 nodes done, 2 in flight: edge-1 until {TIME}, edge-2 until {TIME}")
+                          rf"batch 1 of 1: 0 of 3 nodes done, 2 in flight: edge-1 \(deadline {TIME}\), edge-2 "
+                          rf"\(deadline {TIME}\)")
         assert step(found, "executor").text == f"{executor.host} pid {executor.owner.split(':')[1]} works on it"
         explained(world, release, "slots", "waits", r"waiting for a free slot \(2 of 2 in use: maxParallel\)")
 
@@ -275,10 +277,13 @@ def test_nobody_works_on_a_release_whose_owner_was_killed(fleet_cli):
     result = fleet_cli("why")
     assert (result.code, result.out.splitlines()[-1]) == (1, "mend: releasectl serve")
     assert re.search(sentence, result.out.splitlines()[0])
+    with serve_process(fleet_cli):  # the mend
+        eventually(lambda: fleet_cli("why").code == 0)
 
 
 def test_the_command_has_the_steps_as_json_and_so_has_the_api(sqlite_world, quick, new_client):
     quick.settings["DATABASE_URL"] = sqlite_world.url
+    assert quick.ok("why").out.endswith("mend: releasectl serve\n")  # exit 0: no release is open
     created = quick.ok("node", "add", "edge-1", "127.0.0.1") and quick.ok("create")
     assert created.out.splitlines()[-2:] == [
         "release 1 (v1) is stopped: no executor is running (none was seen for a day): start `serve`",
@@ -298,11 +303,29 @@ def test_check_sees_dead_executors_a_freeze_and_paused_releases(sqlite_world, qu
     sqlite_world.store.releases.act("pause", 1, "alice")
     sqlite_world.store.releases.set_freeze(True, "bob", "holidays")
     found = findings(quick("check", "--json"))
-    assert found["executor"] == (False, "no executor is running (none was seen for a day): start `serve`; 1 open "
-                                        "release has nobody")
+    assert found["executor"] == (False, "no executor is running (none was seen for a day): start `serve`; mend: "
+                                        "releasectl serve")
     assert found["freeze"][0] is False
     assert found["freeze"][1].startswith("frozen by bob at ")
-    assert found["release 1"] == (False, "paused by alice: resume to go on")
+    assert found["release 1"] == (False, "paused by alice: resume to go on; mend: releasectl resume 1")
+
+
+def test_check_sees_an_executor_that_died_within_its_claim_as_why_does(sqlite_world, quick):
+    quick.settings.update(DATABASE_URL=sqlite_world.url, MTLS_ENABLED="0")
+    release = create(sqlite_world.nodes(1))
+    claim = sqlite_world.store.claims.claim(release.id, "gone:7:x", 30)
+    assert claim
+    sql(sqlite_world.store, "INSERT INTO executors (owner, host, seen_at, period_sec) VALUES ('gone:7:x', 'gone', ?, "
+        "15)", rc.utc_text(time.time() - 20))
+    found = findings(quick("check", "--json"))
+    assert re.fullmatch(r"no executor is running \(last seen 2\d s ago: gone pid 7\): start `serve`; mend: releasectl "
+                        "serve", found["executor"][1])
+
+
+def test_check_tells_a_freeze_where_no_release_is_open_too(sqlite_world, quick):
+    quick.settings.update(DATABASE_URL=sqlite_world.url, MTLS_ENABLED="0")
+    sqlite_world.store.releases.set_freeze(True, "bob", "holidays")
+    assert findings(quick("check", "--json"))["freeze"][0] is False
 
 
 # -- what is stored may be old ---------------------------------------------------------------------
@@ -363,3 +386,204 @@ def test_status_list_and_watch_say_it_too(sqlite_world, quick, new_client):
     assert watched.err.count("no executor is running") == 2  # once as it goes, once at its end
     answer = new_client(sqlite_world.store).ok("GET", "/api/v1/releases/1")
     assert answer["release"]["statusReason"].startswith("no executor is running")
+
+
+# -- the database takes no writes -------------------------------------------------------------------
+
+FULL = "the disk is full"
+
+
+def refuse_writes(store: rc.Store, *tables: str) -> None:
+    """Let every write to some tables fail, as on a full disk."""
+    is_sqlite = isinstance(store.database.engine, rc.SqliteEngine)
+    if not is_sqlite:
+        sql(store, "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+                   f"$$ BEGIN RAISE EXCEPTION '{FULL}'; END $$")
+    for table in tables:
+        for act in ("INSERT", "UPDATE"):
+            sql(store, f"CREATE TRIGGER no_{act}_{table} BEFORE {act} ON {table} " + (
+                f"BEGIN SELECT RAISE(ABORT, '{FULL}'); END" if is_sqlite else
+                "FOR EACH ROW EXECUTE FUNCTION refuse()"))
+
+
+def allow_writes(store: rc.Store, *tables: str) -> None:
+    for table in tables:
+        for act in ("INSERT", "UPDATE"):
+            sql(store, f"DROP TRIGGER no_{act}_{table}" + (
+                "" if isinstance(store.database.engine, rc.SqliteEngine) else f" ON {table}"))
+
+
+def test_who_can_not_write_that_it_works_says_so_and_not_that_nobody_does(world, new_client):
+    release, old = create(world.nodes(1), startAt="2100-01-01T00:00:00Z"), rc.utc_text(time.time() - 300)
+    with looking(world) as executor:
+        sql(world.store, "UPDATE executors SET seen_at = ?", old)
+        refuse_writes(world.store, "executors")
+        world.advance(11)
+        executor.nudge()
+        found = explained(world, release, "database", "stops", f"it takes no writes: .*{FULL}.*", "releasectl check")
+        assert found.stopped_by.name == "database"
+        assert step(found, "executor") == ("executor", "waits", "not known: who works can't write that it does", "")
+        assert [re.sub(f"writes: .*{FULL}.*", "writes", text) for text in told_of(world, release)] == [
+            "scheduled for 2100-01-01T00:00:00.000Z; the database takes no writes"]
+        answer = new_client(world.store).ok("GET", f"/api/v1/releases/{release.id}/why")
+        assert answer["stoppedBy"] == "database"
+        assert "start `serve`" not in str(answer)
+        world.store.state.check_write()  # of another table: it is the executor's row that tells who works
+        assert why(world, release).stopped_by.name == "database"
+        allow_writes(world.store, "executors")
+        executor.nudge()
+        eventually(lambda: why(world, release).stopped_by is None)
+
+
+def test_a_write_that_failed_long_ago_tells_nothing(world):
+    refuse_writes(world.store, "health_probe")
+    with pytest.raises(rc.DatabaseError, match=FULL):
+        world.store.state.check_write()
+    assert FULL in world.store.state.write_error
+    world.advance(121)
+    assert world.store.state.write_error == ""
+
+
+def test_why_tries_to_write_but_for_a_release_that_has_ended(world, quick, new_client):
+    quick.settings["DATABASE_URL"] = world.url
+    release, ended = create(world.nodes(1)), create(world)
+    sql(world.store, "UPDATE release_tasks SET status = 'failed', status_reason = 'by hand' WHERE id = ?", ended.id)
+    refuse_writes(world.store, "health_probe")
+    assert quick("why", release.id, "--json").json["stoppedBy"] == "database"
+    assert quick.ok("why", ended.id).out.splitlines()[0] == "release 2 (v2): it has ended: failed, by hand"
+    client = new_client(world.store)
+    assert client.ok("GET", f"/api/v1/releases/{ended.id}/why")["stoppedBy"] is None
+    assert world.store.state.write_error == ""
+    assert client.ok("GET", f"/api/v1/releases/{release.id}/why")["stoppedBy"] == "database"
+
+
+def test_a_first_row_that_could_not_be_written_clears_old_ones_later(world):
+    sql(world.store, "INSERT INTO executors (owner, host, seen_at, period_sec) VALUES ('a:1:x', 'a', ?, 15)",
+        rc.utc_text(time.time() - 86500))
+    executor = world.executor()
+    refuse_writes(world.store, "executors")
+    executor._scan([], is_tick=False)
+    assert [row.owner for row in executors(world.store)] == ["a:1:x"]
+    allow_writes(world.store, "executors")
+    executor._scan([], is_tick=False)
+    assert [row.owner for row in executors(world.store)] == [executor.owner]
+
+
+def test_an_executor_whose_time_can_not_be_read_was_not_seen(world):
+    release = create(world.nodes(1))
+    sql(world.store, "INSERT INTO executors (owner, host, seen_at, period_sec) VALUES ('gone:7:x', 'gone', 'noon', 0)")
+    assert why(world, release).text == "no executor is running (none was seen for a day): start `serve`"
+    sql(world.store, "UPDATE release_tasks SET status = 'running', claim_owner = 'gone:7:x', claim_expires_at = ?",
+        rc.utc_text(time.time() + 20))
+    sql(world.store, "INSERT INTO executors (owner, host, seen_at, period_sec) VALUES ('b:8:x', 'b', ?, 15)",
+        rc.utc_text(time.time()))
+    assert re.fullmatch(r"gone pid 7 is gone; b pid 8 takes it over in \d+ s", why(world, release).text)
+
+
+# -- what it costs, and what it takes from a stored sentence ------------------------------------------
+
+@pytest.fixture
+def rows_read(monkeypatch):
+    """The numbers of rows that each query for several of them gave."""
+    counts, rows = [], rc.Transaction.rows
+
+    def counted(tx, *arguments):
+        found = rows(tx, *arguments)
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr(rc.Transaction, "rows", counted)
+    return counts
+
+
+def test_why_reads_nodes_in_flight_and_no_others(world, rows_read):
+    for number in range(300):
+        world.store.nodes.add(f"edge-{number}", f"10.0.{number // 200}.{number % 200 + 1}")
+    release = create(world, batches=[300])
+    for statement in ("UPDATE release_tasks SET status = 'running'",
+                      "UPDATE release_task_nodes SET status = 'running' WHERE node_id <= 5",
+                      "UPDATE release_task_nodes SET status = 'failed' WHERE node_id <= 3",
+                      "UPDATE release_tasks SET status = 'paused'"):
+        sql(world.store, statement)
+        rows_read.clear()
+        assert step(why(world, release), "nodes").text.startswith("batch 1 of 1: ")
+        assert max(rows_read) <= 10
+    assert step(why(world, release), "pause").mend == "releasectl resume 1"
+    sql(world.store, "UPDATE release_tasks SET status = 'success'")
+    rows_read.clear()
+    assert why(world, release).text.startswith("it has ended: success")
+    assert rows_read == []
+
+
+def test_a_persons_text_is_no_error_that_is_tried_again(world):
+    release = create(world.nodes(1), batches=[1])
+    now_s = time.time()
+    at_work = [rc.ExecutorRow("a:1:x", "a", "serve", rc.utc_text(now_s), rc.utc_text(now_s), 15, "")]
+    text = "; trying again: edge-1: refused, try 2 of 3, now; waiting for a free slot: 1 of 1 in use by release 7"
+    for reason, names in ((f"batch 1 of 1: waiting for 1 of 1 node{text}", ["errors", "slots"]),
+                          (f"frozen: lunch{text}", []), (f"paused by alice{text}", [])):
+        told = dataclasses.replace(release, status="running", status_reason=reason, claim_owner="a:1:x",
+                                   claim_expires_at=rc.utc_text(now_s + 20))
+        found = rc.explain(rc.Facts(told, at_work, rc.NO_FREEZE, world.store.state.moment(), now_s))
+        assert [one.name for one in found.steps if one.name in ("errors", "slots")] == names
+
+
+def test_a_release_waits_for_the_slots_that_another_one_has(world):
+    world.nodes(2)
+    world.agent(1).set(mode="hang")
+    first, second = (world.store.releases.create(rc.ReleaseRequest(target, node_ids=[number]), "tests").release
+                     for number, target in enumerate(("a", "b"), 1))
+    with looking(world, AGENT_CONCURRENCY=1):
+        explained(world, second, "slots", "waits",
+                  r"waiting for a free slot \(1 of 1 in use by release 1: AGENT_CONCURRENCY\)")
+        assert step(why(world, first), "slots") is None
+        world.agent(1).set(mode="normal")
+
+
+# -- mends ---------------------------------------------------------------------------------------------
+
+def _queue_behind_failures(world: World) -> None:
+    world.agent(1).set(mode="refuse")
+    create(world, onExceed="pause")
+    create(world)
+    world.drain(AGENT_RETRIES=0)
+
+
+def _failed_before_a_success(world: World) -> None:
+    world.agent(1).set(mode="refuse")
+    create(world)
+    world.drain(AGENT_RETRIES=0)
+    world.agent(1).set(mode="normal")
+    create(world)
+    world.drain()
+
+
+def _frozen_and_paused(world: World) -> None:
+    world.store.releases.act("pause", create(world).id, "alice")
+    world.store.releases.set_freeze(True, "bob", "holidays")
+
+
+def _busy_address(world: World) -> None:
+    create(world, target="other")
+    sql(world.store, "UPDATE release_tasks SET status = 'failed'")
+    sql(world.store, "UPDATE release_task_nodes SET status = 'failed', hold_until = ?", rc.utc_text(time.time() + 50))
+    create(world)
+
+
+def _failing_and_paused(world: World) -> None:
+    world.store.releases.act("pause", create(world, onExceed="pause").id, "alice")
+    sql(world.store, "UPDATE release_task_nodes SET status = 'failed' WHERE node_id = 1")  # no counter tells it
+
+
+@pytest.mark.parametrize("situation", [_queue_behind_failures, _failed_before_a_success, _frozen_and_paused,
+                                       _busy_address, _failing_and_paused, create])
+def test_every_mend_can_be_done(world, quick, situation):
+    quick.settings.update(DATABASE_URL=world.url, MTLS_ENABLED="0")
+    situation(world.nodes(2))
+    for release in world.store.releases.page().items:
+        for one in why(world, release).steps:
+            words = one.mend.split()
+            if words and words[1] != "serve":  # which test_nobody_works_on_a_release_whose_owner_was_killed runs
+                result = quick(*words[1:])
+                assert result.code in (0, 1), (one, result)
+                assert "releasectl: " not in result.err, (one, result)
