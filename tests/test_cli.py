@@ -246,7 +246,7 @@ def test_a_value_that_cant_be_used_is_refused_in_one_line(filled_quick, argument
 
 @pytest.mark.parametrize(("content", "message"), [
     ("new-1 10.0.0.1\nedge-1 10.0.0.2\n", "node edge-1 exists already"),
-    ("new-1 10.0.0.1\nnew-1 10.0.0.2\n", "node new-1 exists already"),
+    ("new-1 10.0.0.1\nnew-1 10.0.0.2\n", "node new-1 is in the file twice"),
     ("new-1 10.0.0.1\nnew-2 nowhere!\n", "node 2: mainIp"),
     ("new-1 10.0.0.1 70000\n", "node 1: agentPort 70000"),
     ("new-1 10.0.0.1 \u00b2\n", "is not NAME IP [PORT [PROTOCOL]]"),
@@ -260,7 +260,7 @@ def test_a_value_that_cant_be_used_is_refused_in_one_line(filled_quick, argument
     ('[{"name": ', "is not JSON"), (b"\xff\xfe", "not UTF-8"),
 ])
 def test_an_import_that_cant_be_used_adds_no_node_at_all(filled_quick, content, message):
-    code = 3 if "exists" in message else 2
+    code = 3 if "exists" in message or "twice" in message else 2
     assert message in filled_quick.refused(code, "node", "import", filled_quick.file("nodes", content))
     assert filled_quick.store.nodes.page().total == 2
 
