@@ -7052,8 +7052,7 @@ def effect_of(tx: Transaction, payload: Mapping[str, Any], nodes: Sequence[Node]
 
 
 def _open_releases(tx: Transaction) -> int:
-    return int(tx.value("SELECT COUNT(*) FROM release_tasks "
-                        "WHERE status IN ('pending', 'running', 'paused', 'cancelling')"))
+    return int(tx.value(f"SELECT COUNT(*) FROM release_tasks WHERE status IN {OPEN_RELEASES}"))
 
 
 def changes_nothing(tx: Transaction, digest: str, nodes: Sequence[Node]) -> bool:
@@ -7262,11 +7261,11 @@ def no_longer_wanted(tx: Transaction, release: Release) -> str:
 
 def _releases_under_way(tx: Transaction) -> dict[int, int]:
     """Return by node the newest release that has it and has not ended."""
-    return dict(tx.rows("""
+    return dict(tx.rows(f"""
         SELECT n.node_id, MAX(r.id)
         FROM release_tasks r
         JOIN release_task_nodes n ON n.release_task_id = r.id
-        WHERE r.status IN ('pending', 'running', 'paused', 'cancelling')
+        WHERE r.status IN {OPEN_RELEASES}
         GROUP BY n.node_id"""))
 
 
@@ -8200,16 +8199,14 @@ class OverviewReader:
     """Reads what is wrong. Each public method is one transaction, or two."""
 
     def __init__(self, state: DatabaseState, fleet: Fleet):
+        self._state = state
         self._database = state.database
         self._fleet = fleet
         self._failures = RareRead(self._read_failures)
 
-    def read(self, certificates: Sequence[CertificateState], database_error: str = "") -> Overview:
-        """Return the verdict on all there is; also where the database is out of reach.
-
-        database_error: why it takes no writes, where that is known.
-        """
-        facts = OverviewFacts(certificates=certificates, database_error=database_error)
+    def read(self, certificates: Sequence[CertificateState]) -> Overview:
+        """Return the verdict on all there is; also where the database is out of reach."""
+        facts = OverviewFacts(certificates=certificates, database_error=self._state.write_error)
         try:
             with self._database.transaction() as tx:
                 active = [Release(*row) for row in tx.rows(f"""
@@ -8222,7 +8219,7 @@ class OverviewReader:
                                        freeze=read_freeze(tx), now_s=epoch_of(tx.now()))
             facts = facts._replace(failures=self._failures.get(), drift=self._fleet.drift_counts())
         except DatabaseError as error:
-            facts = facts._replace(database_error=database_error or error.message)
+            facts = facts._replace(database_error=error.message)
         return judge(facts)
 
     def _read_failures(self) -> list[Release]:
@@ -11253,7 +11250,7 @@ def page_headers(text: str) -> dict[str, str]:
 
 
 # Minimum seconds between write checks of the database, however many clients ask.
-READY_CHECK_EVERY_S, OVERVIEW_CHECK_EVERY_S = 1.0, 10.0
+READY_CHECK_EVERY_S, WRITE_CHECK_EVERY_S = 1.0, 10.0
 # Added to what Claims.times_ahead() returns: claims and holds that end later than any setting allows.
 CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
                    "all hosts (NTP)")
@@ -11336,7 +11333,7 @@ class Api:
 
     def get_why(self, request: Request) -> Reply:
         if not self.store.releases.get(request.ids[0]).is_terminal:
-            self._readiness(OVERVIEW_CHECK_EVERY_S)  # why() tells whether the database takes writes
+            self._readiness(WRITE_CHECK_EVERY_S)  # why() tells whether the database takes writes
         return Reply(200, self._by_size(request, lambda: why_json(
             self.store.claims.why(request.ids[0], self._node_deadline_s))))
 
@@ -11498,8 +11495,8 @@ class Api:
 
     def get_overview(self, _request: Request) -> Reply:
         certificates = [CertificateState(*found.values()) for found in self._process()["certificates"]]
-        error = self._readiness(OVERVIEW_CHECK_EVERY_S)
-        return Reply(200, overview_json(self.store.overview.read(certificates, error)))
+        self._readiness(WRITE_CHECK_EVERY_S)  # read() tells whether the database takes writes
+        return Reply(200, overview_json(self.store.overview.read(certificates)))
 
     def process_health(self, request: Request) -> Reply:
         message, schema, releases = "", 0, []
@@ -12956,13 +12953,11 @@ def command_list(context: Context) -> int:
 
 
 def _show_overview(context: Context) -> int:
-    store, error = context.open(), ""
-    try:
+    store = context.open()
+    with contextlib.suppress(DatabaseError):  # read() tells
         store.state.check_write()
-    except DatabaseError as failure:
-        error = failure.message
     overview = store.overview.read([CertificateState(*found.values()) for found in certificates_json(
-        context.settings)], error)
+        context.settings)])
     problems = table([(p.severity, p.since, p.text, p.mend) for p in overview.problems],
                      ("", "since", "what", "mend")) if overview.problems else ""
     context.show(overview_json(overview), "\n".join(filter(None, [overview.text, problems])))

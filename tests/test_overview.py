@@ -12,8 +12,8 @@ from test_again import ended, good, settle
 import releasectl as rc
 
 
-def problems(store: rc.Store, *certificates: rc.CertificateState, error: str = "") -> list[rc.Problem]:
-    return list(store.overview.read(certificates, error).problems)
+def problems(store: rc.Store, *certificates: rc.CertificateState) -> list[rc.Problem]:
+    return list(store.overview.read(certificates).problems)
 
 
 def kinds(store: rc.Store) -> list[str]:
@@ -225,8 +225,21 @@ def test_all_problems_are_told_worst_first(fresh):
     assert found == ["executor", "certificate", "failed", "frozen"]
     assert overview.text == f"4 problems: {overview.problems[0].text}, and 3 more"
     assert found == [kind for kind in rc.PROBLEM_KINDS if kind in found]
-    [first, *_] = problems(fresh, expired, error="the disk is full")
+    facts = overview.facts._replace(database_error="the disk is full")
+    first, *_ = rc.judge(facts).problems
     assert (first.kind, first.text) == ("database", "the database can't be used: the disk is full")
+
+
+def test_a_database_that_takes_no_writes_is_the_first_problem(fresh):
+    add_nodes(fresh, 1)
+    new_release(fresh)
+    sql(fresh, "ALTER TABLE health_probe RENAME TO elsewhere")
+    with pytest.raises(rc.DatabaseError):
+        fresh.state.check_write()
+    assert kinds(fresh) == ["database"]
+    sql(fresh, "ALTER TABLE elsewhere RENAME TO health_probe")
+    fresh.state.check_write()
+    assert kinds(fresh) == ["executor"]
 
 
 def test_the_verdict_comes_without_a_database_too(tmp_path):
