@@ -39,6 +39,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Drift               what each node runs, what it should run, and how far these are apart
                         (contract section 5)
     Releases            create, verbs, lists, payloads, prune
+    Notifications       the outbox: messages that are still to go (contract section 2)
     Claims              claim, lease, fence, commit
     Overview            what the verdict is made from; the store that all parts make up
   EXECUTION
@@ -49,6 +50,8 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Dialects            what agents are sent, and how their answers are read (contract section 1)
     Agents              connections to agents, deadlines, requests, probes
     Driver              one claimed release: read, decide, commit, send, collect
+    Notifier            what is in the outbox goes to a command or a URL; releases that are
+                        stuck
     Executor            scan, claims, leases, the threads
   FACES
     Serialization       the JSON of contract section 5, and its schemas
@@ -108,6 +111,7 @@ import re
 import resource
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -115,6 +119,7 @@ import socketserver
 import sqlite3
 import ssl
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -160,6 +165,13 @@ VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
 SERVE, TICK = "serve", "tick"
 
 NODE_STATUSES = ("online", "offline", "maintenance")
+
+# Kinds of notifications (NOTIFY_ON); most have the name of a status. Nothing writes APPROVAL yet.
+CREATED, STARTED, STUCK, APPROVAL, TAKEN_OVER, FROZEN = (
+    "created", "started", "stuck", "approval", "taken_over", "frozen")
+NOTIFY_KINDS = (FAILED, PARTIAL, PAUSED, STUCK, CREATED, STARTED, SUCCESS, CANCELLED, APPROVAL, TAKEN_OVER, FROZEN)
+# What became of a try to send one, and of the notification (metrics).
+SENT, UNDELIVERED, GIVEN_UP = "sent", "failed", "given_up"
 
 # How far what a node runs is from what it should run (contract section 5).
 LEVEL, BEHIND, AHEAD, UNSURE = DRIFTS = ("none", "behind", "ahead", "unknown")
@@ -912,6 +924,51 @@ def _host_port(text: str) -> tuple[str, int]:
     return match[1].strip("[]") or "0.0.0.0", int(match[2])
 
 
+def _public_url(text: str) -> str:
+    parts = urllib.parse.urlsplit(text)
+    if text and not (re.fullmatch(r"https?://[!-~]+", text) and parts.hostname and "@" not in parts.netloc
+                     and not parts.query and not parts.fragment):
+        raise ValueError("must be the page's address, as https://HOST or https://HOST/PATH")
+    return text.rstrip("/")
+
+
+def _receiver_url(text: str) -> str:
+    parts, is_local = urllib.parse.urlsplit(text), False
+    with contextlib.suppress(ValueError):
+        is_local = parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname or "").is_loopback
+    if text and not (re.fullmatch(r"https?://[!-~]+", text) and parts.hostname and parts.port != 0
+                     and not parts.fragment):
+        raise ValueError("must be https://HOST:PORT/PATH; what is not ASCII is percent-encoded")
+    if parts.scheme == "http" and not is_local:
+        raise ValueError("must begin with https:// (http:// is for loopback: another program on this host)")
+    return text
+
+
+def _words(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError:
+        raise ValueError("a quote in it is not closed") from None
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    kinds = tuple(filter(None, re.split(r"[,\s]+", text)))
+    for kind in kinds:
+        if kind not in NOTIFY_KINDS:
+            raise ValueError(f"{kind!r} is none of {', '.join(NOTIFY_KINDS)}{did_you_mean(kind, NOTIFY_KINDS)}")
+    return kinds
+
+
+# Settings that may hold a secret anywhere: a value that can't be used is not quoted.
+_SECRET = (_receiver_url, _words)
+
+
+def without_url_secrets(text: str) -> str:
+    """Return a text with nothing but scheme, host and port of the URLs in it: the rest may be a secret."""
+    return re.sub(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/?#\"'<>]*@)?([^\s/?#\"'<>]*)([/?#][^\s\"'<>]*)?",
+                  lambda match: f"{match[1]}{match[2]}/***" if match[3] else match[1] + match[2], text)
+
+
 def safe_url(url: str) -> str:
     """Return a text without the passwords of database URLs in it, mistyped ones too.
 
@@ -971,8 +1028,19 @@ class Settings:
     node_deadline_sec: float = _setting("600", Range(1, 604800, float), "seconds from a node's dispatch to its end")
     claim_ttl_sec: float = _setting(
         "30", Range(1, MAX_CLAIM_TTL_S, float), "seconds that a silent process keeps a release")
+    public_url: str = _setting("", _public_url, "where people reach the page: for links in notifications")
+    notify_command: tuple[str, ...] = _setting("", _words, "a program that gets each notification on standard input")
+    notify_url: str = _setting("", _receiver_url, "where each notification is sent to by POST")
+    notify_secret_file: str = _setting("", _path, "a file with the secret that signs these (HMAC-SHA256)")
+    notify_ca: str = _setting("", _path, "the CA that signed the certificate of NOTIFY_URL; else the system's")
+    notify_on: tuple[str, ...] = _setting("failed,partial,paused,stuck", _kinds, "kinds of notifications")
     log_format: str = _setting("text", _one_of("text", "json"), "text or json")
     log_level: str = _setting("info", _one_of("debug", "info", "warning"), "debug: single nodes too")
+
+    @property
+    def notify_kinds(self) -> frozenset[str]:
+        """Return the kinds of notifications that somebody is to get, none without a receiver."""
+        return frozenset(self.notify_on if self.notify_command or self.notify_url else ())
 
     @classmethod
     def load(cls, environ: Mapping[str, str], config_file: str = "", database_url: str = "") -> Settings:
@@ -991,7 +1059,8 @@ class Settings:
         if given.get("DATABASE_URL", "").strip() and given.get("DATABASE_URL_FILE", "").strip():
             raise ConfigError("DATABASE_URL and DATABASE_URL_FILE are both set: set one of them")
         if given.get("DATABASE_URL_FILE", "").strip():
-            given["DATABASE_URL"] = _read_database_url(given["DATABASE_URL_FILE"].strip())
+            given["DATABASE_URL"] = read_secret_file("DATABASE_URL_FILE", given["DATABASE_URL_FILE"].strip(),
+                                                     "a URL as for DATABASE_URL, and nothing else")
         values = {}
         for setting in SETTINGS:
             text = given.get(setting.name, setting.default).strip()
@@ -1003,7 +1072,7 @@ class Settings:
                 file = given.get("DATABASE_URL_FILE", "").strip() if setting.name == "DATABASE_URL" else ""
                 if file:  # nothing of its content: that may be the password alone, or another secret
                     raise ConfigError(f"DATABASE_URL_FILE={file}: what it holds can't be used: {error}") from None
-                shown = one_line(safe_url(text), 80)
+                shown = "***" if setting.parse in _SECRET else one_line(safe_url(text), 80)
                 raise ConfigError(f"{setting.name}={shown} can't be used: {error}") from None
         settings = cls(**values)
         if bool(settings.http_cert) != bool(settings.http_key):
@@ -1016,17 +1085,17 @@ class Settings:
 SETTINGS = tuple(Setting(field.name.upper(), *field.metadata["setting"]) for field in dataclasses.fields(Settings))
 
 
-def _read_database_url(path: str) -> str:
-    """Return the one line of DATABASE_URL_FILE; raise a ConfigError that quotes no part of it."""
+def read_secret_file(name: str, path: str, content: str) -> str:
+    """Return the one line of a file that a setting names; raise a ConfigError that quotes no part of it."""
     try:
         mode = os.stat(path).st_mode
         text = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"DATABASE_URL_FILE={path} can't be read: {os_reason(error)}") from None
+        raise ConfigError(f"{name}={path} can't be read: {os_reason(error)}") from None
     if mode & (stat.S_IRWXO | stat.S_IWGRP):
-        raise ConfigError(f"DATABASE_URL_FILE={path} is open to others: chmod o-rwx,g-w it (its group may read it)")
+        raise ConfigError(f"{name}={path} is open to others: chmod o-rwx,g-w it (its group may read it)")
     if not text or not text.isprintable():
-        raise ConfigError(f"DATABASE_URL_FILE={path} must hold one line: a URL as for DATABASE_URL, and nothing else")
+        raise ConfigError(f"{name}={path} must hold one line: {content}")
     return text
 
 
@@ -1133,6 +1202,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("releasectl_nodes", GAUGE, "Enabled nodes.", ("status",)),
     Metric("releasectl_nodes_drift", GAUGE, "Enabled nodes by how far what they run is from what they should run.",
            ("drift",)),
+    Metric("releasectl_notifications_waiting", GAUGE, "Notifications that are still to go."),
+    Metric("releasectl_notifications_oldest_age_seconds", GAUGE, "Age of the oldest of these, 0 for none."),
+    Metric("releasectl_notifications_total", COUNTER,
+           "Tries to send a notification to a receiver, by outcome; and notifications given up after a day.",
+           ("outcome",), ((SENT, UNDELIVERED, GIVEN_UP),)),
     Metric("releasectl_frozen", GAUGE, "Whether the freeze is on (1), or not (0)."),
     Metric("releasectl_ticks_total", COUNTER, "Scans for work, by outcome.", ("outcome",),
            ((IDLE, WORKED, BUSY, ERROR),)),
@@ -1650,6 +1724,17 @@ def client_context(cert: str, key: str, ca: str) -> ssl.SSLContext:
     verify_no_common_name(context)
     load_ca(context, ca, "CONTROL_CA")
     load_pair(context, cert, key, ("CONTROL_CERT", "CONTROL_KEY"))
+    return context
+
+
+def receiver_context(ca: str) -> ssl.SSLContext:
+    """Return the context to send notifications with: verified by NOTIFY_CA, else by the system's CAs."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if ca:
+        load_ca(context, ca, "NOTIFY_CA")
+    else:
+        context.load_default_certs()
     return context
 
 
@@ -3368,9 +3453,9 @@ ALREADY_AT = "the agent is already at version"
 NO_REASON_GIVEN = "the agent gave no reason"
 
 
-def backoff_s(errors: int, node_id: int) -> float:
-    """Return the wait before try errors + 1; it doubles, half of it is spread over the nodes."""
-    longest = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * (1 << min(errors - 1, 10)))
+def backoff_s(errors: int, node_id: int, first_s: float = BACKOFF_FIRST_S, max_s: float = BACKOFF_MAX_S) -> float:
+    """Return the wait before try errors + 1; it doubles, half of it is spread over the nodes (or what has the id)."""
+    longest = min(max_s, first_s * (1 << min(errors - 1, 10)))
     spread = (node_id * 2654435761 + errors * 40503) % 1024 / 1024  # deterministic jitter
     return longest * (0.5 + 0.5 * spread)
 
@@ -5040,8 +5125,9 @@ TAKES_NO_TRANSACTION = "; it took no transaction: a pooler before the server mus
 class Transaction:
     """One open transaction: statements with ? for parameters, on either engine."""
 
-    def __init__(self, engine: SqliteEngine | PostgresEngine, connection: Any):
-        self._engine = engine
+    def __init__(self, database: Database, connection: Any):
+        self.database = database
+        self._engine = database.engine
         self._cursor = connection.cursor()
         # Called after COMMIT, so that log lines and counters never tell what did not take place.
         self.after_commit: list[Callable[[], None]] = []
@@ -5091,8 +5177,11 @@ class Transaction:
 class Database:
     """The only door to the database: pooled connections, and transaction()."""
 
-    def __init__(self, url: str, metrics: Metrics | None = None):
-        """Take a sqlite:/// or postgresql:// URL; connect at the first transaction. Count errors in metrics."""
+    def __init__(self, url: str, metrics: Metrics | None = None, notify_on: Set[str] = frozenset()):
+        """Take a sqlite:/// or postgresql:// URL; connect at the first transaction. Count errors in metrics.
+
+        notify_on: the kinds of notifications that this process has a receiver for.
+        """
         self.engine = SqliteEngine(url) if url.startswith("sqlite:") else PostgresEngine(url)
         self._places = FairSemaphore(self.engine.max_connections)
         # Guards the three below; notified when a connection is no longer in use.
@@ -5102,6 +5191,9 @@ class Database:
         # engine.identity() of what all open connections are to.
         self._identity: object = None
         self.metrics = metrics or Metrics()
+        self.notify_on = notify_on
+        # Set when this process wrote a notification.
+        self.notified = threading.Event()
 
     def __str__(self) -> str:
         return str(self.engine)
@@ -5130,7 +5222,7 @@ class Database:
         except DatabaseError:
             self.metrics.count("releasectl_database_errors_total")
             raise
-        tx = Transaction(self.engine, connection)
+        tx = Transaction(self, connection)
         try:
             yield tx
             connection.cursor().execute("COMMIT")
@@ -5695,10 +5787,43 @@ def add_events(tx: Transaction, at: str, actor: Who, events: Iterable[NewEvent])
             raise RuntimeError(f"no status {new.to_status} after {new.from_status}")
         rows.append((new.release_id, new.node_id, at, str(actor), new.event, new.from_status, new.to_status,
                      detail_text(new.detail)))
+        if new.node_id is None and (kind := notification_kind(new.event, new.from_status, new.to_status)):
+            add_notification(tx, kind, at, new.detail, new.release_id)
     tx.insert_many("INSERT INTO release_events (release_task_id, node_id, at, actor, event, from_status, to_status, "
                    "detail) VALUES ", 8, rows)
 
 
+# From a change of a release's status to the kind of its notification.
+NOTIFIED_CHANGES: Mapping[tuple[str, str], str] = {
+    ("", PENDING): CREATED, (PENDING, RUNNING): STARTED,
+    **{(before, after): after for before, statuses in RELEASE_TRANSITIONS.items() for after in statuses
+       if after == PAUSED or after in TERMINAL}}
+# Events of a release that change no status, and are notified of.
+NOTIFIED_EVENTS = (STUCK, TAKEN_OVER)
+
+
+def notification_kind(event: str, from_status: str, to_status: str) -> str:
+    """Return the kind of the notification of a release's event, "" for none."""
+    if from_status == to_status:
+        return event if event in NOTIFIED_EVENTS else ""
+    return NOTIFIED_CHANGES.get((from_status, to_status), "")
+
+
+def add_notification(tx: Transaction, kind: str, at: str, detail: str, release_id: int | None = None) -> None:
+    """Put a message into the outbox, in the transaction of what it tells, where somebody has a receiver for its kind.
+
+    That is this process, or an executor that looks for work: an operator's shell need not have the same settings.
+    """
+    if kind not in tx.database.notify_on and not any(
+            kind in row[0].split(",") for row in tx.rows("SELECT notify_on FROM executors WHERE notify_on <> ''")):
+        return
+    tx.execute("INSERT INTO notifications (kind, release_task_id, at, detail) VALUES (?, ?, ?, ?)",
+               kind, release_id, at, detail_text(detail))
+    tx.after_commit.append(tx.database.notified.set)
+
+
+# An event that may follow the end of a release, and is left out of the digest of its events.
+NOTIFY_GIVEN_UP = "notify.given_up"
 # Actions that the verification reads.
 RELEASE_END, PRUNE = "release.end", "prune"
 # Rows read in one transaction.
@@ -5902,9 +6027,9 @@ class Audit:
             rows = tx.rows("""
                 SELECT id, node_id, at, actor, event, from_status, to_status, detail
                 FROM release_events
-                WHERE release_task_id = ? AND id > ?
+                WHERE release_task_id = ? AND id > ? AND event <> ?
                 ORDER BY id
-                LIMIT ?""", release_id, last_id, AUDIT_PAGE)
+                LIMIT ?""", release_id, last_id, NOTIFY_GIVEN_UP, AUDIT_PAGE)
             if rows:
                 digest.update((b"," if count else b"") + _CHAINED.encode(rows)[1:-1].encode())
                 count, last_id = count + len(rows), rows[-1][0]
@@ -7472,6 +7597,8 @@ class Releases:
             event = "frozen" if frozen else "unfrozen"
             add_events(tx, self._state.now(), actor, [NewEvent(c.id, event, c.status, c.status, reason)
                                                       for c in read_candidates(tx)])
+            if frozen:
+                add_notification(tx, FROZEN, self._state.now(), f"frozen by {actor}: {reason}")
             tx.after_commit.append(lambda: log.warning(
                 "%s by %s%s", "frozen" if frozen else "the freeze was lifted", actor, f": {reason}" if reason else "",
                 extra=about(actor=str(actor), event=event)))
@@ -7682,7 +7809,9 @@ class Releases:
                 FROM release_tasks""")]
             bad = {target: rolled_back(tx, target) for target in {release.target for release in releases}}
             newest = tx.value("SELECT release_task_id FROM release_events ORDER BY id DESC LIMIT 1") or 0
-            needed = set().union({newest}, *(level.needs for level in levels(tx, all_nodes(tx)).values()))
+            unsent = {row[0] for row in tx.rows("SELECT release_task_id FROM notifications "
+                                                "WHERE release_task_id IS NOT NULL")}
+            needed = set().union({newest}, unsent, *(level.needs for level in levels(tx, all_nodes(tx)).values()))
 
             def content_of(release: OldRelease) -> Content:
                 digest = stored_digest(tx, release.id)
@@ -7697,12 +7826,14 @@ class Releases:
     def delete(self, release_ids: Sequence[int], by: Who = PROGRAM) -> list[int]:
         """Delete up to NODES_PER_STATEMENT terminal releases, with nodes and events; return the ids of those deleted.
 
-        A release stays where somebody made a retry or a rollback of it meanwhile.
+        A release stays where somebody made a retry or a rollback of it meanwhile, or a notification of it is to go.
         """
         with self._database.transaction(write=True) as tx:
             marks = ", ".join("?" * len(release_ids)) or "NULL"
             # another prune may have been quicker
-            going = {row[0] for row in tx.rows(f"SELECT id FROM release_tasks WHERE id IN ({marks})", *release_ids)}
+            going = {row[0] for row in tx.rows(
+                f"SELECT id FROM release_tasks r WHERE id IN ({marks}) AND NOT EXISTS "
+                "(SELECT 1 FROM notifications n WHERE n.release_task_id = r.id)", *release_ids)}
             while going:  # each round may spare more, which one of them names
                 marks = ", ".join("?" * len(going))
                 # the indexes release_tasks_by_retry_of, release_tasks_by_rollback_of and release_tasks_by_catch_up_of
@@ -7824,6 +7955,155 @@ class Releases:
 # endregion
 
 
+# region Notifications
+# ======================================================================================
+# Notifications: the outbox: messages that are still to go (contract section 2).
+# Uses: Vocabulary, Helpers, Decision, Database state, Audit, Queue.
+#
+#   A row is written by add_notification() (Audit), in the transaction of what it tells. Whoever sends it
+#   first moves next_at ahead under the number of tries that was read: so one process sends it, and when
+#   that dies it is due again.
+# ======================================================================================
+
+# Within this time a try has ended, or its process is dead: then another one may try.
+SENDING_S = 40.0
+# The wait after a failed try, at first and at most; how old a notification is that is given up when a try fails.
+NOTIFY_AGAIN_S, NOTIFY_AGAIN_MAX_S, NOTIFY_GIVE_UP_S = 5.0, 600.0, 86400.0
+
+
+class Notification(NamedTuple):
+    """A row of notifications."""
+    id: int
+    kind: str
+    # None: it is of the freeze.
+    release_id: int | None
+    at: str
+    detail: str
+    # The message, the same at each try; "" before the first one.
+    body: str
+    # The receivers that have it, with a space between.
+    sent_to: str
+    attempts: int
+    # Nobody tries it before that, by Transaction.now().
+    next_at: str
+    last_error: str
+
+
+class Waiting(NamedTuple):
+    """What is in the outbox."""
+    total: int
+    # Seconds since the oldest event of these, and its time; 0 and "" where there is none.
+    oldest_s: float
+    oldest_at: str
+    # Of the last try that failed, "" for none.
+    last_error: str
+
+
+class Outbox:
+    """Messages that are still to go. Each public method is one transaction."""
+
+    COLUMNS = "id, kind, release_task_id, at, detail, body, sent_to, attempts, next_at, last_error"
+
+    def __init__(self, state: DatabaseState):
+        self._state = state
+        self._database = state.database
+
+    def next(self, min_age_s: float = 0.0) -> tuple[Notification | None, float]:
+        """Return the message that is due first, None where the outbox is empty, and in how many seconds it is due."""
+        with self._database.transaction() as tx:
+            now_s = epoch_of(tx.now())
+            # the index notifications_by_next
+            row = tx.row(f"SELECT {self.COLUMNS} FROM notifications WHERE at <= ? ORDER BY next_at, id LIMIT 1",
+                         utc_text(now_s - min_age_s) if min_age_s else "9")
+        if row is None:
+            return None, float("inf")
+        found = Notification(*row)
+        wait_s = epoch_or(found.next_at, 0.0) - now_s
+        return found, wait_s if 0 < wait_s <= NOTIFY_AGAIN_MAX_S else 0.0  # further: a clock was ahead
+
+    def begin_try(self, notification: Notification, body: str) -> Notification | None:
+        """Note that a message is being sent now; return it as it is then, None where another process was quicker."""
+        with self._database.transaction(write=True) as tx:
+            changed = tx.execute("UPDATE notifications SET body = ?, attempts = attempts + 1, next_at = ? "
+                                 "WHERE id = ? AND attempts = ?", body,
+                                 utc_text(epoch_of(tx.now()) + SENDING_S), notification.id, notification.attempts)
+        return notification._replace(body=body, attempts=notification.attempts + 1) if changed else None
+
+    def end_try(self, notification: Notification, error: str, actor: Who) -> str:
+        """Write what became of a message in a try; return SENT, UNDELIVERED or GIVEN_UP.
+
+        error: of a receiver that has not got it, "" where each has it. Who was suspended for long deletes what it sent,
+        and else changes nothing.
+        """
+        with self._database.transaction(write=True) as tx:
+            if not error:
+                tx.execute("DELETE FROM notifications WHERE id = ?", notification.id)
+                return SENT
+            mine, now_s = (notification.id, notification.attempts), epoch_of(tx.now())
+            if now_s - epoch_or(notification.at, now_s) < NOTIFY_GIVE_UP_S:
+                tx.execute("UPDATE notifications SET sent_to = ?, last_error = ?, next_at = ? "
+                           "WHERE id = ? AND attempts = ?", notification.sent_to, error,
+                           utc_text(now_s + backoff_s(notification.attempts, notification.id, NOTIFY_AGAIN_S,
+                                                      NOTIFY_AGAIN_MAX_S)), *mine)
+                return UNDELIVERED
+            if tx.execute("DELETE FROM notifications WHERE id = ? AND attempts = ?", *mine):
+                release = None if notification.release_id is None else find_release(tx, notification.release_id)
+                if release:
+                    add_events(tx, self._state.now(), actor, [NewEvent(
+                        release.id, NOTIFY_GIVEN_UP, release.status, release.status,
+                        f"{notification.kind} of {notification.at}, after {notification.attempts} tries: {error}")])
+            return GIVEN_UP
+
+    def failures(self, release_id: int) -> list[dict[str, Any]]:
+        """Return the failed nodes of a release in groups, the largest first."""
+        with self._database.transaction() as tx:
+            return [{"errorKind": kind, "nodes": count, "message": message} for kind, count, message in tx.rows("""
+                SELECT error_kind, COUNT(*), MIN(error_msg)
+                FROM release_task_nodes
+                WHERE release_task_id = ? AND status = 'failed'
+                GROUP BY error_kind
+                ORDER BY COUNT(*) DESC, error_kind""", release_id)]
+
+    def waiting(self) -> Waiting:
+        """Return how many messages wait, since when, and why."""
+        with self._database.transaction() as tx:
+            total, oldest = tx.row("SELECT COUNT(*), MIN(at) FROM notifications") or (0, None)
+            if not total:
+                return Waiting(0, 0.0, "", "")
+            error = tx.value("SELECT last_error FROM notifications WHERE last_error <> '' "
+                             "ORDER BY next_at DESC LIMIT 1") or ""
+            now_s = epoch_of(tx.now())
+            return Waiting(total, max(0.0, now_s - epoch_or(oldest, now_s)), oldest, error)
+
+    def figures(self) -> dict[tuple[str, ...], float]:
+        """Return the figures of METRICS on the outbox."""
+        waiting = self.waiting()
+        return {("releasectl_notifications_waiting",): waiting.total,
+                ("releasectl_notifications_oldest_age_seconds",): waiting.oldest_s}
+
+    def quiet_releases(self, quiet_s: float) -> list[int]:
+        """Return the open releases, but paused ones, of which nothing was written for so long."""
+        with self._database.transaction() as tx:
+            # the index release_tasks_by_status
+            return [row[0] for row in tx.rows(
+                "SELECT id FROM release_tasks WHERE status IN ('pending', 'running', 'cancelling') AND updated_at < ? "
+                "ORDER BY id", utc_text(self._state.clock.wall() - quiet_s))]
+
+    def note_stuck(self, release_id: int, why: str, actor: Who) -> None:
+        """Write that a release is stuck, unless that is the last that was written of it."""
+        with self._database.transaction(write=True) as tx:
+            release = find_release(tx, release_id)
+            # the index release_events_of_releases
+            last = tx.value("SELECT event FROM release_events WHERE release_task_id = ? AND node_id IS NULL "
+                            "ORDER BY id DESC LIMIT 1", release_id)
+            if release and not release.is_terminal and last != STUCK:
+                add_events(tx, self._state.now(), actor, [NewEvent(release_id, STUCK, release.status, release.status,
+                                                                   why)])
+
+
+# endregion
+
+
 # region Claims
 # ======================================================================================
 # Claims: claim, lease, fence, commit.
@@ -7864,16 +8144,19 @@ class Claims:
                 found = self._queue.runnable(tx)
         return found
 
-    def note_executor(self, owner: str, host: str, kind: str, period_s: float, error: str, is_first: bool) -> None:
+    def note_executor(self, owner: str, host: str, kind: str, period_s: float, error: str, is_first: bool) -> bool:
         """Write that an executor looks for work and is seen again within period_s; its first row clears old ones.
 
-        A tick takes the place of earlier ticks of its host, and is seen again when cron starts the next one.
+        A tick takes the place of earlier ticks of its host, and is seen again when cron starts the next one. Return
+        whether notifications wait.
         """
         with self._state.noted_write("executors") as tx:
             now = tx.now()
             if is_first:
                 tx.execute("DELETE FROM executors WHERE seen_at < ? OR seen_at > ?",
                            utc_text(epoch_of(now) - MAX_EXECUTOR_AGE_S), utc_text(epoch_of(now) + MAX_EXECUTOR_AHEAD_S))
+                # an earlier process of the host may have had other settings; one that lives writes its own again
+                tx.execute("UPDATE executors SET notify_on = '' WHERE host = ? AND notify_on <> ''", host)
             if kind == TICK:
                 known_s = tx.value("SELECT period_sec FROM executors WHERE owner = ?", owner)
                 before = tx.value("SELECT MAX(started_at) FROM executors WHERE kind = ? AND host = ? AND owner <> ?",
@@ -7882,11 +8165,14 @@ class Claims:
                 period_s = known_s or period_s + min(max(between_s, FIRST_TICK_PERIOD_S), MAX_TICK_PERIOD_S)
                 tx.execute("DELETE FROM executors WHERE kind = ? AND host = ? AND owner <> ?", kind, host, owner)
             tx.execute("""
-                INSERT INTO executors (owner, host, kind, started_at, seen_at, period_sec, error)
-                VALUES (?, ?, ?, ?, ?, ?, ?)
+                INSERT INTO executors (owner, host, kind, started_at, seen_at, period_sec, error, notify_on)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT (owner) DO UPDATE
-                SET seen_at = excluded.seen_at, period_sec = excluded.period_sec, error = excluded.error""",
-                       owner, host, kind, now, now, period_s, one_line(error))
+                SET seen_at = excluded.seen_at, period_sec = excluded.period_sec, error = excluded.error,
+                    notify_on = excluded.notify_on""",
+                       owner, host, kind, now, now, period_s, one_line(error),
+                       ",".join(sorted(self._database.notify_on)))
+            return bool(tx.value("SELECT COUNT(*) FROM (SELECT 1 FROM notifications LIMIT 1) waiting"))
 
     def end_executor(self, owner: str) -> None:
         """Write that an executor was stopped: it is not seen again."""
@@ -7932,6 +8218,10 @@ class Claims:
                                  owner, expires, release_id, now, latest_expiry(now))
             if not changed:
                 raise StateMoved(f"release {release_id} was claimed by a writer outside of the lock")
+            if before.status != PENDING and before.claim_expires_at is not None:
+                add_events(tx, self._state.now(), owner, [NewEvent(
+                    release_id, TAKEN_OVER, before.status, before.status,
+                    f"taken over by {owner} from {before.claim_owner}, whose claim had run out")])
             self._queue.explain_waiting(tx)
             tx.after_commit.append(lambda: self._log_claim(before, owner))
             return Claim(release_id, before.claim_fence + 1, before.version, owner, self._state.generation)
@@ -8127,7 +8417,7 @@ class Claims:
         elif before.claim_expires_at is not None:
             self._database.metrics.count("releasectl_takeovers_total")
             log.warning("%s: taken over by %s from %s, whose claim had run out", before, owner, before.claim_owner,
-                        extra=about(before, actor=owner, event="taken_over"))
+                        extra=about(before, actor=owner, event=TAKEN_OVER))
         else:
             log.debug("%s: taken by %s", before, owner, extra=about(before, actor=owner, event="taken"))
 
@@ -8192,7 +8482,7 @@ class Claims:
 # ======================================================================================
 # Overview: what the verdict is made from; the store that all parts make up.
 # Uses: Vocabulary, Helpers, Model, Status texts, Verdict, Database, Database state,
-#   Audit, Nodes, Queue, Drift, Releases, Claims.
+#   Audit, Nodes, Queue, Drift, Releases, Notifications, Claims.
 # ======================================================================================
 
 class OverviewReader:
@@ -8264,6 +8554,7 @@ class Store:
         self.queue = Queue(self.state, self.audit)
         self.fleet = Fleet(self.state)
         self.releases = Releases(self.state, self.audit, self.queue)
+        self.outbox = Outbox(self.state)
         self.claims = Claims(self.state, self.queue)
         self.overview = OverviewReader(self.state, self.fleet)
 
@@ -10086,11 +10377,346 @@ class Driver:
 # endregion
 
 
+# region Notifier
+# ======================================================================================
+# Notifier: what is in the outbox goes to a command or a URL; releases that are stuck.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Why,
+#   Notifications, Overview, Event loop, HTTP wire.
+#
+#   One thread of an executor, with transactions of its own: no release waits for it. A message may come
+#   twice, under the same id: a process that is killed after a receiver has it has not written that yet.
+# ======================================================================================
+
+# Time for a try at one receiver.
+TRY_S = 10.0
+# End of a command's output that is kept, and the longest answer of a receiver.
+MAX_OUTPUT_BYTES, MAX_REPLY_BYTES = 4096, 64 << 10
+# After a failure nothing is tried for so long: with a receiver that hangs each message would take TRY_S.
+PAUSE_S = 5.0
+# Time that a tick has for what is in the outbox.
+TICK_NOTIFIES_S = 15.0
+# A release is stuck that is stopped, with nothing written of it for so long; how often that is looked at.
+STUCK_AFTER_S, STUCK_EVERY_S = 300.0, 60.0
+# Steps that stop a release because a person wants it.
+WANTED_STOPS = ("freeze", "order", "pause")
+# What a command must not have: our settings, among them secrets, and what is between us and systemd.
+HIDDEN_VARIABLES = {*(setting.name for setting in SETTINGS), "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
+
+# The seconds that are left for something.
+Left = Callable[[], float]
+# Gets id and body of a message to a receiver, or raises NotDelivered.
+Receiver = Callable[[str, bytes, Left], None]
+
+
+class NotDelivered(Exception):
+    """A receiver has not got a message, as far as is known: one line, without secrets."""
+
+
+def receivers_of(settings: Settings) -> dict[str, Receiver]:
+    """Return the receivers by the names of their settings."""
+    found: dict[str, Receiver] = {}
+    if settings.notify_command:
+        found["NOTIFY_COMMAND"] = functools.partial(_run_command, settings.notify_command)
+    if settings.notify_url:
+        found["NOTIFY_URL"] = functools.partial(_post, settings.notify_url, settings.notify_secret_file,
+                                                settings.notify_ca)
+    return found
+
+
+def _run_command(words: Sequence[str], _message_id: str, body: bytes, left_s: Left) -> None:
+    """Run a command with the message as its standard input; end it, with all processes of its group, in time."""
+    name, output = os.path.basename(words[0]), bytearray()
+    try:
+        with open(os.memfd_create("notification"), "w+b") as message:  # no pipe: it may be read at any time, or never
+            message.write(body)
+            message.seek(0)
+            process = subprocess.Popen(
+                words, stdin=message, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                env={key: value for key, value in os.environ.items() if key not in HIDDEN_VARIABLES})
+    except (OSError, ValueError) as error:
+        raise NotDelivered(f"{name} can't be run: {os_reason(error)}") from None
+    with cast(io.BufferedReader, process.stdout) as stdout:
+        has_ended = _read_until_end(process.pid, stdout.fileno(), output, left_s)
+        with contextlib.suppress(OSError):  # it became another user
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1.0)
+    code = process.returncode if has_ended else None
+    if code != 0:
+        last = output.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        said = one_line(without_url_secrets(last), 160)
+        what = ("did not end in time, and was killed" if code is None else
+                f"ended with {code}" if code > 0 else f"was killed by signal {-code}")
+        raise NotDelivered(f"{name} {what}{f': {said}' if said else ''}")
+
+
+def _read_until_end(pid: int, descriptor: int, output: bytearray, left_s: Left) -> bool:
+    """Read what a process says until it ends; return whether it did in time."""
+    os.set_blocking(descriptor, False)
+    poller, has_ended = select.poll(), False
+    poller.register(descriptor, select.POLLIN)
+    while not has_ended and left_s() > 0:
+        if poller.poll(50) and not _read_some(descriptor, output):
+            poller.unregister(descriptor)
+        # not reaped: until then its number, which is that of its group, is nobody else's
+        has_ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    _read_some(descriptor, output)
+    return has_ended
+
+
+def _read_some(descriptor: int, output: bytearray) -> bool:
+    """Read what a command says, and keep the last of it; return False at the end."""
+    with contextlib.suppress(BlockingIOError):
+        data = os.read(descriptor, 65536)
+        output[:] = (output + data)[-MAX_OUTPUT_BYTES:]
+        return bool(data)
+    return True
+
+
+def _post(url: str, secret_file: str, ca: str, message_id: str, body: bytes, left_s: Left) -> None:
+    """Send a message by POST; only a status of 2xx is a success, and no redirect is followed."""
+    parts, shown, ends_at = urllib.parse.urlsplit(url), without_url_secrets(url), time.monotonic() + left_s()
+    try:
+        context = receiver_context(ca) if parts.scheme == "https" else None
+        headers = {"Host": parts.netloc.rpartition("@")[2], "Content-Type": "application/json",
+                   "Content-Length": str(len(body)), "User-Agent": f"releasectl/{__version__}", "Connection": "close",
+                   "X-Releasectl-Id": message_id}
+        if parts.username is not None:
+            pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+            headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+        if secret_file:
+            headers["X-Releasectl-Signature"] = signature_of(body, secret_file)
+        target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        sock = _connect(parts.hostname or "", parts.port or (443 if context else 80), ends_at)
+        try:
+            if context:
+                sock = context.wrap_socket(sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
+            status = run_coroutine(_exchange(sock, encode_message(f"POST {target} HTTP/1.1", headers, body), ends_at))
+        finally:
+            close_quietly(sock)
+    except ssl.SSLCertVerificationError as error:
+        raise NotDelivered(f"{shown} presented a bad certificate: {error.verify_message}") from None
+    except socket.timeout:
+        raise NotDelivered(f"{shown} did not answer in time") from None
+    except ConfigError as error:
+        raise NotDelivered(error.message) from None
+    except (AppError, TooBig) as error:
+        raise NotDelivered(f"{shown} answered what is not HTTP, or too much: {error}") from None
+    except (OSError, EOFError, UnicodeError) as error:
+        reason = os_reason(error) if isinstance(error, OSError) else "it cut the connection"
+        raise NotDelivered(f"{shown} can't be reached: {reason}") from None
+    if not 200 <= status < 300:
+        raise NotDelivered(f"{shown} answered {status}" + (", a redirect" if 300 <= status < 400 else ""))
+
+
+def signature_of(body: bytes, secret_file: str) -> str:
+    """Return the signature of a body: HMAC-SHA256 under the line in a file; raise ConfigError."""
+    secret = read_secret_file("NOTIFY_SECRET_FILE", secret_file, "the secret that signs notifications")
+    return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+
+
+def _connect(host: str, port: int, ends_at: float) -> socket.socket:
+    """Return a connection to the first address of a host that takes one; raise OSError."""
+    error: OSError = socket.timeout()
+    for family, kind, number, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, number)
+        try:
+            sock.settimeout(max(ends_at - time.monotonic(), 0.001))
+            sock.connect(target)
+            sock.setblocking(False)
+            return sock
+        except OSError as failed:
+            sock.close()
+            error = failed
+    raise error
+
+
+async def _exchange(sock: socket.socket, request: bytes, ends_at: float) -> int:
+    """Send a request; return the status of the answer."""
+    timed = TimedSocket(sock, ends_at, MAX_REPLY_BYTES)
+    if isinstance(sock, ssl.SSLSocket):
+        await timed.when_ready(sock.do_handshake, select.POLLIN)
+    await timed.sendall(request)
+    return (await read_answer(HttpReader(functools.partial(timed.recv, 16384), ANSWER_LIMITS), MAX_REPLY_BYTES))[0]
+
+
+def message_of(kind: str, at: str, detail: str, host: str, public_url: str, why: Why | None = None,
+               failures: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Return a message; why: of its release, as it is now."""
+    release = why.release if why else None
+    return {
+        "id": secrets.token_hex(16), "kind": kind, "at": at, "host": host, "text": _message_text(kind, detail, why),
+        "link": f"{public_url}/#/releases/{release.id}" if public_url and release else public_url,
+        "release": {
+            "id": release.id, "target": release.target, "version": release.version, "status": release.status,
+            "statusReason": release.status_reason, "reason": release.reason, "totalNodes": release.total_nodes,
+            "successNodes": release.success_nodes, "failedNodes": release.failed_nodes,
+            "skippedNodes": release.skipped_nodes} if release else None,
+        "failures": list(failures)}
+
+
+def _message_text(kind: str, detail: str, why: Why | None) -> str:
+    """Return a message in one sentence; where the release has gone on since, what it was and what it is."""
+    if why is None or why.release is None:
+        return one_line(detail)
+    status = {CREATED: PENDING, STARTED: RUNNING}.get(kind, kind)
+    if kind == TAKEN_OVER:
+        return one_line(f"{why.release}: {detail}")
+    if why.release.status == status or (kind == STUCK and why.stopped_by):
+        return one_line(why.line)
+    return one_line(f"{why.release} was {kind}{f': {detail}' if detail else ''}; now: {why.text}")
+
+
+def check_url(settings: Settings) -> str:
+    """Return NOTIFY_URL as it may be shown; raise ConfigError where a file for it can't be used."""
+    if settings.notify_url and settings.notify_secret_file:
+        signature_of(b"", settings.notify_secret_file)
+    if settings.notify_url.startswith("https:"):
+        receiver_context(settings.notify_ca)
+    return without_url_secrets(settings.notify_url)
+
+
+class Notifier:
+    """Send what is in the outbox, and note which releases are stuck."""
+
+    def __init__(self, settings: Settings, store: Store, metrics: Metrics, owner: str, host: str):
+        self.receivers = receivers_of(settings)
+        self._settings, self._store, self._metrics = settings, store, metrics
+        self._owner, self._host = owner, host
+        self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
+        # By time.monotonic(): nothing is tried after that.
+        self._ends_at = float("inf")
+        self._stuck_at = time.monotonic() + STUCK_EVERY_S
+        # The releases that were stopped at the last look.
+        self._stopped: set[int] = set()
+        self._outage = Outage("notifier")
+        self._outages = {name: Outage(f"notifications: {name}") for name in self.receivers}
+
+    def start(self) -> None:
+        """Start the thread where there is a receiver; raise RuntimeError when there is no room for it."""
+        if self.receivers and self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="notifier", daemon=True)
+            self._thread.start()
+
+    def wake(self) -> None:
+        """Look into the outbox: another process wrote there. Without a receiver only what is too old is given up."""
+        if self._thread:
+            self._store.database.notified.set()
+        else:
+            self._cycle()
+
+    def finish(self) -> None:
+        """Send what is due before a tick ends, as far as that goes in TICK_NOTIFIES_S."""
+        self.stop(TICK_NOTIFIES_S)
+        self.join()
+        if self.receivers and not (self._thread and self._thread.is_alive()):
+            self._note_stuck(is_sure=True)
+            self._cycle()
+
+    def stop(self, within_s: float) -> None:
+        """Let the thread end; a try that is under way has so many seconds."""
+        self._ends_at = min(self._ends_at, time.monotonic() + within_s)
+        self._closing.set()
+        self._store.database.notified.set()
+
+    def join(self) -> None:
+        """Wait for the end of the thread, no longer than stop() said; what it has not sent is due again."""
+        if self._thread:
+            self._thread.join(max(self._ends_at - time.monotonic(), 0.0) + 0.5)
+
+    def _run(self) -> None:
+        while True:
+            self._store.database.notified.clear()
+            if self._closing.is_set():
+                return
+            if STUCK in self._settings.notify_on and time.monotonic() >= self._stuck_at:
+                self._stuck_at = time.monotonic() + STUCK_EVERY_S
+                self._note_stuck(is_sure=False)
+            wait_s = self._cycle()
+            self._store.database.notified.wait(min(wait_s, STUCK_EVERY_S))
+
+    def _cycle(self) -> float:
+        """Send what is due, up to the first failure; return for how many seconds there is nothing to do."""
+        try:
+            wait_s = 0.0
+            while wait_s <= 0 and time.monotonic() < self._ends_at:
+                notification, wait_s = self._store.outbox.next(0.0 if self.receivers else NOTIFY_GIVE_UP_S)
+                if notification is not None and wait_s <= 0 and not self._try(notification):
+                    wait_s = PAUSE_S
+            self._outage.end()
+            return wait_s
+        except DatabaseError as error:
+            self._outage.log(f"{error}; trying again")
+        except Exception:  # the edge of a cycle: the thread goes on
+            log.exception("notifier: a notification could not be sent")
+        return PAUSE_S
+
+    def _try(self, waiting: Notification) -> bool:
+        """Send a message to each receiver that has not got it; return False where one has not got it now."""
+        outbox = self._store.outbox
+        notification = outbox.begin_try(waiting, waiting.body or to_json(self._message(waiting)))
+        if notification is None:
+            return True
+        sent, errors = notification.sent_to.split(), [] if self.receivers else ["no executor has a receiver"]
+        message_id = str(stored_json(notification.body).get("id", ""))
+        for name, receive in self.receivers.items():
+            error = "" if name in sent else self._send(name, receive, message_id, notification.body.encode())
+            if error:
+                errors.append(error)
+            elif name not in sent:
+                sent.append(name)
+        outcome = outbox.end_try(notification._replace(sent_to=" ".join(sent)), one_line("; ".join(errors)),
+                                 self._owner)
+        if outcome == GIVEN_UP:
+            self._metrics.count("releasectl_notifications_total", GIVEN_UP)
+            log.error("notification %s of %s is given up: %s", notification.kind, notification.at, "; ".join(errors))
+        return outcome == SENT
+
+    def _send(self, name: str, receive: Receiver, message_id: str, body: bytes) -> str:
+        """Send a message to a receiver; return the error, "" for none."""
+        ends_at = time.monotonic() + TRY_S
+        try:
+            receive(message_id, body, lambda: min(ends_at, self._ends_at) - time.monotonic())
+        except NotDelivered as error:
+            self._outages[name].log(error)
+            self._metrics.count("releasectl_notifications_total", UNDELIVERED)
+            return f"{name}: {error}"
+        self._outages[name].end()
+        self._metrics.count("releasectl_notifications_total", SENT)
+        return ""
+
+    def _message(self, waiting: Notification) -> dict[str, Any]:
+        why, failures = None, list[dict[str, Any]]()
+        if waiting.release_id is not None:
+            why = self._store.claims.why(waiting.release_id, self._settings.node_deadline_sec)
+            failures = self._store.outbox.failures(waiting.release_id)
+        return message_of(waiting.kind, waiting.at, waiting.detail, self._host, self._settings.public_url, why,
+                          failures)
+
+    def _note_stuck(self, is_sure: bool) -> None:
+        """Note which releases are stopped by what nobody wants; with is_sure at the first look, else at the second."""
+        try:
+            stops = {release_id: self._store.claims.why(release_id, self._settings.node_deadline_sec).stopped_by
+                     for release_id in self._store.outbox.quiet_releases(STUCK_AFTER_S)}
+            stopped = {release_id: step.text for release_id, step in stops.items()
+                       if step and step.name not in WANTED_STOPS}
+            for release_id, text in stopped.items():
+                if is_sure or release_id in self._stopped:
+                    self._store.outbox.note_stuck(release_id, text, self._owner)
+            self._stopped = set(stopped)
+        except AppError as error:  # also a release that is gone
+            self._outage.log(f"{error}; trying again")
+
+
+# endregion
+
+
 # region Executor
 # ======================================================================================
 # Executor: scan, claims, leases, the threads.
 # Uses: Vocabulary, Settings, Log and metrics, Model, Overview, Event loop, Agents,
-#   Driver.
+#   Driver, Notifier.
 #
 #   One driver thread a claimed release alone reads and writes its rows. Coroutines only talk to
 #   agents and put outcomes on its queue. One lease thread renews all claims. Persist, then send.
@@ -10142,6 +10768,7 @@ class Executor:
                         settings.release_executor_interval_sec, settings.agent_connect_timeout_sec)
         self.context = DriverContext(settings, store, agents, self.owner, policy, Slots(settings.agent_concurrency),
                                      self.stopping, self.submit, self.ended)
+        self.notifier = Notifier(settings, store, metrics, self.owner, self.host)
         self._kind = TICK
         # When the row in executors was written, by the elapsed clock, with which error; None: it was not.
         self._noted_at: float | None = None
@@ -10168,6 +10795,7 @@ class Executor:
         """
         started: list[Driver] = []
         taken, failure = 0, None
+        self._start_notifier()
         try:
             taken = self._scan(started, is_tick=True)
         except AppError as error:
@@ -10187,6 +10815,7 @@ class Executor:
         worked_on: dict[int, None] = {}
         running: list[Driver] = []
         outage = Outage("executor")
+        self._start_notifier()
         while True:
             started: list[Driver] = []
             had_running, taken = bool(running), 0
@@ -10230,6 +10859,7 @@ class Executor:
         """
         self._kind = SERVE
         outage = Outage("executor")
+        self._start_notifier()
         while not self.stopping.is_set():
             self._wake.clear()
             try:
@@ -10286,7 +10916,13 @@ class Executor:
         self._wake.set()
 
     def close(self) -> None:
-        """End cleanly: requests in flight get STOP_GRACE_S, their answers are written, claims released."""
+        """End cleanly: requests in flight get STOP_GRACE_S, their answers are written, claims released.
+
+        A tick that was not stopped sends notifications before.
+        """
+        if self._kind == TICK and not self.stopping.is_set():
+            self.notifier.finish()
+        self.notifier.stop(STOP_GRACE_S)
         self.stop()
         self.nudge()
         give_up_at = time.monotonic() + STOP_GRACE_S
@@ -10302,6 +10938,7 @@ class Executor:
             with contextlib.suppress(DatabaseError):  # its row gets old then
                 self.store.claims.end_executor(self.owner)
         self._closed.set()
+        self.notifier.join()
         if self._lease_thread:
             self._lease_thread.join(STOP_GRACE_S)
         for loop in self._loops:
@@ -10333,9 +10970,11 @@ class Executor:
         if self._noted_at is not None and now < self._noted_at + NOTE_EVERY_S and error == self._noted_error:
             return
         try:
-            self.store.claims.note_executor(
-                self.owner, self.host, self._kind,
-                NOTE_EVERY_S + self.settings.release_executor_interval_sec + NOTE_LATE_S, error, self._noted_at is None)
+            if self.store.claims.note_executor(
+                    self.owner, self.host, self._kind,
+                    NOTE_EVERY_S + self.settings.release_executor_interval_sec + NOTE_LATE_S, error,
+                    self._noted_at is None):
+                self.notifier.wake()
             self._noted_at, self._noted_error = now, error
             self._note_outage.end()
         except DatabaseError as failure:
@@ -10405,6 +11044,10 @@ class Executor:
             return list(self._drivers.values())
 
     # -- threads and leases --------------------------------------------------------------
+
+    def _start_notifier(self) -> None:
+        with starting_threads():
+            self.notifier.start()
 
     def _start_threads(self) -> None:
         """Start what all drivers need, where it does not run; raise ConfigError when there is no room for it."""
@@ -11592,7 +12235,7 @@ def metrics_text(metrics: Metrics, store: Store, more: Figures) -> str:
     """Return /metrics: what this process counted, what the database holds if it answers, and more."""
     figures = {("releasectl_build_info", __version__, ".".join(map(str, sys.version_info[:3]))): 1.0, **more}
     try:
-        figures.update(store.releases.counts())
+        figures.update({**store.releases.counts(), **store.outbox.figures()})
         figures.update({("releasectl_nodes_drift", drift): float(found.nodes)
                         for drift, found in store.fleet.drift_counts().items()})
         figures["releasectl_database_up",] = 1.0
@@ -12249,8 +12892,8 @@ def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
 # ======================================================================================
 # Check and why: what is wrong with this installation, and what would mend it.
 # Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Status texts, Why,
-#   Engines, Database, Audit, Drift, Overview, Dialects, Agents, Executor, Access,
-#   API, Server.
+#   Engines, Database, Audit, Drift, Overview, Dialects, Agents, Notifier, Executor,
+#   Access, API, Server.
 # ======================================================================================
 
 class Ping(NamedTuple):
@@ -12382,15 +13025,17 @@ def check_config(path: str) -> Iterator[Finding]:
     """Check who may read and write the settings file: its writers control what is sent to nodes."""
     if not path:
         return
-    url = dict(read_config_file(path)).get("DATABASE_URL", "")  # not the one in use, which may come from elsewhere
-    has_secret = safe_url(url) != url
+    given = dict(read_config_file(path))  # not what is in use, which may come from elsewhere
+    url = given.get("DATABASE_URL", "")
+    secrets_in = [what for what, is_there in (("the database's password is", safe_url(url) != url),
+                                              ("NOTIFY_URL is", given.get("NOTIFY_URL"))) if is_there]
     if os.stat(path).st_mode & (stat.S_IWOTH | stat.S_IWGRP):
         yield Finding("--config", EXIT_USAGE, f"{path} is open to others, who may write it: chmod o-rwx,g-w it")
-    elif has_secret and _is_reachable(path, stat.S_IROTH):
-        yield Finding("--config", EXIT_USAGE, f"{path} is open to others, and the database's password is in it: "
-                                              "chmod o-rwx it (its group may read it)")
+    elif secrets_in and _is_reachable(path, stat.S_IROTH):
+        yield Finding("--config", EXIT_USAGE, f"{path} is open to others, and {' and '.join(secrets_in)} "
+                                              "in it: chmod o-rwx it (its group may read it)")
     else:
-        yield Finding("--config", EXIT_DONE, f"{path} is closed to others" if has_secret else
+        yield Finding("--config", EXIT_DONE, f"{path} is closed to others" if secrets_in else
                       f"{path} can be written by its owner alone")
 
 
@@ -12544,6 +13189,42 @@ def check_work(settings: Settings, store: Store) -> Iterator[Finding]:
         yield Finding(subject, EXIT_NOT_SUCCESS, f"{step.text}; mend: {step.mend}")
 
 
+# A notification that is older than this has not got out.
+OLD_NOTIFICATION_S = 300.0
+
+
+def check_outbox(store: Store) -> Iterator[Finding]:
+    """Check whether notifications get out."""
+    waiting = store.outbox.waiting()
+    if waiting.oldest_s > OLD_NOTIFICATION_S:
+        have = "1 has" if waiting.total == 1 else f"{waiting.total} have"
+        yield Finding("notifications", EXIT_NOT_SUCCESS, f"{have} not got out since {waiting.oldest_at}: " + (
+            waiting.last_error or "none was tried: no executor with NOTIFY_COMMAND or NOTIFY_URL is running"))
+
+
+def check_notifications(settings: Settings, is_test: bool) -> Iterator[Finding]:
+    """Check the receivers of notifications; with is_test by a message to each."""
+    receivers = receivers_of(settings)
+    if settings.notify_command and not is_test:
+        name = os.path.basename(settings.notify_command[0])
+        is_there = shutil.which(settings.notify_command[0])
+        yield Finding("NOTIFY_COMMAND", EXIT_DONE if is_there else EXIT_USAGE,
+                      f"{name} can be run" if is_there else f"{name} is no program that this user can run")
+    if settings.notify_url and not is_test:
+        yield _finding("NOTIFY_URL", lambda: check_url(settings))
+    if is_test and not receivers:
+        yield Finding("notifications", EXIT_USAGE, "nobody gets any: set NOTIFY_COMMAND or NOTIFY_URL")
+    for name, receive in receivers.items() if is_test else ():
+        host, began = socket.gethostname(), time.monotonic()
+        message = message_of("test", utc_text(time.time()), f"a test from {host}: notifications get here", host,
+                             settings.public_url)
+        try:
+            receive(message["id"], to_json(message).encode(), lambda: began + TRY_S - time.monotonic())  # noqa: B023
+            yield Finding(name, EXIT_DONE, f"took a test message in {(time.monotonic() - began) * 1000:.0f} ms")
+        except NotDelivered as error:
+            yield Finding(name, EXIT_UNAVAILABLE, str(error))
+
+
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
     """Check the database, and ask the agents of its enabled, online nodes."""
     engine = store.database.engine
@@ -12563,6 +13244,7 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
         except AppError as error:
             yield Finding("nodes", EXIT_USAGE, error.message)
         yield from check_work(settings, store)
+        yield from check_outbox(store)
         yield from check_drift(listed)
         for ping in ping_nodes(settings, nodes, key_may_be_open=True) if nodes else []:  # reported by check_agents()
             yield Finding(f"node {ping.node.name}", EXIT_DONE if ping.is_ok else EXIT_UNAVAILABLE, ping.text)
@@ -12727,7 +13409,7 @@ class Context:
         self.settings = Settings.load(os.environ, options.config, options.db) if options.needs_settings \
             else Settings.load({})
         self.metrics = Metrics()
-        self.store = Store(Database(self.settings.database_url, self.metrics))
+        self.store = Store(Database(self.settings.database_url, self.metrics, self.settings.notify_kinds))
         self.actor = _unix_user()
         self._is_open = False
 
@@ -13131,7 +13813,8 @@ def command_check(context: Context) -> int:
     settings = context.settings
     findings = [Finding("settings", EXIT_DONE, "valid"),
                 *check_config(context.options.config), *check_agents(settings),
-                *check_api(settings), *check_database(settings, context.store)]
+                *check_api(settings), *check_notifications(settings, context.options.notify),
+                *check_database(settings, context.store)]
     context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
                             for f in findings]},
                  table([("ok" if f.exit_code == EXIT_DONE else "WRONG", f.subject, f.text) for f in findings],
@@ -13383,7 +14066,7 @@ def command_node_ping(context: Context) -> int:
 # ======================================================================================
 # Service: the processes serve and run-once: signals, the service manager, files that
 #   change.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Agents,
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Agents, Notifier,
 #   Executor, Serialization, API, Server, Check and why, Terminal, Commands.
 # ======================================================================================
 
@@ -13508,9 +14191,13 @@ def _run_once(context: Context) -> int:
 
 
 def warn_of_settings(settings: Settings) -> None:
-    """Log what is not fit for production; raise ConfigError for a key that others can read."""
+    """Log what is not fit for production; raise ConfigError for a file that can't be used."""
     if settings.mtls_enabled and settings.control_key:
         require_private("CONTROL_KEY", settings.control_key)
+    check_url(settings)
+    if settings.notify_command and not shutil.which(settings.notify_command[0]):
+        log.warning("NOTIFY_COMMAND: %s is no program that can be run: its notifications wait",
+                    os.path.basename(settings.notify_command[0]))
     if not settings.mtls_enabled:
         log.warning("MTLS_ENABLED=0: agents are called by plain HTTP, unprotected; for a laboratory only")
     elif not settings.control_cert and settings.release_executor_enabled:
@@ -14001,7 +14688,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("freeze", "stop (on) or allow (off) new dispatches, of all processes; without argument: show",
             command_freeze, (option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),
     Command("check", "configuration, certificates, database, agents: what is wrong and how to fix it",
-            command_check),
+            command_check, (option("--notify", action="store_true", help="send a test notification now"),)),
     Command("backup", "a checked copy of an SQLite database, also while it is in use", command_backup, (
         option("file", metavar="FILE", help="a new file; it gets mode 0600"),)),
     Command("prune", "delete old releases with their history; what a rollback needs stays", command_prune, (

@@ -329,3 +329,33 @@ CREATE TABLE executors (
 );
 
 INSERT INTO schema_version (version) VALUES (9);
+
+-- step 10: messages that are still to go
+
+-- One row for each, written in the transaction of what it tells, and deleted when every receiver has it.
+CREATE TABLE notifications (
+    id              INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind            TEXT NOT NULL,
+    -- NULL: it is of the freeze.
+    release_task_id BIGINT REFERENCES release_tasks (id),
+    at              TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    detail          TEXT NOT NULL DEFAULT '',
+    -- The message, the same at each try; '' before the first one.
+    body            TEXT NOT NULL DEFAULT '',
+    -- The receivers that have it, with a space between.
+    sent_to         TEXT NOT NULL DEFAULT '',
+    attempts        INTEGER NOT NULL DEFAULT 0,
+    -- Nobody tries it before; who begins a try moves it ahead.
+    next_at         TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    last_error      TEXT NOT NULL DEFAULT ''
+);
+
+CREATE INDEX notifications_by_next ON notifications (next_at);
+
+-- prune leaves a release alone of which something is to be told.
+CREATE INDEX notifications_by_release ON notifications (release_task_id);
+
+-- The kinds of notifications that the executor has a receiver for, with a comma between.
+ALTER TABLE executors ADD COLUMN notify_on TEXT NOT NULL DEFAULT '';
+
+INSERT INTO schema_version (version) VALUES (10);

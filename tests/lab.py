@@ -30,6 +30,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -428,6 +429,51 @@ def executed(status: str, message: object = "", request_id: str = TASK_ID) -> by
 
 
 # -- a world ------------------------------------------------------------------------------------
+
+class Inbox:
+    """A receiver of notifications: it counts what it gets, and answers with a status, or not at all."""
+
+    def __init__(self, status: int = 200, tls: ssl.SSLContext | None = None):
+        self.status = status
+        self.is_hanging = False
+        self.messages: list[dict[str, Any]] = []
+        self.heads: list[dict[str, str]] = []
+        self.bodies: list[bytes] = []
+        self._stopped = threading.Event()
+        inbox = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if inbox.is_hanging:
+                    inbox._stopped.wait(TIMEOUT_S)
+                    return
+                if inbox.status < 300:
+                    inbox.heads.append(dict(self.headers))
+                    inbox.bodies.append(body)
+                    inbox.messages.append(json.loads(body))
+                self.send_response(inbox.status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer((HOST, 0), Handler)
+        if tls:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"{'https' if tls else 'http'}://{HOST}:{self._server.server_port}/hook/SECRET?key=SECRET"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+
+    def kinds(self) -> list[str]:
+        return [message["kind"] for message in self.messages]
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._server.shutdown()
+        self._server.server_close()
+
 
 class WaitingClient:
     """An AgentClient whose requests are waited for, each by run()."""

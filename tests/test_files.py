@@ -118,6 +118,7 @@ def test_check_tells_a_database_that_is_open_to_others(in_reach, mode):
     (0o666, "sqlite:///r.db", "is open to others, who may write it: chmod o-rwx,g-w it"),
     (0o660, "sqlite:///r.db", "is open to others, who may write it: chmod o-rwx,g-w it"),
     (0o644, "postgresql://u:hunter2@127.0.0.1:1/d", "is open to others, and the database's password is in it"),
+    (0o644, "sqlite:///r.db\nNOTIFY_URL=https://h.example/hunter2", "is open to others, and NOTIFY_URL is in it"),
     (0o640, "postgresql://u:hunter2@127.0.0.1:1/d", ""), (0o644, "sqlite:///r.db", ""),
 ])
 def test_check_looks_at_the_mode_of_the_settings(in_reach, mode, url, words):

@@ -485,6 +485,8 @@ ALERTS = [
     ("ReleasectlDatabaseErrors", [("releasectl_database_errors_total", "0+1x30")], "20m"),
     ("ReleasectlDatabaseWentBack", [("releasectl_database_went_back_total", "0x5 1x30")], "10m"),
     ("ReleasectlFrozen", [("releasectl_frozen", "1x400")], "5h"),
+    ("ReleasectlNotificationsStuck",
+     [('releasectl_notifications_oldest_age_seconds{instance="a"}', "1000+60x30")], "20m"),
     ("ReleasectlNodesDrift", [('releasectl_nodes_drift{instance="a"}', "1x90")], "80m"),
     ("ReleasectlCertificateExpiring",
      [('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CERT"}', f"{10 * DAY}x200")], "2h"),
@@ -498,6 +500,7 @@ WELL = [('releasectl_nodes_drift{instance="a",drift="behind"}', "2x20 0x20 2x50 
         ("releasectl_last_tick_timestamp_seconds", "0+60x400"), ("releasectl_frozen", "0x400"),
         ("releasectl_database_up", "1x400"), ("releasectl_database_errors_total", "0x400"),
         ("releasectl_database_went_back_total", "0x400"),
+        ('releasectl_notifications_oldest_age_seconds{instance="a"}', "0x10 60+60x10 0x380"),
         ('releasectl_releases{target="cdn",status="failed"}', "9x20 3x380"),  # pruned: no failure
         ('releasectl_release_last_event_timestamp_seconds{target="cdn",status="running"}', "0+60x400"),
         ('releasectl_release_last_event_timestamp_seconds{target="dns",status="paused"}', "0x400"),

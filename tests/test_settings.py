@@ -15,12 +15,13 @@ DEFAULTS = {
     "RELEASE_EXECUTOR_INTERVAL_SEC": 2.0, "MTLS_ENABLED": True, "CONTROL_CERT": "", "CONTROL_KEY": "",
     "CONTROL_CA": "", "AGENT_TLS_SERVER_NAME": "", "AGENT_CONCURRENCY": 64, "AGENT_CONNECT_TIMEOUT_SEC": 15.0,
     "AGENT_REQUEST_TIMEOUT_SEC": 60.0, "AGENT_RETRIES": 2, "NODE_DEADLINE_SEC": 600.0, "CLAIM_TTL_SEC": 30.0,
-    "LOG_FORMAT": "text",
+    "PUBLIC_URL": "", "NOTIFY_COMMAND": (), "NOTIFY_URL": "", "NOTIFY_SECRET_FILE": "", "NOTIFY_CA": "",
+    "NOTIFY_ON": ("failed", "partial", "paused", "stuck"), "LOG_FORMAT": "text",
     "LOG_LEVEL": "info",
 }
 # A file name is taken as it is here; what the file holds is judged where it is used.
 FILES = ("HTTP_CERT", "HTTP_KEY", "HTTP_CLIENT_CA", "API_TOKENS_FILE", "CONTROL_CERT", "CONTROL_KEY", "CONTROL_CA",
-         "AGENT_TLS_SERVER_NAME")
+         "AGENT_TLS_SERVER_NAME", "NOTIFY_SECRET_FILE", "NOTIFY_CA")
 GOOD = [
     ("DATABASE_URL", "sqlite:////var/lib/r.db", "sqlite:////var/lib/r.db"),
     ("DATABASE_URL", "postgresql://u:p@h:5432/d", "postgresql://u:p@h:5432/d"),
@@ -44,6 +45,10 @@ GOOD = [
     ("AGENT_RETRIES", "0", 0),
     ("NODE_DEADLINE_SEC", "86400", 86400.0),
     ("CLAIM_TTL_SEC", "5", 5.0),
+    ("PUBLIC_URL", "https://releases.example.com/at/", "https://releases.example.com/at"),
+    ("NOTIFY_COMMAND", "/opt/notify 'two words' x", ("/opt/notify", "two words", "x")),
+    ("NOTIFY_URL", "https://u:p@h.example:8443/x?k=v", "https://u:p@h.example:8443/x?k=v"),
+    ("NOTIFY_ON", "failed, stuck", ("failed", "stuck")),
     ("LOG_FORMAT", "json", "json"),
     ("LOG_LEVEL", "debug", "debug"),
 ]

@@ -91,7 +91,7 @@ def test_the_next_executor_clears_rows_that_are_old_or_of_a_clock_that_was_ahead
 
 def test_an_executor_works_on_where_its_row_can_not_be_written(world, told):
     world.nodes(1)
-    sql(world.store, "ALTER TABLE executors RENAME TO elsewhere")
+    sql(world.store, "ALTER TABLE executors RENAME COLUMN error TO fault")
     made = world.store.releases.create(rc.ReleaseRequest("cdn"), "tests")
     world.drain()
     assert world.store.releases.get(made.release.id).status == "success"
