@@ -11,6 +11,7 @@
     figures        what was counted and found; which figures must be zero
     tables         reads the tables, and checks them against the contract (tests/contract.py)
     agent_checks   checks the tables against what the agents were sent and ran
+    receivers      a receiver of notifications, and whether it was told all
     claim_trail    the database's own record of who wrote under whose claim
     laboratory     what every phase works with
     scenarios      which command passes which point, and on what

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from fake_agent import Agent
+from lab import Inbox
 
 import releasectl as rc
 
@@ -24,6 +25,7 @@ from .figures import Finding
 from .injections import WHENS, Injection
 from .laboratory import Laboratory
 from .operators import Operator
+from .receivers import SETTINGS, begin_telling, check_told, deliver
 from .scenarios import EXECUTOR_POINTS
 from .tables import Tables, check_now, check_tables, read_tables
 from .take_overs import TakeOvers
@@ -64,6 +66,7 @@ class Chaos:
         self._agents = RecordedAgents(
             lab.certs, ["execute" if number % 4 == 3 else "tasks" for number in range(amounts.nodes)], 100)
         self._database = rc.Database(self._url)
+        self._inbox = Inbox()
         self._failovers = Failovers(self._server, self._url, self._agents, self._figures, amounts.failovers) if (
             self._server and amounts.failovers) else None
         self._operator = Operator(self._url, self._agents, self._figures, self._random.randrange(2**32))
@@ -81,6 +84,7 @@ class Chaos:
         store = rc.Store(self._database)
         self._agents.add_nodes(store)
         self._agents.add_twins(store)
+        begin_telling(self._url)
         self._operator.start()
         self._watcher.start()
         ends_at = time.monotonic() + self._amounts.seconds
@@ -98,6 +102,7 @@ class Chaos:
             for worker in [*self._workers, *self._suspended]:
                 worker.kill()
             self._agents.stop()
+            self._inbox.stop()
             if self._failovers:
                 self._failovers.close()
             self._database.close()
@@ -134,9 +139,12 @@ class Chaos:
                 injections = str(Injection(self._random.choice(EXECUTOR_POINTS), self._random.choice(whens),
                                            self._random.randint(1, 12)))
             interval_s = round(self._random.uniform(0.1, 0.3), 2)
-            self._workers.append(self._lab.workers.start(command, settings_for(
-                self._url, self._lab.certs, CLAIM_TTL_S, RELEASE_EXECUTOR_INTERVAL_SEC=interval_s), injections))
+            self._workers.append(self._start(command, injections, RELEASE_EXECUTOR_INTERVAL_SEC=interval_s))
             self._figures.count("processes started")
+
+    def _start(self, command: list[str], injections: str = "", **settings: object) -> Worker:
+        return self._lab.workers.start(command, settings_for(
+            self._url, self._lab.certs, CLAIM_TTL_S, NOTIFY_URL=self._inbox.url, **SETTINGS, **settings), injections)
 
     def _remove_ended(self) -> None:
         for worker in [one for one in self._workers if one.exit_code() is not None]:
@@ -176,6 +184,8 @@ class Chaos:
             self._suspend()
         if not self._calm_since and self._is_due("agents", 0.15):
             disturb_agent(self._lab, self._agents, self._random.choice(self._agents.all))
+        if self._is_due("receiver", 2.0):
+            self._inbox.status = self._random.choice((200, 200, 500))
         if self._server:
             self._strike_server(self._server)
         if self._failovers:
@@ -292,6 +302,7 @@ class Chaos:
         for worker in list(self._suspended):
             self._wake(worker)
         self._agents.fleet.set(mode="normal", outcome="success", delay_ms=0)
+        self._inbox.status = 200
         retry(self._operator.resume_all)
         self._wait_for_take_overs()
         self._remove_ended()  # also who was killed last
@@ -318,10 +329,13 @@ class Chaos:
         give_up_at = time.monotonic() + END_LIMIT_S
         while self._operator.open_releases() and time.monotonic() < give_up_at:
             retry(self._operator.resume_all)
-            drain = self._lab.workers.start(["run-once", "--drain"],
-                                            settings_for(self._url, self._lab.certs, CLAIM_TTL_S))
-            drain.wait(END_LIMIT_S)
-            self._note_end(drain)
+            self._run("run-once", "--drain")
+        deliver(self._database, lambda: self._run("run-once"), give_up_at)
+
+    def _run(self, *command: str) -> None:
+        worker = self._start(list(command))
+        worker.wait(END_LIMIT_S)
+        self._note_end(worker)
 
     def _check(self) -> None:
         tables = retry(lambda: read_tables(self._database))
@@ -338,6 +352,7 @@ class Chaos:
         yield from check_tables(tables)
         yield from check_agents(tables, self._agents)
         yield from check_trail(self._database)
+        yield from check_told(tables, self._inbox, self._figures, bool(self._failovers))
         yield from check_created(tables, self._agents, self._operator.created)
         if not any(release.status == "success" for release in tables.releases):
             yield Finding("process", f"no release came to a success; refused at last: "

@@ -15,7 +15,8 @@ run (scripts/fake_agent.py):
            go out to shared nodes without end; on PostgreSQL also cut connections, restarts of the
            server, and failovers to a standby that lacks the last commits
 
-Then it compares the tables with what the agents really were sent and ran, prints figures, and
+Then it compares the tables with what the agents really were sent and ran, and with the notifications
+that a receiver got (it answers 500 now and then), prints figures, and
 exits with 1 when a figure that must be zero is not; the folder with the evidence is named then.
 The seed settles what is tried and when, not how the machine schedules it.
 

@@ -29,6 +29,8 @@ ZEROS = {
     "intents": "dispatched before it was written",
     "late": "dispatched after the end",
     "unexplained": "nodes failed without cause",
+    "untold": "notifications lost",
+    "made up": "notifications of what was not",
     "process": "processes that went wrong",
     "traces": "logs with a stack trace",
 }
@@ -38,9 +40,10 @@ UNKNOWABLE = {
     "lowered": "lower versions after lost higher ones",
     "blind": "successes below lost versions (tasks)",
     "crossed": "overlaps with lost tasks (tasks)",
+    "told": "notifications of lost events",
 }
 # With --strict these are findings like any other, of another kind.
-STRICT_KINDS = {"lowered": "lower", "blind": "unproven", "crossed": "overlaps"}
+STRICT_KINDS = {"lowered": "lower", "blind": "unproven", "crossed": "overlaps", "told": "made up"}
 
 # Of a take-over that waited for a write lock in the hands of a suspended process.
 LOCKED_OUT = ", locked out"

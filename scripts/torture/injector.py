@@ -27,6 +27,7 @@ POINTS: dict[str, tuple[type, str]] = {
     **{f"claims.{name}": (rc.Claims, name) for name in (
         "claim", "commit", "dispatch_blockers", "drop", "holds", "read", "read_with_nodes", "renew", "scan",
         "was_written")},
+    **{f"outbox.{name}": (rc.Outbox, name) for name in ("begin_try", "end_try")},
     "migrate": (rc.Database, "migrate"),
     **REQUESTS,
 }

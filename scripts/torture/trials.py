@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from lab import SITES
+from lab import SITES, Inbox
 
 import releasectl as rc
 
@@ -25,6 +25,7 @@ from .databases import retry
 from .figures import Finding
 from .injections import CALL, COUNTED, COUNTING, FAULTS, Injection
 from .laboratory import Laboratory
+from .receivers import KINDS, SETTINGS, check_told, deliver
 from .scenarios import FAULT_SCENARIOS, LONG, LONG_POINTS, PAYLOAD_FILE, READING_POINTS, SCENARIOS, Scenario
 from .tables import Tables, check_tables, read_open_releases, read_tables
 from .workers import CLEAN_EXITS, CLEAN_STOP_S, TRACE, Worker, settings_for
@@ -44,10 +45,11 @@ class Trial:
         self._began_at = time.monotonic()
         self._ends_at = self._began_at + LIMIT_S
         self._url = lab.databases.new()
-        self._store = rc.Store(rc.Database(self._url))
+        self._store = rc.Store(rc.Database(self._url, notify_on=frozenset(KINDS)))
+        self._inbox = Inbox()
         self._agents = RecordedAgents(lab.certs, scenario.protocols, scenario.task_ms)
         self._settings = settings_for(self._url, lab.certs, CLAIM_TTL_S, AGENT_REQUEST_TIMEOUT_SEC=1,
-                                      **dict(scenario.settings))
+                                      NOTIFY_URL=self._inbox.url, **SETTINGS, **dict(scenario.settings))
         self._workers: list[Worker] = []
         self._findings: list[Finding] = []
 
@@ -56,9 +58,11 @@ class Trial:
             if self.scenario.before:
                 self._prepare()
             self._play()
+            deliver(self._store.database, self._tick, self._ends_at)
             tables = read_tables(self._store.database)
             self._findings += [*check_tables(tables), *check_agents(tables, self._agents),
-                               *check_trail(self._store.database), *self._check_end(tables)]
+                               *check_trail(self._store.database), *self._check_end(tables),
+                               *check_told(tables, self._inbox, self.lab.figures)]
         except Exception as error:  # the edge of a trial: the others go on
             logging.exception("%s", self.name)
             self._findings.append(Finding("process", f"the trial itself failed: {error!r}"))
@@ -68,6 +72,7 @@ class Trial:
                 self.lab.workers.drop(worker)
                 self._findings += check_log(worker)
             self._agents.stop()
+            self._inbox.stop()
             self._store.database.close()
         self._keep_or_clear()
         logging.info("%.1f s: %s", time.monotonic() - self._began_at, self.name)
@@ -133,10 +138,16 @@ class Trial:
             if code != rc.EXIT_DONE:
                 time.sleep(0.1)
 
+    def _tick(self) -> None:
+        self._start(("run-once",)).wait(max(self._ends_at - time.monotonic(), 0.1))
+
     def _wake(self, worker: Worker) -> None:
         """Wake a worker that is suspended; it must end by itself, with the right code."""
-        worker.send(signal.SIGCONT)
-        code = worker.wait(CLEAN_STOP_S)
+        give_up_at = time.monotonic() + CLEAN_STOP_S
+        while worker.exit_code() is None and time.monotonic() < give_up_at:
+            worker.send(signal.SIGCONT)  # again, as it may report that it suspends itself just before it does
+            worker.wait(0.5)
+        code = worker.exit_code()
         is_right = code == -signal.SIGKILL if self.has_fired and self.injection.kills else code in CLEAN_EXITS
         if not is_right:
             self._findings.append(Finding("process", f"it ended with {code}: {worker.end_of_log()}"))
