@@ -933,13 +933,15 @@ def _public_url(text: str) -> str:
 
 
 def _receiver_url(text: str) -> str:
-    parts, is_local = urllib.parse.urlsplit(text), False
-    with contextlib.suppress(ValueError):
+    is_url = is_local = False
+    with contextlib.suppress(ValueError):  # whose text may quote a part of it
+        parts = urllib.parse.urlsplit(text)
+        is_url = bool(re.fullmatch(r"https?://[!-~]+", text) and parts.hostname and parts.port != 0
+                      and not parts.fragment)
         is_local = parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname or "").is_loopback
-    if text and not (re.fullmatch(r"https?://[!-~]+", text) and parts.hostname and parts.port != 0
-                     and not parts.fragment):
+    if text and not is_url:
         raise ValueError("must be https://HOST:PORT/PATH; what is not ASCII is percent-encoded")
-    if parts.scheme == "http" and not is_local:
+    if text.startswith("http:") and not is_local:
         raise ValueError("must begin with https:// (http:// is for loopback: another program on this host)")
     return text
 
@@ -10688,9 +10690,14 @@ class Notifier:
 
     def _message(self, waiting: Notification) -> dict[str, Any]:
         why, failures = None, list[dict[str, Any]]()
-        if waiting.release_id is not None:
-            why = self._store.claims.why(waiting.release_id, self._settings.node_deadline_sec)
-            failures = self._store.outbox.failures(waiting.release_id)
+        try:
+            if waiting.release_id is not None:
+                why = self._store.claims.why(waiting.release_id, self._settings.node_deadline_sec)
+                failures = self._store.outbox.failures(waiting.release_id)
+        except DatabaseError:
+            raise
+        except Exception:  # rows that were written by hand: what is known goes out, and holds up nothing else
+            log.exception("notifier: release %d can't be explained", waiting.release_id)
         return message_of(waiting.kind, waiting.at, waiting.detail, self._host, self._settings.public_url, why,
                           failures)
 

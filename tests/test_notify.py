@@ -238,6 +238,16 @@ def test_a_receiver_that_has_a_message_does_not_get_it_again_for_the_others_sake
     assert (tmp_path / "got").read_text() == "x"
 
 
+def test_what_can_not_be_explained_is_told_all_the_same(world, inbox, monkeypatch, told):
+    world.nodes(1)
+    settings = notifying(world, NOTIFY_URL=inbox.url, NOTIFY_ON="created")
+    new_release(world.store, reason="for tests")
+    monkeypatch.setattr(world.store.claims, "why", lambda *_: 1 / 0)
+    drain(world, **settings)
+    assert [(message["kind"], message["text"]) for message in inbox.messages] == [("created", "for tests")]
+    assert "release 1 can't be explained" in told.text
+
+
 # -- crashes, two senders, backoff --------------------------------------------------------------------
 
 def test_a_message_comes_again_with_its_id_when_its_sender_dies_before_it_wrote_that_it_was_sent(world, inbox):
@@ -581,8 +591,9 @@ def test_a_tick_of_cron_sends_what_is_due_and_does_not_hang(fleet_cli, inbox):
 @pytest.mark.parametrize(("name", "text", "wanted"), [
     ("NOTIFY_URL", "http://hooks.example.com/SECRET", "NOTIFY_URL=*** can't be used: must begin with https://"),
     ("NOTIFY_URL", "htps:/hooks.example.com/SECRET", "NOTIFY_URL=*** can't be used: must be https://HOST"),
-    ("NOTIFY_URL", "https://h:99999/SECRET", "NOTIFY_URL=*** can't be used: "),
-    ("NOTIFY_URL", "https://h/SECRET\u00e9", "NOTIFY_URL=*** can't be used: must be https://HOST"),
+    *(("NOTIFY_URL", url, "NOTIFY_URL=*** can't be used: must be https://HOST") for url in (
+        "https://h:99999/SECRET", "https://h/SECRET\u00e9", "https://user:SECRET", "https://SECRET\u2100@h/",
+        "https://[::1/SECRET", "https://h/SECRET#x")),
     ("NOTIFY_COMMAND", "notify 'SECRET", "NOTIFY_COMMAND=*** can't be used: a quote in it is not closed"),
     ("NOTIFY_ON", "failed,success,pauses", "'pauses' is none of failed, partial, "),
     ("PUBLIC_URL", "releases.example.com", "PUBLIC_URL=releases.example.com can't be used: must be the page's"),
