@@ -4386,7 +4386,7 @@ _ERROR, _WARNING = PROBLEM_SEVERITIES = ("error", "warning")
 PROBLEM_KINDS: Mapping[str, str] = {
     "database": _ERROR, "executor": _ERROR, "unattended": _ERROR, "certificate": _ERROR, "failed": _ERROR,
     "paused": _WARNING, "failures": _WARNING, "ahead": _WARNING, "unknown": _WARNING, "behind": _WARNING,
-    "partial": _WARNING, "frozen": _WARNING, "expires": _WARNING}
+    "partial": _WARNING, "notifications": _WARNING, "frozen": _WARNING, "expires": _WARNING}
 # Certificates that are good for less than this should be renewed.
 RENEW_DAYS = 14.0
 
@@ -4427,6 +4427,35 @@ class CertificateState(NamedTuple):
     message: str
 
 
+# A notification that is older than this has not got out.
+OLD_NOTIFICATION_S = 300.0
+
+
+class Waiting(NamedTuple):
+    """What is in the outbox."""
+    total: int
+    # Seconds since the oldest event of these, and its time; 0 and "" where there is none.
+    oldest_s: float
+    oldest_at: str
+    # Of the last try that failed, "" for none.
+    last_error: str
+
+    @property
+    def is_late(self) -> bool:
+        """Return whether the oldest has not got out."""
+        return self.oldest_s > OLD_NOTIFICATION_S
+
+    @property
+    def text(self) -> str:
+        """Return that they have not got out, and why."""
+        have = "1 notification has" if self.total == 1 else f"{self.total} notifications have"
+        return f"{have} not got out: " + (
+            self.last_error or "none was tried: no executor with NOTIFY_COMMAND or NOTIFY_URL is running")
+
+
+NO_WAITING = Waiting(0, 0.0, "", "")
+
+
 class OverviewFacts(NamedTuple):
     """What the verdict is made from."""
     # Running, paused and cancelling releases, and how many are pending.
@@ -4440,6 +4469,7 @@ class OverviewFacts(NamedTuple):
     failures: Sequence[Release] = ()
     drift: Mapping[str, DriftCount] = {}
     certificates: Sequence[CertificateState] = ()
+    notifications: Waiting = NO_WAITING
     # Why the database can't be used, "" where it can.
     database_error: str = ""
 
@@ -4460,7 +4490,7 @@ class Overview(NamedTuple):
 def judge(facts: OverviewFacts) -> Overview:
     """Return the verdict on what was found."""
     rules = (_database_problems, _executor_problems, _release_problems, _drift_problems, _freeze_problems,
-             _certificate_problems)
+             _notification_problems, _certificate_problems)
     order = list(PROBLEM_KINDS)
     problems = sorted((problem for rule in rules for problem in rule(facts)), key=lambda p: order.index(p.kind))
     return Overview(problems, _verdict_text(problems, facts), facts)
@@ -4533,6 +4563,12 @@ def _freeze_problems(facts: OverviewFacts) -> Iterator[Problem]:
     if facts.freeze.frozen:
         yield Problem("frozen", f"frozen by {facts.freeze.actor}: {facts.freeze.reason}", "releasectl freeze off",
                       facts.freeze.at)
+
+
+def _notification_problems(facts: OverviewFacts) -> Iterator[Problem]:
+    if facts.notifications.is_late:
+        yield Problem("notifications", facts.notifications.text, "releasectl check --notify",
+                      facts.notifications.oldest_at)
 
 
 def _certificate_problems(facts: OverviewFacts) -> Iterator[Problem]:
@@ -7960,7 +7996,7 @@ class Releases:
 # region Notifications
 # ======================================================================================
 # Notifications: the outbox: messages that are still to go (contract section 2).
-# Uses: Vocabulary, Helpers, Decision, Database state, Audit, Queue.
+# Uses: Vocabulary, Helpers, Decision, Verdict, Database state, Audit, Queue.
 #
 #   A row is written by add_notification() (Audit), in the transaction of what it tells. Whoever sends it
 #   first moves next_at ahead under the number of tries that was read: so one process sends it, and when
@@ -7988,16 +8024,6 @@ class Notification(NamedTuple):
     attempts: int
     # Nobody tries it before that, by Transaction.now().
     next_at: str
-    last_error: str
-
-
-class Waiting(NamedTuple):
-    """What is in the outbox."""
-    total: int
-    # Seconds since the oldest event of these, and its time; 0 and "" where there is none.
-    oldest_s: float
-    oldest_at: str
-    # Of the last try that failed, "" for none.
     last_error: str
 
 
@@ -8071,7 +8097,7 @@ class Outbox:
         with self._database.transaction() as tx:
             total, oldest = tx.row("SELECT COUNT(*), MIN(at) FROM notifications") or (0, None)
             if not total:
-                return Waiting(0, 0.0, "", "")
+                return NO_WAITING
             error = tx.value("SELECT last_error FROM notifications WHERE last_error <> '' "
                              "ORDER BY next_at DESC LIMIT 1") or ""
             now_s = epoch_of(tx.now())
@@ -8490,10 +8516,11 @@ class Claims:
 class OverviewReader:
     """Reads what is wrong. Each public method is one transaction, or two."""
 
-    def __init__(self, state: DatabaseState, fleet: Fleet):
+    def __init__(self, state: DatabaseState, fleet: Fleet, outbox: Outbox):
         self._state = state
         self._database = state.database
         self._fleet = fleet
+        self._outbox = outbox
         self._failures = RareRead(self._read_failures)
 
     def read(self, certificates: Sequence[CertificateState]) -> Overview:
@@ -8509,7 +8536,8 @@ class OverviewReader:
                 pending = int(tx.value("SELECT COUNT(*) FROM release_tasks WHERE status = 'pending'"))
                 facts = facts._replace(active=active, pending=pending, executors=read_executors(tx),
                                        freeze=read_freeze(tx), now_s=epoch_of(tx.now()))
-            facts = facts._replace(failures=self._failures.get(), drift=self._fleet.drift_counts())
+            facts = facts._replace(failures=self._failures.get(), drift=self._fleet.drift_counts(),
+                                   notifications=self._outbox.waiting())
         except DatabaseError as error:
             facts = facts._replace(database_error=error.message)
         return judge(facts)
@@ -8558,7 +8586,7 @@ class Store:
         self.releases = Releases(self.state, self.audit, self.queue)
         self.outbox = Outbox(self.state)
         self.claims = Claims(self.state, self.queue)
-        self.overview = OverviewReader(self.state, self.fleet)
+        self.overview = OverviewReader(self.state, self.fleet, self.outbox)
 
     def written(self, nodes: Sequence[Node]) -> list[ListedNode]:
         """Return nodes that were just written, with what they run and should run: "unknown" where it can't be read.
@@ -13196,17 +13224,11 @@ def check_work(settings: Settings, store: Store) -> Iterator[Finding]:
         yield Finding(subject, EXIT_NOT_SUCCESS, f"{step.text}; mend: {step.mend}")
 
 
-# A notification that is older than this has not got out.
-OLD_NOTIFICATION_S = 300.0
-
-
 def check_outbox(store: Store) -> Iterator[Finding]:
     """Check whether notifications get out."""
     waiting = store.outbox.waiting()
-    if waiting.oldest_s > OLD_NOTIFICATION_S:
-        have = "1 has" if waiting.total == 1 else f"{waiting.total} have"
-        yield Finding("notifications", EXIT_NOT_SUCCESS, f"{have} not got out since {waiting.oldest_at}: " + (
-            waiting.last_error or "none was tried: no executor with NOTIFY_COMMAND or NOTIFY_URL is running"))
+    if waiting.is_late:
+        yield Finding("notifications", EXIT_NOT_SUCCESS, f"{waiting.text}; the oldest is of {waiting.oldest_at}")
 
 
 def check_notifications(settings: Settings, is_test: bool) -> Iterator[Finding]:
@@ -14073,8 +14095,8 @@ def command_node_ping(context: Context) -> int:
 # ======================================================================================
 # Service: the processes serve and run-once: signals, the service manager, files that
 #   change.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Agents, Notifier,
-#   Executor, Serialization, API, Server, Check and why, Terminal, Commands.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Agents,
+#   Notifier, Executor, Serialization, API, Server, Check and why, Terminal, Commands.
 # ======================================================================================
 
 def command_serve(context: Context) -> int:

@@ -638,10 +638,11 @@ def test_check_says_what_has_not_got_out(quick, open_store):
     sql(store, "UPDATE notifications SET at = '2026-01-01T00:00:00.000Z'")
     result = quick("check", "--json")
     assert (result.code, findings(result)["notifications"]) == (1, (
-        False, "1 has not got out since 2026-01-01T00:00:00.000Z: none was tried: no executor with NOTIFY_COMMAND or "
-        "NOTIFY_URL is running"))
+        False, "1 notification has not got out: none was tried: no executor with NOTIFY_COMMAND or "
+        "NOTIFY_URL is running; the oldest is of 2026-01-01T00:00:00.000Z"))
     sql(store, "UPDATE notifications SET last_error = 'NOTIFY_URL: https://h/*** answered 500'")
-    assert findings(quick("check", "--json"))["notifications"][1].endswith("Z: NOTIFY_URL: https://h/*** answered 500")
+    found = findings(quick("check", "--json"))["notifications"][1]
+    assert "not got out: NOTIFY_URL: https://h/*** answered 500; " in found
 
 
 def test_a_secret_file_that_others_can_read_stops_the_start(fleet_cli, inbox):

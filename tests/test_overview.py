@@ -99,6 +99,17 @@ def test_a_freeze_is_a_problem_until_it_is_lifted(fresh):
     assert problems(fresh) == []
 
 
+def test_notifications_that_do_not_get_out_are_a_problem(fresh):
+    at = rc.utc_text(time.time() - 400)
+    sql(fresh, "INSERT INTO notifications (kind, at, next_at, last_error) VALUES ('frozen', ?, ?, 'it answered 500')",
+        at, at)
+    [problem] = problems(fresh)
+    assert problem == rc.Problem("notifications", "1 notification has not got out: it answered 500",
+                                 "releasectl check --notify", at)
+    sql(fresh, "UPDATE notifications SET at = ?", rc.utc_text(time.time() - 200))
+    assert problems(fresh) == []
+
+
 def test_nodes_that_do_not_run_what_they_should_are_problems(fresh):
     add_nodes(fresh, 4)
     good(fresh, "A")
