@@ -23,7 +23,7 @@ PAGE_LINT := $(VENV)/lint-page
 PAGE_LINT_STAMP := $(PAGE_LINT)/stamp
 FUZZ_STAMP := $(VENV)/stamp-fuzz
 
-.PHONY: help demo test test-all test-long acceptance fuzz bench lint lint-page format man dist clean
+.PHONY: help demo test test-all test-long acceptance fuzz bench lint lint-page format man screens dist clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ format: $(LINT_STAMP) ## mend what ruff can mend, sort the imports
 
 man: ## docs/releasectl.1 out of the tables of releasectl.py
 	$(PYTHON) scripts/man_page.py >docs/releasectl.1.new && mv docs/releasectl.1.new docs/releasectl.1
+
+screens: ## docs/list.svg, status.svg and watch.svg: what these commands show in a terminal
+	$(PYTHON) scripts/screens.py
 
 dist: ## dist/releasectl-VERSION.tar.gz, all that a host without internet needs, and its SHA256SUMS
 	@bash scripts/dist.sh

@@ -63,13 +63,19 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Server              a request from its first byte to its answer; the listener and its
                         threads
     Check and why       what is wrong with this installation, and what would mend it
-    Terminal            what a person sees: columns, a release in one line, its progress
+    Terminal            how text is shown to a person: columns of characters, tables, colours,
+                        times
+    Views               a release as a person sees it: its head, a bar for each batch, its nodes,
+                        its history; and the screen of watch
     Commands            what each other command does (contract section 4)
     Node commands       what the commands on nodes do, and what is shown of a node
     Service             the processes serve and run-once: signals, the service manager, files
                         that change
-    Arguments           what a command takes: the parser and the completion in shells, made
-                        from a table of commands
+    Arguments           what a command takes: the parser and its help, made from a table of
+                        commands
+    Completion          what the last word of a command line may become, from the table of
+                        commands and from the database; and the scripts with which shells ask
+                        for that
     Command line        the table of commands, the standard streams, main()
 
 How a release flows through them is drawn in docs/ARCHITECTURE.md.
@@ -1373,15 +1379,16 @@ def is_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
-def set_up_log(settings: Settings, command: str) -> None:
-    """Log to standard error; commands for people, which print what they did, log only warnings."""
+def set_up_log(settings: Settings, command: str, is_quiet: bool = False, is_verbose: bool = False) -> None:
+    """Log to standard error; commands for people, which print what they did, log errors alone unless verbose."""
     in_journal = is_journal()
     formatter = JsonFormatter() if settings.log_format == "json" else TextFormatter(in_journal)
     handler = logging.StreamHandler()
     handler.setFormatter(JournalFormatter(formatter) if in_journal else formatter)
     log.handlers = [handler]
     is_executor = command in ("serve", "run-once")
-    log.setLevel(settings.log_level.upper() if is_executor else logging.WARNING)
+    level = settings.log_level.upper() if is_executor else "INFO" if is_verbose else "ERROR"
+    log.setLevel("DEBUG" if is_executor and is_verbose else "WARNING" if is_executor and is_quiet else level)
     trail.setLevel(logging.INFO if is_executor else logging.NOTSET)  # NOTSET: that of log
     log.propagate = False
 
@@ -2025,12 +2032,13 @@ class Node:
     @property
     def label_items(self) -> Set[tuple[str, Any]]:
         """Return its labels as pairs."""
-        return _label_items(self.labels)
+        return label_items(self.labels)
 
 
 # A fleet has few sets of labels, and many nodes with each.
 @functools.lru_cache(maxsize=4096)
-def _label_items(text: str) -> Set[tuple[str, Any]]:
+def label_items(text: str) -> Set[tuple[str, Any]]:
+    """Return labels, which are JSON, as pairs."""
     with contextlib.suppress(ValueError, AttributeError, TypeError):  # written by hand
         return frozenset(parse_json(text).items())
     return frozenset()
@@ -3218,7 +3226,7 @@ def _failures(nodes: NodeIndex, strategy: Strategy) -> str:
              else str(resolve_share(strategy.max_failed_total, len(nodes))))
     accepted = sum(bool(n.accepted) for n in failed)
     kinds = collections.Counter(n.error_kind or "other" for n in failed).most_common()
-    return (f"finished with {len(failed)} failure{'' if len(failed) == 1 else 's'} (limit {limit}"
+    return (f"finished with {count_of(len(failed), 'failure')} (limit {limit}"
             + (f", {accepted} accepted" if accepted else "") + "): "
             + ", ".join(f"{count} {kind}" for kind, count in kinds))
 
@@ -3367,9 +3375,14 @@ def rough_time(seconds: float) -> str:
         f"{round(minutes / 1440)} days"
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return '1 event', '2 events'."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def count_of_nodes(number: int) -> str:
     """Return '1 node', '2 nodes'."""
-    return f"{number} node" + ("" if number == 1 else "s")
+    return count_of(number, "node")
 
 
 def _names(nodes: Collection[ReleaseNode]) -> str:
@@ -6120,6 +6133,11 @@ class Page(NamedTuple):
     size: int
 
 
+def for_like(text: str) -> str:
+    """Return a text as it stands in a pattern of LIKE ... ESCAPE '\\'."""
+    return re.sub(r"([\\%_])", r"\\\1", text)
+
+
 # Nodes in one statement, up to three parameters each: SQLite 3.26 takes 999.
 NODES_PER_STATEMENT = 320
 
@@ -6247,6 +6265,19 @@ class Nodes:
         with self._database.transaction() as tx:
             return find_node_named(tx, name)
 
+    def names(self, start: str, limit: int) -> list[tuple[str, str]]:
+        """Return name and address of the first nodes whose name begins so."""
+        with self._database.transaction() as tx:
+            return [(name, address) for name, address in tx.rows(
+                "SELECT name, main_ip FROM nodes WHERE name LIKE ? ESCAPE '\\' ORDER BY name LIMIT ?",
+                for_like(start) + "%", limit)]
+
+    def label_pairs(self) -> list[tuple[str, Any]]:
+        """Return each label that a node has."""
+        with self._database.transaction() as tx:
+            found = [label_items(row[0]) for row in tx.rows("SELECT DISTINCT labels FROM nodes")]
+        return sorted(set().union(*found), key=str)
+
     def page(self, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
         """Return a page of the nodes by id; size 0: all of them."""
         with self._database.transaction() as tx:
@@ -6357,6 +6388,44 @@ RELEASE_COLUMNS = ", ".join(_COMPUTED_OF_RELEASE.get(name, f"r.{name}") for name
 
 # The same for a list, which needs a payload only where its digest is still to be made: each may be a megabyte.
 LISTED_COLUMNS = RELEASE_COLUMNS.replace("r.payload,", "CASE WHEN r.payload_sha256 = '' THEN r.payload ELSE '' END,", 1)
+
+
+
+class ReleaseFilter(NamedTuple):
+    """Which releases a list shows; what is empty restricts nothing."""
+    status: str = ""
+    target: str = ""
+    # Part of its id, version (v42), target, reason or status_reason.
+    search: str = ""
+    # Stored time: those created then or later.
+    since: str = ""
+    # Name of a node that it has.
+    node: str = ""
+
+    def where(self) -> tuple[str, list[object]]:
+        """Return the condition on release_tasks r, "" for none, and its parameters.
+
+        The indexes release_tasks_by_status, release_tasks_by_target and release_tasks_by_created; for a node
+        release_task_nodes_by_node. A search reads every row that the others leave.
+        """
+        # LOWER() of SQLite knows ASCII only: other letters are found as they are written
+        like = f"%{for_like(self.search)}%"
+        text = "(LOWER(r.target) LIKE ? ESCAPE '\\' OR r.target LIKE ? ESCAPE '\\')"
+        texts = [text.replace("r.target", f"r.{name}") for name in ("target", "reason", "status_reason")]
+        number = self.search.lower()[:19]
+        patterns: list[object] = [like.lower(), like]
+        conditions: list[tuple[str, str, list[object]]] = [
+            (self.status, "r.status = ?", [self.status]),
+            (self.target, "r.target = ?", [self.target]),
+            (self.since, "r.created_at >= ?", [self.since]),
+            (self.node, """r.id IN (SELECT n.release_task_id FROM nodes h
+                                    JOIN release_task_nodes n ON n.node_id = h.id WHERE h.name = ?)""", [self.node]),
+            (self.search, f"({' OR '.join(texts)} OR CAST(r.id AS TEXT) = ? OR 'v' || CAST(r.version AS TEXT) = ?)",
+             [*patterns * len(texts), number, number])]
+        given = [(condition, values) for is_given, condition, values in conditions if is_given]
+        return (" WHERE " + " AND ".join(condition for condition, _ in given) if given else "",
+                [value for _, values in given for value in values])
+
 
 # A node of a release (n) as it was when the release was made; where a person wrote the row, as it is now (nodes h).
 NAME_THEN, _IP_THEN, _PORT_THEN = (
@@ -7760,29 +7829,42 @@ class Releases:
         with self._database.transaction() as tx:
             return read_exceeded(tx, read_release(tx, release_id), read_batches(tx, release_id))
 
-    def events(self, release_id: int, after: int = 0, limit: int = 100) -> list[Event]:
-        """Return the first events of a release with an id above after, oldest first; raise AppError 3001."""
+    def events(self, release_id: int, after: int = 0, limit: int = 100, newest: bool = False) -> list[Event]:
+        """Return the first events of a release with an id above after, or the newest of them, oldest first.
+
+        Raise AppError 3001.
+        """
         with self._database.transaction() as tx:
             read_release(tx, release_id)
-            return [Event(*row) for row in tx.rows(f"""
+            rows = tx.rows(f"""
                 SELECT e.id, e.release_task_id, e.node_id, COALESCE({NAME_THEN}, ''), e.at, e.actor, e.event,
                        e.from_status, e.to_status, e.detail
                 FROM release_events e
                 LEFT JOIN release_task_nodes n ON n.release_task_id = e.release_task_id AND n.node_id = e.node_id
                 LEFT JOIN nodes h ON h.id = e.node_id
                 WHERE e.release_task_id = ? AND e.id > ?
-                ORDER BY e.id
-                LIMIT ?""", release_id, after, limit)]
+                ORDER BY e.id {'DESC' if newest else ''}
+                LIMIT ?""", release_id, after, limit)
+            return [Event(*row) for row in (reversed(rows) if newest else rows)]
 
-    def page(self, status: str = "", page: int = 1, size: int = 20) -> Page:
-        """Return a page of the releases of a status ("": of all), newest first."""
-        where = "WHERE r.status = ?" if status else ""
-        params = (status,) if status else ()
+    def count_events(self, release_id: int) -> int:
+        """Return how many events a release has."""
         with self._database.transaction() as tx:
-            total = tx.value(f"SELECT COUNT(*) FROM release_tasks r {where}", *params)
-            rows = tx.rows(f"SELECT {LISTED_COLUMNS} FROM release_tasks r {where} ORDER BY r.id DESC "
-                           "LIMIT ? OFFSET ?", *params, size, (page - 1) * size)
+            return int(tx.value("SELECT COUNT(*) FROM release_events WHERE release_task_id = ?", release_id))
+
+    def page(self, wanted: ReleaseFilter = ReleaseFilter(), page: int = 1, size: int = 20) -> Page:  # noqa: B008
+        """Return a page of the releases that a filter takes, newest first."""
+        where, values = wanted.where()
+        with self._database.transaction() as tx:
+            total = tx.value(f"SELECT COUNT(*) FROM release_tasks r{where}", *values)
+            rows = tx.rows(f"SELECT {LISTED_COLUMNS} FROM release_tasks r{where} ORDER BY r.id DESC LIMIT ? OFFSET ?",
+                           *values, size, (page - 1) * size)
             return Page(self._as_true(tx, (Release(*row) for row in rows)), total, page, size)
+
+    def targets(self) -> list[str]:
+        """Return the targets of all releases (the index release_tasks_by_target)."""
+        with self._database.transaction() as tx:
+            return [row[0] for row in tx.rows("SELECT DISTINCT target FROM release_tasks ORDER BY target")]
 
     def open(self, limit: int = MAX_PAGE_SIZE) -> list[tuple[Release, int]]:
         """Return the releases that are not terminal, oldest first, each with its number of batches."""
@@ -11792,7 +11874,11 @@ QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "name": {"type": "string", "description": "only nodes of these names, several with a comma between: edge-*"},
     "runs": {**AFTER_IDS.schema, "default": 0,
              "description": "only nodes that run this release"},
-    "search": {"type": "string", "description": "only nodes with this in their name, address or labels"},
+    "search": {"type": "string", "description": "only what has this in it: a node in its name, address or labels; a "
+                                                "release in its id, version (v42), target, reason or statusReason"},
+    "target": {"type": "string", "description": "only releases of this target"},
+    "since": {"type": "string", "description": "only releases that were created then or later: RFC 3339"},
+    "node": {"type": "string", "description": "only releases that have the node of this name"},
     "sort": {"type": "string", "enum": [*NODE_ORDERS, *(f"-{order}" for order in NODE_ORDERS)], "default": "id"},
     "object": {"type": "string", "description": "only acts on this: node edge-1"},
     "with": {"type": "string", "pattern": f"^({BEFORE}|{ID_DIGITS})$", "default": BEFORE,
@@ -11827,6 +11913,14 @@ class Request(NamedTuple):
             return int(Range(schema["minimum"], schema["maximum"]).from_text(text))
         except ValueError as error:
             raise AppError(INVALID, f"{name} {error}") from None
+
+    def time(self, name: str) -> str:
+        """Return an RFC 3339 time of the query as stored, "" without one; raise AppError 2003 for anything else."""
+        text = self.query.get(name, "")
+        try:
+            return utc_text(epoch_of(text)) if text else ""
+        except (ValueError, OverflowError):
+            raise AppError(INVALID, f"{name} {one_line(text, 40)!r} is not a time like 2026-01-31T00:00:00Z") from None
 
     def words(self, name: str) -> list[str]:
         """Return the parts of a parameter between its commas, none for an empty one."""
@@ -11894,7 +11988,7 @@ class ReadQueue:
 # API: routes as a table, handlers, /openapi.json (contract section 5); knows no
 #   socket.
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Verbs,
-#   Verdict, Audit, Retry and rollback, Drift, Overview, Serialization, Requests.
+#   Verdict, Audit, Queue, Retry and rollback, Drift, Overview, Serialization, Requests.
 # ======================================================================================
 
 DASHBOARD_FILE = Path(__file__).resolve().with_name("dashboard.html")
@@ -11996,7 +12090,9 @@ class Api:
         return IdempotencyKey(str(request.actor), request.key, hashlib.sha256(asked).hexdigest())
 
     def list_releases(self, request: Request) -> Reply:
-        page = self.store.releases.page(request.choice("status"), request.integer("page"), request.integer("pageSize"))
+        wanted = ReleaseFilter(request.choice("status"), request.query.get("target", ""),
+                               request.query.get("search", ""), request.time("since"), request.query.get("node", ""))
+        page = self.store.releases.page(wanted, request.integer("page"), request.integer("pageSize"))
         return Reply(200, page_json(page, release_json))
 
     def get_release(self, request: Request) -> Reply:
@@ -12308,7 +12404,7 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/api/v1/releases", Api.create_release, OPERATOR, "Create a release for the online nodes",
           "Created", body="NewRelease", headers=("Idempotency-Key",), dry_run="Plan"),
     Route("GET", "/api/v1/releases", Api.list_releases, VIEWER, "List releases, newest first", "ReleaseList",
-          ("status", "page", "pageSize"), headers=("If-None-Match",)),
+          ("status", "page", "pageSize", "target", "search", "since", "node"), headers=("If-None-Match",)),
     Route("GET", "/api/v1/releases/{id}", Api.get_release, VIEWER, "A release and its nodes by batch",
           "ReleaseWithNodes", ("view",), headers=("If-None-Match",)),
     Route("POST", "/api/v1/releases/{id}/pause", Api.pause, OPERATOR, "Dispatch nothing more until resume", "Release",
@@ -13018,7 +13114,7 @@ def _certificate_text(path: str, certificate: Mapping[str, Any]) -> str:
     expires = certificate_end(certificate)
     days = _days_until(expires)
     renew = ": renew it now" if days < 14 else ""
-    return f"{path} is good until {utc_text(expires)}, {days:.0f} days{renew}"
+    return f"{path} is good until {utc_text(expires)}, {count_of(round(days), 'day')}{renew}"
 
 
 def _private_text(name: str, path: str) -> str:
@@ -13036,13 +13132,14 @@ def check_crl(name: str, path: str) -> Iterator[Finding]:
         return
     if not count:
         return
-    text, days = f"{path} holds {count} CRL{'s' if count > 1 else ''}", _days_until(min(ends, default=float("inf")))
+    text, days = f"{path} holds {count_of(count, 'CRL')}", _days_until(min(ends, default=float("inf")))
     if days < 0:
         yield Finding(f"{name} CRL", EXIT_USAGE, f"{text}, expired since {utc_text(min(ends))}: every certificate of "
                                                  "its CA is refused; replace it by a newer one")
         return
     if ends:
-        text += f", good until {utc_text(min(ends))}, {days:.0f} days" + (": fetch a newer one now" if days < 1 else "")
+        text += (f", good until {utc_text(min(ends))}, {count_of(round(days), 'day')}"
+                 + (": fetch a newer one now" if days < 1 else ""))
     if bare:
         text += f"; {bare} of its CAs have none: certificates that these signed are refused"
     yield Finding(f"{name} CRL", EXIT_DONE, text)
@@ -13104,7 +13201,7 @@ def check_agents(settings: Settings) -> Iterator[Finding]:
 def check_api(settings: Settings) -> Iterator[Finding]:
     """Check what the API needs."""
     tokens, cert = settings.api_tokens_file, settings.http_cert
-    yield _finding("API_TOKENS_FILE", lambda: f"{len(Tokens(tokens).load())} tokens" if tokens else
+    yield _finding("API_TOKENS_FILE", lambda: count_of(len(Tokens(tokens).load()), "token") if tokens else
                    "not set: the API listens on loopback, for everybody on this host")
     try:
         exposure = _finding("HTTP_ADDR", lambda: exposure_of(settings, listening_address(settings)[1]))
@@ -13193,8 +13290,8 @@ def check_audit(store: Store) -> Finding:
 def audit_line(report: AuditReport) -> str:
     """Return how much of audit_log was verified, and its head."""
     head = "empty" if not report.head[0] else f"head {report.head[0]}:{report.head[1]}"
-    return (f"{report.rows} of {report.of_rows} rows and the events of {report.releases} of {report.of_releases} ended "
-            f"releases verified; {head}")
+    return (f"{report.rows} of {count_of(report.of_rows, 'row')} and the events of {report.releases} of "
+            f"{count_of(report.of_releases, 'ended release')} verified; {head}")
 
 
 def check_drift(listed: Sequence[ListedNode]) -> Iterator[Finding]:
@@ -13288,19 +13385,19 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
 
 # region Terminal
 # ======================================================================================
-# Terminal: what a person sees: columns, a release in one line, its progress.
-# Uses: Vocabulary, Helpers, Model, Releases.
+# Terminal: how text is shown to a person: columns of characters, tables, colours, times.
+# Uses: Vocabulary, Helpers, Status texts.
 # ======================================================================================
 
 def columns_of(text: str) -> int:
     """Return the columns of a printable text in a terminal: two for a Chinese letter, none for a combining accent."""
     if text.isascii():
         return len(text)
-    return sum(0 if unicodedata.category(char) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(char) in "WF"
-               else 1 for char in text)
+    return sum(0 if unicodedata.category(char) in ("Mn", "Me") or "\u1160" <= char <= "\u11ff" else
+               2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
-def cut_to(text: str, columns: int) -> str:
+def start_of(text: str, columns: int) -> str:
     """Return the start of a printable text that fits into so many columns."""
     if columns_of(text) <= columns:
         return text
@@ -13308,14 +13405,215 @@ def cut_to(text: str, columns: int) -> str:
     return text[:sum(1 for end in ends if end <= columns)]
 
 
-def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
-    """Return rows as text in columns, "" when there are none."""
-    cells = [[one_line(cell) if cell is not None else "" for cell in row] for row in rows]
-    if not cells:
-        return ""
-    widths = [max(columns_of(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
-    return "\n".join("  ".join(cell + " " * (width - columns_of(cell)) for cell, width in zip(row, widths)).rstrip()
-                     for row in [[h.upper() for h in head], *cells])
+def cut_to(text: str, columns: int) -> str:
+    """Return a printable text in so many columns: what does not fit is cut off, and dots say so."""
+    return text if columns_of(text) <= columns else start_of(text, max(columns - 3, 0)) + "..."[:columns]
+
+
+def wrapped(text: str, columns: int) -> list[str]:
+    """Return a printable text as lines of so many columns: broken at spaces, a longer word anywhere; 0: one line."""
+    if not columns or columns_of(text) <= columns:
+        return [text]
+    lines, line = [], ""
+    for word in text.split(" "):
+        longer = f"{line} {word}" if line else word
+        if columns_of(longer) <= columns:
+            line = longer
+            continue
+        if line:
+            lines.append(line)
+        while columns_of(word) > columns:
+            part = start_of(word, columns) or word[0]
+            lines.append(part)
+            word = word[len(part):]
+        line = word
+    return [*lines, line] if line else lines
+
+
+def time_span(seconds: float) -> str:
+    """Return '19 s', '6 min', '3 h 20 min' or '2 days'."""
+    return f"{max(seconds, 0.0):.0f} s" if seconds < 90 else rough_time(seconds)
+
+
+def rough_span(seconds: float) -> str:
+    """Return '19 s', '6 min', '5 h' or '2 days', for a column of a table."""
+    for size, unit, most in ((1, "s", 90), (60, "min", 5400), (3600, "h", 172800)):
+        if seconds < most:
+            return f"{max(seconds, 0.0) / size:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
+
+
+# A stored time, or what is left of one in a sentence of Why, and whether it is said how far off that is. No quote may
+# stand before it: in a payload, or in a row of the audit log, a time is shown as it is.
+_TIME_IN_TEXT = re.compile(r"""(?<![\w"'.:-])(?:(\d{4}-\d\d-\d\d)T(\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?)|"""
+                           r"(\d\d:\d\d:\d\d))Z(?!\w)(, in )?")
+
+# The colours of words that stand alone in a cell of a table, or tell the status of a release; as in watch.
+COLOURS: Mapping[str, str] = {
+    SUCCESS: "32", FAILED: "31", RUNNING: "36", SKIPPED: "90", PARTIAL: "33", PAUSED: "33", CANCELLING: "33",
+    CANCELLED: "90", "ok": "32", "WRONG": "31", "error": "31",
+    "warning": "33", "stops": "31", "waits": "33"}
+AUTO, ALWAYS, NEVER = COLOUR_MODES = ("auto", "always", "never")
+
+
+class Display(NamedTuple):
+    """How text is shown to a person."""
+    # Columns of the terminal; 0: as many as it takes, as in a file or a pipe.
+    width: int = 0
+    lines: int = 24
+    is_terminal: bool = False
+    has_colours: bool = False
+    # Times in UTC, not in the zone of the process.
+    is_utc: bool = False
+
+    @classmethod
+    def of(cls, stream: TextIO, colour: str = AUTO, is_utc: bool = False) -> Display:
+        """Return what a stream can show now; colour: one of COLOUR_MODES."""
+        is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+        has_colours = colour == ALWAYS or (colour == AUTO and is_terminal and not os.environ.get("NO_COLOR"))
+        size = _size_of(stream) if stream.isatty() else os.terminal_size((0, 24))
+        return cls(size.columns, size.lines, is_terminal, has_colours, is_utc)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Return whether tables leave out what matters less."""
+        return 0 < self.width < 110
+
+    def paint(self, text: str, colour: str) -> str:
+        """Return a text in a colour of COLOURS."""
+        return f"\x1b[{colour}m{text}\x1b[0m" if self.has_colours and colour else text
+
+    def sentence(self, text: str) -> str:
+        """Return a text with its times as people read them: 'until 14:21, in 19 s'."""
+        now_s = time.time()
+
+        def short(match: re.Match[str]) -> str:
+            day, clock, bare, is_left = match.groups()
+            if bare and self.is_utc:  # short and in UTC already
+                return match[0]
+            try:
+                at_s = _next_to(bare, now_s) if bare else epoch_of(f"{day}T{clock}Z")
+                left = f", in {time_span(at_s - now_s)}" if at_s - now_s >= 1 and not bare and not is_left else ""
+                return self._clock(at_s, now_s, "%H:%M") + (is_left or left)
+            except (ValueError, OverflowError):  # written by hand: no such day, or one that no calendar has
+                return match[0]
+        return _TIME_IN_TEXT.sub(short, text)
+
+    def text(self, text: str) -> str:
+        """Return a text with its times as people read them, broken at spaces where a line is too long."""
+        return "\n".join(part for line in self.sentence(text).split("\n")
+                         for part in ([line] if "\x1b" in line else wrapped(line, self.width)))
+
+    def moment(self, text: str | None) -> str:
+        """Return a stored time for a table: '14:21:40', of another day '2026-11-27 14:21'; "" for none."""
+        try:
+            return self._clock(epoch_of(text), time.time(), "%H:%M:%S") if text else ""
+        except (ValueError, OverflowError):  # written by hand
+            return text or ""
+
+    def _clock(self, at_s: float, now_s: float, today: str) -> str:
+        zone = datetime.timezone.utc if self.is_utc else None
+        at, now = (datetime.datetime.fromtimestamp(s, zone) for s in (at_s, now_s))
+        return at.strftime(today if at.date() == now.date() else "%Y-%m-%d %H:%M") + ("Z" if self.is_utc else "")
+
+    def table(self, rows: Sequence[Sequence[object]], head: Sequence[str], cuts: bool = False,
+              before: list[int] | None = None) -> str:
+        """Return rows as text in columns that fit the terminal, "" when there are none; columns without a word go.
+
+        What is too long goes on in the next line, or is cut off where cuts says so, but for the names of nodes. Where
+        not even that fits, each row is a block of lines. before: a list that this fills with the widths, so that a
+        later call goes on with the same table.
+        """
+        cells = [[self._cell(cell) for cell in row] for row in rows]
+        if not cells:
+            return ""
+        if before is None:
+            used = [any(column) for column in zip(*cells)]
+            head, *cells = [list(itertools.compress(row, used)) for row in (head, *cells)]
+        widths = [max(map(columns_of, column)) for column in zip(head, *cells)]
+        lines = []
+        if before:
+            widths = list(map(max, widths, before))
+        if not _shrink(widths, head, self.width):
+            return "\n\n".join("\n".join(self._block(row, head)) for row in cells)
+        if not before:
+            lines.append(self._line([name.upper() for name in head], widths))
+        if before is not None:
+            before[:] = widths
+        for row in cells:
+            parts = [[cut_to(cell, width)] if cuts and name not in _NAMES else wrapped(cell, width)
+                     for cell, width, name in zip(row, widths, head)]
+            lines += [self._line(line, widths) for line in itertools.zip_longest(*parts, fillvalue="")]
+        return "\n".join(lines)
+
+    def _cell(self, value: object) -> str:
+        text = one_line(value, MAX_DETAIL_BYTES) if value is not None else ""
+        return self.moment(text) if _STORED_TIME.fullmatch(text) else self.sentence(text)
+
+    def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
+        padded = [(cell, " " * (width - columns_of(cell))) for cell, width in zip(cells, widths)]
+        return "  ".join(self.paint(cell, COLOURS.get(cell, "")) + space for cell, space in padded).rstrip()
+
+    def _block(self, row: Sequence[str], head: Sequence[str]) -> list[str]:
+        """Return a row as lines of name and value."""
+        margin = max(map(len, head)) + 2
+        if self.width - margin < MIN_COLUMN:  # each name is a line of its own
+            return [line for name, cell in zip(head, row) if cell
+                    for line in (*wrapped(name.upper(), self.width), *wrapped(cell, self.width))]
+        return [f"{'' if number else name.upper():<{margin}}{self.paint(line, COLOURS.get(line, ''))}"
+                for name, cell in zip(head, row) if cell
+                for number, line in enumerate(wrapped(cell, self.width - margin))]
+
+
+_STORED_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+# A column of a table is not made narrower than this; the names of nodes only where all others are as narrow as can be,
+# and not as narrow.
+MIN_COLUMN, MIN_NAME, _NAMES = 12, 24, frozenset(("name", "node"))
+
+
+def _shrink(widths: list[int], head: Sequence[str], width: int) -> bool:
+    """Make the widest columns of a table narrower until it fits; return whether it does. width: 0 for no limit."""
+    over = sum(widths) + 2 * (len(widths) - 1) - width if width else 0
+    for shrinks_names in (False, True):
+        least = [min(wide, max(MIN_COLUMN, columns_of(name))) if name not in _NAMES else
+                 min(wide, MIN_NAME) if shrinks_names else wide for wide, name in zip(widths, head)]
+        while over > 0 and widths != least:
+            _, place = max((wide, i) for i, wide in enumerate(widths) if wide > least[i])
+            widths[place] -= 1
+            over -= 1
+    return over <= 0
+
+
+def _next_to(clock: str, now_s: float) -> float:
+    """Return the time of day in UTC, HH:MM:SS, that is nearest to now."""
+    hours, minutes, seconds = map(int, clock.split(":"))
+    since_s = (hours * 3600 + minutes * 60 + seconds - now_s) % 86400
+    return now_s + (since_s if since_s < 43200 else since_s - 86400)
+
+
+def _size_of(stream: TextIO) -> os.terminal_size:
+    """Return the size of a stream's terminal; standard output may be another."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        found = os.get_terminal_size(stream.fileno())
+        if found.columns > 0 and found.lines > 0:
+            return found
+    return shutil.get_terminal_size((100, 24))
+
+
+# endregion
+
+
+# region Views
+# ======================================================================================
+# Views: a release as a person sees it: its head, a bar for each batch, its nodes, its
+#   history; and the screen of watch.
+# Uses: Vocabulary, Helpers, Model, Status texts, Nodes, Releases, Terminal.
+# ======================================================================================
+
+# Of each status of a node: its mark in a bar.
+MARKS = ((SUCCESS, "#"), (FAILED, "x"), (RUNNING, ">"), (SKIPPED, "-"), (PENDING, "."))
+# What is shown of a release at most: batches as bars, its first failures, its nodes that are not well.
+MAX_BARS, MAX_FAILURES, MAX_ILL = 12, 8, 20
 
 
 def release_line(release: Release) -> str:
@@ -13325,92 +13623,193 @@ def release_line(release: Release) -> str:
     return one_line(f"{release}: {text}", 2 * MAX_MESSAGE_CHARS)
 
 
+def head_lines(release: Release, display: Display) -> list[str]:
+    """Return release_line() in lines that fit, with the status in its colour."""
+    line = display.sentence(release_line(release))
+    first, *others = wrapped(line, max(display.width - 1, 0))
+    return [first.replace(f": {release.status}", f": {display.paint(release.status, COLOURS.get(release.status, ''))}",
+                          1), *others]
+
+
+def time_taken(started_at: str | None, finished_at: str | None) -> str:
+    """Return for how long something ran, or has been running; "" before it began."""
+    if not started_at:
+        return ""
+    now_s = time.time()
+    return time_span(epoch_or(finished_at, now_s) - epoch_or(started_at, now_s))
+
+
+def times_line(release: Release, display: Display) -> str:
+    """Return when a release was made, began and ended, and how long it took."""
+    if not release.started_at:
+        began = ""
+    elif release.is_terminal:
+        began = (f"ran {display.moment(release.started_at)} to {display.moment(release.finished_at)}, "
+                 f"{time_taken(release.started_at, release.finished_at)}")
+    else:
+        began = f"started {display.moment(release.started_at)}, {time_taken(release.started_at, None)} ago"
+    return "; ".join(filter(None, (f"created {display.moment(release.created_at)}", began)))
+
+
+def bar_lines(batches: Sequence[BatchProgress], at: int, display: Display, most: int = MAX_BARS) -> list[str]:
+    """Return a bar for each batch, or for those around the current one where there are more than most."""
+    width = max(display.width - 1, 1) if display.width else 80
+    first = max(0, min((at or len(batches)) - most // 2, len(batches) - most))
+    shown = batches[first:first + most]
+    more = [cut_to(f"({len(batches)} batches in all)", width)] if len(batches) > len(shown) else []
+    return [*(_bar_line(batch, width, display) for batch in shown), *more]
+
+
+def _bar_line(batch: BatchProgress, width: int, display: Display) -> str:
+    """Return a batch as a bar; each part is as long as its share, rounded, at least one mark."""
+    done = f"batch {batch.number:>3} {batch.count(SUCCESS):>6} of {batch.total:<6} "
+    room = min(40, width - len(done) - len(MARKS))  # rounding makes each part longer by less than one mark
+    if room < 1:
+        return cut_to(done.rstrip(), width)
+    counts = [(mark, batch.count(status), COLOURS.get(status, "")) for status, mark in MARKS]
+    return done + "".join(display.paint(mark * max(1, round(room * count / batch.total)), colour)
+                          for mark, count, colour in counts if count)
+
+
+def cause_lines(failures: Sequence[tuple[str, str]], total: int, display: Display, most: int = MAX_FAILURES
+                ) -> list[str]:
+    """Return the failures of a release, those that came first; a node's name is never cut.
+
+    failures: name and error; total: how many failed.
+    """
+    width, lines = max(display.width - 1, 1) if display.width else 0, []
+    for name, error in failures[:most]:
+        text = "  " + display.sentence(one_line(f"{name}: {error}"))
+        is_short = width and columns_of(name) + 12 <= width
+        lines += [cut_to(text, width)] if is_short else wrapped(text, width)
+    shown = min(len(failures), most)
+    more = [f"  and {total - shown} more"] if total > shown else []
+    return [*(display.paint(line, COLOURS[FAILED]) for line in lines), *more]
+
+
+def is_well(node: ReleaseNode) -> bool:
+    """Return whether nothing about a node needs a look: a skipped one was left as it was."""
+    return node.status != FAILED and (node.status != RUNNING or node.attempts <= 1)
+
+
+def nodes_text(nodes: Sequence[ReleaseNode], display: Display, shows_all: bool) -> str:
+    """Return the nodes of a release that are not well, or all of them, and how many are left out."""
+    wanted = list(nodes) if shows_all else [node for node in nodes if not is_well(node)]
+    shown = wanted if shows_all else wanted[:MAX_ILL]
+    table = display.table(
+        [(n.batch, n.name, n.status, n.attempts, "" if display.is_narrow else n.started_at,
+          time_taken(n.started_at, n.finished_at), n.error_kind, n.error_msg) for n in shown],
+        ("batch", "node", "status", "tries", "started", "took", "error", "message"))
+    ill, well = len(wanted) - len(shown), len(nodes) - len(wanted)
+    left = ", ".join(filter(None, (f"{ill} that failed or are tried again" if ill else "",
+                                   f"{count_of_nodes(well)} with nothing wrong" if well else "")))
+    return "\n".join(filter(None, (table, f"not shown: {left} (--all)" if left else "")))
+
+
+def status_text(progress: Progress, nodes: Sequence[ReleaseNode], display: Display, shows_all: bool = False) -> str:
+    """Return a release for `status`: its head, a bar for each batch, then the nodes that are not well."""
+    release = progress.release
+    doing = dataclasses.replace(release, status_reason="; ".join(filter(None, (release.status_reason,
+                                                                               progress.time_left))))
+    about = [f"reason: {one_line(release.reason)}"] if release.reason else []
+    about += [one_line(f"target {release.target}; {times_line(release, display)}")]
+    bars = bar_lines(progress.batches, release.current_batch, display,
+                     max(len(progress.batches), 1) if shows_all else MAX_BARS)
+    # failures by cause have their place here
+    return "\n".join(filter(None, [*head_lines(doing, display), *about, *bars, nodes_text(nodes, display, shows_all)]))
+
+
+def list_text(page: Page, display: Display) -> str:
+    """Return a page of releases, and how many there are; "" for none."""
+    rows, now_s = [], time.time()
+    for r in page.items:
+        state = "" if r.status == SUCCESS else r.status_reason
+        rows.append((r.id, f"v{r.version}", r.target, r.status, f"{r.success_nodes}/{r.total_nodes}",
+                     r.failed_nodes or "", rough_span(now_s - epoch_or(r.created_at, now_s)),
+                     rough_span(epoch_or(r.finished_at, now_s) - epoch_or(r.started_at, now_s)) if r.started_at else "",
+                     *(["; ".join(filter(None, (r.reason, state)))] if display.is_narrow else [r.reason, state])))
+    head = ("id", "version", "target", "status", "done", "failed", "age", "took",
+            *(["reason, state"] if display.is_narrow else ["reason", "state"]))
+    last = (page.number - 1) * page.size + len(rows)
+    older = f", older: --page {page.number + 1}" if last < page.total else ""
+    first = f"{last - len(rows) + 1} to {last}" if page.number > 1 else f"{last}"
+    foot = [f"{first} of {page.total}{older}"] if page.total > len(rows) and rows else []
+    return "\n".join([display.table(rows, head, cuts=True), *foot]) if rows else ""
+
+
+EVENT_HEAD = ("id", "at", "node", "event", "change", "actor", "detail")
+
+
+def event_row(event: Event) -> tuple[object, ...]:
+    """Return an event as a row of a table."""
+    change = f"{event.from_status} -> {event.to_status}" if event.to_status else ""
+    return (event.id, event.at, event.node_name or "release", event.event, change, event.actor, event.detail)
+
+
 class Screen:
     """Shows the progress of a release: redrawn in a terminal, else one line for each step."""
 
-    MARKS = ((SUCCESS, "#", "32"), (FAILED, "x", "31"), (RUNNING, ">", "36"), (SKIPPED, "-", "90"),
-             (PENDING, ".", "0"))
-    MAX_BATCHES, MAX_FAILURES = 12, 8
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-        self._is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._has_colours = self._is_terminal and not os.environ.get("NO_COLOR")
+    def __init__(self, stream: TextIO, colour: str = AUTO, is_utc: bool = False):
+        self._stream, self._colour, self._is_utc = stream, colour, is_utc
         # Lines on the screen that the next drawing replaces.
         self._drawn = 0
-        self._last_step = ""
+        self._last_steps: dict[str, str] = {}
 
-    def show(self, progress: Progress) -> None:
-        """Show the progress of a release."""
-        if self._is_terminal:
-            self._draw(self._lines(progress))
+    def show(self, progress: Progress, why: str = "") -> None:
+        """Show the progress of a release, and in a sentence why it does not go on."""
+        display = self._display()
+        if display.is_terminal:
+            self._draw(self._lines(progress, why, display), display)
             return
         release = progress.release
         # a text that only counts seconds or tries is no new step
-        line = "; ".join(filter(None, (release_line(release), progress.time_left)))
         step = re.sub(r", slowest [^;]*|, try \d.*|\d+ (s|min|h|days)\b", "", release.status_reason)
-        self._print(line, f"{release.status} {step}")
+        self._print("; ".join(filter(None, (release_line(release), progress.time_left))), f"{release.status} {step}",
+                    "release")
+        if why:
+            self._print(why, re.sub(r"[\d:]+Z?", "", why), "why")
 
     def say(self, line: str) -> None:
         """Show an error, once."""
-        if self._is_terminal:
-            self._draw([cut_to(one_line(line), self._size().columns - 1)])
+        display = self._display()
+        if display.is_terminal:
+            self._draw([cut_to(one_line(line), display.width - 1)], display)
         else:
-            self._print(line, line)
+            self._print(line, line, "release")
 
-    def _print(self, line: str, step: str) -> None:
-        if step != self._last_step:
-            print(line, file=self._stream, flush=True)
-        self._last_step = step
+    def _display(self) -> Display:
+        return Display.of(self._stream, self._colour, self._is_utc)
 
-    def _size(self) -> os.terminal_size:
-        """Return the size of the stream's terminal; standard output may be another."""
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            found = os.get_terminal_size(self._stream.fileno())
-            if found.columns > 0 and found.lines > 0:
-                return found
-        return shutil.get_terminal_size((100, 24))
+    def _print(self, line: str, step: str, what: str) -> None:
+        if step != self._last_steps.get(what):
+            print(self._display().sentence(line), file=self._stream, flush=True)
+        self._last_steps[what] = step
 
-    def _draw(self, lines: Sequence[str]) -> None:
+    def _draw(self, lines: Sequence[str], display: Display) -> None:
         """Replace the last lines by new ones, as many as fit on the screen."""
-        lines = lines[:max(self._size().lines - 1, 1)]
+        lines = lines[:max(display.lines - 1, 1)]
         up = f"\x1b[{self._drawn}A" if self._drawn else ""
         print(up + "".join(f"\r\x1b[K{line}\n" for line in lines) + "\x1b[J", end="", file=self._stream, flush=True)
         self._drawn = len(lines)
 
-    def _lines(self, progress: Progress) -> list[str]:
-        width = max(self._size().columns - 1, 1)
-        release, batches = progress.release, progress.batches
-        at = max(release.current_batch or len(batches), 1)
-        # the batches around the current one, where there are too many
-        first = max(0, min(at - self.MAX_BATCHES // 2, len(batches) - self.MAX_BATCHES))
-        lines = [cut_to(release_line(release), width)]
-        lines += [self._batch_line(batch, width) for batch in batches[first:first + self.MAX_BATCHES]]
-        if len(batches) > self.MAX_BATCHES:
-            lines.append(cut_to(f"({len(batches)} batches in all)", width))
-        counts = (f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
-                  f"{release.skipped_nodes} skipped of {release.total_nodes}")
-        lines.append(cut_to("; ".join(filter(None, (counts, progress.time_left))), width))
-        shown = progress.failures[:self.MAX_FAILURES]
-        lines += [self._paint(cut_to("  " + one_line(f"{name}: {text}"), width), "31") for name, text in shown]
-        if release.failed_nodes > len(shown):
-            lines.append(cut_to(f"  and {release.failed_nodes - len(shown)} more", width))
-        return lines
-
-    def _batch_line(self, batch: BatchProgress, width: int) -> str:
-        """Return a batch as a bar; each part is as long as its share, rounded, at least one mark."""
-        done = f"batch {batch.number:>3} {batch.count(SUCCESS):>6} of {batch.total:<6} "
-        room = min(40, width - len(done) - len(self.MARKS))  # rounding makes each part longer by less than one mark
-        if room < 1:
-            return cut_to(done, width)
-        bar = ""
-        for status, mark, colour in self.MARKS:
-            count = batch.count(status)
-            bar += self._paint(mark * max(1, round(room * count / batch.total)), colour) if count else ""
-        return done + bar
-
-    def _paint(self, text: str, colour: str) -> str:
-        return f"\x1b[{colour}m{text}\x1b[0m" if self._has_colours else text
+    @staticmethod
+    def _lines(progress: Progress, why: str, display: Display) -> list[str]:
+        release, width = progress.release, max(display.width - 1, 1)
+        head = [*head_lines(release, display), *(wrapped(display.sentence(why), width) if why else [])]
+        elapsed = time_taken(release.started_at, release.finished_at if release.is_terminal else None)
+        counts = "; ".join(filter(None, (
+            f"{release.success_nodes} succeeded, {release.failed_nodes} failed, "
+            f"{release.skipped_nodes} skipped of {release.total_nodes}",
+            f"took {elapsed}" if elapsed and release.is_terminal else elapsed and f"{elapsed} so far",
+            progress.time_left)))
+        foot = wrapped(counts, width)
+        # what is left of the screen is shared by bars and failures, each with a line that says how many more there are
+        room = max(display.lines - 1 - len(head) - len(foot), 4)
+        causes = cause_lines(progress.failures, release.failed_nodes, display,
+                             max(1, min(MAX_FAILURES, room // 2 - 1)))
+        bars = bar_lines(progress.batches, release.current_batch, display,
+                         max(1, min(MAX_BARS, room - len(causes) - 1)))
+        return [*head, *bars, *causes, *foot]
 
 
 # endregion
@@ -13420,9 +13819,9 @@ class Screen:
 # ======================================================================================
 # Commands: what each other command does (contract section 4).
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Difference, Model,
-#   Strategy, Plan, Status texts, Verbs, Verdict, Engines, Database, Audit, Nodes,
-#   Retry and rollback, Releases, Overview, Serialization, Access, Check and why,
-#   Terminal.
+#   Strategy, Plan, Status texts, Verbs, Why, Verdict, Engines, Database, Audit, Nodes,
+#   Queue, Retry and rollback, Releases, Overview, Serialization, Access, Check and why,
+#   Terminal, Views.
 # ======================================================================================
 
 # Where a command's options have the id of a release, or LATEST.
@@ -13441,6 +13840,7 @@ class Context:
         self.store = Store(Database(self.settings.database_url, self.metrics, self.settings.notify_kinds))
         self.actor = _unix_user()
         self._is_open = False
+        self.display = Display.of(sys.stdout, options.color, options.utc)
 
     def open(self, create: bool = False) -> Store:
         """Return the store, after a check of the schema; create: make the database if it is empty.
@@ -13459,12 +13859,25 @@ class Context:
             setattr(self.options, name, newest[0].id)
         return self.store
 
-    def show(self, document: Any, text: str) -> int:
-        """Print a JSON document with --json, else text for people; return EXIT_DONE."""
-        out = to_json(document) if self.options.json else text
-        if out:
+    def show(self, document: Any, text: str, is_data: bool = False) -> int:
+        """Print a JSON document with --json, else text for people unless --quiet; return EXIT_DONE.
+
+        is_data: the text goes out as it is, whatever options say.
+        """
+        is_shown = is_data or not self.options.quiet
+        out = to_json(document) if self.options.json else text if is_data else self.display.text(text)
+        if out and (self.options.json or is_shown):
             print(out, flush=True)
         return EXIT_DONE
+
+    def note(self, text: str) -> None:
+        """Print beside the answer, on standard error, unless --quiet."""
+        if not self.options.quiet:
+            print(self.display.sentence(text), file=sys.stderr, flush=True)
+
+    def screen(self) -> Screen:
+        """Return what shows the progress of a release on standard error."""
+        return Screen(sys.stderr, self.options.color, self.options.utc)
 
 
 def _unix_user() -> Act:
@@ -13505,7 +13918,7 @@ def command_token_add(context: Context) -> int:
         context.actor, "token.add", f"token {options.name}", {"name": options.name, "role": options.role, "file": path},
         lambda: add_token(path, options.name, options.role))
     print(f"Token for {options.name} ({options.role}). Copy it now: it can't be shown again.", file=sys.stderr)
-    return context.show({"name": options.name, "role": options.role, "token": token}, token)
+    return context.show({"name": options.name, "role": options.role, "token": token}, token, is_data=True)
 
 
 def _number_or_text(text: str) -> int | str:
@@ -13577,10 +13990,10 @@ def command_create(context: Context) -> int:
 
 
 def _show_plan(context: Context, plan: Plan) -> int:
-    return context.show(plan_json(plan), _plan_text(plan))
+    return context.show(plan_json(plan), _plan_text(plan, context.display))
 
 
-def _plan_text(plan: Plan) -> str:
+def _plan_text(plan: Plan, display: Display) -> str:
     """Return what a release would do, and which nodes it would leave out."""
     payload = "payload of release {} (v{})".format(*plan.payload_of) if plan.payload_of else None
     strategy, effect = plan.strategy, plan.effect
@@ -13592,8 +14005,8 @@ def _plan_text(plan: Plan) -> str:
               ("soaks after each batch", f"{strategy.soak_s:g} s" if strategy.soak_s else None),
               ("pauses after batch", in_words(plan.pauses) or None),
               ("each node is probed at", strategy.verify.url if strategy.verify else None)]
-    text = table([(number, len(ids), most, in_words([plan.names[id_] for id_ in ids])) for number, (ids, most)
-                  in enumerate(zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "names"))
+    text = display.table([(number, len(ids), most, in_words([plan.names[id_] for id_ in ids])) for number, (ids, most)
+                          in enumerate(zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "names"))
     emptied = [f"left without any site: {', '.join(plan.emptied)}"] if plan.emptied else []
     return "\n".join(
         [text, *(f"{name}: {value}" for name, value in limits if value is not None), *_left_out_lines(plan.left_out),
@@ -13614,7 +14027,7 @@ def _change_lines(changes: Difference, most: int = MAX_CHANGES) -> list[str]:
 def command_payload(context: Context) -> int:
     release = context.open().releases.get(context.options.id)
     payload = stored_payload(release)
-    return context.show(payload_json(release, payload), indented_json(without_version(payload)))
+    return context.show(payload_json(release, payload), indented_json(without_version(payload)), is_data=True)
 
 
 def command_diff(context: Context) -> int:
@@ -13635,7 +14048,7 @@ def _check_wait(options: argparse.Namespace) -> None:
 
 def _show_created(context: Context, made: Made) -> int:
     if context.options.wait:
-        print(_created_text(made), file=sys.stderr)
+        context.note(_created_text(made))
         return _watch(context, made.release.id)
     if context.options.json:
         as_json = created_again_json if made.release.is_again else created_json
@@ -13655,12 +14068,13 @@ def _created_text(made: Made) -> str:
 
 
 def command_list(context: Context) -> int:
-    options = context.options
-    page = context.open().releases.page(options.status or "", options.page, options.page_size)
-    rows = [(r.id, f"v{r.version}", r.target, r.status, f"{r.success_nodes}/{r.total_nodes}", r.failed_nodes,
-             r.created_at, r.status_reason) for r in page.items]
-    return context.show(page_json(page, release_json), table(
-        rows, ("id", "version", "target", "status", "done", "failed", "created", "state")) or "no releases")
+    options, store = context.options, context.open()
+    node = store.nodes.named(options.node).name if options.node else ""
+    wanted = ReleaseFilter(options.status or "", options.target, options.search, options.since or "", node)
+    page = store.releases.page(wanted, options.page, options.page_size)
+    none = "no releases" if wanted == ReleaseFilter() else "no such releases"
+    return context.show(page_json(page, release_json), list_text(page, context.display) or (
+        f"no releases on page {page.number} of {-(-page.total // page.size)}" if page.total else none))
 
 
 def _show_overview(context: Context) -> int:
@@ -13669,8 +14083,8 @@ def _show_overview(context: Context) -> int:
         store.state.check_write()
     overview = store.overview.read([CertificateState(*found.values()) for found in certificates_json(
         context.settings)])
-    problems = table([(p.severity, p.since, p.text, p.mend) for p in overview.problems],
-                     ("", "since", "what", "mend")) if overview.problems else ""
+    problems = context.display.table([(p.severity, p.since, p.text, p.mend) for p in overview.problems],
+                                     ("", "since", "what", "mend"))
     context.show(overview_json(overview), "\n".join(filter(None, [overview.text, problems])))
     return EXIT_NOT_SUCCESS if context.options.health and not overview.is_well else EXIT_DONE
 
@@ -13678,12 +14092,12 @@ def _show_overview(context: Context) -> int:
 def command_status(context: Context) -> int:
     if context.options.id is None:
         return _show_overview(context)
-    store = context.open()
-    release, nodes = store.releases.with_nodes(context.options.id)
-    release = store.releases.as_shown(release)
-    return context.show(release_with_nodes_json(release, nodes), "\n".join([release_line(release), table(
-        [(n.batch, n.name, n.status, n.attempts, n.started_at, n.finished_at, n.error_kind, n.error_msg)
-         for n in nodes], ("batch", "node", "status", "tries", "started", "finished", "error", "message"))]))
+    options, store = context.options, context.open()
+    release, nodes = store.releases.with_nodes(options.id)
+    if options.json:
+        return context.show(release_with_nodes_json(store.releases.as_shown(release), nodes), "")
+    progress = store.releases.progress(options.id)
+    return context.show(None, status_text(progress, nodes, context.display, options.all))
 
 
 def command_why(context: Context) -> int:
@@ -13693,8 +14107,8 @@ def command_why(context: Context) -> int:
             store.state.check_write()
     why = store.claims.why(release_id, context.settings.node_deadline_sec)
     stopped_by = why.stopped_by
-    steps = table([("=>" if step is stopped_by else "", step.state, step.name, step.text) for step in why.steps],
-                  ("", "state", "step", "what"))
+    steps = context.display.table([("=>" if step is stopped_by else "", step.state, step.name, step.text)
+                                   for step in why.steps], ("", "state", "step", "what"))
     context.show(why_json(why), "\n".join([why.line, steps, *([f"mend: {stopped_by.mend}"] if stopped_by else [])]))
     return EXIT_NOT_SUCCESS if stopped_by and why.release else EXIT_DONE
 
@@ -13734,24 +14148,26 @@ def _watch(context: Context, release_id: int) -> int:
 
     The database may be out of reach meanwhile. EXIT_BUSY: --timeout was over first.
     """
-    options, store, screen = context.options, context.open(), Screen(sys.stderr)
+    options, store, screen = context.options, context.open(), context.screen()
     ends_at = float("inf") if options.timeout is None else time.monotonic() + options.timeout
-    state = "could not be read"
+    state, standstill = "could not be read", _Standstill(context)
     while True:
         try:
             progress = store.releases.progress(release_id)
-            screen.show(progress)
+            why = standstill.explain(progress)
+            if not options.quiet:
+                screen.show(progress, why)
         except DatabaseError as error:
             screen.say(str(error))
         else:
             release = progress.release
             if options.until.is_reached(progress):
                 break
-            why = one_line(release.status_reason)
-            state = f"is still {release.status}" + (f" ({why})" if why else "")
+            reason = one_line(release.status_reason)
+            state = f"is still {release.status}" + (f" ({reason})" if reason else "")
         left_s = ends_at - time.monotonic()
         if left_s <= 0:
-            print(f"timed out after {options.timeout:g} s: release {release_id} {state}", file=sys.stderr)
+            context.note(f"timed out after {options.timeout:g} s: release {release_id} {state}")
             if options.json:
                 context.show({"release": release_json(store.releases.as_shown(store.releases.get(release_id)))}, "")
             return EXIT_BUSY
@@ -13760,13 +14176,61 @@ def _watch(context: Context, release_id: int) -> int:
     return exit_code_of(store, release)
 
 
+# A release at work that has done nothing for so long is explained, then and at most so often.
+STILL_S, EXPLAIN_EVERY_S = 5.0, 2.0
+
+
+class _Standstill:
+    """Finds out why a release that is watched does not go on."""
+
+    def __init__(self, context: Context):
+        self._context = context
+        self._place: tuple[object, ...] = ()
+        self._since = self._explained_at = float("-inf")
+        self._text = ""
+
+    def explain(self, progress: Progress) -> str:
+        """Return in a sentence what a release waits for; "" while it moves, or where its own state says that."""
+        release, now = progress.release, time.monotonic()
+        place = (release.status, release.current_batch, *(sorted(batch.counts.items()) for batch in progress.batches))
+        if place != self._place:
+            self._place, self._since, self._text = place, now, ""
+        is_still = release.status != RUNNING or now - self._since >= STILL_S
+        if release.is_terminal or not is_still:
+            return ""
+        if now - self._explained_at >= EXPLAIN_EVERY_S:
+            why = self._context.store.claims.why(release.id, self._context.settings.node_deadline_sec)
+            waits = why.stopped_by or any(step.state == WAITS for step in why.steps)
+            self._explained_at, self._text = now, why.line if waits and why.text not in release.status_reason else ""
+        return self._text
+
+
 def command_events(context: Context) -> int:
     options = context.options
+    if options.follow and options.json:
+        raise AppError(INVALID, "--follow prints lines as they come, --json one document: ask again with --after ID")
     store = context.open()
-    events = store.releases.events(options.id, options.after, options.limit)
-    return context.show({"items": [event_json(event) for event in events]}, table(
-        [(e.id, e.at, e.node_name or "release", e.event, f"{e.from_status} -> {e.to_status}", e.actor, e.detail)
-         for e in events], ("id", "at", "node", "event", "change", "actor", "detail")))
+    events = store.releases.events(options.id, options.after or 0, options.limit, newest=options.after is None)
+    widths: list[int] = []
+    context.show({"items": [event_json(event) for event in events]},
+                 context.display.table(list(map(event_row, events)), EVENT_HEAD, before=widths))
+    total = store.releases.count_events(options.id)
+    if options.after is None and len(events) < total:
+        context.note(f"the newest {len(events)} of {count_of(total, 'event')}; all of them: --limit {total}")
+    elif len(events) == options.limit and options.limit < total:
+        context.note(f"there may be later ones: --after {events[-1].id}")
+    last = events[-1].id if events else options.after or 0
+    while options.follow:
+        release = store.releases.get(options.id)  # before its events: what ends it is among them
+        events = store.releases.events(options.id, last)
+        if events:
+            last = events[-1].id
+            context.show(None, context.display.table(list(map(event_row, events)), EVENT_HEAD, before=widths))
+        elif release.is_terminal:
+            break
+        else:
+            time.sleep(WATCH_EVERY_S)
+    return EXIT_DONE
 
 
 def command_audit(context: Context) -> int:
@@ -13779,7 +14243,7 @@ def command_audit(context: Context) -> int:
     what = options.object if options.release is None else f"release {options.release}"
     rows = store.audit.rows(options.after, options.limit, AuditFilter(
         options.actor, options.action, what, options.since or ""), newest=not options.after)
-    context.show({"items": [audit_json(row) for row in rows]}, table(
+    context.show({"items": [audit_json(row) for row in rows]}, context.display.table(
         [(r.id, r.at, r.actor, r.address, r.action, r.object, " -> ".join(filter(None, (r.before, r.after))))
          for r in rows], ("id", "at", "actor", "from", "action", "object", "change")) or "no rows")
     return EXIT_DONE
@@ -13820,7 +14284,7 @@ def command_catch_up(context: Context) -> int:
     releases = context.open().releases
     if options.plan:
         plans, left_out = releases.plan_catch_up(reason, strategy)
-        document, texts = catch_up_plan_json(plans, left_out), [_plan_text(plan) for plan in plans]
+        document, texts = catch_up_plan_json(plans, left_out), [_plan_text(plan, context.display) for plan in plans]
     else:
         made, left_out = releases.catch_up(context.actor, reason, strategy)
         document, texts = caught_up_json(made, left_out), [_created_text(one) for one in made]
@@ -13846,8 +14310,8 @@ def command_check(context: Context) -> int:
                 *check_database(settings, context.store)]
     context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
                             for f in findings]},
-                 table([("ok" if f.exit_code == EXIT_DONE else "WRONG", f.subject, f.text) for f in findings],
-                       ("", "subject", "result")))
+                 context.display.table([("ok" if f.exit_code == EXIT_DONE else "WRONG", f.subject, f.text)
+                                        for f in findings], ("", "subject", "result")))
     codes = {f.exit_code for f in findings}
     return EXIT_USAGE if EXIT_USAGE in codes else max(codes)
 
@@ -13892,8 +14356,9 @@ def _chunks(releases: Iterable[OldRelease]) -> Iterator[list[OldRelease]]:
 
 def _show_pruned(context: Context, releases: Sequence[OldRelease]) -> int:
     is_dry = context.options.dry_run
-    rows = table([(r.id, f"v{r.version}", r.target, r.status, r.total_nodes, r.ended_at) for r in releases],
-                 ("id", "version", "target", "status", "nodes", "ended")) if is_dry else ""
+    rows = context.display.table([(r.id, f"v{r.version}", r.target, r.status, r.total_nodes, r.ended_at)
+                                  for r in releases],
+                                 ("id", "version", "target", "status", "nodes", "ended")) if is_dry else ""
     return context.show({"dryRun": is_dry, "total": len(releases), "items": [
         {"id": r.id, "version": r.version, "target": r.target, "status": r.status, "totalNodes": r.total_nodes,
          "endedAt": r.ended_at} for r in releases]},
@@ -13919,7 +14384,7 @@ def command_version(context: Context) -> int:
 # ======================================================================================
 # Node commands: what the commands on nodes do, and what is shown of a node.
 # Uses: Vocabulary, Helpers, Model, Plan, Drift, Overview, Serialization, Check and
-#   why, Terminal, Commands.
+#   why, Commands.
 # ======================================================================================
 
 def _node_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -13953,7 +14418,7 @@ def command_node_list(context: Context) -> int:
     page = context.open().fleet.page(size=0, wanted=NodeFilter(
         options.drift or "", parse_label_pairs("--label", options.label or ()), tuple(options.names), options.runs,
         options.search, options.sort))
-    text = table([_node_row(listed) for listed in page.items], NODE_HEAD) or (
+    text = context.display.table([_node_row(listed) for listed in page.items], NODE_HEAD) or (
         "no such nodes" if page.total or context.store.nodes.page(size=1).total else
         "no nodes: add one with `node add`")
     return context.show({"items": [node_json(listed) for listed in page.items], "total": page.total}, text)
@@ -13972,11 +14437,12 @@ def command_node_show(context: Context) -> int:
     facts = [("address", f"{node.main_ip}:{node.agent_port}"), ("protocol", node.agent_protocol),
              ("state", node.condition), ("labels", node.labels), ("runs", _ran_text(level.runs)),
              ("should run", _ran_text(level.wants)), ("drift", drift_text(level))]
-    given = table([(one.release_id, f"v{one.version}", one.target, one.release_status, one.status, one.attempts,
-                    one.started_at, one.finished_at, one.error_kind, one.error_msg) for one in tries.items],
-                  ("release", "version", "target", "ended", "here", "tries", "started", "finished", "error", "message"))
+    given = context.display.table(
+        [(one.release_id, f"v{one.version}", one.target, one.release_status, one.status, one.attempts,
+          one.started_at, one.finished_at, one.error_kind, one.error_msg) for one in tries.items],
+        ("release", "version", "target", "ended", "here", "tries", "started", "finished", "error", "message"))
     more = [f"and {tries.total - TRIES_SHOWN} older ones"] if tries.total > TRIES_SHOWN else []
-    acts = table([(row.at, row.actor, row.action, " -> ".join(filter(None, (row.before, row.after))))
+    acts = context.display.table([(row.at, row.actor, row.action, " -> ".join(filter(None, (row.before, row.after))))
                   for row in changes], ("at", "actor", "action", "change"))
     return context.show(
         {"node": node_json(listed), "releases": [node_try_json(one) for one in tries.items],
@@ -14008,7 +14474,7 @@ def command_node_set(context: Context) -> int:
     listed = store.written(store.nodes.update_all([node.id for node in nodes], columns, context.actor))
     is_one = len(context.options.names) == 1 and context.options.names[0] == nodes[0].name
     document = node_json(listed[0]) if is_one else {"items": [node_json(one) for one in listed]}
-    return context.show(document, table([_node_row(one) for one in listed], NODE_HEAD))
+    return context.show(document, context.display.table([_node_row(one) for one in listed], NODE_HEAD))
 
 
 def _chosen(context: Context, store: Store) -> list[Node]:
@@ -14083,7 +14549,7 @@ def command_node_ping(context: Context) -> int:
     pings = ping_nodes(context.settings, nodes)
     context.show({"items": [{"name": p.node.name, "ok": p.is_ok, "errorKind": p.error_kind, "message": p.text}
                             for p in pings]},
-                 table([(p.node.name, "ok" if p.is_ok else p.error_kind, p.text) for p in pings],
+                 context.display.table([(p.node.name, "ok" if p.is_ok else p.error_kind, p.text) for p in pings],
                        ("node", "state", "result")))
     return EXIT_DONE if all(p.is_ok for p in pings) else EXIT_UNAVAILABLE
 
@@ -14096,7 +14562,7 @@ def command_node_ping(context: Context) -> int:
 # Service: the processes serve and run-once: signals, the service manager, files that
 #   change.
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Agents,
-#   Notifier, Executor, Serialization, API, Server, Check and why, Terminal, Commands.
+#   Notifier, Executor, Serialization, API, Server, Check and why, Views, Commands.
 # ======================================================================================
 
 def command_serve(context: Context) -> int:
@@ -14329,9 +14795,9 @@ def _raise_descriptor_limit() -> None:
 
 # region Arguments
 # ======================================================================================
-# Arguments: what a command takes: the parser and the completion in shells, made from
-#   a table of commands.
-# Uses: Vocabulary, Settings, Commands.
+# Arguments: what a command takes: the parser and its help, made from a table of
+#   commands.
+# Uses: Vocabulary, Helpers, Settings, Terminal, Commands.
 # ======================================================================================
 
 class Command(NamedTuple):
@@ -14352,7 +14818,18 @@ COMMON_OPTIONS = (
     option("--db", metavar="URL", help="overrides DATABASE_URL"),
     option("--config", metavar="FILE", help="settings as KEY=VALUE lines; the environment wins"),
     option("--json", action="store_true", help="one JSON document on standard output"),
+    option("--utc", action="store_true", help="times in UTC, not in this host's zone"),
+    option("--color", choices=COLOUR_MODES, metavar="WHEN",
+           help="auto (in a terminal, unless NO_COLOR is set), always or never"),
+    option("-q", "--quiet", action="store_true", help="print nothing but errors: the exit code tells"),
+    option("-v", "--verbose", action="store_true", help="log lines too, on standard error"),
 )
+# What they are where they are not given.
+COMMON_DEFAULTS: Mapping[str, Any] = {"db": "", "config": "", "json": False, "utc": False, "color": AUTO,
+                                      "quiet": False, "verbose": False}
+
+
+HELP_OPTION = option("--help", action="store_true", help="show what it takes")
 
 
 class _StoreOnce(argparse.Action):
@@ -14384,6 +14861,11 @@ class _StoreSwitch(argparse.Action):
 class _Parser(argparse.ArgumentParser):
     """Reports wrong usage like every other error: in one line, without secrets."""
 
+    # Takes the place of the help that argparse makes, "" where that is shown.
+    whole_help = ""
+    # The commands that may stand here.
+    words: Collection[str] = ()
+
     def __init__(self, *args: Any, **keywords: Any):
         super().__init__(*args, **keywords)
         for name in (None, "store"):
@@ -14392,31 +14874,38 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", "store_false", functools.partial(_StoreSwitch, const=False))
 
     def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"argument COMMAND: invalid choice: '(.*?)' \(", message)
+        if unknown:
+            message = f"{one_line(unknown[1], 60)!r} is not a command{did_you_mean(unknown[1], self.words)}"
         raise AppError(MALFORMED, f"{safe_url(message)} (see `{self.prog} --help`)")
 
+    def format_help(self) -> str:
+        return self.whole_help or super().format_help()
 
-def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
-    """Return the parser of commands."""
+
+def build_parser(commands: Sequence[Command], others: Mapping[str, str], whole_help: str) -> argparse.ArgumentParser:
+    """Return the parser of commands; others: more words for some of them; whole_help: what is shown without one."""
     # no abbreviations: in a script they would break with the next option that we add
     common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    everywhere = common.add_argument_group("with every command")
     for flags, keywords in COMMON_OPTIONS:
-        common.add_argument(*flags, **keywords)
-    parser = _Parser(
-        "releasectl.py", parents=[common], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Brings configuration versions to edge nodes, batch by batch, over mutual TLS.",
-        epilog="settings, from the environment or --config:\n" + "\n".join(
-            f"  {s.name:<30} {s.help}" + (f" ({s.default})" if s.default else "") for s in SETTINGS))
-    parser.add_argument("--version", action="version", version=f"releasectl {__version__}")
+        everywhere.add_argument(*flags, **keywords)
+    parser = _Parser("releasectl.py", parents=[common], allow_abbrev=False)
+    parser.whole_help = whole_help
+    parser.words = [*sub_commands(commands), *others]
+    parser.add_argument("-V", "--version", action="version", version=f"releasectl {__version__}")
     top = parser.add_subparsers(metavar="COMMAND", required=True)
     groups: dict[str, Any] = {}
-    for command in commands:
-        *group, word = command.name.split()
+    named = {command.name: command for command in commands}
+    for name, command in (*named.items(), *((word, named[meant]) for word, meant in others.items())):
+        *group, word = name.split()
         place = top
         if group:
             if group[0] not in groups:
-                words = [c.name.split()[1] for c in commands if c.name.startswith(f"{group[0]} ")]
+                words = sub_commands(commands, f"{group[0]} ")
                 group_parser = top.add_parser(
                     group[0], parents=[common], allow_abbrev=False, help=", ".join(words))
+                group_parser.words = words
                 groups[group[0]] = group_parser.add_subparsers(metavar="COMMAND", required=True)
             place = groups[group[0]]
         sub = place.add_parser(word, parents=[common], allow_abbrev=False, help=command.help,
@@ -14427,119 +14916,254 @@ def build_parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     return parser
 
 
-# Names under which the program may be called.
-_PROGRAMS = "releasectl releasectl.py"
-_HELP_OPTION = option("--help", action="store_true", help="show what it takes")
-
-
-def _takes_value(keywords: Mapping[str, Any]) -> bool:
-    return "action" not in keywords or keywords["action"] == "append"
-
-
-def _groups(commands: Sequence[Command]) -> list[str]:
-    return sorted({"", *(c.name.split()[0] for c in commands if " " in c.name)})
-
-
-def _sub_commands(commands: Sequence[Command], group: str = "") -> dict[str, str]:
+def sub_commands(commands: Sequence[Command], group: str = "") -> dict[str, str]:
     """Return the words that may follow a group's name, each with its help."""
     parts = [(c.name[len(group):].split(), c.help) for c in commands if c.name.startswith(group)]
     return {words[0]: text if len(words) == 1 else ", ".join(p[1] for p, _ in parts if p[0] == words[0] and p[1:])
             for words, text in parts}
 
 
-def bash_completion(commands: Sequence[Command]) -> str:
-    """Return the script for bash: it completes words, or file names where no words are known."""
-    valued = sorted({flag for command in commands for flags, keywords in (*command.options, *COMMON_OPTIONS)
-                     for flag in flags if flag.startswith("-") and _takes_value(keywords)})
-    lines = [
-        f"# bash completion of releasectl {__version__}, made by `releasectl.py completion bash`",
-        "_releasectl() {",
-        '    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} command="" words="" i',
-        '    [[ $word != "=" ]] || word=""',
-        '    [[ $before != "=" ]] || before=${COMP_WORDS[COMP_CWORD - 2]}',
-        "    COMPREPLY=()",
-        "    for ((i = 1; i < COMP_CWORD; i++)); do",
-        "        case ${COMP_WORDS[i]} in",
-        f"            {' | '.join(valued)})",
-        '                i=$((i + 1)); [[ ${COMP_WORDS[i]} != "=" ]] || i=$((i + 1)) ;;',
-        "            -*) ;;",
-        '            *) command+="${command:+ }${COMP_WORDS[i]}" ;;',
-        "        esac",
-        "    done",
-        "    case $before in --config | --db) return ;; esac",
-        "    case $command in"]
-    for group in _groups(commands):
-        words = [*_sub_commands(commands, f"{group} " if group else ""), *_flags(COMMON_OPTIONS), "--help"]
-        lines.append(f'        "{group}") words="{" ".join(words + ["--version"] * (not group))}" ;;')
-    for command in commands:
-        words = [*_flags(command.options), *_flags(COMMON_OPTIONS), "--help"]
-        lines += [f'        "{command.name}" | "{command.name} "*)', "            case $before in"]
-        takes_file = False
-        for flags, keywords in command.options:
-            known = keywords.get("choices", ())
-            if not flags[0].startswith("-"):
-                words = [*known, *words]
-                takes_file |= keywords.get("metavar") == "FILE"
-            elif known:
-                lines.append(f'                {flags[0]}) words="{" ".join(known)}" ;;')
-        unless_file = '[[ $word != -* ]] || ' if takes_file else ""
-        lines += [f"                {' | '.join(valued)}) ;;",
-                  f'                *) {unless_file}words="{" ".join(words)}" ;;', "            esac ;;"]
-    return "\n".join([
-        *lines, "    esac", '    COMPREPLY=($(compgen -W "$words" -- "$word"))', "}",
-        f"complete -o default -F _releasectl {_PROGRAMS}"])
+def screen_of_help(commands: Sequence[Command], groups: Sequence[tuple[str, Sequence[tuple[str, str]]]],
+                   foot: str) -> str:
+    """Return all commands by group, on one screen; groups: each with commands and what they are for."""
+    lines = ["releasectl COMMAND [options]: configuration versions to nodes, batch by batch", ""]
+    named = {word for _, rows in groups for names, _ in rows for word in re.findall(r"[a-z-]+", names)}
+    more = [(command.name, command.help) for command in commands if command.name.split()[-1] not in named]
+    for group, rows in (*groups, *([("More", more)] if more else [])):
+        lines += [cut_to(f"{'' if number else group:<9}{names:<26}{text}", 80)
+                  for number, (names, text) in enumerate(rows)]
+    return "\n".join([*lines, "", foot, ""])
 
 
-def _flags(options: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]) -> list[str]:
-    return [flag for flags, _ in options for flag in flags if flag.startswith("-")]
+def settings_text(display: Display) -> str:
+    """Return every setting with its meaning and default."""
+    margin = max(len(setting.name) for setting in SETTINGS) + 2
+    width = max(display.width - margin, 30) if display.width else 0
+    lines = ["Settings come from the environment or from the file of --config, as KEY=VALUE lines."]
+    for setting in SETTINGS:
+        text = setting.help + (f" ({setting.default})" if setting.default else "")
+        lines += [f"{'' if number else setting.name:<{margin}}{line}"
+                  for number, line in enumerate(wrapped(text, width))]
+    return "\n".join(lines)
 
 
-def zsh_completion(commands: Sequence[Command]) -> str:
-    """Return the script for zsh, with the help of each command and option."""
-    lines = [f"#compdef {_PROGRAMS}",
-             f"# zsh completion of releasectl {__version__}, made by `releasectl.py completion zsh`"]
-    for group in _groups(commands):
-        name = f"_releasectl{'_' if group else ''}{group}"
-        words = _sub_commands(commands, f"{group} " if group else "")
-        lines += [f"{name}() {{", "    local context state state_descr line", "    typeset -A opt_args",
-                  "    local -a commands", "    commands=(",
-                  *(f"        {_zsh_quoted(word + ':' + text)}" for word, text in words.items()), "    )",
-                  f"    _arguments -C {_zsh_options((*COMMON_OPTIONS, _HELP_OPTION))} \\",
-                  "        '1:command:->command' '*::argument:->arguments'",
-                  "    case $state in", "        command) _describe command commands ;;",
-                  "        arguments)", "            case $words[1] in"]
-        for word in words:
-            known = [c for c in commands if c.name == f"{group} {word}".strip()]
-            call = f"_releasectl_{word}" if not known else \
-                f"_arguments {_zsh_options((*known[0].options, *COMMON_OPTIONS, _HELP_OPTION))}"
-            lines.append(f"                {word}) {call} ;;")
-        lines += ["            esac ;;", "    esac", "}"]
+# endregion
+
+
+# region Completion
+# ======================================================================================
+# Completion: what the last word of a command line may become, from the table of
+#   commands and from the database; and the scripts with which shells ask for that.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Database, Overview, Arguments.
+# ======================================================================================
+
+# The hidden command: SHELL WORD ..., the last word being the one to complete.
+COMPLETE = "__complete"
+# The database has so long to answer; Python starts in 0.1 to 0.2 s, a file is read in 0.02 s.
+ASK_WITHIN_S = 0.2
+# Newest releases, and nodes, that are offered.
+MAX_IDS_OFFERED, MAX_NAMES_OFFERED = 50, 200
+
+
+class Offer(NamedTuple):
+    """What a word may become."""
+    word: str
+    help: str = ""
+
+
+class _Line(NamedTuple):
+    """A command line that is being written."""
+    # Without options and their values.
+    words: list[str]
+    # Values of options by flag.
+    values: dict[str, str]
+    # The option whose value is to be completed, "" for none.
+    flag: str
+    # What stands of the word to complete, and what stands before it in the same word (--status=).
+    word: str
+    before: str
+
+
+def _read_line(words: Sequence[str], valued: Set[str]) -> _Line:
+    """Return what stands on a line; valued: the options that take a value."""
+    *earlier, last = words or [""]
+    line, flag = _Line([], {}, "", last, ""), ""
+    for word in earlier:
+        name, equals, value = word.partition("=")
+        if flag:
+            line.values[flag], flag = word, ""
+        elif word.startswith("-") and equals:
+            line.values[name] = value
+        elif word in valued:
+            flag = word
+        elif not word.startswith("-"):
+            line.words.append(word)
+    name, equals, value = last.partition("=")
+    if not flag and last.startswith("-") and equals:
+        return line._replace(flag=name, word=value, before=f"{name}=")
+    return line._replace(flag=flag)
+
+
+def completions(commands: Sequence[Command], others: Mapping[str, str], words: Sequence[str]) -> list[Offer]:
+    """Return what the last of some words may become, as a whole word; nothing: a file, or whatever."""
+    every = [*COMMON_OPTIONS, *(one for command in commands for one in command.options)]
+    line = _read_line(words, {flag for flags, keywords in every for flag in flags
+                              if flag.startswith("-") and takes_value(keywords)})
+    typed = " ".join(line.words)
+    typed = next((meant + typed[len(word):] for word, meant in others.items() if f"{typed} ".startswith(f"{word} ")),
+                 typed)
+    command = next((c for c in commands if f"{typed} ".startswith(f"{c.name} ")), None)
+    known = [*(command.options if command else ()), *COMMON_OPTIONS, HELP_OPTION]
+    if line.flag:
+        keywords = next((keywords for flags, keywords in known if line.flag in flags), {})
+        found = _values_of(keywords, line, commands)
+    elif line.word.startswith("-"):
+        found = [Offer(flag, str(keywords.get("help", "")) % {}) for flags, keywords in known for flag in flags
+                 if flag.startswith("--")] + ([] if typed else [Offer("--version")])
+    elif command is None:
+        found = [Offer(word, text) for word, text in sub_commands(commands, f"{typed} " if typed else "").items()]
+    else:
+        count = len(typed.split()) - len(command.name.split())
+        places = [keywords for flags, keywords in command.options if not flags[0].startswith("-")]
+        is_list = bool(places) and places[-1].get("nargs") == "*"
+        place = places[min(count, len(places) - 1)] if count < len(places) or is_list else None
+        found = _values_of(place, line, commands) if place is not None else []
+        found = [one for one in found if one.word not in line.words]
+    return [one._replace(word=line.before + one.word) for one in found
+            if one.word.startswith(line.word) and one.word.isprintable()]
+
+
+def takes_value(keywords: Mapping[str, Any]) -> bool:
+    """Return whether an option has a value, by its keywords of argparse."""
+    return "action" not in keywords or keywords["action"] == "append"
+
+
+def _values_of(keywords: Mapping[str, Any], line: _Line, commands: Sequence[Command]) -> list[Offer]:
+    """Return what an option or a word of a command may be."""
+    if keywords.get("choices"):
+        return [Offer(str(word)) for word in keywords["choices"]]
+    if keywords.get("metavar") == "COMMAND":
+        return [*(Offer(*pair) for pair in sub_commands(commands).items()), Offer("settings", "the configuration")]
+    read = _SOURCES.get(str(keywords.get("metavar")))
+    return _ask(line, read) if read else []
+
+
+def _ask(line: _Line, read: Callable[[Store, str], list[Offer]]) -> list[Offer]:
+    """Return what the database of a line holds; nothing where it does not answer in time."""
+    found: list[Offer] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # whatever is wrong: the command itself will say it
+            settings = Settings.load(os.environ, line.values.get("--config", ""), line.values.get("--db", ""))
+            store = Store(Database(settings.database_url, Metrics()))
+            store.database.require_schema()
+            found.extend(read(store, line.word))
+
+    thread = threading.Thread(target=ask, name="ask", daemon=True)  # it may wait for a server that is away
+    thread.start()
+    thread.join(ASK_WITHIN_S)
+    return list(found)
+
+
+def _releases(store: Store, _word: str) -> list[Offer]:
+    page = store.releases.page(size=MAX_IDS_OFFERED)
+    return [Offer(LATEST, "the newest release"),
+            *(Offer(str(r.id), one_line("; ".join(filter(None, (r.status, r.reason))), 60)) for r in page.items)]
+
+
+def _targets(store: Store, _word: str) -> list[Offer]:
+    return [Offer(target) for target in store.releases.targets()]
+
+
+def _node_names(store: Store, word: str) -> list[Offer]:
+    return [Offer(name, address) for name, address in store.nodes.names(word, MAX_NAMES_OFFERED)]
+
+
+def _label_pairs(store: Store, _word: str) -> list[Offer]:
+    return [Offer(f"{key}={value}") for key, value in store.nodes.label_pairs()]
+
+
+# From the placeholder of an option to what it stands for in the database.
+_SOURCES: Mapping[str, Callable[[Store, str], list[Offer]]] = {
+    "ID": _releases, "OTHER": _releases, "TARGET": _targets, "NODE": _node_names, "K=V": _label_pairs}
+
+
+def _unbroken(words: Sequence[str]) -> list[str]:
+    """Return the words of bash, which breaks them at each =, as they stand on the line."""
+    whole: list[str] = []
+    for number, word in enumerate(words):
+        is_glued = whole and (word == "=" or words[number - 1] == "=")
+        whole[-1:] = [whole[-1] + word] if is_glued else [*whole[-1:], word]
+    return whole
+
+
+def answer_shell(commands: Sequence[Command], others: Mapping[str, str], shell: str, words: Sequence[str]) -> str:
+    """Return what a shell's script asks for: a line for each word that may stand there."""
+    if shell == "bash":
+        words = _unbroken(words)
+    start = len(words[-1]) - len(words[-1].rpartition("=")[2]) if words else 0  # bash takes what follows the last =
+    lines: Mapping[str, Callable[[Offer], str]] = {
+        "bash": lambda one: _shell_word(one.word[start:]),
+        "zsh": lambda one: one.word.replace("\\", "\\\\").replace(":", "\\:") + f":{one.help}",
+        "fish": lambda one: f"{one.word}\t{one.help}"}
+    return "".join(lines[shell](one) + "\n" for one in completions(commands, others, words))
+
+
+def _shell_word(text: str) -> str:
+    return text if re.fullmatch(r"[\w@%+=:,./-]*", text) else "'" + text.replace("'", "'\\''") + "'"
+
+
+# A script starts Python with this module, not as a program: Python keeps what it compiled of a module, which is most of
+# what a short command takes. It is kept in the cache of the user, where that is a folder of the user alone.
+_ASK = "import sys; sys.path.insert(0, sys.argv.pop(1)); import releasectl; sys.exit(releasectl.main())"
+_SCRIPTS: Mapping[str, str] = {
+    "bash": """# bash completion of releasectl {version}, made by `releasectl.py completion bash`
+_releasectl() {{
+    local -a cache=(-B)
+    [[ ! -O ${{HOME:-}} ]] || cache=(-X "pycache_prefix=${{XDG_CACHE_HOME:-$HOME/.cache}}/releasectl")
+    mapfile -t COMPREPLY < <({python} -I "${{cache[@]}}" -c '{ask}' {folder} {complete} bash {given} \\
+        "${{COMP_WORDS[@]:1:COMP_CWORD}}" 2>/dev/null)
+}}
+complete -o default -F _releasectl releasectl releasectl.py""",
     # as a file in fpath, the script is the body of the function at its first call; else it is sourced
-    return "\n".join([*lines, 'if [[ $funcstack[1] == _releasectl ]]; then _releasectl "$@"; '
-                              f"else compdef _releasectl {_PROGRAMS}; fi"])
+    "zsh": """#compdef releasectl releasectl.py
+# zsh completion of releasectl {version}, made by `releasectl.py completion zsh`
+_releasectl() {{
+    local -a cache=(-B) offers
+    [[ ! -O ${{HOME:-}} ]] || cache=(-X "pycache_prefix=${{XDG_CACHE_HOME:-$HOME/.cache}}/releasectl")
+    offers=("${{(@f)$({python} -I $cache -c '{ask}' {folder} {complete} zsh {given} \\
+        "${{(@)words[2,CURRENT]}}" 2>/dev/null)}}")
+    if [[ -n $offers ]]; then _describe -V releasectl offers; else _files; fi
+}}
+if [[ $funcstack[1] == _releasectl ]]; then _releasectl "$@"; else compdef _releasectl releasectl releasectl.py; fi""",
+    "fish": """# fish completion of releasectl {version}, made by `releasectl.py completion fish`
+function __releasectl_offers
+    set -l words (commandline -opc)
+    set -l word (commandline -ct)
+    set -l kept $HOME/.cache
+    set -q XDG_CACHE_HOME; and set kept $XDG_CACHE_HOME
+    set -l cache -B
+    test -O "$HOME"; and set cache -X "pycache_prefix=$kept/releasectl"
+    set -l offers ({python} -I $cache -c '{ask}' {folder} {complete} fish {given} $words[2..-1] "$word" 2>/dev/null)
+    if set -q offers[1]
+        printf '%s\\n' $offers
+    else
+        __fish_complete_path "$word"
+    end
+end
+complete -c releasectl -k -f -a '(__releasectl_offers)'
+complete -c releasectl.py -k -f -a '(__releasectl_offers)'""",
+}
+SHELLS = tuple(_SCRIPTS)
 
 
-def _zsh_options(options: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]]) -> str:
-    """Return options as the arguments of zsh's _arguments."""
-    specs = []
-    for flags, keywords in options:
-        metavar = str(keywords.get("metavar", flags[0].lstrip("-")))
-        values = f":{metavar}:" + (f"({' '.join(keywords['choices'])})" if keywords.get("choices")
-                                   else "_files" if metavar == "FILE" else " ") if _takes_value(keywords) else ""
-        if not flags[0].startswith("-"):
-            specs.append({"*": "*", "?": ":"}.get(str(keywords.get("nargs")), "") + values)
-            continue
-        text = re.sub(r"([\[\]:\\])", r"\\\1", str(keywords.get("help", "")) % {})
-        text = f"[{text}]" if text else ""
-        specs += [f"{'*' if keywords.get('action') == 'append' else ''}{flag}{text}{values}" for flag in flags]
-    return " ".join(map(_zsh_quoted, specs))
-
-
-def _zsh_quoted(text: str) -> str:
-    return "'" + text.replace("'", "'\\''") + "'"
-
-
-COMPLETIONS: Mapping[str, Callable[[Sequence[Command]], str]] = {"bash": bash_completion, "zsh": zsh_completion}
+def completion_script(shell: str, config: str = "", db: str = "") -> str:
+    """Return the script that completes commands in a shell of this host; config, db: options that it always gives."""
+    given = [f"{flag} {_shell_word(value)}" for flag, value in (("--config", config), ("--db", db)) if value]
+    return _SCRIPTS[shell].format(
+        given=" ".join(given),
+        version=__version__, ask=_ASK, complete=COMPLETE, python=_shell_word(sys.executable),
+        folder=_shell_word(str(Path(__file__).resolve().parent)))
 
 
 # endregion
@@ -14548,8 +15172,8 @@ COMPLETIONS: Mapping[str, Callable[[Sequence[Command]], str]] = {"bash": bash_co
 # region Command line
 # ======================================================================================
 # Command line: the table of commands, the standard streams, main().
-# Uses: Vocabulary, Helpers, Log and metrics, Releases, Requests, Commands, Node
-#   commands, Service, Arguments.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Releases, Requests, Commands,
+#   Node commands, Service, Arguments, Completion.
 # ======================================================================================
 
 def _age_s(text: str) -> float:
@@ -14613,8 +15237,17 @@ _NODE_OPTIONS = (
 
 def command_completion(context: Context) -> int:
     shell = context.options.shell
-    script = COMPLETIONS[shell](COMMANDS)
-    return context.show({"shell": shell, "script": script}, script)
+    script = completion_script(shell, context.options.config, safe_url(context.options.db))
+    return context.show({"shell": shell, "script": script}, script, is_data=True)
+
+
+def command_help(context: Context) -> int:
+    words = context.options.words
+    if words == ["settings"]:
+        settings = [{"name": s.name, "default": s.default, "help": s.help} for s in SETTINGS]
+        return context.show({"items": settings}, settings_text(context.display), is_data=True)
+    _parser().parse_args([*words, "--help"])
+    return EXIT_DONE
 
 
 COMMANDS: tuple[Command, ...] = (
@@ -14630,7 +15263,7 @@ COMMANDS: tuple[Command, ...] = (
         option("name", metavar="NAME"), option("ip", metavar="IP", help="IP address or host name"),
         option("--label", action="append", metavar="K=V", help="a label; may be repeated"), *_NODE_OPTIONS)),
     Command("node list", "list the nodes, what each runs, and which do not run what they should", command_node_list, (
-        option("names", nargs="*", metavar="NAME", help="only these; * and ? stand for other characters: 'edge-fra-*'"),
+        option("names", nargs="*", metavar="NODE", help="only these; * and ? stand for other characters: 'edge-fra-*'"),
         option("--drift", choices=DRIFTS, help="only nodes with this drift"),
         option("--label", action="append", metavar="K=V", help="only nodes with this label; may be repeated"),
         option("--runs", type=_release_id, metavar="ID", help="only nodes that run this release, or latest"),
@@ -14638,10 +15271,10 @@ COMMANDS: tuple[Command, ...] = (
         option("--sort", choices=QUERY_PARAMETERS["sort"]["enum"], default="id", metavar="KEY",
                help="id, name, address, runs, or drift with the worst first; backwards: --sort=-runs (id)"))),
     Command("node show", "a node: what it runs and should run, what it was given, who changed it", command_node_show, (
-        option("name", metavar="NAME"),)),
-    Command("node rm", "delete a node that no release names", command_node_rm, (option("name", metavar="NAME"),)),
+        option("name", metavar="NODE"),)),
+    Command("node rm", "delete a node that no release names", command_node_rm, (option("name", metavar="NODE"),)),
     Command("node set", "change nodes, all or none", command_node_set, (
-        option("names", nargs="*", metavar="NAME", help="these; * and ? stand for other characters: 'edge-fra-*'"),
+        option("names", nargs="*", metavar="NODE", help="these; * and ? stand for other characters: 'edge-fra-*'"),
         option("--where", action="append", metavar="K=V", help="of these, or of all, those with this label; may be "
                                                               "repeated"),
         option("--rename", metavar="NAME"), option("--ip"),
@@ -14652,32 +15285,42 @@ COMMANDS: tuple[Command, ...] = (
                 option("file", metavar="FILE", help="- for standard input; what `node list --json` printed is taken"),
                 option("--update", action="store_true", help="change the nodes whose name exists"))),
     Command("node ping", "ask agents whether they answer", command_node_ping, (
-        option("names", nargs="*", metavar="NAME", help="none: every enabled node"),)),
+        option("names", nargs="*", metavar="NODE", help="none: every enabled node"),)),
     Command("token add", "make a token for the API, and print it once", command_token_add, (
         option("name", metavar="NAME", help="the name in the history"),
         option("--role", choices=(VIEWER, OPERATOR), required=True, help="viewer reads, operator acts"))),
     Command("create", "create a release for the enabled, online nodes", command_create, (
         option("--payload", metavar="FILE", help="JSON object for the agents; - for standard input"),
-        _REASON_OPTION, option("--target", default="cdn"),
-        option("--node", action="append", metavar="NAME", help="only to this node; may be repeated"),
+        _REASON_OPTION, option("--target", default="cdn", metavar="TARGET", help="what it is for (cdn)"),
+        option("--node", action="append", metavar="NODE", help="only to this node; may be repeated"),
         option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
         option("--version", type=NAMED_VERSIONS.argument, metavar="N", help="a higher version than the next one"),
         *_STRATEGY_OPTIONS, _PLAN_OPTION, *_WAIT_OPTIONS)),
     Command("list", "list releases, newest first", command_list, (
-        option("--status", choices=RELEASE_STATUSES),
+        option("--status", choices=RELEASE_STATUSES, help="only those of this status"),
+        option("--target", default="", metavar="TARGET", help="only those of this target"),
+        option("--search", default="", metavar="TEXT", help="only those with this in id, version (v42), target, "
+                                                             "reason or state"),
+        option("--since", type=_since, metavar="TIME", help="only those made since then: 2h or 7d ago, or "
+                                                            "2026-01-31T00:00:00Z"),
+        option("--node", default="", metavar="NODE", help="only those that have this node"),
         option("--page", type=PAGES.argument, default=1), option("--page-size", type=PAGE_SIZES.argument, default=20))),
-    Command("status", "a release and its nodes; without ID: what is wrong, worst first", command_status, (
-        option("id", metavar="ID", nargs="?", type=_release_id, help="id of the release, or latest"),
-        option("--health", action="store_true", help="without ID: exit 1 where something is wrong"))),
+    Command("status", "a release, its batches and the nodes that are not well; without ID: what is wrong, worst first",
+            command_status, (
+                option("id", metavar="ID", nargs="?", type=_release_id, help="id of the release, or latest"),
+                option("--all", action="store_true", help="every node and every batch"),
+                option("--health", action="store_true", help="without ID: exit 1 where something is wrong"))),
     Command("watch", "follow a release to its end", command_watch, (
         option("id", metavar="ID", nargs="?", default=LATEST, type=_release_id,
                help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
     Command("why", "what a release waits for, and what would mend it; exit 0: it moves, or none is open; 1: it is "
             "stopped", command_why, (option("id", metavar="ID", nargs="?", type=_release_id,
                                  help="id of the release, or latest (the oldest one that is open)"),)),
-    Command("events", "the history of a release", command_events, (
-        _ID_OPTION, option("--after", type=AFTER_IDS.argument, default=0, help="only events with a higher id"),
-        option("--limit", type=Range(1, 100000).argument, default=1000))),
+    Command("events", "the history of a release, the newest last", command_events, (
+        _ID_OPTION, option("-f", "--follow", action="store_true", help="go on until the release has ended"),
+        option("--after", type=AFTER_IDS.argument, metavar="EVENT",
+               help="the first ones with a higher id (without it: the newest)"),
+        option("--limit", type=Range(1, 10**7).argument, default=1000, metavar="N", help="at most N (1000)"))),
     Command("payload", "the payload of a release, as it was sent but for the version", command_payload, (_ID_OPTION,)),
     Command("diff", "what a release changes against another one; exit 0: nothing, 1: something", command_diff, (
         _ID_OPTION, option("other", metavar="OTHER", nargs="?", type=_release_id,
@@ -14690,7 +15333,7 @@ COMMANDS: tuple[Command, ...] = (
         option("--release", type=_release_id, metavar="ID", help="only on this release, or latest"),
         option("--since", type=_since, metavar="TIME", help="only since then: 2h or 7d ago, "
                 "or 2026-01-31T00:00:00Z"),
-        option("--after", type=AFTER_IDS.argument, default=0, metavar="ID",
+        option("--after", type=AFTER_IDS.argument, default=0, metavar="ROW",
                     help="the first rows with a higher id (without it: the newest rows)"),
         option("--limit", type=Range(1, 100000).argument, default=100, metavar="N", help="at most N rows (100)"),
         option("--verify", action="store_true",
@@ -14725,11 +15368,36 @@ COMMANDS: tuple[Command, ...] = (
         option("--keep", type=Range(1, 10**9).argument, default=10, metavar="N",
                help="keep the newest N of each target (10)"),
         option("--dry-run", action="store_true", help="show what would be deleted, and delete nothing"))),
+    Command("help", "what a command takes; help settings: the configuration", command_help, (
+        option("words", nargs="*", metavar="COMMAND", help="a command, or settings"),), needs_settings=False),
     Command("version", "version and SHA-256 of this file, and what it runs on", command_version,
             needs_settings=False),
     Command("completion", "print a script that completes these commands in a shell", command_completion, (
-        option("shell", choices=("bash", "zsh")),), needs_settings=False),
+        option("shell", choices=SHELLS),), needs_settings=False),
 )
+
+
+# Other words for commands.
+OTHER_WORDS = {"ls": "list", "show": "status", "logs": "events", "nodes": "node list", "undo": "rollback"}
+HELP_GROUPS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    ("See", (("list, status, watch", "releases; one, what is wrong; one as it goes"),
+             ("why, events", "what one waits for, what mends it; its past"),
+             ("payload, diff, audit", "what one sends; changes in that; who did what"))),
+    ("Release", (("create", "to all nodes or some; --plan shows it before"),
+                 ("retry, rollback", "failed nodes again; back to what was before"),
+                 ("catch-up", "to nodes that are behind"))),
+    ("Steer", (("pause, resume, cancel", "one release"), ("freeze on|off", "all releases"))),
+    ("Nodes", (("node list|show|ping", "what they run; one's history; who answers"),
+               ("node add|set|rm|import", "which nodes there are"))),
+    ("Run", (("serve, run-once", "API and executor; one tick of it, for cron"),
+             ("check, migrate", "what is wrong, what mends it; the schema"),
+             ("backup, prune, token add", "a copy; less history; a token for the API"))),
+    ("Help", (("help COMMAND", "what it takes; help settings: all settings"),
+              ("completion, version", "for bash, zsh and fish; what this runs on"))))
+HELP_FOOT = """ID is a number or latest. Everywhere: --json --utc --color WHEN -q -v --db URL
+--config FILE. Other words: ls (list), show (status), logs (events),
+nodes (node list), undo (rollback). Exit 0 done, 1 ended other than success,
+2 usage, 3 not found or wrong state, 69 out of reach, 75 try later."""
 
 
 class StandardStream:
@@ -14811,12 +15479,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _main(sys.argv[1:] if arguments is None else arguments)
 
 
+def _parser() -> argparse.ArgumentParser:
+    return build_parser(COMMANDS, OTHER_WORDS, screen_of_help(COMMANDS, HELP_GROUPS, HELP_FOOT))
+
+
 def _main(words: Sequence[str]) -> int:
     try:
-        options = build_parser(COMMANDS).parse_args(words, argparse.Namespace(db="", config="", json=False))
+        if words[:1] == [COMPLETE]:
+            print(answer_shell(COMMANDS, OTHER_WORDS, words[1], words[2:]), end="")
+            return EXIT_DONE
+        if not words:
+            _parser().print_help(sys.stderr)
+            return EXIT_USAGE
+        options = _parser().parse_args(words, argparse.Namespace(**COMMON_DEFAULTS))
         _refuse_not_utf8(options)
         context = Context(options)
-        set_up_log(context.settings, options.command)
+        set_up_log(context.settings, options.command, options.quiet, options.verbose)
         with contextlib.closing(context.store.database):
             code: int = options.run(context)
         return code

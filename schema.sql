@@ -359,3 +359,11 @@ CREATE INDEX notifications_by_release ON notifications (release_task_id);
 ALTER TABLE executors ADD COLUMN notify_on TEXT NOT NULL DEFAULT '';
 
 INSERT INTO schema_version (version) VALUES (10);
+
+-- step 11: the list of releases by target, and since when
+
+CREATE INDEX release_tasks_by_target ON release_tasks (target, id);
+
+CREATE INDEX release_tasks_by_created ON release_tasks (created_at);
+
+INSERT INTO schema_version (version) VALUES (11);

@@ -184,7 +184,7 @@ CLI_ACTS = {
 }
 # What changes nothing by itself; serve and run-once act by the executor and the API.
 NO_ACTS = {"serve", "run-once", "node list", "node show", "node ping", "list", "status", "watch", "events", "why",
-           "payload", "diff", "audit", "check", "version", "completion"}
+           "payload", "diff", "audit", "check", "help", "version", "completion"}
 
 
 def age(store: rc.Store) -> None:
@@ -515,7 +515,7 @@ def test_audit_verify_exits_1_and_check_tells_it_too(quick):
     document = quick.ok("audit", "--verify", "--head", head, "--json").json
     assert document == {"isWhole": True, "rows": 5, "releases": 1, "faults": [], "head": {
         "id": 5, "hash": head.partition(":")[2]}}
-    assert quick.ok("audit", "--verify").out.startswith("whole: 5 of 5 rows and the events of 1 of 1 ended releases")
+    assert quick.ok("audit", "--verify").out.startswith("whole: 5 of 5 rows and the events of 1 of 1 ended release ")
     assert "audit log        5 of 5 rows" in quick("check").out
     bend(quick.store, "DELETE FROM audit_log WHERE id = 3")
     broken = quick("audit", "--verify")

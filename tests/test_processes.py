@@ -427,7 +427,7 @@ def test_no_line_of_watch_is_wider_than_its_terminal(cli, width, name):
 
 
 def test_columns_of_a_table_count_columns_and_not_letters():
-    lines = rc.table([("上海", "a"), ("edge", "b"), ("e\u0301dge", "c")], ("name", "x")).splitlines()
+    lines = rc.Display().table([("上海", "a"), ("edge", "b"), ("e\u0301dge", "c")], ("name", "x")).splitlines()
     assert lines == ["NAME  X", "上海  a", "edge  b", "e\u0301dge  c"]
 
 

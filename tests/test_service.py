@@ -238,7 +238,7 @@ def test_both_services_are_hardened_alike():
 
 
 def test_the_units_run_commands_that_there_are():
-    commands = [rc.build_parser(rc.COMMANDS).parse_args(unit(name)["Service"]["ExecStart"].split()[3:])
+    commands = [rc.build_parser(rc.COMMANDS, {}, "").parse_args(unit(name)["Service"]["ExecStart"].split()[3:])
                 for name in SERVICES]
     assert [(c.command, c.config) for c in commands] == [
         ("serve", "/etc/releasectl/releasectl.conf"), ("run-once", "/etc/releasectl/releasectl.conf")]
