@@ -23,6 +23,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Strategy            STRATEGY_KEYS and every other value that a person gives: parser and
                         JSON Schema
     Plan                the nodes chosen, batches, payloads; who is left out and why
+    Failures            the nodes of a release that failed, grouped by cause
     Status texts        what a release does or waits for, on whom, until when
     Decision            what to write and what to send next: no clock, no socket, no disk
     Verbs               what an operator may do when, and which release may start
@@ -99,6 +100,7 @@ import fnmatch
 import functools
 import getpass
 import hashlib
+import heapq
 import hmac
 import http
 import http.server
@@ -827,19 +829,22 @@ def parse_duration(text: str) -> float:
 class RareRead(Generic[T]):
     """A value that takes long to read: read anew when RARE_READ_REST times the time of the last read is over."""
 
-    def __init__(self, read: Callable[[], T]):
+    def __init__(self, read: Callable[..., T]):
         self._read = read
         self._guard = threading.Lock()
         self._last: tuple[T] | None = None
         # By time.monotonic().
         self._holds_until = 0.0
 
-    def get(self) -> T:
-        """Return the value, which may be as old as that, a minute at most; raise what the read raises."""
+    def get(self, *arguments: object) -> T:
+        """Return the value, which may be as old as that, a minute at most; raise what the read raises.
+
+        arguments: of the read.
+        """
         with self._guard:
             if self._last is None or time.monotonic() >= self._holds_until:
                 began = time.monotonic()
-                self._last = (self._read(),)
+                self._last = (self._read(*arguments),)
                 rest_s = RARE_READ_REST * (time.monotonic() - began)
                 self._holds_until = time.monotonic() + min(rest_s, MAX_RARE_READ_REST_S)
             return self._last[0]
@@ -2040,7 +2045,7 @@ class Node:
 def label_items(text: str) -> Set[tuple[str, Any]]:
     """Return labels, which are JSON, as pairs."""
     with contextlib.suppress(ValueError, AttributeError, TypeError):  # written by hand
-        return frozenset(parse_json(text).items())
+        return frozenset(parse_json(text.encode()).items())
     return frozenset()
 
 
@@ -2919,6 +2924,8 @@ class Plan(NamedTuple):
     names: Mapping[int, str] = {}
     # What it changes against what its nodes run.
     effect: Effect | None = None
+    # Nodes that a retry could go to, and that nobody chose.
+    not_chosen: int = 0
 
     @property
     def pauses(self) -> list[int]:
@@ -3038,6 +3045,25 @@ def parse_node_ids(value: object) -> list[int]:
     raise AppError(INVALID, "nodeIds must be a list of different ids of nodes")
 
 
+def parse_kinds(value: object) -> list[str]:
+    """Return the error kinds of a list; raise AppError(INVALID) for anything else."""
+    if not isinstance(value, list) or not value:
+        raise AppError(INVALID, f"kinds must be a list of {', '.join(ERROR_KINDS)}")
+    for kind in value:
+        if kind not in ERROR_KINDS:
+            raise AppError(INVALID, f"{one_line(kind, 40)} is no kind of failure"
+                                    f"{did_you_mean(str(kind), ERROR_KINDS)}: take of {', '.join(ERROR_KINDS)}")
+    return value
+
+
+@functools.lru_cache(maxsize=64)
+def names_fit(names: tuple[str, ...]) -> Callable[[str], bool]:
+    """Return whether a name is one of these, or fits one that is a pattern with *, ? or [...]."""
+    exact = frozenset(names)
+    pattern = re.compile("|".join(fnmatch.translate(name) for name in names if re.search(r"[*?\[]", name)) or "(?!)")
+    return lambda name: name in exact or pattern.match(name) is not None
+
+
 def parse_label_pairs(field: str, pairs: Iterable[str]) -> dict[str, str]:
     """Return the labels of texts K=V; raise AppError(INVALID) naming the field they are of."""
     labels: dict[str, str] = {}
@@ -3147,10 +3173,246 @@ def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of:
 # endregion
 
 
+# region Failures
+# ======================================================================================
+# Failures: the nodes of a release that failed, grouped by cause. Pure.
+# Uses: Vocabulary, Helpers, Model.
+# ======================================================================================
+
+# Groups that are shown; the nodes of all others are counted together.
+MAX_GROUPS = 10
+# Nodes of a group that are named.
+MAX_GROUP_NODES = 20
+# Length of a pattern: what differs only after that is one cause. A text with more numbers is no sentence: all are N.
+MAX_PATTERN_CHARS, MAX_NUMBERS = 200, 32
+# Length of a pattern in a sentence.
+MAX_CAUSE_CHARS = 100
+# In place of the error_kind: of a row that a person wrote without one, and of the groups that are not shown.
+NO_KIND, OTHERS = "other", "others"
+
+# A number, or an id with a digit in it: 443, 12ms, 9f3a61c0, b2f41d04; not the letters of x509 and sha256.
+_NUMBER = re.compile(r"(?:(?<![^\W_])[a-fA-F]+)?[0-9][0-9A-Za-z]*")
+# The same where each run of digits is a NUL; a search for a NUL is many times faster.
+_FOLDED, _FOLDED_ID = re.compile(r"\0[A-Za-z\0]*"), re.compile(r"(?<![^\W_])[a-fA-F]+\0")
+_MAY_BE_ID = re.compile(r"[a-fA-F]\0")
+_DIGITS_TO_NUL = bytes.maketrans(b"0123456789", bytes(10))
+
+
+# Key and value.
+_Label = tuple[str, Any]
+
+
+class FailedNode(NamedTuple):
+    """A failed node of a release, with its labels as its row has them."""
+    node_id: int
+    name: str
+    main_ip: str
+    task_id: str
+    error_kind: str
+    error_msg: str
+    labels: str = "{}"
+
+
+class SharedLabel(NamedTuple):
+    """A label, and how many nodes of a group have it."""
+    key: str
+    value: str
+    nodes: int
+
+
+class FailureGroup(NamedTuple):
+    """Nodes of a release that failed for one cause."""
+    # error_kind, or OTHERS.
+    kind: str
+    # What their messages have in common: "bind to :443 in use", "{main_ip}: HTTP N".
+    pattern: str
+    size: int
+    # Id and name of the first MAX_GROUP_NODES, by id.
+    nodes: Sequence[tuple[int, str]] = ()
+    # What most of them share, and the other nodes of the release do not.
+    label: SharedLabel | None = None
+
+    def __str__(self) -> str:
+        """Return '12 unreachable, 9 of 12 in pop=gru: no route to host (edge-1 and 11 more)'."""
+        if self.kind == OTHERS:
+            return f"{self.size} more with {self.pattern}"
+        shared = f", {self.label.nodes} of {self.size} in {self.label.key}={self.label.value}" if self.label else ""
+        more = f" and {self.size - 1} more" if self.size > 1 else ""
+        return (f"{self.size} {self.kind or NO_KIND}{shared}"
+                + (f": {self.pattern}" if self.pattern else "") + f" ({self.nodes[0][1]}{more})")
+
+
+def group_failures(failed: Iterable[FailedNode], labels: Mapping[str, int] = {}) -> list[FailureGroup]:  # noqa: B006
+    """Return failed nodes by cause, most nodes first, then by kind and pattern; the order of the rows does not matter.
+
+    A cause is an error_kind and the pattern of a message, without what is the node's own: {name}, {main_ip} and
+    {task_id} stand for its name, address and task. A number stays where all of the group have the same one, else it
+    is N:
+
+        edge-1, 10.0.0.1: "10.0.0.1:8443: HTTP 503 after 12 ms"  \\  {main_ip}:8443: HTTP 503 after N ms
+        edge-2, 10.0.0.2: "10.0.0.2:8443: HTTP 503 after 9 ms"   /
+        edge-3, 10.0.0.3: "bind to :443 in use"                     bind to :443 in use
+
+    After MAX_GROUPS one last group, OTHERS, counts the remaining nodes. labels: how many nodes of the release have
+    which labels, as their rows have them.
+    """
+    nodes, shapes, by_digits = list(failed), dict[str, str](), dict[bytes, str]()
+    texts = list(map(_without_own, nodes))
+    for text in texts:
+        if text not in shapes:
+            # most messages that differ do so by their digits alone: the slow part is done once for all of them
+            folded = _fold_digits(text)
+            if folded not in by_digits:
+                by_digits[folded] = _fold_ids(folded)
+            shapes[text] = by_digits[folded]
+    causes = [(node.error_kind, shapes[text]) for node, text in zip(nodes, texts)]
+    sizes = collections.Counter(causes)
+    members: dict[tuple[str, str], list[tuple[FailedNode, str]]] = {
+        cause: [] for cause in heapq.nsmallest(MAX_GROUPS, sizes, lambda cause: (-sizes[cause], cause))}
+    for cause, node, text in zip(causes, nodes, texts):
+        if cause in members:
+            members[cause].append((node, text))
+    common = [_common_labels([node for node, _ in found]) for found in members.values()]
+    having = _count_labels(labels, set[_Label]().union(*common))
+    groups = [FailureGroup(kind, one_line(_pattern(shape, {text for _, text in found})), len(found),
+                           [(node.node_id, node.name) for node, _ in heapq.nsmallest(MAX_GROUP_NODES, found)],
+                           _shared_label(len(found), shared, having, sum(labels.values())))
+              for ((kind, shape), found), shared in zip(members.items(), common)]
+    others = len(sizes) - len(groups)
+    if others:
+        groups.append(FailureGroup(OTHERS, f"{others} other cause{'' if others == 1 else 's'}",
+                                   len(nodes) - sum(group.size for group in groups)))
+    return groups
+
+
+def _without_own(node: FailedNode) -> str:
+    """Return the message of a node without what is its own."""
+    text = node.error_msg[:MAX_MESSAGE_CHARS].replace("\0", " ")
+    if node.task_id in text:
+        text = _replace_word(text, node.task_id, "{task_id}")
+    if node.main_ip in text:
+        text = _replace_word(text, node.main_ip, "{main_ip}")
+    return _replace_word(text, node.name, "{name}") if node.name in text else text
+
+
+def _replace_word(text: str, own: str, stands_for: str) -> str:
+    """Return a text with another word in place of one, which edge-1 in edge-12 is not; digits alone are a number."""
+    if not own or own.isdigit():
+        return text
+    before, *others = text.split(own)
+    replaced = before
+    for after in others:
+        replaced += (own if before[-1:].isalnum() or after[:1].isalnum() else stands_for) + after
+        before = after
+    return replaced
+
+
+def _fold_digits(text: str) -> bytes:
+    """Return a text with a NUL for each run of digits."""
+    folded = text.encode(errors="surrogatepass").translate(_DIGITS_TO_NUL)
+    while b"\0\0" in folded:
+        folded = folded.replace(b"\0\0", b"\0")
+    return folded
+
+
+def _fold_ids(folded: bytes) -> str:
+    """Return the beginning of a text, with a NUL for each number, or id with a digit in it."""
+    text = folded.decode(errors="surrogatepass")
+    if folded.count(b"\0") > MAX_NUMBERS:
+        text = text.replace("\0", "N")
+    elif "\0" in text:
+        text = _FOLDED.sub("\0", text)
+        if _MAY_BE_ID.search(text):
+            text = _FOLDED_ID.sub("\0", text)
+    return text[:MAX_PATTERN_CHARS]
+
+
+def _pattern(shape: str, texts: Collection[str]) -> str:
+    """Return a shape with the numbers that are the same in all texts, and N for the others."""
+    parts = shape.split("\0")
+    numbers: list[str | None] = [*_NUMBER.findall(next(iter(texts)))[:len(parts) - 1]]
+    has_these = _with_numbers(parts, numbers)
+    for text in texts:
+        if not has_these.match(text):
+            numbers = [one if one == other else None for one, other in zip(numbers, _NUMBER.findall(text))]
+            has_these = _with_numbers(parts, numbers)
+    return parts[0] + "".join((number or "N") + part for number, part in itertools.zip_longest(numbers, parts[1:]))
+
+
+def _with_numbers(parts: Sequence[str], numbers: Sequence[str | None]) -> re.Pattern[str]:
+    """Return what matches the texts of a shape that have these numbers; None stands for any."""
+    last = max((place for place, number in enumerate(numbers, 1) if number), default=0)
+    return re.compile("".join(
+        re.escape(part) + (f"{number}(?![0-9A-Za-z])" if number else "[0-9A-Za-z]+")
+        for part, number in zip(parts, numbers[:last])))
+
+
+def _common_labels(nodes: Sequence[FailedNode]) -> dict[_Label, int]:
+    """Return the labels that more than half of the nodes have, and two at least; each with how many."""
+    found = collections.Counter[_Label]()
+    for text, number in collections.Counter(node.labels for node in nodes).items():
+        found.update(dict.fromkeys(label_items(text), number))
+    return {label: number for label, number in found.items() if number > 1 and number > len(nodes) / 2}
+
+
+def _count_labels(labels: Mapping[str, int], wanted: Set[_Label]) -> Mapping[_Label, int]:
+    """Return how many nodes have each wanted label."""
+    found = collections.Counter[_Label]()
+    for text, number in labels.items() if wanted else ():
+        found.update(dict.fromkeys(label_items(text) & wanted, number))
+    return found
+
+
+def _shared_label(size: int, common: Mapping[_Label, int], having: Mapping[_Label, int],
+                  total: int) -> SharedLabel | None:
+    """Return the label that most of a group of some size share, and not by chance.
+
+    Of 40 nodes 8 are in pop=gru: of a group of 12 there are 2.4 by chance, give or take 1.4 (the standard deviation).
+    9 of 12 are far more. Where 3 in 4 of all nodes are in pop=gru, 9 of 12 say nothing.
+    """
+    shared = []
+    for (key, value), number in common.items():
+        share = having[key, value] / total if total else 1.0
+        beyond = number - size * share
+        if beyond > 0 and beyond**2 >= 9 * size * share * (1 - share):
+            shared.append((-beyond, key, str(value), number))
+    return SharedLabel(*min(shared)[1:]) if shared else None
+
+
+def failures_json(failures: Iterable[FailureGroup]) -> list[dict[str, Any]]:
+    """Return the failed nodes of a release by cause; label is null where they share none."""
+    return [{"errorKind": group.kind, "message": group.pattern, "nodes": group.size,
+             "nodeIds": [node_id for node_id, _ in group.nodes], "nodeNames": [name for _, name in group.nodes],
+             "label": group.label._asdict() if group.label else None} for group in failures]
+
+
+def kinds_text(kinds: Iterable[str]) -> str:
+    """Return '17 agent_failed, 12 unreachable', the most frequent kind first."""
+    counted = collections.Counter(kind or NO_KIND for kind in kinds)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counted.items(), key=lambda one: (-one[1], one[0])))
+
+
+def causes_text(failed: Collection[ReleaseNode]) -> str:
+    """Return '17 agent_failed (bind to :443 in use), 12 unreachable': of the first kind the cause that most have."""
+    text = kinds_text(node.error_kind for node in failed)
+    first = text.partition(",")[0]
+    kind = first.partition(" ")[2]
+    nodes = [FailedNode(n.node_id, n.name, n.main_ip, n.task_id, n.error_kind, n.error_msg) for n in failed
+             if (n.error_kind or NO_KIND) == kind]
+    largest = next(iter(group_failures(nodes)), None)
+    if largest is None or not largest.pattern or largest.size <= len(nodes) / 2:
+        return text
+    some = "" if largest.size == len(nodes) else f"{largest.size} of them: "
+    return f"{first} ({some}{one_line(largest.pattern, MAX_CAUSE_CHARS)}){text[len(first):]}"
+
+
+# endregion
+
+
 # region Status texts
 # ======================================================================================
 # Status texts: what a release does or waits for, on whom, until when. Pure.
-# Uses: Vocabulary, Helpers, Model, Strategy, Plan.
+# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Failures.
 # ======================================================================================
 
 def first_failed(nodes: NodeIndex) -> ReleaseNode | None:
@@ -3220,15 +3482,13 @@ def describe(status: str, situation: Situation) -> str:
 
 
 def _failures(nodes: NodeIndex, strategy: Strategy) -> str:
-    """Return 'finished with 37 failures (limit 41): 17 agent_failed, 20 timeout'."""
+    """Return 'finished with 37 failures (limit 41): 17 agent_failed (bind to :443 in use), 20 timeout'."""
     failed = nodes.of[FAILED].values()
     limit = (f"{strategy.max_failed} in a batch" if strategy.max_failed_total is None
              else str(resolve_share(strategy.max_failed_total, len(nodes))))
     accepted = sum(bool(n.accepted) for n in failed)
-    kinds = collections.Counter(n.error_kind or "other" for n in failed).most_common()
     return (f"finished with {count_of(len(failed), 'failure')} (limit {limit}"
-            + (f", {accepted} accepted" if accepted else "") + "): "
-            + ", ".join(f"{count} {kind}" for kind, count in kinds))
+            + (f", {accepted} accepted" if accepted else "") + f"): {causes_text(failed)}")
 
 
 def _cause(situation: Situation) -> str:
@@ -3236,8 +3496,12 @@ def _cause(situation: Situation) -> str:
     if situation.broken or first is None:
         return situation.broken or NO_NODES
     node = f"node {first.name} in batch {first.batch}: {first.error_msg}"
+    failed = situation.nodes.of[FAILED].values()
     tolerates = situation.strategy.max_failed not in (0, "0%") or situation.strategy.max_failed_total
-    return f"stopped, {situation.exceeded}; first {node}" if tolerates else f"stopped by {node}"
+    if not tolerates and len(failed) == 1:
+        return f"stopped by {node}"
+    what = situation.exceeded if tolerates else f"{count_of_nodes(len(failed))} failed"
+    return f"stopped, {what}: {causes_text(failed)}; first {node}"
 
 
 def _paused(situation: Situation, waiting: str) -> str:
@@ -3251,7 +3515,10 @@ def _paused(situation: Situation, waiting: str) -> str:
         first = first_failed(nodes)
         then = f"{f'node {first.name} failed' if first else situation.broken}: resume to end the release"
     elif situation.exceeded:
-        then = f"{situation.exceeded}: resume and accept the failures, or cancel"
+        failed = nodes.of[FAILED].values()
+        # a release that waits for nodes is described again and again
+        causes = kinds_text(n.error_kind for n in failed) if waiting else causes_text(failed)
+        then = f"{situation.exceeded}: {causes}; resume and accept the failures, or cancel"
     return f"paused{by}{where}: " + (f"{waiting}; " if waiting else "") + then
 
 
@@ -6368,8 +6635,8 @@ class Nodes:
 # region Queue
 # ======================================================================================
 # Queue: the order of open releases, and the writing of what is decided on one.
-# Uses: Vocabulary, Helpers, Model, Strategy, Status texts, Decision, Verbs, Database,
-#   Database state, Audit, Nodes.
+# Uses: Vocabulary, Helpers, Model, Strategy, Failures, Status texts, Decision, Verbs,
+#   Database, Database state, Audit, Nodes.
 # ======================================================================================
 
 # Fields of Release that are computed; each other one is a column of its row r. The index release_task_nodes_by_status
@@ -6486,6 +6753,36 @@ def read_release_nodes(tx: Transaction, release_id: int, where: str = "", *param
         JOIN nodes h ON h.id = n.node_id
         WHERE n.release_task_id = ? {where}
         ORDER BY n.batch, n.node_id""", release_id, *params)]
+
+
+def read_failures(tx: Transaction, release_id: int) -> list[FailureGroup]:
+    """Return the failed nodes of a release by cause; the labels are those that nodes have now."""
+    of_release = "FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id WHERE n.release_task_id = ?"
+    failed = [FailedNode(*row) for row in tx.rows(f"""
+        SELECT n.node_id, {NAME_THEN}, {_IP_THEN}, n.task_id, n.error_kind, n.error_msg, h.labels
+        {of_release} AND n.status = 'failed'""", release_id)]
+    labels = tx.rows(f"SELECT h.labels, COUNT(*) {of_release} GROUP BY h.labels", release_id) if failed[1:] else []
+    return group_failures(failed, dict(labels))
+
+
+# The failed nodes of a release with more nodes than this are rarely read; of so many such releases they are kept.
+SMALL_RELEASE_NODES, MAX_LARGE_KEPT = 1000, 16
+
+
+class FailureReader:
+    """Reads the failed nodes of releases by cause; 100,000 of them take a second of CPU time."""
+
+    def __init__(self) -> None:
+        # Of large releases, by id and status: once a release has ended they don't change.
+        self._large: dict[tuple[int, str], RareRead[list[FailureGroup]]] = {}
+
+    def read(self, tx: Transaction, release: Release) -> list[FailureGroup]:
+        """Return the failed nodes of a release by cause; while a large one runs, they may be some seconds old."""
+        if release.total_nodes <= SMALL_RELEASE_NODES:
+            return read_failures(tx, release.id)
+        if len(self._large) >= MAX_LARGE_KEPT:
+            self._large.clear()
+        return self._large.setdefault((release.id, release.status), RareRead(read_failures)).get(tx, release.id)
 
 
 def read_batches(tx: Transaction, release_id: int) -> list[BatchProgress]:
@@ -6734,8 +7031,8 @@ class Queue:
 # region Retry and rollback
 # ======================================================================================
 # Retry and rollback: what a new release brings back to whom (contract 3, rule 10).
-# Uses: Vocabulary, Helpers, Payloads, Model, Strategy, Plan, Verbs, Database, Nodes,
-#   Queue.
+# Uses: Vocabulary, Helpers, Payloads, Model, Strategy, Plan, Failures, Verbs,
+#   Database, Nodes, Queue.
 # ======================================================================================
 
 class Again(NamedTuple):
@@ -6745,6 +7042,10 @@ class Again(NamedTuple):
     over_newer: bool = False
     # Release whose payload a rollback brings back.
     to_release: int | None = None
+    # Whom a retry is for, of the failed and skipped nodes: failed ones of these error kinds, ids, names or patterns.
+    kinds: Sequence[str] = ()
+    node_ids: Sequence[int] = ()
+    names: Sequence[str] = ()
 
 
 def emptied_nodes(payload: Mapping[str, Any], nodes: Iterable[Node]) -> list[str]:
@@ -6766,7 +7067,8 @@ def plan_again(tx: Transaction, verb: str, release_id: int, wish: Again) -> tupl
 
 
 def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
-    found = nodes_again(tx, old, "n.status IN ('failed', 'skipped')")
+    tried = nodes_again(tx, old, "n.status IN ('failed', 'skipped')")
+    found = chosen_again(tx, old, tried, wish)
     nodes = online_nodes(old, found, "failed or skipped")
     strategy = strategy_again(old, ("startAt",))
     node_ids = [node.id for node in nodes]
@@ -6777,7 +7079,33 @@ def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseReque
     request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", stored_payload(old),
                              retry_of=old.id, strategy=strategy, stands_for=selection_again(old))
     plan = make_plan(parse_strategy(strategy), node_ids, left_out_nodes(found))
-    return request, plan._replace(payload_of=(old.id, old.version)), nodes
+    return request, plan._replace(payload_of=(old.id, old.version), not_chosen=len(tried) - len(found)), nodes
+
+
+def chosen_again(tx: Transaction, old: Release, tried: Sequence[Node], wish: Again) -> list[Node]:
+    """Return those of the failed and skipped nodes that somebody chose; raise AppError(INVALID) naming what fits none.
+
+    A node has to fit all of kinds, node_ids and names; a skipped one has no kind.
+    """
+    kinds = dict(tx.rows("SELECT node_id, error_kind FROM release_task_nodes "
+                         "WHERE release_task_id = ? AND status = 'failed'", old.id)) if wish.kinds else {}
+    there_is = f"kinds: {kinds_text(kinds.values()) or 'none'}"
+    for kind in wish.kinds:
+        if kind not in kinds.values():
+            raise AppError(INVALID, f"no node failed as {kind}; {there_is}")
+    names, ids = [node.name for node in tried], {node.id for node in tried}
+    wrong = [name for name in wish.names if not any(map(names_fit((name,)), names))]
+    wrong += [str(tx.value("SELECT name FROM nodes WHERE id = ?", number) or number)
+              for number in wish.node_ids if number not in ids]
+    if wrong:
+        raise AppError(INVALID, f"node {one_line(wrong[0], 100)} was neither failed nor skipped in release {old.id}; "
+                                f"failed or skipped: {in_words(names) or 'none'}")
+    chosen = [node for node in tried if (not wish.kinds or kinds.get(node.id) in wish.kinds)
+              and (not wish.node_ids or node.id in wish.node_ids)
+              and (not wish.names or names_fit(tuple(wish.names))(node.name))]
+    if tried and not chosen:
+        raise AppError(INVALID, f"none of these nodes failed as {' or '.join(wish.kinds)}; {there_is}")
+    return chosen
 
 
 def selection_again(release: Release) -> Mapping[str, Any]:
@@ -7336,17 +7664,9 @@ class NodeFilter(NamedTuple):
     def takes(self, node: Node) -> bool:
         """Return whether it takes a node, as far as the node's row tells."""
         return (self.labels.items() <= node.label_items
-                and (not self.names or _names_fit(tuple(self.names))(node.name))
+                and (not self.names or names_fit(tuple(self.names))(node.name))
                 and (not self.search or self.search.lower() in "\n".join(
                     [node.name, node.main_ip, *(f"{key}={value}" for key, value in node.label_items)]).lower()))
-
-
-@functools.lru_cache(maxsize=64)
-def _names_fit(names: tuple[str, ...]) -> Callable[[str], bool]:
-    """Return whether a name is one of these, or fits one that is a pattern."""
-    exact = frozenset(names)
-    pattern = re.compile("|".join(fnmatch.translate(name) for name in names if re.search(r"[*?\[]", name)) or "(?!)")
-    return lambda name: name in exact or pattern.match(name) is not None
 
 
 def _in_order_of_numbers(text: str) -> list[Any]:
@@ -7507,9 +7827,9 @@ def _releases_under_way(tx: Transaction) -> dict[int, int]:
 # region Releases
 # ======================================================================================
 # Releases: create, verbs, lists, payloads, prune.
-# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Status
-#   texts, Decision, Verbs, Why, Database, Database state, Audit, Nodes, Queue, Retry
-#   and rollback, Drift.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Failures,
+#   Status texts, Decision, Verbs, Why, Database, Database state, Audit, Nodes, Queue,
+#   Retry and rollback, Drift.
 # ======================================================================================
 
 class Progress(NamedTuple):
@@ -7517,8 +7837,8 @@ class Progress(NamedTuple):
     release: Release
     # In order.
     batches: list[BatchProgress]
-    # Name and error of the nodes that failed first.
-    failures: list[tuple[str, str]]
+    # By cause.
+    failures: list[FailureGroup]
     # time_left()
     time_left: str = ""
 
@@ -7581,6 +7901,7 @@ class Releases:
         self._database = state.database
         self._audit = audit
         self._queue = queue
+        self._failures = FailureReader()
 
     def plan(self, request: ReleaseRequest) -> Plan:
         """Return what create() would make, and raise what it would; write nothing."""
@@ -7758,20 +8079,25 @@ class Releases:
         with self._database.transaction() as tx:
             return read_release(tx, release_id), read_release_nodes(tx, release_id)
 
-    def progress(self, release_id: int, failures: int = 10) -> Progress:
-        """Return where a release is, with at most so many failures; raise AppError 3001."""
+    def with_failures(self, release_id: int) -> tuple[Release, list[FailureGroup]]:
+        """Return a release and its failed nodes by cause; raise AppError 3001."""
+        with self._database.transaction() as tx:
+            release = read_release(tx, release_id)
+            return release, self._failures.read(tx, release)
+
+    def whole(self, release_id: int) -> tuple[Release, list[ReleaseNode], list[FailureGroup]]:
+        """Return a release, its nodes by batch and id, and the failed ones by cause; raise AppError 3001."""
+        with self._database.transaction() as tx:
+            release = read_release(tx, release_id)
+            return release, read_release_nodes(tx, release_id), self._failures.read(tx, release)
+
+    def progress(self, release_id: int) -> Progress:
+        """Return where a release is; raise AppError 3001."""
         with self._database.transaction() as tx:
             release, batches = read_release(tx, release_id), read_batches(tx, release_id)
-            failed = tx.rows(f"""
-                SELECT {NAME_THEN}, n.error_msg
-                FROM release_task_nodes n
-                JOIN nodes h ON h.id = n.node_id
-                WHERE n.release_task_id = ? AND n.status = 'failed'
-                ORDER BY n.finished_at, n.node_id
-                LIMIT ?""", release_id, failures)
             [shown] = self._as_true(tx, [release])
             left = self._time_left(tx, release, batches) if shown is release else ""
-            return Progress(shown, batches, [(name, text) for name, text in failed], left)
+            return Progress(shown, batches, self._failures.read(tx, release), left)
 
     def _as_true(self, tx: Transaction, releases: Iterable[Release]) -> list[Release]:
         """Return releases as they are to be shown: with what is true in place of a status_reason that got old."""
@@ -8078,7 +8404,8 @@ class Releases:
 # region Notifications
 # ======================================================================================
 # Notifications: the outbox: messages that are still to go (contract section 2).
-# Uses: Vocabulary, Helpers, Decision, Verdict, Database state, Audit, Queue.
+# Uses: Vocabulary, Helpers, Failures, Decision, Verdict, Database state, Audit,
+#   Queue.
 #
 #   A row is written by add_notification() (Audit), in the transaction of what it tells. Whoever sends it
 #   first moves next_at ahead under the number of tries that was read: so one process sends it, and when
@@ -8164,15 +8491,10 @@ class Outbox:
                         f"{notification.kind} of {notification.at}, after {notification.attempts} tries: {error}")])
             return GIVEN_UP
 
-    def failures(self, release_id: int) -> list[dict[str, Any]]:
-        """Return the failed nodes of a release in groups, the largest first."""
+    def failures(self, release_id: int) -> list[FailureGroup]:
+        """Return the failed nodes of a release by cause."""
         with self._database.transaction() as tx:
-            return [{"errorKind": kind, "nodes": count, "message": message} for kind, count, message in tx.rows("""
-                SELECT error_kind, COUNT(*), MIN(error_msg)
-                FROM release_task_nodes
-                WHERE release_task_id = ? AND status = 'failed'
-                GROUP BY error_kind
-                ORDER BY COUNT(*) DESC, error_kind""", release_id)]
+            return read_failures(tx, release_id)
 
     def waiting(self) -> Waiting:
         """Return how many messages wait, since when, and why."""
@@ -10492,7 +10814,7 @@ class Driver:
 # region Notifier
 # ======================================================================================
 # Notifier: what is in the outbox goes to a command or a URL; releases that are stuck.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Why,
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Failures, Why,
 #   Notifications, Overview, Event loop, HTTP wire.
 #
 #   One thread of an executor, with transactions of its own: no release waits for it. A message may come
@@ -10653,7 +10975,7 @@ async def _exchange(sock: socket.socket, request: bytes, ends_at: float) -> int:
 
 
 def message_of(kind: str, at: str, detail: str, host: str, public_url: str, why: Why | None = None,
-               failures: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+               failures: Iterable[FailureGroup] = ()) -> dict[str, Any]:
     """Return a message; why: of its release, as it is now."""
     release = why.release if why else None
     return {
@@ -10664,7 +10986,7 @@ def message_of(kind: str, at: str, detail: str, host: str, public_url: str, why:
             "statusReason": release.status_reason, "reason": release.reason, "totalNodes": release.total_nodes,
             "successNodes": release.success_nodes, "failedNodes": release.failed_nodes,
             "skippedNodes": release.skipped_nodes} if release else None,
-        "failures": list(failures)}
+        "failures": failures_json(failures)}
 
 
 def _message_text(kind: str, detail: str, why: Why | None) -> str:
@@ -10799,7 +11121,7 @@ class Notifier:
         return ""
 
     def _message(self, waiting: Notification) -> dict[str, Any]:
-        why, failures = None, list[dict[str, Any]]()
+        why, failures = None, list[FailureGroup]()
         try:
             if waiting.release_id is not None:
                 why = self._store.claims.why(waiting.release_id, self._settings.node_deadline_sec)
@@ -11204,8 +11526,8 @@ class Executor:
 # region Serialization
 # ======================================================================================
 # Serialization: the JSON of contract section 5, and its schemas. Pure.
-# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Status
-#   texts, Why, Verdict, Audit, Nodes, Drift.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Failures,
+#   Status texts, Why, Verdict, Audit, Nodes, Drift.
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
@@ -11311,7 +11633,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "maxFailedTotal": plan.max_failed_total, "maxParallel": strategy.max_parallel,
             "soakSec": strategy.soak_s, "pauseAfter": plan.pauses, "onExceed": strategy.on_exceed,
             "startAt": strategy.start_at or None, "verify": _verify_json(strategy.verify) if strategy.verify else None,
-            "leftOut": left_out_json(plan.left_out), "emptied": list(plan.emptied), "payloadOf": payload_of,
+            "leftOut": left_out_json(plan.left_out), "notChosen": plan.not_chosen,
+            "emptied": list(plan.emptied), "payloadOf": payload_of,
             "effect": _effect_json(plan.effect) if plan.effect else None}
 
 
@@ -11386,12 +11709,18 @@ def freeze_json(freeze: Freeze) -> dict[str, Any]:
     return freeze._asdict()
 
 
-def release_with_nodes_json(release: Release, nodes: Sequence[ReleaseNode]) -> dict[str, Any]:
+def release_summary_json(release: Release, failures: Iterable[FailureGroup]) -> dict[str, Any]:
+    """Return a release without its nodes."""
+    return {"release": release_json(release), "failures": failures_json(failures)}
+
+
+def release_with_nodes_json(release: Release, nodes: Sequence[ReleaseNode],
+                            failures: Iterable[FailureGroup]) -> dict[str, Any]:
     """Return a release with its nodes by batch."""
     batches: dict[int, list[dict[str, Any]]] = {}
     for node in nodes:
         batches.setdefault(node.batch, []).append(release_node_json(node))
-    return {"release": release_json(release),
+    return {**release_summary_json(release, failures),
             "batches": [{"batch": number, "nodes": members} for number, members in sorted(batches.items())]}
 
 
@@ -11512,8 +11841,14 @@ def openapi_schemas() -> dict[str, Any]:
         "ReleaseNode": schema_of(RELEASE_NODE_SCHEMA),
         "ReleaseWithNodes": schema_of({
             "release": ref_schema("Release"),
+            "failures": {**_array(ref_schema("FailureGroup")), "maxItems": MAX_GROUPS + 1},
             "batches": _array(schema_of({"batch": ID, "nodes": _array(ref_schema("ReleaseNode"))}))},
-            required=["release"]),
+            required=["release", "failures"]),
+        "FailureGroup": schema_of({
+            "errorKind": {"type": "string", "enum": ["", *ERROR_KINDS, OTHERS]}, "message": TEXT, "nodes": ID,
+            "nodeIds": {**_array(ID), "maxItems": MAX_GROUP_NODES},
+            "nodeNames": {**_array(TEXT), "maxItems": MAX_GROUP_NODES},
+            "label": {**schema_of({"key": TEXT, "value": TEXT, "nodes": ID}), "type": ["object", "null"]}}),
         "ReleaseList": _list_of("Release"),
         "Created": schema_of(created),
         "CreatedAgain": schema_of({**created, "leftOut": left_out}),
@@ -11540,7 +11875,7 @@ def openapi_schemas() -> dict[str, Any]:
                                          "maxFailed": _COUNT})),
             "maxFailedTotal": _ID_OR_NULL, "maxParallel": _COUNT, "soakSec": {"type": "number", "minimum": 0},
             "pauseAfter": _array(ID), "onExceed": TEXT, "startAt": _TIME, "verify": {"type": ["object", "null"]},
-            "leftOut": left_out, "emptied": _array(TEXT),
+            "leftOut": left_out, "notChosen": _COUNT, "emptied": _array(TEXT),
             "payloadOf": {"type": ["object", "null"], "properties": {"releaseId": ID, "version": ID}},
             "effect": schema_of({"text": TEXT, "against": _ID_OR_NULL, **changes, "openReleases": _COUNT,
                                  "running": _array(schema_of({
@@ -11557,7 +11892,8 @@ def openapi_schemas() -> dict[str, Any]:
             "version": NAMED_VERSIONS.schema}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": schema_of({"reason": _REASON}, required=[]),
-        "Retry": schema_of(again, required=[]),
+        "Retry": schema_of({**again, "kinds": {**_array({"type": "string", "enum": list(ERROR_KINDS)}), "minItems": 1},
+                            "nodeIds": {**_array(ID), "minItems": 1, "uniqueItems": True}}, required=[]),
         "Rollback": schema_of({**again, "toRelease": ID}, required=[]),
         "Resume": schema_of({"reason": _REASON, "acceptFailures": _FLAG}, required=[]),
         "Cancel": schema_of({"reason": _REASON, "force": _FLAG}, required=[]),
@@ -12097,12 +12433,12 @@ class Api:
 
     def get_release(self, request: Request) -> Reply:
         if request.choice("view") == "summary":
-            release = self.store.releases.as_shown(self.store.releases.get(request.ids[0]))
-            return Reply(200, {"release": release_json(release)})
+            release, failures = self.store.releases.with_failures(request.ids[0])
+            return Reply(200, release_summary_json(self.store.releases.as_shown(release), failures))
 
         def read() -> dict[str, Any]:
-            release, nodes = self.store.releases.with_nodes(request.ids[0])
-            return release_with_nodes_json(self.store.releases.as_shown(release), nodes)
+            release, nodes, failures = self.store.releases.whole(request.ids[0])
+            return release_with_nodes_json(self.store.releases.as_shown(release), nodes, failures)
         return Reply(200, self._by_size(request, read))
 
     def get_why(self, request: Request) -> Reply:
@@ -12163,7 +12499,7 @@ class Api:
         return Reply(200, release_json(release))
 
     def retry(self, request: Request) -> Reply:
-        return self._again("retry", self.store.releases.retry, request)
+        return self._again("retry", self.store.releases.retry, request, "kinds", "nodeIds")
 
     def rollback(self, request: Request) -> Reply:
         return self._again("rollback", self.store.releases.rollback, request, "toRelease")
@@ -12173,7 +12509,9 @@ class Api:
         body, release_id = request.body, request.ids[0]
         wish = Again(self._reason(request, "overNewer", "dryRun", *keys),
                      parse_flag("overNewer", body.get("overNewer", False)),
-                     parse_release_id("toRelease", body["toRelease"]) if "toRelease" in body else None)
+                     parse_release_id("toRelease", body["toRelease"]) if "toRelease" in body else None,
+                     parse_kinds(body["kinds"]) if "kinds" in body else (),
+                     parse_node_ids(body["nodeIds"]) if "nodeIds" in body else ())
         once = self._idempotency_key(request, f"{verb} {release_id} ")
         if parse_flag("dryRun", body.get("dryRun", False)):
             return Reply(200, plan_json(self.store.releases.plan_again(verb, release_id, wish)))
@@ -13607,13 +13945,13 @@ def _size_of(stream: TextIO) -> os.terminal_size:
 # ======================================================================================
 # Views: a release as a person sees it: its head, a bar for each batch, its nodes, its
 #   history; and the screen of watch.
-# Uses: Vocabulary, Helpers, Model, Status texts, Nodes, Releases, Terminal.
+# Uses: Vocabulary, Helpers, Model, Failures, Status texts, Nodes, Releases, Terminal.
 # ======================================================================================
 
 # Of each status of a node: its mark in a bar.
 MARKS = ((SUCCESS, "#"), (FAILED, "x"), (RUNNING, ">"), (SKIPPED, "-"), (PENDING, "."))
-# What is shown of a release at most: batches as bars, its first failures, its nodes that are not well.
-MAX_BARS, MAX_FAILURES, MAX_ILL = 12, 8, 20
+# What is shown of a release at most: batches as bars, causes of failures, its nodes that are not well.
+MAX_BARS, MAX_CAUSES, MAX_ILL = 12, 8, 20
 
 
 def release_line(release: Release) -> str:
@@ -13671,19 +14009,16 @@ def _bar_line(batch: BatchProgress, width: int, display: Display) -> str:
                           for mark, count, colour in counts if count)
 
 
-def cause_lines(failures: Sequence[tuple[str, str]], total: int, display: Display, most: int = MAX_FAILURES
-                ) -> list[str]:
-    """Return the failures of a release, those that came first; a node's name is never cut.
-
-    failures: name and error; total: how many failed.
-    """
+def cause_lines(failures: Sequence[FailureGroup], display: Display, most: int = MAX_CAUSES) -> list[str]:
+    """Return a line for each cause of failures; where there is little room, the message is cut, and no node's name."""
     width, lines = max(display.width - 1, 1) if display.width else 0, []
-    for name, error in failures[:most]:
-        text = "  " + display.sentence(one_line(f"{name}: {error}"))
-        is_short = width and columns_of(name) + 12 <= width
-        lines += [cut_to(text, width)] if is_short else wrapped(text, width)
-    shown = min(len(failures), most)
-    more = [f"  and {total - shown} more"] if total > shown else []
+    for group in failures[:most]:
+        room = width - 2 - columns_of(one_line(group._replace(pattern="."))) + 1
+        text = "  " + one_line(group._replace(pattern=cut_to(group.pattern, room)) if room > 12 else group,
+                               2 * MAX_MESSAGE_CHARS)
+        lines += wrapped(text, width)
+    left = sum(group.size for group in failures[most:])
+    more = [f"  and {left} more with other causes"] if left else []
     return [*(display.paint(line, COLOURS[FAILED]) for line in lines), *more]
 
 
@@ -13715,8 +14050,8 @@ def status_text(progress: Progress, nodes: Sequence[ReleaseNode], display: Displ
     about += [one_line(f"target {release.target}; {times_line(release, display)}")]
     bars = bar_lines(progress.batches, release.current_batch, display,
                      max(len(progress.batches), 1) if shows_all else MAX_BARS)
-    # failures by cause have their place here
-    return "\n".join(filter(None, [*head_lines(doing, display), *about, *bars, nodes_text(nodes, display, shows_all)]))
+    return "\n".join(filter(None, [*head_lines(doing, display), *about, *bars, *cause_lines(progress.failures, display),
+                                   nodes_text(nodes, display, shows_all)]))
 
 
 def list_text(page: Page, display: Display) -> str:
@@ -13805,8 +14140,7 @@ class Screen:
         foot = wrapped(counts, width)
         # what is left of the screen is shared by bars and failures, each with a line that says how many more there are
         room = max(display.lines - 1 - len(head) - len(foot), 4)
-        causes = cause_lines(progress.failures, release.failed_nodes, display,
-                             max(1, min(MAX_FAILURES, room // 2 - 1)))
+        causes = cause_lines(progress.failures, display, max(1, min(MAX_CAUSES, room // 2 - 1)))
         bars = bar_lines(progress.batches, release.current_batch, display,
                          max(1, min(MAX_BARS, room - len(causes) - 1)))
         return [*head, *bars, *causes, *foot]
@@ -14004,7 +14338,8 @@ def _plan_text(plan: Plan, display: Display) -> str:
               ("starts no earlier than", strategy.start_at or None),
               ("soaks after each batch", f"{strategy.soak_s:g} s" if strategy.soak_s else None),
               ("pauses after batch", in_words(plan.pauses) or None),
-              ("each node is probed at", strategy.verify.url if strategy.verify else None)]
+              ("each node is probed at", strategy.verify.url if strategy.verify else None),
+              ("failed or skipped, and not chosen", plan.not_chosen or None)]
     text = display.table([(number, len(ids), most, in_words([plan.names[id_] for id_ in ids])) for number, (ids, most)
                           in enumerate(zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "names"))
     emptied = [f"left without any site: {', '.join(plan.emptied)}"] if plan.emptied else []
@@ -14093,9 +14428,9 @@ def command_status(context: Context) -> int:
     if context.options.id is None:
         return _show_overview(context)
     options, store = context.options, context.open()
-    release, nodes = store.releases.with_nodes(options.id)
+    release, nodes, failures = store.releases.whole(options.id)
     if options.json:
-        return context.show(release_with_nodes_json(store.releases.as_shown(release), nodes), "")
+        return context.show(release_with_nodes_json(store.releases.as_shown(release), nodes, failures), "")
     progress = store.releases.progress(options.id)
     return context.show(None, status_text(progress, nodes, context.display, options.all))
 
@@ -14271,7 +14606,8 @@ def command_again(context: Context) -> int:
     options = context.options
     _check_wait(options)
     reason, store = parse_text("--reason", options.reason), context.open()
-    wish = Again(reason, options.over_newer, getattr(options, "to", None))
+    wish = Again(reason, options.over_newer, getattr(options, "to", None), getattr(options, "kind", ()),
+                 names=getattr(options, "node", None) or ())
     if options.plan:
         return _show_plan(context, store.releases.plan_again(options.command, options.id, wish))
     make = {"retry": store.releases.retry, "rollback": store.releases.rollback}[options.command]
@@ -15172,8 +15508,8 @@ def completion_script(shell: str, config: str = "", db: str = "") -> str:
 # region Command line
 # ======================================================================================
 # Command line: the table of commands, the standard streams, main().
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Releases, Requests, Commands,
-#   Node commands, Service, Arguments, Completion.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Plan, Releases, Requests,
+#   Commands, Node commands, Service, Arguments, Completion.
 # ======================================================================================
 
 def _age_s(text: str) -> float:
@@ -15209,6 +15545,13 @@ def _release_id(text: str) -> int | str:
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a release: use a number from `releasectl.py list`, or `latest`") from None
+
+
+def _error_kinds(text: str) -> list[str]:
+    try:
+        return parse_kinds(text.split(","))
+    except AppError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
 
 
 _ID_OPTION = option("id", metavar="ID", type=_release_id, help="id of the release, or latest")
@@ -15350,7 +15693,12 @@ COMMANDS: tuple[Command, ...] = (
         option("--force", action="store_true",
                help="do not wait for nodes in flight: their outcome stays unknown"))),
     Command("retry", "a new release for the failed and skipped nodes of one", command_again,
-            (_ID_OPTION, *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
+            (_ID_OPTION,
+             option("--kind", type=_error_kinds, default=(), metavar="KIND[,KIND]",
+                    help="only nodes that failed as this, like unreachable,timeout; skipped ones have no kind"),
+             option("--node", action="append", metavar="NAME",
+                    help="only this node; * and ? stand for other characters; may be repeated"),
+             *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("rollback", "a new release that brings back what the nodes of one had before", command_again,
             (_ID_OPTION, option("--to", type=_release_id, metavar="ID",
                                 help="the payload of this release, or latest (what most of the nodes had before)"),

@@ -127,7 +127,7 @@ def test_a_release_is_answered_with_its_nodes_by_batch(client):
     add_nodes(client.store, 3)
     new_release(client.store)
     data = client.ok("GET", "/api/v1/releases/1")
-    assert set(data) == {"release", "batches"}
+    assert set(data) == {"release", "failures", "batches"}
     assert [(batch["batch"], [node["nodeId"] for node in batch["nodes"]]) for batch in data["batches"]] \
         == [(1, [1]), (2, [2, 3])]
     assert data["batches"][0] == {"batch": 1, "nodes": [{
@@ -139,7 +139,7 @@ def test_view_summary_leaves_the_nodes_out(client):
     add_nodes(client.store, 2)
     new_release(client.store)
     summary = client.ok("GET", "/api/v1/releases/1?view=summary")
-    assert set(summary) == {"release"}
+    assert set(summary) == {"release", "failures"}
     assert summary["release"] == client.ok("GET", "/api/v1/releases/1?view=full")["release"]
     assert client.code("GET", "/api/v1/releases/1?view=short") == 2003
 

@@ -642,8 +642,8 @@ def test_create_takes_a_strategy_by_options_and_plan_shows_it_before(filled_quic
                "--start-at", "2999-01-01T00:00:00Z", "--verify-url", "http://{main_ip}:8080/health",
                "--verify-successes", "2")
     plan = filled_quick.ok("create", *options, "--plan", "--json").json
-    assert plan == {"version": 4, "totalNodes": 2, "maxFailedTotal": 1, "maxParallel": 2, "leftOut": [], "emptied": [],
-                    "payloadOf": None, "soakSec": 300, "pauseAfter": [1], "onExceed": "pause",
+    assert plan == {"version": 4, "totalNodes": 2, "maxFailedTotal": 1, "maxParallel": 2, "leftOut": [], "notChosen": 0,
+                    "emptied": [], "payloadOf": None, "soakSec": 300, "pauseAfter": [1], "onExceed": "pause",
                     "startAt": "2999-01-01T00:00:00.000Z", "effect": plan["effect"],
                     "verify": {"url": "http://{main_ip}:8080/health", "status": 200, "timeoutSec": 5, "successes": 2,
                                "host": "", "contains": ""},
@@ -761,7 +761,7 @@ def test_watch_draws_batches_counts_and_failures_in_a_terminal(filled_quick, mon
     screen.show(store.releases.progress(2))
     screen.show(store.releases.progress(2))
     assert "batch   1      0 of 1" in stream.text
-    assert "edge-1: boom" in stream.text
+    assert "1 other: boom (edge-1)" in stream.text
     assert ("\x1b[31m" in stream.text) == (no_colour == "")
     height = stream.text.split("\x1b[J")[0].count("\n")
     assert f"\x1b[{height}A" in stream.text  # the second picture is drawn over the first
@@ -818,7 +818,7 @@ def test_create_wait_follows_a_release_over_real_agents(fleet_cli):
 
 # -- a success is a success (issue 12) ------------------------------------------------------------------
 
-SAMPLES = ("terminal", "5m", "90d", "1", "1,2", "edge-1", f"1:{64 * '0'}")
+SAMPLES = ("terminal", "5m", "90d", "1", "1,2", "edge-1", "tls,http", f"1:{64 * '0'}")
 
 
 def sample_of(keywords: dict[str, Any]) -> str:

@@ -154,7 +154,7 @@ def test_a_failed_release_is_told_as_why_tells_it_with_its_failures_and_a_link(w
     assert (message["kind"], message["at"]) == ("failed", now.finished_at)
     assert message["text"] == rc.one_line(world.store.claims.why(release.id, 600.0).line)
     [group] = message["failures"]
-    assert (group["errorKind"], group["nodes"]) == ("agent_failed", 1)
+    assert (group["errorKind"], group["nodes"], group["nodeNames"]) == ("agent_failed", 1, ["edge-1"])
     assert "nginx -t failed" in group["message"]
     assert message["link"] == "https://releases.example.com/#/releases/1"
     assert message["host"] == socket.gethostname()

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from browser import PROGRAM, Browser
 from conftest import leave_out
-from lab import ADDRESSES, ROOT, World, add_nodes, eventually, new_release, settings_for
+from lab import ADDRESSES, ROOT, World, add_nodes, eventually, new_release, settings_for, sql
 
 import releasectl as rc
 
@@ -661,6 +661,30 @@ def failed_release(store: rc.Store) -> None:
             tx.execute("UPDATE release_task_nodes SET status = ? WHERE node_id = ?", status, node)
         tx.execute("UPDATE release_tasks SET status = 'failed', success_nodes = 1, failed_nodes = 1, started_at = "
                    "created_at, finished_at = created_at, error_msg = 'edge-2: no'")
+
+
+@pytest.mark.slow
+def test_the_causes_of_many_failures_are_a_table_with_the_names_folded(page):
+    store = page.daemon.store
+    store.nodes.import_all([{"name": f"edge-{number}", "main_ip": f"10.9.0.{number}",
+                             "labels": json.dumps({"pop": "gru" if number < 25 else "fra"})}
+                            for number in range(1, 61)])
+    release = new_release(store)
+    for number in range(1, 27):
+        sql(store, "UPDATE release_task_nodes SET status = 'failed', error_kind = ?, error_msg = ? WHERE node_id = ?",
+            "unreachable" if number < 25 else "agent_failed",
+            f"10.9.0.{number}:8443: no route" if number < 25 else MARKUP, number)
+    sql(store, "UPDATE release_tasks SET status = 'failed', failed_nodes = 26, finished_at = created_at")
+    page.open(f"#/releases/{release.id}").see("26 nodes failed", "#failures h2")
+    page.see("{main_ip}:8443: no route", "#cause-0").see("24 of 24 in pop=gru", "#cause-0")
+    page.see("Is the host up", "#cause-0").see(MARKUP, "#cause-1").see("agent_failed", "#cause-1")
+    assert page.count("#failures img") + page.count("#failures li") == 0
+    page.run("document.querySelector('#cause-0 summary').click()")
+    page.see("edge-20", "#cause-0 ul").see("and 4 more", "#cause-0 ul")
+    page.run("document.querySelector('#cause-0 li a').click()")
+    page.see("no route", "#node pre").press("Close").see("edge-20", "#cause-0 ul")  # it is still open
+    page.run("document.querySelector('#cause-0 summary').click()")
+    eventually(lambda: page.count("#failures li") == 0)
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def test_a_share_of_failures_counts_the_batchs_own_nodes():
     assert sends(decide(nodes, strategy=rc.Strategy(max_failed="20%"))) == [("dispatch", 11)]
     stopped = decide(nodes, strategy=rc.Strategy(max_failed="19%"))
     assert stopped.status == "failed"
-    assert stopped.status_reason == ("stopped, 2 nodes of batch 1 failed, at most 1 may; "
+    assert stopped.status_reason == ("stopped, 2 nodes of batch 1 failed, at most 1 may: 2 other; "
                                      "first node edge-1 in batch 1:")
 
 
@@ -162,7 +162,7 @@ def test_on_exceed_pause_keeps_what_is_pending_and_waits_for_a_person():
     assert moves(decision) == {1: ("running", "failed")}
     assert (decision.status, sends(decision)) == ("paused", [("query", 2)])
     assert decision.status_reason == ("paused in batch 1: waiting for edge-2 to end; 1 node of batch 1 failed, "
-                                      "at most 0 may: resume and accept the failures, or cancel")
+                                      "at most 0 may: 1 agent_failed; resume and accept the failures, or cancel")
 
 
 def test_accepted_failures_count_no_more_and_the_result_is_partial():
