@@ -1745,6 +1745,7 @@ def receiver_context(ca: str) -> ssl.SSLContext:
     """Return the context to send notifications with: verified by NOTIFY_CA, else by the system's CAs."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    verify_no_common_name(context)
     if ca:
         load_ca(context, ca, "NOTIFY_CA")
     else:

@@ -752,7 +752,7 @@ def test_nodes_that_are_written_are_no_error_where_what_they_run_can_not_be_read
     quick.file("nodes", f"edge-1 {ADDRESSES[0]}\nedge-2 {ADDRESSES[1]} 9000\nedge-4 10.0.0.4\n")
     sql(store, "ALTER TABLE database_state RENAME TO elsewhere")
     before = [node.updated_at for node in store.nodes.page().items]
-    result = quick.ok(*words)
+    result = quick.ok(*words, "-v")
     assert said in result.out
     assert "can't be read" in result.err
     assert [node.updated_at for node in store.nodes.page().items] != before
@@ -770,7 +770,7 @@ def test_a_node_that_is_written_is_no_503_where_what_it_runs_can_not_be_read(sto
 def test_a_release_that_is_created_is_no_error_where_what_it_waits_for_can_not_be_read(store, database_url, quick):
     quick.settings["DATABASE_URL"] = database_url
     add_nodes(store, 1)
-    sql(store, "ALTER TABLE executors RENAME TO elsewhere")
+    sql(store, "ALTER TABLE executors RENAME COLUMN seen_at TO elsewhere")
     assert quick.ok("create").out.splitlines() == [
         "release 1 (v1): created, 1 node in batches of 1", "follow: releasectl watch 1"]
 
