@@ -810,6 +810,17 @@ def read_lines(path: str, name: str) -> list[str]:
         raise ConfigError(f"{name} {path} can't be read: {os_reason(error)}") from None
 
 
+def is_closed(path: str) -> bool:
+    """Return whether a file is there and this user may not read it."""
+    try:
+        open(path, "rb").close()
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def read_text(path: str) -> str:
     try:
         return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
@@ -833,18 +844,19 @@ class RareRead(Generic[T]):
         self._read = read
         self._guard = threading.Lock()
         self._last: tuple[T] | None = None
+        self._key: object = None
         # By time.monotonic().
         self._holds_until = 0.0
 
-    def get(self, *arguments: object) -> T:
+    def get(self, *arguments: object, key: object = None) -> T:
         """Return the value, which may be as old as that, a minute at most; raise what the read raises.
 
-        arguments: of the read.
+        arguments: of the read. key: read anew where it is another one than at the last read.
         """
         with self._guard:
-            if self._last is None or time.monotonic() >= self._holds_until:
+            if self._last is None or key != self._key or time.monotonic() >= self._holds_until:
                 began = time.monotonic()
-                self._last = (self._read(*arguments),)
+                self._last, self._key = (self._read(*arguments),), key
                 rest_s = RARE_READ_REST * (time.monotonic() - began)
                 self._holds_until = time.monotonic() + min(rest_s, MAX_RARE_READ_REST_S)
             return self._last[0]
@@ -4322,9 +4334,16 @@ def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Itera
 
 
 def ahead_of(release_id: int, candidates: Iterable[Candidate], now: str, shares: Shares) -> list[Candidate]:
-    """Return all releases that a pending one waits for, in their order."""
-    return [a for c, before in _in_line(candidates, now) if c.id == release_id
-            for a in before if a.target == c.target or shares(a, c)]
+    """Return all releases that a pending one waits for, and those that these wait for, in their order."""
+    in_line = {c.id: (c, [*before]) for c, before in _in_line(candidates, now)}
+    found: dict[int, Candidate] = {}
+    waiting = [release_id]
+    while waiting:
+        c, before = in_line[waiting.pop()]
+        more = [a for a in before if a.id not in found and (a.target == c.target or shares(a, c))]
+        found.update((a.id, a) for a in more)
+        waiting += [a.id for a in more if a.status == PENDING]
+    return [a for a, _ in in_line.values() if a.id in found]
 
 
 def state_of(before: Candidate) -> str:
@@ -4501,7 +4520,8 @@ def true_reason(release: Release, executors: Sequence[ExecutorRow], now_s: float
 def is_worked_on(release: Release, executors: Sequence[ExecutorRow], now_s: float) -> bool:
     """Return whether somebody has the release and, as far as is known, lives; a tick is seen once."""
     owner = _owner(release, executors)
-    return _claim_left_s(release, now_s) > 0 and (owner is None or owner.kind == TICK or owner.is_live(now_s))
+    return _claim_left_s(release, now_s) > 0 and (
+        owner is None or owner.kind == TICK or (owner.is_live(now_s) and not owner.error))
 
 
 def _claim_left_s(release: Release, now_s: float) -> float:
@@ -4668,6 +4688,10 @@ PROBLEM_KINDS: Mapping[str, str] = {
     "database": _ERROR, "executor": _ERROR, "unattended": _ERROR, "certificate": _ERROR, "failed": _ERROR,
     "paused": _WARNING, "failures": _WARNING, "ahead": _WARNING, "unknown": _WARNING, "behind": _WARNING,
     "partial": _WARNING, "notifications": _WARNING, "frozen": _WARNING, "expires": _WARNING}
+# A release that nobody has claimed for so long should have been claimed.
+UNATTENDED_S = 60.0
+# Problems of a kind that are told one by one; the rest is counted.
+MAX_OF_A_KIND = 20
 # Certificates that are good for less than this should be renewed.
 RENEW_DAYS = 14.0
 
@@ -4696,6 +4720,8 @@ class DriftCount(NamedTuple):
     first: str = ""
     # Since when the oldest of them is so, as far as is known.
     since: str | None = None
+    # How many of them are not online, and get no release until they are.
+    away: int = 0
 
 
 class CertificateState(NamedTuple):
@@ -4737,17 +4763,27 @@ class Waiting(NamedTuple):
 NO_WAITING = Waiting(0, 0.0, "", "")
 
 
+class Unmended(NamedTuple):
+    """A failed or partial release that nothing has made up for."""
+    release: Release
+    # Whether a retry of it is not refused.
+    can_retry: bool
+
+
 class OverviewFacts(NamedTuple):
     """What the verdict is made from."""
     # Running, paused and cancelling releases, and how many are pending.
     active: Sequence[Release] = ()
     pending: int = 0
+    # When the oldest of these was created, and since when each of the paused ones is that, by id.
+    oldest_pending: str | None = None
+    paused_at: Mapping[int, str] = {}
     executors: Sequence[ExecutorRow] = ()
     freeze: Freeze = NO_FREEZE
     # The clock that decides on claims and executors: see Transaction.now().
     now_s: float = 0.0
-    # Failed and partial releases that nothing has made up for, newest first.
-    failures: Sequence[Release] = ()
+    # Newest first.
+    failures: Sequence[Unmended] = ()
     drift: Mapping[str, DriftCount] = {}
     certificates: Sequence[CertificateState] = ()
     notifications: Waiting = NO_WAITING
@@ -4773,8 +4809,17 @@ def judge(facts: OverviewFacts) -> Overview:
     rules = (_database_problems, _executor_problems, _release_problems, _drift_problems, _freeze_problems,
              _notification_problems, _certificate_problems)
     order = list(PROBLEM_KINDS)
-    problems = sorted((problem for rule in rules for problem in rule(facts)), key=lambda p: order.index(p.kind))
+    found = sorted((problem for rule in rules for problem in rule(facts)), key=lambda p: order.index(p.kind))
+    problems = [problem for _, group in itertools.groupby(found, key=lambda p: p.kind)
+                for problem in _first_of_a_kind(list(group))]
     return Overview(problems, _verdict_text(problems, facts), facts)
+
+
+def _first_of_a_kind(problems: Sequence[Problem]) -> list[Problem]:
+    """Return problems, of many the first ones and how many more there are; a since that can't be read is None."""
+    shown = [p._replace(since=p.since if epoch_or(p.since, 0.0) else None) for p in problems[:MAX_OF_A_KIND]]
+    more = len(problems) - len(shown)
+    return shown + ([Problem(problems[0].kind, f"and {more} more of this kind", "releasectl list")] if more else [])
 
 
 def _verdict_text(problems: Sequence[Problem], facts: OverviewFacts) -> str:
@@ -4794,17 +4839,20 @@ def _database_problems(facts: OverviewFacts) -> Iterator[Problem]:
 def _executor_problems(facts: OverviewFacts) -> Iterator[Problem]:
     """Yield that nobody can work, or which releases nobody works on though somebody could."""
     nobody = nobody_works(facts.executors, facts.now_s)
-    alone = [release for release in facts.active if release.status != PAUSED and not is_worked_on(
-        release, facts.executors, facts.now_s)]
+    # a paused release needs an owner while nodes are in flight: its claim lasts until then
+    alone = [release for release in facts.active if (release.status != PAUSED or release.claim_expires_at) and not (
+        is_worked_on(release, facts.executors, facts.now_s))]
     count = len(alone) + facts.pending
     if nobody and count and not facts.database_error:
         is_live = any(row.is_live(facts.now_s) for row in facts.executors)
+        begun = [*(release.created_at for release in alone), *([facts.oldest_pending] if facts.pending else [])]
+        since = max(min(filter(None, begun), default=""), facts.executors[0].seen_at if facts.executors else "")
         yield Problem("executor", f"{nobody}; {count} {'release has' if count == 1 else 'releases have'} nobody",
-                      "releasectl check" if is_live else "releasectl serve",
-                      facts.executors[0].seen_at if facts.executors else None)
+                      "releasectl check" if is_live else "releasectl serve", None if is_live else since)
     elif not nobody:
         for release in alone:
-            if release.claim_expires_at:
+            idle_s = facts.now_s - epoch_or(release.updated_at, 0.0)
+            if release.claim_expires_at or (idle_s > UNATTENDED_S and not facts.freeze.frozen):
                 yield Problem("unattended", f"{release}: {true_reason(release, facts.executors, facts.now_s)}",
                               f"releasectl why {release.id}", _last_seen(release, facts.executors), release.id)
 
@@ -4814,14 +4862,16 @@ def _last_seen(release: Release, executors: Sequence[ExecutorRow]) -> str | None
 
 
 def _release_problems(facts: OverviewFacts) -> Iterator[Problem]:
-    for release in facts.failures:
-        yield Problem(release.status, f"{release} of {release.target} ended {release.status}"
-                      + (f": {release.status_reason or release.error_msg}" if release.status_reason or release.error_msg
-                         else ""), f"releasectl retry {release.id} --plan", release.finished_at, release.id)
+    for release, can_retry in facts.failures:
+        why = release.status_reason or release.error_msg
+        mend = f"releasectl retry {release.id} --plan" if can_retry else f"releasectl status {release.id}"
+        text = f"{release} of {release.target} ended {release.status}" + (f": {why}" if why else "")
+        yield Problem(release.status, text, mend, release.finished_at, release.id)
     for release in facts.active:
         if release.status == PAUSED:
             yield Problem("paused", f"{release} waits for a person: {release.status_reason or 'paused'}",
-                          f"releasectl why {release.id}", release.updated_at, release.id)
+                          f"releasectl why {release.id}", facts.paused_at.get(release.id, release.updated_at),
+                          release.id)
         elif release.failed_nodes:
             yield Problem("failures", f"{release} is {release.status}, {count_of_nodes(release.failed_nodes)} failed",
                           f"releasectl status {release.id}", release.started_at, release.id)
@@ -4834,10 +4884,12 @@ def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
     for drift, (text, one, many) in texts.items():
         found = facts.drift.get(drift, DriftCount())
         if found.nodes:
-            more = f", {found.first} first" if found.nodes > 1 else f": {found.first}"
-            yield Problem(drift, f"{count_of_nodes(found.nodes)} {one if found.nodes == 1 else many} {text}{more}",
-                          "releasectl catch-up" if drift == BEHIND else f"releasectl node list --drift {drift}",
-                          found.since)
+            names = f": {found.first}" + (f" and {found.nodes - 1} more" if found.nodes > 1 else "")
+            away = f"; {found.away} of them not online" if found.away else ""
+            catches_up = drift == BEHIND and found.away < found.nodes
+            verb = one if found.nodes == 1 else many
+            yield Problem(drift, f"{count_of_nodes(found.nodes)} {verb} {text}{names}{away}",
+                          "releasectl catch-up" if catches_up else f"releasectl node list --drift {drift}", found.since)
 
 
 def _freeze_problems(facts: OverviewFacts) -> Iterator[Problem]:
@@ -7743,18 +7795,22 @@ class Fleet:
                 LIMIT ? OFFSET ?""", node_id, size, (page - 1) * size)
             return Page([NodeTry(*row) for row in rows], total, page, size)
 
-    def drift_counts(self) -> Mapping[str, DriftCount]:
-        """Return how many enabled nodes there are of each drift; a large fleet's is up to a minute old."""
-        return self._counts.get()
+    def drift_counts(self, key: object = None) -> Mapping[str, DriftCount]:
+        """Return how many enabled nodes there are of each drift; a large fleet's is up to a minute old.
+
+        key: as for RareRead.get().
+        """
+        return self._counts.get(key=key)
 
     def _count_drift(self) -> dict[str, DriftCount]:
         with self._database.transaction() as tx:
             listed = _with_levels(tx, [node for node in all_nodes(tx) if node.enabled])
         counts = {drift: DriftCount() for drift in DRIFTS}
         for node, level in listed:
-            known, since = counts[level.drift], level.drift_since
-            counts[level.drift] = DriftCount(known.nodes + 1, known.first or node.name,
-                                             min(filter(None, (known.since, since)), default=None))
+            known, since = counts[level.drift], level.drift_since and max(level.drift_since, node.created_at)
+            counts[level.drift] = DriftCount(
+                known.nodes + 1, known.first or node.name, min(filter(None, (known.since, since)), default=None),
+                known.away + (not node.gets_releases))
         return counts
 
 
@@ -8506,7 +8562,7 @@ class Outbox:
             error = tx.value("SELECT last_error FROM notifications WHERE last_error <> '' "
                              "ORDER BY next_at DESC LIMIT 1") or ""
             now_s = epoch_of(tx.now())
-            return Waiting(total, max(0.0, now_s - epoch_or(oldest, now_s)), oldest, error)
+            return Waiting(total, max(0.0, now_s - epoch_or(oldest, 0.0)), oldest, error)
 
     def figures(self) -> dict[tuple[str, ...], float]:
         """Return the figures of METRICS on the outbox."""
@@ -8915,7 +8971,7 @@ class Claims:
 # ======================================================================================
 # Overview: what the verdict is made from; the store that all parts make up.
 # Uses: Vocabulary, Helpers, Model, Status texts, Verdict, Database, Database state,
-#   Audit, Nodes, Queue, Drift, Releases, Notifications, Claims.
+#   Audit, Nodes, Queue, Retry and rollback, Drift, Releases, Notifications, Claims.
 # ======================================================================================
 
 class OverviewReader:
@@ -8938,20 +8994,29 @@ class OverviewReader:
                     FROM release_tasks r
                     WHERE r.status IN ('running', 'paused', 'cancelling')
                     ORDER BY r.id""")]
-                pending = int(tx.value("SELECT COUNT(*) FROM release_tasks WHERE status = 'pending'"))
-                facts = facts._replace(active=active, pending=pending, executors=read_executors(tx),
+                pending, oldest = tx.row("SELECT COUNT(*), MIN(created_at) FROM release_tasks "
+                                         "WHERE status = 'pending'") or (0, None)
+                # the index release_events_of_releases
+                paused_at = {release.id: at for release in active if release.status == PAUSED for at in [tx.value(
+                    "SELECT MAX(at) FROM release_events "
+                    "WHERE release_task_id = ? AND node_id IS NULL AND to_status = 'paused'", release.id)] if at}
+                facts = facts._replace(active=active, pending=pending, oldest_pending=oldest, paused_at=paused_at,
+                                       executors=read_executors(tx),
                                        freeze=read_freeze(tx), now_s=epoch_of(tx.now()))
-            facts = facts._replace(failures=self._failures.get(), drift=self._fleet.drift_counts(),
+            # what ended since the last look must not be missing in both
+            key = [release.id for release in active], facts.pending
+            facts = facts._replace(failures=self._failures.get(key=key), drift=self._fleet.drift_counts(key),
                                    notifications=self._outbox.waiting())
         except DatabaseError as error:
             facts = facts._replace(database_error=error.message)
         return judge(facts)
 
-    def _read_failures(self) -> list[Release]:
+    def _read_failures(self) -> list[Unmended]:
         """Return the releases that failed or ended partial and that nothing has made up for, newest first.
 
         One counts until somebody rolled it back, or each of its enabled nodes that failed, or was skipped, has a newer
-        success of the target.
+        success of the target. A newer one for all nodes that succeeded makes up for it too: whom that did not reach is
+        behind.
         """
         later = """
             SELECT 1
@@ -8961,20 +9026,39 @@ class OverviewReader:
         with self._database.transaction() as tx:
             # The indexes release_tasks_by_rollback_of, release_task_nodes_by_status and _succeeded. The later release
             # has a higher id, but where one started late: that is looked for last.
-            return [Release(*row) for row in tx.rows(f"""
+            found = [Release(*row) for row in tx.rows(f"""
+                WITH newest AS (
+                    SELECT target, MAX(version) AS version, MAX(CASE WHEN selection = '{{}}' AND COALESCE(
+                        retry_of, rollback_of, catch_up_of) IS NULL THEN version END) AS for_all
+                    FROM release_tasks
+                    WHERE status = 'success'
+                    GROUP BY target)
                 SELECT {LISTED_COLUMNS}
                 FROM release_tasks r
+                LEFT JOIN newest w ON w.target = r.target
                 WHERE r.status IN ('failed', 'partial')
+                  AND r.version > COALESCE(w.for_all, 0)
                   AND NOT EXISTS (SELECT 1 FROM release_tasks b
                                   WHERE b.rollback_of = r.id AND b.status IN ('success', 'partial'))
-                  AND EXISTS (
-                      SELECT 1
-                      FROM release_task_nodes n
-                      JOIN nodes h ON h.id = n.node_id
-                      WHERE n.release_task_id = r.id AND n.status IN ('failed', 'skipped') AND h.enabled = 1
-                        AND NOT EXISTS ({later} AND s.release_task_id > r.id)
-                        AND NOT EXISTS ({later} AND s.release_task_id < r.id))
+                  AND (EXISTS (
+                          SELECT 1
+                          FROM release_task_nodes n
+                          JOIN nodes h ON h.id = n.node_id
+                          WHERE n.release_task_id = r.id AND n.status IN ('failed', 'skipped') AND h.enabled = 1
+                            AND NOT EXISTS ({later} AND s.release_task_id > r.id)
+                            AND NOT EXISTS ({later} AND s.release_task_id < r.id))
+                       OR (r.version > COALESCE(w.version, 0) AND NOT EXISTS (
+                          SELECT 1 FROM release_task_nodes n WHERE n.release_task_id = r.id)))
                 ORDER BY r.version DESC""")]
+            return [Unmended(release, place < MAX_OF_A_KIND and self._can_retry(tx, release))
+                    for place, release in enumerate(found)]
+
+    @staticmethod
+    def _can_retry(tx: Transaction, release: Release) -> bool:
+        with contextlib.suppress(AppError):
+            plan_again(tx, "retry", release.id, Again())
+            return True
+        return False
 
 
 class Store:
@@ -11393,7 +11477,7 @@ class Executor:
             taken = self.claim_runnable(started, is_tick)
             outcome = WORKED if started or self._active_drivers() else BUSY if taken else IDLE
             self.metrics.put("releasectl_last_tick_timestamp_seconds", self.clock.wall())
-            self._note("")
+            self._note(self.hung())
             return taken
         except ConfigError as error:
             self._note(error.message)
@@ -12325,7 +12409,8 @@ class ReadQueue:
 # API: routes as a table, handlers, /openapi.json (contract section 5); knows no
 #   socket.
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Verbs,
-#   Verdict, Audit, Queue, Retry and rollback, Drift, Overview, Serialization, Requests.
+#   Verdict, Audit, Queue, Retry and rollback, Drift, Overview, Serialization,
+#   Requests.
 # ======================================================================================
 
 DASHBOARD_FILE = Path(__file__).resolve().with_name("dashboard.html")
@@ -13558,7 +13643,11 @@ def check_api(settings: Settings) -> Iterator[Finding]:
 
 def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
     """Return the part of /api/v1/health that only this process knows."""
-    return {"certificates": certificates_json(settings), "executor": {
+    certificates = certificates_json(settings)
+    if settings.release_executor_enabled and settings.mtls_enabled and not settings.control_cert:
+        certificates.append({"name": "CONTROL_CERT", "notAfter": None, "daysLeft": None,
+                             "message": "it is not set: agents can't be called without it"})
+    return {"certificates": certificates, "executor": {
         "enabled": settings.release_executor_enabled, "owner": executor.owner,
         "lastLookAt": utc_text(executor.scanned_at) if executor.scanned_at else None}}
 
@@ -13646,13 +13735,17 @@ def check_drift(listed: Sequence[ListedNode]) -> Iterator[Finding]:
         yield Finding("drift", EXIT_DONE, f"{count_of_nodes(len(listed))}: each runs what it should")
 
 
+# Open releases that `check` asks why they don't go on.
+MAX_CHECKED_OPEN = 10_000
+
+
 def check_work(settings: Settings, store: Store) -> Iterator[Finding]:
     """Check what keeps the open releases from going on, and whether there is a freeze."""
     freeze, stops = store.releases.freeze(), dict[str, Step]()
     if freeze.frozen:
         yield Finding("freeze", EXIT_NOT_SUCCESS,
                       f"frozen by {freeze.actor} at {freeze.at}: {freeze.reason}; `freeze off` lifts it")
-    for release, _ in store.releases.open():
+    for release, _ in store.releases.open(MAX_CHECKED_OPEN):
         for step in store.claims.why(release.id, settings.node_deadline_sec).steps:
             if step.state == STOPS and step.name != "freeze":
                 stops.setdefault("executor" if step.name == "executor" else f"release {release.id}", step)
@@ -14154,9 +14247,9 @@ class Screen:
 # ======================================================================================
 # Commands: what each other command does (contract section 4).
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Difference, Model,
-#   Strategy, Plan, Status texts, Verbs, Why, Verdict, Engines, Database, Audit, Nodes,
-#   Queue, Retry and rollback, Releases, Overview, Serialization, Access, Check and why,
-#   Terminal, Views.
+#   Strategy, Plan, Status texts, Verbs, Why, Verdict, Engines, Database, Audit,
+#   Nodes, Queue, Retry and rollback, Releases, Overview, Serialization, Access, Check
+#   and why, Terminal, Views.
 # ======================================================================================
 
 # Where a command's options have the id of a release, or LATEST.
@@ -14417,8 +14510,11 @@ def _show_overview(context: Context) -> int:
     store = context.open()
     with contextlib.suppress(DatabaseError):  # read() tells
         store.state.check_write()
-    overview = store.overview.read([CertificateState(*found.values()) for found in certificates_json(
-        context.settings)])
+    settings = context.settings
+    keys = {"CONTROL_CERT": settings.control_key, "HTTP_CERT": settings.http_key}
+    overview = store.overview.read([CertificateState(*found.values()) for found in certificates_json(settings)
+                                    # a key that only the service may read is as it should be
+                                    if not (found["message"] and is_closed(keys.get(found["name"], "")))])
     problems = context.display.table([(p.severity, p.since, p.text, p.mend) for p in overview.problems],
                                      ("", "since", "what", "mend"))
     context.show(overview_json(overview), "\n".join(filter(None, [overview.text, problems])))

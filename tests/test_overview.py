@@ -1,12 +1,17 @@
 """The verdict: everything that is wrong, worst first, each with since when and its mend (contract sections 5 and 8)."""
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import time
+from pathlib import Path
 from typing import Callable
 
 import pytest
-from lab import add_nodes, new_release, sql
+from conftest import leave_out
+from lab import AS_OTHERS, add_nodes, new_release, sql
 from test_again import ended, good, settle
 
 import releasectl as rc
@@ -54,7 +59,7 @@ def test_no_executor_is_a_problem_where_something_is_to_do(fresh):
     new_release(fresh)
     [problem] = problems(fresh)
     assert problem == rc.Problem("executor", "no executor is running (none was seen for a day): start `serve`; "
-                                 "1 release has nobody", "releasectl serve")
+                                 "1 release has nobody", "releasectl serve", fresh.releases.get(1).created_at)
     live(fresh)
     assert problems(fresh) == []
     fresh.claims.note_executor("host-a:1:x", "host-a", "serve", 3600.0, "CONTROL_CERT is not set", False)
@@ -87,7 +92,51 @@ def test_a_paused_release_waits_for_a_person(fresh):
     [problem] = problems(fresh)
     assert problem.text == f"release 1 (v1) waits for a person: {fresh.releases.get(1).status_reason}"
     assert (problem.kind, problem.severity, problem.mend) == ("paused", "warning", "releasectl why 1")
-    assert problem.since == fresh.releases.get(1).updated_at
+    assert problem.since == fresh.releases.events(1)[-1].at
+    sql(fresh, "UPDATE release_tasks SET updated_at = '2100-01-01T00:00:00.000Z'")  # as each node that ends does
+    assert problems(fresh) == [problem]
+
+
+def test_a_paused_release_needs_an_owner_while_nodes_are_in_flight(fresh):
+    add_nodes(fresh, 1)
+    release = new_release(fresh)
+    live(fresh)
+    fresh.claims.claim(release.id, "host-a:1:x", 30.0)
+    sql(fresh, "UPDATE release_task_nodes SET status = 'running'")
+    fresh.releases.act("pause", release.id, "anna")
+    assert kinds(fresh) == ["paused"]
+    fresh.claims.end_executor("host-a:1:x")
+    assert kinds(fresh) == ["executor", "paused"]
+
+
+def test_a_running_release_that_nobody_claims_is_a_problem(fresh):
+    add_nodes(fresh, 1)
+    release = new_release(fresh)
+    live(fresh)
+    fresh.claims.drop(fresh.claims.claim(release.id, "host-a:1:x", 30.0))
+    assert kinds(fresh) == []
+    sql(fresh, "UPDATE release_tasks SET updated_at = ?", rc.utc_text(time.time() - 61))
+    assert kinds(fresh) == ["unattended"]
+
+
+def test_an_executor_with_a_thread_that_hangs_works_on_nothing(fresh):
+    add_nodes(fresh, 1)
+    release = new_release(fresh)
+    live(fresh)
+    fresh.claims.claim(release.id, "host-a:1:x", 30.0)
+    fresh.claims.note_executor("host-a:1:x", "host-a", "serve", 3600.0, "the driver of release 1 hangs", False)
+    [problem] = problems(fresh)
+    assert problem.text == "host-a can't dispatch: the driver of release 1 hangs; 1 release has nobody"
+    assert fresh.claims.why(release.id, 600.0).stopped_by.name == "executor"
+
+
+def test_since_when_nobody_works_is_not_before_there_was_something_to_do(fresh):
+    add_nodes(fresh, 1)
+    live(fresh)
+    sql(fresh, "UPDATE executors SET seen_at = ?", rc.utc_text(time.time() - 50_000))
+    new_release(fresh)
+    [problem] = problems(fresh)
+    assert problem.since == fresh.releases.get(1).created_at
 
 
 def test_a_freeze_is_a_problem_until_it_is_lifted(fresh):
@@ -125,9 +174,20 @@ def test_nodes_that_do_not_run_what_they_should_are_problems(fresh):
     assert list(found) == ["failed", "ahead", "unknown", "behind"]
     assert found["ahead"].text == "1 node has what a release left that did not end well: edge-1"
     assert found["unknown"].text == "1 node runs what nobody knows: a later try may have changed it: edge-4"
-    assert found["behind"].text == "1 node runs an older payload than it should: edge-2"
+    assert found["behind"].text == "1 node runs an older payload than it should: edge-2; 1 of them not online"
     assert found["behind"].since == fresh.releases.get(behind.id).finished_at
-    assert found["behind"].mend == "releasectl catch-up"
+    assert found["behind"].mend == "releasectl node list --drift behind"  # a catch-up leaves it out
+    fresh.nodes.update(2, {"status": "online"})
+    assert {problem.kind: problem.mend for problem in problems(fresh)}["behind"] == "releasectl catch-up"
+
+
+def test_a_node_that_is_new_is_not_behind_since_before_it_was_there(fresh):
+    add_nodes(fresh, 1)
+    good(fresh, "A")
+    sql(fresh, "UPDATE release_tasks SET selection = '{}', finished_at = '2020-01-01T00:00:00.000Z'")
+    node = add_nodes(fresh, 1, first=2)[0]
+    [problem] = problems(fresh)
+    assert (problem.kind, problem.since) == ("behind", node.created_at)
 
 
 # -- failures count until something made up for them ---------------------------------------------------
@@ -170,6 +230,53 @@ def test_a_failure_is_made_up_for_by_a_retry_a_rollback_a_later_release_or_witho
     assert "failed" in kinds(fresh)
     way(fresh)
     assert "failed" not in kinds(fresh)
+
+
+def test_a_failed_release_that_has_no_nodes_counts_until_a_later_one_succeeds(fresh):
+    sql(fresh, "INSERT INTO release_tasks (version, status, status_reason) VALUES (7, 'failed', 'it has no nodes')")
+    [problem] = problems(fresh)
+    assert (problem.kind, problem.mend) == ("failed", "releasectl status 1")
+    add_nodes(fresh, 1)
+    good(fresh, "A")
+    assert problems(fresh) == []
+
+
+def test_what_is_shown_as_a_mend_of_a_failure_is_not_refused(fresh):
+    add_nodes(fresh, 2)
+    good(fresh, "A")
+    ended(fresh, "B", "failed", "failed")
+    assert [p.mend for p in problems(fresh) if p.kind == "failed"] == ["releasectl retry 2 --plan"]
+    good(fresh, "C", 1)  # a retry of both would replace it
+    assert [p.mend for p in problems(fresh) if p.kind == "failed"] == ["releasectl status 2"]
+
+
+def test_what_ended_since_the_last_look_is_told_however_long_that_holds(store):
+    live(store)
+    add_nodes(store, 1)
+    release = new_release(store)
+    store.claims.claim(release.id, "host-a:1:x", 30.0)
+    assert kinds(store) == []
+    store.overview._failures._holds_until = store.fleet._counts._holds_until = float("inf")
+    settle(store, release, "failed")
+    assert kinds(store) == ["failed"]
+
+
+def test_many_problems_of_a_kind_are_counted(fresh):
+    add_nodes(fresh, 1)
+    for _ in range(23):
+        ended(fresh, "A", "failed")
+    found = problems(fresh)
+    assert len(found) == 21
+    assert (found[0].release_id, found[-1].text) == (23, "and 3 more of this kind")
+
+
+def test_a_success_for_all_nodes_ends_all_failures_before_it_and_costs_no_look_at_them(fresh):
+    add_nodes(fresh, 2)
+    ended(fresh, "A", "failed", "failed")
+    fresh.nodes.update(2, {"status": "offline"})
+    release = new_release(fresh, payload={"content": "B"})
+    settle(fresh, release, "success")
+    assert kinds(fresh) == ["behind"]  # node 2, which is not online
 
 
 def test_a_later_release_that_failed_too_makes_up_for_nothing(fresh):
@@ -275,6 +382,25 @@ def test_the_api_tells_the_verdict(client):
     [problem] = client.ok("GET", "/api/v1/overview")["problems"]
     assert problem == {"kind": "frozen", "severity": "warning", "text": "frozen by anna: the match",
                        "since": client.store.releases.freeze().at, "mend": "releasectl freeze off", "releaseId": None}
+
+
+def test_an_executor_without_a_certificate_is_a_problem_before_anything_is_to_do(sqlite_world):
+    executor = sqlite_world.executor(CONTROL_CERT="")
+    found = rc.process_json(executor.settings, executor)["certificates"]
+    facts = rc.OverviewFacts(certificates=[rc.CertificateState(*one.values()) for one in found])
+    assert [p.text for p in rc.judge(facts).problems] == [
+        "CONTROL_CERT can't be used: it is not set: agents can't be called without it"]
+
+
+def test_a_key_that_only_the_service_may_read_is_no_problem_to_others(fleet_cli):
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv") or subprocess.run([*AS_OTHERS, "true"], check=False).returncode:
+            leave_out("setpriv, to obey permissions as root")
+        fleet_cli.prefix = AS_OTHERS
+    key = fleet_cli.file("other.key", Path(fleet_cli.settings["CONTROL_KEY"]).read_text())
+    fleet_cli.settings["CONTROL_KEY"] = key
+    os.chmod(fleet_cli.folder / "other.key", 0)
+    assert fleet_cli.ok("status", "--health").out == "all is well: nothing is to do\n"
 
 
 def test_status_without_an_id_shows_the_verdict_and_health_makes_it_the_exit_code(cli):

@@ -194,6 +194,19 @@ def test_it_waits_in_the_queue_with_all_that_is_before_it(world):
     assert found.stopped_by.name == "executor"
 
 
+def test_it_waits_for_what_the_release_before_it_waits_for(world):
+    world.nodes(2)
+    requests = [rc.ReleaseRequest(target, payload={"websites": []}, node_ids=ids)
+                for target, ids in (("dns", [1]), ("cdn", [1, 2]), ("cdn", [2]))]
+    paused, first, second = (world.store.releases.create(request, "tests").release for request in requests)
+    world.store.releases.act("pause", paused.id, "alice")
+    with looking(world):
+        found = explained(world, second, "order", "stops",
+                          f"waiting for release {paused.id}, which alice paused, then release {first.id}, which is "
+                          "pending", f"releasectl why {paused.id}")
+        assert found.stopped_by.name == "order"
+
+
 def test_it_waits_for_its_time(world):
     release = create(world.nodes(1), startAt=rc.utc_text(time.time() + 3600))
     with looking(world):
