@@ -22,8 +22,10 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Model               the rows of the tables as values, and what is derived from them
     Strategy            STRATEGY_KEYS and every other value that a person gives: parser and
                         JSON Schema
+    Selection           for whom a release is: names, patterns, labels, exclusions
     Plan                the nodes chosen, batches, payloads; who is left out and why
     Failures            the nodes of a release that failed, grouped by cause
+    Node index          a release's nodes by what a decision needs; which may go next
     Status texts        what a release does or waits for, on whom, until when
     Decision            what to write and what to send next: no clock, no socket, no disk
     Verbs               what an operator may do when, and which release may start
@@ -2048,18 +2050,28 @@ class Node:
         return "disabled" if not self.enabled else f"in {self.status}" if self.status == "maintenance" else self.status
 
     @property
-    def label_items(self) -> Set[tuple[str, Any]]:
-        """Return its labels as pairs."""
-        return label_items(self.labels)
+    def label_values(self) -> Mapping[str, str]:
+        """Return its labels."""
+        return label_values(self.labels)
 
 
 # A fleet has few sets of labels, and many nodes with each.
-@functools.lru_cache(maxsize=4096)
-def label_items(text: str) -> Set[tuple[str, Any]]:
-    """Return labels, which are JSON, as pairs."""
-    with contextlib.suppress(ValueError, AttributeError, TypeError):  # written by hand
-        return frozenset(parse_json(text.encode()).items())
-    return frozenset()
+@functools.lru_cache(maxsize=16384)
+def label_values(text: str) -> Mapping[str, str]:
+    """Return labels from their JSON."""
+    with contextlib.suppress(ValueError, AttributeError):  # written by hand
+        found = parse_json(text.encode()).items()
+        return {key: value if isinstance(value, str) else to_json(value) for key, value in found}
+    return {}
+
+
+# From a label's key to values of which a node must have one.
+LabelChoice = Mapping[str, frozenset[str]]
+
+
+def has_labels(values: Mapping[str, str], wanted: LabelChoice) -> bool:
+    """Return whether labels have, for each key, one of the wanted values."""
+    return all(values.get(key) in some for key, some in wanted.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2159,6 +2171,8 @@ class ReleaseNode(NamedTuple):
     # hold_until and started_at by the elapsed clock: see Moment.clock_mark().
     hold_clock: str = ""
     started_clock: str = ""
+    # The labels that maxParallelPer needs, as they were when the release was made; all of now where a person wrote it.
+    labels: str = "{}"
     # Seconds for which pauses and freezes delayed its dispatch; they extend the deadline.
     waited_s: float = 0.0
     # The row's value of reached.
@@ -2239,10 +2253,17 @@ class Verify(NamedTuple):
 
 class Strategy(NamedTuple):
     """How a release is to go out (contract section 7); a text like "10%" is a share."""
-    batches: tuple[int | str, ...] = (1,)
+    # Sizes, () where nobody named them.
+    batches: tuple[int | str, ...] = ()
+    # Key of the label of which each value is a batch.
+    batch_by: str = ""
+    # The nodes of batch 1.
+    first: LabelChoice = {}
     max_failed: int | str = 0
     max_failed_total: int | str | None = None
     max_parallel: int = 0
+    # The same for each value of a label, by its key.
+    max_parallel_per: Mapping[str, int] = {}
     soak_s: float = 0.0
     pause_after: tuple[int, ...] | str = ()
     on_exceed: str = FAIL
@@ -2250,6 +2271,11 @@ class Strategy(NamedTuple):
     retries: int | None = None
     start_at: str = ""
     verify: Verify | None = None
+
+    @property
+    def sizes(self) -> tuple[int | str, ...]:
+        """Return the sizes of its batches; without a word on batches one node goes alone."""
+        return self.batches or (() if self.first or self.batch_by else (1,))
 
     def pauses_after(self, batch: int) -> bool:
         """Return whether the release pauses after a batch."""
@@ -2315,91 +2341,6 @@ class Policy(NamedTuple):
 
 # Where no node is running, nothing depends on it.
 NO_POLICY = Policy(0, 0.0, 0.0, 0.0)
-
-
-class NodeIndex:
-    """The nodes of a release, indexed by what a decision needs.
-
-    A release of ten thousand nodes has a thousand decisions: each examines only the nodes at work.
-    """
-
-    def __init__(self, nodes: Iterable[ReleaseNode] = ()):
-        """Take all nodes, ordered by batch and id."""
-        self._nodes = {n.node_id: n for n in nodes}
-        # By status, in the order in which they got it; the pending ones by batch and id.
-        self.of: dict[str, dict[int, ReleaseNode]] = {status: {} for status in (*OPEN, *AT_REST)}
-        # Nodes of each batch.
-        self.sizes: dict[int, int] = {}
-        # Pending and running nodes of each batch.
-        self._open: dict[int, int] = {}
-        named = collections.Counter(n.endpoint for n in self._nodes.values())
-        # Addresses that several rows have; a person wrote them.
-        self.twins = frozenset(endpoint for endpoint, count in named.items() if count > 1)
-        # Highest version that any of the nodes was ever sent.
-        self.highest_sent = max((n.last_version for n in self._nodes.values()), default=0)
-        for n in self._nodes.values():
-            self.of[n.status][n.node_id] = n
-            self.sizes[n.batch] = self.sizes.get(n.batch, 0) + 1
-            self._open[n.batch] = self._open.get(n.batch, 0) + (n.status in OPEN)
-        self._batches = sorted(self.sizes)
-
-    def __iter__(self) -> Iterator[ReleaseNode]:
-        return iter(self._nodes.values())
-
-    def __len__(self) -> int:
-        return len(self._nodes)
-
-    def __getitem__(self, node_id: int) -> ReleaseNode:
-        return self._nodes[node_id]
-
-    def get(self, node_id: int) -> ReleaseNode | None:
-        """Return a node by its id, or None."""
-        return self._nodes.get(node_id)
-
-    def copy(self) -> NodeIndex:
-        """Return an independent copy."""
-        other = NodeIndex.__new__(NodeIndex)
-        other._nodes, other.sizes, other._open = self._nodes.copy(), self.sizes, self._open.copy()
-        other.of, other._batches = {status: found.copy() for status, found in self.of.items()}, self._batches
-        other.twins, other.highest_sent = self.twins, self.highest_sent
-        return other
-
-    def put(self, node: ReleaseNode) -> None:
-        """Replace a node."""
-        before = self._nodes[node.node_id]
-        if before.status != node.status:
-            del self.of[before.status][node.node_id]
-            self._open[node.batch] += (node.status in OPEN) - (before.status in OPEN)
-        self.of[node.status][node.node_id] = self._nodes[node.node_id] = node
-
-    @property
-    def open(self) -> list[ReleaseNode]:
-        """Return the running and the pending nodes."""
-        return [*self.of[RUNNING].values(), *self.of[PENDING].values()]
-
-    @property
-    def batch(self) -> int:
-        """Return the lowest batch with a pending or running node, or 0."""
-        first = next(iter(self.of[PENDING].values()), None)
-        batches = [n.batch for n in self.of[RUNNING].values()] + ([first.batch] if first else [])
-        return min(batches, default=0)
-
-    @property
-    def last_batch(self) -> int:
-        return self._batches[-1] if self._batches else 0
-
-    def open_in(self, batch: int) -> int:
-        """Return the number of pending and running nodes of a batch."""
-        return self._open.get(batch, 0)
-
-    def batch_before(self, batch: int) -> int:
-        """Return the batch before a batch, or 0."""
-        found = bisect.bisect_left(self._batches, batch)
-        return self._batches[found - 1] if found else 0
-
-    def to_reverify(self, batch: int) -> list[ReleaseNode]:
-        """Return the nodes of a batch that are still to be re-verified at the end of its soak."""
-        return [n for n in self.of[SUCCESS].values() if n.batch == batch and not n.is_reverified]
 
 
 class Freeze(NamedTuple):
@@ -2686,14 +2627,81 @@ def _share(low: int) -> tuple[Callable[[Any], int | str], dict[str, Any]]:
     return parse, {"oneOf": [numbers.schema, {"type": "string", "pattern": f"^{percents}$"}]}
 
 
+def _label_key(value: Any) -> str:
+    if not isinstance(value, str) or not 1 <= len(value) <= MAX_LABEL_KEY_CHARS or not is_plain(value):
+        raise ValueError(f"must be the key of a label: 1 to {MAX_LABEL_KEY_CHARS} {PLAIN_TEXT}")
+    return value
+
+
+_LABEL_KEY_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_KEY_CHARS, "format": "line"}
+LABEL_VALUE_SCHEMA = {"type": "string", "maxLength": MAX_LABEL_CHARS, "format": "line"}
+
+
+def labels_schema(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON Schema of an object with keys of labels, by the schema of its values."""
+    return {"type": "object", "maxProperties": MAX_LABELS, "propertyNames": _LABEL_KEY_SCHEMA,
+            "additionalProperties": values}
+
+
+# Values of one label among which a node's may be.
+MAX_LABEL_VALUES = 1000
+LABEL_CHOICE_SCHEMA = labels_schema({"oneOf": [LABEL_VALUE_SCHEMA, {
+    "type": "array", "minItems": 1, "maxItems": MAX_LABEL_VALUES, "uniqueItems": True, "items": LABEL_VALUE_SCHEMA}]})
+
+
+def parse_label_choice(value: Any) -> dict[str, frozenset[str]]:
+    """Return from each label's key the values of which a node must have one; raise ValueError for anything else."""
+    if not isinstance(value, dict) or len(value) > MAX_LABELS:
+        raise ValueError(f"must be an object of at most {MAX_LABELS} labels")
+    return {_label_key(key): _label_texts(key, values) for key, values in value.items()}
+
+
+def _label_texts(key: str, value: Any) -> frozenset[str]:
+    texts = value if isinstance(value, list) else [value]
+    if not 1 <= len(texts) <= MAX_LABEL_VALUES or not all(
+            isinstance(text, str) and len(text) <= MAX_LABEL_CHARS and is_plain(text) for text in texts):
+        raise ValueError(f"must have for {one_line(key, 30)} a value, or a list of 1 to {MAX_LABEL_VALUES} of them: "
+                         f"at most {MAX_LABEL_CHARS} {PLAIN_TEXT}")
+    if len(set(texts)) < len(texts):
+        raise ValueError(f"must not have a value of {one_line(key, 30)} twice")
+    return frozenset(texts)
+
+
+def _first(value: Any) -> dict[str, frozenset[str]]:
+    if value == {}:
+        raise ValueError("must name a label: without one all nodes would be in batch 1")
+    return parse_label_choice(value)
+
+
+_PER_LABEL = Range(1, MAX_NODES)
+
+
+def _limits_per_label(value: Any) -> dict[str, int]:
+    if not isinstance(value, dict) or not 1 <= len(value) <= MAX_LABELS:
+        raise ValueError(f'must be an object of 1 to {MAX_LABELS} labels, like {{"rack":1}}')
+    return {_label_key(key): int(_PER_LABEL.from_json(number)) for key, number in value.items()}
+
+
 _BATCH_SIZE, _BATCH_SIZE_SCHEMA = _share(1)
+_REPEATED_SIZE = r"^([1-9][0-9]{0,5}|1000000|([1-9][0-9]?|100)%)\*$"
 _BATCH_NUMBERS = Range(1, MAX_NODES)
 
 
 def _batch_sizes(value: Any) -> tuple[int | str, ...]:
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_BATCHES:
         raise ValueError(f"must be a list of 1 to {MAX_BATCHES} sizes")
-    return tuple(map(_BATCH_SIZE, value))
+    *sizes, last = value
+    if any(isinstance(size, str) and size.endswith("*") for size in sizes):
+        raise ValueError("has a * at a size that is not the last one")
+    return *map(_BATCH_SIZE, sizes), _last_size(last)
+
+
+def _last_size(value: Any) -> int | str:
+    """Return a size, or a text like "20*" or "10%*": such a size goes on to the end."""
+    if not isinstance(value, str) or not value.endswith("*"):
+        return _BATCH_SIZE(value)
+    size = value[:-1]
+    return f"{_BATCH_SIZE(int(size) if re.fullmatch('[1-9][0-9]{0,8}', size) else size)}*"
 
 
 def _batch_numbers(value: Any) -> tuple[int, ...] | str:
@@ -2775,11 +2783,16 @@ def _verify(value: Any) -> Verify:
 
 # From a key of a strategy (contract section 7) to its field, parser and JSON Schema.
 STRATEGY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
-    "batches": ("batches", _batch_sizes,
-                {"type": "array", "minItems": 1, "maxItems": MAX_BATCHES, "items": _BATCH_SIZE_SCHEMA}),
+    "batches": ("batches", _batch_sizes, {
+        "type": "array", "minItems": 1, "maxItems": MAX_BATCHES, "description": "only the last one may end with *",
+        "items": {"oneOf": [*_BATCH_SIZE_SCHEMA["oneOf"], {"type": "string", "pattern": _REPEATED_SIZE}]}}),
+    "batchBy": ("batch_by", _label_key, _LABEL_KEY_SCHEMA),
+    "first": ("first", _first, {**LABEL_CHOICE_SCHEMA, "minProperties": 1}),
     "maxFailed": ("max_failed", *_share(0)),
     "maxFailedTotal": ("max_failed_total", *_share(0)),
     "maxParallel": ("max_parallel", *Range(0, MAX_NODES).json),
+    "maxParallelPer": ("max_parallel_per", _limits_per_label,
+                       {**labels_schema(_PER_LABEL.schema), "minProperties": 1}),
     "soakSec": ("soak_s", *Range(0, 604800, float).json),
     "pauseAfter": ("pause_after", _batch_numbers, {"oneOf": [
         {"type": "array", "maxItems": MAX_BATCHES, "items": _BATCH_NUMBERS.schema}, {"const": EACH}]}),
@@ -2817,9 +2830,241 @@ def parse_strategy(value: object) -> Strategy:
         raise AppError(INVALID, f"strategy: {error}") from None
 
 
+def known_keys(body: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise AppError(INVALID) naming the first unknown key of body."""
+    for key in body:
+        if key not in known:
+            raise AppError(INVALID, f"{one_line(key, 60)} is not a known key{did_you_mean(key, known)}")
+
+
 def resolve_share(share: int | str, whole: int) -> int:
-    """Return an integer as it is, "N%" as that share of whole, rounded down: "10%" of 19 is 1."""
-    return share if isinstance(share, int) else whole * int(share[:-1]) // 100
+    """Return an integer as it is, "N%" as that share of whole, rounded down: "10%" of 19 is 1; a * is passed over."""
+    number = str(share).rstrip("*")
+    return whole * int(number[:-1]) // 100 if number.endswith("%") else int(number)
+
+
+# endregion
+
+
+# region Selection
+# ======================================================================================
+# Selection: for whom a release is, and the words by which nodes are chosen: names,
+#   patterns, labels, exclusions. Pure.
+# Uses: Vocabulary, Helpers, Model, Strategy.
+# ======================================================================================
+
+class Selection(NamedTuple):
+    """For whom a release is: all nodes that are within each of these, and not excluded; None restricts nothing.
+
+    nodes_of: the nodes that a release has, which may be this one; for releases of which nobody said more.
+    """
+    node_ids: frozenset[int] | None = None
+    labels: LabelChoice = {}
+    excluded_ids: frozenset[int] = frozenset()
+    # A node is excluded by any of these.
+    excluded_labels: LabelChoice = {}
+    nodes_of: int | None = None
+
+    def has(self, node: Node) -> bool:
+        """Return whether a node is within it or excluded from it, as far as nodes_of does not tell."""
+        return (self.node_ids is None or node.id in self.node_ids) and has_labels(node.label_values, self.labels)
+
+    def excludes(self, node: Node) -> bool:
+        """Return whether a node is excluded."""
+        return node.id in self.excluded_ids or has_any_label(node.label_values, self.excluded_labels)
+
+    def takes(self, node: Node) -> bool:
+        """Return whether it takes a node, as far as nodes_of does not tell."""
+        return self.has(node) and not self.excludes(node)
+
+
+def has_any_label(values: Mapping[str, str], unwanted: LabelChoice) -> bool:
+    """Return whether labels have, for any key, one of the unwanted values."""
+    return any(values.get(key) in some for key, some in unwanted.items())
+
+
+def parse_selection(value: Mapping[str, Any]) -> Selection:
+    """Return a selection from the keys of its JSON; raise AppError(INVALID) naming the first bad one."""
+    excluded = value.get("exclude", {})
+    if not isinstance(excluded, dict):
+        raise AppError(INVALID, 'exclude must be an object, like {"nodeIds":[3],"labels":{"role":"cache"}}')
+    with prefixed("exclude: "):
+        known_keys(excluded, ("nodeIds", "labels"))
+        excluded_ids, excluded_labels = _ids_in(excluded) or frozenset(), _labels_in(excluded)
+    return Selection(_ids_in(value), _labels_in(value), excluded_ids, excluded_labels,
+                     parse_integer("nodesOf", value["nodesOf"], IDS) if "nodesOf" in value else None)
+
+
+@contextlib.contextmanager
+def prefixed(text: str) -> Iterator[None]:
+    """Put a text before the message of an AppError."""
+    try:
+        yield
+    except AppError as error:
+        raise AppError(error.code, text + error.message) from None
+
+
+def _ids_in(value: Mapping[str, Any]) -> frozenset[int] | None:
+    return frozenset(parse_node_ids(value["nodeIds"])) if "nodeIds" in value else None
+
+
+def _labels_in(value: Mapping[str, Any]) -> LabelChoice:
+    try:
+        return parse_label_choice(value.get("labels", {}))
+    except ValueError as error:
+        raise AppError(INVALID, f"labels {error}") from None
+
+
+def selection_of(text: str) -> Selection | None:
+    """Return a stored selection; None for one that can't be meant, which takes nobody: a person wrote it."""
+    try:
+        stored = parse_json(text)
+        known_keys(stored, ("nodeIds", "labels", "exclude", "nodesOf"))
+        return parse_selection(stored)
+    except (ValueError, TypeError, AttributeError, AppError):
+        return None
+
+
+def parse_node_ids(value: object) -> list[int]:
+    """Return the ids of selected nodes; raise AppError(INVALID) unless it is a list of different ids."""
+    with contextlib.suppress(ValueError, TypeError):
+        ids = list(map(IDS.from_json, value if isinstance(value, list) else ()))
+        if ids and len(set(ids)) == len(ids):
+            return ids
+    raise AppError(INVALID, "nodeIds must be a list of different ids of nodes")
+
+
+def parse_label_pairs(field: str, pairs: Iterable[str]) -> dict[str, str]:
+    """Return the labels of texts K=V; raise AppError(INVALID) naming the field they are of."""
+    labels: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise AppError(INVALID, f"{field} {one_line(pair, 60)} must be K=V")
+        if key in labels:
+            raise AppError(INVALID, f"{field} {one_line(key, 60)} is given twice: a node has one value of each label")
+        labels[key] = value
+    return labels
+
+
+def parse_label_words(field: str, texts: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return labels that nodes must have, and those that exclude a node, from texts of K=V, K=V1,V2 and K!=V.
+
+    Several stand in one text, too: region=eu,us,role!=cache. Raise AppError(INVALID) naming the field they are of.
+    """
+    wanted: dict[str, list[str]] = {}
+    unwanted: dict[str, list[str]] = {}
+    for text in texts:
+        values: list[str] = []
+        for part in text.split(","):
+            key, equals, value = part.partition("=")
+            if equals:
+                labels, key = (unwanted, key[:-1]) if key.endswith("!") else (wanted, key)
+                if key in wanted or key in unwanted:
+                    raise AppError(INVALID, f"{field} {one_line(key, 60)} is given twice: name all its values at "
+                                            "once, as in region=eu,us")
+                values = labels[key] = []
+            if not (key if equals else values and part):
+                raise AppError(INVALID, f"{field} {one_line(text, 60)} must be K=V, K=V1,V2 or K!=V")
+            values.append(value if equals else part)
+    return _label_words_json(field, wanted), _label_words_json(field, unwanted)
+
+
+def _label_words_json(field: str, labels: Mapping[str, list[str]]) -> dict[str, Any]:
+    found = {key: values if values[1:] else values[0] for key, values in labels.items()}
+    try:
+        parse_label_choice(found)
+    except ValueError as error:
+        raise AppError(INVALID, f"{field} {error}") from None
+    return found
+
+
+class NodeWords(NamedTuple):
+    """Nodes as a person chooses them; what is empty restricts nothing."""
+    # Names, or patterns with *, ? and [...], of which one must fit.
+    names: Sequence[str] = ()
+    labels: LabelChoice = {}
+    excluded_names: Sequence[str] = ()
+    excluded_labels: LabelChoice = {}
+
+    def takes(self, node: Node) -> bool:
+        """Return whether they choose a node."""
+        return ((not self.names or names_fit(tuple(self.names))(node.name))
+                and has_labels(node.label_values, self.labels)
+                and not (self.excluded_names and names_fit(tuple(self.excluded_names))(node.name))
+                and not has_any_label(node.label_values, self.excluded_labels))
+
+    def choose(self, nodes: Sequence[Node]) -> list[Node]:
+        """Return the nodes that they choose; raise AppError(NOT_FOUND) for a name that is of none, or none at all."""
+        refuse_unknown_names(self.excluded_names, nodes)
+        text = choice_text(self.labels, self.excluded_labels)
+        refuse_unknown_names(self.names, [node for node in nodes if has_labels(node.label_values, self.labels)
+                                          and not has_any_label(node.label_values, self.excluded_labels)],
+                             f" with {text}" if text else "")
+        chosen = list(filter(self.takes, nodes))
+        if not chosen and nodes:
+            raise AppError(NOT_FOUND, self.why_none(nodes))
+        return chosen
+
+    def why_none(self, nodes: Sequence[Node]) -> str:
+        """Return why they choose none of the nodes."""
+        return why_no_match(nodes, self.names, self.labels, self.excluded_names, self.excluded_labels)
+
+
+def node_words(names: Sequence[str], field: str, labels: Iterable[str], excluded: Sequence[str] = ()) -> NodeWords:
+    """Return the words of a command; field: the option that the labels are of. Raise AppError(INVALID)."""
+    wanted, unwanted = parse_label_words(field, labels)
+    return NodeWords(names, parse_label_choice(wanted), excluded, parse_label_choice(unwanted))
+
+
+@functools.lru_cache(maxsize=64)
+def names_fit(names: tuple[str, ...]) -> Callable[[str], bool]:
+    """Return whether a name is one of these, or fits one that is a pattern."""
+    exact = frozenset(names)
+    pattern = re.compile("|".join(fnmatch.translate(name) for name in names if is_pattern(name)) or "(?!)")
+    return lambda name: name in exact or pattern.match(name) is not None
+
+
+def is_pattern(name: str) -> bool:
+    """Return whether a name stands for others."""
+    return re.search(r"[*?\[]", name) is not None
+
+
+def refuse_unknown_names(names: Iterable[str], nodes: Iterable[Node], within: str = "") -> None:
+    """Raise AppError(NOT_FOUND) for a name that no node has, or a pattern that fits none; within: of what they are."""
+    known = {node.name for node in nodes}
+    for name in names:
+        if name not in known and not any(map(names_fit((name,)), known)):
+            raise AppError(NOT_FOUND, f"node {one_line(name, 100)} does not exist{within}")
+
+
+def choice_text(labels: LabelChoice, unwanted: LabelChoice) -> str:
+    """Return labels as on the command line: 'region=eu,us, role!=cache'."""
+    return ", ".join([f"{key}{sign}{','.join(sorted(values))}" for sign, some in (("=", labels), ("!=", unwanted))
+                      for key, values in some.items()])
+
+
+def why_no_match(nodes: Sequence[Node], names: Sequence[str], labels: LabelChoice, excluded: Sequence[object],
+                 excluded_labels: LabelChoice) -> str:
+    """Return a sentence that names what was looked for, and the values that exist."""
+    within = [node for node in nodes if has_labels(node.label_values, labels)]
+    if labels and not within:
+        return f"no node matches {choice_text(labels, {})} ({values_text(nodes, labels)})"
+    words = [*([in_words(names)] if names else []), *([text] if (text := choice_text(labels, excluded_labels)) else []),
+             *([f"without {in_words(excluded)}"] if excluded else [])]
+    return f"no node matches {', '.join(words)}" + (
+        f" ({values_text(nodes, excluded_labels)})" if excluded_labels else "")
+
+
+def values_text(nodes: Iterable[Node], keys: Iterable[str]) -> str:
+    """Return 'values of region: ap, eu, us', of a key that no node has which keys there are."""
+    found: dict[str, set[str]] = {}
+    for values in {node.labels: node.label_values for node in nodes}.values():
+        for key, value in values.items():
+            found.setdefault(key, set()).add(value)
+    return "; ".join(f"values of {key}: {in_words(sorted(found[key]))}" if key in found else
+                     f"no node has the label {key}{did_you_mean(key, found)}" + (
+                         f"; labels: {in_words(sorted(found))}" if found else "") for key in keys)
 
 
 # endregion
@@ -2828,11 +3073,14 @@ def resolve_share(share: int | str, whole: int) -> int:
 # region Plan
 # ======================================================================================
 # Plan: the nodes chosen, batches, payloads; who is left out and why. Pure.
-# Uses: Vocabulary, Helpers, Difference, Model, Strategy.
+# Uses: Vocabulary, Helpers, Difference, Model, Strategy, Selection.
 # ======================================================================================
 
 class ReleaseRequest(NamedTuple):
-    """The body of POST /api/v1/releases; node_ids and labels are None where they restrict nothing."""
+    """The body of POST /api/v1/releases; node_ids and labels are None where they restrict nothing.
+
+    names and excluded_names, which may be patterns, are the command line's, in place of ids.
+    """
     target: str = "cdn"
     reason: str = ""
     payload: Mapping[str, Any] = {}
@@ -2840,51 +3088,17 @@ class ReleaseRequest(NamedTuple):
     rollback_of: int | None = None
     strategy: Mapping[str, Any] = {}
     node_ids: Sequence[int] | None = None
-    labels: Mapping[str, str] | None = None
+    labels: Mapping[str, Any] | None = None
     version: int | None = None
     catch_up_of: int | None = None
-    # Whom it stands for, where that is more than the nodes that it goes to: see Selection.
-    stands_for: Mapping[str, Any] | None = None
+    exclude: Mapping[str, Any] = {}
+    names: Sequence[str] = ()
+    excluded_names: Sequence[str] = ()
 
     @property
     def is_again(self) -> bool:
         """Return whether it brings the payload of another release."""
         return (self.retry_of or self.rollback_of or self.catch_up_of) is not None
-
-    @property
-    def selection(self) -> Mapping[str, Any]:
-        """Return for whom the release is, as it is stored."""
-        if self.stands_for is not None:
-            return self.stands_for
-        if self.node_ids is not None:
-            return {"nodeIds": sorted(self.node_ids)}
-        return {} if self.labels is None else {"labels": self.labels}
-
-
-class Selection(NamedTuple):
-    """For whom a release is: all nodes that are within each of these; None restricts nothing.
-
-    nodes_of: the nodes that a release has, which may be this one; for releases of which nobody said more.
-    """
-    node_ids: frozenset[int] | None = None
-    labels: Set[tuple[str, Any]] = frozenset()
-    nodes_of: int | None = None
-
-    def takes(self, node: Node) -> bool:
-        """Return whether it takes a node, as far as nodes_of does not tell."""
-        return (self.node_ids is None or node.id in self.node_ids) and self.labels <= node.label_items
-
-
-def selection_of(text: str) -> Selection | None:
-    """Return a stored selection; None for one that can't be meant, which takes nobody: a person wrote it."""
-    try:
-        stored = parse_json(text)
-        known_keys(stored, ("nodeIds", "labels", "nodesOf"))
-        return Selection(frozenset(map(IDS.from_json, stored["nodeIds"])) if "nodeIds" in stored else None,
-                         frozenset(stored.get("labels", {}).items()),
-                         int(IDS.from_json(stored["nodesOf"])) if "nodesOf" in stored else None)
-    except (ValueError, TypeError, AttributeError, AppError):
-        return None
 
 
 class LeftOut(NamedTuple):
@@ -2939,6 +3153,12 @@ class Plan(NamedTuple):
     effect: Effect | None = None
     # Nodes that a retry could go to, and that nobody chose.
     not_chosen: int = 0
+    # Whose nodes each batch has: "first", "region=eu", "no region"; "" where batches are by id alone.
+    groups: Sequence[str] = ()
+    # What the caller may not have meant.
+    warnings: Sequence[str] = ()
+    # For whom the release is, as it is stored: see Selection.
+    selection: Mapping[str, Any] = {}
 
     @property
     def pauses(self) -> list[int]:
@@ -2952,65 +3172,175 @@ class Plan(NamedTuple):
         return f"batches of {in_words([len(batch) for batch in self.batches])}; {limits}"
 
 
-def plan_batches(node_ids: Sequence[int], sizes: Sequence[int | str] = NO_STRATEGY.batches) -> list[list[int]]:
-    """Return the nodes by batch; a share is at least 1, and the rest is the last batch.
+# Batches of a release, and nodes beyond which a last batch with most of them is worth a warning.
+MAX_PLANNED_BATCHES, LARGE_BATCH = 10_000, 50
 
-    Sizes [1, "10%", "25%"] of 50 nodes are batches of 1, 5, 12 and 32.
+
+def plan_batches(node_ids: Sequence[int], sizes: Sequence[int | str] = NO_STRATEGY.sizes) -> list[list[int]]:
+    """Return the nodes by batch; a share is of them all and at least 1, and the rest is the last batch.
+
+    Sizes [1, "10%", "25%"] of 50 nodes are batches of 1, 5, 12 and 32; [1, "20*"] are 1, 20, 20 and 9.
     """
     batches, start = [], 0
     for size in (*sizes, len(node_ids)):
-        end = start + max(1, resolve_share(size, len(node_ids)))
-        batches.append(list(node_ids[start:end]))
+        repeats = isinstance(size, str) and size.endswith("*")
+        number = max(1, resolve_share(size, len(node_ids)))
+        end = len(node_ids) if repeats else start + number
+        batches += [list(node_ids[at:min(at + number, end)]) for at in range(start, end, number)]
         start = end
     return [batch for batch in batches if batch]
 
 
-def make_plan(strategy: Strategy, node_ids: Sequence[int], left_out: Sequence[LeftOut] = (),
+# Name of the group that is batch 1.
+FIRST = "first"
+
+
+def grouped(strategy: Strategy, nodes: Iterable[Node]) -> list[tuple[str, list[int]]]:
+    """Return the ids of the nodes by what the strategy's labels tell apart, each with its name, in order.
+
+    With first role=canary and batchBy region: "first", "region=ap", "region=eu", "no region".
+    """
+    groups: dict[tuple[int, str], list[int]] = {}
+    for node in nodes:
+        values = node.label_values
+        is_first = bool(strategy.first) and has_labels(values, strategy.first)
+        place = (0, "") if is_first else (1, values[strategy.batch_by]) if strategy.batch_by in values else (2, "")
+        groups.setdefault(place, []).append(node.id)
+    key = strategy.batch_by
+    names = {0: FIRST, 1: f"{key}=", 2: f"no {key}" if key else "others" if strategy.first else ""}
+    return [(names[place] + value, node_ids) for (place, value), node_ids in sorted(groups.items())]
+
+
+def batches_of(strategy: Strategy, nodes: Iterable[Node]) -> list[tuple[str, list[int]]]:
+    """Return the batches that a strategy makes of the nodes, each with the name of its group; no batch is empty."""
+    return [(name, batch) for name, node_ids in grouped(strategy, nodes)
+            for batch in ([node_ids] if name == FIRST else plan_batches(node_ids, strategy.sizes))]
+
+
+def make_plan(strategy: Strategy, nodes: Sequence[Node], left_out: Sequence[LeftOut] = (),
               batches: list[list[int]] | None = None, tolerated: frozenset[int] = frozenset()) -> Plan:
-    """Return the plan of a strategy; raise AppError(INVALID) where it pauses after a batch that does not exist.
+    """Return the plan of a strategy; raise AppError(INVALID) where its batches are too many or it pauses after none.
 
     batches: given instead of computed. tolerated: nodes whose failure counts against no limit.
     """
-    batches = plan_batches(node_ids, strategy.batches) if batches is None else batches
+    groups = [""] * len(batches or ())
+    if batches is None:
+        named = batches_of(strategy, nodes)
+        groups, batches = [name for name, _ in named], [batch for _, batch in named]
+        if len(batches) > MAX_PLANNED_BATCHES:
+            raise AppError(INVALID, f"strategy: batches are {len(batches)}, and at most {MAX_PLANNED_BATCHES} can be: "
+                                    "name larger sizes")
     beyond = [] if strategy.pause_after == EACH else [n for n in strategy.pause_after if int(n) > len(batches)]
     if beyond:
         raise AppError(INVALID, f"strategy: pauseAfter names batch {beyond[0]}, and there are {len(batches)}")
-    total = None if strategy.max_failed_total is None else resolve_share(strategy.max_failed_total, len(node_ids))
+    total = None if strategy.max_failed_total is None else resolve_share(strategy.max_failed_total, len(nodes))
     limits = [resolve_share(strategy.max_failed, len(batch)) + len(tolerated.intersection(batch))
               for batch in batches]
-    return Plan(strategy, batches, limits, total, list(left_out), tolerated=tolerated)
+    return Plan(strategy, batches, limits, total, list(left_out), tolerated=tolerated, groups=groups,
+                warnings=[*_large_last_batch(strategy, batches), *_not_limited(strategy, nodes)])
 
 
-def choose_nodes(nodes: Sequence[Node], request: ReleaseRequest) -> tuple[list[Node], list[LeftOut]]:
-    """Return the nodes that a release goes to, by id, and the selected ones that are left out.
+def _large_last_batch(strategy: Strategy, batches: Sequence[Sequence[int]]) -> list[str]:
+    last, total = len(batches[-1]), sum(map(len, batches))
+    if last <= LARGE_BATCH or last * 2 <= total:
+        return []
+    size = str(strategy.batches[-1] if strategy.batches else "10%").rstrip("*")
+    return [f"the last batch has {last} of {total} nodes: a last size with a * goes on to the end, like \"{size}*\""]
 
-    Raise AppError(INVALID) for an id that is not of an enabled, online node, AppError(WRONG_STATE) without nodes.
+
+def _not_limited(strategy: Strategy, nodes: Sequence[Node]) -> list[str]:
+    found = {key: [node.name for node in nodes if key not in node.label_values] for key in strategy.max_parallel_per}
+    return [f"maxParallelPer does not limit those without {key}: {in_words(names)}"
+            for key, names in found.items() if names]
+
+
+def refuse_unknown_labels(strategy: Strategy, nodes: Sequence[Node]) -> None:
+    """Raise AppError(INVALID) for a label of a strategy that none of the nodes has."""
+    wanted = [("batchBy", [strategy.batch_by] if strategy.batch_by else []), ("first", strategy.first),
+              ("maxParallelPer", strategy.max_parallel_per)]
+    for field, keys in wanted:
+        for key in keys:
+            if not any(key in node.label_values for node in nodes):
+                raise AppError(INVALID, f"strategy: {field}: {values_text(nodes, [key])}")
+    if strategy.first and not any(has_labels(node.label_values, strategy.first) for node in nodes):
+        raise AppError(INVALID, f"strategy: first: no node of the release matches {choice_text(strategy.first, {})} "
+                                f"({values_text(nodes, strategy.first)})")
+
+
+class Choice(NamedTuple):
+    """The nodes that a release goes to, by id; the selected ones that are left out; and the selection as stored."""
+    nodes: list[Node]
+    left_out: list[LeftOut]
+    stored: Mapping[str, Any] = {}
+    warnings: Sequence[str] = ()
+
+
+# Why a node is left out that the caller did not want.
+EXCLUDED = "excluded"
+
+
+def choose_nodes(nodes: Sequence[Node], request: ReleaseRequest) -> Choice:
+    """Return whom a release goes to.
+
+    Raise AppError(INVALID) for an id that is not of an enabled, online node, AppError(NOT_FOUND) for a name that no
+    node has, AppError(WRONG_STATE) without nodes.
     """
-    if request.node_ids is not None:
-        by_id = {node.id: node for node in nodes}
-        for number in request.node_ids:
-            if number not in by_id:
-                raise AppError(INVALID, f"nodeIds: node {number} does not exist")
-            if not by_id[number].gets_releases:
-                raise AppError(INVALID, f"nodeIds: node {by_id[number].name} is {by_id[number].condition}")
-        return [by_id[number] for number in sorted(request.node_ids)], []
-    everything = nodes
-    if request.labels is not None:
-        wanted = Selection(labels=frozenset(request.labels.items()))
-        nodes = [node for node in nodes if wanted.takes(node)]
-    chosen = [node for node in nodes if node.gets_releases]
+    refuse_unknown_names([*request.names, *request.excluded_names], nodes)
+    exact = {name for name in request.names if not is_pattern(name)}
+    _refuse_named([*(request.node_ids or ()), *(node.id for node in nodes if node.name in exact)], nodes)
+    stored = _selection_json(nodes, request)
+    selection = parse_selection(stored)
+    known = {node.id for node in nodes}
+    for number in sorted(selection.excluded_ids - known):
+        raise AppError(INVALID, f"exclude: node {number} does not exist")
+    within = [node for node in nodes if selection.has(node)]
+    chosen = [node for node in within if node.gets_releases and not selection.excludes(node)]
     if not chosen:
-        raise AppError(WRONG_STATE, _why_no_nodes(everything, nodes, request.labels or {}))
-    return chosen, left_out_nodes(nodes)
+        raise AppError(WRONG_STATE, _why_no_nodes(nodes, within, selection))
+    ids = {node.id for node in chosen}
+    left_out = [LeftOut(node.id, node.name, EXCLUDED if selection.excludes(node) else node.condition)
+                for node in within if node.id not in ids]
+    return Choice(chosen, left_out, stored, _excluding_nobody(nodes, within, selection))
 
 
-def _why_no_nodes(nodes: Sequence[Node], matching: Sequence[Node], labels: Mapping[str, str]) -> str:
-    wanted = ",".join(f"{key}={value}" for key, value in labels.items())
-    if matching or not labels:
-        return f"no online nodes{f' with {wanted}' if labels else ''}: add one, or enable one and set it online"
-    known = {key: sorted({str(v) for n in nodes for k, v in n.label_items if k == key})[:20] for key in labels}
-    values = "; ".join(f"{key}: {', '.join(known[key]) or 'none'}" for key in labels)
-    return f"no node matches {wanted} (values of {values})"
+def _refuse_named(node_ids: Iterable[int], nodes: Iterable[Node]) -> None:
+    by_id = {node.id: node for node in nodes}
+    for number in node_ids:
+        if number not in by_id:
+            raise AppError(INVALID, f"nodeIds: node {number} does not exist")
+        if not by_id[number].gets_releases:
+            raise AppError(INVALID, f"nodeIds: node {by_id[number].name} is {by_id[number].condition}")
+
+
+def _selection_json(nodes: Sequence[Node], request: ReleaseRequest) -> dict[str, Any]:
+    """Return a request's selection as it is stored, with ids in place of names."""
+    def with_names(node_ids: Iterable[int], names: Sequence[str]) -> list[int]:
+        fits = names_fit(tuple(names))
+        return sorted({*node_ids, *(node.id for node in nodes if fits(node.name))} if names else node_ids)
+
+    excluded_ids = with_names(request.exclude.get("nodeIds", ()), request.excluded_names)
+    exclude = {key: value for key, value in (("nodeIds", excluded_ids), ("labels", request.exclude.get("labels")))
+               if value}
+    has_ids = request.node_ids is not None or bool(request.names)
+    return {**({"nodeIds": with_names(request.node_ids or (), request.names)} if has_ids else {}),
+            **({} if request.labels is None else {"labels": request.labels}),
+            **({"exclude": exclude} if exclude else {})}
+
+
+def _why_no_nodes(nodes: Sequence[Node], within: Sequence[Node], selection: Selection) -> str:
+    text = choice_text(selection.labels, {})
+    if not within and text:
+        return why_no_match(nodes, (), selection.labels, (), {})
+    if within and all(map(selection.excludes, within)):
+        return f"no node is left: exclude names all of the {len(within)} that were selected"
+    return f"no online nodes{f' with {text}' if text else ''}: add one, or enable one and set it online"
+
+
+def _excluding_nobody(nodes: Sequence[Node], within: Sequence[Node], selection: Selection) -> list[str]:
+    """Return a warning for each label of exclude that excludes nobody: it may be mistyped."""
+    return [f"exclude: no selected node has {choice_text({key: values}, {})} ({values_text(nodes, [key])})"
+            for key, values in selection.excluded_labels.items()
+            if not any(node.label_values.get(key) in values for node in within)]
 
 
 def left_out_nodes(nodes: Iterable[Node]) -> list[LeftOut]:
@@ -3049,15 +3379,6 @@ def parse_release_id(field: str, value: object) -> int:
     raise AppError(INVALID, f"{field} {one_line(value, 40)} must be the id of a release")
 
 
-def parse_node_ids(value: object) -> list[int]:
-    """Return the ids of selected nodes; raise AppError(INVALID) unless it is a list of different ids."""
-    with contextlib.suppress(ValueError, TypeError):
-        ids = list(map(IDS.from_json, value if isinstance(value, list) else ()))
-        if ids and len(set(ids)) == len(ids):
-            return ids
-    raise AppError(INVALID, "nodeIds must be a list of different ids of nodes")
-
-
 def parse_kinds(value: object) -> list[str]:
     """Return the error kinds of a list; raise AppError(INVALID) for anything else."""
     if not isinstance(value, list) or not value:
@@ -3067,34 +3388,6 @@ def parse_kinds(value: object) -> list[str]:
             raise AppError(INVALID, f"{one_line(kind, 40)} is no kind of failure"
                                     f"{did_you_mean(str(kind), ERROR_KINDS)}: take of {', '.join(ERROR_KINDS)}")
     return value
-
-
-@functools.lru_cache(maxsize=64)
-def names_fit(names: tuple[str, ...]) -> Callable[[str], bool]:
-    """Return whether a name is one of these, or fits one that is a pattern with *, ? or [...]."""
-    exact = frozenset(names)
-    pattern = re.compile("|".join(fnmatch.translate(name) for name in names if re.search(r"[*?\[]", name)) or "(?!)")
-    return lambda name: name in exact or pattern.match(name) is not None
-
-
-def parse_label_pairs(field: str, pairs: Iterable[str]) -> dict[str, str]:
-    """Return the labels of texts K=V; raise AppError(INVALID) naming the field they are of."""
-    labels: dict[str, str] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise AppError(INVALID, f"{field} {one_line(pair, 60)} must be K=V")
-        if key in labels:
-            raise AppError(INVALID, f"{field} {one_line(key, 60)} is given twice: a node has one value of each label")
-        labels[key] = value
-    return labels
-
-
-def known_keys(body: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raise AppError(INVALID) naming the first unknown key of body."""
-    for key in body:
-        if key not in known:
-            raise AppError(INVALID, f"{one_line(key, 60)} is not a known key{did_you_mean(key, known)}")
 
 
 def new_tag() -> str:
@@ -3116,6 +3409,8 @@ class Made(NamedTuple):
     batches: list[list[int]]
     left_out: Sequence[LeftOut] = ()
     is_unchanged: bool = False
+    # As in Plan.
+    warnings: Sequence[str] = ()
 
 
 class OldRelease(NamedTuple):
@@ -3364,7 +3659,7 @@ def _common_labels(nodes: Sequence[FailedNode]) -> dict[_Label, int]:
     """Return the labels that more than half of the nodes have, and two at least; each with how many."""
     found = collections.Counter[_Label]()
     for text, number in collections.Counter(node.labels for node in nodes).items():
-        found.update(dict.fromkeys(label_items(text), number))
+        found.update(dict.fromkeys(label_values(text).items(), number))
     return {label: number for label, number in found.items() if number > 1 and number > len(nodes) / 2}
 
 
@@ -3372,7 +3667,7 @@ def _count_labels(labels: Mapping[str, int], wanted: Set[_Label]) -> Mapping[_La
     """Return how many nodes have each wanted label."""
     found = collections.Counter[_Label]()
     for text, number in labels.items() if wanted else ():
-        found.update(dict.fromkeys(label_items(text) & wanted, number))
+        found.update(dict.fromkeys(label_values(text).items() & wanted, number))
     return found
 
 
@@ -3418,6 +3713,158 @@ def causes_text(failed: Collection[ReleaseNode]) -> str:
     some = "" if largest.size == len(nodes) else f"{largest.size} of them: "
     return f"{first} ({some}{one_line(largest.pattern, MAX_CAUSE_CHARS)}){text[len(first):]}"
 
+# endregion
+
+
+# region Node index
+# ======================================================================================
+# Node index: the nodes of a release by what a decision needs, and which of them may go
+#   next. Pure.
+# Uses: Vocabulary, Model.
+# ======================================================================================
+
+class NodeIndex:
+    """The nodes of a release, indexed by what a decision needs.
+
+    A release of ten thousand nodes has a thousand decisions: each examines only the nodes at work.
+    """
+
+    def __init__(self, nodes: Iterable[ReleaseNode] = ()):
+        """Take all nodes, ordered by batch and id."""
+        self._nodes = {n.node_id: n for n in nodes}
+        # By status, in the order in which they got it; the pending ones by batch and id.
+        self.of: dict[str, dict[int, ReleaseNode]] = {status: {} for status in (*OPEN, *AT_REST)}
+        # Nodes of each batch.
+        self.sizes: dict[int, int] = {}
+        # Pending and running nodes of each batch.
+        self._open: dict[int, int] = {}
+        named = collections.Counter(n.endpoint for n in self._nodes.values())
+        # Addresses that several rows have; a person wrote them.
+        self.twins = frozenset(endpoint for endpoint, count in named.items() if count > 1)
+        # Highest version that any of the nodes was ever sent.
+        self.highest_sent = max((n.last_version for n in self._nodes.values()), default=0)
+        for n in self._nodes.values():
+            self.of[n.status][n.node_id] = n
+            self.sizes[n.batch] = self.sizes.get(n.batch, 0) + 1
+            self._open[n.batch] = self._open.get(n.batch, 0) + (n.status in OPEN)
+        self._batches = sorted(self.sizes)
+        # Of queues(); the copies share it, as no node changes its batch or labels.
+        self._queues: dict[int, dict[str, list[int]]] = {}
+
+    def __iter__(self) -> Iterator[ReleaseNode]:
+        return iter(self._nodes.values())
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __getitem__(self, node_id: int) -> ReleaseNode:
+        return self._nodes[node_id]
+
+    def get(self, node_id: int) -> ReleaseNode | None:
+        """Return a node by its id, or None."""
+        return self._nodes.get(node_id)
+
+    def copy(self) -> NodeIndex:
+        """Return an independent copy."""
+        other = NodeIndex.__new__(NodeIndex)
+        other._nodes, other.sizes, other._open = self._nodes.copy(), self.sizes, self._open.copy()
+        other.of, other._batches = {status: found.copy() for status, found in self.of.items()}, self._batches
+        other.twins, other.highest_sent, other._queues = self.twins, self.highest_sent, self._queues
+        return other
+
+    def put(self, node: ReleaseNode) -> None:
+        """Replace a node."""
+        before = self._nodes[node.node_id]
+        if before.status != node.status:
+            del self.of[before.status][node.node_id]
+            self._open[node.batch] += (node.status in OPEN) - (before.status in OPEN)
+        self.of[node.status][node.node_id] = self._nodes[node.node_id] = node
+
+    @property
+    def open(self) -> list[ReleaseNode]:
+        """Return the running and the pending nodes."""
+        return [*self.of[RUNNING].values(), *self.of[PENDING].values()]
+
+    @property
+    def batch(self) -> int:
+        """Return the lowest batch with a pending or running node, or 0."""
+        first = next(iter(self.of[PENDING].values()), None)
+        batches = [n.batch for n in self.of[RUNNING].values()] + ([first.batch] if first else [])
+        return min(batches, default=0)
+
+    @property
+    def last_batch(self) -> int:
+        return self._batches[-1] if self._batches else 0
+
+    def open_in(self, batch: int) -> int:
+        """Return the number of pending and running nodes of a batch."""
+        return self._open.get(batch, 0)
+
+    def batch_before(self, batch: int) -> int:
+        """Return the batch before a batch, or 0."""
+        found = bisect.bisect_left(self._batches, batch)
+        return self._batches[found - 1] if found else 0
+
+    def to_reverify(self, batch: int) -> list[ReleaseNode]:
+        """Return the nodes of a batch that are still to be re-verified at the end of its soak."""
+        return [n for n in self.of[SUCCESS].values() if n.batch == batch and not n.is_reverified]
+
+    def queues(self, batch: int) -> Mapping[str, Sequence[int]]:
+        """Return the ids of a batch's nodes by their labels, both in order."""
+        if not self._queues:
+            for n in self._nodes.values():
+                self._queues.setdefault(n.batch, {}).setdefault(n.labels, []).append(n.node_id)
+        return self._queues.get(batch, {})
+
+
+# A label's key and value.
+Label = tuple[str, str]
+Limits = Mapping[str, int]
+
+
+def limited_labels(labels: str, limits: Limits) -> list[Label]:
+    """Return the labels of a node that limits are for."""
+    values = label_values(labels)
+    return [(key, values[key]) for key in limits if key in values]
+
+
+def labels_in_flight(nodes: Iterable[ReleaseNode], limits: Limits) -> collections.Counter[Label]:
+    """Return how many of the nodes have each label that limits are for."""
+    return collections.Counter(label for n in nodes for label in limited_labels(n.labels, limits))
+
+
+def full_labels(labels: str, in_flight: Mapping[Label, int], limits: Limits) -> list[Label]:
+    """Return those of a node's labels of which as many nodes are in flight as may be."""
+    return [label for label in limited_labels(labels, limits) if in_flight.get(label, 0) >= limits[label[0]]]
+
+
+def next_within(nodes: NodeIndex, batch: int, limits: Limits, held: Iterable[ReleaseNode],
+                may_go: Callable[[ReleaseNode], bool], most: int) -> list[ReleaseNode]:
+    """Return up to so many pending nodes of a batch to dispatch now, so that no label exceeds its limit.
+
+    The labels of which the fewest nodes of the batch have begun come first, so that none waits for ever: of racks
+    a, a, a, b, b, with two nodes at once, go a and b, then a and b, then a. held: nodes at rest that keep their place.
+    """
+    pending = nodes.of[PENDING]
+    in_flight = labels_in_flight((*nodes.of[RUNNING].values(), *held), limits)
+    turns: list[tuple[int, int, str, Iterator[ReleaseNode]]] = []
+    for labels, ids in nodes.queues(batch).items():
+        waiting = [pending[id_] for id_ in ids if id_ in pending]
+        # what a database that went back calls pending is at work all the same
+        in_flight.update(labels_in_flight((n for n in waiting if n.in_flight), limits))
+        if waiting:
+            turns.append((len(ids) - len(waiting), waiting[0].node_id, labels, iter(waiting)))
+    heapq.heapify(turns)
+    chosen: list[ReleaseNode] = []
+    while turns and len(chosen) < most:
+        begun, _, labels, waiting_ones = heapq.heappop(turns)
+        node = None if full_labels(labels, in_flight, limits) else next(filter(may_go, waiting_ones), None)
+        if node is not None:
+            chosen.append(node)
+            in_flight.update(limited_labels(labels, limits))
+            heapq.heappush(turns, (begun + 1, node.node_id, labels, waiting_ones))
+    return chosen
+
 
 # endregion
 
@@ -3425,7 +3872,7 @@ def causes_text(failed: Collection[ReleaseNode]) -> str:
 # region Status texts
 # ======================================================================================
 # Status texts: what a release does or waits for, on whom, until when. Pure.
-# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Failures.
+# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Failures, Node index.
 # ======================================================================================
 
 def first_failed(nodes: NodeIndex) -> ReleaseNode | None:
@@ -3630,7 +4077,9 @@ def time_left(release: Release, batches: Sequence[BatchProgress], pace: Pace, st
         if pace.each_s:
             took_s = batch.count(PENDING, RUNNING) * pace.each_s
         else:
-            took_s = pace.before_s * (_goes(batch, strategy) / _goes(before, strategy) if before else 0)
+            # how many goes maxParallelPer makes of a batch depends on its labels
+            known = before and not strategy.max_parallel_per
+            took_s = pace.before_s * (_goes(batch, strategy) / _goes(before, strategy) if before and known else 0)
             took_s -= pace.spent_s if batch is ahead[0] else 0.0
         if took_s <= 0:  # not known, or it takes longer already
             return ""
@@ -3711,7 +4160,7 @@ CHANGES_NOTHING = "changes nothing: all its nodes run this payload already"
 # region Decision
 # ======================================================================================
 # Decision: what to write and what to send next. Pure: no clock, no socket, no disk.
-# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Status texts.
+# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Node index, Status texts.
 #
 #   A driver updates its nodes with outcomes by observe(), gets what follows from decide(),
 #   commits that, and only then sends. decide() compares what is with what should be, so a
@@ -4191,28 +4640,37 @@ def _dispatches(release: Release, nodes: NodeIndex, now: Moment, policy: Policy,
     ready = [n for n in running if _is_due(n, DISPATCH, now)]
     # a pending node in flight was sent by a commit that the database has lost: its outcome is still to come
     members = itertools.takewhile(lambda n: n.batch == batch, nodes.of[PENDING].values())
-    room = min(slots, strategy.max_parallel - len(running)) if strategy.max_parallel else slots
-    # a node with a higher version fails in the next decision
-    fresh = itertools.islice(_free((n for n in members if not n.in_flight and n.last_version <= release.version),
-                                   nodes, busy, now), max(0, room))
+    room = max(0, min(slots - len(ready), strategy.max_parallel - len(running) if strategy.max_parallel else slots))
+    # rows that are at rest, and whose agent may still be busy with the request
+    held = [n for n in nodes.of[FAILED].values() if now.until_s(n.hold_until, n.hold_clock) > 0] \
+        if nodes.twins or strategy.max_parallel_per else []
+    is_free = _free(nodes, busy, held)
+
+    def may_go(node: ReleaseNode) -> bool:
+        # a node with a higher version fails in the next decision
+        return not node.in_flight and node.last_version <= release.version and is_free(node)
+
+    fresh = next_within(nodes, batch, strategy.max_parallel_per, held, may_go, room) \
+        if strategy.max_parallel_per and room else list(itertools.islice(filter(may_go, members), room))
     return [_intent(release, n, now, policy, asks_first) for n in (*ready, *fresh)[:max(0, slots)]]
 
 
-def _free(members: Iterable[ReleaseNode], nodes: NodeIndex, busy: frozenset[Endpoint],
-          now: Moment) -> Iterator[ReleaseNode]:
-    """Return the members whose address has no task, of another release or of another row of this one."""
-    if not busy and not nodes.twins:
-        yield from members
-        return
+def _free(nodes: NodeIndex, busy: frozenset[Endpoint], held: Iterable[ReleaseNode]) -> Callable[[ReleaseNode], bool]:
+    """Return whether an address has no task, of another release or of another row of this one, which it then has."""
     taken = set(busy)
     if nodes.twins:
-        taken.update(n.endpoint for n in nodes.of[RUNNING].values())
-        taken.update(n.endpoint for n in nodes.of[FAILED].values() if now.until_s(n.hold_until, n.hold_clock) > 0)
-    for node in members:
-        if node.endpoint not in taken:
-            if node.endpoint in nodes.twins:
-                taken.add(node.endpoint)
-            yield node
+        taken.update(n.endpoint for n in (*nodes.of[RUNNING].values(), *held))
+
+    def is_free(node: ReleaseNode) -> bool:
+        if not taken and not nodes.twins:
+            return True
+        endpoint = node.endpoint
+        if endpoint in taken:
+            return False
+        if endpoint in nodes.twins:
+            taken.add(endpoint)
+        return True
+    return is_free
 
 
 def _without(changes: Iterable[NodeChange], others: Iterable[NodeChange]) -> list[NodeChange]:
@@ -4252,7 +4710,7 @@ def _error_msg(situation: Situation) -> str:
 # region Verbs
 # ======================================================================================
 # Verbs: what an operator may do when, and which release may start. Pure.
-# Uses: Vocabulary, Helpers, Model, Status texts, Decision.
+# Uses: Vocabulary, Helpers, Model, Node index, Status texts, Decision.
 # ======================================================================================
 
 class Verb(NamedTuple):
@@ -4397,7 +4855,7 @@ def waiting_reasons(candidates: Iterable[Candidate], now: str, freeze: Freeze, s
 # region Why
 # ======================================================================================
 # Why: what a release waits for, step by step, and what would mend it. Pure.
-# Uses: Vocabulary, Helpers, Model, Status texts, Verbs.
+# Uses: Vocabulary, Helpers, Model, Node index, Status texts, Verbs.
 # ======================================================================================
 
 # States of a step: done or at work; nothing moves until somebody acts; it goes on by itself.
@@ -4442,6 +4900,8 @@ class Facts(NamedTuple):
     # Names of pending nodes whose address another release has in flight or may still keep busy, with that release.
     busy: Sequence[tuple[str, Occupant]] = ()
     strategy: Strategy = NO_STRATEGY
+    # How many nodes of the current batch are RUNNING and PENDING, by their labels; where maxParallelPer limits them.
+    by_labels: Mapping[str, Mapping[str, int]] = {}
     # As in Situation, of a paused release.
     exceeded: str = ""
     # DatabaseState.write_error
@@ -4656,9 +5116,25 @@ def _slots_step(facts: Facts) -> Step | None:
     if shortage:
         return Step("slots", WAITS, f"waiting for a free slot ({shortage}: AGENT_CONCURRENCY)")
     most, running = facts.strategy.max_parallel, len(facts.running)
-    if not most or running < most or not any(b.count(PENDING) for b in facts.batches):
-        return None
-    return Step("slots", WAITS, f"waiting for a free slot ({running} of {most} in use: maxParallel)")
+    if most and running >= most and any(b.count(PENDING) for b in facts.batches):
+        return Step("slots", WAITS, f"waiting for a free slot ({running} of {most} in use: maxParallel)")
+    full = in_words(_full_labels(facts), MAX_NAMED, "; ") if facts.by_labels else ""
+    return Step("slots", WAITS, f"waiting for a free slot ({full}: maxParallelPer)") if full else None
+
+
+def _full_labels(facts: Facts) -> list[str]:
+    """Return what keeps all pending nodes of the batch from a dispatch, the labels of the most nodes first."""
+    limits, in_flight = facts.strategy.max_parallel_per, collections.Counter[Label]()
+    for labels, count in facts.by_labels[RUNNING].items():
+        in_flight.update(dict.fromkeys(limited_labels(labels, limits), count))
+    waiting = collections.Counter[Label]()
+    for labels, count in facts.by_labels[PENDING].items():
+        full = full_labels(labels, in_flight, limits)
+        if not full:
+            return []
+        waiting.update(dict.fromkeys(full, count))
+    return [f"{key}={value} has {in_flight[key, value]} of {limits[key]}, for which {count_of_nodes(count)} "
+            f"wait{'s' if count == 1 else ''}" for (key, value), count in waiting.most_common()]
 
 
 def _time(seconds: float) -> str:
@@ -6595,7 +7071,7 @@ class Nodes:
     def label_pairs(self) -> list[tuple[str, Any]]:
         """Return each label that a node has."""
         with self._database.transaction() as tx:
-            found = [label_items(row[0]) for row in tx.rows("SELECT DISTINCT labels FROM nodes")]
+            found = [label_values(row[0]).items() for row in tx.rows("SELECT DISTINCT labels FROM nodes")]
         return sorted(set().union(*found), key=str)
 
     def page(self, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
@@ -6752,11 +7228,12 @@ NAME_THEN, _IP_THEN, _PORT_THEN = (
     "COALESCE(NULLIF(n.node_name, ''), h.name)", "COALESCE(NULLIF(n.main_ip, ''), h.main_ip)",
     "COALESCE(NULLIF(n.agent_port, 0), h.agent_port)")
 ADDRESS_THEN = f"{_IP_THEN}, {_PORT_THEN}"
+LABELS_THEN = "COALESCE(NULLIF(n.labels, ''), h.labels)"
 
 # The same for the fields of ReleaseNode up to next_op, where the driver's own begin.
 _COMPUTED_OF_NODE = {
     "name": NAME_THEN, "main_ip": _IP_THEN, "agent_port": _PORT_THEN, "agent_protocol": "h.agent_protocol",
-    "last_version":
+    "labels": LABELS_THEN, "last_version":
         "(SELECT MAX(a.last_version) FROM nodes a WHERE a.main_ip = h.main_ip AND a.agent_port = h.agent_port)"}
 _NODE_FIELDS = list(itertools.takewhile(lambda name: name != "next_op", ReleaseNode._fields))
 _COLUMN_OF = {name: {"waited_s": "waited_sec", "stored_reached": "reached"}.get(name, name) for name in _NODE_FIELDS}
@@ -7084,8 +7561,8 @@ class Queue:
 # region Retry and rollback
 # ======================================================================================
 # Retry and rollback: what a new release brings back to whom (contract 3, rule 10).
-# Uses: Vocabulary, Helpers, Payloads, Model, Strategy, Plan, Failures, Verbs,
-#   Database, Nodes, Queue.
+# Uses: Vocabulary, Helpers, Payloads, Model, Strategy, Selection, Plan, Failures,
+#   Verbs, Database, Nodes, Queue.
 # ======================================================================================
 
 class Again(NamedTuple):
@@ -7124,15 +7601,15 @@ def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseReque
     found = chosen_again(tx, old, tried, wish)
     nodes = online_nodes(old, found, "failed or skipped")
     strategy = strategy_again(old, ("startAt",))
-    node_ids = [node.id for node in nodes]
     if isinstance(strategy.get("pauseAfter"), list):
         # there may be fewer batches than in the old release
-        last = len(plan_batches(node_ids, parse_strategy(strategy).batches))
+        last = len(batches_of(parse_strategy(strategy), nodes))
         strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
     request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", stored_payload(old),
-                             retry_of=old.id, strategy=strategy, stands_for=selection_again(old))
-    plan = make_plan(parse_strategy(strategy), node_ids, left_out_nodes(found))
-    return request, plan._replace(payload_of=(old.id, old.version), not_chosen=len(tried) - len(found)), nodes
+                             retry_of=old.id, strategy=strategy)
+    plan = make_plan(parse_strategy(strategy), nodes, left_out_nodes(found))
+    return request, plan._replace(payload_of=(old.id, old.version), selection=selection_again(old),
+                                  not_chosen=len(tried) - len(found)), nodes
 
 
 def chosen_again(tx: Transaction, old: Release, tried: Sequence[Node], wish: Again) -> list[Node]:
@@ -7183,17 +7660,16 @@ def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRe
     planned = [*batches.values(), *([failed] if failed else [])]
     sizes = [len(batch) for batch in planned[:-1]] or [len(planned[0])]
     # make_plan() goes by planned: a hand-written release may have more batches than a strategy can
-    strategy = {**strategy_again(old, ("startAt", "soakSec", "pauseAfter", "verify")),
+    strategy = {**strategy_again(old, ("startAt", "soakSec", "pauseAfter", "verify", "first", "batchBy")),
                 "batches": sizes[:MAX_BATCHES]}
     with contextlib.suppress(AppError):  # the probes fit the payload that goes out
         strategy.update({key: value for key, value in strategy_again(good, ()).items() if key == "verify"})
     request = ReleaseRequest(
         old.target, wish.reason or f"rollback of release {old.id} to the payload of version {good.version}",
-        stored_payload(good), rollback_of=old.id, strategy=strategy,
-        stands_for={"nodeIds": [node.id for node in found]})
-    plan = make_plan(parse_strategy(strategy), [node.id for node in nodes], left_out_nodes(found), planned,
-                     frozenset(failed))
-    return request, plan._replace(payload_of=(good.id, good.version)), nodes
+        stored_payload(good), rollback_of=old.id, strategy=strategy)
+    plan = make_plan(parse_strategy(strategy), nodes, left_out_nodes(found), planned, frozenset(failed))
+    return request, plan._replace(payload_of=(good.id, good.version),
+                                  selection={"nodeIds": [node.id for node in found]}), nodes
 
 
 def nodes_again(tx: Transaction, old: Release, where: str = "1 = 1") -> list[Node]:
@@ -7346,8 +7822,8 @@ def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
 # ======================================================================================
 # Drift: what each node runs, what it should run, and how far these are apart (contract
 #   section 5).
-# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Decision,
-#   Verdict, Database, Database state, Nodes, Queue, Retry and rollback.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Selection, Plan,
+#   Decision, Verdict, Database, Database state, Nodes, Queue, Retry and rollback.
 #
 #   Nothing of it is stored: the rows of release_task_nodes tell it, whoever wrote them,
 #   and an index finds the newest success of a node at once. A later try is looked at only
@@ -7704,9 +8180,7 @@ def _with_levels(tx: Transaction, nodes: Sequence[Node]) -> list[ListedNode]:
 class NodeFilter(NamedTuple):
     """Which nodes a list shows, and in which order; what is empty restricts nothing."""
     drift: str = ""
-    labels: Mapping[str, str] = {}
-    # Patterns with *, ? and [...], of which one must fit.
-    names: Sequence[str] = ()
+    words: NodeWords = NodeWords()
     # Id of the release that they run.
     runs: int | None = None
     # Part of a name, an address or a label.
@@ -7716,10 +8190,8 @@ class NodeFilter(NamedTuple):
 
     def takes(self, node: Node) -> bool:
         """Return whether it takes a node, as far as the node's row tells."""
-        return (self.labels.items() <= node.label_items
-                and (not self.names or names_fit(tuple(self.names))(node.name))
-                and (not self.search or self.search.lower() in "\n".join(
-                    [node.name, node.main_ip, *(f"{key}={value}" for key, value in node.label_items)]).lower()))
+        return self.words.takes(node) and (not self.search or self.search.lower() in "\n".join(
+            [node.name, node.main_ip, *(f"{key}={value}" for key, value in node.label_values.items())]).lower())
 
 
 def _in_order_of_numbers(text: str) -> list[Any]:
@@ -7824,6 +8296,7 @@ class CatchUp(NamedTuple):
 def plan_catch_up(tx: Transaction, reason: str, strategy: Mapping[str, Any]) -> tuple[list[CatchUp], list[LeftOut]]:
     """Return a release for each one that is wanted, oldest first, and the nodes that are behind but left out."""
     parsed, nodes = parse_strategy(strategy), all_nodes(tx)
+    refuse_unknown_labels(parsed, nodes)
     found = levels(tx, nodes)
     behind = [node for node in nodes if found[node.id].drift == BEHIND]
     under_way = _releases_under_way(tx)
@@ -7850,10 +8323,9 @@ def _catch_up_with(wanted: Release, nodes: Sequence[Node], reason: str, strategy
     refuse_twins(nodes)
     refuse_dropping_sites(payload, nodes, WRONG_STATE, f"the payload of release {wanted.id}")
     request = ReleaseRequest(wanted.target, reason or f"catch-up with release {wanted.id}", payload, strategy=strategy,
-                             catch_up_of=wanted.catch_up_of or wanted.id,
-                             stands_for=selection_again(wanted))
-    plan = make_plan(parsed, [node.id for node in nodes])
-    return CatchUp(request, plan._replace(payload_of=(wanted.id, wanted.version),
+                             catch_up_of=wanted.catch_up_of or wanted.id)
+    plan = make_plan(parsed, nodes)
+    return CatchUp(request, plan._replace(payload_of=(wanted.id, wanted.version), selection=selection_again(wanted),
                                           emptied=emptied_nodes(payload, nodes)), nodes)
 
 
@@ -7884,9 +8356,9 @@ def _releases_under_way(tx: Transaction) -> dict[int, int]:
 # region Releases
 # ======================================================================================
 # Releases: create, verbs, lists, payloads, prune.
-# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Failures,
-#   Status texts, Decision, Verbs, Why, Database, Database state, Audit, Nodes, Queue,
-#   Retry and rollback, Drift.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Failures, Node
+#   index, Status texts, Decision, Verbs, Why, Database, Database state, Audit, Nodes,
+#   Queue, Retry and rollback, Drift.
 # ======================================================================================
 
 class Progress(NamedTuple):
@@ -8354,11 +8826,13 @@ class Releases:
 
     def _plan(self, tx: Transaction, request: ReleaseRequest) -> tuple[Plan, list[Node]]:
         strategy = parse_strategy(request.strategy)
-        nodes, left_out = choose_nodes(all_nodes(tx), request)
+        nodes, left_out, stored, warnings = choose_nodes(all_nodes(tx), request)
         refuse_twins(nodes)
         refuse_dropping_sites(request.payload, nodes)
-        plan = make_plan(strategy, [node.id for node in nodes], left_out)
-        return plan._replace(emptied=emptied_nodes(request.payload, nodes)), nodes
+        refuse_unknown_labels(strategy, nodes)
+        plan = make_plan(strategy, nodes, left_out)
+        return plan._replace(emptied=emptied_nodes(request.payload, nodes), selection=stored,
+                             warnings=[*warnings, *plan.warnings]), nodes
 
     def _version_for(self, tx: Transaction, request: ReleaseRequest, release_id: int) -> int:
         version = self._state.next_version(tx, release_id)
@@ -8386,12 +8860,14 @@ class Releases:
                                        created_at, updated_at)
             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
                    release_id, request.target, version, new_tag(), REASON_PENDING, request.reason, to_json(payload),
-                   digest, to_json(request.strategy), to_json(request.selection), request.retry_of,
+                   digest, to_json(request.strategy), to_json(plan.selection), request.retry_of,
                    request.rollback_of, request.catch_up_of, sum(map(len, plan.batches)), now, now)
-        addresses = {node.id: (node.name, node.main_ip, node.agent_port) for node in nodes}
+        limits = plan.strategy.max_parallel_per
+        as_now = {node.id: (node.name, node.main_ip, node.agent_port, to_json(dict(sorted(limited_labels(
+            node.labels, limits)))) if limits else "{}") for node in nodes}
         tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, accepted, created_at, "
-                       "updated_at, node_name, main_ip, agent_port) VALUES ", 9, [
-                           (release_id, node_id, number, int(node_id in plan.tolerated), now, now, *addresses[node_id])
+                       "updated_at, node_name, main_ip, agent_port, labels) VALUES ", 10, [
+                           (release_id, node_id, number, int(node_id in plan.tolerated), now, now, *as_now[node_id])
                            for number, batch in enumerate(plan.batches, 1) for node_id in batch])
         left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20] if request.is_again]
         detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "",
@@ -8409,7 +8885,7 @@ class Releases:
             "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
             in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
             extra=about(release, actor=str(actor), event="created")))
-        return Made(release, plan.batches, plan.left_out, is_same)
+        return Made(release, plan.batches, plan.left_out, is_same, plan.warnings)
 
     def _make_again(self, verb: str, release_id: int, actor: Who, wish: Again, key: IdempotencyKey | None) -> Made:
         with self._database.transaction(write=True) as tx:
@@ -8423,7 +8899,7 @@ class Releases:
         # the index idempotency_keys_by_age
         tx.execute("DELETE FROM idempotency_keys WHERE created_at < ?",
                    utc_text(self._state.clock.wall() - IDEMPOTENCY_KEY_S))
-        row = tx.row("SELECT request_sha256, release_task_id, left_out FROM idempotency_keys "
+        row = tx.row("SELECT request_sha256, release_task_id, left_out, warnings FROM idempotency_keys "
                      "WHERE actor = ? AND idempotency_key = ?", key.actor, key.key)
         if row is None:
             return None
@@ -8438,13 +8914,13 @@ class Releases:
         detail = tx.value("SELECT detail FROM release_events WHERE release_task_id = ? AND node_id IS NULL AND "
                           "event = 'created'", row[1]) or ""
         return Made(read_release(tx, row[1]), list(batches.values()), [LeftOut(*one) for one in parse_json(row[2])],
-                    CHANGES_NOTHING in detail.split("; "))
+                    CHANGES_NOTHING in detail.split("; "), parse_json(row[3]))
 
     def _keep_for_replay(self, tx: Transaction, key: IdempotencyKey | None, made: Made) -> Made:
         if key:
             tx.execute("INSERT INTO idempotency_keys (actor, idempotency_key, request_sha256, release_task_id, "
-                       "created_at, left_out) VALUES (?, ?, ?, ?, ?, ?)", *key, made.release.id, self._state.now(),
-                       to_json(made.left_out))
+                       "created_at, left_out, warnings) VALUES (?, ?, ?, ?, ?, ?, ?)", *key, made.release.id,
+                       self._state.now(), to_json(made.left_out), to_json(made.warnings))
         return made
 
     @staticmethod
@@ -8807,12 +9283,28 @@ class Claims:
             if release is None or release.is_terminal:
                 return explain(facts)
             batches, strategy = read_batches(tx, release.id), strategy_of(release.strategy)
+            batch = next((b.number for b in batches if b.is_open), 0)
             return explain(facts._replace(
                 batches=batches, strategy=strategy,
                 running=self._in_flight(tx, release.id, strategy.node_deadline_s or node_deadline_s, facts.now),
                 ahead=self._queue.ahead_of(tx, release.id) if release.status == PENDING else (),
-                busy=self._busy_nodes(tx, release.id, next((b.number for b in batches if b.is_open), 0)),
+                by_labels=self._count_labels(tx, release.id, batch) if strategy.max_parallel_per else {},
+                busy=self._busy_nodes(tx, release.id, batch),
                 exceeded=read_exceeded(tx, release, batches) if release.status == PAUSED else ""))
+
+    @staticmethod
+    def _count_labels(tx: Transaction, release_id: int, batch: int) -> dict[str, dict[str, int]]:
+        """Return by status how many nodes of a batch run or wait, by their labels."""
+        counts: dict[str, dict[str, int]] = {RUNNING: {}, PENDING: {}}
+        # the index release_task_nodes_by_status
+        for status, labels, count in tx.rows(f"""
+                SELECT n.status, {LABELS_THEN}, COUNT(*)
+                FROM release_task_nodes n
+                JOIN nodes h ON h.id = n.node_id
+                WHERE n.release_task_id = ? AND n.status IN ('running', 'pending') AND n.batch = ?
+                GROUP BY 1, 2""", release_id, batch):
+            counts[status][labels] = count
+        return counts
 
     @staticmethod
     def _in_flight(tx: Transaction, release_id: int, deadline_s: float, now: Moment) -> list[tuple[float, str]]:
@@ -10429,8 +10921,8 @@ async def _late_alert(timed: TimedSocket) -> str:
 # region Driver
 # ======================================================================================
 # Driver: one claimed release: read, decide, commit, send, collect.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Status
-#   texts, Decision, Overview, Event loop, Dialects, Agents.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Node
+#   index, Status texts, Decision, Overview, Event loop, Dialects, Agents.
 # ======================================================================================
 
 class Lease:
@@ -11611,8 +12103,8 @@ class Executor:
 # region Serialization
 # ======================================================================================
 # Serialization: the JSON of contract section 5, and its schemas. Pure.
-# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Failures,
-#   Status texts, Why, Verdict, Audit, Nodes, Drift.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Selection, Plan,
+#   Failures, Status texts, Why, Verdict, Audit, Nodes, Drift.
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
@@ -11695,7 +12187,7 @@ def created_json(made: Made) -> dict[str, Any]:
     release = made.release
     return {"releaseId": release.id, "version": release.version, "totalNodes": release.total_nodes,
             "batches": [{"batch": number, "nodeIds": list(ids)} for number, ids in enumerate(made.batches, 1)],
-            "changesNothing": made.is_unchanged}
+            "changesNothing": made.is_unchanged, **({"warnings": list(made.warnings)} if made.warnings else {})}
 
 
 def created_again_json(made: Made) -> dict[str, Any]:
@@ -11713,13 +12205,15 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     payload_of, strategy = _id_and_version(*plan.payload_of) if plan.payload_of else None, plan.strategy
     return {"version": plan.version, "totalNodes": sum(map(len, plan.batches)),
             "batches": [{"batch": number, "nodeIds": ids, "nodeNames": [plan.names.get(id_, "") for id_ in ids],
-                         "maxFailed": most}
-                        for number, (ids, most) in enumerate(zip(plan.batches, plan.max_failed), 1)],
+                         "maxFailed": most, "group": group}
+                        for number, (ids, most, group) in enumerate(
+                            zip(plan.batches, plan.max_failed, plan.groups), 1)],
             "maxFailedTotal": plan.max_failed_total, "maxParallel": strategy.max_parallel,
+            "maxParallelPer": dict(strategy.max_parallel_per),
             "soakSec": strategy.soak_s, "pauseAfter": plan.pauses, "onExceed": strategy.on_exceed,
             "startAt": strategy.start_at or None, "verify": _verify_json(strategy.verify) if strategy.verify else None,
-            "leftOut": left_out_json(plan.left_out), "notChosen": plan.not_chosen,
-            "emptied": list(plan.emptied), "payloadOf": payload_of,
+            "leftOut": left_out_json(plan.left_out), "notChosen": plan.not_chosen, "emptied": list(plan.emptied),
+            "warnings": list(plan.warnings), "payloadOf": payload_of,
             "effect": _effect_json(plan.effect) if plan.effect else None}
 
 
@@ -11820,10 +12314,7 @@ NODE_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
         "agentPort", int(v) if isinstance(v, float) and v.is_integer() else v, PORTS), PORTS.schema),
     "agentProtocol": ("agent_protocol", lambda v: parse_choice("agentProtocol", v, PROTOCOLS),
                       {"type": "string", "enum": list(PROTOCOLS)}),
-    "labels": ("labels", parse_labels, {
-        "type": "object", "maxProperties": MAX_LABELS,
-        "propertyNames": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_KEY_CHARS, "format": "line"},
-        "additionalProperties": {"type": "string", "maxLength": MAX_LABEL_CHARS, "format": "line"}}),
+    "labels": ("labels", parse_labels, labels_schema(LABEL_VALUE_SCHEMA)),
     "enabled": ("enabled", lambda v: int(parse_flag("enabled", v)), _FLAG),
     "status": ("status", lambda v: parse_choice("status", v, NODE_STATUSES),
                {"type": "string", "enum": list(NODE_STATUSES)}),
@@ -11885,17 +12376,17 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
 
     body is of parse_json(exact=True), for the payload's sake.
     """
-    known_keys(body, ("target", "reason", "payload", "strategy", "nodeIds", "labels", "dryRun", "version"))
+    known_keys(body, ("target", "reason", "payload", "strategy", "nodeIds", "labels", "exclude", "dryRun", "version"))
     payload = body.get("payload", {})
     body = plain_numbers({key: value for key, value in body.items() if key != "payload"})
     if "nodeIds" in body and "labels" in body:
         raise AppError(INVALID, "nodeIds and labels exclude each other: name one of them")
     strategy = _strategy_in(body)
+    parse_selection({key: value for key, value in body.items() if key in ("nodeIds", "labels", "exclude")})
     return ReleaseRequest(
         parse_target(body.get("target", "cdn")), parse_text("reason", body.get("reason", "")),
         parse_payload(payload), strategy=strategy,
-        node_ids=parse_node_ids(body["nodeIds"]) if "nodeIds" in body else None,
-        labels=parse_json(parse_labels(body["labels"])) if "labels" in body else None,
+        node_ids=body.get("nodeIds"), labels=body.get("labels"), exclude=body.get("exclude", {}),
         version=parse_integer("version", body["version"], NAMED_VERSIONS) if "version" in body else None)
 
 
@@ -11917,7 +12408,9 @@ def openapi_schemas() -> dict[str, Any]:
     left_out = _array(schema_of({"nodeId": ID, "nodeName": TEXT, "why": TEXT}))
     created = {"releaseId": ID, "version": ID, "totalNodes": _COUNT,
                "batches": _array(schema_of({"batch": ID, "nodeIds": _array(ID)})), "changesNothing": _FLAG}
+    may_warn = {"warnings": _array(TEXT)}
     again = {"reason": _REASON, "overNewer": _FLAG, "dryRun": _FLAG}
+    chosen_ids = {**_array(ID), "minItems": 1, "uniqueItems": True}
     changes = {"total": _COUNT, "changes": {**_array(schema_of(
         {"change": {"type": "string", "enum": [ADDED, REMOVED, CHANGED]}, "path": TEXT, "before": {}, "after": {},
          "position": _COUNT}, required=["change", "path"])), "maxItems": MAX_CHANGES}}
@@ -11935,8 +12428,8 @@ def openapi_schemas() -> dict[str, Any]:
             "nodeNames": {**_array(TEXT), "maxItems": MAX_GROUP_NODES},
             "label": {**schema_of({"key": TEXT, "value": TEXT, "nodes": ID}), "type": ["object", "null"]}}),
         "ReleaseList": _list_of("Release"),
-        "Created": schema_of(created),
-        "CreatedAgain": schema_of({**created, "leftOut": left_out}),
+        "Created": schema_of({**created, **may_warn}, required=list(created)),
+        "CreatedAgain": schema_of({**created, "leftOut": left_out, **may_warn}, required=[*created, "leftOut"]),
         "Event": schema_of(EVENT_SCHEMA),
         "EventList": _list_of("Event", paged=False),
         "AuditRow": schema_of(AUDIT_ROW_SCHEMA),
@@ -11945,7 +12438,8 @@ def openapi_schemas() -> dict[str, Any]:
         "NodeTry": schema_of(NODE_TRY_SCHEMA),
         "NodeTryList": _list_of("NodeTry"),
         "CatchUp": schema_of({"reason": _REASON, "strategy": ref_schema("Strategy"), "dryRun": _FLAG}, required=[]),
-        "CaughtUp": schema_of({"releases": _array(schema_of({**created, "catchUpOf": ID})), "leftOut": left_out}),
+        "CaughtUp": schema_of({"leftOut": left_out, "releases": _array(schema_of(
+            {**created, "catchUpOf": ID, **may_warn}, required=[*created, "catchUpOf"]))}),
         "CatchUpPlan": schema_of({"plans": _array(ref_schema("Plan")), "leftOut": left_out}),
         "ListedNode": schema_of({
             **NODE_SCHEMA,
@@ -11957,10 +12451,12 @@ def openapi_schemas() -> dict[str, Any]:
         "Plan": schema_of({
             "version": ID, "totalNodes": _COUNT,
             "batches": _array(schema_of({"batch": ID, "nodeIds": _array(ID), "nodeNames": _array(TEXT),
-                                         "maxFailed": _COUNT})),
-            "maxFailedTotal": _ID_OR_NULL, "maxParallel": _COUNT, "soakSec": {"type": "number", "minimum": 0},
+                                         "maxFailed": _COUNT, "group": TEXT})),
+            "maxFailedTotal": _ID_OR_NULL, "maxParallel": _COUNT,
+            "maxParallelPer": {"type": "object", "additionalProperties": ID},
+            "soakSec": {"type": "number", "minimum": 0},
             "pauseAfter": _array(ID), "onExceed": TEXT, "startAt": _TIME, "verify": {"type": ["object", "null"]},
-            "leftOut": left_out, "notChosen": _COUNT, "emptied": _array(TEXT),
+            "leftOut": left_out, "notChosen": _COUNT, "emptied": _array(TEXT), "warnings": _array(TEXT),
             "payloadOf": {"type": ["object", "null"], "properties": {"releaseId": ID, "version": ID}},
             "effect": schema_of({"text": TEXT, "against": _ID_OR_NULL, **changes, "openReleases": _COUNT,
                                  "running": _array(schema_of({
@@ -11972,8 +12468,8 @@ def openapi_schemas() -> dict[str, Any]:
         "NewRelease": schema_of({
             "target": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}, "reason": _REASON,
             "payload": _OBJECT, "strategy": ref_schema("Strategy"),
-            "nodeIds": {**_array(ID), "minItems": 1, "uniqueItems": True},
-            "labels": _NODE_FIELD_SCHEMAS["labels"], "dryRun": _FLAG,
+            "nodeIds": chosen_ids, "labels": LABEL_CHOICE_SCHEMA,
+            "exclude": schema_of({"nodeIds": chosen_ids, "labels": LABEL_CHOICE_SCHEMA}, required=[]), "dryRun": _FLAG,
             "version": NAMED_VERSIONS.schema}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": schema_of({"reason": _REASON}, required=[]),
@@ -12408,9 +12904,9 @@ class ReadQueue:
 # ======================================================================================
 # API: routes as a table, handlers, /openapi.json (contract section 5); knows no
 #   socket.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Verbs,
-#   Verdict, Audit, Queue, Retry and rollback, Drift, Overview, Serialization,
-#   Requests.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Selection,
+#   Plan, Verbs, Verdict, Audit, Queue, Retry and rollback, Drift, Overview,
+#   Serialization, Requests.
 # ======================================================================================
 
 DASHBOARD_FILE = Path(__file__).resolve().with_name("dashboard.html")
@@ -12636,8 +13132,10 @@ class Api:
                 self._waiters.release()
 
     def list_nodes(self, request: Request) -> Reply:
+        labels = request.words("label")
         wanted = NodeFilter(
-            request.choice("drift"), parse_label_pairs("label", request.words("label")), tuple(request.words("name")),
+            request.choice("drift"),
+            node_words(tuple(request.words("name")), "label", [",".join(labels)] if labels else []),
             request.integer("runs") or None, request.query.get("search", ""), request.choice("sort"))
         with_last = request.choice("lastRelease") == "1"
 
@@ -12985,7 +13483,7 @@ def openapi_document() -> dict[str, Any]:
 # region Server
 # ======================================================================================
 # Server: a request from its first byte to its answer; the listener and its threads.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Audit, Releases,
+# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Strategy, Audit, Releases,
 #   HTTP wire, Access, Requests, API.
 # ======================================================================================
 
@@ -14247,9 +14745,9 @@ class Screen:
 # ======================================================================================
 # Commands: what each other command does (contract section 4).
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Difference, Model,
-#   Strategy, Plan, Status texts, Verbs, Why, Verdict, Engines, Database, Audit,
-#   Nodes, Queue, Retry and rollback, Releases, Overview, Serialization, Access, Check
-#   and why, Terminal, Views.
+#   Strategy, Selection, Plan, Status texts, Verbs, Why, Verdict, Engines, Database,
+#   Audit, Nodes, Queue, Retry and rollback, Releases, Overview, Serialization, Access,
+#   Check and why, Terminal, Views.
 # ======================================================================================
 
 # Where a command's options have the id of a release, or LATEST.
@@ -14358,14 +14856,30 @@ def _list_of_numbers(text: str) -> list[int | str]:
     return [_number_or_text(part.strip()) for part in text.split(",")]
 
 
+def _wanted_labels(field: str, texts: Iterable[str]) -> dict[str, Any]:
+    wanted, unwanted = parse_label_words(field, texts)
+    if unwanted:
+        raise AppError(INVALID, f"{field} takes K=V or K=V1,V2, and no !=")
+    return wanted
+
+
+# Placeholders of options that may be repeated; their parsers take all texts.
+REPEATED = ("K=V", "K=N")
 # Options of create: flag, key of the strategy, parser, placeholder, help.
-STRATEGY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
-    ("--batches", "batches", _list_of_numbers, "SPEC", "sizes: 1,10%%,25%%; all other nodes are the last batch (1)"),
+STRATEGY_OPTIONS: tuple[tuple[str, str, Callable[[Any], Any], str, str], ...] = (
+    ("--batches", "batches", _list_of_numbers, "SPEC",
+     "sizes: 1,10%%,25%%; all other nodes are the last batch, but 20* or 10%%* goes on to the end (1)"),
+    ("--batch-by", "batchBy", str, "KEY", "a batch for each value of this label; --batches cuts each of them"),
+    ("--first", "first", lambda texts: _wanted_labels("--first", texts), "K=V",
+     "nodes with this label are batch 1; may be repeated"),
     ("--max-failed", "maxFailed", _number_or_text, "N",
      "failures tolerated in a batch: N or N%% (default 0: stop at the first)"),
     ("--max-failed-total", "maxFailedTotal", _number_or_text, "N",
      "failures tolerated in the whole release: N or N%% (no limit)"),
     ("--max-parallel", "maxParallel", _number_or_text, "N", "nodes in flight at once; 0: the whole batch (0)"),
+    ("--max-parallel-per", "maxParallelPer", lambda texts: {
+        key: _number_or_text(number) for key, number in parse_label_pairs("--max-parallel-per", texts).items()}, "K=N",
+     "nodes in flight at once for each value of this label, like rack=1; may be repeated"),
     ("--soak", "soakSec", parse_duration, "TIME", "wait between batches: 90, 5m, 2h (0)"),
     ("--pause-after", "pauseAfter", lambda text: text if text == EACH else _list_of_numbers(text), "LIST",
      "pause after these batches until resume: numbers, or each"),
@@ -14374,7 +14888,7 @@ STRATEGY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = 
     ("--retries", "retries", _number_or_text, "N", "tries after the first"),
     ("--start-at", "startAt", str, "TIME", "start no earlier than this, like 2026-01-31T22:00:00Z"),
 )
-VERIFY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
+VERIFY_OPTIONS: tuple[tuple[str, str, Callable[[Any], Any], str, str], ...] = (
     ("--verify-url", "url", str, "URL", "probe each node after its success, like http://{main_ip}:8080/health"),
     ("--verify-status", "status", _number_or_text, "N", "HTTP status that a probe must get (200)"),
     ("--verify-timeout", "timeoutSec", parse_duration, "TIME", "most time for one probe (5)"),
@@ -14385,10 +14899,11 @@ VERIFY_OPTIONS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
 
 
 def _given(options: argparse.Namespace,
-           known: Iterable[tuple[str, str, Callable[[str], Any], str, str]]) -> dict[str, Any]:
+           known: Iterable[tuple[str, str, Callable[[Any], Any], str, str]]) -> dict[str, Any]:
     """Return the keys whose options were given, with their values."""
-    values = {key: getattr(options, flag[2:].replace("-", "_")) for flag, key, *_ in known}
-    return {key: value for key, value in values.items() if value is not None}
+    values = [(key, getattr(options, flag[2:].replace("-", "_")), parse if metavar in REPEATED else None)
+              for flag, key, parse, metavar, _ in known]
+    return {key: parse(value) if parse else value for key, value, parse in values if value is not None}
 
 
 def _strategy_given(options: argparse.Namespace) -> dict[str, Any]:
@@ -14404,14 +14919,16 @@ def command_create(context: Context) -> int:
                             "strategy": _strategy_given(options)}
     if options.payload:
         body["payload"] = read_json(read_text(options.payload), f"--payload {options.payload}", exact=True)
-    if options.label:
-        body["labels"] = parse_label_pairs("--label", options.label)
+    wanted, unwanted = parse_label_words("--label", options.label or ())
+    if wanted and options.node:
+        raise AppError(INVALID, "--node and --label K=V exclude each other: name one of them")
+    if len(set(options.node or ())) < len(options.node or ()):
+        raise AppError(INVALID, "--node must name different nodes")
+    body.update({"labels": wanted} if wanted else {}, **({"exclude": {"labels": unwanted}} if unwanted else {}))
     if options.version is not None:
         body["version"] = options.version
     store = context.open(create=True)
-    if options.node:
-        body["nodeIds"] = [store.nodes.named(name).id for name in options.node]
-    request = parse_release_request(body)
+    request = parse_release_request(body)._replace(names=options.node or (), excluded_names=options.exclude or ())
     if options.plan:
         return _show_plan(context, store.releases.plan(request))
     return _show_created(context, store.releases.create(request, context.actor))
@@ -14429,17 +14946,21 @@ def _plan_text(plan: Plan, display: Display) -> str:
               ("failures tolerated in all", plan.max_failed_total),
               ("more failures", None if strategy.on_exceed == FAIL else "it pauses"),
               ("nodes in flight at once, at most", strategy.max_parallel or None),
+              *((f"the same for each {key}", number) for key, number in strategy.max_parallel_per.items()),
               ("starts no earlier than", strategy.start_at or None),
               ("soaks after each batch", f"{strategy.soak_s:g} s" if strategy.soak_s else None),
               ("pauses after batch", in_words(plan.pauses) or None),
               ("each node is probed at", strategy.verify.url if strategy.verify else None),
               ("failed or skipped, and not chosen", plan.not_chosen or None)]
-    text = display.table([(number, len(ids), most, in_words([plan.names[id_] for id_ in ids])) for number, (ids, most)
-                          in enumerate(zip(plan.batches, plan.max_failed), 1)], ("batch", "nodes", "may fail", "names"))
+    has_groups = any(plan.groups)
+    text = display.table(
+        [(number, len(ids), most, *([group] if has_groups else []), in_words([plan.names[id_] for id_ in ids]))
+         for number, (ids, most, group) in enumerate(zip(plan.batches, plan.max_failed, plan.groups), 1)],
+        ("batch", "nodes", "may fail", *(["group"] if has_groups else []), "names"))
     emptied = [f"left without any site: {', '.join(plan.emptied)}"] if plan.emptied else []
     return "\n".join(
         [text, *(f"{name}: {value}" for name, value in limits if value is not None), *_left_out_lines(plan.left_out),
-         *emptied, *([effect_text(effect)] if effect else []),
+         *_warning_lines(plan.warnings), *emptied, *([effect_text(effect)] if effect else []),
          *(_change_lines(effect.difference, MAX_CHANGES_PLANNED) if effect and effect.difference else [])])
 
 
@@ -14467,7 +14988,13 @@ def command_diff(context: Context) -> int:
 
 
 def _left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
-    return [f"left out: {one.name} is {one.why}" for one in left_out]
+    excluded = [one.name for one in left_out if one.why == EXCLUDED]
+    return [*(f"left out: {one.name} is {one.why}" for one in left_out if one.why != EXCLUDED),
+            *([f"excluded: {in_words(excluded)}"] if excluded else [])]
+
+
+def _warning_lines(warnings: Iterable[str]) -> list[str]:
+    return [f"note: {text}" for text in warnings]
 
 
 def _check_wait(options: argparse.Namespace) -> None:
@@ -14493,7 +15020,7 @@ def _created_text(made: Made) -> str:
     return "\n".join([
         f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
         f"{in_words([len(batch) for batch in made.batches])}", *([CHANGES_NOTHING] if made.is_unchanged else []),
-        *(_left_out_lines(made.left_out) if release.is_again else [])])
+        *(_left_out_lines(made.left_out) if release.is_again else []), *_warning_lines(made.warnings)])
 
 
 def command_list(context: Context) -> int:
@@ -14816,7 +15343,7 @@ def command_version(context: Context) -> int:
 # region Node commands
 # ======================================================================================
 # Node commands: what the commands on nodes do, and what is shown of a node.
-# Uses: Vocabulary, Helpers, Model, Plan, Drift, Overview, Serialization, Check and
+# Uses: Vocabulary, Helpers, Model, Selection, Drift, Overview, Serialization, Check and
 #   why, Commands.
 # ======================================================================================
 
@@ -14848,13 +15375,19 @@ def command_node_add(context: Context) -> int:
 
 def command_node_list(context: Context) -> int:
     options = context.options
+    words = node_words(tuple(options.names), "--label", options.label or (), tuple(options.exclude or ()))
     page = context.open().fleet.page(size=0, wanted=NodeFilter(
-        options.drift or "", parse_label_pairs("--label", options.label or ()), tuple(options.names), options.runs,
-        options.search, options.sort))
-    text = context.display.table([_node_row(listed) for listed in page.items], NODE_HEAD) or (
-        "no such nodes" if page.total or context.store.nodes.page(size=1).total else
-        "no nodes: add one with `node add`")
+        options.drift or "", words, options.runs, options.search, options.sort))
+    text = context.display.table([_node_row(listed) for listed in page.items], NODE_HEAD) or _why_none(
+        words, context.store.nodes.page(size=0).items)
     return context.show({"items": [node_json(listed) for listed in page.items], "total": page.total}, text)
+
+
+def _why_none(words: NodeWords, nodes: Sequence[Node]) -> str:
+    if not nodes:
+        return "no nodes: add one with `node add`"
+    is_by_label = bool(words.labels or words.excluded_labels) and not any(map(words.takes, nodes))
+    return words.why_none(nodes) if is_by_label else "no such nodes"
 
 
 # Releases that `node show` shows.
@@ -14915,17 +15448,10 @@ def _chosen(context: Context, store: Store) -> list[Node]:
     options = context.options
     if not options.names and not options.where:
         raise AppError(MISSING, "no node is chosen: give names or patterns, or --where K=V")
-    labels = parse_label_pairs("--where", options.where or ())
-    nodes = [node for node in store.nodes.page(size=0).items if NodeFilter(labels=labels).takes(node)]
-    known = {node.name for node in nodes}
-    wrong = [name for name in options.names
-             if name not in known and not any(map(NodeFilter(names=[name]).takes, nodes))]
-    if wrong:
-        raise AppError(NOT_FOUND, f"node {one_line(wrong[0], 100)} does not exist" + (
-            f" with {','.join(options.where)}" if options.where else ""))
-    chosen = [node for node in nodes if NodeFilter(names=options.names).takes(node)]
+    words = node_words(options.names, "--where", options.where or (), options.exclude or ())
+    chosen = words.choose(store.nodes.page(size=0).items)
     if not chosen:
-        raise AppError(NOT_FOUND, f"no node has {','.join(options.where)}")
+        raise AppError(NOT_FOUND, "no nodes: add one with `node add`")
     return chosen
 
 
@@ -14977,8 +15503,10 @@ def _read_node_file(path: str) -> list[dict[str, Any]]:
 
 def command_node_ping(context: Context) -> int:
     store = context.open()
-    nodes = [store.nodes.named(name) for name in context.options.names] or \
-        [node for node in store.nodes.page(size=0).items if node.enabled]
+    options, known = context.options, store.nodes.page(size=0).items
+    words = node_words(options.names, "--label", options.label or (), options.exclude or ())
+    exact = {name for name in options.names if not is_pattern(name)}
+    nodes = [node for node in words.choose(known) if node.enabled or node.name in exact]
     pings = ping_nodes(context.settings, nodes)
     context.show({"items": [{"name": p.node.name, "ok": p.is_ok, "errorKind": p.error_kind, "message": p.text}
                             for p in pings]},
@@ -15664,8 +16192,12 @@ _WATCH_OPTIONS = (
            help="stop waiting after TIME (90, 5m) with exit 75; the release goes on"))
 _WAIT_OPTIONS = (
     option("--wait", action="store_true", help="follow it to its end; exit 0 on success, 1 else"), *_WATCH_OPTIONS)
-_STRATEGY_OPTIONS = tuple(option(flag, type=parse, metavar=metavar, help=text)
+_STRATEGY_OPTIONS = tuple(option(flag, metavar=metavar, help=text, **(
+    {"action": "append"} if metavar in REPEATED else {"type": parse}))
                           for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS))
+_EXCLUDE_OPTION = option("--exclude", action="append", metavar="NODE",
+                         help="not this node, or those with a name like 'edge-fra-*'; may be repeated")
+_LABELS_HELP = "only nodes with this label: K=V, K=V1,V2 or 'K!=V'; may be repeated"
 _NODE_OPTIONS = (
     option("--port", type=PORTS.argument, help="the agent's port (8443)"),
     option("--protocol", choices=PROTOCOLS, help="the agent's protocol (tasks)"),
@@ -15705,7 +16237,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("node list", "list the nodes, what each runs, and which do not run what they should", command_node_list, (
         option("names", nargs="*", metavar="NODE", help="only these; * and ? stand for other characters: 'edge-fra-*'"),
         option("--drift", choices=DRIFTS, help="only nodes with this drift"),
-        option("--label", action="append", metavar="K=V", help="only nodes with this label; may be repeated"),
+        option("--label", action="append", metavar="K=V", help=_LABELS_HELP), _EXCLUDE_OPTION,
         option("--runs", type=_release_id, metavar="ID", help="only nodes that run this release, or latest"),
         option("--search", default="", metavar="TEXT", help="only nodes with this in name, address or labels"),
         option("--sort", choices=QUERY_PARAMETERS["sort"]["enum"], default="id", metavar="KEY",
@@ -15715,9 +16247,9 @@ COMMANDS: tuple[Command, ...] = (
     Command("node rm", "delete a node that no release names", command_node_rm, (option("name", metavar="NODE"),)),
     Command("node set", "change nodes, all or none", command_node_set, (
         option("names", nargs="*", metavar="NODE", help="these; * and ? stand for other characters: 'edge-fra-*'"),
-        option("--where", action="append", metavar="K=V", help="of these, or of all, those with this label; may be "
-                                                              "repeated"),
-        option("--rename", metavar="NAME"), option("--ip"),
+        option("--where", action="append", metavar="K=V",
+               help="of these, or of all, those with this label: K=V, K=V1,V2 or 'K!=V'; may be repeated"),
+        _EXCLUDE_OPTION, option("--rename", metavar="NAME"), option("--ip"),
         option("--label", action="append", metavar="K=V", help="replaces all labels that they have; may be repeated"),
         *_NODE_OPTIONS)),
     Command("node import", "add nodes from a file, all or none: a JSON array, or lines NAME IP [PORT [PROTOCOL]]",
@@ -15725,15 +16257,18 @@ COMMANDS: tuple[Command, ...] = (
                 option("file", metavar="FILE", help="- for standard input; what `node list --json` printed is taken"),
                 option("--update", action="store_true", help="change the nodes whose name exists"))),
     Command("node ping", "ask agents whether they answer", command_node_ping, (
-        option("names", nargs="*", metavar="NODE", help="none: every enabled node"),)),
+        option("names", nargs="*", metavar="NODE", help="these, or those with a name like 'edge-fra-*'; none: every "
+                                                        "enabled node"),
+        option("--label", action="append", metavar="K=V", help=_LABELS_HELP), _EXCLUDE_OPTION)),
     Command("token add", "make a token for the API, and print it once", command_token_add, (
         option("name", metavar="NAME", help="the name in the history"),
         option("--role", choices=(VIEWER, OPERATOR), required=True, help="viewer reads, operator acts"))),
     Command("create", "create a release for the enabled, online nodes", command_create, (
         option("--payload", metavar="FILE", help="JSON object for the agents; - for standard input"),
         _REASON_OPTION, option("--target", default="cdn", metavar="TARGET", help="what it is for (cdn)"),
-        option("--node", action="append", metavar="NODE", help="only to this node; may be repeated"),
-        option("--label", action="append", metavar="K=V", help="only to nodes with this label; may be repeated"),
+        option("--node", action="append", metavar="NODE",
+               help="only to this node, or those with a name like 'edge-fra-*'; may be repeated"),
+        option("--label", action="append", metavar="K=V", help=_LABELS_HELP), _EXCLUDE_OPTION,
         option("--version", type=NAMED_VERSIONS.argument, metavar="N", help="a higher version than the next one"),
         *_STRATEGY_OPTIONS, _PLAN_OPTION, *_WAIT_OPTIONS)),
     Command("list", "list releases, newest first", command_list, (

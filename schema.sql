@@ -367,3 +367,14 @@ CREATE INDEX release_tasks_by_target ON release_tasks (target, id);
 CREATE INDEX release_tasks_by_created ON release_tasks (created_at);
 
 INSERT INTO schema_version (version) VALUES (11);
+
+-- step 12: how many nodes of a rack, or of a region, may be in flight
+
+-- The labels of the node that the strategy's maxParallelPer needs, as they were when the release was made, as JSON. '':
+-- an older row, or one that a person wrote: those of the node now.
+ALTER TABLE release_task_nodes ADD COLUMN labels TEXT NOT NULL DEFAULT '';
+
+-- What the caller was told about what the key made, as JSON.
+ALTER TABLE idempotency_keys ADD COLUMN warnings TEXT NOT NULL DEFAULT '[]';
+
+INSERT INTO schema_version (version) VALUES (12);

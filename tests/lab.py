@@ -170,6 +170,12 @@ def add_nodes(store: rc.Store, count: int, protocol: str = "tasks", first: int =
             for n in range(first, first + count)]
 
 
+def fleet(count: int, labels: Callable[[int], dict[str, str]] = lambda _: {}) -> list[rc.Node]:
+    """Return nodes 1, 2, ... that no database has; labels: from a node's number to its labels."""
+    return [rc.Node(n, f"edge-{n}", f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}", 8443, "tasks", rc.to_json(labels(n)), 1,
+                    "online", "", "") for n in range(1, count + 1)]
+
+
 def new_release(store: rc.Store, **fields: Any) -> rc.Release:
     """Create a release for the nodes there are."""
     return store.releases.create(rc.ReleaseRequest(**fields), "test")[0]

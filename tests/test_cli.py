@@ -643,12 +643,13 @@ def test_create_takes_a_strategy_by_options_and_plan_shows_it_before(filled_quic
                "--verify-successes", "2")
     plan = filled_quick.ok("create", *options, "--plan", "--json").json
     assert plan == {"version": 4, "totalNodes": 2, "maxFailedTotal": 1, "maxParallel": 2, "leftOut": [], "notChosen": 0,
-                    "emptied": [], "payloadOf": None, "soakSec": 300, "pauseAfter": [1], "onExceed": "pause",
-                    "startAt": "2999-01-01T00:00:00.000Z", "effect": plan["effect"],
+                    "emptied": [], "maxParallelPer": {}, "warnings": [], "payloadOf": None, "soakSec": 300,
+                    "pauseAfter": [1], "onExceed": "pause", "startAt": "2999-01-01T00:00:00.000Z",
+                    "effect": plan["effect"],
                     "verify": {"url": "http://{main_ip}:8080/health", "status": 200, "timeoutSec": 5, "successes": 2,
                                "host": "", "contains": ""},
-                    "batches": [{"batch": 1, "nodeIds": [1], "nodeNames": ["edge-1"], "maxFailed": 0},
-                                {"batch": 2, "nodeIds": [2], "nodeNames": ["edge-2"], "maxFailed": 0}]}
+                    "batches": [{"batch": 1, "nodeIds": [1], "nodeNames": ["edge-1"], "maxFailed": 0, "group": ""},
+                                {"batch": 2, "nodeIds": [2], "nodeNames": ["edge-2"], "maxFailed": 0, "group": ""}]}
     text = filled_quick.ok("create", *options, "--plan", "--utc").out
     for line in ("1      1      0         edge-1", "more failures: it pauses", "soaks after each batch: 300 s",
                  "pauses after batch: 1", "each node is probed at: http://{main_ip}:8080/health",

@@ -235,7 +235,8 @@ def test_a_release_that_a_person_wrote_is_for_the_nodes_that_it_has(store):
     sql(store, "UPDATE release_tasks SET status = 'success'")
     assert ids(store, "wants") == [None, 1]
     for text in ("[]", "broken", '{"labels":1}', '{"nodeIds":[[]]}', '{"nodesOf":"x"}', '{"nodesOf":true}', "null",
-                 f'{{"nodesOf":1{"0" * 30}}}', '{"nodeid":[1]}', '{"exclude":{}}'):
+                 f'{{"nodesOf":1{"0" * 30}}}', '{"nodeid":[1]}', '{"exclude":{"node":[1]}}',
+                 '{"exclude":[1]}', '{"labels":{"region":[]}}'):
         sql(store, "UPDATE release_tasks SET selection = ?", text)
         assert ids(store, "wants") == [None, None], text
         assert rc.release_json(store.releases.get(1))["selection"] == {"nodeIds": []}
@@ -883,7 +884,8 @@ def test_node_set_takes_many_nodes_by_names_patterns_and_labels(late):
     assert [node.status for node in late.store.nodes.page().items] == ["online", "offline", "online", "online"]
     for words, code, message in (
             ((), 2, "no node is chosen"), (("edge-1", "x*"), 3, "node x* does not exist"),
-            (("--where", "region=us"), 3, "no node has region=us"), (("--where", "region"), 2, "must be K=V"),
+            (("--where", "region=us"), 3, "no node matches region=us (values of region: eu)"),
+            (("--where", "region"), 2, "must be K=V"),
             (("edge-3", "--where", "region=eu"), 3, "node edge-3 does not exist with region=eu")):
         assert message in late.refused(code, "node", "set", *words, "--disable")
     for word in ("--rename", "--ip"):
@@ -893,10 +895,10 @@ def test_node_set_takes_many_nodes_by_names_patterns_and_labels(late):
 
 
 def test_node_set_compares_no_exact_name_with_every_node(late, monkeypatch):
-    taken, takes = [], rc.NodeFilter.takes
-    monkeypatch.setattr(rc.NodeFilter, "takes", lambda wanted, node: taken.append(node) or takes(wanted, node))
+    taken, takes = [], rc.NodeWords.takes
+    monkeypatch.setattr(rc.NodeWords, "takes", lambda words, node: taken.append(node) or takes(words, node))
     late.ok("node", "set", "edge-1", "edge-2", "edge-3", "edge-4", "--disable")
-    assert len(taken) == 2 * 4  # by --where, and by all names at once
+    assert len(taken) == 4  # by all names at once
     assert not any(node.enabled for node in late.store.nodes.page().items)
 
 

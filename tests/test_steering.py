@@ -6,7 +6,17 @@ import itertools
 import threading
 
 import pytest
-from lab import ADDRESSES, FOREVER_MS, add_nodes, assert_books_balance, eventually, free_port, new_release, statuses
+from lab import (
+    ADDRESSES,
+    FOREVER_MS,
+    add_nodes,
+    assert_books_balance,
+    eventually,
+    fleet,
+    free_port,
+    new_release,
+    statuses,
+)
 from test_decision import NOW, POLICY, decide, failed_verdict, later, moves, node, outcome, release, running, sends
 
 import releasectl as rc
@@ -35,7 +45,7 @@ def test_batches_are_sizes_or_shares_of_all_nodes_rounded_down_at_least_one_and_
     (0, [1], [0, 0]), (2, [1], [2, 2]), ("5%", [20, 39], [1, 1, 2]), ("100%", [1], [1, 99]), ("0%", [1], [0, 0])])
 def test_a_share_of_failures_is_of_the_batchs_planned_size_rounded_down(limit, sizes, expected):
     strategy = rc.parse_strategy({"maxFailed": limit, "batches": sizes, "maxFailedTotal": "3%"})
-    plan = rc.make_plan(strategy, range(1, 101))
+    plan = rc.make_plan(strategy, fleet(100))
     assert plan.max_failed == expected
     assert plan.max_failed_total == 3
 

@@ -296,7 +296,7 @@ def test_a_commit_that_fails_halfway_leaves_nothing(store, table, monkeypatch):
 
 # What the driver alone knows begins with next_op; the others are fixed when the release is made.
 DECIDED = sorted({*rc.ReleaseNode._fields[:rc.ReleaseNode._fields.index("next_op")]} - {
-    "node_id", "name", "main_ip", "agent_port", "agent_protocol", "batch", "accepted", "last_version"})
+    "node_id", "name", "main_ip", "agent_port", "agent_protocol", "batch", "accepted", "last_version", "labels"})
 COLUMNS = {"waited_s": "waited_sec", "stored_reached": "reached"}
 
 
