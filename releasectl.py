@@ -3738,6 +3738,12 @@ class NodeIndex:
         self.sizes: dict[int, int] = {}
         # Pending and running nodes of each batch.
         self._open: dict[int, int] = {}
+        # Ids of each batch's nodes by their labels, both in order; the copies share them.
+        self._queues: dict[int, dict[str, list[int]]] = {}
+        # How many of each queue are pending.
+        self._waiting: dict[tuple[int, str], int] = {}
+        # Pending nodes that are in flight: the database has lost the commit of their dispatch.
+        self.astray: dict[int, ReleaseNode] = {}
         named = collections.Counter(n.endpoint for n in self._nodes.values())
         # Addresses that several rows have; a person wrote them.
         self.twins = frozenset(endpoint for endpoint, count in named.items() if count > 1)
@@ -3747,9 +3753,9 @@ class NodeIndex:
             self.of[n.status][n.node_id] = n
             self.sizes[n.batch] = self.sizes.get(n.batch, 0) + 1
             self._open[n.batch] = self._open.get(n.batch, 0) + (n.status in OPEN)
+            self._queues.setdefault(n.batch, {}).setdefault(n.labels, []).append(n.node_id)
+            self._count_waiting(n, int(n.status == PENDING))
         self._batches = sorted(self.sizes)
-        # Of queues(); the copies share it, as no node changes its batch or labels.
-        self._queues: dict[int, dict[str, list[int]]] = {}
 
     def __iter__(self) -> Iterator[ReleaseNode]:
         return iter(self._nodes.values())
@@ -3770,6 +3776,7 @@ class NodeIndex:
         other._nodes, other.sizes, other._open = self._nodes.copy(), self.sizes, self._open.copy()
         other.of, other._batches = {status: found.copy() for status, found in self.of.items()}, self._batches
         other.twins, other.highest_sent, other._queues = self.twins, self.highest_sent, self._queues
+        other._waiting, other.astray = self._waiting.copy(), self.astray.copy()
         return other
 
     def put(self, node: ReleaseNode) -> None:
@@ -3778,6 +3785,9 @@ class NodeIndex:
         if before.status != node.status:
             del self.of[before.status][node.node_id]
             self._open[node.batch] += (node.status in OPEN) - (before.status in OPEN)
+            self._count_waiting(node, (node.status == PENDING) - (before.status == PENDING))
+        elif node.status == PENDING:
+            self._count_waiting(node, 0)
         self.of[node.status][node.node_id] = self._nodes[node.node_id] = node
 
     @property
@@ -3809,12 +3819,24 @@ class NodeIndex:
         """Return the nodes of a batch that are still to be re-verified at the end of its soak."""
         return [n for n in self.of[SUCCESS].values() if n.batch == batch and not n.is_reverified]
 
-    def queues(self, batch: int) -> Mapping[str, Sequence[int]]:
-        """Return the ids of a batch's nodes by their labels, both in order."""
-        if not self._queues:
-            for n in self._nodes.values():
-                self._queues.setdefault(n.batch, {}).setdefault(n.labels, []).append(n.node_id)
-        return self._queues.get(batch, {})
+    def _count_waiting(self, node: ReleaseNode, more: int) -> None:
+        key = node.batch, node.labels
+        self._waiting[key] = self._waiting.get(key, 0) + more
+        if node.status == PENDING and node.in_flight:
+            self.astray[node.node_id] = node
+        else:
+            self.astray.pop(node.node_id, None)
+
+    def queues(self, batch: int) -> Iterator[tuple[str, int, int, Iterator[ReleaseNode]]]:
+        """Yield of each queue with pending nodes its labels, how many have begun, the id at that place, and the others.
+
+        A queue is the nodes of a batch with the same labels, in order.
+        """
+        pending = self.of[PENDING]
+        for labels, ids in self._queues.get(batch, {}).items():
+            begun = len(ids) - self._waiting[batch, labels]
+            if begun < len(ids):
+                yield labels, begun, ids[begun], (pending[id_] for id_ in ids if id_ in pending)
 
 
 # A label's key and value.
@@ -3845,24 +3867,17 @@ def next_within(nodes: NodeIndex, batch: int, limits: Limits, held: Iterable[Rel
     The labels of which the fewest nodes of the batch have begun come first, so that none waits for ever: of racks
     a, a, a, b, b, with two nodes at once, go a and b, then a and b, then a. held: nodes at rest that keep their place.
     """
-    pending = nodes.of[PENDING]
-    in_flight = labels_in_flight((*nodes.of[RUNNING].values(), *held), limits)
-    turns: list[tuple[int, int, str, Iterator[ReleaseNode]]] = []
-    for labels, ids in nodes.queues(batch).items():
-        waiting = [pending[id_] for id_ in ids if id_ in pending]
-        # what a database that went back calls pending is at work all the same
-        in_flight.update(labels_in_flight((n for n in waiting if n.in_flight), limits))
-        if waiting:
-            turns.append((len(ids) - len(waiting), waiting[0].node_id, labels, iter(waiting)))
+    in_flight = labels_in_flight((*nodes.of[RUNNING].values(), *nodes.astray.values(), *held), limits)
+    turns = [(begun, place, labels, waiting) for labels, begun, place, waiting in nodes.queues(batch)]
     heapq.heapify(turns)
     chosen: list[ReleaseNode] = []
     while turns and len(chosen) < most:
-        begun, _, labels, waiting_ones = heapq.heappop(turns)
-        node = None if full_labels(labels, in_flight, limits) else next(filter(may_go, waiting_ones), None)
+        begun, _, labels, waiting = heapq.heappop(turns)
+        node = None if full_labels(labels, in_flight, limits) else next(filter(may_go, waiting), None)
         if node is not None:
             chosen.append(node)
             in_flight.update(limited_labels(labels, limits))
-            heapq.heappush(turns, (begun + 1, node.node_id, labels, waiting_ones))
+            heapq.heappush(turns, (begun + 1, node.node_id, labels, waiting))
     return chosen
 
 

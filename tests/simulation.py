@@ -21,6 +21,7 @@ Run one seed alone:
 """
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -265,6 +266,7 @@ class SimAgent:
                 self.world.fail(f"{self.address} ran {send.mark} twice in one lifetime, as {other.task_id} and "
                                 f"{task_id}")
         self.runs.append(run)
+        self.world.check_labels_at_work(send)
         self.world.figures["runs"] += 1
         return run
 
@@ -419,6 +421,10 @@ class Simulation:
     def __init__(self, seed: int, owners: int = 0, faults: bool = True, world: str = PLAIN):
         self.seed, self.steering = seed, world != PLAIN
         self.random, self.why_random = random.Random(seed), random.Random(seed)
+        # What labels and hung agents are made of: they leave the schedules of all else as they were.
+        self.label_random = random.Random(f"labels {seed}")
+        # The labels of each release's nodes when it was made, by its mark.
+        self.labels: dict[str, dict[int, dict[str, str]]] = {}
         self.now = 0.0
         # Since the boot of the host until the schedule began, and how far people set its clock.
         self.up_s, self.set_s = self.random.uniform(0, 1e5), 0.0
@@ -445,7 +451,7 @@ class Simulation:
         self.looks_at_the_end_at = FAULTS_UNTIL_S
         self.figures = dict.fromkeys((
             "runs", "crashes", "stops", "suspensions", "take-overs", "lost answers", "restarts", "database faults",
-            "commits", "verbs", "levels unknown", "whys", "whys that stop"), 0)
+            "commits", "verbs", "levels unknown", "full labels", "hung", "whys", "whys that stop"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
         self.database = SimDatabase(self)
         self.is_set_up = False
@@ -479,7 +485,7 @@ class Simulation:
             protocol = self.random.choice(["tasks", "tasks", "execute"])
             agent = SimAgent(self, f"10.0.0.{number}", protocol)
             self.agents[agent.address] = agent
-            self.store.nodes.add(f"edge-{number}", agent.address, agent_protocol=protocol)
+            self.store.nodes.add(f"edge-{number}", agent.address, agent_protocol=protocol, labels=self._labels())
         for target in self.random.choices(["cdn", "dns"], k=self.random.randint(1, 3)):
             self.store.releases.create(rc.ReleaseRequest(target, payload=self._payload(), strategy=self._strategy()),
                                       "test")
@@ -503,7 +509,20 @@ class Simulation:
             "onExceed": ["pause", "fail"], "retries": [0, 5],
             "startAt": [rc.utc_text(self.wall + self.random.uniform(0, 20))],
             "verify": [{"url": "http://{main_ip}/", "successes": self.random.choice([1, 3])}]}
-        return {key: self.random.choice(values) for key, values in choices.items() if self.random.random() < 0.4}
+        strategy = {key: self.random.choice(values) for key, values in choices.items() if self.random.random() < 0.4}
+        if self.label_random.random() < 0.4:
+            strategy["maxParallelPer"] = self.label_random.choice([{"rack": 1}, {"rack": 2}, {"rack": 1, "region": 2}])
+        return strategy
+
+    def _labels(self) -> str:
+        """Return the labels of a node; each is in a rack."""
+        return rc.to_json({"rack": self.label_random.choice("ab"), "region": self.label_random.choice(["eu", "us"])})
+
+    def _change_labels(self) -> None:
+        """Move a node to another rack: what is planned does not change by that."""
+        node_id = self.label_random.choice(self.database.look_in("SELECT id FROM nodes ORDER BY id"))[0]
+        with contextlib.suppress(rc.DatabaseError):
+            self.database.write_by_hand(("UPDATE nodes SET labels = ? WHERE id = ?", self._labels(), node_id))
 
     def _steer(self) -> None:
         """Use a verb or the freeze; once the faults are over only what lets everything end."""
@@ -782,6 +801,21 @@ class Simulation:
         self.fail(f"rule 2: {agent.address} has {live.send.mark} (v{live.send.version}) of {live.send.owner.owner} and "
                   f"{send.mark} (v{send.version}) of {send.owner.owner} under way at once")
 
+    def check_labels_at_work(self, send: Send) -> None:
+        """Check section 7 where an agent begins: of no label more agents are at work than may be.
+
+        Those don't count whose row is at rest: nobody waits for them any more.
+        """
+        labels, strategy = self.labels.get(send.mark, {}), self._strategy_of(send.release_id)
+        at_work = {run.send.node_id for agent in self.agents.values() for run in agent.live()
+                   if run.send.mark == send.mark and not run.send.lost_in and self._is_running(run.send)}
+        for key, most in strategy.max_parallel_per.items():
+            for value in {of.get(key) for of in labels.values()} - {None}:
+                busy = sorted(id_ for id_ in at_work if labels[id_].get(key) == value)
+                if len(busy) > most and not send.lost_in:
+                    self.fail(f"section 7: {key}={value} has nodes {busy} at work for release {send.release_id}")
+                self.figures["full labels"] += len(busy) == most
+
     def _is_running(self, send: Send) -> bool:
         rows = self.database.look_in("SELECT status FROM release_task_nodes WHERE release_task_id = ? AND node_id = ?",
                                      send.release_id, send.node_id)
@@ -853,7 +887,9 @@ class Simulation:
         if agent.protocol == "execute":
             self._execute(agent, send, task, duration_s, is_good, deliver)
         elif op == rc.DISPATCH:
-            name = agent.take(send, task.id, duration_s * self.slowness, is_good)
+            is_hung = self.deadline_s < DEADLINE_S and self.label_random.random() < 0.05
+            name = agent.take(send, task.id, 2 * self.deadline_s if is_hung else duration_s * self.slowness, is_good)
+            self.figures["hung"] += is_hung
             run = agent.tasks[name]
             is_done = run is None or (run.is_good and not run.is_live(self.now))
             deliver(rc.Outcome(op, rc.ACCEPTED, name, applied=send.version if is_done else 0))
@@ -1107,10 +1143,13 @@ class Simulation:
             releases = tx.rows("SELECT id, status, strategy, passed_batch, payload FROM release_tasks")
             rows = tx.rows("SELECT n.release_task_id, n.node_id, n.batch, n.status, n.accepted, h.main_ip "
                            "FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id")
+            labels = dict(tx.rows("SELECT id, labels FROM nodes"))
         for release_id, status, text, passed, payload in releases:
             strategy, content = rc.parse_json(text), rc.parse_json(payload)
             mark, is_broken = content["mark"], "websites" not in content
             nodes = [row[1:] for row in rows if row[0] == release_id]
+            if mark not in self.labels:
+                self.labels[mark] = {node[0]: rc.parse_json(labels[node[0]]) for node in nodes}
             mine = [(node_id, batch) for node_id, batch, *_ in nodes if (release_id, node_id) in begun]
             self._note_rest(release_id, nodes)
             if "verify" in strategy:
@@ -1132,6 +1171,11 @@ class Simulation:
             parallel = sum(node[2] == "running" for node in nodes)
             if parallel > strategy.get("maxParallel", 0) > 0:
                 self.fail(f"{name}: {parallel} in flight")
+            for key, most in strategy.get("maxParallelPer", {}).items():
+                found = collections.Counter(
+                    self.labels[mark][node[0]].get(key) for node in nodes if node[2] == "running")
+                if max((count for value, count in found.items() if value), default=0) > most:
+                    self.fail(f"{name}: in flight are {found}")
             batch = min(batch for _, batch in mine)
             self._check_between(release_id, strategy, batch, {n[1] for n in nodes if n[1] < batch}, passed, name)
             if "verify" in strategy and "soakSec" in strategy and batch > 1:
@@ -1296,6 +1340,8 @@ class SharedSimulation(Simulation):
         if self.random.random() < (0.6 if self.twin else 0.2):
             self.at(self.random.uniform(1, FAULTS_UNTIL_S), self._create_by_hand)
         self.at(self.random.uniform(0, 5), self._steer)
+        for _ in range(3):
+            self.at(self.label_random.uniform(0, FAULTS_UNTIL_S), self._change_labels)
         if self.faults:
             self.at(self.random.uniform(0, 5), self._save)
             self.at(FAULTS_UNTIL_S, self._calm_down)
@@ -1305,7 +1351,7 @@ class SharedSimulation(Simulation):
         agent.renames = agent.protocol == "tasks" and self.random.random() < 0.3
         self.figures["renamed"] += agent.renames
         self.agents[address] = agent
-        self.store.nodes.add(name, address, agent_protocol=agent.protocol)
+        self.store.nodes.add(name, address, agent_protocol=agent.protocol, labels=self._labels())
 
     def _enter_twice(self) -> None:
         """Enter a host once more, as a person does with SQL; enabled now, or later."""
