@@ -772,6 +772,27 @@ def fill_fleet(path: str, nodes: int) -> None:
 
 
 FLEET_RELEASES = 50
+BY_REGION = rc.ReleaseRequest(payload={"websites": []}, strategy={
+    "batchBy": "region", "batches": ["1%*"], "maxParallelPer": {"region": 100}}, labels={"region": ["eu", "us"]})
+
+
+def plan_by_region(url: str) -> float:
+    """Return the seconds to choose the nodes of a fleet, which are read already, and to cut them into batches."""
+    nodes = rc.Store(rc.Database(url)).nodes.page(size=0).items
+    rc.label_values.cache_clear()
+    started = time.monotonic()
+    strategy, choice = rc.parse_strategy(BY_REGION.strategy), rc.choose_nodes(nodes, BY_REGION)
+    rc.refuse_unknown_labels(strategy, choice.nodes)
+    assert len(rc.make_plan(strategy, choice.nodes, choice.left_out).batches) == 200
+    return time.monotonic() - started
+
+
+def show_plan_by_region(url: str) -> float:
+    """Return the seconds for the whole plan of it."""
+    releases = rc.Store(rc.Database(url)).releases
+    started = time.monotonic()
+    releases.plan(BY_REGION)
+    return time.monotonic() - started
 
 
 def goal_fleet(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
@@ -806,6 +827,10 @@ def goal_fleet(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
         yield Row("fleet", "CPU to count them all by drift", (time.thread_time() - started) * 1000, "ms", None,
                   note=f"{sum(found.nodes for found in counts.values())} nodes, done anew after "
                        f"{rc.RARE_READ_REST} times as long")
+        for what, limit_ms, plan in (("plan by region: batches and limits", 2000.0, plan_by_region),
+                                     ("`create --plan` of it, with what the nodes run", None, show_plan_by_region)):
+            taken = [plan(url) for _ in range(options.runs)]
+            yield Row("fleet", what, statistics.median(taken) * 1000, "ms", limit_ms)
         turns = take_turns(options.runs, {"show": lambda: Turn(seconds_of(
             [sys.executable, str(ROOT / "releasectl.py"), "--db", url, "node", "show", f"edge-{nodes}"],
             lab.environment()))})
