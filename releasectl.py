@@ -9127,31 +9127,33 @@ class Claims:
     def note_executor(self, owner: str, host: str, kind: str, period_s: float, error: str, is_first: bool) -> bool:
         """Write that an executor looks for work and is seen again within period_s; its first row clears old ones.
 
-        A tick takes the place of earlier ticks of its host, and is seen again when cron starts the next one. Return
-        whether notifications wait.
+        A tick takes the place of earlier ticks of its host, and is seen again when cron starts the next one; one that
+        is still to be seen again, and has a receiver that this one lacks, stays. Return whether notifications wait.
         """
         with self._state.noted_write("executors") as tx:
-            now = tx.now()
+            now, notify_on = tx.now(), ",".join(sorted(self._database.notify_on))
             if is_first:
                 tx.execute("DELETE FROM executors WHERE seen_at < ? OR seen_at > ?",
                            utc_text(epoch_of(now) - MAX_EXECUTOR_AGE_S), utc_text(epoch_of(now) + MAX_EXECUTOR_AHEAD_S))
-                # an earlier process of the host may have had other settings; one that lives writes its own again
-                tx.execute("UPDATE executors SET notify_on = '' WHERE host = ? AND notify_on <> ''", host)
+            others = [row for row in read_executors(tx) if (row.host, row.kind) == (host, kind) and row.owner != owner]
+            gone = [row.owner for row in others if not row.is_live(epoch_of(now))]
+            for other in gone if is_first else ():  # it may have had other settings
+                tx.execute("UPDATE executors SET notify_on = '' WHERE owner = ?", other)
             if kind == TICK:
                 known_s = tx.value("SELECT period_sec FROM executors WHERE owner = ?", owner)
-                before = tx.value("SELECT MAX(started_at) FROM executors WHERE kind = ? AND host = ? AND owner <> ?",
-                                  kind, host, owner)
+                before = max((row.started_at for row in others), default="")
                 between_s = epoch_of(now) - epoch_or(before, 0.0) if before else 0.0
                 period_s = known_s or period_s + min(max(between_s, FIRST_TICK_PERIOD_S), MAX_TICK_PERIOD_S)
-                tx.execute("DELETE FROM executors WHERE kind = ? AND host = ? AND owner <> ?", kind, host, owner)
+                for row in others:
+                    tx.execute("DELETE FROM executors WHERE owner = ? AND (? = 1 OR notify_on IN ('', ?))",
+                               row.owner, int(row.owner in gone), notify_on)
             tx.execute("""
                 INSERT INTO executors (owner, host, kind, started_at, seen_at, period_sec, error, notify_on)
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT (owner) DO UPDATE
                 SET seen_at = excluded.seen_at, period_sec = excluded.period_sec, error = excluded.error,
                     notify_on = excluded.notify_on""",
-                       owner, host, kind, now, now, period_s, one_line(error),
-                       ",".join(sorted(self._database.notify_on)))
+                       owner, host, kind, now, now, period_s, one_line(error), notify_on)
             return bool(tx.value("SELECT COUNT(*) FROM (SELECT 1 FROM notifications LIMIT 1) waiting"))
 
     def end_executor(self, owner: str) -> None:

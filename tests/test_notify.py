@@ -125,6 +125,7 @@ def test_who_has_no_receiver_writes_for_an_executor_that_has_one(store, open_sto
     store.releases.act("pause", 1, "alice")
     assert [(row.kind, row.release_id) for row in outbox(store)] == [("created", 1), ("frozen", None)]
     other.database.notify_on = frozenset()  # the host's next process has other settings
+    other.claims.end_executor("host-a:1:x")
     other.claims.note_executor("host-a:2:x", "host-a", "serve", 10.0, "", is_first=True)
     new_release(store)
     assert len(outbox(store)) == 2
@@ -138,6 +139,39 @@ def test_a_restart_of_the_program_counts_for_the_kinds_that_it_had_until_it_is_t
     store.database.notify_on = frozenset()
     new_release(store)
     assert [row.kind for row in outbox(store)] == ["created"]
+
+
+@pytest.mark.parametrize("kind", ["serve", "tick"])
+def test_a_second_process_without_a_receiver_switches_nothing_off_for_one_that_lives(store, kind):
+    add_nodes(store, 1)
+    store.database.notify_on = frozenset({"created", "cancelled"})
+    store.claims.note_executor("host-a:1:x", "host-a", kind, 17.0, "", is_first=True)
+    store.database.notify_on = frozenset()
+    for number, other in enumerate(("serve", "tick", "tick")):
+        store.claims.note_executor(f"host-a:2:{number}", "host-a", other, 17.0, "", is_first=True)
+    new_release(store)
+    store.releases.act("cancel", 1, "alice")
+    assert [row.kind for row in outbox(store)] == ["created", "cancelled"]
+    with store.database.transaction() as tx:
+        assert len(rc.read_executors(tx)) == 3  # the second of the two bare ticks took the place of the first
+    sql(store, "UPDATE executors SET seen_at = ? WHERE owner = 'host-a:1:x'", rc.utc_text(time.time() - 4000))
+    store.claims.note_executor("host-a:3:x", "host-a", kind, 17.0, "", is_first=True)
+    new_release(store)
+    assert len(outbox(store)) == 2
+
+
+def test_what_an_operator_does_between_two_ticks_of_cron_is_told_by_the_next(fleet_cli, inbox):
+    bare = dict(fleet_cli.settings)
+    fleet_cli.settings.update(NOTIFY_URL=inbox.url, NOTIFY_ON="cancelled")
+    cron = dict(fleet_cli.settings)
+    fleet_cli.ok("run-once")
+    fleet_cli.settings = bare
+    fleet_cli.ok("run-once")
+    new_release(fleet_cli.world.store, strategy={"startAt": "2099-01-01T00:00:00Z"})
+    fleet_cli.ok("cancel", "1")
+    fleet_cli.settings = cron
+    fleet_cli.ok("run-once")
+    assert inbox.kinds() == ["cancelled"]
 
 
 # -- end to end -----------------------------------------------------------------------------------
