@@ -961,11 +961,11 @@ def _receiver_url(text: str) -> str:
     is_url = is_local = False
     with contextlib.suppress(ValueError):  # whose text may quote a part of it
         parts = urllib.parse.urlsplit(text)
-        is_url = bool(re.fullmatch(r"https?://[!-~]+", text) and parts.hostname and parts.port != 0
-                      and not parts.fragment)
+        is_url = bool(re.fullmatch(r"""https?://[!#-&(-;=?-\[\]-~]+""", text)  # printable ASCII without " ' < > \
+                      and parts.hostname and parts.port != 0 and not parts.fragment)
         is_local = parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname or "").is_loopback
     if text and not is_url:
-        raise ValueError("must be https://HOST:PORT/PATH; what is not ASCII is percent-encoded")
+        raise ValueError("must be https://HOST:PORT/PATH; quotes, <, >, \\ and what is not ASCII are percent-encoded")
     if text.startswith("http:") and not is_local:
         raise ValueError("must begin with https:// (http:// is for loopback: another program on this host)")
     return text
@@ -8994,12 +8994,17 @@ class Outbox:
         self._database = state.database
 
     def next(self, min_age_s: float = 0.0) -> tuple[Notification | None, float]:
-        """Return the message that is due first, None where the outbox is empty, and in how many seconds it is due."""
+        """Return the message that is due first, None where the outbox is empty, and in how many seconds it is due.
+
+        One that was never tried goes before those that a receiver did not take.
+        """
         with self._database.transaction() as tx:
             now_s = epoch_of(tx.now())
+            until = utc_text(now_s - min_age_s) if min_age_s else "9"
             # the index notifications_by_next
-            row = tx.row(f"SELECT {self.COLUMNS} FROM notifications WHERE at <= ? ORDER BY next_at, id LIMIT 1",
-                         utc_text(now_s - min_age_s) if min_age_s else "9")
+            select, order = f"SELECT {self.COLUMNS} FROM notifications WHERE at <= ?", "ORDER BY next_at, id LIMIT 1"
+            row = tx.row(f"{select} AND attempts = 0 AND next_at <= ? {order}", until, utc_text(now_s)) or \
+                tx.row(f"{select} {order}", until)
         if row is None:
             return None, float("inf")
         found = Notification(*row)
@@ -9062,12 +9067,23 @@ class Outbox:
                 ("releasectl_notifications_oldest_age_seconds",): waiting.oldest_s}
 
     def quiet_releases(self, quiet_s: float) -> list[int]:
-        """Return the open releases, but paused ones, of which nothing was written for so long."""
+        """Return the releases of which nothing was written for so long, and which somebody should be working on.
+
+        Of those that are pending the first of each target: the others wait for it. Of paused ones those with nodes in
+        flight, whose answers nobody gets.
+        """
         with self._database.transaction() as tx:
-            # the index release_tasks_by_status
-            return [row[0] for row in tx.rows(
-                "SELECT id FROM release_tasks WHERE status IN ('pending', 'running', 'cancelling') AND updated_at < ? "
-                "ORDER BY id", utc_text(self._state.clock.wall() - quiet_s))]
+            # the indexes release_tasks_by_status and release_task_nodes_by_status
+            return [row[0] for row in tx.rows("""
+                SELECT id
+                FROM release_tasks r
+                WHERE updated_at < ? AND (
+                    status IN ('running', 'cancelling')
+                    OR (status = 'paused' AND EXISTS (
+                        SELECT 1 FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'running'))
+                    OR id IN (SELECT MIN(id) FROM release_tasks WHERE status = 'pending' GROUP BY target))
+                    AND status IN ('pending', 'running', 'paused', 'cancelling')
+                ORDER BY id""", utc_text(self._state.clock.wall() - quiet_s))]
 
     def note_stuck(self, release_id: int, why: str, actor: Who) -> None:
         """Write that a release is stuck, unless that is the last that was written of it."""
@@ -11417,9 +11433,9 @@ class Driver:
 
 # Time for a try at one receiver.
 TRY_S = 10.0
-# End of a command's output that is kept, and the longest answer of a receiver.
+# End of a command's output that is kept, and what is read of a receiver's answer at most.
 MAX_OUTPUT_BYTES, MAX_REPLY_BYTES = 4096, 64 << 10
-# After a failure nothing is tried for so long: with a receiver that hangs each message would take TRY_S.
+# The wait after a cycle in which a receiver failed.
 PAUSE_S = 5.0
 # Time that a tick has for what is in the outbox.
 TICK_NOTIFIES_S = 15.0
@@ -11427,6 +11443,8 @@ TICK_NOTIFIES_S = 15.0
 STUCK_AFTER_S, STUCK_EVERY_S = 300.0, 60.0
 # Steps that stop a release because a person wants it.
 WANTED_STOPS = ("freeze", "order", "pause")
+# Steps that stop all releases alike.
+COMMON_STOPS = {"database", "executor"}
 # What a command must not have: our settings, among them secrets, and what is between us and systemd.
 HIDDEN_VARIABLES = {*(setting.name for setting in SETTINGS), "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
 
@@ -11438,6 +11456,11 @@ Receiver = Callable[[str, bytes, Left], None]
 
 class NotDelivered(Exception):
     """A receiver has not got a message, as far as is known: one line, without secrets."""
+
+    def __init__(self, text: str, said: str = ""):
+        """said: the last line that a command printed, which may hold a secret: for who tries it by hand."""
+        super().__init__(text)
+        self.said = said
 
 
 def receivers_of(settings: Settings) -> dict[str, Receiver]:
@@ -11475,7 +11498,9 @@ def _run_command(words: Sequence[str], _message_id: str, body: bytes, left_s: Le
         said = one_line(without_url_secrets(last), 160)
         what = ("did not end in time, and was killed" if code is None else
                 f"ended with {code}" if code > 0 else f"was killed by signal {-code}")
-        raise NotDelivered(f"{name} {what}{f': {said}' if said else ''}")
+        if said:
+            log.debug("notifications: %s %s: %s", name, what, said)
+        raise NotDelivered(f"{name} {what}", said)
 
 
 def _read_until_end(pid: int, descriptor: int, output: bytearray, left_s: Left) -> bool:
@@ -11501,9 +11526,15 @@ def _read_some(descriptor: int, output: bytearray) -> bool:
     return True
 
 
+def _shown_url(url: str) -> str:
+    """Return NOTIFY_URL as it may be shown: all but scheme, host and port may be a secret."""
+    parts = urllib.parse.urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/***"
+
+
 def _post(url: str, secret_file: str, ca: str, message_id: str, body: bytes, left_s: Left) -> None:
     """Send a message by POST; only a status of 2xx is a success, and no redirect is followed."""
-    parts, shown, ends_at = urllib.parse.urlsplit(url), without_url_secrets(url), time.monotonic() + left_s()
+    parts, shown, ends_at = urllib.parse.urlsplit(url), _shown_url(url), time.monotonic() + left_s()
     try:
         context = receiver_context(ca) if parts.scheme == "https" else None
         headers = {"Host": parts.netloc.rpartition("@")[2], "Content-Type": "application/json",
@@ -11519,7 +11550,7 @@ def _post(url: str, secret_file: str, ca: str, message_id: str, body: bytes, lef
         try:
             if context:
                 sock = context.wrap_socket(sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
-            status = run_coroutine(_exchange(sock, encode_message(f"POST {target} HTTP/1.1", headers, body), ends_at))
+            status = run_coroutine(_exchange(sock, encode_message(f"POST {target} HTTP/1.1", headers, body), left_s))
         finally:
             close_quietly(sock)
     except ssl.SSLCertVerificationError as error:
@@ -11543,13 +11574,42 @@ def signature_of(body: bytes, secret_file: str) -> str:
     return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
 
 
+def _look_up(host: str, port: int, ends_at: float) -> list[tuple[Any, ...]]:
+    """Return the results of getaddrinfo(), which has no time limit of its own; raise OSError.
+
+    A thread that waits for DNS is left behind: a try that outlasted SENDING_S would send a message twice.
+    """
+    answers: queue.SimpleQueue[list[tuple[Any, ...]] | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+        except (OSError, UnicodeError) as error:
+            answers.put(error)
+
+    try:
+        threading.Thread(target=ask, name="notifier-dns", daemon=True).start()
+        answer = answers.get(timeout=max(ends_at - time.monotonic(), 0.001))
+    except queue.Empty:
+        raise socket.timeout from None
+    except RuntimeError as error:
+        raise OSError(f"no room for a thread: {error}") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
 def _connect(host: str, port: int, ends_at: float) -> socket.socket:
-    """Return a connection to the first address of a host that takes one; raise OSError."""
+    """Return a connection to the first address of a host that takes one; raise OSError.
+
+    Each address has its share of the time that is left: one that swallows packets leaves some to the next.
+    """
     error: OSError = socket.timeout()
-    for family, kind, number, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    found = _look_up(host, port, ends_at)
+    for index, (family, kind, number, _, target) in enumerate(found):
         sock = socket.socket(family, kind, number)
         try:
-            sock.settimeout(max(ends_at - time.monotonic(), 0.001))
+            sock.settimeout(max((ends_at - time.monotonic()) / (len(found) - index), 0.001))
             sock.connect(target)
             sock.setblocking(False)
             return sock
@@ -11559,13 +11619,40 @@ def _connect(host: str, port: int, ends_at: float) -> socket.socket:
     raise error
 
 
-async def _exchange(sock: socket.socket, request: bytes, ends_at: float) -> int:
-    """Send a request; return the status of the answer."""
-    timed = TimedSocket(sock, ends_at, MAX_REPLY_BYTES)
+async def _exchange(sock: socket.socket, request: bytes, left_s: Left) -> int:
+    """Send a request; return the status of the answer.
+
+    Nothing behind its line is read but the heads of interim answers: a receiver that says 2xx has the message.
+    """
+    timed = TimedSocket(sock, time.monotonic() + left_s(), MAX_REPLY_BYTES)
     if isinstance(sock, ssl.SSLSocket):
         await timed.when_ready(sock.do_handshake, select.POLLIN)
     await timed.sendall(request)
-    return (await read_answer(HttpReader(functools.partial(timed.recv, 16384), ANSWER_LIMITS), MAX_REPLY_BYTES))[0]
+    buffer, is_interim = b"", False
+    while True:
+        line, end, rest = buffer.partition(b"\n")
+        if not end:
+            timed.ends_at = time.monotonic() + min(left_s(), 0.2)  # in parts: stop() may shorten the time
+            try:
+                data = await timed.recv(16384)
+            except socket.timeout:
+                if left_s() <= 0:
+                    raise
+                continue
+            if not data:
+                raise EOFError
+            buffer += data
+            continue
+        buffer, line = rest, line.rstrip(b"\r")
+        if is_interim:
+            is_interim = bool(line)
+            continue
+        first = STATUS_LINE.fullmatch(line.decode("latin-1"))
+        if not first:
+            raise AppError(MALFORMED, "the first line is not HTTP/1.1 STATUS REASON")
+        if int(first[2]) >= 200:
+            return int(first[2])
+        is_interim = True
 
 
 def message_of(kind: str, at: str, detail: str, host: str, public_url: str, why: Why | None = None,
@@ -11601,7 +11688,7 @@ def check_url(settings: Settings) -> str:
         signature_of(b"", settings.notify_secret_file)
     if settings.notify_url.startswith("https:"):
         receiver_context(settings.notify_ca)
-    return without_url_secrets(settings.notify_url)
+    return _shown_url(settings.notify_url)
 
 
 class Notifier:
@@ -11613,6 +11700,8 @@ class Notifier:
         self._owner, self._host = owner, host
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
+        # Whether the thread sends before it ends.
+        self._finishes = False
         # By time.monotonic(): nothing is tried after that.
         self._ends_at = float("inf")
         self._stuck_at = time.monotonic() + STUCK_EVERY_S
@@ -11635,12 +11724,12 @@ class Notifier:
             self._cycle()
 
     def finish(self) -> None:
-        """Send what is due before a tick ends, as far as that goes in TICK_NOTIFIES_S."""
+        """Send what is due before a tick ends, as far as that goes in TICK_NOTIFIES_S, or until a shorter stop()."""
+        with contextlib.suppress(RuntimeError):  # no room for a thread: the next tick sends it
+            self._finishes = True
+            self.start()
         self.stop(TICK_NOTIFIES_S)
         self.join()
-        if self.receivers and not (self._thread and self._thread.is_alive()):
-            self._note_stuck(is_sure=True)
-            self._cycle()
 
     def stop(self, within_s: float) -> None:
         """Let the thread end; a try that is under way has so many seconds."""
@@ -11650,56 +11739,67 @@ class Notifier:
 
     def join(self) -> None:
         """Wait for the end of the thread, no longer than stop() said; what it has not sent is due again."""
-        if self._thread:
-            self._thread.join(max(self._ends_at - time.monotonic(), 0.0) + 0.5)
+        while self._thread and self._thread.is_alive() and time.monotonic() < self._ends_at + 0.5:
+            self._thread.join(0.1)  # stop() may shorten the time meanwhile
 
     def _run(self) -> None:
         while True:
             self._store.database.notified.clear()
             if self._closing.is_set():
+                if self._finishes:
+                    self._note_stuck(is_sure=True)
+                    self._cycle()
                 return
-            if STUCK in self._settings.notify_on and time.monotonic() >= self._stuck_at:
+            if time.monotonic() >= self._stuck_at:
                 self._stuck_at = time.monotonic() + STUCK_EVERY_S
                 self._note_stuck(is_sure=False)
             wait_s = self._cycle()
             self._store.database.notified.wait(min(wait_s, STUCK_EVERY_S))
 
     def _cycle(self) -> float:
-        """Send what is due, up to the first failure; return for how many seconds there is nothing to do."""
+        """Send what is due, each message once; return for how many seconds there is nothing to do.
+
+        A receiver that fails is not tried again in the cycle: if it hangs, each message would take TRY_S.
+        """
+        tried, failed = set[int](), dict[str, str]()
         try:
             wait_s = 0.0
-            while wait_s <= 0 and time.monotonic() < self._ends_at:
+            while time.monotonic() < self._ends_at:
                 notification, wait_s = self._store.outbox.next(0.0 if self.receivers else NOTIFY_GIVE_UP_S)
-                if notification is not None and wait_s <= 0 and not self._try(notification):
-                    wait_s = PAUSE_S
+                if notification is None or wait_s > 0 or notification.id in tried:
+                    break
+                tried.add(notification.id)
+                self._try(notification, failed)
             self._outage.end()
-            return wait_s
+            return PAUSE_S if failed else wait_s
         except DatabaseError as error:
             self._outage.log(f"{error}; trying again")
         except Exception:  # the edge of a cycle: the thread goes on
             log.exception("notifier: a notification could not be sent")
         return PAUSE_S
 
-    def _try(self, waiting: Notification) -> bool:
-        """Send a message to each receiver that has not got it; return False where one has not got it now."""
+    def _try(self, waiting: Notification, failed: dict[str, str]) -> None:
+        """Send a message to each receiver that has not got it, but those that failed: errors by name, added to."""
         outbox = self._store.outbox
         notification = outbox.begin_try(waiting, waiting.body or to_json(self._message(waiting)))
         if notification is None:
-            return True
+            return
         sent, errors = notification.sent_to.split(), [] if self.receivers else ["no executor has a receiver"]
         message_id = str(stored_json(notification.body).get("id", ""))
         for name, receive in self.receivers.items():
-            error = "" if name in sent else self._send(name, receive, message_id, notification.body.encode())
+            if name in sent:
+                continue
+            error = failed.get(name) or self._send(name, receive, message_id, notification.body.encode())
             if error:
+                failed[name] = error
                 errors.append(error)
-            elif name not in sent:
+            else:
                 sent.append(name)
         outcome = outbox.end_try(notification._replace(sent_to=" ".join(sent)), one_line("; ".join(errors)),
                                  self._owner)
         if outcome == GIVEN_UP:
             self._metrics.count("releasectl_notifications_total", GIVEN_UP)
             log.error("notification %s of %s is given up: %s", notification.kind, notification.at, "; ".join(errors))
-        return outcome == SENT
 
     def _send(self, name: str, receive: Receiver, message_id: str, body: bytes) -> str:
         """Send a message to a receiver; return the error, "" for none."""
@@ -11728,16 +11828,25 @@ class Notifier:
                           failures)
 
     def _note_stuck(self, is_sure: bool) -> None:
-        """Note which releases are stopped by what nobody wants; with is_sure at the first look, else at the second."""
+        """Note which releases are stopped by what nobody wants; with is_sure at the first look, else at the second.
+
+        Of what stops all releases the oldest one tells.
+        """
+        if STUCK not in self._settings.notify_on:
+            return
+        stopped, causes = set[int](), set[str]()
         try:
-            stops = {release_id: self._store.claims.why(release_id, self._settings.node_deadline_sec).stopped_by
-                     for release_id in self._store.outbox.quiet_releases(STUCK_AFTER_S)}
-            stopped = {release_id: step.text for release_id, step in stops.items()
-                       if step and step.name not in WANTED_STOPS}
-            for release_id, text in stopped.items():
+            for release_id in self._store.outbox.quiet_releases(STUCK_AFTER_S):
+                if time.monotonic() >= self._ends_at:
+                    break
+                step = self._store.claims.why(release_id, self._settings.node_deadline_sec).stopped_by
+                if step is None or step.name in WANTED_STOPS or step.name in causes:
+                    continue
+                causes.update({step.name} & COMMON_STOPS)
+                stopped.add(release_id)
                 if is_sure or release_id in self._stopped:
-                    self._store.outbox.note_stuck(release_id, text, self._owner)
-            self._stopped = set(stopped)
+                    self._store.outbox.note_stuck(release_id, step.text, self._owner)
+            self._stopped = stopped
         except AppError as error:  # also a release that is gone
             self._outage.log(f"{error}; trying again")
 
@@ -11946,6 +12055,7 @@ class Executor:
         """Ask for a clean end, from any thread; return at once. Not for a signal handler: it takes locks."""
         self.stopping.set()
         self.store.database.end_within(STOP_GRACE_S)
+        self.notifier.stop(STOP_GRACE_S)
         self._wake.set()
 
     def close(self) -> None:
@@ -11955,7 +12065,6 @@ class Executor:
         """
         if self._kind == TICK and not self.stopping.is_set():
             self.notifier.finish()
-        self.notifier.stop(STOP_GRACE_S)
         self.stop()
         self.nudge()
         give_up_at = time.monotonic() + STOP_GRACE_S
@@ -14295,7 +14404,7 @@ def check_notifications(settings: Settings, is_test: bool) -> Iterator[Finding]:
             receive(message["id"], to_json(message).encode(), lambda: began + TRY_S - time.monotonic())  # noqa: B023
             yield Finding(name, EXIT_DONE, f"took a test message in {(time.monotonic() - began) * 1000:.0f} ms")
         except NotDelivered as error:
-            yield Finding(name, EXIT_UNAVAILABLE, str(error))
+            yield Finding(name, EXIT_UNAVAILABLE, f"{error}{f': {error.said}' if error.said else ''}")
 
 
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ import ssl
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -446,6 +447,49 @@ def test_only_2xx_is_a_success(inbox, status, wanted):
     assert post(inbox.url).partition("/*** ")[2] == wanted
 
 
+@pytest.mark.parametrize("answer", [
+    b"HTTP/1.1 202 Accepted\r\nContent-Length: 70000\r\n\r\n" + b"x" * 70000, b"HTTP/1.1 200 OK\r\nConte",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\n\r\nok", b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok",
+    b"HTTP/1.1 200 OK\r\nX-Y : a\r\nContent-Length: 5\r\n\r\nok", b"HTTP/1.0 200\r\n",
+    b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n"])
+def test_who_says_2xx_has_the_message_whatever_follows(answer, new_peer):
+    def say(peer, sock):
+        peer.read_request(sock)
+        sock.sendall(answer)
+        peer.stopped.wait(10)
+
+    peer = new_peer(say, tls=False)
+    assert post(f"http://{peer.host}:{peer.port}", within_s=8) == ""
+
+
+def test_an_address_that_swallows_packets_leaves_time_to_the_next(inbox, monkeypatch):
+    good = urllib.parse.urlsplit(inbox.url)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as stack:
+        for _ in range(4):
+            waits = stack.enter_context(socket.socket())
+            waits.setblocking(False)
+            waits.connect_ex(full.getsockname())
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", address)
+            for address in (full.getsockname(), (good.hostname, good.port))])
+        began = time.monotonic()
+        rc._connect("any", 1, began + 2).close()
+        assert time.monotonic() - began < 1.9
+
+
+def test_a_name_server_that_does_not_answer_costs_no_more_than_the_time_of_a_try(monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(20) and [])
+    began = time.monotonic()
+    assert post("https://h.example", within_s=0.3).endswith("did not answer in time")
+    assert time.monotonic() - began < 5
+    release.set()
+
+
+def test_a_try_ends_before_another_process_may_begin_one():
+    assert 2 * (rc.TRY_S + 1) < rc.SENDING_S
+
+
 def test_a_receiver_that_hangs_drips_or_is_not_there_costs_no_more_than_the_time_of_a_try(inbox, new_peer):
     def drip(peer, sock):
         peer.read_request(sock)
@@ -478,12 +522,41 @@ def run_command(command: str, within_s: float = 10.0, body: bytes = b"{}") -> st
 
 @pytest.mark.parametrize(("command", "wanted"), [
     ("true", ""), ("/no/such/program SECRET", "program can't be run: no such file or directory"),
-    ("false", "false ended with 1"), ("sh -c 'echo no route to mail; exit 3'", "sh ended with 3: no route to mail"),
-    ("sh -c 'kill -9 $$'", "sh was killed by signal 9"), ("/etc/passwd", "passwd can't be run: permission denied"),
-    ("sh -c 'echo see https://user:SECRET@h.example/SECRET?k=SECRET; exit 1'",
-     "sh ended with 1: see https://h.example/***")])
-def test_a_command_that_fails_says_so_in_one_line_without_secrets(command, wanted):
+    ("false", "false ended with 1"), ("sh -c 'echo url: /services/SECRET; exit 3'", "sh ended with 3"),
+    ("sh -c 'kill -9 $$'", "sh was killed by signal 9"), ("/etc/passwd", "passwd can't be run: permission denied")])
+def test_a_command_that_fails_says_so_in_one_line_without_what_it_printed(command, wanted):
     assert run_command(command) == wanted
+
+
+@pytest.mark.parametrize(("printed", "wanted"), [
+    ("no route to mail", "no route to mail"),
+    ("see https://user:SECRET@h.example/SECRET?k=SECRET", "see https://h.example/***")])
+def test_what_a_command_printed_is_shown_to_who_tries_it_by_hand(printed, wanted, quick, open_store):
+    open_store(f"sqlite:///{quick.folder}/releasectl.db")
+    quick.settings.update(MTLS_ENABLED="0", NOTIFY_COMMAND=f"sh -c 'echo {printed}; exit 1'")
+    result = quick("check", "--notify", "--json")
+    assert findings(result)["NOTIFY_COMMAND"] == (False, f"sh ended with 1: {wanted}")
+    assert "SECRET" not in result.out + result.err
+
+
+def test_what_a_command_printed_gets_into_no_log_row_or_event(world, told):
+    world.nodes(1)
+    settings = notifying(world, NOTIFY_ON="success", NOTIFY_COMMAND="sh -c 'echo url: /services/SECRET; exit 1'")
+    new_release(world.store)
+    drain(world, **settings)
+    [row] = outbox(world.store)
+    assert row.last_error == "NOTIFY_COMMAND: sh ended with 1"
+    make_due(world.store, age_s=86500)
+    drain(world, **settings)
+    assert world.store.releases.events(1)[-1].detail.endswith("2 tries: NOTIFY_COMMAND: sh ended with 1")
+    assert "SECRET" not in told.text
+
+
+def what_was_said(command: str) -> str:
+    receive = rc.receivers_of(rc.Settings.load({"NOTIFY_COMMAND": command}))["NOTIFY_COMMAND"]
+    with pytest.raises(rc.NotDelivered) as caught:
+        receive("id-1", b"{}", lambda: 10.0)
+    return caught.value.said
 
 
 def test_a_command_need_not_read_its_standard_input(program):
@@ -492,8 +565,8 @@ def test_a_command_need_not_read_its_standard_input(program):
 
 def test_of_what_a_command_says_the_last_line_is_kept(program):
     command = program("import sys\nfor _ in range(200): sys.stdout.write('x' * 100_000)\nraise OSError('no route')")
-    assert run_command(command) == f"{Path(sys.executable).name} ended with 1: OSError: no route"
-    assert len(run_command(program("import sys\nsys.exit('x' * 1_000_000)"))) < 300
+    assert what_was_said(command) == "OSError: no route"
+    assert len(what_was_said(program("import sys\nsys.exit('x' * 1_000_000)"))) < 300
 
 
 @pytest.mark.parametrize("ends", [True, False], ids=["its parent ends", "its parent stays"])
@@ -540,6 +613,40 @@ def test_no_release_is_slowed_by_a_receiver_that_hangs(world, inbox, monkeypatch
     assert len(outbox(world.store)) == 9
 
 
+def test_a_receiver_that_fails_holds_up_no_other(world, inbox, program, tmp_path):
+    world.store.database.notify_on = frozenset({"created"})
+    add_nodes(world.store, 1)
+    for _ in range(20):
+        new_release(world.store)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    executor = world.executor(NOTIFY_URL=url, NOTIFY_COMMAND=f"sh -c 'cat >>{tmp_path}/got; echo >>{tmp_path}/got'")
+    executor.close()
+    assert (tmp_path / "got").read_text().count("\n") == 20
+    assert {(row.attempts, row.sent_to) for row in outbox(world.store)} == {(1, "NOTIFY_COMMAND")}
+    assert all("can't be reached" in row.last_error for row in outbox(world.store))
+
+
+def test_what_was_never_tried_goes_first_and_a_receiver_that_hangs_costs_one_try_a_cycle(world, inbox, monkeypatch):
+    monkeypatch.setattr(rc, "TRY_S", 0.5)
+    world.store.database.notify_on = frozenset({"created"})
+    add_nodes(world.store, 1)
+    for _ in range(8):
+        new_release(world.store)
+    sql(world.store, "UPDATE notifications SET attempts = 8")
+    make_due(world.store, age_s=3000)
+    new_release(world.store)
+    assert world.store.outbox.next()[0].release_id == 9
+    inbox.is_hanging = True
+    notifier = world.executor(NOTIFY_URL=inbox.url).notifier
+    tries = []
+    send = notifier._send
+    monkeypatch.setattr(notifier, "_send", lambda *words: tries.append(1) or send(*words))
+    assert notifier._cycle() == rc.PAUSE_S
+    assert len(tries) == 1
+    assert sorted(row.attempts for row in outbox(world.store)) == [1] + [9] * 8
+
+
 # -- who is stuck -----------------------------------------------------------------------------------
 
 def test_a_release_that_nobody_can_work_on_is_told_once(world, inbox, monkeypatch):
@@ -574,6 +681,42 @@ def test_what_a_person_stopped_is_not_stuck_and_a_service_looks_twice(world, inb
     executor.notifier._note_stuck(is_sure=False)
     executor.notifier._note_stuck(is_sure=False)
     assert events(world.store).count("stuck") == 1
+
+
+def old_releases(world: World, *, targets: int, of_each: int) -> None:
+    """Make pending releases that nobody wrote to for an hour."""
+    world.nodes(1)
+    for number in range(targets * of_each):
+        new_release(world.store, target=f"t{number % targets}")
+    sql(world.store, "UPDATE release_tasks SET updated_at = ?", rc.utc_text(time.time() - 3600))
+
+
+def test_of_the_pending_releases_of_a_target_the_first_is_looked_at_and_of_paused_those_in_flight(world):
+    old_releases(world, targets=2, of_each=3)
+    assert world.store.outbox.quiet_releases(300.0) == [1, 2]
+    sql(world.store, "UPDATE release_tasks SET status = 'running' WHERE id = 1")
+    sql(world.store, "UPDATE release_tasks SET status = 'paused' WHERE id IN (2, 4)")
+    sql(world.store, "UPDATE release_task_nodes SET status = 'running' WHERE release_task_id = 4")
+    sql(world.store, "UPDATE release_tasks SET status = 'success' WHERE id = 6")
+    assert world.store.outbox.quiet_releases(300.0) == [1, 3, 4]
+
+
+def test_what_stops_all_releases_is_told_once_by_the_oldest(world):
+    old_releases(world, targets=5, of_each=2)
+    executor = world.executor(**notifying(world, NOTIFY_COMMAND="true", NOTIFY_ON="stuck"))
+    executor.notifier._note_stuck(is_sure=True)
+    executor.notifier._note_stuck(is_sure=True)
+    assert [(row.kind, row.release_id) for row in outbox(world.store)] == [("stuck", 1)]
+
+
+def test_nobody_looks_for_what_is_stuck_who_does_not_tell_it_or_has_no_time(world):
+    old_releases(world, targets=1, of_each=1)
+    executor = world.executor(**notifying(world, NOTIFY_COMMAND="true", NOTIFY_ON="failed"))
+    executor.notifier._note_stuck(is_sure=True)
+    executor = world.executor(**notifying(world, NOTIFY_COMMAND="true", NOTIFY_ON="stuck"))
+    executor.notifier.stop(0.0)
+    executor.notifier._note_stuck(is_sure=True)
+    assert "stuck" not in events(world.store)
 
 
 # -- processes ----------------------------------------------------------------------------------------
@@ -620,6 +763,18 @@ def test_a_tick_of_cron_sends_what_is_due_and_does_not_hang(fleet_cli, inbox):
     assert len(outbox(fleet_cli.world.store)) == 1
 
 
+def test_run_once_ends_soon_after_sigterm_while_a_receiver_hangs(fleet_cli, program, tmp_path):
+    fleet_cli.settings.update(NOTIFY_ON="success", NOTIFY_COMMAND=program(
+        f"import time\nopen({str(tmp_path / 'began')!r}, 'w')\ntime.sleep(600)"))
+    new_release(fleet_cli.world.store)
+    process = fleet_cli.start("run-once", "--drain")
+    eventually((tmp_path / "began").exists)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert time.monotonic() - began < rc.STOP_GRACE_S + 2.5
+
+
 # -- settings, check, metrics ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("name", "text", "wanted"), [
@@ -627,7 +782,8 @@ def test_a_tick_of_cron_sends_what_is_due_and_does_not_hang(fleet_cli, inbox):
     ("NOTIFY_URL", "htps:/hooks.example.com/SECRET", "NOTIFY_URL=*** can't be used: must be https://HOST"),
     *(("NOTIFY_URL", url, "NOTIFY_URL=*** can't be used: must be https://HOST") for url in (
         "https://h:99999/SECRET", "https://h/SECRET\u00e9", "https://user:SECRET", "https://SECRET\u2100@h/",
-        "https://[::1/SECRET", "https://h/SECRET#x")),
+        "https://[::1/SECRET", "https://h/SECRET#x", "https://h/T'SECRET", 'https://h/"SECRET', "https://h/<SECRET",
+        "https://u:p'SECRET@h/", "https://h/SECRET>", "https://h\\SECRET/x")),
     ("NOTIFY_COMMAND", "notify 'SECRET", "NOTIFY_COMMAND=*** can't be used: a quote in it is not closed"),
     ("NOTIFY_ON", "failed,success,pauses", "'pauses' is none of failed, partial, "),
     ("PUBLIC_URL", "releases.example.com", "PUBLIC_URL=releases.example.com can't be used: must be the page's"),
@@ -643,6 +799,17 @@ def test_a_setting_that_can_not_be_used_is_refused_without_its_secret(name, text
 def test_a_url_over_tls_or_to_loopback_is_taken(url):
     assert rc.Settings.load({"NOTIFY_URL": url}).notify_kinds == {"failed", "partial", "paused", "stuck"}
     assert rc.Settings.load({}).notify_kinds == set()
+
+
+@pytest.mark.parametrize(("url", "wanted"), [
+    ("https://u:SECRET@h.example", "https://h.example/***"), ("https://h.example?SECRET", "https://h.example/***"),
+    ("https://u:p@SECRET@h:8443//a//SECRET", "https://h:8443/***"), ("https://[::1]:443/SECRET", "https://[::1]:443/***")])
+def test_of_a_url_scheme_host_and_port_are_shown(url, wanted):
+    assert rc.check_url(rc.Settings.load({"NOTIFY_URL": url})) == wanted
+
+
+def test_approval_is_taken_before_anything_is_told_so():
+    assert rc.Settings.load({"NOTIFY_URL": "https://h", "NOTIFY_ON": "approval"}).notify_kinds == {"approval"}
 
 
 def test_check_sends_a_test_and_says_what_became_of_it(quick, open_store, inbox, sqlite_url):
