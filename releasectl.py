@@ -831,11 +831,11 @@ def read_text(path: str) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Return 90, 90s, 5m, 2h or 1d in seconds; raise argparse.ArgumentTypeError else."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd]?)", text)
+    """Return 90, 90s, 5m, 2h, 1d or 1w in seconds; raise argparse.ArgumentTypeError else."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhdw]?)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90, 90s, 5m, 2h or 1d")
-    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]]
     return int(seconds) if seconds == int(seconds) else seconds
 
 
@@ -1407,7 +1407,7 @@ def set_up_log(settings: Settings, command: str, is_quiet: bool = False, is_verb
     log.handlers = [handler]
     is_executor = command in ("serve", "run-once")
     level = settings.log_level.upper() if is_executor else "INFO" if is_verbose else "ERROR"
-    log.setLevel("DEBUG" if is_executor and is_verbose else "WARNING" if is_executor and is_quiet else level)
+    log.setLevel("DEBUG" if is_executor and is_verbose else "ERROR" if is_executor and is_quiet else level)
     trail.setLevel(logging.INFO if is_executor else logging.NOTSET)  # NOTSET: that of log
     log.propagate = False
 
@@ -3943,7 +3943,7 @@ def describe(status: str, situation: Situation) -> str:
     if status == FAILED:
         return one_line(_cause(situation))
     if status == CANCELLED:
-        return f"cancelled: {len(nodes.of[SUCCESS])} of {count_of_nodes(len(nodes))} were updated"
+        return f"{len(nodes.of[SUCCESS])} of {len(nodes)} nodes updated"
     running = nodes.of[RUNNING].values()
     waiting = f"waiting for {_names(running)} to end" if running else ""
     if status == CANCELLING:
@@ -14499,10 +14499,12 @@ def rough_span(seconds: float) -> str:
     return f"{seconds / 86400:.0f} days"
 
 
-# A stored time, or what is left of one in a sentence of Why, and whether it is said how far off that is. No quote may
-# stand before it: in a payload, or in a row of the audit log, a time is shown as it is.
-_TIME_IN_TEXT = re.compile(r"""(?<![\w"'.:-])(?:(\d{4}-\d\d-\d\d)T(\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?)|"""
-                           r"(\d\d:\d\d:\d\d))Z(?!\w)(, in )?")
+# A time in a sentence that we make, and whether it is said how far off that is. It stands behind words of ours: a
+# reason, a payload or an agent's message may hold times too, and is shown as it was given.
+_TIME_IN_TEXT = re.compile(
+    r"\b(soaking after batch \d+ until|scheduled for|good until|expired since|"
+    r"(?:until|it starts at|deadline)(?= \S+Z, in \d)) "
+    r"(?:(\d{4}-\d\d-\d\d)T(\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?)|(\d\d:\d\d:\d\d))Z(?!\w)(, in )?")
 
 # The colours of words that stand alone in a cell of a table, or tell the status of a release; as in watch.
 COLOURS: Mapping[str, str] = {
@@ -14510,6 +14512,8 @@ COLOURS: Mapping[str, str] = {
     CANCELLED: "90", "ok": "32", "WRONG": "31", "error": "31",
     "warning": "33", "stops": "31", "waits": "33"}
 AUTO, ALWAYS, NEVER = COLOUR_MODES = ("auto", "always", "never")
+# Tables have all their columns in a terminal of so many.
+WIDE = 110
 
 
 class Display(NamedTuple):
@@ -14533,31 +14537,31 @@ class Display(NamedTuple):
     @property
     def is_narrow(self) -> bool:
         """Return whether tables leave out what matters less."""
-        return 0 < self.width < 110
+        return 0 < self.width < WIDE
 
     def paint(self, text: str, colour: str) -> str:
         """Return a text in a colour of COLOURS."""
         return f"\x1b[{colour}m{text}\x1b[0m" if self.has_colours and colour else text
 
     def sentence(self, text: str) -> str:
-        """Return a text with its times as people read them: 'until 14:21, in 19 s'."""
+        """Return a sentence that we made, with its times as people read them: 'until 14:21, in 19 s'."""
         now_s = time.time()
 
         def short(match: re.Match[str]) -> str:
-            day, clock, bare, is_left = match.groups()
+            before, day, clock, bare, is_left = match.groups()
             if bare and self.is_utc:  # short and in UTC already
                 return match[0]
             try:
                 at_s = _next_to(bare, now_s) if bare else epoch_of(f"{day}T{clock}Z")
                 left = f", in {time_span(at_s - now_s)}" if at_s - now_s >= 1 and not bare and not is_left else ""
-                return self._clock(at_s, now_s, "%H:%M") + (is_left or left)
+                return f"{before} {self._clock(at_s, now_s, '%H:%M')}{is_left or left}"
             except (ValueError, OverflowError):  # written by hand: no such day, or one that no calendar has
                 return match[0]
         return _TIME_IN_TEXT.sub(short, text)
 
     def text(self, text: str) -> str:
-        """Return a text with its times as people read them, broken at spaces where a line is too long."""
-        return "\n".join(part for line in self.sentence(text).split("\n")
+        """Return a text broken at spaces where a line is too long."""
+        return "\n".join(part for line in text.split("\n")
                          for part in ([line] if "\x1b" in line else wrapped(line, self.width)))
 
     def moment(self, text: str | None) -> str:
@@ -14580,7 +14584,7 @@ class Display(NamedTuple):
         not even that fits, each row is a block of lines. before: a list that this fills with the widths, so that a
         later call goes on with the same table.
         """
-        cells = [[self._cell(cell) for cell in row] for row in rows]
+        cells = [[self._cell(cell, name) for cell, name in zip(row, head)] for row in rows]
         if not cells:
             return ""
         if before is None:
@@ -14602,9 +14606,9 @@ class Display(NamedTuple):
             lines += [self._line(line, widths) for line in itertools.zip_longest(*parts, fillvalue="")]
         return "\n".join(lines)
 
-    def _cell(self, value: object) -> str:
+    def _cell(self, value: object, name: str) -> str:
         text = one_line(value, MAX_DETAIL_BYTES) if value is not None else ""
-        return self.moment(text) if _STORED_TIME.fullmatch(text) else self.sentence(text)
+        return self.moment(text) if name in _TIMES else text
 
     def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
         padded = [(cell, " " * (width - columns_of(cell))) for cell, width in zip(cells, widths)]
@@ -14621,7 +14625,8 @@ class Display(NamedTuple):
                 for number, line in enumerate(wrapped(cell, self.width - margin))]
 
 
-_STORED_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+# The columns of tables that hold stored times.
+_TIMES = frozenset(("at", "since", "started", "finished", "ended"))
 # A column of a table is not made narrower than this; the names of nodes only where all others are as narrow as can be,
 # and not as narrow.
 MIN_COLUMN, MIN_NAME, _NAMES = 12, 24, frozenset(("name", "node"))
@@ -14638,6 +14643,17 @@ def _shrink(widths: list[int], head: Sequence[str], width: int) -> bool:
             widths[place] -= 1
             over -= 1
     return over <= 0
+
+
+def reader_leaves(stream: TextIO, within_s: float) -> bool:
+    """Return whether nobody takes what is written to a stream; wait for that for a while."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # errors and hang-ups alone
+        return bool(poll.poll(within_s * 1000)) or getattr(stream, "error", None) is not None
+    except (OSError, ValueError):  # the stream has no descriptor
+        time.sleep(within_s)
+        return False
 
 
 def _next_to(clock: str, now_s: float) -> float:
@@ -14756,7 +14772,9 @@ def nodes_text(nodes: Sequence[ReleaseNode], display: Display, shows_all: bool) 
     ill, well = len(wanted) - len(shown), len(nodes) - len(wanted)
     left = ", ".join(filter(None, (f"{ill} that failed or are tried again" if ill else "",
                                    f"{count_of_nodes(well)} with nothing wrong" if well else "")))
-    return "\n".join(filter(None, (table, f"not shown: {left} (--all)" if left else "")))
+    hidden = [*([f"{left} (--all)"] if left else []),
+              *([f"when each started ({WIDE} columns)"] if table and display.is_narrow else [])]
+    return "\n".join(filter(None, (table, f"not shown: {'; '.join(hidden)}" if hidden else "")))
 
 
 def status_text(progress: Progress, nodes: Sequence[ReleaseNode], display: Display, shows_all: bool = False) -> str:
@@ -14776,7 +14794,7 @@ def list_text(page: Page, display: Display) -> str:
     """Return a page of releases, and how many there are; "" for none."""
     rows, now_s = [], time.time()
     for r in page.items:
-        state = "" if r.status == SUCCESS else r.status_reason
+        state = "" if r.status == SUCCESS else display.sentence(r.status_reason)
         rows.append((r.id, f"v{r.version}", r.target, r.status, f"{r.success_nodes}/{r.total_nodes}",
                      r.failed_nodes or "", rough_span(now_s - epoch_or(r.created_at, now_s)),
                      rough_span(epoch_or(r.finished_at, now_s) - epoch_or(r.started_at, now_s)) if r.started_at else "",
@@ -14797,6 +14815,28 @@ def event_row(event: Event) -> tuple[object, ...]:
     """Return an event as a row of a table."""
     change = f"{event.from_status} -> {event.to_status}" if event.to_status else ""
     return (event.id, event.at, event.node_name or "release", event.event, change, event.actor, event.detail)
+
+
+class Until(NamedTuple):
+    """What watch waits for beside the release's end: a pause, or the end of a batch."""
+    paused: bool = False
+    batch: int = 0
+
+    def is_reached(self, progress: Progress) -> bool:
+        """Return whether watch may end."""
+        at = min((b.number for b in progress.batches if b.count(PENDING, RUNNING)), default=MAX_NODES)
+        return (progress.release.is_terminal or (self.paused and progress.release.status == PAUSED)
+                or 0 < self.batch < at)
+
+
+def parse_until(text: str) -> Until:
+    """Parse --until: terminal, paused or batch=N."""
+    match = re.fullmatch(r"batch=([1-9][0-9]{0,6})", text)
+    if match:
+        return Until(batch=int(match[1]))
+    if text not in ("terminal", PAUSED):
+        raise argparse.ArgumentTypeError(f"{text!r} is not terminal, paused or batch=N")
+    return Until(paused=text == PAUSED)
 
 
 class Screen:
@@ -14858,7 +14898,7 @@ class Screen:
         foot = wrapped(counts, width)
         # what is left of the screen is shared by bars and failures, each with a line that says how many more there are
         room = max(display.lines - 1 - len(head) - len(foot), 4)
-        causes = cause_lines(progress.failures, display, max(1, min(MAX_CAUSES, room // 2 - 1)))
+        causes = cause_lines(progress.failures, display, max(1, min(MAX_CAUSES, room // 2 - 1)))[:max(1, room - 3)]
         bars = bar_lines(progress.batches, release.current_batch, display,
                          max(1, min(MAX_BARS, room - len(causes) - 1)))
         return [*head, *bars, *causes, *foot]
@@ -15073,7 +15113,7 @@ def _plan_text(plan: Plan, display: Display) -> str:
               ("more failures", None if strategy.on_exceed == FAIL else "it pauses"),
               ("nodes in flight at once, at most", strategy.max_parallel or None),
               *((f"the same for each {key}", number) for key, number in strategy.max_parallel_per.items()),
-              ("starts no earlier than", strategy.start_at or None),
+              ("starts no earlier than", display.moment(strategy.start_at) or None),
               ("soaks after each batch", f"{strategy.soak_s:g} s" if strategy.soak_s else None),
               ("pauses after batch", in_words(plan.pauses) or None),
               ("each node is probed at", strategy.verify.url if strategy.verify else None),
@@ -15137,7 +15177,8 @@ def _show_created(context: Context, made: Made) -> int:
         return context.show(as_json(made), "")
     lines = [_created_text(made)]
     with contextlib.suppress(DatabaseError):  # it is created, whatever can be read of it now
-        lines.append(context.store.claims.why(made.release.id, context.settings.node_deadline_sec).line)
+        lines.append(context.display.sentence(
+            context.store.claims.why(made.release.id, context.settings.node_deadline_sec).line))
     return context.show(None, "\n".join([*lines, f"follow: releasectl watch {made.release.id}"]))
 
 
@@ -15168,9 +15209,9 @@ def _show_overview(context: Context) -> int:
     overview = store.overview.read([CertificateState(*found.values()) for found in certificates_json(settings)
                                     # a key that only the service may read is as it should be
                                     if not (found["message"] and is_closed(keys.get(found["name"], "")))])
-    problems = context.display.table([(p.severity, p.since, p.text, p.mend) for p in overview.problems],
-                                     ("", "since", "what", "mend"))
-    context.show(overview_json(overview), "\n".join(filter(None, [overview.text, problems])))
+    problems = context.display.table([(p.severity, p.since, context.display.sentence(p.text), p.mend)
+                                      for p in overview.problems], ("", "since", "what", "mend"))
+    context.show(overview_json(overview), "\n".join(filter(None, [context.display.sentence(overview.text), problems])))
     return EXIT_NOT_SUCCESS if context.options.health and not overview.is_well else EXIT_DONE
 
 
@@ -15191,10 +15232,11 @@ def command_why(context: Context) -> int:
         with contextlib.suppress(DatabaseError):  # which why() tells then
             store.state.check_write()
     why = store.claims.why(release_id, context.settings.node_deadline_sec)
-    stopped_by = why.stopped_by
-    steps = context.display.table([("=>" if step is stopped_by else "", step.state, step.name, step.text)
+    stopped_by, sentence = why.stopped_by, context.display.sentence
+    steps = context.display.table([("=>" if step is stopped_by else "", step.state, step.name, sentence(step.text))
                                    for step in why.steps], ("", "state", "step", "what"))
-    context.show(why_json(why), "\n".join([why.line, steps, *([f"mend: {stopped_by.mend}"] if stopped_by else [])]))
+    mend = [f"mend: {stopped_by.mend}"] if stopped_by else []
+    context.show(why_json(why), "\n".join([sentence(why.line), steps, *mend]))
     return EXIT_NOT_SUCCESS if stopped_by and why.release else EXIT_DONE
 
 
@@ -15206,28 +15248,6 @@ def command_watch(context: Context) -> int:
 WATCH_EVERY_S = 0.5
 
 
-class Until(NamedTuple):
-    """What watch waits for beside the release's end: a pause, or the end of a batch."""
-    paused: bool = False
-    batch: int = 0
-
-    def is_reached(self, progress: Progress) -> bool:
-        """Return whether watch may end."""
-        at = min((b.number for b in progress.batches if b.count(PENDING, RUNNING)), default=MAX_NODES)
-        return (progress.release.is_terminal or (self.paused and progress.release.status == PAUSED)
-                or 0 < self.batch < at)
-
-
-def parse_until(text: str) -> Until:
-    """Parse --until: terminal, paused or batch=N."""
-    match = re.fullmatch(r"batch=([1-9][0-9]{0,6})", text)
-    if match:
-        return Until(batch=int(match[1]))
-    if text not in ("terminal", PAUSED):
-        raise argparse.ArgumentTypeError(f"{text!r} is not terminal, paused or batch=N")
-    return Until(paused=text == PAUSED)
-
-
 def _watch(context: Context, release_id: int) -> int:
     """Show the progress of a release on standard error until --until is reached; return the exit code.
 
@@ -15235,18 +15255,19 @@ def _watch(context: Context, release_id: int) -> int:
     """
     options, store, screen = context.options, context.open(), context.screen()
     ends_at = float("inf") if options.timeout is None else time.monotonic() + options.timeout
-    state, standstill = "could not be read", _Standstill(context)
+    state, standstill, is_first = "could not be read", _Standstill(context), True
     while True:
         try:
             progress = store.releases.progress(release_id)
-            why = standstill.explain(progress)
-            if not options.quiet:
+            why, is_over = standstill.explain(progress), options.until.is_reached(progress)
+            if not options.quiet and not (is_over and is_first):  # the answer says it
                 screen.show(progress, why)
+            is_first = False
         except DatabaseError as error:
             screen.say(str(error))
         else:
             release = progress.release
-            if options.until.is_reached(progress):
+            if is_over:
                 break
             reason = one_line(release.status_reason)
             state = f"is still {release.status}" + (f" ({reason})" if reason else "")
@@ -15257,7 +15278,7 @@ def _watch(context: Context, release_id: int) -> int:
                 context.show({"release": release_json(store.releases.as_shown(store.releases.get(release_id)))}, "")
             return EXIT_BUSY
         time.sleep(min(WATCH_EVERY_S, left_s))
-    context.show({"release": release_json(release)}, release_line(release))
+    context.show({"release": release_json(release)}, context.display.sentence(release_line(release)))
     return exit_code_of(store, release)
 
 
@@ -15298,23 +15319,24 @@ def command_events(context: Context) -> int:
     events = store.releases.events(options.id, options.after or 0, options.limit, newest=options.after is None)
     widths: list[int] = []
     context.show({"items": [event_json(event) for event in events]},
-                 context.display.table(list(map(event_row, events)), EVENT_HEAD, before=widths))
+                 context.display.table(list(map(event_row, events)), EVENT_HEAD, before=widths)
+                 or ("" if options.follow else "no events"))
     total = store.releases.count_events(options.id)
     if options.after is None and len(events) < total:
         context.note(f"the newest {len(events)} of {count_of(total, 'event')}; all of them: --limit {total}")
     elif len(events) == options.limit and options.limit < total:
         context.note(f"there may be later ones: --after {events[-1].id}")
     last = events[-1].id if events else options.after or 0
-    while options.follow:
+    wait_s = 0.0
+    while options.follow and not reader_leaves(sys.stdout, wait_s):
         release = store.releases.get(options.id)  # before its events: what ends it is among them
         events = store.releases.events(options.id, last)
+        wait_s = 0.0 if events else WATCH_EVERY_S
         if events:
             last = events[-1].id
             context.show(None, context.display.table(list(map(event_row, events)), EVENT_HEAD, before=widths))
         elif release.is_terminal:
             break
-        else:
-            time.sleep(WATCH_EVERY_S)
     return EXIT_DONE
 
 
@@ -15349,7 +15371,7 @@ def command_act(context: Context) -> int:
     reason = parse_text("--reason", options.reason)
     store = context.open()
     release = store.releases.act(verb, options.id, context.actor, reason, **more)
-    return context.show(release_json(release), release_line(release))
+    return context.show(release_json(release), context.display.sentence(release_line(release)))
 
 
 def command_again(context: Context) -> int:
@@ -15384,7 +15406,8 @@ def command_freeze(context: Context) -> int:
         raise AppError(MISSING, "--reason goes with on or off")
     freeze = store.releases.freeze() if options.switch is None else store.releases.set_freeze(
         options.switch == "on", context.actor, parse_text("--reason", options.reason))
-    text = f"frozen by {freeze.actor} at {freeze.at}: {freeze.reason}" if freeze.frozen else "not frozen"
+    text = (f"frozen by {freeze.actor} at {context.display.moment(freeze.at)}: {freeze.reason}" if freeze.frozen
+            else "not frozen")
     return context.show(freeze_json(freeze), text)
 
 
@@ -15396,8 +15419,9 @@ def command_check(context: Context) -> int:
                 *check_database(settings, context.store)]
     context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
                             for f in findings]},
-                 context.display.table([("ok" if f.exit_code == EXIT_DONE else "WRONG", f.subject, f.text)
-                                        for f in findings], ("", "subject", "result")))
+                 context.display.table([("ok" if f.exit_code == EXIT_DONE else "WRONG", f.subject,
+                                         context.display.sentence(f.text)) for f in findings],
+                                       ("", "subject", "result")))
     codes = {f.exit_code for f in findings}
     return EXIT_USAGE if EXIT_USAGE in codes else max(codes)
 
@@ -15470,7 +15494,7 @@ def command_version(context: Context) -> int:
 # ======================================================================================
 # Node commands: what the commands on nodes do, and what is shown of a node.
 # Uses: Vocabulary, Helpers, Model, Selection, Drift, Overview, Serialization, Check and
-#   why, Commands.
+#   why, Terminal, Commands.
 # ======================================================================================
 
 def _node_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -15527,8 +15551,8 @@ def command_node_show(context: Context) -> int:
     tries = store.fleet.tries(node.id, size=TRIES_SHOWN)
     changes = store.audit.of_node(node.id, node.name, TRIES_SHOWN)
     facts = [("address", f"{node.main_ip}:{node.agent_port}"), ("protocol", node.agent_protocol),
-             ("state", node.condition), ("labels", node.labels), ("runs", _ran_text(level.runs)),
-             ("should run", _ran_text(level.wants)), ("drift", drift_text(level))]
+             ("state", node.condition), ("labels", node.labels), ("runs", _ran_text(level.runs, context.display)),
+             ("should run", _ran_text(level.wants, context.display)), ("drift", drift_text(level))]
     given = context.display.table(
         [(one.release_id, f"v{one.version}", one.target, one.release_status, one.status, one.attempts,
           one.started_at, one.finished_at, one.error_kind, one.error_msg) for one in tries.items],
@@ -15543,8 +15567,8 @@ def command_node_show(context: Context) -> int:
                    given or "no release was for it yet", *more, *(["", acts] if acts else [])]))
 
 
-def _ran_text(ran: Ran | None) -> str:
-    return f"release {ran.release_id} (v{ran.version}) since {ran.since}" if ran else "-"
+def _ran_text(ran: Ran | None, display: Display) -> str:
+    return f"release {ran.release_id} (v{ran.version}) since {display.moment(ran.since)}" if ran else "-"
 
 
 def command_node_rm(context: Context) -> int:
@@ -15753,7 +15777,8 @@ def _run_once(context: Context) -> int:
     finally:
         executor.close()
     context.show({"releases": [release_json(release) for release in tick.worked_on],
-                  "inOtherHands": tick.in_other_hands}, "\n".join(map(release_line, tick.worked_on)))
+                  "inOtherHands": tick.in_other_hands},
+                 "\n".join(context.display.sentence(release_line(release)) for release in tick.worked_on))
     if not tick.worked_on and tick.in_other_hands:
         count = tick.in_other_hands
         print(("1 release is being worked on by another process" if count == 1 else
@@ -15950,7 +15975,7 @@ class _Parser(argparse.ArgumentParser):
 
     # Takes the place of the help that argparse makes, "" where that is shown.
     whole_help = ""
-    # The commands that may stand here.
+    # The commands, or options, that may stand here.
     words: Collection[str] = ()
 
     def __init__(self, *args: Any, **keywords: Any):
@@ -15961,10 +15986,24 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", "store_false", functools.partial(_StoreSwitch, const=False))
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"argument COMMAND: invalid choice: '(.*?)' \(", message)
+        unknown = re.match(r"(argument \S+: )invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if unknown and unknown[1] == "argument COMMAND: ":
+            message = f"{one_line(unknown[2], 60)!r} is not a command{did_you_mean(unknown[2], self.words)}"
+        elif unknown:
+            words = re.findall(r"[\w-]+", unknown[3])
+            message = (f"{unknown[1]}{one_line(unknown[2], 60)!r} is none of {', '.join(words)}"
+                       + did_you_mean(unknown[2], words))
+        command = " ".join(["releasectl help", *self.prog.split()[1:]])
+        raise AppError(MALFORMED, f"{safe_url(message)} (see `{command}`)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Refuse what a command does not know here: its own help tells what it takes, that of the program does not."""
+        found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            message = f"{one_line(unknown[1], 60)!r} is not a command{did_you_mean(unknown[1], self.words)}"
-        raise AppError(MALFORMED, f"{safe_url(message)} (see `{self.prog} --help`)")
+            option = unknown[0].partition("=")[0]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}"
+                       + (did_you_mean(option, self.words) if option.startswith("-") else ""))
+        return found, []
 
     def format_help(self) -> str:
         return self.whole_help or super().format_help()
@@ -15999,6 +16038,8 @@ def build_parser(commands: Sequence[Command], others: Mapping[str, str], whole_h
                                description=command.help)
         for flags, keywords in command.options:
             sub.add_argument(*flags, **keywords)
+        sub.words = [flag for flags, _ in (*command.options, *COMMON_OPTIONS, HELP_OPTION) for flag in flags
+                     if flag.startswith("-")]
         sub.set_defaults(run=command.run, command=command.name, needs_settings=command.needs_settings)
     return parser
 
@@ -16175,20 +16216,25 @@ _SOURCES: Mapping[str, Callable[[Store, str], list[Offer]]] = {
     "ID": _releases, "OTHER": _releases, "TARGET": _targets, "NODE": _node_names, "K=V": _label_pairs}
 
 
-def _unbroken(words: Sequence[str]) -> list[str]:
-    """Return the words of bash, which breaks them at each =, as they stand on the line."""
-    whole: list[str] = []
-    for number, word in enumerate(words):
-        is_glued = whole and (word == "=" or words[number - 1] == "=")
-        whole[-1:] = [whole[-1] + word] if is_glued else [*whole[-1:], word]
-    return whole
+def _words_on(line: str) -> list[str]:
+    """Return the words of a line of bash, behind the command's own, the last being what the cursor stands at."""
+    for closing in ("", "'", '"'):  # the last word may have begun with a quote
+        with contextlib.suppress(ValueError):
+            words = shlex.split(f"{line}\0{closing}")  # the NUL makes a word of its own behind a space
+            return [*words[1:-1], words[-1].replace("\0", "")]
+    return [""]
 
 
 def answer_shell(commands: Sequence[Command], others: Mapping[str, str], shell: str, words: Sequence[str]) -> str:
-    """Return what a shell's script asks for: a line for each word that may stand there."""
+    """Return what a shell's script asks for: a line for each word that may stand there.
+
+    bash breaks words at = and :, as COMP_WORDBREAKS says: it sends that and the whole line, and takes what follows.
+    """
+    start = 0
     if shell == "bash":
-        words = _unbroken(words)
-    start = len(words[-1]) - len(words[-1].rpartition("=")[2]) if words else 0  # bash takes what follows the last =
+        *given, breaks, line = words
+        words = [*given, *_words_on(line)]
+        start = 1 + max(words[-1].rfind(char) if char in breaks else -1 for char in "=:@")
     lines: Mapping[str, Callable[[Offer], str]] = {
         "bash": lambda one: _shell_word(one.word[start:]),
         "zsh": lambda one: one.word.replace("\\", "\\\\").replace(":", "\\:") + f":{one.help}",
@@ -16209,7 +16255,7 @@ _releasectl() {{
     local -a cache=(-B)
     [[ ! -O ${{HOME:-}} ]] || cache=(-X "pycache_prefix=${{XDG_CACHE_HOME:-$HOME/.cache}}/releasectl")
     mapfile -t COMPREPLY < <({python} -I "${{cache[@]}}" -c '{ask}' {folder} {complete} bash {given} \\
-        "${{COMP_WORDS[@]:1:COMP_CWORD}}" 2>/dev/null)
+        "$COMP_WORDBREAKS" "${{COMP_LINE:0:COMP_POINT}}" 2>/dev/null)
 }}
 complete -o default -F _releasectl releasectl releasectl.py""",
     # as a file in fpath, the script is the body of the function at its first call; else it is sourced
@@ -16260,7 +16306,7 @@ def completion_script(shell: str, config: str = "", db: str = "") -> str:
 # ======================================================================================
 # Command line: the table of commands, the standard streams, main().
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Plan, Releases, Requests,
-#   Commands, Node commands, Service, Arguments, Completion.
+#   Views, Commands, Node commands, Service, Arguments, Completion.
 # ======================================================================================
 
 def _age_s(text: str) -> float:
@@ -16272,12 +16318,23 @@ def _age_s(text: str) -> float:
 
 
 def _since(text: str) -> str:
-    """Return a time as stored: of so long ago (90, 5m, 2h, 1d), or RFC 3339; raise argparse.ArgumentTypeError else."""
+    """Return a time as stored: of so long ago (90, 5m, 2h, 1d, 1w), as a table shows it, or RFC 3339.
+
+    Raise argparse.ArgumentTypeError for anything else.
+    """
+    shown = re.fullmatch(r"(\d{4}-\d\d-\d\d)?(?:(?:^|(?<=\d) )(\d\d:\d\d(?::\d\d)?))?(Z?)", text)
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        if shown and (shown[1] or shown[2]):
+            zone = datetime.timezone.utc if shown[3] else None
+            today = datetime.datetime.fromtimestamp(time.time(), zone).strftime("%Y-%m-%d")
+            at = datetime.datetime.fromisoformat(f"{shown[1] or today} {shown[2] or '00:00'}")
+            return utc_text(at.replace(tzinfo=zone).timestamp())
     with contextlib.suppress(argparse.ArgumentTypeError, ValueError, OverflowError):
         return utc_text(time.time() - parse_duration(text))
     with contextlib.suppress(AppError, ValueError, OverflowError):
         return utc_text(epoch_of(text))
-    raise argparse.ArgumentTypeError(f"{text!r} is not a time like 5m, 2h, 1d or 2026-01-31T00:00:00Z")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time like 5m, 2h, 1d, 1w, 2026-01-31, '2026-01-31 14:21' or "
+                                     "2026-01-31T00:00:00Z")
 
 
 def _audit_head(text: str) -> tuple[int, str]:
@@ -16402,8 +16459,8 @@ COMMANDS: tuple[Command, ...] = (
         option("--target", default="", metavar="TARGET", help="only those of this target"),
         option("--search", default="", metavar="TEXT", help="only those with this in id, version (v42), target, "
                                                              "reason or state"),
-        option("--since", type=_since, metavar="TIME", help="only those made since then: 2h or 7d ago, or "
-                                                            "2026-01-31T00:00:00Z"),
+        option("--since", type=_since, metavar="TIME", help="only those made since then: 2h or 7d ago, "
+                                                            "2026-01-31, or a time as tables show it"),
         option("--node", default="", metavar="NODE", help="only those that have this node"),
         option("--page", type=PAGES.argument, default=1), option("--page-size", type=PAGE_SIZES.argument, default=20))),
     Command("status", "a release, its batches and the nodes that are not well; without ID: what is wrong, worst first",
@@ -16433,7 +16490,7 @@ COMMANDS: tuple[Command, ...] = (
         option("--object", default="", metavar="TEXT", help="only on this: \"node edge-1\""),
         option("--release", type=_release_id, metavar="ID", help="only on this release, or latest"),
         option("--since", type=_since, metavar="TIME", help="only since then: 2h or 7d ago, "
-                "or 2026-01-31T00:00:00Z"),
+                "2026-01-31, or a time as tables show it"),
         option("--after", type=AFTER_IDS.argument, default=0, metavar="ROW",
                     help="the first rows with a higher id (without it: the newest rows)"),
         option("--limit", type=Range(1, 100000).argument, default=100, metavar="N", help="at most N rows (100)"),
@@ -16479,7 +16536,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("version", "version and SHA-256 of this file, and what it runs on", command_version,
             needs_settings=False),
     Command("completion", "print a script that completes these commands in a shell", command_completion, (
-        option("shell", choices=SHELLS),), needs_settings=False),
+        option("shell", choices=SHELLS, metavar="|".join(SHELLS)),), needs_settings=False),
 )
 
 
@@ -16542,6 +16599,12 @@ class StandardStream:
                 os.close(nowhere)
 
 
+def _lost(stream: Any) -> Exception | None:
+    """Return why something could not be written though its reader is there, None where nothing was lost."""
+    error: Exception | None = getattr(stream, "error", None)
+    return None if isinstance(error, BrokenPipeError) else error
+
+
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
     """Run without failing on the standard streams: a closed one becomes /dev/null, and print never fails.
@@ -16561,8 +16624,9 @@ def standard_streams() -> Iterator[None]:
         yield
     finally:
         out.end()
-        if out.error is not None and not isinstance(out.error, BrokenPipeError):
-            print(f"releasectl: standard output can't be written: {os_reason(out.error)}", file=sys.stderr)
+        error = _lost(out)
+        if error is not None:
+            print(f"releasectl: standard output can't be written: {os_reason(error)}", file=sys.stderr)
         err.end()
         sys.stdout, sys.stderr = before
 
@@ -16577,6 +16641,16 @@ def _refuse_not_utf8(options: argparse.Namespace) -> None:
         for text in value if isinstance(value, list) else [value]:
             if name not in PATH_OPTIONS and isinstance(text, str) and not is_utf8(text):
                 raise AppError(MALFORMED, f"the argument {one_line(text, 60)!r} is not UTF-8")
+
+
+# Commands that do nothing but answer: where the answer could not be written, nothing was done.
+READ_ONLY = frozenset(("list", "status", "watch", "why", "events", "payload", "diff", "audit", "check", "version",
+                     "completion", "help", "node list", "node show", "node ping"))
+
+
+def _only_reads(options: argparse.Namespace) -> bool:
+    is_trial = getattr(options, "plan", False) or getattr(options, "dry_run", False)
+    return options.command in READ_ONLY or is_trial or (options.command == "freeze" and options.switch is None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16603,7 +16677,7 @@ def _main(words: Sequence[str]) -> int:
         set_up_log(context.settings, options.command, options.quiet, options.verbose)
         with contextlib.closing(context.store.database):
             code: int = options.run(context)
-        return code
+        return code or (EXIT_UNAVAILABLE if _only_reads(options) and _lost(sys.stdout) else EXIT_DONE)
     except AppError as error:
         print(f"{'<3>' if is_journal() else ''}releasectl: {one_line(error.message, 500)}", file=sys.stderr)
         return error.exit_code

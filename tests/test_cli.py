@@ -153,14 +153,14 @@ def test_1_when_the_release_ended_other_than_success(fleet_cli):
     ("node", "add", "a", "10.0.0.1", "--protocol", "http"), ("events", "1", "--limit", "0"), ("list", "--db"),
 ])
 def test_2_when_the_command_line_is_wrong_in_one_line_that_says_where_help_is(quick, arguments):
-    assert "--help" in quick.refused(2, *arguments)
+    assert "(see `releasectl help" in quick.refused(2, *arguments)
     assert os.listdir(quick.folder) == []
 
 
 def test_2_when_there_is_no_command(cli):
     assert cli() == Result(2, "", cli.ok("--help").out)
     assert cli.refused(2, "--json") == (
-        "releasectl: the following arguments are required: COMMAND (see `releasectl.py --help`)")
+        "releasectl: the following arguments are required: COMMAND (see `releasectl help`)")
 
 
 def test_3_when_it_is_not_found_or_in_the_wrong_state(filled_quick):

@@ -4,9 +4,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
-import re
 import resource
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,12 +20,12 @@ from lab import ROOT, Quick, eventually, run, sql
 import releasectl as rc
 
 
-def bash_says(script: str, line: str, folder: Path) -> set[str]:
-    """Return what bash would offer behind a line."""
-    words = [part for word in line.split(" ") for part in re.split("(=)", word) if part or not word]
+def bash_says(script: str, line: str, folder: Path, breaks: str = " \t\n\"'@><=;|&(:") -> set[str]:
+    """Return what bash would offer behind a line; breaks: COMP_WORDBREAKS."""
     asked = f"""{script}
-        COMP_WORDS=({' '.join(f'"{word}"' for word in words)}) COMP_CWORD={len(words) - 1}
-        $(complete -p "${{COMP_WORDS[0]}}" | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        COMP_LINE={shlex.quote(line)}
+        COMP_POINT=${{#COMP_LINE}} COMP_WORDBREAKS={shlex.quote(breaks)}
+        $(complete -p "${{COMP_LINE%% *}}" | sed 's/.*-F \\([^ ]*\\).*/\\1/')
         printf '%s\\n' "${{COMPREPLY[@]}}" """
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
     return set(run("bash", "--norc", "-uc", asked, cwd=folder, env=environment).splitlines()) - {""}
@@ -41,6 +41,7 @@ IDS = {"1", "2", "3", "latest"}
 def fleet(filled_quick):
     """A folder with two nodes, three releases and labels in its database."""
     sql(filled_quick.store, "UPDATE nodes SET labels = ? WHERE id = 1", '{"region":"eu","tier":"a b"}')
+    sql(filled_quick.store, "UPDATE release_tasks SET target = 'a:b' WHERE id = 2")
     return filled_quick.folder
 
 
@@ -74,7 +75,11 @@ def fleet(filled_quick):
     ("releasectl create --label ", {"region=eu", "'tier=a b'"}),
     ("releasectl create --label region=", {"eu"}),
     ("releasectl create --label=region=e", {"eu"}),
-    ("releasectl list --target ", {"cdn"}),
+    ("releasectl create --label 'region=e", {"eu"}),
+    ("releasectl --db sqlite:///releasectl.db status ", IDS),
+    ("releasectl status --db=sqlite:///releasectl.db ", IDS),
+    ("releasectl list --target 'a:", {"b"}),
+    ("releasectl list --target ", {"cdn", "a:b"}),
     ("releasectl --db sqlite:///none.db status ", set()),
     ("releasectl node add ", set()),
 ])
@@ -83,6 +88,11 @@ def test_bash_completes(fleet, line, offered):
     # on a busy machine the database may answer too late, and nothing is offered of it
     eventually(lambda: bash_says(script, line, fleet) == offered, message=f"{line}: {bash_says(script, line, fleet)}")
     assert not (fleet / "none.db").exists()
+
+
+def test_bash_keeps_a_word_whole_that_it_does_not_break(fleet):
+    script = rc.completion_script("bash")
+    eventually(lambda: bash_says(script, "releasectl list --target a:", fleet, " \t\n\"'=") == {"a:b"})
 
 
 def test_the_script_asks_with_the_settings_that_it_was_made_with(filled_quick):

@@ -367,7 +367,7 @@ def test_a_pending_release_that_is_cancelled_is_at_its_end_at_once(store):
     assert store.releases.act("cancel", release.id, "anna", "wrong one").status == "cancelled"
     assert statuses(store, release.id) == ["skipped", "skipped"]
     assert [(e.event, e.detail) for e in store.releases.events(release.id) if e.node_id is None] == [
-        ("created", ""), ("cancelling", "wrong one"), ("cancelled", "cancelled: 0 of 2 nodes were updated")]
+        ("created", ""), ("cancelling", "wrong one"), ("cancelled", "0 of 2 nodes updated")]
     assert_books_balance(store, release.id)
 
 
