@@ -4657,7 +4657,7 @@ def _dispatches(release: Release, nodes: NodeIndex, now: Moment, policy: Policy,
     members = itertools.takewhile(lambda n: n.batch == batch, nodes.of[PENDING].values())
     room = max(0, min(slots - len(ready), strategy.max_parallel - len(running) if strategy.max_parallel else slots))
     # rows that are at rest, and whose agent may still be busy with the request
-    held = [n for n in nodes.of[FAILED].values() if now.until_s(n.hold_until, n.hold_clock) > 0] \
+    held = [n for n in nodes.of[FAILED].values() if 0 < now.until_s(n.hold_until, n.hold_clock) <= MAX_BUSY_S] \
         if nodes.twins or strategy.max_parallel_per else []
     is_free = _free(nodes, busy, held)
 

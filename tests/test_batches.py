@@ -217,6 +217,9 @@ def test_a_node_at_work_that_the_database_has_lost_and_one_that_may_be_busy_keep
     tolerant = PER_RACK._replace(max_failed=1)
     assert sends(decide([busy, in_rack(2, "a")], strategy=tolerant)) == []
     assert sends(decide([busy, in_rack(2, "a")], strategy=tolerant, now=later(9))) == [("dispatch", 2)]
+    # a hold that no setting allows is of a clock that was ahead, and void
+    ahead = in_rack(1, "a", "failed", protocol="execute", hold_until=later(1e6).text)
+    assert sends(decide([ahead, in_rack(2, "a")], strategy=tolerant)) == [("dispatch", 2)]
 
 
 def test_a_busy_address_holds_its_own_node_up_and_not_its_rack():

@@ -27,7 +27,8 @@ def bash_says(script: str, line: str, folder: Path, breaks: str = " \t\n\"'@><=;
         COMP_POINT=${{#COMP_LINE}} COMP_WORDBREAKS={shlex.quote(breaks)}
         $(complete -p "${{COMP_LINE%% *}}" | sed 's/.*-F \\([^ ]*\\).*/\\1/')
         printf '%s\\n' "${{COMPREPLY[@]}}" """
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+    # compiled once for all tests of a process
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "XDG_CACHE_HOME": str(folder.parent / "cache")}
     return set(run("bash", "--norc", "-uc", asked, cwd=folder, env=environment).splitlines()) - {""}
 
 
@@ -86,7 +87,17 @@ def fleet(filled_quick):
 def test_bash_completes(fleet, line, offered):
     script = rc.completion_script("bash")
     # on a busy machine the database may answer too late, and nothing is offered of it
-    eventually(lambda: bash_says(script, line, fleet) == offered, message=f"{line}: {bash_says(script, line, fleet)}")
+    said = set[str]()
+
+    def says_it() -> bool:
+        said.clear()
+        said.update(bash_says(script, line, fleet))
+        return said == offered
+
+    try:
+        eventually(says_it)
+    except AssertionError:
+        pytest.fail(f"behind {line!r} bash offers {sorted(said)}")
     assert not (fleet / "none.db").exists()
 
 
