@@ -3277,6 +3277,9 @@ class Choice(NamedTuple):
 
 # Why a node is left out that the caller did not want.
 EXCLUDED = "excluded"
+# What a selection keeps of a pattern: it is read anew for nodes that come later, and names are not in it.
+LATER_NODES = ("exclude: nodes that are added later, or renamed, are not excluded by a pattern of names, and count as "
+               "behind: a label excludes them too (--label K!=V)")
 
 
 def choose_nodes(nodes: Sequence[Node], request: ReleaseRequest) -> Choice:
@@ -3300,7 +3303,8 @@ def choose_nodes(nodes: Sequence[Node], request: ReleaseRequest) -> Choice:
     ids = {node.id for node in chosen}
     left_out = [LeftOut(node.id, node.name, EXCLUDED if selection.excludes(node) else node.condition)
                 for node in within if node.id not in ids]
-    return Choice(chosen, left_out, stored, _excluding_nobody(nodes, within, selection))
+    later = [LATER_NODES] if any(map(is_pattern, request.excluded_names)) and "nodeIds" not in stored else []
+    return Choice(chosen, left_out, stored, [*_excluding_nobody(nodes, within, selection), *later])
 
 
 def _refuse_named(node_ids: Iterable[int], nodes: Iterable[Node]) -> None:

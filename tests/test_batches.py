@@ -408,6 +408,8 @@ def test_create_takes_patterns_lists_and_exclusions_and_shows_them_by_name(quick
         "edge-us-3", "edge-ap-4"]
     shown = quick("create", "--plan", "--label", "role!=cache", "--exclude", "edge-ap-*", "--exclude", "plain-6").out
     assert "excluded: edge-eu-2, edge-ap-4, edge-us-5, plain-6\n" in shown
+    assert "added later" in shown
+    assert "added later" not in quick("create", "--plan", "--node", "edge-*", "--exclude", "edge-ap-*").out
     assert "note: exclude: no selected node has role=cahce (values of role: cache, edge)" in quick(
         "create", "--plan", "--label", "role!=cahce").out
     for words, code, message in (
