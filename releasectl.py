@@ -3212,9 +3212,15 @@ def grouped(strategy: Strategy, nodes: Iterable[Node]) -> list[tuple[str, list[i
 
 
 def batches_of(strategy: Strategy, nodes: Iterable[Node]) -> list[tuple[str, list[int]]]:
-    """Return the batches that a strategy makes of the nodes, each with the name of its group; no batch is empty."""
-    return [(name, batch) for name, node_ids in grouped(strategy, nodes)
-            for batch in ([node_ids] if name == FIRST else plan_batches(node_ids, strategy.sizes))]
+    """Return the batches that a strategy makes of the nodes, each with the name of its group; no batch is empty.
+
+    Where none of the nodes is of `first`, as in a retry after it succeeded there, one node goes first all the same.
+    """
+    groups, sizes = grouped(strategy, nodes), strategy.sizes
+    if strategy.first and not sizes and not strategy.batch_by and all(name != FIRST for name, _ in groups):
+        sizes = NO_STRATEGY.sizes
+    return [(name, batch) for name, node_ids in groups
+            for batch in ([node_ids] if name == FIRST else plan_batches(node_ids, sizes))]
 
 
 def make_plan(strategy: Strategy, nodes: Sequence[Node], left_out: Sequence[LeftOut] = (),

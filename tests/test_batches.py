@@ -48,6 +48,8 @@ def test_batches_go_by_label_after_the_first_ones_and_those_without_it_come_last
     assert batches({"first": {"region": ["ap", "us"]}}, nodes) == [("first", [1, 5]), ("others", [2, 3, 4, 6, 7])]
     assert batches({"first": {"region": "eu", "role": "canary"}, "batches": ["2*"]}, nodes) == [
         ("first", [2]), ("others", [1, 3]), ("others", [4, 5]), ("others", [6, 7])]
+    # a retry after the canary succeeded
+    assert batches({"first": {"role": "canary"}}, [nodes[0], *nodes[2:4]]) == [("others", [1]), ("others", [3, 4])]
 
 
 def test_a_share_is_of_the_nodes_that_it_cuts():
@@ -87,7 +89,7 @@ def test_every_node_is_in_one_batch_and_they_are_in_the_order_as_written(seed):
     rest = [n.id for n in nodes if not is_first(n.id)]
     for value in sorted({labels[id_].get(key) for id_ in rest}, key=lambda v: (v is None, v or "")) if key else [None]:
         members = [id_ for id_ in rest if not key or labels[id_].get(key) == value]
-        cuts = given or ([] if first or key else [1])
+        cuts = given or ([] if key or expected[0] else [1])  # also where none of them is of first
         while cuts and members:
             size, total = cuts[0], len([id_ for id_ in rest if not key or labels[id_].get(key) == value])
             number = str(size).rstrip("*")
