@@ -2919,6 +2919,9 @@ def selection_of(text: str) -> Selection | None:
     """Return a stored selection; None for one that can't be meant, which takes nobody: a person wrote it."""
     try:
         stored = parse_json(text)
+        if "labels" in stored:  # a label may be a number there, as in the labels of a node
+            stored["labels"] = {key: value if isinstance(value, (str, list)) else to_json(value)
+                                for key, value in stored["labels"].items()}
         known_keys(stored, ("nodeIds", "labels", "exclude", "nodesOf"))
         return parse_selection(stored)
     except (ValueError, TypeError, AttributeError, AppError):

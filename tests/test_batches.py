@@ -525,3 +525,12 @@ def test_the_recipe_one_host_a_rack(recipes):
             in_flight[event.node_id % 3] += 1 if event.to_status == "running" else -1
             assert in_flight[event.node_id % 3] <= 1
     assert world.runs() == [1] * 8
+
+
+def test_a_stored_selection_may_name_numbers_as_the_labels_of_nodes_do():
+    nodes = fleet(2, lambda n: {"rack": str(n)})
+    for text in ('{"labels":{"rack":2}}', '{"labels":{"rack":"2"}}', '{"labels":{"rack":["2","3"]}}'):
+        selection = rc.selection_of(text)
+        assert selection
+        assert [node.id for node in nodes if selection.takes(node)] == [2], text
+    assert rc.selection_of('{"labels":7}') is None
