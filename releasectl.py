@@ -14232,10 +14232,20 @@ def check_config(path: str) -> Iterator[Finding]:
                       f"{path} can be written by its owner alone")
 
 
+# Less room than this for an SQLite database is told of.
+LOW_DISK_BYTES = 512 * 2**20
+
+
 def check_database_file(engine: SqliteEngine | PostgresEngine) -> Iterator[Finding]:
-    """Check who else may read or write the files of an SQLite database, which hold the payloads."""
+    """Check the room for an SQLite database, and who else may read or write its files, which hold the payloads."""
     if not isinstance(engine, SqliteEngine):
         return
+    with contextlib.suppress(OSError):
+        folder = os.path.dirname(os.path.abspath(engine.path))
+        free = shutil.disk_usage(folder).free
+        if free < LOW_DISK_BYTES:
+            yield Finding("disk", EXIT_NOT_SUCCESS, f"{free // 2**20} MiB left in {folder}: without room nothing is "
+                          "dispatched; make some, or `prune` and `backup` elsewhere")
     for path in (engine.path, engine.path + "-wal", engine.path + "-shm"):
         with contextlib.suppress(OSError):  # a file that does not exist; check_database() reports the database
             if _is_reachable(path, stat.S_IRWXO):
@@ -14420,6 +14430,17 @@ def check_notifications(settings: Settings, is_test: bool) -> Iterator[Finding]:
             yield Finding(name, EXIT_UNAVAILABLE, f"{error}{f': {error.said}' if error.said else ''}")
 
 
+def check_nodes(settings: Settings, nodes: Sequence[Node]) -> Iterator[Finding]:
+    """Ask the agents of nodes; those that answer are only counted."""
+    pings = ping_nodes(settings, nodes, key_may_be_open=True) if nodes else []  # reported by check_agents()
+    for ping in pings:
+        if not ping.is_ok:
+            yield Finding(f"node {ping.node.name}", EXIT_UNAVAILABLE, ping.text)
+    if pings:
+        reachable = sum(ping.is_ok for ping in pings)
+        yield Finding("agents", EXIT_DONE, f"{reachable} of {count_of_nodes(len(pings))} reachable")
+
+
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
     """Check the database, and ask the agents of its enabled, online nodes."""
     engine = store.database.engine
@@ -14441,8 +14462,7 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
         yield from check_work(settings, store)
         yield from check_outbox(store)
         yield from check_drift(listed)
-        for ping in ping_nodes(settings, nodes, key_may_be_open=True) if nodes else []:  # reported by check_agents()
-            yield Finding(f"node {ping.node.name}", EXIT_DONE if ping.is_ok else EXIT_UNAVAILABLE, ping.text)
+        yield from check_nodes(settings, nodes)
     except DatabaseError as error:
         yield Finding("DATABASE_URL", EXIT_UNAVAILABLE, error.message)
     except ConfigError:
@@ -15424,6 +15444,11 @@ def command_freeze(context: Context) -> int:
     return context.show(freeze_json(freeze), text)
 
 
+def _checks_text(findings: Sequence[Finding]) -> str:
+    failed = sum(f.exit_code != EXIT_DONE for f in findings)
+    return f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed"
+
+
 def command_check(context: Context) -> int:
     settings = context.settings
     findings = [Finding("settings", EXIT_DONE, "valid"),
@@ -15434,7 +15459,7 @@ def command_check(context: Context) -> int:
                             for f in findings]},
                  context.display.table([("ok" if f.exit_code == EXIT_DONE else "WRONG", f.subject,
                                          context.display.sentence(f.text)) for f in findings],
-                                       ("", "subject", "result")))
+                                       ("", "subject", "result")) + "\n" + _checks_text(findings))
     codes = {f.exit_code for f in findings}
     return EXIT_USAGE if EXIT_USAGE in codes else max(codes)
 

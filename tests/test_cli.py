@@ -458,8 +458,11 @@ def test_check_finds_nothing_wrong_where_all_is_well(fleet_cli):
     found = findings(result)
     assert all(ok for ok, _ in found.values()), found
     assert "is good until 20" in found["CONTROL_CERT"][1]
-    assert {"settings", "CONTROL_KEY", "DATABASE_URL", "node edge-1", "node edge-3"} <= set(found)
-    assert "WRONG" not in fleet_cli.ok("check").out
+    assert {"settings", "CONTROL_KEY", "DATABASE_URL"} <= set(found)
+    assert found["agents"] == (True, "3 of 3 nodes reachable")  # counted, not listed
+    shown = fleet_cli.ok("check").out
+    assert "WRONG" not in shown
+    assert shown.endswith(f"all {len(result.json['items'])} checks passed\n")
 
 
 def test_check_says_what_is_wrong_and_how_to_mend_it(fleet_cli, tmp_path):
@@ -475,7 +478,20 @@ def test_check_says_what_is_wrong_and_how_to_mend_it(fleet_cli, tmp_path):
                            ("node edge-2", "connection refused")):
         assert (found[subject][0], words in found[subject][1]) == (False, True)
     assert found["CONTROL_CERT"][0]
-    assert found["node edge-1"][0]
+    assert found["agents"] == (True, "2 of 3 nodes reachable")
+    failed = [subject for subject, (ok, _) in found.items() if not ok]
+    assert fleet_cli("check").out.endswith(f"{len(failed)} of {len(found)} checks failed\n")
+
+
+def test_check_tells_that_little_room_is_left_for_the_database(quick, monkeypatch):
+    quick.settings["MTLS_ENABLED"] = "0"
+    quick.ok("migrate")
+    assert "disk" not in findings(quick("check", "--json"))
+    usage = shutil.disk_usage(quick.folder)
+    monkeypatch.setattr(rc.shutil, "disk_usage", lambda _: usage._replace(free=100 * 2**20))
+    result = quick("check", "--json")
+    assert result.code == 1
+    assert findings(result)["disk"][1].startswith(f"100 MiB left in {quick.folder}: without room nothing is dispatched")
 
 
 @pytest.mark.parametrize(("days", "is_ok", "words"), [("-1", False, "expired"), ("5", True, "renew it now")])
