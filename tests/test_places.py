@@ -197,3 +197,8 @@ def test_the_documentation_says_what_to_do_about_every_error_code():
                 found[code] = statuses.split(", ")
     assert set(found) == set(rc.ERROR_CODES)
     assert [code for code, (status, _) in rc.ERROR_CODES.items() if str(status) not in found[code]] == []
+
+
+def test_upgrade_says_what_each_schema_step_brings():
+    table = section_of("docs/UPGRADE.md", "What each schema step brings")
+    assert re.findall(r"(?m)^\| ([0-9]+) \|", table) == [str(number) for number in range(1, len(rc.schema_steps()) + 1)]
