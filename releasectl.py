@@ -7400,7 +7400,7 @@ def read_candidates(tx: Transaction) -> list[Candidate]:
 def read_executors(tx: Transaction) -> list[ExecutorRow]:
     """Return who looks for work, or did within a day or so; who was seen last comes first."""
     return [ExecutorRow(*row) for row in tx.rows("""
-        SELECT owner, host, kind, started_at, seen_at, period_sec, error
+        SELECT owner, host, kind, started_at, seen_at, CAST(period_sec AS DOUBLE PRECISION), error
         FROM executors
         ORDER BY seen_at DESC, owner""")]
 

@@ -332,6 +332,14 @@ def test_certificates_that_end_are_problems(found, kind, text):
     assert [(p.kind, p.text) for p in rc.judge(facts).problems] == ([(kind, text)] if kind else [])
 
 
+def test_a_row_of_executors_that_a_person_spoiled_spoils_no_verdict(sqlite_world):
+    sql(sqlite_world.store, "INSERT INTO executors (owner, host, seen_at, period_sec) VALUES ('a:1:x', 'a', ?, 'abc')",
+        rc.utc_text(time.time()))
+    assert sqlite_world.store.overview.read([]).is_well
+    release = new_release(sqlite_world.nodes(1).store)
+    assert sqlite_world.store.claims.why(release.id, 600.0).stopped_by.name == "executor"
+
+
 def test_all_problems_are_told_worst_first(fresh):
     add_nodes(fresh, 1)
     ended(fresh, "A", "failed")
