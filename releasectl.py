@@ -5196,8 +5196,8 @@ PROBLEM_KINDS: Mapping[str, str] = {
 UNATTENDED_S = 60.0
 # Problems of a kind that are told one by one; the rest is counted.
 MAX_OF_A_KIND = 20
-# Certificates that are good for less than this should be renewed.
-RENEW_DAYS = 14.0
+# A certificate, and a CRL, that is good for less than this should be renewed: a job makes CRLs anew every day or week.
+RENEW_DAYS, RENEW_CRL_DAYS = 14.0, 1.0
 
 
 class Problem(NamedTuple):
@@ -5259,8 +5259,8 @@ class Waiting(NamedTuple):
     @property
     def text(self) -> str:
         """Return that they have not got out, and why."""
-        have = "1 notification has" if self.total == 1 else f"{self.total} notifications have"
-        return f"{have} not got out: " + (
+        have = "has" if self.total == 1 else "have"
+        return f"{count_of(self.total, 'notification')} {have} not got out: " + (
             self.last_error or "none was tried: no executor with NOTIFY_COMMAND or NOTIFY_URL is running")
 
 
@@ -5329,7 +5329,7 @@ def _first_of_a_kind(problems: Sequence[Problem]) -> list[Problem]:
 def _verdict_text(problems: Sequence[Problem], facts: OverviewFacts) -> str:
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        return f"{'1 problem' if len(problems) == 1 else f'{len(problems)} problems'}: {problems[0].text}{more}"
+        return f"{count_of(len(problems), 'problem')}: {problems[0].text}{more}"
     waiting = f"{facts.pending} waiting" if facts.pending else ""
     working = in_words(facts.active, MAX_NAMED, text=lambda release: f"{release.status} {release}")
     return "all is well: " + (", ".join(filter(None, (working, waiting))) or "nothing is to do")
@@ -5351,7 +5351,7 @@ def _executor_problems(facts: OverviewFacts) -> Iterator[Problem]:
         is_live = any(row.is_live(facts.now_s) for row in facts.executors)
         begun = [*(release.created_at for release in alone), *([facts.oldest_pending] if facts.pending else [])]
         since = max(min(filter(None, begun), default=""), facts.executors[0].seen_at if facts.executors else "")
-        yield Problem("executor", f"{nobody}; {count} {'release has' if count == 1 else 'releases have'} nobody",
+        yield Problem("executor", f"{nobody}; {count_of(count, 'release')} {'has' if count == 1 else 'have'} nobody",
                       "releasectl check" if is_live else "releasectl serve", None if is_live else since)
     elif not nobody:
         for release in alone:
@@ -5413,7 +5413,7 @@ def _certificate_problems(facts: OverviewFacts) -> Iterator[Problem]:
         if found.message or found.days_left is None or found.days_left <= 0:
             yield Problem("certificate", f"{found.name} can't be used" + (f": {found.message}" if found.message else
                           ": it has expired"), "releasectl check", found.ends_at)
-        elif found.days_left < (1.0 if found.name.endswith("CRL") else RENEW_DAYS):
+        elif found.days_left < (RENEW_CRL_DAYS if found.name.endswith("CRL") else RENEW_DAYS):
             yield Problem("expires", f"{found.name} is good for {rough_time(found.days_left * 86400)} more: renew it",
                           "releasectl check")
 
@@ -7214,7 +7214,6 @@ RELEASE_COLUMNS = ", ".join(_COMPUTED_OF_RELEASE.get(name, f"r.{name}") for name
 LISTED_COLUMNS = RELEASE_COLUMNS.replace("r.payload,", "CASE WHEN r.payload_sha256 = '' THEN r.payload ELSE '' END,", 1)
 
 
-
 class ReleaseFilter(NamedTuple):
     """Which releases a list shows; what is empty restricts nothing."""
     status: str = ""
@@ -7904,7 +7903,6 @@ class Level(NamedTuple):
             return BEHIND
         return AHEAD if has and has.status in TERMINAL else LEVEL
 
-
     @property
     def drift_since(self) -> str | None:
         """Return since when it is as `drift` says: the release ended that it should run, or that left what it has."""
@@ -8384,9 +8382,9 @@ def _releases_under_way(tx: Transaction) -> dict[int, int]:
 # region Releases
 # ======================================================================================
 # Releases: create, verbs, lists, payloads, prune.
-# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Failures, Node
-#   index, Status texts, Decision, Verbs, Why, Database, Database state, Audit, Nodes,
-#   Queue, Retry and rollback, Drift.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Failures,
+#   Node index, Status texts, Decision, Verbs, Why, Database, Database state, Audit,
+#   Nodes, Queue, Retry and rollback, Drift.
 # ======================================================================================
 
 class Progress(NamedTuple):
@@ -9087,7 +9085,7 @@ class Outbox:
         """
         with self._database.transaction() as tx:
             # the indexes release_tasks_by_status and release_task_nodes_by_status
-            return [row[0] for row in tx.rows("""
+            return [row[0] for row in tx.rows(f"""
                 SELECT id
                 FROM release_tasks r
                 WHERE updated_at < ? AND (
@@ -9095,7 +9093,7 @@ class Outbox:
                     OR (status = 'paused' AND EXISTS (
                         SELECT 1 FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'running'))
                     OR id IN (SELECT MIN(id) FROM release_tasks WHERE status = 'pending' GROUP BY target))
-                    AND status IN ('pending', 'running', 'paused', 'cancelling')
+                    AND status IN {OPEN_RELEASES}
                 ORDER BY id""", utc_text(self._state.clock.wall() - quiet_s))]
 
     def note_stuck(self, release_id: int, why: str, actor: Who) -> None:
@@ -14084,8 +14082,8 @@ def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
 # ======================================================================================
 # Check and why: what is wrong with this installation, and what would mend it.
 # Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Status texts, Why,
-#   Engines, Database, Audit, Drift, Overview, Dialects, Agents, Notifier, Executor,
-#   Access, API, Server.
+#   Verdict, Engines, Database, Audit, Drift, Overview, Dialects, Agents, Notifier,
+#   Executor, Access, API, Server.
 # ======================================================================================
 
 class Ping(NamedTuple):
@@ -14174,7 +14172,7 @@ def _finding(name: str, check: Callable[[], str]) -> Finding:
 def _certificate_text(path: str, certificate: Mapping[str, Any]) -> str:
     expires = certificate_end(certificate)
     days = _days_until(expires)
-    renew = ": renew it now" if days < 14 else ""
+    renew = ": renew it now" if days < RENEW_DAYS else ""
     return f"{path} is good until {utc_text(expires)}, {count_of(round(days), 'day')}{renew}"
 
 
@@ -14200,7 +14198,7 @@ def check_crl(name: str, path: str) -> Iterator[Finding]:
         return
     if ends:
         text += (f", good until {utc_text(min(ends))}, {count_of(round(days), 'day')}"
-                 + (": fetch a newer one now" if days < 1 else ""))
+                 + (": fetch a newer one now" if days < RENEW_CRL_DAYS else ""))
     if bare:
         text += f"; {bare} of its CAs have none: certificates that these signed are refused"
     yield Finding(f"{name} CRL", EXIT_DONE, text)
@@ -14945,8 +14943,8 @@ class Screen:
 # Commands: what each other command does (contract section 4).
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Difference, Model,
 #   Strategy, Selection, Plan, Status texts, Verbs, Why, Verdict, Engines, Database,
-#   Audit, Nodes, Queue, Retry and rollback, Releases, Overview, Serialization, Access,
-#   Check and why, Terminal, Views.
+#   Audit, Nodes, Queue, Retry and rollback, Releases, Overview, Serialization,
+#   Access, Check and why, Terminal, Views.
 # ======================================================================================
 
 # Where a command's options have the id of a release, or LATEST.
@@ -15531,8 +15529,8 @@ def command_version(context: Context) -> int:
 # region Node commands
 # ======================================================================================
 # Node commands: what the commands on nodes do, and what is shown of a node.
-# Uses: Vocabulary, Helpers, Model, Selection, Drift, Overview, Serialization, Check and
-#   why, Terminal, Commands.
+# Uses: Vocabulary, Helpers, Model, Selection, Drift, Overview, Serialization, Check
+#   and why, Terminal, Commands.
 # ======================================================================================
 
 def _node_options(options: argparse.Namespace) -> dict[str, Any]:
