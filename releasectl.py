@@ -136,7 +136,18 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from collections.abc import Collection, Coroutine, Generator, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import (
+    Collection,
+    Coroutine,
+    Generator,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+    ValuesView,
+)
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import (
@@ -3736,17 +3747,82 @@ def causes_text(failed: Collection[ReleaseNode]) -> str:
 # Uses: Vocabulary, Model.
 # ======================================================================================
 
+# Nodes of one part of a NodeMap: what a change copies.
+NODES_OF_A_PART = 1024
+
+
+class NodeMap(Mapping[int, ReleaseNode]):
+    """Nodes by id, ordered by batch and then about by id; a copy shares what neither of the two changes."""
+
+    def __init__(self, part_of: Mapping[int, int]):
+        """Take the number of each node's part, in order."""
+        self._part_of = part_of
+        self._parts: list[dict[int, ReleaseNode]] = [{} for _ in range(max(part_of.values(), default=0) + 1)]
+        # Parts that no copy shares.
+        self._own = set(range(len(self._parts)))
+        self._size = 0
+
+    def copy(self) -> NodeMap:
+        """Return an independent copy."""
+        other = NodeMap.__new__(NodeMap)
+        other._part_of, other._parts, other._size = self._part_of, self._parts.copy(), self._size
+        self._own, other._own = set(), set()
+        return other
+
+    def __setitem__(self, node_id: int, node: ReleaseNode) -> None:
+        part = self._writable(node_id)
+        self._size += node_id not in part
+        part[node_id] = node
+
+    def __delitem__(self, node_id: int) -> None:
+        del self._writable(node_id)[node_id]
+        self._size -= 1
+
+    def __getitem__(self, node_id: int) -> ReleaseNode:
+        return self._parts[self._part_of[node_id]][node_id]
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain.from_iterable(self._parts)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def values(self) -> ValuesView[ReleaseNode]:
+        return _NodesOf(self)
+
+    def _writable(self, node_id: int) -> dict[int, ReleaseNode]:
+        number = self._part_of[node_id]
+        if number not in self._own:
+            self._parts[number] = self._parts[number].copy()
+            self._own.add(number)
+        return self._parts[number]
+
+
+class _NodesOf(ValuesView[ReleaseNode]):
+    """NodeMap.values()"""
+    _mapping: NodeMap
+
+    def __iter__(self) -> Iterator[ReleaseNode]:
+        return itertools.chain.from_iterable(map(dict.values, self._mapping._parts))
+
+
+def _is_probed(node: ReleaseNode) -> bool:
+    return node.status == SUCCESS and (node.next_op != "" or node.verdict is not None)
+
+
 class NodeIndex:
     """The nodes of a release, indexed by what a decision needs.
 
-    A release of ten thousand nodes has a thousand decisions: each examines only the nodes at work.
+    A release of ten thousand nodes has a thousand decisions: each examines and copies only the nodes at work.
     """
 
     def __init__(self, nodes: Iterable[ReleaseNode] = ()):
         """Take all nodes, ordered by batch and id."""
-        self._nodes = {n.node_id: n for n in nodes}
-        # By status, in the order in which they got it; the pending ones by batch and id.
-        self.of: dict[str, dict[int, ReleaseNode]] = {status: {} for status in (*OPEN, *AT_REST)}
+        given = list(nodes)
+        part_of = {n.node_id: place // NODES_OF_A_PART for place, n in enumerate(given)}
+        self._nodes = NodeMap(part_of)
+        # By status.
+        self.of = {status: NodeMap(part_of) for status in (*OPEN, *AT_REST)}
         # Nodes of each batch.
         self.sizes: dict[int, int] = {}
         # Pending and running nodes of each batch.
@@ -3757,13 +3833,15 @@ class NodeIndex:
         self._waiting: dict[tuple[int, str], int] = {}
         # Pending nodes that are in flight: the database has lost the commit of their dispatch.
         self.astray: dict[int, ReleaseNode] = {}
-        named = collections.Counter(n.endpoint for n in self._nodes.values())
+        # Successful nodes that are probed again.
+        self.probed = {n.node_id: n for n in given if _is_probed(n)}
+        named = collections.Counter(n.endpoint for n in given)
         # Addresses that several rows have; a person wrote them.
         self.twins = frozenset(endpoint for endpoint, count in named.items() if count > 1)
         # Highest version that any of the nodes was ever sent.
-        self.highest_sent = max((n.last_version for n in self._nodes.values()), default=0)
-        for n in self._nodes.values():
-            self.of[n.status][n.node_id] = n
+        self.highest_sent = max((n.last_version for n in given), default=0)
+        for n in given:
+            self.of[n.status][n.node_id] = self._nodes[n.node_id] = n
             self.sizes[n.batch] = self.sizes.get(n.batch, 0) + 1
             self._open[n.batch] = self._open.get(n.batch, 0) + (n.status in OPEN)
             self._queues.setdefault(n.batch, {}).setdefault(n.labels, []).append(n.node_id)
@@ -3789,7 +3867,7 @@ class NodeIndex:
         other._nodes, other.sizes, other._open = self._nodes.copy(), self.sizes, self._open.copy()
         other.of, other._batches = {status: found.copy() for status, found in self.of.items()}, self._batches
         other.twins, other.highest_sent, other._queues = self.twins, self.highest_sent, self._queues
-        other._waiting, other.astray = self._waiting.copy(), self.astray.copy()
+        other._waiting, other.astray, other.probed = self._waiting.copy(), self.astray.copy(), self.probed.copy()
         return other
 
     def put(self, node: ReleaseNode) -> None:
@@ -3801,6 +3879,10 @@ class NodeIndex:
             self._count_waiting(node, (node.status == PENDING) - (before.status == PENDING))
         elif node.status == PENDING:
             self._count_waiting(node, 0)
+        if _is_probed(node):
+            self.probed[node.node_id] = node
+        else:
+            self.probed.pop(node.node_id, None)
         self.of[node.status][node.node_id] = self._nodes[node.node_id] = node
 
     @property
@@ -4511,7 +4593,7 @@ def _apply(nodes: NodeIndex, changes: Iterable[NodeChange]) -> list[NodeChange]:
 
 def _ended(nodes: NodeIndex, now: Moment, policy: Policy, strategy: Strategy) -> list[NodeChange]:
     """Return the ends of running nodes, and of successful ones that are re-verified."""
-    again = nodes.of[SUCCESS].values() if strategy.verify else ()
+    again = nodes.probed.values() if strategy.verify else ()
     return list(filter(None, [_end_node(n, now, policy) for n in (*nodes.of[RUNNING].values(), *again)]))
 
 
@@ -7434,10 +7516,11 @@ def write_nodes(tx: Transaction, release_id: int, changes: Sequence[NodeChange],
             part = group[start:start + NODES_PER_STATEMENT]
             named = [c.after for c in part if c.after.task_id != c.before.task_id]
             task_id = f"CASE node_id {'WHEN ? THEN ? ' * len(named)}ELSE task_id END" if named else "task_id"
+            # status || '': by the unique index of release and node, as the one by status has all pending ones
             changed = tx.execute(f"""
                 UPDATE release_task_nodes
                 SET {columns}, updated_at = ?, task_id = {task_id}
-                WHERE release_task_id = ? AND status = ? AND attempts = ?
+                WHERE release_task_id = ? AND status || '' = ? AND attempts = ?
                   AND node_id IN ({', '.join('?' * len(part))})""",
                                  *values, now.text, *(v for n in named for v in (n.node_id, n.task_id)),
                                  release_id, status, attempts, *(c.after.node_id for c in part))

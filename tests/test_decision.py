@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -428,3 +429,30 @@ def candidates(*rows):
 ])
 def test_rule_2_one_release_of_a_target_is_active_the_lowest_version_first(rows, free, taken):
     assert rc.runnable(candidates(*rows), "", rc.NO_FREEZE, lambda *_: False) == (free, taken)
+
+
+# -- the index of the nodes --------------------------------------------------------------------
+
+def test_a_copy_of_an_index_and_its_original_know_nothing_of_each_others_changes():
+    chance = random.Random(7)
+    count = 3 * rc.NODES_OF_A_PART + 5
+    rows = {n: node(n, chance.choice(["pending", "running", "success"]), batch=1 + n // 1000)
+            for n in range(1, count)}
+    pairs = [(rc.NodeIndex(rows.values()), dict(rows))]
+    for _ in range(400):
+        index, known = chance.choice(pairs)
+        if len(pairs) < 8 and chance.random() < 0.05:
+            pairs.append((index.copy(), known.copy()))
+        before = known[chance.randrange(1, count)]
+        after = before._replace(status=chance.choice([before.status, *rc.NODE_TRANSITIONS.get(before.status, ())]),
+                                next_op=chance.choice(["", rc.PROBE]))
+        index.put(after)
+        known[after.node_id] = after
+    for index, known in pairs:
+        assert list(index) == list(known.values())
+        assert len(index) == len(known)
+        for status, found in index.of.items():
+            assert sorted(found.values()) == [n for n in known.values() if n.status == status]
+            assert len(found) == len(list(found))
+        assert index.batch == min(n.batch for n in known.values() if n.status in rc.OPEN)
+        assert index.probed == {n.node_id: n for n in known.values() if n.status == "success" and n.next_op}
