@@ -194,6 +194,9 @@ NOTIFY_KINDS = (FAILED, PARTIAL, PAUSED, STUCK, CREATED, STARTED, SUCCESS, CANCE
 # What became of a try to send one, and of the notification (metrics).
 SENT, UNDELIVERED, GIVEN_UP = "sent", "failed", "given_up"
 
+# The event of the end of what FROZEN begins.
+UNFROZEN = "unfrozen"
+
 # How far what a node runs is from what it should run (contract section 5).
 LEVEL, BEHIND, AHEAD, UNSURE = DRIFTS = ("none", "behind", "ahead", "unknown")
 TASKS, EXECUTE = "tasks", "execute"
@@ -1245,7 +1248,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("releasectl_notifications_total", COUNTER,
            "Tries to send a notification to a receiver, by outcome; and notifications given up after a day.",
            ("outcome",), ((SENT, UNDELIVERED, GIVEN_UP),)),
-    Metric("releasectl_frozen", GAUGE, "Whether the freeze is on (1), or not (0)."),
+    Metric("releasectl_frozen", GAUGE, "Whether everything is frozen (1), or not (0)."),
+    Metric("releasectl_target_frozen", GAUGE,
+           "Whether a target is frozen (1), by itself or with everything, or not (0).", ("target",)),
     Metric("releasectl_ticks_total", COUNTER, "Scans for work, by outcome.", ("outcome",),
            ((IDLE, WORKED, BUSY, ERROR),)),
     Metric("releasectl_last_tick_timestamp_seconds", GAUGE,
@@ -2355,14 +2360,87 @@ NO_POLICY = Policy(0, 0.0, 0.0, 0.0)
 
 
 class Freeze(NamedTuple):
-    """The switch that stops new dispatches of all processes; who set it, when and why."""
+    """The switch that stops new dispatches of all processes, in one target or in all; who set it, when and why."""
     frozen: bool = False
     reason: str = ""
     actor: str = ""
     at: str = ""
+    # When it is over, by the clock that decides on claims (Transaction.now()); None: when somebody lifts it.
+    until: str | None = None
+    # "": it is of every target.
+    target: str = ""
+
+    @property
+    def detail(self) -> str:
+        """Return its reason, and before that its end: 'until 2026-01-31T06:00:00.000Z: the match'."""
+        return f"until {self.until}: {self.reason}" if self.until else self.reason
+
+    @property
+    def text(self) -> str:
+        """Return what a release that it holds waits for: 'frozen: the match'."""
+        return f"frozen {self.detail}" if self.until else f"frozen: {self.reason}"
+
+    def line(self, at: str = "", end: str = "") -> str:
+        """Return 'frozen by anna: the match', with its end 'cdn is frozen until 2026-..., by anna: the match'.
+
+        at: when it was set, where that is to be told. end: how its end is told, "": by the stored time.
+        """
+        end = end or (f"until {self.until}" if self.until else "")
+        return (f"{f'{self.target} is ' if self.target else ''}frozen {f'{end}, ' if end else ''}by {self.actor}"
+                f"{f' at {at}' if at else ''}: {self.reason}")
+
+    @property
+    def subject(self) -> str:
+        """Return what it is called in the audit log and in `check`."""
+        return f"freeze {self.target}" if self.target else "freeze"
+
+    @property
+    def mend(self) -> str:
+        """Return the command that lifts it."""
+        return "releasectl freeze off" + (f" --target {self.target}" if self.target else "")
 
 
 NO_FREEZE = Freeze()
+
+
+class Freezes(NamedTuple):
+    """What is frozen: everything, single targets, or both."""
+    everything: Freeze = NO_FREEZE
+    # By name.
+    targets: tuple[Freeze, ...] = ()
+
+    @property
+    def on(self) -> list[Freeze]:
+        """Return those that are set, the one of everything first."""
+        return [freeze for freeze in (self.everything, *self.targets) if freeze.frozen]
+
+    def of_target(self, target: str) -> Freeze:
+        """Return the one that was set for exactly this target, "" for everything; NO_FREEZE for none."""
+        return self.everything if not target else next((f for f in self.targets if f.target == target), NO_FREEZE)
+
+    def holding(self, release: Release | Candidate) -> list[Freeze]:
+        """Return those that hold a release, the one that ends last first. No other place answers that."""
+        found = [freeze for freeze in self.on if freeze.target in ("", release.target)]
+        return sorted(found, key=lambda freeze: freeze.until or "~", reverse=True)
+
+    def of(self, release: Release | Candidate) -> Freeze:
+        """Return what a release waits for: of those that hold it the one that ends last, NO_FREEZE for none."""
+        return next(iter(self.holding(release)), NO_FREEZE)
+
+    def without(self, target: str) -> Freezes:
+        """Return all but the one of a target, "" for everything."""
+        return Freezes(self.everything if target else NO_FREEZE, tuple(f for f in self.targets if f.target != target))
+
+    def over_at(self, now: str) -> list[Freeze]:
+        """Return those whose end has come, the one that ended first before the others."""
+        return sorted((f for f in self.on if f.until and f.until <= now), key=lambda f: f.until or "")
+
+    def in_force(self, now: str) -> Freezes:
+        """Return what is left when those are taken away whose end has come."""
+        return functools.reduce(Freezes.without, [freeze.target for freeze in self.over_at(now)], self)
+
+
+NO_FREEZES = Freezes()
 
 
 class BatchProgress(NamedTuple):
@@ -2446,10 +2524,6 @@ class Candidate(NamedTuple):
     has_pending: bool = True
     # "": a person wrote the row, and may still be changing it.
     tag: str = ""
-
-    def may_start(self, now: str) -> bool:
-        """Return whether its start time has come; until then no release waits for it."""
-        return self.status != PENDING or self.start_at <= now
 
 
 class Claim(NamedTuple):
@@ -2617,9 +2691,12 @@ def parse_text(field: str, value: object, max_chars: int = 500) -> str:
     return one_line(value, max_chars)
 
 
+TARGET = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
 def parse_target(value: object) -> str:
     """Return a release's target; raise AppError(INVALID) for anything but letters, digits and ._-"""
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+    if not isinstance(value, str) or not re.fullmatch(TARGET, value):
         raise AppError(INVALID, "target must be 1 to 64 letters, digits or . _ -")
     return value
 
@@ -3991,6 +4068,8 @@ def first_failed(nodes: NodeIndex) -> ReleaseNode | None:
 
 
 REASON_PENDING = "queued for an executor"
+# How Freeze.text begins.
+FROZEN_BEGINS = ("frozen: ", "frozen until ")
 NO_NODES = "the release has no nodes"
 # A node that runs for less than this is not named.
 SLOW_S = 1.0
@@ -4098,7 +4177,7 @@ def _progress(situation: Situation, waiting: str) -> str:
     if not nodes:
         return NO_NODES
     if freeze.frozen:
-        return f"frozen: {freeze.reason}" + (f"; {waiting}" if waiting else "")
+        return freeze.text + (f"; {waiting}" if waiting else "")
     if stage.reverifies:
         return (f"verifying batch {stage.reverifies} after its soak: waiting for "
                 + _names(nodes.to_reverify(stage.reverifies)))
@@ -4394,20 +4473,32 @@ def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Pol
 
 
 def holds_of(history: Iterable[tuple[str, str, str]]) -> list[Hold]:
-    """Return the holds of a release from its events in order, each with time, event and to_status."""
+    """Return the holds of a release from its events in order, each with time, event and to_status.
+
+    The end of a freeze may be written down later than what followed it: it says nothing of a pause then.
+    """
+    events = list(history)
     holds: list[Hold] = []
-    is_paused = is_frozen = False
+    for hold in sorted([*_spans((at, status == PAUSED) for at, event, status in events if event != UNFROZEN),
+                        *_spans((at, event == FROZEN) for at, event, _ in events if event in (FROZEN, UNFROZEN))]):
+        if holds and hold.since <= holds[-1].until:
+            holds[-1] = Hold(holds[-1].since, max(holds[-1].until, hold.until))
+        else:
+            holds.append(hold)
+    return holds
+
+
+def _spans(changes: Iterable[tuple[str, bool]]) -> Iterator[Hold]:
+    """Yield the times in which something was so, from the times and values of its changes."""
     began: float | None = None
-    for at, event, status in history:
-        is_paused = status == PAUSED
-        is_frozen = event == "frozen" or (is_frozen and event != "unfrozen")
-        moment = epoch_or(at, 0.0)
-        if (is_paused or is_frozen) and began is None:
-            began = moment
-        elif not (is_paused or is_frozen) and began is not None:
-            holds.append(Hold(began, moment))
+    for at, is_so in changes:
+        if is_so and began is None:
+            began = epoch_or(at, 0.0)
+        elif not is_so and began is not None:
+            yield Hold(began, max(began, epoch_or(at, 0.0)))
             began = None
-    return holds if began is None else [*holds, Hold(began, float("inf"))]
+    if began is not None:
+        yield Hold(began, float("inf"))
 
 
 def held_s(holds: Iterable[Hold], since: float, until: float) -> float:
@@ -4884,26 +4975,34 @@ def _in_order(candidates: Iterable[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=lambda c: (c.status == PENDING or not c.has_started, c.version))
 
 
-def _in_line(candidates: Iterable[Candidate], now: str) -> Iterator[tuple[Candidate, Sequence[Candidate]]]:
+def _may_start(c: Candidate, now: str, freezes: Freezes) -> bool:
+    """Return whether a release may start as far as it alone goes; until then no other one waits for it (rule 2)."""
+    return c.status != PENDING or (c.start_at <= now and not freezes.of(c).frozen)
+
+
+def _in_line(candidates: Iterable[Candidate], now: str,
+             freezes: Freezes) -> Iterator[tuple[Candidate, Sequence[Candidate]]]:
     """Return each release with those before it that have started or may start."""
     before: list[Candidate] = []
     for c in _in_order(candidates):
         yield c, before
-        if c.may_start(now):
+        if _may_start(c, now, freezes):
             before.append(c)
 
 
-def _in_turn(candidates: Iterable[Candidate], now: str, shares: Shares) -> Iterator[tuple[Candidate, Candidate | None]]:
+def _in_turn(candidates: Iterable[Candidate], now: str, freezes: Freezes,
+             shares: Shares) -> Iterator[tuple[Candidate, Candidate | None]]:
     """Return each release with the one that it waits for, of the same target or with a node in common, or None."""
-    for c, before in _in_line(candidates, now):
+    for c, before in _in_line(candidates, now, freezes):
         # by target first, as shares() may read the nodes of a release
         yield c, (next((a for a in before if a.target == c.target), None)
                   or next((a for a in before if shares(a, c)), None))
 
 
-def ahead_of(release_id: int, candidates: Iterable[Candidate], now: str, shares: Shares) -> list[Candidate]:
+def ahead_of(release_id: int, candidates: Iterable[Candidate], now: str, freezes: Freezes,
+             shares: Shares) -> list[Candidate]:
     """Return all releases that a pending one waits for, and those that these wait for, in their order."""
-    in_line = {c.id: (c, [*before]) for c, before in _in_line(candidates, now)}
+    in_line = {c.id: (c, [*before]) for c, before in _in_line(candidates, now, freezes)}
     found: dict[int, Candidate] = {}
     waiting = [release_id]
     while waiting:
@@ -4919,7 +5018,8 @@ def state_of(before: Candidate) -> str:
     return f"which {before.paused_by} paused" if before.paused_by else f"which is {before.status}"
 
 
-def runnable(candidates: Iterable[Candidate], now: str, freeze: Freeze, shares: Shares) -> tuple[list[int], list[int]]:
+def runnable(candidates: Iterable[Candidate], now: str, freezes: Freezes,
+             shares: Shares) -> tuple[list[int], list[int]]:
     """Return the ids of releases that may be claimed now, and of those that others have claimed (rule 2).
 
     A pending release waits for those before it, its start time and the end of a freeze; one that is paused or
@@ -4927,33 +5027,33 @@ def runnable(candidates: Iterable[Candidate], now: str, freeze: Freeze, shares: 
     """
     free: list[int] = []
     taken: list[int] = []
-    for c, before in _in_turn(candidates, now, shares):
+    for c, before in _in_turn(candidates, now, freezes, shares):
         if c.status == PENDING:
-            wanted = before is None and c.may_start(now) and not freeze.frozen
+            wanted = before is None and _may_start(c, now, freezes)
         else:
-            waits = c.status == PAUSED or (c.status == RUNNING and freeze.frozen and c.has_pending)
+            waits = c.status == PAUSED or (c.status == RUNNING and freezes.of(c).frozen and c.has_pending)
             wanted = c.running_nodes > 0 or not waits
         if wanted:
             (taken if c.claimed else free).append(c.id)
     return free, taken
 
 
-def waiting_reasons(candidates: Iterable[Candidate], now: str, freeze: Freeze, shares: Shares) -> dict[int, str]:
+def waiting_reasons(candidates: Iterable[Candidate], now: str, freezes: Freezes, shares: Shares) -> dict[int, str]:
     """Return the status_reason of each release that is not being worked on."""
     reasons = {}
-    for c, before in _in_turn(candidates, now, shares):
-        frozen = f"frozen: {freeze.reason}"
+    for c, before in _in_turn(candidates, now, freezes, shares):
+        freeze = freezes.of(c)
         if c.status == RUNNING and not c.claimed and c.running_nodes == 0 and (
-                freeze.frozen or c.status_reason.startswith("frozen: ")):
-            reasons[c.id] = one_line(frozen if freeze.frozen else REASON_PENDING)
+                freeze.frozen or c.status_reason.startswith(FROZEN_BEGINS)):
+            reasons[c.id] = one_line(freeze.text if freeze.frozen else REASON_PENDING)
         if c.status != PENDING:
             continue
-        if before is not None and c.may_start(now):
+        if before is not None and c.start_at <= now:
             reason = f"waiting for release {before.id}, {state_of(before)}"
         elif freeze.frozen:
-            reason = frozen
+            reason = freeze.text
         else:
-            reason = REASON_PENDING if c.may_start(now) else f"scheduled for {c.start_at}" + (
+            reason = REASON_PENDING if c.start_at <= now else f"scheduled for {c.start_at}" + (
                 f", and after release {before.id}" if before else "")
         reasons[c.id] = one_line(reason)
     return reasons
@@ -4998,7 +5098,7 @@ class Facts(NamedTuple):
     """
     release: Release | None
     executors: Sequence[ExecutorRow]
-    freeze: Freeze
+    freezes: Freezes
     now: Moment
     # The clock that decides on claims and executors: see Transaction.now().
     now_s: float
@@ -5082,7 +5182,7 @@ def true_reason(release: Release, executors: Sequence[ExecutorRow], now_s: float
     nobody = nobody_works(executors, now_s)
     if nobody:
         nobody = f"the database takes no writes: {database_error}" if database_error else nobody
-        stays = release.status in (PENDING, PAUSED) or reason.startswith("frozen: ")
+        stays = release.status in (PENDING, PAUSED) or reason.startswith(FROZEN_BEGINS)
         return f"{reason}; {nobody}" if stays and reason and REASON_PENDING not in reason else nobody
     return f"nobody works on it: {_taken_over(release, executors, now_s)}" if is_held else reason
 
@@ -5120,12 +5220,19 @@ def _database_step(facts: Facts) -> Step:
 
 
 def _freeze_step(facts: Facts) -> Step:
-    freeze, release = facts.freeze, facts.release
-    if not freeze.frozen:
+    """Return what is frozen: of a release the freezes that hold it, the one that ends last first."""
+    release = facts.release
+    freezes = facts.freezes.holding(release) if release else facts.freezes.on
+    if not freezes:
         return Step("freeze", OK, "not frozen")
     has_pending = release is not None and (release.status == PENDING or any(b.count(PENDING) for b in facts.batches))
-    return Step("freeze", STOPS if has_pending else OK, f"frozen by {freeze.actor}: {freeze.reason}",
-                "releasectl freeze off")
+    state = OK if not has_pending else WAITS if freezes[0].until else STOPS
+    return Step("freeze", state, "; ".join(_with_time_left(freeze, facts) for freeze in freezes), freezes[0].mend)
+
+
+def _with_time_left(freeze: Freeze, facts: Facts) -> str:
+    left_s = epoch_or(freeze.until, facts.now_s) - facts.now_s
+    return freeze.line(end=_until(left_s, facts.now) if left_s > 0 else "")
 
 
 def _executor_step(facts: Facts) -> Step:
@@ -5365,7 +5472,7 @@ class OverviewFacts(NamedTuple):
     oldest_pending: str | None = None
     paused_at: Mapping[int, str] = {}
     executors: Sequence[ExecutorRow] = ()
-    freeze: Freeze = NO_FREEZE
+    freezes: Freezes = NO_FREEZES
     # The clock that decides on claims and executors: see Transaction.now().
     now_s: float = 0.0
     # Newest first.
@@ -5438,7 +5545,7 @@ def _executor_problems(facts: OverviewFacts) -> Iterator[Problem]:
     elif not nobody:
         for release in alone:
             idle_s = facts.now_s - epoch_or(release.updated_at, 0.0)
-            if release.claim_expires_at or (idle_s > UNATTENDED_S and not facts.freeze.frozen):
+            if release.claim_expires_at or (idle_s > UNATTENDED_S and not facts.freezes.of(release).frozen):
                 yield Problem("unattended", f"{release}: {true_reason(release, facts.executors, facts.now_s)}",
                               f"releasectl why {release.id}", _last_seen(release, facts.executors), release.id)
 
@@ -5479,9 +5586,8 @@ def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
 
 
 def _freeze_problems(facts: OverviewFacts) -> Iterator[Problem]:
-    if facts.freeze.frozen:
-        yield Problem("frozen", f"frozen by {facts.freeze.actor}: {facts.freeze.reason}", "releasectl freeze off",
-                      facts.freeze.at)
+    for freeze in facts.freezes.on:
+        yield Problem("frozen", freeze.line(), freeze.mend, freeze.at)
 
 
 def _notification_problems(facts: OverviewFacts) -> Iterator[Problem]:
@@ -7443,9 +7549,42 @@ def read_exceeded(tx: Transaction, release: Release, batches: Sequence[BatchProg
     return limit_exceeded(failed, {batch.number: batch.total for batch in batches}, strategy_of(release.strategy))
 
 
-def read_freeze(tx: Transaction) -> Freeze:
-    row = tx.row("SELECT frozen, reason, actor, at FROM release_freeze WHERE id = 1")
-    return Freeze(bool(row[0]), *row[1:]) if row else NO_FREEZE
+def read_freezes(tx: Transaction) -> Freezes:
+    """Return what is frozen now: a freeze is over when its end has come, whether somebody wrote that down or not."""
+    found = read_set_freezes(tx)
+    return found.in_force(tx.now()) if any(freeze.until for freeze in found.on) else found
+
+
+def read_set_freezes(tx: Transaction) -> Freezes:
+    """Return the freezes that are stored, those too whose end has come and that nobody has taken away yet."""
+    found = [Freeze(bool(frozen), reason, actor, at, until or None, target)
+             for frozen, reason, actor, at, until, target in tx.rows("""
+        SELECT frozen, reason, actor, at, until, ''
+        FROM release_freeze
+        WHERE id = 1
+        UNION ALL
+        SELECT 1, reason, actor, at, until, target
+        FROM target_freezes
+        ORDER BY 6""")]
+    return Freezes(next((freeze for freeze in found if not freeze.target), NO_FREEZE),
+                   tuple(freeze for freeze in found if freeze.target))
+
+
+def over_freezes(tx: Transaction) -> list[Freeze]:
+    """Return the freezes whose end has come and that nobody has taken away yet, the one that ended first first."""
+    found = read_set_freezes(tx)
+    return found.over_at(tx.now()) if any(freeze.until for freeze in found.on) else []
+
+
+def write_freeze(tx: Transaction, freeze: Freeze) -> None:
+    """Set the freeze of a target, or of everything, or take it away where it is not frozen."""
+    if not freeze.target:
+        tx.execute("UPDATE release_freeze SET frozen = ?, reason = ?, actor = ?, at = ?, until = ? WHERE id = 1",
+                   int(freeze.frozen), freeze.reason, freeze.actor, freeze.at, freeze.until)
+        return
+    tx.execute("DELETE FROM target_freezes WHERE target = ?", freeze.target)
+    if freeze.frozen:
+        tx.execute("INSERT INTO target_freezes (reason, actor, at, until, target) VALUES (?, ?, ?, ?, ?)", *freeze[1:])
 
 
 def strategy_of(text: str) -> Strategy:
@@ -7493,6 +7632,11 @@ def latest_expiry(now: str) -> str:
 
 def expiry_of(tx: Transaction, ttl_s: float) -> str:
     return utc_text(epoch_of(tx.now()) + ttl_s)
+
+
+def freeze_values(freeze: Freeze) -> dict[str, object]:
+    """Return a freeze as audit_log has it before or after an act."""
+    return non_empty(frozen=freeze.frozen, reason=freeze.reason, until=freeze.until)
 
 
 def fill_node_addresses(tx: Transaction, release_id: int) -> None:
@@ -7543,20 +7687,57 @@ class Queue:
 
     def runnable(self, tx: Transaction) -> tuple[list[int], list[int]]:
         """Return the ids of the releases that may be claimed now, and of those that others have claimed."""
-        return runnable(read_candidates(tx), tx.now(), read_freeze(tx), self._shares(tx))
+        return runnable(read_candidates(tx), tx.now(), read_freezes(tx), self._shares(tx))
 
     def ahead_of(self, tx: Transaction, release_id: int) -> list[Candidate]:
         """Return all releases that a pending one waits for, in their order."""
-        return ahead_of(release_id, read_candidates(tx), tx.now(), self._shares(tx))
+        return ahead_of(release_id, read_candidates(tx), tx.now(), read_freezes(tx), self._shares(tx))
 
     def explain_waiting(self, tx: Transaction) -> None:
         """Bring status_reason of the waiting releases up to date, after any change that they may wait for."""
         candidates = read_candidates(tx)
         stored = {c.id: c.status_reason for c in candidates}
-        for release_id, reason in waiting_reasons(candidates, tx.now(), read_freeze(tx), self._shares(tx)).items():
+        for release_id, reason in waiting_reasons(candidates, tx.now(), read_freezes(tx), self._shares(tx)).items():
             if stored[release_id] != reason:
                 tx.execute("UPDATE release_tasks SET status_reason = ?, updated_at = ? WHERE id = ?",
                            reason, self._state.now(), release_id)
+
+    def change_freeze(self, tx: Transaction, before: Freezes, freeze: Freeze, at: str, actor: Who,
+                      detail: str = "") -> Freezes:
+        """Write a freeze, or its end, with an event of each open release that it makes a difference to.
+
+        before: what was frozen until then; return what is now. at: when that is so. detail: of the event of a release
+        that is not frozen any more.
+        """
+        write_freeze(tx, freeze)
+        rest = before.without(freeze.target)
+        after = rest if not freeze.frozen else Freezes(rest.everything, (*rest.targets, freeze)) if freeze.target \
+            else rest._replace(everything=freeze)
+        events = []
+        for c in read_candidates(tx):
+            was, holding = before.holding(c), after.holding(c)
+            if was != holding:
+                events.append(NewEvent(c.id, FROZEN if holding else UNFROZEN, c.status, c.status,
+                                       "; ".join(one.detail for one in holding) or detail))
+        add_events(tx, at, actor, events)
+        return after
+
+    def end_freezes(self, tx: Transaction, actor: Who) -> bool:
+        """Write down which freezes are over, each once, as of its end; return whether one was."""
+        found = read_set_freezes(tx)
+        over = over_freezes(tx)
+        for freeze in over:
+            until, text = freeze.until or "", f"its end has come: {freeze.line()}"
+            found = self.change_freeze(tx, found, Freeze(False, "", freeze.actor, until, None, freeze.target), until,
+                                       actor, text)
+            self._audit.add(tx, actor, "freeze.end", freeze.subject, freeze_values(freeze),
+                            {"frozen": False})
+            tx.after_commit.append(functools.partial(
+                log.warning, "the freeze of %s is over: %s", freeze.target or "everything", freeze.line(),
+                extra=about(actor=str(actor), event=UNFROZEN)))
+        if over:
+            self.explain_waiting(tx)
+        return bool(over)
 
     def write_decision(self, tx: Transaction, release: Release, decision: Decision, now: Moment, actor: Who,
                        claim: Claim | None = None, detail: str = "") -> None:
@@ -8639,37 +8820,49 @@ class Releases:
             self._queue.explain_waiting(tx)
             return read_release(tx, release_id)
 
-    def freeze(self) -> Freeze:
-        """Return the switch that stops new dispatches of all processes."""
+    def freezes(self) -> Freezes:
+        """Return what is frozen now."""
         with self._database.transaction() as tx:
-            return read_freeze(tx)
+            return read_freezes(tx)
 
-    def set_freeze(self, frozen: bool, actor: Who, reason: str = "") -> Freeze:
-        """Set or lift the freeze, with an event of each open release; return it as it is then.
+    def set_freeze(self, frozen: bool, actor: Who, reason: str = "", target: str = "",
+                   until: str | None = None) -> Freezes:
+        """Set or lift the freeze of a target, or that of everything; return what is frozen then.
 
-        Raise AppError 2001 where it is set without a reason.
+        One that is set replaces an earlier one of the same target, and each open release that it holds gets an event.
+        until: stored time of its end. Raise AppError 2001 where it is set without a reason, 2003 where the end is over
+        or it is not set.
         """
         if frozen and not reason:
             raise AppError(MISSING, "reason is missing: tell others why the site is frozen")
+        if until and not frozen:
+            raise AppError(INVALID, "until goes with a freeze that is set, not with one that is lifted")
         with self._database.transaction(write=True) as tx:
-            before = read_freeze(tx)
+            self._queue.end_freezes(tx, actor)
+            freezes = read_freezes(tx)
+            before = freezes.of_target(target)
+            if until and until <= (now := tx.now()):
+                raise AppError(INVALID, f"until {until} is over: by the clock that it goes by it is {now} now")
             if not frozen and not before.frozen:
-                return before
-            tx.execute("UPDATE release_freeze SET frozen = ?, reason = ?, actor = ?, at = ? WHERE id = 1",
-                       int(frozen), reason, str(actor), self._state.now())
-            self._audit.add(tx, actor, f"freeze.{'on' if frozen else 'off'}", "freeze",
-                            non_empty(frozen=before.frozen, reason=before.reason),
-                            non_empty(frozen=frozen, reason=reason))
-            event = "frozen" if frozen else "unfrozen"
-            add_events(tx, self._state.now(), actor, [NewEvent(c.id, event, c.status, c.status, reason)
-                                                      for c in read_candidates(tx)])
+                return freezes
+            after = Freeze(frozen, reason, str(actor), self._state.now(), until or None, target)
+            freezes = self._queue.change_freeze(tx, freezes, after, after.at, actor, reason)
+            self._audit.add(tx, actor, f"freeze.{'on' if frozen else 'off'}", after.subject,
+                            freeze_values(before), freeze_values(after))
+            what = f"the freeze of {target}" if target else "the freeze"
+            text = after.line() if frozen else f"{what} was lifted by {actor}" + (f": {reason}" if reason else "")
             if frozen:
-                add_notification(tx, FROZEN, self._state.now(), f"frozen by {actor}: {reason}")
+                add_notification(tx, FROZEN, self._state.now(), text)
             tx.after_commit.append(lambda: log.warning(
-                "%s by %s%s", "frozen" if frozen else "the freeze was lifted", actor, f": {reason}" if reason else "",
-                extra=about(actor=str(actor), event=event)))
+                "%s", text, extra=about(actor=str(actor), event=FROZEN if frozen else UNFROZEN)))
             self._queue.explain_waiting(tx)
-            return read_freeze(tx)
+            return read_freezes(tx)
+
+    def freeze_warnings(self, target: str) -> list[str]:
+        """Return that no release has a target, nothing where one has it or it is "": it may be misspelt."""
+        known = self.targets() if target else []
+        return [] if target in ("", *known) else [
+            f"no release has the target {target}{did_you_mean(target, known)}: it is frozen for those to come"]
 
     def set_first_version(self, version: int, by: Who = PROGRAM) -> int:
         """Number new releases from a version on; return the version of the next one (rule 1).
@@ -8763,7 +8956,7 @@ class Releases:
 
     def _time_left(self, tx: Transaction, release: Release, batches: Sequence[BatchProgress]) -> str:
         number = next((batch.number for batch in batches if batch.is_open), 0)
-        if release.status != RUNNING or not number or read_freeze(tx).frozen:
+        if release.status != RUNNING or not number or read_freezes(tx).of(release).frozen:
             return ""
         now, strategy, status_ages = self._state.moment(), strategy_of(release.strategy), list[tuple[str, float]]()
         # the index release_events_by_release
@@ -8862,7 +9055,7 @@ class Releases:
                 FROM release_tasks r
                 WHERE r.status IN ('running', 'paused', 'cancelling')""")
             fleet = dict(tx.rows("SELECT status, COUNT(*) FROM nodes WHERE enabled = 1 GROUP BY status"))
-            frozen = read_freeze(tx).frozen
+            freezes = read_freezes(tx)
         oldest = {target: first for target, _, _, first in sorted(releases, key=lambda row: -row[3])}
         labels = {target: target if place < MAX_TARGETS_COUNTED else OTHER
                   for place, target in enumerate(sorted(oldest, key=oldest.__getitem__))}
@@ -8871,7 +9064,11 @@ class Releases:
             **{("releasectl_releases", label, status): 0 for label in labels.values() for status in RELEASE_STATUSES},
             **{("releasectl_release_nodes", labels[target], status): 0 for target, _, _ in nodes
                for status in (PENDING, RUNNING, SUCCESS, FAILED, SKIPPED)},
-            ("releasectl_frozen",): float(frozen)}
+            ("releasectl_frozen",): float(freezes.everything.frozen),
+            # a release of a target without figures of its own is counted as OTHER: that is not frozen as a whole
+            **{("releasectl_target_frozen", label): float(bool(freezes.everything.frozen or (
+                label != OTHER and freezes.of_target(label).frozen))) for label in {
+                    *labels.values(), *(freeze.target for freeze in freezes.targets[:MAX_TARGETS_COUNTED])}}}
         for target, status, count, _ in releases:
             figures["releasectl_releases", labels[target], status] += count
         for target, status, count in nodes:
@@ -8984,6 +9181,9 @@ class Releases:
         add_events(tx, now, actor, [NewEvent(release_id, "created", "", PENDING, detail)])
         self._queue.explain_waiting(tx)
         release = read_release(tx, release_id)
+        freeze = read_freezes(tx).of(release)
+        if freeze.frozen:  # that it holds nobody up, and may need a later version then: see Claims._renumber()
+            add_events(tx, now, actor, [NewEvent(release_id, FROZEN, PENDING, PENDING, freeze.detail)])
         verb = "retry" if request.retry_of else "rollback" if request.rollback_of else \
             "catch-up" if request.catch_up_of else "create"
         self._audit.add(tx, actor, f"release.{verb}", f"release {release_id}", after=non_empty(
@@ -9205,7 +9405,7 @@ class DispatchBlockers(NamedTuple):
     """What may keep a release from its dispatches."""
     # Addresses that another release has in flight, or that may still be busy with a lost request.
     busy: frozenset[Endpoint]
-    freeze: Freeze
+    freezes: Freezes
     # Seconds since the database went back or moved to another server, which may not know the last dispatches.
     moved_s: float
 
@@ -9224,13 +9424,19 @@ class Claims:
         self._database = state.database
         self._queue = queue
 
-    def scan(self) -> tuple[list[int], list[int]]:
-        """Return the ids of the releases that may be claimed now, and of those that others have claimed."""
+    def scan(self, owner: Who = PROGRAM) -> tuple[list[int], list[int]]:
+        """Return the ids of the releases that may be claimed now, and of those that others have claimed.
+
+        Whoever scans first after the end of a freeze writes that down.
+        """
         with self._state.checked_read() as tx:
             found = self._queue.runnable(tx)
-        if self._state.is_rewind_unwritten:
+            has_over = bool(over_freezes(tx))
+        if self._state.is_rewind_unwritten or has_over:
             with self._database.transaction(write=True) as tx:
-                self._state.write_rewind(tx)
+                if self._state.is_rewind_unwritten:
+                    self._state.write_rewind(tx)
+                self._queue.end_freezes(tx, owner)
                 found = self._queue.runnable(tx)
         return found
 
@@ -9346,9 +9552,14 @@ class Claims:
         """Return when pauses and freezes held a release."""
         with self._database.transaction() as tx:
             # the index release_events_of_releases
-            return holds_of((at, event, status) for at, event, status in tx.rows(
+            history = [(at, event, status) for at, event, status in tx.rows(
                 "SELECT at, event, to_status FROM release_events WHERE release_task_id = ? AND node_id IS NULL "
-                "ORDER BY id", release_id))
+                "ORDER BY id", release_id)]
+            release, stored = read_release(tx, release_id), read_set_freezes(tx)
+            over = stored.of(release).until
+            if over and not stored.in_force(tx.now()).of(release).frozen:  # nobody has written that down yet
+                history.append((over, UNFROZEN, release.status))
+            return holds_of(history)
 
     def dispatch_blockers(self, release_id: int) -> DispatchBlockers:
         """Return what may keep a release from its dispatches."""
@@ -9357,7 +9568,7 @@ class Claims:
             moved_s = epoch_of(tx.now()) - epoch_or(moved_at, 0.0) if moved_at else float("inf")
             if moved_s < 0:  # the clock of the server before was ahead
                 moved_s = float("inf")
-            return DispatchBlockers(self._busy(tx, release_id), read_freeze(tx),
+            return DispatchBlockers(self._busy(tx, release_id), read_freezes(tx),
                                     min(moved_s, self._state.clock.elapsed() - self._state.changed_at))
 
     def commit(self, claim: Claim, release: Release, decision: Decision, now: Moment, actor: Who) -> None:
@@ -9367,14 +9578,14 @@ class Claims:
         dispatch may not leave. After a DatabaseError only was_written() tells.
         """
         with self._database.transaction(write=True) as tx:
-            self._read_claimed(tx, claim)
+            stored = self._read_claimed(tx, claim)
             begun = [c.after for c in decision.changes if c.after.attempts > c.before.attempts]
             starting = {c.after.endpoint for c in decision.changes
                         if (c.before.status, c.after.status) == (PENDING, RUNNING)}
             if starting and starting & self._busy(tx, claim.release_id):
                 raise StateMoved(f"another release has a node of {release} in flight")
             self._raise_last_versions(tx, release, [node.node_id for node in begun])
-            if begun and read_freeze(tx).frozen:
+            if begun and read_freezes(tx).of(stored).frozen:
                 raise StateMoved(f"a freeze came before a dispatch of {release}")
             self._queue.write_decision(tx, release, decision, now, actor, claim)
 
@@ -9403,10 +9614,10 @@ class Claims:
             if release_id is None:
                 release_id = tx.value(f"SELECT MIN(id) FROM release_tasks WHERE status IN {OPEN_RELEASES}")
             release = None if release_id is None else read_release(tx, release_id)
-            facts = Facts(release, (), NO_FREEZE, self._state.moment(), epoch_of(tx.now()),
+            facts = Facts(release, (), NO_FREEZES, self._state.moment(), epoch_of(tx.now()),
                           database_error=self._state.write_error)
             if release is None or not release.is_terminal:
-                facts = facts._replace(executors=read_executors(tx), freeze=read_freeze(tx))
+                facts = facts._replace(executors=read_executors(tx), freezes=read_freezes(tx))
             if release is None or release.is_terminal:
                 return explain(facts)
             batches, strategy = read_batches(tx, release.id), strategy_of(release.strategy)
@@ -9474,15 +9685,16 @@ class Claims:
     def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
         """Give a release that starts the next version, where nodes may have a higher one (rule 2).
 
-        It waited for its start time while later ones started, or is below the first version that a person named.
-        After a failover it keeps its version, by which agents may know it already.
+        It waited for its start time, or was frozen, while later ones started, or is below the first version that a
+        person named. After a failover it keeps its version, by which agents may know it already.
         """
         first_version = tx.value("SELECT first_version FROM database_state WHERE id = 1")
         if release.version < first_version:
             why = f"agents may have versions below {first_version} (migrate --first-version)"
-        elif start_at_of(release.strategy) and tx.value(
+        elif self._held_nobody_up(tx, release) and tx.value(
                 "SELECT COUNT(*) FROM release_tasks WHERE version > ? AND started_at IS NOT NULL", release.version):
-            why = "later ones went out while it waited for its time"
+            waited = "waited for its time" if start_at_of(release.strategy) else "was frozen"
+            why = f"later ones went out while it {waited}"
         else:
             return release
         version = self._state.next_version(tx, release.id)
@@ -9497,6 +9709,14 @@ class Claims:
         tx.after_commit.append(lambda: log.info("%s: %s", release, text,
                                                 extra=about(release, actor=owner, event="renumbered")))
         return read_release(tx, release.id)
+
+    @staticmethod
+    def _held_nobody_up(tx: Transaction, release: Release) -> bool:
+        """Return whether others could go before a pending release: for its start time, or while it was frozen."""
+        # the index release_events_of_releases
+        return bool(start_at_of(release.strategy)) or bool(tx.value(
+            "SELECT COUNT(*) FROM release_events WHERE release_task_id = ? AND node_id IS NULL AND event = ?",
+            release.id, FROZEN))
 
     @staticmethod
     def _fill_row(tx: Transaction, release: Release) -> None:
@@ -9621,7 +9841,7 @@ class OverviewReader:
                     "WHERE release_task_id = ? AND node_id IS NULL AND to_status = 'paused'", release.id)] if at}
                 facts = facts._replace(active=active, pending=pending, oldest_pending=oldest, paused_at=paused_at,
                                        executors=read_executors(tx),
-                                       freeze=read_freeze(tx), now_s=epoch_of(tx.now()))
+                                       freezes=read_freezes(tx), now_s=epoch_of(tx.now()))
             # what ended since the last look must not be missing in both
             key = [release.id for release in active], facts.pending
             facts = facts._replace(failures=self._failures.get(key=key), drift=self._fleet.drift_counts(key),
@@ -11355,7 +11575,8 @@ class Driver:
         busy: frozenset[Endpoint] = frozenset()
         asks_first = False
         if release.status == RUNNING and (self._nodes.of[RUNNING] or self._nodes.of[PENDING]):
-            busy, self._freeze, moved_s = self._store.claims.dispatch_blockers(release.id)
+            busy, freezes, moved_s = self._store.claims.dispatch_blockers(release.id)
+            self._freeze = freezes.of(release)
             if moved_s < self._policy.hold_s:
                 # a request may be under way that the database has lost
                 busy |= {n.endpoint for n in self._nodes.of[PENDING].values() if not n.dialect.can_be_asked}
@@ -12220,7 +12441,7 @@ class Executor:
         """Claim what is runnable and start a driver for each, added to started; return how many others hold."""
         while True:
             mine = {driver.lease.claim.release_id for driver in self._active_drivers()}
-            free, taken = self.store.claims.scan()
+            free, taken = self.store.claims.scan(self.owner)
             new = [release_id for release_id in free if release_id not in mine]
             if new:
                 self.agents.prepare()  # raises before anything is claimed that could not be dispatched
@@ -12356,6 +12577,11 @@ AUDIT_ROW_SCHEMA: Mapping[str, Any] = {
     "id": ID, "at": TEXT, "actor": TEXT, "via": {"type": "string", "enum": [VIA_CLI, VIA_API, VIA_EXECUTOR]},
     "token": TEXT, "certificate": TEXT, "address": TEXT, "requestId": TEXT, "action": TEXT, "object": TEXT,
     "before": {"type": ["object", "null"]}, "after": {"type": ["object", "null"]}, "hash": TEXT}
+
+# Of everything; and of a target, which is listed only while it is frozen.
+FREEZE_SCHEMA: Mapping[str, Any] = {"frozen": _FLAG, "reason": TEXT, "actor": TEXT, "at": TEXT, "until": _TIME}
+TARGET_FREEZE_SCHEMA: Mapping[str, Any] = {"target": TEXT, **{
+    key: schema for key, schema in FREEZE_SCHEMA.items() if key != "frozen"}}
 
 
 def schema_of(properties: Mapping[str, Any], required: Sequence[str] | None = None) -> dict[str, Any]:
@@ -12503,9 +12729,14 @@ def overview_json(overview: Overview) -> dict[str, Any]:
                           "releaseId": p.release_id} for p in overview.problems]}
 
 
-def freeze_json(freeze: Freeze) -> dict[str, Any]:
-    """Return the switch that stops new dispatches."""
-    return freeze._asdict()
+_freeze_fields = _row_json(FREEZE_SCHEMA)
+_target_freeze_fields = _row_json(TARGET_FREEZE_SCHEMA)
+
+
+def freezes_json(freezes: Freezes, warnings: Iterable[str] = ()) -> dict[str, Any]:
+    """Return what is frozen: everything or not, and which targets are by themselves."""
+    return {**_freeze_fields(freezes.everything), "targets": [_target_freeze_fields(one) for one in freezes.targets],
+            "warnings": [*warnings]}
 
 
 def release_summary_json(release: Release, failures: Iterable[FailureGroup]) -> dict[str, Any]:
@@ -12703,9 +12934,12 @@ def openapi_schemas() -> dict[str, Any]:
             "stoppedBy": {"type": ["string", "null"]},
             "steps": _array(schema_of({"name": TEXT, "state": {"type": "string", "enum": list(STEP_STATES)},
                                        "text": TEXT, "mend": TEXT}))}),
-        "Freeze": schema_of({"frozen": _FLAG, "reason": TEXT, "actor": TEXT, "at": TEXT}),
-        "SetFreeze": schema_of({"frozen": _FLAG, "reason": _REASON}, required=["frozen"])
-        | {"anyOf": [{"properties": {"frozen": {"const": False}}},
+        "Freeze": schema_of({**FREEZE_SCHEMA, "targets": _array(schema_of(TARGET_FREEZE_SCHEMA)),
+                             "warnings": _array(TEXT)}),
+        "SetFreeze": schema_of({
+            "frozen": _FLAG, "reason": _REASON, "target": {"type": "string", "pattern": f"^{TARGET}$"},
+            "until": {"type": "string", "format": "date-time"}}, required=["frozen"])
+        | {"anyOf": [{"properties": {"frozen": {"const": False}}, "not": {"required": ["until"]}},
                      {"properties": {"reason": {"pattern": r"[^\s\x00-\x1f\x7f-\x9f]"}}, "required": ["reason"]}]},
         "Health": schema_of({
             "version": TEXT, "startedAt": _TIME, "role": TEXT,
@@ -13327,15 +13561,21 @@ class Api:
         return parse_text("reason", request.body.get("reason", ""))
 
     def get_freeze(self, _request: Request) -> Reply:
-        return Reply(200, freeze_json(self.store.releases.freeze()))
+        return Reply(200, freezes_json(self.store.releases.freezes()))
 
     def set_freeze(self, request: Request) -> Reply:
-        reason = self._reason(request, "frozen")
-        if "frozen" not in request.body:
+        body, reason = request.body, self._reason(request, "frozen", "target", "until")
+        if "frozen" not in body:
             raise AppError(MISSING, "frozen is missing")
-        freeze = self.store.releases.set_freeze(parse_flag("frozen", request.body["frozen"]), request.actor, reason)
+        target = parse_target(body["target"]) if "target" in body else ""
+        try:
+            until = parse_time(body["until"]) if "until" in body else None
+        except ValueError as error:
+            raise AppError(INVALID, f"until {error}") from None
+        freezes = self.store.releases.set_freeze(parse_flag("frozen", body["frozen"]), request.actor, reason, target,
+                                                 until)
         self._nudge()
-        return Reply(200, freeze_json(freeze))
+        return Reply(200, freezes_json(freezes, self.store.releases.freeze_warnings(target)))
 
     def list_events(self, request: Request) -> Reply:
         after, limit, wait_s = request.integer("after"), request.integer("limit"), request.integer("wait")
@@ -14468,11 +14708,11 @@ MAX_CHECKED_OPEN = 10_000
 
 
 def check_work(settings: Settings, store: Store) -> Iterator[Finding]:
-    """Check what keeps the open releases from going on, and whether there is a freeze."""
-    freeze, stops = store.releases.freeze(), dict[str, Step]()
-    if freeze.frozen:
-        yield Finding("freeze", EXIT_NOT_SUCCESS,
-                      f"frozen by {freeze.actor} at {freeze.at}: {freeze.reason}; `freeze off` lifts it")
+    """Check what keeps the open releases from going on, and what is frozen."""
+    stops: dict[str, Step] = {}
+    for freeze in store.releases.freezes().on:
+        yield Finding(freeze.subject, EXIT_NOT_SUCCESS,
+                      f"{freeze.line(freeze.at)}; `{freeze.mend.partition(' ')[2]}` lifts it")
     for release, _ in store.releases.open(MAX_CHECKED_OPEN):
         for step in store.claims.why(release.id, settings.node_deadline_sec).steps:
             if step.state == STOPS and step.name != "freeze":
@@ -14616,7 +14856,7 @@ def rough_span(seconds: float) -> str:
 # A time in a sentence that we make, and whether it is said how far off that is. It stands behind words of ours: a
 # reason, a payload or an agent's message may hold times too, and is shown as it was given.
 _TIME_IN_TEXT = re.compile(
-    r"\b(soaking after batch \d+ until|scheduled for|good until|expired since|"
+    r"\b(soaking after batch \d+ until|scheduled for|frozen until|good until|expired since|"
     r"(?:until|it starts at|deadline)(?= \S+Z, in \d)) "
     r"(?:(\d{4}-\d\d-\d\d)T(\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?)|(\d\d:\d\d:\d\d))Z(?!\w)(, in )?")
 
@@ -15515,14 +15755,25 @@ def command_catch_up(context: Context) -> int:
 
 
 def command_freeze(context: Context) -> int:
-    options, store = context.options, context.open()
-    if options.switch is None and options.reason:
-        raise AppError(MISSING, "--reason goes with on or off")
-    freeze = store.releases.freeze() if options.switch is None else store.releases.set_freeze(
-        options.switch == "on", context.actor, parse_text("--reason", options.reason))
-    text = (f"frozen by {freeze.actor} at {context.display.moment(freeze.at)}: {freeze.reason}" if freeze.frozen
-            else "not frozen")
-    return context.show(freeze_json(freeze), text)
+    options, releases = context.options, context.open().releases
+    if options.switch is None and (options.reason or options.target or options.until):
+        raise AppError(MISSING, "--reason, --target and --until go with on or off")
+    if options.switch is None:
+        freezes, warnings = releases.freezes(), list[str]()
+    else:
+        target = parse_target(options.target) if options.target is not None else ""
+        freezes = releases.set_freeze(options.switch == "on", context.actor, parse_text("--reason", options.reason),
+                                      target, options.until)
+        warnings = releases.freeze_warnings(target) if options.switch == "on" else []
+    for warning in warnings:
+        context.note(f"warning: {warning}")
+    return context.show(freezes_json(freezes, warnings), _freezes_text(freezes, context.display))
+
+
+def _freezes_text(freezes: Freezes, display: Display) -> str:
+    """Return who froze what, when, until when and why, a line for each freeze."""
+    lines = [display.sentence(freeze.line(display.moment(freeze.at))) for freeze in freezes.on]
+    return "\n".join(lines) or "not frozen"
 
 
 def _checks_text(findings: Sequence[Finding]) -> str:
@@ -16441,15 +16692,26 @@ def _since(text: str) -> str:
 
     Raise argparse.ArgumentTypeError for anything else.
     """
+    return _stored_time(text, -1)
+
+
+def _time_to_come(text: str) -> str:
+    """Do _since() for a time to come: in so long, and a time of day that is over today is tomorrow's."""
+    return _stored_time(text, 1)
+
+
+def _stored_time(text: str, direction: int) -> str:
     shown = re.fullmatch(r"(\d{4}-\d\d-\d\d)?(?:(?:^|(?<=\d) )(\d\d:\d\d(?::\d\d)?))?(Z?)", text)
     with contextlib.suppress(ValueError, OverflowError, OSError):
         if shown and (shown[1] or shown[2]):
             zone = datetime.timezone.utc if shown[3] else None
             today = datetime.datetime.fromtimestamp(time.time(), zone).strftime("%Y-%m-%d")
-            at = datetime.datetime.fromisoformat(f"{shown[1] or today} {shown[2] or '00:00'}")
-            return utc_text(at.replace(tzinfo=zone).timestamp())
+            at = datetime.datetime.fromisoformat(f"{shown[1] or today} {shown[2] or '00:00'}").replace(tzinfo=zone)
+            if direction > 0 and not shown[1] and at.timestamp() <= time.time():
+                at += datetime.timedelta(days=1)
+            return utc_text(at.timestamp())
     with contextlib.suppress(argparse.ArgumentTypeError, ValueError, OverflowError):
-        return utc_text(time.time() - parse_duration(text))
+        return utc_text(time.time() + direction * parse_duration(text))
     with contextlib.suppress(AppError, ValueError, OverflowError):
         return utc_text(epoch_of(text))
     raise argparse.ArgumentTypeError(f"{text!r} is not a time like 5m, 2h, 1d, 1w, 2026-01-31, '2026-01-31 14:21' or "
@@ -16640,7 +16902,11 @@ COMMANDS: tuple[Command, ...] = (
     Command("catch-up", "a new release for each one that nodes are behind with", command_catch_up, (
         _REASON_OPTION, *_STRATEGY_OPTIONS, _PLAN_OPTION)),
     Command("freeze", "stop (on) or allow (off) new dispatches, of all processes; without argument: show",
-            command_freeze, (option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION)),
+            command_freeze, (
+                option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION,
+                option("--target", metavar="TARGET", help="only for releases of this target (all)"),
+                option("--until", type=_time_to_come, metavar="TIME",
+                       help="over by itself in 2h or 7d, at 06:00, on '2026-01-31 14:21' or 2026-01-31T00:00:00Z"))),
     Command("check", "configuration, certificates, database, agents: what is wrong and how to fix it",
             command_check, (option("--notify", action="store_true", help="send a test notification now"),)),
     Command("backup", "a checked copy of an SQLite database, also while it is in use", command_backup, (
@@ -16668,7 +16934,7 @@ HELP_GROUPS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("Release", (("create", "to all nodes or some; --plan shows it before"),
                  ("retry, rollback", "failed nodes again; back to what was before"),
                  ("catch-up", "to nodes that are behind"))),
-    ("Steer", (("pause, resume, cancel", "one release"), ("freeze on|off", "all releases"))),
+    ("Steer", (("pause, resume, cancel", "one release"), ("freeze on|off", "all releases, or those of one target"))),
     ("Nodes", (("node list|show|ping", "what they run; one's history; who answers"),
                ("node add|set|rm|import", "which nodes there are"))),
     ("Run", (("serve, run-once", "API and executor; one tick of it, for cron"),

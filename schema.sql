@@ -378,3 +378,20 @@ ALTER TABLE release_task_nodes ADD COLUMN labels TEXT NOT NULL DEFAULT '';
 ALTER TABLE idempotency_keys ADD COLUMN warnings TEXT NOT NULL DEFAULT '[]';
 
 INSERT INTO schema_version (version) VALUES (12);
+
+-- step 13: a freeze of one target, and the end of a freeze
+
+-- When the freeze of everything is over; NULL: when somebody lifts it.
+ALTER TABLE release_freeze ADD COLUMN until TEXT;
+
+-- One row for each target that is frozen by itself: nothing new is dispatched to its releases, by any process.
+CREATE TABLE target_freezes (
+    target TEXT NOT NULL PRIMARY KEY,
+    reason TEXT NOT NULL DEFAULT '',
+    actor  TEXT NOT NULL DEFAULT '',
+    at     TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    -- As in release_freeze.
+    until  TEXT
+);
+
+INSERT INTO schema_version (version) VALUES (13);

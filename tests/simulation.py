@@ -293,6 +293,8 @@ class Ledger:
     # How long a pause or a freeze held a release, and since when one does.
     held_s: dict[int, float] = dataclasses.field(default_factory=dict)
     held_since: dict[int, float] = dataclasses.field(default_factory=dict)
+    # When that is over by itself.
+    held_until: dict[int, float] = dataclasses.field(default_factory=dict)
     # When a node's first dispatch was written down, and how long its release had been held by then.
     begun: dict[tuple[int, int], tuple[float, float]] = dataclasses.field(default_factory=dict)
     # From which version on releases are numbered, and when somebody said so.
@@ -301,16 +303,24 @@ class Ledger:
     # The highest version of a process that saw the database go back, and wrote to it since.
     told: int = 0
 
-    def note_held(self, release_id: int, is_not_sent: bool, now: float) -> None:
-        """Take down whether a pause or a freeze holds a release from now on."""
-        if is_not_sent:
+    def note_held(self, release_id: int, left_s: float, now: float) -> None:
+        """Take down for how long a pause or a freeze holds a release from now on, 0 for none."""
+        if self.held_until.get(release_id, now) < now:  # it was over in between
+            self._end_hold(release_id, self.held_until[release_id])
+        if left_s > 0:
             self.held_since.setdefault(release_id, now)
-        elif release_id in self.held_since:
-            self.held_s[release_id] = self.held_so_far(release_id, now)
-            del self.held_since[release_id]
+            self.held_until[release_id] = now + left_s
+        else:
+            self._end_hold(release_id, now)
+
+    def _end_hold(self, release_id: int, at: float) -> None:
+        if release_id in self.held_since:
+            self.held_s[release_id] = self.held_s.get(release_id, 0.0) + max(0.0, at - self.held_since[release_id])
+            del self.held_since[release_id], self.held_until[release_id]
 
     def held_so_far(self, release_id: int, now: float) -> float:
-        return self.held_s.get(release_id, 0.0) + now - self.held_since.get(release_id, now)
+        until = min(now, self.held_until.get(release_id, now))
+        return self.held_s.get(release_id, 0.0) + max(0.0, until - self.held_since.get(release_id, until))
 
 
 class Snapshot(typing.NamedTuple):
@@ -345,8 +355,8 @@ class SimClaims(rc.Claims):
 
     owner: SimExecutor
 
-    def scan(self):
-        found = super().scan()
+    def scan(self, owner):
+        found = super().scan(owner)
         self.owner.seen_event = self.owner.world.ledger.seen_events
         return found
 
@@ -423,6 +433,7 @@ class Simulation:
         self.random, self.why_random = random.Random(seed), random.Random(seed)
         # What labels and hung agents are made of: they leave the schedules of all else as they were.
         self.label_random = random.Random(f"labels {seed}")
+        self.freeze_random = random.Random(f"freezes {seed}")
         # The labels of each release's nodes when it was made, by its mark.
         self.labels: dict[str, dict[int, dict[str, str]]] = {}
         self.now = 0.0
@@ -532,8 +543,10 @@ class Simulation:
         if not is_late and verb in ("cancel", rc.CANCEL_BY_FORCE) and self.random.random() < 0.7:
             return
         with contextlib.suppress(rc.AppError):
-            if verb == "freeze" or (is_late and self.store.releases.freeze().frozen):
-                self._set_freeze(not is_late and self.random.random() < 0.4)
+            if verb == "freeze" and not is_late:
+                self._set_freeze(self.random.random() < 0.4)
+            for freeze in self.store.releases.freezes().on if is_late else ():
+                self.store.releases.set_freeze(False, "anna", target=freeze.target)
             releases = list(self.versions)
             for release_id in releases if is_late else releases and [self.random.choice(releases)]:
                 self._use("resume" if is_late else verb, release_id)
@@ -548,8 +561,19 @@ class Simulation:
                 self._set_freeze(True)
 
     def _set_freeze(self, is_on: bool) -> None:
-        self.store.releases.set_freeze(is_on, "anna", "holidays")
-        self.note(f"freeze {'on' if is_on else 'off'}")
+        """Freeze everything or a target, for some time or until somebody lifts it; or lift that."""
+        target = self.freeze_random.choice(["", "", "cdn", "dns"])
+        until = rc.utc_text(self.wall + self.freeze_random.uniform(0.5, 15)) if is_on and (
+            self.freeze_random.random() < 0.4) else None
+        self.store.releases.set_freeze(is_on, "anna", "holidays", target, until)
+        self.note(f"freeze {'on' if is_on else 'off'} {target} {until or ''}")
+
+    def _frozen_s(self, rows_of: Callable[[str], list]) -> Callable[[str], float]:
+        """Return for how long each target is frozen still, by another way than releasectl's."""
+        left = [(target, rc.epoch_of(until) - rc.epoch_of(rc.utc_text(self.wall)) if until else float("inf"))
+                for target, until in rows_of("SELECT '', until FROM release_freeze WHERE frozen = 1 "
+                                             "UNION ALL SELECT target, until FROM target_freezes")]
+        return lambda wanted: max((left_s for target, left_s in left if target in ("", wanted)), default=0.0)
 
     def _use(self, verb: str, release_id: int) -> None:
         if verb == "freeze":
@@ -997,10 +1021,10 @@ class Simulation:
                 self.fail(f"rule 2: two releases of one target are active: {active}")
             holders = {id_: (owner, fence) for id_, owner, fence in tx.rows(
                 "SELECT id, claim_owner, claim_fence FROM release_tasks")}
-            frozen = tx.value("SELECT frozen FROM release_freeze")
-            for release_id, status in tx.rows("SELECT id, status FROM release_tasks"):
-                self.ledger.note_held(release_id, status in (rc.PAUSED, rc.PENDING) or bool(
-                    frozen and status == rc.RUNNING), self.now)
+            frozen_s = self._frozen_s(tx.rows)
+            for release_id, status, target in tx.rows("SELECT id, status, target FROM release_tasks"):
+                self.ledger.note_held(release_id, float("inf") if status in (rc.PAUSED, rc.PENDING) else frozen_s(
+                    target) if status == rc.RUNNING else 0.0, self.now)
             events = tx.rows("SELECT id, release_task_id, node_id, from_status, to_status, actor, event "
                              "FROM release_events WHERE id > ? ORDER BY id", self.ledger.seen_events)
         if self.steering:
@@ -1061,7 +1085,9 @@ class Simulation:
             self.running.seen_version = max(self.running.seen_version, self.versions[release_id])
         (target, version, strategy), = self.database.look_in(
             "SELECT target, version, strategy FROM release_tasks WHERE id = ?", release_id)
-        now = rc.utc_text(self.wall)
+        now, frozen_s = rc.utc_text(self.wall), self._frozen_s(self.database.look_in)
+        if frozen_s(target) > 0:
+            self.fail(f"section 7: release {release_id} started while {target} is frozen")
         if self._start_at(strategy) > now:
             self.fail(f"section 7: release {release_id} started before {self._start_at(strategy)}")
         for other in self.database.look_in("""
@@ -1073,9 +1099,9 @@ class Simulation:
                        WHERE n.release_task_id = r.id AND h.main_ip IN (
                              SELECT g.main_ip FROM release_task_nodes m JOIN nodes g ON g.id = m.node_id
                              WHERE m.release_task_id = ?)))""", release_id, target, release_id):
-            _, other_version, status, started_at, other_strategy, _ = other
-            # one that has a startAt takes a later version when it starts
-            is_lower = other_version < version and not self._start_at(other_strategy)
+            _, other_version, status, started_at, other_strategy, other_target = other
+            # one that has a startAt, or is frozen, takes a later version when it starts
+            is_lower = other_version < version and not self._start_at(other_strategy) and not frozen_s(other_target)
             if is_lower or (status != rc.PENDING and started_at):
                 self.fail(f"rule 2: release {release_id} ({target}, v{version}) started before {other}")
 
@@ -1139,12 +1165,12 @@ class Simulation:
     def _check_strategies(self, begun: set[tuple[int, int]]) -> None:
         """Check section 7 of the contract: begun are the nodes whose first dispatch was just committed."""
         with rc.Database.transaction(self.database) as tx:
-            frozen = tx.value("SELECT frozen FROM release_freeze")
-            releases = tx.rows("SELECT id, status, strategy, passed_batch, payload FROM release_tasks")
+            frozen_s = self._frozen_s(tx.rows)
+            releases = tx.rows("SELECT id, status, strategy, passed_batch, payload, target FROM release_tasks")
             rows = tx.rows("SELECT n.release_task_id, n.node_id, n.batch, n.status, n.accepted, h.main_ip "
                            "FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id")
             labels = dict(tx.rows("SELECT id, labels FROM nodes"))
-        for release_id, status, text, passed, payload in releases:
+        for release_id, status, text, passed, payload, target in releases:
             strategy, content = rc.parse_json(text), rc.parse_json(payload)
             mark, is_broken = content["mark"], "websites" not in content
             nodes = [row[1:] for row in rows if row[0] == release_id]
@@ -1166,8 +1192,8 @@ class Simulation:
             if not mine:
                 continue
             name = f"section 7: release {release_id} dispatched {mine}"
-            if frozen or status != "running" or exceeded:
-                self.fail(f"{name} while {status}, frozen {frozen}, exceeded {exceeded}")
+            if frozen_s(target) > 0 or status != "running" or exceeded:
+                self.fail(f"{name} while {status}, frozen for {frozen_s(target)} s, exceeded {exceeded}")
             parallel = sum(node[2] == "running" for node in nodes)
             if parallel > strategy.get("maxParallel", 0) > 0:
                 self.fail(f"{name}: {parallel} in flight")
@@ -1244,21 +1270,21 @@ class Simulation:
         """What `why` says of each open release is what the world knows."""
         now, period_s = self.wall, rc.NOTE_EVERY_S + INTERVAL_S + rc.NOTE_LATE_S
         with rc.Database.transaction(self.database) as tx:
-            is_frozen = rc.read_freeze(tx).frozen
+            frozen_s = self._frozen_s(tx.rows)
             free, _ = self.store.queue.runnable(tx)
             rows = tx.rows("""
                 SELECT r.id, r.status, r.claim_owner, r.claim_expires_at, SUM(n.status = 'running'),
-                       SUM(n.status = 'pending')
+                       SUM(n.status = 'pending'), r.target
                 FROM release_tasks r JOIN release_task_nodes n ON n.release_task_id = r.id
                 WHERE r.status IN ('pending', 'running', 'paused', 'cancelling') GROUP BY r.id""")
         noted = {owner.owner for owner in self.owners if self.now - owner.noted_at < period_s - 0.01}
-        for release_id, status, holder, expires, running, pending in rows:
+        for release_id, status, holder, expires, running, pending, target in rows:
             why = self.store.claims.why(release_id, self.deadline_s)
             said = {step.name: step for step in why.steps}
             stops = {step.name for step in why.steps if step.state == rc.STOPS}
             is_claimed = bool(expires) and now < rc.epoch_of(expires) <= now + rc.MAX_CLAIM_TTL_S
-            wanted = {name for name, holds in (
-                ("freeze", is_frozen and (status == rc.PENDING or pending)), ("pause", status == rc.PAUSED)) if holds}
+            is_frozen = frozen_s(target) == float("inf") and (status == rc.PENDING or pending)
+            wanted = {name for name, holds in (("freeze", is_frozen), ("pause", status == rc.PAUSED)) if holds}
             if not self.restores and self.clock_set_at < 0:  # else its row may be gone, or of another time
                 wanted |= {"executor"} if not noted and not (is_claimed and holder in noted) else set()
             elif "executor" in stops:

@@ -428,7 +428,7 @@ def candidates(*rows):
     ([("cdn", "pending", 0, False), ("cdn", "running", 0, False)], [2], []),
 ])
 def test_rule_2_one_release_of_a_target_is_active_the_lowest_version_first(rows, free, taken):
-    assert rc.runnable(candidates(*rows), "", rc.NO_FREEZE, lambda *_: False) == (free, taken)
+    assert rc.runnable(candidates(*rows), "", rc.NO_FREEZES, lambda *_: False) == (free, taken)
 
 
 # -- the index of the nodes --------------------------------------------------------------------

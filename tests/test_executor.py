@@ -276,7 +276,7 @@ def test_a_drain_goes_on_when_a_look_for_work_fails_while_its_release_runs(world
     release = new_release(world.store)
     looks, look = [], world.store.claims.scan
 
-    def look_that_fails_twice():
+    def look_that_fails_twice(*_):
         looks.append(world.store.releases.get(release.id).status)
         if len(looks) == 4:
             world.finish()
@@ -343,7 +343,7 @@ def test_a_loop_that_can_start_no_driver_looks_again_after_an_interval_only(worl
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    monkeypatch.setattr(world.store.claims, "scan", lambda: looks.append(1) or look())
+    monkeypatch.setattr(world.store.claims, "scan", lambda *_: looks.append(1) or look())
     executor = world.executor(RELEASE_EXECUTOR_INTERVAL_SEC=60)
     loop = threading.Thread(target=executor.run_loop)
     with monkeypatch.context() as patch:

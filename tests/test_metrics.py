@@ -485,6 +485,7 @@ ALERTS = [
     ("ReleasectlDatabaseErrors", [("releasectl_database_errors_total", "0+1x30")], "20m"),
     ("ReleasectlDatabaseWentBack", [("releasectl_database_went_back_total", "0x5 1x30")], "10m"),
     ("ReleasectlFrozen", [("releasectl_frozen", "1x400")], "5h"),
+    ("ReleasectlFrozen", [('releasectl_target_frozen{target="cdn"}', "1x400"), ("releasectl_frozen", "0x400")], "5h"),
     ("ReleasectlNotificationsStuck",
      [('releasectl_notifications_oldest_age_seconds{instance="a"}', "1000+60x30")], "20m"),
     ("ReleasectlNodesDrift", [('releasectl_nodes_drift{instance="a"}', "1x90")], "80m"),
@@ -539,6 +540,7 @@ def test_every_alert_is_tried_here():
     assert set(re.findall(r"alert: (\w+)", RULES.read_text(encoding="utf-8"))) == {alert for alert, _, _ in ALERTS}
 
 
-def test_a_frozen_release_is_not_called_stuck(tmp_path):
+@pytest.mark.parametrize("frozen", ["releasectl_frozen", 'releasectl_target_frozen{target="cdn"}'])
+def test_a_frozen_release_is_not_called_stuck(frozen, tmp_path):
     fires([('releasectl_release_last_event_timestamp_seconds{target="cdn",status="running"}', "0x90"),
-           ("releasectl_frozen", "1x90")], "ReleasectlReleaseStuck", "80m", tmp_path, wanted=False)
+           (frozen, "1x90")], "ReleasectlReleaseStuck", "80m", tmp_path, wanted=False)

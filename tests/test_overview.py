@@ -143,7 +143,7 @@ def test_a_freeze_is_a_problem_until_it_is_lifted(fresh):
     fresh.releases.set_freeze(True, "anna", "the match")
     [problem] = problems(fresh)
     assert problem[:3] == ("frozen", "frozen by anna: the match", "releasectl freeze off")
-    assert problem.since == fresh.releases.freeze().at
+    assert problem.since == fresh.releases.freezes().everything.at
     fresh.releases.set_freeze(False, "anna")
     assert problems(fresh) == []
 
@@ -389,7 +389,8 @@ def test_the_api_tells_the_verdict(client):
     client.store.releases.set_freeze(True, "anna", "the match")
     [problem] = client.ok("GET", "/api/v1/overview")["problems"]
     assert problem == {"kind": "frozen", "severity": "warning", "text": "frozen by anna: the match",
-                       "since": client.store.releases.freeze().at, "mend": "releasectl freeze off", "releaseId": None}
+                       "since": client.store.releases.freezes().everything.at, "mend": "releasectl freeze off",
+                       "releaseId": None}
 
 
 def test_an_executor_without_a_certificate_is_a_problem_before_anything_is_to_do(sqlite_world):

@@ -162,7 +162,8 @@ def busy(sqlite_url, open_store, monkeypatch):
         def falls_silent(self) -> bool:
             """Return whether no beat came in three turns of the loop."""
             scans = []
-            monkeypatch.setattr(self.executor.store.claims, "scan", lambda: scans.append(len(self.beats)) or ([], []))
+            monkeypatch.setattr(self.executor.store.claims, "scan",
+                                lambda *_: scans.append(len(self.beats)) or ([], []))
             eventually(lambda: len(scans) > 3)
             return scans[-1] == scans[-3]
 

@@ -151,15 +151,25 @@ def test_the_schedules_find_a_lease_that_is_not_renewed(monkeypatch):
 
 def without_a_look_at_the_freeze_in_the_commit(patch):
     """A freeze that comes between the decision and its commit is overlooked."""
-    commit, read_freeze = rc.Claims.commit, rc.read_freeze
+    commit, read_freezes = rc.Claims.commit, rc.read_freezes
 
     def commit_blindly(self, *arguments):
-        rc.read_freeze = lambda *_: rc.NO_FREEZE
+        rc.read_freezes = lambda *_: rc.NO_FREEZES
         try:
             commit(self, *arguments)
         finally:
-            rc.read_freeze = read_freeze
+            rc.read_freezes = read_freezes
     patch.setattr(rc.Claims, "commit", commit_blindly)
+
+
+def without_a_look_at_the_freeze_of_a_target(patch):
+    """Only a freeze of everything holds anybody."""
+    patch.setattr(rc.Freezes, "holding", lambda self, _: [self.everything] if self.everything.frozen else [])
+
+
+def with_a_freeze_of_a_target_that_is_everybodys(patch):
+    """Whoever goes to another target waits too."""
+    patch.setattr(rc.Freezes, "holding", lambda self, _: self.on)
 
 
 def without(patch, **fields):
@@ -207,7 +217,8 @@ def without_the_second_look(patch):
 
 
 @mutants(
-    (without_a_look_at_the_freeze_in_the_commit, 440), (without_probes, 1), (without_the_second_look, 1),
+    (without_a_look_at_the_freeze_in_the_commit, 440), (without_a_look_at_the_freeze_of_a_target, 1),
+    (with_a_freeze_of_a_target_that_is_everybodys, 1), (without_probes, 1), (without_the_second_look, 1),
     (without_a_soak, 1), (without_a_pause, 1), (without_a_limit_in_flight, 1), (without_a_limit_for_each_label, 1))
 def test_the_schedules_find_a_promise_that_is_not_kept(mutate, first, monkeypatch):
     mutate(monkeypatch)

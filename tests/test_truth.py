@@ -956,8 +956,8 @@ def test_history_is_of_its_time(store):
 def test_a_freeze_that_is_not_there_is_lifted_without_a_word(store):
     add_nodes(store, 1)
     new_release(store)
-    before = store.releases.events(1), store.releases.freeze()
+    before = store.releases.events(1), store.releases.freezes()
     assert store.releases.set_freeze(False, "anna") == before[1]
-    assert (store.releases.events(1), store.releases.freeze()) == before
+    assert (store.releases.events(1), store.releases.freezes()) == before
 
 
