@@ -20,12 +20,14 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
                         version in it
     Difference          what was added, removed and changed between two JSON values
     Model               the rows of the tables as values, and what is derived from them
+    Freezes             what is frozen, and which releases that holds
     Strategy            STRATEGY_KEYS and every other value that a person gives: parser and
                         JSON Schema
     Selection           for whom a release is: names, patterns, labels, exclusions
     Plan                the nodes chosen, batches, payloads; who is left out and why
     Failures            the nodes of a release that failed, grouped by cause
     Node index          a release's nodes by what a decision needs; which may go next
+    Preflight           the agents that are asked before batch 1, and whether enough of them answer
     Status texts        what a release does or waits for, on whom, until when
     Decision            what to write and what to send next: no clock, no socket, no disk
     Verbs               what an operator may do when, and which release may start
@@ -42,6 +44,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Drift               what each node runs, what it should run, and how far these are apart
                         (contract section 5)
     Releases            create, verbs, lists, payloads, prune
+    History             releases that ended long ago, which prune deletes
     Notifications       the outbox: messages that are still to go (contract section 2)
     Claims              claim, lease, fence, commit
     Overview            what the verdict is made from; the store that all parts make up
@@ -71,6 +74,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Views               a release as a person sees it: its head, a bar for each batch, its nodes,
                         its history; and the screen of watch
     Commands            what each other command does (contract section 4)
+    Upkeep commands     what the commands on database, tokens and audit log do, and `check`
     Node commands       what the commands on nodes do, and what is shown of a node
     Service             the processes serve and run-once: signals, the service manager, files
                         that change
@@ -219,8 +223,8 @@ DIALECTS: Mapping[str, Dialect] = {
 }
 PROTOCOLS = tuple(DIALECTS)
 
-# Operations: a dispatch and a query go to the agent, a probe to what the node serves (verify).
-DISPATCH, QUERY, PROBE = "dispatch", "query", "probe"
+# Operations: a dispatch, a query and a ping go to the agent, a probe to what the node serves (verify).
+DISPATCH, QUERY, PROBE, PING = OPERATIONS = "dispatch", "query", "probe", "ping"
 
 UNREACHABLE, TLS, TIMEOUT, HTTP, PROTOCOL = "unreachable", "tls", "timeout", "http", "protocol"
 REJECTED, AGENT_FAILED, VERIFY, DEADLINE, ABANDONED = "rejected", "agent_failed", "verify", "deadline", "abandoned"
@@ -1259,7 +1263,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("releasectl_node_failures_total", COUNTER, "Nodes that failed in a release.", ("error_kind",),
            (ERROR_KINDS,)),
     Metric("releasectl_agent_requests_total", COUNTER, "Requests to agents and probes of nodes, by outcome.",
-           ("operation", "outcome"), ((DISPATCH, QUERY, PROBE), (SUCCESS, *ERROR_KINDS[:-2]))),
+           ("operation", "outcome"), (OPERATIONS, (SUCCESS, *ERROR_KINDS[:-2]))),
     # an agent answers within milliseconds, or works for a minute
     Metric("releasectl_agent_request_duration_seconds", HISTOGRAM, "Duration of these, including connecting.",
            ("operation",), buckets_s=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)),
@@ -2130,6 +2134,8 @@ class Release:
     # Whom it is for, as JSON: see Selection.
     selection: str = "{}"
     catch_up_of: int | None = None
+    # 1: a person lets it go on though agents did not answer; they are not asked again.
+    preflight_accepted: int = 0
 
     @property
     def is_again(self) -> bool:
@@ -2220,6 +2226,8 @@ class ReleaseNode(NamedTuple):
     passes: int = 0
     # The re-verification at the end of the soak is done.
     is_reverified: bool = False
+    # Its agent answered before batch 1: see Preflight.
+    has_answered: bool = False
     # Failed tries in a row, with kind and message of the last one.
     errors: int = 0
     last_kind: str = ""
@@ -2287,6 +2295,8 @@ class Strategy(NamedTuple):
     retries: int | None = None
     start_at: str = ""
     verify: Verify | None = None
+    # Every agent is asked before batch 1.
+    preflight: bool = False
 
     @property
     def sizes(self) -> tuple[int | str, ...]:
@@ -2296,6 +2306,11 @@ class Strategy(NamedTuple):
     def pauses_after(self, batch: int) -> bool:
         """Return whether the release pauses after a batch."""
         return self.pause_after == EACH or batch in self.pause_after
+
+    @property
+    def silent_share(self) -> int | str:
+        """Return how many of all nodes, or which share of them, may not answer the preflight."""
+        return self.max_failed if self.max_failed_total is None else self.max_failed_total
 
 
 NO_STRATEGY = Strategy()
@@ -2357,90 +2372,6 @@ class Policy(NamedTuple):
 
 # Where no node is running, nothing depends on it.
 NO_POLICY = Policy(0, 0.0, 0.0, 0.0)
-
-
-class Freeze(NamedTuple):
-    """The switch that stops new dispatches of all processes, in one target or in all; who set it, when and why."""
-    frozen: bool = False
-    reason: str = ""
-    actor: str = ""
-    at: str = ""
-    # When it is over, by the clock that decides on claims (Transaction.now()); None: when somebody lifts it.
-    until: str | None = None
-    # "": it is of every target.
-    target: str = ""
-
-    @property
-    def detail(self) -> str:
-        """Return its reason, and before that its end: 'until 2026-01-31T06:00:00.000Z: the match'."""
-        return f"until {self.until}: {self.reason}" if self.until else self.reason
-
-    @property
-    def text(self) -> str:
-        """Return what a release that it holds waits for: 'frozen: the match'."""
-        return f"frozen {self.detail}" if self.until else f"frozen: {self.reason}"
-
-    def line(self, at: str = "", end: str = "") -> str:
-        """Return 'frozen by anna: the match', with its end 'cdn is frozen until 2026-..., by anna: the match'.
-
-        at: when it was set, where that is to be told. end: how its end is told, "": by the stored time.
-        """
-        end = end or (f"until {self.until}" if self.until else "")
-        return (f"{f'{self.target} is ' if self.target else ''}frozen {f'{end}, ' if end else ''}by {self.actor}"
-                f"{f' at {at}' if at else ''}: {self.reason}")
-
-    @property
-    def subject(self) -> str:
-        """Return what it is called in the audit log and in `check`."""
-        return f"freeze {self.target}" if self.target else "freeze"
-
-    @property
-    def mend(self) -> str:
-        """Return the command that lifts it."""
-        return "releasectl freeze off" + (f" --target {self.target}" if self.target else "")
-
-
-NO_FREEZE = Freeze()
-
-
-class Freezes(NamedTuple):
-    """What is frozen: everything, single targets, or both."""
-    everything: Freeze = NO_FREEZE
-    # By name.
-    targets: tuple[Freeze, ...] = ()
-
-    @property
-    def on(self) -> list[Freeze]:
-        """Return those that are set, the one of everything first."""
-        return [freeze for freeze in (self.everything, *self.targets) if freeze.frozen]
-
-    def of_target(self, target: str) -> Freeze:
-        """Return the one that was set for exactly this target, "" for everything; NO_FREEZE for none."""
-        return self.everything if not target else next((f for f in self.targets if f.target == target), NO_FREEZE)
-
-    def holding(self, release: Release | Candidate) -> list[Freeze]:
-        """Return those that hold a release, the one that ends last first. No other place answers that."""
-        found = [freeze for freeze in self.on if freeze.target in ("", release.target)]
-        return sorted(found, key=lambda freeze: freeze.until or "~", reverse=True)
-
-    def of(self, release: Release | Candidate) -> Freeze:
-        """Return what a release waits for: of those that hold it the one that ends last, NO_FREEZE for none."""
-        return next(iter(self.holding(release)), NO_FREEZE)
-
-    def without(self, target: str) -> Freezes:
-        """Return all but the one of a target, "" for everything."""
-        return Freezes(self.everything if target else NO_FREEZE, tuple(f for f in self.targets if f.target != target))
-
-    def over_at(self, now: str) -> list[Freeze]:
-        """Return those whose end has come, the one that ended first before the others."""
-        return sorted((f for f in self.on if f.until and f.until <= now), key=lambda f: f.until or "")
-
-    def in_force(self, now: str) -> Freezes:
-        """Return what is left when those are taken away whose end has come."""
-        return functools.reduce(Freezes.without, [freeze.target for freeze in self.over_at(now)], self)
-
-
-NO_FREEZES = Freezes()
 
 
 class BatchProgress(NamedTuple):
@@ -2598,6 +2529,99 @@ class IdempotencyKey(NamedTuple):
     actor: str
     key: str
     request_sha256: str
+
+
+# endregion
+
+
+# region Freezes
+# ======================================================================================
+# Freezes: what is frozen, and which releases that holds. Pure.
+# Uses: Model.
+# ======================================================================================
+
+class Freeze(NamedTuple):
+    """The switch that stops new dispatches of all processes, in one target or in all; who set it, when and why."""
+    frozen: bool = False
+    reason: str = ""
+    actor: str = ""
+    at: str = ""
+    # When it is over, by the clock that decides on claims (Transaction.now()); None: when somebody lifts it.
+    until: str | None = None
+    # "": it is of every target.
+    target: str = ""
+
+    @property
+    def detail(self) -> str:
+        """Return its reason, and before that its end: 'until 2026-01-31T06:00:00.000Z: the match'."""
+        return f"until {self.until}: {self.reason}" if self.until else self.reason
+
+    @property
+    def text(self) -> str:
+        """Return what a release that it holds waits for: 'frozen: the match'."""
+        return f"frozen {self.detail}" if self.until else f"frozen: {self.reason}"
+
+    def line(self, at: str = "", end: str = "") -> str:
+        """Return 'frozen by anna: the match', with its end 'cdn is frozen until 2026-..., by anna: the match'.
+
+        at: when it was set, where that is to be told. end: how its end is told, "": by the stored time.
+        """
+        end = end or (f"until {self.until}" if self.until else "")
+        return (f"{f'{self.target} is ' if self.target else ''}frozen {f'{end}, ' if end else ''}by {self.actor}"
+                f"{f' at {at}' if at else ''}: {self.reason}")
+
+    @property
+    def subject(self) -> str:
+        """Return what it is called in the audit log and in `check`."""
+        return f"freeze {self.target}" if self.target else "freeze"
+
+    @property
+    def mend(self) -> str:
+        """Return the command that lifts it."""
+        return "releasectl freeze off" + (f" --target {self.target}" if self.target else "")
+
+
+NO_FREEZE = Freeze()
+
+
+class Freezes(NamedTuple):
+    """What is frozen: everything, single targets, or both."""
+    everything: Freeze = NO_FREEZE
+    # By name.
+    targets: tuple[Freeze, ...] = ()
+
+    @property
+    def on(self) -> list[Freeze]:
+        """Return those that are set, the one of everything first."""
+        return [freeze for freeze in (self.everything, *self.targets) if freeze.frozen]
+
+    def of_target(self, target: str) -> Freeze:
+        """Return the one that was set for exactly this target, "" for everything; NO_FREEZE for none."""
+        return self.everything if not target else next((f for f in self.targets if f.target == target), NO_FREEZE)
+
+    def holding(self, release: Release | Candidate) -> list[Freeze]:
+        """Return those that hold a release, the one that ends last first. No other place answers that."""
+        found = [freeze for freeze in self.on if freeze.target in ("", release.target)]
+        return sorted(found, key=lambda freeze: freeze.until or "~", reverse=True)
+
+    def of(self, release: Release | Candidate) -> Freeze:
+        """Return what a release waits for: of those that hold it the one that ends last, NO_FREEZE for none."""
+        return next(iter(self.holding(release)), NO_FREEZE)
+
+    def without(self, target: str) -> Freezes:
+        """Return all but the one of a target, "" for everything."""
+        return Freezes(self.everything if target else NO_FREEZE, tuple(f for f in self.targets if f.target != target))
+
+    def over_at(self, now: str) -> list[Freeze]:
+        """Return those whose end has come, the one that ended first before the others."""
+        return sorted((f for f in self.on if f.until and f.until <= now), key=lambda f: f.until or "")
+
+    def in_force(self, now: str) -> Freezes:
+        """Return what is left when those are taken away whose end has come."""
+        return functools.reduce(Freezes.without, [freeze.target for freeze in self.over_at(now)], self)
+
+
+NO_FREEZES = Freezes()
 
 
 # endregion
@@ -2806,6 +2830,12 @@ def _on_exceed(value: Any) -> str:
     return str(value)
 
 
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
 def parse_time(value: Any) -> str:
     """Return an RFC 3339 time as stored, in UTC; raise ValueError for anything else."""
     # RFC 3339, 5.6: T and Z may be in lower case, a fraction of any length; it is rounded to milliseconds
@@ -2891,6 +2921,7 @@ STRATEGY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = 
     "verify": ("verify", _verify, {
         "type": "object", "properties": {key: schema for key, (_, _, schema) in VERIFY_KEYS.items()},
         "required": ["url"], "additionalProperties": False}),
+    "preflight": ("preflight", _flag, {"type": "boolean"}),
 }
 
 
@@ -3256,10 +3287,17 @@ class Plan(NamedTuple):
         """Return the batches after which it pauses."""
         return [number for number in range(1, len(self.batches) + 1) if self.strategy.pauses_after(number)]
 
+    @property
+    def max_silent(self) -> int | None:
+        """Return how many agents may not answer the preflight, None where they are not asked."""
+        total = sum(map(len, self.batches))
+        return resolve_share(self.strategy.silent_share, total) if self.strategy.preflight else None
+
     def __str__(self) -> str:
         """Return the plan as a line for the event."""
         limits = f"at most {in_words(self.max_failed)} failed" + (
-            "" if self.max_failed_total is None else f", {self.max_failed_total} in all")
+            "" if self.max_failed_total is None else f", {self.max_failed_total} in all") + (
+            "" if self.max_silent is None else f"; all agents are asked first, at most {self.max_silent} may be silent")
         return f"batches of {in_words([len(batch) for batch in self.batches])}; {limits}"
 
 
@@ -3978,6 +4016,11 @@ class NodeIndex:
     def last_batch(self) -> int:
         return self._batches[-1] if self._batches else 0
 
+    @property
+    def is_untouched(self) -> bool:
+        """Return whether nothing was sent to any of the nodes."""
+        return not (self.of[RUNNING] or self.of[SUCCESS] or any(n.attempts for n in self.of[FAILED].values()))
+
     def open_in(self, batch: int) -> int:
         """Return the number of pending and running nodes of a batch."""
         return self._open.get(batch, 0)
@@ -4056,10 +4099,96 @@ def next_within(nodes: NodeIndex, batch: int, limits: Limits, held: Iterable[Rel
 # endregion
 
 
+# region Preflight
+# ======================================================================================
+# Preflight: the agents that are asked before batch 1, and whether enough of them answer. Pure.
+# Uses: Vocabulary, Helpers, Model, Strategy, Failures, Node index.
+#
+#   Nothing of it is stored: as long as nothing was sent, a new owner asks again. What agents
+#   answered is in the nodes (has_answered, or a verdict while they are pending), as observe()
+#   left it. It decides whether batch 1 begins, and nothing about a node: one that is silent
+#   and tolerated is dispatched in its batch.
+# ======================================================================================
+
+class Preflight(NamedTuple):
+    """What is known of the agents of a release, of which nothing was sent yet."""
+    # How many are asked, and how many of them have answered.
+    total: int
+    answered: int
+    # Nodes whose agents do not answer, each with a verdict that says why; those still to be asked, or asked just now.
+    silent: Sequence[ReleaseNode]
+    waiting: Sequence[ReleaseNode]
+    # How many may be silent.
+    most: int
+    # By Clock.elapsed(): who has not answered by then is silent.
+    ends_at: float
+
+    @property
+    def exceeded(self) -> str:
+        """Return that too many are silent, by kind; "" while it goes on, or where they are tolerated."""
+        counted = [n for n in self.silent if not n.accepted]
+        if self.waiting or len(counted) <= self.most:
+            return ""
+        kinds = kinds_text(n.verdict.error_kind for n in counted if n.verdict)
+        limit = f", at most {self.most} may" if self.most else ""
+        return f"preflight: {len(counted)} of {self.total} agents did not answer{limit} ({kinds})"
+
+    def due(self, now_s: float) -> list[ReleaseNode]:
+        """Return the nodes to ask now; those that were not asked yet come first."""
+        due = [n for n in self.waiting if not n.in_flight and n.due <= now_s]
+        return [n._replace(next_op=PING, deadline=self.ends_at) for n in sorted(due, key=lambda n: n.errors)]
+
+    def wakes(self, now_s: float) -> Iterator[float]:
+        """Yield when to decide again for the nodes that are to be asked again later, or wait for a slot."""
+        for n in self.waiting:
+            if not n.in_flight:
+                yield min(n.due, self.ends_at) if n.due > now_s else self.ends_at
+
+
+def preflight_of(release: Release, nodes: NodeIndex, strategy: Strategy, policy: Policy,
+                 now_s: float) -> Preflight | None:
+    """Return what is known of the agents; None where they need not be asked: not wanted, or something was sent.
+
+    It lasts as long as a node may take (nodeDeadlineSec), from the first request on.
+    """
+    if not strategy.preflight or release.preflight_accepted or not nodes.is_untouched:
+        return None
+    asked = nodes.of[PENDING].values()
+    ends_at = min((n.deadline for n in asked if n.next_op == PING), default=now_s + policy.node_deadline_s)
+    answered, silent, waiting = 0, list[ReleaseNode](), list[ReleaseNode]()
+    for n in asked:
+        if n.has_answered:
+            answered += 1
+        elif n.verdict is not None:
+            silent.append(n)
+        elif n.in_flight or now_s < ends_at:
+            waiting.append(n)
+        else:
+            silent.append(n._replace(verdict=_too_late(n, policy)))
+    return Preflight(len(asked), answered, silent, waiting, resolve_share(strategy.silent_share, len(nodes)), ends_at)
+
+
+def _too_late(node: ReleaseNode, policy: Policy) -> Verdict:
+    within = f"within {policy.node_deadline_s:g} s"
+    text = f"no answer {within}: {node.last_error}" if node.errors else \
+        f"not asked {within}: no slot was free (AGENT_CONCURRENCY)"
+    return Verdict(FAILED, node.last_kind if node.errors else DEADLINE, one_line(text), detail_text(text))
+
+
+def is_paused_by_preflight(release: Release, strategy: Strategy) -> bool:
+    """Return whether the preflight paused a release whose failures exceed no limit: nobody else did before batch 1."""
+    return (release.status == PAUSED and not release.paused_by and release.passed_batch == 0
+            and strategy.preflight and not release.preflight_accepted)
+
+
+# endregion
+
+
 # region Status texts
 # ======================================================================================
 # Status texts: what a release does or waits for, on whom, until when. Pure.
-# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Failures, Node index.
+# Uses: Vocabulary, Helpers, Model, Freezes, Strategy, Plan, Failures, Node index,
+#   Preflight.
 # ======================================================================================
 
 def first_failed(nodes: NodeIndex) -> ReleaseNode | None:
@@ -4094,9 +4223,10 @@ class Situation(NamedTuple):
     asks_first: bool = False
     # Who has all slots, "" where some are free or this release has one: Slots.shortage().
     shortage: str = ""
-    # Both are computed by decide(); exceeded is what exceeded_limit() returns.
+    # These are computed by decide(); exceeded is what exceeded_limit() or the preflight says.
     stage: Stage = Stage(0, 0)
     exceeded: str = ""
+    preflight: Preflight | None = None
 
     @property
     def is_failing(self) -> bool:
@@ -4140,10 +4270,16 @@ def _failures(nodes: NodeIndex, strategy: Strategy) -> str:
             + (f", {accepted} accepted" if accepted else "") + f"): {causes_text(failed)}")
 
 
+# Of a release that too many agents did not answer.
+NOTHING_SENT = "nothing was sent"
+
+
 def _cause(situation: Situation) -> str:
-    first = first_failed(situation.nodes)
+    first, preflight = first_failed(situation.nodes), situation.preflight
     if situation.broken or first is None:
         return situation.broken or NO_NODES
+    if preflight and preflight.exceeded:
+        return f"{preflight.exceeded}; {NOTHING_SENT}; first node {first.name}: {first.error_msg}"
     node = f"node {first.name} in batch {first.batch}: {first.error_msg}"
     failed = situation.nodes.of[FAILED].values()
     tolerates = situation.strategy.max_failed not in (0, "0%") or situation.strategy.max_failed_total
@@ -4163,6 +4299,9 @@ def _paused(situation: Situation, waiting: str) -> str:
     if situation.is_failing:
         first = first_failed(nodes)
         then = f"{f'node {first.name} failed' if first else situation.broken}: resume to end the release"
+    elif situation.preflight and situation.preflight.exceeded:
+        return (f"paused{by} before batch 1: {situation.preflight.exceeded}; {NOTHING_SENT}: resume to ask again, "
+                "resume and accept the failures to go on, or cancel")
     elif situation.exceeded:
         failed = nodes.of[FAILED].values()
         # a release that waits for nodes is described again and again
@@ -4181,6 +4320,8 @@ def _progress(situation: Situation, waiting: str) -> str:
     if stage.reverifies:
         return (f"verifying batch {stage.reverifies} after its soak: waiting for "
                 + _names(nodes.to_reverify(stage.reverifies)))
+    if situation.preflight and situation.preflight.waiting:
+        return _asking(situation.preflight, situation)
     batch = nodes.batch
     if stage.soak_left_s:
         return f"soaking after batch {nodes.batch_before(batch)} until {stage.soak_until}"
@@ -4194,6 +4335,18 @@ def _progress(situation: Situation, waiting: str) -> str:
             + (f"; {_names(held)} busy with an earlier request" if held else "")
             + (f"{NO_SLOT}{situation.shortage}" if situation.shortage and has_pending else "")
             + _retried(running, situation))
+
+
+# Begins the status_reason of a release in its preflight.
+ASKING = "asking "
+
+
+def _asking(preflight: Preflight, situation: Situation) -> str:
+    silent = f", {len(preflight.silent)} did not" if preflight.silent else ""
+    whom = f"all {preflight.total} agents" if preflight.total > 1 else "1 agent"
+    asked = [n for n in preflight.waiting if n.errors]
+    return (f"{ASKING}{whom} before batch 1: {preflight.answered} answered{silent}"
+            + (f"{NO_SLOT}{situation.shortage}" if situation.shortage else "") + _retried(asked, situation))
 
 
 # Begins the part of a status_reason on the slots that other releases have, which no row tells.
@@ -4349,7 +4502,8 @@ CHANGES_NOTHING = "changes nothing: all its nodes run this payload already"
 # region Decision
 # ======================================================================================
 # Decision: what to write and what to send next. Pure: no clock, no socket, no disk.
-# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Node index, Status texts.
+# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Node index, Preflight, Status
+#   texts.
 #
 #   A driver updates its nodes with outcomes by observe(), gets what follows from decide(),
 #   commits that, and only then sends. decide() compares what is with what should be, so a
@@ -4414,6 +4568,8 @@ def observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) ->
 def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
     if outcome.result == NOT_SENT:
         return node._replace(in_flight=False, due=now.elapsed)
+    if outcome.op == PING:
+        return _observe_ping(node, outcome, now, policy)
     if outcome.op == PROBE and outcome.result == SUCCESS:
         return _observe_pass(node, now, policy)
     if outcome.result in (SUCCESS, ACCEPTED) and outcome.applied and not node.reached:
@@ -4453,6 +4609,14 @@ def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode
     if node.status == SUCCESS:
         return node._replace(next_op="", is_reverified=True)
     return node._replace(verdict=Verdict(SUCCESS, detail=node.agent_message))
+
+
+def _observe_ping(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
+    if node.status != PENDING or outcome.result == SUCCESS:  # not pending: the database went back meanwhile
+        return node._replace(in_flight=False, has_answered=True, errors=0)
+    # a ping leaves nobody busy
+    after = _observe_error(node, outcome._replace(hold_s=0.0), now, policy)
+    return after if after.verdict is None else after._replace(errors=0)
 
 
 def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
@@ -4533,13 +4697,14 @@ def kept_from_dispatch(nodes: NodeIndex, passed_s: float) -> list[ReleaseNode]:
     """Return the nodes whose deadline is extended because a pause or a freeze delayed their dispatch.
 
     A node whose agent is at work keeps its deadline (section 7). One whose agent is still to be asked has the time as
-    credit, which is taken back when the agent says that it is at work.
+    credit, which is taken back when the agent says that it is at work. A preflight is delayed too.
     """
     running = nodes.of[RUNNING].values()
     return [*(n._replace(deadline=n.deadline + passed_s, waited_s=n.waited_s + passed_s)
               for n in running if n.next_op == DISPATCH and not n.in_flight),
             *(n._replace(deadline=n.deadline + passed_s, credit_s=n.credit_s + passed_s)
-              for n in running if n.next_op == QUERY and not n.is_at_work)]
+              for n in running if n.next_op == QUERY and not n.is_at_work),
+            *(n._replace(deadline=n.deadline + passed_s) for n in nodes.of[PENDING].values() if n.next_op == PING)]
 
 
 class NodeChange(NamedTuple):
@@ -4636,11 +4801,17 @@ def decide(situation: Situation) -> Decision:
         ended += _apply(nodes, _surpassed(release, nodes, now))
     stage = Stage(0, release.passed_batch, release.soak_until, release.soak_clock)
     situation = situation._replace(nodes=nodes, stage=stage, exceeded=exceeded_limit(nodes, strategy))
+    preflight = _preflight(situation)
+    if preflight and preflight.exceeded and not situation.exceeded:
+        situation = situation._replace(exceeded=preflight.exceeded, preflight=preflight)
+        if situation.is_failing:
+            ended += _apply(nodes, [_at_rest(n, n.verdict, now) for n in preflight.silent if n.verdict])
     if situation.is_failing or release.status == CANCELLING:
         ended += _apply(nodes, filter(None, [_close_node(n, now) for n in nodes.open]))
     if release.status == RUNNING and not situation.is_failing and not situation.exceeded:
-        stage = stage_of(release, nodes, now, strategy)
-        situation = situation._replace(stage=stage)
+        stage = Stage(0, release.passed_batch) if preflight and preflight.waiting else stage_of(
+            release, nodes, now, strategy)
+        situation = situation._replace(stage=stage, preflight=preflight)
     status = _next_status(situation)
     renamed, unsent = _renamed(nodes), _apply(nodes, _unsent(nodes))
     is_going = status == RUNNING and not situation.is_failing and not situation.freeze.frozen
@@ -4648,7 +4819,8 @@ def decide(situation: Situation) -> Decision:
                         situation.busy, situation.asks_first) if is_going else []
     _apply(nodes, [*renamed, *begun])
     awaited = _awaited(nodes, stage, now, policy)
-    asked = [n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)][
+    pinged = preflight.due(now.elapsed) if preflight and is_going else []
+    asked = [*(n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)), *pinged][
         : max(0, situation.slots - len(begun))]
     asked_ids = {n.node_id for n in asked}
     soak_ends = [now.elapsed + stage.soak_left_s] if status == RUNNING and stage.soak_left_s else []
@@ -4660,12 +4832,20 @@ def decide(situation: Situation) -> Decision:
         sends=(*(Send(change.after.next_op, change.after) for change in begun),
                *(Send(n.next_op, n._replace(in_flight=True)) for n in asked)),
         # nodes that wait for a slot don't count: the outcome that frees one is followed by a decision
-        wake_at=min((*soak_ends, *(_wake(n, now) for n in awaited if n.node_id not in asked_ids)),
+        wake_at=min((*soak_ends, *(_wake(n, now) for n in awaited if n.node_id not in asked_ids),
+                     *(preflight.wakes(now.elapsed) if preflight and is_going else ())),
                     default=now.elapsed + policy.interval_s),
         nodes=nodes,
         passed_batch=stage.passed_batch,
         soak_until=None if status in TERMINAL else stage.soak_until,
         soak_clock="" if status in TERMINAL else stage.soak_clock)
+
+
+def _preflight(situation: Situation) -> Preflight | None:
+    """Return what is known of the agents of a release that asks them now, or that is paused as they did not answer."""
+    release, nodes, now, policy, strategy = situation[:5]
+    is_on = release.status == RUNNING or is_paused_by_preflight(release, strategy)
+    return preflight_of(release, nodes, strategy, policy, now.elapsed) if is_on and not situation.broken else None
 
 
 def _slots_for_dispatches(situation: Situation) -> int:
@@ -4888,6 +5068,8 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy, as
     hold_until, hold_clock = (None, "") if node.dialect.can_be_asked else _hold_for(policy.hold_s, now)
     task_id = task_id_for(release.type, node.main_ip, release.version, release.tag)
     is_first = node.status == PENDING
+    if is_first:  # what the preflight found decides nothing about a node
+        node = node._replace(errors=0, last_kind="", last_error="")
     asks = asks_first and is_first and node.dialect.can_be_asked
     return NodeChange(node, node._replace(
         stored_reached=int(node.reached or not asks), status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
@@ -4901,6 +5083,8 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy, as
 def _error_msg(situation: Situation) -> str:
     if situation.broken or not situation.nodes:
         return one_line(situation.broken or NO_NODES)
+    if situation.is_failing and situation.preflight:
+        return one_line(f"{situation.preflight.exceeded}; {NOTHING_SENT}")
     first = first_failed(situation.nodes) if situation.is_failing else None
     return one_line(f"node {first.name}: {first.error_msg}") if first else situation.release.error_msg
 
@@ -4911,7 +5095,7 @@ def _error_msg(situation: Situation) -> str:
 # region Verbs
 # ======================================================================================
 # Verbs: what an operator may do when, and which release may start. Pure.
-# Uses: Vocabulary, Helpers, Model, Node index, Status texts, Decision.
+# Uses: Vocabulary, Helpers, Model, Freezes, Node index, Status texts, Decision.
 # ======================================================================================
 
 class Verb(NamedTuple):
@@ -5065,7 +5249,7 @@ def waiting_reasons(candidates: Iterable[Candidate], now: str, freezes: Freezes,
 # region Why
 # ======================================================================================
 # Why: what a release waits for, step by step, and what would mend it. Pure.
-# Uses: Vocabulary, Helpers, Model, Node index, Status texts, Verbs.
+# Uses: Vocabulary, Helpers, Model, Freezes, Node index, Status texts, Verbs.
 # ======================================================================================
 
 # States of a step: done or at work; nothing moves until somebody acts; it goes on by itself.
@@ -5149,8 +5333,8 @@ def explain(facts: Facts) -> Why:
     if release is None:
         return Why(None, f"nothing to do: no release is open; {steps[-1].text}", steps)
     steps += [step for step in (
-        _order_step(facts), _start_step(facts), _pause_step(facts), _soak_step(facts), _nodes_step(facts),
-        _errors_step(facts), _busy_step(facts), _slots_step(facts)) if step]
+        _order_step(facts), _start_step(facts), _pause_step(facts), _soak_step(facts), _preflight_step(facts),
+        _nodes_step(facts), _errors_step(facts), _busy_step(facts), _slots_step(facts)) if step]
     first = next((step for state in (STOPS, WAITS) for step in steps if step.state == state), None)
     if first is None and release.status == PENDING:
         first = next(step for step in steps if step.name == "executor")
@@ -5288,6 +5472,11 @@ def _soak_step(facts: Facts) -> Step | None:
     return Step("soak", WAITS, f"soaking after batch {before} {_until(left_s, facts.now)}") if left_s else None
 
 
+def _preflight_step(facts: Facts) -> Step | None:
+    text = _part_of_progress(facts, ASKING).partition(";")[0]
+    return Step("preflight", OK, ASKING + text) if text else None
+
+
 def _nodes_step(facts: Facts) -> Step | None:
     """Return the nodes in flight, those with the next deadline first."""
     batch = next((b for b in facts.batches if b.is_open), None)
@@ -5305,9 +5494,9 @@ def _nodes_step(facts: Facts) -> Step | None:
 
 
 def _part_of_progress(facts: Facts, begins: str) -> str:
-    """Return a part of the status_reason of a release at work in a batch, "" where it has none."""
+    """Return a part of the status_reason of a release at work in a batch or its preflight, "" where it has none."""
     release = facts.release
-    if release is None or not release.status_reason.startswith("batch ") or not is_worked_on(
+    if release is None or not release.status_reason.startswith(("batch ", ASKING)) or not is_worked_on(
             release, facts.executors, facts.now_s):
         return ""
     return release.status_reason.partition(begins)[2]
@@ -5371,7 +5560,7 @@ def _until(left_s: float, now: Moment, word: str = "until") -> str:
 # ======================================================================================
 # Verdict: everything that is wrong, worst first, each with its mend (contract sections
 #   5 and 8). Pure.
-# Uses: Vocabulary, Helpers, Model, Status texts, Why.
+# Uses: Vocabulary, Helpers, Model, Freezes, Status texts, Why.
 # ======================================================================================
 
 # How bad a problem is: something is not as it should be, or somebody should look at it.
@@ -7380,8 +7569,8 @@ class Nodes:
 # region Queue
 # ======================================================================================
 # Queue: the order of open releases, and the writing of what is decided on one.
-# Uses: Vocabulary, Helpers, Model, Strategy, Failures, Status texts, Decision, Verbs,
-#   Database, Database state, Audit, Nodes.
+# Uses: Vocabulary, Helpers, Model, Freezes, Strategy, Failures, Status texts,
+#   Decision, Verbs, Database, Database state, Audit, Nodes.
 # ======================================================================================
 
 # Fields of Release that are computed; each other one is a column of its row r. The index release_task_nodes_by_status
@@ -7936,9 +8125,9 @@ def selection_again(release: Release) -> Mapping[str, Any]:
 
 
 def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
-    # a node that was rejected before anything was sent has nothing to roll back
+    # a node that was rejected, or silent in the preflight, before anything was sent has nothing to roll back
     found = nodes_again(tx, old, "(n.status = 'success' OR (n.status = 'failed' AND NOT "
-                                 "(n.error_kind = 'rejected' AND n.attempts = 0)))")
+                                 "(n.attempts = 0 AND n.error_kind <> '')))")
     nodes = online_nodes(old, found, "touched by it")
     where = {node_id: (status, batch) for node_id, status, batch in tx.rows(
         "SELECT node_id, status, batch FROM release_task_nodes WHERE release_task_id = ?", old.id)}
@@ -7951,7 +8140,8 @@ def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRe
     planned = [*batches.values(), *([failed] if failed else [])]
     sizes = [len(batch) for batch in planned[:-1]] or [len(planned[0])]
     # make_plan() goes by planned: a hand-written release may have more batches than a strategy can
-    strategy = {**strategy_again(old, ("startAt", "soakSec", "pauseAfter", "verify", "first", "batchBy")),
+    strategy = {**strategy_again(old, ("startAt", "soakSec", "pauseAfter", "verify", "first", "batchBy",
+                                       "preflight")),
                 "batches": sizes[:MAX_BATCHES]}
     with contextlib.suppress(AppError):  # the probes fit the payload that goes out
         strategy.update({key: value for key, value in strategy_again(good, ()).items() if key == "verify"})
@@ -8646,9 +8836,9 @@ def _releases_under_way(tx: Transaction) -> dict[int, int]:
 # region Releases
 # ======================================================================================
 # Releases: create, verbs, lists, payloads, prune.
-# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Plan, Failures,
-#   Node index, Status texts, Decision, Verbs, Why, Database, Database state, Audit,
-#   Nodes, Queue, Retry and rollback, Drift.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Freezes, Strategy, Plan,
+#   Failures, Node index, Preflight, Status texts, Decision, Verbs, Why, Database,
+#   Database state, Audit, Nodes, Queue, Retry and rollback, Drift.
 # ======================================================================================
 
 class Progress(NamedTuple):
@@ -8667,17 +8857,6 @@ MAX_TARGETS_COUNTED, OTHER = 50, "other"
 
 # How long an Idempotency-Key is kept.
 IDEMPOTENCY_KEY_S = 86400.0
-
-
-def _ranges(numbers: Iterable[int]) -> list[list[int]]:
-    """Return numbers as [first, last] of each run of consecutive ones."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return runs
 
 
 def change_status(tx: Transaction, release: Release, nodes: NodeIndex, verb: Verb, now: Moment, actor: Who,
@@ -8806,7 +8985,9 @@ class Releases:
             if verb == "resume":
                 check_resume(release, nodes, strategy, accept_failures)
                 if accept_failures:
-                    detail = self._accept_failures(tx, release, reason)
+                    is_silent = is_paused_by_preflight(release, strategy) and not exceeded_limit(nodes, strategy)
+                    detail = self._accept_silence(tx, release, reason) if is_silent else \
+                        self._accept_failures(tx, release, reason)
             if status_after_verb(verb, release) != release.status:
                 change_status(tx, release, nodes, VERBS[verb], now, actor, detail)
                 release, detail = read_release(tx, release_id), ""
@@ -8981,10 +9162,12 @@ class Releases:
             pace = Pace(spent_s or waits_s, 0.0, max(0.0, epoch_or(last, 0.0) - epoch_or(began, 0.0)) if began else 0.0)
         return time_left(release, batches, pace, strategy, now)
 
-    def exceeded(self, release_id: int) -> str:
-        """Return which limit the failures of a release exceed, "" for none; raise AppError 3001."""
+    def is_exceeded(self, release_id: int) -> bool:
+        """Return whether a release has too many failures, or agents that did not answer; raise AppError 3001."""
         with self._database.transaction() as tx:
-            return read_exceeded(tx, read_release(tx, release_id), read_batches(tx, release_id))
+            release = read_release(tx, release_id)
+            return is_paused_by_preflight(release, strategy_of(release.strategy)) or bool(
+                read_exceeded(tx, release, read_batches(tx, release_id)))
 
     def events(self, release_id: int, after: int = 0, limit: int = 100, newest: bool = False) -> list[Event]:
         """Return the first events of a release with an id above after, or the newest of them, oldest first.
@@ -9078,57 +9261,6 @@ class Releases:
             with contextlib.suppress(ValueError, TypeError):  # written by hand, without an event
                 figures[key] = min(epoch_of(at), figures.get(key, epoch_of(at)))
         return figures
-
-    def prunable(self, older_than_s: float, keep: int) -> list[OldRelease]:
-        """Return the releases that ended so long ago and are not needed, newest first; keep: of each target."""
-        before = utc_text(self._state.clock.wall() - older_than_s)
-        with self._database.transaction() as tx:
-            releases = [OldRelease(*row) for row in tx.rows("""
-                SELECT id, target, version, status, retry_of, rollback_of, total_nodes,
-                       CASE WHEN status IN ('success', 'partial', 'failed', 'cancelled')
-                            THEN COALESCE(finished_at, updated_at) ELSE '' END, catch_up_of
-                FROM release_tasks""")]
-            bad = {target: rolled_back(tx, target) for target in {release.target for release in releases}}
-            newest = tx.value("SELECT release_task_id FROM release_events ORDER BY id DESC LIMIT 1") or 0
-            unsent = {row[0] for row in tx.rows("SELECT release_task_id FROM notifications "
-                                                "WHERE release_task_id IS NOT NULL")}
-            needed = set().union({newest}, unsent, *(level.needs for level in levels(tx, all_nodes(tx)).values()))
-
-            def content_of(release: OldRelease) -> Content:
-                digest = stored_digest(tx, release.id)
-                rows = tx.rows("SELECT node_id, status FROM release_task_nodes "
-                               "WHERE release_task_id = ? AND status IN ('success', 'failed', 'running')", release.id)
-                return Content(digest, frozenset(node_id for node_id, _ in rows),
-                               frozenset(node_id for node_id, status in rows if status == SUCCESS),
-                               release.version <= bad[release.target].get(digest, 0))
-
-            return prunable(releases, before, keep, content_of, needed)
-
-    def delete(self, release_ids: Sequence[int], by: Who = PROGRAM) -> list[int]:
-        """Delete up to NODES_PER_STATEMENT terminal releases, with nodes and events; return the ids of those deleted.
-
-        A release stays where somebody made a retry or a rollback of it meanwhile, or a notification of it is to go.
-        """
-        with self._database.transaction(write=True) as tx:
-            marks = ", ".join("?" * len(release_ids)) or "NULL"
-            # another prune may have been quicker
-            going = {row[0] for row in tx.rows(
-                f"SELECT id FROM release_tasks r WHERE id IN ({marks}) AND NOT EXISTS "
-                "(SELECT 1 FROM notifications n WHERE n.release_task_id = r.id)", *release_ids)}
-            while going:  # each round may spare more, which one of them names
-                marks = ", ".join("?" * len(going))
-                # the indexes release_tasks_by_retry_of, release_tasks_by_rollback_of and release_tasks_by_catch_up_of
-                named = {row[0] for column in ("retry_of", "rollback_of", "catch_up_of") for row in tx.rows(
-                    f"SELECT {column} FROM release_tasks WHERE {column} IN ({marks}) AND id NOT IN ({marks})",
-                    *going, *going)}
-                if not named & going:
-                    for table_name in ("idempotency_keys", "release_events", "release_task_nodes"):
-                        tx.execute(f"DELETE FROM {table_name} WHERE release_task_id IN ({marks})", *going)
-                    tx.execute(f"DELETE FROM release_tasks WHERE id IN ({marks})", *going)
-                    self._audit.add(tx, by, PRUNE, "releases", {"releases": _ranges(going)})
-                    break
-                going -= named
-            return sorted(going)
 
     def _plan(self, tx: Transaction, request: ReleaseRequest) -> tuple[Plan, list[Node]]:
         strategy = parse_strategy(request.strategy)
@@ -9238,6 +9370,93 @@ class Releases:
         count = tx.execute("UPDATE release_task_nodes SET accepted = 1 "
                            "WHERE release_task_id = ? AND status = 'failed' AND accepted = 0", release.id)
         return "; ".join(filter(None, (reason, f"failures accepted: {count}")))
+
+    @staticmethod
+    def _accept_silence(tx: Transaction, release: Release, reason: str) -> str:
+        """Let a release go on without asking its agents again; return the text for the event."""
+        tx.execute("UPDATE release_tasks SET preflight_accepted = 1 WHERE id = ?", release.id)
+        return "; ".join(filter(None, (reason, "goes on though agents did not answer the preflight")))
+
+
+# endregion
+
+
+# region History
+# ======================================================================================
+# History: releases that ended long ago, which prune deletes.
+# Uses: Vocabulary, Helpers, Plan, Database state, Audit, Nodes, Retry and rollback,
+#   Drift.
+# ======================================================================================
+
+def _ranges(numbers: Iterable[int]) -> list[list[int]]:
+    """Return numbers as [first, last] of each run of consecutive ones."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return runs
+
+
+class History:
+    """Releases that ended long ago. Each public method is one transaction."""
+
+    def __init__(self, state: DatabaseState, audit: Audit):
+        self._state = state
+        self._database = state.database
+        self._audit = audit
+
+    def prunable(self, older_than_s: float, keep: int) -> list[OldRelease]:
+        """Return the releases that ended so long ago and are not needed, newest first; keep: of each target."""
+        before = utc_text(self._state.clock.wall() - older_than_s)
+        with self._database.transaction() as tx:
+            releases = [OldRelease(*row) for row in tx.rows("""
+                SELECT id, target, version, status, retry_of, rollback_of, total_nodes,
+                       CASE WHEN status IN ('success', 'partial', 'failed', 'cancelled')
+                            THEN COALESCE(finished_at, updated_at) ELSE '' END, catch_up_of
+                FROM release_tasks""")]
+            bad = {target: rolled_back(tx, target) for target in {release.target for release in releases}}
+            newest = tx.value("SELECT release_task_id FROM release_events ORDER BY id DESC LIMIT 1") or 0
+            unsent = {row[0] for row in tx.rows("SELECT release_task_id FROM notifications "
+                                                "WHERE release_task_id IS NOT NULL")}
+            needed = set().union({newest}, unsent, *(level.needs for level in levels(tx, all_nodes(tx)).values()))
+
+            def content_of(release: OldRelease) -> Content:
+                digest = stored_digest(tx, release.id)
+                rows = tx.rows("SELECT node_id, status FROM release_task_nodes "
+                               "WHERE release_task_id = ? AND status IN ('success', 'failed', 'running')", release.id)
+                return Content(digest, frozenset(node_id for node_id, _ in rows),
+                               frozenset(node_id for node_id, status in rows if status == SUCCESS),
+                               release.version <= bad[release.target].get(digest, 0))
+
+            return prunable(releases, before, keep, content_of, needed)
+
+    def delete(self, release_ids: Sequence[int], by: Who = PROGRAM) -> list[int]:
+        """Delete up to NODES_PER_STATEMENT terminal releases, with nodes and events; return the ids of those deleted.
+
+        A release stays where somebody made a retry or a rollback of it meanwhile, or a notification of it is to go.
+        """
+        with self._database.transaction(write=True) as tx:
+            marks = ", ".join("?" * len(release_ids)) or "NULL"
+            # another prune may have been quicker
+            going = {row[0] for row in tx.rows(
+                f"SELECT id FROM release_tasks r WHERE id IN ({marks}) AND NOT EXISTS "
+                "(SELECT 1 FROM notifications n WHERE n.release_task_id = r.id)", *release_ids)}
+            while going:  # each round may spare more, which one of them names
+                marks = ", ".join("?" * len(going))
+                # the indexes release_tasks_by_retry_of, release_tasks_by_rollback_of and release_tasks_by_catch_up_of
+                named = {row[0] for column in ("retry_of", "rollback_of", "catch_up_of") for row in tx.rows(
+                    f"SELECT {column} FROM release_tasks WHERE {column} IN ({marks}) AND id NOT IN ({marks})",
+                    *going, *going)}
+                if not named & going:
+                    for table_name in ("idempotency_keys", "release_events", "release_task_nodes"):
+                        tx.execute(f"DELETE FROM {table_name} WHERE release_task_id IN ({marks})", *going)
+                    tx.execute(f"DELETE FROM release_tasks WHERE id IN ({marks})", *going)
+                    self._audit.add(tx, by, PRUNE, "releases", {"releases": _ranges(going)})
+                    break
+                going -= named
+            return sorted(going)
 
 
 # endregion
@@ -9397,8 +9616,8 @@ class Outbox:
 # region Claims
 # ======================================================================================
 # Claims: claim, lease, fence, commit.
-# Uses: Vocabulary, Helpers, Payloads, Model, Plan, Decision, Why, Database, Database
-#   state, Audit, Nodes, Queue, Drift, Releases.
+# Uses: Vocabulary, Helpers, Payloads, Model, Freezes, Plan, Decision, Why, Database,
+#   Database state, Audit, Nodes, Queue, Drift, Releases.
 # ======================================================================================
 
 class DispatchBlockers(NamedTuple):
@@ -9810,7 +10029,8 @@ class Claims:
 # ======================================================================================
 # Overview: what the verdict is made from; the store that all parts make up.
 # Uses: Vocabulary, Helpers, Model, Status texts, Verdict, Database, Database state,
-#   Audit, Nodes, Queue, Retry and rollback, Drift, Releases, Notifications, Claims.
+#   Audit, Nodes, Queue, Retry and rollback, Drift, Releases, History, Notifications,
+#   Claims.
 # ======================================================================================
 
 class OverviewReader:
@@ -9912,6 +10132,7 @@ class Store:
         self.queue = Queue(self.state, self.audit)
         self.fleet = Fleet(self.state)
         self.releases = Releases(self.state, self.audit, self.queue)
+        self.history = History(self.state, self.audit)
         self.outbox = Outbox(self.state)
         self.claims = Claims(self.state, self.queue)
         self.overview = OverviewReader(self.state, self.fleet, self.outbox)
@@ -10814,6 +11035,8 @@ def dispatch_body(protocol: str, task: AgentTask) -> bytes:
 
 def read_pong(address: Address, status: int, answer: bytes) -> None:
     """Raise AgentError unless an answer to a ping is that of an agent of the address's dialect."""
+    if status == 429 or status >= 500:  # it says nothing about the dialect
+        raise _bad_status(address, status, answer)
     code = None
     with contextlib.suppress(ValueError, AttributeError):
         code = parse_json(answer).get("code")
@@ -10866,7 +11089,7 @@ class _Stale(Exception):
 
 
 class AgentClient:
-    """Send requests to agents: dispatch(), query() and probe() are coroutines, ping() waits."""
+    """Send requests to agents: dispatch(), query(), probe() and ask() are coroutines, ping() waits."""
 
     def __init__(self, settings: Settings, metrics: Metrics | None = None):
         """Read no file yet: see prepare(). Requests are counted in metrics."""
@@ -10936,12 +11159,13 @@ class AgentClient:
         """
         return await self._counted(PROBE, self._probe(host, verify, url, timeout_s))
 
+    async def ask(self, address: Address, within_s: float = 3600.0) -> Outcome:
+        """Ask an agent for what only one of its dialect answers so (contract section 1); return the outcome."""
+        return await self._counted(PING, self._ping(address, within_s))
+
     def ping(self, address: Address) -> Outcome:
-        """Ask an agent for what only one of its dialect answers so (contract section 1); wait for the outcome."""
-        try:
-            return run_coroutine(self._ping(address))
-        except AgentError as error:
-            return error.outcome
+        """Do ask(), and wait for the outcome."""
+        return run_coroutine(self.ask(address))
 
     async def _counted(self, operation: str, request: Coroutine[Wait, None, Outcome]) -> Outcome:
         """Return the outcome of a request, and count it; not what close() cut, which says nothing about the agent."""
@@ -10987,12 +11211,12 @@ class AgentClient:
             raise AgentError(UNCLEAR, VERIFY, f"{url} answered without {one_line(verify.contains, 60)!r} in it")
         return Outcome(PROBE, SUCCESS)
 
-    async def _ping(self, address: Address) -> Outcome:
+    async def _ping(self, address: Address, within_s: float) -> Outcome:
         started, wire = time.monotonic(), WIRE_FORMATS[address.protocol]
-        status, answer, _ = await self._exchange(self._call(address, *wire.ping, self._request_s))
+        status, answer, _ = await self._exchange(self._call(address, *wire.ping, within_s))
         read_pong(address, status, answer)
         article, took_ms = "an" if address.protocol[0] in "aeiou" else "a", (time.monotonic() - started) * 1000
-        return Outcome("", SUCCESS, message=f"answers as {article} {address.protocol} agent in {took_ms:.0f} ms")
+        return Outcome(PING, SUCCESS, message=f"answers as {article} {address.protocol} agent in {took_ms:.0f} ms")
 
     def _call(self, address: Address, method: str, path: str, body: bytes | None, within_s: float) -> _Call:
         limit_s = min(self._request_s, max(within_s, 0.0))
@@ -11268,8 +11492,8 @@ async def _late_alert(timed: TimedSocket) -> str:
 # region Driver
 # ======================================================================================
 # Driver: one claimed release: read, decide, commit, send, collect.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Plan, Node
-#   index, Status texts, Decision, Overview, Event loop, Dialects, Agents.
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Freezes, Strategy,
+#   Plan, Node index, Status texts, Decision, Overview, Event loop, Dialects, Agents.
 # ======================================================================================
 
 class Lease:
@@ -11658,9 +11882,11 @@ class Driver:
 
     async def _ask(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> Outcome:
         address = Address(node.main_ip, node.agent_port, node.agent_protocol)
-        within_s = node.deadline - written_at.elapsed if node.status == RUNNING else float("inf")
+        within_s = node.deadline - written_at.elapsed if node.status in OPEN else float("inf")
         agents = self._context.agents
         try:
+            if op == PING:
+                return await agents.ask(address, within_s)
             if op == PROBE:
                 return await self._probe(node, within_s)
             if op == QUERY:
@@ -11730,7 +11956,9 @@ class Driver:
         if not self._is_tick or now.elapsed - self._news_at < self._policy.interval_s:
             return False
         # do not end the tick between retries or probes: their counters are in memory only
-        return not any((n.errors or n.passes) and n.due <= now.elapsed + BACKOFF_MAX_S for n in self._nodes)
+        is_untouched = self._nodes.is_untouched
+        return not any((n.errors or n.passes) and n.due <= now.elapsed + BACKOFF_MAX_S for n in self._nodes
+                       if n.status != PENDING or is_untouched)
 
 
 # endregion
@@ -12544,8 +12772,8 @@ class Executor:
 # region Serialization
 # ======================================================================================
 # Serialization: the JSON of contract section 5, and its schemas. Pure.
-# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Selection, Plan,
-#   Failures, Status texts, Why, Verdict, Audit, Nodes, Drift.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Freezes, Strategy,
+#   Selection, Plan, Failures, Status texts, Why, Verdict, Audit, Nodes, Drift.
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
@@ -12657,6 +12885,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "maxFailedTotal": plan.max_failed_total, "maxParallel": strategy.max_parallel,
             "maxParallelPer": dict(strategy.max_parallel_per),
             "soakSec": strategy.soak_s, "pauseAfter": plan.pauses, "onExceed": strategy.on_exceed,
+            "preflight": None if plan.max_silent is None else {"maxSilent": plan.max_silent},
             "startAt": strategy.start_at or None, "verify": _verify_json(strategy.verify) if strategy.verify else None,
             "leftOut": left_out_json(plan.left_out), "notChosen": plan.not_chosen, "emptied": list(plan.emptied),
             "warnings": list(plan.warnings), "payloadOf": payload_of,
@@ -12906,7 +13135,9 @@ def openapi_schemas() -> dict[str, Any]:
             "maxFailedTotal": _ID_OR_NULL, "maxParallel": _COUNT,
             "maxParallelPer": {"type": "object", "additionalProperties": ID},
             "soakSec": {"type": "number", "minimum": 0},
-            "pauseAfter": _array(ID), "onExceed": TEXT, "startAt": _TIME, "verify": {"type": ["object", "null"]},
+            "pauseAfter": _array(ID), "onExceed": TEXT, "startAt": _TIME,
+            "preflight": {"type": ["object", "null"], "properties": {"maxSilent": _COUNT}},
+            "verify": {"type": ["object", "null"]},
             "leftOut": left_out, "notChosen": _COUNT, "emptied": _array(TEXT), "warnings": _array(TEXT),
             "payloadOf": {"type": ["object", "null"], "properties": {"releaseId": ID, "version": ID}},
             "effect": schema_of({"text": TEXT, "against": _ID_OR_NULL, **changes, "openReleases": _COUNT,
@@ -14417,6 +14648,12 @@ class Ping(NamedTuple):
     text: str
 
 
+def pings_json(pings: Iterable[Ping]) -> dict[str, Any]:
+    """Return what agents answered."""
+    return {"items": [{"name": p.node.name, "ok": p.is_ok, "errorKind": p.error_kind, "message": p.text}
+                      for p in pings]}
+
+
 def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool = False) -> list[Ping]:
     """Ask agents in parallel whether they answer; raise ConfigError without certificates, or with an open key."""
     agents = AgentClient(settings)
@@ -15033,7 +15270,8 @@ def _size_of(stream: TextIO) -> os.terminal_size:
 # ======================================================================================
 # Views: a release as a person sees it: its head, a bar for each batch, its nodes, its
 #   history; and the screen of watch.
-# Uses: Vocabulary, Helpers, Model, Failures, Status texts, Nodes, Releases, Terminal.
+# Uses: Vocabulary, Helpers, Model, Failures, Status texts, Nodes, Releases, Check and
+#   why, Terminal.
 # ======================================================================================
 
 # Of each status of a node: its mark in a bar.
@@ -15047,6 +15285,15 @@ def release_line(release: Release) -> str:
     status, reason = release.status, release.status_reason
     text = reason if reason.startswith(status) else f"{status}, {reason}" if reason else status
     return one_line(f"{release}: {text}", 2 * MAX_MESSAGE_CHARS)
+
+
+def silence_text(pings: Sequence[Ping], display: Display) -> str:
+    """Return which agents did not answer, and how many of each kind."""
+    silent = [ping for ping in pings if not ping.is_ok]
+    count = f"{len(pings) - len(silent)} of {count_of(len(pings), 'agent')} answered"
+    rows = [(ping.node.name, ping.error_kind, ping.text) for ping in silent]
+    return "\n".join([display.table(rows, ("node", "state", "result")),
+                      f"{count}: {kinds_text(ping.error_kind for ping in silent)}"]) if silent else count
 
 
 def head_lines(release: Release, display: Display) -> list[str]:
@@ -15265,9 +15512,9 @@ class Screen:
 # ======================================================================================
 # Commands: what each other command does (contract section 4).
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Difference, Model,
-#   Strategy, Selection, Plan, Status texts, Verbs, Why, Verdict, Engines, Database,
-#   Audit, Nodes, Queue, Retry and rollback, Releases, Overview, Serialization,
-#   Access, Check and why, Terminal, Views.
+#   Freezes, Strategy, Selection, Plan, Status texts, Verbs, Why, Verdict, Database,
+#   Audit, Queue, Retry and rollback, Releases, Overview, Serialization, Check and
+#   why, Terminal, Views.
 # ======================================================================================
 
 # Where a command's options have the id of a release, or LATEST.
@@ -15341,30 +15588,8 @@ def exit_code_of(store: Store, release: Release) -> int:
     """Return the exit code for how a release ended; 0 while it has not, 1 where too many failures paused it."""
     if release.is_terminal:
         return EXIT_DONE if release.status == SUCCESS else EXIT_NOT_SUCCESS
-    is_exceeded = release.status == PAUSED and release.failed_nodes > 0 and store.releases.exceeded(release.id)
+    is_exceeded = release.status == PAUSED and store.releases.is_exceeded(release.id)
     return EXIT_NOT_SUCCESS if is_exceeded else EXIT_DONE
-
-
-def command_migrate(context: Context) -> int:
-    before, after = context.store.database.migrate()
-    document: dict[str, Any] = {"before": before, "after": after}
-    text = f"{context.store.database}: schema {after}" + (f", was {before}" if before != after else "")
-    if context.options.first_version is not None:
-        document["nextVersion"] = context.store.releases.set_first_version(context.options.first_version,
-                                                                           context.actor)
-        text += f"; the next release is version {document['nextVersion']}"
-    return context.show(document, text)
-
-
-def command_token_add(context: Context) -> int:
-    options, path = context.options, context.settings.api_tokens_file
-    if not path:
-        raise ConfigError("API_TOKENS_FILE is not set: name the file that holds the tokens of the API")
-    token = context.open(create=True).audit.perform(
-        context.actor, "token.add", f"token {options.name}", {"name": options.name, "role": options.role, "file": path},
-        lambda: add_token(path, options.name, options.role))
-    print(f"Token for {options.name} ({options.role}). Copy it now: it can't be shown again.", file=sys.stderr)
-    return context.show({"name": options.name, "role": options.role, "token": token}, token, is_data=True)
 
 
 def _number_or_text(text: str) -> int | str:
@@ -15385,7 +15610,7 @@ def _wanted_labels(field: str, texts: Iterable[str]) -> dict[str, Any]:
 
 # Placeholders of options that may be repeated; their parsers take all texts.
 REPEATED = ("K=V", "K=N")
-# Options of create: flag, key of the strategy, parser, placeholder, help.
+# Options of create: flag, key of the strategy, parser, placeholder ("": a switch), help.
 STRATEGY_OPTIONS: tuple[tuple[str, str, Callable[[Any], Any], str, str], ...] = (
     ("--batches", "batches", _list_of_numbers, "SPEC",
      "sizes: 1,10%%,25%%; all other nodes are the last batch, but 20* or 10%%* goes on to the end (1)"),
@@ -15407,6 +15632,7 @@ STRATEGY_OPTIONS: tuple[tuple[str, str, Callable[[Any], Any], str, str], ...] = 
     ("--node-deadline", "nodeDeadlineSec", parse_duration, "TIME", "most time for a node, from its dispatch"),
     ("--retries", "retries", _number_or_text, "N", "tries after the first"),
     ("--start-at", "startAt", str, "TIME", "start no earlier than this, like 2026-01-31T22:00:00Z"),
+    ("--preflight", "preflight", bool, "", "ask every agent before batch 1; too many silent ones: nothing is sent"),
 )
 VERIFY_OPTIONS: tuple[tuple[str, str, Callable[[Any], Any], str, str], ...] = (
     ("--verify-url", "url", str, "URL", "probe each node after its success, like http://{main_ip}:8080/health"),
@@ -15449,9 +15675,18 @@ def command_create(context: Context) -> int:
         body["version"] = options.version
     store = context.open(create=True)
     request = parse_release_request(body)._replace(names=options.node or (), excluded_names=options.exclude or ())
+    if options.check_agents:
+        return _check_agents(context, store.releases.plan(request))
     if options.plan:
         return _show_plan(context, store.releases.plan(request))
     return _show_created(context, store.releases.create(request, context.actor))
+
+
+def _check_agents(context: Context, plan: Plan) -> int:
+    planned = set().union(*plan.batches)
+    pings = ping_nodes(context.settings, [n for n in context.store.nodes.page(size=0).items if n.id in planned])
+    context.show(pings_json(pings), silence_text(pings, context.display))
+    return EXIT_DONE if all(p.is_ok for p in pings) else EXIT_UNAVAILABLE
 
 
 def _show_plan(context: Context, plan: Plan) -> int:
@@ -15467,6 +15702,7 @@ def _plan_text(plan: Plan, display: Display) -> str:
               ("more failures", None if strategy.on_exceed == FAIL else "it pauses"),
               ("nodes in flight at once, at most", strategy.max_parallel or None),
               *((f"the same for each {key}", number) for key, number in strategy.max_parallel_per.items()),
+              ("asks every agent before batch 1; of these may not answer, at most", plan.max_silent),
               ("starts no earlier than", display.moment(strategy.start_at) or None),
               ("soaks after each batch", f"{strategy.soak_s:g} s" if strategy.soak_s else None),
               ("pauses after batch", in_words(plan.pauses) or None),
@@ -15694,30 +15930,6 @@ def command_events(context: Context) -> int:
     return EXIT_DONE
 
 
-def command_audit(context: Context) -> int:
-    options = context.options
-    if options.head and not options.verify:
-        raise AppError(MISSING, "--head goes with --verify")
-    if options.verify:
-        return _verify_audit(context)
-    store = context.open()
-    what = options.object if options.release is None else f"release {options.release}"
-    rows = store.audit.rows(options.after, options.limit, AuditFilter(
-        options.actor, options.action, what, options.since or ""), newest=not options.after)
-    context.show({"items": [audit_json(row) for row in rows]}, context.display.table(
-        [(r.id, r.at, r.actor, r.address, r.action, r.object, " -> ".join(filter(None, (r.before, r.after))))
-         for r in rows], ("id", "at", "actor", "from", "action", "object", "change")) or "no rows")
-    return EXIT_DONE
-
-
-def _verify_audit(context: Context) -> int:
-    report = context.open().audit.verify(context.options.head)
-    context.show({"isWhole": not report.faults, "rows": report.rows, "releases": report.releases,
-                  "head": {"id": report.head[0], "hash": report.head[1]}, "faults": report.faults},
-                 "\n".join(report.faults or [f"whole: {audit_line(report)}"]))
-    return EXIT_NOT_SUCCESS if report.faults else EXIT_DONE
-
-
 def command_act(context: Context) -> int:
     options = context.options
     verb = CANCEL_BY_FORCE if options.command == "cancel" and options.force else options.command
@@ -15776,6 +15988,68 @@ def _freezes_text(freezes: Freezes, display: Display) -> str:
     return "\n".join(lines) or "not frozen"
 
 
+# Seconds between two transactions of prune, so that other writers get the lock.
+PRUNE_PAUSE_S = 0.1
+# Nodes of the releases that prune deletes in one transaction; each has some events too.
+PRUNE_NODES = 500
+
+
+# endregion
+
+
+# region Upkeep commands
+# ======================================================================================
+# Upkeep commands: what the commands on database, tokens and audit log do, and `check`.
+# Uses: Vocabulary, Plan, Engines, Database, Audit, Nodes, Serialization, Access,
+#   Check and why, Commands.
+# ======================================================================================
+
+def command_migrate(context: Context) -> int:
+    before, after = context.store.database.migrate()
+    document: dict[str, Any] = {"before": before, "after": after}
+    text = f"{context.store.database}: schema {after}" + (f", was {before}" if before != after else "")
+    if context.options.first_version is not None:
+        document["nextVersion"] = context.store.releases.set_first_version(context.options.first_version,
+                                                                           context.actor)
+        text += f"; the next release is version {document['nextVersion']}"
+    return context.show(document, text)
+
+
+def command_token_add(context: Context) -> int:
+    options, path = context.options, context.settings.api_tokens_file
+    if not path:
+        raise ConfigError("API_TOKENS_FILE is not set: name the file that holds the tokens of the API")
+    token = context.open(create=True).audit.perform(
+        context.actor, "token.add", f"token {options.name}", {"name": options.name, "role": options.role, "file": path},
+        lambda: add_token(path, options.name, options.role))
+    print(f"Token for {options.name} ({options.role}). Copy it now: it can't be shown again.", file=sys.stderr)
+    return context.show({"name": options.name, "role": options.role, "token": token}, token, is_data=True)
+
+
+def command_audit(context: Context) -> int:
+    options = context.options
+    if options.head and not options.verify:
+        raise AppError(MISSING, "--head goes with --verify")
+    if options.verify:
+        return _verify_audit(context)
+    store = context.open()
+    what = options.object if options.release is None else f"release {options.release}"
+    rows = store.audit.rows(options.after, options.limit, AuditFilter(
+        options.actor, options.action, what, options.since or ""), newest=not options.after)
+    context.show({"items": [audit_json(row) for row in rows]}, context.display.table(
+        [(r.id, r.at, r.actor, r.address, r.action, r.object, " -> ".join(filter(None, (r.before, r.after))))
+         for r in rows], ("id", "at", "actor", "from", "action", "object", "change")) or "no rows")
+    return EXIT_DONE
+
+
+def _verify_audit(context: Context) -> int:
+    report = context.open().audit.verify(context.options.head)
+    context.show({"isWhole": not report.faults, "rows": report.rows, "releases": report.releases,
+                  "head": {"id": report.head[0], "hash": report.head[1]}, "faults": report.faults},
+                 "\n".join(report.faults or [f"whole: {audit_line(report)}"]))
+    return EXIT_NOT_SUCCESS if report.faults else EXIT_DONE
+
+
 def _checks_text(findings: Sequence[Finding]) -> str:
     failed = sum(f.exit_code != EXIT_DONE for f in findings)
     return f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed"
@@ -15803,20 +16077,14 @@ def command_backup(context: Context) -> int:
                         f"{path}: {size} bytes, schema {schema}, checked")
 
 
-# Seconds between two transactions of prune, so that other writers get the lock.
-PRUNE_PAUSE_S = 0.1
-# Nodes of the releases that prune deletes in one transaction; each has some events too.
-PRUNE_NODES = 500
-
-
 def command_prune(context: Context) -> int:
     options, store = context.options, context.open()
-    found = store.releases.prunable(options.older_than, options.keep)
+    found = store.history.prunable(options.older_than, options.keep)
     if options.dry_run:
         return _show_pruned(context, found)
     gone: set[int] = set()
     for chunk in _chunks(found):
-        gone.update(store.releases.delete([release.id for release in chunk], context.actor))
+        gone.update(store.history.delete([release.id for release in chunk], context.actor))
         time.sleep(PRUNE_PAUSE_S)
     return _show_pruned(context, [release for release in found if release.id in gone])
 
@@ -16028,8 +16296,7 @@ def command_node_ping(context: Context) -> int:
     exact = {name for name in options.names if not is_pattern(name)}
     nodes = [node for node in words.choose(known) if node.enabled or node.name in exact]
     pings = ping_nodes(context.settings, nodes)
-    context.show({"items": [{"name": p.node.name, "ok": p.is_ok, "errorKind": p.error_kind, "message": p.text}
-                            for p in pings]},
+    context.show(pings_json(pings),
                  context.display.table([(p.node.name, "ok" if p.is_ok else p.error_kind, p.text) for p in pings],
                        ("node", "state", "result")))
     return EXIT_DONE if all(p.is_ok for p in pings) else EXIT_UNAVAILABLE
@@ -16676,7 +16943,7 @@ def completion_script(shell: str, config: str = "", db: str = "") -> str:
 # ======================================================================================
 # Command line: the table of commands, the standard streams, main().
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Plan, Releases, Requests,
-#   Views, Commands, Node commands, Service, Arguments, Completion.
+#   Views, Commands, Upkeep commands, Node commands, Service, Arguments, Completion.
 # ======================================================================================
 
 def _age_s(text: str) -> float:
@@ -16756,8 +17023,9 @@ _WATCH_OPTIONS = (
            help="stop waiting after TIME (90, 5m) with exit 75; the release goes on"))
 _WAIT_OPTIONS = (
     option("--wait", action="store_true", help="follow it to its end; exit 0 on success, 1 else"), *_WATCH_OPTIONS)
-_STRATEGY_OPTIONS = tuple(option(flag, metavar=metavar, help=text, **(
-    {"action": "append"} if metavar in REPEATED else {"type": parse}))
+_STRATEGY_OPTIONS = tuple(option(flag, help=text, **(
+    {"metavar": metavar, "action": "append"} if metavar in REPEATED else
+    {"metavar": metavar, "type": parse} if metavar else {"action": "store_true", "default": None}))
                           for flag, _, parse, metavar, text in (*STRATEGY_OPTIONS, *VERIFY_OPTIONS))
 _EXCLUDE_OPTION = option("--exclude", action="append", metavar="NODE",
                          help="not this node, or those with a name like 'edge-fra-*'; may be repeated")
@@ -16834,7 +17102,9 @@ COMMANDS: tuple[Command, ...] = (
                help="only to this node, or those with a name like 'edge-fra-*'; may be repeated"),
         option("--label", action="append", metavar="K=V", help=_LABELS_HELP), _EXCLUDE_OPTION,
         option("--version", type=NAMED_VERSIONS.argument, metavar="N", help="a higher version than the next one"),
-        *_STRATEGY_OPTIONS, _PLAN_OPTION, *_WAIT_OPTIONS)),
+        *_STRATEGY_OPTIONS, _PLAN_OPTION,
+        option("--check-agents", action="store_true", help="ask its agents whether they answer, and create nothing"),
+        *_WAIT_OPTIONS)),
     Command("list", "list releases, newest first", command_list, (
         option("--status", choices=RELEASE_STATUSES, help="only those of this status"),
         option("--target", default="", metavar="TARGET", help="only those of this target"),

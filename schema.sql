@@ -379,7 +379,7 @@ ALTER TABLE idempotency_keys ADD COLUMN warnings TEXT NOT NULL DEFAULT '[]';
 
 INSERT INTO schema_version (version) VALUES (12);
 
--- step 13: a freeze of one target, and the end of a freeze
+-- step 13: a freeze of one target, and its end; a preflight
 
 -- When the freeze of everything is over; NULL: when somebody lifts it.
 ALTER TABLE release_freeze ADD COLUMN until TEXT;
@@ -393,5 +393,8 @@ CREATE TABLE target_freezes (
     -- As in release_freeze.
     until  TEXT
 );
+
+-- 1: a person resumed a release that its preflight had paused, and accepted that; its agents are not asked again.
+ALTER TABLE release_tasks ADD COLUMN preflight_accepted INTEGER NOT NULL DEFAULT 0;
 
 INSERT INTO schema_version (version) VALUES (13);

@@ -434,6 +434,12 @@ class Simulation:
         # What labels and hung agents are made of: they leave the schedules of all else as they were.
         self.label_random = random.Random(f"labels {seed}")
         self.freeze_random = random.Random(f"freezes {seed}")
+        # The same for preflights and what agents answer them.
+        self.preflight_random = random.Random(f"preflight {seed}")
+        # Nodes whose agents answered a process that asked for a release.
+        self.answered: dict[tuple[int, str], set[int]] = {}
+        # Until when an agent leaves the questions for a release without an answer.
+        self.silent_until: dict[tuple[int, str], float] = {}
         # The labels of each release's nodes when it was made, by its mark.
         self.labels: dict[str, dict[int, dict[str, str]]] = {}
         self.now = 0.0
@@ -462,7 +468,8 @@ class Simulation:
         self.looks_at_the_end_at = FAULTS_UNTIL_S
         self.figures = dict.fromkeys((
             "runs", "crashes", "stops", "suspensions", "take-overs", "lost answers", "restarts", "database faults",
-            "commits", "verbs", "levels unknown", "full labels", "hung", "whys", "whys that stop"), 0)
+            "commits", "verbs", "levels unknown", "full labels", "hung", "preflights", "silent", "whys",
+            "whys that stop"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
         self.database = SimDatabase(self)
         self.is_set_up = False
@@ -523,6 +530,9 @@ class Simulation:
         strategy = {key: self.random.choice(values) for key, values in choices.items() if self.random.random() < 0.4}
         if self.label_random.random() < 0.4:
             strategy["maxParallelPer"] = self.label_random.choice([{"rack": 1}, {"rack": 2}, {"rack": 1, "region": 2}])
+        if self.preflight_random.random() < 0.3:
+            is_strict = self.preflight_random.random() < 0.5
+            strategy.update({"preflight": True, **({"retries": 1, "maxFailedTotal": 0} if is_strict else {})})
         return strategy
 
     def _labels(self) -> str:
@@ -579,7 +589,8 @@ class Simulation:
         if verb == "freeze":
             return
         before = self.store.releases.get(release_id)
-        for accepts in (False, True):
+        accepts_at_once = "preflight" in before.strategy and self.preflight_random.random() < 0.3
+        for accepts in (accepts_at_once, not accepts_at_once):
             more: typing.Any = {"accept_failures": accepts} if verb == "resume" else {}
             with contextlib.suppress(rc.AppError):
                 more = {"accept_failures": accepts} if verb == "resume" else {}
@@ -763,6 +774,10 @@ class Simulation:
         send = Send(next(self.numbers), owner, driver.lease.claim.release_id, node.node_id, node.main_ip,
                     task.version, str(rc.parse_json(task.payload).get("mark", "")))
 
+        if op == rc.PING:
+            self._ask(owner, driver, node, answer)
+            return
+
         def leave() -> None:
             if op == rc.DISPATCH and not driver.may_dispatch(written_at):
                 answer(rc.Outcome(op, rc.NOT_SENT))
@@ -776,6 +791,21 @@ class Simulation:
             self._travel(send, op, task, answer)
         else:
             self.at(self.random.choice([0.0, 0.0, 0.01, CONNECT_S * 0.9]), leave, owner)
+
+    def _ask(self, owner: SimExecutor, driver: SimDriver, node: rc.ReleaseNode, answer) -> None:
+        """Ask an agent whether it answers, which is all that it does then."""
+        chance, agent = self.preflight_random, self.agents[node.main_ip]
+        until = self.silent_until.setdefault((driver.lease.claim.release_id, agent.address),
+                                             self.now + chance.choice([0.0, 20.0]))
+        is_bad = self.faults and self.now < FAULTS_UNTIL_S and (self.now < until or chance.random() < 0.1)
+        is_silent = is_bad or self.now < max(agent.is_down_until, agent.is_bad_until)
+
+        def hear() -> None:
+            if not is_silent:
+                self.answered.setdefault((driver.lease.claim.release_id, owner.owner), set()).add(node.node_id)
+            answer(rc.Outcome(rc.PING, rc.UNSENT, "", rc.UNREACHABLE, "refused") if is_silent else
+                   rc.Outcome(rc.PING, rc.SUCCESS))
+        self.at(chance.choice([0.0, 0.01, CONNECT_S * 0.9]), hear, owner)
 
     def note_known(self, owner: SimExecutor, release_id: int) -> None:
         """Take down that a process wrote to a release: what it had heard by then is known from now on."""
@@ -1166,11 +1196,13 @@ class Simulation:
         """Check section 7 of the contract: begun are the nodes whose first dispatch was just committed."""
         with rc.Database.transaction(self.database) as tx:
             frozen_s = self._frozen_s(tx.rows)
-            releases = tx.rows("SELECT id, status, strategy, passed_batch, payload, target FROM release_tasks")
-            rows = tx.rows("SELECT n.release_task_id, n.node_id, n.batch, n.status, n.accepted, h.main_ip "
+            releases = tx.rows("SELECT id, status, strategy, passed_batch, payload, target, preflight_accepted, "
+                               "error_msg FROM release_tasks")
+            rows = tx.rows("SELECT n.release_task_id, n.node_id, n.batch, n.status, n.accepted, h.main_ip, n.attempts, "
+                           "n.error_kind "
                            "FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id")
             labels = dict(tx.rows("SELECT id, labels FROM nodes"))
-        for release_id, status, text, passed, payload, target in releases:
+        for release_id, status, text, passed, payload, target, goes_on, error_msg in releases:
             strategy, content = rc.parse_json(text), rc.parse_json(payload)
             mark, is_broken = content["mark"], "websites" not in content
             nodes = [row[1:] for row in rows if row[0] == release_id]
@@ -1183,6 +1215,11 @@ class Simulation:
                 if unseen:
                     self.fail(f"section 7: release {release_id} calls nodes a success that no probes passed: {unseen}")
             exceeded = self._is_exceeded(strategy, nodes)
+            if "preflight" in strategy and not goes_on:
+                self._check_preflight(release_id, mark, strategy, nodes, mine)
+            if status == "failed" and error_msg.startswith("preflight: "):
+                self._check_nothing_sent(release_id, mark, nodes)
+                continue
             is_partial = any(node[2] == "failed" for node in nodes)
             may_fail = is_broken or not nodes or (exceeded and strategy.get("onExceed", "fail") == "fail")
             if status == "failed" and not may_fail:
@@ -1210,6 +1247,32 @@ class Simulation:
                     if node[1] == batch - 1 and node[2] == "success" and max(
                             self.verified[mark, node[4]]) < over - 0.002:
                         self.fail(f"{name}, and {node} was not looked at again after its soak")
+
+    def _check_preflight(self, release_id: int, mark: str, strategy: dict, nodes: list[tuple],
+                         mine: list[tuple[int, int]]) -> None:
+        """Check that enough agents had answered whoever writes the first dispatches of a release."""
+        begun = {node[0] for node in nodes if node[5]}
+        if not mine or begun != {node_id for node_id, _ in mine} or self.running is None:
+            return
+        self.figures["preflights"] += 1
+        answered = self.answered.get((release_id, self.running.owner), set())
+        silent = [node[0] for node in nodes if node[0] not in answered and node[2] != "failed" and not node[3]]
+        if len(silent) > self._most_silent(strategy, len(nodes)):
+            self.fail(f"section 7: release {release_id} began though {silent} did not answer: {strategy} {nodes}")
+
+    def _check_nothing_sent(self, release_id: int, mark: str, nodes: list[tuple]) -> None:
+        """Check that a release that its preflight has ended reached no agent."""
+        name = f"section 7: release {release_id} ended by its preflight"
+        if any(send.has_left and not send.lost_in for send in self.sends if send.mark == mark):
+            self.fail(f"{name}, and something was sent: {nodes}")
+        if any(node[2] not in ("failed", "skipped") or node[5] for node in nodes):
+            self.fail(f"{name}: {nodes}")
+        self.figures["silent"] += self.ledger.statuses.get((release_id, None)) != "failed"
+
+    @staticmethod
+    def _most_silent(strategy: dict, whole: int) -> int:
+        limit = strategy.get("maxFailedTotal", strategy.get("maxFailed", 0))
+        return limit if isinstance(limit, int) else int(limit.rstrip("%")) * whole // 100
 
     def _note_rest(self, release_id: int, nodes: list[tuple]) -> None:
         """Take down which batches are at rest, by the moment of the decision that is being committed."""

@@ -506,7 +506,7 @@ def prune(store: rc.Store, keep: int = 1) -> list[int]:
     """Let all have ended long ago, delete what prune would, and return the ids that are left."""
     sql(store, "UPDATE release_tasks SET finished_at = ?, updated_at = ?",
         *[rc.utc_text(time.time() - 400 * 86400)] * 2)
-    store.releases.delete([release.id for release in store.releases.prunable(90 * 86400.0, keep)])
+    store.history.delete([release.id for release in store.history.prunable(90 * 86400.0, keep)])
     return sorted(release.id for release in store.releases.page(size=100).items)
 
 

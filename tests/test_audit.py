@@ -350,17 +350,17 @@ def test_a_deleted_release_is_a_fault_unless_prune_tells_of_it(kept):
 
 def test_prune_keeps_the_chain_whole_and_names_what_it_deleted(kept):
     age(kept)
-    found = [release.id for release in kept.releases.prunable(DAY_S, 1)]
-    assert kept.releases.delete(found) == [1]
+    found = [release.id for release in kept.history.prunable(DAY_S, 1)]
+    assert kept.history.delete(found) == [1]
     assert json.loads(rows_of(kept)[-1].before) == {"releases": [[1, 1]]}
     report = kept.audit.verify()
     assert (report.faults, report.rows) == ([], 9)
 
 
 def test_a_prune_that_comes_second_names_only_what_it_deleted_itself(kept):
-    assert kept.releases.delete([1]) == [1]
-    assert kept.releases.delete([1, 2]) == [2]
-    assert kept.releases.delete([1, 2]) == []
+    assert kept.history.delete([1]) == [1]
+    assert kept.history.delete([1, 2]) == [2]
+    assert kept.history.delete([1, 2]) == []
     assert [json.loads(row.before) for row in rows_of(kept) if row.action == "prune"] == [
         {"releases": [[1, 1]]}, {"releases": [[2, 2]]}]
 
@@ -464,7 +464,7 @@ def test_on_postgresql_the_documented_grants_let_a_second_role_append_only(new_p
                     store.database.transaction(write=True) as tx:
                 tx.execute(statement)
         age(store), end_releases(store, 1), age(store)
-        assert store.releases.delete([release.id for release in store.releases.prunable(DAY_S, 1)]) == [1]
+        assert store.history.delete([release.id for release in store.history.prunable(DAY_S, 1)]) == [1]
         store.database.close()
     finally:
         admin(url, f"DROP OWNED BY {role}")

@@ -287,7 +287,7 @@ def test_prune_keeps_what_a_node_runs_or_should_run(store):
         ended(store, "C", "success", "success")
     sql(store, "UPDATE release_tasks SET finished_at = '2020-01-01T00:00:00.000Z'")
     before = ids(store, "runs"), ids(store, "wants"), drifts(store)
-    store.releases.delete([old.id for old in store.releases.prunable(86400.0, keep=1)])
+    store.history.delete([old.id for old in store.history.prunable(86400.0, keep=1)])
     assert (ids(store, "runs"), ids(store, "wants"), drifts(store)) == before
     assert store.releases.page().total < 7
 
@@ -649,7 +649,7 @@ def test_runs_wants_and_drift_agree_with_a_model_over_random_histories(store, se
                 _ended_somehow(store, model, rng, made.release)
         elif deed < 0.35:
             sql(store, "UPDATE release_tasks SET finished_at = '2020-01-01T00:00:00.000Z'")
-            gone = store.releases.delete([old.id for old in store.releases.prunable(86400.0, keep=1)])
+            gone = store.history.delete([old.id for old in store.history.prunable(86400.0, keep=1)])
             model.releases = [r for r in model.releases if r["id"] not in gone]
         else:
             _random_release(store, model, rng)

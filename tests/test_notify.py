@@ -392,10 +392,10 @@ def test_prune_leaves_a_release_of_which_something_is_to_be_told(store):
         new_release(store)
     sql(store, "UPDATE release_tasks SET status = 'failed', finished_at = '2020-01-01T00:00:00.000Z'")
     sql(store, "INSERT INTO notifications (kind, release_task_id) VALUES ('failed', 1)")
-    assert [release.id for release in store.releases.prunable(0.0, 1)] == [2]
-    assert store.releases.delete([1, 2]) == [2]
+    assert [release.id for release in store.history.prunable(0.0, 1)] == [2]
+    assert store.history.delete([1, 2]) == [2]
     sql(store, "DELETE FROM notifications")
-    assert store.releases.delete([1]) == [1]
+    assert store.history.delete([1]) == [1]
 
 
 # -- receivers that misbehave -------------------------------------------------------------------------

@@ -37,9 +37,9 @@ class Past:
 
     def prune(self, older_than_days: float = 90, keep: int = 1) -> list[int]:
         """Delete what prune would, in one go; return the ids that are left."""
-        found = [r.id for r in self.store.releases.prunable(older_than_days * DAY_S, keep)]
+        found = [r.id for r in self.store.history.prunable(older_than_days * DAY_S, keep)]
         assert found == sorted(found, reverse=True)
-        assert self.store.releases.delete(found) == found[::-1]
+        assert self.store.history.delete(found) == found[::-1]
         return self.ids()
 
 
@@ -98,10 +98,10 @@ def test_a_release_that_somebody_retried_meanwhile_stays(past):
     first = past.release("failed", 400)
     past.release("failed", 400, retry_of=first)
     past.many(("success", 400), ("failed", 400))
-    found = [r.id for r in past.store.releases.prunable(90 * DAY_S, 1)]
+    found = [r.id for r in past.store.history.prunable(90 * DAY_S, 1)]
     assert found == [2, 1]
     past.store.releases.retry(2, "test", rc.Again(over_newer=True))
-    assert past.store.releases.delete(found) == []
+    assert past.store.history.delete(found) == []
     assert past.ids() == [1, 2, 3, 4, 5]
 
 
@@ -153,8 +153,8 @@ def test_prune_deletes_in_parts_so_that_no_transaction_is_long(quick, sqlite_url
     quick.settings["DATABASE_URL"] = sqlite_url
     past.many(*[("failed", 400)] * 7)
     parts = []
-    forget = rc.Releases.delete
-    monkeypatch.setattr(rc.Releases, "delete", lambda store, ids, _by: parts.append(list(ids)) or forget(store, ids))
+    forget = rc.History.delete
+    monkeypatch.setattr(rc.History, "delete", lambda store, ids, _by: parts.append(list(ids)) or forget(store, ids))
     monkeypatch.setattr(rc, "PRUNE_NODES", 4)
     quick.ok("prune", "--older-than", "90d", "--keep", "1")
     assert parts == [[6, 5], [4, 3], [2, 1]]  # two nodes each

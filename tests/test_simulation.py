@@ -60,7 +60,8 @@ def test_section_8_a_success_is_a_success_whatever_goes_back_or_is_set(first):
 @pytest.mark.parametrize("world", simulation.WORLDS)
 def test_the_schedules_contain_every_fault(world):
     figures = [run_seed(seed, world=world).figures for seed in range(1, 41)]
-    rare = {"plain": {"verbs", "full labels", "hung"}, "steering": {"hung"}, "shared": {"unknowable"}}
+    rare = {"plain": {"verbs", "full labels", "hung", "preflights", "silent"}, "steering": {"hung"},
+            "shared": {"unknowable"}}
     for name in figures[0].keys() - rare[world]:
         assert sum(one[name] for one in figures) > 2, name
 
@@ -203,6 +204,26 @@ def without_labels_as_they_were(patch):
     patch.setattr(rc, "RELEASE_NODE_COLUMNS", rc.RELEASE_NODE_COLUMNS.replace(labels, "h.labels"))
 
 
+def without_a_preflight(patch):
+    """Nobody is asked before batch 1."""
+    patch.setattr(rc, "preflight_of", lambda *_: None)
+
+
+def with_any_silence_tolerated(patch):
+    """However few answer, batch 1 begins."""
+    patch.setattr(rc.Preflight, "exceeded", property(lambda _: ""))
+
+
+def with_a_preflight_that_waits_for_nobody(patch):
+    """Batch 1 begins when the first one has answered."""
+    preflight_of = rc.preflight_of
+
+    def at_once(*arguments):
+        found = preflight_of(*arguments)
+        return found and (found._replace(waiting=()) if found.answered else found)
+    patch.setattr(rc, "preflight_of", at_once)
+
+
 def without_probes(patch):
     """The agent's word is enough."""
     under = rc.Policy.under
@@ -219,7 +240,8 @@ def without_the_second_look(patch):
 @mutants(
     (without_a_look_at_the_freeze_in_the_commit, 440), (without_a_look_at_the_freeze_of_a_target, 1),
     (with_a_freeze_of_a_target_that_is_everybodys, 1), (without_probes, 1), (without_the_second_look, 1),
-    (without_a_soak, 1), (without_a_pause, 1), (without_a_limit_in_flight, 1), (without_a_limit_for_each_label, 1))
+    (without_a_soak, 1), (without_a_pause, 1), (without_a_limit_in_flight, 1), (without_a_limit_for_each_label, 1),
+    (without_a_preflight, 1), (with_any_silence_tolerated, 1), (with_a_preflight_that_waits_for_nobody, 1))
 def test_the_schedules_find_a_promise_that_is_not_kept(mutate, first, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(Violation):

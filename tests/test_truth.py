@@ -816,7 +816,7 @@ def test_prune_is_no_database_that_went_back(store, told):
                    "updated_at = '2020-01-01T00:00:00.000Z' WHERE id = ?", made.id)
     sql(store, "INSERT INTO release_events (release_task_id, event) VALUES (1, 'note')")
     store.claims.scan()
-    store.releases.delete([release.id for release in store.releases.prunable(86400.0, 1)])
+    store.history.delete([release.id for release in store.history.prunable(86400.0, 1)])
     store.claims.scan()
     assert went_back(store) == 0
 
@@ -931,12 +931,12 @@ def test_a_rollback_of_what_stays_is_not_pruned_as_it_tells_that_that_was_bad(st
     sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = ?", back.id)
     for number in range(3):
         old(payload={"is": number}, node_ids=[1])
-    gone = store.releases.prunable(86400.0, 1)
+    gone = store.history.prunable(86400.0, 1)
     for node_id in (2, 3):
         store.nodes.update(node_id, {"status": "online"})
     last = succeed(store, payload={"is": "new"})
     before = store.releases.plan_again("rollback", last.id).payload_of
-    store.releases.delete([release.id for release in gone])
+    store.history.delete([release.id for release in gone])
     assert store.releases.plan_again("rollback", last.id).payload_of == before == (1, 1)
 
 
