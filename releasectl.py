@@ -1056,7 +1056,7 @@ class Settings:
     http_max_connections: int = _setting("128", Range(4, 1024), "connections to the API at a time")
     http_max_connections_per_address: int = _setting("32", Range(1, 1024), "of these, from one address")
     http_max_body_bytes: int = _setting("1048576", Range(1024, 16 << 20), "largest body of a request")
-    api_tokens_file: str = _setting("", _path, "one name:role:sha256-of-token a line")
+    api_tokens_file: str = _setting("", _path, "one name:role:sha256-of-token[:expires=DATE][:targets=cdn,dns] a line")
     release_executor_enabled: bool = _setting("1", _switch, "0: nothing is dispatched")
     release_executor_interval_sec: float = _setting("2", Range(0.1, 60, float), "seconds between scans for work")
     mtls_enabled: bool = _setting("1", _switch, "0: plain HTTP to agents, for a laboratory")
@@ -1276,6 +1276,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("releasectl_api_requests_total", COUNTER, "Requests that the API answered.", ("route", "method", "status")),
     Metric("releasectl_certificate_expiry_timestamp_seconds", GAUGE,
            "Expiry of a certificate; of several in a file, the first expiry.", ("certificate",)),
+    Metric("releasectl_token_expiry_timestamp_seconds", GAUGE,
+           "When a token of the API expires; no line for one that never does.", ("token",)),
     Metric("process_start_time_seconds", GAUGE, "Start time of the process."),
     Metric("process_cpu_seconds_total", COUNTER, "User and system CPU time."),
     Metric("process_resident_memory_bytes", GAUGE, "Resident memory."),
@@ -13173,7 +13175,7 @@ def openapi_schemas() -> dict[str, Any]:
         | {"anyOf": [{"properties": {"frozen": {"const": False}}, "not": {"required": ["until"]}},
                      {"properties": {"reason": {"pattern": r"[^\s\x00-\x1f\x7f-\x9f]"}}, "required": ["reason"]}]},
         "Health": schema_of({
-            "version": TEXT, "startedAt": _TIME, "role": TEXT,
+            "version": TEXT, "startedAt": _TIME, "role": TEXT, "targets": _array(TEXT),
             "database": schema_of({"engine": TEXT, "ok": _FLAG, "schema": _COUNT, "message": TEXT}),
             "executor": schema_of({"enabled": _FLAG, "owner": TEXT, "lastLookAt": _TIME}),
             "releases": _array(schema_of({**RELEASE_SCHEMA, "batches": _COUNT})),
@@ -13278,18 +13280,83 @@ class AuthThrottle:
         return address, hashlib.sha256(authorization.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+class Token(NamedTuple):
+    """A line of the file of tokens."""
+    name: str
+    role: str
+    # SHA-256 of the token, in hexadecimal.
+    sha256: str
+    # From then on it is refused, in seconds since 1970.
+    expires_at: float = float("inf")
+    # The targets that its acts are limited to, empty for none: what it reads is not limited.
+    targets: tuple[str, ...] = ()
+
+
+class TokenExpired(AppError):
+    """A token that is known, and no longer accepted."""
+
+    def __init__(self, token: Token):
+        super().__init__(BAD_TOKEN, f"this token expired at {utc_text(token.expires_at)}: ask for a new one")
+        self.token = token
+
+
+def token_end(text: str) -> float:
+    """Return from when on a token is refused, in seconds since 1970; raise ValueError saying what it must be.
+
+    A date means that whole day in UTC; a time is one of RFC 3339.
+    """
+    try:
+        is_day = re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII)
+        return epoch_of(parse_time(f"{text}T00:00:00Z" if is_day else text)) + (86400 if is_day else 0)
+    except ValueError:
+        raise ValueError("expires must be the last day, like 2026-12-31, or a time, like "
+                         "2026-12-31T22:00:00Z") from None
+
+
+def _token_targets(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(parse_target(target) for target in text.split(","))
+    except AppError:
+        raise ValueError("targets must be names of targets with a comma between, like cdn,dns") from None
+
+
+TOKEN_LINE = "NAME:viewer:SHA256 or NAME:operator:SHA256, with the token's SHA-256 in hexadecimal"
+TOKEN_OPTIONS: Mapping[str, Callable[[str], Any]] = {"expires": token_end, "targets": _token_targets}
+
+
+def parse_token(line: str) -> Token:
+    """Return the token of a line; raise ValueError saying what is wrong, which shows no more of it than a key."""
+    match = re.fullmatch(f"([^:]+):({VIEWER}|{OPERATOR}):([0-9a-fA-F]{{64}})((?::.*)?)", line)
+    if not match:
+        raise ValueError(f"must be {TOKEN_LINE}")
+    rest, *parts = re.split(":(?=[A-Za-z]{1,20}=)", match[4])  # a time has colons of its own
+    keys = [part.partition("=")[0] for part in parts]
+    if rest:
+        raise ValueError("what follows the SHA-256 must be :expires=2026-12-31 or :targets=cdn,dns, or both")
+    for key in keys:
+        if key not in TOKEN_OPTIONS:
+            raise ValueError(f"{key} is not a known option{did_you_mean(key, TOKEN_OPTIONS)}: "
+                             f"there are {' and '.join(TOKEN_OPTIONS)}")
+        if keys.count(key) > 1:
+            raise ValueError(f"{key} is given twice")
+    values = {key: TOKEN_OPTIONS[key](part.partition("=")[2]) for key, part in zip(keys, parts)}
+    if "targets" in values and match[2] == VIEWER:
+        raise ValueError("targets limits what an operator does: a viewer only reads, and that is not limited")
+    return Token(match[1], match[2], match[3].lower(), values.get("expires", float("inf")), values.get("targets", ()))
+
+
 class Tokens:
-    """The API's tokens, from a file of NAME:ROLE:SHA256 lines that is read again when it changes."""
+    """The API's tokens, from a file of lines for parse_token() that is read again when it changes."""
 
     def __init__(self, path: str):
         self._path = path
         self._guard = threading.Lock()
         self._stamp: object = None
-        self._entries: list[tuple[str, str, str]] = []
+        self._entries: list[Token] = []
         self._outage = Outage("tokens")
 
-    def load(self) -> list[tuple[str, str, str]]:
-        """Return name, role and hash of each token; raise ConfigError naming the line that is wrong."""
+    def load(self) -> list[Token]:
+        """Return the tokens, expired ones too; raise ConfigError naming the line that is wrong."""
         with self._guard:
             stamp = file_stamp(self._path)
             if stamp != self._stamp or stamp is None:
@@ -13303,7 +13370,7 @@ class Tokens:
             self._stamp = None
         return len(self.load())
 
-    def check(self) -> list[tuple[str, str, str]]:
+    def check(self) -> list[Token]:
         """Return load(), and log what it raises, while that lasts once."""
         try:
             entries = self.load()
@@ -13313,29 +13380,31 @@ class Tokens:
         self._outage.end()
         return entries
 
-    def _read(self) -> list[tuple[str, str, str]]:
+    def _read(self) -> list[Token]:
         require_private("API_TOKENS_FILE", self._path)
         entries = []
         for number, line in enumerate(map(str.strip, read_lines(self._path, "API_TOKENS_FILE")), 1):
             if not line or line.startswith("#"):
                 continue
-            match = re.fullmatch(f"([^:]+):({VIEWER}|{OPERATOR}):([0-9a-fA-F]{{64}})", line)
-            if not match:
-                raise ConfigError(f"API_TOKENS_FILE {self._path}:{number}: must be NAME:viewer:SHA256 or "
-                                  "NAME:operator:SHA256, with the token's SHA-256 in hexadecimal")
-            name = match[1]
             try:
-                parse_name(name)
+                token = parse_token(line)
+            except ValueError as error:
+                raise ConfigError(f"API_TOKENS_FILE {self._path}:{number}: {error}") from None
+            try:
+                parse_name(token.name)
             except AppError as error:
-                if len(name) > MAX_NAME_CHARS or one_line(name) != name:
+                if len(token.name) > MAX_NAME_CHARS or one_line(token.name) != token.name:
                     raise ConfigError(f"API_TOKENS_FILE {self._path}:{number}: {error.message}") from None
                 # earlier versions took it: an upgrade must not keep its owner out, nor us from starting
                 log.warning("API_TOKENS_FILE %s:%d: still let in, but rename it: %s", self._path, number, error.message)
-            entries.append((name, match[2], match[3].lower()))
+            entries.append(token)
         return entries
 
-    def who(self, authorization: str | None) -> tuple[str, str]:
-        """Return name and role for an Authorization header; raise AppError 1001, 1002, or 5001 without a good file."""
+    def who(self, authorization: str | None) -> Token:
+        """Return the token of an Authorization header.
+
+        Raise AppError 1001, 1002, for one that has expired TokenExpired, or 5001 without a good file.
+        """
         scheme, _, token = (authorization or "").partition(" ")
         if not authorization or scheme.lower() != "bearer" or not token.strip():
             raise AppError(NO_TOKEN, "no token: send the header Authorization: Bearer TOKEN")
@@ -13345,34 +13414,43 @@ class Tokens:
             raise AppError(INTERNAL, "the tokens can't be read: see the log of releasectl") from None
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
         found = None
-        for name, role, known in entries:
-            if hmac.compare_digest(known, digest):
-                found = name, role
+        for entry in entries:
+            if hmac.compare_digest(entry.sha256, digest):
+                found = entry
         if found is None:
             raise AppError(BAD_TOKEN, "this token isn't valid: mistyped, or removed on the server")
+        if found.expires_at <= time.time():
+            raise TokenExpired(found)  # who has the token may know that
         return found
 
 
-def add_token(path: str, name: str, role: str) -> str:
+def add_token(path: str, name: str, role: str, expires: str = "", targets: str = "") -> str:
     """Add a token to a file of tokens, atomically; return the token, of which only the hash is stored.
 
-    Raise AppError 3002 when the name has one, ConfigError when the file can't be read or written.
+    expires, targets: as in its line, "" for none. Raise AppError 2003 for what is none or over, 3002 when the name has
+    a token, ConfigError when the file can't be read or written.
     """
     if ":" in name or name.startswith("#"):
         raise AppError(INVALID, f"name {one_line(name, 60)!r} must not hold a colon or begin with #")
     token = secrets.token_hex(32)
-    line = f"{parse_name(name)}:{role}:{hashlib.sha256(token.encode()).hexdigest()}\n"
+    line = f"{parse_name(name)}:{role}:{hashlib.sha256(token.encode()).hexdigest()}" + "".join(
+        f":{key}={value}" for key, value in (("expires", expires), ("targets", targets)) if value)
+    try:
+        if parse_token(line).expires_at <= time.time():
+            raise ValueError(f"expires {expires} is over")
+    except ValueError as error:
+        raise AppError(INVALID, str(error)) from None
     folder = os.path.dirname(os.path.realpath(path))
     try:
         guard = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(guard, fcntl.LOCK_EX)  # of two at a time the second one reads the first one's line
             before = os.stat(path) if os.path.exists(path) else None
-            if before and name in [entry[0] for entry in Tokens(path).load()]:
+            if before and name in [entry.name for entry in Tokens(path).load()]:
                 raise AppError(EXISTS, f"{name} has a token in {path} already: delete its line first, "
                                        "or take a new name")
             text = Path(path).read_text(encoding="utf-8") if before else ""
-            replace_file(path, text + ("\n" if text and not text.endswith("\n") else "") + line, before)
+            replace_file(path, text + ("\n" if text and not text.endswith("\n") else "") + line + "\n", before)
         finally:
             os.close(guard)
     except OSError as error:
@@ -13386,6 +13464,19 @@ class Identity(NamedTuple):
     role: str
     # The token's name, "" where there are no tokens.
     token: str = ""
+    # As in Token.
+    targets: tuple[str, ...] = ()
+
+
+# Stands for all targets where an act touches more than one: nodes, the freeze of everything, catch-up.
+EVERY_TARGET = ""
+
+
+def check_target(identity: Identity, target: str) -> None:
+    """Raise AppError(NOT_ALLOWED) where a client may not act on a target; the one place that says so."""
+    if identity.targets and target not in identity.targets:
+        what = f"is of target {one_line(target, 64)}" if target else "touches every target"
+        raise AppError(NOT_ALLOWED, f"{identity.actor} may act on {', '.join(identity.targets)} only: this {what}")
 
 
 def name_in(certificate: Mapping[str, Any]) -> str:
@@ -13442,7 +13533,7 @@ def refuse_strangers(head: Head) -> None:
 # region Requests
 # ======================================================================================
 # Requests: a checked request, its parameters and its reply; who may read much at a time.
-# Uses: Vocabulary, Helpers, Strategy, Audit, Drift.
+# Uses: Vocabulary, Helpers, Strategy, Plan, Audit, Drift, Overview, Access.
 # ======================================================================================
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -13504,6 +13595,8 @@ class Request(NamedTuple):
     is_over: Callable[[float], bool] = lambda _within_s: True
     # ANYONE for a client without a good token.
     role: str = OPERATOR
+    # As in Token.
+    targets: tuple[str, ...] = ()
 
     def integer(self, name: str) -> int:
         """Return a number of the query; raise AppError 2002 when it is none, 2003 out of range."""
@@ -13541,6 +13634,30 @@ class Reply(NamedTuple):
     data: Any
     content_type: str = ""
     headers: Mapping[str, str] = {}
+
+
+# The target that an act touches, EVERY_TARGET for more than one: see check_target().
+Touches = Callable[[Store, Request], str]
+
+
+def touches_release(store: Store, request: Request) -> str:
+    """Return the target of the release whose id is in the path."""
+    return store.releases.get(request.ids[0]).target
+
+
+def touches_new_release(_: Store, request: Request) -> str:
+    """Return the target of a release to create."""
+    return str(request.body.get("target", ReleaseRequest().target))
+
+
+def touches_freeze(_: Store, request: Request) -> str:
+    """Return the target to freeze."""
+    return str(request.body.get("target", EVERY_TARGET))
+
+
+def touches_all(_store: Store, _request: Request) -> str:
+    """Return that all targets are touched: nodes are of all."""
+    return EVERY_TARGET
 
 
 class ReadQueue:
@@ -13893,7 +14010,7 @@ class Api:
             message = error.message
         database = {"engine": self.store.database.engine.name, "ok": not message, "schema": schema, "message": message}
         return Reply(200, {"version": __version__, "startedAt": utc_text(self.started_at), "role": request.role,
-                           "database": database,
+                           "targets": list(request.targets), "database": database,
                            **open_releases_json(releases), **self._process()})
 
     def health(self, _request: Request) -> Reply:
@@ -14006,6 +14123,8 @@ class Route(NamedTuple):
     headers: tuple[str, ...] = ()
     # A route for ANYONE whose answer says more to a client with a good token.
     tells_more: bool = False
+    # For check_target(); None: it only reads.
+    touches: Touches | None = None
 
     @property
     def status(self) -> int:
@@ -14015,23 +14134,23 @@ class Route(NamedTuple):
 
 ROUTES: tuple[Route, ...] = (
     Route("POST", "/api/v1/releases", Api.create_release, OPERATOR, "Create a release for the online nodes",
-          "Created", body="NewRelease", headers=("Idempotency-Key",), dry_run="Plan"),
+          "Created", body="NewRelease", headers=("Idempotency-Key",), dry_run="Plan", touches=touches_new_release),
     Route("GET", "/api/v1/releases", Api.list_releases, VIEWER, "List releases, newest first", "ReleaseList",
           ("status", "page", "pageSize", "target", "search", "since", "node"), headers=("If-None-Match",)),
     Route("GET", "/api/v1/releases/{id}", Api.get_release, VIEWER, "A release and its nodes by batch",
           "ReleaseWithNodes", ("view",), headers=("If-None-Match",)),
     Route("POST", "/api/v1/releases/{id}/pause", Api.pause, OPERATOR, "Dispatch nothing more until resume", "Release",
-          body="Act"),
+          body="Act", touches=touches_release),
     Route("POST", "/api/v1/releases/{id}/resume", Api.resume, OPERATOR, "Continue a paused release", "Release",
-          body="Resume"),
+          body="Resume", touches=touches_release),
     Route("POST", "/api/v1/releases/{id}/cancel", Api.cancel, OPERATOR, "End it; nodes in flight are waited for",
-          "Release", body="Cancel"),
+          "Release", body="Cancel", touches=touches_release),
     Route("POST", "/api/v1/releases/{id}/retry", Api.retry, OPERATOR,
           "A new release of its payload for its failed and skipped nodes", "CreatedAgain", body="Retry",
-          headers=("Idempotency-Key",), dry_run="Plan"),
+          headers=("Idempotency-Key",), dry_run="Plan", touches=touches_release),
     Route("POST", "/api/v1/releases/{id}/rollback", Api.rollback, OPERATOR,
           "A new release that brings back what the nodes that it touched had before", "CreatedAgain", body="Rollback",
-          headers=("Idempotency-Key",), dry_run="Plan"),
+          headers=("Idempotency-Key",), dry_run="Plan", touches=touches_release),
     Route("GET", "/api/v1/releases/{id}/events", Api.list_events, VIEWER, "Its history, oldest first", "EventList",
           ("after", "limit", "wait")),
     Route("GET", "/api/v1/releases/{id}/payload", Api.get_payload, OPERATOR, "Its payload, but for the version",
@@ -14042,18 +14161,21 @@ ROUTES: tuple[Route, ...] = (
           "What it waits for, step by step, and what would mend it", "Why"),
     Route("GET", "/api/v1/nodes", Api.list_nodes, VIEWER, "List nodes", "NodeList",
           ("page", "pageSize", "lastRelease", "drift", "label", "name", "runs", "search", "sort")),
-    Route("POST", "/api/v1/nodes", Api.add_node, OPERATOR, "Add a node", "Node", body="NewNode"),
+    Route("POST", "/api/v1/nodes", Api.add_node, OPERATOR, "Add a node", "Node", body="NewNode",
+          touches=touches_all),
     Route("GET", "/api/v1/nodes/{id}", Api.get_node, VIEWER, "A node", "Node"),
-    Route("PATCH", "/api/v1/nodes/{id}", Api.update_node, OPERATOR, "Change a node", "Node", body="NodeChange"),
-    Route("DELETE", "/api/v1/nodes/{id}", Api.delete_node, OPERATOR, "Delete a node that no release names", "Null"),
+    Route("PATCH", "/api/v1/nodes/{id}", Api.update_node, OPERATOR, "Change a node", "Node", body="NodeChange",
+          touches=touches_all),
+    Route("DELETE", "/api/v1/nodes/{id}", Api.delete_node, OPERATOR, "Delete a node that no release names", "Null",
+          touches=touches_all),
     Route("GET", "/api/v1/nodes/{id}/releases", Api.list_node_releases, VIEWER, "What a node was given, newest first",
           "NodeTryList", ("page", "pageSize")),
     Route("POST", "/api/v1/catch-up", Api.catch_up, OPERATOR,
           "A new release for each one that nodes are behind with", "CaughtUp", body="CatchUp",
-          dry_run="CatchUpPlan"),
+          dry_run="CatchUpPlan", touches=touches_all),
     Route("GET", "/api/v1/freeze", Api.get_freeze, VIEWER, "Whether new dispatches are stopped", "Freeze"),
     Route("PUT", "/api/v1/freeze", Api.set_freeze, OPERATOR, "Stop or allow new dispatches", "Freeze",
-          body="SetFreeze"),
+          body="SetFreeze", touches=touches_freeze),
     Route("GET", "/api/v1/audit", Api.list_audit, OPERATOR, "Who did what, oldest first", "AuditList",
           ("after", "limit", "object")),
     Route("GET", "/api/v1/overview", Api.get_overview, VIEWER, "What is wrong, worst first, each with its mend",
@@ -14333,7 +14455,9 @@ class Exchange:
         fields = self._query(query, route)
         body = self._body(self._read_body(route), route)
         request = Request(ids, fields, body, self.actor or "", head.headers.get("idempotency-key"), self._is_over,
-                          identity.role if identity else ANYONE)
+                          identity.role if identity else ANYONE, identity.targets if identity else ())
+        if identity and identity.targets and route.touches:
+            check_target(identity, route.touches(self.server.api.store, request))
         return answer_of(route.handler(self.server.api, request), route, head)
 
     # -- authentication: done before a byte of the body is waited for -----------------------
@@ -14353,7 +14477,9 @@ class Exchange:
         if server.tokens and authorization:
             self._wait_for_token(authorization)
         identity, refusal = server.who(self.head, self.handler.certificate_name)
-        if refusal and refusal.code == BAD_TOKEN:
+        if isinstance(refusal, TokenExpired):
+            self._note_expired(refusal.token)
+        elif refusal and refusal.code == BAD_TOKEN:
             self._note_bad_token()
         elif identity and server.tokens:
             server.throttle.note_good(connection.address, authorization)
@@ -14382,6 +14508,12 @@ class Exchange:
         if is_to_be_logged:
             log.warning("bad token from %s, the %d. in a row, request %s", self.handler.client_host, count,
                         self.request_id)
+
+    def _note_expired(self, token: Token) -> None:
+        """Log who still sends a token that has expired; that is nobody who guesses, so nobody is slowed down."""
+        if is_logged(self.server.expired.add(token.name)):
+            log.warning("the token of %s, which %s sends, expired at %s, request %s", token.name,
+                        self.handler.client_host, utc_text(token.expires_at), self.request_id)
 
     def _require_role(self, identity: Identity, role: str) -> None:
         self.actor = Act(identity.actor, VIA_API, identity.token, self.handler.certificate_name,
@@ -14496,7 +14628,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         host, port = settings.http_addr
         self.api = api
         self.max_body_bytes = settings.http_max_body_bytes
-        self.throttle, self.refused = AuthThrottle(), Streaks()
+        self.throttle, self.refused, self.expired = AuthThrottle(), Streaks(), Streaks()
         self.is_stopping = False
         self.tokens = Tokens(settings.api_tokens_file) if settings.api_tokens_file else None
         if self.tokens:
@@ -14597,10 +14729,11 @@ class ApiServer(http.server.ThreadingHTTPServer):
             if not self.tokens:
                 refuse_strangers(head)
                 return Identity(f"cert:{certificate_name}" if certificate_name else "api", OPERATOR), None
-            name, role = self.tokens.who(head.headers.get("authorization"))
+            token = self.tokens.who(head.headers.get("authorization"))
         except AppError as error:
             return None, error
-        return Identity(f"cert:{certificate_name}" if certificate_name else name, role, name), None
+        return Identity(f"cert:{certificate_name}" if certificate_name else token.name, token.role, token.name,
+                        token.targets), None
 
     def server_close(self) -> None:
         """Stop listening, let requests under way be answered, and end all connections."""
@@ -14832,6 +14965,8 @@ def check_api(settings: Settings) -> Iterator[Finding]:
     tokens, cert = settings.api_tokens_file, settings.http_cert
     yield _finding("API_TOKENS_FILE", lambda: count_of(len(Tokens(tokens).load()), "token") if tokens else
                    "not set: the API listens on loopback, for everybody on this host")
+    with contextlib.suppress(ConfigError):  # told above
+        yield from check_tokens(Tokens(tokens).load() if tokens else ())
     try:
         exposure = _finding("HTTP_ADDR", lambda: exposure_of(settings, listening_address(settings)[1]))
         if exposure.text:
@@ -14844,6 +14979,29 @@ def check_api(settings: Settings) -> Iterator[Finding]:
     if cert:
         yield _finding("HTTP_CERT", lambda: _certificate_text(cert, api_certificate(settings)))
         yield _finding("HTTP_KEY", lambda: _private_text("HTTP_KEY", settings.http_key))
+
+
+def check_tokens(tokens: Iterable[Token]) -> Iterator[Finding]:
+    """Yield which tokens have expired, or will soon."""
+    for token in tokens:
+        days = (token.expires_at - time.time()) / 86400
+        if days <= 0:
+            yield Finding(f"token {token.name}", EXIT_NOT_SUCCESS,
+                          f"expired since {utc_text(token.expires_at)}, and is refused: delete its line; where it is "
+                          "still needed, `token add` makes a new one")
+        elif days < RENEW_DAYS:
+            yield Finding(f"token {token.name}", EXIT_DONE,
+                          f"is good until {utc_text(token.expires_at)}, {count_of(round(days), 'day')}: make a new one")
+
+
+def token_figures(path: str) -> dict[tuple[str, ...], float]:
+    """Return when the tokens of a file expire, for /metrics: of several with one name the last; "": there is none."""
+    figures: dict[tuple[str, ...], float] = {}
+    with contextlib.suppress(ConfigError):  # left to check
+        for token in Tokens(path).load() if path else ():
+            key = "releasectl_token_expiry_timestamp_seconds", token.name
+            figures[key] = max(token.expires_at, figures.get(key, token.expires_at))
+    return {key: ends for key, ends in figures.items() if ends < float("inf")}
 
 
 def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
@@ -14894,7 +15052,7 @@ def crl_json(name: str, path: str) -> list[dict[str, Any]]:
 
 
 def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:
-    """Return when our certificates and CRLs expire, for /metrics; files that can't be read are left to check."""
+    """Return when certificates, CRLs and tokens of ours expire, for /metrics; what can't be read is left to check."""
     figures: dict[tuple[str, ...], float] = {}
     agents = settings.mtls_enabled
     for name, path in (("CONTROL_CERT", settings.control_cert if agents else ""),
@@ -14905,7 +15063,7 @@ def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:
             for label, ends in ((name, [until for _, until in certificate_times(pem)]), (f"{name}_CRL", crl_ends(pem))):
                 if ends:
                     figures["releasectl_certificate_expiry_timestamp_seconds", label] = min(ends)
-    return figures
+    return {**figures, **token_figures(settings.api_tokens_file)}
 
 
 # How much of audit_log `check` verifies: the newest rows, and the events of the newest ended releases.
@@ -15270,8 +15428,8 @@ def _size_of(stream: TextIO) -> os.terminal_size:
 # ======================================================================================
 # Views: a release as a person sees it: its head, a bar for each batch, its nodes, its
 #   history; and the screen of watch.
-# Uses: Vocabulary, Helpers, Model, Failures, Status texts, Nodes, Releases, Check and
-#   why, Terminal.
+# Uses: Vocabulary, Helpers, Model, Freezes, Failures, Status texts, Nodes, Releases,
+#   Check and why, Terminal.
 # ======================================================================================
 
 # Of each status of a node: its mark in a bar.
@@ -15389,6 +15547,13 @@ def status_text(progress: Progress, nodes: Sequence[ReleaseNode], display: Displ
                      max(len(progress.batches), 1) if shows_all else MAX_BARS)
     return "\n".join(filter(None, [*head_lines(doing, display), *about, *bars, *cause_lines(progress.failures, display),
                                    nodes_text(nodes, display, shows_all)]))
+
+
+def freezes_text(freezes: Freezes, display: Display) -> str:
+    """Return who froze what, when, until when and why, a line for each freeze."""
+    lines = [display.sentence(freeze._replace(reason="").line(display.moment(freeze.at))) + freeze.reason
+             for freeze in freezes.on]
+    return "\n".join(lines) or "not frozen"
 
 
 def list_text(page: Page, display: Display) -> str:
@@ -15512,9 +15677,9 @@ class Screen:
 # ======================================================================================
 # Commands: what each other command does (contract section 4).
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Difference, Model,
-#   Freezes, Strategy, Selection, Plan, Status texts, Verbs, Why, Verdict, Database,
-#   Audit, Queue, Retry and rollback, Releases, Overview, Serialization, Check and
-#   why, Terminal, Views.
+#   Strategy, Selection, Plan, Status texts, Verbs, Why, Verdict, Database, Audit,
+#   Queue, Retry and rollback, Releases, Overview, Serialization, Check and why,
+#   Terminal, Views.
 # ======================================================================================
 
 # Where a command's options have the id of a release, or LATEST.
@@ -15979,13 +16144,7 @@ def command_freeze(context: Context) -> int:
         warnings = releases.freeze_warnings(target) if options.switch == "on" else []
     for warning in warnings:
         context.note(f"warning: {warning}")
-    return context.show(freezes_json(freezes, warnings), _freezes_text(freezes, context.display))
-
-
-def _freezes_text(freezes: Freezes, display: Display) -> str:
-    """Return who froze what, when, until when and why, a line for each freeze."""
-    lines = [display.sentence(freeze.line(display.moment(freeze.at))) for freeze in freezes.on]
-    return "\n".join(lines) or "not frozen"
+    return context.show(freezes_json(freezes, warnings), freezes_text(freezes, context.display))
 
 
 # Seconds between two transactions of prune, so that other writers get the lock.
@@ -16019,11 +16178,17 @@ def command_token_add(context: Context) -> int:
     options, path = context.options, context.settings.api_tokens_file
     if not path:
         raise ConfigError("API_TOKENS_FILE is not set: name the file that holds the tokens of the API")
+    if options.role == VIEWER and options.targets:
+        raise AppError(INVALID, "--targets is for operators: a viewer only reads, and that is not limited")
     token = context.open(create=True).audit.perform(
-        context.actor, "token.add", f"token {options.name}", {"name": options.name, "role": options.role, "file": path},
-        lambda: add_token(path, options.name, options.role))
-    print(f"Token for {options.name} ({options.role}). Copy it now: it can't be shown again.", file=sys.stderr)
-    return context.show({"name": options.name, "role": options.role, "token": token}, token, is_data=True)
+        context.actor, "token.add", f"token {options.name}", non_empty(
+            name=options.name, role=options.role, file=path, expires=options.expires, targets=options.targets),
+        lambda: add_token(path, options.name, options.role, options.expires or "", options.targets))
+    limits = "".join((f", until {options.expires}" if options.expires else "",
+                      f", for {options.targets} only" if options.targets else ""))
+    print(f"Token for {options.name} ({options.role}{limits}). Copy it now: it can't be shown again.", file=sys.stderr)
+    return context.show({"name": options.name, "role": options.role, "token": token, **non_empty(
+        expires=options.expires, targets=options.targets.split(",") if options.targets else None)}, token, is_data=True)
 
 
 def command_audit(context: Context) -> int:
@@ -16985,6 +17150,11 @@ def _stored_time(text: str, direction: int) -> str:
                                      "2026-01-31T00:00:00Z")
 
 
+def _token_end(text: str) -> str:
+    """Return a date as it is, which means the whole day in UTC, and else do _time_to_come()."""
+    return text if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII) else _time_to_come(text)
+
+
 def _audit_head(text: str) -> tuple[int, str]:
     """Return the id and hash of ID:HASH, a head of the audit log; raise argparse.ArgumentTypeError else."""
     match = re.fullmatch(r"([0-9]{1,18}):([0-9a-f]{64})", text)
@@ -17094,7 +17264,11 @@ COMMANDS: tuple[Command, ...] = (
         option("--label", action="append", metavar="K=V", help=_LABELS_HELP), _EXCLUDE_OPTION)),
     Command("token add", "make a token for the API, and print it once", command_token_add, (
         option("name", metavar="NAME", help="the name in the history"),
-        option("--role", choices=(VIEWER, OPERATOR), required=True, help="viewer reads, operator acts"))),
+        option("--role", choices=(VIEWER, OPERATOR), required=True, help="viewer reads, operator acts"),
+        option("--expires", type=_token_end, metavar="DATE",
+               help="its last day (UTC), like 2026-12-31; or 90d, or a time, like 2026-12-31T22:00:00Z (never)"),
+        option("--targets", default="", metavar="TARGET[,TARGET]",
+               help="an operator acts on releases of these alone, and changes no nodes (all)"))),
     Command("create", "create a release for the enabled, online nodes", command_create, (
         option("--payload", metavar="FILE", help="JSON object for the agents; - for standard input"),
         _REASON_OPTION, option("--target", default="cdn", metavar="TARGET", help="what it is for (cdn)"),

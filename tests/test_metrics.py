@@ -98,7 +98,7 @@ def test_metrics_hold_no_id_and_no_name_of_a_node(world):
     assert not re.search(r"edge-|127\.0\.1\.|apply_config|/no/such|/1\"|/77|BREW", text)
     assert {label for m in rc.METRICS for label in m.labels} == {
         "version", "python", "target", "status", "drift", "outcome", "error_kind", "operation", "route", "method",
-        "certificate"}
+        "certificate", "token"}
 
 
 def test_what_stands_in_a_label_cannot_break_the_format(store):
@@ -493,6 +493,8 @@ ALERTS = [
      [('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CERT"}', f"{10 * DAY}x200")], "2h"),
     ("ReleasectlCertificateExpiresNow",
      [('releasectl_certificate_expiry_timestamp_seconds{certificate="HTTP_CERT"}', f"{2 * DAY}x60")], "30m"),
+    ("ReleasectlTokenExpiring",
+     [('releasectl_token_expiry_timestamp_seconds{token="deploy"}', f"{5 * DAY}x200")], "2h"),
     ("ReleasectlCrlExpiring",
      [('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CA_CRL"}', f"{DAY // 2}x60")], "30m"),
 ]
@@ -506,6 +508,7 @@ WELL = [('releasectl_nodes_drift{instance="a",drift="behind"}', "2x20 0x20 2x50 
         ('releasectl_release_last_event_timestamp_seconds{target="cdn",status="running"}', "0+60x400"),
         ('releasectl_release_last_event_timestamp_seconds{target="dns",status="paused"}', "0x400"),
         ('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CERT"}', f"{90 * DAY}x400"),
+        ('releasectl_token_expiry_timestamp_seconds{token="deploy"}', f"{30 * DAY}x400"),
         ('releasectl_certificate_expiry_timestamp_seconds{certificate="CONTROL_CA_CRL"}', f"{2 * DAY}x400")]
 
 
