@@ -2071,7 +2071,7 @@ class Node:
         """Return "online", or why it gets no releases: "disabled", "offline", "in maintenance"."""
         return "disabled" if not self.enabled else f"in {self.status}" if self.status == "maintenance" else self.status
 
-    @property
+    @functools.cached_property
     def label_values(self) -> Mapping[str, str]:
         """Return its labels."""
         return label_values(self.labels)
@@ -3923,6 +3923,37 @@ class _NodesOf(ValuesView[ReleaseNode]):
         return itertools.chain.from_iterable(map(dict.values, self._mapping._parts))
 
 
+class Turn(NamedTuple):
+    """The place of a queue, the nodes of a batch with the same labels: the fewer have begun, the earlier it comes."""
+    begun: int
+    # Its first pending node, and where that is in the queue.
+    node_id: int
+    place: int
+    labels: str
+
+
+class _Turns:
+    """The queues of a batch that have pending nodes."""
+
+    def __init__(self, turns: Mapping[str, Turn]):
+        # By their labels, and in order.
+        self.of = dict(turns)
+        self.order = sorted(turns.values())
+
+    def copy(self) -> _Turns:
+        """Return an independent copy."""
+        other = _Turns.__new__(_Turns)
+        other.of, other.order = self.of.copy(), self.order.copy()
+        return other
+
+    def put(self, labels: str, turn: Turn | None) -> None:
+        """Replace the turn of a queue; None: it has no pending node any more."""
+        del self.order[bisect.bisect_left(self.order, self.of.pop(labels))]
+        if turn is not None:
+            self.of[labels] = turn
+            bisect.insort(self.order, turn)
+
+
 def _is_probed(node: ReleaseNode) -> bool:
     return node.status == SUCCESS and (node.next_op != "" or node.verdict is not None)
 
@@ -3946,8 +3977,8 @@ class NodeIndex:
         self._open: dict[int, int] = {}
         # Ids of each batch's nodes by their labels, both in order; the copies share them.
         self._queues: dict[int, dict[str, list[int]]] = {}
-        # How many of each queue are pending.
-        self._waiting: dict[tuple[int, str], int] = {}
+        # What of a node's labels limits are for, by its labels; the copies share it, as a release has the same limits.
+        self._limited: dict[str, list[Label]] = {}
         # Pending nodes that are in flight: the database has lost the commit of their dispatch.
         self.astray: dict[int, ReleaseNode] = {}
         # Successful nodes that are probed again.
@@ -3962,8 +3993,11 @@ class NodeIndex:
             self.sizes[n.batch] = self.sizes.get(n.batch, 0) + 1
             self._open[n.batch] = self._open.get(n.batch, 0) + (n.status in OPEN)
             self._queues.setdefault(n.batch, {}).setdefault(n.labels, []).append(n.node_id)
-            self._count_waiting(n, int(n.status == PENDING))
+            self._note_astray(n)
         self._batches = sorted(self.sizes)
+        # Whose turn it is in each batch, and of which batches no copy shares that.
+        self._turns = {batch: _Turns(self._first_turns(queues)) for batch, queues in self._queues.items()}
+        self._own_turns = set(self._turns)
 
     def __iter__(self) -> Iterator[ReleaseNode]:
         return iter(self._nodes.values())
@@ -3984,7 +4018,9 @@ class NodeIndex:
         other._nodes, other.sizes, other._open = self._nodes.copy(), self.sizes, self._open.copy()
         other.of, other._batches = {status: found.copy() for status, found in self.of.items()}, self._batches
         other.twins, other.highest_sent, other._queues = self.twins, self.highest_sent, self._queues
-        other._waiting, other.astray, other.probed = self._waiting.copy(), self.astray.copy(), self.probed.copy()
+        other._limited, other.astray, other.probed = self._limited, self.astray.copy(), self.probed.copy()
+        other._turns = self._turns.copy()
+        self._own_turns, other._own_turns = set(), set()
         return other
 
     def put(self, node: ReleaseNode) -> None:
@@ -3993,9 +4029,9 @@ class NodeIndex:
         if before.status != node.status:
             del self.of[before.status][node.node_id]
             self._open[node.batch] += (node.status in OPEN) - (before.status in OPEN)
-            self._count_waiting(node, (node.status == PENDING) - (before.status == PENDING))
-        elif node.status == PENDING:
-            self._count_waiting(node, 0)
+            if before.status == PENDING:
+                self._end_turn(node)
+        self._note_astray(node)
         if _is_probed(node):
             self.probed[node.node_id] = node
         else:
@@ -4036,24 +4072,45 @@ class NodeIndex:
         """Return the nodes of a batch that are still to be re-verified at the end of its soak."""
         return [n for n in self.of[SUCCESS].values() if n.batch == batch and not n.is_reverified]
 
-    def _count_waiting(self, node: ReleaseNode, more: int) -> None:
-        key = node.batch, node.labels
-        self._waiting[key] = self._waiting.get(key, 0) + more
+    def _note_astray(self, node: ReleaseNode) -> None:
         if node.status == PENDING and node.in_flight:
             self.astray[node.node_id] = node
         else:
             self.astray.pop(node.node_id, None)
 
-    def queues(self, batch: int) -> Iterator[tuple[str, int, int, Iterator[ReleaseNode]]]:
-        """Yield of each queue with pending nodes its labels, how many have begun, the id at that place, and the others.
+    def _first_turns(self, queues: Mapping[str, Sequence[int]]) -> dict[str, Turn]:
+        pending, turns = self.of[PENDING], {}
+        for labels, ids in queues.items():
+            places = [place for place, node_id in enumerate(ids) if node_id in pending]
+            if places:
+                turns[labels] = Turn(len(ids) - len(places), ids[places[0]], places[0], labels)
+        return turns
 
-        A queue is the nodes of a batch with the same labels, in order.
-        """
-        pending = self.of[PENDING]
-        for labels, ids in self._queues.get(batch, {}).items():
-            begun = len(ids) - self._waiting[batch, labels]
-            if begun < len(ids):
-                yield labels, begun, ids[begun], (pending[id_] for id_ in ids if id_ in pending)
+    def _end_turn(self, node: ReleaseNode) -> None:
+        """Move the queue of a node that is no longer pending; a node never becomes pending again."""
+        if node.batch not in self._own_turns:
+            self._turns[node.batch] = self._turns[node.batch].copy()
+            self._own_turns.add(node.batch)
+        turns, ids, pending = self._turns[node.batch], self._queues[node.batch][node.labels], self.of[PENDING]
+        begun, first, place, labels = turns.of[node.labels]
+        if first == node.node_id:
+            place = next((later for later in range(place + 1, len(ids)) if ids[later] in pending), -1)
+        turns.put(labels, Turn(begun + 1, ids[place], place, labels) if place >= 0 else None)
+
+    def turns(self, batch: int) -> Sequence[Turn]:
+        """Return the queues of a batch with pending nodes, those of which the fewest have begun first."""
+        return self._turns[batch].order if batch in self._turns else ()
+
+    def queue(self, turn: Turn, batch: int) -> Iterator[ReleaseNode]:
+        """Yield the pending nodes of a queue, in order."""
+        ids, pending = self._queues[batch][turn.labels], self.of[PENDING]
+        return (pending[node_id] for node_id in itertools.islice(ids, turn.place, None) if node_id in pending)
+
+    def limited(self, labels: str, limits: Limits) -> list[Label]:
+        """Do limited_labels(), once for all nodes with the same labels."""
+        if labels not in self._limited:
+            self._limited[labels] = limited_labels(labels, limits)
+        return self._limited[labels]
 
 
 # A label's key and value.
@@ -4085,17 +4142,35 @@ def next_within(nodes: NodeIndex, batch: int, limits: Limits, held: Iterable[Rel
     a, a, a, b, b, with two nodes at once, go a and b, then a and b, then a. held: nodes at rest that keep their place.
     """
     in_flight = labels_in_flight((*nodes.of[RUNNING].values(), *nodes.astray.values(), *held), limits)
-    turns = [(begun, place, labels, waiting) for labels, begun, place, waiting in nodes.queues(batch)]
-    heapq.heapify(turns)
     chosen: list[ReleaseNode] = []
-    while turns and len(chosen) < most:
-        begun, _, labels, waiting = heapq.heappop(turns)
-        node = None if full_labels(labels, in_flight, limits) else next(filter(may_go, waiting), None)
-        if node is not None:
-            chosen.append(node)
-            in_flight.update(limited_labels(labels, limits))
-            heapq.heappush(turns, (begun + 1, node.node_id, labels, waiting))
+    # Queues of which a node was chosen, at their next turn, and the nodes that they still have.
+    again: list[Turn] = []
+    queues: dict[str, Iterator[ReleaseNode]] = {}
+    for turn in _by_turns(nodes.turns(batch), again):
+        labels = nodes.limited(turn.labels, limits)
+        if any(in_flight.get(label, 0) >= limits[label[0]] for label in labels):
+            continue
+        if turn.labels not in queues:
+            queues[turn.labels] = nodes.queue(turn, batch)
+        node = next(filter(may_go, queues[turn.labels]), None)
+        if node is None:
+            continue
+        chosen.append(node)
+        if len(chosen) == most:
+            break
+        in_flight.update(labels)
+        heapq.heappush(again, turn._replace(begun=turn.begun + 1, node_id=node.node_id))
     return chosen
+
+
+def _by_turns(turns: Iterable[Turn], again: list[Turn]) -> Iterator[Turn]:
+    """Yield turns in order, with those that are put on a heap meanwhile."""
+    for turn in turns:
+        while again and again[0] < turn:
+            yield heapq.heappop(again)
+        yield turn
+    while again:
+        yield heapq.heappop(again)
 
 
 # endregion

@@ -534,3 +534,22 @@ def test_a_stored_selection_may_name_numbers_as_the_labels_of_nodes_do():
         assert selection
         assert [node.id for node in nodes if selection.takes(node)] == [2], text
     assert rc.selection_of('{"labels":7}') is None
+
+
+@pytest.mark.parametrize(("racks", "limits"), [(5_000, {"rack": 1}), (2, {"rack": 4_000})])
+def test_a_decision_examines_the_racks_whose_turn_it_is_and_no_others(racks, limits, monkeypatch):
+    index = rc.NodeIndex([node(n, "running" if n <= 50 else "pending", labels=f'{{"rack":"{n % racks}"}}')
+                          for n in range(1, 10_001)])
+    examined = []
+    limited = rc.NodeIndex.limited
+    monkeypatch.setattr(rc.NodeIndex, "limited", lambda self, labels, limits: (
+        examined.append(labels), limited(self, labels, limits))[1])
+    queue = rc.NodeIndex.queue
+    monkeypatch.setattr(rc.NodeIndex, "queue", lambda self, turn, batch: (
+        examined.append(one.node_id) or one for one in queue(self, turn, batch)))
+    decision = rc.decide(rc.Situation(release(), index, NOW, POLICY, rc.Strategy(max_parallel_per=limits), slots=40))
+    assert len(decision.sends) == 40
+    assert len(examined) <= 2 * 40 + 50
+    # and a copy of what was decided is another one's
+    assert len(index.turns(1)) == racks
+    assert [turn.begun for turn in index.turns(1)[:1]] == [0 if racks > 50 else 25]
