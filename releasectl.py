@@ -515,6 +515,11 @@ def in_words(items: Sequence[T], most: int = 20, between: str = ", ", text: Call
     return between.join(map(text, items[:most])) + more
 
 
+def in_order_of_numbers(text: str) -> list[Any]:
+    """Return a key by which edge-2 comes before edge-10."""
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split("([0-9]+)", text))]
+
+
 def epoch_or(text: str | None, otherwise: float) -> float:
     """Return a stored time as seconds since 1970, or otherwise where it is missing or unreadable."""
     try:
@@ -3329,7 +3334,7 @@ FIRST = "first"
 def grouped(strategy: Strategy, nodes: Iterable[Node]) -> list[tuple[str, list[int]]]:
     """Return the ids of the nodes by what the strategy's labels tell apart, each with its name, in order.
 
-    With first role=canary and batchBy region: "first", "region=ap", "region=eu", "no region".
+    With first role=canary and batchBy region: "first", "region=ap", "region=eu", "no region"; r2 comes before r11.
     """
     groups: dict[tuple[int, str], list[int]] = {}
     for node in nodes:
@@ -3339,7 +3344,8 @@ def grouped(strategy: Strategy, nodes: Iterable[Node]) -> list[tuple[str, list[i
         groups.setdefault(place, []).append(node.id)
     key = strategy.batch_by
     names = {0: FIRST, 1: f"{key}=", 2: f"no {key}" if key else "others" if strategy.first else ""}
-    return [(names[place] + value, node_ids) for (place, value), node_ids in sorted(groups.items())]
+    return [(names[place] + value, groups[place, value]) for place, value in sorted(
+        groups, key=lambda group: (group[0], in_order_of_numbers(group[1]), group[1]))]
 
 
 def batches_of(strategy: Strategy, nodes: Iterable[Node]) -> list[tuple[str, list[int]]]:
@@ -3360,10 +3366,11 @@ def make_plan(strategy: Strategy, nodes: Sequence[Node], left_out: Sequence[Left
 
     batches: given instead of computed. tolerated: nodes whose failure counts against no limit.
     """
-    groups = [""] * len(batches or ())
+    groups, warnings = [""] * len(batches or ()), _not_limited(strategy, nodes)
     if batches is None:
         named = batches_of(strategy, nodes)
         groups, batches = [name for name, _ in named], [batch for _, batch in named]
+        warnings = [*_large_last_batch(strategy, named), *warnings]
         if len(batches) > MAX_PLANNED_BATCHES:
             raise AppError(INVALID, f"strategy: batches are {len(batches)}, and at most {MAX_PLANNED_BATCHES} can be: "
                                     "name larger sizes")
@@ -3374,12 +3381,14 @@ def make_plan(strategy: Strategy, nodes: Sequence[Node], left_out: Sequence[Left
     limits = [resolve_share(strategy.max_failed, len(batch)) + len(tolerated.intersection(batch))
               for batch in batches]
     return Plan(strategy, batches, limits, total, list(left_out), tolerated=tolerated, groups=groups,
-                warnings=[*_large_last_batch(strategy, batches), *_not_limited(strategy, nodes)])
+                warnings=warnings)
 
 
-def _large_last_batch(strategy: Strategy, batches: Sequence[Sequence[int]]) -> list[str]:
-    last, total = len(batches[-1]), sum(map(len, batches))
-    if last <= LARGE_BATCH or last * 2 <= total:
+def _large_last_batch(strategy: Strategy, batches: Sequence[tuple[str, Sequence[int]]]) -> list[str]:
+    """Return a warning where the last batch is what the sizes leave, and large; not where a size means it: "100%"."""
+    (group, members), total = batches[-1], sum(len(batch) for _, batch in batches)
+    last, cuts = len(members), sum(name == group for name, _ in batches)
+    if last <= LARGE_BATCH or last * 2 <= total or cuts <= len(strategy.batches):
         return []
     size = str(strategy.batches[-1] if strategy.batches else "10%").rstrip("*")
     return [f"the last batch has {last} of {total} nodes: a last size with a * goes on to the end, like \"{size}*\""]
@@ -5352,6 +5361,14 @@ class Occupant(NamedTuple):
     left_s: float | None
 
 
+class Keeper(NamedTuple):
+    """A node that keeps its place within maxParallelPer."""
+    labels: str
+    name: str
+    # Seconds for which the agent of a failed one may be busy; None: it runs.
+    left_s: float | None
+
+
 class Facts(NamedTuple):
     """What was read in one transaction to explain a release; without one, what there is when nothing is to do.
 
@@ -5371,8 +5388,9 @@ class Facts(NamedTuple):
     # Names of pending nodes whose address another release has in flight or may still keep busy, with that release.
     busy: Sequence[tuple[str, Occupant]] = ()
     strategy: Strategy = NO_STRATEGY
-    # How many nodes of the current batch are RUNNING and PENDING, by their labels; where maxParallelPer limits them.
-    by_labels: Mapping[str, Mapping[str, int]] = {}
+    # Where maxParallelPer limits them: who keeps a place, and how many nodes of the batch are PENDING by their labels.
+    keepers: Sequence[Keeper] = ()
+    waiting: Mapping[str, int] = {}
     # As in Situation, of a paused release.
     exceeded: str = ""
     # DatabaseState.write_error
@@ -5601,22 +5619,30 @@ def _slots_step(facts: Facts) -> Step | None:
     most, running = facts.strategy.max_parallel, len(facts.running)
     if most and running >= most and any(b.count(PENDING) for b in facts.batches):
         return Step("slots", WAITS, f"waiting for a free slot ({running} of {most} in use: maxParallel)")
-    full = in_words(_full_labels(facts), MAX_NAMED, "; ") if facts.by_labels else ""
+    full = in_words(_full_labels(facts), MAX_NAMED, "; ") if facts.waiting else ""
     return Step("slots", WAITS, f"waiting for a free slot ({full}: maxParallelPer)") if full else None
 
 
 def _full_labels(facts: Facts) -> list[str]:
     """Return what keeps all pending nodes of the batch from a dispatch, the labels of the most nodes first."""
-    limits, in_flight = facts.strategy.max_parallel_per, collections.Counter[Label]()
-    for labels, count in facts.by_labels[RUNNING].items():
-        in_flight.update(dict.fromkeys(limited_labels(labels, limits), count))
+    limits, keepers = facts.strategy.max_parallel_per, dict[Label, list[Keeper]]()
+    for keeper in facts.keepers:
+        for label in limited_labels(keeper.labels, limits):
+            keepers.setdefault(label, []).append(keeper)
+    in_flight = {label: len(found) for label, found in keepers.items()}
     waiting = collections.Counter[Label]()
-    for labels, count in facts.by_labels[PENDING].items():
+    for labels, count in facts.waiting.items():
         full = full_labels(labels, in_flight, limits)
         if not full:
             return []
         waiting.update(dict.fromkeys(full, count))
-    return [f"{key}={value} has {in_flight[key, value]} of {limits[key]}, for which {count_of_nodes(count)} "
+
+    def kept_by(keeper: Keeper) -> str:
+        return keeper.name if keeper.left_s is None else \
+            f"{keeper.name}, which failed and may be busy {_until(keeper.left_s, facts.now)}"
+
+    return [f"{key}={value} has {in_flight[key, value]} of {limits[key]} ("
+            f"{in_words(keepers[key, value], MAX_NAMED, text=kept_by)}), for which {count_of_nodes(count)} "
             f"wait{'s' if count == 1 else ''}" for (key, value), count in waiting.most_common()]
 
 
@@ -8751,15 +8777,10 @@ class NodeFilter(NamedTuple):
             [node.name, node.main_ip, *(f"{key}={value}" for key, value in node.label_values.items())]).lower())
 
 
-def _in_order_of_numbers(text: str) -> list[Any]:
-    """Return a key by which edge-2 comes before edge-10."""
-    return [int(part) if number % 2 else part for number, part in enumerate(re.split("([0-9]+)", text))]
-
-
 NODE_ORDERS: Mapping[str, Callable[[ListedNode], Any]] = {
     "id": lambda one: one.node.id,
-    "name": lambda one: _in_order_of_numbers(one.node.name),
-    "address": lambda one: (_in_order_of_numbers(one.node.main_ip), one.node.agent_port),
+    "name": lambda one: in_order_of_numbers(one.node.name),
+    "address": lambda one: (in_order_of_numbers(one.node.main_ip), one.node.agent_port),
     "runs": lambda one: one.level.runs.version if one.level.runs else 0,
     "drift": lambda one: -DRIFTS.index(one.level.drift)}
 
@@ -9922,23 +9943,35 @@ class Claims:
                 batches=batches, strategy=strategy,
                 running=self._in_flight(tx, release.id, strategy.node_deadline_s or node_deadline_s, facts.now),
                 ahead=self._queue.ahead_of(tx, release.id) if release.status == PENDING else (),
-                by_labels=self._count_labels(tx, release.id, batch) if strategy.max_parallel_per else {},
+                keepers=self._keepers(tx, release.id, facts.now) if strategy.max_parallel_per else (),
+                waiting=self._waiting(tx, release.id, batch) if strategy.max_parallel_per else {},
                 busy=self._busy_nodes(tx, release.id, batch),
                 exceeded=read_exceeded(tx, release, batches) if release.status == PAUSED else ""))
 
     @staticmethod
-    def _count_labels(tx: Transaction, release_id: int, batch: int) -> dict[str, dict[str, int]]:
-        """Return by status how many nodes of a batch run or wait, by their labels."""
-        counts: dict[str, dict[str, int]] = {RUNNING: {}, PENDING: {}}
+    def _keepers(tx: Transaction, release_id: int, now: Moment) -> list[Keeper]:
+        """Return the nodes of a release that run, or failed and may still be busy, by id."""
         # the index release_task_nodes_by_status
-        for status, labels, count in tx.rows(f"""
-                SELECT n.status, {LABELS_THEN}, COUNT(*)
-                FROM release_task_nodes n
-                JOIN nodes h ON h.id = n.node_id
-                WHERE n.release_task_id = ? AND n.status IN ('running', 'pending') AND n.batch = ?
-                GROUP BY 1, 2""", release_id, batch):
-            counts[status][labels] = count
-        return counts
+        rows = [Keeper(labels, name, None if status == RUNNING else now.until_s(until, mark))
+                for labels, name, status, until, mark in tx.rows(f"""
+            SELECT {LABELS_THEN}, {NAME_THEN}, n.status, n.hold_until, n.hold_clock
+            FROM release_task_nodes n
+            JOIN nodes h ON h.id = n.node_id
+            WHERE n.release_task_id = ? AND n.status IN ('running', 'failed')
+              AND (n.status = 'running' OR n.hold_until IS NOT NULL)
+            ORDER BY n.node_id""", release_id)]
+        return [keeper for keeper in rows if keeper.left_s is None or 0 < keeper.left_s <= MAX_BUSY_S]
+
+    @staticmethod
+    def _waiting(tx: Transaction, release_id: int, batch: int) -> dict[str, int]:
+        """Return how many nodes of a batch are pending, by their labels."""
+        # the index release_task_nodes_by_status
+        return dict(tx.rows(f"""
+            SELECT {LABELS_THEN}, COUNT(*)
+            FROM release_task_nodes n
+            JOIN nodes h ON h.id = n.node_id
+            WHERE n.release_task_id = ? AND n.status = 'pending' AND n.batch = ?
+            GROUP BY 1""", release_id, batch))
 
     @staticmethod
     def _in_flight(tx: Transaction, release_id: int, deadline_s: float, now: Moment) -> list[tuple[float, str]]:

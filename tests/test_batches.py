@@ -52,6 +52,13 @@ def test_batches_go_by_label_after_the_first_ones_and_those_without_it_come_last
     assert batches({"first": {"role": "canary"}}, [nodes[0], *nodes[2:4]]) == [("others", [1]), ("others", [3, 4])]
 
 
+def test_values_with_numbers_come_in_the_order_of_these():
+    values = ["r11", "r2", "r1", "r02", "a", "r1-10", "r1-9"]
+    found = batches({"batchBy": "region"}, fleet(len(values), lambda n: {"region": values[n - 1]}))
+    assert [name for name, _ in found] == [f"region={value}" for value in [
+        "a", "r1", "r1-9", "r1-10", "r02", "r2", "r11"]]
+
+
 def test_a_share_is_of_the_nodes_that_it_cuts():
     nodes = fleet(40, lambda n: {"region": "eu" if n > 10 else "ap"})
     assert [len(batch) for _, batch in batches({"batchBy": "region", "batches": ["10%", "50%*"]}, nodes)] == [
@@ -112,8 +119,12 @@ def test_a_large_last_batch_is_told_of_and_what_would_cut_it(store, quick):
     plan = rc.make_plan(rc.parse_strategy({"batches": [20]}), fleet(2000))
     assert plan.warnings == [
         'the last batch has 1980 of 2000 nodes: a last size with a * goes on to the end, like "20*"']
-    for strategy, count in (({"batches": ["20*"]}, 2000), ({"batches": [20]}, 70), ({"batches": ["50%"]}, 200)):
-        assert rc.make_plan(rc.parse_strategy(strategy), fleet(count)).warnings == []
+    for strategy, count in (({"batches": ["20*"]}, 2000), ({"batches": [20]}, 70), ({"batches": ["50%"]}, 200),
+                            ({"batches": ["100%"]}, 200), ({"batches": [1, "100%"]}, 200),
+                            ({"batches": [1, 199]}, 200)):
+        assert rc.make_plan(rc.parse_strategy(strategy), fleet(count)).warnings == [], strategy
+    # the batches of a rollback are those of its release: nobody chose them now
+    assert rc.make_plan(rc.NO_STRATEGY, fleet(200), batches=[[1], list(range(2, 201))]).warnings == []
     store.nodes.import_all([{"name": f"n-{n}", "main_ip": f"10.0.0.{n}"} for n in range(1, 61)])
     key = rc.IdempotencyKey("anna", "key", "digest")
     made = store.releases.create(rc.ReleaseRequest(), "anna", key)
@@ -300,13 +311,29 @@ def test_why_says_which_label_holds_a_release_up(world):
     executor = world.executor()
     executor.tick()
     found = eventually(lambda: [one for one in world.store.claims.why(made.id, 600.0).steps if one.name == "slots"])
-    assert re.fullmatch(r"waiting for a free slot \(region=eu has 1 of 1, for which 2 nodes wait; rack=r1 has 1 of 1, "
-                        r"for which 1 node waits; rack=r0 has 1 of 1, for which 1 node waits: maxParallelPer\)"
+    assert re.fullmatch(r"waiting for a free slot \(region=eu has 1 of 1 \(edge-1\), for which 2 nodes wait; rack=r1 "
+                        r"has 1 of 1 \(edge-1\), for which 1 node waits; .*: maxParallelPer\)"
                         "|.*rack=r0.*", found[0].text), found[0].text
     assert found[0].state == "waits"
     world.finish()
     world.drain()
     assert world.store.releases.get(made.id).status == "success"
+
+
+def test_why_says_which_failed_node_keeps_its_place_and_until_when(world):
+    for number in (1, 2):
+        world.store.nodes.add(f"edge-{number}", f"10.0.0.{number}", agent_protocol="execute", labels='{"rack":"a"}')
+    made = new_release(world.store, payload={"websites": []}, strategy={
+        "batches": [1], "maxParallelPer": {"rack": 1}, "maxFailed": 1})
+    sql(world.store, "UPDATE release_tasks SET status = 'running', started_at = created_at WHERE id = ?", made.id)
+    sql(world.store, "UPDATE release_task_nodes SET status = 'failed', hold_until = ? WHERE node_id = 1",
+        rc.utc_text(world.store.clock.wall() + 50))
+    found = [one for one in world.store.claims.why(made.id, 600.0).steps if one.name == "slots"]
+    assert re.fullmatch(r"waiting for a free slot \(rack=a has 1 of 1 \(edge-1, which failed and may be busy until "
+                        r"\d\d:\d\d:\d\dZ, in \d+ s\), for which 1 node waits: maxParallelPer\)", found[0].text)
+    # a hold that no setting allows is of a clock that was ahead, and void
+    sql(world.store, "UPDATE release_task_nodes SET hold_until = '2999-01-01T00:00:00.000Z' WHERE node_id = 1")
+    assert [one for one in world.store.claims.why(made.id, 600.0).steps if one.name == "slots"] == []
 
 
 # -- who gets it -------------------------------------------------------------------------------------
