@@ -367,7 +367,7 @@ class StateMoved(Exception):
 
 
 # What follows where more nodes fail than the strategy tolerates (onExceed).
-FAIL, PAUSE = "fail", "pause"
+FAIL, PAUSE, ROLLBACK = ON_EXCEED = "fail", "pause", "rollback"
 
 # Roles of the API; ANYONE needs no token.
 VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
@@ -2143,6 +2143,10 @@ class Release:
     catch_up_of: int | None = None
     # 1: a person lets it go on though agents did not answer; they are not asked again.
     preflight_accepted: int = 0
+    # 1: before those of its target that have not started, whatever their versions.
+    goes_first: int = 0
+    # 1: a freeze does not hold it.
+    during_freeze: int = 0
 
     @property
     def is_again(self) -> bool:
@@ -2462,6 +2466,9 @@ class Candidate(NamedTuple):
     has_pending: bool = True
     # "": a person wrote the row, and may still be changing it.
     tag: str = ""
+    # As in Release.
+    goes_first: int = 0
+    during_freeze: int = 0
 
 
 class Claim(NamedTuple):
@@ -2515,20 +2522,6 @@ class ExecutorRow(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.host} pid {self.owner[len(self.host) + 1:].partition(':')[0]}"
-
-
-class Event(NamedTuple):
-    """A row of release_events."""
-    id: int
-    release_id: int
-    node_id: int | None
-    node_name: str
-    at: str
-    actor: str
-    event: str
-    from_status: str
-    to_status: str
-    detail: str
 
 
 class IdempotencyKey(NamedTuple):
@@ -2608,7 +2601,7 @@ class Freezes(NamedTuple):
 
     def holding(self, release: Release | Candidate) -> list[Freeze]:
         """Return those that hold a release, the one that ends last first. No other place answers that."""
-        found = [freeze for freeze in self.on if freeze.target in ("", release.target)]
+        found = [freeze for freeze in self.on if freeze.target in ("", release.target) and not release.during_freeze]
         return sorted(found, key=lambda freeze: freeze.until or "~", reverse=True)
 
     def of(self, release: Release | Candidate) -> Freeze:
@@ -2832,8 +2825,8 @@ def _batch_numbers(value: Any) -> tuple[int, ...] | str:
 
 
 def _on_exceed(value: Any) -> str:
-    if value not in (FAIL, PAUSE):
-        raise ValueError(f'must be "{FAIL}" or "{PAUSE}"')
+    if value not in ON_EXCEED:
+        raise ValueError(f'must be "{FAIL}", "{PAUSE}" or "{ROLLBACK}"')
     return str(value)
 
 
@@ -2921,7 +2914,7 @@ STRATEGY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = 
     "soakSec": ("soak_s", *Range(0, 604800, float).json),
     "pauseAfter": ("pause_after", _batch_numbers, {"oneOf": [
         {"type": "array", "maxItems": MAX_BATCHES, "items": _BATCH_NUMBERS.schema}, {"const": EACH}]}),
-    "onExceed": ("on_exceed", _on_exceed, {"type": "string", "enum": [FAIL, PAUSE]}),
+    "onExceed": ("on_exceed", _on_exceed, {"type": "string", "enum": list(ON_EXCEED)}),
     "nodeDeadlineSec": ("node_deadline_s", *Range(1, 604800, float).json),
     "retries": ("retries", *Range(0, 100).json),
     "startAt": ("start_at", parse_time, {"type": "string", "format": "date-time"}),
@@ -3223,6 +3216,11 @@ class ReleaseRequest(NamedTuple):
     exclude: Mapping[str, Any] = {}
     names: Sequence[str] = ()
     excluded_names: Sequence[str] = ()
+    # Cancel the releases of the target that have not started.
+    supersede: bool = False
+    # As in Release.
+    goes_first: bool = False
+    during_freeze: bool = False
 
     @property
     def is_again(self) -> bool:
@@ -3235,6 +3233,15 @@ class LeftOut(NamedTuple):
     node_id: int
     name: str
     why: str
+
+
+class Superseded(NamedTuple):
+    """A release that had not started, and that another one cancels."""
+    release_id: int
+    version: int
+
+    def __str__(self) -> str:
+        return f"release {self.release_id} (v{self.version})"
 
 
 class Running(NamedTuple):
@@ -3288,6 +3295,8 @@ class Plan(NamedTuple):
     warnings: Sequence[str] = ()
     # For whom the release is, as it is stored: see Selection.
     selection: Mapping[str, Any] = {}
+    # What it cancels.
+    superseded: Sequence[Superseded] = ()
 
     @property
     def pauses(self) -> list[int]:
@@ -3351,13 +3360,16 @@ def grouped(strategy: Strategy, nodes: Iterable[Node]) -> list[tuple[str, list[i
 def batches_of(strategy: Strategy, nodes: Iterable[Node]) -> list[tuple[str, list[int]]]:
     """Return the batches that a strategy makes of the nodes, each with the name of its group; no batch is empty.
 
-    Where none of the nodes is of `first`, as in a retry after it succeeded there, one node goes first all the same.
+    Where none of the nodes is of `first`, as in a retry after it succeeded there, one node goes first all the same, of
+    the first group; with `batches` the first of these.
     """
-    groups, sizes = grouped(strategy, nodes), strategy.sizes
-    if strategy.first and not sizes and not strategy.batch_by and all(name != FIRST for name, _ in groups):
-        sizes = NO_STRATEGY.sizes
-    return [(name, batch) for name, node_ids in groups
-            for batch in ([node_ids] if name == FIRST else plan_batches(node_ids, sizes))]
+    groups = grouped(strategy, nodes)
+    is_without_first = bool(strategy.first) and all(name != FIRST for name, _ in groups)
+    sizes = [strategy.sizes] * len(groups)
+    if is_without_first and not strategy.batches:
+        sizes[0] = NO_STRATEGY.sizes
+    return [(name, batch) for (name, node_ids), of_group in zip(groups, sizes)
+            for batch in ([node_ids] if name == FIRST else plan_batches(node_ids, of_group))]
 
 
 def make_plan(strategy: Strategy, nodes: Sequence[Node], left_out: Sequence[LeftOut] = (),
@@ -3561,6 +3573,7 @@ class Made(NamedTuple):
     is_unchanged: bool = False
     # As in Plan.
     warnings: Sequence[str] = ()
+    superseded: Sequence[Superseded] = ()
 
 
 class OldRelease(NamedTuple):
@@ -4317,7 +4330,12 @@ class Situation(NamedTuple):
     @property
     def is_failing(self) -> bool:
         """Return whether the release ends, failed."""
-        return bool(self.broken or (self.exceeded and self.strategy.on_exceed == FAIL))
+        return bool(self.broken or (self.exceeded and self.strategy.on_exceed != PAUSE))
+
+    @property
+    def is_rolled_back(self) -> bool:
+        """Return whether its rollback is created when it ends, failed; a rollback never rolls back."""
+        return bool(self.exceeded and self.strategy.on_exceed == ROLLBACK and self.release.rollback_of is None)
 
 
 def describe(status: str, situation: Situation) -> str:
@@ -4342,7 +4360,8 @@ def describe(status: str, situation: Situation) -> str:
         return one_line(_paused(situation, waiting))
     if situation.is_failing:
         first = first_failed(nodes)
-        return one_line(f"stopping, {f'node {first.name} failed' if first else situation.broken}: {waiting}")
+        then = ", then it is rolled back" if situation.is_rolled_back else ""
+        return one_line(f"stopping, {f'node {first.name} failed' if first else situation.broken}: {waiting}{then}")
     return one_line(_progress(situation, waiting))
 
 
@@ -4384,7 +4403,8 @@ def _paused(situation: Situation, waiting: str) -> str:
     then = "resume to go on"
     if situation.is_failing:
         first = first_failed(nodes)
-        then = f"{f'node {first.name} failed' if first else situation.broken}: resume to end the release"
+        then = (f"{f'node {first.name} failed' if first else situation.broken}: resume to end the release"
+                + (" and to roll it back" if situation.is_rolled_back else ""))
     elif situation.preflight and situation.preflight.exceeded:
         return (f"paused{by} before batch 1: {situation.preflight.exceeded}; {NOTHING_SENT}: resume to ask again, "
                 "resume and accept the failures to go on, or cancel")
@@ -4822,6 +4842,8 @@ class Decision(NamedTuple):
     passed_batch: int = 0
     soak_until: str | None = None
     soak_clock: str = ""
+    # Create the release's rollback in the same commit (onExceed).
+    rolls_back: bool = False
 
     def in_ascii(self) -> Decision:
         """Return the decision with its texts in ASCII, for a database that can't store an agent's text."""
@@ -4830,6 +4852,11 @@ class Decision(NamedTuple):
         _apply(self.nodes, changes)
         return self._replace(changes=changes, status_reason=_in_ascii(self.status_reason),
                              error_msg=_in_ascii(self.error_msg))
+
+    def with_sequel(self, text: str) -> Decision:
+        """Return the decision with what follows the end of the release added to its status_reason; "" for nothing."""
+        reason = one_line(self.status_reason, max(MAX_MESSAGE_CHARS - len(text) - 2, MAX_MESSAGE_CHARS // 3))
+        return self._replace(status_reason=one_line(f"{reason}; {text}")) if text else self
 
     def must_commit(self, release: Release) -> bool:
         """Return whether to commit at once; a new status_reason alone can wait."""
@@ -4924,7 +4951,8 @@ def decide(situation: Situation) -> Decision:
         nodes=nodes,
         passed_batch=stage.passed_batch,
         soak_until=None if status in TERMINAL else stage.soak_until,
-        soak_clock="" if status in TERMINAL else stage.soak_clock)
+        soak_clock="" if status in TERMINAL else stage.soak_clock,
+        rolls_back=status == FAILED and situation.is_rolled_back)
 
 
 def _preflight(situation: Situation) -> Preflight | None:
@@ -5223,7 +5251,7 @@ def check_resume(release: Release, nodes: NodeIndex, strategy: Strategy, accepts
     if exceeded and strategy.on_exceed == PAUSE and not accepts:
         raise AppError(WRONG_STATE, f"release {release.id}: {exceeded}: resume it with acceptFailures "
                                     "(--accept-failures), or cancel it")
-    if exceeded and strategy.on_exceed == FAIL and accepts:
+    if exceeded and strategy.on_exceed != PAUSE and accepts:
         raise AppError(WRONG_STATE, f"release {release.id}: {exceeded}, and its strategy (onExceed) ends it then: "
                                     "resume without accepting, then retry")
 
@@ -5240,9 +5268,10 @@ Shares = Callable[[Candidate, Candidate], bool]
 def _in_order(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Return releases in their order.
 
-    Started ones go first, then lower versions: a node that was sent a higher version is never sent a lower one.
+    Started ones go first, then those that are to go first, then lower versions: who is overtaken takes a higher one at
+    its start, as a node that was sent a higher version is never sent a lower one.
     """
-    return sorted(candidates, key=lambda c: (c.status == PENDING or not c.has_started, c.version))
+    return sorted(candidates, key=lambda c: (c.status == PENDING or not c.has_started, not c.goes_first, c.version))
 
 
 def _may_start(c: Candidate, now: str, freezes: Freezes) -> bool:
@@ -5285,7 +5314,8 @@ def ahead_of(release_id: int, candidates: Iterable[Candidate], now: str, freezes
 
 def state_of(before: Candidate) -> str:
     """Return in what state a release is that others wait for: 'which alice paused', 'which is running'."""
-    return f"which {before.paused_by} paused" if before.paused_by else f"which is {before.status}"
+    return f"which {before.paused_by} paused" if before.paused_by else f"which is {before.status}" + (
+        " and goes first" if before.goes_first and before.status == PENDING else "")
 
 
 def runnable(candidates: Iterable[Candidate], now: str, freezes: Freezes,
@@ -5502,6 +5532,8 @@ def _freeze_step(facts: Facts) -> Step:
     """Return what is frozen: of a release the freezes that hold it, the one that ends last first."""
     release = facts.release
     freezes = facts.freezes.holding(release) if release else facts.freezes.on
+    if not freezes and release and release.during_freeze and facts.freezes.on:
+        return Step("freeze", OK, f"it goes out all the same (--during-freeze): {facts.freezes.on[0].line()}")
     if not freezes:
         return Step("freeze", OK, "not frozen")
     has_pending = release is not None and (release.status == PENDING or any(b.count(PENDING) for b in facts.batches))
@@ -7118,6 +7150,20 @@ def _shortened(value: object) -> object:
 AUDIT_COLUMNS = ", ".join(AuditRow._fields)
 
 
+class Event(NamedTuple):
+    """A row of release_events."""
+    id: int
+    release_id: int
+    node_id: int | None
+    node_name: str
+    at: str
+    actor: str
+    event: str
+    from_status: str
+    to_status: str
+    detail: str
+
+
 class NewEvent(NamedTuple):
     """A row of release_events to write."""
     release_id: int
@@ -7672,8 +7718,8 @@ class Nodes:
 # region Queue
 # ======================================================================================
 # Queue: the order of open releases, and the writing of what is decided on one.
-# Uses: Vocabulary, Helpers, Model, Freezes, Strategy, Failures, Status texts,
-#   Decision, Verbs, Database, Database state, Audit, Nodes.
+# Uses: Vocabulary, Helpers, Model, Freezes, Strategy, Failures, Node index, Status
+#   texts, Decision, Verbs, Database, Database state, Audit, Nodes.
 # ======================================================================================
 
 # Fields of Release that are computed; each other one is a column of its row r. The index release_task_nodes_by_status
@@ -7896,15 +7942,15 @@ def read_candidates(tx: Transaction) -> list[Candidate]:
     # the index release_tasks_by_status
     return [Candidate(id_, target, version, status, running,
                       expires is not None and now < expires <= latest_expiry(now),
-                      start_at_of(strategy), paused_by, reason, started is not None, bool(pending), tag)
-            for id_, target, version, status, running, expires, strategy, paused_by, reason, started, pending, tag
+                      start_at_of(strategy), paused_by, reason, started is not None, bool(pending), *more)
+            for id_, target, version, status, running, expires, strategy, paused_by, reason, started, pending, *more
             in tx.rows(f"""
         SELECT r.id, r.target, r.version, r.status,
                (SELECT COUNT(*) FROM release_task_nodes n
                 WHERE n.release_task_id = r.id AND n.status = 'running'),
                r.claim_expires_at, r.strategy, r.paused_by, r.status_reason, r.started_at,
                (SELECT MIN(n.batch) FROM release_task_nodes n
-                WHERE n.release_task_id = r.id AND n.status = 'pending'), r.tag
+                WHERE n.release_task_id = r.id AND n.status = 'pending'), r.tag, r.goes_first, r.during_freeze
         FROM release_tasks r
         WHERE r.status IN {OPEN_RELEASES}""")]
 
@@ -7962,6 +8008,24 @@ def write_nodes(tx: Transaction, release_id: int, changes: Sequence[NodeChange],
                                  release_id, status, attempts, *(c.after.node_id for c in part))
             if changed != len(part):
                 raise StateMoved(f"a node of release {release_id} is no longer {status}")
+
+
+def change_status(tx: Transaction, release: Release, nodes: NodeIndex, verb: Verb, now: Moment, actor: Who,
+                  reason: str) -> None:
+    """Write the status that a verb brings, its status_reason and its event."""
+    status, strategy = status_after_verb(verb.name, release), strategy_of(release.strategy)
+    after = dataclasses.replace(release, status=status, paused_by=str(actor) if status == PAUSED else "")
+    status_reason = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
+        status, Situation(after, nodes, now, strategy=strategy, stage=Stage(0, release.passed_batch),
+                          exceeded=exceeded_limit(nodes, strategy)))
+    # total_nodes for rows that a person wrote: the claim sets it, but may never come
+    tx.execute("UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, "
+               f"total_nodes = ?, {COUNTERS} WHERE id = ?",
+               status, status_reason, after.paused_by, now.text, len(nodes), release.id)
+    add_events(tx, now.text, actor, [NewEvent(release.id, verb.event, release.status, status, reason)])
+    tx.after_commit.append(lambda: log.info("%s: %s by %s%s", release, verb.event, actor,
+                                            f": {reason}" if reason else "",
+                                            extra=about(release, actor=str(actor), event=verb.event)))
 
 
 class Queue:
@@ -8035,10 +8099,9 @@ class Queue:
                        claim: Claim | None = None, detail: str = "") -> None:
         """Write a decision on a release as it was read, with events and, at its end, the audit log's row.
 
-        detail: of the release's event, in place of its error or status_reason. Raise StateMoved where the release, a
-        node or the claim changed meanwhile.
+        The nodes were written before it: write_nodes(). detail: of the release's event, in place of its error or
+        status_reason. Raise StateMoved where the release or the claim changed meanwhile.
         """
-        write_nodes(tx, release.id, decision.changes, now)
         ends = decision.status in TERMINAL
         changed = tx.execute(f"""
             UPDATE release_tasks
@@ -8104,6 +8167,47 @@ class Queue:
             if began and ended:
                 self._database.metrics.observe(name, max(0.0, epoch_of(ended) - epoch_of(began)), status)
 
+    def overtaker(self, tx: Transaction, release: Release) -> str:
+        """Return the release with a higher version that started before a pending one: 'release 9 (v9)', "" for none.
+
+        One of its target, or one that a node of it was sent. A row that a person wrote keeps a version that was too low
+        from the beginning: its nodes have a higher one already.
+        """
+        since = release.created_at if not release.tag else ""
+        # the index of the unique version; mostly no version is higher
+        if not tx.value("SELECT COUNT(*) FROM release_tasks WHERE version > ? AND started_at >= ?",
+                        release.version, since):
+            return ""
+        # the indexes nodes_by_address and that of the unique version
+        row = tx.row("""
+            SELECT r.id, r.version
+            FROM release_tasks r
+            WHERE r.version > ? AND r.started_at >= ? AND (r.target = ? OR r.version IN (
+                SELECT a.last_version
+                FROM release_task_nodes n
+                JOIN nodes h ON h.id = n.node_id
+                JOIN nodes a ON a.main_ip = h.main_ip AND a.agent_port = h.agent_port
+                WHERE n.release_task_id = ? AND a.last_version > ?))
+            ORDER BY r.version
+            LIMIT 1""", release.version, since, release.target, release.id, release.version)
+        return "release {} (v{})".format(*row) if row else ""
+
+    def end_cancelled(self, tx: Transaction, release: Release, nodes: NodeIndex, now: Moment, actor: Who,
+                      detail: str, why: str = "") -> None:
+        """End a release that is cancelling at once; its nodes in flight are abandoned. why: of its status_reason."""
+        changes = force_end(nodes, now)
+        decision = decide(Situation(release, nodes, now, strategy=strategy_of(release.strategy)))
+        reason = one_line(": ".join(filter(None, (why, decision.status_reason))))
+        write_nodes(tx, release.id, changes, now)
+        self.write_decision(tx, release, decision._replace(changes=tuple(changes), status_reason=reason), now, actor,
+                            detail=detail)
+
+    def end_unstarted(self, tx: Transaction, release: Release, actor: Who, why: str) -> None:
+        """Cancel a release, nothing of which was sent."""
+        nodes, now = NodeIndex(read_release_nodes(tx, release.id)), self._state.moment()
+        change_status(tx, release, nodes, VERBS["cancel"], now, actor, why)
+        self.end_cancelled(tx, read_release(tx, release.id), nodes, now, actor, why, why)
+
     def _shares(self, tx: Transaction) -> Shares:
         """Return a function that tells whether two open releases have an address in common.
 
@@ -8144,8 +8248,8 @@ class Queue:
 # region Retry and rollback
 # ======================================================================================
 # Retry and rollback: what a new release brings back to whom (contract 3, rule 10).
-# Uses: Vocabulary, Helpers, Payloads, Model, Strategy, Selection, Plan, Failures,
-#   Verbs, Database, Nodes, Queue.
+# Uses: Vocabulary, Helpers, Payloads, Model, Freezes, Strategy, Selection, Plan,
+#   Failures, Verbs, Database, Nodes, Queue.
 # ======================================================================================
 
 class Again(NamedTuple):
@@ -8155,6 +8259,10 @@ class Again(NamedTuple):
     over_newer: bool = False
     # Release whose payload a rollback brings back.
     to_release: int | None = None
+    # A rollback goes first, and cancels the releases of the target that have not started.
+    supersede: bool = False
+    # A freeze does not hold the rollback.
+    during_freeze: bool = False
     # Whom a retry is for, of the failed and skipped nodes: failed ones of these error kinds, ids, names or patterns.
     kinds: Sequence[str] = ()
     node_ids: Sequence[int] = ()
@@ -8170,6 +8278,32 @@ def plan_again(tx: Transaction, verb: str, release_id: int, wish: Again) -> tupl
     """Return what a retry or rollback creates, its plan, and its nodes; raise AppError where it is refused."""
     old = read_release(tx, release_id)
     check_verb(verb, old)
+    if wish.during_freeze and not wish.reason:
+        raise AppError(MISSING, "reason is missing: say why it can't wait for the end of the freeze")
+    return _plan_ended(tx, verb, old, wish)
+
+
+def automatic_rollback(tx: Transaction, old: Release) -> tuple[ReleaseRequest, Plan, list[Node]]:
+    """Return the rollback of a release that ends by onExceed, and whose nodes are at rest; raise AppError as above."""
+    request, plan, nodes = _plan_ended(tx, "rollback", old, Again())
+    return request._replace(reason=f"automatic {request.reason}", goes_first=True), plan, nodes
+
+
+class Sequel(NamedTuple):
+    """The rollback of a release that ends now, with the id that it gets."""
+    release_id: int
+    request: ReleaseRequest
+    plan: Plan
+    nodes: Sequence[Node]
+
+
+def rollback_text(release_id: int, left_out: Sequence[LeftOut], freeze: Freeze) -> str:
+    """Return 'release 9 rolls it back once the freeze is lifted, without edge-3 (offline)'."""
+    without = f", without {names_of([one.name for one in left_out])} ({left_out[0].why})" if left_out else ""
+    return f"release {release_id} rolls it back" + (" once the freeze is lifted" if freeze.frozen else "") + without
+
+
+def _plan_ended(tx: Transaction, verb: str, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
     request, plan, nodes = (plan_retry if verb == "retry" else plan_rollback)(tx, old, wish)
     if not wish.over_newer:
         refuse_over_newer(tx, verb, old, nodes)
@@ -8182,17 +8316,54 @@ def plan_again(tx: Transaction, verb: str, release_id: int, wish: Again) -> tupl
 def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
     tried = nodes_again(tx, old, "n.status IN ('failed', 'skipped')")
     found = chosen_again(tx, old, tried, wish)
-    nodes = online_nodes(old, found, "failed or skipped")
+    gone = _no_longer_taken(old, found)
+    gone_ids = {one.node_id for one in gone}
+    nodes = online_nodes(old, [node for node in found if node.id not in gone_ids], "failed or skipped")
     strategy = strategy_again(old, ("startAt",))
+    batches = _batches_before(tx, old, nodes) if _brings_back(tx, old) else None
+    if batches:
+        strategy["batches"] = _sizes_of(batches)
     if isinstance(strategy.get("pauseAfter"), list):
         # there may be fewer batches than in the old release
-        last = len(batches_of(parse_strategy(strategy), nodes))
+        last = len(batches or batches_of(parse_strategy(strategy), nodes))
         strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
     request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", stored_payload(old),
                              retry_of=old.id, strategy=strategy)
-    plan = make_plan(parse_strategy(strategy), nodes, left_out_nodes(found))
+    left_out = [one for one in left_out_nodes(found) if one.node_id not in gone_ids]
+    plan = make_plan(parse_strategy(strategy), nodes, [*gone, *left_out], batches)
     return request, plan._replace(payload_of=(old.id, old.version), selection=selection_again(old),
                                   not_chosen=len(tried) - len(found)), nodes
+
+
+def _no_longer_taken(old: Release, nodes: Iterable[Node]) -> list[LeftOut]:
+    """Return those of the nodes that the selection of a release does not take any more: they have other labels now."""
+    selection = selection_of(old.selection) or Selection()
+    return [LeftOut(node.id, node.name, EXCLUDED if selection.excludes(node) else
+                    f"no longer selected ({choice_text(selection.labels, {})})")
+            for node in nodes if not selection.takes(node)]
+
+
+def _brings_back(tx: Transaction, release: Release) -> bool:
+    """Return whether a release is a rollback, or a retry of one: its strategy does not tell who is in which batch."""
+    rollback_of, retry_of = release.rollback_of, release.retry_of
+    while rollback_of is None and retry_of is not None:
+        rollback_of, retry_of = tx.row("SELECT rollback_of, retry_of FROM release_tasks WHERE id = ?", retry_of) or (
+            None, None)
+    return rollback_of is not None
+
+
+def _batches_before(tx: Transaction, old: Release, nodes: Iterable[Node]) -> list[list[int]]:
+    """Return the nodes by the batch that they had in a release; no batch is empty."""
+    batch_of = dict(tx.rows("SELECT node_id, batch FROM release_task_nodes WHERE release_task_id = ?", old.id))
+    batches: dict[int, list[int]] = {}
+    for node in sorted(nodes, key=lambda node: (batch_of[node.id], node.id)):
+        batches.setdefault(batch_of[node.id], []).append(node.id)
+    return [*batches.values()]
+
+
+def _sizes_of(batches: Sequence[Sequence[int]]) -> list[int]:
+    """Return the sizes of batches as a strategy has them; it may have fewer than a release."""
+    return ([len(batch) for batch in batches[:-1]] or [len(batches[0])])[:MAX_BATCHES]
 
 
 def chosen_again(tx: Transaction, old: Release, tried: Sequence[Node], wish: Again) -> list[Node]:
@@ -8231,29 +8402,41 @@ def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRe
     # a node that was rejected, or silent in the preflight, before anything was sent has nothing to roll back
     found = nodes_again(tx, old, "(n.status = 'success' OR (n.status = 'failed' AND NOT "
                                  "(n.attempts = 0 AND n.error_kind <> '')))")
+    if not found:
+        raise AppError(WRONG_STATE, f"nothing to roll back: release {old.id} changed no node")
     nodes = online_nodes(old, found, "touched by it")
-    where = {node_id: (status, batch) for node_id, status, batch in tx.rows(
-        "SELECT node_id, status, batch FROM release_task_nodes WHERE release_task_id = ?", old.id)}
-    failed = [node.id for node in nodes if where[node.id][0] == FAILED]
-    batches: dict[int, list[int]] = {}
-    for node in sorted(nodes, key=lambda node: (where[node.id][1], node.id)):
-        if where[node.id][0] == SUCCESS:
-            batches.setdefault(where[node.id][1], []).append(node.id)
+    failed_ids = {row[0] for row in tx.rows("SELECT node_id FROM release_task_nodes "
+                                            "WHERE release_task_id = ? AND status = 'failed'", old.id)}
+    failed = [node.id for node in nodes if node.id in failed_ids]
     good = payload_to_bring_back(tx, old, [node.id for node in nodes], wish.to_release)
-    planned = [*batches.values(), *([failed] if failed else [])]
-    sizes = [len(batch) for batch in planned[:-1]] or [len(planned[0])]
+    planned = [*_batches_before(tx, old, [node for node in nodes if node.id not in failed_ids]),
+               *([failed] if failed else [])]
     # make_plan() goes by planned: a hand-written release may have more batches than a strategy can
-    strategy = {**strategy_again(old, ("startAt", "soakSec", "pauseAfter", "verify", "first", "batchBy",
-                                       "preflight")),
-                "batches": sizes[:MAX_BATCHES]}
+    strategy = {**strategy_again(old, ("startAt", "soakSec", "pauseAfter", "verify", "first", "batchBy", "preflight")),
+                "batches": _sizes_of(planned)}
+    if strategy.get("onExceed") == ROLLBACK:  # a rollback never rolls back
+        del strategy["onExceed"]
     with contextlib.suppress(AppError):  # the probes fit the payload that goes out
         strategy.update({key: value for key, value in strategy_again(good, ()).items() if key == "verify"})
     request = ReleaseRequest(
         old.target, wish.reason or f"rollback of release {old.id} to the payload of version {good.version}",
-        stored_payload(good), rollback_of=old.id, strategy=strategy)
+        stored_payload(good), rollback_of=old.id, strategy=strategy, supersede=wish.supersede,
+        goes_first=wish.supersede, during_freeze=wish.during_freeze)
     plan = make_plan(parse_strategy(strategy), nodes, left_out_nodes(found), planned, frozenset(failed))
     return request, plan._replace(payload_of=(good.id, good.version),
                                   selection={"nodeIds": [node.id for node in found]}), nodes
+
+
+def queue_effect(tx: Transaction, request: ReleaseRequest) -> tuple[list[Superseded], list[str]]:
+    """Return the releases that a new one cancels, and a warning for each that it waits for though it is in a hurry."""
+    others = sorted((c for c in read_candidates(tx) if c.target == request.target), key=lambda c: c.version)
+    unstarted = [Superseded(c.id, c.version) for c in others if c.status in (PENDING, PAUSED) and not c.has_started]
+    warnings = [f"waits for release {c.id} (v{c.version}), {state_of(c)}: releasectl cancel {c.id}" for c in others
+                if c.has_started and (request.supersede or request.rollback_of is not None)]
+    if request.rollback_of is not None and not request.supersede and not request.goes_first and unstarted:
+        warnings.append(f"goes behind {in_words(unstarted, 1)}: --now (supersede) cancels "
+                        f"{'it' if len(unstarted) == 1 else 'them'} and goes first")
+    return unstarted if request.supersede else [], warnings
 
 
 def nodes_again(tx: Transaction, old: Release, where: str = "1 = 1") -> list[Node]:
@@ -8957,40 +9140,13 @@ MAX_TARGETS_COUNTED, OTHER = 50, "other"
 IDEMPOTENCY_KEY_S = 86400.0
 
 
-def change_status(tx: Transaction, release: Release, nodes: NodeIndex, verb: Verb, now: Moment, actor: Who,
-                  reason: str) -> None:
-    """Write the status that a verb brings, its status_reason and its event."""
-    status, strategy = status_after_verb(verb.name, release), strategy_of(release.strategy)
-    after = dataclasses.replace(release, status=status, paused_by=str(actor) if status == PAUSED else "")
-    status_reason = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
-        status, Situation(after, nodes, now, strategy=strategy, stage=Stage(0, release.passed_batch),
-                          exceeded=exceeded_limit(nodes, strategy)))
-    tx.execute(f"UPDATE release_tasks SET status = ?, status_reason = ?, paused_by = ?, updated_at = ?, {COUNTERS} "
-               "WHERE id = ?", status, status_reason, after.paused_by, now.text, release.id)
-    add_events(tx, now.text, actor, [NewEvent(release.id, verb.event, release.status, status, reason)])
-    tx.after_commit.append(lambda: log.info("%s: %s by %s%s", release, verb.event, actor,
-                                            f": {reason}" if reason else "",
-                                            extra=about(release, actor=str(actor), event=verb.event)))
-
-
-def end_cancelled(tx: Transaction, queue: Queue, release: Release, nodes: NodeIndex, now: Moment, actor: Who,
-                  detail: str) -> None:
-    """End a release that is cancelling at once; its nodes in flight are abandoned."""
-    changes = force_end(nodes, now)
-    decision = decide(Situation(release, nodes, now, strategy=strategy_of(release.strategy)))
-    queue.write_decision(tx, release, decision._replace(changes=tuple(changes)), now, actor, detail=detail)
-
-
-def end_unstarted(tx: Transaction, state: DatabaseState, queue: Queue, release: Release, actor: Who,
-                  why: str) -> None:
-    """Cancel a pending release, nothing of which was sent."""
-    nodes, now = NodeIndex(read_release_nodes(tx, release.id)), state.moment()
-    change_status(tx, release, nodes, VERBS["cancel"], now, actor, why)
-    end_cancelled(tx, queue, read_release(tx, release.id), nodes, now, actor, why)
 
 
 class Releases:
-    """Releases as people make, read and steer them. Each public method is one transaction."""
+    """Releases as people make, read and steer them.
+
+    Each public method is one transaction, or part of the one that it gets as tx.
+    """
 
     def __init__(self, state: DatabaseState, audit: Audit, queue: Queue):
         self._state = state
@@ -9009,8 +9165,10 @@ class Releases:
     @staticmethod
     def _planned(tx: Transaction, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node], version: int) -> Plan:
         """Return a plan with what it needs to be shown."""
+        superseded, warnings = queue_effect(tx, request)
         return plan._replace(version=version, names={node.id: node.name for node in nodes},
-                             effect=effect_of(tx, request.payload, nodes))
+                             effect=effect_of(tx, request.payload, nodes), superseded=superseded,
+                             warnings=[*plan.warnings, *warnings])
 
     def create(self, request: ReleaseRequest, actor: Who, key: IdempotencyKey | None = None) -> Made:
         """Create a release for the nodes that a request chooses; return it, its batches and who is left out (rule 1).
@@ -9076,9 +9234,6 @@ class Releases:
         with self._database.transaction(write=True) as tx:
             release, nodes = read_release(tx, release_id), NodeIndex(read_release_nodes(tx, release_id))
             check_verb(verb, release)
-            # for rows that a person wrote: the claim sets it, but may never come
-            tx.execute("UPDATE release_tasks SET total_nodes = ? WHERE id = ? AND total_nodes <> ?",
-                       len(nodes), release_id, len(nodes))
             now, strategy, before, detail = self._state.moment(), strategy_of(release.strategy), release.status, reason
             if verb == "resume":
                 check_resume(release, nodes, strategy, accept_failures)
@@ -9095,7 +9250,7 @@ class Releases:
                           acceptFailures=accept_failures or None))
             ends_now = verb == CANCEL_BY_FORCE or not nodes.of[RUNNING]
             if release.status == CANCELLING and ends_now:
-                end_cancelled(tx, self._queue, release, nodes, now, actor, detail)
+                self._queue.end_cancelled(tx, release, nodes, now, actor, detail)
             self._queue.explain_waiting(tx)
             return read_release(tx, release_id)
 
@@ -9377,14 +9532,33 @@ class Releases:
                                     f"from {version} on")
         return request.version or version
 
-    def _create(self, tx: Transaction, actor: Who, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node]) -> Made:
+    def plan_rollback_of(self, tx: Transaction, release: Release) -> tuple[Sequel | None, str]:
+        """Return the rollback that follows a release which ends now, and a sentence on it for whoever reads of the end.
+
+        None: there can't be one; the sentence says why, and what a person should do. Its nodes are at rest already.
+        """
+        try:
+            planned = automatic_rollback(tx, release)
+        except AppError as error:
+            return None, f"not rolled back, as {error.message}; mend that, then: releasectl rollback {release.id}"
+        release_id = tx.value(self._database.engine.take_release_id_sql)
+        return Sequel(release_id, *planned), rollback_text(
+            release_id, planned[1].left_out, read_freezes(tx).of(release))
+
+    def create_sequel(self, tx: Transaction, actor: Who, sequel: Sequel) -> None:
+        """Create the rollback of a release that has ended in this transaction."""
+        self._create(tx, actor, *sequel[1:], sequel.release_id)
+
+    def _create(self, tx: Transaction, actor: Who, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node],
+                release_id: int = 0) -> Made:
         self._state.note_timeline(tx)
         if not request.is_again:
             # before an id, and with it a version, is used up
             check_payload_version(request.payload, self._version_for(
                 tx, request, tx.value(self._database.engine.next_release_id_sql)))
-        release_id = tx.value(self._database.engine.take_release_id_sql)
+        release_id = release_id or tx.value(self._database.engine.take_release_id_sql)
         version = self._version_for(tx, request, release_id)
+        superseded, warnings = queue_effect(tx, request)
         payload = payload_for_version(request.payload, version)
         digest = digest_of(payload)
         is_same = changes_nothing(tx, digest, nodes)
@@ -9392,12 +9566,13 @@ class Releases:
         now = self._state.now()
         tx.execute("""
             INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, payload_sha256,
-                                       strategy, selection, retry_of, rollback_of, catch_up_of, total_nodes,
-                                       created_at, updated_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+                                       strategy, selection, retry_of, rollback_of, catch_up_of, goes_first,
+                                       during_freeze, total_nodes, created_at, updated_at)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
                    release_id, request.target, version, new_tag(), REASON_PENDING, request.reason, to_json(payload),
                    digest, to_json(request.strategy), to_json(plan.selection), request.retry_of,
-                   request.rollback_of, request.catch_up_of, sum(map(len, plan.batches)), now, now)
+                   request.rollback_of, request.catch_up_of, int(request.goes_first), int(request.during_freeze),
+                   sum(map(len, plan.batches)), now, now)
         limits = plan.strategy.max_parallel_per
         as_now = {node.id: (node.name, node.main_ip, node.agent_port, to_json(dict(sorted(limited_labels(
             node.labels, limits)))) if limits else "{}") for node in nodes}
@@ -9407,24 +9582,31 @@ class Releases:
                            for number, batch in enumerate(plan.batches, 1) for node_id in batch])
         left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20] if request.is_again]
         detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "",
-                                         CHANGES_NOTHING if is_same else "", *left_out)))
+                                         CHANGES_NOTHING if is_same else "", *left_out,
+                                         "goes out in a freeze too" if request.during_freeze else "")))
         add_events(tx, now, actor, [NewEvent(release_id, "created", "", PENDING, detail)])
+        for old in superseded:
+            why = f"superseded by release {release_id} (v{version})"
+            self._queue.end_unstarted(tx, read_release(tx, old.release_id), actor, why)
+            self._audit.add(tx, actor, "release.cancel", f"release {old.release_id}",
+                            after={"status": CANCELLED, "reason": why})
         self._queue.explain_waiting(tx)
         release = read_release(tx, release_id)
         freeze = read_freezes(tx).of(release)
-        if freeze.frozen:  # that it holds nobody up, and may need a later version then: see Claims._renumber()
+        if freeze.frozen:  # why it does not start, and may take a later version then
             add_events(tx, now, actor, [NewEvent(release_id, FROZEN, PENDING, PENDING, freeze.detail)])
         verb = "retry" if request.retry_of else "rollback" if request.rollback_of else \
             "catch-up" if request.catch_up_of else "create"
         self._audit.add(tx, actor, f"release.{verb}", f"release {release_id}", after=non_empty(
             version=version, target=request.target, reason=request.reason, totalNodes=release.total_nodes,
             payloadSha256=digest, strategy=request.strategy, retryOf=request.retry_of,
-            rollbackOf=request.rollback_of, catchUpOf=request.catch_up_of))
+            rollbackOf=request.rollback_of, catchUpOf=request.catch_up_of, goesFirst=request.goes_first or None,
+            duringFreeze=request.during_freeze or None, superseded=[old.release_id for old in superseded] or None))
         tx.after_commit.append(lambda: log.info(
             "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
             in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
             extra=about(release, actor=str(actor), event="created")))
-        return Made(release, plan.batches, plan.left_out, is_same, plan.warnings)
+        return Made(release, plan.batches, plan.left_out, is_same, [*plan.warnings, *warnings], superseded)
 
     def _make_again(self, verb: str, release_id: int, actor: Who, wish: Again, key: IdempotencyKey | None) -> Made:
         with self._database.transaction(write=True) as tx:
@@ -9438,7 +9620,7 @@ class Releases:
         # the index idempotency_keys_by_age
         tx.execute("DELETE FROM idempotency_keys WHERE created_at < ?",
                    utc_text(self._state.clock.wall() - IDEMPOTENCY_KEY_S))
-        row = tx.row("SELECT request_sha256, release_task_id, left_out, warnings FROM idempotency_keys "
+        row = tx.row("SELECT request_sha256, release_task_id, left_out, warnings, superseded FROM idempotency_keys "
                      "WHERE actor = ? AND idempotency_key = ?", key.actor, key.key)
         if row is None:
             return None
@@ -9453,13 +9635,15 @@ class Releases:
         detail = tx.value("SELECT detail FROM release_events WHERE release_task_id = ? AND node_id IS NULL AND "
                           "event = 'created'", row[1]) or ""
         return Made(read_release(tx, row[1]), list(batches.values()), [LeftOut(*one) for one in parse_json(row[2])],
-                    CHANGES_NOTHING in detail.split("; "), parse_json(row[3]))
+                    CHANGES_NOTHING in detail.split("; "), parse_json(row[3]),
+                    [Superseded(*one) for one in parse_json(row[4])])
 
     def _keep_for_replay(self, tx: Transaction, key: IdempotencyKey | None, made: Made) -> Made:
         if key:
             tx.execute("INSERT INTO idempotency_keys (actor, idempotency_key, request_sha256, release_task_id, "
-                       "created_at, left_out, warnings) VALUES (?, ?, ?, ?, ?, ?, ?)", *key, made.release.id,
-                       self._state.now(), to_json(made.left_out), to_json(made.warnings))
+                       "created_at, left_out, warnings, superseded) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *key,
+                       made.release.id, self._state.now(), to_json(made.left_out), to_json(made.warnings),
+                       to_json(made.superseded))
         return made
 
     @staticmethod
@@ -9692,7 +9876,9 @@ class Outbox:
                     status IN ('running', 'cancelling')
                     OR (status = 'paused' AND EXISTS (
                         SELECT 1 FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'running'))
-                    OR id IN (SELECT MIN(id) FROM release_tasks WHERE status = 'pending' GROUP BY target))
+                    OR (status = 'pending' AND NOT EXISTS (
+                        SELECT 1 FROM release_tasks p WHERE p.status = 'pending' AND p.target = r.target
+                        AND (p.goes_first > r.goes_first OR (p.goes_first = r.goes_first AND p.version < r.version)))))
                     AND status IN {OPEN_RELEASES}
                 ORDER BY id""", utc_text(self._state.clock.wall() - quiet_s))]
 
@@ -9736,10 +9922,11 @@ FIRST_TICK_PERIOD_S, MAX_TICK_PERIOD_S = 60.0, 900.0
 class Claims:
     """What an executor does with releases, most of it under a claim. Each public method is one transaction."""
 
-    def __init__(self, state: DatabaseState, queue: Queue):
+    def __init__(self, state: DatabaseState, queue: Queue, releases: Releases):
         self._state = state
         self._database = state.database
         self._queue = queue
+        self._releases = releases
 
     def scan(self, owner: Who = PROGRAM) -> tuple[list[int], list[int]]:
         """Return the ids of the releases that may be claimed now, and of those that others have claimed.
@@ -9807,7 +9994,7 @@ class Claims:
             if before.status == PENDING:
                 why = no_longer_wanted(tx, before) if before.catch_up_of is not None else ""
                 if why:
-                    end_unstarted(tx, self._state, self._queue, before, owner, why)
+                    self._queue.end_unstarted(tx, before, owner, why)
                     return None
                 renumbered = self._renumber(tx, before, owner)
                 if renumbered != before and release_id not in self._queue.runnable(tx)[0]:
@@ -9904,7 +10091,12 @@ class Claims:
             self._raise_last_versions(tx, release, [node.node_id for node in begun])
             if begun and read_freezes(tx).of(stored).frozen:
                 raise StateMoved(f"a freeze came before a dispatch of {release}")
-            self._queue.write_decision(tx, release, decision, now, actor, claim)
+            write_nodes(tx, release.id, decision.changes, now)
+            rollback, text = self._releases.plan_rollback_of(tx, release) if decision.rolls_back else (None, "")
+            detail = "; ".join(filter(None, (text and decision.error_msg, text)))
+            self._queue.write_decision(tx, release, decision.with_sequel(text), now, actor, claim, detail=detail)
+            if rollback is not None:
+                self._releases.create_sequel(tx, actor, rollback)
 
     def was_written(self, claim: Claim, decision: Decision) -> bool:
         """Return whether a commit that ended in an error took place; raise ClaimLost where another owner came since.
@@ -9920,6 +10112,8 @@ class Claims:
         if decision.changes:  # only nodes are compared: an operator may have changed the release since
             return all(decided_node_values(rows[change.after.node_id]) == decided_node_values(change.after)
                        for change in decision.changes)
+        if decision.status in TERMINAL:  # its status_reason tells of the rollback, too
+            return release.status == decision.status
         return bool(decided_values(release) == decided_values(decision))
 
     def why(self, release_id: int | None, node_deadline_s: float) -> Why:
@@ -10014,16 +10208,15 @@ class Claims:
     def _renumber(self, tx: Transaction, release: Release, owner: str) -> Release:
         """Give a release that starts the next version, where nodes may have a higher one (rule 2).
 
-        It waited for its start time, or was frozen, while later ones started, or is below the first version that a
-        person named. After a failover it keeps its version, by which agents may know it already.
+        It was overtaken: it waited for something while later ones started, or one that goes first did; or it is below
+        the first version that a person named. Else it keeps its version, by which agents may know it already where a
+        failover lost its start.
         """
         first_version = tx.value("SELECT first_version FROM database_state WHERE id = 1")
         if release.version < first_version:
             why = f"agents may have versions below {first_version} (migrate --first-version)"
-        elif self._held_nobody_up(tx, release) and tx.value(
-                "SELECT COUNT(*) FROM release_tasks WHERE version > ? AND started_at IS NOT NULL", release.version):
-            waited = "waited for its time" if start_at_of(release.strategy) else "was frozen"
-            why = f"later ones went out while it {waited}"
+        elif overtaker := self._queue.overtaker(tx, release):
+            why = f"{overtaker} went out before it"
         else:
             return release
         version = self._state.next_version(tx, release.id)
@@ -10038,14 +10231,6 @@ class Claims:
         tx.after_commit.append(lambda: log.info("%s: %s", release, text,
                                                 extra=about(release, actor=owner, event="renumbered")))
         return read_release(tx, release.id)
-
-    @staticmethod
-    def _held_nobody_up(tx: Transaction, release: Release) -> bool:
-        """Return whether others could go before a pending release: for its start time, or while it was frozen."""
-        # the index release_events_of_releases
-        return bool(start_at_of(release.strategy)) or bool(tx.value(
-            "SELECT COUNT(*) FROM release_events WHERE release_task_id = ? AND node_id IS NULL AND event = ?",
-            release.id, FROZEN))
 
     @staticmethod
     def _fill_row(tx: Transaction, release: Release) -> None:
@@ -10244,7 +10429,7 @@ class Store:
         self.releases = Releases(self.state, self.audit, self.queue)
         self.history = History(self.state, self.audit)
         self.outbox = Outbox(self.state)
-        self.claims = Claims(self.state, self.queue)
+        self.claims = Claims(self.state, self.queue, self.releases)
         self.overview = OverviewReader(self.state, self.fleet, self.outbox)
 
     def written(self, nodes: Sequence[Node]) -> list[ListedNode]:
@@ -12903,6 +13088,7 @@ RELEASE_SCHEMA: Mapping[str, Any] = {
     "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
     "currentBatch": _COUNT, "errorMsg": TEXT, "strategy": _OBJECT, "payloadSha256": _SHA256,
     "selection": _OBJECT, "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL, "catchUpOf": _ID_OR_NULL,
+    "goesFirst": _FLAG, "duringFreeze": _FLAG,
     "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME}
 RELEASE_NODE_SCHEMA: Mapping[str, Any] = {
     "nodeId": ID, "nodeName": TEXT, "mainIp": TEXT,
@@ -12944,6 +13130,7 @@ _audit_fields = _row_json(AUDIT_ROW_SCHEMA)
 def release_json(release: Release) -> dict[str, Any]:
     """Return RELEASE of the contract."""
     return {**_release_fields(release), "strategy": stored_json(release.strategy),
+            "goesFirst": bool(release.goes_first), "duringFreeze": bool(release.during_freeze),
             "selection": stored_json(release.selection) if selection_of(release.selection) else {"nodeIds": []}}
 
 
@@ -12971,7 +13158,8 @@ def created_json(made: Made) -> dict[str, Any]:
     release = made.release
     return {"releaseId": release.id, "version": release.version, "totalNodes": release.total_nodes,
             "batches": [{"batch": number, "nodeIds": list(ids)} for number, ids in enumerate(made.batches, 1)],
-            "changesNothing": made.is_unchanged, **({"warnings": list(made.warnings)} if made.warnings else {})}
+            "changesNothing": made.is_unchanged, **({"warnings": list(made.warnings)} if made.warnings else {}),
+            **({"superseded": superseded_json(made.superseded)} if made.superseded else {})}
 
 
 def created_again_json(made: Made) -> dict[str, Any]:
@@ -12982,6 +13170,11 @@ def created_again_json(made: Made) -> dict[str, Any]:
 def left_out_json(left_out: Iterable[LeftOut]) -> list[dict[str, Any]]:
     """Return the nodes that were selected and do not get the release, and why."""
     return [{"nodeId": one.node_id, "nodeName": one.name, "why": one.why} for one in left_out]
+
+
+def superseded_json(superseded: Iterable[Superseded]) -> list[dict[str, Any]]:
+    """Return the releases that a new one cancels."""
+    return [_id_and_version(*one) for one in superseded]
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -12998,7 +13191,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "preflight": None if plan.max_silent is None else {"maxSilent": plan.max_silent},
             "startAt": strategy.start_at or None, "verify": _verify_json(strategy.verify) if strategy.verify else None,
             "leftOut": left_out_json(plan.left_out), "notChosen": plan.not_chosen, "emptied": list(plan.emptied),
-            "warnings": list(plan.warnings), "payloadOf": payload_of,
+            "warnings": list(plan.warnings), "superseded": superseded_json(plan.superseded), "payloadOf": payload_of,
             "effect": _effect_json(plan.effect) if plan.effect else None}
 
 
@@ -13166,7 +13359,8 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
 
     body is of parse_json(exact=True), for the payload's sake.
     """
-    known_keys(body, ("target", "reason", "payload", "strategy", "nodeIds", "labels", "exclude", "dryRun", "version"))
+    known_keys(body, ("target", "reason", "payload", "strategy", "nodeIds", "labels", "exclude", "dryRun", "version",
+                      "supersede"))
     payload = body.get("payload", {})
     body = plain_numbers({key: value for key, value in body.items() if key != "payload"})
     if "nodeIds" in body and "labels" in body:
@@ -13177,7 +13371,8 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
         parse_target(body.get("target", "cdn")), parse_text("reason", body.get("reason", "")),
         parse_payload(payload), strategy=strategy,
         node_ids=body.get("nodeIds"), labels=body.get("labels"), exclude=body.get("exclude", {}),
-        version=parse_integer("version", body["version"], NAMED_VERSIONS) if "version" in body else None)
+        version=parse_integer("version", body["version"], NAMED_VERSIONS) if "version" in body else None,
+        supersede=parse_flag("supersede", body.get("supersede", False)))
 
 
 def ref_schema(name: str) -> dict[str, str]:
@@ -13198,7 +13393,8 @@ def openapi_schemas() -> dict[str, Any]:
     left_out = _array(schema_of({"nodeId": ID, "nodeName": TEXT, "why": TEXT}))
     created = {"releaseId": ID, "version": ID, "totalNodes": _COUNT,
                "batches": _array(schema_of({"batch": ID, "nodeIds": _array(ID)})), "changesNothing": _FLAG}
-    may_warn = {"warnings": _array(TEXT)}
+    superseded = _array(schema_of({"releaseId": ID, "version": ID}))
+    may_warn = {"warnings": _array(TEXT), "superseded": superseded}
     again = {"reason": _REASON, "overNewer": _FLAG, "dryRun": _FLAG}
     chosen_ids = {**_array(ID), "minItems": 1, "uniqueItems": True}
     changes = {"total": _COUNT, "changes": {**_array(schema_of(
@@ -13249,6 +13445,7 @@ def openapi_schemas() -> dict[str, Any]:
             "preflight": {"type": ["object", "null"], "properties": {"maxSilent": _COUNT}},
             "verify": {"type": ["object", "null"]},
             "leftOut": left_out, "notChosen": _COUNT, "emptied": _array(TEXT), "warnings": _array(TEXT),
+            "superseded": superseded,
             "payloadOf": {"type": ["object", "null"], "properties": {"releaseId": ID, "version": ID}},
             "effect": schema_of({"text": TEXT, "against": _ID_OR_NULL, **changes, "openReleases": _COUNT,
                                  "running": _array(schema_of({
@@ -13262,12 +13459,12 @@ def openapi_schemas() -> dict[str, Any]:
             "payload": _OBJECT, "strategy": ref_schema("Strategy"),
             "nodeIds": chosen_ids, "labels": LABEL_CHOICE_SCHEMA,
             "exclude": schema_of({"nodeIds": chosen_ids, "labels": LABEL_CHOICE_SCHEMA}, required=[]), "dryRun": _FLAG,
-            "version": NAMED_VERSIONS.schema}, required=[])
+            "version": NAMED_VERSIONS.schema, "supersede": _FLAG}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": schema_of({"reason": _REASON}, required=[]),
         "Retry": schema_of({**again, "kinds": {**_array({"type": "string", "enum": list(ERROR_KINDS)}), "minItems": 1},
                             "nodeIds": {**_array(ID), "minItems": 1, "uniqueItems": True}}, required=[]),
-        "Rollback": schema_of({**again, "toRelease": ID}, required=[]),
+        "Rollback": schema_of({**again, "toRelease": ID, "supersede": _FLAG, "duringFreeze": _FLAG}, required=[]),
         "Resume": schema_of({"reason": _REASON, "acceptFailures": _FLAG}, required=[]),
         "Cancel": schema_of({"reason": _REASON, "force": _FLAG}, required=[]),
         "Why": schema_of({
@@ -13994,7 +14191,7 @@ class Api:
         return self._again("retry", self.store.releases.retry, request, "kinds", "nodeIds")
 
     def rollback(self, request: Request) -> Reply:
-        return self._again("rollback", self.store.releases.rollback, request, "toRelease")
+        return self._again("rollback", self.store.releases.rollback, request, "toRelease", "supersede", "duringFreeze")
 
     def _again(self, verb: str, make: Callable[[int, Who, Again, IdempotencyKey | None], Made], request: Request,
                *keys: str) -> Reply:
@@ -14002,6 +14199,8 @@ class Api:
         wish = Again(self._reason(request, "overNewer", "dryRun", *keys),
                      parse_flag("overNewer", body.get("overNewer", False)),
                      parse_release_id("toRelease", body["toRelease"]) if "toRelease" in body else None,
+                     parse_flag("supersede", body.get("supersede", False)),
+                     parse_flag("duringFreeze", body.get("duringFreeze", False)),
                      parse_kinds(body["kinds"]) if "kinds" in body else (),
                      parse_node_ids(body["nodeIds"]) if "nodeIds" in body else ())
         once = self._idempotency_key(request, f"{verb} {release_id} ")
@@ -15536,8 +15735,8 @@ def _size_of(stream: TextIO) -> os.terminal_size:
 # ======================================================================================
 # Views: a release as a person sees it: its head, a bar for each batch, its nodes, its
 #   history; and the screen of watch.
-# Uses: Vocabulary, Helpers, Model, Freezes, Failures, Status texts, Nodes, Releases,
-#   Check and why, Terminal.
+# Uses: Vocabulary, Helpers, Model, Freezes, Plan, Failures, Status texts, Audit,
+#   Nodes, Releases, Check and why, Terminal.
 # ======================================================================================
 
 # Of each status of a node: its mark in a bar.
@@ -15778,6 +15977,23 @@ class Screen:
         return [*head, *bars, *causes, *foot]
 
 
+def left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
+    """Return a line for each node that is left out, and one for those that are excluded."""
+    excluded = [one.name for one in left_out if one.why == EXCLUDED]
+    return [*(f"left out: {one.name} is {one.why}" for one in left_out if one.why != EXCLUDED),
+            *([f"excluded: {in_words(excluded)}"] if excluded else [])]
+
+
+def superseded_lines(superseded: Sequence[Superseded], verb: str) -> list[str]:
+    """Return a line for each release that another one cancels; verb: "was", or "would be"."""
+    return [f"{one} {verb} cancelled: superseded, it has not started" for one in superseded]
+
+
+def warning_lines(warnings: Iterable[str]) -> list[str]:
+    """Return a line for each warning."""
+    return [f"note: {text}" for text in warnings]
+
+
 # endregion
 
 
@@ -15901,7 +16117,8 @@ STRATEGY_OPTIONS: tuple[tuple[str, str, Callable[[Any], Any], str, str], ...] = 
     ("--soak", "soakSec", parse_duration, "TIME", "wait between batches: 90, 5m, 2h (0)"),
     ("--pause-after", "pauseAfter", lambda text: text if text == EACH else _list_of_numbers(text), "LIST",
      "pause after these batches until resume: numbers, or each"),
-    ("--on-exceed", "onExceed", str, "WHAT", "at more failures than tolerated: fail, or pause until resume (fail)"),
+    ("--on-exceed", "onExceed", str, "WHAT",
+     "at more failures than tolerated: fail, pause until resume, or rollback: fail, and go back by itself (fail)"),
     ("--node-deadline", "nodeDeadlineSec", parse_duration, "TIME", "most time for a node, from its dispatch"),
     ("--retries", "retries", _number_or_text, "N", "tries after the first"),
     ("--start-at", "startAt", str, "TIME", "start no earlier than this, like 2026-01-31T22:00:00Z"),
@@ -15943,7 +16160,8 @@ def command_create(context: Context) -> int:
         raise AppError(INVALID, "--node and --label K=V exclude each other: name one of them")
     if len(set(options.node or ())) < len(options.node or ()):
         raise AppError(INVALID, "--node must name different nodes")
-    body.update({"labels": wanted} if wanted else {}, **({"exclude": {"labels": unwanted}} if unwanted else {}))
+    body.update({"labels": wanted} if wanted else {}, **({"exclude": {"labels": unwanted}} if unwanted else {}),
+                **({"supersede": True} if options.supersede else {}))
     if options.version is not None:
         body["version"] = options.version
     store = context.open(create=True)
@@ -15972,7 +16190,7 @@ def _plan_text(plan: Plan, display: Display) -> str:
     strategy, effect = plan.strategy, plan.effect
     limits = [("version", plan.version), ("sends", payload), ("nodes", sum(map(len, plan.batches))),
               ("failures tolerated in all", plan.max_failed_total),
-              ("more failures", None if strategy.on_exceed == FAIL else "it pauses"),
+              ("more failures", {PAUSE: "it pauses", ROLLBACK: "it is rolled back"}.get(strategy.on_exceed)),
               ("nodes in flight at once, at most", strategy.max_parallel or None),
               *((f"the same for each {key}", number) for key, number in strategy.max_parallel_per.items()),
               ("asks every agent before batch 1; of these may not answer, at most", plan.max_silent),
@@ -15988,8 +16206,9 @@ def _plan_text(plan: Plan, display: Display) -> str:
         ("batch", "nodes", "may fail", *(["group"] if has_groups else []), "names"))
     emptied = [f"left without any site: {', '.join(plan.emptied)}"] if plan.emptied else []
     return "\n".join(
-        [text, *(f"{name}: {value}" for name, value in limits if value is not None), *_left_out_lines(plan.left_out),
-         *_warning_lines(plan.warnings), *emptied, *([effect_text(effect)] if effect else []),
+        [text, *(f"{name}: {value}" for name, value in limits if value is not None), *left_out_lines(plan.left_out),
+         *superseded_lines(plan.superseded, "would be"), *warning_lines(plan.warnings), *emptied,
+         *([effect_text(effect)] if effect else []),
          *(_change_lines(effect.difference, MAX_CHANGES_PLANNED) if effect and effect.difference else [])])
 
 
@@ -16016,16 +16235,6 @@ def command_diff(context: Context) -> int:
     return EXIT_NOT_SUCCESS if changes.total else EXIT_DONE
 
 
-def _left_out_lines(left_out: Iterable[LeftOut]) -> list[str]:
-    excluded = [one.name for one in left_out if one.why == EXCLUDED]
-    return [*(f"left out: {one.name} is {one.why}" for one in left_out if one.why != EXCLUDED),
-            *([f"excluded: {in_words(excluded)}"] if excluded else [])]
-
-
-def _warning_lines(warnings: Iterable[str]) -> list[str]:
-    return [f"note: {text}" for text in warnings]
-
-
 def _check_wait(options: argparse.Namespace) -> None:
     if not options.wait and (options.timeout is not None or options.until != Until()):
         raise AppError(MISSING, "--timeout and --until go with --wait")
@@ -16050,7 +16259,8 @@ def _created_text(made: Made) -> str:
     return "\n".join([
         f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
         f"{in_words([len(batch) for batch in made.batches])}", *([CHANGES_NOTHING] if made.is_unchanged else []),
-        *(_left_out_lines(made.left_out) if release.is_again else []), *_warning_lines(made.warnings)])
+        *(left_out_lines(made.left_out) if release.is_again else []), *superseded_lines(made.superseded, "was"),
+        *warning_lines(made.warnings)])
 
 
 def command_list(context: Context) -> int:
@@ -16217,7 +16427,8 @@ def command_again(context: Context) -> int:
     options = context.options
     _check_wait(options)
     reason, store = parse_text("--reason", options.reason), context.open()
-    wish = Again(reason, options.over_newer, getattr(options, "to", None), getattr(options, "kind", ()),
+    wish = Again(reason, options.over_newer, getattr(options, "to", None), bool(getattr(options, "now", False)),
+                 bool(getattr(options, "during_freeze", False)), getattr(options, "kind", ()),
                  names=getattr(options, "node", None) or ())
     if options.plan:
         return _show_plan(context, store.releases.plan_again(options.command, options.id, wish))
@@ -16236,7 +16447,7 @@ def command_catch_up(context: Context) -> int:
         made, left_out = releases.catch_up(context.actor, reason, strategy)
         document, texts = caught_up_json(made, left_out), [_created_text(one) for one in made]
     return context.show(document, "\n".join([
-        *(texts or [f"no node {'else ' if left_out else ''}is behind"]), *_left_out_lines(left_out)]))
+        *(texts or [f"no node {'else ' if left_out else ''}is behind"]), *left_out_lines(left_out)]))
 
 
 def command_freeze(context: Context) -> int:
@@ -17384,6 +17595,7 @@ COMMANDS: tuple[Command, ...] = (
                help="only to this node, or those with a name like 'edge-fra-*'; may be repeated"),
         option("--label", action="append", metavar="K=V", help=_LABELS_HELP), _EXCLUDE_OPTION,
         option("--version", type=NAMED_VERSIONS.argument, metavar="N", help="a higher version than the next one"),
+        option("--supersede", action="store_true", help="cancel the releases of the target that have not started"),
         *_STRATEGY_OPTIONS, _PLAN_OPTION,
         option("--check-agents", action="store_true", help="ask its agents whether they answer, and create nothing"),
         *_WAIT_OPTIONS)),
@@ -17450,6 +17662,9 @@ COMMANDS: tuple[Command, ...] = (
     Command("rollback", "a new release that brings back what the nodes of one had before", command_again,
             (_ID_OPTION, option("--to", type=_release_id, metavar="ID",
                                 help="the payload of this release, or latest (what most of the nodes had before)"),
+             option("--now", action="store_true",
+                    help="go first, and cancel the releases of the target that have not started"),
+             option("--during-freeze", action="store_true", help="go out in a freeze too; needs --reason"),
              *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("catch-up", "a new release for each one that nodes are behind with", command_catch_up, (
         _REASON_OPTION, *_STRATEGY_OPTIONS, _PLAN_OPTION)),

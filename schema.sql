@@ -397,4 +397,13 @@ CREATE TABLE target_freezes (
 -- 1: a person resumed a release that its preflight had paused, and accepted that; its agents are not asked again.
 ALTER TABLE release_tasks ADD COLUMN preflight_accepted INTEGER NOT NULL DEFAULT 0;
 
+-- Before those of its target that have not started, whatever their versions.
+ALTER TABLE release_tasks ADD COLUMN goes_first INTEGER NOT NULL DEFAULT 0 CHECK (goes_first IN (0, 1));
+
+-- A freeze does not hold it.
+ALTER TABLE release_tasks ADD COLUMN during_freeze INTEGER NOT NULL DEFAULT 0 CHECK (during_freeze IN (0, 1));
+
+-- The releases that were cancelled by what the key made, as JSON.
+ALTER TABLE idempotency_keys ADD COLUMN superseded TEXT NOT NULL DEFAULT '[]';
+
 INSERT INTO schema_version (version) VALUES (13);

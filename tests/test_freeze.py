@@ -232,13 +232,14 @@ def test_a_release_made_while_frozen_goes_out_with_a_later_version_where_others_
     assert freezes_of(store, held) == [("frozen", "the match")]
     assert store.claims.claim(other.id, "a", 30)
     sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = ?", other.id)
+    sql(store, "UPDATE nodes SET last_version = ?", other.version)
     sql(store, "UPDATE release_tasks SET status = 'success', claim_owner = '', claim_expires_at = NULL WHERE id = ?",
         other.id)
     store.releases.set_freeze(False, "anna", target="cdn")
     assert store.claims.claim(held.id, "a", 30)
     assert store.releases.get(held.id).version > other.version > held.version
-    assert "went out while it was frozen" in [e.detail for e in store.releases.events(held.id)
-                                              if e.event == "renumbered"][0]
+    assert "release 2 (v2) went out before it" in [e.detail for e in store.releases.events(held.id)
+                                                   if e.event == "renumbered"][0]
 
 
 def test_an_older_process_beside_us_sees_a_freeze_of_everything_and_people_set_one_by_hand(store):

@@ -140,7 +140,8 @@ def test_every_field_of_a_release_is_read_from_its_own_column(sqlite_store):
     fixed = {"id", "version", "status", "retry_of", "rollback_of", "catch_up_of"}
     with sqlite_store.database.transaction(write=True) as tx:
         tx.execute(f"UPDATE release_tasks SET {', '.join(f'{name} = ?' for name in names if name not in fixed)}",
-                   *(1000 + number for number, name in enumerate(names) if name not in fixed))
+                   *({"goes_first": 1, "during_freeze": 0}.get(name, 1000 + number)
+                     for number, name in enumerate(names) if name not in fixed))
         row = tx.row(f"SELECT {', '.join(names)} FROM release_tasks WHERE id = ?", release_id)
     release = sqlite_store.releases.get(release_id)
     assert {name: getattr(release, name) for name in names} == dict(zip(names, row))
