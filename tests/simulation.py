@@ -395,7 +395,7 @@ class SimExecutor(rc.Executor):
 
     def __init__(self, world: Simulation, settings: rc.Settings, number: int):
         store = rc.Store(world.database, SimClock(world))
-        store.claims = SimClaims(store.state, store.queue)
+        store.claims = SimClaims(store.state, store.queue, store.releases)
         super().__init__(settings, store, world.agents_stub, rc.Metrics())
         store.claims.owner = self
         self.world = world
@@ -434,12 +434,8 @@ class Simulation:
         # What labels and hung agents are made of: they leave the schedules of all else as they were.
         self.label_random = random.Random(f"labels {seed}")
         self.freeze_random = random.Random(f"freezes {seed}")
-        # The same for preflights and what agents answer them.
-        self.preflight_random = random.Random(f"preflight {seed}")
-        # Nodes whose agents answered a process that asked for a release.
-        self.answered: dict[tuple[int, str], set[int]] = {}
-        # Until when an agent leaves the questions for a release without an answer.
-        self.silent_until: dict[tuple[int, str], float] = {}
+        # The same for what goes back by itself, or is in a hurry.
+        self.back_random = random.Random(f"back {seed}")
         # The labels of each release's nodes when it was made, by its mark.
         self.labels: dict[str, dict[int, dict[str, str]]] = {}
         self.now = 0.0
@@ -468,8 +464,8 @@ class Simulation:
         self.looks_at_the_end_at = FAULTS_UNTIL_S
         self.figures = dict.fromkeys((
             "runs", "crashes", "stops", "suspensions", "take-overs", "lost answers", "restarts", "database faults",
-            "commits", "verbs", "levels unknown", "full labels", "hung", "preflights", "silent", "whys",
-            "whys that stop"), 0)
+            "commits", "verbs", "levels unknown", "full labels", "hung", "whys", "whys that stop", "rolled back",
+            "not rolled back", "superseded", "rollbacks now", "during a freeze", "overtaken"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
         self.database = SimDatabase(self)
         self.is_set_up = False
@@ -509,6 +505,7 @@ class Simulation:
                                       "test")
         if self.steering:
             self.at(self.random.uniform(0, 5), self._steer)
+            self._hurry_now_and_then()
         elif self.faults and self.random.random() < 0.4:
             verb = self.random.choice(["pause", "cancel"])
             self.at(self.random.uniform(0, 20), lambda: self._act(verb))
@@ -530,10 +527,51 @@ class Simulation:
         strategy = {key: self.random.choice(values) for key, values in choices.items() if self.random.random() < 0.4}
         if self.label_random.random() < 0.4:
             strategy["maxParallelPer"] = self.label_random.choice([{"rack": 1}, {"rack": 2}, {"rack": 1, "region": 2}])
-        if self.preflight_random.random() < 0.3:
-            is_strict = self.preflight_random.random() < 0.5
-            strategy.update({"preflight": True, **({"retries": 1, "maxFailedTotal": 0} if is_strict else {})})
+        if self.back_random.random() < 0.5:
+            strategy["onExceed"] = rc.ROLLBACK
         return strategy
+
+    def _hurry_now_and_then(self) -> None:
+        for _ in range(self.back_random.randint(1, 6)):
+            self.at(self.back_random.uniform(1, FAULTS_UNTIL_S), self._hurry)
+        # something to go back to, and what is likely to fail
+        self.at(0.1, lambda: self._create_plain({"maxFailed": "100%"}))
+        for _ in range(2):
+            self.at(self.back_random.uniform(5, FAULTS_UNTIL_S), lambda: self._create_plain(
+                {"onExceed": rc.ROLLBACK, "batches": ["100%"], "retries": 0}))
+
+    def _create_plain(self, strategy: dict[str, typing.Any]) -> None:
+        with contextlib.suppress(rc.AppError):
+            self.store.releases.create(rc.ReleaseRequest(payload=self._payload(), strategy=strategy), "test")
+
+    def _hurry(self) -> None:
+        """Make a release that supersedes others, or roll one back at once, in a freeze too."""
+        ended = self.database.look_in("SELECT id FROM release_tasks WHERE status IN ('success', 'partial', 'failed') "
+                                      "ORDER BY id DESC LIMIT 3")
+        target = self.back_random.choice(["cdn", "dns"])
+        is_new, strategy = not ended or self.back_random.random() < 0.4, self._strategy()
+        wish = rc.Again("in a hurry", True, supersede=self.back_random.random() < 0.7,
+                        during_freeze=self.back_random.random() < 0.5)
+        release_id = 0 if is_new else self.back_random.choice(ended)[0]
+        try:
+            if not is_new and self.back_random.random() < 0.3:
+                self.store.releases.set_freeze(True, "anna", "holidays")
+            made = self.store.releases.create(rc.ReleaseRequest(
+                target, payload=self._payload(), strategy=strategy, supersede=True), "anna") if is_new \
+                else self.store.releases.rollback(release_id, "anna", wish)
+        except rc.AppError as error:
+            self.note(f"not in a hurry: {error}")
+            return
+        self.figures["superseded"] += len(made.superseded)
+        self.figures["rollbacks now"] += not is_new
+        self.figures["during a freeze"] += not is_new and wish.during_freeze and bool(self.store.releases.freezes().on)
+        others = self.database.look_in("""
+            SELECT id
+            FROM release_tasks
+            WHERE target = ? AND id <> ? AND started_at IS NULL AND status IN ('pending', 'paused')""",
+                                       made.release.target, made.release.id)
+        if others and (is_new or wish.supersede):
+            self.fail(f"section 7: {made.release} superseded {made.superseded}, and there still are {others}")
 
     def _labels(self) -> str:
         """Return the labels of a node; each is in a rack."""
@@ -578,19 +616,22 @@ class Simulation:
         self.store.releases.set_freeze(is_on, "anna", "holidays", target, until)
         self.note(f"freeze {'on' if is_on else 'off'} {target} {until or ''}")
 
-    def _frozen_s(self, rows_of: Callable[[str], list]) -> Callable[[str], float]:
-        """Return for how long each target is frozen still, by another way than releasectl's."""
+    def _frozen_s(self, rows_of: Callable[[str], list]) -> Callable[[str, int], float]:
+        """Return for how long a release of each target is frozen still, unless it passes a freeze.
+
+        By another way than releasectl's.
+        """
         left = [(target, rc.epoch_of(until) - rc.epoch_of(rc.utc_text(self.wall)) if until else float("inf"))
                 for target, until in rows_of("SELECT '', until FROM release_freeze WHERE frozen = 1 "
                                              "UNION ALL SELECT target, until FROM target_freezes")]
-        return lambda wanted: max((left_s for target, left_s in left if target in ("", wanted)), default=0.0)
+        return lambda wanted, passes: 0.0 if passes else max(
+            (left_s for target, left_s in left if target in ("", wanted)), default=0.0)
 
     def _use(self, verb: str, release_id: int) -> None:
         if verb == "freeze":
             return
         before = self.store.releases.get(release_id)
-        accepts_at_once = "preflight" in before.strategy and self.preflight_random.random() < 0.3
-        for accepts in (accepts_at_once, not accepts_at_once):
+        for accepts in (False, True):
             more: typing.Any = {"accept_failures": accepts} if verb == "resume" else {}
             with contextlib.suppress(rc.AppError):
                 more = {"accept_failures": accepts} if verb == "resume" else {}
@@ -774,10 +815,6 @@ class Simulation:
         send = Send(next(self.numbers), owner, driver.lease.claim.release_id, node.node_id, node.main_ip,
                     task.version, str(rc.parse_json(task.payload).get("mark", "")))
 
-        if op == rc.PING:
-            self._ask(owner, driver, node, answer)
-            return
-
         def leave() -> None:
             if op == rc.DISPATCH and not driver.may_dispatch(written_at):
                 answer(rc.Outcome(op, rc.NOT_SENT))
@@ -791,21 +828,6 @@ class Simulation:
             self._travel(send, op, task, answer)
         else:
             self.at(self.random.choice([0.0, 0.0, 0.01, CONNECT_S * 0.9]), leave, owner)
-
-    def _ask(self, owner: SimExecutor, driver: SimDriver, node: rc.ReleaseNode, answer) -> None:
-        """Ask an agent whether it answers, which is all that it does then."""
-        chance, agent = self.preflight_random, self.agents[node.main_ip]
-        until = self.silent_until.setdefault((driver.lease.claim.release_id, agent.address),
-                                             self.now + chance.choice([0.0, 20.0]))
-        is_bad = self.faults and self.now < FAULTS_UNTIL_S and (self.now < until or chance.random() < 0.1)
-        is_silent = is_bad or self.now < max(agent.is_down_until, agent.is_bad_until)
-
-        def hear() -> None:
-            if not is_silent:
-                self.answered.setdefault((driver.lease.claim.release_id, owner.owner), set()).add(node.node_id)
-            answer(rc.Outcome(rc.PING, rc.UNSENT, "", rc.UNREACHABLE, "refused") if is_silent else
-                   rc.Outcome(rc.PING, rc.SUCCESS))
-        self.at(chance.choice([0.0, 0.01, CONNECT_S * 0.9]), hear, owner)
 
     def note_known(self, owner: SimExecutor, release_id: int) -> None:
         """Take down that a process wrote to a release: what it had heard by then is known from now on."""
@@ -1052,9 +1074,10 @@ class Simulation:
             holders = {id_: (owner, fence) for id_, owner, fence in tx.rows(
                 "SELECT id, claim_owner, claim_fence FROM release_tasks")}
             frozen_s = self._frozen_s(tx.rows)
-            for release_id, status, target in tx.rows("SELECT id, status, target FROM release_tasks"):
+            for release_id, status, target, passes in tx.rows(
+                    "SELECT id, status, target, during_freeze FROM release_tasks"):
                 self.ledger.note_held(release_id, float("inf") if status in (rc.PAUSED, rc.PENDING) else frozen_s(
-                    target) if status == rc.RUNNING else 0.0, self.now)
+                    target, passes) if status == rc.RUNNING else 0.0, self.now)
             events = tx.rows("SELECT id, release_task_id, node_id, from_status, to_status, actor, event "
                              "FROM release_events WHERE id > ? ORDER BY id", self.ledger.seen_events)
         if self.steering:
@@ -1074,18 +1097,21 @@ class Simulation:
         known = self.ledger.statuses.get(subject, "" if node_id is None else "pending")
         if node_id is None and (event == "renumbered" or not before):
             self._check_number(release_id)
+            self.figures["overtaken"] += event == "renumbered"
         if before == after == known:
             return  # the freeze, which changes no status
         if before != known or not contract.may_follow(node_id, before, after):
             self.fail(f"section 3: {subject} went from {before} to {after}, and was {known}")
         self.ledger.statuses[subject] = after
-        if actor.startswith("owner"):
+        if actor.startswith("owner") and before:  # not the rollback that it creates with an end
             held_by = (self.ledger.holders.get(release_id, ("", 0))[0], holders[release_id][0])
             if actor not in held_by:
                 self.fail(f"rule 9: {actor} wrote on release {release_id}, which is {held_by}'s")
         if node_id is None:
             if (before, after) == ("pending", "running"):
                 self._check_turn(release_id)
+            elif after in contract.TERMINAL:
+                self._check_rollback(release_id, after)
         elif after == "running":
             since = self.now if self.decided_at is None else self.decided_at
             self.ledger.begun[release_id, node_id] = (since, self.ledger.held_so_far(release_id, self.now))
@@ -1109,19 +1135,40 @@ class Simulation:
                       f"v{self.running.seen_version}")
         self.running.seen_version = version
 
+    def _check_rollback(self, release_id: int, status: str) -> None:
+        """Check that a release has its rollback at its end where its strategy wants that, and else none (rule 10)."""
+        (text, reason, error, version, of_release), = self.database.look_in("""
+            SELECT strategy, status_reason, error_msg, version, rollback_of
+            FROM release_tasks
+            WHERE id = ?""", release_id)
+        found = self.database.look_in("SELECT id, goes_first, status, version, rollback_of FROM release_tasks "
+                                      "WHERE rollback_of = ? AND reason LIKE 'automatic%'", release_id)
+        is_wanted = status == "failed" and error.startswith("node ") and of_release is None and rc.parse_json(
+            text).get("onExceed") == "rollback"
+        is_refused = "; not rolled back, as " in reason
+        self.figures["rolled back"] += len(found)
+        self.figures["not rolled back"] += is_refused
+        if len(found) + is_refused != is_wanted:
+            self.fail(f"rule 10: release {release_id} ended {status} ({reason}), and has the rollbacks {found}")
+        for number, goes_first, its_status, its_version, _ in found:
+            if (goes_first, its_status) != (1, "pending") or its_version <= version or (
+                    f"release {number} rolls it back" not in reason):
+                self.fail(f"rule 10: release {release_id} (v{version}, {reason}) has the rollback {found}")
+
     def _check_turn(self, release_id: int) -> None:
         """Check that a release that starts waits for no other (rule 2)."""
         if self.running is not None:
             self.running.seen_version = max(self.running.seen_version, self.versions[release_id])
-        (target, version, strategy), = self.database.look_in(
-            "SELECT target, version, strategy FROM release_tasks WHERE id = ?", release_id)
+        (target, version, strategy, goes_first, passes), = self.database.look_in(
+            "SELECT target, version, strategy, goes_first, during_freeze FROM release_tasks WHERE id = ?", release_id)
         now, frozen_s = rc.utc_text(self.wall), self._frozen_s(self.database.look_in)
-        if frozen_s(target) > 0:
+        if frozen_s(target, passes) > 0:
             self.fail(f"section 7: release {release_id} started while {target} is frozen")
         if self._start_at(strategy) > now:
             self.fail(f"section 7: release {release_id} started before {self._start_at(strategy)}")
         for other in self.database.look_in("""
-                SELECT DISTINCT r.id, r.version, r.status, r.started_at, r.strategy, r.target
+                SELECT DISTINCT r.id, r.version, r.status, r.started_at, r.strategy, r.target, r.goes_first,
+                       r.during_freeze
                 FROM release_tasks r
                 WHERE r.status IN ('pending', 'running', 'paused', 'cancelling') AND r.id <> ?
                   AND (r.target = ? OR EXISTS (
@@ -1129,10 +1176,11 @@ class Simulation:
                        WHERE n.release_task_id = r.id AND h.main_ip IN (
                              SELECT g.main_ip FROM release_task_nodes m JOIN nodes g ON g.id = m.node_id
                              WHERE m.release_task_id = ?)))""", release_id, target, release_id):
-            _, other_version, status, started_at, other_strategy, other_target = other
+            _, other_version, status, started_at, other_strategy, other_target, other_goes_first, other_passes = other
             # one that has a startAt, or is frozen, takes a later version when it starts
-            is_lower = other_version < version and not self._start_at(other_strategy) and not frozen_s(other_target)
-            if is_lower or (status != rc.PENDING and started_at):
+            waits = self._start_at(other_strategy) or frozen_s(other_target, other_passes)
+            is_before = (not other_goes_first, other_version) < (not goes_first, version) and not waits
+            if is_before or (status != rc.PENDING and started_at):
                 self.fail(f"rule 2: release {release_id} ({target}, v{version}) started before {other}")
 
     @staticmethod
@@ -1196,13 +1244,12 @@ class Simulation:
         """Check section 7 of the contract: begun are the nodes whose first dispatch was just committed."""
         with rc.Database.transaction(self.database) as tx:
             frozen_s = self._frozen_s(tx.rows)
-            releases = tx.rows("SELECT id, status, strategy, passed_batch, payload, target, preflight_accepted, "
-                               "error_msg FROM release_tasks")
-            rows = tx.rows("SELECT n.release_task_id, n.node_id, n.batch, n.status, n.accepted, h.main_ip, n.attempts, "
-                           "n.error_kind "
+            releases = tx.rows("SELECT id, status, strategy, passed_batch, payload, target, during_freeze "
+                               "FROM release_tasks")
+            rows = tx.rows("SELECT n.release_task_id, n.node_id, n.batch, n.status, n.accepted, h.main_ip "
                            "FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id")
             labels = dict(tx.rows("SELECT id, labels FROM nodes"))
-        for release_id, status, text, passed, payload, target, goes_on, error_msg in releases:
+        for release_id, status, text, passed, payload, target, passes in releases:
             strategy, content = rc.parse_json(text), rc.parse_json(payload)
             mark, is_broken = content["mark"], "websites" not in content
             nodes = [row[1:] for row in rows if row[0] == release_id]
@@ -1215,13 +1262,8 @@ class Simulation:
                 if unseen:
                     self.fail(f"section 7: release {release_id} calls nodes a success that no probes passed: {unseen}")
             exceeded = self._is_exceeded(strategy, nodes)
-            if "preflight" in strategy and not goes_on:
-                self._check_preflight(release_id, mark, strategy, nodes, mine)
-            if status == "failed" and error_msg.startswith("preflight: "):
-                self._check_nothing_sent(release_id, mark, nodes)
-                continue
             is_partial = any(node[2] == "failed" for node in nodes)
-            may_fail = is_broken or not nodes or (exceeded and strategy.get("onExceed", "fail") == "fail")
+            may_fail = is_broken or not nodes or (exceeded and strategy.get("onExceed") != "pause")
             if status == "failed" and not may_fail:
                 self.fail(f"section 7: release {release_id} failed within its limits: {strategy} {nodes}")
             if status in ("partial", "success") and (exceeded or is_partial != (status == "partial")):
@@ -1229,8 +1271,8 @@ class Simulation:
             if not mine:
                 continue
             name = f"section 7: release {release_id} dispatched {mine}"
-            if frozen_s(target) > 0 or status != "running" or exceeded:
-                self.fail(f"{name} while {status}, frozen for {frozen_s(target)} s, exceeded {exceeded}")
+            if frozen_s(target, passes) > 0 or status != "running" or exceeded:
+                self.fail(f"{name} while {status}, frozen for {frozen_s(target, passes)} s, exceeded {exceeded}")
             parallel = sum(node[2] == "running" for node in nodes)
             if parallel > strategy.get("maxParallel", 0) > 0:
                 self.fail(f"{name}: {parallel} in flight")
@@ -1247,32 +1289,6 @@ class Simulation:
                     if node[1] == batch - 1 and node[2] == "success" and max(
                             self.verified[mark, node[4]]) < over - 0.002:
                         self.fail(f"{name}, and {node} was not looked at again after its soak")
-
-    def _check_preflight(self, release_id: int, mark: str, strategy: dict, nodes: list[tuple],
-                         mine: list[tuple[int, int]]) -> None:
-        """Check that enough agents had answered whoever writes the first dispatches of a release."""
-        begun = {node[0] for node in nodes if node[5]}
-        if not mine or begun != {node_id for node_id, _ in mine} or self.running is None:
-            return
-        self.figures["preflights"] += 1
-        answered = self.answered.get((release_id, self.running.owner), set())
-        silent = [node[0] for node in nodes if node[0] not in answered and node[2] != "failed" and not node[3]]
-        if len(silent) > self._most_silent(strategy, len(nodes)):
-            self.fail(f"section 7: release {release_id} began though {silent} did not answer: {strategy} {nodes}")
-
-    def _check_nothing_sent(self, release_id: int, mark: str, nodes: list[tuple]) -> None:
-        """Check that a release that its preflight has ended reached no agent."""
-        name = f"section 7: release {release_id} ended by its preflight"
-        if any(send.has_left and not send.lost_in for send in self.sends if send.mark == mark):
-            self.fail(f"{name}, and something was sent: {nodes}")
-        if any(node[2] not in ("failed", "skipped") or node[5] for node in nodes):
-            self.fail(f"{name}: {nodes}")
-        self.figures["silent"] += self.ledger.statuses.get((release_id, None)) != "failed"
-
-    @staticmethod
-    def _most_silent(strategy: dict, whole: int) -> int:
-        limit = strategy.get("maxFailedTotal", strategy.get("maxFailed", 0))
-        return limit if isinstance(limit, int) else int(limit.rstrip("%")) * whole // 100
 
     def _note_rest(self, release_id: int, nodes: list[tuple]) -> None:
         """Take down which batches are at rest, by the moment of the decision that is being committed."""
@@ -1337,16 +1353,16 @@ class Simulation:
             free, _ = self.store.queue.runnable(tx)
             rows = tx.rows("""
                 SELECT r.id, r.status, r.claim_owner, r.claim_expires_at, SUM(n.status = 'running'),
-                       SUM(n.status = 'pending'), r.target
+                       SUM(n.status = 'pending'), r.target, r.during_freeze
                 FROM release_tasks r JOIN release_task_nodes n ON n.release_task_id = r.id
                 WHERE r.status IN ('pending', 'running', 'paused', 'cancelling') GROUP BY r.id""")
         noted = {owner.owner for owner in self.owners if self.now - owner.noted_at < period_s - 0.01}
-        for release_id, status, holder, expires, running, pending, target in rows:
+        for release_id, status, holder, expires, running, pending, target, passes in rows:
             why = self.store.claims.why(release_id, self.deadline_s)
             said = {step.name: step for step in why.steps}
             stops = {step.name for step in why.steps if step.state == rc.STOPS}
             is_claimed = bool(expires) and now < rc.epoch_of(expires) <= now + rc.MAX_CLAIM_TTL_S
-            is_frozen = frozen_s(target) == float("inf") and (status == rc.PENDING or pending)
+            is_frozen = frozen_s(target, passes) == float("inf") and (status == rc.PENDING or pending)
             wanted = {name for name, holds in (("freeze", is_frozen), ("pause", status == rc.PAUSED)) if holds}
             if not self.restores and self.clock_set_at < 0:  # else its row may be gone, or of another time
                 wanted |= {"executor"} if not noted and not (is_claimed and holder in noted) else set()
@@ -1379,6 +1395,17 @@ class Simulation:
             if kind == "deadline" and not self.steering:
                 self.fail(f"{address} was forgotten until its deadline")
         self._check_levels()
+        twice = self.database.look_in("SELECT rollback_of, COUNT(*) FROM release_tasks WHERE reason LIKE 'automatic%' "
+                                      "GROUP BY rollback_of HAVING COUNT(*) > 1")
+        if twice:
+            self.fail(f"rule 10: releases went back by themselves more than once: {twice}")
+        surpassed = [] if self.is_shared else self.database.look_in(
+            "SELECT release_task_id, node_id, error_msg FROM release_task_nodes "
+            "WHERE error_msg LIKE 'node has version %'")
+        if surpassed:
+            self.fail(f"rule 2: releases that others overtook kept their versions: {surpassed}")
+
+    is_shared = False
 
     def _check_levels(self) -> None:
         """What is said of each node's payload is what its agent has, or it is said that nobody knows."""
@@ -1405,6 +1432,7 @@ class SharedSimulation(Simulation):
     """The world in which releases share nodes, databases go back, and clocks are set."""
 
     deadline_s = SHORT_DEADLINE_S
+    is_shared = True
     slowness = 2
     kinds = (*Simulation.kinds, "restart", "clock", "clock", "restore", "bad agent", "long hold",
              "long hold")
@@ -1429,6 +1457,7 @@ class SharedSimulation(Simulation):
         if self.random.random() < (0.6 if self.twin else 0.2):
             self.at(self.random.uniform(1, FAULTS_UNTIL_S), self._create_by_hand)
         self.at(self.random.uniform(0, 5), self._steer)
+        self._hurry_now_and_then()
         for _ in range(3):
             self.at(self.label_random.uniform(0, FAULTS_UNTIL_S), self._change_labels)
         if self.faults:
@@ -1659,14 +1688,20 @@ def _heard(outcome: rc.Outcome) -> str:
 
 def run_seed(seed: int, world: str = PLAIN, **options) -> Simulation:
     """Run one schedule; raise Violation, with the schedule, when a promise is broken."""
-    real_driver = rc.Driver
-    rc.Driver = SimDriver
+    real_driver, plan_rollback, numbers = rc.Driver, rc.plan_rollback, itertools.count(1)
+
+    def plan_marked(tx, old, wish):
+        """Plan a rollback with a mark of its own: by it what agents ran is told apart."""
+        request, *rest = plan_rollback(tx, old, wish)
+        mark = f"{request.payload['mark']} for {old.id}, {next(numbers)}"
+        return (request._replace(payload={**request.payload, "mark": mark}), *rest)
+    rc.Driver, rc.plan_rollback = SimDriver, plan_marked
     try:
         simulation = (SharedSimulation if world == SHARED else Simulation)(seed, world=world, **options)
         with contextlib.closing(simulation.database):
             return simulation.run()
     finally:
-        rc.Driver = real_driver
+        rc.Driver, rc.plan_rollback = real_driver, plan_rollback
 
 
 if __name__ == "__main__":

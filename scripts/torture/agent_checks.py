@@ -136,7 +136,8 @@ class _NodeCheck:
 
     def _higher(self) -> list[Sent]:
         """Return the higher versions that the agent was sent before this release for the last time."""
-        last = max((one.at for one in self._sent if one.content == self.release.content), default=float("inf"))
+        mine = (self.release.version, self.release.content)
+        last = max((one.at for one in self._sent if (one.version, one.content) == mine), default=float("inf"))
         return [one for one in self._sent if one.version > self.release.version and one.at < last]
 
     def _is_blind(self) -> bool:

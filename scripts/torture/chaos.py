@@ -341,6 +341,8 @@ class Chaos:
         tables = retry(lambda: read_tables(self._database))
         self._figures.count("releases", len(tables.releases))
         self._figures.count("releases that were success", sum(r.status == "success" for r in tables.releases))
+        self._figures.count("releases that went back by themselves",
+                            sum(r.reason.startswith("automatic rollback") for r in tables.releases))
         self._figures.count("tasks run", sum(len(agent.runs) for agent in self._agents.all))
         self._figures.count("dispatches read by agents", sum(len(self._agents.sent(a)) for a in self._agents.all))
         if self._figures.add(self._findings(tables), "random phase"):

@@ -20,6 +20,7 @@ ZEROS = {
     "overlaps": "overlaps",
     "two": "addresses with two tasks",
     "order": "releases out of order",
+    "back": "releases without their one rollback",
     "lower": "lower versions sent",
     "reused": "versions given out again",
     "ids": "task ids of two releases",

@@ -249,10 +249,23 @@ def _watched_request(injector: Injector, name: str, method: Callable[..., Any]) 
     return wrapped
 
 
+def mark_rollbacks() -> None:
+    """Let each rollback have a payload of its own: by it agents and tables are compared."""
+    plan_rollback = rc.plan_rollback
+
+    def plan_marked(tx: rc.Transaction, old: rc.Release, wish: rc.Again) -> tuple[rc.ReleaseRequest, rc.Plan,
+                                                                                  list[rc.Node]]:
+        request, plan, nodes = plan_rollback(tx, old, wish)
+        mark = f"{request.payload.get('mark')}, for {old.id}, {rc.new_tag()}"
+        return request._replace(payload={**request.payload, "mark": mark}), plan, nodes
+    rc.plan_rollback = plan_marked
+
+
 def run_injected(injections: str, command: Sequence[str]) -> int:
     """Run a command of releasectl under injections; return its exit code."""
     injector = Injector(parse_injections(injections))
     install(injector)
+    mark_rollbacks()
     try:
         return int(rc.main(list(command)))
     finally:

@@ -1,4 +1,4 @@
-"""An operator who creates releases as long as few are open, and pauses, resumes and cancels some."""
+"""An operator who creates releases as long as few are open, and pauses, resumes, cancels and rolls back some."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import releasectl as rc
 
 from .agents import RecordedAgents
 from .figures import Figures
+from .injector import mark_rollbacks
 from .tables import read_open_releases
 
 
@@ -33,6 +34,7 @@ class Operator:
         self.created: list[str] = []  # the contents of releases whose creation was confirmed
         self.refusal = ""  # the last one
         self._url, self._agents, self._figures, self._random = url, agents, figures, random.Random(seed)
+        mark_rollbacks()
         self._store = rc.Store(rc.Database(url))
         self._marks = itertools.count(1)
         self._stopped = threading.Event()
@@ -81,6 +83,8 @@ class Operator:
             self._act("pause", release_id)
         elif status and dice > 0.995:
             self._act("cancel", release_id)
+        elif dice > 0.985:
+            self._roll_back()
 
     def _create(self) -> None:
         """Make a release for all nodes or for some; some start later than others that are made after them."""
@@ -93,13 +97,29 @@ class Operator:
             nodes, self._random.randint(1, max(len(nodes) // 4, 1)))
         strategy = {"startAt": rc.utc_text(time.time() + self._random.uniform(0.5, 4.0))} if (
             self._random.random() < 0.1) else {}
+        if self._random.random() < 0.4:
+            strategy["onExceed"] = rc.ROLLBACK
         mark = next(self._marks)
         payload = {**SITES, "mark": mark}
         content = payload_sha256(payload)
         self._agents.losses.created_at[content] = time.monotonic()
-        self._store.releases.create(rc.ReleaseRequest(
-            self._random.choice(self.TARGETS), f"mark {mark}", payload, strategy=strategy, node_ids=chosen), "torture")
+        made = self._store.releases.create(rc.ReleaseRequest(
+            self._random.choice(self.TARGETS), f"mark {mark}", payload, strategy=strategy, node_ids=chosen,
+            supersede=self._random.random() < 0.05), "torture")
+        self._figures.count("releases superseded", len(made.superseded))
         self.created.append(content)
+
+    def _roll_back(self) -> None:
+        """Roll one of the last releases back at once, before all that has not started."""
+        with self._store.database.transaction() as tx:
+            ended = [row[0] for row in tx.rows(
+                "SELECT id FROM release_tasks WHERE status IN ('success', 'partial', 'failed', 'cancelled') "
+                "ORDER BY id DESC LIMIT 20")]
+        with contextlib.suppress(rc.AppError, rc.StateMoved):
+            made = self._store.releases.rollback(self._random.choice(ended), "torture", rc.Again(
+                "in a hurry", True, supersede=True)) if ended else None
+            self._figures.count("operator's rollback --now", int(made is not None))
+            self._figures.count("releases superseded", len(made.superseded) if made else 0)
 
     def _swap_twins(self) -> None:
         """Enter a host anew under its other name, as a person does by hand."""

@@ -26,6 +26,11 @@ class ReleaseRow(NamedTuple):
     finished_at: str | None
     claim_expires_at: str | None
     content: str  # payload_sha256 of the payload
+    strategy: str
+    status_reason: str
+    error_msg: str
+    reason: str
+    rollback_of: int | None
 
 
 class NodeRow(NamedTuple):
@@ -62,7 +67,8 @@ def read_tables(database: rc.Database) -> Tables:
     with database.transaction() as tx:
         releases = [ReleaseRow(*row) for row in tx.rows(
             "SELECT id, version, status, total_nodes, success_nodes, failed_nodes, finished_at, "
-            "claim_expires_at, payload FROM release_tasks ORDER BY id")]
+            "claim_expires_at, payload, strategy, status_reason, error_msg, reason, rollback_of "
+            "FROM release_tasks ORDER BY id")]
         return Tables(
             [release._replace(content=payload_sha256(json.loads(release.content))) for release in releases],
             [NodeRow(*row) for row in tx.rows(
@@ -92,6 +98,7 @@ def check_tables(tables: Tables) -> Iterator[Finding]:
         yield from _check_release(release, nodes.get(release.id, []))
     yield from _check_histories(tables)
     yield from _check_order(tables)
+    yield from _check_rollbacks(tables)
     yield from _check_addresses(tables)
     yield from _check_task_ids(tables)
 
@@ -142,6 +149,20 @@ def _check_order(tables: Tables) -> Iterator[Finding]:
             yield Finding("order", f"release {high.id} (v{high.version}) began at event {started[high.id]}, release "
                                    f"{low.id} (v{low.version}) was under way from {started[low.id]} to "
                                    f"{ended.get(low.id)}: both have {min(common)}")
+
+
+def _check_rollbacks(tables: Tables) -> Iterator[Finding]:
+    """Yield the releases that ended by onExceed without one rollback that both name, and those that have one else."""
+    for release in tables.releases:
+        found = [one for one in tables.releases
+                 if one.rollback_of == release.id and one.reason.startswith("automatic rollback")]
+        goes_back = release.rollback_of is None and json.loads(release.strategy).get("onExceed") == "rollback"
+        is_wanted = goes_back and release.status == "failed" and release.error_msg.startswith("node ")
+        is_refused = "; not rolled back, as " in release.status_reason
+        is_named = all(f"release {one.id} rolls it back" in release.status_reason and
+                       f"rollback of release {release.id} " in one.reason for one in found)
+        if len(found) + is_refused != is_wanted or not is_named:
+            yield Finding("back", f"{release}: {found}")
 
 
 def _check_addresses(tables: Tables) -> Iterator[Finding]:
