@@ -6785,6 +6785,8 @@ class Database:
                 before = version if before is None else before
                 self._refuse_newer(version, len(steps))
                 if version == len(steps):
+                    if isinstance(self.engine, SqliteEngine):
+                        _guard_types(tx)
                     return before, version
                 done = version + 1 if version else len(steps)
                 for statement in self.engine.no_limits_sql:
@@ -6824,6 +6826,40 @@ def _fill_digests(tx: Transaction) -> None:
     while row := tx.row("SELECT id, payload FROM release_tasks WHERE id > ? ORDER BY id LIMIT 1", release_id):
         release_id = row[0]
         tx.execute("UPDATE release_tasks SET payload_sha256 = ? WHERE id = ?", digest_of_stored(row[1]), release_id)
+
+
+# What a column of SQLite takes, by its declared type, and when a value is none; what can be made one it makes one.
+_A_WHOLE_NUMBER = "whole number", "typeof({0}) <> 'integer' AND {0} IS NOT NULL"
+_TYPES = {"TEXT": ("text", "typeof({0}) = 'blob'"), "DOUBLE PRECISION": ("number", "typeof({0}) IN ('text', 'blob')")}
+
+
+def _guard_types(tx: Transaction) -> None:
+    """Let SQLite refuse values that are not of their column's type, as PostgreSQL does, and mend those that are there.
+
+    One of them fails each query that reads or compares it, so a single row written by hand would stop all releases.
+    Triggers, as no constraint can be added to a table; they are made anew where its columns changed.
+    """
+    for table, in tx.rows("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"):
+        columns = [(name, default, *_TYPES.get(kind, _A_WHOLE_NUMBER)) for name, kind, default in
+                   tx.rows("SELECT name, type, dflt_value FROM pragma_table_info(?)", table)]
+        cases = " ".join(f"WHEN {misfit.format('NEW.' + name)} THEN RAISE(ABORT, '{table}.{name} takes a {word}')"
+                         for name, _, word, misfit in columns)
+        guards = {f"{table}_types_{act.lower()}": f"AFTER {act} ON {table} BEGIN SELECT CASE {cases} END; END"
+                  for act in ("INSERT", "UPDATE")}
+        known = dict(tx.rows("SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ?", table))
+        if all(known.get(name) == f"CREATE TRIGGER {name} {guard}" for name, guard in guards.items()):
+            continue
+        for name in guards:
+            tx.execute(f"DROP TRIGGER IF EXISTS {name}")
+        for name, default, word, misfit in columns:
+            for row_id, value in tx.rows(f"SELECT rowid, {name} FROM {table} WHERE {misfit.format(name)}"):
+                tx.execute(f"UPDATE {table} SET {name} = " + (
+                    f"CAST({name} AS TEXT)" if word == "text" else default or "1") + " WHERE rowid = ?", row_id)
+                now = tx.value(f"SELECT {name} FROM {table} WHERE rowid = ?", row_id)
+                log.warning("%s, row %d: %s was %s, which is no %s: it is %s now", table, row_id, name,
+                            one_line(repr(value), 100), word, one_line(repr(now), 100))
+        for name, guard in guards.items():
+            tx.execute(f"CREATE TRIGGER {name} {guard}")
 
 
 @functools.lru_cache(maxsize=1)
