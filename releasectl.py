@@ -3512,12 +3512,22 @@ def left_out_nodes(nodes: Iterable[Node]) -> list[LeftOut]:
 
 def refuse_twins(nodes: Iterable[Node]) -> None:
     """Raise AppError(WRONG_STATE) for two nodes with one address, which would get a task twice at once (section 2)."""
+    twins = twins_of(nodes)
+    if twins:
+        raise AppError(WRONG_STATE, twins_text(*twins))
+
+
+def twins_of(nodes: Iterable[Node]) -> tuple[Node, Node] | None:
+    """Return the first two nodes with one address, None where there are none."""
     seen: dict[Endpoint, Node] = {}
-    for node in nodes:
-        twin = seen.setdefault(node.endpoint, node)
-        if twin is not node:
-            raise AppError(WRONG_STATE, f"nodes {twin.name} and {node.name} have one address, "
-                                        f"{node.main_ip}:{node.agent_port}: disable one of them")
+    pairs = ((seen.setdefault(node.endpoint, node), node) for node in nodes)
+    return next(((first, second) for first, second in pairs if first is not second), None)
+
+
+def twins_text(first: Node, second: Node) -> str:
+    """Return that two nodes have one address."""
+    return (f"nodes {first.name} and {second.name} have one address, {second.main_ip}:{second.agent_port}: disable one "
+            "of them")
 
 
 def refuse_dropping_sites(payload: Mapping[str, Any], nodes: Iterable[Node | ReleaseNode], code: int = INVALID,
@@ -4352,8 +4362,7 @@ def describe(status: str, situation: Situation) -> str:
         return one_line(_cause(situation))
     if status == CANCELLED:
         return f"{len(nodes.of[SUCCESS])} of {len(nodes)} nodes updated"
-    running = nodes.of[RUNNING].values()
-    waiting = f"waiting for {_names(running)} to end" if running else ""
+    waiting = _awaited_text(nodes.of[RUNNING].values())
     if status == CANCELLING:
         return one_line("cancelling: " + (waiting or "nothing is in flight"))
     if status == PAUSED:
@@ -4363,6 +4372,22 @@ def describe(status: str, situation: Situation) -> str:
         then = ", then it is rolled back" if situation.is_rolled_back else ""
         return one_line(f"stopping, {f'node {first.name} failed' if first else situation.broken}: {waiting}{then}")
     return one_line(_progress(situation, waiting))
+
+
+def _awaited_text(running: Collection[ReleaseNode]) -> str:
+    """Return 'waiting for edge-1 to end; edge-2 is tried again after that: connection refused', "" without a node.
+
+    A pause or a freeze keeps those that are to be sent a request again; in a release that ends there are none.
+    """
+    held = [n for n in running if n.next_op == DISPATCH and not n.in_flight and n.verdict is None]
+    ids = {n.node_id for n in held}
+    others = [n for n in running if n.node_id not in ids]
+    texts = [f"waiting for {_names(others)} to end"] if others else []
+    if held:
+        last = next((n.last_error for n in held if n.last_error), "")
+        texts.append(f"{_names(held)} {'is' if len(held) == 1 else 'are'} tried again after that"
+                     + (f": {one_line(last, MAX_RETRIED_CHARS)}" if last else ""))
+    return "; ".join(texts)
 
 
 def _failures(nodes: NodeIndex, strategy: Strategy) -> str:
@@ -5467,17 +5492,69 @@ def explain(facts: Facts) -> Why:
         release, facts.executors, facts.now_s, facts.database_error), steps)
 
 
-def nobody_works(executors: Sequence[ExecutorRow], now_s: float) -> str:
-    """Return why no executor can dispatch anything, "" where one can; executors: the one seen last comes first."""
+# Whether somebody works on a release: its owner does; its owner is gone, and another one takes it over; the next look
+# is to find it; executors have looked since it could be taken, and none did; no executor can dispatch anything.
+AT_WORK, ORPHANED, UNCLAIMED, IGNORED, NOBODY = "at work", "orphaned", "unclaimed", "ignored", "nobody"
+# An executor that looks for work takes a release within this time.
+TAKEN_WITHIN_S = 60.0
+
+
+class Attendance(NamedTuple):
+    """Whether somebody works on a release, or could."""
+    # One of the five above.
+    state: str
+    # Who does or will, who looks for work, or why nobody does.
+    text: str
+    # The command that mends it, "" where nothing is to be mended.
+    mend: str = ""
+    # Time, None where it is not known.
+    since: str | None = None
+
+
+def attendance(release: Release | None, executors: Sequence[ExecutorRow], now_s: float,
+               may_go_s: float = float("inf")) -> Attendance:
+    """Return whether somebody works on a release, or could; without a release, whether somebody could.
+
+    executors: the one seen last comes first; of ticks nothing but their start was seen. may_go_s: since when, in
+    seconds since 1970, nothing but the want of an owner keeps the release; inf: something else does, or may.
+    """
+    owner = next((row for row in executors if release and row.owner == release.claim_owner), None)
+    left_s = _claim_left_s(release, now_s) if release else 0.0
+    if release and left_s and (owner is None or owner.kind == TICK or (owner.is_live(now_s) and not owner.error)):
+        return Attendance(AT_WORK, f"{owner or release.claim_owner} works on it")
     live = [row for row in executors if row.is_live(now_s)]
-    if any(not row.error for row in live):
-        return ""
-    if live:
-        return f"{live[0].host} can't dispatch: {live[0].error}"
-    seen = [row for row in executors if row.seen_s(now_s) >= 0]
-    last = "none was seen for a day" if not seen else \
-        f"{'last seen' if seen[0].period_s else 'stopped'} {_time(seen[0].seen_s(now_s))} ago: {seen[0]}"
-    return f"no executor is running ({last}): start `serve`"
+    seen = next((row for row in executors if row.seen_s(now_s) >= 0), None)
+    able = next((row for row in live if not row.error), None)
+    if able is None and live:
+        return Attendance(NOBODY, f"{live[0].host} can't dispatch: {live[0].error}", "releasectl check")
+    if able is None:
+        last = "none was seen for a day" if seen is None else \
+            f"{'last seen' if seen.period_s else 'stopped'} {_time(seen.seen_s(now_s))} ago: {seen}"
+        return Attendance(NOBODY, f"no executor is running ({last}): start `serve`", "releasectl serve",
+                          seen and seen.seen_at)
+    if release and release.claim_expires_at is not None:
+        gone = f"{owner} was last seen {_time(owner.seen_s(now_s))} ago" if owner and owner.seen_s(now_s) >= 0 else \
+            f"{owner or release.claim_owner} is gone"
+        when = f"in {_time(left_s)}" if left_s else "at its next look"
+        return Attendance(ORPHANED, f"{gone}; {able} takes it over {when}",
+                          since=owner.seen_at if owner else release.updated_at)
+    begun_s = max(may_go_s, epoch_or(able.started_at, now_s) if able.kind == SERVE else 0.0)
+    if now_s - able.seen_s(now_s) - begun_s > TAKEN_WITHIN_S:
+        return Attendance(IGNORED, f"nobody has taken it for {_time(now_s - may_go_s)}, though {able} looks for work: "
+                                   "its log says why", "releasectl check", utc_text(may_go_s))
+    looks = f"{able.host} looks for work now and then: run-once" if able.kind == TICK else f"{able} looks for work"
+    return Attendance(UNCLAIMED, f"{looks}, last {_time(able.seen_s(now_s))} ago")
+
+
+def _claim_left_s(release: Release, now_s: float) -> float:
+    """Return for how long its owner keeps a release, 0 where nobody has it."""
+    left_s = epoch_or(release.claim_expires_at, now_s) - now_s
+    return left_s if 0 < left_s <= MAX_CLAIM_TTL_S else 0.0
+
+
+def needs_owner(release: Release) -> bool:
+    """Return whether somebody should work on a release: on a paused one only while nodes are in flight (a claim)."""
+    return not release.is_terminal and (release.status != PAUSED or release.claim_expires_at is not None)
 
 
 def true_reason(release: Release, executors: Sequence[ExecutorRow], now_s: float, database_error: str = "") -> str:
@@ -5485,41 +5562,15 @@ def true_reason(release: Release, executors: Sequence[ExecutorRow], now_s: float
 
     database_error: DatabaseState.write_error; who works can't write that then.
     """
-    reason, is_held = release.status_reason, release.claim_expires_at is not None
-    if release.is_terminal or is_worked_on(release, executors, now_s) or (release.status == PAUSED and not is_held):
+    reason = release.status_reason
+    if not needs_owner(release):
         return reason
-    nobody = nobody_works(executors, now_s)
-    if nobody:
-        nobody = f"the database takes no writes: {database_error}" if database_error else nobody
+    found = attendance(release, executors, now_s)
+    if found.state == NOBODY:
+        nobody = f"the database takes no writes: {database_error}" if database_error else found.text
         stays = release.status in (PENDING, PAUSED) or reason.startswith(FROZEN_BEGINS)
         return f"{reason}; {nobody}" if stays and reason and REASON_PENDING not in reason else nobody
-    return f"nobody works on it: {_taken_over(release, executors, now_s)}" if is_held else reason
-
-
-def is_worked_on(release: Release, executors: Sequence[ExecutorRow], now_s: float) -> bool:
-    """Return whether somebody has the release and, as far as is known, lives; a tick is seen once."""
-    owner = _owner(release, executors)
-    return _claim_left_s(release, now_s) > 0 and (
-        owner is None or owner.kind == TICK or (owner.is_live(now_s) and not owner.error))
-
-
-def _claim_left_s(release: Release, now_s: float) -> float:
-    """Return for how many seconds its owner keeps a release, 0 where nobody has it."""
-    left_s = epoch_or(release.claim_expires_at, now_s) - now_s
-    return left_s if 0 < left_s <= MAX_CLAIM_TTL_S else 0.0
-
-
-def _owner(release: Release, executors: Iterable[ExecutorRow]) -> ExecutorRow | None:
-    return next((row for row in executors if row.owner == release.claim_owner), None)
-
-
-def _taken_over(release: Release, executors: Sequence[ExecutorRow], now_s: float) -> str:
-    """Return when who was seen last, and who takes the release over when."""
-    owner, left_s = _owner(release, executors), _claim_left_s(release, now_s)
-    gone = f"{owner} was last seen {_time(owner.seen_s(now_s))} ago" if owner and owner.seen_s(now_s) >= 0 else \
-        f"{owner or release.claim_owner} is gone"
-    able = next(row for row in executors if row.is_live(now_s) and not row.error)
-    return f"{gone}; {able} takes it over {f'in {_time(left_s)}' if left_s else 'at its next look'}"
+    return f"nobody works on it: {found.text}" if found.state == ORPHANED else reason
 
 
 def _database_step(facts: Facts) -> Step:
@@ -5547,22 +5598,30 @@ def _with_time_left(freeze: Freeze, facts: Facts) -> str:
 
 
 def _executor_step(facts: Facts) -> Step:
-    release, executors, now_s = facts.release, facts.executors, facts.now_s
-    if release and is_worked_on(release, executors, now_s):
-        return Step("executor", OK, f"{_owner(release, executors) or release.claim_owner} works on it")
-    nobody = nobody_works(executors, now_s)
-    if nobody and facts.database_error:
+    found = attendance(facts.release, facts.executors, facts.now_s, _may_go_s(facts))
+    if found.state == NOBODY and facts.database_error:
         return Step("executor", WAITS, "not known: who works can't write that it does")
-    if nobody:
-        is_live = any(row.is_live(now_s) for row in executors)
-        return Step("executor", STOPS, nobody, "releasectl check" if is_live else "releasectl serve")
-    if release and release.claim_expires_at:
-        return Step("executor", WAITS, _taken_over(release, executors, now_s))
-    able = next(row for row in executors if row.is_live(now_s) and not row.error)
-    if able.kind == TICK:
-        return Step("executor", OK, f"{able.host} looks for work now and then: run-once, last "
-                                    f"{_time(able.seen_s(now_s))} ago")
-    return Step("executor", OK, f"{able} looks for work, last {_time(able.seen_s(now_s))} ago")
+    state = {NOBODY: STOPS, IGNORED: STOPS, ORPHANED: WAITS}.get(found.state, OK)
+    return Step("executor", state, found.text, found.mend)
+
+
+def _may_go_s(facts: Facts) -> float:
+    """Return since when nothing but the want of an owner keeps a release, inf where something else does."""
+    release = facts.release
+    if release is None or facts.freezes.of(release).frozen or facts.ahead or release.status == PAUSED:
+        return float("inf")
+    return may_go_since(release, facts.strategy)
+
+
+def may_go_since(release: Release, strategy: Strategy) -> float:
+    """Return since when a release that nobody has may be taken, in seconds since 1970.
+
+    inf: it is frozen, or the end of that is still to be written down.
+    """
+    if release.status_reason.startswith(FROZEN_BEGINS):
+        return float("inf")
+    start_s = epoch_or(strategy.start_at, 0.0) if release.status == PENDING else 0.0
+    return max(epoch_or(release.updated_at, float("inf")), start_s)
 
 
 def _order_step(facts: Facts) -> Step | None:
@@ -5616,15 +5675,21 @@ def _nodes_step(facts: Facts) -> Step | None:
         left_s, name = node
         return f"{name} ({_until(left_s, facts.now, 'deadline') if left_s > 0 else 'past its deadline'})"
 
-    flying = f", {len(facts.running)} in flight: {in_words(facts.running, MAX_NAMED, text=with_deadline)}"
-    return Step("nodes", OK, text + (flying if facts.running else ""))
+    if not facts.running:
+        return Step("nodes", OK, text)
+    if facts.release and (facts.freezes.of(facts.release).frozen or facts.release.status == PAUSED):
+        # the rows don't tell which; the deadline of those that wait moves on
+        names = in_words([name for _, name in facts.running], MAX_NAMED)
+        return Step("nodes", OK, f"{text}, {len(facts.running)} in flight, or to be tried again after that: {names}")
+    return Step("nodes", OK, f"{text}, {len(facts.running)} in flight: "
+                             f"{in_words(facts.running, MAX_NAMED, text=with_deadline)}")
 
 
 def _part_of_progress(facts: Facts, begins: str) -> str:
     """Return a part of the status_reason of a release at work in a batch or its preflight, "" where it has none."""
     release = facts.release
-    if release is None or not release.status_reason.startswith(("batch ", ASKING)) or not is_worked_on(
-            release, facts.executors, facts.now_s):
+    if release is None or not release.status_reason.startswith(("batch ", ASKING)) or attendance(
+            release, facts.executors, facts.now_s).state != AT_WORK:
         return ""
     return release.status_reason.partition(begins)[2]
 
@@ -5703,10 +5768,9 @@ _ERROR, _WARNING = PROBLEM_SEVERITIES = ("error", "warning")
 # The kinds of problems, worst first.
 PROBLEM_KINDS: Mapping[str, str] = {
     "database": _ERROR, "executor": _ERROR, "unattended": _ERROR, "certificate": _ERROR, "failed": _ERROR,
-    "paused": _WARNING, "failures": _WARNING, "ahead": _WARNING, "unknown": _WARNING, "behind": _WARNING,
-    "partial": _WARNING, "notifications": _WARNING, "frozen": _WARNING, "expires": _WARNING}
-# A release that nobody has claimed for so long should have been claimed.
-UNATTENDED_S = 60.0
+    "twins": _ERROR, "paused": _WARNING, "failures": _WARNING, "ahead": _WARNING, "unknown": _WARNING,
+    "behind": _WARNING, "partial": _WARNING, "notifications": _WARNING, "frozen": _WARNING, "idle": _WARNING,
+    "expires": _WARNING}
 # Problems of a kind that are told one by one; the rest is counted.
 MAX_OF_A_KIND = 20
 # A certificate, and a CRL, that is good for less than this should be renewed: a job makes CRLs anew every day or week.
@@ -5741,14 +5805,23 @@ class DriftCount(NamedTuple):
     away: int = 0
 
 
+class FleetCounts(NamedTuple):
+    """The enabled nodes, counted."""
+    # By DRIFTS.
+    drift: Mapping[str, DriftCount]
+    # As in OverviewFacts.
+    twins: str = ""
+    twin: str = ""
+
+
 class CertificateState(NamedTuple):
     """A certificate or CRL of this process."""
     name: str
     # None where it can't be read.
-    ends_at: str | None
-    days_left: float | None
+    ends_at: str | None = None
+    days_left: float | None = None
     # What is wrong with it, "" for nothing.
-    message: str
+    message: str = ""
 
 
 # A notification that is older than this has not got out.
@@ -5783,15 +5856,18 @@ NO_WAITING = Waiting(0, 0.0, "", "")
 class Unmended(NamedTuple):
     """A failed or partial release that nothing has made up for."""
     release: Release
-    # Whether a retry of it is not refused.
-    can_retry: bool
+    # The command that would.
+    mend: str
+    # Why a retry of all its nodes is refused, "" where it is not.
+    refused: str = ""
 
 
 class OverviewFacts(NamedTuple):
     """What the verdict is made from."""
-    # Running, paused and cancelling releases, and how many are pending.
+    # Running, paused and cancelling releases, how many are pending, and which of these may be taken, with since when.
     active: Sequence[Release] = ()
     pending: int = 0
+    startable: Sequence[tuple[Release, float]] = ()
     # When the oldest of these was created, and since when each of the paused ones is that, by id.
     oldest_pending: str | None = None
     paused_at: Mapping[int, str] = {}
@@ -5802,10 +5878,14 @@ class OverviewFacts(NamedTuple):
     # Newest first.
     failures: Sequence[Unmended] = ()
     drift: Mapping[str, DriftCount] = {}
+    # What is wrong with the addresses of the enabled nodes, "" for nothing, and the name of one to be disabled.
+    twins: str = ""
+    twin: str = ""
     certificates: Sequence[CertificateState] = ()
     notifications: Waiting = NO_WAITING
-    # Why the database can't be used, "" where it can.
+    # Why the database can't be used, "" where it can, and since when this process knows that.
     database_error: str = ""
+    database_error_at: str | None = None
 
 
 class Overview(NamedTuple):
@@ -5823,8 +5903,8 @@ class Overview(NamedTuple):
 
 def judge(facts: OverviewFacts) -> Overview:
     """Return the verdict on what was found."""
-    rules = (_database_problems, _executor_problems, _release_problems, _drift_problems, _freeze_problems,
-             _notification_problems, _certificate_problems)
+    rules = (_database_problems, _executor_problems, _release_problems, _twin_problems, _drift_problems,
+             _freeze_problems, _notification_problems, _certificate_problems)
     order = list(PROBLEM_KINDS)
     found = sorted((problem for rule in rules for problem in rule(facts)), key=lambda p: order.index(p.kind))
     problems = [problem for _, group in itertools.groupby(found, key=lambda p: p.kind)
@@ -5850,39 +5930,38 @@ def _verdict_text(problems: Sequence[Problem], facts: OverviewFacts) -> str:
 
 def _database_problems(facts: OverviewFacts) -> Iterator[Problem]:
     if facts.database_error:
-        yield Problem("database", f"the database can't be used: {facts.database_error}", "releasectl check")
+        yield Problem("database", f"the database can't be used: {facts.database_error}", "releasectl check",
+                      facts.database_error_at)
 
 
 def _executor_problems(facts: OverviewFacts) -> Iterator[Problem]:
     """Yield that nobody can work, or which releases nobody works on though somebody could."""
-    nobody = nobody_works(facts.executors, facts.now_s)
-    # a paused release needs an owner while nodes are in flight: its claim lasts until then
-    alone = [release for release in facts.active if (release.status != PAUSED or release.claim_expires_at) and not (
-        is_worked_on(release, facts.executors, facts.now_s))]
-    count = len(alone) + facts.pending
-    if nobody and count and not facts.database_error:
-        is_live = any(row.is_live(facts.now_s) for row in facts.executors)
-        begun = [*(release.created_at for release in alone), *([facts.oldest_pending] if facts.pending else [])]
-        since = max(min(filter(None, begun), default=""), facts.executors[0].seen_at if facts.executors else "")
-        yield Problem("executor", f"{nobody}; {count_of(count, 'release')} {'has' if count == 1 else 'have'} nobody",
-                      "releasectl check" if is_live else "releasectl serve", None if is_live else since)
-    elif not nobody:
-        for release in alone:
-            idle_s = facts.now_s - epoch_or(release.updated_at, 0.0)
-            if release.claim_expires_at or (idle_s > UNATTENDED_S and not facts.freezes.of(release).frozen):
-                yield Problem("unattended", f"{release}: {true_reason(release, facts.executors, facts.now_s)}",
-                              f"releasectl why {release.id}", _last_seen(release, facts.executors), release.id)
-
-
-def _last_seen(release: Release, executors: Sequence[ExecutorRow]) -> str | None:
-    return next((row.seen_at for row in executors if row.owner == release.claim_owner), release.updated_at)
+    anybody = attendance(None, facts.executors, facts.now_s)
+    alone = [(release, found) for release, since_s in (
+        *((release, float("inf") if facts.freezes.of(release).frozen else may_go_since(release, NO_STRATEGY))
+          for release in facts.active if needs_owner(release)), *facts.startable)
+             for found in [attendance(release, facts.executors, facts.now_s, since_s)] if found.state != AT_WORK]
+    count = sum(release.status != PENDING for release, _ in alone) + facts.pending
+    if anybody.state != NOBODY:
+        for release, found in alone:
+            if found.state in (ORPHANED, IGNORED):
+                text = f"nobody works on it: {found.text}" if found.state == ORPHANED else found.text
+                yield Problem("unattended", f"{release}: {text}", f"releasectl why {release.id}", found.since,
+                              release.id)
+    elif not facts.database_error and count:
+        begun = [*(release.created_at for release, _ in alone), *([facts.oldest_pending] if facts.pending else [])]
+        since = max(min(filter(None, begun), default=""), anybody.since or "")
+        have = "has" if count == 1 else "have"
+        yield Problem("executor", f"{anybody.text}; {count_of(count, 'release')} {have} nobody", anybody.mend, since)
+    elif not facts.database_error and not any(needs_owner(release) for release in facts.active):
+        yield Problem("idle", anybody.text, anybody.mend, anybody.since)
 
 
 def _release_problems(facts: OverviewFacts) -> Iterator[Problem]:
-    for release, can_retry in facts.failures:
+    for release, mend, refused in facts.failures:
         why = release.status_reason or release.error_msg
-        mend = f"releasectl retry {release.id} --plan" if can_retry else f"releasectl status {release.id}"
-        text = f"{release} of {release.target} ended {release.status}" + (f": {why}" if why else "")
+        text = f"{release} of {release.target} ended {release.status}" + (f": {why}" if why else "") + (
+            f"; a retry of all its nodes is refused: {refused}" if refused else "")
         yield Problem(release.status, text, mend, release.finished_at, release.id)
     for release in facts.active:
         if release.status == PAUSED:
@@ -5907,6 +5986,11 @@ def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
             verb = one if found.nodes == 1 else many
             yield Problem(drift, f"{count_of_nodes(found.nodes)} {verb} {text}{names}{away}",
                           "releasectl catch-up" if catches_up else f"releasectl node list --drift {drift}", found.since)
+
+
+def _twin_problems(facts: OverviewFacts) -> Iterator[Problem]:
+    if facts.twins:
+        yield Problem("twins", facts.twins, f"releasectl node set {shlex.quote(facts.twin)} --disable")
 
 
 def _freeze_problems(facts: OverviewFacts) -> Iterator[Problem]:
@@ -8661,6 +8745,8 @@ class Level(NamedTuple):
     is_unknown: bool = False
     # Ids of the releases whose tries since then tell it.
     tries: tuple[int, ...] = ()
+    # Since when it is_unknown, None where that is not known.
+    unknown_since: str | None = None
 
     @property
     def needs(self) -> set[int]:
@@ -8682,6 +8768,8 @@ class Level(NamedTuple):
     @property
     def drift_since(self) -> str | None:
         """Return since when it is as `drift` says: the release ended that it should run, or that left what it has."""
+        if self.is_unknown:
+            return self.unknown_since
         ran = {BEHIND: self.wants, AHEAD: self.has}.get(self.drift)
         return ran and ran.since
 
@@ -8748,9 +8836,11 @@ def _what_they_have(tx: Transaction, nodes: Sequence[Node], wants: Mapping[int, 
         other_version = max(sent.get(node.id, 0), unsure_version if node.created_at <= unsure_at else 0)
         if success and (success.main_ip, success.agent_port) != (node.main_ip, node.agent_port) and endpoint_of(
                 success.main_ip, success.agent_port) != node.endpoint:
-            level = Level(wants=wants.get(node.id), is_unknown=True)
+            level = Level(wants=wants.get(node.id), is_unknown=True, unknown_since=node.updated_at)
         elif node.id in later or other_version:
             level = _level_of(node, runs, wants.get(node.id), tries.get(node.id, []), other_version, ran)
+            if level.is_unknown and level.unknown_since is None and unsure_version and node.created_at <= unsure_at:
+                level = level._replace(unknown_since=unsure_at)
         else:
             level = Level(runs, runs, wants.get(node.id))
         levels_of[node.id] = level
@@ -8769,7 +8859,8 @@ def _level_of(node: Node, runs: Ran | None, wants: Ran | None, tries: Sequence[_
     unclear = [one for one in since if one.is_open]
     told = since[-1].version if since else version
     return Level(runs, has, wants, is_unknown=bool(unclear) or node.last_version > told or other_version > version,
-                 tries=tuple(one.release_id for some in (since, unclear) for one in some[-1:]))
+                 tries=tuple(one.release_id for some in (since, unclear) for one in some[-1:]),
+                 unknown_since=unclear[-1].finished_at if unclear else None)
 
 
 def _releases_by_id(tx: Transaction, release_ids: Set[int]) -> dict[int, Ran]:
@@ -9024,7 +9115,7 @@ class Fleet:
 
     def __init__(self, state: DatabaseState):
         self._database = state.database
-        self._counts = RareRead(self._count_drift)
+        self._counts = RareRead(self._count)
 
     def page(self, page: int = 1, size: int = MAX_PAGE_SIZE, wanted: NodeFilter = NodeFilter()) -> Page:  # noqa: B008
         """Return a page of nodes, each a ListedNode; size 0: all of them.
@@ -9064,23 +9155,24 @@ class Fleet:
                 LIMIT ? OFFSET ?""", node_id, size, (page - 1) * size)
             return Page([NodeTry(*row) for row in rows], total, page, size)
 
-    def drift_counts(self, key: object = None) -> Mapping[str, DriftCount]:
-        """Return how many enabled nodes there are of each drift; a large fleet's is up to a minute old.
+    def counts(self, key: object = None) -> FleetCounts:
+        """Return how many enabled nodes there are of each drift, and twins; a large fleet's are up to a minute old.
 
         key: as for RareRead.get().
         """
         return self._counts.get(key=key)
 
-    def _count_drift(self) -> dict[str, DriftCount]:
+    def _count(self) -> FleetCounts:
         with self._database.transaction() as tx:
-            listed = _with_levels(tx, [node for node in all_nodes(tx) if node.enabled])
-        counts = {drift: DriftCount() for drift in DRIFTS}
+            enabled = [node for node in all_nodes(tx) if node.enabled]
+            listed = _with_levels(tx, enabled)
+        twins, counts = twins_of(enabled), {drift: DriftCount() for drift in DRIFTS}
         for node, level in listed:
             known, since = counts[level.drift], level.drift_since and max(level.drift_since, node.created_at)
             counts[level.drift] = DriftCount(
                 known.nodes + 1, known.first or node.name, min(filter(None, (known.since, since)), default=None),
                 known.away + (not node.gets_releases))
-        return counts
+        return FleetCounts(counts, *((twins_text(*twins), twins[1].name) if twins else ()))
 
 
 class CatchUp(NamedTuple):
@@ -10367,12 +10459,15 @@ class Claims:
 class OverviewReader:
     """Reads what is wrong. Each public method is one transaction, or two."""
 
-    def __init__(self, state: DatabaseState, fleet: Fleet, outbox: Outbox):
+    def __init__(self, state: DatabaseState, queue: Queue, fleet: Fleet, outbox: Outbox):
         self._state = state
         self._database = state.database
+        self._queue = queue
         self._fleet = fleet
         self._outbox = outbox
         self._failures = RareRead(self._read_failures)
+        # Since when read() found the database not to be used, None where it could be.
+        self._down_since: str | None = None
 
     def read(self, certificates: Sequence[CertificateState]) -> Overview:
         """Return the verdict on all there is; also where the database is out of reach."""
@@ -10393,20 +10488,31 @@ class OverviewReader:
                 facts = facts._replace(active=active, pending=pending, oldest_pending=oldest, paused_at=paused_at,
                                        executors=read_executors(tx),
                                        freezes=read_freezes(tx), now_s=epoch_of(tx.now()))
+                if pending and facts.now_s - epoch_or(oldest, 0.0) > TAKEN_WITHIN_S:
+                    facts = facts._replace(startable=self._startable(tx))
             # what ended since the last look must not be missing in both
             key = [release.id for release in active], facts.pending
-            facts = facts._replace(failures=self._failures.get(key=key), drift=self._fleet.drift_counts(key),
-                                   notifications=self._outbox.waiting())
+            fleet = self._fleet.counts(key)
+            facts = facts._replace(failures=self._failures.get(key=key), drift=fleet.drift, twins=fleet.twins,
+                                   twin=fleet.twin, notifications=self._outbox.waiting())
         except DatabaseError as error:
             facts = facts._replace(database_error=error.message)
-        return judge(facts)
+        self._down_since = (self._down_since or self._state.now()) if facts.database_error else None
+        return judge(facts._replace(database_error_at=self._down_since))
+
+    def _startable(self, tx: Transaction) -> list[tuple[Release, float]]:
+        """Return the first pending releases that may be claimed now, and since when."""
+        found = map(functools.partial(find_release, tx), self._queue.runnable(tx)[0])
+        waiting = [release for release in found if release and release.status == PENDING]
+        return [(release, may_go_since(release, strategy_of(release.strategy))) for release in waiting]
 
     def _read_failures(self) -> list[Unmended]:
         """Return the releases that failed or ended partial and that nothing has made up for, newest first.
 
         One counts until somebody rolled it back, or each of its enabled nodes that failed, or was skipped, has a newer
-        success of the target. A newer one for all nodes that succeeded makes up for it too: whom that did not reach is
-        behind.
+        success of the target; for a skipped one, which runs what it ran before, it is enough that a later release of
+        the target that has it was rolled back. A newer one for all nodes that succeeded makes up for it too: whom that
+        did not reach is behind.
         """
         later = """
             SELECT 1
@@ -10436,19 +10542,48 @@ class OverviewReader:
                           JOIN nodes h ON h.id = n.node_id
                           WHERE n.release_task_id = r.id AND n.status IN ('failed', 'skipped') AND h.enabled = 1
                             AND NOT EXISTS ({later} AND s.release_task_id > r.id)
-                            AND NOT EXISTS ({later} AND s.release_task_id < r.id))
+                            AND NOT EXISTS ({later} AND s.release_task_id < r.id)
+                            AND NOT (n.status = 'skipped' AND EXISTS (
+                                SELECT 1
+                                FROM release_task_nodes s
+                                JOIN release_tasks q ON q.id = s.release_task_id
+                                JOIN release_tasks b ON b.rollback_of = q.id
+                                WHERE s.node_id = n.node_id AND q.target = r.target AND q.version > r.version
+                                  AND b.status IN ('success', 'partial'))))
                        OR (r.version > COALESCE(w.version, 0) AND NOT EXISTS (
                           SELECT 1 FROM release_task_nodes n WHERE n.release_task_id = r.id)))
                 ORDER BY r.version DESC""")]
-            return [Unmended(release, place < MAX_OF_A_KIND and self._can_retry(tx, release))
+            return [self._unmended(tx, release) if place < MAX_OF_A_KIND else Unmended(release, "")
                     for place, release in enumerate(found)]
 
     @staticmethod
-    def _can_retry(tx: Transaction, release: Release) -> bool:
-        with contextlib.suppress(AppError):
-            plan_again(tx, "retry", release.id, Again())
-            return True
-        return False
+    def _unmended(tx: Transaction, release: Release) -> Unmended:
+        """Return what would make up for a failure: a retry, one of the nodes without a newer success, or else."""
+        rows = tx.rows("""
+            SELECT h.id, h.name, h.status
+            FROM release_task_nodes n
+            JOIN nodes h ON h.id = n.node_id
+            WHERE n.release_task_id = ? AND n.status IN ('failed', 'skipped') AND h.enabled = 1 AND NOT EXISTS (
+                SELECT 1
+                FROM release_task_nodes s
+                JOIN release_tasks q ON q.id = s.release_task_id
+                WHERE s.node_id = n.node_id AND s.status = 'success' AND q.target = ? AND q.version > ?)
+            ORDER BY h.id""", release.id, release.target, release.version)
+        online = [(node_id, name) for node_id, name, status in rows if status == "online"]
+        some = Again(node_ids=tuple(node_id for node_id, _ in online[:MAX_NAMED]))
+        named = "".join(f" --node {shlex.quote(name)}" for _, name in online[:MAX_NAMED])
+        refused = ""
+        for verb, wish, words in (("retry", Again(), ""), *((("retry", some, named),) if online else ()),
+                                  ("rollback", Again(), "")):
+            try:
+                plan_again(tx, verb, release.id, wish)
+                return Unmended(release, f"releasectl {verb} {release.id}{words} --plan", refused)
+            except AppError as error:
+                refused = refused or error.message
+        if rows and not online:
+            away = shlex.quote(rows[0][1])
+            return Unmended(release, f"releasectl node set {away} --status online", refused)
+        return Unmended(release, f"releasectl create --target {shlex.quote(release.target)} --payload FILE", refused)
 
 
 class Store:
@@ -10466,7 +10601,7 @@ class Store:
         self.history = History(self.state, self.audit)
         self.outbox = Outbox(self.state)
         self.claims = Claims(self.state, self.queue, self.releases)
-        self.overview = OverviewReader(self.state, self.fleet, self.outbox)
+        self.overview = OverviewReader(self.state, self.queue, self.fleet, self.outbox)
 
     def written(self, nodes: Sequence[Node]) -> list[ListedNode]:
         """Return nodes that were just written, with what they run and should run: "unknown" where it can't be read.
@@ -13287,6 +13422,11 @@ def why_json(why: Why) -> dict[str, Any]:
             "steps": [step._asdict() for step in why.steps]}
 
 
+def certificate_states(found: Iterable[Mapping[str, Any]]) -> list[CertificateState]:
+    """Return what the verdict takes of certificates from their JSON."""
+    return [CertificateState(one["name"], one["notAfter"], one["daysLeft"], one["message"]) for one in found]
+
+
 def overview_json(overview: Overview) -> dict[str, Any]:
     """Return the verdict; drift is null where the database is out of reach."""
     facts = overview.facts
@@ -14341,9 +14481,8 @@ class Api:
         return Reply(200, text, "text/html; charset=utf-8", headers)
 
     def get_overview(self, _request: Request) -> Reply:
-        certificates = [CertificateState(*found.values()) for found in self._process()["certificates"]]
         self._readiness(WRITE_CHECK_EVERY_S)  # read() tells whether the database takes writes
-        return Reply(200, overview_json(self.store.overview.read(certificates)))
+        return Reply(200, overview_json(self.store.overview.read(certificate_states(self._process()["certificates"]))))
 
     def process_health(self, request: Request) -> Reply:
         message, schema, releases = "", 0, []
@@ -14441,7 +14580,7 @@ def metrics_text(metrics: Metrics, store: Store, more: Figures) -> str:
     try:
         figures.update({**store.releases.counts(), **store.outbox.figures()})
         figures.update({("releasectl_nodes_drift", drift): float(found.nodes)
-                        for drift, found in store.fleet.drift_counts().items()})
+                        for drift, found in store.fleet.counts().drift.items()})
         figures["releasectl_database_up",] = 1.0
     except DatabaseError:  # already counted; the figures of this process are wanted all the more
         figures["releasectl_database_up",] = 0.0
@@ -15598,6 +15737,9 @@ _TIME_IN_TEXT = re.compile(
     r"(?:until|it starts at|deadline)(?= \S+Z, in \d)) "
     r"(?:(\d{4}-\d\d-\d\d)T(\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?)|(\d\d:\d\d:\d\d))Z(?!\w)(, in )?")
 
+# Begins what a sentence of ours quotes up to its end: a reason, or what an agent said.
+_BEFORE_QUOTED = re.compile(r"(?:frozen|(?<!is )stopped|finished with|failed|trying again)\b.*?: ", re.DOTALL)
+
 # The colours of words that stand alone in a cell of a table, or tell the status of a release; as in watch.
 COLOURS: Mapping[str, str] = {
     SUCCESS: "32", FAILED: "31", RUNNING: "36", SKIPPED: "90", PARTIAL: "33", PAUSED: "33", CANCELLING: "33",
@@ -15649,7 +15791,9 @@ class Display(NamedTuple):
                 return f"{before} {self._clock(at_s, now_s, '%H:%M')}{is_left or left}"
             except (ValueError, OverflowError):  # written by hand: no such day, or one that no calendar has
                 return match[0]
-        return _TIME_IN_TEXT.sub(short, text)
+        quoted = _BEFORE_QUOTED.search(text)
+        ours = quoted.end() if quoted else len(text)
+        return _TIME_IN_TEXT.sub(short, text[:ours]) + text[ours:]
 
     def text(self, text: str) -> str:
         """Return a text broken at spaces where a line is too long."""
@@ -16315,9 +16459,9 @@ def _show_overview(context: Context) -> int:
         store.state.check_write()
     settings = context.settings
     keys = {"CONTROL_CERT": settings.control_key, "HTTP_CERT": settings.http_key}
-    overview = store.overview.read([CertificateState(*found.values()) for found in certificates_json(settings)
-                                    # a key that only the service may read is as it should be
-                                    if not (found["message"] and is_closed(keys.get(found["name"], "")))])
+    # a key that only the service may read is as it should be
+    overview = store.overview.read([found for found in certificate_states(certificates_json(settings))
+                                    if not (found.message and is_closed(keys.get(found.name, "")))])
     problems = context.display.table([(p.severity, p.since, context.display.sentence(p.text), p.mend)
                                       for p in overview.problems], ("", "since", "what", "mend"))
     context.show(overview_json(overview), "\n".join(filter(None, [context.display.sentence(overview.text), problems])))

@@ -823,9 +823,9 @@ def goal_fleet(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
             yield Row("fleet", what, statistics.median(taken) * 1000, "ms", limit_ms)
         fleet = rc.Store(rc.Database(url)).fleet
         started = time.thread_time()
-        counts = fleet.drift_counts()
+        counts = fleet.counts()
         yield Row("fleet", "CPU to count them all by drift", (time.thread_time() - started) * 1000, "ms", None,
-                  note=f"{sum(found.nodes for found in counts.values())} nodes, done anew after "
+                  note=f"{sum(found.nodes for found in counts.drift.values())} nodes, done anew after "
                        f"{rc.RARE_READ_REST} times as long")
         for what, limit_ms, plan in (("plan by region: batches and limits", 2000.0, plan_by_region),
                                      ("`create --plan` of it, with what the nodes run", None, show_plan_by_region)):

@@ -436,7 +436,7 @@ def test_a_filter_that_takes_no_node_is_an_empty_list(store):
     assert store.fleet.page(wanted=rc.NodeFilter(search="zzz")).items == []
     assert store.fleet.page(page=9).items == []
     sql(store, "UPDATE nodes SET enabled = 0")
-    assert store.fleet.drift_counts() == dict.fromkeys(rc.DRIFTS, rc.DriftCount())
+    assert store.fleet.counts().drift == dict.fromkeys(rc.DRIFTS, rc.DriftCount())
 
 
 @pytest.mark.parametrize(("sent", "first_version", "then"), [(0, 1000, 999), (1, 1000, 999), (1, 0, 2)])
@@ -761,7 +761,7 @@ def test_the_api_tells_what_was_done_to_one_object(client):
 def test_the_metrics_count_enabled_nodes_by_drift(store):
     behind(store)
     store.nodes.update(4, {"enabled": 0})
-    assert [found.nodes for found in store.fleet.drift_counts().values()] == [2, 1, 0, 0]
+    assert [found.nodes for found in store.fleet.counts().drift.values()] == [2, 1, 0, 0]
     assert 'releasectl_nodes_drift{drift="behind"} 1' in rc.metrics_text(rc.Metrics(), store, {})
 
 

@@ -27,9 +27,14 @@ def kinds(store: rc.Store) -> list[str]:
 
 @pytest.fixture
 def fresh(store, monkeypatch):
-    """A store that reads everything anew each time."""
+    """A store that reads everything anew each time, and for which an executor looks for work."""
     monkeypatch.setattr(rc, "RARE_READ_REST", 0)
+    live(store, "host-z:9:z")
     return store
+
+
+def nobody_looks(store: rc.Store) -> None:
+    sql(store, "DELETE FROM executors")
 
 
 def live(store: rc.Store, owner: str = "host-a:1:x") -> None:
@@ -55,6 +60,7 @@ def test_the_text_says_what_is_under_way(fresh):
 
 
 def test_no_executor_is_a_problem_where_something_is_to_do(fresh):
+    nobody_looks(fresh)
     add_nodes(fresh, 1)
     new_release(fresh)
     [problem] = problems(fresh)
@@ -67,10 +73,89 @@ def test_no_executor_is_a_problem_where_something_is_to_do(fresh):
     assert (problem.text, problem.mend) == ("host-a can't dispatch: CONTROL_CERT is not set; 1 release has nobody",
                                             "releasectl check")
     fresh.releases.act("pause", 1, "anna")  # what waits for a person needs nobody else
-    assert kinds(fresh) == ["paused"]
+    assert kinds(fresh) == ["paused", "idle"]
+
+
+@pytest.mark.parametrize(("row", "text", "mend", "has_since"), [
+    (None, "no executor is running (none was seen for a day): start `serve`", "releasectl serve", False),
+    (("serve", 100, 15, ""), "no executor is running (last seen 2 min ago: a pid 1): start `serve`", "releasectl serve",
+     True),
+    (("serve", 5, 0, ""), "no executor is running (stopped 5 s ago: a pid 1): start `serve`", "releasectl serve", True),
+    (("serve", 5, 15, "the lease thread hangs"), "a can't dispatch: the lease thread hangs", "releasectl check", False),
+    (("tick", 310, 315, ""), "", "", False),  # cron starts the next one soon
+    (("tick", 320, 315, ""), "no executor is running (last seen 5 min ago: a pid 1): start `serve`", "releasectl serve",
+     True)])
+def test_all_is_not_well_while_nobody_looks_for_work(fresh, row, text, mend, has_since):
+    nobody_looks(fresh)
+    at = rc.utc_text(time.time() - row[1]) if row else ""
+    if row:
+        sql(fresh, "INSERT INTO executors (owner, host, kind, started_at, seen_at, period_sec, error) VALUES ('a:1:x', "
+                   "'a', ?, ?, ?, ?, ?)", row[0], at, at, row[2], row[3])
+    found = problems(fresh)
+    assert found == ([rc.Problem("idle", text, mend, at if has_since else None)] if text else [])
+    assert all(problem.severity == "warning" for problem in found)
+
+
+def ignore(store: rc.Store, seconds: float, **started: float) -> None:
+    """Let executors have looked for work, and a release have been there, for so long."""
+    sql(store, "UPDATE executors SET started_at = ?", rc.utc_text(time.time() - started.get("started", 500)))
+    sql(store, "UPDATE release_tasks SET created_at = ?, updated_at = ?", *[rc.utc_text(time.time() - seconds)] * 2)
+
+
+def test_a_pending_release_that_nobody_takes_is_a_problem_though_an_executor_lives(fresh):
+    add_nodes(fresh, 1)
+    release = new_release(fresh)
+    for seconds, started, expected in ((55, 500, []), (400, 30, []), (300, 500, ["unattended"])):
+        ignore(fresh, seconds, started=started)
+        assert kinds(fresh) == expected
+    [problem] = problems(fresh)
+    assert problem[1:3] == (f"{release}: nobody has taken it for 5 min, though host-z pid 9 looks for work: its log "
+                            "says why", "releasectl why 1")
+    assert abs(rc.epoch_or(problem.since, 0.0) - time.time() + 300) < 30
+    why = fresh.claims.why(release.id, 600.0)
+    assert (why.stopped_by.name, why.stopped_by.mend) == ("executor", "releasectl check")
+    assert why.text in problem.text
+    fresh.releases.set_freeze(True, "anna", "x")
+    assert kinds(fresh) == ["frozen"]
+
+
+@pytest.mark.parametrize("strategy", [{"startAt": "2100-01-01T00:00:00Z"}, {}])
+def test_a_release_that_waits_for_its_time_or_another_one_is_not_ignored(fresh, strategy):
+    add_nodes(fresh, 1)
+    if not strategy:
+        fresh.claims.claim(new_release(fresh).id, "host-z:9:z", 300.0)
+    release = new_release(fresh, strategy=strategy)
+    ignore(fresh, 300)
+    assert problems(fresh) == []
+    assert fresh.claims.why(release.id, 600.0).stopped_by is None
+
+
+def test_a_release_that_ticks_leave_between_them_is_not_ignored_unless_they_do_not_take_it(fresh):
+    nobody_looks(fresh)
+    add_nodes(fresh, 1)
+    release = new_release(fresh)
+    fresh.claims.note_executor("a:1:x", "a", "tick", 15.0, "", True)
+    sql(fresh, "UPDATE executors SET period_sec = 315")
+    ignore(fresh, 200, started=290)
+    sql(fresh, "UPDATE executors SET seen_at = started_at")
+    assert problems(fresh) == []
+    ignore(fresh, 400, started=290)
+    assert kinds(fresh) == ["unattended"]
+    assert fresh.claims.why(release.id, 600.0).stopped_by.name == "executor"
+
+
+def test_two_enabled_nodes_with_one_address_are_a_problem(fresh):
+    first, second = add_nodes(fresh, 2)
+    sql(fresh, "UPDATE nodes SET main_ip = ? WHERE id = ?", first.main_ip, second.id)
+    [problem] = problems(fresh)
+    assert problem[:3] == ("twins", f"nodes {first.name} and {second.name} have one address, {first.main_ip}:8443: "
+                           "disable one of them", f"releasectl node set {second.name} --disable")
+    fresh.nodes.update(second.id, {"enabled": 0})
+    assert problems(fresh) == []
 
 
 def test_a_running_release_whose_owner_died_is_a_problem_though_others_live(fresh):
+    nobody_looks(fresh)
     add_nodes(fresh, 1)
     release = new_release(fresh)
     live(fresh, "host-b:2:y")
@@ -98,6 +183,7 @@ def test_a_paused_release_waits_for_a_person(fresh):
 
 
 def test_a_paused_release_needs_an_owner_while_nodes_are_in_flight(fresh):
+    nobody_looks(fresh)
     add_nodes(fresh, 1)
     release = new_release(fresh)
     live(fresh)
@@ -115,11 +201,13 @@ def test_a_running_release_that_nobody_claims_is_a_problem(fresh):
     live(fresh)
     fresh.claims.drop(fresh.claims.claim(release.id, "host-a:1:x", 30.0))
     assert kinds(fresh) == []
-    sql(fresh, "UPDATE release_tasks SET updated_at = ?", rc.utc_text(time.time() - 61))
+    ignore(fresh, 75)
     assert kinds(fresh) == ["unattended"]
+    assert problems(fresh)[0].text.startswith("release 1 (v1): nobody has taken it for 75 s, though host-")
 
 
 def test_an_executor_with_a_thread_that_hangs_works_on_nothing(fresh):
+    nobody_looks(fresh)
     add_nodes(fresh, 1)
     release = new_release(fresh)
     live(fresh)
@@ -131,6 +219,7 @@ def test_an_executor_with_a_thread_that_hangs_works_on_nothing(fresh):
 
 
 def test_since_when_nobody_works_is_not_before_there_was_something_to_do(fresh):
+    nobody_looks(fresh)
     add_nodes(fresh, 1)
     live(fresh)
     sql(fresh, "UPDATE executors SET seen_at = ?", rc.utc_text(time.time() - 50_000))
@@ -166,8 +255,9 @@ def test_nodes_that_do_not_run_what_they_should_are_problems(fresh):
     fresh.nodes.update(2, {"status": "maintenance"})
     behind = ended(fresh, "B", "success", "success", "success")
     failed = ended(fresh, "C", "success", "failed", "failed")
-    sql(fresh, "UPDATE release_task_nodes SET error_kind = 'abandoned', reached = 1 WHERE release_task_id = ? AND "
-               "node_id = 4", failed.id)
+    lost_at = rc.utc_text(time.time() + 5)
+    sql(fresh, "UPDATE release_task_nodes SET error_kind = 'abandoned', reached = 1, finished_at = ? "
+               "WHERE release_task_id = ? AND node_id = 4", lost_at, failed.id)
     sql(fresh, "UPDATE release_task_nodes SET error_kind = 'agent_failed', reached = 1 WHERE release_task_id = ? AND "
                "node_id = 3", failed.id)
     found = {problem.kind: problem for problem in problems(fresh)}
@@ -176,6 +266,7 @@ def test_nodes_that_do_not_run_what_they_should_are_problems(fresh):
     assert found["unknown"].text == "1 node runs what nobody knows: a later try may have changed it: edge-4"
     assert found["behind"].text == "1 node runs an older payload than it should: edge-2; 1 of them not online"
     assert found["behind"].since == fresh.releases.get(behind.id).finished_at
+    assert found["unknown"].since == lost_at
     assert found["behind"].mend == "releasectl node list --drift behind"  # a catch-up leaves it out
     fresh.nodes.update(2, {"status": "online"})
     assert {problem.kind: problem.mend for problem in problems(fresh)}["behind"] == "releasectl catch-up"
@@ -218,6 +309,26 @@ def again(store: rc.Store, verb: str) -> None:
     settle(store, release, *["success"] * release.total_nodes)
 
 
+def test_the_rollback_of_a_later_release_makes_up_for_the_nodes_that_an_older_failure_never_reached(fresh):
+    add_nodes(fresh, 3)
+    good(fresh, "A")
+    ended(fresh, "B", "failed", "skipped", "skipped")
+    later = ended(fresh, "C", "failed", "skipped", "skipped")
+    assert [p.release_id for p in problems(fresh) if p.kind == "failed"] == [3, 2]
+    release = fresh.releases.rollback(later.id, "anna").release
+    settle(fresh, release, *["success"] * release.total_nodes)
+    assert "failed" not in kinds(fresh)
+
+
+def test_the_rollback_of_a_later_release_does_not_make_up_for_a_node_that_failed(fresh):
+    add_nodes(fresh, 2)
+    good(fresh, "A")
+    ended(fresh, "B", "success", "failed")  # node 2 may run B
+    later = ended(fresh, "C", "failed", "skipped")
+    settle(fresh, fresh.releases.rollback(later.id, "anna").release, "success")
+    assert [p.release_id for p in problems(fresh) if p.kind == "failed"] == [2]
+
+
 @pytest.mark.parametrize("way", [
     lambda store: again(store, "retry"), lambda store: again(store, "rollback"), lambda store: good(store, "C"),
     lambda store: good(store, "C", 2, 3),
@@ -232,22 +343,42 @@ def test_a_failure_is_made_up_for_by_a_retry_a_rollback_a_later_release_or_witho
     assert "failed" not in kinds(fresh)
 
 
+def mend_of_failure(store: rc.Store) -> str:
+    [problem] = [p for p in problems(store) if p.kind == "failed"]
+    return problem.mend
+
+
 def test_a_failed_release_that_has_no_nodes_counts_until_a_later_one_succeeds(fresh):
     sql(fresh, "INSERT INTO release_tasks (version, status, status_reason) VALUES (7, 'failed', 'it has no nodes')")
     [problem] = problems(fresh)
-    assert (problem.kind, problem.mend) == ("failed", "releasectl status 1")
+    assert (problem.kind, problem.mend) == ("failed", "releasectl create --target cdn --payload FILE")
+    assert problem.text.endswith("; a retry of all its nodes is refused: release 1 has no online nodes that were "
+                                 "failed or skipped")
     add_nodes(fresh, 1)
     good(fresh, "A")
     assert problems(fresh) == []
 
 
-def test_what_is_shown_as_a_mend_of_a_failure_is_not_refused(fresh):
+def test_the_mend_of_a_failure_is_what_is_not_refused(fresh):
     add_nodes(fresh, 2)
     good(fresh, "A")
     ended(fresh, "B", "failed", "failed")
-    assert [p.mend for p in problems(fresh) if p.kind == "failed"] == ["releasectl retry 2 --plan"]
+    assert mend_of_failure(fresh) == "releasectl retry 2 --plan"
     good(fresh, "C", 1)  # a retry of both would replace it
-    assert [p.mend for p in problems(fresh) if p.kind == "failed"] == ["releasectl status 2"]
+    assert mend_of_failure(fresh) == "releasectl retry 2 --node edge-2 --plan"
+    fresh.nodes.update(2, {"status": "offline"})
+    assert mend_of_failure(fresh) == "releasectl node set edge-2 --status online"
+    fresh.nodes.update(2, {"status": "online"})
+    sql(fresh, "UPDATE release_tasks SET payload = 'x' WHERE id = 2")  # what went out can't be sent again
+    assert mend_of_failure(fresh) == "releasectl create --target cdn --payload FILE"
+
+
+def test_the_mend_of_a_failure_that_can_only_be_rolled_back_is_that(fresh):
+    add_nodes(fresh, 1)
+    good(fresh, "A")
+    ended(fresh, "B", "failed")
+    sql(fresh, "UPDATE release_tasks SET payload = 'x' WHERE id = 2")
+    assert mend_of_failure(fresh) == "releasectl rollback 2 --plan"
 
 
 def test_what_ended_since_the_last_look_is_told_however_long_that_holds(store):
@@ -317,6 +448,9 @@ def test_failures_of_a_release_that_goes_on_are_told(fresh):
 
 # -- what only the process knows, and the order ----------------------------------------------------------
 
+LOOKS = rc.ExecutorRow("a:1:x", "a", "serve", rc.utc_text(0), rc.utc_text(0), 15.0, "")
+
+
 @pytest.mark.parametrize(("found", "kind", "text"), [
     (("CONTROL_CERT", None, None, "run releasectl.py check to see why"), "certificate",
      "CONTROL_CERT can't be used: run releasectl.py check to see why"),
@@ -328,14 +462,13 @@ def test_failures_of_a_release_that_goes_on_are_told(fresh):
     (("CONTROL_CERT", "2026-01-01T00:00:00.000Z", 14.5, ""), "", ""),
     (("CONTROL_CA CRL", "2026-01-01T00:00:00.000Z", 1.5, ""), "", "")])
 def test_certificates_that_end_are_problems(found, kind, text):
-    facts = rc.OverviewFacts(certificates=[rc.CertificateState(*found)])
+    facts = rc.OverviewFacts(certificates=[rc.CertificateState(*found)], executors=[LOOKS])
     assert [(p.kind, p.text) for p in rc.judge(facts).problems] == ([(kind, text)] if kind else [])
 
 
 def test_a_row_of_executors_that_a_person_spoiled_spoils_no_verdict(sqlite_world):
-    sql(sqlite_world.store, "INSERT INTO executors (owner, host, seen_at, period_sec) VALUES ('a:1:x', 'a', ?, 'abc')",
-        rc.utc_text(time.time()))
-    assert sqlite_world.store.overview.read([]).is_well
+    sql(sqlite_world.store, "INSERT INTO executors (owner, host, seen_at, period_sec) VALUES ('a:1:x', 'a', 'abc', 15)")
+    assert kinds(sqlite_world.store) == ["idle"]
     release = new_release(sqlite_world.nodes(1).store)
     assert sqlite_world.store.claims.why(release.id, 600.0).stopped_by.name == "executor"
 
@@ -344,6 +477,7 @@ def test_all_problems_are_told_worst_first(fresh):
     add_nodes(fresh, 1)
     ended(fresh, "A", "failed")
     new_release(fresh)
+    nobody_looks(fresh)
     fresh.releases.set_freeze(True, "anna", "x")
     expired = rc.CertificateState("HTTP_CERT", None, None, "gone")
     overview = fresh.overview.read([expired])
@@ -362,9 +496,12 @@ def test_a_database_that_takes_no_writes_is_the_first_problem(fresh):
     sql(fresh, "ALTER TABLE health_probe RENAME TO elsewhere")
     with pytest.raises(rc.DatabaseError):
         fresh.state.check_write()
-    assert kinds(fresh) == ["database"]
+    since = problems(fresh)[0].since
+    assert abs(rc.epoch_or(since, 0.0) - time.time()) < 30
+    assert [(p.kind, p.since) for p in problems(fresh)] == [("database", since)]
     sql(fresh, "ALTER TABLE elsewhere RENAME TO health_probe")
     fresh.state.check_write()
+    nobody_looks(fresh)
     assert kinds(fresh) == ["executor"]
 
 
@@ -372,6 +509,7 @@ def test_the_verdict_comes_without_a_database_too(tmp_path):
     store = rc.Store(rc.Database(f"sqlite:///{tmp_path}/missing/test.db"))
     [problem] = problems(store)
     assert (problem.kind, problem.severity, problem.mend) == ("database", "error", "releasectl check")
+    assert problem.since == problems(store)[0].since is not None
 
 
 def test_the_page_has_a_headline_for_every_kind_of_problem():
@@ -383,6 +521,7 @@ def test_the_page_has_a_headline_for_every_kind_of_problem():
 # -- by the API and the command line ------------------------------------------------------------------------
 
 def test_the_api_tells_the_verdict(client):
+    live(client.store)
     assert client.ok("GET", "/api/v1/overview") == {
         "ok": True, "text": "all is well: nothing is to do", "activeReleases": 0, "pendingReleases": 0,
         "drift": dict.fromkeys(rc.DRIFTS, 0), "problems": []}
@@ -396,7 +535,7 @@ def test_the_api_tells_the_verdict(client):
 def test_an_executor_without_a_certificate_is_a_problem_before_anything_is_to_do(sqlite_world):
     executor = sqlite_world.executor(CONTROL_CERT="")
     found = rc.process_json(executor.settings, executor)["certificates"]
-    facts = rc.OverviewFacts(certificates=[rc.CertificateState(*one.values()) for one in found])
+    facts = rc.OverviewFacts(certificates=rc.certificate_states(found), executors=[LOOKS])
     assert [p.text for p in rc.judge(facts).problems] == [
         "CONTROL_CERT can't be used: it is not set: agents can't be called without it"]
 
@@ -409,11 +548,15 @@ def test_a_key_that_only_the_service_may_read_is_no_problem_to_others(fleet_cli)
     key = fleet_cli.file("other.key", Path(fleet_cli.settings["CONTROL_KEY"]).read_text())
     fleet_cli.settings["CONTROL_KEY"] = key
     os.chmod(fleet_cli.folder / "other.key", 0)
+    live(fleet_cli.world.store)
     assert fleet_cli.ok("status", "--health").out == "all is well: nothing is to do\n"
 
 
 def test_status_without_an_id_shows_the_verdict_and_health_makes_it_the_exit_code(cli):
     cli.ok("migrate")
+    assert cli("status").out.startswith("1 problem: no executor is running (none was seen for a day): start `serve`\n")
+    assert cli("status", "--health").code == 1
+    cli.ok("run-once")
     assert cli("status").out == "all is well: nothing is to do\n"
     assert cli("status", "--health").code == 0
     cli.ok("freeze", "on", "--reason", "the match")

@@ -328,7 +328,25 @@ def test_a_freeze_lets_nothing_be_dispatched_not_even_again_and_polls_go_on():
     decision = decide(nodes, freeze=FROZEN)
     assert sends(decision) == [("query", 1)]
     assert decision.status_reason == ("frozen: change freeze for the holidays; "
-                                      "waiting for edge-1 and 1 more to end")
+                                      "waiting for edge-1 to end; edge-2 is tried again after that")
+
+
+@pytest.mark.parametrize(("status", "frozen", "reason"), [
+    ("running", True, "frozen: change freeze for the holidays; {}"), ("paused", False, "paused by anna in batch 1: {}; "
+                                                                                       "resume to go on")])
+def test_who_waits_for_its_next_try_under_a_pause_or_a_freeze_is_not_waited_for(status, frozen, reason):
+    tried = node(1, "running", next_op=rc.DISPATCH, errors=1, last_error="connection refused")
+    of = release(status, paused_by="anna" if status == "paused" else "")
+    freeze = FROZEN if frozen else rc.NO_FREEZE
+
+    def said(*nodes):
+        return rc.decide(rc.Situation(of, rc.NodeIndex(nodes), NOW, POLICY, freeze=freeze)).status_reason
+
+    assert said(tried) == reason.format("edge-1 is tried again after that: connection refused")
+    assert said(tried, node(2, "running", next_op=rc.DISPATCH)) == reason.format(
+        "edge-1 and 1 more are tried again after that: connection refused")
+    assert said(tried._replace(in_flight=True)) == reason.format("waiting for edge-1 to end")
+    assert said(tried._replace(next_op=rc.QUERY)) == reason.format("waiting for edge-1 to end")
 
 
 def test_a_frozen_commit_of_a_dispatch_changes_nothing(store):

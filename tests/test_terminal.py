@@ -52,6 +52,8 @@ def shanghai(monkeypatch):
     ("scheduled for 2026-11-27T13:00:00.000Z", "scheduled for 21:00, in 60 min", "scheduled for 13:00Z, in 60 min"),
     ("x.pem is good until 2025-01-01T20:00:00.000Z, 3", "x.pem is good until 2025-01-02 04:00, 3",
      "x.pem is good until 2025-01-01 20:00Z, 3"),
+    ("release 1 (v1) waits: soaking after batch 1 until 12:00:40Z, in 40 s",
+     "release 1 (v1) waits: soaking after batch 1 until 20:00, in 40 s", "release 1 (v1) waits: soaking after batch 1"),
     ("scheduled for 2026-13-41T06:00:00Z", "scheduled for 2026-13-41T06:00:00Z", "scheduled for 2026-13-41T06:00:00Z"),
 ])
 def test_the_times_of_a_sentence_are_local_and_short_or_in_utc(shanghai, stored, local, utc):
@@ -66,7 +68,12 @@ def test_the_times_of_a_sentence_are_local_and_short_or_in_utc(shanghai, stored,
     "paused by anna: until 2026-12-01T00:00:00Z", "see https://grafana/d?from=2026-11-27T11:00:00Z&to=06:00:00Z",
     'note: "valid until 2026-12-01T00:00:00Z" -> "valid until 2026-12-02T00:00:00Z"', "at 06:00:00Z",
     "maintenance 2026-12-01T15:00:00Z to 2026-12-01T16:00:00Z", "v2026-11-27T06:00Z",
-    "stopped by node a: no lease since 2026-11-27T06:00:00Z"])
+    "stopped by node a: no lease since 2026-11-27T06:00:00Z",
+    # as we write them ourselves, but quoted
+    "frozen: scheduled for 2026-12-01T15:00:00.000Z; waiting for edge-1 to end",
+    "release 1 (v1) is stopped: frozen by anna: the match, scheduled for 2026-12-01T15:00:00.000Z",
+    "stopped by node a in batch 1: my licence is good until 2026-12-01T15:00:00.000Z",
+    "batch 1 of 2: waiting for 1 of 2 nodes; trying again: a: good until 2026-12-01T15:00:00.000Z, try 2 of 3, now"])
 def test_a_time_that_somebody_else_wrote_is_not_touched(shanghai, text):
     assert rc.Display().sentence(text) == rc.Display(is_utc=True).sentence(text) == text
 
