@@ -1163,7 +1163,7 @@ def read_config_file(path: str) -> Iterator[tuple[str, str]]:
         if name not in names:
             raise ConfigError(f"{path}:{number}: {one_line(name, 60)} is not a setting{did_you_mean(name, names)}")
         if name in seen:
-            raise ConfigError(f"{path}:{number}: {name} stands twice")
+            raise ConfigError(f"{path}:{number}: {name} is set twice")
         is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
         if not is_quoted and re.search(r"(^|\s)#", value):
             raise ConfigError(f"{path}:{number}: {name}: put the comment on a line of its own "
@@ -3053,7 +3053,7 @@ def parse_node_ids(value: object) -> list[int]:
         ids = list(map(IDS.from_json, value if isinstance(value, list) else ()))
         if ids and len(set(ids)) == len(ids):
             return ids
-    raise AppError(INVALID, "nodeIds must be a list of different ids of nodes")
+    raise AppError(INVALID, "nodeIds must be a list of ids of nodes, each once")
 
 
 def parse_label_pairs(field: str, pairs: Iterable[str]) -> dict[str, str]:
@@ -5925,7 +5925,7 @@ def _verdict_text(problems: Sequence[Problem], facts: OverviewFacts) -> str:
         return f"{count_of(len(problems), 'problem')}: {problems[0].text}{more}"
     waiting = f"{facts.pending} waiting" if facts.pending else ""
     working = in_words(facts.active, MAX_NAMED, text=lambda release: f"{release.status} {release}")
-    return "all is well: " + (", ".join(filter(None, (working, waiting))) or "nothing is to do")
+    return "all is well: " + (", ".join(filter(None, (working, waiting))) or "nothing to do")
 
 
 def _database_problems(facts: OverviewFacts) -> Iterator[Problem]:
@@ -5951,8 +5951,7 @@ def _executor_problems(facts: OverviewFacts) -> Iterator[Problem]:
     elif not facts.database_error and count:
         begun = [*(release.created_at for release, _ in alone), *([facts.oldest_pending] if facts.pending else [])]
         since = max(min(filter(None, begun), default=""), anybody.since or "")
-        have = "has" if count == 1 else "have"
-        yield Problem("executor", f"{anybody.text}; {count_of(count, 'release')} {have} nobody", anybody.mend, since)
+        yield Problem("executor", f"{anybody.text}; nobody works on {count_of(count, 'release')}", anybody.mend, since)
     elif not facts.database_error and not any(needs_owner(release) for release in facts.active):
         yield Problem("idle", anybody.text, anybody.mend, anybody.since)
 
@@ -5974,18 +5973,20 @@ def _release_problems(facts: OverviewFacts) -> Iterator[Problem]:
 
 
 def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
-    texts = {AHEAD: ("what a release left that did not end well", "has", "have"),
-             UNSURE: ("what nobody knows: a later try may have changed it", "runs", "run"),
-             BEHIND: ("an older payload than it should", "runs", "run")}
-    for drift, (text, one, many) in texts.items():
+    for drift in (AHEAD, UNSURE, BEHIND):
         found = facts.drift.get(drift, DriftCount())
         if found.nodes:
+            nodes = count_of_nodes(found.nodes)
+            run, they = ("runs", "it") if found.nodes == 1 else ("run", "they")
+            text = {AHEAD: f"{nodes} {run} the payload of a release that failed or was cancelled",
+                    UNSURE: f"it is not known what {nodes} {run}, as a later try may have changed it",
+                    BEHIND: f"{nodes} {run} an older payload than {they} should"}[drift]
             names = f": {found.first}" + (f" and {found.nodes - 1} more" if found.nodes > 1 else "")
-            away = f"; {found.away} of them not online" if found.away else ""
+            of_them = "it is" if found.nodes == 1 else f"{found.away} of them {'is' if found.away == 1 else 'are'}"
+            away = f"; {of_them} not online" if found.away else ""
             catches_up = drift == BEHIND and found.away < found.nodes
-            verb = one if found.nodes == 1 else many
-            yield Problem(drift, f"{count_of_nodes(found.nodes)} {verb} {text}{names}{away}",
-                          "releasectl catch-up" if catches_up else f"releasectl node list --drift {drift}", found.since)
+            yield Problem(drift, f"{text}{names}{away}", "releasectl catch-up" if catches_up else
+                          f"releasectl node list --drift {drift}", found.since)
 
 
 def _twin_problems(facts: OverviewFacts) -> Iterator[Problem]:
@@ -6254,7 +6255,7 @@ class SqliteEngine:
         if not os.path.isdir(folder):
             raise DatabaseError(f"{self}: the folder {folder} does not exist")
         if not create and not os.path.exists(self.path):
-            raise DatabaseError(f"{self} does not exist: make it with `releasectl.py migrate`")
+            raise DatabaseError(f"{self} does not exist: bring it back, or make a new one with `releasectl migrate`")
         self._refuse_unsafe_file()
         connection = None
         try:
@@ -6891,7 +6892,7 @@ class Database:
             self.migrate()
         elif version < needed:
             raise DatabaseError(f"{self} has schema {version}, this program needs {needed}: "
-                                "run `releasectl.py migrate`")
+                                "run `releasectl migrate`")
         self._refuse_newer(version, needed)
 
     def _refuse_newer(self, version: int, known: int) -> None:
@@ -7816,7 +7817,7 @@ class Nodes:
             if node.enabled and len(names) > 1:
                 first, second = sorted(names, key=lambda name: name in written)[:2]
                 raise AppError(EXISTS, f"node {first} has the address {node.main_ip}:{node.agent_port} already: "
-                                       f"one agent is one node, not {second} too")
+                                       f"an agent is one node, so {second} can't have it too")
 
     @staticmethod
     def _refuse_in_use(tx: Transaction, node: Node) -> None:
@@ -7828,7 +7829,7 @@ class Nodes:
               AND EXISTS (SELECT 1 FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.node_id = ?)""",
                               node.id)
         if release_id is not None:
-            raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}, which is not at its end: "
+            raise AppError(WRONG_STATE, f"node {node.name} is part of release {release_id}, which has not ended: "
                                         "its address, port and protocol stay until then")
 
 
@@ -10451,9 +10452,9 @@ class Claims:
 # region Overview
 # ======================================================================================
 # Overview: what the verdict is made from; the store that all parts make up.
-# Uses: Vocabulary, Helpers, Model, Status texts, Verdict, Database, Database state,
-#   Audit, Nodes, Queue, Retry and rollback, Drift, Releases, History, Notifications,
-#   Claims.
+# Uses: Vocabulary, Helpers, Model, Status texts, Why, Verdict, Database, Database
+#   state, Audit, Nodes, Queue, Retry and rollback, Drift, Releases, History,
+#   Notifications, Claims.
 # ======================================================================================
 
 class OverviewReader:
@@ -14188,8 +14189,8 @@ class ReadQueue:
 # API: routes as a table, handlers, /openapi.json (contract section 5); knows no
 #   socket.
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Selection,
-#   Plan, Verbs, Verdict, Audit, Queue, Retry and rollback, Drift, Overview,
-#   Serialization, Requests.
+#   Plan, Verbs, Audit, Queue, Retry and rollback, Drift, Overview, Serialization,
+#   Requests.
 # ======================================================================================
 
 DASHBOARD_FILE = Path(__file__).resolve().with_name("dashboard.html")
@@ -14336,7 +14337,7 @@ class Api:
         """
         if not self._whole_reads.acquire(request):
             raise AppError(TOO_MANY_REQUESTS, "too many clients read whole releases, payloads or differences, ask why, "
-                           "or search nodes: come again, or ask for ?view=summary", retry_after_s=5)
+                           "or search nodes: try again in a moment, or ask for ?view=summary", retry_after_s=5)
         began, rest_s = time.thread_time(), 0.0
         try:
             data = read()
@@ -14988,7 +14989,7 @@ class Exchange:
     def _note_bad_token(self) -> None:
         count, is_to_be_logged = self.server.throttle.note_bad(self.connection.address)
         if is_to_be_logged:
-            log.warning("bad token from %s, the %d. in a row, request %s", self.handler.client_host, count,
+            log.warning("bad token from %s (%d in a row), request %s", self.handler.client_host, count,
                         self.request_id)
 
     def _note_expired(self, token: Token) -> None:
@@ -15515,13 +15516,13 @@ def certificate_json(name: str, load: Callable[[], Mapping[str, Any]]) -> dict[s
     try:
         expires = certificate_end(load())
     except ConfigError:
-        return {"name": name, "notAfter": None, "daysLeft": None, "message": "run releasectl.py check to see why"}
+        return {"name": name, "notAfter": None, "daysLeft": None, "message": "run `releasectl check` to see why"}
     return {"name": name, "notAfter": utc_text(expires), "daysLeft": round(_days_until(expires), 2), "message": ""}
 
 
 def crl_json(name: str, path: str) -> list[dict[str, Any]]:
     """Return until when the CRLs beside a CA are good, in the form of a certificate; nothing where there is none."""
-    found = {"name": f"{name} CRL", "notAfter": None, "daysLeft": None, "message": "run releasectl.py check to see why"}
+    found = {"name": f"{name} CRL", "notAfter": None, "daysLeft": None, "message": "run `releasectl check` to see why"}
     try:
         ends = crl_ends(Path(path).read_text(encoding="latin-1"))
     except (OSError, ValueError):
@@ -15616,7 +15617,7 @@ def check_notifications(settings: Settings, is_test: bool) -> Iterator[Finding]:
     if settings.notify_url and not is_test:
         yield _finding("NOTIFY_URL", lambda: check_url(settings))
     if is_test and not receivers:
-        yield Finding("notifications", EXIT_USAGE, "nobody gets any: set NOTIFY_COMMAND or NOTIFY_URL")
+        yield Finding("notifications", EXIT_USAGE, "there is no receiver: set NOTIFY_COMMAND or NOTIFY_URL")
     for name, receive in receivers.items() if is_test else ():
         host, began = socket.gethostname(), time.monotonic()
         message = message_of("test", utc_text(time.time()), f"a test from {host}: notifications get here", host,
@@ -16181,9 +16182,8 @@ def warning_lines(warnings: Iterable[str]) -> list[str]:
 # ======================================================================================
 # Commands: what each other command does (contract section 4).
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Difference, Model,
-#   Strategy, Selection, Plan, Status texts, Verbs, Why, Verdict, Database, Audit,
-#   Queue, Retry and rollback, Releases, Overview, Serialization, Check and why,
-#   Terminal, Views.
+#   Strategy, Selection, Plan, Status texts, Verbs, Why, Database, Audit, Queue, Retry
+#   and rollback, Releases, Overview, Serialization, Check and why, Terminal, Views.
 # ======================================================================================
 
 # Where a command's options have the id of a release, or LATEST.
@@ -17658,7 +17658,7 @@ def _audit_head(text: str) -> tuple[int, str]:
     """Return the id and hash of ID:HASH, a head of the audit log; raise argparse.ArgumentTypeError else."""
     match = re.fullmatch(r"([0-9]{1,18}):([0-9a-f]{64})", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ID:HASH, as the log tells it with each release's end")
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID:HASH, as the log shows it at the end of each release")
     return int(match[1]), match[2]
 
 
@@ -17669,7 +17669,7 @@ def _release_id(text: str) -> int | str:
         return int(AFTER_IDS.from_text(text))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a release: use a number from `releasectl.py list`, or `latest`") from None
+            f"{text!r} is not a release: use a number from `releasectl list`, or `latest`") from None
 
 
 def _error_kinds(text: str) -> list[str]:
@@ -17755,7 +17755,7 @@ COMMANDS: tuple[Command, ...] = (
         *_NODE_OPTIONS)),
     Command("node import", "add nodes from a file, all or none: a JSON array, or lines NAME IP [PORT [PROTOCOL]]",
             command_node_import, (
-                option("file", metavar="FILE", help="- for standard input; what `node list --json` printed is taken"),
+                option("file", metavar="FILE", help="- for standard input; takes what `node list --json` printed"),
                 option("--update", action="store_true", help="change the nodes whose name exists"))),
     Command("node ping", "ask agents whether they answer", command_node_ping, (
         option("names", nargs="*", metavar="NODE", help="these, or those with a name like 'edge-fra-*'; none: every "

@@ -239,7 +239,7 @@ def test_what_the_description_lets_an_id_be_is_what_the_api_takes(client):
                 (schemas["Rollback"]["properties"]["toRelease"], "/1/rollback", {"toRelease": number}),
                 (schemas["NewRelease"]["properties"]["nodeIds"]["items"], "", {"nodeIds": [number]})):
             message = client("POST", f"/api/v1/releases{path}", {**body, "dryRun": True}).message
-            is_no_id = "must be the id of a release" in message or "must be a list of different ids" in message
+            is_no_id = "must be the id of a release" in message or "must be a list of ids of nodes" in message
             assert is_no_id != (schema["minimum"] <= number <= schema["maximum"]), (path, number, message)
 
 

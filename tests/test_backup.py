@@ -109,7 +109,7 @@ def test_a_backup_needs_no_hard_links(filled, monkeypatch):
 
 
 @pytest.mark.parametrize(("database", "said"), [
-    (None, "does not exist: make it with"), ("no database at all", "is not an SQLite file")])
+    (None, "does not exist: bring it back, or make"), ("no database at all", "is not an SQLite file")])
 def test_a_backup_of_nothing_leaves_nothing(cli, database, said):
     if database:
         cli.file("releasectl.db", database)

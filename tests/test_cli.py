@@ -1165,6 +1165,6 @@ def test_section_4_latest_is_what_a_retry_and_a_rollback_take_too(filled_quick, 
 
 def test_section_4_an_id_that_is_neither_is_told_with_what_would_do(quick):
     quick.ok("migrate")
-    assert "'abc' is not a release: use a number from `releasectl.py list`, or `latest`" in quick.refused(
+    assert "'abc' is not a release: use a number from `releasectl list`, or `latest`" in quick.refused(
         2, "status", "abc")
     assert "there is no release yet" in quick.refused(3, "status", "latest")

@@ -865,13 +865,13 @@ def test_an_import_with_update_changes_what_is_there_and_adds_the_rest_all_or_no
     before = late.ok("node", "list", "--json").out
     for content, code, message in (
             (f"edge-7 10.0.0.7\nedge-1 {ADDRESSES[2]}\n", 3, "node edge-3 has the address 127.0.1.3:8443 already: "
-                                                            "one agent is one node, not edge-1 too"),
+                                                            "an agent is one node, so edge-1 can't have it too"),
             ("edge-1 10.0.0.1\nedge-1 10.0.0.2\n", 3, "node edge-1 is in the file twice"),
             ("edge-8 10.0.0.8\nedge-1 not/an/address\n", 2, "node 2: ")):
         assert message in late.refused(code, "node", "import", "--update", late.file("lines", content))
         assert late.ok("node", "list", "--json").out == before
     late.store.releases.create(rc.ReleaseRequest(), "anna")
-    assert "is part of release 3, which is not at its end" in late.refused(
+    assert "is part of release 3, which has not ended" in late.refused(
         3, "node", "import", "--update", late.file("lines", "edge-8 10.0.0.8\nedge-1 10.0.0.1\n"))
     assert late.ok("node", "list", "--json").out.count("edge-8") == 0
 

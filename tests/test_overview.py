@@ -45,7 +45,7 @@ def live(store: rc.Store, owner: str = "host-a:1:x") -> None:
 # -- each kind of problem, made for real ------------------------------------------------------------
 
 def test_all_is_well_where_nothing_is_to_do_and_each_node_runs_what_it_should(fresh):
-    assert fresh.overview.read([]).text == "all is well: nothing is to do"
+    assert fresh.overview.read([]).text == "all is well: nothing to do"
     add_nodes(fresh, 2)
     good(fresh, "A")
     assert problems(fresh) == []
@@ -65,12 +65,12 @@ def test_no_executor_is_a_problem_where_something_is_to_do(fresh):
     new_release(fresh)
     [problem] = problems(fresh)
     assert problem == rc.Problem("executor", "no executor is running (none was seen for a day): start `serve`; "
-                                 "1 release has nobody", "releasectl serve", fresh.releases.get(1).created_at)
+                                 "nobody works on 1 release", "releasectl serve", fresh.releases.get(1).created_at)
     live(fresh)
     assert problems(fresh) == []
     fresh.claims.note_executor("host-a:1:x", "host-a", "serve", 3600.0, "CONTROL_CERT is not set", False)
     [problem] = problems(fresh)
-    assert (problem.text, problem.mend) == ("host-a can't dispatch: CONTROL_CERT is not set; 1 release has nobody",
+    assert (problem.text, problem.mend) == ("host-a can't dispatch: CONTROL_CERT is not set; nobody works on 1 release",
                                             "releasectl check")
     fresh.releases.act("pause", 1, "anna")  # what waits for a person needs nobody else
     assert kinds(fresh) == ["paused", "idle"]
@@ -214,7 +214,7 @@ def test_an_executor_with_a_thread_that_hangs_works_on_nothing(fresh):
     fresh.claims.claim(release.id, "host-a:1:x", 30.0)
     fresh.claims.note_executor("host-a:1:x", "host-a", "serve", 3600.0, "the driver of release 1 hangs", False)
     [problem] = problems(fresh)
-    assert problem.text == "host-a can't dispatch: the driver of release 1 hangs; 1 release has nobody"
+    assert problem.text == "host-a can't dispatch: the driver of release 1 hangs; nobody works on 1 release"
     assert fresh.claims.why(release.id, 600.0).stopped_by.name == "executor"
 
 
@@ -262,9 +262,9 @@ def test_nodes_that_do_not_run_what_they_should_are_problems(fresh):
                "node_id = 3", failed.id)
     found = {problem.kind: problem for problem in problems(fresh)}
     assert list(found) == ["failed", "ahead", "unknown", "behind"]
-    assert found["ahead"].text == "1 node has what a release left that did not end well: edge-1"
-    assert found["unknown"].text == "1 node runs what nobody knows: a later try may have changed it: edge-4"
-    assert found["behind"].text == "1 node runs an older payload than it should: edge-2; 1 of them not online"
+    assert found["ahead"].text == "1 node runs the payload of a release that failed or was cancelled: edge-1"
+    assert found["unknown"].text == "it is not known what 1 node runs, as a later try may have changed it: edge-4"
+    assert found["behind"].text == "1 node runs an older payload than it should: edge-2; it is not online"
     assert found["behind"].since == fresh.releases.get(behind.id).finished_at
     assert found["unknown"].since == lost_at
     assert found["behind"].mend == "releasectl node list --drift behind"  # a catch-up leaves it out
@@ -452,8 +452,8 @@ LOOKS = rc.ExecutorRow("a:1:x", "a", "serve", rc.utc_text(0), rc.utc_text(0), 15
 
 
 @pytest.mark.parametrize(("found", "kind", "text"), [
-    (("CONTROL_CERT", None, None, "run releasectl.py check to see why"), "certificate",
-     "CONTROL_CERT can't be used: run releasectl.py check to see why"),
+    (("CONTROL_CERT", None, None, "run `releasectl check` to see why"), "certificate",
+     "CONTROL_CERT can't be used: run `releasectl check` to see why"),
     (("HTTP_CERT", "2026-01-01T00:00:00.000Z", -3.0, ""), "certificate", "HTTP_CERT can't be used: it has expired"),
     (("CONTROL_CERT", "2026-01-01T00:00:00.000Z", 13.5, ""), "expires",
      "CONTROL_CERT is good for 14 days more: renew it"),
@@ -523,7 +523,7 @@ def test_the_page_has_a_headline_for_every_kind_of_problem():
 def test_the_api_tells_the_verdict(client):
     live(client.store)
     assert client.ok("GET", "/api/v1/overview") == {
-        "ok": True, "text": "all is well: nothing is to do", "activeReleases": 0, "pendingReleases": 0,
+        "ok": True, "text": "all is well: nothing to do", "activeReleases": 0, "pendingReleases": 0,
         "drift": dict.fromkeys(rc.DRIFTS, 0), "problems": []}
     client.store.releases.set_freeze(True, "anna", "the match")
     [problem] = client.ok("GET", "/api/v1/overview")["problems"]
@@ -549,7 +549,7 @@ def test_a_key_that_only_the_service_may_read_is_no_problem_to_others(fleet_cli)
     fleet_cli.settings["CONTROL_KEY"] = key
     os.chmod(fleet_cli.folder / "other.key", 0)
     live(fleet_cli.world.store)
-    assert fleet_cli.ok("status", "--health").out == "all is well: nothing is to do\n"
+    assert fleet_cli.ok("status", "--health").out == "all is well: nothing to do\n"
 
 
 def test_status_without_an_id_shows_the_verdict_and_health_makes_it_the_exit_code(cli):
@@ -557,7 +557,7 @@ def test_status_without_an_id_shows_the_verdict_and_health_makes_it_the_exit_cod
     assert cli("status").out.startswith("1 problem: no executor is running (none was seen for a day): start `serve`\n")
     assert cli("status", "--health").code == 1
     cli.ok("run-once")
-    assert cli("status").out == "all is well: nothing is to do\n"
+    assert cli("status").out == "all is well: nothing to do\n"
     assert cli("status", "--health").code == 0
     cli.ok("freeze", "on", "--reason", "the match")
     found = cli("status")

@@ -353,7 +353,7 @@ def test_health_answers_without_a_database_and_with_certificates_that_are_no_goo
     assert (health["database"]["ok"], health["releases"], health["claims"]) == (False, [], [])
     assert health["database"]["message"]
     assert health["certificates"] == [{"name": "CONTROL_CERT", "notAfter": None, "daysLeft": None,
-                                       "message": "run releasectl.py check to see why"}]
+                                       "message": "run `releasectl check` to see why"}]
 
 
 # -- releases ------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_db_wins_over_the_environment_and_the_config_file(config_file):
     ("AGENT_RETRIES=1\nAGENT_RETRYS=2\n", ":2: AGENT_RETRYS is not a setting (did you mean AGENT_RETRIES?)"),
     ("zzz=1\n", ":1: zzz is not a setting"),
     ("AGENT_RETRIES\n", ":1: not KEY=VALUE"),
-    ("AGENT_RETRIES=1\nAGENT_RETRIES=2\n", ":2: AGENT_RETRIES stands twice"),
+    ("AGENT_RETRIES=1\nAGENT_RETRIES=2\n", ":2: AGENT_RETRIES is set twice"),
     ("AGENT_RETRIES=many\n", "AGENT_RETRIES=many can't be used"),
     (b"CONTROL_CA=\xff\xfe\n", "can't be read: not UTF-8"),
     ("CONTROL_CA=/etc/a\0b\n", ":1: CONTROL_CA holds a control character"),

@@ -470,7 +470,7 @@ def test_an_older_database_is_brought_up_to_date_step_by_step(store, monkeypatch
                                   f"INSERT INTO schema_version (version) VALUES ({known + 1})"))
     monkeypatch.setattr(rc, "schema_steps", lambda: steps)
     with pytest.raises(rc.DatabaseError, match=f"has schema {known}, this program needs {known + 1}: "
-                                               "run `releasectl.py migrate`"):
+                                               "run `releasectl migrate`"):
         store.database.require_schema()
     assert store.database.migrate() == (known, known + 1)
     assert store.database.migrate() == (known + 1, known + 1)
