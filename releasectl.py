@@ -43,6 +43,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Retry and rollback  what a new release brings back to whom (contract 3, rule 10)
     Drift               what each node runs, what it should run, and how far these are apart
                         (contract section 5)
+    Approvals           a release that waits for a second person, and who lets it start
     Releases            create, verbs, lists, payloads, prune
     History             releases that ended long ago, which prune deletes
     Notifications       the outbox: messages that are still to go (contract section 2)
@@ -191,7 +192,13 @@ SERVE, TICK = "serve", "tick"
 
 NODE_STATUSES = ("online", "offline", "maintenance")
 
-# Kinds of notifications (NOTIFY_ON); most have the name of a status. Nothing writes APPROVAL yet.
+# Whether a release needs a second person before it starts, "" for no (the column approval of release_tasks): it waits
+# for one; one approved it; somebody let it go without; the program made it itself.
+WANTED, GIVEN, EMERGENCY, AUTOMATIC = APPROVAL_STATES = ("wanted", "given", "emergency", "automatic")
+# Everybody who acts through an API without tokens and client certificates.
+ANONYMOUS = "api"
+
+# Kinds of notifications (NOTIFY_ON); most have the name of a status.
 CREATED, STARTED, STUCK, APPROVAL, TAKEN_OVER, FROZEN = (
     "created", "started", "stuck", "approval", "taken_over", "frozen")
 NOTIFY_KINDS = (FAILED, PARTIAL, PAUSED, STUCK, CREATED, STARTED, SUCCESS, CANCELLED, APPROVAL, TAKEN_OVER, FROZEN)
@@ -1078,6 +1085,7 @@ class Settings:
     node_deadline_sec: float = _setting("600", Range(1, 604800, float), "seconds from a node's dispatch to its end")
     claim_ttl_sec: float = _setting(
         "30", Range(1, MAX_CLAIM_TTL_S, float), "seconds that a silent process keeps a release")
+    approvals: bool = _setting("0", _switch, "1: a release starts when somebody else than its author has approved it")
     public_url: str = _setting("", _public_url, "where people reach the page: for links in notifications")
     notify_command: tuple[str, ...] = _setting("", _words, "a program that gets each notification on standard input")
     notify_url: str = _setting("", _receiver_url, "where each notification is sent to by POST")
@@ -2147,6 +2155,17 @@ class Release:
     goes_first: int = 0
     # 1: a freeze does not hold it.
     during_freeze: int = 0
+    # Who made it, see Act.identity; "" where a person wrote the row.
+    author: str = ""
+    # "" or one of APPROVAL_STATES; who approved it, or let it go without, and when.
+    approval: str = ""
+    approved_by: str = ""
+    approved_at: str | None = None
+
+    @property
+    def awaits_approval(self) -> bool:
+        """Return whether it does not start before somebody has approved it."""
+        return self.approval == WANTED and self.status in (PENDING, PAUSED) and not self.started_at
 
     @property
     def is_again(self) -> bool:
@@ -2469,6 +2488,9 @@ class Candidate(NamedTuple):
     # As in Release.
     goes_first: int = 0
     during_freeze: int = 0
+    # It waits for an approval by somebody else than author.
+    needs_approval: bool = False
+    author: str = ""
 
 
 class Claim(NamedTuple):
@@ -3221,6 +3243,8 @@ class ReleaseRequest(NamedTuple):
     # As in Release.
     goes_first: bool = False
     during_freeze: bool = False
+    # WANTED, EMERGENCY or AUTOMATIC; "": as the setting APPROVALS says.
+    approval: str = ""
 
     @property
     def is_again(self) -> bool:
@@ -4308,6 +4332,14 @@ def first_failed(nodes: NodeIndex) -> ReleaseNode | None:
 REASON_PENDING = "queued for an executor"
 # How Freeze.text begins.
 FROZEN_BEGINS = ("frozen: ", "frozen until ")
+
+
+def approval_text(release_id: int, author: str) -> str:
+    """Return that a release waits for an approval, who may give it, and how."""
+    whose = f" by somebody else than {author}" if author else ""
+    return f"waiting for approval{whose}: releasectl approve {release_id}"
+
+
 NO_NODES = "the release has no nodes"
 # A node that runs for less than this is not named.
 SLOW_S = 1.0
@@ -5270,6 +5302,34 @@ def check_verb(verb: str, release: Release) -> None:
         raise AppError(WRONG_STATE, f"release {release.id} {is_now}; only {states} releases can be {VERBS[verb].past}")
 
 
+def same_person(one: str, other: str) -> bool:
+    """Return whether two identities (Act.identity) count as one person.
+
+    A token, a certificate and a Unix user of one name do.
+    """
+    return one.casefold() == other.casefold()
+
+
+def check_emergency(is_emergency: bool, reason: str) -> None:
+    """Raise AppError(MISSING) where somebody goes without an approval and does not say why."""
+    if is_emergency and not reason:
+        raise AppError(MISSING, "reason is missing: an emergency goes without approval, so say why")
+
+
+def check_approval(release: Release, identity: str, is_emergency: bool) -> None:
+    """Raise AppError(WRONG_STATE) unless the release waits for an approval, or AppError(NOT_ALLOWED) for its author."""
+    if not release.awaits_approval:
+        is_now = "succeeded" if release.status == SUCCESS else f"is {release.status}"
+        how = {GIVEN: "approved it", EMERGENCY: "let it go without one"}.get(release.approval)
+        raise AppError(WRONG_STATE, f"release {release.id} {is_now} and waits for no approval" + (
+            f": {release.approved_by} {how} at {release.approved_at}" if how else ""))
+    if not is_emergency and same_person(release.author, identity):
+        where = " through an API without tokens, where everybody is the same (set API_TOKENS_FILE)" \
+            if release.author == ANONYMOUS else f" by {release.author}"
+        raise AppError(NOT_ALLOWED, f"release {release.id} was made{where}: somebody else must approve it; in an "
+                                    "emergency it goes without: --emergency --reason TEXT")
+
+
 def check_resume(release: Release, nodes: NodeIndex, strategy: Strategy, accepts: bool) -> None:
     """Raise AppError(WRONG_STATE) where failures must be accepted to resume, or can't be accepted."""
     exceeded = exceeded_limit(nodes, strategy)
@@ -5301,7 +5361,7 @@ def _in_order(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 def _may_start(c: Candidate, now: str, freezes: Freezes) -> bool:
     """Return whether a release may start as far as it alone goes; until then no other one waits for it (rule 2)."""
-    return c.status != PENDING or (c.start_at <= now and not freezes.of(c).frozen)
+    return c.status != PENDING or (c.start_at <= now and not c.needs_approval and not freezes.of(c).frozen)
 
 
 def _in_line(candidates: Iterable[Candidate], now: str,
@@ -5347,8 +5407,8 @@ def runnable(candidates: Iterable[Candidate], now: str, freezes: Freezes,
              shares: Shares) -> tuple[list[int], list[int]]:
     """Return the ids of releases that may be claimed now, and of those that others have claimed (rule 2).
 
-    A pending release waits for those before it, its start time and the end of a freeze; one that is paused or
-    frozen needs an owner only while its nodes are in flight.
+    A pending release waits for those before it, its start time, an approval and the end of a freeze; one that is paused
+    or frozen needs an owner only while its nodes are in flight.
     """
     free: list[int] = []
     taken: list[int] = []
@@ -5373,7 +5433,9 @@ def waiting_reasons(candidates: Iterable[Candidate], now: str, freezes: Freezes,
             reasons[c.id] = one_line(freeze.text if freeze.frozen else REASON_PENDING)
         if c.status != PENDING:
             continue
-        if before is not None and c.start_at <= now:
+        if c.needs_approval:
+            reason = approval_text(c.id, c.author)
+        elif before is not None and c.start_at <= now:
             reason = f"waiting for release {before.id}, {state_of(before)}"
         elif freeze.frozen:
             reason = freeze.text
@@ -5483,8 +5545,8 @@ def explain(facts: Facts) -> Why:
     if release is None:
         return Why(None, f"nothing to do: no release is open; {steps[-1].text}", steps)
     steps += [step for step in (
-        _order_step(facts), _start_step(facts), _pause_step(facts), _soak_step(facts), _preflight_step(facts),
-        _nodes_step(facts), _errors_step(facts), _busy_step(facts), _slots_step(facts)) if step]
+        _order_step(facts), _approval_step(facts), _start_step(facts), _pause_step(facts), _soak_step(facts),
+        _preflight_step(facts), _nodes_step(facts), _errors_step(facts), _busy_step(facts), _slots_step(facts)) if step]
     first = next((step for state in (STOPS, WAITS) for step in steps if step.state == state), None)
     if first is None and release.status == PENDING:
         first = next(step for step in steps if step.name == "executor")
@@ -5633,6 +5695,17 @@ def _order_step(facts: Facts) -> Step | None:
     return Step("order", STOPS if paused else WAITS, f"waiting for {text}", f"releasectl why {(paused or ahead[0]).id}")
 
 
+def _approval_step(facts: Facts) -> Step | None:
+    release = facts.release
+    if release is None or release.started_at or not release.approval:
+        return None
+    if release.awaits_approval:
+        return Step("approval", STOPS, approval_text(release.id, release.author), f"releasectl approve {release.id}")
+    how = {GIVEN: f"approved by {release.approved_by}",
+           EMERGENCY: f"goes without: emergency of {release.approved_by}"}.get(release.approval, "needs none")
+    return Step("approval", OK, how)
+
+
 def _start_step(facts: Facts) -> Step | None:
     left_s = epoch_or(facts.strategy.start_at, 0.0) - facts.now.wall
     if facts.release is None or facts.release.status != PENDING or left_s <= 0:
@@ -5768,9 +5841,9 @@ _ERROR, _WARNING = PROBLEM_SEVERITIES = ("error", "warning")
 # The kinds of problems, worst first.
 PROBLEM_KINDS: Mapping[str, str] = {
     "database": _ERROR, "executor": _ERROR, "unattended": _ERROR, "certificate": _ERROR, "failed": _ERROR,
-    "twins": _ERROR, "paused": _WARNING, "failures": _WARNING, "ahead": _WARNING, "unknown": _WARNING,
-    "behind": _WARNING, "partial": _WARNING, "notifications": _WARNING, "frozen": _WARNING, "idle": _WARNING,
-    "expires": _WARNING}
+    "twins": _ERROR, "paused": _WARNING, "approval": _WARNING, "failures": _WARNING, "ahead": _WARNING,
+    "unknown": _WARNING, "behind": _WARNING, "partial": _WARNING, "notifications": _WARNING, "frozen": _WARNING,
+    "idle": _WARNING, "expires": _WARNING}
 # Problems of a kind that are told one by one; the rest is counted.
 MAX_OF_A_KIND = 20
 # A certificate, and a CRL, that is good for less than this should be renewed: a job makes CRLs anew every day or week.
@@ -5871,6 +5944,8 @@ class OverviewFacts(NamedTuple):
     # When the oldest of these was created, and since when each of the paused ones is that, by id.
     oldest_pending: str | None = None
     paused_at: Mapping[int, str] = {}
+    # Of the pending ones those that wait for an approval.
+    awaiting: Sequence[Release] = ()
     executors: Sequence[ExecutorRow] = ()
     freezes: Freezes = NO_FREEZES
     # The clock that decides on claims and executors: see Transaction.now().
@@ -5970,6 +6045,9 @@ def _release_problems(facts: OverviewFacts) -> Iterator[Problem]:
         elif release.failed_nodes:
             yield Problem("failures", f"{release} is {release.status}, {count_of_nodes(release.failed_nodes)} failed",
                           f"releasectl status {release.id}", release.started_at, release.id)
+    for release in facts.awaiting:
+        yield Problem("approval", f"{release} of {release.target} waits for a person: {release.status_reason}",
+                      f"releasectl approve {release.id}", release.created_at, release.id)
 
 
 def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
@@ -6649,10 +6727,11 @@ class Transaction:
 class Database:
     """The only door to the database: pooled connections, and transaction()."""
 
-    def __init__(self, url: str, metrics: Metrics | None = None, notify_on: Set[str] = frozenset()):
+    def __init__(self, url: str, metrics: Metrics | None = None, notify_on: Set[str] = frozenset(),
+                 approvals: bool = False):
         """Take a sqlite:/// or postgresql:// URL; connect at the first transaction. Count errors in metrics.
 
-        notify_on: the kinds of notifications that this process has a receiver for.
+        notify_on: the kinds of notifications that this process has a receiver for. approvals: the setting APPROVALS.
         """
         self.engine = SqliteEngine(url) if url.startswith("sqlite:") else PostgresEngine(url)
         self._places = FairSemaphore(self.engine.max_connections)
@@ -6664,6 +6743,7 @@ class Database:
         self._identity: object = None
         self.metrics = metrics or Metrics()
         self.notify_on = notify_on
+        self.approvals = approvals
         # Set when this process wrote a notification.
         self.notified = threading.Event()
 
@@ -7165,8 +7245,18 @@ class Act:
     # Of the client that sent a request, or the command line's host.
     address: str = ""
     request_id: str = ""
+    # Of the command line: the Unix user, as the system has it.
+    user: str = ""
     # Its committed rows.
     rows: list[AuditRow] = dataclasses.field(default_factory=list, compare=False)
+
+    @property
+    def identity(self) -> str:
+        """Return the one name that says whether two acts are of one person (docs/SECURITY.md, "Four eyes").
+
+        Nothing of it is what the caller says of himself: the token's name, else the certificate's, else the Unix user.
+        """
+        return self.token or self.certificate or self.user or self.actor
 
     def __str__(self) -> str:
         return self.actor
@@ -7174,6 +7264,12 @@ class Act:
 
 # A text is an executor's owner.
 Who = Union[Act, str]
+
+
+def identity_of(who: Who) -> str:
+    """Return Act.identity; of an executor its owner."""
+    return who.identity if isinstance(who, Act) else who
+
 
 # The default: a program that uses Store itself.
 PROGRAM = Act("program", VIA_CLI)
@@ -7310,7 +7406,7 @@ def add_events(tx: Transaction, at: str, actor: Who, events: Iterable[NewEvent])
         rows.append((new.release_id, new.node_id, at, str(actor), new.event, new.from_status, new.to_status,
                      detail_text(new.detail)))
         if new.node_id is None and (kind := notification_kind(new.event, new.from_status, new.to_status)):
-            add_notification(tx, kind, at, new.detail, new.release_id)
+            add_notification(tx, kind, at, new.detail, new.release_id, is_always_told=new.event == EMERGENCY)
     tx.insert_many("INSERT INTO release_events (release_task_id, node_id, at, actor, event, from_status, to_status, "
                    "detail) VALUES ", 8, rows)
 
@@ -7320,24 +7416,28 @@ NOTIFIED_CHANGES: Mapping[tuple[str, str], str] = {
     ("", PENDING): CREATED, (PENDING, RUNNING): STARTED,
     **{(before, after): after for before, statuses in RELEASE_TRANSITIONS.items() for after in statuses
        if after == PAUSED or after in TERMINAL}}
-# Events of a release that change no status, and are notified of.
-NOTIFIED_EVENTS = (STUCK, TAKEN_OVER)
+# From an event of a release that changes no status to the kind of its notification.
+NOTIFIED_EVENTS: Mapping[str, str] = {STUCK: STUCK, TAKEN_OVER: TAKEN_OVER, APPROVAL: APPROVAL, EMERGENCY: APPROVAL}
 
 
 def notification_kind(event: str, from_status: str, to_status: str) -> str:
     """Return the kind of the notification of a release's event, "" for none."""
     if from_status == to_status:
-        return event if event in NOTIFIED_EVENTS else ""
+        return NOTIFIED_EVENTS.get(event, "")
     return NOTIFIED_CHANGES.get((from_status, to_status), "")
 
 
-def add_notification(tx: Transaction, kind: str, at: str, detail: str, release_id: int | None = None) -> None:
+def add_notification(tx: Transaction, kind: str, at: str, detail: str, release_id: int | None = None,
+                     is_always_told: bool = False) -> None:
     """Put a message into the outbox, in the transaction of what it tells, where somebody has a receiver for its kind.
 
     That is this process, or an executor that looks for work: an operator's shell need not have the same settings.
+    is_always_told: any receiver gets it, whatever its kinds are.
     """
-    if kind not in tx.database.notify_on and not any(
-            kind in row[0].split(",") for row in tx.rows("SELECT notify_on FROM executors WHERE notify_on <> ''")):
+    kinds = set(NOTIFY_KINDS) if is_always_told else {kind}
+    if not kinds & tx.database.notify_on and not any(
+            kinds & set(row[0].split(",")) for row in tx.rows("SELECT notify_on FROM executors "
+                                                              "WHERE notify_on <> ''")):
         return
     tx.execute("INSERT INTO notifications (kind, release_task_id, at, detail) VALUES (?, ?, ?, ?)",
                kind, release_id, at, detail_text(detail))
@@ -8063,15 +8163,17 @@ def read_candidates(tx: Transaction) -> list[Candidate]:
     # the index release_tasks_by_status
     return [Candidate(id_, target, version, status, running,
                       expires is not None and now < expires <= latest_expiry(now),
-                      start_at_of(strategy), paused_by, reason, started is not None, bool(pending), *more)
-            for id_, target, version, status, running, expires, strategy, paused_by, reason, started, pending, *more
-            in tx.rows(f"""
+                      start_at_of(strategy), paused_by, reason, started is not None, bool(pending), tag, goes_first,
+                      during_freeze, approval == WANTED and started is None, author)
+            for (id_, target, version, status, running, expires, strategy, paused_by, reason, started, pending, tag,
+                 goes_first, during_freeze, approval, author) in tx.rows(f"""
         SELECT r.id, r.target, r.version, r.status,
                (SELECT COUNT(*) FROM release_task_nodes n
                 WHERE n.release_task_id = r.id AND n.status = 'running'),
                r.claim_expires_at, r.strategy, r.paused_by, r.status_reason, r.started_at,
                (SELECT MIN(n.batch) FROM release_task_nodes n
-                WHERE n.release_task_id = r.id AND n.status = 'pending'), r.tag, r.goes_first, r.during_freeze
+                WHERE n.release_task_id = r.id AND n.status = 'pending'), r.tag, r.goes_first, r.during_freeze,
+               r.approval, r.author
         FROM release_tasks r
         WHERE r.status IN {OPEN_RELEASES}""")]
 
@@ -8388,6 +8490,8 @@ class Again(NamedTuple):
     kinds: Sequence[str] = ()
     node_ids: Sequence[int] = ()
     names: Sequence[str] = ()
+    # It goes without an approval.
+    is_emergency: bool = False
 
 
 def emptied_nodes(payload: Mapping[str, Any], nodes: Iterable[Node]) -> list[str]:
@@ -8401,13 +8505,15 @@ def plan_again(tx: Transaction, verb: str, release_id: int, wish: Again) -> tupl
     check_verb(verb, old)
     if wish.during_freeze and not wish.reason:
         raise AppError(MISSING, "reason is missing: say why it can't wait for the end of the freeze")
+    check_emergency(wish.is_emergency, wish.reason)
     return _plan_ended(tx, verb, old, wish)
 
 
 def automatic_rollback(tx: Transaction, old: Release) -> tuple[ReleaseRequest, Plan, list[Node]]:
     """Return the rollback of a release that ends by onExceed, and whose nodes are at rest; raise AppError as above."""
     request, plan, nodes = _plan_ended(tx, "rollback", old, Again())
-    return request._replace(reason=f"automatic {request.reason}", goes_first=True), plan, nodes
+    return request._replace(reason=f"automatic {request.reason}", goes_first=True,
+                            approval=AUTOMATIC), plan, nodes
 
 
 class Sequel(NamedTuple):
@@ -8431,6 +8537,8 @@ def _plan_ended(tx: Transaction, verb: str, old: Release, wish: Again) -> tuple[
     refuse_twins(nodes)
     source = plan.payload_of[0] if plan.payload_of else old.id
     refuse_dropping_sites(request.payload, nodes, WRONG_STATE, f"the payload of release {source}")
+    if wish.is_emergency:
+        request = request._replace(approval=EMERGENCY)
     return request, plan._replace(emptied=emptied_nodes(request.payload, nodes)), nodes
 
 
@@ -8449,7 +8557,9 @@ def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseReque
         last = len(batches or batches_of(parse_strategy(strategy), nodes))
         strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
     request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", stored_payload(old),
-                             retry_of=old.id, strategy=strategy)
+                             retry_of=old.id, strategy=strategy,
+                             # who asked for it asked for this payload, without the setting too
+                             approval=WANTED if old.approval in (WANTED, GIVEN) else "")
     left_out = [one for one in left_out_nodes(found) if one.node_id not in gone_ids]
     plan = make_plan(parse_strategy(strategy), nodes, [*gone, *left_out], batches)
     return request, plan._replace(payload_of=(old.id, old.version), selection=selection_again(old),
@@ -9243,12 +9353,79 @@ def _releases_under_way(tx: Transaction) -> dict[int, int]:
 # endregion
 
 
+# region Approvals
+# ======================================================================================
+# Approvals: a release that waits for a second person, and who lets it start.
+# Uses: Vocabulary, Model, Status texts, Verbs, Database, Database state, Audit,
+#   Queue.
+# ======================================================================================
+
+# From what becomes of approval to the event that says so, "" for none.
+APPROVAL_EVENTS: Mapping[str, str] = {WANTED: APPROVAL, GIVEN: "approved", EMERGENCY: EMERGENCY, AUTOMATIC: ""}
+
+
+def set_approval(tx: Transaction, release: Release, approval: str, at: str, actor: Who, reason: str) -> None:
+    """Write one of APPROVAL_STATES for a release that has not started, with its event."""
+    by, when = ("", None) if approval == WANTED else (identity_of(actor), at)
+    tx.execute("UPDATE release_tasks SET approval = ?, approved_by = ?, approved_at = ?, updated_at = ? WHERE id = ?",
+               approval, by, when, at, release.id)
+    event, why = APPROVAL_EVENTS[approval], {WANTED: approval_text(release.id, release.author),
+                                             EMERGENCY: f"without approval, by {by}"}.get(approval, "")
+    detail = "; ".join(filter(None, (why, reason)))
+    if event:
+        add_events(tx, at, actor, [NewEvent(release.id, event, release.status, release.status, detail)])
+        tx.after_commit.append(lambda: log.log(
+            logging.WARNING if approval == EMERGENCY else logging.INFO, "%s: %s by %s%s", release, event, actor,
+            f": {detail}" if detail else "", extra=about(release, actor=str(actor), event=event)))
+
+
+def unasked(tx: Transaction) -> list[int]:
+    """Return the releases that have not started and for which nobody has asked for an approval, where APPROVALS is 1.
+
+    They were made by a process without the setting, or by hand.
+    """
+    # the index release_tasks_by_status
+    return [row[0] for row in tx.rows("SELECT id FROM release_tasks WHERE status = 'pending' AND started_at IS NULL "
+                                      "AND approval = '' ORDER BY id")] if tx.database.approvals else []
+
+
+class Approvals:
+    """Who lets a release start that somebody else made. Each public method is one transaction."""
+
+    def __init__(self, state: DatabaseState, audit: Audit, queue: Queue):
+        self._state = state
+        self._database = state.database
+        self._audit = audit
+        self._queue = queue
+
+    def approve(self, release_id: int, actor: Who, reason: str = "", is_emergency: bool = False) -> Release:
+        """Let a release start that waits for an approval; return it as it is then.
+
+        is_emergency: without an approval, so by its author too. Raise AppError 3001, 3003 where it waits for none, 1004
+        for its author, 2001 for an emergency without a reason.
+        """
+        check_emergency(is_emergency, reason)
+        with self._database.transaction(write=True) as tx:
+            release = read_release(tx, release_id)
+            check_approval(release, identity_of(actor), is_emergency)
+            approval = EMERGENCY if is_emergency else GIVEN
+            set_approval(tx, release, approval, self._state.now(), actor, reason)
+            self._audit.add(tx, actor, "release.approve", f"release {release_id}",
+                            non_empty(approval=release.approval, author=release.author),
+                            non_empty(approval=approval, reason=reason, emergency=is_emergency or None))
+            self._queue.explain_waiting(tx)
+            return read_release(tx, release_id)
+
+
+# endregion
+
+
 # region Releases
 # ======================================================================================
 # Releases: create, verbs, lists, payloads, prune.
 # Uses: Vocabulary, Helpers, Payloads, Difference, Model, Freezes, Strategy, Plan,
 #   Failures, Node index, Preflight, Status texts, Decision, Verbs, Why, Database,
-#   Database state, Audit, Nodes, Queue, Retry and rollback, Drift.
+#   Database state, Audit, Nodes, Queue, Retry and rollback, Drift, Approvals.
 # ======================================================================================
 
 class Progress(NamedTuple):
@@ -9696,12 +9873,12 @@ class Releases:
         tx.execute("""
             INSERT INTO release_tasks (id, target, version, tag, status_reason, reason, payload, payload_sha256,
                                        strategy, selection, retry_of, rollback_of, catch_up_of, goes_first,
-                                       during_freeze, total_nodes, created_at, updated_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+                                       during_freeze, total_nodes, created_at, updated_at, author)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
                    release_id, request.target, version, new_tag(), REASON_PENDING, request.reason, to_json(payload),
                    digest, to_json(request.strategy), to_json(plan.selection), request.retry_of,
                    request.rollback_of, request.catch_up_of, int(request.goes_first), int(request.during_freeze),
-                   sum(map(len, plan.batches)), now, now)
+                   sum(map(len, plan.batches)), now, now, identity_of(actor))
         limits = plan.strategy.max_parallel_per
         as_now = {node.id: (node.name, node.main_ip, node.agent_port, to_json(dict(sorted(limited_labels(
             node.labels, limits)))) if limits else "{}") for node in nodes}
@@ -9719,6 +9896,9 @@ class Releases:
             self._queue.end_unstarted(tx, read_release(tx, old.release_id), actor, why)
             self._audit.add(tx, actor, "release.cancel", f"release {old.release_id}",
                             after={"status": CANCELLED, "reason": why})
+        approval = request.approval or (WANTED if self._database.approvals else "")
+        if approval:
+            set_approval(tx, read_release(tx, release_id), approval, now, actor, request.reason)
         self._queue.explain_waiting(tx)
         release = read_release(tx, release_id)
         freeze = read_freezes(tx).of(release)
@@ -9730,7 +9910,8 @@ class Releases:
             version=version, target=request.target, reason=request.reason, totalNodes=release.total_nodes,
             payloadSha256=digest, strategy=request.strategy, retryOf=request.retry_of,
             rollbackOf=request.rollback_of, catchUpOf=request.catch_up_of, goesFirst=request.goes_first or None,
-            duringFreeze=request.during_freeze or None, superseded=[old.release_id for old in superseded] or None))
+            duringFreeze=request.during_freeze or None, superseded=[old.release_id for old in superseded] or None,
+            approval=approval))
         tx.after_commit.append(lambda: log.info(
             "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
             in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
@@ -10005,8 +10186,9 @@ class Outbox:
                     status IN ('running', 'cancelling')
                     OR (status = 'paused' AND EXISTS (
                         SELECT 1 FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'running'))
-                    OR (status = 'pending' AND NOT EXISTS (
-                        SELECT 1 FROM release_tasks p WHERE p.status = 'pending' AND p.target = r.target
+                    OR (status = 'pending' AND approval <> 'wanted' AND NOT EXISTS (
+                        SELECT 1 FROM release_tasks p
+                        WHERE p.status = 'pending' AND p.approval <> 'wanted' AND p.target = r.target
                         AND (p.goes_first > r.goes_first OR (p.goes_first = r.goes_first AND p.version < r.version)))))
                     AND status IN {OPEN_RELEASES}
                 ORDER BY id""", utc_text(self._state.clock.wall() - quiet_s))]
@@ -10030,7 +10212,7 @@ class Outbox:
 # ======================================================================================
 # Claims: claim, lease, fence, commit.
 # Uses: Vocabulary, Helpers, Payloads, Model, Freezes, Plan, Decision, Why, Database,
-#   Database state, Audit, Nodes, Queue, Drift, Releases.
+#   Database state, Audit, Nodes, Queue, Drift, Approvals, Releases.
 # ======================================================================================
 
 class DispatchBlockers(NamedTuple):
@@ -10060,16 +10242,20 @@ class Claims:
     def scan(self, owner: Who = PROGRAM) -> tuple[list[int], list[int]]:
         """Return the ids of the releases that may be claimed now, and of those that others have claimed.
 
-        Whoever scans first after the end of a freeze writes that down.
+        Whoever scans first after the end of a freeze writes that down. Those that need an approval (APPROVALS) and do
+        not ask for one do from now on.
         """
         with self._state.checked_read() as tx:
             found = self._queue.runnable(tx)
-            has_over = bool(over_freezes(tx))
-        if self._state.is_rewind_unwritten or has_over:
+            is_to_write = bool(over_freezes(tx) or unasked(tx))
+        if self._state.is_rewind_unwritten or is_to_write:
             with self._database.transaction(write=True) as tx:
                 if self._state.is_rewind_unwritten:
                     self._state.write_rewind(tx)
                 self._queue.end_freezes(tx, owner)
+                for release_id in unasked(tx):
+                    set_approval(tx, read_release(tx, release_id), WANTED, self._state.now(), owner, "")
+                self._queue.explain_waiting(tx)
                 found = self._queue.runnable(tx)
         return found
 
@@ -10116,7 +10302,7 @@ class Claims:
         A claim raises the fence, so a late write of an earlier owner is refused.
         """
         with self._database.transaction(write=True) as tx:
-            if release_id not in self._queue.runnable(tx)[0]:
+            if release_id not in self._queue.runnable(tx)[0] or release_id in unasked(tx):
                 return None
             self._state.note_timeline(tx)
             before = read_release(tx, release_id)
@@ -10453,8 +10639,8 @@ class Claims:
 # ======================================================================================
 # Overview: what the verdict is made from; the store that all parts make up.
 # Uses: Vocabulary, Helpers, Model, Status texts, Why, Verdict, Database, Database
-#   state, Audit, Nodes, Queue, Retry and rollback, Drift, Releases, History,
-#   Notifications, Claims.
+#   state, Audit, Nodes, Queue, Retry and rollback, Drift, Approvals, Releases,
+#   History, Notifications, Claims.
 # ======================================================================================
 
 class OverviewReader:
@@ -10482,12 +10668,15 @@ class OverviewReader:
                     ORDER BY r.id""")]
                 pending, oldest = tx.row("SELECT COUNT(*), MIN(created_at) FROM release_tasks "
                                          "WHERE status = 'pending'") or (0, None)
+                awaiting = [Release(*row) for row in tx.rows(
+                    f"SELECT {LISTED_COLUMNS} FROM release_tasks r WHERE r.status = 'pending' "
+                    "AND r.approval = 'wanted' AND r.started_at IS NULL ORDER BY r.id")]
                 # the index release_events_of_releases
                 paused_at = {release.id: at for release in active if release.status == PAUSED for at in [tx.value(
                     "SELECT MAX(at) FROM release_events "
                     "WHERE release_task_id = ? AND node_id IS NULL AND to_status = 'paused'", release.id)] if at}
                 facts = facts._replace(active=active, pending=pending, oldest_pending=oldest, paused_at=paused_at,
-                                       executors=read_executors(tx),
+                                       awaiting=awaiting, executors=read_executors(tx),
                                        freezes=read_freezes(tx), now_s=epoch_of(tx.now()))
                 if pending and facts.now_s - epoch_or(oldest, 0.0) > TAKEN_WITHIN_S:
                     facts = facts._replace(startable=self._startable(tx))
@@ -10598,6 +10787,7 @@ class Store:
         self.nodes = Nodes(self.state, self.audit)
         self.queue = Queue(self.state, self.audit)
         self.fleet = Fleet(self.state)
+        self.approvals = Approvals(self.state, self.audit, self.queue)
         self.releases = Releases(self.state, self.audit, self.queue)
         self.history = History(self.state, self.audit)
         self.outbox = Outbox(self.state)
@@ -12452,7 +12642,7 @@ TICK_NOTIFIES_S = 15.0
 # A release is stuck that is stopped, with nothing written of it for so long; how often that is looked at.
 STUCK_AFTER_S, STUCK_EVERY_S = 300.0, 60.0
 # Steps that stop a release because a person wants it.
-WANTED_STOPS = ("freeze", "order", "pause")
+WANTED_STOPS = ("freeze", "order", "approval", "pause")
 # Steps that stop all releases alike.
 COMMON_STOPS = {"database", "executor"}
 # What a command must not have: our settings, among them secrets, and what is between us and systemd.
@@ -12685,7 +12875,7 @@ def _message_text(kind: str, detail: str, why: Why | None) -> str:
     if why is None or why.release is None:
         return one_line(detail)
     status = {CREATED: PENDING, STARTED: RUNNING}.get(kind, kind)
-    if kind == TAKEN_OVER:
+    if kind in (TAKEN_OVER, APPROVAL):
         return one_line(f"{why.release}: {detail}")
     if why.release.status == status or (kind == STUCK and why.stopped_by):
         return one_line(why.line)
@@ -13240,7 +13430,7 @@ class Executor:
 # ======================================================================================
 # Serialization: the JSON of contract section 5, and its schemas. Pure.
 # Uses: Vocabulary, Helpers, Payloads, Difference, Model, Freezes, Strategy,
-#   Selection, Plan, Failures, Status texts, Why, Verdict, Audit, Nodes, Drift.
+#   Selection, Plan, Failures, Status texts, Verbs, Why, Verdict, Audit, Nodes, Drift.
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
@@ -13251,6 +13441,7 @@ TEXT = {"type": "string"}
 _FLAG = {"type": "boolean"}
 _OBJECT = {"type": "object"}
 _REASON = {"type": "string", "maxLength": 500}
+_APPROVAL = {"type": "string", "enum": ["", *APPROVAL_STATES]}
 _SHA256 = {"type": "string", "pattern": "^([0-9a-f]{64})?$"}
 
 # Schema of each JSON field. The row has the same field, in snake case: see _row_json().
@@ -13261,7 +13452,8 @@ RELEASE_SCHEMA: Mapping[str, Any] = {
     "currentBatch": _COUNT, "errorMsg": TEXT, "strategy": _OBJECT, "payloadSha256": _SHA256,
     "selection": _OBJECT, "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL, "catchUpOf": _ID_OR_NULL,
     "goesFirst": _FLAG, "duringFreeze": _FLAG,
-    "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME}
+    "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME,
+    "author": TEXT, "approval": _APPROVAL, "approvedBy": TEXT, "approvedAt": _TIME}
 RELEASE_NODE_SCHEMA: Mapping[str, Any] = {
     "nodeId": ID, "nodeName": TEXT, "mainIp": TEXT,
     "status": {"type": "string", "enum": [PENDING, RUNNING, SUCCESS, FAILED, SKIPPED]}, "taskId": TEXT,
@@ -13331,7 +13523,8 @@ def created_json(made: Made) -> dict[str, Any]:
     return {"releaseId": release.id, "version": release.version, "totalNodes": release.total_nodes,
             "batches": [{"batch": number, "nodeIds": list(ids)} for number, ids in enumerate(made.batches, 1)],
             "changesNothing": made.is_unchanged, **({"warnings": list(made.warnings)} if made.warnings else {}),
-            **({"superseded": superseded_json(made.superseded)} if made.superseded else {})}
+            **({"superseded": superseded_json(made.superseded)} if made.superseded else {}),
+            **({"approval": release.approval} if release.approval else {})}
 
 
 def created_again_json(made: Made) -> dict[str, Any]:
@@ -13537,19 +13730,23 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
     body is of parse_json(exact=True), for the payload's sake.
     """
     known_keys(body, ("target", "reason", "payload", "strategy", "nodeIds", "labels", "exclude", "dryRun", "version",
-                      "supersede"))
+                      "supersede", "approval", "emergency"))
     payload = body.get("payload", {})
     body = plain_numbers({key: value for key, value in body.items() if key != "payload"})
     if "nodeIds" in body and "labels" in body:
         raise AppError(INVALID, "nodeIds and labels exclude each other: name one of them")
-    strategy = _strategy_in(body)
+    strategy, reason = _strategy_in(body), parse_text("reason", body.get("reason", ""))
+    is_approval, is_emergency = (parse_flag(key, body.get(key, False)) for key in ("approval", "emergency"))
+    if is_approval and is_emergency:
+        raise AppError(INVALID, "approval and emergency exclude each other: name one of them")
+    check_emergency(is_emergency, reason)
     parse_selection({key: value for key, value in body.items() if key in ("nodeIds", "labels", "exclude")})
     return ReleaseRequest(
-        parse_target(body.get("target", "cdn")), parse_text("reason", body.get("reason", "")),
-        parse_payload(payload), strategy=strategy,
+        parse_target(body.get("target", "cdn")), reason, parse_payload(payload), strategy=strategy,
         node_ids=body.get("nodeIds"), labels=body.get("labels"), exclude=body.get("exclude", {}),
         version=parse_integer("version", body["version"], NAMED_VERSIONS) if "version" in body else None,
-        supersede=parse_flag("supersede", body.get("supersede", False)))
+        supersede=parse_flag("supersede", body.get("supersede", False)),
+        approval=EMERGENCY if is_emergency else WANTED if is_approval else "")
 
 
 def ref_schema(name: str) -> dict[str, str]:
@@ -13571,8 +13768,8 @@ def openapi_schemas() -> dict[str, Any]:
     created = {"releaseId": ID, "version": ID, "totalNodes": _COUNT,
                "batches": _array(schema_of({"batch": ID, "nodeIds": _array(ID)})), "changesNothing": _FLAG}
     superseded = _array(schema_of({"releaseId": ID, "version": ID}))
-    may_warn = {"warnings": _array(TEXT), "superseded": superseded}
-    again = {"reason": _REASON, "overNewer": _FLAG, "dryRun": _FLAG}
+    may_warn = {"warnings": _array(TEXT), "superseded": superseded, "approval": _APPROVAL}
+    again = {"reason": _REASON, "overNewer": _FLAG, "dryRun": _FLAG, "emergency": _FLAG}
     chosen_ids = {**_array(ID), "minItems": 1, "uniqueItems": True}
     changes = {"total": _COUNT, "changes": {**_array(schema_of(
         {"change": {"type": "string", "enum": [ADDED, REMOVED, CHANGED]}, "path": TEXT, "before": {}, "after": {},
@@ -13636,9 +13833,10 @@ def openapi_schemas() -> dict[str, Any]:
             "payload": _OBJECT, "strategy": ref_schema("Strategy"),
             "nodeIds": chosen_ids, "labels": LABEL_CHOICE_SCHEMA,
             "exclude": schema_of({"nodeIds": chosen_ids, "labels": LABEL_CHOICE_SCHEMA}, required=[]), "dryRun": _FLAG,
-            "version": NAMED_VERSIONS.schema, "supersede": _FLAG}, required=[])
+            "version": NAMED_VERSIONS.schema, "supersede": _FLAG, "approval": _FLAG, "emergency": _FLAG}, required=[])
         | {"not": {"required": ["nodeIds", "labels"]}},
         "Act": schema_of({"reason": _REASON}, required=[]),
+        "Approve": schema_of({"reason": _REASON, "emergency": _FLAG}, required=[]),
         "Retry": schema_of({**again, "kinds": {**_array({"type": "string", "enum": list(ERROR_KINDS)}), "minItems": 1},
                             "nodeIds": {**_array(ID), "minItems": 1, "uniqueItems": True}}, required=[]),
         "Rollback": schema_of({**again, "toRelease": ID, "supersede": _FLAG, "duringFreeze": _FLAG}, required=[]),
@@ -14358,6 +14556,13 @@ class Api:
         force = parse_flag("force", request.body.get("force", False))
         return self._act(CANCEL_BY_FORCE if force else "cancel", request, "force")
 
+    def approve(self, request: Request) -> Reply:
+        reason = self._reason(request, "emergency")
+        release = self.store.approvals.approve(request.ids[0], request.actor, reason,
+                                               parse_flag("emergency", request.body.get("emergency", False)))
+        self._nudge()
+        return Reply(200, release_json(release))
+
     def _act(self, verb: str, request: Request, *keys: str, **more: bool) -> Reply:
         reason = self._reason(request, *keys)
         release = self.store.releases.act(verb, request.ids[0], request.actor, reason, **more)
@@ -14373,13 +14578,14 @@ class Api:
     def _again(self, verb: str, make: Callable[[int, Who, Again, IdempotencyKey | None], Made], request: Request,
                *keys: str) -> Reply:
         body, release_id = request.body, request.ids[0]
-        wish = Again(self._reason(request, "overNewer", "dryRun", *keys),
+        wish = Again(self._reason(request, "overNewer", "dryRun", "emergency", *keys),
                      parse_flag("overNewer", body.get("overNewer", False)),
                      parse_release_id("toRelease", body["toRelease"]) if "toRelease" in body else None,
                      parse_flag("supersede", body.get("supersede", False)),
                      parse_flag("duringFreeze", body.get("duringFreeze", False)),
                      parse_kinds(body["kinds"]) if "kinds" in body else (),
-                     parse_node_ids(body["nodeIds"]) if "nodeIds" in body else ())
+                     parse_node_ids(body["nodeIds"]) if "nodeIds" in body else (),
+                     is_emergency=parse_flag("emergency", body.get("emergency", False)))
         once = self._idempotency_key(request, f"{verb} {release_id} ")
         if parse_flag("dryRun", body.get("dryRun", False)):
             return Reply(200, plan_json(self.store.releases.plan_again(verb, release_id, wish)))
@@ -14628,6 +14834,9 @@ ROUTES: tuple[Route, ...] = (
           body="Resume", touches=touches_release),
     Route("POST", "/api/v1/releases/{id}/cancel", Api.cancel, OPERATOR, "End it; nodes in flight are waited for",
           "Release", body="Cancel", touches=touches_release),
+    Route("POST", "/api/v1/releases/{id}/approve", Api.approve, OPERATOR,
+          "Let a release start that waits for an approval by somebody else than its author", "Release", body="Approve",
+          touches=touches_release),
     Route("POST", "/api/v1/releases/{id}/retry", Api.retry, OPERATOR,
           "A new release of its payload for its failed and skipped nodes", "CreatedAgain", body="Retry",
           headers=("Idempotency-Key",), dry_run="Plan", touches=touches_release),
@@ -15967,7 +16176,10 @@ def times_line(release: Release, display: Display) -> str:
                  f"{time_taken(release.started_at, release.finished_at)}")
     else:
         began = f"started {display.moment(release.started_at)}, {time_taken(release.started_at, None)} ago"
-    return "; ".join(filter(None, (f"created {display.moment(release.created_at)}", began)))
+    by = f" by {release.author}" if release.approval else ""
+    how = {GIVEN: "approved", EMERGENCY: "let go without approval"}.get(release.approval)
+    approved = f"{how} {display.moment(release.approved_at)} by {release.approved_by}" if how else ""
+    return "; ".join(filter(None, (f"created {display.moment(release.created_at)}{by}", approved, began)))
 
 
 def bar_lines(batches: Sequence[BatchProgress], at: int, display: Display, most: int = MAX_BARS) -> list[str]:
@@ -16199,7 +16411,8 @@ class Context:
         self.settings = Settings.load(os.environ, options.config, options.db) if options.needs_settings \
             else Settings.load({})
         self.metrics = Metrics()
-        self.store = Store(Database(self.settings.database_url, self.metrics, self.settings.notify_kinds))
+        self.store = Store(Database(self.settings.database_url, self.metrics, self.settings.notify_kinds,
+                                    self.settings.approvals))
         self.actor = _unix_user()
         self._is_open = False
         self.display = Display.of(sys.stdout, options.color, options.utc)
@@ -16250,7 +16463,7 @@ def _unix_user() -> Act:
         name = str(os.getuid())
     before = one_line(os.environ.get("SUDO_USER", ""), 60)
     return Act(f"cli:{one_line(name, 60)}" + (f" (sudo: {before})" if before else ""), VIA_CLI,
-               address=one_line(socket.gethostname(), 100))
+               address=one_line(socket.gethostname(), 100), user=one_line(name, 60))
 
 
 def exit_code_of(store: Store, release: Release) -> int:
@@ -16344,6 +16557,7 @@ def command_create(context: Context) -> int:
                 **({"supersede": True} if options.supersede else {}))
     if options.version is not None:
         body["version"] = options.version
+    body.update(approval=bool(options.approval), emergency=bool(options.emergency))
     store = context.open(create=True)
     request = parse_release_request(body)._replace(names=options.node or (), excluded_names=options.exclude or ())
     if options.check_agents:
@@ -16429,8 +16643,8 @@ def _show_created(context: Context, made: Made) -> int:
         return context.show(as_json(made), "")
     lines = [_created_text(made)]
     with contextlib.suppress(DatabaseError):  # it is created, whatever can be read of it now
-        lines.append(context.display.sentence(
-            context.store.claims.why(made.release.id, context.settings.node_deadline_sec).line))
+        why = context.store.claims.why(made.release.id, context.settings.node_deadline_sec)
+        lines += [context.display.sentence(why.line)] if why.text not in lines[0] else []
     return context.show(None, "\n".join([*lines, f"follow: releasectl watch {made.release.id}"]))
 
 
@@ -16439,6 +16653,7 @@ def _created_text(made: Made) -> str:
     return "\n".join([
         f"{release}: created, {count_of_nodes(release.total_nodes)} in batches of "
         f"{in_words([len(batch) for batch in made.batches])}", *([CHANGES_NOTHING] if made.is_unchanged else []),
+        *([release.status_reason] if release.awaits_approval else []),
         *(left_out_lines(made.left_out) if release.is_again else []), *superseded_lines(made.superseded, "was"),
         *warning_lines(made.warnings)])
 
@@ -16599,7 +16814,8 @@ def command_act(context: Context) -> int:
     more = {"accept_failures": options.accept_failures} if verb == "resume" else {}
     reason = parse_text("--reason", options.reason)
     store = context.open()
-    release = store.releases.act(verb, options.id, context.actor, reason, **more)
+    release = store.approvals.approve(options.id, context.actor, reason, bool(options.emergency)) if verb == "approve" \
+        else store.releases.act(verb, options.id, context.actor, reason, **more)
     return context.show(release_json(release), context.display.sentence(release_line(release)))
 
 
@@ -16609,7 +16825,7 @@ def command_again(context: Context) -> int:
     reason, store = parse_text("--reason", options.reason), context.open()
     wish = Again(reason, options.over_newer, getattr(options, "to", None), bool(getattr(options, "now", False)),
                  bool(getattr(options, "during_freeze", False)), getattr(options, "kind", ()),
-                 names=getattr(options, "node", None) or ())
+                 names=getattr(options, "node", None) or (), is_emergency=bool(options.emergency))
     if options.plan:
         return _show_plan(context, store.releases.plan_again(options.command, options.id, wish))
     make = {"retry": store.releases.retry, "rollback": store.releases.rollback}[options.command]
@@ -17681,10 +17897,12 @@ def _error_kinds(text: str) -> list[str]:
 
 _ID_OPTION = option("id", metavar="ID", type=_release_id, help="id of the release, or latest")
 _REASON_OPTION = option("--reason", default="", metavar="TEXT", help="why, for the history")
+_EMERGENCY_OPTION = option("--emergency", action="store_true",
+                           help="it goes without an approval, and everybody is told so; needs --reason")
 _PLAN_OPTION = option("--plan", action="store_true", help="show what it would do, and create nothing")
 _AGAIN_OPTIONS = (
     _REASON_OPTION, option("--over-newer", action="store_true", help="also where a node has a newer success"),
-    _PLAN_OPTION)
+    _EMERGENCY_OPTION, _PLAN_OPTION)
 _WATCH_OPTIONS = (
     option("--until", type=parse_until, default=Until(), metavar="WHAT",
            help="wait until the release has ended (terminal), is paused (paused), or batch N is done (batch=N)"),
@@ -17776,7 +17994,8 @@ COMMANDS: tuple[Command, ...] = (
         option("--label", action="append", metavar="K=V", help=_LABELS_HELP), _EXCLUDE_OPTION,
         option("--version", type=NAMED_VERSIONS.argument, metavar="N", help="a higher version than the next one"),
         option("--supersede", action="store_true", help="cancel the releases of the target that have not started"),
-        *_STRATEGY_OPTIONS, _PLAN_OPTION,
+        option("--approval", action="store_true", help="it starts when somebody else has approved it"),
+        _EMERGENCY_OPTION, *_STRATEGY_OPTIONS, _PLAN_OPTION,
         option("--check-agents", action="store_true", help="ask its agents whether they answer, and create nothing"),
         *_WAIT_OPTIONS)),
     Command("list", "list releases, newest first", command_list, (
@@ -17824,6 +18043,8 @@ COMMANDS: tuple[Command, ...] = (
                      "exit 1 where one was"),
         option("--head", type=_audit_head, metavar="ID:HASH",
                help="with --verify: a copy of the head, from the log of a release's end"))),
+    Command("approve", "let a release start that somebody else made", command_act, (
+        _ID_OPTION, _REASON_OPTION, _EMERGENCY_OPTION)),
     Command("pause", "dispatch nothing more until resume", command_act, (_ID_OPTION, _REASON_OPTION)),
     Command("resume", "continue a paused release", command_act, (
         _ID_OPTION, _REASON_OPTION,
@@ -17881,7 +18102,8 @@ HELP_GROUPS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("Release", (("create", "to all nodes or some; --plan shows it before"),
                  ("retry, rollback", "failed nodes again; back to what was before"),
                  ("catch-up", "to nodes that are behind"))),
-    ("Steer", (("pause, resume, cancel", "one release"), ("freeze on|off", "all releases, or those of one target"))),
+    ("Steer", (("approve, pause, resume, cancel", "one release"),
+               ("freeze on|off", "all releases, or those of one target"))),
     ("Nodes", (("node list|show|ping", "what they run; one's history; who answers"),
                ("node add|set|rm|import", "which nodes there are"))),
     ("Run", (("serve, run-once", "API and executor; one tick of it, for cron"),

@@ -379,7 +379,7 @@ ALTER TABLE idempotency_keys ADD COLUMN warnings TEXT NOT NULL DEFAULT '[]';
 
 INSERT INTO schema_version (version) VALUES (12);
 
--- step 13: a freeze of one target, and its end; a preflight
+-- step 13: a freeze of one target, and its end; a preflight; who made a release, and who approved it
 
 -- When the freeze of everything is over; NULL: when somebody lifts it.
 ALTER TABLE release_freeze ADD COLUMN until TEXT;
@@ -405,5 +405,18 @@ ALTER TABLE release_tasks ADD COLUMN during_freeze INTEGER NOT NULL DEFAULT 0 CH
 
 -- The releases that were cancelled by what the key made, as JSON.
 ALTER TABLE idempotency_keys ADD COLUMN superseded TEXT NOT NULL DEFAULT '[]';
+
+-- The name by which one person is told from another (docs/SECURITY.md, "Four eyes"). '': a person wrote the row.
+ALTER TABLE release_tasks ADD COLUMN author TEXT NOT NULL DEFAULT '';
+
+-- wanted: it waits for an approval by somebody else than its author. emergency: somebody let it go without one.
+-- automatic: the program made it itself. '': nobody has asked for one; an executor with APPROVALS=1 does before it starts.
+ALTER TABLE release_tasks ADD COLUMN approval TEXT NOT NULL DEFAULT ''
+    CHECK (approval IN ('', 'wanted', 'given', 'emergency', 'automatic'));
+
+-- Who gave it, or let the release go without.
+ALTER TABLE release_tasks ADD COLUMN approved_by TEXT NOT NULL DEFAULT '';
+
+ALTER TABLE release_tasks ADD COLUMN approved_at TEXT;
 
 INSERT INTO schema_version (version) VALUES (13);

@@ -34,7 +34,7 @@ MAX_BODY_BYTES = 1 << 20
 
 RELEASE_KEYS = {"id", "type", "target", "version", "status", "statusReason", "reason", "totalNodes", "successNodes",
                 "failedNodes", "skippedNodes", "currentBatch", "errorMsg", "strategy", "payloadSha256", "retryOf",
-                "selection", "catchUpOf",
+                "selection", "catchUpOf", "author", "approval", "approvedBy", "approvedAt",
                 "rollbackOf", "createdAt", "startedAt", "finishedAt", "updatedAt"}
 RELEASE_NODE_KEYS = {"nodeId", "nodeName", "mainIp", "status", "taskId", "attempts", "errorKind", "errorMsg",
                      "startedAt", "finishedAt"}
@@ -45,7 +45,8 @@ ROUTES = {
     ("POST", "/api/v1/releases"), ("GET", "/api/v1/releases"), ("GET", "/api/v1/releases/{id}"),
     ("POST", "/api/v1/releases/{id}/pause"), ("POST", "/api/v1/releases/{id}/resume"),
     ("POST", "/api/v1/releases/{id}/cancel"), ("POST", "/api/v1/releases/{id}/retry"),
-    ("POST", "/api/v1/releases/{id}/rollback"), ("GET", "/api/v1/releases/{id}/events"),
+    ("POST", "/api/v1/releases/{id}/rollback"), ("POST", "/api/v1/releases/{id}/approve"),
+    ("GET", "/api/v1/releases/{id}/events"),
     ("GET", "/api/v1/releases/{id}/payload"), ("GET", "/api/v1/releases/{id}/diff"),
     ("GET", "/api/v1/releases/{id}/why"),
     ("GET", "/api/v1/nodes"), ("POST", "/api/v1/nodes"), ("GET", "/api/v1/nodes/{id}"),
@@ -119,7 +120,7 @@ def test_a_release_has_the_keys_of_the_contract_and_null_for_what_has_not_come(c
         "id": 1, "type": "apply_config", "target": "cdn", "version": 1, "status": "pending", "reason": "weekly",
         "totalNodes": 3, "successNodes": 0, "failedNodes": 0, "skippedNodes": 0, "currentBatch": 1, "errorMsg": "",
         "strategy": {}, "payloadSha256": rc.digest_of({}), "selection": {}, "retryOf": None, "rollbackOf": None,
-        "catchUpOf": None,
+        "catchUpOf": None, "author": "api", "approval": "", "approvedBy": "", "approvedAt": None,
         "startedAt": None, "finishedAt": None}
 
 
@@ -814,7 +815,9 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
     ended(client.store, "failed", "skipped")
     fitted = set()
     for method, path, number, body in (
-            ("POST", "/api/v1/releases", 0, {"reason": "x", "payload": {}, "strategy": {}, "target": "dns"}),
+            ("POST", "/api/v1/releases", 0, {"reason": "x", "payload": {}, "strategy": {}, "target": "dns",
+                                             "approval": True}),
+            ("POST", "/api/v1/releases/{id}/approve", 3, {"reason": "x", "emergency": True}),
             ("GET", "/api/v1/releases", 0, None), ("GET", "/api/v1/releases/{id}", 3, None),
             ("GET", "/api/v1/releases/{id}", "3?view=summary", None), ("GET", "/api/v1/releases/{id}", 2, None),
             ("POST", "/api/v1/releases/{id}/pause", 3, {"reason": "x"}),

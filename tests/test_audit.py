@@ -81,6 +81,10 @@ def make_paused(store: rc.Store) -> None:
     store.releases.act("pause", new_release(store).id, "test")
 
 
+def make_waiting(store: rc.Store) -> None:
+    new_release(store, approval="wanted")
+
+
 def make_running(store: rc.Store) -> None:
     """Release 1 has a node in flight: a cancel does not end it."""
     new_release(store)
@@ -120,6 +124,8 @@ API_ACTS = {
                                    "node edge-1", {"mainIp": ADDRESSES[0], "labels": {}},
                                    {"mainIp": "10.0.0.9", "labels": {"a": "b"}}),
     ("DELETE", "/api/v1/nodes/1"): (None, None, "node.delete", "node edge-1", {"id": 1, "mainIp": ADDRESSES[0]}, None),
+    ("POST", "/api/v1/releases/1/approve"): (make_waiting, {"reason": "why"}, "release.approve", "release 1", {
+        "approval": "wanted", "author": "test"}, {"approval": "given", "reason": "why"}),
     ("POST", "/api/v1/catch-up"): (make_behind, {"reason": "why"}, "release.catch-up", "release 2", None, {
         "catchUpOf": 1, "reason": "why"}),
     ("PUT", "/api/v1/freeze"): (None, {"frozen": True, "reason": "why"}, "freeze.on", "freeze", {"frozen": False}, {
@@ -175,6 +181,7 @@ CLI_ACTS = {
     "cancel": ("cancel 1", make_running, "release.cancel", "release 1"),
     "retry": ("retry 2", make_failed, "release.retry", "release 3"),
     "rollback": ("rollback 2", make_failed, "release.rollback", "release 3"),
+    "approve": ("approve 1", make_waiting, "release.approve", "release 1"),
     "catch-up": ("catch-up --reason why", make_behind, "release.catch-up", "release 2"),
     "node rm": ("node rm edge-1", None, "node.delete", "node edge-1"),
     "freeze": ("freeze off", make_frozen, "freeze.off", "freeze"),

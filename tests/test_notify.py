@@ -78,7 +78,7 @@ def events(store: rc.Store, release_id: int = 1) -> list[str]:
 def test_the_table_in_the_document_says_which_change_is_told_as_what():
     told = {}
     rows = [row for row in rows_of(section_of("docs/ARCHITECTURE.md", "Notifications")) if len(row) == 3]
-    assert {kind.strip("`") for _, kind, _ in rows} == {*rc.NOTIFY_KINDS} - {rc.APPROVAL}
+    assert {kind.strip("`") for _, kind, _ in rows} == {*rc.NOTIFY_KINDS}
     for change, kind, _ in rows:
         before, _, after = change.partition(" to ")
         if after and change.startswith(("(", *rc.RELEASE_TRANSITIONS)):
@@ -92,7 +92,7 @@ def test_every_change_to_an_end_or_a_pause_is_told():
         for after in statuses:
             kind = rc.notification_kind("any", before, after)
             assert (kind == after) == (after in (*rc.TERMINAL, rc.PAUSED))
-    assert {*rc.NOTIFIED_CHANGES.values(), *rc.NOTIFIED_EVENTS, rc.FROZEN, rc.APPROVAL} == set(rc.NOTIFY_KINDS)
+    assert {*rc.NOTIFIED_CHANGES.values(), *rc.NOTIFIED_EVENTS.values(), rc.FROZEN} == set(rc.NOTIFY_KINDS)
 
 
 def test_a_message_is_written_in_the_transaction_of_its_event(store):

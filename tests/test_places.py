@@ -137,7 +137,7 @@ def test_every_field_of_a_release_is_read_from_its_own_column(sqlite_store):
     add_nodes(sqlite_store, 1)
     release_id = new_release(sqlite_store).id
     names = columns(sqlite_store, "release_tasks")
-    fixed = {"id", "version", "status", "retry_of", "rollback_of", "catch_up_of"}
+    fixed = {"id", "version", "status", "approval", "retry_of", "rollback_of", "catch_up_of"}
     with sqlite_store.database.transaction(write=True) as tx:
         tx.execute(f"UPDATE release_tasks SET {', '.join(f'{name} = ?' for name in names if name not in fixed)}",
                    *({"goes_first": 1, "during_freeze": 0}.get(name, 1000 + number)

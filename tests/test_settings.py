@@ -15,8 +15,8 @@ DEFAULTS = {
     "RELEASE_EXECUTOR_INTERVAL_SEC": 2.0, "MTLS_ENABLED": True, "CONTROL_CERT": "", "CONTROL_KEY": "",
     "CONTROL_CA": "", "AGENT_TLS_SERVER_NAME": "", "AGENT_CONCURRENCY": 64, "AGENT_CONNECT_TIMEOUT_SEC": 15.0,
     "AGENT_REQUEST_TIMEOUT_SEC": 60.0, "AGENT_RETRIES": 2, "NODE_DEADLINE_SEC": 600.0, "CLAIM_TTL_SEC": 30.0,
-    "PUBLIC_URL": "", "NOTIFY_COMMAND": (), "NOTIFY_URL": "", "NOTIFY_SECRET_FILE": "", "NOTIFY_CA": "",
-    "NOTIFY_ON": ("failed", "partial", "paused", "stuck"), "LOG_FORMAT": "text",
+    "APPROVALS": False, "PUBLIC_URL": "", "NOTIFY_COMMAND": (), "NOTIFY_URL": "", "NOTIFY_SECRET_FILE": "",
+    "NOTIFY_CA": "", "NOTIFY_ON": ("failed", "partial", "paused", "stuck"), "LOG_FORMAT": "text",
     "LOG_LEVEL": "info",
 }
 # A file name is taken as it is here; what the file holds is judged where it is used.
@@ -38,6 +38,7 @@ GOOD = [
     ("RELEASE_EXECUTOR_INTERVAL_SEC", "0.1", 0.1),
     ("RELEASE_EXECUTOR_INTERVAL_SEC", "60", 60.0),
     ("MTLS_ENABLED", "0", False),
+    ("APPROVALS", "1", True),
     ("AGENT_CONCURRENCY", "1", 1),
     ("AGENT_CONCURRENCY", "1024", 1024),
     ("AGENT_CONNECT_TIMEOUT_SEC", " 1.5 ", 1.5),
