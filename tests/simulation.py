@@ -11,7 +11,8 @@ checked; a violation raises Violation with the seed and the schedule that led to
 three worlds, each with all that the one before has:
 
     plain     releases of two targets on the same nodes, and every fault of a process
-    steering  random strategies; people use every verb and the freeze
+    steering  random strategies; people use every verb and the freeze, and in some of the schedules
+              releases wait for a second person
     shared    releases that share some nodes and come later, also by hand; databases that go
               back, clocks that are set, two nodes at one address, pauses longer than deadlines
 
@@ -434,8 +435,20 @@ class Simulation:
         # What labels and hung agents are made of: they leave the schedules of all else as they were.
         self.label_random = random.Random(f"labels {seed}")
         self.freeze_random = random.Random(f"freezes {seed}")
+        # The same for preflights and what agents answer them.
+        self.preflight_random = random.Random(f"preflight {seed}")
+        # Nodes whose agents answered a process that asked for a release.
+        self.answered: dict[tuple[int, str], set[int]] = {}
+        # Until when an agent leaves the questions for a release without an answer.
+        self.silent_until: dict[tuple[int, str], float] = {}
         # The same for what goes back by itself, or is in a hurry.
         self.back_random = random.Random(f"back {seed}")
+        # The same for approvals, which a fifth of the schedules have; in some of these every release needs one.
+        self.approval_random = random.Random(f"approvals {seed}")
+        self.has_approvals = self.steering and self.approval_random.random() < 0.2
+        # The marks of releases that need one, and of those that somebody let go.
+        self.needs_approval: set[str] = set()
+        self.approved: set[str] = set()
         # The labels of each release's nodes when it was made, by its mark.
         self.labels: dict[str, dict[int, dict[str, str]]] = {}
         self.now = 0.0
@@ -464,10 +477,12 @@ class Simulation:
         self.looks_at_the_end_at = FAULTS_UNTIL_S
         self.figures = dict.fromkeys((
             "runs", "crashes", "stops", "suspensions", "take-overs", "lost answers", "restarts", "database faults",
-            "commits", "verbs", "levels unknown", "full labels", "hung", "whys", "whys that stop", "rolled back",
-            "not rolled back", "superseded", "rollbacks now", "during a freeze", "overtaken"), 0)
+            "commits", "verbs", "levels unknown", "full labels", "hung", "preflights", "silent", "whys",
+            "whys that stop", "rolled back", "not rolled back", "superseded", "rollbacks now", "during a freeze",
+            "overtaken", "approved"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
         self.database = SimDatabase(self)
+        self.database.approvals = self.has_approvals and self.approval_random.random() < 0.5
         self.is_set_up = False
         self.database.migrate()
         self.settings = rc.Settings.load({
@@ -480,6 +495,8 @@ class Simulation:
         self.is_set_up = True
         self.owners: list[SimExecutor] = []
         self._people()
+        if self.has_approvals:
+            self.at(self.approval_random.uniform(0, 10), self._approve)
         self.owners += [SimExecutor(self, self.settings, n) for n in range(owners or self.random.randint(1, 3))]
         for owner in self.owners:
             self._boot(owner)
@@ -501,14 +518,43 @@ class Simulation:
             self.agents[agent.address] = agent
             self.store.nodes.add(f"edge-{number}", agent.address, agent_protocol=protocol, labels=self._labels())
         for target in self.random.choices(["cdn", "dns"], k=self.random.randint(1, 3)):
-            self.store.releases.create(rc.ReleaseRequest(target, payload=self._payload(), strategy=self._strategy()),
-                                      "test")
+            request = rc.ReleaseRequest(target, payload=self._payload(), strategy=self._strategy())
+            self.store.releases.create(self._asking(request), "test")
         if self.steering:
             self.at(self.random.uniform(0, 5), self._steer)
             self._hurry_now_and_then()
         elif self.faults and self.random.random() < 0.4:
             verb = self.random.choice(["pause", "cancel"])
             self.at(self.random.uniform(0, 20), lambda: self._act(verb))
+
+    def _asking(self, request: rc.ReleaseRequest) -> rc.ReleaseRequest:
+        """Return a request that asks for an approval, now and then, and note whether the release needs one."""
+        asks = self.has_approvals and self.approval_random.random() < 0.6
+        if asks or self.database.approvals:
+            self.needs_approval.add(str(request.payload["mark"]))
+        return request._replace(approval=rc.WANTED) if asks else request
+
+    def _approve(self) -> None:
+        """Let releases go that wait for it, one now and then; once the faults are over all of them."""
+        is_late = self.now > FAULTS_UNTIL_S
+        self.at(5.0 if is_late else self.approval_random.expovariate(1 / 6), self._approve)
+        for release_id, author, text, *approval in self.database.look_in(
+                "SELECT id, author, payload, approval, status, started_at FROM release_tasks"):
+            waits = approval[0] == rc.WANTED and approval[1] in (rc.PENDING, rc.PAUSED) and approval[2] is None
+            is_chosen = is_late or self.approval_random.random() < 0.4
+            if is_chosen and author and not self.database.is_out:
+                with contextlib.suppress(rc.AppError):
+                    self.store.approvals.approve(release_id, author)
+                    self.fail(f"section 7: release {release_id} was approved by its author")
+            if is_chosen:
+                is_emergency = self.approval_random.random() < 0.2
+                with contextlib.suppress(rc.AppError):
+                    self.store.approvals.approve(release_id, author if is_emergency else "anna", "why", is_emergency)
+                    self.approved.add(str(rc.parse_json(text)["mark"]))
+                    self.figures["approved"] += 1
+                    self.note(f"approve release {release_id}")
+                    if not waits:
+                        self.fail(f"section 7: release {release_id} was approved as {approval}")
 
     def _payload(self) -> dict[str, object]:
         """Return a payload that no other release has."""
@@ -527,6 +573,9 @@ class Simulation:
         strategy = {key: self.random.choice(values) for key, values in choices.items() if self.random.random() < 0.4}
         if self.label_random.random() < 0.4:
             strategy["maxParallelPer"] = self.label_random.choice([{"rack": 1}, {"rack": 2}, {"rack": 1, "region": 2}])
+        if self.preflight_random.random() < 0.3:
+            is_strict = self.preflight_random.random() < 0.5
+            strategy.update({"preflight": True, **({"retries": 1, "maxFailedTotal": 0} if is_strict else {})})
         if self.back_random.random() < 0.5:
             strategy["onExceed"] = rc.ROLLBACK
         return strategy
@@ -631,7 +680,8 @@ class Simulation:
         if verb == "freeze":
             return
         before = self.store.releases.get(release_id)
-        for accepts in (False, True):
+        accepts_at_once = "preflight" in before.strategy and self.preflight_random.random() < 0.3
+        for accepts in (accepts_at_once, not accepts_at_once):
             more: typing.Any = {"accept_failures": accepts} if verb == "resume" else {}
             with contextlib.suppress(rc.AppError):
                 more = {"accept_failures": accepts} if verb == "resume" else {}
@@ -815,6 +865,10 @@ class Simulation:
         send = Send(next(self.numbers), owner, driver.lease.claim.release_id, node.node_id, node.main_ip,
                     task.version, str(rc.parse_json(task.payload).get("mark", "")))
 
+        if op == rc.PING:
+            self._ask(owner, driver, node, answer)
+            return
+
         def leave() -> None:
             if op == rc.DISPATCH and not driver.may_dispatch(written_at):
                 answer(rc.Outcome(op, rc.NOT_SENT))
@@ -828,6 +882,21 @@ class Simulation:
             self._travel(send, op, task, answer)
         else:
             self.at(self.random.choice([0.0, 0.0, 0.01, CONNECT_S * 0.9]), leave, owner)
+
+    def _ask(self, owner: SimExecutor, driver: SimDriver, node: rc.ReleaseNode, answer) -> None:
+        """Ask an agent whether it answers, which is all that it does then."""
+        chance, agent = self.preflight_random, self.agents[node.main_ip]
+        until = self.silent_until.setdefault((driver.lease.claim.release_id, agent.address),
+                                             self.now + chance.choice([0.0, 20.0]))
+        is_bad = self.faults and self.now < FAULTS_UNTIL_S and (self.now < until or chance.random() < 0.1)
+        is_silent = is_bad or self.now < max(agent.is_down_until, agent.is_bad_until)
+
+        def hear() -> None:
+            if not is_silent:
+                self.answered.setdefault((driver.lease.claim.release_id, owner.owner), set()).add(node.node_id)
+            answer(rc.Outcome(rc.PING, rc.UNSENT, "", rc.UNREACHABLE, "refused") if is_silent else
+                   rc.Outcome(rc.PING, rc.SUCCESS))
+        self.at(chance.choice([0.0, 0.01, CONNECT_S * 0.9]), hear, owner)
 
     def note_known(self, owner: SimExecutor, release_id: int) -> None:
         """Take down that a process wrote to a release: what it had heard by then is known from now on."""
@@ -847,6 +916,8 @@ class Simulation:
             self.fail(f"section 1: {name} as {task.id}")
         if agent.protocol == "execute" and not isinstance(rc.parse_json(task.payload).get("websites"), list):
             self.fail(f"section 1: {name} with {task.payload}, which empties it")
+        if send.mark in self.needs_approval - self.approved:
+            self.fail(f"section 7: {name}, which nobody has approved")
         if send.lost_in:
             return  # the database went back meanwhile, and can't have told
         # of what the database has lost it knows where somebody said which version that was
@@ -1168,7 +1239,7 @@ class Simulation:
             self.fail(f"section 7: release {release_id} started before {self._start_at(strategy)}")
         for other in self.database.look_in("""
                 SELECT DISTINCT r.id, r.version, r.status, r.started_at, r.strategy, r.target, r.goes_first,
-                       r.during_freeze
+                       r.during_freeze, r.approval
                 FROM release_tasks r
                 WHERE r.status IN ('pending', 'running', 'paused', 'cancelling') AND r.id <> ?
                   AND (r.target = ? OR EXISTS (
@@ -1176,9 +1247,10 @@ class Simulation:
                        WHERE n.release_task_id = r.id AND h.main_ip IN (
                              SELECT g.main_ip FROM release_task_nodes m JOIN nodes g ON g.id = m.node_id
                              WHERE m.release_task_id = ?)))""", release_id, target, release_id):
-            _, other_version, status, started_at, other_strategy, other_target, other_goes_first, other_passes = other
-            # one that has a startAt, or is frozen, takes a later version when it starts
-            waits = self._start_at(other_strategy) or frozen_s(other_target, other_passes)
+            (_, other_version, status, started_at, other_strategy, other_target, other_goes_first, other_passes,
+             approval) = other
+            # one that has a startAt, needs an approval, or is frozen, takes a later version when it starts
+            waits = self._start_at(other_strategy) or approval == rc.WANTED or frozen_s(other_target, other_passes)
             is_before = (not other_goes_first, other_version) < (not goes_first, version) and not waits
             if is_before or (status != rc.PENDING and started_at):
                 self.fail(f"rule 2: release {release_id} ({target}, v{version}) started before {other}")
@@ -1244,12 +1316,13 @@ class Simulation:
         """Check section 7 of the contract: begun are the nodes whose first dispatch was just committed."""
         with rc.Database.transaction(self.database) as tx:
             frozen_s = self._frozen_s(tx.rows)
-            releases = tx.rows("SELECT id, status, strategy, passed_batch, payload, target, during_freeze "
-                               "FROM release_tasks")
-            rows = tx.rows("SELECT n.release_task_id, n.node_id, n.batch, n.status, n.accepted, h.main_ip "
+            releases = tx.rows("SELECT id, status, strategy, passed_batch, payload, target, during_freeze, "
+                               "preflight_accepted, error_msg FROM release_tasks")
+            rows = tx.rows("SELECT n.release_task_id, n.node_id, n.batch, n.status, n.accepted, h.main_ip, n.attempts, "
+                           "n.error_kind "
                            "FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id")
             labels = dict(tx.rows("SELECT id, labels FROM nodes"))
-        for release_id, status, text, passed, payload, target, passes in releases:
+        for release_id, status, text, passed, payload, target, passes, goes_on, error_msg in releases:
             strategy, content = rc.parse_json(text), rc.parse_json(payload)
             mark, is_broken = content["mark"], "websites" not in content
             nodes = [row[1:] for row in rows if row[0] == release_id]
@@ -1262,6 +1335,11 @@ class Simulation:
                 if unseen:
                     self.fail(f"section 7: release {release_id} calls nodes a success that no probes passed: {unseen}")
             exceeded = self._is_exceeded(strategy, nodes)
+            if "preflight" in strategy and not goes_on:
+                self._check_preflight(release_id, mark, strategy, nodes, mine)
+            if status == "failed" and error_msg.startswith("preflight: "):
+                self._check_nothing_sent(release_id, mark, nodes)
+                continue
             is_partial = any(node[2] == "failed" for node in nodes)
             may_fail = is_broken or not nodes or (exceeded and strategy.get("onExceed") != "pause")
             if status == "failed" and not may_fail:
@@ -1289,6 +1367,32 @@ class Simulation:
                     if node[1] == batch - 1 and node[2] == "success" and max(
                             self.verified[mark, node[4]]) < over - 0.002:
                         self.fail(f"{name}, and {node} was not looked at again after its soak")
+
+    def _check_preflight(self, release_id: int, mark: str, strategy: dict, nodes: list[tuple],
+                         mine: list[tuple[int, int]]) -> None:
+        """Check that enough agents had answered whoever writes the first dispatches of a release."""
+        begun = {node[0] for node in nodes if node[5]}
+        if not mine or begun != {node_id for node_id, _ in mine} or self.running is None:
+            return
+        self.figures["preflights"] += 1
+        answered = self.answered.get((release_id, self.running.owner), set())
+        silent = [node[0] for node in nodes if node[0] not in answered and node[2] != "failed" and not node[3]]
+        if len(silent) > self._most_silent(strategy, len(nodes)):
+            self.fail(f"section 7: release {release_id} began though {silent} did not answer: {strategy} {nodes}")
+
+    def _check_nothing_sent(self, release_id: int, mark: str, nodes: list[tuple]) -> None:
+        """Check that a release that its preflight has ended reached no agent."""
+        name = f"section 7: release {release_id} ended by its preflight"
+        if any(send.has_left and not send.lost_in for send in self.sends if send.mark == mark):
+            self.fail(f"{name}, and something was sent: {nodes}")
+        if any(node[2] not in ("failed", "skipped") or node[5] for node in nodes):
+            self.fail(f"{name}: {nodes}")
+        self.figures["silent"] += self.ledger.statuses.get((release_id, None)) != "failed"
+
+    @staticmethod
+    def _most_silent(strategy: dict, whole: int) -> int:
+        limit = strategy.get("maxFailedTotal", strategy.get("maxFailed", 0))
+        return limit if isinstance(limit, int) else int(limit.rstrip("%")) * whole // 100
 
     def _note_rest(self, release_id: int, nodes: list[tuple]) -> None:
         """Take down which batches are at rest, by the moment of the decision that is being committed."""
@@ -1353,17 +1457,19 @@ class Simulation:
             free, _ = self.store.queue.runnable(tx)
             rows = tx.rows("""
                 SELECT r.id, r.status, r.claim_owner, r.claim_expires_at, SUM(n.status = 'running'),
-                       SUM(n.status = 'pending'), r.target, r.during_freeze
+                       SUM(n.status = 'pending'), r.target, r.during_freeze, r.approval, r.started_at
                 FROM release_tasks r JOIN release_task_nodes n ON n.release_task_id = r.id
                 WHERE r.status IN ('pending', 'running', 'paused', 'cancelling') GROUP BY r.id""")
         noted = {owner.owner for owner in self.owners if self.now - owner.noted_at < period_s - 0.01}
-        for release_id, status, holder, expires, running, pending, target, passes in rows:
+        for release_id, status, holder, expires, running, pending, target, passes, approval, started in rows:
             why = self.store.claims.why(release_id, self.deadline_s)
             said = {step.name: step for step in why.steps}
             stops = {step.name for step in why.steps if step.state == rc.STOPS}
             is_claimed = bool(expires) and now < rc.epoch_of(expires) <= now + rc.MAX_CLAIM_TTL_S
             is_frozen = frozen_s(target, passes) == float("inf") and (status == rc.PENDING or pending)
-            wanted = {name for name, holds in (("freeze", is_frozen), ("pause", status == rc.PAUSED)) if holds}
+            wanted = {name for name, holds in (
+                ("freeze", is_frozen), ("pause", status == rc.PAUSED),
+                ("approval", approval == rc.WANTED and not started)) if holds}
             if not self.restores and self.clock_set_at < 0:  # else its row may be gone, or of another time
                 wanted |= {"executor"} if not noted and not (is_claimed and holder in noted) else set()
             elif "executor" in stops:
@@ -1373,7 +1479,8 @@ class Simulation:
             if any(not step.mend for step in why.steps if step.state == rc.STOPS):
                 self.fail(f"release {release_id} is stopped and nothing would mend it: {why.line}")
             waits = {step.name for step in why.steps if step.state == rc.WAITS}
-            if status == rc.PENDING and (release_id in free) == bool((stops | waits) & {"order", "start", "freeze"}):
+            if status == rc.PENDING and (release_id in free) == bool((stops | waits) & {
+                    "order", "start", "freeze", "approval"}):
                 self.fail(f"release {release_id} may {'' if release_id in free else 'not '}start: {why.line}")
             in_flight = re.search(r"(\d+) in flight", said["nodes"].text if "nodes" in said else "")
             if (int(in_flight[1]) if in_flight else 0) != running:
@@ -1520,7 +1627,7 @@ class SharedSimulation(Simulation):
                                     strategy=self._strategy(), node_ids=chosen)
         is_twice = self.is_twice(chosen or ids)
         try:
-            (store or rc.Store(self.database, SimClock(self))).releases.create(request, "test")
+            (store or rc.Store(self.database, SimClock(self))).releases.create(self._asking(request), "test")
         except rc.AppError as error:
             self.note(f"no release: {error}")
             self.figures["refused twins"] += is_twice and error.code == 3003
@@ -1540,6 +1647,8 @@ class SharedSimulation(Simulation):
         version = self.random.choice([*gaps, max(versions, default=0) + self.random.choice([1, 3])])
         ids = [row[0] for row in self.database.look_in("SELECT id FROM nodes ORDER BY id")]
         payload = self._payload()
+        if self.database.approvals:
+            self.needs_approval.add(str(payload["mark"]))
         if self.random.random() < 0.1:
             del payload["websites"]
         release_id = max(self.versions, default=0) + 1

@@ -60,7 +60,7 @@ def test_section_8_a_success_is_a_success_whatever_goes_back_or_is_set(first):
 @pytest.mark.parametrize("world", simulation.WORLDS)
 def test_the_schedules_contain_every_fault(world):
     figures = [run_seed(seed, world=world).figures for seed in range(1, 41)]
-    rare = {"plain": {"verbs", "full labels", "hung", "preflights", "silent"}, "steering": {"hung"},
+    rare = {"plain": {"verbs", "full labels", "hung", "preflights", "silent", "approved"}, "steering": {"hung"},
             "shared": {"unknowable"}}
     for name in figures[0].keys() - rare[world]:
         assert sum(one[name] for one in figures) > 2, name
@@ -248,6 +248,19 @@ def test_the_schedules_find_a_promise_that_is_not_kept(mutate, first, monkeypatc
         run_seeds(first, first + ENOUGH, world="steering")
 
 
+def test_the_schedules_find_a_release_that_nobody_approved(monkeypatch):
+    monkeypatch.setattr(rc, "read_candidates", lambda tx, read=rc.read_candidates: [
+        c._replace(needs_approval=False) for c in read(tx)])
+    with pytest.raises(Violation, match="which nobody has approved"):
+        run_seeds(1, ENOUGH, world="steering")
+
+
+def test_the_schedules_find_a_release_for_which_nobody_asked_for_an_approval(monkeypatch):
+    monkeypatch.setattr(rc, "unasked", lambda _: [])
+    with pytest.raises(Violation, match="which nobody has approved"):
+        run_seeds(9, ENOUGH, world="shared")
+
+
 # -- the mutants of what goes back, and of what is shared --------------------------------------
 
 def with_ids_without_a_tag(patch):
@@ -394,6 +407,11 @@ def with_a_start_time_that_nobody_is_told_of(patch):
     patch.setattr(rc, "_start_step", lambda _: None)
 
 
+def with_an_approval_that_nobody_is_told_of(patch):
+    """A release that waits for a second person seems to move."""
+    patch.setattr(rc, "_approval_step", lambda _: None)
+
+
 def with_a_pause_that_nobody_is_told_of(patch):
     """A release that waits for a person seems to move."""
     patch.setattr(rc, "_pause_step", lambda _: None)
@@ -411,8 +429,8 @@ def with_executors_that_never_get_old(patch):
 
 @mutants(
     (with_a_queue_that_nobody_is_told_of, 1), (with_a_start_time_that_nobody_is_told_of, 1),
-    (with_a_pause_that_nobody_is_told_of, 1), (with_a_freeze_that_stops_nothing, 1),
-    (with_executors_that_never_get_old, 1))
+    (with_a_pause_that_nobody_is_told_of, 1), (with_an_approval_that_nobody_is_told_of, 1),
+    (with_a_freeze_that_stops_nothing, 1), (with_executors_that_never_get_old, 1))
 def test_the_schedules_find_a_why_that_is_not_true(mutate, first, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(Violation):
