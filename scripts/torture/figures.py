@@ -21,6 +21,7 @@ ZEROS = {
     "two": "addresses with two tasks",
     "order": "releases out of order",
     "back": "releases without their one rollback",
+    "unapproved": "releases started without their approval",
     "lower": "lower versions sent",
     "reused": "versions given out again",
     "ids": "task ids of two releases",

@@ -1,4 +1,4 @@
-"""An operator who creates releases as long as few are open, and pauses, resumes, cancels and rolls back some."""
+"""An operator who creates releases as long as few are open, and approves, steers and rolls back some."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ class Operator:
 
     def resume_all(self) -> None:
         for release_id, status in self.open_releases():
+            self._approve(release_id)
             if status == "paused":
                 self._act("resume", release_id)
 
@@ -77,6 +78,8 @@ class Operator:
             self._create()
         release_id, status = self._random.choice(releases) if releases else (0, "")
         dice = self._random.random()
+        if status == "pending" and dice < 0.3:
+            self._approve(release_id)
         if status == "paused" and dice < 0.4:
             self._act("resume", release_id)
         elif status in ("pending", "running") and dice < 0.015:  # it holds up all that share a node with it
@@ -105,7 +108,8 @@ class Operator:
         self._agents.losses.created_at[content] = time.monotonic()
         made = self._store.releases.create(rc.ReleaseRequest(
             self._random.choice(self.TARGETS), f"mark {mark}", payload, strategy=strategy, node_ids=chosen,
-            supersede=self._random.random() < 0.05), "torture")
+            supersede=self._random.random() < 0.05,
+            approval=rc.WANTED if self._random.random() < 0.15 else ""), "torture")
         self._figures.count("releases superseded", len(made.superseded))
         self.created.append(content)
 
@@ -129,6 +133,13 @@ class Operator:
             old = tx.value("SELECT name FROM nodes WHERE enabled = 1 AND name IN (?, ?)", *names)
             for name in sorted(names, key=lambda one: one != old):  # never both at once
                 tx.execute("UPDATE nodes SET enabled = ? WHERE name = ?", int(name != old), name)
+
+    def _approve(self, release_id: int) -> None:
+        """Let a release start that waits for an approval, as somebody else than its author, who may not."""
+        for who in ("torture", "another"):
+            with contextlib.suppress(rc.AppError, rc.StateMoved):
+                self._store.approvals.approve(release_id, who)
+                self._figures.count(f"releases approved by {who}")
 
     def _act(self, verb: str, release_id: int) -> None:
         with contextlib.suppress(rc.AppError, rc.StateMoved):

@@ -17,7 +17,8 @@ from .figures import Figures, Finding
 from .tables import EventRow, Tables
 
 # All kinds that releases have here, for workers and for those in this process who create and steer releases.
-KINDS = ("created", "started", "paused", "success", "partial", "failed", "cancelled", "taken_over", "stuck")
+KINDS = ("created", "started", "paused", "success", "partial", "failed", "cancelled", "taken_over", "stuck",
+         "approval")
 SETTINGS = {"NOTIFY_ON": ",".join(KINDS)}
 
 
@@ -60,7 +61,7 @@ def _kind_of(event: EventRow) -> str:
     if event.node_id is not None:
         return ""
     if event.from_status == event.to_status:
-        return event.event if event.event in ("taken_over", "stuck") else ""
+        return event.event if event.event in ("taken_over", "stuck", "approval") else ""
     if event.to_status == "paused" or event.to_status in TERMINAL:
         return event.to_status
     return {("", "pending"): "created", ("pending", "running"): "started"}.get(

@@ -99,6 +99,7 @@ def check_tables(tables: Tables) -> Iterator[Finding]:
     yield from _check_histories(tables)
     yield from _check_order(tables)
     yield from _check_rollbacks(tables)
+    yield from _check_approvals(tables)
     yield from _check_addresses(tables)
     yield from _check_task_ids(tables)
 
@@ -163,6 +164,18 @@ def _check_rollbacks(tables: Tables) -> Iterator[Finding]:
                        f"rollback of release {release.id} " in one.reason for one in found)
         if len(found) + is_refused != is_wanted or not is_named:
             yield Finding("back", f"{release}: {found}")
+
+
+def _check_approvals(tables: Tables) -> Iterator[Finding]:
+    """Yield releases that started while they waited for an approval."""
+    waiting: set[int] = set()
+    for event in tables.events:
+        if event.event == "approval":
+            waiting.add(event.release_id)
+        elif event.event == "approved":
+            waiting.discard(event.release_id)
+        elif event.to_status == "running" and event.release_id in waiting:
+            yield Finding("unapproved", f"{event}: nobody had approved it")
 
 
 def _check_addresses(tables: Tables) -> Iterator[Finding]:
