@@ -2710,7 +2710,7 @@ def parse_choice(field: str, value: object, choices: Sequence[str]) -> str:
 def parse_flag(field: str, value: object) -> bool:
     """Return a JSON boolean; raise AppError(INVALID) for anything else."""
     if not isinstance(value, bool):
-        raise AppError(INVALID, f"{field} must be true or false")
+        raise AppError(INVALID, f"{field} {one_line(to_json(value), 40)} must be true or false")
     return value
 
 
@@ -2786,7 +2786,7 @@ LABEL_CHOICE_SCHEMA = labels_schema({"oneOf": [LABEL_VALUE_SCHEMA, {
 def parse_label_choice(value: Any) -> dict[str, frozenset[str]]:
     """Return from each label's key the values of which a node must have one; raise ValueError for anything else."""
     if not isinstance(value, dict) or len(value) > MAX_LABELS:
-        raise ValueError(f"must be an object of at most {MAX_LABELS} labels")
+        raise ValueError(f'must be an object of at most {MAX_LABELS} labels, like {{"region":"eu"}}')
     return {_label_key(key): _label_texts(key, values) for key, values in value.items()}
 
 
@@ -2797,7 +2797,8 @@ def _label_texts(key: str, value: Any) -> frozenset[str]:
         raise ValueError(f"must have for {one_line(key, 30)} a value, or a list of 1 to {MAX_LABEL_VALUES} of them: "
                          f"at most {MAX_LABEL_CHARS} {PLAIN_TEXT}")
     if len(set(texts)) < len(texts):
-        raise ValueError(f"must not have a value of {one_line(key, 30)} twice")
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise ValueError(f"must not have the value {one_line(twice, 60)} of {one_line(key, 30)} twice")
     return frozenset(texts)
 
 
@@ -2826,7 +2827,7 @@ def _batch_sizes(value: Any) -> tuple[int | str, ...]:
         raise ValueError(f"must be a list of 1 to {MAX_BATCHES} sizes")
     *sizes, last = value
     if any(isinstance(size, str) and size.endswith("*") for size in sizes):
-        raise ValueError("has a * at a size that is not the last one")
+        raise ValueError("has a * at a size that is not the last one: only that one may go on to the end")
     return *map(_BATCH_SIZE, sizes), _last_size(last)
 
 
@@ -3075,7 +3076,7 @@ def parse_node_ids(value: object) -> list[int]:
         ids = list(map(IDS.from_json, value if isinstance(value, list) else ()))
         if ids and len(set(ids)) == len(ids):
             return ids
-    raise AppError(INVALID, "nodeIds must be a list of ids of nodes, each once")
+    raise AppError(INVALID, "nodeIds must be a list of different ids of nodes, like [1,2]")
 
 
 def parse_label_pairs(field: str, pairs: Iterable[str]) -> dict[str, str]:
@@ -3412,7 +3413,8 @@ def make_plan(strategy: Strategy, nodes: Sequence[Node], left_out: Sequence[Left
                                     "name larger sizes")
     beyond = [] if strategy.pause_after == EACH else [n for n in strategy.pause_after if int(n) > len(batches)]
     if beyond:
-        raise AppError(INVALID, f"strategy: pauseAfter names batch {beyond[0]}, and there are {len(batches)}")
+        raise AppError(INVALID, f"strategy: pauseAfter names batch {beyond[0]}, and there are {len(batches)}: name one "
+                                f"of these, or {EACH}")
     total = None if strategy.max_failed_total is None else resolve_share(strategy.max_failed_total, len(nodes))
     limits = [resolve_share(strategy.max_failed, len(batch)) + len(tolerated.intersection(batch))
               for batch in batches]
@@ -3495,7 +3497,8 @@ def _refuse_named(node_ids: Iterable[int], nodes: Iterable[Node]) -> None:
         if number not in by_id:
             raise AppError(INVALID, f"nodeIds: node {number} does not exist")
         if not by_id[number].gets_releases:
-            raise AppError(INVALID, f"nodeIds: node {by_id[number].name} is {by_id[number].condition}")
+            raise AppError(INVALID, f"nodeIds: node {by_id[number].name} is {by_id[number].condition}: leave it out, "
+                                    "or let it get releases (enabled, online)")
 
 
 def _selection_json(nodes: Sequence[Node], request: ReleaseRequest) -> dict[str, Any]:

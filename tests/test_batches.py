@@ -382,7 +382,7 @@ def test_nodes_are_chosen_by_lists_of_values_and_exclusions_which_the_release_ke
     ({"labels": {"region": "ap"}, "exclude": {"nodeIds": [4]}}, 3003,
      "no node is left: exclude names all of the 1 that were selected"),
     ({"labels": {"region": []}}, 2003, "labels must have for region a value, or a list of 1 to 1000"),
-    ({"labels": {"region": ["eu", "eu"]}}, 2003, "labels must not have a value of region twice"),
+    ({"labels": {"region": ["eu", "eu"]}}, 2003, "labels must not have the value eu of region twice"),
     ({"labels": {"region": [1]}}, 2003, "labels must have for region"), ({"labels": ["eu"]}, 2003, "labels must be"),
     ({"exclude": [1]}, 2003, "exclude must be an object"), ({"exclude": {"node": 1}}, 2003, "exclude: node is not"),
     ({"exclude": {"nodeIds": [99]}}, 2003, "exclude: node 99 does not exist"),
@@ -410,7 +410,7 @@ def test_labels_are_chosen_in_the_words_of_the_command_line(texts, expected):
     (["region=eu", "region=us"], "--label region is given twice"),
     (["region=eu", "region!=us"], "region is given twice"),
     (["region"], "--label region must be K=V"), (["region=eu,"], "must be K=V"), (["=eu"], "must be K=V"),
-    (["!=eu"], "must be K=V"), ([",region=eu"], "must be K=V"), (["region=eu,eu"], "a value of region twice"),
+    (["!=eu"], "must be K=V"), ([",region=eu"], "must be K=V"), (["region=eu,eu"], "the value eu of region twice"),
     ([f"{'k' * 64}=v"], "key of a label")])
 def test_words_that_can_not_be_meant_are_refused(texts, message):
     with pytest.raises(rc.AppError, match=re.escape(message)) as error:
