@@ -136,6 +136,12 @@ def test_on_exceed_pause_waits_for_a_person_before_batch_1():
     assert decide([silent(1), answered(2)], "paused", strategy=strategy).status_reason == text
 
 
+def test_on_exceed_rollback_ends_it_like_fail_as_nothing_was_sent():
+    decision = decide([silent(1), answered(2)], strategy=PREFLIGHT._replace(on_exceed="rollback"))
+    assert (decision.status, decision.sends) == ("failed", ())
+    assert moves(decision) == {1: ("pending", "failed"), 2: ("pending", "skipped")}
+
+
 def test_a_pause_and_a_freeze_ask_nobody_and_their_time_does_not_count():
     freeze = rc.Freeze(True, "lunch", "anna")
     assert decide([node(1)], freeze=freeze).sends == ()
@@ -218,7 +224,7 @@ def test_a_dead_agent_ends_it_before_anything_was_sent(world):
     events = world.store.releases.events(made.id)
     assert {event.at for event in events if event.to_status in ("failed", "skipped")} == {ended.finished_at}
     # nothing was touched: there is nothing to roll back
-    with pytest.raises(rc.AppError, match=f"release {made.id} has no online nodes that were touched by it"):
+    with pytest.raises(rc.AppError, match=f"nothing to roll back: release {made.id} changed no node"):
         world.store.releases.rollback(made.id, "anna")
     with world.store.database.transaction() as tx:
         assert {level.drift for level in rc.levels(tx, rc.all_nodes(tx)).values()} == {"none"}
