@@ -65,6 +65,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Access              tokens, client certificates, throttling
     Requests            a checked request, its parameters and its reply; who may read much at a
                         time
+    Page                dashboard.html as it is sent, and the headers that go with it
     API                 routes as a table, handlers, /openapi.json (contract section 5); knows
                         no socket
     Server              a request from its first byte to its answer; the listener and its
@@ -14385,13 +14386,10 @@ class ReadQueue:
 # endregion
 
 
-# region API
+# region Page
 # ======================================================================================
-# API: routes as a table, handlers, /openapi.json (contract section 5); knows no
-#   socket.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Model, Strategy, Selection,
-#   Plan, Verbs, Audit, Queue, Retry and rollback, Drift, Overview, Serialization,
-#   Requests.
+# Page: dashboard.html as it is sent, and the headers that go with it.
+# Uses: Vocabulary, Settings.
 # ======================================================================================
 
 DASHBOARD_FILE = Path(__file__).resolve().with_name("dashboard.html")
@@ -14422,6 +14420,18 @@ def page_headers(text: str) -> dict[str, str]:
             f"style-src 'sha256-{base64.b64encode(style).decode()}'", "connect-src 'self'", "img-src data:",
             "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'")),
         "Referrer-Policy": "no-referrer"}
+
+
+# endregion
+
+
+# region API
+# ======================================================================================
+# API: routes as a table, handlers, /openapi.json (contract section 5); knows no
+#   socket.
+# Uses: Vocabulary, Helpers, Log and metrics, Model, Strategy, Selection, Plan, Verbs,
+#   Audit, Queue, Retry and rollback, Drift, Overview, Serialization, Requests, Page.
+# ======================================================================================
 
 
 # Minimum seconds between write checks of the database, however many clients ask.
