@@ -34,7 +34,7 @@ MAX_BODY_BYTES = 1 << 20
 
 RELEASE_KEYS = {"id", "type", "target", "version", "status", "statusReason", "reason", "totalNodes", "successNodes",
                 "failedNodes", "skippedNodes", "currentBatch", "errorMsg", "strategy", "payloadSha256", "retryOf",
-                "selection", "catchUpOf", "author", "approval", "approvedBy", "approvedAt",
+                "selection", "catchUpOf", "author", "approval", "approvedBy", "approvedAt", "goesFirst", "duringFreeze",
                 "rollbackOf", "createdAt", "startedAt", "finishedAt", "updatedAt"}
 RELEASE_NODE_KEYS = {"nodeId", "nodeName", "mainIp", "status", "taskId", "attempts", "errorKind", "errorMsg",
                      "startedAt", "finishedAt"}
@@ -253,7 +253,9 @@ def test_retry_and_rollback_answer_like_the_post_of_a_release(client):
                      "batches": [{"batch": 1, "nodeIds": [2]}, {"batch": 2, "nodeIds": [3]}],
                      "changesNothing": False, "leftOut": []}
     back = client.ok("POST", f"/api/v1/releases/{failed}/rollback", {}, 201)
-    assert (set(back), back["releaseId"], back["totalNodes"]) == ({*CREATED_KEYS, "changesNothing", "leftOut"}, 4, 2)
+    assert (set(back), back["releaseId"], back["totalNodes"]) == (
+        {*CREATED_KEYS, "changesNothing", "leftOut", "warnings"}, 4, 2)
+    assert back["warnings"][0].startswith("waits for release 3")
     links = {item["id"]: (item["retryOf"], item["rollbackOf"])
              for item in client.ok("GET", "/api/v1/releases")["items"]}
     assert links == {4: (None, failed), 3: (failed, None), 2: (None, None), 1: (None, None)}
@@ -687,7 +689,7 @@ def test_a_tokens_file_that_went_bad_lets_nobody_in_and_tells_only_the_log(guard
 
 @pytest.mark.parametrize(("content", "mode", "message"), [
     ("", 0o604, "chmod"), ("nina:admin:" + "0" * 64, 0o600, ":1: must be"), ("nina:viewer:abc", 0o600, ":1: must be"),
-    ("\n:viewer:" + "0" * 64, 0o600, ":2: must be"), ("nina:viewer:" + "0" * 64 + ":x", 0o600, ":1: must be"),
+    ("\n:viewer:" + "0" * 64, 0o600, ":2: must be"), ("nina:viewer:" + "0" * 64 + ":x", 0o600, ":1: what follows the SHA-256 must be"),
     (b"\xff", 0o600, "not UTF-8"),
 ])
 def test_a_tokens_file_that_cant_be_used_stops_the_start(new_client, open_store, sqlite_url, new_tokens, content, mode,

@@ -511,7 +511,7 @@ def test_check_without_a_database_says_how_to_make_one(quick, certs):
     quick.settings.update(mtls(certs))
     result = quick("check", "--json")
     assert result.code == 69
-    assert "releasectl.py migrate" in findings(result)["DATABASE_URL"][1]
+    assert "releasectl migrate" in findings(result)["DATABASE_URL"][1]
     quick.settings.update(CONTROL_CA=f"{certs}/other/ca.crt")
     assert findings(quick("check", "--json"))["CONTROL_CERT"][0] is False
 
@@ -660,7 +660,7 @@ def test_create_takes_a_strategy_by_options_and_plan_shows_it_before(filled_quic
     plan = filled_quick.ok("create", *options, "--plan", "--json").json
     assert plan == {"version": 4, "totalNodes": 2, "maxFailedTotal": 1, "maxParallel": 2, "leftOut": [], "notChosen": 0,
                     "emptied": [], "maxParallelPer": {}, "warnings": [], "superseded": [], "payloadOf": None,
-                    "soakSec": 300,
+                    "soakSec": 300, "preflight": None,
                     "pauseAfter": [1], "onExceed": "pause", "startAt": "2999-01-01T00:00:00.000Z",
                     "effect": plan["effect"],
                     "verify": {"url": "http://{main_ip}:8080/health", "status": 200, "timeoutSec": 5, "successes": 2,
