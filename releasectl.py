@@ -4380,8 +4380,9 @@ class Situation(NamedTuple):
 
     @property
     def is_rolled_back(self) -> bool:
-        """Return whether its rollback is created when it ends, failed; a rollback never rolls back."""
-        return bool(self.exceeded and self.strategy.on_exceed == ROLLBACK and self.release.rollback_of is None)
+        """Return whether its rollback is created when it ends, failed: something was sent; a rollback never does."""
+        return bool(self.exceeded and self.strategy.on_exceed == ROLLBACK and self.release.rollback_of is None
+                    and not self.nodes.is_untouched)
 
 
 def describe(status: str, situation: Situation) -> str:

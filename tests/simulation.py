@@ -1216,7 +1216,9 @@ class Simulation:
                                       "WHERE rollback_of = ? AND reason LIKE 'automatic%'", release_id)
         is_wanted = status == "failed" and error.startswith("node ") and of_release is None and rc.parse_json(
             text).get("onExceed") == "rollback"
-        is_refused = "; not rolled back, as " in reason
+        (sent,), = self.database.look_in(
+            "SELECT SUM(attempts) FROM release_task_nodes WHERE release_task_id = ?", release_id)
+        is_wanted, is_refused = is_wanted and sent > 0, "; not rolled back, as " in reason
         self.figures["rolled back"] += len(found)
         self.figures["not rolled back"] += is_refused
         if len(found) + is_refused != is_wanted:

@@ -138,7 +138,7 @@ def test_on_exceed_pause_waits_for_a_person_before_batch_1():
 
 def test_on_exceed_rollback_ends_it_like_fail_as_nothing_was_sent():
     decision = decide([silent(1), answered(2)], strategy=PREFLIGHT._replace(on_exceed="rollback"))
-    assert (decision.status, decision.sends) == ("failed", ())
+    assert (decision.status, decision.sends, decision.rolls_back) == ("failed", (), False)
     assert moves(decision) == {1: ("pending", "failed"), 2: ("pending", "skipped")}
 
 

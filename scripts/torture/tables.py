@@ -158,7 +158,8 @@ def _check_rollbacks(tables: Tables) -> Iterator[Finding]:
         found = [one for one in tables.releases
                  if one.rollback_of == release.id and one.reason.startswith("automatic rollback")]
         goes_back = release.rollback_of is None and json.loads(release.strategy).get("onExceed") == "rollback"
-        is_wanted = goes_back and release.status == "failed" and release.error_msg.startswith("node ")
+        is_sent = any(node.task_id for node in tables.nodes if node.release_id == release.id)
+        is_wanted = goes_back and is_sent and release.status == "failed" and release.error_msg.startswith("node ")
         is_refused = "; not rolled back, as " in release.status_reason
         is_named = all(f"release {one.id} rolls it back" in release.status_reason and
                        f"rollback of release {release.id} " in one.reason for one in found)
