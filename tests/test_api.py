@@ -121,7 +121,7 @@ def test_a_release_has_the_keys_of_the_contract_and_null_for_what_has_not_come(c
         "totalNodes": 3, "successNodes": 0, "failedNodes": 0, "skippedNodes": 0, "currentBatch": 1, "errorMsg": "",
         "strategy": {}, "payloadSha256": rc.digest_of({}), "selection": {}, "retryOf": None, "rollbackOf": None,
         "catchUpOf": None, "author": "api", "approval": "", "approvedBy": "", "approvedAt": None,
-        "startedAt": None, "finishedAt": None}
+        "goesFirst": False, "duringFreeze": False, "startedAt": None, "finishedAt": None}
 
 
 def test_a_release_is_answered_with_its_nodes_by_batch(client):
@@ -240,7 +240,7 @@ def test_what_the_description_lets_an_id_be_is_what_the_api_takes(client):
                 (schemas["Rollback"]["properties"]["toRelease"], "/1/rollback", {"toRelease": number}),
                 (schemas["NewRelease"]["properties"]["nodeIds"]["items"], "", {"nodeIds": [number]})):
             message = client("POST", f"/api/v1/releases{path}", {**body, "dryRun": True}).message
-            is_no_id = "must be the id of a release" in message or "must be a list of ids of nodes" in message
+            is_no_id = "must be the id of a release" in message or "must be a list of different ids of nodes" in message
             assert is_no_id != (schema["minimum"] <= number <= schema["maximum"]), (path, number, message)
 
 
@@ -255,7 +255,7 @@ def test_retry_and_rollback_answer_like_the_post_of_a_release(client):
     back = client.ok("POST", f"/api/v1/releases/{failed}/rollback", {}, 201)
     assert (set(back), back["releaseId"], back["totalNodes"]) == (
         {*CREATED_KEYS, "changesNothing", "leftOut", "warnings"}, 4, 2)
-    assert back["warnings"][0].startswith("waits for release 3")
+    assert back["warnings"][0].startswith("goes behind release 3 ")
     links = {item["id"]: (item["retryOf"], item["rollbackOf"])
              for item in client.ok("GET", "/api/v1/releases")["items"]}
     assert links == {4: (None, failed), 3: (failed, None), 2: (None, None), 1: (None, None)}
@@ -689,7 +689,8 @@ def test_a_tokens_file_that_went_bad_lets_nobody_in_and_tells_only_the_log(guard
 
 @pytest.mark.parametrize(("content", "mode", "message"), [
     ("", 0o604, "chmod"), ("nina:admin:" + "0" * 64, 0o600, ":1: must be"), ("nina:viewer:abc", 0o600, ":1: must be"),
-    ("\n:viewer:" + "0" * 64, 0o600, ":2: must be"), ("nina:viewer:" + "0" * 64 + ":x", 0o600, ":1: what follows the SHA-256 must be"),
+    ("\n:viewer:" + "0" * 64, 0o600, ":2: must be"),
+    ("nina:viewer:" + "0" * 64 + ":x", 0o600, ":1: what follows the SHA-256 must be"),
     (b"\xff", 0o600, "not UTF-8"),
 ])
 def test_a_tokens_file_that_cant_be_used_stops_the_start(new_client, open_store, sqlite_url, new_tokens, content, mode,

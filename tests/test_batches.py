@@ -165,7 +165,7 @@ def test_a_retry_of_nodes_among_which_no_first_one_is_is_no_error(store):
     sql(store, "UPDATE release_tasks SET status = 'failed'")
     again = store.releases.retry(made.id, "anna")
     assert again.batches == [[2], [3]]
-    assert rc.parse_json(again.release.strategy)["pauseAfter"] == [1]
+    assert rc.parse_json(again.release.strategy)["pauseAfter"] == [1, 2]
     sql(store, "UPDATE release_task_nodes SET status = 'success', attempts = 1 WHERE release_task_id = ?", made.id)
     with pytest.raises(rc.AppError, match="nothing to roll back to"):
         store.releases.rollback(made.id, "anna")
