@@ -904,6 +904,10 @@ class RareRead(Generic[T]):
 # Uses: Vocabulary, Helpers.
 # ======================================================================================
 
+# Where the settings' file lies when nothing names one, and the variable that names one.
+DEFAULT_CONFIG, CONFIG_VARIABLE = "/etc/releasectl/releasectl.conf", "RELEASECTL_CONFIG"
+
+
 def _switch(text: str) -> bool:
     if text not in ("0", "1"):
         raise ValueError("must be 0 or 1")
@@ -1107,14 +1111,7 @@ class Settings:
 
         Raise ConfigError naming the value that can't be used and what would do.
         """
-        given: dict[str, str] = {}
-        for source in (dict(read_config_file(config_file)) if config_file else {},
-                       {s.name: environ[s.name] for s in SETTINGS if s.name in environ},
-                       {"DATABASE_URL": database_url} if database_url else {}):
-            if source.get("DATABASE_URL", "").strip() or source.get("DATABASE_URL_FILE", "").strip():
-                # they are one setting: either of them overrides both of a weaker source
-                given = {name: text for name, text in given.items() if not name.startswith("DATABASE_URL")}
-            given.update(source)
+        given = {name: text for name, (text, _) in given_settings(environ, config_file, database_url).items()}
         if given.get("DATABASE_URL", "").strip() and given.get("DATABASE_URL_FILE", "").strip():
             raise ConfigError("DATABASE_URL and DATABASE_URL_FILE are both set: set one of them")
         if given.get("DATABASE_URL_FILE", "").strip():
@@ -1144,6 +1141,42 @@ class Settings:
 SETTINGS = tuple(Setting(field.name.upper(), *field.metadata["setting"]) for field in dataclasses.fields(Settings))
 
 
+def find_config(environ: Mapping[str, str], named: str = "") -> str:
+    """Return the path of the settings' file, "" for none: named (--config), RELEASECTL_CONFIG, or DEFAULT_CONFIG.
+
+    Raise ConfigError where nobody can tell whether DEFAULT_CONFIG is there: without it another database would be meant.
+    """
+    if named or environ.get(CONFIG_VARIABLE):
+        return named or environ[CONFIG_VARIABLE]
+    try:
+        os.stat(DEFAULT_CONFIG)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        raise ConfigError(f"{DEFAULT_CONFIG} can't be read: {os_reason(error)}: use sudo, or name another file with "
+                          f"--config or {CONFIG_VARIABLE}") from None
+    return DEFAULT_CONFIG
+
+
+class Given(NamedTuple):
+    """The text of a setting that somebody gave, and where."""
+    text: str
+    source: str
+
+
+def given_settings(environ: Mapping[str, str], config_file: str = "", database_url: str = "") -> dict[str, Given]:
+    """Return the settings that are given, by name; of several sources that give one the strongest."""
+    given: dict[str, Given] = {}
+    for source, texts in ((config_file, dict(read_config_file(config_file)) if config_file else {}),
+                          ("the environment", {s.name: environ[s.name] for s in SETTINGS if s.name in environ}),
+                          ("--db", {"DATABASE_URL": database_url} if database_url else {})):
+        if texts.get("DATABASE_URL", "").strip() or texts.get("DATABASE_URL_FILE", "").strip():
+            # they are one setting: either of them overrides both of a weaker source
+            given = {name: one for name, one in given.items() if not name.startswith("DATABASE_URL")}
+        given.update((name, Given(text, source)) for name, text in texts.items())
+    return given
+
+
 def read_secret_file(name: str, path: str, content: str) -> str:
     """Return the one line of a file that a setting names; raise a ConfigError that quotes no part of it."""
     try:
@@ -1161,7 +1194,7 @@ def read_secret_file(name: str, path: str, content: str) -> str:
 def read_config_file(path: str) -> Iterator[tuple[str, str]]:
     names = [s.name for s in SETTINGS]
     seen = set()
-    for number, line in enumerate(read_lines(path, "--config"), 1):
+    for number, line in enumerate(read_lines(path, "the settings' file"), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
@@ -15611,9 +15644,16 @@ def _is_reachable(path: str, mode: int) -> bool:
     return all(os.stat(folder).st_mode & stat.S_IXOTH for folder in Path(found).parents)
 
 
+def check_sources(given: Mapping[str, Given]) -> Finding:
+    """Name each source of settings with what came from it; all values can be used, else no command runs."""
+    parts = [f"from {source}: " + ", ".join(name for name, one in given.items() if one.source == source)
+             for source in dict.fromkeys(one.source for one in given.values())]
+    return Finding("settings", EXIT_DONE, "; ".join(["valid", *parts, "all others have their defaults"]))
+
+
 def check_config(path: str) -> Iterator[Finding]:
     """Check who may read and write the settings file: its writers control what is sent to nodes."""
-    if not path:
+    if not os.path.isfile(path):  # none, or /dev/null
         return
     given = dict(read_config_file(path))  # not what is in use, which may come from elsewhere
     url = given.get("DATABASE_URL", "")
@@ -16422,7 +16462,8 @@ class Context:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         # a command that needs no settings runs with a broken file too
-        self.settings = Settings.load(os.environ, options.config, options.db) if options.needs_settings \
+        self.config_file = find_config(os.environ, options.config) if options.needs_settings else ""
+        self.settings = Settings.load(os.environ, self.config_file, options.db) if options.needs_settings \
             else Settings.load({})
         self.metrics = Metrics()
         self.store = Store(Database(self.settings.database_url, self.metrics, self.settings.notify_kinds,
@@ -16951,8 +16992,8 @@ def _checks_text(findings: Sequence[Finding]) -> str:
 
 def command_check(context: Context) -> int:
     settings = context.settings
-    findings = [Finding("settings", EXIT_DONE, "valid"),
-                *check_config(context.options.config), *check_agents(settings),
+    findings = [check_sources(given_settings(os.environ, context.config_file, context.options.db)),
+                *check_config(context.config_file), *check_agents(settings),
                 *check_api(settings), *check_notifications(settings, context.options.notify),
                 *check_database(settings, context.store)]
     context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
@@ -17459,7 +17500,8 @@ def option(*flags: str, **keywords: Any) -> tuple[tuple[str, ...], dict[str, Any
 # They may stand before or after every command.
 COMMON_OPTIONS = (
     option("--db", metavar="URL", help="overrides DATABASE_URL"),
-    option("--config", metavar="FILE", help="settings as KEY=VALUE lines; the environment wins"),
+    option("--config", metavar="FILE", help=f"settings as KEY=VALUE lines ({DEFAULT_CONFIG}, where it is there); "
+                                        "the environment wins"),
     option("--json", action="store_true", help="one JSON document on standard output"),
     option("--utc", action="store_true", help="times in UTC, not in this host's zone"),
     option("--color", choices=COLOUR_MODES, metavar="WHEN",
@@ -17598,7 +17640,8 @@ def settings_text(display: Display) -> str:
     """Return every setting with its meaning and default."""
     margin = max(len(setting.name) for setting in SETTINGS) + 2
     width = max(display.width - margin, 30) if display.width else 0
-    lines = ["Settings come from the environment or from the file of --config, as KEY=VALUE lines."]
+    lines = [f"Settings come from the environment, else from KEY=VALUE lines in the file of --config, of {CONFIG_VARIABLE} "
+             f"or, where it is there, {DEFAULT_CONFIG}."]
     for setting in SETTINGS:
         text = setting.help + (f" ({setting.default})" if setting.default else "")
         lines += [f"{'' if number else setting.name:<{margin}}{line}"
@@ -17713,7 +17756,8 @@ def _ask(line: _Line, read: Callable[[Store, str], list[Offer]]) -> list[Offer]:
 
     def ask() -> None:
         with contextlib.suppress(Exception):  # whatever is wrong: the command itself will say it
-            settings = Settings.load(os.environ, line.values.get("--config", ""), line.values.get("--db", ""))
+            settings = Settings.load(os.environ, find_config(os.environ, line.values.get("--config", "")),
+                                     line.values.get("--db", ""))
             store = Store(Database(settings.database_url, Metrics()))
             store.database.require_schema()
             found.extend(read(store, line.word))

@@ -23,7 +23,7 @@ HEAD = r""".\" Made by scripts/man_page.py (make man): change the tables of rele
 .SH NAME
 releasectl \- send config versions to nodes in batches, and stop when a node fails
 .SH SYNOPSIS
-.B python3 releasectl.py
+.B releasectl
 .I COMMAND
 .RI [ options ]
 .SH DESCRIPTION
@@ -33,6 +33,9 @@ rest stays as it was. Every step is kept in a database (SQLite or PostgreSQL), s
 loses nothing."""
 
 TAIL = r""".SH FILES
+.TP
+.I /etc/releasectl/releasectl.conf
+the settings, where neither \-\-config nor the variable RELEASECTL_CONFIG names another file
 .TP
 .I schema.sql
 the tables; it belongs beside releasectl.py

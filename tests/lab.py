@@ -599,7 +599,9 @@ class Cli:
     def environment(self) -> dict[str, str]:
         inherited = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
         path = {"PYTHONPATH": self.compiled} if self.compiled else {}
-        return {**inherited, **path, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(self.folder), **self.settings}
+        # no settings of this host
+        return {**inherited, **path, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(self.folder),
+                rc.CONFIG_VARIABLE: os.devnull, **self.settings}
 
     def start(self, *arguments: object, **streams: Any) -> subprocess.Popen[str]:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}

@@ -351,6 +351,54 @@ def test_a_config_value_that_cant_be_used_stops_the_start_with_one_line(quick, s
         assert message in quick.refused(2, command)
 
 
+@pytest.fixture
+def in_etc(quick, monkeypatch):
+    """A command line whose DEFAULT_CONFIG lies in a folder of its own; nothing names another file."""
+    monkeypatch.setattr(rc, "DEFAULT_CONFIG", str(quick.folder / "etc" / "releasectl.conf"))
+    (quick.folder / "etc").mkdir()
+    quick.settings[rc.CONFIG_VARIABLE] = ""
+    return quick
+
+
+def test_settings_come_from_the_file_that_config_names_else_the_variable_else_from_etc(in_etc):
+    for name in ("etc/releasectl.conf", "named.conf", "option.conf"):
+        in_etc.file(name, f"DATABASE_URL=sqlite:///{Path(name).name}.db\n")
+
+    def database(*options: str) -> str:
+        return in_etc.ok(*options, "migrate").out.split()[1]
+
+    assert database() == "releasectl.conf.db:"
+    in_etc.settings[rc.CONFIG_VARIABLE] = "named.conf"
+    assert database() == "named.conf.db:"
+    assert database("--config", "option.conf") == "option.conf.db:"
+
+
+def test_without_a_file_in_etc_all_settings_have_their_defaults(in_etc):
+    assert in_etc.ok("migrate").out.split()[1] == "releasectl.db:"
+
+
+def test_a_settings_file_that_cant_be_read_never_means_another_database(in_etc):
+    in_etc.ok("migrate")
+    path = in_etc.folder / "etc" / "releasectl.conf"
+    path.mkdir()
+    assert f"{path} can't be read: is a directory" in in_etc.refused(2, "list")
+    path.rmdir()
+    path.symlink_to("releasectl.conf")  # nobody can tell what is there: as in a folder that is closed to this user
+    assert f"{path} can't be read: " in in_etc.refused(2, "list")
+    in_etc.settings[rc.CONFIG_VARIABLE] = "none.conf"
+    assert "none.conf can't be read: no such file" in in_etc.refused(2, "list")
+
+
+def test_check_names_the_file_and_the_variables_that_settings_come_from(in_etc):
+    in_etc.file("etc/releasectl.conf", "DATABASE_URL=sqlite:///not-this.db\nMTLS_ENABLED=0\nLOG_LEVEL=debug\n")
+    in_etc.settings = {rc.CONFIG_VARIABLE: "", "LOG_LEVEL": "info"}
+    in_etc.ok("--db", "sqlite:///r.db", "migrate")
+    found = findings(in_etc.ok("--db", "sqlite:///r.db", "check", "--json"))
+    assert found["settings"] == (True, f"valid; from {in_etc.folder}/etc/releasectl.conf: MTLS_ENABLED; "
+                                       "from the environment: LOG_LEVEL; from --db: DATABASE_URL; "
+                                       "all others have their defaults")
+
+
 def test_a_config_file_that_cant_be_used_stops_the_start_with_its_line(quick):
     path = quick.file("ours.conf", "AGENT_RETRIES=1\nAGENT_RETRYS=1\n")
     assert f"{path}:2: AGENT_RETRYS is not a setting (did you mean AGENT_RETRIES?)" in quick.refused(
