@@ -23,7 +23,7 @@ PAGE_LINT := $(VENV)/lint-page
 PAGE_LINT_STAMP := $(PAGE_LINT)/stamp
 FUZZ_STAMP := $(VENV)/stamp-fuzz
 
-.PHONY: help demo test test-all test-long acceptance fuzz bench lint lint-page format man screens dist clean
+.PHONY: help demo install uninstall test test-all test-long acceptance fuzz bench lint lint-page format man screens dist clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,12 @@ help: ## list these targets
 
 demo: ## watch two releases go out to stand-in agents (needs Python and openssl only)
 	@PYTHON="$(PYTHON)" bash scripts/demo.sh
+
+install: ## program, man page, completions, units, settings and, as root, the user: PREFIX (/usr/local), SYSCONFDIR (/etc), DESTDIR
+	@PYTHON="$(PYTHON)" PREFIX="$(PREFIX)" SYSCONFDIR="$(SYSCONFDIR)" DESTDIR="$(DESTDIR)" bash scripts/install.sh install
+
+uninstall: ## removes what install put there; settings, data and the user stay
+	@PYTHON="$(PYTHON)" PREFIX="$(PREFIX)" SYSCONFDIR="$(SYSCONFDIR)" DESTDIR="$(DESTDIR)" bash scripts/install.sh uninstall
 
 test: $(TESTS_STAMP) ## the quick tests, on SQLite and, where it is installed, on PostgreSQL: four minutes
 	@$(call run_tests,-m "not slow")

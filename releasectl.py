@@ -91,6 +91,8 @@ How a release flows through them is drawn in docs/ARCHITECTURE.md.
 """
 from __future__ import annotations
 
+# What few commands need is imported where they use it: each of difflib, email, http.client, platform and
+# concurrent.futures would add to the start of every command.
 import argparse
 import base64
 import bisect
@@ -99,19 +101,16 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import difflib
-import email.utils
 import errno
 import faulthandler
 import fcntl
 import fnmatch
 import functools
-import getpass
+import gc
 import hashlib
 import heapq
 import hmac
 import http
-import http.server
 import importlib
 import io
 import ipaddress
@@ -120,7 +119,6 @@ import json
 import logging
 import operator
 import os
-import platform
 import pwd
 import queue
 import re
@@ -154,7 +152,6 @@ from collections.abc import (
     Set,
     ValuesView,
 )
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import (
     Any,
@@ -737,6 +734,8 @@ NAMED_VERSIONS = Range(1, MAX_NAMED_VERSION)
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ' (did you mean X?)' where a known word is similar, else ''."""
+    import difflib
+
     near = difflib.get_close_matches(word, list(known), 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -6399,6 +6398,9 @@ class SqliteEngine:
             handle = os.open(os.path.realpath(self.path), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 os.fchmod(handle, 0o600)
+                if os.geteuid() == 0:  # the service must write it; SQLite gives -wal and -shm the same owner
+                    folder = os.stat(os.path.dirname(os.path.realpath(self.path)))
+                    os.fchown(handle, folder.st_uid, folder.st_gid)
             finally:
                 os.close(handle)
 
@@ -6598,6 +6600,8 @@ class PostgresEngine:
             if self.driver.__name__ == "psycopg2":
                 connection.set_client_encoding("UTF8")
             return connection
+        import getpass
+
         user, password, [(host, port)], name, query = self.parts
         place: dict[str, Any] = {"unix_sock": f"{host}/.s.PGSQL.{port}"} if host.startswith("/") else {
             "host": host or "localhost", "port": port}
@@ -7016,7 +7020,7 @@ class Database:
     def _refuse_newer(self, version: int, known: int) -> None:
         if version > known:
             raise DatabaseError(f"{self} has schema {version}, newer than this program's {known}: "
-                                "use the newer releasectl.py")
+                                "use the newer releasectl")
 
 
 # The step of schema.sql that brings release_tasks.payload_sha256, which no SQL can fill.
@@ -14169,6 +14173,10 @@ def add_token(path: str, name: str, role: str, expires: str = "", targets: str =
                                        "or take a new name")
             text = Path(path).read_text(encoding="utf-8") if before else ""
             replace_file(path, text + ("\n" if text and not text.endswith("\n") else "") + line + "\n", before)
+            group = os.fstat(guard).st_gid
+            if not before and os.geteuid() == 0 and group != 0:  # root's new file is for the service, too
+                os.chown(path, 0, group)
+                os.chmod(path, 0o640)
         finally:
             os.close(guard)
     except OSError as error:
@@ -14928,13 +14936,13 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/openapi.json", Api.openapi, VIEWER, "This document", "json"),
 )
 METHODS = frozenset(("HEAD", *(route.method for route in ROUTES)))
-_PATTERNS = [(re.compile(re.escape(r.path).replace(r"\{id\}", "([^/]+)")), r) for r in ROUTES]
+_PATTERNS = [(re.escape(r.path).replace(r"\{id\}", "([^/]+)"), r) for r in ROUTES]  # compiled by the first request
 
 
 def find_route(method: str, path: str) -> tuple[Route, tuple[int, ...]]:
     """Return the route of a request and the numbers in its path; raise AppError 2002, 3001 or 4005."""
     found = [(route, match.groups()) for pattern, route in _PATTERNS
-             for match in [pattern.fullmatch(path)] if match]
+             for match in [re.fullmatch(pattern, path)] if match]
     if not found:
         raise AppError(NOT_FOUND, f"there is no {one_line(path, 100)} here: see /openapi.json")
     wanted = "GET" if method == "HEAD" else method
@@ -15330,6 +15338,8 @@ class Exchange:
         return body
 
     def _send(self, answer: HttpAnswer) -> None:
+        import email.utils
+
         self.wire.send(encode_answer(answer, {
             "Server": "releasectl", "Date": email.utils.formatdate(usegmt=True), **answer.headers,
             "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Request-Id": self.request_id,
@@ -15357,13 +15367,16 @@ class Exchange:
             extra=about(release=release, actor=str(self.actor or ""), request_id=self.request_id))
 
 
-class ApiServer(http.server.ThreadingHTTPServer):
+class ApiServer(socketserver.TCPServer):
     """The listener: it admits or rejects connections; threads of a bounded pool do everything else, TLS too."""
 
     request_queue_size = 1024
+    allow_reuse_address = True
 
     def __init__(self, settings: Settings, api: Api):
         """Bind the address; raise ConfigError when that fails, or it is open to others without tokens or TLS."""
+        import concurrent.futures
+
         host, port = settings.http_addr
         self.api = api
         self.max_body_bytes = settings.http_max_body_bytes
@@ -15380,7 +15393,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         self._overload_response = b"" if self.tls else _overload_response()
         self.connections = ConnectionLimiter(settings.http_max_connections, settings.http_max_connections_per_address,
                                              self._overload_response)
-        self._workers = ThreadPoolExecutor(settings.http_max_connections, "api")
+        self._workers = concurrent.futures.ThreadPoolExecutor(settings.http_max_connections, "api")
         self._rejected: collections.deque[tuple[float, socket.socket]] = collections.deque()
         try:
             self.address_family, address = listening_address(settings)
@@ -15398,11 +15411,6 @@ class ApiServer(http.server.ThreadingHTTPServer):
         if self.tokens:
             with contextlib.suppress(ConfigError):
                 self.tokens.check()
-
-    def server_bind(self) -> None:
-        """Bind without the reverse lookup of http.server, which may take long on a host without DNS."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     # -- in the accept thread: nothing here waits ------------------------------------------
 
@@ -15528,6 +15536,8 @@ def pings_json(pings: Iterable[Ping]) -> dict[str, Any]:
 
 def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool = False) -> list[Ping]:
     """Ask agents in parallel whether they answer; raise ConfigError without certificates, or with an open key."""
+    import concurrent.futures
+
     agents = AgentClient(settings)
     agents.prepare(key_may_be_open)
 
@@ -15535,7 +15545,7 @@ def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool 
         outcome = agents.ping(Address(node.main_ip, node.agent_port, node.agent_protocol))
         return Ping(node, not outcome.error_kind, outcome.error_kind, one_line(outcome.message))
 
-    with ThreadPoolExecutor(settings.agent_concurrency) as pool:
+    with concurrent.futures.ThreadPoolExecutor(settings.agent_concurrency) as pool:
         pings = list(pool.map(ping, nodes))
     agents.close()
     return pings
@@ -17049,6 +17059,8 @@ def _show_pruned(context: Context, releases: Sequence[OldRelease]) -> int:
 
 
 def command_version(context: Context) -> int:
+    import platform
+
     driver = ""
     with contextlib.suppress(ConfigError):
         name = load_postgres_driver().__name__.partition(".")[0]
@@ -17582,16 +17594,20 @@ class _Parser(argparse.ArgumentParser):
         return self.whole_help or super().format_help()
 
 
-def build_parser(commands: Sequence[Command], others: Mapping[str, str], whole_help: str) -> argparse.ArgumentParser:
-    """Return the parser of commands; others: more words for some of them; whole_help: what is shown without one."""
+def build_parser(commands: Sequence[Command], others: Mapping[str, str], whole_help: str,
+                 words: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of commands; others: more words for some of them; whole_help: what is shown without one.
+
+    words: every word that there is, for who mistypes one.
+    """
     # no abbreviations: in a script they would break with the next option that we add
     common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     everywhere = common.add_argument_group("with every command")
     for flags, keywords in COMMON_OPTIONS:
         everywhere.add_argument(*flags, **keywords)
-    parser = _Parser("releasectl.py", parents=[common], allow_abbrev=False)
+    parser = _Parser("releasectl", parents=[common], allow_abbrev=False)
     parser.whole_help = whole_help
-    parser.words = [*sub_commands(commands), *others]
+    parser.words = words
     parser.add_argument("-V", "--version", action="version", version=f"releasectl {__version__}")
     top = parser.add_subparsers(metavar="COMMAND", required=True)
     groups: dict[str, Any] = {}
@@ -17601,10 +17617,10 @@ def build_parser(commands: Sequence[Command], others: Mapping[str, str], whole_h
         place = top
         if group:
             if group[0] not in groups:
-                words = sub_commands(commands, f"{group[0]} ")
+                in_group = sub_commands(commands, f"{group[0]} ")
                 group_parser = top.add_parser(
-                    group[0], parents=[common], allow_abbrev=False, help=", ".join(words))
-                group_parser.words = words
+                    group[0], parents=[common], allow_abbrev=False, help=", ".join(in_group))
+                group_parser.words = in_group
                 groups[group[0]] = group_parser.add_subparsers(metavar="COMMAND", required=True)
             place = groups[group[0]]
         sub = place.add_parser(word, parents=[common], allow_abbrev=False, help=command.help,
@@ -17640,8 +17656,8 @@ def settings_text(display: Display) -> str:
     """Return every setting with its meaning and default."""
     margin = max(len(setting.name) for setting in SETTINGS) + 2
     width = max(display.width - margin, 30) if display.width else 0
-    lines = [f"Settings come from the environment, else from KEY=VALUE lines in the file of --config, of {CONFIG_VARIABLE} "
-             f"or, where it is there, {DEFAULT_CONFIG}."]
+    lines = ["Settings come from the environment, else from KEY=VALUE lines in the file of --config, of "
+             f"{CONFIG_VARIABLE} or, where it is there, {DEFAULT_CONFIG}."]
     for setting in SETTINGS:
         text = setting.help + (f" ({setting.default})" if setting.default else "")
         lines += [f"{'' if number else setting.name:<{margin}}{line}"
@@ -17821,38 +17837,44 @@ def _shell_word(text: str) -> str:
     return text if re.fullmatch(r"[\w@%+=:,./-]*", text) else "'" + text.replace("'", "'\\''") + "'"
 
 
-# A script starts Python with this module, not as a program: Python keeps what it compiled of a module, which is most of
-# what a short command takes. It is kept in the cache of the user, where that is a folder of the user alone.
+# An installed command is asked by its name. For a copy that is not installed a script starts Python with this module,
+# not as a program: Python keeps what it compiled of a module, which is most of what a short command takes. It is kept
+# in the cache of the user, where that is a folder of the user alone.
 _ASK = "import sys; sys.path.insert(0, sys.argv.pop(1)); import releasectl; sys.exit(releasectl.main())"
+_BASH_CACHE = """    local -a cache=(-B)
+    [[ ! -O ${HOME:-} ]] || cache=(-X "pycache_prefix=${XDG_CACHE_HOME:-$HOME/.cache}/releasectl")
+"""
+_COPIES: Mapping[str, tuple[str, str]] = {
+    "bash": (_BASH_CACHE, '"${cache[@]}"'),
+    "zsh": (_BASH_CACHE, "$cache"),
+    "fish": ("""    set -l kept $HOME/.cache
+    set -q XDG_CACHE_HOME; and set kept $XDG_CACHE_HOME
+    set -l cache -B
+    test -O "$HOME"; and set cache -X "pycache_prefix=$kept/releasectl"
+""", "$cache"),
+}
 _SCRIPTS: Mapping[str, str] = {
-    "bash": """# bash completion of releasectl {version}, made by `releasectl.py completion bash`
+    "bash": """# bash completion of releasectl {version}, made by `releasectl completion bash`
 _releasectl() {{
-    local -a cache=(-B)
-    [[ ! -O ${{HOME:-}} ]] || cache=(-X "pycache_prefix=${{XDG_CACHE_HOME:-$HOME/.cache}}/releasectl")
-    mapfile -t COMPREPLY < <({python} -I "${{cache[@]}}" -c '{ask}' {folder} {complete} bash {given} \\
+{cache}    mapfile -t COMPREPLY < <({ask} {complete} bash {given} \\
         "$COMP_WORDBREAKS" "${{COMP_LINE:0:COMP_POINT}}" 2>/dev/null)
 }}
 complete -o default -F _releasectl releasectl releasectl.py""",
     # as a file in fpath, the script is the body of the function at its first call; else it is sourced
     "zsh": """#compdef releasectl releasectl.py
-# zsh completion of releasectl {version}, made by `releasectl.py completion zsh`
+# zsh completion of releasectl {version}, made by `releasectl completion zsh`
 _releasectl() {{
-    local -a cache=(-B) offers
-    [[ ! -O ${{HOME:-}} ]] || cache=(-X "pycache_prefix=${{XDG_CACHE_HOME:-$HOME/.cache}}/releasectl")
-    offers=("${{(@f)$({python} -I $cache -c '{ask}' {folder} {complete} zsh {given} \\
+    local -a offers
+{cache}    offers=("${{(@f)$({ask} {complete} zsh {given} \\
         "${{(@)words[2,CURRENT]}}" 2>/dev/null)}}")
     if [[ -n $offers ]]; then _describe -V releasectl offers; else _files; fi
 }}
 if [[ $funcstack[1] == _releasectl ]]; then _releasectl "$@"; else compdef _releasectl releasectl releasectl.py; fi""",
-    "fish": """# fish completion of releasectl {version}, made by `releasectl.py completion fish`
+    "fish": """# fish completion of releasectl {version}, made by `releasectl completion fish`
 function __releasectl_offers
     set -l words (commandline -opc)
     set -l word (commandline -ct)
-    set -l kept $HOME/.cache
-    set -q XDG_CACHE_HOME; and set kept $XDG_CACHE_HOME
-    set -l cache -B
-    test -O "$HOME"; and set cache -X "pycache_prefix=$kept/releasectl"
-    set -l offers ({python} -I $cache -c '{ask}' {folder} {complete} fish {given} $words[2..-1] "$word" 2>/dev/null)
+{cache}    set -l offers ({ask} {complete} fish {given} $words[2..-1] "$word" 2>/dev/null)
     if set -q offers[1]
         printf '%s\\n' $offers
     else
@@ -17865,13 +17887,17 @@ complete -c releasectl.py -k -f -a '(__releasectl_offers)'""",
 SHELLS = tuple(_SCRIPTS)
 
 
-def completion_script(shell: str, config: str = "", db: str = "") -> str:
-    """Return the script that completes commands in a shell of this host; config, db: options that it always gives."""
+def completion_script(shell: str, config: str = "", db: str = "", command: str = "") -> str:
+    """Return the script that completes commands in a shell of this host; config, db: options that it always gives.
+
+    command: an installed one, which PATH finds; "" for this copy of the module.
+    """
     given = [f"{flag} {_shell_word(value)}" for flag, value in (("--config", config), ("--db", db)) if value]
+    cache, arguments = ("", "") if command else _COPIES[shell]
+    folder = _shell_word(str(Path(__file__).resolve().parent))
     return _SCRIPTS[shell].format(
-        given=" ".join(given),
-        version=__version__, ask=_ASK, complete=COMPLETE, python=_shell_word(sys.executable),
-        folder=_shell_word(str(Path(__file__).resolve().parent)))
+        given=" ".join(given), version=__version__, complete=COMPLETE, cache=cache,
+        ask=command or f"{_shell_word(sys.executable)} -I {arguments} -c '{_ASK}' {folder}")
 
 
 # endregion
@@ -17986,7 +18012,9 @@ _NODE_OPTIONS = (
 
 def command_completion(context: Context) -> int:
     shell = context.options.shell
-    script = completion_script(shell, context.options.config, safe_url(context.options.db))
+    started_as = os.path.basename(sys.argv[0])
+    script = completion_script(shell, context.options.config, safe_url(context.options.db),
+                               started_as if started_as == "releasectl" else "")
     return context.show({"shell": shell, "script": script}, script, is_data=True)
 
 
@@ -17995,7 +18023,7 @@ def command_help(context: Context) -> int:
     if words == ["settings"]:
         settings = [{"name": s.name, "default": s.default, "help": s.help} for s in SETTINGS]
         return context.show({"items": settings}, settings_text(context.display), is_data=True)
-    _parser().parse_args([*words, "--help"])
+    _parser(words).parse_args([*words, "--help"])
     return EXIT_DONE
 
 
@@ -18271,8 +18299,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _main(sys.argv[1:] if arguments is None else arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    return build_parser(COMMANDS, OTHER_WORDS, screen_of_help(COMMANDS, HELP_GROUPS, HELP_FOOT))
+def run_process() -> NoReturn:
+    """Run one command as all that this process does, and exit."""
+    gc.freeze()  # what was imported lives to the end: no collection looks at it again, nor does the one at the exit
+    sys.exit(main())
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser for some words: it has the commands that they may name, as all would take 50 ms to make."""
+    others = {word: meant for word, meant in OTHER_WORDS.items() if word in words}
+    named = {*words, *(meant.partition(" ")[0] for meant in others.values())}
+    commands = [command for command in COMMANDS if command.name.partition(" ")[0] in named]
+    return build_parser(commands, others, screen_of_help(COMMANDS, HELP_GROUPS, HELP_FOOT),
+                        [*sub_commands(COMMANDS), *OTHER_WORDS])
 
 
 def _main(words: Sequence[str]) -> int:
@@ -18281,9 +18320,9 @@ def _main(words: Sequence[str]) -> int:
             print(answer_shell(COMMANDS, OTHER_WORDS, words[1], words[2:]), end="")
             return EXIT_DONE
         if not words:
-            _parser().print_help(sys.stderr)
+            _parser(words).print_help(sys.stderr)
             return EXIT_USAGE
-        options = _parser().parse_args(words, argparse.Namespace(**COMMON_DEFAULTS))
+        options = _parser(words).parse_args(words, argparse.Namespace(**COMMON_DEFAULTS))
         _refuse_not_utf8(options)
         context = Context(options)
         set_up_log(context.settings, options.command, options.quiet, options.verbose)
@@ -18301,4 +18340,4 @@ def _main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process()

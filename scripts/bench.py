@@ -591,6 +591,21 @@ def goal_idle(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     yield Row("idle", "run-once / imports", median(turns["run-once"]) / median(turns["imports"]), "x", 1.5)
 
 
+def goal_start(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """a short command of an installed releasectl, from its start to its end"""
+    url, folder = lab.sqlite_url(), lab.folder / "start"
+    subprocess.run(["bash", str(ROOT / "scripts" / "install.sh"), "install"], check=True, env={
+        **os.environ, "DESTDIR": "/.", "PREFIX": str(folder), "SYSCONFDIR": str(folder / "etc"),
+        "PYTHON": sys.executable})
+    command = [str(folder / "bin" / "releasectl"), "--db", url, "list"]
+    bare = [sys.executable, "-I", "-c", "import sqlite3, ssl, http.client"]
+    turns = take_turns(4 * options.runs, {"list": lambda: Turn(seconds_of(command, lab.environment())),
+                                          "imports": lambda: Turn(seconds_of(bare, lab.environment()))})
+    yield Row("start", "releasectl list, installed", median(turns["list"]) * 1000, "ms")
+    yield Row("start", 'python -I -c "import sqlite3, ssl, http.client"', median(turns["imports"]) * 1000, "ms")
+    yield Row("start", "list / imports", median(turns["list"]) / median(turns["imports"]), "x", 2.5)
+
+
 class Reader:
     """A client that reads paths in a loop, on one connection, in a process of its own."""
 
@@ -960,7 +975,7 @@ def goal_postgres(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 
 GOALS: dict[str, Callable[[Lab, argparse.Namespace], Iterator[Row]]] = {
     "makespan": goal_makespan, "batches": goal_batches, "postgres": goal_postgres, "scale": goal_scale,
-    "api": goal_api, "idle": goal_idle, "history": goal_history, "fleet": goal_fleet,
+    "api": goal_api, "idle": goal_idle, "start": goal_start, "history": goal_history, "fleet": goal_fleet,
     "queue": goal_queue}
 
 

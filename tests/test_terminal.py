@@ -444,7 +444,7 @@ def test_quiet_prints_nothing_and_verbose_the_log_too(filled_quick):
 # -- words --------------------------------------------------------------------------------------------------
 
 def test_help_is_one_screen_and_names_every_command():
-    lines = rc._parser().format_help().splitlines()
+    lines = rc._parser(()).format_help().splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
     assert not any(line.endswith("...") for line in lines)
