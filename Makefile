@@ -23,7 +23,7 @@ PAGE_LINT := $(VENV)/lint-page
 PAGE_LINT_STAMP := $(PAGE_LINT)/stamp
 FUZZ_STAMP := $(VENV)/stamp-fuzz
 
-.PHONY: help demo install uninstall test test-all test-long acceptance fuzz bench lint lint-page format man screens dist clean
+.PHONY: help demo install uninstall deb test test-all test-long acceptance fuzz bench lint lint-page format man screens dist clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ screens: ## docs/list.svg, status.svg and watch.svg: what these commands show in
 
 dist: ## dist/releasectl-VERSION.tar.gz, all that a host without internet needs, and its SHA256SUMS
 	@bash scripts/dist.sh
+
+deb: ## dist/releasectl_VERSION_all.deb, for Debian and its like
+	@bash scripts/deb.sh
 
 clean: ## remove the environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

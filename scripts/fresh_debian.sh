@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The README's `make demo` and `make test` on a Debian that has only python3, make and openssl.
+# The README's `make demo` and `make test` on a Debian that has only python3, make and openssl; before these, without a
+# network, the package of `make deb` and `make install` (scripts/fresh_install.sh).
 #
 #   scripts/fresh_debian.sh [ARGUMENT OF PYTEST ...]       such as tests/test_cli.py, for a part of the tests
 #
@@ -27,6 +28,10 @@ package_folders() {
 # Runs a command in there, in namespaces that take its mounts and processes with them.
 inside() { # USER COMMAND
     unshare --mount --pid --fork --kill-child bash "$work/inside" "$root" "$@" "${folders[@]+"${folders[@]}"}"
+}
+
+inside_without_network() { # USER COMMAND
+    unshare --net --mount --pid --fork --kill-child bash "$work/inside" "$root" "$@"
 }
 
 as_newcomer() { inside newcomer "cd '$PLACE'/releasectl-*; trap '' INT; $1"; } # COMMAND
@@ -68,6 +73,15 @@ make dist >"$work/dist.log" 2>&1 || give_up "make dist failed"
 mkdir "$root$PLACE"
 tar -C "$root$PLACE" -xzf dist/releasectl-*.tar.gz
 chroot "$root" chown -R newcomer "$PLACE"
+
+echo "# the package, make install"
+rm -f dist/*.deb
+DEB_VERSION=0.0.9 make deb >"$work/deb.log" 2>&1 || give_up "make deb failed"
+make deb >>"$work/deb.log" 2>&1 || give_up "make deb failed"
+mv dist/releasectl_0.0.9_all.deb "$root/root/old.deb"
+cp dist/releasectl_*_all.deb "$root/root/new.deb"
+cp -R "$root$PLACE"/releasectl-* "$root/root/archive"
+inside_without_network root "/root/archive/scripts/fresh_install.sh /root/old.deb /root/new.deb" || die 1 "the installation failed"
 
 echo "# make demo"
 as_newcomer "make demo" >"$work/demo.log" 2>&1 || give_up "make demo failed"
