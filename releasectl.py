@@ -6783,6 +6783,8 @@ class Database:
         self._in_use = 0
         # engine.identity() of what all open connections are to.
         self._identity: object = None
+        # Whether this process found its schema there, so that the table of its version is there too.
+        self._has_schema = False
         self.metrics = metrics or Metrics()
         self.notify_on = notify_on
         self.approvals = approvals
@@ -6808,8 +6810,8 @@ class Database:
                     limit_s: float = MAX_TRANSACTION_S) -> Iterator[Transaction]:
         """Yield a transaction, a snapshot to read or the only writer; commit at the end, roll back at an exception.
 
-        Raise DatabaseError where the engine fails or takes longer than limit_s, UnstorableValue for a value that it
-        can't hold.
+        Raise DatabaseError where the engine fails or takes longer than limit_s, or a writer's schema is newer than this
+        program, which does not know what that means; UnstorableValue for a value that the engine can't hold.
         """
         try:
             connection, watch = self._begin(write, create, limit_s)
@@ -6818,6 +6820,8 @@ class Database:
             raise
         tx = Transaction(self, connection)
         try:
+            if write and self._has_schema:  # whoever migrates is a writer too, so this is as true at the commit
+                self._refuse_newer(int(tx.value("SELECT MAX(version) FROM schema_version")), len(schema_steps()))
             yield tx
             connection.cursor().execute("COMMIT")
         except self.engine.error as error:
@@ -6994,6 +6998,7 @@ class Database:
                 if version == len(steps):
                     if isinstance(self.engine, SqliteEngine):
                         _guard_types(tx)
+                    self._has_schema = True
                     return before, version
                 done = version + 1 if version else len(steps)
                 for statement in self.engine.no_limits_sql:
@@ -7016,6 +7021,7 @@ class Database:
             raise DatabaseError(f"{self} has schema {version}, this program needs {needed}: "
                                 "run `releasectl migrate`")
         self._refuse_newer(version, needed)
+        self._has_schema = True
 
     def _refuse_newer(self, version: int, known: int) -> None:
         if version > known:
