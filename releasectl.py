@@ -9876,8 +9876,10 @@ class Releases:
         refuse_dropping_sites(request.payload, nodes)
         refuse_unknown_labels(strategy, nodes)
         plan = make_plan(strategy, nodes, left_out)
+        is_over = bool(strategy.start_at) and strategy.start_at <= self._state.now()
+        over = [f"startAt {strategy.start_at} is over: it starts as soon as it can"] if is_over else []
         return plan._replace(emptied=emptied_nodes(request.payload, nodes), selection=stored,
-                             warnings=[*warnings, *plan.warnings]), nodes
+                             warnings=[*warnings, *plan.warnings, *over]), nodes
 
     def _version_for(self, tx: Transaction, request: ReleaseRequest, release_id: int) -> int:
         version = self._state.next_version(tx, release_id)
@@ -15722,11 +15724,18 @@ def check_agents(settings: Settings) -> Iterator[Finding]:
         yield _finding("CONTROL_KEY", lambda: _private_text("CONTROL_KEY", key))
 
 
+def _tokens_text(path: str) -> str:
+    count = len(Tokens(path).load())
+    if not count:
+        raise ConfigError(f"{path} holds no token, so nobody can use the API: `token add NAME --role operator`")
+    return count_of(count, "token")
+
+
 def check_api(settings: Settings) -> Iterator[Finding]:
     """Check what the API needs."""
     tokens, cert = settings.api_tokens_file, settings.http_cert
-    yield _finding("API_TOKENS_FILE", lambda: count_of(len(Tokens(tokens).load()), "token") if tokens else
-                   "not set: the API listens on loopback, for everybody on this host")
+    yield _finding("API_TOKENS_FILE", lambda: _tokens_text(tokens) if tokens else
+                   "not set: the API listens on loopback only, for everybody on this host")
     with contextlib.suppress(ConfigError):  # told above
         yield from check_tokens(Tokens(tokens).load() if tokens else ())
     try:

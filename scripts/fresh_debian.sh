@@ -83,6 +83,18 @@ cp dist/releasectl_*_all.deb "$root/root/new.deb"
 cp -R "$root$PLACE"/releasectl-* "$root/root/archive"
 inside_without_network root "/root/archive/scripts/fresh_install.sh /root/old.deb /root/new.deb" || die 1 "the installation failed"
 
+echo "# the documents"
+mkdir "$root/root/here"
+openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out "$work/key" 2>/dev/null
+SIGN_KEY=$work/key make dist >"$work/dist.log" 2>&1 || give_up "make dist failed"
+openssl pkey -in "$work/key" -pubout -out "$root/root/here/releasectl.pub"
+cp dist/releasectl-*.tar.gz dist/releasectl-*.json dist/SHA256SUMS* "$root/root/here"
+rm dist/SHA256SUMS.sig
+chroot "$root" userdel releasectl
+rm -rf "$root/etc/releasectl" "$root/var/lib/releasectl"
+inside_without_network root "python3 -I -B /root/archive/scripts/run_docs.py /root/here; exit \$?" ||
+    die 1 "a document does not do what it says"
+
 echo "# make demo"
 as_newcomer "make demo" >"$work/demo.log" 2>&1 || give_up "make demo failed"
 

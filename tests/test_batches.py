@@ -134,6 +134,14 @@ def test_a_large_last_batch_is_told_of_and_what_would_cut_it(store, quick):
     assert store.releases.create(rc.ReleaseRequest(), "anna", key).warnings == list(made.warnings)
 
 
+def test_a_start_that_is_over_is_told_when_the_release_is_made(store):
+    store.nodes.add(name="n-1", main_ip="10.0.0.1")
+    past, ahead = "2020-01-01T00:00:00.000Z", "2199-01-01T00:00:00.000Z"
+    made = store.releases.create(rc.ReleaseRequest(strategy={"startAt": past}), "anna")
+    assert made.warnings == [f"startAt {past} is over: it starts as soon as it can"]
+    assert store.releases.create(rc.ReleaseRequest(strategy={"startAt": ahead}), "anna").warnings == []
+
+
 # -- what can't be meant ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("strategy", "named"), [
@@ -490,9 +498,9 @@ def test_node_ping_asks_those_that_the_words_choose(cli, world):
 def recipe(name: str) -> tuple[list[str], str]:
     """Return the command of a recipe in docs/STRATEGIES.md, and what is said below it."""
     text = (ROOT / "docs" / "STRATEGIES.md").read_text(encoding="utf-8").partition("## Recipes")[2]
-    found = re.search(rf"(?ms)^\*\*{name}\.\*\* .*?\n\n    (create .*?)\n\n(.*?)\n\n\*\*", text)
+    found = re.search(rf"(?ms)^\*\*{name}\.\*\* .*?\n\n    releasectl (create .*?)\n\n(.*?)\n\n\*\*", text)
     assert found, f"no recipe {name}"
-    return shlex.split(found[1]), " ".join(found[2].split())
+    return shlex.split(found[1].replace("\\\n", " ")), " ".join(found[2].split())
 
 
 @pytest.fixture

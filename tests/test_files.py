@@ -147,6 +147,14 @@ def test_check_looks_for_a_password_in_the_file_of_the_settings_and_nowhere_else
     assert findings(in_reach("--config", path, "check", "--json"))["--config"][0] is True
 
 
+def test_check_says_that_a_file_without_a_token_lets_nobody_in(in_reach):
+    in_reach.settings["API_TOKENS_FILE"] = in_reach.file("tokens", "# none yet\n")
+    os.chmod(in_reach.folder / "tokens", 0o600)
+    is_ok, text = findings(in_reach("check", "--json"))["API_TOKENS_FILE"]
+    assert not is_ok
+    assert "holds no token" in text
+
+
 # -- keys that are open ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("command", [("run-once",), ("node", "ping"), ("serve",)])
@@ -445,8 +453,8 @@ def test_dist_packs_what_is_committed_and_lists_it(clone, tmp_path):
 def test_dist_is_signed_with_a_key_as_operations_checks_it(clone):
     if not shutil.which("openssl"):
         leave_out("openssl")
-    commands = [line.strip().split("     ")[0] for line in (ROOT / "docs" / "OPERATIONS.md").read_text().splitlines()
-                if line.startswith("       openssl ")]
+    commands = [line.strip().split("    ")[0] for line in (ROOT / "docs" / "OPERATIONS.md").read_text().splitlines()
+                if line.startswith("    openssl ")]
     assert [line.split()[1] for line in commands] == ["genpkey", "pkey", "dgst"]
     make, publish, verify = commands
     folder = clone / "dist"
