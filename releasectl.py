@@ -18317,6 +18317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_process() -> NoReturn:
     """Run one command as all that this process does, and exit."""
     gc.freeze()  # what was imported lives to the end: no collection looks at it again, nor does the one at the exit
+    gc.enable()  # the launcher of `make install` disables it for the import
     sys.exit(main())
 
 

@@ -594,6 +594,7 @@ def goal_idle(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 def goal_start(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     """a short command of an installed releasectl, from its start to its end"""
     url, folder = lab.sqlite_url(), lab.folder / "start"
+    migrate(url)
     subprocess.run(["bash", str(ROOT / "scripts" / "install.sh"), "install"], check=True, env={
         **os.environ, "DESTDIR": "/.", "PREFIX": str(folder), "SYSCONFDIR": str(folder / "etc"),
         "PYTHON": sys.executable})

@@ -43,10 +43,9 @@ interpreter() {
 launcher() {
     echo "#!$(interpreter)"
     echo '"""Runs releasectl as a module, of which Python keeps what it compiled: a script is compiled anew each time."""'
-    if [[ $sysconf != /etc ]]; then
-        printf 'import os\n'
-    fi
-    printf 'import sys\n\nsys.path.insert(0, "%s")\n' "$lib"
+    echo 'import gc'
+    [[ $sysconf == /etc ]] || echo 'import os'
+    printf 'import sys\n\ngc.disable()  # while all is imported; run_process() enables it\nsys.path.insert(0, "%s")\n' "$lib"
     if [[ $sysconf != /etc ]]; then
         printf 'os.environ.setdefault("RELEASECTL_CONFIG", "%s")\n' "$config"
     fi

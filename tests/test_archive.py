@@ -6,11 +6,13 @@ import os
 import re
 import shutil
 import sqlite3
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+import run_docs
 from conftest import leave_out
 from lab import DRIVERS, PROGRAM, ROOT, run
 
@@ -113,3 +115,20 @@ def test_the_chinese_readme_has_the_sections_the_commands_and_the_links_of_the_e
     assert links(chinese) == links(english)
     assert first_cells(chinese) == first_cells(english)
     assert len(headings(ROOT / "README.md")) == len(headings(ROOT / "README.zh-CN.md"))
+
+
+@pytest.mark.parametrize("name", run_docs.DOCUMENTS)
+def test_every_block_of_a_document_is_run_or_says_why_not(name):
+    found = list(run_docs.blocks((ROOT / name).read_text(encoding="utf-8")))
+    assert found
+    for block in found:
+        if not block.left_out:  # scripts/fresh_debian.sh runs it; here, that it can be pasted into a shell
+            subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+            notes = [line for line in block.text.splitlines() if re.search(r"\S {3,}[^#\s&|\\]", line)]
+            assert not notes, f"{name}:{block.line}: a note that is no comment: {notes}"
+
+
+def test_the_documents_name_the_version_that_they_are_of():
+    named = {version for name in run_docs.DOCUMENTS
+             for version in re.findall(r"\bversion=([0-9.]+)", (ROOT / name).read_text(encoding="utf-8"))}
+    assert named == {rc.__version__}
