@@ -15412,6 +15412,11 @@ class ApiServer(socketserver.TCPServer):
         except OSError as error:
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: {os_reason(error)}") from None
 
+    @property
+    def url(self) -> str:
+        host, port = str(self.server_address[0]), self.server_address[1]
+        return f"{'https' if self.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
     def check_files(self) -> None:
         """Log what is wrong with the files of tokens and TLS by now; each request does it too."""
         if self.tls:
@@ -16954,8 +16959,8 @@ PRUNE_NODES = 500
 # region Upkeep commands
 # ======================================================================================
 # Upkeep commands: what the commands on database, tokens and audit log do, and `check`.
-# Uses: Vocabulary, Plan, Engines, Database, Audit, Nodes, Serialization, Access,
-#   Check and why, Commands.
+# Uses: Vocabulary, Settings, Plan, Engines, Database, Audit, Nodes, Serialization,
+#   Access, Check and why, Commands.
 # ======================================================================================
 
 def command_migrate(context: Context) -> int:
@@ -17276,50 +17281,61 @@ def command_node_ping(context: Context) -> int:
 # ======================================================================================
 
 def command_serve(context: Context) -> int:
-    settings = context.settings
+    settings, is_executor = context.settings, context.options.executor
+    if is_executor and context.options.api:
+        raise AppError(MALFORMED, "--api and --executor exclude each other: without them serve is both")
+    if is_executor and not settings.release_executor_enabled:
+        raise ConfigError("--executor: RELEASE_EXECUTOR_ENABLED=0 lets it dispatch nothing")
+    off = "--api" if context.options.api else "" if settings.release_executor_enabled else "RELEASE_EXECUTOR_ENABLED=0"
+    settings = dataclasses.replace(settings, release_executor_enabled=not off)
     _survive_signals()
     warn_of_settings(settings)
     _raise_descriptor_limit()
     context.store.database.migrate()
     agents = AgentClient(settings, context.metrics)
-    if settings.release_executor_enabled and (settings.control_cert or not settings.mtls_enabled):
+    if not off and (settings.control_cert or not settings.mtls_enabled):
         agents.prepare()
     executor = Executor(settings, context.store, agents, context.metrics)
-    server = ApiServer(settings, Api(context.store, context.metrics, executor.nudge, settings.http_max_connections // 4,
-                                     lambda: process_json(settings, executor), executor.is_busy,
-                                     lambda: certificate_figures(settings), executor.hung,
-                                     settings.node_deadline_sec))
+    server = None if is_executor else ApiServer(settings, Api(
+        context.store, context.metrics, executor.nudge, settings.http_max_connections // 4,
+        lambda: process_json(settings, executor), executor.is_busy, lambda: certificate_figures(settings),
+        executor.hung, settings.node_deadline_sec))
     _handle_signals(executor.stop, lambda: _reload(settings, agents, server))
     manager = ServiceManager(os.environ.get("NOTIFY_SOCKET", ""))
-    accept = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
-    with starting_threads():
-        accept.start()
-    scheme = "https" if server.tls else "http"
-    host, port = str(server.server_address[0]), server.server_address[1]
-    log.info("serving %s://%s:%d, %s, executor %s", scheme, f"[{host}]" if ":" in host else host, port,
-             context.store.database,
-             "on" if settings.release_executor_enabled else "off (RELEASE_EXECUTOR_ENABLED=0)")
+    accept = _accept(server) if server else None
+    log.info("%s, %s, executor %s", f"serving {server.url}" if server else "no API (--executor)",
+             context.store.database, f"off ({off})" if off else "on")
 
     def beat(sentence: str) -> None:
-        server.check_files()
-        if accept.is_alive():
+        if server:
+            server.check_files()
+        if accept is None or accept.is_alive():
             manager.notify("WATCHDOG=1", f"STATUS={one_line(sentence)}")
 
     faulthandler.enable()  # systemd's watchdog sends SIGABRT: the log then shows where each thread hangs
     manager.notify("READY=1")  # the database answered migrate(), and the API listens
     try:
-        if settings.release_executor_enabled:
+        if not off:
             executor.run_loop(beat)
         while not executor.stopping.is_set():
-            beat("API only, nothing is dispatched: RELEASE_EXECUTOR_ENABLED=0")
+            beat(f"API only, nothing is dispatched: {off}")
             executor.stopping.wait(settings.release_executor_interval_sec)
     finally:
         manager.notify("STOPPING=1")
         executor.close()  # first: no client may delay the release of claims
-        server.shutdown()
-        server.server_close()
+        if server:
+            server.shutdown()
+            server.server_close()
     log.info("stopped")
     return EXIT_DONE
+
+
+def _accept(server: ApiServer) -> threading.Thread:
+    """Start the thread that accepts connections."""
+    thread = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
+    with starting_threads():
+        thread.start()
+    return thread
 
 
 def command_run_once(context: Context) -> int:
@@ -18043,7 +18059,9 @@ def command_help(context: Context) -> int:
 
 
 COMMANDS: tuple[Command, ...] = (
-    Command("serve", "API and executor in one process, until SIGTERM or SIGINT", command_serve),
+    Command("serve", "API and executor in one process, until SIGTERM or SIGINT", command_serve, (
+        option("--api", action="store_true", help="the API alone: other processes send releases out"),
+        option("--executor", action="store_true", help="the executor alone: nothing listens"))),
     Command("run-once", "one tick of the executor, then exit", command_run_once, (
         option("--drain", action="store_true", help="repeat until nothing is left to do"),
         option("--metrics-file", default="", metavar="FILE",

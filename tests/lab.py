@@ -711,9 +711,9 @@ def answers(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def serve_process(cli: Cli, **streams: Any) -> Iterator[subprocess.Popen[str]]:
+def serve_process(cli: Cli, *options: str, **streams: Any) -> Iterator[subprocess.Popen[str]]:
     """Start `serve` and wait until it answers; kill it at the end."""
-    process = cli.start("serve", **streams)
+    process = cli.start("serve", *options, **streams)
     try:
         eventually(lambda: answers(cli.port), message="serve does not answer")
         yield process

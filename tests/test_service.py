@@ -95,6 +95,27 @@ def test_with_the_executor_off_the_service_is_alive_too(service, manager):
     assert set(manager.statuses()) == {"API only, nothing is dispatched: RELEASE_EXECUTOR_ENABLED=0"}
 
 
+def test_api_and_executor_may_be_two_processes(service, manager):
+    with serve_process(service, "--api") as api:
+        new_release(service.world.store)
+        eventually(lambda: len(manager.statuses()) > 2)
+        assert set(manager.statuses()) == {"API only, nothing is dispatched: --api"}
+        assert service.world.store.releases.get(1).status == rc.PENDING
+        service.settings["HTTP_ADDR"] = f"127.0.0.1:{service.port}"  # taken, and not asked for
+        executor = service.start("serve", "--executor")
+        eventually(lambda: service.world.store.releases.get(1).status == rc.SUCCESS)
+        executor.terminate()
+        assert "no API (--executor)" in Cli.end(executor).err
+        api.terminate()
+        assert Cli.end(api).code == 0
+
+
+def test_serve_refuses_halves_that_make_no_whole(quick):
+    assert "exclude each other" in quick.refused(rc.EXIT_USAGE, "serve", "--api", "--executor")
+    quick.settings["RELEASE_EXECUTOR_ENABLED"] = "0"
+    assert "RELEASE_EXECUTOR_ENABLED=0" in quick.refused(rc.EXIT_USAGE, "serve", "--executor")
+
+
 def test_the_database_that_went_away_is_told_and_the_loop_lives_on(service, manager):
     path = service.world.store.database.engine.path
     with serve_process(service):
