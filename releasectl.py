@@ -61,6 +61,8 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
                         stuck
     Executor            scan, claims, leases, the threads
   FACES
+    Languages           the sentences that people read, in Chinese, by their form; English where
+                        none is known
     Serialization       the JSON of contract section 5, and its schemas
     Access              tokens, client certificates, throttling
     Requests            a checked request, its parameters and its reply; who may read much at a
@@ -7897,6 +7899,18 @@ class Nodes:
             found = [label_values(row[0]).items() for row in tx.rows("SELECT DISTINCT labels FROM nodes")]
         return sorted(set().union(*found), key=str)
 
+    def label_counts(self) -> list[tuple[str, str, int]]:
+        """Return each label of the nodes that get releases, as key, value and how many of them have it."""
+        found = collections.Counter[tuple[str, str]]()
+        with self._database.transaction() as tx:
+            for labels, nodes in tx.rows("""
+                    SELECT labels, COUNT(*)
+                    FROM nodes
+                    WHERE enabled = 1 AND status = 'online'
+                    GROUP BY labels"""):
+                found.update(dict.fromkeys(label_values(labels).items(), int(nodes)))
+        return sorted((key, value, nodes) for (key, value), nodes in found.items())
+
     def page(self, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
         """Return a page of the nodes by id; size 0: all of them."""
         with self._database.transaction() as tx:
@@ -13476,6 +13490,141 @@ class Executor:
 # endregion
 
 
+# region Languages
+# ======================================================================================
+# Languages: the sentences that people read, in Chinese, by their form; English where none
+#   is known. Pure.
+# Uses: nothing.
+# ======================================================================================
+
+# From the form of a sentence, or of a part of one, to its Chinese: {1} is what stood there, {1!} a sentence again. What
+# agents and people wrote stays as it is.
+_CHINESE_FORMS = (
+    (r"(\d+) nodes? succeeded", "{1} 个节点成功"),
+    (r"(\d+) of (\d+) nodes updated", "{2} 个节点中已更新 {1} 个"),
+    (r"finished with (\d+) failures? \(limit ([^)]*)\): (.*)", "结束时有 {1} 个失败（上限 {2}）：{3}"),
+    (r"stopped by node (\S+) in batch (\d+): (.*)", "因批次 {2} 的节点 {1} 而停止：{3}"),
+    (r"stopped, (.*?): (.*); first node (\S+) in batch (\d+): (.*)",
+     "已停止，{1!}：{2}；首个是批次 {4} 的节点 {3}：{5}"),
+    (r"stopping, (.*): (waiting for .*)", "正在停止，{1!}：{2!}"),
+    (r"node (\S+) failed", "节点 {1} 失败"),
+    (r"(\d+) nodes? failed", "{1} 个节点失败"),
+    (r"(\d+) of (\d+) nodes? failed(.*)", "{2} 个节点中有 {1} 个失败{3}"),
+    ("queued for an executor", "等待执行器"),
+    (r"frozen: ([^;]*)", "已冻结：{1}"),
+    (r"frozen until (\S+): ([^;]*)", "已冻结，至 {1}：{2}"),
+    (r"frozen by (.*?): (.*)", "由 {1} 冻结：{2}"),
+    (r"frozen until (\S+), by (.*?): (.*)", "由 {2} 冻结，至 {1}：{3}"),
+    (r"(\S+) is frozen by (.*?): (.*)", "{1} 由 {2} 冻结：{3}"),
+    (r"(\S+) is frozen until (\S+), by (.*?): (.*)", "{1} 由 {3} 冻结，至 {2}：{4}"),
+    ("not frozen", "未冻结"),
+    (r"scheduled for (\S+)", "定于 {1} 开始"),
+    (r"scheduled for (\S+), and after release (\d+)", "定于 {1} 开始，并在发布 {2} 之后"),
+    (r"it starts (.*)", "开始时间：{1}"),
+    (r"waiting for (release [^;]*)", "等待{1!}"),
+    (r"release (\d+), (which [^;]*?), then (release [^;]*)", "发布 {1}（{2!}），然后{3!}"),
+    (r"release (\d+), (which [^;]*)", "发布 {1}（{2!}）"),
+    ("which is pending", "等待中"), ("which is running", "进行中"), ("which is paused", "已暂停"),
+    ("which is cancelling", "正在取消"), (r"which (.*) paused", "由 {1} 暂停"),
+    (r"waiting for (.*) and (\d+) more to end", "等待 {1} 等另外 {2} 个节点结束"),
+    (r"waiting for (.*) to end", "等待 {1} 结束"),
+    (r"batch (\d+) of (\d+): waiting for (\d+) of (\d+) nodes?", "批次 {1}/{2}：{4} 个节点中还在等待 {3} 个"),
+    (r"(batch .* nodes?), slowest (\S+?)(?:, which is verified)? for (\d+) s of (\d+) s",
+     "{1!}，最慢的是 {2}，已 {3} 秒（时限 {4} 秒）"),
+    (r"(batch .*?)(; .*)", "{1!}{2!}"),
+    (r"batch (\d+) of (\d+): (\d+) of (\d+) nodes? done(?:, (\d+) in flight: (.*))?",
+     "批次 {1}/{2}：{4} 个节点中已完成 {3} 个 {6}"),
+    (r"(?:trying again: )?(\S+): (.*), try (\d+) of (\d+), (?:now|next in (?:\d+) s)",
+     "正在重试 {1}：{2}，第 {3}/{4} 次"),
+    (r"(.*) busy with an earlier request", "{1} 仍在处理之前的请求"),
+    (r"waiting for a free slot: (.*)", "等待空闲名额：{1}"),
+    (r"waiting for a free slot \((.*)\)", "等待空闲名额（{1}）"),
+    (r"soaking after batch (\d+) until ([^,]*)(?:, in (.*))?", "批次 {1} 之后观察，至 {2}"),
+    (r"verifying batch (\d+) after its soak: waiting for (.*)", "观察后验证批次 {1}：等待 {2}"),
+    (r"cancelling: (.*)", "正在取消：{1!}"), ("nothing is in flight", "没有进行中的节点"),
+    (r"paused by (\S+) (?:in|after) batch (\d+): (.*)", "由 {1} 暂停（批次 {2}）：{3!}"),
+    (r"paused (?:in|after) batch (\d+): (.*)", "已暂停（批次 {1}）：{2!}"),
+    (r"paused by (\S+): (.*)", "由 {1} 暂停：{2!}"),
+    (r"paused: (.*)", "已暂停：{1!}"),
+    ("resume to go on", "可继续"),
+    (r"(.*): resume to end the release", "{1!}：继续则结束此发布"),
+    ("resume and accept the failures, or cancel", "请接受失败并继续，或取消"),
+    (r"about (\d+) (s|min|h|days)(?: (\d+) min)? left(, then a pause)?", "{0}"),
+    (r"no executor is running \((.*)\): start `serve`", "没有执行器在运行（{1!}）：请启动 serve"),
+    ("none was seen for a day", "一天之内未见过任何执行器"),
+    (r"(?:last seen|stopped) (.*) ago: (.*)", "最近一次在 {1} 之前：{2}"),
+    (r"(\S+) can't dispatch: (.*)", "{1} 不能下发：{2}"),
+    (r"(\d+) releases? (?:has|have) nobody", "{1} 个发布无人处理"),
+    (r"nobody works on it: (.*)", "无人处理：{1!}"),
+    (r"(.*) works on it", "{1} 正在处理"),
+    (r"(.*) looks for work, last (.*) ago", "{1} 在等待任务，最近一次在 {2} 之前"),
+    ("it answers", "有应答"),
+    (r"it takes no writes: (.*)", "无法写入：{1}"),
+    (r"the database takes no writes: (.*)", "数据库无法写入：{1}"),
+    (r"the database can't be used: (.*)", "数据库无法使用：{1}"),
+    (r"nothing to do: no release is open", "无事可做：没有未结束的发布"),
+    (r"it has ended: (\w+), (.*)", "已结束：{1}，{2!}"),
+    (r"release (\d+) \(v(\d+)\) of (\S+) ended (\S+): (.*)", "{3} 的发布 {1}（v{2}）以 {4} 结束：{5!}"),
+    (r"release (\d+) \(v(\d+)\) waits for a person: (.*)", "发布 {1}（v{2}）等待人工处理：{3!}"),
+    (r"release (\d+) \(v(\d+)\) is (?:\S+), (\d+) nodes? failed", "发布 {1}（v{2}）已有 {3} 个节点失败"),
+    (r"release (\d+) \(v(\d+)\) is stopped: (.*)", "发布 {1}（v{2}）已停住：{3!}"),
+    (r"release (\d+) \(v(\d+)\) waits: (.*)", "发布 {1}（v{2}）在等待：{3!}"),
+    (r"release (\d+) \(v(\d+)\): (.*)", "发布 {1}（v{2}）：{3!}"),
+    (r"(\d+) nodes? runs? an older payload than it should: (.*)", "{1} 个节点运行的 payload 比应有的旧：{2}"),
+    (r"(\d+) nodes? (?:has|have) what a release left that did not end well: (.*)",
+     "{1} 个节点保留着未成功的发布留下的内容：{2}"),
+    (r"(\d+) nodes? runs? what nobody knows: a later try may have changed it: (.*)",
+     "{1} 个节点运行的内容未知（之后的一次尝试可能已更改）：{2}"),
+    (r"(.*?) can't be used: it has expired", "{1} 无法使用：已过期"),
+    (r"(.*?) can't be used: (.*)", "{1} 无法使用：{2}"),
+    (r"(.+) is good for (.*) more: renew it", "{1} 还有 {2} 到期：请续期"),
+    (r"(\d+) notifications? (?:has|have) not got out: (.*)", "{1} 条通知未能发出：{2}"),
+    ("disabled", "已停用"), ("offline", "离线"), ("in maintenance", "维护中"), ("excluded", "已排除"),
+    (r"no online nodes.*", "没有在线节点：请添加节点，或启用节点并设为在线"),
+    (r"no node matches (.*)", "没有节点符合 {1}"),
+    (r"nothing to roll back to: no earlier release of target (\S+) succeeded", "无可回滚：目标 {1} 之前没有成功的发布"),
+    (r"no release of target (\S+) before release (\d+) succeeded.*", "目标 {1} 在发布 {2} 之前没有成功的发布"),
+    (r"(?:release|node) (\d+) does not exist", "{1} 不存在"),
+)
+_CHINESE = tuple((re.compile(form), chinese) for form, chinese in _CHINESE_FORMS)
+
+# Members of the API's JSON that hold sentences, and those without any, which may be large.
+_SENTENCES = frozenset(("statusReason", "text", "why", "message", "warnings"))
+_NO_SENTENCES = frozenset(("batches", "payload", "changes", "strategy", "selection"))
+
+
+def is_chinese(languages: str) -> bool:
+    """Return whether Chinese comes first in a list of languages: 'zh-CN,zh;q=0.9' of HTTP, 'zh_CN.UTF-8' of a shell."""
+    return languages.strip().lower().startswith("zh")
+
+
+def in_chinese(text: str) -> str:
+    """Return a sentence in Chinese, or what of its parts between semicolons can be; the rest as it is."""
+    for form, chinese in _CHINESE:
+        found = form.fullmatch(text)
+        if found:
+            return re.sub(r"\{(\d)(!?)\}", lambda m: (in_chinese if m[2] else str)(found[int(m[1])] or ""), chinese)  # noqa: B023
+    first, semicolon, rest = text.partition("; ")
+    return f"{in_chinese(first)}；{in_chinese(rest)}" if semicolon else text
+
+
+def translated(data: Any) -> Any:
+    """Return data of the API with its sentences in Chinese."""
+    if isinstance(data, dict):
+        return {key: value if key in _NO_SENTENCES else _translated_sentence(value) if key in _SENTENCES else
+                translated(value) for key, value in data.items()}
+    return [translated(item) for item in data] if isinstance(data, list) else data
+
+
+def _translated_sentence(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_translated_sentence(one) for one in value]
+    return in_chinese(value) if isinstance(value, str) else value
+
+
+# endregion
+
+
 # region Serialization
 # ======================================================================================
 # Serialization: the JSON of contract section 5, and its schemas. Pure.
@@ -13761,6 +13910,15 @@ def parse_node_fields(body: Mapping[str, Any], required: Sequence[str] = ()) -> 
     return {NODE_FIELDS[name][0]: NODE_FIELDS[name][1](value) for name, value in body.items()}
 
 
+def parse_nodes_change(body: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Return columns of many nodes from their JSON, and how many nodes there are; raise AppError 2001 or 2003."""
+    known_keys(body, ("total", "enabled", "status"))
+    if "total" not in body or len(body) == 1:
+        raise AppError(MISSING, "total is missing" if "total" not in body else "enabled or status is missing")
+    changes = parse_node_fields({key: value for key, value in body.items() if key != "total"})
+    return changes, parse_integer("total", body["total"], AFTER_IDS)
+
+
 def parse_catch_up(body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Return reason and strategy of a catch-up, the strategy unparsed; raise AppError 2003."""
     known_keys(body, ("reason", "strategy", "dryRun"))
@@ -13847,6 +14005,11 @@ def openapi_schemas() -> dict[str, Any]:
         "Node": schema_of(NODE_SCHEMA),
         "NodeTry": schema_of(NODE_TRY_SCHEMA),
         "NodeTryList": _list_of("NodeTry"),
+        "NodesChange": schema_of({"total": _COUNT, "enabled": _FLAG, "status": _NODE_FIELD_SCHEMAS["status"]},
+                                 required=["total"]) | {"anyOf": [{"required": ["enabled"]}, {"required": ["status"]}]},
+        "NodesChanged": schema_of({"changed": _COUNT}),
+        "Label": schema_of({"key": TEXT, "value": TEXT, "nodes": ID}),
+        "LabelList": _list_of("Label", paged=False),
         "CatchUp": schema_of({"reason": _REASON, "strategy": ref_schema("Strategy"), "dryRun": _FLAG}, required=[]),
         "CaughtUp": schema_of({"leftOut": left_out, "releases": _array(schema_of(
             {**created, "catchUpOf": ID, **may_warn}, required=[*created, "catchUpOf"]))}),
@@ -13905,7 +14068,7 @@ def openapi_schemas() -> dict[str, Any]:
         | {"anyOf": [{"properties": {"frozen": {"const": False}}, "not": {"required": ["until"]}},
                      {"properties": {"reason": {"pattern": r"[^\s\x00-\x1f\x7f-\x9f]"}}, "required": ["reason"]}]},
         "Health": schema_of({
-            "version": TEXT, "startedAt": _TIME, "role": TEXT, "targets": _array(TEXT),
+            "version": TEXT, "startedAt": _TIME, "role": TEXT, "user": TEXT, "targets": _array(TEXT),
             "database": schema_of({"engine": TEXT, "ok": _FLAG, "schema": _COUNT, "message": TEXT}),
             "executor": schema_of({"enabled": _FLAG, "owner": TEXT, "lastLookAt": _TIME}),
             "releases": _array(schema_of({**RELEASE_SCHEMA, "batches": _COUNT})),
@@ -14479,12 +14642,9 @@ def page_headers(text: str) -> dict[str, str]:
 # ======================================================================================
 # API: routes as a table, handlers, /openapi.json (contract section 5); knows no
 #   socket.
-# Uses: Vocabulary, Helpers, Log and metrics, Model, Strategy, Selection, Plan, Verbs,
-#   Audit, Queue, Retry and rollback, Drift, Overview, Serialization, Requests, Page.
-# ======================================================================================
-
-
-# Minimum seconds between write checks of the database, however many clients ask.
+# Uses: Vocabulary, Helpers, Log and metrics, Model, Strategy, Selection, Plan, Status
+#   texts, Verbs, Audit, Queue, Retry and rollback, Drift, Overview, Serialization, Requests, Page.
+# ===============================================================================# Minimum seconds between write checks of the database, however many clients ask.
 READY_CHECK_EVERY_S, WRITE_CHECK_EVERY_S = 1.0, 10.0
 # Added to what Claims.times_ahead() returns: claims and holds that end later than any setting allows.
 CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
@@ -14692,12 +14852,16 @@ class Api:
             if may_wait:
                 self._waiters.release()
 
-    def list_nodes(self, request: Request) -> Reply:
+    @staticmethod
+    def _wanted_nodes(request: Request) -> NodeFilter:
         labels = request.words("label")
-        wanted = NodeFilter(
+        return NodeFilter(
             request.choice("drift"),
             node_words(tuple(request.words("name")), "label", [",".join(labels)] if labels else []),
             request.integer("runs") or None, request.query.get("search", ""), request.choice("sort"))
+
+    def list_nodes(self, request: Request) -> Reply:
+        wanted = self._wanted_nodes(request)
         with_last = request.choice("lastRelease") == "1"
 
         def read() -> dict[str, Any]:
@@ -14720,6 +14884,24 @@ class Api:
     def update_node(self, request: Request) -> Reply:
         node = self.store.nodes.update(request.ids[0], parse_node_fields(request.body), request.actor)
         return Reply(200, node_json(self.store.written([node])[0]))
+
+    def update_nodes(self, request: Request) -> Reply:
+        """Change all nodes that a search finds, where these are as many as the client saw."""
+        changes, total = parse_nodes_change(request.body)
+
+        def change() -> dict[str, Any]:
+            found = self.store.fleet.page(1, 0, self._wanted_nodes(request)).items
+            if len(found) != total:
+                raise AppError(WRONG_STATE, f"{count_of_nodes(len(found))} found, not {total}: look at them again")
+            nodes = [node for node, _ in found if any(getattr(node, key) != value for key, value in changes.items())]
+            self.store.nodes.update_all([node.id for node in nodes], changes, request.actor)
+            return {"changed": len(nodes)}
+
+        return Reply(200, self._one_at_a_time(request, change))
+
+    def list_labels(self, _request: Request) -> Reply:
+        return Reply(200, {"items": [{"key": key, "value": value, "nodes": nodes}
+                                     for key, value, nodes in self.store.nodes.label_counts()]})
 
     def list_node_releases(self, request: Request) -> Reply:
         page = self.store.fleet.tries(request.ids[0], request.integer("page"), request.integer("pageSize"))
@@ -14762,7 +14944,7 @@ class Api:
             message = error.message
         database = {"engine": self.store.database.engine.name, "ok": not message, "schema": schema, "message": message}
         return Reply(200, {"version": __version__, "startedAt": utc_text(self.started_at), "role": request.role,
-                           "targets": list(request.targets), "database": database,
+                           "user": str(request.actor), "targets": list(request.targets), "database": database,
                            **open_releases_json(releases), **self._process()})
 
     def health(self, _request: Request) -> Reply:
@@ -14918,6 +15100,8 @@ ROUTES: tuple[Route, ...] = (
           ("page", "pageSize", "lastRelease", "drift", "label", "name", "runs", "search", "sort")),
     Route("POST", "/api/v1/nodes", Api.add_node, OPERATOR, "Add a node", "Node", body="NewNode",
           touches=touches_all),
+    Route("PATCH", "/api/v1/nodes", Api.update_nodes, OPERATOR, "Change all nodes that a search finds", "NodesChanged",
+          ("drift", "label", "name", "runs", "search"), body="NodesChange", touches=touches_all),
     Route("GET", "/api/v1/nodes/{id}", Api.get_node, VIEWER, "A node", "Node"),
     Route("PATCH", "/api/v1/nodes/{id}", Api.update_node, OPERATOR, "Change a node", "Node", body="NodeChange",
           touches=touches_all),
@@ -14925,6 +15109,7 @@ ROUTES: tuple[Route, ...] = (
           touches=touches_all),
     Route("GET", "/api/v1/nodes/{id}/releases", Api.list_node_releases, VIEWER, "What a node was given, newest first",
           "NodeTryList", ("page", "pageSize")),
+    Route("GET", "/api/v1/labels", Api.list_labels, VIEWER, "The labels of the nodes that get releases", "LabelList"),
     Route("POST", "/api/v1/catch-up", Api.catch_up, OPERATOR,
           "A new release for each one that nodes are behind with", "CaughtUp", body="CatchUp",
           dry_run="CatchUpPlan", touches=touches_all),
@@ -15052,7 +15237,7 @@ def openapi_document() -> dict[str, Any]:
 # ======================================================================================
 # Server: a request from its first byte to its answer; the listener and its threads.
 # Uses: Vocabulary, Helpers, Settings, Certificates, Model, Strategy, Audit, Releases,
-#   HTTP wire, Access, Requests, API.
+#   HTTP wire, Languages, Access, Requests, API.
 # ======================================================================================
 
 class ClientGone(Exception):
@@ -15076,7 +15261,8 @@ def encode_answer(answer: HttpAnswer, headers: Mapping[str, str], has_body: bool
 
 def answer_of(reply: Reply, route: Route, head: Head) -> HttpAnswer:
     """Return the answer to a request that succeeded: 304 where the client has it already."""
-    text = reply.data if reply.content_type else to_json({"code": 0, "message": "success", "data": reply.data})
+    data = translated(reply.data) if is_chinese(head.headers.get("accept-language", "")) else reply.data
+    text = data if reply.content_type else to_json({"code": 0, "message": "success", "data": data})
     body = text.encode(errors="backslashreplace")  # the path of a database may be any bytes
     headers = {"Content-Type": reply.content_type or "application/json", **reply.headers}
     if "If-None-Match" in route.headers:
@@ -15087,7 +15273,7 @@ def answer_of(reply: Reply, route: Route, head: Head) -> HttpAnswer:
     return HttpAnswer(reply.status, headers, body)
 
 
-def refusal_of(error: AppError) -> HttpAnswer:
+def refusal_of(error: AppError, head: Head = Head()) -> HttpAnswer:  # noqa: B008
     """Return the answer to a request that failed."""
     headers = {"Content-Type": "application/json"}
     if error.allow:
@@ -15096,7 +15282,10 @@ def refusal_of(error: AppError) -> HttpAnswer:
         headers["Retry-After"] = str(error.retry_after_s)
     if error.http_status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    text = to_json({"code": error.code, "message": one_line(error.message), "data": None})
+    message = one_line(error.message)
+    if is_chinese(head.headers.get("accept-language", "")):
+        message = in_chinese(message)
+    text = to_json({"code": error.code, "message": message, "data": None})
     return HttpAnswer(error.http_status, headers, text.encode())
 
 
@@ -15167,7 +15356,7 @@ class Exchange:
             return False
         except AppError as error:
             self._keep_connection()
-            answer = refusal_of(error)
+            answer = refusal_of(error, self.head)
         except Exception:  # the edge of a request
             log.exception("%s %s failed, request %s", self.head.method, self._path, self.request_id)
             answer = refusal_of(AppError(INTERNAL, "releasectl itself failed: see its log"))

@@ -25,6 +25,7 @@ from lab import (
     serving_one_node,
     sha256,
     split_answer,
+    sql,
     take_away,
 )
 
@@ -54,7 +55,8 @@ ROUTES = {
     ("GET", "/api/v1/freeze"), ("PUT", "/api/v1/freeze"),
     ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"), ("GET", "/openapi.json"),
     ("GET", "/"), ("GET", "/api/v1/health"), ("GET", "/api/v1/overview"), ("GET", "/api/v1/audit"),
-    ("GET", "/api/v1/nodes/{id}/releases"), ("POST", "/api/v1/catch-up"),
+    ("GET", "/api/v1/nodes/{id}/releases"), ("GET", "/api/v1/labels"), ("PATCH", "/api/v1/nodes"),
+    ("POST", "/api/v1/catch-up"),
 }
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 @pytest.fixture(scope="module")
@@ -835,7 +837,8 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
             ("POST", "/api/v1/catch-up", 0, {"reason": "x", "strategy": {}}), ("DELETE", "/api/v1/nodes/{id}", 3, None),
             ("PUT", "/api/v1/freeze", 0, {"frozen": True, "reason": "x"}), ("GET", "/api/v1/freeze", 0, None),
             ("GET", "/api/v1/health", 0, None), ("GET", "/api/v1/overview", 0, None), ("GET", "/healthz", 0, None),
-            ("GET", "/readyz", 0, None),
+            ("GET", "/readyz", 0, None), ("GET", "/api/v1/labels", 0, None),
+            ("PATCH", "/api/v1/nodes", 0, {"total": 2, "status": "online"}),
                 ("GET", "/api/v1/audit", 0, None)):
         operation = document["paths"][path][method.lower()]
         answer = client(method, path.replace("{id}", str(number)), body)
@@ -978,3 +981,31 @@ def test_what_is_given_twice_in_a_request_is_refused(lite):
                        b"%s: a\r\n%s: a\r\nContent-Length: 2\r\n\r\n{}" % (header, header))
         assert split_answer(raw)[0] == 400, header
     assert (lite.store.releases.page().total, lite.store.nodes.page().total) == (0, 1)
+
+
+def test_all_nodes_that_a_search_finds_are_changed_where_they_are_as_many_as_was_seen(store):
+    add_nodes(store, 12)
+    store.nodes.update(3, {"status": "maintenance"})
+    api = rc.Api(store, rc.Metrics())
+
+    def change(search: str, **body: Any) -> int:
+        return api.update_nodes(rc.Request((), {"search": search}, body, "anna")).data["changed"]
+
+    with pytest.raises(rc.AppError, match="4 nodes found, not 5: look at them again"):
+        change("edge-1", total=5, status="maintenance")
+    for body in ({"total": 4}, {"status": "online"}, {"total": 4, "name": "x"}):
+        with pytest.raises(rc.AppError):
+            change("edge-1", **body)
+    assert change("edge-1", total=4, status="maintenance") == 4
+    assert change("edge", total=12, status="maintenance") == 7
+    assert {node.status for node in store.nodes.page().items} == {"maintenance"}
+    assert len(store.audit.rows(0, 100, rc.AuditFilter(action="node.set"))) == 12
+
+
+def test_the_labels_of_the_nodes_that_get_releases_are_counted(store):
+    for number, labels in enumerate(('{"pop":"ams","role":"a"}', '{"pop":"ams"}', '{"pop":"fra"}', "{}", "broken"), 1):
+        store.nodes.add(f"edge-{number}", f"10.0.0.{number}", labels="{}")
+        sql(store, "UPDATE nodes SET labels = ? WHERE id = ?", labels, number)
+    store.nodes.update(3, {"enabled": 0})
+    found = rc.Api(store, rc.Metrics()).list_labels(rc.Request((), {}, {}, "anna")).data["items"]
+    assert found == [{"key": "pop", "value": "ams", "nodes": 2}, {"key": "role", "value": "a", "nodes": 1}]
