@@ -23,7 +23,8 @@ PAGE_LINT := $(VENV)/lint-page
 PAGE_LINT_STAMP := $(PAGE_LINT)/stamp
 FUZZ_STAMP := $(VENV)/stamp-fuzz
 
-.PHONY: help demo install uninstall deb test test-all test-long acceptance fuzz bench lint lint-page format man screens dist clean
+.PHONY: help demo install uninstall deb test test-all test-long acceptance fuzz bench lint lint-page format man \
+	screens page-screens dist clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +79,9 @@ man: ## docs/releasectl.1 out of the tables of releasectl.py
 
 screens: ## docs/list.svg, status.svg and watch.svg: what these commands show in a terminal
 	$(PYTHON) scripts/screens.py
+
+page-screens: $(TESTS_STAMP) ## docs/dashboard*.png: the dashboard in Chromium, over a world that is made up
+	$$(cat $(TESTS_STAMP)) scripts/page_screens.py
 
 dist: ## dist/releasectl-VERSION.tar.gz, all that a host without internet needs, and its SHA256SUMS
 	@bash scripts/dist.sh

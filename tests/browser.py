@@ -83,13 +83,16 @@ class Browser:
         for turn, kind in enumerate(["keyDown"] * (1 + held) + ["keyUp"]):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, text=text if kind == "keyDown" else "",
                       autoRepeat=kind == "keyDown" and turn > 0,
-                      windowsVirtualKeyCode={"Enter": 13, "Tab": 9, "Escape": 27, "ArrowRight": 39, " ": 32}[key])
+                      windowsVirtualKeyCode={"Enter": 13, "Tab": 9, "Escape": 27, "ArrowRight": 39}.get(
+                          key, ord(key[0].upper())))
 
-    def look(self, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """Set the size of the window and the colour scheme that the person prefers."""
+    def look(self, width: int = 1280, height: int = 900, scheme: str = "light", media: str = "") -> None:
+        """Set the size of the window, the colour scheme that the person prefers, and print or forced-colors."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=width < 500)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call("Emulation.setEmulatedMedia", media="print" if media == "print" else "", features=[
+            {"name": "prefers-color-scheme", "value": scheme},
+            {"name": "forced-colors", "value": "active" if media == "forced-colors" else "none"}])
 
     def picture(self, file: Path, whole: bool = False) -> None:
         """Write what is seen as PNG; whole: also what is below the window."""

@@ -1,4 +1,4 @@
-"""The dashboard in a real headless Chromium, over a real API, executor and agents (issue 8).
+"""The dashboard in a real headless Chromium, over a real API, executor and agents (issues 8 and 18).
 
 Whatever a test does with the page, it must log no error and ask nobody but its own daemon.
 """
@@ -131,8 +131,10 @@ class Page:
 
     def fill(self, **fields: str) -> Page:
         for name, value in fields.items():
-            self.run(f"{{ const f = document.querySelector('dialog[open] [name={name}]');"
-                     f" f.value = {json.dumps(value)}; f.dispatchEvent(new Event('input', {{bubbles: true}})); }}")
+            find = f"(document.querySelector('dialog[open]') || document).querySelector('[name=\"{name}\"]')"
+            eventually(lambda: self.run(f"Boolean({find})"), message=f"no field is called {name!r}")  # noqa: B023
+            self.run(f"{{ const f = {find}; f.value = {json.dumps(value)};"
+                     " for (const kind of ['input', 'change']) f.dispatchEvent(new Event(kind, {bubbles: true})); }")
         return self
 
     def enter(self, place: str, key: str = "Enter", held: int = 0) -> Page:
@@ -142,9 +144,20 @@ class Page:
         self.browser.key(key, "\r" if key == "Enter" else key, held)
         return self
 
-    def plan(self) -> Page:
-        """Ask for the plan and wait until it is there."""
-        return self.press("Show the plan").see("Plan", "#plan h3")
+    def ready(self, words: str = "") -> Page:
+        """Wait until the plan has come and the button that does it can be used; words are to be read in the plan."""
+        eventually(lambda: self.run("Boolean(document.querySelector('#ask-do.main, #send-button.main'))"),
+                   message=f"no plan came: {self.text('dialog[open]') or self.text('#plan')}")
+        return self.see(words, "#ask-plan, #plan")
+
+    def draft(self, **fields: str) -> Page:
+        """Open the view of a new release and write into its fields."""
+        return self.open("#/new").fill(**fields)
+
+    def send(self) -> Page:
+        """Press the button of a new release."""
+        self.run("document.querySelector('#send-button').click()")
+        return self
 
     def answers(self, *answers: tuple[str, str, Any]) -> Page:
         """Let the page's own fetch give these, in their order, to what changes something, instead of the daemon:
@@ -356,13 +369,90 @@ def test_health_answers_without_a_database_and_with_certificates_that_are_no_goo
                                        "message": "run `releasectl check` to see why"}]
 
 
-# -- releases ------------------------------------------------------------------------------------
+# -- what it says ----------------------------------------------------------------------------------
+
+def texts() -> dict[str, list[str]]:
+    """Return the table of texts: by key the English one and the Chinese one."""
+    table = rc.dashboard().text.partition("const TEXTS = readTexts(`\n")[2].partition("`);")[0]
+    return {key: said for key, *said in (line.split(" # ") for line in table.splitlines())}
+
+
+def test_each_text_that_the_page_uses_is_in_the_table_and_none_is_there_for_nothing():
+    code = rc.dashboard().text.partition("const TEXTS = ")[2].partition("`);")[2]
+    used = set(re.findall(r"""['"]([a-z]\w*(?:\.\w+)*)['"]""", code))
+    asked = {key for call in re.findall(r"\b(?:t|phrase)\(([^)]*)", re.sub(r"=== '\w+'|\$\{[^}]*\}", "", code))
+             for key in re.findall(r"'([\w.]+)'", call.partition(", {")[0])}
+    made = set(re.findall(r"\b(?:t|phrase)\(`([\w.]+\.)\$\{", code))
+    table = texts()
+    assert sorted(asked - set(table)) == []
+    assert sorted(key for key in table if key not in used and not key.startswith(tuple(made))) == []
+    assert made == {"change.", "exceed.", "exceed.short.", "field.", "hint.", "nav.", "problem.", "verb."}
+
+
+def test_both_languages_have_every_text_with_the_same_values():
+    for key, said in texts().items():
+        english, chinese = said * 2 if len(said) == 1 else said
+        values = [set(re.findall(r"\{(\w+)", text)) for text in (english, chinese)]
+        assert values[1] <= values[0], key
+        assert len(said) == 1 or re.search("[\u4e00-\u9fff]", chinese) or not re.search(
+            "[A-Za-z]", re.sub(r"\{\w+\}", "", chinese)), key
+    alike = {key for key, said in texts().items() if len(said) == 1}
+    assert alike == {"col.agent", "hint.batchBy", "hint.batches", "hint.maxParallelPer", "new.payload"}
+
+
+def test_each_word_of_the_api_has_one_in_chinese():
+    known = set(re.findall(r"'?([\w.]+)'?: '", rc.dashboard().text.partition("const WORDS = {")[2].partition("};")[0]))
+    words = {*rc.RELEASE_STATUSES, *rc.NODE_STATUSES, *rc.DRIFTS[1:], *rc.ERROR_KINDS, *rc.NODE_EVENTS.values(),
+             *rc.RELEASE_EVENTS.values(), rc.VIEWER, rc.OPERATOR, "skipped", "resumed", "renumbered"}
+    assert words - known == set()
+    table = texts()
+    assert [kind for kind in rc.PROBLEM_KINDS if f"problem.{kind}" not in table] == []
+
+
+@pytest.mark.slow
+def test_the_language_is_the_browsers_until_another_one_is_chosen_and_that_is_kept(page):
+    page.browser.call("Emulation.setLocaleOverride", locale="zh-CN")
+    try:
+        page.browser.call("Network.setUserAgentOverride", userAgent="test", acceptLanguage="zh-CN,zh")
+        page.open().see("还没有发布", "main")
+        page.open("#/releases/99").see("99 不存在", "main").open()
+        assert page.run("document.documentElement.lang") == "zh-CN"
+        page.press("English").see("There is no release yet", "main")
+        page.open("#/nodes").see("There is no node yet", "main").press("中文").see("还没有节点", "main")
+        assert page.run("[document.title, localStorage.getItem('releasectl-language')]") == ["一切正常 | 节点", "zh"]
+    finally:
+        page.run("localStorage.clear()")
+        page.browser.call("Emulation.setLocaleOverride", locale="")
+        page.browser.call("Network.setUserAgentOverride", userAgent="test", acceptLanguage="en")
+
+
+@pytest.mark.slow
+def test_times_are_in_the_browsers_zone_or_in_utc_with_the_day_when_it_is_not_today(page):
+    add_nodes(page.daemon.store, 1)
+    new_release(page.daemon.store)
+    then = "2025-01-02T20:04:05.000Z"
+    sql(page.daemon.store, "UPDATE release_tasks SET status = 'paused', created_at = ?, started_at = ?, "
+        "status_reason = ?", then, then, "soaking after batch 1 until 2126-01-02T20:04:05.609Z")
+    page.browser.call("Emulation.setTimezoneOverride", timezoneId="Asia/Shanghai")
+    try:
+        page.open("#/releases/1").see("Times in Asia/Shanghai", "#foot").see("3 Jan 2025 04:04:05", "main dl")
+        page.see("soaking after batch 1 until 3 Jan 2126 04:04:05 (", "main").press("UTC")
+        page.see("2 Jan 2025 20:04:05", "main dl")
+        for place in ("#/releases", "#/releases/1", "#/nodes/1", "#/health"):
+            page.open(place)
+            assert re.findall(r"\d{4}-\d\d-\d\dT.*", page.text()) == [], place
+    finally:
+        page.run("localStorage.clear()")
+        page.browser.call("Emulation.setTimezoneOverride", timezoneId="")
+
+
+# -- a new release ------------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_a_release_is_followed_from_its_creation_to_success(live):
     page, world = live(3)
-    page.open().see("There is no release yet")
-    page.press("New release").fill(reason="weekly", payload=PAYLOAD).plan().press("Create")
+    page.open().see("There is no release yet").press("New release").fill(reason="weekly", payload=PAYLOAD)
+    page.ready().see("Send to 3 nodes in 2 batches", "#send-button").send()
     page.see("3 nodes succeeded", "main")
     assert page.address() == "#/releases/1"
     for words in ("success", "weekly", "Batch 2 of 2", "2 of 2 done", "created", "by api", "finished"):
@@ -373,10 +463,163 @@ def test_a_release_is_followed_from_its_creation_to_success(live):
 
 
 @pytest.mark.slow
+def test_a_mistake_in_the_payload_is_seen_in_the_difference_and_not_sent(live):
+    page, world = live(3)
+    new_release(world.store, payload={"websites": [{"domain": "a.example", "ttl": 300}], "big": 12345678901234567891})
+    page.open("#/releases/1").see("3 nodes succeeded", "main")
+    page.open("#/new").press("Start from what runs now (release 1)").see("Changes nothing", "#effect")
+    text = page.run("document.querySelector('[name=payload]').value")
+    assert "12345678901234567891" in text
+    assert '      "ttl": 300' in text
+    page.fill(payload=text.replace("300", "3"), reason="longer").ready("1 change against Release 1 (v1), which 3 of 3")
+    page.see('~changed $.websites[?@.domain=="a.example"].ttl', "#effect").see("- 300\n+ 3", "#effect pre")
+    assert page.run("document.querySelector('#gutter').textContent").split() == [*"123456789"]
+    assert all(body["dryRun"] for _, _, body in page.browser.changes)
+    page.fill(payload=text.replace("300", "30x"))
+    page.see("This is not JSON: see line 5, column 16", "#wrong-payload").see("There is no plan", "#send")
+    assert page.text("#gutter b").strip() == "5"
+    assert world.store.releases.page().total == 1
+
+
+@pytest.mark.slow
+def test_the_button_of_a_new_release_waits_for_the_plan_of_exactly_what_is_written(page):
+    store = page.daemon.store
+    add_nodes(store, 3)
+    page.draft(payload=PAYLOAD).see("Goes to 3 nodes in 2 batches", "#plan").see("Give a reason first", "#send")
+    page.send().settle()
+    page.fill(reason="first").ready()
+    for change in ({"target": "dns"}, {"reason": "weekly"}, {"payload": '{"websites": [], "more": 1}'},
+                   {"strategy.batches": "2"}):
+        page.fill(**change).send()
+        page.see("Planning", "#send")
+        page.ready()
+    page.see("Batch 1", "#plan .planned").see("2 nodes", "#plan .planned")
+    assert all(body["dryRun"] for _, _, body in page.browser.changes)
+    page.run("""const real = window.fetch; window.fetch = async (path, options) => {
+      const answer = await real(path, options);
+      if (options.method === 'POST') await new Promise(then => { window.goOn = then; });
+      return answer; }""")
+    page.fill(reason="changed")
+    eventually(lambda: page.run("Boolean(window.goOn)"))
+    page.fill(reason="changed again")
+    page.run("window.goOn(); window.goOn = null")
+    page.send().settle()
+    assert store.releases.page().total == 0
+    eventually(lambda: page.run("Boolean(window.goOn)"))
+    page.run("window.goOn(); window.goOn = null")
+    page.ready().send()
+    eventually(lambda: page.run("Boolean(window.goOn)"))
+    page.run("window.goOn()")
+    eventually(lambda: page.address() == "#/releases/1")
+    assert [(r.target, r.reason) for r in store.releases.page().items] == [("dns", "changed again")]
+    assert page.run("sessionStorage.getItem('releasectl-draft')") is None
+
+
+@pytest.mark.slow
+def test_enter_sends_nothing_and_escape_and_a_reload_lose_nothing(page):
+    add_nodes(page.daemon.store, 2)
+    page.draft(payload=PAYLOAD, reason="kept").ready()
+    for name in ("reason", "target"):
+        page.enter(f"main [name={name}]", held=3)
+    page.enter("[name='strategy.batches']").browser.key("Escape")
+    page.settle()
+    page.run("location.reload()")
+    page.see(None).ready()
+    assert page.run("['reason', 'payload'].map(n => document.querySelector(`[name=${n}]`).value)") == ["kept", PAYLOAD]
+    page.open("#/nodes").draft().ready()
+    assert all(body["dryRun"] for _, _, body in page.browser.changes)
+    page.enter("#send-button")
+    eventually(lambda: page.address() == "#/releases/1")
+
+
+@pytest.mark.slow
+def test_the_payload_goes_out_as_it_was_written_also_from_a_file(page, tmp_path):
+    add_nodes(page.daemon.store, 1)
+    page.draft(payload='{"websites": [], "websites": [1]}').see("websites", "#plan .refused")
+    page.fill(payload="[1]").see("This must be a JSON object", "#plan")
+    file = tmp_path / "site.json"
+    file.write_text('\ufeff{"websites": [12345678901234567891]}')
+    root = page.browser.call("DOM.getDocument")["root"]["nodeId"]
+    node = page.browser.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
+    page.browser.call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
+    page.fill(reason="from a file").ready("Goes to 1 node in 1 batch").send()
+    eventually(lambda: page.address() == "#/releases/1")
+    with page.daemon.store.database.transaction() as tx:
+        assert "12345678901234567891" in tx.value("SELECT payload FROM release_tasks")
+
+
+@pytest.mark.slow
+def test_nodes_are_chosen_by_labels_with_counts_or_picked_by_name(page):
+    store = page.daemon.store
+    for n in range(1, 7):
+        store.nodes.add(f"edge-{n}", f"10.0.0.{n}", labels=json.dumps(
+            {"pop": "ams" if n < 5 else "fra", "role": f"r{n % 2}"}))
+    store.nodes.update(4, {"status": "maintenance"})
+    page.draft(payload=PAYLOAD, reason="some").ready("Goes to 5 nodes").see("1 node, in maintenance: edge-4", "#plan")
+    page.run("document.querySelector('[name=who][value=labels]').click()")
+    page.press("ams 3").see("Goes to 3 nodes", "#plan").press("fra 2").see("Goes to 5 nodes", "#plan")
+    page.press("ams 3").see("Goes to 2 nodes", "#plan").press("r1 3").see("Goes to 1 node", "#plan").ready()
+    assert page.browser.changes[-1][2]["labels"] == {"pop": ["fra"], "role": ["r1"]}
+    page.run("document.querySelector('[name=who][value=picked]').click()")
+    page.see("Pick a node", "#plan")
+    page.run("{ const f = document.querySelector('main .find'); f.value = 'edge-'; f.oninput({target: f}); }")
+    page.press("+ edge-2").press("+ edge-5").see("Goes to 2 nodes", "#plan").ready().send()
+    eventually(lambda: page.address() == "#/releases/1")
+    assert [n.name for n in store.releases.with_nodes(1)[1]] == ["edge-2", "edge-5"]
+
+
+@pytest.mark.slow
+def test_a_strategy_is_written_in_fields_or_as_json_and_neither_loses_what_the_other_has(page):
+    add_nodes(page.daemon.store, 8)
+    page.draft(payload=PAYLOAD, reason="slow").ready().press("JSON")
+    page.fill(strategy='{"batches": [1, "25%*"], "first": {"a": ["b"]}}').press("Fields")
+    assert page.run("document.querySelector('[name=\"strategy.batches\"]').value") == "1, 25%*"
+    page.fill(**{"strategy.maxFailed": "1", "strategy.soakSec": "60", "strategy.onExceed": "pause",
+                 "strategy.pauseAfter": "1"})
+    page.press("JSON")
+    assert json.loads(page.run("document.querySelector('[name=strategy]').value")) == {
+        "batches": [1, "25%*"], "first": {"a": ["b"]}, "maxFailed": 1, "soakSec": 60, "onExceed": "pause",
+        "pauseAfter": [1]}
+    page.see("strategy: first", "#plan .refused").fill(strategy='{"batches": [1, 2,]}')
+    page.see("see line 1, column 19", "#wrong-strategy")
+    page.fill(strategy='{"batches": [1, "25%*"], "maxFailed": 1, "soakSec": 60, "onExceed": "pause", '
+                       '"pauseAfter": [1]}').ready()
+    for words in ("Batches 2 to 4", "2 nodes each", "Failures tolerated in a batch: 1", "Waits 1 min after each batch",
+                  "it pauses and waits for a person", "Pauses after batch 1"):
+        page.see(words, "#plan")
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_new_release_warns_of_nodes_that_would_lose_their_sites(page):
+    refusal = {"code": 2003, "message": "payload has no websites, which edge-1 needs", "data": None}
+    page.open("#/new").answers(
+        ("releases", "dryRun", refusal),
+        ("releases", "dryRun", {**PLAN, "version": 7, "emptied": [f"edge-{n}" for n in range(1, 16)]}))
+    page.fill(payload="{}").see(refusal["message"], "#plan .refused").fill(reason="then")
+    page.ready("Goes to 40 nodes in 2 batches, as version 7").see("39 nodes", "#plan .planned")
+    page.see("15 nodes would be left without any site: edge-1, edge-2, ", "#plan .notice")
+    page.see("and 3 more", "#plan .notice")
+
+
+@pytest.mark.slow
+def test_the_nodes_that_a_release_leaves_out_are_told_in_the_plan(page):
+    left_out = [{"nodeId": 3, "nodeName": "edge-3", "why": "in maintenance"},
+                {"nodeId": 4, "nodeName": MARKUP, "why": "disabled"},
+                {"nodeId": 5, "nodeName": "edge-5", "why": "in maintenance"}]
+    page.open("#/new").answers(("releases", "dryRun", {**PLAN, "leftOut": left_out, "notChosen": 9}))
+    page.fill(payload=PAYLOAD)
+    for words in ("2 nodes, in maintenance: edge-3, edge-5", f"1 node, disabled: {MARKUP}",
+                  "9 nodes are not among those chosen"):
+        page.see(words, "#plan")
+
+
+# -- a release ------------------------------------------------------------------------------------
+
+@pytest.mark.slow
 def test_a_release_is_followed_to_failure_and_says_why_in_text_and_is_retried(live):
     page, world = live(3)
     world.agent(1).set(outcome="failed", message=MARKUP)
-    page.open().press("New release").fill(payload=PAYLOAD).plan().press("Create")
+    page.draft(payload=PAYLOAD, reason="night").ready().send()
     page.see("1 node failed", "#failures").see(MARKUP, "#failures pre").see("Fix what its message names", "#failures")
     assert page.count("main img") + page.count("main b") == 0
     page.see("Release 1 failed", "#pulse")
@@ -388,10 +631,10 @@ def test_a_release_is_followed_to_failure_and_says_why_in_text_and_is_retried(li
     page.press("Close")
     eventually(lambda: page.address() == "#/releases/1")
     world.agent(1).set(outcome="success", message="")
-    page.press("Retry").see("for the 3 nodes that failed or were skipped", "#ask").see("to 3 nodes", "#plan")
-    page.press("Retry release 1")
+    page.press("Retry").see("for 3 nodes that failed or were skipped", "#ask").ready("to 3 nodes")
+    page.press("Retry: release 1")
     eventually(lambda: page.address() == "#/releases/2")
-    page.see("3 nodes succeeded", "main").see("release 1", "main dl")
+    page.see("3 nodes succeeded", "main").see("Release 1", "main dl")
 
 
 @pytest.mark.slow
@@ -400,77 +643,66 @@ def test_a_release_is_paused_and_resumed_from_the_page(live):
     world.agent(1).set(mode="status", only="query")  # it has the task, and does not tell how it goes
     new_release(world.store)
     page.open("#/releases/1").see("running", "main .chip")
-    page.press("Pause").see("until someone resumes", "#ask").fill(reason="look first").press("Pause release 1")
+    page.press("Pause").see("until someone resumes", "#ask").fill(reason="look first").press("Pause: release 1")
     page.see("paused", "main .chip").see("look first", "#timeline").see("needs you: paused", "#pulse")
     world.agent(1).set(mode="normal")
     page.see("1 of 1 done", "#batch-1")
     assert world.runs() == [1, 0]
     page.press("Resume").see("Continues with batch 2 (1 node).", "#ask")
-    page.press("Resume release 1").see("2 nodes succeeded", "main")
+    page.press("Resume: release 1").see("2 nodes succeeded", "main")
 
 
 @pytest.mark.slow
-def test_a_verb_that_can_not_be_used_now_says_what_it_needs(page):
+def test_after_too_many_failures_there_are_two_ways_on_that_say_what_they_do(live):
+    page, world = live(4)
+    world.agent(1).set(outcome="failed", message="no")
+    new_release(world.store, strategy={"batches": [2], "onExceed": "pause"})
+    page.open("#/releases/1").see("Why it does not go on", "#why")
+    eventually(lambda: page.run("[...document.querySelectorAll('main [role=group] button')].map(b => b.textContent)")
+               == ["Accept the failures and continue", "End it here"])
+    page.press("End it here").see("what waits of 2 nodes is skipped", "#ask")
+    page.press("Close")
+    page.press("Accept the failures and continue").see("1 failure counts no more", "#ask")
+    page.see("Continues with batch 2 (2 nodes)", "#ask")
+    page.press("Accept the failures and continue: release 1").see("partial", "main .chip")
+
+
+@pytest.mark.slow
+def test_only_verbs_that_can_be_used_now_are_offered(page):
     add_nodes(page.daemon.store, 1)
     new_release(page.daemon.store)
-    page.open("#/releases/1").see("resume needs paused; retry needs partial, failed or cancelled", "#why")
-    assert page.run("[...document.querySelectorAll('button[aria-disabled]')].map(b => b.textContent)") \
-        == ["Resume", "Retry", "Roll back"]
-    page.press("Retry")
-    assert page.count("dialog[open]") == 0
-    page.press("Cancel").press("Cancel release 1").see("cancelled", "main .chip")
-
-
-@pytest.mark.slow
-def test_what_the_daemon_refuses_is_said_in_the_dialog(page):
-    page.open().press("New release").fill(payload=PAYLOAD).press("Show the plan").see("no online nodes", "#ask")
-    page.fill(payload="{").press("Show the plan").see("The payload is not JSON", "#wrong-payload")
-    assert page.run("document.activeElement.name") == "payload"
-    page.fill(payload=PAYLOAD, strategy="[").press("Show the plan").see("The strategy is not JSON", "#wrong-strategy")
-    assert page.text("#wrong-payload") == ""
-    page.fill(strategy="", labels="region=eu, region=us").press("Show the plan")
-    page.see("The label region is there twice", "#wrong-labels")
-    assert page.count("dialog[open]") == 1
+    page.open("#/releases/1")
+    offered = "[...document.querySelectorAll('main [role=group][aria-label=Actions] button')].map(b => b.textContent)"
+    eventually(lambda: page.run(offered) == ["Pause", "Cancel"])
+    page.press("Cancel").press("Cancel: release 1").see("cancelled", "main .chip")
+    eventually(lambda: page.run(offered) == ["Retry", "Roll back"])
 
 
 @pytest.mark.slow
 def test_the_filter_is_in_the_address_and_the_way_back_leads_back(page):
     store = page.daemon.store
     add_nodes(store, 1)
-    for _ in range(25):
-        new_release(store)
+    for number in range(25):
+        new_release(store, reason=f"reason {number}")
     store.releases.act("pause", 3, "test")
     page.open("#/releases?status=paused").see("Release 3", "#release-3")
-    assert page.count("tbody tr") == 1
-    page.press("pending").see("Release 25", "tbody").see("page 1 of 2", "main")
+    assert page.count("[id^=release-]") == 1
+    page.press("pending").see("Release 25", "#release-25").see("page 1 of 2", "main")
     assert page.address() == "#/releases?status=pending"
-    page.press("Next").see("Release 1", "tbody")
+    page.press("Next").see("Release 1", "#release-1")
     assert page.address() == "#/releases?status=pending&page=2"
-    page.press("failed").see("No release is failed", "main")
+    page.press("failed").see("No release was found", "main")
     page.run("history.back()")
-    page.see("Release 1", "tbody")
-    page.open("#/releases/99").see("release 99 does not exist", "main")
+    page.see("Release 1", "#release-1")
+    page.run("{ const f = document.querySelector('#search'); f.value = 'reason 7'; f.oninput({target: f}); }")
+    page.see("Release 8", "#release-8")
+    assert page.address() == "#/releases?status=pending&search=reason+7"
+    page.open("#/releases/99").see("release 99 does not exist", "main").see("Page not found", "main h1")
     page.open("#/nothing").see("There is no page nothing", "main").see("Page not found", "main h1")
-    page.press("Releases").see("History", "main")
-
-
-@pytest.mark.slow
-def test_a_daemon_that_is_lost_and_comes_back_is_noticed_and_what_was_seen_stays(new_page, sqlite_world):
-    add_nodes(sqlite_world.store, 2)
-    new_release(sqlite_world.store)
-    first = ServeProcess(sqlite_world.url)
-    page = new_page(first).open("#/releases/1").see("pending", "main .chip").see("updated", "#age")
-    first.stop()
-    page.see("The daemon can't be reached. Retrying.", "#trouble").see("Connection lost", "#pulse")
-    assert re.fullmatch(r"\d+ s ago, showing \d\d:\d\d:\d\d", page.text("#age"))
-    page.see("Release 1", "main h1")
-    sqlite_world.store.releases.act("pause", 1, "test")
-    second = ServeProcess(sqlite_world.url, first.port)
-    try:
-        page.see("paused", "main .chip")
-        assert page.text("#trouble") == ""
-    finally:
-        second.stop()
+    page.press("Releases").see("History", "main").see("Waiting: 24", "#queue")
+    assert page.count("#queue tbody tr") == 10
+    page.press("Show all 24").see("24", "#queue")
+    assert page.count("#queue tbody tr") == 24
 
 
 @pytest.mark.slow
@@ -492,6 +724,29 @@ def test_a_node_is_found_walked_to_and_opened_by_keyboard(page):
 
 
 @pytest.mark.slow
+def test_keys_lead_about_and_a_sheet_tells_them(page):
+    add_nodes(page.daemon.store, 3)
+    page.open("#/releases")
+    for key in "gn":
+        page.browser.key(key, key)
+    page.see("edge-3", "#row-3")
+    assert page.address() == "#/nodes"
+    for key in "jjk":
+        page.browser.key(key, key)
+    assert page.run("document.activeElement.textContent") == "edge-1"
+    page.browser.key("/", "/")
+    assert page.run("document.activeElement.id") == "search"
+    page.browser.key("g", "g")
+    page.browser.key("h", "h")
+    assert page.run("[document.activeElement.value, location.hash]") == ["gh", "#/nodes"]  # typed, no way anywhere
+    page.run("document.activeElement.blur()")
+    page.browser.key("?", "?")
+    page.see("next row", "#ask")
+    page.browser.key("Escape")
+    eventually(lambda: page.count("dialog[open]") == 0)
+
+
+@pytest.mark.slow
 def test_ten_thousand_nodes_are_capped_summed_up_and_followed_by_events_alone(page):
     big_release(page.daemon.store, 10_000)
     page.open("#/releases/1").see("and 9,699 more nodes: 9,699 running", "#batch-2", 60)
@@ -505,151 +760,60 @@ def test_ten_thousand_nodes_are_capped_summed_up_and_followed_by_events_alone(pa
     eventually(lambda: whole_reads() == 2)  # once more after the history came in, and never again
     for last in (4000, 9999):
         succeed(page.daemon.store, 2, last)
-        page.see(f"{last - 1} of 9999 done", "#batch-2", 60)
+        page.see(f"{last - 1:,} of 9,999 done", "#batch-2", 60)
     assert whole_reads() == 2
     page.run("location.hash = '#/releases/1?node=9998'")
     page.see("edge-9998", "#node").see("succeeded", "#node")
 
 
-# -- nothing changes without a plan that was read and a button that was pressed ------------------------
-
 @pytest.mark.slow
-def test_enter_in_the_new_release_dialog_creates_nothing(page):
-    add_nodes(page.daemon.store, 2)
-    page.open().see("There is no release yet")
-    page.run("[...document.querySelectorAll('button')].find(b => b.textContent === 'New release').id = 'new'")
-    page.enter("#new", held=5).see("New release", "#ask h2")
-    for name in ("target", "reason", "labels"):
-        page.enter(f"#ask [name={name}]")
-    page.settle()
-    assert page.browser.changes == []
-    page.fill(payload=PAYLOAD)
-    for name in ("target", "reason", "labels"):
-        page.enter(f"#ask [name={name}]")
-    page.plan()
-    for name in ("target", "reason", "labels"):
-        page.enter(f"#ask [name={name}]")
-    page.settle()
-    assert [body["dryRun"] for _, _, body in page.browser.changes] == [True]
-    assert page.daemon.store.releases.page().total == 0
+def test_batches_that_are_alike_are_folded_into_one_line(page):
+    add_nodes(page.daemon.store, 20)
+    new_release(page.daemon.store, strategy={"batches": ["1*"]})
+    sql(page.daemon.store, "UPDATE release_task_nodes SET status = 'success' WHERE batch < 15")
+    sql(page.daemon.store, "UPDATE release_task_nodes SET status = 'running' WHERE batch = 15")
+    page.open("#/releases/1").see("Batches 1 to 14", "#fold-1").see("14 nodes", "#fold-1")
+    page.see("Batches 16 to 20", "#fold-16")
+    page.run("document.querySelector('#fold-1 summary').click()")
+    page.see("Batch 3 of 20", "#batch-3")
 
 
-@pytest.mark.slow
-def test_a_new_release_is_created_only_after_its_plan_was_shown(page):
-    store = page.daemon.store
-    add_nodes(store, 3)
-    page.open().press("New release").fill(payload=PAYLOAD).press("Create").settle()
-    assert page.browser.changes == []
-    page.plan().see("Goes to 3 nodes", "#plan").see("in batches of 1, then 2.", "#plan")
-    assert "undefined" not in page.text("#ask")
-    for change in ({"target": "dns"}, {"reason": "weekly"}, {"payload": '{"websites": [], "more": 1}'},
-                   {"strategy": '{"batches": [2]}'}):
-        page.fill(**change)
-        assert page.count("#plan h3") == 0, change
-        page.press("Create").settle()
-        assert page.count("dialog[open]") == 1
-        page.plan()
-    page.see("in batches of 2, then 1.", "#plan")
-    assert all(body["dryRun"] for _, _, body in page.browser.changes)
-    page.run("document.querySelector('[name=target]').value = 'silently'")  # as a browser's extension would
-    page.press("Create").settle()
-    assert page.count("#plan h3") == 0
-    assert store.releases.page().total == 0
-    page.fill(target="dns").plan().press("Create")
-    eventually(lambda: page.address() == "#/releases/1")
-    assert [(r.target, r.reason) for r in store.releases.page().items] == [("dns", "weekly")]
+def night_shift(store: rc.Store, nodes: int) -> None:
+    """Write a release of so many nodes of which 37 failed for three causes."""
+    store.nodes.import_all([{"name": f"edge-{n}", "main_ip": f"10.9.{n >> 8}.{n & 255}", "labels": json.dumps(
+        {"pop": "gru" if n <= 24 else "fra"})} for n in range(1, nodes + 1)])
+    new_release(store, strategy={"maxFailed": 40})
+    causes = [*[("unreachable", "10.9.0.{n}:8443: no route")] * 24, *[("agent_failed", MARKUP)] * 8,
+              *[("timeout", "slow")] * 5]
+    with store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_task_nodes SET status = 'success'")
+        for n, (kind, message) in enumerate(causes, 1):
+            tx.execute("UPDATE release_task_nodes SET status = 'failed', error_kind = ?, error_msg = ? WHERE node_id = "
+                       "?", kind, message.format(n=n), n)
+        tx.execute(f"UPDATE release_tasks SET status = 'partial', finished_at = created_at, {rc.COUNTERS}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["Enter", " "])
-def test_a_plan_that_was_read_is_created_by_the_keyboard_on_its_button(page, key):
-    add_nodes(page.daemon.store, 1)
-    page.open().press("New release").fill(payload=PAYLOAD)
-    page.run("[...document.querySelectorAll('#ask button')].forEach(b => { b.id = b.textContent.split(' ')[0]; })")
-    page.enter("#Show", key, held=3).see("Goes to 1 node", "#plan").settle()
-    assert page.daemon.store.releases.page().total == 0  # held down on the one button it does not reach the other
-    assert page.run("document.activeElement.id") == "Show"
-    assert page.run("document.querySelector('#plan').getAttribute('aria-live')") == "polite"
-    page.browser.key("Tab")
-    assert page.run("document.activeElement.id") == "Create"
-    page.enter("#Create", key)
-    eventually(lambda: page.address() == "#/releases/1")
-
-
-@pytest.mark.slow
-def test_a_plan_of_what_was_written_before_is_not_shown(page):
-    add_nodes(page.daemon.store, 1)
-    page.open().press("New release").fill(payload=PAYLOAD)
-    page.run("""const real = window.fetch; window.fetch = async (path, options) => {
-      const answer = await real(path, options);
-      if (options.method === 'POST') await new Promise(then => { window.goOn = then; });
-      return answer; }""")
-    page.press("Show the plan").see("Loading the plan", "#plan").fill(reason="changed")
-    eventually(lambda: page.run("Boolean(window.goOn)"))
-    page.run("window.goOn()")
-    page.see("can be used once the plan is shown", "#plan").press("Create").settle()
-    assert page.daemon.store.releases.page().total == 0
-
-
-@pytest.mark.slow
-def test_an_empty_payload_is_an_error_beside_its_field(page):
-    add_nodes(page.daemon.store, 1)
-    page.open().press("New release")
-    assert page.run("document.querySelector('[name=payload]').value") == ""
-    page.press("Show the plan").see('Write the payload, for example {"websites": []}', "#wrong-payload")
-    assert page.run("[document.activeElement.name, document.activeElement.getAttribute('aria-invalid'), "
-                    "document.activeElement.getAttribute('aria-describedby')]") == ["payload", "true", "wrong-payload"]
-    assert page.browser.changes == []
-    page.fill(payload=PAYLOAD).plan()
-    assert page.text("#wrong-payload") == ""
-    assert page.count("[aria-invalid]") == 0
-
-
-@pytest.mark.slow
-def test_the_payload_goes_out_as_it_was_written(page):
-    add_nodes(page.daemon.store, 1)
-    page.open().press("New release").fill(payload='{"websites": [], "websites": [1]}').press("Show the plan")
-    page.see("websites", "#ask .refused")  # the daemon takes no key twice: which of the two would be meant?
-    page.fill(payload='{"websites": [12345678901234567891]}', strategy='{"batches": [1]}').plan().press("Create")
-    eventually(lambda: page.address() == "#/releases/1")
-    with page.daemon.store.database.transaction() as tx:
-        assert "12345678901234567891" in tx.value("SELECT payload FROM release_tasks")
-
-
-@pytest.mark.slow
-def test_the_plan_of_a_new_release_warns_of_nodes_that_would_lose_their_sites(page):
-    refusal = {"code": 2003, "message": "payload has no websites, which edge-1 needs", "data": None}
-    page.open().press("New release").fill(payload="{}").answers(
-        ("releases", "dryRun", refusal),
-        ("releases", "dryRun", {**PLAN, "version": 7, "emptied": [f"edge-{n}" for n in range(1, 16)]}),
-        ("releases", "dryRun", {**PLAN, "version": 7, "emptied": []}))
-    page.press("Show the plan").see(refusal["message"], "#ask .refused")
-    assert page.count("#plan h3") == 0
-    page.plan().see("Goes to 40 nodes as version 7, in batches of 1, then 39.", "#plan")
-    page.see("15 nodes would be left without any site: edge-1, edge-2, ", "#plan .notice")
-    page.see(" and 3 more", "#plan .notice")
-    page.fill(payload='{"websites": [1]}').plan()
-    assert "without any site" not in page.text("#ask")
-
-
-@pytest.mark.slow
-def test_what_a_new_release_leaves_out_is_told_before_and_after_its_creation(page):
-    left_out = [{"nodeId": 3, "nodeName": "edge-3", "why": "maintenance"},
-                {"nodeId": 4, "nodeName": MARKUP, "why": "disabled"},
-                {"nodeId": 5, "nodeName": "edge-5", "why": "maintenance"}]
-    add_nodes(page.daemon.store, 1)
-    new_release(page.daemon.store)
-    page.open().press("New release").fill(payload=PAYLOAD).answers(
-        ("releases", "dryRun", {**PLAN, "leftOut": left_out}),
-        ("releases", "websites", {"releaseId": 1, "version": 1, "totalNodes": 40, "batches": [], "leftOut": left_out}))
-    page.plan()
-    for words in ("Left out: 3 nodes.", "maintenance: edge-3, edge-5", f"disabled: {MARKUP}"):
-        page.see(words, "#plan")
-    page.press("Create").see("Release 1 created", "#ask h2").see("Version 1 goes to 40 nodes.", "#ask")
-    page.see("maintenance: edge-3, edge-5", "#ask")
-    assert page.address() == "#/releases/1"
-    page.press("Close").see("pending", "main .chip")
-    assert page.count("dialog[open]") == 0
+def test_37_failures_of_three_kinds_among_2000_nodes_fit_a_screen_and_one_kind_is_retried(page):
+    night_shift(page.daemon.store, 2000)
+    page.browser.look(1280, 800)
+    page.open("#/releases/1").see("37 nodes failed", "#failures h2")
+    page.see("{main_ip}:8443: no route", "#cause-0").see("24 of 24 in pop=gru", "#cause-0")
+    page.see("Is the host up", "#cause-0").see(MARKUP, "#cause-1").see("agent_failed", "#cause-1")
+    assert page.run("document.querySelector('#failures').getBoundingClientRect().height") < 480
+    assert page.run("document.querySelector('#cause-2').getBoundingClientRect().bottom") < 800
+    assert page.count("#failures img") + page.count("#failures li") == 0
+    page.run("document.querySelector('#cause-0 summary').click()")
+    page.see("edge-20", "#cause-0 ul").see("and 4 more", "#cause-0 ul")
+    page.run("document.querySelector('#cause-0 li a').click()")
+    page.see("no route", "#node pre").press("Close").see("edge-20", "#cause-0 ul")  # it is still open
+    page.run("document.querySelector('#cause-0 summary').click()")
+    eventually(lambda: page.count("#failures li") == 0)
+    page.run("[...document.querySelectorAll('#cause-0 button')].find(b => b.textContent === 'Retry these').click()")
+    page.see("for 24 nodes that failed", "#ask").ready("Sends the payload of release 1 to 24 nodes")
+    page.press("Retry: release 1")
+    eventually(lambda: page.address() == "#/releases/2")
+    assert page.daemon.store.releases.get(2).total_nodes == 24
 
 
 def failed_release(store: rc.Store) -> None:
@@ -664,67 +828,42 @@ def failed_release(store: rc.Store) -> None:
 
 
 @pytest.mark.slow
-def test_the_causes_of_many_failures_are_a_table_with_the_names_folded(page):
-    store = page.daemon.store
-    store.nodes.import_all([{"name": f"edge-{number}", "main_ip": f"10.9.0.{number}",
-                             "labels": json.dumps({"pop": "gru" if number < 25 else "fra"})}
-                            for number in range(1, 61)])
-    release = new_release(store)
-    for number in range(1, 27):
-        sql(store, "UPDATE release_task_nodes SET status = 'failed', error_kind = ?, error_msg = ? WHERE node_id = ?",
-            "unreachable" if number < 25 else "agent_failed",
-            f"10.9.0.{number}:8443: no route" if number < 25 else MARKUP, number)
-    sql(store, "UPDATE release_tasks SET status = 'failed', failed_nodes = 26, finished_at = created_at")
-    page.open(f"#/releases/{release.id}").see("26 nodes failed", "#failures h2")
-    page.see("{main_ip}:8443: no route", "#cause-0").see("24 of 24 in pop=gru", "#cause-0")
-    page.see("Is the host up", "#cause-0").see(MARKUP, "#cause-1").see("agent_failed", "#cause-1")
-    assert page.count("#failures img") + page.count("#failures li") == 0
-    page.run("document.querySelector('#cause-0 summary').click()")
-    page.see("edge-20", "#cause-0 ul").see("and 4 more", "#cause-0 ul")
-    page.run("document.querySelector('#cause-0 li a').click()")
-    page.see("no route", "#node pre").press("Close").see("edge-20", "#cause-0 ul")  # it is still open
-    page.run("document.querySelector('#cause-0 summary').click()")
-    eventually(lambda: page.count("#failures li") == 0)
-
-
-@pytest.mark.slow
 def test_a_retry_shows_its_plan_and_goes_over_newer_releases_only_when_told(page):
     failed_release(page.daemon.store)
     plan = {**PLAN, "version": 6, "payloadOf": {"releaseId": 1, "version": 1},
             "leftOut": [{"nodeId": 2, "nodeName": "edge-2", "why": "disabled"}]}
     page.open("#/releases/1").see("failed", "main .chip").answers(
-        ("1/retry", "dryRun", NEWER), ("1/retry", "overNewer", plan), ("1/retry", "overNewer", {
+        ("1/retry", "dryRun", NEWER), ("1/retry", "overNewer", plan), ("1/retry", "again", plan),
+        ("1/retry", "overNewer", {
             "releaseId": 1, "version": 6, "totalNodes": 40, "batches": [], "leftOut": []}))
-    page.press("Retry").see(NEWER["message"], "#ask .refused").press("Retry release 1").settle()
+    page.press("Retry").see(NEWER["message"], "#ask .refused").press("Retry: release 1").settle()
     page.see("Go over newer releases", "#ask")
     page.run("document.querySelector('[name=overNewer]').click()")
-    page.see("Sends the payload of release 1 (v1) to 40 nodes as version 6", "#plan").see("disabled: edge-2", "#plan")
-    page.fill(reason="again")  # says nothing of what goes out: the plan stays
-    page.enter("#ask [name=reason]").settle().press("Retry release 1")
+    page.ready("Sends the payload of release 1 to 40 nodes in 2 batches, as version 6")
+    page.see("1 node, disabled: edge-2", "#ask")
+    page.fill(reason="again").enter("#ask [name=reason]").ready().press("Retry: release 1")
     eventually(lambda: page.count("dialog[open]") == 0)
     assert page.sent() == [("retry", {"dryRun": True}), ("retry", {"overNewer": True, "dryRun": True}),
+                           ("retry", {"overNewer": True, "reason": "again", "dryRun": True}),
                            ("retry", {"overNewer": True, "reason": "again"})]
-    assert "Idempotency-Key" in page.run("window.sent[2][2]")
+    assert "Idempotency-Key" in page.run("window.sent[3][2]")
 
 
 @pytest.mark.slow
-def test_a_rollback_shows_which_release_it_goes_back_to_and_takes_another(page):
-    failed_release(page.daemon.store)
-    page.open("#/releases/1").see("failed", "main .chip").answers(
-        ("1/rollback", "dryRun", {"code": 3003, "message": "nothing to roll back to", "data": None}),
-        ("1/rollback", "toRelease", {**PLAN, "payloadOf": {"releaseId": 4, "version": 4}}),
-        ("1/rollback", "toRelease", PLAN),
-        ("1/rollback", "toRelease", {"releaseId": 1, "version": 6, "totalNodes": 40, "batches": []}))
-    page.press("Roll back").see("nothing to roll back to", "#ask .refused")
-    assert "Go over newer releases" not in page.text("#ask")
-    page.fill(toRelease="four").press("Show the plan").see("Write the number of a release", "#wrong-toRelease")
-    page.fill(toRelease="4").enter("[name=toRelease]").settle().press("Roll back release 1").settle()
-    assert len(page.sent()) == 1
-    page.plan().see("Sends the payload of release 4 (v4) to 40 nodes, in batches of 1, then 39.", "#plan")
-    page.fill(toRelease="3").plan().see("Goes to 40 nodes, in", "#plan").press("Roll back release 1")
-    eventually(lambda: page.count("dialog[open]") == 0)
-    assert page.sent()[1:] == [("rollback", {"toRelease": 4, "dryRun": True}),
-                               ("rollback", {"toRelease": 3, "dryRun": True}), ("rollback", {"toRelease": 3})]
+def test_a_rollback_goes_to_the_release_that_was_chosen_of_the_good_ones(live):
+    page, world = live(3)
+    for number in (1, 2, 3):
+        new_release(world.store, payload={"websites": [number]}, reason=f"site {number}")
+        page.open(f"#/releases/{number}").see("3 nodes succeeded", "main")
+    page.press("Roll back").ready("Sends the payload of release 2 to 3 nodes").see("- 3\n+ 2", "#effect pre")
+    assert page.run("[...document.querySelectorAll('[name=toRelease] option')].map(o => o.value)") == ["", "2", "1"]
+    page.fill(toRelease="1").ready("Sends the payload of release 1 to 3 nodes").see("- 3\n+ 1", "#effect pre")
+    world.store.nodes.update(3, {"enabled": 0})
+    page.fill(reason="the old one").ready("1 node, disabled: edge-3").press("Roll back: release 3")
+    page.see("Release 4 created", "#ask h2").see("edge-3", "#ask").press("Close")
+    page.see("2 nodes succeeded", "main").see("Release 3", "main dl")
+    with world.store.database.transaction() as tx:
+        assert json.loads(tx.value("SELECT payload FROM release_tasks WHERE id = 4"))["websites"] == [1]
 
 
 @pytest.mark.slow
@@ -732,29 +871,22 @@ def test_what_the_daemon_plans_refuses_and_leaves_out_is_what_the_page_says(live
     page, world = live(3)
     store = world.store
     store.nodes.add("edge-9", "10.9.9.9", agent_protocol="execute")
-    page.open().press("New release").fill(payload="{}").press("Show the plan").see("websites", "#ask .refused")
-    page.fill(payload=PAYLOAD).plan().see("Goes to 4 nodes as version 1", "#plan")
+    page.draft(payload="{}").see("websites", "#plan .refused")
+    page.fill(payload=PAYLOAD, reason="x").ready("Goes to 4 nodes in 2 batches, as version 1")
     page.see("1 node would be left without any site: edge-9", "#plan .notice")
     store.nodes.update(4, {"enabled": 0})
-    page.fill(reason="first").plan().see("Goes to 3 nodes", "#plan").press("Create")
+    page.fill(reason="first").ready("Goes to 3 nodes").send()
     eventually(lambda: page.address() == "#/releases/1")
-    page.open("#/releases/1").see("3 nodes succeeded", "main")
+    page.see("3 nodes succeeded", "main")
     world.agent(1).set(outcome="failed", message="no")
     new_release(store, payload={"websites": [2]})
-    page.open("#/releases/2").see("1 node failed", "#failures")
+    page.open("#/releases/2").see("1 node failed", "#failures").see("1 change against Release 1 (v1)", "#changes")
     world.agent(1).set(outcome="success", message="")
     new_release(store, payload={"websites": [3]})
     page.open("#/releases/3").see("3 nodes succeeded", "main")
     page.open("#/releases/2").press("Retry").see("release 3 (v3) succeeded later on", "#ask .refused")
     page.run("document.querySelector('[name=overNewer]').click()")
-    page.see("Sends the payload of release 2 (v2) to 3 nodes as version 4", "#plan").press("Close")
-    page.open("#/releases/3").press("Roll back").see("Sends the payload of release 1 (v1) to 3 nodes", "#plan")
-    page.fill(toRelease="9").press("Show the plan").see("9", "#ask .refused")
-    store.nodes.update(3, {"enabled": 0})
-    page.fill(toRelease="1").plan().see("Left out: 1 node.", "#plan").see("edge-3", "#plan")
-    page.press("Roll back release 3").see("Release 4 created", "#ask h2").see("edge-3", "#ask").press("Close")
-    page.see("2 nodes succeeded", "main").see("Release 3", "main dl")
-    assert page.address() == "#/releases/4"
+    page.ready("Sends the payload of release 2 to 3 nodes in 2 batches, as version 4").press("Close")
 
 
 @pytest.mark.slow
@@ -762,52 +894,209 @@ def test_enter_changes_nothing_in_any_dialog(page):
     store = page.daemon.store
     failed_release(store)
     new_release(store)
-    for place, name, field in (("#/releases/1", "Retry", "reason"), ("#/releases/1", "Roll back", "toRelease"),
+    for place, name, field in (("#/releases/1", "Retry", "reason"), ("#/releases/1", "Roll back", "reason"),
                                ("#/releases/2", "Pause", "reason"), ("#/releases/2", "Cancel", "reason"),
-                               ("#/nodes", "Add a node", "mainIp"), ("#/nodes", "Edit", "name"),
+                               ("#/nodes", "Add a node", "mainIp"), ("#/nodes/1", "Edit", "name"),
                                ("#/health", "Freeze", "reason")):
         page.open(place).press(name).fill(**{field: "edge-9"}).enter(f"#ask [name={field}]", held=3).settle()
         assert page.count("dialog[open]") == 1, name
         page.press("Close")
-    page.open("#/nodes").press("Maintenance")
+    page.open("#/nodes/1").press("Maintenance")
     page.browser.key("Enter", "\r", held=3)  # whoever held it on the button before
     page.settle()
     assert [(path, body) for _, path, body in page.browser.changes if not body.get("dryRun")] == []
     assert store.releases.get(2).status == "pending"
-    page.press("Change").see("End maintenance", "#row-1")
+    page.press("Change").see("End maintenance", "main")
 
 
-# -- who may, nodes, health -------------------------------------------------------------------------
+# -- who may, and what is known without contact ---------------------------------------------------------
+
+@pytest.fixture
+def tokens(tmp_path):
+    """A function that writes the file of tokens: anna is an operator, vera a viewer; each one's name is the token."""
+    def write(*names: str):
+        file = tmp_path / "tokens"
+        roles = {"anna": "operator", "vera": "viewer"}
+        file.write_text("".join(f"{name}:{roles[name]}:{hashlib.sha256(name.encode()).hexdigest()}\n"
+                                for name in names))
+        file.chmod(0o600)
+        return file
+    return write
+
+
+def signed_in(page: Page, name: str, place: str = "#/releases") -> Page:
+    page.browser.open(page.daemon.url + place)
+    page.see("Enter your API token", "#ask").fill(token=name).press("Sign in")
+    return page.see(f"{name}, ", "#user").see(None)
+
 
 @pytest.mark.slow
-def test_a_token_is_asked_for_kept_for_the_session_and_sent(new_page, sqlite_world, tmp_path):
-    file = tmp_path / "tokens"
-    file.write_text(f"vera:viewer:{hashlib.sha256(b'open sesame').hexdigest()}\n")
-    file.chmod(0o600)
-    add_nodes(sqlite_world.store, 1)
+def test_a_viewers_tour_offers_nothing_that_a_viewer_can_not_do(new_page, sqlite_world, tokens):
+    failed_release(sqlite_world.store)
     new_release(sqlite_world.store)
-    page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url, API_TOKENS_FILE=file)))
+    page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url, API_TOKENS_FILE=tokens("anna", "vera"))))
     page.open("#/releases/1").see("Enter your API token", "#ask").see("Signed out", "main h1")
     page.fill(token="wrong").enter("[name=token]")
-    page.see("This token isn't valid: mistyped, or removed on the server.", "#ask").fill(token="open sesame")
-    page.press("Sign in").see("pending", "main .chip")
+    page.see("This token isn't valid: mistyped, or removed on the server.", "#ask").fill(token="vera")
+    page.press("Sign in").see("failed", "main .chip").see("vera, viewer", "#user")
     assert page.run("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
-    page.see("Read only: your token is a viewer's.", "#why")
-    assert page.run("document.querySelector('#verb-pause').getAttribute('aria-disabled')") == "true"
+    page.see("Read only: your token is a viewer's.", "main")
+    may_press = {"CSV", "Copy names", "UTC", "English", "中文", "Notify", "Beep", "Keys", "Sign out"}
+    for place in ("#/releases", "#/releases/1", "#/releases/2", "#/nodes", "#/nodes?search=edge", "#/nodes/1",
+                  "#/health"):
+        page.run(f"location.hash = {place!r}")
+        page.settle()
+        pressable = set(page.run("[...document.querySelectorAll('button')].map(b => b.textContent)"))
+        assert pressable <= may_press, place
+        assert page.count("a[href^='#/new']") == 0, place
+    page.run("location.hash = '#/new'")
+    page.see("a release is made by an operator", "main")
+    assert [answer for answer in page.browser.answers if answer[0] == 403] == []
     page.run("location.reload()")
-    page.see("pending", "main .chip")
+    page.see("vera, viewer", "#user").press("Sign out").see("Signed out", "main h1")
+    assert page.run("sessionStorage.length") == 0
 
 
 @pytest.mark.slow
-def test_nodes_are_added_edited_and_taken_out(page):
+def test_a_token_that_is_revoked_leaves_what_was_known_greyed_and_signing_in_goes_on(new_page, sqlite_world, tokens):
+    failed_release(sqlite_world.store)
+    new_release(sqlite_world.store)
+    page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url, API_TOKENS_FILE=tokens("anna", "vera"))))
+    signed_in(page, "anna", "#/releases/2").see("pending", "main .chip")
+    tokens("vera")
+    page.see("Your token has expired or was removed", "#trouble").see("showing", "#age").see("Release 2", "main h1")
+    assert page.run("getComputedStyle(document.querySelector('main')).opacity") < "0.9"
+    page.press("Pause").see("Sign in first", "#ask").press("Close")
+    page.run("document.querySelector('#trouble button').click()")
+    page.fill(token="vera").press("Sign in").see("vera, viewer", "#user").see("Read only", "main")
+    assert page.text("#trouble") == ""
+
+
+@pytest.mark.slow
+def test_a_daemon_that_is_lost_and_comes_back_is_noticed_and_what_was_seen_stays(new_page, sqlite_world):
+    add_nodes(sqlite_world.store, 2)
+    new_release(sqlite_world.store)
+    first = ServeProcess(sqlite_world.url)
+    page = new_page(first).open("#/nodes").see("edge-1", "#row-1").open("#/nodes")
+    page.run("location.hash = '#/health'")
+    page.see("Executor", "main").run("location.hash = '#/releases/1'")
+    page.see("pending", "main .chip").see("updated", "#age")
+    first.stop()
+    page.see("The daemon can't be reached. Retrying.", "#trouble").see("Connection lost", "#pulse")
+    assert re.fullmatch(r"\d+ s ago, showing \d\d:\d\d:\d\d", page.text("#age"))
+    assert "unknown" in page.run("document.querySelector('#pulse a').className")
+    page.see("Release 1", "main h1")
+    for place, words in (("#/nodes", "edge-1"), ("#/health", "reachable"), ("#/releases", "History"),
+                         ("#/releases/1", "Batches")):
+        page.run(f"location.hash = {place!r}")
+        page.see(words, "main")
+    page.press("Pause").see("nothing can be changed now", "#ask").press("Close")
+    eventually(lambda: "bad" in page.run("document.querySelector('#pulse a').className"), 20)  # red after 10 s
+    sqlite_world.store.releases.act("pause", 1, "test")
+    second = ServeProcess(sqlite_world.url, first.port)
+    try:
+        page.see("paused", "main .chip")
+        assert page.text("#trouble") == ""
+        page.press("Resume").see("Goes on with what is left", "#ask")
+    finally:
+        second.stop()
+
+
+@pytest.mark.slow
+def test_an_error_of_a_view_is_that_views_and_no_loss_of_contact(page):
+    page.open("#/nodes?drift=sideways").see("This can't be shown", "main h1").see("drift", "main")
+    assert page.text("#trouble") == ""
+    page.press("Releases").see("History", "main")
+
+
+# -- nodes and health -------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_nodes_are_added_edited_and_taken_out_and_their_page_tells_it(page):
     page.open("#/nodes").see("There is no node yet", "main")
     page.press("Add a node").fill(name="edge-1", mainIp="bad address").press("Add").see("mainIp", "#ask .refused")
-    page.fill(mainIp="10.0.0.7", labels="region=eu, site=ams").press("Add").see("region=eu, site=ams", "#row-1")
-    page.press("Edit").fill(agentPort="9090", agentProtocol="execute").press("Save").see("execute, port 9090", "#row-1")
-    page.press("Maintenance").press("Change").see("End maintenance", "#row-1")
-    page.press("Disable").see("New releases leave it out", "#ask").press("Change").see("disabled", "#row-1")
+    page.fill(mainIp="10.0.0.7", labels="region=eu, region=us").press("Add")
+    page.see("The label region is there twice", "#wrong-labels")
+    page.fill(labels="region=eu, site=ams").press("Add").see("region=eu, site=ams", "#row-1").press("edge-1")
+    page.see("10.0.0.7:8443", "main dl")
+    page.press("Edit").fill(agentPort="9090", agentProtocol="execute").press("Save").see("10.0.0.7:9090", "main dl")
+    page.press("Maintenance").press("Change").see("End maintenance", "main")
+    page.press("Disable").see("New releases leave it out", "#ask").press("Change").see("disabled", "main")
+    page.see("enabled: true → false", "main .timeline").see("by api", "main .timeline")
     node = page.daemon.store.nodes.get(1)
     assert (node.agent_port, node.status, node.enabled) == (9090, "maintenance", 0)
+
+
+@pytest.mark.slow
+def test_nodes_are_searched_and_filtered_in_the_address_and_all_that_were_found_are_changed(page):
+    store = page.daemon.store
+    store.nodes.import_all([{"name": f"edge-{'ams' if n < 212 else 'fra'}-{n}", "main_ip": f"10.9.{n >> 8}.{n & 255}",
+                             "labels": '{"pop":"x"}'} for n in range(300)])
+    page.open("#/nodes").see("300 nodes", "main .bulk").see("page 1 of 6", "main")
+    page.run("{ const f = document.querySelector('#search'); f.value = 'ams'; f.oninput({target: f}); }")
+    page.see("212 nodes", "main .bulk")
+    assert page.address() == "#/nodes?search=ams"
+    page.press("Maintenance").see("212 nodes: Maintenance?", "#ask").press("Change 212 nodes")
+    page.see("212 nodes changed", "#ask h2", 60)
+    page.press("Close").see("maintenance", "#row-1")
+    with store.database.transaction() as tx:
+        assert tx.value("SELECT COUNT(*) FROM nodes WHERE status = 'maintenance'") == 212
+    page.run("location.hash = '#/nodes?search=fra'")
+    page.see("88 nodes", "main .bulk").press("New release for these").see("88 nodes picked", "main")
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_nodes_are_searched_and_walked_without_a_long_task(page):
+    with page.daemon.store.database.transaction(write=True) as tx:
+        tx.insert_many("INSERT INTO nodes (name, main_ip, labels) VALUES ", 3, [
+            (f"edge-{'w' * 90 if n == 7 else ''}{n}", f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}", '{"pop":"ams"}')
+            for n in range(1, 100_001)])
+    page.browser.open(page.daemon.url + "#/nodes")
+    page.see("100,000 nodes", "main .bulk", 90)
+    page.run("""window.tasks = [];
+        new PerformanceObserver(list => window.tasks.push(...list.getEntries().map(e => e.duration)))
+            .observe({type: 'longtask'}); null""")
+    page.run("window.scrollTo(0, 3000)")
+    page.press("Next").see("edge-51", "#row-51", 60)
+    for words in ("edge-7777", "edge-77771"):
+        page.run(f"{{ const f = document.querySelector('#search'); f.value = {words!r}; f.oninput({{target: f}}); }}")
+        page.see("edge-77771", "main tbody", 60)
+    assert [ms for ms in page.run("window.tasks") if ms > 100] == []
+    assert page.run("document.documentElement.scrollWidth") <= 1280
+
+
+@pytest.mark.slow
+def test_what_a_table_shows_is_saved_as_csv_without_a_formula_in_it(page):
+    page.daemon.store.nodes.add("edge-1", "10.0.0.1", labels='{"a":"b"}')
+    new_release(page.daemon.store, reason='=cmd|" /c calc"!A0')
+    page.open().see("Release 1", "#release-1")
+    page.run("""window.saved = []; URL.createObjectURL = blob => { window.saved.push(blob); return '#'; };
+        HTMLAnchorElement.prototype.click = function () { window.saved.push(this.download); }; null""")
+    page.run("[...document.querySelectorAll('button')].find(b => b.textContent === 'CSV').click()")
+    assert page.run("window.saved[1]") == "queue.csv"
+    assert '"\'=cmd|"" /c calc""!A0"' in page.run("window.saved[0].text()")
+
+
+@pytest.mark.slow
+def test_a_tab_beeps_and_notifies_of_a_new_problem_only_where_that_was_switched_on(page):
+    add_nodes(page.daemon.store, 1)
+    page.open().see("All is well", "#pulse")
+    page.run("""window.told = []; window.AudioContext = function () { window.told.push('audio'); return {currentTime: 0,
+        createOscillator: () => ({frequency: {}, connect: to => to, start() {}, stop() {}}),
+        createGain: () => ({gain: {}, connect() {}})}; };
+        window.Notification = function (name, {body}) { window.told.push(body); };
+        Notification.requestPermission = async () => 'granted'; null""")
+    page.daemon.store.releases.set_freeze(True, "anna", "first")
+    page.see("Frozen", "#pulse")
+    page.daemon.store.releases.set_freeze(False, "anna", "")
+    page.see("All is well", "#pulse")
+    assert page.run("window.told") == []
+    page.press("Notify").press("Beep")
+    page.daemon.store.releases.set_freeze(True, "anna", "again")
+    page.see("Frozen", "#pulse")
+    eventually(lambda: page.run("window.told.at(-1)") == "Frozen: nothing is dispatched")
+    assert page.run("sessionStorage.length") == 2
+    page.press("Notify").press("Beep")
 
 
 @pytest.mark.slow
@@ -828,16 +1117,19 @@ def test_health_shows_executor_database_certificates_and_claims(live):
     world.agent(1).set(mode="refuse")
     new_release(world.store)
     page.open("#/health")
-    for words in ("Last tick", "writable", "CONTROL_CERT", "days left", "expires in", rc.__version__):
+    for words in ("Last tick", "writable", "CONTROL_CERT", "days left", "expires in", "not frozen", rc.__version__):
         page.see(words, "main")
-    assert "Freeze" in page.text("main") or (404, f"{page.daemon.url}api/v1/freeze") in page.browser.answers
+    page.press("Freeze").fill(reason="the match", target="dns", until="2126-01-02T03:04").press("Freeze")
+    page.see("no release has the target dns", "#ask .notice").press("Close").see("until 2 Jan 2126 03:04:00", "main")
+    page.press("Lift the freeze").see("Lift the freeze of dns?", "#ask").press("Lift the freeze")
+    page.see("not frozen", "main")
     world.agent(1).set(mode="normal")
     page.see("No release is claimed", "main")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("last_at", "words"), [("2026-01-02T03:04:05.000Z", "Last tick 2026-01-02 "),
-                                                (None, "No tick since its start on host-a.")])
+@pytest.mark.parametrize(("last_at", "words"), [("2026-01-02T03:04:05.000Z", "Last tick 2 Jan "),
+                                                (None, "No tick since its start on host-a")])
 def test_an_executor_that_is_stalled_is_told_with_its_host_and_where_to_look(
         new_page, sqlite_world, last_at, words):
     api = rc.Api(sqlite_world.store, rc.Metrics(), process=lambda: {"certificates": [], "executor": {
@@ -845,7 +1137,7 @@ def test_an_executor_that_is_stalled_is_told_with_its_host_and_where_to_look(
     api.started_at -= 600
     page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url), api=api)).open()
     page.see("Executor stalled", "#pulse").see(words, "main .verdict")
-    page.see("on host-a. journalctl -u releasectl -n 50", "main .verdict")
+    page.see("on host-a", "main .verdict").see("journalctl -u releasectl -n 50", "main .verdict")
 
 
 @pytest.mark.slow
@@ -859,6 +1151,7 @@ def test_every_problem_is_told_with_since_when_and_its_mend(live):
     for words in ("release 1 (v1) of cdn ended failed", "releasectl retry 1 --plan", "releasectl freeze off", " for "):
         page.see(words, "main .problems")
     assert page.count("main .problems li") == 2
+    assert "ba1b23" in page.run("document.querySelector('link[rel=icon]').href")
 
 
 # -- for everybody -----------------------------------------------------------------------------------
@@ -901,42 +1194,66 @@ def full(new_page, sqlite_world) -> Page:
     return new_page(Daemon(store, settings_for(sqlite_world.url)))
 
 
+
 PLACES = ("#/releases", "#/releases?status=failed", "#/releases/1", "#/releases/3", "#/releases/1?node=2", "#/nodes",
-          "#/health")
+          "#/nodes?search=long", "#/nodes/1", "#/health", "#/new")
+DIALOGS = (("#/releases/3", "verb.cancel"), ("#/releases/1", "verb.retry"), ("#/releases/2", "verb.rollback"),
+           ("#/nodes", "node.add"), ("#/nodes/1", "node.maintenance"), ("#/health", "freeze"), ("#/health", "keys"))
+
+
+def wide(page: Page) -> list[int]:
+    """Return how much wider than the window the page and its open dialogs are."""
+    return page.run("[document.documentElement, ...document.querySelectorAll('dialog[open]')]"
+                    ".map(d => d.scrollWidth - Math.min(d.clientWidth + 1, innerWidth)).filter(px => px > 1)")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_that_keeps_a_person_out(full, axe, scheme):
-    full.browser.look(scheme=scheme)
-    for place in PLACES:
-        full.open(place)
-        if "node=" in place:
-            full.see("Attempts", "#node")
-        assert (place, violations(full, axe)) == (place, [])
-    for place, name in (("#/releases/3", "Cancel"), ("#/releases", "New release"), ("#/nodes", "Add a node")):
-        full.open(place).press(name)
-        assert (name, violations(full, axe)) == (name, [])
-    full.open("#/releases").press("New release").press("Show the plan").see("Write the payload", "#ask")
-    assert violations(full, axe) == []
-    full.open("#/releases/1").see("failed", "main .chip").answers(("retry", "", NEWER), ("retry", "", {
-        **PLAN, "emptied": ["edge-1"], "leftOut": [{"nodeId": 1, "nodeName": "edge-2", "why": "disabled"}]}))
-    full.press("Retry").see(NEWER["message"], "#ask")
-    assert violations(full, axe) == []
-    full.plan()
-    assert violations(full, axe) == []
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_view_and_dialog_is_for_everybody(full, axe, language):
+    """In both languages axe finds nothing in light and dark, and nothing is wider than 1280 and 360 pixels."""
+    page = full.open()
+    page.run(f"localStorage.setItem('releasectl-language', {language!r})")
+    try:
+        for place, key in ((*((place, "") for place in PLACES), *DIALOGS)):
+            page.browser.look()
+            page.open(place)
+            if place == "#/new":
+                page.fill(payload=PAYLOAD, reason="x").ready()
+            if key:
+                page.press(page.run(f"t({key!r})"))
+                eventually(lambda: page.count("dialog[open] h2") == 1)
+            eventually(lambda: page.count("main .waits") == 0)
+            for width, scheme in ((1280, "light"), (360, "dark")):
+                page.browser.look(width, 800, scheme)
+                assert (place, key, scheme, violations(page, axe)) == (place, key, scheme, [])
+                assert (place, key, width, wide(page)) == (place, key, width, [])
+    finally:
+        page.run("localStorage.clear(); sessionStorage.clear()")
 
 
 def violations(page: Page, axe: str) -> list[Any]:
-    page.run(axe)
+    page.run(f"window.axe || (() => {{ {axe} }})(); null")
     return page.run("axe.run().then(found => found.violations.map(v => [v.id, ...v.nodes.map(n => n.html)]))")
 
 
 @pytest.mark.slow
-def test_nothing_scrolls_sideways_at_360_pixels(full):
-    full.browser.look(360, 780)
-    for place in PLACES:
-        full.open(place)
-        wide = full.run("[document.documentElement.scrollWidth, ...[...document.querySelectorAll('dialog[open]')]"
-                        ".map(d => d.scrollWidth)]")
-        assert (place, [width for width in wide if width > 360]) == (place, [])
+def test_bars_cells_and_marks_are_seen_in_forced_colours_and_in_print(full):
+    for media in ("forced-colors", "print"):
+        full.browser.look(media=media)
+        full.open("#/releases/1")
+        seen = full.run("""['.mark.failed', '.cell.failed', '.cell.failed .mark', '.bar .success', '.bar .failed']
+            .map(which => {
+                const style = getComputedStyle(document.querySelector(`main ${which}`));
+                return style.backgroundColor !== 'rgba(0, 0, 0, 0)' || style.borderTopWidth !== '0px'
+                    || style.backgroundImage !== 'none'; })""")
+        assert (media, seen) == (media, [True] * 5)
+        if media == "forced-colors":
+            assert full.run("""(() => { const [mark, cell] = ['.cell.failed .mark', '.cell.failed'].map(which =>
+                getComputedStyle(document.querySelector(which)).backgroundColor); return mark !== cell; })()""")
+        else:
+            assert full.run("getComputedStyle(document.querySelector('main .bar')).printColorAdjust") == "exact"
+            assert full.run("document.querySelector('header').offsetHeight") == 0
+
+
+def test_the_file_is_below_140_kb():
+    assert len(rc.DASHBOARD_FILE.read_bytes()) < 140 * 1024
