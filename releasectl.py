@@ -14643,8 +14643,11 @@ def page_headers(text: str) -> dict[str, str]:
 # API: routes as a table, handlers, /openapi.json (contract section 5); knows no
 #   socket.
 # Uses: Vocabulary, Helpers, Log and metrics, Model, Strategy, Selection, Plan, Status
-#   texts, Verbs, Audit, Queue, Retry and rollback, Drift, Overview, Serialization, Requests, Page.
-# ===============================================================================# Minimum seconds between write checks of the database, however many clients ask.
+#   texts, Verbs, Audit, Queue, Retry and rollback, Drift, Overview, Serialization,
+#   Requests, Page.
+# ===============================================================================
+
+# Minimum seconds between write checks of the database, however many clients ask.
 READY_CHECK_EVERY_S, WRITE_CHECK_EVERY_S = 1.0, 10.0
 # Added to what Claims.times_ahead() returns: claims and holds that end later than any setting allows.
 CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
