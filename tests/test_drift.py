@@ -942,7 +942,7 @@ def test_what_is_not_about_their_address_can_be_changed_of_twins(store):
     store.nodes.update(1, {"enabled": 0})
     for make_twins in (lambda: store.nodes.update(1, {"enabled": 1}),
                        lambda: store.nodes.import_all([{**rows[0], "enabled": 1}], update=True)):
-        with pytest.raises(rc.AppError, match="one agent is one node") as caught:
+        with pytest.raises(rc.AppError, match="an agent is one node") as caught:
             make_twins()
         assert caught.value.code == 3002
 
