@@ -14645,7 +14645,7 @@ def page_headers(text: str) -> dict[str, str]:
 # Uses: Vocabulary, Helpers, Log and metrics, Model, Strategy, Selection, Plan, Status
 #   texts, Verbs, Audit, Queue, Retry and rollback, Drift, Overview, Serialization,
 #   Requests, Page.
-# ===============================================================================
+# ======================================================================================
 
 # Minimum seconds between write checks of the database, however many clients ask.
 READY_CHECK_EVERY_S, WRITE_CHECK_EVERY_S = 1.0, 10.0

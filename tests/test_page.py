@@ -668,6 +668,21 @@ def test_after_too_many_failures_there_are_two_ways_on_that_say_what_they_do(liv
 
 
 @pytest.mark.slow
+def test_a_release_that_waits_for_approval_offers_it_to_others_than_its_author(page):
+    add_nodes(page.daemon.store, 2)
+    new_release(page.daemon.store)
+    sql(page.daemon.store, "UPDATE release_tasks SET approval = 'wanted', author = 'anna'")
+    page.open("#/releases/1").see("anna asks for approval", "main").answers(("1/approve", "looked", {}))
+    page.press("Approve").see("Release 1 of anna may start: version 1 goes to 2 nodes.", "#ask")
+    page.fill(reason="looked at it").press("Approve: release 1")
+    eventually(lambda: page.count("dialog[open]") == 0)
+    assert page.sent() == [("approve", {"reason": "looked at it"})]
+    sql(page.daemon.store, "UPDATE release_tasks SET author = ?", page.run("pulse.health.user"))
+    page.open("#/releases/1").see("Waiting for approval by somebody else than you", "main")
+    assert "Approve" not in page.text("main [role=group]")
+
+
+@pytest.mark.slow
 def test_only_verbs_that_can_be_used_now_are_offered(page):
     add_nodes(page.daemon.store, 1)
     new_release(page.daemon.store)
@@ -859,6 +874,7 @@ def test_a_rollback_goes_to_the_release_that_was_chosen_of_the_good_ones(live):
     assert page.run("[...document.querySelectorAll('[name=toRelease] option')].map(o => o.value)") == ["", "2", "1"]
     page.fill(toRelease="1").ready("Sends the payload of release 1 to 3 nodes").see("- 3\n+ 1", "#effect pre")
     world.store.nodes.update(3, {"enabled": 0})
+    page.run("document.querySelector('[name=supersede]').click()")
     page.fill(reason="the old one").ready("1 node, disabled: edge-3").press("Roll back: release 3")
     page.see("Release 4 created", "#ask h2").see("edge-3", "#ask").press("Close")
     page.see("2 nodes succeeded", "main").see("Release 3", "main dl")
