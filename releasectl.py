@@ -5717,9 +5717,9 @@ def _may_go_s(facts: Facts) -> float:
 def may_go_since(release: Release, strategy: Strategy) -> float:
     """Return since when a release that nobody has may be taken, in seconds since 1970.
 
-    inf: it is frozen, or the end of that is still to be written down.
+    inf: it waits for an approval, is frozen, or the end of that is still to be written down.
     """
-    if release.status_reason.startswith(FROZEN_BEGINS):
+    if release.awaits_approval or release.status_reason.startswith(FROZEN_BEGINS):
         return float("inf")
     start_s = epoch_or(strategy.start_at, 0.0) if release.status == PENDING else 0.0
     return max(epoch_or(release.updated_at, float("inf")), start_s)

@@ -1,0 +1,294 @@
+"""What approvals, rollbacks by themselves, hurry, freezes and the preflight do to each other, on both engines."""
+from __future__ import annotations
+
+import pytest
+from lab import JSON, add_nodes, assert_books_balance, new_release, nodes_of, sql, statuses
+from test_again import content_of, ended, good
+from test_approvals import ALICE, BOB, approve, runnable
+from test_decision import POLICY
+from test_goes_back import BACK, claimed, cycle, gone_bad, last_event, rollbacks_of, run
+from test_overview import ignore
+from test_store import now_of
+
+import releasectl as rc
+
+NOW = rc.Again("checkout answers 502", supersede=True)
+
+
+def needs_approvals(store: rc.Store) -> rc.Store:
+    """Let all processes have APPROVALS=1 from now on."""
+    store.database.approvals = True
+    return store
+
+
+def bad_release(store: rc.Store) -> rc.Release:
+    """Return a release that failed, after one that succeeded; from now on releases need an approval."""
+    add_nodes(store, 2)
+    good(store, "A")
+    bad = ended(store, "B", "success", "failed")
+    needs_approvals(store)
+    return bad
+
+
+def reason_of(store: rc.Store, release: rc.Release) -> str:
+    return store.releases.get(release.id).status_reason
+
+
+def silent(store: rc.Store, claim: rc.Claim, *node_ids: int) -> rc.Decision:
+    """Decide and commit as a driver does whose questions before batch 1 these nodes left without an answer."""
+    now = now_of(store)
+    release, rows = store.claims.read_with_nodes(claim)
+    verdict = rc.Verdict("failed", "unreachable", "refused", "refused")
+    nodes = [n._replace(next_op=rc.PING, deadline=now.elapsed + 600, has_answered=n.node_id not in node_ids,
+                        verdict=verdict if n.node_id in node_ids else None) for n in rows]
+    decision = rc.decide(rc.Situation(release, rc.NodeIndex(nodes), now, POLICY, rc.parse_strategy(
+        rc.parse_json(release.strategy)), slots=9))
+    store.claims.commit(claim, release, decision, now, "test")
+    return decision
+
+
+# -- approvals, and what goes back --------------------------------------------------------------------------------
+
+def test_a_rollback_by_itself_waits_for_no_second_person(store):
+    add_nodes(store, 2)
+    good(store, "A")
+    bad = new_release(store, payload={"content": "B"}, strategy=BACK)
+    claim = claimed(store, bad.id)
+    needs_approvals(store)
+    waiting = new_release(store)
+    run_on(store, claim, 1)
+    [back] = rollbacks_of(store, bad)
+    assert (back.approval, back.awaits_approval, runnable(store)) == ("automatic", False, [back.id])
+    assert [step.state for step in store.claims.why(back.id, 600).steps if step.name == "approval"] == [rc.OK]
+    [made] = [row for row in store.audit.rows(limit=100) if row.action == "release.rollback"]
+    assert rc.parse_json(made.after)["approval"] == "automatic"
+    with pytest.raises(rc.AppError, match="waits for no approval"):
+        approve(store, back.id)
+    assert (run(store, back.id).status, store.releases.get(waiting.id).status) == ("success", "pending")
+
+
+def run_on(store: rc.Store, claim: rc.Claim, *failing: int) -> None:
+    """Let a claimed release run to its end, failing on these nodes."""
+    while cycle(store, claim, failing).status not in rc.TERMINAL:
+        pass
+
+
+def test_what_people_make_of_a_rollback_by_itself_waits_again(store):
+    bad = gone_bad(store)
+    [back] = rollbacks_of(store, bad)
+    run(store, back.id, 1)
+    needs_approvals(store)
+    again = store.releases.retry(back.id, "anna").release
+    assert (again.approval, runnable(store)) == ("wanted", [])
+
+
+def test_a_freeze_that_comes_while_a_rollback_by_itself_waits_holds_it_and_nobody_behind_it(store):
+    add_nodes(store, 2)
+    good(store, "A")
+    bad = new_release(store, payload={"content": "B"}, strategy=BACK)
+    run(store, bad.id, 1)
+    [back] = rollbacks_of(store, bad)
+    dns = new_release(store, target="dns", node_ids=[1])
+    assert runnable(store) == [back.id]
+    freeze = store.releases.set_freeze(True, "anna", "holidays", "cdn").of_target("cdn")
+    assert (runnable(store), reason_of(store, back)) == ([dns.id], freeze.text)
+    assert last_event(store, back).event == "frozen"
+    assert [step.name for step in store.claims.why(back.id, 600).steps if step.state == rc.STOPS] == [
+        "freeze", "executor"]
+    assert run(store, dns.id).status == "success"
+    store.releases.set_freeze(False, "anna", "", "cdn")
+    assert (runnable(store), last_event(store, back).event) == ([back.id], "unfrozen")
+    # a node was sent a higher version meanwhile
+    assert (run(store, back.id).status, store.releases.get(back.id).version) == ("success", dns.version + 1)
+
+
+# -- approvals, and what is in a hurry ----------------------------------------------------------------------------
+
+def test_what_waits_for_an_approval_is_superseded_like_all_that_has_not_started(store):
+    add_nodes(store, 1)
+    needs_approvals(store)
+    first = new_release(store)
+    made = store.releases.create(rc.ReleaseRequest(supersede=True), ALICE)
+    assert [one.release_id for one in made.superseded] == [first.id]
+    assert reason_of(store, first).startswith(f"superseded by release {made.release.id} (v2)")
+    with pytest.raises(rc.AppError, match=f"release {first.id} is cancelled and waits for no approval$"):
+        approve(store, first.id)
+    assert (made.release.approval, runnable(store)) == ("wanted", [])
+    assert_books_balance(store, first.id)
+    approve(store, made.release.id)
+    assert runnable(store) == [made.release.id]
+
+
+def test_a_rollback_at_once_that_waits_for_an_approval_cancels_at_once_and_then_holds_nobody_up(store):
+    bad = bad_release(store)
+    queued = new_release(store)
+    approve(store, queued.id)
+    plan = store.releases.plan_again("rollback", bad.id, NOW)
+    made = store.releases.rollback(bad.id, ALICE, NOW)
+    # a cancel needs no second person, and nothing more may go out over what is bad
+    assert [one.release_id for one in plan.superseded] == [one.release_id for one in made.superseded] == [queued.id]
+    assert (store.releases.get(queued.id).status, runnable(store)) == ("cancelled", [])
+    later, other = new_release(store), new_release(store, target="dns")
+    approve(store, later.id)
+    approve(store, other.id)
+    assert runnable(store) == [later.id]
+    assert reason_of(store, other) == f"waiting for release {later.id}, which is pending"
+    approve(store, made.release.id)
+    assert runnable(store) == [made.release.id]
+    assert reason_of(store, later) == f"waiting for release {made.release.id}, which is pending and goes first"
+
+
+def test_in_an_emergency_a_rollback_at_once_starts_at_once(store):
+    bad = bad_release(store)
+    made = store.releases.rollback(bad.id, ALICE, NOW._replace(is_emergency=True))
+    assert (made.release.approval, runnable(store)) == ("emergency", [made.release.id])
+
+
+# -- who is overtaken while it waits ------------------------------------------------------------------------------
+
+def test_who_was_approved_late_takes_a_version_above_those_that_went_out_before_it(store):
+    add_nodes(store, 2)
+    needs_approvals(store)
+    late, other, dns = (new_release(store, target=target, payload={"version": number}, node_ids=ids)
+                        for number, target, ids in ((1, "cdn", None), (2, "cdn", [1]), (3, "dns", [2])))
+    for one in (other, dns):
+        approve(store, one.id)
+        assert run(store, one.id).version == one.version
+    approve(store, late.id)
+    done = run(store, late.id)
+    assert (done.version, statuses(store, late.id)) == (4, ["success", "success"])
+    assert rc.parse_json(done.payload) == {"version": 4}
+    assert [e.detail for e in store.releases.events(late.id) if e.event == "renumbered"] == [
+        f"version 1 became 4: release {other.id} (v2) went out before it"]
+
+
+@pytest.mark.parametrize("verb", ["retry", "rollback"])
+def test_rule_10_who_is_overtaken_by_a_success_on_its_nodes_is_cancelled_at_its_start(store, verb):
+    bad = bad_release(store)
+    again = getattr(store.releases, verb)(bad.id, ALICE).release
+    newer = new_release(store, payload={"content": "C"})
+    approve(store, newer.id)
+    assert run(store, newer.id).status == "success"
+    approve(store, again.id)
+    assert store.claims.claim(again.id, "test", 30) is None
+    names = "edge-2" if verb == "retry" else "edge-1 and 1 more"
+    why = f"release {newer.id} (v{newer.version}) succeeded later on {names}, and this {verb} would replace its payload"
+    assert (store.releases.get(again.id).status, reason_of(store, again)) == (
+        "cancelled", f"{why}: {verb} again with --over-newer if that is meant: 0 of {again.total_nodes} nodes updated")
+    assert runnable(store) == []
+    assert_books_balance(store, again.id)
+    with pytest.raises(rc.AppError, match="overNewer"):
+        getattr(store.releases, verb)(bad.id, ALICE)
+
+
+def test_rule_10_who_asks_to_replace_a_newer_success_is_cancelled_by_a_still_newer_one_alone(store):
+    bad = bad_release(store)
+    newer = new_release(store, payload={"content": "C"}, node_ids=[1])
+    approve(store, newer.id)
+    run(store, newer.id)
+    again = store.releases.rollback(bad.id, ALICE, rc.Again(over_newer=True)).release
+    elsewhere = new_release(store, target="dns", node_ids=[1])
+    approve(store, elsewhere.id)
+    run(store, elsewhere.id)
+    approve(store, again.id)
+    assert (content_of(again), run(store, again.id).status) == ("A", "success")
+
+
+def test_rule_10_a_rollback_that_a_person_wrote_goes_out_as_it_stands(store):
+    bad = gone_bad(store, 1, (1,))
+    sql(store, "UPDATE release_tasks SET tag = '', goes_first = 0 WHERE rollback_of = ?", bad.id)
+    newer = new_release(store, strategy={"startAt": "2020-01-01T00:00:00Z"})
+    sql(store, "UPDATE release_tasks SET status = 'success' WHERE id = ?", newer.id)
+    sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = ?", newer.id)
+    [back] = rollbacks_of(store, bad)
+    claimed(store, back.id)
+
+
+# -- the preflight, and what goes back or ends by force -----------------------------------------------------------
+
+def test_a_preflight_that_ends_a_release_rolls_nothing_back_and_says_only_what_is_so(store):
+    add_nodes(store, 2)
+    good(store, "A")
+    release = new_release(store, strategy={"preflight": True, **BACK})
+    assert silent(store, claimed(store, release.id), 2).status == "failed"
+    assert rollbacks_of(store, release) == []
+    said = "preflight: 1 of 2 agents did not answer (1 unreachable); nothing was sent"
+    assert reason_of(store, release) == f"{said}; first node edge-2: refused"
+    assert last_event(store, release).detail == said
+    assert [(n.status, n.attempts) for n in nodes_of(store, release)] == [("skipped", 0), ("failed", 0)]
+
+
+def test_a_silent_node_that_was_tolerated_and_then_fails_is_rolled_back(store):
+    add_nodes(store, 2)
+    good(store, "A")
+    release = new_release(store, payload={"content": "B"}, strategy={
+        "preflight": True, "batches": ["100%"], "maxFailedTotal": 1, **BACK})
+    claim = claimed(store, release.id)
+    silent(store, claim, 2)
+    assert rc.RUNNING in statuses(store, release.id)
+    run_on(store, claim, 1, 2)
+    [back] = rollbacks_of(store, release)
+    assert sorted(n.node_id for n in nodes_of(store, back)) == [1, 2]
+    assert "preflight" not in rc.parse_json(back.strategy)
+
+
+@pytest.mark.parametrize("verb", ["cancel", "cancel --force"])
+def test_a_cancel_during_the_preflight_ends_it_at_once_and_what_was_decided_is_not_written(store, verb):
+    add_nodes(store, 2)
+    good(store, "A")
+    release = new_release(store, strategy={"preflight": True, **BACK})
+    claim = claimed(store, release.id)
+    store.releases.act(verb, release.id, "anna")
+    assert (store.releases.get(release.id).status, statuses(store, release.id)) == ("cancelled", ["skipped"] * 2)
+    with pytest.raises((rc.ClaimLost, rc.StateMoved)):
+        silent(store, claim)
+    assert (runnable(store), rollbacks_of(store, release)) == ([], [])
+    assert [node.last_version for node in store.nodes.page().items] == [1, 1]
+    assert_books_balance(store, release.id)
+
+
+# -- approvals, and who takes over --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("approval", ["", "given", "automatic"])
+def test_who_takes_over_what_has_started_asks_for_no_approval(store, approval):
+    add_nodes(store, 1)
+    release = new_release(store)
+    sql(store, "UPDATE release_tasks SET approval = ? WHERE id = ?", approval, release.id)
+    store.claims.claim(release.id, "first", 0.001)
+    needs_approvals(store)
+    sql(store, "UPDATE release_tasks SET claim_expires_at = '2020-01-01T00:00:00.000Z' WHERE id = ?", release.id)
+    assert runnable(store) == [release.id]
+    claim = store.claims.claim(release.id, "second", 30)
+    assert (claim.fence, store.releases.get(release.id).approval) == (2, approval)
+    with pytest.raises(rc.AppError, match="is running and waits for no approval"):
+        approve(store, release.id, BOB)
+
+
+def test_what_waits_for_an_approval_is_not_ignored_by_executors_that_look_for_work(store):
+    add_nodes(store, 1)
+    waiting = needs_approvals(store) and new_release(store)
+    store.claims.note_executor("owner", "host-a", "serve", 60.0, "", is_first=True)
+    ignore(store, 300)
+    assert [step.name for step in store.claims.why(waiting.id, 600).steps if step.state != rc.OK] == ["approval"]
+    assert [problem.kind for problem in store.overview.read([]).problems] == ["approval"]
+    approve(store, waiting.id)
+    assert all(step.state == rc.OK for step in store.claims.why(waiting.id, 600).steps)
+    ignore(store, 300)
+    assert store.claims.why(waiting.id, 600).stopped_by.name == "executor"
+
+
+# -- a replay -----------------------------------------------------------------------------------------------------
+
+def test_a_replay_says_again_what_was_superseded_and_how_the_approval_stands_now(client):
+    store = needs_approvals(client.store)
+    add_nodes(store, 2)
+    queued = new_release(store)
+    body, key = {"supersede": True, "reason": "new sites"}, {**JSON, "Idempotency-Key": "k-1"}
+    made = client("POST", "/api/v1/releases", body, key).data
+    assert (made["superseded"], made["approval"]) == (
+        [{"releaseId": queued.id, "version": queued.version}], "wanted")
+    assert client("POST", "/api/v1/releases", body, key).data == made
+    store.approvals.approve(made["releaseId"], BOB)
+    again = client("POST", "/api/v1/releases", body, key).data
+    assert again == {**made, "approval": "given"}
+    assert store.releases.page().total == 2
