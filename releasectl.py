@@ -8750,17 +8750,24 @@ def online_nodes(old: Release, found: Sequence[Node], what: str) -> list[Node]:
 
 def refuse_over_newer(tx: Transaction, verb: str, old: Release, nodes: Sequence[Node]) -> None:
     """Raise AppError 3003 where one of the nodes has a newer success of the target (rule 10)."""
+    newer = newer_success(tx, old, nodes)
+    if newer:
+        raise AppError(WRONG_STATE, f"{newer}: {verb} of release {old.id} would replace its payload; "
+                                    "overNewer (--over-newer) if that is meant")
+
+
+def newer_success(tx: Transaction, release: Release, nodes: Sequence[Node]) -> str:
+    """Return 'release 9 (v9) succeeded later on edge-1' of one of its target with a higher version, "" for none."""
     names = {node.id: node.name for node in nodes}
     for release_id, version in tx.rows("""
             SELECT id, version
             FROM release_tasks
             WHERE target = ? AND version > ?
-            ORDER BY version DESC""", old.target, old.version):
+            ORDER BY version DESC""", release.target, release.version):
         over = [names[node_id] for node_id in sorted(succeeded_nodes(tx, release_id) & names.keys())]
         if over:
-            raise AppError(WRONG_STATE,
-                           f"release {release_id} (v{version}) succeeded later on {names_of(over)}: {verb} of release "
-                           f"{old.id} would replace its payload; overNewer (--over-newer) if that is meant")
+            return f"release {release_id} (v{version}) succeeded later on {names_of(over)}"
+    return ""
 
 
 def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int], to_release: int | None) -> Release:
@@ -9392,10 +9399,18 @@ def _catch_up_with(wanted: Release, nodes: Sequence[Node], reason: str, strategy
 
 
 def no_longer_wanted(tx: Transaction, release: Release) -> str:
-    """Return why a catch-up that has not started must not go out any more, "" where it may.
+    """Return why a release that has not started must not go out any more, "" where it may.
 
-    A newer release went out meanwhile, the one that it brings was rolled back, or a node has other labels.
+    A catch-up: a newer release went out meanwhile, the one that it brings was rolled back, or a node has other labels.
+    A retry or rollback: it was overtaken (it waited for an approval, or the end of a freeze), and would undo a success
+    that nobody knew of who asked for it (rule 10). One that a person wrote goes out as it stands.
     """
+    if release.catch_up_of is None:
+        is_again = release.tag and not (release.retry_of is None and release.rollback_of is None)
+        newer = newer_success(tx, release, nodes_again(tx, release)) if is_again else ""
+        verb = "rollback" if release.retry_of is None else "retry"
+        return newer and (f"{newer}, and this {verb} would replace its payload: {verb} again with --over-newer if that "
+                          "is meant")
     nodes = nodes_again(tx, release)
     wants, digest = _what_they_want(tx, nodes), stored_digest(tx, release.id)
     others = [node.name for node in nodes if node.id not in wants or wants[node.id].payload_sha256 != digest]
@@ -10371,7 +10386,7 @@ class Claims:
             self._state.note_timeline(tx)
             before = read_release(tx, release_id)
             if before.status == PENDING:
-                why = no_longer_wanted(tx, before) if before.catch_up_of is not None else ""
+                why = no_longer_wanted(tx, before)
                 if why:
                     self._queue.end_unstarted(tx, before, owner, why)
                     return None
