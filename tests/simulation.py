@@ -479,7 +479,8 @@ class Simulation:
             "runs", "crashes", "stops", "suspensions", "take-overs", "lost answers", "restarts", "database faults",
             "commits", "verbs", "levels unknown", "full labels", "hung", "preflights", "silent", "whys",
             "whys that stop", "rolled back", "not rolled back", "superseded", "rollbacks now", "during a freeze",
-            "overtaken", "approved"), 0)
+            "overtaken", "approved", "approved late", "automatic", "target freezes", "freezes that end",
+            "cancelled late"), 0)
         self.agents_stub = type("Agents", (), {"prepare": lambda _: None, "close": lambda _: None})()
         self.database = SimDatabase(self)
         self.database.approvals = self.has_approvals and self.approval_random.random() < 0.5
@@ -552,6 +553,7 @@ class Simulation:
                     self.store.approvals.approve(release_id, author if is_emergency else "anna", "why", is_emergency)
                     self.approved.add(str(rc.parse_json(text)["mark"]))
                     self.figures["approved"] += 1
+                    self.figures["approved late"] += release_id < max(self.versions)
                     self.note(f"approve release {release_id}")
                     if not waits:
                         self.fail(f"section 7: release {release_id} was approved as {approval}")
@@ -663,6 +665,8 @@ class Simulation:
         until = rc.utc_text(self.wall + self.freeze_random.uniform(0.5, 15)) if is_on and (
             self.freeze_random.random() < 0.4) else None
         self.store.releases.set_freeze(is_on, "anna", "holidays", target, until)
+        self.figures["target freezes"] += is_on and bool(target)
+        self.figures["freezes that end"] += bool(until)
         self.note(f"freeze {'on' if is_on else 'off'} {target} {until or ''}")
 
     def _frozen_s(self, rows_of: Callable[[str], list]) -> Callable[[str, int], float]:
@@ -1183,6 +1187,9 @@ class Simulation:
                 self._check_turn(release_id)
             elif after in contract.TERMINAL:
                 self._check_rollback(release_id, after)
+                self.figures["cancelled late"] += bool(self.database.look_in(
+                    "SELECT 1 FROM release_tasks WHERE id = ? AND status_reason LIKE '%would replace its payload%'",
+                    release_id))
         elif after == "running":
             since = self.now if self.decided_at is None else self.decided_at
             self.ledger.begun[release_id, node_id] = (since, self.ledger.held_so_far(release_id, self.now))
@@ -1232,8 +1239,11 @@ class Simulation:
         """Check that a release that starts waits for no other (rule 2)."""
         if self.running is not None:
             self.running.seen_version = max(self.running.seen_version, self.versions[release_id])
-        (target, version, strategy, goes_first, passes), = self.database.look_in(
-            "SELECT target, version, strategy, goes_first, during_freeze FROM release_tasks WHERE id = ?", release_id)
+        (target, version, strategy, goes_first, passes, *approval), = self.database.look_in("""
+            SELECT target, version, strategy, goes_first, during_freeze, approval, author, approved_by, reason
+            FROM release_tasks
+            WHERE id = ?""", release_id)
+        self._check_approval(release_id, *approval)
         now, frozen_s = rc.utc_text(self.wall), self._frozen_s(self.database.look_in)
         if frozen_s(target, passes) > 0:
             self.fail(f"section 7: release {release_id} started while {target} is frozen")
@@ -1256,6 +1266,14 @@ class Simulation:
             is_before = (not other_goes_first, other_version) < (not goes_first, version) and not waits
             if is_before or (status != rc.PENDING and started_at):
                 self.fail(f"rule 2: release {release_id} ({target}, v{version}) started before {other}")
+
+    def _check_approval(self, release_id: int, approval: str, author: str, by: str, reason: str) -> None:
+        """Check that a release that starts has an approval where it needs one, and of whom it must be."""
+        is_alone = approval == "given" and by == author
+        is_made_up = approval == "automatic" and not reason.startswith("automatic rollback")
+        if approval == "wanted" or is_alone or is_made_up or (not approval and self.database.approvals):
+            self.fail(f"section 7: release {release_id} ({reason}) of {author} started: {approval or 'unasked'} {by}")
+        self.figures["automatic"] += approval == "automatic"
 
     @staticmethod
     def _start_at(strategy: str) -> str:
