@@ -2594,7 +2594,7 @@ class IdempotencyKey(NamedTuple):
 # region Freezes
 # ======================================================================================
 # Freezes: what is frozen, and which releases that holds. Pure.
-# Uses: Model.
+# Uses: Vocabulary, Model.
 # ======================================================================================
 
 class Freeze(NamedTuple):
@@ -2607,6 +2607,12 @@ class Freeze(NamedTuple):
     until: str | None = None
     # "": it is of every target.
     target: str = ""
+    # The identity (Act.identity) of who set it, "" where a person wrote the row; who else wants it lifted, and when.
+    setter: str = ""
+    lift_wanted_by: str = ""
+    lift_wanted_at: str | None = None
+    # Its setter lifts it alone, anybody else with a second person: somebody's APPROVALS is 1.
+    two_persons: bool = False
 
     @property
     def detail(self) -> str:
@@ -2628,6 +2634,11 @@ class Freeze(NamedTuple):
                 f"{f' at {at}' if at else ''}: {self.reason}")
 
     @property
+    def name(self) -> str:
+        """Return what it is called in a sentence."""
+        return f"the freeze of {self.target}" if self.target else "the freeze"
+
+    @property
     def subject(self) -> str:
         """Return what it is called in the audit log and in `check`."""
         return f"freeze {self.target}" if self.target else "freeze"
@@ -2636,6 +2647,17 @@ class Freeze(NamedTuple):
     def mend(self) -> str:
         """Return the command that lifts it."""
         return "releasectl freeze off" + (f" --target {self.target}" if self.target else "")
+
+    @property
+    def lifted_by(self) -> str:
+        """Return who lifts it where not anybody does: 'anna lifts it, or any two others'; else ""."""
+        if not self.two_persons:
+            return ""
+        alone = self.setter if self.setter not in ("", ANONYMOUS) else ""
+        if not self.lift_wanted_by:
+            return f"{alone} lifts it, or any two others" if alone else "it takes two persons to lift it"
+        return (f"{self.lift_wanted_by} wants it lifted since {self.lift_wanted_at}, so "
+                f"{f'{alone} or ' if alone else ''}anybody but {self.lift_wanted_by} lifts it")
 
 
 NO_FREEZE = Freeze()
@@ -5369,6 +5391,25 @@ def check_approval(release: Release, identity: str, is_emergency: bool) -> None:
                                     "emergency it goes without: --emergency --reason TEXT")
 
 
+def is_setter(freeze: Freeze, identity: str) -> bool:
+    """Return whether somebody set a freeze; nobody is known to have, through an API where everybody is the same."""
+    return same_person(freeze.setter, identity) and identity != ANONYMOUS
+
+
+def may_lift(freeze: Freeze, identity: str) -> bool:
+    """Return whether somebody's wish lifts a freeze: its setter's, and that of the second person."""
+    return not freeze.two_persons or is_setter(freeze, identity) or bool(
+        freeze.lift_wanted_by and not same_person(freeze.lift_wanted_by, identity))
+
+
+def check_longer(freeze: Freeze, identity: str, until: str | None) -> None:
+    """Raise AppError(WRONG_STATE) where a freeze of somebody else would end earlier: that would be a way to lift it."""
+    if freeze.two_persons and not is_setter(freeze, identity) and (until or "~") < (freeze.until or "~"):
+        now = f"until {freeze.until}" if freeze.until else "until somebody lifts it"
+        raise AppError(WRONG_STATE, f"{freeze.target or 'everything'} is frozen {now} by {freeze.actor}: it can't end "
+                                    f"earlier, but be lifted: {freeze.lifted_by}: `{freeze.mend}`")
+
+
 def check_resume(release: Release, nodes: NodeIndex, strategy: Strategy, accepts: bool) -> None:
     """Raise AppError(WRONG_STATE) where failures must be accepted to resume, or can't be accepted."""
     exceeded = exceeded_limit(nodes, strategy)
@@ -5695,7 +5736,8 @@ def _freeze_step(facts: Facts) -> Step:
 
 def _with_time_left(freeze: Freeze, facts: Facts) -> str:
     left_s = epoch_or(freeze.until, facts.now_s) - facts.now_s
-    return freeze.line(end=_until(left_s, facts.now) if left_s > 0 else "")
+    line = freeze.line(end=_until(left_s, facts.now) if left_s > 0 else "")
+    return "; ".join(filter(None, (line, freeze.lifted_by)))
 
 
 def _executor_step(facts: Facts) -> Step:
@@ -6113,7 +6155,8 @@ def _twin_problems(facts: OverviewFacts) -> Iterator[Problem]:
 
 def _freeze_problems(facts: OverviewFacts) -> Iterator[Problem]:
     for freeze in facts.freezes.on:
-        yield Problem("frozen", freeze.line(), freeze.mend, freeze.at)
+        text = "; ".join(filter(None, (freeze.line(), freeze.lifted_by)))
+        yield Problem("frozen", text, freeze.mend, freeze.at)
 
 
 def _notification_problems(facts: OverviewFacts) -> Iterator[Problem]:
@@ -7494,6 +7537,14 @@ def add_notification(tx: Transaction, kind: str, at: str, detail: str, release_i
     tx.after_commit.append(tx.database.notified.set)
 
 
+def freezes_take_two(tx: Transaction) -> bool:
+    """Return whether a freeze is lifted by two persons: by APPROVALS of this process, or of one that looks for work.
+
+    An operator's shell need not have the setting, and is no way around it.
+    """
+    return tx.database.approvals or tx.value("SELECT MAX(approvals) FROM executors") == 1
+
+
 # An event that may follow the end of a release, and is left out of the digest of its events.
 NOTIFY_GIVEN_UP = "notify.given_up"
 # Actions that the verification reads.
@@ -8178,15 +8229,17 @@ def read_freezes(tx: Transaction) -> Freezes:
 
 def read_set_freezes(tx: Transaction) -> Freezes:
     """Return the freezes that are stored, those too whose end has come and that nobody has taken away yet."""
-    found = [Freeze(bool(frozen), reason, actor, at, until or None, target)
-             for frozen, reason, actor, at, until, target in tx.rows("""
-        SELECT frozen, reason, actor, at, until, ''
+    found = [Freeze(bool(frozen), reason, actor, at, until or None, target, setter, by, wanted_at)
+             for frozen, reason, actor, at, until, target, setter, by, wanted_at in tx.rows("""
+        SELECT frozen, reason, actor, at, until, '', setter, lift_wanted_by, lift_wanted_at
         FROM release_freeze
         WHERE id = 1
         UNION ALL
-        SELECT 1, reason, actor, at, until, target
+        SELECT 1, reason, actor, at, until, target, setter, lift_wanted_by, lift_wanted_at
         FROM target_freezes
         ORDER BY 6""")]
+    if any(freeze.frozen for freeze in found) and freezes_take_two(tx):
+        found = [freeze._replace(two_persons=freeze.frozen) for freeze in found]
     return Freezes(next((freeze for freeze in found if not freeze.target), NO_FREEZE),
                    tuple(freeze for freeze in found if freeze.target))
 
@@ -8199,13 +8252,19 @@ def over_freezes(tx: Transaction) -> list[Freeze]:
 
 def write_freeze(tx: Transaction, freeze: Freeze) -> None:
     """Set the freeze of a target, or of everything, or take it away where it is not frozen."""
+    values = (freeze.reason, freeze.actor, freeze.at, freeze.until, freeze.setter, freeze.lift_wanted_by,
+              freeze.lift_wanted_at)
     if not freeze.target:
-        tx.execute("UPDATE release_freeze SET frozen = ?, reason = ?, actor = ?, at = ?, until = ? WHERE id = 1",
-                   int(freeze.frozen), freeze.reason, freeze.actor, freeze.at, freeze.until)
+        tx.execute("""
+            UPDATE release_freeze
+            SET frozen = ?, reason = ?, actor = ?, at = ?, until = ?, setter = ?, lift_wanted_by = ?, lift_wanted_at = ?
+            WHERE id = 1""", int(freeze.frozen), *values)
         return
     tx.execute("DELETE FROM target_freezes WHERE target = ?", freeze.target)
     if freeze.frozen:
-        tx.execute("INSERT INTO target_freezes (reason, actor, at, until, target) VALUES (?, ?, ?, ?, ?)", *freeze[1:])
+        tx.execute("""
+            INSERT INTO target_freezes (target, reason, actor, at, until, setter, lift_wanted_by, lift_wanted_at)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?)""", freeze.target, *values)
 
 
 def strategy_of(text: str) -> Strategy:
@@ -8259,7 +8318,8 @@ def expiry_of(tx: Transaction, ttl_s: float) -> str:
 
 def freeze_values(freeze: Freeze) -> dict[str, object]:
     """Return a freeze as audit_log has it before or after an act."""
-    return non_empty(frozen=freeze.frozen, reason=freeze.reason, until=freeze.until)
+    return non_empty(frozen=freeze.frozen, reason=freeze.reason, until=freeze.until,
+                     liftWantedBy=freeze.lift_wanted_by)
 
 
 def fill_node_addresses(tx: Transaction, release_id: int) -> None:
@@ -9643,17 +9703,22 @@ class Releases:
             return read_freezes(tx)
 
     def set_freeze(self, frozen: bool, actor: Who, reason: str = "", target: str = "",
-                   until: str | None = None) -> Freezes:
+                   until: str | None = None, is_emergency: bool = False) -> Freezes:
         """Set or lift the freeze of a target, or that of everything; return what is frozen then.
 
         One that is set replaces an earlier one of the same target, and each open release that it holds gets an event.
-        until: stored time of its end. Raise AppError 2001 where it is set without a reason, 2003 where the end is over
-        or it is not set.
+        Where it takes two persons to lift somebody's freeze, the first one's wish is kept and answered by AppError
+        3003, and nobody but its setter lets it end earlier: 3003. is_emergency: lifted at once, and everybody is told.
+        until: stored time of its end. Raise AppError 2001 where it is set, or lifted in an emergency, without a reason,
+        2003 where the end is over or it is not set.
         """
         if frozen and not reason:
             raise AppError(MISSING, "reason is missing: tell others why the site is frozen")
         if until and not frozen:
             raise AppError(INVALID, "until goes with a freeze that is set, not with one that is lifted")
+        if is_emergency and frozen:
+            raise AppError(INVALID, "emergency goes with a freeze that is lifted, not with one that is set")
+        check_emergency(is_emergency, reason)
         with self._database.transaction(write=True) as tx:
             self._queue.end_freezes(tx, actor)
             freezes = read_freezes(tx)
@@ -9662,18 +9727,52 @@ class Releases:
                 raise AppError(INVALID, f"until {until} is over: by the clock that it goes by it is {now} now")
             if not frozen and not before.frozen:
                 return freezes
-            after = Freeze(frozen, reason, str(actor), self._state.now(), until or None, target)
-            freezes = self._queue.change_freeze(tx, freezes, after, after.at, actor, reason)
-            self._audit.add(tx, actor, f"freeze.{'on' if frozen else 'off'}", after.subject,
-                            freeze_values(before), freeze_values(after))
-            what = f"the freeze of {target}" if target else "the freeze"
-            text = after.line() if frozen else f"{what} was lifted by {actor}" + (f": {reason}" if reason else "")
-            if frozen:
-                add_notification(tx, FROZEN, self._state.now(), text)
-            tx.after_commit.append(lambda: log.warning(
-                "%s", text, extra=about(actor=str(actor), event=FROZEN if frozen else UNFROZEN)))
-            self._queue.explain_waiting(tx)
-            return read_freezes(tx)
+            identity, now = identity_of(actor), self._state.now()
+            after = Freeze(frozen, reason, str(actor), now, until or None, target, identity if frozen else "")
+            if frozen and before.frozen:
+                check_longer(before, identity, until)
+                if before.two_persons and not is_setter(before, identity):  # it stays the setter's
+                    after = after._replace(reason=f"{reason} (so {actor})", actor=before.actor, at=before.at,
+                                           setter=before.setter)
+            is_lifted = not frozen and (is_emergency or may_lift(before, identity))
+            if frozen or is_lifted:
+                self._change_freeze(tx, freezes, after, now, actor, reason, is_emergency)
+                return read_freezes(tx)
+            waiting = before if same_person(before.lift_wanted_by, identity) else self._want_lift(
+                tx, before, now, actor, reason)
+        raise AppError(WRONG_STATE, f"{waiting.line()}: still frozen, as {waiting.lifted_by}: `{waiting.mend}`; in an "
+                                    "emergency: --emergency --reason TEXT")
+
+    def _change_freeze(self, tx: Transaction, freezes: Freezes, after: Freeze, now: str, actor: Who, reason: str,
+                       is_emergency: bool) -> None:
+        """Write a freeze that somebody set or lifted, with what tells of it."""
+        before, frozen = freezes.of_target(after.target), after.frozen
+        how = "emergency: lifted without a second person" if is_emergency else \
+            f"wanted by {before.lift_wanted_by} since {before.lift_wanted_at}" \
+            if before.lift_wanted_by and not frozen else ""
+        detail = "; ".join(filter(None, (how, reason)))
+        self._queue.change_freeze(tx, freezes, after, now, actor, detail)
+        self._audit.add(tx, actor, f"freeze.{'on' if frozen else 'off'}", after.subject, freeze_values(before),
+                        {**freeze_values(after), **non_empty(emergency=is_emergency or None)})
+        text = after.line() if frozen else f"{before.name} was lifted by {actor}" + (f": {detail}" if detail else "")
+        if frozen:
+            add_notification(tx, FROZEN, now, text)
+        elif is_emergency:
+            add_notification(tx, APPROVAL, now, text, is_always_told=True)
+        tx.after_commit.append(lambda: log.warning(
+            "%s", text, extra=about(actor=str(actor), event=FROZEN if frozen else UNFROZEN)))
+        self._queue.explain_waiting(tx)
+
+    def _want_lift(self, tx: Transaction, freeze: Freeze, now: str, actor: Who, reason: str) -> Freeze:
+        """Write that the first of two persons wants a freeze lifted; return it as it is then."""
+        wanted = freeze._replace(lift_wanted_by=identity_of(actor), lift_wanted_at=now)
+        write_freeze(tx, wanted)
+        self._audit.add(tx, actor, "freeze.lift-wanted", freeze.subject, freeze_values(freeze),
+                        {**freeze_values(wanted), **non_empty(why=reason)})
+        text = f"{wanted.line()}; {wanted.lifted_by}" + (f": {reason}" if reason else "")
+        add_notification(tx, APPROVAL, now, text)
+        tx.after_commit.append(lambda: log.warning("%s", text, extra=about(actor=str(actor), event=APPROVAL)))
+        return wanted
 
     def freeze_warnings(self, target: str) -> list[str]:
         """Return that no release has a target, nothing where one has it or it is "": it may be misspelt."""
@@ -10346,28 +10445,31 @@ class Claims:
         """
         with self._state.noted_write("executors") as tx:
             now, notify_on = tx.now(), ",".join(sorted(self._database.notify_on))
+            approvals = int(self._database.approvals)
             if is_first:
                 tx.execute("DELETE FROM executors WHERE seen_at < ? OR seen_at > ?",
                            utc_text(epoch_of(now) - MAX_EXECUTOR_AGE_S), utc_text(epoch_of(now) + MAX_EXECUTOR_AHEAD_S))
             others = [row for row in read_executors(tx) if (row.host, row.kind) == (host, kind) and row.owner != owner]
             gone = [row.owner for row in others if not row.is_live(epoch_of(now))]
             for other in gone if is_first else ():  # it may have had other settings
-                tx.execute("UPDATE executors SET notify_on = '' WHERE owner = ?", other)
+                tx.execute("UPDATE executors SET notify_on = '', approvals = 0 WHERE owner = ?", other)
             if kind == TICK:
                 known_s = tx.value("SELECT period_sec FROM executors WHERE owner = ?", owner)
                 before = max((row.started_at for row in others), default="")
                 between_s = epoch_of(now) - epoch_or(before, 0.0) if before else 0.0
                 period_s = known_s or period_s + min(max(between_s, FIRST_TICK_PERIOD_S), MAX_TICK_PERIOD_S)
                 for row in others:
-                    tx.execute("DELETE FROM executors WHERE owner = ? AND (? = 1 OR notify_on IN ('', ?))",
-                               row.owner, int(row.owner in gone), notify_on)
+                    tx.execute("DELETE FROM executors WHERE owner = ? "
+                               "AND (? = 1 OR (notify_on IN ('', ?) AND approvals <= ?))",
+                               row.owner, int(row.owner in gone), notify_on, approvals)
             tx.execute("""
-                INSERT INTO executors (owner, host, kind, started_at, seen_at, period_sec, error, notify_on)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+                INSERT INTO executors (owner, host, kind, started_at, seen_at, period_sec, error, notify_on,
+                                       approvals)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT (owner) DO UPDATE
                 SET seen_at = excluded.seen_at, period_sec = excluded.period_sec, error = excluded.error,
-                    notify_on = excluded.notify_on""",
-                       owner, host, kind, now, now, period_s, one_line(error), notify_on)
+                    notify_on = excluded.notify_on, approvals = excluded.approvals""",
+                       owner, host, kind, now, now, period_s, one_line(error), notify_on, approvals)
             return bool(tx.value("SELECT COUNT(*) FROM (SELECT 1 FROM notifications LIMIT 1) waiting"))
 
     def end_executor(self, owner: str) -> None:
@@ -13681,7 +13783,9 @@ AUDIT_ROW_SCHEMA: Mapping[str, Any] = {
     "before": {"type": ["object", "null"]}, "after": {"type": ["object", "null"]}, "hash": TEXT}
 
 # Of everything; and of a target, which is listed only while it is frozen.
-FREEZE_SCHEMA: Mapping[str, Any] = {"frozen": _FLAG, "reason": TEXT, "actor": TEXT, "at": TEXT, "until": _TIME}
+FREEZE_SCHEMA: Mapping[str, Any] = {
+    "frozen": _FLAG, "reason": TEXT, "actor": TEXT, "at": TEXT, "until": _TIME, "setter": TEXT, "twoPersons": _FLAG,
+    "liftWantedBy": TEXT, "liftWantedAt": _TIME}
 TARGET_FREEZE_SCHEMA: Mapping[str, Any] = {"target": TEXT, **{
     key: schema for key, schema in FREEZE_SCHEMA.items() if key != "frozen"}}
 
@@ -14079,7 +14183,7 @@ def openapi_schemas() -> dict[str, Any]:
                              "warnings": _array(TEXT)}),
         "SetFreeze": schema_of({
             "frozen": _FLAG, "reason": _REASON, "target": {"type": "string", "pattern": f"^{TARGET}$"},
-            "until": {"type": "string", "format": "date-time"}}, required=["frozen"])
+            "until": {"type": "string", "format": "date-time"}, "emergency": _FLAG}, required=["frozen"])
         | {"anyOf": [{"properties": {"frozen": {"const": False}}, "not": {"required": ["until"]}},
                      {"properties": {"reason": {"pattern": r"[^\s\x00-\x1f\x7f-\x9f]"}}, "required": ["reason"]}]},
         "Health": schema_of({
@@ -14843,7 +14947,7 @@ class Api:
         return Reply(200, freezes_json(self.store.releases.freezes()))
 
     def set_freeze(self, request: Request) -> Reply:
-        body, reason = request.body, self._reason(request, "frozen", "target", "until")
+        body, reason = request.body, self._reason(request, "frozen", "target", "until", "emergency")
         if "frozen" not in body:
             raise AppError(MISSING, "frozen is missing")
         target = parse_target(body["target"]) if "target" in body else ""
@@ -14852,7 +14956,7 @@ class Api:
         except ValueError as error:
             raise AppError(INVALID, f"until {error}") from None
         freezes = self.store.releases.set_freeze(parse_flag("frozen", body["frozen"]), request.actor, reason, target,
-                                                 until)
+                                                 until, parse_flag("emergency", body.get("emergency", False)))
         self._nudge()
         return Reply(200, freezes_json(freezes, self.store.releases.freeze_warnings(target)))
 
@@ -16090,7 +16194,8 @@ def check_work(settings: Settings, store: Store) -> Iterator[Finding]:
     stops: dict[str, Step] = {}
     for freeze in store.releases.freezes().on:
         yield Finding(freeze.subject, EXIT_NOT_SUCCESS,
-                      f"{freeze.line(freeze.at)}; `{freeze.mend.partition(' ')[2]}` lifts it")
+                      f"{freeze.line(freeze.at)}; " + (f"{freeze.lifted_by}: " if freeze.lifted_by else "") +
+                      f"`{freeze.mend.partition(' ')[2]}`" + ("" if freeze.lifted_by else " lifts it"))
     for release, _ in store.releases.open(MAX_CHECKED_OPEN):
         for step in store.claims.why(release.id, settings.node_deadline_sec).steps:
             if step.state == STOPS and step.name != "freeze":
@@ -16542,8 +16647,8 @@ def status_text(progress: Progress, nodes: Sequence[ReleaseNode], display: Displ
 
 def freezes_text(freezes: Freezes, display: Display) -> str:
     """Return who froze what, when, until when and why, a line for each freeze."""
-    lines = [display.sentence(freeze._replace(reason="").line(display.moment(freeze.at))) + freeze.reason
-             for freeze in freezes.on]
+    lines = [display.sentence(freeze._replace(reason="").line(display.moment(freeze.at))) + freeze.reason +
+             (f"; {display.sentence(freeze.lifted_by)}" if freeze.lifted_by else "") for freeze in freezes.on]
     return "\n".join(lines) or "not frozen"
 
 
@@ -17140,14 +17245,14 @@ def command_catch_up(context: Context) -> int:
 
 def command_freeze(context: Context) -> int:
     options, releases = context.options, context.open().releases
-    if options.switch is None and (options.reason or options.target or options.until):
-        raise AppError(MISSING, "--reason, --target and --until go with on or off")
+    if options.switch is None and (options.reason or options.target or options.until or options.emergency):
+        raise AppError(MISSING, "--reason, --target, --until and --emergency go with on or off")
     if options.switch is None:
         freezes, warnings = releases.freezes(), list[str]()
     else:
         target = parse_target(options.target) if options.target is not None else ""
         freezes = releases.set_freeze(options.switch == "on", context.actor, parse_text("--reason", options.reason),
-                                      target, options.until)
+                                      target, options.until, bool(options.emergency))
         warnings = releases.freeze_warnings(target) if options.switch == "on" else []
     for warning in warnings:
         context.note(f"warning: {warning}")
@@ -18400,7 +18505,9 @@ COMMANDS: tuple[Command, ...] = (
                 option("switch", nargs="?", choices=("on", "off"), metavar="on|off"), _REASON_OPTION,
                 option("--target", metavar="TARGET", help="only for releases of this target (all)"),
                 option("--until", type=_time_to_come, metavar="TIME",
-                       help="over by itself in 2h or 7d, at 06:00, on '2026-01-31 14:21' or 2026-01-31T00:00:00Z"))),
+                       help="over by itself in 2h or 7d, at 06:00, on '2026-01-31 14:21' or 2026-01-31T00:00:00Z"),
+                option("--emergency", action="store_true",
+                       help="lift it without a second person, and everybody is told so; needs --reason"))),
     Command("check", "configuration, certificates, database, agents: what is wrong and how to fix it",
             command_check, (option("--notify", action="store_true", help="send a test notification now"),)),
     Command("backup", "a checked copy of an SQLite database, also while it is in use", command_backup, (

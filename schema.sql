@@ -391,8 +391,22 @@ CREATE TABLE target_freezes (
     actor  TEXT NOT NULL DEFAULT '',
     at     TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
     -- As in release_freeze.
-    until  TEXT
+    until  TEXT,
+    setter TEXT NOT NULL DEFAULT '',
+    lift_wanted_by TEXT NOT NULL DEFAULT '',
+    lift_wanted_at TEXT
 );
+
+-- The name by which one person is told from another (docs/SECURITY.md, "Four eyes"). '': a person wrote the row.
+ALTER TABLE release_freeze ADD COLUMN setter TEXT NOT NULL DEFAULT '';
+
+-- With APPROVALS=1: who else than its setter wants the freeze lifted, which takes a second person; '': nobody.
+ALTER TABLE release_freeze ADD COLUMN lift_wanted_by TEXT NOT NULL DEFAULT '';
+
+ALTER TABLE release_freeze ADD COLUMN lift_wanted_at TEXT;
+
+-- Whether this executor has APPROVALS=1: then a process without it lifts nobody else's freeze alone either.
+ALTER TABLE executors ADD COLUMN approvals INTEGER NOT NULL DEFAULT 0;
 
 -- 1: a person resumed a release that its preflight had paused, and accepted that; its agents are not asked again.
 ALTER TABLE release_tasks ADD COLUMN preflight_accepted INTEGER NOT NULL DEFAULT 0;

@@ -198,7 +198,7 @@ def test_freeze_on_again_replaces_reason_and_end_and_says_so(store):
     release = new_release(store)
     store.releases.set_freeze(True, "anna", "the match", "cdn", in_s(3600))
     [freeze] = store.releases.set_freeze(True, "bert", "overtime", "cdn").on
-    assert freeze[:3] + freeze[4:] == (True, "overtime", "bert", None, "cdn")
+    assert freeze._replace(at="") == rc.Freeze(True, "overtime", "bert", "", None, "cdn", setter="bert")
     assert [event for event, _ in freezes_of(store, release)] == ["frozen", "frozen"]
     end(store)  # there is none
     assert store.claims.scan() == ([], [])
@@ -324,7 +324,8 @@ def test_the_api_sets_shows_and_lifts_the_freeze_of_a_target(client):
         "frozen": True, "reason": "the match", "target": "cdn", "until": "2999-01-01T06:00:00+06:00"})
     assert (found["frozen"], found["warnings"]) == (False, [])
     assert found["targets"] == [{"target": "cdn", "reason": "the match", "actor": "api",
-                                 "at": found["targets"][0]["at"], "until": "2999-01-01T00:00:00.000Z"}]
+                                 "at": found["targets"][0]["at"], "until": "2999-01-01T00:00:00.000Z",
+                                 "setter": "api", "twoPersons": False, "liftWantedBy": "", "liftWantedAt": None}]
     assert client.ok("GET", "/api/v1/freeze")["targets"] == found["targets"]
     client.ok("PUT", "/api/v1/freeze", {"frozen": True, "reason": "holidays"})
     left = client.ok("PUT", "/api/v1/freeze", {"frozen": False})
@@ -383,5 +384,5 @@ def test_a_time_of_day_that_is_over_today_is_tomorrows():
 
 def test_the_document_of_the_api_has_the_new_fields():
     schemas = json.loads(rc.to_json(rc.openapi_document()))["components"]["schemas"]
-    assert schemas["SetFreeze"]["properties"].keys() == {"frozen", "reason", "target", "until"}
+    assert schemas["SetFreeze"]["properties"].keys() == {"frozen", "reason", "target", "until", "emergency"}
     assert {"until", "targets", "warnings"} <= schemas["Freeze"]["properties"].keys()
