@@ -5,7 +5,7 @@ page_screens.py [FOLDER [NAME...]] writes PNG files into a folder (docs without 
 """
 from __future__ import annotations
 
-import collections
+import base64
 import json
 import struct
 import sys
@@ -163,9 +163,9 @@ def main() -> None:
         store = rc.Store(rc.Database(f"sqlite:///{work}/releasectl.db", rc.Metrics()))
         store.database.migrate()
         fill(store)
-        now = rc.utc_text(time.time())
         api = rc.Api(store, rc.Metrics(), process=lambda: {
-            "executor": {"enabled": True, "owner": "host-a:1:9f3a61c0", "lastLookAt": now}, "certificates": [
+            "executor": {"enabled": True, "owner": "host-a:1:9f3a61c0", "lastLookAt": rc.utc_text(time.time())},
+            "certificates": [
                 {"name": name, "notAfter": rc.utc_text(time.time() + 86400 * days), "daysLeft": float(days),
                  "message": ""}
                 for name, days in (("CONTROL_CERT", 210), ("CONTROL_CA", 900))]})
@@ -208,45 +208,41 @@ def take(browser: Browser, url: str, picture: Picture, folder: Path) -> None:
     time.sleep(1.5)  # plans come half a second after the last key
     file = folder / f"{picture.name}.png"
     browser.picture(file)
-    file.write_bytes(with_palette(file.read_bytes()))
+    file.write_bytes(with_palette(browser, file.read_bytes()))
 
 
-def with_palette(data: bytes) -> bytes:
-    """Return a PNG of Chromium with 256 colours, the rarer ones as the nearest of these: a third of its size."""
-    place, parts, width, height = 8, [], *struct.unpack(">II", data[16:24])
-    while place < len(data):
-        length, kind = struct.unpack(">I4s", data[place:place + 8])
-        if kind == b"IDAT":
-            parts.append(data[place + 8:place + 8 + length])
-        place += 12 + length
-    depth = {2: 3, 6: 4}[data[25]]
-    pixels = unfiltered(zlib.decompress(b"".join(parts)), width * depth, height, depth)
-    colours = [pixels[at:at + 3] for at in range(0, len(pixels), depth)]
-    counted = [bytes(colour) for colour, _ in collections.Counter(map(bytes, colours)).most_common()]
-    palette = {colour: number for number, colour in enumerate(counted[:256])}
-    nearest = {colour: palette[min(palette, key=lambda one: sum((a - b) ** 2 for a, b in zip(one, colour)))]  # noqa: B023
-               for colour in counted[256:]}
-    number_of = {**palette, **nearest}
-    indexes = bytes(number_of[bytes(colour)] for colour in colours)
+# 256 colours: the most frequent ones, then one of each kind that is far from these; the rest as the nearest of them.
+PALETTE = """(async () => {
+  const bitmap = await createImageBitmap(await (await fetch('data:image/png;base64,' + PICTURE)).blob());
+  const {width, height} = bitmap, context = new OffscreenCanvas(width, height).getContext('2d');
+  context.drawImage(bitmap, 0, 0);
+  const {data} = context.getImageData(0, 0, width, height), counts = new Map();
+  const indexes = new Uint8Array(width * height);
+  const colourAt = i => data[4 * i] << 16 | data[4 * i + 1] << 8 | data[4 * i + 2];
+  for (let i = 0; i < indexes.length; i += 1) counts.set(colourAt(i), (counts.get(colourAt(i)) || 0) + 1);
+  const common = [...counts].sort((a, b) => b[1] - a[1]).map(([colour]) => colour), kindOf = c => c & 0xe0e0e0;
+  const palette = common.slice(0, 160), kinds = new Set(palette.map(kindOf));
+  for (const c of common) if (palette.length < 256 && !kinds.has(kindOf(c))) palette.push(c), kinds.add(kindOf(c));
+  const distance = (a, b) => [16, 8, 0].reduce((sum, bits) => sum + ((a >> bits & 255) - (b >> bits & 255)) ** 2, 0);
+  const numbers = new Map(common.map(c => [c, palette.includes(c) ? palette.indexOf(c)
+    : palette.reduce((best, one, i) => distance(one, c) < distance(palette[best], c) ? i : best, 0)]));
+  let text = '';
+  for (let i = 0; i < indexes.length; i += 1) text += String.fromCharCode(indexes[i] = numbers.get(colourAt(i)));
+  return [width, height, palette, btoa(text)];
+})()"""
+
+
+def with_palette(browser: Browser, data: bytes) -> bytes:
+    """Return a PNG with 256 colours: a third of its size."""
+    browser.open("about:blank")
+    width, height, palette, text = browser.run(PALETTE.replace("PICTURE", json.dumps(base64.b64encode(data).decode())))
+    indexes = base64.b64decode(text)
     rows = b"".join(b"\0" + indexes[at:at + width] for at in range(0, len(indexes), width))
-    return data[:8] + b"".join(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-                               for kind, body in (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)), (b"PLTE", b"".join(palette)),
-        (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b"")))
-
-
-def unfiltered(raw: bytes, stride: int, height: int, depth: int) -> bytearray:
-    """Return the pixels of a PNG without what its rows were filtered by."""
-    out, before = bytearray(), bytearray(stride)
-    for y in range(height):
-        kind, line = raw[y * (stride + 1)], bytearray(raw[y * (stride + 1) + 1:(y + 1) * (stride + 1)])
-        for x in range(stride if kind else 0):
-            left, up, corner = (line[x - depth], before[x], before[x - depth]) if x >= depth else (0, before[x], 0)
-            guess = min((left, up, corner), key=lambda v: abs(left + up - corner - v))  # noqa: B023
-            line[x] = line[x] + (0, left, up, (left + up) // 2, guess)[kind] & 255
-        out += line
-        before = line
-    return out
+    return data[:8] + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in (
+            (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
+            (b"PLTE", b"".join(colour.to_bytes(3, "big") for colour in palette)),
+            (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b"")))
 
 
 def wait(browser: Browser, condition: str) -> None:
