@@ -149,6 +149,8 @@ class _NodeCheck:
     def _is_explained(self) -> bool:
         """Return whether there is a cause for the failure."""
         is_ending = self.release.status in ("failed", "cancelled")
+        if self.release.error_msg.startswith("preflight: "):  # its agent did not answer
+            return not self._runs
         if self.node.error_kind == "rejected":  # a higher version, or one that it had before anybody knew of it
             return bool(self._higher()) or any(map(self._is_forgotten, self._runs))
         if self.node.error_msg.endswith("(not tried again: the release ends)"):  # no answer yet, and none waited for

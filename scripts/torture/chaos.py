@@ -343,6 +343,10 @@ class Chaos:
         self._figures.count("releases that were success", sum(r.status == "success" for r in tables.releases))
         self._figures.count("releases that went back by themselves",
                             sum(r.reason.startswith("automatic rollback") for r in tables.releases))
+        self._figures.count("releases that asked their agents first",
+                            sum("preflight" in json.loads(r.strategy) for r in tables.releases))
+        self._figures.count("releases that a preflight ended",
+                            sum(r.error_msg.startswith("preflight: ") for r in tables.releases))
         self._figures.count("tasks run", sum(len(agent.runs) for agent in self._agents.all))
         self._figures.count("dispatches read by agents", sum(len(self._agents.sent(a)) for a in self._agents.all))
         if self._figures.add(self._findings(tables), "random phase"):

@@ -22,6 +22,7 @@ ZEROS = {
     "order": "releases out of order",
     "back": "releases without their one rollback",
     "unapproved": "releases started without their approval",
+    "frozen": "dispatches while their target was frozen",
     "lower": "lower versions sent",
     "reused": "versions given out again",
     "ids": "task ids of two releases",

@@ -57,6 +57,7 @@ class Operator:
         return read_open_releases(self._store.database)
 
     def resume_all(self) -> None:
+        self._lift_freezes()
         for release_id, status in self.open_releases():
             self._approve(release_id)
             if status == "paused":
@@ -88,6 +89,11 @@ class Operator:
             self._act("cancel", release_id)
         elif dice > 0.985:
             self._roll_back()
+        elif 0.95 < dice < 0.96:
+            self._store.releases.set_freeze(True, "torture", "holidays", self._random.choice(self.TARGETS))
+            self._figures.count("targets frozen")
+        elif 0.9 < dice < 0.95:
+            self._lift_freezes()
 
     def _create(self) -> None:
         """Make a release for all nodes or for some; some start later than others that are made after them."""
@@ -102,6 +108,8 @@ class Operator:
             self._random.random() < 0.1) else {}
         if self._random.random() < 0.4:
             strategy["onExceed"] = rc.ROLLBACK
+        if self._random.random() < 0.15:
+            strategy.update(preflight=True, retries=1)
         mark = next(self._marks)
         payload = {**SITES, "mark": mark}
         content = payload_sha256(payload)
@@ -133,6 +141,10 @@ class Operator:
             old = tx.value("SELECT name FROM nodes WHERE enabled = 1 AND name IN (?, ?)", *names)
             for name in sorted(names, key=lambda one: one != old):  # never both at once
                 tx.execute("UPDATE nodes SET enabled = ? WHERE name = ?", int(name != old), name)
+
+    def _lift_freezes(self) -> None:
+        for freeze in self._store.releases.freezes().on:
+            self._store.releases.set_freeze(False, "torture", target=freeze.target)
 
     def _approve(self, release_id: int) -> None:
         """Let a release start that waits for an approval, as somebody else than its author, who may not."""

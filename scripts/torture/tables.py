@@ -100,6 +100,7 @@ def check_tables(tables: Tables) -> Iterator[Finding]:
     yield from _check_order(tables)
     yield from _check_rollbacks(tables)
     yield from _check_approvals(tables)
+    yield from _check_freezes(tables)
     yield from _check_addresses(tables)
     yield from _check_task_ids(tables)
 
@@ -177,6 +178,16 @@ def _check_approvals(tables: Tables) -> Iterator[Finding]:
             waiting.discard(event.release_id)
         elif event.to_status == "running" and event.release_id in waiting:
             yield Finding("unapproved", f"{event}: nobody had approved it")
+
+
+def _check_freezes(tables: Tables) -> Iterator[Finding]:
+    """Yield dispatches that were written down while a freeze, which a person lifted later, held their release."""
+    frozen: set[int] = set()
+    for event in tables.events:
+        if event.event in ("frozen", "unfrozen"):
+            (frozen.add if event.event == "frozen" else frozen.discard)(event.release_id)
+        elif event.to_status == "running" and event.from_status == "pending" and event.release_id in frozen:
+            yield Finding("frozen", f"{event}: its target was frozen")
 
 
 def _check_addresses(tables: Tables) -> Iterator[Finding]:
