@@ -389,8 +389,9 @@ def test_an_address_that_is_no_host_name_is_told(cli):
 # -- what is installed -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_the_units_take_modules_from_pythons_own_folders_alone(name):
-    assert unit(name)["Service"]["ExecStart"].split()[:2] == ["/usr/bin/python3", "-I"]
+def test_the_units_run_the_installed_command_which_takes_modules_from_its_own_folders_alone(name):
+    assert unit(name)["Service"]["ExecStart"].split()[0] == "/usr/local/bin/releasectl"
+    assert 'echo "$command -I"' in (ROOT / "scripts" / "install.sh").read_text()
 
 
 def test_isolated_it_takes_no_module_from_its_folder_or_the_environment(tmp_path):
