@@ -161,6 +161,7 @@ from typing import (
     Generic,
     NamedTuple,
     NoReturn,
+    Protocol,
     TextIO,
     TypeVar,
     Union,
@@ -2594,7 +2595,7 @@ class IdempotencyKey(NamedTuple):
 # region Freezes
 # ======================================================================================
 # Freezes: what is frozen, and which releases that holds. Pure.
-# Uses: Vocabulary, Model.
+# Uses: Vocabulary.
 # ======================================================================================
 
 class Freeze(NamedTuple):
@@ -2663,6 +2664,15 @@ class Freeze(NamedTuple):
 NO_FREEZE = Freeze()
 
 
+class Freezable(Protocol):
+    """What a freeze may hold: a release, or one that is asked for."""
+    @property
+    def target(self) -> str: ...
+
+    @property
+    def during_freeze(self) -> int: ...
+
+
 class Freezes(NamedTuple):
     """What is frozen: everything, single targets, or both."""
     everything: Freeze = NO_FREEZE
@@ -2678,12 +2688,12 @@ class Freezes(NamedTuple):
         """Return the one that was set for exactly this target, "" for everything; NO_FREEZE for none."""
         return self.everything if not target else next((f for f in self.targets if f.target == target), NO_FREEZE)
 
-    def holding(self, release: Release | Candidate) -> list[Freeze]:
+    def holding(self, release: Freezable) -> list[Freeze]:
         """Return those that hold a release, the one that ends last first. No other place answers that."""
         found = [freeze for freeze in self.on if freeze.target in ("", release.target) and not release.during_freeze]
         return sorted(found, key=lambda freeze: freeze.until or "~", reverse=True)
 
-    def of(self, release: Release | Candidate) -> Freeze:
+    def of(self, release: Freezable) -> Freeze:
         """Return what a release waits for: of those that hold it the one that ends last, NO_FREEZE for none."""
         return next(iter(self.holding(release)), NO_FREEZE)
 
@@ -4831,7 +4841,7 @@ def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode
     if node.passes < policy.probes:
         return node._replace(due=now.elapsed + PROBE_AGAIN_S)
     if node.status == SUCCESS:
-        return node._replace(next_op="", is_reverified=True)
+        return node._replace(next_op="", is_reverified=True, passes=0)
     return node._replace(verdict=Verdict(SUCCESS, detail=node.agent_message))
 
 
@@ -8624,11 +8634,26 @@ def emptied_nodes(payload: Mapping[str, Any], nodes: Iterable[Node]) -> list[str
 def plan_again(tx: Transaction, verb: str, release_id: int, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
     """Return what a retry or rollback creates, its plan, and its nodes; raise AppError where it is refused."""
     old = read_release(tx, release_id)
+    if verb == "rollback" and not old.is_terminal:
+        raise AppError(WRONG_STATE, _not_to_roll_back_yet(tx, old))
     check_verb(verb, old)
     if wish.during_freeze and not wish.reason:
         raise AppError(MISSING, "reason is missing: say why it can't wait for the end of the freeze")
     check_emergency(wish.is_emergency, wish.reason)
     return _plan_ended(tx, verb, old, wish)
+
+
+def _not_to_roll_back_yet(tx: Transaction, old: Release) -> str:
+    """Return why an open release can't be rolled back, and what would do: it is asked for at night, by `latest`."""
+    is_now = f"release {old.id} is {old.status}"
+    if old.started_at:
+        verb = "watch" if old.status == CANCELLING else "cancel"
+        return f"{is_now}; a release is rolled back after its end: releasectl {verb} {old.id}"
+    went_out = tx.value("SELECT id FROM release_tasks WHERE target = ? AND started_at IS NOT NULL "
+                        "ORDER BY version DESC LIMIT 1", old.target)
+    return f"{is_now} and changed no node" + (
+        f"; the newest of target {old.target} that went out is release {went_out}: releasectl rollback {went_out}"
+        if went_out else f": releasectl cancel {old.id}")
 
 
 def automatic_rollback(tx: Transaction, old: Release) -> tuple[ReleaseRequest, Plan, list[Node]]:
@@ -8781,7 +8806,10 @@ def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRe
 
 
 def queue_effect(tx: Transaction, request: ReleaseRequest) -> tuple[list[Superseded], list[str]]:
-    """Return the releases that a new one cancels, and a warning for each that it waits for though it is in a hurry."""
+    """Return the releases that a new one cancels, and a warning for each that it waits for though it is in a hurry.
+
+    A freeze holds a rollback, too: the warning says what would do.
+    """
     others = sorted((c for c in read_candidates(tx) if c.target == request.target), key=lambda c: c.version)
     unstarted = [Superseded(c.id, c.version) for c in others if c.status in (PENDING, PAUSED) and not c.has_started]
     warnings = [f"waits for release {c.id} (v{c.version}), {state_of(c)}: releasectl cancel {c.id}" for c in others
@@ -8789,6 +8817,9 @@ def queue_effect(tx: Transaction, request: ReleaseRequest) -> tuple[list[Superse
     if request.rollback_of is not None and not request.supersede and not request.goes_first and unstarted:
         warnings.append(f"goes behind {in_words(unstarted, 1)}: --now (supersede) cancels "
                         f"{'it' if len(unstarted) == 1 else 'them'} and goes first")
+    freeze = read_freezes(tx).of(request)
+    if request.rollback_of is not None and freeze.frozen:
+        warnings.append(f"{freeze.line()}: it waits; --during-freeze (duringFreeze) goes out all the same")
     return unstarted if request.supersede else [], warnings
 
 
@@ -9605,10 +9636,17 @@ class Releases:
             check_payload_version(request.payload, version)
             return self._planned(tx, request, *self._plan(tx, request), version)
 
-    @staticmethod
-    def _planned(tx: Transaction, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node], version: int) -> Plan:
+    def _approval_of(self, request: ReleaseRequest) -> str:
+        """Return the approval that a new release begins with: one of APPROVAL_STATES, or "" where it needs none."""
+        return request.approval or (WANTED if self._database.approvals else "")
+
+    def _planned(self, tx: Transaction, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node],
+                 version: int) -> Plan:
         """Return a plan with what it needs to be shown."""
         superseded, warnings = queue_effect(tx, request)
+        if self._approval_of(request) == WANTED:
+            warnings.append("waits for approval by somebody else than its author; in an emergency it goes without: "
+                            "--emergency (emergency)")
         return plan._replace(version=version, names={node.id: node.name for node in nodes},
                              effect=effect_of(tx, request.payload, nodes), superseded=superseded,
                              warnings=[*plan.warnings, *warnings])
@@ -10074,7 +10112,7 @@ class Releases:
             self._queue.end_unstarted(tx, read_release(tx, old.release_id), actor, why)
             self._audit.add(tx, actor, "release.cancel", f"release {old.release_id}",
                             after={"status": CANCELLED, "reason": why})
-        approval = request.approval or (WANTED if self._database.approvals else "")
+        approval = self._approval_of(request)
         if approval:
             set_approval(tx, read_release(tx, release_id), approval, now, actor, request.reason)
         self._queue.explain_waiting(tx)

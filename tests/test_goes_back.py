@@ -349,6 +349,48 @@ def test_section_7_a_freeze_that_comes_later_does_not_hold_it_and_counts_no_paus
     assert store.releases.get(made.id).status == "success"
 
 
+def test_section_7_the_plan_of_a_rollback_says_what_would_hold_it_and_what_goes_without(store):
+    bad = gone_bad(store)
+    store.database.approvals = True
+    store.releases.set_freeze(True, "anna", "holidays", "cdn")
+    frozen = "cdn is frozen by anna: holidays: it waits; --during-freeze (duringFreeze) goes out all the same"
+    unapproved = ("waits for approval by somebody else than its author; in an emergency it goes without: --emergency "
+                  "(emergency)")
+
+    def told(**wish) -> list[str]:
+        return store.releases.plan_again("rollback", bad.id, rc.Again("down", supersede=True, **wish)).warnings
+
+    assert told() == [frozen, unapproved]
+    assert told(during_freeze=True) == [unapproved]
+    assert told(is_emergency=True) == [frozen]
+    assert told(during_freeze=True, is_emergency=True) == []
+    assert store.releases.rollback(bad.id, "anna", rc.Again(supersede=True)).warnings == [frozen]
+    assert store.releases.plan(rc.ReleaseRequest()).warnings == [unapproved]
+
+
+def test_section_7_a_rollback_of_what_is_open_is_refused_with_what_to_roll_back_or_to_end(store):
+    add_nodes(store, 2)
+    only = new_release(store)
+    with pytest.raises(rc.AppError, match="release 1 is pending and changed no node: releasectl cancel 1$"):
+        store.releases.rollback(only.id, "anna")
+    run(store, only.id)
+    running = new_release(store, payload={"content": "B"}, strategy={"batches": ["100%"]})
+    waits = new_release(store)
+    claim = claimed(store, running.id)
+    cycle(store, claim)
+    for one, words in (
+            (waits, "is pending and changed no node; the newest of target cdn that went out is release 2: releasectl "
+                    "rollback 2"),
+            (running, "is running; a release is rolled back after its end: releasectl cancel 2")):
+        with pytest.raises(rc.AppError, match=f"release {one.id} {words}$") as refused:
+            store.releases.plan_again("rollback", one.id, rc.Again(supersede=True))
+        assert refused.value.code == 3003
+    store.releases.act("cancel", running.id, "anna")
+    with pytest.raises(rc.AppError, match="release 2 is cancelling; a release is rolled back after its end: releasectl "
+                                          "watch 2$"):
+        store.releases.rollback(running.id, "anna")
+
+
 # -- supersede ---------------------------------------------------------------------------------------------------------
 
 def waiting(store: rc.Store) -> list[rc.Release]:

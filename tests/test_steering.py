@@ -11,6 +11,7 @@ from lab import (
     FOREVER_MS,
     add_nodes,
     assert_books_balance,
+    beside,
     eventually,
     fleet,
     free_port,
@@ -766,6 +767,19 @@ def test_verify_looks_again_at_the_end_of_the_soak(world, web):
     assert [(n.status, n.error_kind) for n in nodes] == [("failed", "verify"), ("skipped", "")]
     assert [(e.from_status, e.to_status) for e in world.store.releases.events(made.id) if e.node_id == 1] == [
         ("pending", "running"), ("running", "success"), ("success", "failed")]
+
+
+def test_section_4_a_tick_ends_in_a_soak_also_after_a_batch_that_was_verified_again(world, web):
+    world.nodes(3)
+    web.serve([200], [200], [200])
+    made = new_release(world.store, strategy=web.strategy(batches=[1, 1], soakSec=600))
+    executor = world.executor()
+    for done in (1, 2):
+        wanted = ["success"] * done + ["pending"] * (3 - done)
+        with beside(lambda wanted=wanted: eventually(
+                lambda: executor.tick() and statuses(world.store, made.id) == wanted), 10.0):
+            pass
+        world.advance(600)
 
 
 def test_a_probe_that_nobody_answers_fails_within_its_time(world):
