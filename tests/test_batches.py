@@ -4,11 +4,10 @@ from __future__ import annotations
 import collections
 import random
 import re
-import shlex
 from typing import Any
 
 import pytest
-from lab import ROOT, World, eventually, fleet, mtls, new_release, sql
+from lab import eventually, fleet, mtls, new_release, sql
 from test_decision import NOW, POLICY, decide, later, node, release, sends
 
 import releasectl as rc
@@ -491,76 +490,6 @@ def test_node_ping_asks_those_that_the_words_choose(cli, world):
     cli.settings.update(DATABASE_URL=world.url, **mtls(world.certs))
     found = cli("node", "ping", "--label", "region=us", "--exclude", "edge-3", "--json").json["items"]
     assert [(item["name"], item["ok"]) for item in found] == [("edge-2", True)]
-
-
-# -- the recipes -------------------------------------------------------------------------------------
-
-def recipe(name: str) -> tuple[list[str], str]:
-    """Return the command of a recipe in docs/STRATEGIES.md, and what is said below it."""
-    text = (ROOT / "docs" / "STRATEGIES.md").read_text(encoding="utf-8").partition("## Recipes")[2]
-    found = re.search(rf"(?ms)^\*\*{name}\.\*\* .*?\n\n    releasectl (create .*?)\n\n(.*?)\n\n\*\*", text)
-    assert found, f"no recipe {name}"
-    return shlex.split(found[1].replace("\\\n", " ")), " ".join(found[2].split())
-
-
-@pytest.fixture
-def recipes(quick, world):
-    """A command line over agents that listen, with a payload as the recipes name it."""
-    quick.file("site.json", '{"websites":[]}')
-    quick.settings.update(DATABASE_URL=world.url, **mtls(world.certs))
-    quick.world = world
-    return quick
-
-
-def at_rest_in(world: World, release_id: int) -> list[list[str]]:
-    """Return by batch the names of the nodes that are at rest."""
-    found: dict[int, list[str]] = {}
-    for one in world.store.releases.with_nodes(release_id)[1]:
-        found.setdefault(one.batch, []).extend([one.name] if one.status in rc.AT_REST else [])
-    return list(found.values())
-
-
-def test_the_recipe_canary_then_regions(recipes):
-    words, text = recipe("Canary then regions")
-    world = recipes.world.nodes(6)
-    regions = ["us", "eu", "ap", "eu", None, "us"]
-    for number, region in enumerate(regions, 1):
-        labels = {"role": "canary" if number < 3 else "edge", **({"region": region} if region else {})}
-        world.store.nodes.update(number, {"labels": rc.to_json(labels)})
-    plan = plan_of(recipes, *words[1:])
-    groups = re.findall(r"`([^`]*)`", text.partition(":")[0])
-    assert [batch["group"] for batch in plan["batches"]] == groups == ["first", "region=ap", "region=eu", "region=us",
-                                                                       "no region"]
-    recipes.ok(*words)
-    executor, expected = world.executor(), [["edge-1", "edge-2"], ["edge-3"], ["edge-4"], ["edge-6"], ["edge-5"]]
-    for done in range(1, 6):
-        wanted = [*expected[:done], *[[]] * (5 - done)]
-        eventually(lambda wanted=wanted: executor.tick() is not None and at_rest_in(world, 1) == wanted)
-        world.advance(rc.strategy_of(world.store.releases.get(1).strategy).soak_s - 60)
-        executor.tick()
-        assert len(list(filter(None, at_rest_in(world, 1)))) == done, "it soaks"
-        world.advance(60)
-    assert world.store.releases.get(1).status == "success"
-
-
-def test_the_recipe_one_host_a_rack(recipes):
-    words, _ = recipe("One host a rack")
-    world = recipes.world.nodes(8, task_ms=600_000)
-    for number in range(1, 9):
-        world.store.nodes.update(number, {"labels": rc.to_json({"rack": f"r{number % 3}"})})
-    recipes.ok(*words)
-    world.executor().tick()
-    running = [one.node_id % 3 for one in world.store.releases.with_nodes(1)[1] if one.status == "running"]
-    assert sorted(running) == [0, 1, 2]
-    world.finish()
-    world.drain()
-    assert world.store.releases.get(1).status == "success"
-    in_flight: collections.Counter[int] = collections.Counter()
-    for event in world.store.releases.events(1, limit=1000):
-        if event.node_id:
-            in_flight[event.node_id % 3] += 1 if event.to_status == "running" else -1
-            assert in_flight[event.node_id % 3] <= 1
-    assert world.runs() == [1] * 8
 
 
 def test_a_stored_selection_may_name_numbers_as_the_labels_of_nodes_do():
