@@ -5761,7 +5761,8 @@ def _executor_step(facts: Facts) -> Step:
 def _may_go_s(facts: Facts) -> float:
     """Return since when nothing but the want of an owner keeps a release, inf where something else does."""
     release = facts.release
-    if release is None or facts.freezes.of(release).frozen or facts.ahead or release.status == PAUSED:
+    if release is None or facts.freezes.of(release).frozen or facts.ahead or release.status == PAUSED or \
+            release.awaits_approval:
         return float("inf")
     return may_go_since(release, facts.strategy)
 
@@ -5875,8 +5876,10 @@ def _busy_step(facts: Facts) -> Step | None:
 
 def _slots_step(facts: Facts) -> Step | None:
     shortage = _part_of_progress(facts, NO_SLOT).partition(";")[0]
-    if shortage:
-        return Step("slots", WAITS, f"waiting for a free slot ({shortage}: AGENT_CONCURRENCY)")
+    if shortage:  # a paused release gives its slots back as its requests end
+        user = re.search(r"release (\d+)", shortage)
+        return Step("slots", WAITS, f"waiting for a free slot ({shortage}: AGENT_CONCURRENCY)",
+                    f"releasectl pause {user[1]}" if user else "")
     most, running = facts.strategy.max_parallel, len(facts.running)
     if most and running >= most and any(b.count(PENDING) for b in facts.batches):
         return Step("slots", WAITS, f"waiting for a free slot ({running} of {most} in use: maxParallel)")
@@ -7012,6 +7015,10 @@ class Database:
         self._places.release()
 
     def _discard(self, connection: Any) -> None:
+        if isinstance(self.engine, SqliteEngine):
+            # as long as a traceback has the cursor of a failed statement, a close alone does not end the transaction
+            with contextlib.suppress(*self.engine.error):
+                connection.execute("ROLLBACK")
         with self._changed:
             close_quietly(connection)
             self._count_out()
@@ -17138,7 +17145,8 @@ def command_why(context: Context) -> int:
     stopped_by, sentence = why.stopped_by, context.display.sentence
     steps = context.display.table([("=>" if step is stopped_by else "", step.state, step.name, sentence(step.text))
                                    for step in why.steps], ("", "state", "step", "what"))
-    mend = [f"mend: {stopped_by.mend}"] if stopped_by else []
+    mends = [step.mend for step in ([stopped_by] if stopped_by else why.steps) if step.state != OK and step.mend]
+    mend = [f"mend: {mends[0]}"] if mends else []  # of what goes on by itself too: there it is a way to have it sooner
     context.show(why_json(why), "\n".join([sentence(why.line), steps, *mend]))
     return EXIT_NOT_SUCCESS if stopped_by and why.release else EXIT_DONE
 

@@ -130,6 +130,20 @@ def test_a_release_that_waits_for_its_time_or_another_one_is_not_ignored(fresh, 
     assert fresh.claims.why(release.id, 600.0).stopped_by is None
 
 
+def test_a_release_that_waits_for_an_approval_is_not_ignored(fresh):
+    add_nodes(fresh, 1)
+    release = new_release(fresh, approval=rc.WANTED)
+    ignore(fresh, 300)
+    assert kinds(fresh) == ["approval"]
+    why = fresh.claims.why(release.id, 600.0)
+    assert (why.stopped_by.name, why.stopped_by.mend) == ("approval", f"releasectl approve {release.id}")
+    assert {step.name: step.state for step in why.steps}["executor"] == "ok"
+    fresh.approvals.approve(release.id, rc.Act("bob", rc.VIA_API, token="bob"))
+    assert kinds(fresh) == []
+    ignore(fresh, 300)
+    assert kinds(fresh) == ["unattended"]
+
+
 def test_a_release_that_ticks_leave_between_them_is_not_ignored_unless_they_do_not_take_it(fresh):
     nobody_looks(fresh)
     add_nodes(fresh, 1)

@@ -551,6 +551,26 @@ def test_a_lock_that_lasts_is_told_in_one_line(sqlite_url, open_store, tmp_path,
     add_nodes(store, 1)
 
 
+@pytest.mark.parametrize("statement", [
+    "INSERT INTO nodes (name, main_ip) VALUES ('a', '127.0.0.9'), ('b', '127.0.0.9'), ('a', '127.0.0.9')",
+    "SELECT abs(id - 9223372036854775807 - 2) FROM nodes ORDER BY id"])
+def test_a_failed_statement_locks_nobody_out_while_its_error_lives(sqlite_url, open_store, monkeypatch, statement):
+    monkeypatch.setattr(rc, "BUSY_TIMEOUT_S", 0.1)
+    store = open_store(sqlite_url)
+    [node] = add_nodes(store, 1)
+
+    def fail() -> None:
+        with store.database.transaction(write=True) as tx:
+            tx.execute("UPDATE nodes SET name = 'x'")
+            tx.rows(statement) if statement.startswith("SELECT") else tx.execute(statement)
+
+    with pytest.raises(rc.DatabaseError) as error:
+        fail()
+    with store.database.transaction(write=True) as tx:
+        assert tx.value("SELECT name FROM nodes") == node.name
+    assert error.value.__cause__.__traceback__  # it is alive, with all that it holds
+
+
 def test_sqlite_is_set_so_that_what_was_committed_survives_a_power_cut(sqlite_url, open_store):
     store = open_store(sqlite_url)
     with store.database.transaction() as tx:

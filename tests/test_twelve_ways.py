@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from lab import Cli, eventually, serve_process, sql
+from test_approvals import USER, signed_in, tokens  # noqa: F401  (a fixture)
 
 import releasectl as rc
 
@@ -51,7 +52,7 @@ class Night:
             self.serve()
             return ""
         result = self.cli(*arguments)
-        assert result.code in (0, 1, 2, 69), result
+        assert result.code in (0, 1, 2, 3, 69), result
         return result.out + result.err
 
     def goes_on(self, *release_ids: int) -> None:
@@ -147,16 +148,19 @@ def test_7_a_soak(night):
 
 
 def test_8_all_slots_are_in_use(night):
-    night.cli.settings["AGENT_CONCURRENCY"] = "1"
+    night.cli.settings.update(AGENT_CONCURRENCY="1", AGENT_REQUEST_TIMEOUT_SEC="10")
     night.serve()
     night.cli.world.agent(1).set(mode="hang")
     first = night.create("--node", "edge-1")
     eventually(lambda: night.store.releases.get(first).status == "running")
     second = night.create("--target", "dns", "--node", "edge-2")
-    night.why(second, rf"waiting for a free slot \(1 of 1 in use by release {first}: AGENT_CONCURRENCY\)", 0)
-    night.cli.world.agent(1).set(mode="normal")  # why of the first names edge-1, which does not answer
-    night.mend(f"releasectl cancel {first} --force")
+    mend = night.why(second, rf"waiting for a free slot \(1 of 1 in use by release {first}: AGENT_CONCURRENCY\)", 0)
+    assert mend == f"releasectl pause {first}"
+    night.mend(mend)
     night.goes_on(second)
+    night.mend(night.why(first, "is stopped: paused by ", 1))
+    night.cli.world.agent(1).set(mode="normal")  # somebody starts it
+    night.goes_on(first)
 
 
 def test_9_an_agent_is_dead(night):
@@ -228,10 +232,26 @@ def test_11_the_database_takes_no_writes(night):
     night.goes_on(release_id)
 
 
-@pytest.mark.skip(reason="approvals are being built")
-def test_12_nobody_has_approved_it(night):
+def test_12_nobody_has_approved_it(night, tokens):  # noqa: F811
     night.cli.settings["APPROVALS"] = "1"
     night.serve()
     release_id = night.create()
-    night.mend(night.why(release_id, "approv", 1))
+    mend = night.why(release_id, rf"is stopped: waiting for approval by somebody else than {USER}: ", 1)
+    assert mend == f"releasectl approve {release_id}"
+    assert f"release {release_id} was made by {USER}: somebody else must approve it" in night.mend(mend)
+    with signed_in(night.store, tokens, "bob") as bob:
+        bob.ok("POST", f"/api/v1/releases/{release_id}/approve", {})
+    night.goes_on(release_id)
+
+
+def test_12_a_freeze_that_somebody_else_set(night, tokens):  # noqa: F811
+    night.cli.settings["APPROVALS"] = "1"
+    night.serve()
+    with signed_in(night.store, tokens, "bob") as bob, signed_in(night.store, tokens, "alice") as alice:
+        bob.ok("PUT", "/api/v1/freeze", {"frozen": True, "reason": "the match"})
+        release_id = night.create("--emergency", "--reason", "no approval")
+        mend = night.why(release_id, "is stopped: frozen by bob: the match; bob lifts it, or any two others", 1)
+        assert f"so bob or anybody but {USER} lifts it" in night.mend(mend)
+        night.why(release_id, f"{USER} wants it lifted since .*, so bob or anybody but {USER} lifts it", 1)
+        alice.ok("PUT", "/api/v1/freeze", {"frozen": False})
     night.goes_on(release_id)

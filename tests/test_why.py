@@ -548,7 +548,7 @@ def test_a_release_waits_for_the_slots_that_another_one_has(world):
                      for number, target in enumerate(("a", "b"), 1))
     with looking(world, AGENT_CONCURRENCY=1):
         explained(world, second, "slots", "waits",
-                  r"waiting for a free slot \(1 of 1 in use by release 1: AGENT_CONCURRENCY\)")
+                  r"waiting for a free slot \(1 of 1 in use by release 1: AGENT_CONCURRENCY\)", "releasectl pause 1")
         assert step(why(world, first), "slots") is None
         world.agent(1).set(mode="normal")
 
