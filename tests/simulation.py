@@ -1481,6 +1481,7 @@ class Simulation:
                 FROM release_tasks r JOIN release_task_nodes n ON n.release_task_id = r.id
                 WHERE r.status IN ('pending', 'running', 'paused', 'cancelling') GROUP BY r.id""")
         noted = {owner.owner for owner in self.owners if self.now - owner.noted_at < period_s - 0.01}
+        unnoted = {owner.owner for owner in self.owners if owner.noted_at < 0}
         for release_id, status, holder, expires, running, pending, target, passes, approval, started in rows:
             why = self.store.claims.why(release_id, self.deadline_s)
             said = {step.name: step for step in why.steps}
@@ -1491,7 +1492,9 @@ class Simulation:
                 ("freeze", is_frozen), ("pause", status == rc.PAUSED),
                 ("approval", approval == rc.WANTED and not started)) if holds}
             if not self.restores and self.clock_set_at < 0:  # else its row may be gone, or of another time
-                wanted |= {"executor"} if not noted and not (is_claimed and holder in noted) else set()
+                # whose first row is not written yet is known by its claim alone
+                is_at_work = is_claimed and (holder in noted or holder in unnoted)
+                wanted |= {"executor"} if not noted and not is_at_work else set()
             elif "executor" in stops:
                 wanted.add("executor")
             if stops - {"order"} != wanted:
