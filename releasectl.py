@@ -198,6 +198,8 @@ NODE_STATUSES = ("online", "offline", "maintenance")
 WANTED, GIVEN, EMERGENCY, AUTOMATIC = APPROVAL_STATES = ("wanted", "given", "emergency", "automatic")
 # Everybody who acts through an API without tokens and client certificates.
 ANONYMOUS = "api"
+# Between the names of one person, a token's and that of the certificate beside it: 'alice (certificate laptop-7)'.
+BESIDE = " (certificate "
 
 # Kinds of notifications (NOTIFY_ON); most have the name of a status.
 CREATED, STARTED, STUCK, APPROVAL, TAKEN_OVER, FROZEN = (
@@ -257,7 +259,7 @@ INTERNAL, DATABASE_DOWN, NO_FREE_CONNECTION, NOT_IMPLEMENTED, UNKNOWN_HTTP_VERSI
 
 # HTTP status and exit code of each error code.
 ERROR_CODES: Mapping[int, tuple[int, int]] = {
-    NO_TOKEN: (401, EXIT_USAGE), BAD_TOKEN: (401, EXIT_USAGE), NOT_ALLOWED: (403, EXIT_USAGE),
+    NO_TOKEN: (401, EXIT_USAGE), BAD_TOKEN: (401, EXIT_USAGE), NOT_ALLOWED: (403, EXIT_STATE),
     MISSING: (400, EXIT_USAGE), MALFORMED: (400, EXIT_USAGE), INVALID: (400, EXIT_USAGE),
     NOT_FOUND: (404, EXIT_STATE), EXISTS: (409, EXIT_STATE), WRONG_STATE: (409, EXIT_STATE),
     METHOD_NOT_ALLOWED: (405, EXIT_USAGE), REQUEST_TIMEOUT: (408, EXIT_UNAVAILABLE),
@@ -4406,6 +4408,8 @@ FROZEN_BEGINS = ("frozen: ", "frozen until ")
 
 def approval_text(release_id: int, author: str) -> str:
     """Return that a release waits for an approval, who may give it, and how."""
+    if author == ANONYMOUS:
+        return "waiting for approval, which nobody can give: who made it did not sign in (set API_TOKENS_FILE)"
     whose = f" by somebody else than {author}" if author else ""
     return f"waiting for approval{whose}: releasectl approve {release_id}"
 
@@ -5376,9 +5380,21 @@ def check_verb(verb: str, release: Release) -> None:
 def same_person(one: str, other: str) -> bool:
     """Return whether two identities (Act.identity) count as one person.
 
-    A token, a certificate and a Unix user of one name do.
+    A token, a certificate and a Unix user of one name do; of a token with a certificate one name is enough.
     """
-    return one.casefold() == other.casefold()
+    return not _names_in(one).isdisjoint(_names_in(other))
+
+
+def _names_in(identity: str) -> set[str]:
+    # a certificate's name may hold anything, BESIDE too: whatever is cut, one name never becomes two persons
+    return {name.rstrip(")") for name in identity.casefold().split(BESIDE)}
+
+
+def check_signed_in(identity: str) -> None:
+    """Raise AppError(NOT_ALLOWED) for whoever acts through an API where nobody signs in: he may be anybody."""
+    if identity == ANONYMOUS:
+        raise AppError(NOT_ALLOWED, "through an API where nobody signs in nobody is a second person: "
+                                    "set API_TOKENS_FILE, or use the command line")
 
 
 def check_emergency(is_emergency: bool, reason: str) -> None:
@@ -5388,17 +5404,25 @@ def check_emergency(is_emergency: bool, reason: str) -> None:
 
 
 def check_approval(release: Release, identity: str, is_emergency: bool) -> None:
-    """Raise AppError(WRONG_STATE) unless the release waits for an approval, or AppError(NOT_ALLOWED) for its author."""
+    """Raise AppError(WRONG_STATE) unless the release waits for an approval.
+
+    AppError(NOT_ALLOWED): for its author, and where it is not known who made it or who approves.
+    """
     if not release.awaits_approval:
         is_now = "succeeded" if release.status == SUCCESS else f"is {release.status}"
         how = {GIVEN: "approved it", EMERGENCY: "let it go without one"}.get(release.approval)
         raise AppError(WRONG_STATE, f"release {release.id} {is_now} and waits for no approval" + (
             f": {release.approved_by} {how} at {release.approved_at}" if how else ""))
-    if not is_emergency and same_person(release.author, identity):
-        where = " through an API without tokens, where everybody is the same (set API_TOKENS_FILE)" \
-            if release.author == ANONYMOUS else f" by {release.author}"
-        raise AppError(NOT_ALLOWED, f"release {release.id} was made{where}: somebody else must approve it; in an "
-                                    "emergency it goes without: --emergency --reason TEXT")
+    if is_emergency:
+        return
+    how = "in an emergency it goes without: emergency and a reason (--emergency --reason TEXT)"
+    if release.author == ANONYMOUS:
+        raise AppError(NOT_ALLOWED, f"release {release.id} was made through an API where nobody signs in, perhaps by "
+                                    f"you: set API_TOKENS_FILE, and make it again; {how}")
+    check_signed_in(identity)
+    if same_person(release.author, identity):
+        raise AppError(NOT_ALLOWED, f"release {release.id} was made by {release.author}: somebody else must approve "
+                                    f"it; {how}")
 
 
 def is_setter(freeze: Freeze, identity: str) -> bool:
@@ -7364,8 +7388,11 @@ class Act:
     def identity(self) -> str:
         """Return the one name that says whether two acts are of one person (docs/SECURITY.md, "Four eyes").
 
-        Nothing of it is what the caller says of himself: the token's name, else the certificate's, else the Unix user.
+        Nothing of it is what the caller says of himself: the token's name, with the certificate's where that is
+        another one, else the certificate's, else the Unix user.
         """
+        if self.token and self.certificate and self.token != self.certificate:
+            return f"{self.token}{BESIDE}{self.certificate})"
         return self.token or self.certificate or self.user or self.actor
 
     def __str__(self) -> str:
@@ -9541,7 +9568,7 @@ APPROVAL_EVENTS: Mapping[str, str] = {WANTED: APPROVAL, GIVEN: "approved", EMERG
 
 def set_approval(tx: Transaction, release: Release, approval: str, at: str, actor: Who, reason: str) -> None:
     """Write one of APPROVAL_STATES for a release that has not started, with its event."""
-    by, when = ("", None) if approval == WANTED else (identity_of(actor), at)
+    by, when = (identity_of(actor), at) if approval in (GIVEN, EMERGENCY) else ("", None)
     tx.execute("UPDATE release_tasks SET approval = ?, approved_by = ?, approved_at = ?, updated_at = ? WHERE id = ?",
                approval, by, when, at, release.id)
     event, why = APPROVAL_EVENTS[approval], {WANTED: approval_text(release.id, release.author),
@@ -9773,6 +9800,8 @@ class Releases:
             if not frozen and not before.frozen:
                 return freezes
             identity, now = identity_of(actor), self._state.now()
+            if before.two_persons and not frozen and not is_emergency:
+                check_signed_in(identity)
             after = Freeze(frozen, reason, str(actor), now, until or None, target, identity if frozen else "")
             if frozen and before.frozen:
                 check_longer(before, identity, until)
@@ -14547,6 +14576,14 @@ def name_in(certificate: Mapping[str, Any]) -> str:
     return one_line(names[0], 100) if names else ""
 
 
+def anonymity_of(settings: Settings) -> str:
+    """Return the warning that nobody can approve through the API, as nobody signs in there; "" where somebody can."""
+    if not settings.approvals or settings.api_tokens_file or settings.http_client_ca:
+        return ""
+    return ("APPROVALS=1 without API_TOKENS_FILE: nobody signs in, so nobody can approve through the API, nor what was "
+            "made there: set API_TOKENS_FILE")
+
+
 def exposure_of(settings: Settings, address: str) -> str:
     """Return the warning for an address that the API listens on, "" for none; raise ConfigError where it may not."""
     found, shown = ipaddress.ip_address(address.partition("%")[0]), "HTTP_ADDR {}:{}".format(*settings.http_addr)
@@ -15761,9 +15798,8 @@ class ApiServer(socketserver.TCPServer):
         self._rejected: collections.deque[tuple[float, socket.socket]] = collections.deque()
         try:
             self.address_family, address = listening_address(settings)
-            exposure = exposure_of(settings, address)
-            if exposure:
-                log.warning("%s", exposure)
+            for warning in filter(None, (exposure_of(settings, address), anonymity_of(settings))):
+                log.warning("%s", warning)
             super().__init__((address, port), socketserver.BaseRequestHandler)  # unused: see process_request()
         except OSError as error:
             raise ConfigError(f"HTTP_ADDR {host}:{port} can't be listened on: {os_reason(error)}") from None
@@ -16097,6 +16133,8 @@ def check_api(settings: Settings) -> Iterator[Finding]:
     tokens, cert = settings.api_tokens_file, settings.http_cert
     yield _finding("API_TOKENS_FILE", lambda: _tokens_text(tokens) if tokens else
                    "not set: the API listens on loopback only, for everybody on this host")
+    if anonymity_of(settings):
+        yield Finding("APPROVALS", EXIT_NOT_SUCCESS, anonymity_of(settings))
     with contextlib.suppress(ConfigError):  # told above
         yield from check_tokens(Tokens(tokens).load() if tokens else ())
     try:

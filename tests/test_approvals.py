@@ -27,6 +27,7 @@ from lab import (
     migrate,
     new_release,
     serving,
+    settings_for,
     sha256,
     sql,
     statuses,
@@ -84,18 +85,22 @@ def start(store: rc.Store, release_id: int = 1) -> None:
 
 @pytest.mark.parametrize(("act", "identity"), [
     (rc.Act("alice", "api", token="alice"), "alice"),
-    (rc.Act("cert:cli:root", "api", token="alice", certificate="cli:root"), "alice"),
+    (rc.Act("cert:carol", "api", token="alice", certificate="carol"), "alice (certificate carol)"),
+    (rc.Act("cert:alice", "api", token="alice", certificate="alice"), "alice"),
     (rc.Act("cert:alice", "api", certificate="alice"), "alice"),
     (rc.Act("api", "api"), "api"),
     (rc.Act("cli:root (sudo: alice)", "cli", user="root"), "root"),
     ("host-a:1:x", "host-a:1:x"),
 ])
-def test_the_token_names_who_acts_else_the_certificate_else_the_unix_user(act, identity):
+def test_token_and_certificate_name_who_acts_else_the_unix_user(act, identity):
     assert rc.identity_of(act) == identity
 
 
 @pytest.mark.parametrize(("author", "other", "is_same"), [
-    ("alice", "alice", True), ("alice", "Alice", True), ("alice", "bob", False), ("", "", True), ("", "bob", False)])
+    ("alice", "alice", True), ("alice", "Alice", True), ("alice", "bob", False), ("", "", True), ("", "bob", False),
+    ("alice (certificate carol)", "bob (certificate carol)", True), ("alice (certificate carol)", "Carol", True),
+    ("alice", "alice (certificate carol)", True), ("alice (certificate carol)", "bob (certificate dora)", False),
+    ("t (certificate a (certificate b))", "a (certificate b)", True), ("t (certificate x))", "x)", True)])
 def test_a_name_is_one_persons_whatever_names_it(author, other, is_same):
     assert rc.same_person(author, other) == is_same
 
@@ -107,7 +112,7 @@ def test_the_command_line_is_its_unix_user_whatever_the_environment_says(quick, 
     quick.ok("create")
     assert store.releases.get(1).author == USER
     quick.settings.update(USER="bob", LOGNAME="bob", SUDO_USER="bob")
-    assert f"release 1 was made by {USER}: somebody else must approve it" in quick.refused(2, "approve", "1")
+    assert f"release 1 was made by {USER}: somebody else must approve it" in quick.refused(3, "approve", "1")
     monkeypatch.setattr(os, "getuid", lambda: pwd.getpwnam("daemon").pw_uid)
     assert quick.ok("approve", "1", "--json").json["approvedBy"] == "daemon"
 
@@ -136,7 +141,7 @@ def test_another_unix_user_approves_and_the_author_does_not_under_another_name()
         assert "by somebody else than daemon: releasectl approve 1" in result.out, result
         for environment in ({}, {"USER": "bin", "LOGNAME": "bin", "SUDO_USER": "bin"}):
             result = run("daemon", "approve", "1", **environment)
-            assert (result.code, "made by daemon: somebody else" in result.err) == (2, True), result
+            assert (result.code, "made by daemon: somebody else" in result.err) == (3, True), result
         result = run("bin", "approve", "1", "--json", USER="daemon")
         assert (result.code, result.json["approvedBy"]) == (0, "bin"), result
 
@@ -181,15 +186,20 @@ def test_by_the_api_only_another_operators_token_approves(four_eyes, tokens):
     assert json.loads(row.after) == {"approval": "given", "reason": "looks well"}
 
 
-def test_a_certificate_gives_no_second_name_to_a_token(four_eyes, certs, tokens, tmp_path):
-    made = issue(certs, tmp_path, "carol")
-    created(four_eyes)
+def test_two_tokens_under_one_certificate_are_one_person_and_so_is_one_token_under_two(
+        four_eyes, certs, tokens, tmp_path):
     with signed_in(four_eyes, tokens, "alice", **copy_pair(certs, tmp_path),
                    HTTP_CLIENT_CA=f"{certs}/ca.crt") as client:
-        client.context = trusting(certs, *made)
+        client.context = trusting(certs, *issue(certs, tmp_path, "carol"))
+        client.ok("POST", "/api/v1/releases", {}, 201)
+        assert four_eyes.releases.get(1).author == "alice (certificate carol)"
+        client.token = "bob" * 8
+        assert client.code("POST", "/api/v1/releases/1/approve", {}) == 1004
+        client.context = trusting(certs, *issue(certs, tmp_path, "dora"))
+        client.token = "alice" * 8
         assert client.code("POST", "/api/v1/releases/1/approve", {}) == 1004
         client.token = "bob" * 8
-        assert client.ok("POST", "/api/v1/releases/1/approve", {})["approvedBy"] == "bob"
+        assert client.ok("POST", "/api/v1/releases/1/approve", {})["approvedBy"] == "bob (certificate dora)"
 
 
 def test_without_tokens_a_certificate_names_who_acts(four_eyes, certs, tmp_path):
@@ -202,13 +212,34 @@ def test_without_tokens_a_certificate_names_who_acts(four_eyes, certs, tmp_path)
         assert client.ok("POST", "/api/v1/releases/1/approve", {})["approvedBy"] == "bob"
 
 
-def test_over_an_api_where_nobody_signs_in_nobody_approves_what_was_made_there(four_eyes):
+def test_over_an_api_where_nobody_signs_in_nobody_approves_and_nobody_what_was_made_there(four_eyes):
+    shell = rc.Act("cli:bob", "cli", user="bob")
+    created(four_eyes, shell)
     with serving(four_eyes) as client:
-        client.ok("POST", "/api/v1/releases", {}, 201)
         answer = client("POST", "/api/v1/releases/1/approve", {})
-        assert answer.code == 1004
-        assert "without tokens, where everybody is the same (set API_TOKENS_FILE)" in answer.text
-    assert approve(four_eyes, 1, rc.Act("cli:bob", "cli", user="bob")).approved_by == "bob"
+        assert (answer.code, "nobody is a second person: set API_TOKENS_FILE" in answer.text) == (1004, True)
+        client.ok("POST", "/api/v1/releases", {}, 201)
+        assert client.code("POST", "/api/v1/releases/2/approve", {}) == 1004
+        code, text = refusal(four_eyes, 2, shell)
+        assert (code, "perhaps by you: set API_TOKENS_FILE" in text) == (1004, True)
+        assert "which nobody can give" in four_eyes.releases.get(2).status_reason
+        client.ok("POST", "/api/v1/releases/2/approve", {"emergency": True, "reason": "down"})
+    assert approve(four_eyes, 1, rc.Act("cli:carol", "cli", user="carol")).approved_by == "carol"
+
+
+def test_serve_and_check_warn_of_approvals_where_nobody_signs_in(quick, open_store, tokens, told):
+    store = open_store(f"sqlite:///{quick.folder}/releasectl.db")
+    text = "nobody can approve through the API, nor what was made there: set API_TOKENS_FILE"
+    for settings, is_told in (({"APPROVALS": "1"}, True), ({}, False),
+                              ({"APPROVALS": "1", "API_TOKENS_FILE": str(tokens)}, False)):
+        told.clear()
+        with serving(store, **settings):
+            assert any(text in record.message for record in told.records) == is_told
+        quick.settings.clear()
+        quick.settings.update(settings)
+        assert (text in quick("check").out.replace("\n", " ")) == is_told
+    assert not rc.anonymity_of(settings_for(
+        "sqlite:///unused.db", APPROVALS=1, HTTP_CLIENT_CA="ca.crt", HTTP_CERT="a", HTTP_KEY="b"))
 
 
 def test_a_token_of_the_unix_users_name_is_no_second_person(four_eyes, tokens):
@@ -402,6 +433,11 @@ def test_a_retry_of_what_was_not_approved_waits_again_also_without_the_setting(s
     created(store)
     store.releases.act("cancel", 3, ALICE)
     assert store.releases.retry(3, ALICE).release.approval == ""
+
+
+def test_nobody_approved_what_the_program_made_itself(four_eyes):
+    found = created(four_eyes, approval="automatic")
+    assert (found.approved_by, found.approved_at, runnable(four_eyes)) == ("", None, [1])
 
 
 # -- in an emergency ---------------------------------------------------------------------------------

@@ -70,6 +70,15 @@ def test_nobody_but_its_setter_lets_a_freeze_end_earlier(before, after, who, is_
 
 # -- on both engines -------------------------------------------------------------------------------
 
+def test_through_an_api_where_nobody_signs_in_nobody_is_the_second_person(frozen):
+    waits(frozen, BOB)
+    for _ in range(2):
+        with pytest.raises(rc.AppError, match="nobody is a second person: set API_TOKENS_FILE"):
+            lift(frozen, ANYBODY)
+    assert frozen.releases.freezes().of_target("cdn").lift_wanted_by == "bob"
+    assert not lift(frozen, ANYBODY, "down", is_emergency=True).frozen
+
+
 def test_who_set_it_lifts_it_alone(frozen):
     assert not lift(frozen, ALICE).frozen
     assert said(frozen, frozen.releases.get(1)) == "queued for an executor"
@@ -175,9 +184,10 @@ def test_where_nobody_is_known_to_have_set_it_two_persons_lift_it(frozen):
     waits(frozen, BOB)
     assert not lift(frozen, CAROL).frozen
     frozen.releases.set_freeze(True, ANYBODY, "the match", "cdn")
-    waits(frozen, ANYBODY)
-    waits(frozen, ANYBODY)
-    assert not lift(frozen, BOB).frozen
+    with pytest.raises(rc.AppError, match="set API_TOKENS_FILE"):
+        lift(frozen, ANYBODY)
+    waits(frozen, BOB)
+    assert not lift(frozen, CAROL).frozen
 
 
 @pytest.mark.parametrize("kind", [rc.SERVE, rc.TICK])
