@@ -43,6 +43,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Retry and rollback  what a new release brings back to whom (contract 3, rule 10)
     Drift               what each node runs, what it should run, and how far these are apart
                         (contract section 5)
+    Counts              the figures of METRICS that are in the database
     Approvals           a release that waits for a second person, and who lets it start
     Releases            create, verbs, lists, payloads, prune
     History             releases that ended long ago, which prune deletes
@@ -9555,6 +9556,63 @@ def _releases_under_way(tx: Transaction) -> dict[int, int]:
 # endregion
 
 
+# region Counts
+# ======================================================================================
+# Counts: the figures of METRICS that are in the database.
+# Uses: Vocabulary, Helpers, Database, Queue.
+# ======================================================================================
+
+# Targets with figures of their own, the oldest ones; the others are counted together as OTHER.
+MAX_TARGETS_COUNTED, OTHER = 50, "other"
+
+
+def read_counts(tx: Transaction) -> dict[tuple[str, ...], float]:
+    """Return the figures of METRICS that are in the database.
+
+    Nodes and events of terminal releases are not read: there may be millions.
+    """
+    releases = tx.rows("SELECT target, status, COUNT(*), MIN(id) FROM release_tasks GROUP BY target, status")
+    # the indexes release_tasks_by_status, then release_task_nodes_by_status and release_events_by_release
+    nodes = tx.rows("""
+        SELECT r.target, n.status, COUNT(*)
+        FROM release_tasks r
+        JOIN release_task_nodes n ON n.release_task_id = r.id
+        WHERE r.status IN ('running', 'paused', 'cancelling')
+        GROUP BY r.target, n.status""")
+    changed = tx.rows("""
+        SELECT r.target, r.status,
+               (SELECT e.at FROM release_events e WHERE e.release_task_id = r.id ORDER BY e.id DESC LIMIT 1)
+        FROM release_tasks r
+        WHERE r.status IN ('running', 'paused', 'cancelling')""")
+    fleet = dict(tx.rows("SELECT status, COUNT(*) FROM nodes WHERE enabled = 1 GROUP BY status"))
+    freezes = read_freezes(tx)
+    oldest = {target: first for target, _, _, first in sorted(releases, key=lambda row: -row[3])}
+    labels = {target: target if place < MAX_TARGETS_COUNTED else OTHER
+              for place, target in enumerate(sorted(oldest, key=oldest.__getitem__))}
+    figures: dict[tuple[str, ...], float] = {
+        **{("releasectl_nodes", status): fleet.get(status, 0) for status in NODE_STATUSES},
+        **{("releasectl_releases", label, status): 0 for label in labels.values() for status in RELEASE_STATUSES},
+        **{("releasectl_release_nodes", labels[target], status): 0 for target, _, _ in nodes
+           for status in (PENDING, RUNNING, SUCCESS, FAILED, SKIPPED)},
+        ("releasectl_frozen",): float(freezes.everything.frozen),
+        # a release of a target without figures of its own is counted as OTHER: that is not frozen as a whole
+        **{("releasectl_target_frozen", label): float(bool(freezes.everything.frozen or (
+            label != OTHER and freezes.of_target(label).frozen))) for label in {
+                *labels.values(), *(freeze.target for freeze in freezes.targets[:MAX_TARGETS_COUNTED])}}}
+    for target, status, count, _ in releases:
+        figures["releasectl_releases", labels[target], status] += count
+    for target, status, count in nodes:
+        figures["releasectl_release_nodes", labels[target], status] += count
+    for target, status, at in changed:
+        key = ("releasectl_release_last_event_timestamp_seconds", labels[target], status)
+        with contextlib.suppress(ValueError, TypeError):  # written by hand, without an event
+            figures[key] = min(epoch_of(at), figures.get(key, epoch_of(at)))
+    return figures
+
+
+# endregion
+
+
 # region Approvals
 # ======================================================================================
 # Approvals: a release that waits for a second person, and who lets it start.
@@ -9627,7 +9685,7 @@ class Approvals:
 # Releases: create, verbs, lists, payloads, prune.
 # Uses: Vocabulary, Helpers, Payloads, Difference, Model, Freezes, Strategy, Plan,
 #   Failures, Node index, Preflight, Status texts, Decision, Verbs, Why, Database,
-#   Database state, Audit, Nodes, Queue, Retry and rollback, Drift, Approvals.
+#   Database state, Audit, Nodes, Queue, Retry and rollback, Drift, Counts, Approvals.
 # ======================================================================================
 
 class Progress(NamedTuple):
@@ -9640,9 +9698,6 @@ class Progress(NamedTuple):
     # time_left()
     time_left: str = ""
 
-
-# Targets with figures of their own, the oldest ones; the others are counted together as OTHER.
-MAX_TARGETS_COUNTED, OTHER = 50, "other"
 
 # How long an Idempotency-Key is kept.
 IDEMPOTENCY_KEY_S = 86400.0
@@ -10028,48 +10083,9 @@ class Releases:
             return list(zip(self._as_true(tx, (Release(*row[:-1]) for row in rows)), (row[-1] for row in rows)))
 
     def counts(self) -> dict[tuple[str, ...], float]:
-        """Return the figures of METRICS that are in the database.
-
-        Nodes and events of terminal releases are not read: there may be millions.
-        """
+        """Return read_counts()."""
         with self._database.transaction() as tx:
-            releases = tx.rows("SELECT target, status, COUNT(*), MIN(id) FROM release_tasks GROUP BY target, status")
-            # the indexes release_tasks_by_status, then release_task_nodes_by_status and release_events_by_release
-            nodes = tx.rows("""
-                SELECT r.target, n.status, COUNT(*)
-                FROM release_tasks r
-                JOIN release_task_nodes n ON n.release_task_id = r.id
-                WHERE r.status IN ('running', 'paused', 'cancelling')
-                GROUP BY r.target, n.status""")
-            changed = tx.rows("""
-                SELECT r.target, r.status,
-                       (SELECT e.at FROM release_events e WHERE e.release_task_id = r.id ORDER BY e.id DESC LIMIT 1)
-                FROM release_tasks r
-                WHERE r.status IN ('running', 'paused', 'cancelling')""")
-            fleet = dict(tx.rows("SELECT status, COUNT(*) FROM nodes WHERE enabled = 1 GROUP BY status"))
-            freezes = read_freezes(tx)
-        oldest = {target: first for target, _, _, first in sorted(releases, key=lambda row: -row[3])}
-        labels = {target: target if place < MAX_TARGETS_COUNTED else OTHER
-                  for place, target in enumerate(sorted(oldest, key=oldest.__getitem__))}
-        figures: dict[tuple[str, ...], float] = {
-            **{("releasectl_nodes", status): fleet.get(status, 0) for status in NODE_STATUSES},
-            **{("releasectl_releases", label, status): 0 for label in labels.values() for status in RELEASE_STATUSES},
-            **{("releasectl_release_nodes", labels[target], status): 0 for target, _, _ in nodes
-               for status in (PENDING, RUNNING, SUCCESS, FAILED, SKIPPED)},
-            ("releasectl_frozen",): float(freezes.everything.frozen),
-            # a release of a target without figures of its own is counted as OTHER: that is not frozen as a whole
-            **{("releasectl_target_frozen", label): float(bool(freezes.everything.frozen or (
-                label != OTHER and freezes.of_target(label).frozen))) for label in {
-                    *labels.values(), *(freeze.target for freeze in freezes.targets[:MAX_TARGETS_COUNTED])}}}
-        for target, status, count, _ in releases:
-            figures["releasectl_releases", labels[target], status] += count
-        for target, status, count in nodes:
-            figures["releasectl_release_nodes", labels[target], status] += count
-        for target, status, at in changed:
-            key = ("releasectl_release_last_event_timestamp_seconds", labels[target], status)
-            with contextlib.suppress(ValueError, TypeError):  # written by hand, without an event
-                figures[key] = min(epoch_of(at), figures.get(key, epoch_of(at)))
-        return figures
+            return read_counts(tx)
 
     def _plan(self, tx: Transaction, request: ReleaseRequest) -> tuple[Plan, list[Node]]:
         strategy = parse_strategy(request.strategy)
@@ -15440,7 +15456,7 @@ def openapi_document() -> dict[str, Any]:
 # region Server
 # ======================================================================================
 # Server: a request from its first byte to its answer; the listener and its threads.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Strategy, Audit, Releases,
+# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Strategy, Audit, Counts,
 #   HTTP wire, Languages, Access, Requests, API.
 # ======================================================================================
 

@@ -104,7 +104,7 @@ class Operator:
         # mostly a few, so that some releases go side by side
         chosen = None if self._random.random() < 0.1 else self._random.sample(
             nodes, self._random.randint(1, max(len(nodes) // 4, 1)))
-        strategy = {"startAt": rc.utc_text(time.time() + self._random.uniform(0.5, 4.0))} if (
+        strategy: dict[str, object] = {"startAt": rc.utc_text(time.time() + self._random.uniform(0.5, 4.0))} if (
             self._random.random() < 0.1) else {}
         if self._random.random() < 0.4:
             strategy["onExceed"] = rc.ROLLBACK
