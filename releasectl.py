@@ -10924,6 +10924,7 @@ class OverviewReader:
         self._fleet = fleet
         self._outbox = outbox
         self._failures = RareRead(self._read_failures)
+        self._startable = RareRead(self._read_startable)
         # Since when read() found the database not to be used, None where it could be.
         self._down_since: str | None = None
 
@@ -10950,7 +10951,8 @@ class OverviewReader:
                                        awaiting=awaiting, executors=read_executors(tx),
                                        freezes=read_freezes(tx), now_s=epoch_of(tx.now()))
                 if pending and facts.now_s - epoch_or(oldest, 0.0) > TAKEN_WITHIN_S:
-                    facts = facts._replace(startable=self._startable(tx))
+                    key = [release.id for release in active], pending
+                    facts = facts._replace(startable=self._startable.get(tx, key=key))
             # what ended since the last look must not be missing in both
             key = [release.id for release in active], facts.pending
             fleet = self._fleet.counts(key)
@@ -10961,7 +10963,7 @@ class OverviewReader:
         self._down_since = (self._down_since or self._state.now()) if facts.database_error else None
         return judge(facts._replace(database_error_at=self._down_since))
 
-    def _startable(self, tx: Transaction) -> list[tuple[Release, float]]:
+    def _read_startable(self, tx: Transaction) -> list[tuple[Release, float]]:
         """Return the first pending releases that may be claimed now, and since when."""
         found = map(functools.partial(find_release, tx), self._queue.runnable(tx)[0])
         waiting = [release for release in found if release and release.status == PENDING]

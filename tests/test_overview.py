@@ -130,6 +130,21 @@ def test_a_release_that_waits_for_its_time_or_another_one_is_not_ignored(fresh, 
     assert fresh.claims.why(release.id, 600.0).stopped_by is None
 
 
+def test_which_releases_could_start_is_not_read_anew_for_each_verdict(fresh, monkeypatch):
+    monkeypatch.setattr(rc, "RARE_READ_REST", 1e6)
+    add_nodes(fresh, 1)
+    reads = []
+    runnable = fresh.queue.runnable
+    monkeypatch.setattr(fresh.queue, "runnable", lambda tx: reads.append(tx) or runnable(tx))
+    new_release(fresh)
+    ignore(fresh, 300)
+    assert kinds(fresh) == kinds(fresh) == ["unattended"]
+    assert len(reads) == 1
+    new_release(fresh)
+    assert kinds(fresh) == ["unattended"]
+    assert len(reads) == 2
+
+
 def test_a_release_that_waits_for_an_approval_is_not_ignored(fresh):
     add_nodes(fresh, 1)
     release = new_release(fresh, approval=rc.WANTED)

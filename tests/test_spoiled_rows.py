@@ -6,8 +6,10 @@ mended where it is there already; what is of the right type and makes no sense i
 from __future__ import annotations
 
 import contextlib
+import os
+import random
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -68,10 +70,11 @@ def goes_through(world: World, release: rc.Release) -> bool:
     return world.store.releases.get(release.id).status == "success"
 
 
-def check_column(world: World, client, quick, table: str, column: str, status: str) -> dict[object, str]:
+def check_column(world: World, client, quick, table: str, column: str, status: str,
+                 values: Sequence[object] = VALUES) -> dict[object, str]:
     """Spoil one release of the column, of target dns, by each value; one of cdn must go through beside it."""
     store, refused = world.store, dict[object, str]()
-    for value in VALUES:
+    for value in values:
         spoiled, other = (store.releases.create(rc.ReleaseRequest(
             target, payload={"websites": []}, node_ids=[number]), "tests").release
             for number, target in enumerate(("dns", "cdn"), 1))
@@ -103,12 +106,19 @@ def spoiling(sqlite_world, quick, new_client, monkeypatch):
     return lambda *what: check_column(world, client, quick, *what)
 
 
+# Every value in every column of a release in every status takes an hour: TEST_LONG=1. Else some of them, by a
+# seed that is the same in all processes of a run.
+CASES = [(table, column, status, value) for table, column in COLUMNS for status in ("pending", "running", "failed")
+         for value in VALUES]
+if not os.environ.get("TEST_LONG"):
+    CASES = random.Random(16).sample(CASES, 12)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("table", "column"), COLUMNS)
-@pytest.mark.parametrize("status", ["pending", "running", "failed"])
-def test_a_row_with_any_value_in_any_column_stops_no_other_release_and_no_answer(spoiling, table, column, status):
-    refused = spoiling(table, column, status)
-    assert refused[b"\x00\xff"]
+@pytest.mark.parametrize(("table", "column", "status", "value"), CASES)
+def test_a_row_with_any_value_in_any_column_stops_no_release_and_no_answer(spoiling, table, column, status, value):
+    refused = spoiling(table, column, status, [value])
+    assert refused[value] or value != b"\x00\xff"
 
 
 @pytest.mark.parametrize(("table", "column", "word"), [
