@@ -133,7 +133,10 @@ def _check_histories(tables: Tables) -> Iterator[Finding]:
 
 
 def _check_order(tables: Tables) -> Iterator[Finding]:
-    """Yield releases with an address in common that did not go one after the other, the lowest version first."""
+    """Yield releases with an address in common that did not go one after the other, the lowest version first.
+
+    One that ended before it sent anything to such an address has overtaken nobody: the other one keeps its version.
+    """
     started: dict[int, int] = {}
     ended: dict[int, int] = {}
     for event in tables.events:
@@ -142,12 +145,16 @@ def _check_order(tables: Tables) -> Iterator[Finding]:
         if event.node_id is None and event.to_status in TERMINAL:
             ended[event.release_id] = event.id
     addresses: dict[int, set[str]] = {}
+    sent: dict[int, set[str]] = {}
     for node in tables.nodes:
         addresses.setdefault(node.release_id, set()).add(node.main_ip)
+        if node.task_id:
+            sent.setdefault(node.release_id, set()).add(node.main_ip)
     ranked = sorted((one for one in tables.releases if one.id in started), key=lambda one: one.version)
     for low, high in itertools.combinations(ranked, 2):
         common = addresses.get(low.id, set()) & addresses.get(high.id, set())
-        if common and not started[low.id] <= ended.get(low.id, 0) <= started[high.id]:
+        is_over = not common & sent.get(high.id, set()) and ended.get(high.id, started[low.id]) < started[low.id]
+        if common and not is_over and not started[low.id] <= ended.get(low.id, 0) <= started[high.id]:
             yield Finding("order", f"release {high.id} (v{high.version}) began at event {started[high.id]}, release "
                                    f"{low.id} (v{low.version}) was under way from {started[low.id]} to "
                                    f"{ended.get(low.id)}: both have {min(common)}")
