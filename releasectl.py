@@ -9535,8 +9535,8 @@ def no_longer_wanted(tx: Transaction, release: Release) -> str:
         is_again = release.tag and not (release.retry_of is None and release.rollback_of is None)
         newer = newer_success(tx, release, nodes_again(tx, release)) if is_again else ""
         verb = "rollback" if release.retry_of is None else "retry"
-        return newer and (f"{newer}, and this {verb} would replace its payload: {verb} again with --over-newer if that "
-                          "is meant")
+        return newer and (f"{newer}: this {verb} comes too late; {verb} again with --over-newer if it is meant all the "
+                          "same")
     nodes = nodes_again(tx, release)
     wants, digest = _what_they_want(tx, nodes), stored_digest(tx, release.id)
     others = [node.name for node in nodes if node.id not in wants or wants[node.id].payload_sha256 != digest]

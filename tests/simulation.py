@@ -1188,7 +1188,7 @@ class Simulation:
             elif after in contract.TERMINAL:
                 self._check_rollback(release_id, after)
                 self.figures["cancelled late"] += bool(self.database.look_in(
-                    "SELECT 1 FROM release_tasks WHERE id = ? AND status_reason LIKE '%would replace its payload%'",
+                    "SELECT 1 FROM release_tasks WHERE id = ? AND status_reason LIKE '%comes too late%'",
                     release_id))
         elif after == "running":
             since = self.now if self.decided_at is None else self.decided_at

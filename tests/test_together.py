@@ -172,9 +172,9 @@ def test_rule_10_who_is_overtaken_by_a_success_on_its_nodes_is_cancelled_at_its_
     approve(store, again.id)
     assert store.claims.claim(again.id, "test", 30) is None
     names = "edge-2" if verb == "retry" else "edge-1 and 1 more"
-    why = f"release {newer.id} (v{newer.version}) succeeded later on {names}, and this {verb} would replace its payload"
+    why = f"release {newer.id} (v{newer.version}) succeeded later on {names}: this {verb} comes too late; {verb} again "
     assert (store.releases.get(again.id).status, reason_of(store, again)) == (
-        "cancelled", f"{why}: {verb} again with --over-newer if that is meant: 0 of {again.total_nodes} nodes updated")
+        "cancelled", f"{why}with --over-newer if it is meant all the same: 0 of {again.total_nodes} nodes updated")
     assert runnable(store) == []
     assert_books_balance(store, again.id)
     with pytest.raises(rc.AppError, match="overNewer"):
