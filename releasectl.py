@@ -4332,12 +4332,11 @@ class Preflight(NamedTuple):
     @property
     def exceeded(self) -> str:
         """Return that too many are silent, by kind; "" while it goes on, or where they are tolerated."""
-        counted = [n for n in self.silent if not n.accepted]
-        if self.waiting or len(counted) <= self.most:
+        if self.waiting or len(self.silent) <= self.most:
             return ""
-        kinds = kinds_text(n.verdict.error_kind for n in counted if n.verdict)
+        kinds = kinds_text(n.verdict.error_kind for n in self.silent if n.verdict)
         limit = f", at most {self.most} may" if self.most else ""
-        return f"preflight: {len(counted)} of {self.total} agents did not answer{limit} ({kinds})"
+        return f"preflight: {len(self.silent)} of {self.total} agents did not answer{limit} ({kinds})"
 
     def due(self, now_s: float) -> list[ReleaseNode]:
         """Return the nodes to ask now; those that were not asked yet come first."""
@@ -4469,10 +4468,12 @@ def describe(status: str, situation: Situation) -> str:
     if status == FAILED:
         return one_line(_cause(situation))
     if status == CANCELLED:
-        return f"{len(nodes.of[SUCCESS])} of {len(nodes)} nodes updated"
+        return "; ".join(filter(None, (f"{len(nodes.of[SUCCESS])} of {len(nodes)} nodes updated",
+                                       cancelled_rollback(status, situation))))
     waiting = _awaited_text(nodes.of[RUNNING].values())
     if status == CANCELLING:
-        return one_line("cancelling: " + (waiting or "nothing is in flight"))
+        text, more = f"cancelling: {waiting or 'nothing is in flight'}", cancelled_rollback(status, situation)
+        return f"{one_line(text, MAX_MESSAGE_CHARS - len(more) - 2)}; {more}" if more else one_line(text)
     if status == PAUSED:
         return one_line(_paused(situation, waiting))
     if situation.is_failing:
@@ -4480,6 +4481,14 @@ def describe(status: str, situation: Situation) -> str:
         then = ", then it is rolled back" if situation.is_rolled_back else ""
         return one_line(f"stopping, {f'node {first.name} failed' if first else situation.broken}: {waiting}{then}")
     return one_line(_progress(situation, waiting))
+
+
+def cancelled_rollback(status: str, situation: Situation) -> str:
+    """Return that a release is not rolled back as somebody cancelled it, and what does it; "" where it never was to."""
+    if status not in (CANCELLING, CANCELLED) or not situation.is_rolled_back:
+        return ""
+    when = "once it has ended, " if status == CANCELLING else ""
+    return f"not rolled back, as it was cancelled: {when}releasectl rollback {situation.release.id}"
 
 
 def _awaited_text(running: Collection[ReleaseNode]) -> str:
@@ -4977,6 +4986,8 @@ class Decision(NamedTuple):
     soak_clock: str = ""
     # Create the release's rollback in the same commit (onExceed).
     rolls_back: bool = False
+    # What the event of the new status says beside its error.
+    remark: str = ""
 
     def in_ascii(self) -> Decision:
         """Return the decision with its texts in ASCII, for a database that can't store an agent's text."""
@@ -4986,10 +4997,17 @@ class Decision(NamedTuple):
         return self._replace(changes=changes, status_reason=_in_ascii(self.status_reason),
                              error_msg=_in_ascii(self.error_msg))
 
-    def with_sequel(self, text: str) -> Decision:
-        """Return the decision with what follows the end of the release added to its status_reason; "" for nothing."""
-        reason = one_line(self.status_reason, max(MAX_MESSAGE_CHARS - len(text) - 2, MAX_MESSAGE_CHARS // 3))
-        return self._replace(status_reason=one_line(f"{reason}; {text}")) if text else self
+    def with_sequel(self, text: str, mend: str = "") -> Decision:
+        """Return the decision with what follows the end of the release added to its status_reason; "" for nothing.
+
+        mend: what a person should do, which is never cut, unlike the reason and the text.
+        """
+        if not text:
+            return self
+        end = f"; {mend}" if mend else ""
+        room = MAX_MESSAGE_CHARS - len(end)
+        reason = one_line(self.status_reason, max(room - len(text) - 2, room // 3))
+        return self._replace(status_reason=one_line(f"{reason}; {text}", room) + end)
 
     def must_commit(self, release: Release) -> bool:
         """Return whether to commit at once; a new status_reason alone can wait."""
@@ -5085,7 +5103,8 @@ def decide(situation: Situation) -> Decision:
         passed_batch=stage.passed_batch,
         soak_until=None if status in TERMINAL else stage.soak_until,
         soak_clock="" if status in TERMINAL else stage.soak_clock,
-        rolls_back=status == FAILED and situation.is_rolled_back)
+        rolls_back=status == FAILED and situation.is_rolled_back,
+        remark=cancelled_rollback(status, situation))
 
 
 def _preflight(situation: Situation) -> Preflight | None:
@@ -8510,7 +8529,8 @@ class Queue:
                   for c in decision.changes if c.before.status != c.after.status]
         if decision.status != release.status:
             events.append(NewEvent(release.id, RELEASE_EVENTS[decision.status], release.status, decision.status,
-                                   detail or decision.error_msg or decision.status_reason))
+                                   "; ".join(filter(None, (detail or decision.error_msg or decision.status_reason,
+                                                           decision.remark)))))
         add_events(tx, now.text, actor, events)
         if decision.status != release.status:
             self.explain_waiting(tx)
@@ -8661,6 +8681,15 @@ class Again(NamedTuple):
     is_emergency: bool = False
 
 
+class NotAgain(AppError):
+    """A retry or rollback that is refused also the next time, unless somebody does what mend says."""
+
+    def __init__(self, cause: str, mend: str):
+        super().__init__(WRONG_STATE, f"{cause}; {mend}")
+        self.cause = cause
+        self.mend = mend
+
+
 def emptied_nodes(payload: Mapping[str, Any], nodes: Iterable[Node]) -> list[str]:
     """Return the names of execute nodes that a payload leaves without a site."""
     return [node.name for node in nodes if node.dialect.needs_websites and payload.get(WEBSITES) == []]
@@ -8708,8 +8737,12 @@ class Sequel(NamedTuple):
 
 def rollback_text(release_id: int, left_out: Sequence[LeftOut], freeze: Freeze) -> str:
     """Return 'release 9 rolls it back once the freeze is lifted, without edge-3 (offline)'."""
-    without = f", without {names_of([one.name for one in left_out])} ({left_out[0].why})" if left_out else ""
-    return f"release {release_id} rolls it back" + (" once the freeze is lifted" if freeze.frozen else "") + without
+    by_reason: dict[str, list[str]] = {}
+    for one in left_out:
+        by_reason.setdefault(one.why, []).append(one.name)
+    without = ", ".join(f"{in_words(names, 2)} ({why})" for why, names in by_reason.items())
+    return (f"release {release_id} rolls it back" + (" once the freeze is lifted" if freeze.frozen else "")
+            + (f", without {without}" if without else ""))
 
 
 def _plan_ended(tx: Transaction, verb: str, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
@@ -8717,8 +8750,6 @@ def _plan_ended(tx: Transaction, verb: str, old: Release, wish: Again) -> tuple[
     if not wish.over_newer:
         refuse_over_newer(tx, verb, old, nodes)
     refuse_twins(nodes)
-    source = plan.payload_of[0] if plan.payload_of else old.id
-    refuse_dropping_sites(request.payload, nodes, WRONG_STATE, f"the payload of release {source}")
     if wish.is_emergency:
         request = request._replace(approval=EMERGENCY)
     return request, plan._replace(emptied=emptied_nodes(request.payload, nodes)), nodes
@@ -8738,7 +8769,7 @@ def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseReque
         # there may be fewer batches than in the old release
         last = len(batches or batches_of(parse_strategy(strategy), nodes))
         strategy["pauseAfter"] = [number for number in strategy["pauseAfter"] if number <= last]
-    request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", stored_payload(old),
+    request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", payload_again(old, nodes),
                              retry_of=old.id, strategy=strategy,
                              # who asked for it asked for this payload, without the setting too
                              approval=WANTED if old.approval in (WANTED, GIVEN) else "")
@@ -8805,6 +8836,17 @@ def chosen_again(tx: Transaction, old: Release, tried: Sequence[Node], wish: Aga
     return chosen
 
 
+def payload_again(release: Release, nodes: Sequence[Node]) -> dict[str, Any]:
+    """Return the payload of a release, to be sent to nodes again; raise AppError(WRONG_STATE) where it can't be."""
+    payload = stored_payload(release)
+    refuse_dropping_sites(payload, nodes, WRONG_STATE, f"the payload of release {release.id}")
+    return payload
+
+
+def _another_payload(old: Release) -> str:
+    return f"create a release that is good, or name one (toRelease): releasectl rollback {old.id} --to ID"
+
+
 def selection_again(release: Release) -> Mapping[str, Any]:
     """Return for whom a release is that brings the payload of another one: for the same nodes."""
     readable = selection_of(release.selection) is not None
@@ -8822,6 +8864,10 @@ def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRe
                                             "WHERE release_task_id = ? AND status = 'failed'", old.id)}
     failed = [node.id for node in nodes if node.id in failed_ids]
     good = payload_to_bring_back(tx, old, [node.id for node in nodes], wish.to_release)
+    try:
+        payload = payload_again(good, nodes)
+    except AppError as error:
+        raise NotAgain(error.message, _another_payload(old)) from None
     planned = [*_batches_before(tx, old, [node for node in nodes if node.id not in failed_ids]),
                *([failed] if failed else [])]
     # make_plan() goes by planned: a hand-written release may have more batches than a strategy can
@@ -8833,7 +8879,7 @@ def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRe
         strategy.update({key: value for key, value in strategy_again(good, ()).items() if key == "verify"})
     request = ReleaseRequest(
         old.target, wish.reason or f"rollback of release {old.id} to the payload of version {good.version}",
-        stored_payload(good), rollback_of=old.id, strategy=strategy, supersede=wish.supersede,
+        payload, rollback_of=old.id, strategy=strategy, supersede=wish.supersede,
         goes_first=wish.supersede, during_freeze=wish.during_freeze)
     plan = make_plan(parse_strategy(strategy), nodes, left_out_nodes(found), planned, frozenset(failed))
     return request, plan._replace(payload_of=(good.id, good.version),
@@ -8878,8 +8924,8 @@ def refuse_over_newer(tx: Transaction, verb: str, old: Release, nodes: Sequence[
     """Raise AppError 3003 where one of the nodes has a newer success of the target (rule 10)."""
     newer = newer_success(tx, old, nodes)
     if newer:
-        raise AppError(WRONG_STATE, f"{newer}: {verb} of release {old.id} would replace its payload; "
-                                    "overNewer (--over-newer) if that is meant")
+        raise NotAgain(f"{newer}: {verb} of release {old.id} would replace its payload",
+                       "overNewer (--over-newer) if that is meant")
 
 
 def newer_success(tx: Transaction, release: Release, nodes: Sequence[Node]) -> str:
@@ -8928,8 +8974,8 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
         if not missing:
             break
     if not votes:
-        raise AppError(WRONG_STATE, f"nothing to roll back to: no release of target {old.target} before {old.id} "
-                                    "succeeded on its nodes with another payload; toRelease (--to) names one")
+        raise NotAgain(f"nothing to roll back to: no release of target {old.target} before {old.id} succeeded on its "
+                       "nodes with another payload", _another_payload(old))
     return read_release(tx, newest[max(votes, key=lambda digest: (votes[digest], newest[digest]))][1])
 
 
@@ -9903,8 +9949,15 @@ class Releases:
         tx.after_commit.append(lambda: log.warning("%s", text, extra=about(actor=str(actor), event=APPROVAL)))
         return wanted
 
-    def freeze_warnings(self, target: str) -> list[str]:
-        """Return that no release has a target, nothing where one has it or it is "": it may be misspelt."""
+    def freeze_warnings(self, target: str, freezes: Freezes, frozen: bool) -> list[str]:
+        """Return what the caller of set_freeze() may not have meant; freezes: what it returned.
+
+        That no release has the target, which may be misspelt; that another freeze holds what was to go on.
+        """
+        if not frozen:
+            held = freezes.everything if target else next(iter(freezes.targets), NO_FREEZE)
+            return [f"{held.name if held.target else 'the freeze of everything'} holds {target or held.target} still: "
+                    f"{held.mend}"] if held.frozen else []
         known = self.targets() if target else []
         return [] if target in ("", *known) else [
             f"no release has the target {target}{did_you_mean(target, known)}: it is frozen for those to come"]
@@ -10106,18 +10159,21 @@ class Releases:
                                     f"from {version} on")
         return request.version or version
 
-    def plan_rollback_of(self, tx: Transaction, release: Release) -> tuple[Sequel | None, str]:
+    def plan_rollback_of(self, tx: Transaction, release: Release) -> tuple[Sequel | None, str, str]:
         """Return the rollback that follows a release which ends now, and a sentence on it for whoever reads of the end.
 
-        None: there can't be one; the sentence says why, and what a person should do. Its nodes are at rest already.
+        None: there can't be one; the sentence says why, and the last text what a person should do. Its nodes are at
+        rest already.
         """
         try:
             planned = automatic_rollback(tx, release)
+        except NotAgain as error:
+            return None, f"not rolled back, as {error.cause}", error.mend
         except AppError as error:
-            return None, f"not rolled back, as {error.message}; mend that, then: releasectl rollback {release.id}"
+            return None, f"not rolled back, as {error.message}", f"mend that, then: releasectl rollback {release.id}"
         release_id = tx.value(self._database.engine.take_release_id_sql)
         return Sequel(release_id, *planned), rollback_text(
-            release_id, planned[1].left_out, read_freezes(tx).of(release))
+            release_id, planned[1].left_out, read_freezes(tx).of(release)), ""
 
     def create_sequel(self, tx: Transaction, actor: Who, sequel: Sequel) -> None:
         """Create the rollback of a release that has ended in this transaction."""
@@ -10678,9 +10734,10 @@ class Claims:
             if begun and read_freezes(tx).of(stored).frozen:
                 raise StateMoved(f"a freeze came before a dispatch of {release}")
             write_nodes(tx, release.id, decision.changes, now)
-            rollback, text = self._releases.plan_rollback_of(tx, release) if decision.rolls_back else (None, "")
-            detail = "; ".join(filter(None, (text and decision.error_msg, text)))
-            self._queue.write_decision(tx, release, decision.with_sequel(text), now, actor, claim, detail=detail)
+            rollback, text, mend = self._releases.plan_rollback_of(tx, release) if decision.rolls_back else (
+                None, "", "")
+            detail = "; ".join(filter(None, (text and decision.error_msg, text, mend)))
+            self._queue.write_decision(tx, release, decision.with_sequel(text, mend), now, actor, claim, detail=detail)
             if rollback is not None:
                 self._releases.create_sequel(tx, actor, rollback)
 
@@ -13711,6 +13768,8 @@ class Executor:
 _CHINESE_FORMS = (
     (r"(\d+) nodes? succeeded", "{1} 个节点成功"),
     (r"(\d+) of (\d+) nodes updated", "{2} 个节点中已更新 {1} 个"),
+    (r"not rolled back, as it was cancelled: (once it has ended, )?(releasectl .*)", "因已取消而未回滚：{2}"),
+    (r"release (\d+) rolls it back", "由发布 {1} 回滚"),
     (r"finished with (\d+) failures? \(limit ([^)]*)\): (.*)", "结束时有 {1} 个失败（上限 {2}）：{3}"),
     (r"stopped by node (\S+) in batch (\d+): (.*)", "因批次 {2} 的节点 {1} 而停止：{3}"),
     (r"stopped, (.*?): (.*); first node (\S+) in batch (\d+): (.*)",
@@ -14580,10 +14639,14 @@ class Identity(NamedTuple):
 EVERY_TARGET = ""
 
 
-def check_target(identity: Identity, target: str) -> None:
-    """Raise AppError(NOT_ALLOWED) where a client may not act on a target; the one place that says so."""
+def check_target(identity: Identity, target: str, is_in_body: bool = False) -> None:
+    """Raise AppError(NOT_ALLOWED) where a client may not act on a target; the one place that says so.
+
+    is_in_body: where the request names none, it could.
+    """
     if identity.targets and target not in identity.targets:
-        what = f"is of target {one_line(target, 64)}" if target else "touches every target"
+        what = f"is of target {target}" if target else "touches every target" + (
+            f'; with "target":"{identity.targets[0]}" it would not' if is_in_body else "")
         raise AppError(NOT_ALLOWED, f"{identity.actor} may act on {', '.join(identity.targets)} only: this {what}")
 
 
@@ -14762,13 +14825,13 @@ def touches_release(store: Store, request: Request) -> str:
 
 
 def touches_new_release(_: Store, request: Request) -> str:
-    """Return the target of a release to create."""
-    return str(request.body.get("target", ReleaseRequest().target))
+    """Return the target of a release to create; raise AppError(INVALID) for what is none."""
+    return parse_target(request.body.get("target", ReleaseRequest().target))
 
 
 def touches_freeze(_: Store, request: Request) -> str:
-    """Return the target to freeze."""
-    return str(request.body.get("target", EVERY_TARGET))
+    """Return the target to freeze; raise AppError(INVALID) for what is none."""
+    return parse_target(request.body["target"]) if "target" in request.body else EVERY_TARGET
 
 
 def touches_all(_store: Store, _request: Request) -> str:
@@ -15055,10 +15118,11 @@ class Api:
             until = parse_time(body["until"]) if "until" in body else None
         except ValueError as error:
             raise AppError(INVALID, f"until {error}") from None
-        freezes = self.store.releases.set_freeze(parse_flag("frozen", body["frozen"]), request.actor, reason, target,
+        frozen = parse_flag("frozen", body["frozen"])
+        freezes = self.store.releases.set_freeze(frozen, request.actor, reason, target,
                                                  until, parse_flag("emergency", body.get("emergency", False)))
         self._nudge()
-        return Reply(200, freezes_json(freezes, self.store.releases.freeze_warnings(target)))
+        return Reply(200, freezes_json(freezes, self.store.releases.freeze_warnings(target, freezes, frozen)))
 
     def list_events(self, request: Request) -> Reply:
         after, limit, wait_s = request.integer("after"), request.integer("limit"), request.integer("wait")
@@ -15623,7 +15687,7 @@ class Exchange:
         request = Request(ids, fields, body, self.actor or "", head.headers.get("idempotency-key"), self._is_over,
                           identity.role if identity else ANYONE, identity.targets if identity else ())
         if identity and identity.targets and route.touches:
-            check_target(identity, route.touches(self.server.api.store, request))
+            check_target(identity, route.touches(self.server.api.store, request), route.touches is touches_freeze)
         return answer_of(route.handler(self.server.api, request), route, head)
 
     # -- authentication: done before a byte of the body is waited for -----------------------
@@ -15957,15 +16021,24 @@ def pings_json(pings: Iterable[Ping]) -> dict[str, Any]:
                       for p in pings]}
 
 
-def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool = False) -> list[Ping]:
-    """Ask agents in parallel whether they answer; raise ConfigError without certificates, or with an open key."""
+def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool = False,
+               retries: int = 0) -> list[Ping]:
+    """Ask agents in parallel whether they answer, those that don't again (retries times).
+
+    Raise ConfigError without certificates, or with an open key.
+    """
     import concurrent.futures
 
     agents = AgentClient(settings)
     agents.prepare(key_may_be_open)
 
     def ping(node: Node) -> Ping:
-        outcome = agents.ping(Address(node.main_ip, node.agent_port, node.agent_protocol))
+        address = Address(node.main_ip, node.agent_port, node.agent_protocol)
+        outcome = agents.ping(address)
+        for errors in range(1, retries + 1):
+            if outcome.error_kind:
+                time.sleep(backoff_s(errors, node.id))
+                outcome = agents.ping(address)
         return Ping(node, not outcome.error_kind, outcome.error_kind, one_line(outcome.message))
 
     with concurrent.futures.ThreadPoolExecutor(settings.agent_concurrency) as pool:
@@ -17066,10 +17139,15 @@ def command_create(context: Context) -> int:
 
 
 def _check_agents(context: Context, plan: Plan) -> int:
-    planned = set().union(*plan.batches)
-    pings = ping_nodes(context.settings, [n for n in context.store.nodes.page(size=0).items if n.id in planned])
-    context.show(pings_json(pings), silence_text(pings, context.display))
-    return EXIT_DONE if all(p.is_ok for p in pings) else EXIT_UNAVAILABLE
+    """Ask the agents of a plan as a preflight does, with its limit and its tries."""
+    planned, settings, retries = set().union(*plan.batches), context.settings, plan.strategy.retries
+    most = plan._replace(strategy=plan.strategy._replace(preflight=True)).max_silent or 0
+    pings = ping_nodes(settings, [n for n in context.store.nodes.page(size=0).items if n.id in planned],
+                       retries=settings.agent_retries if retries is None else retries)
+    silent = sum(not ping.is_ok for ping in pings)
+    limit = f"; at most {most} may be silent" if silent and most else ""
+    context.show(pings_json(pings), silence_text(pings, context.display) + limit)
+    return EXIT_DONE if silent <= most else EXIT_UNAVAILABLE
 
 
 def _show_plan(context: Context, plan: Plan) -> int:
@@ -17142,7 +17220,8 @@ def _show_created(context: Context, made: Made) -> int:
     lines = [_created_text(made)]
     with contextlib.suppress(DatabaseError):  # it is created, whatever can be read of it now
         why = context.store.claims.why(made.release.id, context.settings.node_deadline_sec)
-        lines += [context.display.sentence(why.line)] if why.text not in lines[0] else []
+        # an approval comes first, whatever else stops it
+        lines += [] if made.release.awaits_approval or why.text in lines[0] else [context.display.sentence(why.line)]
     return context.show(None, "\n".join([*lines, f"follow: releasectl watch {made.release.id}"]))
 
 
@@ -17355,7 +17434,7 @@ def command_freeze(context: Context) -> int:
         target = parse_target(options.target) if options.target is not None else ""
         freezes = releases.set_freeze(options.switch == "on", context.actor, parse_text("--reason", options.reason),
                                       target, options.until, bool(options.emergency))
-        warnings = releases.freeze_warnings(target) if options.switch == "on" else []
+        warnings = releases.freeze_warnings(target, freezes, options.switch == "on")
     for warning in warnings:
         context.note(f"warning: {warning}")
     return context.show(freezes_json(freezes, warnings), freezes_text(freezes, context.display))

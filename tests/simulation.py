@@ -1225,7 +1225,7 @@ class Simulation:
             text).get("onExceed") == "rollback"
         (sent,), = self.database.look_in(
             "SELECT SUM(attempts) FROM release_task_nodes WHERE release_task_id = ?", release_id)
-        is_wanted, is_refused = is_wanted and sent > 0, "; not rolled back, as " in reason
+        is_wanted, is_refused = is_wanted and sent > 0, status == "failed" and "; not rolled back, as " in reason
         self.figures["rolled back"] += len(found)
         self.figures["not rolled back"] += is_refused
         if len(found) + is_refused != is_wanted:

@@ -346,13 +346,23 @@ def test_the_api_refuses_a_target_or_an_end_that_can_not_be_meant(client, body, 
     assert client.ok("GET", "/api/v1/freeze")["targets"] == []
 
 
+def test_the_api_says_that_what_was_to_go_on_is_held_by_another_freeze(client):
+    client.ok("PUT", "/api/v1/freeze", {"frozen": True, "reason": "x"})
+    assert client.ok("PUT", "/api/v1/freeze", {"frozen": False, "target": "dns"})["warnings"] == [
+        "the freeze of everything holds dns still: releasectl freeze off"]
+
+
 def test_the_command_line_freezes_a_target_until_a_time_and_shows_all(quick):
     quick.ok("freeze", "on", "--reason", "the match", "--target", "cdn", "--until", "2h")
     assert re.fullmatch(r"cdn is frozen until \d\d:\d\d(Z?), in (2 h|1 h 50 min), by cli:\w+ at \S+: the match\n",
                         quick.ok("freeze").out.replace("tomorrow ", ""))
     quick.ok("freeze", "on", "--reason", "holidays")
     assert len(quick.ok("freeze").out.splitlines()) == 2
-    assert quick.ok("freeze", "off").out.startswith("cdn is frozen until ")
+    left = quick.ok("freeze", "off", "--target", "dns")
+    assert left.err == "warning: the freeze of everything holds dns still: releasectl freeze off\n"
+    left = quick.ok("freeze", "off")
+    assert left.out.startswith("cdn is frozen until ")
+    assert left.err == "warning: the freeze of cdn holds cdn still: releasectl freeze off --target cdn\n"
     assert quick.ok("freeze", "off", "--target", "cdn").out == "not frozen\n"
 
 

@@ -163,6 +163,45 @@ def test_section_7_a_paused_release_that_is_resumed_to_its_end_is_rolled_back(st
     assert store.claims.was_written(claim, decision)  # after a COMMIT in doubt
 
 
+@pytest.mark.parametrize("verb", ["cancel", "cancel --force"])
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_section_7_a_cancel_between_the_failure_and_the_end_says_that_nothing_goes_back(store, verb, is_paused):
+    store.database.notify_on = frozenset(("cancelled",))
+    add_nodes(store, 2)
+    good(store, "A")
+    bad = new_release(store, payload={"content": "B"}, strategy={"batches": ["100%"], **BACK})
+    claim = claimed(store, bad.id)
+    cycle(store, claim)
+    cycle(store, claim, (1,), at_rest=(1,))
+    if is_paused:
+        store.releases.act("pause", bad.id, "anna")
+    answer = store.releases.act(verb, bad.id, "anna", "wrong window").status_reason
+    if verb == "cancel":
+        assert answer == ("cancelling: waiting for edge-2 to end; not rolled back, as it was cancelled: once it has "
+                          "ended, releasectl rollback 2")
+        cycle(store, claim)
+    told = "not rolled back, as it was cancelled: releasectl rollback 2"
+    done = "1 of 2" if verb == "cancel" else "0 of 2"
+    assert store.releases.get(bad.id).status_reason == f"{done} nodes updated; {told}"
+    assert last_event(store, bad).detail.endswith(f"no disk space; {told}")
+    with store.database.transaction() as tx:
+        assert tx.value("SELECT detail FROM notifications ORDER BY id DESC LIMIT 1").endswith(told)
+    assert store.releases.rollback(bad.id, "anna").release.rollback_of == bad.id
+
+
+def test_section_7_a_cancel_where_nothing_would_have_gone_back_says_nothing_of_it(store):
+    add_nodes(store, 2)
+    good(store, "A")
+    one, other = (new_release(store, payload={"content": text}, strategy=strategy)
+                  for text, strategy in (("B", BACK), ("C", {})))
+    assert store.releases.act("cancel", one.id, "anna").status_reason == "0 of 2 nodes updated"
+    claim = claimed(store, other.id)
+    cycle(store, claim)
+    store.releases.act("cancel", other.id, "anna")
+    cycle(store, claim, (1,))
+    assert store.releases.get(other.id).status_reason == "0 of 2 nodes updated"
+
+
 # -- where there can be no rollback ------------------------------------------------------------------------------
 
 def test_rule_10_without_something_to_go_back_to_it_ends_and_says_why_and_what_to_do(store):
@@ -170,9 +209,38 @@ def test_rule_10_without_something_to_go_back_to_it_ends_and_says_why_and_what_t
     bad = run(store, new_release(store, payload={"content": "B"}, strategy=BACK).id, 1)
     assert (bad.status, rollbacks_of(store, bad)) == ("failed", [])
     told = ("not rolled back, as nothing to roll back to: no release of target cdn before 1 succeeded on its nodes "
-            "with another payload; toRelease (--to) names one; mend that, then: releasectl rollback 1")
+            "with another payload")
+    mend = "create a release that is good, or name one (toRelease): releasectl rollback 1 --to ID"
     assert bad.status_reason.startswith("stopped by node edge-1 in batch 1: no disk space; not rolled back, as nothing")
-    assert last_event(store, bad).detail == f"node edge-1: no disk space; {told}"
+    assert bad.status_reason.endswith(f"; {mend}")
+    assert len(bad.status_reason) <= 255
+    assert last_event(store, bad).detail == f"node edge-1: no disk space; {told}; {mend}"
+    run(store, new_release(store, payload={"content": "C"}).id)  # as it says
+    with pytest.raises(rc.AppError, match="nothing to roll back to: .*; create a release that is good"):
+        store.releases.plan_again("rollback", bad.id, rc.Again(over_newer=True))
+    assert store.releases.plan_again("rollback", bad.id, rc.Again(over_newer=True, to_release=2)).payload_of == (2, 2)
+
+
+@pytest.mark.parametrize("change", [
+    "UPDATE release_tasks SET payload = 'x' WHERE id = 1", "UPDATE nodes SET agent_protocol = 'execute'"])
+def test_rule_10_a_payload_that_can_not_be_brought_back_is_mended_by_another(store, change):
+    add_nodes(store, 2)
+    good(store, "A")
+    bad = new_release(store, payload={"content": "B", "websites": []}, strategy=BACK)
+    claim = claimed(store, bad.id)
+    cycle(store, claim)
+    sql(store, change)
+    cycle(store, claim, (1,))
+    text = store.releases.get(bad.id).status_reason
+    assert "; not rolled back, as the payload of release 1 " in text
+    assert text.endswith("; create a release that is good, or name one (toRelease): releasectl rollback 2 --to ID")
+
+
+def test_what_a_person_should_do_is_never_cut():
+    nodes = rc.NodeIndex([])
+    long = rc.Decision((), "failed", "r" * 255, "", (), 0.0, nodes).with_sequel("t" * 255, "m" * 90).status_reason
+    assert (len(long), long[-92:]) == (255, "; " + "m" * 90)
+    assert min(long.count("r"), long.count("t")) > 40
 
 
 def test_rule_10_nodes_that_get_nothing_now_are_left_out_by_name_and_without_any_there_is_no_rollback(store):
@@ -197,6 +265,12 @@ def test_rule_10_nodes_that_get_nothing_now_are_left_out_by_name_and_without_any
     assert store.releases.get(second.id).status_reason.endswith(
         f"not rolled back, as release {second.id} has no online nodes that were touched by it; mend that, then: "
         f"releasectl rollback {second.id}")
+
+
+def test_who_is_left_out_is_told_by_reason():
+    left_out = [rc.LeftOut(n, f"edge-{n}", "offline" if n < 5 else "disabled") for n in (1, 5, 2, 3)]
+    assert rc.rollback_text(9, left_out, rc.NO_FREEZE) == (
+        "release 9 rolls it back, without edge-1, edge-2 and 1 more (offline), edge-5 (disabled)")
 
 
 def test_rule_10_a_release_that_changed_no_node_has_nothing_to_roll_back(store):

@@ -114,10 +114,6 @@ def test_so_many_may_be_silent_as_the_total_limit_says_else_the_one_of_a_batch(s
         assert f"{most + 1} of 10 agents did not answer, at most {most} may (" in decision.error_msg
 
 
-def test_a_node_whose_failure_a_person_has_accepted_does_not_count():
-    assert sends(decide([silent(1, accepted=1), answered(2)])) == [("dispatch", 1), ("dispatch", 2)]
-
-
 def test_a_tolerated_silent_node_begins_its_dispatch_anew():
     decision = decide([silent(1, errors=2, last_error="x", last_kind="tls")],
                       strategy=PREFLIGHT._replace(max_failed=1))
@@ -400,7 +396,7 @@ def test_the_plan_says_it_and_a_bad_value_is_refused(world, quick, client):
 
 def test_check_agents_asks_them_and_makes_nothing(cli, world):
     world.nodes(3)
-    cli.settings.update(DATABASE_URL=world.url, **mtls(world.certs))
+    cli.settings.update(DATABASE_URL=world.url, AGENT_RETRIES="0", **mtls(world.certs))
     found = cli("create", "--check-agents", "--json")
     assert found.code == 0
     assert [(item["name"], item["ok"]) for item in found.json["items"]] == [(f"edge-{n}", True) for n in (1, 2, 3)]
@@ -412,5 +408,13 @@ def test_check_agents_asks_them_and_makes_nothing(cli, world):
     assert found.out.splitlines()[-1] == "1 of 3 agents answered: 1 protocol, 1 unreachable"
     assert "edge-1" not in found.out
     assert cli("create", "--check-agents", "--node", "edge-1").code == 0
+    found = cli("create", "--check-agents", "--preflight", "--max-failed", "2")  # such a release would go
+    assert (found.code, found.out.splitlines()[-1]) == (
+        0, "1 of 3 agents answered: 1 protocol, 1 unreachable; at most 2 may be silent")
+    assert re.search(r"(?m)^edge-2 +unreachable +\S", found.out)
+    assert cli("create", "--check-agents", "--max-failed", "2", "--max-failed-total", "1").code == 69
+    world.agent(2).set(mode="normal")
+    world.agent(3).set(mode="status", httpStatus=503, businessCode=0, times=1)
+    assert cli("create", "--check-agents", "--retries", "1").code == 0  # it is asked again, as by a preflight
     assert world.store.releases.page().total == 0
     assert world.runs() == [0, 0, 0]

@@ -288,10 +288,17 @@ def test_a_token_of_a_target_does_there_what_it_may_and_reads_everything(store, 
         assert client.ok("GET", "/api/v1/health")["targets"] == ["dns"]
         assert client.ok("POST", "/api/v1/releases", {"target": "dns", "payload": {"websites": []}}, 201)
         cases: list[tuple[Any, Any]] = [({"target": "dns"}, 0), ({"target": "cdn"}, 1004), ({}, 1004),
-                                        ({"target": ["dns"]}, 1004), ({"target": "", "dryRun": True}, 1004)]
+                                        ({"target": ["dns"]}, 2003), ({"target": None}, 2003),
+                                        ({"target": "dns "}, 2003), ({"target": "", "dryRun": True}, 2003)]
         for body, code in cases:
             wanted = {"payload": {"websites": []}, "dryRun": True, **body}
             assert client.code("POST", "/api/v1/releases", wanted) == code
+        for body, _ in cases[3:]:
+            told = client("POST", "/api/v1/releases", {"payload": {"websites": []}, **body}).message
+            assert told == client("PUT", "/api/v1/freeze", {"frozen": False, **body}).message == (
+                "target must be 1 to 64 letters, digits or . _ -") or "dryRun" in body
+        assert client("PUT", "/api/v1/freeze", {"frozen": False}).message == (
+            'olga may act on dns only: this touches every target; with "target":"dns" it would not')
         for body, code in cases[:3]:
             assert client.code("PUT", "/api/v1/freeze", {"frozen": True, "reason": "x", **body}) == code
             assert client.code("PUT", "/api/v1/freeze", {"frozen": False, **body}) == code
