@@ -2598,7 +2598,7 @@ class IdempotencyKey(NamedTuple):
 # region Freezes
 # ======================================================================================
 # Freezes: what is frozen, and which releases that holds. Pure.
-# Uses: Vocabulary.
+# Uses: Vocabulary, Helpers, Model.
 # ======================================================================================
 
 class Freeze(NamedTuple):
@@ -2714,6 +2714,40 @@ class Freezes(NamedTuple):
 
 
 NO_FREEZES = Freezes()
+
+
+def holds_of(history: Iterable[tuple[str, str, str]]) -> list[Hold]:
+    """Return the holds of a release from its events in order, each with time, event and to_status.
+
+    The end of a freeze may be written down later than what followed it: it says nothing of a pause then.
+    """
+    events = list(history)
+    holds: list[Hold] = []
+    for hold in sorted([*_spans((at, status == PAUSED) for at, event, status in events if event != UNFROZEN),
+                        *_spans((at, event == FROZEN) for at, event, _ in events if event in (FROZEN, UNFROZEN))]):
+        if holds and hold.since <= holds[-1].until:
+            holds[-1] = Hold(holds[-1].since, max(holds[-1].until, hold.until))
+        else:
+            holds.append(hold)
+    return holds
+
+
+def _spans(changes: Iterable[tuple[str, bool]]) -> Iterator[Hold]:
+    """Yield the times in which something was so, from the times and values of its changes."""
+    began: float | None = None
+    for at, is_so in changes:
+        if is_so and began is None:
+            began = epoch_or(at, 0.0)
+        elif not is_so and began is not None:
+            yield Hold(began, max(began, epoch_or(at, 0.0)))
+            began = None
+    if began is not None:
+        yield Hold(began, float("inf"))
+
+
+def held_s(holds: Iterable[Hold], since: float, until: float) -> float:
+    """Return the seconds of holds between two times."""
+    return sum(max(0.0, min(hold.until, until) - max(hold.since, since)) for hold in holds)
 
 
 # endregion
@@ -4750,8 +4784,8 @@ CHANGES_NOTHING = "changes nothing: all its nodes run this payload already"
 # region Decision
 # ======================================================================================
 # Decision: what to write and what to send next. Pure: no clock, no socket, no disk.
-# Uses: Vocabulary, Helpers, Model, Strategy, Plan, Node index, Preflight, Status
-#   texts.
+# Uses: Vocabulary, Helpers, Model, Freezes, Strategy, Plan, Node index, Preflight,
+#   Status texts.
 #
 #   A driver updates its nodes with outcomes by observe(), gets what follows from decide(),
 #   commits that, and only then sends. decide() compares what is with what should be, so a
@@ -4882,40 +4916,6 @@ def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Pol
     # rule 8: an agent that can be asked is asked first; another runs no version twice
     asks = node.dialect.can_be_asked and outcome.op == DISPATCH and outcome.result != UNSENT
     return node._replace(due=now.elapsed + wait_s, next_op=QUERY if asks else outcome.op)
-
-
-def holds_of(history: Iterable[tuple[str, str, str]]) -> list[Hold]:
-    """Return the holds of a release from its events in order, each with time, event and to_status.
-
-    The end of a freeze may be written down later than what followed it: it says nothing of a pause then.
-    """
-    events = list(history)
-    holds: list[Hold] = []
-    for hold in sorted([*_spans((at, status == PAUSED) for at, event, status in events if event != UNFROZEN),
-                        *_spans((at, event == FROZEN) for at, event, _ in events if event in (FROZEN, UNFROZEN))]):
-        if holds and hold.since <= holds[-1].until:
-            holds[-1] = Hold(holds[-1].since, max(holds[-1].until, hold.until))
-        else:
-            holds.append(hold)
-    return holds
-
-
-def _spans(changes: Iterable[tuple[str, bool]]) -> Iterator[Hold]:
-    """Yield the times in which something was so, from the times and values of its changes."""
-    began: float | None = None
-    for at, is_so in changes:
-        if is_so and began is None:
-            began = epoch_or(at, 0.0)
-        elif not is_so and began is not None:
-            yield Hold(began, max(began, epoch_or(at, 0.0)))
-            began = None
-    if began is not None:
-        yield Hold(began, float("inf"))
-
-
-def held_s(holds: Iterable[Hold], since: float, until: float) -> float:
-    """Return the seconds of holds between two times."""
-    return sum(max(0.0, min(hold.until, until) - max(hold.since, since)) for hold in holds)
 
 
 def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = (),
@@ -16002,9 +16002,9 @@ def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
 # region Check and why
 # ======================================================================================
 # Check and why: what is wrong with this installation, and what would mend it.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Status texts, Why,
-#   Verdict, Engines, Database, Audit, Drift, Overview, Dialects, Agents, Notifier,
-#   Executor, Access, API, Server.
+# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Status texts,
+#   Decision, Why, Verdict, Engines, Database, Audit, Drift, Overview, Dialects,
+#   Agents, Notifier, Executor, Access, API, Server.
 # ======================================================================================
 
 class Ping(NamedTuple):
