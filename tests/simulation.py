@@ -1272,7 +1272,8 @@ class Simulation:
         is_alone = approval == "given" and by == author
         is_made_up = approval == "automatic" and not reason.startswith("automatic rollback")
         if approval == "wanted" or is_alone or is_made_up or (not approval and self.database.approvals):
-            self.fail(f"section 7: release {release_id} ({reason}) of {author} started: {approval or 'unasked'} {by}")
+            self.fail(f"section 7: release {release_id} ({reason}) of {author} started, which nobody has approved: "
+                      f"{approval or 'not asked for'} {by}")
         self.figures["automatic"] += approval == "automatic"
 
     @staticmethod
