@@ -3348,8 +3348,10 @@ class ReleaseRequest(NamedTuple):
     # As in Release.
     goes_first: bool = False
     during_freeze: bool = False
-    # WANTED, EMERGENCY or AUTOMATIC; "": as the setting APPROVALS says.
+    # WANTED or AUTOMATIC; "": as the setting APPROVALS says.
     approval: str = ""
+    # It goes without the approval that it needs.
+    is_emergency: bool = False
 
     @property
     def is_again(self) -> bool:
@@ -4446,6 +4448,19 @@ def approval_text(release_id: int, author: str) -> str:
         return "waiting for approval, which nobody can give: who made it did not sign in (set API_TOKENS_FILE)"
     whose = f" by somebody else than {author}" if author else ""
     return f"waiting for approval{whose}: releasectl approve {release_id}"
+
+
+# In the status_reason of a release that was to go back by itself, as rollback_text() wrote it when that ended.
+ROLLS_BACK = re.compile(r"release [0-9]+ rolls it back( once the freeze is lifted)?")
+
+
+def with_rollback(reason: str, release_id: int, status: str) -> str:
+    """Return the status_reason of a release with how its rollback, which has an id and a status, stands now."""
+    waits = f"release {release_id} is to roll it back and waits: releasectl why {release_id}"
+    was_to = f"was to be rolled back by release {release_id}, which"
+    text = {PENDING: waits, PAUSED: waits, CANCELLED: f"{was_to} was cancelled", FAILED: f"{was_to} failed"}.get(
+        status, f"release {release_id} rolls it back")
+    return ROLLS_BACK.sub(text, reason, 1) if ROLLS_BACK.search(reason) else "; ".join(filter(None, (reason, text)))
 
 
 NO_NODES = "the release has no nodes"
@@ -8659,7 +8674,7 @@ class Queue:
 # ======================================================================================
 # Retry and rollback: what a new release brings back to whom (contract 3, rule 10).
 # Uses: Vocabulary, Helpers, Payloads, Model, Freezes, Strategy, Selection, Plan,
-#   Failures, Verbs, Database, Nodes, Queue.
+#   Failures, Status texts, Verbs, Database, Audit, Nodes, Queue.
 # ======================================================================================
 
 class Again(NamedTuple):
@@ -8735,6 +8750,21 @@ class Sequel(NamedTuple):
     nodes: Sequence[Node]
 
 
+def newest_rollback(tx: Transaction, release: Release) -> tuple[int, str] | None:
+    """Return id and status of the rollback of a release: of several the one that is open, else the last."""
+    # the index release_tasks_by_rollback_of
+    found = tx.row(f"SELECT id, status FROM release_tasks WHERE rollback_of = ? "
+                   f"ORDER BY CASE WHEN status IN {OPEN_RELEASES} THEN 0 ELSE 1 END, id DESC LIMIT 1", release.id)
+    return (found[0], found[1]) if found else None
+
+
+def as_read(tx: Transaction, release: Release) -> Release:
+    """Return a release whose status_reason tells how the rollback stands that was made when it ended."""
+    found = newest_rollback(tx, release) if ROLLS_BACK.search(release.status_reason) else None
+    return dataclasses.replace(release, status_reason=with_rollback(release.status_reason, *found)) if found \
+        else release
+
+
 def rollback_text(release_id: int, left_out: Sequence[LeftOut], freeze: Freeze) -> str:
     """Return 'release 9 rolls it back once the freeze is lifted, without edge-3 (offline)'."""
     by_reason: dict[str, list[str]] = {}
@@ -8750,8 +8780,7 @@ def _plan_ended(tx: Transaction, verb: str, old: Release, wish: Again) -> tuple[
     if not wish.over_newer:
         refuse_over_newer(tx, verb, old, nodes)
     refuse_twins(nodes)
-    if wish.is_emergency:
-        request = request._replace(approval=EMERGENCY)
+    request = request._replace(is_emergency=wish.is_emergency)
     return request, plan._replace(emptied=emptied_nodes(request.payload, nodes)), nodes
 
 
@@ -8772,11 +8801,14 @@ def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseReque
     request = ReleaseRequest(old.target, wish.reason or f"retry of release {old.id}", payload_again(old, nodes),
                              retry_of=old.id, strategy=strategy,
                              # who asked for it asked for this payload, without the setting too
-                             approval=WANTED if old.approval in (WANTED, GIVEN) else "")
+                             approval=WANTED if old.approval in (WANTED, GIVEN) else "",
+                             during_freeze=bool(old.during_freeze))
     left_out = [one for one in left_out_nodes(found) if one.node_id not in gone_ids]
     plan = make_plan(parse_strategy(strategy), nodes, [*gone, *left_out], batches)
-    return request, plan._replace(payload_of=(old.id, old.version), selection=selection_again(old),
-                                  not_chosen=len(tried) - len(found)), nodes
+    passes = [f"goes out in a freeze too, as release {old.id} may"] if old.during_freeze else []
+    return request, plan._replace(
+        payload_of=(old.id, old.version), selection=selection_again(old), not_chosen=len(tried) - len(found),
+        warnings=[*plan.warnings, *passes]), nodes
 
 
 def _no_longer_taken(old: Release, nodes: Iterable[Node]) -> list[LeftOut]:
@@ -8880,19 +8912,37 @@ def plan_rollback(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRe
     request = ReleaseRequest(
         old.target, wish.reason or f"rollback of release {old.id} to the payload of version {good.version}",
         payload, rollback_of=old.id, strategy=strategy, supersede=wish.supersede,
-        goes_first=wish.supersede, during_freeze=wish.during_freeze)
+        goes_first=wish.supersede, during_freeze=wish.during_freeze,
+        # as in plan_retry(); what a rollback finds by itself has succeeded since it was approved
+        approval=WANTED if wish.to_release is not None and good.approval in (WANTED, GIVEN) else "")
     plan = make_plan(parse_strategy(strategy), nodes, left_out_nodes(found), planned, frozenset(failed))
-    return request, plan._replace(payload_of=(good.id, good.version),
+    untried = [] if succeeded_nodes(tx, good.id) else [
+        f"release {good.id} (v{good.version}) " + ("succeeded on no node" if good.started_at else "never went out")]
+    return request, plan._replace(warnings=[*plan.warnings, *untried], payload_of=(good.id, good.version),
                                   selection={"nodeIds": [node.id for node in found]}), nodes
 
 
-def queue_effect(tx: Transaction, request: ReleaseRequest) -> tuple[list[Superseded], list[str]]:
-    """Return the releases that a new one cancels, and a warning for each that it waits for though it is in a hurry.
+def approval_for(tx: Transaction, request: ReleaseRequest) -> str:
+    """Return what a new release begins with: "" or one of APPROVAL_STATES."""
+    needed = request.approval or (WANTED if tx.database.approvals else "")
+    # an executor with the setting would ask for the approval that this process does not
+    return EMERGENCY if request.is_emergency and (needed or freezes_take_two(tx)) else needed
 
-    A freeze holds a rollback, too: the warning says what would do.
+
+def queue_effect(tx: Transaction, request: ReleaseRequest) -> tuple[list[Superseded], list[str]]:
+    """Return the releases that a new one cancels, and warnings: of these, of what holds it, of what it does again.
+
+    A freeze holds a rollback, too: the warning says what would do. Raise AppError(WRONG_STATE) where it would cancel
+    others before somebody has approved it: that might be never.
     """
+    approval = approval_for(tx, request)
+    if request.supersede and approval == WANTED:
+        raise AppError(WRONG_STATE, "what needs an approval cancels no other release before it has one: leave "
+                                    "supersede (--supersede, --now) out and cancel those yourself, or take emergency "
+                                    "and a reason (--emergency --reason TEXT)")
     others = sorted((c for c in read_candidates(tx) if c.target == request.target), key=lambda c: c.version)
     unstarted = [Superseded(c.id, c.version) for c in others if c.status in (PENDING, PAUSED) and not c.has_started]
+    superseded = unstarted if request.supersede else []
     warnings = [f"waits for release {c.id} (v{c.version}), {state_of(c)}: releasectl cancel {c.id}" for c in others
                 if c.has_started and (request.supersede or request.rollback_of is not None)]
     if request.rollback_of is not None and not request.supersede and not request.goes_first and unstarted:
@@ -8901,7 +8951,15 @@ def queue_effect(tx: Transaction, request: ReleaseRequest) -> tuple[list[Superse
     freeze = read_freezes(tx).of(request)
     if request.rollback_of is not None and freeze.frozen:
         warnings.append(f"{freeze.line()}: it waits; --during-freeze (duringFreeze) goes out all the same")
-    return unstarted if request.supersede else [], warnings
+    for release_id, of_id in tx.rows(f"SELECT id, rollback_of FROM release_tasks WHERE rollback_of IS NOT NULL "
+                                     f"AND status IN {OPEN_RELEASES} ORDER BY id"):
+        if any(one.release_id == release_id for one in superseded):
+            warnings.append(f"cancels release {release_id}, which is to roll back release {of_id}")
+        elif of_id == request.rollback_of:
+            warnings.append(f"release {release_id} rolls back release {of_id} already: releasectl why {release_id}")
+    if request.is_emergency and approval != EMERGENCY:
+        warnings.append("nothing asks for an approval here (APPROVALS is 0): emergency changes nothing")
+    return superseded, warnings
 
 
 def nodes_again(tx: Transaction, old: Release, where: str = "1 = 1") -> list[Node]:
@@ -9771,15 +9829,11 @@ class Releases:
             check_payload_version(request.payload, version)
             return self._planned(tx, request, *self._plan(tx, request), version)
 
-    def _approval_of(self, request: ReleaseRequest) -> str:
-        """Return the approval that a new release begins with: one of APPROVAL_STATES, or "" where it needs none."""
-        return request.approval or (WANTED if self._database.approvals else "")
-
-    def _planned(self, tx: Transaction, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node],
-                 version: int) -> Plan:
+    @staticmethod
+    def _planned(tx: Transaction, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node], version: int) -> Plan:
         """Return a plan with what it needs to be shown."""
         superseded, warnings = queue_effect(tx, request)
-        if self._approval_of(request) == WANTED:
+        if approval_for(tx, request) == WANTED:
             warnings.append("waits for approval by somebody else than its author; in an emergency it goes without: "
                             "--emergency (emergency)")
         return plan._replace(version=version, names={node.id: node.name for node in nodes},
@@ -10034,7 +10088,7 @@ class Releases:
         shown = []
         for release in releases:
             reason = true_reason(release, executors, now_s, self._state.write_error)
-            shown.append(release if reason == release.status_reason
+            shown.append(as_read(tx, release) if reason == release.status_reason
                          else dataclasses.replace(release, status_reason=reason))
         return shown
 
@@ -10043,8 +10097,6 @@ class Releases:
 
         That is for those who read it: the row would have to be written again and again.
         """
-        if release.is_terminal:
-            return release
         with self._database.transaction() as tx:
             [shown] = self._as_true(tx, [release])
             if shown is not release or release.status != RUNNING:
@@ -10182,13 +10234,13 @@ class Releases:
     def _create(self, tx: Transaction, actor: Who, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node],
                 release_id: int = 0) -> Made:
         self._state.note_timeline(tx)
+        superseded, warnings = queue_effect(tx, request)
         if not request.is_again:
             # before an id, and with it a version, is used up
             check_payload_version(request.payload, self._version_for(
                 tx, request, tx.value(self._database.engine.next_release_id_sql)))
         release_id = release_id or tx.value(self._database.engine.take_release_id_sql)
         version = self._version_for(tx, request, release_id)
-        superseded, warnings = queue_effect(tx, request)
         payload = payload_for_version(request.payload, version)
         digest = digest_of(payload)
         is_same = changes_nothing(tx, digest, nodes)
@@ -10220,7 +10272,7 @@ class Releases:
             self._queue.end_unstarted(tx, read_release(tx, old.release_id), actor, why)
             self._audit.add(tx, actor, "release.cancel", f"release {old.release_id}",
                             after={"status": CANCELLED, "reason": why})
-        approval = self._approval_of(request)
+        approval = approval_for(tx, request)
         if approval:
             set_approval(tx, read_release(tx, release_id), approval, now, actor, request.reason)
         self._queue.explain_waiting(tx)
@@ -10536,7 +10588,7 @@ class Outbox:
 # ======================================================================================
 # Claims: claim, lease, fence, commit.
 # Uses: Vocabulary, Helpers, Payloads, Model, Freezes, Plan, Decision, Why, Database,
-#   Database state, Audit, Nodes, Queue, Drift, Approvals, Releases.
+#   Database state, Audit, Nodes, Queue, Retry and rollback, Drift, Approvals, Releases.
 # ======================================================================================
 
 class DispatchBlockers(NamedTuple):
@@ -10767,7 +10819,7 @@ class Claims:
         with self._database.transaction() as tx:
             if release_id is None:
                 release_id = tx.value(f"SELECT MIN(id) FROM release_tasks WHERE status IN {OPEN_RELEASES}")
-            release = None if release_id is None else read_release(tx, release_id)
+            release = None if release_id is None else as_read(tx, read_release(tx, release_id))
             facts = Facts(release, (), NO_FREEZES, self._state.moment(), epoch_of(tx.now()),
                           database_error=self._state.write_error)
             if release is None or not release.is_terminal:
@@ -11089,17 +11141,24 @@ class OverviewReader:
                 JOIN release_tasks q ON q.id = s.release_task_id
                 WHERE s.node_id = n.node_id AND s.status = 'success' AND q.target = ? AND q.version > ?)
             ORDER BY h.id""", release.id, release.target, release.version)
+        rollback = newest_rollback(tx, release)
+        if rollback:
+            release = dataclasses.replace(release, status_reason=with_rollback(
+                release.status_reason or release.error_msg, *rollback))
+            if rollback[1] not in TERMINAL:
+                return Unmended(release, f"releasectl why {rollback[0]}", "")
         online = [(node_id, name) for node_id, name, status in rows if status == "online"]
         some = Again(node_ids=tuple(node_id for node_id, _ in online[:MAX_NAMED]))
         named = "".join(f" --node {shlex.quote(name)}" for _, name in online[:MAX_NAMED])
-        refused = ""
-        for verb, wish, words in (("retry", Again(), ""), *((("retry", some, named),) if online else ()),
-                                  ("rollback", Again(), "")):
+        refused, back = "", [("rollback", Again(), "")]
+        # after a rollback that did not succeed a retry would bring back what somebody wanted to be rid of
+        for verb, wish, words in (*(back if rollback else ()), ("retry", Again(), ""),
+                                  *((("retry", some, named),) if online else ()), *back):
             try:
                 plan_again(tx, verb, release.id, wish)
                 return Unmended(release, f"releasectl {verb} {release.id}{words} --plan", refused)
             except AppError as error:
-                refused = refused or error.message
+                refused = refused or (error.message if verb == "retry" else "")
         if rows and not online:
             away = shlex.quote(rows[0][1])
             return Unmended(release, f"releasectl node set {away} --status online", refused)
@@ -14224,7 +14283,7 @@ def parse_release_request(body: Mapping[str, Any]) -> ReleaseRequest:
         node_ids=body.get("nodeIds"), labels=body.get("labels"), exclude=body.get("exclude", {}),
         version=parse_integer("version", body["version"], NAMED_VERSIONS) if "version" in body else None,
         supersede=parse_flag("supersede", body.get("supersede", False)),
-        approval=EMERGENCY if is_emergency else WANTED if is_approval else "")
+        approval=WANTED if is_approval else "", is_emergency=is_emergency)
 
 
 def ref_schema(name: str) -> dict[str, str]:

@@ -444,7 +444,7 @@ def test_nobody_approved_what_the_program_made_itself(four_eyes):
 
 def test_an_emergency_goes_without_and_everybody_is_told(four_eyes, told):
     four_eyes.database.notify_on = frozenset({"failed"})
-    created(four_eyes, approval="emergency", reason="sites are down")
+    created(four_eyes, is_emergency=True, reason="sites are down")
     assert runnable(four_eyes) == [1]
     found = four_eyes.releases.get(1)
     assert (found.approval, found.approved_by) == ("emergency", "alice")
@@ -453,6 +453,21 @@ def test_an_emergency_goes_without_and_everybody_is_told(four_eyes, told):
     assert [(row.kind, row.detail) for row in outbox(four_eyes)] == [
         ("approval", "without approval, by alice; sites are down")]
     assert [record.levelname for record in told.records if "without approval" in record.message] == ["WARNING"]
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_an_emergency_where_nothing_asks_for_an_approval_is_a_note_and_no_alarm(store, asks):
+    add_nodes(store, 1)
+    store.database.notify_on = frozenset({"failed"})
+    store.claims.note_executor("a:1:x", "a", rc.SERVE, 15.0, "", True)
+    sql(store, "UPDATE executors SET approvals = ?", int(asks))  # an executor's setting, not this process's
+    request = rc.ReleaseRequest(reason="down", is_emergency=True)
+    note = [] if asks else ["nothing asks for an approval here (APPROVALS is 0): emergency changes nothing"]
+    assert store.releases.plan(request).warnings == note
+    made = store.releases.create(request, ALICE)
+    assert (made.release.approval, made.warnings) == ("emergency" if asks else "", note)
+    assert [row.kind for row in outbox(store)] == (["approval"] if asks else [])
+    assert ("emergency" in [event for event, _, _ in events(store)]) == asks
 
 
 def test_the_author_of_what_waits_may_declare_an_emergency_with_a_reason(four_eyes):
@@ -485,7 +500,7 @@ def test_the_api_takes_an_emergency_and_a_wish_for_an_approval(store, tokens):
         client.ok("POST", "/api/v1/releases/1/cancel", {})
         assert client.code("POST", "/api/v1/releases/1/retry", {"emergency": True}) == 2001
         made = client.ok("POST", "/api/v1/releases/1/retry", {"emergency": True, "reason": "down"}, 201)
-        assert made["approval"] == "emergency"
+        assert ("approval" in made, len(made["warnings"])) == (False, 1)  # nothing asks for one: release 1 went without
     assert store.releases.get(1).approval == "emergency"
 
 
@@ -511,7 +526,7 @@ def test_everybody_who_asks_hears_that_it_waits_and_for_whom(four_eyes):
 
 
 def test_why_names_the_approval_before_what_goes_on_by_itself(four_eyes):
-    created(four_eyes, approval="emergency", reason="x")
+    created(four_eyes, is_emergency=True, reason="x")
     start(four_eyes)
     created(four_eyes)
     four_eyes.claims.note_executor("owner", "host-a", "serve", 1000.0, "", is_first=True)

@@ -433,14 +433,17 @@ def test_section_7_the_plan_of_a_rollback_says_what_would_hold_it_and_what_goes_
     unapproved = ("waits for approval by somebody else than its author; in an emergency it goes without: --emergency "
                   "(emergency)")
 
+    [back] = rollbacks_of(store, bad)
+    store.releases.act("cancel", back.id, "anna")
+
     def told(**wish) -> list[str]:
-        return store.releases.plan_again("rollback", bad.id, rc.Again("down", supersede=True, **wish)).warnings
+        return store.releases.plan_again("rollback", bad.id, rc.Again("down", **wish)).warnings
 
     assert told() == [frozen, unapproved]
     assert told(during_freeze=True) == [unapproved]
     assert told(is_emergency=True) == [frozen]
-    assert told(during_freeze=True, is_emergency=True) == []
-    assert store.releases.rollback(bad.id, "anna", rc.Again(supersede=True)).warnings == [frozen]
+    assert told(during_freeze=True, is_emergency=True, supersede=True) == []
+    assert store.releases.rollback(bad.id, "anna").warnings == [frozen]
     assert store.releases.plan(rc.ReleaseRequest()).warnings == [unapproved]
 
 
@@ -538,7 +541,8 @@ def test_section_7_what_runs_is_not_cancelled_and_the_answer_names_the_command(s
     assert (made.superseded, made.warnings) == ([], [warning])
     assert store.releases.get(running.id).status == "running"
     assert store.releases.get(made.release.id).status_reason == f"waiting for release {running.id}, which is running"
-    assert store.releases.create(rc.ReleaseRequest(supersede=True), "anna").warnings == [warning]
+    assert store.releases.create(rc.ReleaseRequest(supersede=True), "anna").warnings == [
+        warning, f"cancels release {made.release.id}, which is to roll back release {bad.id}"]
     assert store.releases.create(rc.ReleaseRequest(), "anna").warnings == []
 
 

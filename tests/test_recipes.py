@@ -293,7 +293,7 @@ def test_four_eyes_waits_for_somebody_else(site, monkeypatch):
     site.executor.tick()
     assert site.ran() == []
     if site.door == "cli":
-        assert refusal in site.cli.refused(2, *approve)
+        assert refusal in site.cli.refused(3, *approve)
         monkeypatch.setattr(os, "getuid", lambda: pwd.getpwnam("daemon").pw_uid)
         assert "ttl: 60 -> 300" in site.cli(*diff).out
         site.cli.ok(*approve)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 from lab import JSON, add_nodes, assert_books_balance, new_release, nodes_of, sql, statuses
-from test_again import content_of, ended, good
+from test_again import content_of, ended, everything, good
 from test_approvals import ALICE, BOB, approve, runnable
 from test_decision import POLICY
 from test_goes_back import BACK, claimed, cycle, gone_bad, last_event, rollbacks_of, run
@@ -106,36 +106,122 @@ def test_a_freeze_that_comes_while_a_rollback_by_itself_waits_holds_it_and_nobod
 
 def test_what_waits_for_an_approval_is_superseded_like_all_that_has_not_started(store):
     add_nodes(store, 1)
-    needs_approvals(store)
-    first = new_release(store)
+    first = new_release(store, approval="wanted")
     made = store.releases.create(rc.ReleaseRequest(supersede=True), ALICE)
     assert [one.release_id for one in made.superseded] == [first.id]
     assert reason_of(store, first).startswith(f"superseded by release {made.release.id} (v2)")
     with pytest.raises(rc.AppError, match=f"release {first.id} is cancelled and waits for no approval$"):
         approve(store, first.id)
-    assert (made.release.approval, runnable(store)) == ("wanted", [])
+    assert runnable(store) == [made.release.id]
     assert_books_balance(store, first.id)
-    approve(store, made.release.id)
-    assert runnable(store) == [made.release.id]
 
 
-def test_a_rollback_at_once_that_waits_for_an_approval_cancels_at_once_and_then_holds_nobody_up(store):
+@pytest.mark.parametrize("has_setting", [False, True])
+def test_what_needs_an_approval_cancels_nothing_before_it_has_one(store, has_setting):
     bad = bad_release(store)
-    queued = new_release(store)
-    approve(store, queued.id)
-    plan = store.releases.plan_again("rollback", bad.id, NOW)
-    made = store.releases.rollback(bad.id, ALICE, NOW)
-    # a cancel needs no second person, and nothing more may go out over what is bad
-    assert [one.release_id for one in plan.superseded] == [one.release_id for one in made.superseded] == [queued.id]
-    assert (store.releases.get(queued.id).status, runnable(store)) == ("cancelled", [])
-    later, other = new_release(store), new_release(store, target="dns")
-    approve(store, later.id)
-    approve(store, other.id)
-    assert runnable(store) == [later.id]
-    assert reason_of(store, other) == f"waiting for release {later.id}, which is pending"
-    approve(store, made.release.id)
-    assert runnable(store) == [made.release.id]
-    assert reason_of(store, later) == f"waiting for release {made.release.id}, which is pending and goes first"
+    store.database.approvals = has_setting
+    queued, wanted = new_release(store), rc.ReleaseRequest(supersede=True, approval="" if has_setting else "wanted")
+    acts = [lambda: store.releases.plan(wanted), lambda: store.releases.create(wanted, ALICE)]
+    if has_setting:
+        acts += [lambda: store.releases.plan_again("rollback", bad.id, NOW),
+                 lambda: store.releases.rollback(bad.id, ALICE, NOW)]
+    before = everything(store)
+    for act in acts:
+        with pytest.raises(rc.AppError, match="cancels no other release before it has one: leave supersede") as refused:
+            act()
+        assert refused.value.code == rc.WRONG_STATE
+    assert everything(store) == before
+    made = store.releases.create(wanted._replace(is_emergency=True, reason="down"), ALICE)
+    assert ([one.release_id for one in made.superseded], made.release.approval) == ([queued.id], "emergency")
+
+
+def test_who_cancels_a_rollback_or_repeats_one_is_told_so(store):
+    bad = gone_bad(store)
+    [back] = rollbacks_of(store, bad)
+    twice = f"release {back.id} rolls back release {bad.id} already: releasectl why {back.id}"
+    assert store.releases.plan_again("rollback", bad.id).warnings[-1] == twice
+    wanted = rc.ReleaseRequest(supersede=True)
+    cancels = f"cancels release {back.id}, which is to roll back release {bad.id}"
+    for plan in (store.releases.plan(wanted), store.releases.plan_again("rollback", bad.id, NOW)):
+        assert plan.warnings == [cancels]
+    assert store.releases.create(wanted, ALICE).warnings == [cancels]
+
+
+def told_of(store: rc.Store, release: rc.Release) -> tuple[str, str, str]:
+    """Return what a release is said to be, what the verdict says of it, and what would mend it."""
+    [problem] = [p for p in store.overview.read([]).problems if p.release_id == release.id]
+    shown = store.releases.as_shown(release).status_reason
+    assert shown == store.releases.progress(release.id).release.status_reason
+    assert shown == [r for r in store.releases.page().items if r.id == release.id][0].status_reason
+    assert shown in store.claims.why(release.id, 600).text
+    return shown, problem.text, problem.mend
+
+
+@pytest.mark.parametrize("by", ["a person", "another release"])
+def test_what_is_said_of_a_rollback_is_how_it_stands_and_no_retry_is_offered_while_it_is_open(store, by):
+    add_nodes(store, 2)
+    good(store, "A")
+    bad = new_release(store, payload={"content": "B"}, strategy=BACK)
+    claim = claimed(store, bad.id)
+    cycle(store, claim)
+    store.releases.set_freeze(True, "anna", "holidays")
+    cycle(store, claim, (1,))
+    bad, [back] = store.releases.get(bad.id), rollbacks_of(store, bad)
+    waits = f"release {back.id} is to roll it back and waits: releasectl why {back.id}"
+    for verb in ("pause", "resume"):
+        shown, text, mend = told_of(store, bad)
+        assert (shown.endswith(waits), text.endswith(waits), mend) == (True, True, f"releasectl why {back.id}")
+        store.releases.act(verb, back.id, ALICE)
+    if by == "a person":
+        store.releases.act("cancel", back.id, ALICE)
+    else:
+        store.releases.create(rc.ReleaseRequest(supersede=True, target="cdn"), ALICE)
+    was_to = f"was to be rolled back by release {back.id}, which was cancelled"
+    shown, text, mend = told_of(store, bad)
+    assert (shown.endswith(was_to), text.endswith(was_to), mend) == (True, True, f"releasectl rollback {bad.id} --plan")
+    again = store.releases.rollback(bad.id, ALICE).release
+    assert told_of(store, bad)[2] == f"releasectl why {again.id}"
+    assert reason_of(store, bad) == bad.status_reason  # a terminal release never changes
+
+
+@pytest.mark.parametrize(("status", "text"), [
+    ("pending", "release 4 is to roll it back and waits: releasectl why 4"), ("running", "release 4 rolls it back"),
+    ("paused", "release 4 is to roll it back and waits: releasectl why 4"), ("success", "release 4 rolls it back"),
+    ("cancelled", "was to be rolled back by release 4, which was cancelled"), ("partial", "release 4 rolls it back"),
+    ("failed", "was to be rolled back by release 4, which failed"), ("cancelling", "release 4 rolls it back")])
+def test_a_sentence_on_a_rollback_that_got_old_is_replaced(status, text):
+    for old in ("release 3 rolls it back", "release 4 rolls it back once the freeze is lifted"):
+        assert rc.with_rollback(f"stopped; {old}, without edge-2", 4, status) == f"stopped; {text}, without edge-2"
+    assert rc.with_rollback("stopped", 4, status) == f"stopped; {text}"
+
+
+@pytest.mark.parametrize(("approval", "asks"), [("", ""), ("wanted", "wanted"), ("given", "wanted"), ("automatic", "")])
+def test_a_rollback_to_what_asked_for_an_approval_asks_for_it_again_and_says_what_never_went_out(store, approval, asks):
+    bad = bad_release(store)
+    store.database.approvals = False
+    other = new_release(store, payload={"content": "C"})
+    sql(store, "UPDATE release_tasks SET approval = ? WHERE id = ?", approval, other.id)
+    store.releases.act("cancel", other.id, ALICE)
+    wish, note = rc.Again(to_release=other.id), f"release {other.id} (v{other.version}) never went out"
+    assert note in store.releases.plan_again("rollback", bad.id, wish).warnings
+    made = store.releases.rollback(bad.id, ALICE, wish)
+    assert (made.release.approval, made.warnings) == (asks, [note])
+    sql(store, "UPDATE release_tasks SET started_at = created_at WHERE id = ?", other.id)
+    assert f"release {other.id} (v{other.version}) succeeded on no node" in store.releases.plan_again(
+        "rollback", bad.id, wish).warnings
+    sql(store, "UPDATE release_tasks SET approval = 'given' WHERE id = 1")
+    assert store.releases.rollback(bad.id, ALICE).release.approval == ""  # it succeeded since, on these nodes
+
+
+def test_a_retry_of_a_rollback_that_goes_out_in_a_freeze_does_so_too_and_says_it(store):
+    bad = bad_release(store)
+    store.database.approvals = False
+    store.releases.set_freeze(True, ALICE, "holidays")
+    made = store.releases.rollback(bad.id, ALICE, rc.Again("down", during_freeze=True)).release
+    run(store, made.id, 1)
+    retry = store.releases.retry(made.id, ALICE)
+    assert (retry.release.during_freeze, retry.warnings) == (1, [f"goes out in a freeze too, as release {made.id} may"])
+    assert runnable(store) == [retry.release.id]
 
 
 def test_in_an_emergency_a_rollback_at_once_starts_at_once(store):
@@ -283,12 +369,15 @@ def test_a_replay_says_again_what_was_superseded_and_how_the_approval_stands_now
     store = needs_approvals(client.store)
     add_nodes(store, 2)
     queued = new_release(store)
-    body, key = {"supersede": True, "reason": "new sites"}, {**JSON, "Idempotency-Key": "k-1"}
+    body, key = {"supersede": True, "emergency": True, "reason": "new sites"}, {**JSON, "Idempotency-Key": "k-1"}
     made = client("POST", "/api/v1/releases", body, key).data
     assert (made["superseded"], made["approval"]) == (
-        [{"releaseId": queued.id, "version": queued.version}], "wanted")
+        [{"releaseId": queued.id, "version": queued.version}], "emergency")
     assert client("POST", "/api/v1/releases", body, key).data == made
+    body, key = {"reason": "new sites"}, {**JSON, "Idempotency-Key": "k-2"}
+    made = client("POST", "/api/v1/releases", body, key).data
+    sql(store, "UPDATE release_tasks SET author = 'alice'")  # nobody signs in here
+    assert made["approval"] == "wanted"
     store.approvals.approve(made["releaseId"], BOB)
-    again = client("POST", "/api/v1/releases", body, key).data
-    assert again == {**made, "approval": "given"}
-    assert store.releases.page().total == 2
+    assert client("POST", "/api/v1/releases", body, key).data == {**made, "approval": "given"}
+    assert store.releases.page().total == 3

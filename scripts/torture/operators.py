@@ -116,8 +116,8 @@ class Operator:
         self._agents.losses.created_at[content] = time.monotonic()
         made = self._store.releases.create(rc.ReleaseRequest(
             self._random.choice(self.TARGETS), f"mark {mark}", payload, strategy=strategy, node_ids=chosen,
-            supersede=self._random.random() < 0.05,
-            approval=rc.WANTED if self._random.random() < 0.15 else ""), "torture")
+            supersede=(supersedes := self._random.random() < 0.05),
+            approval=rc.WANTED if self._random.random() < 0.15 and not supersedes else ""), "torture")
         self._figures.count("releases superseded", len(made.superseded))
         self.created.append(content)
 
