@@ -10588,7 +10588,8 @@ class Outbox:
 # ======================================================================================
 # Claims: claim, lease, fence, commit.
 # Uses: Vocabulary, Helpers, Payloads, Model, Freezes, Plan, Decision, Why, Database,
-#   Database state, Audit, Nodes, Queue, Retry and rollback, Drift, Approvals, Releases.
+#   Database state, Audit, Nodes, Queue, Retry and rollback, Drift, Approvals,
+#   Releases.
 # ======================================================================================
 
 class DispatchBlockers(NamedTuple):
