@@ -244,7 +244,7 @@ def without_the_second_look(patch):
 @mutants(
     (without_a_look_at_the_freeze_in_the_commit, 440), (without_a_look_at_the_freeze_of_a_target, 1),
     (with_a_freeze_of_a_target_that_is_everybodys, 1), (without_probes, 1), (without_the_second_look, 1),
-    (without_a_soak, 1), (without_a_pause, 1), (without_a_limit_in_flight, 1), (without_a_limit_for_each_label, 1),
+    (without_a_soak, 1), (without_a_pause, 11), (without_a_limit_in_flight, 1), (without_a_limit_for_each_label, 14),
     (without_a_preflight, 1), (with_any_silence_tolerated, 1), (with_a_preflight_that_waits_for_nobody, 1))
 def test_the_schedules_find_a_promise_that_is_not_kept(mutate, first, monkeypatch):
     mutate(monkeypatch)
@@ -386,8 +386,8 @@ def with_a_refusal_taken_for_a_try(patch):
 
 
 @mutants(
-    (with_ids_without_a_tag, 1), (with_already_applied_believed_at_a_first_try, 1), (with_order_by_target_alone, 1),
-    (without_the_last_version, 1), (with_the_agents_id_sent_again, 40), (with_rows_busy_in_place_of_addresses, 110),
+    (with_ids_without_a_tag, 60), (with_already_applied_believed_at_a_first_try, 60), (with_order_by_target_alone, 1),
+    (without_the_last_version, 1), (with_the_agents_id_sent_again, 80), (with_rows_busy_in_place_of_addresses, 110),
     (with_deadlines_that_run_in_a_pause, 90), (with_a_second_look_that_never_ends, 1),
     (with_the_clock_on_the_wall_alone, 1), (with_claims_by_their_number_alone, 440),
     (with_versions_that_are_forgotten, 1), (without_a_wait_after_a_database_went_back, 80),
