@@ -7077,7 +7077,7 @@ class Database:
         if isinstance(self.engine, SqliteEngine):
             # as long as a traceback has the cursor of a failed statement, a close alone does not end the transaction
             with contextlib.suppress(*self.engine.error):
-                connection.execute("ROLLBACK")
+                connection.cursor().execute("ROLLBACK")
         with self._changed:
             close_quietly(connection)
             self._count_out()

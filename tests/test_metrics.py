@@ -80,7 +80,8 @@ def test_metrics_are_read_by_the_official_parser_and_by_promtool(world):
     assert answer.headers["Content-Type"] == CONTENT_TYPE
     seen = {re.sub("_(bucket|sum|count)$", "", key[0]) for key in parse(answer.text)}
     elsewhere = {"releasectl_release_nodes", "releasectl_release_last_event_timestamp_seconds",  # nothing is active
-                 "releasectl_certificate_expiry_timestamp_seconds"}                             # no settings here
+                 "releasectl_certificate_expiry_timestamp_seconds",                             # no settings here
+                 "releasectl_token_expiry_timestamp_seconds"}
     assert seen == set(METRICS) - elsewhere
     promtool("check", "metrics", text=answer.text)
 

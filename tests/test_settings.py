@@ -176,7 +176,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_name(config_file):
 
 @pytest.mark.parametrize(("name", "reason"), [("none.conf", "no such file"), ("", "is a directory")])
 def test_a_config_file_that_cant_be_read_is_refused_by_name(tmp_path, name, reason):
-    assert f"--config {tmp_path / name} can't be read: {reason}" in refusal({}, str(tmp_path / name))
+    assert f"the settings' file {tmp_path / name} can't be read: {reason}" in refusal({}, str(tmp_path / name))
 
 
 @pytest.mark.parametrize("url", [
