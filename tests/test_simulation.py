@@ -390,8 +390,8 @@ def with_a_refusal_taken_for_a_try(patch):
     (without_the_last_version, 1), (with_the_agents_id_sent_again, 80), (with_rows_busy_in_place_of_addresses, 185),
     (with_deadlines_that_run_in_a_pause, 90), (with_a_second_look_that_never_ends, 18),
     (with_the_clock_on_the_wall_alone, 165), (with_claims_by_their_number_alone, 475),
-    (with_versions_that_are_forgotten, 30), (without_a_wait_after_a_database_went_back, 80),
-    (with_lost_versions_that_are_kept_to_oneself, 80), (with_a_first_version_for_new_releases_alone, 340),
+    (with_versions_that_are_forgotten, 30), (without_a_wait_after_a_database_went_back, 130),
+    (with_lost_versions_that_are_kept_to_oneself, 80), (with_a_first_version_for_new_releases_alone, 350),
     (with_a_refusal_taken_for_a_try, 140), (without_labels_as_they_were, 1))
 def test_the_schedules_find_a_success_that_is_none(mutate, first, monkeypatch):
     mutate(monkeypatch)
