@@ -4,6 +4,8 @@ Contract sections 3 (rules 2 and 10) and 7, on both engines.
 """
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from lab import JSON, add_nodes, assert_books_balance, new_release, sql, statuses
 from test_again import TABLES, content_of, ended, everything, good
@@ -63,6 +65,16 @@ def gone_bad(store: rc.Store, nodes: int = 3, failing: tuple[int, ...] = (2,), *
                *failing)
 
 
+def begun(store: rc.Store, nodes: int, **strategy: Any) -> tuple[rc.Release, rc.Claim]:
+    """Return a release that goes back by itself, and its claim: its first batch is under way, one before succeeded."""
+    add_nodes(store, nodes)
+    good(store, "A")
+    bad = new_release(store, payload={"content": "B"}, strategy={**strategy, **BACK})
+    claim = claimed(store, bad.id)
+    cycle(store, claim)
+    return bad, claim
+
+
 # -- a release that ends by onExceed ---------------------------------------------------------------------------
 
 def test_section_7_a_release_that_fails_is_rolled_back_in_the_transaction_of_its_end(store):
@@ -99,11 +111,7 @@ def test_section_7_pause_stays_pause_in_a_rollback(store):
 
 
 def test_section_7_the_rollback_comes_when_the_last_node_is_at_rest_and_counts_what_is_unknown_as_touched(store):
-    add_nodes(store, 3)
-    good(store, "A")
-    bad = new_release(store, payload={"content": "B"}, strategy={"batches": ["100%"], **BACK})
-    claim = claimed(store, bad.id)
-    cycle(store, claim)
+    bad, claim = begun(store, 3, batches=["100%"])
     assert cycle(store, claim, (1,), at_rest=(1, 2)).status == "running"
     assert rollbacks_of(store, bad) == []
     assert store.releases.get(bad.id).status_reason == (
@@ -124,11 +132,7 @@ def test_section_7_the_rollback_comes_when_the_last_node_is_at_rest_and_counts_w
 
 @pytest.mark.parametrize("verb", ["cancel", "cancel --force"])
 def test_section_7_a_release_that_a_person_cancels_is_not_rolled_back(store, verb):
-    add_nodes(store, 2)
-    good(store, "A")
-    bad = new_release(store, payload={"content": "B"}, strategy={"batches": ["100%"], **BACK})
-    claim = claimed(store, bad.id)
-    cycle(store, claim)
+    bad, claim = begun(store, 2, batches=["100%"])
     cycle(store, claim, (1,), at_rest=(1,))
     store.releases.act(verb, bad.id, "anna")
     if verb == "cancel":
@@ -147,11 +151,7 @@ def test_section_7_what_is_within_the_limits_or_ends_for_another_reason_is_not_r
 
 
 def test_section_7_a_paused_release_that_is_resumed_to_its_end_is_rolled_back(store):
-    add_nodes(store, 2)
-    good(store, "A")
-    bad = new_release(store, payload={"content": "B"}, strategy={"batches": ["100%"], **BACK})
-    claim = claimed(store, bad.id)
-    cycle(store, claim)
+    bad, claim = begun(store, 2, batches=["100%"])
     store.releases.act("pause", bad.id, "anna")
     cycle(store, claim, (1,))
     assert store.releases.get(bad.id).status_reason.endswith("resume to end the release and to roll it back")
@@ -167,11 +167,7 @@ def test_section_7_a_paused_release_that_is_resumed_to_its_end_is_rolled_back(st
 @pytest.mark.parametrize("is_paused", [False, True])
 def test_section_7_a_cancel_between_the_failure_and_the_end_says_that_nothing_goes_back(store, verb, is_paused):
     store.database.notify_on = frozenset(("cancelled",))
-    add_nodes(store, 2)
-    good(store, "A")
-    bad = new_release(store, payload={"content": "B"}, strategy={"batches": ["100%"], **BACK})
-    claim = claimed(store, bad.id)
-    cycle(store, claim)
+    bad, claim = begun(store, 2, batches=["100%"])
     cycle(store, claim, (1,), at_rest=(1,))
     if is_paused:
         store.releases.act("pause", bad.id, "anna")
@@ -299,11 +295,7 @@ def test_section_7_a_notification_of_the_end_says_what_follows(store):
 # -- killed, and in doubt ------------------------------------------------------------------------------------------
 
 def test_rule_9_an_end_whose_commit_was_lost_makes_its_rollback_once(store, monkeypatch):
-    add_nodes(store, 2)
-    good(store, "A")
-    bad = new_release(store, payload={"content": "B"}, strategy=BACK)
-    claim = claimed(store, bad.id)
-    cycle(store, claim)
+    bad, claim = begun(store, 2)
     before = everything(store)
     with monkeypatch.context() as patch:
         patch.setattr(rc.Releases, "create_sequel", lambda *_: 1 / 0)  # the process dies here
@@ -374,11 +366,7 @@ def test_rule_2_a_release_of_another_target_is_overtaken_where_it_shares_a_node(
 # -- freeze ------------------------------------------------------------------------------------------------------------
 
 def test_section_7_a_freeze_holds_an_automatic_rollback_and_the_end_says_so(store):
-    add_nodes(store, 2)
-    good(store, "A")
-    bad = new_release(store, payload={"content": "B"}, strategy=BACK)
-    claim = claimed(store, bad.id)
-    cycle(store, claim)
+    bad, claim = begun(store, 2)
     store.releases.set_freeze(True, "anna", "holidays")
     cycle(store, claim, (1,))
     [back] = rollbacks_of(store, bad)

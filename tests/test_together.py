@@ -6,7 +6,7 @@ from lab import JSON, add_nodes, assert_books_balance, new_release, nodes_of, sq
 from test_again import content_of, ended, everything, good
 from test_approvals import ALICE, BOB, approve, runnable
 from test_decision import POLICY
-from test_goes_back import BACK, claimed, cycle, gone_bad, last_event, rollbacks_of, run
+from test_goes_back import BACK, begun, claimed, cycle, gone_bad, last_event, rollbacks_of, run
 from test_overview import ignore
 from test_store import now_of
 
@@ -159,11 +159,7 @@ def told_of(store: rc.Store, release: rc.Release) -> tuple[str, str, str]:
 
 @pytest.mark.parametrize("by", ["a person", "another release"])
 def test_what_is_said_of_a_rollback_is_how_it_stands_and_no_retry_is_offered_while_it_is_open(store, by):
-    add_nodes(store, 2)
-    good(store, "A")
-    bad = new_release(store, payload={"content": "B"}, strategy=BACK)
-    claim = claimed(store, bad.id)
-    cycle(store, claim)
+    bad, claim = begun(store, 2)
     store.releases.set_freeze(True, "anna", "holidays")
     cycle(store, claim, (1,))
     bad, [back] = store.releases.get(bad.id), rollbacks_of(store, bad)
