@@ -45,7 +45,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
                         (contract section 5)
     Counts              the figures of METRICS that are in the database
     Approvals           a release that waits for a second person, and who lets it start
-    Releases            create, verbs, lists, payloads, prune
+    Releases            create, verbs, lists, payloads, freezes
     History             releases that ended long ago, which prune deletes
     Notifications       the outbox: messages that are still to go (contract section 2)
     Claims              claim, lease, fence, commit
@@ -2813,8 +2813,15 @@ def parse_choice(field: str, value: object, choices: Sequence[str]) -> str:
 
 def parse_flag(field: str, value: object) -> bool:
     """Return a JSON boolean; raise AppError(INVALID) for anything else."""
+    try:
+        return _flag(value)
+    except ValueError as error:
+        raise AppError(INVALID, f"{field} {one_line(to_json(value), 40)} {error}") from None
+
+
+def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise AppError(INVALID, f"{field} {one_line(to_json(value), 40)} must be true or false")
+        raise ValueError("must be true or false")
     return value
 
 
@@ -2955,12 +2962,6 @@ def _on_exceed(value: Any) -> str:
     if value not in ON_EXCEED:
         raise ValueError(f'must be "{FAIL}", "{PAUSE}" or "{ROLLBACK}"')
     return str(value)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
 
 
 def parse_time(value: Any) -> str:
@@ -4294,9 +4295,9 @@ def labels_in_flight(nodes: Iterable[ReleaseNode], limits: Limits) -> collection
     return collections.Counter(label for n in nodes for label in limited_labels(n.labels, limits))
 
 
-def full_labels(labels: str, in_flight: Mapping[Label, int], limits: Limits) -> list[Label]:
-    """Return those of a node's labels of which as many nodes are in flight as may be."""
-    return [label for label in limited_labels(labels, limits) if in_flight.get(label, 0) >= limits[label[0]]]
+def full_labels(labels: Iterable[Label], in_flight: Mapping[Label, int], limits: Limits) -> list[Label]:
+    """Return those of a node's limited_labels() of which as many nodes are in flight as may be."""
+    return [label for label in labels if in_flight.get(label, 0) >= limits[label[0]]]
 
 
 def next_within(nodes: NodeIndex, batch: int, limits: Limits, held: Iterable[ReleaseNode],
@@ -4313,7 +4314,7 @@ def next_within(nodes: NodeIndex, batch: int, limits: Limits, held: Iterable[Rel
     queues: dict[str, Iterator[ReleaseNode]] = {}
     for turn in _by_turns(nodes.turns(batch), again):
         labels = nodes.limited(turn.labels, limits)
-        if any(in_flight.get(label, 0) >= limits[label[0]] for label in labels):
+        if full_labels(labels, in_flight, limits):
             continue
         if turn.labels not in queues:
             queues[turn.labels] = nodes.queue(turn, batch)
@@ -5403,13 +5404,17 @@ VERBS: Mapping[str, Verb] = {verb.name: verb for verb in (
 )}
 
 
+def _is_now(release: Release) -> str:
+    """Return 'release 7 succeeded', 'release 7 is running'."""
+    return f"release {release.id} " + ("succeeded" if release.status == SUCCESS else f"is {release.status}")
+
+
 def check_verb(verb: str, release: Release) -> None:
     """Raise AppError(WRONG_STATE) unless the release's status allows the verb."""
     allowed = VERBS[verb].states
     if release.status not in allowed:
         states = " or ".join(filter(None, (", ".join(allowed[:-1]), allowed[-1])))
-        is_now = "succeeded" if release.status == SUCCESS else f"is {release.status}"
-        raise AppError(WRONG_STATE, f"release {release.id} {is_now}; only {states} releases can be {VERBS[verb].past}")
+        raise AppError(WRONG_STATE, f"{_is_now(release)}; only {states} releases can be {VERBS[verb].past}")
 
 
 def same_person(one: str, other: str) -> bool:
@@ -5444,9 +5449,8 @@ def check_approval(release: Release, identity: str, is_emergency: bool) -> None:
     AppError(NOT_ALLOWED): for its author, and where it is not known who made it or who approves.
     """
     if not release.awaits_approval:
-        is_now = "succeeded" if release.status == SUCCESS else f"is {release.status}"
         how = {GIVEN: "approved it", EMERGENCY: "let it go without one"}.get(release.approval)
-        raise AppError(WRONG_STATE, f"release {release.id} {is_now} and waits for no approval" + (
+        raise AppError(WRONG_STATE, f"{_is_now(release)} and waits for no approval" + (
             f": {release.approved_by} {how} at {release.approved_at}" if how else ""))
     if is_emergency:
         return
@@ -5955,7 +5959,7 @@ def _full_labels(facts: Facts) -> list[str]:
     in_flight = {label: len(found) for label, found in keepers.items()}
     waiting = collections.Counter[Label]()
     for labels, count in facts.waiting.items():
-        full = full_labels(labels, in_flight, limits)
+        full = full_labels(limited_labels(labels, limits), in_flight, limits)
         if not full:
             return []
         waiting.update(dict.fromkeys(full, count))
@@ -7616,8 +7620,8 @@ def add_notification(tx: Transaction, kind: str, at: str, detail: str, release_i
     tx.after_commit.append(tx.database.notified.set)
 
 
-def freezes_take_two(tx: Transaction) -> bool:
-    """Return whether a freeze is lifted by two persons: by APPROVALS of this process, or of one that looks for work.
+def approvals_in_force(tx: Transaction) -> bool:
+    """Return whether APPROVALS is 1 for this process, or for one that looks for work.
 
     An operator's shell need not have the setting, and is no way around it.
     """
@@ -8317,7 +8321,7 @@ def read_set_freezes(tx: Transaction) -> Freezes:
         SELECT 1, reason, actor, at, until, target, setter, lift_wanted_by, lift_wanted_at
         FROM target_freezes
         ORDER BY 6""")]
-    if any(freeze.frozen for freeze in found) and freezes_take_two(tx):
+    if any(freeze.frozen for freeze in found) and approvals_in_force(tx):
         found = [freeze._replace(two_persons=freeze.frozen) for freeze in found]
     return Freezes(next((freeze for freeze in found if not freeze.target), NO_FREEZE),
                    tuple(freeze for freeze in found if freeze.target))
@@ -8505,7 +8509,7 @@ class Queue:
     def end_freezes(self, tx: Transaction, actor: Who) -> bool:
         """Write down which freezes are over, each once, as of its end; return whether one was."""
         found = read_set_freezes(tx)
-        over = over_freezes(tx)
+        over = found.over_at(tx.now())
         for freeze in over:
             until, text = freeze.until or "", f"its end has come: {freeze.line()}"
             found = self.change_freeze(tx, found, Freeze(False, "", freeze.actor, until, None, freeze.target), until,
@@ -8926,7 +8930,7 @@ def approval_for(tx: Transaction, request: ReleaseRequest) -> str:
     """Return what a new release begins with: "" or one of APPROVAL_STATES."""
     needed = request.approval or (WANTED if tx.database.approvals else "")
     # an executor with the setting would ask for the approval that this process does not
-    return EMERGENCY if request.is_emergency and (needed or freezes_take_two(tx)) else needed
+    return EMERGENCY if request.is_emergency and (needed or approvals_in_force(tx)) else needed
 
 
 def queue_effect(tx: Transaction, request: ReleaseRequest) -> tuple[list[Superseded], list[str]]:
@@ -9786,7 +9790,7 @@ class Approvals:
 
 # region Releases
 # ======================================================================================
-# Releases: create, verbs, lists, payloads, prune.
+# Releases: create, verbs, lists, payloads, freezes.
 # Uses: Vocabulary, Helpers, Payloads, Difference, Model, Freezes, Strategy, Plan,
 #   Failures, Node index, Preflight, Status texts, Decision, Verbs, Why, Database,
 #   Database state, Audit, Nodes, Queue, Retry and rollback, Drift, Counts, Approvals.
@@ -9805,8 +9809,6 @@ class Progress(NamedTuple):
 
 # How long an Idempotency-Key is kept.
 IDEMPOTENCY_KEY_S = 86400.0
-
-
 
 
 class Releases:
@@ -13882,7 +13884,7 @@ _CHINESE_FORMS = (
     ("none was seen for a day", "一天之内未见过任何执行器"),
     (r"(?:last seen|stopped) (.*) ago: (.*)", "最近一次在 {1} 之前：{2}"),
     (r"(\S+) can't dispatch: (.*)", "{1} 不能下发：{2}"),
-    (r"(\d+) releases? (?:has|have) nobody", "{1} 个发布无人处理"),
+    (r"nobody works on (\d+) releases?", "{1} 个发布无人处理"),
     (r"nobody works on it: (.*)", "无人处理：{1!}"),
     (r"(.*) works on it", "{1} 正在处理"),
     (r"(.*) looks for work, last (.*) ago", "{1} 在等待任务，最近一次在 {2} 之前"),
@@ -13898,10 +13900,10 @@ _CHINESE_FORMS = (
     (r"release (\d+) \(v(\d+)\) is stopped: (.*)", "发布 {1}（v{2}）已停住：{3!}"),
     (r"release (\d+) \(v(\d+)\) waits: (.*)", "发布 {1}（v{2}）在等待：{3!}"),
     (r"release (\d+) \(v(\d+)\): (.*)", "发布 {1}（v{2}）：{3!}"),
-    (r"(\d+) nodes? runs? an older payload than it should: (.*)", "{1} 个节点运行的 payload 比应有的旧：{2}"),
-    (r"(\d+) nodes? (?:has|have) what a release left that did not end well: (.*)",
+    (r"(\d+) nodes? runs? an older payload than (?:it|they) should: (.*)", "{1} 个节点运行的 payload 比应有的旧：{2}"),
+    (r"(\d+) nodes? runs? the payload of a release that failed or was cancelled: (.*)",
      "{1} 个节点保留着未成功的发布留下的内容：{2}"),
-    (r"(\d+) nodes? runs? what nobody knows: a later try may have changed it: (.*)",
+    (r"it is not known what (\d+) nodes? runs?, as a later try may have changed it: (.*)",
      "{1} 个节点运行的内容未知（之后的一次尝试可能已更改）：{2}"),
     (r"(.*?) can't be used: it has expired", "{1} 无法使用：已过期"),
     (r"(.*?) can't be used: (.*)", "{1} 无法使用：{2}"),
@@ -17500,12 +17502,6 @@ def command_freeze(context: Context) -> int:
     return context.show(freezes_json(freezes, warnings), freezes_text(freezes, context.display))
 
 
-# Seconds between two transactions of prune, so that other writers get the lock.
-PRUNE_PAUSE_S = 0.1
-# Nodes of the releases that prune deletes in one transaction; each has some events too.
-PRUNE_NODES = 500
-
-
 # endregion
 
 
@@ -17593,6 +17589,12 @@ def command_backup(context: Context) -> int:
     schema, size = context.store.audit.backup(path, context.actor)
     return context.show({"file": path, "bytes": size, "schema": schema},
                         f"{path}: {size} bytes, schema {schema}, checked")
+
+
+# Seconds between two transactions of prune, so that other writers get the lock.
+PRUNE_PAUSE_S = 0.1
+# Nodes of the releases that prune deletes in one transaction; each has some events too.
+PRUNE_NODES = 500
 
 
 def command_prune(context: Context) -> int:

@@ -274,7 +274,7 @@ def test_limits_are_never_exceeded_and_no_rack_waits_while_others_get_turn_after
             waited[rack] = 0
             for other in {n.labels for n in index.of["pending"].values() if n.batch == send.node.batch}:
                 waited[other] += other != rack and not rc.full_labels(
-                    other, rc.labels_in_flight(index.of["running"].values(), limits), limits)
+                    rc.limited_labels(other, limits), rc.labels_in_flight(index.of["running"].values(), limits), limits)
                 assert waited[other] <= racks * regions * 2 + 2, f"{other} waits"
         for key, most in limits.items():
             found = collections.Counter(labels[n][key] for n in at_work)

@@ -23,6 +23,15 @@ SENTENCES = {
         "cdn 由 anna 冻结，至 2026-01-02T03:04:05.000Z：the match",
     "release 1 (v1) of cdn ended failed: stopped by node edge-1 in batch 1: no":
         "cdn 的发布 1（v1）以 failed 结束：因批次 1 的节点 edge-1 而停止：no",
+    "2 nodes run an older payload than they should: edge-1 and 1 more":
+        "2 个节点运行的 payload 比应有的旧：edge-1 and 1 more",
+    "1 node runs an older payload than it should: edge-1": "1 个节点运行的 payload 比应有的旧：edge-1",
+    "1 node runs the payload of a release that failed or was cancelled: edge-1":
+        "1 个节点保留着未成功的发布留下的内容：edge-1",
+    "it is not known what 2 nodes run, as a later try may have changed it: edge-1 and 1 more":
+        "2 个节点运行的内容未知（之后的一次尝试可能已更改）：edge-1 and 1 more",
+    "no executor is running (none was seen for a day): start `serve`; nobody works on 1 release":
+        "没有执行器在运行（一天之内未见过任何执行器）：请启动 serve；1 个发布无人处理",
     "in maintenance": "维护中",
     "what no form fits": "what no form fits",
 }
