@@ -163,20 +163,23 @@ def test_8_all_slots_are_in_use(night):
     night.goes_on(first)
 
 
-def test_9_an_agent_is_dead(night):
+def tried(night) -> int:
+    """Return a release whose agent is dead, and is tried again."""
     night.serve()
     night.cli.world.agent(1).set(mode="refuse")
     release_id = night.create()
     night.why(release_id, r"edge-1: .*refused.*, try \d+ of 21, (next in \d+ s|now)", 0)
+    return release_id
+
+
+def test_9_an_agent_is_dead(night):
+    release_id = tried(night)
     night.cli.world.agent(1).set(mode="normal")  # somebody starts it
     night.goes_on(release_id)
 
 
 def test_9_an_agent_is_dead_and_a_freeze_keeps_it_from_its_next_try(night):
-    night.serve()
-    night.cli.world.agent(1).set(mode="refuse")
-    release_id = night.create()
-    night.why(release_id, r"edge-1: .*refused.*, try \d+ of 21", 0)
+    release_id = tried(night)
     night.cli.ok("freeze", "on", "--reason", "the match")
     eventually(lambda: re.fullmatch(r"frozen: the match; edge-1 is tried again after that: .*refused.*",
                                     night.store.releases.get(release_id).status_reason),
