@@ -384,19 +384,6 @@ INSERT INTO schema_version (version) VALUES (12);
 -- When the freeze of everything is over; NULL: when somebody lifts it.
 ALTER TABLE release_freeze ADD COLUMN until TEXT;
 
--- One row for each target that is frozen by itself: nothing new is dispatched to its releases, by any process.
-CREATE TABLE target_freezes (
-    target TEXT NOT NULL PRIMARY KEY,
-    reason TEXT NOT NULL DEFAULT '',
-    actor  TEXT NOT NULL DEFAULT '',
-    at     TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
-    -- As in release_freeze.
-    until  TEXT,
-    setter TEXT NOT NULL DEFAULT '',
-    lift_wanted_by TEXT NOT NULL DEFAULT '',
-    lift_wanted_at TEXT
-);
-
 -- The name by which one person is told from another (docs/SECURITY.md, "Four eyes"). '': a person wrote the row.
 ALTER TABLE release_freeze ADD COLUMN setter TEXT NOT NULL DEFAULT '';
 
@@ -404,6 +391,19 @@ ALTER TABLE release_freeze ADD COLUMN setter TEXT NOT NULL DEFAULT '';
 ALTER TABLE release_freeze ADD COLUMN lift_wanted_by TEXT NOT NULL DEFAULT '';
 
 ALTER TABLE release_freeze ADD COLUMN lift_wanted_at TEXT;
+
+-- One row for each target that is frozen by itself: nothing new is dispatched to its releases, by any process. Its
+-- columns are those of release_freeze.
+CREATE TABLE target_freezes (
+    target         TEXT NOT NULL PRIMARY KEY,
+    reason         TEXT NOT NULL DEFAULT '',
+    actor          TEXT NOT NULL DEFAULT '',
+    at             TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    until          TEXT,
+    setter         TEXT NOT NULL DEFAULT '',
+    lift_wanted_by TEXT NOT NULL DEFAULT '',
+    lift_wanted_at TEXT
+);
 
 -- Whether this executor has APPROVALS=1: then a process without it lifts nobody else's freeze alone either.
 ALTER TABLE executors ADD COLUMN approvals INTEGER NOT NULL DEFAULT 0;
