@@ -583,8 +583,9 @@ class Simulation:
         return strategy
 
     def _hurry_now_and_then(self) -> None:
-        for _ in range(self.back_random.randint(1, 6)):
-            self.at(self.back_random.uniform(1, FAULTS_UNTIL_S), self._hurry)
+        # after the faults too, as few releases have a success behind them before
+        for _ in range(self.back_random.randint(2, 8)):
+            self.at(self.back_random.uniform(1, 1.5 * FAULTS_UNTIL_S), self._hurry)
         # something to go back to, and what is likely to fail
         self.at(0.1, lambda: self._create_plain({"maxFailed": "100%"}))
         for _ in range(2):
@@ -597,21 +598,20 @@ class Simulation:
 
     def _hurry(self) -> None:
         """Make a release that supersedes others, or roll one back at once, in a freeze too."""
-        ended = self.database.look_in("SELECT id FROM release_tasks WHERE status IN ('success', 'partial', 'failed') "
-                                      "ORDER BY id DESC LIMIT 3")
         target = self.back_random.choice(["cdn", "dns"])
-        is_new, strategy = not ended or self.back_random.random() < 0.4, self._strategy()
+        is_new, strategy = self.back_random.random() < 0.4, self._strategy()
         wish = rc.Again("in a hurry", True, supersede=self.back_random.random() < 0.7,
-                        during_freeze=self.back_random.random() < 0.5)
-        release_id = 0 if is_new else self.back_random.choice(ended)[0]
+                        during_freeze=self.back_random.random() < 0.5, is_emergency=self.back_random.random() < 0.5)
         try:
             if not is_new and self.back_random.random() < 0.3:
                 self.store.releases.set_freeze(True, "anna", "holidays")
             made = self.store.releases.create(rc.ReleaseRequest(
                 target, payload=self._payload(), strategy=strategy, supersede=True), "anna") if is_new \
-                else self.store.releases.rollback(release_id, "anna", wish)
+                else self._roll_back_the_newest(wish)
         except rc.AppError as error:
             self.note(f"not in a hurry: {error}")
+            return
+        if made is None:
             return
         self.figures["superseded"] += len(made.superseded)
         self.figures["rollbacks now"] += not is_new
@@ -623,6 +623,16 @@ class Simulation:
                                        made.release.target, made.release.id)
         if others and (is_new or wish.supersede):
             self.fail(f"section 7: {made.release} superseded {made.superseded}, and there still are {others}")
+
+    def _roll_back_the_newest(self, wish: rc.Again) -> rc.Made | None:
+        """Roll back the newest release that can be, None where there is none."""
+        for (release_id,) in self.database.look_in(
+                "SELECT id FROM release_tasks WHERE status IN ('success', 'partial', 'failed') ORDER BY id DESC"):
+            try:
+                return self.store.releases.rollback(release_id, "anna", wish)
+            except rc.NotAgain as error:
+                self.note(f"not rolled back by hand: {error}")
+        return None
 
     def _labels(self) -> str:
         """Return the labels of a node; each is in a rack."""
@@ -1178,7 +1188,8 @@ class Simulation:
         if before != known or not contract.may_follow(node_id, before, after):
             self.fail(f"section 3: {subject} went from {before} to {after}, and was {known}")
         self.ledger.statuses[subject] = after
-        if actor.startswith("owner") and before:  # not the rollback that it creates with an end
+        # not the rollback that it creates with an end, nor one that it finds too late before it would claim it
+        if actor.startswith("owner") and before and not self._was_too_late(release_id):
             held_by = (self.ledger.holders.get(release_id, ("", 0))[0], holders[release_id][0])
             if actor not in held_by:
                 self.fail(f"rule 9: {actor} wrote on release {release_id}, which is {held_by}'s")
@@ -1187,9 +1198,7 @@ class Simulation:
                 self._check_turn(release_id)
             elif after in contract.TERMINAL:
                 self._check_rollback(release_id, after)
-                self.figures["cancelled late"] += bool(self.database.look_in(
-                    "SELECT 1 FROM release_tasks WHERE id = ? AND status_reason LIKE '%comes too late%'",
-                    release_id))
+                self.figures["cancelled late"] += self._was_too_late(release_id)
         elif after == "running":
             since = self.now if self.decided_at is None else self.decided_at
             self.ledger.begun[release_id, node_id] = (since, self.ledger.held_so_far(release_id, self.now))
@@ -1197,6 +1206,12 @@ class Simulation:
             self._check_success(release_id, node_id)
         elif (before, after) == ("running", "failed"):
             self._check_deadline(release_id, node_id)
+
+    def _was_too_late(self, release_id: int) -> bool:
+        """Tell whether a rollback ended before it began, as its target has a newer success."""
+        return bool(self.database.look_in("SELECT 1 FROM release_tasks WHERE id = ? AND status = 'cancelled' "
+                                          "AND started_at IS NULL AND status_reason LIKE '%comes too late%'",
+                                          release_id))
 
     def _check_number(self, release_id: int) -> None:
         """Check that who gave a release its version saw no higher one (rule 1)."""

