@@ -5610,6 +5610,8 @@ def waiting_reasons(candidates: Iterable[Candidate], now: str, freezes: Freezes,
 
 # States of a step: done or at work; nothing moves until somebody acts; it goes on by itself.
 OK, STOPS, WAITS = STEP_STATES = ("ok", "stops", "waits")
+# The one step of a release that has ended.
+ENDED = "end"
 # Nodes, or releases, that a sentence names.
 MAX_NAMED = 3
 
@@ -5693,7 +5695,7 @@ def explain(facts: Facts) -> Why:
     release = facts.release
     if release and release.is_terminal:
         text = f"it has ended: {release.status}" + (f", {release.status_reason}" if release.status_reason else "")
-        return Why(release, text, [Step("end", OK, text)])
+        return Why(release, text, [Step(ENDED, OK, text)])
     steps = [_database_step(facts), _freeze_step(facts), _executor_step(facts)]
     if release is None:
         return Why(None, f"nothing to do: no release is open; {steps[-1].text}", steps)
@@ -5924,7 +5926,7 @@ def _part_of_progress(facts: Facts, begins: str) -> str:
 
 def _errors_step(facts: Facts) -> Step | None:
     text = _part_of_progress(facts, RETRYING)
-    return Step("errors", WAITS, text) if text else None
+    return Step("errors", WAITS, text, "releasectl check") if text else None
 
 
 def _busy_step(facts: Facts) -> Step | None:
@@ -10815,13 +10817,11 @@ class Claims:
         return bool(decided_values(release) == decided_values(decision))
 
     def why(self, release_id: int | None, node_deadline_s: float) -> Why:
-        """Return what a release waits for, None: the oldest open one; raise AppError 3001.
+        """Return what a release waits for, None: that none is open; raise AppError 3001.
 
         node_deadline_s: NODE_DEADLINE_SEC, for a strategy without its own.
         """
         with self._database.transaction() as tx:
-            if release_id is None:
-                release_id = tx.value(f"SELECT MIN(id) FROM release_tasks WHERE status IN {OPEN_RELEASES}")
             release = None if release_id is None else as_read(tx, read_release(tx, release_id))
             facts = Facts(release, (), NO_FREEZES, self._state.moment(), epoch_of(tx.now()),
                           database_error=self._state.write_error)
@@ -11075,14 +11075,20 @@ class OverviewReader:
         self._down_since = (self._down_since or self._state.now()) if facts.database_error else None
         return judge(facts._replace(database_error_at=self._down_since))
 
+    def failure(self, release_id: int | None = None) -> Unmended | None:
+        """Return a release, or the newest, that failed or ended partial and that nothing has made up for."""
+        return next(iter(self._read_failures(release_id)), None)
+
     def _read_startable(self, tx: Transaction) -> list[tuple[Release, float]]:
         """Return the first pending releases that may be claimed now, and since when."""
         found = map(functools.partial(find_release, tx), self._queue.runnable(tx)[0])
         waiting = [release for release in found if release and release.status == PENDING]
         return [(release, may_go_since(release, strategy_of(release.strategy))) for release in waiting]
 
-    def _read_failures(self) -> list[Unmended]:
+    def _read_failures(self, release_id: int | None = None) -> list[Unmended]:
         """Return the releases that failed or ended partial and that nothing has made up for, newest first.
+
+        release_id: of this one alone.
 
         One counts until somebody rolled it back, or each of its enabled nodes that failed, or was skipped, has a newer
         success of the target; for a skipped one, which runs what it ran before, it is enough that a later release of
@@ -11107,7 +11113,7 @@ class OverviewReader:
                 SELECT {LISTED_COLUMNS}
                 FROM release_tasks r
                 LEFT JOIN newest w ON w.target = r.target
-                WHERE r.status IN ('failed', 'partial')
+                WHERE r.status IN ('failed', 'partial') {"" if release_id is None else "AND r.id = ?"}
                   AND r.version > COALESCE(w.for_all, 0)
                   AND NOT EXISTS (SELECT 1 FROM release_tasks b
                                   WHERE b.rollback_of = r.id AND b.status IN ('success', 'partial'))
@@ -11127,7 +11133,7 @@ class OverviewReader:
                                   AND b.status IN ('success', 'partial'))))
                        OR (r.version > COALESCE(w.version, 0) AND NOT EXISTS (
                           SELECT 1 FROM release_task_nodes n WHERE n.release_task_id = r.id)))
-                ORDER BY r.version DESC""")]
+                ORDER BY r.version DESC""", *(() if release_id is None else (release_id,)))]
             return [self._unmended(tx, release) if place < MAX_OF_A_KIND else Unmended(release, "")
                     for place, release in enumerate(found)]
 
@@ -11151,6 +11157,9 @@ class OverviewReader:
             if rollback[1] not in TERMINAL:
                 return Unmended(release, f"releasectl why {rollback[0]}", "")
         online = [(node_id, name) for node_id, name, status in rows if status == "online"]
+        # a retry meets the same certificate: `check` names it, or has none to name any more
+        by_tls = tx.value("SELECT COUNT(*) FROM release_task_nodes WHERE release_task_id = ? AND status = 'failed' "
+                          "AND error_kind <> 'tls'", release.id) == 0
         some = Again(node_ids=tuple(node_id for node_id, _ in online[:MAX_NAMED]))
         named = "".join(f" --node {shlex.quote(name)}" for _, name in online[:MAX_NAMED])
         refused, back = "", [("rollback", Again(), "")]
@@ -11159,7 +11168,8 @@ class OverviewReader:
                                   *((("retry", some, named),) if online else ()), *back):
             try:
                 plan_again(tx, verb, release.id, wish)
-                return Unmended(release, f"releasectl {verb} {release.id}{words} --plan", refused)
+                first = "releasectl check && " if by_tls and verb == "retry" else ""
+                return Unmended(release, f"{first}releasectl {verb} {release.id}{words} --plan", refused)
             except AppError as error:
                 refused = refused or (error.message if verb == "retry" else "")
         if rows and not online:
@@ -11185,6 +11195,27 @@ class Store:
         self.outbox = Outbox(self.state)
         self.claims = Claims(self.state, self.queue, self.releases)
         self.overview = OverviewReader(self.state, self.queue, self.fleet, self.outbox)
+
+    def why(self, release_id: int | None, node_deadline_s: float) -> Why:
+        """Return what a release waits for, or what would make up for it; raise AppError 3001.
+
+        release_id: None: of the open ones the first that is stopped, else the first that runs, else the oldest; where
+        none is open, the newest failure that nothing has made up for. node_deadline_s: NODE_DEADLINE_SEC, for a
+        strategy without its own.
+        """
+        if release_id is None:
+            opened = sorted((release for release, _ in self.releases.open()), key=lambda one: one.status == PENDING)
+            found = (self.claims.why(release.id, node_deadline_s) for release in opened)
+            why = next((why for why in found if why.stopped_by), None)
+            why = why or self.claims.why(opened[0].id if opened else None, node_deadline_s)
+        else:
+            why = self.claims.why(release_id, node_deadline_s)
+        may_fail = why.release is None or why.release.status in (FAILED, PARTIAL)
+        failure = self.overview.failure(release_id) if may_fail else None
+        if failure is None:
+            return why
+        ended = self.claims.why(failure.release.id, node_deadline_s)
+        return ended._replace(steps=[step._replace(mend=failure.mend) for step in ended.steps])
 
     def written(self, nodes: Sequence[Node]) -> list[ListedNode]:
         """Return nodes that were just written, with what they run and should run: "unknown" where it can't be read.
@@ -15079,7 +15110,7 @@ class Api:
         if not self.store.releases.get(request.ids[0]).is_terminal:
             self._readiness(WRITE_CHECK_EVERY_S)  # why() tells whether the database takes writes
         return Reply(200, self._by_size(request, lambda: why_json(
-            self.store.claims.why(request.ids[0], self._node_deadline_s))))
+            self.store.why(request.ids[0], self._node_deadline_s))))
 
     def get_payload(self, request: Request) -> Reply:
         def read() -> dict[str, Any]:
@@ -16478,7 +16509,8 @@ def check_nodes(settings: Settings, nodes: Sequence[Node]) -> Iterator[Finding]:
             yield Finding(f"node {ping.node.name}", EXIT_UNAVAILABLE, ping.text)
     if pings:
         reachable = sum(ping.is_ok for ping in pings)
-        yield Finding("agents", EXIT_DONE, f"{reachable} of {count_of_nodes(len(pings))} reachable")
+        yield Finding("agents", EXIT_DONE if reachable else EXIT_UNAVAILABLE,
+                      f"{reachable} of {count_of_nodes(len(pings))} reachable")
 
 
 def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
@@ -17338,11 +17370,12 @@ def command_why(context: Context) -> int:
     if release_id is None or not store.releases.get(release_id).is_terminal:
         with contextlib.suppress(DatabaseError):  # which why() tells then
             store.state.check_write()
-    why = store.claims.why(release_id, context.settings.node_deadline_sec)
+    why = store.why(release_id, context.settings.node_deadline_sec)
     stopped_by, sentence = why.stopped_by, context.display.sentence
     steps = context.display.table([("=>" if step is stopped_by else "", step.state, step.name, sentence(step.text))
                                    for step in why.steps], ("", "state", "step", "what"))
-    mends = [step.mend for step in ([stopped_by] if stopped_by else why.steps) if step.state != OK and step.mend]
+    mends = [step.mend for step in ([stopped_by] if stopped_by else why.steps)
+             if step.mend and (step.state != OK or step.name == ENDED)]
     mend = [f"mend: {mends[0]}"] if mends else []  # of what goes on by itself too: there it is a way to have it sooner
     context.show(why_json(why), "\n".join([sentence(why.line), steps, *mend]))
     return EXIT_NOT_SUCCESS if stopped_by and why.release else EXIT_DONE
@@ -18690,8 +18723,9 @@ COMMANDS: tuple[Command, ...] = (
         option("id", metavar="ID", nargs="?", default=LATEST, type=_release_id,
                help="id of the release, or latest (latest)"), *_WATCH_OPTIONS)),
     Command("why", "what a release waits for, and what would mend it; exit 0: it moves, or none is open; 1: it is "
-            "stopped", command_why, (option("id", metavar="ID", nargs="?", type=_release_id,
-                                 help="id of the release, or latest (the oldest one that is open)"),)),
+            "stopped", command_why, (option(
+                "id", metavar="ID", nargs="?", type=_release_id,
+                help="id of the release, or latest (the first that is stopped, else runs, else failed last)"),)),
     Command("events", "the history of a release, the newest last", command_events, (
         _ID_OPTION, option("-f", "--follow", action="store_true", help="go on until the release has ended"),
         option("--after", type=AFTER_IDS.argument, metavar="EVENT",

@@ -529,6 +529,8 @@ def test_check_says_what_is_wrong_and_how_to_mend_it(fleet_cli, tmp_path):
     assert found["agents"] == (True, "2 of 3 nodes reachable")
     failed = [subject for subject, (ok, _) in found.items() if not ok]
     assert fleet_cli("check").out.endswith(f"{len(failed)} of {len(found)} checks failed\n")
+    fleet_cli.world.fleet.set(mode="refuse")
+    assert findings(fleet_cli("check", "--json"))["agents"] == (False, "0 of 3 nodes reachable")
 
 
 def test_check_tells_that_little_room_is_left_for_the_database(quick, monkeypatch):

@@ -101,7 +101,7 @@ def test_an_executor_works_on_where_its_row_can_not_be_written(world, told):
 # -- why -----------------------------------------------------------------------------------------
 
 def why(world: World, release: rc.Release | None = None) -> rc.Why:
-    return world.store.claims.why(release.id if release else None, 600.0)
+    return world.store.why(release.id if release else None, 600.0)
 
 
 def step(found: rc.Why, name: str) -> rc.Step | None:
@@ -257,7 +257,7 @@ def test_an_error_is_retried(world):
     release = create(world)
     with looking(world, AGENT_RETRIES=20, RELEASE_EXECUTOR_INTERVAL_SEC=1):
         found = explained(world, release, "errors", "waits",
-                          r"edge-1: .*refused.*, try \d+ of 21, (next in \d+ s|now)")
+                          r"edge-1: .*refused.*, try \d+ of 21, (next in \d+ s|now)", "releasectl check")
         assert found.stopped_by is None
 
 
@@ -308,6 +308,42 @@ def test_the_command_has_the_steps_as_json_and_so_has_the_api(sqlite_world, quic
     assert answer == result.json
     assert [one["name"] for one in answer["steps"]] == ["database", "freeze", "executor", "nodes"]
     assert "release 9 does not exist" in quick.refused(3, "why", 9)
+
+
+def test_without_an_id_it_tells_of_the_first_that_is_stopped_else_of_the_first_that_runs(world):
+    later = rc.utc_text(time.time() + 3600)
+    scheduled, moves, paused = (create(world.nodes(1) if target == "a" else world, target, **strategy)
+                                for target, strategy in (("a", {"startAt": later}), ("b", {}), ("c", {})))
+    with looking(world):
+        sql(world.store, "UPDATE release_tasks SET status = 'paused' WHERE id = ?", paused.id)
+        assert why(world).release.id == paused.id
+        sql(world.store, "UPDATE release_tasks SET status = 'cancelled' WHERE id = ?", paused.id)
+        sql(world.store, "UPDATE release_tasks SET status = 'running', claim_owner = 'a:1:x', claim_expires_at = ? "
+            "WHERE id = ?", rc.utc_text(time.time() + 60), moves.id)
+        assert why(world).release.id == moves.id
+        sql(world.store, "UPDATE release_tasks SET status = 'cancelled' WHERE id = ?", moves.id)
+        assert why(world).release.id == scheduled.id
+
+
+@pytest.mark.parametrize(("kind", "mend"), [
+    ("unreachable", "releasectl retry 1 --plan"), ("tls", "releasectl check && releasectl retry 1 --plan")])
+def test_of_a_release_that_failed_it_tells_what_would_make_up_for_it(world, quick, kind, mend):
+    quick.settings["DATABASE_URL"] = world.url
+    create(world.nodes(1))
+    with world.store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_task_nodes SET status = 'failed', error_kind = ?, attempts = 1", kind)
+        tx.execute("UPDATE release_tasks SET status = 'failed', status_reason = 'stopped by node edge-1 in batch 1', "
+                   "finished_at = created_at, started_at = created_at")
+    for words in (["why"], ["why", 1]):  # none is open
+        lines = quick.ok(*words).out.splitlines()
+        assert (lines[0], lines[-1]) == (
+            "release 1 (v1): it has ended: failed, stopped by node edge-1 in batch 1", f"mend: {mend}")
+    create(world, "cdn")
+    with world.store.database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = 2")
+        tx.execute("UPDATE release_tasks SET status = 'success' WHERE id = 2")
+    assert why(world).release is None
+    assert "mend:" not in quick.ok("why", 1).out
 
 
 def test_check_sees_dead_executors_a_freeze_and_paused_releases(sqlite_world, quick):
