@@ -385,7 +385,7 @@ def with_a_first_version_for_new_releases_alone(patch):
     (with_deadlines_that_run_in_a_pause, 90), (with_a_second_look_that_never_ends, 18),
     (with_the_clock_on_the_wall_alone, 212), (with_claims_by_their_number_alone, 548),
     (with_versions_that_are_forgotten, 60), (without_a_wait_after_a_database_went_back, 143),
-    (with_lost_versions_that_are_kept_to_oneself, 101), (with_a_first_version_for_new_releases_alone, 350),
+    (with_lost_versions_that_are_kept_to_oneself, 101), (with_a_first_version_for_new_releases_alone, 230),
     (without_labels_as_they_were, 24))
 def test_the_schedules_find_a_success_that_is_none(mutate, first, monkeypatch):
     mutate(monkeypatch)
