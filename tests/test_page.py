@@ -23,6 +23,7 @@ import pytest
 from browser import PROGRAM, Browser
 from conftest import leave_out
 from lab import ADDRESSES, ROOT, World, add_nodes, eventually, new_release, settings_for, sql
+from test_recipes import section
 
 import releasectl as rc
 
@@ -588,6 +589,51 @@ def test_a_strategy_is_written_in_fields_or_as_json_and_neither_loses_what_the_o
     for words in ("Batches 2 to 4", "2 nodes each", "Failures tolerated in a batch: 1", "Waits 1 min after each batch",
                   "it pauses and waits for a person", "Pauses after batch 1"):
         page.see(words, "#plan")
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """Return the body that a recipe of docs/STRATEGIES.md sends."""
+    body = re.search(r"^    POST \S+\n((?:    .*\n)+)", section(name), re.MULTILINE)
+    assert body, name
+    return rc.parse_json(body[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Canary then regions", "One host a rack", "Four eyes", "Back by itself"])
+def test_a_recipe_sends_from_the_page_what_its_text_says(page, name):
+    store, body = page.daemon.store, recipe(name)
+    for number in range(1, 5):
+        store.nodes.add(f"edge-{number}", f"10.0.0.{number}", labels=json.dumps(
+            {"region": f"r{number}", "rack": "a", "role": "canary" if number == 1 else "edge"}))
+    page.draft(payload=json.dumps(body["payload"]), reason=body.get("reason", "weekly")).ready().press("JSON")
+    page.fill(strategy=json.dumps(body.get("strategy", {})))
+    if body.get("approval"):
+        page.run("document.querySelector('main [name=approval]').click()")
+    page.ready("approval by somebody else" if body.get("approval") else "").send().see("Release 1", "main h1")
+    assert page.browser.changes[-1][2] == {"strategy": {}, "reason": "weekly", **body, "target": "cdn"}
+    assert store.releases.get(1).awaits_approval == bool(body.get("approval"))
+
+
+@pytest.mark.slow
+def test_the_emergency_recipe_sends_from_the_page_what_its_text_says(page):
+    store, body = page.daemon.store, recipe("Emergency")
+    add_nodes(store, 2)
+    for number in range(1, 6):
+        new_release(store, payload={"websites": [number]})
+    sql(store, "UPDATE release_tasks SET status = 'success', finished_at = created_at WHERE id <= 2")
+    sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id <= 2")
+    store.database.approvals = True
+    store.releases.set_freeze(True, "anna", "the match")
+    page.open("#/releases/2").press("Roll back").ready("approval by somebody else").fill(reason=body["reason"])
+    page.run("document.querySelector('dialog [name=supersede]').click()")
+    page.see("what needs an approval cancels no other release", "#ask-plan")
+    for name in ("emergency", "duringFreeze"):
+        page.run(f"document.querySelector('dialog [name={name}]').click()")
+    page.ready("Cancels Release 3, Release 4, Release 5").press("Roll back: release 2").see("Release 6", "main h1")
+    assert page.browser.changes[-1][2] == body
+    assert [store.releases.get(number).status for number in (3, 4, 5)] == ["cancelled"] * 3
+    made = store.releases.get(6)
+    assert (made.approval, made.during_freeze, made.goes_first) == ("emergency", True, True)
 
 
 @pytest.mark.slow
