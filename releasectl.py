@@ -11158,8 +11158,8 @@ class OverviewReader:
                 return Unmended(release, f"releasectl why {rollback[0]}", "")
         online = [(node_id, name) for node_id, name, status in rows if status == "online"]
         # a retry meets the same certificate: `check` names it, or has none to name any more
-        by_tls = tx.value("SELECT COUNT(*) FROM release_task_nodes WHERE release_task_id = ? AND status = 'failed' "
-                          "AND error_kind <> 'tls'", release.id) == 0
+        by_tls = tx.row("SELECT MIN(error_kind), MAX(error_kind) FROM release_task_nodes "
+                        "WHERE release_task_id = ? AND status = 'failed'", release.id) == (TLS, TLS)
         some = Again(node_ids=tuple(node_id for node_id, _ in online[:MAX_NAMED]))
         named = "".join(f" --node {shlex.quote(name)}" for _, name in online[:MAX_NAMED])
         refused, back = "", [("rollback", Again(), "")]
