@@ -712,7 +712,9 @@ class Range(NamedTuple):
             raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
     def from_json(self, value: Any) -> Any:
-        """Return a JSON number; raise ValueError saying what it must be."""
+        """Return a JSON number; raise ValueError saying what it must be. 1.0 is an integer, as in JSON Schema."""
+        if self.kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
         is_number = isinstance(value, (int, self.kind)) and not isinstance(value, bool)
         if not is_number or not self.low <= value <= self.high:
             what = "whole number" if self.kind is int else "number"
@@ -14341,6 +14343,8 @@ def openapi_schemas() -> dict[str, Any]:
     superseded = _array(schema_of({"releaseId": ID, "version": ID}))
     may_warn = {"warnings": _array(TEXT), "superseded": superseded, "approval": _APPROVAL}
     again = {"reason": _REASON, "overNewer": _FLAG, "dryRun": _FLAG, "emergency": _FLAG}
+    says_why = {"properties": {"reason": {"pattern": r"[^\s\x00-\x1f\x7f-\x9f]"}}, "required": ["reason"]}
+    emergency_says_why = {"anyOf": [{"properties": {"emergency": {"const": False}}}, says_why]}
     chosen_ids = {**_array(ID), "minItems": 1, "uniqueItems": True}
     changes = {"total": _COUNT, "changes": {**_array(schema_of(
         {"change": {"type": "string", "enum": [ADDED, REMOVED, CHANGED]}, "path": TEXT, "before": {}, "after": {},
@@ -14410,12 +14414,13 @@ def openapi_schemas() -> dict[str, Any]:
             "nodeIds": chosen_ids, "labels": LABEL_CHOICE_SCHEMA,
             "exclude": schema_of({"nodeIds": chosen_ids, "labels": LABEL_CHOICE_SCHEMA}, required=[]), "dryRun": _FLAG,
             "version": NAMED_VERSIONS.schema, "supersede": _FLAG, "approval": _FLAG, "emergency": _FLAG}, required=[])
-        | {"not": {"required": ["nodeIds", "labels"]}},
+        | {"not": {"required": ["nodeIds", "labels"]}} | emergency_says_why,
         "Act": schema_of({"reason": _REASON}, required=[]),
-        "Approve": schema_of({"reason": _REASON, "emergency": _FLAG}, required=[]),
+        "Approve": schema_of({"reason": _REASON, "emergency": _FLAG}, required=[]) | emergency_says_why,
         "Retry": schema_of({**again, "kinds": {**_array({"type": "string", "enum": list(ERROR_KINDS)}), "minItems": 1},
-                            "nodeIds": {**_array(ID), "minItems": 1, "uniqueItems": True}}, required=[]),
-        "Rollback": schema_of({**again, "toRelease": ID, "supersede": _FLAG, "duringFreeze": _FLAG}, required=[]),
+                            "nodeIds": chosen_ids}, required=[]) | emergency_says_why,
+        "Rollback": schema_of({**again, "toRelease": ID, "supersede": _FLAG, "duringFreeze": _FLAG}, required=[])
+        | emergency_says_why,
         "Resume": schema_of({"reason": _REASON, "acceptFailures": _FLAG}, required=[]),
         "Cancel": schema_of({"reason": _REASON, "force": _FLAG}, required=[]),
         "Why": schema_of({
@@ -14429,7 +14434,7 @@ def openapi_schemas() -> dict[str, Any]:
             "frozen": _FLAG, "reason": _REASON, "target": {"type": "string", "pattern": f"^{TARGET}$"},
             "until": {"type": "string", "format": "date-time"}, "emergency": _FLAG}, required=["frozen"])
         | {"anyOf": [{"properties": {"frozen": {"const": False}}, "not": {"required": ["until"]}},
-                     {"properties": {"reason": {"pattern": r"[^\s\x00-\x1f\x7f-\x9f]"}}, "required": ["reason"]}]},
+                     says_why]},
         "Health": schema_of({
             "version": TEXT, "startedAt": _TIME, "role": TEXT, "user": TEXT, "targets": _array(TEXT),
             "database": schema_of({"engine": TEXT, "ok": _FLAG, "schema": _COUNT, "message": TEXT}),
