@@ -326,7 +326,8 @@ def test_without_an_id_it_tells_of_the_first_that_is_stopped_else_of_the_first_t
 
 
 @pytest.mark.parametrize(("kind", "mend"), [
-    ("unreachable", "releasectl retry 1 --plan"), ("", "releasectl retry 1 --plan"), ("tls", "releasectl check && releasectl retry 1 --plan")])
+    ("unreachable", "releasectl retry 1 --plan"), ("", "releasectl retry 1 --plan"),
+    ("tls", "releasectl check && releasectl retry 1 --plan")])
 def test_of_a_release_that_failed_it_tells_what_would_make_up_for_it(world, quick, kind, mend):
     quick.settings["DATABASE_URL"] = world.url
     create(world.nodes(1))
