@@ -13875,15 +13875,15 @@ _CHINESE_FORMS = (
     (r"(\d+) of (\d+) nodes? failed(.*)", "{2} 个节点中有 {1} 个失败{3}"),
     ("queued for an executor", "等待执行器"),
     (r"frozen: ([^;]*)", "已冻结：{1}"),
-    (r"frozen until (\S+): ([^;]*)", "已冻结，至 {1}：{2}"),
+    (r"frozen until (\S+(?: \d\S+)?): ([^;]*)", "已冻结，至 {1}：{2}"),
     (r"frozen by (.*?): (.*)", "由 {1} 冻结：{2}"),
-    (r"frozen until (\S+), by (.*?): (.*)", "由 {2} 冻结，至 {1}：{3}"),
+    (r"frozen until (\S+(?: \d\S+)?)(?:, in [^,]*)?, by (.*?): (.*)", "由 {2} 冻结，至 {1}：{3}"),
     (r"(\S+) is frozen by (.*?): (.*)", "{1} 由 {2} 冻结：{3}"),
-    (r"(\S+) is frozen until (\S+), by (.*?): (.*)", "{1} 由 {3} 冻结，至 {2}：{4}"),
+    (r"(\S+) is frozen until (\S+(?: \d\S+)?)(?:, in [^,]*)?, by (.*?): (.*)", "{1} 由 {3} 冻结，至 {2}：{4}"),
     ("not frozen", "未冻结"),
-    (r"scheduled for (\S+)", "定于 {1} 开始"),
+    (r"scheduled for (\S+(?: \d\S+)?)(?:, in [^,]*)?", "定于 {1} 开始"),
     (r"scheduled for (\S+), and after release (\d+)", "定于 {1} 开始，并在发布 {2} 之后"),
-    (r"it starts (.*)", "开始时间：{1}"),
+    (r"it starts at ([^,]*)(?:, in (.*))?", "开始时间：{1}"),
     (r"waiting for (release [^;]*)", "等待{1!}"),
     (r"release (\d+), (which [^;]*?), then (release [^;]*)", "发布 {1}（{2!}），然后{3!}"),
     (r"release (\d+), (which [^;]*)", "发布 {1}（{2!}）"),
@@ -13948,8 +13948,79 @@ _CHINESE_FORMS = (
     (r"nothing to roll back to: no earlier release of target (\S+) succeeded", "无可回滚：目标 {1} 之前没有成功的发布"),
     (r"no release of target (\S+) before release (\d+) succeeded.*", "目标 {1} 在发布 {2} 之前没有成功的发布"),
     (r"(?:release|node) (\d+) does not exist", "{1} 不存在"),
+    # what `why` says beside these
+    (r"mend: (.*)", "解决办法：{1}"),
+    (r"waiting for approval by somebody else than (.*): (releasectl .*)", "等待 {1} 以外的人批准：{2}"),
+    (r"approved by (.*)", "由 {1} 批准"), (r"goes without: emergency of (.*)", "紧急：{1} 未经批准启动"),
+    (r"it goes out all the same \(--during-freeze\): (.*)", "冻结期间照样执行（--during-freeze）：{1!}"),
+    (r"(\S+) is at work for release (\d+)", "{1} 正在处理发布 {2}"),
+    (r"(\S+) may still be busy with release (\d+) until ([^,]*)(?:, in .*)?", "{1} 可能仍在处理发布 {2}，至 {3}"),
+    (r"nobody has taken it for (.*), though (.*) looks for work: its log says why",
+     "{1} 以来无人处理，尽管 {2} 在等待任务：原因见其日志"),
+    (r"(.*) was last seen (.*) ago", "{1} 最近一次在 {2} 之前"), (r"(.*) takes it over (.*)", "{1} 将接管（{2}）"),
+    # and what `check` says
+    ("valid", "有效"), (r"from the environment: ([^;]*)", "来自环境变量：{1}"),
+    (r"from ([^;]*?): ([^;]*)", "来自 {1}：{2}"), ("all others have their defaults", "其余均为默认值"),
+    (r"(\S+) is good until ([^,]*), (\d+) days?", "{1} 有效期至 {2}，还有 {3} 天"),
+    (r"(\S+) is good until ([^,]*), (\d+) days?: renew it now", "{1} 有效期至 {2}，还有 {3} 天：请立即续期"),
+    (r"(\S+) is closed to others", "{1} 未向他人开放"),
+    (r"(\S+) is open to others.*?: (chmod .*)", "{1} 向他人开放：{2}"),
+    (r"(\S+) can be written by its owner alone", "{1} 只有所有者可写"),
+    ("not set: agents can't be called without it", "未设置：没有它就无法调用 agent"),
+    ("not set: the API listens on loopback only, for everybody on this host",
+     "未设置：API 只监听回环地址，本机任何人可用"),
+    ("0: agents are called by plain HTTP, for a laboratory only", "0：以明文 HTTP 调用 agent，仅限实验环境"),
+    (r"database (.*): schema (\d+), takes writes(.*)", "数据库 {1}：schema {2}，可写{3}"),
+    (r"database (.*) does not exist: (.*)", "数据库 {1} 不存在：{2}"),
+    (r"(\d+) of (\d+) rows? and the events of (\d+) of (\d+) ended releases? verified",
+     "{2} 行中已验证 {1} 行，{4} 个已结束的发布中已验证 {3} 个的事件"),
+    (r"head (\d+:\w+)", "末尾 {1}"),
+    (r"(\d+) nodes?: each runs what it should", "{1} 个节点都运行应有的内容"),
+    (r"of (\d+) nodes?: (.*), see (`[^`]*`)", "{1} 个节点中：{2}，见 {3}"),
+    (r"(\d+) of (\d+) nodes? reachable", "{2} 个节点中 {1} 个可达"),
+    (r"agent (\S+) can't be reached: (.*)", "agent {1} 无法连接：{2}"),
+    (r"agent (\S+) refused our client certificate \((.*)\)", "agent {1} 拒绝我们的客户端证书（{2}）"),
+    (r"(`freeze off[^`]*`) lifts it", "用 {1} 解除"),
+    (r"(\d+) MiB left in (.*): without room.*", "{2} 只剩 {1} MiB：空间用尽后不再下发，请腾出空间"),
+    (r"(\d+) of (\d+) checks failed", "{2} 项检查中有 {1} 项未通过"),
+    (r"all (\d+) checks passed", "{1} 项检查全部通过"),
 )
 _CHINESE = tuple((re.compile(form), chinese) for form, chinese in _CHINESE_FORMS)
+# Words that stand alone in the tables of `why` and `check`, and what the screen of `help` says.
+CHINESE_WORDS: Mapping[str, str] = {
+    "state": "状态", "step": "步骤", "what": "说明", "subject": "项目", "result": "结果",
+    "ok": "正常", "stops": "停住", "waits": "等待", "WRONG": "有误",
+    "database": "数据库", "freeze": "冻结", "executor": "执行器", "order": "顺序", "approval": "批准", "start": "开始",
+    "pause": "暂停", "soak": "观察", "preflight": "预检", "nodes": "节点", "errors": "错误", "busy": "节点占用",
+    "slots": "名额", "end": "结束", "settings": "设置", "agents": "agent", "drift": "差异", "audit log": "审计日志",
+    "disk": "磁盘", "clock": "时钟", "notifications": "通知",
+    "releasectl COMMAND [options]: configuration versions to nodes, batch by batch":
+        "releasectl COMMAND [选项]：把配置版本分批发到节点",
+    "See": "查看", "Release": "发布", "Steer": "控制", "Nodes": "节点", "Run": "运行", "Help": "帮助", "More": "其他",
+    "releases; one, what is wrong; one as it goes": "发布列表；单个发布或所有问题；实时跟踪",
+    "what one waits for, what mends it; its past": "在等什么、如何解决；历史",
+    "what one sends; changes in that; who did what": "发送的内容；改动；谁做了什么",
+    "to all nodes or some; --plan shows it before": "发给全部或部分节点；--plan 先看计划",
+    "failed nodes again; back to what was before": "重试失败的节点；回到之前的内容",
+    "to nodes that are behind": "发给落后的节点",
+    "let one start that waits; end one": "让等待批准的发布开始；结束发布",
+    "hold one; let it go on": "暂停发布；继续",
+    "all releases, or those of one target": "全部发布，或一个目标的发布",
+    "what they run; one's history; who answers": "运行的内容；单个节点的历史；谁有应答",
+    "which nodes there are": "有哪些节点",
+    "API and executor; one tick of it, for cron": "API 与执行器；供 cron 调用的一次执行",
+    "what is wrong, what mends it; the schema": "哪里有误、如何解决；数据库结构",
+    "a copy; less history; a token for the API": "备份；清理历史；API 令牌",
+    "what it takes; help settings: all settings": "命令的用法；help settings：全部设置",
+    "for bash, zsh and fish; what this runs on": "用于 bash、zsh 和 fish；运行环境",
+    "ID is a number or latest. Everywhere: --json --utc --color WHEN -q -v --db URL":
+        "ID 是数字或 latest。通用：--json --utc --color WHEN -q -v --db URL",
+    "--config FILE. Other words: ls (list), show (status), logs (events),":
+        "--config FILE。别名：ls (list)、show (status)、logs (events)、",
+    "nodes (node list), undo (rollback). Exit 0 done, 1 ended other than success,":
+        "nodes (node list)、undo (rollback)。退出码 0 完成，1 结束但未成功，",
+    "2 usage, 3 not found or wrong state, 69 out of reach, 75 try later.":
+        "2 用法有误，3 不存在或状态不符，69 无法连接，75 稍后再试。"}
 
 # Members of the API's JSON that hold sentences, and those without any, which may be large.
 _SENTENCES = frozenset(("statusReason", "text", "why", "message", "warnings"))
@@ -13959,6 +14030,11 @@ _NO_SENTENCES = frozenset(("batches", "payload", "changes", "strategy", "selecti
 def is_chinese(languages: str) -> bool:
     """Return whether Chinese comes first in a list of languages: 'zh-CN,zh;q=0.9' of HTTP, 'zh_CN.UTF-8' of a shell."""
     return languages.strip().lower().startswith("zh")
+
+
+def language_of(environment: Mapping[str, str]) -> str:
+    """Return the language of messages, as POSIX finds it: the first of these variables that is not empty."""
+    return next((environment[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if environment.get(name)), "")
 
 
 def in_chinese(text: str) -> str:
@@ -16552,7 +16628,7 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
 # region Terminal
 # ======================================================================================
 # Terminal: how text is shown to a person: columns of characters, tables, colours, times.
-# Uses: Vocabulary, Helpers, Status texts.
+# Uses: Vocabulary, Helpers, Status texts, Languages.
 # ======================================================================================
 
 def columns_of(text: str) -> int:
@@ -16614,16 +16690,17 @@ def rough_span(seconds: float) -> str:
 _TIME_IN_TEXT = re.compile(
     r"\b(soaking after batch \d+ until|scheduled for|frozen until|good until|expired since|"
     r"(?:until|it starts at|deadline)(?= \S+Z, in \d)) "
-    r"(?:(\d{4}-\d\d-\d\d)T(\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?)|(\d\d:\d\d:\d\d))Z(?!\w)(, in )?")
+    r"(?:(\d{4}-\d\d-\d\d)T(\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?)|(\d\d:\d\d:\d\d))Z(?!\w)(, in |, (?=\d+ days?\b))?")
 
 # Begins what a sentence of ours quotes up to its end: a reason, or what an agent said.
 _BEFORE_QUOTED = re.compile(r"(?:frozen|(?<!is )stopped|finished with|failed|trying again)\b.*?: ", re.DOTALL)
 
 # The colours of words that stand alone in a cell of a table, or tell the status of a release; as in watch.
-COLOURS: Mapping[str, str] = {
+_COLOURS: Mapping[str, str] = {
     SUCCESS: "32", FAILED: "31", RUNNING: "36", SKIPPED: "90", PARTIAL: "33", PAUSED: "33", CANCELLING: "33",
     CANCELLED: "90", "ok": "32", "WRONG": "31", "error": "31",
     "warning": "33", "stops": "31", "waits": "33"}
+COLOURS = {**{CHINESE_WORDS[word]: colour for word, colour in _COLOURS.items() if word in CHINESE_WORDS}, **_COLOURS}
 AUTO, ALWAYS, NEVER = COLOUR_MODES = ("auto", "always", "never")
 # Tables have all their columns in a terminal of so many.
 WIDE = 110
@@ -16638,6 +16715,8 @@ class Display(NamedTuple):
     has_colours: bool = False
     # Times in UTC, not in the zone of the process.
     is_utc: bool = False
+    # said() and word() are Chinese.
+    is_chinese: bool = False
 
     @classmethod
     def of(cls, stream: TextIO, colour: str = AUTO, is_utc: bool = False) -> Display:
@@ -16645,7 +16724,7 @@ class Display(NamedTuple):
         is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         has_colours = colour == ALWAYS or (colour == AUTO and is_terminal and not os.environ.get("NO_COLOR"))
         size = _size_of(stream) if stream.isatty() else os.terminal_size((0, 24))
-        return cls(size.columns, size.lines, is_terminal, has_colours, is_utc)
+        return cls(size.columns, size.lines, is_terminal, has_colours, is_utc, is_chinese(language_of(os.environ)))
 
     @property
     def is_narrow(self) -> bool:
@@ -16673,6 +16752,15 @@ class Display(NamedTuple):
         quoted = _BEFORE_QUOTED.search(text)
         ours = quoted.end() if quoted else len(text)
         return _TIME_IN_TEXT.sub(short, text[:ours]) + text[ours:]
+
+    def said(self, text: str) -> str:
+        """Return a sentence() in the language of who reads it."""
+        found = self.sentence(text)
+        return in_chinese(found) if self.is_chinese else found
+
+    def word(self, text: str) -> str:
+        """Return a word of CHINESE_WORDS in the language of who reads it."""
+        return CHINESE_WORDS.get(text, text) if self.is_chinese else text
 
     def text(self, text: str) -> str:
         """Return a text broken at spaces where a line is too long."""
@@ -17376,13 +17464,15 @@ def command_why(context: Context) -> int:
         with contextlib.suppress(DatabaseError):  # which why() tells then
             store.state.check_write()
     why = store.why(release_id, context.settings.node_deadline_sec)
-    stopped_by, sentence = why.stopped_by, context.display.sentence
-    steps = context.display.table([("=>" if step is stopped_by else "", step.state, step.name, sentence(step.text))
-                                   for step in why.steps], ("", "state", "step", "what"))
+    display, stopped_by = context.display, why.stopped_by
+    steps = display.table([("=>" if step is stopped_by else "", display.word(step.state), display.word(step.name),
+                            display.said(step.text)) for step in why.steps],
+                          ("", *map(display.word, ("state", "step", "what"))))
     mends = [step.mend for step in ([stopped_by] if stopped_by else why.steps)
              if step.mend and (step.state != OK or step.name == ENDED)]
-    mend = [f"mend: {mends[0]}"] if mends else []  # of what goes on by itself too: there it is a way to have it sooner
-    context.show(why_json(why), "\n".join([sentence(why.line), steps, *mend]))
+    # of what goes on by itself too: there it is a way to have it sooner
+    mend = [display.said(f"mend: {mends[0]}")] if mends else []
+    context.show(why_json(why), "\n".join([display.said(why.line), steps, *mend]))
     return EXIT_NOT_SUCCESS if stopped_by and why.release else EXIT_DONE
 
 
@@ -17608,16 +17698,17 @@ def _checks_text(findings: Sequence[Finding]) -> str:
 
 
 def command_check(context: Context) -> int:
-    settings = context.settings
+    settings, display = context.settings, context.display
     findings = [check_sources(given_settings(os.environ, context.config_file, context.options.db)),
                 *check_config(context.config_file), *check_agents(settings),
                 *check_api(settings), *check_notifications(settings, context.options.notify),
                 *check_database(settings, context.store)]
     context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
                             for f in findings]},
-                 context.display.table([("ok" if f.exit_code == EXIT_DONE else "WRONG", f.subject,
-                                         context.display.sentence(f.text)) for f in findings],
-                                       ("", "subject", "result")) + "\n" + _checks_text(findings))
+                 display.table([(display.word("ok" if f.exit_code == EXIT_DONE else "WRONG"), display.word(f.subject),
+                                 display.said(f.text)) for f in findings],
+                               ("", *map(display.word, ("subject", "result")))) + "\n" +
+                 display.said(_checks_text(findings)))
     codes = {f.exit_code for f in findings}
     return EXIT_USAGE if EXIT_USAGE in codes else max(codes)
 
@@ -18117,7 +18208,7 @@ def _raise_descriptor_limit() -> None:
 # ======================================================================================
 # Arguments: what a command takes: the parser and its help, made from a table of
 #   commands.
-# Uses: Vocabulary, Helpers, Settings, Terminal, Commands.
+# Uses: Vocabulary, Helpers, Settings, Languages, Terminal, Commands.
 # ======================================================================================
 
 class Command(NamedTuple):
@@ -18267,13 +18358,15 @@ def sub_commands(commands: Sequence[Command], group: str = "") -> dict[str, str]
 def screen_of_help(commands: Sequence[Command], groups: Sequence[tuple[str, Sequence[tuple[str, str]]]],
                    foot: str) -> str:
     """Return all commands by group, on one screen; groups: each with commands and what they are for."""
-    lines = ["releasectl COMMAND [options]: configuration versions to nodes, batch by batch", ""]
+    word = Display(is_chinese=is_chinese(language_of(os.environ))).word
+    lines = [word("releasectl COMMAND [options]: configuration versions to nodes, batch by batch"), ""]
     named = {word for _, rows in groups for names, _ in rows for word in re.findall(r"[a-z-]+", names)}
     more = [(command.name, command.help) for command in commands if command.name.split()[-1] not in named]
     for group, rows in (*groups, *([("More", more)] if more else [])):
-        lines += [cut_to(f"{'' if number else group:<9}{names:<26}{text}", 80)
+        head = word(group)
+        lines += [cut_to(f"{'' if number else head:<{9 - columns_of(head) + len(head)}}{names:<26}{word(text)}", 80)
                   for number, (names, text) in enumerate(rows)]
-    return "\n".join([*lines, "", foot, ""])
+    return "\n".join([*lines, "", *map(word, foot.split("\n")), ""])
 
 
 def settings_text(display: Display) -> str:
@@ -18817,7 +18910,8 @@ HELP_GROUPS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("Release", (("create", "to all nodes or some; --plan shows it before"),
                  ("retry, rollback", "failed nodes again; back to what was before"),
                  ("catch-up", "to nodes that are behind"))),
-    ("Steer", (("approve, pause, resume, cancel", "one release"),
+    ("Steer", (("approve, cancel", "let one start that waits; end one"),
+               ("pause, resume", "hold one; let it go on"),
                ("freeze on|off", "all releases, or those of one target"))),
     ("Nodes", (("node list|show|ping", "what they run; one's history; who answers"),
                ("node add|set|rm|import", "which nodes there are"))),

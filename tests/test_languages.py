@@ -33,6 +33,17 @@ SENTENCES = {
     "no executor is running (none was seen for a day): start `serve`; nobody works on 1 release":
         "没有执行器在运行（一天之内未见过任何执行器）：请启动 serve；1 个发布无人处理",
     "in maintenance": "维护中",
+    "it starts at 23:00, in 19 min": "开始时间：23:00",
+    "frozen until 2026-11-29 06:00, in 9 h, by anna: the match": "由 anna 冻结，至 2026-11-29 06:00：the match",
+    "waiting for approval by somebody else than anna: releasectl approve 4":
+        "等待 anna 以外的人批准：releasectl approve 4",
+    "edge-3 may still be busy with release 19 until 06:26, in 4 min": "edge-3 可能仍在处理发布 19，至 06:26",
+    "mend: releasectl freeze off": "解决办法：releasectl freeze off",
+    "valid; from the environment: DATABASE_URL; all others have their defaults":
+        "有效；来自环境变量：DATABASE_URL；其余均为默认值",
+    "/etc/r/control.crt is good until 2029-03-02 05:48, 825 days":
+        "/etc/r/control.crt 有效期至 2029-03-02 05:48，还有 825 天",
+    "2 of 45 checks failed": "45 项检查中有 2 项未通过",
     "what no form fits": "what no form fits",
 }
 
@@ -62,3 +73,42 @@ def test_what_the_daemon_says_of_a_release_is_known_in_chinese(store):
             *(problem["text"] for problem in found["overview"]["problems"])]
     assert [text for text in said if not any("\u4e00" <= letter <= "\u9fff" for letter in text)] == []
     assert json.dumps(found["release"]["strategy"]) == "{}"
+
+
+# -- the command line --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("environment", "expected"), [
+    ({"LANG": "zh_CN.UTF-8"}, True), ({"LANG": "zh_TW"}, True), ({"LC_ALL": "C", "LANG": "zh_CN.UTF-8"}, False),
+    ({"LC_ALL": "", "LC_MESSAGES": "zh_CN.UTF-8", "LANG": "C"}, True), ({"LANG": "en_US.UTF-8"}, False), ({}, False)])
+def test_the_command_line_speaks_as_posix_finds_the_language_of_messages(environment, expected):
+    assert rc.is_chinese(rc.language_of(environment)) == expected
+
+
+def test_why_and_check_are_in_chinese_for_people_and_not_in_json(sqlite_world, quick):
+    store = sqlite_world.store
+    quick.settings.update(DATABASE_URL=sqlite_world.url, MTLS_ENABLED="0", LC_ALL="zh_CN.UTF-8")
+    add_nodes(store, 1)
+    new_release(store)
+    store.releases.set_freeze(True, "anna", "holidays")
+    lines = [" ".join(line.split()) for line in quick("why").out.splitlines()]
+    assert lines == [
+        "发布 1（v1）已停住：由 anna 冻结：holidays", "状态 步骤 说明", "正常 数据库 有应答",
+        "=> 停住 冻结 由 anna 冻结：holidays",
+        "停住 执行器 没有执行器在运行（一天之内未见过任何执行器）：请启动 serve",
+        "正常 节点 批次 1/1：1 个节点中已完成 0 个",
+        "解决办法：releasectl freeze off"]
+    assert quick("why", "--json").json["text"] == "frozen by anna: holidays"
+    shown = quick("check").out
+    for words in ("有误 执行器", "解决办法：releasectl serve", "项检查中有"):
+        assert words in " ".join(shown.split())
+    assert quick("list").out.startswith("ID ")
+
+
+def test_the_screen_of_help_is_in_chinese_and_fits_as_the_english_one(monkeypatch):
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    lines = rc._parser(()).format_help().splitlines()
+    assert len(lines) <= 24
+    assert max(map(rc.columns_of, lines)) <= 80
+    assert lines[2].split() == ["查看", "list,", "status,", "watch", "发布列表；单个发布或所有问题；实时跟踪"]
+    said = [text for group, rows in rc.HELP_GROUPS for text in (group, *(text for _, text in rows))]
+    assert {*said, *rc.HELP_FOOT.split("\n")} <= rc.CHINESE_WORDS.keys()

@@ -448,6 +448,7 @@ def test_help_is_one_screen_and_names_every_command():
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
     assert not any(line.endswith("...") for line in lines)
+    assert all(len(names) < 26 for _, rows in rc.HELP_GROUPS for names, _ in rows), "a column of its own"
     named = " ".join(names for _, rows in rc.HELP_GROUPS for names, _ in rows)
     assert [c.name for c in rc.COMMANDS if c.name.split()[-1] not in re.findall("[a-z-]+", named)] == []
 
