@@ -15103,7 +15103,7 @@ def page_headers(text: str) -> dict[str, str]:
 #   Requests, Page.
 # ======================================================================================
 
-# Minimum seconds between write checks of the database, however many clients ask.
+# Minimum seconds between write checks of the database, however many clients ask; the first also after one that failed.
 READY_CHECK_EVERY_S, WRITE_CHECK_EVERY_S = 1.0, 10.0
 # Added to what Claims.times_ahead() returns: claims and holds that end later than any setting allows.
 CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It counts as over; look at the clocks of "
@@ -15411,9 +15411,9 @@ class Api:
         return Reply(200, {"status": "ok"})
 
     def _readiness(self, every_s: float) -> str:
-        """Return why the database can't be used, "" where it can; it is checked where that was not done for so long."""
+        """Return why the database can't be used, "" where it can; checked each so many seconds, trouble each second."""
         if self._ready_guard.acquire(blocking=False):  # else a check is under way: the last result holds
-            if time.monotonic() - self._ready[0] < every_s:
+            if time.monotonic() - self._ready[0] < (READY_CHECK_EVERY_S if self._ready[1] else every_s):
                 self._ready_guard.release()
             else:
                 self._start_check()

@@ -507,6 +507,17 @@ def test_why_tries_to_write_but_for_a_release_that_has_ended(world, quick, new_c
     assert client.ok("GET", f"/api/v1/releases/{release.id}/why")["stoppedBy"] == "database"
 
 
+def test_why_says_within_a_second_that_the_database_takes_writes_again(world, new_client, monkeypatch):
+    monkeypatch.setattr(rc, "READY_CHECK_EVERY_S", 0.0)
+    release = create(world.nodes(1))
+    client = new_client(world.store)
+    refuse_writes(world.store, "health_probe")
+    path = f"/api/v1/releases/{release.id}/why"
+    assert client.ok("GET", path)["stoppedBy"] == "database"
+    allow_writes(world.store, "health_probe")
+    assert client.ok("GET", path)["stoppedBy"] != "database"
+
+
 def test_a_first_row_that_could_not_be_written_clears_old_ones_later(world):
     sql(world.store, "INSERT INTO executors (owner, host, seen_at, period_sec) VALUES ('a:1:x', 'a', ?, 15)",
         rc.utc_text(time.time() - 86500))
