@@ -6756,8 +6756,13 @@ class PostgresEngine:
         if state in ("25006", "0A000"):
             return (f"{self} is a standby, or read-only: put all hosts into DATABASE_URL and add "
                     "target_session_attrs=read-write (psycopg or psycopg2)")
+        text = str(_pg8000_fields(error).get("M", error))
+        if text == "network error":  # pg8000's words for all that can happen to its socket
+            cause = error.__cause__
+            is_cut = cause is None or isinstance(cause, ConnectionError)
+            text = "the server closed the connection" if is_cut else str(cause)
         # masked before it is cut to one line, which could leave half of a password or change its blanks
-        return f"{self}: {one_line(self.without_password(str(_pg8000_fields(error).get('M', error))))}"
+        return f"{self}: {one_line(self.without_password(text))}"
 
     def without_password(self, text: str) -> str:
         """Return a text with the password masked, as it is in the URL and decoded."""

@@ -237,6 +237,22 @@ def test_the_password_is_in_no_error_and_no_stack_trace_while_the_server_is_away
     assert "app:***@127.0.0.1" in caught.value.message
 
 
+def test_a_server_that_closes_the_connection_is_told_so_by_every_driver(driver):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def close_all() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    near, _ = listener.accept()
+                    near.recv(65536)  # else it is a reset
+                    near.close()
+
+        threading.Thread(target=close_all, daemon=True).start()
+        database = rc.Database(f"postgresql://app@127.0.0.1:{listener.getsockname()[1]}/d")
+        with pytest.raises(rc.DatabaseError, match="closed the connection"):
+            database.schema_version()
+        listener.shutdown(socket.SHUT_RDWR)
+
+
 @pytest.mark.parametrize("written", REFUSED)
 def test_a_url_that_does_not_read_back_is_refused_without_its_password(driver, written):
     url = f"postgresql://app:{written}@host/name"
