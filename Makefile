@@ -23,7 +23,7 @@ PAGE_LINT := $(VENV)/lint-page
 PAGE_LINT_STAMP := $(PAGE_LINT)/stamp
 FUZZ_STAMP := $(VENV)/stamp-fuzz
 
-.PHONY: help demo install uninstall deb test test-all test-long acceptance fuzz bench lint lint-page format man \
+.PHONY: help demo install uninstall deb test test-all test-long acceptance fuzz bench ha lint lint-page format man \
 	screens page-screens dist clean
 
 help: ## list these targets
@@ -53,6 +53,9 @@ acceptance: $(TESTS_STAMP) ## a real serve process, stand-in agents, SQL and cur
 
 bench: $(TESTS_STAMP) ## how fast it is, beside bare scripts; ARGS="makespan --runs 3" for a part
 	@$$(cat $(TESTS_STAMP)) scripts/bench.py $(ARGS)
+
+ha: $(TESTS_STAMP) ## a PostgreSQL primary that is lost in every way under a release; ARGS="kill --driver pg8000" for a part
+	@$$(cat $(TESTS_STAMP)) scripts/ha.py $(ARGS)
 
 fuzz: $(FUZZ_STAMP) ## generated requests against a running API: from /openapi.json, and of mutated bytes; a TLS scanner
 	$(VENV_PYTHON) scripts/fuzz_http.py --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)

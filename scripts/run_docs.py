@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/OPERATIONS.md", "docs/UPGRADE.md", "docs/STRATEGIES.md",
-             "docs/RUNBOOK.md", "docs/SECURITY.md")
+             "docs/RUNBOOK.md", "docs/SECURITY.md", "docs/HIGH-AVAILABILITY.md")
 AGENTS = ("10.0.0.7:8443", "10.0.0.8:9090,execute")
 # What a document takes for granted, beside what the ones before it did.
 BEFORE = {

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
@@ -162,6 +163,56 @@ def take_away(url: str) -> None:
     server, name = database_on(url, "postgres"), url.rsplit("/", 1)[1]
     admin(server, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
     admin(server, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+
+
+class Pooler:
+    """A PgBouncer before one server, with that one's databases. Root's runs as nobody, as it refuses root."""
+
+    def __init__(self, folder: Path, server_url: str, mode: str = "transaction", size: int = 3, more: str = ""):
+        """Start it, with more lines of settings; raise FileNotFoundError where there is none."""
+        program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+        if not program:
+            raise FileNotFoundError("pgbouncer is not installed")
+        self._folder, self._mode, self._size, self._more, self.port = folder, mode, size, more, free_port()
+        self._settings = folder / f"pgbouncer-{self.port}.ini"
+        self.point_at(server_url)
+        command = [program, str(self._settings)]
+        if os.geteuid() == 0:
+            command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
+            for path in (folder, *folder.parents):
+                if path.owner() == "root" and str(path) not in ("/", "/tmp"):
+                    path.chmod(path.stat().st_mode | 0o55)
+        self._log = folder / f"pgbouncer-{self.port}.log"
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        eventually(self._listens)
+
+    def point_at(self, server_url: str) -> None:
+        """Name the server; a pooler that runs goes on with that one."""
+        server = urllib.parse.urlsplit(server_url)
+        (self._folder / "users").write_text(f'"{server.username}" ""\n')
+        self._settings.write_text(
+            f"[databases]\n* = host={server.hostname} port={server.port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+            f"listen_port = {self.port}\nunix_socket_dir =\nauth_type = trust\nauth_file = {self._folder}/users\n"
+            f"pool_mode = {self._mode}\ndefault_pool_size = {self._size}\nmax_client_conn = 200\n"
+            f"{self._more}\n")
+        if hasattr(self, "process"):
+            self.process.send_signal(signal.SIGHUP)
+
+    def url(self, server_url: str) -> str:
+        """Return the URL by which a server's database is reached through it."""
+        server = urllib.parse.urlsplit(server_url)
+        return f"postgresql://{server.username}@127.0.0.1:{self.port}{server.path}"
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(TIMEOUT_S)
+
+    def _listens(self) -> bool:
+        assert self.process.poll() is None, self._log.read_text()
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
+        return False
 
 
 def add_nodes(store: rc.Store, count: int, protocol: str = "tasks", first: int = 1) -> list[rc.Node]:

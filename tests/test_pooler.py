@@ -1,18 +1,14 @@
 """A real PgBouncer in transaction mode before the real PostgreSQL: OPERATIONS says that it may stand between."""
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import threading
-import urllib.parse
 
 import pytest
 from conftest import leave_out
-from lab import ROOT, Cli, World, assert_books_balance, eventually, free_port, mtls, new_release, statuses
+from lab import ROOT, Cli, Pooler, World, assert_books_balance, mtls, new_release, statuses
 from test_databases import driver  # noqa: F401 - a fixture
 
 import releasectl as rc
@@ -21,43 +17,20 @@ import releasectl as rc
 @pytest.fixture
 def new_pooler(tmp_path_factory, new_postgres_url):
     """A function that starts a PgBouncer before an empty database, and gives the URL by it and the one around it."""
-    program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if not program:
-        leave_out("pgbouncer")
-    assert program
     folder = tmp_path_factory.mktemp("pgbouncer")
     started = []
 
     def start(mode: str = "transaction", size: int = 3) -> tuple[str, str]:
-        direct = urllib.parse.urlsplit(new_postgres_url())
-        number, port = len(started), free_port()
-        settings = folder / f"{number}.ini"
-        (folder / "users").write_text(f'"{direct.username}" ""\n')
-        settings.write_text(
-            f"[databases]\n* = host={direct.hostname} port={direct.port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
-            f"listen_port = {port}\nunix_socket_dir =\nauth_type = trust\nauth_file = {folder}/users\n"
-            f"pool_mode = {mode}\ndefault_pool_size = {size}\nmax_client_conn = 200\n")
-        command = [program, str(settings)]
-        if os.geteuid() == 0:  # which it refuses
-            command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
-            for path in (folder, *folder.parents):
-                if path.owner() == "root" and str(path) not in ("/", "/tmp"):
-                    path.chmod(path.stat().st_mode | 0o55)
-        with (folder / f"{number}.log").open("w") as log:
-            started.append(subprocess.Popen(command, stdout=log, stderr=log))
-
-        def listens() -> bool:
-            assert started[-1].poll() is None, (folder / f"{number}.log").read_text()
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                return True
-            return False
-        eventually(listens)
-        return f"postgresql://{direct.username}@127.0.0.1:{port}{direct.path}", direct.geturl()
+        direct = new_postgres_url()
+        try:
+            started.append(Pooler(folder, direct, mode, size))
+        except FileNotFoundError:
+            leave_out("pgbouncer")
+        return started[-1].url(direct), direct
 
     yield start
-    for process in started:
-        process.terminate()
-        process.wait(60)
+    for pooler in started:
+        pooler.stop()
 
 
 def drains(world, url: str, count: int) -> list[subprocess.Popen]:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -57,15 +58,15 @@ class PostgresServer:
 
     name = "postgresql"
 
-    def __init__(self, folder: Path, given_url: str = ""):
+    def __init__(self, folder: Path, given_url: str = "", kind: str = "--durable"):
         self.is_ours = not given_url
         self._place = folder
         self._server_numbers = itertools.count(1)
         self._folder = self._new_folder() if self.is_ours else ""
-        self._standby_folder = ""
+        self._standby_folder = self._old_folder = ""
         self._standby_url = ""
         self._ports: list[int] = []  # of the first server and its first standby: later ones take them in turn
-        self._url = postgres("start", "--durable", self._folder) if self.is_ours else given_url
+        self._url = postgres("start", kind, self._folder) if self.is_ours else given_url
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._made: list[str] = []  # the names of all databases
@@ -105,9 +106,28 @@ class PostgresServer:
     def restart(self) -> None:
         postgres("restart", self._folder)
 
+    def stop(self) -> None:
+        """Stop the primary cleanly: a standby that is there gets all of it first."""
+        postgres("stop", self._folder)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every process of the primary (of the old one, where that was kept), the first one first."""
+        data = Path(Path(self._old_folder or self._folder, "cluster").read_text().strip(), "data")
+        first = int((data / "postmaster.pid").read_text().split()[0])
+        for pid in [first, *_children_of(first)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if number == signal.SIGKILL:  # else pg_ctl takes it for alive until somebody has reaped it
+            (data / "postmaster.pid").unlink()
+
+    @property
+    def ports(self) -> list[int]:
+        """Return the ports of the first server and its standby."""
+        return list(self._ports)
+
     def close(self) -> None:
         if self.is_ours:
-            for folder in filter(None, (self._standby_folder, self._folder)):
+            for folder in filter(None, (self._old_folder, self._standby_folder, self._folder)):
                 postgres("remove", folder)
             return
         for name in self._made:
@@ -131,6 +151,9 @@ class PostgresServer:
         return (f"postgresql://releasectl@/{_name_of(url)}?host={hosts}&port={','.join(map(str, self._ports))}"
                 "&target_session_attrs=read-write")
 
+    def url_of_primary_alone(self, url: str) -> str:
+        return database_on(self._url, _name_of(url))
+
     def url_of_standby(self, url: str) -> str:
         return database_on(self._standby_url, _name_of(url))
 
@@ -141,16 +164,35 @@ class PostgresServer:
         self._wait_for_standby("SELECT COUNT(*) = 0 FROM pg_stat_wal_receiver")
         self._wait_for_standby("SELECT COALESCE(pg_last_wal_receive_lsn() <= pg_last_wal_replay_lsn(), true)")
 
+    def stop_standby(self) -> None:
+        postgres("stop", self._standby_folder)
+
+    def start_standby(self) -> None:
+        """Start a standby again that was stopped."""
+        postgres("start", self._standby_folder)
+
+    def make_synchronous(self, is_synchronous: bool) -> None:
+        """Let each commit of the primary wait for the standby, or not any more."""
+        admin(self._url, f"ALTER SYSTEM SET synchronous_standby_names = '{'*' if is_synchronous else ''}'")
+        admin(self._url, "SELECT pg_reload_conf()")
+
     def crash(self) -> None:
         """Stop the primary as a loss of power would."""
         postgres("crash", self._folder)
 
-    def promote(self) -> None:
-        """Make the standby the primary, and remove the one that crashed."""
+    def promote(self, keeps_old: bool = False) -> None:
+        """Make the standby the primary, and remove the one that crashed, now or by remove_old()."""
         postgres("promote", self._standby_folder)
-        postgres("remove", self._folder)
+        self._old_folder = self._folder
         self._folder, self._standby_folder = self._standby_folder, ""
         self._url, self._standby_url = self._standby_url, ""
+        if not keeps_old:
+            self.remove_old()
+
+    def remove_old(self) -> None:
+        """Remove the primary of before a promotion."""
+        postgres("remove", self._old_folder)
+        self._old_folder = ""
 
     def _wait_for_standby(self, statement: str) -> None:
         give_up_at = time.monotonic() + 30.0
@@ -169,6 +211,16 @@ Databases = Union[SqliteFiles, PostgresServer]
 def _name_of(url: str) -> str:
     """Return the name of a URL's database."""
     return urllib.parse.urlsplit(url).path.lstrip("/")
+
+
+def _children_of(pid: int) -> list[int]:
+    """Return the processes that a process has started, and that are there."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(folder.name))
+    return found
 
 
 def _port_of(url: str) -> int:
