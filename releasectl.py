@@ -712,9 +712,7 @@ class Range(NamedTuple):
             raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
     def from_json(self, value: Any) -> Any:
-        """Return a JSON number; raise ValueError saying what it must be. 1.0 is an integer, as in JSON Schema."""
-        if self.kind is int and isinstance(value, float) and value.is_integer():
-            value = int(value)
+        """Return a JSON number; raise ValueError saying what it must be."""
         is_number = isinstance(value, (int, self.kind)) and not isinstance(value, bool)
         if not is_number or not self.low <= value <= self.high:
             what = "whole number" if self.kind is int else "number"
@@ -2796,7 +2794,8 @@ def parse_integer(field: str, value: object, numbers: Range) -> int:
     try:
         return int(numbers.from_json(value))
     except ValueError as error:
-        raise AppError(INVALID, f"{field} {one_line(value, 40)} {error}") from None
+        shown = ascii(value) if isinstance(value, str) else value
+        raise AppError(INVALID, f"{field} {one_line(shown, 40)} {error}") from None
 
 
 def parse_name(text: object) -> str:
@@ -3431,6 +3430,8 @@ class Plan(NamedTuple):
     selection: Mapping[str, Any] = {}
     # What it cancels.
     superseded: Sequence[Superseded] = ()
+    # WANTED, EMERGENCY, or "" where it needs none.
+    approval: str = ""
 
     @property
     def pauses(self) -> list[int]:
@@ -4450,7 +4451,12 @@ def approval_text(release_id: int, author: str) -> str:
     if author == ANONYMOUS:
         return "waiting for approval, which nobody can give: who made it did not sign in (set API_TOKENS_FILE)"
     whose = f" by somebody else than {author}" if author else ""
-    return f"waiting for approval{whose}: releasectl approve {release_id}"
+    return f"waiting for approval{whose}: {approval_mend(release_id, author)}"
+
+
+def approval_mend(release_id: int, author: str) -> str:
+    """Return the command that lets a release go that waits for an approval."""
+    return f"releasectl approve {release_id}" + (" --emergency --reason TEXT" if author == ANONYMOUS else "")
 
 
 # In the status_reason of a release that was to go back by itself, as rollback_text() wrote it when that ended.
@@ -5688,7 +5694,8 @@ class Why(NamedTuple):
         """Return the sentence, and which release it is about."""
         if self.release is None:
             return self.text
-        state = "is stopped: " if self.stopped_by else "waits: " if any(s.state == WAITS for s in self.steps) else ""
+        waits = any(step.state == WAITS for step in self.steps)
+        state = "" if self.release.is_terminal else "is stopped: " if self.stopped_by else "waits: " if waits else ""
         return f"{self.release}{' ' if state else ': '}{state}{self.text}"
 
 
@@ -5859,7 +5866,8 @@ def _approval_step(facts: Facts) -> Step | None:
     if release is None or release.started_at or not release.approval:
         return None
     if release.awaits_approval:
-        return Step("approval", STOPS, approval_text(release.id, release.author), f"releasectl approve {release.id}")
+        return Step("approval", STOPS, approval_text(release.id, release.author),
+                    approval_mend(release.id, release.author))
     how = {GIVEN: f"approved by {release.approved_by}",
            EMERGENCY: f"goes without: emergency of {release.approved_by}"}.get(release.approval, "needs none")
     return Step("approval", OK, how)
@@ -6208,7 +6216,7 @@ def _release_problems(facts: OverviewFacts) -> Iterator[Problem]:
                           f"releasectl status {release.id}", release.started_at, release.id)
     for release in facts.awaiting:
         yield Problem("approval", f"{release} of {release.target} waits for a person: {release.status_reason}",
-                      f"releasectl approve {release.id}", release.created_at, release.id)
+                      approval_mend(release.id, release.author), release.created_at, release.id)
 
 
 def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
@@ -9844,10 +9852,13 @@ class Releases:
     def _planned(tx: Transaction, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node], version: int) -> Plan:
         """Return a plan with what it needs to be shown."""
         superseded, warnings = queue_effect(tx, request)
-        if approval_for(tx, request) == WANTED:
+        approval = approval_for(tx, request)
+        if approval == WANTED:
             warnings.append("waits for approval by somebody else than its author; in an emergency it goes without: "
                             "--emergency (emergency)")
-        return plan._replace(version=version, names={node.id: node.name for node in nodes},
+        elif approval == EMERGENCY:
+            warnings.append("emergency: it goes without an approval, and everybody is told so")
+        return plan._replace(version=version, names={node.id: node.name for node in nodes}, approval=approval,
                              effect=effect_of(tx, request.payload, nodes), superseded=superseded,
                              warnings=[*plan.warnings, *warnings])
 
@@ -11084,7 +11095,7 @@ class OverviewReader:
 
     def failure(self, release_id: int | None = None) -> Unmended | None:
         """Return a release, or the newest, that failed or ended partial and that nothing has made up for."""
-        return next(iter(self._read_failures(release_id)), None)
+        return next(iter(self._read_failures(release_id, 1)), None)
 
     def _read_startable(self, tx: Transaction) -> list[tuple[Release, float]]:
         """Return the first pending releases that may be claimed now, and since when."""
@@ -11092,10 +11103,10 @@ class OverviewReader:
         waiting = [release for release in found if release and release.status == PENDING]
         return [(release, may_go_since(release, strategy_of(release.strategy))) for release in waiting]
 
-    def _read_failures(self, release_id: int | None = None) -> list[Unmended]:
+    def _read_failures(self, release_id: int | None = None, most: int = MAX_ID) -> list[Unmended]:
         """Return the releases that failed or ended partial and that nothing has made up for, newest first.
 
-        release_id: of this one alone.
+        release_id: of this one alone. most: so many of them.
 
         One counts until somebody rolled it back, or each of its enabled nodes that failed, or was skipped, has a newer
         success of the target; for a skipped one, which runs what it ran before, it is enough that a later release of
@@ -11140,7 +11151,8 @@ class OverviewReader:
                                   AND b.status IN ('success', 'partial'))))
                        OR (r.version > COALESCE(w.version, 0) AND NOT EXISTS (
                           SELECT 1 FROM release_task_nodes n WHERE n.release_task_id = r.id)))
-                ORDER BY r.version DESC""", *(() if release_id is None else (release_id,)))]
+                ORDER BY r.version DESC
+                LIMIT ?""", *(() if release_id is None else (release_id,)), most)]
             return [self._unmended(tx, release) if place < MAX_OF_A_KIND else Unmended(release, "")
                     for place, release in enumerate(found)]
 
@@ -11175,7 +11187,7 @@ class OverviewReader:
                                   *((("retry", some, named),) if online else ()), *back):
             try:
                 plan_again(tx, verb, release.id, wish)
-                first = "releasectl check && " if by_tls and verb == "retry" else ""
+                first = "releasectl check; " if by_tls and verb == "retry" else ""
                 return Unmended(release, f"{first}releasectl {verb} {release.id}{words} --plan", refused)
             except AppError as error:
                 refused = refused or (error.message if verb == "retry" else "")
@@ -11211,7 +11223,8 @@ class Store:
         strategy without its own.
         """
         if release_id is None:
-            opened = sorted((release for release, _ in self.releases.open()), key=lambda one: one.status == PENDING)
+            opened = sorted((release for release, _ in self.releases.open(MAX_OF_A_KIND)),
+                            key=lambda one: one.status == PENDING)
             found = (self.claims.why(release.id, node_deadline_s) for release in opened)
             why = next((why for why in found if why.stopped_by), None)
             why = why or self.claims.why(opened[0].id if opened else None, node_deadline_s)
@@ -11222,7 +11235,9 @@ class Store:
         if failure is None:
             return why
         ended = self.claims.why(failure.release.id, node_deadline_s)
-        return ended._replace(steps=[step._replace(mend=failure.mend) for step in ended.steps])
+        [end] = ended.steps
+        return ended._replace(steps=[end._replace(mend=failure.mend),
+                                     *(step for step in why.steps if why.release is None and step.state != OK)])
 
     def written(self, nodes: Sequence[Node]) -> list[ListedNode]:
         """Return nodes that were just written, with what they run and should run: "unknown" where it can't be read.
@@ -13900,10 +13915,12 @@ _CHINESE_FORMS = (
     (r"(batch .* nodes?), slowest (\S+?)(?:, which is verified)? for (\d+) s of (\d+) s",
      "{1!}，最慢的是 {2}，已 {3} 秒（时限 {4} 秒）"),
     (r"(batch .*?)(; .*)", "{1!}{2!}"),
-    (r"batch (\d+) of (\d+): (\d+) of (\d+) nodes? done(?:, (\d+) in flight: (.*))?",
-     "批次 {1}/{2}：{4} 个节点中已完成 {3} 个 {6}"),
-    (r"(?:trying again: )?(\S+): (.*), try (\d+) of (\d+), (?:now|next in (?:\d+) s)",
-     "正在重试 {1}：{2}，第 {3}/{4} 次"),
+    (r"batch (\d+) of (\d+): (\d+) of (\d+) nodes? done", "批次 {1}/{2}：{4} 个节点中已完成 {3} 个"),
+    (r"batch (\d+) of (\d+): (\d+) of (\d+) nodes? done, (\d+) in flight: (.*)",
+     "批次 {1}/{2}：{4} 个节点中已完成 {3} 个，{5} 个进行中：{6}"),
+    (r"(?:trying again: )?(\S+): (.*), try (\d+) of (\d+), now", "正在重试 {1}：{2}，第 {3}/{4} 次"),
+    (r"(?:trying again: )?(\S+): (.*), try (\d+) of (\d+), next in (\d+) s",
+     "正在重试 {1}：{2}，第 {3}/{4} 次，{5} 秒后再试"),
     (r"(.*) busy with an earlier request", "{1} 仍在处理之前的请求"),
     (r"waiting for a free slot: (.*)", "等待空闲名额：{1}"),
     (r"waiting for a free slot \((.*)\)", "等待空闲名额（{1}）"),
@@ -13952,10 +13969,16 @@ _CHINESE_FORMS = (
     (r"no node matches (.*)", "没有节点符合 {1}"),
     (r"nothing to roll back to: no earlier release of target (\S+) succeeded", "无可回滚：目标 {1} 之前没有成功的发布"),
     (r"no release of target (\S+) before release (\d+) succeeded.*", "目标 {1} 在发布 {2} 之前没有成功的发布"),
-    (r"(?:release|node) (\d+) does not exist", "{1} 不存在"),
+    (r"release (\d+) does not exist", "发布 {1} 不存在"), (r"node (\d+) does not exist", "节点 {1} 不存在"),
     # what `why` says beside these
     (r"mend: (.*)", "解决办法：{1}"),
     (r"waiting for approval by somebody else than (.*): (releasectl .*)", "等待 {1} 以外的人批准：{2}"),
+    (r"waiting for approval, which nobody can give: .*",
+     "等待批准，但无人能批准：创建者未登录（请设置 API_TOKENS_FILE）"),
+    (r"waits for approval by somebody else than its author", "需等待创建者以外的人批准"),
+    (r"in an emergency it goes without: --emergency \(emergency\)", "紧急情况下可不经批准：--emergency (emergency)"),
+    (r"emergency: it goes without an approval, and everybody is told so", "紧急：不经批准执行，并告知所有人"),
+    (r"release (\d+) was made by (.*): somebody else must approve it", "发布 {1} 由 {2} 创建：须由其他人批准"),
     (r"approved by (.*)", "由 {1} 批准"), (r"goes without: emergency of (.*)", "紧急：{1} 未经批准启动"),
     (r"it goes out all the same \(--during-freeze\): (.*)", "冻结期间照样执行（--during-freeze）：{1!}"),
     (r"(\S+) is at work for release (\d+)", "{1} 正在处理发布 {2}"),
@@ -14029,12 +14052,15 @@ CHINESE_WORDS: Mapping[str, str] = {
 
 # Members of the API's JSON that hold sentences, and those without any, which may be large.
 _SENTENCES = frozenset(("statusReason", "text", "why", "message", "warnings"))
-_NO_SENTENCES = frozenset(("batches", "payload", "changes", "strategy", "selection"))
+_NO_SENTENCES = frozenset(("batches", "payload", "changes", "strategy", "selection", "labels", "before", "after"))
 
 
 def is_chinese(languages: str) -> bool:
-    """Return whether Chinese comes first in a list of languages: 'zh-CN,zh;q=0.9' of HTTP, 'zh_CN.UTF-8' of a shell."""
-    return languages.strip().lower().startswith("zh")
+    """Return whether Chinese is wanted most: 'zh-CN,zh;q=0.9' of HTTP (RFC 9110, 12.5.4), 'zh_CN.UTF-8' of a shell."""
+    found = [(float(weight[1] if weight else 1), part.strip().lower()) for part in languages.split(",")
+             for weight in [re.search(r";\s*q=([01](?:\.\d{0,3})?)\s*$", part)]]
+    weight, language = max(found, key=lambda one: one[0])  # the first of those
+    return weight > 0 and language.startswith("zh")
 
 
 def language_of(environment: Mapping[str, str]) -> str:
@@ -14201,7 +14227,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "preflight": None if plan.max_silent is None else {"maxSilent": plan.max_silent},
             "startAt": strategy.start_at or None, "verify": _verify_json(strategy.verify) if strategy.verify else None,
             "leftOut": left_out_json(plan.left_out), "notChosen": plan.not_chosen, "emptied": list(plan.emptied),
-            "warnings": list(plan.warnings), "superseded": superseded_json(plan.superseded), "payloadOf": payload_of,
+            "warnings": list(plan.warnings), "superseded": superseded_json(plan.superseded),
+            "approval": plan.approval, "payloadOf": payload_of,
             "effect": _effect_json(plan.effect) if plan.effect else None}
 
 
@@ -14480,7 +14507,7 @@ def openapi_schemas() -> dict[str, Any]:
             "preflight": {"type": ["object", "null"], "properties": {"maxSilent": _COUNT}},
             "verify": {"type": ["object", "null"]},
             "leftOut": left_out, "notChosen": _COUNT, "emptied": _array(TEXT), "warnings": _array(TEXT),
-            "superseded": superseded,
+            "superseded": superseded, "approval": _APPROVAL,
             "payloadOf": {"type": ["object", "null"], "properties": {"releaseId": ID, "version": ID}},
             "effect": schema_of({"text": TEXT, "against": _ID_OR_NULL, **changes, "openReleases": _COUNT,
                                  "running": _array(schema_of({
@@ -17473,7 +17500,8 @@ def command_why(context: Context) -> int:
     steps = display.table([("=>" if step is stopped_by else "", display.word(step.state), display.word(step.name),
                             display.said(step.text)) for step in why.steps],
                           ("", *map(display.word, ("state", "step", "what"))))
-    mends = [step.mend for step in ([stopped_by] if stopped_by else why.steps)
+    is_over = why.release is not None and why.release.is_terminal
+    mends = [step.mend for step in ([stopped_by] if stopped_by and not is_over else why.steps)
              if step.mend and (step.state != OK or step.name == ENDED)]
     # of what goes on by itself too: there it is a way to have it sooner
     mend = [display.said(f"mend: {mends[0]}")] if mends else []

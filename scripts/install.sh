@@ -7,7 +7,8 @@
 #   PREFIX      where the program lies (/usr/local): bin, lib/releasectl, share, and the units in lib/systemd/system
 #   SYSCONFDIR  where its settings lie (/etc): releasectl/releasectl.conf, which is never overwritten nor removed
 #   DESTDIR     a folder that stands for / while a package is made; no user is made then
-#   PYTHON      the command that runs it (python3): a name is looked for in the PATH of whoever calls releasectl
+#   PYTHON      the command that runs it (python3): a name is looked for in the PATH of whoever calls releasectl, a path
+#               is kept whole
 set -euo pipefail
 # shellcheck source=scripts/lab.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lab.sh"
@@ -36,6 +37,7 @@ put() { # MODE PATH
 interpreter() {
     case $command in
         /*) echo "$command -I" ;;
+        */*) echo "$python -I" ;;
         *) echo "/usr/bin/env -S $command -I" ;;
     esac
 }
@@ -62,6 +64,7 @@ install_all() {
     local file line shell
     [[ $prefix$sysconf =~ ^[/A-Za-z0-9._+~-]+$ && $prefix == /* && $sysconf == /* ]] ||
         die 2 "PREFIX and SYSCONFDIR are absolute paths of letters, digits and . _ + ~ -"
+    mkdir -p "$dest$lib" "$dest${config%/*}" || die 3 "name folders that you may write with PREFIX and SYSCONFDIR, or be root"
     for file in schema.sql dashboard.html releasectl.py; do put 644 "$lib/$file" <"$file"; done
     # By the content, not by the time of the source: packages and copies change times. An edited source, and a Python
     # that comes later, are then compiled anew by each command, or once by root.
@@ -82,7 +85,6 @@ py_compile.compile(source, importlib.util.cache_from_source(source), shown, dora
     for file in README.md README.zh-CN.md CHANGELOG.md LICENSE docs/*.md docs/*.yml docs/*.json docs/*.svg docs/*.png; do
         put 644 "$doc/$file" <"$file"
     done
-    mkdir -p "$dest${config%/*}"
     if [[ -e $dest$config ]]; then
         say "$config is left as it is"
     else
@@ -105,6 +107,10 @@ py_compile.compile(source, importlib.util.cache_from_source(source), shown, dora
 
 uninstall_all() {
     local file line
+    if [[ ! -e $dest$bin/releasectl && ! -e $dest$lib ]]; then
+        say "nothing is installed in $dest$prefix: PREFIX says where it is"
+        return
+    fi
     for file in docs/systemd/*; do
         if [[ -z $dest && -d /run/systemd/system && -e $units/${file##*/} ]]; then
             systemctl --quiet disable --now "${file##*/}" 2>/dev/null || true

@@ -463,7 +463,9 @@ def test_an_emergency_where_nothing_asks_for_an_approval_is_a_note_and_no_alarm(
     sql(store, "UPDATE executors SET approvals = ?", int(asks))  # an executor's setting, not this process's
     request = rc.ReleaseRequest(reason="down", is_emergency=True)
     note = [] if asks else ["nothing asks for an approval here (APPROVALS is 0): emergency changes nothing"]
-    assert store.releases.plan(request).warnings == note
+    plan = store.releases.plan(request)
+    assert plan.warnings == (note or ["emergency: it goes without an approval, and everybody is told so"])
+    assert plan.approval == ("emergency" if asks else "")
     made = store.releases.create(request, ALICE)
     assert (made.release.approval, made.warnings) == ("emergency" if asks else "", note)
     assert [row.kind for row in outbox(store)] == (["approval"] if asks else [])

@@ -13,7 +13,7 @@ SENTENCES = {
     "batch 2 of 4: waiting for 7 of 24 nodes, slowest edge-25 for 4 s of 600 s":
         "批次 2/4：24 个节点中还在等待 7 个，最慢的是 edge-25，已 4 秒（时限 600 秒）",
     "batch 1 of 2: waiting for 1 of 2 nodes; trying again: edge-1: connection refused, try 6 of 21, next in 8 s":
-        "批次 1/2：2 个节点中还在等待 1 个；正在重试 edge-1：connection refused，第 6/21 次",
+        "批次 1/2：2 个节点中还在等待 1 个；正在重试 edge-1：connection refused，第 6/21 次，8 秒后再试",
     "waiting for release 4, which is running; no executor is running (none was seen for a day): start `serve`":
         "等待发布 4（进行中）；没有执行器在运行（一天之内未见过任何执行器）：请启动 serve",
     "paused by anna after batch 2: resume to go on": "由 anna 暂停（批次 2）：可继续",
@@ -54,7 +54,8 @@ def test_a_sentence_is_in_chinese_where_its_form_is_known(sentence):
 
 
 @pytest.mark.parametrize(("languages", "expected"), [
-    ("zh-CN,zh;q=0.9,en;q=0.8", True), ("zh_CN.UTF-8", True), ("en-GB,zh;q=0.5", False), ("", False)])
+    ("zh-CN,zh;q=0.9,en;q=0.8", True), ("zh_CN.UTF-8", True), ("en-GB,zh;q=0.5", False), ("", False),
+    ("en;q=0.1, zh;q=0.9", True), ("zh;q=0, en", False), ("zh;q=0", False), ("zh;q=x,en", True)])
 def test_chinese_is_for_whom_it_comes_first(languages, expected):
     assert rc.is_chinese(languages) is expected
 
@@ -73,6 +74,11 @@ def test_what_the_daemon_says_of_a_release_is_known_in_chinese(store):
             *(problem["text"] for problem in found["overview"]["problems"])]
     assert [text for text in said if not any("\u4e00" <= letter <= "\u9fff" for letter in text)] == []
     assert json.dumps(found["release"]["strategy"]) == "{}"
+
+
+def test_what_people_wrote_is_data_in_any_language():
+    data = {"labels": {"text": "offline"}, "before": {"message": "offline"}, "after": {"why": "offline"}}
+    assert rc.translated({**data, "text": "offline"}) == {**data, "text": "离线"}
 
 
 # -- the command line --------------------------------------------------------------------------------

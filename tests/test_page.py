@@ -138,6 +138,13 @@ class Page:
                      " for (const kind of ['input', 'change']) f.dispatchEvent(new Event(kind, {bubbles: true})); }")
         return self
 
+    def tick(self, name: str) -> Page:
+        """Click a box that can be seen."""
+        find = f"(document.querySelector('dialog[open]') || document).querySelector('[name=\"{name}\"]')"
+        eventually(lambda: self.run(f"Boolean({find} && {find}.offsetParent)"), message=f"no box {name!r} is shown")
+        self.run(f"{find}.click()")
+        return self
+
     def enter(self, place: str, key: str = "Enter", held: int = 0) -> Page:
         """Press Enter (or the space bar) where a selector leads, as often as it comes while it is held."""
         self.run(f"document.querySelector({json.dumps(place)}).focus()")
@@ -608,7 +615,7 @@ def test_a_recipe_sends_from_the_page_what_its_text_says(page, name):
     page.draft(payload=json.dumps(body["payload"]), reason=body.get("reason", "weekly")).ready().press("JSON")
     page.fill(strategy=json.dumps(body.get("strategy", {})))
     if body.get("approval"):
-        page.run("document.querySelector('main [name=approval]').click()")
+        page.tick("approval")
     page.ready("approval by somebody else" if body.get("approval") else "").send().see("Release 1", "main h1")
     assert page.browser.changes[-1][2] == {"strategy": {}, "reason": "weekly", **body, "target": "cdn"}
     assert store.releases.get(1).awaits_approval == bool(body.get("approval"))
@@ -625,15 +632,32 @@ def test_the_emergency_recipe_sends_from_the_page_what_its_text_says(page):
     store.database.approvals = True
     store.releases.set_freeze(True, "anna", "the match")
     page.open("#/releases/2").press("Roll back").ready("approval by somebody else").fill(reason=body["reason"])
-    page.run("document.querySelector('dialog [name=supersede]').click()")
-    page.see("what needs an approval cancels no other release", "#ask-plan")
-    for name in ("emergency", "duringFreeze"):
-        page.run(f"document.querySelector('dialog [name={name}]').click()")
+    page.tick("supersede").see("what needs an approval cancels no other release", "#ask-plan")
+    page.tick("emergency").tick("duringFreeze")
     page.ready("Cancels Release 3, Release 4, Release 5").press("Roll back: release 2").see("Release 6", "main h1")
     assert page.browser.changes[-1][2] == body
     assert [store.releases.get(number).status for number in (3, 4, 5)] == ["cancelled"] * 3
     made = store.releases.get(6)
     assert (made.approval, made.during_freeze, made.goes_first) == ("emergency", True, True)
+
+
+@pytest.mark.slow
+def test_an_emergency_is_offered_where_an_approval_is_needed_and_forgotten_with_the_draft(page):
+    store = page.daemon.store
+    add_nodes(store, 2)
+    page.draft(payload=PAYLOAD, reason="it burns").ready()
+    assert page.count("main [name=emergency]") == 0
+    store.database.approvals = True
+    page.fill(reason="it burns now").ready("approval by somebody else").tick("emergency")
+    page.ready("emergency: it goes without an approval").tick("approval").see("exclude each other", "#plan")
+    page.press("Discard the draft").settle()
+    assert page.run("JSON.parse(sessionStorage.getItem('releasectl-draft')).emergency") is None
+    page.fill(payload=PAYLOAD, reason="again").ready("approval by somebody else").send().see("Release 1", "main h1")
+    sql(store, "UPDATE release_tasks SET status = 'failed', approval = 'given', finished_at = created_at")
+    sql(store, "UPDATE release_task_nodes SET status = 'failed'")
+    page.open("#/releases/1").press("Retry").ready("approval by somebody else").fill(reason="now").tick("emergency")
+    page.ready("emergency: it goes without an approval").press("Retry: release 1").see("Release 2", "main h1")
+    assert [store.releases.get(number).approval for number in (1, 2)] == ["given", "emergency"]
 
 
 @pytest.mark.slow

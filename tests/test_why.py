@@ -327,7 +327,7 @@ def test_without_an_id_it_tells_of_the_first_that_is_stopped_else_of_the_first_t
 
 @pytest.mark.parametrize(("kind", "mend"), [
     ("unreachable", "releasectl retry 1 --plan"), ("", "releasectl retry 1 --plan"),
-    ("tls", "releasectl check && releasectl retry 1 --plan")])
+    ("tls", "releasectl check; releasectl retry 1 --plan")])
 def test_of_a_release_that_failed_it_tells_what_would_make_up_for_it(world, quick, kind, mend):
     quick.settings["DATABASE_URL"] = world.url
     create(world.nodes(1))
@@ -335,10 +335,12 @@ def test_of_a_release_that_failed_it_tells_what_would_make_up_for_it(world, quic
         tx.execute("UPDATE release_task_nodes SET status = 'failed', error_kind = ?, attempts = 1", kind)
         tx.execute("UPDATE release_tasks SET status = 'failed', status_reason = 'stopped by node edge-1 in batch 1', "
                    "finished_at = created_at, started_at = created_at")
-    for words in (["why"], ["why", 1]):  # none is open
-        lines = quick.ok(*words).out.splitlines()
+    for words, code in (["why"], 1), (["why", 1], 0):  # none is open, and no executor runs
+        result = quick(*words)
+        lines = result.out.splitlines()
         assert (lines[0], lines[-1]) == (
             "release 1 (v1): it has ended: failed, stopped by node edge-1 in batch 1", f"mend: {mend}")
+        assert (result.code, len(lines)) == (code, 4 + code), lines
     create(world, "cdn")
     with world.store.database.transaction(write=True) as tx:
         tx.execute("UPDATE release_task_nodes SET status = 'success' WHERE release_task_id = 2")
