@@ -420,6 +420,7 @@ def test_section_7_the_plan_of_a_rollback_says_what_would_hold_it_and_what_goes_
     frozen = "cdn is frozen by anna: holidays: it waits; --during-freeze (duringFreeze) goes out all the same"
     unapproved = ("waits for approval by somebody else than its author; in an emergency it goes without: --emergency "
                   "(emergency)")
+    without = "emergency: it goes without an approval, and everybody is told so"
 
     [back] = rollbacks_of(store, bad)
     store.releases.act("cancel", back.id, "anna")
@@ -429,8 +430,8 @@ def test_section_7_the_plan_of_a_rollback_says_what_would_hold_it_and_what_goes_
 
     assert told() == [frozen, unapproved]
     assert told(during_freeze=True) == [unapproved]
-    assert told(is_emergency=True) == [frozen]
-    assert told(during_freeze=True, is_emergency=True, supersede=True) == []
+    assert told(is_emergency=True) == [frozen, without]
+    assert told(during_freeze=True, is_emergency=True, supersede=True) == [without]
     assert store.releases.rollback(bad.id, "anna").warnings == [frozen]
     assert store.releases.plan(rc.ReleaseRequest()).warnings == [unapproved]
 

