@@ -44,6 +44,11 @@ SENTENCES = {
     "/etc/r/control.crt is good until 2029-03-02 05:48, 825 days":
         "/etc/r/control.crt 有效期至 2029-03-02 05:48，还有 825 天",
     "2 of 45 checks failed": "45 项检查中有 2 项未通过",
+    "finished with 3 failures (limit 50% in a batch): 3 agent_failed":
+        "结束时有 3 个失败（上限 每批 50%）：3 agent_failed",
+    "release 3 (v3) succeeded later on edge-1: rollback of release 1 would replace its payload":
+        "发布 3（v3）之后已在 edge-1 上成功：回滚发布 1 会覆盖其内容",
+    "overNewer (--over-newer) if that is meant": "若确需如此：覆盖较新的发布（overNewer，--over-newer）",
     "what no form fits": "what no form fits",
 }
 
