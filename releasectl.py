@@ -18532,8 +18532,9 @@ def _ask(line: _Line, read: Callable[[Store, str], list[Offer]]) -> list[Offer]:
             settings = Settings.load(os.environ, find_config(os.environ, line.values.get("--config", "")),
                                      line.values.get("--db", ""))
             store = Store(Database(settings.database_url, Metrics()))
-            store.database.require_schema()
-            found.extend(read(store, line.word))
+            with contextlib.closing(store.database):
+                store.database.require_schema()
+                found.extend(read(store, line.word))
 
     thread = threading.Thread(target=ask, name="ask", daemon=True)  # it may wait for a server that is away
     thread.start()
