@@ -11222,22 +11222,24 @@ class Store:
         none is open, the newest failure that nothing has made up for. node_deadline_s: NODE_DEADLINE_SEC, for a
         strategy without its own.
         """
+        asked: list[int | None] = [release_id]
         if release_id is None:
-            opened = sorted((release for release, _ in self.releases.open(MAX_OF_A_KIND)),
-                            key=lambda one: one.status == PENDING)
-            found = (self.claims.why(release.id, node_deadline_s) for release in opened)
-            why = next((why for why in found if why.stopped_by), None)
-            why = why or self.claims.why(opened[0].id if opened else None, node_deadline_s)
-        else:
-            why = self.claims.why(release_id, node_deadline_s)
+            opened = sorted((release for release, _ in self.releases.open()), key=lambda one: one.status == PENDING)
+            asked = [release.id for release in opened[:MAX_OF_A_KIND]] or [None]
+        found = (self.claims.why(one, node_deadline_s) for one in asked)
+        why = next(found)
+        if why.stopped_by is None:
+            why = next((other for other in found if other.stopped_by), why)
         may_fail = why.release is None or why.release.status in (FAILED, PARTIAL)
         failure = self.overview.failure(release_id) if may_fail else None
         if failure is None:
             return why
-        ended = self.claims.why(failure.release.id, node_deadline_s)
-        [end] = ended.steps
-        return ended._replace(steps=[end._replace(mend=failure.mend),
-                                     *(step for step in why.steps if why.release is None and step.state != OK)])
+        beside: list[Step] = []
+        if why.release is None:
+            beside = [step for step in why.steps if step.state != OK]
+            why = self.claims.why(failure.release.id, node_deadline_s)
+        [end] = why.steps
+        return why._replace(steps=[end._replace(mend=failure.mend), *beside])
 
     def written(self, nodes: Sequence[Node]) -> list[ListedNode]:
         """Return nodes that were just written, with what they run and should run: "unknown" where it can't be read.

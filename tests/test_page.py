@@ -132,15 +132,20 @@ class Page:
 
     def fill(self, **fields: str) -> Page:
         for name, value in fields.items():
-            find = f"(document.querySelector('dialog[open]') || document).querySelector('[name=\"{name}\"]')"
+            find = self._find(name)
             eventually(lambda: self.run(f"Boolean({find})"), message=f"no field is called {name!r}")  # noqa: B023
             self.run(f"{{ const f = {find}; f.value = {json.dumps(value)};"
                      " for (const kind of ['input', 'change']) f.dispatchEvent(new Event(kind, {bubbles: true})); }")
         return self
 
+    @staticmethod
+    def _find(name: str) -> str:
+        """Return the expression for a field; in a dialog if one is open."""
+        return f"(document.querySelector('dialog[open]') || document).querySelector('[name=\"{name}\"]')"
+
     def tick(self, name: str) -> Page:
         """Click a box that can be seen."""
-        find = f"(document.querySelector('dialog[open]') || document).querySelector('[name=\"{name}\"]')"
+        find = self._find(name)
         eventually(lambda: self.run(f"Boolean({find} && {find}.offsetParent)"), message=f"no box {name!r} is shown")
         self.run(f"{find}.click()")
         return self

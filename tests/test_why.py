@@ -325,6 +325,18 @@ def test_without_an_id_it_tells_of_the_first_that_is_stopped_else_of_the_first_t
         assert why(world).release.id == scheduled.id
 
 
+def test_without_an_id_the_one_that_runs_is_found_behind_many_that_wait(world):
+    later = rc.utc_text(time.time() + 3600)
+    world.nodes(1)
+    for number in range(rc.MAX_OF_A_KIND + 1):
+        create(world, f"target-{number}", startAt=later)
+    runs = create(world)
+    sql(world.store, "UPDATE release_tasks SET status = 'running', claim_owner = 'a:1:x', claim_expires_at = ? "
+        "WHERE id = ?", rc.utc_text(time.time() + 60), runs.id)
+    with looking(world):
+        assert why(world).release.id == runs.id
+
+
 @pytest.mark.parametrize(("kind", "mend"), [
     ("unreachable", "releasectl retry 1 --plan"), ("", "releasectl retry 1 --plan"),
     ("tls", "releasectl check; releasectl retry 1 --plan")])
