@@ -5945,8 +5945,9 @@ def _busy_step(facts: Facts) -> Step | None:
         return f"{name} is at work for release {by.release_id}" if by.left_s is None else \
             f"{name} may still be busy with release {by.release_id} {_until(by.left_s, facts.now)}"
 
+    at_work = [by.release_id for _, by in facts.busy if by.left_s is None]  # else it goes on by itself, at that time
     return Step("busy", WAITS, in_words(facts.busy, MAX_NAMED, text=occupied),
-                f"releasectl why {facts.busy[0][1].release_id}") if facts.busy else None
+                f"releasectl why {at_work[0]}" if at_work else "") if facts.busy else None
 
 
 def _slots_step(facts: Facts) -> Step | None:
