@@ -14627,22 +14627,23 @@ def is_logged(count: int) -> bool:
 
 
 class AuthThrottle:
-    """Delays the check of tokens after bad ones of an address, or of the network around it.
+    """Delays the answer to tokens after bad ones of an address, or of the network around it.
 
-    The delay comes before the check, so a client that hangs up meanwhile has learnt nothing. A token that was good at
-    the address is not delayed: another client's bad tokens slow it down once a day at most.
+    Bad ones are counted at their arrival, so those that come at once wait for each other. A good one waits as long, so
+    a client that hangs up meanwhile has learnt nothing; but for one that was good at the address before: another
+    client's bad tokens slow it down once a day at most.
     """
 
     def __init__(self) -> None:
         self._bad = Streaks()
         self._good = Streaks(KNOWN_TOKEN_S, MAX_KNOWN_TOKENS)
 
-    def delay_s(self, address: str, authorization: str) -> float:
-        """Return the seconds from a request's arrival to the check of its token."""
+    def delay_s(self, address: str, authorization: str, counted: int = 0) -> float:
+        """Return the seconds from a request's arrival to its answer; counted: its own part in the bad ones, 0 or 1."""
         if self._good.count(*self._key(address, authorization)):
             return 0.0
         beyond = max(self._bad.count(address) - FREE_ATTEMPTS,
-                     self._bad.count(wide_network_of(address)) - FREE_ATTEMPTS_OF_NETWORK)
+                     self._bad.count(wide_network_of(address)) - FREE_ATTEMPTS_OF_NETWORK) - counted
         return min(FIRST_DELAY_S * 2.0**min(beyond, 10), MAX_DELAY_S) if beyond >= 0 else 0.0
 
     def note_good(self, address: str, authorization: str) -> None:
@@ -15920,14 +15921,15 @@ class Exchange:
                            "the CA or CRL for client certificates has changed or expired: connect again",
                            retry_after_s=1)
         authorization = self.head.headers.get("authorization", "")
-        if server.tokens and authorization:
-            self._wait_for_token(authorization)
         identity, refusal = server.who(self.head, self.handler.certificate_name)
+        is_bad = refusal is not None and refusal.code == BAD_TOKEN and not isinstance(refusal, TokenExpired)
+        if is_bad:
+            self._note_bad_token()
+        if server.tokens and authorization and self._wait_for_token(authorization, is_bad):
+            identity, refusal = server.who(self.head, self.handler.certificate_name)  # it may have been removed
         if isinstance(refusal, TokenExpired):
             self._note_expired(refusal.token)
-        elif refusal and refusal.code == BAD_TOKEN:
-            self._note_bad_token()
-        elif identity and server.tokens:
+        if identity and server.tokens:
             server.throttle.note_good(connection.address, authorization)
         if identity and not server.connections.identify(connection, True, identity.token, identity.role == VIEWER):
             self.must_close = True
@@ -15942,12 +15944,17 @@ class Exchange:
             raise refusal
         return identity
 
-    def _wait_for_token(self, authorization: str) -> None:
-        """Wait while bad tokens of the address delay the check; raise ClientGone when the client hangs up."""
-        throttle, address = self.server.throttle, self.connection.address
-        while (left_s := self.began + throttle.delay_s(address, authorization) - time.monotonic()) > 0:
+    def _wait_for_token(self, authorization: str, is_bad: bool) -> bool:
+        """Wait while bad tokens of the address delay the answer, and return whether they did.
+
+        Raises ClientGone when the client hangs up.
+        """
+        throttle, address, has_waited = self.server.throttle, self.connection.address, False
+        while (left_s := self.began + throttle.delay_s(address, authorization, int(is_bad)) - time.monotonic()) > 0:
+            has_waited = True
             if self._wait_idle(left_s):
                 raise ClientGone
+        return has_waited
 
     def _note_bad_token(self) -> None:
         count, is_to_be_logged = self.server.throttle.note_bad(self.connection.address)
