@@ -8,7 +8,8 @@ import releasectl as rc
 
 from .figures import Finding
 
-# What comes with the first claim (started, renumbered) is written before it, so it is left out.
+# What comes with the first claim (started, renumbered) is written before it, and a rollback by itself is created by who
+# had the claim of another release: these are left out.
 STATEMENTS = {
     "sqlite": (
         """CREATE TABLE torture_trail (id INTEGER PRIMARY KEY AUTOINCREMENT, release_id INTEGER,
@@ -18,7 +19,7 @@ STATEMENTS = {
                INSERT INTO torture_trail (release_id, owner, fence, event)
                VALUES (NEW.id, NEW.claim_owner, NEW.claim_fence, ''); END""",
         """CREATE TRIGGER torture_events AFTER INSERT ON release_events
-           WHEN NEW.event NOT IN ('started', 'renumbered') BEGIN
+           WHEN NEW.event NOT IN ('started', 'renumbered', 'created') BEGIN
                INSERT INTO torture_trail (release_id, owner, fence, event)
                VALUES (NEW.release_task_id, NEW.actor, 0, NEW.event || ' ' || NEW.id); END"""),
     "postgresql": (
@@ -33,7 +34,7 @@ STATEMENTS = {
         """CREATE TRIGGER torture_claims AFTER UPDATE OF claim_fence ON release_tasks FOR EACH ROW
            WHEN (NEW.claim_fence <> OLD.claim_fence) EXECUTE FUNCTION torture_claim()""",
         """CREATE TRIGGER torture_events AFTER INSERT ON release_events FOR EACH ROW
-           WHEN (NEW.event NOT IN ('started', 'renumbered')) EXECUTE FUNCTION torture_event()"""),
+           WHEN (NEW.event NOT IN ('started', 'renumbered', 'created')) EXECUTE FUNCTION torture_event()"""),
 }
 
 

@@ -168,7 +168,8 @@ def _check_rollbacks(tables: Tables) -> Iterator[Finding]:
         goes_back = release.rollback_of is None and json.loads(release.strategy).get("onExceed") == "rollback"
         is_sent = any(node.task_id for node in tables.nodes if node.release_id == release.id)
         is_wanted = goes_back and is_sent and release.status == "failed" and release.error_msg.startswith("node ")
-        is_refused = "; not rolled back, as " in release.status_reason
+        why_not = release.status_reason.partition("; not rolled back, as ")[2]
+        is_refused = bool(why_not) and not (release.status == "cancelled" and why_not.startswith("it was cancelled"))
         is_named = all(f"release {one.id} rolls it back" in release.status_reason and
                        f"rollback of release {release.id} " in one.reason for one in found)
         if len(found) + is_refused != is_wanted or not is_named:
