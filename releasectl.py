@@ -8710,10 +8710,10 @@ class Again(NamedTuple):
     supersede: bool = False
     # A freeze does not hold the rollback.
     during_freeze: bool = False
-    # Whom a retry is for, of the failed and skipped nodes: failed ones of these error kinds, ids, names or patterns.
+    # Whom a retry is for, of the failed and skipped nodes: failed ones of these error kinds, ids, those of these words.
     kinds: Sequence[str] = ()
     node_ids: Sequence[int] = ()
-    names: Sequence[str] = ()
+    words: NodeWords = NodeWords()
     # It goes without an approval.
     is_emergency: bool = False
 
@@ -8867,7 +8867,7 @@ def _sizes_of(batches: Sequence[Sequence[int]]) -> list[int]:
 def chosen_again(tx: Transaction, old: Release, tried: Sequence[Node], wish: Again) -> list[Node]:
     """Return those of the failed and skipped nodes that somebody chose; raise AppError(INVALID) naming what fits none.
 
-    A node has to fit all of kinds, node_ids and names; a skipped one has no kind.
+    A node has to fit all of kinds, node_ids and words; a skipped one has no kind.
     """
     kinds = dict(tx.rows("SELECT node_id, error_kind FROM release_task_nodes "
                          "WHERE release_task_id = ? AND status = 'failed'", old.id)) if wish.kinds else {}
@@ -8876,15 +8876,18 @@ def chosen_again(tx: Transaction, old: Release, tried: Sequence[Node], wish: Aga
         if kind not in kinds.values():
             raise AppError(INVALID, f"no node failed as {kind}; {there_is}")
     names, ids = [node.name for node in tried], {node.id for node in tried}
-    wrong = [name for name in wish.names if not any(map(names_fit((name,)), names))]
+    wrong = [name for name in (*wish.words.names, *wish.words.excluded_names)
+             if not any(map(names_fit((name,)), names))]
     wrong += [str(tx.value("SELECT name FROM nodes WHERE id = ?", number) or number)
               for number in wish.node_ids if number not in ids]
     if wrong:
         raise AppError(INVALID, f"node {one_line(wrong[0], 100)} was neither failed nor skipped in release {old.id}; "
                                 f"failed or skipped: {in_words(names) or 'none'}")
-    chosen = [node for node in tried if (not wish.kinds or kinds.get(node.id) in wish.kinds)
-              and (not wish.node_ids or node.id in wish.node_ids)
-              and (not wish.names or names_fit(tuple(wish.names))(node.name))]
+    of_words = list(filter(wish.words.takes, tried))
+    if tried and not of_words:
+        raise AppError(INVALID, f"{wish.words.why_none(tried)}, of those that failed or were skipped")
+    chosen = [node for node in of_words if (not wish.kinds or kinds.get(node.id) in wish.kinds)
+              and (not wish.node_ids or node.id in wish.node_ids)]
     if tried and not chosen:
         raise AppError(INVALID, f"none of these nodes failed as {' or '.join(wish.kinds)}; {there_is}")
     return chosen
@@ -17398,7 +17401,8 @@ def _plan_text(plan: Plan, display: Display) -> str:
               ("failures tolerated in all", plan.max_failed_total),
               ("more failures", {PAUSE: "it pauses", ROLLBACK: "it is rolled back"}.get(strategy.on_exceed)),
               ("nodes in flight at once, at most", strategy.max_parallel or None),
-              *((f"the same for each {key}", number) for key, number in strategy.max_parallel_per.items()),
+              *((f"nodes in flight at once of each {key}, at most", number)
+                for key, number in strategy.max_parallel_per.items()),
               ("asks every agent before batch 1; of these may not answer, at most", plan.max_silent),
               ("starts no earlier than", display.moment(strategy.start_at) or None),
               ("soaks after each batch", f"{strategy.soak_s:g} s" if strategy.soak_s else None),
@@ -17643,7 +17647,9 @@ def command_again(context: Context) -> int:
     reason, store = parse_text("--reason", options.reason), context.open()
     wish = Again(reason, options.over_newer, getattr(options, "to", None), bool(getattr(options, "now", False)),
                  bool(getattr(options, "during_freeze", False)), getattr(options, "kind", ()),
-                 names=getattr(options, "node", None) or (), is_emergency=bool(options.emergency))
+                 words=node_words(getattr(options, "node", None) or (), "--label",
+                                  getattr(options, "label", None) or (), getattr(options, "exclude", None) or ()),
+                 is_emergency=bool(options.emergency))
     if options.plan:
         return _show_plan(context, store.releases.plan_again(options.command, options.id, wish))
     make = {"retry": store.releases.retry, "rollback": store.releases.rollback}[options.command]
@@ -18916,6 +18922,7 @@ COMMANDS: tuple[Command, ...] = (
                     help="only nodes that failed as this, like unreachable,timeout; skipped ones have no kind"),
              option("--node", action="append", metavar="NAME",
                     help="only this node; * and ? stand for other characters; may be repeated"),
+             option("--label", action="append", metavar="K=V", help=_LABELS_HELP), _EXCLUDE_OPTION,
              *_AGAIN_OPTIONS, *_WAIT_OPTIONS)),
     Command("rollback", "a new release that brings back what the nodes of one had before", command_again,
             (_ID_OPTION, option("--to", type=_release_id, metavar="ID",

@@ -380,8 +380,10 @@ def test_the_same_key_gives_the_same_retry_and_another_choice_is_refused(client,
 @pytest.mark.parametrize(("words", "node_ids"), [
     (["--kind", "unreachable"], [4, 5]), (["--kind", "unreachable,timeout"], [4, 5, 6]),
     (["--node", "edge-1", "--node", "edge-7"], [1, 7]), (["--node", "edge-[1-5]", "--kind", "unreachable"], [4, 5]),
-    (["--node", "*"], [1, 2, 3, 4, 5, 6, 7, 8])])
-def test_retry_takes_kinds_names_and_patterns(quick, open_store, words, node_ids):
+    (["--node", "*"], [1, 2, 3, 4, 5, 6, 7, 8]), (["--label", "pop=gru"], [1, 2, 3]),
+    (["--label", "pop!=gru", "--exclude", "edge-8"], [4, 5, 6, 7]),
+    (["--label", "pop=fra,gru", "--kind", "unreachable", "--exclude", "edge-[4x]"], [5])])
+def test_retry_takes_kinds_and_the_words_that_choose_nodes(quick, open_store, words, node_ids):
     store = open_store(f"sqlite:///{quick.folder}/releasectl.db")
     release = failing(store)
     plan = quick.ok("retry", str(release.id), *words, "--plan")
@@ -395,7 +397,10 @@ def test_retry_takes_kinds_names_and_patterns(quick, open_store, words, node_ids
     (["--kind", "tls"], "no node failed as tls; kinds: 3 agent_failed, 2 unreachable, 1 timeout"),
     (["--kind", "tsl"], "tsl is no kind of failure (did you mean tls?)"), (["--kind", ""], "is no kind of failure"),
     (["--node", "edge-9"], "node edge-9 was neither failed nor skipped in release 1"),
-    (["--node", "edge-1", "--node", "pop-*"], "node pop-* was neither failed nor skipped in release 1")])
+    (["--node", "edge-1", "--node", "pop-*"], "node pop-* was neither failed nor skipped in release 1"),
+    (["--exclude", "edge-9"], "node edge-9 was neither failed nor skipped in release 1"),
+    (["--label", "pop=ams"], "no node matches pop=ams (values of pop: fra, gru), of those that failed or were skipped"),
+    (["--label", "pop=gru", "--kind", "timeout"], "none of these nodes failed as timeout; kinds: 3 agent_failed")])
 def test_retry_refuses_by_name(quick, open_store, words, message):
     failing(open_store(f"sqlite:///{quick.folder}/releasectl.db"))
     refused = quick("retry", "1", *words)
