@@ -5,6 +5,7 @@
     python scripts/bench.py makespan idle             these goals only; --help lists them
     python scripts/bench.py makespan --runs 3 --json result.json
     python scripts/bench.py queue --beside COMMIT     beside releasectl.py as it was then
+    python scripts/bench.py change --beside HEAD~1    what a change costs: CI fails above 1.25 times the CPU
 
 All figures of a goal come from one run: its contenders take turns, and the table gives medians and
 their ratios. So a machine that others use too, or another machine, changes the times but hardly the
@@ -21,10 +22,12 @@ import argparse
 import contextlib
 import http.client
 import json
+import math
 import os
 import platform
 import py_compile
 import queue
+import resource
 import shutil
 import signal
 import socket
@@ -102,7 +105,8 @@ class Agents:
         for process in self._processes:
             assert process.stdout is not None
             if not process.stdout.readline().startswith("ready"):
-                raise SystemExit("bench: the agents did not start")
+                self.close()
+                raise SystemExit("bench: the agents did not start (does another bench run?)")
         self.addresses = [f"127.{20 + n % processes}.{(n // processes + 1) >> 8}.{(n // processes + 1) & 255}"
                           for n in range(count)]
 
@@ -133,18 +137,20 @@ class Turn(NamedTuple):
 
 
 class Server:
-    """A `serve` process with a database of its own."""
+    """A `serve` process with a database of its own; program: the folder of its releasectl.py."""
 
-    def __init__(self, lab: Lab, url: str, nodes: Sequence[str], executor: bool = True, **settings: str):
+    def __init__(self, lab: Lab, url: str, nodes: Sequence[str], executor: bool = True, program: Path = ROOT,
+                 **settings: str):
+        subprocess.run([sys.executable, str(program / "releasectl.py"), "--db", url, "migrate"], check=True,
+                       env=lab.environment(), stdout=subprocess.DEVNULL)
         self.database = rc.Database(url)
-        self.database.migrate()
         self.store = rc.Store(self.database)
         if nodes:
             fill_nodes(self.store, nodes)
         self.port = free_port()
         self.log = open(lab.folder / "serve.log", "a")  # noqa: SIM115 - closed with the server
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "releasectl.py"), "--db", url, "serve"], stderr=self.log,
+            [sys.executable, str(program / "releasectl.py"), "--db", url, "serve"], stderr=self.log,
             env=lab.environment(HTTP_ADDR=f"127.0.0.1:{self.port}", RELEASE_EXECUTOR_ENABLED=str(int(executor)),
                                 **settings))
         give_up_at = time.monotonic() + 30
@@ -218,6 +224,15 @@ class Lab:
                 self._agents.close()
             self._agents = Agents(self.certs, count, self.processes)
         return self._agents
+
+    def program(self, commit: str) -> Path:
+        """Return a folder with the program as it was at a commit."""
+        folder = self.folder / "beside"
+        folder.mkdir(exist_ok=True)
+        for name in ("releasectl.py", "schema.sql"):
+            (folder / name).write_bytes(subprocess.run(["git", "show", f"{commit}:{name}"], cwd=ROOT, check=True,
+                                                       capture_output=True).stdout)
+        return folder
 
     def sqlite_url(self) -> str:
         return f"sqlite:///{self.folder}/bench-{next(self._numbers)}.db"
@@ -431,11 +446,11 @@ def turn_of_script(lab: Lab, name: str, count: int) -> Turn:
     return turn._replace(seconds=seconds)
 
 
-def turn_of_releasectl(lab: Lab, url: str, count: int, among: int = 0) -> Turn:
+def turn_of_releasectl(lab: Lab, url: str, count: int, among: int = 0, program: Path = ROOT) -> Turn:
     """From POST to success, with serve running; among: how many agents there are, the same for all of a goal."""
     agents = lab.agents(max(count, among))
     agents.reset(0)
-    server = Server(lab, url, agents.addresses[:count])
+    server = Server(lab, url, agents.addresses[:count], program=program)
     try:
         usage = Usage(agents, server.process.pid)
         release_id = server.call("POST", "/api/v1/releases", {"reason": "bench"})["releaseId"]
@@ -909,14 +924,7 @@ def turn_of_scans(lab: Lab, program: Path, url: str) -> Turn:
 
 def goal_queue(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     """A scan for work with 50 queued releases of 10,000 nodes each"""
-    programs = {"": ROOT}
-    if options.beside:
-        programs[options.beside] = lab.folder / "beside"
-        programs[options.beside].mkdir()
-        for name in ("releasectl.py", "schema.sql"):
-            text = subprocess.run(["git", "show", f"{options.beside}:{name}"], cwd=ROOT, check=True,
-                                  capture_output=True).stdout
-            (programs[options.beside] / name).write_bytes(text)
+    programs = {"": ROOT, **({options.beside: lab.program(options.beside)} if options.beside else {})}
     engines: dict[str, Callable[[], str]] = {"SQLite": lab.sqlite_url, "PostgreSQL": lab.postgres_url}
     for engine, queue_name in [(engine, name) for engine in engines for name in QUEUES]:
         if engine == "PostgreSQL" and not lab.postgres_url():
@@ -957,6 +965,67 @@ def queue_rows(lab: Lab, options: argparse.Namespace, queue_name: str, what: str
               note=f"{median(turns[' empty']):.2f} s with an empty database")
 
 
+# So many times the CPU of the commit before is too much of a change.
+WORST_CHANGE = 1.25
+
+
+def turn_of_create(lab: Lab, program: Path, nodes: int) -> Turn:
+    """Ten plans of a release for so many nodes, and one release."""
+    url, agents = lab.sqlite_url(), lab.agents(lab.processes)
+    server = Server(lab, url, [f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}" for n in range(nodes)], executor=False,
+                    program=program)
+    try:
+        usage = Usage(agents, server.process.pid)
+        for dry_run in [True] * 10 + [False]:
+            server.call("POST", "/api/v1/releases", {"reason": "bench", "dryRun": dry_run})
+        return usage.turn()
+    finally:
+        server.close()
+        drop(url)
+
+
+def turn_of_ticks(lab: Lab, program: Path, url: str) -> Turn:
+    """Five ticks with nothing to do."""
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    for _ in range(5):
+        seconds_of([sys.executable, str(program / "releasectl.py"), "--db", url, "run-once"], lab.environment())
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Turn(time.monotonic() - started,
+                used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def goal_change(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """CPU of a release, of create, and of ticks, beside the commit that --beside names"""
+    if not options.beside:
+        print("  left out: it needs --beside COMMIT", file=sys.stderr)
+        return
+    programs = {"now": ROOT, options.beside: lab.program(options.beside)}
+    urls = {name: lab.sqlite_url() for name in programs}
+    for name, program in programs.items():
+        subprocess.run([sys.executable, str(program / "releasectl.py"), "--db", urls[name], "migrate"], check=True,
+                       env=lab.environment(), stdout=subprocess.DEVNULL)
+    kinds: dict[str, Callable[[str, Path], Turn]] = {
+        f"a release to {options.nodes} nodes": lambda _, program: turn_of_releasectl(
+            lab, lab.sqlite_url(), options.nodes, program=program),
+        f"plans and create for {10 * options.nodes} nodes": lambda _, program: turn_of_create(
+            lab, program, 10 * options.nodes),
+        "5 ticks with nothing to do": lambda name, program: turn_of_ticks(lab, program, urls[name])}
+    for what, run in kinds.items():
+        contenders: dict[str, Callable[[], Turn]] = {
+            name: lambda name=name, program=program, run=run: run(name, program)  # type: ignore[misc]
+            for name, program in programs.items()}
+        # the least of its turns: what others do on this machine only adds; what looks slow gets more turns for that
+        now_s = then_s = math.inf
+        for _ in range(3):
+            turns = take_turns(options.runs, contenders)
+            now_s, then_s = (min(best_s, *(turn.cpu_s for turn in taken))
+                             for best_s, taken in zip((now_s, then_s), turns.values()))
+            if now_s <= WORST_CHANGE * then_s:
+                break
+        yield Row("change", f"{what}: CPU now / {options.beside}", now_s / then_s, "x", WORST_CHANGE,
+                  f"{now_s:.2f} s, {then_s:.2f} s")
+
+
 def later_s(turns: Sequence[Turn]) -> float:
     return statistics.median(turn.extra["later_s"] for turn in turns)
 
@@ -977,7 +1046,7 @@ def goal_postgres(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 GOALS: dict[str, Callable[[Lab, argparse.Namespace], Iterator[Row]]] = {
     "makespan": goal_makespan, "batches": goal_batches, "postgres": goal_postgres, "scale": goal_scale,
     "api": goal_api, "idle": goal_idle, "start": goal_start, "history": goal_history, "fleet": goal_fleet,
-    "queue": goal_queue}
+    "queue": goal_queue, "change": goal_change}
 
 
 def _has(module: str) -> bool:
@@ -1016,7 +1085,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1000, help="the small release; the large has ten times as many")
     parser.add_argument("--agent-processes", type=int, default=2, help="the agents are spread over so many (2)")
     parser.add_argument("--idle-s", type=float, default=30.0, help="how long an idle serve is watched (30)")
-    parser.add_argument("--beside", metavar="COMMIT", default="", help="queue: compare with releasectl.py of a commit")
+    parser.add_argument("--beside", metavar="COMMIT", default="",
+                        help="queue, change: compare with releasectl.py of a commit")
     parser.add_argument("--json", metavar="FILE", help="write machine and rows into a file too")
     options = parser.parse_args()
     unknown = [name for name in options.goals if name not in GOALS]
