@@ -526,6 +526,16 @@ def in_words(items: Sequence[T], most: int = 20, between: str = ", ", text: Call
     return between.join(map(text, items[:most])) + more
 
 
+# Keys of the API that a sentence names with the option that says the same: overNewer (--over-newer).
+_KEY_AND_OPTION = re.compile(r"\b(?:acceptFailures|duringFreeze|emergency|overNewer|supersede|toRelease) "
+                             r"\(((?:--|releasectl )[^()]*)\)")
+
+
+def with_options(text: str) -> str:
+    """Return a sentence for the command line, with options alone where it names keys of the API beside them."""
+    return _KEY_AND_OPTION.sub(r"\1", text)
+
+
 def in_order_of_numbers(text: str) -> list[Any]:
     """Return a key by which edge-2 comes before edge-10."""
     return [int(part) if number % 2 else part for number, part in enumerate(re.split("([0-9]+)", text))]
@@ -2150,7 +2160,7 @@ def has_labels(values: Mapping[str, str], wanted: LabelChoice) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """A row of release_tasks, with two numbers that are computed from its nodes."""
+    """A row of release_tasks, with two numbers that are computed from its nodes, and its rollback."""
     id: int
     type: str
     target: str
@@ -2200,6 +2210,14 @@ class Release:
     approval: str = ""
     approved_by: str = ""
     approved_at: str | None = None
+    # The release that rolls it back, and its status: of several the one that is open, else one that did, else the last.
+    rollback_id: int | None = None
+    rollback_status: str = ""
+
+    @property
+    def rolled_back_by(self) -> int | None:
+        """Return the release that rolls it back or did; None for none, or where that failed or was cancelled."""
+        return None if self.rollback_status in (FAILED, CANCELLED) else self.rollback_id
 
     @property
     def awaits_approval(self) -> bool:
@@ -3442,7 +3460,7 @@ class Plan(NamedTuple):
     def max_silent(self) -> int | None:
         """Return how many agents may not answer the preflight, None where they are not asked."""
         total = sum(map(len, self.batches))
-        return resolve_share(self.strategy.silent_share, total) if self.strategy.preflight else None
+        return _may_fail(self.strategy.silent_share, total) if self.strategy.preflight else None
 
     def __str__(self) -> str:
         """Return the plan as a line for the event."""
@@ -3525,11 +3543,16 @@ def make_plan(strategy: Strategy, nodes: Sequence[Node], left_out: Sequence[Left
     if beyond:
         raise AppError(INVALID, f"strategy: pauseAfter names batch {beyond[0]}, and there are {len(batches)}: name one "
                                 f"of these, or {EACH}")
-    total = None if strategy.max_failed_total is None else resolve_share(strategy.max_failed_total, len(nodes))
-    limits = [resolve_share(strategy.max_failed, len(batch)) + len(tolerated.intersection(batch))
-              for batch in batches]
+    total = None if strategy.max_failed_total is None else \
+        _may_fail(strategy.max_failed_total, len(nodes), len(tolerated))
+    limits = [_may_fail(strategy.max_failed, len(batch), len(tolerated.intersection(batch))) for batch in batches]
     return Plan(strategy, batches, limits, total, list(left_out), tolerated=tolerated, groups=groups,
                 warnings=warnings)
+
+
+def _may_fail(share: int | str, nodes: int, tolerated: int = 0) -> int:
+    """Return how many of some nodes may fail: as many as a limit lets and those that it does not count, at most all."""
+    return min(nodes, resolve_share(share, nodes) + tolerated)
 
 
 def _large_last_batch(strategy: Strategy, batches: Sequence[tuple[str, Sequence[int]]]) -> list[str]:
@@ -3981,18 +4004,34 @@ def _count_labels(labels: Mapping[str, int], wanted: Set[_Label]) -> Mapping[_La
     return found
 
 
+# A label that all nodes of a group share is told where chance does that more rarely.
+MAX_CHANCE = 0.05
+
+
+def _chance_of_all(size: int, having: int, total: int) -> float:
+    """Return how probable it is that so many nodes, picked at random of a total, all have what some of these have."""
+    chance = 1.0
+    for picked in range(size):
+        chance *= max(0, having - picked) / max(1, total - picked)
+        if chance <= MAX_CHANCE:
+            break
+    return chance
+
+
 def _shared_label(size: int, common: Mapping[_Label, int], having: Mapping[_Label, int],
                   total: int) -> SharedLabel | None:
     """Return the label that most of a group of some size share, and not by chance.
 
     Of 40 nodes 8 are in pop=gru: of a group of 12 there are 2.4 by chance, give or take 1.4 (the standard deviation).
-    9 of 12 are far more. Where 3 in 4 of all nodes are in pop=gru, 9 of 12 say nothing.
+    9 of 12 are far more. Where 3 in 4 of all nodes are in pop=gru, 9 of 12 say nothing. A group may be too small for
+    that: where 4 of 12 are in pop=gru, 3 of 3 are there by chance in 1 of 55 cases.
     """
     shared = []
     for (key, value), number in common.items():
         share = having[key, value] / total if total else 1.0
         beyond = number - size * share
-        if beyond > 0 and beyond**2 >= 9 * size * share * (1 - share):
+        is_whole = number == size and _chance_of_all(size, having[key, value], total) <= MAX_CHANCE
+        if beyond > 0 and (is_whole or beyond**2 >= 9 * size * share * (1 - share)):
             shared.append((-beyond, key, str(value), number))
     return SharedLabel(*min(shared)[1:]) if shared else None
 
@@ -4463,13 +4502,18 @@ def approval_mend(release_id: int, author: str) -> str:
 ROLLS_BACK = re.compile(r"release [0-9]+ rolls it back( once the freeze is lifted)?")
 
 
-def with_rollback(reason: str, release_id: int, status: str) -> str:
-    """Return the status_reason of a release with how its rollback, which has an id and a status, stands now."""
-    waits = f"release {release_id} is to roll it back and waits: releasectl why {release_id}"
-    was_to = f"was to be rolled back by release {release_id}, which"
-    text = {PENDING: waits, PAUSED: waits, CANCELLED: f"{was_to} was cancelled", FAILED: f"{was_to} failed"}.get(
-        status, f"release {release_id} rolls it back")
-    return ROLLS_BACK.sub(text, reason, 1) if ROLLS_BACK.search(reason) else "; ".join(filter(None, (reason, text)))
+def as_read(release: Release) -> Release:
+    """Return a release that has ended with how its rollback stands now, if it has one, in its status_reason."""
+    if release.rollback_id is None or not release.is_terminal:
+        return release
+    by = f"release {release.rollback_id}"
+    waits, did = f"{by} is to roll it back and waits: releasectl why {release.rollback_id}", f"rolled back by {by}"
+    text = {PENDING: waits, PAUSED: waits, SUCCESS: did, PARTIAL: f"{did}, which ended partial",
+            FAILED: f"was to be {did}, which failed", CANCELLED: f"was to be {did}, which was cancelled"}.get(
+        release.rollback_status, f"{by} rolls it back")
+    reason = release.status_reason or release.error_msg
+    return dataclasses.replace(release, status_reason=ROLLS_BACK.sub(text, reason, 1) if ROLLS_BACK.search(
+        reason) else "; ".join(filter(None, (reason, text))))
 
 
 NO_NODES = "the release has no nodes"
@@ -5462,7 +5506,7 @@ def check_approval(release: Release, identity: str, is_emergency: bool) -> None:
             f": {release.approved_by} {how} at {release.approved_at}" if how else ""))
     if is_emergency:
         return
-    how = "in an emergency it goes without: emergency and a reason (--emergency --reason TEXT)"
+    how = "in an emergency it goes without: emergency (--emergency --reason TEXT)"
     if release.author == ANONYMOUS:
         raise AppError(NOT_ALLOWED, f"release {release.id} was made through an API where nobody signs in, perhaps by "
                                     f"you: set API_TOKENS_FILE, and make it again; {how}")
@@ -5618,8 +5662,8 @@ def waiting_reasons(candidates: Iterable[Candidate], now: str, freezes: Freezes,
 
 # States of a step: done or at work; nothing moves until somebody acts; it goes on by itself.
 OK, STOPS, WAITS = STEP_STATES = ("ok", "stops", "waits")
-# The one step of a release that has ended.
-ENDED = "end"
+# Steps of a release that has ended: that, and beside what makes up for it the way back.
+ENDED, BACK = "end", "rollback"
 # Nodes, or releases, that a sentence names.
 MAX_NAMED = 3
 
@@ -6030,6 +6074,13 @@ class Problem(NamedTuple):
     # Time, None where it is not known.
     since: str | None = None
     release_id: int | None = None
+    # As in Unmended.
+    rollback: str = ""
+
+    @property
+    def mends(self) -> str:
+        """Return the mend, and the way back beside it."""
+        return " or ".join(filter(None, (self.mend, self.rollback)))
 
     @property
     def severity(self) -> str:
@@ -6103,6 +6154,8 @@ class Unmended(NamedTuple):
     mend: str
     # Why a retry of all its nodes is refused, "" where it is not.
     refused: str = ""
+    # The command that rolls it back, "" where that can't be, or is the mend.
+    rollback: str = ""
 
 
 class OverviewFacts(NamedTuple):
@@ -6202,11 +6255,11 @@ def _executor_problems(facts: OverviewFacts) -> Iterator[Problem]:
 
 
 def _release_problems(facts: OverviewFacts) -> Iterator[Problem]:
-    for release, mend, refused in facts.failures:
+    for release, mend, refused, rollback in facts.failures:
         why = release.status_reason or release.error_msg
         text = f"{release} of {release.target} ended {release.status}" + (f": {why}" if why else "") + (
             f"; a retry of all its nodes is refused: {refused}" if refused else "")
-        yield Problem(release.status, text, mend, release.finished_at, release.id)
+        yield Problem(release.status, text, mend, release.finished_at, release.id, rollback)
     for release in facts.active:
         if release.status == PAUSED:
             yield Problem("paused", f"{release} waits for a person: {release.status_reason or 'paused'}",
@@ -8157,6 +8210,10 @@ class Nodes:
 #   texts, Decision, Verbs, Database, Database state, Audit, Nodes.
 # ======================================================================================
 
+_ROLLBACK = f"""FROM release_tasks b WHERE b.rollback_of = r.id
+         ORDER BY CASE WHEN b.status IN {OPEN_RELEASES} THEN 0
+                       WHEN b.status IN ('success', 'partial') THEN 1 ELSE 2 END, b.id DESC
+         LIMIT 1"""
 # Fields of Release that are computed; each other one is a column of its row r. The index release_task_nodes_by_status
 # serves each status by itself: its lowest batch is the first entry, while IN would read all of them.
 _COMPUTED_OF_RELEASE = {
@@ -8167,7 +8224,9 @@ _COMPUTED_OF_RELEASE = {
          SELECT MIN(n.batch) AS batch FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'pending'
          UNION ALL
          SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'running') w),
-        (SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'failed'), 0)"""}
+        (SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'failed'), 0)""",
+    # the index release_tasks_by_rollback_of
+    "rollback_id": f"(SELECT b.id {_ROLLBACK})", "rollback_status": f"COALESCE((SELECT b.status {_ROLLBACK}), '')"}
 _RELEASE_FIELDS = [field.name for field in dataclasses.fields(Release)]
 RELEASE_COLUMNS = ", ".join(_COMPUTED_OF_RELEASE.get(name, f"r.{name}") for name in _RELEASE_FIELDS)
 
@@ -8696,7 +8755,7 @@ class Queue:
 # ======================================================================================
 # Retry and rollback: what a new release brings back to whom (contract 3, rule 10).
 # Uses: Vocabulary, Helpers, Payloads, Model, Freezes, Strategy, Selection, Plan,
-#   Failures, Status texts, Verbs, Database, Audit, Nodes, Queue.
+#   Failures, Verbs, Database, Audit, Nodes, Queue.
 # ======================================================================================
 
 class Again(NamedTuple):
@@ -8770,21 +8829,6 @@ class Sequel(NamedTuple):
     request: ReleaseRequest
     plan: Plan
     nodes: Sequence[Node]
-
-
-def newest_rollback(tx: Transaction, release: Release) -> tuple[int, str] | None:
-    """Return id and status of the rollback of a release: of several the one that is open, else the last."""
-    # the index release_tasks_by_rollback_of
-    found = tx.row(f"SELECT id, status FROM release_tasks WHERE rollback_of = ? "
-                   f"ORDER BY CASE WHEN status IN {OPEN_RELEASES} THEN 0 ELSE 1 END, id DESC LIMIT 1", release.id)
-    return (found[0], found[1]) if found else None
-
-
-def as_read(tx: Transaction, release: Release) -> Release:
-    """Return a release whose status_reason tells how the rollback stands that was made when it ended."""
-    found = newest_rollback(tx, release) if ROLLS_BACK.search(release.status_reason) else None
-    return dataclasses.replace(release, status_reason=with_rollback(release.status_reason, *found)) if found \
-        else release
 
 
 def rollback_text(release_id: int, left_out: Sequence[LeftOut], freeze: Freeze) -> str:
@@ -8901,7 +8945,7 @@ def payload_again(release: Release, nodes: Sequence[Node]) -> dict[str, Any]:
 
 
 def _another_payload(old: Release) -> str:
-    return f"create a release that is good, or name one (toRelease): releasectl rollback {old.id} --to ID"
+    return f"create a release that is good, or name one: toRelease (releasectl rollback {old.id} --to ID)"
 
 
 def selection_again(release: Release) -> Mapping[str, Any]:
@@ -8962,20 +9006,21 @@ def queue_effect(tx: Transaction, request: ReleaseRequest) -> tuple[list[Superse
     """
     approval = approval_for(tx, request)
     if request.supersede and approval == WANTED:
-        raise AppError(WRONG_STATE, "what needs an approval cancels no other release before it has one: leave "
-                                    "supersede (--supersede, --now) out and cancel those yourself, or take emergency "
-                                    "and a reason (--emergency --reason TEXT)")
+        same = "--supersede" if request.rollback_of is None else "--now"
+        raise AppError(WRONG_STATE, "what needs an approval cancels no other release before it has one: leave out "
+                                    f"supersede ({same}) and cancel those yourself, or take emergency (--emergency "
+                                    "--reason TEXT)")
     others = sorted((c for c in read_candidates(tx) if c.target == request.target), key=lambda c: c.version)
     unstarted = [Superseded(c.id, c.version) for c in others if c.status in (PENDING, PAUSED) and not c.has_started]
     superseded = unstarted if request.supersede else []
     warnings = [f"waits for release {c.id} (v{c.version}), {state_of(c)}: releasectl cancel {c.id}" for c in others
                 if c.has_started and (request.supersede or request.rollback_of is not None)]
     if request.rollback_of is not None and not request.supersede and not request.goes_first and unstarted:
-        warnings.append(f"goes behind {in_words(unstarted, 1)}: --now (supersede) cancels "
+        warnings.append(f"goes behind {in_words(unstarted, 1)}: supersede (--now) cancels "
                         f"{'it' if len(unstarted) == 1 else 'them'} and goes first")
     freeze = read_freezes(tx).of(request)
     if request.rollback_of is not None and freeze.frozen:
-        warnings.append(f"{freeze.line()}: it waits; --during-freeze (duringFreeze) goes out all the same")
+        warnings.append(f"{freeze.line()}: it waits; duringFreeze (--during-freeze) goes out all the same")
     for release_id, of_id in tx.rows(f"SELECT id, rollback_of FROM release_tasks WHERE rollback_of IS NOT NULL "
                                      f"AND status IN {OPEN_RELEASES} ORDER BY id"):
         if any(one.release_id == release_id for one in superseded):
@@ -9035,13 +9080,13 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
     if to_release is not None:
         good = find_release(tx, to_release)
         if good is None or good.target != old.target:
-            raise AppError(INVALID, f"toRelease {to_release} is no release of target {old.target}")
+            raise AppError(INVALID, f"toRelease (--to): there is no release {to_release} of target {old.target}")
         if stored_digest(tx, good.id) == unwanted:
             raise AppError(WRONG_STATE, f"release {to_release} has the same payload as release {old.id}: "
-                                        "nothing would change")
+                                        "it changes nothing")
         return good
     bad = rolled_back(tx, old.target)
-    missing, votes = set(node_ids), collections.Counter[str]()
+    missing, votes, no_good = set(node_ids), collections.Counter[str](), list[str]()
     newest: dict[str, tuple[int, int]] = {}
     for release_id, version in tx.rows("""
             SELECT id, version
@@ -9054,11 +9099,17 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
             votes[digest] += len(found)
             newest.setdefault(digest, (version, release_id))
             missing -= found
+        elif found:
+            what = "the same payload" if digest == unwanted else "rolled back"
+            no_good.append(f"release {release_id} (v{version}, {what})")
         if not missing:
             break
     if not votes:
-        raise NotAgain(f"nothing to roll back to: no release of target {old.target} before {old.id} succeeded on its "
-                       "nodes with another payload", _another_payload(old))
+        why = f"no release of target {old.target} before {old.id} succeeded on any of its nodes"
+        if no_good:
+            why = f"before release {old.id} its nodes had nothing of target {old.target} but " + in_words(
+                no_good, 2, " and ")
+        raise NotAgain(f"nothing to roll back to: {why}", _another_payload(old))
     return read_release(tx, newest[max(votes, key=lambda digest: (votes[digest], newest[digest]))][1])
 
 
@@ -9859,7 +9910,7 @@ class Releases:
         approval = approval_for(tx, request)
         if approval == WANTED:
             warnings.append("waits for approval by somebody else than its author; in an emergency it goes without: "
-                            "--emergency (emergency)")
+                            "emergency (--emergency)")
         elif approval == EMERGENCY:
             warnings.append("emergency: it goes without an approval, and everybody is told so")
         return plan._replace(version=version, names={node.id: node.name for node in nodes}, approval=approval,
@@ -10114,7 +10165,7 @@ class Releases:
         shown = []
         for release in releases:
             reason = true_reason(release, executors, now_s, self._state.write_error)
-            shown.append(as_read(tx, release) if reason == release.status_reason
+            shown.append(as_read(release) if reason == release.status_reason
                          else dataclasses.replace(release, status_reason=reason))
         return shown
 
@@ -10246,7 +10297,7 @@ class Releases:
         try:
             planned = automatic_rollback(tx, release)
         except NotAgain as error:
-            return None, f"not rolled back, as {error.cause}", error.mend
+            return None, f"not rolled back, as {error.cause}", with_options(error.mend)
         except AppError as error:
             return None, f"not rolled back, as {error.message}", f"mend that, then: releasectl rollback {release.id}"
         release_id = tx.value(self._database.engine.take_release_id_sql)
@@ -10613,9 +10664,8 @@ class Outbox:
 # region Claims
 # ======================================================================================
 # Claims: claim, lease, fence, commit.
-# Uses: Vocabulary, Helpers, Payloads, Model, Freezes, Plan, Decision, Why, Database,
-#   Database state, Audit, Nodes, Queue, Retry and rollback, Drift, Approvals,
-#   Releases.
+# Uses: Vocabulary, Helpers, Payloads, Model, Freezes, Plan, Status texts, Decision,
+#   Why, Database, Database state, Audit, Nodes, Queue, Drift, Approvals, Releases.
 # ======================================================================================
 
 class DispatchBlockers(NamedTuple):
@@ -10844,7 +10894,7 @@ class Claims:
         node_deadline_s: NODE_DEADLINE_SEC, for a strategy without its own.
         """
         with self._database.transaction() as tx:
-            release = None if release_id is None else as_read(tx, read_release(tx, release_id))
+            release = None if release_id is None else as_read(read_release(tx, release_id))
             facts = Facts(release, (), NO_FREEZES, self._state.moment(), epoch_of(tx.now()),
                           database_error=self._state.write_error)
             if release is None or not release.is_terminal:
@@ -11173,12 +11223,9 @@ class OverviewReader:
                 JOIN release_tasks q ON q.id = s.release_task_id
                 WHERE s.node_id = n.node_id AND s.status = 'success' AND q.target = ? AND q.version > ?)
             ORDER BY h.id""", release.id, release.target, release.version)
-        rollback = newest_rollback(tx, release)
-        if rollback:
-            release = dataclasses.replace(release, status_reason=with_rollback(
-                release.status_reason or release.error_msg, *rollback))
-            if rollback[1] not in TERMINAL:
-                return Unmended(release, f"releasectl why {rollback[0]}", "")
+        release, rollback = as_read(release), release.rollback_id
+        if rollback and release.rollback_status not in TERMINAL:
+            return Unmended(release, f"releasectl why {rollback}", "")
         online = [(node_id, name) for node_id, name, status in rows if status == "online"]
         # a retry meets the same certificate: `check` names it, or has none to name any more
         by_tls = tx.row("SELECT MIN(error_kind), MAX(error_kind) FROM release_task_nodes "
@@ -11192,13 +11239,24 @@ class OverviewReader:
             try:
                 plan_again(tx, verb, release.id, wish)
                 first = "releasectl check; " if by_tls and verb == "retry" else ""
-                return Unmended(release, f"{first}releasectl {verb} {release.id}{words} --plan", refused)
+                return Unmended(release, f"{first}releasectl {verb} {release.id}{words} --plan", refused,
+                                OverviewReader._way_back(tx, release) if verb == "retry" else "")
             except AppError as error:
                 refused = refused or (error.message if verb == "retry" else "")
         if rows and not online:
             away = shlex.quote(rows[0][1])
-            return Unmended(release, f"releasectl node set {away} --status online", refused)
+            return Unmended(release, f"releasectl node set {away} --status online", refused,
+                            OverviewReader._way_back(tx, release))
         return Unmended(release, f"releasectl create --target {shlex.quote(release.target)} --payload FILE", refused)
+
+    @staticmethod
+    def _way_back(tx: Transaction, release: Release) -> str:
+        """Return the command that shows how a release is rolled back, "" where it can't be."""
+        try:
+            plan_again(tx, "rollback", release.id, Again())
+        except AppError:
+            return ""
+        return f"releasectl rollback {release.id} --plan"
 
 
 class Store:
@@ -11243,7 +11301,8 @@ class Store:
             beside = [step for step in why.steps if step.state != OK]
             why = self.claims.why(failure.release.id, node_deadline_s)
         [end] = why.steps
-        return why._replace(steps=[end._replace(mend=failure.mend), *beside])
+        back = [Step(BACK, OK, "it can be rolled back", failure.rollback)] if failure.rollback else []
+        return why._replace(steps=[end._replace(mend=failure.mend), *back, *beside])
 
     def written(self, nodes: Sequence[Node]) -> list[ListedNode]:
         """Return nodes that were just written, with what they run and should run: "unknown" where it can't be read.
@@ -13890,7 +13949,12 @@ _CHINESE_FORMS = (
     (r"(\d+) nodes? succeeded", "{1} 个节点成功"),
     (r"(\d+) of (\d+) nodes updated", "{2} 个节点中已更新 {1} 个"),
     (r"not rolled back, as it was cancelled: (once it has ended, )?(releasectl .*)", "因已取消而未回滚：{2}"),
-    (r"release (\d+) rolls it back", "由发布 {1} 回滚"),
+    (r"release (\d+) rolls it back", "由发布 {1} 回滚"), (r"rolled back by release (\d+)", "已由发布 {1} 回滚"),
+    (r"rolled back by release (\d+), which ended partial", "已由发布 {1} 回滚（部分成功）"),
+    (r"release (\d+) is to roll it back and waits: (releasectl .*)", "将由发布 {1} 回滚，正在等待：{2}"),
+    (r"was to be rolled back by release (\d+), which was cancelled", "本应由发布 {1} 回滚，但该发布已取消"),
+    (r"was to be rolled back by release (\d+), which failed", "本应由发布 {1} 回滚，但该发布失败"),
+    ("it can be rolled back", "可以回滚"),
     (r"finished with (\d+) failures? \(limit ([^)]*)\): (.*)", "结束时有 {1} 个失败（上限 {2!}）：{3}"),
     (r"(\S+) in a batch", "每批 {1}"), (r"(\S+) in all", "共 {1}"),
     (r"(\S+) in a batch, (\S+) in all", "每批 {1}，共 {2}"),
@@ -13898,7 +13962,18 @@ _CHINESE_FORMS = (
      "发布 {1}（v{2}）之后已在 {3} 上成功：重试发布 {4} 会覆盖其内容"),
     (r"release (\d+) \(v(\d+)\) succeeded later on (.*): rollback of release (\d+) would replace its payload",
      "发布 {1}（v{2}）之后已在 {3} 上成功：回滚发布 {4} 会覆盖其内容"),
-    (r"overNewer \(--over-newer\) if that is meant", "若确需如此：覆盖较新的发布（overNewer，--over-newer）"),
+    (r"(overNewer \(--over-newer\)) if that is meant", "若确需如此：{1}"),
+    (r"goes behind (.*): (supersede \(--now\)) cancels (?:it|them) and goes first",
+     "排在{1}之后：{2} 将其取消并最先执行"),
+    (r"(duringFreeze \(--during-freeze\)) goes out all the same", "{1}：照样执行"),
+    (r"create a release that is good, or name one: (toRelease .*)", "请新建一个正确的发布，或指定一个：{1}"),
+    (r"nothing to roll back to: no release of target (\S+) before (\d+) succeeded on any of its nodes",
+     "无可回滚：发布 {2} 之前，目标 {1} 没有在其节点上成功的发布"),
+    (r"nothing to roll back to: before release (\d+) its nodes had nothing of target (\S+) but (.*)",
+     "无可回滚：发布 {1} 之前，其节点上目标 {2} 只有{3!}"),
+    (r"release (\d+) \(v(\d+), rolled back\)", "发布 {1}（v{2}，已回滚）"),
+    (r"release (\d+) \(v(\d+), the same payload\)", "发布 {1}（v{2}，payload 相同）"),
+    (r"(release \d+ \([^)]*\)) and (release .*)", "{1!}和{2!}"),
     (r"stopped by node (\S+) in batch (\d+): (.*)", "因批次 {2} 的节点 {1} 而停止：{3}"),
     (r"stopped, (.*?): (.*); first node (\S+) in batch (\d+): (.*)",
      "已停止，{1!}：{2}；首个是批次 {4} 的节点 {3}：{5}"),
@@ -13980,7 +14055,6 @@ _CHINESE_FORMS = (
     ("disabled", "已停用"), ("offline", "离线"), ("in maintenance", "维护中"), ("excluded", "已排除"),
     (r"no online nodes.*", "没有在线节点：请添加节点，或启用节点并设为在线"),
     (r"no node matches (.*)", "没有节点符合 {1}"),
-    (r"nothing to roll back to: no earlier release of target (\S+) succeeded", "无可回滚：目标 {1} 之前没有成功的发布"),
     (r"no release of target (\S+) before release (\d+) succeeded.*", "目标 {1} 在发布 {2} 之前没有成功的发布"),
     (r"release (\d+) does not exist", "发布 {1} 不存在"), (r"node (\d+) does not exist", "节点 {1} 不存在"),
     # what `why` says beside these
@@ -13989,7 +14063,7 @@ _CHINESE_FORMS = (
     (r"waiting for approval, which nobody can give: .*",
      "等待批准，但无人能批准：创建者未登录（请设置 API_TOKENS_FILE）"),
     (r"waits for approval by somebody else than its author", "需等待创建者以外的人批准"),
-    (r"in an emergency it goes without: --emergency \(emergency\)", "紧急情况下可不经批准：--emergency (emergency)"),
+    (r"in an emergency it goes without: (emergency .*)", "紧急情况下可不经批准：{1}"),
     (r"emergency: it goes without an approval, and everybody is told so", "紧急：不经批准执行，并告知所有人"),
     (r"release (\d+) was made by (.*): somebody else must approve it", "发布 {1} 由 {2} 创建：须由其他人批准"),
     (r"approved by (.*)", "由 {1} 批准"), (r"goes without: emergency of (.*)", "紧急：{1} 未经批准启动"),
@@ -14033,8 +14107,8 @@ CHINESE_WORDS: Mapping[str, str] = {
     "ok": "正常", "stops": "停住", "waits": "等待", "WRONG": "有误",
     "database": "数据库", "freeze": "冻结", "executor": "执行器", "order": "顺序", "approval": "批准", "start": "开始",
     "pause": "暂停", "soak": "观察", "preflight": "预检", "nodes": "节点", "errors": "错误", "busy": "节点占用",
-    "slots": "名额", "end": "结束", "settings": "设置", "agents": "agent", "drift": "差异", "audit log": "审计日志",
-    "disk": "磁盘", "clock": "时钟", "notifications": "通知",
+    "slots": "名额", "rollback": "回滚", "end": "结束", "settings": "设置", "agents": "agent", "drift": "差异",
+    "audit log": "审计日志", "disk": "磁盘", "clock": "时钟", "notifications": "通知",
     "releasectl COMMAND [options]: configuration versions to nodes, batch by batch":
         "releasectl COMMAND [选项]：把配置版本分批发到节点",
     "See": "查看", "Release": "发布", "Steer": "控制", "Nodes": "节点", "Run": "运行", "Help": "帮助", "More": "其他",
@@ -14133,7 +14207,7 @@ RELEASE_SCHEMA: Mapping[str, Any] = {
     "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
     "currentBatch": _COUNT, "errorMsg": TEXT, "strategy": _OBJECT, "payloadSha256": _SHA256,
     "selection": _OBJECT, "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL, "catchUpOf": _ID_OR_NULL,
-    "goesFirst": _FLAG, "duringFreeze": _FLAG,
+    "rolledBackBy": _ID_OR_NULL, "goesFirst": _FLAG, "duringFreeze": _FLAG,
     "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME,
     "author": TEXT, "approval": _APPROVAL, "approvedBy": TEXT, "approvedAt": _TIME}
 RELEASE_NODE_SCHEMA: Mapping[str, Any] = {
@@ -14313,7 +14387,7 @@ def overview_json(overview: Overview) -> dict[str, Any]:
             "pendingReleases": facts.pending,
             "drift": {drift: found.nodes for drift, found in facts.drift.items()} or None,
             "problems": [{"kind": p.kind, "severity": p.severity, "text": p.text, "since": p.since, "mend": p.mend,
-                          "releaseId": p.release_id} for p in overview.problems]}
+                          "releaseId": p.release_id, "rollback": p.rollback} for p in overview.problems]}
 
 
 _freeze_fields = _row_json(FREEZE_SCHEMA)
@@ -14570,7 +14644,7 @@ def openapi_schemas() -> dict[str, Any]:
             "problems": _array(schema_of({
                 "kind": {"type": "string", "enum": list(PROBLEM_KINDS)},
                 "severity": {"type": "string", "enum": list(PROBLEM_SEVERITIES)}, "text": TEXT,
-                "since": _TIME, "mend": TEXT, "releaseId": _ID_OR_NULL}))}),
+                "since": _TIME, "mend": TEXT, "releaseId": _ID_OR_NULL, "rollback": TEXT}))}),
         "Status": schema_of({"status": TEXT}),
         "Null": {"type": "null"},
         "Error": schema_of({"code": {"type": "integer", "enum": sorted(ERROR_CODES)}, "message": TEXT,
@@ -17069,7 +17143,7 @@ def list_text(page: Page, display: Display) -> str:
     """Return a page of releases, and how many there are; "" for none."""
     rows, now_s = [], time.time()
     for r in page.items:
-        state = "" if r.status == SUCCESS else display.sentence(r.status_reason)
+        state = "" if r.status == SUCCESS and r.rollback_id is None else display.sentence(r.status_reason)
         rows.append((r.id, f"v{r.version}", r.target, r.status, f"{r.success_nodes}/{r.total_nodes}",
                      r.failed_nodes or "", rough_span(now_s - epoch_or(r.created_at, now_s)),
                      rough_span(epoch_or(r.finished_at, now_s) - epoch_or(r.started_at, now_s)) if r.started_at else "",
@@ -17250,7 +17324,7 @@ class Context:
         is_data: the text goes out as it is, whatever options say.
         """
         is_shown = is_data or not self.options.quiet
-        out = to_json(document) if self.options.json else text if is_data else self.display.text(text)
+        out = to_json(document) if self.options.json else text if is_data else self.display.text(with_options(text))
         if out and (self.options.json or is_shown):
             print(out, flush=True)
         return EXIT_DONE
@@ -17258,7 +17332,7 @@ class Context:
     def note(self, text: str) -> None:
         """Print beside the answer, on standard error, unless --quiet."""
         if not self.options.quiet:
-            print(self.display.sentence(text), file=sys.stderr, flush=True)
+            print(self.display.sentence(with_options(text)), file=sys.stderr, flush=True)
 
     def screen(self) -> Screen:
         """Return what shows the progress of a release on standard error."""
@@ -17494,7 +17568,7 @@ def _show_overview(context: Context) -> int:
     # a key that only the service may read is as it should be
     overview = store.overview.read([found for found in certificate_states(certificates_json(settings))
                                     if not (found.message and is_closed(keys.get(found.name, "")))])
-    problems = context.display.table([(p.severity, p.since, context.display.sentence(p.text), p.mend)
+    problems = context.display.table([(p.severity, p.since, context.display.sentence(p.text), p.mends)
                                       for p in overview.problems], ("", "since", "what", "mend"))
     context.show(overview_json(overview), "\n".join(filter(None, [context.display.sentence(overview.text), problems])))
     return EXIT_NOT_SUCCESS if context.options.health and not overview.is_well else EXIT_DONE
@@ -17523,9 +17597,10 @@ def command_why(context: Context) -> int:
                           ("", *map(display.word, ("state", "step", "what"))))
     is_over = why.release is not None and why.release.is_terminal
     mends = [step.mend for step in ([stopped_by] if stopped_by and not is_over else why.steps)
-             if step.mend and (step.state != OK or step.name == ENDED)]
+             if step.mend and (step.state != OK or step.name in (ENDED, BACK))]
     # of what goes on by itself too: there it is a way to have it sooner
-    mend = [display.said(f"mend: {mends[0]}")] if mends else []
+    back = [f"; or {step.mend}" for step in why.steps if step.name == BACK]
+    mend = [display.said(f"mend: {''.join([mends[0], *back])}")] if mends else []
     context.show(why_json(why), "\n".join([display.said(why.line), steps, *mend]))
     return EXIT_NOT_SUCCESS if stopped_by and why.release else EXIT_DONE
 
@@ -19112,7 +19187,8 @@ def _main(words: Sequence[str]) -> int:
             code: int = options.run(context)
         return code or (EXIT_UNAVAILABLE if _only_reads(options) and _lost(sys.stdout) else EXIT_DONE)
     except AppError as error:
-        print(f"{'<3>' if is_journal() else ''}releasectl: {one_line(error.message, 500)}", file=sys.stderr)
+        print(f"{'<3>' if is_journal() else ''}releasectl: {one_line(with_options(error.message), 500)}",
+              file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -71,6 +71,9 @@ def test_a_line_of_a_group_says_how_many_where_what_and_who():
     ("gru " * 9 + "fra " * 3, {"gru": 9, "fra": 31}, ("pop", "gru", 9)),
     ("gru " * 9 + "fra " * 3, {"gru": 13, "fra": 27}, ("pop", "gru", 9)),
     ("gru gru", {"gru": 2, "fra": 38}, ("pop", "gru", 2)),
+    ("gru gru gru", {"gru": 4, "fra": 4, "iad": 4}, ("pop", "gru", 3)),  # few, and chance does that in 1 of 55 cases
+    ("gru gru gru", {"gru": 3, "fra": 3}, ("pop", "gru", 3)),            # in 1 of 20
+    ("gru gru gru", {"gru": 6, "fra": 6}, None),                         # in 1 of 11
     ("gru " * 12, {"gru": 12}, None),                   # all nodes have it
     ("gru " * 9 + "fra " * 3, {"gru": 30, "fra": 10}, None),  # so have three in four
     ("gru gru", {"gru": 20, "fra": 20}, None),          # a coin falls so too

@@ -93,6 +93,42 @@ def test_section_7_a_release_that_fails_is_rolled_back_in_the_transaction_of_its
     assert store.audit.verify().faults == []
 
 
+ROLLBACK_IS = {
+    "pending": "release 3 is to roll it back and waits: releasectl why 3", "running": "release 3 rolls it back",
+    "success": "rolled back by release 3", "partial": "rolled back by release 3, which ended partial",
+    "failed": "was to be rolled back by release 3, which failed",
+    "cancelled": "was to be rolled back by release 3, which was cancelled"}
+
+
+@pytest.mark.parametrize("status", ROLLBACK_IS)
+def test_rule_10_a_release_that_a_person_rolled_back_says_so_however_that_stands(store, status):
+    add_nodes(store, 2)
+    good(store, "A")
+    bad = good(store, "B")
+    sql(store, "UPDATE release_tasks SET status_reason = '2 nodes succeeded' WHERE id = ?", bad.id)
+    store.releases.rollback(bad.id, "anna")
+    sql(store, "UPDATE release_tasks SET status = ? WHERE id = 3", status)
+    said = f"2 nodes succeeded; {ROLLBACK_IS[status]}"
+    listed = next(one for one in store.releases.page().items if one.id == bad.id)
+    assert [one.status_reason for one in (store.releases.as_shown(store.releases.get(bad.id)), listed)] == [said, said]
+    assert store.claims.why(bad.id, 600.0).text == f"it has ended: success, {said}"
+    shown = rc.release_json(listed)
+    assert shown["rolledBackBy"] == (None if status in ("failed", "cancelled") else 3)
+    assert rc.release_json(store.releases.get(1))["rolledBackBy"] is None
+    assert "\u4e00" <= rc.in_chinese(ROLLBACK_IS[status])[0] <= "\u9fff"
+
+
+def test_rule_10_of_several_rollbacks_the_open_one_is_told_then_one_that_did_it(store):
+    add_nodes(store, 2)
+    good(store, "A")
+    bad = good(store, "B")
+    for expected, status in ((3, "success"), (4, "failed")):
+        assert store.releases.rollback(bad.id, "anna", rc.Again(over_newer=True)).release.id == expected
+        assert store.releases.get(bad.id).rolled_back_by == expected
+        sql(store, "UPDATE release_tasks SET status = ? WHERE id = ?", status, expected)
+    assert (store.releases.get(bad.id).rolled_back_by, store.releases.get(bad.id).rollback_status) == (3, "success")
+
+
 def test_section_7_a_rollback_never_rolls_back(store):
     bad = gone_bad(store)
     [back] = rollbacks_of(store, bad)
@@ -204,9 +240,9 @@ def test_rule_10_without_something_to_go_back_to_it_ends_and_says_why_and_what_t
     add_nodes(store, 2)
     bad = run(store, new_release(store, payload={"content": "B"}, strategy=BACK).id, 1)
     assert (bad.status, rollbacks_of(store, bad)) == ("failed", [])
-    told = ("not rolled back, as nothing to roll back to: no release of target cdn before 1 succeeded on its nodes "
-            "with another payload")
-    mend = "create a release that is good, or name one (toRelease): releasectl rollback 1 --to ID"
+    told = ("not rolled back, as nothing to roll back to: no release of target cdn before 1 succeeded on any of "
+            "its nodes")
+    mend = "create a release that is good, or name one: releasectl rollback 1 --to ID"
     assert bad.status_reason.startswith("stopped by node edge-1 in batch 1: no disk space; not rolled back, as nothing")
     assert bad.status_reason.endswith(f"; {mend}")
     assert len(bad.status_reason) <= 255
@@ -229,7 +265,7 @@ def test_rule_10_a_payload_that_can_not_be_brought_back_is_mended_by_another(sto
     cycle(store, claim, (1,))
     text = store.releases.get(bad.id).status_reason
     assert "; not rolled back, as the payload of release 1 " in text
-    assert text.endswith("; create a release that is good, or name one (toRelease): releasectl rollback 2 --to ID")
+    assert text.endswith("; create a release that is good, or name one: releasectl rollback 2 --to ID")
 
 
 def test_what_a_person_should_do_is_never_cut():
@@ -417,9 +453,9 @@ def test_section_7_the_plan_of_a_rollback_says_what_would_hold_it_and_what_goes_
     bad = gone_bad(store)
     store.database.approvals = True
     store.releases.set_freeze(True, "anna", "holidays", "cdn")
-    frozen = "cdn is frozen by anna: holidays: it waits; --during-freeze (duringFreeze) goes out all the same"
-    unapproved = ("waits for approval by somebody else than its author; in an emergency it goes without: --emergency "
-                  "(emergency)")
+    frozen = "cdn is frozen by anna: holidays: it waits; duringFreeze (--during-freeze) goes out all the same"
+    unapproved = ("waits for approval by somebody else than its author; in an emergency it goes without: emergency "
+                  "(--emergency)")
     without = "emergency: it goes without an approval, and everybody is told so"
 
     [back] = rollbacks_of(store, bad)
@@ -509,7 +545,7 @@ def test_section_7_an_emergency_rollback_goes_first_and_does_not_wait_behind_wha
     other = new_release(store, target="dns", payload={"content": "X"})
     plain = store.releases.plan_again("rollback", bad.id)
     assert plain.superseded == []
-    assert plain.warnings == [f"goes behind release {queued[0].id} (v3) and 1 more: --now (supersede) cancels them and "
+    assert plain.warnings == [f"goes behind release {queued[0].id} (v3) and 1 more: supersede (--now) cancels them and "
                               "goes first"]
     made = store.releases.rollback(bad.id, "anna", rc.Again(supersede=True))
     assert [one.release_id for one in made.superseded] == [one.id for one in queued]

@@ -48,7 +48,12 @@ SENTENCES = {
         "结束时有 3 个失败（上限 每批 50%）：3 agent_failed",
     "release 3 (v3) succeeded later on edge-1: rollback of release 1 would replace its payload":
         "发布 3（v3）之后已在 edge-1 上成功：回滚发布 1 会覆盖其内容",
-    "overNewer (--over-newer) if that is meant": "若确需如此：覆盖较新的发布（overNewer，--over-newer）",
+    "overNewer (--over-newer) if that is meant": "若确需如此：overNewer (--over-newer)",
+    "nothing to roll back to: before release 4 its nodes had nothing of target cdn but release 3 (v3, rolled back) and "
+    "release 1 (v1, the same payload); create a release that is good, or name one: toRelease "
+    "(releasectl rollback 4 --to ID)":
+        "无可回滚：发布 4 之前，其节点上目标 cdn 只有发布 3（v3，已回滚）和发布 1（v1，payload 相同）；"
+        "请新建一个正确的发布，或指定一个：toRelease (releasectl rollback 4 --to ID)",
     "what no form fits": "what no form fits",
 }
 

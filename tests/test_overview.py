@@ -402,6 +402,24 @@ def test_the_mend_of_a_failure_is_what_is_not_refused(fresh):
     assert mend_of_failure(fresh) == "releasectl create --target cdn --payload FILE"
 
 
+def test_beside_its_mend_a_failure_has_the_way_back_where_there_is_one(fresh):
+    add_nodes(fresh, 2)
+    ended(fresh, "A", "failed", "skipped")  # no release before it
+    [problem] = [p for p in problems(fresh) if p.kind == "failed"]
+    assert (problem.mends, problem.rollback) == ("releasectl retry 1 --plan", "")
+    good(fresh, "A")
+    ended(fresh, "B", "success", "failed")
+    [problem] = [p for p in problems(fresh) if p.kind == "failed"]
+    assert (problem.mend, problem.rollback) == ("releasectl retry 3 --plan", "releasectl rollback 3 --plan")
+    assert rc.overview_json(fresh.overview.read([]))["problems"][0]["rollback"] == problem.rollback
+    assert [(step.name, step.mend) for step in fresh.why(3, 600.0).steps] == [
+        ("end", problem.mend), ("rollback", problem.rollback)]
+    for node in (1, 2):
+        fresh.nodes.update(node, {"status": "offline"})
+    [problem] = [p for p in problems(fresh) if p.kind == "failed"]
+    assert problem.mends == "releasectl node set edge-2 --status online"  # nobody can go back either
+
+
 def test_the_mend_of_a_failure_that_can_only_be_rolled_back_is_that(fresh):
     add_nodes(fresh, 1)
     good(fresh, "A")
@@ -557,7 +575,7 @@ def test_the_api_tells_the_verdict(client):
     [problem] = client.ok("GET", "/api/v1/overview")["problems"]
     assert problem == {"kind": "frozen", "severity": "warning", "text": "frozen by anna: the match",
                        "since": client.store.releases.freezes().everything.at, "mend": "releasectl freeze off",
-                       "releaseId": None}
+                       "releaseId": None, "rollback": ""}
 
 
 def test_an_executor_without_a_certificate_is_a_problem_before_anything_is_to_do(sqlite_world):

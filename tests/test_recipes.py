@@ -148,7 +148,7 @@ class Site:
                  ", ".join(f"edge-{id_}" for id_ in one["nodeIds"])) for one in planned["batches"]] == [
             row.groups() for row in rows if row]
         # with what holds it up; the plan of an emergency is shown without the words that help
-        assert {f"note: {one}" for one in planned["warnings"]} <= set(plan)
+        assert {f"note: {rc.with_options(one)}" for one in planned["warnings"]} <= set(plan)
         self.client.ok("POST", path, body, 201)
 
     def says(self, text: Text) -> None:
