@@ -3839,6 +3839,20 @@ _MAY_BE_ID = re.compile(r"[a-fA-F]\0")
 _DIGITS_TO_NUL = bytes.maketrans(b"0123456789", bytes(10))
 
 
+# What to do about each of ERROR_KINDS.
+ERROR_HINTS: Mapping[str, str] = {
+    UNREACHABLE: "Nothing answers there. Is the host up, the agent running, its port open to us?",
+    TLS: "TLS failed. Check both certificates (releasectl check) and the agent's log.",
+    TIMEOUT: "The agent did not answer in time. Check its load and its log.",
+    HTTP: "The agent answered with an HTTP error. Is this the right port?",
+    PROTOCOL: "Unexpected answer. Does the node's protocol (tasks or execute) match its agent?",
+    REJECTED: "The agent refused this version; a new release brings a new one.",
+    AGENT_FAILED: "The agent tried and failed. Fix what its message names on the host, then retry.",
+    VERIFY: "The agent succeeded, the probe of the service did not. Check the service on the host.",
+    DEADLINE: "The task did not end in time. Check what the agent is doing, then retry.",
+    ABANDONED: "The outcome is unknown. Check the host, then retry.",
+}
+
 # Key and value.
 _Label = tuple[str, Any]
 
@@ -4040,7 +4054,8 @@ def failures_json(failures: Iterable[FailureGroup]) -> list[dict[str, Any]]:
     """Return the failed nodes of a release by cause; label is null where they share none."""
     return [{"errorKind": group.kind, "message": group.pattern, "nodes": group.size,
              "nodeIds": [node_id for node_id, _ in group.nodes], "nodeNames": [name for _, name in group.nodes],
-             "label": group.label._asdict() if group.label else None} for group in failures]
+             "label": group.label._asdict() if group.label else None, "hint": ERROR_HINTS.get(group.kind, "")}
+            for group in failures]
 
 
 def kinds_text(kinds: Iterable[str]) -> str:
@@ -6052,12 +6067,26 @@ def _until(left_s: float, now: Moment, word: str = "until") -> str:
 
 # How bad a problem is: something is not as it should be, or somebody should look at it.
 _ERROR, _WARNING = PROBLEM_SEVERITIES = ("error", "warning")
-# The kinds of problems, worst first.
-PROBLEM_KINDS: Mapping[str, str] = {
-    "database": _ERROR, "executor": _ERROR, "unattended": _ERROR, "certificate": _ERROR, "failed": _ERROR,
-    "twins": _ERROR, "paused": _WARNING, "approval": _WARNING, "failures": _WARNING, "ahead": _WARNING,
-    "unknown": _WARNING, "behind": _WARNING, "partial": _WARNING, "notifications": _WARNING, "frozen": _WARNING,
-    "idle": _WARNING, "expires": _WARNING}
+# The kinds of problems, worst first: how bad each is, and its headline.
+PROBLEM_KINDS: Mapping[str, tuple[str, str]] = {
+    "database": (_ERROR, "The database can't be used"),
+    "executor": (_ERROR, "Nobody looks for work"),
+    "unattended": (_ERROR, "Nobody works on release {id}"),
+    "certificate": (_ERROR, "A certificate can't be used"),
+    "failed": (_ERROR, "Release {id} failed"),
+    "twins": (_ERROR, "Two nodes have one address"),
+    "paused": (_WARNING, "Release {id} needs you: paused"),
+    "approval": (_WARNING, "Release {id} waits for approval"),
+    "failures": (_WARNING, "Release {id} has failures"),
+    "ahead": (_WARNING, "Nodes run what they should not"),
+    "unknown": (_WARNING, "Nobody knows what some nodes run"),
+    "behind": (_WARNING, "Nodes are behind"),
+    "partial": (_WARNING, "Release {id} ended partial"),
+    "notifications": (_WARNING, "Notifications do not get out"),
+    "frozen": (_WARNING, "Frozen: nothing is dispatched"),
+    "idle": (_WARNING, "No executor is running"),
+    "expires": (_WARNING, "A certificate expires soon"),
+}
 # Problems of a kind that are told one by one; the rest is counted.
 MAX_OF_A_KIND = 20
 # A certificate, and a CRL, that is good for less than this should be renewed: a job makes CRLs anew every day or week.
@@ -6085,7 +6114,12 @@ class Problem(NamedTuple):
     @property
     def severity(self) -> str:
         """Return one of PROBLEM_SEVERITIES."""
-        return PROBLEM_KINDS[self.kind]
+        return PROBLEM_KINDS[self.kind][0]
+
+    @property
+    def title(self) -> str:
+        """Return its headline."""
+        return PROBLEM_KINDS[self.kind][1].format(id=self.release_id)
 
 
 class DriftCount(NamedTuple):
@@ -6222,7 +6256,8 @@ def _verdict_text(problems: Sequence[Problem], facts: OverviewFacts) -> str:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         return f"{count_of(len(problems), 'problem')}: {problems[0].text}{more}"
     waiting = f"{facts.pending} waiting" if facts.pending else ""
-    working = in_words(facts.active, MAX_NAMED, text=lambda release: f"{release.status} {release}")
+    working = in_words(facts.active, MAX_NAMED, text=lambda release: f"{release.status} {release}" + (
+        f", a rollback of release {release.rollback_of}" if release.rollback_of else ""))
     return "all is well: " + (", ".join(filter(None, (working, waiting))) or "nothing to do")
 
 
@@ -13946,6 +13981,9 @@ class Executor:
 # From the form of a sentence, or of a part of one, to its Chinese: {1} is what stood there, {1!} a sentence again. What
 # agents and people wrote stays as it is.
 _CHINESE_FORMS = (
+    # what is told of a rollback stands behind what an agent said
+    (r"(.*); ((?:release \d+ (?:rolls it back|is to roll it back)|(?:was to be )?rolled back by|not rolled back).*)",
+     "{1!}；{2!}"),
     (r"(\d+) nodes? succeeded", "{1} 个节点成功"),
     (r"(\d+) of (\d+) nodes updated", "{2} 个节点中已更新 {1} 个"),
     (r"not rolled back, as it was cancelled: (once it has ended, )?(releasectl .*)", "因已取消而未回滚：{2}"),
@@ -14057,6 +14095,45 @@ _CHINESE_FORMS = (
     (r"no node matches (.*)", "没有节点符合 {1}"),
     (r"no release of target (\S+) before release (\d+) succeeded.*", "目标 {1} 在发布 {2} 之前没有成功的发布"),
     (r"release (\d+) does not exist", "发布 {1} 不存在"), (r"node (\d+) does not exist", "节点 {1} 不存在"),
+    (r"Release (\d+) waits for approval", "发布 {1} 等待批准"),
+    (r"Release (\d+) failed", "发布 {1} 失败"),
+    (r"Release (\d+) has failures", "发布 {1} 有失败的节点"),
+    (r"Release (\d+) ended partial", "发布 {1} 部分成功"),
+    (r"Release (\d+) needs you: paused", "发布 {1} 需要您处理：已暂停"),
+    (r"Nobody works on release (\d+)", "没有执行器处理发布 {1}"),
+    # what the history says of a release
+    (r"batches of ([\d, ]+(?: and \d+ more)?)", "批次大小 {1}"), (r"at most (\d[^;]*?) failed", "每批最多失败 {1}"),
+    (r"at most (\d[^;]*?) failed, (\d+) in all", "每批最多失败 {1}，共 {2}"),
+    (r"all agents are asked first, at most (\d+) may be silent", "先询问所有 agent，最多 {1} 个可不应答"),
+    ("changes nothing: all its nodes run this payload already", "没有任何更改：其所有节点都已在运行此 payload"),
+    (r"changes nothing: all its nodes run this payload already \(release (.*)\)",
+     "没有任何更改：其所有节点都已在运行此 payload（发布 {1}）"),
+    (r"(\d+) other releases? (?:has|have) not ended yet", "另有 {1} 个发布尚未结束"),
+    (r"left out: (\S+) is (.*)", "未包含：{1}（{2!}）"), ("goes out in a freeze too", "冻结期间也执行"),
+    (r"rollback of release (\d+) to the payload of version (\d+)", "发布 {1} 的回滚，回到版本 {2} 的 payload"),
+    (r"automatic rollback of release (\d+) to the payload of version (\d+)",
+     "发布 {1} 的自动回滚，回到版本 {2} 的 payload"),
+    (r"retry of release (\d+)", "重试发布 {1}"), (r"superseded by release (\d+) \(v(\d+)\)", "被发布 {1}（v{2}）取代"),
+    (r"failures accepted: (\d+)", "已接受 {1} 个失败"),
+    ("goes on though agents did not answer the preflight", "尽管有 agent 未应答预检，仍继续"),
+    (r"node (\S+): (.*)", "节点 {1}：{2}"),
+    # what is wrong with a strategy
+    (r"strategy: (.*)", "策略：{1!}"),
+    (r"(.*) must be a whole number from (\d+) to (\d+)", "{1} 须为 {2} 到 {3} 的整数"),
+    (r'(.*) must be a whole number from (\d+) to (\d+), or "(\d)%" to "100%"',
+     '{1} 须为 {2} 到 {3} 的整数，或 "{4}%" 到 "100%"'),
+    (r"(.*) must be a number from (\d+) to (\d+)", "{1} 须为 {2} 到 {3} 的数"),
+    (r"(.*) must be a list of 1 to (\d+) sizes", "{1} 须为 1 到 {2} 个大小的列表"),
+    (r'(.*) must be a list of batch numbers, or "each"', '{1} 须为批次号的列表，或 "each"'),
+    (r'(.*) must be ("fail", "pause" or "rollback")', "{1} 须为其一：{2}"),
+    (r"(.*) must be a time [^,]*, like (\S+)", "{1} 须为带时区的有效时间，例如 {2}"),
+    (r"(.*) must be true or false", "{1} 须为 true 或 false"), (r"verify (.*) needs a url", "verify {1} 缺少 url"),
+    (r"(.*) must be http:// or https:// with the host .*, like ([^,]*), and no other .*", "{1} 须为形如 {2} 的地址"),
+    (r"(\S+) is not a known key", "{1} 不是已知的键"),
+    (r"(\S+) is not a known key \(did you mean (.*)\?\)", "{1} 不是已知的键（是否指 {2}？）"),
+    (r"(.*) must be the key of a label: .*", "{1} 须为标签名"),
+    (r"first (.*) must name a label: .*", "first {1} 须指定标签"),
+    (r"pauseAfter names batch (\d+), and there are (\d+): .*", "pauseAfter 指定了批次 {1}，但只有 {2} 个批次"),
     # what `why` says beside these
     (r"mend: (.*)", "解决办法：{1}"),
     (r"waiting for approval by somebody else than (.*): (releasectl .*)", "等待 {1} 以外的人批准：{2}"),
@@ -14101,6 +14178,40 @@ _CHINESE_FORMS = (
     (r"all (\d+) checks passed", "{1} 项检查全部通过"),
 )
 _CHINESE = tuple((re.compile(form), chinese) for form, chinese in _CHINESE_FORMS)
+# Sentences without parts: headlines, and what to do about each error_kind.
+_CHINESE_SENTENCES = {
+    "Nodes run what they should not": "有节点运行了不该运行的内容",
+    "Nodes are behind": "有节点落后",
+    "A certificate can't be used": "有证书无法使用",
+    "The database can't be used": "数据库无法使用",
+    "Nobody looks for work": "没有执行器在工作",
+    "A certificate expires soon": "有证书即将过期",
+    "Frozen: nothing is dispatched": "已冻结：不再下发",
+    "No executor is running": "没有执行器在运行",
+    "Notifications do not get out": "通知无法发出",
+    "Two nodes have one address": "有两个节点地址相同",
+    "Nobody knows what some nodes run": "部分节点运行的内容未知",
+    "Nothing answers there. Is the host up, the agent running, its port open to us?":
+        "该地址没有应答。主机是否开机、agent 是否运行、端口是否对控制端开放？",
+    "TLS failed. Check both certificates (releasectl check) and the agent's log.":
+        "TLS 失败。请检查双方证书（releasectl check）和 agent 的日志。",
+    "The agent did not answer in time. Check its load and its log.":
+        "agent 未及时应答。请检查其负载和日志。",
+    "The agent answered with an HTTP error. Is this the right port?":
+        "agent 返回 HTTP 错误。端口是否正确？",
+    "Unexpected answer. Does the node's protocol (tasks or execute) match its agent?":
+        "应答不符合预期。节点的协议（tasks 或 execute）是否与 agent 相符？",
+    "The agent refused this version; a new release brings a new one.":
+        "agent 拒绝了此版本；新的发布会带来新的版本。",
+    "The agent tried and failed. Fix what its message names on the host, then retry.":
+        "agent 尝试后失败。请在主机上修复消息所述问题，然后重试。",
+    "The agent succeeded, the probe of the service did not. Check the service on the host.":
+        "agent 成功，但服务探测失败。请检查主机上的服务。",
+    "The task did not end in time. Check what the agent is doing, then retry.":
+        "任务未按时结束。请查看 agent 在做什么，然后重试。",
+    "The outcome is unknown. Check the host, then retry.":
+        "结果未知。请检查主机，然后重试。",
+}
 # Words that stand alone in the tables of `why` and `check`, and what the screen of `help` says.
 CHINESE_WORDS: Mapping[str, str] = {
     "state": "状态", "step": "步骤", "what": "说明", "subject": "项目", "result": "结果",
@@ -14138,7 +14249,7 @@ CHINESE_WORDS: Mapping[str, str] = {
         "2 用法有误，3 不存在或状态不符，69 无法连接，75 稍后再试。"}
 
 # Members of the API's JSON that hold sentences, and those without any, which may be large.
-_SENTENCES = frozenset(("statusReason", "text", "why", "message", "warnings"))
+_SENTENCES = frozenset(("statusReason", "text", "why", "message", "warnings", "hint", "title", "detail"))
 _NO_SENTENCES = frozenset(("batches", "payload", "changes", "strategy", "selection", "labels", "before", "after"))
 
 
@@ -14157,6 +14268,8 @@ def language_of(environment: Mapping[str, str]) -> str:
 
 def in_chinese(text: str) -> str:
     """Return a sentence in Chinese, or what of its parts between semicolons can be; the rest as it is."""
+    if text in _CHINESE_SENTENCES:
+        return _CHINESE_SENTENCES[text]
     for form, chinese in _CHINESE:
         found = form.fullmatch(text)
         if found:
@@ -14168,7 +14281,9 @@ def in_chinese(text: str) -> str:
 def translated(data: Any) -> Any:
     """Return data of the API with its sentences in Chinese."""
     if isinstance(data, dict):
-        return {key: value if key in _NO_SENTENCES else _translated_sentence(value) if key in _SENTENCES else
+        # what happened at a node is told in the words of its agent
+        kept = _NO_SENTENCES | {"detail"} if data.get("nodeId") else _NO_SENTENCES
+        return {key: value if key in kept else _translated_sentence(value) if key in _SENTENCES else
                 translated(value) for key, value in data.items()}
     return [translated(item) for item in data] if isinstance(data, list) else data
 
@@ -14386,8 +14501,9 @@ def overview_json(overview: Overview) -> dict[str, Any]:
     return {"ok": overview.is_well, "text": overview.text, "activeReleases": len(facts.active),
             "pendingReleases": facts.pending,
             "drift": {drift: found.nodes for drift, found in facts.drift.items()} or None,
-            "problems": [{"kind": p.kind, "severity": p.severity, "text": p.text, "since": p.since, "mend": p.mend,
-                          "releaseId": p.release_id, "rollback": p.rollback} for p in overview.problems]}
+            "problems": [{"kind": p.kind, "severity": p.severity, "title": p.title, "text": p.text, "since": p.since,
+                          "mend": p.mend, "releaseId": p.release_id, "rollback": p.rollback}
+                         for p in overview.problems]}
 
 
 _freeze_fields = _row_json(FREEZE_SCHEMA)
@@ -14556,7 +14672,8 @@ def openapi_schemas() -> dict[str, Any]:
             "errorKind": {"type": "string", "enum": ["", *ERROR_KINDS, OTHERS]}, "message": TEXT, "nodes": ID,
             "nodeIds": {**_array(ID), "maxItems": MAX_GROUP_NODES},
             "nodeNames": {**_array(TEXT), "maxItems": MAX_GROUP_NODES},
-            "label": {**schema_of({"key": TEXT, "value": TEXT, "nodes": ID}), "type": ["object", "null"]}}),
+            "label": {**schema_of({"key": TEXT, "value": TEXT, "nodes": ID}), "type": ["object", "null"]},
+            "hint": TEXT}),
         "ReleaseList": _list_of("Release"),
         "Created": schema_of({**created, **may_warn}, required=list(created)),
         "CreatedAgain": schema_of({**created, "leftOut": left_out, **may_warn}, required=[*created, "leftOut"]),
@@ -14643,7 +14760,7 @@ def openapi_schemas() -> dict[str, Any]:
             "drift": {**schema_of(dict.fromkeys(DRIFTS, _COUNT)), "type": ["object", "null"]},
             "problems": _array(schema_of({
                 "kind": {"type": "string", "enum": list(PROBLEM_KINDS)},
-                "severity": {"type": "string", "enum": list(PROBLEM_SEVERITIES)}, "text": TEXT,
+                "severity": {"type": "string", "enum": list(PROBLEM_SEVERITIES)}, "title": TEXT, "text": TEXT,
                 "since": _TIME, "mend": TEXT, "releaseId": _ID_OR_NULL, "rollback": TEXT}))}),
         "Status": schema_of({"status": TEXT}),
         "Null": {"type": "null"},

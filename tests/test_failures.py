@@ -247,6 +247,8 @@ FAILURES = [
     {"errorKind": "unreachable", "message": "connect: no route to host", "nodes": 2, "nodeIds": [4, 5],
      "nodeNames": ["edge-4", "edge-5"], "label": None},
     {"errorKind": "timeout", "message": "", "nodes": 1, "nodeIds": [6], "nodeNames": ["edge-6"], "label": None}]
+for _group in FAILURES:
+    _group["hint"] = rc.ERROR_HINTS[str(_group["errorKind"])]
 LINES = ["3 agent_failed, 3 of 3 in pop=gru: bind to :443 in use (edge-1 and 2 more)",
          "2 unreachable: connect: no route to host (edge-4 and 1 more)", "1 timeout (edge-6)"]
 

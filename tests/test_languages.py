@@ -54,6 +54,15 @@ SENTENCES = {
     "(releasectl rollback 4 --to ID)":
         "无可回滚：发布 4 之前，其节点上目标 cdn 只有发布 3（v3，已回滚）和发布 1（v1，payload 相同）；"
         "请新建一个正确的发布，或指定一个：toRelease (releasectl rollback 4 --to ID)",
+    "strategy: maxFailed \"5x\" must be a whole number from 0 to 1000000, or \"0%\" to \"100%\"":
+        "策略：maxFailed \"5x\" 须为 0 到 1000000 的整数，或 \"0%\" 到 \"100%\"",
+    "strategy: foo is not a known key": "策略：foo 不是已知的键",
+    "hotfix 4711; batches of 1, 20, 9; at most 0, 1, 1 failed, 2 in all; left out: edge-3 is offline":
+        "hotfix 4711；批次大小 1, 20, 9；每批最多失败 0, 1, 1，共 2；未包含：edge-3（离线）",
+    "stopped, 2 nodes failed: 2 http; first node a in batch 2: no; such; release 18 rolls it back":
+        "已停止，2 个节点失败：2 http；首个是批次 2 的节点 a：no; such；由发布 18 回滚",
+    "changes nothing: all its nodes run this payload already (release 4); 1 other release has not ended yet":
+        "没有任何更改：其所有节点都已在运行此 payload（发布 4）；另有 1 个发布尚未结束",
     "what no form fits": "what no form fits",
 }
 
@@ -89,6 +98,19 @@ def test_what_the_daemon_says_of_a_release_is_known_in_chinese(store):
 def test_what_people_wrote_is_data_in_any_language():
     data = {"labels": {"text": "offline"}, "before": {"message": "offline"}, "after": {"why": "offline"}}
     assert rc.translated({**data, "text": "offline"}) == {**data, "text": "离线"}
+    event = {"nodeId": 7, "event": "failed", "detail": "offline"}  # an agent said so
+    assert rc.translated([event, {**event, "nodeId": None}]) == [event, {**event, "nodeId": None, "detail": "离线"}]
+
+
+@pytest.mark.parametrize("strategy", [
+    {"batches": 0}, {"batches": ["x"]}, {"maxFailed": -1}, {"onExceed": "stop"}, {"soakSec": -1}, {"foo": 1},
+    {"pauseAfter": "x"}, {"maxParallelPer": {"a": 0}}, {"verify": {}}, {"verify": {"url": "x"}}, {"startAt": "x"},
+    {"preflight": 1}, {"batchez": 1}])
+def test_what_is_wrong_with_a_strategy_is_known_in_chinese(strategy):
+    with pytest.raises(rc.AppError) as refused:
+        rc.parse_strategy(strategy)
+    said = rc.in_chinese(refused.value.message)
+    assert any(words in said for words in ("须为", "缺少", "不是已知")), said
 
 
 # -- the command line --------------------------------------------------------------------------------
