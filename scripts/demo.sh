@@ -30,7 +30,7 @@ show() { # ARGUMENT...
     done
     echo
     CODE=0
-    timeout "$DEADLINE_S" "$python" "$lab_root/releasectl.py" "$@" 2>&1 || CODE=$?
+    timeout "$DEADLINE_S" "${program[@]}" "$@" 2>&1 || CODE=$?
 }
 
 # Says whether a release ended so: its status, then how many nodes succeeded, failed and were skipped.
@@ -47,6 +47,7 @@ print(*(release[key] for key in ("status", "successNodes", "failedNodes", "skipp
 need openssl
 need_python
 begin_work
+compile_program
 forget_settings
 cd "$work"
 export PYTHONDONTWRITEBYTECODE=1 RELEASE_EXECUTOR_INTERVAL_SEC=1
@@ -69,7 +70,7 @@ show node ping
 [[ $CODE == 0 ]] || give_up "not every agent answered"
 
 announce "3. The process \"releasectl.py serve\" starts: the API, and the executor that sends releases out."
-in_background "$python" "$lab_root/releasectl.py" serve >serve.log 2>&1
+in_background "${program[@]}" serve >serve.log 2>&1
 wait_for "serve to be ready" serving
 echo "It listens on http://$HTTP_ADDR and scans for work every second."
 

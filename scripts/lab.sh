@@ -98,14 +98,22 @@ need_python() {
     [[ -n $python ]] || die 3 "${PYTHON:-python3} is not Python 3.9 or newer: name one with PYTHON=..."
 }
 
-releasectl() { "$python" "$lab_root/releasectl.py" "$@"; }
+# Sets program, the words that run releasectl: as the module that `make install` makes of it, with what Python compiled
+# of it. Python compiles a script anew at each start, which is most of what a short command takes.
+compile_program() {
+    mkdir "$work/program"
+    ln -s "$lab_root/releasectl.py" "$work/program/releasectl.py"
+    "$python" -m py_compile "$work/program/releasectl.py"
+    program=(env "PYTHONPATH=$work/program" "$python" -m releasectl)
+}
+
+releasectl() { "${program[@]}" "$@"; }
 
 # Unsets all settings, and whatever file has some: those of this shell and this host are not for a laboratory.
 forget_settings() {
     local name
-    while read -r name; do unset "$name"; done < <(
-        "$python" -c 'import sys; sys.dont_write_bytecode = True; sys.path.insert(0, sys.argv[1])
-import releasectl; print(*(s.name for s in releasectl.SETTINGS), sep="\n")' "$lab_root")
+    while read -r name; do unset "$name"; done < <("$python" -c 'import sys; sys.path.insert(0, sys.argv[1])
+import releasectl; print(*(s.name for s in releasectl.SETTINGS), sep="\n")' "$work/program")
     export RELEASECTL_CONFIG=/dev/null
 }
 

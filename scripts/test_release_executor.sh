@@ -51,7 +51,7 @@ is_postgres() { [[ $DATABASE_URL == postgres* ]]; }
 # Runs one statement in the database's own shell; columns come out separated by "|".
 sql() {
     if is_postgres; then
-        psql -X -q -A -t -v ON_ERROR_STOP=1 -d "$DATABASE_URL" -c "$1"
+        "$psql" -X -q -A -t -v ON_ERROR_STOP=1 -d "$DATABASE_URL" -c "$1"
     else
         sqlite3 -batch -noheader -cmd '.timeout 10000' "${DATABASE_URL#sqlite:///}" "$1"
     fi
@@ -63,7 +63,7 @@ lines() { paste -sd ' ' -; } # several rows as one text
 
 # Which agents ran a release's task, each as LAST-PART-OF-ADDRESS:TIMES.
 runs_of() { # RELEASE
-    curl -sS --noproxy '*' -m 10 -f "http://$control/agents" | "$python" -c '
+    curl -sS --noproxy '*' -m 10 -f "http://$control/agents" | "$python" -IS -c '
 import json, sys
 for address, agent in sorted(json.load(sys.stdin).items()):
     times = agent["runCounts"].get("apply_config_%s_%s" % (address, sys.argv[1]))
@@ -74,7 +74,7 @@ for address, agent in sorted(json.load(sys.stdin).items()):
 
 # All that an agent ever ran, of any database.
 all_runs_of() { # LAST-PART-OF-ADDRESS
-    curl -sS --noproxy '*' -m 10 -f "http://$control/agents" | "$python" -c '
+    curl -sS --noproxy '*' -m 10 -f "http://$control/agents" | "$python" -IS -c '
 import json, sys
 print(sum(json.load(sys.stdin)[sys.argv[1]]["runCounts"].values()))' "$subnet.$1"
 }
@@ -139,7 +139,7 @@ api() { # METHOD PATH [JSON]
 
 # Prints what a Python expression makes of d, the last answer.
 json() {
-    "$python" -c 'import json, sys; d = json.loads(sys.argv[1]); print(eval(sys.argv[2]))' "$BODY" "$1" 2>&1 | tail -n 1
+    "$python" -IS -c 'import json, sys; d = json.loads(sys.argv[1]); print(eval(sys.argv[2]))' "$BODY" "$1" 2>&1 | tail -n 1
 }
 
 # The release in one line: its status, then its nodes' statuses by batch.
@@ -164,7 +164,7 @@ watch_release() { # RELEASE FILE; until it is terminal
 start_serve() { # EXECUTOR-ENABLED NAME
     http_addr=127.0.0.1:$(free_port)
     RELEASE_EXECUTOR_ENABLED=$1 HTTP_ADDR=$http_addr in_background \
-        "$python" "$lab_root/releasectl.py" serve >"$work/$2.log" 2>&1
+        "${program[@]}" serve >"$work/$2.log" 2>&1
     wait_for "serve to be ready" serve_is_ready
 }
 
@@ -195,7 +195,7 @@ create_release() { # REASON; sets release and version
 
 # Runs one tick while the nodes are watched; sets CODE.
 run_watched() { # RELEASE FILE
-    in_background "$python" "$lab_root/releasectl.py" run-once >"$work/run-once.log" 2>&1
+    in_background "${program[@]}" run-once >"$work/run-once.log" 2>&1
     watch_nodes "$1" "$PID" "$2"
     CODE=0
     await "$PID" || CODE=$?
@@ -409,7 +409,7 @@ part_two_executors() {
     start_serve 1 executor-again
     executor=$PID
     post_release "acceptance by curl, two executors"
-    in_background "$python" "$lab_root/releasectl.py" run-once >"$work/beside.log" 2>&1
+    in_background "${program[@]}" run-once >"$work/beside.log" 2>&1
     local beside=$PID
     watch_release "$release" "$work/seen-two"
     CODE=0
@@ -484,10 +484,14 @@ part_second_database() {
 need curl openssl
 need_python
 begin_work
+compile_program
 database_url=${DATABASE_URL:-sqlite:///$work/release.db}
 forget_settings
 export DATABASE_URL=$database_url
 need "$(is_postgres && echo psql || echo sqlite3)"
+# Debian's psql is a Perl script that looks for this one, at five times its cost.
+psql=psql
+for folder in /usr/lib/postgresql/*/bin; do [[ ! -x $folder/psql ]] || psql=$folder/psql; done
 cd "$work"
 export MTLS_ENABLED=1 RELEASE_EXECUTOR_ENABLED=1 RELEASE_EXECUTOR_INTERVAL_SEC=2
 export AGENT_CONNECT_TIMEOUT_SEC=5 AGENT_REQUEST_TIMEOUT_SEC=10 AGENT_RETRIES=1
