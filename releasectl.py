@@ -661,8 +661,10 @@ def parse_json(data: bytes | str, exact: bool = False) -> Any:
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         value = (_EXACT_DECODER if exact else _DECODER).decode(text)
-        if "\\u" in text or not isinstance(data, bytes):
-            json.dumps(value, ensure_ascii=False, default=repr).encode()  # a lone surrogate can't be stored
+        if "\\u" in text:  # an escape may be a lone surrogate, which can't be stored
+            json.dumps(value, ensure_ascii=False, default=repr).encode()
+        elif not isinstance(data, bytes):
+            text.encode()  # the same, where it is not escaped
     except RecursionError:
         raise ValueError("nested too deep") from None
     except UnicodeError:

@@ -89,7 +89,7 @@ def test_times_are_rfc_3339_with_milliseconds_and_come_back(epoch_s):
 
 
 @pytest.mark.parametrize("text", ['{"a":1,"a":2}', "NaN", "[Infinity]", "{", "", "[" * 100 + "]" * 100,
-                                  "[" * 100_000, '"\\ud800"', b"\xff", "1" * 5000])
+                                  "[" * 100_000, '"\\ud800"', '"\ud800"', b"\xff", "1" * 5000])
 def test_json_is_read_strictly(text):
     with pytest.raises(ValueError, match="."):
         rc.parse_json(text)
