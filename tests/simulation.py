@@ -103,7 +103,9 @@ class SimEngine(rc.SqliteEngine):
         """Make none."""
 
     def connect(self, create: bool):
-        connection = super().connect(create)
+        """Connect as the product does, but for files; all statements stay prepared, as one process is many here."""
+        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, cached_statements=1000)
+        connection.execute("PRAGMA foreign_keys = ON")
         connection.create_function("world_now", 0, lambda: rc.utc_text(self._world.wall))
         self.opened.append(connection)
         return connection
@@ -485,6 +487,7 @@ class Simulation:
         self.database = SimDatabase(self)
         self.database.approvals = self.has_approvals and self.approval_random.random() < 0.5
         self.is_set_up = False
+        self.database.put_back(_migrated())
         self.database.migrate()
         self.settings = rc.Settings.load({
             "RELEASE_EXECUTOR_INTERVAL_SEC": str(INTERVAL_S), "CLAIM_TTL_SEC": str(TTL_S), "MTLS_ENABLED": "0",
@@ -1825,6 +1828,15 @@ class SharedSimulation(Simulation):
         with contextlib.suppress(rc.DatabaseError):
             rc.Store(self.database, SimClock(self)).releases.set_first_version(first)
             self.ledger.first_version, self.ledger.first_set = first, next(self.numbers)
+
+
+@functools.cache
+def _migrated() -> sqlite3.Connection:
+    """Return an empty database of this schema, made once: each schedule begins with a copy."""
+    database = rc.Database("sqlite:///:memory:")
+    database.engine = SimEngine(None)
+    database.migrate()
+    return database.engine.opened[0]
 
 
 def _heard(outcome: rc.Outcome) -> str:

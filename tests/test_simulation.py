@@ -21,8 +21,8 @@ if os.environ.get("TEST_LONG") == "1":
 PER_TEST = 25
 # The schedules in which every fault is looked for; they hold the rules as all others do.
 WITH_EVERY_FAULT = range(26, 66)
-# A mutant that survives so many schedules would survive for ever. The search begins a little before
-# the seed that found it last.
+# A mutant that survives so many schedules would survive for ever. The search begins at the seed that found it last:
+# one schedule mostly, many where the schedules have changed since.
 ENOUGH = 400
 # Figures of what nobody does in the world `plain`, and of what takes several chances at once.
 RARE = {"automatic", "cancelled late"}
@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_schedule(world):
 
 
 def mutants(*found):
-    """Mutants, each with the seed from which on it is looked for. They test the simulation alone: slow."""
+    """Mutants, each with the seed that found it last. They test the simulation alone: slow."""
     return pytest.mark.parametrize(("mutate", "first"), [
         pytest.param(*one, id=one[0].__name__, marks=pytest.mark.slow) for one in found])
 
@@ -141,9 +141,9 @@ def without_the_hold_of_an_execute_agent(patch):
 
 
 @mutants(
-    (without_fence, 30), (with_a_new_task_id_after_a_take_over, 140), (with_the_intent_after_the_request, 1),
-    (with_the_expiry_compared_the_wrong_way_round, 1), (without_a_look_at_the_lease_before_a_dispatch, 70),
-    (without_the_hold_of_an_execute_agent, 40))
+    (without_fence, 36), (with_a_new_task_id_after_a_take_over, 141), (with_the_intent_after_the_request, 1),
+    (with_the_expiry_compared_the_wrong_way_round, 1), (without_a_look_at_the_lease_before_a_dispatch, 75),
+    (without_the_hold_of_an_execute_agent, 49))
 def test_the_schedules_find_a_claim(mutate, first, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(Violation):
@@ -245,10 +245,10 @@ def without_the_second_look(patch):
 
 
 @mutants(
-    (without_a_look_at_the_freeze_in_the_commit, 440), (without_a_look_at_the_freeze_of_a_target, 1),
-    (with_a_freeze_of_a_target_that_is_everybodys, 1), (without_probes, 1), (without_the_second_look, 1),
-    (without_a_soak, 1), (without_a_pause, 11), (without_a_limit_in_flight, 1), (without_a_limit_for_each_label, 14),
-    (without_a_preflight, 1), (with_any_silence_tolerated, 1), (with_a_preflight_that_waits_for_nobody, 1))
+    (without_a_look_at_the_freeze_in_the_commit, 440), (without_a_look_at_the_freeze_of_a_target, 2),
+    (with_a_freeze_of_a_target_that_is_everybodys, 4), (without_probes, 3), (without_the_second_look, 3),
+    (without_a_soak, 3), (without_a_pause, 12), (without_a_limit_in_flight, 12), (without_a_limit_for_each_label, 19),
+    (without_a_preflight, 7), (with_any_silence_tolerated, 7), (with_a_preflight_that_waits_for_nobody, 8))
 def test_the_schedules_find_a_promise_that_is_not_kept(mutate, first, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(Violation):
@@ -382,13 +382,13 @@ def with_a_first_version_for_new_releases_alone(patch):
 
 
 @mutants(
-    (with_ids_without_a_tag, 60), (with_already_applied_believed_at_a_first_try, 60), (with_order_by_target_alone, 1),
-    (without_the_last_version, 1), (with_the_agents_id_sent_again, 165), (with_rows_busy_in_place_of_addresses, 210),
-    (with_deadlines_that_run_in_a_pause, 90), (with_a_second_look_that_never_ends, 18),
-    (with_the_clock_on_the_wall_alone, 212), (with_claims_by_their_number_alone, 548),
-    (with_versions_that_are_forgotten, 60), (without_a_wait_after_a_database_went_back, 143),
-    (with_lost_versions_that_are_kept_to_oneself, 101), (with_a_first_version_for_new_releases_alone, 230),
-    (without_labels_as_they_were, 24))
+    (with_ids_without_a_tag, 65), (with_already_applied_believed_at_a_first_try, 62), (with_order_by_target_alone, 1),
+    (without_the_last_version, 1), (with_the_agents_id_sent_again, 170), (with_rows_busy_in_place_of_addresses, 214),
+    (with_deadlines_that_run_in_a_pause, 92), (with_a_second_look_that_never_ends, 22),
+    (with_the_clock_on_the_wall_alone, 218), (with_claims_by_their_number_alone, 552),
+    (with_versions_that_are_forgotten, 64), (without_a_wait_after_a_database_went_back, 147),
+    (with_lost_versions_that_are_kept_to_oneself, 106), (with_a_first_version_for_new_releases_alone, 234),
+    (without_labels_as_they_were, 28))
 def test_the_schedules_find_a_success_that_is_none(mutate, first, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(Violation):
@@ -428,9 +428,9 @@ def with_executors_that_never_get_old(patch):
 
 
 @mutants(
-    (with_a_queue_that_nobody_is_told_of, 1), (with_a_start_time_that_nobody_is_told_of, 1),
-    (with_a_pause_that_nobody_is_told_of, 1), (with_an_approval_that_nobody_is_told_of, 1),
-    (with_a_freeze_that_stops_nothing, 1), (with_executors_that_never_get_old, 1))
+    (with_a_queue_that_nobody_is_told_of, 1), (with_a_start_time_that_nobody_is_told_of, 6),
+    (with_a_pause_that_nobody_is_told_of, 3), (with_an_approval_that_nobody_is_told_of, 1),
+    (with_a_freeze_that_stops_nothing, 1), (with_executors_that_never_get_old, 2))
 def test_the_schedules_find_a_why_that_is_not_true(mutate, first, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(Violation):
