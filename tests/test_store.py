@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import threading
 from typing import Any
+from unittest import mock
 
 import pytest
 from lab import ROOT, add_nodes, assert_books_balance, eventually, new_release, sql, statuses
@@ -238,6 +239,45 @@ def test_rule_7_counters_equal_the_rows_at_every_commit(store):
         assert_books_balance(store, release.id)
     assert store.releases.get(release.id).status == "success"
     assert store.releases.get(release.id).claim_expires_at is None
+
+
+def noted_statements() -> Any:
+    """Note the statements from now on: see has_counted()."""
+    return mock.patch.object(rc.Transaction, "execute", autospec=True, side_effect=rc.Transaction.execute)
+
+
+def has_counted(execute: Any) -> bool:
+    """Return whether a counter was set by counting rows since this was asked last."""
+    counted = any("success_nodes = (SELECT COUNT" in call.args[1] for call in execute.call_args_list)
+    execute.reset_mock()
+    return counted
+
+
+def test_rule_7_a_large_release_adds_what_each_commit_ended_and_counts_now_and_then(store, monkeypatch):
+    monkeypatch.setattr(rc, "COUNTED_EVERY", 4)
+    nodes = add_nodes(store, 9)
+    release = new_release(store, strategy={"batches": [9]})
+    claim = store.claims.claim(release.id, "a", 30)
+    step(store, claim)
+    counted = []
+    with noted_statements() as execute:
+        for node in nodes:
+            finish(store, claim, node.id, rc.Verdict("failed" if node.id % 3 == 0 else "success"))
+            counted.append(has_counted(execute))
+            assert_books_balance(store, release.id)
+    assert counted == [False, False, False, True, False, False, False, True, True]  # the last one ends the release
+    assert store.releases.get(release.id).status == "failed"
+
+
+def test_a_large_release_counts_a_row_that_somebody_turned_by_hand_when_no_node_changes(store, monkeypatch):
+    monkeypatch.setattr(rc, "COUNTED_EVERY", 4)
+    add_nodes(store, 9)
+    release = new_release(store, strategy={"batches": [9]})
+    claim = store.claims.claim(release.id, "a", 30)
+    step(store, claim)
+    sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE node_id = 9")
+    step(store, claim)
+    assert store.releases.get(release.id).success_nodes == 1
 
 
 def test_one_event_for_each_change_in_order_with_who_did_it(store):
