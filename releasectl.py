@@ -4148,6 +4148,11 @@ class _NodesOf(ValuesView[ReleaseNode]):
         return itertools.chain.from_iterable(map(dict.values, self._mapping._parts))
 
 
+# A label's key and value.
+Label = tuple[str, str]
+Limits = Mapping[str, int]
+
+
 class Turn(NamedTuple):
     """The place of a queue, the nodes of a batch with the same labels: the fewer have begun, the earlier it comes."""
     begun: int
@@ -4158,25 +4163,43 @@ class Turn(NamedTuple):
 
 
 class _Turns:
-    """The queues of a batch that have pending nodes."""
+    """The queues of a batch that have pending nodes.
+
+    A queue found with a full label waits for that one, with all others that do, and is not examined before it has room:
+    of 1,000 racks in a region that is full, none.
+    """
 
     def __init__(self, turns: Mapping[str, Turn]):
-        # By their labels, and in order.
-        self.of = dict(turns)
-        self.order = sorted(turns.values())
+        # By their labels, with the label that each waits for; None: it may go, as far as is known.
+        self.of: dict[str, tuple[Turn, Label | None]] = {labels: (turn, None) for labels, turn in turns.items()}
+        # In order, by the label that they wait for.
+        self.waiting: dict[Label | None, list[Turn]] = {None: sorted(turns.values())}
+        # The labels of those lists that no copy shares.
+        self._own: set[Label | None] = {None}
 
     def copy(self) -> _Turns:
         """Return an independent copy."""
         other = _Turns.__new__(_Turns)
-        other.of, other.order = self.of.copy(), self.order.copy()
+        other.of, other.waiting = self.of.copy(), self.waiting.copy()
+        self._own, other._own = set(), set()
         return other
 
-    def put(self, labels: str, turn: Turn | None) -> None:
+    def put(self, labels: str, turn: Turn | None, waits_for: Label | None = None) -> None:
         """Replace the turn of a queue; None: it has no pending node any more."""
-        del self.order[bisect.bisect_left(self.order, self.of.pop(labels))]
+        before, label = self.of.pop(labels)
+        turns = self._writable(label)
+        del turns[bisect.bisect_left(turns, before)]
+        if not turns and label is not None:
+            del self.waiting[label]
         if turn is not None:
-            self.of[labels] = turn
-            bisect.insort(self.order, turn)
+            self.of[labels] = turn, waits_for
+            bisect.insort(self._writable(waits_for), turn)
+
+    def _writable(self, label: Label | None) -> list[Turn]:
+        if label not in self._own or label not in self.waiting:
+            self.waiting[label] = self.waiting.get(label, []).copy()
+            self._own.add(label)
+        return self.waiting[label]
 
 
 def _is_probed(node: ReleaseNode) -> bool:
@@ -4313,18 +4336,29 @@ class NodeIndex:
 
     def _end_turn(self, node: ReleaseNode) -> None:
         """Move the queue of a node that is no longer pending; a node never becomes pending again."""
-        if node.batch not in self._own_turns:
-            self._turns[node.batch] = self._turns[node.batch].copy()
-            self._own_turns.add(node.batch)
-        turns, ids, pending = self._turns[node.batch], self._queues[node.batch][node.labels], self.of[PENDING]
-        begun, first, place, labels = turns.of[node.labels]
+        turns, ids, pending = self._turns_to_change(node.batch), self._queues[node.batch][node.labels], self.of[PENDING]
+        begun, first, place, labels = turns.of[node.labels][0]
         if first == node.node_id:
             place = next((later for later in range(place + 1, len(ids)) if ids[later] in pending), -1)
         turns.put(labels, Turn(begun + 1, ids[place], place, labels) if place >= 0 else None)
 
-    def turns(self, batch: int) -> Sequence[Turn]:
-        """Return the queues of a batch with pending nodes, those of which the fewest have begun first."""
-        return self._turns[batch].order if batch in self._turns else ()
+    def _turns_to_change(self, batch: int) -> _Turns:
+        if batch not in self._own_turns:
+            self._turns[batch] = self._turns[batch].copy()
+            self._own_turns.add(batch)
+        return self._turns[batch]
+
+    def turns(self, batch: int) -> Mapping[Label | None, Sequence[Turn]]:
+        """Return the queues of a batch with pending nodes, those of which the fewest have begun first.
+
+        They are given by the label that they wait for, as wait_for() noted it, with None for all others.
+        """
+        return self._turns[batch].waiting if batch in self._turns else {}
+
+    def wait_for(self, batch: int, waits: Iterable[tuple[Turn, Label]]) -> None:
+        """Note for which label queues wait, which is full; where a node of theirs begins, that is forgotten."""
+        for turn, label in waits:
+            self._turns_to_change(batch).put(turn.labels, turn, label)
 
     def queue(self, turn: Turn, batch: int) -> Iterator[ReleaseNode]:
         """Yield the pending nodes of a queue, in order."""
@@ -4336,11 +4370,6 @@ class NodeIndex:
         if labels not in self._limited:
             self._limited[labels] = limited_labels(labels, limits)
         return self._limited[labels]
-
-
-# A label's key and value.
-Label = tuple[str, str]
-Limits = Mapping[str, int]
 
 
 def limited_labels(labels: str, limits: Limits) -> list[Label]:
@@ -4367,13 +4396,25 @@ def next_within(nodes: NodeIndex, batch: int, limits: Limits, held: Iterable[Rel
     a, a, a, b, b, with two nodes at once, go a and b, then a and b, then a. held: nodes at rest that keep their place.
     """
     in_flight = labels_in_flight((*nodes.of[RUNNING].values(), *nodes.astray.values(), *held), limits)
-    chosen: list[ReleaseNode] = []
-    # Queues of which a node was chosen, at their next turn, and the nodes that they still have.
-    again: list[Turn] = []
+    full = set(full_labels(in_flight, in_flight, limits))
+    turns = nodes.turns(batch)
+    # The next turn of those that wait for each label with room, of the others, and of queues of which a node was chosen.
+    heads = [(found[0], label, 0) for label, found in turns.items() if found and label not in full]
+    heapq.heapify(heads)
+    chosen, waits = list[ReleaseNode](), list[tuple[Turn, Label]]()
+    # The nodes that a queue still has, of which one was chosen.
     queues: dict[str, Iterator[ReleaseNode]] = {}
-    for turn in _by_turns(nodes.turns(batch), again):
+    while heads and len(chosen) < most:
+        turn, label, place = heapq.heappop(heads)
+        if label in full:  # by what was chosen: the rest goes on waiting for it
+            continue
+        if place >= 0 and place + 1 < len(turns[label]):
+            heapq.heappush(heads, (turns[label][place + 1], label, place + 1))
         labels = nodes.limited(turn.labels, limits)
-        if full_labels(labels, in_flight, limits):
+        awaited = next((one for one in labels if one in full), None)
+        if awaited is not None:
+            if place >= 0:
+                waits.append((turn, awaited))
             continue
         if turn.labels not in queues:
             queues[turn.labels] = nodes.queue(turn, batch)
@@ -4381,21 +4422,11 @@ def next_within(nodes: NodeIndex, batch: int, limits: Limits, held: Iterable[Rel
         if node is None:
             continue
         chosen.append(node)
-        if len(chosen) == most:
-            break
         in_flight.update(labels)
-        heapq.heappush(again, turn._replace(begun=turn.begun + 1, node_id=node.node_id))
+        full.update(full_labels(labels, in_flight, limits))
+        heapq.heappush(heads, (turn._replace(begun=turn.begun + 1, node_id=node.node_id), None, -1))
+    nodes.wait_for(batch, waits)
     return chosen
-
-
-def _by_turns(turns: Iterable[Turn], again: list[Turn]) -> Iterator[Turn]:
-    """Yield turns in order, with those that are put on a heap meanwhile."""
-    for turn in turns:
-        while again and again[0] < turn:
-            yield heapq.heappop(again)
-        yield turn
-    while again:
-        yield heapq.heappop(again)
 
 
 # endregion

@@ -263,7 +263,10 @@ def test_limits_are_never_exceeded_and_no_rack_waits_while_others_get_turn_after
     turns: collections.Counter[str] = collections.Counter()
     waited: collections.Counter[str] = collections.Counter()
     for _ in range(100_000):
-        decision = rc.decide(rc.Situation(release(), index, now, POLICY, strategy, slots=max(0, slots - len(at_work))))
+        situation = rc.Situation(release(), index, now, POLICY, strategy, slots=max(0, slots - len(at_work)))
+        anew = rc.NodeIndex(sorted(index, key=lambda n: (n.batch, n.node_id)))
+        decision = rc.decide(situation)
+        assert sends(decision) == sends(rc.decide(situation._replace(nodes=anew))), "what it noted of earlier decisions"
         index = decision.nodes
         for send in (one for one in decision.sends if one.op == rc.DISPATCH):
             node_id = send.node.node_id
@@ -520,5 +523,26 @@ def test_a_decision_examines_the_racks_whose_turn_it_is_and_no_others(racks, lim
     assert len(decision.sends) == 40
     assert len(examined) <= 2 * 40 + 50
     # and a copy of what was decided is another one's
-    assert len(index.turns(1)) == racks
-    assert [turn.begun for turn in index.turns(1)[:1]] == [0 if racks > 50 else 25]
+    assert len(index.turns(1)[None]) == racks
+    assert [turn.begun for turn in index.turns(1)[None][:1]] == [0 if racks > 50 else 25]
+
+
+def test_a_decision_examines_no_rack_of_a_region_that_is_full(monkeypatch):
+    regions, racks = 5, 2_000
+    index = rc.NodeIndex([node(n, labels=rc.to_json({"rack": f"r{n % racks}", "region": f"g{n % regions}"}))
+                          for n in range(1, 2 * racks + 1)])
+    strategy = rc.Strategy(max_parallel_per={"rack": 1, "region": 4})
+    examined = []
+    limited = rc.NodeIndex.limited
+    monkeypatch.setattr(rc.NodeIndex, "limited", lambda self, labels, limits: (
+        examined.append(labels), limited(self, labels, limits))[1])
+    sent: list[int] = []
+    for _ in range(10):
+        examined.clear()
+        decision = rc.decide(rc.Situation(release(), index, NOW, POLICY, strategy, slots=64))
+        index = decision.nodes
+        sent += [node_id for _, node_id in sends(decision)]
+        done = index[sent[-1]]
+        index.put(done._replace(in_flight=False, verdict=rc.Verdict("success")))
+    assert len(sent) == regions * 4 + 9
+    assert len(examined) <= 10
