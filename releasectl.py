@@ -4132,6 +4132,10 @@ class NodeMap(Mapping[int, ReleaseNode]):
     def values(self) -> ValuesView[ReleaseNode]:
         return _NodesOf(self)
 
+    def last_part(self) -> Iterable[ReleaseNode]:
+        """Return the nodes of the last part that has any: those of the highest batch are among them."""
+        return next(filter(None, reversed(self._parts)), {}).values()
+
     def _writable(self, node_id: int) -> dict[int, ReleaseNode]:
         number = self._part_of[node_id]
         if number not in self._own:
@@ -4206,6 +4210,10 @@ def _is_probed(node: ReleaseNode) -> bool:
     return node.status == SUCCESS and (node.next_op != "" or node.verdict is not None)
 
 
+def _is_unverified(node: ReleaseNode) -> bool:
+    return node.status == SUCCESS and not node.is_reverified
+
+
 class NodeIndex:
     """The nodes of a release, indexed by what a decision needs.
 
@@ -4231,17 +4239,32 @@ class NodeIndex:
         self.astray: dict[int, ReleaseNode] = {}
         # Successful nodes that are probed again.
         self.probed = {n.node_id: n for n in given if _is_probed(n)}
+        # Of each batch: successful nodes that are not re-verified, and failed ones that count against a limit.
+        self._unverified: collections.Counter[int] = collections.Counter()
+        self.failures: collections.Counter[int] = collections.Counter()
+        # Of a preflight: pending nodes that were asked, those that do not answer, and how many answered.
+        self.asking: dict[int, ReleaseNode] = {}
+        self.silent: dict[int, ReleaseNode] = {}
+        self.answered = 0
+        # Ids in order, where each batch begins there, and up to where all have begun what _fresh() is for: as that is
+        # never undone, the copies share it.
+        self._order = [n.node_id for n in given]
+        self._first: dict[int, int] = {}
+        self._passed: dict[int, int] = {}
         named = collections.Counter(n.endpoint for n in given)
         # Addresses that several rows have; a person wrote them.
         self.twins = frozenset(endpoint for endpoint, count in named.items() if count > 1)
         # Highest version that any of the nodes was ever sent.
         self.highest_sent = max((n.last_version for n in given), default=0)
-        for n in given:
+        for place, n in enumerate(given):
             self.of[n.status][n.node_id] = self._nodes[n.node_id] = n
+            self._first.setdefault(n.batch, place)
+            self._count(n, 1)
             self.sizes[n.batch] = self.sizes.get(n.batch, 0) + 1
             self._open[n.batch] = self._open.get(n.batch, 0) + (n.status in OPEN)
             self._queues.setdefault(n.batch, {}).setdefault(n.labels, []).append(n.node_id)
-            self._note_astray(n)
+            if n.status == PENDING:
+                self._note_pending(n)
         self._batches = sorted(self.sizes)
         # Whose turn it is in each batch, and of which batches no copy shares that.
         self._turns = {batch: _Turns(self._first_turns(queues)) for batch, queues in self._queues.items()}
@@ -4267,6 +4290,9 @@ class NodeIndex:
         other.of, other._batches = {status: found.copy() for status, found in self.of.items()}, self._batches
         other.twins, other.highest_sent, other._queues = self.twins, self.highest_sent, self._queues
         other._limited, other.astray, other.probed = self._limited, self.astray.copy(), self.probed.copy()
+        other._unverified, other.failures, other.answered = self._unverified.copy(), self.failures.copy(), self.answered
+        other.asking, other.silent = self.asking.copy(), self.silent.copy()
+        other._order, other._first, other._passed = self._order, self._first, self._passed
         other._turns = self._turns.copy()
         self._own_turns, other._own_turns = set(), set()
         return other
@@ -4279,12 +4305,22 @@ class NodeIndex:
             self._open[node.batch] += (node.status in OPEN) - (before.status in OPEN)
             if before.status == PENDING:
                 self._end_turn(node)
-        self._note_astray(node)
+        if before.status == PENDING:
+            self.answered -= before.has_answered
+            self._note_pending(node)
         if _is_probed(node):
             self.probed[node.node_id] = node
         else:
             self.probed.pop(node.node_id, None)
+        self._count(before, -1)
+        self._count(node, 1)
         self.of[node.status][node.node_id] = self._nodes[node.node_id] = node
+
+    def _count(self, node: ReleaseNode, by: int) -> None:
+        if _is_unverified(node):
+            self._unverified[node.batch] += by
+        elif node.status == FAILED and not node.accepted:
+            self.failures[node.batch] += by
 
     @property
     def open(self) -> list[ReleaseNode]:
@@ -4316,15 +4352,55 @@ class NodeIndex:
         found = bisect.bisect_left(self._batches, batch)
         return self._batches[found - 1] if found else 0
 
-    def to_reverify(self, batch: int) -> list[ReleaseNode]:
-        """Return the nodes of a batch that are still to be re-verified at the end of its soak."""
-        return [n for n in self.of[SUCCESS].values() if n.batch == batch and not n.is_reverified]
+    @property
+    def highest_begun(self) -> int:
+        """Return the highest batch with a node that is neither pending nor skipped, or 0."""
+        return max((n.batch for status in (RUNNING, SUCCESS, FAILED) for n in self.of[status].last_part()), default=0)
 
-    def _note_astray(self, node: ReleaseNode) -> None:
-        if node.status == PENDING and node.in_flight:
-            self.astray[node.node_id] = node
-        else:
-            self.astray.pop(node.node_id, None)
+    def unverified_in(self, batch: int) -> int:
+        """Return how many nodes of a batch are still to be re-verified at the end of its soak."""
+        return self._unverified[batch]
+
+    def in_reverification(self, batch: int) -> list[ReleaseNode]:
+        """Return the nodes of a batch whose re-verification has begun."""
+        return [n for n in self.probed.values() if n.batch == batch and not n.is_reverified]
+
+    def next_to_reverify(self, batch: int) -> Iterator[ReleaseNode]:
+        """Yield the nodes of a batch whose re-verification has not begun, in order."""
+        return self._fresh(batch, self._first.get(batch, 0), self.sizes.get(batch, 0),
+                           lambda n: _is_unverified(n) and not _is_probed(n))
+
+    def next_to_ask(self) -> Iterator[ReleaseNode]:
+        """Yield the pending nodes that no preflight has asked yet, in order."""
+        return self._fresh(0, 0, len(self._order), lambda n: n.status == PENDING and not (
+            n.has_answered or n.node_id in self.asking or n.node_id in self.silent))
+
+    def _fresh(self, key: int, first: int, count: int,
+               is_fresh: Callable[[ReleaseNode], bool]) -> Iterator[ReleaseNode]:
+        """Yield the nodes of a part of the order for which something has not begun yet; key: of what, in _passed."""
+        places = range(self._passed.get(key, first), first + count)
+        found = False
+        for place in places:
+            node = self._nodes[self._order[place]]
+            if is_fresh(node):
+                found = True
+                yield node
+            elif not found:
+                self._passed[key] = place + 1
+
+    def _note_pending(self, node: ReleaseNode) -> None:
+        """Note what a node that is pending, or was, is at."""
+        is_pending = node.status == PENDING
+        waits = is_pending and not node.has_answered
+        self.answered += is_pending and node.has_answered
+        for kept, is_in in ((self.astray, is_pending and node.in_flight),
+                            (self.silent, waits and node.verdict is not None),
+                            (self.asking, waits and node.verdict is None and (
+                                node.next_op == PING or node.in_flight))):
+            if is_in:
+                kept[node.node_id] = node
+            else:
+                kept.pop(node.node_id, None)
 
     def _first_turns(self, queues: Mapping[str, Sequence[int]]) -> dict[str, Turn]:
         pending, turns = self.of[PENDING], {}
@@ -4398,7 +4474,7 @@ def next_within(nodes: NodeIndex, batch: int, limits: Limits, held: Iterable[Rel
     in_flight = labels_in_flight((*nodes.of[RUNNING].values(), *nodes.astray.values(), *held), limits)
     full = set(full_labels(in_flight, in_flight, limits))
     turns = nodes.turns(batch)
-    # The next turn of those that wait for each label with room, of the others, and of queues of which a node was chosen.
+    # The next turn of those that wait for each label with room, of others, and of queues of which a node was chosen.
     heads = [(found[0], label, 0) for label, found in turns.items() if found and label not in full]
     heapq.heapify(heads)
     chosen, waits = list[ReleaseNode](), list[tuple[Turn, Label]]()
@@ -4448,13 +4524,18 @@ class Preflight(NamedTuple):
     # How many are asked, and how many of them have answered.
     total: int
     answered: int
-    # Nodes whose agents do not answer, each with a verdict that says why; those still to be asked, or asked just now.
+    # Nodes whose agents do not answer, each with a verdict that says why; those that were asked and still may.
     silent: Sequence[ReleaseNode]
-    waiting: Sequence[ReleaseNode]
+    asking: Sequence[ReleaseNode]
     # How many may be silent.
     most: int
     # By Clock.elapsed(): who has not answered by then is silent.
     ends_at: float
+
+    @property
+    def waiting(self) -> int:
+        """Return how many have not answered and still may."""
+        return self.total - self.answered - len(self.silent)
 
     @property
     def exceeded(self) -> str:
@@ -4465,16 +4546,19 @@ class Preflight(NamedTuple):
         limit = f", at most {self.most} may" if self.most else ""
         return f"preflight: {len(self.silent)} of {self.total} agents did not answer{limit} ({kinds})"
 
-    def due(self, now_s: float) -> list[ReleaseNode]:
-        """Return the nodes to ask now; those that were not asked yet come first."""
-        due = [n for n in self.waiting if not n.in_flight and n.due <= now_s]
-        return [n._replace(next_op=PING, deadline=self.ends_at) for n in sorted(due, key=lambda n: n.errors)]
+    def due(self, nodes: NodeIndex, now_s: float, most: int) -> list[ReleaseNode]:
+        """Return up to so many nodes to ask now; those that were not asked yet come first."""
+        fresh = itertools.islice(nodes.next_to_ask(), most) if now_s < self.ends_at else ()
+        again = sorted((n for n in self.asking if not n.in_flight and n.due <= now_s), key=lambda n: n.errors)
+        return [n._replace(next_op=PING, deadline=self.ends_at) for n in (*fresh, *again)][:most]
 
     def wakes(self, now_s: float) -> Iterator[float]:
         """Yield when to decide again for the nodes that are to be asked again later, or wait for a slot."""
-        for n in self.waiting:
-            if not n.in_flight:
-                yield min(n.due, self.ends_at) if n.due > now_s else self.ends_at
+        if self.waiting:
+            yield self.ends_at
+        for n in self.asking:
+            if not n.in_flight and n.due > now_s:
+                yield min(n.due, self.ends_at)
 
 
 def preflight_of(release: Release, nodes: NodeIndex, strategy: Strategy, policy: Policy,
@@ -4485,19 +4569,17 @@ def preflight_of(release: Release, nodes: NodeIndex, strategy: Strategy, policy:
     """
     if not strategy.preflight or release.preflight_accepted or not nodes.is_untouched:
         return None
-    asked = nodes.of[PENDING].values()
-    ends_at = min((n.deadline for n in asked if n.next_op == PING), default=now_s + policy.node_deadline_s)
-    answered, silent, waiting = 0, list[ReleaseNode](), list[ReleaseNode]()
-    for n in asked:
-        if n.has_answered:
-            answered += 1
-        elif n.verdict is not None:
-            silent.append(n)
-        elif n.in_flight or now_s < ends_at:
-            waiting.append(n)
-        else:
-            silent.append(n._replace(verdict=_too_late(n, policy)))
-    return Preflight(len(asked), answered, silent, waiting, resolve_share(strategy.silent_share, len(nodes)), ends_at)
+    pending, asking = nodes.of[PENDING], list(nodes.asking.values())
+    # all end at the same time; where everybody who was asked has answered, the first node was asked
+    asked = [n for n in (*asking, *itertools.islice(pending.values(), 1)) if n.next_op == PING]
+    ends_at = min((n.deadline for n in asked), default=now_s + policy.node_deadline_s)
+    silent = list(nodes.silent.values())
+    if now_s >= ends_at:
+        asking = [n for n in asking if n.in_flight]
+        silent += [n._replace(verdict=_too_late(n, policy)) for n in pending.values()
+                   if not (n.has_answered or n.in_flight or n.node_id in nodes.silent)]
+    return Preflight(len(pending), nodes.answered, sorted(silent, key=lambda n: (n.batch, n.node_id)), asking,
+                     resolve_share(strategy.silent_share, len(nodes)), ends_at)
 
 
 def _too_late(node: ReleaseNode, policy: Policy) -> Verdict:
@@ -4690,7 +4772,7 @@ def _paused(situation: Situation, waiting: str) -> str:
     """Return who paused it and after which batch, what it waits for, and what to do."""
     nodes = situation.nodes
     by = f" by {situation.release.paused_by}" if situation.release.paused_by else ""
-    begun = max((n.batch for n in nodes if n.status not in (PENDING, SKIPPED)), default=0)
+    begun = nodes.highest_begun
     where = f" {'in' if nodes.open_in(begun) else 'after'} batch {begun}" if begun else ""
     then = "resume to go on"
     if situation.is_failing:
@@ -4716,8 +4798,10 @@ def _progress(situation: Situation, waiting: str) -> str:
     if freeze.frozen:
         return freeze.text + (f"; {waiting}" if waiting else "")
     if stage.reverifies:
+        begun = nodes.in_reverification(stage.reverifies)
+        first = min((*begun, *itertools.islice(nodes.next_to_reverify(stage.reverifies), 1)), key=lambda n: n.node_id)
         return (f"verifying batch {stage.reverifies} after its soak: waiting for "
-                + _names(nodes.to_reverify(stage.reverifies)))
+                + _and_more(first.name, nodes.unverified_in(stage.reverifies)))
     if situation.preflight and situation.preflight.waiting:
         return _asking(situation.preflight, situation)
     batch = nodes.batch
@@ -4742,7 +4826,7 @@ ASKING = "asking "
 def _asking(preflight: Preflight, situation: Situation) -> str:
     silent = f", {len(preflight.silent)} did not" if preflight.silent else ""
     whom = f"all {preflight.total} agents" if preflight.total > 1 else "1 agent"
-    asked = [n for n in preflight.waiting if n.errors]
+    asked = [n for n in preflight.asking if n.errors]
     return (f"{ASKING}{whom} before batch 1: {preflight.answered} answered{silent}"
             + (f"{NO_SLOT}{situation.shortage}" if situation.shortage else "") + _retried(asked, situation))
 
@@ -4855,8 +4939,11 @@ def count_of_nodes(number: int) -> str:
 
 
 def _names(nodes: Collection[ReleaseNode]) -> str:
-    first = min(nodes, key=lambda n: (n.batch, n.node_id)).name if nodes else "no node"
-    return f"{first} and {len(nodes) - 1} more" if len(nodes) > 1 else first
+    return _and_more(min(nodes, key=lambda n: (n.batch, n.node_id)).name if nodes else "no node", len(nodes))
+
+
+def _and_more(first: str, count: int) -> str:
+    return f"{first} and {count - 1} more" if count > 1 else first
 
 
 # How many of the releases that nodes run a sentence names.
@@ -5063,12 +5150,12 @@ def kept_from_dispatch(nodes: NodeIndex, passed_s: float) -> list[ReleaseNode]:
     A node whose agent is at work keeps its deadline (section 7). One whose agent is still to be asked has the time as
     credit, which is taken back when the agent says that it is at work. A preflight is delayed too.
     """
-    running = nodes.of[RUNNING].values()
+    running, pending = nodes.of[RUNNING].values(), nodes.of[PENDING].values() if nodes.is_untouched else ()
     return [*(n._replace(deadline=n.deadline + passed_s, waited_s=n.waited_s + passed_s)
               for n in running if n.next_op == DISPATCH and not n.in_flight),
             *(n._replace(deadline=n.deadline + passed_s, credit_s=n.credit_s + passed_s)
               for n in running if n.next_op == QUERY and not n.is_at_work),
-            *(n._replace(deadline=n.deadline + passed_s) for n in nodes.of[PENDING].values() if n.next_op == PING)]
+            *(n._replace(deadline=n.deadline + passed_s) for n in pending if n.next_op == PING)]
 
 
 class NodeChange(NamedTuple):
@@ -5151,7 +5238,7 @@ def stage_of(release: Release, nodes: NodeIndex, now: Moment, strategy: Strategy
         soak = _soak_of(release, now, strategy)
         if soak.soak_left_s:
             return soak
-        if strategy.verify and nodes.to_reverify(before):
+        if strategy.verify and nodes.unverified_in(before):
             return soak._replace(reverifies=before)
     if strategy.pauses_after(before):
         return Stage(0, before, pauses=True)
@@ -5198,10 +5285,10 @@ def decide(situation: Situation) -> Decision:
     begun = _dispatches(release, nodes, now, policy, strategy, stage.batch, _slots_for_dispatches(situation),
                         situation.busy, situation.asks_first) if is_going else []
     _apply(nodes, [*renamed, *begun])
-    awaited = _awaited(nodes, stage, now, policy)
-    pinged = preflight.due(now.elapsed) if preflight and is_going else []
-    asked = [*(n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)), *pinged][
-        : max(0, situation.slots - len(begun))]
+    free = max(0, situation.slots - len(begun))
+    awaited = _awaited(nodes, stage, now, policy, free)
+    pinged = preflight.due(nodes, now.elapsed, free) if preflight and is_going else []
+    asked = [*(n for n in awaited if _is_due(n, QUERY, now) or _is_due(n, PROBE, now)), *pinged][:free]
     asked_ids = {n.node_id for n in asked}
     soak_ends = [now.elapsed + stage.soak_left_s] if status == RUNNING and stage.soak_left_s else []
     return Decision(
@@ -5276,15 +5363,16 @@ def _surpassed(release: Release, nodes: NodeIndex, now: Moment) -> list[NodeChan
             for n in due]
 
 
-def _awaited(nodes: NodeIndex, stage: Stage, now: Moment, policy: Policy) -> list[ReleaseNode]:
-    """Return the running nodes, and those to be re-verified.
+def _awaited(nodes: NodeIndex, stage: Stage, now: Moment, policy: Policy, slots: int) -> list[ReleaseNode]:
+    """Return the running nodes, and those that are re-verified: as many as there are slots begin with that.
 
     A re-verification has the deadline of a node, from its first probe on.
     """
-    again = nodes.to_reverify(stage.reverifies) if stage.reverifies else ()
-    return [*nodes.of[RUNNING].values(), *(
-        n if n.next_op == PROBE else n._replace(next_op=PROBE, deadline=now.elapsed + policy.node_deadline_s)
-        for n in again)]
+    if not stage.reverifies:
+        return list(nodes.of[RUNNING].values())
+    return [*nodes.of[RUNNING].values(), *nodes.in_reverification(stage.reverifies), *(
+        n._replace(next_op=PROBE, deadline=now.elapsed + policy.node_deadline_s)
+        for n in itertools.islice(nodes.next_to_reverify(stage.reverifies), slots))]
 
 
 def _is_due(node: ReleaseNode, op: str, now: Moment) -> bool:
@@ -5364,17 +5452,17 @@ def exceeded_limit(nodes: NodeIndex, strategy: Strategy) -> str:
 
     A share is of the batch's planned size, which is its number of rows.
     """
-    return limit_exceeded([n.batch for n in nodes.of[FAILED].values() if not n.accepted], nodes.sizes, strategy)
+    return limit_exceeded(nodes.failures, nodes.sizes, strategy)
 
 
-def limit_exceeded(failed: Sequence[int], sizes: Mapping[int, int], strategy: Strategy) -> str:
-    """Do exceeded_limit() with the batch of each failed node whose failure counts, and the nodes of each batch."""
-    for batch, count in sorted(collections.Counter(failed).items()):
+def limit_exceeded(failures: Mapping[int, int], sizes: Mapping[int, int], strategy: Strategy) -> str:
+    """Do exceeded_limit() with the failures of each batch that count, and the nodes of each."""
+    for batch, count in sorted(failures.items()):
         most = resolve_share(strategy.max_failed, sizes[batch])
         if count > most:
             return f"{count_of_nodes(count)} of batch {batch} failed, at most {most} may"
-    if failed and strategy.max_failed_total is not None:
-        count, most = len(failed), resolve_share(strategy.max_failed_total, sum(sizes.values()))
+    if failures and strategy.max_failed_total is not None:
+        count, most = sum(failures.values()), resolve_share(strategy.max_failed_total, sum(sizes.values()))
         if count > most:
             return f"{count_of_nodes(count)} failed in all, at most {most} may"
     return ""
@@ -8463,9 +8551,9 @@ def read_batches(tx: Transaction, release_id: int) -> list[BatchProgress]:
 
 def read_exceeded(tx: Transaction, release: Release, batches: Sequence[BatchProgress]) -> str:
     """Do exceeded_limit() with a release as it stands in the database."""
-    failed = [row[0] for row in tx.rows("SELECT batch FROM release_task_nodes WHERE release_task_id = ? "
-                                        "AND status = 'failed' AND accepted = 0", release.id)]
-    return limit_exceeded(failed, {batch.number: batch.total for batch in batches}, strategy_of(release.strategy))
+    failures = dict(tx.rows("SELECT batch, COUNT(*) FROM release_task_nodes WHERE release_task_id = ? "
+                            "AND status = 'failed' AND accepted = 0 GROUP BY batch", release.id))
+    return limit_exceeded(failures, {batch.number: batch.total for batch in batches}, strategy_of(release.strategy))
 
 
 def read_freezes(tx: Transaction) -> Freezes:

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -456,3 +457,63 @@ def test_a_copy_of_an_index_and_its_original_know_nothing_of_each_others_changes
             assert len(found) == len(list(found))
         assert index.batch == min(n.batch for n in known.values() if n.status in rc.OPEN)
         assert index.probed == {n.node_id: n for n in known.values() if n.status == "success" and n.next_op}
+
+
+# -- what a decision costs ---------------------------------------------------------------------
+
+def decide_counted(situation: rc.Situation) -> tuple[rc.Decision, int]:
+    """Return a decision, and how many lines of Python it ran, those of each round of a loop among them."""
+    count = 0
+
+    def trace(_frame, event, _argument):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return rc.decide(situation), count
+    finally:
+        sys.settrace(before)
+
+
+SUCCEEDED, PROBED = rc.Verdict("success"), {"next_op": rc.PROBE, "in_flight": True, "deadline": NOW.elapsed + 600}
+ASKED = {"next_op": rc.PING, "in_flight": True, "deadline": NOW.elapsed + 600}
+# What each node of a large release is at, by its place from 0 to 1, and what is asked for.
+STAGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dispatching": (lambda n, at: node(n, "success" if at < 0.5 else "pending"), {}),
+    "many failed": (lambda n, at: node(n, "failed" if at < 0.5 else "pending"),
+                    {"strategy": rc.Strategy(max_failed="90%")}),
+    "paused": (lambda n, at: node(n, "success" if at < 0.5 else "pending"), {"status": "paused"}),
+    "re-verified": (lambda n, at: node(n, "success", 1, is_reverified=at < 0.5) if at < 0.99 else node(n, batch=2), {
+        "strategy": rc.Strategy(soak_s=1.0, verify=rc.Verify("http://{main_ip}/")), "soak_until": NOW.text}),
+    "preflight": (lambda n, at: node(n, **({**ASKED, "in_flight": False, "has_answered": True} if at < 0.5 else {})),
+                  {"strategy": rc.Strategy(preflight=True)}),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_decision_costs_does_not_grow_with_the_release(stage):
+    """Forty nodes are at work; what decide() runs for them in a release of 500 nodes, and in one of 10,000."""
+    node_at, more = STAGES[stage]
+    at_work = {"re-verified": lambda n: node(n, "success", **PROBED), "preflight": lambda n: node(n, **ASKED)}.get(
+        stage, lambda n: node(n, "running", in_flight=True))
+    fields = {"soak_until": more["soak_until"]} if "soak_until" in more else {}
+    costs = []
+    for count in (500, 10_000):
+        middle = count // 2
+        index = rc.NodeIndex([at_work(n) if middle <= n < middle + 40 else node_at(n, n / count)
+                              for n in range(1, count + 1)])
+        situation = rc.Situation(release(more.get("status", "running"), **fields), index, NOW, POLICY,
+                                 more.get("strategy", rc.NO_STRATEGY), slots=8)
+        index = rc.decide(situation).nodes
+        for n in range(middle, middle + 8):
+            at = index[n]
+            index.put(at._replace(in_flight=False, **(
+                {"is_reverified": True, "next_op": ""} if stage == "re-verified" else
+                {"has_answered": True} if stage == "preflight" else {"verdict": SUCCEEDED})))
+        decision, cost = decide_counted(situation._replace(nodes=index))
+        costs.append(cost)
+        assert len(decision.sends) == (0 if stage == "paused" else 8), decision.status_reason
+    assert costs[1] < 1.5 * costs[0], costs
