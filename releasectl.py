@@ -5687,8 +5687,8 @@ def status_after_verb(verb: str, release: Release) -> str:
     return PENDING if verb == "resume" and not release.started_at else VERBS[verb].status
 
 
-# Whether two releases share a node.
-Shares = Callable[[Candidate, Candidate], bool]
+# The addresses of a release as bits of a number: two that have a bit in common share a node.
+Addresses = Callable[[Candidate], int]
 
 
 def _in_order(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -5705,37 +5705,68 @@ def _may_start(c: Candidate, now: str, freezes: Freezes) -> bool:
     return c.status != PENDING or (c.start_at <= now and not c.needs_approval and not freezes.of(c).frozen)
 
 
-def _in_line(candidates: Iterable[Candidate], now: str,
-             freezes: Freezes) -> Iterator[tuple[Candidate, Sequence[Candidate]]]:
-    """Return each release with those before it that have started or may start."""
-    before: list[Candidate] = []
-    for c in _in_order(candidates):
-        yield c, before
-        if _may_start(c, now, freezes):
-            before.append(c)
+# Releases whose addresses _Ahead has as one number.
+AHEAD_BLOCK = 64
+
+
+class _Ahead:
+    """Releases in their order that have started or may start: whom a later one waits for."""
+
+    def __init__(self, addresses: Addresses):
+        self._addresses = addresses
+        self._releases: list[Candidate] = []
+        self._first_of: dict[str, Candidate] = {}
+        # Addresses of each AHEAD_BLOCK of them, and of all; as far as somebody asked, as that may read their nodes.
+        self._blocks: list[int] = []
+        self._all = self._added = 0
+
+    def add(self, c: Candidate) -> None:
+        self._releases.append(c)
+        self._first_of.setdefault(c.target, c)
+
+    def first_for(self, c: Candidate) -> Candidate | None:
+        """Return the first one of the same target, else the first with a node in common, or None."""
+        if c.target in self._first_of or not self._releases:
+            return self._first_of.get(c.target)
+        for number in range(self._added, len(self._releases)):
+            if number % AHEAD_BLOCK == 0:
+                self._blocks.append(0)
+            self._blocks[-1] |= self._addresses(self._releases[number])
+            self._all |= self._blocks[-1]
+        self._added = len(self._releases)
+        bits = self._addresses(c)
+        if not self._all & bits:
+            return None
+        # of ten thousand releases each would be compared with all before it
+        first = next(number for number, block in enumerate(self._blocks) if block & bits)
+        return next(a for a in itertools.islice(self._releases, first * AHEAD_BLOCK, None) if self._addresses(a) & bits)
 
 
 def _in_turn(candidates: Iterable[Candidate], now: str, freezes: Freezes,
-             shares: Shares) -> Iterator[tuple[Candidate, Candidate | None]]:
+             addresses: Addresses) -> Iterator[tuple[Candidate, Candidate | None]]:
     """Return each release with the one that it waits for, of the same target or with a node in common, or None."""
-    for c, before in _in_line(candidates, now, freezes):
-        # by target first, as shares() may read the nodes of a release
-        yield c, (next((a for a in before if a.target == c.target), None)
-                  or next((a for a in before if shares(a, c)), None))
+    ahead = _Ahead(addresses)
+    for c in _in_order(candidates):
+        yield c, ahead.first_for(c)
+        if _may_start(c, now, freezes):
+            ahead.add(c)
 
 
 def ahead_of(release_id: int, candidates: Iterable[Candidate], now: str, freezes: Freezes,
-             shares: Shares) -> list[Candidate]:
+             addresses: Addresses) -> list[Candidate]:
     """Return all releases that a pending one waits for, and those that these wait for, in their order."""
-    in_line = {c.id: (c, [*before]) for c, before in _in_line(candidates, now, freezes)}
-    found: dict[int, Candidate] = {}
+    in_order = _in_order(candidates)
+    place_of = {c.id: place for place, c in enumerate(in_order)}
+    found: set[int] = set()
     waiting = [release_id]
     while waiting:
-        c, before = in_line[waiting.pop()]
-        more = [a for a in before if a.id not in found and (a.target == c.target or shares(a, c))]
-        found.update((a.id, a) for a in more)
+        place = place_of[waiting.pop()]
+        c = in_order[place]
+        more = [a for a in in_order[:place] if a.id not in found and _may_start(a, now, freezes)
+                and (a.target == c.target or addresses(a) & addresses(c))]
+        found.update(a.id for a in more)
         waiting += [a.id for a in more if a.status == PENDING]
-    return [a for a, _ in in_line.values() if a.id in found]
+    return [a for a in in_order if a.id in found]
 
 
 def state_of(before: Candidate) -> str:
@@ -5745,7 +5776,7 @@ def state_of(before: Candidate) -> str:
 
 
 def runnable(candidates: Iterable[Candidate], now: str, freezes: Freezes,
-             shares: Shares) -> tuple[list[int], list[int]]:
+             addresses: Addresses) -> tuple[list[int], list[int]]:
     """Return the ids of releases that may be claimed now, and of those that others have claimed (rule 2).
 
     A pending release waits for those before it, its start time, an approval and the end of a freeze; one that is paused
@@ -5753,7 +5784,7 @@ def runnable(candidates: Iterable[Candidate], now: str, freezes: Freezes,
     """
     free: list[int] = []
     taken: list[int] = []
-    for c, before in _in_turn(candidates, now, freezes, shares):
+    for c, before in _in_turn(candidates, now, freezes, addresses):
         if c.status == PENDING:
             wanted = before is None and _may_start(c, now, freezes)
         else:
@@ -5764,10 +5795,11 @@ def runnable(candidates: Iterable[Candidate], now: str, freezes: Freezes,
     return free, taken
 
 
-def waiting_reasons(candidates: Iterable[Candidate], now: str, freezes: Freezes, shares: Shares) -> dict[int, str]:
+def waiting_reasons(candidates: Iterable[Candidate], now: str, freezes: Freezes,
+                    addresses: Addresses) -> dict[int, str]:
     """Return the status_reason of each release that is not being worked on."""
     reasons = {}
-    for c, before in _in_turn(candidates, now, freezes, shares):
+    for c, before in _in_turn(candidates, now, freezes, addresses):
         freeze = freezes.of(c)
         if c.status == RUNNING and not c.claimed and c.running_nodes == 0 and (
                 freeze.frozen or c.status_reason.startswith(FROZEN_BEGINS)):
@@ -8464,8 +8496,8 @@ RELEASE_EVENTS = {PENDING: "created", RUNNING: "started", PAUSED: "paused", CANC
                   SUCCESS: "finished", PARTIAL: "finished", FAILED: "finished", CANCELLED: "cancelled"}
 NODE_EVENTS = {RUNNING: "dispatched", SUCCESS: "succeeded", FAILED: "failed", SKIPPED: "skipped"}
 
-# Releases whose addresses are cached.
-MAX_MASKS = 1000
+# Memory for the addresses of open releases.
+MAX_MASK_BYTES = 32 << 20
 
 
 def counters_after(release: Release, decision: Decision) -> tuple[str, list[int]]:
@@ -8723,17 +8755,17 @@ class Queue:
 
     def runnable(self, tx: Transaction) -> tuple[list[int], list[int]]:
         """Return the ids of the releases that may be claimed now, and of those that others have claimed."""
-        return runnable(read_candidates(tx), tx.now(), read_freezes(tx), self._shares(tx))
+        return runnable(read_candidates(tx), tx.now(), read_freezes(tx), self._addresses(tx))
 
     def ahead_of(self, tx: Transaction, release_id: int) -> list[Candidate]:
         """Return all releases that a pending one waits for, in their order."""
-        return ahead_of(release_id, read_candidates(tx), tx.now(), read_freezes(tx), self._shares(tx))
+        return ahead_of(release_id, read_candidates(tx), tx.now(), read_freezes(tx), self._addresses(tx))
 
     def explain_waiting(self, tx: Transaction) -> None:
         """Bring status_reason of the waiting releases up to date, after any change that they may wait for."""
         candidates = read_candidates(tx)
         stored = {c.id: c.status_reason for c in candidates}
-        for release_id, reason in waiting_reasons(candidates, tx.now(), read_freezes(tx), self._shares(tx)).items():
+        for release_id, reason in waiting_reasons(candidates, tx.now(), read_freezes(tx), self._addresses(tx)).items():
             if stored[release_id] != reason:
                 tx.execute("UPDATE release_tasks SET status_reason = ?, updated_at = ? WHERE id = ?",
                            reason, self._state.now(), release_id)
@@ -8890,8 +8922,8 @@ class Queue:
         change_status(tx, release, nodes, VERBS["cancel"], now, actor, why)
         self.end_cancelled(tx, read_release(tx, release.id), nodes, now, actor, why, why)
 
-    def _shares(self, tx: Transaction) -> Shares:
-        """Return a function that tells whether two open releases have an address in common.
+    def _addresses(self, tx: Transaction) -> Addresses:
+        """Return a function that gives the addresses of an open release.
 
         It reads the nodes of a release once: with fifty of ten thousand, each scan would read half a million rows.
         """
@@ -8909,12 +8941,12 @@ class Queue:
                 bits = bytearray(len(self._bits) // 8 + 1)
                 for bit in {bit_of[int(node_id)] for node_id in text.split(",")} if text else ():
                     bits[bit >> 3] |= 1 << (bit & 7)
-                if len(self._masks) >= MAX_MASKS:
+                if len(self._masks) * len(bits) > MAX_MASK_BYTES:
                     self._masks.clear()
                 known = self._masks[key] = int.from_bytes(bits, "little")
             return known
 
-        return lambda one, other: bool(mask(one) & mask(other))
+        return mask
 
     def _bit_of(self, tx: Transaction) -> dict[int, int]:
         """Return by node the number of its address's bit."""

@@ -432,6 +432,32 @@ def test_rule_2_one_release_of_a_target_is_active_the_lowest_version_first(rows,
     assert rc.runnable(candidates(*rows), "", rc.NO_FREEZES, lambda *_: False) == (free, taken)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_rule_2_a_release_waits_for_the_first_before_it_of_its_target_or_else_with_a_node_of_its_own(seed):
+    chance = random.Random(seed)
+    rows = candidates(*((f"t{chance.randrange(60)}", "pending", 0, False) for _ in range(3 * rc.AHEAD_BLOCK)))
+    rows = [c._replace(start_at="later" * (chance.random() < 0.1)) for c in rows]
+    addresses = {c.id: 1 << chance.randrange(600) | 1 << chance.randrange(600) for c in rows}
+    before: list[rc.Candidate] = []
+    expected = {}
+    for c in rows:
+        first = next((a for a in before if a.target == c.target), None) or next(
+            (a for a in before if addresses[a.id] & addresses[c.id]), None)
+        if not c.start_at:
+            expected[c.id] = f"waiting for release {first.id}, which is pending" if first else rc.REASON_PENDING
+            before.append(c)
+    reasons = rc.waiting_reasons(rows, "", rc.NO_FREEZES, lambda c: addresses[c.id])
+    assert {id_: reasons[id_] for id_ in expected} == expected
+    assert len(set(expected.values())) > 20
+
+
+def test_whoever_looks_for_work_compares_no_release_with_each_of_those_before_it():
+    rows, asked = candidates(*((f"t{n}", "pending", 0, False) for n in range(1000))), []
+    free, _ = rc.runnable(rows, "", rc.NO_FREEZES, lambda c: asked.append(c.id) or 1 << c.id)
+    assert len(free) == 1000
+    assert len(asked) <= 2 * 1000
+
+
 # -- the index of the nodes --------------------------------------------------------------------
 
 def test_a_copy_of_an_index_and_its_original_know_nothing_of_each_others_changes():
