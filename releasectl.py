@@ -3452,6 +3452,8 @@ class Plan(NamedTuple):
     superseded: Sequence[Superseded] = ()
     # WANTED, EMERGENCY, or "" where it needs none.
     approval: str = ""
+    # No freeze holds it.
+    during_freeze: bool = False
 
     @property
     def pauses(self) -> list[int]:
@@ -10123,7 +10125,7 @@ class Releases:
             warnings.append("emergency: it goes without an approval, and everybody is told so")
         return plan._replace(version=version, names={node.id: node.name for node in nodes}, approval=approval,
                              effect=effect_of(tx, request.payload, nodes), superseded=superseded,
-                             warnings=[*plan.warnings, *warnings])
+                             during_freeze=request.during_freeze, warnings=[*plan.warnings, *warnings])
 
     def create(self, request: ReleaseRequest, actor: Who, key: IdempotencyKey | None = None) -> Made:
         """Create a release for the nodes that a request chooses; return it, its batches and who is left out (rule 1).
@@ -14603,7 +14605,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "startAt": strategy.start_at or None, "verify": _verify_json(strategy.verify) if strategy.verify else None,
             "leftOut": left_out_json(plan.left_out), "notChosen": plan.not_chosen, "emptied": list(plan.emptied),
             "warnings": list(plan.warnings), "superseded": superseded_json(plan.superseded),
-            "approval": plan.approval, "payloadOf": payload_of,
+            "approval": plan.approval, "duringFreeze": plan.during_freeze, "payloadOf": payload_of,
             "effect": _effect_json(plan.effect) if plan.effect else None}
 
 
@@ -14884,7 +14886,7 @@ def openapi_schemas() -> dict[str, Any]:
             "preflight": {"type": ["object", "null"], "properties": {"maxSilent": _COUNT}},
             "verify": {"type": ["object", "null"]},
             "leftOut": left_out, "notChosen": _COUNT, "emptied": _array(TEXT), "warnings": _array(TEXT),
-            "superseded": superseded, "approval": _APPROVAL,
+            "superseded": superseded, "approval": _APPROVAL, "duringFreeze": _FLAG,
             "payloadOf": {"type": ["object", "null"], "properties": {"releaseId": ID, "version": ID}},
             "effect": schema_of({"text": TEXT, "against": _ID_OR_NULL, **changes, "openReleases": _COUNT,
                                  "running": _array(schema_of({

@@ -25,7 +25,6 @@ from conftest import leave_out
 from lab import ADDRESSES, ROOT, World, add_nodes, eventually, new_release, settings_for, sql
 from test_again import ended, good, settle
 from test_overview import live as looks_for_work
-from test_recipes import section
 
 import releasectl as rc
 
@@ -46,17 +45,17 @@ class Daemon:
         self.store, self.executor = store, executor
         if executor and api is None:
             api = rc.Api(store, rc.Metrics(), executor.nudge, process=lambda: rc.process_json(settings, executor))
-        self._server = rc.ApiServer(settings, api or rc.Api(store, rc.Metrics()))
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/"
-        self._threads = [threading.Thread(target=self._server.serve_forever, args=(0.02,))]
+        self.server = rc.ApiServer(settings, api or rc.Api(store, rc.Metrics()))
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
+        self._threads = [threading.Thread(target=self.server.serve_forever, args=(0.02,))]
         if executor:
             self._threads.append(threading.Thread(target=executor.run_loop))
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.server.shutdown()
+        self.server.server_close()
         if self.executor:
             self.executor.stop()
         for thread in self._threads:
@@ -606,49 +605,6 @@ def test_a_strategy_is_written_in_fields_or_as_json_and_neither_loses_what_the_o
         page.see(words, "#plan")
 
 
-def recipe(name: str) -> dict[str, Any]:
-    """Return the body that a recipe of docs/STRATEGIES.md sends."""
-    body = re.search(r"^    POST \S+\n((?:    .*\n)+)", section(name), re.MULTILINE)
-    assert body, name
-    return rc.parse_json(body[1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["Canary then regions", "One host a rack", "Four eyes", "Back by itself"])
-def test_a_recipe_sends_from_the_page_what_its_text_says(page, name):
-    store, body = page.daemon.store, recipe(name)
-    for number in range(1, 5):
-        store.nodes.add(f"edge-{number}", f"10.0.0.{number}", labels=json.dumps(
-            {"region": f"r{number}", "rack": "a", "role": "canary" if number == 1 else "edge"}))
-    page.draft(payload=json.dumps(body["payload"]), reason=body.get("reason", "weekly")).ready().press("JSON")
-    page.fill(strategy=json.dumps(body.get("strategy", {})))
-    if body.get("approval"):
-        page.tick("approval")
-    page.ready("approval by somebody else" if body.get("approval") else "").send().see("Release 1", "main h1")
-    assert page.browser.changes[-1][2] == {"strategy": {}, "reason": "weekly", **body, "target": "cdn"}
-    assert store.releases.get(1).awaits_approval == bool(body.get("approval"))
-
-
-@pytest.mark.slow
-def test_the_emergency_recipe_sends_from_the_page_what_its_text_says(page):
-    store, body = page.daemon.store, recipe("Emergency")
-    add_nodes(store, 2)
-    for number in range(1, 6):
-        new_release(store, payload={"websites": [number]})
-    sql(store, "UPDATE release_tasks SET status = 'success', finished_at = created_at WHERE id <= 2")
-    sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE release_task_id <= 2")
-    store.database.approvals = True
-    store.releases.set_freeze(True, "anna", "the match")
-    page.open("#/releases/2").press("Roll back").ready("approval by somebody else").fill(reason=body["reason"])
-    page.tick("supersede").see("what needs an approval cancels no other release", "#ask-plan")
-    page.tick("emergency").tick("duringFreeze")
-    page.ready("Cancels Release 3, Release 4, Release 5").press("Roll back: release 2").see("Release 6", "main h1")
-    assert page.browser.changes[-1][2] == body
-    assert [store.releases.get(number).status for number in (3, 4, 5)] == ["cancelled"] * 3
-    made = store.releases.get(6)
-    assert (made.approval, made.during_freeze, made.goes_first) == ("emergency", True, True)
-
-
 @pytest.mark.slow
 def test_an_emergency_is_offered_where_an_approval_is_needed_and_forgotten_with_the_draft(page):
     store = page.daemon.store
@@ -1022,9 +978,9 @@ def tokens(tmp_path):
     return write
 
 
-def signed_in(page: Page, name: str, place: str = "#/releases") -> Page:
+def signed_in(page: Page, token: str, name: str, place: str = "#/releases") -> Page:
     page.browser.open(page.daemon.url + place)
-    page.see("Enter your API token", "#ask").fill(token=name).press("Sign in")
+    page.see("Enter your API token", "#ask").fill(token=token).press("Sign in")
     return page.see(f"{name}, ", "#user").see(None)
 
 
@@ -1056,11 +1012,35 @@ def test_a_viewers_tour_offers_nothing_that_a_viewer_can_not_do(new_page, sqlite
 
 
 @pytest.mark.slow
+def test_what_is_on_its_way_when_somebody_signs_out_is_not_shown(new_page, sqlite_world, tokens):
+    add_nodes(sqlite_world.store, 1)
+    new_release(sqlite_world.store)
+    page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url, API_TOKENS_FILE=tokens("anna"))))
+    signed_in(page, "anna", "anna", "#/releases/1").see("pending", "main .chip")
+    page.run("""{
+        const ask = window.fetch, held = new Promise(then => { window.letGo = then; });
+        window.fetch = async (path, ...of) => {
+          const answer = await ask(path, ...of);
+          if (!path.endsWith('v1/freeze')) return answer; // the last of the verdict
+          window.isHeld = true;
+          await held;
+          return answer;
+        };
+      } null""")
+    eventually(lambda: page.run("window.isHeld === true"))
+    page.press("Sign out").see("Signed out", "main h1")
+    page.run("window.letGo()")
+    page.settle()
+    assert page.run("pulse") is None
+    assert "pending" not in page.see("Signed out", "main h1").text()
+
+
+@pytest.mark.slow
 def test_a_token_that_is_revoked_leaves_what_was_known_greyed_and_signing_in_goes_on(new_page, sqlite_world, tokens):
     failed_release(sqlite_world.store)
     new_release(sqlite_world.store)
     page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url, API_TOKENS_FILE=tokens("anna", "vera"))))
-    signed_in(page, "anna", "#/releases/2").see("pending", "main .chip")
+    signed_in(page, "anna", "anna", "#/releases/2").see("pending", "main .chip")
     tokens("vera")
     page.see("Your token has expired or was removed", "#trouble").see("showing", "#age").see("Release 2", "main h1")
     assert page.run("getComputedStyle(document.querySelector('main')).opacity") < "0.9"

@@ -1,6 +1,6 @@
 """The five recipes of docs/STRATEGIES.md: what the text says to type or to send is done, and what it says comes.
 
-Each runs from its own text, by the command line and by the API, on both engines, with agents that listen.
+Each runs from its own text, by the command line, by the API and in the page, on both engines, with agents that listen.
 """
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ from lab import (
     free_port,
     mtls,
     new_release,
-    serving,
+    settings_for,
     sha256,
     statuses,
 )
+from test_page import Daemon, Page, browser, new_page, signed_in  # noqa: F401  (two are fixtures)
 
 import releasectl as rc
 
@@ -94,10 +95,11 @@ class Text:
 # -- the site --------------------------------------------------------------------------------------
 
 class Site:
-    """Twelve nodes that run release 1, an executor that is ticked, and one of the two doors to steer it by."""
+    """Twelve nodes that run release 1, an executor that is ticked, and one of three doors to steer it by."""
 
-    def __init__(self, world: World, cli: Quick, client: Client, door: str):
-        self.world, self.cli, self.client, self.door, self.store = world, cli, client, door, world.store
+    def __init__(self, world: World, cli: Quick, client: Client, door: str, page: Page | None):
+        self.world, self.cli, self.client, self.store = world, cli, client, world.store
+        self.door, self.page = door, page
         world.nodes(len(NODES))
         for number in NODES:
             labels = {key: value for key, groups in (("region", REGIONS), ("rack", RACKS))
@@ -142,6 +144,9 @@ class Site:
             out = self.cli.ok(*words).out.splitlines()
             assert shown == out[:len(shown)]
             return
+        if self.door == "page":
+            self._makes_on_the_page(path, body, plan)
+            return
         planned = self.client.ok("POST", path, {**body, "dryRun": True})
         rows = [re.fullmatch(r"(\d+) (\d+) (\d+) (?:((?!edge-).*?) )?(edge-\d+(?:, edge-\d+)*)", line) for line in plan]
         assert [(str(one["batch"]), str(len(one["nodeIds"])), str(one["maxFailed"]), one["group"] or None,
@@ -151,12 +156,38 @@ class Site:
         assert {f"note: {rc.with_options(one)}" for one in planned["warnings"]} <= set(plan)
         self.client.ok("POST", path, body, 201)
 
+    def _makes_on_the_page(self, path: str, body: dict[str, Any], plan: list[str]) -> None:
+        """Write and tick what a body has, look at the plan, and send it: it is that body."""
+        page = signed_in(self.page, "alice" * 8, "alice")
+        if path.endswith("/releases"):
+            body = {"strategy": {}, "reason": "weekly", **body, "target": "cdn"}
+            page.draft(payload=rc.to_json(body["payload"]), reason=body["reason"]).ready().press("JSON")
+            page.fill(strategy=rc.to_json(body["strategy"]))
+        else:
+            page.open(f"#/releases/{path.split('/')[-2]}").press("Roll back").ready().fill(reason=body["reason"])
+        for name in body:
+            if body[name] is True:
+                page.tick(name)
+        page.ready()
+        shown = " ".join((page.text("#ask-plan") or page.text("#plan")).split())
+        batches = len(re.findall(r"(?m)^\d+ \d+ \d+ ", "\n".join(plan)))
+        assert f"to {len(NODES)} nodes in {batches} batch" in shown
+        for change in [re.fullmatch(r"~ (.*): (.*) -> (.*)", line) for line in plan]:
+            assert not change or "{} - {} + {}".format(*change.groups()) in shown, shown
+        if body.get("supersede") and body.get("duringFreeze"):
+            assert "Would wait for" not in shown
+        page.run("document.querySelector('#ask-do.main, #send-button.main').click()")
+        page.see(f"Release {self.store.releases.page().total + 1}", "main h1")
+        assert page.browser.changes[-1] == ("POST", path, body)
+
     def says(self, text: Text) -> None:
         """Ask as the text does; each line that it shows must come, in its order."""
         [[verb, release_id]], shown = text.typed(), text.shown()
         assert shown
         if self.door == "cli":
             came = [" ".join(line.split()) for line in self.cli(verb, release_id).out.splitlines()]
+        elif self.door == "page":
+            came = self._says_on_the_page(int(release_id), shown)
         elif verb == "why":
             came = [" ".join([one["state"], one["name"], *one["text"].split()])
                     for one in self.client.ok("GET", f"/api/v1/releases/{release_id}/why")["steps"]]
@@ -165,6 +196,15 @@ class Site:
             came = [f"release {found['id']} (v{found['version']}): {found['status']}, {found['statusReason']}",
                     f"reason: {found['reason']}"]
         assert [line for line in came if line in shown] == shown, came
+
+    def _says_on_the_page(self, release_id: int, shown: list[str]) -> list[str]:
+        """Return those lines whose words the view of a release has."""
+        parts = {line: re.sub(r"^(release \d+ \(v\d+\): \w+, |reason: |waits \w+ )", "", line) for line in shown}
+        self.page.open(f"#/releases/{release_id}").see(None)
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: all(part in " ".join(self.page.text("main").split()) for part in parts.values()))
+        words = " ".join(self.page.text("main").split())
+        return [line for line in shown if parts[line] in words] + [words]
 
     # what the agents did, by their own count
 
@@ -195,9 +235,9 @@ class Site:
         return max(sum(one[0] <= start < one[1] for one in runs) for start, _, _ in runs)
 
 
-@pytest.fixture(params=["cli", "api"])
+@pytest.fixture(params=["cli", "api", pytest.param("page", marks=pytest.mark.slow)])
 def site(request, world, quick, tmp_path) -> Iterator[Site]:
-    """The site of the text, once with the command line as the door and once with the API, where alice signs in."""
+    """The site of the text, with the command line as the door, the API, or the page; in the last two alice signs in."""
     [words] = [shlex.split(block) for block in Text("").blocks if block.startswith("echo ")]
     quick.file(words[2].lstrip(">"), words[1])
     assert json.loads(words[1]) == NEW
@@ -205,9 +245,15 @@ def site(request, world, quick, tmp_path) -> Iterator[Site]:
     tokens = tmp_path / "tokens"
     tokens.write_text("".join(f"{name}:operator:{sha256(name * 8)}\n" for name in ("alice", "bob")))
     tokens.chmod(0o600)
-    with serving(world.store, API_TOKENS_FILE=tokens) as client:
-        client.token = "alice" * 8
-        yield Site(world, quick, client, request.param)
+    make_page = request.getfixturevalue("new_page") if request.param == "page" else None
+    daemon = Daemon(world.store, settings_for("sqlite:///unused.db", API_TOKENS_FILE=tokens))
+    client = Client(daemon.server, world.store)
+    client.token = "alice" * 8
+    if make_page:
+        yield Site(world, quick, client, "page", make_page(daemon))  # which stops it
+    else:
+        yield Site(world, quick, client, request.param, None)
+        daemon.stop()
 
 
 # -- the recipes -----------------------------------------------------------------------------------
@@ -261,7 +307,7 @@ def test_canary_then_regions_stops_before_region_3_where_region_2_fails(site):
 def test_one_host_a_rack_by_the_agents_own_count(site):
     text = Text("One host a rack")
     site.makes(text, site.plans(text))
-    site.world.fleet.set(task_ms=60)
+    site.world.fleet.set(task_ms=400)
     assert site.ended(2) == "success"
     assert site.ran() == list(NODES)
     assert {rack: site.most_at_once(members) for rack, members in RACKS.items()} == dict.fromkeys(RACKS, 1)
@@ -297,6 +343,13 @@ def test_four_eyes_waits_for_somebody_else(site, monkeypatch):
         monkeypatch.setattr(os, "getuid", lambda: pwd.getpwnam("daemon").pw_uid)
         assert "ttl: 60 -> 300" in site.cli(*diff).out
         site.cli.ok(*approve)
+    elif site.door == "page":
+        assert "somebody else than you" in site.page.open("#/releases/2").text("main")
+        assert "Approve" not in site.page.text("main [role=group]")
+        site.page.press("Sign out").see("Signed out", "main h1")
+        page = signed_in(site.page, "bob" * 8, "bob", "#/releases/2").see("300", "main")
+        page.press("Approve").see("may start", "#ask").fill(**body).press("Approve: release 2").see("bob", "main")
+        assert page.browser.changes[-1] == ("POST", path, body)
     else:
         answer = site.client("POST", path, body)
         assert (answer.code, refusal in answer.message) == (rc.NOT_ALLOWED, True)
