@@ -526,6 +526,11 @@ def in_words(items: Sequence[T], most: int = 20, between: str = ", ", text: Call
     return between.join(map(text, items[:most])) + more
 
 
+def by_whom(actor: str) -> str:
+    """Return ' by anna', "" for nobody and where nobody signs in: then it is not known who it was."""
+    return "" if actor in ("", ANONYMOUS) else f" by {actor}"
+
+
 # Keys of the API that a sentence names with the option that says the same: overNewer (--over-newer).
 _KEY_AND_OPTION = re.compile(r"\b(?:acceptFailures|duringFreeze|emergency|overNewer|supersede|toRelease) "
                              r"\(((?:--|releasectl )[^()]*)\)")
@@ -2654,7 +2659,8 @@ class Freeze(NamedTuple):
         at: when it was set, where that is to be told. end: how its end is told, "": by the stored time.
         """
         end = end or (f"until {self.until}" if self.until else "")
-        return (f"{f'{self.target} is ' if self.target else ''}frozen {f'{end}, ' if end else ''}by {self.actor}"
+        how = ", ".join(filter(None, (end, by_whom(self.actor).strip())))
+        return (f"{f'{self.target} is ' if self.target else ''}frozen{f' {how}' if how else ''}"
                 f"{f' at {at}' if at else ''}: {self.reason}")
 
     @property
@@ -4773,7 +4779,7 @@ def _cause(situation: Situation) -> str:
 def _paused(situation: Situation, waiting: str) -> str:
     """Return who paused it and after which batch, what it waits for, and what to do."""
     nodes = situation.nodes
-    by = f" by {situation.release.paused_by}" if situation.release.paused_by else ""
+    by = by_whom(situation.release.paused_by)
     begun = nodes.highest_begun
     where = f" {'in' if nodes.open_in(begun) else 'after'} batch {begun}" if begun else ""
     then = "resume to go on"
@@ -5773,7 +5779,7 @@ def ahead_of(release_id: int, candidates: Iterable[Candidate], now: str, freezes
 
 def state_of(before: Candidate) -> str:
     """Return in what state a release is that others wait for: 'which alice paused', 'which is running'."""
-    return f"which {before.paused_by} paused" if before.paused_by else f"which is {before.status}" + (
+    return f"which {before.paused_by} paused" if by_whom(before.paused_by) else f"which is {before.status}" + (
         " and goes first" if before.goes_first and before.status == PENDING else "")
 
 
@@ -8729,7 +8735,7 @@ def change_status(tx: Transaction, release: Release, nodes: NodeIndex, verb: Ver
     """Write the status that a verb brings, its status_reason and its event."""
     status, strategy = status_after_verb(verb.name, release), strategy_of(release.strategy)
     after = dataclasses.replace(release, status=status, paused_by=str(actor) if status == PAUSED else "")
-    status_reason = one_line(f"resumed by {actor}: {REASON_PENDING}") if status == RUNNING else describe(
+    status_reason = one_line(f"resumed{by_whom(str(actor))}: {REASON_PENDING}") if status == RUNNING else describe(
         status, Situation(after, nodes, now, strategy=strategy, stage=Stage(0, release.passed_batch),
                           exceeded=exceeded_limit(nodes, strategy)))
     # total_nodes for rows that a person wrote: the claim sets it, but may never come
@@ -10270,7 +10276,8 @@ class Releases:
         self._queue.change_freeze(tx, freezes, after, now, actor, detail)
         self._audit.add(tx, actor, f"freeze.{'on' if frozen else 'off'}", after.subject, freeze_values(before),
                         {**freeze_values(after), **non_empty(emergency=is_emergency or None)})
-        text = after.line() if frozen else f"{before.name} was lifted by {actor}" + (f": {detail}" if detail else "")
+        lifted = f"{before.name} was lifted{by_whom(str(actor))}"
+        text = after.line() if frozen else f"{lifted}: {detail}" if detail else lifted
         if frozen:
             add_notification(tx, FROZEN, now, text)
         elif is_emergency:
@@ -14196,7 +14203,9 @@ _CHINESE_FORMS = (
     (r"(\d+) of (\d+) nodes? failed(.*)", "{2} 个节点中有 {1} 个失败{3}"),
     ("queued for an executor", "等待执行器"),
     (r"frozen: ([^;]*)", "已冻结：{1}"),
-    (r"frozen until (\S+(?: \d\S+)?): ([^;]*)", "已冻结，至 {1}：{2}"),
+    (r"frozen until (\S+(?: \d\S+)?)(?:, in [^,:]*)?: ([^;]*)", "已冻结，至 {1}：{2}"),
+    (r"(\S+) is frozen: ([^;]*)", "{1} 已冻结：{2}"),
+    (r"(\S+) is frozen until (\S+(?: \d\S+)?)(?:, in [^,:]*)?: ([^;]*)", "{1} 已冻结，至 {2}：{3}"),
     (r"frozen by (.*?): (.*)", "由 {1} 冻结：{2}"),
     (r"frozen until (\S+(?: \d\S+)?)(?:, in [^,]*)?, by (.*?): (.*)", "由 {2} 冻结，至 {1}：{3}"),
     (r"(\S+) is frozen by (.*?): (.*)", "{1} 由 {2} 冻结：{3}"),

@@ -396,3 +396,13 @@ def test_the_document_of_the_api_has_the_new_fields():
     schemas = json.loads(rc.to_json(rc.openapi_document()))["components"]["schemas"]
     assert schemas["SetFreeze"]["properties"].keys() == {"frozen", "reason", "target", "until", "emergency"}
     assert {"until", "targets", "warnings"} <= schemas["Freeze"]["properties"].keys()
+
+
+@pytest.mark.parametrize(("freeze", "line", "chinese"), [
+    (rc.Freeze(True, "the match", "api", ""), "frozen: the match", "已冻结：the match"),
+    (rc.Freeze(True, "the match", "api", "", "2026-01-02T03:04:05.000Z", "cdn"),
+     "cdn is frozen until 2026-01-02T03:04:05.000Z: the match", "cdn 已冻结，至 2026-01-02T03:04:05.000Z：the match"),
+    (rc.Freeze(True, "the match", "anna", ""), "frozen by anna: the match", "由 anna 冻结：the match")])
+def test_where_nobody_signs_in_no_sentence_says_who_it_was(freeze, line, chinese):
+    assert (freeze.line(), rc.in_chinese(freeze.line())) == (line, chinese)
+    assert rc.by_whom("api") == rc.by_whom("") == ""

@@ -56,6 +56,8 @@ def test_the_text_says_what_is_under_way(fresh):
     first, _ = new_release(fresh), new_release(fresh)
     fresh.claims.claim(first.id, "host-a:1:x", 30.0)
     assert fresh.overview.read([]).text == "all is well: running release 1 (v1), 1 waiting"
+    sql(fresh, "UPDATE release_tasks SET rollback_of = 2 WHERE id = 1")
+    assert fresh.overview.read([]).text == "all is well: running release 1 (v1), a rollback of release 2, 1 waiting"
 
 
 def test_no_executor_is_a_problem_where_something_is_to_do(fresh):
