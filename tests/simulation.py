@@ -99,9 +99,6 @@ class SimEngine(rc.SqliteEngine):
     def identity(self) -> object:
         return None
 
-    def _make_file(self) -> None:
-        """Make none."""
-
     def connect(self, create: bool):
         """Connect as the product does, but for files; all statements stay prepared, as one process is many here."""
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, cached_statements=1000)

@@ -6,6 +6,7 @@ It reads a JSON object a line, answers each with {"pid"}, and reports {"pid", "c
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import queue
@@ -14,9 +15,10 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import releasectl as rc
 
@@ -29,6 +31,7 @@ def serve_forks() -> int:
     """Fork what our standard input asks for, until it ends; then kill whoever is left."""
     with contextlib.suppress(ImportError):  # the driver that releasectl would load when it first connects
         import psycopg  # noqa: F401
+    gc.freeze()  # else the first collection of each child copies all that was imported
     live: set[int] = set()
     rest = b""
     while True:
@@ -42,7 +45,7 @@ def serve_forks() -> int:
             for line in lines:
                 pid = os.fork()
                 if pid == 0:
-                    return _run_child(**json.loads(line))
+                    _run_child(**json.loads(line))
                 live.add(pid)
                 os.write(1, b'{"pid": %d}\n' % pid)
         while live:
@@ -53,13 +56,29 @@ def serve_forks() -> int:
             os.write(1, b'{"pid": %d, "code": %d}\n' % (pid, os.waitstatus_to_exitcode(status)))
 
 
-def _run_child(injections: str, command: Sequence[str], environment: dict[str, str], log: str) -> int:
+def _run_child(injections: str, command: Sequence[str], environment: dict[str, str], log: str) -> NoReturn:
+    """Run a command in a process that was forked for it, and end as Python would.
+
+    But for one thing: to clear all modules, as Python does at its end, copies all that is shared with our parent.
+    """
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(environment)
-    return run_injected(injections, command) if injections else rc.main(list(command))
+    code = 1
+    try:
+        code = run_injected(injections, command) if injections else rc.main(list(command))
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()  # which is a finding
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Forked(NamedTuple):

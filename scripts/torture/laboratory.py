@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import py_compile
 import random
 import shutil
 from pathlib import Path
@@ -52,6 +53,7 @@ def set_up(folder: Path, figures: Figures, database_url: str = "", tls_agents: i
     program.mkdir()
     for name in ("releasectl.py", "schema.sql"):
         shutil.copy(Path(rc.__file__).with_name(name), program)
+    py_compile.compile(f"{program}/releasectl.py", doraise=True)  # once, and not at each start
     os.environ["LAB_PROGRAM"] = str(program)
     (folder / "logs").mkdir()
     (folder / "payload.json").write_text(json.dumps(SITES))

@@ -101,12 +101,12 @@ class Workers:
         self._fork_server = ForkServer()
 
     def start(self, command: Sequence[str], environment: dict[str, str], injections: str = "") -> Worker:
-        """Start a real `python releasectl.py COMMAND`, or the same in a child with injections."""
+        """Start a real `python -m releasectl COMMAND`, or the same in a child with injections."""
         log = self._new_log()
-        words = [PACKAGE, "child", injections] if injections else [str(self._program / "releasectl.py")]
+        words = [PACKAGE, "child", injections] if injections else ["-m", "releasectl"]
         with open(log, "wb") as output:
             process = subprocess.Popen([sys.executable, *words, *command], stdin=subprocess.DEVNULL, stdout=output,
-                                       stderr=output, env={**os.environ, **environment})
+                                       stderr=output, cwd=self._program, env={**os.environ, **environment})
         return self._keep(Worker(" ".join([injections, *command]).strip(), log, process))
 
     def fork(self, command: Sequence[str], environment: dict[str, str], injections: str = "") -> Worker:
