@@ -91,7 +91,7 @@ class SimEngine(rc.SqliteEngine):
 
     now_sql = "SELECT world_now()"
 
-    def __init__(self, world: Simulation):
+    def __init__(self, world: Simulation | None):
         super().__init__("sqlite:///:memory:")
         self._world = world
         self.opened: list[sqlite3.Connection] = []

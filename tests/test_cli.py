@@ -919,13 +919,13 @@ def test_an_option_of_one_value_is_refused_a_second_in_every_command(quick):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--db", "--config"])
-def test_neither_may_a_common_option_stand_before_and_behind_the_command(cli, flag):
-    value = "sqlite:///a.db" if flag == "--db" else cli.file("a.conf", "LOG_LEVEL=info\n")
+def test_neither_may_a_common_option_stand_before_and_behind_the_command(quick, flag):
+    value = "sqlite:///a.db" if flag == "--db" else quick.file("a.conf", "LOG_LEVEL=info\n")
     for arguments in ((flag, value, "node", flag, value, "list"), (flag, value, "node", "list", flag, value),
                       (flag, value, flag, value, "migrate"), (flag, value, "migrate", f"{flag}={value}")):
-        assert f"{flag} is given twice" in cli.refused(2, *arguments)
-    cli.ok(flag, value, "migrate")
-    cli.ok("--json", "migrate", "--json")  # it says the same twice
+        assert f"{flag} is given twice" in quick.refused(2, *arguments)
+    quick.ok(flag, value, "migrate")
+    quick.ok("--json", "migrate", "--json")  # it says the same twice
 
 
 @pytest.mark.parametrize("labels", [("region=eu", "region=us"), ("region=eu", "rack=1", "region=eu")])
@@ -1089,58 +1089,56 @@ def test_rollback_goes_to_the_release_that_is_named(past_cli):
 
 # -- a database beside agents that are further on ------------------------------------------------------------------
 
-@pytest.mark.slow
-def test_migrate_leads_the_versions_past_what_agents_have(cli, database_url):
+def test_migrate_leads_the_versions_past_what_agents_have(quick, database_url):
     db = ("--db", database_url)
-    made = cli.ok("migrate", *db, "--first-version", "42", "--json").json
+    made = quick.ok("migrate", *db, "--first-version", "42", "--json").json
     assert made == {"before": 0, "after": len(rc.schema_steps()), "nextVersion": 42}
-    assert cli.ok("migrate", *db, "--first-version", "7").out.endswith("; the next release is version 42\n")
-    assert "nextVersion" not in cli.ok("migrate", *db, "--json").json
-    cli.ok("node", "add", "edge-1", "10.0.0.1", *db)
-    assert cli.ok("create", *db, "--plan", "--json").json["version"] == 42
-    assert cli.ok("create", *db, "--json").json["version"] == 42
-    assert cli.ok("migrate", *db, "--first-version", "43", "--json").json["nextVersion"] == 43
+    assert quick.ok("migrate", *db, "--first-version", "7").out.endswith("; the next release is version 42\n")
+    assert "nextVersion" not in quick.ok("migrate", *db, "--json").json
+    quick.ok("node", "add", "edge-1", "10.0.0.1", *db)
+    assert quick.ok("create", *db, "--plan", "--json").json["version"] == 42
+    assert quick.ok("create", *db, "--json").json["version"] == 42
+    assert quick.ok("migrate", *db, "--first-version", "43", "--json").json["nextVersion"] == 43
     most = rc.MAX_NAMED_VERSION
-    assert cli.ok("migrate", *db, "--first-version", str(most), "--json").json["nextVersion"] == most
+    assert quick.ok("migrate", *db, "--first-version", str(most), "--json").json["nextVersion"] == most
     for number in ("0", "-1", "x", str(most + 1), "1.5", ""):
-        assert "--first-version" in cli.refused(2, "migrate", *db, f"--first-version={number}")
+        assert "--first-version" in quick.refused(2, "migrate", *db, f"--first-version={number}")
 
 
-@pytest.mark.slow
-def test_create_takes_a_higher_version_and_no_other(cli, database_url):
+def test_create_takes_a_higher_version_and_no_other(quick, database_url):
     db = ("--db", database_url)
-    cli.ok("node", "add", "edge-1", "10.0.0.1", *db)
-    assert cli.ok("create", *db, "--version", "10", "--plan").out.splitlines()[2] == "version: 10"
-    assert cli.ok("create", *db, "--version", "10", "--json").json["version"] == 10
+    quick.ok("node", "add", "edge-1", "10.0.0.1", *db)
+    assert quick.ok("create", *db, "--version", "10", "--plan").out.splitlines()[2] == "version: 10"
+    assert quick.ok("create", *db, "--version", "10", "--json").json["version"] == 10
     for used in ("1", "9", "10"):
         for options in ((), ("--plan",)):
-            refused = cli.refused(2, "create", *db, "--version", used, *options)
+            refused = quick.refused(2, "create", *db, "--version", used, *options)
             assert f"version {used} may have been used already: leave it out, or name one from 11 on" in refused
-    payload = cli.file("payload", '{"version": 20}')
-    assert "leave the version out" in cli.refused(2, "create", *db, "--version", "12", "--payload", payload)
-    assert cli.ok("create", *db, "--version", "20", "--payload", payload, "--json").json["version"] == 20
-    assert cli.ok("create", *db, "--json").json["version"] == 21
+    payload = quick.file("payload", '{"version": 20}')
+    assert "leave the version out" in quick.refused(2, "create", *db, "--version", "12", "--payload", payload)
+    assert quick.ok("create", *db, "--version", "20", "--payload", payload, "--json").json["version"] == 20
+    assert quick.ok("create", *db, "--json").json["version"] == 21
     for number in ("0", "-1", "x", str(2**53 + 1)):
-        assert "--version" in cli.refused(2, "create", *db, f"--version={number}")
+        assert "--version" in quick.refused(2, "create", *db, f"--version={number}")
 
 
-def test_check_names_claims_and_holds_that_lie_further_ahead_than_any_setting_allows(cli, world):
+def test_check_names_claims_and_holds_that_lie_further_ahead_than_any_setting_allows(quick, world):
     world.nodes(1, "execute")
-    cli.settings.update(mtls(world.certs), DATABASE_URL=world.url)
+    quick.settings.update(mtls(world.certs), DATABASE_URL=world.url)
     release = new_release(world.store, payload={"websites": []})
     assert world.store.claims.claim(release.id, "host-a:17", 30)
-    assert "clock" not in findings(cli.ok("check", "--json"))
+    assert "clock" not in findings(quick.ok("check", "--json"))
     ahead = rc.utc_text(time.time() + 2 * 86400)
     with world.store.database.transaction(write=True) as tx:
         tx.execute("UPDATE release_tasks SET claim_expires_at = ?", ahead)
         tx.execute("UPDATE release_task_nodes SET status = 'failed', hold_until = ?", ahead)
-    result = cli("check", "--json")
+    result = quick("check", "--json")
     said = [(item["ok"], item["message"].split(", further")[0]) for item in result.json["items"]
             if item["subject"] == "clock"]
     assert said == [(False, f"release 1 is claimed by host-a:17 until {ahead}"),
                     (False, f"node edge-1 is kept free until {ahead}")]
     assert result.code == 69
-    text = cli("check").out
+    text = quick("check").out
     assert (text.count("WRONG  clock"), "NTP" in text) == (2, True), text
 
 
