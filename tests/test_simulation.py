@@ -223,12 +223,8 @@ def with_any_silence_tolerated(patch):
 
 def with_a_preflight_that_waits_for_nobody(patch):
     """Batch 1 begins when the first one has answered."""
-    preflight_of = rc.preflight_of
-
-    def at_once(*arguments):
-        found = preflight_of(*arguments)
-        return found and (found._replace(waiting=()) if found.answered else found)
-    patch.setattr(rc, "preflight_of", at_once)
+    waiting = rc.Preflight.waiting.fget
+    patch.setattr(rc.Preflight, "waiting", property(lambda self: 0 if self.answered else waiting(self)))
 
 
 def without_probes(patch):
@@ -324,8 +320,8 @@ def with_deadlines_that_run_in_a_pause(patch):
 def with_a_second_look_that_never_ends(patch):
     """A node whose probes alternate keeps a release for ever."""
     awaited = rc._awaited
-    patch.setattr(rc, "_awaited", lambda nodes, stage, now, policy: awaited(
-        nodes, stage, now, policy._replace(node_deadline_s=float("inf"))))
+    patch.setattr(rc, "_awaited", lambda nodes, stage, now, policy, slots: awaited(
+        nodes, stage, now, policy._replace(node_deadline_s=float("inf")), slots))
 
 
 def with_the_clock_on_the_wall_alone(patch):
