@@ -504,8 +504,9 @@ def decide_counted(situation: rc.Situation) -> tuple[rc.Decision, int]:
         sys.settrace(before)
 
 
-SUCCEEDED, PROBED = rc.Verdict("success"), {"next_op": rc.PROBE, "in_flight": True, "deadline": NOW.elapsed + 600}
-ASKED = {"next_op": rc.PING, "in_flight": True, "deadline": NOW.elapsed + 600}
+SUCCEEDED = rc.Verdict("success")
+PROBED: dict[str, Any] = {"next_op": rc.PROBE, "in_flight": True, "deadline": NOW.elapsed + 600}
+ASKED: dict[str, Any] = {"next_op": rc.PING, "in_flight": True, "deadline": NOW.elapsed + 600}
 # What each node of a large release is at, by its place from 0 to 1, and what is asked for.
 STAGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "dispatching": (lambda n, at: node(n, "success" if at < 0.5 else "pending"), {}),

@@ -158,6 +158,7 @@ class Site:
 
     def _makes_on_the_page(self, path: str, body: dict[str, Any], plan: list[str]) -> None:
         """Write and tick what a body has, look at the plan, and send it: it is that body."""
+        assert self.page
         page = signed_in(self.page, "alice" * 8, "alice")
         if path.endswith("/releases"):
             body = {"strategy": {}, "reason": "weekly", **body, "target": "cdn"}
