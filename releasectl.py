@@ -8062,16 +8062,19 @@ class Audit:
         chain = AuditChain((start, before[0].hash if before and before[0].id == start else ""), copy)
         self._read(chain, start or -MAX_ID)
         ended = list(chain.ended.items())
-        verified, gone = ended[max(len(ended) - max_releases, 0):], []
+        verified, gone, changed = ended[max(len(ended) - max_releases, 0):], [], []
         for release_id, (row_id, digest) in verified:
             with self._database.transaction() as tx:
                 if not tx.value("SELECT COUNT(*) FROM release_tasks WHERE id = ?", release_id):
                     gone.append(release_id)
                 elif self._events_digest(tx, release_id)[1] != digest:
-                    chain.add_fault(f"digest of release {release_id} differs: its events are not those that it ended "
-                                    f"with (row {row_id})")
-        if gone:
-            self._read(chain, chain.last[0])  # a prune may have run meanwhile
+                    changed.append((release_id, row_id))
+        if gone or changed:
+            self._read(chain, chain.last[0])  # a prune may have run meanwhile, or may have been cut off
+        for release_id, row_id in changed:
+            if not chain.is_pruned(release_id):
+                chain.add_fault(f"digest of release {release_id} differs: its events are not those that it ended "
+                                f"with (row {row_id})")
         for release_id in gone:
             if not chain.is_pruned(release_id):
                 chain.add_fault(f"taken away: release {release_id}, and no row of prune tells of it")
@@ -9007,12 +9010,24 @@ def emptied_nodes(payload: Mapping[str, Any], nodes: Iterable[Node]) -> list[str
     return [node.name for node in nodes if node.dialect.needs_websites and payload.get(WEBSITES) == []]
 
 
+# status_reason of a release of which prune has deleted a part.
+BEING_PRUNED = "being deleted by prune"
+
+
+def refuse_pruned(release: Release) -> None:
+    """Raise AppError(WRONG_STATE) for a release that prune deletes: it may have lost some of its nodes."""
+    if release.status_reason == BEING_PRUNED:
+        raise AppError(WRONG_STATE, f"release {release.id} is {BEING_PRUNED}; where that was cut off, the next "
+                                    "`releasectl prune` goes on with it")
+
+
 def plan_again(tx: Transaction, verb: str, release_id: int, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
     """Return what a retry or rollback creates, its plan, and its nodes; raise AppError where it is refused."""
     old = read_release(tx, release_id)
     if verb == "rollback" and not old.is_terminal:
         raise AppError(WRONG_STATE, _not_to_roll_back_yet(tx, old))
     check_verb(verb, old)
+    refuse_pruned(old)
     if wish.during_freeze and not wish.reason:
         raise AppError(MISSING, "reason is missing: say why it can't wait for the end of the freeze")
     check_emergency(wish.is_emergency, wish.reason)
@@ -9295,6 +9310,8 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
     unwanted = stored_digest(tx, old.id)
     if to_release is not None:
         good = find_release(tx, to_release)
+        if good is not None:
+            refuse_pruned(good)
         if good is None or good.target != old.target:
             raise AppError(INVALID, f"toRelease (--to): there is no release {to_release} of target {old.target}")
         if stored_digest(tx, good.id) == unwanted:
@@ -10356,6 +10373,18 @@ class Releases:
         with self._database.transaction() as tx:
             return read_release(tx, release_id), read_release_nodes(tx, release_id)
 
+    def noteworthy(self, release_id: int, most_failed: int) -> list[ReleaseNode]:
+        """Return the nodes of a release that run, and the first that failed, by batch and id."""
+        with self._database.transaction() as tx:
+            # the index release_task_nodes_by_status
+            return read_release_nodes(tx, release_id, """AND n.id IN (
+                SELECT m.id FROM release_task_nodes m WHERE m.release_task_id = ? AND m.status = 'running'
+                UNION ALL
+                SELECT f.id FROM (SELECT m.id FROM release_task_nodes m
+                                  WHERE m.release_task_id = ? AND m.status = 'failed'
+                                  ORDER BY m.batch, m.node_id
+                                  LIMIT ?) f)""", release_id, release_id, most_failed)
+
     def with_failures(self, release_id: int) -> tuple[Release, list[FailureGroup]]:
         """Return a release and its failed nodes by cause; raise AppError 3001."""
         with self._database.transaction() as tx:
@@ -10661,8 +10690,13 @@ def _ranges(numbers: Iterable[int]) -> list[list[int]]:
     return runs
 
 
+# Rows that prune deletes at once to begin with, about how long each may hold the writer, and the time in between,
+# after which whoever waits for the writer has tried again.
+PRUNE_FIRST_ROWS, PRUNE_HOLD_S, PRUNE_PAUSE_S = 20, 0.1, 0.1
+
+
 class History:
-    """Releases that ended long ago. Each public method is one transaction."""
+    """Releases that ended long ago. prunable() is one transaction, delete() many."""
 
     def __init__(self, state: DatabaseState, audit: Audit):
         self._state = state
@@ -10698,7 +10732,28 @@ class History:
         """Delete up to NODES_PER_STATEMENT terminal releases, with nodes and events; return the ids of those deleted.
 
         A release stays where somebody made a retry or a rollback of it meanwhile, or a notification of it is to go.
+        Their rows go in many transactions, each about PRUNE_HOLD_S long, with time for other writers in between.
+        Where that is cut off, the releases are there with what is left, and no verb takes them: prune goes on with it.
         """
+        going = self._begin_delete(release_ids, by)
+        marks = ", ".join("?" * len(going))
+        # the indexes release_events_by_release and release_task_nodes_by_status
+        for table_name, key in (("release_events", "release_task_id"), ("release_task_nodes", "release_task_id"),
+                                ("release_tasks", "id")) if going else ():
+            rows, is_more = PRUNE_FIRST_ROWS, True
+            while is_more:
+                with self._database.transaction(write=True) as tx:
+                    began = time.monotonic()
+                    is_more = tx.execute(f"DELETE FROM {table_name} WHERE id IN (SELECT id FROM {table_name} "
+                                         f"WHERE {key} IN ({marks}) LIMIT ?)", *going, rows) == rows
+                    took_s = time.monotonic() - began
+                if is_more:
+                    rows = max(min(2 * rows, int(rows * PRUNE_HOLD_S / max(took_s, 1e-6))), PRUNE_FIRST_ROWS)
+                    time.sleep(PRUNE_PAUSE_S)
+        return going
+
+    def _begin_delete(self, release_ids: Sequence[int], by: Who) -> list[int]:
+        """Mark the releases that are deleted, and write that down; return their ids."""
         with self._database.transaction(write=True) as tx:
             marks = ", ".join("?" * len(release_ids)) or "NULL"
             # another prune may have been quicker
@@ -10712,9 +10767,9 @@ class History:
                     f"SELECT {column} FROM release_tasks WHERE {column} IN ({marks}) AND id NOT IN ({marks})",
                     *going, *going)}
                 if not named & going:
-                    for table_name in ("idempotency_keys", "release_events", "release_task_nodes"):
-                        tx.execute(f"DELETE FROM {table_name} WHERE release_task_id IN ({marks})", *going)
-                    tx.execute(f"DELETE FROM release_tasks WHERE id IN ({marks})", *going)
+                    tx.execute(f"DELETE FROM idempotency_keys WHERE release_task_id IN ({marks})", *going)
+                    tx.execute(f"UPDATE release_tasks SET status_reason = ? WHERE id IN ({marks})",
+                               BEING_PRUNED, *going)
                     self._audit.add(tx, by, PRUNE, "releases", {"releases": _ranges(going)})
                     break
                 going -= named
@@ -17404,15 +17459,20 @@ def is_well(node: ReleaseNode) -> bool:
     return node.status != FAILED and (node.status != RUNNING or node.attempts <= 1)
 
 
-def nodes_text(nodes: Sequence[ReleaseNode], display: Display, shows_all: bool) -> str:
-    """Return the nodes of a release that are not well, or all of them, and how many are left out."""
-    wanted = list(nodes) if shows_all else [node for node in nodes if not is_well(node)]
-    shown = wanted if shows_all else wanted[:MAX_ILL]
+def nodes_text(nodes: Sequence[ReleaseNode], batches: Iterable[BatchProgress], display: Display,
+               shows_all: bool) -> str:
+    """Return the nodes of a release that are not well, or all of them, and how many are left out.
+
+    nodes: all of them, or those that run and the first MAX_ILL that failed.
+    """
+    shown = nodes if shows_all else [node for node in nodes if not is_well(node)][:MAX_ILL]
     table = display.table(
         [(n.batch, n.name, n.status, n.attempts, "" if display.is_narrow else n.started_at,
           time_taken(n.started_at, n.finished_at), n.error_kind, n.error_msg) for n in shown],
         ("batch", "node", "status", "tries", "started", "took", "error", "message"))
-    ill, well = len(wanted) - len(shown), len(nodes) - len(wanted)
+    ill = 0 if shows_all else sum(batch.count(FAILED) for batch in batches) - len(shown) + sum(
+        node.status == RUNNING and not is_well(node) for node in nodes)
+    well = sum(batch.total for batch in batches) - len(shown) - ill
     left = ", ".join(filter(None, (f"{ill} that failed or are tried again" if ill else "",
                                    f"{count_of_nodes(well)} with nothing wrong" if well else "")))
     hidden = [*([f"{left} (--all)"] if left else []),
@@ -17430,7 +17490,7 @@ def status_text(progress: Progress, nodes: Sequence[ReleaseNode], display: Displ
     bars = bar_lines(progress.batches, release.current_batch, display,
                      max(len(progress.batches), 1) if shows_all else MAX_BARS)
     return "\n".join(filter(None, [*head_lines(doing, display), *about, *bars, *cause_lines(progress.failures, display),
-                                   nodes_text(nodes, display, shows_all)]))
+                                   nodes_text(nodes, progress.batches, display, shows_all)]))
 
 
 def freezes_text(freezes: Freezes, display: Display) -> str:
@@ -17879,10 +17939,11 @@ def command_status(context: Context) -> int:
     if context.options.id is None:
         return _show_overview(context)
     options, store = context.options, context.open()
-    release, nodes, failures = store.releases.whole(options.id)
     if options.json:
+        release, nodes, failures = store.releases.whole(options.id)
         return context.show(release_with_nodes_json(store.releases.as_shown(release), nodes, failures), "")
     progress = store.releases.progress(options.id)
+    nodes = store.releases.with_nodes(options.id)[1] if options.all else store.releases.noteworthy(options.id, MAX_ILL)
     return context.show(None, status_text(progress, nodes, context.display, options.all))
 
 
@@ -18152,35 +18213,16 @@ def command_backup(context: Context) -> int:
                         f"{path}: {size} bytes, schema {schema}, checked")
 
 
-# Seconds between two transactions of prune, so that other writers get the lock.
-PRUNE_PAUSE_S = 0.1
-# Nodes of the releases that prune deletes in one transaction; each has some events too.
-PRUNE_NODES = 500
-
-
 def command_prune(context: Context) -> int:
     options, store = context.options, context.open()
     found = store.history.prunable(options.older_than, options.keep)
     if options.dry_run:
         return _show_pruned(context, found)
     gone: set[int] = set()
-    for chunk in _chunks(found):
-        gone.update(store.history.delete([release.id for release in chunk], context.actor))
-        time.sleep(PRUNE_PAUSE_S)
+    for start in range(0, len(found), NODES_PER_STATEMENT):
+        part = found[start:start + NODES_PER_STATEMENT]
+        gone.update(store.history.delete([release.id for release in part], context.actor))
     return _show_pruned(context, [release for release in found if release.id in gone])
-
-
-def _chunks(releases: Iterable[OldRelease]) -> Iterator[list[OldRelease]]:
-    """Yield parts of a list that are each deleted in a short transaction; a release is in one part."""
-    chunk: list[OldRelease] = []
-    for release in releases:
-        if chunk and (len(chunk) == NODES_PER_STATEMENT
-                      or sum(r.total_nodes for r in chunk) + release.total_nodes > PRUNE_NODES):
-            yield chunk
-            chunk = []
-        chunk.append(release)
-    if chunk:
-        yield chunk
 
 
 def _show_pruned(context: Context, releases: Sequence[OldRelease]) -> int:

@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 from conftest import leave_out
-from lab import PROGRAM, TIMEOUT_S, Cli, Quick, Result, eventually, new_release, sql
+from lab import PROGRAM, TIMEOUT_S, Cli, Quick, Result, add_nodes, eventually, new_release, sql
 
 import releasectl as rc
 
@@ -558,3 +558,20 @@ def test_watch_of_a_release_at_work_says_why_after_a_while(filled_quick, monkeyp
         rc.utc_text(time.time() + 60))
     assert "free slot" not in filled_quick("watch", 3, "--timeout", "0.1").err
     assert filled_quick("watch", 3, "--timeout", "1.2").err.count("waits: waiting for a free slot") == 1
+
+
+def test_status_reads_of_a_release_the_nodes_that_it_shows_and_says_of_how_many_more_it_knows(store):
+    add_nodes(store, 60)
+    made = new_release(store, strategy={"batches": [20, 20]})
+    sql(store, "UPDATE release_tasks SET status = 'running', started_at = created_at WHERE id = ?", made.id)
+    sql(store, "UPDATE release_task_nodes SET attempts = 1, started_at = created_at, status = "
+               "CASE WHEN node_id % 2 = 0 THEN 'failed' WHEN node_id % 15 = 0 THEN 'running' ELSE 'success' END")
+    sql(store, "UPDATE release_task_nodes SET attempts = 2 WHERE node_id IN (15, 45)")
+    progress, nodes = store.releases.progress(made.id), store.releases.with_nodes(made.id)[1]
+    some = store.releases.noteworthy(made.id, rc.MAX_ILL)
+    assert [n.node_id for n in some] == [n.node_id for n in nodes if n.status == "running" or (
+        n.status == "failed" and n.node_id <= 40)]
+    shown = rc.status_text(progress, some, rc.Display(200))
+    assert shown == rc.status_text(progress, nodes, rc.Display(200))
+    assert "12 that failed or are tried again, 28 nodes with nothing wrong" in shown
+    assert "not shown" not in rc.status_text(progress, nodes, rc.Display(200), shows_all=True)
