@@ -3804,7 +3804,8 @@ def prunable(releases: Iterable[OldRelease], before: str, keep: int, content_of:
         seen[release.target] = seen.get(release.target, 0) + 1
         stays = seen[release.target] <= keep or not release.ended_at or release.ended_at >= before
         content, target = content_of(release), release.target
-        served = [node for node in content.succeeded if (target, node) not in known[content.is_bad] | known[False] or (
+        better = known[content.is_bad], known[False]
+        served = [node for node in content.succeeded if not any((target, node) in some for some in better) or (
             not content.is_bad and wanting.get((target, node), set()) - {content.digest})]
         if not stays and not served and release.id not in named | needed:
             goes.append(release)
@@ -10692,7 +10693,7 @@ def _ranges(numbers: Iterable[int]) -> list[list[int]]:
 
 # Rows that prune deletes at once to begin with, about how long each may hold the writer, and the time in between,
 # after which whoever waits for the writer has tried again.
-PRUNE_FIRST_ROWS, PRUNE_HOLD_S, PRUNE_PAUSE_S = 20, 0.1, 0.1
+PRUNE_FIRST_ROWS, PRUNE_HOLD_S, PRUNE_PAUSE_S = 20, 0.05, 0.1
 
 
 class History:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import http.client
 import json
 import math
@@ -922,6 +923,96 @@ def turn_of_scans(lab: Lab, program: Path, url: str) -> Turn:
     return Turn(first[0], first[1], extra={"later_s": statistics.median(seconds for seconds, _ in later)})
 
 
+class AgentsAtOnce:
+    """Agents that have done a task when they are asked: what is measured is the driver alone."""
+
+    async def dispatch(self, _address: object, task: Any, _within_s: float, may_leave: Callable[[], bool]) -> Any:
+        assert may_leave()
+        return rc.Outcome(rc.DISPATCH, rc.ACCEPTED, task.id)
+
+    async def query(self, *_: object) -> Any:
+        return rc.Outcome(rc.QUERY, rc.SUCCESS)
+
+    async def probe(self, *_: object) -> Any:
+        return rc.Outcome(rc.PROBE, rc.SUCCESS)
+
+    async def ask(self, *_: object) -> Any:
+        return rc.Outcome(rc.PING, rc.SUCCESS)
+
+
+# What a large release may be at: its strategy, and how many of 20 nodes have succeeded.
+AT_WORK: dict[str, tuple[dict[str, Any], int]] = {
+    "most are done": ({"batches": ["100%"], "maxFailed": "10%"}, 19),
+    "racks in regions": ({"batches": ["100%"], "maxParallelPer": {"rack": 1, "region": 1}}, 10),
+    "verified after a soak": ({"batches": ["95%"], "soakSec": 1, "verify": {"url": "http://{main_ip}/"}}, 19),
+    "preflight": ({"preflight": True}, 0)}
+CYCLES, PER_CYCLE = 40, 8
+
+
+def run_cycles(url: str, name: str, count: int) -> None:
+    """Print the CPU seconds of one cycle of a driver, of the releasectl.py in the path."""
+    strategy, done = AT_WORK[name]
+    database = rc.Database(url)
+    database.migrate()
+    store = rc.Store(database)
+    with database.transaction(write=True) as tx:
+        tx.insert_many("INSERT INTO nodes (name, main_ip, labels) VALUES ", 3, [
+            (f"edge-{n}", f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}", f'{{"rack":"r{n % 5000}","region":"g{n % 5}"}}')
+            for n in range(1, count + 1)])
+    made = store.releases.create(rc.ReleaseRequest(strategy=strategy), "bench")[0]
+    with database.transaction(write=True) as tx:
+        tx.execute("UPDATE release_task_nodes SET status = 'success', attempts = 1, started_at = created_at, "
+                   "finished_at = created_at WHERE node_id <= ?", count * done // 20)
+        tx.execute("UPDATE release_tasks SET soak_until = created_at WHERE id = ?", made.id)
+    policy = rc.Policy(5, 600.0, 60.0, 2.0, 17.0)
+    context = rc.DriverContext(Ttl, store, AgentsAtOnce(), "bench", policy,  # type: ignore[arg-type]
+                               rc.Slots(PER_CYCLE), threading.Event(), lambda _: None, lambda _: None)
+    context.submit = lambda request: rc.run_coroutine(request())
+    claim = store.claims.claim(made.id, "bench", 3000.0)
+    assert claim is not None
+    driver = rc.Driver(context, rc.Lease(claim, float("inf")), False)
+    context.slots.join(driver)
+    for number in range(CYCLES + 10):
+        if number == 10:
+            began = time.process_time()
+        if driver.step() is None:
+            raise SystemExit(f"bench: the release ended: {store.releases.get(made.id)}")
+        driver.collect(0.001)
+    print((time.process_time() - began) / CYCLES)
+
+
+class Ttl:
+    """The one setting that a driver reads itself."""
+    claim_ttl_sec = 30.0
+
+
+def turn_of_cycles(lab: Lab, program: Path, name: str, count: int) -> Turn:
+    url = lab.sqlite_url()
+    found = subprocess.run([sys.executable, __file__, "--cycles", url, name, str(count)], check=True,
+                           stdout=subprocess.PIPE, text=True, env={**lab.environment(), "LAB_PROGRAM": str(program)})
+    drop(url)
+    return Turn(float(found.stdout))
+
+
+def goal_cycle(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """CPU of a driver's cycle, with 8 nodes in it, in a release of 10,000 nodes and in one of 100,000"""
+    programs = {"": ROOT, **({options.beside: lab.program(options.beside)} if options.beside else {})}
+    counts = (10 * options.nodes, 100 * options.nodes)
+    for name in AT_WORK:
+        contenders: dict[str, Callable[[], Turn]] = {
+            f"{commit} {name}, {count} nodes": functools.partial(turn_of_cycles, lab, folder, name, count)
+            for commit, folder in programs.items() for count in counts}
+        turns = take_turns(options.runs, contenders)
+        # the least: whoever else is at work makes it only more
+        least = {key: min(turn.seconds for turn in taken) for key, taken in turns.items()}
+        for count in counts:
+            before = "".join(f"; {commit}: {least[f'{commit} {name}, {count} nodes'] * 1000:.2f} ms"
+                             for commit in list(programs)[1:])
+            yield Row("cycle", f"{name}: {count} nodes", least[f" {name}, {count} nodes"] * 1000, "ms", None, before)
+        yield Row("cycle", f"{name}: {counts[1]} / {counts[0]} nodes", least[f" {name}, {counts[1]} nodes"]
+                  / least[f" {name}, {counts[0]} nodes"], "x", 1.5)
+
+
 def goal_queue(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     """A scan for work with 50 queued releases of 10,000 nodes each"""
     programs = {"": ROOT, **({options.beside: lab.program(options.beside)} if options.beside else {})}
@@ -1046,7 +1137,7 @@ def goal_postgres(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 GOALS: dict[str, Callable[[Lab, argparse.Namespace], Iterator[Row]]] = {
     "makespan": goal_makespan, "batches": goal_batches, "postgres": goal_postgres, "scale": goal_scale,
     "api": goal_api, "idle": goal_idle, "start": goal_start, "history": goal_history, "fleet": goal_fleet,
-    "queue": goal_queue, "change": goal_change}
+    "queue": goal_queue, "change": goal_change, "cycle": goal_cycle}
 
 
 def _has(module: str) -> bool:
@@ -1086,7 +1177,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--agent-processes", type=int, default=2, help="the agents are spread over so many (2)")
     parser.add_argument("--idle-s", type=float, default=30.0, help="how long an idle serve is watched (30)")
     parser.add_argument("--beside", metavar="COMMIT", default="",
-                        help="queue, change: compare with releasectl.py of a commit")
+                        help="queue, cycle, change, cycle: compare with releasectl.py of a commit")
     parser.add_argument("--json", metavar="FILE", help="write machine and rows into a file too")
     options = parser.parse_args()
     unknown = [name for name in options.goals if name not in GOALS]
@@ -1101,6 +1192,9 @@ def main() -> int:
         return 0
     if sys.argv[1:2] == ["--scans"]:
         run_scans(sys.argv[2])
+        return 0
+    if sys.argv[1:2] == ["--cycles"]:
+        run_cycles(sys.argv[2], sys.argv[3], int(sys.argv[4]))
         return 0
     if sys.argv[1:2] == ["--reader"]:
         run_reader(int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])

@@ -194,3 +194,11 @@ def test_prune_that_was_cut_off_is_gone_on_with_and_until_then_nobody_brings_the
     assert store.audit.verify().faults == []
     assert 2 not in past.prune(keep=1)
     assert store.audit.verify().faults == []
+
+
+def test_prune_of_a_large_fleet_compares_no_node_with_all_others():
+    """With a copy of what is known for each of 30,000 nodes this would take minutes."""
+    nodes = frozenset(range(30_000))
+    releases = [rc.OldRelease(n, "cdn", n, "success", None, None, len(nodes), "2026-01-01") for n in (1, 2, 3)]
+    content = rc.Content("", nodes, nodes)
+    assert [r.id for r in rc.prunable(releases, "2026-02-01", 1, lambda r: content._replace(digest=str(r.id)))] == [1]
