@@ -898,23 +898,33 @@ class RareRead(Generic[T]):
     def __init__(self, read: Callable[..., T]):
         self._read = read
         self._guard = threading.Lock()
-        self._last: tuple[T] | None = None
-        self._key: object = None
+        # The value, and the key that it was read with.
+        self._last: tuple[T, object] | None = None
         # By time.monotonic().
         self._holds_until = 0.0
 
     def get(self, *arguments: object, key: object = None) -> T:
         """Return the value, which may be as old as that, a minute at most; raise what the read raises.
 
-        arguments: of the read. key: read anew where it is another one than at the last read.
+        arguments: of the read. key: read anew where it is another one than at the last read. While one caller reads it
+        anew, others with the same key get it as it was.
         """
-        with self._guard:
-            if self._last is None or key != self._key or time.monotonic() >= self._holds_until:
+        last = self._last
+        is_usable = last is not None and last[1] == key
+        if last is not None and is_usable and time.monotonic() < self._holds_until:
+            return last[0]
+        if not self._guard.acquire(blocking=not is_usable):
+            assert last is not None
+            return last[0]
+        try:
+            if self._last is None or key != self._last[1] or time.monotonic() >= self._holds_until:
                 began = time.monotonic()
-                self._last, self._key = (self._read(*arguments),), key
+                self._last = self._read(*arguments), key
                 rest_s = RARE_READ_REST * (time.monotonic() - began)
                 self._holds_until = time.monotonic() + min(rest_s, MAX_RARE_READ_REST_S)
             return self._last[0]
+        finally:
+            self._guard.release()
 
 
 # endregion

@@ -1,16 +1,18 @@
 """The verdict: everything that is wrong, worst first, each with since when and its mend (contract sections 5 and 8)."""
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Callable
 
 import pytest
 from conftest import leave_out
-from lab import AS_OTHERS, add_nodes, new_release, sql
+from lab import AS_OTHERS, add_nodes, beside, new_release, sql
 from test_again import ended, good, settle
 
 import releasectl as rc
@@ -631,3 +633,22 @@ def test_what_takes_long_to_read_is_read_anew_after_twenty_times_as_long_and_wit
     assert value.get() == 1051.0
     now[0] = 1051.0 + 60.0  # and not after three minutes
     assert value.get() == 1120.0
+
+
+def test_while_one_caller_reads_anew_what_takes_long_others_get_what_there_is(monkeypatch):
+    monkeypatch.setattr(rc, "RARE_READ_REST", 0)  # it is old at once
+    begun, may_end, count = threading.Event(), threading.Event(), itertools.count(1)
+
+    def read() -> int:
+        number = next(count)
+        if number == 2:
+            begun.set()
+            assert may_end.wait(60)
+        return number
+    value = rc.RareRead(read)
+    assert value.get(key="a") == 1
+    with beside(lambda: value.get(key="a")):
+        assert begun.wait(60)
+        assert value.get(key="a") == 1
+        may_end.set()
+    assert value.get(key="b") >= 3
