@@ -298,10 +298,12 @@ part_by_curl_success() {
     stop "$serve"
     equals "serve: a clean end after SIGTERM" 0 "$CODE"
 
+    for name in 4 5 6; do set_agent "$name" '{"taskMs":3000}'; done # each batch is looked at, however slow we are
     start_serve 1 executor
     executor=$PID
     local seen=$work/seen-by-curl
     watch_release "$release" "$seen"
+    for name in 4 5 6; do set_agent "$name" "{\"taskMs\":$TASK_MS}"; done
     matches "GET with the executor started: running, batch 1 first" "running 1:running 2:pending,pending" "$(grep -m 1 '1:running' "$seen" || cat "$seen")"
     matches "GET: then batch 2" "running 1:success 2:(running|success),(running|success)" "$(grep -m 1 'success 2:[rs]' "$seen" || cat "$seen")"
     equals "GET in the end: success" "success 1:success 2:success,success" "$(picture "$release")"
