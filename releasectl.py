@@ -120,6 +120,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import operator
 import os
 import pwd
@@ -898,8 +899,8 @@ class RareRead(Generic[T]):
     def __init__(self, read: Callable[..., T]):
         self._read = read
         self._guard = threading.Lock()
-        # The value, and the key that it was read with.
-        self._last: tuple[T, object] | None = None
+        # The value, the key that it was read with, and when, by time.monotonic().
+        self._last: tuple[T, object, float] | None = None
         # By time.monotonic().
         self._holds_until = 0.0
 
@@ -907,19 +908,20 @@ class RareRead(Generic[T]):
         """Return the value, which may be as old as that, a minute at most; raise what the read raises.
 
         arguments: of the read. key: read anew where it is another one than at the last read. While one caller reads it
-        anew, others with the same key get it as it was.
+        anew, others with the same key get it as it was, if that is not a minute old.
         """
-        last = self._last
-        is_usable = last is not None and last[1] == key
-        if last is not None and is_usable and time.monotonic() < self._holds_until:
+        last, now = self._last, time.monotonic()
+        if last is not None and last[1] == key and now < self._holds_until:
             return last[0]
-        if not self._guard.acquire(blocking=not is_usable):
-            assert last is not None
-            return last[0]
+        if last is not None and last[1] == key and now - last[2] < MAX_RARE_READ_REST_S:
+            if not self._guard.acquire(blocking=False):
+                return last[0]
+        else:
+            self._guard.acquire()
         try:
             if self._last is None or key != self._last[1] or time.monotonic() >= self._holds_until:
                 began = time.monotonic()
-                self._last = self._read(*arguments), key
+                self._last = self._read(*arguments), key, began
                 rest_s = RARE_READ_REST * (time.monotonic() - began)
                 self._holds_until = time.monotonic() + min(rest_s, MAX_RARE_READ_REST_S)
             return self._last[0]
@@ -4039,18 +4041,13 @@ def _count_labels(labels: Mapping[str, int], wanted: Set[_Label]) -> Mapping[_La
     return found
 
 
-# A label that all nodes of a group share is told where chance does that more rarely.
-MAX_CHANCE = 0.05
+# How often, at most, chance makes a small group share one of its labels, however many these are, and we tell it.
+MAX_CHANCE = 0.1
 
 
 def _chance_of_all(size: int, having: int, total: int) -> float:
     """Return how probable it is that so many nodes, picked at random of a total, all have what some of these have."""
-    chance = 1.0
-    for picked in range(size):
-        chance *= max(0, having - picked) / max(1, total - picked)
-        if chance <= MAX_CHANCE:
-            break
-    return chance
+    return math.prod(max(0, having - picked) / max(1, total - picked) for picked in range(min(size, 100)))
 
 
 def _shared_label(size: int, common: Mapping[_Label, int], having: Mapping[_Label, int],
@@ -4061,11 +4058,11 @@ def _shared_label(size: int, common: Mapping[_Label, int], having: Mapping[_Labe
     9 of 12 are far more. Where 3 in 4 of all nodes are in pop=gru, 9 of 12 say nothing. A group may be too small for
     that: where 4 of 12 are in pop=gru, 3 of 3 are there by chance in 1 of 55 cases.
     """
-    shared = []
+    shared, keys = [], len({key for key, _ in common})
     for (key, value), number in common.items():
         share = having[key, value] / total if total else 1.0
         beyond = number - size * share
-        is_whole = number == size and _chance_of_all(size, having[key, value], total) <= MAX_CHANCE
+        is_whole = number == size > 1 and _chance_of_all(size, having[key, value], total) * keys <= MAX_CHANCE
         if beyond > 0 and (is_whole or beyond**2 >= 9 * size * share * (1 - share)):
             shared.append((-beyond, key, str(value), number))
     return SharedLabel(*min(shared)[1:]) if shared else None
@@ -5661,7 +5658,7 @@ def check_approval(release: Release, identity: str, is_emergency: bool) -> None:
             f": {release.approved_by} {how} at {release.approved_at}" if how else ""))
     if is_emergency:
         return
-    how = "in an emergency it goes without: emergency (--emergency --reason TEXT)"
+    how = "in an emergency it goes without: emergency and reason (--emergency --reason TEXT)"
     if release.author == ANONYMOUS:
         raise AppError(NOT_ALLOWED, f"release {release.id} was made through an API where nobody signs in, perhaps by "
                                     f"you: set API_TOKENS_FILE, and make it again; {how}")
@@ -8073,19 +8070,16 @@ class Audit:
         chain = AuditChain((start, before[0].hash if before and before[0].id == start else ""), copy)
         self._read(chain, start or -MAX_ID)
         ended = list(chain.ended.items())
-        verified, gone, changed = ended[max(len(ended) - max_releases, 0):], [], []
+        verified, gone = ended[max(len(ended) - max_releases, 0):], []
         for release_id, (row_id, digest) in verified:
             with self._database.transaction() as tx:
                 if not tx.value("SELECT COUNT(*) FROM release_tasks WHERE id = ?", release_id):
                     gone.append(release_id)
                 elif self._events_digest(tx, release_id)[1] != digest:
-                    changed.append((release_id, row_id))
-        if gone or changed:
-            self._read(chain, chain.last[0])  # a prune may have run meanwhile, or may have been cut off
-        for release_id, row_id in changed:
-            if not chain.is_pruned(release_id):
-                chain.add_fault(f"digest of release {release_id} differs: its events are not those that it ended "
-                                f"with (row {row_id})")
+                    chain.add_fault(f"digest of release {release_id} differs: its events are not those that it ended "
+                                    f"with (row {row_id})")
+        if gone:
+            self._read(chain, chain.last[0])  # a prune may have run meanwhile
         for release_id in gone:
             if not chain.is_pruned(release_id):
                 chain.add_fault(f"taken away: release {release_id}, and no row of prune tells of it")
@@ -8522,17 +8516,18 @@ NODE_EVENTS = {RUNNING: "dispatched", SUCCESS: "succeeded", FAILED: "failed", SK
 MAX_MASK_BYTES = 32 << 20
 
 
-def counters_after(release: Release, decision: Decision) -> tuple[str, list[int]]:
+def counters_after(release: Release, decision: Decision, counts: bool = False) -> tuple[str, list[int]]:
     """Return SQL that sets the counters when a decision on a release is written (rule 7), and its parameters.
 
-    A large release counts its rows at each COUNTED_EVERY-th end of a node, at a change of its status, and where no
-    node changes. In between what the commit itself changed is added: write_nodes() checks that in the same
-    transaction. So a row that somebody turned by hand is counted with the next thousand at the latest.
+    A large release counts its rows at each COUNTED_EVERY-th end of a node, at a change of its status, where no node
+    changes, and where that is asked for: after its rows were read anew. In between what the commit itself changed is
+    added: write_nodes() checks that in the same transaction. So a row that somebody turned by hand is counted when it
+    is met, and with the next thousand at the latest.
     """
     done = release.success_nodes + release.failed_nodes
     more = [sum((c.after.status == status) - (c.before.status == status) for c in decision.changes)
             for status in (SUCCESS, FAILED)]
-    if (release.total_nodes <= COUNTED_EVERY or decision.status != release.status or not decision.changes
+    if (counts or release.total_nodes <= COUNTED_EVERY or decision.status != release.status or not decision.changes
             or done // COUNTED_EVERY != (done + sum(more)) // COUNTED_EVERY):
         return COUNTERS, []
     return "success_nodes = success_nodes + ?, failed_nodes = failed_nodes + ?", more
@@ -8830,14 +8825,14 @@ class Queue:
         return bool(over)
 
     def write_decision(self, tx: Transaction, release: Release, decision: Decision, now: Moment, actor: Who,
-                       claim: Claim | None = None, detail: str = "") -> None:
+                       claim: Claim | None = None, detail: str = "", counts: bool = False) -> None:
         """Write a decision on a release as it was read, with events and, at its end, the audit log's row.
 
         The nodes were written before it: write_nodes(). detail: of the release's event, in place of its error or
-        status_reason. Raise StateMoved where the release or the claim changed meanwhile.
+        status_reason. counts: see counters_after(). Raise StateMoved where the release or the claim changed meanwhile.
         """
         ends = decision.status in TERMINAL
-        counters, more = counters_after(release, decision)
+        counters, more = counters_after(release, decision, counts)
         changed = tx.execute(f"""
             UPDATE release_tasks
             SET {', '.join(f'{name} = ?' for name in _DECIDED)}, updated_at = ?, finished_at = ?, {counters},
@@ -8950,7 +8945,7 @@ class Queue:
         It reads the nodes of a release once: with fifty of ten thousand, each scan would read half a million rows.
         """
         bit_of: dict[int, int] = {}
-        generation = self._state.generation
+        generation, has_tidied = self._state.generation, list[bool]()
 
         def mask(c: Candidate) -> int:
             key = generation, c.id, c.version
@@ -8963,12 +8958,22 @@ class Queue:
                 bits = bytearray(len(self._bits) // 8 + 1)
                 for bit in {bit_of[int(node_id)] for node_id in text.split(",")} if text else ():
                     bits[bit >> 3] |= 1 << (bit & 7)
-                if len(self._masks) * len(bits) > MAX_MASK_BYTES:
-                    self._masks.clear()
-                known = self._masks[key] = int.from_bytes(bits, "little")
+                known = int.from_bytes(bits, "little")
+                if (len(self._masks) + 1) * len(bits) > MAX_MASK_BYTES and not has_tidied:
+                    has_tidied.append(True)
+                    self._forget_ended(tx, generation)
+                if (len(self._masks) + 1) * len(bits) <= MAX_MASK_BYTES:
+                    self._masks[key] = known
             return known
 
         return mask
+
+    def _forget_ended(self, tx: Transaction, generation: int) -> None:
+        """Forget the addresses of releases that have ended: those that are open are read in each scan."""
+        are_open = {row[0] for row in tx.rows(f"SELECT id FROM release_tasks WHERE status IN {OPEN_RELEASES}")}
+        for key in list(self._masks):
+            if key[0] != generation or key[1] not in are_open:
+                self._masks.pop(key, None)
 
     def _bit_of(self, tx: Transaction) -> dict[int, int]:
         """Return by node the number of its address's bit."""
@@ -9021,24 +9026,12 @@ def emptied_nodes(payload: Mapping[str, Any], nodes: Iterable[Node]) -> list[str
     return [node.name for node in nodes if node.dialect.needs_websites and payload.get(WEBSITES) == []]
 
 
-# status_reason of a release of which prune has deleted a part.
-BEING_PRUNED = "being deleted by prune"
-
-
-def refuse_pruned(release: Release) -> None:
-    """Raise AppError(WRONG_STATE) for a release that prune deletes: it may have lost some of its nodes."""
-    if release.status_reason == BEING_PRUNED:
-        raise AppError(WRONG_STATE, f"release {release.id} is {BEING_PRUNED}; where that was cut off, the next "
-                                    "`releasectl prune` goes on with it")
-
-
 def plan_again(tx: Transaction, verb: str, release_id: int, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
     """Return what a retry or rollback creates, its plan, and its nodes; raise AppError where it is refused."""
     old = read_release(tx, release_id)
     if verb == "rollback" and not old.is_terminal:
         raise AppError(WRONG_STATE, _not_to_roll_back_yet(tx, old))
     check_verb(verb, old)
-    refuse_pruned(old)
     if wish.during_freeze and not wish.reason:
         raise AppError(MISSING, "reason is missing: say why it can't wait for the end of the freeze")
     check_emergency(wish.is_emergency, wish.reason)
@@ -9157,13 +9150,13 @@ def chosen_again(tx: Transaction, old: Release, tried: Sequence[Node], wish: Aga
     """
     kinds = dict(tx.rows("SELECT node_id, error_kind FROM release_task_nodes "
                          "WHERE release_task_id = ? AND status = 'failed'", old.id)) if wish.kinds else {}
+    refuse_unknown_names(wish.words.excluded_names, all_nodes(tx) if wish.words.excluded_names else ())
     there_is = f"kinds: {kinds_text(kinds.values()) or 'none'}"
     for kind in wish.kinds:
         if kind not in kinds.values():
             raise AppError(INVALID, f"no node failed as {kind}; {there_is}")
     names, ids = [node.name for node in tried], {node.id for node in tried}
-    wrong = [name for name in (*wish.words.names, *wish.words.excluded_names)
-             if not any(map(names_fit((name,)), names))]
+    wrong = [name for name in wish.words.names if not any(map(names_fit((name,)), names))]
     wrong += [str(tx.value("SELECT name FROM nodes WHERE id = ?", number) or number)
               for number in wish.node_ids if number not in ids]
     if wrong:
@@ -9321,8 +9314,6 @@ def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int]
     unwanted = stored_digest(tx, old.id)
     if to_release is not None:
         good = find_release(tx, to_release)
-        if good is not None:
-            refuse_pruned(good)
         if good is None or good.target != old.target:
             raise AppError(INVALID, f"toRelease (--to): there is no release {to_release} of target {old.target}")
         if stored_digest(tx, good.id) == unwanted:
@@ -10384,11 +10375,11 @@ class Releases:
         with self._database.transaction() as tx:
             return read_release(tx, release_id), read_release_nodes(tx, release_id)
 
-    def noteworthy(self, release_id: int, most_failed: int) -> list[ReleaseNode]:
-        """Return the nodes of a release that run, and the first that failed, by batch and id."""
+    def progress_and_nodes(self, release_id: int, most_failed: int) -> tuple[Progress, list[ReleaseNode]]:
+        """Return where a release is, and its nodes that run and the first that failed; raise AppError 3001."""
         with self._database.transaction() as tx:
             # the index release_task_nodes_by_status
-            return read_release_nodes(tx, release_id, """AND n.id IN (
+            return self._progress(tx, release_id), read_release_nodes(tx, release_id, """AND n.id IN (
                 SELECT m.id FROM release_task_nodes m WHERE m.release_task_id = ? AND m.status = 'running'
                 UNION ALL
                 SELECT f.id FROM (SELECT m.id FROM release_task_nodes m
@@ -10411,10 +10402,13 @@ class Releases:
     def progress(self, release_id: int) -> Progress:
         """Return where a release is; raise AppError 3001."""
         with self._database.transaction() as tx:
-            release, batches = read_release(tx, release_id), read_batches(tx, release_id)
-            [shown] = self._as_true(tx, [release])
-            left = self._time_left(tx, release, batches) if shown is release else ""
-            return Progress(shown, batches, self._failures.read(tx, release), left)
+            return self._progress(tx, release_id)
+
+    def _progress(self, tx: Transaction, release_id: int) -> Progress:
+        release, batches = read_release(tx, release_id), read_batches(tx, release_id)
+        [shown] = self._as_true(tx, [release])
+        left = self._time_left(tx, release, batches) if shown is release else ""
+        return Progress(shown, batches, self._failures.read(tx, release), left)
 
     def _as_true(self, tx: Transaction, releases: Iterable[Release]) -> list[Release]:
         """Return releases as they are to be shown: with what is true in place of a status_reason that got old."""
@@ -10701,13 +10695,8 @@ def _ranges(numbers: Iterable[int]) -> list[list[int]]:
     return runs
 
 
-# Rows that prune deletes at once to begin with, about how long each may hold the writer, and the time in between,
-# after which whoever waits for the writer has tried again.
-PRUNE_FIRST_ROWS, PRUNE_HOLD_S, PRUNE_PAUSE_S = 20, 0.05, 0.1
-
-
 class History:
-    """Releases that ended long ago. prunable() is one transaction, delete() many."""
+    """Releases that ended long ago. Each public method is one transaction."""
 
     def __init__(self, state: DatabaseState, audit: Audit):
         self._state = state
@@ -10743,28 +10732,7 @@ class History:
         """Delete up to NODES_PER_STATEMENT terminal releases, with nodes and events; return the ids of those deleted.
 
         A release stays where somebody made a retry or a rollback of it meanwhile, or a notification of it is to go.
-        Their rows go in many transactions, each about PRUNE_HOLD_S long, with time for other writers in between.
-        Where that is cut off, the releases are there with what is left, and no verb takes them: prune goes on with it.
         """
-        going = self._begin_delete(release_ids, by)
-        marks = ", ".join("?" * len(going))
-        # the indexes release_events_by_release and release_task_nodes_by_status
-        for table_name, key in (("release_events", "release_task_id"), ("release_task_nodes", "release_task_id"),
-                                ("release_tasks", "id")) if going else ():
-            rows, is_more = PRUNE_FIRST_ROWS, True
-            while is_more:
-                with self._database.transaction(write=True) as tx:
-                    began = time.monotonic()
-                    is_more = tx.execute(f"DELETE FROM {table_name} WHERE id IN (SELECT id FROM {table_name} "
-                                         f"WHERE {key} IN ({marks}) LIMIT ?)", *going, rows) == rows
-                    took_s = time.monotonic() - began
-                if is_more:
-                    rows = max(min(2 * rows, int(rows * PRUNE_HOLD_S / max(took_s, 1e-6))), PRUNE_FIRST_ROWS)
-                    time.sleep(PRUNE_PAUSE_S)
-        return going
-
-    def _begin_delete(self, release_ids: Sequence[int], by: Who) -> list[int]:
-        """Mark the releases that are deleted, and write that down; return their ids."""
         with self._database.transaction(write=True) as tx:
             marks = ", ".join("?" * len(release_ids)) or "NULL"
             # another prune may have been quicker
@@ -10778,9 +10746,9 @@ class History:
                     f"SELECT {column} FROM release_tasks WHERE {column} IN ({marks}) AND id NOT IN ({marks})",
                     *going, *going)}
                 if not named & going:
-                    tx.execute(f"DELETE FROM idempotency_keys WHERE release_task_id IN ({marks})", *going)
-                    tx.execute(f"UPDATE release_tasks SET status_reason = ? WHERE id IN ({marks})",
-                               BEING_PRUNED, *going)
+                    for table_name in ("idempotency_keys", "release_events", "release_task_nodes"):
+                        tx.execute(f"DELETE FROM {table_name} WHERE release_task_id IN ({marks})", *going)
+                    tx.execute(f"DELETE FROM release_tasks WHERE id IN ({marks})", *going)
                     self._audit.add(tx, by, PRUNE, "releases", {"releases": _ranges(going)})
                     break
                 going -= named
@@ -11129,8 +11097,9 @@ class Claims:
             return DispatchBlockers(self._busy(tx, release_id), read_freezes(tx),
                                     min(moved_s, self._state.clock.elapsed() - self._state.changed_at))
 
-    def commit(self, claim: Claim, release: Release, decision: Decision, now: Moment, actor: Who) -> None:
-        """Write a decision on a release as it was read, or nothing.
+    def commit(self, claim: Claim, release: Release, decision: Decision, now: Moment, actor: Who,
+               counts: bool = False) -> None:
+        """Write a decision on a release as it was read, or nothing; counts: see counters_after().
 
         Raise ClaimLost where the release has another owner, StateMoved where the release or a node changed, or a
         dispatch may not leave. After a DatabaseError only was_written() tells.
@@ -11149,7 +11118,7 @@ class Claims:
             rollback, text, mend = self._releases.plan_rollback_of(tx, release) if decision.rolls_back else (
                 None, "", "")
             detail = "; ".join(filter(None, (text and decision.error_msg, text, mend)))
-            self._queue.write_decision(tx, release, decision.with_sequel(text, mend), now, actor, claim, detail=detail)
+            self._queue.write_decision(tx, release, decision.with_sequel(text, mend), now, actor, claim, detail, counts)
             if rollback is not None:
                 self._releases.create_sequel(tx, actor, rollback)
 
@@ -13061,6 +13030,8 @@ class Driver:
         self._nodes = NodeIndex()
         # The nodes must be read again before the next decision.
         self._is_stale = True
+        # They were read since the last commit, which then counts them: somebody may have turned a row.
+        self._is_anew = True
         # updated_at of the last row that we read or wrote; a difference means that somebody changed the release.
         self._seen_at = ""
         # Generation of the database that the nodes were read from (DatabaseState.generation).
@@ -13217,7 +13188,7 @@ class Driver:
             else:
                 nodes.append(known._replace(accepted=row.accepted, last_version=row.last_version))
         self._nodes = NodeIndex(nodes)
-        self._is_stale, self._seen_at = False, release.updated_at
+        self._is_stale, self._is_anew, self._seen_at = False, True, release.updated_at
         return release
 
     def _recover(self, row: ReleaseNode, known: ReleaseNode | None, now: Moment, holds: Sequence[Hold],
@@ -13279,13 +13250,13 @@ class Driver:
     def _commit(self, release: Release, decision: Decision, now: Moment) -> None:
         self._unclear = release, decision
         try:
-            self._store.claims.commit(self.lease.claim, release, decision, now, self._context.owner)
+            self._store.claims.commit(self.lease.claim, release, decision, now, self._context.owner, self._is_anew)
         except UnstorableValue as error:
             log.error("%s: %s; written in ASCII instead", self.lease.claim, error, extra=about(self.lease.claim))
             decision = decision.in_ascii()
             self._unclear = release, decision
-            self._store.claims.commit(self.lease.claim, release, decision, now, self._context.owner)
-        self._unclear = None
+            self._store.claims.commit(self.lease.claim, release, decision, now, self._context.owner, self._is_anew)
+        self._unclear, self._is_anew = None, False
         self._seen_at = now.text
         self._moved = 0
         self._outage.end()
@@ -14499,7 +14470,7 @@ CHINESE_WORDS: Mapping[str, str] = {
         "2 用法有误，3 不存在或状态不符，69 无法连接，75 稍后再试。"}
 
 # Members of the API's JSON that hold sentences, and those without any, which may be large.
-_SENTENCES = frozenset(("statusReason", "text", "why", "message", "warnings", "hint", "title", "detail"))
+_SENTENCES = frozenset(("statusReason", "text", "why", "message", "warnings", "hint", "title"))
 _NO_SENTENCES = frozenset(("batches", "payload", "changes", "strategy", "selection", "labels", "before", "after"))
 
 
@@ -14531,9 +14502,7 @@ def in_chinese(text: str) -> str:
 def translated(data: Any) -> Any:
     """Return data of the API with its sentences in Chinese."""
     if isinstance(data, dict):
-        # what happened at a node is told in the words of its agent
-        kept = _NO_SENTENCES | {"detail"} if data.get("nodeId") else _NO_SENTENCES
-        return {key: value if key in kept else _translated_sentence(value) if key in _SENTENCES else
+        return {key: value if key in _NO_SENTENCES else _translated_sentence(value) if key in _SENTENCES else
                 translated(value) for key, value in data.items()}
     return [translated(item) for item in data] if isinstance(data, list) else data
 
@@ -17244,7 +17213,7 @@ class Display(NamedTuple):
                 return match[0]
         quoted = _BEFORE_QUOTED.search(text)
         ours = quoted.end() if quoted else len(text)
-        return _TIME_IN_TEXT.sub(short, text[:ours]) + text[ours:]
+        return with_options(_TIME_IN_TEXT.sub(short, text[:ours])) + text[ours:]
 
     def said(self, text: str) -> str:
         """Return a sentence() in the language of who reads it."""
@@ -17696,7 +17665,7 @@ class Context:
         is_data: the text goes out as it is, whatever options say.
         """
         is_shown = is_data or not self.options.quiet
-        out = to_json(document) if self.options.json else text if is_data else self.display.text(with_options(text))
+        out = to_json(document) if self.options.json else text if is_data else self.display.text(text)
         if out and (self.options.json or is_shown):
             print(out, flush=True)
         return EXIT_DONE
@@ -17704,7 +17673,7 @@ class Context:
     def note(self, text: str) -> None:
         """Print beside the answer, on standard error, unless --quiet."""
         if not self.options.quiet:
-            print(self.display.sentence(with_options(text)), file=sys.stderr, flush=True)
+            print(self.display.sentence(text), file=sys.stderr, flush=True)
 
     def screen(self) -> Screen:
         """Return what shows the progress of a release on standard error."""
@@ -17940,7 +17909,7 @@ def _show_overview(context: Context) -> int:
     # a key that only the service may read is as it should be
     overview = store.overview.read([found for found in certificate_states(certificates_json(settings))
                                     if not (found.message and is_closed(keys.get(found.name, "")))])
-    problems = context.display.table([(p.severity, p.since, context.display.sentence(p.text), p.mends)
+    problems = context.display.table([(p.severity, p.since, context.display.sentence(with_options(p.text)), p.mends)
                                       for p in overview.problems], ("", "since", "what", "mend"))
     context.show(overview_json(overview), "\n".join(filter(None, [context.display.sentence(overview.text), problems])))
     return EXIT_NOT_SUCCESS if context.options.health and not overview.is_well else EXIT_DONE
@@ -17953,8 +17922,9 @@ def command_status(context: Context) -> int:
     if options.json:
         release, nodes, failures = store.releases.whole(options.id)
         return context.show(release_with_nodes_json(store.releases.as_shown(release), nodes, failures), "")
-    progress = store.releases.progress(options.id)
-    nodes = store.releases.with_nodes(options.id)[1] if options.all else store.releases.noteworthy(options.id, MAX_ILL)
+    progress, nodes = store.releases.progress_and_nodes(options.id, MAX_ILL)
+    if options.all:
+        nodes = store.releases.with_nodes(options.id)[1]
     return context.show(None, status_text(progress, nodes, context.display, options.all))
 
 
@@ -18224,16 +18194,35 @@ def command_backup(context: Context) -> int:
                         f"{path}: {size} bytes, schema {schema}, checked")
 
 
+# Seconds between two transactions of prune, so that other writers get the lock.
+PRUNE_PAUSE_S = 0.1
+# Nodes of the releases that prune deletes in one transaction; each has some events too.
+PRUNE_NODES = 500
+
+
 def command_prune(context: Context) -> int:
     options, store = context.options, context.open()
     found = store.history.prunable(options.older_than, options.keep)
     if options.dry_run:
         return _show_pruned(context, found)
     gone: set[int] = set()
-    for start in range(0, len(found), NODES_PER_STATEMENT):
-        part = found[start:start + NODES_PER_STATEMENT]
-        gone.update(store.history.delete([release.id for release in part], context.actor))
+    for chunk in _chunks(found):
+        gone.update(store.history.delete([release.id for release in chunk], context.actor))
+        time.sleep(PRUNE_PAUSE_S)
     return _show_pruned(context, [release for release in found if release.id in gone])
+
+
+def _chunks(releases: Iterable[OldRelease]) -> Iterator[list[OldRelease]]:
+    """Yield parts of a list that are each deleted in a short transaction; a release is in one part."""
+    chunk: list[OldRelease] = []
+    for release in releases:
+        if chunk and (len(chunk) == NODES_PER_STATEMENT
+                      or sum(r.total_nodes for r in chunk) + release.total_nodes > PRUNE_NODES):
+            yield chunk
+            chunk = []
+        chunk.append(release)
+    if chunk:
+        yield chunk
 
 
 def _show_pruned(context: Context, releases: Sequence[OldRelease]) -> int:

@@ -710,7 +710,7 @@ def test_create_takes_a_strategy_by_options_and_plan_shows_it_before(filled_quic
     plan = filled_quick.ok("create", *options, "--plan", "--json").json
     assert plan == {"version": 4, "totalNodes": 2, "maxFailedTotal": 1, "maxParallel": 2, "leftOut": [], "notChosen": 0,
                     "emptied": [], "maxParallelPer": {}, "warnings": [], "superseded": [], "approval": "",
-                    "payloadOf": None, "soakSec": 300, "preflight": None,
+                    "duringFreeze": False, "payloadOf": None, "soakSec": 300, "preflight": None,
                     "pauseAfter": [1], "onExceed": "pause", "startAt": "2999-01-01T00:00:00.000Z",
                     "effect": plan["effect"],
                     "verify": {"url": "http://{main_ip}:8080/health", "status": 200, "timeoutSec": 5, "successes": 2,

@@ -403,7 +403,6 @@ def test_retry_takes_kinds_and_the_words_that_choose_nodes(quick, open_store, wo
     (["--kind", "tsl"], "tsl is no kind of failure (did you mean tls?)"), (["--kind", ""], "is no kind of failure"),
     (["--node", "edge-9"], "node edge-9 was neither failed nor skipped in release 1"),
     (["--node", "edge-1", "--node", "pop-*"], "node pop-* was neither failed nor skipped in release 1"),
-    (["--exclude", "edge-9"], "node edge-9 was neither failed nor skipped in release 1"),
     (["--label", "pop=ams"], "no node matches pop=ams (values of pop: fra, gru), of those that failed or were skipped"),
     (["--label", "pop=gru", "--kind", "timeout"], "none of these nodes failed as timeout; kinds: 3 agent_failed")])
 def test_retry_refuses_by_name(quick, open_store, words, message):

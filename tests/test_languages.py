@@ -98,8 +98,8 @@ def test_what_the_daemon_says_of_a_release_is_known_in_chinese(store):
 def test_what_people_wrote_is_data_in_any_language():
     data = {"labels": {"text": "offline"}, "before": {"message": "offline"}, "after": {"why": "offline"}}
     assert rc.translated({**data, "text": "offline"}) == {**data, "text": "离线"}
-    event = {"nodeId": 7, "event": "failed", "detail": "offline"}  # an agent said so
-    assert rc.translated([event, {**event, "nodeId": None}]) == [event, {**event, "nodeId": None, "detail": "离线"}]
+    event = {"nodeId": None, "event": "paused", "detail": "offline"}  # a reason, or what an agent said
+    assert rc.translated([event]) == [event]
 
 
 @pytest.mark.parametrize("strategy", [

@@ -14,9 +14,9 @@ DAY_S = 86400.0
 class Past:
     """Releases in a store that ended some days ago."""
 
-    def __init__(self, store: rc.Store, nodes: int = 2):
+    def __init__(self, store: rc.Store):
         self.store = store
-        add_nodes(store, nodes)
+        add_nodes(store, 2)
 
     def release(self, status: str, days_ago: float, **fields) -> int:
         """Make a release that ended so; return its id. With retry_of or rollback_of it is linked."""
@@ -148,52 +148,28 @@ def test_prune_refuses_what_would_delete_too_much(quick, arguments):
     quick.refused(rc.EXIT_USAGE, "prune", *arguments)
 
 
-def in_parts(monkeypatch, rows: int) -> list[int]:
-    """Let prune delete so many rows of nodes or events at once; return how many each statement deleted, to come."""
-    monkeypatch.setattr(rc, "PRUNE_FIRST_ROWS", rows)
-    monkeypatch.setattr(rc, "PRUNE_HOLD_S", 0.0)  # each part takes longer than that
-    monkeypatch.setattr(rc, "PRUNE_PAUSE_S", 0.0)
-    deleted, execute = [], rc.Transaction.execute
-
-    def noted(tx: rc.Transaction, statement: str, *params: object) -> int:
-        count = execute(tx, statement, *params)
-        if statement.startswith(("DELETE FROM release_events", "DELETE FROM release_task_nodes")):
-            deleted.append(count)
-        return count
-    monkeypatch.setattr(rc.Transaction, "execute", noted)
-    return deleted
+def test_prune_deletes_in_parts_so_that_no_transaction_is_long(quick, sqlite_url, open_store, monkeypatch):
+    past = Past(open_store(sqlite_url))
+    quick.settings["DATABASE_URL"] = sqlite_url
+    past.many(*[("failed", 400)] * 7)
+    parts = []
+    forget = rc.History.delete
+    monkeypatch.setattr(rc.History, "delete", lambda store, ids, _by: parts.append(list(ids)) or forget(store, ids))
+    monkeypatch.setattr(rc, "PRUNE_NODES", 4)
+    quick.ok("prune", "--older-than", "90d", "--keep", "1")
+    assert parts == [[6, 5], [4, 3], [2, 1]]  # two nodes each
+    assert past.ids() == [7]
 
 
-def test_prune_deletes_one_large_release_in_parts_so_that_no_transaction_is_long(store, monkeypatch):
-    past = Past(store, 11)
-    past.many(*[("failed", 400)] * 3)
-    deleted = in_parts(monkeypatch, 4)
-    assert past.prune(keep=1) == [3]
-    assert deleted == [2, 4, 4, 4, 4, 4, 2]  # the events of both, then their nodes
-
-
-def test_prune_that_was_cut_off_is_gone_on_with_and_until_then_nobody_brings_the_release_back(store, monkeypatch):
-    past = Past(store, 11)
-    past.many(("success", 500), ("failed", 400), ("failed", 399), ("success", 1), ("success", 0.5))
-    with monkeypatch.context() as patch:
-        deleted = in_parts(patch, 4)
-        execute = rc.Transaction.execute
-
-        def cut_off(tx: rc.Transaction, statement: str, *params: object) -> int:
-            if len(deleted) == 4:
-                raise rc.DatabaseError("the power is gone")
-            return execute(tx, statement, *params)
-        patch.setattr(rc.Transaction, "execute", cut_off)
-        with pytest.raises(rc.DatabaseError):
-            past.prune(keep=1)
-    assert 2 in past.ids()
-    for again in (lambda: store.releases.retry(2, "x"), lambda: store.releases.rollback(2, "x"),
-                  lambda: store.releases.rollback(5, "x", rc.Again(to_release=2))):
-        with pytest.raises(rc.AppError, match="release 2 is being deleted by prune"):
-            again()
-    assert store.audit.verify().faults == []
-    assert 2 not in past.prune(keep=1)
-    assert store.audit.verify().faults == []
+def test_prune_deletes_many_releases_with_the_retries_and_rollbacks_of_each(store):
+    past = Past(store)
+    past.many(("success", 500))
+    for _ in range(15):
+        failed = past.release("failed", 400)
+        past.release("failed", 400, retry_of=failed)
+        past.release("failed", 400, rollback_of=failed)
+    past.many(("success", 1))
+    assert past.prune(keep=1) == [47]
 
 
 def test_prune_of_a_large_fleet_compares_no_node_with_all_others():

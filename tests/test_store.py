@@ -1,6 +1,8 @@
 """The tables, on both engines: creation, the claim and its fence, conditional writes, migrations."""
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import shutil
 import sqlite3
@@ -280,6 +282,39 @@ def test_a_large_release_counts_a_row_that_somebody_turned_by_hand_when_no_node_
     assert store.releases.get(release.id).success_nodes == 1
 
 
+def test_a_large_release_counts_where_its_rows_were_read_anew(store, monkeypatch):
+    monkeypatch.setattr(rc, "COUNTED_EVERY", 4)
+    add_nodes(store, 9)
+    release = new_release(store, strategy={"batches": [9]})
+    claim = store.claims.claim(release.id, "a", 30)
+    step(store, claim)
+    sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE node_id = 9")
+    with mock.patch.object(store.claims, "commit", functools.partial(store.claims.commit, counts=True)):
+        finish(store, claim, 2)
+    assert store.releases.get(release.id).success_nodes == 2
+
+
+def test_the_addresses_of_what_ended_make_room_and_a_full_memory_costs_what_does_not_fit(store, monkeypatch):
+    monkeypatch.setattr(rc, "MAX_MASK_BYTES", 3)
+    add_nodes(store, 2)
+    made = [new_release(store, target=f"t{number}") for number in range(4)]
+    reads = []
+    value = rc.Transaction.value
+
+    def noted(tx: rc.Transaction, statement: str, *params: object) -> object:
+        reads.extend(params if statement.endswith("FROM release_task_nodes WHERE release_task_id = ?") else ())
+        return value(tx, statement, *params)
+    monkeypatch.setattr(rc.Transaction, "value", noted)
+    for _ in range(2):
+        store.claims.scan()
+    assert reads == [made[3].id] * 2, "not all of them anew"
+    store.releases.act("cancel", made[1].id, "anna", "")
+    reads.clear()
+    for _ in range(2):
+        store.claims.scan()
+    assert reads in ([], [made[3].id])
+
+
 def test_one_event_for_each_change_in_order_with_who_did_it(store):
     add_nodes(store, 2)
     release = new_release(store)
@@ -475,7 +510,7 @@ def test_rule_10_rollback_sends_the_newest_successful_payload_to_the_nodes_it_to
     new, batches, *_ = store.releases.rollback(bad.id, "anna")
     assert (new.version, new.rollback_of, new.payload) == (5, bad.id, good.payload)
     assert batches == [[1]]
-    assert store.releases.get(bad.id) == bad
+    assert store.releases.get(bad.id) == dataclasses.replace(bad, rollback_id=5, rollback_status="pending")
 
 
 def test_rule_10_rollback_without_an_older_success_says_so(store):

@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 from conftest import leave_out
-from lab import PROGRAM, TIMEOUT_S, Cli, Quick, Result, add_nodes, eventually, new_release, sql
+from lab import PROGRAM, TIMEOUT_S, Cli, Quick, Result, eventually, new_release, sql
 
 import releasectl as rc
 
@@ -561,14 +561,15 @@ def test_watch_of_a_release_at_work_says_why_after_a_while(filled_quick, monkeyp
 
 
 def test_status_reads_of_a_release_the_nodes_that_it_shows_and_says_of_how_many_more_it_knows(store):
-    add_nodes(store, 60)
+    for number in range(1, 61):
+        store.nodes.add(f"edge-{number}", f"10.0.0.{number}")
     made = new_release(store, strategy={"batches": [20, 20]})
     sql(store, "UPDATE release_tasks SET status = 'running', started_at = created_at WHERE id = ?", made.id)
     sql(store, "UPDATE release_task_nodes SET attempts = 1, started_at = created_at, status = "
                "CASE WHEN node_id % 2 = 0 THEN 'failed' WHEN node_id % 15 = 0 THEN 'running' ELSE 'success' END")
     sql(store, "UPDATE release_task_nodes SET attempts = 2 WHERE node_id IN (15, 45)")
-    progress, nodes = store.releases.progress(made.id), store.releases.with_nodes(made.id)[1]
-    some = store.releases.noteworthy(made.id, rc.MAX_ILL)
+    nodes = store.releases.with_nodes(made.id)[1]
+    progress, some = store.releases.progress_and_nodes(made.id, rc.MAX_ILL)
     assert [n.node_id for n in some] == [n.node_id for n in nodes if n.status == "running" or (
         n.status == "failed" and n.node_id <= 40)]
     shown = rc.status_text(progress, some, rc.Display(200))
