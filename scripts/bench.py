@@ -1177,7 +1177,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--agent-processes", type=int, default=2, help="the agents are spread over so many (2)")
     parser.add_argument("--idle-s", type=float, default=30.0, help="how long an idle serve is watched (30)")
     parser.add_argument("--beside", metavar="COMMIT", default="",
-                        help="queue, cycle, change, cycle: compare with releasectl.py of a commit")
+                        help="queue, change, cycle: compare with releasectl.py of a commit")
     parser.add_argument("--json", metavar="FILE", help="write machine and rows into a file too")
     options = parser.parse_args()
     unknown = [name for name in options.goals if name not in GOALS]
