@@ -17608,7 +17608,7 @@ def superseded_lines(superseded: Sequence[Superseded], verb: str) -> list[str]:
 
 def warning_lines(warnings: Iterable[str]) -> list[str]:
     """Return a line for each warning."""
-    return [f"note: {text}" for text in warnings]
+    return [f"note: {with_options(text)}" for text in warnings]
 
 
 # endregion

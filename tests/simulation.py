@@ -360,11 +360,11 @@ class SimClaims(rc.Claims):
         self.owner.seen_event = self.owner.world.ledger.seen_events
         return found
 
-    def commit(self, claim, release, decision, now, actor) -> None:
+    def commit(self, claim, release, decision, now, actor, counts=False) -> None:
         world = self.owner.world
         world.decided_at = now.elapsed - world.up_s
         try:
-            super().commit(claim, release, decision, now, actor)
+            super().commit(claim, release, decision, now, actor, counts)
             self.owner.seen_event = world.ledger.seen_events
             world.note_known(self.owner, claim.release_id)
         except (Crash, rc.DatabaseError):

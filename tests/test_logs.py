@@ -119,7 +119,7 @@ def test_a_commit_whose_answer_was_lost_is_told_once_it_is_known(sqlite_world, r
     new_release(world.store)
     commit, lost = rc.Claims.commit, []
 
-    def lose_once(claims: rc.Claims, claim, release, decision, now, actor) -> None:
+    def lose_once(claims: rc.Claims, claim, release, decision, now, actor, counts) -> None:
         store = world.store
         if decision.status == "failed" and not lost:
             lost.append(decision)
@@ -130,7 +130,7 @@ def test_a_commit_whose_answer_was_lost_is_told_once_it_is_known(sqlite_world, r
                 store.database._discard(connection[0])
                 raise rc.DatabaseError("the connection was cut")
             monkeypatch.setattr(store.database, "_give_back", cut)
-        commit(claims, claim, release, decision, now, actor)
+        commit(claims, claim, release, decision, now, actor, counts)
 
     monkeypatch.setattr(rc.Claims, "commit", lose_once)
     world.executor().drain()

@@ -1268,14 +1268,14 @@ def test_a_draft_from_a_release_that_failed_says_so_and_offers_what_runs_now(pag
 
 
 @pytest.mark.slow
-def test_the_history_is_in_chinese_but_for_what_people_and_agents_wrote(page):
+def test_what_is_wrong_with_a_strategy_is_said_in_chinese_and_what_people_wrote_stays(page):
     store = page.daemon.store
     add_nodes(store, 3)
     new_release(store, reason="weekly", strategy={"batches": [1, 1]})
     page.open()
     page.run("localStorage.setItem('releasectl-language', 'zh')")
     try:
-        page.open("#/releases/1").see("weekly；批次大小 1, 1, 1；每批最多失败 0, 0, 0", "#timeline")
+        page.open("#/releases/1").see("weekly; batches of 1, 1, 1", "#timeline")
         page.open("#/new").fill(payload=PAYLOAD, **{"strategy.maxFailed": "5x"})
         page.see('策略：maxFailed "5x" 须为 0 到 1000000 的整数', "#plan")
     finally:
