@@ -5,7 +5,7 @@
     python scripts/bench.py makespan idle             these goals only; --help lists them
     python scripts/bench.py makespan --runs 3 --json result.json
     python scripts/bench.py queue --beside COMMIT     beside releasectl.py as it was then
-    python scripts/bench.py change --beside HEAD~1    what a change costs: CI fails above 1.25 times the CPU
+    python scripts/bench.py change --beside HEAD~1    what a change costs: fails above 1.25 times the CPU
 
 All figures of a goal come from one run: its contenders take turns, and the table gives medians and
 their ratios. So a machine that others use too, or another machine, changes the times but hardly the
@@ -1056,18 +1056,18 @@ def queue_rows(lab: Lab, options: argparse.Namespace, queue_name: str, what: str
               note=f"{median(turns[' empty']):.2f} s with an empty database")
 
 
-# So many times the CPU of the commit before is too much of a change.
+# So many times the CPU of the commit before is too much of a change, on a quiet machine.
 WORST_CHANGE = 1.25
 
 
 def turn_of_create(lab: Lab, program: Path, nodes: int) -> Turn:
-    """Ten plans of a release for so many nodes, and one release."""
+    """Forty plans of a release for so many nodes, and one release."""
     url, agents = lab.sqlite_url(), lab.agents(lab.processes)
     server = Server(lab, url, [f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}" for n in range(nodes)], executor=False,
                     program=program)
     try:
         usage = Usage(agents, server.process.pid)
-        for dry_run in [True] * 10 + [False]:
+        for dry_run in [True] * 40 + [False]:
             server.call("POST", "/api/v1/releases", {"reason": "bench", "dryRun": dry_run})
         return usage.turn()
     finally:
@@ -1111,9 +1111,9 @@ def goal_change(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
             turns = take_turns(options.runs, contenders)
             now_s, then_s = (min(best_s, *(turn.cpu_s for turn in taken))
                              for best_s, taken in zip((now_s, then_s), turns.values()))
-            if now_s <= WORST_CHANGE * then_s:
+            if now_s <= options.worst * then_s:
                 break
-        yield Row("change", f"{what}: CPU now / {options.beside}", now_s / then_s, "x", WORST_CHANGE,
+        yield Row("change", f"{what}: CPU now / {options.beside}", now_s / then_s, "x", options.worst,
                   f"{now_s:.2f} s, {then_s:.2f} s")
 
 
@@ -1178,6 +1178,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--idle-s", type=float, default=30.0, help="how long an idle serve is watched (30)")
     parser.add_argument("--beside", metavar="COMMIT", default="",
                         help="queue, change, cycle: compare with releasectl.py of a commit")
+    parser.add_argument("--worst", type=float, metavar="RATIO", default=WORST_CHANGE,
+                        help=f"change: above that it fails ({WORST_CHANGE})")
     parser.add_argument("--json", metavar="FILE", help="write machine and rows into a file too")
     options = parser.parse_args()
     unknown = [name for name in options.goals if name not in GOALS]
