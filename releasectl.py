@@ -911,10 +911,11 @@ class RareRead(Generic[T]):
         anew, others with the same key get it as it was, if that is not a minute old.
         """
         last, now = self._last, time.monotonic()
-        if last is not None and last[1] == key and now < self._holds_until:
-            return last[0]
-        if last is not None and last[1] == key and now - last[2] < MAX_RARE_READ_REST_S:
-            if not self._guard.acquire(blocking=False):
+        if last is not None and last[1] == key:
+            if now < self._holds_until:
+                return last[0]
+            is_young = now - last[2] < MAX_RARE_READ_REST_S
+            if not self._guard.acquire(blocking=not is_young):
                 return last[0]
         else:
             self._guard.acquire()
@@ -8945,7 +8946,9 @@ class Queue:
         It reads the nodes of a release once: with fifty of ten thousand, each scan would read half a million rows.
         """
         bit_of: dict[int, int] = {}
-        generation, has_tidied = self._state.generation, list[bool]()
+        generation = self._state.generation
+        if not self._has_room(len(self._bits) // 8 + 1):
+            self._forget_ended(tx, generation)
 
         def mask(c: Candidate) -> int:
             key = generation, c.id, c.version
@@ -8959,14 +8962,15 @@ class Queue:
                 for bit in {bit_of[int(node_id)] for node_id in text.split(",")} if text else ():
                     bits[bit >> 3] |= 1 << (bit & 7)
                 known = int.from_bytes(bits, "little")
-                if (len(self._masks) + 1) * len(bits) > MAX_MASK_BYTES and not has_tidied:
-                    has_tidied.append(True)
-                    self._forget_ended(tx, generation)
-                if (len(self._masks) + 1) * len(bits) <= MAX_MASK_BYTES:
+                if self._has_room(len(bits)):
                     self._masks[key] = known
             return known
 
         return mask
+
+    def _has_room(self, size: int) -> bool:
+        """Return whether the addresses of one more release, so many bytes, are kept."""
+        return (len(self._masks) + 1) * size <= MAX_MASK_BYTES
 
     def _forget_ended(self, tx: Transaction, generation: int) -> None:
         """Forget the addresses of releases that have ended: those that are open are read in each scan."""

@@ -142,8 +142,7 @@ class Server:
 
     def __init__(self, lab: Lab, url: str, nodes: Sequence[str], executor: bool = True, program: Path = ROOT,
                  **settings: str):
-        subprocess.run([sys.executable, str(program / "releasectl.py"), "--db", url, "migrate"], check=True,
-                       env=lab.environment(), stdout=subprocess.DEVNULL)
+        lab.migrate(program, url)
         self.database = rc.Database(url)
         self.store = rc.Store(self.database)
         if nodes:
@@ -226,14 +225,21 @@ class Lab:
             self._agents = Agents(self.certs, count, self.processes)
         return self._agents
 
-    def program(self, commit: str) -> Path:
-        """Return a folder with the program as it was at a commit."""
+    def programs(self, commit: str) -> dict[str, Path]:
+        """Return the folder of the program as it is, named "", and of it as it was at a commit, where one is named."""
+        if not commit:
+            return {"": ROOT}
         folder = self.folder / "beside"
         folder.mkdir(exist_ok=True)
         for name in ("releasectl.py", "schema.sql"):
             (folder / name).write_bytes(subprocess.run(["git", "show", f"{commit}:{name}"], cwd=ROOT, check=True,
                                                        capture_output=True).stdout)
-        return folder
+        return {"": ROOT, commit: folder}
+
+    def migrate(self, program: Path, url: str) -> None:
+        """Make a database by the program in a folder."""
+        subprocess.run([sys.executable, str(program / "releasectl.py"), "--db", url, "migrate"], check=True,
+                       env=self.environment(), stdout=subprocess.DEVNULL)
 
     def sqlite_url(self) -> str:
         return f"sqlite:///{self.folder}/bench-{next(self._numbers)}.db"
@@ -996,7 +1002,7 @@ def turn_of_cycles(lab: Lab, program: Path, name: str, count: int) -> Turn:
 
 def goal_cycle(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     """CPU of a driver's cycle, with 8 nodes in it, in a release of 10,000 nodes and in one of 100,000"""
-    programs = {"": ROOT, **({options.beside: lab.program(options.beside)} if options.beside else {})}
+    programs = lab.programs(options.beside)
     counts = (10 * options.nodes, 100 * options.nodes)
     for name in AT_WORK:
         contenders: dict[str, Callable[[], Turn]] = {
@@ -1015,7 +1021,7 @@ def goal_cycle(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 
 def goal_queue(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     """A scan for work with 50 queued releases of 10,000 nodes each"""
-    programs = {"": ROOT, **({options.beside: lab.program(options.beside)} if options.beside else {})}
+    programs = lab.programs(options.beside)
     engines: dict[str, Callable[[], str]] = {"SQLite": lab.sqlite_url, "PostgreSQL": lab.postgres_url}
     for engine, queue_name in [(engine, name) for engine in engines for name in QUEUES]:
         if engine == "PostgreSQL" and not lab.postgres_url():
@@ -1034,7 +1040,7 @@ def queue_rows(lab: Lab, options: argparse.Namespace, queue_name: str, what: str
         urls += [url, empty]
         tick = [sys.executable, str(program / "releasectl.py"), "--db"]
         for made in (url, empty):
-            subprocess.run([*tick, made, "migrate"], check=True, env=lab.environment(), stdout=subprocess.DEVNULL)
+            lab.migrate(program, made)
         fill_queue(url, *QUEUES[queue_name], 10 * options.nodes)
         contenders[f"{name} scans"] = lambda program=program, url=url: turn_of_scans(  # type: ignore[misc]
             lab, program, url)
@@ -1090,11 +1096,10 @@ def goal_change(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     if not options.beside:
         print("  left out: it needs --beside COMMIT", file=sys.stderr)
         return
-    programs = {"now": ROOT, options.beside: lab.program(options.beside)}
+    programs = lab.programs(options.beside)
     urls = {name: lab.sqlite_url() for name in programs}
     for name, program in programs.items():
-        subprocess.run([sys.executable, str(program / "releasectl.py"), "--db", urls[name], "migrate"], check=True,
-                       env=lab.environment(), stdout=subprocess.DEVNULL)
+        lab.migrate(program, urls[name])
     kinds: dict[str, Callable[[str, Path], Turn]] = {
         f"a release to {options.nodes} nodes": lambda _, program: turn_of_releasectl(
             lab, lab.sqlite_url(), options.nodes, program=program),
@@ -1103,8 +1108,7 @@ def goal_change(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
         "5 ticks with nothing to do": lambda name, program: turn_of_ticks(lab, program, urls[name])}
     for what, run in kinds.items():
         contenders: dict[str, Callable[[], Turn]] = {
-            name: lambda name=name, program=program, run=run: run(name, program)  # type: ignore[misc]
-            for name, program in programs.items()}
+            name or "now": functools.partial(run, name, program) for name, program in programs.items()}
         # the least of its turns: what others do on this machine only adds; what looks slow gets more turns for that
         now_s = then_s = math.inf
         for _ in range(3):

@@ -255,43 +255,41 @@ def has_counted(execute: Any) -> bool:
     return counted
 
 
-def test_rule_7_a_large_release_adds_what_each_commit_ended_and_counts_now_and_then(store, monkeypatch):
+def large_release(store: rc.Store, monkeypatch: pytest.MonkeyPatch) -> rc.Claim:
+    """Claim a release whose 9 nodes run, and are so many that each fourth end counts them."""
     monkeypatch.setattr(rc, "COUNTED_EVERY", 4)
-    nodes = add_nodes(store, 9)
-    release = new_release(store, strategy={"batches": [9]})
-    claim = store.claims.claim(release.id, "a", 30)
+    add_nodes(store, 9)
+    claim = store.claims.claim(new_release(store, strategy={"batches": [9]}).id, "a", 30)
+    assert claim is not None
     step(store, claim)
+    return claim
+
+
+def test_rule_7_a_large_release_adds_what_each_commit_ended_and_counts_now_and_then(store, monkeypatch):
+    claim = large_release(store, monkeypatch)
     counted = []
     with noted_statements() as execute:
-        for node in nodes:
-            finish(store, claim, node.id, rc.Verdict("failed" if node.id % 3 == 0 else "success"))
+        for node_id in range(1, 10):
+            finish(store, claim, node_id, rc.Verdict("failed" if node_id % 3 == 0 else "success"))
             counted.append(has_counted(execute))
-            assert_books_balance(store, release.id)
+            assert_books_balance(store, claim.release_id)
     assert counted == [False, False, False, True, False, False, False, True, True]  # the last one ends the release
-    assert store.releases.get(release.id).status == "failed"
+    assert store.releases.get(claim.release_id).status == "failed"
 
 
 def test_a_large_release_counts_a_row_that_somebody_turned_by_hand_when_no_node_changes(store, monkeypatch):
-    monkeypatch.setattr(rc, "COUNTED_EVERY", 4)
-    add_nodes(store, 9)
-    release = new_release(store, strategy={"batches": [9]})
-    claim = store.claims.claim(release.id, "a", 30)
-    step(store, claim)
+    claim = large_release(store, monkeypatch)
     sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE node_id = 9")
     step(store, claim)
-    assert store.releases.get(release.id).success_nodes == 1
+    assert store.releases.get(claim.release_id).success_nodes == 1
 
 
 def test_a_large_release_counts_where_its_rows_were_read_anew(store, monkeypatch):
-    monkeypatch.setattr(rc, "COUNTED_EVERY", 4)
-    add_nodes(store, 9)
-    release = new_release(store, strategy={"batches": [9]})
-    claim = store.claims.claim(release.id, "a", 30)
-    step(store, claim)
+    claim = large_release(store, monkeypatch)
     sql(store, "UPDATE release_task_nodes SET status = 'success' WHERE node_id = 9")
     with mock.patch.object(store.claims, "commit", functools.partial(store.claims.commit, counts=True)):
         finish(store, claim, 2)
-    assert store.releases.get(release.id).success_nodes == 2
+    assert store.releases.get(claim.release_id).success_nodes == 2
 
 
 def test_the_addresses_of_what_ended_make_room_and_a_full_memory_costs_what_does_not_fit(store, monkeypatch):
