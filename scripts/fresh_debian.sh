@@ -92,7 +92,7 @@ cp dist/releasectl-*.tar.gz dist/releasectl-*.json dist/SHA256SUMS* "$root/root/
 rm dist/SHA256SUMS.sig
 chroot "$root" userdel releasectl
 rm -rf "$root/etc/releasectl" "$root/var/lib/releasectl"
-inside_without_network root "python3 -I -B /root/archive/scripts/run_docs.py /root/here; exit \$?" ||
+inside_without_network root "python3 -I -B /root/archive/scripts/run_docs.py --throwaway-host /root/here; exit \$?" ||
     die 1 "a document does not do what it says"
 
 echo "# make demo"

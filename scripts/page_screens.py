@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
-"""Photograph the dashboard for the docs in a real Chromium, over a world that is made up: `make page-screens`.
-
-page_screens.py [FOLDER [NAME...]] writes PNG files into a folder (docs without one), all of them or those named.
-"""
+"""Photograph the dashboard for the docs in a real Chromium, over a world that is made up: `make page-screens`."""
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import struct
@@ -158,7 +156,11 @@ PICTURES = (
 
 
 def main() -> None:
-    folder, names = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "docs"), sys.argv[2:]
+    parser = argparse.ArgumentParser(description="Photograph the dashboard in Chromium, as PNG files.")
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "docs", metavar="FOLDER",
+                        help="docs without one")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of pictures: dashboard-zh; without any: all")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         store = rc.Store(rc.Database(f"sqlite:///{work}/releasectl.db", rc.Metrics()))
         store.database.migrate()
@@ -176,9 +178,9 @@ def main() -> None:
         try:
             with Browser(Path(work) / "chromium") as browser:
                 for picture in PICTURES:
-                    if not names or picture.name in names:
+                    if not options.names or picture.name in options.names:
                         keep_alive(store)
-                        take(browser, f"http://127.0.0.1:{server.server_address[1]}/", picture, folder)
+                        take(browser, f"http://127.0.0.1:{server.server_address[1]}/", picture, options.folder)
                 for error in browser.errors:
                     print(error, file=sys.stderr)
         finally:

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Run the commands that the documents show, in their order, and look whether what they say comes.
 
-    scripts/run_docs.py FOLDER [DOCUMENT ...]      FOLDER: what is said to lie there: archives, certificates
+    scripts/run_docs.py --throwaway-host FOLDER [DOCUMENT ...]
 
 A block of a document (indented by four spaces) is a piece of a shell's session, which goes on through the document. It
 must end with 0; `says "TEXT"` in a comment means that TEXT comes. A block behind the comment
 `<!-- not run: WHY -->` is left out. It runs as root on a host that may be thrown away, as scripts/fresh_debian.sh makes
-one, in a network of its own: stand-in agents listen at the addresses that the documents name, and a stand-in for
-systemctl starts and stops the service.
+one, in a network of its own: stand-in agents listen at the addresses that the documents name, and stand-ins for
+systemctl and journalctl are written into /usr/local/sbin. Nothing runs without --throwaway-host.
 """
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
 import re
@@ -201,7 +202,13 @@ def run_document(name: str, folder: Path) -> int:
 
 
 def main() -> int:
-    folder = Path(sys.argv[1]).resolve()
+    parser = argparse.ArgumentParser(description="Run the commands that the documents show.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what is said to lie there: archives, certificates")
+    parser.add_argument("documents", nargs="*", choices=[*DOCUMENTS, []], metavar="DOCUMENT", help="without any: all")
+    parser.add_argument("--throwaway-host", action="store_true", required=True,
+                        help="this host is for that alone: services, users and files of it are overwritten")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
     for name, text in (("systemctl", SYSTEMCTL), ("journalctl", "#!/bin/sh\ntail -n 20 /var/log/releasectl\n")):
         path = Path("/usr/local/sbin") / name
         path.write_text(text)
@@ -210,7 +217,7 @@ def main() -> int:
     os.chmod("/var/log/releasectl", 0o666)
     agents = start_agents(folder)
     try:
-        wrong = sum(run_document(name, folder) for name in sys.argv[2:] or DOCUMENTS)
+        wrong = sum(run_document(name, folder) for name in options.documents or DOCUMENTS)
     finally:
         subprocess.run(["/usr/local/sbin/systemctl", "stop", "releasectl"], check=False)
         agents.kill()
