@@ -2153,7 +2153,7 @@ class Node:
         """Return "online", or why it gets no releases: "disabled", "offline", "in maintenance"."""
         return "disabled" if not self.enabled else f"in {self.status}" if self.status == "maintenance" else self.status
 
-    @functools.cached_property
+    @property
     def label_values(self) -> Mapping[str, str]:
         """Return its labels."""
         return label_values(self.labels)
@@ -2175,7 +2175,7 @@ LabelChoice = Mapping[str, frozenset[str]]
 
 def has_labels(values: Mapping[str, str], wanted: LabelChoice) -> bool:
     """Return whether labels have, for each key, one of the wanted values."""
-    return all(values.get(key) in some for key, some in wanted.items())
+    return not wanted or all(values.get(key) in some for key, some in wanted.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3167,7 +3167,7 @@ class Selection(NamedTuple):
 
 def has_any_label(values: Mapping[str, str], unwanted: LabelChoice) -> bool:
     """Return whether labels have, for any key, one of the unwanted values."""
-    return any(values.get(key) in some for key, some in unwanted.items())
+    return bool(unwanted) and any(values.get(key) in some for key, some in unwanted.items())
 
 
 def parse_selection(value: Mapping[str, Any]) -> Selection:
@@ -7137,7 +7137,7 @@ class Transaction:
     def rows(self, statement: str, *params: object) -> list[tuple[Any, ...]]:
         """Return all rows of a query."""
         self.execute(statement, *params)
-        return [tuple(row) for row in self._cursor.fetchall()]
+        return list(map(tuple, self._cursor.fetchall()))
 
     def row(self, statement: str, *params: object) -> tuple[Any, ...] | None:
         """Return the first row of a query, or None."""
