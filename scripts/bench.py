@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """bench: how fast releasectl is, beside bare scripts that do less, against the same stand-in agents.
 
-    make bench                                        everything, as docs/PERFORMANCE.md has it
+    make bench                                        the table of docs/PERFORMANCE.md, in six minutes
     python scripts/bench.py makespan idle             these goals only; --help lists them
     python scripts/bench.py makespan --runs 3 --json result.json
     python scripts/bench.py queue --beside COMMIT     beside releasectl.py as it was then
     python scripts/bench.py change --beside HEAD~1    what a change costs: fails above 1.25 times the CPU
+    make bench ARGS="--json docs/performance.json"    the table that later ones are compared with
 
 All figures of a goal come from one run: its contenders take turns, and the table gives medians and
 their ratios. So a machine that others use too, or another machine, changes the times but hardly the
-ratios. Every turn of releasectl is a new process with a new database (SQLite: WAL, synchronous=FULL).
+ratios. Every turn of releasectl is a new process with a new database (SQLite: WAL, synchronous=FULL),
+of the module compiled, as `make install` puts it.
 
 The agents are processes of fake_agent.py, with mutual TLS. Their share of the CPU is measured in
 every turn: while each of them is well under one core, they are not what is waited for.
@@ -56,6 +58,8 @@ IN_FLIGHT = 64
 SERVER_NAME = "agents.bench"
 AGENT_PORT = 8443
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+# In the folder of a module that is compiled.
+AS_MODULE = (sys.executable, "-m", "releasectl")
 BENCH_TIMEOUT_S = 600.0
 
 
@@ -138,10 +142,11 @@ class Turn(NamedTuple):
 
 
 class Server:
-    """A `serve` process with a database of its own; program: the folder of its releasectl.py."""
+    """A `serve` process with a database of its own; program: the folder of its releasectl.py, as it is now without."""
 
-    def __init__(self, lab: Lab, url: str, nodes: Sequence[str], executor: bool = True, program: Path = ROOT,
+    def __init__(self, lab: Lab, url: str, nodes: Sequence[str], executor: bool = True, program: Path | None = None,
                  **settings: str):
+        program = program or lab.program
         lab.migrate(program, url)
         self.database = rc.Database(url)
         self.store = rc.Store(self.database)
@@ -150,7 +155,7 @@ class Server:
         self.port = free_port()
         self.log = open(lab.folder / "serve.log", "a")  # noqa: SIM115 - closed with the server
         self.process = subprocess.Popen(
-            [sys.executable, str(program / "releasectl.py"), "--db", url, "serve"], stderr=self.log,
+            [*AS_MODULE, "--db", url, "serve"], stderr=self.log, cwd=program,
             env=lab.environment(HTTP_ADDR=f"127.0.0.1:{self.port}", RELEASE_EXECUTOR_ENABLED=str(int(executor)),
                                 **settings))
         give_up_at = time.monotonic() + 30
@@ -200,6 +205,10 @@ def fill_nodes(store: rc.Store, addresses: Sequence[str]) -> None:
                        [(f"edge-{n}", address, AGENT_PORT, now, now) for n, address in enumerate(addresses, 1)])
 
 
+# What a folder of a program has.
+PARTS = ("releasectl.py", "schema.sql")
+
+
 class Lab:
     """A folder with certificates, and what is started in it."""
 
@@ -211,6 +220,8 @@ class Lab:
         self._postgres = ""
         self._agents: Agents | None = None
         make_certs(self.certs, SERVER_NAME)
+        # The folder of releasectl.py as it is now.
+        self.program = self._compiled("now", {name: (ROOT / name).read_bytes() for name in PARTS})
 
     def environment(self, **settings: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name not in {s.name for s in rc.SETTINGS}}
@@ -218,7 +229,7 @@ class Lab:
                 **settings}
 
     def agents(self, count: int) -> Agents:
-        """Return the agents, started anew when there are too few."""
+        """Return just so many agents; others than so many are ended, and these are started."""
         if self._agents is None or self._agents.count != count:
             if self._agents is not None:
                 self._agents.close()
@@ -228,31 +239,48 @@ class Lab:
     def programs(self, commit: str) -> dict[str, Path]:
         """Return the folder of the program as it is, named "", and of it as it was at a commit, where one is named."""
         if not commit:
-            return {"": ROOT}
-        folder = self.folder / "beside"
+            return {"": self.program}
+        return {"": self.program, commit: self._compiled("beside", {
+            name: subprocess.run(["git", "show", f"{commit}:{name}"], cwd=ROOT, check=True, capture_output=True).stdout
+            for name in PARTS})}
+
+    def _compiled(self, name: str, parts: dict[str, bytes]) -> Path:
+        folder = self.folder / name
         folder.mkdir(exist_ok=True)
-        for name in ("releasectl.py", "schema.sql"):
-            (folder / name).write_bytes(subprocess.run(["git", "show", f"{commit}:{name}"], cwd=ROOT, check=True,
-                                                       capture_output=True).stdout)
-        return {"": ROOT, commit: folder}
+        for part, content in parts.items():
+            (folder / part).write_bytes(content)
+        py_compile.compile(str(folder / "releasectl.py"), doraise=True)
+        return folder
+
+    def go_client(self) -> Path | None:
+        """Return bench_client.go as a program; None where Go is not installed."""
+        program = self.folder / "bench_client"
+        if not program.exists() and shutil.which("go"):
+            subprocess.run(["go", "build", "-o", str(program), str(ROOT / "scripts" / "bench_client.go")], check=True,
+                           env={**os.environ, "GOCACHE": str(self.folder / "go"), "GOFLAGS": "-mod=mod"})
+        return program if program.exists() else None
 
     def migrate(self, program: Path, url: str) -> None:
         """Make a database by the program in a folder."""
-        subprocess.run([sys.executable, str(program / "releasectl.py"), "--db", url, "migrate"], check=True,
-                       env=self.environment(), stdout=subprocess.DEVNULL)
+        subprocess.run([*AS_MODULE, "--db", url, "migrate"], check=True, cwd=program, env=self.environment(),
+                       stdout=subprocess.DEVNULL)
 
     def sqlite_url(self) -> str:
         return f"sqlite:///{self.folder}/bench-{next(self._numbers)}.db"
 
-    def postgres_url(self) -> str:
-        """Return the URL of an empty database on a durable throwaway server; '' where there is none."""
+    def has_postgres(self) -> bool:
+        """Start a durable throwaway server; return False, and say so, where there is none."""
         if not self._postgres:
             try:
                 self._postgres = postgres("start", "--durable", self.folder / "postgres")
             except OSError:
                 self._postgres = "missing"
         if self._postgres == "missing":
-            return ""
+            print("  left out: PostgreSQL is not installed", file=sys.stderr)
+        return self._postgres != "missing"
+
+    def postgres_url(self) -> str:
+        """Return the URL of an empty database where has_postgres()."""
         name = f"bench_{next(self._numbers)}"
         admin(self._postgres, f"CREATE DATABASE {name}")
         return database_on(self._postgres, name)
@@ -277,10 +305,14 @@ class Usage:
         return Turn(seconds, cpu_s(self._pid) - self._cpu_s, busiest / seconds, peak_mib(self._pid), extra)
 
 
-def take_turns(runs: int, contenders: dict[str, Callable[[], Turn]]) -> dict[str, list[Turn]]:
-    """Run every contender so many times, one after the other."""
+def take_turns(options: argparse.Namespace, contenders: dict[str, Callable[[], Turn]],
+               times: int = 1) -> dict[str, list[Turn]]:
+    """Run every contender in turn, TIMES the number of runs, or as often as there is time; once at least."""
     turns: dict[str, list[Turn]] = {name: [] for name in contenders}
+    runs, started = options.runs * times, time.monotonic()
     for number in range(runs):
+        if number and time.monotonic() + (time.monotonic() - started) / number > options.until:
+            break
         for name, run in contenders.items():
             turns[name].append(run())
             print(f"  {number + 1}/{runs} {name}: {turns[name][-1].seconds:.3f} s", file=sys.stderr, flush=True)
@@ -422,6 +454,8 @@ def script_aiohttp(addresses: Sequence[str]) -> None:
 SCRIPTS: dict[str, Callable[[Sequence[str]], None]] = {
     "http.client": script_http_client, "urllib": script_urllib, "aiohttp": script_aiohttp,
     "bare sockets": script_bare_sockets}
+# bench_client.go
+GO = "net/http of Go"
 
 
 def run_script(name: str) -> None:
@@ -439,8 +473,10 @@ def run_script(name: str) -> None:
 def turn_of_script(lab: Lab, name: str, count: int) -> Turn:
     agents = lab.agents(count)
     agents.reset(0)
-    process = subprocess.Popen([sys.executable, __file__, "--script", name], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True, env=lab.environment())
+    command = [str(lab.go_client()), str(AGENT_PORT), SERVER_NAME] if name == GO else [
+        sys.executable, __file__, "--script", name]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env=lab.environment())
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(json.dumps(agents.addresses) + "\n")
@@ -453,7 +489,8 @@ def turn_of_script(lab: Lab, name: str, count: int) -> Turn:
     return turn._replace(seconds=seconds)
 
 
-def turn_of_releasectl(lab: Lab, url: str, count: int, among: int = 0, program: Path = ROOT) -> Turn:
+def turn_of_releasectl(lab: Lab, url: str, count: int, among: int = 0,
+                        program: Path | None = None) -> Turn:
     """From POST to success, with serve running; among: how many agents there are, the same for all of a goal."""
     agents = lab.agents(max(count, among))
     agents.reset(0)
@@ -465,10 +502,11 @@ def turn_of_releasectl(lab: Lab, url: str, count: int, among: int = 0, program: 
         return usage.turn()
     finally:
         server.close()
-        drop(url)
+        remove_file(url)
 
 
-def drop(url: str) -> None:
+def remove_file(url: str) -> None:
+    """Remove the file of an SQLite database."""
     if url.startswith("sqlite:///"):
         for suffix in ("", "-wal", "-shm"):
             Path(url[len("sqlite:///"):] + suffix).unlink(missing_ok=True)
@@ -504,21 +542,26 @@ def goal_makespan(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     for name in SCRIPTS:
         if name != "aiohttp" or _has("aiohttp"):
             contenders[name] = lambda name=name: turn_of_script(lab, name, options.nodes)  # type: ignore[misc]
-    turns = take_turns(options.runs, contenders)
+    if lab.go_client():
+        contenders[GO] = lambda: turn_of_script(lab, GO, options.nodes)
+    else:
+        print("  left out: Go is not installed", file=sys.stderr)
+    turns = take_turns(options, contenders)
     for name, taken in turns.items():
         yield Row("makespan", f"{options.nodes} nodes: {name}", median(taken), "s", note=usage_note(taken))
-    limits = {"http.client": 0.8, "bare sockets": None}  # no program can be below the last one
-    for name in list(turns)[1:]:
-        yield Row("makespan", f"releasectl / {name}", median(turns["releasectl"]) / median(turns[name]), "x",
-                  limits.get(name, 1.0))
-    yield Row("makespan", "bare sockets / http.client",
-              median(turns["bare sockets"]) / median(turns["http.client"]), "x")
+    limits = {"http.client": 0.75, "bare sockets": None, GO: 2.0}  # no program in Python can be below bare sockets
+    for what, field in (("seconds", "seconds"), ("CPU", "cpu_s")):
+        for name in list(turns)[1:]:
+            yield Row("makespan", f"{what}: releasectl / {name}", median(turns["releasectl"], field)
+                      / median(turns[name], field), "x", limits.get(name, 1.0))
+        yield Row("makespan", f"{what}: bare sockets / http.client",
+                  median(turns["bare sockets"], field) / median(turns["http.client"], field), "x")
 
 
 def goal_scale(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     """10,000 nodes beside 1,000: makespan and memory"""
     many = 10 * options.nodes
-    turns = take_turns(options.runs, {
+    turns = take_turns(options, {
         f"{count} nodes": lambda count=count: turn_of_releasectl(  # type: ignore[misc]
             lab, lab.sqlite_url(), count, among=many) for count in (options.nodes, many)})
     taken = {count: turns[f"{count} nodes"] for count in (options.nodes, many)}
@@ -559,13 +602,13 @@ def turn_in_batches(lab: Lab, task_ms: int, count: int) -> Turn:
             seconds=rc.epoch_of(release.finished_at or "") - rc.epoch_of(release.started_at or ""))
     finally:
         server.close()
-        drop(url)
+        remove_file(url)
 
 
 def goal_batches(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     """3 batches of 300 nodes, tasks of 500 ms beside tasks of 0 ms"""
     count = 3 * (options.nodes * 3 // 10)
-    turns = take_turns(options.runs, {
+    turns = take_turns(options, {
         "tasks of 0 ms": lambda: turn_in_batches(lab, 0, count),
         "tasks of 500 ms": lambda: turn_in_batches(lab, 500, count)})
     fast_s, slow_s = median(turns["tasks of 0 ms"]), median(turns["tasks of 500 ms"])
@@ -589,7 +632,7 @@ def goal_idle(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     url = lab.sqlite_url()
     server = Server(lab, url, [])
     try:
-        time.sleep(3)
+        time.sleep(3)  # what its start leaves to do is done
         before, at = cpu_s(server.process.pid), time.monotonic()
         time.sleep(options.idle_s)
         share = (cpu_s(server.process.pid) - before) / (time.monotonic() - at)
@@ -598,15 +641,11 @@ def goal_idle(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     yield Row("idle", f"CPU of serve with nothing to do, over {options.idle_s:g} s", share * 100, "%", 0.5)
     tick = [sys.executable, str(ROOT / "releasectl.py"), "--db", url, "run-once"]
     bare = [sys.executable, "-c", "import sqlite3, ssl, http.client"]
-    module = [sys.executable, "-m", "releasectl", "--db", url, "run-once"]
-    installed = lab.folder / "installed"
-    installed.mkdir()
-    for name in ("releasectl.py", "schema.sql"):
-        shutil.copy(ROOT / name, installed)
-    py_compile.compile(str(installed / "releasectl.py"))
-    turns = take_turns(4 * options.runs, {"run-once": lambda: Turn(seconds_of(tick, lab.environment())),
-                                          "as a module": lambda: Turn(seconds_of(module, lab.environment(), installed)),
-                                          "imports": lambda: Turn(seconds_of(bare, lab.environment()))})
+    module = [*AS_MODULE, "--db", url, "run-once"]
+    turns = take_turns(options, {
+        "run-once": lambda: Turn(seconds_of(tick, lab.environment())),
+        "as a module": lambda: Turn(seconds_of(module, lab.environment(), lab.program)),
+        "imports": lambda: Turn(seconds_of(bare, lab.environment()))}, times=4)
     yield Row("idle", "run-once with nothing to do", median(turns["run-once"]) * 1000, "ms")
     yield Row("idle", "the same, as python -m releasectl, compiled before", median(turns["as a module"]) * 1000, "ms")
     yield Row("idle", 'python -c "import sqlite3, ssl, http.client"', median(turns["imports"]) * 1000, "ms")
@@ -622,8 +661,9 @@ def goal_start(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
         "PYTHON": sys.executable})
     command = [str(folder / "bin" / "releasectl"), "--db", url, "list"]
     bare = [sys.executable, "-I", "-c", "import sqlite3, ssl, http.client"]
-    turns = take_turns(4 * options.runs, {"list": lambda: Turn(seconds_of(command, lab.environment())),
-                                          "imports": lambda: Turn(seconds_of(bare, lab.environment()))})
+    turns = take_turns(options, {
+        "list": lambda: Turn(seconds_of(command, lab.environment())),
+        "imports": lambda: Turn(seconds_of(bare, lab.environment()))}, times=4)
     yield Row("start", "releasectl list, installed", median(turns["list"]) * 1000, "ms")
     yield Row("start", 'python -I -c "import sqlite3, ssl, http.client"', median(turns["imports"]) * 1000, "ms")
     yield Row("start", "list / imports", median(turns["list"]) / median(turns["imports"]), "x", 2.5)
@@ -666,6 +706,9 @@ def run_reader(port: int, pause_s: float, paths: Sequence[str]) -> None:
             connection.request("GET", path)
             answer = connection.getresponse()
             size = len(answer.read())
+            if answer.status == 429:  # others read the whole of a release now
+                stop.wait(float(answer.headers["Retry-After"]))
+                continue
             if answer.status != 200 or not size:
                 raise SystemExit(f"GET {path}: {answer.status}")
             taken[path].append(time.monotonic() - started)
@@ -694,7 +737,7 @@ def turn_with_readers(lab: Lab, count: int, readers: int, paths: Sequence[str], 
         return turn._replace(extra=extra)
     finally:
         server.close()
-        drop(url)
+        remove_file(url)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -705,7 +748,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 def goal_api(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     """Reading while a release of 10,000 nodes runs"""
     many = 10 * options.nodes
-    turns = take_turns(options.runs, {
+    turns = take_turns(options, {
         "nobody reads": lambda: turn_with_readers(lab, many, 0, [], 0.0),
         "one reads summary and list": lambda: turn_with_readers(
             lab, many, 1, ["/api/v1/releases/{id}?view=summary", "/api/v1/releases"], 0.05),
@@ -784,7 +827,7 @@ def goal_history(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
                       note=f"{full * 1000:.2f} ms / {empty * 1000:.2f} ms")
         ticks = {name: [sys.executable, str(ROOT / "releasectl.py"), "--db", url, "list", "--json"]
                  for name, url in urls.items()}
-        turns = take_turns(options.runs, {
+        turns = take_turns(options, {
             name: lambda name=name: Turn(seconds_of(ticks[name], lab.environment()))  # type: ignore[misc]
             for name in ticks})
         yield Row("history", "`releasectl list`: full / empty", median(turns["full"]) / median(turns["empty"]), "x",
@@ -793,7 +836,7 @@ def goal_history(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
         for server in servers.values():
             server.close()
         for url in urls.values():
-            drop(url)
+            remove_file(url)
 
 
 def fill_fleet(path: str, nodes: int) -> None:
@@ -869,13 +912,13 @@ def goal_fleet(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
                                      ("`create --plan` of it, with what the nodes run", None, show_plan_by_region)):
             taken = [plan(url) for _ in range(options.runs)]
             yield Row("fleet", what, statistics.median(taken) * 1000, "ms", limit_ms)
-        turns = take_turns(options.runs, {"show": lambda: Turn(seconds_of(
+        turns = take_turns(options, {"show": lambda: Turn(seconds_of(
             [sys.executable, str(ROOT / "releasectl.py"), "--db", url, "node", "show", f"edge-{nodes}"],
             lab.environment()))})
         yield Row("fleet", "`releasectl node show`", median(turns["show"]) * 1000, "ms", None)
     finally:
         server.close()
-        drop(url)
+        remove_file(url)
 
 
 # How 50 queued releases lie to each other: targets, and whether each has nodes of its own.
@@ -971,7 +1014,7 @@ def run_cycles(url: str, name: str, count: int) -> None:
                    "finished_at = created_at WHERE node_id <= ?", count * done // 20)
         tx.execute("UPDATE release_tasks SET soak_until = created_at WHERE id = ?", made.id)
     policy = rc.Policy(5, 600.0, 60.0, 2.0, 17.0)
-    context = rc.DriverContext(Ttl, store, AgentsAtOnce(), "bench", policy,  # type: ignore[arg-type]
+    context = rc.DriverContext(DriverSettings, store, AgentsAtOnce(), "bench", policy,  # type: ignore[arg-type]
                                rc.Slots(PER_CYCLE), threading.Event(), lambda _: None, lambda _: None)
     context.submit = lambda request: rc.run_coroutine(request())
     claim = store.claims.claim(made.id, "bench", 3000.0)
@@ -987,7 +1030,7 @@ def run_cycles(url: str, name: str, count: int) -> None:
     print((time.process_time() - began) / CYCLES)
 
 
-class Ttl:
+class DriverSettings:
     """The one setting that a driver reads itself."""
     claim_ttl_sec = 30.0
 
@@ -996,7 +1039,7 @@ def turn_of_cycles(lab: Lab, program: Path, name: str, count: int) -> Turn:
     url = lab.sqlite_url()
     found = subprocess.run([sys.executable, __file__, "--cycles", url, name, str(count)], check=True,
                            stdout=subprocess.PIPE, text=True, env={**lab.environment(), "LAB_PROGRAM": str(program)})
-    drop(url)
+    remove_file(url)
     return Turn(float(found.stdout))
 
 
@@ -1008,7 +1051,7 @@ def goal_cycle(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
         contenders: dict[str, Callable[[], Turn]] = {
             f"{commit} {name}, {count} nodes": functools.partial(turn_of_cycles, lab, folder, name, count)
             for commit, folder in programs.items() for count in counts}
-        turns = take_turns(options.runs, contenders)
+        turns = take_turns(options, contenders)
         # the least: whoever else is at work makes it only more
         least = {key: min(turn.seconds for turn in taken) for key, taken in turns.items()}
         for count in counts:
@@ -1024,8 +1067,7 @@ def goal_queue(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     programs = lab.programs(options.beside)
     engines: dict[str, Callable[[], str]] = {"SQLite": lab.sqlite_url, "PostgreSQL": lab.postgres_url}
     for engine, queue_name in [(engine, name) for engine in engines for name in QUEUES]:
-        if engine == "PostgreSQL" and not lab.postgres_url():
-            print("  left out: PostgreSQL is not installed", file=sys.stderr)
+        if engine == "PostgreSQL" and not lab.has_postgres():
             continue
         yield from queue_rows(lab, options, queue_name, f"{engine}, {queue_name}", engines[engine], programs)
 
@@ -1047,9 +1089,9 @@ def queue_rows(lab: Lab, options: argparse.Namespace, queue_name: str, what: str
         for kind, one in (("tick", url), ("empty", empty)):
             contenders[f"{name} {kind}"] = lambda tick=tick, one=one: Turn(  # type: ignore[misc]
                 seconds_of([*tick, one, "run-once"], lab.environment()))
-    turns = take_turns(options.runs, contenders)
+    turns = take_turns(options, contenders)
     for url in urls:
-        drop(url)
+        remove_file(url)
     now, then = turns[" scans"], turns[f"{options.beside} scans"] if options.beside else []
     before = f"; {options.beside}: {median(then) * 1000:.1f} ms" if then else ""
     yield Row("queue", f"{what}: first scan of a process", median(now) * 1000, "ms", 1000.0,
@@ -1078,7 +1120,7 @@ def turn_of_create(lab: Lab, program: Path, nodes: int) -> Turn:
         return usage.turn()
     finally:
         server.close()
-        drop(url)
+        remove_file(url)
 
 
 def turn_of_ticks(lab: Lab, program: Path, url: str) -> Turn:
@@ -1112,7 +1154,7 @@ def goal_change(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
         # the least of its turns: what others do on this machine only adds; what looks slow gets more turns for that
         now_s = then_s = math.inf
         for _ in range(3):
-            turns = take_turns(options.runs, contenders)
+            turns = take_turns(options, contenders)
             now_s, then_s = (min(best_s, *(turn.cpu_s for turn in taken))
                              for best_s, taken in zip((now_s, then_s), turns.values()))
             if now_s <= options.worst * then_s:
@@ -1127,10 +1169,9 @@ def later_s(turns: Sequence[Turn]) -> float:
 
 def goal_postgres(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
     """The same release on PostgreSQL and on SQLite"""
-    if not lab.postgres_url():
-        print("  left out: PostgreSQL is not installed", file=sys.stderr)
+    if not lab.has_postgres():
         return
-    turns = take_turns(options.runs, {
+    turns = take_turns(options, {
         "SQLite": lambda: turn_of_releasectl(lab, lab.sqlite_url(), options.nodes),
         "PostgreSQL": lambda: turn_of_releasectl(lab, lab.postgres_url(), options.nodes)})
     for name, taken in turns.items():
@@ -1142,6 +1183,8 @@ GOALS: dict[str, Callable[[Lab, argparse.Namespace], Iterator[Row]]] = {
     "makespan": goal_makespan, "batches": goal_batches, "postgres": goal_postgres, "scale": goal_scale,
     "api": goal_api, "idle": goal_idle, "start": goal_start, "history": goal_history, "fleet": goal_fleet,
     "queue": goal_queue, "change": goal_change, "cycle": goal_cycle}
+# What `make bench` measures: the others fill databases with millions of rows, or need a commit beside.
+EVERYDAY = ("makespan", "batches", "postgres", "start", "idle", "scale", "api")
 
 
 def _has(module: str) -> bool:
@@ -1164,22 +1207,45 @@ def machine() -> str:
             f"SQLite {sqlite3.sqlite_version}, load {os.getloadavg()[0]:.1f} at the start")
 
 
-def print_rows(rows: Sequence[Row]) -> None:
-    print("| goal | what | measured | limit | |\n|---|---|---|---|---|")
+# The table that was committed last, as --json wrote it. What is of a unit in JUDGED is worse above 1.25 times of it.
+COMMITTED = ROOT / "docs" / "performance.json"
+JUDGED = ("x", "MiB", "%")
+
+
+def committed_values() -> dict[tuple[str, str], float]:
+    """Return by goal and line what the committed table has; nothing where there is none."""
+    if not COMMITTED.exists():
+        return {}
+    return {(row["goal"], row["what"]): row["value"] for row in json.loads(COMMITTED.read_text())["rows"]}
+
+
+def print_rows(rows: Sequence[Row], committed: dict[tuple[str, str], float]) -> None:
+    """Print the table, beside what was committed; times of another day or machine are for information."""
+    print("| goal | what | measured | limit | | committed |\n|---|---|---|---|---|---|")
+    worse = 0
     for row in rows:
         limit = "" if row.limit is None else f"{row.limit:g} {row.unit}"
+        before = committed.get((row.goal, row.what))
+        is_worse = before is not None and row.unit in JUDGED and row.value > WORST_CHANGE * before
+        worse += is_worse
         print(f"| {row.goal} | {row.what} | {row.value:.3g} {row.unit} | {limit} | "
-              f"{' '.join(filter(None, (row.verdict, row.note)))} |")
+              f"{' '.join(filter(None, (row.verdict, row.note)))} | "
+              f"{'' if before is None else f'{before:.3g} {row.unit}'}{', WORSE' if is_worse else ''} |")
+    if committed:
+        print(f"\n{worse} of {len(rows)} lines are worse than {COMMITTED.relative_to(ROOT)} by more than "
+              f"{WORST_CHANGE - 1:.0%} (ratios, memory, shares)")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.py", description="How fast releasectl is.", epilog="; ".join(
         f"{name}: {run.__doc__}" for name, run in GOALS.items()))
-    parser.add_argument("goals", nargs="*", metavar="GOAL", help=f"{', '.join(GOALS)}; all without any")
-    parser.add_argument("--runs", type=int, default=5, help="turns of each contender (5)")
+    parser.add_argument("goals", nargs="*", metavar="GOAL", help=f"{', '.join(GOALS)}; without any: "
+                        f"{', '.join(EVERYDAY)}, and no more turns than fit in --minutes")
+    parser.add_argument("--runs", type=int, default=5, help="turns of each contender, at most (5)")
+    parser.add_argument("--minutes", type=float, default=5.5, help="for all goals, where none is named (5.5)")
     parser.add_argument("--nodes", type=int, default=1000, help="the small release; the large has ten times as many")
     parser.add_argument("--agent-processes", type=int, default=2, help="the agents are spread over so many (2)")
-    parser.add_argument("--idle-s", type=float, default=30.0, help="how long an idle serve is watched (30)")
+    parser.add_argument("--idle-s", type=float, default=15.0, help="how long an idle serve is watched (15)")
     parser.add_argument("--beside", metavar="COMMIT", default="",
                         help="queue, change, cycle: compare with releasectl.py of a commit")
     parser.add_argument("--worst", type=float, metavar="RATIO", default=WORST_CHANGE,
@@ -1192,18 +1258,17 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
+# What processes of its own are started for.
+PROCESSES: dict[str, Callable[[Sequence[str]], None]] = {
+    "--script": lambda words: run_script(words[0]),
+    "--scans": lambda words: run_scans(words[0]),
+    "--cycles": lambda words: run_cycles(words[0], words[1], int(words[2])),
+    "--reader": lambda words: run_reader(int(words[0]), float(words[1]), words[2:])}
+
+
 def main() -> int:
-    if sys.argv[1:2] == ["--script"]:
-        run_script(sys.argv[2])
-        return 0
-    if sys.argv[1:2] == ["--scans"]:
-        run_scans(sys.argv[2])
-        return 0
-    if sys.argv[1:2] == ["--cycles"]:
-        run_cycles(sys.argv[2], sys.argv[3], int(sys.argv[4]))
-        return 0
-    if sys.argv[1:2] == ["--reader"]:
-        run_reader(int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])
+    if sys.argv[1:2] and sys.argv[1] in PROCESSES:
+        PROCESSES[sys.argv[1]](sys.argv[2:])
         return 0
     options = parse_arguments()
     on = machine()
@@ -1211,14 +1276,18 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="releasectl-bench-"))
     lab = Lab(folder, options.agent_processes)
     rows: list[Row] = []
+    goals = options.goals or EVERYDAY
+    end_at = math.inf if options.goals else time.monotonic() + 60 * options.minutes
     try:
-        for name in options.goals or GOALS:
+        for number, name in enumerate(goals):
             print(f"{name}: {GOALS[name].__doc__}", file=sys.stderr, flush=True)
+            # each goal has its share of the time that is left
+            options.until = time.monotonic() + (end_at - time.monotonic()) / (len(goals) - number)
             rows += GOALS[name](lab, options)
     finally:
         lab.close()
         shutil.rmtree(folder, ignore_errors=True)
-    print_rows(rows)
+    print_rows(rows, committed_values())
     if options.json:
         Path(options.json).write_text(json.dumps({"machine": on, "rows": [
             {**row._asdict(), "verdict": row.verdict} for row in rows]}, indent=1) + "\n")
