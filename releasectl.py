@@ -37,9 +37,11 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Engines             the one place where SQLite and PostgreSQL, and its drivers, differ
     Database            connections, transaction(), migrate()
     Database state      the clock, the versions given out, and whether the database went back
-    Audit               the history of releases and of every act (contract section 2)
+    Audit               the history of releases and of every act; what is put into the outbox
+                        (contract section 2)
     Nodes               the registry of nodes
-    Queue               the order of open releases, and the writing of what is decided on one
+    Queue               releases, freezes and executors as they are read; the order of open
+                        releases; the writing of what is decided
     Retry and rollback  what a new release brings back to whom (contract 3, rule 10)
     Drift               what each node runs, what it should run, and how far these are apart
                         (contract section 5)
@@ -73,7 +75,8 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
                         no socket
     Server              a request from its first byte to its answer; the listener and its
                         threads
-    Check and why       what is wrong with this installation, and what would mend it
+    Check               what is wrong with this installation, and what would mend it; pings;
+                        until when certificates are good
     Terminal            how text is shown to a person: columns of characters, tables, colours,
                         times
     Views               a release as a person sees it: its head, a bar for each batch, its nodes,
@@ -183,7 +186,8 @@ SUCCESS, PARTIAL, FAILED, CANCELLED, SKIPPED = "success", "partial", "failed", "
 RELEASE_STATUSES = (PENDING, RUNNING, PAUSED, CANCELLING, SUCCESS, PARTIAL, FAILED, CANCELLED)
 TERMINAL = frozenset((SUCCESS, PARTIAL, FAILED, CANCELLED))
 AT_REST = frozenset((SUCCESS, FAILED, SKIPPED))
-OPEN = frozenset((PENDING, RUNNING))
+# The statuses of a node that is not AT_REST.
+NODE_OPEN = frozenset((PENDING, RUNNING))
 # The statuses of releases that are not TERMINAL, for SQL.
 OPEN_RELEASES = "('pending', 'running', 'paused', 'cancelling')"
 
@@ -281,7 +285,8 @@ MAX_TRAIL_CHARS = 1000
 MAX_AUDIT_BYTES = 8192
 MAX_PAGE_SIZE = 100
 MAX_NODES = 1_000_000
-MAX_BATCHES = 1000
+# Entries of a list in a strategy: sizes, or numbers of batches.
+MAX_LISTED_BATCHES = 1000
 MAX_JSON_DEPTH = 64
 # Digits of an integer in JSON; Python 3.9 and 3.10.0 to 3.10.6 have no limit of their own.
 MAX_INTEGER_DIGITS = 4000
@@ -2340,7 +2345,7 @@ class ReleaseNode(NamedTuple):
     last_kind: str = ""
     last_error: str = ""
     # Its end according to the agent, not yet written.
-    verdict: Verdict | None = None
+    end: NodeEnd | None = None
 
     @property
     def endpoint(self) -> Endpoint:
@@ -2352,7 +2357,7 @@ class ReleaseNode(NamedTuple):
         return DIALECTS[self.agent_protocol]
 
 
-class Verdict(NamedTuple):
+class NodeEnd(NamedTuple):
     """The end of a node: SUCCESS, or FAILED with an error_kind, a message and its whole text."""
     status: str
     error_kind: str = ""
@@ -2541,7 +2546,7 @@ class Outcome(NamedTuple):
         return detail_text(self.detail or self.message)
 
 
-class Hold(NamedTuple):
+class Halt(NamedTuple):
     """A time in which a pause or a freeze stopped the dispatches of a release, by the wall clock."""
     since: float
     until: float  # inf: it goes on
@@ -2755,38 +2760,38 @@ class Freezes(NamedTuple):
 NO_FREEZES = Freezes()
 
 
-def holds_of(history: Iterable[tuple[str, str, str]]) -> list[Hold]:
-    """Return the holds of a release from its events in order, each with time, event and to_status.
+def halts_of(history: Iterable[tuple[str, str, str]]) -> list[Halt]:
+    """Return the halts of a release from its events in order, each with time, event and to_status.
 
     The end of a freeze may be written down later than what followed it: it says nothing of a pause then.
     """
     events = list(history)
-    holds: list[Hold] = []
-    for hold in sorted([*_spans((at, status == PAUSED) for at, event, status in events if event != UNFROZEN),
+    halts: list[Halt] = []
+    for halt in sorted([*_spans((at, status == PAUSED) for at, event, status in events if event != UNFROZEN),
                         *_spans((at, event == FROZEN) for at, event, _ in events if event in (FROZEN, UNFROZEN))]):
-        if holds and hold.since <= holds[-1].until:
-            holds[-1] = Hold(holds[-1].since, max(holds[-1].until, hold.until))
+        if halts and halt.since <= halts[-1].until:
+            halts[-1] = Halt(halts[-1].since, max(halts[-1].until, halt.until))
         else:
-            holds.append(hold)
-    return holds
+            halts.append(halt)
+    return halts
 
 
-def _spans(changes: Iterable[tuple[str, bool]]) -> Iterator[Hold]:
+def _spans(changes: Iterable[tuple[str, bool]]) -> Iterator[Halt]:
     """Yield the times in which something was so, from the times and values of its changes."""
     began: float | None = None
     for at, is_so in changes:
         if is_so and began is None:
             began = epoch_or(at, 0.0)
         elif not is_so and began is not None:
-            yield Hold(began, max(began, epoch_or(at, 0.0)))
+            yield Halt(began, max(began, epoch_or(at, 0.0)))
             began = None
     if began is not None:
-        yield Hold(began, float("inf"))
+        yield Halt(began, float("inf"))
 
 
-def held_s(holds: Iterable[Hold], since: float, until: float) -> float:
-    """Return the seconds of holds between two times."""
-    return sum(max(0.0, min(hold.until, until) - max(hold.since, since)) for hold in holds)
+def halted_s(halts: Iterable[Halt], since: float, until: float) -> float:
+    """Return the seconds between two times in which a halt was on."""
+    return sum(max(0.0, min(halt.until, until) - max(halt.since, since)) for halt in halts)
 
 
 # endregion
@@ -2974,8 +2979,8 @@ _BATCH_NUMBERS = Range(1, MAX_NODES)
 
 
 def _batch_sizes(value: Any) -> tuple[int | str, ...]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_BATCHES:
-        raise ValueError(f"must be a list of 1 to {MAX_BATCHES} sizes")
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_LISTED_BATCHES:
+        raise ValueError(f"must be a list of 1 to {MAX_LISTED_BATCHES} sizes")
     *sizes, last = value
     if any(isinstance(size, str) and size.endswith("*") for size in sizes):
         raise ValueError("has a * at a size that is not the last one: only that one may go on to the end")
@@ -2993,7 +2998,7 @@ def _last_size(value: Any) -> int | str:
 def _batch_numbers(value: Any) -> tuple[int, ...] | str:
     if value == EACH:
         return EACH
-    if not isinstance(value, list) or len(value) > MAX_BATCHES:
+    if not isinstance(value, list) or len(value) > MAX_LISTED_BATCHES:
         raise ValueError(f'must be a list of batch numbers, or "{EACH}"')
     return tuple(map(_BATCH_NUMBERS.from_json, value))
 
@@ -3070,7 +3075,8 @@ def _verify(value: Any) -> Verify:
 # From a key of a strategy (contract section 7) to its field, parser and JSON Schema.
 STRATEGY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
     "batches": ("batches", _batch_sizes, {
-        "type": "array", "minItems": 1, "maxItems": MAX_BATCHES, "description": "only the last one may end with *",
+        "type": "array", "minItems": 1, "maxItems": MAX_LISTED_BATCHES,
+        "description": "only the last one may end with *",
         "items": {"oneOf": [*_BATCH_SIZE_SCHEMA["oneOf"], {"type": "string", "pattern": _REPEATED_SIZE}]}}),
     "batchBy": ("batch_by", _label_key, _LABEL_KEY_SCHEMA),
     "first": ("first", _first, {**LABEL_CHOICE_SCHEMA, "minProperties": 1}),
@@ -3081,7 +3087,7 @@ STRATEGY_KEYS: Mapping[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = 
                        {**labels_schema(_PER_LABEL.schema), "minProperties": 1}),
     "soakSec": ("soak_s", *Range(0, 604800, float).json),
     "pauseAfter": ("pause_after", _batch_numbers, {"oneOf": [
-        {"type": "array", "maxItems": MAX_BATCHES, "items": _BATCH_NUMBERS.schema}, {"const": EACH}]}),
+        {"type": "array", "maxItems": MAX_LISTED_BATCHES, "items": _BATCH_NUMBERS.schema}, {"const": EACH}]}),
     "onExceed": ("on_exceed", _on_exceed, {"type": "string", "enum": list(ON_EXCEED)}),
     "nodeDeadlineSec": ("node_deadline_s", *Range(1, 604800, float).json),
     "retries": ("retries", *Range(0, 100).json),
@@ -4224,7 +4230,7 @@ class _Turns:
 
 
 def _is_probed(node: ReleaseNode) -> bool:
-    return node.status == SUCCESS and (node.next_op != "" or node.verdict is not None)
+    return node.status == SUCCESS and (node.next_op != "" or node.end is not None)
 
 
 def _is_unverified(node: ReleaseNode) -> bool:
@@ -4243,7 +4249,7 @@ class NodeIndex:
         part_of = {n.node_id: place // NODES_OF_A_PART for place, n in enumerate(given)}
         self._nodes = NodeMap(part_of)
         # By status.
-        self.of = {status: NodeMap(part_of) for status in (*OPEN, *AT_REST)}
+        self.of = {status: NodeMap(part_of) for status in (*NODE_OPEN, *AT_REST)}
         # Nodes of each batch.
         self.sizes: dict[int, int] = {}
         # Pending and running nodes of each batch.
@@ -4278,7 +4284,7 @@ class NodeIndex:
             self._first.setdefault(n.batch, place)
             self._count(n, 1)
             self.sizes[n.batch] = self.sizes.get(n.batch, 0) + 1
-            self._open[n.batch] = self._open.get(n.batch, 0) + (n.status in OPEN)
+            self._open[n.batch] = self._open.get(n.batch, 0) + (n.status in NODE_OPEN)
             self._queues.setdefault(n.batch, {}).setdefault(n.labels, []).append(n.node_id)
             if n.status == PENDING:
                 self._note_pending(n)
@@ -4319,7 +4325,7 @@ class NodeIndex:
         before = self._nodes[node.node_id]
         if before.status != node.status:
             del self.of[before.status][node.node_id]
-            self._open[node.batch] += (node.status in OPEN) - (before.status in OPEN)
+            self._open[node.batch] += (node.status in NODE_OPEN) - (before.status in NODE_OPEN)
             if before.status == PENDING:
                 self._end_turn(node)
         if before.status == PENDING:
@@ -4411,8 +4417,8 @@ class NodeIndex:
         waits = is_pending and not node.has_answered
         self.answered += is_pending and node.has_answered
         for kept, is_in in ((self.astray, is_pending and node.in_flight),
-                            (self.silent, waits and node.verdict is not None),
-                            (self.asking, waits and node.verdict is None and (
+                            (self.silent, waits and node.end is not None),
+                            (self.asking, waits and node.end is None and (
                                 node.next_op == PING or node.in_flight))):
             if is_in:
                 kept[node.node_id] = node
@@ -4531,7 +4537,7 @@ def next_within(nodes: NodeIndex, batch: int, limits: Limits, held: Iterable[Rel
 # Uses: Vocabulary, Helpers, Model, Strategy, Failures, Node index.
 #
 #   Nothing of it is stored: as long as nothing was sent, a new owner asks again. What agents
-#   answered is in the nodes (has_answered, or a verdict while they are pending), as observe()
+#   answered is in the nodes (has_answered, or an end while they are pending), as observe()
 #   left it. It decides whether batch 1 begins, and nothing about a node: one that is silent
 #   and tolerated is dispatched in its batch.
 # ======================================================================================
@@ -4541,7 +4547,7 @@ class Preflight(NamedTuple):
     # How many are asked, and how many of them have answered.
     total: int
     answered: int
-    # Nodes whose agents do not answer, each with a verdict that says why; those that were asked and still may.
+    # Nodes whose agents do not answer, each with an end that says why; those that were asked and still may.
     silent: Sequence[ReleaseNode]
     asking: Sequence[ReleaseNode]
     # How many may be silent.
@@ -4559,7 +4565,7 @@ class Preflight(NamedTuple):
         """Return that too many are silent, by kind; "" while it goes on, or where they are tolerated."""
         if self.waiting or len(self.silent) <= self.most:
             return ""
-        kinds = kinds_text(n.verdict.error_kind for n in self.silent if n.verdict)
+        kinds = kinds_text(n.end.error_kind for n in self.silent if n.end)
         limit = f", at most {self.most} may" if self.most else ""
         return f"preflight: {len(self.silent)} of {self.total} agents did not answer{limit} ({kinds})"
 
@@ -4593,17 +4599,17 @@ def preflight_of(release: Release, nodes: NodeIndex, strategy: Strategy, policy:
     silent = list(nodes.silent.values())
     if now_s >= ends_at:
         asking = [n for n in asking if n.in_flight]
-        silent += [n._replace(verdict=_too_late(n, policy)) for n in pending.values()
+        silent += [n._replace(end=_too_late(n, policy)) for n in pending.values()
                    if not (n.has_answered or n.in_flight or n.node_id in nodes.silent)]
     return Preflight(len(pending), nodes.answered, sorted(silent, key=lambda n: (n.batch, n.node_id)), asking,
                      resolve_share(strategy.silent_share, len(nodes)), ends_at)
 
 
-def _too_late(node: ReleaseNode, policy: Policy) -> Verdict:
+def _too_late(node: ReleaseNode, policy: Policy) -> NodeEnd:
     within = f"within {policy.node_deadline_s:g} s"
     text = f"no answer {within}: {node.last_error}" if node.errors else \
         f"not asked {within}: no slot was free (AGENT_CONCURRENCY)"
-    return Verdict(FAILED, node.last_kind if node.errors else DEADLINE, one_line(text), detail_text(text))
+    return NodeEnd(FAILED, node.last_kind if node.errors else DEADLINE, one_line(text), detail_text(text))
 
 
 def is_paused_by_preflight(release: Release, strategy: Strategy) -> bool:
@@ -4745,7 +4751,7 @@ def _awaited_text(running: Collection[ReleaseNode]) -> str:
 
     A pause or a freeze keeps those that are to be sent a request again; in a release that ends there are none.
     """
-    held = [n for n in running if n.next_op == DISPATCH and not n.in_flight and n.verdict is None]
+    held = [n for n in running if n.next_op == DISPATCH and not n.in_flight and n.end is None]
     ids = {n.node_id for n in held}
     others = [n for n in running if n.node_id not in ids]
     texts = [f"waiting for {_names(others)} to end"] if others else []
@@ -5076,15 +5082,15 @@ def _observe(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -
         return _observe_pass(node, now, policy)
     if outcome.result in (SUCCESS, ACCEPTED) and outcome.applied and not node.reached:
         # no try of ours has reached the agent: it has another version with the same number
-        return node._replace(in_flight=False, verdict=Verdict(
+        return node._replace(in_flight=False, end=NodeEnd(
             FAILED, REJECTED, f"{ALREADY_AT} {outcome.applied}", outcome.event_detail))
     if outcome.result == SUCCESS and policy.probes:
         return node._replace(in_flight=False, next_op=PROBE, due=now.elapsed, errors=0, passes=0, reached=True,
                              agent_message=outcome.event_detail)
     if outcome.result == SUCCESS:
-        return node._replace(in_flight=False, verdict=Verdict(SUCCESS, detail=outcome.event_detail))
+        return node._replace(in_flight=False, end=NodeEnd(SUCCESS, detail=outcome.event_detail))
     if outcome.result == FAILED:
-        return node._replace(in_flight=False, verdict=Verdict(
+        return node._replace(in_flight=False, end=NodeEnd(
             FAILED, outcome.error_kind, one_line(outcome.message) or NO_REASON_GIVEN, outcome.event_detail))
     if outcome.result == ACCEPTED:
         return node._replace(in_flight=False, task_id=outcome.task_id, is_renamed=outcome.task_id != node.task_id,
@@ -5110,7 +5116,7 @@ def _observe_pass(node: ReleaseNode, now: Moment, policy: Policy) -> ReleaseNode
         return node._replace(due=now.elapsed + PROBE_AGAIN_S)
     if node.status == SUCCESS:
         return node._replace(next_op="", is_reverified=True, passes=0)
-    return node._replace(verdict=Verdict(SUCCESS, detail=node.agent_message))
+    return node._replace(end=NodeEnd(SUCCESS, detail=node.agent_message))
 
 
 def _observe_ping(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
@@ -5118,7 +5124,7 @@ def _observe_ping(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Poli
         return node._replace(in_flight=False, has_answered=True, errors=0)
     # a ping leaves nobody busy
     after = _observe_error(node, outcome._replace(hold_s=0.0), now, policy)
-    return after if after.verdict is None else after._replace(errors=0)
+    return after if after.end is None else after._replace(errors=0)
 
 
 def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Policy) -> ReleaseNode:
@@ -5129,7 +5135,7 @@ def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Pol
                          is_unknown=node.is_unknown or is_lost)
     if node.errors > policy.retries:
         tries = f" (tried {node.errors} times)" if node.errors > 1 else ""
-        return node._replace(verdict=Verdict(
+        return node._replace(end=NodeEnd(
             FAILED, outcome.error_kind, one_line(outcome.message, MAX_MESSAGE_CHARS - len(tries)) + tries,
             outcome.event_detail, outcome.hold_s))
     wait_s = max(backoff_s(node.errors, node.node_id), 0.0 if node.dialect.can_be_asked else outcome.hold_s)
@@ -5138,7 +5144,7 @@ def _observe_error(node: ReleaseNode, outcome: Outcome, now: Moment, policy: Pol
     return node._replace(due=now.elapsed + wait_s, next_op=QUERY if asks else outcome.op)
 
 
-def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold] = (),
+def recover(node: ReleaseNode, now: Moment, policy: Policy, halts: Sequence[Halt] = (),
             quiet_s: float = 0.0) -> ReleaseNode:
     """Return a node for a new owner of its release (rule 9): ask first, or wait and repeat.
 
@@ -5151,7 +5157,7 @@ def recover(node: ReleaseNode, now: Moment, policy: Policy, holds: Sequence[Hold
         return node
     # a clock that was ahead must not extend the deadline
     age_s = max(0.0, -now.until_s(node.started_at, node.started_clock))
-    credit_s = max(0.0, min(held_s(holds, now.wall - age_s, now.wall), age_s) - node.waited_s)
+    credit_s = max(0.0, min(halted_s(halts, now.wall - age_s, now.wall), age_s) - node.waited_s)
     deadline = now.elapsed - age_s + policy.node_deadline_s + node.waited_s + credit_s
     reached = bool(node.stored_reached)
     node = node._replace(reached=reached, is_unknown=reached, credit_s=credit_s, deadline=deadline)
@@ -5289,7 +5295,7 @@ def decide(situation: Situation) -> Decision:
     if preflight and preflight.exceeded and not situation.exceeded:
         situation = situation._replace(exceeded=preflight.exceeded, preflight=preflight)
         if situation.is_failing:
-            ended += _apply(nodes, [_at_rest(n, n.verdict, now) for n in preflight.silent if n.verdict])
+            ended += _apply(nodes, [_at_rest(n, n.end, now) for n in preflight.silent if n.end])
     if situation.is_failing or release.status == CANCELLING:
         ended += _apply(nodes, filter(None, [_close_node(n, now) for n in nodes.open]))
     if release.status == RUNNING and not situation.is_failing and not situation.exceeded:
@@ -5376,7 +5382,7 @@ def _surpassed(release: Release, nodes: NodeIndex, now: Moment) -> list[NodeChan
     batch = nodes.batch
     due = [n for n in nodes.open if n.last_version > release.version and not n.in_flight and (
         n.next_op == DISPATCH if n.status == RUNNING else n.batch == batch)]
-    return [_at_rest(n, Verdict(FAILED, REJECTED, f"node has version {n.last_version} already", hold_s=None), now)
+    return [_at_rest(n, NodeEnd(FAILED, REJECTED, f"node has version {n.last_version} already", hold_s=None), now)
             for n in due]
 
 
@@ -5393,7 +5399,7 @@ def _awaited(nodes: NodeIndex, stage: Stage, now: Moment, policy: Policy, slots:
 
 
 def _is_due(node: ReleaseNode, op: str, now: Moment) -> bool:
-    return (node.next_op == op and not node.in_flight and node.due <= now.elapsed and node.verdict is None
+    return (node.next_op == op and not node.in_flight and node.due <= now.elapsed and node.end is None
             and (node.status == RUNNING or (node.status == SUCCESS and op == PROBE)))
 
 
@@ -5408,8 +5414,8 @@ def _end_node(node: ReleaseNode, now: Moment, policy: Policy) -> NodeChange | No
     """Return the end of a running node, or of a success that fails its re-verification; None for no end."""
     if node.in_flight or node.status not in (RUNNING, SUCCESS):
         return None
-    if node.verdict is not None:
-        return _at_rest(node, node.verdict, now)
+    if node.end is not None:
+        return _at_rest(node, node.end, now)
     is_reverification = node.status == SUCCESS
     if now.elapsed < node.deadline or (is_reverification and node.next_op != PROBE):
         return None
@@ -5437,7 +5443,7 @@ def _abandon(node: ReleaseNode, why: str, now: Moment) -> NodeChange:
 
 
 def _fail(node: ReleaseNode, kind: str, message: str, now: Moment, hold_s: float | None = None) -> NodeChange:
-    return _at_rest(node, Verdict(FAILED, kind, one_line(message), detail_text(message), hold_s), now)
+    return _at_rest(node, NodeEnd(FAILED, kind, one_line(message), detail_text(message), hold_s), now)
 
 
 def force_end(nodes: NodeIndex, now: Moment) -> list[NodeChange]:
@@ -5447,16 +5453,16 @@ def force_end(nodes: NodeIndex, now: Moment) -> list[NodeChange]:
     return _apply(nodes, filter(None, changes))
 
 
-def _at_rest(node: ReleaseNode, verdict: Verdict, now: Moment) -> NodeChange:
+def _at_rest(node: ReleaseNode, end: NodeEnd, now: Moment) -> NodeChange:
     hold_until, hold_clock = node.hold_until, node.hold_clock
-    if verdict.hold_s is not None:
-        is_busy = verdict.hold_s > 0 and not node.dialect.can_be_asked
-        hold_until, hold_clock = _hold_for(verdict.hold_s, now) if is_busy else (None, "")
+    if end.hold_s is not None:
+        is_busy = end.hold_s > 0 and not node.dialect.can_be_asked
+        hold_until, hold_clock = _hold_for(end.hold_s, now) if is_busy else (None, "")
     return NodeChange(node, node._replace(
-        stored_reached=int(node.reached or node.is_unknown or verdict.error_kind in BELIEVED_KINDS),
-        status=verdict.status, error_kind=verdict.error_kind, error_msg=verdict.error_msg, finished_at=now.text,
-        hold_until=hold_until, hold_clock=hold_clock, verdict=None, next_op="", errors=0, passes=0, due=now.elapsed),
-        verdict.detail)
+        stored_reached=int(node.reached or node.is_unknown or end.error_kind in BELIEVED_KINDS),
+        status=end.status, error_kind=end.error_kind, error_msg=end.error_msg, finished_at=now.text,
+        hold_until=hold_until, hold_clock=hold_clock, end=None, next_op="", errors=0, passes=0, due=now.elapsed),
+        end.detail)
 
 
 def _hold_for(seconds: float, now: Moment) -> tuple[str, str]:
@@ -5469,11 +5475,11 @@ def exceeded_limit(nodes: NodeIndex, strategy: Strategy) -> str:
 
     A share is of the batch's planned size, which is its number of rows.
     """
-    return limit_exceeded(nodes.failures, nodes.sizes, strategy)
+    return exceeded_limit_of(nodes.failures, nodes.sizes, strategy)
 
 
-def limit_exceeded(failures: Mapping[int, int], sizes: Mapping[int, int], strategy: Strategy) -> str:
-    """Do exceeded_limit() with the failures of each batch that count, and the nodes of each."""
+def exceeded_limit_of(failures: Mapping[int, int], sizes: Mapping[int, int], strategy: Strategy) -> str:
+    """Do exceeded_limit() with the failures that count and the nodes, both by batch."""
     for batch, count in sorted(failures.items()):
         most = resolve_share(strategy.max_failed, sizes[batch])
         if count > most:
@@ -5560,7 +5566,7 @@ def _intent(release: Release, node: ReleaseNode, now: Moment, policy: Policy, as
     asks = asks_first and is_first and node.dialect.can_be_asked
     return NodeChange(node, node._replace(
         stored_reached=int(node.reached or not asks), status=RUNNING, task_id=task_id, attempts=node.attempts + 1,
-        hold_until=hold_until, hold_clock=hold_clock, in_flight=True, verdict=None,
+        hold_until=hold_until, hold_clock=hold_clock, in_flight=True, end=None,
         waited_s=node.waited_s + node.credit_s, credit_s=0.0,
         next_op=QUERY if asks else DISPATCH, started_at=now.text if is_first else node.started_at,
         started_clock=now.clock_mark(0.0) if is_first else node.started_clock,
@@ -7679,7 +7685,8 @@ class DatabaseState:
 
 # region Audit
 # ======================================================================================
-# Audit: the history of releases and of every act (contract section 2).
+# Audit: the history of releases and of every act; what is put into the outbox (contract
+#   section 2).
 # Uses: Vocabulary, Helpers, Model, Decision, Database, Database state.
 # ======================================================================================
 
@@ -8155,7 +8162,7 @@ class Imported(NamedTuple):
     same: list[Node]
 
 
-class Page(NamedTuple):
+class ListPage(NamedTuple):
     """A page of a list."""
     items: list[Any]
     # Of the whole list.
@@ -8169,17 +8176,17 @@ def for_like(text: str) -> str:
     return re.sub(r"([\\%_])", r"\\\1", text)
 
 
-# Nodes in one statement, up to three parameters each: SQLite 3.26 takes 999.
-NODES_PER_STATEMENT = 320
+# Ids in one statement, or rows of up to three parameters: SQLite 3.26 takes 999.
+IDS_PER_STATEMENT = 320
 
 
-def rows_of_nodes(tx: Transaction, statement: str, ids: Sequence[int], *before: object) -> list[tuple[Any, ...]]:
-    """Return the rows of a query for some ids, of nodes mostly; {marks} in it is where they go, some at a time.
+def rows_by_ids(tx: Transaction, statement: str, ids: Sequence[int], *before: object) -> list[tuple[Any, ...]]:
+    """Return the rows of a query for many ids, some at a time; {marks} is where they go.
 
     before: parameters that come before these.
     """
-    return [row for start in range(0, len(ids), NODES_PER_STATEMENT)
-            for part in [ids[start:start + NODES_PER_STATEMENT]]
+    return [row for start in range(0, len(ids), IDS_PER_STATEMENT)
+            for part in [ids[start:start + IDS_PER_STATEMENT]]
             for row in tx.rows(statement.format(marks=", ".join("?" * len(part))), *before, *part)]
 
 
@@ -8188,11 +8195,11 @@ def all_nodes(tx: Transaction) -> list[Node]:
     return [Node(*row) for row in tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id")]
 
 
-def page_of_nodes(tx: Transaction, page: int, size: int) -> Page:
+def page_of_nodes(tx: Transaction, page: int, size: int) -> ListPage:
     """Return a page of the nodes by id; size 0: all of them."""
     total = int(tx.value("SELECT COUNT(*) FROM nodes"))
     rows = tx.rows(f"SELECT {NODE_COLUMNS} FROM nodes ORDER BY id LIMIT ? OFFSET ?", size or total, (page - 1) * size)
-    return Page([Node(*row) for row in rows], total, page, size)
+    return ListPage([Node(*row) for row in rows], total, page, size)
 
 
 def find_node(tx: Transaction, node_id: int) -> Node:
@@ -8321,7 +8328,7 @@ class Nodes:
                 found.update(dict.fromkeys(label_values(labels).items(), int(nodes)))
         return sorted((key, value, nodes) for (key, value), nodes in found.items())
 
-    def page(self, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
+    def page(self, page: int = 1, size: int = MAX_PAGE_SIZE) -> ListPage:
         """Return a page of the nodes by id; size 0: all of them."""
         with self._database.transaction() as tx:
             return page_of_nodes(tx, page, size)
@@ -8410,7 +8417,8 @@ class Nodes:
 
 # region Queue
 # ======================================================================================
-# Queue: the order of open releases, and the writing of what is decided on one.
+# Queue: releases, freezes and executors as they are read; the order of open releases; the
+#   writing of what is decided.
 # Uses: Vocabulary, Helpers, Model, Freezes, Strategy, Failures, Node index, Status
 #   texts, Decision, Verbs, Database, Database state, Audit, Nodes.
 # ======================================================================================
@@ -8603,7 +8611,7 @@ def read_exceeded(tx: Transaction, release: Release, batches: Sequence[BatchProg
     """Do exceeded_limit() with a release as it stands in the database."""
     failures = dict(tx.rows("SELECT batch, COUNT(*) FROM release_task_nodes WHERE release_task_id = ? "
                             "AND status = 'failed' AND accepted = 0 GROUP BY batch", release.id))
-    return limit_exceeded(failures, {batch.number: batch.total for batch in batches}, strategy_of(release.strategy))
+    return exceeded_limit_of(failures, {batch.number: batch.total for batch in batches}, strategy_of(release.strategy))
 
 
 def read_freezes(tx: Transaction) -> Freezes:
@@ -8724,8 +8732,8 @@ def write_nodes(tx: Transaction, release_id: int, changes: Sequence[NodeChange],
         alike.setdefault(key, []).append(change)
     columns = ", ".join(f"{_COLUMN_OF[name]} = ?" for name in _ALIKE)
     for (values, status, attempts), group in alike.items():
-        for start in range(0, len(group), NODES_PER_STATEMENT):
-            part = group[start:start + NODES_PER_STATEMENT]
+        for start in range(0, len(group), IDS_PER_STATEMENT):
+            part = group[start:start + IDS_PER_STATEMENT]
             named = [c.after for c in part if c.after.task_id != c.before.task_id]
             task_id = f"CASE node_id {'WHEN ? THEN ? ' * len(named)}ELSE task_id END" if named else "task_id"
             # status || '': by the unique index of release and node, as the one by status has all pending ones
@@ -9144,7 +9152,7 @@ def _batches_before(tx: Transaction, old: Release, nodes: Iterable[Node]) -> lis
 
 def _sizes_of(batches: Sequence[Sequence[int]]) -> list[int]:
     """Return the sizes of batches as a strategy has them; it may have fewer than a release."""
-    return ([len(batch) for batch in batches[:-1]] or [len(batches[0])])[:MAX_BATCHES]
+    return ([len(batch) for batch in batches[:-1]] or [len(batches[0])])[:MAX_LISTED_BATCHES]
 
 
 def chosen_again(tx: Transaction, old: Release, tried: Sequence[Node], wish: Again) -> list[Node]:
@@ -9539,7 +9547,7 @@ def _what_they_have(tx: Transaction, nodes: Sequence[Node], wants: Mapping[int, 
         int, Level]:
     by_id = {node.id: node for node in nodes}
     # the index release_task_nodes_succeeded
-    found = {row[0]: _Success(*row) for row in rows_of_nodes(tx, f"""
+    found = {row[0]: _Success(*row) for row in rows_by_ids(tx, f"""
         SELECT {_SUCCESS_COLUMNS}
         FROM nodes h
         JOIN release_task_nodes n ON n.node_id = h.id AND n.release_task_id =
@@ -9590,7 +9598,7 @@ def _level_of(node: Node, runs: Ran | None, wants: Ran | None, tries: Sequence[_
 
 def _releases_by_id(tx: Transaction, release_ids: Set[int]) -> dict[int, Ran]:
     """Return releases by id, each since its end."""
-    rows = rows_of_nodes(tx, "SELECT id, version, CASE WHEN started_at IS NOT NULL THEN payload_sha256 ELSE '' END, "
+    rows = rows_by_ids(tx, "SELECT id, version, CASE WHEN started_at IS NOT NULL THEN payload_sha256 ELSE '' END, "
                              "status, finished_at, COALESCE(retry_of, catch_up_of) "
                              "FROM release_tasks WHERE id IN ({marks})", list(release_ids))
     ranks: dict[int, int] = {}
@@ -9638,7 +9646,7 @@ def _tries(tx: Transaction, node_ids: Set[int]) -> dict[int, list[_Try]]:
     tries: dict[int, list[_Try]] = {}
     # the indexes release_task_nodes_failed and release_task_nodes_one_running
     for status in (FAILED, RUNNING):
-        for row in rows_of_nodes(tx, f"""
+        for row in rows_by_ids(tx, f"""
                 SELECT n.node_id, n.release_task_id, r.version, n.status, n.error_kind, n.error_msg, n.reached,
                        n.finished_at
                 FROM release_task_nodes n
@@ -9650,7 +9658,7 @@ def _tries(tx: Transaction, node_ids: Set[int]) -> dict[int, list[_Try]]:
 
 def _sent_to_twins(tx: Transaction, node_ids: Sequence[int]) -> dict[int, int]:
     """Return the highest version sent to other nodes of the same address: a host that was registered again."""
-    return dict(rows_of_nodes(tx, """
+    return dict(rows_by_ids(tx, """
         SELECT h.id, MAX(a.last_version)
         FROM nodes h
         JOIN nodes a ON a.main_ip = h.main_ip AND a.agent_port = h.agent_port AND a.id <> h.id
@@ -9721,13 +9729,13 @@ def _what_they_want(tx: Transaction, nodes: Sequence[Node]) -> dict[int, Ran]:
 def _listed_nodes(tx: Transaction, release_ids: Set[int | None], nodes: Collection[int]) -> dict[int, list[int]]:
     """Return by release those of the nodes that it has."""
     listed: dict[int, list[int]] = {id_: [] for id_ in release_ids if id_ is not None}
-    if len(nodes) <= NODES_PER_STATEMENT and listed:
+    if len(nodes) <= IDS_PER_STATEMENT and listed:
         # the index release_task_nodes_by_node
         marks = ", ".join("?" * len(nodes))
-        pairs = rows_of_nodes(tx, f"SELECT release_task_id, node_id FROM release_task_nodes WHERE node_id IN ({marks}) "
+        pairs = rows_by_ids(tx, f"SELECT release_task_id, node_id FROM release_task_nodes WHERE node_id IN ({marks}) "
                                   "AND release_task_id IN ({marks})", list(listed), *nodes)
     else:
-        pairs = rows_of_nodes(tx, "SELECT release_task_id, node_id FROM release_task_nodes "
+        pairs = rows_by_ids(tx, "SELECT release_task_id, node_id FROM release_task_nodes "
                                   "WHERE release_task_id IN ({marks})", list(listed))
     for release_id, node_id in pairs:
         listed[release_id].append(node_id)
@@ -9842,7 +9850,7 @@ class Fleet:
         self._database = state.database
         self._counts = RareRead(self._count)
 
-    def page(self, page: int = 1, size: int = MAX_PAGE_SIZE, wanted: NodeFilter = NodeFilter()) -> Page:  # noqa: B008
+    def page(self, page: int = 1, size: int = MAX_PAGE_SIZE, wanted: NodeFilter = NodeFilter()) -> ListPage:  # noqa: B008
         """Return a page of nodes, each a ListedNode; size 0: all of them.
 
         Without a filter and in order of their ids only those of the page are read.
@@ -9857,14 +9865,14 @@ class Fleet:
         if wanted.runs is not None:
             listed = [one for one in listed if one.level.runs and one.level.runs.release_id == wanted.runs]
         listed.sort(key=NODE_ORDERS[wanted.sort.lstrip("-")], reverse=wanted.sort.startswith("-"))
-        return Page(listed[(page - 1) * size:page * size] if size else listed, len(listed), page, size)
+        return ListPage(listed[(page - 1) * size:page * size] if size else listed, len(listed), page, size)
 
     def listed(self, nodes: Sequence[Node]) -> list[ListedNode]:
         """Return nodes with what they run and should run."""
         with self._database.transaction() as tx:
             return _with_levels(tx, nodes)
 
-    def tries(self, node_id: int, page: int = 1, size: int = MAX_PAGE_SIZE) -> Page:
+    def tries(self, node_id: int, page: int = 1, size: int = MAX_PAGE_SIZE) -> ListPage:
         """Return a page of what a node was given, newest release first, each a NodeTry; raise AppError 3001."""
         with self._database.transaction() as tx:
             find_node(tx, node_id)
@@ -9878,7 +9886,7 @@ class Fleet:
                 WHERE n.node_id = ?
                 ORDER BY n.release_task_id DESC
                 LIMIT ? OFFSET ?""", node_id, size, (page - 1) * size)
-            return Page([NodeTry(*row) for row in rows], total, page, size)
+            return ListPage([NodeTry(*row) for row in rows], total, page, size)
 
     def counts(self, key: object = None) -> FleetCounts:
         """Return how many enabled nodes there are of each drift, and twins; a large fleet's are up to a minute old.
@@ -10493,14 +10501,14 @@ class Releases:
         with self._database.transaction() as tx:
             return int(tx.value("SELECT COUNT(*) FROM release_events WHERE release_task_id = ?", release_id))
 
-    def page(self, wanted: ReleaseFilter = ReleaseFilter(), page: int = 1, size: int = 20) -> Page:  # noqa: B008
+    def page(self, wanted: ReleaseFilter = ReleaseFilter(), page: int = 1, size: int = 20) -> ListPage:  # noqa: B008
         """Return a page of the releases that a filter takes, newest first."""
         where, values = wanted.where()
         with self._database.transaction() as tx:
             total = tx.value(f"SELECT COUNT(*) FROM release_tasks r{where}", *values)
             rows = tx.rows(f"SELECT {LISTED_COLUMNS} FROM release_tasks r{where} ORDER BY r.id DESC LIMIT ? OFFSET ?",
                            *values, size, (page - 1) * size)
-            return Page(self._as_true(tx, (Release(*row) for row in rows)), total, page, size)
+            return ListPage(self._as_true(tx, (Release(*row) for row in rows)), total, page, size)
 
     def targets(self) -> list[str]:
         """Return the targets of all releases (the index release_tasks_by_target)."""
@@ -10733,7 +10741,7 @@ class History:
             return prunable(releases, before, keep, content_of, needed)
 
     def delete(self, release_ids: Sequence[int], by: Who = PROGRAM) -> list[int]:
-        """Delete up to NODES_PER_STATEMENT terminal releases, with nodes and events; return the ids of those deleted.
+        """Delete up to IDS_PER_STATEMENT terminal releases, with nodes and events; return the ids of those deleted.
 
         A release stays where somebody made a retry or a rollback of it meanwhile, or a notification of it is to go.
         """
@@ -11078,7 +11086,7 @@ class Claims:
         with self._state.checked_read() as tx:
             return self._read_claimed(tx, claim), read_release_nodes(tx, claim.release_id)
 
-    def holds(self, release_id: int) -> list[Hold]:
+    def halts(self, release_id: int) -> list[Halt]:
         """Return when pauses and freezes held a release."""
         with self._database.transaction() as tx:
             # the index release_events_of_releases
@@ -11089,7 +11097,7 @@ class Claims:
             over = stored.of(release).until
             if over and not stored.in_force(tx.now()).of(release).frozen:  # nobody has written that down yet
                 history.append((over, UNFROZEN, release.status))
-            return holds_of(history)
+            return halts_of(history)
 
     def dispatch_blockers(self, release_id: int) -> DispatchBlockers:
         """Return what may keep a release from its dispatches."""
@@ -11329,8 +11337,8 @@ class Claims:
     @staticmethod
     def _raise_last_versions(tx: Transaction, release: Release, node_ids: Sequence[int]) -> None:
         """Store that nodes are sent a version; raise StateMoved where one was sent a higher one."""
-        for start in range(0, len(node_ids), NODES_PER_STATEMENT):
-            part = node_ids[start:start + NODES_PER_STATEMENT]
+        for start in range(0, len(node_ids), IDS_PER_STATEMENT):
+            part = node_ids[start:start + IDS_PER_STATEMENT]
             marks = ", ".join("?" * len(part))
             tx.execute(f"UPDATE nodes SET last_version = ? WHERE last_version < ? AND id IN ({marks})",
                        release.version, release.version, *part)
@@ -13174,7 +13182,7 @@ class Driver:
                 return release
             # an operator changed it, and may have accepted failures too
         release, rows = self._store.claims.read_with_nodes(self.lease.claim)
-        holds, moved_s = self._store.claims.holds(release.id), self._store.claims.dispatch_blockers(release.id).moved_s
+        halts, moved_s = self._store.claims.halts(release.id), self._store.claims.dispatch_blockers(release.id).moved_s
         self._broken = ""
         try:
             self._payload, self._payload_texts = release.read_payload(), {}
@@ -13188,21 +13196,21 @@ class Driver:
         for row in rows:
             known = self._nodes.get(row.node_id)
             if known is None or went_back or (known.status, known.attempts) != (row.status, row.attempts):
-                nodes.append(self._recover(row, known, now, holds, max(0.0, self._policy.hold_s - moved_s)))
+                nodes.append(self._recover(row, known, now, halts, max(0.0, self._policy.hold_s - moved_s)))
             else:
                 nodes.append(known._replace(accepted=row.accepted, last_version=row.last_version))
         self._nodes = NodeIndex(nodes)
         self._is_stale, self._is_anew, self._seen_at = False, True, release.updated_at
         return release
 
-    def _recover(self, row: ReleaseNode, known: ReleaseNode | None, now: Moment, holds: Sequence[Hold],
+    def _recover(self, row: ReleaseNode, known: ReleaseNode | None, now: Moment, halts: Sequence[Halt],
                  quiet_s: float) -> ReleaseNode:
         """Return a node as its row tells, to be asked before it is sent anything; what is in flight stays so."""
-        node = recover(row, now, self._policy, holds, quiet_s)
+        node = recover(row, now, self._policy, halts, quiet_s)
         if known is None or not known.in_flight:
             return node
         # its outcome is to come, and until then nobody else may ask
-        return node._replace(in_flight=True) if node.status in OPEN else node
+        return node._replace(in_flight=True) if node.status in NODE_OPEN else node
 
     def _settle(self, release: Release, decision: Decision) -> None:
         """Find out whether a commit that ended in an error took place, before anything is repeated.
@@ -13234,7 +13242,7 @@ class Driver:
         self._is_halted = release.status != RUNNING or self._freeze.frozen
         passed_s = now.elapsed - self._decided_at
         if passed_s > self._context.settings.claim_ttl_sec:  # suspended: pauses that came and went it did not see
-            passed_s = held_s(self._store.claims.holds(release.id), now.wall - passed_s, now.wall)
+            passed_s = halted_s(self._store.claims.halts(release.id), now.wall - passed_s, now.wall)
         elif not self._is_halted:
             passed_s = 0.0
         for node in kept_from_dispatch(self._nodes, passed_s) if passed_s else ():
@@ -13307,7 +13315,7 @@ class Driver:
 
     async def _ask(self, op: str, node: ReleaseNode, task: AgentTask, written_at: Moment) -> Outcome:
         address = Address(node.main_ip, node.agent_port, node.agent_protocol)
-        within_s = node.deadline - written_at.elapsed if node.status in OPEN else float("inf")
+        within_s = node.deadline - written_at.elapsed if node.status in NODE_OPEN else float("inf")
         agents = self._context.agents
         try:
             if op == PING:
@@ -14607,7 +14615,7 @@ def open_releases_json(releases: Sequence[tuple[Release, int]]) -> dict[str, Any
                        for release, _ in releases if release.claim_expires_at]}
 
 
-def page_json(page: Page, item_json: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+def page_json(page: ListPage, item_json: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     """Return a page of a list."""
     return {"items": [item_json(item) for item in page.items], "total": page.total, "page": page.number,
             "pageSize": page.size}
@@ -16639,9 +16647,10 @@ def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
 # endregion
 
 
-# region Check and why
+# region Check
 # ======================================================================================
-# Check and why: what is wrong with this installation, and what would mend it.
+# Check: what is wrong with this installation, and what would mend it; pings; until when
+#   certificates are good.
 # Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Status texts,
 #   Decision, Why, Verdict, Engines, Database, Audit, Drift, Overview, Dialects,
 #   Agents, Notifier, Executor, Access, API, Server.
@@ -17349,7 +17358,7 @@ def _size_of(stream: TextIO) -> os.terminal_size:
 # Views: a release as a person sees it: its head, a bar for each batch, its nodes, its
 #   history; and the screen of watch.
 # Uses: Vocabulary, Helpers, Model, Freezes, Plan, Failures, Status texts, Audit,
-#   Nodes, Releases, Check and why, Terminal.
+#   Nodes, Releases, Check, Terminal.
 # ======================================================================================
 
 # Of each status of a node: its mark in a bar.
@@ -17484,7 +17493,7 @@ def freezes_text(freezes: Freezes, display: Display) -> str:
     return "\n".join(lines) or "not frozen"
 
 
-def list_text(page: Page, display: Display) -> str:
+def list_text(page: ListPage, display: Display) -> str:
     """Return a page of releases, and how many there are; "" for none."""
     rows, now_s = [], time.time()
     for r in page.items:
@@ -17623,7 +17632,7 @@ def warning_lines(warnings: Iterable[str]) -> list[str]:
 # Commands: what each other command does (contract section 4).
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Difference, Model,
 #   Strategy, Selection, Plan, Status texts, Verbs, Why, Database, Audit, Queue, Retry
-#   and rollback, Releases, Overview, Serialization, Check and why, Terminal, Views.
+#   and rollback, Releases, Overview, Serialization, Check, Terminal, Views.
 # ======================================================================================
 
 # Where a command's options have the id of a release, or LATEST.
@@ -18115,7 +18124,7 @@ def command_freeze(context: Context) -> int:
 # ======================================================================================
 # Upkeep commands: what the commands on database, tokens and audit log do, and `check`.
 # Uses: Vocabulary, Settings, Plan, Engines, Database, Audit, Nodes, Serialization,
-#   Access, Check and why, Commands.
+#   Access, Check, Commands.
 # ======================================================================================
 
 def command_migrate(context: Context) -> int:
@@ -18220,7 +18229,7 @@ def _chunks(releases: Iterable[OldRelease]) -> Iterator[list[OldRelease]]:
     """Yield parts of a list that are each deleted in a short transaction; a release is in one part."""
     chunk: list[OldRelease] = []
     for release in releases:
-        if chunk and (len(chunk) == NODES_PER_STATEMENT
+        if chunk and (len(chunk) == IDS_PER_STATEMENT
                       or sum(r.total_nodes for r in chunk) + release.total_nodes > PRUNE_NODES):
             yield chunk
             chunk = []
@@ -18260,8 +18269,8 @@ def command_version(context: Context) -> int:
 # region Node commands
 # ======================================================================================
 # Node commands: what the commands on nodes do, and what is shown of a node.
-# Uses: Vocabulary, Helpers, Model, Selection, Drift, Overview, Serialization, Check
-#   and why, Terminal, Commands.
+# Uses: Vocabulary, Helpers, Model, Selection, Drift, Overview, Serialization, Check,
+#   Terminal, Commands.
 # ======================================================================================
 
 def _node_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -18439,7 +18448,7 @@ def command_node_ping(context: Context) -> int:
 # Service: the processes serve and run-once: signals, the service manager, files that
 #   change.
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Agents,
-#   Notifier, Executor, Serialization, API, Server, Check and why, Views, Commands.
+#   Notifier, Executor, Serialization, API, Server, Check, Views, Commands.
 # ======================================================================================
 
 def command_serve(context: Context) -> int:

@@ -215,13 +215,13 @@ def test_rule_10_a_release_that_failed_everywhere_is_rolled_back_in_one_batch(st
 @pytest.mark.slow
 @pytest.mark.parametrize("failed", [False, True])
 def test_rule_10_a_release_of_as_many_batches_as_there_may_be_can_be_rolled_back(sqlite_url, open_store, failed):
-    store, count = open_store(sqlite_url), rc.MAX_BATCHES + 2  # SQLite takes the fewest parameters
+    store, count = open_store(sqlite_url), rc.MAX_LISTED_BATCHES + 2  # SQLite takes the fewest parameters
     store.nodes.import_all([{"name": f"edge-{n}", "main_ip": f"10.1.{n >> 8}.{n & 255}"} for n in range(1, count + 1)])
     good(store, "A")
     bad = ended(store, "B", *["success"] * (count - 1), "failed" if failed else "success",
-                strategy={"batches": [1] * rc.MAX_BATCHES})
+                strategy={"batches": [1] * rc.MAX_LISTED_BATCHES})
     made = store.releases.rollback(bad.id, "anna")
-    assert [len(batch) for batch in made.batches] == [1] * rc.MAX_BATCHES + ([1, 1] if failed else [2])
+    assert [len(batch) for batch in made.batches] == [1] * rc.MAX_LISTED_BATCHES + ([1, 1] if failed else [2])
     by_hand = ended(store, "C", *["success"] * count)
     sql(store, "UPDATE release_task_nodes SET batch = node_id WHERE release_task_id = ?", by_hand.id)
     made = store.releases.rollback(by_hand.id, "anna")

@@ -293,8 +293,8 @@ def test_limits_are_never_exceeded_and_no_rack_waits_while_others_get_turn_after
         now = later(ends - NOW.elapsed)
         for node_id in [n for n, until in at_work.items() if until <= ends or index[n].deadline <= ends]:
             done = at_work.pop(node_id) <= ends
-            verdict = rc.Verdict("success") if done else rc.Verdict("failed", rc.DEADLINE, "hung")
-            index.put(index[node_id]._replace(in_flight=False, verdict=verdict))
+            end = rc.NodeEnd("success") if done else rc.NodeEnd("failed", rc.DEADLINE, "hung")
+            index.put(index[node_id]._replace(in_flight=False, end=end))
     assert not index.open
     assert sum(turns.values()) == len(labels)
 
@@ -543,6 +543,6 @@ def test_a_decision_examines_no_rack_of_a_region_that_is_full(monkeypatch):
         index = decision.nodes
         sent += [node_id for _, node_id in sends(decision)]
         done = index[sent[-1]]
-        index.put(done._replace(in_flight=False, verdict=rc.Verdict("success")))
+        index.put(done._replace(in_flight=False, end=rc.NodeEnd("success")))
     assert len(sent) == regions * 4 + 9
     assert len(examined) <= 10

@@ -38,8 +38,8 @@ def node(node_id: int, status: str = "pending", batch: int = 1, protocol: str = 
     return made._replace(**fields)
 
 
-def failed_verdict(kind: str = "agent_failed", message: str = "boom") -> rc.Verdict:
-    return rc.Verdict("failed", kind, message, message)
+def failed_end(kind: str = "agent_failed", message: str = "boom") -> rc.NodeEnd:
+    return rc.NodeEnd("failed", kind, message, message)
 
 
 def decide(nodes, status="running", now=NOW, slots=64, **more) -> rc.Decision:
@@ -78,7 +78,7 @@ def test_rule_3_a_batch_waits_for_every_node_of_the_one_before():
 
 
 def test_rule_4_the_next_batch_leaves_in_the_same_decision_that_ends_the_last():
-    decision = decide([node(1, "running", verdict=rc.Verdict("success")), node(2, batch=2)])
+    decision = decide([node(1, "running", end=rc.NodeEnd("success")), node(2, batch=2)])
     assert moves(decision) == {1: ("running", "success"), 2: ("pending", "running")}
 
 
@@ -92,7 +92,7 @@ def test_rule_2_a_node_that_is_busy_with_another_release_is_not_dispatched():
 # -- rule 5 and 6: how a release ends ------------------------------------------------------------
 
 def test_rule_5_a_failed_node_skips_every_pending_node_in_the_same_commit():
-    decision = decide([node(1, "running", verdict=failed_verdict()), node(2), node(3, batch=2)])
+    decision = decide([node(1, "running", end=failed_end()), node(2), node(3, batch=2)])
     assert moves(decision) == {1: ("running", "failed"), 2: ("pending", "skipped"), 3: ("pending", "skipped")}
     assert (decision.status, decision.sends) == ("failed", ())
     assert decision.error_msg == "node edge-1: boom"
@@ -172,7 +172,7 @@ def test_nothing_is_dispatched_but_in_a_running_release(status):
 
 
 def test_paused_nodes_in_flight_are_polled_and_a_failure_waits_for_a_person():
-    decision = decide([node(1, "running", verdict=failed_verdict()), node(2, "running"), node(3)], "paused")
+    decision = decide([node(1, "running", end=failed_end()), node(2, "running"), node(3)], "paused")
     assert moves(decision) == {1: ("running", "failed"), 3: ("pending", "skipped")}
     assert (decision.status, sends(decision)) == ("paused", [("query", 2)])
     assert "node edge-1 failed: resume to end the release" in decision.status_reason
@@ -214,7 +214,7 @@ ANSWERS = [
 @pytest.mark.parametrize(("protocol", "op", "result", "then"), ANSWERS)
 def test_rule_8_what_follows_an_answer(protocol, op, result, then):
     seen = rc.observe(running(protocol, next_op=op), outcome(result, op), NOW, POLICY)
-    assert (seen.next_op, seen.in_flight, seen.verdict) == (then, False, None)
+    assert (seen.next_op, seen.in_flight, seen.end) == (then, False, None)
     assert seen.due > NOW.elapsed or result == rc.UNKNOWN
 
 
@@ -223,22 +223,22 @@ def test_rule_8_what_follows_an_answer(protocol, op, result, then):
 def test_rule_8_more_failures_in_a_row_than_retries_fail_the_node(protocol, op, result):
     seen = running(protocol)
     for _ in range(3):
-        assert seen.verdict is None
+        assert seen.end is None
         seen = rc.observe(seen, outcome(result, op), NOW, POLICY)
-    assert seen.verdict[:3] == ("failed", "timeout", "no answer (tried 3 times)")
+    assert seen.end[:3] == ("failed", "timeout", "no answer (tried 3 times)")
 
 
 def test_rule_8_an_answer_ends_the_row_of_failures():
     seen = running()
     for result in (rc.LOST, rc.LOST, rc.WORKING, rc.LOST, rc.LOST):
         seen = rc.observe(seen, outcome(result, "query"), NOW, POLICY)
-    assert seen.verdict is None
+    assert seen.end is None
 
 
 @pytest.mark.parametrize("kind", ["agent_failed", "rejected"])
 def test_rule_8_an_agent_that_fails_or_refuses_is_believed_at_once(kind):
     seen = rc.observe(running(), outcome(rc.FAILED, error_kind=kind, message="a\nb"), NOW, POLICY)
-    assert seen.verdict[:3] == ("failed", kind, "a b")
+    assert seen.end[:3] == ("failed", kind, "a b")
 
 
 def test_the_id_to_poll_is_the_one_that_the_answer_names():
@@ -321,14 +321,14 @@ def test_rule_8_past_its_deadline_a_node_is_failed_but_not_under_a_request():
 def test_section_1_the_hold_is_written_with_the_intent_and_ends_with_an_answer():
     begun = decide([node(1, protocol="execute")]).changes[0].after
     assert begun.hold_until == later(75).text
-    done = begun._replace(in_flight=False, verdict=rc.Verdict("success"))
+    done = begun._replace(in_flight=False, end=rc.NodeEnd("success"))
     assert decide([done]).changes[0].after.hold_until is None
 
 
 @pytest.mark.parametrize(("hold_s", "expected"), [(5.0, later(5).text), (60.0, later(60).text), (0.0, None)])
 def test_section_1_a_node_given_up_after_a_lost_answer_stays_held_for_other_releases(hold_s, expected):
     given_up = node(1, "running", protocol="execute", hold_until=later(1).text,
-                    verdict=rc.Verdict("failed", "timeout", "x", "x", hold_s))
+                    end=rc.NodeEnd("failed", "timeout", "x", "x", hold_s))
     assert decide([given_up]).changes[0].after.hold_until == expected
 
 
@@ -481,7 +481,7 @@ def test_a_copy_of_an_index_and_its_original_know_nothing_of_each_others_changes
         for status, found in index.of.items():
             assert sorted(found.values()) == [n for n in known.values() if n.status == status]
             assert len(found) == len(list(found))
-        assert index.batch == min(n.batch for n in known.values() if n.status in rc.OPEN)
+        assert index.batch == min(n.batch for n in known.values() if n.status in rc.NODE_OPEN)
         assert index.probed == {n.node_id: n for n in known.values() if n.status == "success" and n.next_op}
 
 
@@ -504,7 +504,7 @@ def decide_counted(situation: rc.Situation) -> tuple[rc.Decision, int]:
         sys.settrace(before)
 
 
-SUCCEEDED = rc.Verdict("success")
+SUCCEEDED = rc.NodeEnd("success")
 PROBED: dict[str, Any] = {"next_op": rc.PROBE, "in_flight": True, "deadline": NOW.elapsed + 600}
 ASKED: dict[str, Any] = {"next_op": rc.PING, "in_flight": True, "deadline": NOW.elapsed + 600}
 # What each node of a large release is at, by its place from 0 to 1, and what is asked for.
@@ -539,7 +539,7 @@ def test_what_a_decision_costs_does_not_grow_with_the_release(stage):
             at = index[n]
             index.put(at._replace(in_flight=False, **(
                 {"is_reverified": True, "next_op": ""} if stage == "re-verified" else
-                {"has_answered": True} if stage == "preflight" else {"verdict": SUCCEEDED})))
+                {"has_answered": True} if stage == "preflight" else {"end": SUCCEEDED})))
         decision, cost = decide_counted(situation._replace(nodes=index))
         costs.append(cost)
         assert len(decision.sends) == (0 if stage == "paused" else 8), decision.status_reason

@@ -90,7 +90,7 @@ def at(second: float) -> str:
     return rc.utc_text(1_790_000_000.0 + second)
 
 
-@pytest.mark.parametrize(("history", "held"), [
+@pytest.mark.parametrize(("history", "halts"), [
     # one freeze was lifted, another one stays: the event says that it is frozen still
     ([(0, "frozen", "running"), (100, "frozen", "running"), (200, "unfrozen", "running")], [(0, 200)]),
     # an end that was written down after somebody had paused the release
@@ -101,22 +101,22 @@ def at(second: float) -> str:
     ([(0, "unfrozen", "pending"), (10, "frozen", "pending")], [(10, float("inf"))]),
     # the clock of whoever set it was ahead of the end
     ([(30, "frozen", "running"), (10, "unfrozen", "running")], [(30, 30)])])
-def test_holds_are_told_by_events_whenever_they_were_written(history, held):
-    found = rc.holds_of((at(second), event, status) for second, event, status in history)
-    assert [(hold.since - rc.epoch_of(at(0)), hold.until - rc.epoch_of(at(0))) for hold in found] == held
+def test_halts_are_told_by_events_whenever_they_were_written(history, halts):
+    found = rc.halts_of((at(second), event, status) for second, event, status in history)
+    assert [(halt.since - rc.epoch_of(at(0)), halt.until - rc.epoch_of(at(0))) for halt in found] == halts
 
 
-def test_the_end_of_a_freeze_ends_the_hold_before_anybody_wrote_it_down_and_after(store):
+def test_the_end_of_a_freeze_ends_the_halt_before_anybody_wrote_it_down_and_after(store):
     add_nodes(store, 1)
     release = new_release(store)
     store.releases.set_freeze(True, "anna", "the match", "cdn", in_s(3600))
-    [hold] = store.claims.holds(release.id)
-    assert hold.until == float("inf")
-    sql(store, "UPDATE release_events SET at = ? WHERE event = 'frozen'", rc.utc_text(hold.since - 60))
-    end(store, rc.utc_text(hold.since - 20))
-    assert [h.until - h.since for h in store.claims.holds(release.id)] == [pytest.approx(40)]
+    [halt] = store.claims.halts(release.id)
+    assert halt.until == float("inf")
+    sql(store, "UPDATE release_events SET at = ? WHERE event = 'frozen'", rc.utc_text(halt.since - 60))
+    end(store, rc.utc_text(halt.since - 20))
+    assert [h.until - h.since for h in store.claims.halts(release.id)] == [pytest.approx(40)]
     store.claims.scan("host:1")
-    assert [h.until - h.since for h in store.claims.holds(release.id)] == [pytest.approx(40)]
+    assert [h.until - h.since for h in store.claims.halts(release.id)] == [pytest.approx(40)]
 
 
 # -- set, replaced, lifted, over ---------------------------------------------------------------------

@@ -15,7 +15,7 @@ from test_store import now_of
 import releasectl as rc
 
 BACK = {"onExceed": "rollback"}
-BAD = rc.Verdict("failed", "agent_failed", "no disk space", "no disk space")
+BAD = rc.NodeEnd("failed", "agent_failed", "no disk space", "no disk space")
 
 
 def cycle(store: rc.Store, claim: rc.Claim, failing: tuple[int, ...] = (), at_rest: tuple[int, ...] | None = None,
@@ -25,7 +25,7 @@ def cycle(store: rc.Store, claim: rc.Claim, failing: tuple[int, ...] = (), at_re
     release, rows = store.claims.read_with_nodes(claim)
     strategy = rc.parse_strategy(rc.parse_json(release.strategy))
     nodes = [rc.recover(n, now, POLICY) for n in rows]
-    nodes = [n._replace(verdict=BAD if n.node_id in failing else rc.Verdict("success"))
+    nodes = [n._replace(end=BAD if n.node_id in failing else rc.NodeEnd("success"))
              if n.status == rc.RUNNING and (at_rest is None or n.node_id in at_rest) else n for n in nodes]
     decision = rc.decide(rc.Situation(
         release, rc.NodeIndex(nodes), now, POLICY, strategy, slots=100, broken=broken,
@@ -443,7 +443,7 @@ def test_section_7_a_freeze_that_comes_later_does_not_hold_it_and_counts_no_paus
     cycle(store, claim)
     store.releases.set_freeze(True, "anna", "holidays")
     assert [e.event for e in store.releases.events(made.id) if e.event == "frozen"] == []
-    assert store.claims.holds(made.id) == []
+    assert store.claims.halts(made.id) == []
     while cycle(store, claim).status not in rc.TERMINAL:
         pass
     assert store.releases.get(made.id).status == "success"

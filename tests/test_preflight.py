@@ -31,7 +31,7 @@ def answers(asked: rc.ReleaseNode, kind: str = "", result: str = rc.UNSENT, now:
 
 
 def silent(node_id: int, kind: str = "unreachable", **fields: Any) -> rc.ReleaseNode:
-    return node(node_id, verdict=rc.Verdict("failed", kind, f"{kind} it is", f"{kind} it is"), next_op=rc.PING,
+    return node(node_id, end=rc.NodeEnd("failed", kind, f"{kind} it is", f"{kind} it is"), next_op=rc.PING,
                 deadline=NOW.elapsed + 600, **fields)
 
 
@@ -71,14 +71,14 @@ def test_a_silent_agent_is_asked_again_as_often_as_the_release_may_retry():
     asked = node(1, next_op=rc.PING, in_flight=True, deadline=NOW.elapsed + 600, protocol="execute")
     for number in (1, 2):
         asked = answers(asked, "timeout", rc.LOST, hold_s=60.0)
-        assert (asked.verdict, asked.errors, asked.next_op) == (None, number, rc.PING)
+        assert (asked.end, asked.errors, asked.next_op) == (None, number, rc.PING)
         assert NOW.elapsed < asked.due <= NOW.elapsed + 10  # a question leaves no agent busy
         decision = decide([asked, node(2, in_flight=True, next_op=rc.PING, deadline=NOW.elapsed + 600)])
         assert (decision.sends, decision.wake_at) == ((), asked.due)
         assert f"; trying again: edge-1: timeout it is, try {number + 1} of 3" in decision.status_reason
         assert sends(decide([asked], now=later(11))) == [("ping", 1)]
     asked = answers(asked, "timeout", rc.LOST)
-    assert asked.verdict == rc.Verdict("failed", "timeout", "timeout it is (tried 3 times)", "timeout it is")
+    assert asked.end == rc.NodeEnd("failed", "timeout", "timeout it is (tried 3 times)", "timeout it is")
     assert (asked.reached, asked.is_unknown, asked.errors) == (False, False, 0)
 
 
@@ -118,7 +118,7 @@ def test_a_tolerated_silent_node_begins_its_dispatch_anew():
     decision = decide([silent(1, errors=2, last_error="x", last_kind="tls")],
                       strategy=PREFLIGHT._replace(max_failed=1))
     sent = decision.sends[0].node
-    assert (sent.errors, sent.last_error, sent.last_kind, sent.verdict, sent.attempts) == (0, "", "", None, 1)
+    assert (sent.errors, sent.last_error, sent.last_kind, sent.end, sent.attempts) == (0, "", "", None, 1)
 
 
 def test_on_exceed_pause_waits_for_a_person_before_batch_1():
@@ -171,7 +171,7 @@ def test_the_preflight_ends_when_a_node_would_have_to():
 def test_an_answer_for_a_node_that_is_no_longer_pending_changes_nothing_about_it():
     running = node(1, "running", in_flight=True)
     after = answers(running, "unreachable")
-    assert (after.in_flight, after.verdict, after.errors, after.next_op) == (False, None, 0, rc.QUERY)
+    assert (after.in_flight, after.end, after.errors, after.next_op) == (False, None, 0, rc.QUERY)
 
 
 def test_the_questions_of_a_large_release_cost_little():

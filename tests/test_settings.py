@@ -19,8 +19,8 @@ DEFAULTS = {
     "NOTIFY_CA": "", "NOTIFY_ON": ("failed", "partial", "paused", "stuck"), "LOG_FORMAT": "text",
     "LOG_LEVEL": "info",
 }
-# A file name is taken as it is here; what the file holds is judged where it is used.
-FILES = ("HTTP_CERT", "HTTP_KEY", "HTTP_CLIENT_CA", "API_TOKENS_FILE", "CONTROL_CERT", "CONTROL_KEY", "CONTROL_CA",
+# Taken as they are here; what a file holds is judged where it is used.
+TEXTS = ("HTTP_CERT", "HTTP_KEY", "HTTP_CLIENT_CA", "API_TOKENS_FILE", "CONTROL_CERT", "CONTROL_KEY", "CONTROL_CA",
          "AGENT_TLS_SERVER_NAME", "NOTIFY_SECRET_FILE", "NOTIFY_CA")
 GOOD = [
     ("DATABASE_URL", "sqlite:////var/lib/r.db", "sqlite:////var/lib/r.db"),
@@ -110,7 +110,7 @@ def test_a_good_value_is_taken(name, text, wanted):
     assert value(rc.Settings.load({name: text}), name) == wanted
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", TEXTS)
 def test_a_text_is_taken_as_it_is(name):
     pair = {"HTTP_CERT": "/c", "HTTP_KEY": "/k"} if name.startswith("HTTP") else {}
     assert value(rc.Settings.load({**pair, name: "/etc/a file.pem"}), name) == "/etc/a file.pem"

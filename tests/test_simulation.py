@@ -314,7 +314,7 @@ def with_rows_busy_in_place_of_addresses(patch):
 def with_deadlines_that_run_in_a_pause(patch):
     """Whoever waits in a pause or a freeze fails at its end."""
     patch.setattr(rc, "kept_from_dispatch", lambda *_: [])
-    patch.setattr(rc, "holds_of", lambda _: [])
+    patch.setattr(rc, "halts_of", lambda _: [])
 
 
 def with_a_second_look_that_never_ends(patch):

@@ -18,7 +18,7 @@ from lab import (
     new_release,
     statuses,
 )
-from test_decision import NOW, POLICY, decide, failed_verdict, later, moves, node, outcome, release, running, sends
+from test_decision import NOW, POLICY, decide, failed_end, later, moves, node, outcome, release, running, sends
 
 import releasectl as rc
 
@@ -168,7 +168,7 @@ def test_failures_of_all_batches_count_against_the_total():
 
 
 def test_on_exceed_pause_keeps_what_is_pending_and_waits_for_a_person():
-    nodes = [node(1, "running", verdict=failed_verdict()), node(2, "running"), node(3), node(4, batch=2)]
+    nodes = [node(1, "running", end=failed_end()), node(2, "running"), node(3), node(4, batch=2)]
     decision = decide(nodes, strategy=rc.Strategy(on_exceed="pause"))
     assert moves(decision) == {1: ("running", "failed")}
     assert (decision.status, sends(decision)) == ("paused", [("query", 2)])
@@ -243,24 +243,24 @@ VERIFIED = POLICY._replace(probes=2)
 
 def test_an_agents_success_is_probed_before_it_counts():
     seen = rc.observe(running(next_op=rc.QUERY), rc.Outcome("query", rc.SUCCESS), NOW, VERIFIED)
-    assert (seen.verdict, seen.next_op) == (None, rc.PROBE)
+    assert (seen.end, seen.next_op) == (None, rc.PROBE)
     assert sends(decide([seen])) == [("probe", 1)]
 
 
 def test_so_many_probes_must_pass_in_a_row():
     seen, passed = running(next_op=rc.PROBE), rc.Outcome("probe", rc.SUCCESS)
     broken = outcome(rc.UNCLEAR, "probe", error_kind="verify")
-    for step, verdict in ((passed, None), (broken, None), (passed, None), (passed, ("success",))):
-        assert seen.verdict is None
+    for step, end in ((passed, None), (broken, None), (passed, None), (passed, ("success",))):
+        assert seen.end is None
         seen = rc.observe(seen, step, NOW, VERIFIED)
-        assert (seen.verdict and seen.verdict[:1]) == verdict
+        assert (seen.end and seen.end[:1]) == end
 
 
 def test_a_node_that_does_not_pass_is_failed_with_error_kind_verify():
     seen = running(next_op=rc.PROBE)
     for _ in range(3):
         seen = rc.observe(seen, outcome(rc.UNCLEAR, "probe", error_kind="verify", message="HTTP 500"), NOW, VERIFIED)
-    assert seen.verdict[:3] == ("failed", "verify", "HTTP 500 (tried 3 times)")
+    assert seen.end[:3] == ("failed", "verify", "HTTP 500 (tried 3 times)")
 
 
 def test_at_the_end_of_its_soak_a_batch_is_probed_again():
@@ -278,7 +278,7 @@ def test_at_the_end_of_its_soak_a_batch_is_probed_again():
 
 def test_the_second_look_wants_as_many_probes_in_a_row_as_the_first():
     passed = rc.Outcome("probe", rc.SUCCESS)
-    seen = running(next_op=rc.PROBE, in_flight=False, verdict=rc.Verdict("success"), passes=2)
+    seen = running(next_op=rc.PROBE, in_flight=False, end=rc.NodeEnd("success"), passes=2)
     seen = decide([seen]).changes[0].after
     for passes in range(2):
         assert (seen.status, seen.is_reverified) == ("success", False), passes
@@ -290,12 +290,12 @@ def test_the_second_look_wants_as_many_probes_in_a_row_as_the_first():
 @pytest.mark.parametrize("result", [rc.UNCLEAR, rc.LOST])
 def test_a_probe_that_fails_in_any_way_is_tried_again(protocol, result):
     seen = rc.observe(running(protocol, next_op=rc.PROBE), outcome(result, "probe", error_kind="verify"), NOW, VERIFIED)
-    assert (seen.next_op, seen.passes, seen.verdict) == (rc.PROBE, 0, None)
+    assert (seen.next_op, seen.passes, seen.end) == (rc.PROBE, 0, None)
 
 
 def test_a_success_that_the_second_look_takes_back_is_a_failure_of_the_release():
     soaked = rc.Strategy(soak_s=60, verify=VERIFY)
-    taken_back = node(1, "success", verdict=failed_verdict("verify", "HTTP 500"))
+    taken_back = node(1, "success", end=failed_end("verify", "HTTP 500"))
     decision = rc.decide(rc.Situation(release(soak_until=NOW.text), rc.NodeIndex([taken_back, node(2, batch=2)]), NOW,
                                       POLICY, soaked))
     assert moves(decision) == {1: ("success", "failed"), 2: ("pending", "skipped")}
@@ -308,7 +308,7 @@ def test_a_dispatch_that_is_kept_back_uses_up_nobodys_deadline_and_no_try():
     outcome = rc.Outcome("dispatch", rc.NOT_SENT)
     held = rc.observe(running(next_op=rc.DISPATCH, deadline=NOW.elapsed + 5), outcome, NOW,
                       POLICY)
-    assert (held.errors, held.next_op, held.verdict) == (0, rc.DISPATCH, None)
+    assert (held.errors, held.next_op, held.end) == (0, rc.DISPATCH, None)
     at_work = running(next_op=rc.QUERY, is_at_work=True)._replace(node_id=2)
     moved = rc.kept_from_dispatch(rc.NodeIndex([held, at_work, node(3)]), 60.0)
     assert [(n.node_id, n.deadline) for n in moved] == [(1, NOW.elapsed + 65)]

@@ -33,11 +33,11 @@ def step(store: rc.Store, claim: rc.Claim, **more) -> rc.Decision:
     return decision
 
 
-def finish(store: rc.Store, claim: rc.Claim, node_id: int, verdict: rc.Verdict = rc.Verdict("success")) -> None:  # noqa: B008
+def finish(store: rc.Store, claim: rc.Claim, node_id: int, end: rc.NodeEnd = rc.NodeEnd("success")) -> None:  # noqa: B008
     """Commit the end of one running node."""
     now = now_of(store)
     release, nodes = store.claims.read_with_nodes(claim)
-    nodes = [rc.recover(n, now, POLICY)._replace(verdict=verdict if n.node_id == node_id else None)
+    nodes = [rc.recover(n, now, POLICY)._replace(end=end if n.node_id == node_id else None)
              for n in nodes]
     decision = rc.decide(rc.Situation(release, rc.NodeIndex(nodes), now, POLICY, slots=100))
     store.claims.commit(claim, release, decision, now, "test")
@@ -188,7 +188,7 @@ def test_rule_2_an_address_held_by_a_lost_request_of_another_release_is_busy(sto
     ids = two_on_one_address(store, "execute")
     claim = store.claims.claim(ids[0], "a", 30)
     step(store, claim)
-    finish(store, claim, 1, rc.Verdict("failed", "timeout", "no answer", "no answer", 30.0))
+    finish(store, claim, 1, rc.NodeEnd("failed", "timeout", "no answer", "no answer", 30.0))
     assert store.claims.dispatch_blockers(ids[1]).busy == frozenset([("127.0.1.1", 8443)])
 
 
@@ -270,7 +270,7 @@ def test_rule_7_a_large_release_adds_what_each_commit_ended_and_counts_now_and_t
     counted = []
     with noted_statements() as execute:
         for node_id in range(1, 10):
-            finish(store, claim, node_id, rc.Verdict("failed" if node_id % 3 == 0 else "success"))
+            finish(store, claim, node_id, rc.NodeEnd("failed" if node_id % 3 == 0 else "success"))
             counted.append(has_counted(execute))
             assert_books_balance(store, claim.release_id)
     assert counted == [False, False, False, True, False, False, False, True, True]  # the last one ends the release
@@ -318,7 +318,7 @@ def test_one_event_for_each_change_in_order_with_who_did_it(store):
     release = new_release(store)
     claim = store.claims.claim(release.id, "owner", 30)
     step(store, claim)
-    finish(store, claim, 1, rc.Verdict("failed", "agent_failed", "boom", "boom\nwhole text"))
+    finish(store, claim, 1, rc.NodeEnd("failed", "agent_failed", "boom", "boom\nwhole text"))
     found = [(e.node_name, e.from_status, e.to_status, e.actor, e.detail) for e in store.releases.events(release.id)]
     assert found == [
         ("", "", "pending", "test", ""), ("", "pending", "running", "owner", ""),
@@ -459,7 +459,7 @@ def fail_first(store: rc.Store, **fields) -> rc.Release:
     claim = store.claims.claim(release.id, "a", 30)
     assert claim
     step(store, claim)
-    finish(store, claim, 1, rc.Verdict("failed", "agent_failed", "boom", "boom"))
+    finish(store, claim, 1, rc.NodeEnd("failed", "agent_failed", "boom", "boom"))
     return store.releases.get(release.id)
 
 
@@ -492,9 +492,9 @@ def test_rule_10_retry_leaves_out_what_succeeded_and_what_is_not_online(store):
     assert claim
     step(store, claim)
     finish(store, claim, 1)
-    finish(store, claim, 2, rc.Verdict("failed", "agent_failed", "boom", "boom"))
+    finish(store, claim, 2, rc.NodeEnd("failed", "agent_failed", "boom", "boom"))
     finish(store, claim, 3)
-    finish(store, claim, 4, rc.Verdict("failed", "agent_failed", "boom", "boom"))
+    finish(store, claim, 4, rc.NodeEnd("failed", "agent_failed", "boom", "boom"))
     store.nodes.update(4, {"status": "maintenance"})
     assert store.releases.retry(release.id, "anna")[1] == [[2]]
 

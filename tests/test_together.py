@@ -40,9 +40,9 @@ def silent(store: rc.Store, claim: rc.Claim, *node_ids: int) -> rc.Decision:
     """Decide and commit as a driver does whose questions before batch 1 these nodes left without an answer."""
     now = now_of(store)
     release, rows = store.claims.read_with_nodes(claim)
-    verdict = rc.Verdict("failed", "unreachable", "refused", "refused")
+    no_answer = rc.NodeEnd("failed", "unreachable", "refused", "refused")
     nodes = [n._replace(next_op=rc.PING, deadline=now.elapsed + 600, has_answered=n.node_id not in node_ids,
-                        verdict=verdict if n.node_id in node_ids else None) for n in rows]
+                        end=no_answer if n.node_id in node_ids else None) for n in rows]
     decision = rc.decide(rc.Situation(release, rc.NodeIndex(nodes), now, POLICY, rc.parse_strategy(
         rc.parse_json(release.strategy)), slots=9))
     store.claims.commit(claim, release, decision, now, "test")

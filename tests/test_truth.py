@@ -581,13 +581,13 @@ HISTORY = [(NOW.text, "started", "running"), (later(100).text, "paused", "paused
 
 
 def test_section_7_holds_are_the_pauses_and_freezes_of_the_history_taken_together():
-    assert [(hold.since - NOW.wall, hold.until - NOW.wall) for hold in rc.holds_of(HISTORY)] == [(100, 700)]
-    assert rc.holds_of(HISTORY[:2])[0].until == float("inf")
-    assert rc.holds_of(HISTORY[:1]) == []
+    assert [(halt.since - NOW.wall, halt.until - NOW.wall) for halt in rc.halts_of(HISTORY)] == [(100, 700)]
+    assert rc.halts_of(HISTORY[:2])[0].until == float("inf")
+    assert rc.halts_of(HISTORY[:1]) == []
 
 
 def test_section_7_a_new_owner_counts_no_hold_against_a_node_that_is_not_at_its_agent():
-    adopted = rc.recover(node(), later(1000), POLICY, rc.holds_of(HISTORY))
+    adopted = rc.recover(node(), later(1000), POLICY, rc.halts_of(HISTORY))
     assert adopted.deadline - later(1000).elapsed == 200  # 600 s, of which 400 are used up
     unknown = rc.observe(adopted, rc.Outcome("query", rc.UNKNOWN), later(1000), POLICY)
     assert unknown.deadline == adopted.deadline
@@ -599,7 +599,7 @@ def test_section_7_a_new_owner_counts_no_hold_against_a_node_that_is_not_at_its_
 
 
 def test_section_7_a_node_whose_agent_is_at_work_keeps_its_own_deadline():
-    adopted = rc.recover(node(), later(1000), POLICY, rc.holds_of(HISTORY))
+    adopted = rc.recover(node(), later(1000), POLICY, rc.halts_of(HISTORY))
     working = rc.observe(adopted, rc.Outcome("query", rc.WORKING), later(1000), POLICY)
     assert working.deadline == NOW.elapsed + 600
 
@@ -794,7 +794,7 @@ def test_after_a_fall_tasks_agents_are_asked_before_they_are_sent_anything():
     unknown = rc.observe(asked.nodes[1], rc.Outcome("query", rc.UNKNOWN), NOW, POLICY)
     assert (unknown.next_op, unknown.reached) == (rc.DISPATCH, False)
     known = rc.observe(asked.nodes[1], rc.Outcome("query", rc.SUCCESS), NOW, POLICY)
-    assert known.verdict.status == "success"
+    assert known.end.status == "success"
 
 
 def test_what_another_thread_read_meanwhile_is_no_database_that_went_back(store, told):
@@ -901,7 +901,7 @@ def test_rule_9_an_execute_agent_is_sent_nothing_for_a_while_after_the_database_
 def test_section_1_an_error_text_that_shows_nothing_is_told_as_no_reason(text):
     said = rc.Outcome("query", rc.FAILED, "", "agent_failed", text, text)
     seen = rc.observe(node(next_op=rc.QUERY), said, NOW, POLICY)
-    assert seen.verdict.error_msg == "the agent gave no reason"
+    assert seen.end.error_msg == "the agent gave no reason"
 
 
 def test_section_1_what_an_agent_says_of_its_success_is_kept(sqlite_world):

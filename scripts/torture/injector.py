@@ -25,7 +25,7 @@ REQUESTS = {"dispatch": (rc.AgentClient, "dispatch"), "query": (rc.AgentClient, 
 POINTS: dict[str, tuple[type, str]] = {
     **{f"releases.{name}": (rc.Releases, name) for name in ("act", "create", "find", "retry", "set_first_version")},
     **{f"claims.{name}": (rc.Claims, name) for name in (
-        "claim", "commit", "dispatch_blockers", "drop", "holds", "read", "read_with_nodes", "renew", "scan",
+        "claim", "commit", "dispatch_blockers", "drop", "halts", "read", "read_with_nodes", "renew", "scan",
         "was_written")},
     **{f"outbox.{name}": (rc.Outbox, name) for name in ("begin_try", "end_try")},
     "migrate": (rc.Database, "migrate"),

@@ -42,7 +42,7 @@ SCENARIOS = {point: OTHER_SCENARIOS.get(point, DRAIN) for point in POINTS}
 # Those that an executor passes.
 EXECUTOR_POINTS = [point for point, scenario in SCENARIOS.items() if scenario.command[0] == "run-once"]
 # Those that change nothing: a suspension there is no more than slowness.
-READING_POINTS = {"claims.scan", "claims.dispatch_blockers", "claims.holds", "claims.read",
+READING_POINTS = {"claims.scan", "claims.dispatch_blockers", "claims.halts", "claims.read",
                   "claims.read_with_nodes", "releases.find"}
 
 # Tasks that a new owner finds still running, and that fail: an agent would run them again under another id.
