@@ -15594,7 +15594,7 @@ class Api:
                  node_deadline_s: float = 600.0):
         """Take what the handlers need of the process.
 
-        nudge: called after every change, so that an executor in this process scans at once.
+        nudge: called after a change of releases or freezes, so that an executor in this process scans at once.
         max_waiting: how many clients may wait for events; further ones are answered at once.
         process, figures: health of executor and certificates, for /api/v1/health and for /metrics.
         is_busy: whether a release is driven here, which whole reads must not slow down.

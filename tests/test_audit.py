@@ -192,8 +192,7 @@ CLI_ACTS = {
               "releases"),
 }
 # What changes nothing by itself; serve and run-once act by the executor and the API.
-NO_ACTS = {"serve", "run-once", "node list", "node show", "node ping", "list", "status", "watch", "events", "why",
-           "payload", "diff", "audit", "check", "help", "version", "completion"}
+NO_ACTS = {"serve", "run-once", *rc.READ_ONLY}
 
 
 def age(store: rc.Store) -> None:

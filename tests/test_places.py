@@ -4,6 +4,7 @@ What else holds a place is named in the table's last column.
 """
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import re
@@ -65,6 +66,33 @@ def test_every_place_in_the_table_is_where_it_says(what, where, tests):
         assert (ROOT / "tests" / f"{name}.py").is_file(), f"there is no {name}"
 
 
+def test_every_name_in_the_document_is_in_the_section_that_it_says():
+    known = definitions()
+    methods = {(name, home) for home, one in known.values() if isinstance(one, ast.ClassDef)
+               for name in vars(getattr(rc, one.name))}
+    text, name = " ".join(text_of("docs/ARCHITECTURE.md").split()), r"`(\w+)(?:\.(\w+))?(?:\(\))?`"
+    sections = "|".join(sorted(ORDER, key=len, reverse=True))
+    found = {*re.findall(rf"{name} \(({sections})[),:]", text),
+             *((*one, where) for names, where in re.findall(rf"\((`[^()]+`), ({sections})[),:]", text)
+               for one in re.findall(name, names)),
+             *((*one, where) for where, names in re.findall(rf"\(({sections}): (`\w+`)", text)
+               for one in re.findall(name, names))} - {("schema", "sql", "Database"), ("dashboard", "html", "Page")}
+    assert len(found) > 15
+    assert [f"{name} is not in {where}" for name, _, where in found - {("store", "state", "Database state")}
+            if known.get(name, ("",))[0] != where and (name, where) not in methods] == []
+    assert [f"{name} has no {member}" for name, member, _ in found
+            if member and name != "store" and not hasattr(getattr(rc, name), member)] == []
+
+
+def test_the_document_names_every_part_of_the_store_with_its_section(sqlite_store):
+    plan, known = section_of("docs/ARCHITECTURE.md", "The plan"), definitions()
+    said = plan.partition("`Store` (Overview)")[2].partition("`Executor`")[0]
+    named = re.findall(r"`(?:store)?\.(\w+)`(?: \(([A-Z][a-z ]+)\))?", said)
+    assert {part: where or part.capitalize() for part, where in named} == {
+        part: known[type(value).__name__][0] for part, value in vars(sqlite_store).items()
+        if part not in ("database", "clock")}
+
+
 # -- a setting, a strategy key ------------------------------------------------------------------
 
 def test_the_documentation_has_every_setting_with_its_default():
@@ -79,6 +107,19 @@ def test_the_documentation_has_every_setting_with_its_default():
 def test_every_strategy_key_has_a_field_and_an_option(keys, options, values):
     assert [field for field, *_ in keys.values()] == list(values._fields)
     assert {key for _, key, *_ in options} == set(keys) - {"verify"}
+
+
+# Keys that the page's form has no field for: they are written as JSON there.
+WITHOUT_FIELD = {"first", "preflight"}
+
+
+def test_the_page_has_a_field_with_a_name_and_a_sentence_for_every_strategy_key():
+    page = text_of("dashboard.html")
+    fields = re.findall(r"(\w+): '", page.partition("\nconst STRATEGY_FIELDS = {")[2].partition("};")[0])
+    assert sorted({*fields, *WITHOUT_FIELD}) == sorted(rc.STRATEGY_KEYS)
+    assert [key for key in fields if f"\nfield.{key} # " not in page] == []
+    sentences = page.partition("\nfunction strategyLines(s) {")[2].partition("\n}\n")[0]
+    assert set(re.findall(r"\bs\.(\w+)", sentences)) == set(rc.STRATEGY_KEYS)
 
 
 def test_the_documentation_has_every_strategy_key_and_its_option():
@@ -137,6 +178,7 @@ def test_every_field_of_a_release_is_read_from_its_own_column(sqlite_store):
     add_nodes(sqlite_store, 1)
     release_id = new_release(sqlite_store).id
     names = columns(sqlite_store, "release_tasks")
+    # columns whose values a CHECK or a key limits
     fixed = {"id", "version", "status", "approval", "retry_of", "rollback_of", "catch_up_of"}
     with sqlite_store.database.transaction(write=True) as tx:
         tx.execute(f"UPDATE release_tasks SET {', '.join(f'{name} = ?' for name in names if name not in fixed)}",
@@ -149,12 +191,15 @@ def test_every_field_of_a_release_is_read_from_its_own_column(sqlite_store):
 
 # -- a dialect, a status of a node ----------------------------------------------------------------
 
-def test_the_tables_allow_every_dialect_and_every_status_of_a_node():
+def test_the_tables_and_the_page_allow_every_dialect_and_every_status_of_a_node():
     assert checked("nodes", "agent_protocol") == set(rc.PROTOCOLS)
     spoken = re.search(r"(?m)^PROTOCOLS = \((.*)\)$", text_of("scripts/fake_agent.py"))
     assert spoken
     assert re.findall(r'"(\w+)"', spoken[1]) == list(rc.PROTOCOLS)
     assert checked("nodes", "status") == set(rc.NODE_STATUSES)
+    chosen = dict(re.findall(r"key: '(agentProtocol|status)'[^\[]*choices: \[([^\]]*)\]", text_of("dashboard.html")))
+    assert {key: re.findall(r"'(\w+)'", choices) for key, choices in chosen.items()} == {
+        "agentProtocol": list(rc.PROTOCOLS), "status": list(rc.NODE_STATUSES)}
 
 
 # -- a command, a route, a verb -------------------------------------------------------------------
