@@ -214,11 +214,13 @@ NOTIFY_KINDS = (FAILED, PARTIAL, PAUSED, STUCK, CREATED, STARTED, SUCCESS, CANCE
 # What became of a try to send one, and of the notification (metrics).
 SENT, UNDELIVERED, GIVEN_UP = "sent", "failed", "given_up"
 
-# The event of the end of what FROZEN begins.
+# The event that says that a freeze holds the release no more.
 UNFROZEN = "unfrozen"
 
 # How far what a node runs is from what it should run (contract section 5).
 LEVEL, BEHIND, AHEAD, UNSURE = DRIFTS = ("none", "behind", "ahead", "unknown")
+
+# Dialects of agents: the column agent_protocol of nodes.
 TASKS, EXECUTE = "tasks", "execute"
 # Without this key in the payload an execute agent drops all its sites (contract section 1).
 WEBSITES = "websites"
@@ -299,7 +301,7 @@ MAX_LABELS, MAX_LABEL_KEY_CHARS, MAX_LABEL_CHARS = 64, 63, 255
 FIRST_POLL_S, POLL_GROWTH = 0.05, 1.3
 # The share of a thread's time that the answers of one agent may take.
 ANSWER_SHARE = 0.01
-# Seconds of the clock whose share an agent may take in advance: 0.06 s of CPU, which is hundreds of normal answers, or
+# An agent may use the share of so many seconds in advance: 0.06 s of CPU, enough for hundreds of normal answers, or for
 # one during which our garbage was collected.
 ANSWER_CREDIT_S = 6.0
 # Timeout of the first poll: it follows the dispatch at once and delays the report that the task was accepted.
@@ -331,7 +333,7 @@ trail = logging.getLogger("releasectl.trail")
 
 T = TypeVar("T")
 
-# How many times the time of a read its value holds, and for how many seconds at most: see RareRead.
+# A value is good for so many times the seconds that its read took, and for at most so many seconds: see RareRead.
 RARE_READ_REST, MAX_RARE_READ_REST_S = 20, 60.0
 
 
@@ -1962,7 +1964,7 @@ def digest_of_stored(text: str) -> str:
 ADDED, REMOVED, CHANGED = "added", "removed", "changed"
 
 # Changes that are listed, and the characters of JSON in their paths and values (the first change may have more); all
-# others are counted. 1,000 changes may have a path of a megabyte in common.
+# others are counted. The characters are limited too, as each of 1,000 changes may repeat a path of a megabyte.
 MAX_CHANGES, MAX_CHANGES_CHARS = 1000, 1 << 20
 
 # Characters that a line shows of a path and of a value.
@@ -2367,6 +2369,7 @@ class NodeEnd(NamedTuple):
     hold_s: float | None = 0.0
 
 
+# pauseAfter: after every batch.
 EACH = "each"
 
 
@@ -2439,7 +2442,7 @@ class Moment(NamedTuple):
         return utc_text(self.wall)
 
     def clock_mark(self, seconds: float) -> str:
-        """Return the time in so many seconds, for left_s(), by the elapsed clock, which nobody can set."""
+        """Return the moment in so many seconds as a mark for left_s(): by the elapsed clock, which nobody can set."""
         return f"{self.boot} {self.elapsed + seconds:.3f}"
 
     def left_s(self, until: str | None, mark: str, at_most_s: float) -> float:
@@ -2482,7 +2485,7 @@ class Policy(NamedTuple):
             probes=strategy.verify.successes if strategy.verify else 0)
 
 
-# Where no node is running, nothing depends on it.
+# For a decision on a release without a running node, which needs no setting.
 NO_POLICY = Policy(0, 0.0, 0.0, 0.0)
 
 
@@ -7946,12 +7949,12 @@ class AuditChain:
             self.add_fault(fault)
         if self._copy and self._copy[0] == row.id and self._copy[1] != row.hash:
             self.add_fault(f"changed: row {row.id} has another hash than the copy of it")
-        if row.id > 0:
+        if row.id > 0:  # one below was inserted by hand: it is a fault, and no link of the chain
             self.last = row.id, row.hash
         with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):  # written by hand: a fault already
             if row.action == RELEASE_END:
                 release_id = int(row.object.split()[1])
-                self.ended.pop(release_id, None)
+                self.ended.pop(release_id, None)  # to the end of the dict, whose newest entries are verified
                 self.ended[release_id] = row.id, str(parse_json(row.after)["eventsSha256"])
             elif row.action == PRUNE:
                 self._pruned += [(int(first), int(last)) for first, last in parse_json(row.before)["releases"]]
@@ -8034,36 +8037,39 @@ class Audit:
     def of_node(self, node_id: int, name: str, limit: int) -> list[AuditRow]:
         """Return the newest acts on a node, oldest first, under its earlier names too, and the import that added it.
 
-        Of another node that had one of these names at another time nothing is returned.
+        Of another node that had one of these names at another time nothing is returned. limit: at most MAX_PAGE_SIZE.
         """
-        found: list[AuditRow] = []
-        upto = MAX_ID
+        found, upto = list[AuditRow](), MAX_ID
         with self._database.transaction() as tx:
             while len(found) < limit:
-                renames = [row for row in self._find(tx, "action = 'node.set' AND id <= ? AND after LIKE ?", upto,
-                                                     f'%"name":{to_json(name)}%') if _name_in(row.after) == name]
-                # the index audit_log_by_object
-                deleted = self._find(tx, "object = ? AND action = 'node.delete' AND id <= ?", f"node {name}", upto)
-                since = max((row.id for some in (renames, deleted) for row in some[:1]), default=0)
-                renames = [row for row in renames if row.id == since]
-                rows = self._find(tx, "object = ? AND id > ? AND id <= ?", f"node {name}", since, upto)
-                rows += [] if renames else [
-                    row._replace(after=to_json({"name": name})) for row in self._find(
-                        tx, "action = 'node.import' AND id > ? AND id <= ?", since, upto)
-                    if any(node.get("name") == name for node in stored_json(row.after).get("nodes", []))]
-                found += sorted(rows, reverse=True)
-                own = next((place for place, row in enumerate(found) if row.action == "node.add"
+                acts, renaming = self._under_name(tx, name, upto)
+                own = next((place for place, row in enumerate(acts) if row.action == "node.add"
                             and stored_json(row.after).get("id") == node_id), None)
-                if own is not None or not renames:
-                    found = found if own is None else found[:own + 1]
+                found += acts if own is None else acts[:own + 1]
+                if own is not None or renaming is None:
                     break
-                name, upto = _name_in(renames[0].before), since
+                name, upto = _name_in(renaming.before), renaming.id
         return sorted(found[:limit])
+
+    def _under_name(self, tx: Transaction, name: str, upto: int) -> tuple[list[AuditRow], AuditRow | None]:
+        """Return the acts on the last node with a name up to a row, newest first, and the act that renamed it so."""
+        renames = [row for row in self._find(tx, "action = 'node.set' AND id <= ? AND after LIKE ?", upto,
+                                             f'%"name":{to_json(name)}%') if _name_in(row.after) == name]
+        # the index audit_log_by_object
+        deleted = self._find(tx, "object = ? AND action = 'node.delete' AND id <= ?", f"node {name}", upto)
+        since = max([0, *(rows[0].id for rows in (renames, deleted) if rows)])
+        rows = self._find(tx, "object = ? AND id > ? AND id <= ?", f"node {name}", since, upto)
+        if renames and renames[0].id == since:
+            return rows, renames[0]
+        rows += [row._replace(after=to_json({"name": name})) for row in self._find(
+                     tx, "action = 'node.import' AND id > ? AND id <= ?", since, upto)
+                 if any(node.get("name") == name for node in stored_json(row.after).get("nodes", []))]
+        return sorted(rows, reverse=True), None
 
     @staticmethod
     def _find(tx: Transaction, where: str, *params: object) -> list[AuditRow]:
         return [AuditRow(*row) for row in tx.rows(
-            f"SELECT {AUDIT_COLUMNS} FROM audit_log WHERE {where} ORDER BY id DESC LIMIT 100", *params)]
+            f"SELECT {AUDIT_COLUMNS} FROM audit_log WHERE {where} ORDER BY id DESC LIMIT ?", *params, MAX_PAGE_SIZE)]
 
     def verify(self, copy: tuple[int, str] | None = None, max_rows: int = MAX_ID,
                max_releases: int = MAX_ID) -> AuditReport:
@@ -8076,7 +8082,7 @@ class Audit:
         start = max(of_rows - max_rows, 0)
         before = self.rows(start - 1, 1) if start else []
         chain = AuditChain((start, before[0].hash if before and before[0].id == start else ""), copy)
-        self._read(chain, start or -MAX_ID)
+        self._read(chain, start or -MAX_ID)  # from the first row on also what was inserted below it: a fault
         ended = list(chain.ended.items())
         verified, gone = ended[max(len(ended) - max_releases, 0):], []
         for release_id, (row_id, digest) in verified:
@@ -8367,7 +8373,8 @@ class Nodes:
         tx.execute(f"UPDATE nodes SET {', '.join(f'{column} = ?' for column in changed)}, updated_at = ? WHERE id = ?",
                    *(changes[column] for column in changed), self._state.now(), node.id)
         if after.endpoint != node.endpoint and node.last_version:
-            # what the new host has is not known, not even when it moves back; who stays at the old address has it
+            # what the new host was sent is not known, also where it was ours before: count it as all versions; a node
+            # that stays at the old address keeps what was sent there
             newest = int(tx.value("SELECT COALESCE(MAX(version), 0) FROM release_tasks"))
             tx.execute("UPDATE nodes SET last_version = ? WHERE id = ?", max(newest, node.last_version), node.id)
             tx.execute("UPDATE nodes SET last_version = ? WHERE main_ip = ? AND agent_port = ? AND last_version < ?",
@@ -8443,7 +8450,7 @@ _COMPUTED_OF_RELEASE = {
 _RELEASE_FIELDS = [field.name for field in dataclasses.fields(Release)]
 RELEASE_COLUMNS = ", ".join(_COMPUTED_OF_RELEASE.get(name, f"r.{name}") for name in _RELEASE_FIELDS)
 
-# The same for a list, which needs a payload only where its digest is still to be made: each may be a megabyte.
+# RELEASE_COLUMNS for a list, which needs a payload only where its digest is still to be made: each may be a megabyte.
 LISTED_COLUMNS = RELEASE_COLUMNS.replace("r.payload,", "CASE WHEN r.payload_sha256 = '' THEN r.payload ELSE '' END,", 1)
 
 
@@ -8490,7 +8497,7 @@ NAME_THEN, _IP_THEN, _PORT_THEN = (
 ADDRESS_THEN = f"{_IP_THEN}, {_PORT_THEN}"
 LABELS_THEN = "COALESCE(NULLIF(n.labels, ''), h.labels)"
 
-# The same for the fields of ReleaseNode up to next_op, where the driver's own begin.
+# Fields of ReleaseNode that are computed; each other one up to next_op, where the driver's own begin, is a column of n.
 _COMPUTED_OF_NODE = {
     "name": NAME_THEN, "main_ip": _IP_THEN, "agent_port": _PORT_THEN, "agent_protocol": "h.agent_protocol",
     "labels": LABELS_THEN, "last_version":
@@ -8504,7 +8511,7 @@ _DECIDED = [name for name in Decision._fields if name in _RELEASE_FIELDS]
 _NODE_DECIDED = [name for name in _NODE_FIELDS if name not in {*_COMPUTED_OF_NODE, "node_id", "batch", "accepted"}]
 decided_values = operator.attrgetter(*_DECIDED)
 decided_node_values = operator.attrgetter(*_NODE_DECIDED)
-# The same without the id of its task, which differs from node to node.
+# _NODE_DECIDED without the id of its task, which differs from node to node.
 _ALIKE = [name for name in _NODE_DECIDED if name != "task_id"]
 _alike_values = operator.attrgetter(*_ALIKE)
 
@@ -8962,7 +8969,8 @@ class Queue:
             key = generation, c.id, c.version
             known = self._masks.get(key) if c.tag else None
             if known is None:
-                bit_of.update(() if bit_of else self._bit_of(tx).items())
+                if not bit_of:
+                    bit_of.update(self._bit_of(tx))
                 # as one text: ten thousand rows would take five times as long
                 text = tx.value(f"SELECT {self._database.engine.joined_sql} FROM release_task_nodes "
                                 "WHERE release_task_id = ?", c.id)
@@ -8977,7 +8985,7 @@ class Queue:
         return mask
 
     def _has_room(self, size: int) -> bool:
-        """Return whether the addresses of one more release, so many bytes, are kept."""
+        """Return whether memory is left to keep one more release's addresses, in so many bytes."""
         return (len(self._masks) + 1) * size <= MAX_MASK_BYTES
 
     def _forget_ended(self, tx: Transaction, generation: int) -> None:
@@ -10047,7 +10055,7 @@ def read_counts(tx: Transaction) -> dict[tuple[str, ...], float]:
 #   Queue.
 # ======================================================================================
 
-# From what becomes of approval to the event that says so, "" for none.
+# By the new value of approval: the event that tells of it, "" for none.
 APPROVAL_EVENTS: Mapping[str, str] = {WANTED: APPROVAL, GIVEN: "approved", EMERGENCY: EMERGENCY, AUTOMATIC: ""}
 
 
@@ -13418,9 +13426,9 @@ TICK_NOTIFIES_S = 15.0
 # A release is stuck that is stopped, with nothing written of it for so long; how often that is looked at.
 STUCK_AFTER_S, STUCK_EVERY_S = 300.0, 60.0
 # Steps that stop a release because a person wants it.
-WANTED_STOPS = ("freeze", "order", "approval", "pause")
+WANTED_STOPS = frozenset(("freeze", "order", "approval", "pause"))
 # Steps that stop all releases alike.
-COMMON_STOPS = {"database", "executor"}
+COMMON_STOPS = frozenset(("database", "executor"))
 # What a command must not have: our settings, among them secrets, and what is between us and systemd.
 HIDDEN_VARIABLES = {*(setting.name for setting in SETTINGS), "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
 
@@ -13693,7 +13701,7 @@ class Notifier:
             self._thread.start()
 
     def wake(self) -> None:
-        """Look into the outbox: another process wrote there. Without a receiver only what is too old is given up."""
+        """Look into the outbox, where another process wrote; without receivers it only gives up what is too old."""
         if self._thread:
             self._store.database.notified.set()
         else:
@@ -13723,12 +13731,12 @@ class Notifier:
             self._store.database.notified.clear()
             if self._closing.is_set():
                 if self._finishes:
-                    self._note_stuck(is_sure=True)
+                    self._note_stuck(at_once=True)
                     self._cycle()
                 return
             if time.monotonic() >= self._stuck_at:
                 self._stuck_at = time.monotonic() + STUCK_EVERY_S
-                self._note_stuck(is_sure=False)
+                self._note_stuck(at_once=False)
             wait_s = self._cycle()
             self._store.database.notified.wait(min(wait_s, STUCK_EVERY_S))
 
@@ -13755,7 +13763,10 @@ class Notifier:
         return PAUSE_S
 
     def _try(self, waiting: Notification, failed: dict[str, str]) -> None:
-        """Send a message to each receiver that has not got it, but those that failed: errors by name, added to."""
+        """Send a message to each receiver that has not got it.
+
+        failed: errors by receiver; those in it are not tried, new ones are added.
+        """
         outbox = self._store.outbox
         notification = outbox.begin_try(waiting, waiting.body or to_json(self._message(waiting)))
         if notification is None:
@@ -13803,10 +13814,10 @@ class Notifier:
         return message_of(waiting.kind, waiting.at, waiting.detail, self._host, self._settings.public_url, why,
                           failures)
 
-    def _note_stuck(self, is_sure: bool) -> None:
-        """Note which releases are stopped by what nobody wants; with is_sure at the first look, else at the second.
+    def _note_stuck(self, at_once: bool) -> None:
+        """Note which releases are stopped by what nobody wants; of what stops all of them the oldest one tells.
 
-        Of what stops all releases the oldest one tells.
+        at_once: at the first look, else when it was stopped at the look before too.
         """
         if STUCK not in self._settings.notify_on:
             return
@@ -13820,7 +13831,7 @@ class Notifier:
                     continue
                 causes.update({step.name} & COMMON_STOPS)
                 stopped.add(release_id)
-                if is_sure or release_id in self._stopped:
+                if at_once or release_id in self._stopped:
                     self._store.outbox.note_stuck(release_id, step.text, self._owner)
             self._stopped = stopped
         except AppError as error:  # also a release that is gone
@@ -16697,7 +16708,7 @@ def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool 
 
 
 class Finding(NamedTuple):
-    """One result of check: what it is about, an exit code, 0 when all is well, and a sentence."""
+    """One result of check: what it is about, an exit code (0: all is well), and a sentence."""
     subject: str
     exit_code: int
     text: str

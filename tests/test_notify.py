@@ -673,13 +673,13 @@ def test_what_a_person_stopped_is_not_stuck_and_a_service_looks_twice(world, inb
     world.store.releases.set_freeze(True, "alice", "network work")
     executor = world.executor(**settings, CONTROL_CERT="")
     executor._note("CONTROL_CERT is not set")
-    executor.notifier._note_stuck(is_sure=True)
+    executor.notifier._note_stuck(at_once=True)
     assert "stuck" not in events(world.store)
     world.store.releases.set_freeze(False, "alice")
-    executor.notifier._note_stuck(is_sure=False)
+    executor.notifier._note_stuck(at_once=False)
     assert "stuck" not in events(world.store)
-    executor.notifier._note_stuck(is_sure=False)
-    executor.notifier._note_stuck(is_sure=False)
+    executor.notifier._note_stuck(at_once=False)
+    executor.notifier._note_stuck(at_once=False)
     assert events(world.store).count("stuck") == 1
 
 
@@ -704,18 +704,18 @@ def test_of_the_pending_releases_of_a_target_the_first_is_looked_at_and_of_pause
 def test_what_stops_all_releases_is_told_once_by_the_oldest(world):
     old_releases(world, targets=5, of_each=2)
     executor = world.executor(**notifying(world, NOTIFY_COMMAND="true", NOTIFY_ON="stuck"))
-    executor.notifier._note_stuck(is_sure=True)
-    executor.notifier._note_stuck(is_sure=True)
+    executor.notifier._note_stuck(at_once=True)
+    executor.notifier._note_stuck(at_once=True)
     assert [(row.kind, row.release_id) for row in outbox(world.store)] == [("stuck", 1)]
 
 
 def test_nobody_looks_for_what_is_stuck_who_does_not_tell_it_or_has_no_time(world):
     old_releases(world, targets=1, of_each=1)
     executor = world.executor(**notifying(world, NOTIFY_COMMAND="true", NOTIFY_ON="failed"))
-    executor.notifier._note_stuck(is_sure=True)
+    executor.notifier._note_stuck(at_once=True)
     executor = world.executor(**notifying(world, NOTIFY_COMMAND="true", NOTIFY_ON="stuck"))
     executor.notifier.stop(0.0)
-    executor.notifier._note_stuck(is_sure=True)
+    executor.notifier._note_stuck(at_once=True)
     assert "stuck" not in events(world.store)
 
 
