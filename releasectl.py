@@ -3912,7 +3912,7 @@ class FailureGroup(NamedTuple):
     """Nodes of a release that failed for one cause."""
     # error_kind, or OTHERS.
     kind: str
-    # What their messages have in common: "bind to :443 in use", "{main_ip}: HTTP N".
+    # What their messages have in common: "bind to :443 in use", "<address>: HTTP N".
     pattern: str
     size: int
     # Id and name of the first MAX_GROUP_NODES, by id.
@@ -3933,11 +3933,11 @@ class FailureGroup(NamedTuple):
 def group_failures(failed: Iterable[FailedNode], labels: Mapping[str, int] = {}) -> list[FailureGroup]:  # noqa: B006
     """Return failed nodes by cause, most nodes first, then by kind and pattern; the order of the rows does not matter.
 
-    A cause is an error_kind and the pattern of a message, without what is the node's own: {name}, {main_ip} and
-    {task_id} stand for its name, address and task. A number stays where all of the group have the same one, else it
+    A cause is an error_kind and the pattern of a message, without what is the node's own: <name>, <address> and
+    <task> stand for its name, address and task, in words that nobody takes for a template that was left unfilled. A number stays where all of the group have the same one, else it
     is N:
 
-        edge-1, 10.0.0.1: "10.0.0.1:8443: HTTP 503 after 12 ms"  \\  {main_ip}:8443: HTTP 503 after N ms
+        edge-1, 10.0.0.1: "10.0.0.1:8443: HTTP 503 after 12 ms"  \\  <address>:8443: HTTP 503 after N ms
         edge-2, 10.0.0.2: "10.0.0.2:8443: HTTP 503 after 9 ms"   /
         edge-3, 10.0.0.3: "bind to :443 in use"                     bind to :443 in use
 
@@ -3960,7 +3960,7 @@ def group_failures(failed: Iterable[FailedNode], labels: Mapping[str, int] = {})
     for cause, node, text in zip(causes, nodes, texts):
         if cause in members:
             members[cause].append((node, text))
-    common = [_common_labels([node for node, _ in found]) for found in members.values()]
+    common = [_common_labels(collections.Counter(node.labels for node, _ in found)) for found in members.values()]
     having = _count_labels(labels, set[_Label]().union(*common))
     groups = [FailureGroup(kind, one_line(_pattern(shape, {text for _, text in found})), len(found),
                            [(node.node_id, node.name) for node, _ in heapq.nsmallest(MAX_GROUP_NODES, found)],
@@ -3977,10 +3977,10 @@ def _without_own(node: FailedNode) -> str:
     """Return the message of a node without what is its own."""
     text = node.error_msg[:MAX_MESSAGE_CHARS].replace("\0", " ")
     if node.task_id in text:
-        text = _replace_word(text, node.task_id, "{task_id}")
+        text = _replace_word(text, node.task_id, "<task>")
     if node.main_ip in text:
-        text = _replace_word(text, node.main_ip, "{main_ip}")
-    return _replace_word(text, node.name, "{name}") if node.name in text else text
+        text = _replace_word(text, node.main_ip, "<address>")
+    return _replace_word(text, node.name, "<name>") if node.name in text else text
 
 
 def _replace_word(text: str, own: str, stands_for: str) -> str:
@@ -4035,12 +4035,27 @@ def _with_numbers(parts: Sequence[str], numbers: Sequence[str | None]) -> re.Pat
         for part, number in zip(parts, numbers[:last])))
 
 
-def _common_labels(nodes: Sequence[FailedNode]) -> dict[_Label, int]:
-    """Return the labels that more than half of the nodes have, and two at least; each with how many."""
-    found = collections.Counter[_Label]()
-    for text, number in collections.Counter(node.labels for node in nodes).items():
+def _common_labels(nodes: Mapping[str, int]) -> dict[_Label, int]:
+    """Return the labels that more than half of the nodes have, and two at least; each with how many.
+
+    nodes: how many have which labels, as their rows have them.
+    """
+    found, total = collections.Counter[_Label](), sum(nodes.values())
+    for text, number in nodes.items():
         found.update(dict.fromkeys(label_values(text).items(), number))
-    return {label: number for label, number in found.items() if number > 1 and number > len(nodes) / 2}
+    return {label: number for label, number in found.items() if number > 1 and number > total / 2}
+
+
+def shared_text(failed: Mapping[str, int], labels: Mapping[str, int]) -> str:
+    """Return 'all 9 in pop=gru', or '8 of 9 in pop=gru', of the nodes that failed; "" where they share nothing.
+
+    Both count nodes by their labels, as rows have them; labels: all nodes of the release.
+    """
+    common, size = _common_labels(failed), sum(failed.values())
+    shared = _shared_label(size, common, _count_labels(labels, common.keys()), sum(labels.values()))
+    if shared is None:
+        return ""
+    return f"{f'all {size}' if shared.nodes == size else f'{shared.nodes} of {size}'} in {shared.key}={shared.value}"
 
 
 def _count_labels(labels: Mapping[str, int], wanted: Set[_Label]) -> Mapping[_Label, int]:
@@ -4092,18 +4107,29 @@ def kinds_text(kinds: Iterable[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(counted.items(), key=lambda one: (-one[1], one[0])))
 
 
-def causes_text(failed: Collection[ReleaseNode]) -> str:
-    """Return '17 agent_failed (bind to :443 in use), 12 unreachable': of the first kind the cause that most have."""
+class Causes(NamedTuple):
+    """Why nodes failed, for a sentence."""
+    # '17 agent_failed (bind to :443 in use), 12 unreachable': of the first kind the cause that most have.
+    text: str
+    # A node of the largest cause, and whether the text has its message.
+    example: ReleaseNode
+    is_told: bool
+
+
+def causes_of(failed: Collection[ReleaseNode]) -> Causes:
+    """Return why nodes failed, one at least: the kind of most of them first, and of that its largest cause."""
     text = kinds_text(node.error_kind for node in failed)
     first = text.partition(",")[0]
     kind = first.partition(" ")[2]
-    nodes = [FailedNode(n.node_id, n.name, n.main_ip, n.task_id, n.error_kind, n.error_msg) for n in failed
-             if (n.error_kind or NO_KIND) == kind]
-    largest = next(iter(group_failures(nodes)), None)
-    if largest is None or not largest.pattern or largest.size <= len(nodes) / 2:
-        return text
-    some = "" if largest.size == len(nodes) else f"{largest.size} of them: "
-    return f"{first} ({some}{one_line(largest.pattern, MAX_CAUSE_CHARS)}){text[len(first):]}"
+    of_kind = {n.node_id: n for n in failed if (n.error_kind or NO_KIND) == kind}
+    largest = group_failures(FailedNode(n.node_id, n.name, n.main_ip, n.task_id, n.error_kind, n.error_msg)
+                             for n in of_kind.values())[0]
+    example = of_kind[largest.nodes[0][0]]
+    if not largest.pattern or largest.size <= len(of_kind) / 2:
+        return Causes(text, example, False)
+    some = "" if largest.size == len(of_kind) else f"{largest.size} of them: "
+    return Causes(f"{first} ({some}{one_line(largest.pattern, MAX_CAUSE_CHARS)}){text[len(first):]}", example, True)
+
 
 # endregion
 
@@ -4772,7 +4798,7 @@ def _failures(nodes: NodeIndex, strategy: Strategy) -> str:
              else str(resolve_share(strategy.max_failed_total, len(nodes))))
     accepted = sum(bool(n.accepted) for n in failed)
     return (f"finished with {count_of(len(failed), 'failure')} (limit {limit}"
-            + (f", {accepted} accepted" if accepted else "") + f"): {causes_text(failed)}")
+            + (f", {accepted} accepted" if accepted else "") + f"): {causes_of(failed).text}")
 
 
 # Of a release that too many agents did not answer.
@@ -4783,15 +4809,18 @@ def _cause(situation: Situation) -> str:
     first, preflight = first_failed(situation.nodes), situation.preflight
     if situation.broken or first is None:
         return situation.broken or NO_NODES
-    if preflight and preflight.exceeded:
-        return f"{preflight.exceeded}; {NOTHING_SENT}; first node {first.name}: {first.error_msg}"
-    node = f"node {first.name} in batch {first.batch}: {first.error_msg}"
     failed = situation.nodes.of[FAILED].values()
+    causes = causes_of(failed)
+    example = causes.example
+    if preflight and preflight.exceeded:
+        return f"{preflight.exceeded}; {NOTHING_SENT}; such as node {example.name}: {example.error_msg}"
     tolerates = situation.strategy.max_failed not in (0, "0%") or situation.strategy.max_failed_total
     if not tolerates and len(failed) == 1:
-        return f"stopped by {node}"
+        return f"stopped by node {first.name} in batch {first.batch}: {first.error_msg}"
     what = situation.exceeded if tolerates else f"{count_of_nodes(len(failed))} failed"
-    return f"stopped, {what}: {causes_text(failed)}; first {node}"
+    # the node that failed first may have failed for what is no cause of the end
+    message = f": {example.error_msg}" if example.error_msg and not causes.is_told else ""
+    return f"stopped, {what}: {causes.text}; such as node {example.name} in batch {example.batch}{message}"
 
 
 def _paused(situation: Situation, waiting: str) -> str:
@@ -4811,7 +4840,7 @@ def _paused(situation: Situation, waiting: str) -> str:
     elif situation.exceeded:
         failed = nodes.of[FAILED].values()
         # a release that waits for nodes is described again and again
-        causes = kinds_text(n.error_kind for n in failed) if waiting else causes_text(failed)
+        causes = kinds_text(n.error_kind for n in failed) if waiting else causes_of(failed).text
         then = f"{situation.exceeded}: {causes}; resume and accept the failures, or cancel"
     return f"paused{by}{where}: " + (f"{waiting}; " if waiting else "") + then
 
@@ -8582,6 +8611,16 @@ def read_failures(tx: Transaction, release_id: int) -> list[FailureGroup]:
     return group_failures(failed, dict(labels))
 
 
+def read_shared(tx: Transaction, release_id: int) -> str:
+    """Return the label that the failed nodes of a release share: shared_text(); nodes have the labels of now."""
+    # the index release_task_nodes_by_status: most releases end without two failed nodes
+    counts = """SELECT h.labels, COUNT(*) FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id
+                WHERE n.release_task_id = ?"""
+    failed = dict(tx.rows(f"{counts} AND n.status = 'failed' GROUP BY h.labels", release_id))
+    return shared_text(failed, dict(tx.rows(f"{counts} GROUP BY h.labels", release_id))) if sum(
+        failed.values()) > 1 else ""
+
+
 # The failed nodes of a release with more nodes than this are rarely read; of so many such releases they are kept.
 SMALL_RELEASE_NODES, MAX_LARGE_KEPT = 1000, 16
 
@@ -11135,6 +11174,8 @@ class Claims:
             if begun and read_freezes(tx).of(stored).frozen:
                 raise StateMoved(f"a freeze came before a dispatch of {release}")
             write_nodes(tx, release.id, decision.changes, now)
+            if decision.status in (FAILED, PARTIAL):
+                decision = decision.with_sequel(read_shared(tx, release.id))
             rollback, text, mend = self._releases.plan_rollback_of(tx, release) if decision.rolls_back else (
                 None, "", "")
             detail = "; ".join(filter(None, (text and decision.error_msg, text, mend)))

@@ -9,6 +9,7 @@ import pytest
 from lab import ADDRESSES, JSON, free_port, misfit, new_release, sql, statuses
 from test_again import settle
 from test_decision import decide, node
+from test_goes_back import run
 
 import releasectl as rc
 
@@ -30,9 +31,9 @@ def patterns(*messages: str) -> list[str]:
 
 @pytest.mark.parametrize(("messages", "pattern"), [
     (["boom"], "boom"), ([""], ""), ([IN_USE, IN_USE], IN_USE),
-    (["dial tcp 10.0.0.1:8443: refused", "dial tcp 10.0.0.2:8443: refused"], "dial tcp {main_ip}:8443: refused"),
-    (["edge-1 is full", "edge-2 is full"], "{name} is full"),
-    (["no task apply_config_10.0.0.1_42_9f3a61c0", "no task apply_config_10.0.0.2_42_9f3a61c0"], "no task {task_id}"),
+    (["dial tcp 10.0.0.1:8443: refused", "dial tcp 10.0.0.2:8443: refused"], "dial tcp <address>:8443: refused"),
+    (["edge-1 is full", "edge-2 is full"], "<name> is full"),
+    (["no task apply_config_10.0.0.1_42_9f3a61c0", "no task apply_config_10.0.0.2_42_9f3a61c0"], "no task <task>"),
     (["HTTP 503", "HTTP 503"], "HTTP 503"), (["HTTP 503", "HTTP 504"], "HTTP N"),
     (["HTTP 503 after 12 ms", "HTTP 503 after 9 ms"], "HTTP 503 after N ms"),
     (["took 12ms", "took 9ms"], "took N"), (["x509: expired", "x509: expired"], "x509: expired"),
@@ -40,7 +41,7 @@ def patterns(*messages: str) -> list[str]:
     (["sha256 of a1 is b2", "sha256 of a1 is c3"], "sha256 of a1 is N"),
     # a peer's name is no own one
     (["edge-12 is full", "edge-13 is full"], "edge-N is full"), (["edge-10 and edge-1", "edge-10 and edge-2"],
-                                                                 "edge-10 and {name}"),
+                                                                 "edge-10 and <name>"),
     (["端口443被占用", "端口443被占用"], "端口443被占用"), (["a\0b", "a\0b"], "a b"), (["\ud800 1", "\ud800 2"], "N")])
 def test_a_cause_is_the_message_without_what_is_the_nodes_own(messages, pattern):
     assert patterns(*messages) == [pattern]
@@ -135,12 +136,12 @@ def test_every_failed_node_is_in_one_group_and_the_order_of_rows_does_not_matter
 @pytest.mark.parametrize("seed", range(100))
 def test_nodes_with_one_cause_are_in_one_group_whatever_is_their_own(seed):
     rng = random.Random(seed)
-    parts = [*WORDS, "{name}", "{main_ip}", "{task_id}", "NUMBER", "ID"]
+    parts = [*WORDS, "<name>", "<address>", "<task>", "NUMBER", "ID"]
     words = [rng.choice(parts) for _ in range(rng.randrange(1, 14))]
     nodes = []
     for number in rng.sample(range(1, 100_000), rng.randrange(2, 9)):
         made = failed(number, "")
-        own = {"{name}": made.name, "{main_ip}": made.main_ip, "{task_id}": made.task_id,
+        own = {"<name>": made.name, "<address>": made.main_ip, "<task>": made.task_id,
                "NUMBER": str(rng.randrange(10**9)), "ID": f"{rng.getrandbits(32):08x}1"}
         nodes.append(made._replace(error_msg=" ".join(own.get(word, word) for word in words)[:255]))
     assert [group.size for group in rc.group_failures(nodes)] == [len(nodes)]
@@ -199,12 +200,36 @@ def test_the_end_of_a_release_says_how_many_failed_of_what():
         "finished with 5 failures (limit 8): 3 agent_failed (bind to :443 in use), 1 timeout, 1 unreachable")
     assert sentence(*MIXED) == (
         "stopped, 5 nodes failed: 3 agent_failed (bind to :443 in use), 1 timeout, 1 unreachable; "
-        "first node edge-1 in batch 1: bind to :443 in use")
+        "such as node edge-1 in batch 1")
     assert sentence(*MIXED, max_failed=2).startswith(
         "stopped, 5 nodes of batch 1 failed, at most 2 may: 3 agent_failed (bind to :443 in use), 1 timeout, 1 unreach")
     assert sentence(*MIXED, on_exceed="pause") == (
         "paused after batch 1: 5 nodes of batch 1 failed, at most 0 may: 3 agent_failed (bind to :443 in use), "
         "1 timeout, 1 unreachable; resume and accept the failures, or cancel")
+
+
+def test_the_end_names_a_node_of_the_largest_cause_and_not_what_failed_first():
+    mixed = [("unreachable", "10.0.0.1: no route to host"), *[("agent_failed", "bind to :443 in use")] * 3]
+    assert sentence(*mixed) == (
+        "stopped, 4 nodes failed: 3 agent_failed (bind to :443 in use), 1 unreachable; such as node edge-2 in batch 1")
+    apart = [("timeout", "c"), ("agent_failed", "a is full"), ("agent_failed", "b is gone")]
+    assert sentence(*apart).endswith("2 agent_failed, 1 timeout; such as node edge-2 in batch 1: a is full")
+
+
+def test_the_end_says_which_label_all_that_failed_share(store):
+    gru = [{"name": f"gru-{number}", "main_ip": f"10.9.0.{number}", "labels": '{"pop": "gru", "role": "cache"}'}
+           for number in range(1, 4)]
+    others = [{"name": f"fra-{number}", "main_ip": f"10.9.1.{number}", "labels": '{"pop": "fra", "role": "cache"}'}
+              for number in range(1, 28)]
+    store.nodes.import_all([*others, *gru], "anna", False)
+    release = run(store, new_release(store, strategy={"batches": [27], "maxFailed": 1}).id, 28, 29, 30)
+    assert release.status_reason == (
+        "stopped, 3 nodes of batch 2 failed, at most 1 may: 3 agent_failed (no disk space); "
+        "such as node gru-1 in batch 2; all 3 in pop=gru")
+    again = run(store, new_release(store, strategy={"batches": [30], "maxFailed": 1}).id, 1, 28, 29, 30)
+    assert again.status_reason.endswith("; such as node fra-1 in batch 1; 3 of 4 in pop=gru")
+    assert run(store, new_release(store, strategy={"batches": [30], "maxFailed": 9}).id, 1, 2, 3).status_reason == (
+        "finished with 3 failures (limit 9 in a batch): 3 agent_failed (no disk space)")
 
 
 def test_a_single_failure_is_told_as_before():
@@ -295,9 +320,9 @@ def test_agents_that_fail_for_one_cause_are_one_group_and_only_those_are_tried_a
     world.drain(AGENT_RETRIES=0)
     release, groups = world.store.releases.with_failures(release.id)
     assert [(group.kind, group.size) for group in groups] == [("agent_failed", 3), ("unreachable", 1)]
-    assert groups[0].pattern == "{main_ip}: bind to :443 in use, pid N"
+    assert groups[0].pattern == "<address>: bind to :443 in use, pid N"
     assert release.status_reason == ("finished with 4 failures (limit 9 in a batch): 3 agent_failed "
-                                     "({main_ip}: bind to :443 in use, pid N), 1 unreachable")
+                                     "(<address>: bind to :443 in use, pid N), 1 unreachable")
     for number in (1, 2, 3):
         world.agent(number).set(outcome="success", message="")
     made = world.store.releases.retry(release.id, "anna", rc.Again(kinds=["agent_failed"])).release

@@ -850,7 +850,7 @@ def test_37_failures_of_three_kinds_among_2000_nodes_fit_a_screen_and_one_kind_i
     night_shift(page.daemon.store, 2000)
     page.browser.look(1280, 800)
     page.open("#/releases/1").see("37 nodes failed", "#failures h2")
-    page.see("{main_ip}:8443: no route", "#cause-0").see("24 of 24 in pop=gru", "#cause-0")
+    page.see("<address>:8443: no route", "#cause-0").see("24 of 24 in pop=gru", "#cause-0")
     page.see("Is the host up", "#cause-0").see(MARKUP, "#cause-1").see("agent_failed", "#cause-1")
     page.see("edge-1, edge-2, edge-3 …", "#cause-0")
     assert page.run("document.querySelector('#failures').getBoundingClientRect().height") < 480

@@ -97,7 +97,7 @@ def test_too_many_silent_agents_end_the_release_in_one_commit_and_nothing_is_sen
     assert after[1] == ("tls", "tls it is", 0, 0, None, NOW.text)
     assert after[2] == ("", "", 0, 1, None, NOW.text)
     text = "preflight: 3 of 4 agents did not answer (2 unreachable, 1 tls); nothing was sent"
-    assert (decision.error_msg, decision.status_reason) == (text, f"{text}; first node edge-1: tls it is")
+    assert (decision.error_msg, decision.status_reason) == (text, f"{text}; such as node edge-3: unreachable it is")
 
 
 @pytest.mark.parametrize(("strategy", "most"), [

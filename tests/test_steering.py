@@ -158,7 +158,7 @@ def test_a_share_of_failures_counts_the_batchs_own_nodes():
     stopped = decide(nodes, strategy=rc.Strategy(max_failed="19%"))
     assert stopped.status == "failed"
     assert stopped.status_reason == ("stopped, 2 nodes of batch 1 failed, at most 1 may: 2 other; "
-                                     "first node edge-1 in batch 1:")
+                                     "such as node edge-1 in batch 1")
 
 
 def test_failures_of_all_batches_count_against_the_total():
