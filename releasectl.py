@@ -9813,6 +9813,34 @@ def effect_of(tx: Transaction, payload: Mapping[str, Any], nodes: Sequence[Node]
     return Effect(running, against, changes, open_releases=ahead)
 
 
+def back_and_forth(tx: Transaction, request: ReleaseRequest, nodes: Sequence[Node]) -> list[str]:
+    """Return notes on the rollback of a rollback: that it is one, and whom it leaves with another payload.
+
+    By rule 10 it brings what the nodes had before the payload that the first one brought, which may be long ago; nobody
+    ran that just before.
+    """
+    first = None if request.rollback_of is None else read_release(tx, request.rollback_of)
+    if first is None or first.rollback_of is None:
+        return []
+    undone, brought = read_release(tx, first.rollback_of), release_with_payload_of(tx, first)
+    notes = [f"release {first.id} is itself a rollback, of release {undone.id}" + (
+        f", to what release {brought} brought" if brought else "")]
+    digest, goes_to = digest_of(request.payload), {node.id for node in nodes}
+    others = [node for node in nodes_again(tx, undone) if node.id not in goes_to and node.enabled]
+    levels = _what_they_have(tx, others)
+    stay = [node.name for node in others for has in [levels[node.id].has] if has and has.payload_sha256 != digest]
+    return [*notes, *([f"{count_of_nodes(len(stay))} of release {undone.id} {'stays' if len(stay) == 1 else 'stay'} on "
+                       f"another payload: {in_words(stay, MAX_NAMED)}"] if stay else [])]
+
+
+def release_with_payload_of(tx: Transaction, release: Release) -> int | None:
+    """Return the newest release of the target before one that has its payload and is no rollback; None for none."""
+    digest = stored_digest(tx, release.id)
+    older = tx.rows("SELECT id FROM release_tasks WHERE target = ? AND version < ? AND rollback_of IS NULL "
+                    "ORDER BY version DESC", release.target, release.version)
+    return next((release_id for release_id, in older if stored_digest(tx, release_id) == digest), None)
+
+
 def _open_releases(tx: Transaction) -> int:
     return int(tx.value(f"SELECT COUNT(*) FROM release_tasks WHERE status IN {OPEN_RELEASES}"))
 
@@ -10201,6 +10229,7 @@ class Releases:
     def _planned(tx: Transaction, request: ReleaseRequest, plan: Plan, nodes: Sequence[Node], version: int) -> Plan:
         """Return a plan with what it needs to be shown."""
         superseded, warnings = queue_effect(tx, request)
+        warnings = [*back_and_forth(tx, request, nodes), *warnings]
         approval = approval_for(tx, request)
         if approval == WANTED:
             warnings.append("waits for approval by somebody else than its author; in an emergency it goes without: "

@@ -172,6 +172,21 @@ def test_rule_10_neither_does_the_same_payload_under_a_lower_version(store):
     assert brought_back(store, worse) == ("A", (1, 1))
 
 
+def test_rule_10_the_rollback_of_a_rollback_says_so_and_names_whom_it_leaves_with_another_payload(store):
+    add_nodes(store, 4)
+    good(store, "A")
+    good(store, "B")
+    bad = ended(store, "C", "success", "failed", "success", "skipped")
+    first = store.releases.rollback(bad.id, "anna").release
+    settle(store, first, "success", "success", "success")
+    plan = store.releases.plan_again("rollback", first.id)
+    assert plan.payload_of == (1, 1)  # "another payload" than that of release 2, which this one brought again
+    assert plan.warnings == [
+        f"release {first.id} is itself a rollback, of release {bad.id}, to what release 2 brought",
+        f"1 node of release {bad.id} stays on another payload: edge-4"]
+    assert store.releases.plan_again("rollback", bad.id, rc.Again(over_newer=True)).warnings == []
+
+
 def test_rule_10_it_does_come_again_when_somebody_wanted_it_again_under_a_higher_version(store):
     add_nodes(store, 2)
     good(store, "A")
