@@ -2237,7 +2237,7 @@ class Release:
     approval: str = ""
     approved_by: str = ""
     approved_at: str | None = None
-    # The release that rolls it back, and its status: of several the one that is open, else one that did, else the last.
+    # The release that rolls it back, and its status: of several the first that did, else the last that may still.
     rollback_id: int | None = None
     rollback_status: str = ""
 
@@ -4689,7 +4689,8 @@ def as_read(release: Release) -> Release:
     if release.rollback_id is None or not release.is_terminal:
         return release
     by = f"release {release.rollback_id}"
-    waits, did = f"{by} is to roll it back and waits: releasectl why {release.rollback_id}", f"rolled back by {by}"
+    did = f"rolled back by {by}"
+    waits = f"to be {did}, which waits: releasectl why {release.rollback_id}"
     text = {PENDING: waits, PAUSED: waits, SUCCESS: did, PARTIAL: f"{did}, which ended partial",
             FAILED: f"was to be {did}, which failed", CANCELLED: f"was to be {did}, which was cancelled"}.get(
         release.rollback_status, f"{by} rolls it back")
@@ -8459,9 +8460,12 @@ class Nodes:
 #   texts, Decision, Verbs, Database, Database state, Audit, Nodes.
 # ======================================================================================
 
-_ROLLBACK = f"""FROM release_tasks b WHERE b.rollback_of = r.id
-         ORDER BY CASE WHEN b.status IN {OPEN_RELEASES} THEN 0
-                       WHEN b.status IN ('success', 'partial') THEN 1 ELSE 2 END, b.id DESC
+# The first rollback that succeeded, as later ones only bring the same again; else the newest that may still, or did in
+# part; else the newest.
+_FROM_ITS_ROLLBACK = f"""FROM release_tasks b WHERE b.rollback_of = r.id
+         ORDER BY CASE WHEN b.status = 'success' THEN 0
+                       WHEN b.status = 'partial' OR b.status IN {OPEN_RELEASES} THEN 1 ELSE 2 END,
+                  CASE WHEN b.status = 'success' THEN b.id ELSE -b.id END
          LIMIT 1"""
 # Fields of Release that are computed; each other one is a column of its row r. The index release_task_nodes_by_status
 # serves each status by itself: its lowest batch is the first entry, while IN would read all of them.
@@ -8475,7 +8479,8 @@ _COMPUTED_OF_RELEASE = {
          SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'running') w),
         (SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'failed'), 0)""",
     # the index release_tasks_by_rollback_of
-    "rollback_id": f"(SELECT b.id {_ROLLBACK})", "rollback_status": f"COALESCE((SELECT b.status {_ROLLBACK}), '')"}
+    "rollback_id": f"(SELECT b.id {_FROM_ITS_ROLLBACK})",
+    "rollback_status": f"COALESCE((SELECT b.status {_FROM_ITS_ROLLBACK}), '')"}
 _RELEASE_FIELDS = [field.name for field in dataclasses.fields(Release)]
 RELEASE_COLUMNS = ", ".join(_COMPUTED_OF_RELEASE.get(name, f"r.{name}") for name in _RELEASE_FIELDS)
 
@@ -14294,14 +14299,14 @@ class Executor:
 # agents and people wrote stays as it is.
 _CHINESE_FORMS = (
     # what is told of a rollback stands behind what an agent said
-    (r"(.*); ((?:release \d+ (?:rolls it back|is to roll it back)|(?:was to be )?rolled back by|not rolled back).*)",
+    (r"(.*); ((?:release \d+ rolls it back|(?:(?:was )?to be )?rolled back by|not rolled back).*)",
      "{1!}；{2!}"),
     (r"(\d+) nodes? succeeded", "{1} 个节点成功"),
     (r"(\d+) of (\d+) nodes updated", "{2} 个节点中已更新 {1} 个"),
     (r"not rolled back, as it was cancelled: (once it has ended, )?(releasectl .*)", "因已取消而未回滚：{2}"),
     (r"release (\d+) rolls it back", "由发布 {1} 回滚"), (r"rolled back by release (\d+)", "已由发布 {1} 回滚"),
     (r"rolled back by release (\d+), which ended partial", "已由发布 {1} 回滚（部分成功）"),
-    (r"release (\d+) is to roll it back and waits: (releasectl .*)", "将由发布 {1} 回滚，正在等待：{2}"),
+    (r"to be rolled back by release (\d+), which waits: (releasectl .*)", "将由发布 {1} 回滚，正在等待：{2}"),
     (r"was to be rolled back by release (\d+), which was cancelled", "本应由发布 {1} 回滚，但该发布已取消"),
     (r"was to be rolled back by release (\d+), which failed", "本应由发布 {1} 回滚，但该发布失败"),
     ("it can be rolled back", "可以回滚"),
@@ -14634,7 +14639,8 @@ RELEASE_SCHEMA: Mapping[str, Any] = {
     "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
     "currentBatch": _COUNT, "errorMsg": TEXT, "strategy": _OBJECT, "payloadSha256": _SHA256,
     "selection": _OBJECT, "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL, "catchUpOf": _ID_OR_NULL,
-    "rolledBackBy": _ID_OR_NULL, "goesFirst": _FLAG, "duringFreeze": _FLAG,
+    "rolledBackBy": _ID_OR_NULL,
+    "rollbackStatus": {"type": "string", "enum": ["", *RELEASE_STATUSES]}, "goesFirst": _FLAG, "duringFreeze": _FLAG,
     "createdAt": _TIME, "startedAt": _TIME, "finishedAt": _TIME, "updatedAt": _TIME,
     "author": TEXT, "approval": _APPROVAL, "approvedBy": TEXT, "approvedAt": _TIME}
 RELEASE_NODE_SCHEMA: Mapping[str, Any] = {

@@ -36,7 +36,7 @@ MAX_BODY_BYTES = 1 << 20
 RELEASE_KEYS = {"id", "type", "target", "version", "status", "statusReason", "reason", "totalNodes", "successNodes",
                 "failedNodes", "skippedNodes", "currentBatch", "errorMsg", "strategy", "payloadSha256", "retryOf",
                 "selection", "catchUpOf", "author", "approval", "approvedBy", "approvedAt", "goesFirst", "duringFreeze",
-                "rollbackOf", "rolledBackBy", "createdAt", "startedAt", "finishedAt", "updatedAt"}
+                "rollbackOf", "rolledBackBy", "rollbackStatus", "createdAt", "startedAt", "finishedAt", "updatedAt"}
 RELEASE_NODE_KEYS = {"nodeId", "nodeName", "mainIp", "status", "taskId", "attempts", "errorKind", "errorMsg",
                      "startedAt", "finishedAt"}
 NODE_KEYS = {"id", "name", "mainIp", "agentPort", "agentProtocol", "labels", "enabled", "status", "createdAt",
@@ -122,7 +122,7 @@ def test_a_release_has_the_keys_of_the_contract_and_null_for_what_has_not_come(c
         "id": 1, "type": "apply_config", "target": "cdn", "version": 1, "status": "pending", "reason": "weekly",
         "totalNodes": 3, "successNodes": 0, "failedNodes": 0, "skippedNodes": 0, "currentBatch": 1, "errorMsg": "",
         "strategy": {}, "payloadSha256": rc.digest_of({}), "selection": {}, "retryOf": None, "rollbackOf": None,
-        "rolledBackBy": None, "catchUpOf": None, "author": "api", "approval": "", "approvedBy": "", "approvedAt": None,
+        "rolledBackBy": None, "rollbackStatus": "", "catchUpOf": None, "author": "api", "approval": "", "approvedBy": "", "approvedAt": None,
         "goesFirst": False, "duringFreeze": False, "startedAt": None, "finishedAt": None}
 
 

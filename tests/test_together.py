@@ -165,7 +165,7 @@ def test_what_is_said_of_a_rollback_is_how_it_stands_and_no_retry_is_offered_whi
     store.releases.set_freeze(True, "anna", "holidays")
     cycle(store, claim, (1,))
     bad, [back] = store.releases.get(bad.id), rollbacks_of(store, bad)
-    waits = f"release {back.id} is to roll it back and waits: releasectl why {back.id}"
+    waits = f"to be rolled back by release {back.id}, which waits: releasectl why {back.id}"
     for verb in ("pause", "resume"):
         shown, text, mend = told_of(store, bad)
         assert (shown.endswith(waits), text.endswith(waits), mend) == (True, True, f"releasectl why {back.id}")
@@ -183,8 +183,8 @@ def test_what_is_said_of_a_rollback_is_how_it_stands_and_no_retry_is_offered_whi
 
 
 @pytest.mark.parametrize(("status", "text"), [
-    ("pending", "release 4 is to roll it back and waits: releasectl why 4"), ("running", "release 4 rolls it back"),
-    ("paused", "release 4 is to roll it back and waits: releasectl why 4"), ("success", "rolled back by release 4"),
+    ("pending", "to be rolled back by release 4, which waits: releasectl why 4"), ("running", "release 4 rolls it back"),
+    ("paused", "to be rolled back by release 4, which waits: releasectl why 4"), ("success", "rolled back by release 4"),
     ("cancelled", "was to be rolled back by release 4, which was cancelled"),
     ("partial", "rolled back by release 4, which ended partial"),
     ("failed", "was to be rolled back by release 4, which failed"), ("cancelling", "release 4 rolls it back")])
