@@ -198,6 +198,9 @@ VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
 SERVE, TICK = "serve", "tick"
 
 NODE_STATUSES = ("online", "offline", "maintenance")
+# The same for a list of nodes: a disabled one is that, whatever its status.
+DISABLED = "disabled"
+NODE_STATES = (*NODE_STATUSES, DISABLED)
 
 # Whether a release needs a second person before it starts, "" for no (the column approval of release_tasks): it waits
 # for one; one approved it; somebody let it go without; the program made it itself.
@@ -2156,9 +2159,14 @@ class Node:
         return endpoint_of(self.main_ip, self.agent_port)
 
     @property
+    def state(self) -> str:
+        """Return one of NODE_STATES."""
+        return self.status if self.enabled else DISABLED
+
+    @property
     def condition(self) -> str:
         """Return "online", or why it gets no releases: "disabled", "offline", "in maintenance"."""
-        return "disabled" if not self.enabled else f"in {self.status}" if self.status == "maintenance" else self.status
+        return f"in {self.state}" if self.state == "maintenance" else self.state
 
     @property
     def label_values(self) -> Mapping[str, str]:
@@ -6346,7 +6354,11 @@ class FleetCounts(NamedTuple):
     """The enabled nodes, counted."""
     # By DRIFTS.
     drift: Mapping[str, DriftCount]
-    # As in OverviewFacts.
+    # How many run what they should; the others have no release yet, or the wrong one.
+    right: int = 0
+    # All nodes by NODE_STATES.
+    states: Mapping[str, int] = {}
+    # What is wrong with the addresses of the enabled nodes, "" for nothing, and the name of one to be disabled.
     twins: str = ""
     twin: str = ""
 
@@ -6418,10 +6430,7 @@ class OverviewFacts(NamedTuple):
     now_s: float = 0.0
     # Newest first.
     failures: Sequence[Unmended] = ()
-    drift: Mapping[str, DriftCount] = {}
-    # What is wrong with the addresses of the enabled nodes, "" for nothing, and the name of one to be disabled.
-    twins: str = ""
-    twin: str = ""
+    fleet: FleetCounts = FleetCounts({})
     certificates: Sequence[CertificateState] = ()
     notifications: Waiting = NO_WAITING
     # Why the database can't be used, "" where it can, and since when this process knows that.
@@ -6467,7 +6476,26 @@ def _verdict_text(problems: Sequence[Problem], facts: OverviewFacts) -> str:
     waiting = f"{facts.pending} waiting" if facts.pending else ""
     working = in_words(facts.active, MAX_NAMED, text=lambda release: f"{release.status} {release}" + (
         f", a rollback of release {release.rollback_of}" if release.rollback_of else ""))
-    return "all is well: " + (", ".join(filter(None, (working, waiting))) or "nothing to do")
+    doing = ", ".join(filter(None, (working, waiting))) or _all_right(facts.fleet) or "nothing to do"
+    return "; ".join(filter(None, (f"all is well: {doing}", _set_aside(facts.fleet))))
+
+
+def _all_right(fleet: FleetCounts) -> str:
+    """Return that the nodes run what they should, "" where none has anything to run yet."""
+    enabled = sum(found.nodes for found in fleet.drift.values())
+    if not fleet.right:
+        return ""
+    if fleet.right < enabled:
+        return f"{fleet.right} of {count_of_nodes(enabled)} run what they should, no release is for the others yet"
+    return "the one node runs what it should" if enabled == 1 else f"all {enabled} nodes run what they should"
+
+
+def _set_aside(fleet: FleetCounts) -> str:
+    """Return '1 node in maintenance, 2 disabled': nothing is wrong with that, unless nobody remembers it."""
+    found = [(fleet.states[state], f"in {state}" if state == "maintenance" else state)
+             for state in NODE_STATES if state != "online" and fleet.states.get(state)]
+    return ", ".join(f"{count if number else count_of_nodes(count)} {state}"
+                     for number, (count, state) in enumerate(found))
 
 
 def _database_problems(facts: OverviewFacts) -> Iterator[Problem]:
@@ -6519,7 +6547,7 @@ def _release_problems(facts: OverviewFacts) -> Iterator[Problem]:
 
 def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
     for drift in (AHEAD, UNSURE, BEHIND):
-        found = facts.drift.get(drift, DriftCount())
+        found = facts.fleet.drift.get(drift, DriftCount())
         if found.nodes:
             nodes = count_of_nodes(found.nodes)
             run, they = ("runs", "it") if found.nodes == 1 else ("run", "they")
@@ -6535,8 +6563,9 @@ def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
 
 
 def _twin_problems(facts: OverviewFacts) -> Iterator[Problem]:
-    if facts.twins:
-        yield Problem("twins", facts.twins, f"releasectl node set {shlex.quote(facts.twin)} --disable")
+    fleet = facts.fleet
+    if fleet.twins:
+        yield Problem("twins", fleet.twins, f"releasectl node set {shlex.quote(fleet.twin)} --disable")
 
 
 def _freeze_problems(facts: OverviewFacts) -> Iterator[Problem]:
@@ -9539,12 +9568,19 @@ class Level(NamedTuple):
         return {*self.tries, *(ran.release_id for ran in (self.runs, self.has, self.wants) if ran)}
 
     @property
+    def is_right(self) -> bool:
+        """Return whether it is known to run what it should; one that no release is for yet does not."""
+        has, wants = self.has, self.wants
+        return bool(not self.is_unknown and has and wants and (
+            has.release_id == wants.release_id or has.payload_sha256 == wants.payload_sha256))
+
+    @property
     def drift(self) -> str:
         """Return one of DRIFTS. A release under way is no drift: what it left counts when it has ended."""
         has, wants = self.has, self.wants
         if self.is_unknown:
             return UNSURE
-        if has and wants and (has.release_id == wants.release_id or has.payload_sha256 == wants.payload_sha256):
+        if self.is_right:
             return LEVEL
         if wants and (has is None or has.rank < wants.rank):
             return BEHIND
@@ -9889,15 +9925,20 @@ class NodeFilter(NamedTuple):
     words: NodeWords = NodeWords()
     # Id of the release that they run.
     runs: int | None = None
-    # Part of a name, an address or a label.
+    # Parts of a name, an address or a label, with spaces or commas between: it has to have each of them.
     search: str = ""
     # A key of NODE_ORDERS, with "-" before it backwards.
     sort: str = "id"
+    # One of NODE_STATES.
+    state: str = ""
 
     def takes(self, node: Node) -> bool:
         """Return whether it takes a node, as far as the node's row tells."""
-        return self.words.takes(node) and (not self.search or self.search.lower() in "\n".join(
-            [node.name, node.main_ip, *(f"{key}={value}" for key, value in node.label_values.items())]).lower())
+        if not self.words.takes(node) or self.state not in ("", node.state):
+            return False
+        text = "\n".join([node.name, node.main_ip, *(
+            f"{key}={value}" for key, value in node.label_values.items())]).lower() if self.search else ""
+        return all(part in text for part in self.search.lower().replace(",", " ").split())
 
 
 NODE_ORDERS: Mapping[str, Callable[[ListedNode], Any]] = {
@@ -9977,7 +10018,8 @@ class Fleet:
 
     def _count(self) -> FleetCounts:
         with self._database.transaction() as tx:
-            enabled = [node for node in all_nodes(tx) if node.enabled]
+            nodes = all_nodes(tx)
+            enabled = [node for node in nodes if node.enabled]
             listed = _with_levels(tx, enabled)
         twins, counts = twins_of(enabled), {drift: DriftCount() for drift in DRIFTS}
         for node, level in listed:
@@ -9985,7 +10027,9 @@ class Fleet:
             counts[level.drift] = DriftCount(
                 known.nodes + 1, known.first or node.name, min(filter(None, (known.since, since)), default=None),
                 known.away + (not node.gets_releases))
-        return FleetCounts(counts, *((twins_text(*twins), twins[1].name) if twins else ()))
+        return FleetCounts(counts, sum(level.is_right for _, level in listed),
+                           dict(collections.Counter(node.state for node in nodes)),
+                           *((twins_text(*twins), twins[1].name) if twins else ()))
 
 
 class CatchUp(NamedTuple):
@@ -11487,8 +11531,8 @@ class OverviewReader:
             # what ended since the last look must not be missing in both
             key = [release.id for release in active], facts.pending
             fleet = self._fleet.counts(key)
-            facts = facts._replace(failures=self._failures.get(key=key), drift=fleet.drift, twins=fleet.twins,
-                                   twin=fleet.twin, notifications=self._outbox.waiting())
+            facts = facts._replace(failures=self._failures.get(key=key), fleet=fleet,
+                                   notifications=self._outbox.waiting())
         except DatabaseError as error:
             facts = facts._replace(database_error=error.message)
         self._down_since = (self._down_since or self._state.now()) if facts.database_error else None
@@ -14814,11 +14858,13 @@ def certificate_states(found: Iterable[Mapping[str, Any]]) -> list[CertificateSt
 
 
 def overview_json(overview: Overview) -> dict[str, Any]:
-    """Return the verdict; drift is null where the database is out of reach."""
+    """Return the verdict; drift and nodes are null where the database is out of reach."""
     facts = overview.facts
     return {"ok": overview.is_well, "text": overview.text, "activeReleases": len(facts.active),
             "pendingReleases": facts.pending,
-            "drift": {drift: found.nodes for drift, found in facts.drift.items()} or None,
+            "drift": {drift: found.nodes for drift, found in facts.fleet.drift.items()} or None,
+            "nodes": {"right": facts.fleet.right, **{state: facts.fleet.states.get(state, 0) for state in NODE_STATES}}
+            if facts.fleet.drift else None,
             "problems": [{"kind": p.kind, "severity": p.severity, "title": p.title, "text": p.text, "since": p.since,
                           "mend": p.mend, "releaseId": p.release_id, "rollback": p.rollback}
                          for p in overview.problems]}
@@ -15076,6 +15122,7 @@ def openapi_schemas() -> dict[str, Any]:
         "Overview": schema_of({
             "ok": _FLAG, "text": TEXT, "activeReleases": _COUNT, "pendingReleases": _COUNT,
             "drift": {**schema_of(dict.fromkeys(DRIFTS, _COUNT)), "type": ["object", "null"]},
+            "nodes": {**schema_of(dict.fromkeys(("right", *NODE_STATES), _COUNT)), "type": ["object", "null"]},
             "problems": _array(schema_of({
                 "kind": {"type": "string", "enum": list(PROBLEM_KINDS)},
                 "severity": {"type": "string", "enum": list(PROBLEM_SEVERITIES)}, "title": TEXT, "text": TEXT,
@@ -15475,8 +15522,10 @@ QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "name": {"type": "string", "description": "only nodes of these names, several with a comma between: edge-*"},
     "runs": {**AFTER_IDS.schema, "default": 0,
              "description": "only nodes that run this release"},
-    "search": {"type": "string", "description": "only what has this in it: a node in its name, address or labels; a "
-                                                "release in its id, version (v42), target, reason or statusReason"},
+    "state": {"type": "string", "enum": ["", *NODE_STATES]},
+    "search": {"type": "string", "description": "only what has this in it: a node in its name, address or labels, of "
+                                                "several words, with spaces or commas between, each; a release in "
+                                                "its id, version (v42), target, reason or statusReason"},
     "target": {"type": "string", "description": "only releases of this target"},
     "since": {"type": "string", "description": "only releases that were created then or later: RFC 3339"},
     "node": {"type": "string", "description": "only releases that have the node of this name"},
@@ -15873,7 +15922,8 @@ class Api:
         return NodeFilter(
             request.choice("drift"),
             node_words(tuple(request.words("name")), "label", [",".join(labels)] if labels else []),
-            request.integer("runs") or None, request.query.get("search", ""), request.choice("sort"))
+            request.integer("runs") or None, request.query.get("search", ""), request.choice("sort"),
+            request.choice("state"))
 
     def list_nodes(self, request: Request) -> Reply:
         wanted = self._wanted_nodes(request)
@@ -16112,11 +16162,11 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/api/v1/releases/{id}/why", Api.get_why, VIEWER,
           "What it waits for, step by step, and what would mend it", "Why"),
     Route("GET", "/api/v1/nodes", Api.list_nodes, VIEWER, "List nodes", "NodeList",
-          ("page", "pageSize", "lastRelease", "drift", "label", "name", "runs", "search", "sort")),
+          ("page", "pageSize", "lastRelease", "drift", "label", "name", "runs", "state", "search", "sort")),
     Route("POST", "/api/v1/nodes", Api.add_node, OPERATOR, "Add a node", "Node", body="NewNode",
           touches=touches_all),
     Route("PATCH", "/api/v1/nodes", Api.update_nodes, OPERATOR, "Change all nodes that a search finds", "NodesChanged",
-          ("drift", "label", "name", "runs", "search"), body="NodesChange", touches=touches_all),
+          ("drift", "label", "name", "runs", "state", "search"), body="NodesChange", touches=touches_all),
     Route("GET", "/api/v1/nodes/{id}", Api.get_node, VIEWER, "A node", "Node"),
     Route("PATCH", "/api/v1/nodes/{id}", Api.update_node, OPERATOR, "Change a node", "Node", body="NodeChange",
           touches=touches_all),
@@ -18390,7 +18440,7 @@ def command_node_list(context: Context) -> int:
     options = context.options
     words = node_words(tuple(options.names), "--label", options.label or (), tuple(options.exclude or ()))
     page = context.open().fleet.page(size=0, wanted=NodeFilter(
-        options.drift or "", words, options.runs, options.search, options.sort))
+        options.drift or "", words, options.runs, options.search, options.sort, options.state or ""))
     text = context.display.table([_node_row(listed) for listed in page.items], NODE_HEAD) or _why_none(
         words, context.store.nodes.page(size=0).items)
     return context.show({"items": [node_json(listed) for listed in page.items], "total": page.total}, text)
@@ -19338,7 +19388,9 @@ COMMANDS: tuple[Command, ...] = (
         option("--drift", choices=DRIFTS, help="only nodes with this drift"),
         option("--label", action="append", metavar="K=V", help=_LABELS_HELP), _EXCLUDE_OPTION,
         option("--runs", type=_release_id, metavar="ID", help="only nodes that run this release, or latest"),
-        option("--search", default="", metavar="TEXT", help="only nodes with this in name, address or labels"),
+        option("--state", choices=NODE_STATES, help="only nodes that are this: disabled, or enabled with this status"),
+        option("--search", default="", metavar="TEXT", help="only nodes with this in name, address or labels; of "
+               "several words each"),
         option("--sort", choices=QUERY_PARAMETERS["sort"]["enum"], default="id", metavar="KEY",
                help="id, name, address, runs, or drift with the worst first; backwards: --sort=-runs (id)"))),
     Command("node show", "a node: what it runs and should run, what it was given, who changed it", command_node_show, (

@@ -713,14 +713,28 @@ def test_the_api_tells_of_a_node_what_it_runs_and_what_it_should_run(client):
     ("name=*-[34]", ["edge-3", "edge-4"]), ("label=region=eu", ["edge-2"]), ("label=region=eu,rack=1", ["edge-2"]),
     ("label=region=us", []), ("search=EU", ["edge-2"]), ("search=127.0.1.3", ["edge-3"]),
     ("sort=-name&pageSize=2", ["edge-4", "edge-3"]), ("sort=drift&drift=&pageSize=1", ["edge-3"]),
-    ("sort=runs&pageSize=2&page=2", ["edge-1", "edge-2"]), ("drift=none&search=edge&page=2&pageSize=1", ["edge-2"])])
+    ("sort=runs&pageSize=2&page=2", ["edge-1", "edge-2"]), ("drift=none&search=edge&page=2&pageSize=1", ["edge-2"]),
+    ("search=rack%3D1%20region%3Deu", ["edge-2"]), ("search=region%3Deu,%20rack%3D1", ["edge-2"]),
+    ("search=rack%3D1%20region%3Dus", []), ("search=EU%20edge", ["edge-2"]), ("search=,&drift=behind", ["edge-3", "edge-4"]),
+    ("state=disabled", []), ("state=maintenance", ["edge-4"]), ("state=online", ["edge-1", "edge-2", "edge-3"])])
 def test_a_list_of_nodes_can_be_searched_and_sorted(client, query, names):
     behind(client.store)
     client.store.nodes.update(2, {"labels": '{"region":"eu","rack":"1"}'})
     assert [node["name"] for node in client.ok("GET", f"/api/v1/nodes?{query}")["items"]] == names
 
 
-@pytest.mark.parametrize("query", ["drift=x", "label=region", "label=a=1,a=2", "runs=x", "sort=size"])
+def test_a_disabled_node_is_that_whatever_its_status_and_the_command_line_finds_it_too(quick, open_store):
+    store = open_store(f"sqlite:///{quick.folder}/releasectl.db")
+    behind(store)
+    store.nodes.update(4, {"enabled": 0})
+    store.nodes.update(2, {"labels": '{"region":"eu","rack":"1"}'})
+    found = [[node["name"] for node in quick.ok("node", "list", "--json", *words).json["items"]] for words in (
+        ("--state", "disabled"), ("--state", "maintenance"), ("--search", "rack=1 region=eu"))]
+    assert found == [["edge-4"], [], ["edge-2"]]
+    assert quick("node", "list", "--state", "gone").code == 2
+
+
+@pytest.mark.parametrize("query", ["state=gone", "drift=x", "label=region", "label=a=1,a=2", "runs=x", "sort=size"])
 def test_a_search_that_can_not_be_meant_is_refused(client, query):
     assert client.code("GET", f"/api/v1/nodes?{query}") in (2002, 2003)
 

@@ -12,7 +12,7 @@ from typing import Callable
 
 import pytest
 from conftest import leave_out
-from lab import AS_OTHERS, add_nodes, beside, new_release, sql
+from lab import AS_OTHERS, add_nodes, beside, misfit, new_release, sql
 from test_again import ended, good, settle
 
 import releasectl as rc
@@ -574,13 +574,41 @@ def test_the_api_tells_the_verdict(client):
     live(client.store)
     assert client.ok("GET", "/api/v1/overview") == {
         "ok": True, "text": "all is well: nothing to do", "activeReleases": 0, "pendingReleases": 0,
-        "drift": dict.fromkeys(rc.DRIFTS, 0), "problems": []}
+        "drift": dict.fromkeys(rc.DRIFTS, 0), "problems": [],
+        "nodes": {"right": 0, "online": 0, "offline": 0, "maintenance": 0, "disabled": 0}}
     client.store.releases.set_freeze(True, "anna", "the match")
     [problem] = client.ok("GET", "/api/v1/overview")["problems"]
     assert problem == {"kind": "frozen", "severity": "warning", "title": "Frozen: nothing is dispatched",
                        "text": "frozen by anna: the match",
                        "since": client.store.releases.freezes().everything.at, "mend": "releasectl freeze off",
                        "releaseId": None, "rollback": ""}
+
+
+def test_a_verdict_of_well_says_how_many_nodes_run_what_they_should_and_who_gets_no_release(client, monkeypatch):
+    store = client.store
+    monkeypatch.setattr(rc, "RARE_READ_REST", 0)
+    live(store)
+    add_nodes(store, 4)
+
+    def verdict() -> tuple[str, list[int]]:
+        found = client.ok("GET", "/api/v1/overview")
+        assert misfit(found, document["components"]["schemas"]["Overview"], document) == ""
+        return found["text"], list(found["nodes"].values())
+
+    document = rc.openapi_document()
+    assert verdict() == ("all is well: nothing to do", [0, 4, 0, 0, 0])
+    good(store, "A", 1, 2, 3)
+    assert verdict() == ("all is well: 3 of 4 nodes run what they should, no release is for the others yet",
+                         [3, 4, 0, 0, 0])
+    good(store, "B")
+    assert verdict() == ("all is well: all 4 nodes run what they should", [4, 4, 0, 0, 0])
+    store.nodes.update(1, {"status": "maintenance"})
+    store.nodes.update(2, {"enabled": 0})
+    store.nodes.update(3, {"enabled": 0, "status": "maintenance"})
+    assert verdict() == ("all is well: all 2 nodes run what they should; 1 node in maintenance, 2 disabled",
+                         [2, 1, 0, 1, 2])
+    new_release(store, payload={"content": "C"}, node_ids=[4])
+    assert verdict()[0] == "all is well: 1 waiting; 1 node in maintenance, 2 disabled"
 
 
 def test_an_executor_without_a_certificate_is_a_problem_before_anything_is_to_do(sqlite_world):
