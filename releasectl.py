@@ -9524,7 +9524,8 @@ def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
 # Drift: what each node runs, what it should run, and how far these are apart (contract
 #   section 5).
 # Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Selection, Plan,
-#   Decision, Verdict, Database, Database state, Nodes, Queue, Retry and rollback.
+#   Status texts, Decision, Why, Verdict, Database, Database state, Nodes, Queue, Retry and
+#   rollback.
 #
 #   Nothing of it is stored: the rows of release_task_nodes tell it, whoever wrote them,
 #   and an index finds the newest success of a node at once. A later try is looked at only
