@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import itertools
 import logging
 import os
@@ -27,6 +28,8 @@ import pytest
 pytest.register_assert_rewrite("lab", "contract")
 
 import lab  # noqa: E402
+from browser import PROGRAM as CHROMIUM  # noqa: E402
+from browser import Browser  # noqa: E402
 from lab import ADDRESSES, DRIVERS, Cli, Client, Listener, Peer, Quick, World  # noqa: E402
 
 import releasectl as rc  # noqa: E402
@@ -174,6 +177,15 @@ def new_postgres_url(postgres_server) -> Iterator[Callable[..., str]]:
     yield make
     for name in made:
         lab.admin(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["psycopg", "psycopg2", "pg8000"])
+def driver(request, monkeypatch) -> str:
+    """Each driver in turn, for this process; the environment of others has its name too."""
+    if not importlib.util.find_spec(request.param):
+        leave_out(request.param)
+    monkeypatch.setenv("RELEASECTL_PG_DRIVER", request.param)
+    return request.param
 
 
 @pytest.fixture(params=ENGINES)
@@ -335,6 +347,24 @@ def new_server(new_client, open_store, sqlite_url, tmp_path):
     tokens.write_text(lab.TOKENS)
     tokens.chmod(0o600)
     return lambda **settings: new_client(open_store(sqlite_url), **{"API_TOKENS_FILE": tokens, **settings})
+
+
+@pytest.fixture
+def tokens(tmp_path) -> Path:
+    """A file of tokens, each the name eight times: two operators and who runs the tests, and a viewer."""
+    path = tmp_path / "tokens"
+    path.write_text("".join(f"{name}:{role}:{lab.sha256(name * 8)}\n" for name, role in (
+        ("alice", "operator"), ("bob", "operator"), ("vera", "viewer"), (lab.USER, "operator"))))
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        leave_out("Chromium (Debian: apt-get install chromium)")
+    with Browser(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
 
 
 @pytest.fixture

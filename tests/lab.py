@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import pwd
 import py_compile
 import random
 import re
@@ -52,6 +53,8 @@ FOREVER_MS = 600_000
 ADDRESSES = [f"127.0.1.{n}" for n in range(1, 21)]
 HOST = ADDRESSES[0]
 DRIVERS = [name for name in ("psycopg", "psycopg2", "pg8000") if importlib.util.find_spec(name)]
+# Who runs the tests: the actor of what the command line does.
+USER = pwd.getpwuid(os.getuid()).pw_name
 # What a release to execute agents needs at least: they would drop all their sites without it.
 SITES: dict[str, Any] = {"websites": []}
 # Root may write and read everywhere; without these two abilities it obeys permissions as others do.
@@ -62,15 +65,19 @@ PORTS = range(10_000, 16_000)
 
 # -- waiting ---------------------------------------------------------------------------------
 
-def eventually(look: Callable[[], Any], within_s: float = 60.0, message: str = "") -> Any:
-    """Return what look() returns as soon as it is true; fail with the last value it saw."""
+def eventually(look: Callable[[], Any], within_s: float = 60.0, message: str | Callable[[], object] = "") -> Any:
+    """Return what look() returns as soon as it is true; fail with the last value it saw.
+
+    message: what is wrong then; a function is called at the failure.
+    """
     give_up_at = time.monotonic() + within_s
     while True:
         seen = look()
         if seen:
             return seen
         if time.monotonic() > give_up_at:
-            raise AssertionError(f"{message or 'it did not come'} within {within_s} s; last seen: {seen!r}")
+            text = message() if callable(message) else message
+            raise AssertionError(f"{text or 'it did not come'} within {within_s} s; last seen: {seen!r}")
         time.sleep(0.01)
 
 

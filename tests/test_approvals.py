@@ -17,6 +17,7 @@ import pytest
 from lab import (
     PROGRAM,
     ROOT,
+    USER,
     Client,
     Result,
     World,
@@ -28,7 +29,6 @@ from lab import (
     new_release,
     serving,
     settings_for,
-    sha256,
     sql,
     statuses,
     trusting,
@@ -40,7 +40,6 @@ from test_notify import outbox
 import releasectl as rc
 
 ALICE, BOB = rc.Act("alice", rc.VIA_API, token="alice"), rc.Act("bob", rc.VIA_API, token="bob")
-USER = pwd.getpwuid(os.getuid()).pw_name
 
 
 @pytest.fixture
@@ -144,15 +143,6 @@ def test_another_unix_user_approves_and_the_author_does_not_under_another_name()
             assert (result.code, "made by daemon: somebody else" in result.err) == (3, True), result
         result = run("bin", "approve", "1", "--json", USER="daemon")
         assert (result.code, result.json["approvedBy"]) == (0, "bin"), result
-
-
-@pytest.fixture
-def tokens(tmp_path) -> Path:
-    path = tmp_path / "tokens"
-    path.write_text("".join(f"{name}:{role}:{sha256(name * 8)}\n" for name, role in (
-        ("alice", "operator"), ("bob", "operator"), ("vera", "viewer"), (USER, "operator"))))
-    path.chmod(0o600)
-    return path
 
 
 @contextlib.contextmanager

@@ -160,7 +160,8 @@ def test_fish_completes(fleet):
             shown = run("fish", "--no-config", "-c", f"source releasectl.fish; complete -C '{line}'", cwd=fleet,
                         env={"PATH": os.environ["PATH"], "HOME": str(fleet)})
             return {offer.rstrip() for offer in shown.splitlines()}
-        eventually(lambda words=words, said=said: words <= said(), message=f"{line}: {said()}")
+        eventually(lambda words=words, said=said: words <= said(),
+                   message=lambda line=line, said=said: f"{line}: {said()}")
 
 
 class Zsh:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -43,15 +42,6 @@ import releasectl as rc
 ANYBODY = rc.Request((), {}, {}, "anna")
 
 LETTERS = "Zürich 磁盘已满 \U0001f5c4"
-
-
-@pytest.fixture(params=["psycopg", "psycopg2", "pg8000"])
-def driver(request, monkeypatch):
-    """Each driver in turn, for this process; the environment of others has its name too."""
-    if not importlib.util.find_spec(request.param):
-        leave_out(request.param)
-    monkeypatch.setenv("RELEASECTL_PG_DRIVER", request.param)
-    return request.param
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from lab import add_nodes, new_release, sql
-from test_approvals import ALICE, BOB, USER, signed_in, tokens  # noqa: F401  (a fixture)
+from lab import USER, add_nodes, new_release, sql
+from test_approvals import ALICE, BOB, signed_in
 from test_audit import rows_of
 from test_freeze import freezes_of, in_s, said
 from test_notify import outbox
@@ -204,7 +204,7 @@ def test_the_setting_of_one_executor_counts_for_a_shell_without_it(frozen, kind)
 
 # -- API and command line --------------------------------------------------------------------------
 
-def test_the_api_answers_409_and_shows_the_wish_until_a_second_token_lifts_it(frozen, tokens):  # noqa: F811
+def test_the_api_answers_409_and_shows_the_wish_until_a_second_token_lifts_it(frozen, tokens):
     path = "/api/v1/freeze"
     with signed_in(frozen, tokens, "bob") as bob, signed_in(frozen, tokens, "alice") as alice:
         answer = bob("PUT", path, {"frozen": False, "target": "cdn"})

@@ -308,7 +308,7 @@ def test_requests_to_the_api_are_counted_by_route_method_and_status(client):
     wanted = {("/api/v1/nodes/{id}", "GET", "200"): 1, ("/api/v1/nodes/{id}", "GET", "404"): 2,
               ("/healthz", "HEAD", "200"): 1, ("other", "GET", "404"): 1, ("other", "other", "405"): 1,
               ("other", "GET", "400"): 1}
-    eventually(lambda: counted() == wanted, message=f"counted {counted()}")
+    eventually(lambda: counted() == wanted, message=lambda: f"counted {counted()}")
 
 
 def test_the_figures_of_the_process_are_its_own(client):

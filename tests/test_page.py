@@ -20,7 +20,7 @@ import urllib.request
 from typing import Any
 
 import pytest
-from browser import PROGRAM, Browser
+from browser import Browser
 from conftest import leave_out
 from lab import ADDRESSES, ROOT, World, add_nodes, eventually, new_release, settings_for, sql
 from test_again import ended, good, settle
@@ -202,14 +202,6 @@ class Page:
 
     def address(self) -> str:
         return self.run("location.hash")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if PROGRAM is None:
-        leave_out("Chromium (Debian: apt-get install chromium)")
-    with Browser(tmp_path_factory.mktemp("chromium")) as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import threading
 import pytest
 from conftest import leave_out
 from lab import ROOT, Cli, Pooler, World, assert_books_balance, mtls, new_release, statuses
-from test_databases import driver  # noqa: F401 - a fixture
 
 import releasectl as rc
 
@@ -57,7 +56,7 @@ def server_side(url: str) -> tuple[dict[str, str], list]:
 
 
 def test_releases_come_to_their_end_by_several_processes_and_a_program_that_sets_and_prepares(
-        new_pooler, open_store, certs, new_fleet, new_executor, driver):  # noqa: F811
+        new_pooler, open_store, certs, new_fleet, new_executor, driver):
     url, _ = new_pooler()
     store = open_store(url)
     world = World(store, url, certs, new_fleet, new_executor).nodes(6)
@@ -85,7 +84,7 @@ def test_releases_come_to_their_end_by_several_processes_and_a_program_that_sets
     assert world.runs() == [1] * 6
 
 
-def test_nothing_that_we_set_or_prepare_stays_on_a_connection_of_the_pool(new_pooler, open_store, driver):  # noqa: F811
+def test_nothing_that_we_set_or_prepare_stays_on_a_connection_of_the_pool(new_pooler, open_store, driver):
     url, _ = new_pooler(size=1)
     before = server_side(url)
     store = open_store(url)
@@ -97,7 +96,7 @@ def test_nothing_that_we_set_or_prepare_stays_on_a_connection_of_the_pool(new_po
     assert server_side(url) == before
 
 
-def test_there_is_one_writer_at_a_time_behind_a_pooler_too(new_pooler, open_store, driver):  # noqa: F811
+def test_there_is_one_writer_at_a_time_behind_a_pooler_too(new_pooler, open_store, driver):
     stores = [open_store(url) for url, _ in [new_pooler()] for _ in range(2)]
     with stores[0].database.transaction(write=True) as tx:
         tx.execute("CREATE TABLE counted (n INTEGER)")
@@ -117,7 +116,7 @@ def test_there_is_one_writer_at_a_time_behind_a_pooler_too(new_pooler, open_stor
         assert tx.value("SELECT n FROM counted") == 60
 
 
-def test_a_pooler_that_tears_transactions_apart_is_refused_in_one_line(new_pooler, tmp_path, driver):  # noqa: F811
+def test_a_pooler_that_tears_transactions_apart_is_refused_in_one_line(new_pooler, tmp_path, driver):
     url, _ = new_pooler("statement")
     cli = Cli(tmp_path)
     cli.settings.update(DATABASE_URL=url, RELEASECTL_PG_DRIVER=driver, MTLS_ENABLED="0")

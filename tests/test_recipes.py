@@ -23,6 +23,7 @@ from lab import (
     ADDRESSES,
     FOREVER_MS,
     ROOT,
+    USER,
     Client,
     Quick,
     World,
@@ -35,11 +36,10 @@ from lab import (
     sha256,
     statuses,
 )
-from test_page import Daemon, Page, browser, new_page, signed_in  # noqa: F401  (two are fixtures)
+from test_page import Daemon, Page, new_page, signed_in  # noqa: F401  (one is a fixture)
 
 import releasectl as rc
 
-USER = pwd.getpwuid(os.getuid()).pw_name
 # The fleet that the text describes, and the regions in their order.
 NODES = range(1, 13)
 REGIONS = {"ap": [1, 2, 3, 4], "eu": [5, 6, 7, 8], "us": [9, 10, 11, 12]}

@@ -120,7 +120,7 @@ def explained(world: World, release: rc.Release | None, name: str, state: str, p
         one = step(found, name)
         return found if one and one.state == state and re.fullmatch(pattern, one.text) else None
 
-    found = eventually(look, message=f"{name} says {step(why(world, release), name)}")
+    found = eventually(look, message=lambda: f"{name} says {step(why(world, release), name)}")
     assert step(found, name).mend == mend
     assert (found.stopped_by is None) == all(one.state != "stops" for one in found.steps)
     return found
