@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The README's `make demo` and `make test` on a Debian that has only python3, make and openssl; before these, without a
-# network, the package of `make deb` and `make install` (scripts/fresh_install.sh).
+# network, the package of `make deb` and `make install` (scripts/fresh_install.sh), and the commands of the documents
+# (scripts/run_docs.py). Archive and package are made in a copy: dist/ stays as it is.
 #
 #   scripts/fresh_debian.sh [ARGUMENT OF PYTEST ...]       such as tests/test_cli.py, for a part of the tests
 #
@@ -25,7 +26,7 @@ package_folders() {
         done | sort -u
 }
 
-# Runs a command in there, in namespaces that take its mounts and processes with them.
+# Runs a command in that Debian, in namespaces that take its mounts and processes with them.
 inside() { # USER COMMAND
     unshare --mount --pid --fork --kill-child bash "$work/inside" "$root" "$@" "${folders[@]+"${folders[@]}"}"
 }
@@ -40,6 +41,9 @@ as_newcomer() { inside newcomer "cd '$PLACE'/releasectl-*; trap '' INT; $1"; } #
 need apt-get debootstrap make setpriv unshare
 begin_work
 root=$work/root
+if [[ -e .git ]]; then git clone --quiet . "$work/copy"; else cp -R . "$work/copy"; fi
+cd "$work/copy"
+rm -rf dist
 mapfile -t folders < <(package_folders)
 cat >"$work/inside" <<'INSIDE'
 set -euo pipefail
@@ -75,7 +79,6 @@ tar -C "$root$PLACE" -xzf dist/releasectl-*.tar.gz
 chroot "$root" chown -R newcomer "$PLACE"
 
 echo "# the package, make install"
-rm -f dist/*.deb
 DEB_VERSION=0.0.9 make deb >"$work/deb.log" 2>&1 || give_up "make deb failed"
 make deb >>"$work/deb.log" 2>&1 || give_up "make deb failed"
 mv dist/releasectl_0.0.9_all.deb "$root/root/old.deb"
@@ -89,7 +92,6 @@ openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out "$work/key" 
 SIGN_KEY=$work/key make dist >"$work/dist.log" 2>&1 || give_up "make dist failed"
 openssl pkey -in "$work/key" -pubout -out "$root/root/here/releasectl.pub"
 cp dist/releasectl-*.tar.gz dist/releasectl-*.json dist/SHA256SUMS* "$root/root/here"
-rm dist/SHA256SUMS.sig
 chroot "$root" userdel releasectl
 rm -rf "$root/etc/releasectl" "$root/var/lib/releasectl"
 inside_without_network root "python3 -I -B /root/archive/scripts/run_docs.py --throwaway-host /root/here; exit \$?" ||
