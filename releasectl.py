@@ -309,6 +309,8 @@ ANSWER_SHARE = 0.01
 ANSWER_CREDIT_S = 6.0
 # Timeout of the first poll: it follows the dispatch at once and delays the report that the task was accepted.
 FIRST_POLL_TIMEOUT_S = 1.0
+# What a node has from its dispatch to its end, where neither setting nor strategy says otherwise.
+NODE_DEADLINE_S = 600.0
 # Shortest and longest wait before a failed request is tried again.
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 10.0
 # Wait after a connection to an execute agent was cut: it may still be busy (contract section 1).
@@ -1132,7 +1134,7 @@ class Settings:
     agent_request_timeout_sec: float = _setting(
         "60", Range(0.1, MAX_REQUEST_TIMEOUT_S, float), "seconds for a request and its answer")
     agent_retries: int = _setting("2", Range(0, 100), "tries after the first")
-    node_deadline_sec: float = _setting("600", Range(1, 604800, float), "seconds from a node's dispatch to its end")
+    node_deadline_sec: float = _setting(f"{NODE_DEADLINE_S:g}", Range(1, 604800, float), "seconds from a node's dispatch to its end")
     claim_ttl_sec: float = _setting(
         "30", Range(1, MAX_CLAIM_TTL_S, float), "seconds that a silent process keeps a release")
     approvals: bool = _setting("0", _switch, "1: a release starts when somebody else than its author has approved it")
@@ -2829,6 +2831,8 @@ def parse_address(text: object) -> str:
                 if fault := address_fault(address):
                     raise AppError(INVALID, f"mainIp {address} {fault}: name the node's own address")
                 return str(address)
+        if not text:
+            raise AppError(INVALID, "mainIp is empty: an IP address or a host name")
         labels = text.split(".")
         if len(text) <= 253 and all(map(HOST_LABEL.fullmatch, labels)) and not NUMBER_LABEL.fullmatch(labels[-1]):
             return text.lower()
@@ -2855,6 +2859,8 @@ def parse_integer(field: str, value: object, numbers: Range) -> int:
 
 def parse_name(text: object) -> str:
     """Return a node's or a token's name; raise AppError(INVALID) unless it is 1 to 100 plain characters."""
+    if text == "":
+        raise AppError(INVALID, f"name is empty: 1 to {MAX_NAME_CHARS} {PLAIN_TEXT}")
     if not isinstance(text, str) or not 1 <= len(text) <= MAX_NAME_CHARS or not is_plain(text):
         raise AppError(INVALID, f"name {one_line(ascii(text), 50)} must be 1 to {MAX_NAME_CHARS} {PLAIN_TEXT}")
     return text
@@ -3507,7 +3513,17 @@ class Plan(NamedTuple):
         limits = f"at most {in_words(self.max_failed)} failed" + (
             "" if self.max_failed_total is None else f", {self.max_failed_total} in all") + (
             "" if self.max_silent is None else f"; all agents are asked first, at most {self.max_silent} may be silent")
-        return f"batches of {in_words([len(batch) for batch in self.batches])}; {limits}"
+        also = f"; {tolerated_text(len(self.tolerated))}" if self.tolerated else ""
+        return f"batches of {in_words([len(batch) for batch in self.batches])}; {limits}{also}"
+
+    def tolerated_in(self, batch: Sequence[int]) -> int:
+        """Return how many nodes of a batch count against no limit."""
+        return len(self.tolerated.intersection(batch))
+
+
+def tolerated_text(count: int) -> str:
+    """Return why a batch may have more failures than the strategy lets: 'the last 9 had failed before: they stop ...'."""
+    return f"the last {count} had failed before: that they fail again stops nothing"
 
 
 # Batches of a release, and nodes beyond which a last batch with most of them is worth a warning.
@@ -3571,7 +3587,7 @@ def make_plan(strategy: Strategy, nodes: Sequence[Node], left_out: Sequence[Left
 
     batches: given instead of computed. tolerated: nodes whose failure counts against no limit.
     """
-    groups, warnings = [""] * len(batches or ()), _not_limited(strategy, nodes)
+    groups, warnings = [""] * len(batches or ()), [*_not_limited(strategy, nodes), *_too_many_tries(strategy)]
     if batches is None:
         named = batches_of(strategy, nodes)
         groups, batches = [name for name, _ in named], [batch for _, batch in named]
@@ -3609,6 +3625,15 @@ def _not_limited(strategy: Strategy, nodes: Sequence[Node]) -> list[str]:
     found = {key: [node.name for node in nodes if key not in node.label_values] for key in strategy.max_parallel_per}
     return [f"maxParallelPer does not limit those without {key}: {in_words(names)}"
             for key, names in found.items() if names]
+
+
+def _too_many_tries(strategy: Strategy) -> list[str]:
+    """Return a warning where the waits between the tries of a request are longer than a node has."""
+    node_s, tries = strategy.node_deadline_s or NODE_DEADLINE_S, strategy.retries or 0
+    if sum(min(BACKOFF_FIRST_S * 2**number, BACKOFF_MAX_S) for number in range(min(tries, 100))) <= node_s:
+        return []
+    return [f"retries {tries} do not fit into the {node_s:g} s that a node has (nodeDeadlineSec): it fails before the "
+            "last one"]
 
 
 def refuse_unknown_labels(strategy: Strategy, nodes: Sequence[Node]) -> None:
@@ -6348,6 +6373,8 @@ class DriftCount(NamedTuple):
     since: str | None = None
     # How many of them are not online, and get no release until they are.
     away: int = 0
+    # What is known of the first, where that is more than its drift: 'may run release 2 or 3: ...'.
+    known: str = ""
 
 
 class FleetCounts(NamedTuple):
@@ -6557,6 +6584,8 @@ def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
             names = f": {found.first}" + (f" and {found.nodes - 1} more" if found.nodes > 1 else "")
             of_them = "it is" if found.nodes == 1 else f"{found.away} of them {'is' if found.away == 1 else 'are'}"
             away = f"; {of_them} not online" if found.away else ""
+            if found.nodes == 1 and found.known:
+                text, names = f"{found.first} {found.known}", ""
             catches_up = drift == BEHIND and found.away < found.nodes
             yield Problem(drift, f"{text}{names}{away}", "releasectl catch-up" if catches_up else
                           f"releasectl node list --drift {drift}", found.since)
@@ -9378,14 +9407,18 @@ def online_nodes(old: Release, found: Sequence[Node], what: str) -> list[Node]:
 
 def refuse_over_newer(tx: Transaction, verb: str, old: Release, nodes: Sequence[Node]) -> None:
     """Raise AppError 3003 where one of the nodes has a newer success of the target (rule 10)."""
-    newer = newer_success(tx, old, nodes)
+    newer, newer_id = newer_success(tx, old, nodes)
+    if newer and newer_id == old.rollback_id:
+        raise NotAgain(f"release {old.id} was rolled back already, by release {newer_id}: {verb} of it would "
+                       + ("do that once more" if verb == "rollback" else "bring its payload back"),
+                       "overNewer (--over-newer) if that is meant")
     if newer:
         raise NotAgain(f"{newer}: {verb} of release {old.id} would replace its payload",
                        "overNewer (--over-newer) if that is meant")
 
 
-def newer_success(tx: Transaction, release: Release, nodes: Sequence[Node]) -> str:
-    """Return 'release 9 (v9) succeeded later on edge-1' of one of its target with a higher version, "" for none."""
+def newer_success(tx: Transaction, release: Release, nodes: Sequence[Node]) -> tuple[str, int]:
+    """Return 'release 9 (v9) succeeded later on edge-1' of the newest of its target, and its id; "" and 0 for none."""
     names = {node.id: node.name for node in nodes}
     for release_id, version in tx.rows("""
             SELECT id, version
@@ -9394,8 +9427,8 @@ def newer_success(tx: Transaction, release: Release, nodes: Sequence[Node]) -> s
             ORDER BY version DESC""", release.target, release.version):
         over = [names[node_id] for node_id in sorted(succeeded_nodes(tx, release_id) & names.keys())]
         if over:
-            return f"release {release_id} (v{version}) succeeded later on {names_of(over)}"
-    return ""
+            return f"release {release_id} (v{version}) succeeded later on {names_of(over)}", release_id
+    return "", 0
 
 
 def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int], to_release: int | None) -> Release:
@@ -9894,9 +9927,20 @@ def changes_nothing(tx: Transaction, digest: str, nodes: Sequence[Node]) -> bool
         for some in (nodes[:1], nodes[1:]) for level in _what_they_have(tx, some).values())
 
 
+def may_run_text(level: Level) -> str:
+    """Return 'may run release 2 or 3: ...' of a node after a try of which nobody knows the end; "" for any other."""
+    if not level.is_unknown or not level.tries or level.unknown_since is None:
+        return ""
+    last = level.tries[-1]
+    which = f"release {level.has.release_id} or {last}" if level.has else f"release {last}, or nothing of ours yet"
+    return f"may run {which}: how what release {last} sent it ended is not known"
+
+
 def drift_text(level: Level) -> str:
     """Return a sentence on how far a node is from what it should run, and what would mend it."""
     has, wants = level.has, level.wants
+    if level.drift == UNSURE and may_run_text(level):
+        return f"unknown: it {may_run_text(level)}; the next release to it tells"
     if level.drift == UNSURE:
         return ("unknown: it may have been sent something else since, or has another address; "
                 "the next release to it tells")
@@ -10027,7 +10071,7 @@ class Fleet:
             known, since = counts[level.drift], level.drift_since and max(level.drift_since, node.created_at)
             counts[level.drift] = DriftCount(
                 known.nodes + 1, known.first or node.name, min(filter(None, (known.since, since)), default=None),
-                known.away + (not node.gets_releases))
+                known.away + (not node.gets_releases), known.known or may_run_text(level))
         return FleetCounts(counts, sum(level.is_right for _, level in listed),
                            dict(collections.Counter(node.state for node in nodes)),
                            *((twins_text(*twins), twins[1].name) if twins else ()))
@@ -10085,7 +10129,7 @@ def no_longer_wanted(tx: Transaction, release: Release) -> str:
     """
     if release.catch_up_of is None:
         is_again = release.tag and not (release.retry_of is None and release.rollback_of is None)
-        newer = newer_success(tx, release, nodes_again(tx, release)) if is_again else ""
+        newer = newer_success(tx, release, nodes_again(tx, release))[0] if is_again else ""
         verb = "rollback" if release.retry_of is None else "retry"
         return newer and (f"{newer}: this {verb} comes too late; {verb} again with --over-newer if it is meant all the "
                           "same")
@@ -10490,12 +10534,16 @@ class Releases:
             return read_release(tx, release_id)
 
     def difference(self, release_id: int, other_id: int | None = None) -> tuple[Release, Release, Difference]:
-        """Return a release, another one, and what the first changes against it; None: release_before().
+        """Return a release, another one, and what the first changes against it.
+
+        None: against what it replaces: release_before(), and of a rollback what it rolls back.
 
         Raise AppError 3001, 2003 for one of another target, 3003 for a payload that can't be read.
         """
         with self._database.transaction() as tx:
             release = read_release(tx, release_id)
+            if other_id is None and release.rollback_of is not None:
+                other_id = release.rollback_of
             other = release_before(tx, release) if other_id is None else read_release(tx, other_id)
         if other.target != release.target:
             raise AppError(INVALID, f"release {other.id} is of target {other.target}, release {release.id} of target "
@@ -14613,7 +14661,7 @@ CHINESE_WORDS: Mapping[str, str] = {
         "2 用法有误，3 不存在或状态不符，69 无法连接，75 稍后再试。"}
 
 # Members of the API's JSON that hold sentences, and those without any, which may be large.
-_SENTENCES = frozenset(("statusReason", "text", "why", "message", "warnings", "hint", "title"))
+_SENTENCES = frozenset(("statusReason", "text", "why", "message", "warnings", "hint", "title", "driftText"))
 _NO_SENTENCES = frozenset(("batches", "payload", "changes", "strategy", "selection", "labels", "before", "after"))
 
 
@@ -14783,11 +14831,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     payload_of, strategy = _id_and_version(*plan.payload_of) if plan.payload_of else None, plan.strategy
     return {"version": plan.version, "totalNodes": sum(map(len, plan.batches)),
             "batches": [{"batch": number, "nodeIds": ids, "nodeNames": [plan.names.get(id_, "") for id_ in ids],
-                         "maxFailed": most, "group": group}
+                         "maxFailed": most, "tolerated": plan.tolerated_in(ids), "group": group}
                         for number, (ids, most, group) in enumerate(
                             zip(plan.batches, plan.max_failed, plan.groups), 1)],
             "maxFailedTotal": plan.max_failed_total, "maxParallel": strategy.max_parallel,
             "maxParallelPer": dict(strategy.max_parallel_per),
+            "retries": strategy.retries, "nodeDeadlineSec": strategy.node_deadline_s,
             "soakSec": strategy.soak_s, "pauseAfter": plan.pauses, "onExceed": strategy.on_exceed,
             "preflight": None if plan.max_silent is None else {"maxSilent": plan.max_silent},
             "startAt": strategy.start_at or None, "verify": _verify_json(strategy.verify) if strategy.verify else None,
@@ -14919,7 +14968,8 @@ _RAN_SCHEMA: Mapping[str, Any] = {"releaseId": ID, "version": ID, "payloadSha256
 _ran_fields = _row_json(_RAN_SCHEMA)
 NODE_SCHEMA: Mapping[str, Any] = {
     **_NODE_SCHEMA, "runs": {**schema_of(_RAN_SCHEMA), "type": ["object", "null"]},
-    "wants": {**schema_of(_RAN_SCHEMA), "type": ["object", "null"]}, "drift": {"type": "string", "enum": list(DRIFTS)}}
+    "wants": {**schema_of(_RAN_SCHEMA), "type": ["object", "null"]}, "drift": {"type": "string", "enum": list(DRIFTS)},
+    "driftText": TEXT}
 NODE_TRY_SCHEMA: Mapping[str, Any] = {
     "releaseId": ID, "version": ID, "target": TEXT,
     "releaseStatus": {"type": "string", "enum": list(RELEASE_STATUSES)}, "batch": ID,
@@ -14933,7 +14983,8 @@ def node_json(listed: ListedNode) -> dict[str, Any]:
     node, level = listed
     return {**_node_fields(node), "labels": stored_json(node.labels), "enabled": bool(node.enabled),
             "runs": _ran_fields(level.runs) if level.runs else None,
-            "wants": _ran_fields(level.wants) if level.wants else None, "drift": level.drift}
+            "wants": _ran_fields(level.wants) if level.wants else None, "drift": level.drift,
+            "driftText": "" if level.drift == LEVEL else drift_text(level)}
 
 
 def listed_node_json(listed: ListedNode, last_release: tuple[int, str] | None) -> dict[str, Any]:
@@ -15068,7 +15119,8 @@ def openapi_schemas() -> dict[str, Any]:
         "Plan": schema_of({
             "version": ID, "totalNodes": _COUNT,
             "batches": _array(schema_of({"batch": ID, "nodeIds": _array(ID), "nodeNames": _array(TEXT),
-                                         "maxFailed": _COUNT, "group": TEXT})),
+                                         "maxFailed": _COUNT, "tolerated": _COUNT, "group": TEXT})),
+            "retries": {"type": ["integer", "null"]}, "nodeDeadlineSec": {"type": ["number", "null"]},
             "maxFailedTotal": _ID_OR_NULL, "maxParallel": _COUNT,
             "maxParallelPer": {"type": "object", "additionalProperties": ID},
             "soakSec": {"type": "number", "minimum": 0},
@@ -15533,7 +15585,8 @@ QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "sort": {"type": "string", "enum": [*NODE_ORDERS, *(f"-{order}" for order in NODE_ORDERS)], "default": "id"},
     "object": {"type": "string", "description": "only acts on this: node edge-1"},
     "with": {"type": "string", "pattern": f"^({BEFORE}|{ID_DIGITS})$", "default": BEFORE,
-             "description": f"id of a release of its target; {BEFORE}: the newest of these before it that succeeded"},
+             "description": f"id of a release of its target; {BEFORE}: the newest of these before it that succeeded; of a rollback "
+                            "what it rolls back"},
     "after": {**AFTER_IDS.schema, "default": 0},
     "limit": {**Range(1, 1000).schema, "default": 100},
     "wait": {**Range(0, MAX_EVENTS_WAIT_S).schema, "default": 0,
@@ -17636,10 +17689,13 @@ def list_text(page: ListPage, display: Display) -> str:
     rows, now_s = [], time.time()
     for r in page.items:
         state = "" if r.status == SUCCESS and r.rollback_id is None else display.sentence(r.status_reason)
+        reason = r.reason
+        if r.rollback_of is not None and f"rollback of release {r.rollback_of}" not in reason:
+            reason = f"{reason} (rollback of release {r.rollback_of})".lstrip()
         rows.append((r.id, f"v{r.version}", r.target, r.status, f"{r.success_nodes}/{r.total_nodes}",
                      r.failed_nodes or "", rough_span(now_s - epoch_or(r.created_at, now_s)),
                      rough_span(epoch_or(r.finished_at, now_s) - epoch_or(r.started_at, now_s)) if r.started_at else "",
-                     *(["; ".join(filter(None, (r.reason, state)))] if display.is_narrow else [r.reason, state])))
+                     *(["; ".join(filter(None, (reason, state)))] if display.is_narrow else [reason, state])))
     head = ("id", "version", "target", "status", "done", "failed", "age", "took",
             *(["reason, state"] if display.is_narrow else ["reason", "state"]))
     last = (page.number - 1) * page.size + len(rows)
@@ -17974,6 +18030,9 @@ def _plan_text(plan: Plan, display: Display) -> str:
               ("soaks after each batch", f"{strategy.soak_s:g} s" if strategy.soak_s else None),
               ("pauses after batch", in_words(plan.pauses) or None),
               ("each node is probed at", strategy.verify.url if strategy.verify else None),
+              ("tries of a request after the first", strategy.retries),
+              ("a node has", None if strategy.node_deadline_s is None else f"{strategy.node_deadline_s:g} s"),
+              ("may fail", tolerated_text(len(plan.tolerated)) if plan.tolerated else None),
               ("failed or skipped, and not chosen", plan.not_chosen or None)]
     has_groups = any(plan.groups)
     text = display.table(

@@ -217,7 +217,12 @@ def test_rule_10_the_batches_are_the_old_ones_and_what_had_failed_comes_last_in_
     assert rc.parse_json(made.release.strategy) == {"batches": [1, 1, 1, 2], "maxFailed": 1}
     nodes = store.releases.with_nodes(made.release.id)[1]
     assert {node.node_id for node in nodes if node.accepted} == {2, 5}
-    assert store.releases.plan_again("rollback", bad.id, rc.Again()).max_failed == [1, 1, 1, 1, 2]
+    plan = store.releases.plan_again("rollback", bad.id, rc.Again())
+    assert (plan.max_failed, [one["tolerated"] for one in rc.plan_json(plan)["batches"]]) == (
+        [1, 1, 1, 1, 2], [0, 0, 0, 0, 2])
+    said = "the last 2 had failed before: that they fail again stops nothing"  # why all of them may
+    assert f"at most 1, 1, 1, 1, 2 failed; {said}" in store.releases.events(made.release.id)[0].detail
+    assert f"may fail: {said}\n" in rc._plan_text(plan, rc.Display())
 
 
 def test_rule_10_a_release_that_failed_everywhere_is_rolled_back_in_one_batch(store):
@@ -376,6 +381,19 @@ def test_rule_10_nothing_newer_is_replaced_without_a_word(store, verb):
             "replace its payload; overNewer (--over-newer) if that is meant")
     assert everything(store) == before
     assert content_of(make_again(store, verb, old, over_newer=True).release) == ("B" if verb == "retry" else "A")
+
+
+def test_rule_10_what_was_rolled_back_already_is_said_to_be_that(store, verb):
+    add_nodes(store, 2)
+    good(store, "A")
+    bad = ended(store, "B", "success", "failed")
+    first = settle(store, store.releases.rollback(bad.id, "anna").release, "success", "success")
+    then = "do that once more" if verb == "rollback" else "bring its payload back"
+    with pytest.raises(rc.AppError) as refused:
+        make_again(store, verb, bad)
+    assert refused.value.message == (
+        f"release {bad.id} was rolled back already, by release {first.id}: {verb} of it would {then}; "
+        "overNewer (--over-newer) if that is meant")
 
 
 def test_rule_10_what_is_newer_elsewhere_or_never_succeeded_stands_against_nothing(store, verb):

@@ -40,7 +40,7 @@ RELEASE_KEYS = {"id", "type", "target", "version", "status", "statusReason", "re
 RELEASE_NODE_KEYS = {"nodeId", "nodeName", "mainIp", "status", "taskId", "attempts", "errorKind", "errorMsg",
                      "startedAt", "finishedAt"}
 NODE_KEYS = {"id", "name", "mainIp", "agentPort", "agentProtocol", "labels", "enabled", "status", "createdAt",
-             "updatedAt", "runs", "wants", "drift"}
+             "updatedAt", "runs", "wants", "drift", "driftText"}
 CREATED_KEYS = {"releaseId", "version", "totalNodes", "batches"}
 ROUTES = {
     ("POST", "/api/v1/releases"), ("GET", "/api/v1/releases"), ("GET", "/api/v1/releases/{id}"),
@@ -345,7 +345,8 @@ def test_a_node_is_added_read_listed_changed_and_deleted(client):
     assert TIME.fullmatch(node["createdAt"])
     assert {key: node[key] for key in NODE_KEYS - {"createdAt", "updatedAt"}} == {
         "id": 1, "name": "edge-1", "mainIp": "10.0.0.1", "agentPort": 8443, "agentProtocol": "tasks", "labels": {},
-        "enabled": True, "status": "online", "runs": None, "wants": None, "drift": "none"}
+        "enabled": True, "status": "online", "runs": None, "wants": None, "drift": "none",
+        "driftText": ""}
     assert client.ok("GET", "/api/v1/nodes/1") == node
     assert client.ok("GET", "/api/v1/nodes") == {"items": [node], "total": 1, "page": 1, "pageSize": 20}
     change = {"name": "edge-one", "mainIp": "Edge.Example.ORG", "agentPort": 9090, "agentProtocol": "execute",

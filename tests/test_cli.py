@@ -715,11 +715,13 @@ def test_create_takes_a_strategy_by_options_and_plan_shows_it_before(filled_quic
                     "effect": plan["effect"],
                     "verify": {"url": "http://{main_ip}:8080/health", "status": 200, "timeoutSec": 5, "successes": 2,
                                "host": "", "contains": ""},
-                    "batches": [{"batch": 1, "nodeIds": [1], "nodeNames": ["edge-1"], "maxFailed": 0, "group": ""},
-                                {"batch": 2, "nodeIds": [2], "nodeNames": ["edge-2"], "maxFailed": 0, "group": ""}]}
+                    "batches": [{"batch": 1, "nodeIds": [1], "nodeNames": ["edge-1"], "maxFailed": 0, "tolerated": 0,
+                                 "group": ""},
+                                {"batch": 2, "nodeIds": [2], "nodeNames": ["edge-2"], "maxFailed": 0, "tolerated": 0,
+                                 "group": ""}], "retries": 0, "nodeDeadlineSec": 3600}
     text = filled_quick.ok("create", *options, "--plan", "--utc").out
     for line in ("1      1      0         edge-1", "more failures: it pauses", "soaks after each batch: 300 s",
-                 "pauses after batch: 1", "each node is probed at: http://{main_ip}:8080/health",
+                 "pauses after batch: 1", "tries of a request after the first: 0", "a node has: 3600 s", "each node is probed at: http://{main_ip}:8080/health",
                  "starts no earlier than: 2999-01-01 00:00Z\n", plan["effect"]["text"]):
         assert line in text
     assert filled_quick.store.releases.page().total == 3
@@ -729,6 +731,17 @@ def test_create_takes_a_strategy_by_options_and_plan_shows_it_before(filled_quic
         "pauseAfter": [1], "onExceed": "pause", "nodeDeadlineSec": 3600, "retries": 0,
         "startAt": "2999-01-01T00:00:00Z",
         "verify": {"url": "http://{main_ip}:8080/health", "successes": 2}}
+
+
+def test_a_plan_says_where_more_tries_are_wanted_than_a_node_has_time_for(filled_quick):
+    def warnings(*options: str) -> list[str]:
+        return filled_quick.ok("create", *options, "--plan", "--json").json["warnings"]
+
+    assert warnings("--retries", "99") == [
+        "retries 99 do not fit into the 600 s that a node has (nodeDeadlineSec): it fails before the last one"]
+    assert warnings("--retries", "5", "--node-deadline", "8")[0].startswith("retries 5 do not fit into the 8 s")
+    assert warnings("--retries", "99", "--node-deadline", "1h") == []
+    assert warnings("--retries", "20") == []
 
 
 def test_create_goes_to_the_nodes_that_are_named_or_labelled(filled_quick):

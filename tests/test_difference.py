@@ -535,6 +535,16 @@ release 1 (v1) -> release 2 (v2): 1 change
         assert filled_quick.refused(3, *arguments).count("\n") <= 1
 
 
+def test_a_rollback_is_compared_with_what_it_rolls_back_and_the_list_says_whose_it_is(quick, open_store):
+    store = open_store(f"sqlite:///{quick.folder}/releasectl.db")
+    add_nodes(store, 2)
+    good(store, "A")
+    bad = good(store, "B")
+    store.releases.rollback(bad.id, "anna", rc.Again(reason="bad config"))
+    assert quick("diff", 3).out == 'release 2 (v2) -> release 3 (v3): 1 change\n~ $.content: "B" -> "A"\n'
+    assert "bad config (rollback of release 2)" in quick.ok("list").out
+
+
 def test_create_says_what_it_changes_and_whether_that_is_anything(filled_quick):
     some, same = (filled_quick.file(f"{name}.json", f'{{"for":"{name}"}}') for name in ("other", "success"))
     assert filled_quick.ok("create", "--payload", some, "--plan").out.endswith("""\
