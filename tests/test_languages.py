@@ -1,7 +1,11 @@
 """Sentences in Chinese (issue 18, point 8): by their form, and for whom they are."""
 from __future__ import annotations
 
+import ast
 import json
+import re
+from pathlib import Path
+from typing import Iterator
 
 import pytest
 from lab import add_nodes, new_release
@@ -22,14 +26,14 @@ SENTENCES = {
     "cdn is frozen until 2026-01-02T03:04:05.000Z, by anna: the match":
         "cdn 由 anna 冻结，至 2026-01-02T03:04:05.000Z：the match",
     "release 1 (v1) of cdn ended failed: stopped by node edge-1 in batch 1: no":
-        "cdn 的发布 1（v1）以 failed 结束：因批次 1 的节点 edge-1 而停止：no",
+        "cdn 的发布 1（v1）失败：因批次 1 的节点 edge-1 而停止：no",
     "2 nodes run an older payload than they should: edge-1 and 1 more":
-        "2 个节点运行的 payload 比应有的旧：edge-1 and 1 more",
+        "2 个节点运行的 payload 比应有的旧：edge-1 等 2 个",
     "1 node runs an older payload than it should: edge-1": "1 个节点运行的 payload 比应有的旧：edge-1",
     "1 node runs the payload of a release that failed or was cancelled: edge-1":
         "1 个节点保留着未成功的发布留下的内容：edge-1",
     "it is not known what 2 nodes run, as a later try may have changed it: edge-1 and 1 more":
-        "2 个节点运行的内容未知（之后的一次尝试可能已更改）：edge-1 and 1 more",
+        "2 个节点运行的内容未知（之后的一次尝试可能已更改）：edge-1 等 2 个",
     "no executor is running (none was seen for a day): start `serve`; nobody works on 1 release":
         "没有执行器在运行（一天之内未见过任何执行器）：请启动 serve；1 个发布无人处理",
     "in maintenance": "维护中",
@@ -45,7 +49,7 @@ SENTENCES = {
         "/etc/r/control.crt 有效期至 2029-03-02 05:48，还有 825 天",
     "2 of 45 checks failed": "45 项检查中有 2 项未通过",
     "finished with 3 failures (limit 50% in a batch): 3 agent_failed":
-        "结束时有 3 个失败（上限 每批 50%）：3 agent_failed",
+        "结束时有 3 个失败（上限 每批 50%）：3 个 agent 执行失败",
     "release 3 (v3) succeeded later on edge-1: rollback of release 1 would replace its payload":
         "发布 3（v3）之后已在 edge-1 上成功：回滚发布 1 会覆盖其内容",
     "overNewer (--over-newer) if that is meant": "若确需如此：overNewer (--over-newer)",
@@ -60,9 +64,23 @@ SENTENCES = {
     "hotfix 4711; batches of 1, 20, 9; at most 0, 1, 1 failed, 2 in all; left out: edge-3 is offline":
         "hotfix 4711；批次大小 1, 20, 9；每批最多失败 0, 1, 1，共 2；未包含：edge-3（离线）",
     "stopped, 2 nodes failed: 2 http; first node a in batch 2: no; such; release 18 rolls it back":
-        "已停止，2 个节点失败：2 http；首个是批次 2 的节点 a：no; such；由发布 18 回滚",
+        "已停止，2 个节点失败：2 个 HTTP 错误；首个是批次 2 的节点 a：no; such；由发布 18 回滚",
     "changes nothing: all its nodes run this payload already (release 4); 1 other release has not ended yet":
         "没有任何更改：其所有节点都已在运行此 payload（发布 4）；另有 1 个发布尚未结束",
+    "release 3 (v3) of cdn ended failed: stopped, 9 nodes of batch 3 failed, at most 3 may: 6 agent_failed (nginx: bind to "
+    "<address>:8443, 98: in use), 2 unreachable, 1 deadline; such as node gru-3 in batch 3; all 9 in pop=gru; rolled back "
+    "by release 4":
+        "cdn 的发布 3（v3）失败：已停止，批次 3 有 9 个节点失败，最多允许 3 个：6 个 agent 执行失败（nginx: bind to <地址>:8443, "
+        "98: in use）、2 个无法连接、1 个超过期限；例如批次 3 的节点 gru-3；全部 9 个都在 pop=gru；已由发布 4 回滚",
+    "stopped, 4 nodes failed: 3 unreachable (2 of them: agent <address>:8443 can't be reached: connection refused (tried 3 "
+    "times)), 1 other; such as node gru-3 in batch 3: agent 10.0.0.3:8443 did not answer within 5 s":
+        "已停止，4 个节点失败：3 个无法连接（其中 2 个：agent <地址>:8443 无法连接：连接被拒绝（已尝试 3 次））、1 个其他原因；"
+        "例如批次 3 的节点 gru-3：agent 10.0.0.3:8443 在 5 秒内未应答",
+    "a, b, c and 17 more": "a, b, c 等 20 个",
+    "release 4 succeeded and waits for no approval: bob approved it at 2026-01-02T03:04:05.000Z":
+        "发布 4 成功，不需要批准：bob 已于 2026-01-02T03:04:05.000Z 批准",
+    "release 4 succeeded; only partial, failed or cancelled releases can be retried":
+        "发布 4 成功：只有部分成功、失败、已取消的发布可以重试",
     "what no form fits": "what no form fits",
 }
 
@@ -111,6 +129,74 @@ def test_what_is_wrong_with_a_strategy_is_known_in_chinese(strategy):
         rc.parse_strategy(strategy)
     said = rc.in_chinese(refused.value.message)
     assert any(words in said for words in ("须为", "缺少", "不是已知")), said
+
+
+# What stays in the alphabet of English in a Chinese sentence: what a person types, and these words.
+TYPED = re.compile(r"`[^`]*`|releasectl [a-z][^；：，（）]*|--[a-z-]+( [A-Z]+)?|https?://\S+|[A-Z][A-Z_]+(?![a-z])|"
+                   r"\b[a-z]+[A-Z]\w*|\"[^\"]*\"|\b[a-z]=[a-z]\b")
+WORDS = frozenset(("agent", "payload", "releasectl", "catch", "up", "run", "once", "serve", "strategy", "exclude", "retries", "first",
+                   "labels", "kinds", "target", "websites", "execute", "until", "emergency", "supersede", "verify",
+                   "status", "enabled", "true", "false", "url", "pauseAfter", "schema", "code", "Authorization",
+                   "Bearer", "reason", "total", "approval", "id", "frozen", "view", "summary", "region", "eu", "us", "Idempotency", "Key", "Content", "Type", "application", "json", "operator", "openapi"))
+
+
+def english_in(text: str) -> list[str]:
+    """Return the English words that a sentence has though it is in Chinese."""
+    return [word for word in re.findall(r"[A-Za-z]{2,}", TYPED.sub("", text)) if word not in WORDS]
+
+
+# What stands in the place of an expression in a sentence of the code, by a part of that; 7 for any other.
+SAMPLES = {
+    "did_you_mean": "", "within": "", "_is_now(": "release 7 is running", "states": "partial, failed or cancelled",
+    "VERBS[verb].past": "rolled back", "how": "in an emergency it goes without: emergency and reason (--emergency --reason TEXT)",
+    "freeze.target or": "everything", "lifted_by": "7 lifts it, or any two others", "exceeded": "2 nodes failed in all, at most 1 may",
+    "there_is": "kinds: 2 tls", "names_of(": "7 and 3 more", "in_words(": "7, 8 and 3 more", "values_text(": "values of 7: 7",
+    "why_none(": "no node matches 7", "newer_id": "7", "newer": "release 7 (v7) succeeded later on 7", "verb": "rollback",
+    "waiting.line()": "frozen by 7: 7", "os_reason(": "permission denied", "PLAIN_TEXT": rc.PLAIN_TEXT, "WEBSITES": "websites",
+    "EACH": "each", "same": "--now", "condition": "offline", "now": "until somebody lifts it", "mend": "releasectl freeze off",
+    "fault": "is a multicast address", "count_of_nodes": "3 nodes", "error": "maxFailed 7 must be a whole number from 1 to 9",
+    "why": "no release of target 7 before 7 succeeded on any of its nodes"}
+# The same in one section.
+SAMPLES_OF = {"Plan": {"what": "the payload", "field": "batchBy"}, "Releases": {"now": "7"},
+              "Retry and rollback": {"what": "touched by it"}}
+# Of these parts of the program no page and no program of another one reads an error: of HTTP itself, and the command line.
+ENGLISH_PARTS = frozenset((
+    "HTTP wire", "Engines", "Notifier", "Commands", "Upkeep commands", "Node commands", "Service", "Arguments", "Command line",
+    "Helpers", "Database state"))
+
+
+def written(node: ast.expr, more: dict[str, str]) -> str:
+    """Return the text that an expression of the code makes, with SAMPLES in it; "" for one that is no text."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(written(value, more) for value in node.values)
+    if isinstance(node, ast.FormattedValue):
+        code = ast.unparse(node.value)
+        return next((text for part, text in [*more.items(), *SAMPLES.items()] if re.search(
+            rf"(?<!\w){re.escape(part)}" + (r"\b" if part[-1].isalnum() else ""), code)), "7")
+    if isinstance(node, ast.BinOp):
+        return written(node.left, more) + written(node.right, more)
+    return written(node.body, more) if isinstance(node, ast.IfExp) else ""
+
+
+def refusals() -> Iterator[str]:
+    """Yield every sentence with which the program refuses something."""
+    code = Path(rc.__file__).read_text(encoding="utf-8")
+    sections = [""]
+    for line in code.splitlines():
+        sections.append(line[9:] if line.startswith("# region ") else sections[-1])
+    for call in ast.walk(ast.parse(code)):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ("AppError", "NotAgain"):
+            if sections[call.lineno] not in ENGLISH_PARTS:
+                texts = call.args[1:] if call.func.id == "AppError" else call.args
+                yield from filter(None, (written(text, SAMPLES_OF.get(sections[call.lineno], {})) for text in texts))
+
+
+def test_no_refusal_that_a_page_may_show_has_english_words_in_chinese():
+    found = [text for text in refusals() if "waits for no approval: 7" not in text]  # that is in SENTENCES
+    assert len(found) > 100
+    assert [(text, rc.in_chinese(text)) for text in found if english_in(rc.in_chinese(text))] == []
 
 
 # -- the command line --------------------------------------------------------------------------------
