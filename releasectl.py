@@ -255,6 +255,15 @@ RELOAD_FAILED = "but reload failed:"
 # Of an end that the agent itself told; "" is a success.
 BELIEVED_KINDS = ("", REJECTED, AGENT_FAILED, VERIFY)
 
+# What follows where more nodes fail than the strategy tolerates (onExceed).
+FAIL, PAUSE, ROLLBACK = ON_EXCEED = "fail", "pause", "rollback"
+
+# Roles of the API; ANYONE needs no token.
+VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
+
+# Stands for the newest release where a command takes an id.
+LATEST = "latest"
+
 # Outcomes of a scan for work (metrics).
 IDLE, WORKED, BUSY, ERROR = "idle", "worked", "busy", "error"
 
@@ -388,16 +397,6 @@ class ClaimLost(Exception):
 
 class StateMoved(Exception):
     """The release was changed since it was read; nothing was written. Read again."""
-
-
-# What follows where more nodes fail than the strategy tolerates (onExceed).
-FAIL, PAUSE, ROLLBACK = ON_EXCEED = "fail", "pause", "rollback"
-
-# Roles of the API; ANYONE needs no token.
-VIEWER, OPERATOR, ANYONE = "viewer", "operator", ""
-
-# Stands for the newest release where a command takes an id.
-LATEST = "latest"
 
 
 # endregion
@@ -7846,11 +7845,6 @@ class AuditRow(NamedTuple):
             filter(None, (self.before, self.after)))))), MAX_TRAIL_CHARS)
 
 
-def _name_in(values: str) -> str:
-    """Return the name of a node before or after an act, "" for none."""
-    return str(stored_json(values).get("name", ""))
-
-
 class AuditFilter(NamedTuple):
     """Which rows of audit_log to return; "" for all."""
     # An actor, a token or a certificate.
@@ -8050,6 +8044,11 @@ class AuditChain:
     def is_pruned(self, release_id: int) -> bool:
         """Return whether a row says that prune deleted a release."""
         return any(first <= release_id <= last for first, last in self._pruned)
+
+
+def _name_in(values: str) -> str:
+    """Return the name of a node before or after an act, "" for none."""
+    return str(stored_json(values).get("name", ""))
 
 
 class Audit:
@@ -8317,11 +8316,6 @@ def _at_new_address(before: Iterable[Node], after: Iterable[Node]) -> list[Node]
     return [new for old, new in zip(before, after) if new.endpoint != old.endpoint or new.enabled != old.enabled]
 
 
-def succeeded_nodes(tx: Transaction, release_id: int) -> set[int]:
-    return {row[0] for row in tx.rows(
-        "SELECT node_id FROM release_task_nodes WHERE release_task_id = ? AND status = 'success'", release_id)}
-
-
 class Nodes:
     """The registry of nodes. Each public method is one transaction; its callers have checked the values."""
 
@@ -8429,16 +8423,14 @@ class Nodes:
 
     def last_releases(self, node_ids: Sequence[int]) -> dict[int, tuple[int, str]]:
         """Return by node the newest release that has it, and its status there."""
-        if not node_ids:
-            return {}
         with self._database.transaction() as tx:
             # the index release_task_nodes_by_node finds the newest of each
-            return {node_id: (release_id, status) for node_id, release_id, status in tx.rows(f"""
+            return {node_id: (release_id, status) for node_id, release_id, status in rows_by_ids(tx, """
                 SELECT n.node_id, n.release_task_id, n.status
                 FROM release_task_nodes n
-                WHERE n.node_id IN ({', '.join('?' * len(node_ids))})
+                WHERE n.node_id IN ({marks})
                   AND n.release_task_id = (SELECT MAX(m.release_task_id) FROM release_task_nodes m
-                                           WHERE m.node_id = n.node_id)""", *node_ids)}
+                                           WHERE m.node_id = n.node_id)""", node_ids)}
 
     def _add(self, tx: Transaction, columns: Mapping[str, Any]) -> Node:
         """Insert a node; the columns left out get the table's defaults."""
@@ -9539,6 +9531,11 @@ def release_before(tx: Transaction, release: Release) -> Release:
     return Release(*row)
 
 
+def succeeded_nodes(tx: Transaction, release_id: int) -> set[int]:
+    return {row[0] for row in tx.rows(
+        "SELECT node_id FROM release_task_nodes WHERE release_task_id = ? AND status = 'success'", release_id)}
+
+
 def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
     """Return the strategy of an old release for a new one, without some keys; raise AppError 3003."""
     try:
@@ -10299,6 +10296,17 @@ class Progress(NamedTuple):
 IDEMPOTENCY_KEY_S = 86400.0
 
 
+def _insert_nodes(tx: Transaction, release_id: int, plan: Plan, nodes: Sequence[Node], now: str) -> None:
+    """Insert the nodes of a release as they are now."""
+    limits = plan.strategy.max_parallel_per
+    as_now = {node.id: (node.name, node.main_ip, node.agent_port, to_json(dict(sorted(limited_labels(
+        node.labels, limits)))) if limits else "{}") for node in nodes}
+    tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, accepted, created_at, "
+                   "updated_at, node_name, main_ip, agent_port, labels) VALUES ", 10, [
+                       (release_id, node_id, number, int(node_id in plan.tolerated), now, now, *as_now[node_id])
+                       for number, batch in enumerate(plan.batches, 1) for node_id in batch])
+
+
 class Releases:
     """Releases as people make, read and steer them.
 
@@ -10769,13 +10777,7 @@ class Releases:
                    digest, to_json(request.strategy), to_json(plan.selection), request.retry_of,
                    request.rollback_of, request.catch_up_of, int(request.goes_first), int(request.during_freeze),
                    sum(map(len, plan.batches)), now, now, identity_of(actor))
-        limits = plan.strategy.max_parallel_per
-        as_now = {node.id: (node.name, node.main_ip, node.agent_port, to_json(dict(sorted(limited_labels(
-            node.labels, limits)))) if limits else "{}") for node in nodes}
-        tx.insert_many("INSERT INTO release_task_nodes (release_task_id, node_id, batch, accepted, created_at, "
-                       "updated_at, node_name, main_ip, agent_port, labels) VALUES ", 10, [
-                           (release_id, node_id, number, int(node_id in plan.tolerated), now, now, *as_now[node_id])
-                           for number, batch in enumerate(plan.batches, 1) for node_id in batch])
+        _insert_nodes(tx, release_id, plan, nodes, now)
         left_out = [f"left out: {one.name} is {one.why}" for one in plan.left_out[:20] if request.is_again]
         detail = "; ".join(filter(None, (request.reason, str(plan) if request.strategy else "",
                                          CHANGES_NOTHING if is_same else "", *left_out,
@@ -10794,19 +10796,23 @@ class Releases:
         freeze = read_freezes(tx).of(release)
         if freeze.frozen:  # why it does not start, and may take a later version then
             add_events(tx, now, actor, [NewEvent(release_id, FROZEN, PENDING, PENDING, freeze.detail)])
-        verb = "retry" if request.retry_of else "rollback" if request.rollback_of else \
-            "catch-up" if request.catch_up_of else "create"
-        self._audit.add(tx, actor, f"release.{verb}", f"release {release_id}", after=non_empty(
-            version=version, target=request.target, reason=request.reason, totalNodes=release.total_nodes,
-            payloadSha256=digest, strategy=request.strategy, retryOf=request.retry_of,
-            rollbackOf=request.rollback_of, catchUpOf=request.catch_up_of, goesFirst=request.goes_first or None,
-            duringFreeze=request.during_freeze or None, superseded=[old.release_id for old in superseded] or None,
-            approval=approval))
+        self._audit_creation(tx, actor, request, release, superseded)
         tx.after_commit.append(lambda: log.info(
             "%s: created by %s, %s in batches of %s%s", release, actor, count_of_nodes(release.total_nodes),
             in_words([len(batch) for batch in plan.batches]), f": {request.reason}" if request.reason else "",
             extra=about(release, actor=str(actor), event="created")))
         return Made(release, plan.batches, plan.left_out, is_same, [*plan.warnings, *warnings], superseded)
+
+    def _audit_creation(self, tx: Transaction, actor: Who, request: ReleaseRequest, release: Release,
+                        superseded: Sequence[Superseded]) -> None:
+        verb = "retry" if request.retry_of else "rollback" if request.rollback_of else \
+            "catch-up" if request.catch_up_of else "create"
+        self._audit.add(tx, actor, f"release.{verb}", f"release {release.id}", after=non_empty(
+            version=release.version, target=request.target, reason=request.reason, totalNodes=release.total_nodes,
+            payloadSha256=release.stored_sha256, strategy=request.strategy, retryOf=request.retry_of,
+            rollbackOf=request.rollback_of, catchUpOf=request.catch_up_of, goesFirst=request.goes_first or None,
+            duringFreeze=request.during_freeze or None, superseded=[old.release_id for old in superseded] or None,
+            approval=release.approval))
 
     def _make_again(self, verb: str, release_id: int, actor: Who, wish: Again, key: IdempotencyKey | None) -> Made:
         with self._database.transaction(write=True) as tx:
@@ -17494,7 +17500,7 @@ def check_api(settings: Settings) -> Iterator[Finding]:
 def check_tokens(tokens: Iterable[Token]) -> Iterator[Finding]:
     """Yield which tokens have expired, or will soon."""
     for token in tokens:
-        days = (token.expires_at - time.time()) / 86400
+        days = _days_until(token.expires_at)
         if days <= 0:
             yield Finding(f"token {token.name}", EXIT_NOT_SUCCESS,
                           f"expired since {utc_text(token.expires_at)}, and is refused: delete its line; where it is "
@@ -17525,17 +17531,18 @@ def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
         "lastLookAt": utc_text(executor.scanned_at) if executor.scanned_at else None}}
 
 
+def _certificate_files(settings: Settings) -> dict[str, str]:
+    """Return the files of certificates and CAs that are in use, by their setting."""
+    names = (*(("CONTROL_CERT", "CONTROL_CA") if settings.mtls_enabled else ()), "HTTP_CERT", "HTTP_CLIENT_CA")
+    return {name: path for name in names if (path := getattr(settings, name.lower()))}
+
+
 def certificates_json(settings: Settings) -> list[dict[str, Any]]:
     """Return until when the certificates and CRLs that are configured are good."""
-    certificates = []
-    if settings.mtls_enabled and settings.control_cert:
-        certificates.append(certificate_json("CONTROL_CERT", lambda: control_certificate(settings)))
-    if settings.http_cert:
-        certificates.append(certificate_json("HTTP_CERT", lambda: api_certificate(settings)))
-    for name, path in (("CONTROL_CA", settings.control_ca if settings.mtls_enabled else ""),
-                       ("HTTP_CLIENT_CA", settings.http_client_ca)):
-        certificates += crl_json(name, path) if path else []
-    return certificates
+    load_of = {"CONTROL_CERT": control_certificate, "HTTP_CERT": api_certificate}
+    files = _certificate_files(settings)
+    return [*(certificate_json(name, functools.partial(load_of[name], settings)) for name in files if name in load_of),
+            *(one for name, path in files.items() if name not in load_of for one in crl_json(name, path))]
 
 
 def certificate_json(name: str, load: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -17564,12 +17571,9 @@ def crl_json(name: str, path: str) -> list[dict[str, Any]]:
 def certificate_figures(settings: Settings) -> dict[tuple[str, ...], float]:
     """Return when certificates, CRLs and tokens of ours expire, for /metrics; what can't be read is left to check."""
     figures: dict[tuple[str, ...], float] = {}
-    agents = settings.mtls_enabled
-    for name, path in (("CONTROL_CERT", settings.control_cert if agents else ""),
-                       ("CONTROL_CA", settings.control_ca if agents else ""), ("HTTP_CERT", settings.http_cert),
-                       ("HTTP_CLIENT_CA", settings.http_client_ca)):
+    for name, path in _certificate_files(settings).items():
         with contextlib.suppress(OSError, ValueError):
-            pem = Path(path).read_text(encoding="latin-1") if path else ""
+            pem = Path(path).read_text(encoding="latin-1")
             for label, ends in ((name, [until for _, until in certificate_times(pem)]), (f"{name}_CRL", crl_ends(pem))):
                 if ends:
                     figures["releasectl_certificate_expiry_timestamp_seconds", label] = min(ends)
@@ -17634,22 +17638,26 @@ def check_outbox(store: Store) -> Iterator[Finding]:
         yield Finding("notifications", EXIT_NOT_SUCCESS, f"{waiting.text}; the oldest is of {waiting.oldest_at}")
 
 
-def check_notifications(settings: Settings, is_test: bool) -> Iterator[Finding]:
-    """Check the receivers of notifications; with is_test by a message to each."""
-    receivers = receivers_of(settings)
-    if settings.notify_command and not is_test:
+def check_notifications(settings: Settings) -> Iterator[Finding]:
+    """Check the receivers of notifications, and send them nothing."""
+    if settings.notify_command:
         name = os.path.basename(settings.notify_command[0])
         is_there = shutil.which(settings.notify_command[0])
         yield Finding("NOTIFY_COMMAND", EXIT_DONE if is_there else EXIT_USAGE,
                       f"{name} can be run" if is_there else f"{name} is no program that this user can run")
-    if settings.notify_url and not is_test:
+    if settings.notify_url:
         yield _finding("NOTIFY_URL", lambda: check_url(settings))
-    if is_test and not receivers:
+
+
+def try_receivers(settings: Settings) -> Iterator[Finding]:
+    """Send a message to each receiver of notifications."""
+    receivers, host = receivers_of(settings), socket.gethostname()
+    if not receivers:
         yield Finding("notifications", EXIT_USAGE, "there is no receiver: set NOTIFY_COMMAND or NOTIFY_URL")
-    for name, receive in receivers.items() if is_test else ():
-        host, began = socket.gethostname(), time.monotonic()
+    for name, receive in receivers.items():
         message = message_of("test", utc_text(time.time()), f"a test from {host}: notifications get here", host,
                              settings.public_url)
+        began = time.monotonic()
         try:
             receive(message["id"], to_json(message).encode(), lambda: began + TRY_S - time.monotonic())  # noqa: B023
             yield Finding(name, EXIT_DONE, f"took a test message in {(time.monotonic() - began) * 1000:.0f} ms")
@@ -17677,7 +17685,7 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
         store.database.require_schema()
         store.state.check_write()
         yield Finding("DATABASE_URL", EXIT_DONE, f"{store.database}: schema {len(schema_steps())}, takes writes{tls}")
-        yield from check_database_file(store.database.engine)
+        yield from check_database_file(engine)
         yield check_audit(store)
         for sentence in store.claims.times_ahead():
             yield Finding("clock", EXIT_UNAVAILABLE, f"{sentence}, {CLOCK_WAS_AHEAD}")
@@ -18794,7 +18802,7 @@ def command_check(context: Context) -> int:
     settings, display = context.settings, context.display
     findings = [check_sources(given_settings(os.environ, context.config_file, context.options.db)),
                 *check_config(context.config_file), *check_agents(settings),
-                *check_api(settings), *check_notifications(settings, context.options.notify),
+                *check_api(settings), *(try_receivers if context.options.notify else check_notifications)(settings),
                 *check_database(settings, context.store)]
     context.show({"items": [{"subject": f.subject, "ok": f.exit_code == EXIT_DONE, "message": f.text}
                             for f in findings]},
