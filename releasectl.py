@@ -538,6 +538,11 @@ def in_words(items: Sequence[T], most: int = 20, between: str = ", ", text: Call
     return between.join(map(text, items[:most])) + more
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return '1 event', '2 events'."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def by_whom(actor: str) -> str:
     """Return ' by anna', "" for nobody and where nobody signs in: then it is not known who it was."""
     return "" if actor in ("", ANONYMOUS) else f" by {actor}"
@@ -2028,7 +2033,7 @@ class Difference(NamedTuple):
     total: int
 
     def __str__(self) -> str:
-        return "no change" if not self.total else "1 change" if self.total == 1 else f"{self.total} changes"
+        return count_of(self.total, "change") if self.total else "no change"
 
 
 def difference(before: object, after: object) -> Difference:
@@ -5014,11 +5019,6 @@ def rough_time(seconds: float) -> str:
     tens = round(minutes / 10) * 10
     return f"{tens // 60} h" + (f" {tens % 60} min" if tens % 60 else "") if minutes < 2880 else \
         f"{round(minutes / 1440)} days"
-
-
-def count_of(number: int, noun: str) -> str:
-    """Return '1 event', '2 events'."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def count_of_nodes(number: int) -> str:
