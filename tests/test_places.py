@@ -12,7 +12,7 @@ import re
 import pytest
 from lab import ROOT, add_nodes, new_release
 from test_contract import checked
-from test_sections import ORDER, definitions
+from test_sections import LINES, ORDER, SECTIONS, definitions
 
 import releasectl as rc
 
@@ -91,6 +91,15 @@ def test_the_document_names_every_part_of_the_store_with_its_section(sqlite_stor
     assert {part: where or part.capitalize() for part, where in named} == {
         part: known[type(value).__name__][0] for part, value in vars(sqlite_store).items()
         if part not in ("database", "clock")}
+
+
+def test_the_document_has_every_thread_with_the_section_that_starts_it():
+    started = {(name, section.name) for section in SECTIONS for name in re.findall(
+        r'Thread(?:PoolExecutor)?\(.*(?:name=f?|, )"([a-z-]+?)-?["{]', "\n".join(LINES[section.first:section.last]))}
+    told = {(re.sub(r"-ID|_N|`", "", cells[0]), where)
+            for cells in rows_of(section_of("docs/ARCHITECTURE.md", "The threads")) for where in cells[3].split(", ")}
+    assert started <= told
+    assert {name for name, _ in told} - {name for name, _ in started} == {"main"}
 
 
 # -- a setting, a strategy key ------------------------------------------------------------------
