@@ -14425,10 +14425,25 @@ def _names_in_chinese(found: re.Match[str]) -> str:
 # From the form of a sentence, or of a part of one, to its Chinese: {1} is what stood there, {1!} a sentence again, {1?}
 # one of _CHINESE_ERRORS or what an agent said. What agents and people wrote stays as it is.
 _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"(\d+) problems?: (.*), and (\d+) more", "{1} 个问题：{2!}；另有 {3} 个"), (r"(\d+) problems?: (.*)", "{1} 个问题：{2!}"),
     # what is told of a rollback stands behind what an agent said
     (r"(.*); ((?:release \d+ rolls it back|(?:(?:was )?to be )?rolled back by|not rolled back).*)",
      "{1!}；{2!}"),
     (r"(stopped.*|finished.*); ((?:all \d+|\d+ of \d+) in [^;=]+=.*)", "{1!}；{2!}"),
+    (r"((?:(?:was )?to be )?rolled back by release .*?|release \d+ rolls it back.*?), without (.*)", "{1!}，不含 {2!}"),
+    (r"([^;()]+) \((disabled|offline|in maintenance|excluded)\)", "{1!}（{2!}）"),
+    (r"([^;()]+ \((?:disabled|offline|in maintenance|excluded)\)), (.+)", "{1!}、{2!}"),
+    # what stands behind a reason, which may be anything
+    (r"(.*); (no executor is running \(.*|the database takes no writes: .*)", "{1!}；{2!}"),
+    (r"(paused.*); (resume (?:to go on|and accept the failures, or cancel).*)", "{1!}；{2!}"),
+    (r"(.*frozen.*): it waits; (duringFreeze.*)", "{1!}：它会等待；{2!}"),
+    (r"((?:\S+ is )?frozen .*); ((?:\S+ is )?frozen (?:by|until) .*)", "{1!}；{2!}"),
+    (r"((?:\S+ is )?frozen .*); ([^;]+ lifts it, or any two others|it takes two persons to lift it|[^;]+ wants it lifted since .*)",
+     "{1!}；{2!}"),
+    (r"until (\S+Z): ([^;]*)", "至 {1}：{2}"), (r"taken by (\S+)", "由 {1} 接手"),
+    (r"taken over by (\S+) from (\S+), whose claim had run out", "由 {1} 从 {2} 接管（其占用已过期）"),
+    (r"version (\d+) became (\d+): agents may have versions below (\d+) \((.*)\)", "版本 {1} 改为 {2}：agent 可能已有低于 {3} 的版本（{4}）"),
+    (r"version (\d+) became (\d+): release (\d+) \(v(\d+)\) went out before it", "版本 {1} 改为 {2}：发布 {3}（v{4}）先于它下发"),
     (r"(.*): still frozen, as (.*): (`.*`)(; .*)?", "{1!}：仍然冻结，{2!}：{3}{4!}"), (r"in an emergency: (--emergency --reason TEXT)", "紧急情况下：{1}"),
     (r"all (\d+) in ([^;=]+=.*)", "全部 {1} 个都在 {2}"), (r"(\d+) of (\d+) in ([^;=]+=.*)", "{2} 个中有 {1} 个在 {3}"),
     # why nodes failed: the largest kind may have its cause
@@ -14439,19 +14454,20 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"(\d+) of (\d+) agents? answered: (.*)", "{2} 个 agent 中有 {1} 个应答：{3!}"),
     (r"(\d+) nodes? succeeded", "{1} 个节点成功"),
     (r"(\d+) of (\d+) nodes updated", "{2} 个节点中已更新 {1} 个"),
-    (r"not rolled back, as it was cancelled: (once it has ended, )?(releasectl .*)", "因已取消而未回滚：{2}"),
+    (r"not rolled back, as it was cancelled: (once it has ended, )?(releasectl [^;]*)", "因已取消而未回滚：{2}"),
     (r"release (\d+) rolls it back", "由发布 {1} 回滚"), (r"rolled back by release (\d+)", "已由发布 {1} 回滚"),
     (r"rolled back by release (\d+), which ended partial", "已由发布 {1} 回滚（部分成功）"),
-    (r"to be rolled back by release (\d+), which waits: (releasectl .*)", "将由发布 {1} 回滚，正在等待：{2}"),
+    (r"to be rolled back by release (\d+), which waits: (releasectl [^;]*)", "将由发布 {1} 回滚，正在等待：{2}"),
     (r"was to be rolled back by release (\d+), which was cancelled", "本应由发布 {1} 回滚，但该发布已取消"),
     (r"was to be rolled back by release (\d+), which failed", "本应由发布 {1} 回滚，但该发布失败"),
     ("it can be rolled back", "可以回滚"),
     (r"finished with (\d+) failures? \(limit ([^)]*)\): (.*)", "结束时有 {1} 个失败（上限 {2!}）：{3!}"),
     (r"([^,]*), (\d+) accepted", "{1!}，已接受 {2} 个"),
     (r"(release \d+ rolls it back) once the freeze is lifted", "{1!}（解除冻结后）"),
-    (r"(release \d+ rolls it back.*?), without (.*)", "{1!}，不含 {2}"),
-    (r"not rolled back, as (.*); mend that, then: (releasectl .*)", "未回滚：{1!}；请先解决，然后：{2}"),
-    (r"not rolled back, as nothing (.*)", "未回滚：没有可回滚的内容"), (r"not rolled back, as (.*)", "未回滚：{1!}"),
+    
+    (r"not rolled back, as (.*); mend that, then: (releasectl [^;]*)", "未回滚：{1!}；请先解决，然后：{2}"),
+    ("nothing was sent", "未下发任何内容"),
+    (r"not rolled back, as (nothing was sent)", "未回滚：{1!}"), (r"not rolled back, as ([^;]*)", "未回滚：{1!}"),
     (r"release (\d+) was rolled back already, by release (\d+): rollback of it would do that once more",
      "发布 {1} 已由发布 {2} 回滚：再次回滚只会重复"),
     (r"release (\d+) was rolled back already, by release (\d+): retry of it would bring its payload back",
@@ -14465,12 +14481,12 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
      "发布 {1}（v{2}）之后已在 {3!} 上成功：重试发布 {4} 会覆盖其内容"),
     (r"release (\d+) \(v(\d+)\) succeeded later on (.*): rollback of release (\d+) would replace its payload",
      "发布 {1}（v{2}）之后已在 {3!} 上成功：回滚发布 {4} 会覆盖其内容"),
-    (r"release (\d+) \(v(\d+)\) succeeded later on (.*)", "发布 {1}（v{2}）之后已在 {3!} 上成功"),
+    (r"release (\d+) \(v(\d+)\) succeeded later on ([^;:]*)", "发布 {1}（v{2}）之后已在 {3!} 上成功"),
     (r"(overNewer \(--over-newer\)) if that is meant", "若确需如此：{1}"),
     (r"goes behind (.*): (supersede \(--now\)) cancels (?:it|them) and goes first",
-     "排在{1}之后：{2} 将其取消并最先执行"),
+     "排在{1!}之后：{2} 将其取消并最先执行"),
     (r"(duringFreeze \(--during-freeze\)) goes out all the same", "{1}：照样执行"),
-    (r"create a release that is good, or name one: (toRelease .*)", "请新建一个正确的发布，或指定一个：{1}"),
+    (r"create a release that is good, or name one: ((?:toRelease|releasectl) .*)", "请新建一个正确的发布，或指定一个：{1}"),
     (r"nothing to roll back to: no release of target (\S+) before (\d+) succeeded on any of its nodes",
      "无可回滚：发布 {2} 之前，目标 {1} 没有在其节点上成功的发布"),
     (r"nothing to roll back to: before release (\d+) its nodes had nothing of target (\S+) but (.*)",
@@ -14478,7 +14494,8 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"release (\d+) \(v(\d+), rolled back\)", "发布 {1}（v{2}，已回滚）"),
     (r"release (\d+) \(v(\d+), the same payload\)", "发布 {1}（v{2}，payload 相同）"),
     (r"(release \d+ \([^)]*\)) and (release .*)", "{1!}和{2!}"),
-    (r"stopped by node (.+?) in batch (\d+):? ?(.*)", "因批次 {2} 的节点 {1} 而停止：{3?}"),
+    (r"stopped by node (.+?) in batch (\d+): (.*)", "因批次 {2} 的节点 {1} 而停止：{3?}"),
+    (r"stopped by node (.+?) in batch (\d+)", "因批次 {2} 的节点 {1} 而停止"),
     (r"stopped, ([^:]*): (.*); (such as node .*)", "已停止，{1!}：{2!}；{3!}"),
     (r"stopped, ([^:]*): (.*?); first node (.+?) in batch (\d+): (.*)",
      "已停止，{1!}：{2!}；首个是批次 {4} 的节点 {3}：{5?}"),
@@ -14487,8 +14504,8 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"such as node (.+?): (.*)", "例如节点 {1}：{2?}"),
     (r"(\d+) nodes? of batch (\d+) failed, at most (\d+) may", "批次 {2} 有 {1} 个节点失败，最多允许 {3} 个"),
     (r"(\d+) nodes? failed in all, at most (\d+) may", "共有 {1} 个节点失败，最多允许 {2} 个"),
-    (r"preflight: (\d+) of (\d+) agents did not answer \((.*)\)", "预检：{2} 个 agent 中有 {1} 个未应答（{3!}）"),
-    (r"preflight: (\d+) of (\d+) agents did not answer, at most (\d+) may \((.*)\)",
+    (r"preflight: (\d+) of (\d+) agents did not answer \(([^()]*)\)", "预检：{2} 个 agent 中有 {1} 个未应答（{3!}）"),
+    (r"preflight: (\d+) of (\d+) agents did not answer, at most (\d+) may \(([^()]*)\)",
      "预检：{2} 个 agent 中有 {1} 个未应答，最多允许 {3} 个（{4!}）"),
     (r"stopping, (.*?): (.*), then it is rolled back", "正在停止，{1!}：{2!}，然后回滚"),
     (r"stopping, (.*?): (.*)", "正在停止，{1!}：{2!}"),
@@ -14509,6 +14526,7 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"scheduled for (\S+), and after release (\d+)", "定于 {1} 开始，并在发布 {2} 之后"),
     (r"it starts at ([^,]*)(?:, in (.*))?", "开始时间：{1}"),
     (r"waiting for (release [^;]*)", "等待{1!}"),
+    (r"(release \d+, which [^;]*) and (\d+) more", "{1!}等另外 {2} 个"),
     (r"release (\d+), (which [^;]*?), then (release [^;]*)", "发布 {1}（{2!}），然后{3!}"),
     (r"release (\d+), (which [^;]*)", "发布 {1}（{2!}）"),
     (r"which is (pending|running|paused|cancelling)", "{1!}"), ("which is pending and goes first", "等待中，优先执行"),
@@ -14534,10 +14552,10 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (rf"({_NAMES_FORM}) busy with an earlier request", "{1!} 仍在处理之前的请求"),
     (r"waiting for a free slot: (.*)", "等待空闲名额：{1!}"),
     (r"waiting for a free slot \((.*)\)", "等待空闲名额（{1!}）"),
-    (r"(\d+) of (\d+) in use by (.*): AGENT_CONCURRENCY", "{2} 个中已用 {1} 个，由{3!}占用：AGENT_CONCURRENCY"),
-    (r"(\d+) of (\d+) in use by (.*)", "{2} 个中已用 {1} 个，由{3!}占用"),
+    (r"(\d+) of (\d+) in use by (.*): AGENT_CONCURRENCY", "{2} 个中已用 {1} 个（{3!}）：AGENT_CONCURRENCY"),
+    (r"(\d+) of (\d+) in use by (.*)", "{2} 个中已用 {1} 个（{3!}）"),
     (r"(\d+) of (\d+) in use: maxParallel", "{2} 个中已用 {1} 个：maxParallel"), (r"(.*): maxParallelPer", "{1!}：maxParallelPer"),
-    (r"(\S+=.*) has (\d+) of (\d+) \((.*)\), for which (\d+) nodes? waits?", "{1} 已有 {2}/{3} 个（{4!}），{5} 个节点在等待"),
+    (r"(\S+=[^;]*) has (\d+) of (\d+) \(([^;]*)\), for which (\d+) nodes? waits?", "{1} 已有 {2}/{3} 个（{4!}），{5} 个节点在等待"),
     (r"([^,]*), which failed and may be busy until (\S+)(?:, in (.*))?", "{1}（已失败，可能忙至 {2}）"),
     (r"asking (?:all )?(\d+) agents? before batch 1: (\d+) answered", "批次 1 之前询问 {1} 个 agent：{2} 个已应答"),
     (r"asking (?:all )?(\d+) agents? before batch 1: (\d+) answered, (\d+) did not",
@@ -14550,7 +14568,7 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"paused by (\S+) (?:in|after) batch (\d+): (.*)", "由 {1} 暂停（批次 {2}）：{3!}"),
     (r"paused (?:in|after) batch (\d+): (.*)", "已暂停（批次 {1}）：{2!}"),
     (r"paused by (\S+): (.*)", "由 {1} 暂停：{2!}"),
-    (r"paused: (.*)", "已暂停：{1!}"),
+    (r"paused: (.*)", "已暂停：{1!}"), (r"paused by (\S+)", "由 {1} 暂停"),
     ("resume to go on", "可继续"),
     (r"(.*): resume to end the release", "{1!}：继续则结束此发布"),
     (r"(.*): resume to end the release and to roll it back", "{1!}：继续则结束此发布并回滚"),
@@ -14563,22 +14581,21 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"(\S+) can't dispatch: (.*)", "{1} 不能下发：{2!}"),
     (r"nobody works on (\d+) releases?", "{1} 个发布无人处理"),
     (r"nobody works on it: (.*)", "无人处理：{1!}"),
-    (r"(.*) works on it", "{1} 正在处理"),
-    (r"(.*) looks for work now and then: run-once, last (.*) ago", "{1} 不时等待任务（run-once），最近一次在 {2!}之前"),
-    (r"(.*) looks for work, last (.*) ago", "{1} 在等待任务，最近一次在 {2!}之前"),
+    (r"([^;]+) works on it", "{1} 正在处理"),
+    (r"([^;]+) looks for work now and then: run-once, last (.*) ago", "{1} 不时等待任务（run-once），最近一次在 {2!}之前"),
+    (r"([^;]+) looks for work, last (.*) ago", "{1} 在等待任务，最近一次在 {2!}之前"),
     (r"(\d+) s", "{1} 秒"), (r"(\d+) min", "{1} 分钟"), (r"(\d+) h", "{1} 小时"), (r"(\d+) h (\d+) min", "{1} 小时 {2} 分钟"),
     (r"(\d+) days?", "{1} 天"),
     ("it answers", "有应答"),
-    (r"it takes no writes: (.*)", "无法写入：{1}"),
-    (r"the database takes no writes: (.*)", "数据库无法写入：{1}"),
-    (r"the database can't be used: (.*)", "数据库无法使用：{1}"),
+    (r"it takes no writes: (.*)", "无法写入：{1!}"),
+    (r"the database takes no writes: (.*)", "数据库无法写入：{1!}"),
+    (r"the database can't be used: (.*)", "数据库无法使用：{1!}"),
     (r"nothing to do: no release is open", "无事可做：没有未结束的发布"),
     (r"it has ended: (\w+)", "已结束：{1!}"), (r"it has ended: (\w+), (.*)", "已结束：{1!}，{2!}"),
     (r"release (\d+) \(v(\d+)\) of (\S+) ended (\w+)", "{3} 的发布 {1}（v{2}）{4!}"),
     (r"(.* ended \w+.*); a retry of all its nodes is refused: (.*)", "{1!}；不能重试其全部节点：{2!}"),
     (r"release (\d+) \(v(\d+)\) of (\S+) ended (\w+): (.*)", "{3} 的发布 {1}（v{2}）{4!}：{5!}"),
     (r"release (\d+) \(v(\d+)\) of (\S+) waits for a person: (.*)", "{3} 的发布 {1}（v{2}）等待人工处理：{4!}"),
-    (r"(\d+) problems?: (.*), and (\d+) more", "{1} 个问题：{2!}；另有 {3} 个"), (r"(\d+) problems?: (.*)", "{1} 个问题：{2!}"),
     (r"and (\d+) more of this kind", "此类问题另有 {1} 个"),
     (r"all is well: (.*)", "一切正常：{1!}"), ("nothing to do", "无事可做"),
     (r"all (\d+) nodes run what they should", "全部 {1} 个节点都运行应有的内容"), ("the one node runs what it should", "唯一的节点运行应有的内容"),
@@ -14614,7 +14631,12 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
      "{1} 个节点运行的内容未知（之后的一次尝试可能已更改）：{2!}"),
     (r"the (payload|strategy) of release (\d+) can't be used: (.*)", "发布 {2} 的{1!}无法使用：{3!}"),
     (r"(\S+) can't be used: it has expired", "{1} 无法使用：已过期"),
-    (r"([A-Z_]+) can't be used: (.*)", "{1} 无法使用：{2!}"),
+    (r"([A-Z_]+) can't be used: (.*)", "{1} 无法使用：{2!}"), (r"([A-Z_]+) is not set", "{1} 未设置"),
+    ("it is not set: agents can't be called without it", "未设置：没有它就无法调用 agent"),
+    (r"run (`[^`]*`) to see why", "原因请运行 {1}"), ("the lease thread hangs", "续租线程无响应"),
+    (r"the driver of release (\d+) hangs", "发布 {1} 的驱动线程无响应"), (r"database (\S+): (.*)", "数据库 {1}：{2!}"),
+    ("the disk is full", "磁盘已满"), (r"the folder (\S+) does not exist", "文件夹 {1} 不存在"),
+    ("the release has no nodes", "发布没有节点"), (r"it answered (\d+)", "应答 {1}"), (r"waiting for approval: (releasectl [^;]*)", "等待批准：{1}"),
     (r"(.+) is good for (.*) more: renew it", "{1} 还有 {2!}到期：请续期"),
     (r"(\d+) notifications? (?:has|have) not got out: (.*)", "{1} 条通知未能发出：{2!}"),
     ("none was tried: no executor with NOTIFY_COMMAND or NOTIFY_URL is running",
@@ -14660,9 +14682,9 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"(\d+) nodes? of release (\d+) stays? on another payload: (.*)", "发布 {2} 的 {1} 个节点仍保留其他内容：{3!}"),
     (r"release (\d+) \(v(\d+)\) succeeded on no node", "发布 {1}（v{2}）没有在任何节点上成功"),
     (r"release (\d+) \(v(\d+)\) never went out", "发布 {1}（v{2}）从未下发"),
-    (r"waits for release (\d+) \(v(\d+)\), (which .*): (releasectl .*)", "等待发布 {1}（v{2}，{3!}）：{4}"),
+    (r"waits for release (\d+) \(v(\d+)\), (which .*): (releasectl [^;]*)", "等待发布 {1}（v{2}，{3!}）：{4}"),
     (r"cancels release (\d+), which is to roll back release (\d+)", "将取消发布 {1}，它用于回滚发布 {2}"),
-    (r"release (\d+) rolls back release (\d+) already: (releasectl .*)", "发布 {1} 已在回滚发布 {2}：{3}"),
+    (r"release (\d+) rolls back release (\d+) already: (releasectl [^;]*)", "发布 {1} 已在回滚发布 {2}：{3}"),
     (r"nothing asks for an approval here \(APPROVALS is 0\): emergency changes nothing",
      "此处无需批准（APPROVALS 为 0）：emergency 没有作用"),
     (r"startAt (\S+) is over: it starts as soon as it can", "startAt {1} 已过：将尽快开始"),
@@ -14673,21 +14695,21 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
      "retries {1} 次超出节点的时限 {2} 秒（nodeDeadlineSec）：最后一次之前就会失败"),
     (r"exclude: nodes that are added later, .*", "exclude：之后添加或改名的节点不会被名称通配排除，会算作落后：也可用标签排除（--label K!=V）"),
     (r"exclude: no selected node has (.*) \((.*)\)", "exclude：选中的节点都没有 {1}（{2!}）"),
-    (r"(?:the freeze of everything|the freeze of (\S+)) holds (\S+) still: (releasectl .*)", "{2} 仍被冻结：{3}"),
+    (r"(?:the freeze of everything|the freeze of (\S+)) holds (\S+) still: (releasectl [^;]*)", "{2} 仍被冻结：{3}"),
     (r"no release has the target (\S+?)(?: \(did you mean (.*)\?\))?: it is frozen for those to come",
      "目标 {1} 还没有发布：将冻结以后的发布"),
-    (r"(.*): it waits", "{1!}：它会等待"),
     (r"left out: (\S+) is (.*)", "未包含：{1}（{2!}）"), (r"no longer selected \((.*)\)", "不再被选中（{1}）"),
     (r"part of release (\d+), which has not ended", "属于尚未结束的发布 {1}"), (r"left behind: (.*)", "仍落后：{1!}"), ("goes out in a freeze too", "冻结期间也执行"),
     (r"rollback of release (\d+) to the payload of version (\d+)", "发布 {1} 的回滚，回到版本 {2} 的 payload"),
     (r"automatic rollback of release (\d+) to the payload of version (\d+)",
      "发布 {1} 的自动回滚，回到版本 {2} 的 payload"),
     (r"retry of release (\d+)", "重试发布 {1}"),
-    (r"catch-up with release (\d+)", "追上发布 {1}"), (r"without approval, by (.*)", "未经批准，由 {1}"),
+    (r"catch-up with release (\d+)", "追上发布 {1}"), (r"without approval, by ([^;]*)", "未经批准，由 {1}"),
     (r"(.+) lifts it, or any two others", "由 {1} 解除，或由另外任意两人解除"), ("it takes two persons to lift it", "须由两人解除"),
     (r"(.+) wants it lifted since (\S+), so (?:(.+) or )?anybody but (.+) lifts it", "{1} 自 {2} 起希望解除：由 {4} 以外的任何人解除"),
     (r"wanted by (.+) since (\S+)", "由 {1} 自 {2} 起提出"), ("emergency: lifted without a second person", "紧急：未经第二人而解除"),
     (r"its end has come: (.*)", "期限已到：{1!}"), (r"superseded by release (\d+) \(v(\d+)\)", "被发布 {1}（v{2}）取代"),
+    (r"superseded by release (\d+) \(v(\d+)\): (.*)", "被发布 {1}（v{2}）取代：{3!}"),
     (r"failures accepted: (\d+)", "已接受 {1} 个失败"),
     ("goes on though agents did not answer the preflight", "尽管有 agent 未应答预检，仍继续"),
     (r"node (\S+): (.*)", "节点 {1}：{2?}"),
@@ -14710,7 +14732,7 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"pauseAfter names batch (\d+), and there are (\d+): .*", "pauseAfter 指定了批次 {1}，但只有 {2} 个批次"),
     # what `why` says beside these
     (r"mend: (.*)", "解决办法：{1}"),
-    (r"waiting for approval by somebody else than (.*): (releasectl .*)", "等待 {1} 以外的人批准：{2}"),
+    (r"waiting for approval by somebody else than (.*): (releasectl [^;]*)", "等待 {1} 以外的人批准：{2}"),
     (r"waiting for approval, which nobody can give: .*",
      "等待批准，但无人能批准：创建者未登录（请设置 API_TOKENS_FILE）"),
     (r"waits for approval by somebody else than its author", "需等待创建者以外的人批准"),
@@ -14727,8 +14749,8 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"(\S+) may still be busy with release (\d+) until ([^,]*)(?:, in .*)?", "{1} 可能仍在处理发布 {2}，至 {3}"),
     (r"nobody has taken it for (.*), though (.*) looks for work: its log says why",
      "{1!}以来无人处理，尽管 {2} 在等待任务：原因见其日志"),
-    (r"(.*) was last seen (.*) ago", "{1} 最近一次在 {2!}之前"), (r"(.*) is gone", "{1} 已不在"),
-    (r"(.*) takes it over in (.*)", "{1} 将在 {2!}后接管"), (r"(.*) takes it over at its next look", "{1} 将在下次查看时接管"),
+    (r"([^;]+) was last seen (.*) ago", "{1} 最近一次在 {2!}之前"), (r"([^;]+) is gone", "{1} 已不在"),
+    (r"([^;]+) takes it over in (.*)", "{1} 将在 {2!}后接管"), (r"([^;]+) takes it over at its next look", "{1} 将在下次查看时接管"),
     ("not known: who works can't write that it does", "未知：在工作的执行器无法写入"), ("needs none", "无需批准"),
     # and what `check` says
     (r"from the environment: ([^;]*)", "来自环境变量：{1}"),
@@ -14802,10 +14824,10 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
      lambda found: _state_of(found) + f"，不需要批准：{found[3]} 已于 {found[4]} 批准"),
     (r"release (\d+) (succeeded|is \w+) and waits for no approval: (.*) let it go without one at (\S+)",
      lambda found: _state_of(found) + f"，不需要批准：{found[3]} 于 {found[4]} 未经批准放行"),
-    (r"release (\d+) (is \w+) and changed no node: (releasectl .*)", lambda found: _state_of(found) + f"，没有改变任何节点：{found[3]}"),
-    (r"release (\d+) (is \w+) and changed no node; the newest of target (\S+) that went out is release (\d+): (releasectl .*)",
+    (r"release (\d+) (is \w+) and changed no node: (releasectl [^;]*)", lambda found: _state_of(found) + f"，没有改变任何节点：{found[3]}"),
+    (r"release (\d+) (is \w+) and changed no node; the newest of target (\S+) that went out is release (\d+): (releasectl [^;]*)",
      lambda found: _state_of(found) + f"，没有改变任何节点；目标 {found[3]} 最近下发的是发布 {found[4]}：{found[5]}"),
-    (r"release (\d+) (is \w+); a release is rolled back after its end: (releasectl .*)",
+    (r"release (\d+) (is \w+); a release is rolled back after its end: (releasectl [^;]*)",
      lambda found: _state_of(found) + f"；结束之后才能回滚：{found[3]}"),
     (r"nothing to roll back: release (\d+) changed no node", "无可回滚：发布 {1} 没有改变任何节点"),
     (r"through an API where nobody signs in nobody is a second person: .*", "API 无需登录时无法确认第二人：请设置 API_TOKENS_FILE，或使用命令行"),
@@ -14868,7 +14890,7 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"the body is over (\d+) bytes \(HTTP_MAX_BODY_BYTES\)", "请求体超过 {1} 字节（HTTP_MAX_BODY_BYTES）"),
     ("releasectl itself failed: see its log", "releasectl 内部错误：见其日志"), (r"no dashboard: (.*)", "没有页面：{1!}"),
     (r"labels: (.*)", "标签：{1!}"), (r"(.*) has a token in (.*) already: .*", "{1} 在 {2} 中已有令牌：请先删除该行，或换一个名称"),
-    (r"([^;:()]+) and (\d+) more", _names_in_chinese),
+    (r"([^;:()]*[^;:(), ]) and (\d+) more", _names_in_chinese),
 )
 # What is stored of a failed node, where the program wrote it and not the agent.
 _CHINESE_ERRORS_FORMS = (
@@ -14968,7 +14990,7 @@ _CHINESE_SENTENCES = {
     "retry": "重试", "rollback": "回滚", "payload": " payload ", "strategy": "策略", "none": "无", "online": "在线",
     UNREACHABLE: "无法连接", TLS: "TLS 失败", TIMEOUT: "超时", HTTP: "HTTP 错误", PROTOCOL: "应答无效",
     REJECTED: "被 agent 拒绝", AGENT_FAILED: "agent 执行失败", VERIFY: "验证失败", DEADLINE: "超过期限", ABANDONED: "结果未知",
-    "other": "其他原因", "it": "对方", "everything": "全部", "nothing was sent": "未下发任何内容", "it answers": "有应答", "not frozen": "未冻结",
+    "other": "其他原因", "it": "对方", "everything": "全部", "it answers": "有应答", "not frozen": "未冻结",
     "connection refused": "连接被拒绝", "no route to host": "没有到主机的路由", "connection timed out": "连接超时",
     "network is unreachable": "网络不可达", "connection reset by peer": "连接被对方重置", "no address found": "没有找到地址",
     "name or service not known": "名称无法解析", "permission denied": "没有权限", "not utf-8": "不是 UTF-8",
@@ -15033,37 +15055,42 @@ def in_chinese(text: str) -> str:
     return _placeholders(_sentence(text))
 
 
-def _sentence(text: str) -> str:
+def _sentence(text: str, depth: int = 0) -> str:
     if text in _CHINESE_SENTENCES:
         return _CHINESE_SENTENCES[text]
-    whole = _by_form(text, _CHINESE) or _by_form(text, _CHINESE_ERRORS)
+    whole = _by_form(text, _CHINESE, depth)
     if whole is not None:
         return whole
     first, semicolon, rest = text.partition("; ")
-    return f"{_sentence(first)}；{_sentence(rest)}" if semicolon else text
+    if not semicolon or depth >= MAX_DEPTH:
+        return _error(text, depth)
+    return f"{_sentence(first, depth + 1)}；{_sentence(rest, depth + 1)}"
 
 
-def _by_form(text: str, forms: _Forms) -> str | None:
+def _by_form(text: str, forms: _Forms, depth: int = 0) -> str | None:
     """Return a text in Chinese by the first form that it has, None where it has none."""
-    for form, chinese in forms:
+    for form, chinese in forms if depth < MAX_DEPTH else ():
         found = form.fullmatch(text)
         if found:
-            return chinese(found) if callable(chinese) else _PLACE.sub(functools.partial(_filled, found), chinese)
+            return chinese(found) if callable(chinese) else _PLACE.sub(
+                functools.partial(_filled, found, depth + 1), chinese)
     return None
 
 
+# A sentence within sentences is left as it is at this depth: none of ours goes so far, but what somebody wrote may.
+MAX_DEPTH = 16
 # {1}, {1!} or {1?} in the Chinese of a form.
 _PLACE = re.compile(r"\{(\d)([!?]?)\}")
 
 
-def _filled(found: re.Match[str], place: re.Match[str]) -> str:
+def _filled(found: re.Match[str], depth: int, place: re.Match[str]) -> str:
     text = found[int(place[1])] or ""
-    return _sentence(text) if place[2] == "!" else _error(text) if place[2] else text
+    return _sentence(text, depth) if place[2] == "!" else _error(text, depth) if place[2] else text
 
 
-def _error(text: str) -> str:
+def _error(text: str, depth: int = 0) -> str:
     """Return the message of a failed node in Chinese where the program wrote it; what an agent said as it is."""
-    whole = _by_form(text, _CHINESE_ERRORS)
+    whole = _by_form(text, _CHINESE_ERRORS, depth)
     return text if whole is None else whole
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 import ast
 import json
 import re
+import time
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import pytest
+import simulation
 from lab import add_nodes, new_release
 
 import releasectl as rc
@@ -137,7 +139,7 @@ TYPED = re.compile(r"`[^`]*`|releasectl [a-z][^；：，（）]*|--[a-z-]+( [A-Z
 WORDS = frozenset(("agent", "payload", "releasectl", "catch", "up", "run", "once", "serve", "strategy", "exclude", "retries", "first",
                    "labels", "kinds", "target", "websites", "execute", "until", "emergency", "supersede", "verify",
                    "status", "enabled", "true", "false", "url", "pauseAfter", "schema", "code", "Authorization",
-                   "Bearer", "reason", "total", "approval", "id", "frozen", "view", "summary", "region", "eu", "us", "Idempotency", "Key", "Content", "Type", "application", "json", "operator", "openapi"))
+                   "Bearer", "migrate", "version", "reason", "total", "approval", "id", "frozen", "view", "summary", "region", "eu", "us", "Idempotency", "Key", "Content", "Type", "application", "json", "operator", "openapi"))
 
 
 def english_in(text: str) -> list[str]:
@@ -197,6 +199,50 @@ def test_no_refusal_that_a_page_may_show_has_english_words_in_chinese():
     found = [text for text in refusals() if "waits for no approval: 7" not in text]  # that is in SENTENCES
     assert len(found) > 100
     assert [(text, rc.in_chinese(text)) for text in found if english_in(rc.in_chinese(text))] == []
+
+
+@pytest.mark.parametrize("unit", [
+    "x; ", "frozen by a; ", "frozen by a: b; frozen until ", "node a: stopped; ", "1 tls (, 1 tls ", "release 1, which x, then ",
+    "a is at work for release 1, ", "; all 1 in a=b", "(a (offline), ", "1 node failed: ", "waiting for release 1 and 1 more ",
+    "batch 1 of 1: waiting for 1 of 1 node; trying again: ", "a: b, try 1 of 2, ", "paused; resume to go on", "problem: "])
+def test_what_somebody_wrote_to_be_a_burden_is_none(unit):
+    text = "1 problem: " + unit * (rc.MAX_DETAIL_BYTES // len(unit))
+    began = time.thread_time()
+    for said in (text, text[11:], text[:500], text[11:500]):
+        assert rc.in_chinese(said)
+        assert rc.translated({"event": "paused", "nodeId": None, "detail": said})["detail"]
+    assert time.thread_time() - began < 2.0
+
+
+# What people, agents and hosts are called and say in the simulation.
+SIMULATED = frozenset("anna cut edge er holidays owner pid refused test vm no answer in hurry cdn dns rack twin why".split())
+
+
+@pytest.mark.parametrize("world", [simulation.PLAIN, simulation.SHARED])
+def test_no_sentence_that_a_release_comes_to_has_english_words_in_chinese(world, monkeypatch):
+    """Schedules of the simulation: status texts, what `why` says, and the details of all events."""
+    said: set[tuple[str, str]] = set()
+
+    def hears(name: str, texts: Callable[..., Iterable[tuple[str, str]]]) -> None:
+        real = getattr(rc, name)
+
+        def heard(*args: Any) -> Any:
+            found = real(*args)
+            said.update(texts(found, *args))
+            return found
+        monkeypatch.setattr(rc, name, heard)
+
+    hears("describe", lambda text, *_: [("status", text)])
+    hears("waiting_reasons", lambda reasons, *_: [("status", text) for text in reasons.values()])
+    hears("explain", lambda why, *_: [("why", text) for text in (why.text, *(step.text for step in why.steps))])
+    hears("NewEvent", lambda event, *_: [("node" if event.node_id else "event", event.detail)])
+    monkeypatch.setattr(rc.log, "disabled", True)
+    for seed in range(6):
+        simulation.run_seed(seed, world)
+    chinese = {(what, text): rc.in_chinese(text) if what in ("status", "why") else rc.translated(
+        {"event": "x", "detail": text, "nodeId": 1 if what == "node" else None})["detail"] for what, text in said}
+    assert len(chinese) > 200
+    assert [(*key, text) for key, text in chinese.items() if {*english_in(text)} - SIMULATED] == []
 
 
 # -- the command line --------------------------------------------------------------------------------
