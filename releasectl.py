@@ -64,6 +64,8 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
                         stuck
     Executor            scan, claims, leases, the threads
   FACES
+    Chinese             the sentences of releases, `why`, `check` and the verdict, by their form
+    Chinese refusals    what is refused, why nodes failed, and words, in Chinese
     Languages           the sentences that people read, in Chinese, by their form; English where
                         none is known
     Serialization       the JSON of contract section 5, and its schemas
@@ -1138,7 +1140,8 @@ class Settings:
     agent_request_timeout_sec: float = _setting(
         "60", Range(0.1, MAX_REQUEST_TIMEOUT_S, float), "seconds for a request and its answer")
     agent_retries: int = _setting("2", Range(0, 100), "tries after the first")
-    node_deadline_sec: float = _setting(f"{NODE_DEADLINE_S:g}", Range(1, 604800, float), "seconds from a node's dispatch to its end")
+    node_deadline_sec: float = _setting(f"{NODE_DEADLINE_S:g}", Range(1, 604800, float),
+                                        "seconds from a node's dispatch to its end")
     claim_ttl_sec: float = _setting(
         "30", Range(1, MAX_CLAIM_TTL_S, float), "seconds that a silent process keeps a release")
     approvals: bool = _setting("0", _switch, "1: a release starts when somebody else than its author has approved it")
@@ -3526,7 +3529,7 @@ class Plan(NamedTuple):
 
 
 def tolerated_text(count: int) -> str:
-    """Return why a batch may have more failures than the strategy lets: 'the last 9 had failed before: they stop ...'."""
+    """Return why the last batch of a rollback may have more failures than its strategy lets."""
     return f"the last {count} had failed before: that they fail again stops nothing"
 
 
@@ -3971,8 +3974,8 @@ def group_failures(failed: Iterable[FailedNode], labels: Mapping[str, int] = {})
     """Return failed nodes by cause, most nodes first, then by kind and pattern; the order of the rows does not matter.
 
     A cause is an error_kind and the pattern of a message, without what is the node's own: <name>, <address> and
-    <task> stand for its name, address and task, in words that nobody takes for a template that was left unfilled. A number stays where all of the group have the same one, else it
-    is N:
+    <task> stand for its name, address and task, as words that nobody takes for a template that was left unfilled. A
+    number stays where all of the group have the same one, else it is N:
 
         edge-1, 10.0.0.1: "10.0.0.1:8443: HTTP 503 after 12 ms"  \\  <address>:8443: HTTP 503 after N ms
         edge-2, 10.0.0.2: "10.0.0.2:8443: HTTP 503 after 9 ms"   /
@@ -14387,48 +14390,24 @@ class Executor:
 # endregion
 
 
-# region Languages
+# region Chinese
 # ======================================================================================
-# Languages: the sentences that people read, in Chinese, by their form; English where none
-#   is known. Pure.
+# Chinese: the sentences of releases, `why`, `check` and the verdict, by their form. Pure.
 # Uses: Vocabulary.
-#
-#   tests/test_languages.py goes over all that the program can answer or store: no English
-#   word is left but names, payload, what agents and people wrote, and a list of words.
 # ======================================================================================
 
 _KIND = "|".join((*ERROR_KINDS, "other"))
 # Names of nodes and releases, as in_words() puts them.
 _NAMES_FORM = r"[^;:()]+"
 
-
-# What VERBS says in the past.
-_DEEDS = {"paused": "暂停", "resumed": "继续", "cancelled": "取消", "cancelled by force": "强制取消", "retried": "重试",
-          "rolled back": "回滚"}
-
-
-def _state_of(found: re.Match[str]) -> str:
-    return f"发布 {found[1]} {_sentence(found[2].replace('is ', ''))}"
-
-
-def _kind_in_chinese(found: re.Match[str]) -> str:
-    """Return '2 timeout' as '2 个超时', with a space before letters."""
-    kind = _CHINESE_SENTENCES[found[2]]
-    return f"{found[1]} 个{' ' if kind[0].isascii() else ''}{kind}"
-
-
-def _names_in_chinese(found: re.Match[str]) -> str:
-    """Return 'a, b and 3 more' as 'a, b 等 5 个'."""
-    return f"{found[1]} 等 {found[1].count(', ') + 1 + int(found[2])} 个"
-
-
 # From the form of a sentence, or of a part of one, to its Chinese: {1} is what stood there, {1!} a sentence again, {1?}
-# one of _CHINESE_ERRORS or what an agent said. What agents and people wrote stays as it is.
-_CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
-    (r"(\d+) problems?: (.*), and (\d+) more", "{1} 个问题：{2!}；另有 {3} 个"), (r"(\d+) problems?: (.*)", "{1} 个问题：{2!}"),
+# one of CHINESE_ERRORS or what an agent said, {1+2} the number of the names in {1} and {2} more. What agents and people
+# wrote stays as it is.
+CHINESE_FORMS = (
+    (r"(\d+) problems?: (.*), and (\d+) more", "{1} 个问题：{2!}；另有 {3} 个"),
+    (r"(\d+) problems?: (.*)", "{1} 个问题：{2!}"),
     # what is told of a rollback stands behind what an agent said
-    (r"(.*); ((?:release \d+ rolls it back|(?:(?:was )?to be )?rolled back by|not rolled back).*)",
-     "{1!}；{2!}"),
+    (r"(.*); ((?:release \d+ rolls it back|(?:(?:was )?to be )?rolled back by|not rolled back).*)", "{1!}；{2!}"),
     (r"(stopped.*|finished.*); ((?:all \d+|\d+ of \d+) in [^;=]+=.*)", "{1!}；{2!}"),
     (r"((?:(?:was )?to be )?rolled back by release .*?|release \d+ rolls it back.*?), without (.*)", "{1!}，不含 {2!}"),
     (r"([^;()]+) \((disabled|offline|in maintenance|excluded)\)", "{1!}（{2!}）"),
@@ -14438,22 +14417,25 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"(paused.*); (resume (?:to go on|and accept the failures, or cancel).*)", "{1!}；{2!}"),
     (r"(.*frozen.*): it waits; (duringFreeze.*)", "{1!}：它会等待；{2!}"),
     (r"((?:\S+ is )?frozen .*); ((?:\S+ is )?frozen (?:by|until) .*)", "{1!}；{2!}"),
-    (r"((?:\S+ is )?frozen .*); ([^;]+ lifts it, or any two others|it takes two persons to lift it|[^;]+ wants it lifted since .*)",
+    (r"((?:\S+ is )?frozen .*); ([^;]+ lifts it, or any two others|it takes two persons to lift it|[^;]+ wants it "
+     r"lifted since .*)",
      "{1!}；{2!}"),
     (r"until (\S+Z): ([^;]*)", "至 {1}：{2}"), (r"taken by (\S+)", "由 {1} 接手"),
     (r"taken over by (\S+) from (\S+), whose claim had run out", "由 {1} 从 {2} 接管（其占用已过期）"),
-    (r"version (\d+) became (\d+): agents may have versions below (\d+) \((.*)\)", "版本 {1} 改为 {2}：agent 可能已有低于 {3} 的版本（{4}）"),
-    (r"version (\d+) became (\d+): release (\d+) \(v(\d+)\) went out before it", "版本 {1} 改为 {2}：发布 {3}（v{4}）先于它下发"),
-    (r"(.*): still frozen, as (.*): (`.*`)(; .*)?", "{1!}：仍然冻结，{2!}：{3}{4!}"), (r"in an emergency: (--emergency --reason TEXT)", "紧急情况下：{1}"),
+    (r"version (\d+) became (\d+): agents may have versions below (\d+) \((.*)\)",
+     "版本 {1} 改为 {2}：agent 可能已有低于 {3} 的版本（{4}）"),
+    (r"version (\d+) became (\d+): release (\d+) \(v(\d+)\) went out before it",
+     "版本 {1} 改为 {2}：发布 {3}（v{4}）先于它下发"),
+    (r"(.*): still frozen, as (.*): (`.*`)(; .*)?", "{1!}：仍然冻结，{2!}：{3}{4!}"),
+    (r"in an emergency: (--emergency --reason TEXT)", "紧急情况下：{1}"),
     (r"all (\d+) in ([^;=]+=.*)", "全部 {1} 个都在 {2}"), (r"(\d+) of (\d+) in ([^;=]+=.*)", "{2} 个中有 {1} 个在 {3}"),
     # why nodes failed: the largest kind may have its cause
     (rf"(\d+ (?:{_KIND}) \(.*\)), (\d+ (?:{_KIND})(?:, \d+ (?:{_KIND}))*)", "{1!}、{2!}"),
     (rf"(\d+ (?:{_KIND})) \((\d+) of them: (.*)\)", "{1!}（其中 {2} 个：{3?}）"),
     (rf"(\d+ (?:{_KIND})) \((.*)\)", "{1!}（{2?}）"), (rf"(\d+ (?:{_KIND})), (\d+ (?:{_KIND}).*)", "{1!}、{2!}"),
-    (rf"(\d+) ({_KIND})", _kind_in_chinese),
+    (rf"(\d+) ({_KIND})", "{1} 个{2!}"),
     (r"(\d+) of (\d+) agents? answered: (.*)", "{2} 个 agent 中有 {1} 个应答：{3!}"),
-    (r"(\d+) nodes? succeeded", "{1} 个节点成功"),
-    (r"(\d+) of (\d+) nodes updated", "{2} 个节点中已更新 {1} 个"),
+    (r"(\d+) nodes? succeeded", "{1} 个节点成功"), (r"(\d+) of (\d+) nodes updated", "{2} 个节点中已更新 {1} 个"),
     (r"not rolled back, as it was cancelled: (once it has ended, )?(releasectl [^;]*)", "因已取消而未回滚：{2}"),
     (r"release (\d+) rolls it back", "由发布 {1} 回滚"), (r"rolled back by release (\d+)", "已由发布 {1} 回滚"),
     (r"rolled back by release (\d+), which ended partial", "已由发布 {1} 回滚（部分成功）"),
@@ -14464,17 +14446,16 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"finished with (\d+) failures? \(limit ([^)]*)\): (.*)", "结束时有 {1} 个失败（上限 {2!}）：{3!}"),
     (r"([^,]*), (\d+) accepted", "{1!}，已接受 {2} 个"),
     (r"(release \d+ rolls it back) once the freeze is lifted", "{1!}（解除冻结后）"),
-    
     (r"not rolled back, as (.*); mend that, then: (releasectl [^;]*)", "未回滚：{1!}；请先解决，然后：{2}"),
-    ("nothing was sent", "未下发任何内容"),
-    (r"not rolled back, as (nothing was sent)", "未回滚：{1!}"), (r"not rolled back, as ([^;]*)", "未回滚：{1!}"),
+    ("nothing was sent", "未下发任何内容"), (r"not rolled back, as (nothing was sent)", "未回滚：{1!}"),
+    (r"not rolled back, as ([^;]*)", "未回滚：{1!}"),
     (r"release (\d+) was rolled back already, by release (\d+): rollback of it would do that once more",
      "发布 {1} 已由发布 {2} 回滚：再次回滚只会重复"),
     (r"release (\d+) was rolled back already, by release (\d+): retry of it would bring its payload back",
      "发布 {1} 已由发布 {2} 回滚：重试会让其内容回来"),
-    (r"(release .*): this (retry|rollback) comes too late; .*", "{1!}：此次{2!}已太迟；若仍需要，请以 --over-newer 重新执行"),
+    (r"(release .*): this (retry|rollback) comes too late; .*",
+     "{1!}：此次{2!}已太迟；若仍需要，请以 --over-newer 重新执行"),
     (r"(.*) should run something else now: catch-up again", "{1!} 现在应运行其他内容：请重新执行 catch-up"),
-
     (r"(\S+) in a batch", "每批 {1}"), (r"(\S+) in all", "共 {1}"),
     (r"(\S+) in a batch, (\S+) in all", "每批 {1}，共 {2}"),
     (r"release (\d+) \(v(\d+)\) succeeded later on (.*): retry of release (\d+) would replace its payload",
@@ -14486,7 +14467,8 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"goes behind (.*): (supersede \(--now\)) cancels (?:it|them) and goes first",
      "排在{1!}之后：{2} 将其取消并最先执行"),
     (r"(duringFreeze \(--during-freeze\)) goes out all the same", "{1}：照样执行"),
-    (r"create a release that is good, or name one: ((?:toRelease|releasectl) .*)", "请新建一个正确的发布，或指定一个：{1}"),
+    (r"create a release that is good, or name one: ((?:toRelease|releasectl) .*)",
+     "请新建一个正确的发布，或指定一个：{1}"),
     (r"nothing to roll back to: no release of target (\S+) before (\d+) succeeded on any of its nodes",
      "无可回滚：发布 {2} 之前，目标 {1} 没有在其节点上成功的发布"),
     (r"nothing to roll back to: before release (\d+) its nodes had nothing of target (\S+) but (.*)",
@@ -14508,12 +14490,9 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"preflight: (\d+) of (\d+) agents did not answer, at most (\d+) may \(([^()]*)\)",
      "预检：{2} 个 agent 中有 {1} 个未应答，最多允许 {3} 个（{4!}）"),
     (r"stopping, (.*?): (.*), then it is rolled back", "正在停止，{1!}：{2!}，然后回滚"),
-    (r"stopping, (.*?): (.*)", "正在停止，{1!}：{2!}"),
-    (r"node (\S+) failed", "节点 {1} 失败"),
-    (r"(\d+) nodes? failed", "{1} 个节点失败"),
-    (r"(\d+) of (\d+) nodes? failed", "{2} 个节点中有 {1} 个失败"),
-    ("queued for an executor", "等待执行器"),
-    (r"frozen: ([^;]*)", "已冻结：{1}"),
+    (r"stopping, (.*?): (.*)", "正在停止，{1!}：{2!}"), (r"node (\S+) failed", "节点 {1} 失败"),
+    (r"(\d+) nodes? failed", "{1} 个节点失败"), (r"(\d+) of (\d+) nodes? failed", "{2} 个节点中有 {1} 个失败"),
+    ("queued for an executor", "等待执行器"), (r"frozen: ([^;]*)", "已冻结：{1}"),
     (r"frozen until (\S+(?: \d\S+)?)(?:, in [^,:]*)?: ([^;]*)", "已冻结，至 {1}：{2}"),
     (r"(\S+) is frozen: ([^;]*)", "{1} 已冻结：{2}"),
     (r"(\S+) is frozen until (\S+(?: \d\S+)?)(?:, in [^,:]*)?: ([^;]*)", "{1} 已冻结，至 {2}：{3}"),
@@ -14521,16 +14500,13 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"frozen until (\S+(?: \d\S+)?)(?:, in [^,]*)?, by (.*?): (.*)", "由 {2} 冻结，至 {1}：{3}"),
     (r"(\S+) is frozen by (.*?): (.*)", "{1} 由 {2} 冻结：{3}"),
     (r"(\S+) is frozen until (\S+(?: \d\S+)?)(?:, in [^,]*)?, by (.*?): (.*)", "{1} 由 {3} 冻结，至 {2}：{4}"),
-    ("not frozen", "未冻结"),
-    (r"scheduled for (\S+(?: \d\S+)?)(?:, in [^,]*)?", "定于 {1} 开始"),
+    ("not frozen", "未冻结"), (r"scheduled for (\S+(?: \d\S+)?)(?:, in [^,]*)?", "定于 {1} 开始"),
     (r"scheduled for (\S+), and after release (\d+)", "定于 {1} 开始，并在发布 {2} 之后"),
-    (r"it starts at ([^,]*)(?:, in (.*))?", "开始时间：{1}"),
-    (r"waiting for (release [^;]*)", "等待{1!}"),
+    (r"it starts at ([^,]*)(?:, in (.*))?", "开始时间：{1}"), (r"waiting for (release [^;]*)", "等待{1!}"),
     (r"(release \d+, which [^;]*) and (\d+) more", "{1!}等另外 {2} 个"),
     (r"release (\d+), (which [^;]*?), then (release [^;]*)", "发布 {1}（{2!}），然后{3!}"),
-    (r"release (\d+), (which [^;]*)", "发布 {1}（{2!}）"),
-    (r"which is (pending|running|paused|cancelling)", "{1!}"), ("which is pending and goes first", "等待中，优先执行"),
-    (r"which (.*) paused", "由 {1} 暂停"),
+    (r"release (\d+), (which [^;]*)", "发布 {1}（{2!}）"), (r"which is (pending|running|paused|cancelling)", "{1!}"),
+    ("which is pending and goes first", "等待中，优先执行"), (r"which (.*) paused", "由 {1} 暂停"),
     (rf"waiting for ({_NAMES_FORM}) to end", "等待 {1!} 结束"),
     (r"(.*) (?:is|are) tried again after that(?:: (.*))?", "{1!} 将在此后重试：{2?}"),
     (r"batch (\d+) of (\d+): waiting for (\d+) of (\d+) nodes?", "批次 {1}/{2}：{4} 个节点中还在等待 {3} 个"),
@@ -14542,7 +14518,8 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
      "批次 {1}/{2}：{4} 个节点中已完成 {3} 个，{5} 个进行中：{6!}"),
     (r"batch (\d+) of (\d+): (\d+) of (\d+) nodes? done, (\d+) in flight, or to be tried again after that: (.*)",
      "批次 {1}/{2}：{4} 个节点中已完成 {3} 个，{5} 个进行中或将在此后重试：{6!}"),
-    (r"(.+ \((?:deadline .*|past its deadline)\)), (.+ \((?:deadline .*|past its deadline)\)(?: and \d+ more)?)", "{1!}、{2!}"),
+    (r"(.+ \((?:deadline .*|past its deadline)\)), (.+ \((?:deadline .*|past its deadline)\)(?: and \d+ more)?)",
+     "{1!}、{2!}"),
     (r"(.*\)) and (\d+) more", "{1!} 等另外 {2} 个"), (r"(.+) \(past its deadline\)", "{1}（已超过期限）"),
     (r"(.+) \(deadline (\S+)(?:, in (.*))?\)", "{1}（期限 {2}）"),
     (r"(?:trying again: )?(\S+): (.*), try (\d+) of (\d+), now", "正在重试 {1}：{2?}，第 {3}/{4} 次"),
@@ -14554,8 +14531,10 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"waiting for a free slot \((.*)\)", "等待空闲名额（{1!}）"),
     (r"(\d+) of (\d+) in use by (.*): AGENT_CONCURRENCY", "{2} 个中已用 {1} 个（{3!}）：AGENT_CONCURRENCY"),
     (r"(\d+) of (\d+) in use by (.*)", "{2} 个中已用 {1} 个（{3!}）"),
-    (r"(\d+) of (\d+) in use: maxParallel", "{2} 个中已用 {1} 个：maxParallel"), (r"(.*): maxParallelPer", "{1!}：maxParallelPer"),
-    (r"(\S+=[^;]*) has (\d+) of (\d+) \(([^;]*)\), for which (\d+) nodes? waits?", "{1} 已有 {2}/{3} 个（{4!}），{5} 个节点在等待"),
+    (r"(\d+) of (\d+) in use: maxParallel", "{2} 个中已用 {1} 个：maxParallel"),
+    (r"(.*): maxParallelPer", "{1!}：maxParallelPer"),
+    (r"(\S+=[^;]*) has (\d+) of (\d+) \(([^;]*)\), for which (\d+) nodes? waits?",
+     "{1} 已有 {2}/{3} 个（{4!}），{5} 个节点在等待"),
     (r"([^,]*), which failed and may be busy until (\S+)(?:, in (.*))?", "{1}（已失败，可能忙至 {2}）"),
     (r"asking (?:all )?(\d+) agents? before batch 1: (\d+) answered", "批次 1 之前询问 {1} 个 agent：{2} 个已应答"),
     (r"asking (?:all )?(\d+) agents? before batch 1: (\d+) answered, (\d+) did not",
@@ -14567,9 +14546,8 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
      "在批次 1 之前暂停：{2!}；未下发任何内容：可继续（再次询问），或接受并继续，或取消"),
     (r"paused by (\S+) (?:in|after) batch (\d+): (.*)", "由 {1} 暂停（批次 {2}）：{3!}"),
     (r"paused (?:in|after) batch (\d+): (.*)", "已暂停（批次 {1}）：{2!}"),
-    (r"paused by (\S+): (.*)", "由 {1} 暂停：{2!}"),
-    (r"paused: (.*)", "已暂停：{1!}"), (r"paused by (\S+)", "由 {1} 暂停"),
-    ("resume to go on", "可继续"),
+    (r"paused by (\S+): (.*)", "由 {1} 暂停：{2!}"), (r"paused: (.*)", "已暂停：{1!}"),
+    (r"paused by (\S+)", "由 {1} 暂停"), ("resume to go on", "可继续"),
     (r"(.*): resume to end the release", "{1!}：继续则结束此发布"),
     (r"(.*): resume to end the release and to roll it back", "{1!}：继续则结束此发布并回滚"),
     (r"(\d+ nodes? .*? may): (\d.*)", "{1!}：{2!}"),
@@ -14578,36 +14556,35 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"no executor is running \((.*)\): start `serve`", "没有执行器在运行（{1!}）：请启动 serve"),
     ("none was seen for a day", "一天之内未见过任何执行器"),
     (r"(?:last seen|stopped) (.*) ago: (.*)", "最近一次在 {1!}之前：{2}"),
-    (r"(\S+) can't dispatch: (.*)", "{1} 不能下发：{2!}"),
-    (r"nobody works on (\d+) releases?", "{1} 个发布无人处理"),
-    (r"nobody works on it: (.*)", "无人处理：{1!}"),
-    (r"([^;]+) works on it", "{1} 正在处理"),
-    (r"([^;]+) looks for work now and then: run-once, last (.*) ago", "{1} 不时等待任务（run-once），最近一次在 {2!}之前"),
-    (r"([^;]+) looks for work, last (.*) ago", "{1} 在等待任务，最近一次在 {2!}之前"),
-    (r"(\d+) s", "{1} 秒"), (r"(\d+) min", "{1} 分钟"), (r"(\d+) h", "{1} 小时"), (r"(\d+) h (\d+) min", "{1} 小时 {2} 分钟"),
-    (r"(\d+) days?", "{1} 天"),
-    ("it answers", "有应答"),
-    (r"it takes no writes: (.*)", "无法写入：{1!}"),
+    (r"(\S+) can't dispatch: (.*)", "{1} 不能下发：{2!}"), (r"nobody works on (\d+) releases?", "{1} 个发布无人处理"),
+    (r"nobody works on it: (.*)", "无人处理：{1!}"), (r"([^;]+) works on it", "{1} 正在处理"),
+    (r"([^;]+) looks for work now and then: run-once, last (.*) ago",
+     "{1} 不时等待任务（run-once），最近一次在 {2!}之前"),
+    (r"([^;]+) looks for work, last (.*) ago", "{1} 在等待任务，最近一次在 {2!}之前"), (r"(\d+) s", "{1} 秒"),
+    (r"(\d+) min", "{1} 分钟"), (r"(\d+) h", "{1} 小时"), (r"(\d+) h (\d+) min", "{1} 小时 {2} 分钟"),
+    (r"(\d+) days?", "{1} 天"), ("it answers", "有应答"), (r"it takes no writes: (.*)", "无法写入：{1!}"),
     (r"the database takes no writes: (.*)", "数据库无法写入：{1!}"),
     (r"the database can't be used: (.*)", "数据库无法使用：{1!}"),
-    (r"nothing to do: no release is open", "无事可做：没有未结束的发布"),
-    (r"it has ended: (\w+)", "已结束：{1!}"), (r"it has ended: (\w+), (.*)", "已结束：{1!}，{2!}"),
+    (r"nothing to do: no release is open", "无事可做：没有未结束的发布"), (r"it has ended: (\w+)", "已结束：{1!}"),
+    (r"it has ended: (\w+), (.*)", "已结束：{1!}，{2!}"),
     (r"release (\d+) \(v(\d+)\) of (\S+) ended (\w+)", "{3} 的发布 {1}（v{2}）{4!}"),
     (r"(.* ended \w+.*); a retry of all its nodes is refused: (.*)", "{1!}；不能重试其全部节点：{2!}"),
     (r"release (\d+) \(v(\d+)\) of (\S+) ended (\w+): (.*)", "{3} 的发布 {1}（v{2}）{4!}：{5!}"),
     (r"release (\d+) \(v(\d+)\) of (\S+) waits for a person: (.*)", "{3} 的发布 {1}（v{2}）等待人工处理：{4!}"),
-    (r"and (\d+) more of this kind", "此类问题另有 {1} 个"),
-    (r"all is well: (.*)", "一切正常：{1!}"), ("nothing to do", "无事可做"),
-    (r"all (\d+) nodes run what they should", "全部 {1} 个节点都运行应有的内容"), ("the one node runs what it should", "唯一的节点运行应有的内容"),
+    (r"and (\d+) more of this kind", "此类问题另有 {1} 个"), (r"all is well: (.*)", "一切正常：{1!}"),
+    ("nothing to do", "无事可做"), (r"all (\d+) nodes run what they should", "全部 {1} 个节点都运行应有的内容"),
+    ("the one node runs what it should", "唯一的节点运行应有的内容"),
     (r"(\d+) of (\d+) nodes? run what they should, no release is for the others yet",
      "{2} 个节点中有 {1} 个运行应有的内容，其余尚无发布"),
-    (r"(\d+) nodes? (in maintenance|disabled|offline)", "{1} 个节点{2!}"), (r"(\d+) (in maintenance|disabled|offline)", "{1} 个{2!}"),
-    (r"(\d+ nodes? (?:in maintenance|disabled|offline)), (.*)", "{1!}，{2!}"), (r"(\d+ (?:in maintenance|disabled)), (.*)", "{1!}，{2!}"),
-    (r"(\d+) waiting", "{1} 个在等待"), (r"(.*), (\d+) waiting", "{1!}，{2} 个在等待"),
-    (r"(running|paused|cancelling) (release .*)", "{2!}{1!}"), (r"(release \d+ \(v\d+\)), a rollback of release (\d+)", "{1!}（用于回滚发布 {2}）"),
+    (r"(\d+) nodes? (in maintenance|disabled|offline)", "{1} 个节点{2!}"),
+    (r"(\d+) (in maintenance|disabled|offline)", "{1} 个{2!}"),
+    (r"(\d+ nodes? (?:in maintenance|disabled|offline)), (.*)", "{1!}，{2!}"),
+    (r"(\d+ (?:in maintenance|disabled)), (.*)", "{1!}，{2!}"), (r"(\d+) waiting", "{1} 个在等待"),
+    (r"(.*), (\d+) waiting", "{1!}，{2} 个在等待"), (r"(running|paused|cancelling) (release .*)", "{2!}{1!}"),
+    (r"(release \d+ \(v\d+\)), a rollback of release (\d+)", "{1!}（用于回滚发布 {2}）"),
     (r"((?:running|paused|cancelling) release .*?), ((?:running|paused|cancelling) release .*)", "{1!}，{2!}"),
-    (r"(release \d+ \(v\d+\).*) and (\d+) more", "{1!} 等另外 {2} 个"), (r"release (\d+) \(v(\d+)\)", "发布 {1}（v{2}）"),
-    (r"release (\d+)", "发布 {1}"),
+    (r"(release \d+ \(v\d+\).*) and (\d+) more", "{1!} 等另外 {2} 个"),
+    (r"release (\d+) \(v(\d+)\)", "发布 {1}（v{2}）"), (r"release (\d+)", "发布 {1}"),
     (r"release (\d+) \(v(\d+)\) waits for a person: (.*)", "发布 {1}（v{2}）等待人工处理：{3!}"),
     (r"release (\d+) \(v(\d+)\) is \w+, (\d+) nodes? failed", "发布 {1}（v{2}）已有 {3} 个节点失败"),
     (r"release (\d+) \(v(\d+)\) is stopped: (.*)", "发布 {1}（v{2}）已停住：{3!}"),
@@ -14621,10 +14598,11 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"it is not online", "该节点不在线"), (r"(\d+) of them (?:is|are) not online", "其中 {1} 个不在线"),
     (r"unknown: (.*)", "未知：{1!}"), (r"the next release to it tells", "下一次发布即可得知"),
     (r"it may have been sent something else since, or has another address", "此后可能收到过其他内容，或地址已改变"),
-    (r"behind: release (\d+) \(v(\d+)\) is for it, `catch-up` sends it", "落后：应运行发布 {1}（v{2}），可用 `catch-up` 下发"),
+    (r"behind: release (\d+) \(v(\d+)\) is for it, `catch-up` sends it",
+     "落后：应运行发布 {1}（v{2}），可用 `catch-up` 下发"),
     (r"ahead: it has what release (\d+) \(v(\d+), (.*)\) left, and that is not what it should run",
-     "超前：仍是发布 {1}（v{2}，{3!}）留下的内容，不是应有的"), ("`rollback` or a new release mends it", "可用 `rollback` 或新的发布解决"),
-    ("failed there", "在该节点失败"),
+     "超前：仍是发布 {1}（v{2}，{3!}）留下的内容，不是应有的"),
+    ("`rollback` or a new release mends it", "可用 `rollback` 或新的发布解决"), ("failed there", "在该节点失败"),
     (r"(\d+) nodes? runs? the payload of a release that failed or was cancelled: (.*)",
      "{1} 个节点保留着未成功的发布留下的内容：{2!}"),
     (r"it is not known what (\d+) nodes? runs?, as a later try may have changed it: (.*)",
@@ -14636,31 +14614,33 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"run (`[^`]*`) to see why", "原因请运行 {1}"), ("the lease thread hangs", "续租线程无响应"),
     (r"the driver of release (\d+) hangs", "发布 {1} 的驱动线程无响应"), (r"database (\S+): (.*)", "数据库 {1}：{2!}"),
     ("the disk is full", "磁盘已满"), (r"the folder (\S+) does not exist", "文件夹 {1} 不存在"),
-    ("the release has no nodes", "发布没有节点"), (r"it answered (\d+)", "应答 {1}"), (r"waiting for approval: (releasectl [^;]*)", "等待批准：{1}"),
+    ("the release has no nodes", "发布没有节点"), (r"it answered (\d+)", "应答 {1}"),
+    (r"waiting for approval: (releasectl [^;]*)", "等待批准：{1}"),
     (r"(.+) is good for (.*) more: renew it", "{1} 还有 {2!}到期：请续期"),
     (r"(\d+) notifications? (?:has|have) not got out: (.*)", "{1} 条通知未能发出：{2!}"),
     ("none was tried: no executor with NOTIFY_COMMAND or NOTIFY_URL is running",
      "尚未尝试：没有设置了 NOTIFY_COMMAND 或 NOTIFY_URL 的执行器在运行"),
     (r"no online nodes with (.*): .*", "没有符合 {1} 的在线节点：请添加节点，或启用节点并设为在线"),
     (r"no online nodes: .*", "没有在线节点：请添加节点，或启用节点并设为在线"),
-    (r"no node is left: exclude names all of the (\d+) that were selected", "没有剩余节点：exclude 排除了选中的全部 {1} 个"),
+    (r"no node is left: exclude names all of the (\d+) that were selected",
+     "没有剩余节点：exclude 排除了选中的全部 {1} 个"),
     (r"(no node matches .*), of those that failed or were skipped", "{1!}（在失败或跳过的节点中）"),
     (r"no node matches (.*) \(((?:values of|no node has).*)\)", "没有节点符合 {1}（{2!}）"),
     (r"no node matches (.*)", "没有节点符合 {1}"), (r"values of (\S+): (.*)", "{1} 的值：{2!}"),
     (r"no node has the label (\S+)", "没有节点有标签 {1}"),
     (r"no node has the label (\S+) \(did you mean (.*)\?\)", "没有节点有标签 {1}（是否指 {2}？）"),
-    (r"no release of target (\S+) before release (\d+) succeeded.*", "目标 {1} 在发布 {2} 之前没有成功的发布：请指定要比较的发布"),
+    (r"no release of target (\S+) before release (\d+) succeeded.*",
+     "目标 {1} 在发布 {2} 之前没有成功的发布：请指定要比较的发布"),
     (r"release (\d+) does not exist", "发布 {1} 不存在"), (r"node (\d+) does not exist", "节点 {1} 不存在"),
-    (r"Release (\d+) waits for approval", "发布 {1} 等待批准"),
-    (r"Release (\d+) failed", "发布 {1} 失败"),
-    (r"Release (\d+) has failures", "发布 {1} 有失败的节点"),
-    (r"Release (\d+) ended partial", "发布 {1} 部分成功"),
+    (r"Release (\d+) waits for approval", "发布 {1} 等待批准"), (r"Release (\d+) failed", "发布 {1} 失败"),
+    (r"Release (\d+) has failures", "发布 {1} 有失败的节点"), (r"Release (\d+) ended partial", "发布 {1} 部分成功"),
     (r"Release (\d+) needs you: paused", "发布 {1} 需要您处理：已暂停"),
     (r"Nobody works on release (\d+)", "没有执行器处理发布 {1}"),
     # what the history says of a release
     (r"batches of ([\d, ]+(?: and \d+ more)?)", "批次大小 {1!}"), (r"at most (\d[\d, ]*) failed", "每批最多失败 {1}"),
     (r"at most (\d[\d, ]* and \d+ more) failed", "每批最多失败 {1!}"),
-    (r"the last (\d+) had failed before: that they fail again stops nothing", "最后 {1} 个此前已失败：再次失败不会使发布停止"),
+    (r"the last (\d+) had failed before: that they fail again stops nothing",
+     "最后 {1} 个此前已失败：再次失败不会使发布停止"),
     (r"at most (\d[^;]*?) failed, (\d+) in all", "每批最多失败 {1!}，共 {2}"),
     (r"all agents are asked first, at most (\d+) may be silent", "先询问所有 agent，最多 {1} 个可不应答"),
     ("changes nothing: all its nodes run this payload already", "没有任何更改：其所有节点都已在运行此 payload"),
@@ -14672,9 +14652,11 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"(.*) against release (\d+) \(v(\d+), (\d+) of (\d+) nodes?\): (.*)",
      "与发布 {2}（v{3}，{5} 个节点中的 {4} 个）相比：{1!}（{6!}）"),
     (r"(\d+) changes?", "{1} 处改动"), ("no change", "无改动"), ("not compared", "未比较"),
-    (r"(\d+) nodes? runs? release (\d+)", "{1} 个节点运行发布 {2}"), (r"(\d+) nodes? runs? other releases", "{1} 个节点运行其他发布"),
+    (r"(\d+) nodes? runs? release (\d+)", "{1} 个节点运行发布 {2}"),
+    (r"(\d+) nodes? runs? other releases", "{1} 个节点运行其他发布"),
     (r"(\d+) nodes? runs? release (\d+) \(the same payload\)", "{1} 个节点运行发布 {2}（payload 相同）"),
-    (r"(\d+) nodes? had no release yet", "{1} 个节点尚无发布"), (r"what (\d+) nodes? runs? is not known", "{1} 个节点运行的内容未知"),
+    (r"(\d+) nodes? had no release yet", "{1} 个节点尚无发布"),
+    (r"what (\d+) nodes? runs? is not known", "{1} 个节点运行的内容未知"),
     # notes of a plan
     (r"release (\d+) is itself a rollback, of release (\d+)", "发布 {1} 本身就是对发布 {2} 的回滚"),
     (r"release (\d+) is itself a rollback, of release (\d+), to what release (\d+) brought",
@@ -14690,29 +14672,99 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"startAt (\S+) is over: it starts as soon as it can", "startAt {1} 已过：将尽快开始"),
     (r"goes out in a freeze too, as release (\d+) may", "与发布 {1} 一样，冻结期间也执行"),
     (r"maxParallelPer does not limit those without (\S+): (.*)", "maxParallelPer 不限制没有 {1} 的节点：{2!}"),
-    (r"the last batch has (\d+) of (\d+) nodes: .*, like (.*)", "最后一批有 {2} 个节点中的 {1} 个：最后一个大小加 * 可一直重复，例如 {3}"),
+    (r"the last batch has (\d+) of (\d+) nodes: .*, like (.*)",
+     "最后一批有 {2} 个节点中的 {1} 个：最后一个大小加 * 可一直重复，例如 {3}"),
     (r"retries (\d+) do not fit into the (\S+) s that a node has \(nodeDeadlineSec\): .*",
      "retries {1} 次超出节点的时限 {2} 秒（nodeDeadlineSec）：最后一次之前就会失败"),
-    (r"exclude: nodes that are added later, .*", "exclude：之后添加或改名的节点不会被名称通配排除，会算作落后：也可用标签排除（--label K!=V）"),
+    (r"exclude: nodes that are added later, .*",
+     "exclude：之后添加或改名的节点不会被名称通配排除，会算作落后：也可用标签排除（--label K!=V）"),
     (r"exclude: no selected node has (.*) \((.*)\)", "exclude：选中的节点都没有 {1}（{2!}）"),
     (r"(?:the freeze of everything|the freeze of (\S+)) holds (\S+) still: (releasectl [^;]*)", "{2} 仍被冻结：{3}"),
     (r"no release has the target (\S+?)(?: \(did you mean (.*)\?\))?: it is frozen for those to come",
      "目标 {1} 还没有发布：将冻结以后的发布"),
     (r"left out: (\S+) is (.*)", "未包含：{1}（{2!}）"), (r"no longer selected \((.*)\)", "不再被选中（{1}）"),
-    (r"part of release (\d+), which has not ended", "属于尚未结束的发布 {1}"), (r"left behind: (.*)", "仍落后：{1!}"), ("goes out in a freeze too", "冻结期间也执行"),
+    (r"part of release (\d+), which has not ended", "属于尚未结束的发布 {1}"), (r"left behind: (.*)", "仍落后：{1!}"),
+    ("goes out in a freeze too", "冻结期间也执行"),
     (r"rollback of release (\d+) to the payload of version (\d+)", "发布 {1} 的回滚，回到版本 {2} 的 payload"),
     (r"automatic rollback of release (\d+) to the payload of version (\d+)",
      "发布 {1} 的自动回滚，回到版本 {2} 的 payload"),
-    (r"retry of release (\d+)", "重试发布 {1}"),
-    (r"catch-up with release (\d+)", "追上发布 {1}"), (r"without approval, by ([^;]*)", "未经批准，由 {1}"),
-    (r"(.+) lifts it, or any two others", "由 {1} 解除，或由另外任意两人解除"), ("it takes two persons to lift it", "须由两人解除"),
-    (r"(.+) wants it lifted since (\S+), so (?:(.+) or )?anybody but (.+) lifts it", "{1} 自 {2} 起希望解除：由 {4} 以外的任何人解除"),
-    (r"wanted by (.+) since (\S+)", "由 {1} 自 {2} 起提出"), ("emergency: lifted without a second person", "紧急：未经第二人而解除"),
-    (r"its end has come: (.*)", "期限已到：{1!}"), (r"superseded by release (\d+) \(v(\d+)\)", "被发布 {1}（v{2}）取代"),
+    (r"retry of release (\d+)", "重试发布 {1}"), (r"catch-up with release (\d+)", "追上发布 {1}"),
+    (r"without approval, by ([^;]*)", "未经批准，由 {1}"),
+    (r"(.+) lifts it, or any two others", "由 {1} 解除，或由另外任意两人解除"),
+    ("it takes two persons to lift it", "须由两人解除"),
+    (r"(.+) wants it lifted since (\S+), so (?:(.+) or )?anybody but (.+) lifts it",
+     "{1} 自 {2} 起希望解除：由 {4} 以外的任何人解除"),
+    (r"wanted by (.+) since (\S+)", "由 {1} 自 {2} 起提出"),
+    ("emergency: lifted without a second person", "紧急：未经第二人而解除"),
+    (r"its end has come: (.*)", "期限已到：{1!}"),
+    (r"superseded by release (\d+) \(v(\d+)\)", "被发布 {1}（v{2}）取代"),
     (r"superseded by release (\d+) \(v(\d+)\): (.*)", "被发布 {1}（v{2}）取代：{3!}"),
     (r"failures accepted: (\d+)", "已接受 {1} 个失败"),
     ("goes on though agents did not answer the preflight", "尽管有 agent 未应答预检，仍继续"),
     (r"node (\S+): (.*)", "节点 {1}：{2?}"),
+    # what `why` says beside these
+    (r"mend: (.*)", "解决办法：{1}"),
+    (r"waiting for approval by somebody else than (.*): (releasectl [^;]*)", "等待 {1} 以外的人批准：{2}"),
+    (r"waiting for approval, which nobody can give: .*",
+     "等待批准，但无人能批准：创建者未登录（请设置 API_TOKENS_FILE）"),
+    (r"waits for approval by somebody else than its author", "需等待创建者以外的人批准"),
+    (r"in an emergency it goes without: emergency and reason \((.*)\)",
+     "紧急情况下可不经批准：emergency 加 reason（{1}）"),
+    (r"in an emergency it goes without: (emergency .*)", "紧急情况下可不经批准：{1}"),
+    (r"emergency: it goes without an approval, and everybody is told so", "紧急：不经批准执行，并告知所有人"),
+    (r"release (\d+) was made by (.*): somebody else must approve it", "发布 {1} 由 {2} 创建：须由其他人批准"),
+    (r"approved by (.*)", "由 {1} 批准"), (r"goes without: emergency of (.*)", "紧急：{1} 未经批准启动"),
+    (r"it goes out all the same \(--during-freeze\): (.*)", "冻结期间照样执行（--during-freeze）：{1!}"),
+    (r"(\S+) is at work for release (\d+)", "{1} 正在处理发布 {2}"),
+    (r"(\S+ (?:is at work for|may still be busy with) release .*?), (\S+ (?:is at work for|may still be busy with) "
+     r"release .*)",
+     "{1!}，{2!}"),
+    (r"(\S+ (?:is at work for|may still be busy with) release .*) and (\d+) more", "{1!}，另有 {2} 个"),
+    (r"(\S+) may still be busy with release (\d+) until ([^,]*)(?:, in .*)?", "{1} 可能仍在处理发布 {2}，至 {3}"),
+    (r"nobody has taken it for (.*), though (.*) looks for work: its log says why",
+     "{1!}以来无人处理，尽管 {2} 在等待任务：原因见其日志"),
+    (r"([^;]+) was last seen (.*) ago", "{1} 最近一次在 {2!}之前"), (r"([^;]+) is gone", "{1} 已不在"),
+    (r"([^;]+) takes it over in (.*)", "{1} 将在 {2!}后接管"),
+    (r"([^;]+) takes it over at its next look", "{1} 将在下次查看时接管"),
+    ("not known: who works can't write that it does", "未知：在工作的执行器无法写入"), ("needs none", "无需批准"),
+    # and what `check` says
+    (r"from the environment: ([^;]*)", "来自环境变量：{1}"), (r"from ([^;]*?): ([^;]*)", "来自 {1}：{2}"),
+    ("all others have their defaults", "其余均为默认值"),
+    (r"(\S+) is good until ([^,]*), (\d+) days?", "{1} 有效期至 {2}，还有 {3} 天"),
+    (r"(\S+) is good until ([^,]*), (\d+) days?: renew it now", "{1} 有效期至 {2}，还有 {3} 天：请立即续期"),
+    (r"(\S+) is closed to others", "{1} 未向他人开放"),
+    (r"(\S+) is open to others.*?: (chmod .*)", "{1} 向他人开放：{2}"),
+    (r"(\S+) can be written by its owner alone", "{1} 只有所有者可写"),
+    ("not set: agents can't be called without it", "未设置：没有它就无法调用 agent"),
+    ("not set: the API listens on loopback only, for everybody on this host",
+     "未设置：API 只监听回环地址，本机任何人可用"),
+    ("0: agents are called by plain HTTP, for a laboratory only", "0：以明文 HTTP 调用 agent，仅限实验环境"),
+    (r"database (.*): schema (\d+), takes writes(.*)", "数据库 {1}：schema {2}，可写{3}"),
+    (r"database (.*) does not exist: (.*)", "数据库 {1} 不存在：{2}"),
+    (r"(\d+) of (\d+) rows? and the events of (\d+) of (\d+) ended releases? verified",
+     "{2} 行中已验证 {1} 行，{4} 个已结束的发布中已验证 {3} 个的事件"),
+    (r"head (\d+:\w+)", "末尾 {1}"), (r"(\d+) nodes?: each runs what it should", "{1} 个节点都运行应有的内容"),
+    (r"of (\d+) nodes?: (.*), see (`[^`]*`)", "{1} 个节点中：{2}，见 {3}"),
+    (r"(\d+) of (\d+) nodes? reachable", "{2} 个节点中 {1} 个可达"), (r"(`freeze off[^`]*`) lifts it", "用 {1} 解除"),
+    (r"(\d+) MiB left in (.*): without room.*", "{2} 只剩 {1} MiB：空间用尽后不再下发，请腾出空间"),
+    (r"(\d+) of (\d+) checks failed", "{2} 项检查中有 {1} 项未通过"),
+    (r"all (\d+) checks passed", "{1} 项检查全部通过"),
+)
+
+
+# endregion
+
+
+# region Chinese refusals
+# ======================================================================================
+# Chinese refusals: what is refused, why nodes failed, and words, in Chinese. Pure.
+# Uses: Vocabulary.
+# ======================================================================================
+
+_STATUS = "(?:succeeded|" + "|".join(RELEASE_STATUSES) + ")"
+
+# As CHINESE_FORMS: what API and command line refuse.
+CHINESE_REFUSALS = (
     # what is wrong with a strategy
     (r"strategy: (.*)", "策略：{1!}"),
     (r"(.*) must be a whole number from (\d+) to (\d+)", "{1} 须为 {2} 到 {3} 的整数"),
@@ -14730,68 +14782,27 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"(.*) must be the key of a label: .*", "{1} 须为标签名"),
     (r"first (.*) must name a label: .*", "first {1} 须指定标签"),
     (r"pauseAfter names batch (\d+), and there are (\d+): .*", "pauseAfter 指定了批次 {1}，但只有 {2} 个批次"),
-    # what `why` says beside these
-    (r"mend: (.*)", "解决办法：{1}"),
-    (r"waiting for approval by somebody else than (.*): (releasectl [^;]*)", "等待 {1} 以外的人批准：{2}"),
-    (r"waiting for approval, which nobody can give: .*",
-     "等待批准，但无人能批准：创建者未登录（请设置 API_TOKENS_FILE）"),
-    (r"waits for approval by somebody else than its author", "需等待创建者以外的人批准"),
-    (r"in an emergency it goes without: emergency and reason \((.*)\)", "紧急情况下可不经批准：emergency 加 reason（{1}）"),
-    (r"in an emergency it goes without: (emergency .*)", "紧急情况下可不经批准：{1}"),
-    (r"emergency: it goes without an approval, and everybody is told so", "紧急：不经批准执行，并告知所有人"),
-    (r"release (\d+) was made by (.*): somebody else must approve it", "发布 {1} 由 {2} 创建：须由其他人批准"),
-    (r"approved by (.*)", "由 {1} 批准"), (r"goes without: emergency of (.*)", "紧急：{1} 未经批准启动"),
-    (r"it goes out all the same \(--during-freeze\): (.*)", "冻结期间照样执行（--during-freeze）：{1!}"),
-    (r"(\S+) is at work for release (\d+)", "{1} 正在处理发布 {2}"),
-    (r"(\S+ (?:is at work for|may still be busy with) release .*?), (\S+ (?:is at work for|may still be busy with) release .*)",
-     "{1!}，{2!}"),
-    (r"(\S+ (?:is at work for|may still be busy with) release .*) and (\d+) more", "{1!}，另有 {2} 个"),
-    (r"(\S+) may still be busy with release (\d+) until ([^,]*)(?:, in .*)?", "{1} 可能仍在处理发布 {2}，至 {3}"),
-    (r"nobody has taken it for (.*), though (.*) looks for work: its log says why",
-     "{1!}以来无人处理，尽管 {2} 在等待任务：原因见其日志"),
-    (r"([^;]+) was last seen (.*) ago", "{1} 最近一次在 {2!}之前"), (r"([^;]+) is gone", "{1} 已不在"),
-    (r"([^;]+) takes it over in (.*)", "{1} 将在 {2!}后接管"), (r"([^;]+) takes it over at its next look", "{1} 将在下次查看时接管"),
-    ("not known: who works can't write that it does", "未知：在工作的执行器无法写入"), ("needs none", "无需批准"),
-    # and what `check` says
-    (r"from the environment: ([^;]*)", "来自环境变量：{1}"),
-    (r"from ([^;]*?): ([^;]*)", "来自 {1}：{2}"), ("all others have their defaults", "其余均为默认值"),
-    (r"(\S+) is good until ([^,]*), (\d+) days?", "{1} 有效期至 {2}，还有 {3} 天"),
-    (r"(\S+) is good until ([^,]*), (\d+) days?: renew it now", "{1} 有效期至 {2}，还有 {3} 天：请立即续期"),
-    (r"(\S+) is closed to others", "{1} 未向他人开放"),
-    (r"(\S+) is open to others.*?: (chmod .*)", "{1} 向他人开放：{2}"),
-    (r"(\S+) can be written by its owner alone", "{1} 只有所有者可写"),
-    ("not set: agents can't be called without it", "未设置：没有它就无法调用 agent"),
-    ("not set: the API listens on loopback only, for everybody on this host",
-     "未设置：API 只监听回环地址，本机任何人可用"),
-    ("0: agents are called by plain HTTP, for a laboratory only", "0：以明文 HTTP 调用 agent，仅限实验环境"),
-    (r"database (.*): schema (\d+), takes writes(.*)", "数据库 {1}：schema {2}，可写{3}"),
-    (r"database (.*) does not exist: (.*)", "数据库 {1} 不存在：{2}"),
-    (r"(\d+) of (\d+) rows? and the events of (\d+) of (\d+) ended releases? verified",
-     "{2} 行中已验证 {1} 行，{4} 个已结束的发布中已验证 {3} 个的事件"),
-    (r"head (\d+:\w+)", "末尾 {1}"),
-    (r"(\d+) nodes?: each runs what it should", "{1} 个节点都运行应有的内容"),
-    (r"of (\d+) nodes?: (.*), see (`[^`]*`)", "{1} 个节点中：{2}，见 {3}"),
-    (r"(\d+) of (\d+) nodes? reachable", "{2} 个节点中 {1} 个可达"),
-    (r"(`freeze off[^`]*`) lifts it", "用 {1} 解除"),
-    (r"(\d+) MiB left in (.*): without room.*", "{2} 只剩 {1} MiB：空间用尽后不再下发，请腾出空间"),
-    (r"(\d+) of (\d+) checks failed", "{2} 项检查中有 {1} 项未通过"),
-    (r"all (\d+) checks passed", "{1} 项检查全部通过"),
     # what is refused
-    (r"(.*) must be one of (.*)", "{1} 须为其一：{2}"), (r"(.*) must be a text of at most (\d+) characters", "{1} 须为最多 {2} 个字符的文本"),
-    (r"name is empty: 1 to (\d+) .*", "缺少名称：1 到 {1} 个可见字符"), (r"mainIp is empty: .*", "缺少 mainIp：IP 地址或主机名"),
+    (r"(.*) must be one of (.*)", "{1} 须为其一：{2}"),
+    (r"(.*) must be a text of at most (\d+) characters", "{1} 须为最多 {2} 个字符的文本"),
+    (r"name is empty: 1 to (\d+) .*", "缺少名称：1 到 {1} 个可见字符"),
+    (r"mainIp is empty: .*", "缺少 mainIp：IP 地址或主机名"),
     (r"name (.*) must be 1 to (\d+) printable characters.*", "名称 {1} 须为 1 到 {2} 个可见字符"),
     (r"name (.*) must not hold a colon or begin with #", "名称 {1} 不能含冒号，也不能以 # 开头"),
     (r"mainIp (.*) is neither an IP address nor a host name", "mainIp {1} 既不是 IP 地址也不是主机名"),
-    (r"mainIp (\S+) (?:stands|is) .*: name the node's own address", "mainIp {1} 不是单个主机的地址：请填写节点自己的地址"),
+    (r"mainIp (\S+) (?:stands|is) .*: name the node's own address",
+     "mainIp {1} 不是单个主机的地址：请填写节点自己的地址"),
     (r"labels must be an object whose values are strings", "labels 须为值是字符串的对象"),
     (r"labels must be at most (\d+), not (\d+)", "labels 最多 {1} 个，而不是 {2} 个"),
     (r"labels: the key (.*) must be 1 to (\d+) printable characters.*", "labels：键 {1} 须为 1 到 {2} 个可见字符"),
     (r"labels: the value of (.*) must be at most (\d+) printable characters.*", "labels：{1} 的值最多 {2} 个可见字符"),
     (r"(\S+) must be an object of at most (\d+) labels, like (.*)", "{1} 须为最多 {2} 个标签的对象，例如 {3}"),
-    (r"(\S+) must have for (.*) a value, or a list of 1 to (\d+) of them: .*", "{1} 中 {2} 须有一个值，或 1 到 {3} 个值的列表"),
+    (r"(\S+) must have for (.*) a value, or a list of 1 to (\d+) of them: .*",
+     "{1} 中 {2} 须有一个值，或 1 到 {3} 个值的列表"),
     (r"(\S+) must not have the value (.*) of (.*) twice", "{1} 中 {3} 的值 {2} 不能重复"),
     (r"target must be 1 to 64 letters, digits or \. _ -", "target 须为 1 到 64 个字母、数字或 . _ -"),
-    (r"(payload|strategy) must be a JSON object", "{1} 须为 JSON 对象"), ("the body must be a JSON object", "请求体须为 JSON 对象"),
+    (r"(payload|strategy) must be a JSON object", "{1} 须为 JSON 对象"),
+    ("the body must be a JSON object", "请求体须为 JSON 对象"),
     (r"payload names version (.*), the release is version (\d+): leave the version out",
      "payload 写明了版本 {1}，而发布的版本是 {2}：请去掉 payload 中的版本"),
     (r"version (\d+) may have been used already: leave it out, or name one from (\d+) on",
@@ -14800,41 +14811,48 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"(.*) is not JSON: (.*)", "{1} 不是 JSON：{2}"), (r"(\S+) can't be read: (.*)", "无法读取 {1}：{2!}"),
     ("it was changed by hand after it went out", "下发之后被手工改动过"),
     (r"exclude must be an object, like (.*)", "exclude 须为对象，例如 {1}"), (r"exclude: (.*)", "exclude：{1!}"),
-    (r"labels (must .*)", "labels {1!}"), (r"nodeIds must be a list of different ids of nodes, like (.*)", "nodeIds 须为不重复的节点 ID 列表，例如 {1}"),
+    (r"labels (must .*)", "labels {1!}"),
+    (r"nodeIds must be a list of different ids of nodes, like (.*)", "nodeIds 须为不重复的节点 ID 列表，例如 {1}"),
     (r"nodeIds: node (\d+) does not exist", "nodeIds：节点 {1} 不存在"),
-    (r"nodeIds: node (.*) is (disabled|offline|in maintenance): .*", "nodeIds：节点 {1} {2!}：请去掉它，或让它接收发布（启用并在线）"),
+    (r"nodeIds: node (.*) is (disabled|offline|in maintenance): .*",
+     "nodeIds：节点 {1} {2!}：请去掉它，或让它接收发布（启用并在线）"),
     (r"(.*) must be K=V", "{1} 须为 K=V"), (r"(.*) must be K=V, K=V1,V2 or K!=V", "{1} 须为 K=V、K=V1,V2 或 K!=V"),
     (r"(.*) is given twice: a node has one value of each label", "{1} 重复：节点的每个标签只有一个值"),
     (r"(.*) is given twice: name all its values at once, as in (.*)", "{1} 重复：请一次写出所有值，例如 {2}"),
-    (r"node (.*) does not exist with (.*)", "没有符合 {2} 的节点 {1}"), (r"node (.*) does not exist", "节点 {1} 不存在"),
+    (r"node (.*) does not exist with (.*)", "没有符合 {2} 的节点 {1}"),
+    (r"node (.*) does not exist", "节点 {1} 不存在"),
     (r"batches are (\d+), and at most (\d+) can be: name larger sizes", "批次共 {1} 个，最多 {2} 个：请用更大的批次"),
     (r"(batchBy|first|maxParallelPer): (.*)", "{1}：{2!}"),
     (r"no node of the release matches (.*) \((values of .*|no node has .*)\)", "发布的节点都不符合 {1}（{2!}）"),
-    (r"nodes (.*) and (.*) have one address, (\S+): disable one of them", "节点 {1} 和 {2} 的地址相同（{3}）：请停用其中一个"),
+    (r"nodes (.*) and (.*) have one address, (\S+): disable one of them",
+     "节点 {1} 和 {2} 的地址相同（{3}）：请停用其中一个"),
     (r"(?:the payload|the payload of release (\d+)) has no list websites, and (.*) would drop all sites without it .*",
-     "payload 没有 websites 列表，{2!} 会因此删除所有站点（协议 execute）：请写明站点，或以 \"websites\": [] 表示确实没有"),
+     "payload 没有 websites 列表，{2!} 会因此删除所有站点（协议 execute）：请写明站点，或以 \"websites\": [] "
+     "表示确实没有"),
     (r"(\S+) (.*) must be the id of a release", "{1} {2} 须为发布的 ID"),
     (r"kinds must be a list of (.*)", "kinds 须为列表，可含：{1}"),
     (r"(.*) is no kind of failure(?: \(did you mean (.*)\?\))?: take of (.*)", "{1} 不是失败类型：可用 {3}"),
-    (r"release (\d+) (succeeded|is (?:pending|running|paused|cancelling|partial|failed|cancelled)); only (.*) releases can be (.*)",
-     lambda found: f"发布 {found[1]} {_sentence(found[2].replace('is ', ''))}：只有"
-     f"{'、'.join(_sentence(word) for word in re.split(', | or ', found[3]))}的发布可以{_DEEDS.get(found[4], found[4])}"),
-    (r"release (\d+) (succeeded|is \w+) and waits for no approval", lambda found: _state_of(found) + "，不需要批准"),
-    (r"release (\d+) (succeeded|is \w+) and waits for no approval: (.*) approved it at (\S+)",
-     lambda found: _state_of(found) + f"，不需要批准：{found[3]} 已于 {found[4]} 批准"),
-    (r"release (\d+) (succeeded|is \w+) and waits for no approval: (.*) let it go without one at (\S+)",
-     lambda found: _state_of(found) + f"，不需要批准：{found[3]} 于 {found[4]} 未经批准放行"),
-    (r"release (\d+) (is \w+) and changed no node: (releasectl [^;]*)", lambda found: _state_of(found) + f"，没有改变任何节点：{found[3]}"),
-    (r"release (\d+) (is \w+) and changed no node; the newest of target (\S+) that went out is release (\d+): (releasectl [^;]*)",
-     lambda found: _state_of(found) + f"，没有改变任何节点；目标 {found[3]} 最近下发的是发布 {found[4]}：{found[5]}"),
-    (r"release (\d+) (is \w+); a release is rolled back after its end: (releasectl [^;]*)",
-     lambda found: _state_of(found) + f"；结束之后才能回滚：{found[3]}"),
+    (rf"release (\d+) (?:is )?({_STATUS}); only (.*) releases (can be .*)", "发布 {1} {2!}：只有{3!}的发布{4!}"),
+    (rf"({_STATUS}(?:, {_STATUS})*) or ({_STATUS})", "{1!}或{2!}"), (rf"({_STATUS}), ({_STATUS}.*)", "{1!}、{2!}"),
+    (rf"release (\d+) (?:is )?({_STATUS}) and waits for no approval", "发布 {1} {2!}，不需要批准"),
+    (rf"release (\d+) (?:is )?({_STATUS}) and waits for no approval: (.*) approved it at (\S+)",
+     "发布 {1} {2!}，不需要批准：{3} 已于 {4} 批准"),
+    (rf"release (\d+) (?:is )?({_STATUS}) and waits for no approval: (.*) let it go without one at (\S+)",
+     "发布 {1} {2!}，不需要批准：{3} 于 {4} 未经批准放行"),
+    (rf"release (\d+) is ({_STATUS}) and changed no node: (releasectl .*)", "发布 {1} {2!}，没有改变任何节点：{3}"),
+    (rf"release (\d+) is ({_STATUS}) and changed no node; the newest of target (\S+) that went out is release (\d+): "
+     rf"(releasectl .*)",
+     "发布 {1} {2!}，没有改变任何节点；目标 {3} 最近下发的是发布 {4}：{5}"),
+    (rf"release (\d+) is ({_STATUS}); a release is rolled back after its end: (releasectl .*)",
+     "发布 {1} {2!}；结束之后才能回滚：{3}"),
     (r"nothing to roll back: release (\d+) changed no node", "无可回滚：发布 {1} 没有改变任何节点"),
-    (r"through an API where nobody signs in nobody is a second person: .*", "API 无需登录时无法确认第二人：请设置 API_TOKENS_FILE，或使用命令行"),
+    (r"through an API where nobody signs in nobody is a second person: .*",
+     "API 无需登录时无法确认第二人：请设置 API_TOKENS_FILE，或使用命令行"),
     (r"reason is missing: an emergency goes without approval, so say why", "缺少原因：紧急情况不经批准，请说明原因"),
     (r"reason is missing: say why it can't wait for the end of the freeze", "缺少原因：请说明为何不能等到冻结结束"),
     (r"reason is missing: tell others why the site is frozen", "缺少原因：请说明为何冻结"),
-    (r"release (\d+) was made through an API where nobody signs in, perhaps by you: set API_TOKENS_FILE, and make it again",
+    (r"release (\d+) was made through an API where nobody signs in, perhaps by you: set API_TOKENS_FILE, and make it "
+     r"again",
      "发布 {1} 是通过无需登录的 API 创建的，可能就是您：请设置 API_TOKENS_FILE 后重新创建"),
     (r"(\S+) is frozen until somebody lifts it by (.*): it can't end earlier, but be lifted: (.*): (`.*`)",
      "{1!} 由 {2} 冻结，直到有人解除：不能提前结束，但可以解除：{3!}：{4}"),
@@ -14845,19 +14863,22 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"release (\d+): (.*), and its strategy \(onExceed\) ends it then: resume without accepting, then retry",
      "发布 {1}：{2!}，其策略（onExceed）会因此结束它：请直接继续（不接受失败），然后重试"),
     (r"node (.*) was neither failed nor skipped in release (\d+)", "节点 {1} 在发布 {2} 中既未失败也未跳过"),
-    (r"failed or skipped: (.*)", "失败或跳过的有：{1!}"), (r"no node failed as (\S+)", "没有节点因 {1} 而失败"), (r"kinds: (.*)", "类型：{1!}"),
-    (r"none of these nodes failed as ([^;]*)", "这些节点都不是因 {1} 而失败"),
+    (r"failed or skipped: (.*)", "失败或跳过的有：{1!}"), (r"no node failed as (\S+)", "没有节点因 {1} 而失败"),
+    (r"kinds: (.*)", "类型：{1!}"), (r"none of these nodes failed as ([^;]*)", "这些节点都不是因 {1} 而失败"),
     (r"what needs an approval cancels no other release before it has one: .*",
-     "需要批准的发布在获准之前不能取消其他发布：请去掉 supersede 并自行取消，或使用 emergency（--emergency --reason TEXT）"),
+     "需要批准的发布在获准之前不能取消其他发布：请去掉 supersede 并自行取消，或使用 emergency（--emergency --reason "
+     "TEXT）"),
     (r"release (\d+) has no online nodes that were touched by it", "发布 {1} 改变过的节点都不在线"),
     (r"release (\d+) has no online nodes that were failed or skipped", "发布 {1} 中失败或跳过的节点都不在线"),
     (r"toRelease \(--to\): there is no release (\d+) of target (\S+)", "toRelease (--to)：目标 {2} 没有发布 {1}"),
-    (r"release (\d+) has the same payload as release (\d+): it changes nothing", "发布 {1} 与发布 {2} 的 payload 相同：没有任何更改"),
+    (r"release (\d+) has the same payload as release (\d+): it changes nothing",
+     "发布 {1} 与发布 {2} 的 payload 相同：没有任何更改"),
     (r"release (\d+) is of target (\S+), release (\d+) of target (\S+): only releases of one target can be compared",
      "发布 {1} 属于目标 {2}，发布 {3} 属于目标 {4}：只能比较同一目标的发布"),
     (r"Idempotency-Key (.*) was used for another request, which made release (\d+): take a new key",
      "Idempotency-Key {1} 已用于另一个请求（创建了发布 {2}）：请换一个"),
-    ("Idempotency-Key must be 1 to 128 printable characters without a space", "Idempotency-Key 须为 1 到 128 个不含空格的可见字符"),
+    ("Idempotency-Key must be 1 to 128 printable characters without a space",
+     "Idempotency-Key 须为 1 到 128 个不含空格的可见字符"),
     (r"node (.*) is in the file twice", "节点 {1} 在文件中重复"), (r"node (.*) exists already", "节点 {1} 已存在"),
     (r"node (.*) is part of release (\d+): disable it instead", "节点 {1} 属于发布 {2}：请改为停用"),
     (r"node (.*) is part of release (\d+), which has not ended: its address, port and protocol stay until then",
@@ -14869,44 +14890,58 @@ _CHINESE_FORMS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"until goes with a freeze that is set, not with one that is lifted", "until 只用于设置冻结，不用于解除"),
     (r"emergency goes with a freeze that is lifted, not with one that is set", "emergency 只用于解除冻结，不用于设置"),
     (r"until (\S+) is over: by the clock that it goes by it is (\S+) now", "until {1} 已过：按所用时钟，现在是 {2}"),
-    (r"until (must .*)", "until {1!}"),
-    (r"(.*) may act on (.*) only: this .*", "{1} 只能操作 {2}：此操作超出其范围"),
+    (r"until (must .*)", "until {1!}"), (r"(.*) may act on (.*) only: this .*", "{1} 只能操作 {2}：此操作超出其范围"),
     (r"(.*) has the role (\w+): this needs (\w+)", "{1} 的角色是 {2}：此操作需要 {3}"),
-    (r"(\S+) (.*) is not a number", "{1} {2} 不是数"), (r"(\S+) (.*) is not a time like (\S+)", "{1} {2} 不是形如 {3} 的时间"),
-    (r"there is no (\S+) here: see (\S+)", "此处没有 {1}：见 {2}"), (r"(\S+) is not for (\S+): it takes (.*)", "{2} 不支持 {1}：支持 {3}"),
+    (r"(\S+) (.*) is not a number", "{1} {2} 不是数"),
+    (r"(\S+) (.*) is not a time like (\S+)", "{1} {2} 不是形如 {3} 的时间"),
+    (r"there is no (\S+) here: see (\S+)", "此处没有 {1}：见 {2}"),
+    (r"(\S+) is not for (\S+): it takes (.*)", "{2} 不支持 {1}：支持 {3}"),
     (r"(\d+) nodes? found, not (\d+): look at them again", "找到 {1} 个节点，而不是 {2} 个：请重新查看"),
-    (r"too many clients read .*: try again in a moment, or ask for (\S+)", "同时读取完整发布、payload、差异、原因或搜索节点的客户端过多：请稍后再试，或使用 {1}"),
-    (r"(?:every connection is taken|.* has as many busy connections as .* may have): try again in a moment", "连接已满：请稍后再试"),
+    (r"too many clients read .*: try again in a moment, or ask for (\S+)",
+     "同时读取完整发布、payload、差异、原因或搜索节点的客户端过多：请稍后再试，或使用 {1}"),
+    (r"(?:every connection is taken|.* has as many busy connections as .* may have): try again in a moment",
+     "连接已满：请稍后再试"),
     ("no token: send the header Authorization: Bearer TOKEN", "缺少令牌：请发送 Authorization: Bearer TOKEN"),
     ("this token isn't valid: mistyped, or removed on the server", "令牌无效：输入有误，或已在服务器上删除"),
-    (r"this token expired at (\S+)", "令牌已于 {1} 过期"), ("the tokens can't be read: see the log of releasectl", "无法读取令牌：见 releasectl 的日志"),
-    (r"without API_TOKENS_FILE nothing is served through a proxy \((.*)\)", "未设置 API_TOKENS_FILE 时不经代理提供服务（{1}）"),
+    (r"this token expired at (\S+)", "令牌已于 {1} 过期"),
+    ("the tokens can't be read: see the log of releasectl", "无法读取令牌：见 releasectl 的日志"),
+    (r"without API_TOKENS_FILE nothing is served through a proxy \((.*)\)",
+     "未设置 API_TOKENS_FILE 时不经代理提供服务（{1}）"),
     ("without API_TOKENS_FILE only this host's own address is served, and no other site's page",
      "未设置 API_TOKENS_FILE 时只服务本机地址，不服务其他站点的页面"),
-    ("the CA or CRL for client certificates has changed or expired: connect again", "客户端证书的 CA 或 CRL 已改变或过期：请重新连接"),
-    (r"(\S+) (\S+) takes no body", "{1} {2} 不接受请求体"), ("the body must be JSON: send Content-Type: application/json",
+    ("the CA or CRL for client certificates has changed or expired: connect again",
+     "客户端证书的 CA 或 CRL 已改变或过期：请重新连接"),
+    (r"(\S+) (\S+) takes no body", "{1} {2} 不接受请求体"),
+    ("the body must be JSON: send Content-Type: application/json",
      "请求体须为 JSON：请发送 Content-Type: application/json"),
     ("a parameter of the query is given twice", "查询参数重复"), ("the query can't be read", "无法读取查询参数"),
     (r"the body is over (\d+) bytes \(HTTP_MAX_BODY_BYTES\)", "请求体超过 {1} 字节（HTTP_MAX_BODY_BYTES）"),
-    ("releasectl itself failed: see its log", "releasectl 内部错误：见其日志"), (r"no dashboard: (.*)", "没有页面：{1!}"),
-    (r"labels: (.*)", "标签：{1!}"), (r"(.*) has a token in (.*) already: .*", "{1} 在 {2} 中已有令牌：请先删除该行，或换一个名称"),
-    (r"([^;:()]*[^;:(), ]) and (\d+) more", _names_in_chinese),
+    ("releasectl itself failed: see its log", "releasectl 内部错误：见其日志"),
+    (r"no dashboard: (.*)", "没有页面：{1!}"),
+    # names come last: anything may be one
+    (r"labels: (.*)", "标签：{1!}"),
+    (r"(.*) has a token in (.*) already: .*", "{1} 在 {2} 中已有令牌：请先删除该行，或换一个名称"),
+    (r"([^;:()]*[^;:(), ]) and (\d+) more", "{1} 等 {1+2} 个"),
 )
-# What is stored of a failed node, where the program wrote it and not the agent.
-_CHINESE_ERRORS_FORMS = (
+# The same of what is stored of a failed node, where the program wrote it and not the agent.
+CHINESE_ERRORS = (
     (r"(.*) \(tried (\d+) times\)", "{1?}（已尝试 {2} 次）"),
     (r"(.*) \(not tried again: the release ends\)", "{1?}（发布即将结束，不再重试）"),
-    (r"outcome unknown: (.*)", "结果未知：{1?}"), ("the answer was lost with the process that asked", "应答随发出请求的进程丢失"),
-    ("it was never sent", "从未下发"), ("cancelled by force while it was in flight", "进行中被强制取消"),
+    (r"outcome unknown: (.*)", "结果未知：{1?}"),
+    ("the answer was lost with the process that asked", "应答随发出请求的进程丢失"), ("it was never sent", "从未下发"),
+    ("cancelled by force while it was in flight", "进行中被强制取消"),
     (r"not done (\S+) s after its dispatch", "下发 {1} 秒后仍未完成"),
     (r"not done (\S+) s after its dispatch; last: (.*)", "下发 {1} 秒后仍未完成；最近一次：{2?}"),
     (r"not verified (\S+) s after the end of its soak", "观察结束 {1} 秒后仍未通过验证"),
     (r"not verified (\S+) s after the end of its soak; last: (.*)", "观察结束 {1} 秒后仍未通过验证；最近一次：{2?}"),
-    (r"node has version (\d+) already", "节点已有版本 {1}"), (r"the agent is already at version (\d+)", "agent 已是版本 {1}"),
-    ("the agent gave no reason", "agent 未说明原因"), ("the agent does not know the task", "agent 不知道该任务"),
+    (r"node has version (\d+) already", "节点已有版本 {1}"),
+    (r"the agent is already at version (\d+)", "agent 已是版本 {1}"), ("the agent gave no reason", "agent 未说明原因"),
+    ("the agent does not know the task", "agent 不知道该任务"),
     (r"no answer within (\S+) s: (.*)", "{1} 秒内未应答：{2?}"),
-    (r"not asked within (\S+) s: no slot was free \(AGENT_CONCURRENCY\)", "{1} 秒内未询问：没有空闲名额（AGENT_CONCURRENCY）"),
-    (r"(agent \S+|it) can't be reached: its name leads to (\S+), which .*", "{1!} 无法连接：其名称指向 {2}，不是可用的地址"),
+    (r"not asked within (\S+) s: no slot was free \(AGENT_CONCURRENCY\)",
+     "{1} 秒内未询问：没有空闲名额（AGENT_CONCURRENCY）"),
+    (r"(agent \S+|it) can't be reached: its name leads to (\S+), which .*",
+     "{1!} 无法连接：其名称指向 {2}，不是可用的地址"),
     (r"(agent \S+|it) can't be reached: (.*)", "{1!} 无法连接：{2!}"),
     (r"(agent \S+|it) did not take a connection within (\S+) s", "{1!} 在 {2} 秒内未接受连接"),
     (r"(agent \S+|it) did not finish the TLS handshake within (\S+) s", "{1!} 在 {2} 秒内未完成 TLS 握手"),
@@ -14919,14 +14954,20 @@ _CHINESE_ERRORS_FORMS = (
     (r"(agent \S+|it) presented a certificate that is not valid yet.*", "{1!} 的证书尚未生效（请检查双方时钟）"),
     (r"(agent \S+|it) presented a certificate that was revoked.*", "{1!} 的证书已被吊销（CONTROL_CA 中的 CRL）"),
     (r"(agent \S+|it) presented a self-signed certificate.*", "{1!} 使用自签名证书：不是我们的 CA（CONTROL_CA）签发的"),
-    (r"(agent \S+|it) presented a certificate of another CA than ours.*", "{1!} 的证书不是我们的 CA（CONTROL_CA）签发的"),
+    (r"(agent \S+|it) presented a certificate of another CA than ours.*",
+     "{1!} 的证书不是我们的 CA（CONTROL_CA）签发的"),
     (r"(agent \S+|it) presented a certificate for another name than (\S+) \((\S+)\)", "{1!} 的证书名称不是 {2}（{3}）"),
     (r"(agent \S+|it) presented a certificate for another (?:name|address)", "{1!} 的证书属于另一个名称或地址"),
-    (r"(agent \S+|it) presented a certificate of a CA that has no CRL.*", "{1!} 的证书的 CA 在 CONTROL_CA 中没有 CRL，而其他 CA 有"),
-    (r"(agent \S+|it) presented a certificate whose CA did not sign its CRL.*", "{1!} 的证书的 CRL 不是其 CA 签发的（CONTROL_CA）"),
-    (r"(agent \S+|it) can't be verified: the CRL in CONTROL_CA is not valid yet.*", "无法验证 {1!}：CONTROL_CA 中的 CRL 尚未生效"),
-    (r"(agent \S+|it) can't be verified: the CRL in CONTROL_CA has expired.*", "无法验证 {1!}：CONTROL_CA 中的 CRL 已过期"),
-    (r"(agent \S+|it) presented a certificate .*too weak.*", "{1!} 的证书强度不足：RSA 至少 2048 位或 EC，摘要至少 SHA-256"),
+    (r"(agent \S+|it) presented a certificate of a CA that has no CRL.*",
+     "{1!} 的证书的 CA 在 CONTROL_CA 中没有 CRL，而其他 CA 有"),
+    (r"(agent \S+|it) presented a certificate whose CA did not sign its CRL.*",
+     "{1!} 的证书的 CRL 不是其 CA 签发的（CONTROL_CA）"),
+    (r"(agent \S+|it) can't be verified: the CRL in CONTROL_CA is not valid yet.*",
+     "无法验证 {1!}：CONTROL_CA 中的 CRL 尚未生效"),
+    (r"(agent \S+|it) can't be verified: the CRL in CONTROL_CA has expired.*",
+     "无法验证 {1!}：CONTROL_CA 中的 CRL 已过期"),
+    (r"(agent \S+|it) presented a certificate .*too weak.*",
+     "{1!} 的证书强度不足：RSA 至少 2048 位或 EC，摘要至少 SHA-256"),
     (r"(agent \S+|it) presented a bad certificate: (.*)", "{1!} 的证书无效：{2}"),
     (r"(agent \S+|it): not sent, as it may not or is too late", "{1!}：未下发，因为不允许或已太迟"),
     (r"(agent \S+|it) answered more than (\d+) KiB", "{1!} 的应答超过 {2} KiB"),
@@ -14937,7 +14978,8 @@ _CHINESE_ERRORS_FORMS = (
     (r"(agent \S+|it) answered what is not (HTTP|JSON)(?:: (.*))?", "{1!} 的应答不是 {2}：{3}"),
     (r"(agent \S+|it) answered JSON that is no object", "{1!} 的应答 JSON 不是对象"),
     (r"(agent \S+|it) refused: (.*) \(code (\d+)\)", "{1!} 拒绝：{2}（code {3}）"),
-    (r"(agent \S+|it) answered a redirect \(HTTP (\d+)\), which is not followed", "{1!} 应答重定向（HTTP {2}），不会跟随"),
+    (r"(agent \S+|it) answered a redirect \(HTTP (\d+)\), which is not followed",
+     "{1!} 应答重定向（HTTP {2}），不会跟随"),
     (r"(agent \S+|it) is no (\w+) agent: it answered HTTP (\d+)(?:, (.*))? \(wrong --protocol or --port\?\)",
      "{1!} 不是 {2} agent：应答 HTTP {3}（--protocol 或 --port 是否有误？）"),
     (r"(agent \S+|it) answered HTTP (\d+)(.*)", "{1!} 应答 HTTP {2}{3}"),
@@ -14947,11 +14989,8 @@ _CHINESE_ERRORS_FORMS = (
     (r"(https?://\S+) answered HTTP (\d+) instead of (\d+)", "{1} 应答 HTTP {2}，应为 {3}"),
     (r"(https?://\S+) answered without (.*) in it", "{1} 的应答中没有 {2}"), (r"(https?://\S+): (.*)", "{1}：{2?}"),
 )
-_Forms = tuple[tuple[re.Pattern[str], "str | Callable[[re.Match[str]], str]"], ...]
-_CHINESE: _Forms = tuple((re.compile(form), chinese) for form, chinese in _CHINESE_FORMS)
-_CHINESE_ERRORS: _Forms = tuple((re.compile(form), chinese) for form, chinese in _CHINESE_ERRORS_FORMS)
 # Sentences without parts: headlines, and what to do about each error_kind.
-_CHINESE_SENTENCES = {
+CHINESE_SENTENCES = {
     "Nodes run what they should not": "有节点运行了不该运行的内容",
     "Nodes are behind": "有节点落后",
     "A certificate can't be used": "有证书无法使用",
@@ -14987,12 +15026,17 @@ _CHINESE_SENTENCES = {
     "pending": "等待中", "running": "进行中", "paused": "已暂停", "cancelling": "正在取消", "success": "成功",
     "succeeded": "成功", "partial": "部分成功", "failed": "失败", "cancelled": "已取消", "skipped": "已跳过",
     "disabled": "已停用", "offline": "离线", "in maintenance": "维护中", "excluded": "已排除", "valid": "有效",
+    "can be paused": "可以暂停", "can be resumed": "可以继续", "can be cancelled": "可以取消",
+    "can be retried": "可以重试",
+    "can be cancelled by force": "可以强制取消", "can be rolled back": "可以回滚",
     "retry": "重试", "rollback": "回滚", "payload": " payload ", "strategy": "策略", "none": "无", "online": "在线",
-    UNREACHABLE: "无法连接", TLS: "TLS 失败", TIMEOUT: "超时", HTTP: "HTTP 错误", PROTOCOL: "应答无效",
-    REJECTED: "被 agent 拒绝", AGENT_FAILED: "agent 执行失败", VERIFY: "验证失败", DEADLINE: "超过期限", ABANDONED: "结果未知",
+    UNREACHABLE: "无法连接", TLS: " TLS 失败", TIMEOUT: "超时", HTTP: " HTTP 错误", PROTOCOL: "应答无效",
+    REJECTED: "被 agent 拒绝", AGENT_FAILED: " agent 执行失败", VERIFY: "验证失败", DEADLINE: "超过期限",
+    ABANDONED: "结果未知",
     "other": "其他原因", "it": "对方", "everything": "全部", "it answers": "有应答", "not frozen": "未冻结",
     "connection refused": "连接被拒绝", "no route to host": "没有到主机的路由", "connection timed out": "连接超时",
-    "network is unreachable": "网络不可达", "connection reset by peer": "连接被对方重置", "no address found": "没有找到地址",
+    "network is unreachable": "网络不可达", "connection reset by peer": "连接被对方重置",
+    "no address found": "没有找到地址",
     "name or service not known": "名称无法解析", "permission denied": "没有权限", "not utf-8": "不是 UTF-8",
     "temporary failure in name resolution": "名称暂时无法解析", "no such file or directory": "文件不存在",
 }
@@ -15032,9 +15076,27 @@ CHINESE_WORDS: Mapping[str, str] = {
     "2 usage, 3 not found or wrong state, 69 out of reach, 75 try later.":
         "2 用法有误，3 不存在或状态不符，69 无法连接，75 稍后再试。"}
 
+
+# endregion
+
+
+# region Languages
+# ======================================================================================
+# Languages: the sentences that people read, in Chinese, by their form; English where none
+#   is known. Pure.
+# Uses: Chinese, Chinese refusals.
+#
+#   tests/test_languages.py goes over all that the program can answer or store: no English
+#   word is left but names, payload, what agents and people wrote, and a list of words.
+# ======================================================================================
+
+_Forms = tuple[tuple["re.Pattern[str]", str], ...]
+_CHINESE: _Forms = tuple((re.compile(form), chinese) for form, chinese in (*CHINESE_FORMS, *CHINESE_REFUSALS))
+_CHINESE_ERRORS: _Forms = tuple((re.compile(form), chinese) for form, chinese in CHINESE_ERRORS)
 # Members of the API's JSON that hold sentences, and those without any, which may be large.
 _SENTENCES = frozenset(("statusReason", "text", "why", "message", "warnings", "hint", "title", "driftText"))
-_NO_SENTENCES = frozenset(("nodeIds", "nodeNames", "payload", "changes", "strategy", "selection", "labels", "before", "after"))
+_NO_SENTENCES = frozenset(("nodeIds", "nodeNames", "payload", "changes", "strategy", "selection", "labels", "before",
+                           "after"))
 
 
 def is_chinese(languages: str) -> bool:
@@ -15056,8 +15118,8 @@ def in_chinese(text: str) -> str:
 
 
 def _sentence(text: str, depth: int = 0) -> str:
-    if text in _CHINESE_SENTENCES:
-        return _CHINESE_SENTENCES[text]
+    if text in CHINESE_SENTENCES:
+        return CHINESE_SENTENCES[text]
     whole = _by_form(text, _CHINESE, depth)
     if whole is not None:
         return whole
@@ -15072,19 +15134,20 @@ def _by_form(text: str, forms: _Forms, depth: int = 0) -> str | None:
     for form, chinese in forms if depth < MAX_DEPTH else ():
         found = form.fullmatch(text)
         if found:
-            return chinese(found) if callable(chinese) else _PLACE.sub(
-                functools.partial(_filled, found, depth + 1), chinese)
+            return _PLACE.sub(functools.partial(_filled, found, depth + 1), chinese)
     return None
 
 
 # A sentence within sentences is left as it is at this depth: none of ours goes so far, but what somebody wrote may.
 MAX_DEPTH = 16
-# {1}, {1!} or {1?} in the Chinese of a form.
-_PLACE = re.compile(r"\{(\d)([!?]?)\}")
+# {1}, {1!}, {1?} or {1+2} in the Chinese of a form.
+_PLACE = re.compile(r"\{(\d)(\+\d|[!?]?)\}")
 
 
 def _filled(found: re.Match[str], depth: int, place: re.Match[str]) -> str:
     text = found[int(place[1])] or ""
+    if place[2][:1] == "+":  # 'a, b' and 3 more
+        return str(text.count(", ") + 1 + int(found[int(place[2])]))
     return _sentence(text, depth) if place[2] == "!" else _error(text, depth) if place[2] else text
 
 
@@ -16027,8 +16090,8 @@ QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "sort": {"type": "string", "enum": [*NODE_ORDERS, *(f"-{order}" for order in NODE_ORDERS)], "default": "id"},
     "object": {"type": "string", "description": "only acts on this: node edge-1"},
     "with": {"type": "string", "pattern": f"^({BEFORE}|{ID_DIGITS})$", "default": BEFORE,
-             "description": f"id of a release of its target; {BEFORE}: the newest of these before it that succeeded; of a rollback "
-                            "what it rolls back"},
+             "description": f"id of a release of its target; {BEFORE}: the newest of these before it that succeeded; "
+                            "of a rollback what it rolls back"},
     "after": {**AFTER_IDS.schema, "default": 0},
     "limit": {**Range(1, 1000).schema, "default": 100},
     "wait": {**Range(0, MAX_EVENTS_WAIT_S).schema, "default": 0,
@@ -17738,7 +17801,7 @@ def check_database(settings: Settings, store: Store) -> Iterator[Finding]:
 # region Terminal
 # ======================================================================================
 # Terminal: how text is shown to a person: columns of characters, tables, colours, times.
-# Uses: Vocabulary, Helpers, Status texts, Languages.
+# Uses: Vocabulary, Helpers, Status texts, Chinese refusals, Languages.
 # ======================================================================================
 
 def columns_of(text: str) -> int:

@@ -122,7 +122,8 @@ def test_a_release_has_the_keys_of_the_contract_and_null_for_what_has_not_come(c
         "id": 1, "type": "apply_config", "target": "cdn", "version": 1, "status": "pending", "reason": "weekly",
         "totalNodes": 3, "successNodes": 0, "failedNodes": 0, "skippedNodes": 0, "currentBatch": 1, "errorMsg": "",
         "strategy": {}, "payloadSha256": rc.digest_of({}), "selection": {}, "retryOf": None, "rollbackOf": None,
-        "rolledBackBy": None, "rollbackStatus": "", "catchUpOf": None, "author": "api", "approval": "", "approvedBy": "", "approvedAt": None,
+        "rolledBackBy": None, "rollbackStatus": "", "catchUpOf": None, "author": "api", "approval": "",
+        "approvedBy": "", "approvedAt": None,
         "goesFirst": False, "duringFreeze": False, "startedAt": None, "finishedAt": None}
 
 

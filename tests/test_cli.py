@@ -721,7 +721,8 @@ def test_create_takes_a_strategy_by_options_and_plan_shows_it_before(filled_quic
                                  "group": ""}], "retries": 0, "nodeDeadlineSec": 3600}
     text = filled_quick.ok("create", *options, "--plan", "--utc").out
     for line in ("1      1      0         edge-1", "more failures: it pauses", "soaks after each batch: 300 s",
-                 "pauses after batch: 1", "tries of a request after the first: 0", "a node has: 3600 s", "each node is probed at: http://{main_ip}:8080/health",
+                 "pauses after batch: 1", "tries of a request after the first: 0", "a node has: 3600 s",
+                 "each node is probed at: http://{main_ip}:8080/health",
                  "starts no earlier than: 2999-01-01 00:00Z\n", plan["effect"]["text"]):
         assert line in text
     assert filled_quick.store.releases.page().total == 3

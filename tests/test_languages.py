@@ -5,8 +5,9 @@ import ast
 import json
 import re
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable
 
 import pytest
 import simulation
@@ -69,20 +70,22 @@ SENTENCES = {
         "已停止，2 个节点失败：2 个 HTTP 错误；首个是批次 2 的节点 a：no; such；由发布 18 回滚",
     "changes nothing: all its nodes run this payload already (release 4); 1 other release has not ended yet":
         "没有任何更改：其所有节点都已在运行此 payload（发布 4）；另有 1 个发布尚未结束",
-    "release 3 (v3) of cdn ended failed: stopped, 9 nodes of batch 3 failed, at most 3 may: 6 agent_failed (nginx: bind to "
-    "<address>:8443, 98: in use), 2 unreachable, 1 deadline; such as node gru-3 in batch 3; all 9 in pop=gru; rolled back "
-    "by release 4":
-        "cdn 的发布 3（v3）失败：已停止，批次 3 有 9 个节点失败，最多允许 3 个：6 个 agent 执行失败（nginx: bind to <地址>:8443, "
-        "98: in use）、2 个无法连接、1 个超过期限；例如批次 3 的节点 gru-3；全部 9 个都在 pop=gru；已由发布 4 回滚",
-    "stopped, 4 nodes failed: 3 unreachable (2 of them: agent <address>:8443 can't be reached: connection refused (tried 3 "
-    "times)), 1 other; such as node gru-3 in batch 3: agent 10.0.0.3:8443 did not answer within 5 s":
-        "已停止，4 个节点失败：3 个无法连接（其中 2 个：agent <地址>:8443 无法连接：连接被拒绝（已尝试 3 次））、1 个其他原因；"
+    "release 3 (v3) of cdn ended failed: stopped, 9 nodes of batch 3 failed, at most 3 may: 6 agent_failed (nginx: "
+    "bind to <address>:8443, 98: in use), 2 unreachable, 1 deadline; such as node gru-3 in batch 3; all 9 in pop=gru; "
+    "rolled back by release 4":
+        "cdn 的发布 3（v3）失败：已停止，批次 3 有 9 个节点失败，最多允许 3 个：6 个 agent 执行失败（nginx: bind to "
+        "<地址>:8443, 98: in use）、2 个无法连接、1 个超过期限；例如批次 3 的节点 gru-3；全部 9 个都在 pop=gru；"
+        "已由发布 4 回滚",
+    "stopped, 4 nodes failed: 3 unreachable (2 of them: agent <address>:8443 can't be reached: connection refused "
+    "(tried 3 times)), 1 other; such as node gru-3 in batch 3: agent 10.0.0.3:8443 did not answer within 5 s":
+        "已停止，4 个节点失败：3 个无法连接（其中 2 个：agent <地址>:8443 无法连接：连接被拒绝（已尝试 3 次））、"
+        "1 个其他原因；"
         "例如批次 3 的节点 gru-3：agent 10.0.0.3:8443 在 5 秒内未应答",
     "a, b, c and 17 more": "a, b, c 等 20 个",
     "release 4 succeeded and waits for no approval: bob approved it at 2026-01-02T03:04:05.000Z":
         "发布 4 成功，不需要批准：bob 已于 2026-01-02T03:04:05.000Z 批准",
     "release 4 succeeded; only partial, failed or cancelled releases can be retried":
-        "发布 4 成功：只有部分成功、失败、已取消的发布可以重试",
+        "发布 4 成功：只有部分成功、失败或已取消的发布可以重试",
     "what no form fits": "what no form fits",
 }
 
@@ -136,10 +139,12 @@ def test_what_is_wrong_with_a_strategy_is_known_in_chinese(strategy):
 # What stays in the alphabet of English in a Chinese sentence: what a person types, and these words.
 TYPED = re.compile(r"`[^`]*`|releasectl [a-z][^；：，（）]*|--[a-z-]+( [A-Z]+)?|https?://\S+|[A-Z][A-Z_]+(?![a-z])|"
                    r"\b[a-z]+[A-Z]\w*|\"[^\"]*\"|\b[a-z]=[a-z]\b")
-WORDS = frozenset(("agent", "payload", "releasectl", "catch", "up", "run", "once", "serve", "strategy", "exclude", "retries", "first",
-                   "labels", "kinds", "target", "websites", "execute", "until", "emergency", "supersede", "verify",
-                   "status", "enabled", "true", "false", "url", "pauseAfter", "schema", "code", "Authorization",
-                   "Bearer", "migrate", "version", "reason", "total", "approval", "id", "frozen", "view", "summary", "region", "eu", "us", "Idempotency", "Key", "Content", "Type", "application", "json", "operator", "openapi"))
+WORDS = frozenset((
+    "Authorization", "Bearer", "Content", "Idempotency", "Key", "Type", "agent", "application", "approval", "catch",
+    "code", "emergency", "enabled", "eu", "exclude", "execute", "false", "first", "frozen", "id", "json", "kinds",
+    "labels", "migrate", "once", "openapi", "operator", "pauseAfter", "payload", "reason", "region", "releasectl",
+    "retries", "run", "schema", "serve", "status", "strategy", "summary", "supersede", "target", "total", "true",
+    "until", "up", "url", "us", "verify", "version", "view", "websites"))
 
 
 def english_in(text: str) -> list[str]:
@@ -150,21 +155,24 @@ def english_in(text: str) -> list[str]:
 # What stands in the place of an expression in a sentence of the code, by a part of that; 7 for any other.
 SAMPLES = {
     "did_you_mean": "", "within": "", "_is_now(": "release 7 is running", "states": "partial, failed or cancelled",
-    "VERBS[verb].past": "rolled back", "how": "in an emergency it goes without: emergency and reason (--emergency --reason TEXT)",
-    "freeze.target or": "everything", "lifted_by": "7 lifts it, or any two others", "exceeded": "2 nodes failed in all, at most 1 may",
-    "there_is": "kinds: 2 tls", "names_of(": "7 and 3 more", "in_words(": "7, 8 and 3 more", "values_text(": "values of 7: 7",
-    "why_none(": "no node matches 7", "newer_id": "7", "newer": "release 7 (v7) succeeded later on 7", "verb": "rollback",
-    "waiting.line()": "frozen by 7: 7", "os_reason(": "permission denied", "PLAIN_TEXT": rc.PLAIN_TEXT, "WEBSITES": "websites",
-    "EACH": "each", "same": "--now", "condition": "offline", "now": "until somebody lifts it", "mend": "releasectl freeze off",
-    "fault": "is a multicast address", "count_of_nodes": "3 nodes", "error": "maxFailed 7 must be a whole number from 1 to 9",
+    "VERBS[verb].past": "rolled back",
+    "how": "in an emergency it goes without: emergency and reason (--emergency --reason TEXT)",
+    "freeze.target or": "everything", "lifted_by": "7 lifts it, or any two others",
+    "exceeded": "2 nodes failed in all, at most 1 may", "there_is": "kinds: 2 tls", "names_of(": "7 and 3 more",
+    "in_words(": "7, 8 and 3 more", "values_text(": "values of 7: 7", "why_none(": "no node matches 7", "newer_id": "7",
+    "newer": "release 7 (v7) succeeded later on 7", "verb": "rollback", "waiting.line()": "frozen by 7: 7",
+    "os_reason(": "permission denied", "PLAIN_TEXT": rc.PLAIN_TEXT, "WEBSITES": "websites", "EACH": "each",
+    "same": "--now", "condition": "offline", "now": "until somebody lifts it", "mend": "releasectl freeze off",
+    "fault": "is a multicast address", "count_of_nodes": "3 nodes",
+    "error": "maxFailed 7 must be a whole number from 1 to 9",
     "why": "no release of target 7 before 7 succeeded on any of its nodes"}
 # The same in one section.
 SAMPLES_OF = {"Plan": {"what": "the payload", "field": "batchBy"}, "Releases": {"now": "7"},
-              "Retry and rollback": {"what": "touched by it"}}
-# Of these parts of the program no page and no program of another one reads an error: of HTTP itself, and the command line.
+              "Retry and rollback": {"what": "touched by it"}, "Helpers": {"error": "7"}}
+# Nobody reads an error of these parts in a page: of HTTP itself, and of the command line.
 ENGLISH_PARTS = frozenset((
-    "HTTP wire", "Engines", "Notifier", "Commands", "Upkeep commands", "Node commands", "Service", "Arguments", "Command line",
-    "Helpers", "Database state"))
+    "HTTP wire", "Engines", "Notifier", "Commands", "Upkeep commands", "Node commands", "Service", "Arguments",
+    "Command line"))
 
 
 def written(node: ast.expr, more: dict[str, str]) -> str:
@@ -189,10 +197,11 @@ def refusals() -> Iterator[str]:
     for line in code.splitlines():
         sections.append(line[9:] if line.startswith("# region ") else sections[-1])
     for call in ast.walk(ast.parse(code)):
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ("AppError", "NotAgain"):
-            if sections[call.lineno] not in ENGLISH_PARTS:
-                texts = call.args[1:] if call.func.id == "AppError" else call.args
-                yield from filter(None, (written(text, SAMPLES_OF.get(sections[call.lineno], {})) for text in texts))
+        section = sections[getattr(call, "lineno", 0)]
+        if isinstance(call, ast.Call) and section not in ENGLISH_PARTS and ast.unparse(call.func) in (
+                "AppError", "NotAgain"):
+            texts = call.args[1:] if ast.unparse(call.func) == "AppError" else call.args
+            yield from filter(None, (written(text, SAMPLES_OF.get(section, {})) for text in texts))
 
 
 def test_no_refusal_that_a_page_may_show_has_english_words_in_chinese():
@@ -202,9 +211,11 @@ def test_no_refusal_that_a_page_may_show_has_english_words_in_chinese():
 
 
 @pytest.mark.parametrize("unit", [
-    "x; ", "frozen by a; ", "frozen by a: b; frozen until ", "node a: stopped; ", "1 tls (, 1 tls ", "release 1, which x, then ",
-    "a is at work for release 1, ", "; all 1 in a=b", "(a (offline), ", "1 node failed: ", "waiting for release 1 and 1 more ",
-    "batch 1 of 1: waiting for 1 of 1 node; trying again: ", "a: b, try 1 of 2, ", "paused; resume to go on", "problem: "])
+    "x; ", "frozen by a; ", "frozen by a: b; frozen until ", "node a: stopped; ", "1 tls (, 1 tls ",
+    "release 1, which x, then ", "a is at work for release 1, ", "; all 1 in a=b", "(a (offline), ", "1 node failed: ",
+    "waiting for release 1 and 1 more ",
+    "batch 1 of 1: waiting for 1 of 1 node; trying again: ", "a: b, try 1 of 2, ", "paused; resume to go on",
+    "problem: "])
 def test_what_somebody_wrote_to_be_a_burden_is_none(unit):
     text = "1 problem: " + unit * (rc.MAX_DETAIL_BYTES // len(unit))
     began = time.thread_time()
@@ -215,7 +226,9 @@ def test_what_somebody_wrote_to_be_a_burden_is_none(unit):
 
 
 # What people, agents and hosts are called and say in the simulation.
-SIMULATED = frozenset("anna cut edge er holidays owner pid refused test vm no answer in hurry cdn dns rack twin why".split())
+SIMULATED = frozenset((
+    "anna", "cut", "edge", "er", "holidays", "owner", "pid", "refused", "test", "vm", "no", "answer", "in", "hurry",
+    "cdn", "dns", "rack", "twin", "why"))
 
 
 @pytest.mark.parametrize("world", [simulation.PLAIN, simulation.SHARED])

@@ -183,8 +183,9 @@ def test_what_is_said_of_a_rollback_is_how_it_stands_and_no_retry_is_offered_whi
 
 
 @pytest.mark.parametrize(("status", "text"), [
-    ("pending", "to be rolled back by release 4, which waits: releasectl why 4"), ("running", "release 4 rolls it back"),
-    ("paused", "to be rolled back by release 4, which waits: releasectl why 4"), ("success", "rolled back by release 4"),
+    ("pending", "to be rolled back by release 4, which waits: releasectl why 4"),
+    ("paused", "to be rolled back by release 4, which waits: releasectl why 4"),
+    ("running", "release 4 rolls it back"), ("success", "rolled back by release 4"),
     ("cancelled", "was to be rolled back by release 4, which was cancelled"),
     ("partial", "rolled back by release 4, which ended partial"),
     ("failed", "was to be rolled back by release 4, which failed"), ("cancelling", "release 4 rolls it back")])
