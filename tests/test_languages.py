@@ -18,9 +18,9 @@ import releasectl as rc
 SENTENCES = {
     "3 nodes succeeded": "3 个节点成功",
     "batch 2 of 4: waiting for 7 of 24 nodes, slowest edge-25 for 4 s of 600 s":
-        "批次 2/4：24 个节点中还在等待 7 个，最慢的是 edge-25，已 4 秒（时限 600 秒）",
+        "批次 2/4：24 个节点中尚未完成 7 个，最慢的是 edge-25，已 4 秒（时限 600 秒）",
     "batch 1 of 2: waiting for 1 of 2 nodes; trying again: edge-1: connection refused, try 6 of 21, next in 8 s":
-        "批次 1/2：2 个节点中还在等待 1 个；正在重试 edge-1：connection refused，第 6/21 次，8 秒后再试",
+        "批次 1/2：2 个节点中尚未完成 1 个；正在重试 edge-1：connection refused，第 6/21 次，8 秒后再试",
     "waiting for release 4, which is running; no executor is running (none was seen for a day): start `serve`":
         "等待发布 4（进行中）；没有执行器在运行（一天之内未见过任何执行器）：请启动 serve",
     "paused by anna after batch 2: resume to go on": "由 anna 暂停（批次 2）：可继续",
@@ -34,7 +34,7 @@ SENTENCES = {
         "2 个节点运行的 payload 比应有的旧：edge-1 等 2 个",
     "1 node runs an older payload than it should: edge-1": "1 个节点运行的 payload 比应有的旧：edge-1",
     "1 node runs the payload of a release that failed or was cancelled: edge-1":
-        "1 个节点保留着未成功的发布留下的内容：edge-1",
+        "1 个节点仍在运行失败或已取消的发布的内容：edge-1",
     "it is not known what 2 nodes run, as a later try may have changed it: edge-1 and 1 more":
         "2 个节点运行的内容未知（之后的一次尝试可能已更改）：edge-1 等 2 个",
     "no executor is running (none was seen for a day): start `serve`; nobody works on 1 release":
@@ -55,7 +55,7 @@ SENTENCES = {
         "结束时有 3 个失败（上限 每批 50%）：3 个 agent 执行失败",
     "release 3 (v3) succeeded later on edge-1: rollback of release 1 would replace its payload":
         "发布 3（v3）之后已在 edge-1 上成功：回滚发布 1 会覆盖其内容",
-    "overNewer (--over-newer) if that is meant": "若确需如此：overNewer (--over-newer)",
+    "overNewer (--over-newer) if that is meant": "如确需执行：overNewer (--over-newer)",
     "nothing to roll back to: before release 4 its nodes had nothing of target cdn but release 3 (v3, rolled back) and "
     "release 1 (v1, the same payload); create a release that is good, or name one: toRelease "
     "(releasectl rollback 4 --to ID)":
@@ -82,6 +82,16 @@ SENTENCES = {
         "1 个其他原因；"
         "例如批次 3 的节点 gru-3：agent 10.0.0.3:8443 在 5 秒内未应答",
     "a, b, c and 17 more": "a, b, c 等 20 个",
+    "all is well: all 40 nodes run what they should; 1 node in maintenance, 2 disabled":
+        "一切正常：全部 40 个节点都运行应有的内容；1 个节点维护中，2 个已停用",
+    "all is well: running release 1 (v1), a rollback of release 2, paused release 3 (v3), 1 waiting; 1 node disabled":
+        "一切正常：发布 1（v1）（用于回滚发布 2）进行中、发布 3（v3）已暂停，1 个在等待；1 个节点已停用",
+    "unknown: it may run release 2 or 3: how what release 3 sent it ended is not known; the next release to it tells":
+        "未知：可能运行发布 2 或 3：发布 3 下发的任务结果未知；下一次发布即可得知",
+    "gru-5 may run release 3, or nothing of ours yet: how what release 3 sent it ended is not known":
+        "gru-5 可能运行发布 3，也可能尚无发布：发布 3 下发的任务结果未知",
+    "strategy: batchBy: no node has the label nosuch; labels: pop, rack":
+        "策略：batchBy：没有节点有标签 nosuch；标签：pop, rack",
     "release 4 succeeded and waits for no approval: bob approved it at 2026-01-02T03:04:05.000Z":
         "发布 4 成功，不需要批准：bob 已于 2026-01-02T03:04:05.000Z 批准",
     "release 4 succeeded; only partial, failed or cancelled releases can be retried":
