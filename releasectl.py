@@ -8711,6 +8711,18 @@ def read_batches(tx: Transaction, release_id: int) -> list[BatchProgress]:
     return [BatchProgress(*item) for item in batches.items()]
 
 
+def read_groups(tx: Transaction, release: Release) -> dict[int, str]:
+    """Return what all nodes of a batch share, by batch: "pop=ams" of a release with batchBy pop; by labels of now."""
+    key = strategy_of(release.strategy).batch_by
+    values: dict[int, set[str | None]] = {}
+    if key:
+        for batch, labels in tx.rows("SELECT DISTINCT n.batch, h.labels FROM release_task_nodes n "
+                                     "JOIN nodes h ON h.id = n.node_id WHERE n.release_task_id = ?", release.id):
+            values.setdefault(batch, set()).add(label_values(labels).get(key))
+    return {batch: f"{key}={value}" for batch, found in values.items() for value in found
+            if len(found) == 1 and value is not None}
+
+
 def read_exceeded(tx: Transaction, release: Release, batches: Sequence[BatchProgress]) -> str:
     """Do exceeded_limit() with a release as it stands in the database."""
     failures = dict(tx.rows("SELECT batch, COUNT(*) FROM release_task_nodes WHERE release_task_id = ? "
@@ -10590,11 +10602,12 @@ class Releases:
             release = read_release(tx, release_id)
             return release, self._failures.read(tx, release)
 
-    def whole(self, release_id: int) -> tuple[Release, list[ReleaseNode], list[FailureGroup]]:
-        """Return a release, its nodes by batch and id, and the failed ones by cause; raise AppError 3001."""
+    def whole(self, release_id: int) -> tuple[Release, list[ReleaseNode], list[FailureGroup], dict[int, str]]:
+        """Return a release, its nodes by batch and id, those failed by cause, read_groups(); raise AppError 3001."""
         with self._database.transaction() as tx:
             release = read_release(tx, release_id)
-            return release, read_release_nodes(tx, release_id), self._failures.read(tx, release)
+            return (release, read_release_nodes(tx, release_id), self._failures.read(tx, release),
+                    read_groups(tx, release))
 
     def progress(self, release_id: int) -> Progress:
         """Return where a release is; raise AppError 3001."""
@@ -15445,13 +15458,14 @@ def release_summary_json(release: Release, failures: Iterable[FailureGroup]) -> 
 
 
 def release_with_nodes_json(release: Release, nodes: Sequence[ReleaseNode],
-                            failures: Iterable[FailureGroup]) -> dict[str, Any]:
-    """Return a release with its nodes by batch."""
+                            failures: Iterable[FailureGroup], groups: Mapping[int, str] = {}) -> dict[str, Any]:  # noqa: B006
+    """Return a release with its nodes by batch; groups: what those of a batch share."""
     batches: dict[int, list[dict[str, Any]]] = {}
     for node in nodes:
         batches.setdefault(node.batch, []).append(release_node_json(node))
     return {**release_summary_json(release, failures),
-            "batches": [{"batch": number, "nodes": members} for number, members in sorted(batches.items())]}
+            "batches": [{"batch": number, "group": groups.get(number, ""), "nodes": members}
+                        for number, members in sorted(batches.items())]}
 
 
 # JSON field of a node: column, parser, JSON Schema.
@@ -15591,7 +15605,7 @@ def openapi_schemas() -> dict[str, Any]:
         "ReleaseWithNodes": schema_of({
             "release": ref_schema("Release"),
             "failures": {**_array(ref_schema("FailureGroup")), "maxItems": MAX_GROUPS + 1},
-            "batches": _array(schema_of({"batch": ID, "nodes": _array(ref_schema("ReleaseNode"))}))},
+            "batches": _array(schema_of({"batch": ID, "group": TEXT, "nodes": _array(ref_schema("ReleaseNode"))}))},
             required=["release", "failures"]),
         "FailureGroup": schema_of({
             "errorKind": {"type": "string", "enum": ["", *ERROR_KINDS, OTHERS]}, "message": TEXT, "nodes": ID,
@@ -16350,8 +16364,8 @@ class Api:
             return Reply(200, release_summary_json(self.store.releases.as_shown(release), failures))
 
         def read() -> dict[str, Any]:
-            release, nodes, failures = self.store.releases.whole(request.ids[0])
-            return release_with_nodes_json(self.store.releases.as_shown(release), nodes, failures)
+            release, nodes, failures, groups = self.store.releases.whole(request.ids[0])
+            return release_with_nodes_json(self.store.releases.as_shown(release), nodes, failures, groups)
         return Reply(200, self._by_size(request, read))
 
     def get_why(self, request: Request) -> Reply:
@@ -18641,8 +18655,9 @@ def command_status(context: Context) -> int:
         return _show_overview(context)
     options, store = context.options, context.open()
     if options.json:
-        release, nodes, failures = store.releases.whole(options.id)
-        return context.show(release_with_nodes_json(store.releases.as_shown(release), nodes, failures), "")
+        release, nodes, failures, groups = store.releases.whole(options.id)
+        shown = store.releases.as_shown(release)
+        return context.show(release_with_nodes_json(shown, nodes, failures, groups), "")
     progress, nodes = store.releases.progress_and_nodes(options.id, MAX_ILL)
     if options.all:
         nodes = store.releases.with_nodes(options.id)[1]

@@ -110,6 +110,18 @@ def test_post_of_a_release_answers_its_id_version_and_batches(client):
     assert client.ok("POST", "/api/v1/releases", status=201)["version"] == 2
 
 
+def test_a_batch_names_the_label_that_all_its_nodes_share_where_there_is_one_for_each_value(client):
+    for n, pop in enumerate(("ams", "fra", "ams", "fra"), 1):
+        client.store.nodes.add(f"edge-{n}", f"10.0.0.{n}", labels=json.dumps({"pop": pop, "role": "cache"}))
+    for strategy in ({"batchBy": "pop", "batches": ["100%"]}, {"batches": [2]}):
+        client.ok("POST", "/api/v1/releases", {"strategy": strategy}, 201)
+    groups = [[batch["group"] for batch in client.ok("GET", f"/api/v1/releases/{number}")["batches"]]
+              for number in (1, 2)]
+    assert groups == [["pop=ams", "pop=fra"], ["", ""]]
+    client.store.nodes.update(1, {"labels": '{"pop":"gru"}'})
+    assert [batch["group"] for batch in client.ok("GET", "/api/v1/releases/1")["batches"]] == ["", "pop=fra"]
+
+
 def test_a_release_has_the_keys_of_the_contract_and_null_for_what_has_not_come(client):
     add_nodes(client.store, 3)
     client.ok("POST", "/api/v1/releases", {"reason": "weekly"}, 201)
@@ -134,7 +146,7 @@ def test_a_release_is_answered_with_its_nodes_by_batch(client):
     assert set(data) == {"release", "failures", "batches"}
     assert [(batch["batch"], [node["nodeId"] for node in batch["nodes"]]) for batch in data["batches"]] \
         == [(1, [1]), (2, [2, 3])]
-    assert data["batches"][0] == {"batch": 1, "nodes": [{
+    assert data["batches"][0] == {"batch": 1, "group": "", "nodes": [{
         "nodeId": 1, "nodeName": "edge-1", "mainIp": ADDRESSES[0], "status": "pending", "taskId": "", "attempts": 0,
         "errorKind": "", "errorMsg": "", "startedAt": None, "finishedAt": None}]}
 
