@@ -36,7 +36,7 @@ SENTENCES = {
     "1 node runs the payload of a release that failed or was cancelled: edge-1":
         "1 个节点仍在运行失败或已取消的发布的内容：edge-1",
     "it is not known what 2 nodes run, as a later try may have changed it: edge-1 and 1 more":
-        "2 个节点运行的内容未知（之后的一次尝试可能已更改）：edge-1 等 2 个",
+        "2 个节点运行的内容不明（之后的发布可能已改动）：edge-1 等 2 个",
     "no executor is running (none was seen for a day): start `serve`; nobody works on 1 release":
         "没有执行器在运行（一天之内未见过任何执行器）：请启动 serve；1 个发布无人处理",
     "in maintenance": "维护中",
@@ -55,7 +55,7 @@ SENTENCES = {
         "结束时有 3 个失败（上限 每批 50%）：3 个 agent 执行失败",
     "release 3 (v3) succeeded later on edge-1: rollback of release 1 would replace its payload":
         "发布 3（v3）之后已在 edge-1 上成功：回滚发布 1 会覆盖其内容",
-    "overNewer (--over-newer) if that is meant": "如确需执行：overNewer (--over-newer)",
+    "overNewer (--over-newer) if that is meant": "如确需执行，请用 overNewer (--over-newer)",
     "nothing to roll back to: before release 4 its nodes had nothing of target cdn but release 3 (v3, rolled back) and "
     "release 1 (v1, the same payload); create a release that is good, or name one: toRelease "
     "(releasectl rollback 4 --to ID)":
