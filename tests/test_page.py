@@ -1246,7 +1246,7 @@ def test_a_failure_is_rolled_back_from_the_verdict_which_then_says_so_and_so_doe
     page.open().see("rolled back by release 3", "#release-2")
     page.open("#/releases/2").see("rolled back by release 3", "main")
     page.see("rolled back by Release 3", "main .chip.success")
-    page.open("#/releases/3").see("Runs the same as Release 1 (v1).", "#changes")
+    page.open("#/releases/3").see("1 change against Release 2 (v2)", "#changes")
 
 
 @pytest.mark.slow
@@ -1271,7 +1271,7 @@ def test_what_is_wrong_with_a_strategy_is_said_in_chinese_and_what_people_wrote_
     page.open()
     page.run("localStorage.setItem('releasectl-language', 'zh')")
     try:
-        page.open("#/releases/1").see("weekly; batches of 1, 1, 1", "#timeline")
+        page.open("#/releases/1").see("weekly；批次大小 1, 1, 1", "#timeline")
         page.open("#/new").fill(payload=PAYLOAD, **{"strategy.maxFailed": "5x"})
         page.see('每批容许的失败数："5x" 须为 0 到 1000000 的整数', "#plan")
     finally:
@@ -1414,6 +1414,32 @@ def test_a_pause_says_how_many_go_on_and_how_many_wait(page):
     page.open("#/releases/1").press("Pause").see("1 node under way goes on, 2 wait.", "#ask").press("Close")
     page.press("Cancel").see("2 nodes that wait are skipped, 1 under way is followed to the end", "#ask")
     assert "version 1" not in page.text("#ask")  # no node has it
+
+
+@pytest.mark.slow
+def test_the_mark_above_tells_no_other_status_than_the_release_below_it(page):
+    store = page.daemon.store
+    looks_for_work(store)
+    add_nodes(store, 1)
+    new_release(store)
+    page.open("#/releases/1").see("Release 1 is pending", "#pulse")
+    page.run("""{ const ask = window.fetch; let isFirst = true;
+        window.fetch = async (path, ...of) => {
+          const answer = await ask(path, ...of);
+          if (path.endsWith('v1/freeze') && isFirst) { // the last of the verdict: then it starts
+            window.isAsked = true;
+            await new Promise(then => { window.goOn = then; });
+            isFirst = false;
+          }
+          return answer; }; } null""")
+    eventually(lambda: page.run("Boolean(window.isAsked)"))
+    sql(store, "UPDATE release_tasks SET status = 'running', started_at = created_at")
+    page.run("""window.seen = []; new MutationObserver(() => window.seen.push(
+        document.querySelector('#pulse').innerText + ' / ' + document.querySelector('main .chip').innerText))
+        .observe(document.body, {subtree: true, childList: true, characterData: true, attributes: true});
+        window.goOn(); null""")
+    page.see("running", "main .chip").see("Release 1 is running", "#pulse")
+    assert [seen for seen in page.run("window.seen") if "pending" in seen.split(" / ")[0] and "running" in seen] == []
 
 
 @pytest.mark.slow
