@@ -7596,6 +7596,16 @@ def schema_steps() -> tuple[tuple[str, ...], ...]:
 # Uses: Vocabulary, Helpers, Model, Database.
 # ======================================================================================
 
+def latest_expiry(now: str) -> str:
+    """Return the latest expiry that a claim can have; a later one is of a clock that was ahead, and void."""
+    return utc_text(epoch_of(now) + MAX_CLAIM_TTL_S)
+
+
+def expiry_of(tx: Transaction, ttl_s: float) -> str:
+    """Return when a claim that is taken now expires, by the clock of the database."""
+    return utc_text(epoch_of(tx.now()) + ttl_s)
+
+
 class HighWater(NamedTuple):
     """Numbers of a database that only grow, unless it goes back to an earlier state."""
     # How often this process saw that it went back or moved to another server.
@@ -8816,15 +8826,6 @@ def read_executors(tx: Transaction) -> list[ExecutorRow]:
         ORDER BY seen_at DESC, owner""")]
 
 
-def latest_expiry(now: str) -> str:
-    """Return the latest expiry that a claim can have; a later one is of a clock that was ahead, and void."""
-    return utc_text(epoch_of(now) + MAX_CLAIM_TTL_S)
-
-
-def expiry_of(tx: Transaction, ttl_s: float) -> str:
-    return utc_text(epoch_of(tx.now()) + ttl_s)
-
-
 def freeze_values(freeze: Freeze) -> dict[str, object]:
     """Return a freeze as audit_log has it before or after an act."""
     return non_empty(frozen=freeze.frozen, reason=freeze.reason, until=freeze.until,
@@ -9569,8 +9570,8 @@ def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
 # Drift: what each node runs, what it should run, and how far these are apart (contract
 #   section 5).
 # Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Selection, Plan,
-#   Status texts, Decision, Why, Verdict, Database, Database state, Nodes, Queue, Retry and
-#   rollback.
+#   Status texts, Decision, Why, Verdict, Database, Database state, Nodes, Queue,
+#   Retry and rollback.
 #
 #   Nothing of it is stored: the rows of release_task_nodes tell it, whoever wrote them,
 #   and an index finds the newest success of a node at once. A later try is looked at only
