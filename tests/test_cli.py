@@ -234,7 +234,7 @@ def test_a_payload_comes_from_a_file_or_standard_input(filled):
     (("node", "add", "a", "10.0.0.1:8443"), 2, "is neither an IP address nor a host name"),
     (("node", "add", "a", "10.0.0.1", "--port", "65536"), 2, "'65536' must be a whole number from 1 to 65535"),
     (("node", "add", "edge-1", "10.0.0.9"), 3, "node edge-1 exists already"),
-    (("node", "add", "", "10.0.0.9"), 2, "name '' must be 1 to 100"),
+    (("node", "add", "", "10.0.0.9"), 2, "name is empty: 1 to 100"),
     (("node", "add", "a", "10.0.0.9", "--label", "eu"), 2, "--label eu must be K=V"),
     (("node", "add", "a", "10.0.0.9", "--label", b"k=\xff"), 2, "not UTF-8"),
     (("node", "set", b"\xff", "--disable"), 2, "not UTF-8"),
