@@ -4839,7 +4839,7 @@ def _failures(nodes: NodeIndex, strategy: Strategy) -> str:
              else str(resolve_share(strategy.max_failed_total, len(nodes))))
     accepted = sum(bool(n.accepted) for n in failed)
     return (f"finished with {count_of(len(failed), 'failure')} (limit {limit}"
-            + (f", {accepted} accepted" if accepted else "") + f"): {causes_of(failed).text}")
+            + (f", {accepted} accepted" if accepted else "") + ")" + (f": {causes_of(failed).text}" if failed else ""))
 
 
 # Of a release that too many agents did not answer.
