@@ -6385,6 +6385,8 @@ class FleetCounts(NamedTuple):
     drift: Mapping[str, DriftCount]
     # How many run what they should; the others have no release yet, or the wrong one.
     right: int = 0
+    # How many different payloads these run.
+    payloads: int = 0
     # All nodes by NODE_STATES.
     states: Mapping[str, int] = {}
     # What is wrong with the addresses of the enabled nodes, "" for nothing, and the name of one to be disabled.
@@ -6516,7 +6518,8 @@ def _all_right(fleet: FleetCounts) -> str:
         return ""
     if fleet.right < enabled:
         return f"{fleet.right} of {count_of_nodes(enabled)} run what they should, no release is for the others yet"
-    return "the one node runs what it should" if enabled == 1 else f"all {enabled} nodes run what they should"
+    some = f", {fleet.payloads} payloads among them" if fleet.payloads > 1 else ""
+    return "the one node runs what it should" if enabled == 1 else f"all {enabled} nodes run what they should{some}"
 
 
 def _set_aside(fleet: FleetCounts) -> str:
@@ -6580,7 +6583,7 @@ def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
         if found.nodes:
             nodes = count_of_nodes(found.nodes)
             run, they = ("runs", "it") if found.nodes == 1 else ("run", "they")
-            text = {AHEAD: f"{nodes} {run} the payload of a release that failed or was cancelled",
+            text = {AHEAD: f"{nodes} {run} the payload of a release that failed, was cancelled or rolled back",
                     UNSURE: f"it is not known what {nodes} {run}, as a later try may have changed it",
                     BEHIND: f"{nodes} {run} an older payload than {they} should"}[drift]
             names = f": {found.first}" + (f" and {found.nodes - 1} more" if found.nodes > 1 else "")
@@ -9912,7 +9915,7 @@ def back_and_forth(tx: Transaction, request: ReleaseRequest, nodes: Sequence[Nod
         return []
     undone, brought = read_release(tx, first.rollback_of), release_with_payload_of(tx, first)
     notes = [f"release {first.id} is itself a rollback, of release {undone.id}" + (
-        f", to what release {brought} brought" if brought else "")]
+        f", to what release {brought} brought" if brought else "") + ": this goes back further than that"]
     digest, goes_to = digest_of(request.payload), {node.id for node in nodes}
     others = [node for node in nodes_again(tx, undone) if node.id not in goes_to and node.enabled]
     levels = _what_they_have(tx, others)
@@ -10085,7 +10088,8 @@ class Fleet:
             counts[level.drift] = DriftCount(
                 known.nodes + 1, known.first or node.name, min(filter(None, (known.since, since)), default=None),
                 known.away + (not node.gets_releases), known.known or may_run_text(level))
-        return FleetCounts(counts, sum(level.is_right for _, level in listed),
+        right = [level.has.payload_sha256 for _, level in listed if level.has and level.is_right]
+        return FleetCounts(counts, len(right), len(set(right)),
                            dict(collections.Counter(node.state for node in nodes)),
                            *((twins_text(*twins), twins[1].name) if twins else ()))
 
@@ -14517,7 +14521,7 @@ CHINESE_FORMS = (
     ("not frozen", "未冻结"), (r"scheduled for (\S+(?: \d\S+)?)(?:, in [^,]*)?", "定于 {1} 开始"),
     (r"scheduled for (\S+), and after release (\d+)", "定于 {1} 开始，并在发布 {2} 之后"),
     (r"it starts at ([^,]*)(?:, in (.*))?", "开始时间：{1}"), (r"waiting for (release [^;]*)", "等待{1!}"),
-    (r"(release \d+, which [^;]*) and (\d+) more", "{1!}等另外 {2} 个"),
+    (r"(release \d+, which [^;]*) and (\d+) more", "{1!}，另有 {2} 个"),
     (r"release (\d+), (which [^;]*?), then (release [^;]*)", "发布 {1}（{2!}），然后{3!}"),
     (r"release (\d+), (which [^;]*)", "发布 {1}（{2!}）"), (r"which is (pending|running|paused|cancelling)", "{1!}"),
     ("which is pending and goes first", "等待中，优先执行"), (r"which (.*) paused", "由 {1} 暂停"),
@@ -14534,7 +14538,7 @@ CHINESE_FORMS = (
      "批次 {1}/{2}：{4} 个节点中已完成 {3} 个，{5} 个进行中或将在此后重试：{6!}"),
     (r"(.+ \((?:deadline .*|past its deadline)\)), (.+ \((?:deadline .*|past its deadline)\)(?: and \d+ more)?)",
      "{1!}、{2!}"),
-    (r"(.*\)) and (\d+) more", "{1!} 等另外 {2} 个"), (r"(.+) \(past its deadline\)", "{1}（已超过期限）"),
+    (r"(.*\)) and (\d+) more", "{1!}，另有 {2} 个"), (r"(.+) \(past its deadline\)", "{1}（已超时）"),
     (r"(.+) \(deadline (\S+)(?:, in (.*))?\)", "{1}（期限 {2}）"),
     (r"(?:trying again: )?(\S+): (.*), try (\d+) of (\d+), now", "正在重试 {1}：{2?}，第 {3}/{4} 次"),
     (r"(?:trying again: )?(\S+): (.*), try (\d+) of (\d+), next in (\d+) s",
@@ -14587,6 +14591,8 @@ CHINESE_FORMS = (
     (r"release (\d+) \(v(\d+)\) of (\S+) waits for a person: (.*)", "{3} 的发布 {1}（v{2}）等待人工处理：{4!}"),
     (r"and (\d+) more of this kind", "此类问题另有 {1} 个"), (r"all is well: (.*)", "一切正常：{1!}"),
     ("nothing to do", "无事可做"), (r"all (\d+) nodes run what they should", "全部 {1} 个节点都运行应有的内容"),
+    (r"all (\d+) nodes run what they should, (\d+) payloads among them",
+     "全部 {1} 个节点都运行应有的内容，其中有 {2} 种 payload"),
     ("the one node runs what it should", "唯一的节点运行应有的内容"),
     (r"(\d+) of (\d+) nodes? run what they should, no release is for the others yet",
      "{2} 个节点中有 {1} 个运行应有的内容，其余尚无发布"),
@@ -14598,7 +14604,7 @@ CHINESE_FORMS = (
     (r"(running|paused|cancelling) (release \d+ \(v\d+\)(?:, a rollback of release \d+)?)", "{2!}{1!}"),
     (r"(release \d+ \(v\d+\)), a rollback of release (\d+)", "{1!}（用于回滚发布 {2}）"),
     (r"((?:running|paused|cancelling) release [^;]*?), ((?:running|paused|cancelling) release [^;]*)", "{1!}、{2!}"),
-    (r"((?:\w+ )?release \d+ \(v\d+\)[^;]*) and (\d+) more", "{1!} 等另外 {2} 个"),
+    (r"((?:\w+ )?release \d+ \(v\d+\)[^;]*) and (\d+) more", "{1!}，另有 {2} 个"),
     (r"release (\d+) \(v(\d+)\)", "发布 {1}（v{2}）"), (r"release (\d+)", "发布 {1}"),
     (r"release (\d+) \(v(\d+)\) waits for a person: (.*)", "发布 {1}（v{2}）等待人工处理：{3!}"),
     (r"release (\d+) \(v(\d+)\) is \w+, (\d+) nodes? failed", "发布 {1}（v{2}）已有 {3} 个节点失败"),
@@ -14621,8 +14627,8 @@ CHINESE_FORMS = (
     (r"ahead: it has what release (\d+) \(v(\d+), (.*)\) left, and that is not what it should run",
      "超前：仍是发布 {1}（v{2}，{3!}）留下的内容，不是应有的"),
     ("`rollback` or a new release mends it", "可用 `rollback` 或新的发布解决"), ("failed there", "在该节点失败"),
-    (r"(\d+) nodes? runs? the payload of a release that failed or was cancelled: (.*)",
-     "{1} 个节点仍在运行失败或已取消的发布的内容：{2!}"),
+    (r"(\d+) nodes? runs? the payload of a release that failed, was cancelled or rolled back: (.*)",
+     "{1} 个节点仍在运行失败、已取消或被回滚的发布的内容：{2!}"),
     (r"it is not known what (\d+) nodes? runs?, as a later try may have changed it: (.*)",
      "{1} 个节点运行的内容不明（之后的发布可能已改动）：{2!}"),
     (r"the (payload|strategy) of release (\d+) can't be used: (.*)", "发布 {2} 的{1!}无法使用：{3!}"),
@@ -14676,9 +14682,10 @@ CHINESE_FORMS = (
     (r"(\d+) nodes? had no release yet", "{1} 个节点尚无发布"),
     (r"what (\d+) nodes? runs? is not known", "{1} 个节点运行的内容未知"),
     # notes of a plan
-    (r"release (\d+) is itself a rollback, of release (\d+)", "发布 {1} 本身就是对发布 {2} 的回滚"),
-    (r"release (\d+) is itself a rollback, of release (\d+), to what release (\d+) brought",
-     "发布 {1} 本身就是对发布 {2} 的回滚，回到发布 {3} 的内容"),
+    (r"release (\d+) is itself a rollback, of release (\d+): this goes back further than that",
+     "发布 {1} 本身就是对发布 {2} 的回滚：继续会再退一步，回到更早的内容"),
+    (r"release (\d+) is itself a rollback, of release (\d+), to what release (\d+) brought: this goes back further "
+     r"than that", "发布 {1} 本身就是对发布 {2} 的回滚，已回到发布 {3} 的内容：继续会再退一步，回到更早的内容"),
     (r"(\d+) nodes? of release (\d+) stays? on another payload: (.*)", "发布 {2} 的 {1} 个节点仍保留其他内容：{3!}"),
     (r"release (\d+) \(v(\d+)\) succeeded on no node", "发布 {1}（v{2}）没有在任何节点上成功"),
     (r"release (\d+) \(v(\d+)\) never went out", "发布 {1}（v{2}）从未下发"),
@@ -15049,7 +15056,7 @@ CHINESE_SENTENCES = {
     "can be cancelled by force": "可以强制取消", "can be rolled back": "可以回滚",
     "retry": "重试", "rollback": "回滚", "payload": " payload ", "strategy": "策略", "none": "无", "online": "在线",
     UNREACHABLE: "无法连接", TLS: " TLS 失败", TIMEOUT: "超时", HTTP: " HTTP 错误", PROTOCOL: "应答无效",
-    REJECTED: "被 agent 拒绝", AGENT_FAILED: " agent 执行失败", VERIFY: "验证失败", DEADLINE: "超过期限",
+    REJECTED: "被 agent 拒绝", AGENT_FAILED: " agent 执行失败", VERIFY: "验证失败", DEADLINE: "超时",
     ABANDONED: "结果未知",
     "other": "其他原因", "it": "对方", "everything": "全部", "it answers": "有应答", "not frozen": "未冻结",
     "connection refused": "连接被拒绝", "no route to host": "没有到主机的路由", "connection timed out": "连接超时",
@@ -15436,8 +15443,8 @@ def overview_json(overview: Overview) -> dict[str, Any]:
     return {"ok": overview.is_well, "text": overview.text, "activeReleases": len(facts.active),
             "pendingReleases": facts.pending,
             "drift": {drift: found.nodes for drift, found in facts.fleet.drift.items()} or None,
-            "nodes": {"right": facts.fleet.right, **{state: facts.fleet.states.get(state, 0) for state in NODE_STATES}}
-            if facts.fleet.drift else None,
+            "nodes": {"right": facts.fleet.right, "payloads": facts.fleet.payloads, **{
+                state: facts.fleet.states.get(state, 0) for state in NODE_STATES}} if facts.fleet.drift else None,
             "problems": [{"kind": p.kind, "severity": p.severity, "title": p.title, "text": p.text, "since": p.since,
                           "mend": p.mend, "releaseId": p.release_id, "rollback": p.rollback}
                          for p in overview.problems]}
@@ -15699,7 +15706,8 @@ def openapi_schemas() -> dict[str, Any]:
         "Overview": schema_of({
             "ok": _FLAG, "text": TEXT, "activeReleases": _COUNT, "pendingReleases": _COUNT,
             "drift": {**schema_of(dict.fromkeys(DRIFTS, _COUNT)), "type": ["object", "null"]},
-            "nodes": {**schema_of(dict.fromkeys(("right", *NODE_STATES), _COUNT)), "type": ["object", "null"]},
+            "nodes": {**schema_of(dict.fromkeys(("right", "payloads", *NODE_STATES), _COUNT)),
+                      "type": ["object", "null"]},
             "problems": _array(schema_of({
                 "kind": {"type": "string", "enum": list(PROBLEM_KINDS)},
                 "severity": {"type": "string", "enum": list(PROBLEM_SEVERITIES)}, "title": TEXT, "text": TEXT,

@@ -182,7 +182,8 @@ def test_rule_10_the_rollback_of_a_rollback_says_so_and_names_whom_it_leaves_wit
     plan = store.releases.plan_again("rollback", first.id)
     assert plan.payload_of == (1, 1)  # "another payload" than that of release 2, which this one brought again
     assert plan.warnings == [
-        f"release {first.id} is itself a rollback, of release {bad.id}, to what release 2 brought",
+        f"release {first.id} is itself a rollback, of release {bad.id}, to what release 2 brought: this goes back "
+        "further than that",
         f"1 node of release {bad.id} stays on another payload: edge-4"]
     assert store.releases.plan_again("rollback", bad.id, rc.Again(over_newer=True)).warnings == []
 

@@ -33,8 +33,8 @@ SENTENCES = {
     "2 nodes run an older payload than they should: edge-1 and 1 more":
         "2 个节点运行的 payload 比应有的旧：edge-1 等 2 个",
     "1 node runs an older payload than it should: edge-1": "1 个节点运行的 payload 比应有的旧：edge-1",
-    "1 node runs the payload of a release that failed or was cancelled: edge-1":
-        "1 个节点仍在运行失败或已取消的发布的内容：edge-1",
+    "1 node runs the payload of a release that failed, was cancelled or rolled back: edge-1":
+        "1 个节点仍在运行失败、已取消或被回滚的发布的内容：edge-1",
     "it is not known what 2 nodes run, as a later try may have changed it: edge-1 and 1 more":
         "2 个节点运行的内容不明（之后的发布可能已改动）：edge-1 等 2 个",
     "no executor is running (none was seen for a day): start `serve`; nobody works on 1 release":
@@ -74,7 +74,7 @@ SENTENCES = {
     "bind to <address>:8443, 98: in use), 2 unreachable, 1 deadline; such as node gru-3 in batch 3; all 9 in pop=gru; "
     "rolled back by release 4":
         "cdn 的发布 3（v3）失败：已停止，批次 3 有 9 个节点失败，最多允许 3 个：6 个 agent 执行失败（nginx: bind to "
-        "<地址>:8443, 98: in use）、2 个无法连接、1 个超过期限；例如批次 3 的节点 gru-3；全部 9 个都在 pop=gru；"
+        "<地址>:8443, 98: in use）、2 个无法连接、1 个超时；例如批次 3 的节点 gru-3；全部 9 个都在 pop=gru；"
         "已由发布 4 回滚",
     "stopped, 4 nodes failed: 3 unreachable (2 of them: agent <address>:8443 can't be reached: connection refused "
     "(tried 3 times)), 1 other; such as node gru-3 in batch 3: agent 10.0.0.3:8443 did not answer within 5 s":
@@ -82,6 +82,8 @@ SENTENCES = {
         "1 个其他原因；"
         "例如批次 3 的节点 gru-3：agent 10.0.0.3:8443 在 5 秒内未应答",
     "a, b, c and 17 more": "a, b, c 等 20 个",
+    "all is well: all 40 nodes run what they should, 2 payloads among them":
+        "一切正常：全部 40 个节点都运行应有的内容，其中有 2 种 payload",
     "all is well: all 40 nodes run what they should; 1 node in maintenance, 2 disabled":
         "一切正常：全部 40 个节点都运行应有的内容；1 个节点维护中，2 个已停用",
     "all is well: running release 1 (v1), a rollback of release 2, paused release 3 (v3), 1 waiting; 1 node disabled":

@@ -294,7 +294,8 @@ def test_nodes_that_do_not_run_what_they_should_are_problems(fresh):
                "node_id = 3", failed.id)
     found = {problem.kind: problem for problem in problems(fresh)}
     assert list(found) == ["failed", "ahead", "unknown", "behind"]
-    assert found["ahead"].text == "1 node runs the payload of a release that failed or was cancelled: edge-1"
+    assert found["ahead"].text == (
+        "1 node runs the payload of a release that failed, was cancelled or rolled back: edge-1")
     assert found["unknown"].text == ("edge-4 may run release 2 or 3: how what release 3 sent it ended is not known")
     assert found["behind"].text == "1 node runs an older payload than it should: edge-2; it is not online"
     assert found["behind"].since == fresh.releases.get(behind.id).finished_at
@@ -575,7 +576,7 @@ def test_the_api_tells_the_verdict(client):
     assert client.ok("GET", "/api/v1/overview") == {
         "ok": True, "text": "all is well: nothing to do", "activeReleases": 0, "pendingReleases": 0,
         "drift": dict.fromkeys(rc.DRIFTS, 0), "problems": [],
-        "nodes": {"right": 0, "online": 0, "offline": 0, "maintenance": 0, "disabled": 0}}
+        "nodes": {"right": 0, "payloads": 0, "online": 0, "offline": 0, "maintenance": 0, "disabled": 0}}
     client.store.releases.set_freeze(True, "anna", "the match")
     [problem] = client.ok("GET", "/api/v1/overview")["problems"]
     assert problem == {"kind": "frozen", "severity": "warning", "title": "Frozen: nothing is dispatched",
@@ -596,18 +597,21 @@ def test_a_verdict_of_well_says_how_many_nodes_run_what_they_should_and_who_gets
         return found["text"], list(found["nodes"].values())
 
     document = rc.openapi_document()
-    assert verdict() == ("all is well: nothing to do", [0, 4, 0, 0, 0])
+    assert verdict() == ("all is well: nothing to do", [0, 0, 4, 0, 0, 0])
     good(store, "A", 1, 2, 3)
     assert verdict() == ("all is well: 3 of 4 nodes run what they should, no release is for the others yet",
-                         [3, 4, 0, 0, 0])
+                         [3, 1, 4, 0, 0, 0])
     good(store, "B")
-    assert verdict() == ("all is well: all 4 nodes run what they should", [4, 4, 0, 0, 0])
+    assert verdict() == ("all is well: all 4 nodes run what they should", [4, 1, 4, 0, 0, 0])
+    good(store, "C", 4)
+    assert verdict() == ("all is well: all 4 nodes run what they should, 2 payloads among them", [4, 2, 4, 0, 0, 0])
+    good(store, "B")
     store.nodes.update(1, {"status": "maintenance"})
     store.nodes.update(2, {"enabled": 0})
     store.nodes.update(3, {"enabled": 0, "status": "maintenance"})
     assert verdict() == ("all is well: all 2 nodes run what they should; 1 node in maintenance, 2 disabled",
-                         [2, 1, 0, 1, 2])
-    new_release(store, payload={"content": "C"}, node_ids=[4])
+                         [2, 1, 1, 0, 1, 2])
+    new_release(store, payload={"content": "D"}, node_ids=[4])
     assert verdict()[0] == "all is well: 1 waiting; 1 node in maintenance, 2 disabled"
 
 

@@ -380,7 +380,7 @@ def test_health_answers_without_a_database_and_with_certificates_that_are_no_goo
 def texts() -> dict[str, list[str]]:
     """Return the table of texts: by key the English one and the Chinese one."""
     table = rc.dashboard().text.partition("const TEXTS = readTexts(`\n")[2].partition("`);")[0]
-    return {key: said for key, *said in (line.split(" # ") for line in table.splitlines())}
+    return {key: said for key, *said in (line.split("\t") for line in table.splitlines())}
 
 
 def test_each_text_that_the_page_uses_is_in_the_table_and_none_is_there_for_nothing():
@@ -1353,6 +1353,20 @@ def test_a_first_visit_and_a_sign_out_are_told_as_what_they_are(new_page, sqlite
     page.see("You are signed out", "#pulse").see("You are signed out", "main h1")
     assert page.run(outside) == ["Sign in"]  # the button
     assert page.count("dialog[open]") == 0
+
+
+@pytest.mark.slow
+def test_the_time_that_is_left_runs_down_in_the_language_of_the_page(page):
+    store = page.daemon.store
+    add_nodes(store, 2)
+    looks_for_work(store)
+    release = new_release(store)
+    sql(store, "UPDATE release_tasks SET status = 'running', claim_owner = 'host-a:1:9f3a61c0', claim_expires_at = ?, "
+               "status_reason = 'batch 1 of 2: waiting for 1 of 1 node; about 50 s left' WHERE id = ?",
+        rc.utc_text(time.time() + 25), release.id)
+    page.open(f"#/releases/{release.id}").see("about 48 s left", "main")
+    page.press("中文").see("大约还需", "main")
+    assert "left" not in page.text("main")
 
 
 @pytest.mark.slow
