@@ -3635,9 +3635,12 @@ def _not_limited(strategy: Strategy, nodes: Sequence[Node]) -> list[str]:
 
 
 def _too_many_tries(strategy: Strategy) -> list[str]:
-    """Return a warning where the waits between the tries of a request are longer than a node has."""
-    node_s, tries = strategy.node_deadline_s or NODE_DEADLINE_S, strategy.retries or 0
-    if sum(min(BACKOFF_FIRST_S * 2**number, BACKOFF_MAX_S) for number in range(min(tries, 100))) <= node_s:
+    """Return a warning where the waits between the tries of a request are longer than nodeDeadlineSec.
+
+    Each may be half as long as it is at most.
+    """
+    node_s, tries = strategy.node_deadline_s, strategy.retries or 0
+    if not node_s or sum(min(BACKOFF_FIRST_S * 2**number, BACKOFF_MAX_S) for number in range(tries)) / 2 <= node_s:
         return []
     return [f"retries {tries} do not fit into the {node_s:g} s that a node has (nodeDeadlineSec): it fails before the "
             "last one"]
@@ -4093,9 +4096,10 @@ def shared_text(failed: Mapping[str, int], labels: Mapping[str, int]) -> str:
     """
     common, size = _common_labels(failed), sum(failed.values())
     shared = _shared_label(size, common, _count_labels(labels, common.keys()), sum(labels.values()))
-    if shared is None:
+    if shared is None or ";" in f"{shared.key}{shared.value}":  # a sentence goes on behind a semicolon
         return ""
-    return f"{f'all {size}' if shared.nodes == size else f'{shared.nodes} of {size}'} in {shared.key}={shared.value}"
+    some = f"all {size}" if shared.nodes == size else f"{shared.nodes} of {size}"
+    return f"{some} in {shared.key}={one_line(shared.value, 40)}"
 
 
 def _count_labels(labels: Mapping[str, int], wanted: Set[_Label]) -> Mapping[_Label, int]:
@@ -4881,7 +4885,7 @@ def _paused(situation: Situation, waiting: str) -> str:
     elif situation.exceeded:
         failed = nodes.of[FAILED].values()
         # a release that waits for nodes is described again and again
-        causes = kinds_text(n.error_kind for n in failed) if waiting else causes_of(failed).text
+        causes = kinds_text(n.error_kind for n in failed) if waiting or not failed else causes_of(failed).text
         then = f"{situation.exceeded}: {causes}; resume and accept the failures, or cancel"
     return f"paused{by}{where}: " + (f"{waiting}; " if waiting else "") + then
 
@@ -8682,16 +8686,6 @@ def read_failures(tx: Transaction, release_id: int) -> list[FailureGroup]:
     return group_failures(failed, dict(labels))
 
 
-def read_shared(tx: Transaction, release_id: int) -> str:
-    """Return the label that the failed nodes of a release share: shared_text(); nodes have the labels of now."""
-    # the index release_task_nodes_by_status: most releases end without two failed nodes
-    counts = """SELECT h.labels, COUNT(*) FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id
-                WHERE n.release_task_id = ?"""
-    failed = dict(tx.rows(f"{counts} AND n.status = 'failed' GROUP BY h.labels", release_id))
-    return shared_text(failed, dict(tx.rows(f"{counts} GROUP BY h.labels", release_id))) if sum(
-        failed.values()) > 1 else ""
-
-
 # The failed nodes of a release with more nodes than this are rarely read; of so many such releases they are kept.
 SMALL_RELEASE_NODES, MAX_LARGE_KEPT = 1000, 16
 
@@ -9419,7 +9413,7 @@ def online_nodes(old: Release, found: Sequence[Node], what: str) -> list[Node]:
 def refuse_over_newer(tx: Transaction, verb: str, old: Release, nodes: Sequence[Node]) -> None:
     """Raise AppError 3003 where one of the nodes has a newer success of the target (rule 10)."""
     newer, newer_id = newer_success(tx, old, nodes)
-    if newer and newer_id == old.rollback_id:
+    if newer and newer_id == old.rollback_id and old.rollback_status == SUCCESS:
         raise NotAgain(f"release {old.id} was rolled back already, by release {newer_id}: {verb} of it would "
                        + ("do that once more" if verb == "rollback" else "bring its payload back"),
                        "overNewer (--over-newer) if that is meant")
@@ -9607,7 +9601,7 @@ class Level(NamedTuple):
     wants: Ran | None = None
     # A later try may have changed the node, or it has another address since.
     is_unknown: bool = False
-    # Ids of the releases whose tries since then tell it.
+    # Ids of the releases whose tries since then tell it: of the last one, and of all whose end nobody knows.
     tries: tuple[int, ...] = ()
     # Since when it is_unknown, None where that is not known.
     unknown_since: str | None = None
@@ -9730,7 +9724,7 @@ def _level_of(node: Node, runs: Ran | None, wants: Ran | None, tries: Sequence[_
     unclear = [one for one in since if one.is_open]
     told = since[-1].version if since else version
     return Level(runs, has, wants, is_unknown=bool(unclear) or node.last_version > told or other_version > version,
-                 tries=tuple(one.release_id for some in (since, unclear) for one in some[-1:]),
+                 tries=tuple(one.release_id for one in [*since[-1:], *unclear]),
                  unknown_since=unclear[-1].finished_at if unclear else None)
 
 
@@ -9926,10 +9920,9 @@ def back_and_forth(tx: Transaction, request: ReleaseRequest, nodes: Sequence[Nod
 
 def release_with_payload_of(tx: Transaction, release: Release) -> int | None:
     """Return the newest release of the target before one that has its payload and is no rollback; None for none."""
-    digest = stored_digest(tx, release.id)
-    older = tx.rows("SELECT id FROM release_tasks WHERE target = ? AND version < ? AND rollback_of IS NULL "
-                    "ORDER BY version DESC", release.target, release.version)
-    return next((release_id for release_id, in older if stored_digest(tx, release_id) == digest), None)
+    found = tx.value("SELECT MAX(version) FROM release_tasks WHERE target = ? AND version < ? AND rollback_of IS NULL "
+                     "AND payload_sha256 = ?", release.target, release.version, stored_digest(tx, release.id))
+    return found and int(tx.value("SELECT id FROM release_tasks WHERE version = ?", found))
 
 
 def _open_releases(tx: Transaction) -> int:
@@ -9944,8 +9937,8 @@ def changes_nothing(tx: Transaction, digest: str, nodes: Sequence[Node]) -> bool
 
 
 def may_run_text(level: Level) -> str:
-    """Return 'may run release 2 or 3: ...' of a node after a try of which nobody knows the end; "" for any other."""
-    if not level.is_unknown or not level.tries or level.unknown_since is None:
+    """Return 'may run release 2 or 3: ...' of a node after one try of which nobody knows the end; "" for any other."""
+    if not level.is_unknown or len(level.tries) != 2 or level.unknown_since is None:
         return ""
     last = level.tries[-1]
     which = f"release {level.has.release_id} or {last}" if level.has else f"release {last}, or nothing of ours yet"
@@ -10172,11 +10165,27 @@ def _releases_under_way(tx: Transaction) -> dict[int, int]:
 # region Counts
 # ======================================================================================
 # Counts: the figures of METRICS that are in the database.
-# Uses: Vocabulary, Helpers, Database, Queue.
+# Uses: Vocabulary, Helpers, Failures, Database, Queue.
 # ======================================================================================
 
 # Targets with figures of their own, the oldest ones; the others are counted together as OTHER.
 MAX_TARGETS_COUNTED, OTHER = 50, "other"
+
+
+# To compare the labels of more nodes would hold the writer for too long, for a few words.
+MAX_SHARED_NODES = 10_000
+
+
+def read_shared(tx: Transaction, release_id: int, total_nodes: int) -> str:
+    """Return the label that the failed nodes of a release share: shared_text(); nodes have the labels of now."""
+    # the index release_task_nodes_by_status: most releases end without two failed nodes
+    if total_nodes > MAX_SHARED_NODES:
+        return ""
+    counts = """SELECT h.labels, COUNT(*) FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id
+                WHERE n.release_task_id = ?"""
+    failed = dict(tx.rows(f"{counts} AND n.status = 'failed' GROUP BY h.labels", release_id))
+    return shared_text(failed, dict(tx.rows(f"{counts} GROUP BY h.labels", release_id))) if sum(
+        failed.values()) > 1 else ""
 
 
 def read_counts(tx: Transaction) -> dict[tuple[str, ...], float]:
@@ -11129,7 +11138,8 @@ class Outbox:
 # ======================================================================================
 # Claims: claim, lease, fence, commit.
 # Uses: Vocabulary, Helpers, Payloads, Model, Freezes, Plan, Status texts, Decision,
-#   Why, Database, Database state, Audit, Nodes, Queue, Drift, Approvals, Releases.
+#   Why, Database, Database state, Audit, Nodes, Queue, Drift, Counts, Approvals,
+#   Releases.
 # ======================================================================================
 
 class DispatchBlockers(NamedTuple):
@@ -11329,7 +11339,7 @@ class Claims:
                 raise StateMoved(f"a freeze came before a dispatch of {release}")
             write_nodes(tx, release.id, decision.changes, now)
             if decision.status in (FAILED, PARTIAL):
-                decision = decision.with_sequel(read_shared(tx, release.id))
+                decision = decision.with_sequel(read_shared(tx, release.id, release.total_nodes))
             rollback, text, mend = self._releases.plan_rollback_of(tx, release) if decision.rolls_back else (
                 None, "", "")
             detail = "; ".join(filter(None, (text and decision.error_msg, text, mend)))
@@ -14536,9 +14546,10 @@ CHINESE_FORMS = (
      "批次 {1}/{2}：{4} 个节点中已完成 {3} 个，{5} 个进行中：{6!}"),
     (r"batch (\d+) of (\d+): (\d+) of (\d+) nodes? done, (\d+) in flight, or to be tried again after that: (.*)",
      "批次 {1}/{2}：{4} 个节点中已完成 {3} 个，{5} 个进行中或将在此后重试：{6!}"),
-    (r"(.+ \((?:deadline .*|past its deadline)\)), (.+ \((?:deadline .*|past its deadline)\)(?: and \d+ more)?)",
+    (r"([^;()]+ \((?:deadline [^()]*|past its deadline)\)), "
+     r"(.+ \((?:deadline .*|past its deadline)\)(?: and \d+ more)?)",
      "{1!}、{2!}"),
-    (r"(.*\)) and (\d+) more", "{1!}，另有 {2} 个"), (r"(.+) \(past its deadline\)", "{1}（已超时）"),
+    (r"(.*\)) and (\d+) more", "{1!}，另有 {2} 个"), (r"(.+) \(past its deadline\)", "{1}（已超过时限）"),
     (r"(.+) \(deadline (\S+)(?:, in (.*))?\)", "{1}（期限 {2}）"),
     (r"(?:trying again: )?(\S+): (.*), try (\d+) of (\d+), now", "正在重试 {1}：{2?}，第 {3}/{4} 次"),
     (r"(?:trying again: )?(\S+): (.*), try (\d+) of (\d+), next in (\d+) s",
@@ -15056,7 +15067,7 @@ CHINESE_SENTENCES = {
     "can be cancelled by force": "可以强制取消", "can be rolled back": "可以回滚",
     "retry": "重试", "rollback": "回滚", "payload": " payload ", "strategy": "策略", "none": "无", "online": "在线",
     UNREACHABLE: "无法连接", TLS: " TLS 失败", TIMEOUT: "超时", HTTP: " HTTP 错误", PROTOCOL: "应答无效",
-    REJECTED: "被 agent 拒绝", AGENT_FAILED: " agent 执行失败", VERIFY: "验证失败", DEADLINE: "超时",
+    REJECTED: "被 agent 拒绝", AGENT_FAILED: " agent 执行失败", VERIFY: "验证失败", DEADLINE: "超过时限",
     ABANDONED: "结果未知",
     "other": "其他原因", "it": "对方", "everything": "全部", "it answers": "有应答", "not frozen": "未冻结",
     "connection refused": "连接被拒绝", "no route to host": "没有到主机的路由", "connection timed out": "连接超时",
@@ -15156,7 +15167,7 @@ def _sentence(text: str, depth: int = 0) -> str:
 
 def _by_form(text: str, forms: _Forms, depth: int = 0) -> str | None:
     """Return a text in Chinese by the first form that it has, None where it has none."""
-    for form, chinese in forms if depth < MAX_DEPTH else ():
+    for form, chinese in forms if depth < MAX_DEPTH and len(text) <= MAX_FORM_CHARS else ():
         found = form.fullmatch(text)
         if found:
             return _PLACE.sub(functools.partial(_filled, found, depth + 1), chinese)
@@ -15165,6 +15176,8 @@ def _by_form(text: str, forms: _Forms, depth: int = 0) -> str | None:
 
 # A sentence within sentences is left as it is at this depth: none of ours goes so far, but what somebody wrote may.
 MAX_DEPTH = 16
+# Nor is a sentence of ours so long; what agents say may be, and would take long to be compared with each form.
+MAX_FORM_CHARS = 1000
 # {1}, {1!}, {1?} or {1+2} in the Chinese of a form.
 _PLACE = re.compile(r"\{(\d)(\+\d|[!?]?)\}")
 
@@ -15202,7 +15215,8 @@ def _member(data: Mapping[str, Any], key: str, value: Any) -> Any:
         return _event_detail(value, data.get("nodeId") is not None)
     if key == "errorMsg" or (key == "message" and "errorKind" in data):
         return _placeholders(_error(value) if "errorKind" in data else _event_detail(value, False)) if value else value
-    if key == "reason" and "rollbackOf" in data:  # as the program gives it where a person gave none
+    # a sequel's, as the program gives it where a person gave none
+    if key == "reason" and any(data.get(one) for one in ("rollbackOf", "retryOf", "catchUpOf")):
         found = next(filter(None, (form.fullmatch(value) for form in _DEFAULT_REASONS)), None)
         return _sentence(value) if found else value
     return _translated_sentence(value) if key in _SENTENCES else translated(value)

@@ -397,6 +397,18 @@ def test_rule_10_what_was_rolled_back_already_is_said_to_be_that(store, verb):
         "overNewer (--over-newer) if that is meant")
 
 
+def test_rule_10_what_a_rollback_that_failed_brought_back_in_part_is_not_called_rolled_back(store):
+    add_nodes(store, 2)
+    good(store, "A")
+    bad = ended(store, "B", "success", "failed")
+    first = settle(store, store.releases.rollback(bad.id, "anna").release, "success", "failed")
+    with pytest.raises(rc.AppError) as refused:
+        make_again(store, "rollback", bad)
+    assert refused.value.message == (
+        f"release {first.id} (v{first.version}) succeeded later on edge-1: rollback of release "
+        f"{bad.id} would replace its payload; overNewer (--over-newer) if that is meant")
+
+
 def test_rule_10_what_is_newer_elsewhere_or_never_succeeded_stands_against_nothing(store, verb):
     add_nodes(store, 3)
     good(store, "A")

@@ -74,7 +74,7 @@ SENTENCES = {
     "bind to <address>:8443, 98: in use), 2 unreachable, 1 deadline; such as node gru-3 in batch 3; all 9 in pop=gru; "
     "rolled back by release 4":
         "cdn 的发布 3（v3）失败：已停止，批次 3 有 9 个节点失败，最多允许 3 个：6 个 agent 执行失败（nginx: bind to "
-        "<地址>:8443, 98: in use）、2 个无法连接、1 个超时；例如批次 3 的节点 gru-3；全部 9 个都在 pop=gru；"
+        "<地址>:8443, 98: in use）、2 个无法连接、1 个超过时限；例如批次 3 的节点 gru-3；全部 9 个都在 pop=gru；"
         "已由发布 4 回滚",
     "stopped, 4 nodes failed: 3 unreachable (2 of them: agent <address>:8443 can't be reached: connection refused "
     "(tried 3 times)), 1 other; such as node gru-3 in batch 3: agent 10.0.0.3:8443 did not answer within 5 s":
@@ -227,13 +227,14 @@ def test_no_refusal_that_a_page_may_show_has_english_words_in_chinese():
     "release 1, which x, then ", "a is at work for release 1, ", "; all 1 in a=b", "(a (offline), ", "1 node failed: ",
     "waiting for release 1 and 1 more ",
     "batch 1 of 1: waiting for 1 of 1 node; trying again: ", "a: b, try 1 of 2, ", "paused; resume to go on",
-    "problem: "])
+    "problem: ", "z (deadline z), "])
 def test_what_somebody_wrote_to_be_a_burden_is_none(unit):
     text = "1 problem: " + unit * (rc.MAX_DETAIL_BYTES // len(unit))
     began = time.thread_time()
-    for said in (text, text[11:], text[:500], text[11:500]):
+    for said in (text, text[11:], text[:500], text[11:500], f"it can't be reached: {text[11:]}"):
         assert rc.in_chinese(said)
-        assert rc.translated({"event": "paused", "nodeId": None, "detail": said})["detail"]
+        for node_id in (None, 1):
+            assert rc.translated({"event": "paused", "nodeId": node_id, "detail": said})["detail"]
     assert time.thread_time() - began < 2.0
 
 

@@ -95,6 +95,10 @@ class Page:
         self.browser.open(self.daemon.url + place)
         return self.see(None)
 
+    def reload(self) -> Page:
+        """Load the page anew in its tab."""
+        return self.open(self.address())
+
     def run(self, expression: str) -> Any:
         return self.browser.run(expression)
 
@@ -530,8 +534,7 @@ def test_enter_sends_nothing_and_escape_and_a_reload_lose_nothing(page):
         page.enter(f"main [name={name}]", held=3)
     page.enter("[name='strategy.batches']").browser.key("Escape")
     page.settle()
-    page.run("location.reload()")
-    page.see(None).ready()
+    page.reload().ready()
     assert page.run("['reason', 'payload'].map(n => document.querySelector(`[name=${n}]`).value)") == ["kept", PAYLOAD]
     page.open("#/nodes").draft().ready()
     assert all(body["dryRun"] for _, _, body in page.browser.changes)
@@ -998,7 +1001,7 @@ def test_a_viewers_tour_offers_nothing_that_a_viewer_can_not_do(new_page, sqlite
     page.run("location.hash = '#/new'")
     page.see("a release is made by an operator", "main")
     assert [answer for answer in page.browser.answers if answer[0] == 403] == []
-    page.run("location.reload()")
+    page.reload()
     page.see("vera, viewer", "#user").press("Sign out").see("You are signed out", "main h1")
     assert page.run("sessionStorage.length") == 0
 
@@ -1349,10 +1352,14 @@ def test_a_first_visit_and_a_sign_out_are_told_as_what_they_are(new_page, sqlite
     assert page.run(outside) is None  # the one way in is the dialog
     page.browser.key("Escape")
     eventually(lambda: page.count("main button") == 1)
-    page.press("Sign in").fill(token="anna").press("Sign in").see("anna, ", "#user").press("Sign out")
+    page.press("Sign in").fill(token="anna").press("Sign in").see("anna, ", "#user")
+    page.open("#/new").fill(reason="of anna alone").see("anna, ", "#user").press("Sign out")
     page.see("You are signed out", "#pulse").see("You are signed out", "main h1")
     assert page.run(outside) == ["Sign in"]  # the button
     assert page.count("dialog[open]") == 0
+    assert page.run("sessionStorage.getItem('releasectl-draft')") is None
+    page.press("Sign in").fill(token="anna").press("Sign in").see("anna, ", "#user").see("Payload", "main")
+    assert page.run("document.querySelector('[name=reason]').value") == ""
 
 
 @pytest.mark.slow

@@ -23,11 +23,16 @@ def test_an_address_is_an_ip_address_or_a_host_name(text, plain):
 
 
 @pytest.mark.parametrize("text", [
-    "", "300.1.1.1", "10.0.0", "10.0.0.7:8443", "http://x", "a b", "-x", "x-.y", "a..b", "fe80::1%eth0", "x/y", "a@b",
+    "300.1.1.1", "10.0.0", "10.0.0.7:8443", "http://x", "a b", "-x", "x-.y", "a..b", "fe80::1%eth0", "x/y", "a@b",
     "10.0.0.7\n", "x" * 64, 7, None, "\u0661.1.1.1"])
 def test_anything_else_is_refused_by_name(text):
     with pytest.raises(rc.AppError, match="neither an IP address nor a host name"):
         rc.parse_address(text)
+
+
+def test_an_empty_address_is_said_to_be_empty():
+    with pytest.raises(rc.AppError, match="mainIp is empty: an IP address or a host name"):
+        rc.parse_address("")
 
 
 @pytest.mark.parametrize("value", [0, 65536, -1, "80", 1.5, True, None])

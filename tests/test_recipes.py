@@ -347,7 +347,7 @@ def test_four_eyes_waits_for_somebody_else(site, monkeypatch):
     elif site.door == "page":
         assert "somebody else than you" in site.page.open("#/releases/2").text("main")
         assert "Approve" not in site.page.text("main [role=group]")
-        site.page.press("Sign out").see("Signed out", "main h1")
+        site.page.press("Sign out").see("You are signed out", "main h1")
         page = signed_in(site.page, "bob" * 8, "bob", "#/releases/2").see("300", "main")
         page.press("Approve").see("may start", "#ask").fill(**body).press("Approve: release 2").see("bob", "main")
         assert page.browser.changes[-1] == ("POST", path, body)
