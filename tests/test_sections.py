@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import typing
 from pathlib import Path
@@ -44,6 +45,7 @@ SECTIONS = sections()
 ORDER = [section.name for section in SECTIONS]
 
 
+@functools.lru_cache(maxsize=1)  # to parse the module takes a second
 def definitions() -> dict[str, tuple[str, ast.stmt]]:
     """Return the section and the statement of every name at the top level."""
     found: dict[str, tuple[str, ast.stmt]] = {}
