@@ -738,11 +738,11 @@ def test_a_plan_says_where_more_tries_are_wanted_than_a_node_has_time_for(filled
     def warnings(*options: str) -> list[str]:
         return filled_quick.ok("create", *options, "--plan", "--json").json["warnings"]
 
-    assert warnings("--retries", "99", "--node-deadline", "600") == [
-        "retries 99 do not fit into the 600 s that a node has (nodeDeadlineSec): it fails before the last one"]
-    assert warnings("--retries", "5", "--node-deadline", "8")[0].startswith("retries 5 do not fit into the 8 s")
+    assert warnings("--retries", "99", "--node-deadline", "300") == [
+        "retries 99 do not fit into the 300 s that a node has (nodeDeadlineSec): it fails before the last one"]
+    assert warnings("--retries", "5", "--node-deadline", "7")[0].startswith("retries 5 do not fit into the 7 s")
     assert warnings("--retries", "99", "--node-deadline", "1h") == []
-    assert warnings("--retries", "40", "--node-deadline", "600") == []
+    assert warnings("--retries", "40", "--node-deadline", "300") == []
     assert warnings("--retries", "99") == []  # NODE_DEADLINE_SEC is for whoever sends it to know
 
 

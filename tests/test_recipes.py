@@ -177,8 +177,9 @@ class Site:
             assert not change or "{} - {} + {}".format(*change.groups()) in shown, shown
         if body.get("supersede") and body.get("duringFreeze"):
             assert "Would wait for" not in shown
+        made = self.store.releases.page().total + 1
         page.run("document.querySelector('#ask-do.main, #send-button.main').click()")
-        page.see(f"Release {self.store.releases.page().total + 1}", "main h1")
+        page.see(f"Release {made}", "main h1")
         assert page.browser.changes[-1] == ("POST", path, body)
 
     def says(self, text: Text) -> None:
