@@ -746,8 +746,8 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def goal_api(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
-    """Reading while a release of 10,000 nodes runs"""
-    many = 10 * options.nodes
+    """Reading while a release of 5,000 nodes runs"""
+    many = 5 * options.nodes
     turns = take_turns(options, {
         "nobody reads": lambda: turn_with_readers(lab, many, 0, [], 0.0),
         "one reads summary and list": lambda: turn_with_readers(

@@ -1333,7 +1333,8 @@ def test_a_freeze_of_a_target_names_it_everywhere_and_is_lifted_from_the_verdict
     add_nodes(store, 1)
     new_release(store)
     settle(store, store.releases.get(1), "success")
-    page.open("#/health").press("Freeze").fill(target="cnd").see("None of the newest releases has", "#wrong-target")
+    page.open("#/health").press("Freeze").fill(target="cnd")
+    page.see("None of the newest releases has this target: they have cdn", "#wrong-target")
     page.fill(target="cdn")
     assert page.text("#wrong-target") == ""
     assert page.run("document.querySelector('#offers-target option').value") == "cdn"
