@@ -320,8 +320,6 @@ ANSWER_SHARE = 0.01
 ANSWER_CREDIT_S = 6.0
 # Timeout of the first poll: it follows the dispatch at once and delays the report that the task was accepted.
 FIRST_POLL_TIMEOUT_S = 1.0
-# What a node has from its dispatch to its end, where neither setting nor strategy says otherwise.
-NODE_DEADLINE_S = 600.0
 # Shortest and longest wait before a failed request is tried again.
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 10.0
 # Wait after a connection to an execute agent was cut: it may still be busy (contract section 1).
@@ -1140,8 +1138,7 @@ class Settings:
     agent_request_timeout_sec: float = _setting(
         "60", Range(0.1, MAX_REQUEST_TIMEOUT_S, float), "seconds for a request and its answer")
     agent_retries: int = _setting("2", Range(0, 100), "tries after the first")
-    node_deadline_sec: float = _setting(f"{NODE_DEADLINE_S:g}", Range(1, 604800, float),
-                                        "seconds from a node's dispatch to its end")
+    node_deadline_sec: float = _setting("600", Range(1, 604800, float), "seconds from a node's dispatch to its end")
     claim_ttl_sec: float = _setting(
         "30", Range(1, MAX_CLAIM_TTL_S, float), "seconds that a silent process keeps a release")
     approvals: bool = _setting("0", _switch, "1: a release starts when somebody else than its author has approved it")
@@ -2175,12 +2172,17 @@ class Node:
     @property
     def condition(self) -> str:
         """Return "online", or why it gets no releases: "disabled", "offline", "in maintenance"."""
-        return f"in {self.state}" if self.state == "maintenance" else self.state
+        return condition_of(self.state)
 
     @property
     def label_values(self) -> Mapping[str, str]:
         """Return its labels."""
         return label_values(self.labels)
+
+
+def condition_of(state: str) -> str:
+    """Return one of NODE_STATES as sentences have it: "in maintenance"."""
+    return f"in {state}" if state == "maintenance" else state
 
 
 # A fleet has few sets of labels, and many nodes with each.
@@ -6528,10 +6530,9 @@ def _all_right(fleet: FleetCounts) -> str:
 
 def _set_aside(fleet: FleetCounts) -> str:
     """Return '1 node in maintenance, 2 disabled': nothing is wrong with that, unless nobody remembers it."""
-    found = [(fleet.states[state], f"in {state}" if state == "maintenance" else state)
-             for state in NODE_STATES if state != "online" and fleet.states.get(state)]
-    return ", ".join(f"{count if number else count_of_nodes(count)} {state}"
-                     for number, (count, state) in enumerate(found))
+    found = [state for state in NODE_STATES if state != "online" and fleet.states.get(state)]
+    return ", ".join(f"{fleet.states[state] if number else count_of_nodes(fleet.states[state])} {condition_of(state)}"
+                     for number, state in enumerate(found))
 
 
 def _database_problems(facts: OverviewFacts) -> Iterator[Problem]:
@@ -9920,9 +9921,10 @@ def back_and_forth(tx: Transaction, request: ReleaseRequest, nodes: Sequence[Nod
 
 def release_with_payload_of(tx: Transaction, release: Release) -> int | None:
     """Return the newest release of the target before one that has its payload and is no rollback; None for none."""
-    found = tx.value("SELECT MAX(version) FROM release_tasks WHERE target = ? AND version < ? AND rollback_of IS NULL "
-                     "AND payload_sha256 = ?", release.target, release.version, stored_digest(tx, release.id))
-    return found and int(tx.value("SELECT id FROM release_tasks WHERE version = ?", found))
+    found = tx.value("SELECT id FROM release_tasks WHERE target = ? AND version < ? AND rollback_of IS NULL "
+                     "AND payload_sha256 = ? ORDER BY version DESC LIMIT 1",
+                     release.target, release.version, stored_digest(tx, release.id))
+    return None if found is None else int(found)
 
 
 def _open_releases(tx: Transaction) -> int:
@@ -9948,11 +9950,9 @@ def may_run_text(level: Level) -> str:
 def drift_text(level: Level) -> str:
     """Return a sentence on how far a node is from what it should run, and what would mend it."""
     has, wants = level.has, level.wants
-    if level.drift == UNSURE and may_run_text(level):
-        return f"unknown: it {may_run_text(level)}; the next release to it tells"
     if level.drift == UNSURE:
-        return ("unknown: it may have been sent something else since, or has another address; "
-                "the next release to it tells")
+        what = may_run_text(level) or "may have been sent something else since, or has another address"
+        return f"unknown: it {what}; the next release to it tells"
     if level.drift == BEHIND and wants:
         return f"behind: release {wants.release_id} (v{wants.version}) is for it, `catch-up` sends it"
     if level.drift == AHEAD and has:
@@ -15127,8 +15127,16 @@ CHINESE_WORDS: Mapping[str, str] = {
 # ======================================================================================
 
 _Forms = tuple[tuple["re.Pattern[str]", str], ...]
-_CHINESE: _Forms = tuple((re.compile(form), chinese) for form, chinese in (*CHINESE_FORMS, *CHINESE_REFUSALS))
-_CHINESE_ERRORS: _Forms = tuple((re.compile(form), chinese) for form, chinese in CHINESE_ERRORS)
+
+
+# With the first sentence that is to be Chinese, not at the start of every command: 500 patterns take 0.07 s of CPU.
+@functools.cache
+def _forms(are_errors: bool = False) -> _Forms:
+    """Return the forms of what the program says, or of why nodes failed, compiled."""
+    return tuple((re.compile(form), chinese) for form, chinese in (
+        CHINESE_ERRORS if are_errors else (*CHINESE_FORMS, *CHINESE_REFUSALS)))
+
+
 # Members of the API's JSON that hold sentences, and those without any, which may be large.
 _SENTENCES = frozenset(("statusReason", "text", "why", "message", "warnings", "hint", "title", "driftText"))
 _NO_SENTENCES = frozenset(("nodeIds", "nodeNames", "payload", "changes", "strategy", "selection", "labels", "before",
@@ -15156,7 +15164,7 @@ def in_chinese(text: str) -> str:
 def _sentence(text: str, depth: int = 0) -> str:
     if text in CHINESE_SENTENCES:
         return CHINESE_SENTENCES[text]
-    whole = _by_form(text, _CHINESE, depth)
+    whole = _by_form(text, _forms(), depth)
     if whole is not None:
         return whole
     first, semicolon, rest = text.partition("; ")
@@ -15191,7 +15199,7 @@ def _filled(found: re.Match[str], depth: int, place: re.Match[str]) -> str:
 
 def _error(text: str, depth: int = 0) -> str:
     """Return the message of a failed node in Chinese where the program wrote it; what an agent said as it is."""
-    whole = _by_form(text, _CHINESE_ERRORS, depth)
+    whole = _by_form(text, _forms(are_errors=True), depth)
     return text if whole is None else whole
 
 
@@ -15234,10 +15242,10 @@ def _event_detail(text: str, is_of_node: bool) -> str:
     """
     if is_of_node or not text:
         return _error(text)
-    whole = _by_form(text, _CHINESE)
+    whole = _by_form(text, _forms())
     if whole is not None:
         return _placeholders(whole)
-    parts = [(part, _by_form(part, _CHINESE)) for part in text.split("; ")]
+    parts = [(part, _by_form(part, _forms())) for part in text.split("; ")]
     return text if all(chinese is None for _, chinese in parts) else _placeholders("；".join(
         part if chinese is None else chinese for part, chinese in parts))
 
