@@ -7,7 +7,8 @@ A block of a document (indented by four spaces) is a piece of a shell's session,
 must end with 0; `says "TEXT"` in a comment means that TEXT comes. A block behind the comment
 `<!-- not run: WHY -->` is left out. It runs as root on a host that may be thrown away, as scripts/fresh_debian.sh makes
 one, in a network of its own: stand-in agents listen at the addresses that the documents name, and stand-ins for
-systemctl and journalctl are written into /usr/local/sbin. Nothing runs without --throwaway-host.
+systemctl and journalctl are written into /usr/local/sbin. Nothing runs without --throwaway-host, nor in a network that
+has routes: the agents' addresses would take those of the hosts behind them, the name server's perhaps.
 """
 from __future__ import annotations
 
@@ -208,6 +209,8 @@ def main() -> int:
     parser.add_argument("--throwaway-host", action="store_true", required=True,
                         help="this host is for that alone: services, users and files of it are overwritten")
     options = parser.parse_args()
+    if Path("/proc/net/route").read_text().count("\n") > 1:  # the first line names the columns
+        raise SystemExit("run_docs: this network has routes: run it in one of its own (unshare --net)")
     folder = options.folder.resolve()
     for name, text in (("systemctl", SYSTEMCTL), ("journalctl", "#!/bin/sh\ntail -n 20 /var/log/releasectl\n")):
         path = Path("/usr/local/sbin") / name

@@ -128,6 +128,15 @@ def test_every_block_of_a_document_is_run_or_says_why_not(name):
             assert not notes, f"{name}:{block.line}: a note that is no comment: {notes}"
 
 
+def test_the_documents_are_run_in_a_network_of_their_own_alone(monkeypatch, tmp_path):
+    # an agent's address on the loopback interface once took the way to the name server
+    monkeypatch.setattr(sys, "argv", ["run_docs.py", "--throwaway-host", str(tmp_path)])
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "Iface Destination\neth0 00000000\n")
+    monkeypatch.setattr(Path, "write_text", lambda path, *_, **__: pytest.fail(f"{path} is written"))
+    with pytest.raises(SystemExit, match="this network has routes"):
+        run_docs.main()
+
+
 def test_the_documents_name_the_version_that_they_are_of():
     named = {version for name in run_docs.DOCUMENTS
              for version in re.findall(r"\bversion=([0-9.]+)", (ROOT / name).read_text(encoding="utf-8"))}
