@@ -3959,11 +3959,16 @@ class FailureGroup(NamedTuple):
     kind: str
     # What their messages have in common: "bind to :443 in use", "<address>: HTTP N".
     pattern: str
-    size: int
-    # Id and name of the first MAX_GROUP_NODES, by id.
-    nodes: Sequence[tuple[int, str]] = ()
+    # Its nodes by id, and the names of the first MAX_GROUP_NODES of them; OTHERS names none.
+    ids: Sequence[int]
+    names: Sequence[str] = ()
     # What most of them share, and the other nodes of the release do not.
     label: SharedLabel | None = None
+
+    @property
+    def size(self) -> int:
+        """Return how many nodes there are."""
+        return len(self.ids)
 
     def __str__(self) -> str:
         """Return '12 unreachable, 9 of 12 in pop=gru: no route to host (edge-1 and 11 more)'."""
@@ -3972,7 +3977,7 @@ class FailureGroup(NamedTuple):
         shared = f", {self.label.nodes} of {self.size} in {self.label.key}={self.label.value}" if self.label else ""
         more = f" and {self.size - 1} more" if self.size > 1 else ""
         return (f"{self.size} {self.kind or NO_KIND}{shared}"
-                + (f": {self.pattern}" if self.pattern else "") + f" ({self.nodes[0][1]}{more})")
+                + (f": {self.pattern}" if self.pattern else "") + f" ({self.names[0]}{more})")
 
 
 def group_failures(failed: Iterable[FailedNode], labels: Mapping[str, int] = {}) -> list[FailureGroup]:  # noqa: B006
@@ -4002,19 +4007,22 @@ def group_failures(failed: Iterable[FailedNode], labels: Mapping[str, int] = {})
     sizes = collections.Counter(causes)
     members: dict[tuple[str, str], list[tuple[FailedNode, str]]] = {
         cause: [] for cause in heapq.nsmallest(MAX_GROUPS, sizes, lambda cause: (-sizes[cause], cause))}
+    rest = []
     for cause, node, text in zip(causes, nodes, texts):
         if cause in members:
             members[cause].append((node, text))
+        else:
+            rest.append(node.node_id)
     common = [_common_labels(collections.Counter(node.labels for node, _ in found)) for found in members.values()]
     having = _count_labels(labels, set[_Label]().union(*common))
-    groups = [FailureGroup(kind, one_line(_pattern(shape, {text for _, text in found})), len(found),
-                           [(node.node_id, node.name) for node, _ in heapq.nsmallest(MAX_GROUP_NODES, found)],
+    groups = [FailureGroup(kind, one_line(_pattern(shape, {text for _, text in found})),
+                           sorted(node.node_id for node, _ in found),
+                           [node.name for node, _ in heapq.nsmallest(MAX_GROUP_NODES, found)],
                            _shared_label(len(found), shared, having, sum(labels.values())))
               for ((kind, shape), found), shared in zip(members.items(), common)]
     others = len(sizes) - len(groups)
     if others:
-        groups.append(FailureGroup(OTHERS, f"{others} other cause{'' if others == 1 else 's'}",
-                                   len(nodes) - sum(group.size for group in groups)))
+        groups.append(FailureGroup(OTHERS, f"{others} other cause{'' if others == 1 else 's'}", sorted(rest)))
     return groups
 
 
@@ -4139,10 +4147,13 @@ def _shared_label(size: int, common: Mapping[_Label, int], having: Mapping[_Labe
     return SharedLabel(*min(shared)[1:]) if shared else None
 
 
-def failures_json(failures: Iterable[FailureGroup]) -> list[dict[str, Any]]:
-    """Return the failed nodes of a release by cause; label is null where they share none."""
+def failures_json(failures: Iterable[FailureGroup], has_all: bool = False) -> list[dict[str, Any]]:
+    """Return the failed nodes of a release by cause; label is null where they share none.
+
+    has_all: nodeIds has all nodes of each, not only the first MAX_GROUP_NODES, for who would retry just these.
+    """
     return [{"errorKind": group.kind, "message": group.pattern, "nodes": group.size,
-             "nodeIds": [node_id for node_id, _ in group.nodes], "nodeNames": [name for _, name in group.nodes],
+             "nodeIds": group.ids if has_all else group.ids[:len(group.names)], "nodeNames": group.names,
              "label": group.label._asdict() if group.label else None, "hint": ERROR_HINTS.get(group.kind, "")}
             for group in failures]
 
@@ -4170,7 +4181,7 @@ def causes_of(failed: Collection[ReleaseNode]) -> Causes:
     of_kind = {n.node_id: n for n in failed if (n.error_kind or NO_KIND) == kind}
     largest = group_failures(FailedNode(n.node_id, n.name, n.main_ip, n.task_id, n.error_kind, n.error_msg)
                              for n in of_kind.values())[0]
-    example = of_kind[largest.nodes[0][0]]
+    example = of_kind[largest.ids[0]]
     if not largest.pattern or largest.size <= len(of_kind) / 2:
         return Causes(text, example, False)
     some = "" if largest.size == len(of_kind) else f"{largest.size} of them: "
@@ -8569,6 +8580,8 @@ class ReleaseFilter(NamedTuple):
     since: str = ""
     # Name of a node that it has.
     node: str = ""
+    # Those with a lower id.
+    before: int = 0
 
     def where(self) -> tuple[str, list[object]]:
         """Return the condition on release_tasks r, "" for none, and its parameters.
@@ -8582,12 +8595,13 @@ class ReleaseFilter(NamedTuple):
         texts = [text.replace("r.target", f"r.{name}") for name in ("target", "reason", "status_reason")]
         number = self.search.lower()[:19]
         patterns: list[object] = [like.lower(), like]
-        conditions: list[tuple[str, str, list[object]]] = [
+        conditions: list[tuple[object, str, list[object]]] = [
             (self.status, "r.status = ?", [self.status]),
             (self.target, "r.target = ?", [self.target]),
             (self.since, "r.created_at >= ?", [self.since]),
             (self.node, """r.id IN (SELECT n.release_task_id FROM nodes h
                                     JOIN release_task_nodes n ON n.node_id = h.id WHERE h.name = ?)""", [self.node]),
+            (self.before, "r.id < ?", [self.before]),
             (self.search, f"({' OR '.join(texts)} OR CAST(r.id AS TEXT) = ? OR 'v' || CAST(r.version AS TEXT) = ?)",
              [*patterns * len(texts), number, number])]
         given = [(condition, values) for is_given, condition, values in conditions if is_given]
@@ -15493,7 +15507,7 @@ def release_with_nodes_json(release: Release, nodes: Sequence[ReleaseNode],
     batches: dict[int, list[dict[str, Any]]] = {}
     for node in nodes:
         batches.setdefault(node.batch, []).append(release_node_json(node))
-    return {**release_summary_json(release, failures),
+    return {"release": release_json(release), "failures": failures_json(failures, has_all=True),
             "batches": [{"batch": number, "group": groups.get(number, ""), "nodes": members}
                         for number, members in sorted(batches.items())]}
 
@@ -15639,7 +15653,7 @@ def openapi_schemas() -> dict[str, Any]:
             required=["release", "failures"]),
         "FailureGroup": schema_of({
             "errorKind": {"type": "string", "enum": ["", *ERROR_KINDS, OTHERS]}, "message": TEXT, "nodes": ID,
-            "nodeIds": {**_array(ID), "maxItems": MAX_GROUP_NODES},
+            "nodeIds": {**_array(ID), "description": f"all of them; in a summary the first {MAX_GROUP_NODES} by id"},
             "nodeNames": {**_array(TEXT), "maxItems": MAX_GROUP_NODES},
             "label": {**schema_of({"key": TEXT, "value": TEXT, "nodes": ID}), "type": ["object", "null"]},
             "hint": TEXT}),
@@ -16136,6 +16150,7 @@ QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
     "target": {"type": "string", "description": "only releases of this target"},
     "since": {"type": "string", "description": "only releases that were created then or later: RFC 3339"},
     "node": {"type": "string", "description": "only releases that have the node of this name"},
+    "before": {**AFTER_IDS.schema, "default": 0, "description": "only releases with a lower id; 0: all"},
     "sort": {"type": "string", "enum": [*NODE_ORDERS, *(f"-{order}" for order in NODE_ORDERS)], "default": "id"},
     "object": {"type": "string", "description": "only acts on this: node edge-1"},
     "with": {"type": "string", "pattern": f"^({BEFORE}|{ID_DIGITS})$", "default": BEFORE,
@@ -16385,7 +16400,8 @@ class Api:
 
     def list_releases(self, request: Request) -> Reply:
         wanted = ReleaseFilter(request.choice("status"), request.query.get("target", ""),
-                               request.query.get("search", ""), request.time("since"), request.query.get("node", ""))
+                               request.query.get("search", ""), request.time("since"), request.query.get("node", ""),
+                               request.integer("before"))
         page = self.store.releases.page(wanted, request.integer("page"), request.integer("pageSize"))
         return Reply(200, page_json(page, release_json))
 
@@ -16743,7 +16759,7 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/api/v1/releases", Api.create_release, OPERATOR, "Create a release for the online nodes",
           "Created", body="NewRelease", headers=("Idempotency-Key",), dry_run="Plan", touches=touches_new_release),
     Route("GET", "/api/v1/releases", Api.list_releases, VIEWER, "List releases, newest first", "ReleaseList",
-          ("status", "page", "pageSize", "target", "search", "since", "node"), headers=("If-None-Match",)),
+          ("status", "page", "pageSize", "target", "search", "since", "node", "before"), headers=("If-None-Match",)),
     Route("GET", "/api/v1/releases/{id}", Api.get_release, VIEWER, "A release and its nodes by batch",
           "ReleaseWithNodes", ("view",), headers=("If-None-Match",)),
     Route("POST", "/api/v1/releases/{id}/pause", Api.pause, OPERATOR, "Dispatch nothing more until resume", "Release",

@@ -120,13 +120,13 @@ def test_every_failed_node_is_in_one_group_and_the_order_of_rows_does_not_matter
     order = [(-group.size, group.kind) for group in shown]
     assert order == sorted(order)
     by_id = {one.node_id: one for one in nodes}
-    named = [node_id for group in shown for node_id, _ in group.nodes]
-    assert len(named) == len(set(named))
+    assert sorted(node_id for group in groups for node_id in group.ids) == sorted(by_id)
     for group in shown:
-        assert [node_id for node_id, _ in group.nodes] == sorted(node_id for node_id, _ in group.nodes)
-        for node_id, name in group.nodes:
+        assert list(group.ids) == sorted(group.ids)
+        assert list(group.names) == [by_id[node_id].name for node_id in group.ids[:rc.MAX_GROUP_NODES]]
+        for node_id in group.ids:
             one = by_id[node_id]
-            assert (one.name, one.error_kind) == (name, group.kind)
+            assert one.error_kind == group.kind
             words = group.pattern.replace("/", " ").replace(":", " ").split()
             assert not {one.name, one.main_ip, one.task_id} & {*words}, "its own"
     rng.shuffle(nodes)
@@ -157,9 +157,12 @@ def test_a_pattern_of_digits_alone_finds_the_numbers_of_a_text():
 def test_no_more_than_some_groups_are_shown_and_the_others_are_counted():
     nodes = [failed(number, "cause " + "x" * (number % 14)) for number in range(1, 29)]
     groups = rc.group_failures(nodes)
-    assert (len(groups), groups[-1]) == (rc.MAX_GROUPS + 1, rc.FailureGroup(rc.OTHERS, "4 other causes", 8))
+    assert len(groups) == rc.MAX_GROUPS + 1
+    assert groups[-1] == rc.FailureGroup(rc.OTHERS, "4 other causes", [n.node_id for n in nodes if n.error_msg in {
+        "cause " + "x" * number for number in range(10, 14)}])
     assert str(groups[-1]) == "8 more with 4 other causes"
-    assert len(rc.group_failures([failed(number, "x") for number in range(1, 99)])[0].nodes) == rc.MAX_GROUP_NODES
+    [group] = rc.group_failures([failed(number, "x") for number in range(1, 99)])
+    assert (len(group.ids), len(group.names)) == (98, rc.MAX_GROUP_NODES)
 
 
 def hostile(name: str) -> list[str]:
@@ -286,6 +289,21 @@ def test_the_api_has_the_failures_of_a_release_by_cause(client, store):
         assert answer["failures"] == FAILURES
         assert misfit(answer, document["components"]["schemas"]["ReleaseWithNodes"], document) == ""
     assert client.ok("GET", f"/api/v1/releases/{new_release(store).id}")["failures"] == []
+
+
+def test_a_whole_release_has_all_nodes_of_each_cause_and_a_summary_the_first(client, store):
+    store.nodes.import_all([{"name": f"edge-{n}", "main_ip": f"10.9.0.{n}"} for n in range(1, 71)], "anna", False)
+    release = settle(store, new_release(store), *["failed"] * 70)
+    for number in range(1, 71):  # 30 with one cause, and one more cause than is shown of the others
+        sql(store, "UPDATE release_task_nodes SET error_kind = 'agent_failed', error_msg = ? WHERE node_id = ?",
+            "full" if number <= 30 else "cause " + "x" * (number % (rc.MAX_GROUPS + 1)), number)
+    whole = client.ok("GET", f"/api/v1/releases/{release.id}")["failures"]
+    assert sorted(node_id for group in whole for node_id in group["nodeIds"]) == list(range(1, 71))
+    assert all(len(group["nodeIds"]) == group["nodes"] for group in whole)
+    summary = client.ok("GET", f"/api/v1/releases/{release.id}?view=summary")["failures"]
+    assert [len(group["nodeIds"]) for group in summary if group["nodes"] == 30] == [rc.MAX_GROUP_NODES]
+    assert [{**group, "nodeIds": []} for group in summary] == [{**group, "nodeIds": []} for group in whole]
+    assert whole[-1]["errorKind"] == rc.OTHERS
 
 
 def test_status_and_watch_have_a_line_for_each_cause(quick, open_store):

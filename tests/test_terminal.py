@@ -339,6 +339,8 @@ def test_the_filters_of_the_list_are_the_same_in_the_api_on_both_engines(store, 
     for query, ids in (("target=dns", [2]), ("search=FOR%20CDN", [3, 1]), ("search=%E4%B8%8A", [3, 2, 1]),
                        ("search=v2", [2]), ("search=%25", []), ("since=2021-01-01T00:00:00Z", [3, 2]),
                        ("node=edge-2&target=cdn&since=2021-01-01T08:00:00%2B08:00", [3]), ("node=nobody", []),
+                       ("before=3", [2, 1]), ("before=3&target=dns", [2]), ("before=1", []),
+                       ("before=0&node=edge-2", [3, 2, 1]),
                        ("status=pending&search=dns", [2])):
         answer = client.ok("GET", f"/api/v1/releases?{query}")
         assert ([release["id"] for release in answer["items"]], answer["total"]) == (ids, len(ids)), query
