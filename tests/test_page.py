@@ -477,7 +477,7 @@ def test_a_mistake_in_the_payload_is_seen_in_the_difference_and_not_sent(live):
     page, world = live(3)
     new_release(world.store, payload={"websites": [{"domain": "a.example", "ttl": 300}], "big": 12345678901234567891})
     page.open("#/releases/1").see("3 nodes succeeded", "main")
-    page.open("#/new").press("Start from what runs now (release 1)").see("changes nothing", "#effect")
+    page.open("#/new").press("Start from the last success (release 1, 3 nodes)").see("changes nothing", "#effect")
     text = page.run("document.querySelector('[name=payload]').value")
     assert "12345678901234567891" in text
     assert '      "ttl": 300' in text
@@ -1259,7 +1259,7 @@ def test_a_draft_from_a_release_that_failed_says_so_and_offers_what_runs_now(pag
     good(store, "A")
     ended(store, "B", "success", "failed")
     page.open("#/new?from=2").see("Starts from the payload of release 2 (failed).", "#was")
-    page.press("Start from what runs now (release 1)").see("from release 1", "#wrong-payload")
+    page.press("Start from the last success (release 1, 2 nodes)").see("from release 1", "#wrong-payload")
     assert page.count("#was") == 0
     assert '"A"' in page.run("document.querySelector('#field-payload').value")
     good(store, "A")
@@ -1279,6 +1279,207 @@ def test_what_is_wrong_with_a_strategy_is_said_in_chinese_and_what_people_wrote_
         page.see('每批容许的失败数："5x" 须为 0 到 1000000 的整数', "#plan")
     finally:
         page.run("localStorage.clear()")
+
+
+# -- rows, agents and browsers that are not as they should be --------------------------------------
+
+@pytest.mark.slow
+def test_what_an_agent_says_of_a_time_is_text_and_no_countdown(live):
+    page, world = live(2)
+    world.agent(1).set(outcome="failed", message="disk is full, about 9999999999 h left")
+    new_release(world.store)
+    page.open("#/releases/1").see("about 9999999999 h left", "main").see("1 node failed", "#failures")
+    assert page.count("main [data-live=about]") == 0
+
+
+@pytest.mark.slow
+def test_a_time_that_is_none_is_shown_as_it_was_written(page):
+    store = page.daemon.store
+    add_nodes(store, 1)
+    new_release(store)
+    sql(store, "UPDATE release_tasks SET status = 'paused', started_at = 'soon'")
+    page.open().see("soon", "#active-1")
+    page.open("#/releases/1").see("soon", "main")
+
+
+@pytest.mark.slow
+def test_a_draw_that_fails_says_so_and_what_comes_later_is_drawn(page):
+    page.open().see("None yet", "main")
+    page.run("window.reportError = error => { window.reported = error.message; };"
+             "window.asBefore = view.draw; view.draw = () => { throw new Error('drawn wrongly'); }; null")
+    page.see("drawn wrongly", "main")
+    assert page.run("window.reported") == "drawn wrongly"
+    page.run("view.draw = window.asBefore; null")
+    page.see("None yet", "main")
+
+
+@pytest.mark.slow
+def test_a_browser_that_lets_no_page_notify_goes_on_without(live):
+    page, _ = live(1)
+    page.open().see("All is well", "#pulse")
+    page.run("window.Notification = function () { throw new TypeError('Illegal constructor'); };"
+             "Notification.requestPermission = async () => 'granted'; null")
+    page.press("Notify")
+    page.daemon.store.releases.set_freeze(True, "anna", "first")
+    page.see("Frozen", "#pulse")
+    page.daemon.store.releases.set_freeze(False, "anna", "")
+    page.see("All is well", "#pulse")
+
+
+@pytest.mark.slow
+def test_a_browser_that_keeps_nothing_shows_the_page(page):
+    gone = page.browser.call("Page.addScriptToEvaluateOnNewDocument", source="""
+        for (const name of ['localStorage', 'sessionStorage'])
+            Object.defineProperty(window, name, {get() { throw new DOMException('denied', 'SecurityError'); }});""")
+    try:
+        page.open().see("None yet", "main").press("中文").see("没有执行器", "main")
+        page.open("#/new").fill(reason="kept for as long as the view")
+    finally:
+        page.browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=gone["identifier"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ['{"startAt": "tomorrow"}', '{"verify": null}', '{"maxParallelPer": null}', "[]"])
+def test_a_strategy_that_no_field_can_hold_stays_json(page, strategy):
+    add_nodes(page.daemon.store, 1)
+    page.draft(payload=PAYLOAD, reason="x").press("JSON").fill(strategy=strategy).press("Fields")
+    for _ in range(2):
+        eventually(lambda: page.run("(document.querySelector('#field-strategy') || {}).value") == strategy)
+        eventually(lambda: page.count("#plan [role=alert]") == 1)
+        page.reload()
+    page.press("JSON").fill(strategy="{}").ready("Goes to 1 node")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "mistake"), [
+    ('{"a": "x\x01y"}', "line 1, column 7"), ('{"a":\u00a0[]}', "line 1, column 6"),
+    ('{"a":\n\u3000[]}', "line 2, column 1"), ('{"a": 1}\u2028', "line 1, column 9"),
+    ('{"a": 1, "\\u0061": 2}', "twice"), ('{"a": "\x7f\u00a0"}', "")])
+def test_what_is_no_json_is_told_with_its_place(page, text, mistake):
+    page.open("#/new")
+    told = page.run(f"(jsonMistake({json.dumps(text)}) || {{text: ''}}).text")
+    assert mistake in told
+    assert bool(told) == bool(mistake), told
+    try:
+        json.loads(text, object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else 1 / 0)
+        is_json = True
+    except (ValueError, ZeroDivisionError):
+        is_json = False
+    assert is_json == (told == ""), "what Python says of it"
+
+
+@pytest.mark.slow
+def test_each_cause_is_retried_with_just_its_nodes_and_so_are_the_others(page):
+    store = page.daemon.store
+    store.nodes.import_all([{"name": f"edge-{n}", "main_ip": f"10.9.0.{n}"} for n in range(1, 61)])
+    new_release(store, strategy={"maxFailed": 60})
+    with store.database.transaction(write=True) as tx:
+        for n in range(1, 61):
+            own = hashlib.sha256(str(n).encode()).hexdigest()[:6]
+            text = f"job {own}0 failed" if n < 31 else f"cause {'x' * (n % 11)}"
+            tx.execute("UPDATE release_task_nodes SET status = 'failed', error_kind = 'agent_failed', error_msg = ? "
+                       "WHERE node_id = ?", text, n)
+        tx.execute(f"UPDATE release_tasks SET status = 'failed', finished_at = created_at, started_at = created_at, "
+                   f"{rc.COUNTERS}")
+    page.open("#/releases/1").see("job N failed", "#cause-0").see("2 other causes", "#failures")
+    for place, few in ((0, range(1, 31)), (rc.MAX_GROUPS, None)):
+        page.run(f"[...document.querySelectorAll('#cause-{place} button')]"
+                 ".find(b => b.textContent === 'Retry these').click()")
+        page.ready("Sends the payload of release 1 to")
+        sent = page.browser.changes[-1][2]["nodeIds"]
+        groups = page.daemon.store.releases.whole(1)[2]
+        assert sent == list(groups[place].ids)
+        assert few is None or sent == list(few)
+        page.see(f"for {len(sent)} nodes that failed", "#ask").press("Close")
+
+
+@pytest.mark.slow
+def test_the_queue_has_the_places_of_each_target_and_what_goes_first_is_first(page):
+    store = page.daemon.store
+    looks_for_work(store)
+    add_nodes(store, 1)
+    for target in ("cdn", "dns", "cdn", "dns"):
+        new_release(store, target=target)
+    new_release(store, target="dns", goes_first=True)
+    page.open().see("Release 5", "#queue")
+    rows = "[...document.querySelectorAll('#queue tbody tr')].map(row => [row.id, row.cells[0].innerText])"
+    assert page.run(rows) == [
+        ["queue-1", "1"], ["queue-3", "2"], ["queue-5", "1"], ["queue-2", "2"], ["queue-4", "3"]]
+
+
+@pytest.mark.slow
+def test_another_language_is_that_of_all_that_was_read_before(page):
+    store = page.daemon.store
+    add_nodes(store, 1)
+    settle(store, new_release(store), "success")
+    with store.database.transaction(write=True) as tx:
+        rc.add_events(tx, store.state.now(), "test", [
+            rc.NewEvent(1, "finished", "running", "success", "1 of 1 nodes updated")])
+    page.open("#/releases/1").see("1 of 1 nodes updated", "#timeline")
+    try:
+        page.press("中文").see("1 个节点中已更新 1 个", "#timeline")
+        assert "updated" not in page.text("#timeline")
+    finally:
+        page.run("localStorage.clear()")
+
+
+@pytest.mark.slow
+def test_a_freeze_says_how_many_releases_it_would_hold(page):
+    store = page.daemon.store
+    looks_for_work(store)
+    page.open("#/health").press("Freeze").fill(target="cdn")
+    assert page.text("#wrong-target") == ""  # there is no release to compare it with
+    add_nodes(store, 1)
+    for target in ("cdn", "cdn", "dns"):
+        new_release(store, target=target)
+    page.open("#/health").press("Freeze").see("3 releases would wait", "#wrong-target")
+    page.fill(target="cdn").see("2 releases would wait", "#wrong-target")
+    page.fill(target="nds").see("None of the newest releases has this target: they have", "#wrong-target")
+
+
+@pytest.mark.slow
+def test_a_rollback_of_an_old_release_offers_the_ten_good_ones_before_it(page):
+    store = page.daemon.store
+    add_nodes(store, 1)
+    for number in range(1, 49):
+        settle(store, new_release(store, payload={"websites": [number]}), "success")
+    for release, offered in ((12, range(11, 1, -1)), (3, (2, 1))):
+        page.open(f"#/releases/{release}").press("Roll back")
+        eventually(lambda: page.count("#ask [name=toRelease] option") > 1)
+        assert page.run("[...document.querySelectorAll('[name=toRelease] option')].map(o => o.value)") == [
+            "", *map(str, offered)]
+
+
+@pytest.mark.slow
+def test_a_reason_with_an_hour_in_it_stays_as_it_was_written(page):
+    store = page.daemon.store
+    add_nodes(store, 1)
+    new_release(store)
+    store.releases.act("pause", 1, "anna", "wait for the 12Z")
+    page.open("#/releases/1").see("wait for the 12Z", "#timeline")
+
+
+@pytest.mark.slow
+def test_a_token_for_some_targets_is_offered_the_verbs_of_these(new_page, sqlite_world, tokens):
+    store, file = sqlite_world.store, tokens("anna")
+    file.write_text(f"{file.read_text().strip()}:targets=dns\n")
+    add_nodes(store, 1)
+    for target in ("cdn", "dns"):
+        new_release(store, target=target)
+    page = new_page(Daemon(store, settings_for(sqlite_world.url, API_TOKENS_FILE=file)))
+    signed_in(page, "anna", "anna", "#/releases/2").see("Pause", "main")
+    page.run("location.hash = '#/releases/1'")
+    page.see("Release 1", "main h1")
+    names = page.run("[...document.querySelectorAll('main button')].map(button => button.textContent)")
+    assert not {"Pause", "Cancel"} & {*names}
+
+
+@pytest.mark.slow
+def test_a_search_that_was_typed_leads_nobody_back(page):
+    page.open("#/nodes").run("""{ const f = document.querySelector('#search'); f.value = 'edge';
+        f.dispatchEvent(new Event('input', {bubbles: true})); location.hash = '#/health'; }""")
+    page.see("Health", "main h1").settle()
+    assert page.address() == "#/health"
 
 
 # -- found by people who had never seen the page ------------------------------------------------------
