@@ -399,7 +399,8 @@ class SimExecutor(rc.Executor):
         super().__init__(settings, store, world.agents_stub, rc.Metrics())
         store.claims.owner = self
         self.world = world
-        self.owner = f"owner-{number}"
+        self.host = "host-a"
+        self.owner = f"{self.host}:{number}:{number:08x}"
         self.context = SimContext(**{**vars(self.context), "owner": self.owner}, executor=self)
         self.is_tick = world.faults and world.random.random() < 0.3
         self._kind = rc.SERVE
@@ -418,6 +419,11 @@ class SimExecutor(rc.Executor):
 
     def submit(self, work: Callable[[], None]) -> None:
         self.world.request(self, work.func.__self__, *work.args)  # type: ignore[attr-defined]
+
+
+def name_of(number: int) -> str:
+    """Return the name of a node: every other one has spaces in it."""
+    return f"Frankfurt edge {number}" if number % 2 else f"edge-{number}"
 
 
 class Simulation:
@@ -517,7 +523,7 @@ class Simulation:
             protocol = self.random.choice(["tasks", "tasks", "execute"])
             agent = SimAgent(self, f"10.0.0.{number}", protocol)
             self.agents[agent.address] = agent
-            self.store.nodes.add(f"edge-{number}", agent.address, agent_protocol=protocol, labels=self._labels())
+            self.store.nodes.add(name_of(number), agent.address, agent_protocol=protocol, labels=self._labels())
         for target in self.random.choices(["cdn", "dns"], k=self.random.randint(1, 3)):
             request = rc.ReleaseRequest(target, payload=self._payload(), strategy=self._strategy())
             self.store.releases.create(self._asking(request), "test")
@@ -1592,7 +1598,7 @@ class SharedSimulation(Simulation):
         self.snapshots: list[Snapshot] = []
         self.twin = ""
         for number in range(1, self.random.randint(3, 5)):
-            self._add_agent(f"edge-{number}", f"10.0.0.{number}")
+            self._add_agent(name_of(number), f"10.0.0.{number}")
         if self.random.random() < 0.4:
             self._enter_twice()
         self.snapshots.append(self._snapshot())

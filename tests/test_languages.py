@@ -99,6 +99,48 @@ SENTENCES = {
     "release 4 succeeded; only partial, failed or cancelled releases can be retried":
         "发布 4 成功：只有部分成功、失败或已取消的发布可以重试",
     "what no form fits": "what no form fits",
+    # names with spaces and brackets
+    "left out: Frankfurt edge 3 is offline; left out: a (old) is excluded":
+        "未包含：Frankfurt edge 3（离线）；未包含：a (old)（已排除）",
+    "batch 1 of 2: waiting for 3 of 3 nodes, slowest Frankfurt edge 3, which is verified for 4 s of 600 s; edge (4) "
+    "busy with an earlier request; trying again: edge 5: no; such, try 1 of 3, next in 8 s; and 3 more":
+        "批次 1/2：3 个节点中尚未完成 3 个，最慢的是 Frankfurt edge 3，已 4 秒（时限 600 秒）；"
+        "edge (4) 仍在处理之前的请求；正在重试 edge 5：no; such，第 1/3 次，8 秒后再试；另外还有 3 个",
+    "stopping, node Frankfurt edge 3 failed: waiting for edge 4 to end, then it is rolled back":
+        "正在停止，节点 Frankfurt edge 3 失败：等待 edge 4 结束，然后回滚",
+    "edge 3 is at work for release 3, edge 4 may still be busy with release 5 until 06:26:40Z, in 19 s, edge 6 is at "
+    "work for release 3 and 2 more":
+        "edge 3 正在处理发布 3，edge 4 可能仍在处理发布 5，至 06:26:40Z，edge 6 正在处理发布 3，另有 2 个",
+    "waiting for a free slot (pop=New York has 1 of 1 (edge 3, edge 4, which failed and may be busy until 06:26:40Z, "
+    "in 4 min, edge 5), for which 3 nodes wait: maxParallelPer)":
+        "等待空闲名额（pop=New York 已有 1/1 个（edge 3、edge 4（已失败，可能忙至 06:26:40Z）、edge 5），"
+        "3 个节点在等待：maxParallelPer）",
+    "Frankfurt edge 3 may run release 2 or 3: how what release 3 sent it ended is not known":
+        "Frankfurt edge 3 可能运行发布 2 或 3：发布 3 下发的任务结果未知",
+    "batch 1 of 1: 0 of 2 nodes done, 2 in flight: edge (3) (deadline 06:26:40Z, in 19 s), edge 4 (past its deadline)":
+        "批次 1/1：2 个节点中已完成 0 个，2 个进行中：edge (3)（期限 06:26:40Z）、edge 4（已超过时限）",
+    "3 nodes run an older payload than they should: edge (3) and 2 more":
+        "3 个节点运行的 payload 比应有的旧：edge (3) 等 3 个",
+    "node Frankfurt edge 3: it was never sent": "节点 Frankfurt edge 3：从未下发",
+    "no node has the label New York": "没有节点有标签 New York",
+    "paused by cli:root (sudo: anna) after batch 2: waiting for edge 3 to end; resume to go on":
+        "由 cli:root (sudo: anna) 暂停（批次 2）：等待 edge 3 结束；可继续",
+    "paused by Bob Smith in batch 2: edge 3 is tried again after that; resume to go on":
+        "由 Bob Smith 暂停（批次 2）：edge 3 将在此后重试；可继续",
+    "resumed by Bob Smith: queued for an executor": "由 Bob Smith 继续：等待执行器",
+    # the reason of a freeze, whatever it is
+    "frozen by cli:root (sudo: anna): 3 days; 2 nodes failed; bob lifts it, or any two others":
+        "由 cli:root (sudo: anna) 冻结：3 days; 2 nodes failed；由 bob 解除，或由另外任意两人解除",
+    "frozen until 2026-01-02T03:04:05.000Z, by anna: 3 days: no; cdn is frozen by Bob Smith: 2 nodes failed; 3 days":
+        "由 anna 冻结，至 2026-01-02T03:04:05.000Z：3 days: no；cdn 由 Bob Smith 冻结：2 nodes failed; 3 days",
+    "frozen: 3 days; 2 nodes failed; waiting for edge 3 to end; edge 4 is tried again after that: no; such":
+        "已冻结：3 days; 2 nodes failed；等待 edge 3 结束；edge 4 将在此后重试：no; such",
+    "frozen until 2026-01-02T03:04:05.000Z: release 2 rolls it back; no executor is running (none was seen for a day): "
+    "start `serve`":
+        "已冻结，至 2026-01-02T03:04:05.000Z：release 2 rolls it back；没有执行器在运行（一天之内未见过任何执行器）："
+        "请启动 serve",
+    "frozen by anna at 2026-01-02T03:04:05.000Z: 3 days; `freeze off` lifts it":
+        "由 anna 于 2026-01-02T03:04:05.000Z 冻结：3 days；用 `freeze off` 解除",
 }
 
 
@@ -227,7 +269,9 @@ def test_no_refusal_that_a_page_may_show_has_english_words_in_chinese():
     "release 1, which x, then ", "a is at work for release 1, ", "; all 1 in a=b", "(a (offline), ", "1 node failed: ",
     "waiting for release 1 and 1 more ",
     "batch 1 of 1: waiting for 1 of 1 node; trying again: ", "a: b, try 1 of 2, ", "paused; resume to go on",
-    "problem: ", "z (deadline z), "])
+    "problem: ", "z (deadline z), ", "a, which failed and may be busy until 1, in ", "left out: a is ", " is is ",
+    "frozen: a; b lifts it, or any two others; ", "a may still be busy with release 1 until 2, in 3, ",
+    "a and 1 more; "])
 def test_what_somebody_wrote_to_be_a_burden_is_none(unit):
     text = "1 problem: " + unit * (rc.MAX_DETAIL_BYTES // len(unit))
     began = time.thread_time()
@@ -240,16 +284,16 @@ def test_what_somebody_wrote_to_be_a_burden_is_none(unit):
 
 # What people, agents and hosts are called and say in the simulation.
 SIMULATED = frozenset((
-    "anna", "cut", "edge", "er", "holidays", "owner", "pid", "refused", "test", "vm", "no", "answer", "in", "hurry",
+    "Frankfurt", "anna", "cut", "edge", "holidays", "host", "pid", "refused", "test", "no", "answer", "in", "hurry",
     "cdn", "dns", "rack", "twin", "why"))
 
 
 @pytest.mark.parametrize("world", [simulation.PLAIN, simulation.SHARED])
 def test_no_sentence_that_a_release_comes_to_has_english_words_in_chinese(world, monkeypatch):
     """Schedules of the simulation: status texts, what `why` says, and the details of all events."""
-    said: set[tuple[str, str]] = set()
+    said: set[tuple[Any, str]] = set()
 
-    def hears(name: str, texts: Callable[..., Iterable[tuple[str, str]]]) -> None:
+    def hears(name: str, texts: Callable[..., Iterable[tuple[Any, str]]]) -> None:
         real = getattr(rc, name)
 
         def heard(*args: Any) -> Any:
@@ -261,13 +305,16 @@ def test_no_sentence_that_a_release_comes_to_has_english_words_in_chinese(world,
     hears("describe", lambda text, *_: [("status", text)])
     hears("waiting_reasons", lambda reasons, *_: [("status", text) for text in reasons.values()])
     hears("explain", lambda why, *_: [("why", text) for text in (why.text, *(step.text for step in why.steps))])
-    hears("NewEvent", lambda event, *_: [("node" if event.node_id else "event", event.detail)])
+    hears("add_events", lambda _, *args: [(("node" if event.node_id else event.event, str(args[2])), event.detail)
+                                          for event in args[3]])
     monkeypatch.setattr(rc.log, "disabled", True)
     for seed in range(6):
         simulation.run_seed(seed, world)
-    chinese = {(what, text): rc.in_chinese(text) if what in ("status", "why") else rc.translated(
-        {"event": "x", "detail": text, "nodeId": 1 if what == "node" else None})["detail"] for what, text in said}
+    chinese = {(what, text): rc.in_chinese(text) if isinstance(what, str) else rc.translated(
+        {"event": what[0], "actor": what[1], "detail": text, "nodeId": 1 if what[0] == "node" else None})["detail"]
+               for what, text in said}
     assert len(chinese) > 200
+    assert any("Frankfurt edge " in text for _, text in said)
     assert [(*key, text) for key, text in chinese.items() if {*english_in(text)} - SIMULATED] == []
 
 
