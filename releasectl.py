@@ -14460,6 +14460,7 @@ _BESIDE_FREEZE = (r"waiting for [^;]+ to end|[^;]+ (?:is|are) tried again after 
 # wrote stays as it is.
 CHINESE_FORMS = (
     # Freezes come first, with what stands behind their reason, which may be anything.
+    (r"its end has come: (.*)", "期限已到：{1!}"),
     (r"(.*frozen.*): it waits; (duringFreeze.*)", "{1!}：它会等待；{2!}"),
     (r"(.*): still frozen, as (.*): (`.*`)(; .*)?", "{1!}：仍然冻结，{2!}：{3}{4!}"),
     (rf"(\S+) is frozen until somebody lifts it by ({_WHO_FORM}): it can't end earlier, but be lifted: (.*): (`.*`)",
@@ -14493,7 +14494,7 @@ CHINESE_FORMS = (
     (r"([^;]+) \((disabled|offline|in maintenance|excluded)\)", "{1!}（{2!}）"),
     # what stands behind a reason, which may be anything
     (r"(paused.*); (resume (?:to go on|and accept the failures, or cancel).*)", "{1!}；{2!}"),
-    (r"until (\S+Z): ([^;]*)", "至 {1}：{2}"), (r"taken by (\S+)", "由 {1} 接手"),
+    (r"until (\S+Z): ", "至 {1}："), (r"taken by (\S+)", "由 {1} 接手"),
     (r"taken over by (\S+) from (\S+), whose claim had run out", "由 {1} 从 {2} 接管（其占用已过期）"),
     (r"version (\d+) became (\d+): agents may have versions below (\d+) \((.*)\)",
      "版本 {1} 改为 {2}：agent 可能已有低于 {3} 的版本（{4}）"),
@@ -14778,10 +14779,10 @@ CHINESE_FORMS = (
      "{1} 自 {2} 起希望解除：由 {4} 以外的任何人解除"),
     (r"wanted by (.+) since (\S+)", "由 {1} 自 {2} 起提出"),
     ("emergency: lifted without a second person", "紧急：未经第二人而解除"),
-    (r"its end has come: (.*)", "期限已到：{1!}"),
     (r"superseded by release (\d+) \(v(\d+)\)", "被发布 {1}（v{2}）取代"),
     (r"superseded by release (\d+) \(v(\d+)\): (.*)", "被发布 {1}（v{2}）取代：{3!}"),
     (r"failures accepted: (\d+)", "已接受 {1} 个失败"),
+    (r"(\w+) of (\S+Z), after (\d+) tries: (.*)", "{2} 的通知（{1}）尝试 {3} 次后放弃：{4}"),
     ("goes on though agents did not answer the preflight", "尽管有 agent 未应答预检，仍继续"),
     # an error, and no refusal
     (rf"node (?!.* (?:is part of release \d+|has the address \S+ already))({_NODE_FORM}): (.*)", "节点 {1}：{2?}"),
@@ -15162,10 +15163,12 @@ CHINESE_WORDS: Mapping[str, str] = {
 # ======================================================================================
 # Languages: the sentences that people read, in Chinese, by their form; English where none
 #   is known. Pure.
-# Uses: Chinese, Chinese refusals.
+# Uses: Vocabulary, Audit, Chinese, Chinese refusals.
 #
-#   tests/test_languages.py goes over all that the program can answer or store: no English
-#   word is left but names, payload, what agents and people wrote, and a list of words.
+#   tests/test_languages.py goes over every refusal of the code, and over all that a
+#   simulated world says of its releases and writes into their history: no English word
+#   is left but names, commands, settings and keys, what agents and people wrote, and a
+#   list of words. Of other sentences (of `check`, of the verdict) it has examples.
 # ======================================================================================
 
 _Forms = tuple[tuple["re.Pattern[str]", str], ...]
@@ -15262,34 +15265,59 @@ def _member(data: Mapping[str, Any], key: str, value: Any) -> Any:
     if key in _NO_SENTENCES:
         return value
     if key == "detail" and "event" in data:
-        return _event_detail(value, data.get("nodeId") is not None)
+        return _event_detail(value, data) if value else value
     if key == "errorMsg" or (key == "message" and "errorKind" in data):
-        return _placeholders(_error(value) if "errorKind" in data else _event_detail(value, False)) if value else value
+        return _placeholders(_error(value)) if "errorKind" in data else in_chinese(value) if value else value
     # a sequel's, as the program gives it where a person gave none
     if key == "reason" and any(data.get(one) for one in ("rollbackOf", "retryOf", "catchUpOf")):
-        found = next(filter(None, (form.fullmatch(value) for form in _DEFAULT_REASONS)), None)
-        return _sentence(value) if found else value
+        return _sentence(value) if re.fullmatch(_DEFAULT_REASON, value) else value
     return _translated_sentence(value) if key in _SENTENCES else translated(value)
 
 
-_DEFAULT_REASONS = tuple(map(re.compile, (
-    r"(?:automatic )?rollback of release \d+ to the payload of version \d+", r"retry of release \d+",
-    r"catch-up with release \d+")))
+_DEFAULT_REASON = (r"(?:(?:automatic )?rollback of release \d+ to the payload of version \d+|retry of release \d+|"
+                   r"catch-up with release \d+)")
+_STORED_TIME = r"\d{4}-\d\d-\d\dT[\d:.]+Z"
+# Events of a release whose detail the program writes alone; and those that have the reason of a person in it, unless an
+# executor acts.
+_TOLD = frozenset((STARTED, "finished", TAKEN_OVER, "renumbered", STUCK, NOTIFY_GIVEN_UP))
+_ASKED = frozenset(("paused", "cancelling", "cancelled"))
+_EXECUTOR = r"(?!cli:|cert:)[^:]+:\d+:[0-9a-f]{8}"
+# From any other event of a release to what the program writes in its detail. All else in it is the reason that a person
+# gave, which may be anything, and stays as it is. Where that reads as the program writes it, nothing tells them apart.
+_WRITTEN: Mapping[str, str] = {
+    "created": (rf"^{_DEFAULT_REASON}(?=; |$)|"
+                r"(?:(?:^|; )batches of [^;]*; at most \d[^;]* failed(?:, \d+ in all)?"
+                r"(?:; all agents are asked first, at most \d+ may be silent)?"
+                r"(?:; the last \d+ had failed before: [^;]*)?)?"
+                r"(?:(?:^|; )changes nothing: all its nodes run this payload already)?"
+                r"(?:(?:^|; )left out: [^;]*)*(?:(?:^|; )goes out in a freeze too)?$"),
+    APPROVAL: (r"^waiting for approval(?: by somebody else than .+?)?(?:: releasectl approve \d+|"
+               r", which nobody can give: .*? \(set API_TOKENS_FILE\))(?:; |$)"),
+    EMERGENCY: r"^without approval, by .+?(?:; |$)",
+    "resumed": r"(?:^|; )(?:failures accepted: \d+|goes on though agents did not answer the preflight)$",
+    "cancelling": r"^superseded by release \d+ \(v\d+\)$",
+    # by force: its first error
+    "cancelled": (r"(?:^superseded by release \d+ \(v\d+\)|^\d+ of \d+ nodes updated|^node [^;]{1,100}?: .*)?"
+                  r"(?:(?:^|; )not rolled back, as it was cancelled: releasectl rollback \d+)*$"),
+    FROZEN: rf"(?:^|(?<=; ))until {_STORED_TIME}: ",
+    UNFROZEN: (r"^its end has come: .*|^emergency: lifted without a second person(?:; |$)|"
+               rf"^wanted by .+? since {_STORED_TIME}(?:; |$)")}
 
 
-def _event_detail(text: str, is_of_node: bool) -> str:
-    """Return the detail of an event in Chinese as far as the program wrote it: what has one of its forms.
-
-    A word that stands alone is a reason, or what an agent said.
-    """
-    if is_of_node or not text:
+def _event_detail(text: str, event: Mapping[str, Any]) -> str:
+    """Return the detail of an event, as the API has it, in Chinese as far as the program wrote it."""
+    if event["nodeId"] is not None:
         return _error(text)
-    whole = _by_form(text, _forms())
-    if whole is not None:
-        return _placeholders(whole)
-    parts = [(part, _by_form(part, _forms())) for part in text.split("; ")]
-    return text if all(chinese is None for _, chinese in parts) else _placeholders("；".join(
-        part if chinese is None else chinese for part, chinese in parts))
+    what = event["event"]
+    if what in _TOLD or (what in _ASKED and re.fullmatch(_EXECUTOR, event["actor"])):
+        return in_chinese(text)
+    return re.sub(_WRITTEN[what], _written, text) if what in _WRITTEN else text
+
+
+def _written(found: re.Match[str]) -> str:
+    """Return parts of a detail in Chinese; most have no form together, as they may be many."""
+    whole = _by_form(found[0], _forms())
+    return "；".join(map(in_chinese, found[0].split("; "))) if whole is None else _placeholders(whole)
 
 
 def _translated_sentence(value: Any) -> Any:

@@ -2,8 +2,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -175,8 +179,120 @@ def test_what_the_daemon_says_of_a_release_is_known_in_chinese(store):
 def test_what_people_wrote_is_data_in_any_language():
     data = {"labels": {"text": "offline"}, "before": {"message": "offline"}, "after": {"why": "offline"}}
     assert rc.translated({**data, "text": "offline"}) == {**data, "text": "离线"}
-    event = {"nodeId": None, "event": "paused", "detail": "offline"}  # a reason, or what an agent said
-    assert rc.translated([event]) == [event]
+    for key in ("rollbackOf", "retryOf", "catchUpOf"):
+        for reason in REASONS:
+            assert rc.translated({"reason": reason, key: 1}) == {"reason": reason, key: 1}
+    freeze = {"frozen": True, "reason": "3 days; 2 nodes failed", "actor": "offline"}
+    assert rc.translated(freeze) == freeze
+
+
+# What people give as a reason, and what would be something else in Chinese if the program had written it.
+REASONS = (
+    "offline", "3 days", "2 nodes failed", "3 days; 2 nodes failed", "nothing was sent; it answers", "batches of 5",
+    "at most 2 failed", "until noon: 3 days", "frozen by anna: 3 days; 2 min",
+    "stopped by node a in batch 1: no; release 2 rolls it back", "release 3 (v3) failed; 3 min", "it was never sent")
+AN_EXECUTOR = "host-a:77:0123abcd"
+# By event: what the program writes before and behind a reason, in both languages.
+AROUND = {
+    "created": [("", "", "", ""), (
+        "", "; batches of 1, 2; at most 0, 1 failed, 2 in all; all agents are asked first, at most 1 may be silent; "
+        "changes nothing: all its nodes run this payload already; left out: Frankfurt edge 3 is offline; goes out in a "
+        "freeze too",
+        "", "；批次大小 1, 2；每批最多失败 0, 1，共 2；先询问所有 agent，最多 1 个可不应答；"
+        "没有任何更改：其所有节点都已在运行此 payload；未包含：Frankfurt edge 3（离线）；冻结期间也执行")],
+    "approval": [("waiting for approval by somebody else than Bob Smith: releasectl approve 4; ", "",
+                  "等待 Bob Smith 以外的人批准：releasectl approve 4；", "")],
+    "approved": [("", "", "", "")],
+    "emergency": [("without approval, by cli:root (sudo: anna); ", "", "未经批准，由 cli:root (sudo: anna)；", "")],
+    "paused": [("", "", "", "")],
+    "resumed": [("", "", "", ""), ("", "; failures accepted: 3", "", "；已接受 3 个失败"), (
+        "", "; goes on though agents did not answer the preflight", "", "；尽管有 agent 未应答预检，仍继续")],
+    "cancelling": [("", "", "", "")],
+    "cancelled": [("", "", "", ""), ("", "; not rolled back, as it was cancelled: releasectl rollback 4", "",
+                                     "；因已取消而未回滚：releasectl rollback 4")],
+    "frozen": [("", "", "", ""), ("until 2026-01-02T03:04:05.000Z: ", "", "至 2026-01-02T03:04:05.000Z：", "")],
+    "unfrozen": [("", "", "", ""), (
+        "emergency: lifted without a second person; ", "", "紧急：未经第二人而解除；", ""), (
+        "wanted by Bob Smith since 2026-01-02T03:04:05.000Z; ", "",
+        "由 Bob Smith 自 2026-01-02T03:04:05.000Z 起提出；", ""), (
+        "its end has come: frozen by anna: ", "", "期限已到：由 anna 冻结：", "")],
+}
+# By event: what it says where the program alone writes it.
+TOLD = {
+    "created": [("retry of release 3; changes nothing: all its nodes run this payload already",
+                 "重试发布 3；没有任何更改：其所有节点都已在运行此 payload"),
+                ("; ".join(f"left out: edge {number} is offline" for number in range(20)),
+                 "；".join(f"未包含：edge {number}（离线）" for number in range(20)))],
+    "started": [], "approval": [("waiting for approval: releasectl approve 4", "等待批准：releasectl approve 4")],
+    "finished": [("3 nodes succeeded", "3 个节点成功"), ("node edge 3: it was never sent", "节点 edge 3：从未下发")],
+    "paused": [("paused after batch 1: resume to go on", "已暂停（批次 1）：可继续")],
+    "cancelling": [("superseded by release 5 (v5)", "被发布 5（v5）取代")],
+    "cancelled": [("superseded by release 5 (v5)", "被发布 5（v5）取代"),
+                  ("0 of 3 nodes updated", "3 个节点中已更新 0 个"),
+                  ("node edge 1: it was never sent; not rolled back, as it was cancelled: releasectl rollback 4",
+                   "节点 edge 1：从未下发；因已取消而未回滚：releasectl rollback 4")],
+    "frozen": [], "unfrozen": [], "resumed": [("failures accepted: 3", "已接受 3 个失败")], "approved": [],
+    "emergency": [],
+    "taken_over": [(f"taken over by {AN_EXECUTOR} from b:1:0123abcd, whose claim had run out",
+                    f"由 {AN_EXECUTOR} 从 b:1:0123abcd 接管（其占用已过期）")],
+    "renumbered": [("version 3 became 5: release 4 (v4) went out before it", "版本 3 改为 5：发布 4（v4）先于它下发")],
+    "stuck": [("no executor is running (none was seen for a day): start `serve`",
+               "没有执行器在运行（一天之内未见过任何执行器）：请启动 serve")],
+    "notify.given_up": [("failed of 2026-01-02T03:04:05.000Z, after 9 tries: HTTP 500",
+                         "2026-01-02T03:04:05.000Z 的通知（failed）尝试 9 次后放弃：HTTP 500")],
+}
+
+
+def detail_in_chinese(event: str, actor: str, detail: str) -> str:
+    return rc.translated([{"nodeId": None, "event": event, "actor": actor, "detail": detail}])[0]["detail"]
+
+
+@pytest.mark.parametrize("actor", ["anna", "cli:root (sudo: anna)", "cert:a:1:0123abcd", "program"])
+@pytest.mark.parametrize("event", AROUND)
+def test_the_reason_that_a_person_gave_stays_in_the_history_as_it_is(event, actor):
+    for before, behind, chinese_before, chinese_behind in AROUND[event]:
+        for reason in REASONS:
+            said = detail_in_chinese(event, actor, f"{before}{reason}{behind}")
+            assert said == f"{chinese_before}{reason}{chinese_behind}"
+
+
+@pytest.mark.parametrize("event", TOLD)
+def test_what_the_program_says_in_the_history_is_in_chinese(event):
+    for detail, chinese in TOLD[event]:
+        for actor in (AN_EXECUTOR, *(["anna"] if event != "paused" else [])):
+            assert detail_in_chinese(event, actor, detail) == chinese
+    assert detail_in_chinese("by hand", "anna", "offline") == "offline"
+
+
+def test_every_event_of_a_release_is_among_these():
+    named = {*rc.RELEASE_EVENTS.values(), *rc.APPROVAL_EVENTS.values(),
+             *(verb.event for verb in rc.VERBS.values())} - {""}
+    for call in ast.walk(ast.parse(Path(rc.__file__).read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "NewEvent":
+            event = call.args[1]
+            if isinstance(event, ast.Constant):
+                named.add(str(event.value))
+            elif isinstance(event, (ast.Name, ast.IfExp)) and ast.unparse(event) != "event":
+                named |= {getattr(rc, name.id) for name in ast.walk(event)
+                          if isinstance(name, ast.Name) and name.id.isupper()}
+    assert named == TOLD.keys()
+    assert AROUND.keys() <= named
+
+
+def test_the_reasons_of_real_acts_stay_as_they_are(store):
+    why = "3 days; 2 nodes failed"
+    add_nodes(store, 2)
+    for target in ("cdn", "dns"):
+        store.releases.create(rc.ReleaseRequest(target, why, strategy={"batches": [1]}), "anna")
+    store.releases.set_freeze(True, "anna", why)
+    store.releases.set_freeze(False, "bob", why)
+    for verb in ("pause", "resume", "cancel"):
+        store.releases.act(verb, 1, "anna", why)
+    events = [event for event in store.releases.events(1) if event.node_id is None]
+    assert [event.event for event in events] == [
+        "created", "frozen", "unfrozen", "paused", "resumed", "cancelling", "cancelled"]
+    said = [event["detail"] for event in rc.translated([rc.event_json(event) for event in events])]
+    assert said == [f"{why}；批次大小 1, 1；每批最多失败 0, 0", *[why] * 5, "2 个节点中已更新 0 个"]
 
 
 @pytest.mark.parametrize("strategy", [
@@ -277,8 +393,9 @@ def test_what_somebody_wrote_to_be_a_burden_is_none(unit):
     began = time.thread_time()
     for said in (text, text[11:], text[:500], text[11:500], f"it can't be reached: {text[11:]}"):
         assert rc.in_chinese(said)
-        for node_id in (None, 1):
-            assert rc.translated({"event": "paused", "nodeId": node_id, "detail": said})["detail"]
+        for event in rc._WRITTEN.keys() | {"paused", "finished"}:
+            assert rc.translated({"event": event, "nodeId": None, "actor": AN_EXECUTOR, "detail": said})["detail"]
+        assert rc.translated({"event": "failed", "nodeId": 1, "actor": AN_EXECUTOR, "detail": said})["detail"]
     assert time.thread_time() - began < 2.0
 
 
@@ -318,7 +435,60 @@ def test_no_sentence_that_a_release_comes_to_has_english_words_in_chinese(world,
     assert [(*key, text) for key, text in chinese.items() if {*english_in(text)} - SIMULATED] == []
 
 
+def without_its_options(form: str) -> str:
+    """Return a text that has a form, with as little in it as the form lets: an optional part is left out."""
+    def least(parts: Any) -> str:
+        return "".join(one(str(kind), value) for kind, value in parts)
+
+    def one(kind: str, value: Any) -> str:
+        if kind == "LITERAL":
+            return chr(value)
+        if kind in ("MAX_REPEAT", "MIN_REPEAT"):
+            low, high, parts = value
+            return "" if (low, high) == (0, 1) else least(parts) * max(low, 1)
+        if kind == "SUBPATTERN":
+            return least(value[3])
+        if kind == "BRANCH":
+            return least(value[1][0])
+        if kind == "IN":
+            choices = [(str(choice), of) for choice, of in value]
+            return next((chr(of if choice == "LITERAL" else of[0]) for choice, of in choices
+                         if choice in ("LITERAL", "RANGE")), "7") if choices[0][0] != "NEGATE" else "x"
+        return "x" if kind in ("ANY", "NOT_LITERAL") else ""
+
+    parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
+    return least(parser.parse(form))
+
+
+def test_no_sentence_ends_in_a_colon_where_a_part_of_it_is_missing():
+    forms = [form for form, _ in (*rc.CHINESE_FORMS, *rc.CHINESE_REFUSALS, *rc.CHINESE_ERRORS)]
+    said = {form: rc._error(text) if form in dict(rc.CHINESE_ERRORS) else rc.in_chinese(text)
+            for form in forms for text in [without_its_options(form)]
+            if re.fullmatch(form, text) and not text.endswith(": ")}
+    assert len(said) > 0.9 * len(forms), set(forms) - set(said)
+    assert [(form, text) for form, text in said.items() if re.search("[：，；（]($|[；）])", text)] == []
+
+
 # -- the command line --------------------------------------------------------------------------------
+
+def test_nobody_but_who_reads_chinese_waits_for_its_patterns(tmp_path):
+    code = """if True:
+        import contextlib, re, sys
+        compiled, real = [], re.compile
+        re.compile = lambda pattern, *more: compiled.append(pattern) or real(pattern, *more)
+        import releasectl as rc
+        for words in (["list"], ["why"], ["check"], ["--help"]):
+            with contextlib.suppress(SystemExit):
+                rc.main([*words, "--db", "sqlite:///" + sys.argv[1]] if words[0] != "--help" else words)
+        chinese = {form for form, _ in (*rc.CHINESE_FORMS, *rc.CHINESE_REFUSALS, *rc.CHINESE_ERRORS)}
+        before = [rc._forms.cache_info().currsize, len(chinese.intersection(compiled))]
+        rc.in_chinese("no form")
+        print("compiled:", *before, len(chinese.intersection(compiled)) > 500, file=sys.stderr)"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.db")], capture_output=True, text=True,
+                          cwd=Path(rc.__file__).parent, env={"LANG": "en_US.UTF-8", "PATH": os.environ["PATH"]},
+                          timeout=60, check=True)
+    assert done.stderr.splitlines()[-1] == "compiled: 0 0 True", done.stderr
+
 
 @pytest.mark.parametrize(("environment", "expected"), [
     ({"LANG": "zh_CN.UTF-8"}, True), ({"LANG": "zh_TW"}, True), ({"LC_ALL": "C", "LANG": "zh_CN.UTF-8"}, False),
