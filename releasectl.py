@@ -14450,6 +14450,8 @@ _BUSY_FORM = (rf"{_NODE_FORM} (?:is at work for release \d+|may still be busy wi
 _KEEPS_FORM = rf"{_NODE_FORM}, which failed and may be busy until [^,]*(?:, in [^,]*)?"
 # A time, and how far off it is.
 _END_FORM = r"(\S+?(?: \d\S+?)?)(?:, in [^,:]*)?"
+# rough_time()
+_ROUGH_TIME = r"\d+ (?:s|min|h|days)|\d+ h \d+ min"
 # Who lifts a freeze, and how; what else a release waits for that is frozen.
 _LIFTED_FORM = r"[^;]+ lifts it, or any two others|it takes two persons to lift it|[^;]+ wants it lifted since [^;`]*"
 _BESIDE_FREEZE = (r"waiting for [^;]+ to end|[^;]+ (?:is|are) tried again after that(?:: .*)?|"
@@ -14459,6 +14461,8 @@ _BESIDE_FREEZE = (r"waiting for [^;]+ to end|[^;]+ (?:is|are) tried again after 
 # one of CHINESE_ERRORS or what an agent said, {1+2} the number of the names in {1} and {2} more. What agents and people
 # wrote stays as it is.
 CHINESE_FORMS = (
+    # how long it still takes, which dashboard.html, reasonParts(), finds at the end of a sentence
+    (rf"(.*); (about (?:{_ROUGH_TIME}) left(?:, then a pause)?)", "{1!}；{2!}"),
     # Freezes come first, with what stands behind their reason, which may be anything.
     (r"its end has come: (.*)", "期限已到：{1!}"),
     (r"(.*frozen.*): it waits; (duringFreeze.*)", "{1!}：它会等待；{2!}"),
@@ -14627,7 +14631,8 @@ CHINESE_FORMS = (
     (r"(.*): resume to end the release and to roll it back", "{1!}：继续则结束此发布并回滚"),
     (r"(\d+ nodes? .*? may): (\d.*)", "{1!}：{2!}"),
     ("resume and accept the failures, or cancel", "请接受失败并继续，或取消"),
-    (r"about (\d+) (s|min|h|days)(?: (\d+) min)? left(, then a pause)?", "{0}"),
+    (rf"about ({_ROUGH_TIME}) left", "约剩 {1!}"),
+    (rf"about ({_ROUGH_TIME}) left, then a pause", "约剩 {1!}，之后暂停"),
     (r"no executor is running \((.*)\): start `serve`", "没有执行器在运行（{1!}）：请启动 serve"),
     ("none was seen for a day", "一天之内未见过任何执行器"),
     (r"(?:last seen|stopped) (.*) ago: (.*)", "最近一次在 {1!}之前：{2}"),

@@ -103,6 +103,13 @@ SENTENCES = {
     "release 4 succeeded; only partial, failed or cancelled releases can be retried":
         "发布 4 成功：只有部分成功、失败或已取消的发布可以重试",
     "what no form fits": "what no form fits",
+    "batch 2 of 4: waiting for 7 of 24 nodes; about 25 s left": "批次 2/4：24 个节点中尚未完成 7 个；约剩 25 秒",
+    "batch 2 of 4: waiting for 7 of 24 nodes; about 3 h 20 min left, then a pause":
+        "批次 2/4：24 个节点中尚未完成 7 个；约剩 3 小时 20 分钟，之后暂停",
+    "soaking after batch 1 until 2026-01-02T03:04:05.000Z; about 2 days left":
+        "批次 1 之后观察，至 2026-01-02T03:04:05.000Z；约剩 2 天",
+    "about 6 min left": "约剩 6 分钟",
+    "frozen: 3 days; no; about 6 min left": "已冻结：3 days; no；约剩 6 分钟",
     # names with spaces and brackets
     "left out: Frankfurt edge 3 is offline; left out: a (old) is excluded":
         "未包含：Frankfurt edge 3（离线）；未包含：a (old)（已排除）",
@@ -158,6 +165,27 @@ def test_a_sentence_is_in_chinese_where_its_form_is_known(sentence):
     ("en;q=0.1, zh;q=0.9", True), ("zh;q=0, en", False), ("zh;q=0", False), ("zh;q=x,en", True)])
 def test_chinese_is_for_whom_it_comes_first(languages, expected):
     assert rc.is_chinese(languages) is expected
+
+
+# How a reader finds the time that a release still takes at the end of its statusReason, as dashboard.html does.
+TIME_LEFT = re.compile(r"(.*?)(; |；)?(?:about|约剩) (\d+) (s|min|h|days|秒|分钟|小时|天)(?: (\d+) (?:min|分钟))?"
+                       r"(?: left)?(, then a pause|，之后暂停)?")
+
+
+@pytest.mark.parametrize(("seconds", "amount", "unit", "minutes"), [
+    (25.0, 25, "秒", None), (360.0, 6, "分钟", None), (7200.0, 2, "小时", None), (12000.0, 3, "小时", 20),
+    (172800.0, 2, "天", None)])
+@pytest.mark.parametrize("pause", ["", ", then a pause"])
+@pytest.mark.parametrize("text", ["", "batch 2 of 4: waiting for 7 of 24 nodes; "])
+def test_the_time_left_is_found_in_both_languages(seconds, amount, unit, minutes, pause, text):
+    english = f"{text}about {rc.rough_time(seconds)} left{pause}"
+    found, chinese = (TIME_LEFT.fullmatch(said) for said in (english, rc.in_chinese(english)))
+    assert found
+    assert chinese
+    for one in (found, chinese):
+        assert (int(one[3]), one[5] and int(one[5]), bool(one[6])) == (amount, minutes, bool(pause))
+    assert chinese[4] == unit
+    assert chinese[2] == ("；" if text else None)
 
 
 def test_what_the_daemon_says_of_a_release_is_known_in_chinese(store):
