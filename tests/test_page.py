@@ -5,6 +5,7 @@ Whatever a test does with the page, it must log no error and ask nobody but its 
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +163,30 @@ class Page:
         assert self.run(f"document.activeElement === document.querySelector({json.dumps(place)})"), place
         self.browser.key(key, "\r" if key == "Enter" else key, held)
         return self
+
+    def drop(self, file: Path, place: str) -> Page:
+        """Drag a file from outside to where a selector leads, and let go."""
+        x, y = self.run(f"{{ const box = document.querySelector({json.dumps(place)}).getBoundingClientRect();"
+                        " [box.left + box.width / 2, box.top + box.height / 2]; }")
+        data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.browser.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+        return self
+
+    def csv(self, card: str) -> tuple[str, list[dict[str, str]]]:
+        """Press CSV where a selector leads; return the name of the file and its rows, by column."""
+        name, text = self.run("""(async card => {
+            const [link, {createObjectURL}] = [HTMLAnchorElement.prototype, URL], {click} = link;
+            const file = new Promise(then => {
+              URL.createObjectURL = blob => { file.blob = blob; return '#'; };
+              link.click = function () { then(this.download); };
+            });
+            [...document.querySelectorAll(`${card} button`)].find(b => b.textContent === 'CSV').click();
+            const name = await file;
+            [link.click, URL.createObjectURL] = [click, createObjectURL];
+            return [name, await file.blob.text()];
+          })(""" + json.dumps(card) + ")")
+        return name, list(csv.DictReader(text.splitlines()))
 
     def ready(self, words: str = "") -> Page:
         """Wait until the plan has come and the button that does it can be used; words are to be read in the plan."""
@@ -560,6 +586,20 @@ def test_the_payload_goes_out_as_it_was_written_also_from_a_file(page, tmp_path)
 
 
 @pytest.mark.slow
+def test_a_file_that_is_dropped_onto_the_payload_is_taken_as_one_that_is_loaded(page, tmp_path):
+    add_nodes(page.daemon.store, 1)
+    file = tmp_path / "site.json"
+    page.draft(reason="dropped", payload="{}")
+    for text, words in (('{"websites": [],\n "a": 1 2}', "Not JSON at line 2, column 9"),
+                        ('\ufeff{"websites": [12345678901234567891]}', "1 line, 36 characters")):
+        file.write_text(text)
+        page.drop(file, "[name=payload]").see(words, "#wrong-payload")
+    page.ready("Goes to 1 node in 1 batch").send()
+    eventually(lambda: page.address() == "#/releases/1")
+    assert page.daemon.store.releases.get(1).payload == '{"websites":[12345678901234567891]}'
+
+
+@pytest.mark.slow
 def test_nodes_are_chosen_by_labels_with_counts_or_picked_by_name(page):
     store = page.daemon.store
     for n in range(1, 7):
@@ -752,6 +792,80 @@ def test_the_filter_is_in_the_address_and_the_way_back_leads_back(page):
     assert page.count("#queue tbody tr") == 34
 
 
+def history(store: rc.Store, count: int) -> None:
+    """Write so many releases of one node that ended, each way in turn, each a second longer than the one before it."""
+    add_nodes(store, 1)
+    with store.database.transaction(write=True) as tx:
+        tx.insert_many("INSERT INTO release_tasks (version, status, reason, total_nodes, success_nodes, failed_nodes, "
+                       "created_at, started_at, finished_at) VALUES ", 9,
+                       [(n, ENDS[n % 4], f"reason {n}", 1, int(n % 4 < 2), int(n % 4 == 2), rc.utc_text(n * 1000),
+                         rc.utc_text(n * 1000), rc.utc_text(n * 1000 + n)) for n in range(1, count + 1)])
+
+
+ENDS = ("success", "partial", "failed", "cancelled")
+ROWS = "[...document.querySelectorAll('main [id^=release-]')].map(row => Number(row.id.slice(8)))"
+# Of each column of the strip: where it leads, its words twice, height, colour, and the shape of its mark.
+STRIP = """[...document.querySelectorAll('main .strip a')].map(a => {
+  const [tall, mark] = ['.tall', '.mark'].map(which => getComputedStyle(a.querySelector(which)));
+  return [a.getAttribute('href'), a.getAttribute('aria-label'), a.title, parseFloat(tall.height), tall.backgroundColor,
+    mark.clipPath]; })"""
+
+
+@pytest.mark.slow
+def test_of_500_releases_each_is_on_a_page_and_is_found_by_status_and_words(page):
+    history(page.daemon.store, 500)
+    page.open().see("page 1 of 17", "main")
+    assert page.run(ROWS) == [*range(500, 470, -1)]
+    page.press("Next").see("page 2 of 17", "main").see("Release 470", "#release-470")
+    page.open("#/releases?page=17").see("page 17 of 17", "main")
+    assert page.run(ROWS) == [*range(20, 0, -1)]
+    assert page.count("main a[href*='page=18']") == 0
+    page.press("failed").see("page 1 of 5", "main")
+    assert page.run(ROWS) == [*range(498, 380, -4)]
+    page.run("{ const f = document.querySelector('#search'); f.value = 'reason 35'; f.oninput({target: f}); }")
+    page.see("Release 350", "#release-350")
+    eventually(lambda: page.run(ROWS) == [358, 354, 350])
+    assert page.address() == "#/releases?status=failed&search=reason+35"
+
+
+@pytest.mark.slow
+def test_the_last_30_releases_stand_as_high_as_they_took_with_their_end_in_colour_shape_and_word(page):
+    history(page.daemon.store, 500)
+    page.open("#/releases?status=failed&page=2").see("The last 30 releases: height is how long each took", "#strip")
+    columns = page.run(STRIP)
+    assert [column[0] for column in columns] == [f"#/releases/{n}" for n in range(471, 501)]  # of all, not of the page
+    for n, (_, label, title, *_) in enumerate(columns, 471):
+        assert label == title == f"Release {n}: {ENDS[n % 4]}, took {n // 60} min {n % 60} s".replace(" 0 s", "")
+    heights = [column[3] for column in columns]
+    assert heights == sorted(heights)
+    assert heights[-1] - heights[0] >= 1
+    assert len({column[4] for column in columns}) == len({column[5] for column in columns}) == len(ENDS)
+    sql(page.daemon.store, "UPDATE release_tasks SET finished_at = started_at WHERE id = 500")
+    sql(page.daemon.store, "UPDATE release_tasks SET finished_at = ? WHERE id = 499", rc.utc_text(499_000 + 4 * 498))
+    page.reload().see("The last 30", "#strip")
+    *_, half, whole, none = (column[3] for column in page.run(STRIP))
+    assert none < half < whole
+
+
+@pytest.mark.slow
+def test_the_queue_is_one_table_of_places_in_the_order_in_which_releases_go(live):
+    page, world = live(2, AGENT_RETRIES=100)
+    world.agent(1).set(mode="refuse")
+    for number in range(1, 6):
+        new_release(world.store, reason=f"reason {number}")
+    rows = "[...document.querySelectorAll('#queue tbody tr')].map(row => [...row.cells].map(cell => cell.innerText))"
+    page.open().see("Waiting: 4", "#queue").see("Release 1", "#active-1").see("release 1", "#queue-5")
+    assert page.count("main #queue table") == 1
+    assert page.run("[...document.querySelectorAll('#queue th')].map(th => th.innerText)") == [
+        "Place", "Release", "Nodes", "Reason", "Waits for"]
+    assert page.run(rows) == [[str(n - 1), f"Release {n}\nversion {n}, cdn", "2", f"reason {n}",
+                               "waiting for release 1, which is running"] for n in range(2, 6)]
+    world.store.releases.act("cancel", 3, "test")
+    page.see("Waiting: 3", "#queue")
+    assert [row[:2] for row in page.run(rows)] == [
+        [str(place), f"Release {n}\nversion {n}, cdn"] for place, n in ((1, 2), (2, 4), (3, 5))]
+
+
 @pytest.mark.slow
 def test_a_node_is_found_walked_to_and_opened_by_keyboard(page):
     add_nodes(page.daemon.store, 4)
@@ -791,6 +905,24 @@ def test_keys_lead_about_and_a_sheet_tells_them(page):
     page.see("next row", "#ask")
     page.browser.key("Escape")
     eventually(lambda: page.count("dialog[open]") == 0)
+
+
+@pytest.mark.slow
+def test_each_way_that_the_sheet_of_keys_tells_leads_where_it_says(page):
+    page.open("#/nodes").browser.key("?", "?")
+    page.see("next row", "#ask")
+    told = page.run("[...document.querySelectorAll('#ask dt')].map(dt => [dt.innerText.split(' ').filter(Boolean),"
+                    " dt.nextSibling.innerText])")
+    ways = [(keys[1], name) for keys, name in told if keys[0] == "g"]
+    links = page.run("[...document.querySelectorAll('#nav a')].map(a => a.innerText)")
+    assert sorted(name for _, name in ways) == sorted(links)  # to each view
+    page.press("Close")
+    for key, name in ways:
+        page.browser.key("g", "g")
+        page.browser.key(key, key)
+        eventually(lambda: page.run("document.title.split(' | ')[1]") == name, message=f"g {key}: {name}")  # noqa: B023
+        assert page.text("#nav [aria-current]") == name
+        eventually(lambda: page.run("view.isLoaded === true"))
 
 
 @pytest.mark.slow
@@ -1075,6 +1207,95 @@ def test_a_daemon_that_is_lost_and_comes_back_is_noticed_and_what_was_seen_stays
         second.stop()
 
 
+# Each view, and what comes last into it.
+VIEWS = {"#/releases": "Release 2", "#/releases/2": "created", "#/new": "Sends exactly this plan",
+         "#/nodes?search=edge": "edge-3", "#/nodes/1": "Releases: 2", "#/health": "Process"}
+# Of the buttons of a view those that change nothing but the view.
+HARMLESS = {"CSV", "Copy names", "Load a file", "Fields", "JSON", "Discard the draft"}
+
+
+def drawn(page: Page, place: str) -> set[str]:
+    """Wait until a view is drawn, a new release with its plan; return the verbs that it offers."""
+    if place == "#/new":
+        page.fill(payload=PAYLOAD, reason="kept").ready()
+    page.see(VIEWS[place], "main").run("window.isSame = true")
+    return verbs_on(page)
+
+
+def verbs_on(page: Page) -> set[str]:
+    return set(page.run("[...document.querySelectorAll('main button:not([aria-disabled])')].map(b => b.textContent)")
+               ) - HARMLESS
+
+
+def standing(page: Page) -> list[Any]:
+    """Return what a view tells and holds, but for times, the verdict, and whether one may send."""
+    return page.run(r"""(() => { const main = document.querySelector('main').cloneNode(true);
+        main.querySelectorAll('time, .verdict, #send').forEach(e => e.remove());
+        const text = main.textContent.replace(/:\d+:[0-9a-f]{8}/, ''); // each executor has its own name
+        return [text, ...[...document.querySelectorAll('main :is(input, textarea)')].map(e => e.value)];
+        })()""")
+
+
+def assert_greyed(page: Page, before: list[Any], why: str) -> None:
+    """What was known stays, greyed, with its time; no verb can be used, and says why."""
+    assert standing(page) == before
+    assert re.search(r"ago, showing \d\d:\d\d:\d\d", page.text("#age"))
+    assert page.run("getComputedStyle(document.querySelector('main')).opacity") < "0.9"
+    assert verbs_on(page) == set()
+    off = page.run("[...document.querySelectorAll('main button[aria-disabled]')].map(b => b.textContent)")
+    for name in [name for name in off if page.address() != "#/new"]:
+        page.press(name).see(why, "#ask").press("Close")
+    if page.address() == "#/new":
+        page.see(why, "#send").send().settle()
+    assert [path for _, path, body in page.browser.changes if not body.get("dryRun")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", VIEWS)
+def test_without_its_daemon_each_view_stays_greyed_turns_red_and_goes_on_by_itself(new_page, sqlite_world, place):
+    failed_release(sqlite_world.store)
+    new_release(sqlite_world.store)
+    first = ServeProcess(sqlite_world.url)
+    page = new_page(first).open(place)
+    verbs, before = drawn(page, place), standing(page)
+    first.stop()
+    page.see("Connection lost", "#pulse")
+    assert "unknown" in page.run("document.querySelector('#pulse a').className")
+    assert_greyed(page, before, "The daemon can't be reached: nothing can be changed now.")
+    page.run("lostAt -= 10000")  # 10 s later
+    eventually(lambda: "bad" in page.run("document.querySelector('#pulse a').className"))
+    second = ServeProcess(sqlite_world.url, first.port)
+    try:
+        page.see("updated", "#age")
+        eventually(lambda: verbs_on(page) == verbs)
+        assert page.run("[document.body.className, document.querySelector('#trouble').hidden, window.isSame]") == [
+            "", True, True]
+        assert standing(page) == before
+        page.run("sessionStorage.clear()")
+    finally:
+        second.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", VIEWS)
+def test_without_its_token_each_view_stays_greyed_until_somebody_signs_in(new_page, sqlite_world, tokens, place):
+    failed_release(sqlite_world.store)
+    new_release(sqlite_world.store)
+    page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url, API_TOKENS_FILE=tokens("anna"))))
+    signed_in(page, "anna", "anna", place)
+    verbs, before = drawn(page, place), standing(page)
+    tokens("vera")
+    page.see("Your token has expired or was removed: what is shown is from before.", "#trouble")
+    assert_greyed(page, before, "Sign in first.")
+    tokens("anna")
+    page.run("document.querySelector('#trouble button').click()")
+    page.fill(token="anna").press("Sign in").see("updated", "#age")
+    eventually(lambda: verbs_on(page) == verbs)
+    assert page.run("[document.body.className, document.querySelector('#trouble').hidden, window.isSame]") == [
+        "", True, True]
+    assert standing(page) == before
+
+
 @pytest.mark.slow
 def test_an_error_of_a_view_is_that_views_and_no_loss_of_contact(page):
     page.open("#/nodes?drift=sideways").see("This can't be shown", "main h1").see("drift", "main")
@@ -1150,6 +1371,81 @@ def test_what_a_table_shows_is_saved_as_csv_without_a_formula_in_it(page):
     page.run("[...document.querySelectorAll('button')].find(b => b.textContent === 'CSV').click()")
     assert page.run("window.saved[1]") == "queue.csv"
     assert '"\'=cmd|"" /c calc""!A0"' in page.run("window.saved[0].text()")
+
+
+@pytest.mark.slow
+def test_a_file_has_what_its_table_shows_row_by_row_in_the_same_order(page):
+    store = page.daemon.store
+    night_shift(store, 40)
+    for number in (2, 3):
+        new_release(store, reason=f"site {number}", node_ids=[1, 2])
+    texts = "[...document.querySelectorAll('main %s')].map(e => e.innerText)"
+    page.open("#/releases?search=site").see("Release 3", "#release-3").see("Release 3", "#queue-3")
+    name, rows = page.csv("#queue")
+    assert (name, [row["reason"] for row in rows]) == ("queue.csv", page.run(texts % "#queue td:nth-child(4)"))
+    name, rows = page.csv("main section:last-of-type")
+    assert (name, [(row["id"], row["status"]) for row in rows]) == (
+        "releases.csv", [(str(id), "pending") for id in page.run(ROWS)])
+    assert len(rows) == 2  # of three
+
+    page.open("#/nodes?search=edge-1&sort=-name").see("edge-19", "#row-19")
+    name, rows = page.csv(".bulk")
+    assert (name, [row["name"] for row in rows]) == ("nodes.csv", page.run(texts % "tbody td:first-child > a"))
+    assert [row["name"] for row in rows][:2] == ["edge-19", "edge-18"]
+
+    page.open("#/releases/1").see("37 nodes failed", "#failures")
+    name, rows = page.csv("#failures")
+    assert name == "failures-1.csv"
+    assert [sum(row["errorKind"] == kind for row in rows) for kind in page.run(texts % "#failures td .chip")] == [
+        24, 8, 5]
+    page.run("[...document.querySelectorAll('main .lane summary')].forEach(s => s.parentNode.open || s.click())")
+    eventually(lambda: page.count(".cell") == 40)
+    name, rows = page.csv("main section:has(.lane)")
+    assert name == "release-1.csv"
+    assert [f"{row['nodeName']}: {row['status']}" for row in rows] == page.run(
+        "[...document.querySelectorAll('.cell')].map(cell => cell.getAttribute('aria-label'))")
+
+
+@pytest.mark.slow
+def test_the_names_of_a_cause_are_copied_all_of_them_and_of_it_alone(page):
+    night_shift(page.daemon.store, 40)
+    page.browser.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    page.open("#/releases/1").see("Copy names", "#cause-2")
+    for cause, names in ((0, range(1, 25)), (1, range(25, 33)), (2, range(33, 38))):
+        page.run(f"[...document.querySelectorAll('#cause-{cause} button')].find(b => b.textContent === 'Copy names')"
+                 ".click()")
+        wanted = "\n".join(f"edge-{n}" for n in names)
+        eventually(lambda: page.run("navigator.clipboard.readText()") == wanted, message=wanted)  # noqa: B023
+
+
+@pytest.mark.slow
+def test_nodes_are_sorted_and_filtered_by_drift_through_the_address(page):
+    store = page.daemon.store
+    looks_for_work(store)
+    add_nodes(store, 6)
+    good(store, "A")
+    for node in (5, 6):
+        store.nodes.update(node, {"status": "maintenance"})
+    settle(store, new_release(store, payload={"content": "B"}), *["success"] * 4)
+    ended(store, "C", "success", "success", "failed", "skipped")
+    rows = "[...document.querySelectorAll('main tbody tr')].map(row => row.id)"
+    current = "[...document.querySelectorAll('.filters [aria-current]')].map(a => a.innerText)"
+    page.open().press("Show them").see("They run", "main")
+    assert re.fullmatch("#/nodes.drift=(behind|ahead)", page.address())
+    page.open("#/nodes?drift=behind&sort=-name").see("They run an older payload than they should", "main")
+    page.see("edge-5", "#row-5")
+    assert (page.run(rows), page.run(current)) == (["row-6", "row-5"], ["behind 2"])
+    page.press("ahead 2").see("They run a release that did not end well", "main").see("edge-1", "#row-1")
+    assert (page.run(rows), page.run(current)) == (["row-2", "row-1"], ["ahead 2"])
+    page.press("Node ↓").see("Node ↑", "thead").see("edge-1", "#row-1")
+    eventually(lambda: page.run(rows) == ["row-1", "row-2"])
+    assert page.address() == "#/nodes?drift=ahead&sort=name"
+    page.press("unknown").see("No node is so", "main").press("all").press("Runs").see("Runs ↑", "thead")
+    eventually(lambda: page.run(rows) == ["row-5", "row-6", "row-3", "row-4", "row-1", "row-2"])
+    assert page.address() == "#/nodes?sort=runs"
+    page.run("history.back()")
+    page.see("Node ↑", "thead").open("#/nodes?sort=drift").see("edge-3", "#row-3")
+    assert set(page.run(rows)[4:]) == {"row-3", "row-4"}  # those that run what they should come last
 
 
 @pytest.mark.slow
@@ -1789,6 +2085,57 @@ def test_every_view_and_dialog_is_for_everybody(full, axe, language):
                 assert (place, key, width, wide(page)) == (place, key, width, [])
     finally:
         page.run("localStorage.clear(); sessionStorage.clear()")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("language", "scheme", "media"), [
+    ("en", "light", "forced-colors"), ("en", "light", "print"), ("en", "dark", ""), ("zh", "dark", "")])
+def test_each_view_is_for_everybody_however_it_is_shown(full, axe, language, scheme, media):
+    """Axe finds nothing, marks and bars stand out from what is behind them, and nothing is wider than 1280 pixels."""
+    page = full.open()
+    page.run(f"localStorage.setItem('releasectl-language', {language!r})")
+    page.browser.look(1280, 900, scheme, media)
+    try:
+        for place in ("#/releases", "#/releases/1", "#/new", "#/nodes", "#/nodes/1", "#/health"):
+            page.open(place)
+            if place == "#/new":
+                page.fill(payload=PAYLOAD, reason="x").ready()
+            eventually(lambda: page.run("view.isLoaded === true") and page.count("main .waits") == 0)
+            assert (place, violations(page, axe)) == (place, [])
+            assert (place, unseen(page)) == (place, [])
+            assert (place, wide(page)) == (place, [])
+    finally:
+        page.run("localStorage.clear(); sessionStorage.clear()")
+
+
+def unseen(page: Page) -> list[str]:
+    """Return the marks, cells, bars and columns without a contrast of 2 to 1 to their ground, in the page's picture."""
+    picture = page.browser.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
+    return page.run("""(async data => {
+        const picture = new Image(), canvas = document.createElement('canvas'), pen = canvas.getContext('2d');
+        picture.src = `data:image/png;base64,${data}`;
+        await picture.decode();
+        [canvas.width, canvas.height] = [picture.width, picture.height];
+        pen.drawImage(picture, 0, 0);
+        const {data: points} = pen.getImageData(0, 0, picture.width, picture.height);
+        const light = at => [0.2126, 0.7152, 0.0722].reduce((sum, share, i) => {
+          const part = points[at + i] / 255;
+          return sum + share * (part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+        }, 0.05);
+        const at = (x, y) => light(4 * (Math.floor(y + scrollY) * picture.width + Math.floor(x + scrollX)));
+        const contrast = e => {
+          const {left, top, right, bottom} = e.getBoundingClientRect(), all = [];
+          const around = (e.closest('.bar, .gauge, .strip') || e).getBoundingClientRect();
+          const ground = at(around.left - 3, (around.top + around.bottom) / 2);
+          for (let y = top; y < bottom; y++) {
+            for (let x = left; x < right; x++) all.push(Math.max(at(x, y) / ground, ground / at(x, y)));
+          }
+          return all.sort((a, b) => a - b).at(-5);
+        };
+        const drawn = '.mark, .cell, .bar > span:not(.pending), .gauge > *, .tall';
+        return [...document.querySelectorAll(`main :is(${drawn})`)].filter(e => e.checkVisibility() && contrast(e) < 2)
+            .map(e => `${e.parentNode.className} > ${e.className}`);
+      })(""" + json.dumps(picture) + ")")
 
 
 def violations(page: Page, axe: str) -> list[Any]:
