@@ -1303,6 +1303,59 @@ def test_an_error_of_a_view_is_that_views_and_no_loss_of_contact(page):
     page.press("Releases").see("History", "main")
 
 
+@pytest.mark.slow
+def test_without_its_token_each_view_that_was_seen_is_still_shown_and_another_says_what_to_do(
+        new_page, sqlite_world, tokens):
+    failed_release(sqlite_world.store)
+    new_release(sqlite_world.store)
+    page = new_page(Daemon(sqlite_world.store, settings_for(sqlite_world.url, API_TOKENS_FILE=tokens("anna"))))
+    seen = [place for place in VIEWS if place != "#/new"]
+    signed_in(page, "anna", "anna", "#/new")
+    for place in seen:
+        page.run(f"location.hash = {place!r}")
+        page.see(VIEWS[place], "main")
+    tokens("vera")
+    page.see("Your token has expired or was removed", "#trouble")
+    for place in seen:
+        page.run(f"location.hash = {place!r}")
+        page.see(VIEWS[place], "main")
+    page.run("location.hash = '#/releases/1'")
+    page.see("Sign in first.", "main").run("location.hash = '#/nodes/2'")
+    page.see("Sign in first.", "main")
+    tokens("anna")
+    page.run("document.querySelector('#trouble button').click()")
+    page.fill(token="anna").press("Sign in").see("Releases: 2", "main")
+
+
+@pytest.mark.slow
+def test_a_plan_that_was_lost_with_the_daemon_comes_when_it_is_back(new_page, sqlite_world):
+    failed_release(sqlite_world.store)
+    new_release(sqlite_world.store)
+    first = ServeProcess(sqlite_world.url)
+    page = new_page(first).draft(payload="{}", reason="kept").ready()
+    first.stop()
+    page.see("Connection lost", "#pulse").fill(payload=PAYLOAD).see("The daemon can't be reached.", "#plan .refused")
+    second = ServeProcess(sqlite_world.url, first.port)
+    try:
+        page.see("updated", "#age").ready("Goes to 3 nodes")
+        page.run("sessionStorage.clear()")
+    finally:
+        second.stop()
+
+
+@pytest.mark.slow
+def test_the_releases_and_the_changes_of_a_node_are_saved_as_csv(page):
+    failed_release(page.daemon.store)
+    new_release(page.daemon.store)
+    page.open("#/nodes/2").press("Disable").press("Disable").see("enabled: true → false", "main .timeline")
+    name, rows = page.csv("main section:has(table)")
+    assert (name, [f"try-{row['releaseId']}: {row['status']}" for row in rows]) == ("node-2-releases.csv", page.run(
+        "[...document.querySelectorAll('main tbody tr')].map(row => `${row.id}: ${row.cells[1].innerText}`)"))
+    assert [row["status"] for row in rows] == ["pending", "failed"]
+    name, rows = page.csv("main section:has(.timeline)")
+    assert (name, [row["action"] for row in rows]) == ("node-2-changes.csv", ["node.set", "node.add"])
+
+
 # -- nodes and health -------------------------------------------------------------------------------------
 
 @pytest.mark.slow
