@@ -102,6 +102,7 @@ from __future__ import annotations
 # What few commands need is imported where they use it: each of difflib, email, http.client, platform and
 # concurrent.futures would add to the start of every command.
 import argparse
+import array
 import base64
 import bisect
 import codecs
@@ -4016,13 +4017,14 @@ def group_failures(failed: Iterable[FailedNode], labels: Mapping[str, int] = {})
     common = [_common_labels(collections.Counter(node.labels for node, _ in found)) for found in members.values()]
     having = _count_labels(labels, set[_Label]().union(*common))
     groups = [FailureGroup(kind, one_line(_pattern(shape, {text for _, text in found})),
-                           sorted(node.node_id for node, _ in found),
+                           array.array("q", sorted(node.node_id for node, _ in found)),
                            [node.name for node, _ in heapq.nsmallest(MAX_GROUP_NODES, found)],
                            _shared_label(len(found), shared, having, sum(labels.values())))
               for ((kind, shape), found), shared in zip(members.items(), common)]
     others = len(sizes) - len(groups)
     if others:
-        groups.append(FailureGroup(OTHERS, f"{others} other cause{'' if others == 1 else 's'}", sorted(rest)))
+        groups.append(FailureGroup(OTHERS, f"{others} other cause{'' if others == 1 else 's'}",
+                                   array.array("q", sorted(rest))))
     return groups
 
 
@@ -4153,7 +4155,7 @@ def failures_json(failures: Iterable[FailureGroup], has_all: bool = False) -> li
     has_all: nodeIds has all nodes of each, not only the first MAX_GROUP_NODES, for who would retry just these.
     """
     return [{"errorKind": group.kind, "message": group.pattern, "nodes": group.size,
-             "nodeIds": group.ids if has_all else group.ids[:len(group.names)], "nodeNames": group.names,
+             "nodeIds": list(group.ids if has_all else group.ids[:len(group.names)]), "nodeNames": group.names,
              "label": group.label._asdict() if group.label else None, "hint": ERROR_HINTS.get(group.kind, "")}
             for group in failures]
 
@@ -14445,9 +14447,9 @@ _NODE_FORM = r"[^;]{1,100}?"
 _WHO_FORM = r"(?:cli:[^ :;]+(?: \(sudo: [^()]*\))?|.{1,200}?)"
 # Names of nodes as in_words() puts them.
 _NAMES_FORM = r"[^;]+"
-_BUSY_FORM = (rf"{_NODE_FORM} (?:is at work for release \d+|may still be busy with release \d+ until [^,]*"
-              r"(?:, in [^,]*)?)")
-_KEEPS_FORM = rf"{_NODE_FORM}, which failed and may be busy until [^,]*(?:, in [^,]*)?"
+_BUSY_FORM = (rf"{_NODE_FORM} (?:is at work for release \d+|may still be busy with release \d+ until [^,;()]*"
+              r"(?:, in [^,;]*)?)")
+_KEEPS_FORM = rf"{_NODE_FORM}, which failed and may be busy until [^,;()]*(?:, in [^,;()]*)?"
 # A time, and how far off it is.
 _END_FORM = r"(\S+?(?: \d\S+?)?)(?:, in [^,:]*)?"
 # rough_time()
@@ -14570,9 +14572,9 @@ CHINESE_FORMS = (
     (r"stopping, (.*?): (.*)", "正在停止，{1!}：{2!}"), (r"node (.+) failed", "节点 {1} 失败"),
     (r"(\d+) nodes? failed", "{1} 个节点失败"), (r"(\d+) of (\d+) nodes? failed", "{2} 个节点中有 {1} 个失败"),
     ("queued for an executor", "等待执行器"),
-    ("not frozen", "未冻结"), (r"scheduled for (\S+(?: \d\S+)?)(?:, in [^,]*)?", "定于 {1} 开始"),
+    ("not frozen", "未冻结"), (r"scheduled for (\S+(?: \d\S+)?)(?:, in [^,;]*)?", "定于 {1} 开始"),
     (r"scheduled for (\S+), and after release (\d+)", "定于 {1} 开始，并在发布 {2} 之后"),
-    (r"it starts at ([^,]*)(?:, in (.*))?", "开始时间：{1}"), (r"waiting for (release [^;]*)", "等待{1!}"),
+    (r"it starts at ([^,]*)(?:, in [^;]*)?", "开始时间：{1}"), (r"waiting for (release [^;]*)", "等待{1!}"),
     (r"(release \d+, which [^;]*) and (\d+) more", "{1!}，另有 {2} 个"),
     (r"release (\d+), (which [^;]*?), then (release [^;]*)", "发布 {1}（{2!}），然后{3!}"),
     (r"release (\d+), (which [^;]*)", "发布 {1}（{2!}）"), (r"which is (pending|running|paused|cancelling)", "{1!}"),
@@ -14594,7 +14596,7 @@ CHINESE_FORMS = (
      "{1!}、{2!}"),
     (r"(.* \((?:deadline [^()]*|past its deadline|disabled|offline|in maintenance|excluded|v\d+, [^()]*)\)) "
      r"and (\d+) more", "{1!}，另有 {2} 个"), (r"(.+) \(past its deadline\)", "{1}（已超过时限）"),
-    (r"(.+) \(deadline (\S+)(?:, in (.*))?\)", "{1}（期限 {2}）"),
+    (r"(.+) \(deadline (\S+)(?:, in [^;]*)?\)", "{1}（期限 {2}）"),
     (r"(trying again: .*, try \d+ of \d+, (?:now|next in \d+ s)); (and \d+ more)", "{1!}；{2!}"),
     (rf"(?:trying again: )?({_NODE_FORM}): (.*), try (\d+) of (\d+), now", "正在重试 {1}：{2?}，第 {3}/{4} 次"),
     (rf"(?:trying again: )?({_NODE_FORM}): (.*), try (\d+) of (\d+), next in (\d+) s",
@@ -14611,11 +14613,11 @@ CHINESE_FORMS = (
      "{1} 已有 {2}/{3} 个（{4!}），{5} 个节点在等待"),
     (rf"({_KEEPS_FORM}), (?!in \d)(.+)", "{1!}、{2!}"), (rf"({_KEEPS_FORM}) and (\d+) more", "{1!}，另有 {2} 个"),
     (rf"({_NODE_FORM}), ({_KEEPS_FORM})", "{1}、{2!}"),
-    (r"([^,;]+), which failed and may be busy until (\S+)(?:, in .*)?", "{1}（已失败，可能忙至 {2}）"),
+    (r"([^,;]+), which failed and may be busy until (\S+)(?:, in [^;]*)?", "{1}（已失败，可能忙至 {2}）"),
     (r"asking (?:all )?(\d+) agents? before batch 1: (\d+) answered", "批次 1 之前询问 {1} 个 agent：{2} 个已应答"),
     (r"asking (?:all )?(\d+) agents? before batch 1: (\d+) answered, (\d+) did not",
      "批次 1 之前询问 {1} 个 agent：{2} 个已应答，{3} 个未应答"),
-    (r"soaking after batch (\d+) until ([^,]*)(?:, in (.*))?", "批次 {1} 之后观察，至 {2}"),
+    (r"soaking after batch (\d+) until ([^,]*)(?:, in [^;]*)?", "批次 {1} 之后观察，至 {2}"),
     (r"verifying batch (\d+) after its soak: waiting for (.*)", "观察后验证批次 {1}：等待 {2!}"),
     (r"cancelling: (.*)", "正在取消：{1!}"), ("nothing is in flight", "没有进行中的节点"),
     (r"paused before batch 1: (.*); nothing was sent: resume to ask again, .*",
@@ -14698,7 +14700,8 @@ CHINESE_FORMS = (
     (r"([A-Z_]+(?: CRL)?) can't be used: (.*)", "{1} 无法使用：{2!}"), (r"([A-Z_]+) is not set", "{1} 未设置"),
     ("it is not set: agents can't be called without it", "未设置：没有它就无法调用 agent"),
     (r"run (`[^`]*`) to see why", "原因请运行 {1}"), ("the lease thread hangs", "续租线程无响应"),
-    (r"the driver of release (\d+) hangs", "发布 {1} 的驱动线程无响应"), (r"database (.+?): (.*)", "数据库 {1}：{2!}"),
+    (r"the driver of release (\d+) hangs", "发布 {1} 的驱动线程无响应"),
+    (r"database (?!.* can't be read: )(.+?): (.*)", "数据库 {1}：{2!}"),
     ("the disk is full", "磁盘已满"), (r"the folder (.+) does not exist", "文件夹 {1} 不存在"),
     ("the release has no nodes", "发布没有节点"), (r"it answered (\d+)", "应答 {1}"),
     (r"waiting for approval: (releasectl [^;]*)", "等待批准：{1}"),
@@ -14806,7 +14809,7 @@ CHINESE_FORMS = (
     (r"it goes out all the same \(--during-freeze\): (.*)", "冻结期间照样执行（--during-freeze）：{1!}"),
     (rf"({_BUSY_FORM}), ({_BUSY_FORM}.*)", "{1!}，{2!}"), (rf"({_BUSY_FORM}) and (\d+) more", "{1!}，另有 {2} 个"),
     (r"([^;]+) is at work for release (\d+)", "{1} 正在处理发布 {2}"),
-    (r"([^;]+) may still be busy with release (\d+) until ([^,]*)(?:, in .*)?", "{1} 可能仍在处理发布 {2}，至 {3}"),
+    (r"([^;]+) may still be busy with release (\d+) until ([^,]*)(?:, in [^;]*)?", "{1} 可能仍在处理发布 {2}，至 {3}"),
     (r"nobody has taken it for (.*), though (.*) looks for work: its log says why",
      "{1!}以来无人处理，尽管 {2} 在等待任务：原因见其日志"),
     (r"([^;]+) was last seen (.*) ago", "{1} 最近一次在 {2!}之前"), (r"([^;]+) is gone", "{1} 已不在"),
@@ -15295,7 +15298,7 @@ _WRITTEN: Mapping[str, str] = {
                 r"(?:; all agents are asked first, at most \d+ may be silent)?"
                 r"(?:; the last \d+ had failed before: [^;]*)?)?"
                 r"(?:(?:^|; )changes nothing: all its nodes run this payload already)?"
-                r"(?:(?:^|; )left out: [^;]*)*(?:(?:^|; )goes out in a freeze too)?$"),
+                r"(?:(?:^|; )left out: [^;]+ is [^;]+)*(?:(?:^|; )goes out in a freeze too)?$"),
     APPROVAL: (r"^waiting for approval(?: by somebody else than .+?)?(?:: releasectl approve \d+|"
                r", which nobody can give: .*? \(set API_TOKENS_FILE\))(?:; |$)"),
     EMERGENCY: r"^without approval, by .+?(?:; |$)",

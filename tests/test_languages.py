@@ -15,7 +15,7 @@ from typing import Any, Callable
 
 import pytest
 import simulation
-from lab import add_nodes, new_release
+from lab import ROOT, add_nodes, new_release
 
 import releasectl as rc
 
@@ -122,6 +122,15 @@ SENTENCES = {
     "edge 3 is at work for release 3, edge 4 may still be busy with release 5 until 06:26:40Z, in 19 s, edge 6 is at "
     "work for release 3 and 2 more":
         "edge 3 正在处理发布 3，edge 4 可能仍在处理发布 5，至 06:26:40Z，edge 6 正在处理发布 3，另有 2 个",
+    "waiting for a free slot (pop=a has 1 of 1 (edge 3, which failed and may be busy until 06:26:40Z, in 4 min), for "
+    "which 3 nodes wait; rack=b has 2 of 2 (edge 4, edge 5), for which 1 node waits: maxParallelPer)":
+        "等待空闲名额（pop=a 已有 1/1 个（edge 3（已失败，可能忙至 06:26:40Z）），3 个节点在等待；rack=b 已有 2/2 个"
+        "（edge 4, edge 5），1 个节点在等待：maxParallelPer）",
+    "edge 1 may still be busy with release 5 until 06:26:40Z, in 19 s; edge 2 busy with an earlier request":
+        "edge 1 可能仍在处理发布 5，至 06:26:40Z；edge 2 仍在处理之前的请求",
+    "scheduled for 06:26:40Z, in 3 h; frozen by anna: because": "定于 06:26:40Z 开始；由 anna 冻结：because",
+    "soaking after batch 1 until 06:26:40Z, in 19 s; edge 2 busy with an earlier request":
+        "批次 1 之后观察，至 06:26:40Z；edge 2 仍在处理之前的请求",
     "waiting for a free slot (pop=New York has 1 of 1 (edge 3, edge 4, which failed and may be busy until 06:26:40Z, "
     "in 4 min, edge 5), for which 3 nodes wait: maxParallelPer)":
         "等待空闲名额（pop=New York 已有 1/1 个（edge 3、edge 4（已失败，可能忙至 06:26:40Z）、edge 5），"
@@ -167,9 +176,10 @@ def test_chinese_is_for_whom_it_comes_first(languages, expected):
     assert rc.is_chinese(languages) is expected
 
 
-# How a reader finds the time that a release still takes at the end of its statusReason, as dashboard.html does.
-TIME_LEFT = re.compile(r"(.*?)(; |；)?(?:about|约剩) (\d+) (s|min|h|days|秒|分钟|小时|天)(?: (\d+) (?:min|分钟))?"
-                       r"(?: left)?(, then a pause|，之后暂停)?")
+# How the page finds the time that a release still takes at the end of its statusReason, and the seconds of each unit.
+_PAGE = (ROOT / "dashboard.html").read_text(encoding="utf-8")
+TIME_LEFT = re.compile(re.search(r"/\^(.*)\$/\.exec\(r\.statusReason\)", _PAGE)[1])
+UNITS = dict(re.findall(r"(\S+): (\d+)", re.search(r"amount \* \{(s: .*?)\}\[unit\]", _PAGE)[1]))
 
 
 @pytest.mark.parametrize(("seconds", "amount", "unit", "minutes"), [
@@ -185,6 +195,7 @@ def test_the_time_left_is_found_in_both_languages(seconds, amount, unit, minutes
     for one in (found, chinese):
         assert (int(one[3]), one[5] and int(one[5]), bool(one[6])) == (amount, minutes, bool(pause))
     assert chinese[4] == unit
+    assert UNITS[unit] == UNITS[found[4]]
     assert chinese[2] == ("；" if text else None)
 
 
@@ -218,7 +229,8 @@ def test_what_people_wrote_is_data_in_any_language():
 REASONS = (
     "offline", "3 days", "2 nodes failed", "3 days; 2 nodes failed", "nothing was sent; it answers", "batches of 5",
     "at most 2 failed", "until noon: 3 days", "frozen by anna: 3 days; 2 min",
-    "stopped by node a in batch 1: no; release 2 rolls it back", "release 3 (v3) failed; 3 min", "it was never sent")
+    "stopped by node a in batch 1: no; release 2 rolls it back", "release 3 (v3) failed; 3 min", "it was never sent",
+    "because; left out: the kitchen sink")
 AN_EXECUTOR = "host-a:77:0123abcd"
 # By event: what the program writes before and behind a reason, in both languages.
 AROUND = {

@@ -1649,6 +1649,13 @@ def test_a_time_that_is_none_is_shown_as_it_was_written(page):
     sql(store, "UPDATE release_tasks SET status = 'paused', started_at = 'soon'")
     page.open().see("soon", "#active-1")
     page.open("#/releases/1").see("soon", "main")
+    for _ in range(2):
+        settle(store, new_release(store), "success")
+    sql(store, "UPDATE release_tasks SET status = 'success', finished_at = updated_at WHERE id = 1")
+    page.open().see("took 0 s", "#release-1")
+    heights = page.run("[...document.querySelectorAll('.strip .tall')].map(bar => bar.style.height)")
+    assert [height.endswith("%") for height in heights] == [True] * 3
+    assert page.run("said('at 25:61:00Z we go on').join('')") == "at 25:61:00Z we go on"
 
 
 @pytest.mark.slow
@@ -1681,8 +1688,11 @@ def test_a_browser_that_keeps_nothing_shows_the_page(page):
         for (const name of ['localStorage', 'sessionStorage'])
             Object.defineProperty(window, name, {get() { throw new DOMException('denied', 'SecurityError'); }});""")
     try:
-        page.open().see("None yet", "main").press("中文").see("没有执行器", "main")
-        page.open("#/new").fill(reason="kept for as long as the view")
+        page.daemon.store.nodes.import_all([{"name": f"edge-{n}", "main_ip": f"10.9.0.{n}"} for n in range(1, 4)])
+        page.open().see("None yet", "main").press("中文").see("没有执行器", "main").press("English")
+        page.open("#/nodes?search=edge-2").press("New release for these").see("edge-2", "main")
+        page.fill(reason="written", payload=PAYLOAD).ready("Goes to 1 node").press("中文").see("新建发布", "main h1")
+        assert page.run("document.querySelector('[name=reason]').value") == "written"
     finally:
         page.browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=gone["identifier"])
 
@@ -1731,6 +1741,8 @@ def test_each_cause_is_retried_with_just_its_nodes_and_so_are_the_others(page):
         tx.execute(f"UPDATE release_tasks SET status = 'failed', finished_at = created_at, started_at = created_at, "
                    f"{rc.COUNTERS}")
     page.open("#/releases/1").see("job N failed", "#cause-0").see("2 other causes", "#failures")
+    for _ in range(2):
+        page.run("poll()")  # which reads a summary, as nothing has changed
     for place, few in ((0, range(1, 31)), (rc.MAX_GROUPS, None)):
         page.run(f"[...document.querySelectorAll('#cause-{place} button')]"
                  ".find(b => b.textContent === 'Retry these').click()")
@@ -1754,6 +1766,50 @@ def test_the_queue_has_the_places_of_each_target_and_what_goes_first_is_first(pa
     rows = "[...document.querySelectorAll('#queue tbody tr')].map(row => [row.id, row.cells[0].innerText])"
     assert page.run(rows) == [
         ["queue-1", "1"], ["queue-3", "2"], ["queue-5", "1"], ["queue-2", "2"], ["queue-4", "3"]]
+
+
+@pytest.mark.slow
+def test_an_answer_that_was_lost_and_another_language_make_no_second_release(page):
+    add_nodes(page.daemon.store, 1)
+    page.draft(payload=PAYLOAD, reason="once").ready()
+    page.run("""window.asDaemon = window.fetch; window.fetch = async (path, options) => {
+        const answer = await window.asDaemon(path, options);
+        if (options.method !== 'POST' || options.body.includes('dryRun')) return answer;
+        window.fetch = window.asDaemon;
+        throw new TypeError('lost'); }; null""")
+    try:
+        page.send().see("can't be reached", "#send").press("中文").see("新建发布", "main h1").ready().send()
+        eventually(lambda: page.address() == "#/releases/1")
+        assert page.daemon.store.releases.page().total == 1
+    finally:
+        page.run("localStorage.clear()")
+
+
+@pytest.mark.slow
+def test_without_contact_another_language_leaves_what_was_seen(new_page, sqlite_world):
+    add_nodes(sqlite_world.store, 1)
+    new_release(sqlite_world.store, reason="weekly")
+    daemon = ServeProcess(sqlite_world.url)
+    page = new_page(daemon)
+    page.open("#/releases/1").see("weekly", "main")
+    daemon.stop()
+    page.see("Retrying", "#trouble", 40.0)
+    try:
+        page.press("中文").see("原因", "main").see("weekly", "main")
+    finally:
+        page.run("localStorage.clear()")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answer", ['{"code": 502, "msg": "bad gateway"}', '{"error": "x"}', "null", "<html>"])
+def test_what_a_proxy_answers_is_no_contact_and_ends_nothing(page, answer):
+    page.open().see("None yet", "main")
+    page.run("window.asDaemon = window.fetch; window.fetch = async () => "
+             f"new Response({json.dumps(answer)}, {{status: 502}}); poll()")
+    page.see("can't be reached", "#trouble").see("Connection lost", "#pulse")
+    page.run("pulse = null; known.clear(); view.isLoaded = false; poll()")  # as at the first visit
+    page.run("window.fetch = window.asDaemon; null")
+    page.see("None yet", "main").see("updated", "#pulse")
 
 
 @pytest.mark.slow
@@ -1784,6 +1840,9 @@ def test_a_freeze_says_how_many_releases_it_would_hold(page):
     page.open("#/health").press("Freeze").see("3 releases would wait", "#wrong-target")
     page.fill(target="cdn").see("2 releases would wait", "#wrong-target")
     page.fill(target="nds").see("None of the newest releases has this target: they have", "#wrong-target")
+    page.fill(reason="r", target="x" * 200).press("Freeze").see("must be", "#wrong-target.refused").fill(target="cdn")
+    page.see("2 releases would wait", "#wrong-target:not(.refused)")
+    assert page.count("#ask [aria-invalid]") == 0
 
 
 @pytest.mark.slow
@@ -1821,6 +1880,12 @@ def test_a_token_for_some_targets_is_offered_the_verbs_of_these(new_page, sqlite
     page.see("Release 1", "main h1")
     names = page.run("[...document.querySelectorAll('main button')].map(button => button.textContent)")
     assert not {"Pause", "Cancel"} & {*names}
+    store.releases.set_freeze(True, "bob", "all of it")
+    for release in (1, 2):
+        settle(store, store.releases.get(release), "failed")
+    page.run("location.hash = '#/releases'")
+    page.see("Release 2 failed", "main").see("all of it", "main")
+    assert page.run("[...document.querySelectorAll('.verdict button')].map(button => button.textContent)") == ["Retry"]
 
 
 @pytest.mark.slow
