@@ -3920,7 +3920,7 @@ _DIGITS_TO_NUL = bytes.maketrans(b"0123456789", bytes(10))
 
 # What to do about each of ERROR_KINDS.
 ERROR_HINTS: Mapping[str, str] = {
-    UNREACHABLE: "Nothing answers there. Is the host up, the agent running, its port open to us?",
+    UNREACHABLE: "No connection. Is the host up, the agent running, its port open to us?",
     TLS: "TLS failed. Check both certificates (releasectl check) and the agent's log.",
     TIMEOUT: "The agent did not answer in time. Check its load and its log.",
     HTTP: "The agent answered with an HTTP error. Is this the right port?",
@@ -8968,8 +8968,8 @@ class Queue:
                        claim: Claim | None = None, detail: str = "", counts: bool = False) -> None:
         """Write a decision on a release as it was read, with events and, at its end, the audit log's row.
 
-        The nodes were written before it: write_nodes(). detail: of the release's event, in place of its error or
-        status_reason. counts: see counters_after(). Raise StateMoved where the release or the claim changed meanwhile.
+        The nodes were written before it: write_nodes(). detail: of the release's event, in place of what the
+        decision says. counts: see counters_after(). Raise StateMoved where the release or the claim changed meanwhile.
         """
         ends = decision.status in TERMINAL
         counters, more = counters_after(release, decision, counts)
@@ -8989,9 +8989,10 @@ class Queue:
                            c.detail or c.after.error_msg, c.after.node_id)
                   for c in decision.changes if c.before.status != c.after.status]
         if decision.status != release.status:
+            # what failed is told by the cause of most failures, else by the node that failed first
+            told = detail or (decision.status not in (FAILED, PARTIAL) and decision.error_msg) or decision.status_reason
             events.append(NewEvent(release.id, RELEASE_EVENTS[decision.status], release.status, decision.status,
-                                   "; ".join(filter(None, (detail or decision.error_msg or decision.status_reason,
-                                                           decision.remark)))))
+                                   "; ".join(filter(None, (told, decision.remark)))))
         add_events(tx, now.text, actor, events)
         if decision.status != release.status:
             self.explain_waiting(tx)
@@ -10379,8 +10380,9 @@ class Releases:
         warnings = [*back_and_forth(tx, request, nodes), *warnings]
         approval = approval_for(tx, request)
         if approval == WANTED:
-            warnings.append("waits for approval by somebody else than its author; in an emergency it goes without: "
-                            "emergency (--emergency)")
+            warnings.append("waits for approval by somebody else than its author" + (
+                # who asks for one takes no emergency in the same request
+                "" if request.approval else "; in an emergency it goes without: emergency (--emergency)"))
         elif approval == EMERGENCY:
             warnings.append("emergency: it goes without an approval, and everybody is told so")
         return plan._replace(version=version, names={node.id: node.name for node in nodes}, approval=approval,
@@ -11358,7 +11360,7 @@ class Claims:
                 decision = decision.with_sequel(read_shared(tx, release.id, release.total_nodes))
             rollback, text, mend = self._releases.plan_rollback_of(tx, release) if decision.rolls_back else (
                 None, "", "")
-            detail = "; ".join(filter(None, (text and decision.error_msg, text, mend)))
+            detail = "; ".join(filter(None, (text and decision.status_reason, text, mend)))
             self._queue.write_decision(tx, release, decision.with_sequel(text, mend), now, actor, claim, detail, counts)
             if rollback is not None:
                 self._releases.create_sequel(tx, actor, rollback)
@@ -14683,16 +14685,16 @@ CHINESE_FORMS = (
      "可能运行发布 {1}，也可能尚无发布：发布 {2} 下发的任务结果未知"), (r"([^;:]+) (may run release .*)", "{1} {2!}"),
     (r"answers as an? (\w+) agent in (\d+) ms", "以 {1} agent 应答，{2} 毫秒"),
     (r"reachable \((\d+) ms\)", "可达（{1} 毫秒）"),
-    (r"it is not online", "该节点不在线"), (r"(\d+) of them (?:is|are) not online", "其中 {1} 个不在线"),
+    (r"it is not online", "该节点未上线"), (r"(\d+) of them (?:is|are) not online", "其中 {1} 个未上线"),
     (r"unknown: (.*)", "未知：{1!}"), (r"the next release to it tells", "下一次发布即可得知"),
     (r"it may have been sent something else since, or has another address", "此后可能收到过其他内容，或地址已改变"),
     (r"behind: release (\d+) \(v(\d+)\) is for it, `catch-up` sends it",
      "落后：应运行发布 {1}（v{2}），可用 `catch-up` 下发"),
     (r"ahead: it has what release (\d+) \(v(\d+), (.*)\) left, and that is not what it should run",
-     "超前：仍是发布 {1}（v{2}，{3!}）留下的内容，不是应有的"),
+     "未撤回：仍是发布 {1}（v{2}，{3!}）留下的内容，不是应有的"),
     ("`rollback` or a new release mends it", "可用 `rollback` 或新的发布解决"), ("failed there", "在该节点失败"),
     (r"(\d+) nodes? runs? the payload of a release that failed, was cancelled or rolled back: (.*)",
-     "{1} 个节点仍在运行失败、已取消或被回滚的发布的内容：{2!}"),
+     "{1} 个节点仍停留在失败、已取消或已回滚的发布的内容上：{2!}"),
     (r"it is not known what (\d+) nodes? runs?, as a later try may have changed it: (.*)",
      "{1} 个节点运行的内容不明（之后的发布可能已改动）：{2!}"),
     (r"the (payload|strategy) of release (\d+) can't be used: (.*)", "发布 {2} 的{1!}无法使用：{3!}"),
@@ -14709,8 +14711,8 @@ CHINESE_FORMS = (
     (r"(\d+) notifications? (?:has|have) not got out: (.*)", "{1} 条通知未能发出：{2!}"),
     ("none was tried: no executor with NOTIFY_COMMAND or NOTIFY_URL is running",
      "尚未尝试：没有设置了 NOTIFY_COMMAND 或 NOTIFY_URL 的执行器在运行"),
-    (r"no online nodes with (.*): .*", "没有符合 {1} 的在线节点：请添加节点，或启用节点并设为在线"),
-    (r"no online nodes: .*", "没有在线节点：请添加节点，或启用节点并设为在线"),
+    (r"no online nodes with (.*): .*", "没有符合 {1} 的上线节点：请添加节点，或启用节点并设为上线"),
+    (r"no online nodes: .*", "没有上线的节点：请添加节点，或启用节点并设为上线"),
     (r"no node is left: exclude names all of the (\d+) that were selected",
      "没有剩余节点：exclude 排除了选中的全部 {1} 个"),
     (r"(no node matches .*), of those that failed or were skipped", "{1!}（在失败或跳过的节点中）"),
@@ -14906,7 +14908,7 @@ CHINESE_REFUSALS = (
     (r"nodeIds must be a list of different ids of nodes, like (.*)", "nodeIds 须为不重复的节点 ID 列表，例如 {1}"),
     (r"nodeIds: node (\d+) does not exist", "nodeIds：节点 {1} 不存在"),
     (r"nodeIds: node (.*) is (disabled|offline|in maintenance): .*",
-     "nodeIds：节点 {1} {2!}：请去掉它，或让它接收发布（启用并在线）"),
+     "nodeIds：节点 {1} {2!}：请去掉它，或让它接收发布（启用并上线）"),
     (r"(.*) must be K=V", "{1} 须为 K=V"), (r"(.*) must be K=V, K=V1,V2 or K!=V", "{1} 须为 K=V、K=V1,V2 或 K!=V"),
     (r"(.*) is given twice: a node has one value of each label", "{1} 重复：节点的每个标签只有一个值"),
     (r"(.*) is given twice: name all its values at once, as in (.*)", "{1} 重复：请一次写出所有值，例如 {2}"),
@@ -14955,8 +14957,8 @@ CHINESE_REFUSALS = (
     (r"what needs an approval cancels no other release before it has one: .*",
      "需要批准的发布在获准之前不能取消其他发布：请去掉 supersede 并自行取消，或使用 emergency（--emergency --reason "
      "TEXT）"),
-    (r"release (\d+) has no online nodes that were touched by it", "发布 {1} 改变过的节点都不在线"),
-    (r"release (\d+) has no online nodes that were failed or skipped", "发布 {1} 中失败或跳过的节点都不在线"),
+    (r"release (\d+) has no online nodes that were touched by it", "发布 {1} 改变过的节点都未上线"),
+    (r"release (\d+) has no online nodes that were failed or skipped", "发布 {1} 中失败或跳过的节点都未上线"),
     (r"toRelease \(--to\): there is no release (\d+) of target (\S+)", "toRelease (--to)：目标 {2} 没有发布 {1}"),
     (r"release (\d+) has the same payload as release (\d+): it changes nothing",
      "发布 {1} 与发布 {2} 的 payload 相同：没有任何更改"),
@@ -15089,8 +15091,8 @@ CHINESE_SENTENCES = {
     "Notifications do not get out": "通知无法发出",
     "Two nodes have one address": "有两个节点地址相同",
     "Nobody knows what some nodes run": "部分节点运行的内容未知",
-    "Nothing answers there. Is the host up, the agent running, its port open to us?":
-        "该地址没有应答。主机是否开机、agent 是否运行、端口是否对控制端开放？",
+    "No connection. Is the host up, the agent running, its port open to us?":
+        "无法建立连接。主机是否开机、agent 是否运行、端口是否对控制端开放？",
     "TLS failed. Check both certificates (releasectl check) and the agent's log.":
         "TLS 失败。请检查双方证书（releasectl check）和 agent 的日志。",
     "The agent did not answer in time. Check its load and its log.":
@@ -15112,11 +15114,11 @@ CHINESE_SENTENCES = {
     # words that sentences have: statuses, states of nodes, error kinds, what the system says
     "pending": "等待中", "running": "进行中", "paused": "已暂停", "cancelling": "正在取消", "success": "成功",
     "succeeded": "成功", "partial": "部分成功", "failed": "失败", "cancelled": "已取消", "skipped": "已跳过",
-    "disabled": "已停用", "offline": "离线", "in maintenance": "维护中", "excluded": "已排除", "valid": "有效",
+    "disabled": "已停用", "offline": "下线", "in maintenance": "维护中", "excluded": "已排除", "valid": "有效",
     "can be paused": "可以暂停", "can be resumed": "可以继续", "can be cancelled": "可以取消",
     "can be retried": "可以重试",
     "can be cancelled by force": "可以强制取消", "can be rolled back": "可以回滚",
-    "retry": "重试", "rollback": "回滚", "payload": " payload ", "strategy": "策略", "none": "无", "online": "在线",
+    "retry": "重试", "rollback": "回滚", "payload": " payload ", "strategy": "策略", "none": "无", "online": "上线",
     UNREACHABLE: "无法连接", TLS: " TLS 失败", TIMEOUT: "超时", HTTP: " HTTP 错误", PROTOCOL: "应答无效",
     REJECTED: "被 agent 拒绝", AGENT_FAILED: " agent 执行失败", VERIFY: "验证失败", DEADLINE: "超过时限",
     ABANDONED: "结果未知",

@@ -432,6 +432,13 @@ def test_nobody_approved_what_the_program_made_itself(four_eyes):
 
 # -- in an emergency ---------------------------------------------------------------------------------
 
+def test_a_plan_tells_of_an_emergency_only_where_it_can_be_declared(four_eyes):
+    told = "waits for approval by somebody else than its author"
+    for request, warning in ((rc.ReleaseRequest(), f"{told}; in an emergency it goes without: emergency (--emergency)"),
+                             (rc.ReleaseRequest(approval="wanted"), told)):
+        assert four_eyes.releases.plan(request).warnings == [warning]
+
+
 def test_an_emergency_goes_without_and_everybody_is_told(four_eyes, told):
     four_eyes.database.notify_on = frozenset({"failed"})
     created(four_eyes, is_emergency=True, reason="sites are down")

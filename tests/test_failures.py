@@ -6,10 +6,10 @@ import random
 import time
 
 import pytest
-from lab import ADDRESSES, JSON, free_port, misfit, new_release, sql, statuses
+from lab import ADDRESSES, JSON, add_nodes, free_port, misfit, new_release, sql, statuses
 from test_again import settle
 from test_decision import decide, node
-from test_goes_back import run
+from test_goes_back import last_event, run
 
 import releasectl as rc
 
@@ -234,6 +234,16 @@ def test_the_end_says_which_label_all_that_failed_share(store):
     assert again.status_reason.endswith("; such as node fra-1 in batch 1; 3 of 4 in pop=gru")
     assert run(store, new_release(store, strategy={"batches": [30], "maxFailed": 9}).id, 1, 2, 3).status_reason == (
         "finished with 3 failures (limit 9 in a batch): 3 agent_failed (no disk space)")
+
+
+def test_the_history_and_a_notification_tell_the_end_as_the_release_does(store):
+    store.database.notify_on = frozenset(("failed",))
+    add_nodes(store, 3)
+    release = run(store, new_release(store, strategy={"batches": ["100%"]}).id, 1, 2)
+    assert release.status_reason.startswith("stopped, 2 nodes failed: 2 agent_failed (no disk space); such as node")
+    assert last_event(store, release).detail == release.status_reason
+    with store.database.transaction() as tx:
+        assert tx.rows("SELECT detail FROM notifications") == [(release.status_reason,)]
 
 
 def test_a_single_failure_is_told_as_before():

@@ -84,7 +84,7 @@ def test_section_7_a_release_that_fails_is_rolled_back_in_the_transaction_of_its
     assert (content_of(back), back.status, back.goes_first, back.during_freeze) == ("A", "pending", 1, 0)
     assert bad.status_reason == f"stopped by node edge-2 in batch 2: no disk space; release {back.id} rolls it back"
     assert bad.error_msg == "node edge-2: no disk space"
-    assert last_event(store, bad).detail == f"{bad.error_msg}; release {back.id} rolls it back"
+    assert last_event(store, bad).detail == bad.status_reason
     assert back.reason == f"automatic rollback of release {bad.id} to the payload of version 1"
     assert [(node.node_id, node.batch, node.accepted) for node in store.releases.with_nodes(back.id)[1]] == [
         (1, 1, 0), (2, 2, 1)]
@@ -254,7 +254,7 @@ def test_rule_10_without_something_to_go_back_to_it_ends_and_says_why_and_what_t
     assert bad.status_reason.startswith("stopped by node edge-1 in batch 1: no disk space; not rolled back, as nothing")
     assert bad.status_reason.endswith(f"; {mend}")
     assert len(bad.status_reason) <= 255
-    assert last_event(store, bad).detail == f"node edge-1: no disk space; {told}; {mend}"
+    assert last_event(store, bad).detail == f"stopped by node edge-1 in batch 1: no disk space; {told}; {mend}"
     run(store, new_release(store, payload={"content": "C"}).id)  # as it says
     with pytest.raises(rc.AppError, match="nothing to roll back to: .*; create a release that is good"):
         store.releases.plan_again("rollback", bad.id, rc.Again(over_newer=True))
@@ -321,7 +321,7 @@ def test_rule_10_a_release_that_changed_no_node_has_nothing_to_roll_back(store):
     sql(store, "UPDATE nodes SET last_version = 9")
     cycle(store, claim)
     assert (store.releases.get(bad.id).status, rollbacks_of(store, bad)) == ("failed", [])
-    assert last_event(store, bad).detail == "node edge-1: node has version 9 already"
+    assert last_event(store, bad).detail == "stopped by node edge-1 in batch 1: node has version 9 already"
     with pytest.raises(rc.AppError, match=f"nothing to roll back: release {bad.id} changed no node"):
         store.releases.rollback(bad.id, "anna")
 
@@ -332,7 +332,8 @@ def test_section_7_a_notification_of_the_end_says_what_follows(store):
     [back] = rollbacks_of(store, bad)
     with store.database.transaction() as tx:
         told = tx.rows("SELECT kind, release_task_id, detail FROM notifications ORDER BY id DESC LIMIT 2")[::-1]
-    assert told[0] == ("failed", bad.id, f"node edge-2: no disk space; release {back.id} rolls it back")
+    assert told[0] == ("failed", bad.id,
+                       f"stopped by node edge-2 in batch 2: no disk space; release {back.id} rolls it back")
     assert told[1][:2] == ("created", back.id)
 
 

@@ -38,7 +38,7 @@ SENTENCES = {
         "2 个节点运行的 payload 比应有的旧：edge-1 等 2 个",
     "1 node runs an older payload than it should: edge-1": "1 个节点运行的 payload 比应有的旧：edge-1",
     "1 node runs the payload of a release that failed, was cancelled or rolled back: edge-1":
-        "1 个节点仍在运行失败、已取消或被回滚的发布的内容：edge-1",
+        "1 个节点仍停留在失败、已取消或已回滚的发布的内容上：edge-1",
     "it is not known what 2 nodes run, as a later try may have changed it: edge-1 and 1 more":
         "2 个节点运行的内容不明（之后的发布可能已改动）：edge-1 等 2 个",
     "no executor is running (none was seen for a day): start `serve`; nobody works on 1 release":
@@ -69,7 +69,7 @@ SENTENCES = {
         "策略：maxFailed \"5x\" 须为 0 到 1000000 的整数，或 \"0%\" 到 \"100%\"",
     "strategy: foo is not a known key": "策略：foo 不是已知的键",
     "hotfix 4711; batches of 1, 20, 9; at most 0, 1, 1 failed, 2 in all; left out: edge-3 is offline":
-        "hotfix 4711；批次大小 1, 20, 9；每批最多失败 0, 1, 1，共 2；未包含：edge-3（离线）",
+        "hotfix 4711；批次大小 1, 20, 9；每批最多失败 0, 1, 1，共 2；未包含：edge-3（下线）",
     "stopped, 2 nodes failed: 2 http; first node a in batch 2: no; such; release 18 rolls it back":
         "已停止，2 个节点失败：2 个 HTTP 错误；首个是批次 2 的节点 a：no; such；由发布 18 回滚",
     "changes nothing: all its nodes run this payload already (release 4); 1 other release has not ended yet":
@@ -112,7 +112,7 @@ SENTENCES = {
     "frozen: 3 days; no; about 6 min left": "已冻结：3 days; no；约剩 6 分钟",
     # names with spaces and brackets
     "left out: Frankfurt edge 3 is offline; left out: a (old) is excluded":
-        "未包含：Frankfurt edge 3（离线）；未包含：a (old)（已排除）",
+        "未包含：Frankfurt edge 3（下线）；未包含：a (old)（已排除）",
     "batch 1 of 2: waiting for 3 of 3 nodes, slowest Frankfurt edge 3, which is verified for 4 s of 600 s; edge (4) "
     "busy with an earlier request; trying again: edge 5: no; such, try 1 of 3, next in 8 s; and 3 more":
         "批次 1/2：3 个节点中尚未完成 3 个，最慢的是 Frankfurt edge 3，已 4 秒（时限 600 秒）；"
@@ -217,7 +217,7 @@ def test_what_the_daemon_says_of_a_release_is_known_in_chinese(store):
 
 def test_what_people_wrote_is_data_in_any_language():
     data = {"labels": {"text": "offline"}, "before": {"message": "offline"}, "after": {"why": "offline"}}
-    assert rc.translated({**data, "text": "offline"}) == {**data, "text": "离线"}
+    assert rc.translated({**data, "text": "offline"}) == {**data, "text": "下线"}
     for key in ("rollbackOf", "retryOf", "catchUpOf"):
         for reason in REASONS:
             assert rc.translated({"reason": reason, key: 1}) == {"reason": reason, key: 1}
@@ -239,7 +239,7 @@ AROUND = {
         "changes nothing: all its nodes run this payload already; left out: Frankfurt edge 3 is offline; goes out in a "
         "freeze too",
         "", "；批次大小 1, 2；每批最多失败 0, 1，共 2；先询问所有 agent，最多 1 个可不应答；"
-        "没有任何更改：其所有节点都已在运行此 payload；未包含：Frankfurt edge 3（离线）；冻结期间也执行")],
+        "没有任何更改：其所有节点都已在运行此 payload；未包含：Frankfurt edge 3（下线）；冻结期间也执行")],
     "approval": [("waiting for approval by somebody else than Bob Smith: releasectl approve 4; ", "",
                   "等待 Bob Smith 以外的人批准：releasectl approve 4；", "")],
     "approved": [("", "", "", "")],
@@ -262,9 +262,13 @@ TOLD = {
     "created": [("retry of release 3; changes nothing: all its nodes run this payload already",
                  "重试发布 3；没有任何更改：其所有节点都已在运行此 payload"),
                 ("; ".join(f"left out: edge {number} is offline" for number in range(20)),
-                 "；".join(f"未包含：edge {number}（离线）" for number in range(20)))],
+                 "；".join(f"未包含：edge {number}（下线）" for number in range(20)))],
     "started": [], "approval": [("waiting for approval: releasectl approve 4", "等待批准：releasectl approve 4")],
-    "finished": [("3 nodes succeeded", "3 个节点成功"), ("node edge 3: it was never sent", "节点 edge 3：从未下发")],
+    "finished": [("3 nodes succeeded", "3 个节点成功"), ("node edge 3: it was never sent", "节点 edge 3：从未下发"),
+                 ("stopped, 3 nodes failed: 2 agent_failed (no disk space), 1 unreachable; such as node edge 2 in "
+                  "batch 1; release 5 rolls it back",
+                  "已停止，3 个节点失败：2 个 agent 执行失败（no disk space）、1 个无法连接；例如批次 1 的节点 edge 2；"
+                  "由发布 5 回滚")],
     "paused": [("paused after batch 1: resume to go on", "已暂停（批次 1）：可继续")],
     "cancelling": [("superseded by release 5 (v5)", "被发布 5（v5）取代")],
     "cancelled": [("superseded by release 5 (v5)", "被发布 5（v5）取代"),

@@ -323,7 +323,8 @@ def test_one_event_for_each_change_in_order_with_who_did_it(store):
     assert found == [
         ("", "", "pending", "test", ""), ("", "pending", "running", "owner", ""),
         ("edge-1", "pending", "running", "test", ""), ("edge-1", "running", "failed", "test", "boom\nwhole text"),
-        ("edge-2", "pending", "skipped", "test", ""), ("", "running", "failed", "test", "node edge-1: boom")]
+        ("edge-2", "pending", "skipped", "test", ""),
+        ("", "running", "failed", "test", "stopped by node edge-1 in batch 1: boom")]
 
 
 def test_events_come_in_pages(store):

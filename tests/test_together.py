@@ -305,7 +305,7 @@ def test_a_preflight_that_ends_a_release_rolls_nothing_back_and_says_only_what_i
     assert rollbacks_of(store, release) == []
     said = "preflight: 1 of 2 agents did not answer (1 unreachable); nothing was sent"
     assert reason_of(store, release) == f"{said}; such as node edge-2: refused"
-    assert last_event(store, release).detail == said
+    assert last_event(store, release).detail == f"{said}; such as node edge-2: refused"
     assert [(n.status, n.attempts) for n in nodes_of(store, release)] == [("skipped", 0), ("failed", 0)]
 
 
