@@ -96,10 +96,12 @@ def fail(store: rc.Store, release_id: int, began_s: float) -> None:
                 tx.execute("UPDATE release_task_nodes SET status = 'failed', attempts = 3, error_kind = ?, "
                            "error_msg = ?, started_at = ?, finished_at = ? WHERE release_task_id = ? AND node_id = ?",
                            kind, message.format(ip=address), *times, release_id, node)
-        settle(tx, release_id, "failed", "stopped, 37 nodes failed: 17 agent_failed, 12 unreachable, 8 timeout; first "
-               "node edge-gru-01 in batch 2: nginx: [emerg] bind() to 0.0.0.0:443 failed", *times)
-        rc.add_events(tx, times[1], "host-a:1", [
-            rc.NewEvent(release_id, "finished", "running", "failed", "37 failures")])
+        release, nodes = rc.read_release(tx, release_id), rc.NodeIndex(rc.read_release_nodes(tx, release_id))
+        strategy = rc.strategy_of(release.strategy)
+        reason = rc.describe("failed", rc.Situation(release, nodes, store.state.moment(), strategy=strategy,
+                                                    exceeded=rc.exceeded_limit(nodes, strategy)))
+        settle(tx, release_id, "failed", reason, *times)
+        rc.add_events(tx, times[1], "host-a:1", [rc.NewEvent(release_id, "finished", "running", "failed", reason)])
 
 
 def run(store: rc.Store, release_id: int, began_s: float) -> None:
