@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
+import importlib
 import importlib.util
 import itertools
 import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -84,6 +88,32 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(shared, ignore_errors=True)
 
 
+def import_tests(config: pytest.Config) -> None:
+    """Import the modules of the tests that were asked for, each process beginning with others of them.
+
+    To compile one takes as long as its tests may: whoever comes second finds what the first has compiled.
+    It is kept for this run alone where nothing may be written beside the modules (PYTHONDONTWRITEBYTECODE).
+    """
+    asked = [Path(argument.partition("::")[0]) for argument in config.args]
+    names = sorted({path.stem for one in asked for path in ([one] if one.suffix else one.glob("test_*.py"))})
+    first = len(names) * int(config.workerinput["workerid"][len("gw"):]) // config.workerinput["workercount"]
+    prefix = f"{os.environ[SHARED]}/compiled" if sys.dont_write_bytecode else sys.pycache_prefix
+    with mock.patch.object(sys, "pycache_prefix", prefix), mock.patch.object(sys, "dont_write_bytecode", False):
+        for name in names[first:] + names[:first]:
+            importlib.import_module(name)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """Let the garbage collector leave out what stays to the end, the 7,000 tests, each time that it looks."""
+    gc.disable()
+    if is_worker(session.config):
+        import_tests(session.config)
+    yield
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let slow tests go first, so that the last process does not sit over one alone."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
@@ -137,6 +167,20 @@ def postgres_server() -> str:
 
 
 @pytest.fixture(scope="session")
+def postgres_admin(postgres_server) -> Iterator[Callable[[str], None]]:
+    """A function that runs statements on the server in one session: to begin one costs half of what a database does."""
+    connection = rc.PostgresEngine(postgres_server).connect(create=False)
+    yield lambda statement: connection.cursor().execute(statement)
+    connection.close()
+
+
+@pytest.fixture(scope="session")
+def copied_by_files(postgres_server) -> str:
+    """What copies files, in a fifth of the time of writing all into the log, as servers do by themselves from 15 on."""
+    return " STRATEGY FILE_COPY" if lab.admin(postgres_server, "SHOW server_version_num") >= "150000" else ""
+
+
+@pytest.fixture(scope="session")
 def postgres_template(postgres_server) -> str:
     """The name of a migrated database on the server, to make others of."""
     def make(_folder: Path) -> str:
@@ -162,21 +206,19 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture
-def new_postgres_url(postgres_server) -> Iterator[Callable[..., str]]:
+def new_postgres_url(postgres_server, postgres_admin, copied_by_files) -> Iterator[Callable[..., str]]:
     """A function that makes an empty database, or a copy of a template, and returns its URL."""
     made = []
-    # Copying files takes a fifth of the time of writing all into the log, as servers do by themselves from 15 on.
-    by_files = " STRATEGY FILE_COPY" if lab.admin(postgres_server, "SHOW server_version_num") >= "150000" else ""
 
     def make(template: str = "") -> str:
         name = f"test_{os.getpid()}_{next(_numbers)}"
-        lab.admin(postgres_server, f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else "") + by_files)
+        postgres_admin(f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else "") + copied_by_files)
         made.append(name)
         return lab.database_on(postgres_server, name)
 
     yield make
     for name in made:
-        lab.admin(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+        postgres_admin(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture(params=["psycopg", "psycopg2", "pg8000"])
@@ -303,14 +345,31 @@ def quick(tmp_path) -> Quick:
     return Quick(tmp_path)
 
 
-@pytest.fixture
-def filled(cli, open_store) -> Cli:
-    return lab.fill(cli, open_store)
+@pytest.fixture(scope="session")
+def filled_template(sqlite_template) -> Path:
+    """The path of a SQLite database that lab.fill() has filled, to be copied."""
+    def make(folder: Path) -> str:
+        shutil.copy(sqlite_template, folder / "filled.db")
+        lab.fill(f"sqlite:///{folder}/filled.db")
+        return f"{folder}/filled.db"
+
+    return Path(once("filled", make))
 
 
 @pytest.fixture
-def filled_quick(quick, open_store) -> Cli:
-    return lab.fill(quick, open_store)
+def filled(cli, filled_template, open_store) -> Cli:
+    """A command line over nodes edge-1 and edge-2, and releases: 1 success, 2 failed, 3 pending."""
+    shutil.copy(filled_template, cli.folder / "releasectl.db")
+    cli.store = open_store(f"sqlite:///{cli.folder}/releasectl.db")
+    return cli
+
+
+@pytest.fixture
+def filled_quick(quick, filled_template, open_store) -> Cli:
+    """The same without processes."""
+    shutil.copy(filled_template, quick.folder / "releasectl.db")
+    quick.store = open_store(f"sqlite:///{quick.folder}/releasectl.db")
+    return quick
 
 
 @pytest.fixture

@@ -723,17 +723,17 @@ class Quick(Cli):
         return Result(code, out, err)
 
 
-def fill(cli: Cli, open_store: Callable[[str], rc.Store]) -> Cli:
-    """Return a command line over nodes edge-1 and edge-2, and releases: 1 success, 2 failed, 3 pending."""
-    store = open_store(f"sqlite:///{cli.folder}/releasectl.db")
+def fill(url: str) -> None:
+    """Make nodes edge-1 and edge-2 in a migrated database, and releases: 1 success, 2 failed, 3 pending."""
+    database = rc.Database(url)
+    store = rc.Store(database)
     add_nodes(store, 2)
     for status in ("success", "failed", "pending"):
         release = new_release(store, reason=f"for {status}", payload={"for": status})
         sql(store, "UPDATE release_tasks SET status = ? WHERE id = ?", status, release.id)
         if status != "pending":
             sql(store, "UPDATE release_task_nodes SET status = ? WHERE release_task_id = ?", status, release.id)
-    cli.store = store
-    return cli
+    database.close()
 
 
 def run(*command: object, **more: Any) -> str:
