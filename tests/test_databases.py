@@ -142,16 +142,17 @@ def test_a_client_encoding_from_outside_changes_no_letter(new_postgres_url, open
 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
-def test_a_database_that_is_not_utf_8_is_refused_with_the_mend(postgres_server, cli, driver, encoding):
+def test_a_database_that_is_not_utf_8_is_refused_with_the_mend(postgres_server, cli, quick, driver, encoding):
     name = f"test_{os.getpid()}_{encoding}_{driver}".lower()
     admin(postgres_server, f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
     try:
         for_processes(cli, f"{postgres_server.rsplit('/', 1)[0]}/{name}", driver)
-        for command in ("migrate", "serve", "run-once"):
-            line = cli.refused(rc.EXIT_UNAVAILABLE, command)
+        quick.settings.update(cli.settings)
+        for runs, command in ((quick, "migrate"), (cli, "serve"), (quick, "run-once")):
+            line = runs.refused(rc.EXIT_UNAVAILABLE, command)
             assert f"stores text as {encoding}" in line
             assert "ENCODING 'UTF8' TEMPLATE template0" in line
-        assert f"stores text as {encoding}" in cli("check").out
+        assert f"stores text as {encoding}" in quick("check").out
     finally:
         admin(postgres_server, f"DROP DATABASE {name}")
 

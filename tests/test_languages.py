@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import json
 import os
@@ -308,11 +309,18 @@ def test_what_the_program_says_in_the_history_is_in_chinese(event):
     assert detail_in_chinese("by hand", "anna", "offline") == "offline"
 
 
+@functools.lru_cache(maxsize=1)
+def calls() -> list[tuple[str, ast.Call]]:
+    """Return the calls of plain names in the program, with the name."""
+    return [(node.func.id, node) for node in ast.walk(ast.parse(Path(rc.__file__).read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+
+
 def test_every_event_of_a_release_is_among_these():
     named = {*rc.RELEASE_EVENTS.values(), *rc.APPROVAL_EVENTS.values(),
              *(verb.event for verb in rc.VERBS.values())} - {""}
-    for call in ast.walk(ast.parse(Path(rc.__file__).read_text(encoding="utf-8"))):
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == "NewEvent":
+    for function, call in calls():
+        if function == "NewEvent":
             event = call.args[1]
             if isinstance(event, ast.Constant):
                 named.add(str(event.value))
@@ -410,11 +418,10 @@ def refusals() -> Iterator[str]:
     sections = [""]
     for line in code.splitlines():
         sections.append(line[9:] if line.startswith("# region ") else sections[-1])
-    for call in ast.walk(ast.parse(code)):
-        section = sections[getattr(call, "lineno", 0)]
-        if isinstance(call, ast.Call) and section not in ENGLISH_PARTS and ast.unparse(call.func) in (
-                "AppError", "NotAgain"):
-            texts = call.args[1:] if ast.unparse(call.func) == "AppError" else call.args
+    for function, call in calls():
+        section = sections[call.lineno]
+        if section not in ENGLISH_PARTS and function in ("AppError", "NotAgain"):
+            texts = call.args[1:] if function == "AppError" else call.args
             yield from filter(None, (written(text, SAMPLES_OF.get(section, {})) for text in texts))
 
 

@@ -1,6 +1,7 @@
 """The five recipes of docs/STRATEGIES.md: what the text says to type or to send is done, and what it says comes.
 
-Each runs from its own text, by the command line, by the API and in the page, on both engines, with agents that listen.
+Each runs from its own text with agents that listen: by the command line on SQLite, by the API on PostgreSQL, and in the
+page on SQLite. That a door is the same on both engines, other tests hold.
 """
 from __future__ import annotations
 
@@ -237,7 +238,11 @@ class Site:
         return max(sum(one[0] <= start < one[1] for one in runs) for start, _, _ in runs)
 
 
-@pytest.fixture(params=["cli", "api", pytest.param("page", marks=pytest.mark.slow)])
+by_each_door = pytest.mark.parametrize(("database_url", "site"), [
+    ("sqlite", "cli"), ("postgresql", "api"), pytest.param("sqlite", "page", marks=pytest.mark.slow)], indirect=True)
+
+
+@pytest.fixture
 def site(request, world, quick, tmp_path) -> Iterator[Site]:
     """The site of the text, with the command line as the door, the API, or the page; in the last two alice signs in."""
     [words] = [shlex.split(block) for block in Text("").blocks if block.startswith("echo ")]
@@ -282,6 +287,7 @@ def soak(site: Site, release_id: int, *batches: list[int]) -> None:
         site.world.advance(60)
 
 
+@by_each_door
 def test_canary_then_regions_goes_in_the_order_as_written_and_soaks_between(site):
     text = Text("Canary then regions")
     site.makes(text, site.plans(text))
@@ -291,6 +297,7 @@ def test_canary_then_regions_goes_in_the_order_as_written_and_soaks_between(site
     assert site.runs_now(NEW) == list(NODES)
 
 
+@by_each_door
 def test_canary_then_regions_stops_before_region_3_where_region_2_fails(site):
     text = Text("Canary then regions")
     site.makes(text, site.plans(text))
@@ -306,6 +313,7 @@ def test_canary_then_regions_stops_before_region_3_where_region_2_fails(site):
     assert [n for batch in site.store.releases.plan_again("retry", 2).batches for n in batch] == [6, *REGIONS["us"]]
 
 
+@by_each_door
 def test_one_host_a_rack_by_the_agents_own_count(site):
     text = Text("One host a rack")
     site.makes(text, site.plans(text))
@@ -316,6 +324,7 @@ def test_one_host_a_rack_by_the_agents_own_count(site):
     assert site.most_at_once(list(NODES)) == 4
 
 
+@by_each_door
 def test_one_host_a_rack_that_hangs_keeps_its_place_and_the_other_racks_go_on(site):
     text = Text("One host a rack")
     site.makes(text, site.plans(text))
@@ -331,6 +340,7 @@ def test_one_host_a_rack_that_hangs_keeps_its_place_and_the_other_racks_go_on(si
     assert statuses(site.store, 2) == ["success"] * 5 + ["failed"] + ["success"] * 3 + ["skipped"] + ["success"] * 2
 
 
+@by_each_door
 def test_four_eyes_waits_for_somebody_else(site, monkeypatch):
     author = USER if site.door == "cli" else "alice"
     text = Text("Four eyes", alice=author)
@@ -365,6 +375,7 @@ def test_four_eyes_waits_for_somebody_else(site, monkeypatch):
     assert f"by {author}; approved" in site.cli.ok("status", "2").out
 
 
+@by_each_door
 def test_four_eyes_somebody_with_a_token_approves_what_was_typed(site):
     text = Text("Four eyes", alice=USER)
     site.plans(text)
@@ -402,6 +413,7 @@ def health_of(site: Site, breaks: int) -> Iterator[int]:
         yield port
 
 
+@by_each_door
 def test_back_by_itself_everything_is_on_the_old_payload_and_both_releases_say_so(site):
     with health_of(site, breaks=6) as port:
         text = Text("Back by itself", **{"8080": port, r"10\.0\.0": "127.0.1"})
@@ -434,6 +446,7 @@ def make_emergency(site: Site) -> None:
     site.world.fleet.clear_log()
 
 
+@by_each_door
 def test_emergency_goes_before_what_waits_through_freeze_and_approvals(site):
     site.cli.file("bad.json", rc.to_json(BAD))
     site.release(NEW)
@@ -456,6 +469,7 @@ def test_emergency_goes_before_what_waits_through_freeze_and_approvals(site):
     assert text.blocks == []
 
 
+@by_each_door
 def test_emergency_where_the_bad_release_still_runs_it_is_ended_first(site):
     site.cli.file("bad.json", rc.to_json(BAD))
     site.cli.ok("create", "--payload", "site.json", "--soak", "10m")

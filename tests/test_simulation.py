@@ -19,6 +19,8 @@ SCHEDULES = {"plain": 150, "steering": 100, "shared": 100}
 if os.environ.get("TEST_LONG") == "1":
     SCHEDULES = {"plain": 10_000, "steering": 5_000, "shared": 10_000}
 PER_TEST = 25
+# The part of `make test`.
+QUICK = 10
 # The schedules in which every fault is looked for; they hold the rules as all others do.
 WITH_EVERY_FAULT = range(26, 66)
 # A mutant that survives so many schedules would survive for ever. The search begins at the seed that found it last:
@@ -42,25 +44,26 @@ def run_seeds(first: int, end: int, **options) -> None:
 
 
 def parts_of(world: str):
-    """The first seeds of the tests for a world; all but one part are slow."""
-    return pytest.mark.parametrize("first", [
-        pytest.param(first, marks=[pytest.mark.slow] if first > 1 else [])
-        for first in (1, *range(WITH_EVERY_FAULT.stop, SCHEDULES[world] + 1, PER_TEST))])
+    """The first seeds of the tests for a world, and those before which they end; all but one part are slow."""
+    return pytest.mark.parametrize(("first", "end"), [(1, QUICK + 1), *(
+        pytest.param(first, end, marks=pytest.mark.slow) for first, end in (
+            (QUICK + 1, WITH_EVERY_FAULT.start),
+            *((first, first + PER_TEST) for first in range(WITH_EVERY_FAULT.stop, SCHEDULES[world] + 1, PER_TEST))))])
 
 
 @parts_of("plain")
-def test_rule_9_whatever_fails_nothing_runs_twice_and_nothing_is_lost(first):
-    run_seeds(first, first + PER_TEST)
+def test_rule_9_whatever_fails_nothing_runs_twice_and_nothing_is_lost(first, end):
+    run_seeds(first, end)
 
 
 @parts_of("steering")
-def test_section_7_whatever_fails_and_whoever_steers_every_strategy_keeps_its_promise(first):
-    run_seeds(first, first + PER_TEST, world="steering")
+def test_section_7_whatever_fails_and_whoever_steers_every_strategy_keeps_its_promise(first, end):
+    run_seeds(first, end, world="steering")
 
 
 @parts_of("shared")
-def test_section_8_a_success_is_a_success_whatever_goes_back_or_is_set(first):
-    run_seeds(first, first + PER_TEST, world="shared")
+def test_section_8_a_success_is_a_success_whatever_goes_back_or_is_set(first, end):
+    run_seeds(first, end, world="shared")
 
 
 @pytest.mark.slow
