@@ -34,6 +34,7 @@ pytest.register_assert_rewrite("lab", "contract")
 import lab  # noqa: E402
 from browser import PROGRAM as CHROMIUM  # noqa: E402
 from browser import Browser  # noqa: E402
+from forks import Forks  # noqa: E402
 from lab import ADDRESSES, DRIVERS, Cli, Client, Listener, Peer, Quick, World  # noqa: E402
 
 import releasectl as rc  # noqa: E402
@@ -335,9 +336,17 @@ def sqlite_world(sqlite_url, open_store, certs, new_fleet, new_executor) -> Worl
 
 # -- the command line --------------------------------------------------------------------------
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    with contextlib.closing(Forks(Cli(Path("/")).environment)) as one:
+        yield one
+
+
 @pytest.fixture
-def cli(tmp_path) -> Cli:
-    return Cli(tmp_path)
+def cli(tmp_path, forks) -> Cli:
+    one = Cli(tmp_path)
+    one.forks = forks
+    return one
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [os.environ.get("LAB_PROGRAM", str(ROOT)), str(ROOT / "scripts")]
 
 from fake_agent import Agent, AgentSpec, Fleet  # noqa: E402
+from forks import Forks  # noqa: E402
 
 import releasectl as rc  # noqa: E402
 
@@ -643,6 +644,7 @@ class Cli:
     store, world, certs and port are what a fixture that uses them has made for it.
     """
     compiled = ""  # the folder of compile_program(), which conftest.py calls
+    forks: Forks | None = None  # of that folder, where commands are forked
     store: rc.Store
     world: World
     certs: Path
@@ -668,16 +670,27 @@ class Cli:
                                 cwd=self.folder, env=self.environment, **pipes)
 
     def __call__(self, *arguments: object, stdin: str | None = None) -> Result:
-        """Run a command to its end; whatever happens, it shows no stack trace."""
-        process = self.start(*arguments, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
-        return self.end(process, stdin)
+        """Run a command to its end; whatever happens, it shows no stack trace.
+
+        It is a process by exec where it is another program's, or what begins with the interpreter matters.
+        """
+        if not self.forks or self.prefix or "compiled" in vars(self) or any(
+                name.startswith(("PYTHON", "LC_", "LANG")) for name in self.settings):
+            process = self.start(*arguments, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
+            return self.end(process, stdin)
+        return self._checked(*self.forks.run([str(word) for word in arguments], str(self.folder), self.environment,
+                                             stdin, TIMEOUT_S))
+
+    @classmethod
+    def end(cls, process: subprocess.Popen[str], stdin: str | None = None) -> Result:
+        out, err = process.communicate(stdin, timeout=TIMEOUT_S)
+        return cls._checked(process.returncode, out, err)
 
     @staticmethod
-    def end(process: subprocess.Popen[str], stdin: str | None = None) -> Result:
-        out, err = process.communicate(stdin, timeout=TIMEOUT_S)
+    def _checked(code: int, out: str, err: str) -> Result:
         assert "Traceback" not in err + out
         assert "Exception ignored" not in err
-        return Result(process.returncode, out, err)
+        return Result(code, out, err)
 
     def ok(self, *arguments: object, stdin: str | None = None) -> Result:
         result = self(*arguments, stdin=stdin)

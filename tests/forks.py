@@ -1,0 +1,98 @@
+"""Processes of releasectl, forked where all is imported already: by exec each takes ten times as much CPU to start.
+
+What begins where a process does (the interpreter's own options and variables, its streams) is for those by exec.
+`python tests/forks.py FD` is the server: for each byte that comes over the socket FD it makes a process of the five
+files sent with it: its three streams, where its exit code is to be written, and what it is (JSON).
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+
+FILES = 5
+
+
+class Forks:
+    """The client of one server."""
+
+    def __init__(self, environment: Mapping[str, str]):
+        """Start the server; environment: with PYTHONPATH, the folder of the module that it imports."""
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=dict(environment),
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def run(self, arguments: Sequence[str], folder: str, environment: Mapping[str, str], stdin: str | None,
+            limit_s: float) -> tuple[int, str, str]:
+        """Run a command to its end; return its exit code and what it wrote. Raise TimeoutError."""
+        with contextlib.ExitStack() as stack:
+            told, given, out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(4))
+            for file, text in ((told, json.dumps([list(arguments), folder, dict(environment)])), (given, stdin or "")):
+                file.write(text.encode())
+                file.seek(0)
+            ended, ends = os.pipe()
+            stack.callback(os.close, ended)
+            try:
+                socket.send_fds(self._socket, [b"x"], [given.fileno(), out.fileno(), err.fileno(), ends, told.fileno()])
+            finally:
+                os.close(ends)
+            if not select.select([ended], [], [], limit_s)[0]:
+                raise TimeoutError(f"{arguments} has not ended within {limit_s} s")
+            code = os.read(ended, 100)
+            assert code, "the server of forks has ended"
+            texts = []
+            for stream in (out, err):
+                stream.seek(0)
+                texts.append(stream.read().decode())
+            return int(code), texts[0], texts[1]
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.wait(30)
+
+
+def serve(requests: socket.socket) -> int:
+    """Fork what is asked for until nobody can ask any more; then return 0. What was forked exits in here."""
+    import releasectl  # noqa: PLC0415 - the server's alone, of the folder that PYTHONPATH names
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
+    while True:
+        byte, files, *_ = socket.recv_fds(requests, 1, FILES)
+        if not byte:
+            return 0
+        if os.fork() == 0:
+            break
+        for file in files:
+            os.close(file)
+    requests.close()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    *streams, ends, told = files
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.write(ends, str(code).encode())
+        os._exit(0)
+    os.close(ends)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    with open(told, encoding="utf-8") as text:
+        arguments, folder, environment = json.load(text)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = ["releasectl", *arguments]
+    return releasectl.run_process()  # which exits
+
+
+if __name__ == "__main__":
+    sys.exit(serve(socket.socket(fileno=int(sys.argv[1]))))
