@@ -240,6 +240,10 @@ def database_url(request, tmp_path) -> str:
     return request.getfixturevalue("new_postgres_url")(template)
 
 
+# For a test of `store` or `client` about what is refused before a database matters.
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+
 @pytest.fixture
 def sqlite_url(tmp_path) -> str:
     """The URL of an empty SQLite database, where the engine does not matter."""

@@ -11,6 +11,7 @@ import threading
 from typing import Any
 
 import pytest
+from conftest import on_sqlite
 from lab import (
     ADDRESSES,
     HTTP_STATUS,
@@ -884,6 +885,7 @@ def test_dry_run_answers_the_plan_with_200_and_writes_nothing(client):
     assert client.ok("GET", "/api/v1/releases/1?view=summary")["release"]["strategy"] == body["strategy"]
 
 
+@on_sqlite
 @pytest.mark.parametrize(("body", "code", "named"), [
     ({"nodeIds": []}, 2003, "nodeIds"), ({"nodeIds": [1, 1]}, 2003, "nodeIds"), ({"nodeIds": ["1"]}, 2003, "nodeIds"),
     ({"nodeIds": [2]}, 2003, "edge-2"), ({"nodeIds": [7]}, 2003, "node 7"), ({"labels": {"a": 1}}, 2003, "labels"),

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from conftest import on_sqlite
 from lab import eventually, fleet, mtls, new_release, sql
 from test_decision import NOW, POLICY, decide, later, node, release, sends
 
@@ -143,6 +144,7 @@ def test_a_start_that_is_over_is_told_when_the_release_is_made(store):
 
 # -- what can't be meant ---------------------------------------------------------------------------
 
+@on_sqlite
 @pytest.mark.parametrize(("strategy", "named"), [
     ({"batches": ["20*", 5]}, "batches"), ({"batches": ["*"]}, "batches"), ({"batches": ["0*"]}, "batches"),
     ({"batches": ["020*"]}, "batches"), ({"batches": ["101%*"]}, "batches"), ({"batches": ["20**"]}, "batches"),
@@ -389,6 +391,7 @@ def test_nodes_are_chosen_by_lists_of_values_and_exclusions_which_the_release_ke
     assert wants == {**{id_: id_ in chosen for id_ in range(1, 7)}, **late}
 
 
+@on_sqlite
 @pytest.mark.parametrize(("wanted", "code", "message"), [
     ({"labels": {"region": ["mars", "moon"]}}, 3003,
      "no node matches region=mars,moon (values of region: ap, eu, us)"),

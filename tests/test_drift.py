@@ -5,6 +5,7 @@ import random
 from typing import Any
 
 import pytest
+from conftest import on_sqlite
 from fake_agent import payload_sha256
 from lab import ADDRESSES, Cli, add_nodes, at_schema, new_release, sql
 from test_again import content_of, ended, good, settle
@@ -735,6 +736,7 @@ def test_a_disabled_node_is_that_whatever_its_status_and_the_command_line_finds_
     assert quick("node", "list", "--state", "gone").code == 2
 
 
+@on_sqlite
 @pytest.mark.parametrize("query", ["state=gone", "drift=x", "label=region", "label=a=1,a=2", "runs=x", "sort=size"])
 def test_a_search_that_can_not_be_meant_is_refused(client, query):
     assert client.code("GET", f"/api/v1/nodes?{query}") in (2002, 2003)

@@ -7,6 +7,7 @@ import re
 import time
 
 import pytest
+from conftest import on_sqlite
 from lab import Quick, add_nodes, eventually, new_release, sql, statuses
 from test_audit import rows_of
 from test_decision import POLICY
@@ -335,6 +336,7 @@ def test_the_api_sets_shows_and_lifts_the_freeze_of_a_target(client):
     assert misspelt["warnings"] == ["no release has the target cdm (did you mean cdn?): it is frozen for those to come"]
 
 
+@on_sqlite
 @pytest.mark.parametrize(("body", "words"), [
     ({"target": "a b"}, "target must be"), ({"target": ""}, "target must be"), ({"target": None}, "target must be"),
     ({"target": "cdn'; --"}, "target must be"), ({"until": "2h"}, "until must be a time with its zone"),

@@ -6,6 +6,7 @@ import itertools
 import threading
 
 import pytest
+from conftest import on_sqlite
 from lab import (
     ADDRESSES,
     FOREVER_MS,
@@ -74,6 +75,7 @@ BAD_STRATEGIES = [
 ]
 
 
+@on_sqlite
 @pytest.mark.parametrize(("strategy", "named"), BAD_STRATEGIES)
 def test_what_can_not_be_meant_is_refused_at_creation_by_name(store, strategy, named):
     add_nodes(store, 2)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import on_sqlite
 from lab import (
     ADDRESSES,
     FOREVER_MS,
@@ -411,6 +412,7 @@ def test_section_7_an_answer_that_never_ends_is_not_read_for_ever(sqlite_world, 
     assert "answered more than 1024 KiB" in outcomes(sqlite_world.store, release)[0][2]
 
 
+@on_sqlite
 @pytest.mark.parametrize("verify", [
     *({"host": host} for host in ("www.example.com:81", "a b", "a..b", ".a", "a.", "-a", "[::1]", "::1", "a/b", "a\n",
                                   "a\r\nX: y", "a@b", "www.exämple.com", "a" * 254, 7, None, ["a"])),
