@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -64,7 +63,6 @@ def serve(requests: socket.socket) -> int:
     """Fork what is asked for until nobody can ask any more; then return 0. What was forked exits in here."""
     import releasectl  # noqa: PLC0415 - the server's alone, of the folder that PYTHONPATH names
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     while True:
         byte, files, *_ = socket.recv_fds(requests, 1, FILES)
         if not byte:
@@ -73,8 +71,10 @@ def serve(requests: socket.socket) -> int:
             break
         for file in files:
             os.close(file)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass  # one that waited for an earlier command
     requests.close()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     *streams, ends, told = files
     child = os.fork()
     if child:
