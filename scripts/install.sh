@@ -54,10 +54,10 @@ launcher() {
     printf 'import releasectl\n\nreleasectl.run_process()\n'
 }
 
-# The script that completes the installed command.
+# The script that completes the installed command, which is compiled by then.
 completion() { # SHELL
-    RELEASECTL_CONFIG=/dev/null "$python" -I -B -c 'import sys; sys.path.insert(0, "."); import releasectl
-print(releasectl.completion_script(sys.argv[1], command="releasectl"))' "$1"
+    RELEASECTL_CONFIG=/dev/null "$python" -I -B -c 'import sys; sys.path.insert(0, sys.argv[2]); import releasectl
+print(releasectl.completion_script(sys.argv[1], command="releasectl"))' "$1" "$dest$lib"
 }
 
 install_all() {
