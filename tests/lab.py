@@ -672,10 +672,9 @@ class Cli:
     def __call__(self, *arguments: object, stdin: str | None = None) -> Result:
         """Run a command to its end; whatever happens, it shows no stack trace.
 
-        It is a process by exec where it is another program's, or what begins with the interpreter matters.
+        It is a process by exec where what begins with the interpreter matters.
         """
-        if not self.forks or self.prefix or "compiled" in vars(self) or any(
-                name.startswith(("PYTHON", "LC_", "LANG")) for name in self.settings):
+        if not self.forks or self.prefix or any(name.startswith(("PYTHON", "LC_", "LANG")) for name in self.settings):
             process = self.start(*arguments, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
             return self.end(process, stdin)
         return self._checked(*self.forks.run([str(word) for word in arguments], str(self.folder), self.environment,

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import py_compile
 import re
 import shutil
 import signal
@@ -26,6 +27,7 @@ class Copy(Cli):
     def __init__(self, folder: Path, program: Path, like: Cli):
         super().__init__(folder)
         self.compiled = str(program)
+        py_compile.compile(f"{program}/releasectl.py", doraise=True)
         self.port = free_port()
         self.settings = {**like.settings, "HTTP_ADDR": f"127.0.0.1:{self.port}"}
 
