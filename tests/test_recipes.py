@@ -1,7 +1,7 @@
 """The five recipes of docs/STRATEGIES.md: what the text says to type or to send is done, and what it says comes.
 
-Each runs from its own text with agents that listen: by the command line on SQLite, by the API on PostgreSQL, and in the
-page on SQLite. That a door is the same on both engines, other tests hold.
+Each runs from its own text, by the command line, by the API and in the page, on both engines, with agents that listen:
+quick are the command line on SQLite and the API on PostgreSQL.
 """
 from __future__ import annotations
 
@@ -238,8 +238,9 @@ class Site:
         return max(sum(one[0] <= start < one[1] for one in runs) for start, _, _ in runs)
 
 
-by_each_door = pytest.mark.parametrize(("database_url", "site"), [
-    ("sqlite", "cli"), ("postgresql", "api"), pytest.param("sqlite", "page", marks=pytest.mark.slow)], indirect=True)
+by_each_door = pytest.mark.parametrize(("database_url", "site"), [("sqlite", "cli"), ("postgresql", "api"), *(
+    pytest.param(*pair, marks=pytest.mark.slow) for pair in (
+        ("postgresql", "cli"), ("sqlite", "api"), ("sqlite", "page"), ("postgresql", "page")))], indirect=True)
 
 
 @pytest.fixture
