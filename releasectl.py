@@ -45,7 +45,10 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Retry and rollback  what a new release brings back to whom (contract 3, rule 10)
     Drift               what each node runs, what it should run, and how far these are apart
                         (contract section 5)
-    Counts              the figures of METRICS that are in the database
+    Fleet               the nodes as they are listed, and counted by how far they are from what
+                        they should run
+    Counts              the figures of METRICS that are in the database, and how fast a release
+                        goes
     Approvals           a release that waits for a second person, and who lets it start
     Releases            create, verbs, lists, payloads, freezes
     History             releases that ended long ago, which prune deletes
@@ -913,8 +916,10 @@ def parse_duration(text: str) -> float:
 class RareRead(Generic[T]):
     """A value that takes long to read: read anew when RARE_READ_REST times the time of the last read is over."""
 
-    def __init__(self, read: Callable[..., T]):
+    def __init__(self, read: Callable[..., T], rest: float | None = None):
+        """Take the read; rest: another number than RARE_READ_REST."""
         self._read = read
+        self._rest = rest
         self._guard = threading.Lock()
         # The value, the key that it was read with, and when, by time.monotonic().
         self._last: tuple[T, object, float] | None = None
@@ -940,7 +945,7 @@ class RareRead(Generic[T]):
             if self._last is None or key != self._last[1] or time.monotonic() >= self._holds_until:
                 began = time.monotonic()
                 self._last = self._read(*arguments), key, began
-                rest_s = RARE_READ_REST * (time.monotonic() - began)
+                rest_s = (self._rest or RARE_READ_REST) * (time.monotonic() - began)
                 self._holds_until = time.monotonic() + min(rest_s, MAX_RARE_READ_REST_S)
             return self._last[0]
         finally:
@@ -3189,6 +3194,10 @@ class Selection(NamedTuple):
         """Return whether a node is within it or excluded from it, as far as nodes_of does not tell."""
         return (self.node_ids is None or node.id in self.node_ids) and has_labels(node.label_values, self.labels)
 
+    def takes_labels(self, values: Mapping[str, str]) -> bool:
+        """Return whether it takes nodes with some labels, as far as their ids do not tell."""
+        return has_labels(values, self.labels) and not has_any_label(values, self.excluded_labels)
+
     def excludes(self, node: Node) -> bool:
         """Return whether a node is excluded."""
         return node.id in self.excluded_ids or has_any_label(node.label_values, self.excluded_labels)
@@ -3755,9 +3764,18 @@ def refuse_twins(nodes: Iterable[Node]) -> None:
         raise AppError(WRONG_STATE, twins_text(*twins))
 
 
-def twins_of(nodes: Iterable[Node]) -> tuple[Node, Node] | None:
+class _Located(Protocol):
+    """A node, or what is known of it."""
+    @property
+    def endpoint(self) -> Endpoint: ...
+
+
+_LocatedT = TypeVar("_LocatedT", bound=_Located)
+
+
+def twins_of(nodes: Iterable[_LocatedT]) -> tuple[_LocatedT, _LocatedT] | None:
     """Return the first two nodes with one address, None where there are none."""
-    seen: dict[Endpoint, Node] = {}
+    seen: dict[Endpoint, _LocatedT] = {}
     pairs = ((seen.setdefault(node.endpoint, node), node) for node in nodes)
     return next(((first, second) for first, second in pairs if first is not second), None)
 
@@ -8540,8 +8558,8 @@ class Nodes:
 # ======================================================================================
 # Queue: releases, freezes and executors as they are read; the order of open releases; the
 #   writing of what is decided.
-# Uses: Vocabulary, Helpers, Model, Freezes, Strategy, Failures, Node index, Status
-#   texts, Decision, Verbs, Database, Database state, Audit, Nodes.
+# Uses: Vocabulary, Helpers, Model, Freezes, Strategy, Node index, Status texts,
+#   Decision, Verbs, Database, Database state, Audit, Nodes.
 # ======================================================================================
 
 # The first rollback that succeeded, as later ones only bring the same again; else the newest that may still, or did in
@@ -8612,15 +8630,15 @@ class ReleaseFilter(NamedTuple):
 
 
 # A node of a release (n) as it was when the release was made; where a person wrote the row, as it is now (nodes h).
-NAME_THEN, _IP_THEN, _PORT_THEN = (
+NAME_THEN, IP_THEN, _PORT_THEN = (
     "COALESCE(NULLIF(n.node_name, ''), h.name)", "COALESCE(NULLIF(n.main_ip, ''), h.main_ip)",
     "COALESCE(NULLIF(n.agent_port, 0), h.agent_port)")
-ADDRESS_THEN = f"{_IP_THEN}, {_PORT_THEN}"
+ADDRESS_THEN = f"{IP_THEN}, {_PORT_THEN}"
 LABELS_THEN = "COALESCE(NULLIF(n.labels, ''), h.labels)"
 
 # Fields of ReleaseNode that are computed; each other one up to next_op, where the driver's own begin, is a column of n.
 _COMPUTED_OF_NODE = {
-    "name": NAME_THEN, "main_ip": _IP_THEN, "agent_port": _PORT_THEN, "agent_protocol": "h.agent_protocol",
+    "name": NAME_THEN, "main_ip": IP_THEN, "agent_port": _PORT_THEN, "agent_protocol": "h.agent_protocol",
     "labels": LABELS_THEN, "last_version":
         "(SELECT MAX(a.last_version) FROM nodes a WHERE a.main_ip = h.main_ip AND a.agent_port = h.agent_port)"}
 _NODE_FIELDS = list(itertools.takewhile(lambda name: name != "next_op", ReleaseNode._fields))
@@ -8693,42 +8711,13 @@ def read_release_nodes(tx: Transaction, release_id: int, where: str = "", *param
         ORDER BY n.batch, n.node_id""", release_id, *params)]
 
 
-def read_failures(tx: Transaction, release_id: int) -> list[FailureGroup]:
-    """Return the failed nodes of a release by cause; the labels are those that nodes have now."""
-    of_release = "FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id WHERE n.release_task_id = ?"
-    failed = [FailedNode(*row) for row in tx.rows(f"""
-        SELECT n.node_id, {NAME_THEN}, {_IP_THEN}, n.task_id, n.error_kind, n.error_msg, h.labels
-        {of_release} AND n.status = 'failed'""", release_id)]
-    labels = tx.rows(f"SELECT h.labels, COUNT(*) {of_release} GROUP BY h.labels", release_id) if failed[1:] else []
-    return group_failures(failed, dict(labels))
-
-
-# The failed nodes of a release with more nodes than this are rarely read; of so many such releases they are kept.
-SMALL_RELEASE_NODES, MAX_LARGE_KEPT = 1000, 16
-
-
-class FailureReader:
-    """Reads the failed nodes of releases by cause; 100,000 of them take a second of CPU time."""
-
-    def __init__(self) -> None:
-        # Of large releases, by id and status: once a release has ended they don't change.
-        self._large: dict[tuple[int, str], RareRead[list[FailureGroup]]] = {}
-
-    def read(self, tx: Transaction, release: Release) -> list[FailureGroup]:
-        """Return the failed nodes of a release by cause; while a large one runs, they may be some seconds old."""
-        if release.total_nodes <= SMALL_RELEASE_NODES:
-            return read_failures(tx, release.id)
-        if len(self._large) >= MAX_LARGE_KEPT:
-            self._large.clear()
-        return self._large.setdefault((release.id, release.status), RareRead(read_failures)).get(tx, release.id)
-
-
-def read_batches(tx: Transaction, release_id: int) -> list[BatchProgress]:
+def read_batches(tx: Transaction, release_id: int, where: str = "") -> list[BatchProgress]:
+    """Return the batches of a release; where: a condition that narrows their nodes."""
     batches: dict[int, dict[str, int]] = {}
-    for batch, status, count in tx.rows("""
+    for batch, status, count in tx.rows(f"""
             SELECT batch, status, COUNT(*)
             FROM release_task_nodes
-            WHERE release_task_id = ?
+            WHERE release_task_id = ? {where}
             GROUP BY batch, status
             ORDER BY batch""", release_id):
         batches.setdefault(batch, {})[status] = count
@@ -9585,8 +9574,7 @@ def strategy_again(release: Release, without: Sequence[str]) -> dict[str, Any]:
 # Drift: what each node runs, what it should run, and how far these are apart (contract
 #   section 5).
 # Uses: Vocabulary, Helpers, Payloads, Difference, Model, Strategy, Selection, Plan,
-#   Status texts, Decision, Why, Verdict, Database, Database state, Nodes, Queue,
-#   Retry and rollback.
+#   Status texts, Decision, Why, Database, Nodes, Queue, Retry and rollback.
 #
 #   Nothing of it is stored: the rows of release_task_nodes tell it, whoever wrote them,
 #   and an index finds the newest success of a node at once. A later try is looked at only
@@ -9690,7 +9678,25 @@ _SUCCESS_COLUMNS = f"n.node_id, n.release_task_id, n.finished_at, {ADDRESS_THEN}
 
 def levels(tx: Transaction, nodes: Sequence[Node]) -> dict[int, Level]:
     """Return by id what nodes run and should run."""
-    return _what_they_have(tx, nodes, _what_they_want(tx, nodes))
+    return _what_they_have(tx, nodes, _what_they_want(tx, nodes, _offers(tx)))
+
+
+def levels_by_parts(tx: Transaction, node_ids: Sequence[int]) -> Iterator[tuple[Node, Level]]:
+    """Yield nodes by id, with what they run and should run; only some of them are in memory at a time."""
+    known, more = list[list[_Offer]](), _offers(tx)
+
+    def offers() -> Iterator[list[_Offer]]:
+        """Yield all of them, each read once."""
+        yield from known
+        for some in more:
+            known.append(some)
+            yield some
+    for start in range(0, len(node_ids), IDS_PER_STATEMENT):
+        nodes = [Node(*row) for row in rows_by_ids(
+            tx, f"SELECT {NODE_COLUMNS} FROM nodes WHERE id IN ({{marks}}) ORDER BY id",
+            node_ids[start:start + IDS_PER_STATEMENT])]
+        found = _what_they_have(tx, nodes, _what_they_want(tx, nodes, offers()))
+        yield from ((node, found[node.id]) for node in nodes)
 
 
 def _what_they_have(tx: Transaction, nodes: Sequence[Node], wants: Mapping[int, Ran] = {}) -> dict[  # noqa: B006
@@ -9858,12 +9864,43 @@ def _offers(tx: Transaction) -> Iterator[list[_Offer]]:
         yield now
 
 
-def _what_they_want(tx: Transaction, nodes: Sequence[Node]) -> dict[int, Ran]:
+def told_apart(tx: Transaction) -> tuple[bool, list[int]]:
+    """Return what tells apart enabled nodes that should run different releases: whether labels do, and who is named.
+
+    Named, by its id, is who is in the selection of a release, or excluded from it, without regard to its labels. Of all
+    others those with the same labels should run the same.
+    """
+    named, listed, labels = set[int](), set[int](), list[Mapping[str, str]]()
+    by_labels = False
+    for offers in _offers(tx):
+        listed.update(node_id for node_id, in rows_by_ids(tx, """
+            SELECT DISTINCT n.node_id
+            FROM release_task_nodes n
+            JOIN nodes h ON h.id = n.node_id
+            WHERE h.enabled = 1 AND n.release_task_id IN ({marks})""", [
+            offer.selection.nodes_of for offer in offers if offer.selection.nodes_of is not None]))
+        for chosen in (offer.selection for offer in offers):
+            named |= (chosen.node_ids or frozenset()) | chosen.excluded_ids
+            if chosen.nodes_of is not None or chosen.node_ids is not None:
+                continue
+            if not by_labels:
+                by_labels = bool(chosen.labels or chosen.excluded_labels)
+                labels = [label_values(text) for text, in tx.rows(
+                    "SELECT DISTINCT labels FROM nodes WHERE enabled = 1")] if by_labels else []
+            labels = [values for values in labels if not chosen.takes_labels(values)]
+            if not labels:  # nobody is left for an older release
+                return by_labels, sorted(named | listed)
+        if listed and len(listed) >= tx.value("SELECT COUNT(*) FROM nodes WHERE enabled = 1"):
+            break
+    return by_labels, sorted(named | listed)
+
+
+def _what_they_want(tx: Transaction, nodes: Sequence[Node], all_offers: Iterable[list[_Offer]]) -> dict[int, Ran]:
     """Return by node the newest release that ended success or partial, is for it, and that nobody rolled back."""
     if not nodes:
         return {}
     missing, found = {node.id: node for node in nodes}, dict[int, int]()
-    for offers in _offers(tx):
+    for offers in all_offers:
         listed = _listed_nodes(tx, {offer.selection.nodes_of for offer in offers} - {None}, missing)
         for offer in offers:
             ids: Iterable[int] = missing if offer.selection.nodes_of is None else listed[offer.selection.nodes_of]
@@ -9979,6 +10016,89 @@ def drift_text(level: Level) -> str:
     return "none: it runs what it should" if wants else "none: no release is for it yet"
 
 
+class CatchUp(NamedTuple):
+    """A release to be made for nodes that are behind, its plan and its nodes."""
+    request: ReleaseRequest
+    plan: Plan
+    nodes: Sequence[Node]
+
+
+def plan_catch_up(tx: Transaction, reason: str, strategy: Mapping[str, Any]) -> tuple[list[CatchUp], list[LeftOut]]:
+    """Return a release for each one that is wanted, oldest first, and the nodes that are behind but left out."""
+    parsed, nodes = parse_strategy(strategy), all_nodes(tx)
+    refuse_unknown_labels(parsed, nodes)
+    found = levels(tx, nodes)
+    behind = [node for node in nodes if found[node.id].drift == BEHIND]
+    under_way = _releases_under_way(tx)
+    left_out = [*left_out_nodes(behind), *(
+        LeftOut(node.id, node.name, f"part of release {under_way[node.id]}, which has not ended")
+        for node in behind if node.gets_releases and node.id in under_way)]
+    groups: dict[int, list[Node]] = {}
+    for node in behind:
+        wants = found[node.id].wants
+        if wants and node.gets_releases and node.id not in under_way:
+            groups.setdefault(wants.release_id, []).append(node)
+    found_ones = []
+    for release_id, members in sorted(groups.items()):
+        try:
+            found_ones.append(_catch_up_with(read_release(tx, release_id), members, reason, strategy, parsed))
+        except AppError as error:
+            left_out += [LeftOut(node.id, node.name, f"left behind: {error.message}") for node in members]
+    return found_ones, left_out
+
+
+def _catch_up_with(wanted: Release, nodes: Sequence[Node], reason: str, strategy: Mapping[str, Any],
+                   parsed: Strategy) -> CatchUp:
+    payload = stored_payload(wanted)
+    refuse_twins(nodes)
+    refuse_dropping_sites(payload, nodes, WRONG_STATE, f"the payload of release {wanted.id}")
+    request = ReleaseRequest(wanted.target, reason or f"catch-up with release {wanted.id}", payload, strategy=strategy,
+                             catch_up_of=wanted.catch_up_of or wanted.id)
+    plan = make_plan(parsed, nodes)
+    return CatchUp(request, plan._replace(payload_of=(wanted.id, wanted.version), selection=selection_again(wanted),
+                                          emptied=emptied_nodes(payload, nodes)), nodes)
+
+
+def no_longer_wanted(tx: Transaction, release: Release) -> str:
+    """Return why a release that has not started must not go out any more, "" where it may.
+
+    A catch-up: a newer release went out meanwhile, the one that it brings was rolled back, or a node has other labels.
+    A retry or rollback: it was overtaken (it waited for an approval, or the end of a freeze), and would undo a success
+    that nobody knew of who asked for it (rule 10). One that a person wrote goes out as it stands.
+    """
+    if release.catch_up_of is None:
+        is_again = release.tag and not (release.retry_of is None and release.rollback_of is None)
+        newer = newer_success(tx, release, nodes_again(tx, release))[0] if is_again else ""
+        verb = "rollback" if release.retry_of is None else "retry"
+        return newer and (f"{newer}: this {verb} comes too late; {verb} again with --over-newer if it is meant all the "
+                          "same")
+    nodes = nodes_again(tx, release)
+    wants, digest = _what_they_want(tx, nodes, _offers(tx)), stored_digest(tx, release.id)
+    others = [node.name for node in nodes if node.id not in wants or wants[node.id].payload_sha256 != digest]
+    return f"{names_of(others)} should run something else now: catch-up again" if others else ""
+
+
+def _releases_under_way(tx: Transaction) -> dict[int, int]:
+    """Return by node the newest release that has it and has not ended."""
+    return dict(tx.rows(f"""
+        SELECT n.node_id, MAX(r.id)
+        FROM release_tasks r
+        JOIN release_task_nodes n ON n.release_task_id = r.id
+        WHERE r.status IN {OPEN_RELEASES}
+        GROUP BY n.node_id"""))
+
+
+# endregion
+
+
+# region Fleet
+# ======================================================================================
+# Fleet: the nodes as they are listed, and counted by how far they are from what they
+#   should run (contract section 5).
+# Uses: Vocabulary, Helpers, Model, Selection, Plan, Verdict, Database, Database state,
+#   Nodes, Queue, Drift.
+# ======================================================================================
+
 class ListedNode(NamedTuple):
     """A node, with what it runs and should run."""
     node: Node
@@ -10089,91 +10209,93 @@ class Fleet:
 
     def _count(self) -> FleetCounts:
         with self._database.transaction() as tx:
-            nodes = all_nodes(tx)
-            enabled = [node for node in nodes if node.enabled]
-            listed = _with_levels(tx, enabled)
-        twins, counts = twins_of(enabled), {drift: DriftCount() for drift in DRIFTS}
-        for node, level in listed:
-            known, since = counts[level.drift], level.drift_since and max(level.drift_since, node.created_at)
-            counts[level.drift] = DriftCount(
-                known.nodes + 1, known.first or node.name, min(filter(None, (known.since, since)), default=None),
-                known.away + (not node.gets_releases), known.known or may_run_text(level))
-        right = [level.has.payload_sha256 for _, level in listed if level.has and level.is_right]
-        return FleetCounts(counts, len(right), len(set(right)),
-                           dict(collections.Counter(node.state for node in nodes)),
+            states = collections.Counter({DISABLED: tx.value("SELECT COUNT(*) FROM nodes WHERE enabled = 0")})
+            counts, right = {drift: DriftCount() for drift in DRIFTS}, collections.Counter[str]()
+            alike = {one.node_id: one for one in _alike_nodes(tx)}
+            for node, level in levels_by_parts(tx, sorted(alike)):
+                these, known, since = alike[node.id], counts[level.drift], level.drift_since
+                states[node.state] += these.number
+                if level.drift == AHEAD and level.has == level.runs:
+                    since = these.since
+                since = since and max(since, these.created_at)
+                counts[level.drift] = DriftCount(
+                    known.nodes + these.number, known.first or node.name,
+                    min(filter(None, (known.since, since)), default=None),
+                    known.away + (0 if node.gets_releases else these.number), known.known or may_run_text(level))
+                if level.has and level.is_right:
+                    right[level.has.payload_sha256] += these.number
+            twins = _first_twins(tx)
+        return FleetCounts(counts, sum(right.values()), len(right), dict(+states),
                            *((twins_text(*twins), twins[1].name) if twins else ()))
 
 
-class CatchUp(NamedTuple):
-    """A release to be made for nodes that are behind, its plan and its nodes."""
-    request: ReleaseRequest
-    plan: Plan
-    nodes: Sequence[Node]
+class _Alike(NamedTuple):
+    """Enabled nodes that run the same and should run the same; they get releases, or none of them does."""
+    # The first of them by id, and how many there are.
+    node_id: int
+    number: int
+    # Since when there is the oldest of them, and since when the first of them runs what they run.
+    created_at: str
+    since: str | None
 
 
-def plan_catch_up(tx: Transaction, reason: str, strategy: Mapping[str, Any]) -> tuple[list[CatchUp], list[LeftOut]]:
-    """Return a release for each one that is wanted, oldest first, and the nodes that are behind but left out."""
-    parsed, nodes = parse_strategy(strategy), all_nodes(tx)
-    refuse_unknown_labels(parsed, nodes)
-    found = levels(tx, nodes)
-    behind = [node for node in nodes if found[node.id].drift == BEHIND]
-    under_way = _releases_under_way(tx)
-    left_out = [*left_out_nodes(behind), *(
-        LeftOut(node.id, node.name, f"part of release {under_way[node.id]}, which has not ended")
-        for node in behind if node.gets_releases and node.id in under_way)]
-    groups: dict[int, list[Node]] = {}
-    for node in behind:
-        wants = found[node.id].wants
-        if wants and node.gets_releases and node.id not in under_way:
-            groups.setdefault(wants.release_id, []).append(node)
-    found_ones = []
-    for release_id, members in sorted(groups.items()):
-        try:
-            found_ones.append(_catch_up_with(read_release(tx, release_id), members, reason, strategy, parsed))
-        except AppError as error:
-            left_out += [LeftOut(node.id, node.name, f"left behind: {error.message}") for node in members]
-    return found_ones, left_out
+def _alike_nodes(tx: Transaction) -> list[_Alike]:
+    """Return all enabled nodes, put together by what tells what they run and should run: most have much company.
 
-
-def _catch_up_with(wanted: Release, nodes: Sequence[Node], reason: str, strategy: Mapping[str, Any],
-                   parsed: Strategy) -> CatchUp:
-    payload = stored_payload(wanted)
-    refuse_twins(nodes)
-    refuse_dropping_sites(payload, nodes, WRONG_STATE, f"the payload of release {wanted.id}")
-    request = ReleaseRequest(wanted.target, reason or f"catch-up with release {wanted.id}", payload, strategy=strategy,
-                             catch_up_of=wanted.catch_up_of or wanted.id)
-    plan = make_plan(parsed, nodes)
-    return CatchUp(request, plan._replace(payload_of=(wanted.id, wanted.version), selection=selection_again(wanted),
-                                          emptied=emptied_nodes(payload, nodes)), nodes)
-
-
-def no_longer_wanted(tx: Transaction, release: Release) -> str:
-    """Return why a release that has not started must not go out any more, "" where it may.
-
-    A catch-up: a newer release went out meanwhile, the one that it brings was rolled back, or a node has other labels.
-    A retry or rollback: it was overtaken (it waited for an approval, or the end of a freeze), and would undo a success
-    that nobody knew of who asked for it (rule 10). One that a person wrote goes out as it stands.
+    A node of which more has to be read stands alone: the last try did not succeed, its address changed since, another
+    row has its address, or a release names it.
     """
-    if release.catch_up_of is None:
-        is_again = release.tag and not (release.retry_of is None and release.rollback_of is None)
-        newer = newer_success(tx, release, nodes_again(tx, release))[0] if is_again else ""
-        verb = "rollback" if release.retry_of is None else "retry"
-        return newer and (f"{newer}: this {verb} comes too late; {verb} again with --over-newer if it is meant all the "
-                          "same")
-    nodes = nodes_again(tx, release)
-    wants, digest = _what_they_want(tx, nodes), stored_digest(tx, release.id)
-    others = [node.name for node in nodes if node.id not in wants or wants[node.id].payload_sha256 != digest]
-    return f"{names_of(others)} should run something else now: catch-up again" if others else ""
+    found: list[_Alike] = []
+    by_labels, named = told_apart(tx)
+    unsure_at = tx.value("SELECT unsure_at FROM database_state WHERE id = 1") or ""
+    for start in range(0, len(named) or 1, IDS_PER_STATEMENT):
+        end = start + IDS_PER_STATEMENT
+        after, upto = named[start - 1] if start else 0, named[end - 1] if end < len(named) else MAX_ID
+        part = named[start:end]
+        # the indexes release_task_nodes_succeeded and nodes_by_address
+        found += [_Alike(*row) for row in tx.rows(f"""
+            SELECT MIN(h.id), COUNT(*), MIN(h.created_at),
+                   MIN(CASE WHEN n.finished_at > h.created_at THEN n.finished_at
+                            WHEN n.finished_at <> '' THEN h.created_at END)
+            FROM nodes h
+            LEFT JOIN release_task_nodes n ON n.node_id = h.id AND n.release_task_id = (
+                SELECT MAX(m.release_task_id) FROM release_task_nodes m WHERE m.node_id = h.id AND m.status = 'success')
+            LEFT JOIN release_tasks r ON r.id = n.release_task_id
+            WHERE h.enabled = 1 AND h.id > ? AND h.id <= ?
+            GROUP BY n.release_task_id, h.status, CASE WHEN h.created_at <= ? THEN 1 ELSE 0 END,
+                     {"h.labels," if by_labels else ""}
+                     CASE WHEN h.last_version > COALESCE(r.version, 0)
+                            OR ({ADDRESS_THEN}) <> (h.main_ip, h.agent_port)
+                            OR EXISTS (SELECT 1 FROM nodes a
+                                       WHERE a.main_ip = h.main_ip AND a.agent_port = h.agent_port AND a.id <> h.id)
+                            {f"OR h.id IN ({', '.join('?' * len(part))})" if part else ""}
+                          THEN h.id ELSE 0 END""", after, upto, unsure_at, *part)]
+    return found
 
 
-def _releases_under_way(tx: Transaction) -> dict[int, int]:
-    """Return by node the newest release that has it and has not ended."""
-    return dict(tx.rows(f"""
-        SELECT n.node_id, MAX(r.id)
-        FROM release_tasks r
-        JOIN release_task_nodes n ON n.release_task_id = r.id
-        WHERE r.status IN {OPEN_RELEASES}
-        GROUP BY n.node_id"""))
+class _Place(NamedTuple):
+    """Where the agent of a node listens."""
+    node_id: int
+    main_ip: str
+    agent_port: int
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return endpoint_of(self.main_ip, self.agent_port)
+
+
+def _first_twins(tx: Transaction) -> tuple[Node, Node] | None:
+    """Return the first two enabled nodes with one address, None where there are none."""
+    # An address with a colon is spelled in many ways. Where one like ::ffff:10.0.0.7, or in capital letters, may be the
+    # twin of another, all are read; else the index nodes_by_address finds those that are there twice.
+    twins = twins_of(_Place(*row) for row in tx.rows("""
+        SELECT id, main_ip, agent_port
+        FROM nodes
+        WHERE enabled = 1 AND (main_ip LIKE '%:%'
+            OR (main_ip, agent_port) IN (SELECT main_ip, agent_port FROM nodes GROUP BY 1, 2 HAVING COUNT(*) > 1)
+            OR EXISTS (SELECT 1 FROM nodes WHERE main_ip <> LOWER(main_ip) OR LOWER(main_ip) LIKE '%:ffff:%'))
+        ORDER BY id"""))
+    return twins and (find_node(tx, twins[0].node_id), find_node(tx, twins[1].node_id))
 
 
 # endregion
@@ -10181,8 +10303,8 @@ def _releases_under_way(tx: Transaction) -> dict[int, int]:
 
 # region Counts
 # ======================================================================================
-# Counts: the figures of METRICS that are in the database.
-# Uses: Vocabulary, Helpers, Failures, Database, Queue.
+# Counts: the figures of METRICS that are in the database, and how fast a release goes.
+# Uses: Vocabulary, Helpers, Model, Failures, Status texts, Database, Queue.
 # ======================================================================================
 
 # Targets with figures of their own, the oldest ones; the others are counted together as OTHER.
@@ -10203,6 +10325,102 @@ def read_shared(tx: Transaction, release_id: int, total_nodes: int) -> str:
     failed = dict(tx.rows(f"{counts} AND n.status = 'failed' GROUP BY h.labels", release_id))
     return shared_text(failed, dict(tx.rows(f"{counts} GROUP BY h.labels", release_id))) if sum(
         failed.values()) > 1 else ""
+
+
+def read_labels(tx: Transaction, release_id: int) -> dict[str, int]:
+    """Return how many nodes of a release have which labels now."""
+    return dict(tx.rows("SELECT h.labels, COUNT(*) FROM release_task_nodes n JOIN nodes h ON h.id = n.node_id "
+                        "WHERE n.release_task_id = ? GROUP BY h.labels", release_id))
+
+
+def read_failures(tx: Transaction, release_id: int, labels_of: Callable[[Transaction, int], Mapping[str, int]]
+                  = read_labels) -> list[FailureGroup]:
+    """Return the failed nodes of a release by cause; labels_of: read_labels(), or what keeps it."""
+    failed = [FailedNode(*row) for row in tx.rows(f"""
+        SELECT n.node_id, {NAME_THEN}, {IP_THEN}, n.task_id, n.error_kind, n.error_msg, h.labels
+        FROM release_task_nodes n
+        JOIN nodes h ON h.id = n.node_id
+        WHERE n.release_task_id = ? AND n.status = 'failed'""", release_id)]
+    has_labels = failed[1:] and any(label_values(text) for text in {node.labels for node in failed})
+    return group_failures(failed, labels_of(tx, release_id) if has_labels else {})
+
+
+# The failed nodes of a release with more nodes than this are rarely read; of so many such releases they are kept.
+SMALL_RELEASE_NODES, MAX_LARGE_KEPT = 1000, 16
+
+
+class FailureReader:
+    """Reads the failed nodes of releases by cause; 100,000 of them take a second of CPU time."""
+
+    def __init__(self) -> None:
+        # Of large releases, by id and status: once a release has ended they don't change.
+        self._large: dict[tuple[int, str], RareRead[list[FailureGroup]]] = {}
+        # Of the large release whose failures were read last: all its nodes are read for them, and they rarely change.
+        self._labels = RareRead(read_labels, rest=1e6)
+
+    def read(self, tx: Transaction, release: Release) -> list[FailureGroup]:
+        """Return the failed nodes of a release by cause; while a large one runs, they may be some seconds old."""
+        if release.total_nodes <= SMALL_RELEASE_NODES:
+            return read_failures(tx, release.id)
+        if len(self._large) >= MAX_LARGE_KEPT:
+            self._large.clear()
+        return self._large.setdefault((release.id, release.status), RareRead(self._read_large)).get(tx, release.id)
+
+    def _read_large(self, tx: Transaction, release_id: int) -> list[FailureGroup]:
+        return read_failures(tx, release_id, lambda tx, id_: self._labels.get(tx, id_, key=id_))
+
+
+def read_pace(tx: Transaction, release: Release, now: Moment) -> Pace:
+    """Return how fast the current batch of a release goes, by the last PACE_EVENTS of the release."""
+    # The index release_events_by_release. One batch follows another: where the oldest of these events is of the current
+    # one, so are all, and the batch of each need not be looked up. They are counted here: 2000 rows out of the database
+    # are as dear as to find them, and while other threads are at work each may wait for the interpreter.
+    oldest = tx.value("""
+        SELECT n.batch
+        FROM release_task_nodes n
+        WHERE n.release_task_id = ? AND n.node_id = (
+            SELECT node_id FROM release_events WHERE release_task_id = ? ORDER BY id DESC LIMIT 1 OFFSET ?)""",
+                      release.id, release.id, PACE_EVENTS - 1)
+    of_batch, values = "", list[int]()
+    if oldest != release.current_batch:
+        of_batch = """AND EXISTS (SELECT 1 FROM release_task_nodes n
+                                  WHERE n.release_task_id = ? AND n.node_id = e.node_id AND n.batch = ?)"""
+        values = [release.id, release.current_batch]
+    first, ended = tx.row(f"""
+        SELECT MIN(e.at), COUNT(CASE WHEN e.to_status IN ('success', 'failed') AND e.at >= ? THEN 1 END)
+        FROM (SELECT node_id, to_status, at FROM release_events WHERE release_task_id = ? ORDER BY id DESC LIMIT ?) e
+        WHERE e.node_id IS NOT NULL {of_batch}""", utc_text(now.wall - PACE_S), release.id, PACE_EVENTS,
+                          *values) or (None, 0)
+    spent_s = max(0.0, now.wall - epoch_or(first, now.wall))
+    return Pace(spent_s, min(spent_s, PACE_S) / ended if ended else 0.0)
+
+
+def read_pace_before(tx: Transaction, release: Release, batches: Sequence[BatchProgress], spent_s: float,
+                     soak_s: float, now: Moment) -> Pace:
+    """Return how long the batch before the current one took, of which nothing has ended lately; spent_s: as in Pace."""
+    began, last = tx.row("""
+        SELECT MIN(started_at), MAX(finished_at)
+        FROM release_task_nodes
+        WHERE release_task_id = ? AND status IN ('success', 'failed') AND batch = ?""", release.id, max(
+        (batch.number for batch in batches if batch.number < release.current_batch), default=0)) or (None, None)
+    # a batch that should have begun since then, and has not: perhaps no executor is running
+    waits_s = max(0.0, now.wall - epoch_or(last, now.wall) - soak_s)
+    return Pace(spent_s or waits_s, 0.0, max(0.0, epoch_or(last, 0.0) - epoch_or(began, 0.0)) if began else 0.0)
+
+
+def read_open_batches(tx: Transaction, release: Release) -> list[BatchProgress]:
+    """Return the open batches of a release, each with its open nodes alone; of a large one's last, by its counters."""
+    # the index release_task_nodes_by_status
+    last = tx.value("""
+        SELECT MAX(w.batch) FROM (
+            SELECT MAX(n.batch) AS batch FROM release_task_nodes n WHERE n.release_task_id = ? AND n.status = 'pending'
+            UNION ALL
+            SELECT MAX(n.batch) FROM release_task_nodes n WHERE n.release_task_id = ? AND n.status = 'running') w""",
+                    release.id, release.id)
+    if last == release.current_batch and release.total_nodes > SMALL_RELEASE_NODES:
+        number = release.total_nodes - release.success_nodes - release.failed_nodes - release.skipped_nodes
+        return [BatchProgress(last, {PENDING: number})]
+    return read_batches(tx, release.id, "AND status IN ('pending', 'running')")
 
 
 def read_counts(tx: Transaction) -> dict[tuple[str, ...], float]:
@@ -10629,17 +10847,20 @@ class Releases:
                                   LIMIT ?) f)""", release_id, release_id, most_failed)
 
     def with_failures(self, release_id: int) -> tuple[Release, list[FailureGroup]]:
-        """Return a release and its failed nodes by cause; raise AppError 3001."""
+        """Return a release as_shown(), and its failed nodes by cause; raise AppError 3001."""
         with self._database.transaction() as tx:
             release = read_release(tx, release_id)
-            return release, self._failures.read(tx, release)
+            return self._as_shown(tx, release), self._failures.read(tx, release)
 
     def whole(self, release_id: int) -> tuple[Release, list[ReleaseNode], list[FailureGroup], dict[int, str]]:
-        """Return a release, its nodes by batch and id, those failed by cause, read_groups(); raise AppError 3001."""
+        """Return a release as_shown(), its nodes by batch and id, those failed by cause, read_groups().
+
+        Raise AppError 3001.
+        """
         with self._database.transaction() as tx:
             release = read_release(tx, release_id)
-            return (release, read_release_nodes(tx, release_id), self._failures.read(tx, release),
-                    read_groups(tx, release))
+            return (self._as_shown(tx, release), read_release_nodes(tx, release_id),
+                    self._failures.read(tx, release), read_groups(tx, release))
 
     def progress(self, release_id: int) -> Progress:
         """Return where a release is; raise AppError 3001."""
@@ -10668,37 +10889,26 @@ class Releases:
         That is for those who read it: the row would have to be written again and again.
         """
         with self._database.transaction() as tx:
-            [shown] = self._as_true(tx, [release])
-            if shown is not release or release.status != RUNNING:
-                return shown
-            text = self._time_left(tx, release, read_batches(tx, release.id))
-        return dataclasses.replace(release, status_reason="; ".join(filter(None, (release.status_reason, text))))
+            return self._as_shown(tx, release)
 
-    def _time_left(self, tx: Transaction, release: Release, batches: Sequence[BatchProgress]) -> str:
-        number = next((batch.number for batch in batches if batch.is_open), 0)
-        if release.status != RUNNING or not number or read_freezes(tx).of(release).frozen:
+    def _as_shown(self, tx: Transaction, release: Release) -> Release:
+        [shown] = self._as_true(tx, [release])
+        if shown is not release or release.status != RUNNING:
+            return shown
+        texts = release.status_reason, self._time_left(tx, release)
+        return dataclasses.replace(release, status_reason="; ".join(filter(None, texts)))
+
+    def _time_left(self, tx: Transaction, release: Release, batches: Sequence[BatchProgress] = ()) -> str:
+        """Return time_left(); batches: read_batches(), where the caller has them."""
+        if release.status != RUNNING or not release.current_batch or read_freezes(tx).of(release).frozen:
             return ""
-        now, strategy, status_ages = self._state.moment(), strategy_of(release.strategy), list[tuple[str, float]]()
-        # the index release_events_by_release
-        for status, at in tx.rows("""
-                SELECT e.to_status, e.at
-                FROM (SELECT node_id, to_status, at FROM release_events WHERE release_task_id = ?
-                      ORDER BY id DESC LIMIT ?) e
-                JOIN release_task_nodes n ON n.release_task_id = ? AND n.node_id = e.node_id
-                WHERE n.batch = ?""", release.id, PACE_EVENTS, release.id, number):
-            status_ages.append((status, now.wall - epoch_or(at, now.wall)))
-        spent_s = max((age_s for _, age_s in status_ages), default=0.0)
-        ended = sum(status in (SUCCESS, FAILED) and age_s <= PACE_S for status, age_s in status_ages)
-        pace = Pace(spent_s, min(spent_s, PACE_S) / ended if ended else 0.0)
-        if not ended:
-            began, last = tx.row("""
-                SELECT MIN(started_at), MAX(finished_at)
-                FROM release_task_nodes
-                WHERE release_task_id = ? AND status IN ('success', 'failed') AND batch = ?""", release.id, max(
-                (batch.number for batch in batches if batch.number < number), default=0)) or (None, None)
-            # a batch that should have begun since then, and has not: perhaps no executor is running
-            waits_s = max(0.0, now.wall - epoch_or(last, now.wall) - strategy.soak_s)
-            pace = Pace(spent_s or waits_s, 0.0, max(0.0, epoch_or(last, 0.0) - epoch_or(began, 0.0)) if began else 0.0)
+        now, strategy = self._state.moment(), strategy_of(release.strategy)
+        pace = read_pace(tx, release, now)
+        if not batches:
+            is_over = pace.each_s and release.current_batch <= release.passed_batch + 1
+            batches = read_open_batches(tx, release) if is_over else read_batches(tx, release.id)
+        if not pace.each_s:
+            pace = read_pace_before(tx, release, batches, pace.spent_s, strategy.soak_s, now)
         return time_left(release, batches, pace, strategy, now)
 
     def is_exceeded(self, release_id: int) -> bool:
@@ -11001,8 +11211,8 @@ class History:
 # region Notifications
 # ======================================================================================
 # Notifications: the outbox: messages that are still to go (contract section 2).
-# Uses: Vocabulary, Helpers, Failures, Decision, Verdict, Database state, Audit,
-#   Queue.
+# Uses: Vocabulary, Helpers, Failures, Decision, Verdict, Database state, Audit, Queue,
+#   Counts.
 #
 #   A row is written by add_notification() (Audit), in the transaction of what it tells. Whoever sends it
 #   first moves next_at ahead under the number of tries that was read: so one process sends it, and when
@@ -11589,7 +11799,7 @@ class Claims:
 # ======================================================================================
 # Overview: what the verdict is made from; the store that all parts make up.
 # Uses: Vocabulary, Helpers, Model, Status texts, Why, Verdict, Database, Database
-#   state, Audit, Nodes, Queue, Retry and rollback, Drift, Approvals, Releases,
+#   state, Audit, Nodes, Queue, Retry and rollback, Drift, Fleet, Approvals, Releases,
 #   History, Notifications, Claims.
 # ======================================================================================
 
@@ -15342,8 +15552,8 @@ def _translated_sentence(value: Any) -> Any:
 # region Serialization
 # ======================================================================================
 # Serialization: the JSON of contract section 5, and its schemas. Pure.
-# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Freezes, Strategy,
-#   Selection, Plan, Failures, Status texts, Verbs, Why, Verdict, Audit, Nodes, Drift.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Freezes, Strategy, Selection,
+#   Plan, Failures, Status texts, Verbs, Why, Verdict, Audit, Nodes, Drift, Fleet.
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
@@ -16175,7 +16385,7 @@ def refuse_strangers(head: Head) -> None:
 # region Requests
 # ======================================================================================
 # Requests: a checked request, its parameters and its reply; who may read much at a time.
-# Uses: Vocabulary, Helpers, Strategy, Plan, Audit, Drift, Overview, Access.
+# Uses: Vocabulary, Helpers, Strategy, Plan, Audit, Fleet, Overview, Access.
 # ======================================================================================
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -16392,7 +16602,7 @@ def page_headers(text: str) -> dict[str, str]:
 # API: routes as a table, handlers, /openapi.json (contract section 5); knows no
 #   socket.
 # Uses: Vocabulary, Helpers, Log and metrics, Model, Strategy, Selection, Plan, Status
-#   texts, Verbs, Audit, Queue, Retry and rollback, Drift, Overview, Serialization,
+#   texts, Verbs, Audit, Queue, Retry and rollback, Fleet, Overview, Serialization,
 #   Requests, Page.
 # ======================================================================================
 
@@ -16473,12 +16683,10 @@ class Api:
 
     def get_release(self, request: Request) -> Reply:
         if request.choice("view") == "summary":
-            release, failures = self.store.releases.with_failures(request.ids[0])
-            return Reply(200, release_summary_json(self.store.releases.as_shown(release), failures))
+            return Reply(200, release_summary_json(*self.store.releases.with_failures(request.ids[0])))
 
         def read() -> dict[str, Any]:
-            release, nodes, failures, groups = self.store.releases.whole(request.ids[0])
-            return release_with_nodes_json(self.store.releases.as_shown(release), nodes, failures, groups)
+            return release_with_nodes_json(*self.store.releases.whole(request.ids[0]))
         return Reply(200, self._by_size(request, read))
 
     def get_why(self, request: Request) -> Reply:
@@ -17479,7 +17687,7 @@ def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
 # Check: what is wrong with this installation, and what would mend it; pings; until when
 #   certificates are good.
 # Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Status texts,
-#   Decision, Why, Verdict, Engines, Database, Audit, Drift, Overview, Dialects,
+#   Decision, Why, Verdict, Engines, Database, Audit, Drift, Fleet, Overview, Dialects,
 #   Agents, Notifier, Executor, Access, API, Server.
 # ======================================================================================
 
@@ -18768,9 +18976,7 @@ def command_status(context: Context) -> int:
         return _show_overview(context)
     options, store = context.options, context.open()
     if options.json:
-        release, nodes, failures, groups = store.releases.whole(options.id)
-        shown = store.releases.as_shown(release)
-        return context.show(release_with_nodes_json(shown, nodes, failures, groups), "")
+        return context.show(release_with_nodes_json(*store.releases.whole(options.id)), "")
     progress, nodes = store.releases.progress_and_nodes(options.id, MAX_ILL)
     if options.all:
         nodes = store.releases.with_nodes(options.id)[1]
@@ -19105,8 +19311,8 @@ def command_version(context: Context) -> int:
 # region Node commands
 # ======================================================================================
 # Node commands: what the commands on nodes do, and what is shown of a node.
-# Uses: Vocabulary, Helpers, Model, Selection, Drift, Overview, Serialization, Check,
-#   Terminal, Commands.
+# Uses: Vocabulary, Helpers, Model, Selection, Drift, Fleet, Overview, Serialization,
+#   Check, Terminal, Commands.
 # ======================================================================================
 
 def _node_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -569,6 +569,96 @@ def test_a_node_that_no_release_takes_costs_no_query_a_release(store, monkeypatc
     assert len(asked) < 20
 
 
+# -- counted -------------------------------------------------------------------------------------------
+
+def counted_one_by_one(store: rc.Store) -> rc.FleetCounts:
+    """Return what Fleet.counts() counts, from what is told of each node by itself."""
+    listed = store.fleet.page(size=0).items
+    nodes = [one.node for one in listed]
+    counts, right, enabled = {drift: rc.DriftCount() for drift in rc.DRIFTS}, [], [n for n in nodes if n.enabled]
+    for node, found in listed:
+        if not node.enabled:
+            continue
+        one, since = counts[found.drift], found.drift_since and max(found.drift_since, node.created_at)
+        counts[found.drift] = rc.DriftCount(
+            one.nodes + 1, one.first or node.name, min([s for s in (one.since, since) if s], default=None),
+            one.away + (not node.gets_releases), one.known or rc.may_run_text(found))
+        right += [found.has.payload_sha256] if found.is_right else []
+    states, twins = [node.state for node in nodes], rc.twins_of(enabled)
+    return rc.FleetCounts(counts, len(right), len(set(right)), {state: states.count(state) for state in set(states)},
+                          *((rc.twins_text(*twins), twins[1].name) if twins else ()))
+
+
+# What a release is for, of nodes 1 to 12, some of which have the label l; what became of a node; where nodes are.
+SELECTIONS = ({}, {"labels": {"l": "x"}}, {"labels": {"l": ["x", "z"]}, "exclude": {"nodeIds": [3]}},
+              {"nodeIds": [1, 2, 5, 9, 77]}, {"nodeIds": [4, 6], "labels": {"l": "y"}}, {"exclude": {"nodeIds": [12]}},
+              {"exclude": {"labels": {"l": "y"}}}, {"nodesOf": 1}, {"nodesOf": 2}, {"no": "such"})
+FATES = (("success", ""), ("skipped", ""), ("failed", "verify"), ("failed", "abandoned"), ("failed", "agent_failed"))
+PLACES = ("10.0.0.9", "10.0.0.8", "::ffff:10.0.0.8", "::FFFF:10.0.0.9", "host", "Host", "::1", "0::1")
+
+
+def draw_rows(tx: rc.Transaction, rng: random.Random, releases: int) -> None:
+    """Write anew what became of 12 nodes in some releases, mostly that they succeeded."""
+    ends = [rc.utc_text(1.8e9 + 60 * number) for number in range(releases + 2)]
+    sent, oddity = dict.fromkeys(range(1, 13), 0), rng.choice((0.0, 0.1, 0.4))
+    tx.execute("UPDATE release_tasks SET rollback_of = NULL")
+    for number in range(1, releases + 1):
+        for node_id in sent:
+            fate, kind = rng.choice(FATES) if rng.random() < oddity else FATES[0]
+            sent[node_id] = number if fate != "skipped" else sent[node_id]
+            tx.execute("UPDATE release_task_nodes SET status = ?, error_kind = ?, attempts = 1, finished_at = ?, "
+                       "main_ip = ? WHERE release_task_id = ? AND node_id = ?", fate, kind, rng.choice((
+                           ends[number], ends[number - 1], None)), "10.9.9.9" if rng.random() < oddity / 4 else "",
+                       number, node_id)
+        status = rng.choice(("success", "success", "partial", "failed", "running"))
+        tx.execute("UPDATE release_tasks SET selection = ?, status = ?, started_at = ?, finished_at = ?, "
+                   f"rollback_of = ?, {rc.COUNTERS} WHERE id = ?", rc.to_json(rng.choice(SELECTIONS)), status,
+                   ends[number], ends[number], 1 if number > 1 and rng.random() < 0.1 else None, number)
+    for node_id, version in sent.items():
+        tx.execute("UPDATE nodes SET labels = ?, enabled = ?, status = ?, created_at = ?, last_version = ?, "
+                   "main_ip = ? WHERE id = ?",
+                   rng.choice(('{}', '{"l":"x"}', '{"l":"y"}', '{"l": "x"}')), int(rng.random() < 0.9),
+                   rng.choice(("online", "online", "offline")), rng.choice((ends[0], ends[-1])),
+                   version + (rng.random() < oddity / 4),
+                   rng.choice(PLACES) if rng.random() < oddity else f"10.0.1.{node_id}", node_id)
+    tx.execute("UPDATE database_state SET unsure_version = ?, unsure_at = ?", rng.choice((0, 0, 2)), ends[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nodes_that_are_counted_together_are_what_each_is_by_itself(store, monkeypatch, seed):
+    monkeypatch.setattr(rc, "IDS_PER_STATEMENT", 3)
+    rng = random.Random(seed)
+    add_nodes(store, 12)
+    releases = [new_release(store, payload={"n": number % 3}, node_ids=list(range(1, 13 - 5 * (number == 1))))
+                for number in range(4)]
+    for _ in range(25):
+        with store.database.transaction(write=True) as tx:
+            draw_rows(tx, rng, len(releases))
+        assert store.fleet.counts(key=object()) == counted_one_by_one(store)
+
+
+def test_nodes_that_came_after_a_restore_are_counted_apart_from_those_that_may_run_something_else(store):
+    add_nodes(store, 3)
+    settle(store, new_release(store, payload={"content": "A"}), *["success"] * 3)
+    sql(store, "UPDATE nodes SET created_at = '2020-01-01T00:00:00.000Z' WHERE id > 1")
+    sql(store, "UPDATE database_state SET unsure_version = 9, unsure_at = '2021-01-01T00:00:00.000Z'")
+    found = store.fleet.counts().drift
+    assert {drift: found[drift].nodes for drift in ("none", "unknown")} == {"none": 1, "unknown": 2}
+    assert store.fleet.counts(key=2) == counted_one_by_one(store)
+
+
+def test_most_nodes_of_a_fleet_are_counted_by_one_of_them(store, monkeypatch):
+    add_nodes(store, 9)
+    settle(store, new_release(store, payload={"content": "A"}), *["success"] * 9)
+    read, real = [], rc.levels_by_parts
+    monkeypatch.setattr(rc, "levels_by_parts", lambda tx, ids: read.append(ids) or real(tx, ids))
+    assert store.fleet.counts().drift["none"].nodes == 9
+    new_release(store, node_ids=[4, 7], payload={"content": "B"})
+    sql(store, "UPDATE release_tasks SET status = 'success' WHERE id = 2")
+    assert store.fleet.counts(key=2).drift["behind"].nodes == 2
+    assert read == [[1], [1, 4, 7]]
+
+
 # -- against a model -----------------------------------------------------------------------------------
 
 class Model:
@@ -658,6 +748,7 @@ def test_runs_wants_and_drift_agree_with_a_model_over_random_histories(store, se
             found = level(store, node)
             assert (found.runs and found.runs.release_id, found.wants and found.wants.release_id,
                     found.drift) == model.drift(node), f"node {node}, {model.releases}"
+        assert store.fleet.counts(key=object()) == counted_one_by_one(store)
 
 
 def _random_release(store: rc.Store, model: Model, rng: random.Random) -> None:

@@ -373,6 +373,25 @@ def test_a_large_release_is_not_grouped_again_and_again(sqlite_url, open_store, 
     assert len(times) == 2
 
 
+def test_the_labels_of_a_large_release_are_counted_once_a_minute_and_only_where_nodes_that_failed_have_any(
+        sqlite_url, open_store, monkeypatch):
+    store = open_store(sqlite_url)
+    release = failing(store)
+    labels = {node.id: node.labels for node in store.nodes.page(size=0).items}
+    sql(store, "UPDATE release_tasks SET total_nodes = ?", rc.SMALL_RELEASE_NODES + 1)
+    sql(store, "UPDATE nodes SET labels = '{}'")
+    monkeypatch.setattr(rc, "RARE_READ_REST", 0)
+    asked, rows = [], rc.Transaction.rows
+    monkeypatch.setattr(rc.Transaction, "rows", lambda tx, statement, *params: asked.append(
+        "GROUP BY h.labels" in statement) or rows(tx, statement, *params))
+    assert [group.label for group in store.releases.with_failures(release.id)[1]] == [None] * len(LINES)
+    assert not any(asked)
+    for node_id, text in labels.items():
+        sql(store, "UPDATE nodes SET labels = ? WHERE id = ?", text, node_id)
+    found = [[str(group) for group in store.releases.with_failures(release.id)[1]] for _ in range(3)]
+    assert (found, sum(asked)) == ([LINES] * 3, 1)
+
+
 # -- retry of some ------------------------------------------------------------------------------------------------
 
 RETRIES = [({"kinds": ["unreachable"]}, [4, 5], 6), ({"kinds": ["unreachable", "timeout"]}, [4, 5, 6], 5),

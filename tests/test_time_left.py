@@ -120,6 +120,37 @@ def test_of_a_long_history_the_end_is_enough(store, monkeypatch):
     assert shown(store) == "about 2 min left"  # 5 in a minute
 
 
+@pytest.mark.parametrize("events", [4, 5, 8, 9, 2000])
+def test_what_ended_in_the_batch_before_tells_no_pace(store, monkeypatch, events):
+    monkeypatch.setattr(rc, "PACE_EVENTS", events)
+    add_nodes(store, 10)
+    new_release(store, strategy={"batches": [6]})
+    let_succeed(store, 1, list(range(1, 7)), 50, 45)
+    let_succeed(store, 1, [7, 8], 30, 20)
+    sql(store, "UPDATE release_tasks SET passed_batch = 1")
+    assert shown(store) == "about 30 s left"  # 2 of batch 2 in 30 s
+
+
+@pytest.mark.parametrize(("batches", "succeeded", "text"), [
+    ([4], 6, "about 2 min left"),     # the last batch: 6 at 15 s each, by the counters
+    ([4, 6], 5, "about 4 min left"),  # batch 2 and 3: 7 at 30 s each, by their open nodes
+    (["100%"], 4, "about 2 min left")])
+def test_the_time_left_of_a_large_release_needs_no_node_that_is_done(store, monkeypatch, batches, succeeded, text):
+    monkeypatch.setattr(rc, "SMALL_RELEASE_NODES", 0)
+    add_nodes(store, 12)
+    new_release(store, strategy={"batches": batches})
+    let_succeed(store, 1, list(range(1, 5)), 80, 30)
+    let_succeed(store, 1, list(range(5, succeeded + 1)), 30, 20)
+    sql(store, "UPDATE release_tasks SET passed_batch = (SELECT MAX(batch) - 1 FROM release_task_nodes "
+               f"WHERE status = 'success'), {rc.COUNTERS}")
+    told, read = shown(store), []
+    assert told == text
+    real = rc.read_batches
+    monkeypatch.setattr(rc, "read_batches", lambda tx, id_, *where: read.append(where) or real(tx, id_, *where))
+    assert store.releases.with_failures(1)[0].status_reason == f"at work; {text}"
+    assert [where != () for where in read] == ([True] if batches == [4, 6] else [])
+
+
 def test_status_and_watch_tell_the_time_left(filled_quick, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     store = filled_quick.store
