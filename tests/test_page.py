@@ -1504,7 +1504,7 @@ def test_nodes_are_sorted_and_filtered_by_drift_through_the_address(page):
     page.run("history.back()")
     page.see("Node ↑", "thead").open("#/nodes?sort=drift").see("edge-3", "#row-3")
     assert set(page.run(rows)[4:]) == {"row-3", "row-4"}  # those that run what they should come last
-    page.open("#/nodes?state=offline&label=pop%3Dams").see("Nothing was found", "main").see("pop=ams", "main")
+    page.open("#/nodes?state=disabled&label=pop%3Dams").see("Nothing was found", "main").see("pop=ams", "main")
     page.see("No release goes there", "main").press("Show all").see("edge-3", "#row-3")
     assert page.address() == "#/nodes"
 
@@ -1624,6 +1624,17 @@ def test_the_nodes_of_a_small_batch_have_their_names_and_a_large_one_is_squares(
 
 
 @pytest.mark.slow
+def test_nodes_that_were_picked_stay_picked_when_a_payload_comes_from_a_release(page):
+    add_nodes(page.daemon.store, 2)
+    good(page.daemon.store, "A")
+    page.open("#/nodes?search=edge-2").see("1 node", ".bulk").press("New release for these")
+    page.see("1 node picked", "main")
+    page.fill(reason="for edge-2 alone").open("#/new?from=1").see("from release 1", "#wrong-payload")
+    page.see("1 node picked", "main").ready("1 node")
+    assert page.run("document.querySelector('[name=reason]').value") == "for edge-2 alone"
+
+
+@pytest.mark.slow
 def test_the_way_back_comes_first_only_where_a_release_failed_that_was_no_way_back_itself(page):
     store = page.daemon.store
     looks_for_work(store)
@@ -1638,6 +1649,8 @@ def test_the_way_back_comes_first_only_where_a_release_failed_that_was_no_way_ba
     sql(store, "UPDATE release_tasks SET status = 'partial' WHERE id = 3")
     page.reload().see("Nodes are behind", "main h1").see(retry, ".verdict")
     assert page.run(words)[:2] == [[retry, ""], [back, ""]]
+    assert page.run("[...document.querySelectorAll('.verdict .mend .mono')].map(e => e.innerText)")[-2:] == [
+        "releasectl retry 3 --plan", "releasectl rollback 3 --plan"]
     settle(store, store.releases.rollback(bad.id, "anna").release, "failed", "failed")
     page.reload().see("Release 4 failed", "main h1")
     assert "main" not in [kind for _, kind in page.run(words)]
