@@ -1,6 +1,7 @@
 """Processes of releasectl, forked where all is imported already: by exec each takes ten times as much CPU to start.
 
-What begins where a process does (the interpreter's own options and variables, its streams) is for those by exec.
+What begins where a process does (the interpreter's own options and variables, its streams) is for those by exec. The
+streams are files here, all commands of a server share one hash seed, and what a command left running is not waited for.
 `python tests/forks.py FD` is the server: for each byte that comes over the socket FD it makes a process of the five
 files sent with it: its three streams, where its exit code is to be written, and what it is (JSON).
 """
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -35,7 +37,8 @@ class Forks:
         """Run a command to its end; return its exit code and what it wrote. Raise TimeoutError."""
         with contextlib.ExitStack() as stack:
             told, given, out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(4))
-            for file, text in ((told, json.dumps([list(arguments), folder, dict(environment)])), (given, stdin or "")):
+            what = json.dumps([list(arguments), folder, dict(environment), limit_s])
+            for file, text in ((told, what), (given, stdin or "")):
                 file.write(text.encode())
                 file.seek(0)
             ended, ends = os.pipe()
@@ -76,17 +79,20 @@ def serve(requests: socket.socket) -> int:
                 pass  # one that waited for an earlier command
     requests.close()
     *streams, ends, told = files
+    with open(told, encoding="utf-8") as text:
+        arguments, folder, environment, limit_s = json.load(text)
     child = os.fork()
     if child:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))  # nobody waits for it any more
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        os.write(ends, str(code).encode())
+        with contextlib.suppress(BrokenPipeError):
+            os.write(ends, str(code).encode())
         os._exit(0)
     os.close(ends)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    with open(told, encoding="utf-8") as text:
-        arguments, folder, environment = json.load(text)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

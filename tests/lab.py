@@ -674,7 +674,8 @@ class Cli:
 
         It is a process by exec where what begins with the interpreter matters.
         """
-        if not self.forks or self.prefix or any(name.startswith(("PYTHON", "LC_", "LANG")) for name in self.settings):
+        if not self.forks or self.prefix or any(
+                name.startswith(("PYTHON", "LC_", "LANG", "TZ")) for name in self.settings):
             process = self.start(*arguments, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
             return self.end(process, stdin)
         return self._checked(*self.forks.run([str(word) for word in arguments], str(self.folder), self.environment,
