@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from lab import World, beside, eventually, findings, serve_process, sql
+from lab import World, beside, eventually, findings, serve_process, sql, statuses
 
 import releasectl as rc
 
@@ -605,9 +605,11 @@ def test_a_persons_text_is_no_error_that_is_tried_again(world):
 def test_a_release_waits_for_the_slots_that_another_one_has(world):
     world.nodes(2)
     world.agent(1).set(mode="hang")
-    first, second = (world.store.releases.create(rc.ReleaseRequest(target, node_ids=[number]), "tests").release
-                     for number, target in enumerate(("a", "b"), 1))
+    make = world.store.releases.create
+    first = make(rc.ReleaseRequest("a", node_ids=[1]), "tests").release
     with looking(world, AGENT_CONCURRENCY=1):
+        eventually(lambda: statuses(world.store, first.id) == ["running"])  # it has the slot
+        second = make(rc.ReleaseRequest("b", node_ids=[2]), "tests").release
         explained(world, second, "slots", "waits",
                   r"waiting for a free slot \(1 of 1 in use by release 1: AGENT_CONCURRENCY\)", "releasectl pause 1")
         assert step(why(world, first), "slots") is None
