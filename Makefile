@@ -39,7 +39,7 @@ install: ## program, man page, completions, units, settings and, as root, the us
 uninstall: ## removes what install put there; settings, data and the user stay
 	@PYTHON="$(PYTHON)" PREFIX="$(PREFIX)" SYSCONFDIR="$(SYSCONFDIR)" DESTDIR="$(DESTDIR)" bash scripts/install.sh uninstall
 
-test: $(TESTS_STAMP) ## the quick tests, on SQLite and, where it is installed, on PostgreSQL: six minutes
+test: $(TESTS_STAMP) ## the quick tests, on SQLite and, where it is installed, on PostgreSQL: seven minutes
 	@$(call run_tests,-m "not slow")
 
 test-all: $(TESTS_STAMP) ## all tests: a browser, processes that are killed, many schedules of faults as well
