@@ -371,19 +371,26 @@ def filled_template(sqlite_template) -> Path:
 
 
 @pytest.fixture
-def filled(cli, filled_template, open_store) -> Cli:
-    """A command line over nodes edge-1 and edge-2, and releases: 1 success, 2 failed, 3 pending."""
-    shutil.copy(filled_template, cli.folder / "releasectl.db")
-    cli.store = open_store(f"sqlite:///{cli.folder}/releasectl.db")
-    return cli
+def over_filled(filled_template, open_store) -> Callable[[Cli], Cli]:
+    """A function that gives a command line a copy of that database, and returns it."""
+    def give(one: Cli) -> Cli:
+        shutil.copy(filled_template, one.folder / "releasectl.db")
+        one.store = open_store(f"sqlite:///{one.folder}/releasectl.db")
+        return one
+
+    return give
 
 
 @pytest.fixture
-def filled_quick(quick, filled_template, open_store) -> Cli:
+def filled(cli, over_filled) -> Cli:
+    """A command line over nodes edge-1 and edge-2, and releases: 1 success, 2 failed, 3 pending."""
+    return over_filled(cli)
+
+
+@pytest.fixture
+def filled_quick(quick, over_filled) -> Cli:
     """The same without processes."""
-    shutil.copy(filled_template, quick.folder / "releasectl.db")
-    quick.store = open_store(f"sqlite:///{quick.folder}/releasectl.db")
-    return quick
+    return over_filled(quick)
 
 
 @pytest.fixture

@@ -1586,6 +1586,14 @@ def test_every_problem_is_told_with_since_when_and_its_mend(live):
     assert "ba1b23" in page.run("document.querySelector('link[rel=icon]').href")
 
 
+def verdict_buttons(page: Page) -> list[list[str]]:
+    """Return the words and the class of each button of the verdict."""
+    return page.run("[...document.querySelectorAll('.verdict button')].map(b => [b.textContent, b.className])")
+
+
+BACK, RETRY = "Roll back to what ran before", "Retry failed and skipped nodes"
+
+
 @pytest.mark.slow
 def test_a_failure_is_rolled_back_from_the_verdict_which_then_says_so_and_so_does_the_failed_release(page):
     store = page.daemon.store
@@ -1595,10 +1603,8 @@ def test_a_failure_is_rolled_back_from_the_verdict_which_then_says_so_and_so_doe
     ended(store, "B", "success", "failed")
     page.open().see("releasectl retry 2 --plan", "main .problems").see("releasectl rollback 2 --plan", "main .problems")
     page.see(" ago", ".problems li:first-child div")
-    assert page.run("[...document.querySelectorAll('.verdict button')].map(b => b.textContent)") == [
-        "Roll back to what ran before", "Retry failed and skipped nodes"]
-    assert page.run("document.querySelector('.verdict button').className") == "main"
-    page.press("Roll back to what ran before").ready("Sends the payload of release 1 to 2 nodes")
+    assert verdict_buttons(page) == [[BACK, "main"], [RETRY, ""]]
+    page.press(BACK).ready("Sends the payload of release 1 to 2 nodes")
     page.press("Undo release 2, back to release 1")
     eventually(lambda: page.address() == "#/releases/3")
     sql(store, "UPDATE release_tasks SET status = 'running', started_at = created_at WHERE id = 3")
@@ -1642,18 +1648,16 @@ def test_the_way_back_comes_first_only_where_a_release_failed_that_was_no_way_ba
     good(store, "A")
     ended(store, "B", "success", "success")
     bad = ended(store, "C", "success", "failed")
-    words = "[...document.querySelectorAll('.verdict button')].map(b => [b.textContent, b.className])"
-    back, retry = "Roll back to what ran before", "Retry failed and skipped nodes"
     page.open().see("Release 3 failed", "main h1")
-    assert page.run(words) == [[back, "main"], [retry, ""]]
+    assert verdict_buttons(page) == [[BACK, "main"], [RETRY, ""]]
     sql(store, "UPDATE release_tasks SET status = 'partial' WHERE id = 3")
-    page.reload().see("Nodes are behind", "main h1").see(retry, ".verdict")
-    assert page.run(words)[:2] == [[retry, ""], [back, ""]]
+    page.reload().see("Nodes are behind", "main h1").see(RETRY, ".verdict")
+    assert verdict_buttons(page)[:2] == [[RETRY, ""], [BACK, ""]]
     assert page.run("[...document.querySelectorAll('.verdict .mend .mono')].map(e => e.innerText)")[-2:] == [
         "releasectl retry 3 --plan", "releasectl rollback 3 --plan"]
     settle(store, store.releases.rollback(bad.id, "anna").release, "failed", "failed")
     page.reload().see("Release 4 failed", "main h1")
-    assert "main" not in [kind for _, kind in page.run(words)]
+    assert "main" not in [kind for _, kind in verdict_buttons(page)]
 
 
 @pytest.mark.slow
@@ -1975,8 +1979,7 @@ def test_a_token_for_some_targets_is_offered_the_verbs_of_these(new_page, sqlite
         settle(store, store.releases.get(release), "failed")
     page.run("location.hash = '#/releases'")
     page.see("Release 2 failed", "main").see("all of it", "main")
-    assert page.run("[...document.querySelectorAll('.verdict button')].map(button => button.textContent)") == [
-        "Retry failed and skipped nodes"]
+    assert [words for words, _ in verdict_buttons(page)] == [RETRY]
 
 
 @pytest.mark.slow
