@@ -62,6 +62,8 @@ SITES: dict[str, Any] = {"websites": []}
 AS_OTHERS = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-all")
 # Below what the kernel gives to clients, and what postgres.sh takes: nobody gets it between our look and our use.
 PORTS = range(10_000, 16_000)
+# A time to come as people read it, whatever the time of day: after midnight it has its day.
+CLOCK = r"(?:\d{4}-\d\d-\d\d )?\d\d:\d\dZ?"
 
 
 # -- waiting ---------------------------------------------------------------------------------

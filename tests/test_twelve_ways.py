@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from lab import USER, Cli, eventually, serve_process, sql
+from lab import CLOCK, USER, Cli, eventually, serve_process, sql
 from test_approvals import signed_in
 
 import releasectl as rc
@@ -136,7 +136,7 @@ def test_a_release_in_the_queue_names_the_one_before_it_and_that_one_its_mend(ni
 def test_a_release_whose_time_has_not_come_says_when_and_needs_no_mend(night):
     night.serve()
     release_id = night.create("--start-at", rc.utc_text(time.time() + LONG_ENOUGH_TO_BE_READ_S))
-    assert night.why(release_id, r"waits: it starts at \d\d:\d\d, in \d+ s", 0) == ""
+    assert night.why(release_id, rf"waits: it starts at {CLOCK}, in \d+ s", 0) == ""
     night.goes_on(release_id)
 
 
@@ -150,7 +150,7 @@ def test_a_release_that_is_paused_says_after_what_and_how_to_resume_it(night):
 def test_a_release_that_soaks_says_until_when_and_needs_no_mend(night):
     night.serve()
     release_id = night.create("--soak", LONG_ENOUGH_TO_BE_READ_S)
-    assert night.why(release_id, r"waits: soaking after batch 1 until \d\d:\d\d, in \d+ s", 0) == ""
+    assert night.why(release_id, rf"waits: soaking after batch 1 until {CLOCK}, in \d+ s", 0) == ""
     night.goes_on(release_id)
 
 
@@ -203,7 +203,7 @@ def test_where_an_address_is_busy_it_says_with_what_and_until_when(night):
         rc.utc_text(time.time() + LONG_ENOUGH_TO_BE_READ_S))
     night.serve()
     release_id = night.create()
-    mend = night.why(release_id, rf"edge-1 may still be busy with release {first} until \d\d:\d\d, in \d+ s", 0)
+    mend = night.why(release_id, rf"edge-1 may still be busy with release {first} until {CLOCK}, in \d+ s", 0)
     assert mend == ""  # it goes on by itself
     night.goes_on(release_id)
 
