@@ -61,7 +61,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     HTTP wire           heads and bodies read and written, for API and agents alike; and which of
                         many connections may stay
     Dialects            what agents are sent, and how their answers are read (contract section 1)
-    Agents              connections to agents, deadlines, requests, probes
+    Agents              connections to agents, deadlines, requests, probes, pings
     Driver              one claimed release: read, decide, commit, send, collect
     Notifier            what is in the outbox goes to a command or a URL; releases that are
                         stuck
@@ -76,12 +76,13 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
     Requests            a checked request, its parameters and its reply; who may read much at a
                         time
     Page                dashboard.html as it is sent, and the headers that go with it
+    Readiness           whether the database can be used now, checked only so often
     API                 routes as a table, handlers, /openapi.json (contract section 5); knows
                         no socket
     Server              a request from its first byte to its answer; the listener and its
                         threads
-    Check               what is wrong with this installation, and what would mend it; pings;
-                        until when certificates are good
+    Check               what is wrong with this installation, and what would mend it; until
+                        when certificates are good
     Terminal            how text is shown to a person: columns of characters, tables, colours,
                         times
     Views               a release as a person sees it: its head, a bar for each batch, its nodes,
@@ -12923,7 +12924,7 @@ def read_pong(address: Address, status: int, answer: bytes) -> None:
 
 # region Agents
 # ======================================================================================
-# Agents: connections to agents, deadlines, requests, probes.
+# Agents: connections to agents, deadlines, requests, probes, pings.
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Model, Strategy,
 #   Decision, Event loop, HTTP wire, Dialects.
 # ======================================================================================
@@ -13356,6 +13357,45 @@ async def _late_alert(timed: TimedSocket) -> str:
             if _refusal(error):
                 return _refusal(error)
     return ""
+
+
+class Ping(NamedTuple):
+    """What one agent answered to a ping."""
+    node: Node
+    is_ok: bool
+    error_kind: str
+    text: str
+
+
+def ping_node(agents: AgentClient, node: Node) -> Ping:
+    """Ask the agent of a node whether it answers, in the node's protocol, and dispatch nothing (contract section 1)."""
+    outcome = agents.ping(Address(node.main_ip, node.agent_port, node.agent_protocol))
+    return Ping(node, not outcome.error_kind, outcome.error_kind, one_line(outcome.message))
+
+
+def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool = False,
+               retries: int = 0) -> list[Ping]:
+    """Ask agents in parallel whether they answer, those that don't again (retries times).
+
+    Raise ConfigError without certificates, or with an open key.
+    """
+    import concurrent.futures
+
+    agents = AgentClient(settings)
+    agents.prepare(key_may_be_open)
+
+    def ping(node: Node) -> Ping:
+        found = ping_node(agents, node)
+        for errors in range(1, retries + 1):
+            if not found.is_ok:
+                time.sleep(backoff_s(errors, node.id))
+                found = ping_node(agents, node)
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(settings.agent_concurrency) as pool:
+        pings = list(pool.map(ping, nodes))
+    agents.close()
+    return pings
 
 
 # endregion
@@ -15066,6 +15106,7 @@ _STATUS = "(?:succeeded|" + "|".join(RELEASE_STATUSES) + ")"
 
 # As CHINESE_FORMS: what API and command line refuse.
 CHINESE_REFUSALS = (
+    (r"no agent can be asked from here: (.*)", "本机无法询问 agent：{1!}"),
     # what is wrong with a strategy
     (r"strategy: (.*)", "策略：{1!}"),
     (r"(.*) must be a whole number from (\d+) to (\d+)", "{1} 须为 {2} 到 {3} 的整数"),
@@ -15196,6 +15237,7 @@ CHINESE_REFUSALS = (
     (r"there is no (.*) here: see (\S+)", "此处没有 {1}：见 {2}"),
     (r"(\S+) is not for (.*): it takes (.*)", "{2} 不支持 {1}：支持 {3}"),
     (r"(\d+) nodes? found, not (\d+): look at them again", "找到 {1} 个节点，而不是 {2} 个：请重新查看"),
+    (r"(\d+) agents are being asked: try again in a moment", "正在询问 {1} 个 agent：请稍后再试"),
     (r"too many clients read .*: try again in a moment, or ask for (\S+)",
      "同时读取完整发布、payload、差异、原因或搜索节点的客户端过多：请稍后再试，或使用 {1}"),
     (r"(?:every connection is taken|.* has as many busy connections as .* may have): try again in a moment",
@@ -15486,7 +15528,7 @@ def _member(data: Mapping[str, Any], key: str, value: Any) -> Any:
         return value
     if key == "detail" and "event" in data:
         return _event_detail(value, data) if value else value
-    if key == "errorMsg" or (key == "message" and "errorKind" in data):
+    if key == "errorMsg" or (key == "message" and "errorKind" in data and not data.get("ok")):
         return _placeholders(_error(value)) if "errorKind" in data else in_chinese(value) if value else value
     # a sequel's, as the program gives it where a person gave none
     if key == "reason" and any(data.get(one) for one in ("rollbackOf", "retryOf", "catchUpOf")):
@@ -15552,8 +15594,9 @@ def _translated_sentence(value: Any) -> Any:
 # region Serialization
 # ======================================================================================
 # Serialization: the JSON of contract section 5, and its schemas. Pure.
-# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Freezes, Strategy, Selection,
-#   Plan, Failures, Status texts, Verbs, Why, Verdict, Audit, Nodes, Drift, Fleet.
+# Uses: Vocabulary, Helpers, Payloads, Difference, Model, Freezes, Strategy,
+#   Selection, Plan, Failures, Status texts, Verbs, Why, Verdict, Audit, Nodes, Drift,
+#   Fleet, Agents.
 # ======================================================================================
 
 _TIME = {"type": ["string", "null"], "format": "date-time"}
@@ -15821,6 +15864,11 @@ NODE_TRY_SCHEMA: Mapping[str, Any] = {
 node_try_json = _row_json(NODE_TRY_SCHEMA)
 
 
+def ping_json(ping: Ping) -> dict[str, Any]:
+    """Return what an agent answered to a ping."""
+    return {"name": ping.node.name, "ok": ping.is_ok, "errorKind": ping.error_kind, "message": ping.text}
+
+
 def node_json(listed: ListedNode) -> dict[str, Any]:
     """Return a node as /api/v1/nodes shows it."""
     node, level = listed
@@ -15943,6 +15991,8 @@ def openapi_schemas() -> dict[str, Any]:
         "Node": schema_of(NODE_SCHEMA),
         "NodeTry": schema_of(NODE_TRY_SCHEMA),
         "NodeTryList": _list_of("NodeTry"),
+        "Ping": schema_of({"name": TEXT, "ok": _FLAG, "errorKind": {"type": "string", "enum": ["", *ERROR_KINDS]},
+                           "message": TEXT}),
         "NodesChange": schema_of({"total": _COUNT, "enabled": _FLAG, "status": _NODE_FIELD_SCHEMAS["status"]},
                                  required=["total"]) | {"anyOf": [{"required": ["enabled"]}, {"required": ["status"]}]},
         "NodesChanged": schema_of({"changed": _COUNT}),
@@ -16597,13 +16647,10 @@ def page_headers(text: str) -> dict[str, str]:
 # endregion
 
 
-# region API
+# region Readiness
 # ======================================================================================
-# API: routes as a table, handlers, /openapi.json (contract section 5); knows no
-#   socket.
-# Uses: Vocabulary, Helpers, Log and metrics, Model, Strategy, Selection, Plan, Status
-#   texts, Verbs, Audit, Queue, Retry and rollback, Fleet, Overview, Serialization,
-#   Requests, Page.
+# Readiness: whether the database can be used now, checked only so often.
+# Uses: Vocabulary, Overview.
 # ======================================================================================
 
 # Minimum seconds between write checks of the database, however many clients ask; the first also after one that failed.
@@ -16615,8 +16662,104 @@ CLOCK_WAS_AHEAD = ("further ahead than any setting allows: a clock was ahead. It
 MAX_READY_CHECK_S = 10.0
 # Seconds between log lines that say why we are not ready.
 READY_LOG_EVERY_S = 60.0
+
+
+class Readiness:
+    """Whether the database can be used; all threads may ask."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._guard = threading.Lock()
+        # When the last write check ended, and why it failed, "" when it did not.
+        self._last = (-READY_CHECK_EVERY_S, "the database was not checked yet")
+        # Start of the write check under way.
+        self._checking_since = float("inf")
+        self._logged_at = -READY_LOG_EVERY_S
+        self._ahead: set[str] = set()
+
+    def trouble(self, every_s: float) -> str:
+        """Return why the database can't be used, "" where it can; checked each so many seconds, trouble each second."""
+        if self._guard.acquire(blocking=False):  # else a check is under way: the last result holds
+            if time.monotonic() - self._last[0] < (READY_CHECK_EVERY_S if self._last[1] else every_s):
+                self._guard.release()
+            else:
+                self._start_check()
+        waited_s = time.monotonic() - self._checking_since
+        return f"the database has not answered for {waited_s:.0f} s" if waited_s > MAX_READY_CHECK_S else self._last[1]
+
+    def _start_check(self) -> None:
+        """Check the database in a thread of its own: where server or disk hang, wait only so long."""
+        self._checking_since = time.monotonic()
+        check = threading.Thread(target=self._run_check, name="ready", daemon=True)
+        try:
+            check.start()
+        except RuntimeError as error:  # the system has no more threads
+            self._end_check(str(error))
+        else:
+            check.join(MAX_READY_CHECK_S)
+
+    def _run_check(self) -> None:
+        trouble = "the database could not be checked"
+        try:
+            trouble = self._check_database()
+        except Exception:  # the edge of a thread
+            log.exception("the database could not be checked")
+        finally:
+            self._end_check(trouble)
+
+    def _end_check(self, trouble: str) -> None:
+        self._last = (time.monotonic(), trouble)
+        self._checking_since = float("inf")
+        self._guard.release()
+
+    def _check_database(self) -> str:
+        """Return why the database can't be used, "" when it can."""
+        try:
+            self._store.database.require_schema()
+            self._store.state.check_write()
+            self._log_times_ahead()
+            return ""
+        except AppError as error:
+            return error.message
+
+    def report(self, trouble: str) -> None:
+        """Log now and then why we are not ready, and once that we are again: clients without a token learn neither."""
+        if trouble and time.monotonic() - self._logged_at >= READY_LOG_EVERY_S:
+            self._logged_at = time.monotonic()
+            log.warning("not ready: %s", trouble)
+        elif not trouble and self._logged_at > -READY_LOG_EVERY_S:
+            self._logged_at = -READY_LOG_EVERY_S
+            log.info("ready again")
+
+    def _log_times_ahead(self) -> None:
+        """Log, each once, claims and holds of a clock that was ahead: they count as over, so we are ready."""
+        ahead = set(self._store.claims.times_ahead())
+        for sentence in sorted(ahead - self._ahead):
+            log.warning("%s, %s", sentence, CLOCK_WAS_AHEAD)
+        self._ahead = ahead
+
+
+# endregion
+
+
+# region API
+# ======================================================================================
+# API: routes as a table, handlers, /openapi.json (contract section 5); knows no
+#   socket.
+# Uses: Vocabulary, Helpers, Log and metrics, Model, Strategy, Selection, Plan, Status
+#   texts, Verbs, Audit, Queue, Retry and rollback, Fleet, Overview, Agents,
+#   Serialization, Requests, Page, Readiness.
+# ======================================================================================
+
 # The health of a process without an executor.
 NO_PROCESS: Mapping[str, Any] = {"executor": {"enabled": False, "owner": "", "lastLookAt": None}, "certificates": []}
+# Pings of clients at once: each has a thread until its agent has answered, or AGENT_REQUEST_TIMEOUT_SEC is over.
+MAX_PINGS = 8
+
+
+def no_agent_client(_node: Node) -> Ping:
+    """Raise ConfigError: this process calls no agents."""
+    raise ConfigError("this process calls no agents")
 
 
 class Api:
@@ -16626,7 +16769,7 @@ class Api:
                  process: Callable[[], Mapping[str, Any]] = lambda: NO_PROCESS,
                  is_busy: Callable[[], bool] = lambda: False,
                  figures: Callable[[], Figures] = lambda: {}, hung: Callable[[], str] = lambda: "",
-                 node_deadline_s: float = 600.0):
+                 node_deadline_s: float = 600.0, ping: Callable[[Node], Ping] = no_agent_client):
         """Take what the handlers need of the process.
 
         nudge: called after a change of releases or freezes, so that an executor in this process scans at once.
@@ -16635,6 +16778,7 @@ class Api:
         is_busy: whether a release is driven here, which whole reads must not slow down.
         hung: one sentence on a thread of this process that hangs, "" for none.
         node_deadline_s: NODE_DEADLINE_SEC.
+        ping: asks the agent of a node; raises ConfigError where no agent can be called.
         """
         self.store = store
         self.counters = metrics
@@ -16645,14 +16789,10 @@ class Api:
         self._figures = figures
         self._hung = hung
         self._node_deadline_s = node_deadline_s
+        self._ping = ping
+        self._pings = threading.BoundedSemaphore(MAX_PINGS)
         self._waiters = threading.BoundedSemaphore(max_waiting)
-        self._ready_guard = threading.Lock()
-        # When the last write check ended, and why it failed, "" when it did not.
-        self._ready = (-READY_CHECK_EVERY_S, "the database was not checked yet")
-        # Start of the write check under way.
-        self._checking_since = float("inf")
-        self._not_ready_logged_at = -READY_LOG_EVERY_S
-        self._ahead: set[str] = set()
+        self._readiness = Readiness(store)
         self.started_at = time.time()
 
     def create_release(self, request: Request) -> Reply:
@@ -16691,7 +16831,7 @@ class Api:
 
     def get_why(self, request: Request) -> Reply:
         if not self.store.releases.get(request.ids[0]).is_terminal:
-            self._readiness(WRITE_CHECK_EVERY_S)  # why() tells whether the database takes writes
+            self._readiness.trouble(WRITE_CHECK_EVERY_S)  # why() tells whether the database takes writes
         return Reply(200, self._by_size(request, lambda: why_json(
             self.store.why(request.ids[0], self._node_deadline_s))))
 
@@ -16844,6 +16984,19 @@ class Api:
     def get_node(self, request: Request) -> Reply:
         return Reply(200, node_json(self.store.fleet.listed([self.store.nodes.get(request.ids[0])])[0]))
 
+    def ping_node(self, request: Request) -> Reply:
+        """Ask the agent of a node whether it answers; what it says is no error of the request."""
+        node = self.store.nodes.get(request.ids[0])
+        if not self._pings.acquire(blocking=False):
+            raise AppError(TOO_MANY_REQUESTS, f"{MAX_PINGS} agents are being asked: try again in a moment",
+                           retry_after_s=1)
+        try:
+            return Reply(200, ping_json(self._ping(node)))
+        except ConfigError as error:  # of this host, not of the request
+            raise AppError(WRONG_STATE, f"no agent can be asked from here: {error.message}") from None
+        finally:
+            self._pings.release()
+
     def update_node(self, request: Request) -> Reply:
         node = self.store.nodes.update(request.ids[0], parse_node_fields(request.body), request.actor)
         return Reply(200, node_json(self.store.written([node])[0]))
@@ -16896,7 +17049,7 @@ class Api:
         return Reply(200, text, "text/html; charset=utf-8", headers)
 
     def get_overview(self, _request: Request) -> Reply:
-        self._readiness(WRITE_CHECK_EVERY_S)  # read() tells whether the database takes writes
+        self._readiness.trouble(WRITE_CHECK_EVERY_S)  # read() tells whether the database takes writes
         return Reply(200, overview_json(self.store.overview.read(certificate_states(self._process()["certificates"]))))
 
     def process_health(self, request: Request) -> Reply:
@@ -16913,73 +17066,12 @@ class Api:
     def health(self, _request: Request) -> Reply:
         return Reply(200, {"status": "ok"})
 
-    def _readiness(self, every_s: float) -> str:
-        """Return why the database can't be used, "" where it can; checked each so many seconds, trouble each second."""
-        if self._ready_guard.acquire(blocking=False):  # else a check is under way: the last result holds
-            if time.monotonic() - self._ready[0] < (READY_CHECK_EVERY_S if self._ready[1] else every_s):
-                self._ready_guard.release()
-            else:
-                self._start_check()
-        waited_s = time.monotonic() - self._checking_since
-        return f"the database has not answered for {waited_s:.0f} s" if waited_s > MAX_READY_CHECK_S else self._ready[1]
-
     def ready(self, request: Request) -> Reply:
-        trouble = self._readiness(READY_CHECK_EVERY_S) or self._hung()
-        self._log_readiness(trouble)
+        trouble = self._readiness.trouble(READY_CHECK_EVERY_S) or self._hung()
+        self._readiness.report(trouble)
         if trouble:
             raise DatabaseError(trouble if request.role else "not ready: the log of releasectl says why")
         return Reply(200, {"status": "ready"})
-
-    def _start_check(self) -> None:
-        """Check the database in a thread of its own: where server or disk hang, wait only so long."""
-        self._checking_since = time.monotonic()
-        check = threading.Thread(target=self._check_ready, name="ready", daemon=True)
-        try:
-            check.start()
-        except RuntimeError as error:  # the system has no more threads
-            self._end_check(str(error))
-        else:
-            check.join(MAX_READY_CHECK_S)
-
-    def _check_ready(self) -> None:
-        trouble = "the database could not be checked"
-        try:
-            trouble = self._check_database()
-        except Exception:  # the edge of a thread
-            log.exception("the database could not be checked")
-        finally:
-            self._end_check(trouble)
-
-    def _end_check(self, trouble: str) -> None:
-        self._ready = (time.monotonic(), trouble)
-        self._checking_since = float("inf")
-        self._ready_guard.release()
-
-    def _check_database(self) -> str:
-        """Return why the database can't be used, "" when it can."""
-        try:
-            self.store.database.require_schema()
-            self.store.state.check_write()
-            self._log_times_ahead()
-            return ""
-        except AppError as error:
-            return error.message
-
-    def _log_readiness(self, trouble: str) -> None:
-        """Log now and then why we are not ready, and once that we are again: clients without a token learn neither."""
-        if trouble and time.monotonic() - self._not_ready_logged_at >= READY_LOG_EVERY_S:
-            self._not_ready_logged_at = time.monotonic()
-            log.warning("not ready: %s", trouble)
-        elif not trouble and self._not_ready_logged_at > -READY_LOG_EVERY_S:
-            self._not_ready_logged_at = -READY_LOG_EVERY_S
-            log.info("ready again")
-
-    def _log_times_ahead(self) -> None:
-        """Log, each once, claims and holds of a clock that was ahead: they count as over, so we are ready."""
-        ahead = set(self.store.claims.times_ahead())
-        for sentence in sorted(ahead - self._ahead):
-            log.warning("%s, %s", sentence, CLOCK_WAS_AHEAD)
-        self._ahead = ahead
 
     def metrics(self, _request: Request) -> Reply:
         more = {**process_figures(self.started_at), **self._figures()}
@@ -17070,6 +17162,8 @@ ROUTES: tuple[Route, ...] = (
           touches=touches_all),
     Route("DELETE", "/api/v1/nodes/{id}", Api.delete_node, OPERATOR, "Delete a node that no release names", "Null",
           touches=touches_all),
+    Route("POST", "/api/v1/nodes/{id}/ping", Api.ping_node, OPERATOR,
+          "Ask its agent whether it answers; nothing is dispatched", "Ping"),
     Route("GET", "/api/v1/nodes/{id}/releases", Api.list_node_releases, VIEWER, "What a node was given, newest first",
           "NodeTryList", ("page", "pageSize")),
     Route("GET", "/api/v1/labels", Api.list_labels, VIEWER, "The labels of the nodes that get releases", "LabelList"),
@@ -17684,52 +17778,12 @@ def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
 
 # region Check
 # ======================================================================================
-# Check: what is wrong with this installation, and what would mend it; pings; until when
+# Check: what is wrong with this installation, and what would mend it; until when
 #   certificates are good.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Status texts,
-#   Decision, Why, Verdict, Engines, Database, Audit, Drift, Fleet, Overview, Dialects,
-#   Agents, Notifier, Executor, Access, API, Server.
+# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Status texts, Why,
+#   Verdict, Engines, Database, Audit, Drift, Fleet, Overview, Agents, Notifier,
+#   Executor, Access, Readiness, Server.
 # ======================================================================================
-
-class Ping(NamedTuple):
-    """What one agent answered to a ping."""
-    node: Node
-    is_ok: bool
-    error_kind: str
-    text: str
-
-
-def pings_json(pings: Iterable[Ping]) -> dict[str, Any]:
-    """Return what agents answered."""
-    return {"items": [{"name": p.node.name, "ok": p.is_ok, "errorKind": p.error_kind, "message": p.text}
-                      for p in pings]}
-
-
-def ping_nodes(settings: Settings, nodes: Sequence[Node], key_may_be_open: bool = False,
-               retries: int = 0) -> list[Ping]:
-    """Ask agents in parallel whether they answer, those that don't again (retries times).
-
-    Raise ConfigError without certificates, or with an open key.
-    """
-    import concurrent.futures
-
-    agents = AgentClient(settings)
-    agents.prepare(key_may_be_open)
-
-    def ping(node: Node) -> Ping:
-        address = Address(node.main_ip, node.agent_port, node.agent_protocol)
-        outcome = agents.ping(address)
-        for errors in range(1, retries + 1):
-            if outcome.error_kind:
-                time.sleep(backoff_s(errors, node.id))
-                outcome = agents.ping(address)
-        return Ping(node, not outcome.error_kind, outcome.error_kind, one_line(outcome.message))
-
-    with concurrent.futures.ThreadPoolExecutor(settings.agent_concurrency) as pool:
-        pings = list(pool.map(ping, nodes))
-    agents.close()
-    return pings
-
 
 class Finding(NamedTuple):
     """One result of check: what it is about, an exit code (0: all is well), and a sentence."""
@@ -18395,7 +18449,7 @@ def _size_of(stream: TextIO) -> os.terminal_size:
 # Views: a release as a person sees it: its head, a bar for each batch, its nodes, its
 #   history; and the screen of watch.
 # Uses: Vocabulary, Helpers, Model, Freezes, Plan, Failures, Status texts, Audit,
-#   Nodes, Releases, Check, Terminal.
+#   Nodes, Releases, Agents, Terminal.
 # ======================================================================================
 
 # Of each status of a node: its mark in a bar.
@@ -18672,7 +18726,7 @@ def warning_lines(warnings: Iterable[str]) -> list[str]:
 # Commands: what each other command does (contract section 4).
 # Uses: Vocabulary, Helpers, Settings, Log and metrics, Payloads, Difference, Model,
 #   Strategy, Selection, Plan, Status texts, Verbs, Why, Database, Audit, Queue, Retry
-#   and rollback, Releases, Overview, Serialization, Check, Terminal, Views.
+#   and rollback, Releases, Overview, Agents, Serialization, Check, Terminal, Views.
 # ======================================================================================
 
 # Where a command's options have the id of a release, or LATEST.
@@ -18853,7 +18907,7 @@ def _check_agents(context: Context, plan: Plan) -> int:
                        retries=settings.agent_retries if retries is None else retries)
     silent = sum(not ping.is_ok for ping in pings)
     limit = f"; at most {most} may be silent" if silent and most else ""
-    context.show(pings_json(pings), silence_text(pings, context.display) + limit)
+    context.show({"items": [ping_json(p) for p in pings]}, silence_text(pings, context.display) + limit)
     return EXIT_DONE if silent <= most else EXIT_UNAVAILABLE
 
 
@@ -19311,8 +19365,8 @@ def command_version(context: Context) -> int:
 # region Node commands
 # ======================================================================================
 # Node commands: what the commands on nodes do, and what is shown of a node.
-# Uses: Vocabulary, Helpers, Model, Selection, Drift, Fleet, Overview, Serialization,
-#   Check, Terminal, Commands.
+# Uses: Vocabulary, Helpers, Model, Selection, Drift, Fleet, Overview, Agents,
+#   Serialization, Terminal, Commands.
 # ======================================================================================
 
 def _node_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -19476,7 +19530,7 @@ def command_node_ping(context: Context) -> int:
     exact = {name for name in options.names if not is_pattern(name)}
     nodes = [node for node in words.choose(known) if node.enabled or node.name in exact]
     pings = ping_nodes(context.settings, nodes)
-    context.show(pings_json(pings),
+    context.show({"items": [ping_json(p) for p in pings]},
                  context.display.table([(p.node.name, "ok" if p.is_ok else p.error_kind, p.text) for p in pings],
                        ("node", "state", "result")))
     return EXIT_DONE if all(p.is_ok for p in pings) else EXIT_UNAVAILABLE
@@ -19489,7 +19543,7 @@ def command_node_ping(context: Context) -> int:
 # ======================================================================================
 # Service: the processes serve and run-once: signals, the service manager, files that
 #   change.
-# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Agents,
+# Uses: Vocabulary, Helpers, Settings, Log and metrics, Certificates, Model, Agents,
 #   Notifier, Executor, Serialization, API, Server, Check, Views, Commands.
 # ======================================================================================
 
@@ -19509,10 +19563,15 @@ def command_serve(context: Context) -> int:
     if not off and (settings.control_cert or not settings.mtls_enabled):
         agents.prepare()
     executor = Executor(settings, context.store, agents, context.metrics)
+
+    def ping(node: Node) -> Ping:
+        agents.prepare()  # a process without an executor may have no certificates, or a key that others can read
+        return ping_node(agents, node)
+
     server = None if is_executor else ApiServer(settings, Api(
         context.store, context.metrics, executor.nudge, settings.http_max_connections // 4,
         lambda: process_json(settings, executor), executor.is_busy, lambda: certificate_figures(settings),
-        executor.hung, settings.node_deadline_sec))
+        executor.hung, settings.node_deadline_sec, ping))
     _handle_signals(executor.stop, lambda: _reload(settings, agents, server))
     manager = ServiceManager(os.environ.get("NOTIFY_SOCKET", ""))
     accept = _accept(server) if server else None

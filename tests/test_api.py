@@ -57,7 +57,7 @@ ROUTES = {
     ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"), ("GET", "/openapi.json"),
     ("GET", "/"), ("GET", "/api/v1/health"), ("GET", "/api/v1/overview"), ("GET", "/api/v1/audit"),
     ("GET", "/api/v1/nodes/{id}/releases"), ("GET", "/api/v1/labels"), ("PATCH", "/api/v1/nodes"),
-    ("POST", "/api/v1/catch-up"),
+    ("POST", "/api/v1/catch-up"), ("POST", "/api/v1/nodes/{id}/ping"),
 }
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 @pytest.fixture(scope="module")
@@ -814,6 +814,56 @@ def test_certificates_that_cant_be_used_stop_the_start(new_client, open_store, s
         new_client(open_store(sqlite_url), **given)
 
 
+# -- pings --------------------------------------------------------------------------------------
+
+def test_a_ping_asks_the_agent_of_one_node_and_gives_it_nothing_to_do(sqlite_world, new_client):
+    sqlite_world.nodes(2)
+    sqlite_world.agent(2).set(mode="refuse")
+    agents = rc.AgentClient(sqlite_world.settings())
+    client = new_client(sqlite_world.store)
+    client.server.api = rc.Api(client.store, rc.Metrics(), ping=lambda node: rc.ping_node(agents, node))
+    good, bad = (client.ok("POST", f"/api/v1/nodes/{number}/ping") for number in (1, 2))
+    agents.close()
+    assert (good["name"], good["ok"], good["errorKind"]) == ("edge-1", True, "")
+    assert re.fullmatch(r"answers as a tasks agent in \d+ ms", good["message"])
+    assert (bad["name"], bad["ok"], bad["errorKind"]) == ("edge-2", False, "unreachable")
+    assert sqlite_world.runs() == [0, 0]
+    assert client.code("POST", "/api/v1/nodes/3/ping") == 3001
+
+
+def test_where_no_agent_can_be_called_a_ping_says_why(open_store, sqlite_url, new_client):
+    client = new_client(open_store(sqlite_url))
+    add_nodes(client.store, 1)
+    answer = client("POST", "/api/v1/nodes/1/ping")
+    assert answer.code == 3003
+    assert "no agent can be asked from here: this process calls no agents" in answer.text
+
+
+def test_so_many_pings_at_once_and_no_more_each_has_a_thread(open_store, sqlite_url, new_client):
+    client, may_answer = new_client(open_store(sqlite_url)), threading.Event()
+    add_nodes(client.store, 1)
+    asked: list[str] = []
+
+    def ping(node: rc.Node) -> rc.Ping:
+        asked.append(node.name)
+        may_answer.wait(60)
+        return rc.Ping(node, True, "", "")
+
+    client.server.api = rc.Api(client.store, rc.Metrics(), ping=ping)
+    codes: list[int | None] = []
+    threads = [threading.Thread(target=lambda: codes.append(client.code("POST", "/api/v1/nodes/1/ping")))
+               for _ in range(rc.MAX_PINGS)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(asked) == rc.MAX_PINGS)
+    assert client.code("POST", "/api/v1/nodes/1/ping") == 4029
+    may_answer.set()
+    for thread in threads:
+        thread.join()
+    assert codes == [0] * rc.MAX_PINGS
+    assert client.code("POST", "/api/v1/nodes/1/ping") == 0
+
+
 # -- documents ---------------------------------------------------------------------------------
 
 def test_openapi_lists_exactly_the_routes_that_are_served(refusing):
@@ -830,6 +880,7 @@ def test_openapi_lists_exactly_the_routes_that_are_served(refusing):
 
 def test_the_schemas_of_openapi_fit_real_answers(client):
     document = client("GET", "/openapi.json").data
+    client.server.api = rc.Api(client.store, rc.Metrics(), ping=lambda node: rc.Ping(node, False, "unreachable", "x"))
     add_nodes(client.store, 2)
     ended(client.store, "success", "success")
     ended(client.store, "failed", "skipped")
@@ -849,6 +900,7 @@ def test_the_schemas_of_openapi_fit_real_answers(client):
             ("POST", "/api/v1/nodes", 0, {"name": "n", "mainIp": "::1", "agentPort": 1, "labels": {"a": "b"}}),
             ("PATCH", "/api/v1/nodes/{id}", 3, {"status": "offline", "enabled": False}),
             ("GET", "/api/v1/nodes/{id}", 3, None), ("GET", "/api/v1/nodes/{id}/releases", 1, None),
+            ("POST", "/api/v1/nodes/{id}/ping", 3, None),
             ("POST", "/api/v1/catch-up", 0, {"reason": "x", "strategy": {}}), ("DELETE", "/api/v1/nodes/{id}", 3, None),
             ("PUT", "/api/v1/freeze", 0, {"frozen": True, "reason": "x"}), ("GET", "/api/v1/freeze", 0, None),
             ("GET", "/api/v1/health", 0, None), ("GET", "/api/v1/overview", 0, None), ("GET", "/healthz", 0, None),

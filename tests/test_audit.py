@@ -137,7 +137,7 @@ API_ACTS = {
 
 def test_the_table_below_has_every_route_that_changes_anything():
     assert {(method, re.sub("/[0-9]+", "/{id}", path.partition("?")[0])) for method, path in API_ACTS} == {
-        (route.method, route.path) for route in rc.ROUTES if route.method != "GET"}
+        (route.method, route.path) for route in rc.ROUTES if route.method != "GET" and route.answers != "Ping"}
 
 
 def agrees(text: str, wanted: Any) -> bool:

@@ -216,6 +216,13 @@ def test_what_the_daemon_says_of_a_release_is_known_in_chinese(store):
     assert json.dumps(found["release"]["strategy"]) == "{}"
 
 
+def test_of_a_ping_what_we_say_is_chinese_and_what_the_agent_said_is_not():
+    good = {"name": "edge-1", "ok": True, "errorKind": "", "message": "answers as a tasks agent in 12 ms"}
+    assert rc.translated(good) == {**good, "message": "以 tasks agent 应答，12 毫秒"}
+    bad = {"name": "edge-1", "ok": False, "errorKind": "rejected", "message": "offline"}
+    assert rc.translated(bad) == bad
+
+
 def test_what_people_wrote_is_data_in_any_language():
     data = {"labels": {"text": "offline"}, "before": {"message": "offline"}, "after": {"why": "offline"}}
     assert rc.translated({**data, "text": "offline"}) == {**data, "text": "下线"}

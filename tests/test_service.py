@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import http.client
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import pytest
 from conftest import leave_out
 from lab import (
     ROOT,
+    Answer,
     Cli,
     FakeClock,
     add_nodes,
@@ -22,6 +24,7 @@ from lab import (
     free_port,
     mtls,
     new_release,
+    read_answer,
     serve_process,
     settings_for,
 )
@@ -93,6 +96,20 @@ def test_with_the_executor_off_the_service_is_alive_too(service, manager):
     with serve_process(service):
         eventually(lambda: len(manager.statuses()) > 2)
     assert set(manager.statuses()) == {"API only, nothing is dispatched: RELEASE_EXECUTOR_ENABLED=0"}
+
+
+def test_a_process_with_or_without_an_executor_pings_agents_where_it_has_certificates(service):
+    def ping() -> Answer:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)) as connection:
+            connection.request("POST", "/api/v1/nodes/1/ping")
+            return read_answer(connection.getresponse())
+
+    for options in ((), ("--api",)):
+        with serve_process(service, *options):
+            assert ping().data["ok"]
+    service.settings["CONTROL_CERT"] = ""
+    with serve_process(service, "--api"):
+        assert "no agent can be asked from here: CONTROL_CERT" in ping().text
 
 
 def test_api_and_executor_may_be_two_processes(service, manager):

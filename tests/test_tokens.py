@@ -273,8 +273,8 @@ def test_a_token_of_another_target_acts_on_nothing_else_and_reads_all(store, tmp
 
 
 def test_every_act_of_the_api_says_what_it_touches_and_nothing_else_does():
-    for route in rc.ROUTES:
-        assert (route.touches is not None) == (route.method != "GET"), route.path
+    for route in rc.ROUTES:  # a ping changes nothing
+        assert (route.touches is not None) == (route.method != "GET" and route.answers != "Ping"), route.path
 
 
 def test_a_token_of_a_target_does_there_what_it_may_and_reads_everything(store, tmp_path):
