@@ -60,7 +60,7 @@ AGENT_PORT = 8443
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 # In the folder of a module that is compiled.
 AS_MODULE = (sys.executable, "-m", "releasectl")
-BENCH_TIMEOUT_S = 600.0
+BENCH_TIMEOUT_S = 1800.0
 
 
 # ---------------------------------------------------------------------------
