@@ -507,7 +507,7 @@ def test_a_mistake_in_the_payload_is_seen_in_the_difference_and_not_sent(live):
     text = page.run("document.querySelector('[name=payload]').value")
     assert "12345678901234567891" in text
     assert '      "ttl": 300' in text
-    page.fill(payload=text.replace("300", "3"), reason="longer").ready("1 change against Release 1 (v1), which 3 of 3")
+    page.fill(payload=text.replace("300", "3"), reason="longer").ready("1 change against Release 1 (v1, 3 of 3 nodes)")
     page.see('~changed $.websites[?@.domain=="a.example"].ttl', "#effect").see("- 300\n+ 3", "#effect pre")
     assert page.run("document.querySelector('#gutter').textContent").split() == [*"123456789"]
     assert all(body["dryRun"] for _, _, body in page.browser.changes)
@@ -1136,7 +1136,7 @@ def test_a_viewers_tour_offers_nothing_that_a_viewer_can_not_do(new_page, sqlite
         assert pressable <= may_press, place
         assert page.count("a[href^='#/new']") == 0, place
     page.run("location.hash = '#/new'")
-    page.see("a release is made by an operator", "main")
+    page.see("Read only: your token is a viewer's", "main")
     assert [answer for answer in page.browser.answers if answer[0] == 403] == []
     page.reload()
     page.see("vera, viewer", "#user").press("Sign out").see("You are signed out", "main h1")
@@ -1200,7 +1200,7 @@ def test_a_daemon_that_is_lost_and_comes_back_is_noticed_and_what_was_seen_stays
                          ("#/releases/1", "Batches")):
         page.run(f"location.hash = {place!r}")
         page.see(words, "main")
-    page.press("Pause").see("nothing can be changed now", "#ask").press("Close")
+    page.press("Pause").see("The daemon can't be reached.", "#ask").press("Close")
     eventually(lambda: "bad" in page.run("document.querySelector('#pulse a').className"), 20)  # red after 10 s
     sqlite_world.store.releases.act("pause", 1, "test")
     second = ServeProcess(sqlite_world.url, first.port)
@@ -1266,7 +1266,7 @@ def test_without_its_daemon_each_view_stays_greyed_turns_red_and_goes_on_by_itse
     first.stop()
     page.see("Connection lost", "#pulse")
     assert "unknown" in page.run("document.querySelector('#pulse a').className")
-    assert_greyed(page, before, "The daemon can't be reached: nothing can be changed now.")
+    assert_greyed(page, before, "The daemon can't be reached.")
     page.run("lostAt -= 10000")  # 10 s later
     eventually(lambda: "bad" in page.run("document.querySelector('#pulse a').className"))
     second = ServeProcess(sqlite_world.url, first.port)
@@ -2014,7 +2014,7 @@ def rolled_back(store: rc.Store, pops: str = "ab") -> None:
 def test_a_reason_asks_for_no_other_plan_so_a_click_right_after_it_counts(page):
     rolled_back(page.daemon.store)
     page.open("#/releases/3").press("Roll back").ready("Sends the payload of release 2 to 4 nodes")
-    page.see("Undo release 3?", "#ask h2").fill(toRelease="1")
+    page.see("Roll back release 3?", "#ask h2").fill(toRelease="1")
     assert page.run("[document.querySelector('#ask-do').textContent, document.querySelector('#ask-do').className]") == [
         "Planning...", ""]
     page.ready("Sends the payload of release 1").fill(toRelease="").ready("Sends the payload of release 2")
