@@ -3469,6 +3469,8 @@ class Running(NamedTuple):
     nodes: int
     is_same: bool
     is_unknown: bool = False
+    # Of the nodes, where there is no id.
+    names: Sequence[str] = ()
 
 
 class Effect(NamedTuple):
@@ -5077,6 +5079,8 @@ def _and_more(first: str, count: int) -> str:
 
 # How many of the releases that nodes run a sentence names.
 MAX_RUNNING_NAMED = 5
+# How many nodes without one it names.
+MAX_WITHOUT_NAMED = 12
 
 
 def effect_text(effect: Effect) -> str:
@@ -5097,9 +5101,9 @@ def effect_text(effect: Effect) -> str:
 
 def _running_text(one: Running) -> str:
     if one.is_unknown:
-        return f"what {_nodes_run(one.nodes)} is not known"
+        return f"what {_nodes_run(one.nodes)} is not known: {in_words(one.names, MAX_WITHOUT_NAMED)}"
     if one.release_id is None:
-        return f"{count_of_nodes(one.nodes)} had no release yet"
+        return f"{count_of_nodes(one.nodes)} had no release yet: {in_words(one.names, MAX_WITHOUT_NAMED)}"
     return f"{_nodes_run(one.nodes)} release {one.release_id}" + (" (the same payload)" if one.is_same else "")
 
 
@@ -9215,9 +9219,12 @@ def _plan_ended(tx: Transaction, verb: str, old: Release, wish: Again) -> tuple[
     request, plan, nodes = (plan_retry if verb == "retry" else plan_rollback)(tx, old, wish)
     if not wish.over_newer:
         refuse_over_newer(tx, verb, old, nodes)
+    newer, newer_id = newer_success(tx, old, nodes) if wish.over_newer else ("", 0)
+    replaces = [f"{newer}: replaces what release {newer_id} brought"] if newer else []
     refuse_twins(nodes)
     request = request._replace(is_emergency=wish.is_emergency)
-    return request, plan._replace(emptied=emptied_nodes(request.payload, nodes)), nodes
+    return request, plan._replace(emptied=emptied_nodes(request.payload, nodes),
+                                  warnings=[*replaces, *plan.warnings]), nodes
 
 
 def plan_retry(tx: Transaction, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
@@ -9938,10 +9945,10 @@ def effect_of(tx: Transaction, payload: Mapping[str, Any], nodes: Sequence[Node]
     running = [Running(has.release_id, has.version, count, has.payload_sha256 == digest)
                for (has, is_unknown), count in sorted(counted.items(), key=lambda item: (
                    -item[1], -(item[0][0].version if item[0][0] else 0))) if has and not is_unknown]
-    unknown = sum(count for (_, is_unknown), count in counted.items() if is_unknown)
-    fresh = counted[None, False]
-    running += [Running(None, 0, count, False, is_unknown)
-                for count, is_unknown in ((fresh, False), (unknown, True)) if count]
+    unknown = [node.name for node in nodes if found[node.id].is_unknown]
+    fresh = [node.name for node in nodes if not found[node.id].has and not found[node.id].is_unknown]
+    running += [Running(None, 0, len(names), False, is_unknown, names)
+                for names, is_unknown in ((fresh, False), (unknown, True)) if names]
     against = next((one.release_id for one in running if one.release_id is not None and not one.is_same), None)
     ahead = _open_releases(tx)
     if against is None:
@@ -14794,6 +14801,7 @@ CHINESE_FORMS = (
     (r"release (\d+) \(v(\d+)\) succeeded later on (.*): rollback of release (\d+) would replace its payload",
      "发布 {1}（v{2}）之后已在 {3!} 上成功：回滚发布 {4} 会覆盖其内容"),
     (r"release (\d+) \(v(\d+)\) succeeded later on ([^;:]*)", "发布 {1}（v{2}）之后已在 {3!} 上成功"),
+    (r"(release [^;:]*): replaces what release (\d+) brought", "{1!}：将覆盖发布 {2} 带来的内容"),
     (r"(overNewer \(--over-newer\)) if that is meant", "如确需执行，请用 {1}"),
     (r"goes behind (.*): (supersede \(--now\)) cancels (?:it|them) and goes first",
      "排在{1!}之后：{2} 将其取消并最先执行"),
@@ -14996,8 +15004,8 @@ CHINESE_FORMS = (
     (r"(\d+) nodes? runs? release (\d+)", "{1} 个节点运行发布 {2}"),
     (r"(\d+) nodes? runs? other releases", "{1} 个节点运行其他发布"),
     (r"(\d+) nodes? runs? release (\d+) \(the same payload\)", "{1} 个节点运行发布 {2}（payload 相同）"),
-    (r"(\d+) nodes? had no release yet", "{1} 个节点尚无发布"),
-    (r"what (\d+) nodes? runs? is not known", "{1} 个节点运行的内容未知"),
+    (r"(\d+) nodes? had no release yet: ([^;]*)", "{1} 个节点尚无发布：{2!}"),
+    (r"what (\d+) nodes? runs? is not known: ([^;]*)", "{1} 个节点运行的内容未知：{2!}"),
     # notes of a plan
     (r"release (\d+) is itself a rollback, of release (\d+): this goes back further than that",
      "发布 {1} 本身就是对发布 {2} 的回滚：继续会再退一步，回到更早的内容"),

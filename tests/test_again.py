@@ -185,7 +185,9 @@ def test_rule_10_the_rollback_of_a_rollback_says_so_and_names_whom_it_leaves_wit
         f"release {first.id} is itself a rollback, of release {bad.id}, to what release 2 brought: this goes back "
         "further than that",
         f"1 node of release {bad.id} stays on another payload: edge-4"]
-    assert store.releases.plan_again("rollback", bad.id, rc.Again(over_newer=True)).warnings == []
+    assert store.releases.plan_again("rollback", bad.id, rc.Again(over_newer=True)).warnings == [
+        f"release {first.id} (v{first.version}) succeeded later on edge-1 and 2 more: replaces what release {first.id} "
+        "brought"]
 
 
 def test_rule_10_it_does_come_again_when_somebody_wanted_it_again_under_a_higher_version(store):
@@ -380,8 +382,12 @@ def test_rule_10_nothing_newer_is_replaced_without_a_word(store, verb):
         assert refused.value.message == (
             f"release {newer.id} (v{newer.version}) succeeded later on {names}: {verb} of release {old.id} would "
             "replace its payload; overNewer (--over-newer) if that is meant")
+    told = (f"release {newer.id} (v{newer.version}) succeeded later on {names}: replaces what release {newer.id} "
+            "brought")
+    assert store.releases.plan_again(verb, old.id, rc.Again(over_newer=True)).warnings[0] == told
     assert everything(store) == before
-    assert content_of(make_again(store, verb, old, over_newer=True).release) == ("B" if verb == "retry" else "A")
+    made = make_again(store, verb, old, over_newer=True)
+    assert (content_of(made.release), made.warnings[0]) == ("B" if verb == "retry" else "A", told)
 
 
 def test_rule_10_what_was_rolled_back_already_is_said_to_be_that(store, verb):

@@ -386,10 +386,10 @@ def test_a_plan_says_what_changes_against_what_the_nodes_run(store):
     plan = store.releases.plan(rc.ReleaseRequest(payload={"content": "C", "more": [1]}))
     assert plan.names == {n: f"edge-{n}" for n in range(1, 5)}
     assert rc.effect_text(plan.effect) == ("2 changes against release 2 (v2, 2 of 4 nodes); 1 node runs release 1; "
-                                           "1 node had no release yet")
+                                           "1 node had no release yet: edge-4")
     again = store.releases.plan(rc.ReleaseRequest(payload={"content": "B"}))
     assert rc.effect_text(again.effect) == ("1 change against release 1 (v1, 1 of 4 nodes); 2 nodes run release 2 "
-                                            "(the same payload); 1 node had no release yet")
+                                            "(the same payload); 1 node had no release yet: edge-4")
     sql(store, "UPDATE release_tasks SET payload = '[1' WHERE id = 2")
     assert "not compared against release 2 (v2, 2 of 4 nodes): the payload of release 2 can't be used" in \
         rc.effect_text(store.releases.plan(rc.ReleaseRequest(payload={"content": "C"})).effect)

@@ -60,6 +60,12 @@ SENTENCES = {
         "结束时有 3 个失败（上限 每批 50%）：3 个 agent 执行失败",
     "release 3 (v3) succeeded later on edge-1: rollback of release 1 would replace its payload":
         "发布 3（v3）之后已在 edge-1 上成功：回滚发布 1 会覆盖其内容",
+    "release 3 (v3) succeeded later on edge-1: replaces what release 3 brought":
+        "发布 3（v3）之后已在 edge-1 上成功：将覆盖发布 3 带来的内容",
+    "1 change against release 2 (v2, 2 of 4 nodes); 2 nodes had no release yet: edge-4, Frankfurt edge 3; what 1 node "
+    "runs is not known: edge-1; 1 other release has not ended yet":
+        "与发布 2（v2，4 个节点中的 2 个）相比：1 处改动；2 个节点尚无发布：edge-4, Frankfurt edge 3；"
+        "1 个节点运行的内容未知：edge-1；另有 1 个发布尚未结束",
     "overNewer (--over-newer) if that is meant": "如确需执行，请用 overNewer (--over-newer)",
     "nothing to roll back to: before release 4 its nodes had nothing of target cdn but release 3 (v3, rolled back) and "
     "release 1 (v1, the same payload); create a release that is good, or name one: toRelease "
