@@ -46,7 +46,8 @@ class Daemon:
                  api: rc.Api | None = None):
         self.store, self.executor = store, executor
         if executor and api is None:
-            api = rc.Api(store, rc.Metrics(), executor.nudge, process=lambda: rc.process_json(settings, executor))
+            api = rc.Api(store, rc.Metrics(), executor.nudge, process=lambda: rc.process_json(settings, executor),
+                         ping=lambda node: rc.ping_node(executor.agents, node))
         self.server = rc.ApiServer(settings, api or rc.Api(store, rc.Metrics()))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
         self._threads = [threading.Thread(target=self.server.serve_forever, args=(0.02,))]
@@ -1385,6 +1386,33 @@ def test_nodes_are_added_edited_and_taken_out_and_their_page_tells_it(page):
     page.see("enabled: true → false", "main .timeline")
     node = page.daemon.store.nodes.get(1)
     assert (node.agent_port, node.status, node.enabled) == (9090, "maintenance", 0)
+
+
+@pytest.mark.slow
+def test_a_node_is_pinged_from_its_page_and_the_answer_stays(live):
+    page, world = live(1)
+    page.open("#/nodes/1").press("Ping").see("answers as a tasks agent", "#pinged").see("ok", "#pinged .chip.ok")
+    page.see(" ago", "#pinged time").see("Ping", "main dl")
+    assert page.run("document.querySelector('#said').textContent").startswith("Ping: ok answers as a tasks agent")
+    world.agent(1).set(mode="refuse")
+    page.run("""{ const ask = window.fetch; window.fetch = async (path, ...of) => {
+        if (path.endsWith('/ping')) await new Promise(then => { window.goOn = then; });
+        return ask(path, ...of); }; } null""")
+    page.press("Ping").see("Asking its agent...", "main").press("Asking its agent...")
+    find = "[...document.querySelectorAll('main button')].find(b => b.textContent === 'Asking its agent...')"
+    assert page.run(f"{find}.ariaDisabled") == "true"
+    page.see("answers as a tasks agent", "#pinged").run("goOn()")
+    page.see("unreachable", "#pinged .chip.failed").run("poll()")
+    page.see("unreachable", "#pinged .chip.failed")
+    page.press("中文").see("无法连接 (unreachable)", "#pinged").press("English").run("localStorage.clear()")
+    assert [path for _, path, _ in page.browser.changes] == ["/api/v1/nodes/1/ping"] * 2
+
+
+@pytest.mark.slow
+def test_a_ping_that_this_process_can_not_do_says_why(page):
+    add_nodes(page.daemon.store, 1)
+    page.open("#/nodes/1").press("Ping").see("this process calls no agents", "#pinged .refused").run("poll()")
+    page.see("this process calls no agents", "#pinged .refused").press("Ping")
 
 
 @pytest.mark.slow
