@@ -3947,7 +3947,8 @@ ERROR_HINTS: Mapping[str, str] = {
     HTTP: "The agent answered with an HTTP error. Is this the right port?",
     PROTOCOL: "Unexpected answer. Does the node's protocol (tasks or execute) match its agent?",
     REJECTED: "The agent refused this version; a new release brings a new one.",
-    AGENT_FAILED: "The agent tried and failed. Fix what its message names on the host, then retry.",
+    AGENT_FAILED: "The agent tried and failed. If its message names what this release brought, roll back; else mend "
+                  "the host, then retry.",
     VERIFY: "The agent succeeded, the probe of the service did not. Check the service on the host.",
     DEADLINE: "The task did not end in time. Check what the agent is doing, then retry.",
     ABANDONED: "The outcome is unknown. Check the host, then retry.",
@@ -4189,7 +4190,8 @@ def kinds_text(kinds: Iterable[str]) -> str:
 
 class Causes(NamedTuple):
     """Why nodes failed, for a sentence."""
-    # '17 agent_failed (bind to :443 in use), 12 unreachable': of the first kind the cause that most have.
+    # '17 agent_failed (15 of them: bind to :443 in use, 2: no space left), 12 unreachable': of the first kind the cause
+    # that most have, and what else there is.
     text: str
     # A node of the largest cause, and whether the text has its message.
     example: ReleaseNode
@@ -4202,13 +4204,17 @@ def causes_of(failed: Collection[ReleaseNode]) -> Causes:
     first = text.partition(",")[0]
     kind = first.partition(" ")[2]
     of_kind = {n.node_id: n for n in failed if (n.error_kind or NO_KIND) == kind}
-    largest = group_failures(FailedNode(n.node_id, n.name, n.main_ip, n.task_id, n.error_kind, n.error_msg)
-                             for n in of_kind.values())[0]
+    largest, *others = group_failures(FailedNode(n.node_id, n.name, n.main_ip, n.task_id, n.error_kind, n.error_msg)
+                                      for n in of_kind.values())
     example = of_kind[largest.ids[0]]
     if not largest.pattern or largest.size <= len(of_kind) / 2:
         return Causes(text, example, False)
-    some = "" if largest.size == len(of_kind) else f"{largest.size} of them: "
-    return Causes(f"{first} ({some}{one_line(largest.pattern, MAX_CAUSE_CHARS)}){text[len(first):]}", example, True)
+    told = one_line(largest.pattern, MAX_CAUSE_CHARS)
+    if others:
+        second = one_line(others[0].pattern, MAX_CAUSE_CHARS) if len(others) == 1 else ""
+        left = len(of_kind) - largest.size
+        told = f"{largest.size} of them: {told}, {left}{f': {second}' if second else ' for other reasons'}"
+    return Causes(f"{first} ({told}){text[len(first):]}", example, True)
 
 
 # endregion
@@ -4901,6 +4907,9 @@ def _cause(situation: Situation) -> str:
     what = situation.exceeded if tolerates else f"{count_of_nodes(len(failed))} failed"
     # the node that failed first may have failed for what is no cause of the end
     message = f": {example.error_msg}" if example.error_msg and not causes.is_told else ""
+    # of the batch that ended it fewer may have failed than of all
+    if what == situation.exceeded and not what.startswith(f"{count_of_nodes(len(failed))} "):
+        what += f"; {len(failed)} in all"
     return f"stopped, {what}: {causes.text}; such as node {example.name} in batch {example.batch}{message}"
 
 
@@ -5094,9 +5103,11 @@ def effect_text(effect: Effect) -> str:
              f"of {count_of_nodes(total)})" + (f": {effect.unreadable}" if effect.unreadable else "")
              for one in effect.running if one.release_id is not None and one.release_id == effect.against]
     others = [one for one in effect.running if one.release_id is None or one.release_id != effect.against]
-    texts = [_running_text(one) for one in others[:MAX_RUNNING_NAMED]]
-    more = sum(one.nodes for one in others[MAX_RUNNING_NAMED:])
-    return "; ".join([*first, *texts, *([f"{_nodes_run(more)} other releases"] if more else []), *before])
+    known = [one for one in others if one.release_id is not None]
+    texts = [_running_text(one) for one in known[:MAX_RUNNING_NAMED]]
+    more = sum(one.nodes for one in known[MAX_RUNNING_NAMED:])
+    return "; ".join([*first, *texts, *([f"{_nodes_run(more)} other releases"] if more else []),
+                      *(_running_text(one) for one in others if one.release_id is None), *before])
 
 
 def _running_text(one: Running) -> str:
@@ -9215,12 +9226,17 @@ def rollback_text(release_id: int, left_out: Sequence[LeftOut], freeze: Freeze) 
             + (f", without {without}" if without else ""))
 
 
+# How many newer releases a plan says it replaces.
+MAX_REPLACED_NAMED = 5
+
+
 def _plan_ended(tx: Transaction, verb: str, old: Release, wish: Again) -> tuple[ReleaseRequest, Plan, list[Node]]:
     request, plan, nodes = (plan_retry if verb == "retry" else plan_rollback)(tx, old, wish)
     if not wish.over_newer:
         refuse_over_newer(tx, verb, old, nodes)
-    newer, newer_id = newer_success(tx, old, nodes) if wish.over_newer else ("", 0)
-    replaces = [f"{newer}: replaces what release {newer_id} brought"] if newer else []
+    newer = itertools.islice(newer_successes(tx, old, nodes), MAX_REPLACED_NAMED) if wish.over_newer else ()
+    replaces = [f"{text}: replaces what release {newer_id} brought" for text, newer_id in newer
+                if stored_digest(tx, newer_id) != digest_of(request.payload)]
     refuse_twins(nodes)
     request = request._replace(is_emergency=wish.is_emergency)
     return request, plan._replace(emptied=emptied_nodes(request.payload, nodes),
@@ -9437,18 +9453,28 @@ def refuse_over_newer(tx: Transaction, verb: str, old: Release, nodes: Sequence[
                        "overNewer (--over-newer) if that is meant")
 
 
-def newer_success(tx: Transaction, release: Release, nodes: Sequence[Node]) -> tuple[str, int]:
-    """Return 'release 9 (v9) succeeded later on edge-1' of the newest of its target, and its id; "" and 0 for none."""
+def newer_successes(tx: Transaction, release: Release, nodes: Sequence[Node]) -> Iterator[tuple[str, int]]:
+    """Yield 'release 9 (v9) succeeded later on edge-1' and its id, newest first, with the nodes that had none after it.
+
+    Only releases of the same target count.
+    """
     names = {node.id: node.name for node in nodes}
     for release_id, version in tx.rows("""
             SELECT id, version
             FROM release_tasks
             WHERE target = ? AND version > ?
             ORDER BY version DESC""", release.target, release.version):
-        over = [names[node_id] for node_id in sorted(succeeded_nodes(tx, release_id) & names.keys())]
+        over = sorted(succeeded_nodes(tx, release_id) & names.keys())
         if over:
-            return f"release {release_id} (v{version}) succeeded later on {names_of(over)}", release_id
-    return "", 0
+            on = names_of([names.pop(node_id) for node_id in over])
+            yield f"release {release_id} (v{version}) succeeded later on {on}", release_id
+        if not names:
+            return
+
+
+def newer_success(tx: Transaction, release: Release, nodes: Sequence[Node]) -> tuple[str, int]:
+    """Return the first of newer_successes(); "" and 0 for none."""
+    return next(newer_successes(tx, release, nodes), ("", 0))
 
 
 def payload_to_bring_back(tx: Transaction, old: Release, node_ids: Sequence[int], to_release: int | None) -> Release:
@@ -13039,13 +13065,13 @@ class AgentClient:
         """
         return await self._counted(PROBE, self._probe(host, verify, url, timeout_s))
 
-    async def ask(self, address: Address, within_s: float = 3600.0) -> Outcome:
+    async def ask(self, address: Address, within_s: float = math.inf) -> Outcome:
         """Ask an agent for what only one of its dialect answers so (contract section 1); return the outcome."""
         return await self._counted(PING, self._ping(address, within_s))
 
-    def ping(self, address: Address) -> Outcome:
+    def ping(self, address: Address, within_s: float = math.inf) -> Outcome:
         """Do ask(), and wait for the outcome."""
-        return run_coroutine(self.ask(address))
+        return run_coroutine(self.ask(address, within_s))
 
     async def _counted(self, operation: str, request: Coroutine[Wait, None, Outcome]) -> Outcome:
         """Return the outcome of a request, and count it; not what close() cut, which says nothing about the agent."""
@@ -13374,9 +13400,12 @@ class Ping(NamedTuple):
     text: str
 
 
-def ping_node(agents: AgentClient, node: Node) -> Ping:
-    """Ask the agent of a node whether it answers, in the node's protocol, and dispatch nothing (contract section 1)."""
-    outcome = agents.ping(Address(node.main_ip, node.agent_port, node.agent_protocol))
+def ping_node(agents: AgentClient, node: Node, within_s: float = math.inf) -> Ping:
+    """Ask the agent of a node whether it answers, in the node's protocol, and dispatch nothing (contract section 1).
+
+    within_s: the agent has so long, and never longer than for any other request.
+    """
+    outcome = agents.ping(Address(node.main_ip, node.agent_port, node.agent_protocol), within_s)
     return Ping(node, not outcome.error_kind, outcome.error_kind, one_line(outcome.message))
 
 
@@ -14769,6 +14798,10 @@ CHINESE_FORMS = (
     (r"all (\d+) in ([^;=]+=.*)", "全部 {1} 个都在 {2}"), (r"(\d+) of (\d+) in ([^;=]+=.*)", "{2} 个中有 {1} 个在 {3}"),
     # why nodes failed: the largest kind may have its cause
     (rf"(\d+ (?:{_KIND}) \(.*\)), (\d+ (?:{_KIND})(?:, \d+ (?:{_KIND}))*)", "{1!}、{2!}"),
+    (r"(\d+) in all", "共 {1} 个失败"),
+    (rf"(\d+ (?:{_KIND})) \((\d+) of them: (.*), (\d+) for other reasons\)",
+     "{1!}（其中 {2} 个：{3?}，{4} 个另有原因）"),
+    (rf"(\d+ (?:{_KIND})) \((\d+) of them: (.*), (\d+): (.*)\)", "{1!}（其中 {2} 个：{3?}，{4} 个：{5?}）"),
     (rf"(\d+ (?:{_KIND})) \((\d+) of them: (.*)\)", "{1!}（其中 {2} 个：{3?}）"),
     (rf"(\d+ (?:{_KIND})) \((.*)\)", "{1!}（{2?}）"), (rf"(\d+ (?:{_KIND})), (\d+ (?:{_KIND}).*)", "{1!}、{2!}"),
     (rf"(\d+) ({_KIND})", "{1} 个{2!}"),
@@ -15004,8 +15037,10 @@ CHINESE_FORMS = (
     (r"(\d+) nodes? runs? release (\d+)", "{1} 个节点运行发布 {2}"),
     (r"(\d+) nodes? runs? other releases", "{1} 个节点运行其他发布"),
     (r"(\d+) nodes? runs? release (\d+) \(the same payload\)", "{1} 个节点运行发布 {2}（payload 相同）"),
-    (r"(\d+) nodes? had no release yet: ([^;]*)", "{1} 个节点尚无发布：{2!}"),
-    (r"what (\d+) nodes? runs? is not known: ([^;]*)", "{1} 个节点运行的内容未知：{2!}"),
+    (r"(\d+) nodes? had no release yet: ([^;]* and \d+ more)", "{1} 个节点尚无发布：{2!}"),
+    (r"(\d+) nodes? had no release yet: ([^;]*)", "{1} 个节点尚无发布：{2}"),
+    (r"what (\d+) nodes? runs? is not known: ([^;]* and \d+ more)", "{1} 个节点运行的内容未知：{2!}"),
+    (r"what (\d+) nodes? runs? is not known: ([^;]*)", "{1} 个节点运行的内容未知：{2}"),
     # notes of a plan
     (r"release (\d+) is itself a rollback, of release (\d+): this goes back further than that",
      "发布 {1} 本身就是对发布 {2} 的回滚：继续会再退一步，回到更早的内容"),
@@ -15245,7 +15280,7 @@ CHINESE_REFUSALS = (
     (r"there is no (.*) here: see (\S+)", "此处没有 {1}：见 {2}"),
     (r"(\S+) is not for (.*): it takes (.*)", "{2} 不支持 {1}：支持 {3}"),
     (r"(\d+) nodes? found, not (\d+): look at them again", "找到 {1} 个节点，而不是 {2} 个：请重新查看"),
-    (r"(\d+) agents are being asked: try again in a moment", "正在询问 {1} 个 agent：请稍后再试"),
+    (r"at most (\d+) may ping at once: try again in a moment", "最多同时检测 {1} 个 agent：请稍后再试"),
     (r"too many clients read .*: try again in a moment, or ask for (\S+)",
      "同时读取完整发布、payload、差异、原因或搜索节点的客户端过多：请稍后再试，或使用 {1}"),
     (r"(?:every connection is taken|.* has as many busy connections as .* may have): try again in a moment",
@@ -15363,8 +15398,9 @@ CHINESE_SENTENCES = {
         "应答不符合预期。节点的协议（tasks 或 execute）是否与 agent 相符？",
     "The agent refused this version; a new release brings a new one.":
         "agent 拒绝了此版本；新的发布会带来新的版本。",
-    "The agent tried and failed. Fix what its message names on the host, then retry.":
-        "agent 尝试后失败。请在主机上修复消息所述问题，然后重试。",
+    "The agent tried and failed. If its message names what this release brought, roll back; else mend the host, then "
+    "retry.":
+        "agent 已执行但失败。若消息指向本次发布的内容，请回滚；否则修复主机，然后重试。",
     "The agent succeeded, the probe of the service did not. Check the service on the host.":
         "agent 成功，但服务探测失败。请检查主机上的服务。",
     "The task did not end in time. Check what the agent is doing, then retry.":
@@ -16761,8 +16797,8 @@ class Readiness:
 
 # The health of a process without an executor.
 NO_PROCESS: Mapping[str, Any] = {"executor": {"enabled": False, "owner": "", "lastLookAt": None}, "certificates": []}
-# Pings of clients at once: each has a thread until its agent has answered, or AGENT_REQUEST_TIMEOUT_SEC is over.
-MAX_PINGS = 8
+# Pings of clients at once, at most: each has a thread until its agent has answered, or so many seconds are over.
+MAX_PINGS, PING_S = 8, 10.0
 
 
 def no_agent_client(_node: Node) -> Ping:
@@ -16781,7 +16817,7 @@ class Api:
         """Take what the handlers need of the process.
 
         nudge: called after a change of releases or freezes, so that an executor in this process scans at once.
-        max_waiting: how many clients may wait for events; further ones are answered at once.
+        max_waiting: how many clients may wait for events; further ones are answered at once. No more may ping.
         process, figures: health of executor and certificates, for /api/v1/health and for /metrics.
         is_busy: whether a release is driven here, which whole reads must not slow down.
         hung: one sentence on a thread of this process that hangs, "" for none.
@@ -16798,7 +16834,8 @@ class Api:
         self._hung = hung
         self._node_deadline_s = node_deadline_s
         self._ping = ping
-        self._pings = threading.BoundedSemaphore(MAX_PINGS)
+        self._max_pings = min(MAX_PINGS, max_waiting)
+        self._pings = threading.BoundedSemaphore(self._max_pings)
         self._waiters = threading.BoundedSemaphore(max_waiting)
         self._readiness = Readiness(store)
         self.started_at = time.time()
@@ -16996,7 +17033,7 @@ class Api:
         """Ask the agent of a node whether it answers; what it says is no error of the request."""
         node = self.store.nodes.get(request.ids[0])
         if not self._pings.acquire(blocking=False):
-            raise AppError(TOO_MANY_REQUESTS, f"{MAX_PINGS} agents are being asked: try again in a moment",
+            raise AppError(TOO_MANY_REQUESTS, f"at most {self._max_pings} may ping at once: try again in a moment",
                            retry_after_s=1)
         try:
             return Reply(200, ping_json(self._ping(node)))
@@ -19574,7 +19611,10 @@ def command_serve(context: Context) -> int:
 
     def ping(node: Node) -> Ping:
         agents.prepare()  # a process without an executor may have no certificates, or a key that others can read
-        return ping_node(agents, node)
+        found = ping_node(agents, node, PING_S)
+        if executor.stopping.is_set() and not found.is_ok:  # which ended the request, not the agent
+            raise AppError(NO_FREE_CONNECTION, "releasectl is stopping: ask again", retry_after_s=1)
+        return found
 
     server = None if is_executor else ApiServer(settings, Api(
         context.store, context.metrics, executor.nudge, settings.http_max_connections // 4,

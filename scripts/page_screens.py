@@ -43,7 +43,8 @@ def fill(store: rc.Store) -> None:
     store.nodes.import_all([
         {"name": f"edge-{POPS[n % 6]}-{n // 6 + 1:02d}", "main_ip": f"10.1.{n % 6}.{n // 6 + 1}",
          "labels": json.dumps({"pop": POPS[n % 6], "role": "cache" if n % 5 else "origin"})} for n in range(NODES)])
-    now_s, strategy = time.time(), {"batches": [1, "10%", "25%*"], "maxFailed": "5%", "soakSec": 120}
+    now_s, strategy = time.time(), {"batches": [1, "10%", "25%*"], "maxFailed": "50%", "maxFailedTotal": "15%",
+                                    "soakSec": 120}
     for number in range(1, 15):
         release = create(store, number, "cdn", ("weekly", "certificates renewed", "hotfix 4711")[number % 3], strategy)
         age_s = (15 - number) * 86400 - 7200

@@ -831,6 +831,17 @@ def test_a_ping_asks_the_agent_of_one_node_and_gives_it_nothing_to_do(sqlite_wor
     assert client.code("POST", "/api/v1/nodes/3/ping") == 3001
 
 
+def test_an_agent_that_hangs_is_given_up_before_the_page_gives_up_the_daemon(sqlite_world):
+    sqlite_world.nodes(1)
+    sqlite_world.agent(1).set(mode="hang")
+    agents = rc.AgentClient(sqlite_world.settings())
+    found = rc.ping_node(agents, sqlite_world.store.nodes.get(1), 0.5)
+    agents.close()
+    assert (found.is_ok, found.error_kind) == (False, "timeout")
+    page = rc.DASHBOARD_FILE.read_text(encoding="utf-8")
+    assert float(re.search(r"withinMs = (\d+)", page)[1]) / 1000 - 3 >= rc.PING_S
+
+
 def test_where_no_agent_can_be_called_a_ping_says_why(open_store, sqlite_url, new_client):
     client = new_client(open_store(sqlite_url))
     add_nodes(client.store, 1)
@@ -839,7 +850,8 @@ def test_where_no_agent_can_be_called_a_ping_says_why(open_store, sqlite_url, ne
     assert "no agent can be asked from here: this process calls no agents" in answer.text
 
 
-def test_so_many_pings_at_once_and_no_more_each_has_a_thread(open_store, sqlite_url, new_client):
+@pytest.mark.parametrize(("max_waiting", "at_once"), [(32, rc.MAX_PINGS), (1, 1)])
+def test_so_many_pings_at_once_and_no_more_each_has_a_thread(open_store, sqlite_url, new_client, max_waiting, at_once):
     client, may_answer = new_client(open_store(sqlite_url)), threading.Event()
     add_nodes(client.store, 1)
     asked: list[str] = []
@@ -849,18 +861,18 @@ def test_so_many_pings_at_once_and_no_more_each_has_a_thread(open_store, sqlite_
         may_answer.wait(60)
         return rc.Ping(node, True, "", "")
 
-    client.server.api = rc.Api(client.store, rc.Metrics(), ping=ping)
+    client.server.api = rc.Api(client.store, rc.Metrics(), max_waiting=max_waiting, ping=ping)
     codes: list[int | None] = []
     threads = [threading.Thread(target=lambda: codes.append(client.code("POST", "/api/v1/nodes/1/ping")))
-               for _ in range(rc.MAX_PINGS)]
+               for _ in range(at_once)]
     for thread in threads:
         thread.start()
-    eventually(lambda: len(asked) == rc.MAX_PINGS)
+    eventually(lambda: len(asked) == at_once)
     assert client.code("POST", "/api/v1/nodes/1/ping") == 4029
     may_answer.set()
     for thread in threads:
         thread.join()
-    assert codes == [0] * rc.MAX_PINGS
+    assert codes == [0] * at_once
     assert client.code("POST", "/api/v1/nodes/1/ping") == 0
 
 

@@ -395,6 +395,14 @@ def test_a_plan_says_what_changes_against_what_the_nodes_run(store):
         rc.effect_text(store.releases.plan(rc.ReleaseRequest(payload={"content": "C"})).effect)
 
 
+def test_a_plan_names_the_nodes_without_a_release_however_many_releases_the_others_run(store):
+    add_nodes(store, rc.MAX_RUNNING_NAMED + 3)
+    for n in range(1, rc.MAX_RUNNING_NAMED + 3):
+        good(store, f"content {n}", n)
+    text = rc.effect_text(store.releases.plan(rc.ReleaseRequest(payload={"content": "C"})).effect)
+    assert text.endswith("; 1 node runs other releases; 1 node had no release yet: edge-8")
+
+
 def test_a_release_that_changes_nothing_says_so_and_goes_on(store):
     add_nodes(store, 2)
     good(store, "A")

@@ -220,6 +220,14 @@ def test_the_end_names_a_node_of_the_largest_cause_and_not_what_failed_first():
     assert sentence(*apart).endswith("2 agent_failed, 1 timeout; such as node edge-2 in batch 1: a is full")
 
 
+def test_the_failures_of_all_batches_are_told_as_such_beside_those_of_the_batch_that_ended_it(store):
+    add_nodes(store, 6)
+    release = run(store, new_release(store, strategy={"batches": [2], "maxFailed": 1}).id, 1, 3, 4)
+    assert release.status_reason.startswith(
+        "stopped, 2 nodes of batch 2 failed, at most 1 may; 3 in all: 3 agent_failed (no disk space); "
+        "such as node edge-1")
+
+
 def test_the_end_says_which_label_all_that_failed_share(store):
     gru = [{"name": f"gru-{number}", "main_ip": f"10.9.0.{number}", "labels": '{"pop": "gru", "role": "cache"}'}
            for number in range(1, 4)]
@@ -252,7 +260,9 @@ def test_a_single_failure_is_told_as_before():
 
 def test_a_cause_is_named_where_most_of_the_first_kind_have_it():
     some = [("agent_failed", "a"), ("agent_failed", "a"), ("agent_failed", "b"), ("timeout", "c")]
-    assert "3 agent_failed (2 of them: a), 1 timeout" in sentence(*some)
+    assert "3 agent_failed (2 of them: a, 1: b), 1 timeout" in sentence(*some)
+    assert "5 agent_failed (3 of them: a, 2 for other reasons), 1 timeout" in sentence(
+        ("agent_failed", "a"), ("agent_failed", "c"), *some)
     assert "2 agent_failed, 1 timeout;" in sentence(*some[1:])
 
 

@@ -92,6 +92,14 @@ SENTENCES = {
         "已停止，4 个节点失败：3 个无法连接（其中 2 个：agent <地址>:8443 无法连接：连接被拒绝（已尝试 3 次））、"
         "1 个其他原因；"
         "例如批次 3 的节点 gru-3：agent 10.0.0.3:8443 在 5 秒内未应答",
+    "stopped, 7 nodes of batch 2 failed, at most 5 may; 8 in all: 8 agent_failed (6 of them: nginx: bad port, 2: "
+    "nginx: no space); such as node gru-1 in batch 1":
+        "已停止，批次 2 有 7 个节点失败，最多允许 5 个；共 8 个失败：8 个 agent 执行失败（其中 6 个：nginx: bad port，"
+        "2 个：nginx: no space）；例如批次 1 的节点 gru-1",
+    "stopped, 4 nodes failed: 4 agent_failed (3 of them: nginx: bad port, 1 for other reasons), 1 timeout; such as "
+    "node a in batch 1":
+        "已停止，4 个节点失败：4 个 agent 执行失败（其中 3 个：nginx: bad port，1 个另有原因）、1 个超时；"
+        "例如批次 1 的节点 a",
     "a, b, c and 17 more": "a, b, c 等 20 个",
     "all is well: all 40 nodes run what they should, 2 payloads among them":
         "一切正常：全部 40 个节点都运行应有的内容，其中有 2 种 payload",

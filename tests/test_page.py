@@ -192,7 +192,7 @@ class Page:
     def ready(self, words: str = "") -> Page:
         """Wait until the plan has come and the button that does it can be used; words are to be read in the plan."""
         eventually(lambda: self.run("Boolean(document.querySelector('#ask-do.main, #send-button.main'))"),
-                   message=f"no plan came: {self.text('dialog[open]') or self.text('#plan')}")
+                   message=lambda: f"no plan came: {self.text('dialog[open]') or self.text('#plan')}")
         return self.see(words, "#ask-plan, #plan")
 
     def draft(self, **fields: str) -> Page:
@@ -693,7 +693,8 @@ def test_a_release_is_followed_to_failure_and_says_why_in_text_and_is_retried(li
     page, world = live(3)
     world.agent(1).set(outcome="failed", message=MARKUP)
     page.draft(payload=PAYLOAD, reason="night").ready().send()
-    page.see("1 node failed", "#failures").see(MARKUP, "#failures pre").see("Fix what its message names", "#failures")
+    page.see("1 node failed", "#failures").see(MARKUP, "#failures pre")
+    page.see("If its message names what this release brought", "#failures")
     assert page.count("main img") + page.count("main b") == 0
     page.see("Release 1 failed", "#pulse")
     page.run("document.querySelector('#failures ul a').click()")
@@ -733,7 +734,7 @@ def test_after_too_many_failures_there_are_two_ways_on_that_say_what_they_do(liv
     page.open("#/releases/1").see("Why it does not go on", "#why")
     eventually(lambda: page.run("[...document.querySelectorAll('main [role=group] button')].map(b => b.textContent)")
                == ["Accept the failures and continue", "End it here"])
-    page.press("End it here").see("2 nodes that wait are skipped", "#ask").see("1 node keeps version 1", "#ask")
+    page.press("End it here").see("Skipped: 2 nodes", "#ask").see("1 node keeps version 1", "#ask")
     page.press("Close")
     page.press("Accept the failures and continue").see("1 failure counts no more", "#ask")
     page.see("Continues with batch 2 (2 nodes)", "#ask")
@@ -848,6 +849,9 @@ def test_the_last_30_releases_stand_as_high_as_they_took_with_their_end_in_colou
     page.reload().see("The last 30", "#strip")
     *_, quarter, whole, none = (column[3] for column in page.run(STRIP))
     assert abs((quarter - none) / (whole - none) - 1 / 4) < 0.05
+    sql(page.daemon.store, "UPDATE release_tasks SET status = 'paused', finished_at = NULL WHERE id > 495")
+    page.reload().see("The last 25", "#strip")  # of the newest 30 those that have an end
+    assert [column[0] for column in page.run(STRIP)] == [f"#/releases/{n}" for n in range(471, 496)]
 
 
 @pytest.mark.slow
@@ -1398,13 +1402,15 @@ def test_a_node_is_pinged_from_its_page_and_the_answer_stays(live):
     page.run("""{ const ask = window.fetch; window.fetch = async (path, ...of) => {
         if (path.endsWith('/ping')) await new Promise(then => { window.goOn = then; });
         return ask(path, ...of); }; } null""")
-    page.press("Ping").see("Asking its agent...", "main").press("Asking its agent...")
-    find = "[...document.querySelectorAll('main button')].find(b => b.textContent === 'Asking its agent...')"
+    page.press("Ping").see("Asking...", "main").press("Asking...")
+    find = "[...document.querySelectorAll('main button')].find(b => b.textContent === 'Asking...')"
     assert page.run(f"{find}.ariaDisabled") == "true"
     page.see("answers as a tasks agent", "#pinged").run("goOn()")
     page.see("unreachable", "#pinged .chip.failed").run("poll()")
     page.see("unreachable", "#pinged .chip.failed")
-    page.press("中文").see("无法连接 (unreachable)", "#pinged").press("English").run("localStorage.clear()")
+    page.press("中文").see("检测 agent", "main")
+    eventually(lambda: page.count("#pinged") == 0)  # it was said in another language
+    page.press("English").run("localStorage.clear()")
     assert [path for _, path, _ in page.browser.changes] == ["/api/v1/nodes/1/ping"] * 2
 
 
@@ -1525,7 +1531,7 @@ def test_nodes_are_sorted_and_filtered_by_drift_through_the_address(page):
     page.open("#/nodes").see("edge-1", "#row-1")
     titles = page.run("[...document.querySelectorAll('main .filters a')].map(a => a.title.slice(0, 27))")
     assert titles == ["", "They run an older payload t", "They run a release that did", "It is not known what they r",
-                      "No release goes there until", "", "No release goes there, and "]
+                      "No release goes there until", "", "Gets no release, and is not"]
     page.open().press("Show them").see("They run", "main")
     assert re.fullmatch("#/nodes.drift=(behind|ahead)", page.address())
     page.open("#/nodes?drift=behind&sort=-name").see("They run an older payload than they should", "main")
@@ -1543,7 +1549,7 @@ def test_nodes_are_sorted_and_filtered_by_drift_through_the_address(page):
     page.see("Node ↑", "thead").open("#/nodes?sort=drift").see("edge-3", "#row-3")
     assert set(page.run(rows)[4:]) == {"row-3", "row-4"}  # those that run what they should come last
     page.open("#/nodes?state=disabled&label=pop%3Dams").see("Nothing was found", "main").see("pop=ams", "main")
-    page.see("No release goes there", "main").press("Show all").see("edge-3", "#row-3")
+    page.see("Gets no release", "main").press("Show all").see("edge-3", "#row-3")
     assert page.address() == "#/nodes"
 
 
@@ -1600,7 +1606,7 @@ def test_health_shows_executor_database_certificates_and_claims(live):
     page.press("Lift the freeze...").see("Lift the freeze of dns?", "#ask").press("Lift the freeze")
     page.see("not frozen", "main")
     world.agent(1).set(mode="normal")
-    page.see("Nothing is running", ".tiles").see("claims it, so that no other does", ".tiles")
+    page.see("Held by the process that works on the release.\nNone yet", ".tiles")
 
 
 @pytest.mark.slow
@@ -1652,13 +1658,63 @@ def test_a_failure_is_rolled_back_from_the_verdict_which_then_says_so_and_so_doe
     page.press("Undo release 2, back to release 1")
     eventually(lambda: page.address() == "#/releases/3")
     sql(store, "UPDATE release_tasks SET status = 'running', started_at = created_at WHERE id = 3")
-    page.open().see("Release 2 is being rolled back", "main h1").see("Rollback of Release 2", "#active-3")
+    page.open().see("Release 2 is being rolled back", "main .verdict.busy h1").see("Rollback of Release 2", "#active-3")
     assert page.run("document.title") == "Release 2 is being rolled back | Releases"
     settle(store, store.releases.get(3), "success", "success")
     page.open().see("rolled back by release 3", "#release-2")
     page.open("#/releases/2").see("rolled back by release 3", "main")
     page.see("rolled back by Release 3", "main .chip.success")
     page.open("#/releases/3").see("1 change against Release 2 (v2)", "#changes")
+
+
+@pytest.mark.slow
+def test_what_is_wrong_beside_the_release_that_is_being_rolled_back_stays_red(page):
+    store = page.daemon.store
+    looks_for_work(store)
+    add_nodes(store, 2)
+    good(store, "A")
+    ended(store, "B", "success", "failed")
+    sql(store, "UPDATE release_tasks SET target = 'dns' WHERE id = 2")
+    ended(store, "C", "success", "failed")
+    store.releases.rollback(3, rc.Act("anna", rc.VIA_API), rc.Again("back"), None)
+    sql(store, "UPDATE release_tasks SET status = 'running', started_at = created_at WHERE id = 4")
+    page.open().see("release 2 (v2) of dns ended failed", "main .verdict.bad")
+
+
+@pytest.mark.slow
+def test_on_a_failed_release_the_way_back_comes_first_and_a_value_is_underlined_from_where_it_differs(page):
+    store = page.daemon.store
+    add_nodes(store, 2)
+    good(store, "10.20.0.2:8080")
+    ended(store, "10.20.0.2:808O", "success", "failed")
+    page.open("#/releases/2").see("10.20.0.2:808O", "#changes")
+    assert page.run("[...document.querySelectorAll('#changes u')].map(u => u.textContent)") == ['0"', 'O"']
+    assert page.run("[...document.querySelectorAll('main [role=group][aria-label=Actions] button')]"
+                    ".map(b => [b.textContent, b.className])") == [["Roll back", "main"], ["Retry", ""]]
+
+
+@pytest.mark.slow
+def test_the_browsers_back_leaves_no_dialog_behind(page):
+    rolled_back(page.daemon.store)
+    page.open("#/releases").see("Release 3", "#release-3 a")
+    page.run("location.hash = '#/releases/3'")
+    page.see("2 nodes failed", "#failures").press("Retry").see("Retry release 3?", "#ask")
+    page.run("history.back()")
+    page.see("History", "main")
+    assert page.count("dialog[open]") == 0
+
+
+@pytest.mark.slow
+def test_j_walks_from_release_to_release_also_where_a_row_names_another(page):
+    rolled_back(page.daemon.store)
+    page.daemon.store.releases.rollback(3, rc.Act("anna", rc.VIA_API), rc.Again("back"), None)
+    settle(page.daemon.store, page.daemon.store.releases.get(4), *["success"] * 4)
+    page.open("#/releases").see("Rollback of", "#release-4")
+    walked = []
+    for _ in range(4):
+        page.browser.key("j", "j")
+        walked.append(page.run("document.activeElement.textContent"))
+    assert walked == ["Release 4", "Release 3", "Release 2", "Release 1"]
 
 
 @pytest.mark.slow
@@ -1833,7 +1889,7 @@ def test_a_browser_that_lets_no_page_notify_goes_on_without(live):
     page.open().see("All is well", "#pulse")
     page.run("window.Notification = function () { throw new TypeError('Illegal constructor'); };"
              "Notification.requestPermission = async () => 'granted'; null")
-    page.press("Notify").see("This browser does not allow it", "#ask").press("Close")
+    page.press("Notify").see("The browser forbids it", "#ask").press("Close")
     state = "(b => [b.ariaPressed, b.querySelector('.mark').className])(document.querySelector('#foot button[title]'))"
     assert page.run(state) == ["false", "mark disabled"]
     assert page.run("sessionStorage.length") == 0
@@ -2175,11 +2231,23 @@ def test_when_all_is_well_again_the_page_says_how_many_nodes_run_what_and_who_is
         eventually(lambda fact=fact: "version 4, the same as release 2" in page.run(fact))
     page.open("#/releases/3").see("rolled back by Release 4", "main .chip.success")
     assert page.run("[...document.querySelectorAll('main [role=group][aria-label=Actions] button')]"
-                    ".map(b => [b.textContent, b.className])") == [["Retry", "plain"], ["Roll back", "plain"]]
+                    ".map(b => [b.textContent, b.className])") == [["Roll back", "plain"], ["Retry", "plain"]]
     # what was wrong is still true, a retry is over
-    page.see("The agent tried and failed. Fix what its message names on the host.", "#failures")
-    page.open("#/releases/3?node=2").see("Fix what its message names on the host.", "#node")
+    page.see("If its message names what this release brought, roll back; else mend the host.", "#failures")
+    page.open("#/releases/3?node=2").see("roll back; else mend the host.", "#node")
     page.open("#/releases").see("2 of 4 done, 2 failed", "#release-3 td:nth-child(3) .number")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batches", "words"), [
+    ([1, "50%", "100%"], "Batches of 1, 50%, then the rest."), ([1, "50%"], "Batches of 1, 50%, then the rest."),
+    (["100%"], "All in one batch."), ([1, "10%*"], "Batches of 1, 10%*, so to the end.")])
+def test_the_batches_of_a_strategy_are_told_to_their_end(page, batches, words):
+    add_nodes(page.daemon.store, 4)
+    new_release(page.daemon.store, strategy={"batches": batches})
+    page.open("#/releases/1").see(words, "main dl")
+    if batches == [1, "50%", "100%"]:
+        page.press("中文").see("批次依次为 1、50%，其余为最后一批。", "main dl")
 
 
 @pytest.mark.slow
@@ -2216,8 +2284,8 @@ def test_a_pause_says_how_many_go_on_and_how_many_wait(page):
     new_release(page.daemon.store)
     sql(page.daemon.store, "UPDATE release_task_nodes SET status = 'running' WHERE node_id = 1")
     sql(page.daemon.store, "UPDATE release_tasks SET status = 'running', started_at = created_at")
-    page.open("#/releases/1").press("Pause").see("1 node under way goes on, 2 wait.", "#ask").press("Close")
-    page.press("Cancel").see("2 nodes that wait are skipped, 1 under way is followed to the end", "#ask")
+    page.open("#/releases/1").press("Pause").see("Under way: 1 node; waiting: 2.", "#ask").press("Close")
+    page.press("Cancel").see("Skipped: 2 nodes; followed to the end: 1.", "#ask")
     assert "version 1" not in page.text("#ask")  # no node has it
 
 

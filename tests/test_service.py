@@ -4,12 +4,14 @@ from __future__ import annotations
 import configparser
 import contextlib
 import http.client
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from conftest import leave_out
@@ -107,9 +109,36 @@ def test_a_process_with_or_without_an_executor_pings_agents_where_it_has_certifi
     for options in ((), ("--api",)):
         with serve_process(service, *options):
             assert ping().data["ok"]
+    key = Path(service.file("open.key", Path(service.settings["CONTROL_KEY"]).read_bytes()))
+    service.settings["CONTROL_KEY"] = str(key)
+    key.chmod(0o600)
+    with serve_process(service, "--api"):
+        key.chmod(0o644)
+        assert re.search("no agent can be asked from here: CONTROL_KEY .* is open to others", ping().text)
+    key.chmod(0o600)
     service.settings["CONTROL_CERT"] = ""
     with serve_process(service, "--api"):
         assert "no agent can be asked from here: CONTROL_CERT" in ping().text
+
+
+@pytest.mark.parametrize("options", [(), ("--api",)])
+def test_a_ping_that_the_end_of_the_process_cuts_says_nothing_about_the_agent(service, options):
+    agent, answers_of = service.world.agent(1), list[Answer]()
+    agent.set(mode="hang")
+
+    def ping() -> None:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)) as connection:
+            connection.request("POST", "/api/v1/nodes/1/ping")
+            answers_of.append(read_answer(connection.getresponse()))
+
+    with serve_process(service, *options) as serve:
+        thread = threading.Thread(target=ping)
+        thread.start()
+        eventually(lambda: agent.queries)
+        serve.terminate()
+        thread.join()
+        assert serve.wait(30) == 0
+    assert (answers_of[0].code, "releasectl is stopping" in answers_of[0].text) == (5003, True)
 
 
 def test_api_and_executor_may_be_two_processes(service, manager):

@@ -15,6 +15,7 @@ export default [
       'consistent-return': 'error',
       'eqeqeq': 'error',
       'no-implied-eval': 'error',
+      'no-control-regex': 'off',
       'no-eval': 'error',
       'no-new-func': 'error',
       'no-script-url': 'error',
