@@ -3928,6 +3928,8 @@ MAX_GROUP_NODES = 20
 MAX_PATTERN_CHARS, MAX_NUMBERS = 200, 32
 # Length of a pattern in a sentence.
 MAX_CAUSE_CHARS = 100
+# What follows such a sentence mostly: '; 12 of 17 in pop=gru', or that it is rolled back.
+MAX_TO_FOLLOW_CHARS = 30
 # In place of the error_kind: of a row that a person wrote without one, and of the groups that are not shown.
 NO_KIND, OTHERS = "other", "others"
 
@@ -4191,11 +4193,17 @@ def kinds_text(kinds: Iterable[str]) -> str:
 class Causes(NamedTuple):
     """Why nodes failed, for a sentence."""
     # '17 agent_failed (15 of them: bind to :443 in use, 2: no space left), 12 unreachable': of the first kind the cause
-    # that most have, and what else there is.
+    # that most have, and what else there is; in short '2 for other reasons'.
     text: str
+    short: str
     # A node of the largest cause, and whether the text has its message.
     example: ReleaseNode
     is_told: bool
+
+    def told_in(self, sentence: Callable[[str], str]) -> str:
+        """Return a sentence about the causes: in short where it would be cut by what is still to follow."""
+        whole = sentence(self.text)
+        return whole if len(whole) <= MAX_MESSAGE_CHARS - MAX_TO_FOLLOW_CHARS else sentence(self.short)
 
 
 def causes_of(failed: Collection[ReleaseNode]) -> Causes:
@@ -4208,13 +4216,15 @@ def causes_of(failed: Collection[ReleaseNode]) -> Causes:
                                       for n in of_kind.values())
     example = of_kind[largest.ids[0]]
     if not largest.pattern or largest.size <= len(of_kind) / 2:
-        return Causes(text, example, False)
+        return Causes(text, text, example, False)
     told = one_line(largest.pattern, MAX_CAUSE_CHARS)
-    if others:
-        second = one_line(others[0].pattern, MAX_CAUSE_CHARS) if len(others) == 1 else ""
-        left = len(of_kind) - largest.size
-        told = f"{largest.size} of them: {told}, {left}{f': {second}' if second else ' for other reasons'}"
-    return Causes(f"{first} ({told}){text[len(first):]}", example, True)
+    if not others:
+        text = f"{first} ({told}){text[len(first):]}"
+        return Causes(text, text, example, True)
+    left, second = len(of_kind) - largest.size, one_line(others[0].pattern, MAX_CAUSE_CHARS) if len(others) == 1 else ""
+    whole, short = (f"{first} ({largest.size} of them: {told}, {left}{rest}){text[len(first):]}"
+                    for rest in (f": {second}" if second else " for other reasons", " for other reasons"))
+    return Causes(whole, short, example, True)
 
 
 # endregion
@@ -4884,8 +4894,9 @@ def _failures(nodes: NodeIndex, strategy: Strategy) -> str:
     limit = (f"{strategy.max_failed} in a batch" if strategy.max_failed_total is None
              else str(resolve_share(strategy.max_failed_total, len(nodes))))
     accepted = sum(bool(n.accepted) for n in failed)
-    return (f"finished with {count_of(len(failed), 'failure')} (limit {limit}"
-            + (f", {accepted} accepted" if accepted else "") + ")" + (f": {causes_of(failed).text}" if failed else ""))
+    text = (f"finished with {count_of(len(failed), 'failure')} (limit {limit}"
+            + (f", {accepted} accepted" if accepted else "") + ")")
+    return causes_of(failed).told_in(lambda causes: f"{text}: {causes}") if failed else text
 
 
 # Of a release that too many agents did not answer.
@@ -4910,7 +4921,8 @@ def _cause(situation: Situation) -> str:
     # of the batch that ended it fewer may have failed than of all
     if what == situation.exceeded and not what.startswith(f"{count_of_nodes(len(failed))} "):
         what += f"; {len(failed)} in all"
-    return f"stopped, {what}: {causes.text}; such as node {example.name} in batch {example.batch}{message}"
+    return causes.told_in(lambda text: f"stopped, {what}: {text}; such as node {example.name} in batch {example.batch}"
+                                       + message)
 
 
 def _paused(situation: Situation, waiting: str) -> str:

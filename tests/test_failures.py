@@ -266,6 +266,13 @@ def test_a_cause_is_named_where_most_of_the_first_kind_have_it():
     assert "2 agent_failed, 1 timeout;" in sentence(*some[1:])
 
 
+def test_where_a_second_cause_finds_no_room_it_is_counted_and_nothing_after_it_is_cut():
+    first, second = f"nginx: invalid port in {'x' * 70}", f"nginx: no space left on {'y' * 70}"
+    text = sentence(*[("agent_failed", first)] * 6, *[("agent_failed", second)] * 2)
+    assert f"8 agent_failed (6 of them: {first}, 2 for other reasons); such as node edge-1 in batch 1" in text
+    assert len(text) <= rc.MAX_MESSAGE_CHARS
+
+
 def test_error_msg_names_the_first_failed_node_as_ever():
     nodes = [node(number, "failed", error_kind=kind, error_msg=text) for number, (kind, text) in enumerate(MIXED, 1)]
     assert decide(nodes).error_msg == "node edge-1: bind to :443 in use"
