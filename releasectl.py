@@ -9246,9 +9246,11 @@ def _plan_ended(tx: Transaction, verb: str, old: Release, wish: Again) -> tuple[
     request, plan, nodes = (plan_retry if verb == "retry" else plan_rollback)(tx, old, wish)
     if not wish.over_newer:
         refuse_over_newer(tx, verb, old, nodes)
-    newer = itertools.islice(newer_successes(tx, old, nodes), MAX_REPLACED_NAMED) if wish.over_newer else ()
-    replaces = [f"{text}: replaces what release {newer_id} brought" for text, newer_id in newer
-                if stored_digest(tx, newer_id) != digest_of(request.payload)]
+    replaces = []
+    if wish.over_newer:
+        digest = digest_of(request.payload)
+        replaces = [f"{text}: replaces what release {newer_id} brought" for text, newer_id in itertools.islice(
+            newer_successes(tx, old, nodes), MAX_REPLACED_NAMED) if stored_digest(tx, newer_id) != digest]
     refuse_twins(nodes)
     request = request._replace(is_emergency=wish.is_emergency)
     return request, plan._replace(emptied=emptied_nodes(request.payload, nodes),

@@ -1636,9 +1636,23 @@ def test_every_problem_is_told_with_since_when_and_its_mend(live):
     assert "ba1b23" in page.run("document.querySelector('link[rel=icon]').href")
 
 
+def good_then_failed(store: rc.Store, before: str = "A", brought: str = "B") -> None:
+    """Make two nodes, release 1 that is good, and release 2 that failed on the second of them."""
+    add_nodes(store, 2)
+    good(store, before)
+    ended(store, brought, "success", "failed")
+
+
+def buttons(page: Page, where: str) -> list[list[str]]:
+    """Return the words and the class of each button in a part of the page."""
+    return page.run(f"[...document.querySelectorAll('{where} button')].map(b => [b.textContent, b.className])")
+
+
 def verdict_buttons(page: Page) -> list[list[str]]:
-    """Return the words and the class of each button of the verdict."""
-    return page.run("[...document.querySelectorAll('.verdict button')].map(b => [b.textContent, b.className])")
+    return buttons(page, ".verdict")
+
+
+ACTIONS = "main [role=group][aria-label=Actions]"
 
 
 BACK, RETRY = "Roll back to what ran before", "Retry failed and skipped nodes"
@@ -1648,9 +1662,7 @@ BACK, RETRY = "Roll back to what ran before", "Retry failed and skipped nodes"
 def test_a_failure_is_rolled_back_from_the_verdict_which_then_says_so_and_so_does_the_failed_release(page):
     store = page.daemon.store
     looks_for_work(store)
-    add_nodes(store, 2)
-    good(store, "A")
-    ended(store, "B", "success", "failed")
+    good_then_failed(store)
     page.open().see("releasectl retry 2 --plan", "main .problems").see("releasectl rollback 2 --plan", "main .problems")
     page.see(" ago", ".problems li:first-child div")
     assert verdict_buttons(page) == [[BACK, "main"], [RETRY, ""]]
@@ -1671,9 +1683,7 @@ def test_a_failure_is_rolled_back_from_the_verdict_which_then_says_so_and_so_doe
 def test_what_is_wrong_beside_the_release_that_is_being_rolled_back_stays_red(page):
     store = page.daemon.store
     looks_for_work(store)
-    add_nodes(store, 2)
-    good(store, "A")
-    ended(store, "B", "success", "failed")
+    good_then_failed(store)
     sql(store, "UPDATE release_tasks SET target = 'dns' WHERE id = 2")
     ended(store, "C", "success", "failed")
     store.releases.rollback(3, rc.Act("anna", rc.VIA_API), rc.Again("back"), None)
@@ -1684,13 +1694,10 @@ def test_what_is_wrong_beside_the_release_that_is_being_rolled_back_stays_red(pa
 @pytest.mark.slow
 def test_on_a_failed_release_the_way_back_comes_first_and_a_value_is_underlined_from_where_it_differs(page):
     store = page.daemon.store
-    add_nodes(store, 2)
-    good(store, "10.20.0.2:8080")
-    ended(store, "10.20.0.2:808O", "success", "failed")
+    good_then_failed(store, "10.20.0.2:8080", "10.20.0.2:808O")
     page.open("#/releases/2").see("10.20.0.2:808O", "#changes")
     assert page.run("[...document.querySelectorAll('#changes u')].map(u => u.textContent)") == ['0"', 'O"']
-    assert page.run("[...document.querySelectorAll('main [role=group][aria-label=Actions] button')]"
-                    ".map(b => [b.textContent, b.className])") == [["Roll back", "main"], ["Retry", ""]]
+    assert buttons(page, ACTIONS) == [["Roll back", "main"], ["Retry", ""]]
 
 
 @pytest.mark.slow
@@ -1811,9 +1818,7 @@ def test_the_plan_of_a_rollback_says_what_already_has_its_payload_and_why_the_la
 @pytest.mark.slow
 def test_a_draft_from_a_release_that_failed_says_so_and_offers_what_runs_now(page):
     store = page.daemon.store
-    add_nodes(store, 2)
-    good(store, "A")
-    ended(store, "B", "success", "failed")
+    good_then_failed(store)
     page.open("#/new?from=2").see("Starts from the payload of release 2 (failed).", "#was")
     page.press("Start from the last success (release 1, 2 nodes)").see("from release 1", "#wrong-payload")
     assert page.count("#was") == 0
@@ -2230,8 +2235,7 @@ def test_when_all_is_well_again_the_page_says_how_many_nodes_run_what_and_who_is
         fact = f"[...document.querySelectorAll('main dt')].find(dt => dt.innerText === '{name}').nextSibling.innerText"
         eventually(lambda fact=fact: "version 4, the same as release 2" in page.run(fact))
     page.open("#/releases/3").see("rolled back by Release 4", "main .chip.success")
-    assert page.run("[...document.querySelectorAll('main [role=group][aria-label=Actions] button')]"
-                    ".map(b => [b.textContent, b.className])") == [["Roll back", "plain"], ["Retry", "plain"]]
+    assert buttons(page, ACTIONS) == [["Roll back", "plain"], ["Retry", "plain"]]
     # what was wrong is still true, a retry is over
     page.see("If its message names what this release brought, roll back; else mend the host.", "#failures")
     page.open("#/releases/3?node=2").see("roll back; else mend the host.", "#node")

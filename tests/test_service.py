@@ -100,25 +100,27 @@ def test_with_the_executor_off_the_service_is_alive_too(service, manager):
     assert set(manager.statuses()) == {"API only, nothing is dispatched: RELEASE_EXECUTOR_ENABLED=0"}
 
 
-def test_a_process_with_or_without_an_executor_pings_agents_where_it_has_certificates(service):
-    def ping() -> Answer:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)) as connection:
-            connection.request("POST", "/api/v1/nodes/1/ping")
-            return read_answer(connection.getresponse())
+def pinged(service: Cli) -> Answer:
+    """Return what its process answers to a ping of the first node."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)) as connection:
+        connection.request("POST", "/api/v1/nodes/1/ping")
+        return read_answer(connection.getresponse())
 
+
+def test_a_process_with_or_without_an_executor_pings_agents_where_it_has_certificates(service):
     for options in ((), ("--api",)):
         with serve_process(service, *options):
-            assert ping().data["ok"]
+            assert pinged(service).data["ok"]
     key = Path(service.file("open.key", Path(service.settings["CONTROL_KEY"]).read_bytes()))
     service.settings["CONTROL_KEY"] = str(key)
     key.chmod(0o600)
     with serve_process(service, "--api"):
         key.chmod(0o644)
-        assert re.search("no agent can be asked from here: CONTROL_KEY .* is open to others", ping().text)
+        assert re.search("no agent can be asked from here: CONTROL_KEY .* is open to others", pinged(service).text)
     key.chmod(0o600)
     service.settings["CONTROL_CERT"] = ""
     with serve_process(service, "--api"):
-        assert "no agent can be asked from here: CONTROL_CERT" in ping().text
+        assert "no agent can be asked from here: CONTROL_CERT" in pinged(service).text
 
 
 @pytest.mark.parametrize("options", [(), ("--api",)])
@@ -126,13 +128,8 @@ def test_a_ping_that_the_end_of_the_process_cuts_says_nothing_about_the_agent(se
     agent, answers_of = service.world.agent(1), list[Answer]()
     agent.set(mode="hang")
 
-    def ping() -> None:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)) as connection:
-            connection.request("POST", "/api/v1/nodes/1/ping")
-            answers_of.append(read_answer(connection.getresponse()))
-
     with serve_process(service, *options) as serve:
-        thread = threading.Thread(target=ping)
+        thread = threading.Thread(target=lambda: answers_of.append(pinged(service)))
         thread.start()
         eventually(lambda: agent.queries)
         serve.terminate()
