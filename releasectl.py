@@ -197,6 +197,9 @@ AT_REST = frozenset((SUCCESS, FAILED, SKIPPED))
 NODE_OPEN = frozenset((PENDING, RUNNING))
 # The statuses of releases that are not TERMINAL, for SQL.
 OPEN_RELEASES = "('pending', 'running', 'paused', 'cancelling')"
+# What a list of releases can be restricted to: a status, those that are not TERMINAL, or those that are.
+OPEN, OVER = "open", "ended"
+STATUS_FILTERS = (*RELEASE_STATUSES, OPEN, OVER)
 
 # How somebody acts: the column via of audit_log.
 VIA_CLI, VIA_API, VIA_EXECUTOR = "cli", "api", "executor"
@@ -8620,6 +8623,7 @@ LISTED_COLUMNS = RELEASE_COLUMNS.replace("r.payload,", "CASE WHEN r.payload_sha2
 
 class ReleaseFilter(NamedTuple):
     """Which releases a list shows; what is empty restricts nothing."""
+    # One of STATUS_FILTERS.
     status: str = ""
     target: str = ""
     # Part of its id, version (v42), target, reason or status_reason.
@@ -8644,7 +8648,10 @@ class ReleaseFilter(NamedTuple):
         number = self.search.lower()[:19]
         patterns: list[object] = [like.lower(), like]
         conditions: list[tuple[object, str, list[object]]] = [
-            (self.status, "r.status = ?", [self.status]),
+            (self.status in RELEASE_STATUSES, "r.status = ?", [self.status]),
+            (self.status == OPEN, f"r.status IN {OPEN_RELEASES}", []),
+            # NOT IN uses no index: most have ended, and a page of them is read from the newest one on
+            (self.status == OVER, f"r.status NOT IN {OPEN_RELEASES}", []),
             (self.target, "r.target = ?", [self.target]),
             (self.since, "r.created_at >= ?", [self.since]),
             (self.node, """r.id IN (SELECT n.release_task_id FROM nodes h
@@ -16516,7 +16523,8 @@ ID_DIGITS = "[0-9]{1,4000}"
 
 # Parameter of a query: its schema.
 QUERY_PARAMETERS: Mapping[str, dict[str, Any]] = {
-    "status": {"type": "string", "enum": ["", *RELEASE_STATUSES]},
+    "status": {"type": "string", "enum": ["", *STATUS_FILTERS], "description":
+               f"only releases of this status; {OPEN}: those that go on; {OVER}: those that don't"},
     "page": {**PAGES.schema, "default": 1},
     "pageSize": {**PAGE_SIZES.schema, "default": 20},
     "view": {"type": "string", "enum": ["full", "summary"], "default": "full"},
@@ -20457,7 +20465,7 @@ COMMANDS: tuple[Command, ...] = (
         option("--check-agents", action="store_true", help="ask its agents whether they answer, and create nothing"),
         *_WAIT_OPTIONS)),
     Command("list", "list releases, newest first", command_list, (
-        option("--status", choices=RELEASE_STATUSES, help="only those of this status"),
+        option("--status", choices=STATUS_FILTERS, help="only those of this status, or that are open, or have ended"),
         option("--target", default="", metavar="TARGET", help="only those of this target"),
         option("--search", default="", metavar="TEXT", help="only those with this in id, version (v42), target, "
                                                              "reason or state"),

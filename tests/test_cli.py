@@ -105,6 +105,8 @@ def test_the_text_for_people_is_in_columns(filled_quick):
 def test_the_list_is_filtered_and_paged(filled_quick):
     assert [r["id"] for r in filled_quick.ok("list", "--json").json["items"]] == [3, 2, 1]
     assert [r["id"] for r in filled_quick.ok("list", "--status", "failed", "--json").json["items"]] == [2]
+    assert [r["id"] for r in filled_quick.ok("list", "--status", "open", "--json").json["items"]] == [3]
+    assert [r["id"] for r in filled_quick.ok("list", "--status", "ended", "--json").json["items"]] == [2, 1]
     second = filled_quick.ok("list", "--page", "2", "--page-size", "2", "--json").json
     assert ([r["id"] for r in second["items"]], second["total"]) == ([1], 3)
 

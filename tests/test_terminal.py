@@ -335,8 +335,10 @@ def test_the_filters_of_the_list_are_the_same_in_the_api_on_both_engines(store, 
     for target in ("cdn", "dns", "cdn"):
         new_release(store, target=target, reason=f"for {target} 上海")
     sql(store, "UPDATE release_tasks SET created_at = '2020-01-01T00:00:00.000Z' WHERE id = 1")
+    sql(store, "UPDATE release_tasks SET status = 'cancelled', finished_at = created_at WHERE id = 1")
     client = new_client(store)
-    for query, ids in (("target=dns", [2]), ("search=FOR%20CDN", [3, 1]), ("search=%E4%B8%8A", [3, 2, 1]),
+    for query, ids in (("status=open", [3, 2]), ("status=ended", [1]), ("status=ended&target=dns", []),
+                       ("target=dns", [2]), ("search=FOR%20CDN", [3, 1]), ("search=%E4%B8%8A", [3, 2, 1]),
                        ("search=v2", [2]), ("search=%25", []), ("since=2021-01-01T00:00:00Z", [3, 2]),
                        ("node=edge-2&target=cdn&since=2021-01-01T08:00:00%2B08:00", [3]), ("node=nobody", []),
                        ("before=3", [2, 1]), ("before=3&target=dns", [2]), ("before=1", []),
