@@ -4203,10 +4203,15 @@ class Causes(NamedTuple):
     example: ReleaseNode
     is_told: bool
 
-    def told_in(self, sentence: Callable[[str], str]) -> str:
-        """Return a sentence about the causes: in short where it would be cut by what is still to follow."""
-        whole = sentence(self.text)
-        return whole if len(whole) <= MAX_MESSAGE_CHARS - MAX_TO_FOLLOW_CHARS else sentence(self.short)
+    def told_in(self, before: str, example: str = "") -> str:
+        """Return a sentence about the causes, with an example behind it.
+
+        Where what is still to follow would cut it, it is in short, and without the example if that tells nothing new.
+        """
+        sentences = [f"{before}{self.text}{example}", f"{before}{self.short}{example}"]
+        if self.is_told:
+            sentences.append(before + self.short)
+        return next((one for one in sentences if len(one) <= MAX_MESSAGE_CHARS - MAX_TO_FOLLOW_CHARS), sentences[-1])
 
 
 def causes_of(failed: Collection[ReleaseNode]) -> Causes:
@@ -4899,7 +4904,7 @@ def _failures(nodes: NodeIndex, strategy: Strategy) -> str:
     accepted = sum(bool(n.accepted) for n in failed)
     text = (f"finished with {count_of(len(failed), 'failure')} (limit {limit}"
             + (f", {accepted} accepted" if accepted else "") + ")")
-    return causes_of(failed).told_in(lambda causes: f"{text}: {causes}") if failed else text
+    return causes_of(failed).told_in(f"{text}: ") if failed else text
 
 
 # Of a release that too many agents did not answer.
@@ -4924,8 +4929,7 @@ def _cause(situation: Situation) -> str:
     # of the batch that ended it fewer may have failed than of all
     if what == situation.exceeded and not what.startswith(f"{count_of_nodes(len(failed))} "):
         what += f"; {len(failed)} in all"
-    return causes.told_in(lambda text: f"stopped, {what}: {text}; such as node {example.name} in batch {example.batch}"
-                                       + message)
+    return causes.told_in(f"stopped, {what}: ", f"; such as node {example.name} in batch {example.batch}{message}")
 
 
 def _paused(situation: Situation, waiting: str) -> str:
@@ -14874,6 +14878,7 @@ CHINESE_FORMS = (
     (r"stopped, ([^:]*): (.*); (such as node .*)", "已停止，{1!}：{2!}；{3!}"),
     (r"stopped, ([^:]*): (.*?); first node (.+?) in batch (\d+): (.*)",
      "已停止，{1!}：{2!}；首个是批次 {4} 的节点 {3}：{5?}"),
+    (r"stopped, ([^:]*): (\d.*)", "已停止，{1!}：{2!}"),
     (r"such as node (.+?) in batch (\d+)", "例如批次 {2} 的节点 {1}"),
     (r"such as node (.+?) in batch (\d+): (.*)", "例如批次 {2} 的节点 {1}：{3?}"),
     (r"such as node (.+?): (.*)", "例如节点 {1}：{2?}"),
@@ -14886,7 +14891,7 @@ CHINESE_FORMS = (
     (r"stopping, (.*?): (.*)", "正在停止，{1!}：{2!}"), (r"node (.+) failed", "节点 {1} 失败"),
     (r"(\d+) nodes? failed", "{1} 个节点失败"), (r"(\d+) of (\d+) nodes? failed", "{2} 个节点中有 {1} 个失败"),
     ("queued for an executor", "等待执行器"),
-    ("not frozen", "未冻结"), (r"scheduled for (\S+(?: \d\S+)?)(?:, in [^,;]*)?", "定于 {1} 开始"),
+    (r"scheduled for (\S+(?: \d\S+)?)(?:, in [^,;]*)?", "定于 {1} 开始"),
     (r"scheduled for (\S+), and after release (\d+)", "定于 {1} 开始，并在发布 {2} 之后"),
     (r"it starts at ([^,]*)(?:, in [^;]*)?", "开始时间：{1}"), (r"waiting for (release [^;]*)", "等待{1!}"),
     (r"(release \d+, which [^;]*) and (\d+) more", "{1!}，另有 {2} 个"),
@@ -14958,7 +14963,7 @@ CHINESE_FORMS = (
      "{1} 不时等待任务（run-once），最近一次在 {2!}之前"),
     (r"([^;]+) looks for work, last (.*) ago", "{1} 在等待任务，最近一次在 {2!}之前"), (r"(\d+) s", "{1} 秒"),
     (r"(\d+) min", "{1} 分钟"), (r"(\d+) h", "{1} 小时"), (r"(\d+) h (\d+) min", "{1} 小时 {2} 分钟"),
-    (r"(\d+) days?", "{1} 天"), ("it answers", "有应答"), (r"it takes no writes: (.*)", "无法写入：{1!}"),
+    (r"(\d+) days?", "{1} 天"), (r"(\d+) tokens?", "{1} 个令牌"), (r"it takes no writes: (.*)", "无法写入：{1!}"),
     (r"the database takes no writes: (.*)", "数据库无法写入：{1!}"),
     (r"the database can't be used: (.*)", "数据库无法使用：{1!}"),
     (r"nothing to do: no release is open", "无事可做：没有未结束的发布"), (r"it has ended: (\w+)", "已结束：{1!}"),
@@ -15015,6 +15020,9 @@ CHINESE_FORMS = (
     ("it is not set: agents can't be called without it", "未设置：没有它就无法调用 agent"),
     (r"run (`[^`]*`) to see why", "原因请运行 {1}"), ("the lease thread hangs", "续租线程无响应"),
     (r"the driver of release (\d+) hangs", "发布 {1} 的驱动线程无响应"),
+    (r"database (.*): schema (\d+), takes writes(.*)", "数据库 {1}：schema {2}，可写{3}"),
+    (r"database (.*) does not exist: bring it back, or make a new one with (`[^`]*`)",
+     "数据库 {1} 不存在：请恢复它，或用 {2} 新建"),
     (r"database (?!.* can't be read: )(.+?): (.*)", "数据库 {1}：{2!}"),
     ("the disk is full", "磁盘已满"), (r"the folder (.+) does not exist", "文件夹 {1} 不存在"),
     ("the release has no nodes", "发布没有节点"), (r"it answered (\d+)", "应答 {1}"),
@@ -15040,11 +15048,12 @@ CHINESE_FORMS = (
     (r"Release (\d+) needs you: paused", "发布 {1} 需要您处理：已暂停"),
     (r"Nobody works on release (\d+)", "没有执行器处理发布 {1}"),
     # what the history says of a release
-    (r"batches of ([\d, ]+(?: and \d+ more)?)", "批次大小 {1!}"), (r"at most (\d[\d, ]*) failed", "每批最多失败 {1}"),
-    (r"at most (\d[\d, ]* and \d+ more) failed", "每批最多失败 {1!}"),
+    (r"batches of ([\d, ]+)", "批次大小 {1,}"), (r"batches of ([\d, ]+) and (\d+) more", "批次大小 {1,} 等 {1+2} 个"),
+    (r"at most (\d[\d, ]*) failed", "每批最多失败 {1,}"),
+    (r"at most ([\d, ]+) and (\d+) more failed", "每批最多失败 {1,} 等 {1+2} 个"),
     (r"the last (\d+) had failed before: that they fail again stops nothing",
      "最后 {1} 个此前已失败：再次失败不会使发布停止"),
-    (r"at most (\d[^;]*?) failed, (\d+) in all", "每批最多失败 {1!}，共 {2}"),
+    (r"(at most \d[^;]*? failed), (\d+) in all", "{1!}，共 {2}"),
     (r"all agents are asked first, at most (\d+) may be silent", "先询问所有 agent，最多 {1} 个可不应答"),
     ("changes nothing: all its nodes run this payload already", "没有任何更改：其所有节点都已在运行此 payload"),
     (r"changes nothing: all its nodes run this payload already \(release (.*)\)",
@@ -15144,8 +15153,6 @@ CHINESE_FORMS = (
     ("not set: the API listens on loopback only, for everybody on this host",
      "未设置：API 只监听回环地址，本机任何人可用"),
     ("0: agents are called by plain HTTP, for a laboratory only", "0：以明文 HTTP 调用 agent，仅限实验环境"),
-    (r"database (.*): schema (\d+), takes writes(.*)", "数据库 {1}：schema {2}，可写{3}"),
-    (r"database (.*) does not exist: (.*)", "数据库 {1} 不存在：{2}"),
     (r"(\d+) of (\d+) rows? and the events of (\d+) of (\d+) ended releases? verified",
      "{2} 行中已验证 {1} 行，{4} 个已结束的发布中已验证 {3} 个的事件"),
     (r"head (\d+:\w+)", "末尾 {1}"), (r"(\d+) nodes?: each runs what it should", "{1} 个节点都运行应有的内容"),
@@ -15558,14 +15565,16 @@ def _by_form(text: str, forms: _Forms, depth: int = 0) -> str | None:
 MAX_DEPTH = 16
 # Nor is a sentence of ours so long; what agents say may be, and would take long to be compared with each form.
 MAX_FORM_CHARS = 1000
-# {1}, {1!}, {1?} or {1+2} in the Chinese of a form.
-_PLACE = re.compile(r"\{(\d)(\+\d|[!?]?)\}")
+# {1}, {1!}, {1?}, {1,} or {1+2} in the Chinese of a form.
+_PLACE = re.compile(r"\{(\d)(\+\d|[!?,]?)\}")
 
 
 def _filled(found: re.Match[str], depth: int, place: re.Match[str]) -> str:
     text = found[int(place[1])] or ""
     if place[2][:1] == "+":  # 'a, b' and 3 more
         return str(text.count(", ") + 1 + int(found[int(place[2])]))
+    if place[2] == ",":  # a list of numbers
+        return text.replace(", ", "、")
     return _sentence(text, depth) if place[2] == "!" else _error(text, depth) if place[2] else text
 
 

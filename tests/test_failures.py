@@ -267,10 +267,13 @@ def test_a_cause_is_named_where_most_of_the_first_kind_have_it():
 
 
 def test_where_a_second_cause_finds_no_room_it_is_counted_and_nothing_after_it_is_cut():
-    first, second = f"nginx: invalid port in {'x' * 70}", f"nginx: no space left on {'y' * 70}"
+    first, second = f"nginx: invalid port in {'x' * 72}", f"nginx: no space left on {'y' * 70}"
     text = sentence(*[("agent_failed", first)] * 6, *[("agent_failed", second)] * 2)
     assert f"8 agent_failed (6 of them: {first}, 2 for other reasons); such as node edge-1 in batch 1" in text
     assert len(text) <= rc.MAX_MESSAGE_CHARS
+    # there a label would cut the example, which the table of failures names too
+    assert sentence(*[("agent_failed", first)] * 6, *[("agent_failed", second)] * 2, max_failed=5) == (
+        f"stopped, 8 nodes of batch 1 failed, at most 5 may: 8 agent_failed (6 of them: {first}, 2 for other reasons)")
 
 
 def test_error_msg_names_the_first_failed_node_as_ever():

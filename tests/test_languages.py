@@ -37,6 +37,10 @@ SENTENCES = {
         "cdn 的发布 1（v1）失败：因批次 1 的节点 edge-1 而停止：no",
     "2 nodes run an older payload than they should: edge-1 and 1 more":
         "2 个节点运行的 payload 比应有的旧：edge-1 等 2 个",
+    "database /var/lib/r.db: schema 13, takes writes": "数据库 /var/lib/r.db：schema 13，可写",
+    "database /var/lib/r.db does not exist: bring it back, or make a new one with `releasectl migrate`":
+        "数据库 /var/lib/r.db 不存在：请恢复它，或用 `releasectl migrate` 新建",
+    "4 tokens": "4 个令牌",
     "1 node runs an older payload than it should: edge-1": "1 个节点运行的 payload 比应有的旧：edge-1",
     "1 node runs the payload of a release that failed, was cancelled or rolled back: edge-1":
         "1 个节点仍停留在失败、已取消或已回滚的发布的内容上：edge-1",
@@ -76,7 +80,7 @@ SENTENCES = {
         "策略：maxFailed \"5x\" 须为 0 到 1000000 的整数，或 \"0%\" 到 \"100%\"",
     "strategy: foo is not a known key": "策略：foo 不是已知的键",
     "hotfix 4711; batches of 1, 20, 9; at most 0, 1, 1 failed, 2 in all; left out: edge-3 is offline":
-        "hotfix 4711；批次大小 1, 20, 9；每批最多失败 0, 1, 1，共 2；未包含：edge-3（下线）",
+        "hotfix 4711；批次大小 1、20、9；每批最多失败 0、1、1，共 2；未包含：edge-3（下线）",
     "stopped, 2 nodes failed: 2 http; first node a in batch 2: no; such; release 18 rolls it back":
         "已停止，2 个节点失败：2 个 HTTP 错误；首个是批次 2 的节点 a：no; such；由发布 18 回滚",
     "changes nothing: all its nodes run this payload already (release 4); 1 other release has not ended yet":
@@ -101,6 +105,12 @@ SENTENCES = {
         "已停止，4 个节点失败：4 个 agent 执行失败（其中 3 个：nginx: bad port，1 个另有原因）、1 个超时；"
         "例如批次 1 的节点 a",
     "a, b, c and 17 more": "a, b, c 等 20 个",
+    "weekly; batches of 1, 2, 3 and 17 more; at most 0, 1, 1 and 17 more failed, 9 in all":
+        "weekly；批次大小 1、2、3 等 20 个；每批最多失败 0、1、1 等 20 个，共 9",
+    "stopped, 8 nodes of batch 1 failed, at most 5 may; 9 in all: 8 agent_failed (6 of them: no, 2 for other reasons), "
+    "1 timeout; 6 of 9 in pop=gru":
+        "已停止，批次 1 有 8 个节点失败，最多允许 5 个；共 9 个失败：8 个 agent 执行失败（其中 6 个：no，"
+        "2 个另有原因）、1 个超时；9 个中有 6 个在 pop=gru",
     "all is well: all 40 nodes run what they should, 2 payloads among them":
         "一切正常：全部 40 个节点都运行应有的内容，其中有 2 种 payload",
     "all is well: all 40 nodes run what they should; 1 node in maintenance, 2 disabled":
@@ -260,7 +270,7 @@ AROUND = {
         "", "; batches of 1, 2; at most 0, 1 failed, 2 in all; all agents are asked first, at most 1 may be silent; "
         "changes nothing: all its nodes run this payload already; left out: Frankfurt edge 3 is offline; goes out in a "
         "freeze too",
-        "", "；批次大小 1, 2；每批最多失败 0, 1，共 2；先询问所有 agent，最多 1 个可不应答；"
+        "", "；批次大小 1、2；每批最多失败 0、1，共 2；先询问所有 agent，最多 1 个可不应答；"
         "没有任何更改：其所有节点都已在运行此 payload；未包含：Frankfurt edge 3（下线）；冻结期间也执行")],
     "approval": [("waiting for approval by somebody else than Bob Smith: releasectl approve 4; ", "",
                   "等待 Bob Smith 以外的人批准：releasectl approve 4；", "")],
@@ -365,7 +375,7 @@ def test_the_reasons_of_real_acts_stay_as_they_are(store):
     assert [event.event for event in events] == [
         "created", "frozen", "unfrozen", "paused", "resumed", "cancelling", "cancelled"]
     said = [event["detail"] for event in rc.translated([rc.event_json(event) for event in events])]
-    assert said == [f"{why}；批次大小 1, 1；每批最多失败 0, 0", *[why] * 5, "2 个节点中已更新 0 个"]
+    assert said == [f"{why}；批次大小 1、1；每批最多失败 0、0", *[why] * 5, "2 个节点中已更新 0 个"]
 
 
 @pytest.mark.parametrize("strategy", [

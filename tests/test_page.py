@@ -1842,7 +1842,7 @@ def test_what_is_wrong_with_a_strategy_is_said_in_chinese_and_what_people_wrote_
     page.open()
     page.run("localStorage.setItem('releasectl-language', 'zh')")
     try:
-        page.open("#/releases/1").see("weekly；批次大小 1, 1, 1", "#timeline")
+        page.open("#/releases/1").see("weekly；批次大小 1、1、1", "#timeline")
         page.open("#/new").fill(payload=PAYLOAD, **{"strategy.maxFailed": "5x"})
         page.see('每批最多失败数："5x" 须为 0 到 1000000 的整数', "#plan")
     finally:
