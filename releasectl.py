@@ -112,7 +112,6 @@ import bisect
 import codecs
 import collections
 import contextlib
-import dataclasses
 import datetime
 import errno
 import faulthandler
@@ -1117,13 +1116,12 @@ class Setting(NamedTuple):
 
 
 def _setting(default: str, parse: Range | Callable[[str], Any], help_text: str) -> Any:
-    parser = parse.from_text if isinstance(parse, Range) else parse
-    return dataclasses.field(metadata={"setting": (default, parser, help_text)})
+    """Return what a field of Settings has for a default, from which its Setting is made."""
+    return default, parse.from_text if isinstance(parse, Range) else parse, help_text
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The configuration of a process: default, parser and help of each setting."""
+class Settings(NamedTuple):
+    """The configuration of a process, made by load(): default, parser and help of each setting."""
     database_url: str = _setting("sqlite:///releasectl.db", _database_url, "sqlite:///FILE or postgresql://...")
     database_url_file: str = _setting("", _path, "a file that holds it, so that the password is in no environment")
     http_addr: tuple[str, int] = _setting("127.0.0.1:8080", _host_port, "address and port of the API")
@@ -1199,7 +1197,7 @@ class Settings:
         return settings
 
 
-SETTINGS = tuple(Setting(field.name.upper(), *field.metadata["setting"]) for field in dataclasses.fields(Settings))
+SETTINGS = tuple(Setting(name.upper(), *described) for name, described in Settings._field_defaults.items())
 
 
 def find_config(environ: Mapping[str, str], named: str = "") -> str:
@@ -2145,8 +2143,7 @@ def plain_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> (
     return mapped or address
 
 
-@dataclasses.dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """A host that runs an agent: a row of nodes."""
     id: int
     name: str
@@ -2214,8 +2211,7 @@ def has_labels(values: Mapping[str, str], wanted: LabelChoice) -> bool:
     return not wanted or all(values.get(key) in some for key, some in wanted.items())
 
 
-@dataclasses.dataclass(frozen=True)
-class Release:
+class Release(NamedTuple):
     """A row of release_tasks, with two numbers that are computed from its nodes, and its rollback."""
     id: int
     type: str
@@ -4799,7 +4795,7 @@ def as_read(release: Release) -> Release:
             FAILED: f"was to be {did}, which failed", CANCELLED: f"was to be {did}, which was cancelled"}.get(
         release.rollback_status, f"{by} rolls it back")
     reason = release.status_reason or release.error_msg
-    return dataclasses.replace(release, status_reason=ROLLS_BACK.sub(text, reason, 1) if ROLLS_BACK.search(
+    return release._replace(status_reason=ROLLS_BACK.sub(text, reason, 1) if ROLLS_BACK.search(
         reason) else "; ".join(filter(None, (reason, text))))
 
 
@@ -7867,8 +7863,7 @@ class DatabaseState:
 # Uses: Vocabulary, Helpers, Model, Decision, Database, Database state.
 # ======================================================================================
 
-@dataclasses.dataclass(frozen=True)
-class Act:
+class Act(NamedTuple):
     """Who acts, and from where: what a row of audit_log names."""
     # cli:USER, cert:NAME of a client certificate, api (no tokens are set), an executor's owner, or a token's name.
     actor: str
@@ -7880,8 +7875,8 @@ class Act:
     request_id: str = ""
     # Of the command line: the Unix user, as the system has it.
     user: str = ""
-    # Its committed rows.
-    rows: list[AuditRow] = dataclasses.field(default_factory=list, compare=False)
+    # Where its committed rows are noted; None for nobody who asks.
+    rows: list[AuditRow] | None = None
 
     @property
     def identity(self) -> str:
@@ -8161,13 +8156,14 @@ class Audit:
         row = row._replace(hash=audit_hash(row, hash_before))
         tx.execute(f"INSERT INTO audit_log ({AUDIT_COLUMNS}) VALUES ({self._database.engine.audit_id_sql}"
                    f"{', ?' * (len(row) - 1)})", *row)
-        tx.after_commit.append(lambda: act.rows.append(row))
+        if act.rows is not None:
+            tx.after_commit.append(functools.partial(act.rows.append, row))
         return row.id, row.hash
 
     def add_end(self, tx: Transaction, who: Who, release: Release, status: str) -> tuple[int, str]:
         """Append the row of a release's end, with the SHA-256 of its events."""
         count, digest = self._events_digest(tx, release.id)
-        act = dataclasses.replace(who, via=VIA_EXECUTOR) if isinstance(who, Act) else who
+        act = who._replace(via=VIA_EXECUTOR) if isinstance(who, Act) else who
         return self.add(tx, act, RELEASE_END, f"release {release.id}", {"status": release.status},
                         {"status": status, "events": count, "eventsSha256": digest})
 
@@ -8317,7 +8313,7 @@ class Audit:
 #   Audit.
 # ======================================================================================
 
-NODE_COLUMNS = ", ".join(field.name for field in dataclasses.fields(Node))
+NODE_COLUMNS = ", ".join(Node._fields)
 # What a person sets.
 _SETTABLE_COLUMNS = ("name", "main_ip", "agent_port", "agent_protocol", "labels", "enabled", "status")
 
@@ -8529,7 +8525,7 @@ class Nodes:
 
     def _change(self, tx: Transaction, node: Node, changes: Mapping[str, Any], by: Who) -> Node:
         """Write the columns of a node that change, with a row of the audit log; return it as it is then."""
-        after = dataclasses.replace(node, **dict(changes))
+        after = node._replace(**dict(changes))
         changed = [column for column in _SETTABLE_COLUMNS if getattr(after, column) != getattr(node, column)]
         if not changed:
             return node
@@ -8618,8 +8614,7 @@ _COMPUTED_OF_RELEASE = {
     # the index release_tasks_by_rollback_of
     "rollback_id": f"(SELECT b.id {_FROM_ITS_ROLLBACK})",
     "rollback_status": f"COALESCE((SELECT b.status {_FROM_ITS_ROLLBACK}), '')"}
-_RELEASE_FIELDS = [field.name for field in dataclasses.fields(Release)]
-RELEASE_COLUMNS = ", ".join(_COMPUTED_OF_RELEASE.get(name, f"r.{name}") for name in _RELEASE_FIELDS)
+RELEASE_COLUMNS = ", ".join(_COMPUTED_OF_RELEASE.get(name, f"r.{name}") for name in Release._fields)
 
 # RELEASE_COLUMNS for a list, which needs a payload only where its digest is still to be made: each may be a megabyte.
 LISTED_COLUMNS = RELEASE_COLUMNS.replace("r.payload,", "CASE WHEN r.payload_sha256 = '' THEN r.payload ELSE '' END,", 1)
@@ -8685,7 +8680,7 @@ _COLUMN_OF = {name: {"waited_s": "waited_sec", "stored_reached": "reached"}.get(
 RELEASE_NODE_COLUMNS = ", ".join(_COMPUTED_OF_NODE.get(name, f"n.{_COLUMN_OF[name]}") for name in _NODE_FIELDS)
 
 # What a commit writes of a release, and of a node; after a COMMIT in doubt the same is read back.
-_DECIDED = [name for name in Decision._fields if name in _RELEASE_FIELDS]
+_DECIDED = [name for name in Decision._fields if name in Release._fields]
 _NODE_DECIDED = [name for name in _NODE_FIELDS if name not in {*_COMPUTED_OF_NODE, "node_id", "batch", "accepted"}]
 decided_values = operator.attrgetter(*_DECIDED)
 decided_node_values = operator.attrgetter(*_NODE_DECIDED)
@@ -8911,7 +8906,7 @@ def change_status(tx: Transaction, release: Release, nodes: NodeIndex, verb: Ver
                   reason: str) -> None:
     """Write the status that a verb brings, its status_reason and its event."""
     status, strategy = status_after_verb(verb.name, release), strategy_of(release.strategy)
-    after = dataclasses.replace(release, status=status, paused_by=str(actor) if status == PAUSED else "")
+    after = release._replace(status=status, paused_by=str(actor) if status == PAUSED else "")
     status_reason = one_line(f"resumed{by_whom(str(actor))}: {REASON_PENDING}") if status == RUNNING else describe(
         status, Situation(after, nodes, now, strategy=strategy, stage=Stage(0, release.passed_batch),
                           exceeded=exceeded_limit(nodes, strategy)))
@@ -10939,7 +10934,7 @@ class Releases:
         for release in releases:
             reason = true_reason(release, executors, now_s, self._state.write_error)
             shown.append(as_read(release) if reason == release.status_reason
-                         else dataclasses.replace(release, status_reason=reason))
+                         else release._replace(status_reason=reason))
         return shown
 
     def as_shown(self, release: Release) -> Release:
@@ -10955,7 +10950,7 @@ class Releases:
         if shown is not release or release.status != RUNNING:
             return shown
         texts = release.status_reason, self._time_left(tx, release)
-        return dataclasses.replace(release, status_reason="; ".join(filter(None, texts)))
+        return release._replace(status_reason="; ".join(filter(None, texts)))
 
     def _time_left(self, tx: Transaction, release: Release, batches: Sequence[BatchProgress] = ()) -> str:
         """Return time_left(); batches: read_batches(), where the caller has them."""
@@ -12635,22 +12630,21 @@ class Wire:
         run_coroutine(self._timed.sendall(data))
 
 
-@dataclasses.dataclass(eq=False)
 class Connection:
     """One admitted connection, which has a thread. A busy one is never evicted."""
-    sock: socket.socket
-    address: str
-    # Since when it is idle.
-    since: float
     # Nothing was read from it yet.
-    is_new: bool = True
-    is_authenticated: bool = False
+    is_new = True
+    is_authenticated = False
     # The name of the token that it authenticated with, "" where there are no tokens.
-    token: str = ""
-    is_viewer: bool = False
-    is_at_work: bool = False
+    token = ""
+    is_viewer = False
+    is_at_work = False
     # It has a request or answer under way, which a clean stop waits for.
-    owes_answer: bool = False
+    owes_answer = False
+
+    def __init__(self, sock: socket.socket, address: str, since: float):
+        """since: by time.monotonic(), since when it is idle."""
+        self.sock, self.address, self.since = sock, address, since
 
 
 class ConnectionLimiter:
@@ -13546,8 +13540,7 @@ class Slots:
             wake()
 
 
-@dataclasses.dataclass
-class DriverContext:
+class DriverContext(NamedTuple):
     """What the drivers of one executor share."""
     settings: Settings
     store: Store
@@ -17600,7 +17593,7 @@ class Exchange:
 
     def _require_role(self, identity: Identity, role: str) -> None:
         self.actor = Act(identity.actor, VIA_API, identity.token, self.handler.certificate_name,
-                         self.handler.client_host, self.request_id)
+                         self.handler.client_host, self.request_id, rows=[])
         if role == OPERATOR and identity.role != OPERATOR:
             raise AppError(NOT_ALLOWED, f"{identity.actor} has the role {identity.role}: this needs {OPERATOR}")
 
@@ -17696,7 +17689,7 @@ class Exchange:
             level = level if is_logged(count) else logging.DEBUG
             in_a_row = f", the {count}. in a row" if count > 1 else ""
         release = self.ids[0] if path.startswith("/api/v1/releases/{id}") else None
-        rows = self.actor.rows if self.actor else []
+        rows = self.actor and self.actor.rows or []
         (trail if rows else log).log(
             level, "%s %s: %d, by %s at %s, request %s%s%s", method, self._path, answer.status, self.actor or "-",
             self.handler.client_host, self.request_id, in_a_row, "".join(f": {row}" for row in rows),
@@ -18643,7 +18636,7 @@ def nodes_text(nodes: Sequence[ReleaseNode], batches: Iterable[BatchProgress], d
 def status_text(progress: Progress, nodes: Sequence[ReleaseNode], display: Display, shows_all: bool = False) -> str:
     """Return a release for `status`: its head, a bar for each batch, then the nodes that are not well."""
     release = progress.release
-    doing = dataclasses.replace(release, status_reason="; ".join(filter(None, (release.status_reason,
+    doing = release._replace(status_reason="; ".join(filter(None, (release.status_reason,
                                                                                progress.time_left))))
     about = [f"reason: {one_line(release.reason)}"] if release.reason else []
     about += [one_line(f"target {release.target}; {times_line(release, display)}")]
@@ -19630,7 +19623,7 @@ def command_serve(context: Context) -> int:
     if is_executor and not settings.release_executor_enabled:
         raise ConfigError("--executor: RELEASE_EXECUTOR_ENABLED=0 lets it dispatch nothing")
     off = "--api" if context.options.api else "" if settings.release_executor_enabled else "RELEASE_EXECUTOR_ENABLED=0"
-    settings = dataclasses.replace(settings, release_executor_enabled=not off)
+    settings = settings._replace(release_executor_enabled=not off)
     _survive_signals()
     warn_of_settings(settings)
     _raise_descriptor_limit()

@@ -1015,8 +1015,8 @@ def run_cycles(url: str, name: str, count: int) -> None:
         tx.execute("UPDATE release_tasks SET soak_until = created_at WHERE id = ?", made.id)
     policy = rc.Policy(5, 600.0, 60.0, 2.0, 17.0)
     context = rc.DriverContext(DriverSettings, store, AgentsAtOnce(), "bench", policy,  # type: ignore[arg-type]
-                               rc.Slots(PER_CYCLE), threading.Event(), lambda _: None, lambda _: None)
-    context.submit = lambda request: rc.run_coroutine(request())
+                               rc.Slots(PER_CYCLE), threading.Event(),
+                               lambda request: rc.run_coroutine(request()), lambda _: None)
     claim = store.claims.claim(made.id, "bench", 3000.0)
     assert claim is not None
     driver = rc.Driver(context, rc.Lease(claim, float("inf")), False)

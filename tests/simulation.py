@@ -330,7 +330,6 @@ class Snapshot(typing.NamedTuple):
     ledger: Ledger
 
 
-@dataclasses.dataclass
 class SimContext(rc.DriverContext):
     """What the drivers of a process share, and the process itself."""
     executor: SimExecutor
@@ -401,7 +400,8 @@ class SimExecutor(rc.Executor):
         self.world = world
         self.host = "host-a"
         self.owner = f"{self.host}:{number}:{number:08x}"
-        self.context = SimContext(**{**vars(self.context), "owner": self.owner}, executor=self)
+        self.context = SimContext(*self.context._replace(owner=self.owner))
+        self.context.executor = self
         self.is_tick = world.faults and world.random.random() < 0.3
         self._kind = rc.SERVE
         self.is_dead = False

@@ -1,7 +1,6 @@
 """The decision, pure: every transition, every outcome, every verb in every state (section 3)."""
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 import re
@@ -22,7 +21,7 @@ def later(seconds: float) -> rc.Moment:
 
 
 def release(status: str = "running", **fields) -> rc.Release:
-    values: dict[str, Any] = {field.name: "" for field in dataclasses.fields(rc.Release)}
+    values: dict[str, Any] = dict.fromkeys(rc.Release._fields, "")
     values.update(id=1, version=42, status=status, started_at=NOW.text, claim_fence=1, passed_batch=0, soak_until=None)
     return rc.Release(**{**values, **fields})
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import shutil
@@ -396,7 +395,7 @@ def test_all_that_a_decision_changes_is_written(store):
     claim, decision = committed(store)
     release, nodes = store.claims.read_with_nodes(claim)
     assert nodes[0]._replace(last_version=0) == decision.changes[0].after
-    names = {*rc.Decision._fields} & {*vars(release)}
+    names = {*rc.Decision._fields} & {*release._fields}
     assert len(names) == 6
     assert {name: getattr(release, name) for name in names} == {name: getattr(decision, name) for name in names}
 
@@ -510,7 +509,7 @@ def test_rule_10_rollback_sends_the_newest_successful_payload_to_the_nodes_it_to
     new, batches, *_ = store.releases.rollback(bad.id, "anna")
     assert (new.version, new.rollback_of, new.payload) == (5, bad.id, good.payload)
     assert batches == [[1]]
-    assert store.releases.get(bad.id) == dataclasses.replace(bad, rollback_id=5, rollback_status="pending")
+    assert store.releases.get(bad.id) == bad._replace(rollback_id=5, rollback_status="pending")
 
 
 def test_rule_10_rollback_without_an_older_success_says_so(store):

@@ -1,8 +1,6 @@
 """What approvals, rollbacks by themselves, hurry, freezes and the preflight do to each other, on both engines."""
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from lab import JSON, add_nodes, assert_books_balance, new_release, nodes_of, sql, statuses
 from test_again import content_of, ended, everything, good
@@ -191,8 +189,8 @@ def test_what_is_said_of_a_rollback_is_how_it_stands_and_no_retry_is_offered_whi
     ("failed", "was to be rolled back by release 4, which failed"), ("cancelling", "release 4 rolls it back")])
 def test_a_sentence_on_a_rollback_that_got_old_is_replaced(store, status, text):
     def told(reason: str) -> str:
-        return rc.as_read(dataclasses.replace(
-            bad, status_reason=reason, rollback_id=4, rollback_status=status)).status_reason
+        return rc.as_read(bad._replace(
+            status_reason=reason, rollback_id=4, rollback_status=status)).status_reason
 
     bad = bad_release(store)
     for old in ("release 3 rolls it back", "release 4 rolls it back once the freeze is lifted"):

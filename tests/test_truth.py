@@ -5,7 +5,6 @@ ran them, or said something else that was not so.
 """
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from typing import Any
@@ -563,7 +562,7 @@ def later(seconds: float, clock_set_s: float = 0.0) -> rc.Moment:
 
 
 def release_row(status: str = "running", **fields) -> rc.Release:
-    values: dict[str, Any] = {field.name: "" for field in dataclasses.fields(rc.Release)}
+    values: dict[str, Any] = dict.fromkeys(rc.Release._fields, "")
     values.update(id=1, version=42, status=status, started_at=NOW.text, claim_fence=1, passed_batch=0, soak_until=None)
     return rc.Release(**{**values, **fields})
 
