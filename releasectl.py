@@ -191,6 +191,8 @@ PENDING, RUNNING, PAUSED, CANCELLING = "pending", "running", "paused", "cancelli
 SUCCESS, PARTIAL, FAILED, CANCELLED, SKIPPED = "success", "partial", "failed", "cancelled", "skipped"
 RELEASE_STATUSES = (PENDING, RUNNING, PAUSED, CANCELLING, SUCCESS, PARTIAL, FAILED, CANCELLED)
 TERMINAL = frozenset((SUCCESS, PARTIAL, FAILED, CANCELLED))
+# The statuses of a node of a release.
+TRY_STATUSES = (PENDING, RUNNING, SUCCESS, FAILED, SKIPPED)
 AT_REST = frozenset((SUCCESS, FAILED, SKIPPED))
 # The statuses of a node that is not AT_REST.
 NODE_OPEN = frozenset((PENDING, RUNNING))
@@ -355,7 +357,9 @@ trail = logging.getLogger("releasectl.trail")
 T = TypeVar("T")
 
 # A value is good for so many times the seconds that its read took, and for at most so many seconds: see RareRead.
-RARE_READ_REST, MAX_RARE_READ_REST_S = 20, 60.0
+RARE_READ_REST, MAX_RARE_READ_REST_S = 20, 45.0
+# Nobody gets an older value, and nobody waits for a read that took so many seconds the last time.
+MAX_RARE_READ_AGE_S, SLOW_READ_S = 60.0, 0.1
 
 
 class AppError(Exception):
@@ -923,36 +927,63 @@ class RareRead(Generic[T]):
         """Take the read; rest: another number than RARE_READ_REST."""
         self._read = read
         self._rest = rest
+        # Held by whoever reads.
         self._guard = threading.Lock()
         # The value, the key that it was read with, and when, by time.monotonic().
         self._last: tuple[T, object, float] | None = None
+        # How long that took.
+        self._took_s = 0.0
         # By time.monotonic().
         self._holds_until = 0.0
 
     def get(self, *arguments: object, key: object = None) -> T:
         """Return the value, which may be as old as that, a minute at most; raise what the read raises.
 
-        arguments: of the read. key: read anew where it is another one than at the last read. While one caller reads it
-        anew, others with the same key get it as it was, if that is not a minute old.
+        arguments: of the read. key: read anew where it is another one than at the last read. While it is read anew, by
+        one caller or, if that takes long and has no arguments, in a thread of its own, others with the same key get it
+        as it was, if that is not a minute old.
         """
         last, now = self._last, time.monotonic()
         if last is not None and last[1] == key:
             if now < self._holds_until:
                 return last[0]
-            is_young = now - last[2] < MAX_RARE_READ_REST_S
+            is_young = now - last[2] < MAX_RARE_READ_AGE_S
             if not self._guard.acquire(blocking=not is_young):
+                return last[0]
+            if is_young and self._took_s >= SLOW_READ_S and not arguments and self._reads_beside(key):
                 return last[0]
         else:
             self._guard.acquire()
         try:
             if self._last is None or key != self._last[1] or time.monotonic() >= self._holds_until:
-                began = time.monotonic()
-                self._last = self._read(*arguments), key, began
-                rest_s = (self._rest or RARE_READ_REST) * (time.monotonic() - began)
-                self._holds_until = time.monotonic() + min(rest_s, MAX_RARE_READ_REST_S)
+                return self._read_anew(arguments, key)
             return self._last[0]
         finally:
             self._guard.release()
+
+    def _read_anew(self, arguments: Sequence[object], key: object) -> T:
+        began = time.monotonic()
+        value = self._read(*arguments)
+        self._last, self._took_s = (value, key, began), time.monotonic() - began
+        rest_s = (self._rest or RARE_READ_REST) * self._took_s
+        self._holds_until = time.monotonic() + min(rest_s, MAX_RARE_READ_REST_S)
+        return value
+
+    def _reads_beside(self, key: object) -> bool:
+        """Read it in a thread of its own, which lets go of the guard; False where the system has no more threads."""
+        def read() -> None:
+            try:
+                with contextlib.suppress(AppError):  # who asks once the value is too old reads it, and is told
+                    self._read_anew((), key)
+            except Exception:  # the edge of a thread
+                log.exception("what takes long could not be read")
+            finally:
+                self._guard.release()
+        try:
+            threading.Thread(target=read, name="rare-read", daemon=True).start()
+        except RuntimeError:
+            return False
+        return True
 
 
 # endregion
@@ -8600,17 +8631,26 @@ _FROM_ITS_ROLLBACK = f"""FROM release_tasks b WHERE b.rollback_of = r.id
                        WHEN b.status = 'partial' OR b.status IN {OPEN_RELEASES} THEN 1 ELSE 2 END,
                   CASE WHEN b.status = 'success' THEN b.id ELSE -b.id END
          LIMIT 1"""
-# Fields of Release that are computed; each other one is a column of its row r. The index release_task_nodes_by_status
-# serves each status by itself: its lowest batch is the first entry, while IN would read all of them.
+
+
+def end_batch(function: str, statuses: Iterable[str], release: str = "r.id") -> str:
+    """Return the SQL of the lowest (MIN) or highest (MAX) batch of a release with a node of these statuses, or NULL.
+
+    The index release_task_nodes_by_status serves each status by itself: that batch is its first or last entry, while
+    one query of all of them would read every node.
+    """
+    each = " UNION ALL ".join(f"""
+        SELECT {function}(n.batch) AS batch FROM release_task_nodes n
+        WHERE n.release_task_id = {release} AND n.status = '{status}'""" for status in statuses)
+    return f"(SELECT {function}(w.batch) FROM ({each}) w)"
+
+
+# Fields of Release that are computed; each other one is a column of its row r.
 _COMPUTED_OF_RELEASE = {
     "stored_sha256": "r.payload_sha256",
     "skipped_nodes":
         "(SELECT COUNT(*) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'skipped')",
-    "current_batch": """COALESCE((SELECT MIN(w.batch) FROM (
-         SELECT MIN(n.batch) AS batch FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'pending'
-         UNION ALL
-         SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'running') w),
-        (SELECT MIN(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id AND n.status = 'failed'), 0)""",
+    "current_batch": f"COALESCE({end_batch('MIN', (PENDING, RUNNING))}, {end_batch('MIN', (FAILED,))}, 0)",
     # the index release_tasks_by_rollback_of
     "rollback_id": f"(SELECT b.id {_FROM_ITS_ROLLBACK})",
     "rollback_status": f"COALESCE((SELECT b.status {_FROM_ITS_ROLLBACK}), '')"}
@@ -10464,13 +10504,7 @@ def read_pace_before(tx: Transaction, release: Release, batches: Sequence[BatchP
 
 def read_open_batches(tx: Transaction, release: Release) -> list[BatchProgress]:
     """Return the open batches of a release, each with its open nodes alone; of a large one's last, by its counters."""
-    # the index release_task_nodes_by_status
-    last = tx.value("""
-        SELECT MAX(w.batch) FROM (
-            SELECT MAX(n.batch) AS batch FROM release_task_nodes n WHERE n.release_task_id = ? AND n.status = 'pending'
-            UNION ALL
-            SELECT MAX(n.batch) FROM release_task_nodes n WHERE n.release_task_id = ? AND n.status = 'running') w""",
-                    release.id, release.id)
+    last = tx.value(f"SELECT {end_batch('MAX', (PENDING, RUNNING), '?')}", release.id, release.id)
     if last == release.current_batch and release.total_nodes > SMALL_RELEASE_NODES:
         number = release.total_nodes - release.success_nodes - release.failed_nodes - release.skipped_nodes
         return [BatchProgress(last, {PENDING: number})]
@@ -10504,7 +10538,7 @@ def read_counts(tx: Transaction) -> dict[tuple[str, ...], float]:
         **{("releasectl_nodes", status): fleet.get(status, 0) for status in NODE_STATUSES},
         **{("releasectl_releases", label, status): 0 for label in labels.values() for status in RELEASE_STATUSES},
         **{("releasectl_release_nodes", labels[target], status): 0 for target, _, _ in nodes
-           for status in (PENDING, RUNNING, SUCCESS, FAILED, SKIPPED)},
+           for status in TRY_STATUSES},
         ("releasectl_frozen",): float(freezes.everything.frozen),
         # a release of a target without figures of its own is counted as OTHER: that is not frozen as a whole
         **{("releasectl_target_frozen", label): float(bool(freezes.everything.frozen or (
@@ -11014,7 +11048,7 @@ class Releases:
         with self._database.transaction() as tx:
             rows = tx.rows(f"""
                 SELECT {LISTED_COLUMNS},
-                       COALESCE((SELECT MAX(n.batch) FROM release_task_nodes n WHERE n.release_task_id = r.id), 0)
+                       COALESCE({end_batch("MAX", TRY_STATUSES)}, 0)
                 FROM release_tasks r
                 WHERE r.status IN {OPEN_RELEASES}
                 ORDER BY r.id
@@ -15690,7 +15724,7 @@ RELEASE_SCHEMA: Mapping[str, Any] = {
     "author": TEXT, "approval": _APPROVAL, "approvedBy": TEXT, "approvedAt": _TIME}
 RELEASE_NODE_SCHEMA: Mapping[str, Any] = {
     "nodeId": ID, "nodeName": TEXT, "mainIp": TEXT,
-    "status": {"type": "string", "enum": [PENDING, RUNNING, SUCCESS, FAILED, SKIPPED]}, "taskId": TEXT,
+    "status": {"type": "string", "enum": [*TRY_STATUSES]}, "taskId": TEXT,
     "attempts": _COUNT, "errorKind": TEXT, "errorMsg": TEXT, "startedAt": _TIME, "finishedAt": _TIME}
 EVENT_SCHEMA: Mapping[str, Any] = {
     "id": ID, "releaseId": ID, "nodeId": _ID_OR_NULL, "nodeName": TEXT, "at": _TIME,
@@ -18072,15 +18106,26 @@ def token_figures(path: str) -> dict[tuple[str, ...], float]:
     return {key: ends for key, ends in figures.items() if ends < float("inf")}
 
 
-def process_json(settings: Settings, executor: Executor) -> dict[str, Any]:
-    """Return the part of /api/v1/health that only this process knows."""
-    certificates = certificates_json(settings)
-    if settings.release_executor_enabled and settings.mtls_enabled and not settings.control_cert:
-        certificates.append({"name": "CONTROL_CERT", "notAfter": None, "daysLeft": None,
-                             "message": "it is not set: agents can't be called without it"})
-    return {"certificates": certificates, "executor": {
-        "enabled": settings.release_executor_enabled, "owner": executor.owner,
-        "lastLookAt": utc_text(executor.scanned_at) if executor.scanned_at else None}}
+class ProcessState:
+    """The part of /api/v1/health that only this process knows."""
+
+    def __init__(self, settings: Settings, executor: Executor):
+        self._settings = settings
+        self._executor = executor
+        # A certificate is looked at in a handshake, which costs more than all the rest.
+        self._certificates = RareRead(lambda: certificates_json(settings), rest=1e6)
+
+    def __call__(self) -> dict[str, Any]:
+        """Return it as JSON; certificates are read anew when a file changes, else after a minute at most."""
+        settings, executor = self._settings, self._executor
+        files = [*_certificate_files(settings).values(), settings.control_key, settings.http_key]
+        certificates = [*self._certificates.get(key=[file_stamp(path) for path in files if path])]
+        if settings.release_executor_enabled and settings.mtls_enabled and not settings.control_cert:
+            certificates.append({"name": "CONTROL_CERT", "notAfter": None, "daysLeft": None,
+                                 "message": "it is not set: agents can't be called without it"})
+        return {"certificates": certificates, "executor": {
+            "enabled": settings.release_executor_enabled, "owner": executor.owner,
+            "lastLookAt": utc_text(executor.scanned_at) if executor.scanned_at else None}}
 
 
 def _certificate_files(settings: Settings) -> dict[str, str]:
@@ -19642,7 +19687,7 @@ def command_serve(context: Context) -> int:
 
     server = None if is_executor else ApiServer(settings, Api(
         context.store, context.metrics, executor.nudge, settings.http_max_connections // 4,
-        lambda: process_json(settings, executor), executor.is_busy, lambda: certificate_figures(settings),
+        ProcessState(settings, executor), executor.is_busy, lambda: certificate_figures(settings),
         executor.hung, settings.node_deadline_sec, ping))
     _handle_signals(executor.stop, lambda: _reload(settings, agents, server))
     manager = ServiceManager(os.environ.get("NOTIFY_SOCKET", ""))

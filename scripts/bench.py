@@ -716,13 +716,19 @@ def run_reader(port: int, pause_s: float, paths: Sequence[str]) -> None:
     print(json.dumps(taken))
 
 
-def turn_with_readers(lab: Lab, count: int, readers: int, paths: Sequence[str], pause_s: float) -> Turn:
+# What an open page asks for, again and again, and the whole of a release.
+PAGE_READS = {"summary": "/api/v1/releases/1?view=summary", "list": "/api/v1/releases",
+              "overview": "/api/v1/overview", "health": "/api/v1/health", "why": "/api/v1/releases/1/why"}
+WHOLE_READS = {"whole": "/api/v1/releases/1"}
+
+
+def turn_with_readers(lab: Lab, count: int, readers: int, reads: dict[str, str], pause_s: float) -> Turn:
     agents = lab.agents(count)
     agents.reset(0)
     url = lab.sqlite_url()
     server = Server(lab, url, agents.addresses)
     try:
-        clients = [Reader(server.port, [path.format(id=1) for path in paths], pause_s) for _ in range(readers)]
+        clients = [Reader(server.port, [*reads.values()], pause_s) for _ in range(readers)]
         usage = Usage(agents, server.process.pid)
         release_id = server.call("POST", "/api/v1/releases", {})["releaseId"]
         for client in clients:
@@ -730,10 +736,10 @@ def turn_with_readers(lab: Lab, count: int, readers: int, paths: Sequence[str], 
         server.wait_for_end(release_id)
         turn = usage.turn()
         extra: dict[str, float] = {}
-        for path, seconds in [(path, seconds) for client in clients for path, seconds in client.stop().items()]:
-            kind = "whole" if "view" not in path and path.count("/") == 4 else "summary" if "view" in path else "list"
-            extra[f"{kind} p99 ms"] = max(extra.get(f"{kind} p99 ms", 0.0), percentile(seconds, 0.99) * 1000)
-            extra[f"{kind} reads"] = extra.get(f"{kind} reads", 0.0) + len(seconds)
+        for taken in [client.stop() for client in clients]:
+            for kind, path in reads.items():
+                extra[f"{kind} p99 ms"] = max(extra.get(f"{kind} p99 ms", 0.0), percentile(taken[path], 0.99) * 1000)
+                extra[f"{kind} reads"] = extra.get(f"{kind} reads", 0.0) + len(taken[path])
         return turn._replace(extra=extra)
     finally:
         server.close()
@@ -746,22 +752,29 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def goal_api(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
-    """Reading while a release of 5,000 nodes runs"""
+    """Reading the whole of a release of 5,000 nodes while it runs"""
     many = 5 * options.nodes
     turns = take_turns(options, {
-        "nobody reads": lambda: turn_with_readers(lab, many, 0, [], 0.0),
-        "one reads summary and list": lambda: turn_with_readers(
-            lab, many, 1, ["/api/v1/releases/{id}?view=summary", "/api/v1/releases"], 0.05),
-        "four read the whole in a loop": lambda: turn_with_readers(lab, many, 4, ["/api/v1/releases/{id}"], 0.0)})
+        "nobody reads": lambda: turn_with_readers(lab, many, 0, {}, 0.0),
+        "four read the whole in a loop": lambda: turn_with_readers(lab, many, 4, WHOLE_READS, 0.0)})
     alone_s = median(turns["nobody reads"])
     for name, taken in turns.items():
         yield Row("api", f"{many} nodes: {name}", median(taken), "s", note=usage_note(taken))
-    for kind in ("summary", "list"):
-        slowest = statistics.median(turn.extra[f"{kind} p99 ms"] for turn in turns["one reads summary and list"])
-        yield Row("api", f"GET of the {kind}, 99th percentile", slowest, "ms", 50.0)
     whole = turns["four read the whole in a loop"]
     yield Row("api", "makespan with four readers / alone", median(whole) / alone_s, "x", 1.1,
               note=f"{statistics.median(turn.extra['whole reads'] for turn in whole):.0f} reads")
+
+
+def goal_page(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
+    """Reading what a page does while a release of 5,000 nodes runs"""
+    many = 5 * options.nodes
+    taken = take_turns(options, {"one reads": lambda: turn_with_readers(lab, many, 1, PAGE_READS, 0.05)})["one reads"]
+    yield Row("page", f"{many} nodes: one reads", median(taken), "s", note=usage_note(taken))
+    yield Row("page", f"{many} nodes: peak memory of serve", median(taken, "peak_mib"), "MiB", 220.0)
+    for kind in PAGE_READS:  # the first overview counts all nodes
+        slowest = statistics.median(turn.extra[f"{kind} p99 ms"] for turn in taken)
+        yield Row("page", f"GET of the {kind}, 99th percentile", slowest, "ms",
+                  200.0 if kind in ("overview", "why") else 50.0)
 
 
 def fill_history(path: str, releases: int, nodes: int) -> None:
@@ -1181,10 +1194,10 @@ def goal_postgres(lab: Lab, options: argparse.Namespace) -> Iterator[Row]:
 
 GOALS: dict[str, Callable[[Lab, argparse.Namespace], Iterator[Row]]] = {
     "makespan": goal_makespan, "batches": goal_batches, "postgres": goal_postgres, "scale": goal_scale,
-    "api": goal_api, "idle": goal_idle, "start": goal_start, "history": goal_history, "fleet": goal_fleet,
-    "queue": goal_queue, "change": goal_change, "cycle": goal_cycle}
+    "api": goal_api, "page": goal_page, "idle": goal_idle, "start": goal_start, "history": goal_history,
+    "fleet": goal_fleet, "queue": goal_queue, "change": goal_change, "cycle": goal_cycle}
 # What `make bench` measures: the others fill databases with millions of rows, or need a commit beside.
-EVERYDAY = ("makespan", "batches", "postgres", "start", "idle", "scale", "api")
+EVERYDAY = ("makespan", "batches", "postgres", "start", "idle", "scale", "api", "page")
 
 
 def _has(module: str) -> bool:

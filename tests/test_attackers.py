@@ -682,7 +682,7 @@ def health(settings: rc.Settings) -> dict[str, dict]:
     """Return what /api/v1/health tells of certificates and CRLs."""
     store, agents = rc.Store(rc.Database(settings.database_url)), rc.AgentClient(settings)
     executor = rc.Executor(settings, store, agents, store.database.metrics)
-    return {entry["name"]: entry for entry in rc.process_json(settings, executor)["certificates"]}
+    return {entry["name"]: entry for entry in rc.ProcessState(settings, executor)()["certificates"]}
 
 
 def test_check_metrics_and_health_tell_how_long_a_crl_is_good(authority, tmp_path):

@@ -617,7 +617,7 @@ def test_a_verdict_of_well_says_how_many_nodes_run_what_they_should_and_who_gets
 
 def test_an_executor_without_a_certificate_is_a_problem_before_anything_is_to_do(sqlite_world):
     executor = sqlite_world.executor(CONTROL_CERT="")
-    found = rc.process_json(executor.settings, executor)["certificates"]
+    found = rc.ProcessState(executor.settings, executor)()["certificates"]
     facts = rc.OverviewFacts(certificates=rc.certificate_states(found), executors=[LOOKS])
     assert [p.text for p in rc.judge(facts).problems] == [
         "CONTROL_CERT can't be used: it is not set: agents can't be called without it"]
@@ -649,7 +649,13 @@ def test_status_without_an_id_shows_the_verdict_and_health_makes_it_the_exit_cod
     assert cli("status", "--health").code == 1
 
 
-def test_what_takes_long_to_read_is_read_anew_after_twenty_times_as_long_and_within_a_minute(monkeypatch):
+def wait_for_reads() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "rare-read":
+            thread.join(60)
+
+
+def test_what_takes_long_is_read_anew_after_twenty_times_as_long_and_within_a_minute_and_nobody_waits(monkeypatch):
     now, taken = [1000.0], [2.0]
     monkeypatch.setattr(rc.time, "monotonic", lambda: now[0])
 
@@ -657,14 +663,43 @@ def test_what_takes_long_to_read_is_read_anew_after_twenty_times_as_long_and_wit
         now[0] += taken[0]
         return now[0]
 
+    def after_a_read_beside() -> float:
+        wait_for_reads()
+        return value.get()
+
     value = rc.RareRead(read)
     assert value.get() == 1002.0
     now[0] = 1002.0 + 39.9
     assert value.get() == 1002.0
     now[0], taken[0] = 1002.0 + 40.0, 9.0
-    assert value.get() == 1051.0
-    now[0] = 1051.0 + 60.0  # and not after three minutes
-    assert value.get() == 1120.0
+    assert (value.get(), after_a_read_beside()) == (1002.0, 1051.0)
+    now[0] = 1051.0 + 45.0  # and not after three minutes
+    assert (value.get(), after_a_read_beside()) == (1051.0, 1105.0)
+    now[0] = 1096.0 + 60.0  # it is too old to be told
+    assert value.get() == 1165.0
+
+
+def test_what_could_not_be_read_anew_is_told_to_whoever_asks_once_the_value_is_too_old(monkeypatch):
+    now, trouble = [1000.0], []
+    monkeypatch.setattr(rc.time, "monotonic", lambda: now[0])
+
+    def read() -> str:
+        now[0] += 1.0
+        if trouble:
+            raise trouble[0]
+        return "read"
+
+    value = rc.RareRead(read)
+    assert value.get() == "read"
+    trouble.append(rc.DatabaseError("the disk is full"))
+    now[0] += 21.0
+    assert value.get() == "read"
+    wait_for_reads()
+    assert value.get() == "read"  # its guard is free again
+    wait_for_reads()
+    now[0] += 60.0
+    with pytest.raises(rc.DatabaseError, match="the disk is full"):
+        value.get()
 
 
 def test_while_one_caller_reads_anew_what_takes_long_others_get_what_there_is(monkeypatch):

@@ -46,7 +46,7 @@ class Daemon:
                  api: rc.Api | None = None):
         self.store, self.executor = store, executor
         if executor and api is None:
-            api = rc.Api(store, rc.Metrics(), executor.nudge, process=lambda: rc.process_json(settings, executor),
+            api = rc.Api(store, rc.Metrics(), executor.nudge, process=rc.ProcessState(settings, executor),
                          ping=lambda node: rc.ping_node(executor.agents, node))
         self.server = rc.ApiServer(settings, api or rc.Api(store, rc.Metrics()))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
@@ -370,7 +370,7 @@ def test_health_tells_executor_claims_releases_database_and_certificates(world):
     executor = world.executor()
     release = new_release(world.store)
     claim = world.store.claims.claim(release.id, "someone:1", 30)
-    api = rc.Api(world.store, rc.Metrics(), process=lambda: rc.process_json(executor.settings, executor))
+    api = rc.Api(world.store, rc.Metrics(), process=rc.ProcessState(executor.settings, executor))
     health = api.process_health(rc.Request((), {}, {}, "test")).data
     assert health["database"] == {"engine": world.store.database.engine.name, "ok": True,
                                   "schema": len(rc.schema_steps()), "message": ""}
@@ -398,7 +398,7 @@ def test_the_list_of_nodes_tells_the_newest_release_that_names_each(store):
 def test_health_answers_without_a_database_and_with_certificates_that_are_no_good(sqlite_world, tmp_path):
     executor = sqlite_world.executor(CONTROL_CERT=tmp_path / "none.crt")
     store = rc.Store(rc.Database(f"sqlite:///{tmp_path}/missing/test.db"))
-    api = rc.Api(store, rc.Metrics(), process=lambda: rc.process_json(executor.settings, executor))
+    api = rc.Api(store, rc.Metrics(), process=rc.ProcessState(executor.settings, executor))
     health = api.process_health(rc.Request((), {}, {}, "test")).data
     assert (health["database"]["ok"], health["releases"], health["claims"]) == (False, [], [])
     assert health["database"]["message"]
