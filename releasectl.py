@@ -11920,10 +11920,11 @@ class OverviewReader:
                 awaiting = [Release(*row) for row in tx.rows(
                     f"SELECT {LISTED_COLUMNS} FROM release_tasks r WHERE r.status = 'pending' "
                     "AND r.approval = 'wanted' AND r.started_at IS NULL ORDER BY r.id")]
-                # the index release_events_of_releases
+                # the index release_events_of_releases; a freeze, or its end, leaves a paused one as it is
                 paused_at = {release.id: at for release in active if release.status == PAUSED for at in [tx.value(
                     "SELECT MAX(at) FROM release_events "
-                    "WHERE release_task_id = ? AND node_id IS NULL AND to_status = 'paused'", release.id)] if at}
+                    "WHERE release_task_id = ? AND node_id IS NULL AND to_status = 'paused' "
+                    "AND from_status <> 'paused'", release.id)] if at}
                 facts = facts._replace(active=active, pending=pending, oldest_pending=oldest, paused_at=paused_at,
                                        awaiting=awaiting, executors=read_executors(tx),
                                        freezes=read_freezes(tx), now_s=epoch_of(tx.now()))

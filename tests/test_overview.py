@@ -212,6 +212,9 @@ def test_a_paused_release_waits_for_a_person(fresh):
     assert problem.since == fresh.releases.events(1)[-1].at
     sql(fresh, "UPDATE release_tasks SET updated_at = '2100-01-01T00:00:00.000Z'")  # as each node that ends does
     assert problems(fresh) == [problem]
+    fresh.releases.set_freeze(True, "anna", "the match")
+    assert fresh.releases.events(1)[-1].event == "frozen"
+    assert [found for found in problems(fresh) if found.kind == "paused"] == [problem]
 
 
 def test_a_paused_release_needs_an_owner_while_nodes_are_in_flight(fresh):

@@ -727,6 +727,23 @@ def test_a_release_is_paused_and_resumed_from_the_page(live):
 
 
 @pytest.mark.slow
+def test_who_resumes_or_approves_is_told_of_a_freeze_that_holds_the_release_still(page):
+    store = page.daemon.store
+    add_nodes(store, 2)
+    for fields in ({}, {"target": "dns", "during_freeze": True}, {"approval": "wanted"}):
+        new_release(store, **fields)
+    for release_id in (1, 2):
+        store.releases.act("pause", release_id, "anna")
+    store.releases.set_freeze(True, "anna", "the match", target="cdn")
+    store.releases.set_freeze(True, "anna", "the lease", target="dns")
+    held = "Would wait for: the end of the freeze: the match."
+    page.open("#/releases/1").press("Resume").see(f"Continues with batch 1 (1 node). {held}", "#ask").press("Close")
+    page.open("#/releases/2").press("Resume").see("Continues with batch 1 (1 node).", "#ask")
+    assert "freeze" not in page.text("#ask")
+    page.press("Close").open("#/releases/3").press("Approve").see(held, "#ask")
+
+
+@pytest.mark.slow
 def test_after_too_many_failures_there_are_two_ways_on_that_say_what_they_do(live):
     page, world = live(4)
     world.agent(1).set(outcome="failed", message="no")
