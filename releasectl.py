@@ -339,6 +339,8 @@ PROBE_AGAIN_S = 1.0
 GATHER_S = 0.02
 # Longest wait of a clean stop for requests in flight.
 STOP_GRACE_S = 5.0
+# Longest wait for transactions under way before the database is closed.
+CLOSE_S = 2.0
 # A thread without a sign of life for this long, beyond its own wait, hangs; longer than the database may take.
 HUNG_AFTER_S = 180.0
 # Limits of the settings that bound a claim and an execute agent's hold. A stored time further ahead than that
@@ -358,8 +360,9 @@ T = TypeVar("T")
 
 # A value is good for so many times the seconds that its read took, and for at most so many seconds: see RareRead.
 RARE_READ_REST, MAX_RARE_READ_REST_S = 20, 45.0
-# Nobody gets an older value, and nobody waits for a read that took so many seconds the last time.
-MAX_RARE_READ_AGE_S, SLOW_READ_S = 60.0, 0.1
+# Nobody gets an older value. A read that took so many seconds the last time may go on in a thread of its own, and one
+# that failed there is tried again after so many.
+MAX_RARE_READ_AGE_S, SLOW_READ_S, READ_AGAIN_S = 60.0, 0.1, 1.0
 
 
 class AppError(Exception):
@@ -920,63 +923,86 @@ def parse_duration(text: str) -> float:
     return int(seconds) if seconds == int(seconds) else seconds
 
 
+# For RareRead.get(): the value may have been read with any key.
+ANY_KEY = object()
+
+
 class RareRead(Generic[T]):
     """A value that takes long to read: read anew when RARE_READ_REST times the time of the last read is over."""
 
-    def __init__(self, read: Callable[..., T], rest: float | None = None):
-        """Take the read; rest: another number than RARE_READ_REST."""
+    def __init__(self, read: Callable[..., T], rest: float | None = None, is_told_meanwhile: bool = False):
+        """Take the read; rest: another number than RARE_READ_REST.
+
+        is_told_meanwhile: nobody waits for a read that takes long: it goes on in a thread of its own, and all get the
+        value as it was, whatever its key. The read has no arguments then.
+        """
         self._read = read
         self._rest = rest
+        self._is_told_meanwhile = is_told_meanwhile
         # Held by whoever reads.
         self._guard = threading.Lock()
         # The value, the key that it was read with, and when, by time.monotonic().
         self._last: tuple[T, object, float] | None = None
-        # How long that took.
-        self._took_s = 0.0
+        # How long that took, and for how long after it the value is good.
+        self._took_s = self._rest_s = 0.0
         # By time.monotonic().
         self._holds_until = 0.0
 
-    def get(self, *arguments: object, key: object = None) -> T:
-        """Return the value, which may be as old as that, a minute at most; raise what the read raises.
+    def get(self, *arguments: object, key: object = ANY_KEY) -> T:
+        """Return the value, which may be a minute old at most; raise what the read raises.
 
-        arguments: of the read. key: read anew where it is another one than at the last read. While it is read anew, by
-        one caller or, if that takes long and has no arguments, in a thread of its own, others with the same key get it
-        as it was, if that is not a minute old.
+        arguments: of the read. key: read anew where it is another one than at the last read. While it is read anew,
+        others with the same key get it as it was.
         """
         last, now = self._last, time.monotonic()
-        if last is not None and last[1] == key:
-            if now < self._holds_until:
-                return last[0]
-            is_young = now - last[2] < MAX_RARE_READ_AGE_S
-            if not self._guard.acquire(blocking=not is_young):
-                return last[0]
-            if is_young and self._took_s >= SLOW_READ_S and not arguments and self._reads_beside(key):
-                return last[0]
-        else:
-            self._guard.acquire()
+        is_young = last is not None and now - last[2] < MAX_RARE_READ_AGE_S
+        is_beside = is_young and self._is_told_meanwhile and self._took_s >= SLOW_READ_S
+        if last is not None and self._is_good(key, now):
+            return last[0]
+        may_be_told = is_young and (is_beside or self._has_key(key))
+        if not self._guard.acquire(blocking=not may_be_told):
+            assert last is not None
+            return last[0]
+        is_handed_on = False
         try:
-            if self._last is None or key != self._last[1] or time.monotonic() >= self._holds_until:
-                return self._read_anew(arguments, key)
-            return self._last[0]
+            now = time.monotonic()
+            if self._last is not None and self._is_good(key, now):
+                return self._last[0]
+            # who asks rarely waits: what is read beside is for the next one, who may come much later
+            if is_beside and last is not None and self._last is last and now < self._holds_until + self._rest_s:
+                is_handed_on = self._reads_beside(key)
+                if is_handed_on:
+                    return last[0]
+            return self._read_anew(arguments, key)
         finally:
-            self._guard.release()
+            if not is_handed_on:
+                self._guard.release()
+
+    def _has_key(self, key: object) -> bool:
+        return key is ANY_KEY or (self._last is not None and self._last[1] == key)
+
+    def _is_good(self, key: object, now: float) -> bool:
+        return now < self._holds_until and self._has_key(key)
 
     def _read_anew(self, arguments: Sequence[object], key: object) -> T:
+        if key is ANY_KEY:
+            key = self._last[1] if self._last else None
         began = time.monotonic()
         value = self._read(*arguments)
-        self._last, self._took_s = (value, key, began), time.monotonic() - began
-        rest_s = (self._rest or RARE_READ_REST) * self._took_s
-        self._holds_until = time.monotonic() + min(rest_s, MAX_RARE_READ_REST_S)
+        ended = time.monotonic()
+        self._took_s = ended - began
+        self._rest_s = min((self._rest or RARE_READ_REST) * self._took_s, MAX_RARE_READ_REST_S)
+        self._last, self._holds_until = (value, key, began), ended + self._rest_s
         return value
 
     def _reads_beside(self, key: object) -> bool:
         """Read it in a thread of its own, which lets go of the guard; False where the system has no more threads."""
         def read() -> None:
             try:
-                with contextlib.suppress(AppError):  # who asks once the value is too old reads it, and is told
-                    self._read_anew((), key)
-            except Exception:  # the edge of a thread
-                log.exception("what takes long could not be read")
+                self._read_anew((), key)
+            except Exception as error:  # the edge of a thread; who asks once the value is too old is told
+                log.debug("what takes long could not be read anew: %s", error)
+                self._holds_until = time.monotonic() + READ_AGAIN_S
             finally:
                 self._guard.release()
         try:
@@ -1229,6 +1255,7 @@ class Settings(NamedTuple):
 
 
 SETTINGS = tuple(Setting(name.upper(), *described) for name, described in Settings._field_defaults.items())
+Settings.__new__.__defaults__ = None  # what describes a setting is no value of it: load() gives them all
 
 
 def find_config(environ: Mapping[str, str], named: str = "") -> str:
@@ -7392,8 +7419,9 @@ class Database:
         return str(self.engine)
 
     def close(self) -> None:
-        """Close the idle connections."""
+        """Close the connections; wait a little for those that are in use: the last one tidies an SQLite database up."""
         with self._changed:
+            self._changed.wait_for(lambda: not self._in_use, CLOSE_S)
             while self._idle:
                 close_quietly(self._idle.pop())
 
@@ -7906,8 +7934,8 @@ class Act(NamedTuple):
     request_id: str = ""
     # Of the command line: the Unix user, as the system has it.
     user: str = ""
-    # Where its committed rows are noted; None for nobody who asks.
-    rows: list[AuditRow] | None = None
+    # Called with each of its rows, once it is committed.
+    note: Callable[[AuditRow], None] | None = None
 
     @property
     def identity(self) -> str:
@@ -8187,8 +8215,8 @@ class Audit:
         row = row._replace(hash=audit_hash(row, hash_before))
         tx.execute(f"INSERT INTO audit_log ({AUDIT_COLUMNS}) VALUES ({self._database.engine.audit_id_sql}"
                    f"{', ?' * (len(row) - 1)})", *row)
-        if act.rows is not None:
-            tx.after_commit.append(functools.partial(act.rows.append, row))
+        if act.note is not None:
+            tx.after_commit.append(functools.partial(act.note, row))
         return row.id, row.hash
 
     def add_end(self, tx: Transaction, who: Who, release: Release, status: str) -> tuple[int, str]:
@@ -8687,9 +8715,9 @@ class ReleaseFilter(NamedTuple):
         number = self.search.lower()[:19]
         patterns: list[object] = [like.lower(), like]
         conditions: list[tuple[object, str, list[object]]] = [
-            (self.status in RELEASE_STATUSES, "r.status = ?", [self.status]),
+            (self.status not in ("", OPEN, OVER), "r.status = ?", [self.status]),
             (self.status == OPEN, f"r.status IN {OPEN_RELEASES}", []),
-            # NOT IN uses no index: most have ended, and a page of them is read from the newest one on
+            # most have ended: NOT IN reads a page of them from the newest one on, as no index would
             (self.status == OVER, f"r.status NOT IN {OPEN_RELEASES}", []),
             (self.target, "r.target = ?", [self.target]),
             (self.since, "r.created_at >= ?", [self.since]),
@@ -10254,7 +10282,7 @@ class Fleet:
 
     def __init__(self, state: DatabaseState):
         self._database = state.database
-        self._counts = RareRead(self._count)
+        self._counts = RareRead(self._count, is_told_meanwhile=True)
 
     def page(self, page: int = 1, size: int = MAX_PAGE_SIZE, wanted: NodeFilter = NodeFilter()) -> ListPage:  # noqa: B008
         """Return a page of nodes, each a ListedNode; size 0: all of them.
@@ -17500,6 +17528,8 @@ class Exchange:
         self.ids: tuple[int, ...] = ()
         # None until the client is known.
         self.actor: Act | None = None
+        # What it changed: the rows of the audit log that were committed for it.
+        self.changes: list[AuditRow] = []
         # Length of the body while nobody has read it.
         self.unread_bytes = 0
         # The connection closes after the answer: so until the request was read to its end.
@@ -17628,7 +17658,7 @@ class Exchange:
 
     def _require_role(self, identity: Identity, role: str) -> None:
         self.actor = Act(identity.actor, VIA_API, identity.token, self.handler.certificate_name,
-                         self.handler.client_host, self.request_id, rows=[])
+                         self.handler.client_host, self.request_id, note=self.changes.append)
         if role == OPERATOR and identity.role != OPERATOR:
             raise AppError(NOT_ALLOWED, f"{identity.actor} has the role {identity.role}: this needs {OPERATOR}")
 
@@ -17724,10 +17754,9 @@ class Exchange:
             level = level if is_logged(count) else logging.DEBUG
             in_a_row = f", the {count}. in a row" if count > 1 else ""
         release = self.ids[0] if path.startswith("/api/v1/releases/{id}") else None
-        rows = self.actor and self.actor.rows or []
-        (trail if rows else log).log(
+        (trail if self.changes else log).log(
             level, "%s %s: %d, by %s at %s, request %s%s%s", method, self._path, answer.status, self.actor or "-",
-            self.handler.client_host, self.request_id, in_a_row, "".join(f": {row}" for row in rows),
+            self.handler.client_host, self.request_id, in_a_row, "".join(f": {row}" for row in self.changes),
             extra=about(release=release, actor=str(self.actor or ""), request_id=self.request_id))
 
 
@@ -18114,13 +18143,13 @@ class ProcessState:
         self._settings = settings
         self._executor = executor
         # A certificate is looked at in a handshake, which costs more than all the rest.
-        self._certificates = RareRead(lambda: certificates_json(settings), rest=1e6)
+        self._ends = RareRead(lambda: certificate_ends(settings), rest=1e6)
 
     def __call__(self) -> dict[str, Any]:
         """Return it as JSON; certificates are read anew when a file changes, else after a minute at most."""
         settings, executor = self._settings, self._executor
         files = [*_certificate_files(settings).values(), settings.control_key, settings.http_key]
-        certificates = [*self._certificates.get(key=[file_stamp(path) for path in files if path])]
+        certificates = certificates_json(settings, self._ends.get(key=[file_stamp(path) for path in files if path]))
         if settings.release_executor_enabled and settings.mtls_enabled and not settings.control_cert:
             certificates.append({"name": "CONTROL_CERT", "notAfter": None, "daysLeft": None,
                                  "message": "it is not set: agents can't be called without it"})
@@ -18135,21 +18164,30 @@ def _certificate_files(settings: Settings) -> dict[str, str]:
     return {name: path for name in names if (path := getattr(settings, name.lower()))}
 
 
-def certificates_json(settings: Settings) -> list[dict[str, Any]]:
-    """Return until when the certificates and CRLs that are configured are good."""
-    load_of = {"CONTROL_CERT": control_certificate, "HTTP_CERT": api_certificate}
-    files = _certificate_files(settings)
-    return [*(certificate_json(name, functools.partial(load_of[name], settings)) for name in files if name in load_of),
-            *(one for name, path in files.items() if name not in load_of for one in crl_json(name, path))]
+def certificate_ends(settings: Settings) -> dict[str, float | None]:
+    """Return until when the certificates that are configured are good, by their setting; None for one of no use."""
+    ends: dict[str, float | None] = {}
+    for name, load in (("CONTROL_CERT", control_certificate), ("HTTP_CERT", api_certificate)):
+        if name in _certificate_files(settings):
+            try:
+                ends[name] = certificate_end(load(settings))
+            except ConfigError:
+                ends[name] = None
+    return ends
 
 
-def certificate_json(name: str, load: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+def certificates_json(settings: Settings, ends: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """Return until when the certificates and CRLs that are configured are good; ends: see certificate_ends()."""
+    return [*itertools.starmap(certificate_json, ends.items()),
+            *(one for name, path in _certificate_files(settings).items() if name not in ends
+              for one in crl_json(name, path))]
+
+
+def certificate_json(name: str, ends: float | None) -> dict[str, Any]:
     """Return until when a certificate is good; not what is wrong with it, as that names files of the host."""
-    try:
-        expires = certificate_end(load())
-    except ConfigError:
+    if ends is None:
         return {"name": name, "notAfter": None, "daysLeft": None, "message": "run `releasectl check` to see why"}
-    return {"name": name, "notAfter": utc_text(expires), "daysLeft": round(_days_until(expires), 2), "message": ""}
+    return {"name": name, "notAfter": utc_text(ends), "daysLeft": round(_days_until(ends), 2), "message": ""}
 
 
 def crl_json(name: str, path: str) -> list[dict[str, Any]]:
@@ -18682,8 +18720,7 @@ def nodes_text(nodes: Sequence[ReleaseNode], batches: Iterable[BatchProgress], d
 def status_text(progress: Progress, nodes: Sequence[ReleaseNode], display: Display, shows_all: bool = False) -> str:
     """Return a release for `status`: its head, a bar for each batch, then the nodes that are not well."""
     release = progress.release
-    doing = release._replace(status_reason="; ".join(filter(None, (release.status_reason,
-                                                                               progress.time_left))))
+    doing = release._replace(status_reason="; ".join(filter(None, (release.status_reason, progress.time_left))))
     about = [f"reason: {one_line(release.reason)}"] if release.reason else []
     about += [one_line(f"target {release.target}; {times_line(release, display)}")]
     bars = bar_lines(progress.batches, release.current_batch, display,
@@ -19132,8 +19169,9 @@ def _show_overview(context: Context) -> int:
     settings = context.settings
     keys = {"CONTROL_CERT": settings.control_key, "HTTP_CERT": settings.http_key}
     # a key that only the service may read is as it should be
-    overview = store.overview.read([found for found in certificate_states(certificates_json(settings))
-                                    if not (found.message and is_closed(keys.get(found.name, "")))])
+    certificates = certificate_states(certificates_json(settings, certificate_ends(settings)))
+    overview = store.overview.read([one for one in certificates
+                                    if not (one.message and is_closed(keys.get(one.name, "")))])
     problems = context.display.table([(p.severity, p.since, context.display.sentence(with_options(p.text)), p.mends)
                                       for p in overview.problems], ("", "since", "what", "mend"))
     context.show(overview_json(overview), "\n".join(filter(None, [context.display.sentence(overview.text), problems])))
@@ -19716,6 +19754,7 @@ def command_serve(context: Context) -> int:
         if server:
             server.shutdown()
             server.server_close()
+        context.store.database.close()
     log.info("stopped")
     return EXIT_DONE
 

@@ -717,7 +717,8 @@ def run_reader(port: int, pause_s: float, paths: Sequence[str]) -> None:
 
 
 # What an open page asks for, again and again, and the whole of a release.
-PAGE_READS = {"summary": "/api/v1/releases/1?view=summary", "list": "/api/v1/releases",
+PAGE_READS = {"summary": "/api/v1/releases/1?view=summary", "list": "/api/v1/releases?page=1&pageSize=30",
+              "list of those that ended": "/api/v1/releases?status=ended&pageSize=30",
               "overview": "/api/v1/overview", "health": "/api/v1/health", "why": "/api/v1/releases/1/why"}
 WHOLE_READS = {"whole": "/api/v1/releases/1"}
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import re
@@ -678,11 +679,15 @@ def findings(settings: rc.Settings) -> dict[str, rc.Finding]:
     return {finding.subject: finding for finding in (*rc.check_agents(settings), *rc.check_api(settings))}
 
 
-def health(settings: rc.Settings) -> dict[str, dict]:
-    """Return what /api/v1/health tells of certificates and CRLs."""
+@functools.lru_cache(maxsize=1)
+def process_state(settings: rc.Settings) -> rc.ProcessState:
     store, agents = rc.Store(rc.Database(settings.database_url)), rc.AgentClient(settings)
-    executor = rc.Executor(settings, store, agents, store.database.metrics)
-    return {entry["name"]: entry for entry in rc.ProcessState(settings, executor)()["certificates"]}
+    return rc.ProcessState(settings, rc.Executor(settings, store, agents, store.database.metrics))
+
+
+def health(settings: rc.Settings) -> dict[str, dict]:
+    """Return what /api/v1/health of one process tells of certificates and CRLs."""
+    return {entry["name"]: entry for entry in process_state(settings)()["certificates"]}
 
 
 def test_check_metrics_and_health_tell_how_long_a_crl_is_good(authority, tmp_path):
@@ -706,6 +711,21 @@ def test_check_metrics_and_health_tell_how_long_a_crl_is_good(authority, tmp_pat
     assert seen["message"].startswith("expired since 2020-01-02")
     authority.file.write_text((authority.certs / "ca.crt").read_text())
     assert set(health(settings)) == {"CONTROL_CERT", "HTTP_CERT"}
+
+
+def test_health_tells_at_once_of_a_key_that_is_gone_or_back_and_looks_at_none_that_stayed(authority, tmp_path,
+                                                                                          monkeypatch):
+    settings = settings_for("sqlite:///x.db", authority.certs, **copy_pair(authority.certs, tmp_path))
+    handshakes, of_control = [], rc.control_certificate
+    monkeypatch.setattr(rc, "control_certificate", lambda of: handshakes.append(of) or of_control(of))
+    key, ends = Path(settings.control_key), health(settings)["CONTROL_CERT"]["notAfter"]
+    assert ends == health(settings)["CONTROL_CERT"]["notAfter"]
+    assert len(handshakes) == 1
+    kept = key.rename(f"{key}.kept")
+    gone = health(settings)["CONTROL_CERT"]
+    assert (gone["notAfter"], gone["message"]) == (None, "run `releasectl check` to see why")
+    kept.rename(key)
+    assert health(settings)["CONTROL_CERT"]["notAfter"] == ends
 
 
 def other_ca(folder: Path) -> str:

@@ -379,6 +379,26 @@ def test_what_others_wrote_into_a_new_wal_is_kept(sqlite_url, open_store, errors
     assert os.path.getsize(kept)
 
 
+def test_the_end_of_a_process_waits_for_a_read_under_way_and_leaves_one_file(sqlite_url, open_store):
+    """Whoever copies the database of a service that is stopped has all of it."""
+    store, path = open_store(sqlite_url), sqlite_url[len("sqlite:///"):]
+    begun, may_end = threading.Event(), threading.Event()
+
+    def read() -> None:
+        with store.database.transaction() as tx:
+            tx.value("SELECT COUNT(*) FROM nodes")
+            begun.set()
+            assert may_end.wait(60)
+
+    with beside(read):
+        assert begun.wait(60)
+        assert os.path.exists(path + "-wal")
+        threading.Timer(0.3, may_end.set).start()
+        store.database.close()
+        assert may_end.is_set()
+        assert not os.path.exists(path + "-wal")
+
+
 def test_transactions_at_once_all_go_over_to_the_new_files(sqlite_url, open_store, errors):
     store, path = open_store(sqlite_url), sqlite_url[len("sqlite:///"):]
     stop, failures = threading.Event(), []

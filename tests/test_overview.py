@@ -670,7 +670,7 @@ def test_what_takes_long_is_read_anew_after_twenty_times_as_long_and_within_a_mi
         wait_for_reads()
         return value.get()
 
-    value = rc.RareRead(read)
+    value = rc.RareRead(read, is_told_meanwhile=True)
     assert value.get() == 1002.0
     now[0] = 1002.0 + 39.9
     assert value.get() == 1002.0
@@ -680,6 +680,26 @@ def test_what_takes_long_is_read_anew_after_twenty_times_as_long_and_within_a_mi
     assert (value.get(), after_a_read_beside()) == (1051.0, 1105.0)
     now[0] = 1096.0 + 60.0  # it is too old to be told
     assert value.get() == 1165.0
+    now[0], taken[0] = 1165.0 + 1.0, 0.5  # another key: what there is, too
+    assert value.get(key="b") == 1165.0
+    wait_for_reads()
+    assert value.get(key="b") == value.get() == 1166.5  # whoever takes any key makes nobody read it again
+    now[0] = 1166.5 + 10.0 + 10.1  # whoever asks so late is told what is so now
+    assert value.get(key="b") == 1187.1
+
+
+def test_what_nobody_may_be_told_late_is_read_where_it_is_asked_for(monkeypatch):
+    now, count = [1000.0], itertools.count(1)
+    monkeypatch.setattr(rc.time, "monotonic", lambda: now[0])
+
+    def read() -> int:
+        now[0] += 1.0
+        return next(count)
+
+    value = rc.RareRead(read)
+    assert [value.get(key="a"), value.get(key="a"), value.get(key="b")] == [1, 1, 2]
+    now[0] += 20.0
+    assert value.get(key="b") == 3
 
 
 def test_what_could_not_be_read_anew_is_told_to_whoever_asks_once_the_value_is_too_old(monkeypatch):
@@ -692,14 +712,14 @@ def test_what_could_not_be_read_anew_is_told_to_whoever_asks_once_the_value_is_t
             raise trouble[0]
         return "read"
 
-    value = rc.RareRead(read)
+    value = rc.RareRead(read, is_told_meanwhile=True)
     assert value.get() == "read"
     trouble.append(rc.DatabaseError("the disk is full"))
     now[0] += 21.0
     assert value.get() == "read"
     wait_for_reads()
-    assert value.get() == "read"  # its guard is free again
-    wait_for_reads()
+    failed_at = now[0]
+    assert (value.get(), now[0]) == ("read", failed_at)  # nor is it tried again at once
     now[0] += 60.0
     with pytest.raises(rc.DatabaseError, match="the disk is full"):
         value.get()

@@ -54,7 +54,8 @@ def definitions() -> dict[str, tuple[str, ast.stmt]]:
             names = [statement.name]
         elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            names = [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+            names = [node.id for target in targets for node in ast.walk(target)
+                     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
         else:
             continue
         home = [s.name for s in SECTIONS if s.first <= statement.lineno and (statement.end_lineno or 0) <= s.last]

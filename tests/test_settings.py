@@ -106,6 +106,8 @@ def test_every_setting_of_the_contract_has_its_default():
     assert {name: value(settings, name) for name in DEFAULTS} == DEFAULTS
     assert [s.name for s in rc.SETTINGS] == list(DEFAULTS)
     assert [*rc.Settings._fields] == [name.lower() for name in DEFAULTS]
+    with pytest.raises(TypeError):  # what describes a setting is no value of it
+        rc.Settings(database_url="sqlite:///x.db")
 
 
 @pytest.mark.parametrize(("name", "text", "wanted"), GOOD)

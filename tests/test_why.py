@@ -596,7 +596,7 @@ def test_a_persons_text_is_no_error_that_is_tried_again(world):
     for reason, names in ((f"batch 1 of 1: waiting for 1 of 1 node{text}", ["errors", "slots"]),
                           (f"frozen: lunch{text}", []), (f"paused by alice{text}", [])):
         told = release._replace(status="running", status_reason=reason, claim_owner="a:1:x",
-                                   claim_expires_at=rc.utc_text(now_s + 20))
+                                claim_expires_at=rc.utc_text(now_s + 20))
         found = rc.explain(rc.Facts(told, at_work, rc.NO_FREEZES, world.store.state.moment(), now_s))
         assert [one.name for one in found.steps if one.name in ("errors", "slots")] == names
 
