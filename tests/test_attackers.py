@@ -635,6 +635,7 @@ def nibbled(certs):
     peer.stop()
 
 
+@pytest.mark.slow
 def test_an_agent_whose_answers_are_dear_is_asked_less_often_and_others_as_ever(sqlite_world, nibbled, monkeypatch):
     monkeypatch.setattr(rc, "ANSWER_CREDIT_S", 0.0)
     monkeypatch.setattr(rc, "ANSWER_SHARE", 0.02)

@@ -485,6 +485,7 @@ def test_a_transaction_on_a_server_that_hangs_is_cut_off(proxy, open_store, driv
     assert store.nodes.page().total == 0
 
 
+@pytest.mark.slow
 def test_a_commit_that_waits_for_a_standby_is_cut_off_and_told_to_who_waits(
         own_postgres, open_store, monkeypatch, driver):
     url = own_postgres[1]
@@ -524,6 +525,7 @@ def waits_for_standby(url: str) -> bool:
         return cursor.fetchone()[0] > 0
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_service_whose_server_hangs(cli, proxy, driver):
     for_processes(cli, proxy.url, driver)
     port = int(cli.settings["HTTP_ADDR"].rpartition(":")[2])

@@ -397,7 +397,7 @@ def test_a_tick_ends_when_the_database_is_away_for_longer_than_its_claim_holds(w
 
     def tick():
         try:
-            world.executor(CLAIM_TTL_SEC=3600, RELEASE_EXECUTOR_INTERVAL_SEC=30).tick()
+            world.executor(CLAIM_TTL_SEC=3600, RELEASE_EXECUTOR_INTERVAL_SEC=5).tick()
         except rc.DatabaseError as error:
             errors.put(str(error))
 

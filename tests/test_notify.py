@@ -750,6 +750,7 @@ def test_serve_stops_while_a_receiver_hangs_and_another_process_sends_it(fleet_c
     assert inbox.kinds() == ["success"]
 
 
+@pytest.mark.slow
 def test_a_tick_of_cron_sends_what_is_due_and_does_not_hang(fleet_cli, inbox):
     fleet_cli.settings.update(NOTIFY_URL=inbox.url, NOTIFY_ON="success")
     new_release(fleet_cli.world.store)

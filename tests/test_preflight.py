@@ -323,7 +323,8 @@ def test_accepting_failures_where_a_person_paused_does_not_leave_the_preflight_o
     assert world.agent(1).requests[0] == "GET /tasks/releasectl-ping"
 
 
-def test_a_new_owner_asks_again_where_nothing_was_sent(world):
+def test_a_new_owner_asks_again_where_nothing_was_sent(world, monkeypatch):
+    monkeypatch.setattr(rc, "STOP_GRACE_S", 0.5)
     world.nodes(2)
     world.agent(2).set(mode="hang")
     made = create(world)
@@ -362,7 +363,7 @@ def test_a_preflight_holds_up_no_other_release(world):
     slow = world.store.releases.create(rc.ReleaseRequest("a", payload=SITES, node_ids=[1, 2, 3],
                                                          strategy={"preflight": True}), "tests").release
     quick = world.store.releases.create(rc.ReleaseRequest("b", payload=SITES, node_ids=[4]), "tests").release
-    executor = world.executor(AGENT_CONCURRENCY=2)
+    executor = world.executor(AGENT_CONCURRENCY=2, AGENT_REQUEST_TIMEOUT_SEC=3)
     drain = threading.Thread(target=executor.drain)
     drain.start()
     eventually(lambda: world.store.releases.get(quick.id).status == "success")

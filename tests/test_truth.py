@@ -197,7 +197,7 @@ def test_section_1_already_applied_is_not_believed_after_a_try_that_reached_no_a
     agent.set(**first_try)
     release = new_release(world.store, payload=SITES)
     # a take-over waits for as long as a request may take
-    limits = {"AGENT_RETRIES": 50, "AGENT_CONNECT_TIMEOUT_SEC": 2, "AGENT_REQUEST_TIMEOUT_SEC": 3}
+    limits = {"AGENT_RETRIES": 50, "AGENT_CONNECT_TIMEOUT_SEC": 1, "AGENT_REQUEST_TIMEOUT_SEC": 1}
     executor = world.executor(**limits)
     with beside(executor.run_loop):
         eventually(lambda: nodes_of(world.store, release)[0].attempts > 1)
@@ -737,9 +737,10 @@ def test_rule_9_a_node_whose_start_lies_ahead_has_no_longer_a_deadline_than_othe
 
 def lose_newest_release(store: rc.Store) -> None:
     """Do what a failover does that lost the last commits."""
-    for table in ("release_events", "release_task_nodes"):
-        sql(store, f"DELETE FROM {table} WHERE release_task_id = (SELECT MAX(id) FROM release_tasks)")
-    sql(store, "DELETE FROM release_tasks WHERE id = (SELECT MAX(id) FROM release_tasks)")
+    with store.database.transaction(write=True) as tx:
+        for table in ("release_events", "release_task_nodes"):
+            tx.execute(f"DELETE FROM {table} WHERE release_task_id = (SELECT MAX(id) FROM release_tasks)")
+        tx.execute("DELETE FROM release_tasks WHERE id = (SELECT MAX(id) FROM release_tasks)")
 
 
 def went_back(store: rc.Store) -> float:
@@ -863,7 +864,7 @@ def test_rule_9_a_dispatch_that_the_database_forgot_is_not_sent_beside_the_first
     world.nodes(1, protocol, task_ms=FOREVER_MS)
     release = new_release(world.store, payload=SITES)
     other = new_release(world.store, target="dns", node_ids=[1], payload=SITES)
-    runner = threading.Thread(target=lambda: world.drain(AGENT_CONNECT_TIMEOUT_SEC=2, AGENT_REQUEST_TIMEOUT_SEC=5))
+    runner = threading.Thread(target=lambda: world.drain(AGENT_CONNECT_TIMEOUT_SEC=1, AGENT_REQUEST_TIMEOUT_SEC=2))
     runner.start()
     eventually(lambda: world.agent(1).runs)
     # what a failover that lost the last commits leaves: the dispatch was never written, and a release is gone

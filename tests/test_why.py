@@ -270,6 +270,7 @@ def test_an_address_may_be_busy_with_another_release(world):
         explained(world, second, "busy", "waits", rf"edge-1 may still be busy with release 1 until {TIME}", "")
 
 
+@pytest.mark.slow
 def test_nobody_works_on_a_release_whose_owner_was_killed(fleet_cli):
     world = fleet_cli.world
     fleet_cli.settings["AGENT_RETRIES"] = "20"
@@ -601,7 +602,8 @@ def test_a_persons_text_is_no_error_that_is_tried_again(world):
         assert [one.name for one in found.steps if one.name in ("errors", "slots")] == names
 
 
-def test_a_release_waits_for_the_slots_that_another_one_has(world):
+def test_a_release_waits_for_the_slots_that_another_one_has(world, monkeypatch):
+    monkeypatch.setattr(rc, "STOP_GRACE_S", 0.5)
     world.nodes(2)
     world.agent(1).set(mode="hang")
     make = world.store.releases.create
