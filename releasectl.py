@@ -4260,11 +4260,10 @@ class Causes(NamedTuple):
     def told_in(self, before: str, example: str = "") -> str:
         """Return a sentence about the causes, with an example behind it.
 
-        Where what is still to follow would cut it, it is in short, and without the example if that tells nothing new.
+        Where what is still to follow would cut it, it is without the example, if that tells nothing new, or in short.
         """
-        sentences = [f"{before}{self.text}{example}", f"{before}{self.short}{example}"]
-        if self.is_told:
-            sentences.append(before + self.short)
+        sentences = [f"{before}{text}{more}" for text in (self.text, self.short)
+                     for more in ((example, "") if self.is_told else (example,))]
         return next((one for one in sentences if len(one) <= MAX_MESSAGE_CHARS - MAX_TO_FOLLOW_CHARS), sentences[-1])
 
 
@@ -6503,6 +6502,8 @@ class DriftCount(NamedTuple):
     away: int = 0
     # What is known of the first, where that is more than its drift: 'may run release 2 or 3: ...'.
     known: str = ""
+    # The releases that brought what they run.
+    release_ids: frozenset[int] = frozenset()
 
 
 class FleetCounts(NamedTuple):
@@ -6708,7 +6709,8 @@ def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
         if found.nodes:
             nodes = count_of_nodes(found.nodes)
             run, they = ("runs", "it") if found.nodes == 1 else ("run", "they")
-            text = {AHEAD: f"{nodes} {run} the payload of a release that failed, was cancelled or rolled back",
+            which = f"release {min(found.release_ids)}, which" if len(found.release_ids) == 1 else "a release that"
+            text = {AHEAD: f"{nodes} {run} the payload of {which} failed, was cancelled or rolled back",
                     UNSURE: f"it is not known what {nodes} {run}, as a later try may have changed it",
                     BEHIND: f"{nodes} {run} an older payload than {they} should"}[drift]
             names = f": {found.first}" + (f" and {found.nodes - 1} more" if found.nodes > 1 else "")
@@ -10343,7 +10345,8 @@ class Fleet:
                 counts[level.drift] = DriftCount(
                     known.nodes + these.number, known.first or node.name,
                     min(filter(None, (known.since, since)), default=None),
-                    known.away + (0 if node.gets_releases else these.number), known.known or may_run_text(level))
+                    known.away + (0 if node.gets_releases else these.number), known.known or may_run_text(level),
+                    known.release_ids | {ran.release_id for ran in (level.has,) if ran})
                 if level.has and level.is_right:
                     right[level.has.payload_sha256] += these.number
             twins = _first_twins(tx)
@@ -15066,6 +15069,8 @@ CHINESE_FORMS = (
     (r"ahead: it has what release (\d+) \(v(\d+), (.*)\) left, and that is not what it should run",
      "未撤回：仍是发布 {1}（v{2}，{3!}）留下的内容，不是应有的"),
     ("`rollback` or a new release mends it", "可用 `rollback` 或新的发布解决"), ("failed there", "在该节点失败"),
+    (r"(\d+) nodes? runs? the payload of release (\d+), which failed, was cancelled or rolled back: (.*)",
+     "{1} 个节点仍停留在发布 {2}（失败、已取消或已回滚）的内容上：{3!}"),
     (r"(\d+) nodes? runs? the payload of a release that failed, was cancelled or rolled back: (.*)",
      "{1} 个节点仍停留在失败、已取消或已回滚的发布的内容上：{2!}"),
     (r"it is not known what (\d+) nodes? runs?, as a later try may have changed it: (.*)",
@@ -15388,7 +15393,7 @@ CHINESE_REFUSALS = (
     # names come last: anything may be one
     (r"labels: (.*)", "标签：{1!}"),
     (r"(.*) has a token in (.*) already: .*", "{1} 在 {2} 中已有令牌：请先删除该行，或换一个名称"),
-    (r"([^;:]*[^;:, ]) and (\d+) more", "{1} 等 {1+2} 个"),
+    (r"([^;:]*[^;:, ]) and (\d+) more", "{1,} 等 {1+2} 个"),
 )
 # The same of what is stored of a failed node, where the program wrote it and not the agent.
 CHINESE_ERRORS = (

@@ -42,6 +42,8 @@ SENTENCES = {
         "数据库 /var/lib/r.db 不存在：请恢复它，或用 `releasectl migrate` 新建",
     "4 tokens": "4 个令牌",
     "1 node runs an older payload than it should: edge-1": "1 个节点运行的 payload 比应有的旧：edge-1",
+    "2 nodes run the payload of release 4, which failed, was cancelled or rolled back: edge-1 and 1 more":
+        "2 个节点仍停留在发布 4（失败、已取消或已回滚）的内容上：edge-1 等 2 个",
     "1 node runs the payload of a release that failed, was cancelled or rolled back: edge-1":
         "1 个节点仍停留在失败、已取消或已回滚的发布的内容上：edge-1",
     "it is not known what 2 nodes run, as a later try may have changed it: edge-1 and 1 more":
@@ -104,7 +106,7 @@ SENTENCES = {
     "node a in batch 1":
         "已停止，4 个节点失败：4 个 agent 执行失败（其中 3 个：nginx: bad port，1 个另有原因）、1 个超时；"
         "例如批次 1 的节点 a",
-    "a, b, c and 17 more": "a, b, c 等 20 个",
+    "a, b, c and 17 more": "a、b、c 等 20 个",
     "weekly; batches of 1, 2, 3 and 17 more; at most 0, 1, 1 and 17 more failed, 9 in all":
         "weekly；批次大小 1、2、3 等 20 个；每批最多失败 0、1、1 等 20 个，共 9",
     "stopped, 8 nodes of batch 1 failed, at most 5 may; 9 in all: 8 agent_failed (6 of them: no, 2 for other reasons), "

@@ -298,7 +298,7 @@ def test_nodes_that_do_not_run_what_they_should_are_problems(fresh):
     found = {problem.kind: problem for problem in problems(fresh)}
     assert list(found) == ["failed", "ahead", "unknown", "behind"]
     assert found["ahead"].text == (
-        "1 node runs the payload of a release that failed, was cancelled or rolled back: edge-1")
+        "1 node runs the payload of release 3, which failed, was cancelled or rolled back: edge-1")
     assert found["unknown"].text == ("edge-4 may run release 2 or 3: how what release 3 sent it ended is not known")
     assert found["behind"].text == "1 node runs an older payload than it should: edge-2; it is not online"
     assert found["behind"].since == fresh.releases.get(behind.id).finished_at

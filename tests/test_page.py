@@ -2253,9 +2253,10 @@ def test_when_all_is_well_again_the_page_says_how_many_nodes_run_what_and_who_is
         eventually(lambda fact=fact: "version 4, the same as release 2" in page.run(fact))
     page.open("#/releases/3").see("rolled back by Release 4", "main .chip.success")
     assert buttons(page, ACTIONS) == [["Roll back", "plain"], ["Retry", "plain"]]
-    # what was wrong is still true, a retry is over
-    page.see("If its message names what this release brought, roll back; else mend the host.", "#failures")
-    page.open("#/releases/3?node=2").see("roll back; else mend the host.", "#node")
+    # what was wrong is still true, a retry is over, and so is a rollback
+    page.see("The agent tried and failed.", "#failures")
+    assert "roll back" not in page.text("#failures")
+    page.open("#/releases/3?node=2").see("The agent tried and failed.", "#node")
     page.open("#/releases").see("2 of 4 done, 2 failed", "#release-3 td:nth-child(3) .number")
 
 
@@ -2292,7 +2293,7 @@ def test_the_link_of_a_problem_is_its_release_and_its_causes_stand_below_it(page
 @pytest.mark.slow
 def test_what_somebody_set_a_node_to_bears_no_tick_and_its_failure_stands_in_its_head(page):
     rolled_back(page.daemon.store)
-    page.open("#/nodes").see("Set by hand", "thead").see("online", "#row-2 td:nth-child(2)")
+    page.open("#/nodes").see("Admin state", "thead").see("online", "#row-2 td:nth-child(2)")
     assert page.count("#row-2 .online") == 0
     page.open("#/nodes/2").see("release 3 failed here", "main .chip.failed")
     page.open("#/nodes").press("Add a node")
