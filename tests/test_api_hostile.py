@@ -212,11 +212,16 @@ def test_nobodys_body_is_read_without_a_good_token(new_server):
 
 
 def test_a_client_that_does_not_read_its_answer_holds_its_thread_until_the_deadline(new_server, impatient, monkeypatch):
-    client = new_server()
-    replace_handler(monkeypatch, rc.Api.metrics, lambda *_: rc.Reply(200, "x" * (64 << 20), "text/plain"))
+    client, answered = new_server(), threading.Event()
+
+    def more_than_fits(*_: object) -> rc.Reply:
+        answered.set()
+        return rc.Reply(200, "x" * (64 << 20), "text/plain")
+
+    replace_handler(monkeypatch, rc.Api.metrics, more_than_fits)
     with connected(client, sent=b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer viewer-secret\r\n"
                                 b"\r\n"):
-        eventually(lambda: any(connection.is_at_work for connection in open_connections(client)))
+        assert answered.wait(60)
         eventually(lambda: not open_connections(client))
 
 
