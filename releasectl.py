@@ -10335,6 +10335,7 @@ class Fleet:
         with self._database.transaction() as tx:
             states = collections.Counter({DISABLED: tx.value("SELECT COUNT(*) FROM nodes WHERE enabled = 0")})
             counts, right = {drift: DriftCount() for drift in DRIFTS}, collections.Counter[str]()
+            brought_by: dict[str, set[int]] = {drift: set() for drift in DRIFTS}
             alike = {one.node_id: one for one in _alike_nodes(tx)}
             for node, level in levels_by_parts(tx, sorted(alike)):
                 these, known, since = alike[node.id], counts[level.drift], level.drift_since
@@ -10345,11 +10346,13 @@ class Fleet:
                 counts[level.drift] = DriftCount(
                     known.nodes + these.number, known.first or node.name,
                     min(filter(None, (known.since, since)), default=None),
-                    known.away + (0 if node.gets_releases else these.number), known.known or may_run_text(level),
-                    known.release_ids | {ran.release_id for ran in (level.has,) if ran})
+                    known.away + (0 if node.gets_releases else these.number), known.known or may_run_text(level))
+                if level.has:
+                    brought_by[level.drift].add(level.has.release_id)
                 if level.has and level.is_right:
                     right[level.has.payload_sha256] += these.number
             twins = _first_twins(tx)
+        counts = {drift: found._replace(release_ids=frozenset(brought_by[drift])) for drift, found in counts.items()}
         return FleetCounts(counts, sum(right.values()), len(right), dict(+states),
                            *((twins_text(*twins), twins[1].name) if twins else ()))
 
@@ -15634,7 +15637,7 @@ def _filled(found: re.Match[str], depth: int, place: re.Match[str]) -> str:
     text = found[int(place[1])] or ""
     if place[2][:1] == "+":  # 'a, b' and 3 more
         return str(text.count(", ") + 1 + int(found[int(place[2])]))
-    if place[2] == ",":  # a list of numbers
+    if place[2] == ",":  # a list
         return text.replace(", ", "、")
     return _sentence(text, depth) if place[2] == "!" else _error(text, depth) if place[2] else text
 
@@ -18172,8 +18175,9 @@ def _certificate_files(settings: Settings) -> dict[str, str]:
 def certificate_ends(settings: Settings) -> dict[str, float | None]:
     """Return until when the certificates that are configured are good, by their setting; None for one of no use."""
     ends: dict[str, float | None] = {}
+    files = _certificate_files(settings)
     for name, load in (("CONTROL_CERT", control_certificate), ("HTTP_CERT", api_certificate)):
-        if name in _certificate_files(settings):
+        if name in files:
             try:
                 ends[name] = certificate_end(load(settings))
             except ConfigError:
