@@ -6060,6 +6060,8 @@ class Step(NamedTuple):
     text: str
     # The command that mends it, "" where there is none.
     mend: str = ""
+    # The first time that its text names, RFC 3339; None: it names none.
+    until: str | None = None
 
 
 class Occupant(NamedTuple):
@@ -6243,7 +6245,9 @@ def _freeze_step(facts: Facts) -> Step:
         return Step("freeze", OK, "not frozen")
     has_pending = release is not None and (release.status == PENDING or any(b.count(PENDING) for b in facts.batches))
     state = OK if not has_pending else WAITS if freezes[0].until else STOPS
-    return Step("freeze", state, "; ".join(_with_time_left(freeze, facts) for freeze in freezes), freezes[0].mend)
+    ends = [epoch_or(freeze.until, facts.now_s) - facts.now_s for freeze in freezes if freeze.until]
+    return Step("freeze", state, "; ".join(_with_time_left(freeze, facts) for freeze in freezes), freezes[0].mend,
+                _first_end(ends, facts.now))
 
 
 def _with_time_left(freeze: Freeze, facts: Facts) -> str:
@@ -6305,7 +6309,7 @@ def _start_step(facts: Facts) -> Step | None:
     left_s = epoch_or(facts.strategy.start_at, 0.0) - facts.now.wall
     if facts.release is None or facts.release.status != PENDING or left_s <= 0:
         return None
-    return Step("start", WAITS, f"it starts {_until(left_s, facts.now, 'at')}")
+    return Step("start", WAITS, f"it starts {_until(left_s, facts.now, 'at')}", until=_first_end([left_s], facts.now))
 
 
 def _pause_step(facts: Facts) -> Step | None:
@@ -6323,7 +6327,8 @@ def _soak_step(facts: Facts) -> Step | None:
     if release is None or release.status != RUNNING or before <= release.passed_batch:
         return None
     left_s = facts.now.left_s(release.soak_until, release.soak_clock, facts.strategy.soak_s)
-    return Step("soak", WAITS, f"soaking after batch {before} {_until(left_s, facts.now)}") if left_s else None
+    return Step("soak", WAITS, f"soaking after batch {before} {_until(left_s, facts.now)}",
+                until=_first_end([left_s], facts.now)) if left_s else None
 
 
 def _preflight_step(facts: Facts) -> Step | None:
@@ -6350,7 +6355,8 @@ def _nodes_step(facts: Facts) -> Step | None:
         names = in_words([name for _, name in facts.running], MAX_NAMED)
         return Step("nodes", OK, f"{text}, {len(facts.running)} in flight, or to be tried again after that: {names}")
     return Step("nodes", OK, f"{text}, {len(facts.running)} in flight: "
-                             f"{in_words(facts.running, MAX_NAMED, text=with_deadline)}")
+                             f"{in_words(facts.running, MAX_NAMED, text=with_deadline)}",
+                until=_first_end((left_s for left_s, _ in facts.running[:MAX_NAMED] if left_s > 0), facts.now))
 
 
 def _part_of_progress(facts: Facts, begins: str) -> str:
@@ -6375,7 +6381,8 @@ def _busy_step(facts: Facts) -> Step | None:
 
     at_work = [by.release_id for _, by in facts.busy if by.left_s is None]  # else it goes on by itself, at that time
     return Step("busy", WAITS, in_words(facts.busy, MAX_NAMED, text=occupied),
-                f"releasectl why {at_work[0]}" if at_work else "") if facts.busy else None
+                f"releasectl why {at_work[0]}" if at_work else "",
+                _first_end((by.left_s for _, by in facts.busy[:MAX_NAMED]), facts.now)) if facts.busy else None
 
 
 def _slots_step(facts: Facts) -> Step | None:
@@ -6387,12 +6394,17 @@ def _slots_step(facts: Facts) -> Step | None:
     most, running = facts.strategy.max_parallel, len(facts.running)
     if most and running >= most and any(b.count(PENDING) for b in facts.batches):
         return Step("slots", WAITS, f"waiting for a free slot ({running} of {most} in use: maxParallel)")
-    full = in_words(_full_labels(facts), MAX_NAMED, "; ") if facts.waiting else ""
-    return Step("slots", WAITS, f"waiting for a free slot ({full}: maxParallelPer)") if full else None
+    full = _full_labels(facts) if facts.waiting else []
+    names = in_words(full, MAX_NAMED, "; ", text=operator.itemgetter(0))
+    return Step("slots", WAITS, f"waiting for a free slot ({names}: maxParallelPer)", until=_first_end(
+        (left_s for _, lefts_s in full[:MAX_NAMED] for left_s in lefts_s), facts.now)) if full else None
 
 
-def _full_labels(facts: Facts) -> list[str]:
-    """Return what keeps all pending nodes of the batch from a dispatch, the labels of the most nodes first."""
+def _full_labels(facts: Facts) -> list[tuple[str, list[float | None]]]:
+    """Return what keeps all pending nodes of the batch from a dispatch, the labels of the most nodes first.
+
+    Beside each text are the seconds of the nodes that it names.
+    """
     limits, keepers = facts.strategy.max_parallel_per, dict[Label, list[Keeper]]()
     for keeper in facts.keepers:
         for label in limited_labels(keeper.labels, limits):
@@ -6409,13 +6421,20 @@ def _full_labels(facts: Facts) -> list[str]:
         return keeper.name if keeper.left_s is None else \
             f"{keeper.name}, which failed and may be busy {_until(keeper.left_s, facts.now)}"
 
-    return [f"{key}={value} has {in_flight[key, value]} of {limits[key]} ("
-            f"{in_words(keepers[key, value], MAX_NAMED, text=kept_by)}), for which {count_of_nodes(count)} "
-            f"wait{'s' if count == 1 else ''}" for (key, value), count in waiting.most_common()]
+    return [(f"{key}={value} has {in_flight[key, value]} of {limits[key]} ("
+             f"{in_words(keepers[key, value], MAX_NAMED, text=kept_by)}), for which {count_of_nodes(count)} "
+             f"wait{'s' if count == 1 else ''}", [keeper.left_s for keeper in keepers[key, value][:MAX_NAMED]])
+            for (key, value), count in waiting.most_common()]
 
 
 def _time(seconds: float) -> str:
     return f"{max(seconds, 0.0):.0f} s" if seconds < 90 else rough_time(seconds)
+
+
+def _first_end(lefts_s: Iterable[float | None], now: Moment) -> str | None:
+    """Return the first of the times that a text names by _until(); None where it names none."""
+    left_s = min((left_s for left_s in lefts_s if left_s is not None), default=None)
+    return None if left_s is None else utc_text(now.wall + left_s)
 
 
 def _until(left_s: float, now: Moment, word: str = "until") -> str:
@@ -14953,8 +14972,8 @@ CHINESE_FORMS = (
     (r"stopping, (.*?): (.*)", "正在停止，{1!}：{2!}"), (r"node (.+) failed", "节点 {1} 失败"),
     (r"(\d+) nodes? failed", "{1} 个节点失败"), (r"(\d+) of (\d+) nodes? failed", "{2} 个节点中有 {1} 个失败"),
     ("queued for an executor", "等待执行器"),
-    (r"scheduled for (\S+(?: \d\S+)?)(?:, in [^,;]*)?", "定于 {1} 开始"),
-    (r"scheduled for (\S+), and after release (\d+)", "定于 {1} 开始，并在发布 {2} 之后"),
+    (r"scheduled for (\S+(?: \d\S+)?)(?:, in [^,;]*)?", "计划开始时间：{1}"),
+    (r"scheduled for (\S+), and after release (\d+)", "计划开始时间：{1}，并在发布 {2} 之后"),
     (r"it starts at ([^,]*)(?:, in [^;]*)?", "开始时间：{1}"), (r"waiting for (release [^;]*)", "等待{1!}"),
     (r"(release \d+, which [^;]*) and (\d+) more", "{1!}，另有 {2} 个"),
     (r"release (\d+), (which [^;]*?), then (release [^;]*)", "发布 {1}（{2!}），然后{3!}"),
@@ -15753,7 +15772,7 @@ RELEASE_SCHEMA: Mapping[str, Any] = {
     "id": ID, "type": TEXT, "target": TEXT, "version": ID,
     "status": {"type": "string", "enum": list(RELEASE_STATUSES)}, "statusReason": TEXT, "reason": TEXT,
     "totalNodes": _COUNT, "successNodes": _COUNT, "failedNodes": _COUNT, "skippedNodes": _COUNT,
-    "currentBatch": _COUNT, "errorMsg": TEXT, "strategy": _OBJECT, "payloadSha256": _SHA256,
+    "currentBatch": _COUNT, "soakUntil": _TIME, "errorMsg": TEXT, "strategy": _OBJECT, "payloadSha256": _SHA256,
     "selection": _OBJECT, "retryOf": _ID_OR_NULL, "rollbackOf": _ID_OR_NULL, "catchUpOf": _ID_OR_NULL,
     "rolledBackBy": _ID_OR_NULL,
     "rollbackStatus": {"type": "string", "enum": ["", *RELEASE_STATUSES]}, "goesFirst": _FLAG, "duringFreeze": _FLAG,
@@ -16187,7 +16206,7 @@ def openapi_schemas() -> dict[str, Any]:
             "releaseId": _ID_OR_NULL, "status": {"type": ["string", "null"]}, "moves": _FLAG, "text": TEXT,
             "stoppedBy": {"type": ["string", "null"]},
             "steps": _array(schema_of({"name": TEXT, "state": {"type": "string", "enum": list(STEP_STATES)},
-                                       "text": TEXT, "mend": TEXT}))}),
+                                       "text": TEXT, "mend": TEXT, "until": _TIME}))}),
         "Freeze": schema_of({**FREEZE_SCHEMA, "targets": _array(schema_of(TARGET_FREEZE_SCHEMA)),
                              "warnings": _array(TEXT)}),
         "SetFreeze": schema_of({

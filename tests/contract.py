@@ -10,6 +10,7 @@ prints what is wrong in histories, separated by "|" as sqlite3 and psql print th
 """
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, Optional
@@ -36,8 +37,17 @@ AT_REST = frozenset({"success", "failed", "skipped"})
 ERROR_KINDS = ("unreachable", "tls", "timeout", "http", "protocol", "rejected", "agent_failed", "verify", "deadline",
                "abandoned")
 
+# A time in a sentence: whole or to the minute, or the time of a day.
+_TIME_IN_TEXT = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d)(?::[\d.]+)?Z|(?<!T)\b(\d\d:\d\d:\d\d)Z")
+
 # A release (node_id None), or a node of it.
 Subject = tuple[int, Optional[int]]
+
+
+def has_its_time(text: str, until: str | None) -> bool:
+    """Return whether until (RFC 3339) is a time that a sentence names, or None where it names none."""
+    named = {minute or time for minute, time in _TIME_IN_TEXT.findall(text)}
+    return bool(named & {until[:16], until[11:19]}) if until else not named
 
 
 def may_follow(node_id: int | None, before: str, after: str) -> bool:

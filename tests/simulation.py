@@ -1521,6 +1521,9 @@ class Simulation:
                 wanted.add("executor")
             if stops - {"order"} != wanted:
                 self.fail(f"release {release_id} is stopped by {sorted(stops)} and not {sorted(wanted)}: {why.line}")
+            for step in why.steps:
+                if not contract.has_its_time(step.text, step.until):
+                    self.fail(f"release {release_id}: {step.name} says {step.text!r}, and until {step.until}")
             if any(not step.mend for step in why.steps if step.state == rc.STOPS):
                 self.fail(f"release {release_id} is stopped and nothing would mend it: {why.line}")
             waits = {step.name for step in why.steps if step.state == rc.WAITS}

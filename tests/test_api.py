@@ -35,9 +35,10 @@ import releasectl as rc
 MAX_BODY_BYTES = 1 << 20
 
 RELEASE_KEYS = {"id", "type", "target", "version", "status", "statusReason", "reason", "totalNodes", "successNodes",
-                "failedNodes", "skippedNodes", "currentBatch", "errorMsg", "strategy", "payloadSha256", "retryOf",
-                "selection", "catchUpOf", "author", "approval", "approvedBy", "approvedAt", "goesFirst", "duringFreeze",
-                "rollbackOf", "rolledBackBy", "rollbackStatus", "createdAt", "startedAt", "finishedAt", "updatedAt"}
+                "failedNodes", "skippedNodes", "currentBatch", "soakUntil", "errorMsg", "strategy", "payloadSha256",
+                "retryOf", "selection", "catchUpOf", "author", "approval", "approvedBy", "approvedAt", "goesFirst",
+                "duringFreeze", "rollbackOf", "rolledBackBy", "rollbackStatus", "createdAt", "startedAt", "finishedAt",
+                "updatedAt"}
 RELEASE_NODE_KEYS = {"nodeId", "nodeName", "mainIp", "status", "taskId", "attempts", "errorKind", "errorMsg",
                      "startedAt", "finishedAt"}
 NODE_KEYS = {"id", "name", "mainIp", "agentPort", "agentProtocol", "labels", "enabled", "status", "createdAt",
@@ -133,7 +134,8 @@ def test_a_release_has_the_keys_of_the_contract_and_null_for_what_has_not_come(c
     assert release.pop("statusReason")
     assert release == {
         "id": 1, "type": "apply_config", "target": "cdn", "version": 1, "status": "pending", "reason": "weekly",
-        "totalNodes": 3, "successNodes": 0, "failedNodes": 0, "skippedNodes": 0, "currentBatch": 1, "errorMsg": "",
+        "totalNodes": 3, "successNodes": 0, "failedNodes": 0, "skippedNodes": 0, "currentBatch": 1,
+        "soakUntil": None, "errorMsg": "",
         "strategy": {}, "payloadSha256": rc.digest_of({}), "selection": {}, "retryOf": None, "rollbackOf": None,
         "rolledBackBy": None, "rollbackStatus": "", "catchUpOf": None, "author": "api", "approval": "",
         "approvedBy": "", "approvedAt": None,

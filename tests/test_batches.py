@@ -6,6 +6,7 @@ import random
 import re
 from typing import Any
 
+import contract
 import pytest
 from conftest import on_sqlite
 from lab import eventually, fleet, mtls, new_release, sql
@@ -348,6 +349,7 @@ def test_why_says_which_failed_node_keeps_its_place_and_until_when(world):
     found = [one for one in world.store.claims.why(made.id, 600.0).steps if one.name == "slots"]
     assert re.fullmatch(r"waiting for a free slot \(rack=a has 1 of 1 \(edge-1, which failed and may be busy until "
                         r"\d\d:\d\d:\d\dZ, in \d+ s\), for which 1 node waits: maxParallelPer\)", found[0].text)
+    assert contract.has_its_time(found[0].text, found[0].until)
     # a hold that no setting allows is of a clock that was ahead, and void
     sql(world.store, "UPDATE release_task_nodes SET hold_until = '2999-01-01T00:00:00.000Z' WHERE node_id = 1")
     assert [one for one in world.store.claims.why(made.id, 600.0).steps if one.name == "slots"] == []

@@ -155,7 +155,7 @@ SENTENCES = {
         "（edge 4, edge 5），1 个节点在等待：maxParallelPer）",
     "edge 1 may still be busy with release 5 until 06:26:40Z, in 19 s; edge 2 busy with an earlier request":
         "edge 1 可能仍在处理发布 5，至 06:26:40Z；edge 2 仍在处理之前的请求",
-    "scheduled for 06:26:40Z, in 3 h; frozen by anna: because": "定于 06:26:40Z 开始；由 anna 冻结：because",
+    "scheduled for 06:26:40Z, in 3 h; frozen by anna: because": "计划开始时间：06:26:40Z；由 anna 冻结：because",
     "soaking after batch 1 until 06:26:40Z, in 19 s; edge 2 busy with an earlier request":
         "批次 1 之后观察，至 06:26:40Z；edge 2 仍在处理之前的请求",
     "waiting for a free slot (pop=New York has 1 of 1 (edge 3, edge 4, which failed and may be busy until 06:26:40Z, "

@@ -472,7 +472,7 @@ def test_times_are_in_the_browsers_zone_or_in_utc_with_the_day_when_it_is_not_to
     page.browser.call("Emulation.setTimezoneOverride", timezoneId="Asia/Shanghai")
     try:
         page.open("#/releases/1").see("Times in Asia/Shanghai", "#foot").see("3 Jan 2025 04:04:05", "main dl")
-        page.see("soaking after batch 1 until 3 Jan 2126 04:04:05 (", "main").press("UTC")
+        page.see("soaking after batch 1 until 3 Jan 2126 04:04:05, ", "main").press("UTC")
         page.see("2 Jan 2025 20:04:05", "main dl")
         for place in ("#/releases", "#/releases/1", "#/nodes/1", "#/health"):
             page.open(place)
@@ -480,6 +480,20 @@ def test_times_are_in_the_browsers_zone_or_in_utc_with_the_day_when_it_is_not_to
     finally:
         page.run("localStorage.clear()")
         page.browser.call("Emulation.setTimezoneOverride", timezoneId="")
+
+
+def test_what_is_left_of_a_time_in_a_sentence_runs_on_in_both_languages(page):
+    add_nodes(page.daemon.store, 1)
+    release = new_release(page.daemon.store, strategy={"startAt": rc.utc_text(time.time() + 40)})
+    try:
+        for button, sentence in (("English", r"it starts at \d\d:\d\d:\d\d, (\d+) s left"),
+                                 ("中文", r"开始时间：\d\d:\d\d:\d\d，还剩 (\d+) 秒")):
+            page.open(f"#/releases/{release.id}").press(button)
+            seen = eventually(lambda form=sentence: re.search(form, page.text("#why")),
+                              message=lambda: page.text("#why"))
+            eventually(lambda form=sentence, first=int(seen[1]): int(re.search(form, page.text("#why"))[1]) < first)
+    finally:
+        page.run("localStorage.clear()")
 
 
 # -- a new release ------------------------------------------------------------------------------------

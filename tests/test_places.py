@@ -147,8 +147,8 @@ def sqlite_store(open_store, sqlite_url) -> rc.Store:
 
 
 # Columns that no API shows: what goes to the agents, and what the executor needs.
-INTERNAL = {"payload", "tag", "claim_owner", "claim_fence", "claim_expires_at", "passed_batch", "soak_until",
-            "soak_clock", "paused_by", "preflight_accepted"}
+INTERNAL = {"payload", "tag", "claim_owner", "claim_fence", "claim_expires_at", "passed_batch", "soak_clock",
+            "paused_by", "preflight_accepted"}
 # Fields of a release that are computed from its nodes, and from its rollback.
 COMPUTED = {"skipped_nodes", "current_batch", "rollback_id", "rollback_status", "rolled_back_by"}
 # Columns that a row of a release's node does not need, and fields with another name than their column.

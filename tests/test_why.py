@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 
+import contract
 import pytest
 from lab import World, beside, eventually, findings, serve_process, sql, statuses
 
@@ -121,6 +122,7 @@ def explained(world: World, release: rc.Release | None, name: str, state: str, p
 
     found = eventually(look, message=lambda: f"{name} says {step(why(world, release), name)}")
     assert step(found, name).mend == mend
+    assert all(contract.has_its_time(one.text, one.until) for one in found.steps)
     assert (found.stopped_by is None) == all(one.state != "stops" for one in found.steps)
     return found
 
@@ -237,6 +239,21 @@ def test_it_soaks(world):
     release = create(world, soakSec=600)
     with looking(world):
         explained(world, release, "soak", "waits", rf"soaking after batch 1 until {TIME}")
+        answer = rc.release_json(world.store.releases.get(release.id))
+        assert answer["statusReason"] == f"soaking after batch 1 until {answer['soakUntil']}"
+
+
+def test_the_times_of_a_sentence_are_fields_beside_it_the_first_one_where_there_are_more(world):
+    world.nodes(2)
+    release = create(world, startAt="2999-01-31T22:00:00Z")
+    assert step(why(world, release), "start").until.startswith("2999-01-31T22:00:00")
+    world.store.releases.set_freeze(True, "alice", "the match", until="2999-01-01T06:00:00.000Z")
+    world.store.releases.set_freeze(True, "alice", "a move", target="cdn", until="2998-12-31T06:00:00.000Z")
+    freeze = step(why(world, release), "freeze")
+    assert "until 2999-01-01T06:00Z" in freeze.text
+    assert "until 2998-12-31T06:00Z" in freeze.text
+    assert freeze.until[:16] == "2998-12-31T06:00"
+    assert [one.name for one in why(world, release).steps if one.until] == ["freeze", "start"]
 
 
 def test_nodes_in_flight_have_deadlines_and_slots_are_used_up(world):
@@ -485,7 +502,7 @@ def test_who_can_not_write_that_it_works_says_so_and_not_that_nobody_does(world,
         executor.nudge()
         found = explained(world, release, "database", "stops", f"it takes no writes: .*{FULL}.*", "releasectl check")
         assert found.stopped_by.name == "database"
-        assert step(found, "executor") == ("executor", "waits", "not known: who works can't write that it does", "")
+        assert step(found, "executor") == rc.Step("executor", "waits", "not known: who works can't write that it does")
         assert [re.sub(f"writes: .*{FULL}.*", "writes", text) for text in told_of(world, release)] == [
             "scheduled for 2100-01-01T00:00:00.000Z; the database takes no writes"]
         answer = new_client(world.store).ok("GET", f"/api/v1/releases/{release.id}/why")
