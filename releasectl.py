@@ -11,6 +11,7 @@ Sections, in order; each uses only those above it (tests/test_sections.py):
   GROUND
     Vocabulary          the contract's words and numbers, error codes and exceptions
     Helpers             time, one-line text, strict JSON, files; nothing that knows a release
+    Rare reads          what takes long to read is read rarely, and nobody waits in vain
     Settings            one table of the configuration (contract section 6)
     Log and metrics     formatters of the log, the figures of /metrics
     Certificates        TLS contexts, files watched for renewal, revocation lists, expiry; for
@@ -339,8 +340,8 @@ PROBE_AGAIN_S = 1.0
 GATHER_S = 0.02
 # Longest wait of a clean stop for requests in flight.
 STOP_GRACE_S = 5.0
-# Longest wait for transactions under way before the database is closed.
-CLOSE_S = 2.0
+# Longest wait for transactions under way before the database is closed; longer than the count of 100,000 nodes takes.
+CLOSE_S = 5.0
 # A thread without a sign of life for this long, beyond its own wait, hangs; longer than the database may take.
 HUNG_AFTER_S = 180.0
 # Limits of the settings that bound a claim and an execute agent's hold. A stored time further ahead than that
@@ -360,8 +361,8 @@ T = TypeVar("T")
 
 # A value is good for so many times the seconds that its read took, and for at most so many seconds: see RareRead.
 RARE_READ_REST, MAX_RARE_READ_REST_S = 20, 45.0
-# Nobody gets an older value. A read that took so many seconds the last time may go on in a thread of its own, and one
-# that failed there is tried again after so many.
+# Nobody gets a value that was read longer ago. A read that took so many seconds the last time may go on in a thread of
+# its own, and one that failed there is tried again after so many.
 MAX_RARE_READ_AGE_S, SLOW_READ_S, READ_AGAIN_S = 60.0, 0.1, 1.0
 
 
@@ -923,8 +924,40 @@ def parse_duration(text: str) -> float:
     return int(seconds) if seconds == int(seconds) else seconds
 
 
+# endregion
+
+
+# region Rare reads
+# ======================================================================================
+# Rare reads: what takes long to read is read rarely, and nobody waits in vain.
+# Uses: Vocabulary.
+# ======================================================================================
+
 # For RareRead.get(): the value may have been read with any key.
 ANY_KEY = object()
+
+
+class LastRead(NamedTuple):
+    """What RareRead read last; times by time.monotonic()."""
+    value: Any
+    key: object
+    began_at: float
+    took_s: float
+    # Until when it is good, and after that for how long who asks is told it while it is read anew beside.
+    holds_until: float
+    rest_s: float
+
+    def has_key(self, key: object) -> bool:
+        """Return whether it was read with a key."""
+        return key is ANY_KEY or self.key == key
+
+    def is_young(self, now: float) -> bool:
+        """Return whether it may be told at all."""
+        return now - self.began_at < MAX_RARE_READ_AGE_S
+
+    def is_good(self, key: object, now: float) -> bool:
+        """Return whether it need not be read anew."""
+        return now < self.holds_until and self.is_young(now) and self.has_key(key)
 
 
 class RareRead(Generic[T]):
@@ -933,20 +966,17 @@ class RareRead(Generic[T]):
     def __init__(self, read: Callable[..., T], rest: float | None = None, is_told_meanwhile: bool = False):
         """Take the read; rest: another number than RARE_READ_REST.
 
-        is_told_meanwhile: nobody waits for a read that takes long: it goes on in a thread of its own, and all get the
-        value as it was, whatever its key. The read has no arguments then.
+        is_told_meanwhile: nobody with the same key waits for a read that takes long: it goes on in a thread of its own,
+        and all get the value as it was. The read has no arguments then.
         """
         self._read = read
         self._rest = rest
         self._is_told_meanwhile = is_told_meanwhile
         # Held by whoever reads.
         self._guard = threading.Lock()
-        # The value, the key that it was read with, and when, by time.monotonic().
-        self._last: tuple[T, object, float] | None = None
-        # How long that took, and for how long after it the value is good.
-        self._took_s = self._rest_s = 0.0
-        # By time.monotonic().
-        self._holds_until = 0.0
+        self._last: LastRead | None = None
+        # When to try again after a read beside that failed, by time.monotonic().
+        self._again_at = 0.0
 
     def get(self, *arguments: object, key: object = ANY_KEY) -> T:
         """Return the value, which may be a minute old at most; raise what the read raises.
@@ -955,44 +985,36 @@ class RareRead(Generic[T]):
         others with the same key get it as it was.
         """
         last, now = self._last, time.monotonic()
-        is_young = last is not None and now - last[2] < MAX_RARE_READ_AGE_S
-        is_beside = is_young and self._is_told_meanwhile and self._took_s >= SLOW_READ_S
-        if last is not None and self._is_good(key, now):
-            return last[0]
-        may_be_told = is_young and (is_beside or self._has_key(key))
-        if not self._guard.acquire(blocking=not may_be_told):
+        if last and last.is_good(key, now):
+            return last.value  # type: ignore[no-any-return]
+        is_told = last is not None and last.is_young(now) and last.has_key(key)
+        if not self._guard.acquire(blocking=not is_told):
             assert last is not None
-            return last[0]
+            return last.value  # type: ignore[no-any-return]
         is_handed_on = False
         try:
-            now = time.monotonic()
-            if self._last is not None and self._is_good(key, now):
-                return self._last[0]
+            found, now = self._last, time.monotonic()
+            if found and found.is_good(key, now):
+                return found.value  # type: ignore[no-any-return]
             # who asks rarely waits: what is read beside is for the next one, who may come much later
-            if is_beside and last is not None and self._last is last and now < self._holds_until + self._rest_s:
-                is_handed_on = self._reads_beside(key)
-                if is_handed_on:
-                    return last[0]
+            if is_told and found and found is last and self._is_told_meanwhile and found.took_s >= SLOW_READ_S and (
+                    now < found.holds_until + found.rest_s):
+                is_handed_on = now >= self._again_at and self._reads_beside(key)
+                if is_handed_on or now < self._again_at:
+                    return found.value  # type: ignore[no-any-return]
             return self._read_anew(arguments, key)
         finally:
             if not is_handed_on:
                 self._guard.release()
 
-    def _has_key(self, key: object) -> bool:
-        return key is ANY_KEY or (self._last is not None and self._last[1] == key)
-
-    def _is_good(self, key: object, now: float) -> bool:
-        return now < self._holds_until and self._has_key(key)
-
     def _read_anew(self, arguments: Sequence[object], key: object) -> T:
         if key is ANY_KEY:
-            key = self._last[1] if self._last else None
-        began = time.monotonic()
+            key = self._last.key if self._last else None
+        began_at = time.monotonic()
         value = self._read(*arguments)
-        ended = time.monotonic()
-        self._took_s = ended - began
-        self._rest_s = min((self._rest or RARE_READ_REST) * self._took_s, MAX_RARE_READ_REST_S)
-        self._last, self._holds_until = (value, key, began), ended + self._rest_s
+        ended_at = time.monotonic()
+        rest_s = min((self._rest or RARE_READ_REST) * (ended_at - began_at), MAX_RARE_READ_REST_S)
+        self._last = LastRead(value, key, began_at, ended_at - began_at, ended_at + rest_s, rest_s)
         return value
 
     def _reads_beside(self, key: object) -> bool:
@@ -1001,8 +1023,8 @@ class RareRead(Generic[T]):
             try:
                 self._read_anew((), key)
             except Exception as error:  # the edge of a thread; who asks once the value is too old is told
-                log.debug("what takes long could not be read anew: %s", error)
-                self._holds_until = time.monotonic() + READ_AGAIN_S
+                log.debug("what takes long could not be read anew: %s", error, exc_info=not isinstance(error, AppError))
+                self._again_at = time.monotonic() + READ_AGAIN_S
             finally:
                 self._guard.release()
         try:
@@ -6521,8 +6543,8 @@ class DriftCount(NamedTuple):
     away: int = 0
     # What is known of the first, where that is more than its drift: 'may run release 2 or 3: ...'.
     known: str = ""
-    # The releases that brought what they run.
-    release_ids: frozenset[int] = frozenset()
+    # The release whose payload they run, 0 where it is not the same one for all.
+    release_id: int = 0
 
 
 class FleetCounts(NamedTuple):
@@ -6728,8 +6750,8 @@ def _drift_problems(facts: OverviewFacts) -> Iterator[Problem]:
         if found.nodes:
             nodes = count_of_nodes(found.nodes)
             run, they = ("runs", "it") if found.nodes == 1 else ("run", "they")
-            which = f"release {min(found.release_ids)}, which" if len(found.release_ids) == 1 else "a release that"
-            text = {AHEAD: f"{nodes} {run} the payload of {which} failed, was cancelled or rolled back",
+            which = f"release {found.release_id}" if found.release_id else "a later release"
+            text = {AHEAD: f"{nodes} {run} the payload of {which}, and not what {they} should",
                     UNSURE: f"it is not known what {nodes} {run}, as a later try may have changed it",
                     BEHIND: f"{nodes} {run} an older payload than {they} should"}[drift]
             names = f": {found.first}" + (f" and {found.nodes - 1} more" if found.nodes > 1 else "")
@@ -7422,10 +7444,12 @@ class Database:
         """
         self.engine = SqliteEngine(url) if url.startswith("sqlite:") else PostgresEngine(url)
         self._places = FairSemaphore(self.engine.max_connections)
-        # Guards the three below; notified when a connection is no longer in use.
+        # Guards the four below; notified when a connection is no longer in use.
         self._changed = threading.Condition()
         self._idle: list[Any] = []
         self._in_use = 0
+        # close() was called: a connection is closed as soon as it is no longer in use.
+        self._is_closed = False
         # engine.identity() of what all open connections are to.
         self._identity: object = None
         # Whether this process found its schema there, so that the table of its version is there too.
@@ -7442,7 +7466,9 @@ class Database:
     def close(self) -> None:
         """Close the connections; wait a little for those that are in use: the last one tidies an SQLite database up."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._in_use, CLOSE_S)
+            self._is_closed = True
+            if not self._changed.wait_for(lambda: not self._in_use, CLOSE_S) and isinstance(self.engine, SqliteEngine):
+                log.warning("%s is still in use after %g s: a copy needs the files beside it, too", self, CLOSE_S)
             while self._idle:
                 close_quietly(self._idle.pop())
 
@@ -7595,7 +7621,8 @@ class Database:
 
     def _give_back(self, connection: Any) -> None:
         with self._changed:
-            if self._identity == self.engine.identity() and len(self._idle) < MAX_IDLE_DB_CONNECTIONS:
+            if not self._is_closed and len(self._idle) < MAX_IDLE_DB_CONNECTIONS and (
+                    self._identity == self.engine.identity()):
                 self._idle.append(connection)
             else:
                 close_quietly(connection)  # under the lock: to close the last one changes the files
@@ -10238,8 +10265,8 @@ def _releases_under_way(tx: Transaction) -> dict[int, int]:
 # ======================================================================================
 # Fleet: the nodes as they are listed, and counted by how far they are from what they
 #   should run (contract section 5).
-# Uses: Vocabulary, Helpers, Model, Selection, Plan, Verdict, Database, Database state,
-#   Nodes, Queue, Drift.
+# Uses: Vocabulary, Helpers, Rare reads, Model, Selection, Plan, Verdict, Database,
+#   Database state, Nodes, Queue, Drift.
 # ======================================================================================
 
 class ListedNode(NamedTuple):
@@ -10343,7 +10370,7 @@ class Fleet:
                 LIMIT ? OFFSET ?""", node_id, size, (page - 1) * size)
             return ListPage([NodeTry(*row) for row in rows], total, page, size)
 
-    def counts(self, key: object = None) -> FleetCounts:
+    def counts(self, key: object = ANY_KEY) -> FleetCounts:
         """Return how many enabled nodes there are of each drift, and twins; a large fleet's are up to a minute old.
 
         key: as for RareRead.get().
@@ -10354,10 +10381,10 @@ class Fleet:
         with self._database.transaction() as tx:
             states = collections.Counter({DISABLED: tx.value("SELECT COUNT(*) FROM nodes WHERE enabled = 0")})
             counts, right = {drift: DriftCount() for drift in DRIFTS}, collections.Counter[str]()
-            brought_by: dict[str, set[int]] = {drift: set() for drift in DRIFTS}
             alike = {one.node_id: one for one in _alike_nodes(tx)}
             for node, level in levels_by_parts(tx, sorted(alike)):
                 these, known, since = alike[node.id], counts[level.drift], level.drift_since
+                brought_by = level.has.release_id if level.has else 0
                 states[node.state] += these.number
                 if level.drift == AHEAD and level.has == level.runs:
                     since = these.since
@@ -10365,13 +10392,11 @@ class Fleet:
                 counts[level.drift] = DriftCount(
                     known.nodes + these.number, known.first or node.name,
                     min(filter(None, (known.since, since)), default=None),
-                    known.away + (0 if node.gets_releases else these.number), known.known or may_run_text(level))
-                if level.has:
-                    brought_by[level.drift].add(level.has.release_id)
+                    known.away + (0 if node.gets_releases else these.number), known.known or may_run_text(level),
+                    brought_by if not known.nodes or known.release_id == brought_by else 0)
                 if level.has and level.is_right:
                     right[level.has.payload_sha256] += these.number
             twins = _first_twins(tx)
-        counts = {drift: found._replace(release_ids=frozenset(brought_by[drift])) for drift, found in counts.items()}
         return FleetCounts(counts, sum(right.values()), len(right), dict(+states),
                            *((twins_text(*twins), twins[1].name) if twins else ()))
 
@@ -10451,7 +10476,8 @@ def _first_twins(tx: Transaction) -> tuple[Node, Node] | None:
 # region Counts
 # ======================================================================================
 # Counts: the figures of METRICS that are in the database, and how fast a release goes.
-# Uses: Vocabulary, Helpers, Model, Failures, Status texts, Database, Queue.
+# Uses: Vocabulary, Helpers, Rare reads, Model, Failures, Status texts, Database,
+#   Queue.
 # ======================================================================================
 
 # Targets with figures of their own, the oldest ones; the others are counted together as OTHER.
@@ -11939,9 +11965,9 @@ class Claims:
 # region Overview
 # ======================================================================================
 # Overview: what the verdict is made from; the store that all parts make up.
-# Uses: Vocabulary, Helpers, Model, Status texts, Why, Verdict, Database, Database
-#   state, Audit, Nodes, Queue, Retry and rollback, Drift, Fleet, Approvals, Releases,
-#   History, Notifications, Claims.
+# Uses: Vocabulary, Helpers, Rare reads, Model, Status texts, Why, Verdict, Database,
+#   Database state, Audit, Nodes, Queue, Retry and rollback, Drift, Fleet, Approvals,
+#   Releases, History, Notifications, Claims.
 # ======================================================================================
 
 class OverviewReader:
@@ -15091,10 +15117,10 @@ CHINESE_FORMS = (
     (r"ahead: it has what release (\d+) \(v(\d+), (.*)\) left, and that is not what it should run",
      "未撤回：仍是发布 {1}（v{2}，{3!}）留下的内容，不是应有的"),
     ("`rollback` or a new release mends it", "可用 `rollback` 或新的发布解决"), ("failed there", "在该节点失败"),
-    (r"(\d+) nodes? runs? the payload of release (\d+), which failed, was cancelled or rolled back: (.*)",
-     "{1} 个节点仍停留在发布 {2}（失败、已取消或已回滚）的内容上：{3!}"),
-    (r"(\d+) nodes? runs? the payload of a release that failed, was cancelled or rolled back: (.*)",
-     "{1} 个节点仍停留在失败、已取消或已回滚的发布的内容上：{2!}"),
+    (r"(\d+) nodes? runs? the payload of release (\d+), and not what (?:it|they) should: (.*)",
+     "{1} 个节点运行的是发布 {2} 的内容，而不是应有的：{3!}"),
+    (r"(\d+) nodes? runs? the payload of a later release, and not what (?:it|they) should: (.*)",
+     "{1} 个节点运行的是之后某个发布的内容，而不是应有的：{2!}"),
     (r"it is not known what (\d+) nodes? runs?, as a later try may have changed it: (.*)",
      "{1} 个节点运行的内容不明（之后的发布可能已改动）：{2!}"),
     (r"the (payload|strategy) of release (\d+) can't be used: (.*)", "发布 {2} 的{1!}无法使用：{3!}"),
@@ -17940,9 +17966,9 @@ def listening_address(settings: Settings) -> tuple[socket.AddressFamily, str]:
 # ======================================================================================
 # Check: what is wrong with this installation, and what would mend it; until when
 #   certificates are good.
-# Uses: Vocabulary, Helpers, Settings, Certificates, Model, Plan, Status texts, Why,
-#   Verdict, Engines, Database, Audit, Drift, Fleet, Overview, Agents, Notifier,
-#   Executor, Access, Readiness, Server.
+# Uses: Vocabulary, Helpers, Rare reads, Settings, Certificates, Model, Plan, Status
+#   texts, Why, Verdict, Engines, Database, Audit, Drift, Fleet, Overview, Agents,
+#   Notifier, Executor, Access, Readiness, Server.
 # ======================================================================================
 
 class Finding(NamedTuple):
@@ -19782,7 +19808,6 @@ def command_serve(context: Context) -> int:
         if server:
             server.shutdown()
             server.server_close()
-        context.store.database.close()
     log.info("stopped")
     return EXIT_DONE
 

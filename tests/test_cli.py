@@ -636,6 +636,8 @@ def test_serve_runs_releases_until_it_is_told_to_end_and_ends_cleanly(fleet_cli,
     assert time.monotonic() - told < 8
     assert (result.code, result.out) == (0, "")
     assert result.err.splitlines()[-1].endswith("info: stopped")
+    store.database.close()
+    assert not (fleet_cli.folder / "releasectl.db-wal").exists()  # a copy of the one file has all
     assert store.releases.get(1).status == "success"
     assert store.releases.get(release.id).claim_expires_at is None
     assert store.claims.scan()[0] == [release.id]

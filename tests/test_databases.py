@@ -399,6 +399,18 @@ def test_the_end_of_a_process_waits_for_a_read_under_way_and_leaves_one_file(sql
         assert not os.path.exists(path + "-wal")
 
 
+def test_a_read_that_outlives_the_wait_tidies_up_when_it_ends_and_the_log_says_so(
+        sqlite_url, open_store, monkeypatch, caplog):
+    monkeypatch.setattr(rc, "CLOSE_S", 0.01)
+    store, path = open_store(sqlite_url), sqlite_url[len("sqlite:///"):]
+    with store.database.transaction() as tx:
+        tx.value("SELECT COUNT(*) FROM nodes")
+        store.database.close()
+        assert os.path.exists(path + "-wal")
+        assert f"{path} is still in use after 0.01 s: a copy needs the files beside it, too" in caplog.text
+    assert not os.path.exists(path + "-wal")
+
+
 def test_transactions_at_once_all_go_over_to_the_new_files(sqlite_url, open_store, errors):
     store, path = open_store(sqlite_url), sqlite_url[len("sqlite:///"):]
     stop, failures = threading.Event(), []

@@ -42,10 +42,10 @@ SENTENCES = {
         "数据库 /var/lib/r.db 不存在：请恢复它，或用 `releasectl migrate` 新建",
     "4 tokens": "4 个令牌",
     "1 node runs an older payload than it should: edge-1": "1 个节点运行的 payload 比应有的旧：edge-1",
-    "2 nodes run the payload of release 4, which failed, was cancelled or rolled back: edge-1 and 1 more":
-        "2 个节点仍停留在发布 4（失败、已取消或已回滚）的内容上：edge-1 等 2 个",
-    "1 node runs the payload of a release that failed, was cancelled or rolled back: edge-1":
-        "1 个节点仍停留在失败、已取消或已回滚的发布的内容上：edge-1",
+    "2 nodes run the payload of release 4, and not what they should: edge-1 and 1 more":
+        "2 个节点运行的是发布 4 的内容，而不是应有的：edge-1 等 2 个",
+    "1 node runs the payload of a later release, and not what it should: edge-1":
+        "1 个节点运行的是之后某个发布的内容，而不是应有的：edge-1",
     "it is not known what 2 nodes run, as a later try may have changed it: edge-1 and 1 more":
         "2 个节点运行的内容不明（之后的发布可能已改动）：edge-1 等 2 个",
     "no executor is running (none was seen for a day): start `serve`; nobody works on 1 release":

@@ -298,7 +298,7 @@ def test_nodes_that_do_not_run_what_they_should_are_problems(fresh):
     found = {problem.kind: problem for problem in problems(fresh)}
     assert list(found) == ["failed", "ahead", "unknown", "behind"]
     assert found["ahead"].text == (
-        "1 node runs the payload of release 3, which failed, was cancelled or rolled back: edge-1")
+        "1 node runs the payload of release 3, and not what it should: edge-1")
     assert found["unknown"].text == ("edge-4 may run release 2 or 3: how what release 3 sent it ended is not known")
     assert found["behind"].text == "1 node runs an older payload than it should: edge-2; it is not online"
     assert found["behind"].since == fresh.releases.get(behind.id).finished_at
@@ -618,6 +618,17 @@ def test_a_verdict_of_well_says_how_many_nodes_run_what_they_should_and_who_gets
     assert verdict()[0] == "all is well: 1 waiting; 1 node in maintenance, 2 disabled"
 
 
+def test_a_node_that_a_good_release_is_no_longer_for_is_not_said_to_run_what_failed(fresh):
+    fresh.nodes.import_all([{"name": f"edge-{n}", "main_ip": f"10.0.0.{n}",
+                             "labels": '{"region":"%s"}' % ("eu" if n < 3 else "us")} for n in (1, 2, 3)])
+    good(fresh, "A")
+    settle(fresh, new_release(fresh, payload={"content": "B"}, labels={"region": "eu"}), "success", "success")
+    assert problems(fresh) == []
+    fresh.nodes.update(2, {"labels": '{"region":"us"}'})
+    assert [p.text for p in problems(fresh)] == [
+        "1 node runs the payload of release 2, and not what it should: edge-2"]
+
+
 def test_an_executor_without_a_certificate_is_a_problem_before_anything_is_to_do(sqlite_world):
     executor = sqlite_world.executor(CONTROL_CERT="")
     found = rc.ProcessState(executor.settings, executor)()["certificates"]
@@ -680,10 +691,9 @@ def test_what_takes_long_is_read_anew_after_twenty_times_as_long_and_within_a_mi
     assert (value.get(), after_a_read_beside()) == (1051.0, 1105.0)
     now[0] = 1096.0 + 60.0  # it is too old to be told
     assert value.get() == 1165.0
-    now[0], taken[0] = 1165.0 + 1.0, 0.5  # another key: what there is, too
-    assert value.get(key="b") == 1165.0
-    wait_for_reads()
-    assert value.get(key="b") == value.get() == 1166.5  # whoever takes any key makes nobody read it again
+    now[0], taken[0] = 1165.0 + 1.0, 0.5
+    assert value.get(key="b") == 1166.5  # of another key what there was is not true any more
+    assert value.get() == value.get(key="b") == 1166.5  # whoever takes any key makes nobody read it again
     now[0] = 1166.5 + 10.0 + 10.1  # whoever asks so late is told what is so now
     assert value.get(key="b") == 1187.1
 
@@ -702,7 +712,8 @@ def test_what_nobody_may_be_told_late_is_read_where_it_is_asked_for(monkeypatch)
     assert value.get(key="b") == 3
 
 
-def test_what_could_not_be_read_anew_is_told_to_whoever_asks_once_the_value_is_too_old(monkeypatch):
+@pytest.mark.parametrize("key", [rc.ANY_KEY, "a"])
+def test_what_could_not_be_read_anew_is_told_to_whoever_asks_once_the_value_is_too_old(monkeypatch, key):
     now, trouble = [1000.0], []
     monkeypatch.setattr(rc.time, "monotonic", lambda: now[0])
 
@@ -713,16 +724,49 @@ def test_what_could_not_be_read_anew_is_told_to_whoever_asks_once_the_value_is_t
         return "read"
 
     value = rc.RareRead(read, is_told_meanwhile=True)
-    assert value.get() == "read"
+    assert value.get(key=key) == "read"
     trouble.append(rc.DatabaseError("the disk is full"))
     now[0] += 21.0
-    assert value.get() == "read"
+    assert value.get(key=key) == "read"
     wait_for_reads()
     failed_at = now[0]
-    assert (value.get(), now[0]) == ("read", failed_at)  # nor is it tried again at once
+    assert value.get(key=key) == "read"
+    wait_for_reads()
+    assert now[0] == failed_at  # it was not tried again at once
     now[0] += 60.0
     with pytest.raises(rc.DatabaseError, match="the disk is full"):
-        value.get()
+        value.get(key=key)
+
+
+@pytest.fixture
+def rested(store, monkeypatch):
+    """A store whose nodes take long to count, and count for 45 s."""
+    monkeypatch.setattr(rc, "RARE_READ_REST", 1e9)
+    monkeypatch.setattr(rc, "SLOW_READ_S", 0.0)
+    live(store, "host-z:9:z")
+    return store
+
+
+def test_what_ended_just_now_is_in_the_verdict_also_where_it_takes_long_to_count_all_nodes(rested):
+    add_nodes(rested, 3)
+    good(rested, "A")
+    bad = new_release(rested, payload={"content": "B"})
+    sql(rested, "UPDATE release_tasks SET status = 'running', started_at = created_at WHERE id = ?", bad.id)
+    assert kinds(rested) == []
+    settle(rested, bad, "success", "skipped", "skipped")
+    sql(rested, "UPDATE release_tasks SET status = 'cancelled' WHERE id = ?", bad.id)
+    assert kinds(rested) == ["ahead"]
+
+
+def test_a_scrape_and_the_verdict_take_one_count_of_all_nodes(rested, monkeypatch):
+    counted, count = [], rested.fleet._count
+    monkeypatch.setattr(rested.fleet._counts, "_read", lambda: counted.append(1) or count())
+    add_nodes(rested, 2)
+    problems(rested)
+    for _ in range(3):
+        rested.fleet.counts()
+        problems(rested)
+    assert len(counted) == 1
 
 
 def test_while_one_caller_reads_anew_what_takes_long_others_get_what_there_is(monkeypatch):
